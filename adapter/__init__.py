@@ -1,0 +1,1 @@
+"""The bridge between WeChat (iLink) and NATS JetStream."""
