@@ -1,0 +1,430 @@
+"""Subjects, streams, buckets and messages of the bus: the source of `schemas/`. No I/O, no clock.
+
+Fields ending in `_ms` are Unix milliseconds. Ids are strings, since iLink's uint64 exceeds 2^53.
+Unknown fields are ignored on reading, so optional fields may be added; any other change is a new major
+version, told by the header `Wechat-Schema`.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal, TypeAlias
+
+import msgspec
+from msgspec import Meta
+
+from adapter.errors import Refused
+
+SCHEMA_VERSION = "1"
+SHARDS = 128
+"""Sandboxes are spread over so many shards by the server's `partition()`; fixed, since it is in stored subjects."""
+
+UNROUTED = "UNROUTED"
+"""Stands for the sandbox in receipts of commands that name none. No sandbox may have upper-case letters."""
+
+SANDBOX_PATTERN = r"^[a-z0-9_-]{1,64}$"
+_SANDBOX = re.compile(SANDBOX_PATTERN)
+
+# Header names
+H_SCHEMA = "Wechat-Schema"
+H_MSG_ID = "Nats-Msg-Id"
+H_REPLY_TO = "Reply-To"
+H_TRACEPARENT = "traceparent"
+H_COMMAND = "Wechat-Command"
+"""Set by the router on its copy: the id of the command on plain `wechat.out`."""
+H_REASON = "Wechat-Reason"
+H_DETAIL = "Wechat-Detail"
+H_SUBJECT = "Wechat-Subject"
+H_SEQUENCE = "Wechat-Sequence"
+H_TIME_MS = "Wechat-Time-Ms"
+H_SANDBOX = "Wechat-Sandbox"
+H_SEEN = "Wechat-Seen"
+"""On inbound messages: the adapter's own keys against duplicates. Readers ignore it."""
+H_PROGRESS = "Wechat-Progress"
+H_ERROR = "Nats-Service-Error"
+H_ERROR_CODE = "Nats-Service-Error-Code"
+
+SandboxId = Annotated[str, Meta(pattern=SANDBOX_PATTERN, description="Name of a sandbox.")]
+TimeMs = Annotated[int, Meta(description="Unix milliseconds.")]
+CommandId = Annotated[str, Meta(min_length=1, max_length=128, description="Idempotency key of a command.")]
+
+
+def check_sandbox(name: str) -> str:
+    """`name`, if it is a legal sandbox id. Raises Refused("invalid"): a wrong id is never rewritten."""
+    if not _SANDBOX.match(name) or "\n" in name:
+        raise Refused("invalid", f"A sandbox id matches {SANDBOX_PATTERN}; lower case, no dots.")
+    return name
+
+
+def shard_of(sandbox: str) -> int:
+    """The shard of a sandbox: 32-bit FNV-1a modulo SHARDS, as nats-server's `partition(128,1)` computes it."""
+    h = 2166136261
+    for byte in sandbox.encode():
+        h = ((h ^ byte) * 16777619) & 0xFFFFFFFF
+    return h % SHARDS
+
+
+def token_of(text: str) -> str:
+    """`text` as one subject token and bucket key: letters, digits, `-` and `_` stay, the rest becomes =XX (hex)."""
+    return "".join(
+        c if c.isascii() and (c.isalnum() or c in "-_") else "".join(f"={b:02X}" for b in c.encode()) for c in text
+    )
+
+
+def text_of(token: str) -> str:
+    """The inverse of `token_of`. Raises ValueError for what it never made."""
+    out = bytearray()
+    i = 0
+    while i < len(token):
+        if token[i] == "=":
+            out.append(int(token[i + 1 : i + 3], 16))
+            i += 3
+        else:
+            out += token[i].encode()
+            i += 1
+    return out.decode()
+
+
+def peer_key(bot: str, user: str) -> str:
+    """Key of one bot and one user. `user` may be empty: not known yet."""
+    return f"{token_of(bot)}/{token_of(user)}"
+
+
+def peer_of(key: str) -> tuple[str, str]:
+    """The inverse of `peer_key`."""
+    bot, _, user = key.partition("/")
+    return text_of(bot), text_of(user)
+
+
+class Names:
+    """Every subject, stream and bucket under one prefix (setting WECHAT_NATS_PREFIX)."""
+
+    def __init__(self, prefix: str = "wechat") -> None:
+        self.prefix = prefix
+        upper = prefix.upper()
+        self.stream_in = f"{upper}_IN"
+        self.stream_out = f"{upper}_OUT"
+        self.stream_ctl = f"{upper}_CTL"
+        self.stream_event = f"{upper}_EVENT"
+        self.stream_parked = f"{upper}_PARKED"
+        self.stream_dead = f"{upper}_DEAD"
+        self.bindings = f"{prefix}_bindings"
+        self.cursors = f"{prefix}_cursors"
+        self.context = f"{prefix}_context"
+        self.members = f"{prefix}_members"
+        self.claims = f"{prefix}_claims"
+        self.logins = f"{prefix}_logins"
+        self.media = f"{prefix}_media"
+        self.bind = f"{prefix}.ctl.bind"
+        self.unbind = f"{prefix}.ctl.unbind"
+        self.out_plain = f"{prefix}.out"
+
+    def inbox(self, sandbox: str) -> str:
+        """Where the adapter stores inbound messages; the server republishes them to `live`."""
+        return f"{self.prefix}.inbox.{sandbox}"
+
+    def live(self, sandbox: str) -> str:
+        """What a sandbox subscribes to."""
+        return f"{self.prefix}.in.{sandbox}"
+
+    def out(self, sandbox: str) -> str:
+        """Where a sandbox publishes its commands."""
+        return f"{self.prefix}.out.{sandbox}"
+
+    def out_shard(self, shard: int) -> str:
+        """Filter of the commands of one shard, as stored (after the stream's subject transform)."""
+        return f"{self.prefix}.out.{shard}.*"
+
+    def event(self, sandbox: str, kind: str) -> str:
+        return f"{self.prefix}.event.{sandbox}.{kind}"
+
+    def parked(self, shard: int, key: str) -> str:
+        return f"{self.prefix}.parked.{shard}.{key}"
+
+    def dead(self, stream: str) -> str:
+        return f"{self.prefix}.dead.{stream}"
+
+    def svc(self, verb: str) -> str:
+        return f"{self.prefix}.svc.{verb}"
+
+
+class Window(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What may still be sent to the user before they write again."""
+
+    remaining: Annotated[int | None, Meta(description="Sends left; null: sends are not counted.")] = None
+    closes_at_ms: Annotated[int | None, Meta(description="When the window closes; null: no window is open.")] = None
+
+
+# Inbound ---------------------------------------------------------------------------------------------
+
+
+class TextItem(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="text"):
+    """Text, as the user wrote it."""
+
+    text: str
+
+
+class VoiceItem(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="voice", omit_defaults=True):
+    """A voice message."""
+
+    transcript: Annotated[str, Meta(description="WeChat's speech-to-text; may be wrong, may be empty.")] = ""
+    duration_ms: int | None = None
+
+
+class UnsupportedItem(
+    msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="unsupported", omit_defaults=True
+):
+    """Something that the adapter cannot translate (yet)."""
+
+    type: Annotated[int, Meta(description="iLink's item type; 0: unknown.")]
+    reason: Annotated[str, Meta(description="Why: kind, malformed or too_large.")] = "kind"
+
+
+InboundItem: TypeAlias = TextItem | VoiceItem | UnsupportedItem
+
+
+class Quote(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What the user quoted."""
+
+    id: Annotated[str, Meta(description="iLink's id of the quoted message; empty if it gave none.")] = ""
+    text: Annotated[str, Meta(description="The quoted text or a summary, as far as it is known.")] = ""
+
+
+class Inbound(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What a user said to the bot of one sandbox. Subject: wechat.in.<sandbox>."""
+
+    id: Annotated[str, Meta(description="Unique; also the Nats-Msg-Id.")]
+    sandbox: SandboxId
+    bot: str
+    user: str
+    sent_at_ms: Annotated[int, Meta(description="Unix milliseconds, WeChat's clock; 0 if it gave none.")]
+    received_at_ms: Annotated[int, Meta(description="Unix milliseconds, the adapter's clock.")]
+    text: Annotated[str, Meta(description='All text and transcripts, one per line; "" if none.')]
+    items: list[InboundItem]
+    quote: Quote | None = None
+    window: Window = Window()
+
+
+# Outbound --------------------------------------------------------------------------------------------
+
+
+class OutText(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="text"):
+    """Text to send."""
+
+    text: Annotated[str, Meta(min_length=1)]
+
+
+OutItem: TypeAlias = OutText
+
+
+class Outbound(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A command: send this. Subject: wechat.out.<sandbox>, or wechat.out with `sandbox`. Least: {"text":"hi"}."""
+
+    id: Annotated[
+        CommandId | None,
+        Meta(description="Idempotency key. Default: the header Nats-Msg-Id, else the stream sequence."),
+    ] = None
+    sandbox: Annotated[
+        SandboxId | None,
+        Meta(description="Needed on plain wechat.out; elsewhere it must equal the subject's."),
+    ] = None
+    bot: Annotated[str | None, Meta(description="Needed only where the sandbox has several bots.")] = None
+    user: Annotated[str | None, Meta(description="Default: the bot's user.")] = None
+    text: Annotated[str | None, Meta(description="Short form of one text item.")] = None
+    items: Annotated[list[OutItem] | None, Meta(min_length=1, max_length=20)] = None
+    reply_to: Annotated[str | None, Meta(description="Id of the inbound message that this answers.")] = None
+    when_closed: Annotated[
+        Literal["park", "refuse"],
+        Meta(description="While nothing may be sent: wait for the user's next message, or refuse at once."),
+    ] = "park"
+    expires_in_s: Annotated[
+        float | None, Meta(gt=0, description="Seconds from storing; unsent by then: refused.")
+    ] = None
+    format: Annotated[
+        Literal["markdown", "plain"], Meta(description="plain: Markdown is turned into plain text.")
+    ] = "markdown"
+
+
+Outcome: TypeAlias = Literal["accepted", "accepted_unconfirmed", "refused", "uncertain", "dead_lettered", "parked"]
+FINAL_OUTCOMES = ("accepted", "accepted_unconfirmed", "refused", "uncertain", "dead_lettered")
+
+
+class Receipt(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What became of a command. Exactly one final receipt each; `parked` is not final.
+
+    Subject: wechat.event.<sandbox>.receipt.
+    """
+
+    command: Annotated[str, Meta(description="The command's id.")]
+    sandbox: Annotated[str, Meta(description="UNROUTED where the command named none.")]
+    outcome: Annotated[
+        Outcome,
+        Meta(
+            description="accepted: iLink answered with a message id. accepted_unconfirmed: success without an id,"
+            " often dropped, never resent. refused: will not be sent. uncertain: it left and no answer came, also"
+            " after one repeat with the same id. dead_lettered: unreadable, or every attempt failed; see"
+            " WECHAT_DEAD. parked (not final): waits for the user or the login."
+        ),
+    ]
+    reason: Annotated[
+        str,
+        Meta(
+            description="invalid, not_bound, ambiguous_bot, window_closed, quota, throttled, needs_login, too_long,"
+            " expired, rejected, unreadable, too_large, unreachable, backlog; empty when accepted."
+        ),
+    ] = ""
+    detail: Annotated[str, Meta(description="One sentence for people.")] = ""
+    bot: str = ""
+    user: str = ""
+    message_ids: Annotated[list[str], Meta(description="iLink's ids, one per message sent.")] = []
+    ret: Annotated[int | None, Meta(description="As iLink answered.")] = None
+    errcode: Annotated[int | None, Meta(description="As iLink answered.")] = None
+    errmsg: Annotated[str, Meta(description="As iLink answered.")] = ""
+    window: Window = Window()
+    attempts: Annotated[int, Meta(description="Requests to sendmessage for this command.")] = 0
+    received_at_ms: Annotated[int, Meta(description="When the command was stored.")] = 0
+    at_ms: Annotated[int, Meta(description="When this receipt was made.")] = 0
+
+
+# Bindings --------------------------------------------------------------------------------------------
+
+
+class Options(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How a binding behaves."""
+
+    durable: Annotated[
+        bool, Meta(description="Create the durable pull consumer <sandbox> on WECHAT_IN for this sandbox.")
+    ] = False
+
+
+class Bind(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Let a bot serve a sandbox. Subject: wechat.ctl.bind. Idempotent by `id`."""
+
+    sandbox: SandboxId
+    bot: Annotated[str, Meta(min_length=1, max_length=128, description="iLink's bot id, …@im.bot.")]
+    bot_token: Annotated[str, Meta(min_length=1, max_length=1024, description="Secret of the bot.")]
+    id: Annotated[CommandId | None, Meta(description="Request id. Default: the header Nats-Msg-Id.")] = None
+    base_url: Annotated[str | None, Meta(description="iLink API base of this bot. Default: the service's.")] = None
+    user: Annotated[
+        str | None, Meta(max_length=128, description="The WeChat user, …@im.wechat; learned if absent.")
+    ] = None
+    cursor: Annotated[str | None, Meta(description="Where to poll from; default: where it was, or the start.")] = None
+    options: Options = Options()
+
+
+class Unbind(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Let a bot, or every bot of a sandbox, serve it no longer. Subject: wechat.ctl.unbind."""
+
+    sandbox: SandboxId
+    bot: Annotated[str | None, Meta(description="Default: all bots of the sandbox.")] = None
+    id: CommandId | None = None
+
+
+BindingState: TypeAlias = Literal["active", "needs_login"]
+
+
+class BindingInfo(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A binding without its token: the answer of wechat.svc.bindings.get and .list, and of bind."""
+
+    sandbox: str
+    bot: str
+    user: str = ""
+    base_url: str = ""
+    state: BindingState = "active"
+    reason: Annotated[str, Meta(description="Why it needs a login; empty otherwise.")] = ""
+    since_ms: Annotated[int, Meta(description="When it came into this state.")] = 0
+    options: Options = Options()
+
+
+class ControlAnswer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Answer to bind and unbind, sent to the header Reply-To once the outcome is stored."""
+
+    ok: bool
+    id: str = ""
+    bindings: Annotated[
+        list[BindingInfo], Meta(description="What is bound now (bind) or was until now (unbind).")
+    ] = []
+    replaced: Annotated[list[str], Meta(description="Bots of the same user that this bind replaced.")] = []
+    error: Annotated[str, Meta(description="One sentence that says what to do.")] = ""
+
+
+class BindingEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Something happened to a binding. Subject: wechat.event.<sandbox>.binding."""
+
+    sandbox: str
+    bot: str
+    change: Annotated[
+        Literal["bound", "replaced", "unbound", "refused", "stale", "recovered", "needs_login"],
+        Meta(description="stale: iLink said -14 and the short recovery runs. needs_login: scan a new QR code."),
+    ]
+    user: str = ""
+    reason: str = ""
+    detail: Annotated[str, Meta(description="One sentence that says what to do.")] = ""
+    request: Annotated[str, Meta(description="Id of the bind or unbind that caused it.")] = ""
+    at_ms: int = 0
+
+
+# Services --------------------------------------------------------------------------------------------
+
+
+class BindingsQuery(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Request of wechat.svc.bindings.list (all filters optional) and .get (by `bot`, or by `sandbox`)."""
+
+    sandbox: str | None = None
+    bot: str | None = None
+    after: Annotated[str, Meta(description="Continue after this bot: `next` of the page before.")] = ""
+    limit: Annotated[int, Meta(ge=1, le=1000)] = 500
+
+
+class BindingsPage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Answer of wechat.svc.bindings.list and .get, in the order of bot ids."""
+
+    bindings: list[BindingInfo]
+    next: Annotated[str, Meta(description="Ask again with `after` set to this; empty: that was all.")] = ""
+
+
+class WindowQuery(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Request of wechat.svc.window."""
+
+    sandbox: SandboxId
+    bot: str | None = None
+    user: str | None = None
+
+
+class ReplayQuery(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Request of wechat.svc.replay: a sandbox's own inbound messages again."""
+
+    sandbox: SandboxId
+    after: Annotated[int, Meta(ge=0, description="Stream sequence; messages after it.")] = 0
+    since_ms: Annotated[int | None, Meta(description="Messages stored since then; instead of `after`.")] = None
+    limit: Annotated[int, Meta(ge=1, le=500)] = 100
+
+
+class Replayed(msgspec.Struct, frozen=True, kw_only=True):
+    """One message of a replay."""
+
+    seq: int
+    message: msgspec.Raw
+
+
+class ReplayPage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Answer of wechat.svc.replay, oldest first."""
+
+    messages: list[Replayed]
+    next: Annotated[int, Meta(description="Ask again with `after` set to this; 0: that was all.")] = 0
+
+
+MESSAGES: dict[str, type[msgspec.Struct]] = {
+    "inbound": Inbound,
+    "outbound": Outbound,
+    "receipt": Receipt,
+    "bind": Bind,
+    "unbind": Unbind,
+    "control_answer": ControlAnswer,
+    "binding_event": BindingEvent,
+    "bindings_query": BindingsQuery,
+    "bindings_page": BindingsPage,
+    "window_query": WindowQuery,
+    "window": Window,
+}
+"""What goes over the bus, by the name of its file in `schemas/`."""

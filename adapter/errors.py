@@ -1,0 +1,78 @@
+"""Failures, named by what the caller does next. Imports nothing of ours."""
+
+from __future__ import annotations
+
+
+class AdapterError(Exception):
+    """An expected failure; anything else is a bug.
+
+    `reason` is its log field and metric label (a short enum-like word), `detail` a sentence for people
+    that never holds a secret or a message's text.
+    """
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason = reason
+        self.detail = detail
+
+
+class Temporary(AdapterError):
+    """Try again, not before `retry_after_s` seconds (None: the caller's backoff)."""
+
+    def __init__(self, reason: str, detail: str = "", *, retry_after_s: float | None = None) -> None:
+        super().__init__(reason, detail)
+        self.retry_after_s = retry_after_s
+
+
+class Uncertain(AdapterError):
+    """The request left and no usable answer came: it may have taken effect. Repeat only with the same id."""
+
+
+class Refused(AdapterError):
+    """Trying again cannot help: give the command up. Carries iLink's raw answer where there was one."""
+
+    def __init__(
+        self,
+        reason: str,
+        detail: str = "",
+        *,
+        ret: int | None = None,
+        errcode: int | None = None,
+        errmsg: str = "",
+    ) -> None:
+        super().__init__(reason, detail)
+        self.ret = ret
+        self.errcode = errcode
+        self.errmsg = errmsg
+
+
+class Throttled(Refused):
+    """iLink said -2: stay quiet towards this user until they write (ilink-protocol 5.2)."""
+
+
+class SessionExpired(Refused):
+    """iLink said -14: the bot's token is stale (ilink-protocol 5.4)."""
+
+
+class Unreadable(AdapterError):
+    """The bytes are not what they should be: keep them for a person (dead letter) and go on."""
+
+
+class LeaseLost(AdapterError):
+    """Another replica owns this now, or may own it: stop polling and sending at once."""
+
+
+class SettingsError(AdapterError):
+    """The service cannot start. The text names every variable at fault."""
+
+
+class BusRefused(AdapterError):
+    """JetStream refused a publish or an API call for good. `code` is its err_code (0: none given)."""
+
+    def __init__(self, code: int, detail: str = "") -> None:
+        super().__init__("bus_refused", f"{code} {detail}".strip())
+        self.code = code
+
+
+class Conflict(BusRefused):
+    """A compare-and-set met another revision (err 10071, 10164)."""
