@@ -1,0 +1,445 @@
+"""Every setting, and one function from a mapping (the environment) to all of them; `os.environ` is never read."""
+
+from __future__ import annotations
+
+import ast
+import base64
+import binascii
+import difflib
+import inspect
+import math
+import re
+import textwrap
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
+from urllib.parse import urlsplit
+
+import msgspec
+from msgspec import Meta
+
+from adapter.errors import SettingsError
+
+PREFIX = "WECHAT_NATS_"
+SECRETS = frozenset({"nats_password", "nats_token", "token_key"})
+"""Fields that are also read from the file named by `<variable>_FILE`, and whose values are never shown."""
+
+_PASSWORD = re.compile(r"//[^/@,\s]*@")
+_FILES = ("nats_creds", "nats_nkey", "nats_ca", "nats_cert", "nats_key")
+_BASE_URLS = ("ilink_base_url", "cdn_base_url")
+
+AtLeast0 = Annotated[int, Meta(ge=0)]
+AtLeast1 = Annotated[int, Meta(ge=1)]
+Seconds = Annotated[float, Meta(ge=0)]
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """How one replica runs. Made by `read_settings`; a test may build it directly."""
+
+    nats_url: tuple[str, ...] = ("nats://127.0.0.1:4222",)
+    """NATS servers, separated by commas."""
+
+    nats_creds: str = ""
+    """Credentials file (JWT and seed) for NATS."""
+
+    nats_nkey: str = ""
+    """File with the NKey seed for NATS."""
+
+    nats_user: str = ""
+    """User name for NATS."""
+
+    nats_password: str = ""
+    """Password for NATS; secret."""
+
+    nats_token: str = ""
+    """Token for NATS; secret."""
+
+    nats_ca: str = ""
+    """File with the certificates (PEM) that sign the NATS server's; turns TLS on."""
+
+    nats_cert: str = ""
+    """Client certificate file (PEM) for NATS; needs `NATS_KEY`."""
+
+    nats_key: str = ""
+    """Private key file (PEM) of the client certificate; needs `NATS_CERT`."""
+
+    prefix: Annotated[str, Meta(pattern=r"^[a-z][a-z0-9_-]{0,31}\Z")] = "wechat"
+    """First token of every subject, prefix of streams and buckets. Another prefix is another, empty bus."""
+
+    replicas: Literal[1, 3, 5] = 1
+    """Copies of streams and buckets in the NATS cluster. With 1, a lost NATS disk loses messages."""
+
+    storage: Literal["file", "memory"] = "file"
+    """Where JetStream keeps streams and buckets. `memory` loses everything with the server: for tests."""
+
+    instance: Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.-]{0,128}\Z")] = ""
+    """Name of this replica, unique among them; empty: made from the host name."""
+
+    ilink_base_url: str = "https://ilinkai.weixin.qq.com"
+    """iLink API base, used where a binding names none, and for QR codes."""
+
+    cdn_base_url: str = "https://novac2c.cdn.weixin.qq.com/c2c"
+    """Base of iLink's media URLs."""
+
+    allowed_hosts: tuple[str, ...] = ()
+    """Extra `host` or `host:port` that may be called, also by plain http and on loopback: for simulator and tests."""
+
+    token_key: tuple[bytes, ...] = ()
+    """Keys that seal bot tokens at rest, separated by commas: 32 bytes each, in base64. The first seals, all open.
+
+    Secret. Without one, tokens are stored in the clear.
+    """
+
+    notify: bool = True
+    """Tell iLink when polling starts and stops (notifystart, notifystop)."""
+
+    poll_margin_ms: AtLeast0 = 7000
+    """Milliseconds added to the server's hold for the client's poll timeout. Too few cut polls about to deliver."""
+
+    send_gap_ms: AtLeast0 = 1500
+    """Least pause between two sends to one user, in milliseconds. Shorter provokes iLink's throttling (-2)."""
+
+    sends_per_window: AtLeast0 = 10
+    """Sends after an inbound message before commands are parked; 0: do not count."""
+
+    window_hours: Annotated[float, Meta(gt=0, le=24)] = 23.0
+    """Hours after an inbound message in which sends are tried. iLink closes at 24; the rest is safety."""
+
+    max_sends: AtLeast1 = 256
+    """Sends in flight at once, over all users of the replica."""
+
+    send_timeout_s: Annotated[float, Meta(gt=0)] = 15.0
+    """Seconds until a send without answer counts as uncertain."""
+
+    send_attempts: AtLeast1 = 5
+    """Attempts of one send while the answers say that nothing was taken (such as 5xx); then a dead letter."""
+
+    text_max_chars: Annotated[int, Meta(ge=1, le=16384)] = 4000
+    """Longest part of a split text, in characters; never above 16,384 bytes of UTF-8 either."""
+
+    max_parts: AtLeast1 = 10
+    """Most parts of a split text; a longer text is refused as `too_long`."""
+
+    park_hours: Annotated[float, Meta(gt=0)] = 72.0
+    """Hours that a parked command may wait for its user; longer: refused as `expired`."""
+
+    parked_per_user: AtLeast0 = 1000
+    """Parked commands kept for one user; one more is refused as `backlog`."""
+
+    cooldown_s: Seconds = 3600.0
+    """Seconds without an inbound message after which one probe is sent to a throttled user (-2); 0: never."""
+
+    stale_retry_s: tuple[Annotated[float, Meta(ge=0)], ...] = (5.0, 30.0, 300.0)
+    """Pauses in seconds, separated by commas, between attempts to revive a stale token (-14); then `needs_login`."""
+
+    empty_send_is_success: bool = False
+    """Count answers to a send without a message id as `accepted`: for servers older than those ids."""
+
+    duplicate_skew_ms: AtLeast0 = 0
+    """Milliseconds by which the times of two copies of one message may differ. Too many swallow a repeated "ok"."""
+
+    capacity: AtLeast1 = 10000
+    """Bindings that this replica serves at most; the rest waits for another replica."""
+
+    max_command_bytes: Annotated[int, Meta(ge=1024)] = 262144
+    """Largest command read from the bus, in bytes; a larger one becomes a dead letter."""
+
+    max_answer_bytes: Annotated[int, Meta(ge=1024)] = 67108864
+    """Largest answer read from iLink, in bytes; a larger one fails the request."""
+
+    in_max_per_sandbox: AtLeast1 = 10000
+    """Inbound messages kept per sandbox; the oldest go first."""
+
+    in_max_bytes: Annotated[int, Meta(ge=-1)] = 10737418240
+    """Size of the inbound stream in bytes; the oldest messages go first. -1: as large as the server allows."""
+
+    in_max_age_h: Annotated[float, Meta(gt=0)] = 72.0
+    """Hours that inbound messages are kept for durable readers and replay."""
+
+    out_max_per_sandbox: AtLeast1 = 10000
+    """Unsent commands kept per sandbox; one more is refused to its publisher."""
+
+    lease_s: Annotated[float, Meta(ge=0.5)] = 4.0
+    """Seconds of silence after which a replica loses its shards to the others."""
+
+    drain_s: Seconds = 50.0
+    """Longest time between SIGTERM and exit, in seconds; longer than a long poll, so that no poll has to be cut."""
+
+    http_addr: str = "127.0.0.1:9464"
+    """`host:port` of `/metrics`, `/livez`, `/readyz`, `/startupz`; no host: all interfaces, port 0: any free one."""
+
+    data_dir: Annotated[str, Meta(min_length=1)] = "./data"
+    """Where `--embedded` keeps its JetStream."""
+
+    log: Literal["debug", "info", "warning", "error"] = "info"
+    """Least severity that is logged."""
+
+    def __repr__(self) -> str:
+        """All fields, except that secrets that are set read `***`: a repr ends in logs and tracebacks."""
+        shown = ", ".join(
+            f"{name}={'***' if name in SECRETS and value else _PASSWORD.sub('//***@', repr(value))}"
+            for name, value in ((name, getattr(self, name)) for name in self.__struct_fields__)
+        )
+        return f"Settings({shown})"
+
+    @property
+    def http_host(self) -> str:
+        """Host part of `http_addr`; "" for all interfaces."""
+        return split_addr(self.http_addr)[0]
+
+    @property
+    def http_port(self) -> int:
+        """Port part of `http_addr`; 0 for any free one."""
+        return split_addr(self.http_addr)[1]
+
+
+class SettingRow(NamedTuple):
+    """One line of the README's table."""
+
+    variable: str
+    default: str
+    meaning: str
+
+
+def variable_of(field: str) -> str:
+    """The environment variable of a field of `Settings`."""
+    return field.upper() if field.startswith("nats_") else PREFIX + field.upper()
+
+
+def split_addr(addr: str) -> tuple[str, int]:
+    """Host and port of `host:port`, `:port` or `[v6]:port`. Raises ValueError."""
+    match = re.fullmatch(r"(?:\[([0-9a-fA-F:.]+)\]|([A-Za-z0-9_.-]*)):(\d{1,5})", addr)
+    if match is None or int(match[3]) > 65535:
+        raise ValueError(f"not host:port: {addr!r}")
+    return match[1] or match[2] or "", int(match[3])
+
+
+def read_settings(environ: Mapping[str, str]) -> Settings:
+    """The settings in `environ`; a variable that is empty counts as absent.
+
+    Raises SettingsError("invalid_settings"), whose text names every variable at fault, one per line.
+    """
+    faults: list[str] = []
+    values: dict[str, Any] = {}
+    for field, kind in _types().items():
+        variable = variable_of(field)
+        try:
+            raw = _raw(field, environ)
+            if raw:
+                values[field] = _parse(field, kind, raw)
+        except ValueError as exc:
+            faults.append(f"{variable}: {exc}")
+    settings = Settings(**values)
+    faults += _contradictions(settings, {variable_of(field) for field in values})
+    faults += _unknown(environ)
+    if faults:
+        raise SettingsError("invalid_settings", "\n".join(faults))
+    return settings
+
+
+def settings_table() -> list[SettingRow]:
+    """Every variable with its default and the docstring of its field, in the order of `Settings`."""
+    docs = _docstrings()
+    defaults = Settings()
+    rows = []
+    for field in Settings.__struct_fields__:
+        variable = variable_of(field) + (f"`, `{variable_of(field)}_FILE" if field in SECRETS else "")
+        rows.append(SettingRow(variable, _shown(getattr(defaults, field)), docs[field]))
+    return rows
+
+
+def settings_markdown() -> str:
+    """`settings_table` as the README shows it."""
+    lines = ["| variable | default | meaning |", "|---|---|---|"]
+    for variable, default, meaning in settings_table():
+        lines.append(f"| `{variable}` | {f'`{default}`' if default else 'empty'} | {meaning} |")
+    return "\n".join(lines) + "\n"
+
+
+def _types() -> dict[str, Any]:
+    hints = get_type_hints(Settings, include_extras=True)
+    return {field: hints[field] for field in Settings.__struct_fields__}
+
+
+def _docstrings() -> dict[str, str]:
+    """The string that follows each field in the source; Python itself does not keep it."""
+    (struct,) = ast.parse(textwrap.dedent(inspect.getsource(Settings))).body
+    assert isinstance(struct, ast.ClassDef)
+    docs = {}
+    for field, after in zip(struct.body, struct.body[1:], strict=False):
+        match field, after:
+            case (
+                ast.AnnAssign(target=ast.Name(id=name)),
+                ast.Expr(value=ast.Constant(value=str(text))),
+            ):
+                docs[name] = " ".join(text.split())
+    return docs
+
+
+def _shown(value: Any) -> str:
+    match value:
+        case bool():
+            return str(value).lower()
+        case tuple():
+            return ",".join(_shown(part) for part in value)
+        case float():
+            return f"{value:g}"
+        case _:
+            return str(value)
+
+
+def _raw(field: str, environ: Mapping[str, str]) -> str:
+    """What the environment, or for a secret its file, says; "" if nothing. Raises ValueError."""
+    variable = variable_of(field)
+    raw = environ.get(variable, "").strip()
+    path = environ.get(f"{variable}_FILE", "").strip() if field in SECRETS else ""
+    if not path:
+        return raw
+    if raw:
+        raise ValueError(f"expected either {variable} or {variable}_FILE, not both")
+    try:
+        text = Path(path).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as exc:
+        why = exc.strerror if isinstance(exc, OSError) else "it is not UTF-8"
+        raise ValueError(f"expected {variable}_FILE to name a readable file, cannot read {path!r}: {why}") from exc
+    if not text:
+        raise ValueError(f"expected {variable}_FILE to name a file with the secret, {path!r} is empty")
+    return text
+
+
+def _parse(field: str, kind: Any, raw: str) -> Any:
+    """The value of one field. Raises ValueError, whose text holds no secret."""
+    if field == "token_key":
+        return tuple(_token_key(part) for part in _parts(raw))
+    info = msgspec.inspect.type_info(kind)
+    many = isinstance(info, msgspec.inspect.VarTupleType)
+    plain: Any = raw if not many else _parts(raw)
+    try:
+        value = msgspec.convert(plain, kind, strict=False)
+        if not all(math.isfinite(v) for v in (value if many else [value]) if isinstance(v, float)):
+            raise ValueError("not finite")
+    except (msgspec.ValidationError, ValueError) as exc:
+        raise ValueError(f"expected {_expected(info)}{_got(field, raw)}") from exc
+    _check(field, value)
+    if field in _FILES:
+        return str(Path(value).expanduser())
+    return value.rstrip("/") if field in _BASE_URLS else value
+
+
+def _check(field: str, value: Any) -> None:
+    """What a type cannot say. Raises ValueError."""
+    match field:
+        case "nats_url":
+            if not value:
+                raise ValueError("expected at least one server")
+            for url in value:
+                # A URL may hold a password: the value is never shown.
+                if urlsplit(url if "://" in url else f"nats://{url}").scheme not in ("nats", "tls", "ws", "wss"):
+                    raise ValueError(
+                        "expected nats://host:port, tls://, ws:// or wss://, several separated by commas"
+                    )
+        case "allowed_hosts":
+            for host in value:
+                if not re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9_.-]+)(:\d{1,5})?", host):
+                    raise ValueError(f"expected host or host:port, several separated by commas, got {host!r}")
+        case "http_addr":
+            try:
+                split_addr(value)
+            except ValueError:
+                raise ValueError(f"expected host:port, got {value!r}") from None
+        case "ilink_base_url" | "cdn_base_url":
+            if not _is_base_url(value):
+                raise ValueError(f"expected https://host[/path] without query or password")
+        case _ if field in _FILES:
+            if not Path(value).expanduser().is_file():
+                raise ValueError(f"expected a file, there is none at {value!r}")
+
+
+def _is_base_url(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        _ = parts.port
+    except ValueError:
+        return False
+    return (
+        parts.scheme in ("https", "http")
+        and bool(parts.hostname)
+        and not (parts.query or parts.fragment or "@" in url)
+    )
+
+
+def _contradictions(settings: Settings, given: set[str]) -> Iterator[str]:
+    """Values that are right alone and wrong together."""
+    for field in _BASE_URLS:
+        parts = urlsplit(getattr(settings, field))
+        allowed = {parts.hostname, parts.netloc} & set(settings.allowed_hosts)
+        if parts.scheme == "http" and not allowed:
+            yield (
+                f"{variable_of(field)}: expected https://, or a host that {PREFIX}ALLOWED_HOSTS names,"
+                f" got http://{parts.netloc}"
+            )
+    for one, other in (("NATS_CERT", "NATS_KEY"), ("NATS_KEY", "NATS_CERT"), ("NATS_PASSWORD", "NATS_USER")):
+        if one in given and other not in given:
+            yield f"{other}: expected a value, since {one} has one"
+
+
+_SERVICE_LINK = re.compile(r"(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)$")
+
+
+def _unknown(environ: Mapping[str, str]) -> Iterator[str]:
+    """Names that start like ours and are none, most likely typing errors.
+
+    Not those that Kubernetes sets for a Service named `wechat-nats…`: WECHAT_NATS_PORT=tcp://… and its like.
+    """
+    known = {variable_of(field) for field in Settings.__struct_fields__}
+    known |= {f"{variable_of(field)}_FILE" for field in SECRETS}
+    for name in sorted(environ):
+        if not name.startswith(PREFIX) or name in known:
+            continue
+        if _SERVICE_LINK.search(name) and re.fullmatch(r"(\w+://)?[\w.:-]*", environ[name]):
+            continue
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+        yield f"{name}: no such setting" + (f", did you mean {near[0]}?" if near else "")
+
+
+def _parts(raw: str) -> list[str]:
+    return [part.strip() for part in raw.split(",") if part.strip()]
+
+
+def _token_key(part: str) -> bytes:
+    try:
+        key = base64.b64decode(part, validate=True)
+    except (binascii.Error, ValueError):
+        key = b""
+    if len(key) != 32:
+        raise ValueError("expected base64 of 32 bytes (openssl rand -base64 32), several separated by commas")
+    return key
+
+
+def _got(field: str, raw: str) -> str:
+    return "" if field in SECRETS or field == "nats_url" else f", got {raw[:100]!r}"
+
+
+def _expected(info: msgspec.inspect.Type) -> str:
+    """A type in words."""
+    match info:
+        case msgspec.inspect.LiteralType(values=values):
+            return "one of " + ", ".join(str(value) for value in values)
+        case msgspec.inspect.BoolType():
+            return "true or false"
+        case msgspec.inspect.IntType():
+            return "a whole number" + _bounds(info)
+        case msgspec.inspect.FloatType():
+            return "a number" + _bounds(info)
+        case msgspec.inspect.StrType(pattern=str(pattern)):
+            return "text that matches " + pattern.replace(r"\Z", "$")
+        case msgspec.inspect.VarTupleType(item_type=item):
+            return f"{_expected(item)}, several separated by commas"
+        case _:
+            return "text"
+
+
+def _bounds(info: msgspec.inspect.IntType | msgspec.inspect.FloatType) -> str:
+    words = {"ge": "at least", "gt": "above", "le": "at most"}
+    bounds = [f"{word} {getattr(info, key):g}" for key, word in words.items() if getattr(info, key) is not None]
+    return "".join(f", {bound}" for bound in bounds)
