@@ -87,7 +87,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     token_key: tuple[bytes, ...] = ()
     """Keys that seal bot tokens at rest, separated by commas: 32 bytes each, in base64. The first seals, all open.
 
-    Secret. Without one, tokens are stored in the clear.
+    Secret.
     """
 
     notify: bool = True
@@ -349,7 +349,7 @@ def _check(field: str, value: Any) -> None:
                 raise ValueError(f"expected host:port, got {value!r}") from None
         case "ilink_base_url" | "cdn_base_url":
             if not _is_base_url(value):
-                raise ValueError(f"expected https://host[/path] without query or password")
+                raise ValueError("expected https://host[/path] without query or password")
         case _ if field in _FILES:
             if not Path(value).expanduser().is_file():
                 raise ValueError(f"expected a file, there is none at {value!r}")

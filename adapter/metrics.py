@@ -1,0 +1,271 @@
+"""Every metric, in one class with its own registry; the only file that imports prometheus_client.
+
+Labels are enums, listed in the help text. Never a label: bot, user, sandbox, subject, id, URL, error text.
+"""
+
+from __future__ import annotations
+
+import itertools
+import platform
+from collections.abc import Iterable, Sequence
+from importlib import metadata
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    GCCollector,
+    Histogram,
+    ProcessCollector,
+    disable_created_metrics,
+)
+from prometheus_client.exposition import choose_encoder
+
+from adapter.contract import SCHEMA_VERSION
+
+NAMESPACE = "wechat_adapter"
+
+REFUSED = (
+    "invalid",
+    "not_bound",
+    "ambiguous_bot",
+    "window_closed",
+    "quota",
+    "throttled",
+    "needs_login",
+    "too_long",
+    "expired",
+    "rejected",
+    "backlog",
+)
+DEAD = ("unreadable", "too_large", "unreachable")
+PARKED = ("window_closed", "quota", "throttled", "needs_login", "backlog")
+ENDPOINTS = ("getupdates", "sendmessage", "notifystart", "notifystop")
+UPSTREAM_FAILURES = (
+    "ret_2",
+    "ret_14",
+    "ret_other",
+    "http_4xx",
+    "http_5xx",
+    "timeout",
+    "network",
+    "unreadable",
+)
+RETRIED = tuple(failure for failure in UPSTREAM_FAILURES if failure != "ret_2")
+CONSUMERS = ("out", "router", "control")
+
+_FAST_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 5.0, 10.0)
+_CALL_S = (0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 15.0, 30.0)
+_MESSAGE_S = (0.1, 0.25, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 300.0, 900.0, 3600.0)
+
+
+class Metrics:
+    """Attributes are the names without prefix and unit; all children exist from the start, so that rates begin at 0.
+
+    Safe to change in the event loop while another thread exposes them.
+    """
+
+    def __init__(self, *, version: str = "", revision: str = "") -> None:
+        # They are a second line for every counter that nothing here asks for.
+        disable_created_metrics()  # type: ignore[no-untyped-call]
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        GCCollector(registry=self.registry)
+
+        self.build_info = Gauge(
+            "build_info",
+            "Always 1; what runs: version and revision of the source, Python, version of the bus schema.",
+            ["version", "revision", "python", "schema_version"],
+            namespace=NAMESPACE,
+            registry=self.registry,
+        )
+        runs = version or _installed_version()
+        self.build_info.labels(runs, revision, platform.python_version(), SCHEMA_VERSION).set(1)
+
+        self._make_ownership()
+        self._make_upstream()
+        self._make_inbound()
+        self._make_outbound()
+        self._make_bus()
+
+        self.event_loop_lag = self._histogram(
+            "event_loop_lag_seconds", "How late the event loop wakes a sleeper.", _FAST_S
+        )
+        self.tasks = self._gauge("tasks", "Tasks of the event loop.")
+
+    def value(self, name: str, **labels: str) -> float:
+        """The sample `name` (without prefix, with `_total`, `_count` …), 0 where there is none: for tests."""
+        return self.registry.get_sample_value(f"{NAMESPACE}_{name}", labels) or 0.0
+
+    def expose(self, accept: str = "") -> tuple[bytes, str]:
+        """All metrics and their content type, in the format that the HTTP header `accept` asks for."""
+        encode, content_type = choose_encoder(accept)
+        return encode(self.registry), content_type
+
+    def _make_ownership(self) -> None:
+        self.bindings = self._gauge(
+            "bindings",
+            "Bindings of this replica.",
+            state=["starting", "polling", "throttled", "paused", "needs_login", "error", "draining"],
+        )
+        self.bindings_capacity = self._gauge("bindings_capacity", "Bindings that this replica serves at most.")
+        self.bindings_unowned = self._gauge(
+            "bindings_unowned", "Bindings of shards that no replica owns, or beyond capacity: polled by nobody."
+        )
+        self.shards_owned = self._gauge("shards_owned", "Shards of sandboxes that this replica owns.")
+        self.lease_changes = self._counter(
+            "lease_changes",
+            "Changes of the shards that this replica owns; lost: it could not renew, taken: from a dead replica.",
+            reason=["acquired", "released", "lost", "taken"],
+        )
+
+    def _make_upstream(self) -> None:
+        self.polls = self._counter(
+            "polls",
+            "Long polls of iLink; empty is the server's answer, client_timeout is none.",
+            outcome=["messages", "empty", "client_timeout", "stale_token", "error"],
+        )
+        self.oldest_poll_age = self._gauge(
+            "oldest_poll_age_seconds", "Longest time since a completed poll among the bindings that poll."
+        )
+        self.upstream_requests = self._counter(
+            "upstream_requests",
+            "Requests to iLink; ret_2 throttles, ret_14 is a stale token.",
+            endpoint=ENDPOINTS,
+            outcome=["ok", *UPSTREAM_FAILURES],
+        )
+        self.upstream_request_duration = self._histogram(
+            "upstream_request_duration_seconds",
+            "Duration of requests to iLink, without the long poll.",
+            _CALL_S,
+            endpoint=[endpoint for endpoint in ENDPOINTS if endpoint != "getupdates"],
+        )
+
+    def _make_inbound(self) -> None:
+        self.inbound_messages = self._counter(
+            "inbound_messages",
+            "Messages that a poll returned.",
+            kind=["text", "voice", "unsupported"],
+            outcome=["published", "duplicate", "unbound", "rejected", "publish_failed", "dead_lettered"],
+        )
+        self.inbound_publish_duration = self._histogram(
+            "inbound_publish_duration_seconds",
+            "From the answer of the poll to the stream's acknowledgement.",
+            _FAST_S,
+        )
+        self.inbound_age = self._histogram(
+            "inbound_age_seconds", "From WeChat's time of sending to the stream's acknowledgement.", _MESSAGE_S
+        )
+
+    def _make_outbound(self) -> None:
+        self.outbound_taken = self._counter("outbound_taken", "Commands taken from the outbound stream, each once.")
+        self.outbound_messages = self._counter(
+            "outbound_messages",
+            "Commands with a final outcome; duplicate: a command seen before, not sent again.",
+            children=[
+                ("accepted", "none"),
+                ("accepted_unconfirmed", "none"),
+                *(("refused", reason) for reason in REFUSED),
+                ("uncertain", "none"),
+                *(("dead_lettered", reason) for reason in DEAD),
+                ("duplicate", "none"),
+            ],
+            outcome=["accepted", "accepted_unconfirmed", "refused", "uncertain", "dead_lettered", "duplicate"],
+            reason=["none", *REFUSED, *DEAD],
+        )
+        self.outbound_in_flight = self._gauge(
+            "outbound_in_flight", "Commands taken that are neither parked nor settled."
+        )
+        self.outbound_parked = self._gauge(
+            "outbound_parked", "Commands that wait for their user or a login, not for the service.", reason=PARKED
+        )
+        self.outbound_duration = self._histogram(
+            "outbound_duration_seconds",
+            "From storing a command to its final outcome, without the time that it was parked; failed: dead-lettered or"
+            " uncertain, settled: the rest.",
+            _MESSAGE_S,
+            outcome=["settled", "failed"],
+        )
+        self.outbound_oldest_pending = self._gauge(
+            "outbound_oldest_pending_seconds", "Age of the oldest command that is neither parked nor settled."
+        )
+        self.outbound_retries = self._counter(
+            "outbound_retries", "Sends repeated, by the failure of the attempt before.", reason=RETRIED
+        )
+        self.receipts = self._counter(
+            "receipts",
+            "Receipts published; all but parked are final.",
+            outcome=["accepted", "accepted_unconfirmed", "refused", "uncertain", "dead_lettered", "parked"],
+        )
+        self.dead_letters = self._counter(
+            "dead_letters", "Messages put aside for a person, by where they came from.", stream=["out", "in", "ctl"]
+        )
+        self.schema_violations = self._counter(
+            "schema_violations", "Requests that do not fit their schema.", kind=["out", "ctl", "svc"]
+        )
+
+    def _make_bus(self) -> None:
+        streams = ["in", "event", "parked", "dead", "out", "kv"]
+        self.nats_connected = self._gauge("nats_connected", "1 while connected to NATS, else 0.")
+        self.nats_reconnects = self._counter("nats_reconnects", "Connections to NATS made again after a loss.")
+        self.nats_publish = self._counter(
+            "nats_publish",
+            "Writes to JetStream; retried counts attempts, refused those given up.",
+            stream=streams,
+            outcome=["ok", "retried", "refused"],
+        )
+        self.nats_publish_duration = self._histogram(
+            "nats_publish_duration_seconds", "From a write to its acknowledgement.", _FAST_S, stream=streams
+        )
+        self.nats_consumer_pending = self._gauge(
+            "nats_consumer_pending", "Messages that a consumer has yet to deliver.", consumer=CONSUMERS
+        )
+        self.nats_consumer_ack_pending = self._gauge(
+            "nats_consumer_ack_pending", "Messages delivered and not acknowledged.", consumer=CONSUMERS
+        )
+        self.nats_redeliveries = self._counter(
+            "nats_redeliveries", "Messages that came again from a consumer.", consumer=CONSUMERS
+        )
+
+    def _counter(
+        self,
+        name: str,
+        text: str,
+        *,
+        children: Iterable[tuple[str, ...]] | None = None,
+        **labels: Sequence[str],
+    ) -> Counter:
+        made = Counter(name, _help(text, labels), list(labels), namespace=NAMESPACE, registry=self.registry)
+        for values in itertools.product(*labels.values()) if children is None else children:
+            if values:
+                made.labels(*values)
+        return made
+
+    def _gauge(self, name: str, text: str, **labels: Sequence[str]) -> Gauge:
+        made = Gauge(name, _help(text, labels), list(labels), namespace=NAMESPACE, registry=self.registry)
+        for values in itertools.product(*labels.values()):
+            if values:
+                made.labels(*values)
+        return made
+
+    def _histogram(self, name: str, text: str, buckets: Sequence[float], **labels: Sequence[str]) -> Histogram:
+        made = Histogram(
+            name, _help(text, labels), list(labels), namespace=NAMESPACE, registry=self.registry, buckets=buckets
+        )
+        for values in itertools.product(*labels.values()):
+            if values:
+                made.labels(*values)
+        return made
+
+
+def _help(text: str, labels: dict[str, Sequence[str]]) -> str:
+    """`text` with the values of every label."""
+    lists = (f" {label}: {', '.join(values)}." for label, values in labels.items())
+    return text + "".join(lists)
+
+
+def _installed_version() -> str:
+    try:
+        return metadata.version("wechat-nats")
+    except metadata.PackageNotFoundError:
+        return "unknown"
