@@ -181,8 +181,8 @@ class Metrics:
         )
         self.outbound_duration = self._histogram(
             "outbound_duration_seconds",
-            "From storing a command to its final outcome, without the time that it was parked; failed: dead-lettered or"
-            " uncertain, settled: the rest.",
+            "From storing a command to its final outcome, without the time that it was parked; failed: dead-lettered"
+            " or uncertain, settled: the rest.",
             _MESSAGE_S,
             outcome=["settled", "failed"],
         )

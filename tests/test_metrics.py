@@ -1,0 +1,102 @@
+"""Metrics: names, help texts and size, as Prometheus' naming guide and our budget want them."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from prometheus_client import Metric
+from prometheus_client.parser import text_string_to_metric_families
+
+from adapter.metrics import Metrics
+
+LIBRARY = ("process_", "python_gc_")
+UNITS = ("seconds", "bytes", "info")
+
+
+def families(metrics: Metrics) -> list[Metric]:
+    """Ours, without those of the client library."""
+    text = metrics.expose()[0].decode()
+    return [family for family in text_string_to_metric_families(text) if not family.name.startswith(LIBRARY)]
+
+
+def test_names_have_the_prefix_and_their_unit() -> None:
+    for family in families(Metrics()):
+        assert re.fullmatch(r"wechat_adapter_[a-z][a-z0-9_]*", family.name), family.name
+        assert not re.search(r"_(ms|millis|minutes|hours|count|total|kb|mb)$", family.name), family.name
+        if family.type == "histogram":
+            assert family.name.endswith("_seconds"), family.name
+        if family.type == "counter":
+            assert all(sample.name.endswith("_total") for sample in family.samples), family.name
+        if family.type == "gauge" and "age" in family.name.split("_"):
+            assert family.name.endswith("_seconds"), family.name
+
+
+def test_help_is_a_sentence_that_lists_every_value_of_every_label() -> None:
+    for family in families(Metrics()):
+        assert family.documentation.endswith("."), family.name
+        if family.name == "wechat_adapter_build_info":
+            continue
+        for sample in family.samples:
+            for label, value in sample.labels.items():
+                if label != "le":
+                    assert re.search(rf"\b{label}: [^.]*\b{value}\b", family.documentation), (
+                        family.name,
+                        label,
+                        value,
+                    )
+
+
+def test_no_label_is_unbounded() -> None:
+    labels = {label for family in families(Metrics()) for sample in family.samples for label in sample.labels}
+    assert labels == {
+        *("consumer", "endpoint", "kind", "le", "outcome", "reason", "state", "stream"),
+        *("version", "revision", "python", "schema_version"),
+    }
+
+
+def test_a_scrape_stays_within_the_budget() -> None:
+    body, content_type = Metrics().expose()
+    assert content_type.startswith("text/plain")
+    assert len(body) <= 100_000
+    assert sum(not line.startswith("#") for line in body.decode().splitlines()) <= 1_000
+
+
+def test_openmetrics_is_served_to_who_asks_for_it() -> None:
+    body, content_type = Metrics().expose("application/openmetrics-text; version=1.0.0")
+    assert content_type.startswith("application/openmetrics-text")
+    assert body.endswith(b"# EOF\n")
+
+
+def test_counters_start_at_zero_and_read_back() -> None:
+    metrics = Metrics()
+    assert b'wechat_adapter_polls_total{outcome="empty"} 0.0' in metrics.expose()[0]
+    metrics.polls.labels(outcome="empty").inc()
+    assert metrics.value("polls_total", outcome="empty") == 1.0
+    assert metrics.value("polls_total", outcome="error") == 0.0
+
+
+def test_every_metric_owns_its_registry() -> None:
+    one, other = Metrics(), Metrics()
+    one.outbound_taken.inc()
+    assert (one.value("outbound_taken_total"), other.value("outbound_taken_total")) == (1.0, 0.0)
+
+
+def test_build_info_says_what_runs() -> None:
+    body = Metrics(version="1.2.3", revision="abc").expose()[0].decode()
+    assert re.search(
+        r'wechat_adapter_build_info\{python="[\d.]+",revision="abc",schema_version="1",version="1.2.3"\} 1.0', body
+    )
+
+
+def test_only_plausible_outcomes_of_commands_exist_in_advance() -> None:
+    body = Metrics().expose()[0].decode()
+    made = re.findall(r'outbound_messages_total\{outcome="(\w+)",reason="(\w+)"\}', body)
+    assert ("refused", "quota") in made
+    assert ("accepted", "none") in made
+    assert ("accepted", "quota") not in made
+
+
+@pytest.mark.parametrize("name", ["process_cpu_seconds_total", "python_gc_collections_total"])
+def test_process_and_garbage_collector_are_measured(name: str) -> None:
+    assert f"\n{name}".encode() in Metrics().expose()[0]

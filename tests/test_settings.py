@@ -1,0 +1,197 @@
+"""Settings: what is read, what is refused, and that every fault is named at once without showing a secret."""
+
+from __future__ import annotations
+
+import base64
+from pathlib import Path
+
+import pytest
+
+from adapter import settings
+from adapter.errors import SettingsError
+from adapter.settings import Settings, read_settings
+
+README = Path(__file__).parents[1] / "README.md"
+KEY = base64.b64encode(b"k" * 32).decode()
+OLD_KEY = base64.b64encode(b"o" * 32).decode()
+
+
+def refusal(environ: dict[str, str]) -> str:
+    """The text of the SettingsError, without the leading reason."""
+    with pytest.raises(SettingsError) as caught:
+        read_settings(environ)
+    assert caught.value.reason == "invalid_settings"
+    return caught.value.detail
+
+
+def test_an_empty_environment_gives_the_defaults() -> None:
+    """Variables of others, also NATS_*, are nobody's business here."""
+    assert read_settings({"PATH": "/bin", "NATS_CONTEXT": "prod"}) == Settings()
+
+
+def test_an_empty_variable_counts_as_absent() -> None:
+    """Charts and compose files set what has no value to nothing."""
+    assert read_settings({"WECHAT_NATS_PREFIX": "", "WECHAT_NATS_REPLICAS": " ", "NATS_URL": ""}) == Settings()
+
+
+@pytest.mark.parametrize(
+    ("variable", "raw", "field", "value"),
+    [
+        ("NATS_URL", "nats://a:4222, tls://b:4222", "nats_url", ("nats://a:4222", "tls://b:4222")),
+        ("NATS_URL", "localhost:4222", "nats_url", ("localhost:4222",)),
+        ("WECHAT_NATS_PREFIX", "we-2", "prefix", "we-2"),
+        ("WECHAT_NATS_REPLICAS", "3", "replicas", 3),
+        ("WECHAT_NATS_STORAGE", "memory", "storage", "memory"),
+        ("WECHAT_NATS_CDN_BASE_URL", "https://cdn.example/c2c/", "cdn_base_url", "https://cdn.example/c2c"),
+        ("WECHAT_NATS_ALLOWED_HOSTS", "sim, 127.0.0.1:8080", "allowed_hosts", ("sim", "127.0.0.1:8080")),
+        ("WECHAT_NATS_TOKEN_KEY", f"{KEY},{OLD_KEY}", "token_key", (b"k" * 32, b"o" * 32)),
+        ("WECHAT_NATS_SEND_GAP_MS", "0", "send_gap_ms", 0),
+        ("WECHAT_NATS_WINDOW_HOURS", "22.5", "window_hours", 22.5),
+        ("WECHAT_NATS_STALE_RETRY_S", "1,2.5", "stale_retry_s", (1.0, 2.5)),
+        ("WECHAT_NATS_EMPTY_SEND_IS_SUCCESS", "true", "empty_send_is_success", True),
+        ("WECHAT_NATS_NOTIFY", "0", "notify", False),
+        ("WECHAT_NATS_IN_MAX_BYTES", "-1", "in_max_bytes", -1),
+    ],
+)
+def test_a_variable_is_read(variable: str, raw: str, field: str, value: object) -> None:
+    assert getattr(read_settings({variable: raw}), field) == value
+
+
+@pytest.mark.parametrize(
+    ("variable", "raw", "expected"),
+    [
+        ("NATS_URL", "http://a", "expected nats://host:port"),
+        ("NATS_URL", ",", "expected at least one server"),
+        ("NATS_CREDS", "/nowhere/x.creds", "expected a file"),
+        ("WECHAT_NATS_PREFIX", "We.Chat", "expected text that matches ^[a-z][a-z0-9_-]{0,31}$"),
+        ("WECHAT_NATS_REPLICAS", "2", "expected one of 1, 3, 5, got '2'"),
+        ("WECHAT_NATS_STORAGE", "disk", "expected one of file, memory"),
+        ("WECHAT_NATS_SEND_GAP_MS", "-1", "expected a whole number, at least 0"),
+        ("WECHAT_NATS_SEND_GAP_MS", "1.5", "expected a whole number, at least 0"),
+        ("WECHAT_NATS_LEASE_S", "0.1", "expected a number, at least 0.5"),
+        ("WECHAT_NATS_LEASE_S", "nan", "expected a number, at least 0.5"),
+        ("WECHAT_NATS_WINDOW_HOURS", "25", "expected a number, above 0, at most 24"),
+        ("WECHAT_NATS_DRAIN_S", "inf", "expected a number, at least 0"),
+        ("WECHAT_NATS_NOTIFY", "perhaps", "expected true or false"),
+        ("WECHAT_NATS_STALE_RETRY_S", "5,soon", "expected a number, at least 0, several separated by commas"),
+        ("WECHAT_NATS_ALLOWED_HOSTS", "http://sim", "expected host or host:port"),
+        ("WECHAT_NATS_HTTP_ADDR", "9464", "expected host:port"),
+        ("WECHAT_NATS_HTTP_ADDR", "a:99999", "expected host:port"),
+        ("WECHAT_NATS_ILINK_BASE_URL", "ilink", "expected https://host"),
+        ("WECHAT_NATS_ILINK_BASE_URL", "http://ilink", "or a host that WECHAT_NATS_ALLOWED_HOSTS names"),
+        ("WECHAT_NATS_TOKEN_KEY", "c2hvcnQ=", "expected base64 of 32 bytes"),
+        ("WECHAT_NATS_LOG", "verbose", "expected one of debug, error, info, warning"),
+    ],
+)
+def test_a_wrong_value_is_refused_with_what_was_expected(variable: str, raw: str, expected: str) -> None:
+    text = refusal({variable: raw})
+    assert text.startswith(f"{variable}: ")
+    assert expected in text
+
+
+def test_every_fault_is_named_at_once_on_its_own_line() -> None:
+    text = refusal({"WECHAT_NATS_REPLICAS": "2", "WECHAT_NATS_LOG": "loud", "WECHAT_NATS_LOGS": "info"})
+    assert [line.split(":")[0] for line in text.splitlines()] == [
+        "WECHAT_NATS_REPLICAS",
+        "WECHAT_NATS_LOG",
+        "WECHAT_NATS_LOGS",
+    ]
+
+
+def test_a_misspelt_variable_is_refused_with_the_nearest_name() -> None:
+    assert refusal({"WECHAT_NATS_SEND_GAP": "9"}) == (
+        "WECHAT_NATS_SEND_GAP: no such setting, did you mean WECHAT_NATS_SEND_GAP_MS?"
+    )
+
+
+def test_what_kubernetes_sets_for_a_service_of_that_name_is_no_typing_error() -> None:
+    environ = {
+        "WECHAT_NATS_SERVICE_HOST": "10.0.0.7",
+        "WECHAT_NATS_SERVICE_PORT_METRICS": "9464",
+        "WECHAT_NATS_PORT": "tcp://10.0.0.7:9464",
+        "WECHAT_NATS_PORT_9464_TCP_ADDR": "10.0.0.7",
+        "WECHAT_NATS_METRICS_PORT_9464_TCP": "tcp://10.0.0.7:9464",
+    }
+    assert read_settings(environ) == Settings()
+
+
+def test_plain_http_is_for_allowed_hosts_only() -> None:
+    environ = {"WECHAT_NATS_ILINK_BASE_URL": "http://127.0.0.1:8080", "WECHAT_NATS_ALLOWED_HOSTS": "127.0.0.1:8080"}
+    assert read_settings(environ).ilink_base_url == "http://127.0.0.1:8080"
+    assert "WECHAT_NATS_ILINK_BASE_URL" in refusal(environ | {"WECHAT_NATS_ALLOWED_HOSTS": "127.0.0.1:9"})
+
+
+def test_a_client_certificate_needs_its_key_and_a_password_its_user(tmp_path: Path) -> None:
+    cert = tmp_path / "cert.pem"
+    cert.touch()
+    text = refusal({"NATS_CERT": str(cert), "NATS_PASSWORD": "canary"})
+    assert text.splitlines() == [
+        "NATS_KEY: expected a value, since NATS_CERT has one",
+        "NATS_USER: expected a value, since NATS_PASSWORD has one",
+    ]
+
+
+def test_a_secret_may_come_from_a_file(tmp_path: Path) -> None:
+    """Editors and `echo` end a file with a newline that is no part of the secret."""
+    (tmp_path / "token").write_text("canary\n")
+    (tmp_path / "keys").write_text(f"{KEY},\n{OLD_KEY}\n")
+    read = read_settings(
+        {"NATS_TOKEN_FILE": str(tmp_path / "token"), "WECHAT_NATS_TOKEN_KEY_FILE": str(tmp_path / "keys")}
+    )
+    assert (read.nats_token, read.token_key) == ("canary", (b"k" * 32, b"o" * 32))
+
+
+def test_a_secret_from_both_or_from_no_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "empty").touch()
+    text = refusal(
+        {
+            "NATS_TOKEN": "canary",
+            "NATS_TOKEN_FILE": str(tmp_path / "empty"),
+            "NATS_PASSWORD_FILE": str(tmp_path / "absent"),
+            "WECHAT_NATS_TOKEN_KEY_FILE": str(tmp_path / "empty"),
+        }
+    )
+    assert "NATS_TOKEN: expected either NATS_TOKEN or NATS_TOKEN_FILE, not both" in text
+    assert "No such file" in text
+    assert "is empty" in text
+    assert "canary" not in text
+
+
+def test_no_error_and_no_repr_shows_a_secret() -> None:
+    text = refusal(
+        {
+            "WECHAT_NATS_TOKEN_KEY": "canary",
+            "NATS_URL": "http://me:canary@nats",
+            "WECHAT_NATS_ILINK_BASE_URL": "https://me:canary@ilink",
+        }
+    )
+    assert "canary" not in text
+    held = read_settings({"NATS_URL": "nats://me:canary@nats", "NATS_USER": "me", "NATS_PASSWORD": "canary"})
+    assert "canary" not in repr(held)
+    assert "nats_password=***" in repr(held)
+
+
+@pytest.mark.parametrize(
+    ("addr", "host", "port"),
+    [("127.0.0.1:9464", "127.0.0.1", 9464), (":0", "", 0), ("[::1]:80", "::1", 80), ("pod.local:1", "pod.local", 1)],
+)
+def test_the_http_address_is_split(addr: str, host: str, port: int) -> None:
+    read = read_settings({"WECHAT_NATS_HTTP_ADDR": addr})
+    assert (read.http_host, read.http_port) == (host, port)
+
+
+def test_every_setting_explains_itself() -> None:
+    rows = settings.settings_table()
+    assert [row.variable.split("`")[0] for row in rows] == [
+        settings.variable_of(field) for field in Settings.__struct_fields__
+    ]
+    assert all(row.meaning.endswith(".") and len(row.meaning) > 15 for row in rows)
+
+
+def test_the_readme_holds_the_table_of_settings() -> None:
+    """`make generate` rewrites it."""
+    text = README.read_text(encoding="utf-8")
+    _, _, rest = text.partition("<!-- settings -->\n")
+    table, end, _ = rest.partition("<!-- /settings -->")
+    assert end
+    assert table.strip() == settings.settings_markdown().strip()
