@@ -1,0 +1,177 @@
+"""Logging: one JSON line per event on stdout, without secrets or message text. Imports nothing of ours.
+
+Field names follow OpenTelemetry's log model: `timestamp`, `severity_text`, `body` (the event), `service.*`, then
+the event's own. Tokens and texts must not be fields at all; the redaction is the net below, not the rule.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+from collections.abc import Mapping
+from typing import Any, BinaryIO
+
+import msgspec
+import structlog
+from structlog.typing import EventDict, Processor, WrappedLogger
+
+SERVICE = "wechat-nats"
+FOREIGN_CHARS = 200
+"""Longest text in a field; longer is cut, since it is most likely somebody else's."""
+TRACEBACK_CHARS = 8000
+HIDDEN = "***"
+
+_LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
+
+_SECRET_NAMES = (
+    "token|bot_token|context_token|nats_token|token_key|authorization|password|nats_password|secret|seed|nkey|jwt"
+    "|text|transcript|get_updates_buf|cursor|qrcode|qrcode_url|qrcode_img_content|verify_code"
+    "|aes_key|aeskey|encrypt_query_param|encrypted_query_param|upload_param"
+)
+_SECRET_KEY = re.compile(rf"(?:{_SECRET_NAMES}|.*_(?:token|password|secret))\Z", re.IGNORECASE)
+_SECRET_TEXT = tuple(
+    (re.compile(pattern, re.IGNORECASE), replacement)
+    for pattern, replacement in (
+        (r"(@im\.bot:)[0-9a-z_+/=-]+", rf"\1{HIDDEN}"),
+        (r"\b(Bearer|Basic)\s+[^\s\"',]+", rf"\1 {HIDDEN}"),
+        (r"AARzJW[0-9a-z+/=_-]*", HIDDEN),
+        # {"text": "…"}, {'text': '…'}, Bind(bot_token='…'); a text that was cut has no closing quote.
+        (
+            rf"((?:\b|_)(?:{_SECRET_NAMES})\\*[\"']?\s*[:=]\s*b?)"
+            r"(?:\\*\"(?:\\.|[^\"\\])*\"?|'(?:\\.|[^'\\])*'?)",
+            rf"\1{HIDDEN}",
+        ),
+        (r"\b(https?://[^\s?\"'<>]+)\?[^\s\"'<>]+", rf"\1?{HIDDEN}"),
+        (r"//[^\s/@\"']+@", f"//{HIDDEN}@"),
+        (r"\bS[ACNOUX][A-Z2-7]{56}\b", HIDDEN),
+        (r"\beyJ[0-9a-z_-]{10,}(?:\.[0-9a-z_-]+)*", HIDDEN),
+    )
+)
+_HARMLESS = re.compile(r"(?!.*(?:AARzJW|eyJ))[a-z0-9_.@-]{0,40}\Z", re.IGNORECASE | re.ASCII)
+"""Names, ids and words: most of what is logged, and nothing that a pattern above could match."""
+
+
+def configure(
+    level: str = "info",
+    stream: BinaryIO | None = None,
+    *,
+    version: str = "",
+    instance: str = "",
+    console: bool | None = None,
+) -> None:
+    """Sends structlog's events and, from WARNING on, those of the standard library to `stream` (default: stdout).
+
+    `console` asks for lines for people instead of JSON; None: if `stream` is a terminal. May be called again.
+    """
+    out = stream if stream is not None else sys.stdout.buffer
+    service = {"service.name": SERVICE, "service.version": version, "service.instance.id": instance}
+    people = out.isatty() if console is None else console
+    render: list[Processor] = (
+        [redact, _to_console]
+        if people
+        else [_shape({name: value for name, value in service.items() if value}), redact, _to_json]
+    )
+    structlog.configure(
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.StackInfoRenderer(),
+            structlog.processors.format_exc_info,
+            *render,
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(_LEVELS[level]),
+        logger_factory=structlog.BytesLoggerFactory(out),
+        cache_logger_on_first_use=False,
+    )
+    root = logging.getLogger()
+    for handler in [handler for handler in root.handlers if isinstance(handler, _Forward)]:
+        root.removeHandler(handler)
+    root.addHandler(_Forward(logging.WARNING))
+    root.setLevel(logging.WARNING)
+    logging.captureWarnings(True)
+
+
+def redact(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+    """The last processor before rendering: hides by key and by pattern, cuts long text, leaves only plain values."""
+    return {
+        key: _plain(value, key, TRACEBACK_CHARS if key in ("exception", "stack") else FOREIGN_CHARS)
+        for key, value in event.items()
+    }
+
+
+def redacted_text(text: str, longest: int = FOREIGN_CHARS) -> str:
+    """`text` without what looks like a secret, at most `longest` characters of it."""
+    if _HARMLESS.match(text):
+        return text
+    text = text[: 2 * TRACEBACK_CHARS]  # bounds the work, not the result
+    if not text.isascii():
+        text = text.encode("utf-8", "backslashreplace").decode()  # lone surrogates cannot be written
+    for pattern, replacement in _SECRET_TEXT:
+        text = pattern.sub(replacement, text)
+    return text if len(text) <= longest else text[:longest] + "…"
+
+
+def _plain(value: Any, key: str, longest: int, depth: int = 0) -> Any:
+    if _SECRET_KEY.match(key):
+        return HIDDEN if value else value
+    match value:
+        case None | bool() | int() | float():
+            return value
+        case str():
+            return redacted_text(value, longest)
+        case bytes() | bytearray() | memoryview():
+            return f"<{len(value)} bytes>"
+        case Mapping() if depth < 3:
+            return {
+                redacted_text(str(name)): _plain(inner, str(name), longest, depth + 1)
+                for name, inner in list(value.items())[:50]
+            }
+        case list() | tuple() | set() | frozenset() if depth < 3:
+            return [_plain(inner, "", longest, depth + 1) for inner in list(value)[:50]]
+        case BaseException():
+            return redacted_text(f"{type(value).__name__}: {value}", longest)
+        case _:
+            return redacted_text(repr(value), longest)
+
+
+def _shape(service: Mapping[str, str]) -> Processor:
+    """Puts the common fields first, under the names of the log model."""
+
+    def shape(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+        return {
+            "timestamp": event.pop("timestamp"),
+            "severity_text": event.pop("level").upper(),
+            "body": event.pop("event"),
+            **service,
+            **event,
+        }
+
+    return shape
+
+
+def _to_json(_logger: WrappedLogger, _method: str, event: EventDict) -> bytes:
+    return msgspec.json.encode(event)
+
+
+_console = structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)
+
+
+def _to_console(logger: WrappedLogger, method: str, event: EventDict) -> bytes:
+    return _console(logger, method, event).encode()
+
+
+class _Forward(logging.Handler):
+    """Passes what libraries log to structlog, so that it is shaped and redacted like everything else."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            structlog.get_logger().log(
+                min(record.levelno, logging.ERROR),
+                "library.reported",
+                logger=record.name,
+                message=record.getMessage(),
+                exc_info=record.exc_info or None,
+            )
+        except Exception:  # noqa: BLE001  the convention of logging.Handler: never fail the caller
+            self.handleError(record)

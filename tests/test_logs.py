@@ -1,0 +1,195 @@
+"""Logging: the shape of a line, and that no secret comes through, whichever way it went in."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import structlog
+
+from adapter import logs
+from adapter.contract import Bind
+
+TOKEN = "b0f5860fdecb@im.bot:0600abcdCANARY"
+CONTEXT = "AARzJWCANARY+x/y="
+SEED = "SUACANARY" + "A" * 49
+
+
+class Capture(io.BytesIO):
+    def lines(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.getvalue().splitlines()]
+
+
+@pytest.fixture
+def captured() -> Iterator[Capture]:
+    """Everything that is logged at debug or above; the configuration before is restored."""
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    out = Capture()
+    logs.configure("debug", out, version="1.2.3", instance="pod-0")
+    yield out
+    structlog.reset_defaults()
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    logging.captureWarnings(False)
+
+
+def test_a_line_has_the_names_of_the_log_model(captured: Capture) -> None:
+    structlog.get_logger().warning("poll.failed", sandbox="s1", reason="timeout", wait_s=1.5)
+    (line,) = captured.lines()
+    assert line.pop("timestamp").endswith("Z")
+    assert line == {
+        "severity_text": "WARNING",
+        "body": "poll.failed",
+        "service.name": "wechat-nats",
+        "service.version": "1.2.3",
+        "service.instance.id": "pod-0",
+        "sandbox": "s1",
+        "reason": "timeout",
+        "wait_s": 1.5,
+    }
+
+
+def test_less_severe_events_are_dropped(captured: Capture) -> None:
+    logs.configure("warning", captured)
+    structlog.get_logger().info("binding.started")
+    structlog.get_logger().error("binding.failed")
+    assert [line["body"] for line in captured.lines()] == ["binding.failed"]
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "bot_token",
+        "token",
+        "Authorization",
+        "context_token",
+        "text",
+        "get_updates_buf",
+        "cursor",
+        "qrcode",
+        "password",
+        "token_key",
+        "transcript",
+        "nats_token",
+        "aes_key",
+    ],
+)
+def test_a_field_with_the_name_of_a_secret_is_hidden(captured: Capture, key: str) -> None:
+    structlog.get_logger().info("x.happened", **{key: "CANARY"}, nested={"a": [{key: "CANARY"}]})
+    assert b"CANARY" not in captured.getvalue()
+    assert captured.lines()[0][key] == "***"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"refused {TOKEN}",
+        "Authorization: Bearer CANARY",
+        f"stale {CONTEXT}",
+        '{"msg":{"context_token":"CANARY","item_list":[{"text":"say \\"CANARY\\" CANARY"}]}}',
+        "{'get_updates_buf': 'CANARY'}",
+        "{'text': 'CANARY is cut here",
+        '"{\\"bot_token\\":\\"CANARY\\"}"',
+        'body=b\'{"cursor": "CANARY"}\'',
+        "GET https://cdn.example/c2c/download?encrypted_query_param=CANARY&x=1",
+        "connect nats://me:CANARY@nats:4222",
+        f"seed {SEED}",
+        "jwt eyJ0eXAiOiJKV1QCANARY.eyJqdGkiCANARY.c2lnCANARY",
+    ],
+)
+def test_what_looks_like_a_secret_is_hidden_in_any_text(captured: Capture, text: str) -> None:
+    """In a field, in the event, in an exception, in a library's message and in an object's repr."""
+    structlog.get_logger().info("x.happened", detail=text, several=[text], by={"k": text}, exc=ValueError(text))
+    structlog.get_logger().info(text)
+    logging.getLogger("httpx").warning("request: %s", text)
+    try:
+        raise RuntimeError(text)
+    except RuntimeError:
+        structlog.get_logger().exception("x.failed")
+        logging.getLogger("nats").exception("failed")
+    assert len(captured.lines()) == 5
+    assert b"CANARY" not in captured.getvalue()
+    assert b"RuntimeError" in captured.getvalue()
+
+
+def test_a_chained_exception_is_redacted_too(captured: Capture) -> None:
+    try:
+        try:
+            raise ValueError(f"inner {TOKEN}")
+        except ValueError as exc:
+            raise RuntimeError(f"outer {CONTEXT}") from exc
+    except RuntimeError:
+        structlog.get_logger().exception("x.failed")
+    assert "inner b0f5860fdecb@im.bot:***" in captured.lines()[0]["exception"]
+    assert b"CANARY" not in captured.getvalue()
+
+
+def test_a_struct_as_a_field_shows_no_secret(captured: Capture) -> None:
+    structlog.get_logger().info(
+        "x.happened", bind=Bind(sandbox="s1", bot="b@im.bot", bot_token="CANARY", cursor="CANARY")
+    )
+    assert b"CANARY" not in captured.getvalue()
+    assert "sandbox='s1'" in captured.lines()[0]["bind"]
+
+
+def test_ids_of_bots_and_users_stay_readable(captured: Capture) -> None:
+    structlog.get_logger().info("x.happened", bot="b0f5860fdecb@im.bot", user="o9cq@im.wechat", detail=TOKEN)
+    (line,) = captured.lines()
+    assert (line["bot"], line["user"]) == ("b0f5860fdecb@im.bot", "o9cq@im.wechat")
+    assert line["detail"] == "b0f5860fdecb@im.bot:***"
+
+
+def test_foreign_text_is_cut(captured: Capture) -> None:
+    structlog.get_logger().info("x.happened", errmsg="长" * 5000, raw=b"x" * 5000)
+    (line,) = captured.lines()
+    assert line["errmsg"] == "长" * 200 + "…"
+    assert line["raw"] == "<5000 bytes>"
+
+
+def test_nothing_that_a_caller_passes_breaks_a_line(captured: Capture) -> None:
+    loop: dict[str, Any] = {}
+    loop["self"] = loop
+    structlog.get_logger().info(
+        "x.happened", big=2**70, lone="\ud800", nan=float("nan"), kind=ValueError, loop=loop, keys={1: 2}, none=None
+    )
+    (line,) = captured.lines()
+    assert line["none"] is None
+    assert line["keys"] == {"1": 2}
+
+
+def test_libraries_are_heard_from_warning_on(captured: Capture) -> None:
+    """httpx logs whole URLs at INFO."""
+    logging.getLogger("httpx").info("HTTP Request: GET https://ilink.example")
+    logging.getLogger("nats.aio").warning("slow consumer")
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.warn("old call", DeprecationWarning, stacklevel=1)
+    first, second = captured.lines()
+    assert (first["body"], first["logger"], first["message"]) == ("library.reported", "nats.aio", "slow consumer")
+    assert (second["logger"], second["severity_text"]) == ("py.warnings", "WARNING")
+
+
+def test_a_second_configuration_replaces_the_first(captured: Capture) -> None:
+    other = Capture()
+    logs.configure("info", other)
+    logging.getLogger("nats").error("lost")
+    assert (len(captured.lines()), len(other.lines())) == (0, 1)
+
+
+def test_a_terminal_gets_lines_for_people_without_secrets(captured: Capture) -> None:
+    people = Capture()
+    logs.configure("info", people, console=True)
+    try:
+        raise RuntimeError(TOKEN)
+    except RuntimeError:
+        structlog.get_logger().exception("x.failed", bot_token="CANARY")
+    text = people.getvalue().decode()
+    assert "x.failed" in text
+    assert "RuntimeError" in text
+    assert "CANARY" not in text
