@@ -1,0 +1,242 @@
+"""Answers /metrics, /livez, /readyz and /startupz from a thread of its own; reads, never changes.
+
+Of its own, since a stuck event loop is the very thing that /livez has to report.
+"""
+
+from __future__ import annotations
+
+import socket
+import socketserver
+import threading
+import time
+from collections.abc import Callable, Iterable
+from types import TracebackType
+from typing import Any, Self
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
+
+import msgspec
+import structlog
+
+from adapter.errors import SettingsError
+from adapter.metrics import Metrics
+from adapter.settings import split_addr
+
+log = structlog.get_logger()
+
+STUCK_S = 30.0
+"""A heartbeat older than this means that the event loop is stuck."""
+BUS_GRACE_S = 10.0
+"""So long a NATS outage leaves the replica ready: it keeps its bindings and reconnects."""
+
+
+class Check(msgspec.Struct, frozen=True, kw_only=True):
+    """One line of an answer. `since_ms`: Unix milliseconds of the last change of `ok`, as far as it is known."""
+
+    name: str
+    ok: bool
+    since_ms: int
+    detail: str = ""
+
+
+class Health:
+    """What the event loop says about itself; the probe thread reads it. All attributes may be set at any time.
+
+    `clock` gives monotonic seconds. NATS and iLink never decide about life: restarting thousands of long polls heals
+    neither. Nothing here knows single bindings.
+    """
+
+    def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self.clock = clock
+        self.phase = "starting"
+        """What the start waits for, in words; shown until `started`."""
+        self.nats_down_since: float | None = None
+        """`clock()` when the connection was lost; None while connected. See `nats_lost` and `nats_back`."""
+        self._born = self._beat = clock()
+        self._flags: dict[str, tuple[bool, float]] = dict.fromkeys(
+            ("started", "draining", "jetstream"), (False, self._born)
+        )
+        self._failed: dict[str, tuple[str, float]] = {}
+
+    def beat(self) -> None:
+        """Called by the event loop every few seconds."""
+        self._beat = self.clock()
+
+    def fail(self, name: str, detail: str) -> None:
+        """Says that the loop `name` died for good: only a restart helps. `detail` holds no secret."""
+        self._failed = {**self._failed, name: (detail, self.clock())}
+
+    def nats_lost(self) -> None:
+        """Starts the clock of the outage, unless it runs."""
+        if self.nats_down_since is None:
+            self.nats_down_since = self.clock()
+
+    def nats_back(self) -> None:
+        self.nats_down_since = None
+
+    @property
+    def started(self) -> bool:
+        """Connected once, streams, buckets and permissions verified, loops running."""
+        return self._flags["started"][0]
+
+    @started.setter
+    def started(self, value: bool) -> None:
+        self._set("started", value)
+
+    @property
+    def draining(self) -> bool:
+        """SIGTERM was received: take nothing new."""
+        return self._flags["draining"][0]
+
+    @draining.setter
+    def draining(self, value: bool) -> None:
+        self._set("draining", value)
+
+    @property
+    def jetstream_ok(self) -> bool:
+        """JetStream answered when it was last asked."""
+        return self._flags["jetstream"][0]
+
+    @jetstream_ok.setter
+    def jetstream_ok(self, value: bool) -> None:
+        self._set("jetstream", value)
+
+    def startup(self) -> list[Check]:
+        """/startupz: once true, true for good."""
+        started, since = self._flags["started"]
+        return [self._check("started", started, since, self.phase)]
+
+    def live(self) -> list[Check]:
+        """/livez: whether a restart would help."""
+        beat = self._beat
+        silent_s = self.clock() - beat
+        stuck = silent_s >= STUCK_S
+        checks = [
+            self._check("event_loop", not stuck, beat if stuck else self._born, f"no heartbeat for {silent_s:.0f} s")
+        ]
+        checks += [self._check(name, False, since, detail) for name, (detail, since) in self._failed.items()]
+        return checks
+
+    def ready(self) -> list[Check]:
+        """/readyz: whether this replica can take over bindings."""
+        down_since = self.nats_down_since
+        draining, draining_since = self._flags["draining"]
+        jetstream, jetstream_since = self._flags["jetstream"]
+        if down_since is None:
+            nats = self._check("nats", True, self._born)
+        else:
+            down_s = self.clock() - down_since
+            nats = self._check(
+                "nats", down_s <= BUS_GRACE_S, down_since, f"disconnected for {down_s:.0f} s", always=True
+            )
+        return [
+            *self.startup(),
+            nats,
+            self._check("jetstream", jetstream, jetstream_since, "JetStream does not answer"),
+            self._check("not_draining", not draining, draining_since, "shutting down"),
+        ]
+
+    def _set(self, flag: str, value: bool) -> None:
+        if self._flags[flag][0] != value:
+            self._flags[flag] = (value, self.clock())
+
+    def _check(self, name: str, ok: bool, since: float, detail: str = "", *, always: bool = False) -> Check:
+        """`since` on our clock. The detail explains a failure; `always` shows it with success too."""
+        since_ms = int((time.time() - (self.clock() - since)) * 1000)
+        return Check(name=name, ok=ok, since_ms=since_ms, detail=detail if always or not ok else "")
+
+
+class ProbeServer:
+    """Serves while entered. `addr` is `host:port`; port 0 takes a free one, see `url`.
+
+    Entering raises SettingsError if the address cannot be had.
+    """
+
+    def __init__(self, addr: str, health: Health, metrics: Metrics) -> None:
+        self.addr = addr
+        self._answers: dict[str, Callable[[str], tuple[bool, bytes, str]]] = {
+            "/startupz": lambda _: _answer(health.startup()),
+            "/livez": lambda _: _answer(health.live()),
+            "/readyz": lambda _: _answer(health.ready()),
+            "/metrics": lambda accept: (True, *metrics.expose(accept)),
+        }
+
+    def __enter__(self) -> Self:
+        host, port = split_addr(self.addr)
+        try:
+            self._server = _server_class(host)((host, port), _Request)
+        except OSError as exc:
+            raise SettingsError(
+                "invalid_settings",
+                f"WECHAT_NATS_HTTP_ADDR: expected an address to listen on, {self.addr} cannot be had: {exc.strerror}",
+            ) from exc
+        self._server.set_app(self._serve)
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, kwargs={"poll_interval": 0.1}, name="probes", daemon=True
+        )
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()
+
+    @property
+    def port(self) -> int:
+        """The port in use."""
+        return int(self._server.server_address[1])
+
+    @property
+    def url(self) -> str:
+        """Base URL, without a slash at its end."""
+        host = split_addr(self.addr)[0]
+        if host in ("", "0.0.0.0", "::"):
+            host = "127.0.0.1" if host != "::" else "::1"
+        return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
+
+    def _serve(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        path, method = environ.get("PATH_INFO", ""), environ.get("REQUEST_METHOD", "")
+        if method not in ("GET", "HEAD"):
+            status, body, content_type = "405 Method Not Allowed", b"GET only\n", "text/plain"
+        elif (answer := self._answers.get(path)) is None:
+            status, body, content_type = "404 Not Found", f"{' '.join(self._answers)}\n".encode(), "text/plain"
+        else:
+            ok, body, content_type = answer(environ.get("HTTP_ACCEPT", ""))
+            status = "200 OK" if ok else "503 Service Unavailable"
+        start_response(status, [("Content-Type", content_type), ("Content-Length", str(len(body)))])
+        return [] if method == "HEAD" else [body]
+
+
+def _answer(checks: list[Check]) -> tuple[bool, bytes, str]:
+    return all(check.ok for check in checks), msgspec.json.encode(checks) + b"\n", "application/json"
+
+
+class _Request(WSGIRequestHandler):
+    timeout = 10  # seconds that a silent client may hold a thread
+
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
+        """Probes come every few seconds; nobody wants to read of them."""
+
+
+class _Server(socketserver.ThreadingMixIn, WSGIServer):
+    daemon_threads = True
+    block_on_close = False
+
+    def server_bind(self) -> None:
+        """Without the DNS look-up of HTTPServer, which may take seconds."""
+        socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
+        self.setup_environ()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        log.debug("probe.failed", exc_info=True)
+
+
+class _Server6(_Server):
+    address_family = socket.AF_INET6
+
+
+def _server_class(host: str) -> type[_Server]:
+    return _Server6 if ":" in host else _Server

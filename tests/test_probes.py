@@ -1,0 +1,184 @@
+"""Probes: what each one depends on, what it must not depend on, and that a stuck loop cannot silence them."""
+
+from __future__ import annotations
+
+import json
+import socket
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from adapter.errors import SettingsError
+from adapter.metrics import Metrics
+from adapter.probes import Health, ProbeServer
+
+DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+class Clock:
+    now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def health(clock: Clock) -> Health:
+    """A replica in service."""
+    health = Health(clock=clock)
+    health.started = True
+    health.jetstream_ok = True
+    return health
+
+
+@pytest.fixture
+def server(health: Health) -> Iterator[ProbeServer]:
+    with ProbeServer("127.0.0.1:0", health, Metrics()) as server:
+        yield server
+
+
+def ask(server: ProbeServer, path: str, *, method: str = "GET", accept: str = "") -> tuple[int, bytes]:
+    """Status and body. Blocks the thread, and with it the event loop where there is one."""
+    request = urllib.request.Request(server.url + path, method=method, headers={"Accept": accept})
+    try:
+        with DIRECT.open(request) as answer:
+            return int(answer.status), bytes(answer.read())
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.read()
+
+
+def checks(server: ProbeServer, path: str) -> tuple[int, dict[str, dict[str, Any]]]:
+    status, body = ask(server, path)
+    return status, {check["name"]: check for check in json.loads(body)}
+
+
+def test_a_replica_in_service_passes_every_probe(server: ProbeServer) -> None:
+    for path, names in {
+        "/startupz": {"started"},
+        "/livez": {"event_loop"},
+        "/readyz": {"started", "nats", "jetstream", "not_draining"},
+    }.items():
+        status, found = checks(server, path)
+        assert (status, set(found)) == (200, names)
+        assert all(check["ok"] and check["since_ms"] > 0 and check["detail"] == "" for check in found.values())
+
+
+def test_before_the_start_is_done_only_life_is_claimed(clock: Clock) -> None:
+    health = Health(clock=clock)
+    health.phase = "waiting for NATS"
+    with ProbeServer("127.0.0.1:0", health, Metrics()) as server:
+        status, found = checks(server, "/startupz")
+        assert (status, found["started"]["detail"]) == (503, "waiting for NATS")
+        assert ask(server, "/readyz")[0] == 503
+        assert ask(server, "/livez")[0] == 200
+
+
+async def test_a_blocked_event_loop_is_reported_while_it_is_blocked(
+    server: ProbeServer, clock: Clock, health: Health
+) -> None:
+    """This test holds the event loop all along: only another thread can answer."""
+    clock.now += 29
+    assert ask(server, "/livez")[0] == 200
+    clock.now += 1
+    status, found = checks(server, "/livez")
+    assert (status, found["event_loop"]["ok"]) == (503, False)
+    assert "no heartbeat for 30 s" in found["event_loop"]["detail"]
+    assert ask(server, "/metrics")[0] == 200
+    health.beat()
+    assert ask(server, "/livez")[0] == 200
+
+
+def test_a_loop_that_died_for_good_fails_liveness(server: ProbeServer, health: Health) -> None:
+    health.fail("router", "stopped after 5 restarts")
+    status, found = checks(server, "/livez")
+    assert status == 503
+    assert (found["router"]["ok"], found["router"]["detail"]) == (False, "stopped after 5 restarts")
+    assert ask(server, "/readyz")[0] == 200
+
+
+def test_an_outage_of_nats_costs_readiness_after_ten_seconds_and_never_life(
+    server: ProbeServer, clock: Clock, health: Health
+) -> None:
+    health.nats_lost()
+    clock.now += 10
+    health.nats_lost()
+    health.beat()
+    status, found = checks(server, "/readyz")
+    assert (status, found["nats"]["detail"]) == (200, "disconnected for 10 s")
+    clock.now += 0.5
+    assert ask(server, "/readyz")[0] == 503
+    clock.now += 3600
+    health.beat()
+    assert ask(server, "/livez")[0] == 200
+    assert ask(server, "/startupz")[0] == 200
+    health.nats_back()
+    assert ask(server, "/readyz")[0] == 200
+
+
+def test_a_silent_jetstream_costs_readiness(server: ProbeServer, health: Health) -> None:
+    health.jetstream_ok = False
+    status, found = checks(server, "/readyz")
+    assert (status, found["jetstream"]["ok"]) == (503, False)
+    assert ask(server, "/livez")[0] == 200
+
+
+def test_draining_costs_readiness_at_once(server: ProbeServer, health: Health) -> None:
+    health.draining = True
+    status, found = checks(server, "/readyz")
+    assert (status, found["not_draining"]["detail"]) == (503, "shutting down")
+    assert ask(server, "/livez")[0] == 200
+
+
+def test_since_is_when_a_check_changed(server: ProbeServer, clock: Clock, health: Health) -> None:
+    clock.now += 100
+    health.draining = True
+    health.draining = True
+    clock.now += 100
+    health.draining = True
+    _, found = checks(server, "/readyz")
+    apart_ms = found["not_draining"]["since_ms"] - found["started"]["since_ms"]
+    assert round(apart_ms / 1000) == 100
+
+
+def test_metrics_are_served_in_the_format_asked_for(server: ProbeServer) -> None:
+    assert b"wechat_adapter_polls_total" in ask(server, "/metrics")[1]
+    assert ask(server, "/metrics", accept="application/openmetrics-text; version=1.0.0")[1].endswith(b"# EOF\n")
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [("GET", "/", 404), ("GET", "/metrics/x", 404), ("POST", "/livez", 405), ("HEAD", "/livez", 200)],
+)
+def test_other_requests_are_answered_plainly(server: ProbeServer, method: str, path: str, status: int) -> None:
+    assert ask(server, path, method=method)[0] == status
+
+
+def test_a_client_that_says_nothing_holds_nobody_up(server: ProbeServer) -> None:
+    with socket.create_connection(("127.0.0.1", server.port)):
+        assert ask(server, "/livez")[0] == 200
+
+
+def test_a_port_in_use_names_the_setting(server: ProbeServer, health: Health) -> None:
+    taken = f"127.0.0.1:{server.port}"
+    with (
+        pytest.raises(SettingsError, match=r"WECHAT_NATS_HTTP_ADDR: .*Address already in use"),
+        ProbeServer(taken, health, Metrics()),
+    ):
+        pass
+
+
+def test_the_port_is_free_again_afterwards(health: Health) -> None:
+    with ProbeServer(":0", health, Metrics()) as server:
+        port = server.port
+        assert server.url == f"http://127.0.0.1:{port}"
+    with ProbeServer(f"127.0.0.1:{port}", health, Metrics()) as server:
+        assert ask(server, "/livez")[0] == 200
