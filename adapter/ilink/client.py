@@ -1,0 +1,185 @@
+"""iLink over HTTP: one httpx client per bot, one shared TLS context. No parsing beyond handing bytes on.
+
+A client per bot keeps one bot's trouble from another's, and httpx's pool short: it walks the whole pool at every
+request, which with thousands of parked polls in one client costs more than everything else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import ssl
+import time
+
+import httpx
+import structlog
+
+from adapter import __version__
+from adapter.errors import AdapterError, Refused, SessionExpired, Temporary, Throttled, Uncertain
+from adapter.ilink import protocol
+from adapter.ilink.protocol import Reply, Request
+from adapter.metrics import Metrics
+from adapter.ports import Accepted, Account, Polled
+
+log = structlog.get_logger()
+
+AGENT = f"wechat-nats/{__version__}"
+CONNECT_S = 10.0
+NOTIFY_S = 10.0
+
+
+class ILink:
+    """Implements ports.Chat."""
+
+    def __init__(
+        self,
+        metrics: Metrics,
+        *,
+        default_base_url: str,
+        allowed_hosts: tuple[str, ...],
+        poll_margin_s: float,
+        send_timeout_s: float,
+        max_answer_bytes: int,
+    ) -> None:
+        self._metrics = metrics
+        self._default_base_url = default_base_url
+        self._allowed_hosts = allowed_hosts
+        self._poll_margin_s = poll_margin_s
+        self._send_timeout_s = send_timeout_s
+        self._max_answer_bytes = max_answer_bytes
+        self._tls = ssl.create_default_context()
+        self._clients: dict[str, httpx.AsyncClient] = {}
+
+    def check_base_url(self, url: str) -> str:
+        """Raises Refused("url") for a base URL that may not be called."""
+        return protocol.check_url(url, self._allowed_hosts)
+
+    async def poll(self, account: Account, cursor: str, hold_ms: int) -> Polled | None:
+        """Raises Temporary, SessionExpired, Refused("url"); None: nobody answered in time."""
+        request = protocol.updates_request(account.token, cursor, random.getrandbits(32), agent=AGENT)
+        started = time.monotonic()
+        try:
+            reply = await self._post(account, request, hold_ms / 1000 + self._poll_margin_s)
+            polled = protocol.read_updates(reply, polled_s=time.monotonic() - started)
+        except TimeoutError:
+            self._count("getupdates", "timeout")
+            return None
+        except Uncertain as exc:
+            self._count("getupdates", "network")
+            raise Temporary("network", exc.detail) from exc
+        except AdapterError as exc:
+            self._count("getupdates", _outcome(exc))
+            raise
+        self._count("getupdates", "ok")
+        return polled
+
+    async def send_text(
+        self, account: Account, *, user: str, client_id: str, context_token: str, text: str
+    ) -> Accepted:
+        """Raises SessionExpired, Throttled, Refused, Temporary (nothing was taken), Uncertain (perhaps it was)."""
+        request = protocol.text_request(
+            account.token,
+            random.getrandbits(32),
+            user=user,
+            client_id=client_id,
+            context_token=context_token,
+            text=text,
+            agent=AGENT,
+        )
+        started = time.monotonic()
+        try:
+            accepted = protocol.read_sent(await self._post(account, request, self._send_timeout_s))
+        except TimeoutError as exc:
+            self._count("sendmessage", "timeout")
+            raise Uncertain("timeout", f"no answer within {self._send_timeout_s:g} s") from exc
+        except AdapterError as exc:
+            self._count("sendmessage", _outcome(exc))
+            raise
+        finally:
+            self._metrics.upstream_request_duration.labels(endpoint="sendmessage").observe(time.monotonic() - started)
+        self._count("sendmessage", "ok")
+        return accepted
+
+    async def notify(self, account: Account, *, start: bool) -> None:
+        """notifystart or notifystop. Raises Temporary, SessionExpired; its caller logs and goes on."""
+        endpoint = "notifystart" if start else "notifystop"
+        request = protocol.notify_request(account.token, random.getrandbits(32), start=start, agent=AGENT)
+        try:
+            protocol.read_notified(await self._post(account, request, NOTIFY_S))
+        except TimeoutError as exc:
+            self._count(endpoint, "timeout")
+            raise Temporary("timeout") from exc
+        except Uncertain as exc:
+            self._count(endpoint, "network")
+            raise Temporary("network", exc.detail) from exc
+        except AdapterError as exc:
+            self._count(endpoint, _outcome(exc))
+            raise
+        self._count(endpoint, "ok")
+
+    async def recycle(self, bot: str) -> None:
+        """Closes the bot's connections; the next call resolves and connects anew (10.4)."""
+        if client := self._clients.pop(bot, None):
+            with contextlib.suppress(httpx.HTTPError, OSError):
+                await client.aclose()
+
+    async def close(self) -> None:
+        """Closes all connections."""
+        for bot in list(self._clients):
+            await self.recycle(bot)
+
+    async def _post(self, account: Account, request: Request, timeout_s: float) -> Reply:
+        """Raises TimeoutError, Temporary (it did not leave), Uncertain (it left), Refused("url")."""
+        base = self.check_base_url(account.base_url or self._default_base_url)
+        client = self._client(account.bot)
+        try:
+            async with (
+                asyncio.timeout(timeout_s),
+                client.stream("POST", base + request.path, headers=request.headers, content=request.body) as response,
+            ):
+                body = await self._read(response)
+        except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout) as exc:
+            raise Temporary("network", type(exc).__name__) from exc
+        except (httpx.TransportError, httpx.DecodingError) as exc:
+            raise Uncertain("network", type(exc).__name__) from exc
+        return Reply(response.status_code, {k.lower(): v for k, v in response.headers.items()}, body)
+
+    async def _read(self, response: httpx.Response) -> bytes:
+        chunks: list[bytes] = []
+        size = 0
+        async for chunk in response.aiter_bytes():
+            size += len(chunk)
+            if size > self._max_answer_bytes:
+                raise Uncertain("unreadable", f"the answer exceeds {self._max_answer_bytes} bytes")
+            chunks.append(chunk)
+        return b"".join(chunks)
+
+    def _client(self, bot: str) -> httpx.AsyncClient:
+        client = self._clients.get(bot)
+        if client is None:
+            client = self._clients[bot] = httpx.AsyncClient(
+                verify=self._tls,
+                timeout=httpx.Timeout(None, connect=CONNECT_S),
+                limits=httpx.Limits(max_connections=4, max_keepalive_connections=2, keepalive_expiry=20.0),
+                follow_redirects=False,
+                headers={"User-Agent": AGENT, "Accept-Encoding": "gzip, deflate"},
+            )
+        return client
+
+    def _count(self, endpoint: str, outcome: str) -> None:
+        self._metrics.upstream_requests.labels(endpoint=endpoint, outcome=outcome).inc()
+
+
+def _outcome(exc: AdapterError) -> str:
+    match exc:
+        case SessionExpired():
+            return "ret_14"
+        case Throttled():
+            return "ret_2"
+        case Refused():
+            return "http_4xx" if exc.detail.startswith("HTTP 4") else "ret_other"
+        case _ if exc.reason in ("ret_2", "ret_other", "http_4xx", "http_5xx", "network", "unreadable"):
+            return exc.reason
+        case _:
+            return "network"

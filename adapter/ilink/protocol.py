@@ -1,0 +1,221 @@
+"""Which bytes to send to iLink and what an answer means (ilink-protocol chapters 2, 3 and 5). No I/O, no clock."""
+
+from __future__ import annotations
+
+import base64
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+import msgspec
+
+from adapter.errors import Refused, SessionExpired, Temporary, Throttled, Uncertain
+from adapter.ilink import wire
+from adapter.ports import Accepted, Polled
+
+CHANNEL_VERSION = "2.4.9"
+"""The official client whose behaviour this one follows."""
+APP_CLIENT_VERSION = str(2 << 16 | 4 << 8 | 9)
+
+HOST_SUFFIXES = (".weixin.qq.com", ".wechat.com")
+"""Hosts that may be called beside the configured ones (1.4)."""
+
+HOLD_MS = 35_000
+HOLD_RANGE_MS = (5_000, 60_000)
+"""The server's hint for the next poll is clamped to this (14, Q22); 0 and less mean no hint."""
+
+EDGE_TIMEOUT = 524
+GATEWAY_ERRORS = (502, 504)
+"""The request may have reached iLink behind the gateway."""
+
+
+class Request(NamedTuple):
+    """One POST."""
+
+    endpoint: str
+    path: str
+    headers: dict[str, str]
+    body: bytes
+
+
+class Reply(NamedTuple):
+    """An HTTP answer."""
+
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+
+def check_url(url: str, allowed_hosts: tuple[str, ...]) -> str:
+    """`url` without a trailing slash, if it may be called. Raises Refused("url").
+
+    https and a host under HOST_SUFFIXES; `allowed_hosts` (host or host:port) may be anything, also plain http.
+    """
+    parts = urlsplit(url)
+    host = parts.hostname or ""
+    try:
+        port = parts.port
+    except ValueError:
+        raise Refused("url", "The URL's port is not a number.") from None
+    if parts.username or parts.password or not host or parts.query or parts.fragment:
+        raise Refused("url", "A base URL is https://host[/path], without credentials or a query.")
+    if parts.scheme in ("http", "https") and (host in allowed_hosts or (port and f"{host}:{port}" in allowed_hosts)):
+        return url.rstrip("/")
+    if parts.scheme != "https" or not host.endswith(HOST_SUFFIXES):
+        raise Refused("url", f"Host {host[:80]!r} is not on the allow-list; it must be https and end in "
+                      + " or ".join(HOST_SUFFIXES) + ", or be named in WECHAT_NATS_ALLOWED_HOSTS.")  # fmt: skip
+    return url.rstrip("/")
+
+
+def uin(number: int) -> str:
+    """The header X-WECHAT-UIN: base64 of the decimal text of a random uint32 (2.1)."""
+    return base64.b64encode(str(number).encode()).decode()
+
+
+def _request(name: str, token: str, number: int, body: dict[str, Any], *, agent: str) -> Request:
+    headers = {
+        "Content-Type": "application/json",
+        "AuthorizationType": "ilink_bot_token",
+        "Authorization": f"Bearer {token}",
+        "X-WECHAT-UIN": uin(number),
+        "iLink-App-Id": "bot",
+        "iLink-App-ClientVersion": APP_CLIENT_VERSION,
+    }
+    body["base_info"] = {"channel_version": CHANNEL_VERSION, "bot_agent": agent}
+    return Request(name.rpartition("/")[2], f"/ilink/bot/{name}", headers, msgspec.json.encode(body))
+
+
+def updates_request(token: str, cursor: str, number: int, *, agent: str) -> Request:
+    """getupdates; `cursor` is "" at the start (3.3)."""
+    return _request("getupdates", token, number, {"get_updates_buf": cursor}, agent=agent)
+
+
+def text_request(
+    token: str, number: int, *, user: str, client_id: str, context_token: str, text: str, agent: str
+) -> Request:
+    """sendmessage with one text item, in the official shape (3.4)."""
+    msg = {
+        "from_user_id": "",
+        "to_user_id": user,
+        "client_id": client_id,
+        "message_type": wire.BOT,
+        "message_state": wire.FINISH,
+        "item_list": [{"type": wire.TEXT, "text_item": {"text": text}}],
+        "context_token": context_token,
+    }
+    return _request("sendmessage", token, number, {"msg": msg}, agent=agent)
+
+
+def notify_request(token: str, number: int, *, start: bool, agent: str) -> Request:
+    """msg/notifystart or msg/notifystop (3.8)."""
+    return _request("msg/notifystart" if start else "msg/notifystop", token, number, {}, agent=agent)
+
+
+def hold_ms(hint: object) -> int:
+    """The server's hint for the next poll, clamped; HOLD_MS where it is no positive number (F21)."""
+    if isinstance(hint, str):
+        hint = int(hint) if hint.isascii() and hint.isdigit() and len(hint) < 10 else 0
+    if isinstance(hint, bool) or not isinstance(hint, int | float) or not hint > 0:
+        return HOLD_MS
+    low, high = HOLD_RANGE_MS
+    return int(min(max(hint, low), high))
+
+
+def read_updates(reply: Reply, *, polled_s: float) -> Polled:
+    """Raises SessionExpired (-14), and Temporary for the rest: a poll may always be repeated.
+
+    524 late in a poll is the edge's way to say "nothing yet" (10.4): an empty answer. `polled_s`: its length.
+    """
+    if reply.status == EDGE_TIMEOUT:
+        if polled_s >= 10:
+            return Polled([], None, HOLD_MS)
+        raise Temporary("http_5xx", "524 from the edge")
+    _check_status(reply)
+    body = reply.body
+    if not body.strip():
+        raise Temporary("unreadable", "empty answer")
+    try:
+        updates = msgspec.json.decode(body, type=wire.Updates)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as exc:
+        raise Temporary("unreadable", str(exc)[:200]) from exc
+    match updates.code:
+        case 0:
+            messages = [bytes(raw) for raw in updates.msgs or []]
+            return Polled(messages, updates.get_updates_buf or None, hold_ms(updates.longpolling_timeout_ms))
+        case wire.STALE_TOKEN:
+            raise _expired(updates)
+        case -2:
+            raise Temporary("ret_2", _said(updates))
+        case _:
+            raise Temporary("ret_other", _said(updates))
+
+
+def read_sent(reply: Reply) -> Accepted:
+    """Raises SessionExpired (-14), Throttled (-2, -12), Refused for other codes, Temporary where nothing was taken,
+    Uncertain where something may have been (gateway errors, unreadable answers)."""
+    if reply.status in (*GATEWAY_ERRORS, EDGE_TIMEOUT):
+        raise Uncertain("http_5xx", f"HTTP {reply.status} from a gateway")
+    if 400 <= reply.status < 500 and reply.status != 429:
+        raise Refused("rejected", f"HTTP {reply.status}")
+    _check_status(reply)
+    if not reply.body.strip():
+        return Accepted("", None, None, "")
+    try:
+        sent = msgspec.json.decode(reply.body, type=wire.Sent)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as exc:
+        raise Uncertain("unreadable", str(exc)[:200]) from exc
+    match sent.code:
+        case 0:
+            ident = "" if sent.message_id in (None, "", 0, "0") else str(sent.message_id)
+            return Accepted(ident, sent.ret, sent.errcode, (sent.errmsg or "")[:200])
+        case wire.STALE_TOKEN:
+            raise _expired(sent)
+        case wire.THROTTLED | wire.RATE_LIMITED:
+            raise Throttled("throttled", _said(sent), **_raw(sent))
+        case -3:
+            raise Refused("invalid", "iLink does not know this user id.", **_raw(sent))
+        case _:
+            raise Refused("rejected", _said(sent), **_raw(sent))
+
+
+def read_notified(reply: Reply) -> None:
+    """Raises SessionExpired, Temporary. Best effort: the caller logs and goes on (3.8)."""
+    _check_status(reply)
+    if not reply.body.strip():
+        return
+    try:
+        answer = msgspec.json.decode(reply.body, type=wire.Answer)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as exc:
+        raise Temporary("unreadable", str(exc)[:200]) from exc
+    if answer.code == wire.STALE_TOKEN:
+        raise _expired(answer)
+    if answer.code:
+        raise Temporary("ret_other", _said(answer))
+
+
+def _check_status(reply: Reply) -> None:
+    if reply.status == 429 or reply.status >= 500:
+        raise Temporary(
+            "http_5xx" if reply.status >= 500 else "http_4xx",
+            f"HTTP {reply.status}",
+            retry_after_s=retry_after(reply.headers),
+        )
+    if not 200 <= reply.status < 300:
+        raise Temporary("http_4xx", f"HTTP {reply.status}")
+
+
+def retry_after(headers: dict[str, str]) -> float | None:
+    """Seconds of a Retry-After header, at most 300; None where it has none or a date."""
+    value = headers.get("retry-after", "")
+    return min(float(value), 300.0) if value.isascii() and value.isdigit() else None
+
+
+def _said(answer: wire.Answer) -> str:
+    return f"iLink answered {answer.code} {(answer.errmsg or '')[:200]}".strip()
+
+
+def _raw(answer: wire.Answer) -> dict[str, Any]:
+    return {"ret": answer.ret, "errcode": answer.errcode, "errmsg": (answer.errmsg or "")[:200]}
+
+
+def _expired(answer: wire.Answer) -> SessionExpired:
+    return SessionExpired("needs_login", _said(answer), **_raw(answer))

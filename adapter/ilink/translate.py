@@ -1,0 +1,144 @@
+"""iLink's inbound messages in the words of the bus, pure (ilink-protocol chapters 4 and 7.3). No I/O, no clock."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import NamedTuple
+
+import msgspec
+
+from adapter import contract
+from adapter.dedup import Keys
+from adapter.errors import Unreadable
+from adapter.ilink import wire
+
+
+class Said(NamedTuple):
+    """One inbound message, translated."""
+
+    keys: Keys
+    user: str
+    sent_at_ms: int
+    context_token: str
+    text: str
+    items: list[contract.InboundItem]
+    quote: contract.Quote | None
+    echo: bool
+    """It is the bot's own message, not the user's (4.1): not for the bus."""
+    raw: bytes
+    broken: str
+    """Why it could not be read whole, "" if it could; then `raw` belongs into the dead letters."""
+
+
+def read_message(raw: bytes) -> Said:
+    """Translates one message. Raises Unreadable for what is no JSON object or names no user."""
+    try:
+        message = msgspec.json.decode(raw, type=wire.Message)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as exc:
+        return _salvage(raw, str(exc)[:200])
+    user = message.from_user_id or ""
+    if not user:
+        raise Unreadable("unreadable", "The message names no sender.")
+    items: list[contract.InboundItem] = []
+    texts: list[str] = []
+    quote = None
+    broken = ""
+    for raw_item in message.item_list or []:
+        item, text, ref = _read_item(bytes(raw_item))
+        items.append(item)
+        if isinstance(item, contract.UnsupportedItem) and item.reason == "malformed":
+            broken = "item"
+        if text:
+            texts.append(text)
+        quote = quote or ref
+    return Said(
+        keys=keys_of(message, user, message.create_time_ms or 0, content_of(raw)),
+        user=user,
+        sent_at_ms=message.create_time_ms or 0,
+        context_token=message.context_token or "",
+        text="\n".join(texts),
+        items=items,
+        quote=quote,
+        echo=message.message_type == wire.BOT,
+        raw=raw,
+        broken=broken,
+    )
+
+
+def _read_item(raw: bytes) -> tuple[contract.InboundItem, str, contract.Quote | None]:
+    try:
+        item = msgspec.json.decode(raw, type=wire.Item)
+    except (msgspec.MsgspecError, UnicodeDecodeError):
+        return contract.UnsupportedItem(type=0, reason="malformed"), "", None
+    quote = _read_quote(item.ref_msg)
+    match item.type:
+        case wire.TEXT if item.text_item is not None:
+            return contract.TextItem(text=item.text_item.text), item.text_item.text, quote
+        case wire.VOICE if item.voice_item is not None:
+            voice = item.voice_item
+            said = voice.text or (voice.text_item.text if voice.text_item else "")
+            if said:
+                return contract.VoiceItem(transcript=said, duration_ms=voice.playtime), said, quote
+        case _:
+            pass
+    return contract.UnsupportedItem(type=item.type), "", quote
+
+
+def _read_quote(ref: wire.RefMessage | None) -> contract.Quote | None:
+    if ref is None:
+        return None
+    item = ref.message_item
+    ident = ref.svr_id or (item.msg_id if item else None)
+    text = (item.text_item.text if item and item.text_item else "") or ref.title or ""
+    return contract.Quote(id=str(ident) if ident else "", text=text)
+
+
+def _salvage(raw: bytes, why: str) -> Said:
+    """A message with a field of a wrong type: told as unsupported, kept whole as a dead letter."""
+    try:
+        rest = msgspec.json.decode(raw, type=wire.Envelope)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as exc:
+        raise Unreadable("unreadable", why) from exc
+    user = rest.from_user_id if isinstance(rest.from_user_id, str) else ""
+    if not user:
+        raise Unreadable("unreadable", why)
+    sent = rest.create_time_ms if isinstance(rest.create_time_ms, int) else 0
+    return Said(
+        keys=keys_of(rest, user, sent, content_of(raw)),
+        user=user,
+        sent_at_ms=sent,
+        context_token=rest.context_token if isinstance(rest.context_token, str) else "",
+        text="",
+        items=[contract.UnsupportedItem(type=0, reason="malformed")],
+        quote=None,
+        echo=rest.message_type == wire.BOT,
+        raw=raw,
+        broken=why,
+    )
+
+
+def keys_of(message: wire.Message | wire.Envelope, user: str, sent_at_ms: int, content: str) -> Keys:
+    """The layered keys of 7.3; absent, empty and 0 ids count as none."""
+
+    def known(value: object) -> str:
+        text = str(value) if isinstance(value, int | str) and not isinstance(value, bool) else ""
+        return "" if text in ("", "0") else text
+
+    return Keys(known(message.message_id), known(message.client_id), known(message.seq), user, sent_at_ms, content)
+
+
+def content_of(raw: bytes) -> str:
+    """A hash of what the user said: the items without their ids and times."""
+    try:
+        items = msgspec.json.decode(raw).get("item_list") or []
+    except (msgspec.MsgspecError, UnicodeDecodeError, AttributeError):
+        items = []
+    if not isinstance(items, list):
+        items = [items]
+    bare = [
+        {k: v for k, v in item.items() if k not in ("create_time_ms", "update_time_ms", "msg_id", "is_completed")}
+        if isinstance(item, dict)
+        else item
+        for item in items
+    ]
+    return hashlib.blake2b(msgspec.json.encode(bare, order="deterministic"), digest_size=6).hexdigest()

@@ -1,0 +1,114 @@
+"""iLink's JSON under iLink's names (ilink-protocol chapters 3 and 4). Everything is optional: the server omits
+unset fields and adds unknown ones."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import msgspec
+
+STALE_TOKEN: Final = -14
+THROTTLED: Final = -2
+RATE_LIMITED: Final = -12
+"""One project's report of a second rate limit code (5.1)."""
+
+USER: Final = 1
+BOT: Final = 2
+FINISH: Final = 2
+
+TEXT: Final = 1
+IMAGE: Final = 2
+VOICE: Final = 3
+FILE: Final = 4
+VIDEO: Final = 5
+
+
+class Answer(msgspec.Struct, kw_only=True):
+    """What every answer may carry. Either of `ret` and `errcode` may hold the code (2.5)."""
+
+    ret: int | None = None
+    errcode: int | None = None
+    errmsg: str | None = None
+
+    @property
+    def code(self) -> int:
+        """The code that counts: 0 is success."""
+        return self.errcode or self.ret or 0
+
+
+class Updates(Answer, kw_only=True):
+    """Answer of getupdates. Messages stay raw, so that one broken message does not spoil the batch."""
+
+    msgs: list[msgspec.Raw] | None = None
+    get_updates_buf: str | None = None
+    longpolling_timeout_ms: Any = None
+
+
+class Sent(Answer, kw_only=True):
+    """Answer of sendmessage. `message_id` is a uint64 as number or string."""
+
+    message_id: int | str | None = None
+
+
+class TextPayload(msgspec.Struct):
+    text: str = ""
+
+
+class VoicePayload(msgspec.Struct):
+    text: str | None = None
+    text_item: TextPayload | None = None
+    playtime: int | None = None
+
+
+class PartialText(msgspec.Struct):
+    start: str = ""
+    end: str = ""
+    startindex: int = 0
+    endindex: int = 0
+    quotemd5: str = ""
+
+
+class RefMessage(msgspec.Struct):
+    """A quote (4.5)."""
+
+    title: str | None = None
+    message_item: Item | None = None
+    svr_id: int | str | None = None
+    partial_text: PartialText | None = None
+
+
+class Item(msgspec.Struct):
+    """One item of a message (4.2)."""
+
+    type: int = 0
+    msg_id: int | str | None = None
+    text_item: TextPayload | None = None
+    voice_item: VoicePayload | None = None
+    ref_msg: RefMessage | None = None
+
+
+class Message(msgspec.Struct):
+    """An inbound message (4.1)."""
+
+    message_id: int | str | None = None
+    client_id: str | None = None
+    seq: int | str | None = None
+    from_user_id: str | None = None
+    to_user_id: str | None = None
+    create_time_ms: int | None = None
+    message_type: int | None = None
+    item_list: list[msgspec.Raw] | None = None
+    context_token: str | None = None
+    group_id: str | None = None
+
+
+class Envelope(msgspec.Struct):
+    """The least of a message that can be told when the whole cannot be read."""
+
+    message_id: Any = None
+    client_id: Any = None
+    seq: Any = None
+    from_user_id: Any = None
+    create_time_ms: Any = None
+    message_type: Any = None
+    context_token: Any = None

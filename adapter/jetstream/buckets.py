@@ -1,0 +1,278 @@
+"""Key-value buckets, read and written raw: direct get, compare-and-set by the key's last sequence.
+
+nats-py's own bucket is not used: its watch is deaf for 15 s after a server restart, and it cannot write
+with a revision through our publisher. The data is the same as any KV client's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from datetime import UTC, datetime
+from typing import Any
+
+import msgspec
+import structlog
+from nats.aio.client import Client
+from nats.aio.msg import Msg
+
+from adapter.errors import BusRefused, Conflict, Temporary
+from adapter.jetstream.link import ApiError, Link, refusal
+from adapter.jetstream.publisher import Publisher
+from adapter.ports import Entry, Message, Stored
+
+log = structlog.get_logger()
+
+EXPECTED = "Nats-Expected-Last-Subject-Sequence"
+OPERATION = "KV-Operation"
+MARKER = "Nats-Marker-Reason"
+PAGE = 500
+
+
+def news_subject(bucket: str) -> str:
+    """Where the server republishes what it has stored in a bucket; the bucket's name follows the prefix."""
+    return f"{bucket.rpartition('_')[0]}.kv.{bucket}"
+
+
+async def read_stream(
+    link: Link, stream: str, subject: str, *, after: int = 0, since_ms: int | None = None, page: int = 200
+) -> AsyncIterator[Stored]:
+    """The messages of `subject` (may hold wildcards), oldest first, after a sequence or since a time.
+
+    Raises Temporary.
+    """
+    while True:
+        where: dict[str, Any] = {"seq": after + 1} if since_ms is None else {"start_time": _rfc3339(since_ms)}
+        found, since_ms = 0, None
+        async for stored in _direct_get(link, stream, {**where, "next_by_subj": subject, "batch": page}):
+            found += 1
+            after = stored.seq
+            yield stored
+        if found < page:
+            return
+
+
+class StreamHistory:
+    """Implements ports.History by direct get."""
+
+    def __init__(self, link: Link) -> None:
+        self._link = link
+
+    def read(
+        self, stream: str, subject: str, *, after: int = 0, since_ms: int | None = None
+    ) -> AsyncIterator[Stored]:
+        return read_stream(self._link, stream, subject, after=after, since_ms=since_ms)
+
+    async def last(self, stream: str, subject: str) -> Stored | None:
+        return await last_of(self._link, stream, subject)
+
+    async def counts(self, stream: str, subject: str) -> dict[str, int]:
+        found: dict[str, int] = {}
+        while True:
+            body = {"subjects_filter": subject, "offset": len(found)}
+            answer = await self._link.api(f"STREAM.INFO.{stream}", body)
+            page = (answer["state"].get("subjects") or {}) if answer.get("state") else {}
+            found |= page
+            if not page or len(found) >= int(answer.get("total", 0)):
+                return found
+
+    async def delete(self, stream: str, seq: int) -> None:
+        try:
+            await self._link.api(f"STREAM.MSG.DELETE.{stream}", {"seq": seq, "no_erase": True})
+        except BusRefused as exc:
+            if exc.code not in (10043, 10037, 10057):
+                raise Temporary("bus_refused", exc.detail) from exc
+
+
+def _rfc3339(time_ms: int) -> str:
+    moment = datetime.fromtimestamp(max(time_ms, 0) / 1000, UTC)
+    return moment.strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+
+
+async def last_of(link: Link, stream: str, subject: str) -> Stored | None:
+    """The newest message of one subject. Raises Temporary."""
+    async for stored in _direct_get(link, stream, {"last_by_subj": subject}):
+        return stored
+    return None
+
+
+async def leader_get(link: Link, stream: str, subject: str) -> Entry | None:
+    """The last value of a key as the stream's leader has it, never a follower that lags. Raises Temporary."""
+    body = msgspec.json.encode({"last_by_subj": subject})
+    msg = await link.request(f"$JS.API.STREAM.MSG.GET.{stream}", body, timeout_s=2)
+    answer = msgspec.json.decode(msg.data, type=_MsgGet)
+    if answer.error is not None:
+        if answer.error.get("code") == 404:
+            return None
+        raise Temporary("bus_busy", str(answer.error.get("description", ""))[:200])
+    assert answer.message is not None
+    headers = answer.message.hdrs or b""
+    gone = OPERATION.encode() in headers or MARKER.encode() in headers
+    return Entry(subject.split(".", 2)[2], None if gone else (answer.message.data or b""), answer.message.seq)
+
+
+class LeaseRegister:
+    """Implements ports.Register."""
+
+    def __init__(self, link: Link, name: str, *, ttl_s: int | None = None) -> None:
+        self._link = link
+        self._name = name
+        self._stream = f"KV_{name}"
+        self._ttl_s = ttl_s
+        """Only collects garbage: keys of replicas that are long gone."""
+
+    async def get(self, key: str) -> Entry | None:
+        return await leader_get(self._link, self._stream, f"$KV.{self._name}.{key}")
+
+    async def write(self, key: str, value: bytes | None, revision: int) -> int:
+        headers = {EXPECTED: str(revision)}
+        if self._ttl_s:
+            headers["Nats-TTL"] = f"{self._ttl_s}s"
+        if value is None:
+            headers[OPERATION] = "DEL"
+        msg = await self._link.request(f"$KV.{self._name}.{key}", value or b"", timeout_s=1, headers=headers)
+        ack = msgspec.json.decode(msg.data, type=_Ack)
+        if ack.error is not None:
+            problem = refusal(ack.error.err_code, ack.error.code, ack.error.description)
+            raise problem if isinstance(problem, Temporary | Conflict) else Temporary("bus_refused", problem.detail)
+        return ack.seq
+
+    async def entries(self) -> list[Entry]:
+        found = {}
+        async for stored in read_stream(self._link, self._stream, f"$KV.{self._name}.>", page=PAGE):
+            entry = _entry(self._name, stored)
+            found[entry.key] = entry
+        return [entry for entry in found.values() if entry.value is not None]
+
+
+async def _direct_get(link: Link, stream: str, body: dict[str, Any]) -> AsyncIterator[Stored]:
+    nc = link.client()
+    inbox = nc.new_inbox()
+    queue: asyncio.Queue[Msg] = asyncio.Queue()
+
+    async def on_message(msg: Msg) -> None:
+        queue.put_nowait(msg)
+
+    subscription = await nc.subscribe(inbox, cb=on_message)
+    try:
+        await link.publish(f"$JS.API.DIRECT.GET.{stream}", msgspec.json.encode(body), reply=inbox)
+        while True:
+            try:
+                async with asyncio.timeout(5):
+                    msg = await queue.get()
+            except TimeoutError:
+                raise Temporary("bus_timeout", f"no answer from {stream}") from None
+            headers = msg.headers or {}
+            status = headers.get("Status")
+            if status in ("404", "204"):
+                return
+            if status is not None:
+                raise Temporary("bus_busy", f"{status} {headers.get('Description', '')}")
+            yield Stored(headers["Nats-Subject"], int(headers["Nats-Sequence"]), headers, msg.data)
+            if "batch" not in body:
+                return
+    finally:
+        if link.nc is nc:
+            await subscription.unsubscribe()
+
+
+class KvBucket:
+    """Implements ports.Bucket for one bucket. Keys are made by `contract.token_of` and `contract.peer_key`."""
+
+    def __init__(self, link: Link, publisher: Publisher, name: str) -> None:
+        self.name = name
+        self.news = news_subject(name)
+        self.stream = f"KV_{name}"
+        self.link = link
+        self._publisher = publisher
+
+    def subject(self, key: str) -> str:
+        return f"$KV.{self.name}.{key}"
+
+    async def get(self, key: str) -> Entry | None:
+        stored = await last_of(self.link, self.stream, self.subject(key))
+        return None if stored is None else _entry(self.name, stored)
+
+    async def update(self, key: str, value: bytes, revision: int) -> int:
+        """Writes if the key's revision still is `revision` (0: if it never was). Raises Conflict."""
+        ack = await self._publisher.publish(Message("kv", self.subject(key), value, {EXPECTED: str(revision)}))
+        return ack.seq
+
+    async def delete(self, key: str, revision: int | None = None) -> int:
+        """Deletes, if the revision still is `revision` where one is given. Raises Conflict."""
+        headers = {OPERATION: "DEL"}
+        if revision is not None:
+            headers[EXPECTED] = str(revision)
+        return (await self._publisher.publish(Message("kv", self.subject(key), b"", headers))).seq
+
+    async def follow(
+        self,
+        on_entry: Callable[[Entry], None],
+        *,
+        on_loaded: Callable[[], None] | None = None,
+        reload_s: float = 30.0,
+    ) -> None:
+        """Calls `on_entry` for every key and every change (deleted keys too), until cancelled; `on_loaded` after
+        each complete reading.
+
+        News come from the subject that the server republishes to once a value is stored (the plain subject
+        would also show writes that were refused), and everything is read again after each connect and every
+        `reload_s` seconds, so that nothing lost on the way stays lost. Entries may come twice, never older
+        than one seen before.
+        """
+        revisions: dict[str, int] = {}
+
+        def see(entry: Entry) -> None:
+            if entry.revision > revisions.get(entry.key, 0):
+                revisions[entry.key] = entry.revision
+                on_entry(entry)
+
+        async def on_message(msg: Msg) -> None:
+            headers = msg.headers or {}
+            gone = OPERATION in headers
+            key = headers["Nats-Subject"].removeprefix(f"$KV.{self.name}.")
+            see(Entry(key, None if gone else msg.data, int(headers["Nats-Sequence"])))
+
+        async def subscribe(nc: Client) -> None:
+            await nc.subscribe(self.news + ".>", cb=on_message)
+
+        self.link.on_up(subscribe)
+        if self.link.nc is not None:
+            await subscribe(self.link.nc)
+            await self.link.nc.flush()
+        while True:
+            try:
+                await self.link.wait_up()
+                epoch = self.link.epoch
+                async for stored in read_stream(self.link, self.stream, self.subject(">"), page=PAGE):
+                    see(_entry(self.name, stored))
+            except Temporary as exc:
+                log.warning("bucket.unread", bucket=self.name, reason=exc.reason)
+                await asyncio.sleep(0.2)
+                continue
+            if on_loaded is not None:
+                on_loaded()
+            await self.link.changed.until(lambda seen=epoch: self.link.epoch != seen, reload_s)  # type: ignore[misc]
+
+
+class _Message(msgspec.Struct):
+    seq: int
+    subject: str = ""
+    data: bytes | None = None
+    hdrs: bytes | None = None
+
+
+class _Ack(msgspec.Struct):
+    seq: int = 0
+    error: ApiError | None = None
+
+
+class _MsgGet(msgspec.Struct):
+    message: _Message | None = None
+    error: dict[str, Any] | None = None
+
+
+def _entry(bucket: str, stored: Stored) -> Entry:
+    key = stored.subject.removeprefix(f"$KV.{bucket}.")
+    gone = OPERATION in stored.headers or MARKER in stored.headers
+    return Entry(key, None if gone else stored.data, stored.seq)

@@ -1,0 +1,146 @@
+"""Pulling from a durable consumer that has one owner at a time.
+
+At each start and after each connect the consumer is reset: everything unacknowledged comes again, at once and
+in stream order, so nothing that was lost on its way can overtake or hide.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import structlog
+from nats.aio.client import Client
+from nats.aio.msg import Msg
+
+from adapter.errors import BusRefused, Temporary
+from adapter.jetstream.link import Link
+
+log = structlog.get_logger()
+
+EXPIRES_S = 30.0
+HEARTBEAT_S = 10.0
+
+
+class Delivery:
+    """One message of a consumer. Give it back with `ack`."""
+
+    __slots__ = ("_consumer", "_reply", "data", "headers", "redelivered", "seq", "subject", "suspect", "time_ms")
+
+    def __init__(self, consumer: Consumer, msg: Msg, suspect_to: int) -> None:
+        tokens = msg.reply.split(".")
+        base = 2 if len(tokens) < 11 else 4  # newer servers may put domain and account hash in front
+        self._consumer = consumer
+        self._reply = msg.reply
+        self.subject = msg.subject
+        self.data = msg.data
+        self.headers: dict[str, str] = msg.headers or {}
+        self.redelivered = int(tokens[base + 2]) > 1
+        self.seq = int(tokens[base + 3])
+        self.time_ms = int(tokens[base + 5]) // 1_000_000
+        self.suspect = self.seq <= suspect_to
+        """It was delivered before, so that its outcome may be on the bus already."""
+
+    async def ack(self) -> None:
+        """Settles it. An ack that gets lost comes back as a delivery after the next connect."""
+        self._consumer.done()
+        try:
+            await self._consumer.link.publish(self._reply, b"+ACK")
+        except Temporary:
+            log.debug("ack.lost", consumer=self._consumer.name, seq=self.seq)
+
+
+class Consumer:
+    """The pull loop of one durable. `room` bounds what is delivered and not yet acknowledged."""
+
+    def __init__(self, link: Link, stream: str, name: str, *, room: int) -> None:
+        self.link = link
+        self.name = name
+        self._stream = stream
+        self._room = room
+        self._in_hand = 0
+        self._requested = 0
+        self._wake = asyncio.Event()
+
+    def done(self) -> None:
+        """One message less in hand."""
+        self._in_hand = max(0, self._in_hand - 1)
+        if self._room - self._in_hand - self._requested >= max(1, self._room // 4):
+            self._wake.set()
+
+    async def info(self) -> dict[str, Any]:
+        return await self.link.api(f"CONSUMER.INFO.{self._stream}.{self.name}")
+
+    async def run(self, on_delivery: Callable[[Delivery], None], on_reset: Callable[[], None]) -> None:
+        """Delivers until cancelled. `on_reset` comes before the first delivery after each (re)connect."""
+        while True:
+            await self.link.wait_up()
+            epoch = self.link.epoch
+            try:
+                nc = self.link.client()
+                info = await self.info()
+                suspect_to = int(info["delivered"]["stream_seq"])
+                await self.link.api(f"CONSUMER.RESET.{self._stream}.{self.name}")
+                self._in_hand = self._requested = 0
+                on_reset()
+                await self._pull(nc, epoch, on_delivery, suspect_to)
+            except (Temporary, BusRefused) as exc:
+                log.warning("consumer.interrupted", consumer=self.name, reason=exc.reason, detail=exc.detail[:200])
+                await asyncio.sleep(0.2)
+
+    async def _pull(self, nc: Client, epoch: int, on_delivery: Callable[[Delivery], None], suspect_to: int) -> None:
+        heard = asyncio.get_running_loop().time()
+        broken = ""
+
+        async def on_message(msg: Msg) -> None:
+            nonlocal heard, broken
+            heard = asyncio.get_running_loop().time()
+            status = msg.headers.get("Status") if msg.headers else None
+            if status is None:
+                self._requested = max(0, self._requested - 1)
+                self._in_hand += 1
+                on_delivery(Delivery(self, msg, suspect_to))
+            elif status in ("408", "409"):
+                assert msg.headers
+                self._requested = max(0, self._requested - int(msg.headers.get("Nats-Pending-Messages", "0")))
+                if status == "409" and "Batch Completed" not in msg.headers.get("Description", ""):
+                    broken = msg.headers.get("Description", "409")
+                self._wake.set()
+            elif status != "100":
+                broken = status
+                self._wake.set()
+
+        inbox = nc.new_inbox()
+        subscription = await nc.subscribe(inbox, cb=on_message, pending_msgs_limit=0, pending_bytes_limit=0)
+        try:
+            while self.link.epoch == epoch and self.link.nc is nc:
+                if broken:
+                    raise Temporary("consumer_broken", broken)
+                if asyncio.get_running_loop().time() - heard > 2.5 * HEARTBEAT_S:
+                    raise Temporary("consumer_silent")
+                self._wake.clear()
+                missing = self._room - self._in_hand - self._requested
+                if missing >= max(1, self._room // 4):
+                    await self._ask(nc, inbox, missing)
+                await self._wait(epoch)
+        finally:
+            if self.link.nc is nc:
+                await subscription.unsubscribe()
+
+    async def _ask(self, nc: Client, inbox: str, batch: int) -> None:
+        self._requested += batch
+        body = {"batch": batch, "expires": int(EXPIRES_S * 1e9), "idle_heartbeat": int(HEARTBEAT_S * 1e9)}
+        await self.link.publish(
+            f"$JS.API.CONSUMER.MSG.NEXT.{self._stream}.{self.name}", msgspec.json.encode(body), reply=inbox
+        )
+
+    async def _wait(self, epoch: int) -> None:
+        woken = asyncio.ensure_future(self._wake.wait())
+        down = asyncio.ensure_future(self.link.wait_down(epoch))
+        try:
+            await asyncio.wait([woken, down], timeout=HEARTBEAT_S, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            woken.cancel()
+            down.cancel()

@@ -1,0 +1,202 @@
+"""One NATS connection that is remade after every break, and the requests over it.
+
+nats-py's own reconnect is switched off on purpose: it replays what was written while the connection was
+gone, ahead of what was lost just before, and so breaks the order of messages; and any -ERR but two closes
+the client for good. Here a break of any kind has one consequence: a new client, after which the publisher
+resends in order and the consumers are reset.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ssl
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import msgspec
+import nats
+import structlog
+from nats.aio.client import Client
+from nats.aio.msg import Msg
+from nats.errors import Error as NatsError
+from nats.errors import NoRespondersError
+
+from adapter.errors import BusRefused, Conflict, Temporary
+from adapter.settings import Settings
+from adapter.timing import Latch, backoff
+
+log = structlog.get_logger()
+
+CONFLICT_CODES = (10071, 10164)
+"""Wrong last sequence; another compare-and-set on this subject is in process."""
+BUSY_CODES = (10008, 10009, 10023, 10158)
+"""JetStream, or the cluster, is not available for a moment; a duplicate is in process."""
+
+
+class ApiError(msgspec.Struct):
+    code: int = 0
+    err_code: int = 0
+    description: str = ""
+
+
+def refusal(err_code: int, code: int, description: str) -> BusRefused | Temporary:
+    """What JetStream's error means for the caller."""
+    if err_code in CONFLICT_CODES:
+        return Conflict(err_code, description)
+    if err_code in BUSY_CODES or code == 503:
+        return Temporary("bus_busy", f"{err_code} {description}")
+    return BusRefused(err_code, description)
+
+
+def connect_options(settings: Settings, name: str) -> dict[str, Any]:
+    """nats-py's options out of the settings that NATS users know."""
+    options: dict[str, Any] = {
+        "servers": list(settings.nats_url),
+        "name": name,
+        "allow_reconnect": False,
+        "connect_timeout": 2,
+        "ping_interval": 5,
+        "max_outstanding_pings": 2,
+        "pending_size": 16 * 1024 * 1024,
+    }
+    credentials = {
+        "user": settings.nats_user,
+        "password": settings.nats_password,
+        "token": settings.nats_token,
+        "user_credentials": settings.nats_creds,
+        "nkeys_seed": settings.nats_nkey,
+    }
+    options |= {option: value for option, value in credentials.items() if value}
+    if settings.nats_ca or settings.nats_cert or any(url.startswith("tls:") for url in settings.nats_url):
+        context = ssl.create_default_context(cafile=settings.nats_ca or None)
+        if settings.nats_cert:
+            context.load_cert_chain(settings.nats_cert, settings.nats_key or None)
+        options["tls"] = context
+    return options
+
+
+class Link:
+    """A connection by name. `run` keeps it; `nc` is None while it is down; `epoch` counts the clients made."""
+
+    def __init__(self, settings: Settings, name: str) -> None:
+        self.name = name
+        self.epoch = 0
+        self.nc: Client | None = None
+        self.down_reason = "not connected yet"
+        self.max_payload = 1024 * 1024
+        self.changed = Latch()
+        self._settings = settings
+        self._on_up: list[Callable[[Client], Awaitable[None]]] = []
+        self._lost: asyncio.Event = asyncio.Event()
+
+    def on_up(self, action: Callable[[Client], Awaitable[None]]) -> None:
+        """Registers what each new client needs (subscriptions); runs before anybody else may use it."""
+        self._on_up.append(action)
+
+    @property
+    def up(self) -> bool:
+        return self.nc is not None
+
+    async def wait_up(self, timeout_s: float | None = None) -> Client:
+        """The client, once there is one. Raises Temporary("bus_down") after `timeout_s` seconds."""
+        await self.changed.until(lambda: self.nc is not None, timeout_s)
+        return self.client()
+
+    async def wait_down(self, epoch: int) -> None:
+        """Returns once the client of `epoch` is gone."""
+        await self.changed.until(lambda: self.epoch != epoch or self.nc is None)
+
+    def client(self) -> Client:
+        """The client. Raises Temporary("bus_down")."""
+        if self.nc is None:
+            raise Temporary("bus_down", self.down_reason)
+        return self.nc
+
+    async def run(self) -> None:
+        """Connects, again and again, until cancelled; closes the client then."""
+        failures = 0
+        while True:
+            try:
+                nc = await self._connect()
+            except (NatsError, OSError, TimeoutError, ssl.SSLError) as exc:
+                failures += 1
+                self.down_reason = str(exc)[:200] or type(exc).__name__
+                wait_s = backoff(failures, first_s=0.05, longest_s=1.0)
+                log.warning("bus.unreachable", link=self.name, reason=self.down_reason, wait_s=wait_s)
+                await asyncio.sleep(wait_s)
+                continue
+            failures = 0
+            try:
+                self.nc, self.epoch = nc, self.epoch + 1
+                self.max_payload = nc.max_payload
+                log.info("bus.connected", link=self.name, epoch=self.epoch)
+                self.changed.notify()
+                await self._lost.wait()
+            finally:
+                self.nc = None
+                self.changed.notify()
+                with contextlib.suppress(NatsError, OSError, TimeoutError):
+                    async with asyncio.timeout(2):
+                        await nc.close()
+            log.warning("bus.lost", link=self.name, reason=self.down_reason)
+
+    async def _connect(self) -> Client:
+        self._lost = lost = asyncio.Event()
+
+        async def on_closed() -> None:
+            lost.set()
+
+        async def on_lame_duck() -> None:
+            lost.set()  # the server asks to move; nats-py would stay until it is cut off
+
+        async def on_error(exc: Exception) -> None:
+            self.down_reason = str(exc)[:200] or type(exc).__name__  # runs inside the read loop: must not raise or wait
+            log.warning("bus.error", link=self.name, reason=type(exc).__name__, detail=self.down_reason)
+
+        async with asyncio.timeout(6):  # a wrong password would keep connect() for ever
+            nc = await nats.connect(
+                **connect_options(self._settings, self.name),
+                closed_cb=on_closed,
+                lame_duck_mode_cb=on_lame_duck,
+                error_cb=on_error,
+            )
+        try:
+            for action in self._on_up:
+                await action(nc)
+            async with asyncio.timeout(5):
+                await nc.flush()
+        except BaseException:
+            await nc.close()
+            raise
+        return nc
+
+    async def request(
+        self, subject: str, payload: bytes, timeout_s: float = 5.0, headers: dict[str, str] | None = None
+    ) -> Msg:
+        """Raises Temporary when nobody answers."""
+        nc = self.client()
+        try:
+            return await nc.request(subject, payload, timeout=timeout_s, headers=headers)
+        except NoRespondersError as exc:
+            raise Temporary("bus_busy", "no responders") from exc
+        except (NatsError, TimeoutError) as exc:
+            raise Temporary("bus_timeout", str(exc)) from exc
+
+    async def api(self, verb: str, body: dict[str, Any] | None = None, timeout_s: float = 5.0) -> dict[str, Any]:
+        """A request to `$JS.API.<verb>`. Raises Temporary, Conflict, BusRefused."""
+        msg = await self.request(f"$JS.API.{verb}", msgspec.json.encode(body) if body is not None else b"", timeout_s)
+        answer: dict[str, Any] = msgspec.json.decode(msg.data)
+        if error := answer.get("error"):
+            parsed = msgspec.convert(error, ApiError)
+            raise refusal(parsed.err_code, parsed.code, parsed.description)
+        return answer
+
+    async def publish(
+        self, subject: str, payload: bytes, *, reply: str = "", headers: dict[str, str] | None = None
+    ) -> None:
+        """At most once, nothing awaited from the server. Raises Temporary."""
+        try:
+            await self.client().publish(subject, payload, reply=reply, headers=headers)
+        except NatsError as exc:
+            raise Temporary("bus_down", str(exc)) from exc

@@ -1,0 +1,223 @@
+"""Publishing to streams: pipelined, acknowledged, and in order even when the connection breaks.
+
+What is outstanding is kept in the order of the calls. Normally everything is written at once and the acks
+come back in any order. After a break, a missing ack or "no responders", the flow stops: the oldest
+outstanding message is sent alone until it is acknowledged, and only then the others follow in order.
+So a message never overtakes an earlier one of the same caller, and the stream drops repeats by Nats-Msg-Id.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+import structlog
+from nats.aio.client import Client
+from nats.aio.msg import Msg
+from nats.errors import Error as NatsError
+
+from adapter.errors import BusRefused, Temporary
+from adapter.jetstream.link import ApiError, Link, refusal
+from adapter.metrics import Metrics
+from adapter.ports import Message, PubAck
+from adapter.timing import Clock, first_of
+
+log = structlog.get_logger()
+
+ACK_TIMEOUT_S = 1.0
+"""Longer than any ack of a healthy server here, shorter than a leader election."""
+
+
+class _Answer(PubAck):
+    """JetStream's answer to a publish."""
+
+    error: ApiError | None = None
+
+
+class _Outstanding:
+    __slots__ = ("first_sent", "future", "message", "sent", "writes")
+
+    def __init__(self, message: Message, future: asyncio.Future[PubAck]) -> None:
+        self.message = message
+        self.future = future
+        self.sent = 0.0
+        self.first_sent = 0.0
+        self.writes = 0
+
+
+class Publisher:
+    """Stores messages through one link; waits, also for hours, until the stream has them."""
+
+    def __init__(self, link: Link, clock: Clock, metrics: Metrics) -> None:
+        self._link = link
+        self._clock = clock
+        self._metrics = metrics
+        self._outstanding: dict[int, _Outstanding] = {}
+        self._numbers = itertools.count()
+        self._flowing = False
+        self._stumbled = asyncio.Event()
+        self._decode = msgspec.json.Decoder(_Answer)
+        self._prefix = ""
+        link.on_up(self._subscribe)
+
+    @property
+    def outstanding(self) -> int:
+        return len(self._outstanding)
+
+    async def publish(self, message: Message) -> PubAck:
+        """Returns once the stream has it. Raises Conflict, BusRefused; never gives up on a bus that is away."""
+        (ack,) = await self.publish_all([message])
+        if isinstance(ack, BusRefused):
+            raise ack
+        return ack
+
+    async def publish_all(self, messages: Sequence[Message]) -> list[PubAck | BusRefused]:
+        """Stores all of them in this order, pipelined; a refusal stands in the place of its ack."""
+        loop = asyncio.get_running_loop()
+        numbers = []
+        for message in messages:
+            if len(message.payload) + _size(message.headers) > self._link.max_payload:
+                entry = _Outstanding(message, loop.create_future())
+                entry.future.set_exception(
+                    BusRefused(0, f"{len(message.payload)} bytes exceed the server's max_payload")
+                )
+            else:
+                entry = _Outstanding(message, loop.create_future())
+            number = next(self._numbers)
+            self._outstanding[number] = entry
+            numbers.append(number)
+        entries = [self._outstanding[number] for number in numbers]
+        try:
+            for number, entry in zip(numbers, entries, strict=True):
+                if self._flowing and entry.writes == 0 and not entry.future.done():
+                    await self._write(number, entry)
+            acks: list[PubAck | BusRefused] = []
+            for entry in entries:
+                try:
+                    acks.append(await entry.future)
+                except BusRefused as exc:
+                    acks.append(exc)
+            return acks
+        finally:
+            for number in numbers:
+                self._outstanding.pop(number, None)
+
+    async def run(self) -> None:
+        """Watches the acks and mends the flow, until cancelled."""
+        while True:
+            self._stumbled.clear()
+            if not self._flowing or self._is_late():
+                self._flowing = False
+                await self._recover()
+            await first_of(self._stumbled, ACK_TIMEOUT_S / 2)
+
+    def _is_late(self) -> bool:
+        """Tells whether an ack is overdue: only the oldest message needs a look, acks come nearly in order."""
+        for entry in itertools.islice(self._outstanding.values(), 1):
+            if entry.writes and not entry.future.done():
+                return self._clock.monotonic() - entry.sent > ACK_TIMEOUT_S
+        return False
+
+    async def _recover(self) -> None:
+        """Sends the oldest message alone until it is acknowledged, then all others in order."""
+        await self._link.wait_up()
+        while True:
+            pending = [(n, e) for n, e in self._outstanding.items() if not e.future.done()]
+            if not pending:
+                self._flowing = True
+                return
+            number, oldest = pending[0]
+            oldest.sent = 0.0
+            await self._write(number, oldest)
+            if not await self._acked(oldest):
+                await self._link.wait_up()
+                continue
+            for number, entry in pending[1:]:
+                await self._write(number, entry)
+            # what was added while we wrote comes after: written here too, so that numbers stay in order
+            last = pending[-1][0]
+            while fresh := [(n, e) for n, e in self._outstanding.items() if n > last and not e.writes]:
+                for number, entry in fresh:
+                    if not entry.future.done():
+                        await self._write(number, entry)
+                last = fresh[-1][0]
+            self._flowing = True
+            return
+
+    async def _acked(self, entry: _Outstanding) -> bool:
+        self._stumbled.clear()
+        stumble = asyncio.ensure_future(self._stumbled.wait())
+        waiting: set[asyncio.Future[Any]] = {entry.future, stumble}
+        try:
+            await asyncio.wait(waiting, timeout=ACK_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            stumble.cancel()
+        if not entry.future.done():
+            await self._clock.sleep(0.05)
+        return entry.future.done()
+
+    async def _write(self, number: int, entry: _Outstanding) -> None:
+        if entry.future.done():
+            return
+        entry.sent = self._clock.monotonic()
+        if entry.writes == 0:
+            entry.first_sent = entry.sent
+        else:
+            self._metrics.nats_publish.labels(stream=entry.message.stream, outcome="retried").inc()
+        entry.writes += 1
+        nc = self._link.nc
+        if nc is None:
+            self._stumble()
+            return
+        try:
+            message = entry.message
+            await nc.publish(
+                message.subject, message.payload, reply=f"{self._prefix}{number}", headers=message.headers or None
+            )
+        except NatsError as exc:
+            log.warning("publish.interrupted", reason=type(exc).__name__)
+            self._stumble()
+
+    def _stumble(self) -> None:
+        self._flowing = False
+        self._stumbled.set()
+
+    async def _subscribe(self, nc: Client) -> None:
+        self._flowing = False
+        self._prefix = nc.new_inbox() + "."
+        await nc.subscribe(self._prefix + "*", cb=self._on_ack, pending_msgs_limit=0, pending_bytes_limit=0)
+        self._stumbled.set()
+
+    async def _on_ack(self, msg: Msg) -> None:
+        number = int(msg.subject.rpartition(".")[2])
+        entry = self._outstanding.get(number)
+        if entry is None or entry.future.done():
+            return
+        if msg.headers and msg.headers.get("Status") == "503":
+            self._stumble()
+            return
+        try:
+            ack = self._decode.decode(msg.data)
+        except msgspec.MsgspecError:
+            log.warning("publish.ack_unreadable", stream=entry.message.stream)
+            self._stumble()
+            return
+        stream = entry.message.stream
+        if ack.error is not None:
+            problem = refusal(ack.error.err_code, ack.error.code, ack.error.description)
+            if isinstance(problem, Temporary):
+                self._stumble()
+                return
+            self._metrics.nats_publish.labels(stream=stream, outcome="refused").inc()
+            entry.future.set_exception(problem)
+            return
+        entry.future.set_result(ack)
+        self._metrics.nats_publish.labels(stream=stream, outcome="ok").inc()
+        self._metrics.nats_publish_duration.labels(stream=stream).observe(self._clock.monotonic() - entry.first_sent)
+
+
+def _size(headers: dict[str, str]) -> int:
+    return 12 + sum(len(k) + len(v) * 4 + 4 for k, v in headers.items())

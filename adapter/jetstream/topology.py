@@ -1,0 +1,278 @@
+"""The streams, buckets and consumers that the bridge needs: what they should be, what is there, what differs.
+
+Missing ones are created, existing ones are verified and never altered silently: a difference that would break
+a guarantee stops the start with a sentence, other differences (an operator's own limits) are only reported;
+`wechat-nats doctor --fix` changes them.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import msgspec
+import structlog
+
+from adapter.contract import SHARDS, Names
+from adapter.errors import BusRefused, SettingsError
+from adapter.jetstream.buckets import news_subject
+from adapter.jetstream.link import Link
+from adapter.settings import Settings
+
+log = structlog.get_logger()
+
+API_LEVEL = 4
+"""nats-server 2.14: consumer reset. Older servers accept newer options silently, so it is asked at the start."""
+NS = 1_000_000_000
+HOUR_NS = 3600 * NS
+DUPLICATE_WINDOW_NS = 300 * NS
+OUT_ACK_WAIT_NS = 3600 * NS
+"""Long on purpose: what is unacknowledged comes back by a consumer reset, at take-over and after each connect."""
+
+ROUTER = "router"
+CONTROL = "control"
+
+
+def out_consumer(shard: int) -> str:
+    """Name of the durable consumer of one shard's commands."""
+    return f"out-{shard:03d}"
+
+
+class Wanted(NamedTuple):
+    """A stream or consumer as it should be. `critical`: fields whose difference breaks a guarantee."""
+
+    kind: str
+    name: str
+    config: dict[str, Any]
+    critical: tuple[str, ...]
+
+
+class Difference(NamedTuple):
+    """A field that is not as it should be."""
+
+    kind: str
+    name: str
+    field: str
+    wanted: Any
+    found: Any
+    critical: bool
+
+
+def streams(names: Names, settings: Settings) -> list[Wanted]:
+    """Every stream, those of the buckets included."""
+    common = {"num_replicas": settings.replicas, "storage": settings.storage, "allow_direct": True}
+    prefix = names.prefix
+
+    def stream(name: str, critical: tuple[str, ...], **config: Any) -> Wanted:
+        return Wanted(
+            "stream", name, {"name": name, "duplicate_window": DUPLICATE_WINDOW_NS, **common, **config}, critical
+        )
+
+    def bucket(name: str, *, news: bool = False, expires: bool = False) -> Wanted:
+        config: dict[str, Any] = {
+            "subjects": [f"$KV.{name}.>"],
+            "max_msgs_per_subject": 1,
+            "discard": "new",
+            "allow_rollup_hdrs": True,
+            "deny_delete": True,
+            "allow_msg_ttl": expires,
+        }
+        critical = ["subjects", "max_msgs_per_subject"]
+        if news:
+            config["republish"] = {"src": f"$KV.{name}.>", "dest": f"{news_subject(name)}.>"}
+            critical.append("republish")
+        return stream(f"KV_{name}", tuple(critical), **config)
+
+    return [
+        stream(
+            names.stream_in,
+            ("subjects", "retention", "republish", "allow_direct"),
+            subjects=[f"{prefix}.inbox.*"],
+            retention="limits",
+            discard="old",
+            max_age=int(settings.in_max_age_h * HOUR_NS),
+            max_msgs_per_subject=settings.in_max_per_sandbox,
+            max_bytes=settings.in_max_bytes,
+            max_consumers=10_000,
+            republish={"src": f"{prefix}.inbox.*", "dest": f"{prefix}.in.{{{{wildcard(1)}}}}"},
+        ),
+        stream(
+            names.stream_out,
+            ("subjects", "retention", "discard", "subject_transform"),
+            subjects=[f"{prefix}.out", f"{prefix}.out.*"],
+            retention="workqueue",
+            discard="new",
+            discard_new_per_subject=True,
+            max_msgs_per_subject=settings.out_max_per_sandbox,
+            max_age=7 * 24 * HOUR_NS,
+            subject_transform={
+                "src": f"{prefix}.out.*",
+                "dest": f"{prefix}.out.{{{{partition({SHARDS},1)}}}}.{{{{wildcard(1)}}}}",
+            },
+        ),
+        stream(
+            names.stream_ctl,
+            ("subjects", "retention"),
+            subjects=[names.bind, names.unbind],
+            retention="workqueue",
+        ),
+        stream(
+            names.stream_event,
+            ("subjects", "retention", "allow_direct"),
+            subjects=[f"{prefix}.event.*.*"],
+            retention="limits",
+            discard="old",
+            max_age=7 * 24 * HOUR_NS,
+        ),
+        stream(
+            names.stream_parked,
+            ("subjects", "retention", "discard", "max_age"),
+            subjects=[f"{prefix}.parked.*.*"],
+            retention="limits",
+            discard="new",
+            max_age=0,
+        ),
+        stream(
+            names.stream_dead,
+            ("subjects", "retention"),
+            subjects=[f"{prefix}.dead.*"],
+            retention="limits",
+            discard="old",
+            max_age=30 * 24 * HOUR_NS,
+        ),
+        bucket(names.bindings, news=True),
+        bucket(names.cursors),
+        bucket(names.context),
+        bucket(names.members, expires=True),
+        bucket(names.claims),
+    ]
+
+
+def consumers(names: Names) -> list[Wanted]:
+    """Every durable consumer of the adapter. One owner pulls each (leases), so the ack wait is long."""
+    common = {
+        "ack_policy": "explicit",
+        "deliver_policy": "all",
+        "ack_wait": OUT_ACK_WAIT_NS,
+        "max_deliver": -1,
+        "max_ack_pending": 5000,
+        "replay_policy": "instant",
+    }
+
+    def consumer(stream: str, name: str, **config: Any) -> Wanted:
+        return Wanted(f"consumer of {stream}", name, {"durable_name": name, "name": name, **common, **config}, ())
+
+    return [
+        *(
+            consumer(names.stream_out, out_consumer(shard), filter_subject=names.out_shard(shard))
+            for shard in range(SHARDS)
+        ),
+        consumer(names.stream_out, ROUTER, filter_subject=names.out_plain),
+        consumer(names.stream_ctl, CONTROL),
+    ]
+
+
+def compare(wanted: Wanted, found: dict[str, Any]) -> list[Difference]:
+    """The fields of `wanted` that differ in what the server has; fields that it adds do not count."""
+    out = []
+    for field, value in wanted.config.items():
+        there = found.get(field)
+        if there != value and not (not value and not there):
+            out.append(Difference(wanted.kind, wanted.name, field, value, there, field in wanted.critical))
+    return out
+
+
+async def server_level(link: Link) -> int:
+    """JetStream's API level. Raises Temporary, BusRefused (JetStream off or not permitted)."""
+    info = await link.api("INFO")
+    return int((info.get("api") or {}).get("level", 0))
+
+
+async def inspect(link: Link, names: Names, settings: Settings) -> tuple[list[Wanted], list[Difference]]:
+    """What is missing and what differs, streams first. Raises Temporary, BusRefused."""
+    missing: list[Wanted] = []
+    different: list[Difference] = []
+    for wanted in streams(names, settings):
+        found = await _found(link, f"STREAM.INFO.{wanted.name}")
+        if found is None:
+            missing.append(wanted)
+        else:
+            different += compare(wanted, found)
+    present = {
+        (stream, name) for stream in (names.stream_out, names.stream_ctl) for name in await _names(link, stream)
+    }
+    missing += [w for w in consumers(names) if (w.kind.removeprefix("consumer of "), w.name) not in present]
+    return missing, different
+
+
+async def create(link: Link, wanted: Wanted) -> None:
+    """Creates a stream or a consumer. Raises Temporary, BusRefused."""
+    if wanted.kind == "stream":
+        await link.api(f"STREAM.CREATE.{wanted.name}", wanted.config, timeout_s=15)
+        return
+    stream = wanted.kind.removeprefix("consumer of ")
+    body = {"stream_name": stream, "config": wanted.config, "action": "create"}
+    try:
+        await link.api(f"CONSUMER.CREATE.{stream}.{wanted.name}", body, timeout_s=15)
+    except BusRefused as exc:
+        if exc.code != 10148:  # another replica was faster
+            raise
+
+
+async def alter(link: Link, difference: Difference, settings: Settings, names: Names) -> None:
+    """Makes one stream as it should be (doctor --fix). Raises Temporary, BusRefused."""
+    found = await _found(link, f"STREAM.INFO.{difference.name}") or {}
+    (wanted,) = [w for w in streams(names, settings) if w.name == difference.name]
+    await link.api(f"STREAM.UPDATE.{difference.name}", {**found, **wanted.config}, timeout_s=15)
+
+
+async def ensure(link: Link, names: Names, settings: Settings) -> list[Difference]:
+    """Creates what is missing and returns the harmless differences.
+
+    Raises SettingsError for a server that is too old and for differences that would break a guarantee, Temporary.
+    """
+    try:
+        level = await server_level(link)
+    except BusRefused as exc:
+        raise SettingsError("jetstream", f"JetStream is not available to this user: {exc.detail}") from exc
+    if level < API_LEVEL:
+        raise SettingsError("server_too_old", f"JetStream API level {level}; nats-server 2.14 or newer is needed.")
+    missing, different = await inspect(link, names, settings)
+    for wanted in missing:
+        try:
+            await create(link, wanted)
+        except BusRefused as exc:
+            raise SettingsError("jetstream", f"{wanted.kind} {wanted.name} cannot be created: {exc.detail}") from exc
+        if wanted.kind == "stream":
+            log.info("stream.created", stream=wanted.name)
+    if broken := [d for d in different if d.critical]:
+        lines = [f"{d.kind} {d.name}: {d.field} is {d.found!r}, must be {d.wanted!r}" for d in broken]
+        raise SettingsError("stream_differs", "; ".join(lines) + ". `wechat-nats doctor --fix` changes it.")
+    for difference in different:
+        log.warning("stream.differs", stream=difference.name, field=difference.field, found=str(difference.found))
+    return different
+
+
+async def _found(link: Link, verb: str) -> dict[str, Any] | None:
+    try:
+        answer = await link.api(verb)
+    except BusRefused as exc:
+        if exc.code == 10059:
+            return None
+        raise
+    config: dict[str, Any] = answer["config"]
+    return config
+
+
+async def _names(link: Link, stream: str) -> list[str]:
+    found: list[str] = []
+    while True:
+        try:
+            answer = await link.api(f"CONSUMER.NAMES.{stream}", {"offset": len(found)})
+        except BusRefused as exc:
+            if exc.code == 10059:
+                return []
+            raise
+        page = msgspec.convert(answer.get("consumers") or [], list[str])
+        found += page
+        if not page or len(found) >= int(answer.get("total", 0)):
+            return found

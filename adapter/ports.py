@@ -1,0 +1,159 @@
+"""What the loops ask of the world, each with the errors it may raise. Holds no code that does anything."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import NamedTuple, Protocol
+
+import msgspec
+
+from adapter.errors import BusRefused
+
+
+class Account(NamedTuple):
+    """How one bot is called. `token` is the secret, opened; `base_url` "" means the service's default."""
+
+    bot: str
+    token: str
+    base_url: str
+
+    def __repr__(self) -> str:
+        return f"Account({self.bot!r})"
+
+
+class Polled(NamedTuple):
+    """A readable answer to a poll: raw messages in order, the new cursor (None: keep the old one), the next hold."""
+
+    messages: list[bytes]
+    cursor: str | None
+    hold_ms: int
+
+
+class Accepted(NamedTuple):
+    """A send that iLink accepted; `message_id` is "" where it gave none (ilink-protocol 5.3)."""
+
+    message_id: str
+    ret: int | None
+    errcode: int | None
+    errmsg: str
+
+
+class Chat(Protocol):
+    """iLink."""
+
+    async def poll(self, account: Account, cursor: str, hold_ms: int) -> Polled | None:
+        """Waits for news after `cursor`; None: nobody answered in time.
+
+        Raises Temporary, SessionExpired, Refused (the base URL may not be called).
+        """
+
+    async def send_text(
+        self, account: Account, *, user: str, client_id: str, context_token: str, text: str
+    ) -> Accepted:
+        """Raises SessionExpired, Throttled, Refused, Temporary (nothing was taken), Uncertain (perhaps it was)."""
+
+    async def notify(self, account: Account, *, start: bool) -> None:
+        """Tells iLink that polling starts or has stopped. Raises Temporary, SessionExpired, Refused."""
+
+    async def recycle(self, bot: str) -> None:
+        """Drops the bot's connections; the next call connects anew."""
+
+    def check_base_url(self, url: str) -> str:
+        """Raises Refused for a base URL that may not be called."""
+
+
+class Message(NamedTuple):
+    """Something to store in a stream. `stream` is its label in the metrics: in, event, parked, dead, out."""
+
+    stream: str
+    subject: str
+    payload: bytes
+    headers: dict[str, str]
+
+
+class PubAck(msgspec.Struct):
+    """The stream has it. `seq` is its sequence; `duplicate`: it had it before."""
+
+    stream: str = ""
+    seq: int = 0
+    duplicate: bool = False
+
+
+class Bus(Protocol):
+    """Storing messages. Waits as long as the bus is away; what is given first is stored first."""
+
+    async def publish(self, message: Message) -> PubAck:
+        """Raises Conflict, BusRefused."""
+
+    async def publish_all(self, messages: Sequence[Message]) -> list[PubAck | BusRefused]:
+        """Stores all in this order, pipelined; a refusal stands in the place of its ack."""
+
+
+class Stored(NamedTuple):
+    """A message read back from a stream."""
+
+    subject: str
+    seq: int
+    headers: dict[str, str]
+    data: bytes
+
+
+class History(Protocol):
+    """Reading streams back."""
+
+    def read(
+        self, stream: str, subject: str, *, after: int = 0, since_ms: int | None = None
+    ) -> AsyncIterator[Stored]:
+        """Messages of `subject`, oldest first, after a sequence or since a time. Raises Temporary."""
+
+    async def last(self, stream: str, subject: str) -> Stored | None:
+        """The newest message of one subject. Raises Temporary."""
+
+    async def counts(self, stream: str, subject: str) -> dict[str, int]:
+        """Messages per subject under a wildcard. Raises Temporary."""
+
+    async def delete(self, stream: str, seq: int) -> None:
+        """Deletes one message; one that is gone already is no error. Raises Temporary."""
+
+
+class Entry(NamedTuple):
+    """A key's last value. `value` is None where the key was deleted (its revision still counts)."""
+
+    key: str
+    value: bytes | None
+    revision: int
+
+
+class Bucket(Protocol):
+    """A key-value bucket. Writing waits as long as the bus is away."""
+
+    async def get(self, key: str) -> Entry | None:
+        """None if the key never was. Raises Temporary."""
+
+    async def update(self, key: str, value: bytes, revision: int) -> int:
+        """Writes if the revision still is `revision` (0: the key never was); the new one. Raises Conflict."""
+
+    async def delete(self, key: str, revision: int | None = None) -> int:
+        """Raises Conflict."""
+
+    async def follow(
+        self,
+        on_entry: Callable[[Entry], None],
+        *,
+        on_loaded: Callable[[], None] | None = None,
+        reload_s: float = 30.0,
+    ) -> None:
+        """Calls `on_entry` for all that is there and every change, until cancelled."""
+
+
+class Register(Protocol):
+    """A bucket for leases: answers from the leader, and never waits longer than about a second."""
+
+    async def get(self, key: str) -> Entry | None:
+        """Raises Temporary."""
+
+    async def write(self, key: str, value: bytes | None, revision: int) -> int:
+        """Writes, or deletes for None, at this revision. Raises Conflict, Temporary (ambiguous)."""
+
+    async def entries(self) -> list[Entry]:
+        """All that is there. Raises Temporary."""

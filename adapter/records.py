@@ -1,0 +1,106 @@
+"""What the adapter keeps in its buckets, for itself: not part of the contract, read by nobody else."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+from adapter.contract import BindingInfo, BindingState, Options
+
+
+class Binding(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Bucket `bindings`, key: the bot. Which sandbox a bot serves, and how it is reached."""
+
+    sandbox: str
+    bot: str
+    token: Annotated[str, Meta(description="The bot's token, sealed; see adapter/seal.py.")]
+    user: str = ""
+    base_url: str = ""
+    options: Options = Options()
+    state: BindingState = "active"
+    reason: str = ""
+    since_ms: int = 0
+    request: str = ""
+    start_cursor: str | None = None
+    """A cursor given by the bind request, to be used once."""
+
+    def __repr__(self) -> str:
+        return (
+            f"Binding({self.sandbox!r}, {self.bot!r}, {self.state!r})"  # a token never gets into a log or traceback
+        )
+
+    def info(self) -> BindingInfo:
+        """What others may see of it."""
+        return BindingInfo(
+            sandbox=self.sandbox,
+            bot=self.bot,
+            user=self.user,
+            base_url=self.base_url,
+            state=self.state,
+            reason=self.reason,
+            since_ms=self.since_ms,
+            options=self.options,
+        )
+
+
+class Cursor(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Bucket `cursors`, key: the bot. Where to poll from, what was seen, and who polls."""
+
+    cursor: str = ""
+    seen: list[str] = []
+    """Records of adapter.dedup, oldest first."""
+    last_seq: int = 0
+    """Sequence in WECHAT_IN of the newest message that `seen` covers; later ones were published without it."""
+    owner: str = ""
+    """Incarnation of the replica that polls; "" when nobody does. The epoch of the compare-and-set: writing one's
+    own name raises the revision, so that every write of the owner before is refused."""
+    start: str | None = None
+    """The bind request's start cursor that was applied, so that it is applied once."""
+
+
+class Hand(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The command that is being sent: written before each request, so that a crash leaves a trace."""
+
+    command: str
+    client: str
+    """Base of the client_ids of its parts."""
+    part: int = 0
+    attempts: int = 0
+    tried: int = 0
+    """Requests for this part that got no answer."""
+    message_ids: list[str] = []
+    unconfirmed: bool = False
+
+
+class Context(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Bucket `context`, key: bot and user. The newest context token and the user's window."""
+
+    token: str = ""
+    inbound_ms: int = 0
+    """When the user's newest message arrived here; 0: never."""
+    inbound_id: str = ""
+    used: int = 0
+    """Sends since then, counted before they leave."""
+    blocked_ms: int = 0
+    """When iLink said -2; 0: not blocked."""
+    hand: Hand | None = None
+    done: list[str] = []
+    """Ids of the last commands that were sent, against a second publish with the same id."""
+
+    def __repr__(self) -> str:
+        return f"Context(used={self.used}, inbound_ms={self.inbound_ms})"
+
+
+class Claim(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Bucket `claims`, key: the shard. Which incarnation owns it; "" when it was released."""
+
+    owner: str = ""
+
+
+class Member(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Bucket `members`, key: the incarnation. Renewed as long as it lives."""
+
+    instance: str
+    draining: bool = False

@@ -1,0 +1,55 @@
+"""Bot tokens at rest: AES-256-GCM with a key from the settings, or plain where no key is set.
+
+Form: `s1.<key id>.<base64url of nonce and ciphertext>`; the bot's id is bound in, so that a sealed token cannot be
+moved to another bot. Several keys may be given: the first seals, all open, which is how a key is rotated.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import secrets
+
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+from adapter.errors import Refused
+
+MARK = "s1."
+
+
+class Sealer:
+    """Seals and opens tokens with the keys of WECHAT_NATS_TOKEN_KEY."""
+
+    def __init__(self, keys: tuple[bytes, ...]) -> None:
+        self._keys = {_key_id(key): AESGCM(key) for key in keys}
+        self._first = _key_id(keys[0]) if keys else ""
+
+    @property
+    def seals(self) -> bool:
+        """False where no key is set and tokens are stored as they are."""
+        return bool(self._keys)
+
+    def seal(self, bot: str, token: str) -> str:
+        if not self._first:
+            return token
+        nonce = secrets.token_bytes(12)
+        sealed = self._keys[self._first].encrypt(nonce, token.encode(), bot.encode())
+        return f"{MARK}{self._first}.{base64.urlsafe_b64encode(nonce + sealed).decode()}"
+
+    def open(self, bot: str, stored: str) -> str:
+        """Raises Refused("token_key") when no key of ours opens it."""
+        if not stored.startswith(MARK):
+            return stored
+        key_id, _, body = stored.removeprefix(MARK).partition(".")
+        if key_id not in self._keys:
+            raise Refused("token_key", f"No key with id {key_id} in WECHAT_NATS_TOKEN_KEY.")
+        blob = base64.urlsafe_b64decode(body)
+        try:
+            return self._keys[key_id].decrypt(blob[:12], blob[12:], bot.encode()).decode()
+        except InvalidTag as exc:
+            raise Refused("token_key", "The sealed token of this bot was changed or belongs to another bot.") from exc
+
+
+def _key_id(key: bytes) -> str:
+    return hashlib.blake2b(key, digest_size=4).hexdigest()

@@ -1,0 +1,102 @@
+"""Time and chance, so that a test owns both. Imports nothing of ours."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import time
+from collections.abc import Callable, Coroutine
+from typing import Any, Protocol, TypeVar
+
+T = TypeVar("T")
+
+
+class Clock(Protocol):
+    """What the loops know of time."""
+
+    def now_ms(self) -> int:
+        """Wall clock, Unix milliseconds: for stamps and the user's window, never for leases."""
+
+    def monotonic(self) -> float:
+        """Seconds that only go forward, also while the process is stopped."""
+
+    async def sleep(self, seconds: float) -> None: ...
+
+    def jitter(self, seconds: float) -> float:
+        """A random part of `seconds`."""
+
+
+class SystemClock:
+    """The machine's clock."""
+
+    def now_ms(self) -> int:
+        return time.time_ns() // 1_000_000
+
+    def monotonic(self) -> float:
+        return time.monotonic()
+
+    async def sleep(self, seconds: float) -> None:
+        await asyncio.sleep(seconds)
+
+    def jitter(self, seconds: float) -> float:
+        return random.random() * seconds
+
+
+def backoff(failures: int, *, first_s: float = 1.0, longest_s: float = 60.0) -> float:
+    """Seconds to wait after so many failures in a row: doubling from `first_s` up to `longest_s`."""
+    return min(longest_s, first_s * 2.0 ** min(max(failures, 1) - 1, 30))
+
+
+async def finish(work: Coroutine[Any, Any, T], grace_s: float) -> T:
+    """Awaits `work`. Cancelled meanwhile, gives it `grace_s` more seconds, then re-raises the cancellation."""
+    task = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        if not task.done():
+            _, late = await asyncio.wait([task], timeout=grace_s)
+            for straggler in late:
+                straggler.cancel()
+        if task.done() and not task.cancelled():
+            task.exception()  # seen here: the cancellation is what the caller learns
+        raise
+
+
+async def first_of(event: asyncio.Event, timeout_s: float | None) -> bool:
+    """Waits until `event` is set or `timeout_s` seconds have passed; tells whether it is set."""
+    if event.is_set():
+        return True
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(timeout_s):
+            await event.wait()
+    return event.is_set()
+
+
+class Latch:
+    """A state of the world that tasks wait for: any number of waiters, woken at every change."""
+
+    def __init__(self) -> None:
+        self._waiters: set[asyncio.Future[None]] = set()
+
+    def notify(self) -> None:
+        """Wakes everybody who waits now."""
+        for waiter in self._waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+        self._waiters.clear()
+
+    async def until(self, holds: Callable[[], bool], timeout_s: float | None = None) -> bool:
+        """Waits until `holds()` is true at a change; False after `timeout_s` seconds."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                while not holds():
+                    waiter = asyncio.get_running_loop().create_future()
+                    self._waiters.add(waiter)
+                    try:
+                        await waiter
+                    finally:
+                        self._waiters.discard(waiter)
+        except TimeoutError:
+            return holds()
+        return True
