@@ -1,0 +1,81 @@
+# make demo    a conversation on this machine: server, simulated WeChat, adapter and echo agent
+# make test    every check and every test but the slow ones
+# make slow    the slow ones
+# make format  the code as `make check` wants it
+# make generate  schemas/ and the README's table, from the code
+# make clean   everything that make and the tests have made
+#
+# Needs git, make and Python 3.11 or newer. The rest is installed into this directory (.tools/, .venv/).
+
+SHELL := /bin/sh
+.SUFFIXES:
+MAKEFLAGS += --no-print-directory
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# An environment that is there is kept, whichever Python it has.
+PYTHONS := $(BIN)/python python3 python3.14 python3.13 python3.12 python3.11
+
+.PHONY: demo test check tests slow format generate clean install
+.DEFAULT_GOAL := test
+
+demo: install
+	@exec $(BIN)/wechat-nats demo
+
+test: check tests
+
+tests: install
+	@$(BIN)/pytest -m 'not slow' </dev/null
+
+slow: install
+	@$(BIN)/pytest -m slow </dev/null || [ $$? = 5 ] # 5: there is none
+
+check: install
+	@$(BIN)/ruff format --check --quiet . || { echo 'Not formatted: run make format' >&2; exit 1; }
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/mypy
+	@found=$$($(BIN)/lint-imports --no-logo 2>&1) || { echo "$$found" >&2; exit 1; }
+	@$(BIN)/python -m adapter.schema --check
+
+format: install
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+generate: install
+	@$(BIN)/python -m adapter.schema
+
+clean:
+	rm -rf $(VENV) .tools dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find adapter tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+install: $(STAMP)
+
+# Quiet, on stderr and without stdin: `make demo` may be at the end of a pipe.
+$(STAMP): pyproject.toml uv.lock
+	@exec </dev/null 1>&2; set -e; \
+	python=; \
+	for candidate in $(PYTHONS); do \
+	  if "$$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	    python=$$("$$candidate" -c 'import sys; print(getattr(sys, "_base_executable", "") or sys.executable)'); \
+	    break; \
+	  fi; \
+	done; \
+	if [ -z "$$python" ]; then \
+	  echo 'wechat-nats needs Python 3.11 or newer; none of these is one: $(PYTHONS)'; exit 1; \
+	fi; \
+	if command -v uv >/dev/null 2>&1; then uv=uv; else \
+	  uv=.tools/bin/uv; \
+	  if [ ! -x "$$uv" ]; then \
+	    echo 'Installing uv into .tools …'; \
+	    "$$python" -m venv --without-pip --clear .tools; \
+	    "$$python" -m pip --python .tools/bin/python install --quiet --disable-pip-version-check 'uv>=0.9' || { \
+	      "$$python" -m venv --clear .tools; \
+	      .tools/bin/python -m pip install --quiet --disable-pip-version-check 'uv>=0.9'; \
+	    }; \
+	  fi; \
+	fi; \
+	echo 'Installing the dependencies into $(VENV) …'; \
+	UV_PROJECT_ENVIRONMENT='$(VENV)' "$$uv" sync --quiet --frozen --all-extras --python "$$python" \
+	  --no-python-downloads; \
+	touch $@

@@ -1,0 +1,252 @@
+"""Writes what is generated from the code: `schemas/` and the README's table of settings.
+
+`python -m adapter.schema` writes, `python -m adapter.schema --check` only says what differs (exit status 1).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+
+from adapter.contract import (
+    H_MSG_ID,
+    H_REPLY_TO,
+    H_SCHEMA,
+    H_TRACEPARENT,
+    MESSAGES,
+    SANDBOX_PATTERN,
+    SCHEMA_VERSION,
+    Names,
+)
+from adapter.settings import settings_markdown
+
+ROOT = Path(__file__).parents[1]
+DIALECT = "https://json-schema.org/draft/2020-12/schema"
+SETTINGS_START, SETTINGS_END = "<!-- settings -->\n", "<!-- /settings -->"
+
+
+class Channel(NamedTuple):
+    """A subject, what goes over it, and what the adapter does with it."""
+
+    key: str
+    subject: str
+    message: str
+    does: str
+    summary: str
+    answer: str = ""
+    """Message of the answer; "" if there is none."""
+    answer_to: str = ""
+    """Where the answer goes, as an AsyncAPI runtime expression."""
+
+
+def channels(names: Names) -> list[Channel]:
+    """Every subject that sandboxes, services and the platform use. `does`: send or receive, seen from the adapter."""
+    sandbox = "{sandbox}"
+    by_header, by_reply = f"$message.header#/{H_REPLY_TO}", "$message.header#/reply"
+    return [
+        Channel("in", names.live(sandbox), "inbound", "send", "Live: what a user said, by plain subscribe."),
+        Channel("inbox", names.inbox(sandbox), "inbound", "send", f"The same, as {names.stream_in} keeps it."),
+        Channel("out", names.out(sandbox), "outbound", "receive", "A sandbox says something to its user."),
+        Channel("out_any", names.out_plain, "outbound", "receive", "A service says it; the body names the sandbox."),
+        Channel("receipt", names.event(sandbox, "receipt"), "receipt", "send", "What became of a command."),
+        Channel("binding", names.event(sandbox, "binding"), "binding_event", "send", "A binding changed."),
+        Channel("bind", names.bind, "bind", "receive", "Let a bot serve a sandbox.", "control_answer", by_header),
+        Channel("unbind", names.unbind, "unbind", "receive", "End that.", "control_answer", by_header),
+        Channel(
+            "bindings_list",
+            names.svc("bindings.list"),
+            "bindings_query",
+            "receive",
+            "Which bindings there are.",
+            "bindings_page",
+            by_reply,
+        ),
+        Channel(
+            "bindings_get",
+            names.svc("bindings.get"),
+            "bindings_query",
+            "receive",
+            "The bindings of one bot or sandbox.",
+            "bindings_page",
+            by_reply,
+        ),
+        Channel(
+            "window", names.svc("window"), "window_query", "receive", "What may still be sent.", "window", by_reply
+        ),
+    ]
+
+
+def json_schema(name: str) -> dict[str, Any]:
+    """JSON Schema 2020-12 of one of `contract.MESSAGES`, complete in itself."""
+    kind = MESSAGES[name]
+    _, definitions = msgspec.json.schema_components([kind], ref_template="#/$defs/{name}")
+    root = definitions.pop(kind.__name__)
+    schema: dict[str, Any] = {
+        "$schema": DIALECT,
+        "$id": f"urn:wechat-nats:schema:{SCHEMA_VERSION}:{name}",
+        **root,
+    }
+    if definitions:
+        schema["$defs"] = dict(sorted(definitions.items()))
+    return schema
+
+
+def asyncapi() -> dict[str, Any]:
+    """AsyncAPI 3.0 of the bus, under the default prefix."""
+    listed = channels(Names())
+    _, definitions = msgspec.json.schema_components(MESSAGES.values(), ref_template="#/components/schemas/{name}")
+    return {
+        "asyncapi": "3.0.0",
+        "info": {
+            "title": "wechat-nats",
+            "version": f"{SCHEMA_VERSION}.0.0",
+            "description": (
+                "The bus between WeChat and sandboxes. Operations are the adapter's: what it sends you receive,"
+                " what it receives you send. The first token of every subject is a setting. Guarantees: see README.md."
+            ),
+            "license": {"name": "Apache-2.0"},
+        },
+        "defaultContentType": "application/json",
+        "channels": {
+            **{channel.key: _channel(channel) for channel in listed},
+            **{f"{channel.key}_answer": _answer_channel(channel) for channel in listed if channel.answer},
+        },
+        "operations": {channel.key: _operation(channel) for channel in listed},
+        "components": {
+            "messages": {name: _message(name) for name in MESSAGES},
+            "schemas": {
+                **_without_discriminators(dict(sorted(definitions.items()))),
+                "Headers": _headers(),
+            },
+        },
+    }
+
+
+def generated(root: Path = ROOT) -> dict[Path, str]:
+    """Path below `root` and text of every generated file."""
+    files = {Path("schemas") / f"{name}.json": _text(json_schema(name)) for name in MESSAGES}
+    files[Path("schemas/asyncapi.json")] = _text(asyncapi())
+    readme = (root / "README.md").read_text(encoding="utf-8")
+    before, start, rest = readme.partition(SETTINGS_START)
+    _, end, after = rest.partition(SETTINGS_END)
+    if start and end:
+        files[Path("README.md")] = before + start + settings_markdown() + end + after
+    return files
+
+
+def differing(root: Path = ROOT) -> list[Path]:
+    """Generated files that are absent, stale, or no longer generated."""
+    files = generated(root)
+    stale = [path for path, text in files.items() if not _holds(root / path, text)]
+    left = [path.relative_to(root) for path in (root / "schemas").glob("*.json")]
+    return sorted({*stale, *(path for path in left if path not in files)})
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Exit status."""
+    if list(arguments) not in ([], ["--check"]):
+        sys.stderr.write("usage: python -m adapter.schema [--check]\n")
+        return 2
+    changes = differing()
+    if arguments:
+        sys.stdout.writelines(f"{path} is not what the code says; run: make generate\n" for path in changes)
+        return 1 if changes else 0
+    files = generated()
+    for path in changes:
+        if path in files:
+            (ROOT / path).write_text(files[path], encoding="utf-8")
+        else:
+            (ROOT / path).unlink()
+        sys.stdout.write(f"{path}\n")
+    return 0
+
+
+def _channel(channel: Channel) -> dict[str, Any]:
+    made: dict[str, Any] = {
+        "address": channel.subject,
+        "summary": channel.summary,
+        "messages": {channel.message: {"$ref": f"#/components/messages/{channel.message}"}},
+    }
+    if "{sandbox}" in channel.subject:
+        made["parameters"] = {"sandbox": {"description": f"Name of the sandbox; matches {SANDBOX_PATTERN}"}}
+    return made
+
+
+def _answer_channel(channel: Channel) -> dict[str, Any]:
+    return {
+        "address": None,
+        "summary": f"Answers to {channel.subject}, at an inbox of the asker.",
+        "messages": {channel.answer: {"$ref": f"#/components/messages/{channel.answer}"}},
+    }
+
+
+def _operation(channel: Channel) -> dict[str, Any]:
+    made: dict[str, Any] = {
+        "action": channel.does,
+        "channel": {"$ref": f"#/channels/{channel.key}"},
+        "summary": channel.summary,
+        "messages": [{"$ref": f"#/channels/{channel.key}/messages/{channel.message}"}],
+    }
+    if channel.answer:
+        made["reply"] = {
+            "address": {"location": channel.answer_to},
+            "channel": {"$ref": f"#/channels/{channel.key}_answer"},
+            "messages": [{"$ref": f"#/channels/{channel.key}_answer/messages/{channel.answer}"}],
+        }
+    return made
+
+
+def _message(name: str) -> dict[str, Any]:
+    kind = MESSAGES[name]
+    return {
+        "name": name,
+        "title": kind.__name__,
+        "summary": " ".join((kind.__doc__ or "").split()),
+        "contentType": "application/json",
+        "headers": {"$ref": "#/components/schemas/Headers"},
+        "payload": {"$ref": f"#/components/schemas/{kind.__name__}"},
+    }
+
+
+def _headers() -> dict[str, Any]:
+    return {
+        "title": "Headers",
+        "type": "object",
+        "properties": {
+            H_SCHEMA: {"type": "string", "description": f"Major version of the contract: {SCHEMA_VERSION}."},
+            H_MSG_ID: {"type": "string", "description": "Id; JetStream drops a repeat within five minutes."},
+            H_REPLY_TO: {"type": "string", "description": "Inbox for the answer to bind and unbind."},
+            H_TRACEPARENT: {"type": "string", "description": "W3C trace context, passed through."},
+        },
+    }
+
+
+def _without_discriminators(node: Any) -> Any:
+    """AsyncAPI means something else by the word than JSON Schema's code generators do."""
+    match node:
+        case dict():
+            return {key: _without_discriminators(value) for key, value in node.items() if key != "discriminator"}
+        case list():
+            return [_without_discriminators(value) for value in node]
+        case _:
+            return node
+
+
+def _text(document: dict[str, Any]) -> str:
+    return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
+
+
+def _holds(path: Path, text: str) -> bool:
+    try:
+        return path.read_text(encoding="utf-8") == text
+    except FileNotFoundError:
+        return False
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

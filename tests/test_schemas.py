@@ -1,0 +1,161 @@
+"""`schemas/` says what `contract` does: generated, valid, and of one mind with msgspec about every sample."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from jsonschema import Draft202012Validator  # type: ignore[import-untyped]
+
+from adapter import contract, schema
+
+SCHEMAS = schema.ROOT / "schemas"
+VALID = sorted((SCHEMAS / "samples" / "valid").glob("*.json"))
+INVALID = sorted((SCHEMAS / "samples" / "invalid").glob("*.json"))
+
+
+def name_of(sample: Path) -> str:
+    """`inbound` of inbound-text.json."""
+    return sample.stem.partition("-")[0]
+
+
+def stored(name: str) -> dict[str, Any]:
+    document: dict[str, Any] = json.loads((SCHEMAS / f"{name}.json").read_text(encoding="utf-8"))
+    return document
+
+
+def references(node: Any) -> Iterator[str]:
+    match node:
+        case {"$ref": str(target)}:
+            yield target
+        case dict():
+            for value in node.values():
+                yield from references(value)
+        case list():
+            for value in node:
+                yield from references(value)
+
+
+def resolve(document: Any, target: str) -> Any:
+    """Raises KeyError for a reference to nothing."""
+    assert target.startswith("#/")
+    for part in target[2:].split("/"):
+        document = document[part]
+    return document
+
+
+def test_what_is_stored_is_what_the_code_says() -> None:
+    """`make generate` writes it anew."""
+    assert schema.differing() == []
+
+
+def test_generating_twice_gives_the_same_bytes() -> None:
+    """In another process too, where hashes of strings are others."""
+    code = "from adapter import schema; print(schema.generated())"
+    runs = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            check=True,
+            capture_output=True,
+            cwd=schema.ROOT,
+            env={"PYTHONHASHSEED": seed, "PYTHONIOENCODING": "utf-8"},
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert len(runs) == 1
+
+
+def test_a_stale_an_absent_and_a_leftover_file_are_named(tmp_path: Path) -> None:
+    (tmp_path / "schemas").mkdir()
+    (tmp_path / "README.md").write_text("<!-- settings -->\nold\n<!-- /settings -->\n")
+    for path, text in schema.generated(tmp_path).items():
+        (tmp_path / path).write_text(text)
+    assert schema.differing(tmp_path) == []
+
+    (tmp_path / "schemas/bind.json").write_text("{}")
+    (tmp_path / "schemas/inbound.json").unlink()
+    (tmp_path / "schemas/left_over.json").touch()
+    (tmp_path / "README.md").write_text("<!-- settings -->\n<!-- /settings -->\n")
+    assert [str(path) for path in schema.differing(tmp_path)] == [
+        "README.md",
+        "schemas/bind.json",
+        "schemas/inbound.json",
+        "schemas/left_over.json",
+    ]
+
+
+def test_an_unknown_argument_is_refused() -> None:
+    assert schema.main(["--chek"]) == 2
+
+
+@pytest.mark.parametrize("name", contract.MESSAGES)
+def test_every_schema_is_one(name: str) -> None:
+    document = stored(name)
+    assert document["$schema"] == "https://json-schema.org/draft/2020-12/schema"
+    assert document["$id"] == f"urn:wechat-nats:schema:1:{name}"
+    assert document["description"]
+    Draft202012Validator.check_schema(document)
+    for target in references(document):
+        assert resolve(document, target)
+
+
+@pytest.mark.parametrize("name", contract.MESSAGES)
+def test_every_message_has_samples_of_both_kinds(name: str) -> None:
+    assert name in {name_of(sample) for sample in VALID}
+    assert name in {name_of(sample) for sample in INVALID}
+
+
+@pytest.mark.parametrize("sample", VALID, ids=lambda path: path.stem)
+def test_a_valid_sample_satisfies_schema_and_decoder(sample: Path) -> None:
+    """And what the decoder made of it satisfies the schema again: readers see what we write, not what we read."""
+    raw = sample.read_bytes()
+    kind = contract.MESSAGES[name_of(sample)]
+    validator = Draft202012Validator(stored(name_of(sample)))
+    validator.validate(json.loads(raw))
+    decoded = msgspec.json.decode(raw, type=kind)
+    written = msgspec.json.encode(decoded)
+    validator.validate(json.loads(written))
+    assert msgspec.json.decode(written, type=kind) == decoded
+
+
+@pytest.mark.parametrize("sample", INVALID, ids=lambda path: path.stem)
+def test_an_invalid_sample_satisfies_neither(sample: Path) -> None:
+    raw = sample.read_bytes()
+    assert not Draft202012Validator(stored(name_of(sample))).is_valid(json.loads(raw))
+    with pytest.raises(msgspec.ValidationError):
+        msgspec.json.decode(raw, type=contract.MESSAGES[name_of(sample)])
+
+
+def test_asyncapi_refers_to_what_it_holds() -> None:
+    document = stored("asyncapi")
+    assert document["asyncapi"] == "3.0.0"
+    for target in references(document):
+        assert resolve(document, target)
+    for operation in document["operations"].values():
+        assert operation["action"] in ("send", "receive")
+
+
+def test_asyncapi_covers_every_message_and_has_no_discriminator() -> None:
+    """AsyncAPI refuses the word as code generators use it; the single schemas keep it for them."""
+    document = stored("asyncapi")
+    carried = {message for channel in document["channels"].values() for message in channel["messages"]}
+    assert carried == set(contract.MESSAGES)
+    assert "discriminator" not in json.dumps(document)
+    assert "discriminator" in json.dumps(stored("inbound"))
+
+
+def test_subjects_of_asyncapi_are_those_of_the_contract() -> None:
+    names = contract.Names()
+    addresses = {channel["address"] for channel in stored("asyncapi")["channels"].values()}
+    assert addresses == {
+        None,
+        *(names.live("{sandbox}"), names.inbox("{sandbox}"), names.out("{sandbox}"), names.out_plain),
+        *(names.event("{sandbox}", "receipt"), names.event("{sandbox}", "binding"), names.bind, names.unbind),
+        *(names.svc("bindings.list"), names.svc("bindings.get"), names.svc("window")),
+    }
