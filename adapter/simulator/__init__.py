@@ -1,0 +1,52 @@
+"""A server that behaves as Tencent's iLink does, for tests and for trying things out.
+
+Knows nothing of the adapter, so that the two cannot share a misunderstanding.
+"""
+
+from adapter.simulator.faults import FAULTS, FaultRule
+from adapter.simulator.inbox import CHANGES
+from adapter.simulator.kinds import KINDS
+from adapter.simulator.process import run, serve
+from adapter.simulator.records import (
+    BotRecord,
+    CallView,
+    InboundRecord,
+    OnlineView,
+    PollRecord,
+    PollsView,
+    QrRecord,
+    RequestRecord,
+    SendRecord,
+    Shown,
+    SimulatorError,
+    Stats,
+    TypingView,
+    Violation,
+)
+from adapter.simulator.settings import SimulatorSettings
+from adapter.simulator.simulator import Simulator
+
+__all__ = [
+    "CHANGES",
+    "FAULTS",
+    "KINDS",
+    "BotRecord",
+    "CallView",
+    "FaultRule",
+    "InboundRecord",
+    "OnlineView",
+    "PollRecord",
+    "PollsView",
+    "QrRecord",
+    "RequestRecord",
+    "SendRecord",
+    "Shown",
+    "Simulator",
+    "SimulatorError",
+    "SimulatorSettings",
+    "Stats",
+    "TypingView",
+    "Violation",
+    "run",
+    "serve",
+]

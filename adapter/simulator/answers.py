@@ -1,0 +1,102 @@
+"""Bytes on the wire: writing an answer whole, slowly, garbled or not at all (F1 to F6)."""
+
+import asyncio
+import socket
+import struct
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+from aiohttp import web
+from msgspec import Struct
+
+from adapter.simulator.clock import Clock
+from adapter.simulator.faults import FaultRule
+
+HTML = b"<html><head><title>%d</title></head><body><h1>%d</h1><hr>nginx</body></html>"
+GARBLED = ("malformed", "truncated", "html", "empty", "wrong_type")
+
+
+def nothing(written: bool, outcome: str) -> None:
+    """For answers that nobody needs to know the fate of."""
+
+
+class Answer(Struct, kw_only=True):
+    """An answer about to be written. `settle` is called once: was it written whole, and what became of it."""
+
+    body: bytes
+    status: int = 200
+    content_type: str = "application/json"
+    outcome: str = "answered"
+    cut: bool = False
+    """Reset the connection instead of writing."""
+    settle: Callable[[bool, str], None] = nothing
+
+
+def json_answer(value: Any, *, status: int = 200) -> Answer:
+    """None makes an empty body."""
+    return Answer(body=b"" if value is None else msgspec.json.encode(value), status=status)
+
+
+def error_page(rule: FaultRule, status: int) -> Answer:
+    """What a gateway in front of iLink sends (F1, F2)."""
+    body = str(rule.params["body"]).encode() if "body" in rule.params else HTML % (status, status)
+    return Answer(body=body, status=status, content_type="text/html", outcome=rule.fault)
+
+
+def garble(answer: Answer, kind: str) -> None:
+    """Spoils a good answer in one of the ways of F3."""
+    if kind == "malformed":
+        answer.body = b'{"ret":0,,"msgs":[{]}'
+    elif kind == "truncated":
+        answer.body = answer.body[: max(len(answer.body) // 2, 1)]
+    elif kind == "html":
+        answer.body, answer.content_type = HTML % (200, 200), "text/html"
+    elif kind == "empty":
+        answer.body = b""
+    elif kind == "wrong_type":
+        answer.body, answer.content_type = b"ok", "text/plain"
+    else:
+        raise ValueError(f"unknown kind {kind}, there are {', '.join(GARBLED)}")
+
+
+def cut(request: web.Request) -> None:
+    """Resets the connection."""
+    transport = request.transport
+    if transport is None:
+        return
+    sock = transport.get_extra_info("socket")
+    if sock is not None:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    transport.abort()
+
+
+async def write(request: web.Request, answer: Answer) -> web.StreamResponse:
+    """Raises ConnectionError where the client has gone before the last byte was handed over."""
+    response = web.Response(body=answer.body, status=answer.status, content_type=answer.content_type)
+    await response.prepare(request)
+    await response.write_eof()
+    return response
+
+
+async def dribble(request: web.Request, answer: Answer, rule: FaultRule, clock: Clock) -> web.StreamResponse:
+    """Headers at once, then the body in small pieces (F4)."""
+    size = max(int(rule.params.get("chunk", 1)), 1)
+    pause_s = float(rule.params.get("pause_ms", 200)) / 1000
+    response = web.StreamResponse(status=answer.status)
+    response.content_type = answer.content_type
+    response.content_length = len(answer.body)
+    await response.prepare(request)
+    for start in range(0, len(answer.body), size):
+        await clock.sleep(pause_s)
+        await response.write(answer.body[start : start + size])
+    await response.write_eof()
+    return response
+
+
+async def hang(rule: FaultRule, clock: Clock) -> None:
+    """Says nothing for `hang_ms`, or until the client gives up (F5)."""
+    if "hang_ms" in rule.params:
+        await clock.sleep(float(rule.params["hang_ms"]) / 1000)
+    else:
+        await asyncio.Event().wait()

@@ -1,0 +1,266 @@
+"""iLink's endpoints: a request that has passed authentication, and its answer (section 3)."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+
+from adapter.simulator import ids
+from adapter.simulator.answers import Answer, json_answer
+from adapter.simulator.inbox import Inbox
+from adapter.simulator.login import Logins
+from adapter.simulator.outbox import Outbox, text_of
+from adapter.simulator.records import Json, SendRecord
+from adapter.simulator.world import Bot, Entry, Poll, World
+
+
+class Call(Struct):
+    """One authenticated request."""
+
+    endpoint: str
+    bot: Bot
+    body: Json
+    start_ms: float
+
+
+Endpoint = Callable[[Call], Awaitable[Answer]]
+
+
+def malformed(world: World, bot: Bot | None, errmsg: str) -> Answer:
+    """The answer to a request that cannot be read (F29)."""
+    if world.settings_of(bot).malformed == "http400":
+        return json_answer({"ret": -2, "errmsg": errmsg}, status=400)
+    return json_answer({"ret": -2, "errmsg": errmsg})
+
+
+def stale_body(world: World, bot: Bot | None) -> Json:
+    """The answer to a token that is unknown, missing or dead (S2)."""
+    style = world.settings_of(bot).stale_style
+    code = {"errcode": {"errcode": -14}, "ret": {"ret": -14}, "both": {"ret": -14, "errcode": -14}}[style]
+    return {**code, "errmsg": "session timeout"}
+
+
+class Endpoints:
+    """The authenticated endpoints, by name."""
+
+    def __init__(self, world: World, inbox: Inbox, outbox: Outbox, logins: Logins) -> None:
+        self._world = world
+        self._inbox = inbox
+        self._outbox = outbox
+        self._logins = logins
+        self.table: dict[str, Endpoint] = {
+            "getupdates": self.getupdates,
+            "sendmessage": self.sendmessage,
+            "getconfig": self.getconfig,
+            "sendtyping": self.sendtyping,
+            "msg/notifystart": self.notifystart,
+            "msg/notifystop": self.notifystop,
+        }
+        self._turns = 0
+
+    async def getupdates(self, call: Call) -> Answer:
+        bot, world = call.bot, self._world
+        cursor = call.body.get("get_updates_buf", "")
+        if not isinstance(cursor, str):
+            return malformed(world, bot, "get_updates_buf must be a string")
+        if rule := world.faults.take("F18", call.endpoint, bot.id, bot.user):
+            self._inbox.replay(bot, int(rule.params.get("last", 1)))
+        if self._inbox.start(bot, cursor) is None:
+            return json_answer({"ret": -2, "errmsg": "invalid get_updates_buf"})
+        poll = self._inbox.open_poll(bot, cursor)
+        try:
+            await self._inbox.collect(bot, poll, self._hold_s(bot))
+        except BaseException:  # the client has hung up: nothing may stay taken
+            poll.hung_up = True
+            self._inbox.close_poll(bot, poll, "disconnected", written=False)
+            raise
+        self._inbox.end_poll(bot, poll)
+        return self._poll_answer(bot, poll)
+
+    async def sendmessage(self, call: Call) -> Answer:
+        bot, world, message = call.bot, self._world, call.body.get("msg")
+        if not isinstance(message, dict):
+            return malformed(world, bot, "msg required")
+        record = self.open_send(call)
+        verdict = self._outbox.send(bot, message)
+        answer = json_answer(verdict.body)
+        record.message_id, record.shown, record.why = verdict.message_id, verdict.shown, verdict.why
+        if verdict.body is not None:
+            record.ret, record.errmsg = verdict.body.get("ret"), verdict.body.get("errmsg")
+        if latency_ms := world.settings_of(bot).send_latency_ms:
+            await self._latency(record, latency_ms)
+        answer.settle = lambda written, outcome: self.close_send(record, answer, written=written)
+        return answer
+
+    async def getconfig(self, call: Call) -> Answer:
+        user, bot, world = call.body.get("ilink_user_id"), call.bot, self._world
+        if not isinstance(user, str) or not user:
+            return json_answer({"ret": -2, "errmsg": "ilink_user_id required"})
+        if rule := world.faults.take("F26", call.endpoint, bot.id, user):
+            ret = int(rule.params.get("ret", -4))
+            return json_answer({"ret": ret, "errmsg": rule.params.get("errmsg", "GetTypingTicket rpc failed")})
+        window = bot.windows.get(user)
+        if window is None or window.opened_ms is None:
+            return json_answer({"ret": -4, "errmsg": "GetTypingTicket rpc failed"})
+        now_ms, ttl_ms = world.clock.now_ms(), world.settings_of(bot).ticket_ttl_s * 1000
+        window.tickets = {t: at for t, at in window.tickets.items() if now_ms - at <= ttl_ms}
+        ticket = ids.new_ticket(world.rng)
+        window.tickets[ticket] = now_ms
+        return json_answer({"ret": 0, "typing_ticket": ticket})
+
+    async def sendtyping(self, call: Call) -> Answer:
+        user, bot, world = str(call.body.get("ilink_user_id") or ""), call.bot, self._world
+        status, ticket = call.body.get("status"), str(call.body.get("typing_ticket") or "")
+        window = bot.windows.get(user)
+        issued_ms = window.tickets.get(ticket) if window else None
+        if window is None or issued_ms is None:
+            world.violate("unknown_ticket", call.endpoint, bot)
+            return json_answer({"ret": -2, "errmsg": "invalid typing_ticket"})
+        if world.clock.now_ms() - issued_ms > world.settings_of(bot).ticket_ttl_s * 1000:
+            world.violate("expired_ticket", call.endpoint, bot)
+            return json_answer({"ret": -2, "errmsg": "typing_ticket expired"})
+        if status not in (1, 2):
+            return json_answer({"ret": -2, "errmsg": "invalid status"})
+        if status == 1:
+            window.typing_on_calls += 1
+            window.typing_since_ms = world.clock.now_ms()
+        else:
+            window.typing_off_calls += 1
+            window.typing_since_ms = None
+        return json_answer({"ret": 0})
+
+    async def notifystart(self, call: Call) -> Answer:
+        return self._notify(call.bot, online=True)
+
+    async def notifystop(self, call: Call) -> Answer:
+        return self._notify(call.bot, online=False)
+
+    def open_send(self, call: Call) -> SendRecord:
+        """Begins the record of an attempt, whatever becomes of it; the server closes it (`close_send`)."""
+        message = call.body.get("msg")
+        message = message if isinstance(message, dict) else {}
+        user = str(message.get("to_user_id") or "")
+        items = message.get("item_list")
+        record = SendRecord(
+            bot=call.bot.id,
+            user=user,
+            client_id=str(message.get("client_id") or ""),
+            text=text_of(items),
+            start_ms=call.start_ms,
+            context_token=str(message.get("context_token") or ""),
+            run_id=str(message.get("run_id") or ""),
+            items=items if isinstance(items, list) else [],
+        )
+        self._world.counts["sends"] += 1
+        running = self._world.sending.setdefault(user, [])
+        if running:
+            self._notice_overlap(call, record, list(running))
+        running.append(record)
+        call.bot.sends.append(record)
+        if len(call.bot.sends) > self._world.settings.sends_per_bot:
+            del call.bot.sends[0]
+        return record
+
+    def close_send(self, record: SendRecord, answer: Answer | None, *, written: bool) -> None:
+        """`written` False: the bot never got the answer."""
+        if record.end_ms:
+            return
+        running = self._world.sending[record.user]
+        running.remove(record)
+        if not running:
+            del self._world.sending[record.user]
+        record.end_ms = self._world.clock.exact_ms()
+        record.status = answer.status if answer is not None and written else 0
+
+    def record_unprocessed(self, call: Call, answer: Answer, why: str) -> None:
+        """Has an attempt recorded that is answered with `answer` without having been processed."""
+        if call.endpoint == "sendmessage":
+            record = self.open_send(call)
+            record.why = why
+            if why == "stale":
+                record.ret = -14
+            answer.settle = lambda written, outcome: self.close_send(record, answer, written=written)
+        elif call.endpoint == "getupdates":
+            poll = self._inbox.open_poll(call.bot, str(call.body.get("get_updates_buf") or ""))
+
+            def settle(written: bool, outcome: str) -> None:
+                poll.hung_up = outcome == "disconnected"
+                self._inbox.close_poll(call.bot, poll, why if written else outcome, written=written)
+
+            answer.settle = settle
+
+    def _notice_overlap(self, call: Call, record: SendRecord, older: list[SendRecord]) -> None:
+        """Like that of polls: counts unless the older senders turn out to have hung up just then."""
+        world = self._world
+
+        def confirm() -> None:
+            if any(not other.end_ms or other.status for other in older):
+                record.overlapped = True
+                world.counts["send_overlaps"] += 1
+                world.violate("concurrent_sends", call.endpoint, call.bot)
+
+        grace_s = world.settings_of(call.bot).overlap_grace_ms / 1000
+        asyncio.get_running_loop().call_later(grace_s, confirm)
+
+    async def _latency(self, record: SendRecord, latency_ms: int) -> None:
+        try:
+            await self._world.clock.sleep(latency_ms / 1000)
+        except BaseException:  # the client has hung up, the send stands
+            self.close_send(record, None, written=False)
+            raise
+
+    def _hold_s(self, bot: Bot) -> float:
+        settings = self._world.settings_of(bot)
+        longest = settings.hold_ms / 1000
+        if not settings.hold_min_ms:
+            return longest
+        return self._world.rng.uniform(min(settings.hold_min_ms / 1000, longest), longest)
+
+    def _poll_answer(self, bot: Bot, poll: Poll) -> Answer:
+        if poll.verdict == "stale":
+            bot.stale_answers += 1
+            body = msgspec.json.encode(stale_body(self._world, bot))
+        else:
+            body = msgspec.json.encode(self._updates(bot, poll))
+        answer = Answer(body=body, outcome=poll.verdict or "messages", cut=poll.verdict == "cut")
+        answer.settle = lambda written, outcome: self._inbox.close_poll(bot, poll, outcome, written=written)
+        return answer
+
+    def _updates(self, bot: Bot, poll: Poll) -> Json:
+        settings, faults = self._world.settings_of(bot), self._world.faults
+        self._turns += 1
+        body: Json = {}
+        if settings.ret_style == "zero" or (settings.ret_style == "alternate" and self._turns % 2):
+            body["ret"] = 0
+        body["msgs"] = [msgspec.Raw(entry.raw) for entry in poll.batch]
+        if poll.batch and (rule := faults.take("F20", "getupdates", bot.id, bot.user)):
+            body["msgs"] = out_of_order(poll.batch, str(rule.params.get("order", "reversed")))
+        poll.record.next_cursor = self._inbox.next_cursor(bot, poll)
+        body["sync_buf"] = "CAES"
+        body["get_updates_buf"] = poll.record.next_cursor
+        if settings.hint_ms is not None:
+            body["longpolling_timeout_ms"] = settings.hint_ms
+        if poll.batch and (rule := faults.take("F19", "getupdates", bot.id, bot.user)):
+            poll.record.next_cursor = body["get_updates_buf"] = ""
+            if rule.params.get("cursor", "empty") == "absent":
+                del body["get_updates_buf"]
+        if rule := faults.take("F21", "getupdates", bot.id, bot.user):
+            body["longpolling_timeout_ms"] = rule.params.get("hint", 0)
+        return body
+
+    def _notify(self, bot: Bot, *, online: bool) -> Answer:
+        bot.online = online
+        bot.online_timeline.append((self._world.clock.exact_ms(), online))
+        del bot.online_timeline[: -self._world.records_limit()]
+        return json_answer({"ret": 0})
+
+
+def out_of_order(batch: list[Entry], order: str) -> list[Any]:
+    """The same messages in the same places, with `seq` and times dealt out backwards, or all alike (F20)."""
+    messages: list[Json] = [msgspec.json.decode(entry.raw) for entry in batch]
+    keys = ("seq", "create_time_ms", "update_time_ms")
+    stamps = [{key: message[key] for key in keys if key in message} for message in messages]
+    donors = [stamps[0]] * len(stamps) if order == "same" else stamps[::-1]
+    return [message | stamp for message, stamp in zip(messages, donors, strict=True)]

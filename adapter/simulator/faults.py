@@ -1,0 +1,112 @@
+"""Faults (12.2): which one strikes which request."""
+
+import random
+from typing import Any
+
+from msgspec import Struct, field
+
+FAULTS: dict[str, tuple[frozenset[str], int | None]] = {
+    "F1": (frozenset(), None),
+    "F2": (frozenset({"getupdates", "get_qrcode_status"}), None),
+    "F3": (frozenset(), None),
+    "F4": (frozenset(), None),
+    "F5": (frozenset(), None),
+    "F6": (frozenset(), None),
+    "F8": (frozenset(), 1),
+    "F9": (frozenset(), None),
+    "F10": (frozenset({"sendmessage"}), None),
+    "F11": (frozenset({"sendmessage"}), None),
+    "F12": (frozenset({"sendmessage"}), 1),
+    "F13": (frozenset({"sendmessage"}), None),
+    "F14": (frozenset({"sendmessage"}), None),
+    "F15": (frozenset({"sendmessage"}), None),
+    "F16": (frozenset({"inject"}), None),
+    "F18": (frozenset({"getupdates"}), 1),
+    "F19": (frozenset({"getupdates"}), None),
+    "F20": (frozenset({"getupdates"}), None),
+    "F21": (frozenset({"getupdates"}), None),
+    "F23": (frozenset({"get_qrcode_status"}), None),
+    "F26": (frozenset({"getconfig"}), None),
+    "F27": (frozenset({"get_qrcode_status"}), None),
+}
+"""By id: the endpoints that it can strike (none named: every one), and how often unless the rule says."""
+
+
+class FaultRule(Struct, kw_only=True, forbid_unknown_fields=True):
+    """Strikes requests that match `endpoint`, `bot` and `user` (None: any), `count` times (None: see FAULTS;
+    -1: for ever), each with `probability`. `params` are the fault's own, see the README."""
+
+    fault: str
+    endpoint: str | None = None
+    bot: str | None = None
+    user: str | None = None
+    probability: float = 1.0
+    count: int | None = None
+    params: dict[str, Any] = field(default_factory=dict)
+    id: int = 0
+    struck: int = 0
+    """How often it has struck so far."""
+    state: dict[str, float] = field(default_factory=dict)
+    """What a fault with a memory (F12) remembers, by user."""
+
+
+class Faults:
+    """The rules in force, oldest first; chance comes from the simulator's seeded generator."""
+
+    def __init__(self, rng: random.Random) -> None:
+        self.rules: list[FaultRule] = []
+        self._rng = rng
+        self._last_id = 0
+
+    def add(self, rule: FaultRule) -> FaultRule:
+        """Raises ValueError for a fault or an endpoint that cannot be."""
+        if rule.fault not in FAULTS:
+            raise ValueError(f"unknown fault {rule.fault}, there are {', '.join(FAULTS)}")
+        endpoints, count = FAULTS[rule.fault]
+        if endpoints and rule.endpoint and rule.endpoint not in endpoints:
+            raise ValueError(f"{rule.fault} strikes {', '.join(sorted(endpoints))} only")
+        if rule.count is None:
+            rule.count = -1 if count is None else count
+        self._last_id += 1
+        rule.id = self._last_id
+        self.rules.append(rule)
+        return rule
+
+    def remove(self, rule_id: int | None = None, fault: str | None = None) -> int:
+        """Takes back one rule, all of one fault, or all. Returns how many."""
+        kept = [
+            rule
+            for rule in self.rules
+            if (rule_id is not None and rule.id != rule_id) or (fault is not None and rule.fault != fault)
+        ]
+        removed = len(self.rules) - len(kept)
+        self.rules = kept
+        return removed
+
+    def take(self, fault: str, endpoint: str, bot: str, user: str = "") -> FaultRule | None:
+        """The rule by which `fault` strikes now, already counted; None: it does not."""
+        for rule in self.rules:
+            if rule.fault == fault and rule.count != 0 and self._strikes(rule, endpoint, bot, user):
+                rule.struck += 1
+                if rule.count is not None and rule.count > 0:
+                    rule.count -= 1
+                return rule
+        return None
+
+    def find(self, fault: str, endpoint: str, bot: str, user: str = "") -> list[FaultRule]:
+        """Rules that match, whatever is left of their count; nothing is counted and chance is not asked."""
+        return [r for r in self.rules if r.fault == fault and self._matches(r, endpoint, bot, user)]
+
+    def _strikes(self, rule: FaultRule, endpoint: str, bot: str, user: str) -> bool:
+        if not self._matches(rule, endpoint, bot, user):
+            return False
+        return rule.probability >= 1 or self._rng.random() < rule.probability
+
+    def _matches(self, rule: FaultRule, endpoint: str, bot: str, user: str) -> bool:
+        endpoints, _ = FAULTS[rule.fault]
+        return (
+            (not endpoints or endpoint in endpoints)
+            and rule.endpoint in (None, endpoint)
+            and rule.bot in (None, bot)
+            and rule.user in (None, user)
+        )

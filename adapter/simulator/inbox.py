@@ -1,0 +1,322 @@
+"""From the user to the bot: injected messages, cursors and long polls (S6 to S9, S21)."""
+
+import asyncio
+import itertools
+from collections.abc import Iterable
+
+import msgspec
+
+from adapter.simulator import ids
+from adapter.simulator.records import InboundRecord, Json, PollRecord, SimulatorError
+from adapter.simulator.world import CONTEXT_TOKENS_KEPT, Bot, Entry, Poll, World
+
+CHANGES = frozenset(
+    {
+        "same",
+        "message_id",
+        "client_id",
+        "no_message_id",
+        "zero_message_id",
+        "empty_message_id",
+        "context_token",
+        "ids",
+        "all",
+    }
+)
+"""What a repeated message differs in (F16). `ids`: all ids and the context token; `all`: the times too."""
+
+
+class Inbox:
+    """Every bot's queue of messages, and the polls that wait for them."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self.closing = False
+
+    def inject(self, bot: Bot, message: Json, *, fill: bool = True) -> Entry:
+        """Queues a message. With `fill`, what it lacks is added in iLink's form (4.6), and a key whose value
+        is None is left out; without, it goes out exactly as it is."""
+        if fill:
+            message = {k: v for k, v in (self._template(bot) | message).items() if v is not None}
+        if message.get("message_type", 1) == 1:
+            self._open_window(bot, message)
+        entry = self._append(bot, message)
+        self._world.counts["injected"] += 1
+        rule = self._world.faults.take("F16", "inject", bot.id, entry.user)
+        if rule is not None:
+            change = str(rule.params.get("change", "same"))
+            self.repeat(bot, entry.message_id, change, float(rule.params.get("delay_s", 0)))
+        return entry
+
+    def repeat(self, bot: Bot, message_id: str, change: str = "same", delay_s: float = 0.0) -> None:
+        """Queues an earlier message again after `delay_s`, with some of its ids changed (F16)."""
+        if change not in CHANGES:
+            raise SimulatorError(f"unknown change {change}, there are {', '.join(sorted(CHANGES))}")
+        original = self._entry(bot, message_id)
+
+        def again() -> None:
+            self._append(bot, self._changed(bot, msgspec.json.decode(original.raw), change))
+            self._world.counts["repeated"] += 1
+
+        if delay_s > 0:
+            self._world.clock.schedule(delay_s, again)
+        else:
+            again()
+
+    def replay(self, bot: Bot, last: int) -> int:
+        """Puts the last delivered messages in front of the queue once more (F18). Returns how many."""
+        waiting = set(bot.pending)
+        delivered = [e for e in bot.log if e.deliveries and not e.in_flight and e not in waiting]
+        again = delivered[-last:] if last > 0 else []
+        if again and self._world.settings_of(bot).cursor_mode == "cursor_replay":
+            bot.rewound_to = again[0].position - 1
+        else:
+            bot.pending.extendleft(reversed(again))
+        self._wake(bot)
+        return len(again)
+
+    def open_poll(self, bot: Bot, cursor: str) -> Poll:
+        """Notes a poll that begins; what becomes of others on the same token is a setting (S9)."""
+        world = self._world
+        poll = Poll(PollRecord(start_ms=world.clock.exact_ms(), cursor=cursor))
+        older = list(bot.polls)
+        bot.polls.append(poll)
+        bot.polls_total += 1
+        bot.polls_at_once = max(bot.polls_at_once, 1)
+        if older:
+            self._notice_overlap(bot, older)
+        mode = world.settings_of(bot).concurrent_polls
+        if mode != "split":
+            for loser in older:
+                loser.verdict = loser.verdict or ("empty" if mode == "newest_wins" else "stale")
+            bot.wake()
+        return poll
+
+    async def collect(self, bot: Bot, poll: Poll, hold_s: float) -> None:
+        """Waits until `poll` has a batch or a verdict; `empty` is the verdict when the time is up."""
+        clock = self._world.clock
+        deadline_s = clock.elapsed_s() + hold_s
+        start = self.start(bot, poll.record.cursor)
+        while not poll.verdict:
+            if bot.dead:
+                poll.verdict = "stale"
+            elif batch := self._take(bot, start):
+                poll.batch = batch
+                return
+            elif self.closing or (left_s := deadline_s - clock.elapsed_s()) <= 0:
+                poll.verdict = "empty"
+            else:
+                poll.woken = asyncio.get_running_loop().create_future()
+                await clock.wait(poll.woken, left_s)
+                poll.woken = None
+
+    def end_poll(self, bot: Bot, poll: Poll) -> None:
+        """The poll is about to be answered, or its client is gone: it no longer counts as running."""
+        if poll in bot.polls:
+            bot.polls.remove(poll)
+        poll.woken = None
+
+    def close_poll(self, bot: Bot, poll: Poll, outcome: str, *, written: bool) -> None:
+        """Settles the batch: consumed if the answer was `written`, queued again if not."""
+        self.end_poll(bot, poll)
+        if written:
+            self._deliver(bot, poll.batch)
+        else:
+            self._put_back(bot, poll.batch)
+        poll.record.ids = [entry.message_id for entry in poll.batch] if written else []
+        poll.record.end_ms = self._world.clock.exact_ms()
+        poll.record.outcome = outcome
+        bot.poll_records.append(poll.record)
+        while len(bot.poll_records) > self._world.records_limit():
+            bot.poll_records.popleft()
+        if bot.pending:
+            self._wake(bot)
+
+    def start(self, bot: Bot, cursor: str) -> int | None:
+        """The position after which a poll with this cursor reads; None: the cursor is to be refused (S8)."""
+        if not cursor:
+            return 0
+        position = self._world.cursors.read(bot.id, cursor)
+        if position is not None:
+            return min(position, bot.last_position)
+        mode = self._world.settings_of(bot).unknown_cursor
+        if mode == "replay":
+            self.replay(bot, len(bot.log))
+        return {"current": bot.delivered_position, "replay": 0, "refuse": None}[mode]
+
+    def next_cursor(self, bot: Bot, poll: Poll) -> str:
+        """Changes with every message handed out, and on idle where the settings say so."""
+        settings = self._world.settings_of(bot)
+        if poll.batch:
+            position = poll.batch[-1].position
+        elif settings.cursor_mode == "cursor_replay":
+            position = self.start(bot, poll.record.cursor) or 0
+        else:
+            position = bot.delivered_position
+        if settings.idle_cursor_changes:
+            bot.cursor_salt += 1
+        return self._world.cursors.write(bot.id, position, bot.cursor_salt)
+
+    def pending(self, bot: Bot) -> int:
+        """Messages that no answer has carried yet."""
+        return sum(1 for entry in bot.log if not entry.deliveries)
+
+    def _template(self, bot: Bot) -> Json:
+        now_ms = self._world.clock.now_ms()
+        return {
+            "seq": bot.last_position + 1,
+            "message_id": self._world.typed_id(next(self._world.message_ids), bot),
+            "from_user_id": bot.user,
+            "to_user_id": bot.id,
+            "client_id": f"wx-{self._world.rng.getrandbits(64):016x}",
+            "create_time_ms": now_ms,
+            "update_time_ms": now_ms,
+            "session_id": f"{bot.user}#{bot.id}",
+            "message_type": 1,
+            "message_state": 2,
+            "context_token": ids.new_context_token(self._world.rng),
+            "item_list": [],
+        }
+
+    def _open_window(self, bot: Bot, message: Json) -> None:
+        """The user spoke: 24 hours and ten sends from now on, whether or not a context token came along."""
+        if bot.superseded:
+            return
+        window = bot.window(str(message.get("from_user_id") or bot.user))
+        window.opened_ms = self._world.clock.now_ms()
+        window.sent = 0
+        if token := message.get("context_token"):
+            self._issue(bot, str(message.get("from_user_id") or bot.user), str(token))
+
+    def _issue(self, bot: Bot, user: str, token: str) -> None:
+        tokens = bot.window(user).context_tokens
+        tokens.pop(token, None)
+        tokens[token] = self._world.clock.now_ms()
+        while len(tokens) > CONTEXT_TOKENS_KEPT:
+            tokens.popitem(last=False)
+
+    def _append(self, bot: Bot, message: Json) -> Entry:
+        bot.last_position += 1
+        entry = Entry(
+            position=bot.last_position,
+            message_id=str(message.get("message_id") or ""),
+            client_id=str(message.get("client_id") or ""),
+            seq=int(message.get("seq") or 0),
+            create_time_ms=int(message.get("create_time_ms") or 0),
+            context_token=str(message.get("context_token") or ""),
+            user=str(message.get("from_user_id") or bot.user),
+            raw=msgspec.json.encode(message),
+        )
+        bot.log.append(entry)
+        bot.pending.append(entry)
+        self._trim(bot)
+        self._wake(bot)
+        return entry
+
+    def _trim(self, bot: Bot) -> None:
+        limit = self._world.settings_of(bot).history
+        while len(bot.log) > limit and bot.log[0].deliveries and not bot.log[0].in_flight:
+            bot.log.popleft()
+
+    def _entry(self, bot: Bot, message_id: str) -> Entry:
+        for entry in reversed(bot.log):
+            if message_id in (entry.message_id, entry.client_id):
+                return entry
+        raise SimulatorError("no such message, or no longer remembered")
+
+    def _changed(self, bot: Bot, message: Json, change: str) -> Json:
+        fresh = self._template(bot)
+        if change in ("ids", "all"):
+            message["seq"] = fresh["seq"]
+        if change in ("message_id", "ids", "all"):
+            message["message_id"] = fresh["message_id"]
+        if change in ("client_id", "ids", "all"):
+            message["client_id"] = fresh["client_id"]
+        if change in ("context_token", "ids", "all"):
+            message["context_token"] = fresh["context_token"]
+            self._issue(bot, str(message.get("from_user_id") or bot.user), fresh["context_token"])
+        if change == "all":
+            message["create_time_ms"] = message["update_time_ms"] = self._world.clock.now_ms()
+        if change == "no_message_id":
+            message.pop("message_id", None)
+        if change in ("zero_message_id", "empty_message_id"):
+            message["message_id"] = 0 if change == "zero_message_id" else ""
+        return message
+
+    def _take(self, bot: Bot, start: int | None) -> list[Entry]:
+        settings = self._world.settings_of(bot)
+        limit = settings.batch_max or len(bot.log)
+        if settings.cursor_mode == "cursor_replay":
+            return self._after(bot, start or 0, limit)
+        batch = [bot.pending.popleft() for _ in range(min(limit, len(bot.pending)))]
+        for entry in batch:
+            entry.in_flight = True
+        return batch
+
+    def _after(self, bot: Bot, start: int, limit: int) -> list[Entry]:
+        if bot.rewound_to is not None:
+            start, bot.rewound_to = min(start, bot.rewound_to), None
+        if start >= bot.last_position:
+            return []
+        newest_first = itertools.takewhile(lambda entry: entry.position > start, reversed(bot.log))
+        return list(newest_first)[::-1][:limit]
+
+    def _deliver(self, bot: Bot, batch: list[Entry]) -> None:
+        world = self._world
+        for entry in batch:
+            world.counts["redelivered" if entry.deliveries else "delivered"] += 1
+            entry.deliveries += 1
+            entry.in_flight = False
+        if not batch:
+            return
+        bot.delivered_position = max(bot.delivered_position, batch[-1].position)
+        if world.settings_of(bot).cursor_mode == "cursor_replay":
+            while bot.pending and bot.pending[0].deliveries:
+                bot.pending.popleft()
+
+    def _put_back(self, bot: Bot, batch: Iterable[Entry]) -> None:
+        back = [entry for entry in batch if entry.in_flight]
+        for entry in back:
+            entry.in_flight = False
+        bot.pending.extendleft(reversed(back))
+
+    def _wake(self, bot: Bot) -> None:
+        """In ack mode one parked poll, at random, gets what is new (S9); with cursors everybody reads."""
+        if self._world.settings_of(bot).cursor_mode == "cursor_replay":
+            bot.wake()
+            return
+        parked = [poll for poll in bot.polls if poll.woken is not None and not poll.woken.done()]
+        if parked:
+            lucky = parked[0] if len(parked) == 1 else self._world.rng.choice(parked)
+            if lucky.woken is not None:
+                lucky.woken.set_result(None)
+
+    def _notice_overlap(self, bot: Bot, older: list[Poll]) -> None:
+        """Counts once it is certain that the older client had not just hung up: on another connection the
+        end of its poll may be read later than the beginning of its next one."""
+        world = self._world
+
+        def confirm() -> None:
+            real = [poll for poll in older if not poll.hung_up]
+            if real:
+                bot.overlaps += 1
+                bot.polls_at_once = max(bot.polls_at_once, len(real) + 1)
+                world.counts["poll_overlaps"] += 1
+                world.violate("concurrent_polls", "getupdates", bot, f"{len(real) + 1} at once")
+
+        grace_s = world.settings_of(bot).overlap_grace_ms / 1000
+        asyncio.get_running_loop().call_later(grace_s, confirm)
+
+
+def record(bot: Bot, entry: Entry) -> InboundRecord:
+    """`entry` for the outside."""
+    return InboundRecord(
+        bot=bot.id,
+        message_id=entry.message_id,
+        client_id=entry.client_id,
+        seq=entry.seq,
+        create_time_ms=entry.create_time_ms,
+        context_token=entry.context_token,
+        position=entry.position,
+        deliveries=entry.deliveries,
+    )

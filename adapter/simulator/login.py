@@ -1,0 +1,234 @@
+"""The QR login as the server sees it: a state machine that a phone drives (section 8, S4)."""
+
+import asyncio
+from dataclasses import dataclass, field
+
+from adapter.simulator import ids
+from adapter.simulator.records import Json, QrRecord, SimulatorError
+from adapter.simulator.world import Bot, World
+
+RESTING = frozenset({"wait", "scaned", "need_verifycode"})
+"""Statuses that are held back until they change, once they have been told."""
+CODES_KEPT = 10_000
+
+
+@dataclass(slots=True, eq=False)
+class Qr:
+    """One code. `told` is the status of the last answer; a poll is held while nothing is new."""
+
+    code: str
+    created_ms: int
+    tokens: list[str]
+    status: str = "wait"
+    told: str = "wait"
+    user: str = ""
+    verify_code: str = ""
+    verify_code_for_scan: str = ""
+    wrong_codes: int = 0
+    redirected: bool = False
+    bot: Bot | None = None
+    polls: int = 0
+    waiting: "set[asyncio.Future[None]]" = field(default_factory=set)
+
+    def change(self, status: str) -> None:
+        self.status = status
+        self.wake()
+
+    def wake(self) -> None:
+        for future in self.waiting:
+            if not future.done():
+                future.set_result(None)
+
+    def record(self) -> QrRecord:
+        return QrRecord(
+            qrcode=self.code,
+            status="scaned_but_redirect" if self.redirected else self.status,
+            user=self.user,
+            bot=self.bot.id if self.bot else "",
+            created_ms=self.created_ms,
+            polls=self.polls,
+        )
+
+
+class Logins:
+    """All codes. The phone's side are `scan`, `confirm` and the like; the client's `create` and `status`."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self.codes: dict[str, Qr] = {}
+        self.closing = False
+
+    def create(self, tokens: list[str]) -> Json:
+        world = self._world
+        qr = Qr(ids.new_qrcode(world.rng), world.clock.now_ms(), tokens)
+        self.codes[qr.code] = qr
+        while len(self.codes) > CODES_KEPT:
+            self.codes.pop(next(iter(self.codes)))
+        world.clock.schedule(world.settings.qr_ttl_s, lambda: self._outlive(qr))
+        return {
+            "ret": 0,
+            "qrcode": qr.code,
+            "qrcode_img_content": f"{world.settings.qr_url}?qrcode={qr.code}",
+        }
+
+    async def status(self, code: str, verify_code: str, urls: tuple[str, str], *, second: bool) -> Json:
+        """Waits for news, or the hold. `urls` are the first and the second host's; `second`: asked there."""
+        qr = self.codes.get(code)
+        if qr is None:
+            return {"ret": 0, "status": "expired"}
+        qr.polls += 1
+        if answer := self._struck(qr, verify_code):
+            return answer
+        if verify_code and qr.status == "need_verifycode":
+            self._check(qr, verify_code)
+        else:
+            await self._hold(qr, second=second)
+        if qr.redirected and not second:
+            return self._redirect(qr, urls[1])
+        qr.told = qr.status
+        answer = {"ret": 0, "status": qr.status}
+        return self._credentials(qr, urls[1] if second else urls[0]) if qr.bot else answer
+
+    def scan(self, code: str, user: str | None = None) -> QrRecord:
+        """A phone scans. One code serves one user (1.3); a user bound to a listed token needs no new bot."""
+        qr = self._live(code)
+        if qr.user and qr.user != user:
+            raise SimulatorError("somebody else has scanned this code")
+        qr.user = user or ids.new_user(self._world.rng)
+        bound = self._world.by_user.get(qr.user)
+        if bound is not None and not bound.dead and bound.token in qr.tokens:
+            qr.change("binded_redirect")
+        elif qr.verify_code_for_scan:
+            qr.verify_code, qr.verify_code_for_scan = qr.verify_code_for_scan, ""
+            qr.change("need_verifycode")
+        else:
+            qr.change("scaned")
+        return qr.record()
+
+    def require_verify(self, code: str, verify_code: str) -> QrRecord:
+        """The phone shows digits that the client must send; before a scan, they are asked for at the scan."""
+        qr = self._live(code)
+        if qr.status == "wait":
+            qr.verify_code_for_scan = verify_code
+        else:
+            qr.verify_code = verify_code
+            qr.change("need_verifycode")
+        return qr.record()
+
+    def confirm(self, code: str, user: str | None = None) -> QrRecord:
+        """The user agrees on the phone, after a scan if there was none: a new bot is born (S5)."""
+        qr = self._live(code)
+        if qr.status == "wait":
+            self.scan(code, user)
+        if qr.status != "scaned":
+            if qr.status == "binded_redirect":
+                return qr.record()
+            raise SimulatorError(f"cannot confirm while the status is {qr.status}")
+        qr.bot = self._world.add_bot(qr.user)
+        qr.change("confirmed")
+        return qr.record()
+
+    def expire(self, code: str) -> QrRecord:
+        qr = self._find(code)
+        qr.change("expired")
+        return qr.record()
+
+    def redirect(self, code: str) -> QrRecord:
+        """From now on the first host sends the client to the second one."""
+        qr = self._live(code)
+        qr.redirected = True
+        qr.wake()
+        return qr.record()
+
+    def close(self) -> None:
+        """Answers every waiting poll with what there is."""
+        self.closing = True
+        for qr in self.codes.values():
+            qr.wake()
+
+    def _find(self, code: str) -> Qr:
+        if code not in self.codes:
+            raise SimulatorError("no such QR code")
+        return self.codes[code]
+
+    def _live(self, code: str) -> Qr:
+        qr = self._find(code)
+        if qr.status in ("expired", "confirmed", "verify_code_blocked"):
+            raise SimulatorError(f"the code is {qr.status}")
+        return qr
+
+    def _outlive(self, qr: Qr) -> None:
+        if qr.status not in ("confirmed", "binded_redirect"):
+            qr.change("expired")
+
+    async def _hold(self, qr: Qr, *, second: bool) -> None:
+        clock = self._world.clock
+        deadline_s = clock.elapsed_s() + self._world.settings.qr_hold_ms / 1000
+        while (
+            qr.status in RESTING
+            and qr.status == qr.told
+            and (second or not qr.redirected)
+            and not self.closing
+            and (left_s := deadline_s - clock.elapsed_s()) > 0
+        ):
+            woken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            qr.waiting.add(woken)
+            try:
+                await clock.wait(woken, left_s)
+            finally:
+                qr.waiting.discard(woken)
+
+    def _check(self, qr: Qr, verify_code: str) -> None:
+        if verify_code == qr.verify_code:
+            qr.change("scaned")
+            return
+        qr.wrong_codes += 1
+        if qr.wrong_codes >= self._world.settings.verify_attempts:
+            qr.change("verify_code_blocked")
+
+    def _redirect(self, qr: Qr, second_url: str) -> Json:
+        answer: Json = {"ret": 0, "status": "scaned_but_redirect"}
+        host: str | None = second_url.removeprefix("http://")
+        if rule := self._world.faults.take("F23", "get_qrcode_status", "", qr.user):
+            host = rule.params.get("redirect_host", host)
+        if host is None:
+            qr.redirected = False
+        else:
+            answer["redirect_host"] = host
+        return answer
+
+    def _credentials(self, qr: Qr, base_url: str) -> Json:
+        if qr.bot is None:
+            raise SimulatorError("not confirmed")
+        answer: Json = {
+            "ret": 0,
+            "status": "confirmed",
+            "bot_token": qr.bot.token,
+            "ilink_bot_id": qr.bot.id,
+            "ilink_user_id": qr.bot.user,
+            "baseurl": base_url,
+        }
+        if rule := self._world.faults.take("F23", "get_qrcode_status", "", qr.user):
+            answer["baseurl"] = rule.params.get("baseurl", base_url)
+        if self._f27_kind(qr) == "no_bot_id" and self._take_f27(qr):
+            del answer["ilink_bot_id"]
+        return answer
+
+    def _struck(self, qr: Qr, verify_code: str) -> Json | None:
+        """F27, by `kind`: `expired`, `blocked`, `wrong_code`; `no_bot_id` strikes in `_credentials`."""
+        kind = self._f27_kind(qr)
+        strikes = kind in ("expired", "blocked") or (kind == "wrong_code" and verify_code)
+        if not strikes or not self._take_f27(qr):
+            return None
+        if kind == "wrong_code":
+            self._check(qr, "")
+        else:
+            qr.change("expired" if kind == "expired" else "verify_code_blocked")
+        return {"ret": 0, "status": qr.status}
+
+    def _f27_kind(self, qr: Qr) -> str:
+        rules = self._world.faults.find("F27", "get_qrcode_status", "", qr.user)
+        return next((str(rule.params.get("kind")) for rule in rules if rule.count != 0), "")
+
+    def _take_f27(self, qr: Qr) -> bool:
+        return self._world.faults.take("F27", "get_qrcode_status", "", qr.user) is not None

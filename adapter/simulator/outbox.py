@@ -1,0 +1,254 @@
+"""From the bot to the user: what `sendmessage` answers, and what the phone shows (3.4, 5.2, S10 to S13)."""
+
+from collections import deque
+from typing import Any
+
+from msgspec import Struct
+
+from adapter.simulator.faults import FaultRule
+from adapter.simulator.records import Json, Shown
+from adapter.simulator.world import CLIENT_IDS_KEPT, Bot, Window, World
+
+PAYLOADS = {
+    1: "text_item",
+    2: "image_item",
+    3: "voice_item",
+    4: "file_item",
+    5: "video_item",
+    11: "tool_call_start_item",
+    12: "tool_call_result_item",
+}
+TOOL_CALLS = (11, 12)
+
+
+class Verdict(Struct, kw_only=True):
+    """The outcome of one send. `body` None: an empty body. `why` as in `SendRecord`."""
+
+    body: Json | None
+    why: str
+    message_id: str = ""
+
+    @property
+    def shown(self) -> bool:
+        return self.why == "shown"
+
+
+def refusal(code: int, why: str, errmsg: str | None = None) -> Verdict:
+    body: Json = {"ret": code}
+    if errmsg is not None:
+        body["errmsg"] = errmsg
+    return Verdict(body=body, why=why)
+
+
+def text_of(items: Any) -> str:
+    """The texts of all items of a message, joined; "" for anything that has none."""
+    if not isinstance(items, list):
+        return ""
+    texts = [i["text_item"].get("text") for i in items if isinstance(i, dict) and _is_object(i, "text_item")]
+    return "".join(text for text in texts if isinstance(text, str))
+
+
+def _is_object(item: Json, key: str) -> bool:
+    return isinstance(item.get(key), dict)
+
+
+class Outbox:
+    """Judges sends in the order in which the server receives them; so do they appear on the phone (S13)."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+
+    def send(self, bot: Bot, message: Json) -> Verdict:
+        """Everything that `sendmessage` does between reading the request and writing the answer."""
+        user = str(message.get("to_user_id") or "")
+        self._watch(bot, message)
+        verdict = (
+            self._struck(bot, user)
+            or self._malformed(bot, message)
+            or self._unknown_peer(bot, user)
+            or self._not_started(bot)
+            or self._duplicate(bot, user, message)
+            or self._window_closed(bot, user)
+            or self._context_refused(bot, user, message)
+            or self._accept(bot, user, message)
+        )
+        self._count(verdict)
+        return verdict
+
+    def release(self, bot: Bot, user: str, message: Json, message_id: str) -> None:
+        """Shows a message on the phone now."""
+        phone = self._world.phones.setdefault(user, deque(maxlen=self._world.settings.sends_per_bot))
+        phone.append(
+            Shown(
+                bot=bot.id,
+                client_id=str(message.get("client_id") or ""),
+                message_id=message_id,
+                text=text_of(message.get("item_list")),
+                items=message.get("item_list") or [],
+                at_ms=self._world.clock.exact_ms(),
+            )
+        )
+        self._world.counts["shown"] += 1
+
+    def _watch(self, bot: Bot, message: Json) -> None:
+        """Requests that a careful client does not make, whatever the answer is (3.4)."""
+        items = message.get("item_list")
+        faults = {
+            "missing_client_id": not message.get("client_id"),
+            "several_items": isinstance(items, list) and len(items) > 1,
+            "wrong_message_type": message.get("message_type") != 2,
+            "wrong_message_state": message.get("message_state") != 2,
+            "wrong_from_user_id": message.get("from_user_id") != "",
+        }
+        for kind in (kind for kind, found in faults.items() if found):
+            self._world.violate(kind, "sendmessage", bot)
+
+    def _struck(self, bot: Bot, user: str) -> Verdict | None:
+        """F11 and F12: -2 without a cause that the client could have seen."""
+        if rule := self._world.faults.take("F11", "sendmessage", bot.id, user):
+            texts = rule.params.get("errmsgs") or [rule.params.get("errmsg", "prepare failed")]
+            return refusal(-2, "F11", texts[(rule.struck - 1) % len(texts)])
+        now_ms = self._world.clock.now_ms()
+        for rule in self._world.faults.find("F12", "sendmessage", bot.id, user):
+            if until_ms := rule.state.get(user):
+                if now_ms < until_ms:
+                    return self._penalise(rule, user)
+                del rule.state[user]
+                return None
+        if rule_now := self._world.faults.take("F12", "sendmessage", bot.id, user):
+            return self._penalise(rule_now, user)
+        return None
+
+    def _penalise(self, rule: FaultRule, user: str) -> Verdict:
+        """Every attempt starts the penalty anew; only quiet ends it."""
+        penalty_ms = float(rule.params.get("penalty_s", 3600)) * 1000
+        rule.state[user] = self._world.clock.now_ms() + penalty_ms
+        return refusal(-2, "F12", rule.params.get("errmsg", "rate limited"))
+
+    def _malformed(self, bot: Bot, message: Json) -> Verdict | None:
+        items = message.get("item_list")
+        if not isinstance(items, list) or not items:
+            return refusal(-2, "empty_item_list", "item_list required")
+        for item in items:
+            kind = item.get("type") if isinstance(item, dict) else None
+            payload = PAYLOADS.get(kind) if isinstance(kind, int) else None
+            if payload is None or not _is_object(item, payload):
+                return refusal(-2, "malformed_item", "unknown error")
+            if kind == 1 and not isinstance(item["text_item"].get("text"), str):
+                return refusal(-2, "malformed_item", "unknown error")
+        if len(text_of(items).encode()) > self._world.settings_of(bot).max_text_bytes:
+            return refusal(-2, "text_too_long", "prepare failed")
+        return None
+
+    def _unknown_peer(self, bot: Bot, user: str) -> Verdict | None:
+        """-3 for what is no user id in exactly this spelling (S10); a stranger has merely no window."""
+        known = user in bot.windows or user == bot.user or user in self._world.by_user
+        if not user.endswith("@im.wechat") or not known:
+            return refusal(-3, "bad_user_id")
+        return None
+
+    def _not_started(self, bot: Bot) -> Verdict | None:
+        if self._world.settings_of(bot).require_notifystart and not bot.online:
+            return refusal(-2, "not_started", "prepare failed")
+        return None
+
+    def _duplicate(self, bot: Bot, user: str, message: Json) -> Verdict | None:
+        """Success once more, but nothing new on the phone (S11, Q6)."""
+        client_id = str(message.get("client_id") or "")
+        first_id = bot.window(user).client_ids.get(client_id) if client_id else None
+        if first_id is None:
+            return None
+        if self._world.settings_of(bot).duplicate_counts:
+            if closed := self._window_closed(bot, user):
+                return closed
+            bot.window(user).sent += 1
+        body = {"ret": 0, "message_id": self._world.typed_id(first_id, bot)}
+        return Verdict(body=body, why="duplicate", message_id=first_id)
+
+    def _window_closed(self, bot: Bot, user: str) -> Verdict | None:
+        settings, window = self._world.settings_of(bot), bot.window(user)
+        if window.opened_ms is None:
+            self._world.violate("send_before_inbound", "sendmessage", bot)
+            return refusal(-2, "no_conversation", "prepare failed")
+        if self._world.clock.now_ms() - window.opened_ms > settings.window_hours * 3_600_000:
+            self._world.violate("send_outside_window", "sendmessage", bot)
+            return refusal(-2, "window_closed", "prepare failed")
+        if settings.quota and window.sent >= settings.quota:
+            self._world.violate("quota_exceeded", "sendmessage", bot)
+            return refusal(-2, "quota", "prepare failed")
+        return None
+
+    def _context_refused(self, bot: Bot, user: str, message: Json) -> Verdict | None:
+        settings, window = self._world.settings_of(bot), bot.window(user)
+        token = str(message.get("context_token") or "")
+        if settings.context_check == "ignored":
+            return None
+        if not token:
+            self._world.violate("missing_context_token", "sendmessage", bot)
+            return self._tokenless(settings.tokenless)
+        issued_ms = window.context_tokens.get(token)
+        fresh = issued_ms is not None and self._world.clock.now_ms() - issued_ms <= 86_400_000
+        latest = next(reversed(window.context_tokens), None)
+        if settings.context_check == "must_be_latest" and token != latest:
+            return refusal(-2, "context_token", "prepare failed")
+        if settings.context_check == "must_match_any_issued_within_24h" and not fresh:
+            return refusal(-2, "context_token", "prepare failed")
+        return None
+
+    def _tokenless(self, mode: str) -> Verdict | None:
+        if mode == "refuse":
+            return refusal(-2, "tokenless", "prepare failed")
+        return Verdict(body={}, why="tokenless") if mode == "drop" else None
+
+    def _accept(self, bot: Bot, user: str, message: Json) -> Verdict:
+        """Uses up one send of the window, and decides whether the phone gets it."""
+        window = bot.window(user)
+        window.sent += 1
+        message_id = str(next(self._world.message_ids))
+        answer: Json = {"ret": 0, "message_id": self._world.typed_id(message_id, bot)}
+        if any(item["type"] in TOOL_CALLS for item in message["item_list"]):
+            return Verdict(body=None, why="tool_call")
+        if self._silenced(bot, window, message):
+            return Verdict(body=answer, why="strict_client_id", message_id=message_id)
+        if dropped := self._dropped(bot, user, message, message_id):
+            return dropped
+        self._remember(window, message, message_id)
+        if late := self._world.faults.take("F15", "sendmessage", bot.id, user):
+            delay_s = float(late.params.get("delay_s", 60))
+            self._world.clock.schedule(delay_s, lambda: self.release(bot, user, message, message_id))
+            return Verdict(body=answer, why="F15", message_id=message_id)
+        self.release(bot, user, message, message_id)
+        return Verdict(body=answer, why="shown", message_id=message_id)
+
+    def _silenced(self, bot: Bot, window: Window, message: Json) -> bool:
+        token = str(message.get("context_token") or "")
+        if self._world.settings_of(bot).strict_client_id and token in window.silenced:
+            return True
+        if not message.get("client_id"):
+            window.silenced.add(token)
+        return False
+
+    def _dropped(self, bot: Bot, user: str, message: Json, message_id: str) -> Verdict | None:
+        """F13 and F14: success without an id, as a rule with nothing on the phone (5.3)."""
+        for fault in ("F13", "F14"):
+            if rule := self._world.faults.take(fault, "sendmessage", bot.id, user):
+                if rule.params.get("shown", False):
+                    self.release(bot, user, message, message_id)
+                empty: Json | None = None if rule.params.get("body") == "empty" else {}
+                return Verdict(body={"ret": 0} if fault == "F13" else empty, why=fault)
+        return None
+
+    def _remember(self, window: Window, message: Json, message_id: str) -> None:
+        if client_id := str(message.get("client_id") or ""):
+            window.client_ids[client_id] = message_id
+            while len(window.client_ids) > CLIENT_IDS_KEPT:
+                window.client_ids.popitem(last=False)
+
+    def _count(self, verdict: Verdict) -> None:
+        refused = bool(verdict.body and verdict.body.get("ret"))
+        if verdict.why == "duplicate":
+            self._world.counts["duplicates_suppressed"] += 1
+        elif refused:
+            self._world.counts["refused"] += 1
+        elif not verdict.shown:
+            self._world.counts["dropped"] += 1

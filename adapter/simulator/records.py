@@ -1,0 +1,165 @@
+"""What the simulator remembers and tells: plain values, JSON over the admin API.
+
+Times ending `_ms` are Unix milliseconds of the simulator's clock, with fractions where order matters.
+"""
+
+from typing import Any
+
+from msgspec import Struct, field
+
+Json = dict[str, Any]
+
+
+class SimulatorError(Exception):
+    """The caller of the simulator's own API asked for something that cannot be; the text says what."""
+
+
+class BotRecord(Struct, frozen=True):
+    """Credentials as a QR login would have handed them out."""
+
+    bot: str
+    user: str
+    token: str
+
+
+class InboundRecord(Struct, frozen=True, kw_only=True):
+    """A message put into a bot's queue. `deliveries` counts the answers that carried it."""
+
+    bot: str
+    message_id: str
+    client_id: str
+    seq: int
+    create_time_ms: int
+    context_token: str
+    position: int
+    deliveries: int = 0
+
+
+class Shown(Struct, frozen=True, kw_only=True):
+    """A message on a user's phone. `text` is the text of its text items, joined."""
+
+    bot: str
+    client_id: str
+    message_id: str
+    text: str
+    items: list[Any]
+    at_ms: float
+
+
+class SendRecord(Struct, kw_only=True):
+    """One attempt at `sendmessage`. `why` is `shown`, or the reason why the phone does not show it."""
+
+    bot: str
+    user: str
+    client_id: str
+    text: str
+    start_ms: float
+    end_ms: float = 0.0
+    status: int = 200
+    ret: int | None = None
+    errmsg: str | None = None
+    message_id: str = ""
+    shown: bool = False
+    why: str = "in_progress"
+    overlapped: bool = False
+    context_token: str = ""
+    run_id: str = ""
+    items: list[Any] = field(default_factory=list)
+
+
+class PollRecord(Struct, kw_only=True):
+    """One `getupdates`. `outcome`: messages, empty, stale, refused, disconnected, cut, or the fault's id."""
+
+    start_ms: float
+    cursor: str
+    end_ms: float = 0.0
+    outcome: str = "parked"
+    next_cursor: str = ""
+    ids: list[str] = field(default_factory=list)
+
+
+class PollsView(Struct, frozen=True, kw_only=True):
+    """The latest polls of one bot, and counts over all of them. `most` is the greatest number at once."""
+
+    records: list[PollRecord]
+    total: int
+    now: int
+    most: int
+    overlaps: int
+
+
+class CallView(Struct, frozen=True, kw_only=True):
+    """How often a bot called an endpoint, and when lately. `bot` is empty for calls without a known token."""
+
+    bot: str
+    endpoint: str
+    count: int
+    times_ms: list[float]
+
+
+class Violation(Struct, frozen=True, kw_only=True):
+    """Something that a well-behaved client does not do; the request itself was answered as usual."""
+
+    kind: str
+    endpoint: str
+    bot: str
+    at_ms: float
+    detail: str = ""
+
+
+class RequestRecord(Struct, frozen=True, kw_only=True):
+    """Headers of one request, without `Authorization`."""
+
+    endpoint: str
+    bot: str
+    method: str
+    at_ms: float
+    headers: dict[str, str]
+
+
+class TypingView(Struct, frozen=True, kw_only=True):
+    """Whether a user sees "typing", and how often it was switched."""
+
+    on: bool
+    on_calls: int
+    off_calls: int
+
+
+class OnlineView(Struct, frozen=True, kw_only=True):
+    """Whether the bot said that it runs, and each change as [time in ms, online]."""
+
+    online: bool
+    timeline: list[tuple[float, bool]]
+
+
+class QrRecord(Struct, frozen=True, kw_only=True):
+    """A QR login as it stands. `bot` is set once confirmed."""
+
+    qrcode: str
+    status: str
+    user: str
+    bot: str
+    created_ms: int
+    polls: int
+
+
+class Stats(Struct, frozen=True, kw_only=True):
+    """Everything counted since the start."""
+
+    bots: int
+    dead: int
+    injected: int
+    pending: int
+    in_flight: int
+    delivered: int
+    redelivered: int
+    polls: int
+    parked: int
+    poll_overlaps: int
+    sends: int
+    shown: int
+    duplicates_suppressed: int
+    dropped: int
+    refused: int
+    send_overlaps: int
+    violations: dict[str, int]

@@ -1,0 +1,225 @@
+"""The HTTP server: paths, authentication, faults of the transport, and the answer's way back."""
+
+import json
+import re
+from typing import Any
+
+import msgspec
+from aiohttp import web
+from msgspec import Struct
+
+from adapter.simulator import answers
+from adapter.simulator.answers import Answer, json_answer
+from adapter.simulator.endpoints import Call, Endpoints, malformed, stale_body
+from adapter.simulator.faults import FaultRule
+from adapter.simulator.login import Logins
+from adapter.simulator.records import Json
+from adapter.simulator.watch import Watch
+from adapter.simulator.world import Bot, World
+
+LOGIN_METHODS = {"get_bot_qrcode": ("GET", "POST"), "get_qrcode_status": ("GET",)}
+PLAIN = {"ret": 0, "msgs": [], "get_updates_buf": ""}
+
+
+class Visit(Struct):
+    """One request on its way through. `late` is the fault that strikes after it has been processed."""
+
+    request: web.Request
+    endpoint: str
+    bot: Bot | None
+    body: Json | None
+    start_ms: float
+    late: FaultRule | None = None
+
+    @property
+    def bot_id(self) -> str:
+        return self.bot.id if self.bot else ""
+
+    @property
+    def user(self) -> str:
+        """Whom the request is about, for faults that strike one user."""
+        body = self.body or {}
+        message = body.get("msg")
+        named = message.get("to_user_id") if isinstance(message, dict) else body.get("ilink_user_id")
+        return str(named or (self.bot.user if self.bot else ""))
+
+
+def endpoint_of(path: str) -> str:
+    """`getupdates` for `//ilink/bot/getupdates/` (S1); "" for a path outside iLink."""
+    plain = re.sub("/+", "/", path).strip("/")
+    return plain.removeprefix("ilink/bot/") if plain.startswith("ilink/bot/") else ""
+
+
+def read_json(raw: bytes) -> Json | None:
+    """None for what is no JSON object. An integer keeps all its digits; an empty body is no object."""
+    try:
+        value: Any = msgspec.json.decode(raw)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        try:  # iLink's own parser is not known to be strict: lone surrogates, for instance
+            value = json.loads(raw)
+        except ValueError:
+            return None
+    return value if isinstance(value, dict) else None
+
+
+class Server:
+    """Answers the paths below `/ilink/bot/`; any other is 404."""
+
+    def __init__(self, world: World, endpoints: Endpoints, logins: Logins, watch: Watch) -> None:
+        self._world = world
+        self._endpoints = endpoints
+        self._logins = logins
+        self._watch = watch
+        self.urls: tuple[str, str] = ("", "")
+        """Base URL of the first and of the second listener."""
+        self.second_port = 0
+
+    async def handle(self, request: web.Request) -> web.StreamResponse:
+        endpoint = endpoint_of(request.path)
+        if endpoint not in self._endpoints.table and endpoint not in LOGIN_METHODS:
+            return web.json_response({"error": "not found"}, status=404)
+        start_ms = self._world.clock.exact_ms()
+        bot = self._bot(request)
+        body = read_json(await request.read()) if request.method == "POST" else {}
+        self._watch.look(request, endpoint, bot, body)
+        visit = Visit(request, endpoint, bot, body, start_ms)
+        answer = await self._struck(visit)
+        if answer is None:
+            answer = await self._process(visit)
+        return await self._deliver(visit, answer)
+
+    def _bot(self, request: web.Request) -> Bot | None:
+        scheme, _, token = request.headers.get("Authorization", "").partition(" ")
+        return self._world.by_token.get(token.strip()) if scheme == "Bearer" else None
+
+    async def _process(self, visit: Visit) -> Answer:
+        """What a sound server does with a request."""
+        endpoint, bot = visit.endpoint, visit.bot
+        if visit.request.method not in LOGIN_METHODS.get(endpoint, ("POST",)):
+            answer = malformed(self._world, bot, "wrong method")
+            answer.status = 405 if answer.status == 400 else answer.status
+            return answer
+        if endpoint in LOGIN_METHODS:
+            return await self._login(visit)
+        if bot is None or self._is_stale(visit, bot):
+            return self._stale(visit)
+        if visit.body is None:
+            return malformed(self._world, bot, "invalid json")
+        return await self._endpoints.table[endpoint](Call(endpoint, bot, visit.body, visit.start_ms))
+
+    async def _login(self, visit: Visit) -> Answer:
+        query = visit.request.query
+        if visit.endpoint == "get_bot_qrcode":
+            tokens = (visit.body or {}).get("local_token_list")
+            return json_answer(self._logins.create(list(tokens) if isinstance(tokens, list) else []))
+        if not (code := query.get("qrcode")):
+            return json_answer({"ret": -2, "errmsg": "qrcode required"})
+        second = bool(self.second_port) and self._port(visit.request) == self.second_port
+        verify_code = query.get("verify_code", "")
+        return json_answer(await self._logins.status(code, verify_code, self.urls, second=second))
+
+    def _port(self, request: web.Request) -> int:
+        address = request.transport.get_extra_info("sockname") if request.transport else None
+        return int(address[1]) if address else 0
+
+    def _is_stale(self, visit: Visit, bot: Bot) -> bool:
+        """Dead, without the headers that authenticate, or struck by F8 to F10."""
+        world, headers = self._world, visit.request.headers
+        if bot.dead:
+            return True
+        if headers.get("AuthorizationType") != "ilink_bot_token":
+            world.violate("missing_authorization_type", visit.endpoint, bot)
+            return True
+        app_headers = "iLink-App-Id" in headers and "iLink-App-ClientVersion" in headers
+        if world.settings_of(bot).strict_headers and not app_headers:
+            return True
+        faults = ("F8", "F9", "F10")
+        return any(world.faults.take(fault, visit.endpoint, bot.id, visit.user) for fault in faults)
+
+    def _stale(self, visit: Visit) -> Answer:
+        """-14, noted with the bot; a client that goes on calling after the first one is noted too."""
+        bot = visit.bot
+        if bot is None:
+            self._world.violate("unknown_token", visit.endpoint, None)
+            return json_answer(stale_body(self._world, None))
+        if bot.dead and bot.stale_answers:
+            self._world.violate("call_after_minus_14", visit.endpoint, bot, f"call {bot.stale_answers + 1}")
+        bot.stale_answers += 1
+        answer = json_answer(stale_body(self._world, bot))
+        call = Call(visit.endpoint, bot, visit.body or {}, visit.start_ms)
+        self._endpoints.record_unprocessed(call, answer, "stale")
+        return answer
+
+    async def _struck(self, visit: Visit) -> Answer | None:
+        """F1 to F6 before anything is processed; what strikes afterwards is left in `visit.late`."""
+        for fault in ("F1", "F2", "F3", "F4", "F5", "F6"):
+            rule = self._world.faults.take(fault, visit.endpoint, visit.bot_id, visit.user)
+            if rule is None:
+                continue
+            late = rule.params.get("processed", False) or rule.params.get("when") == "after"
+            if fault == "F4" or late:
+                visit.late = rule
+                return None
+            answer = self._broken(visit, rule)
+            await self._pause(visit, rule, answer)
+            return None if fault == "F5" and "hang_ms" in rule.params else answer
+        return None
+
+    async def _pause(self, visit: Visit, rule: FaultRule, answer: Answer) -> None:
+        """Time that passes before a fault strikes: `after_ms`, the hang of F5, or the edge's limit (F2)."""
+        default_ms = 16_000 if rule.fault == "F2" else 0
+        pause_ms = float(rule.params.get("after_ms", default_ms))
+        try:
+            if rule.fault == "F5":
+                await answers.hang(rule, self._world.clock)
+            elif pause_ms:
+                await self._world.clock.sleep(pause_ms / 1000)
+        except BaseException:  # the client has hung up
+            answer.settle(False, "disconnected")
+            raise
+        if rule.fault == "F5":
+            answer.settle(False, "F5")
+
+    def _broken(self, visit: Visit, rule: FaultRule) -> Answer:
+        """The answer that a fault gives in place of processing."""
+        if rule.fault in ("F1", "F2"):
+            default = 524 if rule.fault == "F2" else self._world.rng.choice((500, 502, 503, 504))
+            answer = answers.error_page(rule, int(rule.params.get("status", default)))
+        else:
+            answer = json_answer(PLAIN)
+            answer.outcome, answer.cut = rule.fault, rule.fault == "F6"
+            if rule.fault == "F3":
+                answers.garble(answer, self._kind(rule))
+        if visit.bot is not None:
+            call = Call(visit.endpoint, visit.bot, visit.body or {}, visit.start_ms)
+            self._endpoints.record_unprocessed(call, answer, rule.fault)
+        return answer
+
+    def _kind(self, rule: FaultRule) -> str:
+        return str(rule.params.get("kind") or self._world.rng.choice(answers.GARBLED))
+
+    async def _deliver(self, visit: Visit, answer: Answer) -> web.StreamResponse:
+        """Writes the answer, or what a late fault leaves of it, and tells its maker which."""
+        rule, request = visit.late, visit.request
+        try:
+            if rule is not None and rule.fault == "F5":
+                await answers.hang(rule, self._world.clock)
+            if rule is not None and rule.fault == "F3":
+                answers.garble(answer, self._kind(rule))
+            if answer.cut or (rule is not None and rule.fault == "F6"):
+                answers.cut(request)
+                consumed = rule is not None and bool(rule.params.get("consumed", False))
+                answer.settle(consumed, "F6" if rule is not None else answer.outcome)
+                return web.Response()
+            if rule is not None and rule.fault == "F4":
+                response = await answers.dribble(request, answer, rule, self._world.clock)
+            else:
+                response = await answers.write(request, answer)
+        except ConnectionError:
+            answer.settle(False, "disconnected")
+            return web.Response()
+        except BaseException:
+            answer.settle(False, "disconnected")
+            raise
+        answer.settle(True, answer.outcome)
+        return response

@@ -1,0 +1,100 @@
+"""How this iLink behaves: every knob, with the protocol file's best reading as its default."""
+
+from typing import Annotated, Literal
+
+from msgspec import Meta, Struct
+
+NotNegative = Annotated[int, Meta(ge=0)]
+
+
+class SimulatorSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Any field but the addresses may also be changed while running, for all bots or for one (`configure`)."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on."""
+    port: NotNegative = 0
+    """Port to listen on; 0 picks a free one."""
+    second_host: str = "127.0.0.1"
+    """Address of the listener that QR logins are redirected to (S4); opened when first needed."""
+    public_url: str = ""
+    """Base URL that clients reach this server under; empty: made from the listening address."""
+    seed: int | None = None
+    """Seeds ids, tokens and chance; None: different in every run."""
+    frozen_at_ms: int | None = None
+    """Business time stands at this Unix millisecond and moves by `advance` only; None: real time."""
+
+    hold_ms: NotNegative = 35_000
+    """How long `getupdates` waits for a message (S6)."""
+    hold_min_ms: NotNegative = 0
+    """Above 0: each hold is drawn between this and `hold_ms`, as was observed (15 to 35 s)."""
+    hint_ms: int | None = 35_000
+    """`longpolling_timeout_ms` of the answers; None leaves it out."""
+    ret_style: Literal["absent", "zero", "alternate"] = "absent"
+    """Whether successful polls carry `ret` (2.5)."""
+    stale_style: Literal["errcode", "ret", "both"] = "errcode"
+    """Which field carries -14 (S2)."""
+    id_style: Literal["alternate", "number", "string"] = "alternate"
+    """How a message id is written: JSON number above 2^53, string, or by turns."""
+    batch_max: NotNegative = 100
+    """Messages per answer at most; 0: all there are."""
+
+    strict_headers: bool = False
+    """A request without `iLink-App-*` is answered with -14 (S2, Q1)."""
+    malformed: Literal["ret", "http400"] = "ret"
+    """Answer to bad JSON or a missing `msg`: HTTP 200 with -2, or HTTP 400 (F29)."""
+
+    cursor_mode: Literal["ack_on_delivery", "cursor_replay"] = "ack_on_delivery"
+    """Consumed once written, or returned again to whoever presents an older cursor (S7)."""
+    unknown_cursor: Literal["current", "refuse", "replay"] = "current"
+    """A cursor that this server never issued means: the current position, -2, or the start (S8)."""
+    idle_cursor_changes: bool = False
+    """An empty answer carries a new cursor too (S6)."""
+    concurrent_polls: Literal["split", "newest_wins", "loser_-14"] = "split"
+    """Two polls on one token: share the messages at random; the older is answered empty; or with -14 (S9)."""
+    overlap_grace_ms: NotNegative = 50
+    """A poll counts as overlapping only if the older one's client has not hung up within this time."""
+
+    context_check: Literal["window_only", "must_match_any_issued_within_24h", "must_be_latest", "ignored"] = (
+        "window_only"
+    )
+    """What a send's context token is compared with (S12). `window_only` wants one but does not compare it;
+    `ignored` does not even notice that it is missing."""
+    tokenless: Literal["refuse", "drop", "deliver"] = "refuse"
+    """A send without a context token: -2, success without delivery, or delivery (S12)."""
+    window_hours: float = 24.0
+    """How long after a user's message the bot may send."""
+    quota: NotNegative = 10
+    """Accepted sends per window; 0: unlimited."""
+    duplicate_counts: bool = False
+    """A repeated `client_id` meets the quota and uses it up; else it is answered with success in any case."""
+    strict_client_id: bool = False
+    """After a send without `client_id`, later sends under the same context token disappear (S11)."""
+    max_text_bytes: NotNegative = 16_384
+    """Longest text in UTF-8 bytes (S10)."""
+    require_notifystart: bool = False
+    """Sends are refused until `msg/notifystart` was called (S16, Q13)."""
+    send_latency_ms: NotNegative = 0
+    """Pause between processing a send and answering it; makes overlapping sends visible."""
+
+    token_death_delay_s: float = 29.0
+    """How long a superseded bot's token lives on (S5)."""
+    ticket_ttl_s: float = 86_400.0
+    """Life of a typing ticket (S14)."""
+    typing_timeout_s: float = 0.0
+    """Typing ends by itself after this time; 0: never (S15)."""
+
+    qr_ttl_s: float = 120.0
+    """Life of a QR code (S4)."""
+    qr_hold_ms: NotNegative = 30_000
+    """How long `get_qrcode_status` waits for a change."""
+    verify_attempts: Annotated[int, Meta(ge=1)] = 3
+    """Wrong codes until `verify_code_blocked`."""
+    qr_url: str = "https://liteapp.weixin.qq.com/q/sim"
+    """Start of `qrcode_img_content`."""
+
+    records_per_bot: Annotated[int, Meta(ge=20)] = 1_000
+    """Polls and calls remembered per bot; fewer, but at least 20, when there are many bots."""
+    sends_per_bot: Annotated[int, Meta(ge=1)] = 10_000
+    """Send attempts remembered per bot, and messages shown per phone."""
+    history: Annotated[int, Meta(ge=1)] = 10_000
+    """Delivered messages kept per bot, to be repeated or replayed."""

@@ -1,0 +1,340 @@
+"""The simulator in one's own process: start it, drive the phones, look at what the bots did."""
+
+import asyncio
+import resource
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from types import TracebackType
+from typing import Any, Self
+
+from aiohttp import web
+
+from adapter.simulator import admin, inbox, kinds
+from adapter.simulator.endpoints import Endpoints
+from adapter.simulator.faults import FaultRule
+from adapter.simulator.inbox import Inbox
+from adapter.simulator.login import Logins
+from adapter.simulator.outbox import Outbox
+from adapter.simulator.records import (
+    BotRecord,
+    CallView,
+    InboundRecord,
+    Json,
+    OnlineView,
+    PollsView,
+    QrRecord,
+    RequestRecord,
+    SendRecord,
+    Shown,
+    SimulatorError,
+    Stats,
+    TypingView,
+    Violation,
+)
+from adapter.simulator.server import Server
+from adapter.simulator.settings import SimulatorSettings
+from adapter.simulator.watch import Watch
+from adapter.simulator.world import Bot, World
+
+LARGEST_BODY = 64 * 2**20
+BACKLOG = 4096
+
+
+class Simulator:
+    """`async with Simulator(SimulatorSettings(hold_ms=200)) as sim:` serves on `sim.url`.
+
+    Wherever a bot is asked for, its id or its user's id will do. Everything here is also to be had over
+    HTTP (`admin`). Methods raise SimulatorError for what cannot be; call them in the event loop's thread.
+    """
+
+    def __init__(self, settings: SimulatorSettings | None = None) -> None:
+        self.world = World(settings or SimulatorSettings())
+        self.inbox = Inbox(self.world)
+        self.logins = Logins(self.world)
+        self.watch = Watch(self.world)
+        outbox = Outbox(self.world)
+        endpoints = Endpoints(self.world, self.inbox, outbox, self.logins)
+        self._server = Server(self.world, endpoints, self.logins, self.watch)
+        self._runner: web.AppRunner | None = None
+        self.port = 0
+        """Where it listens, once started."""
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.stop()
+
+    # Running
+
+    @property
+    def url(self) -> str:
+        """Base URL of the API, without a slash at the end."""
+        return self._server.urls[0]
+
+    @property
+    def second_url(self) -> str:
+        """Base URL of the listener for redirected logins; "" until there is one."""
+        return self._server.urls[1]
+
+    @property
+    def admin_url(self) -> str:
+        return f"{self.url}/_sim"
+
+    async def start(self) -> None:
+        """Listens. Raises OSError if it cannot."""
+        raise_file_limit()
+        app = web.Application(client_max_size=LARGEST_BODY)
+        app.router.add_route("*", "/_sim/{call:.*}", admin.Admin(self).handle)
+        app.router.add_route("*", "/{path:.*}", self._server.handle)
+        self._runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=1.0)
+        await self._runner.setup()
+        settings = self.world.settings
+        self.port = await self._listen(settings.host, settings.port)
+        own_url = f"http://{url_host(settings.host)}:{self.port}"
+        self._server.urls = (settings.public_url.rstrip("/") or own_url, "")
+
+    async def stop(self) -> None:
+        """Answers parked polls with what there is, then closes."""
+        self.inbox.closing = True
+        self.logins.close()
+        for bot in self.world.bots.values():
+            bot.wake()
+        await asyncio.sleep(0)
+        self.world.clock.close()
+        if self._runner is not None:
+            await self._runner.cleanup()
+
+    async def open_second_host(self) -> str:
+        """The base URL of the second listener, which opens now unless it is there."""
+        if not self.second_url:
+            host = self.world.settings.second_host
+            self._server.second_port = await self._listen(host, 0)
+            self._server.urls = (self.url, f"http://{url_host(host)}:{self._server.second_port}")
+        return self.second_url
+
+    async def until(self, condition: Callable[[], Any], timeout_s: float = 10.0) -> None:
+        """Waits in real time until `condition()` holds. Raises TimeoutError."""
+        async with asyncio.timeout(timeout_s):
+            while not condition():
+                await asyncio.sleep(0.002)
+
+    async def _listen(self, host: str, port: int) -> int:
+        if self._runner is None:
+            raise SimulatorError("not started")
+        site = web.TCPSite(self._runner, host, port, backlog=BACKLOG)
+        await site.start()
+        return int(self._runner.addresses[-1][1])
+
+    # Bots and time
+
+    def add_bot(self, user: str | None = None, bot: str | None = None, token: str | None = None) -> BotRecord:
+        """As if a QR login had just happened; what is not given is made up."""
+        return self.world.add_bot(user, bot, token).record()
+
+    def add_bots(self, count: int) -> list[BotRecord]:
+        return [self.world.add_bot().record() for _ in range(count)]
+
+    def bots(self) -> list[BotRecord]:
+        """All that live, oldest first."""
+        return [bot.record() for bot in self.world.bots.values() if not bot.dead]
+
+    def kill_token(self, bot: str) -> None:
+        """From now on -14, for parked polls too."""
+        self.world.kill(self.world.find(bot))
+
+    def revive_token(self, bot: str) -> None:
+        found = self.world.find(bot)
+        found.dead, found.stale_answers = False, 0
+
+    def configure(self, bot: str | None = None, **changes: Any) -> SimulatorSettings:
+        """Changes settings while running, for all bots or for one."""
+        return self.world.configure(bot, changes)
+
+    def advance(self, seconds: float) -> int:
+        """Moves the clock; holds, delays and lifetimes that become due end now. Returns the new time in ms."""
+        self.world.clock.advance(seconds)
+        return self.world.clock.now_ms()
+
+    @property
+    def now_ms(self) -> int:
+        return self.world.clock.now_ms()
+
+    # The user writes
+
+    def say(self, to: str, text: str, **overrides: Any) -> InboundRecord:
+        """The user writes `text`. `overrides` replace fields of the message; None leaves one out."""
+        return self.inject(to, kinds.text(text) | overrides)
+
+    def say_kind(self, to: str, kind: str, text: str = "hello", **overrides: Any) -> InboundRecord:
+        """A message of one of the kinds of S21 (`kinds.KINDS`)."""
+        return self.inject(to, kinds.of_kind(kind, text) | overrides)
+
+    def inject(self, to: str, message: Json, *, fill: bool = True) -> InboundRecord:
+        """Any message. With `fill`, fields that it lacks are added; without, it goes out as it is."""
+        bot = self.world.find(to)
+        return inbox.record(bot, self.inbox.inject(bot, message, fill=fill))
+
+    def inject_many(self, to: str, messages: Iterable[Json], *, fill: bool = True) -> list[InboundRecord]:
+        """Several messages, in one batch if a poll is parked (and `batch_max` allows)."""
+        return [self.inject(to, message, fill=fill) for message in messages]
+
+    def flood(self, to: str, messages: int = 1000, size: int = 10_000) -> int:
+        """Many long texts at once (F28). Returns the sum of their sizes in bytes."""
+        self.inject_many(to, (kinds.text(f"{n:08d}".ljust(size, "x")) for n in range(messages)))
+        return messages * size
+
+    def repeat(self, to: str, message_id: str, change: str = "same", delay_s: float = 0.0) -> None:
+        """The same message again (F16), by its message id or client id; what may change: `inbox.CHANGES`."""
+        self.inbox.repeat(self.world.find(to), message_id, change, delay_s)
+
+    def replay(self, bot: str, last: int = 1) -> int:
+        """The last delivered messages are delivered once more, as they were (F18). Returns how many."""
+        return self.inbox.replay(self.world.find(bot), last)
+
+    # What the bots did
+
+    def phone(self, user: str) -> list[Shown]:
+        """What the user's phone shows of all bots, in order of receipt."""
+        return sorted(self.world.phones.get(user, ()), key=lambda shown: shown.at_ms)
+
+    def inbound(self, bot: str) -> list[InboundRecord]:
+        """The bot's messages that are remembered, with the number of answers that carried each."""
+        found = self.world.find(bot)
+        return [inbox.record(found, entry) for entry in found.log]
+
+    def sends(self, bot: str) -> list[SendRecord]:
+        """Every attempt at `sendmessage`, in order of arrival."""
+        return list(self.world.find(bot).sends)
+
+    def polls(self, bot: str) -> PollsView:
+        found = self.world.find(bot)
+        return PollsView(
+            records=list(found.poll_records),
+            total=found.polls_total,
+            now=len(found.polls),
+            most=found.polls_at_once,
+            overlaps=found.overlaps,
+        )
+
+    def calls(self, bot: str | None = None, endpoint: str | None = None) -> list[CallView]:
+        """How often which endpoint was called, for one bot or all."""
+        bots = [self.world.find(bot)] if bot else list(self.world.bots.values())
+        return [view for found in bots for view in call_views(found, endpoint)]
+
+    def requests(self, endpoint: str | None = None) -> list[RequestRecord]:
+        """Headers of the latest requests, `Authorization` left out."""
+        return [r for r in self.watch.requests if endpoint in (None, r.endpoint)]
+
+    def violations(self, kind: str | None = None, bot: str | None = None) -> list[Violation]:
+        """Bad manners, oldest first; `stats` has the counts of those too old to be listed."""
+        bot_id = self.world.find(bot).id if bot else None
+        return [v for v in self.world.violations if kind in (None, v.kind) and bot_id in (None, v.bot)]
+
+    def typing(self, user: str) -> TypingView:
+        bot = self.world.find(user)
+        window = bot.window(user if user.endswith("@im.wechat") else bot.user)
+        since_ms, limit_ms = window.typing_since_ms, self.world.settings_of(bot).typing_timeout_s * 1000
+        on = since_ms is not None and (not limit_ms or self.now_ms - since_ms < limit_ms)
+        return TypingView(on=on, on_calls=window.typing_on_calls, off_calls=window.typing_off_calls)
+
+    def online(self, bot: str) -> OnlineView:
+        found = self.world.find(bot)
+        return OnlineView(online=found.online, timeline=list(found.online_timeline))
+
+    def stats(self) -> Stats:
+        world, counts = self.world, self.world.counts
+        bots = world.bots.values()
+        return Stats(
+            bots=len(bots),
+            dead=sum(bot.dead for bot in bots),
+            injected=counts["injected"],
+            pending=sum(self.inbox.pending(bot) for bot in bots),
+            in_flight=sum(entry.in_flight for bot in bots for entry in bot.log),
+            delivered=counts["delivered"],
+            redelivered=counts["redelivered"],
+            polls=sum(bot.polls_total for bot in bots),
+            parked=sum(len(bot.polls) for bot in bots),
+            poll_overlaps=counts["poll_overlaps"],
+            sends=counts["sends"],
+            shown=counts["shown"],
+            duplicates_suppressed=counts["duplicates_suppressed"],
+            dropped=counts["dropped"],
+            refused=counts["refused"],
+            send_overlaps=counts["send_overlaps"],
+            violations=dict(world.violation_counts),
+        )
+
+    # Faults
+
+    def set_fault(self, rule: FaultRule) -> FaultRule:
+        """In force from the next request on."""
+        try:
+            return self.world.faults.add(rule)
+        except ValueError as exc:
+            raise SimulatorError(str(exc)) from exc
+
+    def faults(self) -> list[FaultRule]:
+        return list(self.world.faults.rules)
+
+    def clear_faults(self, fault: str | None = None, rule_id: int | None = None) -> int:
+        """Takes back all rules, those of one fault, or one. Returns how many."""
+        return self.world.faults.remove(rule_id, fault)
+
+    def cut_polls(self, bot: str | None = None) -> int:
+        """Resets the connections of parked polls, of one bot or all, as a failing network does."""
+        bots = [self.world.find(bot)] if bot else list(self.world.bots.values())
+        cut = 0
+        for found in bots:
+            for poll in found.polls:
+                poll.verdict, cut = poll.verdict or "cut", cut + 1
+            found.wake()
+        return cut
+
+    # Logins
+
+    def scan(self, qrcode: str, user: str | None = None) -> QrRecord:
+        return self.logins.scan(qrcode, user)
+
+    def confirm(self, qrcode: str, user: str | None = None) -> QrRecord:
+        return self.logins.confirm(qrcode, user)
+
+    def require_verify(self, qrcode: str, code: str) -> QrRecord:
+        return self.logins.require_verify(qrcode, code)
+
+    def expire(self, qrcode: str) -> QrRecord:
+        return self.logins.expire(qrcode)
+
+    async def redirect(self, qrcode: str) -> QrRecord:
+        await self.open_second_host()
+        return self.logins.redirect(qrcode)
+
+    def qrcodes(self) -> list[QrRecord]:
+        """All logins that are remembered, oldest first."""
+        return [qr.record() for qr in self.logins.codes.values()]
+
+
+def call_views(bot: Bot, endpoint: str | None) -> list[CallView]:
+    return [
+        CallView(bot=bot.id, endpoint=name, count=count, times_ms=list(bot.calls[name]))
+        for name, count in bot.call_counts.items()
+        if endpoint in (None, name)
+    ]
+
+
+def url_host(host: str) -> str:
+    """`host` as it stands in a URL that one can call."""
+    if host in ("", "0.0.0.0", "::"):
+        return "127.0.0.1"
+    return f"[{host}]" if ":" in host else host
+
+
+def raise_file_limit() -> None:
+    """10,000 parked polls are 10,000 open sockets."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -1,0 +1,216 @@
+"""The state of the simulated iLink: users, bots, tokens, windows. No network here."""
+
+import asyncio
+import random
+from collections import Counter, OrderedDict, deque
+from dataclasses import dataclass, field
+
+import msgspec
+from msgspec import structs
+
+from adapter.simulator import ids
+from adapter.simulator.clock import Clock
+from adapter.simulator.faults import Faults
+from adapter.simulator.records import (
+    BotRecord,
+    Json,
+    PollRecord,
+    SendRecord,
+    Shown,
+    SimulatorError,
+    Violation,
+)
+from adapter.simulator.settings import SimulatorSettings
+
+RECORDS_IN_ALL = 200_000
+"""Poll records over all bots, so that 10,000 idle bots do not fill the memory."""
+CONTEXT_TOKENS_KEPT = 1_000
+CLIENT_IDS_KEPT = 20_000
+
+
+@dataclass(slots=True, eq=False)
+class Entry:
+    """A message of a bot's log; `raw` is its JSON. `position` counts from 1."""
+
+    position: int
+    message_id: str
+    client_id: str
+    seq: int
+    create_time_ms: int
+    context_token: str
+    user: str
+    raw: bytes
+    deliveries: int = 0
+    in_flight: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class Poll:
+    """A `getupdates` in progress. `verdict`, once set, ends it without messages."""
+
+    record: PollRecord
+    woken: "asyncio.Future[None] | None" = None
+    verdict: str = ""
+    hung_up: bool = False
+    batch: list[Entry] = field(default_factory=list)
+
+
+@dataclass(slots=True, eq=False)
+class Window:
+    """What one bot may send to one user, and what it shows there (sections 5.2, 6, 11.2)."""
+
+    opened_ms: int | None = None
+    sent: int = 0
+    context_tokens: "OrderedDict[str, int]" = field(default_factory=OrderedDict)
+    silenced: set[str] = field(default_factory=set)
+    client_ids: "OrderedDict[str, str]" = field(default_factory=OrderedDict)
+    tickets: dict[str, int] = field(default_factory=dict)
+    typing_since_ms: int | None = None
+    typing_on_calls: int = 0
+    typing_off_calls: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class Bot:
+    """One bot. Mostly idle, so whatever grows is made when first needed."""
+
+    id: str
+    user: str
+    token: str
+    dead: bool = False
+    superseded: bool = False
+    stale_answers: int = 0
+    settings: SimulatorSettings | None = None
+    last_position: int = 0
+    delivered_position: int = 0
+    rewound_to: int | None = None
+    log: "deque[Entry]" = field(default_factory=deque)
+    pending: "deque[Entry]" = field(default_factory=deque)
+    polls: list[Poll] = field(default_factory=list)
+    poll_records: "deque[PollRecord]" = field(default_factory=deque)
+    polls_total: int = 0
+    polls_at_once: int = 0
+    overlaps: int = 0
+    cursor_salt: int = 0
+    calls: "dict[str, deque[float]]" = field(default_factory=dict)
+    call_counts: dict[str, int] = field(default_factory=dict)
+    windows: dict[str, Window] = field(default_factory=dict)
+    sends: list[SendRecord] = field(default_factory=list)
+    online: bool = False
+    online_timeline: list[tuple[float, bool]] = field(default_factory=list)
+    last_uin: str = ""
+
+    def record(self) -> BotRecord:
+        return BotRecord(bot=self.id, user=self.user, token=self.token)
+
+    def window(self, user: str) -> Window:
+        return self.windows.setdefault(user, Window())
+
+    def wake(self) -> None:
+        """Has every parked poll look again."""
+        for poll in self.polls:
+            if poll.woken is not None and not poll.woken.done():
+                poll.woken.set_result(None)
+
+
+class World:
+    """All of it, and the few acts that concern several bots at once."""
+
+    def __init__(self, settings: SimulatorSettings) -> None:
+        self.settings = settings
+        self.rng = random.Random(settings.seed)
+        self.clock = Clock(settings.frozen_at_ms)
+        self.faults = Faults(self.rng)
+        self.cursors = ids.Cursors(self.rng)
+        self.message_ids = ids.message_ids(self.rng)
+        self.bots: dict[str, Bot] = {}
+        self.by_token: dict[str, Bot] = {}
+        self.by_user: dict[str, Bot] = {}
+        self.phones: dict[str, deque[Shown]] = {}
+        self.sending: dict[str, list[SendRecord]] = {}
+        self.violations: deque[Violation] = deque(maxlen=10_000)
+        self.violation_counts: Counter[str] = Counter()
+        self.counts: Counter[str] = Counter()
+        self._turns = 0
+
+    def settings_of(self, bot: Bot | None) -> SimulatorSettings:
+        return bot.settings if bot is not None and bot.settings is not None else self.settings
+
+    def configure(self, bot: str | None, changes: Json) -> SimulatorSettings:
+        """Changes knobs for all bots, or for one, which then no longer follows later changes for all."""
+        target = self.find(bot) if bot is not None else None
+        merged = structs.asdict(self.settings_of(target)) | changes
+        try:
+            settings = convert_settings(merged)
+        except ValueError as exc:
+            raise SimulatorError(str(exc)) from exc
+        if target is None:
+            self.settings = settings
+        else:
+            target.settings = settings
+        return settings
+
+    def add_bot(self, user: str | None = None, bot: str | None = None, token: str | None = None) -> Bot:
+        """As if `user` had just scanned a QR code; an older bot of theirs is superseded (S5)."""
+        bot_id = bot or ids.new_bot(self.rng)
+        if bot_id in self.bots:
+            raise SimulatorError(f"there is a bot {bot_id} already")
+        new = Bot(bot_id, user or ids.new_user(self.rng), token or ids.new_token(self.rng, bot_id))
+        if new.token in self.by_token:
+            raise SimulatorError("this token is in use")
+        if old := self.by_user.get(new.user):
+            self.supersede(old)
+        self.bots[new.id] = self.by_token[new.token] = self.by_user[new.user] = new
+        return new
+
+    def supersede(self, bot: Bot) -> None:
+        """Its context tokens are void at once, its token after the death delay (S5)."""
+        bot.superseded = True
+        bot.windows.clear()
+        delay_s = self.settings_of(bot).token_death_delay_s
+        if delay_s <= 0:
+            self.kill(bot)
+        else:
+            self.clock.schedule(delay_s, lambda: self.kill(bot))
+
+    def kill(self, bot: Bot) -> None:
+        """From now on its token is answered with -14, parked polls included."""
+        bot.dead = True
+        bot.online = False
+        bot.wake()
+
+    def find(self, user_or_bot: str) -> Bot:
+        """The bot of this id, or the present bot of this user."""
+        found = self.bots.get(user_or_bot) or self.by_user.get(user_or_bot)
+        if found is None:
+            raise SimulatorError("no such bot or user")
+        return found
+
+    def typed_id(self, number: int | str, bot: Bot | None = None) -> int | str:
+        """A message id as number or string, after `id_style`."""
+        style = self.settings_of(bot).id_style
+        if style == "alternate":
+            self._turns += 1
+            style = "string" if self._turns % 2 else "number"
+        return int(number) if style == "number" else str(number)
+
+    def violate(self, kind: str, endpoint: str, bot: Bot | None, detail: str = "") -> None:
+        """Notes bad manners of a client. `detail` must hold no token and no text."""
+        self.violation_counts[kind] += 1
+        self.violations.append(
+            Violation(
+                kind=kind,
+                endpoint=endpoint,
+                bot=bot.id if bot else "",
+                at_ms=self.clock.exact_ms(),
+                detail=detail,
+            )
+        )
+
+    def records_limit(self) -> int:
+        return max(20, min(self.settings.records_per_bot, RECORDS_IN_ALL // max(len(self.bots), 1)))
+
+
+def convert_settings(values: Json) -> SimulatorSettings:
+    """Raises ValueError (msgspec's, which names the field) for a knob that is unknown or out of range."""
+    return msgspec.convert(values, SimulatorSettings, strict=False)
