@@ -1,0 +1,96 @@
+"""The command line. `main` turns every way in which a command ends into an exit code and at most one sentence."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import sys
+from importlib.metadata import version
+
+import structlog
+from cyclopts import App, CycloptsError
+
+from adapter.cli import bindings, dead, demo, doctor, output, run, send, tail
+from adapter.cli.exits import EXIT_CODES, INTERRUPTED, NO, OK, USAGE, Failed
+from adapter.embedded import EmbeddedFailed
+from adapter.errors import AdapterError, SettingsError
+
+HELP = "The bridge between WeChat (iLink bots) and NATS."
+CONNECTION = """\
+The bus is found by NATS_URL (default nats://127.0.0.1:4222), NATS_CREDS, NATS_NKEY, NATS_USER, NATS_PASSWORD,
+NATS_TOKEN, NATS_CA, NATS_CERT, NATS_KEY and WECHAT_NATS_PREFIX."""
+
+
+def build() -> App:
+    """The application with all its commands."""
+    app = App(
+        name="wechat-nats",
+        help=HELP,
+        help_epilogue=f"{CONNECTION}\n\n{EXIT_CODES}",
+        version=lambda: version("wechat-nats"),
+        help_format="markdown",
+        suppress_keyboard_interrupt=False,
+        exit_on_error=False,
+        print_error=False,
+        result_action="return_value",
+    )
+    app.command(demo.demo)
+    app.command(run.run)
+    app.command(bindings.bind)
+    app.command(bindings.unbind)
+    app.command(bindings.bindings)
+    app.command(send.send)
+    app.command(tail.tail)
+    app.command(dead.app)
+    app.command(doctor.doctor)
+    app.command(run.simulator)
+    app.command(run.schema)
+    return app
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command and returns its exit code (`exits.EXIT_CODES`)."""
+    _quiet()
+    try:
+        result = build()(sys.argv[1:] if argv is None else argv)
+        sys.stdout.flush()
+    except CycloptsError as exc:
+        output.complain(f"{_sentence(exc)} See --help.")
+        return USAGE
+    except Failed as exc:
+        output.complain(str(exc))
+        return exc.code
+    except SettingsError as exc:
+        output.complain(exc.detail)
+        return USAGE
+    except (EmbeddedFailed, AdapterError) as exc:
+        output.complain(exc.detail or exc.reason)
+        return NO
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        return INTERRUPTED
+    except SystemExit as exc:  # the simulator's own parser
+        return exc.code if isinstance(exc.code, int) else USAGE
+    except BrokenPipeError:
+        return _nobody_reads()
+    return result if isinstance(result, int) else OK
+
+
+def _sentence(exc: CycloptsError) -> str:
+    """Cyclopts' own words, on one line."""
+    return " ".join(str(exc).split())
+
+
+def _quiet() -> None:
+    """The adapter's modules log; a command speaks for itself. `run` and `demo` set up logs of their own."""
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
+    logging.getLogger("nats").setLevel(logging.CRITICAL + 1)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL + 1)
+
+
+def _nobody_reads() -> int:
+    """`wechat-nats tail | head -1`: the reader has what it wanted. Python must not fail once more on its way out."""
+    with contextlib.suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return OK

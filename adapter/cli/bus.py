@@ -1,0 +1,202 @@
+"""The bus as commands see it: a connection with a deadline, requests with an answer, stored publishes.
+
+Everything here ends in `Failed` with a sentence; nothing waits for ever.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import ssl
+from collections.abc import AsyncIterator, Mapping
+from datetime import UTC, datetime
+from typing import Any, TypeVar
+
+import msgspec
+import nats
+from nats.aio.client import Client
+from nats.aio.msg import Msg
+from nats.errors import Error as NatsError
+from nats.errors import NoRespondersError
+from nats.errors import TimeoutError as NatsTimeout
+from nats.js import JetStreamContext, api
+from nats.js.errors import APIError, NoStreamResponseError, NotFoundError, ServiceUnavailableError
+
+from adapter.cli.exits import NO, UNREACHABLE, Failed
+from adapter.contract import H_ERROR, H_ERROR_CODE, Names
+from adapter.jetstream.link import connect_options
+from adapter.settings import Settings, read_settings
+
+CONNECT_S = 5.0
+ANSWER_S = 5.0
+JetStreamGone = (ServiceUnavailableError, NoStreamResponseError)
+FULL = 10077
+"""The stream holds as many messages of this subject as it may."""
+
+S = TypeVar("S", bound=msgspec.Struct)
+
+
+class Bus:
+    """A connection and the names on it."""
+
+    def __init__(self, nc: Client, settings: Settings) -> None:
+        self.nc = nc
+        self.js: JetStreamContext = nc.jetstream(timeout=ANSWER_S)
+        self.settings = settings
+        self.names = Names(settings.prefix)
+
+    async def store(self, subject: str, payload: bytes, headers: dict[str, str]) -> api.PubAck:
+        """Publishes into a stream. Raises Failed where nothing stored it."""
+        if len(payload) + sum(len(k) + len(v) + 4 for k, v in headers.items()) + 16 > self.nc.max_payload:
+            raise Failed(
+                NO, f"The message is larger than the {self.nc.max_payload} bytes that this NATS server takes."
+            )
+        try:
+            return await self.js.publish(subject, payload, headers=headers, timeout=ANSWER_S)
+        except (NoStreamResponseError, NoRespondersError):
+            raise Failed(
+                UNREACHABLE, f"No stream takes {subject}: start an adapter once, or run `wechat-nats doctor --fix`."
+            ) from None
+        except APIError as exc:
+            if exc.err_code == FULL:
+                raise Failed(NO, f"Not stored: too many messages wait on {subject}; try later.") from None
+            raise Failed(NO, f"Not stored: {exc.description or exc} (error {exc.err_code}).") from None
+        except (NatsError, TimeoutError):
+            raise Failed(
+                UNREACHABLE,
+                f"The bus did not confirm {subject}: unclear whether it is stored, repeat with the same id.",
+            ) from None
+
+    async def ask(self, verb: str, request: msgspec.Struct, answer: type[S], timeout_s: float = ANSWER_S) -> S:
+        """A request to an adapter. Raises Failed."""
+        reply = await self._reply(self.names.svc(verb), msgspec.json.encode(request), timeout_s)
+        headers = reply.headers or {}
+        if code := headers.get(H_ERROR_CODE):
+            raise Failed(NO, f"{headers.get(H_ERROR) or 'The adapter refused'} (code {code}).")
+        try:
+            return msgspec.json.decode(reply.data, type=answer)
+        except msgspec.DecodeError:
+            raise Failed(
+                NO, f"The adapter's answer to {verb} cannot be read: are both of the same version?"
+            ) from None
+
+    async def _reply(self, subject: str, payload: bytes, timeout_s: float) -> Msg:
+        try:
+            return await self.nc.request(subject, payload, timeout=timeout_s)
+        except NoRespondersError:
+            raise Failed(UNREACHABLE, "No adapter runs on this bus: start one with `wechat-nats run`.") from None
+        except (NatsError, TimeoutError):
+            raise Failed(
+                UNREACHABLE, f"No adapter answered on {subject} within {timeout_s:g} s: run `wechat-nats doctor`."
+            ) from None
+
+    async def api(self, verb: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        """JetStream's answer to `$JS.API.<verb>`, errors included as {"error": …}. Raises Failed."""
+        try:
+            payload = msgspec.json.encode(body) if body else b""
+            reply = await self.nc.request(f"$JS.API.{verb}", payload, timeout=ANSWER_S)
+        except (NatsError, TimeoutError):
+            raise Failed(
+                UNREACHABLE, f"JetStream did not answer {verb}: is it enabled, and may this user ask?"
+            ) from None
+        answer: dict[str, Any] = msgspec.json.decode(reply.data)
+        return answer
+
+
+def settings_from(environ: Mapping[str, str] | None = None) -> Settings:
+    """The settings of this process. Raises SettingsError."""
+    return read_settings(os.environ if environ is None else environ)
+
+
+@contextlib.asynccontextmanager
+async def connected(settings: Settings | None = None, *, lasting: bool = False) -> AsyncIterator[Bus]:
+    """A bus for the time of the block; a `lasting` one comes back after a break. Raises Failed, SettingsError."""
+    settings = settings or settings_from()
+    nc = await _connect(settings, lasting)
+    try:
+        yield Bus(nc, settings)
+    except JetStreamGone as exc:
+        raise Failed(UNREACHABLE, "JetStream is not available on this server or for this user.") from exc
+    finally:
+        with contextlib.suppress(NatsError, OSError, TimeoutError):
+            await nc.close()
+
+
+async def _connect(settings: Settings, lasting: bool) -> Client:
+    """Tries each server once. nats-py would try a wrong password for ever, so it may not reconnect in this phase."""
+    options = connect_options(settings, "wechat-nats cli")
+    why: Exception | None = None
+    for server in settings.nats_url:
+        nc = Client()
+        try:
+            await nc.connect(**options | {"servers": [server], "error_cb": _unheard, "connect_timeout": CONNECT_S})
+        except (NatsError, OSError, TimeoutError, ssl.SSLError) as exc:
+            why = exc
+            continue
+        except (ImportError, ValueError) as exc:
+            raise Failed(UNREACHABLE, f"Cannot use these NATS credentials: {exc}.") from None
+        if not lasting:
+            return nc
+        await nc.close()
+        options |= {"allow_reconnect": True, "max_reconnect_attempts": -1, "reconnect_time_wait": 0.2}
+        return await nats.connect(**options | {"error_cb": _unheard})
+    raise Failed(UNREACHABLE, _unreachable(settings, why))
+
+
+def _unreachable(settings: Settings, why: Exception | None) -> str:
+    text = str(why or "").lower()
+    if "authorization" in text or "authentication" in text:
+        return "NATS refused the credentials: check NATS_CREDS, NATS_NKEY, NATS_USER, NATS_PASSWORD or NATS_TOKEN."
+    if isinstance(why, ssl.SSLError) or "certificate" in text or "tls" in text:
+        return "The TLS handshake with NATS failed: check NATS_CA, NATS_CERT and NATS_KEY."
+    servers = ", ".join(url.rpartition("@")[2].removeprefix("nats://") for url in settings.nats_url)
+    return f"NATS is not reachable at {servers}: start it, or set NATS_URL."
+
+
+async def _unheard(_: Exception) -> None:
+    """nats-py would log a traceback; what matters surfaces where it is awaited."""
+
+
+async def stored_from(
+    bus: Bus, stream: str, subject: str, *, since_ms: int | None = None, headers_only: bool = False
+) -> AsyncIterator[Msg]:
+    """The messages that `stream` holds under `subject` right now, oldest first. Raises Failed."""
+    subscription = await replay(bus, stream, subject, since_ms=since_ms, headers_only=headers_only)
+    try:
+        if not await _any_waiting(subscription):
+            return
+        while True:
+            try:
+                msg = await subscription.next_msg(timeout=ANSWER_S)
+            except (NatsTimeout, TimeoutError):
+                raise Failed(UNREACHABLE, f"Reading {stream} stopped half-way: try again.") from None
+            yield msg
+            if msg.metadata.num_pending == 0:
+                return
+    finally:
+        await subscription.unsubscribe()
+
+
+async def _any_waiting(subscription: JetStreamContext.PushSubscription) -> bool:
+    info = await subscription.consumer_info()
+    return bool(info.num_pending or (info.delivered and info.delivered.consumer_seq))
+
+
+async def replay(
+    bus: Bus, stream: str, subject: str, *, since_ms: int | None = None, headers_only: bool = False
+) -> JetStreamContext.PushSubscription:
+    """What `stream` holds and what comes, in order; all, or since a time. Raises Failed."""
+    config = api.ConsumerConfig(inactive_threshold=30.0, headers_only=headers_only or None)
+    if since_ms is not None:
+        config.deliver_policy = api.DeliverPolicy.BY_START_TIME
+        config.opt_start_time = datetime.fromtimestamp(since_ms / 1000, UTC)
+    try:
+        return await bus.js.subscribe(subject, stream=stream, ordered_consumer=True, config=config)
+    except NotFoundError:
+        raise Failed(
+            UNREACHABLE, f"There is no stream {stream}: start an adapter once, or run `wechat-nats doctor --fix`."
+        ) from None
+    except APIError as exc:
+        raise Failed(NO, f"Cannot read {stream}: {exc.description or exc}.") from None
+    except (NatsError, TimeoutError):
+        raise Failed(UNREACHABLE, f"Cannot read {stream}: is JetStream enabled, and may this user read it?") from None

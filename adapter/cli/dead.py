@@ -1,0 +1,218 @@
+"""`dead ls/show/retry/drop`: what could not be handled and waits for a person."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any
+
+import msgspec
+from cyclopts import App, Parameter
+from nats.aio.msg import Msg
+from nats.errors import Error as NatsError
+from nats.js import api
+from nats.js.errors import APIError, NotFoundError
+
+from adapter.cli import output
+from adapter.cli.bus import Bus, connected, stored_from
+from adapter.cli.exits import NO, OK, UNREACHABLE, USAGE, Failed
+from adapter.cli.options import Json
+from adapter.contract import H_DETAIL, H_MSG_ID, H_REASON, H_SEQUENCE, H_SUBJECT, H_TIME_MS, Names
+
+app = App(name="dead", help="Messages that could not be handled: list, show, try again, delete.")
+
+COLUMNS = ("seq", "stream", "subject", "reason", "time", "size")
+OF_THE_LETTER = frozenset({H_SUBJECT, H_REASON, H_DETAIL, H_SEQUENCE, H_TIME_MS})
+"""Headers of the letter, not of the message in it."""
+
+_SECRET = r"token|secret|authorization|aes_?key"
+_SECRET_NAME = re.compile(_SECRET, re.IGNORECASE)
+_SECRET_TEXT = re.compile(rf'("[^"]*(?:{_SECRET})[^"]*"\s*:\s*)"[^"]*"?', re.IGNORECASE)
+MASK = "***"
+
+Seqs = Annotated[int, Parameter(help="Numbers, as `dead ls` shows them.")]
+
+
+class Letter(msgspec.Struct, frozen=True, kw_only=True):
+    """What is known of a dead letter without its body."""
+
+    seq: int
+    stream: str
+    subject: str
+    reason: str
+    detail: str
+    time_ms: int
+    size: int
+
+
+@app.command(name="ls")
+async def list_letters(
+    *, stream: Annotated[str | None, Parameter(help="Only of this stream: WECHAT_OUT …")] = None, json: Json = False
+) -> int:
+    """List dead letters, oldest first. Bodies are not shown: they may hold message text."""
+    async with connected() as bus:
+        letters = [letter for letter in await dead_letters(bus) if stream in (None, letter.stream)]
+    if json:
+        for letter in letters:
+            output.json_line(letter)
+    else:
+        rows = [(x.seq, x.stream, x.subject, x.reason, output.clock(x.time_ms), x.size) for x in letters]
+        output.table(COLUMNS, rows, empty="No dead letters.")
+    return OK
+
+
+@app.command
+async def show(*seqs: Seqs, json: Json = False) -> int:
+    """Show dead letters with headers and body.
+
+    The body may hold what a person wrote: treat it as private. Tokens and keys in it are masked.
+    """
+    code = OK
+    async with connected() as bus:
+        for seq in _some(seqs):
+            if (raw := await _get(bus, seq)) is None:
+                code = NO
+            elif json:
+                output.json_line(_as_json(bus.names, raw))
+            else:
+                _print(bus.names, raw)
+    return code
+
+
+@app.command
+async def retry(*seqs: Seqs) -> int:
+    """Publish dead commands again, under a new message id, and delete them here.
+
+    For what came from WECHAT_OUT and WECHAT_CTL. Inbound dead letters cannot be retried: the user has to write again.
+    """
+    code = OK
+    async with connected() as bus:
+        for seq in _some(seqs):
+            raw = await _get(bus, seq)
+            if raw is None or not await _retry(bus, raw):
+                code = NO
+    return code
+
+
+@app.command
+async def drop(*seqs: Seqs) -> int:
+    """Delete dead letters for good."""
+    code = OK
+    async with connected() as bus:
+        for seq in _some(seqs):
+            if await _delete(bus, seq):
+                output.say(f"{seq}  dropped")
+            else:
+                code = NO
+    return code
+
+
+async def dead_letters(bus: Bus) -> list[Letter]:
+    """All of them, without bodies. Raises Failed."""
+    heads = stored_from(bus, bus.names.stream_dead, bus.names.dead("*"), headers_only=True)
+    return [_letter(msg) async for msg in heads]
+
+
+def _letter(msg: Msg) -> Letter:
+    headers = msg.headers or {}
+    return Letter(
+        seq=msg.metadata.sequence.stream,
+        stream=msg.subject.rpartition(".")[2],
+        subject=headers.get(H_SUBJECT, ""),
+        reason=headers.get(H_REASON, ""),
+        detail=headers.get(H_DETAIL, ""),
+        time_ms=_number(headers.get(H_TIME_MS)) or int(msg.metadata.timestamp.timestamp() * 1000),
+        size=_number(headers.get("Nats-Msg-Size")),
+    )
+
+
+def _number(text: str | None) -> int:
+    return int(text) if text and text.isdigit() else 0
+
+
+def _some(seqs: tuple[int, ...]) -> tuple[int, ...]:
+    if not seqs:
+        raise Failed(USAGE, "Which ones? Give numbers as `wechat-nats dead ls` shows them.")
+    return seqs
+
+
+async def _get(bus: Bus, seq: int) -> api.RawStreamMsg | None:
+    """None, and a complaint, where there is no such letter. Raises Failed."""
+    try:
+        return await bus.js.get_msg(bus.names.stream_dead, seq)
+    except NotFoundError:
+        output.complain(f"There is no dead letter {seq}.")
+        return None
+    except (NatsError, TimeoutError):
+        raise Failed(UNREACHABLE, "Cannot read the dead letters: may this user read WECHAT_DEAD?") from None
+
+
+async def _delete(bus: Bus, seq: int) -> bool:
+    """False, and a complaint, where there is no such letter. Raises Failed."""
+    try:
+        await bus.js.delete_msg(bus.names.stream_dead, seq)
+    except APIError:
+        output.complain(f"There is no dead letter {seq}.")
+        return False
+    except (NatsError, TimeoutError):
+        raise Failed(UNREACHABLE, f"Cannot delete dead letter {seq}: may this user do that?") from None
+    return True
+
+
+async def _retry(bus: Bus, raw: api.RawStreamMsg) -> bool:
+    """Publishes, then deletes. The id follows from the letter: a retry cut half-way and repeated stores once."""
+    headers = raw.headers or {}
+    subject = original_subject(bus.names, headers.get(H_SUBJECT, ""))
+    if not _is_command(bus.names, subject):
+        output.complain(f"{raw.seq} cannot be retried: it is no command; the user has to write again.")
+        return False
+    kept = {k: v for k, v in headers.items() if k not in OF_THE_LETTER and not k.startswith("Nats-")}
+    msg_id = f"retry-{raw.seq}-{headers.get(H_TIME_MS) or '0'}"
+    await bus.store(subject, raw.data or b"", kept | {H_MSG_ID: msg_id})
+    output.say(f"{raw.seq}  stored again on {output.printable(subject)}  (id {msg_id})")
+    return await _delete(bus, raw.seq or 0)
+
+
+def original_subject(names: Names, stored: str) -> str:
+    """Where a publisher sent what was stored as `stored`: WECHAT_OUT puts the shard in between."""
+    tokens = stored.split(".")
+    if stored.startswith(f"{names.out_plain}.") and len(tokens) == 4:
+        return names.out(tokens[3])
+    return stored
+
+
+def _is_command(names: Names, subject: str) -> bool:
+    return subject in (names.bind, names.unbind, names.out_plain) or subject.startswith(f"{names.out_plain}.")
+
+
+def _print(names: Names, raw: api.RawStreamMsg) -> None:
+    output.say(f"{raw.seq}  {output.printable(raw.subject or '')}")
+    for name, value in (raw.headers or {}).items():
+        output.say(f"  {output.printable(name)}: {output.printable(value)}")
+    output.say(f"  {len(raw.data or b'')} bytes; may hold message text:")
+    output.say(f"  {output.printable(masked(names, raw))}")
+
+
+def _as_json(names: Names, raw: api.RawStreamMsg) -> dict[str, Any]:
+    return {"seq": raw.seq, "subject": raw.subject, "headers": raw.headers or {}, "body": masked(names, raw)}
+
+
+def masked(names: Names, raw: api.RawStreamMsg) -> str:
+    """The body without what opens something."""
+    data = raw.data or b""
+    try:
+        return msgspec.json.encode(_mask(msgspec.json.decode(data))).decode()
+    except msgspec.DecodeError:
+        pass
+    if (raw.subject or "").endswith(f".{names.stream_ctl}"):
+        return "(withheld: a control message that cannot be read may hold a token anywhere)"
+    return _SECRET_TEXT.sub(rf'\1"{MASK}"', data.decode(errors="backslashreplace"))
+
+
+def _mask(value: Any) -> Any:
+    match value:
+        case dict():
+            return {k: MASK if v and _SECRET_NAME.search(k) else _mask(v) for k, v in value.items()}
+        case list():
+            return [_mask(part) for part in value]
+        case _:
+            return value

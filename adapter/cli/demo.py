@@ -1,0 +1,117 @@
+"""`demo`: everything in one terminal, with nothing to install and no WeChat account."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import sys
+import tempfile
+from collections.abc import Iterator
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+from urllib.parse import urlsplit
+
+from cyclopts import Parameter
+
+from adapter import logs
+from adapter.cli.bindings import request
+from adapter.cli.bus import Bus, connected
+from adapter.cli.exits import NO, OK, Failed
+from adapter.cli.running import adapter_running, unless, until_signalled, while_alive
+from adapter.cli.screen import Screen, stdout_screen
+from adapter.cli.stdin import lines
+from adapter.contract import Bind
+from adapter.embedded import EmbeddedNats
+from adapter.settings import Settings
+
+if TYPE_CHECKING:
+    from adapter.simulator import BotRecord
+
+PATIENCE_S = 30.0
+DRAIN_S = 5.0
+HOLD_MS = 1000
+"""How long the simulated iLink holds a poll; an adapter that stops waits for its end."""
+
+
+async def demo(
+    *,
+    verbose: Annotated[
+        bool, Parameter(negative="", show_default=False, help="The adapter's log goes to standard error.")
+    ] = False,
+) -> int:
+    """Chat as a WeChat user with an echo agent, through a real bus.
+
+    Starts NATS in a temporary folder, a simulated iLink, the adapter and an agent. You type as the WeChat user; each
+    step of a message and of its answer is shown. Lines may also be piped in: at the end of the input it waits for
+    the last answers and ends. Exit code 0 then, and after ctrl-C too, which is how a chat ends.
+    """
+    if find_spec("aiohttp") is None:
+        raise Failed(NO, "The simulator is not installed: install wechat-nats[cli,simulator,embedded].")
+    screen = stdout_screen(prompting=sys.stdin is not None and sys.stdin.isatty())
+    with until_signalled() as stop, _log(screen, verbose):
+        code = await unless(stop, _demo(screen))
+    if code is None:
+        screen.note("")
+    return OK if code is None else code
+
+
+async def _demo(screen: Screen) -> int:
+    """From nothing to the end of the conversation. Cleans up after itself, however it ends."""
+    from adapter.cli.talk import SANDBOX, Conversation, Stage  # noqa: PLC0415 -- needs the extra `simulator`
+    from adapter.simulator import Simulator, SimulatorSettings  # noqa: PLC0415
+
+    async with contextlib.AsyncExitStack() as stack:
+        nats = await stack.enter_async_context(EmbeddedNats())
+        simulator = await stack.enter_async_context(Simulator(SimulatorSettings(hold_ms=HOLD_MS, hint_ms=HOLD_MS)))
+        settings = demo_settings(nats.url, simulator.url)
+        adapter = await stack.enter_async_context(adapter_running(settings, start_s=PATIENCE_S, drain_s=DRAIN_S * 2))
+        bus = await stack.enter_async_context(connected(settings))
+        bot = simulator.add_bot()
+        await _bind(bus, SANDBOX, bot)
+        screen.note(f"NATS at {nats.url}, sandbox {SANDBOX}. You are a WeChat user: write. ctrl-C ends.\n")
+        talk = Conversation(Stage(bus, simulator, bot, screen, PATIENCE_S))
+        return await while_alive(talk.run(lines()), adapter, nats)
+
+
+def demo_settings(nats_url: str, ilink_url: str) -> Settings:
+    """Settings for a simulator on loopback: nothing to be gentle with, nothing to keep."""
+    return Settings(
+        nats_url=(nats_url,),
+        ilink_base_url=ilink_url,
+        cdn_base_url=ilink_url,
+        allowed_hosts=(urlsplit(ilink_url).netloc,),
+        token_key=(secrets.token_bytes(32),),
+        send_gap_ms=0,
+        poll_margin_ms=2000,
+        lease_s=1.0,
+        drain_s=DRAIN_S,
+        http_addr="127.0.0.1:0",
+    )
+
+
+async def _bind(bus: Bus, sandbox: str, bot: BotRecord) -> None:
+    asked = Bind(sandbox=sandbox, bot=bot.bot, bot_token=bot.token, user=bot.user, id="demo")
+    answer = await request(bus, bus.names.bind, asked, PATIENCE_S)
+    if not answer.ok:
+        raise Failed(NO, f"The bot could not be bound: {answer.error}")
+
+
+@contextlib.contextmanager
+def _log(screen: Screen, verbose: bool) -> Iterator[None]:
+    """The adapter's log, away from the conversation. The file stays if the demo fails."""
+    if verbose:
+        logs.configure("info", sys.stderr.buffer, version=version("wechat-nats"))
+        yield
+        return
+    handle, name = tempfile.mkstemp(prefix="wechat-nats-demo-", suffix=".log")
+    with open(handle, "wb", buffering=0) as file:
+        screen.note(f"The adapter logs to {name} (--verbose: to standard error).")
+        logs.configure("info", file, version=version("wechat-nats"))
+        try:
+            yield
+        except BaseException:
+            screen.note(f"The log of what went wrong: {name}")
+            raise
+    Path(name).unlink()

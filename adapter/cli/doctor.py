@@ -1,0 +1,208 @@
+"""`doctor`: is everything in place, and if not, what to do about it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from typing import Annotated, Any, Literal
+
+import msgspec
+from cyclopts import Parameter
+from nats.aio.msg import Msg
+from nats.errors import Error as NatsError
+
+from adapter.cli import output
+from adapter.cli.bindings import all_bindings
+from adapter.cli.bus import Bus, connected, settings_from
+from adapter.cli.exits import NO, OK, UNREACHABLE, Failed
+from adapter.cli.options import Json
+from adapter.errors import BusRefused, Temporary
+from adapter.jetstream import topology
+from adapter.jetstream.link import Link
+from adapter.settings import Settings
+
+SERVICE = "wechat-nats"
+PING_S = 1.0
+STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red"}
+
+
+class Check(msgspec.Struct, frozen=True):
+    """One line of the answer; `say` tells what to do unless all is well."""
+
+    check: str
+    state: Literal["ok", "warn", "fail"]
+    say: str
+
+
+async def doctor(
+    *,
+    fix: Annotated[
+        bool,
+        Parameter(
+            negative="", show_default=False, help="Create what is missing, change what differs; says it first."
+        ),
+    ] = False,
+    json: Json = False,
+) -> int:
+    """Check NATS, streams, adapters, bindings and what waits.
+
+    Exit code 0: nothing fails (warnings do not count); 1: something fails; 3: NATS is not reachable.
+    """
+    settings = settings_from()
+    try:
+        async with connected(settings) as bus:
+            if fix:
+                await _fix(bus, settings, quiet=json)
+            checks = await examine(bus, settings)
+    except Failed as exc:
+        if exc.code != UNREACHABLE:
+            raise
+        _print([Check("nats", "fail", str(exc))], json)
+        return UNREACHABLE
+    _print(checks, json)
+    return NO if any(check.state == "fail" for check in checks) else OK
+
+
+async def examine(bus: Bus, settings: Settings) -> list[Check]:
+    """Every check; one that cannot be made fails and does not hide the others."""
+    checks = [Check("nats", "ok", f"nats-server {bus.nc.connected_server_version}, {_where(bus)}")]
+    checks.append(await _level(bus, settings))
+    if checks[-1].state == "ok":
+        checks += await _topology(bus, settings)
+    adapters = await _adapters(bus)
+    checks.append(adapters)
+    if adapters.state == "ok":
+        checks.append(await _bindings(bus))
+    checks += [
+        await _waiting(bus, "dead letters", bus.names.stream_dead, "warn", "see `wechat-nats dead ls`"),
+        await _waiting(bus, "parked", bus.names.stream_parked, "ok", "they wait for their users to write"),
+        await _waiting(bus, "commands waiting", bus.names.stream_out, "ok", "an adapter takes them in turn"),
+    ]
+    return checks
+
+
+def _where(bus: Bus) -> str:
+    url = bus.nc.connected_url
+    return url.netloc.rpartition("@")[2] if url else "?"
+
+
+def _link(bus: Bus, settings: Settings) -> Link:
+    """The connection at hand as the adapter's own kind, without its loop that reconnects."""
+    link = Link(settings, "doctor")
+    link.nc = bus.nc
+    return link
+
+
+async def _level(bus: Bus, settings: Settings) -> Check:
+    try:
+        level = await topology.server_level(_link(bus, settings))
+    except BusRefused as exc:
+        return Check("jetstream", "fail", f"Not available: {exc.detail}. Enable JetStream for this account.")
+    except Temporary:
+        return Check("jetstream", "fail", "No answer: enable JetStream, and let this user publish to $JS.API.>.")
+    if level < topology.API_LEVEL:
+        return Check(
+            "jetstream", "fail", f"API level {level}; {topology.API_LEVEL} is needed: nats-server 2.14 or newer."
+        )
+    return Check("jetstream", "ok", f"API level {level}")
+
+
+async def _topology(bus: Bus, settings: Settings) -> list[Check]:
+    try:
+        missing, different = await topology.inspect(_link(bus, settings), bus.names, settings)
+    except (BusRefused, Temporary) as exc:
+        return [Check("streams", "fail", f"Cannot be read ({exc.detail}): let this user publish to $JS.API.>.")]
+    checks = [
+        Check(w.name, "fail", f"This {w.kind} is missing: start an adapter, or use --fix.")
+        for w in missing
+        if w.kind == "stream"
+    ]
+    if consumers := [w for w in missing if w.kind != "stream"]:
+        checks.append(Check("consumers", "fail", f"{len(consumers)} are missing: start an adapter, or use --fix."))
+    for d in different:
+        said = f"{d.field} is {_short(d.found)}, should be {_short(d.wanted)}: use --fix" + (
+            "." if d.critical else ", or leave it if it is meant."
+        )
+        checks.append(Check(d.name, "fail" if d.critical else "warn", said))
+    return checks or [Check("streams", "ok", "all streams, buckets and consumers are as they should be")]
+
+
+def _short(value: Any) -> str:
+    text = msgspec.json.encode(value).decode()
+    return text if len(text) <= 80 else text[:79] + "…"
+
+
+async def _adapters(bus: Bus) -> Check:
+    """Asks every adapter at once and counts who answers."""
+    inbox = bus.nc.new_inbox()
+    ids: set[str] = set()
+    versions: set[str] = set()
+
+    async def heard(msg: Msg) -> None:
+        try:
+            pong = msgspec.json.decode(msg.data, type=dict[str, Any])
+        except msgspec.DecodeError:
+            return  # "no responders" has no body
+        ids.add(str(pong.get("id")))
+        versions.add(str(pong.get("version")))
+
+    try:
+        await bus.nc.subscribe(inbox, cb=heard)
+        await bus.nc.publish(f"$SRV.PING.{SERVICE}", b"", reply=inbox)
+        await asyncio.sleep(PING_S)
+    except NatsError as exc:
+        return Check("adapters", "fail", f"Cannot ask for them: {exc}.")
+    if not ids:
+        return Check("adapters", "fail", "None answers: start one with `wechat-nats run`.")
+    return Check("adapters", "ok", f"{len(ids)} running, version {', '.join(sorted(versions))}")
+
+
+async def _bindings(bus: Bus) -> Check:
+    try:
+        states = Counter(info.state for info in await all_bindings(bus))
+    except Failed as exc:
+        return Check("bindings", "fail", str(exc))
+    said = ", ".join(f"{count} {state}" for state, count in sorted(states.items())) or "none yet"
+    if states["needs_login"]:
+        return Check("bindings", "warn", f"{said}: those users must scan a new QR code.")
+    return Check("bindings", "ok", said)
+
+
+async def _waiting(bus: Bus, check: str, stream: str, state: Literal["ok", "warn"], advice: str) -> Check:
+    try:
+        answer = await bus.api(f"STREAM.INFO.{stream}")
+    except Failed as exc:
+        return Check(check, "fail", str(exc))
+    count = int((answer.get("state") or {}).get("messages", 0))
+    return Check(check, state, f"{count}: {advice}") if count else Check(check, "ok", "none")
+
+
+async def _fix(bus: Bus, settings: Settings, *, quiet: bool) -> None:
+    """Creates and alters. Raises Failed at the first that the server refuses."""
+    link = _link(bus, settings)
+    try:
+        missing, different = await topology.inspect(link, bus.names, settings)
+        for wanted in missing:
+            _announce(f"creating {wanted.kind} {wanted.name}", quiet)
+            await topology.create(link, wanted)
+        for d in different:
+            _announce(f"changing {d.name}: {d.field} from {_short(d.found)} to {_short(d.wanted)}", quiet)
+        for d in {d.name: d for d in different}.values():
+            await topology.alter(link, d, settings, bus.names)
+    except BusRefused as exc:
+        raise Failed(NO, f"The server refused: {exc.detail}; this has to be changed by hand.") from exc
+    except Temporary as exc:
+        raise Failed(UNREACHABLE, f"JetStream did not answer ({exc.detail}): try again.") from exc
+
+
+def _announce(text: str, quiet: bool) -> None:
+    if not quiet:
+        output.say(text)
+
+
+def _print(checks: list[Check], json: bool) -> None:
+    if json:
+        for check in checks:
+            output.json_line(check)
+    else:
+        output.table(("check", "state", ""), [(c.check, c.state, c.say) for c in checks], styles=STYLES)

@@ -1,0 +1,62 @@
+"""Arguments that several commands share, with their help texts and checks."""
+
+from __future__ import annotations
+
+import re
+import time
+from typing import Annotated
+from uuid import uuid4
+
+from cyclopts import Parameter
+
+from adapter.contract import check_sandbox
+from adapter.errors import Refused
+
+_UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)([smhd])")
+
+
+def _legal_sandbox(_: object, value: str | None) -> None:
+    try:
+        if value is not None:
+            check_sandbox(value)
+    except Refused as exc:
+        raise ValueError(exc.detail) from None
+
+
+def _legal_age(_: object, value: str | None) -> None:
+    if value is not None and not _DURATION.fullmatch(value):
+        raise ValueError("Expected a duration such as 30s, 10m, 2h or 3d.")
+
+
+def _positive(_: object, value: float | None) -> None:
+    if value is not None and not value > 0:
+        raise ValueError("Expected a number above 0.")
+
+
+Sandbox = Annotated[str, Parameter(validator=_legal_sandbox, help="Id of the sandbox.")]
+MaybeSandbox = Annotated[str | None, Parameter(validator=_legal_sandbox, help="Id of the sandbox; default: all.")]
+Json = Annotated[bool, Parameter(name="--json", negative="", show_default=False, help="One JSON object per line.")]
+Timeout = Annotated[float, Parameter(validator=_positive, help="Seconds to wait for the outcome.")]
+Age = Annotated[str | None, Parameter(validator=_legal_age, help="Start this long ago: 30s, 10m, 2h, 3d.")]
+RequestId = Annotated[
+    str | None,
+    Parameter(name="--id", help="Idempotency key: the same id again has no second effect. Default: a new one."),
+]
+
+
+def seconds(duration: str) -> float:
+    """`10m` as 600. Raises ValueError."""
+    match = _DURATION.fullmatch(duration)
+    if match is None:
+        raise ValueError(duration)
+    return float(match[1]) * _UNITS_S[match[2]]
+
+
+def moment(age: str) -> int:
+    """Unix milliseconds `age` ago, by this machine's clock."""
+    return int((time.time() - seconds(age)) * 1000)
+
+
+def new_id() -> str:
+    return f"cli-{uuid4()}"

@@ -1,0 +1,99 @@
+"""What commands print: tables on a terminal, aligned text elsewhere, JSON lines on request.
+
+Texts and names come from other people: nothing of theirs may move the cursor or colour the screen.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import msgspec
+from rich.cells import cell_len
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+_NAMED = {"\n": "⏎", "\t": " ", "\r": ""}
+
+
+def printable(text: object) -> str:
+    """`text` on one line, with controls and direction marks made visible."""
+    return _UNPRINTABLE.sub(lambda m: _NAMED.get(m[0], f"\\x{ord(m[0]):02x}"), str(text))
+
+
+def shorten(text: str, width: int) -> str:
+    """`text` cut to `width` columns of a terminal (Chinese characters take two)."""
+    if cell_len(text) <= width:
+        return text
+    while cell_len(text) > width - 1:
+        text = text[:-1]
+    return text + "…"
+
+
+def pad(text: str, width: int) -> str:
+    return text + " " * max(0, width - cell_len(text))
+
+
+def clock(ms: int) -> str:
+    """Local date and time of Unix milliseconds; "-" for 0."""
+    return datetime.fromtimestamp(ms / 1000, UTC).astimezone().strftime("%Y-%m-%d %H:%M:%S") if ms else "-"
+
+
+def json_line(value: object) -> None:
+    """One JSON object on a line of its own, at once; bytes are JSON already."""
+    raw = value if isinstance(value, bytes) else msgspec.json.encode(full(value))
+    print(raw.decode(errors="replace").replace("\n", " "), flush=True)
+
+
+def say(text: str = "") -> None:
+    """A line for people."""
+    print(text, flush=True)
+
+
+def complain(text: str) -> None:
+    print(f"wechat-nats: {text}", file=sys.stderr, flush=True)
+
+
+def table(
+    columns: Sequence[str], rows: Iterable[Sequence[object]], *, styles: dict[str, str] | None = None, empty: str = ""
+) -> None:
+    """Rows under `columns`; `styles` colours a cell by its text; `empty` is said where there are none."""
+    cells = [[printable(cell) for cell in row] for row in rows]
+    if not cells:
+        say(empty)
+    elif sys.stdout.isatty():
+        _rich(columns, cells, styles or {})
+    else:
+        _aligned(columns, cells)
+
+
+def _rich(columns: Sequence[str], cells: list[list[str]], styles: dict[str, str]) -> None:
+    grid = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        grid.add_column(column, overflow="fold")
+    for row in cells:
+        grid.add_row(*(Text(cell, style=styles.get(cell, "")) for cell in row))
+    Console(highlight=False).print(grid)
+
+
+def _aligned(columns: Sequence[str], cells: list[list[str]]) -> None:
+    lines = [[column.upper() for column in columns], *cells]
+    widths = [max(cell_len(line[i]) for line in lines) for i in range(len(columns))]
+    for line in lines:
+        say("  ".join(pad(cell, width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+def full(value: Any) -> Any:
+    """A struct with every field: on the bus defaults are left out, but scripts want to ask for them."""
+    match value:
+        case msgspec.Struct():
+            return {name: full(getattr(value, name)) for name in value.__struct_fields__}
+        case list() | tuple():
+            return [full(part) for part in value]
+        case _:
+            return value

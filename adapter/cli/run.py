@@ -1,0 +1,107 @@
+"""`run`, `simulator`, `schema`: commands that only start something."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import structlog
+from cyclopts import App, Parameter
+
+from adapter import logs
+from adapter.cli import output
+from adapter.cli.bus import settings_from
+from adapter.cli.exits import NO, OK, USAGE, Failed
+from adapter.cli.running import beside_server, until_signalled
+from adapter.contract import MESSAGES
+from adapter.embedded import EmbeddedNats
+
+log = structlog.get_logger()
+
+Rest = Annotated[str, Parameter(show=False, allow_leading_hyphen=True)]
+simulator = App(
+    name="simulator",
+    help="Serve a simulated iLink: bots, phones, faults; its own --help lists the options.",
+    help_flags=[],
+    version_flags=[],
+)
+
+
+async def run(
+    *,
+    embedded: Annotated[
+        bool,
+        Parameter(
+            negative="",
+            show_default=False,
+            help="Start a NATS server beside the adapter; data in WECHAT_NATS_DATA_DIR.",
+        ),
+    ] = False,
+    port: Annotated[
+        int, Parameter(help="With --embedded: the port of that server on 127.0.0.1; 0: a free one.")
+    ] = 4222,
+) -> int:
+    """Run the adapter until SIGTERM or ctrl-C, then drain and end.
+
+    Exit code 0 after a clean drain, also when it was ended by ctrl-C. A second signal does not wait for the drain.
+    With --embedded NATS_URL does not count: the adapter uses the server that it starts.
+    """
+    from adapter import app  # noqa: PLC0415 -- other commands start faster without it
+
+    settings = settings_from()
+    logs.configure(settings.log, version=version("wechat-nats"), instance=settings.instance)
+    with until_signalled() as stop:
+        if not embedded:
+            await app.run(settings, stop=stop)
+            return OK
+        async with EmbeddedNats(Path(settings.data_dir) / "nats", port) as server:
+            log.info("nats.started", url=server.url, folder=str(server.folder))
+            beside = msgspec.structs.replace(settings, nats_url=(server.url,))
+            await beside_server(app.run(beside, stop=stop), server)
+    return OK
+
+
+@simulator.default
+def simulate(*tokens: Rest) -> int:
+    """Serve a simulated iLink until SIGTERM or ctrl-C."""
+    simulated: Callable[[list[str]], int] = _imported("adapter.simulator", "run", extra="simulator")
+    return simulated(list(tokens))
+
+
+def _imported(module: str, name: str, *, extra: str) -> Callable[[list[str]], int]:
+    """A function behind an extra. Raises Failed, which names the extra."""
+    try:
+        found: Callable[[list[str]], int] = getattr(importlib.import_module(module), name)
+    except ModuleNotFoundError as exc:
+        raise Failed(NO, f"{exc.name} is not installed: install wechat-nats[{extra}].") from None
+    return found
+
+
+def schema(
+    message: Annotated[
+        str | None, Parameter(help="Print the JSON Schema of this message, or `asyncapi`, and write nothing.")
+    ] = None,
+    /,
+    *,
+    check: Annotated[
+        bool, Parameter(negative="", show_default=False, help="Write nothing; exit code 1 if a file is stale.")
+    ] = False,
+) -> int:
+    """Write the JSON Schemas and the AsyncAPI document of the bus, in a checkout; or print one of them."""
+    from adapter import schema as made  # noqa: PLC0415 -- other commands start faster without it
+
+    if message is not None:
+        names = [*MESSAGES, "asyncapi"]
+        if message not in names:
+            raise Failed(USAGE, f"There is no message {message!r}; there are {', '.join(names)}.")
+        document = made.asyncapi() if message == "asyncapi" else made.json_schema(message)
+        output.say(json.dumps(document, indent=2, ensure_ascii=False))
+        return OK
+    if not (made.ROOT / "pyproject.toml").is_file():
+        raise Failed(USAGE, "This is no checkout, so there is nothing to write: name a message to print its schema.")
+    return made.main(["--check"] if check else [])

@@ -1,0 +1,114 @@
+"""Starting and stopping what runs for a while: signals, the adapter in this process, a server beside it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+from collections.abc import AsyncIterator, Coroutine, Iterator
+from typing import Any
+
+from adapter.cli.exits import NO, TIMEOUT, UNREACHABLE, Failed
+from adapter.embedded import EmbeddedNats
+from adapter.settings import Settings
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+@contextlib.contextmanager
+def until_signalled() -> Iterator[asyncio.Event]:
+    """An event that ctrl-C, SIGTERM or a closed terminal sets; a second signal cancels the current task."""
+    loop = asyncio.get_running_loop()
+    task = asyncio.current_task()
+    assert task is not None
+    stop = asyncio.Event()
+
+    def signalled() -> None:
+        if stop.is_set():
+            task.cancel()
+        stop.set()
+
+    for number in SIGNALS:
+        loop.add_signal_handler(number, signalled)
+    try:
+        yield stop
+    finally:
+        for number in SIGNALS:
+            loop.remove_signal_handler(number)
+
+
+async def unless(stop: asyncio.Event, work: Coroutine[Any, Any, int]) -> int | None:
+    """What `work` returns; None if `stop` came first, after `work` was cancelled and has cleaned up."""
+    task = asyncio.create_task(work)
+    stopped = asyncio.create_task(stop.wait())
+    try:
+        await asyncio.wait({task, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+        return None
+    finally:
+        stopped.cancel()
+        if not task.done():  # cancelled from outside, by a second signal
+            task.cancel()
+            await asyncio.wait({task})
+
+
+async def beside_server(work: Coroutine[Any, Any, None], server: EmbeddedNats) -> None:
+    """Runs `work` to its end. Raises Failed if the server ends first: nothing can be stored any more then."""
+    task = asyncio.create_task(work)
+    ended = asyncio.create_task(server.ended())
+    try:
+        await asyncio.wait({task, ended}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise Failed(UNREACHABLE, f"The embedded NATS server ended by itself: see {server.log_file}.")
+        task.result()
+    finally:
+        ended.cancel()
+        if not task.done():
+            task.cancel()
+            await asyncio.wait({task})
+
+
+@contextlib.asynccontextmanager
+async def adapter_running(settings: Settings, *, start_s: float, drain_s: float) -> AsyncIterator[asyncio.Task[None]]:
+    """The adapter in this process, ready; drained at the end of the block. Raises Failed if it does not start."""
+    from adapter import app  # noqa: PLC0415 -- other commands start faster without it
+
+    stop, ready = asyncio.Event(), asyncio.Event()
+    task = asyncio.create_task(app.run(settings, stop=stop, on_ready=ready.set))
+    try:
+        waiting = asyncio.create_task(ready.wait())
+        await asyncio.wait({task, waiting}, timeout=start_s, return_when=asyncio.FIRST_COMPLETED)
+        waiting.cancel()
+        if task.done():
+            task.result()  # its own error says more
+            raise Failed(NO, "The adapter ended at once.")
+        if not ready.is_set():
+            raise Failed(TIMEOUT, f"The adapter was not ready within {start_s:g} s.")
+        yield task
+    finally:
+        stop.set()
+        await asyncio.wait({task}, timeout=drain_s)
+        task.cancel()
+        await asyncio.wait({task})
+
+
+async def while_alive(work: Coroutine[Any, Any, int], adapter: asyncio.Task[None], server: EmbeddedNats) -> int:
+    """What `work` returns. Raises Failed if the adapter or the server ends before it."""
+    task = asyncio.create_task(work)
+    ended = asyncio.create_task(server.ended())
+    try:
+        await asyncio.wait({task, adapter, ended}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        if ended.done():
+            raise Failed(UNREACHABLE, "The embedded NATS server ended by itself.")
+        adapter.result()  # its own error says more
+        raise Failed(NO, "The adapter ended by itself.")
+    finally:
+        ended.cancel()
+        task.cancel()
+        await asyncio.wait({task})

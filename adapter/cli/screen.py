@@ -1,0 +1,87 @@
+"""How `demo` shows a conversation: a label, and beside it what was said."""
+
+from __future__ import annotations
+
+import sys
+from typing import TextIO
+
+from rich.cells import cell_len
+
+from adapter.cli.output import pad, printable
+
+LABEL = 18
+COLOURS = {"you": "36", "echo agent": "35", "receipt": "32", "phone": "1;36", "problem": "1;31"}
+OTHER = "2"
+
+
+class Screen:
+    """Writes lines of at most `width` columns. On a terminal it has colours and keeps a prompt below."""
+
+    def __init__(self, out: TextIO, *, prompting: bool, width: int = 80) -> None:
+        self._out = out
+        self._colours = out.isatty()
+        self._may_prompt = prompting and self._colours
+        self._prompted = False
+        self._width = width
+
+    @property
+    def prompting(self) -> bool:
+        """Whether the terminal itself shows what is typed, after the prompt."""
+        return self._may_prompt
+
+    def prompt(self) -> None:
+        """Says that it is the user's turn, where somebody types."""
+        if self._may_prompt and not self._prompted:
+            self._write(self._label("you"))
+            self._prompted = True
+
+    def typed(self) -> None:
+        """The user has ended the line with the prompt."""
+        self._prompted = False
+
+    def show(self, label: str, text: str) -> None:
+        """One entry, over several lines if it is long."""
+        self._clear_prompt()
+        room = self._width - LABEL
+        first, *more = _folded(printable(text), room) or [""]
+        self._write(f"{self._label(label)}{first}\n" + "".join(f"{' ' * LABEL}{line}\n" for line in more))
+
+    def note(self, text: str) -> None:
+        """A line without a label, as it is."""
+        self._clear_prompt()
+        self._write(text + "\n")
+
+    def _label(self, label: str) -> str:
+        padded = pad(label, LABEL)
+        return f"\x1b[{COLOURS.get(label, OTHER)}m{padded}\x1b[0m" if self._colours else padded
+
+    def _clear_prompt(self) -> None:
+        if self._prompted:
+            self._write("\r\x1b[K")
+            self._prompted = False
+
+    def _write(self, text: str) -> None:
+        self._out.write(text)
+        self._out.flush()
+
+
+def stdout_screen(*, prompting: bool) -> Screen:
+    return Screen(sys.stdout, prompting=prompting)
+
+
+def _folded(text: str, room: int) -> list[str]:
+    """`text` in pieces of at most `room` columns, broken at a space where there is one near the end."""
+    pieces = []
+    while cell_len(text) > room:
+        cut = len(text)
+        width = 0
+        for i, char in enumerate(text):
+            width += cell_len(char)
+            if width > room:
+                cut = i
+                break
+        space = text.rfind(" ", cut // 2, cut + 1)
+        cut = space if space > 0 else cut
+        pieces.append(text[:cut])
+        text = text[cut:].lstrip(" ")
+    return [*pieces, text] if text else pieces

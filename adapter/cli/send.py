@@ -1,0 +1,148 @@
+"""`send`: one command to a sandbox's user, and what became of it."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from typing import Annotated, Literal
+
+import msgspec
+from cyclopts import Parameter
+from nats.aio.subscription import Subscription
+from nats.errors import Error as NatsError
+
+from adapter.cli import output
+from adapter.cli.bus import Bus, connected, stored_from
+from adapter.cli.exits import NO, OK, TIMEOUT, UNREACHABLE, USAGE, Failed
+from adapter.cli.options import Json, RequestId, Sandbox, Timeout, new_id
+from adapter.contract import FINAL_OUTCOMES, H_MSG_ID, H_SCHEMA, SCHEMA_VERSION, Outbound, Receipt
+
+
+async def send(
+    sandbox: Sandbox,
+    text: Annotated[str, Parameter(help="What to send; `-`: all of standard input.")],
+    /,
+    *,
+    user: Annotated[str | None, Parameter(help="Recipient; default: the bot's user.")] = None,
+    bot: Annotated[str | None, Parameter(help="Needed only where the sandbox has several bots.")] = None,
+    when_closed: Annotated[
+        Literal["park", "refuse"], Parameter(help="While the user must write first: wait for it, or refuse.")
+    ] = "park",
+    format: Annotated[  # noqa: A002 -- the name of the option
+        Literal["markdown", "plain"], Parameter(help="plain: Markdown is turned into plain text.")
+    ] = "markdown",
+    expires_in: Annotated[float | None, Parameter(help="Seconds; unsent by then: refused.")] = None,
+    request_id: RequestId = None,
+    no_wait: Annotated[
+        bool, Parameter(negative="", show_default=False, help="End as soon as the command is stored.")
+    ] = False,
+    wait_final: Annotated[
+        bool, Parameter(negative="", show_default=False, help="Keep waiting when the command is parked.")
+    ] = False,
+    timeout: Timeout = 60.0,
+    json: Json = False,
+) -> int:
+    """Send a text to a sandbox's user and wait for the receipt.
+
+    Exit code 0: accepted by WeChat, or parked until the user writes; 1: refused, uncertain, unconfirmed or
+    dead-lettered; 4: stored, but no receipt in time.
+    """
+    command = Outbound(
+        id=request_id or new_id(),
+        text=_text(text),
+        user=user,
+        bot=bot,
+        when_closed=when_closed,
+        format=format,
+        expires_in_s=expires_in,
+    )
+    async with connected() as bus:
+        receipts = await bus.nc.subscribe(bus.names.event(sandbox, "receipt"))
+        await bus.nc.flush()  # before anything can happen to the command
+        before = await _store(bus, sandbox, command)
+        if no_wait:
+            return _stored(command, json)
+        last = before or await _outcome(receipts, command, timeout, wait_final)
+    _show(last, json)
+    return OK if last.outcome in ("accepted", "parked") else NO
+
+
+def _text(text: str) -> str:
+    text = sys.stdin.read() if text == "-" else text
+    if not text.strip():
+        raise Failed(USAGE, "There is no text to send.")
+    return text
+
+
+async def _store(bus: Bus, sandbox: str, command: Outbound) -> Receipt | None:
+    """Stores it. Returns the final receipt of an earlier command with the same id, where there is one."""
+    headers = {H_MSG_ID: command.id or "", H_SCHEMA: SCHEMA_VERSION}
+    ack = await bus.store(bus.names.out(sandbox), msgspec.json.encode(command), headers)
+    if not ack.duplicate:
+        return None
+    async for msg in stored_from(bus, bus.names.stream_event, bus.names.event(sandbox, "receipt")):
+        receipt = _receipt(msg.data)
+        if receipt and receipt.command == command.id and receipt.outcome in FINAL_OUTCOMES:
+            return receipt
+    return None
+
+
+async def _outcome(receipts: Subscription, command: Outbound, timeout_s: float, wait_final: bool) -> Receipt:
+    """The final receipt, or `parked` where that ends the wait. Raises Failed."""
+    parked = False
+    try:
+        async with asyncio.timeout(timeout_s):
+            while True:
+                receipt = _receipt((await receipts.next_msg(timeout=None)).data)
+                if receipt is None or receipt.command != command.id:
+                    continue
+                if receipt.outcome in FINAL_OUTCOMES or not wait_final:
+                    return receipt
+                parked = True
+    except TimeoutError:
+        state = "Parked until the user writes" if parked else "Stored"
+        raise Failed(
+            TIMEOUT, f"{state}; no final receipt within {timeout_s:g} s (id {command.id}): is an adapter running?"
+        ) from None
+    except NatsError:
+        raise Failed(UNREACHABLE, f"Stored (id {command.id}), but the connection broke before the receipt.") from None
+
+
+def _receipt(data: bytes) -> Receipt | None:
+    try:
+        return msgspec.json.decode(data, type=Receipt)
+    except msgspec.DecodeError:
+        return None  # an event of a later version
+
+
+def _stored(command: Outbound, json: bool) -> int:
+    if json:
+        output.json_line({"command": command.id, "outcome": "stored"})
+    else:
+        output.say(f"stored  (id {command.id})")
+    return OK
+
+
+def _show(receipt: Receipt, json: bool) -> None:
+    if json:
+        output.json_line(receipt)
+    else:
+        output.say(describe(receipt))
+
+
+def describe(receipt: Receipt) -> str:
+    """A receipt on one line."""
+    ids = ", ".join(receipt.message_ids)
+    match receipt.outcome:
+        case "accepted":
+            said = f"accepted  (message id {ids})"
+        case "parked":
+            said = f"parked  (not sent yet: {_because(receipt) or 'it waits for the user to write'})"
+        case outcome:
+            said = f"{outcome}  ({_because(receipt) or 'no reason given'})"
+    return output.printable(said)
+
+
+def _because(receipt: Receipt) -> str:
+    raw = [f"{k} {v}" for k, v in (("ret", receipt.ret), ("errcode", receipt.errcode)) if v is not None]
+    return ", ".join(part for part in (receipt.reason, receipt.detail.rstrip("."), *raw, receipt.errmsg) if part)

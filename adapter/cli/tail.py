@@ -1,0 +1,153 @@
+"""`tail`: what users write and, on request, what happens, as it comes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from typing import Annotated, NamedTuple
+
+import msgspec
+from cyclopts import Parameter
+from nats.aio.msg import Msg
+from nats.errors import Error as NatsError
+
+from adapter.cli import output
+from adapter.cli.bus import Bus, connected, replay
+from adapter.cli.exits import OK, TIMEOUT, USAGE, Failed
+from adapter.cli.options import Age, Json, MaybeSandbox, moment
+from adapter.cli.send import describe
+from adapter.contract import Inbound, Receipt
+
+Arrivals = asyncio.Queue[tuple[str, Msg]]
+INBOUND, EVENT = "inbound", "event"
+
+
+class Source(NamedTuple):
+    """Where messages of one kind come from: as they are published, or out of their stream."""
+
+    kind: str
+    live: str
+    stream: str
+    stored: str
+
+
+async def tail(
+    sandbox: MaybeSandbox = None,
+    /,
+    *,
+    events: Annotated[
+        bool, Parameter(negative="", show_default=False, help="Show receipts and other events too.")
+    ] = False,
+    since: Age = None,
+    from_start: Annotated[
+        bool, Parameter(name="--all", negative="", show_default=False, help="Start with all that is stored.")
+    ] = False,
+    count: Annotated[int | None, Parameter(help="End after so many messages (exit code 0).")] = None,
+    timeout: Annotated[float | None, Parameter(help="With --count: give up after so many seconds.")] = None,
+    json: Json = False,
+) -> int:
+    """Print messages as they come: time, sandbox, user, text.
+
+    It reads beside the sandbox and takes nothing from it. With --json each line is the message as it is on the bus.
+    It ends by ctrl-C (exit code 130), or with --count. Text is cut to the terminal's line; --json is complete.
+    """
+    if since and from_start:
+        raise Failed(USAGE, "Give --since or --all, not both.")
+    since_ms = moment(since) if since else 0 if from_start else None
+    async with connected(lasting=True) as bus:
+        arrivals: Arrivals = asyncio.Queue(maxsize=10_000)
+        await _listen(bus, arrivals, sandbox or "*", events, since_ms)
+        try:
+            async with asyncio.timeout(timeout if count else None):
+                await _print_forever(arrivals, count, json)
+        except TimeoutError:
+            raise Failed(TIMEOUT, f"Fewer than {count} messages within {timeout:g} s.") from None
+    return OK
+
+
+async def _listen(bus: Bus, arrivals: Arrivals, sandbox: str, events: bool, since_ms: int | None) -> None:
+    """Subscribes, live or from the streams. Returns once nothing can be missed."""
+    names = bus.names
+    sources = [Source(INBOUND, names.live(sandbox), names.stream_in, names.inbox(sandbox))]
+    if events:
+        subject = names.event(sandbox, "*")
+        sources.append(Source(EVENT, subject, names.stream_event, subject))
+    for source in sources:
+        if since_ms is None:
+            await _live(bus, arrivals, source)
+        else:
+            await _stored(bus, arrivals, source, since_ms)
+    await bus.nc.flush()
+
+
+async def _live(bus: Bus, arrivals: Arrivals, source: Source) -> None:
+    async def arrived(msg: Msg) -> None:
+        await arrivals.put((source.kind, msg))
+
+    await bus.nc.subscribe(source.live, cb=arrived)
+
+
+async def _stored(bus: Bus, arrivals: Arrivals, source: Source, since_ms: int) -> None:
+    subscription = await replay(bus, source.stream, source.stored, since_ms=since_ms or None)
+
+    async def hand_on() -> None:
+        with contextlib.suppress(NatsError):  # closed: the command ends
+            while True:
+                await arrivals.put((source.kind, await subscription.next_msg(timeout=None)))
+
+    task = asyncio.create_task(hand_on())
+    _TASKS.add(task)
+    task.add_done_callback(_TASKS.discard)
+
+
+_TASKS: set[asyncio.Task[None]] = set()
+"""Held here, since the loop itself holds tasks only weakly."""
+
+
+async def _print_forever(arrivals: Arrivals, count: int | None, json: bool) -> None:
+    """Runs until cancelled, or until `count` messages are printed."""
+    printed = 0
+    while count is None or printed < count:
+        kind, msg = await arrivals.get()
+        if json:
+            output.json_line(msg.data)
+        else:
+            output.say(_line(kind, msg))
+        printed += 1
+
+
+def _line(kind: str, msg: Msg) -> str:
+    """One message for people; what cannot be read is named, not hidden."""
+    try:
+        return _inbound(msg.data) if kind == INBOUND else _event(msg.subject, msg.data)
+    except msgspec.DecodeError:
+        return f"unreadable: {len(msg.data)} bytes on {output.printable(msg.subject)}"
+
+
+def _inbound(data: bytes) -> str:
+    message = msgspec.json.decode(data, type=Inbound)
+    said = message.text or "[" + ", ".join(str(item.__struct_config__.tag) for item in message.items) + "]"
+    head = f"{output.clock(message.received_at_ms)}  {message.sandbox}  {_user(message.user)}  "
+    return head + output.printable(said)
+
+
+def _event(subject: str, data: bytes) -> str:
+    sandbox, kind = subject.split(".")[-2:]
+    if kind == "receipt":
+        receipt = msgspec.json.decode(data, type=Receipt)
+        said, at_ms, user = f"{receipt.command}: {describe(receipt)}", receipt.at_ms, receipt.user
+    else:
+        fields = msgspec.json.decode(data, type=dict[str, object])
+        at_ms = at if isinstance(at := fields.get("at_ms"), int) else 0
+        user = str(fields.get("user") or "")
+        rest = (
+            f"{k}={v}" for k, v in fields.items() if k not in ("sandbox", "user", "at_ms") and v not in ("", None)
+        )
+        said = " ".join(rest)
+    return f"{output.clock(at_ms)}  {sandbox}  {_user(user)}  {kind}: {output.printable(said)}"
+
+
+def _user(user: str) -> str:
+    """Enough of a user id to tell two apart."""
+    name = output.printable(user.partition("@")[0])
+    return name if len(name) <= 12 else f"{name[:6]}…{name[-4:]}"

@@ -1,0 +1,177 @@
+"""The conversation of `demo`: a simulated phone on one side, an echo agent on the other, the bus in between."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from typing import NamedTuple
+
+import msgspec
+from nats.aio.msg import Msg
+
+from adapter.cli.bus import Bus
+from adapter.cli.exits import NO, OK, TIMEOUT, Failed
+from adapter.cli.screen import Screen
+from adapter.cli.send import describe
+from adapter.contract import FINAL_OUTCOMES, H_MSG_ID, Inbound, Outbound, Receipt
+from adapter.simulator import BotRecord, Simulator
+
+SANDBOX = "demo"
+UNANSWERED = 20
+"""Lines that may be on their way at once, so that a long file does not outrun the screen."""
+REPLY_CHARS = 2000
+
+
+class Stage(NamedTuple):
+    """What the conversation needs."""
+
+    bus: Bus
+    simulator: Simulator
+    bot: BotRecord
+    screen: Screen
+    patience_s: float
+    """Nothing may stand still for longer while an answer is due."""
+
+
+class Conversation:
+    """Lines go in by `say`, everything that follows is shown; `settle` ends when all is answered."""
+
+    def __init__(self, stage: Stage) -> None:
+        self._stage = stage
+        self._room = asyncio.Semaphore(UNANSWERED)
+        self._stored: dict[str, asyncio.Event] = {}
+        self._receipts: asyncio.Queue[Receipt] = asyncio.Queue()
+        self._inbound: asyncio.Queue[Inbound] = asyncio.Queue()
+        self._moved = asyncio.Condition()
+        self._moved_at = time.monotonic()
+        self.said = 0
+        self.answered = 0
+        self.failed = 0
+
+    @property
+    def open(self) -> int:
+        """Lines without an answer."""
+        return self.said - self.answered - self.failed
+
+    async def run(self, lines: AsyncIterator[str]) -> int:
+        """Holds the conversation until the lines end and all are answered. Raises Failed if it stands still."""
+        await self._listen()
+        try:
+            async with asyncio.TaskGroup() as group:
+                loops = (self._agent_forever(), self._receipts_forever(), self._impatient())
+                tasks = [group.create_task(loop) for loop in loops]
+                code = await self._talk(lines)
+                for task in tasks:
+                    task.cancel()
+        except ExceptionGroup as several:
+            raise several.exceptions[0] from None
+        return code
+
+    async def _talk(self, lines: AsyncIterator[str]) -> int:
+        self._stage.screen.prompt()
+        async for line in lines:
+            self._stage.screen.typed()
+            if line.strip():
+                await self.say(line)
+            else:
+                self._stage.screen.prompt()
+        return await self.settle()
+
+    async def say(self, line: str) -> None:
+        """The user writes `line` on the phone."""
+        await self._room.acquire()
+        screen = self._stage.screen
+        if not screen.prompting:
+            screen.show("you", line)
+        self.said += 1
+        self._stage.simulator.say(self._stage.bot.user, line)
+        await self._progress()
+
+    async def settle(self) -> int:
+        """Waits until every line is answered, and returns the exit code."""
+        async with self._moved:
+            await self._moved.wait_for(lambda: self.open == 0)
+        return NO if self.failed else OK
+
+    async def _listen(self) -> None:
+        names = self._stage.bus.names
+        await self._stage.bus.nc.subscribe(names.live(SANDBOX), cb=self._on_inbound)
+        await self._stage.bus.nc.subscribe(names.event(SANDBOX, "receipt"), cb=self._on_receipt)
+        await self._stage.bus.nc.flush()
+
+    async def _on_inbound(self, msg: Msg) -> None:
+        self._inbound.put_nowait(msgspec.json.decode(msg.data, type=Inbound))
+
+    async def _on_receipt(self, msg: Msg) -> None:
+        self._receipts.put_nowait(msgspec.json.decode(msg.data, type=Receipt))
+
+    async def _agent_forever(self) -> None:
+        """What an agent is: it reads its subject and publishes its answers."""
+        names, screen = self._stage.bus.names, self._stage.screen
+        while True:
+            message = await self._inbound.get()
+            left = message.window.remaining
+            budget = "" if left is None else f", {left} sends left"
+            screen.show(names.live(SANDBOX), f'"{message.text}"  (id {message.id[-12:]}{budget})')
+            reply = Outbound(id=f"echo-{message.id}", text=f"You said: {message.text}"[:REPLY_CHARS])
+            screen.show("echo agent", f'"{reply.text}"')
+            await self._send(reply)
+            screen.show(names.out(SANDBOX), "→ stored")
+            self._stored[reply.id or ""].set()
+            await self._progress()
+
+    async def _send(self, reply: Outbound) -> None:
+        self._stored[reply.id or ""] = asyncio.Event()
+        bus = self._stage.bus
+        await bus.store(bus.names.out(SANDBOX), msgspec.json.encode(reply), {H_MSG_ID: reply.id or ""})
+
+    async def _receipts_forever(self) -> None:
+        """Shows what became of each answer, then what the phone shows of it."""
+        screen = self._stage.screen
+        while True:
+            receipt = await self._receipts.get()
+            if receipt.command not in self._stored:
+                continue
+            await self._stored[receipt.command].wait()  # a receipt may be faster than the stream's acknowledgement
+            screen.show("receipt", describe(receipt))
+            if receipt.outcome == "accepted":
+                for message_id in receipt.message_ids:
+                    screen.show("phone", await self._on_phone(message_id))
+            if receipt.outcome in FINAL_OUTCOMES:
+                await self._close(receipt)
+
+    async def _on_phone(self, message_id: str) -> str:
+        """The text of a message, once the phone shows it. Waits as long as `_impatient` allows."""
+        while True:
+            for shown in reversed(self._stage.simulator.phone(self._stage.bot.user)):
+                if shown.message_id == message_id:
+                    return shown.text
+            await asyncio.sleep(0.01)
+
+    async def _close(self, receipt: Receipt) -> None:
+        del self._stored[receipt.command]
+        if receipt.outcome == "accepted":
+            self.answered += 1
+        else:
+            self.failed += 1
+        self._room.release()
+        await self._progress()
+        if self.open == 0:
+            self._stage.screen.prompt()
+
+    async def _progress(self) -> None:
+        async with self._moved:
+            self._moved_at = time.monotonic()
+            self._moved.notify_all()
+
+    async def _impatient(self) -> None:
+        """Raises Failed once nothing has moved for too long."""
+        while True:
+            await asyncio.sleep(0.2)
+            if self.open and time.monotonic() - self._moved_at > self._stage.patience_s:
+                raise Failed(
+                    TIMEOUT,
+                    f"{self.open} of {self.said} lines are not answered, nothing happened for"
+                    f" {self._stage.patience_s:g} s.",
+                )

