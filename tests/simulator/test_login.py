@@ -1,0 +1,247 @@
+"""S4: the QR login with its eight statuses, and F23 and F27."""
+
+import asyncio
+from typing import Any
+
+import httpx
+import pytest
+
+from adapter.simulator import FaultRule, SimulatorError
+from tests.simulator.client import LONG, Client, headers
+from tests.simulator.conftest import MakeClient
+
+Json = dict[str, Any]
+
+
+async def qrcode(client: Client, tokens: list[str] | None = None) -> str:
+    sent = {k: v for k, v in headers().items() if k != "Authorization"}
+    response = await client.http.post(
+        f"{client.sim.url}/ilink/bot/get_bot_qrcode?bot_type=3",
+        json={"local_token_list": tokens or []},
+        headers=sent,
+    )
+    answer = response.json()
+    assert answer["qrcode"] in answer["qrcode_img_content"]
+    return str(answer["qrcode"])
+
+
+async def status(client: Client, code: str, url: str = "", **query: str) -> Json:
+    response = await client.http.get(
+        f"{url or client.sim.url}/ilink/bot/get_qrcode_status",
+        params={"qrcode": code, **query},
+        headers={"iLink-App-Id": "bot", "iLink-App-ClientVersion": "132105"},
+    )
+    answer = response.json()
+    assert isinstance(answer, dict)
+    return answer
+
+
+async def test_s4_wait_scaned_confirmed(client: Client) -> None:
+    code = await qrcode(client)
+    assert await status(client, code) == {"ret": 0, "status": "wait"}
+
+    client.sim.scan(code, "o9cq80Somebody@im.wechat")
+    assert await status(client, code) == {"ret": 0, "status": "scaned"}
+
+    confirmed = client.sim.confirm(code)
+    answer = await status(client, code)
+    assert answer == {
+        "ret": 0,
+        "status": "confirmed",
+        "bot_token": answer["bot_token"],
+        "ilink_bot_id": confirmed.bot,
+        "ilink_user_id": "o9cq80Somebody@im.wechat",
+        "baseurl": client.sim.url,
+    }
+    assert answer["bot_token"].startswith(f"{confirmed.bot}:")
+    assert answer["bot_token"] in [bot.token for bot in client.sim.bots()]
+    assert client.sim.violations() == []
+
+
+async def test_s4_a_status_poll_is_held_until_something_happens(make: MakeClient) -> None:
+    client = await make(LONG)
+    code = await qrcode(client)
+    poll = asyncio.create_task(status(client, code))
+    await client.sim.until(lambda: client.sim.qrcodes()[0].polls)
+
+    client.sim.scan(code)
+
+    assert (await poll)["status"] == "scaned"
+
+
+async def test_s4_an_answer_that_was_lost_is_given_again_after_the_hold(client: Client) -> None:
+    code = await qrcode(client)
+    client.sim.scan(code)
+
+    assert [(await status(client, code))["status"] for _ in range(2)] == ["scaned", "scaned"]
+    client.sim.confirm(code)
+    assert [(await status(client, code))["status"] for _ in range(2)] == ["confirmed", "confirmed"]
+
+
+@pytest.mark.parametrize("ttl_s", [60, 120])
+async def test_s4_a_code_expires(make: MakeClient, ttl_s: int) -> None:
+    client = await make(LONG, qr_ttl_s=ttl_s, qr_hold_ms=10**6)
+    code = await qrcode(client)
+    poll = asyncio.create_task(status(client, code))
+    await client.sim.until(lambda: client.sim.qrcodes()[0].polls)
+    client.sim.advance(ttl_s - 1)
+    assert client.sim.qrcodes()[0].status == "wait"
+
+    client.sim.advance(1)
+
+    assert await poll == {"ret": 0, "status": "expired"}
+
+
+async def test_s4_an_unknown_code_is_expired(client: Client) -> None:
+    assert (await status(client, "nonsense"))["status"] == "expired"
+
+
+async def test_s4_a_code_may_be_expired_by_hand(client: Client) -> None:
+    code = await qrcode(client)
+    client.sim.expire(code)
+
+    assert (await status(client, code))["status"] == "expired"
+    with pytest.raises(SimulatorError):
+        client.sim.scan(code)
+
+
+async def test_s4_one_code_serves_one_user(client: Client) -> None:
+    code = await qrcode(client)
+    client.sim.scan(code)
+
+    with pytest.raises(SimulatorError):
+        client.sim.scan(code, "o9cq80Other@im.wechat")
+
+
+async def test_s4_a_verify_code_is_asked_for_and_checked(client: Client) -> None:
+    code = await qrcode(client)
+    client.sim.require_verify(code, "1234")
+    assert (await status(client, code))["status"] == "wait"
+    client.sim.scan(code)
+    assert (await status(client, code))["status"] == "need_verifycode"
+    assert (await status(client, code, verify_code="9999"))["status"] == "need_verifycode"
+    with pytest.raises(SimulatorError):
+        client.sim.confirm(code)
+
+    assert (await status(client, code, verify_code="1234"))["status"] == "scaned"
+    client.sim.confirm(code)
+    assert (await status(client, code))["status"] == "confirmed"
+
+
+async def test_s4_too_many_wrong_codes_block(make: MakeClient) -> None:
+    client = await make(verify_attempts=2)
+    code = await qrcode(client)
+    client.sim.scan(code)
+    client.sim.require_verify(code, "1234")
+
+    answers = [(await status(client, code, verify_code=wrong))["status"] for wrong in ("1", "2")]
+
+    assert answers == ["need_verifycode", "verify_code_blocked"]
+    assert (await status(client, code, verify_code="1234"))["status"] == "verify_code_blocked"
+
+
+async def test_s4_a_login_is_redirected_to_a_second_host(client: Client) -> None:
+    code = await qrcode(client)
+    client.sim.scan(code)
+    await client.sim.redirect(code)
+
+    first = await status(client, code)
+    assert first == {
+        "ret": 0,
+        "status": "scaned_but_redirect",
+        "redirect_host": client.sim.second_url.removeprefix("http://"),
+    }
+    second = f"http://{first['redirect_host']}"
+    assert (await status(client, code, second))["status"] == "scaned"
+    client.sim.confirm(code)
+    answer = await status(client, code, second)
+    assert (answer["status"], answer["baseurl"]) == ("confirmed", second)
+
+    poll = await client.http.post(
+        f"{second}/ilink/bot/getupdates", json={"base_info": {}}, headers=headers(answer["bot_token"])
+    )
+    assert poll.json()["msgs"] == []
+
+
+async def test_s4_a_user_who_is_bound_to_a_listed_token_needs_no_new_bot(client: Client) -> None:
+    code = await qrcode(client, [client.bot.token])
+    client.sim.scan(code, client.bot.user)
+
+    assert await status(client, code) == {"ret": 0, "status": "binded_redirect"}
+    assert [bot.bot for bot in client.sim.bots()] == [client.bot.bot]
+
+
+async def test_s5_a_user_who_scans_again_elsewhere_gets_a_new_bot(client: Client) -> None:
+    code = await qrcode(client)
+    client.sim.confirm(code, client.bot.user)
+
+    answer = await status(client, code)
+
+    assert answer["ilink_user_id"] == client.bot.user
+    assert answer["ilink_bot_id"] != client.bot.bot
+    assert (await client.poll())["errcode"] == -14
+
+
+async def test_more_than_ten_listed_tokens_are_noted(client: Client) -> None:
+    await qrcode(client, ["x"] * 11)
+
+    assert [violation.kind for violation in client.sim.violations()] == ["too_many_tokens"]
+
+
+async def test_f2_the_edge_cuts_a_status_poll(make: MakeClient) -> None:
+    client = await make(LONG)
+    client.sim.set_fault(FaultRule(fault="F2", endpoint="get_qrcode_status", count=1, params={"after_ms": 1}))
+    code = await qrcode(client)
+
+    response = await client.http.get(f"{client.sim.url}/ilink/bot/get_qrcode_status?qrcode={code}")
+
+    assert response.status_code == 524
+
+
+@pytest.mark.parametrize("host", ["evil.example", None])
+async def test_f23_a_redirect_to_a_host_of_ones_own_choice(client: Client, host: str | None) -> None:
+    client.sim.set_fault(FaultRule(fault="F23", params={"redirect_host": host, "baseurl": "http://evil.example"}))
+    code = await qrcode(client)
+    client.sim.scan(code)
+    await client.sim.redirect(code)
+
+    assert (await status(client, code)).get("redirect_host") == host
+    client.sim.confirm(code)
+    answer = await status(client, code, "" if host is None else client.sim.second_url)
+    assert answer["baseurl"] == "http://evil.example"
+
+
+async def test_f27_expired_three_times(client: Client) -> None:
+    client.sim.set_fault(FaultRule(fault="F27", count=3, params={"kind": "expired"}))
+
+    answers = [(await status(client, await qrcode(client)))["status"] for _ in range(4)]
+
+    assert answers == ["expired"] * 3 + ["wait"]
+
+
+async def test_f27_a_right_code_is_called_wrong_and_then_blocked(client: Client) -> None:
+    code = await qrcode(client)
+    client.sim.scan(code)
+    client.sim.require_verify(code, "1234")
+    client.sim.set_fault(FaultRule(fault="F27", count=1, params={"kind": "wrong_code"}))
+    assert (await status(client, code, verify_code="1234"))["status"] == "need_verifycode"
+
+    client.sim.set_fault(FaultRule(fault="F27", count=1, params={"kind": "blocked"}))
+    assert (await status(client, code, verify_code="1234"))["status"] == "verify_code_blocked"
+
+
+async def test_f27_confirmed_without_a_bot_id(client: Client) -> None:
+    client.sim.set_fault(FaultRule(fault="F27", params={"kind": "no_bot_id"}))
+    code = await qrcode(client)
+    client.sim.confirm(code)
+
+    answer = await status(client, code)
+
+    assert answer["status"] == "confirmed"
+    assert "ilink_bot_id" not in answer
+
+
+async def test_a_status_poll_without_a_code(client: Client) -> None:
+    response: httpx.Response = await client.http.get(f"{client.sim.url}/ilink/bot/get_qrcode_status")
+
+    assert response.json()["ret"] == -2

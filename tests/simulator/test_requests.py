@@ -1,0 +1,249 @@
+"""S1 to S3 and S5: paths, authentication, headers, rebinding; F29: requests that cannot be read."""
+
+import asyncio
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.simulator.client import BASE_INFO, LONG, Client, headers, texts
+from tests.simulator.conftest import MakeClient
+
+STALE = {"errcode": -14, "errmsg": "session timeout"}
+
+
+async def raw(client: Client, sent: dict[str, str], endpoint: str = "getupdates") -> dict[str, Any]:
+    response = await client.http.post(
+        f"{client.sim.url}/ilink/bot/{endpoint}", json={"base_info": BASE_INFO}, headers=sent
+    )
+    assert response.status_code == 200
+    answer = response.json()
+    assert isinstance(answer, dict)
+    return answer
+
+
+@pytest.mark.parametrize(
+    "path", ["/ilink/bot/getupdates", "//ilink/bot/getupdates", "/ilink/bot/getupdates/", "/ilink//bot/getupdates"]
+)
+async def test_s1_slashes_may_be_too_many(client: Client, path: str) -> None:
+    response = await client.http.post(
+        client.sim.url + path, json={"base_info": BASE_INFO}, headers=headers(client.bot.token)
+    )
+
+    assert response.json()["msgs"] == []
+
+
+@pytest.mark.parametrize("method", ["GET", "POST"])
+async def test_s1_a_qr_code_comes_by_get_and_by_post(client: Client, method: str) -> None:
+    response = await client.http.request(method, f"{client.sim.url}/ilink/bot/get_bot_qrcode?bot_type=3")
+
+    answer = response.json()
+    assert answer["ret"] == 0
+    assert answer["qrcode_img_content"].startswith("https://")
+
+
+async def test_s1_other_paths_are_404(client: Client) -> None:
+    for path in ("/", "/ilink/bot/nonsense", "/ilink/bot", "/getupdates"):
+        assert (await client.http.post(client.sim.url + path, json={})).status_code == 404
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({"Authorization": "Bearer nonsense"}, id="unknown"),
+        pytest.param({"Authorization": None}, id="missing"),
+        pytest.param({"Authorization": "Basic nonsense"}, id="scheme"),
+        pytest.param({"AuthorizationType": None}, id="no type"),
+        pytest.param({"AuthorizationType": "other"}, id="other type"),
+    ],
+)
+@pytest.mark.parametrize(
+    "endpoint", ["getupdates", "sendmessage", "getconfig", "sendtyping", "msg/notifystart", "msg/notifystop"]
+)
+async def test_s2_without_authentication_the_answer_is_minus_14_at_once(
+    make: MakeClient, endpoint: str, changes: dict[str, str | None]
+) -> None:
+    client = await make(LONG)
+    sent = {k: v for k, v in {**headers(client.bot.token), **changes}.items() if v is not None}
+
+    assert await raw(client, sent, endpoint) == STALE
+
+
+@pytest.mark.parametrize(
+    ("style", "codes"),
+    [("errcode", {"errcode": -14}), ("ret", {"ret": -14}), ("both", {"ret": -14, "errcode": -14})],
+)
+async def test_s2_the_code_is_in_either_field(make: MakeClient, style: str, codes: dict[str, int]) -> None:
+    client = await make(stale_style=style)
+
+    assert await raw(client, headers("nonsense")) == {**codes, "errmsg": "session timeout"}
+
+
+@pytest.mark.parametrize("missing", ["iLink-App-Id", "iLink-App-ClientVersion"])
+async def test_s2_strict_headers(make: MakeClient, missing: str) -> None:
+    client = await make()
+    sent = headers(client.bot.token)
+    del sent[missing]
+    assert (await raw(client, sent))["msgs"] == []
+
+    client.sim.configure(strict_headers=True)
+    assert await raw(client, sent) == STALE
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind"),
+    [
+        ({"X-WECHAT-UIN": "EjRWeA=="}, "wrong_uin"),
+        ({"X-WECHAT-UIN": None}, "missing_uin"),
+        ({"iLink-App-ClientVersion": "0"}, "wrong_version"),
+        ({"iLink-App-ClientVersion": None}, "missing_version"),
+        ({"iLink-App-Id": ""}, "wrong_app_id"),
+        ({"iLink-App-Id": None}, "missing_app_id"),
+        ({"Content-Type": "text/plain"}, "wrong_content_type"),
+    ],
+)
+async def test_s3_wrong_headers_are_noted_and_the_request_is_served(
+    client: Client, changes: dict[str, str | None], kind: str
+) -> None:
+    sent = {k: v for k, v in {**headers(client.bot.token), **changes}.items() if v is not None}
+
+    assert (await raw(client, sent))["msgs"] == []
+    assert [violation.kind for violation in client.sim.violations(bot=client.bot.bot)] == [kind]
+
+
+async def test_s3_the_uin_must_change(client: Client) -> None:
+    sent = headers(client.bot.token)
+    await raw(client, sent)
+    assert client.sim.violations() == []
+
+    await raw(client, sent)
+    assert [violation.kind for violation in client.sim.violations()] == ["uin_unchanged"]
+
+
+async def test_s3_a_missing_base_info_is_noted(client: Client) -> None:
+    await client.http.post(f"{client.sim.url}/ilink/bot/getupdates", json={}, headers=headers(client.bot.token))
+
+    assert [violation.kind for violation in client.sim.violations()] == ["missing_base_info"]
+
+
+async def test_s3_headers_are_recorded_without_the_token(client: Client) -> None:
+    await client.poll()
+
+    (request,) = client.sim.requests("getupdates")
+    assert request.headers["AuthorizationType"] == "ilink_bot_token"
+    assert client.bot.token not in str(request)
+
+
+async def test_s5_a_new_scan_supersedes_the_bot_and_its_token_dies_after_29_seconds(patient: Client) -> None:
+    patient.sim.configure(token_death_delay_s=29)
+    poll = asyncio.create_task(patient.poll())
+    await patient.sim.until(lambda: patient.sim.polls(patient.bot.bot).now)
+
+    new = patient.sim.add_bot(patient.bot.user)
+    assert new.bot != patient.bot.bot
+    assert new.token != patient.bot.token
+    patient.sim.advance(28)
+    await asyncio.sleep(0)
+    assert not poll.done()
+
+    patient.sim.advance(1)
+    assert await poll == STALE
+    assert await patient.poll() == STALE
+    assert await patient.send() == STALE
+
+
+async def test_s5_the_users_messages_go_to_the_new_bot(client: Client) -> None:
+    new = Client(client.sim, client.sim.add_bot(client.bot.user), client.http)
+
+    client.sim.say(client.bot.user, "hello")
+
+    assert texts((await new.poll())["msgs"]) == ["hello"]
+
+
+async def test_s5_context_tokens_of_the_old_bot_are_void(make: MakeClient) -> None:
+    client = await make(token_death_delay_s=29, context_check="must_match_any_issued_within_24h")
+    old = client.sim.say(client.bot.user, "hello").context_token
+    new = Client(client.sim, client.sim.add_bot(client.bot.user), client.http)
+
+    assert (await client.send(context_token=old))["ret"] == -2
+    assert (await new.send(context_token=old))["ret"] == -2
+    client.sim.say(new.bot.user, "hello again")
+    assert (await new.send(context_token=old))["ret"] == -2
+    assert (await new.send())["ret"] == 0
+
+
+async def test_s5_a_client_that_goes_on_with_a_dead_token_is_noted(client: Client) -> None:
+    client.sim.kill_token(client.bot.bot)
+    await client.poll()
+    assert client.sim.violations() == []
+
+    await client.poll()
+    assert [violation.kind for violation in client.sim.violations()] == ["call_after_minus_14"]
+
+
+async def test_a_token_can_be_revived(client: Client) -> None:
+    client.sim.kill_token(client.bot.bot)
+    assert await client.poll() == STALE
+
+    client.sim.revive_token(client.bot.bot)
+    assert (await client.poll())["msgs"] == []
+
+
+@pytest.mark.parametrize(
+    "content", [b"{", b"", b"[]", b'"x"', b"\xff"], ids=["cut", "empty", "array", "string", "bytes"]
+)
+@pytest.mark.parametrize(("mode", "status"), [("ret", 200), ("http400", 400)])
+async def test_f29_a_body_that_is_no_object(make: MakeClient, content: bytes, mode: str, status: int) -> None:
+    client = await make(malformed=mode)
+    for endpoint in ("sendmessage", "getupdates"):
+        response = await client.http.post(
+            f"{client.sim.url}/ilink/bot/{endpoint}", content=content, headers=headers(client.bot.token)
+        )
+        assert (response.status_code, response.json()["ret"]) == (status, -2)
+
+
+@pytest.mark.parametrize("body", [{}, {"msg": None}, {"msg": []}, {"message": {}}])
+async def test_f29_a_send_without_msg(client: Client, body: dict[str, Any]) -> None:
+    assert (await client.call("sendmessage", body))["ret"] == -2
+
+
+async def test_f29_a_wrong_method(make: MakeClient) -> None:
+    client = await make()
+    url = f"{client.sim.url}/ilink/bot/sendmessage"
+    assert (await client.http.get(url)).json()["ret"] == -2
+
+    client.sim.configure(malformed="http400")
+    assert (await client.http.get(url)).status_code == 405
+
+
+async def test_calls_are_counted(client: Client) -> None:
+    await client.poll()
+    await client.poll()
+    await client.call("msg/notifystart")
+
+    views = {view.endpoint: view for view in client.sim.calls(client.bot.bot)}
+    assert {name: view.count for name, view in views.items()} == {"getupdates": 2, "msg/notifystart": 1}
+    assert len(views["getupdates"].times_ms) == 2
+    assert client.sim.calls(endpoint="msg/notifystart")[0].bot == client.bot.bot
+
+
+async def test_tokens_and_texts_are_in_no_log(client: Client, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("DEBUG")
+    client.sim.say(client.bot.user, "a secret text")
+    await client.poll()
+    await client.send("another secret text")
+    await client.http.post(f"{client.sim.url}/ilink/bot/sendmessage", content=b"secret text")
+
+    ours = [record.getMessage() for record in caplog.records if not record.name.startswith("http")]
+    assert not [line for line in ours if "secret text" in line or client.bot.token in line]
+
+
+async def test_a_client_that_hangs_up_before_the_end_of_its_request_does_no_harm(client: Client) -> None:
+    url = httpx.URL(client.sim.url)
+    _, writer = await asyncio.open_connection(url.host, url.port)
+    writer.write(b"POST /ilink/bot/sendmessage HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+    await writer.drain()
+    writer.close()
+    await writer.wait_closed()
+
+    assert (await client.poll())["msgs"] == []
