@@ -87,7 +87,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     token_key: tuple[bytes, ...] = ()
     """Keys that seal bot tokens at rest, separated by commas: 32 bytes each, in base64. The first seals, all open.
 
-    Secret.
+    Secret. Without one, tokens are stored as they are.
     """
 
     notify: bool = True
