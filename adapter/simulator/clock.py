@@ -72,17 +72,18 @@ class Clock:
             raise ValueError("time runs forward only")
         self._advanced_s += seconds
         while due := self._due():
-            self._fire(due)
+            for timer in due:
+                self._fire(timer)
 
     def close(self) -> None:
         """Forgets every timer; nothing fires afterwards."""
         for timer in list(self._timers):
             self.cancel(timer)
 
-    def _due(self) -> Timer | None:
+    def _due(self) -> list[Timer]:
         elapsed_s = self.elapsed_s()
         due = [timer for timer in self._timers if timer.due_s <= elapsed_s]
-        return min(due, key=lambda timer: timer.due_s, default=None)
+        return sorted(due, key=lambda timer: timer.due_s)
 
     def _fire(self, timer: Timer) -> None:
         if timer in self._timers:

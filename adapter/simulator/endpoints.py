@@ -159,8 +159,8 @@ class Endpoints:
             self._notice_overlap(call, record, list(running))
         running.append(record)
         call.bot.sends.append(record)
-        if len(call.bot.sends) > self._world.settings.sends_per_bot:
-            del call.bot.sends[0]
+        while len(call.bot.sends) > self._world.share(self._world.settings.sends_per_bot, least=200):
+            call.bot.sends.popleft()
         return record
 
     def close_send(self, record: SendRecord, answer: Answer | None, *, written: bool) -> None:

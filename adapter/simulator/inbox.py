@@ -157,10 +157,6 @@ class Inbox:
             bot.cursor_salt += 1
         return self._world.cursors.write(bot.id, position, bot.cursor_salt)
 
-    def pending(self, bot: Bot) -> int:
-        """Messages that no answer has carried yet."""
-        return sum(1 for entry in bot.log if not entry.deliveries)
-
     def _template(self, bot: Bot) -> Json:
         now_ms = self._world.clock.now_ms()
         return {
@@ -192,7 +188,7 @@ class Inbox:
         tokens = bot.window(user).context_tokens
         tokens.pop(token, None)
         tokens[token] = self._world.clock.now_ms()
-        while len(tokens) > CONTEXT_TOKENS_KEPT:
+        while len(tokens) > self._world.share(CONTEXT_TOKENS_KEPT, least=50):
             tokens.popitem(last=False)
 
     def _append(self, bot: Bot, message: Json) -> Entry:
@@ -207,6 +203,7 @@ class Inbox:
             user=str(message.get("from_user_id") or bot.user),
             raw=msgspec.json.encode(message),
         )
+        self._world.counts["queued"] += 1
         bot.log.append(entry)
         bot.pending.append(entry)
         self._trim(bot)
@@ -214,7 +211,9 @@ class Inbox:
         return entry
 
     def _trim(self, bot: Bot) -> None:
-        limit = self._world.settings_of(bot).history
+        settings = self._world.settings_of(bot)
+        least = 200 if settings.cursor_mode == "cursor_replay" else 20
+        limit = self._world.share(settings.history, least=max(least, 2 * settings.batch_max))
         while len(bot.log) > limit and bot.log[0].deliveries and not bot.log[0].in_flight:
             bot.log.popleft()
 
@@ -251,6 +250,7 @@ class Inbox:
         batch = [bot.pending.popleft() for _ in range(min(limit, len(bot.pending)))]
         for entry in batch:
             entry.in_flight = True
+        self._world.counts["in_flight"] += len(batch)
         return batch
 
     def _after(self, bot: Bot, start: int, limit: int) -> list[Entry]:
@@ -265,6 +265,7 @@ class Inbox:
         world = self._world
         for entry in batch:
             world.counts["redelivered" if entry.deliveries else "delivered"] += 1
+            world.counts["in_flight"] -= entry.in_flight
             entry.deliveries += 1
             entry.in_flight = False
         if not batch:
@@ -276,6 +277,7 @@ class Inbox:
 
     def _put_back(self, bot: Bot, batch: Iterable[Entry]) -> None:
         back = [entry for entry in batch if entry.in_flight]
+        self._world.counts["in_flight"] -= len(back)
         for entry in back:
             entry.in_flight = False
         bot.pending.extendleft(reversed(back))

@@ -77,18 +77,21 @@ class Outbox:
 
     def release(self, bot: Bot, user: str, message: Json, message_id: str) -> None:
         """Shows a message on the phone now."""
-        phone = self._world.phones.setdefault(user, deque(maxlen=self._world.settings.sends_per_bot))
-        phone.append(
-            Shown(
-                bot=bot.id,
-                client_id=str(message.get("client_id") or ""),
-                message_id=message_id,
-                text=text_of(message.get("item_list")),
-                items=message.get("item_list") or [],
-                at_ms=self._world.clock.exact_ms(),
-            )
+        shown = Shown(
+            bot=bot.id,
+            client_id=str(message.get("client_id") or ""),
+            message_id=message_id,
+            text=text_of(message.get("item_list")),
+            items=message.get("item_list") or [],
+            at_ms=self._world.clock.exact_ms(),
         )
+        phone = self._world.phones.setdefault(user, deque())
+        phone.append(shown)
+        while len(phone) > self._world.share(self._world.settings.sends_per_bot, least=200):
+            phone.popleft()
         self._world.counts["shown"] += 1
+        for hear in self._world.listeners:
+            hear(user, shown)
 
     def _watch(self, bot: Bot, message: Json) -> None:
         """Requests that a careful client does not make, whatever the answer is (3.4)."""
@@ -241,7 +244,7 @@ class Outbox:
     def _remember(self, window: Window, message: Json, message_id: str) -> None:
         if client_id := str(message.get("client_id") or ""):
             window.client_ids[client_id] = message_id
-            while len(window.client_ids) > CLIENT_IDS_KEPT:
+            while len(window.client_ids) > self._world.share(CLIENT_IDS_KEPT, least=200):
                 window.client_ids.popitem(last=False)
 
     def _count(self, verdict: Verdict) -> None:

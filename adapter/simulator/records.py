@@ -144,7 +144,8 @@ class QrRecord(Struct, frozen=True, kw_only=True):
 
 
 class Stats(Struct, frozen=True, kw_only=True):
-    """Everything counted since the start."""
+    """Everything counted since the start. `pending` messages have been in no answer that was written whole,
+    `in_flight` are in one that is being written; `delivered` counts messages, `redelivered` repetitions."""
 
     bots: int
     dead: int

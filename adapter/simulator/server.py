@@ -1,6 +1,5 @@
 """The HTTP server: paths, authentication, faults of the transport, and the answer's way back."""
 
-import json
 import re
 from typing import Any
 
@@ -54,11 +53,8 @@ def read_json(raw: bytes) -> Json | None:
     """None for what is no JSON object. An integer keeps all its digits; an empty body is no object."""
     try:
         value: Any = msgspec.json.decode(raw)
-    except (msgspec.DecodeError, UnicodeDecodeError):
-        try:  # iLink's own parser is not known to be strict: lone surrogates, for instance
-            value = json.loads(raw)
-        except ValueError:
-            return None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
     return value if isinstance(value, dict) else None
 
 

@@ -95,6 +95,6 @@ class SimulatorSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields
     records_per_bot: Annotated[int, Meta(ge=20)] = 1_000
     """Polls and calls remembered per bot; fewer, but at least 20, when there are many bots."""
     sends_per_bot: Annotated[int, Meta(ge=1)] = 10_000
-    """Send attempts remembered per bot, and messages shown per phone."""
+    """Send attempts remembered per bot, and messages shown per phone; fewer when there are many bots."""
     history: Annotated[int, Meta(ge=1)] = 10_000
-    """Delivered messages kept per bot, to be repeated or replayed."""
+    """Delivered messages kept per bot, to be repeated or replayed; fewer when there are many bots."""

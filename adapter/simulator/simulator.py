@@ -201,6 +201,10 @@ class Simulator:
         """What the user's phone shows of all bots, in order of receipt."""
         return sorted(self.world.phones.get(user, ()), key=lambda shown: shown.at_ms)
 
+    def listen(self, hear: Callable[[str, Shown], None]) -> None:
+        """Calls `hear(user, shown)` for every message that appears on a phone from now on."""
+        self.world.listeners.append(hear)
+
     def inbound(self, bot: str) -> list[InboundRecord]:
         """The bot's messages that are remembered, with the number of answers that carried each."""
         found = self.world.find(bot)
@@ -252,8 +256,8 @@ class Simulator:
             bots=len(bots),
             dead=sum(bot.dead for bot in bots),
             injected=counts["injected"],
-            pending=sum(self.inbox.pending(bot) for bot in bots),
-            in_flight=sum(entry.in_flight for bot in bots for entry in bot.log),
+            pending=counts["queued"] - counts["delivered"],
+            in_flight=counts["in_flight"],
             delivered=counts["delivered"],
             redelivered=counts["redelivered"],
             polls=sum(bot.polls_total for bot in bots),

@@ -3,6 +3,7 @@
 import asyncio
 import random
 from collections import Counter, OrderedDict, deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import msgspec
@@ -22,8 +23,8 @@ from adapter.simulator.records import (
 )
 from adapter.simulator.settings import SimulatorSettings
 
-RECORDS_IN_ALL = 200_000
-"""Poll records over all bots, so that 10,000 idle bots do not fill the memory."""
+IN_ALL = 200_000
+"""Records of one sort over all bots, so that 10,000 bots do not fill the memory."""
 CONTEXT_TOKENS_KEPT = 1_000
 CLIENT_IDS_KEPT = 20_000
 
@@ -95,7 +96,7 @@ class Bot:
     calls: "dict[str, deque[float]]" = field(default_factory=dict)
     call_counts: dict[str, int] = field(default_factory=dict)
     windows: dict[str, Window] = field(default_factory=dict)
-    sends: list[SendRecord] = field(default_factory=list)
+    sends: "deque[SendRecord]" = field(default_factory=deque)
     online: bool = False
     online_timeline: list[tuple[float, bool]] = field(default_factory=list)
     last_uin: str = ""
@@ -127,6 +128,7 @@ class World:
         self.by_token: dict[str, Bot] = {}
         self.by_user: dict[str, Bot] = {}
         self.phones: dict[str, deque[Shown]] = {}
+        self.listeners: list[Callable[[str, Shown], None]] = []
         self.sending: dict[str, list[SendRecord]] = {}
         self.violations: deque[Violation] = deque(maxlen=10_000)
         self.violation_counts: Counter[str] = Counter()
@@ -207,8 +209,12 @@ class World:
             )
         )
 
+    def share(self, wanted: int, *, least: int = 20) -> int:
+        """How many records of one sort a bot may keep: fewer than `wanted` when there are many bots."""
+        return max(least, min(wanted, IN_ALL // max(len(self.bots), 1)))
+
     def records_limit(self) -> int:
-        return max(20, min(self.settings.records_per_bot, RECORDS_IN_ALL // max(len(self.bots), 1)))
+        return self.share(self.settings.records_per_bot)
 
 
 def convert_settings(values: Json) -> SimulatorSettings:
