@@ -32,7 +32,7 @@ slow: install
 	@$(BIN)/pytest -m slow </dev/null || [ $$? = 5 ] # 5: there is none
 
 check: install
-	@$(BIN)/ruff format --check --quiet . || { echo 'Not formatted: run make format' >&2; exit 1; }
+	@found=$$($(BIN)/ruff format --check . 2>&1) || { echo "$$found" >&2; echo 'run: make format' >&2; exit 1; }
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/mypy
 	@found=$$($(BIN)/lint-imports --no-logo 2>&1) || { echo "$$found" >&2; exit 1; }

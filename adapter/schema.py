@@ -107,7 +107,7 @@ def asyncapi() -> dict[str, Any]:
             "version": f"{SCHEMA_VERSION}.0.0",
             "description": (
                 "The bus between WeChat and sandboxes. Operations are the adapter's: what it sends you receive,"
-                " what it receives you send. The first token of every subject is a setting. Guarantees: see README.md."
+                " what it receives you send. The first token of every subject is a setting. See README.md."
             ),
             "license": {"name": "Apache-2.0"},
         },
