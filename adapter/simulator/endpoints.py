@@ -67,9 +67,10 @@ class Endpoints:
             return malformed(world, bot, "get_updates_buf must be a string")
         if rule := world.faults.take("F18", call.endpoint, bot.id, bot.user):
             self._inbox.replay(bot, int(rule.params.get("last", 1)))
-        if self._inbox.start(bot, cursor) is None:
+        start = self._inbox.start(bot, cursor)
+        if start is None:
             return json_answer({"ret": -2, "errmsg": "invalid get_updates_buf"})
-        poll = self._inbox.open_poll(bot, cursor)
+        poll = self._inbox.open_poll(bot, cursor, start)
         try:
             await self._inbox.collect(bot, poll, self._hold_s(bot))
         except BaseException:  # the client has hung up: nothing may stay taken

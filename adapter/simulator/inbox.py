@@ -75,10 +75,10 @@ class Inbox:
         self._wake(bot)
         return len(again)
 
-    def open_poll(self, bot: Bot, cursor: str) -> Poll:
+    def open_poll(self, bot: Bot, cursor: str, start: int = 0) -> Poll:
         """Notes a poll that begins; what becomes of others on the same token is a setting (S9)."""
         world = self._world
-        poll = Poll(PollRecord(start_ms=world.clock.exact_ms(), cursor=cursor))
+        poll = Poll(PollRecord(start_ms=world.clock.exact_ms(), cursor=cursor), start)
         older = list(bot.polls)
         bot.polls.append(poll)
         bot.polls_total += 1
@@ -96,11 +96,10 @@ class Inbox:
         """Waits until `poll` has a batch or a verdict; `empty` is the verdict when the time is up."""
         clock = self._world.clock
         deadline_s = clock.elapsed_s() + hold_s
-        start = self.start(bot, poll.record.cursor)
         while not poll.verdict:
             if bot.dead:
                 poll.verdict = "stale"
-            elif batch := self._take(bot, start):
+            elif batch := self._take(bot, poll.start):
                 poll.batch = batch
                 return
             elif self.closing or (left_s := deadline_s - clock.elapsed_s()) <= 0:
@@ -134,15 +133,17 @@ class Inbox:
 
     def start(self, bot: Bot, cursor: str) -> int | None:
         """The position after which a poll with this cursor reads; None: the cursor is to be refused (S8)."""
-        if not cursor:
-            return 0
-        position = self._world.cursors.read(bot.id, cursor)
+        position = self._world.cursors.read(bot.id, cursor) if cursor else 0
         if position is not None:
             return min(position, bot.last_position)
-        mode = self._world.settings_of(bot).unknown_cursor
-        if mode == "replay":
-            self.replay(bot, len(bot.log))
-        return {"current": bot.delivered_position, "replay": 0, "refuse": None}[mode]
+        match self._world.settings_of(bot).unknown_cursor:
+            case "current":
+                return bot.delivered_position
+            case "replay":
+                self.replay(bot, bot.last_position)
+                return 0
+            case "refuse":
+                return None
 
     def next_cursor(self, bot: Bot, poll: Poll) -> str:
         """Changes with every message handed out, and on idle where the settings say so."""
@@ -150,7 +151,7 @@ class Inbox:
         if poll.batch:
             position = poll.batch[-1].position
         elif settings.cursor_mode == "cursor_replay":
-            position = self.start(bot, poll.record.cursor) or 0
+            position = poll.start
         else:
             position = bot.delivered_position
         if settings.idle_cursor_changes:
@@ -242,11 +243,11 @@ class Inbox:
             message["message_id"] = 0 if change == "zero_message_id" else ""
         return message
 
-    def _take(self, bot: Bot, start: int | None) -> list[Entry]:
+    def _take(self, bot: Bot, start: int) -> list[Entry]:
         settings = self._world.settings_of(bot)
         limit = settings.batch_max or len(bot.log)
         if settings.cursor_mode == "cursor_replay":
-            return self._after(bot, start or 0, limit)
+            return self._after(bot, start, limit)
         batch = [bot.pending.popleft() for _ in range(min(limit, len(bot.pending)))]
         for entry in batch:
             entry.in_flight = True

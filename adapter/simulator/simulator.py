@@ -38,6 +38,8 @@ from adapter.simulator.world import Bot, World
 
 LARGEST_BODY = 64 * 2**20
 BACKLOG = 4096
+KEEPALIVE_S = 3600.0
+"""Long, so that a request hardly ever meets a connection that is just being closed for idleness."""
 
 
 class Simulator:
@@ -90,7 +92,9 @@ class Simulator:
         app = web.Application(client_max_size=LARGEST_BODY)
         app.router.add_route("*", "/_sim/{call:.*}", admin.Admin(self).handle)
         app.router.add_route("*", "/{path:.*}", self._server.handle)
-        self._runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=1.0)
+        self._runner = web.AppRunner(
+            app, access_log=None, handler_cancellation=True, shutdown_timeout=1.0, keepalive_timeout=KEEPALIVE_S
+        )
         await self._runner.setup()
         settings = self.world.settings
         self.port = await self._listen(settings.host, settings.port)

@@ -47,9 +47,10 @@ class Entry:
 
 @dataclass(slots=True, eq=False)
 class Poll:
-    """A `getupdates` in progress. `verdict`, once set, ends it without messages."""
+    """A `getupdates` in progress, which reads what follows `start`. `verdict`, once set, ends it without messages."""
 
     record: PollRecord
+    start: int
     woken: "asyncio.Future[None] | None" = None
     verdict: str = ""
     hung_up: bool = False

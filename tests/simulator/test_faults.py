@@ -236,6 +236,20 @@ async def test_f12_every_attempt_extends_the_penalty(talking: Client) -> None:
     assert talking.phone() == ["quiet", "again"]
 
 
+async def test_f12_a_burst_starts_the_penalty(make: MakeClient) -> None:
+    client = await make(frozen_at_ms=1_789_000_000_000)
+    client.sim.say(client.bot.user, "hello")
+    strike(client, "F12", burst=2, burst_s=1, penalty_s=60)
+
+    answers = []
+    for pause_s in (2, 2, 0.3, 0.3, 59, 61):
+        answers.append((await client.send())["ret"])
+        client.sim.advance(pause_s)
+    answers.append((await client.send())["ret"])
+
+    assert answers == [0, 0, 0, 0, -2, -2, 0]
+
+
 async def test_f13_success_without_an_id_for_one_user(talking: Client) -> None:
     other = Client(talking.sim, talking.sim.add_bot(), talking.http)
     other.sim.say(other.bot.user, "hello")

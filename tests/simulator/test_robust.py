@@ -13,11 +13,14 @@ from tests.simulator.conftest import MakeClient
 
 ENDPOINTS = ("getupdates", "sendmessage", "getconfig", "sendtyping", "msg/notifystart", "get_bot_qrcode")
 KEYS = st.sampled_from(
-    ["msg", "to_user_id", "item_list", "type", "text_item", "text", "client_id", "context_token", "base_info"]
-    + ["get_updates_buf", "ilink_user_id", "typing_ticket", "status", "local_token_list", "message_type"]
+    [
+        *("msg", "to_user_id", "item_list", "type", "text_item", "text", "client_id", "context_token"),
+        *("message_type", "base_info", "get_updates_buf", "ilink_user_id", "typing_ticket", "status"),
+        "local_token_list",
+    ]
 )
 VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers(-1, 2**64 - 1) | st.text(max_size=5) | st.floats(allow_nan=False),
+    st.none() | st.booleans() | st.integers(-1, 2**64 - 1) | st.text(max_size=5) | st.floats(-1e9, 1e9),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=5),
     max_leaves=12,
 )
