@@ -5,8 +5,11 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import json
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,11 +26,19 @@ from adapter.contract import (
     SCHEMA_VERSION,
     Names,
 )
-from adapter.settings import settings_markdown
+from adapter.settings import SECRETS, Settings, variable_of
 
 ROOT = Path(__file__).parents[1]
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 SETTINGS_START, SETTINGS_END = "<!-- settings -->\n", "<!-- /settings -->"
+
+
+class SettingRow(NamedTuple):
+    """One line of the README's table."""
+
+    variable: str
+    default: str
+    meaning: str
 
 
 class Channel(NamedTuple):
@@ -125,6 +136,25 @@ def asyncapi() -> dict[str, Any]:
             },
         },
     }
+
+
+def settings_table() -> list[SettingRow]:
+    """Every variable with its default and the docstring of its field, in the order of `Settings`."""
+    docs = _docstrings()
+    defaults = Settings()
+    rows = []
+    for field in Settings.__struct_fields__:
+        variable = variable_of(field) + (f"`, `{variable_of(field)}_FILE" if field in SECRETS else "")
+        rows.append(SettingRow(variable, _shown(getattr(defaults, field)), docs[field]))
+    return rows
+
+
+def settings_markdown() -> str:
+    """`settings_table` as the README shows it."""
+    lines = ["| variable | default | meaning |", "|---|---|---|"]
+    for variable, default, meaning in settings_table():
+        lines.append(f"| `{variable}` | {f'`{default}`' if default else 'empty'} | {meaning} |")
+    return "\n".join(lines) + "\n"
 
 
 def generated(root: Path = ROOT) -> dict[Path, str]:
@@ -235,6 +265,33 @@ def _without_discriminators(node: Any) -> Any:
             return [_without_discriminators(value) for value in node]
         case _:
             return node
+
+
+def _docstrings() -> dict[str, str]:
+    """The string that follows each field in the source; Python itself does not keep it."""
+    (struct,) = ast.parse(textwrap.dedent(inspect.getsource(Settings))).body
+    assert isinstance(struct, ast.ClassDef)
+    docs = {}
+    for field, after in zip(struct.body, struct.body[1:], strict=False):
+        match field, after:
+            case (
+                ast.AnnAssign(target=ast.Name(id=name)),
+                ast.Expr(value=ast.Constant(value=str(text))),
+            ):
+                docs[name] = " ".join(text.split())
+    return docs
+
+
+def _shown(value: Any) -> str:
+    match value:
+        case bool():
+            return str(value).lower()
+        case tuple():
+            return ",".join(_shown(part) for part in value)
+        case float():
+            return f"{value:g}"
+        case _:
+            return str(value)
 
 
 def _text(document: dict[str, Any]) -> str:

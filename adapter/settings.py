@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import ast
 import base64
 import binascii
 import difflib
-import inspect
 import math
 import re
-import textwrap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 from urllib.parse import urlsplit
 
 import msgspec
@@ -193,14 +190,6 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         return split_addr(self.http_addr)[1]
 
 
-class SettingRow(NamedTuple):
-    """One line of the README's table."""
-
-    variable: str
-    default: str
-    meaning: str
-
-
 def variable_of(field: str) -> str:
     """The environment variable of a field of `Settings`."""
     return field.upper() if field.startswith("nats_") else PREFIX + field.upper()
@@ -230,62 +219,16 @@ def read_settings(environ: Mapping[str, str]) -> Settings:
         except ValueError as exc:
             faults.append(f"{variable}: {exc}")
     settings = Settings(**values)
-    faults += _contradictions(settings, {variable_of(field) for field in values})
+    faults += _contradictions(settings, environ)
     faults += _unknown(environ)
     if faults:
         raise SettingsError("invalid_settings", "\n".join(faults))
     return settings
 
 
-def settings_table() -> list[SettingRow]:
-    """Every variable with its default and the docstring of its field, in the order of `Settings`."""
-    docs = _docstrings()
-    defaults = Settings()
-    rows = []
-    for field in Settings.__struct_fields__:
-        variable = variable_of(field) + (f"`, `{variable_of(field)}_FILE" if field in SECRETS else "")
-        rows.append(SettingRow(variable, _shown(getattr(defaults, field)), docs[field]))
-    return rows
-
-
-def settings_markdown() -> str:
-    """`settings_table` as the README shows it."""
-    lines = ["| variable | default | meaning |", "|---|---|---|"]
-    for variable, default, meaning in settings_table():
-        lines.append(f"| `{variable}` | {f'`{default}`' if default else 'empty'} | {meaning} |")
-    return "\n".join(lines) + "\n"
-
-
 def _types() -> dict[str, Any]:
     hints = get_type_hints(Settings, include_extras=True)
     return {field: hints[field] for field in Settings.__struct_fields__}
-
-
-def _docstrings() -> dict[str, str]:
-    """The string that follows each field in the source; Python itself does not keep it."""
-    (struct,) = ast.parse(textwrap.dedent(inspect.getsource(Settings))).body
-    assert isinstance(struct, ast.ClassDef)
-    docs = {}
-    for field, after in zip(struct.body, struct.body[1:], strict=False):
-        match field, after:
-            case (
-                ast.AnnAssign(target=ast.Name(id=name)),
-                ast.Expr(value=ast.Constant(value=str(text))),
-            ):
-                docs[name] = " ".join(text.split())
-    return docs
-
-
-def _shown(value: Any) -> str:
-    match value:
-        case bool():
-            return str(value).lower()
-        case tuple():
-            return ",".join(_shown(part) for part in value)
-        case float():
-            return f"{value:g}"
-        case _:
-            return str(value)
 
 
 def _raw(field: str, environ: Mapping[str, str]) -> str:
@@ -332,12 +275,8 @@ def _check(field: str, value: Any) -> None:
         case "nats_url":
             if not value:
                 raise ValueError("expected at least one server")
-            for url in value:
-                # A URL may hold a password: the value is never shown.
-                if urlsplit(url if "://" in url else f"nats://{url}").scheme not in ("nats", "tls", "ws", "wss"):
-                    raise ValueError(
-                        "expected nats://host:port, tls://, ws:// or wss://, several separated by commas"
-                    )
+            if not all(_is_server(url) for url in value):  # a URL may hold a password: it is never shown
+                raise ValueError("expected nats://host:port, tls://, ws:// or wss://, several separated by commas")
         case "allowed_hosts":
             for host in value:
                 if not re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9_.-]+)(:\d{1,5})?", host):
@@ -355,6 +294,14 @@ def _check(field: str, value: Any) -> None:
                 raise ValueError(f"expected a file, there is none at {value!r}")
 
 
+def _is_server(url: str) -> bool:
+    try:
+        parts = urlsplit(url if "://" in url else f"nats://{url}")
+        return parts.scheme in ("nats", "tls", "ws", "wss") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
+
+
 def _is_base_url(url: str) -> bool:
     try:
         parts = urlsplit(url)
@@ -368,7 +315,7 @@ def _is_base_url(url: str) -> bool:
     )
 
 
-def _contradictions(settings: Settings, given: set[str]) -> Iterator[str]:
+def _contradictions(settings: Settings, environ: Mapping[str, str]) -> Iterator[str]:
     """Values that are right alone and wrong together."""
     for field in _BASE_URLS:
         parts = urlsplit(getattr(settings, field))
@@ -378,12 +325,14 @@ def _contradictions(settings: Settings, given: set[str]) -> Iterator[str]:
                 f"{variable_of(field)}: expected https://, or a host that {PREFIX}ALLOWED_HOSTS names,"
                 f" got http://{parts.netloc}"
             )
+    given = {name.removesuffix("_FILE") for name, value in environ.items() if value.strip()}
     for one, other in (("NATS_CERT", "NATS_KEY"), ("NATS_KEY", "NATS_CERT"), ("NATS_PASSWORD", "NATS_USER")):
         if one in given and other not in given:
             yield f"{other}: expected a value, since {one} has one"
 
 
-_SERVICE_LINK = re.compile(r"(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)$")
+_SERVICE_LINK = re.compile(r".*_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)")
+_SERVICE_URL = re.compile(r"(tcp|udp|sctp)://.*")
 
 
 def _unknown(environ: Mapping[str, str]) -> Iterator[str]:
@@ -396,7 +345,7 @@ def _unknown(environ: Mapping[str, str]) -> Iterator[str]:
     for name in sorted(environ):
         if not name.startswith(PREFIX) or name in known:
             continue
-        if _SERVICE_LINK.search(name) and re.fullmatch(r"(\w+://)?[\w.:-]*", environ[name]):
+        if _SERVICE_LINK.fullmatch(name) or (name.endswith("_PORT") and _SERVICE_URL.fullmatch(environ[name])):
             continue
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
         yield f"{name}: no such setting" + (f", did you mean {near[0]}?" if near else "")

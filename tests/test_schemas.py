@@ -14,6 +14,7 @@ import pytest
 from jsonschema import Draft202012Validator  # type: ignore[import-untyped]
 
 from adapter import contract, schema
+from adapter.settings import Settings, variable_of
 
 SCHEMAS = schema.ROOT / "schemas"
 VALID = sorted((SCHEMAS / "samples" / "valid").glob("*.json"))
@@ -159,3 +160,16 @@ def test_subjects_of_asyncapi_are_those_of_the_contract() -> None:
         *(names.event("{sandbox}", "receipt"), names.event("{sandbox}", "binding"), names.bind, names.unbind),
         *(names.svc("bindings.list"), names.svc("bindings.get"), names.svc("window")),
     }
+
+
+def test_every_setting_explains_itself() -> None:
+    rows = schema.settings_table()
+    assert [row.variable.split("`")[0] for row in rows] == [
+        variable_of(field) for field in Settings.__struct_fields__
+    ]
+    assert all(row.meaning.endswith(".") and len(row.meaning) > 15 for row in rows)
+
+
+def test_the_readme_holds_the_table_of_settings() -> None:
+    """`make generate` rewrites it; the markers must not get lost."""
+    assert Path("README.md") in schema.generated()

@@ -7,11 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from adapter import settings
 from adapter.errors import SettingsError
 from adapter.settings import Settings, read_settings
 
-README = Path(__file__).parents[1] / "README.md"
 KEY = base64.b64encode(b"k" * 32).decode()
 OLD_KEY = base64.b64encode(b"o" * 32).decode()
 
@@ -61,6 +59,8 @@ def test_a_variable_is_read(variable: str, raw: str, field: str, value: object) 
     ("variable", "raw", "expected"),
     [
         ("NATS_URL", "http://a", "expected nats://host:port"),
+        ("NATS_URL", "nats://[::1", "expected nats://host:port"),
+        ("NATS_URL", "nats://a:port", "expected nats://host:port"),
         ("NATS_URL", ",", "expected at least one server"),
         ("NATS_CREDS", "/nowhere/x.creds", "expected a file"),
         ("WECHAT_NATS_PREFIX", "We.Chat", "expected text that matches ^[a-z][a-z0-9_-]{0,31}$"),
@@ -104,6 +104,10 @@ def test_a_misspelt_variable_is_refused_with_the_nearest_name() -> None:
     )
 
 
+def test_a_port_of_ours_is_not_taken_for_one_of_kubernetes() -> None:
+    assert "WECHAT_NATS_HTTP_PORT: no such setting" in refusal({"WECHAT_NATS_HTTP_PORT": "9464"})
+
+
 def test_what_kubernetes_sets_for_a_service_of_that_name_is_no_typing_error() -> None:
     environ = {
         "WECHAT_NATS_SERVICE_HOST": "10.0.0.7",
@@ -129,6 +133,12 @@ def test_a_client_certificate_needs_its_key_and_a_password_its_user(tmp_path: Pa
         "NATS_KEY: expected a value, since NATS_CERT has one",
         "NATS_USER: expected a value, since NATS_PASSWORD has one",
     ]
+
+
+def test_a_wrong_file_is_not_reported_as_missing_too(tmp_path: Path) -> None:
+    (tmp_path / "key.pem").touch()
+    text = refusal({"NATS_CERT": "/nowhere/cert.pem", "NATS_KEY": str(tmp_path / "key.pem")})
+    assert len(text.splitlines()) == 1
 
 
 def test_a_secret_may_come_from_a_file(tmp_path: Path) -> None:
@@ -178,20 +188,3 @@ def test_no_error_and_no_repr_shows_a_secret() -> None:
 def test_the_http_address_is_split(addr: str, host: str, port: int) -> None:
     read = read_settings({"WECHAT_NATS_HTTP_ADDR": addr})
     assert (read.http_host, read.http_port) == (host, port)
-
-
-def test_every_setting_explains_itself() -> None:
-    rows = settings.settings_table()
-    assert [row.variable.split("`")[0] for row in rows] == [
-        settings.variable_of(field) for field in Settings.__struct_fields__
-    ]
-    assert all(row.meaning.endswith(".") and len(row.meaning) > 15 for row in rows)
-
-
-def test_the_readme_holds_the_table_of_settings() -> None:
-    """`make generate` rewrites it."""
-    text = README.read_text(encoding="utf-8")
-    _, _, rest = text.partition("<!-- settings -->\n")
-    table, end, _ = rest.partition("<!-- /settings -->")
-    assert end
-    assert table.strip() == settings.settings_markdown().strip()
