@@ -25,11 +25,15 @@ from adapter.contract import (
     SANDBOX_PATTERN,
     SCHEMA_VERSION,
     Names,
+    ReplayPage,
+    ReplayQuery,
 )
 from adapter.settings import SECRETS, Settings, variable_of
 
 ROOT = Path(__file__).parents[1]
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
+DOCUMENTED: dict[str, type[msgspec.Struct]] = {**MESSAGES, "replay_query": ReplayQuery, "replay_page": ReplayPage}
+"""Every message that has a file here, by its name."""
 SETTINGS_START, SETTINGS_END = "<!-- settings -->\n", "<!-- /settings -->"
 
 
@@ -89,12 +93,21 @@ def channels(names: Names) -> list[Channel]:
         Channel(
             "window", names.svc("window"), "window_query", "receive", "What may still be sent.", "window", by_reply
         ),
+        Channel(
+            "replay",
+            names.svc("replay"),
+            "replay_query",
+            "receive",
+            "A sandbox's own inbound messages again.",
+            "replay_page",
+            by_reply,
+        ),
     ]
 
 
 def json_schema(name: str) -> dict[str, Any]:
-    """JSON Schema 2020-12 of one of `contract.MESSAGES`, complete in itself."""
-    kind = MESSAGES[name]
+    """JSON Schema 2020-12 of one of `DOCUMENTED`, complete in itself."""
+    kind = DOCUMENTED[name]
     _, definitions = msgspec.json.schema_components([kind], ref_template="#/$defs/{name}")
     root = definitions.pop(kind.__name__)
     schema: dict[str, Any] = {
@@ -110,7 +123,7 @@ def json_schema(name: str) -> dict[str, Any]:
 def asyncapi() -> dict[str, Any]:
     """AsyncAPI 3.0 of the bus, under the default prefix."""
     listed = channels(Names())
-    _, definitions = msgspec.json.schema_components(MESSAGES.values(), ref_template="#/components/schemas/{name}")
+    _, definitions = msgspec.json.schema_components(DOCUMENTED.values(), ref_template="#/components/schemas/{name}")
     return {
         "asyncapi": "3.0.0",
         "info": {
@@ -129,7 +142,7 @@ def asyncapi() -> dict[str, Any]:
         },
         "operations": {channel.key: _operation(channel) for channel in listed},
         "components": {
-            "messages": {name: _message(name) for name in MESSAGES},
+            "messages": {name: _message(name) for name in DOCUMENTED},
             "schemas": {
                 **_without_discriminators(dict(sorted(definitions.items()))),
                 "Headers": _headers(),
@@ -159,7 +172,7 @@ def settings_markdown() -> str:
 
 def generated(root: Path = ROOT) -> dict[Path, str]:
     """Path below `root` and text of every generated file."""
-    files = {Path("schemas") / f"{name}.json": _text(json_schema(name)) for name in MESSAGES}
+    files = {Path("schemas") / f"{name}.json": _text(json_schema(name)) for name in DOCUMENTED}
     files[Path("schemas/asyncapi.json")] = _text(asyncapi())
     readme = (root / "README.md").read_text(encoding="utf-8")
     before, start, rest = readme.partition(SETTINGS_START)
@@ -232,7 +245,7 @@ def _operation(channel: Channel) -> dict[str, Any]:
 
 
 def _message(name: str) -> dict[str, Any]:
-    kind = MESSAGES[name]
+    kind = DOCUMENTED[name]
     return {
         "name": name,
         "title": kind.__name__,

@@ -95,7 +95,7 @@ def test_an_unknown_argument_is_refused() -> None:
     assert schema.main(["--chek"]) == 2
 
 
-@pytest.mark.parametrize("name", contract.MESSAGES)
+@pytest.mark.parametrize("name", schema.DOCUMENTED)
 def test_every_schema_is_one(name: str) -> None:
     document = stored(name)
     assert document["$schema"] == "https://json-schema.org/draft/2020-12/schema"
@@ -106,7 +106,7 @@ def test_every_schema_is_one(name: str) -> None:
         assert resolve(document, target)
 
 
-@pytest.mark.parametrize("name", contract.MESSAGES)
+@pytest.mark.parametrize("name", schema.DOCUMENTED)
 def test_every_message_has_samples_of_both_kinds(name: str) -> None:
     assert name in {name_of(sample) for sample in VALID}
     assert name in {name_of(sample) for sample in INVALID}
@@ -116,7 +116,7 @@ def test_every_message_has_samples_of_both_kinds(name: str) -> None:
 def test_a_valid_sample_satisfies_schema_and_decoder(sample: Path) -> None:
     """And what the decoder made of it satisfies the schema again: readers see what we write, not what we read."""
     raw = sample.read_bytes()
-    kind = contract.MESSAGES[name_of(sample)]
+    kind = schema.DOCUMENTED[name_of(sample)]
     validator = Draft202012Validator(stored(name_of(sample)))
     validator.validate(json.loads(raw))
     decoded = msgspec.json.decode(raw, type=kind)
@@ -130,7 +130,7 @@ def test_an_invalid_sample_satisfies_neither(sample: Path) -> None:
     raw = sample.read_bytes()
     assert not Draft202012Validator(stored(name_of(sample))).is_valid(json.loads(raw))
     with pytest.raises(msgspec.ValidationError):
-        msgspec.json.decode(raw, type=contract.MESSAGES[name_of(sample)])
+        msgspec.json.decode(raw, type=schema.DOCUMENTED[name_of(sample)])
 
 
 def test_asyncapi_refers_to_what_it_holds() -> None:
@@ -146,7 +146,7 @@ def test_asyncapi_covers_every_message_and_has_no_discriminator() -> None:
     """AsyncAPI refuses the word as code generators use it; the single schemas keep it for them."""
     document = stored("asyncapi")
     carried = {message for channel in document["channels"].values() for message in channel["messages"]}
-    assert carried == set(contract.MESSAGES)
+    assert carried == set(schema.DOCUMENTED)
     assert "discriminator" not in json.dumps(document)
     assert "discriminator" in json.dumps(stored("inbound"))
 
@@ -158,7 +158,7 @@ def test_subjects_of_asyncapi_are_those_of_the_contract() -> None:
         None,
         *(names.live("{sandbox}"), names.inbox("{sandbox}"), names.out("{sandbox}"), names.out_plain),
         *(names.event("{sandbox}", "receipt"), names.event("{sandbox}", "binding"), names.bind, names.unbind),
-        *(names.svc("bindings.list"), names.svc("bindings.get"), names.svc("window")),
+        *(names.svc("bindings.list"), names.svc("bindings.get"), names.svc("window"), names.svc("replay")),
     }
 
 
