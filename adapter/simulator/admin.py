@@ -1,5 +1,6 @@
 """The simulator's own API over HTTP: `POST /_sim/<method>` with the arguments as JSON, or `GET` to look."""
 
+import base64
 import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -13,10 +14,15 @@ from adapter.simulator.records import Json, SimulatorError
 if TYPE_CHECKING:
     from adapter.simulator.simulator import Simulator
 
-READS = "bots calls faults inbound online phone polls qrcodes requests sends stats typing violations now settings"
+READS = (
+    "bots calls faults inbound media now online phone polls qrcodes requests sends settings stats typing "
+    "violations"
+)
+    "bots calls faults inbound online media phone polls qrcodes requests sends stats typing violations now settings"
+)
 ACTS = (
     "add_bot add_bots advance clear_faults configure confirm cut_polls expire flood inject inject_many "
-    "kill_token redirect repeat replay require_verify revive_token say say_kind scan set_fault"
+    "kill_token redirect repeat replay require_verify revive_token say say_kind say_media scan set_fault"
 )
 
 
@@ -56,6 +62,13 @@ class Admin:
 
     def _say_kind(self, to: str, kind: str, text: str = "hello", overrides: Json | None = None) -> Any:
         return self._simulator.say_kind(to, kind, text, **(overrides or {}))
+
+    def _say_media(self, to: str, kind: str, content: str, fields: Json | None = None, **how: str) -> Any:
+        decoded = base64.b64decode(content, validate=True)
+        return self._simulator.say_media(to, kind, decoded, **how, **(fields or {}))
+
+    def _media(self, reference: str) -> Json:
+        return {"content": base64.b64encode(self._simulator.media_content(reference)).decode()}
 
     def _set_fault(self, **rule: Any) -> Any:
         return self._simulator.set_fault(msgspec.convert(rule, FaultRule))

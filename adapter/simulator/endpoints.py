@@ -10,7 +10,7 @@ from msgspec import Struct
 from adapter.simulator import ids
 from adapter.simulator.answers import Answer, json_answer
 from adapter.simulator.inbox import Inbox
-from adapter.simulator.login import Logins
+from adapter.simulator.media import Media
 from adapter.simulator.outbox import Outbox, text_of
 from adapter.simulator.records import Json, SendRecord
 from adapter.simulator.world import Bot, Entry, Poll, World
@@ -45,16 +45,17 @@ def stale_body(world: World, bot: Bot | None) -> Json:
 class Endpoints:
     """The authenticated endpoints, by name."""
 
-    def __init__(self, world: World, inbox: Inbox, outbox: Outbox, logins: Logins) -> None:
+    def __init__(self, world: World, inbox: Inbox, outbox: Outbox, media: Media) -> None:
         self._world = world
         self._inbox = inbox
         self._outbox = outbox
-        self._logins = logins
+        self._media = media
         self.table: dict[str, Endpoint] = {
             "getupdates": self.getupdates,
             "sendmessage": self.sendmessage,
             "getconfig": self.getconfig,
             "sendtyping": self.sendtyping,
+            "getuploadurl": self.getuploadurl,
             "msg/notifystart": self.notifystart,
             "msg/notifystop": self.notifystop,
         }
@@ -110,6 +111,9 @@ class Endpoints:
         ticket = ids.new_ticket(world.rng)
         window.tickets[ticket] = now_ms
         return json_answer({"ret": 0, "typing_ticket": ticket})
+
+    async def getuploadurl(self, call: Call) -> Answer:
+        return json_answer(self._media.offer(call.bot, call.body))
 
     async def sendtyping(self, call: Call) -> Answer:
         user, bot, world = str(call.body.get("ilink_user_id") or ""), call.bot, self._world

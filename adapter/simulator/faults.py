@@ -26,6 +26,8 @@ FAULTS: dict[str, tuple[frozenset[str], int | None]] = {
     "F20": (frozenset({"getupdates"}), None),
     "F21": (frozenset({"getupdates"}), None),
     "F23": (frozenset({"get_qrcode_status"}), None),
+    "F24": (frozenset({"cdn/upload"}), None),
+    "F25": (frozenset({"cdn/download"}), None),
     "F26": (frozenset({"getconfig"}), None),
     "F27": (frozenset({"get_qrcode_status"}), None),
 }

@@ -7,6 +7,7 @@ from typing import Any
 from msgspec import Struct
 
 from adapter.simulator.faults import FaultRule
+from adapter.simulator.media import Media
 from adapter.simulator.records import Json, Shown
 from adapter.simulator.world import CLIENT_IDS_KEPT, Bot, Window, World
 
@@ -56,8 +57,9 @@ def _is_object(item: Json, key: str) -> bool:
 class Outbox:
     """Judges sends in the order in which the server receives them; so do they appear on the phone (S13)."""
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: World, media: Media) -> None:
         self._world = world
+        self._media = media
 
     def send(self, bot: Bot, message: Json) -> Verdict:
         """Everything that `sendmessage` does between reading the request and writing the answer."""
@@ -78,13 +80,16 @@ class Outbox:
 
     def release(self, bot: Bot, user: str, message: Json, message_id: str) -> None:
         """Shows a message on the phone now."""
+        items: list[Json] = message.get("item_list") or []
+        views = (self._media.view(bot, item) for item in items)
         shown = Shown(
             bot=bot.id,
             client_id=str(message.get("client_id") or ""),
             message_id=message_id,
-            text=text_of(message.get("item_list")),
-            items=message.get("item_list") or [],
+            text=text_of(items),
+            items=items,
             at_ms=self._world.clock.exact_ms(),
+            media=[view for view in views if view is not None],
         )
         phone = self._world.phones.setdefault(user, deque())
         phone.append(shown)

@@ -35,6 +35,19 @@ class InboundRecord(Struct, frozen=True, kw_only=True):
     deliveries: int = 0
 
 
+class MediaView(Struct, frozen=True, kw_only=True):
+    """How a phone fares with a media item: `viewable`, or `why` not (`unknown_reference`, `short_key`,
+    `wrong_key`). Size and MD5 are those of the decrypted content."""
+
+    kind: str
+    reference: str
+    file_name: str
+    size: int
+    md5: str
+    viewable: bool
+    why: str
+
+
 class Shown(Struct, frozen=True, kw_only=True):
     """A message on a user's phone. `text` is the text of its text items, joined."""
 
@@ -44,6 +57,7 @@ class Shown(Struct, frozen=True, kw_only=True):
     text: str
     items: list[Any]
     at_ms: float
+    media: list[MediaView] = field(default_factory=list)
 
 
 class SendRecord(Struct, kw_only=True):

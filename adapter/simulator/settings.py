@@ -83,6 +83,9 @@ class SimulatorSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields
     typing_timeout_s: float = 0.0
     """Typing ends by itself after this time; 0: never (S15)."""
 
+    upload_url: Literal["full_url", "param", "both"] = "full_url"
+    """What `getuploadurl` answers with (S17)."""
+
     qr_ttl_s: float = 120.0
     """Life of a QR code (S4)."""
     qr_hold_ms: NotNegative = 30_000

@@ -10,10 +10,12 @@ from typing import Any, Self
 from aiohttp import web
 
 from adapter.simulator import admin, inbox, kinds
+from adapter.simulator.cdn import Cdn
 from adapter.simulator.endpoints import Endpoints
 from adapter.simulator.faults import FaultRule
 from adapter.simulator.inbox import Inbox
 from adapter.simulator.login import Logins
+from adapter.simulator.media import Media
 from adapter.simulator.outbox import Outbox
 from adapter.simulator.records import (
     BotRecord,
@@ -54,8 +56,9 @@ class Simulator:
         self.inbox = Inbox(self.world)
         self.logins = Logins(self.world)
         self.watch = Watch(self.world)
-        outbox = Outbox(self.world)
-        endpoints = Endpoints(self.world, self.inbox, outbox, self.logins)
+        self.media = Media(self.world, lambda: self.url)
+        outbox = Outbox(self.world, self.media)
+        endpoints = Endpoints(self.world, self.inbox, outbox, self.media)
         self._server = Server(self.world, endpoints, self.logins, self.watch)
         self._runner: web.AppRunner | None = None
         self.port = 0
@@ -83,6 +86,11 @@ class Simulator:
         return self._server.urls[1]
 
     @property
+    def cdn_url(self) -> str:
+        """Base URL of the CDN."""
+        return f"{self.url}/c2c"
+
+    @property
     def admin_url(self) -> str:
         return f"{self.url}/_sim"
 
@@ -91,6 +99,7 @@ class Simulator:
         raise_file_limit()
         app = web.Application(client_max_size=LARGEST_BODY)
         app.router.add_route("*", "/_sim/{call:.*}", admin.Admin(self).handle)
+        app.router.add_route("*", "/c2c/{action}", Cdn(self.world, self.media).handle)
         app.router.add_route("*", "/{path:.*}", self._server.handle)
         self._runner = web.AppRunner(
             app, access_log=None, handler_cancellation=True, shutdown_timeout=1.0, keepalive_timeout=KEEPALIVE_S
@@ -176,6 +185,17 @@ class Simulator:
     def say_kind(self, to: str, kind: str, text: str = "hello", **overrides: Any) -> InboundRecord:
         """A message of one of the kinds of S21 (`kinds.KINDS`)."""
         return self.inject(to, kinds.of_kind(kind, text) | overrides)
+
+    def say_media(
+        self, to: str, kind: str, content: bytes, *, key_form: str = "usual", url: str = "both", **fields: Any
+    ) -> InboundRecord:
+        """The user sends an `image`, `voice`, `file` or `video` (S20); `fields` are added to its payload."""
+        item = self.media.item(self.world.find(to), kind, content, key_form=key_form, url=url, **fields)
+        return self.inject(to, {"item_list": [item]})
+
+    def media_content(self, reference: str) -> bytes:
+        """What is behind the reference of an upload or of an inbound medium, decrypted."""
+        return self.media.plain(reference)
 
     def inject(self, to: str, message: Json, *, fill: bool = True) -> InboundRecord:
         """Any message. With `fill`, fields that it lacks are added; without, it goes out as it is."""

@@ -1,0 +1,77 @@
+"""The CDN over HTTP: `/c2c/upload` and `/c2c/download` (3.9, S18, S20), with F24 and F25."""
+
+from aiohttp import web
+
+from adapter.simulator import answers
+from adapter.simulator.faults import FaultRule
+from adapter.simulator.media import Blob, Media, encrypt
+from adapter.simulator.world import World
+
+
+class Cdn:
+    """Wants no iLink headers, and notes a token that is sent all the same."""
+
+    def __init__(self, world: World, media: Media) -> None:
+        self._world = world
+        self._media = media
+
+    async def handle(self, request: web.Request) -> web.StreamResponse:
+        action = request.match_info["action"]
+        param = request.query.get("encrypted_query_param", "")
+        if "Authorization" in request.headers:
+            self._world.violate("token_on_cdn", f"cdn/{action}", None)
+        if action == "upload" and request.method == "POST":
+            return await self._upload(request, param)
+        if action == "download" and request.method == "GET":
+            return self._download(param)
+        return web.Response(status=404)
+
+    async def _upload(self, request: web.Request, param: str) -> web.StreamResponse:
+        upload = self._media.uploads.get(param)
+        data = await request.read()
+        if upload is None or request.query.get("filekey") != upload.filekey:
+            return failure(400, "invalid encrypted_param")
+        if rule := self._world.faults.take("F24", "cdn/upload", upload.bot):
+            return broken_upload(request, rule)
+        if request.content_type != "application/octet-stream":
+            self._world.violate("wrong_content_type", "cdn/upload", self._world.bots[upload.bot])
+        if len(data) != upload.encrypted_size:
+            return failure(400, "file size mismatch")
+        return web.Response(headers={"x-encrypted-param": self._media.receive(upload, data)})
+
+    def _download(self, param: str) -> web.Response:
+        blob = self._media.blobs.get(param)
+        if blob is None or not blob.downloadable:
+            return web.Response(status=400, text="invalid encrypted_param")
+        if rule := self._world.faults.take("F25", "cdn/download", blob.bot):
+            return broken_download(blob, rule)
+        return web.Response(body=blob.data, content_type="application/octet-stream")
+
+
+def failure(status: int, message: str, code: int | None = None) -> web.Response:
+    headers = {"x-error-message": message}
+    if code is not None:
+        headers["x-error-code"] = str(code)
+    return web.Response(status=status, headers=headers)
+
+
+def broken_upload(request: web.Request, rule: FaultRule) -> web.Response:
+    """F24, by `kind`: `rejected`, `error`, `no_header`, `down`."""
+    kind = rule.params.get("kind", "error")
+    if kind == "rejected":
+        message = str(rule.params.get("message", "illegal content"))
+        return failure(int(rule.params.get("status", 400)), message, rule.params.get("code", -5102031))
+    if kind == "down":
+        answers.cut(request)
+    status = 200 if kind in ("no_header", "down") else int(rule.params.get("status", 500))
+    return web.Response(status=status)
+
+
+def broken_download(blob: Blob, rule: FaultRule) -> web.Response:
+    """F25, by `kind`: `status`, `wrong_key`, `odd_length`."""
+    kind = rule.params.get("kind", "status")
+    if kind == "wrong_key":
+        return web.Response(body=encrypt(b"something else", bytes(16)))
+    if kind == "odd_length":
+        return web.Response(body=blob.data[:-1])
+    return web.Response(status=int(rule.params.get("status", 404)))
