@@ -15,10 +15,7 @@ if TYPE_CHECKING:
     from adapter.simulator.simulator import Simulator
 
 READS = (
-    "bots calls faults inbound media now online phone polls qrcodes requests sends settings stats typing "
-    "violations"
-)
-    "bots calls faults inbound online media phone polls qrcodes requests sends stats typing violations now settings"
+    "bots calls faults inbound media now online phone polls qrcodes requests sends settings stats typing violations"
 )
 ACTS = (
     "add_bot add_bots advance clear_faults configure confirm cut_polls expire flood inject inject_many "
