@@ -231,15 +231,15 @@ class Outbound(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     bot: Annotated[str | None, Meta(description="Needed only where the sandbox has several bots.")] = None
     user: Annotated[str | None, Meta(description="Default: the bot's user.")] = None
     text: Annotated[str | None, Meta(description="Short form of one text item.")] = None
-    items: Annotated[list[OutItem] | None, Meta(min_length=1, max_length=20)] = None
+    items: Annotated[list[OutItem], Meta(min_length=1, max_length=20)] | None = None
     reply_to: Annotated[str | None, Meta(description="Id of the inbound message that this answers.")] = None
     when_closed: Annotated[
         Literal["park", "refuse"],
         Meta(description="While nothing may be sent: wait for the user's next message, or refuse at once."),
     ] = "park"
-    expires_in_s: Annotated[
-        float | None, Meta(gt=0, description="Seconds from storing; unsent by then: refused.")
-    ] = None
+    expires_in_s: (
+        Annotated[float, Meta(gt=0, description="Seconds from storing; unsent by then: refused.")] | None
+    ) = None
     format: Annotated[
         Literal["markdown", "plain"], Meta(description="plain: Markdown is turned into plain text.")
     ] = "markdown"
@@ -305,9 +305,9 @@ class Bind(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     bot_token: Annotated[str, Meta(min_length=1, max_length=1024, description="Secret of the bot.")]
     id: Annotated[CommandId | None, Meta(description="Request id. Default: the header Nats-Msg-Id.")] = None
     base_url: Annotated[str | None, Meta(description="iLink API base of this bot. Default: the service's.")] = None
-    user: Annotated[
-        str | None, Meta(max_length=128, description="The WeChat user, …@im.wechat; learned if absent.")
-    ] = None
+    user: (
+        Annotated[str, Meta(max_length=128, description="The WeChat user, …@im.wechat; learned if absent.")] | None
+    ) = None
     cursor: Annotated[str | None, Meta(description="Where to poll from; default: where it was, or the start.")] = None
     options: Options = Options()
 

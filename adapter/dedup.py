@@ -128,3 +128,8 @@ def _parse(record: str) -> _Known:
 
 def _short(text: str) -> str:
     return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
+
+
+def digest(data: bytes) -> str:
+    """A short name for bytes, the same wherever they are seen."""
+    return hashlib.blake2b(data, digest_size=12).hexdigest()

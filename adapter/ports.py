@@ -7,6 +7,8 @@ from typing import NamedTuple, Protocol
 
 import msgspec
 
+from adapter.contract import InboundItem, Quote
+from adapter.dedup import Keys
 from adapter.errors import BusRefused
 
 
@@ -36,6 +38,26 @@ class Accepted(NamedTuple):
     ret: int | None
     errcode: int | None
     errmsg: str
+
+
+class Said(NamedTuple):
+    """One inbound message, translated into the words of the bus."""
+
+    keys: Keys
+    user: str
+    sent_at_ms: int
+    """0 where iLink gave none."""
+    context_token: str
+    text: str
+    items: list[InboundItem]
+    quote: Quote | None
+    echo: bool
+    """It is the bot's own message, not the user's (ilink-protocol 4.1): not for the bus."""
+    raw: bytes
+    broken: str
+    """Why it could not be read whole, "" if it could; then `raw` belongs into the dead letters too."""
+    kind: str
+    """text, voice or unsupported: for the metrics."""
 
 
 class Chat(Protocol):
@@ -87,6 +109,22 @@ class Bus(Protocol):
 
     async def publish_all(self, messages: Sequence[Message]) -> list[PubAck | BusRefused]:
         """Stores all in this order, pipelined; a refusal stands in the place of its ack."""
+
+
+class Delivery(Protocol):
+    """A message that a consumer delivered."""
+
+    subject: str
+    data: bytes
+    headers: dict[str, str]
+    seq: int
+    time_ms: int
+    """When the stream stored it."""
+    suspect: bool
+    """It was delivered before, so that its outcome may be on the bus already."""
+
+    async def ack(self) -> None:
+        """Settles it; a lost ack comes back as another delivery."""
 
 
 class Stored(NamedTuple):
@@ -157,3 +195,13 @@ class Register(Protocol):
 
     async def entries(self) -> list[Entry]:
         """All that is there. Raises Temporary."""
+
+
+class Teller(Protocol):
+    """The bus without storage, and the consumers of others."""
+
+    async def tell(self, subject: str, payload: bytes, headers: dict[str, str]) -> None:
+        """Publishes at most once. Raises Temporary."""
+
+    async def make_durable(self, sandbox: str) -> None:
+        """Creates the sandbox's durable pull consumer where it is missing. Raises Temporary, Refused."""

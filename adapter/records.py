@@ -69,9 +69,11 @@ class Hand(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     part: int = 0
     attempts: int = 0
     tried: int = 0
-    """Requests for this part that got no answer."""
+    """Requests for this part that may have left and have no answer, the one that is leaving now included."""
     message_ids: list[str] = []
     unconfirmed: bool = False
+    throttled_in: str = ""
+    """The window (its inbound message) in which iLink last refused it with -2."""
 
 
 class Context(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -143,7 +143,9 @@ def read_updates(reply: Reply, *, polled_s: float) -> Polled:
             return Polled(messages, updates.get_updates_buf or None, hold_ms(updates.longpolling_timeout_ms))
         case wire.STALE_TOKEN:
             raise _expired(updates)
-        case -2:
+        case -1:  # one client's reading: an idle timeout (5.1)
+            return Polled([], None, HOLD_MS)
+        case wire.THROTTLED:
             raise Temporary("ret_2", _said(updates))
         case _:
             raise Temporary("ret_other", _said(updates))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from typing import NamedTuple
 
 import msgspec
 
@@ -11,23 +10,7 @@ from adapter import contract
 from adapter.dedup import Keys
 from adapter.errors import Unreadable
 from adapter.ilink import wire
-
-
-class Said(NamedTuple):
-    """One inbound message, translated."""
-
-    keys: Keys
-    user: str
-    sent_at_ms: int
-    context_token: str
-    text: str
-    items: list[contract.InboundItem]
-    quote: contract.Quote | None
-    echo: bool
-    """It is the bot's own message, not the user's (4.1): not for the bus."""
-    raw: bytes
-    broken: str
-    """Why it could not be read whole, "" if it could; then `raw` belongs into the dead letters."""
+from adapter.ports import Said
 
 
 def read_message(raw: bytes) -> Said:
@@ -62,6 +45,15 @@ def read_message(raw: bytes) -> Said:
         echo=message.message_type == wire.BOT,
         raw=raw,
         broken=broken,
+        kind=_kind(items),
+    )
+
+
+def _kind(items: list[contract.InboundItem]) -> str:
+    """The kind that counts in the metrics: text wherever there is some."""
+    kinds = {"text": contract.TextItem, "voice": contract.VoiceItem}
+    return next(
+        (name for name, kind in kinds.items() if any(isinstance(item, kind) for item in items)), "unsupported"
     )
 
 
@@ -114,6 +106,7 @@ def _salvage(raw: bytes, why: str) -> Said:
         echo=rest.message_type == wire.BOT,
         raw=raw,
         broken=why,
+        kind="unsupported",
     )
 
 

@@ -151,7 +151,9 @@ class Link:
             lost.set()  # the server asks to move; nats-py would stay until it is cut off
 
         async def on_error(exc: Exception) -> None:
-            self.down_reason = str(exc)[:200] or type(exc).__name__  # runs inside the read loop: must not raise or wait
+            self.down_reason = (
+                str(exc)[:200] or type(exc).__name__
+            )  # runs inside the read loop: must not raise or wait
             log.warning("bus.error", link=self.name, reason=type(exc).__name__, detail=self.down_reason)
 
         async with asyncio.timeout(6):  # a wrong password would keep connect() for ever

@@ -3,8 +3,9 @@
 from aiohttp import web
 
 from adapter.simulator import answers
+from adapter.simulator.aes import encrypt
 from adapter.simulator.faults import FaultRule
-from adapter.simulator.media import Blob, Media, encrypt
+from adapter.simulator.media import Blob, Media
 from adapter.simulator.world import World
 
 

@@ -8,15 +8,13 @@ from collections.abc import Callable
 from typing import Any
 from urllib.parse import quote
 
-from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
-from cryptography.hazmat.primitives.padding import PKCS7
 from msgspec import Struct
 
 from adapter.simulator import ids
+from adapter.simulator.aes import BLOCK, decrypt, encrypt
 from adapter.simulator.records import Json, MediaView, SimulatorError
 from adapter.simulator.world import Bot, World
 
-BLOCK = 16
 BYTES_KEPT = 256 * 2**20
 HEX_32 = re.compile("[0-9a-fA-F]{32}")
 ITEMS = {"image": (2, "image_item"), "voice": (3, "voice_item"), "file": (4, "file_item"), "video": (5, "video_item")}
@@ -45,20 +43,6 @@ class Blob(Struct, kw_only=True):
     data: bytes
     key: bytes | None
     downloadable: bool
-
-
-def encrypt(plain: bytes, key: bytes) -> bytes:
-    """AES-128-ECB with PKCS#7, which always pads (9.2)."""
-    padder = PKCS7(BLOCK * 8).padder()
-    encryptor = Cipher(algorithms.AES(key), modes.ECB()).encryptor()
-    return encryptor.update(padder.update(plain) + padder.finalize()) + encryptor.finalize()
-
-
-def decrypt(data: bytes, key: bytes) -> bytes:
-    """Raises ValueError for a wrong length or padding."""
-    decryptor = Cipher(algorithms.AES(key), modes.ECB()).decryptor()
-    unpadder = PKCS7(BLOCK * 8).unpadder()
-    return unpadder.update(decryptor.update(data) + decryptor.finalize()) + unpadder.finalize()
 
 
 def encrypted_size(size: int) -> int:

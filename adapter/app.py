@@ -1,0 +1,398 @@
+"""The composition root: opens the clients, builds what each loop needs, starts every loop, and ends them in order."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import structlog
+
+from adapter import __version__, inbound, window
+from adapter.bindings import Bindings
+from adapter.commands import Limits
+from adapter.contexts import Contexts
+from adapter.contract import Names, shard_of
+from adapter.control import Control
+from adapter.errors import LeaseLost, SettingsError, Temporary
+from adapter.events import Events
+from adapter.ilink.client import ILink
+from adapter.ilink.translate import read_message
+from adapter.jetstream import topology
+from adapter.jetstream.buckets import KvBucket, LeaseRegister, StreamHistory
+from adapter.jetstream.consumer import Consumer
+from adapter.jetstream.link import Link
+from adapter.jetstream.publisher import Publisher
+from adapter.jetstream.services import BusTeller, Handler, Services
+from adapter.leases import Leases
+from adapter.metrics import Metrics
+from adapter.outbound import Outgoing, Shard
+from adapter.ports import Delivery
+from adapter.probes import Health, ProbeServer
+from adapter.queries import Queries
+from adapter.receipts import Receipts
+from adapter.records import Binding
+from adapter.router import Router
+from adapter.seal import Sealer
+from adapter.sending import Sender
+from adapter.settings import Settings
+from adapter.supervisor import Supervisor
+from adapter.timing import SystemClock
+
+log = structlog.get_logger()
+
+RELEASE_S = 5.0
+"""Kept of the drain budget for giving the shards back."""
+ROOM = 512
+"""Commands delivered and not yet settled, per shard."""
+
+
+class Adapter:
+    """One replica. `run` is all that there is to do with it."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.instance = settings.instance or socket.gethostname()
+        self.names = names = Names(settings.prefix)
+        self.clock = clock = SystemClock()
+        self.metrics = metrics = Metrics()
+        self.health = Health()
+        self.grace_s = max(1.0, settings.drain_s - RELEASE_S)
+        # Leases have a connection of their own: a renewal never waits behind bulk data.
+        self.link = Link(settings, f"wechat-nats/{__version__} {self.instance}")
+        self.lease_link = Link(settings, f"wechat-nats/{__version__} {self.instance} leases")
+        self.bus = Publisher(self.link, clock, metrics)
+        self.history = StreamHistory(self.link)
+        self.teller = BusTeller(self.link, names)
+        self.rules = window.Rules(settings.sends_per_window, settings.window_hours, settings.cooldown_s)
+        self.limits = Limits(
+            settings.max_command_bytes,
+            settings.text_max_chars,
+            settings.max_parts,
+            int(settings.park_hours * 3_600_000),
+        )
+        self.sealer = Sealer(settings.token_key)
+        self.chat = ILink(
+            metrics,
+            default_base_url=settings.ilink_base_url,
+            allowed_hosts=settings.allowed_hosts,
+            poll_margin_s=settings.poll_margin_ms / 1000,
+            send_timeout_s=settings.send_timeout_s,
+            max_answer_bytes=settings.max_answer_bytes,
+        )
+        self.bindings = Bindings(KvBucket(self.link, self.bus, names.bindings))
+        self.context_bucket = KvBucket(self.link, self.bus, names.context)
+        self.leases = Leases(
+            LeaseRegister(self.lease_link, names.members, ttl_s=max(60, int(settings.lease_s * 15))),
+            LeaseRegister(self.lease_link, names.claims),
+            clock,
+            metrics,
+            instance=self.instance,
+            lease_s=settings.lease_s,
+        )
+        self.contexts = Contexts(self.context_bucket, self._fence)
+        self.events = Events(self.bus, names, clock, metrics)
+        self.receipts = Receipts(self.events, self.history, names, clock, metrics)
+        self.router = Router(self.bus, self.receipts, names, self.limits, clock, metrics)
+        self.control = Control(
+            bindings=self.bindings,
+            events=self.events,
+            chat=self.chat,
+            sealer=self.sealer,
+            teller=self.teller,
+            names=names,
+            clock=clock,
+            metrics=metrics,
+        )
+        self.incoming = self._incoming()
+        self.outgoing = self._outgoing()
+        self.supervisor = Supervisor(
+            bindings=self.bindings,
+            leases=self.leases,
+            tend=lambda session: inbound.tend(session, self.incoming),
+            work=self,
+            clock=clock,
+            metrics=metrics,
+            capacity=settings.capacity,
+        )
+        queries = Queries(self.bindings, self.context_bucket, self.history, names, self.rules, metrics)
+        handlers: dict[str, Handler] = {
+            "bindings.list": queries.bindings_list,
+            "bindings.get": queries.bindings_get,
+            "window": queries.window,
+            "replay": queries.replay,
+        }
+        Services(self.link, names, handlers, version=__version__, instance=self.instance)
+        metrics.bindings_capacity.set(settings.capacity)
+
+    # what the loops need ----------------------------------------------------------------------------
+
+    def _incoming(self) -> inbound.Incoming:
+        settings = self.settings
+
+        async def writable() -> None:
+            await self.link.wait_up()
+
+        return inbound.Incoming(
+            chat=self.chat,
+            read_message=read_message,
+            bus=self.bus,
+            history=self.history,
+            cursors=KvBucket(self.link, self.bus, self.names.cursors),
+            contexts=self.contexts,
+            bindings=self.bindings,
+            leases=self.leases,
+            events=self.events,
+            sealer=self.sealer,
+            clock=self.clock,
+            metrics=self.metrics,
+            names=self.names,
+            rules=self.rules,
+            heard=self._heard,
+            writable=writable,
+            stale_retry_s=settings.stale_retry_s,
+            skew_ms=settings.duplicate_skew_ms,
+            notify=settings.notify,
+            grace_s=self.grace_s,
+        )
+
+    def _outgoing(self) -> Outgoing:
+        settings = self.settings
+
+        async def unset(_: float = 0.0) -> None:
+            raise AssertionError("each shard brings its own")
+
+        def unchecked() -> None:
+            raise AssertionError("each shard brings its own")
+
+        async def stale_on_send(binding: Binding, detail: str) -> None:
+            await inbound.lose_login(self.bindings, self.events, self.clock, binding, detail)
+
+        return Outgoing(
+            sender=Sender(
+                chat=self.chat,
+                contexts=self.contexts,
+                clock=self.clock,
+                metrics=self.metrics,
+                rules=self.rules,
+                slots=asyncio.Semaphore(settings.max_sends),
+                attempts=settings.send_attempts,
+                empty_is_success=settings.empty_send_is_success,
+                pause=unset,
+                pace=unset,
+                check=unchecked,
+            ),
+            bus=self.bus,
+            history=self.history,
+            bindings=self.bindings,
+            leases=self.leases,
+            receipts=self.receipts,
+            names=self.names,
+            limits=self.limits,
+            account=lambda binding: inbound.account_of(binding, self.sealer),
+            stale=self._stale,
+            stale_on_send=stale_on_send,
+            bound_yet=self._bound_yet,
+            gap_s=settings.send_gap_ms / 1000,
+            parked_per_user=settings.parked_per_user,
+            stale_retry_s=settings.stale_retry_s,
+            grace_s=self.grace_s,
+        )
+
+    def _heard(self, sandbox: str, bot: str, user: str) -> None:
+        self.supervisor.heard(sandbox, bot, user)
+
+    def _stale(self, bot: str) -> bool:
+        return self.supervisor.stale(bot)
+
+    def _fence(self, bot: str) -> None:
+        binding = self.bindings.get(bot)
+        if binding is None:
+            raise LeaseLost("not_bound", bot)
+        self.leases.check(shard_of(binding.sandbox))
+
+    async def _bound_yet(self) -> None:
+        """Raises Temporary when the control commands do not get done."""
+        verb = f"CONSUMER.INFO.{self.names.stream_ctl}.{topology.CONTROL}"
+        for _ in range(100):
+            info = await self.link.api(verb)
+            if not info["num_pending"] and not info["num_ack_pending"]:
+                await self.clock.sleep(0.05)  # the news of the last one are on their way
+                return
+            await self.clock.sleep(0.1)
+        raise Temporary("control_behind")
+
+    # supervisor.ShardWork ---------------------------------------------------------------------------
+
+    def sender(self, shard: int) -> Shard:
+        return Shard(shard, self.outgoing)
+
+    def consume(self, shard: int, sender: Shard) -> list[Coroutine[Any, Any, None]]:
+        stream = self.names.stream_out
+        work = [self._consume(stream, topology.out_consumer(shard), "out", sender.on_delivery)]
+        if shard == 0:  # the router and the control commands go with it: one owner each
+            work += [
+                self._consume(stream, topology.ROUTER, "router", self._route),
+                self._control(),
+            ]
+        return work
+
+    async def _consume(self, stream: str, name: str, label: str, on_delivery: Callable[[Delivery], None]) -> None:
+        def take(delivery: Delivery) -> None:
+            if delivery.suspect:
+                self.metrics.nats_redeliveries.labels(consumer=label).inc()
+            try:
+                on_delivery(delivery)
+            except Exception:  # a bug: the message stays, unsettled, and the others go on
+                log.exception("delivery.crashed", consumer=name, sequence=delivery.seq)
+
+        await Consumer(self.link, stream, name, room=ROOM).run(take, lambda: None)
+
+    def _route(self, delivery: Delivery) -> None:
+        self._group.create_task(self.router.route(delivery))
+
+    async def _control(self) -> None:
+        deliveries: asyncio.Queue[Delivery] = asyncio.Queue()
+        seen: set[int] = set()
+
+        def take(delivery: Delivery) -> None:
+            if delivery.seq not in seen:  # again after a connect, while it still is in the queue
+                seen.add(delivery.seq)
+                deliveries.put_nowait(delivery)
+
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._consume(self.names.stream_ctl, topology.CONTROL, "control", take))
+            group.create_task(self.control.run(deliveries))
+
+    # running ----------------------------------------------------------------------------------------
+
+    async def run(self, stop: asyncio.Event, on_ready: Callable[[], None] | None = None) -> None:
+        """Runs until `stop` is set, then drains. Raises SettingsError when it cannot start."""
+        with ProbeServer(self.settings.http_addr, self.health, self.metrics):
+            async with asyncio.TaskGroup() as group:
+                self._group = group
+                background = [
+                    group.create_task(self._heartbeat(), name="heartbeat"),
+                    group.create_task(self.link.run(), name="link"),
+                    group.create_task(self.lease_link.run(), name="lease_link"),
+                    group.create_task(self.bus.run(), name="publisher"),
+                ]
+                try:
+                    if await self._start(stop):
+                        leasing = group.create_task(self.leases.run(), name="leases")
+                        background += [group.create_task(self.bindings.run(), name="bindings"), leasing]
+                        following = group.create_task(self.supervisor.run(), name="supervisor")
+                        self.health.started = True
+                        log.info("adapter.started", instance=self.instance, version=__version__)
+                        if on_ready is not None:
+                            on_ready()
+                        await stop.wait()
+                        await self._drain(following, leasing)
+                finally:
+                    for task in background:
+                        task.cancel()
+                    await self.chat.close()
+        log.info("adapter.stopped", instance=self.instance)
+
+    async def _start(self, stop: asyncio.Event) -> bool:
+        """Connects and verifies the streams; False when told to stop meanwhile. Raises SettingsError."""
+        if not self.sealer.seals:
+            log.warning("tokens.unsealed", detail="Set WECHAT_NATS_TOKEN_KEY, so that bot tokens are sealed at rest.")
+        self.health.phase = "connecting to NATS"
+        stopping = asyncio.ensure_future(stop.wait())
+        try:
+            while not stop.is_set():
+                up = asyncio.ensure_future(self.link.wait_up())
+                await asyncio.wait([up, stopping], return_when=asyncio.FIRST_COMPLETED)
+                up.cancel()
+                if stop.is_set():
+                    break
+                self.health.phase = "verifying streams"
+                try:
+                    await topology.ensure(self.link, self.names, self.settings)
+                except Temporary as exc:
+                    log.warning("streams.unverified", reason=exc.reason, detail=exc.detail[:200])
+                    await self.clock.sleep(0.5)
+                else:
+                    return True
+            return False
+        finally:
+            stopping.cancel()
+
+    async def _drain(self, following: asyncio.Task[None], leasing: asyncio.Task[None]) -> None:
+        self.health.draining = True
+        log.info("adapter.draining", polls=len(self.supervisor.sessions))
+        following.cancel()
+        try:
+            async with asyncio.timeout(max(1.0, self.settings.drain_s - 1.0)):
+                await self.leases.drain()
+                await self.supervisor.drain(max(0.5, self.settings.drain_s - RELEASE_S))
+                leasing.cancel()  # a renewal after this would write the key that is given back
+                await asyncio.wait([leasing])
+                await self.leases.release_all()
+        except TimeoutError:
+            log.warning("drain.late", drain_s=self.settings.drain_s)
+
+    async def _heartbeat(self) -> None:
+        """Tells the probes that the loop lives, and counts what is counted rather than kept."""
+        loop = asyncio.get_running_loop()
+        ticks = 0
+        while True:
+            due = loop.time() + 0.5
+            await asyncio.sleep(0.5)
+            self.metrics.event_loop_lag.observe(max(0.0, loop.time() - due))
+            self.health.beat()
+            self.metrics.nats_connected.set(1 if self.link.up else 0)
+            if self.link.up:
+                self.health.nats_back()
+            else:
+                self.health.nats_lost()
+            ticks += 1
+            if ticks % 4 == 0:
+                self.metrics.tasks.set(len(asyncio.all_tasks()))
+                self.supervisor.observe()
+            if ticks % 20 == 4 and self.health.started:
+                await self._ask_consumers()
+
+    async def _ask_consumers(self) -> None:
+        names = self.names
+        try:
+            info = await self.link.api(f"STREAM.INFO.{names.stream_out}")
+            waiting = int(info["state"]["messages"])
+            for label, stream, consumer in (
+                ("router", names.stream_out, topology.ROUTER),
+                ("control", names.stream_ctl, topology.CONTROL),
+            ):
+                info = await self.link.api(f"CONSUMER.INFO.{stream}.{consumer}")
+                self.metrics.nats_consumer_pending.labels(consumer=label).set(info["num_pending"])
+                self.metrics.nats_consumer_ack_pending.labels(consumer=label).set(info["num_ack_pending"])
+        except Temporary:
+            self.health.jetstream_ok = False
+            return
+        self.health.jetstream_ok = True
+        in_hand = self.supervisor.in_hand
+        self.metrics.nats_consumer_pending.labels(consumer="out").set(max(0, waiting - in_hand))
+        self.metrics.nats_consumer_ack_pending.labels(consumer="out").set(in_hand)
+
+
+async def run(
+    settings: Settings, *, stop: asyncio.Event | None = None, on_ready: Callable[[], None] | None = None
+) -> None:
+    """Runs one replica until `stop` is set (or it is cancelled), then drains. Raises SettingsError."""
+    adapter = Adapter(settings)
+    try:
+        await adapter.run(stop or asyncio.Event(), on_ready)
+    except BaseExceptionGroup as group:
+        wrong = group.subgroup(SettingsError)
+        if wrong is not None:
+            raise _first(wrong) from None
+        raise
+
+
+def _first(group: BaseExceptionGroup[SettingsError]) -> SettingsError:
+    exc: BaseException = group
+    while isinstance(exc, BaseExceptionGroup):
+        exc = exc.exceptions[0]
+    assert isinstance(exc, SettingsError)
+    return exc

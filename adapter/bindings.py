@@ -1,0 +1,135 @@
+"""Which bot serves which sandbox: the bucket in memory, kept in step, and the changes made to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import msgspec
+import structlog
+
+from adapter.contract import text_of, token_of
+from adapter.errors import Conflict
+from adapter.ports import Bucket, Entry
+from adapter.records import Binding
+from adapter.timing import Latch
+
+log = structlog.get_logger()
+
+
+class Bindings:
+    """Every binding of the platform; each replica holds them all."""
+
+    def __init__(self, bucket: Bucket) -> None:
+        self.changed = Latch()
+        self.loaded = False
+        """False until the bucket was read once: before that, absence means nothing."""
+        self._bucket = bucket
+        self._by_bot: dict[str, tuple[Binding, int]] = {}
+        self._by_sandbox: dict[str, dict[str, Binding]] = {}
+        self._listeners: list[Callable[[str, Binding | None, Binding | None], None]] = []
+
+    def listen(self, on_change: Callable[[str, Binding | None, Binding | None], None]) -> None:
+        """`on_change(bot, before, after)` is called at once at every change."""
+        self._listeners.append(on_change)
+
+    async def run(self) -> None:
+        """Keeps in step with the bucket, until cancelled."""
+        await self._bucket.follow(self._see, on_loaded=self._on_loaded)
+
+    def get(self, bot: str) -> Binding | None:
+        found = self._by_bot.get(bot)
+        return found[0] if found else None
+
+    def of_sandbox(self, sandbox: str) -> list[Binding]:
+        """In the order of bot ids."""
+        return [binding for _, binding in sorted(self._by_sandbox.get(sandbox, {}).items())]
+
+    def __iter__(self) -> Iterator[Binding]:
+        return iter([binding for binding, _ in self._by_bot.values()])
+
+    def __len__(self) -> int:
+        return len(self._by_bot)
+
+    async def put(self, binding: Binding) -> None:
+        """Writes a binding, whatever was there."""
+        while True:
+            entry = await self._bucket.get(token_of(binding.bot))
+            if await self._write(binding, entry.revision if entry else 0):
+                return
+
+    async def change(self, bot: str, make: Callable[[Binding], Binding | None]) -> Binding | None:
+        """Changes a binding that exists; `make` sees the newest and may return None for "leave it". The new one."""
+        while True:
+            entry = await self._bucket.get(token_of(bot))
+            if entry is None or entry.value is None:
+                return None
+            before = msgspec.json.decode(entry.value, type=Binding)
+            self._see(entry)
+            after = make(before)
+            if after is None:
+                return None
+            if await self._write(after, entry.revision):
+                return after
+
+    async def remove(self, bot: str) -> None:
+        """Deletes a binding; one that is not there is no error."""
+        while True:
+            entry = await self._bucket.get(token_of(bot))
+            if entry is None or entry.value is None:
+                return
+            try:
+                revision = await self._bucket.delete(token_of(bot), entry.revision)
+            except Conflict:
+                continue
+            self._see(Entry(token_of(bot), None, revision))
+            return
+
+    async def refresh(self, bot: str) -> None:
+        """Reads one binding anew."""
+        entry = await self._bucket.get(token_of(bot))
+        if entry is not None:
+            self._see(entry)
+
+    async def _write(self, binding: Binding, revision: int) -> bool:
+        value = msgspec.json.encode(binding)
+        try:
+            written = await self._bucket.update(token_of(binding.bot), value, revision)
+        except Conflict:
+            entry = await self._bucket.get(token_of(binding.bot))
+            if entry is None or entry.value != value:
+                return False  # somebody else wrote: look again
+            written = entry.revision  # it was our own write whose answer got lost
+        self._see(Entry(token_of(binding.bot), value, written))
+        return True
+
+    def _on_loaded(self) -> None:
+        if not self.loaded:
+            self.loaded = True
+            log.info("bindings.loaded", bindings=len(self))
+        self.changed.notify()
+
+    def _see(self, entry: Entry) -> None:
+        bot = text_of(entry.key)
+        before, revision = self._by_bot.get(bot, (None, 0))
+        if entry.revision <= revision:
+            return
+        after = None
+        if entry.value is not None:
+            try:
+                after = msgspec.json.decode(entry.value, type=Binding)
+            except msgspec.MsgspecError as exc:
+                log.error("binding.unreadable", bot=bot, detail=str(exc)[:200])
+                return
+        if before is not None:
+            self._by_sandbox[before.sandbox].pop(bot, None)
+            if not self._by_sandbox[before.sandbox]:
+                del self._by_sandbox[before.sandbox]
+        if after is None:
+            self._by_bot.pop(bot, None)
+        else:
+            self._by_bot[bot] = (after, entry.revision)
+            self._by_sandbox.setdefault(after.sandbox, {})[bot] = after
+        if before != after:
+            for listener in self._listeners:
+                listener(bot, before, after)
+            self.changed.notify()

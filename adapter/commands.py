@@ -1,0 +1,104 @@
+"""What a message on `wechat.out` asks for, pure: read, checked, cut into parts."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Literal, NamedTuple
+
+import msgspec
+
+from adapter.contract import Outbound, check_sandbox
+from adapter.errors import Refused, Unreadable
+from adapter.split import split, to_plain
+
+
+class Limits(NamedTuple):
+    """The settings that bound a command."""
+
+    command_bytes: int
+    text_chars: int
+    parts: int
+    park_ms: int
+
+
+class Command(NamedTuple):
+    """A command that can be carried out. `parts`: the texts to send, one request each."""
+
+    id: str
+    client: str
+    """Base of the client_ids of its parts: the same whenever this command is sent again, another for any other."""
+    sandbox: str
+    bot: str
+    """"" where the sandbox's only bot is meant."""
+    user: str
+    """"" where the bot's user is meant."""
+    parts: list[str]
+    when_closed: Literal["park", "refuse"]
+    stored_ms: int
+    expires_ms: int
+    """Unsent by then, it is refused."""
+    patient: bool
+    """Its expiry is the service's, not its own."""
+
+
+def command_id(body_id: str | None, routed_id: str, msg_id: str, seq: int) -> str:
+    """The idempotency key: the body's, else the one that the router found, else Nats-Msg-Id, else the sequence."""
+    return body_id or routed_id or msg_id[:128] or str(seq)
+
+
+def peek(data: bytes, limits: Limits) -> Outbound:
+    """The message's fields. Raises Unreadable for what is too large, no JSON, or not of the schema."""
+    if len(data) > limits.command_bytes:
+        raise Unreadable("too_large", f"{len(data)} bytes; at most {limits.command_bytes} are read.")
+    try:
+        return msgspec.json.decode(data, type=Outbound)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
+        raise Unreadable("unreadable", _harmless(exc)) from exc
+
+
+def sandbox_of(body: Outbound) -> str:
+    """The sandbox that a command on plain `wechat.out` names. Raises Refused("invalid")."""
+    if not body.sandbox:
+        raise Refused("invalid", "A command on plain wechat.out names its sandbox.")
+    return check_sandbox(body.sandbox)
+
+
+def read_command(body: Outbound, *, sandbox: str, ident: str, stored_ms: int, limits: Limits) -> Command:
+    """The command, addressed to `sandbox` by its subject. Raises Refused("invalid"), Refused("too_long")."""
+    check_sandbox(sandbox)
+    if body.sandbox and body.sandbox != sandbox:
+        raise Refused("invalid", f"The body names sandbox {body.sandbox!r}, the subject {sandbox!r}.")
+    if (body.text is None) == (body.items is None):
+        raise Refused("invalid", "A command holds either text or items.")
+    texts = [body.text or ""] if body.items is None else [item.text for item in body.items]
+    parts: list[str] = []
+    for text in texts:
+        shown = to_plain(text) if body.format == "plain" else text
+        if not shown.strip():
+            raise Refused("invalid", "The text is empty.")
+        parts += split(shown, limits.text_chars)
+        if len(parts) > limits.parts:
+            raise Refused("too_long", f"The text needs more than {limits.parts} messages; send it as a file.")
+    expires_ms = stored_ms + (limits.park_ms if body.expires_in_s is None else int(body.expires_in_s * 1000))
+    return Command(
+        id=ident,
+        client=hashlib.blake2b(f"{sandbox}|{ident}|{stored_ms}".encode(), digest_size=12).hexdigest(),
+        sandbox=sandbox,
+        bot=body.bot or "",
+        user=body.user or "",
+        parts=parts,
+        when_closed=body.when_closed,
+        stored_ms=stored_ms,
+        expires_ms=min(expires_ms, stored_ms + limits.park_ms),
+        patient=body.expires_in_s is None,
+    )
+
+
+def client_id(command: Command, part: int) -> str:
+    """The client_id of one part: a repeat after a crash or a lost answer is the same message to WeChat (S11, Q6)."""
+    return f"wechat-nats:{command.client}-{part}"
+
+
+def _harmless(exc: Exception) -> str:
+    """The decoder's words without any of the text: msgspec names types and paths, never values."""
+    return str(exc)[:200]

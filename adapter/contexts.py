@@ -1,0 +1,94 @@
+"""The context record of each bot and user: one copy in memory per replica, every change by compare-and-set.
+
+Inbound (a new token, a new window) and outbound (a send counted) change the same record; a lock per peer puts
+them in a row, and a write of a replica that lost the peer is refused by the revision.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import msgspec
+
+from adapter.contract import peer_key
+from adapter.errors import Conflict
+from adapter.ports import Bucket
+from adapter.records import Context
+
+
+class Peer:
+    """One bot and one user. `context` may be ahead of the bucket until the next `save`."""
+
+    __slots__ = ("bot", "context", "in_flight", "lock", "revision", "sending", "user")
+
+    def __init__(self, bot: str, user: str) -> None:
+        self.bot = bot
+        self.user = user
+        self.context = Context()
+        self.revision = 0
+        self.in_flight = 0
+        """Requests to sendmessage that have no answer yet."""
+        self.lock = asyncio.Lock()
+        self.sending = asyncio.Lock()
+        """Held while a command is being sent: one at a time to one user (ilink-protocol 10.3)."""
+
+
+class Contexts:
+    """The peers that this replica works for."""
+
+    def __init__(self, bucket: Bucket, fence: Callable[[str], None]) -> None:
+        self._bucket = bucket
+        self._fence = fence
+        """Raises LeaseLost where this replica may not work for the bot."""
+        self._peers: dict[str, Peer] = {}
+        self._loading: dict[str, asyncio.Lock] = {}
+
+    async def peer(self, bot: str, user: str) -> Peer:
+        """The peer, read from the bucket the first time. Raises Temporary."""
+        key = peer_key(bot, user)
+        found = self._peers.get(key)
+        if found is not None:
+            return found
+        async with self._loading.setdefault(key, asyncio.Lock()):
+            if key not in self._peers:
+                peer = Peer(bot, user)
+                await self._load(peer)
+                self._peers[key] = peer
+        self._loading.pop(key, None)
+        return self._peers[key]
+
+    def forget(self, bot: str) -> None:
+        """Drops what is known of a bot's users: another replica may write now."""
+        for key in [key for key, peer in self._peers.items() if peer.bot == bot]:
+            del self._peers[key]
+
+    async def save(self, peer: Peer, make: Callable[[Context], Context]) -> Context:
+        """Changes the record and stores it, with whatever was changed only in memory.
+
+        Raises Temporary, LeaseLost.
+        """
+        async with peer.lock:
+            while True:
+                after = make(peer.context)
+                value = msgspec.json.encode(after)
+                key = peer_key(peer.bot, peer.user)
+                try:
+                    peer.revision = await self._bucket.update(key, value, peer.revision)
+                except Conflict:
+                    entry = await self._bucket.get(key)
+                    if entry is not None and entry.value == value:
+                        peer.revision = entry.revision  # our own write, whose answer got lost
+                    else:
+                        self._fence(peer.bot)
+                        await self._load(peer)  # an operator's hand, or the owner before us: its word counts
+                        continue
+                peer.context = after
+                return after
+
+    async def _load(self, peer: Peer) -> None:
+        entry = await self._bucket.get(peer_key(peer.bot, peer.user))
+        if entry is None:
+            return
+        peer.revision = entry.revision
+        peer.context = msgspec.json.decode(entry.value, type=Context) if entry.value else Context()

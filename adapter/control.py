@@ -1,0 +1,234 @@
+"""Commands about bindings: read, applied to the bucket, told as events, answered. Never calls the supervisor.
+
+One consumer on WECHAT_CTL, owned with shard 0, so commands take effect in the order in which they were stored.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable
+
+import msgspec
+import structlog
+from msgspec import structs
+
+from adapter import contract
+from adapter.bindings import Bindings
+from adapter.contract import Bind, BindingEvent, ControlAnswer, Names, Unbind, check_sandbox
+from adapter.errors import AdapterError, Refused, Temporary, Unreadable
+from adapter.events import Events
+from adapter.metrics import Metrics
+from adapter.ports import Chat, Delivery, Teller
+from adapter.records import Binding
+from adapter.seal import Sealer
+from adapter.timing import Clock, backoff
+
+log = structlog.get_logger()
+
+MAX_BYTES = 65_536
+MAX_FAILURES = 5
+INBOX_PREFIX = "_INBOX"
+
+
+class Control:
+    """Applies bind and unbind."""
+
+    def __init__(
+        self,
+        *,
+        bindings: Bindings,
+        events: Events,
+        chat: Chat,
+        sealer: Sealer,
+        teller: Teller,
+        names: Names,
+        clock: Clock,
+        metrics: Metrics,
+    ) -> None:
+        self._bindings = bindings
+        self._events = events
+        self._chat = chat
+        self._sealer = sealer
+        self._teller = teller
+        self._names = names
+        self._clock = clock
+        self._metrics = metrics
+
+    async def run(self, deliveries: asyncio.Queue[Delivery]) -> None:
+        """Takes commands one after another, until cancelled."""
+        while True:
+            delivery = await deliveries.get()
+            failures = 0
+            while not await self._done(delivery, failures):
+                failures += 1
+                await self._clock.sleep(backoff(failures, first_s=0.2, longest_s=5.0))
+
+    async def _done(self, delivery: Delivery, failures: int) -> bool:
+        """One unit of work: whether the command is settled. One that fails again and again is put aside."""
+        try:
+            if failures < MAX_FAILURES:
+                await self._take(delivery)
+            else:
+                await self._put_aside(delivery, Unreadable("unreadable", "The adapter fails on this command."))
+        except Temporary as exc:
+            log.warning("control.waits", reason=exc.reason)
+        except Exception:
+            log.exception("control.crashed", sequence=delivery.seq, failures=failures)
+        else:
+            return True
+        return False
+
+    async def _take(self, delivery: Delivery) -> None:
+        """One command: applied, answered, settled. Raises Temporary."""
+        request = delivery.headers.get(contract.H_MSG_ID, "")[:128]
+        try:
+            if len(delivery.data) > MAX_BYTES:
+                raise Unreadable("too_large", f"At most {MAX_BYTES} bytes are read.")
+            answer = await self._apply(delivery, request)
+        except Unreadable as exc:
+            self._metrics.schema_violations.labels(kind="ctl").inc()
+            await self._put_aside(delivery, exc)
+            return
+        await self._answer(delivery, answer)
+        await delivery.ack()
+
+    async def _put_aside(self, delivery: Delivery, exc: Unreadable) -> None:
+        request = delivery.headers.get(contract.H_MSG_ID, "")[:128]
+        await self._events.dead_letter(
+            "CTL",
+            b"" if delivery.subject == self._names.bind else delivery.data,  # a bind holds a secret
+            subject=delivery.subject,
+            headers=delivery.headers,
+            reason=exc.reason,
+            detail=exc.detail,
+            seq=delivery.seq,
+            msg_id=f"dead:ctl:{delivery.seq}:{delivery.time_ms}",
+        )
+        await self._answer(delivery, ControlAnswer(ok=False, id=request, error=exc.detail))
+        await delivery.ack()
+
+    async def _apply(self, delivery: Delivery, request: str) -> ControlAnswer:
+        """Raises Unreadable, Temporary."""
+        try:
+            if delivery.subject == self._names.bind:
+                bind = msgspec.json.decode(delivery.data, type=Bind)
+                return await self._or_refuse(self.bind(structs.replace(bind, id=bind.id or request or None)), bind)
+            unbind = msgspec.json.decode(delivery.data, type=Unbind)
+            return await self._or_refuse(
+                self.unbind(structs.replace(unbind, id=unbind.id or request or None)), unbind
+            )
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
+            raise Unreadable("unreadable", str(exc)[:200]) from exc
+
+    async def _or_refuse(self, work: Awaitable[ControlAnswer], command: Bind | Unbind) -> ControlAnswer:
+        try:
+            return await work
+        except Refused as exc:
+            event = BindingEvent(
+                sandbox=command.sandbox,
+                bot=command.bot or "",
+                change="refused",
+                reason=exc.reason,
+                detail=exc.detail,
+                request=command.id or "",
+            )
+            await self._events.binding(event)
+            log.warning("binding.refused", sandbox=command.sandbox, bot=command.bot, reason=exc.reason)
+            return ControlAnswer(ok=False, id=command.id or "", error=exc.detail)
+
+    async def bind(self, command: Bind) -> ControlAnswer:
+        """Binds a bot to a sandbox; another bot of the same user there is replaced. Raises Refused, Temporary."""
+        check_sandbox(command.sandbox)
+        if any(ord(c) < 33 or ord(c) > 126 for c in command.bot + command.bot_token + (command.user or "")):
+            raise Refused("invalid", "Bot, token and user are printable ASCII without spaces.")
+        if command.base_url:
+            self._chat.check_base_url(command.base_url)
+        if command.options.durable:
+            await self._teller.make_durable(command.sandbox)
+        before = await self._current(command.bot)
+        user = command.user or ""
+        if before is not None and before.sandbox == command.sandbox:
+            user = user or before.user
+        binding = Binding(
+            sandbox=command.sandbox,
+            bot=command.bot,
+            token=self._sealer.seal(command.bot, command.bot_token),
+            user=user,
+            base_url=(command.base_url or "").rstrip("/"),
+            options=command.options,
+            since_ms=self._clock.now_ms(),
+            request=command.id or "",
+            start_cursor=command.cursor,
+        )
+        replaced = [
+            other for other in self._bindings.of_sandbox(command.sandbox)
+            if user and other.user == user and other.bot != command.bot
+        ]  # fmt: skip
+        if before is None or not self._same(before, binding):
+            await self._bindings.put(binding)
+            await self._tell(binding, "bound", command.id)
+            if before is not None and before.sandbox != command.sandbox:
+                await self._tell(before, "unbound", command.id, reason="moved")
+        for other in replaced:
+            await self._bindings.remove(other.bot)
+            await self._tell(other, "replaced", command.id)
+        return ControlAnswer(
+            ok=True, id=command.id or "", bindings=[binding.info()], replaced=[other.bot for other in replaced]
+        )
+
+    async def unbind(self, command: Unbind) -> ControlAnswer:
+        """Unbinds a bot, or all bots of a sandbox; none bound is no error. Raises Refused, Temporary."""
+        check_sandbox(command.sandbox)
+        bound = self._bindings.of_sandbox(command.sandbox)
+        if command.bot:
+            await self._bindings.refresh(command.bot)
+            bound = [b for b in self._bindings.of_sandbox(command.sandbox) if b.bot == command.bot]
+        for binding in bound:
+            await self._bindings.remove(binding.bot)
+            await self._tell(binding, "unbound", command.id)
+        return ControlAnswer(ok=True, id=command.id or "", bindings=[binding.info() for binding in bound])
+
+    async def _current(self, bot: str) -> Binding | None:
+        await self._bindings.refresh(bot)
+        return self._bindings.get(bot)
+
+    def _same(self, before: Binding, after: Binding) -> bool:
+        """A bind that says nothing new; it does not disturb the poller. A dead token is always news."""
+        if before.state != "active":
+            return False
+        try:
+            tokens = self._sealer.open(before.bot, before.token), self._sealer.open(after.bot, after.token)
+        except Refused:
+            return False
+        unimportant = {"token": "", "since_ms": 0, "request": ""}
+        return tokens[0] == tokens[1] and structs.replace(before, **unimportant) == structs.replace(
+            after, **unimportant
+        )
+
+    async def _tell(self, binding: Binding, change: str, request: str | None, *, reason: str = "") -> None:
+        event = BindingEvent(
+            sandbox=binding.sandbox,
+            bot=binding.bot,
+            user=binding.user,
+            change=change,  # type: ignore[arg-type]
+            reason=reason,
+            request=request or "",
+        )
+        await self._events.binding(event)
+        log.info("binding.changed", change=change, sandbox=binding.sandbox, bot=binding.bot)
+
+    async def _answer(self, delivery: Delivery, answer: ControlAnswer) -> None:
+        """To the header Reply-To, which must be an inbox: the adapter writes nowhere else for a stranger."""
+        reply_to = delivery.headers.get(contract.H_REPLY_TO, "")
+        if not reply_to.startswith(INBOX_PREFIX) or any(c in reply_to for c in " *>\t\r\n"):
+            return
+        headers = {contract.H_SCHEMA: contract.SCHEMA_VERSION}
+        if not answer.ok:
+            headers |= {
+                contract.H_ERROR: answer.error.encode("ascii", "replace").decode(),
+                contract.H_ERROR_CODE: "400",
+            }
+        try:
+            await self._teller.tell(reply_to, msgspec.json.encode(answer), headers)
+        except AdapterError as exc:
+            log.info("control.unanswered", reason=exc.reason)

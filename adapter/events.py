@@ -1,0 +1,82 @@
+"""What the adapter tells the world: binding events, receipts, dead letters. Each is stored before it counts."""
+
+from __future__ import annotations
+
+import msgspec
+import structlog
+
+from adapter import contract
+from adapter.contract import Names
+from adapter.errors import BusRefused
+from adapter.metrics import Metrics
+from adapter.ports import Bus, Message
+from adapter.timing import Clock
+
+log = structlog.get_logger()
+
+MAX_HEADER = 512
+
+
+class Events:
+    """Publishes to WECHAT_EVENT and WECHAT_DEAD."""
+
+    def __init__(self, bus: Bus, names: Names, clock: Clock, metrics: Metrics) -> None:
+        self._bus = bus
+        self._names = names
+        self._clock = clock
+        self._metrics = metrics
+
+    async def binding(self, event: contract.BindingEvent) -> None:
+        """Something happened to a binding."""
+        event = msgspec.structs.replace(event, at_ms=self._clock.now_ms())
+        msg_id = f"binding:{event.bot}:{event.change}:{event.request or event.at_ms}"
+        await self._store(event.sandbox, "binding", msgspec.json.encode(event), msg_id)
+
+    async def receipt(self, receipt: contract.Receipt, *, msg_id: str) -> None:
+        """What became of a command. `msg_id` is the same for the same outcome of the same command."""
+        receipt = msgspec.structs.replace(receipt, at_ms=self._clock.now_ms())
+        await self._store(receipt.sandbox, "receipt", msgspec.json.encode(receipt), msg_id)
+        self._metrics.receipts.labels(outcome=receipt.outcome).inc()
+
+    async def _store(self, sandbox: str, kind: str, payload: bytes, msg_id: str) -> None:
+        headers = {contract.H_MSG_ID: msg_id, contract.H_SCHEMA: contract.SCHEMA_VERSION}
+        try:
+            await self._bus.publish(Message("event", self._names.event(sandbox, kind), payload, headers))
+        except BusRefused as exc:
+            log.error("event.refused", sandbox=sandbox, kind=kind, detail=exc.detail[:200])
+
+    async def dead_letter(
+        self,
+        stream: str,
+        data: bytes,
+        *,
+        subject: str,
+        headers: dict[str, str],
+        reason: str,
+        detail: str,
+        seq: int,
+        msg_id: str,
+        sandbox: str = "",
+    ) -> None:
+        """Keeps the original bytes and headers for a person. `stream`: OUT, IN or CTL."""
+        kept = {
+            k: v[:MAX_HEADER] for k, v in headers.items() if not k.startswith("Nats-") and k != contract.H_REPLY_TO
+        }
+        kept |= {
+            contract.H_MSG_ID: msg_id,
+            contract.H_SUBJECT: subject,
+            contract.H_REASON: reason,
+            contract.H_DETAIL: detail[:MAX_HEADER].encode("ascii", "replace").decode().replace("\n", " "),
+            contract.H_SEQUENCE: str(seq),
+            contract.H_TIME_MS: str(self._clock.now_ms()),
+        }
+        if sandbox:
+            kept[contract.H_SANDBOX] = sandbox
+        self._metrics.dead_letters.labels(stream=stream.lower()).inc()
+        log.warning("message.dead_lettered", stream=stream, sandbox=sandbox, reason=reason, sequence=seq)
+        subject_to = self._names.dead(f"{self._names.prefix.upper()}_{stream}")
+        try:
+            await self._bus.publish(Message("dead", subject_to, data, kept))
+        except BusRefused:
+            # Larger than a message may be: its head, so that a person sees at least what it was.
+            await self._bus.publish(Message("dead", subject_to, data[:65536], kept))

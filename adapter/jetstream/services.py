@@ -1,0 +1,99 @@
+"""The NATS micro service `wechat-nats`, made anew with each connection, and what else is told without storage."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+
+import structlog
+from nats import micro
+from nats.aio.client import Client
+from nats.micro.request import Request
+from nats.micro.service import EndpointConfig
+
+from adapter.contract import H_SCHEMA, SCHEMA_VERSION, Names
+from adapter.errors import AdapterError, BusRefused, Refused, Temporary
+from adapter.jetstream.link import Link
+
+log = structlog.get_logger()
+
+SERVICE = "wechat-nats"
+Handler = Callable[[bytes], Awaitable[bytes]]
+
+
+class Services:
+    """Answers `wechat.svc.<verb>` as one of a queue group. Handlers raise Refused (400, 404) or Temporary (503)."""
+
+    def __init__(
+        self, link: Link, names: Names, handlers: dict[str, Handler], *, version: str, instance: str
+    ) -> None:
+        self._names = names
+        self._handlers = handlers
+        self._version = version
+        self._instance = instance
+        link.on_up(self._start)
+
+    async def _start(self, nc: Client) -> None:
+        service = await micro.add_service(
+            nc,
+            name=SERVICE,
+            version=self._version,
+            description="The bridge between WeChat and NATS",
+            metadata={"instance": self._instance, "prefix": self._names.prefix},
+        )
+        for verb, handler in self._handlers.items():
+            config = EndpointConfig(
+                name=verb.replace(".", "-"), subject=self._names.svc(verb), handler=self._answering(handler)
+            )
+            await service.add_endpoint(config)
+
+    def _answering(self, handler: Handler) -> Callable[[Request], Awaitable[None]]:
+        async def answer(request: Request) -> None:
+            try:
+                await request.respond(await handler(request.data), headers={H_SCHEMA: SCHEMA_VERSION})
+            except Temporary as exc:
+                await request.respond_error("503", _plain(exc.detail or exc.reason))
+            except Refused as exc:
+                await request.respond_error("404" if exc.reason == "not_bound" else "400", _plain(exc.detail))
+            except AdapterError as exc:
+                await request.respond_error("500", _plain(exc.detail or exc.reason))
+            except Exception:  # nats-py would send the exception's repr to the caller
+                log.exception("service.crashed")
+                await request.respond_error("500", "The adapter failed; its log says why.")
+
+        return answer
+
+
+class BusTeller:
+    """Implements ports.Teller."""
+
+    def __init__(self, link: Link, names: Names) -> None:
+        self._link = link
+        self._names = names
+
+    async def tell(self, subject: str, payload: bytes, headers: dict[str, str]) -> None:
+        await self._link.publish(subject, payload, headers=headers)
+
+    async def make_durable(self, sandbox: str) -> None:
+        stream = self._names.stream_in
+        body = {
+            "stream_name": stream,
+            "action": "create",
+            "config": {
+                "name": sandbox,
+                "durable_name": sandbox,
+                "filter_subject": self._names.inbox(sandbox),
+                "ack_policy": "explicit",
+                "deliver_policy": "all",
+                "replay_policy": "instant",
+                "num_replicas": 1,
+            },
+        }
+        try:
+            await self._link.api(f"CONSUMER.CREATE.{stream}.{sandbox}.{self._names.inbox(sandbox)}", body)
+        except BusRefused as exc:
+            if exc.code != 10148:  # it exists, perhaps as its reader has changed it: theirs
+                raise Refused("invalid", f"The durable consumer cannot be made: {exc.detail}") from exc
+
+
+def _plain(text: str) -> str:
+    return text.encode("ascii", "replace").decode().replace("\n", " ")[:500]

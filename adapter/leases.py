@@ -1,0 +1,261 @@
+"""Which shards this replica owns: exactly one owner each, always (design 4; the nine traps of nats.md 4.3).
+
+One renewed key per incarnation of a replica, one claim per shard that is written only when the owner changes.
+No wall clocks are compared: an observer calls a member dead when its key kept one revision for `lease_s` seconds
+on the observer's own monotonic clock while reads worked all along; it then revokes that key by compare-and-set,
+and only then takes the shards. The holder stops on a timer of its own well before that, counted from the time at
+which it *sent* its last good renewal.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import secrets
+from collections.abc import Callable
+
+import msgspec
+import structlog
+
+from adapter.contract import SHARDS
+from adapter.errors import Conflict, LeaseLost, Temporary
+from adapter.metrics import Metrics
+from adapter.ports import Register
+from adapter.records import Claim, Member
+from adapter.timing import Clock, Latch
+
+log = structlog.get_logger()
+
+HOLD = 0.8
+"""The holder stops after this part of the lease; the rest is for clocks that run apart and answers on their way."""
+
+
+def rank(member: str, shard: int) -> bytes:
+    """Rendezvous hashing: the live member with the highest rank should own the shard."""
+    return hashlib.blake2b(f"{member}|{shard}".encode(), digest_size=8).digest()
+
+
+class Leases:
+    """The shards in `owned` are this replica's while `valid` is true."""
+
+    def __init__(
+        self, members: Register, claims: Register, clock: Clock, metrics: Metrics, *, instance: str, lease_s: float
+    ) -> None:
+        self.owned: set[int] = set()
+        self.changed = Latch()
+        """Notified when shards come or go, and when the lease pauses or resumes."""
+        self.incarnation = ""
+        self.draining = False
+        self.on_tick: Callable[[], None] = lambda: None
+        self._members = members
+        self._claims = claims
+        self._clock = clock
+        self._metrics = metrics
+        self._instance = instance
+        self._lease_s = lease_s
+        self._revision = 0
+        self._deadline = 0.0
+        self._paused = True
+        self._claim_revisions: dict[int, int] = {}
+        self._seen: dict[str, tuple[int, float]] = {}
+        self._live: dict[str, Member] = {}
+        self._last_read = 0.0
+        self._dead: set[str] = set()
+        self._releasing: set[int] = set()
+
+    @property
+    def valid(self) -> bool:
+        """Whether what is owned may be used right now."""
+        return self._clock.monotonic() < self._deadline
+
+    def check(self, shard: int) -> None:
+        """Raises LeaseLost unless this replica may poll and send for `shard` at this moment."""
+        if shard not in self.owned or not self.valid:
+            raise LeaseLost("lease_lost", f"shard {shard}")
+
+    async def run(self) -> None:
+        """Joins, renews, claims, until cancelled. Joins anew, as another incarnation, when it was revoked."""
+        while True:
+            await self._join()
+            try:
+                async with asyncio.TaskGroup() as group:
+                    group.create_task(self._renew_forever(), name="leases.renew")
+                    group.create_task(self._watch_forever(), name="leases.watch")
+                    group.create_task(self._claim_forever(), name="leases.claim")
+            except* LeaseLost:
+                log.error("lease.revoked", incarnation=self.incarnation, shards=len(self.owned))
+                self._metrics.lease_changes.labels(reason="lost").inc(len(self.owned))
+                self._forget_all()
+
+    async def _join(self) -> None:
+        self.incarnation = f"{self._instance}-{secrets.token_hex(4)}"
+        self._revision = 0
+        while True:
+            try:
+                await self._renew()
+                break
+            except (Temporary, Conflict):
+                await self._clock.sleep(0.2)
+        log.info("lease.joined", incarnation=self.incarnation)
+
+    # my own key -----------------------------------------------------------------------------------
+
+    async def _renew_forever(self) -> None:
+        while True:
+            try:
+                await self._renew()
+            except Temporary as exc:
+                log.warning("lease.unrenewed", reason=exc.reason)
+            await self._clock.sleep(self._lease_s / 4 if self.valid else 0.1)
+
+    async def _renew(self) -> None:
+        """Raises Temporary, LeaseLost when another replica revoked this incarnation."""
+        sent = self._clock.monotonic()
+        value = msgspec.json.encode(Member(instance=self._instance, draining=self.draining))
+        try:
+            self._revision = await self._members.write(self.incarnation, value, self._revision)
+        except (Temporary, Conflict):
+            # A lost answer is ambiguous: the write may have landed. The key is ours alone, so its revision is
+            # ours if it is still there; a tombstone means that we were revoked.
+            entry = await self._members.get(self.incarnation)
+            if self._revision and (entry is None or entry.value is None):
+                raise LeaseLost("lease_revoked") from None
+            self._revision = entry.revision if entry else 0
+            raise
+        self._deadline = sent + self._lease_s * HOLD
+        if self._paused and self.valid:
+            self._paused = False
+            log.info("lease.valid", incarnation=self.incarnation, shards=len(self.owned))
+            self.changed.notify()
+
+    async def _watch_forever(self) -> None:
+        """Tells everybody at the moment when the lease runs out, on its own timer: a renewal may hang."""
+        while True:
+            left_s = self._deadline - self._clock.monotonic()
+            if left_s > 0:
+                await self._clock.sleep(left_s)
+                continue
+            if not self._paused:
+                self._paused = True
+                log.warning("lease.paused", incarnation=self.incarnation, shards=len(self.owned))
+                self.changed.notify()
+            await self._clock.sleep(0.05)
+
+    # the others -----------------------------------------------------------------------------------
+
+    async def _claim_forever(self) -> None:
+        while True:
+            try:
+                await self._observe()
+                if self.valid and not self.draining and len(self.owned) < SHARDS:
+                    await self._claim_free()
+            except Temporary as exc:
+                log.debug("lease.unread", reason=exc.reason)
+            self.on_tick()
+            await self._clock.sleep(self._lease_s / 8)
+
+    async def _observe(self) -> None:
+        """Reads who lives. Blind for a while, it starts every observation again."""
+        entries = await self._members.entries()
+        now = self._clock.monotonic()
+        if now - self._last_read > self._lease_s / 4 + 1.0:
+            self._seen.clear()
+        self._last_read = now
+        live = {}
+        for entry in entries:
+            if entry.value is None:
+                continue
+            if self._seen.get(entry.key, (0, 0.0))[0] != entry.revision:
+                self._seen[entry.key] = (entry.revision, now)
+            if now - self._seen[entry.key][1] < self._lease_s:
+                live[entry.key] = msgspec.json.decode(entry.value, type=Member)
+        self._live = live
+
+    async def is_dead(self, incarnation: str) -> bool:
+        """Whether it is proven that `incarnation` does nothing any more. Revokes it if its lease ran out."""
+        if incarnation in self._dead:
+            return True
+        if incarnation == self.incarnation:
+            return False
+        try:
+            entry = await self._members.get(incarnation)
+            if entry is not None and entry.value is not None:
+                revision, since = self._seen.get(incarnation, (0, 0.0))
+                if revision != entry.revision or self._clock.monotonic() - since < self._lease_s:
+                    return False
+                await self._members.write(incarnation, None, entry.revision)
+                log.warning("lease.expired", incarnation=incarnation)
+        except (Temporary, Conflict):
+            return False  # it renewed meanwhile, another one revoked it, or we do not know: look again later
+        self._dead.add(incarnation)
+        return True
+
+    async def _claim_free(self) -> None:
+        claims = {entry.key: entry for entry in await self._claims.entries()}
+        eligible = [name for name, member in self._live.items() if not member.draining]
+        wanted = []
+        for shard in range(SHARDS):
+            if shard in self.owned:
+                continue
+            if max(eligible, key=lambda name, s=shard: rank(name, s), default="") != self.incarnation:  # type: ignore[misc]
+                continue
+            entry = claims.get(str(shard))
+            owner = msgspec.json.decode(entry.value, type=Claim).owner if entry and entry.value else ""
+            if not owner or owner == self.incarnation or await self.is_dead(owner):
+                wanted.append((shard, owner, entry.revision if entry else 0))
+        results = await asyncio.gather(*(self._claim(*item) for item in wanted))
+        if any(results):
+            log.info("shards.claimed", claimed=sum(results), owned=len(self.owned))
+            self._metrics.shards_owned.set(len(self.owned))
+            self.changed.notify()
+
+    async def _claim(self, shard: int, owner: str, revision: int) -> bool:
+        mine = msgspec.json.encode(Claim(owner=self.incarnation))
+        if owner == self.incarnation:
+            self._claim_revisions[shard] = revision  # a claim of ours whose answer was lost
+        else:
+            try:
+                self._claim_revisions[shard] = await self._claims.write(str(shard), mine, revision)
+            except (Temporary, Conflict):
+                return False  # somebody was faster, or the answer got lost: the next round sees which
+        self.owned.add(shard)
+        self._metrics.lease_changes.labels(
+            reason="taken" if owner and owner != self.incarnation else "acquired"
+        ).inc()
+        return True
+
+    # leaving --------------------------------------------------------------------------------------
+
+    async def drain(self) -> None:
+        """Tells the others that this replica claims nothing any more."""
+        self.draining = True
+        try:
+            await self._renew()
+        except (Temporary, Conflict, LeaseLost) as exc:
+            log.warning("lease.unrenewed", reason=exc.reason)
+
+    async def release_all(self) -> None:
+        """Gives every shard and the membership back, after nothing is polled or sent any more."""
+        free = msgspec.json.encode(Claim())
+
+        async def release(shard: int) -> None:
+            try:
+                await self._claims.write(str(shard), free, self._claim_revisions[shard])
+                self._metrics.lease_changes.labels(reason="released").inc()
+            except (Temporary, Conflict) as exc:
+                log.warning("shard.unreleased", shard=shard, reason=exc.reason)
+
+        await asyncio.gather(*(release(shard) for shard in sorted(self.owned)))
+        self._forget_all()
+        try:
+            await self._members.write(self.incarnation, None, self._revision)
+        except (Temporary, Conflict) as exc:
+            log.warning("lease.unreleased", reason=exc.reason)
+
+    def _forget_all(self) -> None:
+        self.owned.clear()
+        self._claim_revisions.clear()
+        self._deadline = 0.0
+        self._paused = True
+        self._metrics.shards_owned.set(0)
+        self.changed.notify()

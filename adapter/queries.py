@@ -1,0 +1,111 @@
+"""What can be asked over `wechat.svc.*`. Reads, never changes; never answers with a token."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import msgspec
+
+from adapter import window
+from adapter.bindings import Bindings
+from adapter.contract import (
+    BindingsPage,
+    BindingsQuery,
+    Names,
+    Replayed,
+    ReplayPage,
+    ReplayQuery,
+    WindowQuery,
+    peer_key,
+)
+from adapter.errors import Refused
+from adapter.metrics import Metrics
+from adapter.ports import Bucket, History
+from adapter.records import Binding, Context
+
+Q = TypeVar("Q", bound=msgspec.Struct)
+REPLAY_BYTES = 512 * 1024
+"""A page of a replay stays well below a message's usual limit of 1 MiB."""
+
+
+class Queries:
+    """The handlers of the service, by verb."""
+
+    def __init__(
+        self,
+        bindings: Bindings,
+        contexts: Bucket,
+        history: History,
+        names: Names,
+        rules: window.Rules,
+        metrics: Metrics,
+    ) -> None:
+        self._bindings = bindings
+        self._contexts = contexts
+        self._history = history
+        self._names = names
+        self._rules = rules
+        self._metrics = metrics
+
+    async def bindings_list(self, data: bytes) -> bytes:
+        """bindings.list"""
+        query = self._read(data, BindingsQuery)
+        found = sorted(
+            (b for b in self._bindings if query.sandbox in (None, b.sandbox) and query.bot in (None, b.bot)),
+            key=lambda binding: binding.bot,
+        )
+        page = [binding for binding in found if binding.bot > query.after][: query.limit]
+        more = bool(page) and page[-1].bot != found[-1].bot
+        return msgspec.json.encode(
+            BindingsPage(bindings=[binding.info() for binding in page], next=page[-1].bot if more else "")
+        )
+
+    async def bindings_get(self, data: bytes) -> bytes:
+        """bindings.get: by bot, or all of a sandbox. Raises Refused("not_bound")."""
+        query = self._read(data, BindingsQuery)
+        if query.bot is None and query.sandbox is None:
+            raise Refused("invalid", "Name a `bot` or a `sandbox`.")
+        found = [b for b in self._of(query.sandbox, query.bot) if query.sandbox in (None, b.sandbox)]
+        return msgspec.json.encode(BindingsPage(bindings=[binding.info() for binding in found]))
+
+    async def window(self, data: bytes) -> bytes:
+        """window: what may be sent to a user now. Raises Refused, Temporary."""
+        query = self._read(data, WindowQuery)
+        found = [b for b in self._of(query.sandbox, query.bot) if query.user in (None, b.user) or query.bot]
+        if len(found) != 1:
+            raise Refused("invalid" if found else "not_bound", "Name the `bot` or `user`: the sandbox has several.")
+        user = query.user or found[0].user
+        entry = await self._contexts.get(peer_key(found[0].bot, user))
+        context = msgspec.json.decode(entry.value, type=Context) if entry and entry.value else Context()
+        return msgspec.json.encode(window.shown(context, self._rules))
+
+    async def replay(self, data: bytes) -> bytes:
+        """replay: a sandbox's inbound messages again, from a sequence or a time. Raises Refused, Temporary."""
+        query = self._read(data, ReplayQuery)
+        messages: list[Replayed] = []
+        size, more = 0, False
+        inbox = self._names.inbox(query.sandbox)
+        async for stored in self._history.read(
+            self._names.stream_in, inbox, after=query.after, since_ms=query.since_ms
+        ):
+            size += len(stored.data)
+            if len(messages) == query.limit or (messages and size > REPLAY_BYTES):
+                more = True
+                break
+            messages.append(Replayed(seq=stored.seq, message=msgspec.Raw(stored.data)))
+        return msgspec.json.encode(ReplayPage(messages=messages, next=messages[-1].seq if more else 0))
+
+    def _of(self, sandbox: str | None, bot: str | None) -> list[Binding]:
+        """Raises Refused("not_bound")."""
+        one = self._bindings.get(bot) if bot is not None else None
+        found = self._bindings.of_sandbox(sandbox or "") if bot is None else [one] if one else []
+        if not found:
+            raise Refused("not_bound", "Nothing is bound under that name.")
+        return found
+
+    def _read(self, data: bytes, kind: type[Q]) -> Q:
+        try:
+            return msgspec.json.decode(data or b"{}", type=kind)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
+            self._metrics.schema_violations.labels(kind="svc").inc()
+            raise Refused("invalid", str(exc)[:200]) from exc

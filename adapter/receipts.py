@@ -1,0 +1,113 @@
+"""Receipts: each command's fate, published once, and looked up where a crash may have come after it."""
+
+from __future__ import annotations
+
+import msgspec
+
+from adapter import contract
+from adapter.commands import Command
+from adapter.contract import Names, Receipt
+from adapter.events import Events
+from adapter.metrics import Metrics
+from adapter.ports import History
+from adapter.sending import Ending, Wait
+from adapter.timing import Clock
+
+
+class Receipts:
+    """Publishes receipts through Events and reads them back from WECHAT_EVENT."""
+
+    def __init__(self, events: Events, history: History, names: Names, clock: Clock, metrics: Metrics) -> None:
+        self._events = events
+        self._history = history
+        self._names = names
+        self._clock = clock
+        self._metrics = metrics
+
+    async def has_final(self, command: Command) -> bool:
+        """Whether this very command has its final receipt. Raises Temporary."""
+        subject = self._names.event(command.sandbox, "receipt")
+        since_ms = command.stored_ms - 1000
+        async for stored in self._history.read(self._names.stream_event, subject, since_ms=since_ms):
+            receipt = msgspec.json.decode(stored.data, type=Receipt)
+            if (
+                receipt.command == command.id
+                and receipt.received_at_ms == command.stored_ms
+                and receipt.outcome in contract.FINAL_OUTCOMES
+            ):
+                return True
+        return False
+
+    async def parked(self, command: Command, wait: Wait, bot: str, user: str, shown: contract.Window) -> None:
+        """Not final: the command waits."""
+        receipt = Receipt(
+            command=command.id,
+            sandbox=command.sandbox,
+            outcome="parked",
+            reason=wait.reason,
+            detail=wait.detail or _ADVICE.get(wait.reason, ""),
+            bot=bot,
+            user=user,
+            ret=wait.ret,
+            errcode=wait.errcode,
+            errmsg=wait.errmsg,
+            window=shown,
+            attempts=wait.attempts,
+            received_at_ms=command.stored_ms,
+        )
+        await self._events.receipt(receipt, msg_id=f"parked:{command.client}")
+
+    async def final(
+        self,
+        command: Command,
+        ending: Ending,
+        *,
+        bot: str,
+        user: str,
+        shown: contract.Window,
+        original: tuple[bytes, dict[str, str], str],
+    ) -> None:
+        """The last word on a command. A dead letter is stored before its receipt."""
+        if ending.outcome == "dead_lettered":
+            data, headers, subject = original
+            await self._events.dead_letter(
+                "OUT",
+                data,
+                subject=subject,
+                headers=headers | {contract.H_COMMAND: command.id},
+                reason=ending.reason,
+                detail=ending.detail,
+                seq=0,
+                msg_id=f"dead:{command.client}",
+                sandbox=command.sandbox,
+            )
+        receipt = Receipt(
+            command=command.id,
+            sandbox=command.sandbox,
+            outcome=ending.outcome,
+            reason=ending.reason,
+            detail=ending.detail or _ADVICE.get(ending.reason, ""),
+            bot=bot,
+            user=user,
+            message_ids=list(ending.message_ids),
+            ret=ending.ret,
+            errcode=ending.errcode,
+            errmsg=ending.errmsg,
+            window=shown,
+            attempts=ending.attempts,
+            received_at_ms=command.stored_ms,
+        )
+        await self._events.receipt(receipt, msg_id=f"final:{command.client}")
+        self._metrics.outbound_messages.labels(outcome=ending.outcome, reason=ending.reason or "none").inc()
+        took_s = max(0, self._clock.now_ms() - command.stored_ms) / 1000
+        failed = ending.outcome in ("dead_lettered", "uncertain")
+        self._metrics.outbound_duration.labels(outcome="failed" if failed else "settled").observe(took_s)
+
+
+_ADVICE = {
+    "window_closed": "The user must write first; WeChat lets a bot speak only for a day after that.",
+    "quota": "The sends that follow an inbound message are used up; the user must write again.",
+    "throttled": "iLink refuses more messages to this user until they write.",
+    "needs_login": "The bot's token is dead; have the user scan a new QR code and bind the new bot.",
+    "backlog": "Earlier commands for this user wait; it keeps its place behind them.",
+}

@@ -1,0 +1,84 @@
+"""Moves what services publish on plain `wechat.out` to `wechat.out.<sandbox>`, in order. Owned with shard 0."""
+
+from __future__ import annotations
+
+import structlog
+
+from adapter import contract
+from adapter.commands import Command, Limits, command_id, peek, sandbox_of
+from adapter.contract import UNROUTED, Names
+from adapter.errors import BusRefused, Refused, Temporary, Unreadable
+from adapter.metrics import Metrics
+from adapter.ports import Bus, Delivery, Message
+from adapter.receipts import Receipts
+from adapter.sending import Ending
+from adapter.timing import Clock
+
+log = structlog.get_logger()
+
+
+class Router:
+    """Handles one delivery; the bus keeps the order of what is published in order."""
+
+    def __init__(
+        self, bus: Bus, receipts: Receipts, names: Names, limits: Limits, clock: Clock, metrics: Metrics
+    ) -> None:
+        self._bus = bus
+        self._receipts = receipts
+        self._names = names
+        self._limits = limits
+        self._clock = clock
+        self._metrics = metrics
+
+    async def route(self, delivery: Delivery) -> None:
+        """Copies a command to its sandbox's subject, or ends it with a receipt; then settles it.
+
+        The copy's Nats-Msg-Id is derived: ids are stream-wide, and a copy after a crash must not become a second
+        command.
+        """
+        ident = ""
+        try:
+            body = peek(delivery.data, self._limits)
+            ident = command_id(body.id, "", delivery.headers.get(contract.H_MSG_ID, ""), delivery.seq)
+            sandbox = sandbox_of(body)
+        except (Unreadable, Refused) as exc:
+            self._metrics.schema_violations.labels(kind="out").inc()
+            ident = ident or command_id(None, "", delivery.headers.get(contract.H_MSG_ID, ""), delivery.seq)
+            dead = isinstance(exc, Unreadable)
+            await self._end(
+                delivery, UNROUTED, ident, Ending("dead_lettered" if dead else "refused", exc.reason, exc.detail)
+            )
+            return
+        headers = {k: v for k, v in delivery.headers.items() if not k.startswith("Nats-")} | {
+            contract.H_MSG_ID: f"routed:{delivery.seq}:{delivery.time_ms}:{ident}",
+            contract.H_COMMAND: ident,
+        }
+        try:
+            await self._bus.publish(Message("out", self._names.out(sandbox), delivery.data, headers))
+        except BusRefused as exc:
+            detail = f"The sandbox's queue does not take it: {exc.detail}"
+            await self._end(delivery, sandbox, ident, Ending("refused", "backlog", detail))
+            return
+        await delivery.ack()
+
+    async def _end(self, delivery: Delivery, sandbox: str, ident: str, ending: Ending) -> None:
+        client = f"routed-{delivery.seq}-{delivery.time_ms}"
+        command = Command(ident, client, sandbox, "", "", [], "refuse", delivery.time_ms, 0, patient=True)
+        while delivery.suspect:
+            try:
+                if await self._receipts.has_final(command):
+                    await delivery.ack()
+                    return
+                break
+            except Temporary as exc:
+                log.warning("router.waits", reason=exc.reason)
+                await self._clock.sleep(0.5)
+        await self._receipts.final(
+            command,
+            ending,
+            bot="",
+            user="",
+            shown=contract.Window(),
+            original=(delivery.data, delivery.headers, self._names.out_plain),
+        )
+        await delivery.ack()

@@ -1,0 +1,207 @@
+"""One command to one user: its parts in order, each request counted before it leaves, until an ending or a wait.
+
+A request is written into the user's context record before it leaves, with the command and part in hand; so after a
+crash the next owner knows what may have been sent, and sends it again under the same client_id.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import NamedTuple
+
+import msgspec
+import structlog
+
+from adapter import window
+from adapter.commands import Command, client_id
+from adapter.contexts import Contexts, Peer
+from adapter.contract import Outcome
+from adapter.errors import Refused, SessionExpired, Temporary, Throttled, Uncertain
+from adapter.metrics import Metrics
+from adapter.ports import Accepted, Account, Chat
+from adapter.records import Context, Hand
+from adapter.timing import Clock, backoff
+
+log = structlog.get_logger()
+
+MAX_RESENDS = 1
+"""A request without an answer is repeated so often, with the same client_id (ilink-protocol 14, Q6)."""
+
+
+class Ending(NamedTuple):
+    """The final outcome of a command."""
+
+    outcome: Outcome
+    reason: str = ""
+    detail: str = ""
+    message_ids: tuple[str, ...] = ()
+    attempts: int = 0
+    ret: int | None = None
+    errcode: int | None = None
+    errmsg: str = ""
+
+
+class Wait(NamedTuple):
+    """The command must wait for the user or for a login."""
+
+    reason: str
+    detail: str = ""
+    attempts: int = 0
+    ret: int | None = None
+    errcode: int | None = None
+    errmsg: str = ""
+
+
+class Repeat(NamedTuple):
+    """A command with this id was sent before, by another message: nothing is sent and nothing said."""
+
+
+class Sender(NamedTuple):
+    """What a send needs."""
+
+    chat: Chat
+    contexts: Contexts
+    clock: Clock
+    metrics: Metrics
+    rules: window.Rules
+    slots: asyncio.Semaphore
+    attempts: int
+    empty_is_success: bool
+    pause: Callable[[float], Awaitable[None]]
+    """Waits; raises Draining when the service stops meanwhile."""
+    pace: Callable[[], Awaitable[None]]
+    """Waits until the user may be sent something again; raises Draining."""
+    check: Callable[[], None]
+    """Raises LeaseLost when this replica may not send any more."""
+
+
+async def send(command: Command, peer: Peer, account: Account, sender: Sender) -> Ending | Wait | Repeat:
+    """Sends what is left of `command`.
+
+    Raises LeaseLost, Draining, Temporary (the bus is away): the command stays in hand.
+    """
+    hand = peer.context.hand
+    if hand is None or hand.client != command.client:
+        if command.id in peer.context.done or (hand is not None and hand.command == command.id):
+            return Repeat()
+        hand = Hand(command=command.id, client=command.client)
+    while hand.part < len(command.parts):
+        if hand.tried > MAX_RESENDS:
+            return _ending(
+                "uncertain", hand, "iLink did not answer, also not after a repeat with the same client_id."
+            )
+        first = hand.part == 0 and not hand.tried
+        needed = 0 if hand.tried else len(command.parts) if first else 1
+        if closed := window.verdict(peer.context, sender.clock.now_ms(), sender.rules, needed=needed):
+            return Wait(closed, attempts=hand.attempts)
+        step = await _request(command, hand, peer, account, sender)
+        if not isinstance(step, Hand):
+            return step
+        hand = step
+    return _ending("accepted_unconfirmed" if hand.unconfirmed else "accepted", hand)
+
+
+async def _request(
+    command: Command, hand: Hand, peer: Peer, account: Account, sender: Sender
+) -> Hand | Ending | Wait:
+    """One request; where the command then stands."""
+    before = hand
+    hand = msgspec.structs.replace(hand, attempts=hand.attempts + 1, tried=hand.tried + 1)
+    await sender.pace()
+    async with sender.slots:
+        sender.check()
+        await sender.contexts.save(peer, lambda context: window.leaving(context, hand))
+        sender.check()
+        peer.in_flight += 1
+        try:
+            accepted = await sender.chat.send_text(
+                account,
+                user=peer.user,
+                client_id=client_id(command, hand.part),
+                context_token=peer.context.token,
+                text=command.parts[hand.part],
+            )
+        except Uncertain as exc:
+            sender.metrics.outbound_retries.labels(reason=exc.reason).inc()
+            log.warning("send.unanswered", bot=peer.bot, command=command.id, reason=exc.reason, tried=hand.tried)
+            _put(peer, peer.context, hand)
+            answer: Accepted | Temporary | Refused | None = None
+        except (Temporary, Refused) as exc:
+            answer = exc
+        else:
+            answer = accepted
+        finally:
+            peer.in_flight -= 1
+    untouched = msgspec.structs.replace(hand, tried=before.tried)
+    match answer:
+        case None:
+            await sender.pause(1.0)
+            return hand
+        case Temporary():
+            _put(peer, window.returned(peer.context), untouched)
+            return await _again(command, untouched, peer, answer, sender)
+        case Throttled():
+            return await _throttled(untouched, peer, answer, sender)
+        case SessionExpired():
+            _put(peer, window.returned(peer.context), untouched)
+            return Wait("needs_login", answer.detail, hand.attempts, answer.ret, answer.errcode, answer.errmsg)
+        case Refused():
+            _put(peer, window.returned(peer.context), untouched)
+            ending = _ending("refused", hand, answer.detail)
+            return ending._replace(reason=answer.reason, ret=answer.ret, errcode=answer.errcode, errmsg=answer.errmsg)
+        case Accepted():
+            return _accepted(hand, peer, answer, sender)
+
+
+def _accepted(hand: Hand, peer: Peer, answer: Accepted, sender: Sender) -> Hand:
+    ids = [*hand.message_ids, answer.message_id] if answer.message_id else hand.message_ids
+    confirmed = bool(answer.message_id) or sender.empty_is_success
+    hand = msgspec.structs.replace(
+        hand, part=hand.part + 1, tried=0, message_ids=ids, unconfirmed=hand.unconfirmed or not confirmed
+    )
+    _put(peer, window.unblocked(peer.context), hand)
+    return hand
+
+
+async def _again(command: Command, hand: Hand, peer: Peer, problem: Temporary, sender: Sender) -> Hand | Ending:
+    """iLink took nothing. What did not even leave waits as long as it takes; else a number of attempts."""
+    sender.metrics.outbound_retries.labels(reason=problem.reason).inc()
+    log.warning("send.failed", bot=peer.bot, command=command.id, reason=problem.reason, attempts=hand.attempts)
+    if problem.reason != "network" and hand.attempts >= sender.attempts * len(command.parts):
+        return _ending("dead_lettered", hand, problem.detail)._replace(reason="unreachable")
+    if sender.clock.now_ms() >= command.expires_ms:
+        return _ending("refused", hand, "iLink could not be reached in time.")._replace(reason="expired")
+    wait_s = problem.retry_after_s or backoff(hand.attempts)
+    await sender.pause(wait_s + sender.clock.jitter(wait_s / 4))
+    return hand
+
+
+async def _throttled(hand: Hand, peer: Peer, answer: Throttled, sender: Sender) -> Wait | Ending:
+    """-2: quiet until the user writes. Refused again in another window, the command itself is at fault."""
+    this_window = peer.context.inbound_id
+    repeated = hand.throttled_in not in ("", this_window)
+    hand = msgspec.structs.replace(hand, throttled_in=this_window)
+    now_ms = sender.clock.now_ms()
+    await sender.contexts.save(peer, lambda context: window.throttled(context, hand, now_ms))
+    log.info(
+        "send.throttled",
+        bot=peer.bot,
+        command=hand.command,
+        ret=answer.ret,
+        errcode=answer.errcode,
+        errmsg=answer.errmsg,
+    )
+    if repeated:
+        ending = _ending("refused", hand, answer.detail)
+        return ending._replace(reason="throttled", ret=answer.ret, errcode=answer.errcode, errmsg=answer.errmsg)
+    return Wait("throttled", answer.detail, hand.attempts, answer.ret, answer.errcode, answer.errmsg)
+
+
+def _put(peer: Peer, context: Context, hand: Hand) -> None:
+    """Changes the record in memory; stored with the next request, since the bucket errs on the safe side."""
+    peer.context = msgspec.structs.replace(context, hand=hand)
+
+
+def _ending(outcome: Outcome, hand: Hand, detail: str = "") -> Ending:
+    return Ending(outcome, detail=detail, message_ids=tuple(hand.message_ids), attempts=hand.attempts)

@@ -1,0 +1,154 @@
+"""Long texts in parts, and Markdown as plain text. Pure."""
+
+from __future__ import annotations
+
+import re
+
+from markdown_it import MarkdownIt
+from markdown_it.token import Token
+
+MAX_BYTES = 16_384
+"""iLink refuses a longer text (ilink-protocol 10.1)."""
+
+_FENCE = re.compile(r"^(```+|~~~+)([^\n]*)$")
+_SENTENCE = re.compile(r"(?<=[.!?…])\s+|(?<=[。！？；])")
+
+
+def split(text: str, max_chars: int, max_bytes: int = MAX_BYTES) -> list[str]:
+    """`text` in as few parts as fit, cut at paragraphs, then lines, then sentences, then words.
+
+    A code fence that is cut is closed at the end of the part and opened again in the next. Each part costs a send.
+    """
+    if _fits(text, max_chars, max_bytes):
+        return [text]
+    parts: list[str] = []
+    fence = ""
+    rest = text
+    while rest:
+        opening = f"{fence}\n" if fence else ""
+        closing_room = len(fence) + 8  # room for "\n```" of the fence that may be open at the end
+        room_chars = max(1, max_chars - len(opening) - closing_room)
+        room_bytes = max(4, max_bytes - len(opening.encode()) - closing_room)
+        if _fits(opening + rest, max_chars, max_bytes):
+            parts.append(opening + rest)
+            break
+        cut = _cut(rest, room_chars, room_bytes)
+        piece, rest = rest[:cut], rest[cut:].lstrip("\n" if fence else " \n")
+        part = opening + piece.rstrip("\n" if fence else " \n")
+        fence = _open_fence(piece, fence)
+        if fence:
+            part += "\n" + _marker(fence)
+        if part.strip():
+            parts.append(part)
+    return parts
+
+
+def _fits(text: str, max_chars: int, max_bytes: int) -> bool:
+    return len(text) <= max_chars and len(text.encode()) <= max_bytes
+
+
+def _cut(text: str, chars: int, size: int) -> int:
+    """Where to cut: the last good place within the limits, at least one character in."""
+    limit = min(chars, len(text))
+    while len(text[:limit].encode()) > size:
+        limit -= max(1, (len(text[:limit].encode()) - size) // 4)
+    head = text[:limit]
+    least = limit // 3  # better a cut line than many tiny parts
+    for mark in ("\n\n", "\n"):
+        at = head.rfind(mark)
+        if at > least:
+            return at + len(mark)
+    sentences = [match.end() for match in _SENTENCE.finditer(head) if match.end() > least]
+    if sentences:
+        return sentences[-1]
+    at = head.rfind(" ")
+    return at + 1 if at > least else max(1, limit)
+
+
+def _open_fence(piece: str, fence: str) -> str:
+    """The fence line that is open at the end of `piece`; "" when none is."""
+    for line in piece.split("\n"):
+        match = _FENCE.match(line.strip())
+        if match is None:
+            continue
+        if not fence:
+            fence = line.strip()
+        elif line.strip().startswith(_marker(fence)) and not match.group(2).strip():
+            fence = ""
+    return fence
+
+
+def _marker(fence: str) -> str:
+    match = _FENCE.match(fence)
+    return match.group(1) if match else "```"
+
+
+_MARKDOWN = MarkdownIt("commonmark").enable(["table", "strikethrough"])
+
+
+def to_plain(text: str) -> str:
+    """Markdown as plain text: what a reader would see, without the marks; links keep their address."""
+    out: list[str] = []
+    numbers: list[int | None] = []
+    for token in _MARKDOWN.parse(text):
+        match token.type:
+            case "inline":
+                out.append(_inline(token.children or []))
+            case "fence" | "code_block" | "html_block":
+                out.append(token.content.rstrip("\n") + "\n\n")
+            case "hr":
+                out.append("----------\n\n")
+            case "ordered_list_open":
+                numbers.append(int(token.attrGet("start") or 1))
+            case "bullet_list_open":
+                numbers.append(None)
+            case "ordered_list_close" | "bullet_list_close":
+                numbers.pop()
+                out.append("" if numbers else "\n")
+            case "list_item_open":
+                out.append("  " * (len(numbers) - 1) + _bullet(numbers))
+            case "paragraph_close":
+                out.append("\n" if token.hidden or numbers else "\n\n")
+            case "heading_close":
+                out.append("\n\n")
+            case "th_close" | "td_close":
+                out.append("  ")
+            case "tr_close":
+                out.append("\n")
+            case "table_close":
+                out.append("\n")
+            case _:
+                pass
+    plain = re.sub(r"[ \t]+\n", "\n", "".join(out))
+    return re.sub(r"\n{3,}", "\n\n", plain).strip() or text
+
+
+def _bullet(numbers: list[int | None]) -> str:
+    number = numbers[-1]
+    if number is None:
+        return "- "
+    numbers[-1] = number + 1
+    return f"{number}. "
+
+
+def _inline(children: list[Token]) -> str:
+    out: list[str] = []
+    links: list[tuple[str, int]] = []
+    for child in children:
+        match child.type:
+            case "text" | "code_inline" | "html_inline":
+                out.append(child.content)
+            case "softbreak" | "hardbreak":
+                out.append("\n")
+            case "image":
+                source = str(child.attrGet("src") or "")
+                out.append(f"{child.content} ({source})" if child.content else source)
+            case "link_open":
+                links.append((str(child.attrGet("href") or ""), len(out)))
+            case "link_close":
+                href, start = links.pop()
+                if href and "".join(out[start:]) != href:
+                    out.append(f" ({href})")
+            case _:
+                pass
+    return "".join(out)

@@ -1,0 +1,262 @@
+"""Keeps what runs equal to what should run: a poller per binding of an owned shard, a sender per owned shard."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable, Coroutine
+from typing import Any, Protocol
+
+import structlog
+
+from adapter.bindings import Bindings
+from adapter.contract import SHARDS, shard_of
+from adapter.errors import Temporary
+from adapter.inbound import Session
+from adapter.leases import Leases
+from adapter.metrics import Metrics
+from adapter.outbound import Shard
+from adapter.records import Binding
+from adapter.timing import Clock, Latch
+
+log = structlog.get_logger()
+
+
+class ShardWork(Protocol):
+    """What the composition root builds for an owned shard."""
+
+    def sender(self, shard: int) -> Shard: ...
+
+    def consume(self, shard: int, sender: Shard) -> list[Coroutine[Any, Any, None]]:
+        """The pull loops that belong to a shard."""
+
+
+class Supervisor:
+    """Follows the leases and the bindings."""
+
+    def __init__(
+        self,
+        *,
+        bindings: Bindings,
+        leases: Leases,
+        tend: Callable[[Session], Coroutine[Any, Any, None]],
+        work: ShardWork,
+        clock: Clock,
+        metrics: Metrics,
+        capacity: int,
+    ) -> None:
+        self.sessions: dict[str, Session] = {}
+        self.in_hand = 0
+        """Commands in hand when last observed."""
+        self._bindings = bindings
+        self._leases = leases
+        self._tend = tend
+        self._work = work
+        self._clock = clock
+        self._metrics = metrics
+        self._capacity = capacity
+        self._pollers: dict[str, asyncio.Task[None]] = {}
+        self._shards: dict[int, Shard] = {}
+        self._consumers: dict[int, list[asyncio.Task[None]]] = {}
+        self._loads: dict[int, asyncio.Task[None]] = {}
+        self._dirty: set[str] = set()
+        self._owned: set[int] = set()
+        self._changed = Latch()
+        self._draining = False
+        self._was_valid = False
+        bindings.listen(self._on_binding)
+
+    # what others ask --------------------------------------------------------------------------------
+
+    def heard(self, sandbox: str, bot: str, user: str) -> None:
+        """A user's message is on the bus: their lane may go on."""
+        if shard := self._shards.get(shard_of(sandbox)):
+            shard.heard(sandbox, bot, user)
+
+    def stale(self, bot: str) -> bool:
+        session = self.sessions.get(bot)
+        return session is not None and session.stale
+
+    # following --------------------------------------------------------------------------------------
+
+    def _on_binding(self, bot: str, before: Binding | None, after: Binding | None) -> None:
+        self._dirty.add(bot)
+        for sandbox in {binding.sandbox for binding in (before, after) if binding is not None}:
+            if shard := self._shards.get(shard_of(sandbox)):
+                shard.rebound(sandbox)
+        session = self.sessions.get(bot)
+        if session is not None and (after is None or (before is not None and before.token != after.token)):
+            session.cut.set()  # what it polls with is worth nothing any more
+        self._changed.notify()
+
+    async def run(self) -> None:
+        """Until cancelled; then `drain` ends what runs."""
+        await self._bindings.changed.until(lambda: self._bindings.loaded)
+        self._dirty.update(binding.bot for binding in self._bindings)
+        while True:
+            self._follow_leases()
+            if self._dirty:
+                bots, self._dirty = self._dirty, set()
+                for number, bot in enumerate(sorted(bots)):
+                    self._follow(bot)
+                    if number % 200 == 199:
+                        await asyncio.sleep(0)  # thousands at once must not hold up the renewal
+            await self._wait()
+
+    async def _wait(self) -> None:
+        owned, valid = set(self._leases.owned), self._leases.valid
+        waits = [
+            asyncio.ensure_future(self._changed.until(lambda: bool(self._dirty), 1.0)),
+            asyncio.ensure_future(
+                self._leases.changed.until(lambda: self._leases.owned != owned or self._leases.valid != valid, 1.0)
+            ),
+        ]
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+
+    def _follow_leases(self) -> None:
+        valid, owned = self._leases.valid, set(self._leases.owned)
+        if self._was_valid and not valid:
+            for session in self.sessions.values():
+                session.cut.set()  # stop before anybody else may start; what was learned is kept
+        self._was_valid = valid
+        for shard in self._owned - owned:
+            self._drop(shard)
+        for shard in owned - self._owned:
+            self._adopt(shard)
+        if owned != self._owned:
+            changed = owned ^ self._owned
+            self._owned = owned
+            self._dirty.update(b.bot for b in self._bindings if shard_of(b.sandbox) in changed)
+
+    def _wanted(self, bot: str) -> bool:
+        binding = self._bindings.get(bot)
+        return binding is not None and shard_of(binding.sandbox) in self._owned and not self._draining
+
+    def _follow(self, bot: str) -> None:
+        session = self.sessions.get(bot)
+        if session is None:
+            if self._wanted(bot) and len(self.sessions) < self._capacity:
+                self._start(bot)
+            return
+        binding = self._bindings.get(bot)
+        if binding is None:
+            session.leave(now=True)
+        elif not self._wanted(bot):
+            # moved: at the boundary, so that the poll's answer is not lost; shard lost: at once
+            session.leave(now=shard_of(binding.sandbox) in self._leases.owned or not self._leases.owned)
+
+    def _start(self, bot: str) -> None:
+        session = self.sessions[bot] = Session(bot)
+        task = asyncio.get_running_loop().create_task(self._tend(session), name=f"poller.{bot}")
+        self._pollers[bot] = task
+
+        def ended(done: asyncio.Task[None]) -> None:
+            if self.sessions.get(bot) is session:
+                del self.sessions[bot]
+                del self._pollers[bot]
+            if not done.cancelled() and (exc := done.exception()):
+                log.error("poller.crashed", bot=bot, exc_info=exc)
+            if self._wanted(bot):
+                asyncio.get_running_loop().call_later(0.2, self._again, bot)
+
+        task.add_done_callback(ended)
+
+    def _again(self, bot: str) -> None:
+        self._dirty.add(bot)
+        self._changed.notify()
+
+    # shards -----------------------------------------------------------------------------------------
+
+    def _adopt(self, shard: int) -> None:
+        self._loads[shard] = asyncio.get_running_loop().create_task(self._open(shard), name=f"shard.{shard}")
+
+    async def _open(self, shard: int) -> None:
+        """What is parked is known before the first new command is looked at."""
+        while True:
+            sender = self._work.sender(shard)
+            try:
+                await sender.load()
+                break
+            except Temporary as exc:
+                log.warning("shard.waits", shard=shard, reason=exc.reason)
+                sender.stop()
+                await self._clock.sleep(0.5)
+        self._shards[shard] = sender
+        loop = asyncio.get_running_loop()
+        self._consumers[shard] = [loop.create_task(work) for work in self._work.consume(shard, sender)]
+        for task in self._consumers[shard]:
+            task.add_done_callback(_report)
+
+    def _drop(self, shard: int) -> None:
+        if load := self._loads.pop(shard, None):
+            load.cancel()
+        for task in self._consumers.pop(shard, []):
+            task.cancel()
+        if sender := self._shards.pop(shard, None):
+            sender.stop()
+
+    # leaving ----------------------------------------------------------------------------------------
+
+    async def drain(self, seconds: float) -> None:
+        """Ends everything in order: no new commands, sends in flight end, polls end at their boundary or are cut."""
+        self._draining = True
+        for load in self._loads.values():
+            load.cancel()
+        for tasks in self._consumers.values():
+            for task in tasks:
+                task.cancel()
+        for session in self.sessions.values():
+            session.leave(now=False)
+        deadline = self._clock.monotonic() + seconds
+        await asyncio.gather(*(shard.drain(max(1.0, seconds - 1.0)) for shard in self._shards.values()))
+        left = set(self._pollers.values())
+        if left:
+            _, left = await asyncio.wait(left, timeout=max(0.1, deadline - self._clock.monotonic()))
+        if left:
+            log.info("polls.cut", polls=len(left))
+            for session in self.sessions.values():
+                session.leave(now=True)
+            _, left = await asyncio.wait(left, timeout=3.0)
+        for task in left:
+            task.cancel()
+        if left:
+            await asyncio.wait(left, timeout=1.0)
+
+    # metrics ----------------------------------------------------------------------------------------
+
+    def observe(self) -> None:
+        """Sets the gauges that are counted rather than kept."""
+        metrics, now = self._metrics, self._clock.monotonic()
+        states = Counter(str(session.state) for session in self.sessions.values())
+        for state in ("starting", "polling", "throttled", "paused", "needs_login", "error", "draining"):
+            metrics.bindings.labels(state=state).set(states[state])
+        ages = [now - s.answered for s in self.sessions.values() if s.answered and s.state in ("polling", "error")]
+        metrics.oldest_poll_age.set(max(ages, default=0.0))
+        if len(self._owned) == SHARDS:
+            unowned = len(self._bindings) - len(self.sessions)
+        else:
+            mine = sum(1 for binding in self._bindings if shard_of(binding.sandbox) in self._owned)
+            unowned = mine - len(self.sessions)
+        metrics.bindings_unowned.set(max(0, unowned))
+        parked: Counter[str] = Counter()
+        in_hand, oldest_ms = 0, None
+        for shard in self._shards.values():
+            count, stored_ms = shard.census(parked)
+            in_hand += count
+            if stored_ms is not None:
+                oldest_ms = stored_ms if oldest_ms is None else min(oldest_ms, stored_ms)
+        for reason in ("window_closed", "quota", "throttled", "needs_login", "backlog"):
+            metrics.outbound_parked.labels(reason=reason).set(parked[reason])
+        self.in_hand = in_hand
+        metrics.outbound_in_flight.set(in_hand)
+        age_s = (self._clock.now_ms() - oldest_ms) / 1000 if oldest_ms is not None else 0.0
+        metrics.outbound_oldest_pending.set(max(0.0, age_s))
+
+
+def _report(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (exc := task.exception()):
+        log.error("task.crashed", task=task.get_name(), exc_info=exc)
