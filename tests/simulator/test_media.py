@@ -6,9 +6,14 @@ from typing import Any
 
 import httpx
 import pytest
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from cryptography.hazmat.primitives.padding import PKCS7
+from hypothesis import given
+from hypothesis import strategies as st
 
 from adapter.simulator import FaultRule
-from adapter.simulator.media import decrypt, encrypt, encrypted_size
+from adapter.simulator.aes import decrypt, encrypt, round_keys
+from adapter.simulator.media import encrypted_size
 from tests.simulator.client import Client
 from tests.simulator.conftest import MakeClient
 
@@ -38,6 +43,30 @@ def test_the_vectors_of_9_3(plain: bytes, cipher: str) -> None:
     assert encrypt(plain, KEY).hex() == cipher
     assert decrypt(bytes.fromhex(cipher), KEY) == plain
     assert encrypted_size(len(plain)) == len(cipher) // 2
+
+
+def test_the_example_of_the_standard() -> None:
+    """FIPS 197, appendices A.1 and C.1; the padding is a block of its own."""
+    key = bytes.fromhex("2b7e151628aed2a6abf7158809cf4f3c")
+    assert round_keys(key)[10].hex() == "d014f9a8c9ee2589e13f0cc8b6630ca6"
+    plain = bytes.fromhex("00112233445566778899aabbccddeeff")
+    assert encrypt(plain, bytes(range(16)))[:16].hex() == "69c4e0d86a7b0430d8cdb78070b4c55a"
+
+
+@given(st.binary(max_size=100), st.binary(min_size=16, max_size=16))
+def test_aes_agrees_with_a_library_and_with_itself(plain: bytes, key: bytes) -> None:
+    padder = PKCS7(128).padder()
+    encryptor = Cipher(algorithms.AES(key), modes.ECB()).encryptor()
+    expected = encryptor.update(padder.update(plain) + padder.finalize()) + encryptor.finalize()
+
+    assert encrypt(plain, key) == expected
+    assert decrypt(expected, key) == plain
+
+
+@pytest.mark.parametrize("data", [b"", b"x", bytes(16)])
+def test_what_cannot_be_decrypted(data: bytes) -> None:
+    with pytest.raises(ValueError, match=r"16|padding"):
+        decrypt(data, KEY)
 
 
 def upload(client: Client, content: bytes = HELLO, **changes: Any) -> Json:
