@@ -2,7 +2,6 @@
 
 import asyncio
 import itertools
-from collections.abc import Iterable
 
 import msgspec
 
@@ -121,7 +120,7 @@ class Inbox:
         if written:
             self._deliver(bot, poll.batch)
         else:
-            self._put_back(bot, poll.batch)
+            self._put_back(bot, poll)
         poll.record.ids = [entry.message_id for entry in poll.batch] if written else []
         poll.record.end_ms = self._world.clock.exact_ms()
         poll.record.outcome = outcome
@@ -276,12 +275,14 @@ class Inbox:
             while bot.pending and bot.pending[0].deliveries:
                 bot.pending.popleft()
 
-    def _put_back(self, bot: Bot, batch: Iterable[Entry]) -> None:
-        back = [entry for entry in batch if entry.in_flight]
+    def _put_back(self, bot: Bot, poll: Poll) -> None:
+        back = [entry for entry in poll.batch if entry.in_flight]
         self._world.counts["in_flight"] -= len(back)
         for entry in back:
             entry.in_flight = False
         bot.pending.extendleft(reversed(back))
+        if poll.batch and not back and poll.batch[0].position <= poll.start:
+            bot.rewound_to = poll.batch[0].position - 1
 
     def _wake(self, bot: Bot) -> None:
         """In ack mode one parked poll, at random, gets what is new (S9); with cursors everybody reads."""

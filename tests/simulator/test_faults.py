@@ -374,6 +374,19 @@ async def test_f18_messages_are_delivered_again_after_a_restart(make: MakeClient
     assert client.sim.stats().redelivered == 5
 
 
+@pytest.mark.parametrize("mode", ["ack_on_delivery", "cursor_replay"])
+async def test_f18_a_replay_outlives_a_connection_that_breaks(make: MakeClient, mode: str) -> None:
+    client = await make(cursor_mode=mode)
+    client.sim.say(client.bot.user, "a")
+    first = await client.follow()
+    client.sim.replay(client.bot.bot)
+    strike(client, "F6", when="after", count=1)
+    with pytest.raises(httpx.TransportError):
+        await client.follow()
+
+    assert await client.follow() == first
+
+
 async def test_f18_what_is_replayed_comes_before_what_is_new(make: MakeClient) -> None:
     client = await make()
     client.sim.say(client.bot.user, "old")

@@ -104,6 +104,25 @@ async def test_a_signal_ends_the_process_and_answers_its_parked_polls(
         assert await process.wait() == 0
 
 
+async def test_a_signal_ends_the_process_while_a_fault_keeps_requests_hanging(
+    http: httpx.AsyncClient,
+) -> None:
+    async with running() as (url, process):
+        bot = await admin(http, url, "add_bot")
+        await admin(http, url, "set_fault", fault="F5")
+        poll = asyncio.create_task(
+            http.post(f"{url}/ilink/bot/getupdates", json={"base_info": {}}, headers=headers(bot["token"]))
+        )
+        while not (await look(http, url, "stats"))["parked"]:
+            pass
+
+        process.terminate()
+
+        assert await process.wait() == 0
+        with pytest.raises(httpx.TransportError):
+            await poll
+
+
 def test_an_option_that_cannot_be_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         run(["--quota", "many"])
