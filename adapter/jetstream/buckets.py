@@ -15,6 +15,7 @@ import msgspec
 import structlog
 from nats.aio.client import Client
 from nats.aio.msg import Msg
+from nats.errors import Error as NatsError
 
 from adapter.errors import BusRefused, Conflict, Temporary
 from adapter.jetstream.link import ApiError, Link, refusal
@@ -146,15 +147,12 @@ class LeaseRegister:
 
 
 async def _direct_get(link: Link, stream: str, body: dict[str, Any]) -> AsyncIterator[Stored]:
-    nc = link.client()
-    inbox = nc.new_inbox()
     queue: asyncio.Queue[Msg] = asyncio.Queue()
 
     async def on_message(msg: Msg) -> None:
         queue.put_nowait(msg)
 
-    subscription = await nc.subscribe(inbox, cb=on_message)
-    try:
+    async with link.subscribed(link.client(), on_message) as inbox:
         await link.publish(f"$JS.API.DIRECT.GET.{stream}", msgspec.json.encode(body), reply=inbox)
         while True:
             try:
@@ -171,9 +169,6 @@ async def _direct_get(link: Link, stream: str, body: dict[str, Any]) -> AsyncIte
             yield Stored(headers["Nats-Subject"], int(headers["Nats-Sequence"]), headers, msg.data)
             if "batch" not in body:
                 return
-    finally:
-        if link.nc is nc:
-            await subscription.unsubscribe()
 
 
 class KvBucket:
@@ -238,8 +233,11 @@ class KvBucket:
 
         self.link.on_up(subscribe)
         if self.link.nc is not None:
-            await subscribe(self.link.nc)
-            await self.link.nc.flush()
+            try:
+                await subscribe(self.link.nc)
+                await self.link.nc.flush()
+            except NatsError as exc:  # it is going down; the next one subscribes at its start
+                log.info("bucket.unfollowed", bucket=self.name, reason=type(exc).__name__)
         while True:
             try:
                 await self.link.wait_up()

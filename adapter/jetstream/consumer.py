@@ -112,9 +112,7 @@ class Consumer:
                 broken = status
                 self._wake.set()
 
-        inbox = nc.new_inbox()
-        subscription = await nc.subscribe(inbox, cb=on_message, pending_msgs_limit=0, pending_bytes_limit=0)
-        try:
+        async with self.link.subscribed(nc, on_message) as inbox:
             while self.link.epoch == epoch and self.link.nc is nc:
                 if broken:
                     raise Temporary("consumer_broken", broken)
@@ -123,13 +121,10 @@ class Consumer:
                 self._wake.clear()
                 missing = self._room - self._in_hand - self._requested
                 if missing >= max(1, self._room // 4):
-                    await self._ask(nc, inbox, missing)
+                    await self._ask(inbox, missing)
                 await self._wait(epoch)
-        finally:
-            if self.link.nc is nc:
-                await subscription.unsubscribe()
 
-    async def _ask(self, nc: Client, inbox: str, batch: int) -> None:
+    async def _ask(self, inbox: str, batch: int) -> None:
         self._requested += batch
         body = {"batch": batch, "expires": int(EXPIRES_S * 1e9), "idle_heartbeat": int(HEARTBEAT_S * 1e9)}
         await self.link.publish(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ssl
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import msgspec
@@ -193,6 +193,20 @@ class Link:
             parsed = msgspec.convert(error, ApiError)
             raise refusal(parsed.err_code, parsed.code, parsed.description)
         return answer
+
+    @contextlib.asynccontextmanager
+    async def subscribed(self, nc: Client, on_message: Callable[[Msg], Awaitable[None]]) -> AsyncIterator[str]:
+        """An inbox of its own on one client, for as long as the block lasts. Raises Temporary."""
+        inbox = nc.new_inbox()
+        try:
+            subscription = await nc.subscribe(inbox, cb=on_message, pending_msgs_limit=0, pending_bytes_limit=0)
+        except NatsError as exc:
+            raise Temporary("bus_down", type(exc).__name__) from exc
+        try:
+            yield inbox
+        finally:
+            with contextlib.suppress(NatsError):  # a client that is gone has no subscriptions either
+                await subscription.unsubscribe()
 
     async def publish(
         self, subject: str, payload: bytes, *, reply: str = "", headers: dict[str, str] | None = None

@@ -1,0 +1,313 @@
+"""A whole bridge to try things on: a real nats-server, the simulator over sockets, adapters as processes.
+
+`World` runs them and plays platform, sandboxes and people; `audit` compares what people said and saw with what the
+bus carries.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import random
+import signal
+import socket
+import sys
+from collections import Counter, defaultdict
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import nats
+from nats.aio.client import Client
+
+from adapter.contract import FINAL_OUTCOMES, Bind, ControlAnswer, Inbound, Names, Receipt
+from adapter.embedded import EmbeddedNats
+from adapter.simulator import BotRecord, Simulator, SimulatorSettings
+
+NAMES = Names()
+
+
+def free_port() -> int:
+    """A port that nobody uses now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+async def until(holds: Callable[[], bool], what: str, *, patience_s: float = 120.0) -> None:
+    """Waits for a condition; the patience only ends a test that hangs."""
+    try:
+        async with asyncio.timeout(patience_s):
+            while not holds():
+                await asyncio.sleep(0.02)
+    except TimeoutError:
+        raise AssertionError(f"never came true: {what}") from None
+
+
+class AdapterProcess:
+    """`wechat-nats run` as an operator starts it; its log goes to a file."""
+
+    def __init__(self, environ: dict[str, str], log: Path) -> None:
+        self._environ = environ
+        self.log = log
+        self.process: asyncio.subprocess.Process | None = None
+
+    async def start(self) -> None:
+        with self.log.open("ab") as out:
+            self.process = await asyncio.create_subprocess_exec(
+                sys.executable, "-m", "adapter", "run", env={**os.environ, **self._environ}, stdout=out, stderr=out
+            )
+
+    def signal(self, number: int) -> None:
+        assert self.process is not None
+        with contextlib.suppress(ProcessLookupError):
+            self.process.send_signal(number)
+
+    async def ended(self) -> int:
+        """Waits for the end; the exit code."""
+        assert self.process is not None
+        return await self.process.wait()
+
+    async def kill(self) -> None:
+        self.signal(signal.SIGKILL)
+        await self.ended()
+
+    @property
+    def running(self) -> bool:
+        return self.process is not None and self.process.returncode is None
+
+
+class World:
+    """Everything that runs. Made by `world`."""
+
+    def __init__(self, folder: Path, sim: Simulator, server: EmbeddedNats, environ: dict[str, str]) -> None:
+        self.folder = folder
+        self.sim = sim
+        self.server = server
+        self.adapters: list[AdapterProcess] = []
+        self.bots: dict[str, BotRecord] = {}
+        """By sandbox."""
+        self.said: dict[str, list[str]] = defaultdict(list)
+        """What each sandbox's user wrote, in order."""
+        self.sent: dict[str, list[str]] = defaultdict(list)
+        """The ids of each sandbox's commands, in order; the text is made of the id."""
+        self._environ = environ
+
+    async def nc(self) -> Client:
+        """A connection that survives restarts of the server."""
+
+        async def quiet(_: Exception) -> None:
+            return None
+
+        return await nats.connect(
+            self.server.url, max_reconnect_attempts=-1, reconnect_time_wait=0.1, error_cb=quiet, pending_size=1 << 24
+        )
+
+    async def add_adapter(self, **environ: str) -> AdapterProcess:
+        adapter = AdapterProcess(self._environ | environ, self.folder / f"adapter-{len(self.adapters)}.log")
+        self.adapters.append(adapter)
+        await adapter.start()
+        return adapter
+
+    async def bind(self, nc: Client, sandbox: str, bot: BotRecord, **fields: Any) -> ControlAnswer:
+        """Binds as the platform does, and waits for the answer."""
+        self.bots[sandbox] = bot
+        command = Bind(sandbox=sandbox, bot=bot.bot, bot_token=bot.token, user=bot.user, **fields)
+        return await self.control(nc, NAMES.bind, msgspec.json.encode(command))
+
+    async def control(self, nc: Client, subject: str, payload: bytes) -> ControlAnswer:
+        """Sends a control command and waits for the answer at an inbox."""
+        inbox = nc.new_inbox()
+        answers = await nc.subscribe(inbox)
+        await nc.flush()
+        headers = {"Reply-To": inbox, "Nats-Msg-Id": inbox}
+        await self._store(nc, subject, payload, headers)
+        message = await answers.next_msg(timeout=60)
+        await answers.unsubscribe()
+        return msgspec.json.decode(message.data, type=ControlAnswer)
+
+    async def _store(self, nc: Client, subject: str, payload: bytes, headers: dict[str, str]) -> int:
+        """A js.publish that is repeated until the stream has it, as a careful service does."""
+        while True:
+            try:
+                return (await nc.jetstream(timeout=2).publish(subject, payload, headers=dict(headers))).seq
+            except (nats.errors.Error, nats.js.errors.Error, TimeoutError):
+                await asyncio.sleep(0.1)
+
+    def say(self, sandbox: str, text: str) -> None:
+        """The sandbox's user writes."""
+        self.said[sandbox].append(text)
+        self.sim.say(self.bots[sandbox].bot, text)
+
+    async def command(self, nc: Client, sandbox: str, ident: str, *, plain: bool = False) -> None:
+        """The sandbox (or with `plain` a service, on wechat.out) sends a text that names the command."""
+        self.sent[sandbox].append(ident)
+        body: dict[str, Any] = {"text": f"answer {ident}"}
+        if plain:
+            body["sandbox"] = sandbox
+        subject = NAMES.out_plain if plain else NAMES.out(sandbox)
+        await self._store(nc, subject, msgspec.json.encode(body), {"Nats-Msg-Id": ident})
+
+    async def receipts(self, nc: Client) -> list[Receipt]:
+        """All receipts on the bus."""
+        return [
+            msgspec.json.decode(data, type=Receipt)
+            for _, data in await stream(nc, NAMES.stream_event, NAMES.event("*", "receipt"))
+        ]
+
+    async def settle(self, nc: Client, *, patience_s: float = 240.0) -> None:
+        """Waits until every command has its final receipt and every message is on the bus.
+
+        Users whose answers are parked write once more, as people do.
+        """
+        wanted = {ident for idents in self.sent.values() for ident in idents}
+        async with asyncio.timeout(patience_s):
+            while True:
+                receipts = await self.receipts(nc)
+                final = {receipt.command for receipt in receipts if receipt.outcome in FINAL_OUTCOMES}
+                stored = await stream(nc, NAMES.stream_in, NAMES.inbox("*"))
+                said = sum(len(texts) for texts in self.said.values())
+                if wanted <= final and len(stored) >= said:
+                    return
+                waiting = {r.sandbox for r in receipts if r.outcome == "parked" and r.command not in final}
+                for sandbox in sorted(waiting):
+                    self.say(sandbox, f"go on {len(self.said[sandbox])}")
+                await asyncio.sleep(0.5)
+
+    async def close(self) -> None:
+        for adapter in self.adapters:
+            if adapter.running:
+                await adapter.kill()
+
+
+@contextlib.asynccontextmanager
+async def world(folder: Path, *, environ: dict[str, str] | None = None, **settings: Any) -> AsyncIterator[World]:
+    """A server, a simulator (with `settings`), no adapter yet."""
+    fast = {"hold_ms": 500, "hint_ms": 5000, "send_latency_ms": 0} | settings
+    async with (
+        Simulator(msgspec.convert(fast, SimulatorSettings)) as sim,
+        EmbeddedNats(folder / "nats", free_port()) as server,
+    ):
+        settings_of_adapter = {
+            "NATS_URL": server.url,
+            "WECHAT_NATS_ILINK_BASE_URL": sim.url,
+            "WECHAT_NATS_ALLOWED_HOSTS": "127.0.0.1",
+            "WECHAT_NATS_SEND_GAP_MS": "0",
+            "WECHAT_NATS_HTTP_ADDR": "127.0.0.1:0",
+            "WECHAT_NATS_LEASE_S": "2",
+            "WECHAT_NATS_STALE_RETRY_S": "0.2,0.4,0.6",
+            "WECHAT_NATS_DRAIN_S": "20",
+        }
+        made = World(folder, sim, server, settings_of_adapter | (environ or {}))
+        try:
+            yield made
+        finally:
+            await made.close()
+
+
+async def stream(nc: Client, name: str, subject: str) -> list[tuple[str, bytes]]:
+    """Subject and body of every message of a stream under a subject, oldest first."""
+    inbox = nc.new_inbox()
+    found: list[tuple[str, bytes]] = []
+    answers = await nc.subscribe(inbox, pending_msgs_limit=0, pending_bytes_limit=0)
+    seq = 1
+    try:
+        while True:
+            body = {"seq": seq, "next_by_subj": subject, "batch": 500}
+            await nc.publish(f"$JS.API.DIRECT.GET.{name}", msgspec.json.encode(body), reply=inbox)
+            count = 0
+            while True:
+                message = await answers.next_msg(timeout=10)
+                headers = message.headers or {}
+                if "Status" in headers:
+                    break
+                count += 1
+                seq = int(headers["Nats-Sequence"]) + 1
+                found.append((headers["Nats-Subject"], message.data))
+            if count < 500:
+                return found
+    finally:
+        await answers.unsubscribe()
+
+
+class Audit(msgspec.Struct):
+    """What went wrong, each as sentences; all empty: every promise held."""
+
+    lost: list[str] = []
+    doubled: list[str] = []
+    disordered: list[str] = []
+    receipts: list[str] = []
+    phone: list[str] = []
+    manners: list[str] = []
+    outcomes: dict[str, int] = {}
+
+    def faults(self) -> list[str]:
+        return [*self.lost, *self.doubled, *self.disordered, *self.receipts, *self.phone, *self.manners]
+
+
+async def audit(made: World, nc: Client) -> Audit:
+    """Compares what was said and shown with what the bus carries."""
+    found = Audit()
+    on_bus: dict[str, list[str]] = defaultdict(list)
+    for subject, data in await stream(nc, NAMES.stream_in, NAMES.inbox("*")):
+        inbound = msgspec.json.decode(data, type=Inbound)
+        sandbox = subject.rpartition(".")[2]
+        if inbound.sandbox != sandbox or inbound.bot != made.bots[sandbox].bot:
+            found.lost.append(f"{inbound.id} is on {subject}")
+        on_bus[sandbox].append(inbound.text)
+    for sandbox, said in made.said.items():
+        _compare(sandbox, said, on_bus[sandbox], found)
+    final: dict[str, list[Receipt]] = defaultdict(list)
+    for receipt in await made.receipts(nc):
+        if receipt.outcome in FINAL_OUTCOMES:
+            final[receipt.command].append(receipt)
+    found.outcomes = dict(Counter(receipt.outcome for receipts in final.values() for receipt in receipts))
+    for sandbox, idents in made.sent.items():
+        for ident in idents:
+            if len(final[ident]) != 1:
+                found.receipts.append(f"{ident}: {len(final[ident])} final receipts")
+        _phone(made, sandbox, idents, final, found)
+    stats = made.sim.stats()
+    if stats.poll_overlaps:
+        found.manners.append(f"{stats.poll_overlaps} polls overlapped")
+    if stats.send_overlaps:
+        found.manners.append(f"{stats.send_overlaps} sends overlapped")
+    return found
+
+
+def _compare(sandbox: str, said: list[str], on_bus: list[str], found: Audit) -> None:
+    heard = Counter(on_bus)
+    found.lost += [f"{sandbox}: {text!r} is not on the bus" for text in said if not heard[text]]
+    found.doubled += [f"{sandbox}: {text!r} is there {n} times" for text, n in heard.items() if n > said.count(text)]
+    if not found.lost and not found.doubled and said != on_bus:
+        found.disordered.append(f"{sandbox}: the messages are out of order")
+
+
+def _phone(made: World, sandbox: str, idents: list[str], final: dict[str, list[Receipt]], found: Audit) -> None:
+    """The phone shows each accepted text once, in the order of the commands."""
+    texts = [shown.text for shown in made.sim.phone(made.bots[sandbox].user)]
+    shown = Counter(texts)
+    accepted = [ident for ident in idents if any(r.outcome == "accepted" for r in final[ident])]
+    found.phone += [f"{ident} is shown {shown[f'answer {ident}']} times" for ident in accepted
+                    if shown[f"answer {ident}"] != 1]  # fmt: skip
+    found.phone += [f"{text!r} is shown {n} times" for text, n in shown.items() if n > 1]
+    order = [text for text in texts if text.removeprefix("answer ") in accepted]
+    if order != [f"answer {ident}" for ident in accepted] and not found.phone:
+        found.phone.append(f"{sandbox}: the phone's order is not that of the commands")
+
+
+async def load(made: World, nc: Client, *, rounds: int, pause_s: float, rng: random.Random, first: int = 0) -> None:
+    """Every user writes `rounds` messages and every sandbox sends as many commands, mixed by chance."""
+    for number in range(first, first + rounds):
+        sandboxes = list(made.bots)
+        rng.shuffle(sandboxes)
+        for sandbox in sandboxes:
+            made.say(sandbox, f"message {number}")
+        # every third sandbox is served over plain wechat.out; what goes over both has no order between the two
+        await asyncio.gather(
+            *(made.command(nc, sandbox, f"{sandbox}.{number}", plain=sandbox[-1] in "369") for sandbox in sandboxes)
+        )
+        await asyncio.sleep(pause_s)
