@@ -1,0 +1,84 @@
+"""A real NATS server per test, the streams on it, and the command line in this process."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from typing import Any, NamedTuple
+
+import msgspec
+import pytest
+import structlog
+
+from adapter.cli import main
+from adapter.cli.bus import Bus, connected
+from adapter.embedded import EmbeddedNats
+from adapter.jetstream import topology
+from adapter.jetstream.link import Link
+from adapter.settings import Settings
+
+
+class Result(NamedTuple):
+    """How a command ended and what it printed."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        return [msgspec.json.decode(line) for line in self.out.splitlines()]
+
+
+Command = Callable[..., Coroutine[Any, Any, Result]]
+
+
+@pytest.fixture(autouse=True)
+def _environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No setting of the machine, and no logging set up by a command, outlives or enters a test."""
+    for name in [name for name in os.environ if name.startswith(("NATS_", "WECHAT_NATS_"))]:
+        monkeypatch.delenv(name)
+    configured = structlog.get_config()
+    levels = {name: logging.getLogger(name).level for name in ("nats", "asyncio")}
+    yield
+    structlog.configure(**configured)
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
+
+
+@pytest.fixture
+async def server(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[EmbeddedNats]:
+    """An empty NATS, which is what NATS_URL says."""
+    async with EmbeddedNats() as nats:
+        monkeypatch.setenv("NATS_URL", nats.url)
+        yield nats
+
+
+@pytest.fixture
+def settings(server: EmbeddedNats) -> Settings:
+    return Settings(nats_url=(server.url,))
+
+
+@pytest.fixture
+async def bus(settings: Settings) -> AsyncIterator[Bus]:
+    """A connection to a NATS with all streams and consumers, and no adapter."""
+    async with connected(settings) as found:
+        link = Link(settings, "test")
+        link.nc = found.nc
+        await topology.ensure(link, found.names, settings)
+        yield found
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str]) -> Command:
+    """`await cli("send", "s1", "hi")`, in a thread, since commands make their own event loop."""
+
+    async def run(*arguments: str) -> Result:
+        capsys.readouterr()
+        code = await asyncio.to_thread(main, list(arguments))
+        said = capsys.readouterr()
+        return Result(code, said.out, said.err)
+
+    return run

@@ -1,0 +1,52 @@
+"""Commands as processes of their own, for what only a process shows: signals, pipes, terminals, what stays behind."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import sys
+from asyncio.subprocess import PIPE, Process
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+COMMAND = (sys.executable, "-c", "import sys, adapter.cli; sys.exit(adapter.cli.main())")
+PATIENCE_S = 60.0
+"""A test that hangs ends; nothing is measured by it."""
+
+
+@contextlib.asynccontextmanager
+async def started(*arguments: str, env: dict[str, str] | None = None, **options: Any) -> AsyncIterator[Process]:
+    """A command that runs; killed at the end of the block if it still does."""
+    streams: dict[str, Any] = {"stdin": PIPE, "stdout": PIPE, "stderr": PIPE} | options
+    process = await asyncio.create_subprocess_exec(*COMMAND, *arguments, env={**os.environ, **(env or {})}, **streams)
+    try:
+        async with asyncio.timeout(PATIENCE_S):
+            yield process
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.wait()
+
+
+async def until(condition: Callable[[], object]) -> None:
+    """Waits until `condition()` holds. Raises TimeoutError."""
+    async with asyncio.timeout(PATIENCE_S):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; a zombie does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def children(pid: int) -> list[int]:
+    """Ids of the processes that `pid` has started."""
+    with contextlib.suppress(OSError):
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return []

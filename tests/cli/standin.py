@@ -1,0 +1,90 @@
+"""A stand-in for the adapter: answers what commands ask for and keeps nothing. For tests of the command line alone."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any
+
+import msgspec
+from nats.aio.msg import Msg
+
+from adapter.cli.bus import Bus
+from adapter.contract import (
+    H_ERROR,
+    H_ERROR_CODE,
+    H_REPLY_TO,
+    Bind,
+    BindingInfo,
+    BindingsPage,
+    BindingsQuery,
+    ControlAnswer,
+    Outbound,
+    Receipt,
+    Unbind,
+)
+
+PAGE = 2
+
+
+class StandIn:
+    """What it was asked, and what it answers: both may be looked at and set by a test."""
+
+    def __init__(self, bus: Bus) -> None:
+        self._bus = bus
+        self.bindings: list[BindingInfo] = []
+        self.control = ControlAnswer(ok=True)
+        self.receipts: Callable[[Outbound], Sequence[Receipt]] = lambda _: []
+        self.asked: list[Bind | Unbind] = []
+        self.sent: list[Outbound] = []
+        self.error: tuple[str, str] | None = None
+
+    async def start(self) -> None:
+        names, nc = self._bus.names, self._bus.nc
+        await nc.subscribe(names.bind, cb=self._on_bind)
+        await nc.subscribe(names.unbind, cb=self._on_unbind)
+        await nc.subscribe(names.out("*"), cb=self._on_out)
+        await nc.subscribe(names.svc("bindings.list"), cb=self._on_list)
+        await nc.subscribe("$SRV.PING.wechat-nats", cb=self._on_ping)
+        await nc.flush()
+
+    async def _on_bind(self, msg: Msg) -> None:
+        self.asked.append(msgspec.json.decode(msg.data, type=Bind))
+        await self._control(msg)
+
+    async def _on_unbind(self, msg: Msg) -> None:
+        self.asked.append(msgspec.json.decode(msg.data, type=Unbind))
+        await self._control(msg)
+
+    async def _control(self, msg: Msg) -> None:
+        await self._bus.nc.publish((msg.headers or {})[H_REPLY_TO], msgspec.json.encode(self.control))
+
+    async def _on_out(self, msg: Msg) -> None:
+        command = msgspec.json.decode(msg.data, type=Outbound)
+        self.sent.append(command)
+        for receipt in self.receipts(command):
+            subject = self._bus.names.event(msg.subject.rpartition(".")[2], "receipt")
+            await self._bus.js.publish(subject, msgspec.json.encode(receipt))
+
+    async def _on_list(self, msg: Msg) -> None:
+        if self.error is not None:
+            code, text = self.error
+            await self._bus.nc.publish(msg.reply, headers={H_ERROR: text, H_ERROR_CODE: code})
+            return
+        query = msgspec.json.decode(msg.data, type=BindingsQuery)
+        found = [b for b in self.bindings if query.sandbox in (None, b.sandbox) and b.bot > query.after]
+        page = found[:PAGE]
+        more = page[-1].bot if len(found) > PAGE else ""
+        await msg.respond(msgspec.json.encode(BindingsPage(bindings=page, next=more)))
+
+    async def _on_ping(self, msg: Msg) -> None:
+        pong: dict[str, Any] = {"name": "wechat-nats", "id": "one", "version": "0.1.0"}
+        await msg.respond(msgspec.json.encode(pong))
+
+
+@contextlib.asynccontextmanager
+async def answering(bus: Bus) -> AsyncIterator[StandIn]:
+    """A stand-in on the bus."""
+    standin = StandIn(bus)
+    await standin.start()
+    yield standin

