@@ -24,7 +24,7 @@ from nats.errors import NoRespondersError
 
 from adapter.errors import BusRefused, Conflict, Temporary
 from adapter.settings import Settings
-from adapter.timing import Latch, backoff
+from adapter.timing import Latch, backoff, first_of
 
 log = structlog.get_logger()
 
@@ -96,11 +96,11 @@ class Link:
 
     @property
     def up(self) -> bool:
-        return self.nc is not None
+        return self.nc is not None and not self.nc.is_closed
 
     async def wait_up(self, timeout_s: float | None = None) -> Client:
         """The client, once there is one. Raises Temporary("bus_down") after `timeout_s` seconds."""
-        await self.changed.until(lambda: self.nc is not None, timeout_s)
+        await self.changed.until(lambda: self.up, timeout_s)
         return self.client()
 
     async def wait_down(self, epoch: int) -> None:
@@ -109,7 +109,8 @@ class Link:
 
     def client(self) -> Client:
         """The client. Raises Temporary("bus_down")."""
-        if self.nc is None:
+        if self.nc is None or self.nc.is_closed:
+            self._lost.set()
             raise Temporary("bus_down", self.down_reason)
         return self.nc
 
@@ -132,7 +133,9 @@ class Link:
                 self.max_payload = nc.max_payload
                 log.info("bus.connected", link=self.name, epoch=self.epoch)
                 self.changed.notify()
-                await self._lost.wait()
+                # nats-py does not always call closed_cb: when its own closing fails, it only stays closed
+                while not nc.is_closed and not await first_of(self._lost, 0.2):
+                    pass
             finally:
                 self.nc = None
                 self.changed.notify()
