@@ -101,11 +101,15 @@ class Leases:
     # my own key -----------------------------------------------------------------------------------
 
     async def _renew_forever(self) -> None:
+        failures = 0
         while True:
             try:
                 await self._renew()
+                failures = 0
             except Temporary as exc:
-                log.warning("lease.unrenewed", reason=exc.reason)
+                failures += 1
+                if failures == 1:
+                    log.warning("lease.unrenewed", reason=exc.reason)
             await self._clock.sleep(self._lease_s / 4 if self.valid else 0.1)
 
     async def _renew(self) -> None:

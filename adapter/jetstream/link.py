@@ -56,6 +56,7 @@ def connect_options(settings: Settings, name: str) -> dict[str, Any]:
         "name": name,
         "allow_reconnect": False,
         "connect_timeout": 2,
+        "reconnect_time_wait": 0.1,  # also between the servers of the first connect
         "ping_interval": 5,
         "max_outstanding_pings": 2,
         "pending_size": 16 * 1024 * 1024,
@@ -157,7 +158,7 @@ class Link:
             self.down_reason = (
                 str(exc)[:200] or type(exc).__name__
             )  # runs inside the read loop: must not raise or wait
-            log.warning("bus.error", link=self.name, reason=type(exc).__name__, detail=self.down_reason)
+            log.info("bus.error", link=self.name, reason=type(exc).__name__, detail=self.down_reason)
 
         async with asyncio.timeout(6):  # a wrong password would keep connect() for ever
             nc = await nats.connect(
