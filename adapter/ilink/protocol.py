@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import base64
-from typing import Any, NamedTuple
+import re
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 import msgspec
@@ -18,6 +19,15 @@ APP_CLIENT_VERSION = str(2 << 16 | 4 << 8 | 9)
 
 HOST_SUFFIXES = (".weixin.qq.com", ".wechat.com")
 """Hosts that may be called beside the configured ones (1.4)."""
+
+_URL = re.compile(r"[!-~]+")
+_HOST = re.compile(r"[a-z0-9-]+(\.[a-z0-9-]+)+")
+_ESCAPE = re.compile(
+    rb"\\(?:u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|(u[dD][89a-fA-F][0-9a-fA-F]{2})|.)", re.DOTALL
+)
+"""An escape in a JSON string; the group: half a surrogate pair."""
+
+A = TypeVar("A", bound=wire.Answer)
 
 HOLD_MS = 35_000
 HOLD_RANGE_MS = (5_000, 60_000)
@@ -50,17 +60,17 @@ def check_url(url: str, allowed_hosts: tuple[str, ...]) -> str:
 
     https and a host under HOST_SUFFIXES; `allowed_hosts` (host or host:port) may be anything, also plain http.
     """
-    parts = urlsplit(url)
-    host = parts.hostname or ""
     try:
-        port = parts.port
+        parts = urlsplit(url)
+        host, port = parts.hostname or "", parts.port
     except ValueError:
-        raise Refused("url", "The URL's port is not a number.") from None
-    if parts.username or parts.password or not host or parts.query or parts.fragment:
+        raise Refused("url", "The URL's host or port cannot be read.") from None
+    if not _URL.fullmatch(url) or not host or any(c in url for c in "@?#\\"):
         raise Refused("url", "A base URL is https://host[/path], without credentials or a query.")
-    if parts.scheme in ("http", "https") and (host in allowed_hosts or (port and f"{host}:{port}" in allowed_hosts)):
+    named = {host, parts.netloc} if port else {host}
+    if parts.scheme in ("http", "https") and not named.isdisjoint(allowed_hosts):
         return url.rstrip("/")
-    if parts.scheme != "https" or not host.endswith(HOST_SUFFIXES):
+    if parts.scheme != "https" or not host.endswith(HOST_SUFFIXES) or not _HOST.fullmatch(host):
         raise Refused("url", f"Host {host[:80]!r} is not on the allow-list; it must be https and end in "
                       + " or ".join(HOST_SUFFIXES) + ", or be named in WECHAT_NATS_ALLOWED_HOSTS.")  # fmt: skip
     return url.rstrip("/")
@@ -130,12 +140,11 @@ def read_updates(reply: Reply, *, polled_s: float) -> Polled:
             return Polled([], None, HOLD_MS)
         raise Temporary("http_5xx", "524 from the edge")
     _check_status(reply)
-    body = reply.body
-    if not body.strip():
+    if not reply.body.strip():
         raise Temporary("unreadable", "empty answer")
     try:
-        updates = msgspec.json.decode(body, type=wire.Updates)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as exc:
+        updates = _decode(reply.body, wire.Updates)
+    except ValueError as exc:
         raise Temporary("unreadable", str(exc)[:200]) from exc
     match updates.code:
         case 0:
@@ -162,8 +171,8 @@ def read_sent(reply: Reply) -> Accepted:
     if not reply.body.strip():
         return Accepted("", None, None, "")
     try:
-        sent = msgspec.json.decode(reply.body, type=wire.Sent)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as exc:
+        sent = _decode(reply.body, wire.Sent)
+    except ValueError as exc:
         raise Uncertain("unreadable", str(exc)[:200]) from exc
     match sent.code:
         case 0:
@@ -185,13 +194,31 @@ def read_notified(reply: Reply) -> None:
     if not reply.body.strip():
         return
     try:
-        answer = msgspec.json.decode(reply.body, type=wire.Answer)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as exc:
+        answer = _decode(reply.body, wire.Answer)
+    except ValueError as exc:
         raise Temporary("unreadable", str(exc)[:200]) from exc
     if answer.code == wire.STALE_TOKEN:
         raise _expired(answer)
     if answer.code:
         raise Temporary("ret_other", _said(answer))
+
+
+def _decode(body: bytes, kind: type[A]) -> A:
+    """An answer. Raises ValueError for what is none.
+
+    Half a surrogate pair (an emoji that somebody cut) is no Unicode, and would make the whole answer unreadable,
+    at every repeat: it is read as the replacement character.
+    """
+    try:
+        try:
+            return msgspec.json.decode(body, type=kind)
+        except msgspec.DecodeError:
+            mended = _ESCAPE.sub(lambda found: b"\\ufffd" if found[1] else found[0], body)
+            if mended == body:
+                raise
+            return msgspec.json.decode(mended, type=kind)
+    except RecursionError as exc:
+        raise ValueError("nested too deeply") from exc
 
 
 def _check_status(reply: Reply) -> None:

@@ -32,7 +32,9 @@ class Answer(msgspec.Struct, kw_only=True):
 
     @property
     def code(self) -> int:
-        """The code that counts: 0 is success."""
+        """The code that counts: 0 is success. A stale token counts wherever it stands."""
+        if STALE_TOKEN in (self.ret, self.errcode):
+            return STALE_TOKEN
         return self.errcode or self.ret or 0
 
 

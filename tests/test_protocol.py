@@ -1,0 +1,414 @@
+"""iLink's rules, row by row: which bytes go out, and what each answer makes the adapter do."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import pytest
+
+from adapter.errors import AdapterError, Refused, SessionExpired, Temporary, Throttled, Uncertain
+from adapter.ilink import protocol
+from adapter.ilink.protocol import Reply, check_url, hold_ms, read_notified, read_sent, read_updates, retry_after
+from adapter.ports import Accepted, Polled
+
+BIG = 7497484083968569736
+"""Beyond 2^53: a double would make 7497484083968569344 of it."""
+
+IDLE = Polled([], None, protocol.HOLD_MS)
+HTML = b"<html><head><title>502 Bad Gateway</title></head></html>"
+JSON = {"content-type": "application/json"}
+
+
+def reply(body: bytes | dict[str, Any], status: int = 200, **headers: str) -> Reply:
+    data = body if isinstance(body, bytes) else msgspec.json.encode(body)
+    return Reply(status, {**JSON, **{name.replace("_", "-"): value for name, value in headers.items()}}, data)
+
+
+def outcome(read: Callable[[], object]) -> object:
+    """What a reader returns; for an error its class, its reason and how long to wait."""
+    try:
+        return read()
+    except Temporary as exc:
+        return Temporary, exc.reason, exc.retry_after_s
+    except AdapterError as exc:
+        return type(exc), exc.reason
+
+
+# sendmessage ---------------------------------------------------------------------------------------------
+
+
+SENT = [
+    ("ret-0-and-a-string-id", reply({"ret": 0, "message_id": str(BIG)}), Accepted(str(BIG), 0, None, "")),
+    ("ret-0-and-a-number-id", reply({"ret": 0, "message_id": BIG}), Accepted(str(BIG), 0, None, "")),
+    ("largest-uint64", reply({"message_id": 2**64 - 1}), Accepted(str(2**64 - 1), None, None, "")),
+    ("ret-missing", reply({"message_id": "1"}), Accepted("1", None, None, "")),
+    ("errcode-0", reply({"errcode": 0, "message_id": "1"}), Accepted("1", None, 0, "")),
+    ("unknown-fields", reply({"ret": 0, "message_id": "1", "new": [1]}), Accepted("1", 0, None, "")),
+    ("ret-0-without-id-is-unconfirmed", reply({"ret": 0}), Accepted("", 0, None, "")),
+    ("id-0-is-none", reply({"ret": 0, "message_id": 0}), Accepted("", 0, None, "")),
+    ("id-0-as-text-is-none", reply({"ret": 0, "message_id": "0"}), Accepted("", 0, None, "")),
+    ("id-empty-is-none", reply({"ret": 0, "message_id": ""}), Accepted("", 0, None, "")),
+    ("id-null-is-none", reply({"ret": 0, "message_id": None}), Accepted("", 0, None, "")),
+    ("empty-object-is-unconfirmed", reply({}), Accepted("", None, None, "")),
+    ("empty-body-is-unconfirmed", reply(b""), Accepted("", None, None, "")),
+    ("blank-body-is-unconfirmed", reply(b" \r\n"), Accepted("", None, None, "")),
+    ("wrong-content-type-is-judged-by-its-body", reply({"message_id": "1"}, content_type="text/html"),
+     Accepted("1", None, None, "")),
+    ("-1", reply({"ret": -1}), (Refused, "rejected")),
+    ("-2-prepare-failed", reply({"ret": -2, "errmsg": "prepare failed"}), (Throttled, "throttled")),
+    ("-2-unknown-error", reply({"ret": -2, "errmsg": "unknown error"}), (Throttled, "throttled")),
+    ("-2-rate-limited", reply({"ret": -2, "errmsg": "rate limited"}), (Throttled, "throttled")),
+    ("-2-empty-errmsg", reply({"ret": -2, "errmsg": ""}), (Throttled, "throttled")),
+    ("-2-without-errmsg", reply({"ret": -2}), (Throttled, "throttled")),
+    ("-2-null-errmsg", reply({"ret": -2, "errmsg": None}), (Throttled, "throttled")),
+    ("-2-in-errcode", reply({"errcode": -2}), (Throttled, "throttled")),
+    ("-2-in-errcode-beside-ret-0", reply({"ret": 0, "errcode": -2}), (Throttled, "throttled")),
+    ("-2-in-ret-beside-errcode-0", reply({"ret": -2, "errcode": 0}), (Throttled, "throttled")),
+    ("-2-with-an-id-is-no-success", reply({"ret": -2, "message_id": "1"}), (Throttled, "throttled")),
+    ("-3-bad-user", reply({"ret": -3}), (Refused, "invalid")),
+    ("-4-elsewhere-seen-in-getconfig", reply({"ret": -4}), (Refused, "rejected")),
+    ("-12-like-a-throttle", reply({"ret": -12, "errmsg": "rate"}), (Throttled, "throttled")),
+    ("-14-in-ret", reply({"ret": -14, "errmsg": "session timeout"}), (SessionExpired, "needs_login")),
+    ("-14-in-errcode", reply({"errcode": -14, "errmsg": "session timeout"}), (SessionExpired, "needs_login")),
+    ("-14-in-ret-beside-another-errcode", reply({"ret": -14, "errcode": -1}), (SessionExpired, "needs_login")),
+    ("-14-in-errcode-beside-another-ret", reply({"ret": -1, "errcode": -14}), (SessionExpired, "needs_login")),
+    ("unknown-code", reply({"ret": -9999}), (Refused, "rejected")),
+    ("unknown-positive-code", reply({"ret": 7}), (Refused, "rejected")),
+    ("truncated-may-have-been-taken", reply(b'{"ret":0,"messa'), (Uncertain, "unreadable")),
+    ("html-may-have-been-taken", reply(HTML), (Uncertain, "unreadable")),
+    ("a-list-may-have-been-taken", reply(b"[]"), (Uncertain, "unreadable")),
+    ("not-utf-8-may-have-been-taken", reply(b'{"errmsg":"\xff","ret":0}'), (Uncertain, "unreadable")),
+    ("nested-without-end", reply(b'{"a":' * 5000), (Uncertain, "unreadable")),
+    ("500-took-nothing", reply(HTML, 500), (Temporary, "http_5xx", None)),
+    ("503-took-nothing", reply(HTML, 503), (Temporary, "http_5xx", None)),
+    ("503-says-when", reply(HTML, 503, retry_after="7"), (Temporary, "http_5xx", 7.0)),
+    ("429-took-nothing", reply(b"", 429, retry_after="30"), (Temporary, "http_4xx", 30.0)),
+    ("502-of-a-gateway-may-have-been-taken", reply(HTML, 502), (Uncertain, "http_5xx")),
+    ("504-of-a-gateway-may-have-been-taken", reply(HTML, 504), (Uncertain, "http_5xx")),
+    ("524-of-the-edge-may-have-been-taken", reply(HTML, 524), (Uncertain, "http_5xx")),
+    ("400", reply(b"", 400), (Refused, "rejected")),
+    ("401", reply(b"", 401), (Refused, "rejected")),
+    ("404", reply(b"", 404), (Refused, "rejected")),
+    ("302-is-not-followed", reply(b"", 302, location="https://evil.example"), (Temporary, "http_4xx", None)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("answer", "expected"), [row[1:] for row in SENT], ids=[row[0] for row in SENT])
+def test_an_answer_to_a_send_has_one_meaning(answer: Reply, expected: object) -> None:
+    assert outcome(lambda: read_sent(answer)) == expected
+
+
+def test_a_refusal_keeps_what_ilink_said() -> None:
+    """For the receipt: the raw codes beside our own word (lesson 6 of the protocol)."""
+    with pytest.raises(Throttled) as caught:
+        read_sent(reply({"ret": -2, "errcode": 0, "errmsg": "prepare failed"}))
+    assert (caught.value.ret, caught.value.errcode, caught.value.errmsg) == (-2, 0, "prepare failed")
+
+
+def test_a_long_errmsg_is_cut() -> None:
+    with pytest.raises(Refused) as caught:
+        read_sent(reply({"ret": -7, "errmsg": "x" * 100_000}))
+    assert len(caught.value.errmsg) == 200
+    assert len(caught.value.detail) < 300
+
+
+# getupdates ----------------------------------------------------------------------------------------------
+
+
+MESSAGE = {"message_id": BIG, "from_user_id": "u@im.wechat"}
+RAW = msgspec.json.encode(MESSAGE)
+
+UPDATES = [
+    ("messages", reply({"ret": 0, "msgs": [MESSAGE], "get_updates_buf": "b"}), 1, Polled([RAW], "b", 35_000)),
+    ("ret-missing", reply({"msgs": [MESSAGE], "get_updates_buf": "b"}), 1, Polled([RAW], "b", 35_000)),
+    ("several-in-order", reply({"msgs": [1, 2, 3], "get_updates_buf": "b"}), 1,
+     Polled([b"1", b"2", b"3"], "b", 35_000)),
+    ("idle", reply({"msgs": [], "sync_buf": "C", "get_updates_buf": "b", "longpolling_timeout_ms": 20_000}), 35,
+     Polled([], "b", 20_000)),
+    ("msgs-absent", reply({"get_updates_buf": "b"}), 35, Polled([], "b", 35_000)),
+    ("msgs-null", reply({"msgs": None, "get_updates_buf": "b"}), 35, Polled([], "b", 35_000)),
+    ("empty-cursor-keeps-the-old", reply({"msgs": [MESSAGE], "get_updates_buf": ""}), 1, Polled([RAW], None, 35_000)),
+    ("no-cursor-keeps-the-old", reply({"msgs": [MESSAGE]}), 1, Polled([RAW], None, 35_000)),
+    ("null-cursor-keeps-the-old", reply({"msgs": [MESSAGE], "get_updates_buf": None}), 1,
+     Polled([RAW], None, 35_000)),
+    ("empty-object-is-idle", reply({}), 35, Polled([], None, 35_000)),
+    ("wrong-content-type-is-judged-by-its-body", reply({"get_updates_buf": "b"}, content_type="text/plain"), 1,
+     Polled([], "b", 35_000)),
+    ("-1-is-idle", reply({"ret": -1}), 35, IDLE),
+    ("-2", reply({"ret": -2}), 1, (Temporary, "ret_2", None)),
+    ("-2-in-errcode", reply({"errcode": -2, "ret": 0}), 1, (Temporary, "ret_2", None)),
+    ("-3", reply({"ret": -3}), 1, (Temporary, "ret_other", None)),
+    ("-12", reply({"ret": -12}), 1, (Temporary, "ret_other", None)),
+    ("an-error-hides-no-messages", reply({"ret": -9, "msgs": [MESSAGE]}), 1, (Temporary, "ret_other", None)),
+    ("-14-in-ret", reply({"ret": -14}), 1, (SessionExpired, "needs_login")),
+    ("-14-in-errcode-ret-absent", reply({"errcode": -14, "errmsg": "session timeout"}), 1,
+     (SessionExpired, "needs_login")),
+    ("-14-in-ret-beside-another-errcode", reply({"ret": -14, "errcode": -1}), 1, (SessionExpired, "needs_login")),
+    ("524-late-is-idle", reply(HTML, 524), 16, IDLE),
+    ("524-at-ten-seconds-is-idle", reply(HTML, 524), 10, IDLE),
+    ("524-early-is-trouble", reply(HTML, 524), 9.9, (Temporary, "http_5xx", None)),
+    ("500", reply(HTML, 500), 1, (Temporary, "http_5xx", None)),
+    ("502", reply(HTML, 502), 1, (Temporary, "http_5xx", None)),
+    ("503-says-when", reply(HTML, 503, retry_after="9"), 1, (Temporary, "http_5xx", 9.0)),
+    ("504", reply(HTML, 504), 1, (Temporary, "http_5xx", None)),
+    ("429", reply(b"", 429, retry_after="4"), 1, (Temporary, "http_4xx", 4.0)),
+    ("403", reply(b"", 403), 1, (Temporary, "http_4xx", None)),
+    ("302-is-not-followed", reply(b"", 302), 1, (Temporary, "http_4xx", None)),
+    ("empty", reply(b""), 35, (Temporary, "unreadable", None)),
+    ("blank", reply(b"\n"), 35, (Temporary, "unreadable", None)),
+    ("truncated", reply(b'{"msgs":[{"message_id":1}],"get_up'), 1, (Temporary, "unreadable", None)),
+    ("html", reply(HTML), 1, (Temporary, "unreadable", None)),
+    ("a-list", reply(b"[]"), 1, (Temporary, "unreadable", None)),
+    ("null", reply(b"null"), 1, (Temporary, "unreadable", None)),
+    ("msgs-no-list", reply({"msgs": {}}), 1, (Temporary, "unreadable", None)),
+    ("nested-without-end", reply(b'{"msgs":[' + b'{"a":' * 5000), 1, (Temporary, "unreadable", None)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("answer", "polled_s", "expected"), [row[1:] for row in UPDATES], ids=[row[0] for row in UPDATES]
+)
+def test_an_answer_to_a_poll_has_one_meaning(answer: Reply, polled_s: float, expected: object) -> None:
+    assert outcome(lambda: read_updates(answer, polled_s=polled_s)) == expected
+
+
+def test_messages_stay_raw_so_that_no_id_is_rounded() -> None:
+    polled = read_updates(reply(b'{"msgs":[{"message_id":%d}]}' % BIG), polled_s=1)
+    assert polled.messages == [b'{"message_id":%d}' % BIG]
+
+
+@pytest.mark.parametrize(
+    "escape",
+    [rb"\ud83d", rb"\udc00", rb"cut \ud83d", rb"\ud83d\ud83d\ude00", rb"\ud83d\u0041", rb"\\\ud83d"],
+    ids=["high", "low", "at-the-end", "before-a-pair", "before-a-letter", "after-a-backslash"],
+)
+def test_half_an_emoji_does_not_spoil_the_batch(escape: bytes) -> None:
+    """JSON of half a surrogate pair is no Unicode; a decoder refuses the whole answer, and so would every repeat."""
+    body = rb'{"msgs":[{"t":"%s"},{"t":"\ud83d\ude00"},{"t":"\\ud83d"}],"get_updates_buf":"b"}' % escape
+
+    polled = read_updates(reply(body), polled_s=1)
+
+    assert polled.cursor == "b"
+    texts = [msgspec.json.decode(raw)["t"] for raw in polled.messages]
+    assert "\N{REPLACEMENT CHARACTER}" in texts[0]
+    assert texts[1:] == ["😀", r"\ud83d"]
+
+
+@pytest.mark.parametrize(
+    ("hint", "expected"),
+    [
+        (0, 35_000),
+        (-1, 35_000),
+        (5_000, 5_000),
+        (4_999, 5_000),
+        (1, 5_000),
+        (35_000, 35_000),
+        (60_000, 60_000),
+        (120_000, 60_000),
+        (10**18, 60_000),
+        (25_000.7, 25_000),
+        ("20000", 20_000),
+        ("120000", 60_000),
+        ("soon", 35_000),
+        ("-5", 35_000),
+        ("", 35_000),
+        ("９９９９", 35_000),
+        (True, 35_000),
+        (None, 35_000),
+        ([], 35_000),
+        (float("nan"), 35_000),
+    ],
+)
+def test_the_hold_is_clamped(hint: object, expected: int) -> None:
+    """F21, Q22: 5 to 60 seconds; no positive number is no hint."""
+    assert hold_ms(hint) == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [("5", 5.0), ("0", 0.0), ("99999", 300.0), ("", None), ("soon", None), ("-1", None), ("1.5", None), ("٣", None),
+     ("Wed, 21 Oct 2026 07:28:00 GMT", None)],
+)  # fmt: skip
+def test_retry_after_is_seconds_up_to_five_minutes(value: str, expected: float | None) -> None:
+    assert retry_after({"retry-after": value}) == expected
+
+
+def test_no_retry_after_is_none() -> None:
+    assert retry_after({}) is None
+
+
+# notifystart, notifystop ---------------------------------------------------------------------------------
+
+
+NOTIFIED = [
+    ("ret-0", reply({"ret": 0}), None),
+    ("empty-object", reply({}), None),
+    ("empty-body", reply(b""), None),
+    ("ret-and-errmsg", reply({"ret": 3, "errmsg": "no"}), (Temporary, "ret_other", None)),
+    ("-14", reply({"errcode": -14}), (SessionExpired, "needs_login")),
+    ("html", reply(HTML), (Temporary, "unreadable", None)),
+    ("nested-without-end", reply(b'{"a":' * 5000), (Temporary, "unreadable", None)),
+    ("500", reply(b"", 500), (Temporary, "http_5xx", None)),
+    ("404", reply(b"", 404), (Temporary, "http_4xx", None)),
+]
+
+
+@pytest.mark.parametrize(("answer", "expected"), [row[1:] for row in NOTIFIED], ids=[row[0] for row in NOTIFIED])
+def test_an_answer_to_a_notification_has_one_meaning(answer: Reply, expected: object) -> None:
+    assert outcome(lambda: read_notified(answer)) == expected
+
+
+# what goes out -------------------------------------------------------------------------------------------
+
+
+AGENT = "wechat-nats/0.1.0"
+
+
+def send_request() -> protocol.Request:
+    return protocol.text_request(
+        "bot:secret", 305419896, user="o9Cq@im.wechat", client_id="c-1", context_token="AARz", text="on it 😀",
+        agent=AGENT,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("number", "header"), [(305419896, "MzA1NDE5ODk2"), (0, "MA=="), (4294967295, "NDI5NDk2NzI5NQ==")]
+)
+def test_the_uin_is_the_decimal_text_in_base64(number: int, header: str) -> None:
+    assert protocol.uin(number) == header
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        send_request(),
+        protocol.updates_request("bot:secret", "", 305419896, agent=AGENT),
+        protocol.notify_request("bot:secret", 305419896, start=True, agent=AGENT),
+        protocol.notify_request("bot:secret", 305419896, start=False, agent=AGENT),
+    ],
+    ids=lambda request: request.endpoint,
+)
+def test_every_post_carries_all_headers(request_: protocol.Request) -> None:
+    """2.1; no Content-Length by hand."""
+    assert request_.headers == {
+        "Content-Type": "application/json",
+        "AuthorizationType": "ilink_bot_token",
+        "Authorization": "Bearer bot:secret",
+        "X-WECHAT-UIN": "MzA1NDE5ODk2",
+        "iLink-App-Id": "bot",
+        "iLink-App-ClientVersion": "132105",
+    }
+    assert msgspec.json.decode(request_.body)["base_info"] == {"channel_version": "2.4.9", "bot_agent": AGENT}
+
+
+def test_the_uin_of_any_uint32_decodes_to_its_text() -> None:
+    for number in (1, 2**31, 2**32 - 1):
+        assert int(base64.b64decode(protocol.uin(number))) == number
+
+
+def test_a_send_has_the_official_shape() -> None:
+    """3.4: exactly these fields, one item."""
+    request = send_request()
+    assert request.path == "/ilink/bot/sendmessage"
+    assert msgspec.json.decode(request.body)["msg"] == {
+        "from_user_id": "",
+        "to_user_id": "o9Cq@im.wechat",
+        "client_id": "c-1",
+        "message_type": 2,
+        "message_state": 2,
+        "item_list": [{"type": 1, "text_item": {"text": "on it 😀"}}],
+        "context_token": "AARz",
+    }
+
+
+def test_a_poll_sends_the_cursor_and_nothing_deprecated() -> None:
+    request = protocol.updates_request("t", "CAES", 1, agent=AGENT)
+    assert request.path == "/ilink/bot/getupdates"
+    assert msgspec.json.decode(request.body).keys() == {"get_updates_buf", "base_info"}
+    assert msgspec.json.decode(request.body)["get_updates_buf"] == "CAES"
+
+
+def test_notifications_have_paths_of_their_own() -> None:
+    start = protocol.notify_request("t", 1, start=True, agent=AGENT)
+    stop = protocol.notify_request("t", 1, start=False, agent=AGENT)
+    assert (start.path, stop.path) == ("/ilink/bot/msg/notifystart", "/ilink/bot/msg/notifystop")
+    assert (start.endpoint, stop.endpoint) == ("notifystart", "notifystop")
+
+
+# URLs ----------------------------------------------------------------------------------------------------
+
+
+LOCAL = ("127.0.0.1:8080", "simulator", "[::1]:8080")
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("https://ilinkai.weixin.qq.com", "https://ilinkai.weixin.qq.com"),
+        ("https://ilinkai.weixin.qq.com/", "https://ilinkai.weixin.qq.com"),
+        ("https://ilinkai.wechat.com", "https://ilinkai.wechat.com"),
+        ("https://ILinkAI.WeChat.com/base/", "https://ILinkAI.WeChat.com/base"),
+        ("https://ilinkai.weixin.qq.com:8443", "https://ilinkai.weixin.qq.com:8443"),
+        ("http://127.0.0.1:8080", "http://127.0.0.1:8080"),
+        ("http://[::1]:8080", "http://[::1]:8080"),
+        ("http://simulator:1234/x", "http://simulator:1234/x"),
+    ],
+)
+def test_a_url_on_the_list_may_be_called(url: str, expected: str) -> None:
+    assert check_url(url, LOCAL) == expected
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://ilinkai.weixin.qq.com",
+        "https://weixin.qq.com",
+        "https://evilweixin.qq.com",
+        "https://weixin.qq.com.evil.example",
+        "https://evil.example/.weixin.qq.com",
+        "https://evil.example?.weixin.qq.com",
+        "https://evil.example#.weixin.qq.com",
+        "https://ilinkai.weixin.qq.com@evil.example",
+        "https://user:pass@ilinkai.weixin.qq.com",
+        "https://@ilinkai.weixin.qq.com",
+        r"https://evil.example\.weixin.qq.com",
+        r"https://evil.example\@x.weixin.qq.com",
+        "https://evil.example%2f.weixin.qq.com",
+        "https://evil.example\t.weixin.qq.com",
+        "https://evil.example\n.weixin.qq.com",
+        "https://evil.example\x00.weixin.qq.com",
+        "https://evil.example／.weixin.qq.com",
+        "https://evil。example.weixin.qq.com",
+        "https://.weixin.qq.com",
+        "https://a..weixin.qq.com",
+        "https://a.weixin.qq.com.",
+        "https://a.weixin.qq.com?",
+        "https://a.weixin.qq.com#",
+        "https://a.weixin.qq.com/?x=1",
+        "https://a.weixin.qq.com:port",
+        "https://a.weixin.qq.com:99999",
+        " https://a.weixin.qq.com",
+        "https://a.weixin.qq.com/\n",
+        "https://[::1",
+        "https://[::1]",
+        "https://127.0.0.1",
+        "https://169.254.169.254",
+        "http://127.0.0.1:9090",
+        "http://127.0.0.1",
+        "http://127.0.0.1:8080@evil.example",
+        "ftp://simulator",
+        "file:///etc/passwd",
+        "//ilinkai.weixin.qq.com",
+        "ilinkai.weixin.qq.com",
+        "https://",
+        "",
+    ],
+)
+def test_any_other_url_is_refused(url: str) -> None:
+    """F23: `baseurl` and `redirect_host` are words of a server, not of an operator."""
+    with pytest.raises(Refused) as caught:
+        check_url(url, LOCAL)
+    assert caught.value.reason == "url"
