@@ -12,16 +12,21 @@ from adapter.errors import Unreadable
 from adapter.ilink import wire
 from adapter.ports import Said
 
+UNDECODABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+MAX_ID = 128
+"""A longer user id is none: it would not fit into a subject."""
+
 
 def read_message(raw: bytes) -> Said:
     """Translates one message. Raises Unreadable for what is no JSON object or names no user."""
     try:
         message = msgspec.json.decode(raw, type=wire.Message)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as exc:
+    except UNDECODABLE as exc:
         return _salvage(raw, str(exc)[:200])
     user = message.from_user_id or ""
-    if not user:
+    if not 0 < len(user) <= MAX_ID:
         raise Unreadable("unreadable", "The message names no sender.")
+    sent_at_ms = _time(message.create_time_ms)
     items: list[contract.InboundItem] = []
     texts: list[str] = []
     quote = None
@@ -35,9 +40,9 @@ def read_message(raw: bytes) -> Said:
             texts.append(text)
         quote = quote or ref
     return Said(
-        keys=keys_of(message, user, message.create_time_ms or 0, content_of(raw)),
+        keys=keys_of(message, user, sent_at_ms, content_of(raw)),
         user=user,
-        sent_at_ms=message.create_time_ms or 0,
+        sent_at_ms=sent_at_ms,
         context_token=message.context_token or "",
         text="\n".join(texts),
         items=items,
@@ -60,7 +65,7 @@ def _kind(items: list[contract.InboundItem]) -> str:
 def _read_item(raw: bytes) -> tuple[contract.InboundItem, str, contract.Quote | None]:
     try:
         item = msgspec.json.decode(raw, type=wire.Item)
-    except (msgspec.MsgspecError, UnicodeDecodeError):
+    except UNDECODABLE:
         return contract.UnsupportedItem(type=0, reason="malformed"), "", None
     quote = _read_quote(item.ref_msg)
     match item.type:
@@ -89,12 +94,12 @@ def _salvage(raw: bytes, why: str) -> Said:
     """A message with a field of a wrong type: told as unsupported, kept whole as a dead letter."""
     try:
         rest = msgspec.json.decode(raw, type=wire.Envelope)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as exc:
+    except UNDECODABLE as exc:
         raise Unreadable("unreadable", why) from exc
     user = rest.from_user_id if isinstance(rest.from_user_id, str) else ""
-    if not user:
+    if not 0 < len(user) <= MAX_ID:
         raise Unreadable("unreadable", why)
-    sent = rest.create_time_ms if isinstance(rest.create_time_ms, int) else 0
+    sent = _time(rest.create_time_ms)
     return Said(
         keys=keys_of(rest, user, sent, content_of(raw)),
         user=user,
@@ -108,6 +113,11 @@ def _salvage(raw: bytes, why: str) -> Said:
         broken=why,
         kind="unsupported",
     )
+
+
+def _time(value: object) -> int:
+    """Unix milliseconds; 0 for what cannot be a time."""
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53 else 0
 
 
 def keys_of(message: wire.Message | wire.Envelope, user: str, sent_at_ms: int, content: str) -> Keys:
@@ -124,7 +134,7 @@ def content_of(raw: bytes) -> str:
     """A hash of what the user said: the items without their ids and times."""
     try:
         items = msgspec.json.decode(raw).get("item_list") or []
-    except (msgspec.MsgspecError, UnicodeDecodeError, AttributeError):
+    except (*UNDECODABLE, AttributeError):
         items = []
     if not isinstance(items, list):
         items = [items]

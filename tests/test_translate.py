@@ -1,0 +1,243 @@
+"""Inbound messages as iLink sends them (`samples/`), and what the bus gets to read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+import pytest
+
+from adapter.contract import InboundItem, Quote, TextItem, UnsupportedItem, VoiceItem
+from adapter.errors import Unreadable
+from adapter.ilink.translate import content_of, read_message
+from adapter.ports import Said
+
+SAMPLES = Path(__file__).parent / "samples"
+USER = "o9cq80demoUser@im.wechat"
+BIG = 7497484083968569736
+HELLO = TextItem(text="hello")
+THIS_ONE = TextItem(text="this one")
+QUOTED = str(BIG - 1)
+
+
+def sample(name: str) -> bytes:
+    return (SAMPLES / f"{name}.json").read_bytes()
+
+
+def said(name: str) -> Said:
+    return read_message(sample(name))
+
+
+def changed(name: str, **fields: Any) -> bytes:
+    """A sample with other fields; None takes one away."""
+    message = msgspec.json.decode(sample(name)) | fields
+    return msgspec.json.encode({key: value for key, value in message.items() if value is not None})
+
+
+class Row(NamedTuple):
+    name: str
+    text: str
+    items: list[InboundItem]
+    kind: str = "text"
+    quote: Quote | None = None
+
+
+ROWS = [
+    Row("text", "hello", [HELLO]),
+    Row("emoji", "好的 👩‍👩‍👧‍👦 🇨🇳 e\u0301", [TextItem(text="好的 👩‍👩‍👧‍👦 🇨🇳 e\u0301")]),
+    Row("empty-text", "", [TextItem(text="")]),
+    Row(
+        "multi-item",
+        "look\nat this",
+        [TextItem(text="look"), UnsupportedItem(type=2), TextItem(text="at this")],
+    ),
+    Row(
+        "voice-with-transcript",
+        "turn on the light",
+        [VoiceItem(transcript="turn on the light", duration_ms=2300)],
+        "voice",
+    ),
+    Row("voice-with-nested-transcript", "yes", [VoiceItem(transcript="yes", duration_ms=900)], "voice"),
+    Row("voice-without-transcript", "", [UnsupportedItem(type=3)], "unsupported"),
+    Row("image", "", [UnsupportedItem(type=2)], "unsupported"),
+    Row("file", "", [UnsupportedItem(type=4)], "unsupported"),
+    Row("video", "", [UnsupportedItem(type=5)], "unsupported"),
+    Row("unknown-type", "", [UnsupportedItem(type=23)], "unsupported"),
+    Row("no-items", "", [], "unsupported"),
+    Row("quote-with-text", "this one", [THIS_ONE], quote=Quote(id=QUOTED, text="pick one")),
+    Row("quote-of-a-bot-message", "this one", [THIS_ONE], quote=Quote(id=QUOTED, text="pick one")),
+    Row("quote-type-0", "this one", [THIS_ONE], quote=Quote(id=QUOTED)),
+    Row("quote-svr-id", "this one", [THIS_ONE], quote=Quote(id=QUOTED)),
+    Row("quote-partial", "this one", [THIS_ONE], quote=Quote(id=QUOTED)),
+    Row("quote-on-a-voice", "this one", [VoiceItem(transcript="this one")], "voice", Quote(id=QUOTED)),
+    Row("no-context-token", "hello", [HELLO]),
+    Row("no-message-id", "hello", [HELLO]),
+    Row("largest-ids", "hello", [HELLO]),
+    Row("nulls", "hello", [HELLO]),
+    Row("type-0", "hello", [HELLO]),
+]
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_a_message_is_told_in_the_words_of_the_bus(row: Row) -> None:
+    found = said(row.name)
+    assert (found.text, found.items, found.kind, found.quote) == (row.text, row.items, row.kind, row.quote)
+    assert (found.user, found.echo, found.broken) == (USER, False, "")
+    assert found.raw == sample(row.name)
+
+
+def test_a_message_keeps_its_time_and_token() -> None:
+    assert (said("text").sent_at_ms, said("text").context_token) == (1789000000000, "AARzJWdemo")
+
+
+def test_what_ilink_leaves_out_is_empty() -> None:
+    assert said("no-context-token").context_token == ""
+    assert (said("nulls").context_token, said("nulls").sent_at_ms) == ("", 0)
+
+
+def test_the_bots_own_words_are_an_echo() -> None:
+    """4.1: filtered out, so that no bot answers itself."""
+    assert said("bot-echo").echo
+
+
+KEYS = [
+    ("text", (str(BIG), "wx-demo-1", "42")),
+    ("message-id-as-text", (str(BIG), "wx-demo-1", "42")),
+    ("largest-ids", (str(2**64 - 1), "wx-demo-1", str(2**63))),
+    ("no-message-id", ("", "wx-demo-1", "42")),
+    ("message-id-0", ("", "wx-demo-1", "42")),
+    ("message-id-0-as-text", ("", "wx-demo-1", "42")),
+    ("no-ids", ("", "", "")),
+    ("nulls", ("", "", "")),
+]
+
+
+@pytest.mark.parametrize(("name", "ids"), KEYS, ids=[name for name, _ in KEYS])
+def test_ids_are_exact_and_0_is_none(name: str, ids: tuple[str, str, str]) -> None:
+    keys = said(name).keys
+    assert (keys.message, keys.client, keys.seq) == ids
+    assert (keys.user, keys.content) == (USER, said("text").keys.content)
+
+
+@pytest.mark.parametrize(
+    ("name", "bus_id"),
+    [
+        ("text", f"in:b@im.bot:m{BIG}"),
+        ("no-message-id", "in:b@im.bot:cwx-demo-1"),
+    ],
+)
+def test_the_id_on_the_bus_is_the_first_that_is_known(name: str, bus_id: str) -> None:
+    assert said(name).keys.id_for("b@im.bot") == bus_id
+
+
+def test_the_id_on_the_bus_is_never_random() -> None:
+    """CW #925: a random id makes a stranger of every repeat."""
+    assert said("no-ids").keys.id_for("b") == said("no-ids").keys.id_for("b")
+    later = read_message(changed("no-ids", create_time_ms=1789000000001))
+    assert later.keys.id_for("b") != said("no-ids").keys.id_for("b")
+
+
+def test_the_same_words_have_the_same_content_whatever_their_ids() -> None:
+    items = msgspec.json.decode(sample("text"))["item_list"]
+    items[0] |= {"msg_id": 5, "create_time_ms": 7, "update_time_ms": 8, "is_completed": False}
+    again = read_message(changed("text", message_id=1, seq=2, client_id="other", context_token="x", item_list=items))
+    assert again.keys.content == said("text").keys.content
+
+
+def test_other_words_have_another_content() -> None:
+    contents = {said(row.name).keys.content for row in ROWS if row.text != "hello"}
+    assert len(contents) == len([row for row in ROWS if row.text != "hello"])
+
+
+# broken --------------------------------------------------------------------------------------------------
+
+
+def test_a_malformed_item_does_not_take_the_others_with_it() -> None:
+    found = said("malformed-item")
+    broken = UnsupportedItem(type=0, reason="malformed")
+    assert found.items == [TextItem(text="before"), broken, broken, TextItem(text="after")]
+    assert found.text == "before\nafter"
+    assert found.broken
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        sample("malformed-field"),
+        sample("fractional-time"),
+        sample("malformed-items"),
+        changed("text", context_token=5),
+        changed("text", message_id=[1]),
+        changed("text", message_type="user"),
+    ],
+    ids=["time-a-text", "time-a-fraction", "items-no-list", "token-a-number", "id-a-list", "type-a-text"],
+)
+def test_a_malformed_field_makes_the_message_unsupported(raw: bytes) -> None:
+    """Told to the sandbox, and kept whole for a person: it never blocks the bot."""
+    found = read_message(raw)
+    assert found.items == [UnsupportedItem(type=0, reason="malformed")]
+    assert (found.user, found.text, found.kind, found.echo) == (USER, "", "unsupported", False)
+    assert found.broken
+    assert found.raw == raw
+
+
+def test_a_malformed_message_keeps_the_ids_that_are_sound() -> None:
+    keys = said("malformed-field").keys
+    assert (keys.message, keys.client) == (str(BIG), "wx-demo-1")
+    assert keys.content == said("text").keys.content
+
+
+UNREADABLE = [
+    *(sample(name) for name in ("no-sender", "empty-sender", "sender-a-number", "sender-too-long")),
+    *(sample(name) for name in ("a-list", "a-string", "a-null")),
+    b"",
+    b"{",
+    b"\xff",
+    sample("text")[:100],
+    b'{"from_user_id":"u","item_list":' + b"[" * 5000,
+]
+
+
+@pytest.mark.parametrize("raw", UNREADABLE, ids=lambda raw: raw[:24].decode("ascii", "replace").strip() or "empty")
+def test_what_names_no_user_is_unreadable(raw: bytes) -> None:
+    with pytest.raises(Unreadable):
+        read_message(raw)
+
+
+DEEP = b'{"type":1,"text_item":' + b'{"a":' * 5000 + b"1" + b"}" * 5000 + b"}"
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b'{"from_user_id":"u","item_list":[' + DEEP + b"]}",
+        b'{"from_user_id":"u","item_list":[{"type":1,"text_item":{"text":"\xff"}}]}',
+        b'{"from_user_id":"u","item_list":[{"type":99999999999999999999999999}]}',
+        b'{"from_user_id":"u","item_list":[],"create_time_ms":99999999999999999999999999}',
+        b'{"from_user_id":"u","item_list":[],"create_time_ms":-1}',
+        b'{"from_user_id":"u","item_list":[null,[],5]}',
+        b'{"from_user_id":"u","item_list":[{"ref_msg":{"message_item":{"ref_msg":{"message_item":{}}}}}]}',
+        b'{"from_user_id":"u","extra":' + b"[" * 900 + b"]" * 900 + b"}",
+    ],
+    ids=[
+        "deep",
+        "not-utf-8",
+        "huge-type",
+        "huge-time",
+        "negative-time",
+        "not-objects",
+        "quote-in-quote",
+        "deep-extra",
+    ],
+)
+def test_nothing_that_names_a_user_stops_the_bot(raw: bytes) -> None:
+    """Whatever it holds, it is told, or unreadable; any other exception would come again with every poll."""
+    try:
+        found = read_message(raw)
+    except Unreadable:
+        return
+    assert found.user == "u"
+    msgspec.json.encode(found.items)
+    assert isinstance(content_of(raw), str)
+    assert 0 <= found.sent_at_ms < 2**53
