@@ -5,6 +5,7 @@ Everything here ends in `Failed` with a sentence; nothing waits for ever.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import ssl
@@ -30,6 +31,7 @@ from adapter.settings import Settings, read_settings
 CONNECT_S = 5.0
 ANSWER_S = 5.0
 JetStreamGone = (ServiceUnavailableError, NoStreamResponseError)
+NO_STREAM = 10059
 FULL = 10077
 """The stream holds as many messages of this subject as it may."""
 
@@ -123,24 +125,38 @@ async def connected(settings: Settings | None = None, *, lasting: bool = False) 
 
 
 async def _connect(settings: Settings, lasting: bool) -> Client:
-    """Tries each server once. nats-py would try a wrong password for ever, so it may not reconnect in this phase."""
+    """Asks each server once. nats-py alone would go on for minutes, with a wrong password for ever."""
     options = connect_options(settings, "wechat-nats cli")
     why: Exception | None = None
     for server in settings.nats_url:
-        nc = Client()
-        try:
-            await nc.connect(**options | {"servers": [server], "error_cb": _unheard, "connect_timeout": CONNECT_S})
-        except (NatsError, OSError, TimeoutError, ssl.SSLError) as exc:
-            why = exc
+        nc, why = await _attempt(options | {"servers": [server]})
+        if nc is None:
             continue
-        except (ImportError, ValueError) as exc:
-            raise Failed(UNREACHABLE, f"Cannot use these NATS credentials: {exc}.") from None
         if not lasting:
             return nc
         await nc.close()
-        options |= {"allow_reconnect": True, "max_reconnect_attempts": -1, "reconnect_time_wait": 0.2}
-        return await nats.connect(**options | {"error_cb": _unheard})
+        back = {"allow_reconnect": True, "max_reconnect_attempts": -1, "reconnect_time_wait": 0.2}
+        return await nats.connect(**options | back | {"error_cb": _unheard})
     raise Failed(UNREACHABLE, _unreachable(settings, why))
+
+
+async def _attempt(options: dict[str, Any]) -> tuple[Client | None, Exception | None]:
+    """A client, or why there is none. Raises Failed for credentials that cannot even be read."""
+    heard: list[Exception] = []
+
+    async def hear(exc: Exception) -> None:
+        heard.append(exc)
+
+    nc = Client()
+    once = {"allow_reconnect": False, "max_reconnect_attempts": 1, "reconnect_time_wait": 0.01}
+    try:
+        async with asyncio.timeout(CONNECT_S):
+            await nc.connect(**options | once | {"connect_timeout": 3, "error_cb": hear})
+    except (ImportError, ValueError) as exc:
+        raise Failed(UNREACHABLE, f"Cannot use these NATS credentials: {exc}.") from None
+    except (NatsError, OSError, TimeoutError) as exc:
+        return None, heard[-1] if heard else exc
+    return nc, None
 
 
 def _unreachable(settings: Settings, why: Exception | None) -> str:
@@ -193,10 +209,14 @@ async def replay(
     try:
         return await bus.js.subscribe(subject, stream=stream, ordered_consumer=True, config=config)
     except NotFoundError:
-        raise Failed(
-            UNREACHABLE, f"There is no stream {stream}: start an adapter once, or run `wechat-nats doctor --fix`."
-        ) from None
+        raise Failed(UNREACHABLE, no_stream(stream)) from None
+    except JetStreamGone:
+        raise
     except APIError as exc:
         raise Failed(NO, f"Cannot read {stream}: {exc.description or exc}.") from None
     except (NatsError, TimeoutError):
         raise Failed(UNREACHABLE, f"Cannot read {stream}: is JetStream enabled, and may this user read it?") from None
+
+
+def no_stream(stream: str) -> str:
+    return f"There is no stream {stream}: start an adapter once, or run `wechat-nats doctor --fix`."

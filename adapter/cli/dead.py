@@ -13,7 +13,7 @@ from nats.js import api
 from nats.js.errors import APIError, NotFoundError
 
 from adapter.cli import output
-from adapter.cli.bus import Bus, connected, stored_from
+from adapter.cli.bus import NO_STREAM, Bus, JetStreamGone, connected, no_stream, stored_from
 from adapter.cli.exits import NO, OK, UNREACHABLE, USAGE, Failed
 from adapter.cli.options import Json
 from adapter.contract import H_DETAIL, H_MSG_ID, H_REASON, H_SEQUENCE, H_SUBJECT, H_TIME_MS, Names
@@ -66,9 +66,9 @@ async def show(*seqs: Seqs, json: Json = False) -> int:
 
     The body may hold what a person wrote: treat it as private. Tokens and keys in it are masked.
     """
-    code = OK
+    code, wanted = OK, _some(seqs)
     async with connected() as bus:
-        for seq in _some(seqs):
+        for seq in wanted:
             if (raw := await _get(bus, seq)) is None:
                 code = NO
             elif json:
@@ -84,9 +84,9 @@ async def retry(*seqs: Seqs) -> int:
 
     For what came from WECHAT_OUT and WECHAT_CTL. Inbound dead letters cannot be retried: the user has to write again.
     """
-    code = OK
+    code, wanted = OK, _some(seqs)
     async with connected() as bus:
-        for seq in _some(seqs):
+        for seq in wanted:
             raw = await _get(bus, seq)
             if raw is None or not await _retry(bus, raw):
                 code = NO
@@ -96,9 +96,9 @@ async def retry(*seqs: Seqs) -> int:
 @app.command
 async def drop(*seqs: Seqs) -> int:
     """Delete dead letters for good."""
-    code = OK
+    code, wanted = OK, _some(seqs)
     async with connected() as bus:
-        for seq in _some(seqs):
+        for seq in wanted:
             if await _delete(bus, seq):
                 output.say(f"{seq}  dropped")
             else:
@@ -139,7 +139,11 @@ async def _get(bus: Bus, seq: int) -> api.RawStreamMsg | None:
     """None, and a complaint, where there is no such letter. Raises Failed."""
     try:
         return await bus.js.get_msg(bus.names.stream_dead, seq)
-    except NotFoundError:
+    except JetStreamGone:
+        raise
+    except NotFoundError as exc:
+        if exc.err_code == NO_STREAM:
+            raise Failed(UNREACHABLE, no_stream(bus.names.stream_dead)) from None
         output.complain(f"There is no dead letter {seq}.")
         return None
     except (NatsError, TimeoutError):
@@ -150,7 +154,11 @@ async def _delete(bus: Bus, seq: int) -> bool:
     """False, and a complaint, where there is no such letter. Raises Failed."""
     try:
         await bus.js.delete_msg(bus.names.stream_dead, seq)
-    except APIError:
+    except JetStreamGone:
+        raise
+    except APIError as exc:
+        if exc.err_code == NO_STREAM:
+            raise Failed(UNREACHABLE, no_stream(bus.names.stream_dead)) from None
         output.complain(f"There is no dead letter {seq}.")
         return False
     except (NatsError, TimeoutError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import sys
 from typing import Annotated, Literal
 
@@ -17,10 +18,12 @@ from adapter.cli.exits import NO, OK, TIMEOUT, UNREACHABLE, USAGE, Failed
 from adapter.cli.options import Json, RequestId, Sandbox, Timeout, new_id
 from adapter.contract import FINAL_OUTCOMES, H_MSG_ID, H_SCHEMA, SCHEMA_VERSION, Outbound, Receipt
 
+_OPTION = re.compile(r"--[a-z][a-z-]*")
+
 
 async def send(
     sandbox: Sandbox,
-    text: Annotated[str, Parameter(help="What to send; `-`: all of standard input.")],
+    text: Annotated[str, Parameter(allow_leading_hyphen=True, help="What to send; `-`: all of standard input.")],
     /,
     *,
     user: Annotated[str | None, Parameter(help="Recipient; default: the bot's user.")] = None,
@@ -68,6 +71,8 @@ async def send(
 
 
 def _text(text: str) -> str:
+    if _OPTION.fullmatch(text):
+        raise Failed(USAGE, f"There is no option {text}; if that is the text, give it by standard input.")
     text = sys.stdin.read() if text == "-" else text
     if not text.strip():
         raise Failed(USAGE, "There is no text to send.")

@@ -1,4 +1,4 @@
-"""A stand-in for the adapter: answers what commands ask for and keeps nothing. For tests of the command line alone."""
+"""A stand-in for the adapter: answers what commands ask for, keeps nothing. For tests of the command line alone."""
 
 from __future__ import annotations
 

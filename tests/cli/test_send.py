@@ -148,5 +148,3 @@ async def test_ctrl_c_is_130(bus: Bus) -> None:
         process.send_signal(2)
         _, err = await process.communicate()
         assert (process.returncode, err) == (130, b"")
-
-

@@ -55,6 +55,7 @@ async def test_every_command_explains_itself(cli: Command, name: str) -> None:
         ("nonsense",),
         ("send", "s1"),
         ("send", "s1", "hi", "--nonsense"),
+        ("send", "s1", "--nonsense"),
         ("send", "S1", "hi"),
         ("send", "a.b", "hi"),
         ("send", "s1", "hi", "--timeout", "0"),

@@ -1,0 +1,153 @@
+"""`dead`: bodies only on request and without secrets, retries only where they make sense."""
+
+from __future__ import annotations
+
+import pytest
+
+from adapter.cli.bus import Bus
+from adapter.cli.dead import original_subject
+from adapter.contract import (
+    H_COMMAND,
+    H_DETAIL,
+    H_MSG_ID,
+    H_REASON,
+    H_SEQUENCE,
+    H_SUBJECT,
+    H_TIME_MS,
+    H_TRACEPARENT,
+    Names,
+)
+from tests.cli.conftest import Command
+
+OUT, CTL, IN = "WECHAT_OUT", "WECHAT_CTL", "WECHAT_IN"
+
+
+async def die(bus: Bus, stream: str, subject: str, body: bytes, **extra: str) -> int:
+    """A dead letter as the adapter leaves it."""
+    headers = {
+        H_SUBJECT: subject,
+        H_REASON: "unreadable",
+        H_DETAIL: "Not JSON.",
+        H_SEQUENCE: "7",
+        H_TIME_MS: "1760000000000",
+        H_MSG_ID: f"original-{subject}-{len(body)}",
+        H_TRACEPARENT: "00-x",
+        **extra,
+    }
+    return (await bus.js.publish(bus.names.dead(stream), body, headers=headers)).seq
+
+
+async def test_none_is_no_error(cli: Command, bus: Bus) -> None:
+    result = await cli("dead", "ls")
+    assert (result.code, result.out) == (0, "No dead letters.\n")
+
+
+async def test_ls_shows_no_bodies(cli: Command, bus: Bus) -> None:
+    await die(bus, OUT, "wechat.out.17.s1", b"private words")
+    await die(bus, IN, "wechat.inbox.s1", b"private words too")
+    result = await cli("dead", "ls")
+    head, first, second = result.out.splitlines()
+    assert head.split() == ["SEQ", "STREAM", "SUBJECT", "REASON", "TIME", "SIZE"]
+    assert first.split()[:4] == ["1", OUT, "wechat.out.17.s1", "unreadable"]
+    assert first.split()[-1] == "13"
+    assert second.split()[1] == IN
+    assert "private" not in result.out
+    (row,) = (await cli("dead", "ls", "--stream", IN, "--json")).rows
+    assert (row["seq"], row["detail"], row["time_ms"], row["size"]) == (2, "Not JSON.", 1_760_000_000_000, 17)
+
+
+async def test_show_prints_headers_and_body(cli: Command, bus: Bus) -> None:
+    await die(bus, OUT, "wechat.out.17.s1", b'{"text": "private\x1b[2J" ')
+    result = await cli("dead", "show", "1")
+    assert result.code == 0
+    assert "Wechat-Reason: unreadable" in result.out
+    assert "may hold message text" in result.out
+    assert r"private\x1b[2J" in result.out
+
+
+@pytest.mark.parametrize(
+    ("stream", "body"),
+    [
+        (CTL, b'{"sandbox":"s1","bot_token":"sesame"}'),
+        (CTL, b'{"bot_token":"sesame'),
+        (CTL, b"sesame"),
+        (IN, b'{"msgs":[{"context_token":"sesame"}]}'),
+        (IN, b'{"msgs":[{"context_token":"sesame", "text":"\xff'),
+        (IN, b'{"msgs":[{"media":{"aes_key":"sesame"}}]}'),
+        (OUT, b'{"Authorization":"sesame'),
+    ],
+)
+@pytest.mark.parametrize("options", [(), ("--json",)], ids=["text", "json"])
+async def test_show_masks_what_opens_something(
+    cli: Command, bus: Bus, stream: str, body: bytes, options: tuple[str, ...]
+) -> None:
+    await die(bus, stream, "wechat.ctl.bind", body)
+    result = await cli("dead", "show", "1", *options)
+    assert result.code == 0
+    assert "sesame" not in result.out
+
+
+async def test_several_of_which_one_is_not_there(cli: Command, bus: Bus) -> None:
+    await die(bus, OUT, "wechat.out.17.s1", b"{}")
+    result = await cli("dead", "show", "1", "5", "--json")
+    assert (result.code, [row["body"] for row in result.rows]) == (1, ["{}"])
+    assert result.err == "wechat-nats: There is no dead letter 5.\n"
+
+
+async def test_retry_stores_the_command_again_and_deletes_the_letter(cli: Command, bus: Bus) -> None:
+    await die(bus, OUT, "wechat.out.17.s1", b'{"text":"hi"}', **{H_COMMAND: "c1"})
+    result = await cli("dead", "retry", "1")
+    assert result.code == 0
+    assert "stored again on wechat.out.s1" in result.out
+    stored = await bus.js.get_msg(bus.names.stream_out, 1)
+    assert stored.data == b'{"text":"hi"}'
+    assert stored.headers == {H_COMMAND: "c1", H_TRACEPARENT: "00-x", H_MSG_ID: "retry-1-1760000000000"}
+    assert (await cli("dead", "ls")).out == "No dead letters.\n"
+
+
+async def test_a_bind_can_be_retried_too(cli: Command, bus: Bus) -> None:
+    await die(bus, CTL, "wechat.ctl.bind", b"{}")
+    assert (await cli("dead", "retry", "1")).code == 0
+    assert (await bus.js.get_msg(bus.names.stream_ctl, 1)).subject == "wechat.ctl.bind"
+
+
+async def test_a_retry_cut_half_way_and_repeated_stores_once(cli: Command, bus: Bus) -> None:
+    await die(bus, OUT, "wechat.out.17.s1", b'{"text":"hi"}')
+    await bus.js.publish("wechat.out.s1", b'{"text":"hi"}', headers={H_MSG_ID: "retry-1-1760000000000"})
+    assert (await cli("dead", "retry", "1")).code == 0
+    assert (await bus.js.stream_info(bus.names.stream_out)).state.messages == 1
+
+
+@pytest.mark.parametrize("subject", ["wechat.inbox.s1", "", "$KV.wechat_bindings.b", "wechat.in.s1"])
+async def test_what_is_no_command_cannot_be_retried_and_stays(cli: Command, bus: Bus, subject: str) -> None:
+    await die(bus, IN, subject, b"{}")
+    result = await cli("dead", "retry", "1")
+    assert result.code == 1
+    assert "cannot be retried" in result.err
+    assert (await cli("dead", "show", "1")).code == 0
+
+
+async def test_drop_deletes_several(cli: Command, bus: Bus) -> None:
+    for n in range(3):
+        await die(bus, OUT, "wechat.out.17.s1", b"x" * n)
+    result = await cli("dead", "drop", "1", "3", "9")
+    assert (result.code, result.out) == (1, "1  dropped\n3  dropped\n")
+    assert [row["seq"] for row in (await cli("dead", "ls", "--json")).rows] == [2]
+
+
+async def test_without_the_stream_it_is_3(cli: Command, server: object) -> None:
+    assert (await cli("dead", "ls")).code == 3
+    assert (await cli("dead", "show", "1")).code == 3
+
+
+@pytest.mark.parametrize(
+    ("stored", "published"),
+    [
+        ("wechat.out.17.s1", "wechat.out.s1"),
+        ("wechat.out.s1", "wechat.out.s1"),
+        ("wechat.out", "wechat.out"),
+        ("wechat.ctl.bind", "wechat.ctl.bind"),
+    ],
+)
+def test_the_shard_is_no_part_of_what_was_published(stored: str, published: str) -> None:
+    assert original_subject(Names(), stored) == published

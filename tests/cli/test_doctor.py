@@ -1,0 +1,111 @@
+"""`doctor`: every fault has a sentence that says what to do, and `--fix` does it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from adapter.cli.bus import Bus
+from adapter.contract import BindingInfo
+from adapter.embedded import EmbeddedNats
+from tests.cli.conftest import Command, Result
+from tests.cli.standin import answering
+
+
+def states(result: Result) -> dict[str, str]:
+    return {row["check"]: row["state"] for row in result.rows}
+
+
+async def test_an_empty_server_lacks_everything(cli: Command, server: EmbeddedNats) -> None:
+    result = await cli("doctor", "--json")
+    assert result.code == 1
+    found = states(result)
+    assert (found["nats"], found["jetstream"], found["adapters"]) == ("ok", "ok", "fail")
+    assert (found["WECHAT_IN"], found["KV_wechat_bindings"], found["consumers"]) == ("fail", "fail", "fail")
+
+
+async def test_fix_creates_what_is_missing_and_says_so(cli: Command, server: EmbeddedNats) -> None:
+    result = await cli("doctor", "--fix")
+    assert "creating stream WECHAT_IN" in result.out
+    found = states(await cli("doctor", "--json"))
+    assert found["streams"] == "ok"
+    assert [check for check, state in found.items() if state == "fail"] == ["adapters"]
+
+
+async def test_with_an_adapter_all_is_well(cli: Command, bus: Bus) -> None:
+    async with answering(bus) as adapter:
+        adapter.bindings = [BindingInfo(sandbox="s1", bot="b")]
+        result = await cli("doctor")
+    assert result.code == 0
+    assert "fail" not in result.out
+    assert "1 running, version 0.1.0" in result.out
+    assert "1 active" in result.out
+
+
+async def test_warnings_do_not_fail(cli: Command, bus: Bus) -> None:
+    await bus.js.publish(bus.names.dead("WECHAT_OUT"), b"x")
+    async with answering(bus) as adapter:
+        adapter.bindings = [BindingInfo(sandbox="s1", bot="b", state="needs_login")]
+        result = await cli("doctor", "--json")
+    assert result.code == 0
+    assert (states(result)["bindings"], states(result)["dead letters"]) == ("warn", "warn")
+
+
+async def test_an_operators_own_limit_is_a_warning_until_fixed(cli: Command, bus: Bus) -> None:
+    config = (await bus.api(f"STREAM.INFO.{bus.names.stream_in}"))["config"]
+    await bus.api(f"STREAM.UPDATE.{bus.names.stream_in}", config | {"max_msgs_per_subject": 5})
+    async with answering(bus):
+        result = await cli("doctor", "--json")
+        assert (result.code, states(result)["WECHAT_IN"]) == (0, "warn")
+        result = await cli("doctor", "--fix")
+        assert "changing WECHAT_IN: max_msgs_per_subject from 5 to 10000" in result.out
+        assert (result.code, states(await cli("doctor", "--json"))["streams"]) == (0, "ok")
+
+
+async def test_a_difference_that_breaks_a_guarantee_fails_until_fixed(cli: Command, bus: Bus) -> None:
+    config = (await bus.api(f"STREAM.INFO.{bus.names.stream_in}"))["config"]
+    del config["republish"]
+    await bus.api(f"STREAM.UPDATE.{bus.names.stream_in}", config)
+    async with answering(bus):
+        result = await cli("doctor", "--json")
+        assert (result.code, states(result)["WECHAT_IN"]) == (1, "fail")
+        assert (await cli("doctor", "--fix")).code == 0
+
+
+async def test_what_the_server_will_not_change_is_left_to_people(cli: Command, bus: Bus) -> None:
+    """Retention cannot become a work queue again in place."""
+    await bus.js.delete_stream(bus.names.stream_ctl)
+    await bus.js.add_stream(name=bus.names.stream_ctl, subjects=[bus.names.bind, bus.names.unbind])
+    result = await cli("doctor", "--fix")
+    assert result.code == 1
+    assert "by hand" in result.err
+
+
+async def test_an_unreachable_service_does_not_hide_the_rest(cli: Command, bus: Bus) -> None:
+    async with answering(bus) as adapter:
+        adapter.error = ("500", "Broken.")
+        result = await cli("doctor", "--json")
+    assert (result.code, states(result)["bindings"], states(result)["parked"]) == (1, "fail", "ok")
+
+
+class WithoutJetStream(EmbeddedNats):
+    """A server that only passes messages on."""
+
+    def _write_config(self) -> Path:
+        config = super()._write_config()
+        config.write_text(config.read_text().partition("jetstream {")[0])
+        return config
+
+    async def _jetstream_answers(self) -> None:
+        return
+
+
+async def test_a_server_without_jetstream_fails(cli: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with WithoutJetStream() as server:
+        monkeypatch.setenv("NATS_URL", server.url)
+        result = await cli("doctor", "--json")
+        assert (result.code, states(result)["jetstream"]) == (1, "fail")
+        assert (await cli("send", "s1", "hi")).code == 3
+        assert (await cli("dead", "ls")).code == 3
+        assert (await cli("tail", "--all", "--count", "1")).code == 3
