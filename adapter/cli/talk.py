@@ -18,8 +18,9 @@ from adapter.contract import FINAL_OUTCOMES, H_MSG_ID, Inbound, Outbound, Receip
 from adapter.simulator import BotRecord, Simulator
 
 SANDBOX = "demo"
-UNANSWERED = 20
-"""Lines that may be on their way at once, so that a long file does not outrun the screen."""
+UNANSWERED = 5
+"""Lines that may be on their way at once. Fewer than the sends of a window: each line opens it anew, but ten lines
+in one go leave room for ten answers only, and more would be parked until the next."""
 REPLY_CHARS = 2000
 
 

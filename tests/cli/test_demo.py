@@ -1,0 +1,205 @@
+"""`demo` and `run` with the real adapter: as somebody starts them, and as they end."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import pty
+import re
+from asyncio.subprocess import Process
+from pathlib import Path
+from typing import Any
+
+import nats
+import pytest
+from nats.aio.client import Client
+from nats.js.errors import NotFoundError
+
+from adapter.cli.screen import LABEL
+from tests.cli.process import alive, children, started, until
+
+STARTED = b"You are a WeChat user"
+HELLO = b"hello\n"
+
+
+@pytest.fixture
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the programs of a test put what is temporary."""
+    folder = tmp_path / "tmp"
+    folder.mkdir()
+    monkeypatch.setenv("TMPDIR", str(folder))
+    return folder
+
+
+def entries(out: bytes) -> list[tuple[str, str]]:
+    """The conversation: label and text; the text before it is left out."""
+    conversation = out.decode().partition("\n\n")[2]
+    return [(line[:LABEL].strip(), line[LABEL:]) for line in conversation.splitlines() if line[:LABEL].strip()]
+
+
+def said(out: bytes, label: str) -> list[str]:
+    return [text for who, text in entries(out) if who == label]
+
+
+async def shown(process: Process, words: bytes) -> bytes:
+    """What is printed until `words` are."""
+    assert process.stdout is not None
+    found = b""
+    while words not in found:
+        block = await process.stdout.read(4096)
+        assert block, found
+        found += block
+    return found
+
+
+async def test_a_line_in_a_pipe_comes_back_to_the_phone(temporary: Path) -> None:
+    async with started("demo") as process:
+        out, err = await process.communicate(HELLO)
+        assert (process.returncode, err) == (0, b"")
+    assert [label for label, _ in entries(out)] == [
+        "you",
+        "wechat.in.demo",
+        "echo agent",
+        "wechat.out.demo",
+        "receipt",
+        "phone",
+    ]
+    assert said(out, "you") == ["hello"]
+    assert re.fullmatch(r'"hello"  \(id \S+, 10 sends left\)', said(out, "wechat.in.demo")[0])
+    assert said(out, "echo agent") == ['"You said: hello"']
+    assert said(out, "wechat.out.demo") == ["→ stored"]
+    assert re.fullmatch(r"accepted  \(message id \d+\)", said(out, "receipt")[0])
+    assert said(out, "phone") == ["You said: hello"]
+    assert b"\x1b" not in out
+    assert os.listdir(temporary) == []
+
+
+async def test_more_lines_at_once_than_a_window_has_sends(temporary: Path) -> None:
+    sentences = [f"line {n}" for n in range(45)]
+    async with started("demo") as process:
+        out, err = await process.communicate("\n".join(sentences).encode())
+        assert (process.returncode, err) == (0, b"")
+    assert said(out, "you") == sentences
+    assert said(out, "phone") == [f"You said: {text}" for text in sentences]
+
+
+@pytest.mark.parametrize("given", [b"", b"\n\n"], ids=["nothing", "empty lines"])
+async def test_no_input_is_a_short_visit(temporary: Path, given: bytes) -> None:
+    async with started("demo") as process:
+        out, err = await process.communicate(given)
+        assert (process.returncode, err, entries(out)) == (0, b"", [])
+    assert os.listdir(temporary) == []
+
+
+async def test_a_file_will_do_as_input(temporary: Path, tmp_path: Path) -> None:
+    (tmp_path / "lines").write_text("你好，" + "长" * 100 + "\n")
+    with (tmp_path / "lines").open() as file:
+        async with started("demo", stdin=file) as process:
+            out, _ = await process.communicate()
+            assert process.returncode == 0
+    assert said(out, "phone")[0].startswith("You said: 你好，长长")
+
+
+@pytest.mark.parametrize("number", [2, 15, 1], ids=["ctrl-C", "SIGTERM", "closed terminal"])
+async def test_a_signal_ends_it_cleanly(temporary: Path, number: int) -> None:
+    async with started("demo") as process:
+        await shown(process, STARTED)
+        (server,) = children(process.pid)
+        assert process.stdin is not None
+        process.stdin.write(HELLO)
+        await shown(process, b"\nphone")
+        process.send_signal(number)
+        assert await process.wait() == 0
+        assert process.stderr is not None
+        assert await process.stderr.read() == b""
+    assert not alive(server)
+    assert os.listdir(temporary) == []
+
+
+async def test_ctrl_c_while_it_starts_is_clean_too(temporary: Path) -> None:
+    async with started("demo") as process:
+        await shown(process, b"The adapter logs to")
+        process.send_signal(2)
+        assert await process.wait() == 0
+    assert os.listdir(temporary) == []
+
+
+async def test_no_process_survives_a_kill(temporary: Path) -> None:
+    async with started("demo") as process:
+        await shown(process, STARTED)
+        (server,) = children(process.pid)
+        process.kill()
+        await process.wait()
+        await until(lambda: not alive(server))
+
+
+async def test_a_bus_that_dies_is_a_failure_that_keeps_the_log(temporary: Path) -> None:
+    async with started("demo") as process:
+        out = await shown(process, STARTED)
+        (server,) = children(process.pid)
+        os.kill(server, 9)
+        rest, err = await process.communicate()
+        assert process.returncode == 3
+        assert err == b"wechat-nats: The embedded NATS server ended by itself.\n"
+    (log,) = os.listdir(temporary)
+    assert log.encode() in out
+    assert log.encode() in rest
+
+
+async def test_verbose_puts_the_log_on_standard_error(temporary: Path) -> None:
+    async with started("demo", "--verbose") as process:
+        out, err = await process.communicate(HELLO)
+        assert process.returncode == 0
+    assert b'"body"' in err
+    assert b"logs to" not in out
+
+
+async def test_at_a_terminal_one_is_prompted_and_leaves_by_ctrl_c(temporary: Path) -> None:
+    main, terminal = pty.openpty()
+    tty: dict[str, Any] = {"stdin": terminal, "stdout": terminal, "stderr": terminal}
+    async with started("demo", **tty, preexec_fn=lambda: os.login_tty(terminal)) as process:
+        os.close(terminal)
+        await typed(main, b"You are a WeChat user", b"you")
+        os.write(main, HELLO)
+        seen = await typed(main, b"phone", b"You said: hello", b"you")
+        assert seen.count(b"hello") == 4  # typed once, and shown by the bus, the agent and the phone
+        os.write(main, b"\x03")
+        assert await process.wait() == 0
+    os.close(main)
+    assert os.listdir(temporary) == []
+
+
+async def typed(main: int, *words: bytes) -> bytes:
+    """What the terminal shows until all the words are there, each after the one before."""
+    seen = b""
+    while not re.search(b".*".join(re.escape(word) for word in words), seen, re.DOTALL):
+        seen += await asyncio.to_thread(os.read, main, 4096)
+    return seen
+
+
+async def test_run_embedded_keeps_its_data_and_drains(tmp_path: Path) -> None:
+    environment = {"WECHAT_NATS_DATA_DIR": str(tmp_path / "data"), "WECHAT_NATS_HTTP_ADDR": "127.0.0.1:0"}
+    for turn in range(2):
+        async with started("run", "--embedded", "--port", "0", env=environment) as process:
+            line = await shown(process, b"nats.started")
+            url = re.search(rb"nats://127.0.0.1:\d+", line)
+            assert url is not None
+            (server,) = children(process.pid)
+            async with await nats.connect(url[0].decode()) as nc:
+                await stream_exists(nc, "WECHAT_EVENT")
+                await nc.jetstream().publish("wechat.event.s1.test", b"x")
+                assert (await nc.jetstream().stream_info("WECHAT_EVENT")).state.messages == turn + 1
+            process.send_signal(15)
+            assert await process.wait() == 0
+        assert not alive(server)
+
+
+async def stream_exists(nc: Client, name: str) -> None:
+    async with asyncio.timeout(60):
+        while True:
+            try:
+                await nc.jetstream().stream_info(name)
+            except NotFoundError:
+                await asyncio.sleep(0.02)
+            else:
+                return

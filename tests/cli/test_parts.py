@@ -1,0 +1,130 @@
+"""The small parts under the commands: input that never blocks, and output that nobody else controls."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import os
+import sys
+from pathlib import Path
+
+import pytest
+from rich.cells import cell_len
+
+from adapter.cli.output import full, printable, shorten
+from adapter.cli.screen import LABEL, Screen
+from adapter.cli.stdin import lines
+from adapter.contract import BindingInfo, Receipt
+
+
+def write(fd: int, given: bytes) -> None:
+    with os.fdopen(fd, "wb") as file:
+        file.write(given)
+
+
+async def read(fd: int) -> list[str]:
+    return [line async for line in lines(fd)]
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (b"", []),
+        (b"one\ntwo\n", ["one", "two"]),
+        (b"one\r\n\nlast", ["one", "", "last"]),
+        ("你好\n".encode(), ["你好"]),
+        (b"\xff\n", ["�"]),
+        (b"x" * 200_000 + b"\ny", ["x" * 200_000, "y"]),
+        (b"n\n" * 5000, ["n"] * 5000),
+    ],
+    ids=["empty", "lines", "ends", "chinese", "no utf-8", "long", "many"],
+)
+async def test_lines_of_a_file_and_of_a_pipe(tmp_path: Path, given: bytes, expected: list[str]) -> None:
+    path = tmp_path / "input"
+    path.write_bytes(given)
+    with path.open("rb") as file:
+        assert await read(file.fileno()) == expected
+    reading, writing = os.pipe()
+    found, _ = await asyncio.gather(read(reading), asyncio.to_thread(write, writing, given))
+    os.close(reading)
+    assert found == expected
+
+
+async def test_a_reader_that_waits_does_not_keep_the_program() -> None:
+    script = (
+        "import asyncio\n"
+        "from adapter.cli.stdin import lines\n"
+        "async def main():\n"
+        "    async for line in lines():\n"
+        "        print(line)\n"
+        "        return\n"
+        "asyncio.run(main())\n"
+    )
+    pipe = asyncio.subprocess.PIPE
+    program = await asyncio.create_subprocess_exec(sys.executable, "-c", script, stdin=pipe, stdout=pipe, stderr=pipe)
+    assert program.stdin is not None
+    assert program.stdout is not None
+    assert program.stderr is not None
+    program.stdin.write(b"one\n")
+    assert await program.stdout.read() == b"one\n"
+    assert await program.wait() == 0
+    assert await program.stderr.read() == b""
+
+
+async def test_a_closed_standard_input_is_an_end() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    os.close(writing)
+    assert await read(reading) == []
+
+
+def test_nothing_of_others_moves_the_cursor() -> None:
+    assert printable("a\x1b[2J\nb\tc\x9b\u202e") == "a\\x1b[2J⏎b c\\x9b\\x202e"
+
+
+def test_text_is_cut_by_columns() -> None:
+    assert [shorten("你好吗", width) for width in (6, 5, 2)] == ["你好吗", "你好…", "…"]
+
+
+def test_json_for_scripts_has_every_field() -> None:
+    info = full(BindingInfo(sandbox="s", bot="b"))
+    assert info["state"] == "active"
+    assert info["options"] == {"durable": False} | info["options"]
+    assert full(Receipt(command="c", sandbox="s", outcome="parked"))["window"]["remaining"] is None
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("text", ["word " * 60, "长" * 200, "x" * 300, "https://" + "y" * 90 + " end"])
+def test_entries_stay_within_80_columns(text: str) -> None:
+    out = io.StringIO()
+    Screen(out, prompting=True).show("phone", text)
+    written = out.getvalue().splitlines()
+    assert all(cell_len(line) <= 80 for line in written)
+    assert written[0].startswith("phone".ljust(LABEL))
+    assert "".join("".join(line[LABEL:] for line in written).split()) == "".join(text.split())
+
+
+def test_no_colours_and_no_prompt_without_a_terminal() -> None:
+    out = io.StringIO()
+    screen = Screen(out, prompting=True)
+    screen.prompt()
+    screen.show("you", "hello")
+    assert out.getvalue() == "you".ljust(LABEL) + "hello\n"
+    assert not screen.prompting
+
+
+def test_on_a_terminal_news_replace_the_prompt() -> None:
+    out = Terminal()
+    screen = Screen(out, prompting=True)
+    screen.prompt()
+    screen.prompt()
+    screen.show("phone", "news")
+    screen.prompt()
+    screen.typed()
+    screen.show("phone", "more")
+    assert out.getvalue().count("you") == 2
+    assert out.getvalue().count("\r\x1b[K") == 1
