@@ -1,0 +1,162 @@
+"""Repeats are found though their ids change; people who repeat themselves are heard (F16, F17)."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from adapter.dedup import KEEP_AT_MOST, KEEP_MS, NEAR_MS, Keys, Seen, digest
+
+NOW = 1_789_000_000_000
+MINUTE = 60_000
+OK = Keys(
+    message="7497484083968569736", client="wx-1", seq="42", user="u@im.wechat", sent_at_ms=NOW, content="c0ffee"
+)
+"""Somebody says "ok"."""
+
+
+class Row(NamedTuple):
+    name: str
+    before: Keys
+    after: Keys
+    repeat: bool
+    skew_ms: int = 0
+
+
+def say(**fields: Any) -> Keys:
+    return OK._replace(**fields)
+
+
+OTHER_IDS = {"message": "99", "client": "wx-9", "seq": "50"}
+NAMELESS = {"message": "", "client": "", "seq": ""}
+
+ROWS = [
+    Row("same-ids", OK, OK, repeat=True),
+    Row("new-message-id", OK, say(message="99"), repeat=True),
+    Row("empty-message-id", OK, say(message=""), repeat=True),
+    Row("empty-message-id-and-new-seq", OK, say(message="", seq="50"), repeat=True),
+    Row("message-id-came-later", say(message=""), OK, repeat=True),
+    Row("every-id-new-same-time", OK, say(**OTHER_IDS), repeat=True),
+    Row("no-ids-same-time", OK, say(**NAMELESS), repeat=True),
+    Row("only-the-seq-is-left", OK, say(message="", client="", sent_at_ms=0), repeat=True),
+    Row("same-message-id-other-words", OK, say(client="wx-9", content="beef"), repeat=True),
+    Row("no-ids-time-near", say(**NAMELESS), say(**NAMELESS, sent_at_ms=NOW + NEAR_MS - 1), repeat=True),
+    Row("within-the-skew", OK, say(**OTHER_IDS, sent_at_ms=NOW + 1500), repeat=True, skew_ms=2000),
+    Row("twice-by-a-person", OK, say(**OTHER_IDS, sent_at_ms=NOW + 1), repeat=False),
+    Row("twice-by-a-person-a-minute-later", OK, say(**OTHER_IDS, sent_at_ms=NOW + MINUTE), repeat=False),
+    Row("beyond-the-skew", OK, say(**OTHER_IDS, sent_at_ms=NOW + 2001), repeat=False, skew_ms=2000),
+    Row("other-words-same-time", OK, say(**OTHER_IDS, content="beef"), repeat=False),
+    Row("other-user-same-words", OK, say(**OTHER_IDS, user="v@im.wechat"), repeat=False),
+    Row("same-client-other-words", OK, say(message="99", content="beef"), repeat=False),
+    Row("same-seq-other-ids", OK, say(message="99", client="wx-9", sent_at_ms=NOW + 1), repeat=False),
+    Row("no-ids-a-second-apart", say(**NAMELESS), say(**NAMELESS, sent_at_ms=NOW + NEAR_MS), repeat=False),
+    Row("no-ids-and-no-time", say(**NAMELESS, sent_at_ms=0), say(**NAMELESS, sent_at_ms=0), repeat=False),
+    Row("new-ids-and-no-time", say(sent_at_ms=0), say(**OTHER_IDS, sent_at_ms=0), repeat=False),
+]
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_a_repeat_is_told_from_a_person_who_says_it_twice(row: Row) -> None:
+    seen = Seen(skew_ms=row.skew_ms)
+    seen.add(row.before, NOW)
+    assert seen.has(row.after) is row.repeat
+
+
+@pytest.mark.parametrize("later_ms", [1_000, 8_000, 40 * MINUTE, 60 * MINUTE, KEEP_MS - 1])
+@pytest.mark.parametrize("row", [row for row in ROWS if row.repeat], ids=lambda row: row.name)
+def test_a_repeat_is_found_however_late(row: Row, later_ms: int) -> None:
+    """F16, with other traffic in between, also by the replica that takes over."""
+    seen = Seen(skew_ms=row.skew_ms)
+    seen.add(row.before, NOW)
+    for number in range(50):
+        seen.add(say(message=f"m{number}", client=f"c{number}", content=f"w{number}"), NOW + later_ms)
+    assert Seen(seen.records(), skew_ms=row.skew_ms).has(row.after)
+
+
+def test_what_nobody_said_is_no_repeat() -> None:
+    assert not Seen().has(OK)
+
+
+def test_ids_longer_than_a_header_should_be_are_hashed() -> None:
+    assert len(say(message="9" * 1000).id_for("b@im.bot")) < 40
+    assert len(say(**NAMELESS).id_for("b@im.bot")) < 40
+
+
+def test_a_digest_names_the_same_bytes_the_same() -> None:
+    assert digest(b"x") == digest(b"x") != digest(b"y")
+
+
+# properties ----------------------------------------------------------------------------------------------
+
+
+ids = st.one_of(st.just(""), st.text(min_size=1, max_size=8))
+any_keys = st.builds(
+    Keys,
+    message=ids,
+    client=ids,
+    seq=ids,
+    user=st.sampled_from(["u", "v", "u|v"]),
+    sent_at_ms=st.one_of(st.just(0), st.integers(NOW - MINUTE, NOW + MINUTE)),
+    content=st.sampled_from(["a", "b", "|"]),
+)
+named_keys = any_keys.filter(lambda keys: bool(keys.message))
+
+
+@given(st.lists(any_keys, max_size=40), named_keys, st.lists(any_keys, max_size=40))
+def test_a_repeat_with_the_same_message_id_is_always_found(before: list[Keys], it: Keys, after: list[Keys]) -> None:
+    seen = Seen()
+    for number, keys in enumerate([*before, it, *after]):
+        seen.add(keys, NOW + number)
+    assert seen.has(it)
+
+
+@given(st.lists(st.sampled_from(["ok", "yes", "no"]), max_size=60))
+def test_distinct_ids_and_times_are_never_swallowed(words: list[str]) -> None:
+    """F17: whatever a person says, and how often."""
+    seen = Seen()
+    for number, word in enumerate(words):
+        keys = Keys(f"m{number}", f"c{number}", f"s{number}", "u", NOW + number, word)
+        assert not seen.has(keys)
+        seen.add(keys, NOW + number)
+
+
+@given(st.lists(any_keys, max_size=40), any_keys)
+def test_the_state_survives_its_storage(keys: list[Keys], probe: Keys) -> None:
+    seen = Seen()
+    for one in keys:
+        seen.add(one, NOW)
+    again = Seen(seen.records())
+    assert again.records() == seen.records()
+    assert again.has(probe) is seen.has(probe)
+
+
+@given(st.lists(st.tuples(any_keys, st.integers(0, 3 * KEEP_MS)), max_size=60))
+def test_what_is_older_than_a_day_is_forgotten(said: list[tuple[Keys, int]]) -> None:
+    seen = Seen()
+    now = NOW
+    for keys, later_ms in said:
+        now += later_ms
+        seen.add(keys, now)
+        assert all(int(record.rpartition("|")[2]) >= now - KEEP_MS for record in seen.records())
+
+
+def test_the_state_is_bounded() -> None:
+    """About 10 kB beside the cursor, whatever the ids look like; the oldest go first."""
+    seen = Seen()
+    for number in range(3 * KEEP_AT_MOST):
+        seen.add(Keys("m" * 500 + str(number), "c" * 500 + str(number), str(number), "u" * 500, NOW, "same"), NOW)
+    assert len(seen.records()) == KEEP_AT_MOST
+    assert sum(len(record) for record in seen.records()) < 20_000
+    assert not seen.has(Keys("m" * 500 + "0", "", "", "u", 0, ""))
+    assert seen.has(Keys("m" * 500 + str(3 * KEEP_AT_MOST - 1), "", "", "u", 0, ""))
+
+
+def test_the_same_record_is_kept_once() -> None:
+    """A catch-up reads messages that the cursor knows already."""
+    seen = Seen()
+    record = seen.add(OK, NOW)
+    seen.add_record(record, NOW)
+    assert seen.records() == [record]
