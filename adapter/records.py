@@ -70,6 +70,8 @@ class Hand(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     attempts: int = 0
     tried: int = 0
     """Requests for this part that may have left and have no answer, the one that is leaving now included."""
+    counted_in: str = ""
+    """The window (its inbound message) in which the request for this part counts."""
     message_ids: list[str] = []
     unconfirmed: bool = False
     throttled_in: str = ""

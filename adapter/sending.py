@@ -113,6 +113,7 @@ async def _request(
         sender.check()
         await sender.contexts.save(peer, lambda context: window.leaving(context, hand))
         sender.check()
+        hand = peer.context.hand or hand  # it now says in which window it counts
         peer.in_flight += 1
         try:
             accepted = await sender.chat.send_text(
@@ -139,15 +140,15 @@ async def _request(
             await sender.pause(1.0)
             return hand
         case Temporary():
-            _put(peer, window.returned(peer.context), untouched)
+            _put(peer, window.returned(peer.context, untouched), untouched)
             return await _again(command, untouched, peer, answer, sender)
         case Throttled():
             return await _throttled(untouched, peer, answer, sender)
         case SessionExpired():
-            _put(peer, window.returned(peer.context), untouched)
+            _put(peer, window.returned(peer.context, untouched), untouched)
             return Wait("needs_login", answer.detail, hand.attempts, answer.ret, answer.errcode, answer.errmsg)
         case Refused():
-            _put(peer, window.returned(peer.context), untouched)
+            _put(peer, window.returned(peer.context, untouched), untouched)
             ending = _ending("refused", hand, answer.detail)
             return ending._replace(reason=answer.reason, ret=answer.ret, errcode=answer.errcode, errmsg=answer.errmsg)
         case Accepted():

@@ -70,18 +70,23 @@ def heard(context: Context, *, message: str, token: str, now_ms: int, in_flight:
 
 
 def leaving(context: Context, hand: Hand) -> Context:
-    """A request is about to leave: counted first, so that a crash errs on the safe side. A repeat was counted."""
-    return msgspec.structs.replace(context, used=context.used + (hand.tried <= 1), hand=hand)
+    """A request is about to leave: counted first, so that a crash errs on the safe side.
+
+    A repeat was counted, unless the user wrote since: if the first one got lost, it is this one that counts.
+    """
+    counts = hand.tried <= 1 or hand.counted_in != context.inbound_id
+    hand = msgspec.structs.replace(hand, counted_in=context.inbound_id)
+    return msgspec.structs.replace(context, used=context.used + counts, hand=hand)
 
 
-def returned(context: Context) -> Context:
-    """iLink took nothing: the send does not count."""
-    return msgspec.structs.replace(context, used=max(0, context.used - 1))
+def returned(context: Context, hand: Hand) -> Context:
+    """iLink took nothing: the send does not count, unless a request before it got no answer. `hand`: without it."""
+    return context if hand.tried else msgspec.structs.replace(context, used=max(0, context.used - 1))
 
 
 def throttled(context: Context, hand: Hand, now_ms: int) -> Context:
     """iLink said -2."""
-    return msgspec.structs.replace(returned(context), blocked_ms=now_ms, hand=hand)
+    return msgspec.structs.replace(returned(context, hand), blocked_ms=now_ms, hand=hand)
 
 
 def unblocked(context: Context) -> Context:

@@ -1,0 +1,267 @@
+"""The user's window: what may be sent, when it opens, what a crash may and may not undo (protocol 5.2, 6, 10.1)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from msgspec.structs import replace
+
+from adapter import window
+from adapter.contract import Window
+from adapter.records import Context, Hand
+from adapter.window import Rules, verdict
+
+NOW = 1_789_000_000_000
+HOUR = 3_600_000
+RULES = Rules(sends=10, hours=23.0, cooldown_s=3600.0)
+OPEN = Context(token="AARz", inbound_ms=NOW, inbound_id="m1")
+
+
+def context(**fields: Any) -> Context:
+    return replace(OPEN, **fields)
+
+
+VERDICTS = [
+    ("never-wrote", Context(), NOW, 1, "window_closed"),
+    ("wrote-without-a-token", context(token=""), NOW, 1, "window_closed"),
+    ("just-wrote", OPEN, NOW, 1, ""),
+    ("last-moment", OPEN, NOW + 23 * HOUR - 1, 1, ""),
+    ("too-late", OPEN, NOW + 23 * HOUR, 1, "window_closed"),
+    ("last-send", context(used=9), NOW, 1, ""),
+    ("used-up", context(used=10), NOW, 1, "quota"),
+    ("three-parts-for-two-sends", context(used=8), NOW, 3, "quota"),
+    ("two-parts-for-two-sends", context(used=8), NOW, 2, ""),
+    ("more-than-a-budget-fits-a-fresh-window", OPEN, NOW, 25, ""),
+    ("more-than-a-budget-needs-a-fresh-one", context(used=1), NOW, 25, "quota"),
+    ("a-repeat-needs-nothing", context(used=10), NOW, 0, ""),
+    ("throttled", context(blocked_ms=NOW), NOW + HOUR - 1, 1, "throttled"),
+    ("a-probe-after-the-cool-down", context(blocked_ms=NOW), NOW + HOUR, 1, ""),
+    ("no-probe-in-a-closed-window", context(blocked_ms=NOW), NOW + 24 * HOUR, 1, "window_closed"),
+    ("a-repeat-while-throttled", context(blocked_ms=NOW), NOW + 1, 0, "throttled"),
+]
+
+
+@pytest.mark.parametrize(
+    ("state", "now_ms", "needed", "expected"), [row[1:] for row in VERDICTS], ids=[row[0] for row in VERDICTS]
+)
+def test_a_verdict_names_what_hinders(state: Context, now_ms: int, needed: int, expected: str) -> None:
+    assert verdict(state, now_ms, RULES, needed=needed) == expected
+
+
+def test_a_budget_of_0_is_not_counted() -> None:
+    assert verdict(context(used=1000), NOW, RULES._replace(sends=0)) == ""
+    assert window.shown(context(used=1000), RULES._replace(sends=0)) == Window(closes_at_ms=NOW + 23 * HOUR)
+
+
+def test_a_cool_down_of_0_never_probes() -> None:
+    rules = RULES._replace(cooldown_s=0)
+    assert verdict(context(blocked_ms=NOW), NOW + 20 * HOUR, rules) == "throttled"
+    assert window.opens_at_ms(context(blocked_ms=NOW), rules) is None
+
+
+def test_only_a_throttled_window_opens_by_time_alone() -> None:
+    assert window.opens_at_ms(OPEN, RULES) is None
+    assert window.opens_at_ms(context(blocked_ms=NOW), RULES) == NOW + HOUR
+
+
+def heard(state: Context, message: str, token: str = "new", in_flight: int = 0) -> Context:
+    return window.heard(state, message=message, token=token, now_ms=NOW + HOUR, in_flight=in_flight)
+
+
+def test_a_message_opens_a_new_window() -> None:
+    state = heard(context(used=10, blocked_ms=NOW), "m2")
+    assert (state.used, state.blocked_ms, state.token, state.inbound_ms) == (0, 0, "new", NOW + HOUR)
+
+
+def test_a_replay_of_the_opening_message_opens_nothing() -> None:
+    """After a crash iLink may say it again: the sends since then were real."""
+    state = heard(context(used=10, blocked_ms=NOW), "m1", token="newer")
+    assert (state.used, state.blocked_ms, state.inbound_ms, state.token) == (10, NOW, NOW, "newer")
+
+
+def test_a_message_without_a_token_keeps_the_one_before() -> None:
+    assert heard(OPEN, "m2", token="").token == "AARz"
+
+
+def test_a_send_that_is_out_counts_against_the_new_window_too() -> None:
+    """iLink may see it after the message."""
+    assert heard(context(used=5), "m2", in_flight=1).used == 1
+
+
+HAND = Hand(command="c", client="x")
+
+
+def test_a_send_counts_before_it_leaves_and_not_again_when_repeated() -> None:
+    first = window.leaving(OPEN, replace(HAND, tried=1))
+    assert first.used == 1
+    assert first.hand == replace(HAND, tried=1, counted_in="m1")
+    again = window.leaving(first, replace(first.hand, tried=2))
+    assert again.used == 1
+
+
+def test_a_repeat_in_the_next_window_counts_there() -> None:
+    """The first one may have got lost on its way: then it is the repeat that iLink counts."""
+    first = window.leaving(OPEN, replace(HAND, tried=1))
+    assert first.hand is not None
+    again = window.leaving(heard(first, "m2"), replace(first.hand, tried=2))
+    assert again.used == 1
+
+
+def test_a_refused_repeat_leaves_the_first_request_counted() -> None:
+    """It got no answer, so it may have been taken."""
+    first = window.leaving(OPEN, replace(HAND, tried=1))
+    assert first.hand is not None
+    again = window.leaving(first, replace(first.hand, tried=2))
+    assert again.hand is not None
+    assert window.returned(again, replace(again.hand, tried=1)).used == 1
+    assert window.returned(first, replace(first.hand, tried=0)).used == 0
+
+
+def test_a_send_that_goes_through_ends_the_block() -> None:
+    assert window.unblocked(context(blocked_ms=NOW)).blocked_ms == 0
+    assert window.unblocked(OPEN) is OPEN
+
+
+def test_a_settled_command_leaves_the_hand() -> None:
+    state = window.settled(context(hand=HAND), "c")
+    assert (state.hand, state.done) == (None, ["c"])
+    assert window.settled(context(hand=HAND), "other").hand == HAND
+
+
+def test_the_settled_commands_remembered_are_bounded() -> None:
+    state = OPEN
+    for number in range(100):
+        state = window.settled(replace(state, hand=replace(HAND, command=str(number))), str(number))
+    assert state.done == [str(number) for number in range(100 - window.DONE_IDS, 100)]
+
+
+SHOWN = [
+    ("never-wrote", Context(), Window(remaining=0)),
+    ("open", context(used=3), Window(remaining=7, closes_at_ms=NOW + 23 * HOUR)),
+    ("overdrawn", context(used=12), Window(remaining=0, closes_at_ms=NOW + 23 * HOUR)),
+    ("throttled", context(used=3, blocked_ms=NOW), Window(remaining=0, closes_at_ms=NOW + 23 * HOUR)),
+]
+
+
+@pytest.mark.parametrize(("state", "expected"), [row[1:] for row in SHOWN], ids=[row[0] for row in SHOWN])
+def test_the_bus_sees_what_is_left(state: Context, expected: Window) -> None:
+    assert window.shown(state, RULES) == expected
+
+
+class WindowMachine(RuleBasedStateMachine):
+    """A sender that follows the rules, with crashes, against an iLink that counts what it really took."""
+
+    limits = Rules(sends=3, hours=1.0, cooldown_s=600.0)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.state = Context()
+        self.now = NOW
+        self.messages = 0
+        self.taken: set[int] = set()
+        """The sends that iLink took in this window."""
+        self.sends = 0
+        self.out: Hand | None = None
+        self.number = 0
+        self.throttled_at: int | None = None
+
+    # the user
+
+    @rule()
+    def the_user_writes(self) -> None:
+        self.messages += 1
+        self.now += 1
+        self.state = window.heard(
+            self.state,
+            message=f"m{self.messages}",
+            token="t",
+            now_ms=self.now,
+            in_flight=0,
+        )
+        self.taken = set()
+        self.throttled_at = None
+
+    @precondition(lambda self: self.messages > 0)
+    @rule()
+    def the_message_is_replayed(self) -> None:
+        before = self.state
+        self.state = window.heard(
+            self.state, message=f"m{self.messages}", token="t", now_ms=self.now + 5, in_flight=0
+        )
+        assert self.state == before
+
+    @rule(minutes=st.integers(1, 20))
+    def time_passes(self, minutes: int) -> None:
+        self.now += minutes * 60_000
+
+    # the sender
+
+    def leave(self, hand: Hand) -> bool:
+        """A request leaves, if the rules let it."""
+        needed = 0 if hand.tried else 1
+        if verdict(self.state, self.now, self.limits, needed=needed):
+            return False
+        if self.throttled_at is not None:
+            assert self.now - self.throttled_at >= 600_000, "sent into the penalty"
+        if not hand.tried:
+            self.number += 1
+        self.state = window.leaving(self.state, replace(hand, tried=hand.tried + 1))
+        self.out = self.state.hand
+        return True
+
+    @precondition(lambda self: self.out is None)
+    @rule(answer=st.sampled_from(["taken", "taken-unheard", "lost", "temporary", "throttled", "crash"]))
+    def it_sends(self, answer: str) -> None:
+        if self.leave(HAND):
+            self.answered(answer)
+
+    @precondition(lambda self: self.out is not None)
+    @rule(answer=st.sampled_from(["taken", "temporary", "throttled", "taken-unheard", "lost"]))
+    def it_repeats(self, answer: str) -> None:
+        assert self.out is not None
+        if self.leave(self.out):
+            self.answered(answer)
+
+    def answered(self, answer: str) -> None:
+        hand = self.out
+        assert hand is not None
+        match answer:
+            case "taken":
+                self.taken.add(self.number)
+                self.state = replace(window.unblocked(self.state), hand=None)
+                self.out, self.throttled_at = None, None
+            case "taken-unheard" | "crash":
+                self.taken.add(self.number)
+                self.out = hand if hand.tried < 2 else None
+            case "lost":
+                self.out = hand if hand.tried < 2 else None
+            case "temporary":
+                before = replace(hand, tried=hand.tried - 1)
+                self.state = window.returned(self.state, before)
+                self.out = before if before.tried else None
+            case _:
+                before = replace(hand, tried=hand.tried - 1)
+                self.state = window.throttled(self.state, before, self.now)
+                self.out = before if before.tried else None
+                self.throttled_at = self.now
+
+    # what must hold
+
+    @invariant()
+    def ilink_never_took_more_than_the_budget(self) -> None:
+        assert len(self.taken) <= self.limits.sends
+
+    @invariant()
+    def the_count_never_falls_behind(self) -> None:
+        assert self.state.used >= len(self.taken)
+
+    @invariant()
+    def throttled_until_heard_or_probed(self) -> None:
+        if self.throttled_at is not None and self.now - self.throttled_at < 600_000:
+            assert verdict(self.state, self.now, self.limits) in ("throttled", "window_closed")
+
+
+TestWindow = WindowMachine.TestCase
