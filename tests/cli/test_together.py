@@ -1,0 +1,81 @@
+"""The commands against the real adapter and a simulated iLink: what a person does on the first day."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from adapter.cli.bus import Bus
+from adapter.cli.demo import demo_settings
+from adapter.cli.running import adapter_running
+from adapter.embedded import EmbeddedNats
+from adapter.simulator import Simulator, SimulatorSettings
+from tests.cli.conftest import Command
+
+START_S = 60.0
+
+
+@pytest.fixture
+async def simulator() -> AsyncIterator[Simulator]:
+    async with Simulator(SimulatorSettings(hold_ms=300, hint_ms=300)) as running:
+        yield running
+
+
+@pytest.fixture
+async def adapter(server: EmbeddedNats, simulator: Simulator) -> AsyncIterator[asyncio.Task[None]]:
+    async with adapter_running(demo_settings(server.url, simulator.url), start_s=START_S, drain_s=START_S) as task:
+        yield task
+
+
+async def test_bind_send_look_and_unbind(
+    cli: Command, adapter: asyncio.Task[None], simulator: Simulator, tmp_path: Path
+) -> None:
+    bot = simulator.add_bot()
+    token = tmp_path / "token"
+    token.write_text(bot.token)
+
+    bound = await cli("bind", "s1", bot.bot, "--token-file", str(token), "--user", bot.user, "--json")
+    assert (bound.code, bound.rows[0]["bindings"][0]["bot"]) == (0, bot.bot)
+
+    parked = await cli("send", "s1", "too early", "--id", "c1")
+    assert (parked.code, parked.out.split()[0]) == (0, "parked")
+
+    simulator.say(bot.user, "hello")
+    await simulator.until(lambda: [shown.text for shown in simulator.phone(bot.user)] == ["too early"], START_S)
+    tailed = await cli("tail", "s1", "--all", "--count", "1", "--json")
+    assert tailed.rows[0]["text"] == "hello"
+
+    sent = await cli("send", "s1", "an answer")
+    assert (sent.code, sent.out.split()[0]) == (0, "accepted")
+    again = await cli("send", "s1", "too early", "--id", "c1")
+    assert (again.code, again.out.split()[0]) == (0, "accepted")
+
+    listed = await cli("bindings", "--json")
+    assert [(row["sandbox"], row["bot"], row["state"]) for row in listed.rows] == [("s1", bot.bot, "active")]
+    assert bot.token not in bound.out + listed.out
+
+    assert (await cli("doctor", "--json")).code == 0
+
+    assert (await cli("unbind", "s1")).code == 0
+    assert (await cli("bindings")).out == "Nothing is bound.\n"
+    refused = await cli("send", "s1", "nobody")
+    assert (refused.code, "not_bound" in refused.out) == (1, True)
+
+
+async def test_an_unreadable_command_can_be_looked_at_and_dropped(
+    cli: Command, adapter: asyncio.Task[None], server: EmbeddedNats, bus: Bus
+) -> None:
+    events = await bus.nc.subscribe(bus.names.event("s1", "receipt"))
+    await bus.nc.flush()
+    await bus.js.publish(bus.names.out("s1"), b"no json")
+    await events.next_msg(timeout=START_S)
+    (letter,) = (await cli("dead", "ls", "--json")).rows
+    assert (letter["stream"], letter["subject"], letter["size"]) == ("WECHAT_OUT", bus.names.out("s1"), 7)
+    assert "no json" in (await cli("dead", "show", str(letter["seq"]))).out
+    assert (await cli("dead", "retry", str(letter["seq"]))).code == 0
+    await events.next_msg(timeout=START_S)
+    (letter,) = (await cli("dead", "ls", "--json")).rows
+    assert (await cli("dead", "drop", str(letter["seq"]))).code == 0
