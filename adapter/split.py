@@ -10,7 +10,13 @@ from markdown_it.token import Token
 MAX_BYTES = 16_384
 """iLink refuses a longer text (ilink-protocol 10.1)."""
 
-_FENCE = re.compile(r"^(```+|~~~+)([^\n]*)$")
+_FENCE = re.compile(r"(`{3,6}|~{3,6}(?!~))([^`\n]*)")
+"""A longer fence than anybody needs is text: it would have to be repeated in every part."""
+_INFO_CHARS = 32
+"""So much of what follows a fence's marks is repeated."""
+_CLOSING_ROOM = 8
+"""For a line break and the marks of the fence that may be open at the end of a part."""
+
 _SENTENCE = re.compile(r"(?<=[.!?…])\s+|(?<=[。！？；])")
 
 
@@ -26,16 +32,18 @@ def split(text: str, max_chars: int, max_bytes: int = MAX_BYTES) -> list[str]:
     rest = text
     while rest:
         opening = f"{fence}\n" if fence else ""
-        closing_room = len(fence) + 8  # room for "\n```" of the fence that may be open at the end
-        room_chars = max(1, max_chars - len(opening) - closing_room)
-        room_bytes = max(4, max_bytes - len(opening.encode()) - closing_room)
+        room_chars = max(1, max_chars - len(opening) - _CLOSING_ROOM)
+        room_bytes = max(4, max_bytes - len(opening.encode()) - _CLOSING_ROOM)
         if _fits(opening + rest, max_chars, max_bytes):
             parts.append(opening + rest)
             break
         cut = _cut(rest, room_chars, room_bytes)
-        piece, rest = rest[:cut], rest[cut:].lstrip("\n" if fence else " \n")
+        piece, rest = rest[:cut], rest[cut:]
         part = opening + piece.rstrip("\n" if fence else " \n")
         fence = _open_fence(piece, fence)
+        rest = rest.lstrip(
+            "\n" if fence or piece.endswith("\n") else " \n"
+        )  # at a line's start, spaces mean something
         if fence:
             part += "\n" + _marker(fence)
         if part.strip():
@@ -67,20 +75,17 @@ def _cut(text: str, chars: int, size: int) -> int:
 
 def _open_fence(piece: str, fence: str) -> str:
     """The fence line that is open at the end of `piece`; "" when none is."""
-    for line in piece.split("\n"):
-        match = _FENCE.match(line.strip())
-        if match is None:
-            continue
-        if not fence:
-            fence = line.strip()
-        elif line.strip().startswith(_marker(fence)) and not match.group(2).strip():
-            fence = ""
+    for line in map(str.strip, piece.split("\n")):
+        if fence:
+            if line.startswith(_marker(fence)) and not line.strip(fence[0]):
+                fence = ""
+        elif match := _FENCE.fullmatch(line):
+            fence = match[1] + match[2][:_INFO_CHARS].rstrip()
     return fence
 
 
 def _marker(fence: str) -> str:
-    match = _FENCE.match(fence)
-    return match.group(1) if match else "```"
+    return fence[: len(fence) - len(fence.lstrip(fence[0]))]
 
 
 _MARKDOWN = MarkdownIt("commonmark").enable(["table", "strikethrough"])
