@@ -44,6 +44,10 @@ log = structlog.get_logger()
 
 RELEASE_S = 5.0
 """Kept of the drain budget for giving the shards back."""
+STARTING = 32
+"""Pollers that start at once."""
+POLLS_PER_S = 1000
+"""Polls are spread so that about so many start per second after an outage."""
 ROOM = 512
 """Commands delivered and not yet settled, per shard."""
 
@@ -151,6 +155,8 @@ class Adapter:
             rules=self.rules,
             heard=self._heard,
             writable=writable,
+            starting=asyncio.Semaphore(STARTING),
+            spread_s=lambda: len(self.supervisor.sessions) / POLLS_PER_S,
             stale_retry_s=settings.stale_retry_s,
             skew_ms=settings.duplicate_skew_ms,
             notify=settings.notify,

@@ -63,6 +63,10 @@ class Incoming(NamedTuple):
     """Called with sandbox, bot and user once a message of the user is on the bus."""
     writable: Callable[[], Awaitable[None]]
     """Returns when the bus is there; no poll starts before."""
+    starting: asyncio.Semaphore
+    """Bounds how many pollers start at once: thousands would hold up the event loop, and with it the lease."""
+    spread_s: Callable[[], float]
+    """Over how long polls are spread that could all start again at the same moment."""
     stale_retry_s: tuple[float, ...]
     skew_ms: int
     notify: bool
@@ -131,11 +135,13 @@ async def tend(session: Session, needs: Incoming) -> None:
 
 
 async def _serve(session: Session, needs: Incoming) -> None:
-    place = await acquire(session, needs)
+    async with needs.starting:
+        place = await acquire(session, needs)
+        if place is not None:
+            await _notify(session, needs, start=True)
     if place is None:
         return
     try:
-        await _notify(session, needs, start=True)
         place = await poll_forever(session, place, needs)
     finally:
         await finish(_give_back(session, needs), needs.grace_s)
@@ -255,6 +261,7 @@ async def poll_forever(session: Session, place: _Place, needs: Incoming) -> _Pla
         if not needs.leases.valid:
             session.state = "paused"
             await _until(session, needs.leases.changed, lambda: needs.leases.valid)
+            await first_of(session.cut, needs.clock.jitter(needs.spread_s()))
             session.answered = needs.clock.monotonic()
             continue
         binding = needs.bindings.get(session.bot)
