@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from typing import Literal, NamedTuple
 
 import msgspec
@@ -10,6 +11,10 @@ import msgspec
 from adapter.contract import Outbound, check_sandbox
 from adapter.errors import Refused, Unreadable
 from adapter.split import split, to_plain
+
+_PEER = re.compile(r"[!-~]{0,128}")
+"""A bot's or user's id: it becomes part of a subject."""
+_VALUE = re.compile(r"""value (['"]).*\1(?= - at |$)""", re.DOTALL)
 
 
 class Limits(NamedTuple):
@@ -43,7 +48,7 @@ class Command(NamedTuple):
 
 def command_id(body_id: str | None, routed_id: str, msg_id: str, seq: int) -> str:
     """The idempotency key: the body's, else the one that the router found, else Nats-Msg-Id, else the sequence."""
-    return body_id or routed_id or msg_id[:128] or str(seq)
+    return body_id or routed_id[:128] or msg_id[:128] or str(seq)
 
 
 def peek(data: bytes, limits: Limits) -> Outbound:
@@ -70,16 +75,24 @@ def read_command(body: Outbound, *, sandbox: str, ident: str, stored_ms: int, li
         raise Refused("invalid", f"The body names sandbox {body.sandbox!r}, the subject {sandbox!r}.")
     if (body.text is None) == (body.items is None):
         raise Refused("invalid", "A command holds either text or items.")
+    if not _PEER.fullmatch(body.bot or "") or not _PEER.fullmatch(body.user or ""):
+        raise Refused("invalid", "Bot and user are printable ASCII without spaces, at most 128 characters.")
     texts = [body.text or ""] if body.items is None else [item.text for item in body.items]
     parts: list[str] = []
+    too_long = Refused("too_long", f"The text needs more than {limits.parts} messages; send it as a file.")
+    longest = limits.parts * limits.text_chars * (2 if body.format == "plain" else 1)
     for text in texts:
+        if len(text) > longest:  # known before anything is read: reading Markdown takes its time
+            raise too_long
         shown = to_plain(text) if body.format == "plain" else text
         if not shown.strip():
             raise Refused("invalid", "The text is empty.")
         parts += split(shown, limits.text_chars)
         if len(parts) > limits.parts:
-            raise Refused("too_long", f"The text needs more than {limits.parts} messages; send it as a file.")
-    expires_ms = stored_ms + (limits.park_ms if body.expires_in_s is None else int(body.expires_in_s * 1000))
+            raise too_long
+    patience_ms = limits.park_ms
+    if body.expires_in_s is not None:
+        patience_ms = int(min(body.expires_in_s * 1000, patience_ms))
     return Command(
         id=ident,
         client=hashlib.blake2b(f"{sandbox}|{ident}|{stored_ms}".encode(), digest_size=12).hexdigest(),
@@ -89,7 +102,7 @@ def read_command(body: Outbound, *, sandbox: str, ident: str, stored_ms: int, li
         parts=parts,
         when_closed=body.when_closed,
         stored_ms=stored_ms,
-        expires_ms=min(expires_ms, stored_ms + limits.park_ms),
+        expires_ms=stored_ms + patience_ms,
         patient=body.expires_in_s is None,
     )
 
@@ -100,5 +113,5 @@ def client_id(command: Command, part: int) -> str:
 
 
 def _harmless(exc: Exception) -> str:
-    """The decoder's words without any of the text: msgspec names types and paths, never values."""
-    return str(exc)[:200]
+    """The decoder's words without any of the text: types and paths, no values."""
+    return _VALUE.sub("value", str(exc))[:200]
