@@ -89,6 +89,7 @@ class Contexts:
     async def _load(self, peer: Peer) -> None:
         entry = await self._bucket.get(peer_key(peer.bot, peer.user))
         if entry is None:
+            peer.revision = 0  # purged by an operator, if it ever was
             return
         peer.revision = entry.revision
         peer.context = msgspec.json.decode(entry.value, type=Context) if entry.value else Context()

@@ -180,7 +180,7 @@ async def _again(command: Command, hand: Hand, peer: Peer, problem: Temporary, s
 
 async def _throttled(hand: Hand, peer: Peer, answer: Throttled, sender: Sender) -> Wait | Ending:
     """-2: quiet until the user writes. Refused again in another window, the command itself is at fault."""
-    this_window = peer.context.inbound_id
+    this_window = hand.counted_in
     repeated = hand.throttled_in not in ("", this_window)
     hand = msgspec.structs.replace(hand, throttled_in=this_window)
     now_ms = sender.clock.now_ms()

@@ -85,8 +85,9 @@ def returned(context: Context, hand: Hand) -> Context:
 
 
 def throttled(context: Context, hand: Hand, now_ms: int) -> Context:
-    """iLink said -2."""
-    return msgspec.structs.replace(returned(context, hand), blocked_ms=now_ms, hand=hand)
+    """iLink said -2. If the user wrote meanwhile, it speaks of the window before, and blocks nothing."""
+    blocked_ms = now_ms if hand.counted_in == context.inbound_id else context.blocked_ms
+    return msgspec.structs.replace(returned(context, hand), blocked_ms=blocked_ms, hand=hand)
 
 
 def unblocked(context: Context) -> Context:

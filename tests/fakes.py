@@ -1,0 +1,614 @@
+"""The ports in memory, and time that passes at once: everything waits as it would, and no test waits.
+
+`VirtualLoop` jumps to the next timer whenever nothing else can happen, so that an hour of backoff takes no time and
+every order is the same in every run. If nothing will ever happen again it says so instead of hanging.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import selectors
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import msgspec
+
+from adapter import contract, window
+from adapter.bindings import Bindings
+from adapter.commands import Limits
+from adapter.contexts import Contexts
+from adapter.contract import BindingEvent, Inbound, Names, Receipt, shard_of
+from adapter.errors import BusRefused, Conflict, LeaseLost, Temporary
+from adapter.events import Events
+from adapter.ilink import protocol
+from adapter.leases import Leases
+from adapter.metrics import Metrics
+from adapter.outbound import Outgoing, Shard
+from adapter.ports import Accepted, Account, Entry, Message, Polled, PubAck, Stored
+from adapter.receipts import Receipts
+from adapter.records import Binding, Context, Cursor
+from adapter.seal import Sealer
+from adapter.sending import Sender
+from adapter.timing import Latch
+
+EPOCH_MS = 1_789_000_000_000
+"""Wall clock when a test begins."""
+
+
+class EndOfScript(Exception):
+    """A fake was asked for more than its script holds: the end of a loop that has none."""
+
+
+# time ----------------------------------------------------------------------------------------------------
+
+
+class _Jump(selectors.DefaultSelector):
+    """Never waits: the loop's clock is set forward by the time that it would have waited."""
+
+    loop: VirtualLoop
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        events = super().select(0)
+        if events or timeout == 0:
+            return events
+        if timeout is None:
+            raise AssertionError("everything waits, and nothing will ever happen")
+        self.loop.passed += max(0.0, timeout)
+        return []
+
+
+class VirtualLoop(asyncio.SelectorEventLoop):
+    """An event loop on which time passes at once."""
+
+    def __init__(self) -> None:
+        self.passed = 0.0
+        selector = _Jump()
+        selector.loop = self
+        super().__init__(selector)
+
+    def time(self) -> float:
+        return 1000.0 + self.passed
+
+
+class FakeClock:
+    """The loop's time; no chance in it."""
+
+    def __init__(self) -> None:
+        self.slept: list[float] = []
+        self.set_back_ms = 0
+
+    def now_ms(self) -> int:
+        return EPOCH_MS + round((self.monotonic() - 1000.0) * 1000) - self.set_back_ms
+
+    def monotonic(self) -> float:
+        return asyncio.get_running_loop().time()
+
+    async def sleep(self, seconds: float) -> None:
+        self.slept.append(seconds)
+        await asyncio.sleep(seconds)
+
+    def jitter(self, seconds: float) -> float:
+        return 0.0
+
+
+async def settle() -> None:
+    """Lets everything happen that needs no time."""
+    for _ in range(200):
+        await asyncio.sleep(0)
+
+
+# the bus -------------------------------------------------------------------------------------------------
+
+
+class Kept(NamedTuple):
+    """A message in a stream of FakeBus."""
+
+    stream: str
+    stored: Stored
+    time_ms: int
+
+
+class FakeBus:
+    """Implements Bus and History: streams in memory, with the server's rules about ids and order."""
+
+    def __init__(self, names: Names, clock: FakeClock) -> None:
+        self.kept: list[Kept] = []
+        self.writes: list[str] = []
+        """What was stored, in order: labels of streams and buckets."""
+        self.refuse: Callable[[Message], BusRefused | None] = lambda message: None
+        self.on_publish: Callable[[Message], Awaitable[None]] | None = None
+        """Awaited before a message is stored: to let something happen meanwhile, or to fail."""
+        self.unreadable = 0
+        """So many more reads fail."""
+        self._names = names
+        self._clock = clock
+        self._ids: dict[tuple[str, str], int] = {}
+        self._seqs: dict[str, int] = {}
+
+    # Bus
+
+    async def publish(self, message: Message) -> PubAck:
+        (ack,) = await self.publish_all([message])
+        if isinstance(ack, BusRefused):
+            raise ack
+        return ack
+
+    async def publish_all(self, messages: Sequence[Message]) -> list[PubAck | BusRefused]:
+        await asyncio.sleep(0)
+        acks: list[PubAck | BusRefused] = []
+        for message in messages:
+            if self.on_publish is not None:
+                await self.on_publish(message)
+            acks.append(self.refuse(message) or self._store(message))
+        return acks
+
+    def _store(self, message: Message) -> PubAck:
+        stream = self.stream_of(message.subject)
+        ident = message.headers.get(contract.H_MSG_ID, "")
+        if ident and (known := self._ids.get((stream, ident))):
+            return PubAck(stream=stream, seq=known, duplicate=True)
+        return PubAck(stream=stream, seq=self.put(message.subject, message.payload, message.headers, message.stream))
+
+    def put(self, subject: str, payload: bytes, headers: dict[str, str], label: str = "") -> int:
+        """Stores a message as the server would; its sequence."""
+        stream = self.stream_of(subject)
+        seq = self._seqs[stream] = self._seqs.get(stream, 0) + 1
+        if ident := headers.get(contract.H_MSG_ID, ""):
+            self._ids[stream, ident] = seq
+        self.kept.append(Kept(stream, Stored(subject, seq, headers, payload), self._clock.now_ms()))
+        self.writes.append(label)
+        return seq
+
+    def stream_of(self, subject: str) -> str:
+        kind = subject.removeprefix(f"{self._names.prefix}.").partition(".")[0]
+        return f"{self._names.prefix.upper()}_{'IN' if kind == 'inbox' else kind.upper()}"
+
+    # History
+
+    async def read(
+        self, stream: str, subject: str, *, after: int = 0, since_ms: int | None = None
+    ) -> AsyncIterator[Stored]:
+        await asyncio.sleep(0)
+        if self.unreadable:
+            self.unreadable -= 1
+            raise Temporary("bus_down")
+        for kept in list(self.kept):
+            found = kept.stored
+            late = kept.time_ms >= since_ms if since_ms is not None else found.seq > after
+            if kept.stream == stream and late and matches(subject, found.subject):
+                yield found
+
+    async def last(self, stream: str, subject: str) -> Stored | None:
+        found = [stored async for stored in self.read(stream, subject)]
+        return found[-1] if found else None
+
+    async def counts(self, stream: str, subject: str) -> dict[str, int]:
+        found: dict[str, int] = {}
+        async for stored in self.read(stream, subject):
+            found[stored.subject] = found.get(stored.subject, 0) + 1
+        return found
+
+    async def delete(self, stream: str, seq: int) -> None:
+        await asyncio.sleep(0)
+        self.kept = [kept for kept in self.kept if (kept.stream, kept.stored.seq) != (stream, seq)]
+
+    # for tests
+
+    def found(self, kind: str) -> list[Stored]:
+        """What a stream holds: IN, EVENT, PARKED, DEAD, OUT."""
+        stream = f"{self._names.prefix.upper()}_{kind}"
+        return [kept.stored for kept in self.kept if kept.stream == stream]
+
+    def inbound(self) -> list[Inbound]:
+        return [msgspec.json.decode(stored.data, type=Inbound) for stored in self.found("IN")]
+
+    def receipts(self) -> list[Receipt]:
+        return [
+            msgspec.json.decode(stored.data, type=Receipt)
+            for stored in self.found("EVENT")
+            if stored.subject.endswith(".receipt")
+        ]
+
+    def events(self) -> list[BindingEvent]:
+        return [
+            msgspec.json.decode(stored.data, type=BindingEvent)
+            for stored in self.found("EVENT")
+            if stored.subject.endswith(".binding")
+        ]
+
+
+def matches(pattern: str, subject: str) -> bool:
+    wanted, found = pattern.split("."), subject.split(".")
+    return len(wanted) == len(found) and all(a in ("*", b) for a, b in zip(wanted, found, strict=True))
+
+
+class FakeBucket:
+    """Implements Bucket. `label` is what it writes into the bus's journal."""
+
+    def __init__(self, label: str = "", journal: list[str] | None = None) -> None:
+        self.entries: dict[str, Entry] = {}
+        self.label = label
+        self.journal = [] if journal is None else journal
+        self.answers_lost = 0
+        """So many more writes are stored and then refused as if somebody else had written: the answer got lost,
+        and the repeat of the publisher met the first one."""
+        self.on_write: Callable[[str], Awaitable[None]] | None = None
+        """Awaited before a write."""
+        self._revision = 0
+        self._followers: list[Callable[[Entry], None]] = []
+
+    async def get(self, key: str) -> Entry | None:
+        await asyncio.sleep(0)
+        return self.entries.get(key)
+
+    async def update(self, key: str, value: bytes, revision: int) -> int:
+        return await self._write(key, value, revision)
+
+    async def delete(self, key: str, revision: int | None = None) -> int:
+        return await self._write(key, None, revision)
+
+    async def _write(self, key: str, value: bytes | None, revision: int | None) -> int:
+        await asyncio.sleep(0)
+        if self.on_write is not None:
+            await self.on_write(key)
+        known = self.entries.get(key)
+        if revision is not None and revision != (known.revision if known else 0):
+            raise Conflict(10071, "wrong last sequence")
+        written = self.put(key, value)
+        if self.answers_lost:
+            self.answers_lost -= 1
+            raise Conflict(10071, "wrong last sequence")
+        return written
+
+    def put(self, key: str, value: bytes | None) -> int:
+        """Writes as somebody else would; the revision."""
+        self._revision += 1
+        entry = self.entries[key] = Entry(key, value, self._revision)
+        self.journal.append(self.label)
+        for follower in self._followers:
+            follower(entry)
+        return self._revision
+
+    async def follow(
+        self,
+        on_entry: Callable[[Entry], None],
+        *,
+        on_loaded: Callable[[], None] | None = None,
+        reload_s: float = 30.0,
+    ) -> None:
+        self._followers.append(on_entry)
+        for entry in list(self.entries.values()):
+            on_entry(entry)
+        if on_loaded is not None:
+            on_loaded()
+        await asyncio.Event().wait()
+
+
+class FakeDelivery:
+    """Implements Delivery."""
+
+    def __init__(
+        self,
+        subject: str,
+        data: bytes,
+        *,
+        seq: int,
+        time_ms: int,
+        headers: dict[str, str] | None = None,
+        suspect: bool = False,
+    ) -> None:
+        self.subject = subject
+        self.data = data
+        self.headers = headers or {}
+        self.seq = seq
+        self.time_ms = time_ms
+        self.suspect = suspect
+        self.acks = 0
+
+    async def ack(self) -> None:
+        await asyncio.sleep(0)
+        self.acks += 1
+
+
+class FakeTeller:
+    """Implements Teller."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[str, bytes, dict[str, str]]] = []
+        self.durables: list[str] = []
+
+    async def tell(self, subject: str, payload: bytes, headers: dict[str, str]) -> None:
+        self.told.append((subject, payload, headers))
+
+    async def make_durable(self, sandbox: str) -> None:
+        self.durables.append(sandbox)
+
+
+class FakeLeases(Leases):
+    """A replica that owns what it is told to own."""
+
+    def __init__(self, incarnation: str = "me-1", owned: Iterable[int] = range(contract.SHARDS)) -> None:
+        self.owned = set(owned)
+        self.changed = Latch()
+        self.incarnation = incarnation
+        self.is_valid = True
+        self.proven_dead: set[str] = set()
+
+    @property
+    def valid(self) -> bool:
+        return self.is_valid
+
+    def check(self, shard: int) -> None:
+        if shard not in self.owned or not self.valid:
+            raise LeaseLost("lease_lost", f"shard {shard}")
+
+    async def is_dead(self, incarnation: str) -> bool:
+        await asyncio.sleep(0)
+        return incarnation in self.proven_dead
+
+
+# WeChat --------------------------------------------------------------------------------------------------
+
+
+class Sent(NamedTuple):
+    """A request to sendmessage."""
+
+    bot: str
+    user: str
+    text: str
+    client_id: str
+    context_token: str
+    at_s: float
+
+
+Step = Exception | Polled | Accepted | None
+
+
+class FakeChat:
+    """Implements Chat by scripts. Without one, polls wait for ever and sends are accepted."""
+
+    def __init__(self, clock: FakeClock) -> None:
+        self.polls: deque[Step | Callable[[], Step]] = deque()
+        self.script_ends = False
+        """A poll after the script's end raises EndOfScript."""
+        self.sends: deque[Step] = deque()
+        self.sends_to: dict[str, deque[Step]] = {}
+        """Scripts of single users."""
+        self.asked: list[str] = []
+        """The cursors of the polls."""
+        self.holds: list[int] = []
+        self.tokens: list[str] = []
+        """The token of each poll."""
+        self.polled_at: list[float] = []
+        self.sent: list[Sent] = []
+        self.notified: list[bool] = []
+        self.notify_fails: Exception | None = None
+        self.recycled = 0
+        self.polling = 0
+        """Polls that are out now."""
+        self.took_s = 0.0
+        """How long a send takes."""
+        self.hold_sends: dict[str, asyncio.Event] = {}
+        """Sends to these users get no answer before the event."""
+        self.overlaps = 0
+        """Sends to one user that were out at once: must stay 0."""
+        self.on_send: Callable[[Sent], Awaitable[None]] | None = None
+        self._clock = clock
+        self._out: set[str] = set()
+
+    async def poll(self, account: Account, cursor: str, hold_ms: int) -> Polled | None:
+        assert not self.polling, "two polls at once"
+        self.asked.append(cursor)
+        self.holds.append(hold_ms)
+        self.tokens.append(account.token)
+        self.polled_at.append(self._clock.monotonic())
+        self.polling += 1
+        try:
+            await asyncio.sleep(0.05)
+            if not self.polls:
+                if self.script_ends:
+                    raise EndOfScript
+                await asyncio.Event().wait()
+            step = self.polls.popleft()
+            answer = step() if callable(step) else step
+            if isinstance(answer, Exception):
+                raise answer
+            if answer is None:
+                await asyncio.sleep(hold_ms / 1000)
+            assert not isinstance(answer, Accepted)
+            return answer
+        finally:
+            self.polling -= 1
+
+    async def send_text(
+        self, account: Account, *, user: str, client_id: str, context_token: str, text: str
+    ) -> Accepted:
+        sent = Sent(account.bot, user, text, client_id, context_token, self._clock.monotonic())
+        self.overlaps += user in self._out
+        self._out.add(user)
+        self.sent.append(sent)
+        try:
+            if self.on_send is not None:
+                await self.on_send(sent)
+            await asyncio.sleep(self.took_s)
+            if hold := self.hold_sends.get(user):
+                await hold.wait()
+        finally:
+            self._out.discard(user)
+        script = self.sends_to.get(user) or self.sends
+        answer = script.popleft() if script else Accepted(f"m{len(self.sent)}", 0, None, "")
+        if isinstance(answer, Exception):
+            raise answer
+        assert isinstance(answer, Accepted)
+        return answer
+
+    async def notify(self, account: Account, *, start: bool) -> None:
+        self.notified.append(start)
+        if self.notify_fails is not None:
+            raise self.notify_fails
+
+    async def recycle(self, bot: str) -> None:
+        self.recycled += 1
+
+    def check_base_url(self, url: str) -> str:
+        return protocol.check_url(url, ("127.0.0.1:8080",))
+
+    @property
+    def texts(self) -> list[str]:
+        return [sent.text for sent in self.sent]
+
+
+# the core around them ------------------------------------------------------------------------------------
+
+
+LIMITS = Limits(command_bytes=262_144, text_chars=4000, parts=10, park_ms=72 * 3_600_000)
+RULES = window.Rules(sends=10, hours=23.0, cooldown_s=3600.0)
+GAP_S = 1.5
+
+
+class Bench:
+    """One replica's core between fakes. A second one on the same `world` is the replica that takes over."""
+
+    def __init__(self, world: Bench | None = None, *, incarnation: str = "me-1", limits: Limits = LIMITS) -> None:
+        self.clock: FakeClock = world.clock if world else FakeClock()
+        self.names = Names()
+        self.bus: FakeBus = world.bus if world else FakeBus(self.names, self.clock)
+        self.chat: FakeChat = world.chat if world else FakeChat(self.clock)
+        self.cursors: FakeBucket = world.cursors if world else FakeBucket("cursor", self.bus.writes)
+        self.contexts_bucket: FakeBucket = world.contexts_bucket if world else FakeBucket("token", self.bus.writes)
+        self.bindings_bucket: FakeBucket = world.bindings_bucket if world else FakeBucket("binding", self.bus.writes)
+        self.teller = FakeTeller()
+        self.metrics = Metrics()
+        self.leases = FakeLeases(incarnation)
+        self.bindings = Bindings(self.bindings_bucket)
+        for entry in self.bindings_bucket.entries.values():
+            self.bindings._see(entry)
+        self.bindings_bucket._followers.append(self.bindings._see)
+        self.bindings.loaded = True
+        self.contexts = Contexts(self.contexts_bucket, self._fence)
+        self.events = Events(self.bus, self.names, self.clock, self.metrics)
+        self.receipts = Receipts(self.events, self.bus, self.names, self.clock, self.metrics)
+        self.sealer = Sealer(())
+        self.limits = limits
+        self.stale: set[str] = set()
+        self.lost_logins: list[str] = []
+        self.asked_bound = 0
+        self.bound_yet: Callable[[], Awaitable[None]] | None = None
+        self.numbers: Iterator[int] = world.numbers if world else itertools.count(1)
+
+    def _fence(self, bot: str) -> None:
+        binding = self.bindings.get(bot)
+        if binding is None:
+            raise LeaseLost("not_bound", bot)
+        self.leases.check(shard_of(binding.sandbox))
+
+    async def bind(
+        self, sandbox: str = "s1", bot: str = "b1@im.bot", user: str = "u1@im.wechat", **fields: Any
+    ) -> Binding:
+        """A binding, as control writes it."""
+        binding = Binding(sandbox=sandbox, bot=bot, user=user, **{"token": f"{bot}:t", **fields})
+        await self.bindings.put(binding)
+        return binding
+
+    def hears(self, bot: str = "b1@im.bot", user: str = "u1@im.wechat", **fields: Any) -> None:
+        """The user has just written: their window is open."""
+        context = Context(**{"token": "AARz", "inbound_ms": self.clock.now_ms(), "inbound_id": "in:1", **fields})
+        self.contexts_bucket.put(contract.peer_key(bot, user), msgspec.json.encode(context))
+
+    def context(self, bot: str = "b1@im.bot", user: str = "u1@im.wechat") -> Context:
+        """The record as the bucket has it."""
+        entry = self.contexts_bucket.entries[contract.peer_key(bot, user)]
+        assert entry.value is not None
+        return msgspec.json.decode(entry.value, type=Context)
+
+    def cursor(self, bot: str = "b1@im.bot") -> Cursor:
+        entry = self.cursors.entries[contract.token_of(bot)]
+        assert entry.value is not None
+        return msgspec.json.decode(entry.value, type=Cursor)
+
+    def command(
+        self,
+        text: str | None = None,
+        *,
+        sandbox: str = "s1",
+        headers: dict[str, str] | None = None,
+        data: bytes | None = None,
+        suspect: bool = False,
+        **body: Any,
+    ) -> FakeDelivery:
+        """A command as the consumer of its shard delivers it; the next in the stream."""
+        if text is not None:
+            body["text"] = text
+        subject = f"{self.names.prefix}.out.{shard_of(sandbox)}.{sandbox}"
+        payload = msgspec.json.encode(body) if data is None else data
+        return FakeDelivery(
+            subject, payload, seq=next(self.numbers), time_ms=self.clock.now_ms(), headers=headers, suspect=suspect
+        )
+
+    def sender(self, **changes: Any) -> Sender:
+        async def nothing(_: float = 0.0) -> None:
+            return None
+
+        sender = Sender(
+            chat=self.chat,
+            contexts=self.contexts,
+            clock=self.clock,
+            metrics=self.metrics,
+            rules=RULES,
+            slots=asyncio.Semaphore(8),
+            attempts=3,
+            empty_is_success=False,
+            pause=asyncio.sleep,
+            pace=nothing,
+            check=lambda: None,
+        )
+        return sender._replace(**changes)
+
+    def outgoing(self, **changes: Any) -> Outgoing:
+        async def stale_on_send(binding: Binding, detail: str) -> None:
+            self.lost_logins.append(binding.bot)
+
+            def dead(now: Binding) -> Binding:
+                return msgspec.structs.replace(now, state="needs_login")
+
+            await self.bindings.change(binding.bot, dead)
+
+        async def bound_yet() -> None:
+            self.asked_bound += 1
+            if self.bound_yet is not None:
+                await self.bound_yet()
+
+        outgoing = Outgoing(
+            sender=self.sender(),
+            bus=self.bus,
+            history=self.bus,
+            bindings=self.bindings,
+            leases=self.leases,
+            receipts=self.receipts,
+            names=self.names,
+            limits=self.limits,
+            account=lambda binding: Account(binding.bot, binding.token, binding.base_url),
+            stale=lambda bot: bot in self.stale,
+            stale_on_send=stale_on_send,
+            bound_yet=bound_yet,
+            gap_s=GAP_S,
+            parked_per_user=100,
+            stale_retry_s=(5.0, 30.0, 300.0),
+            grace_s=1.0,
+        )
+        return outgoing._replace(**changes)
+
+    def shard(self, sandbox: str = "s1", **changes: Any) -> Shard:
+        """The lanes of a sandbox's shard, told of changed bindings as the supervisor tells them."""
+        number = shard_of(sandbox)
+        shard = Shard(number, self.outgoing(**changes))
+
+        def on_change(bot: str, before: Binding | None, after: Binding | None) -> None:
+            for name in {binding.sandbox for binding in (before, after) if binding is not None}:
+                if shard_of(name) == number:
+                    shard.rebound(name)
+
+        self.bindings.listen(on_change)
+        return shard

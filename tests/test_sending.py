@@ -1,0 +1,410 @@
+"""One command to one user, request by request: counted before it leaves, repeated under the same id or not at all."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from msgspec.structs import replace
+
+from adapter.commands import Command, client_id, read_command
+from adapter.contexts import Peer
+from adapter.contract import Outbound, OutText
+from adapter.errors import LeaseLost, Refused, SessionExpired, Temporary, Throttled, Uncertain
+from adapter.ports import Accepted, Account
+from adapter.records import Hand
+from adapter.sending import Ending, Repeat, Sender, Wait, send
+from tests.fakes import LIMITS, RULES, Bench, Sent
+
+VIRTUAL_TIME = True
+
+BOT, USER = "b1@im.bot", "u1@im.wechat"
+ACCOUNT = Account(BOT, "secret", "")
+TIMEOUT = Uncertain("timeout", "no answer within 15 s")
+NO_ID = Accepted("", 0, None, "")
+
+
+def command(bench: Bench, *texts: str, ident: str = "c1", **fields: Any) -> Command:
+    body = Outbound(items=[OutText(text=text) for text in texts or ("hi",)], **fields)
+    return read_command(body, sandbox="s1", ident=ident, stored_ms=bench.clock.now_ms(), limits=LIMITS)
+
+
+async def ready(**context: Any) -> tuple[Bench, Peer]:
+    """A bound user with an open window."""
+    bench = Bench()
+    await bench.bind()
+    bench.hears(**context)
+    return bench, await bench.contexts.peer(BOT, USER)
+
+
+async def sent(
+    bench: Bench, peer: Peer, what: Command | None = None, sender: Sender | None = None
+) -> Ending | Wait | Repeat:
+    return await send(what or command(bench), peer, ACCOUNT, sender or bench.sender())
+
+
+# endings -------------------------------------------------------------------------------------------------
+
+
+async def test_an_answer_with_an_id_is_accepted() -> None:
+    bench, peer = await ready()
+    bench.chat.sends.append(Accepted("7497484083968569736", 0, None, ""))
+    assert await sent(bench, peer) == Ending("accepted", message_ids=("7497484083968569736",), attempts=1)
+    assert (bench.chat.texts, bench.chat.sent[0].context_token) == (["hi"], "AARz")
+
+
+async def test_an_answer_without_an_id_is_unconfirmed_and_never_resent() -> None:
+    bench, peer = await ready()
+    bench.chat.sends.append(NO_ID)
+    assert await sent(bench, peer) == Ending("accepted_unconfirmed", attempts=1)
+    assert len(bench.chat.sent) == 1
+
+
+async def test_an_answer_without_an_id_counts_for_servers_older_than_ids() -> None:
+    bench, peer = await ready()
+    bench.chat.sends.append(NO_ID)
+    assert (await sent(bench, peer, sender=bench.sender(empty_is_success=True))) == Ending("accepted", attempts=1)
+
+
+async def test_parts_go_one_after_another_under_ids_of_their_own() -> None:
+    bench, peer = await ready()
+    three = command(bench, "one", "two", "three")
+    assert await sent(bench, peer, three) == Ending("accepted", message_ids=("m1", "m2", "m3"), attempts=3)
+    assert bench.chat.texts == ["one", "two", "three"]
+    assert [request.client_id for request in bench.chat.sent] == [client_id(three, part) for part in range(3)]
+
+
+async def test_one_part_without_an_id_makes_the_command_unconfirmed() -> None:
+    bench, peer = await ready()
+    bench.chat.sends.extend([Accepted("1", 0, None, ""), NO_ID, Accepted("3", 0, None, "")])
+    ending = await sent(bench, peer, command(bench, "one", "two", "three"))
+    assert ending == Ending("accepted_unconfirmed", message_ids=("1", "3"), attempts=3)
+
+
+async def test_a_refusal_is_final_and_carries_what_ilink_said() -> None:
+    bench, peer = await ready()
+    bench.chat.sends.append(Refused("invalid", "no such user", ret=-3, errcode=0, errmsg="x"))
+    ending = await sent(bench, peer, command(bench, "one", "two"))
+    assert ending == Ending("refused", "invalid", "no such user", (), 1, -3, 0, "x")
+    assert bench.chat.texts == ["one"]
+
+
+async def test_a_refused_part_tells_of_the_parts_before() -> None:
+    bench, peer = await ready()
+    bench.chat.sends.extend([Accepted("1", 0, None, ""), Refused("rejected", "no")])
+    assert await sent(bench, peer, command(bench, "one", "two")) == Ending("refused", "rejected", "no", ("1",), 2)
+
+
+# no answer -----------------------------------------------------------------------------------------------
+
+
+async def test_a_request_without_an_answer_is_repeated_once_with_the_same_client_id() -> None:
+    bench, peer = await ready()
+    bench.chat.sends.extend([TIMEOUT, Accepted("1", 0, None, "")])
+    assert await sent(bench, peer) == Ending("accepted", message_ids=("1",), attempts=2)
+    first, again = bench.chat.sent
+    assert first.client_id == again.client_id
+
+
+async def test_a_repeat_without_an_answer_is_uncertain() -> None:
+    bench, peer = await ready()
+    bench.chat.sends.extend([TIMEOUT, TIMEOUT])
+    ending = await sent(bench, peer, command(bench, "one", "two"))
+    assert isinstance(ending, Ending)
+    assert (ending.outcome, ending.attempts) == ("uncertain", 2)
+    assert bench.chat.texts == ["one", "one"]
+
+
+async def test_a_repeat_counts_once() -> None:
+    bench, peer = await ready()
+    bench.chat.sends.extend([TIMEOUT, Accepted("1", 0, None, "")])
+    await sent(bench, peer)
+    assert peer.context.used == 1
+
+
+async def test_a_repeat_that_takes_nothing_leaves_the_first_one_counted() -> None:
+    """The first may have been taken, so the budget must not get it back."""
+    bench, peer = await ready()
+    bench.chat.sends.extend([TIMEOUT, Temporary("http_5xx"), Accepted("1", 0, None, "")])
+    assert await sent(bench, peer) == Ending("accepted", message_ids=("1",), attempts=3)
+    assert peer.context.used == 1
+    assert len({request.client_id for request in bench.chat.sent}) == 1
+
+
+# nothing was taken ---------------------------------------------------------------------------------------
+
+
+async def test_what_took_nothing_is_tried_again_with_backoff() -> None:
+    bench, peer = await ready()
+    bench.chat.sends.extend([Temporary("http_5xx"), Temporary("http_5xx")])
+    assert await sent(bench, peer) == Ending("accepted", message_ids=("m3",), attempts=3)
+    at = [request.at_s - bench.chat.sent[0].at_s for request in bench.chat.sent]
+    assert at == [0, 1, 3]
+    assert peer.context.used == 1
+
+
+async def test_ilinks_own_delay_wins_over_our_backoff() -> None:
+    bench, peer = await ready()
+    bench.chat.sends.append(Temporary("http_4xx", retry_after_s=30))
+    await sent(bench, peer)
+    first, again = bench.chat.sent
+    assert again.at_s - first.at_s == 30
+
+
+async def test_too_many_failures_are_a_dead_letter() -> None:
+    bench, peer = await ready()
+    bench.chat.sends.extend([Temporary("http_5xx", "HTTP 500")] * 3)
+    assert await sent(bench, peer) == Ending("dead_lettered", "unreachable", "HTTP 500", (), 3)
+    assert peer.context.used == 0
+
+
+async def test_what_never_left_waits_as_long_as_it_takes() -> None:
+    """A network that is down costs no attempts."""
+    bench, peer = await ready()
+    bench.chat.sends.extend([Temporary("network")] * 50)
+    ending = await sent(bench, peer)
+    assert isinstance(ending, Ending)
+    assert (ending.outcome, ending.attempts) == ("accepted", 51)
+
+
+async def test_what_waits_for_the_network_expires() -> None:
+    bench, peer = await ready()
+    bench.chat.sends.extend([Temporary("network")] * 1000)
+    ending = await sent(bench, peer, command(bench, "hi", expires_in_s=100.0))
+    assert isinstance(ending, Ending)
+    assert (ending.outcome, ending.reason) == ("refused", "expired")
+    assert len(bench.chat.sent) < 12
+
+
+# -2 and -14 ----------------------------------------------------------------------------------------------
+
+
+THROTTLED = Throttled("throttled", "iLink answered -2", ret=-2, errmsg="prepare failed")
+
+
+async def test_minus_2_waits_for_the_user_after_one_attempt() -> None:
+    bench, peer = await ready()
+    bench.chat.sends.append(THROTTLED)
+    wait = await sent(bench, peer)
+    assert wait == Wait("throttled", "iLink answered -2", 1, -2, None, "prepare failed")
+    assert len(bench.chat.sent) == 1
+    assert bench.context().blocked_ms == bench.clock.now_ms()
+    assert bench.context().used == 0
+
+
+async def test_a_throttled_user_gets_nothing_else() -> None:
+    bench, peer = await ready(blocked_ms=Bench().clock.now_ms())
+    assert await sent(bench, peer) == Wait("throttled")
+    assert bench.chat.sent == []
+
+
+async def test_one_probe_after_the_cool_down_ends_the_block() -> None:
+    bench, peer = await ready()
+    bench.chat.sends.append(THROTTLED)
+    one = command(bench)
+    await sent(bench, peer, one)
+    await bench.clock.sleep(RULES.cooldown_s)
+    assert isinstance(await sent(bench, peer, one), Ending)
+    assert peer.context.blocked_ms == 0
+
+
+async def test_minus_2_in_another_window_is_the_commands_own_fault() -> None:
+    """It would block its user in every window to come."""
+    bench, peer = await ready()
+    one = command(bench, "one", "two")
+    bench.chat.sends.extend([THROTTLED, THROTTLED])
+    await sent(bench, peer, one)
+    await bench.contexts.save(peer, lambda context: replace(context, inbound_id="in:2", blocked_ms=0))
+    ending = await sent(bench, peer, one)
+    assert ending == Ending("refused", "throttled", "iLink answered -2", (), 2, -2, None, "prepare failed")
+
+
+async def test_minus_2_on_the_probe_of_the_same_window_waits_on() -> None:
+    bench, peer = await ready()
+    one = command(bench)
+    bench.chat.sends.extend([THROTTLED, THROTTLED])
+    await sent(bench, peer, one)
+    await bench.clock.sleep(RULES.cooldown_s)
+    assert isinstance(await sent(bench, peer, one), Wait)
+
+
+async def test_a_user_who_writes_while_minus_2_is_on_its_way_is_not_blocked() -> None:
+    """It speaks of the window before: the new one is open, and its message was the last to wake the lane."""
+    bench, peer = await ready()
+    bench.chat.sends.append(THROTTLED)
+
+    async def user_writes(_: Sent) -> None:
+        await bench.contexts.save(
+            peer, lambda context: replace(context, inbound_id="in:2", used=peer.in_flight, blocked_ms=0)
+        )
+
+    bench.chat.on_send = user_writes
+    assert isinstance(await sent(bench, peer), Wait)
+    assert bench.context().blocked_ms == 0
+
+
+async def test_minus_14_waits_for_a_login() -> None:
+    bench, peer = await ready()
+    bench.chat.sends.append(SessionExpired("needs_login", "stale", ret=None, errcode=-14, errmsg="session timeout"))
+    assert await sent(bench, peer) == Wait("needs_login", "stale", 1, None, -14, "session timeout")
+    assert peer.context.used == 0
+
+
+# the window ----------------------------------------------------------------------------------------------
+
+
+async def test_nothing_leaves_a_closed_window() -> None:
+    bench = Bench()
+    await bench.bind()
+    peer = await bench.contexts.peer(BOT, USER)
+    assert await sent(bench, peer) == Wait("window_closed")
+    assert bench.chat.sent == []
+
+
+async def test_the_eleventh_send_waits() -> None:
+    bench, peer = await ready()
+    for number in range(10):
+        assert isinstance(await sent(bench, peer, command(bench, ident=str(number))), Ending)
+        peer.context = replace(peer.context, hand=None)
+    assert await sent(bench, peer, command(bench, ident="10")) == Wait("quota")
+    assert len(bench.chat.sent) == 10
+
+
+async def test_parts_start_only_if_all_fit() -> None:
+    bench, peer = await ready(used=8)
+    assert await sent(bench, peer, command(bench, "one", "two", "three")) == Wait("quota")
+    assert bench.chat.sent == []
+
+
+async def test_a_send_is_counted_before_it_leaves() -> None:
+    """So that a crash errs on the safe side."""
+    bench, peer = await ready()
+
+    async def look(_: Sent) -> None:
+        assert bench.context().used == 1
+        hand = bench.context().hand
+        assert hand is not None
+        assert (hand.command, hand.part, hand.tried) == ("c1", 0, 1)
+
+    bench.chat.on_send = look
+    await sent(bench, peer)
+
+
+# crashes, repeats and owners -----------------------------------------------------------------------------
+
+
+def in_hand(what: Command, **fields: Any) -> Hand:
+    return Hand(
+        **{"command": what.id, "client": what.client, "attempts": 1, "tried": 1, "counted_in": "in:1", **fields}
+    )
+
+
+async def test_after_a_crash_the_next_owner_resumes_at_the_part() -> None:
+    bench, _ = await ready()
+    three = command(bench, "one", "two", "three")
+    bench.hears(used=2, hand=in_hand(three, part=1, attempts=2, message_ids=["1"]))
+    peer = await Bench(bench).contexts.peer(BOT, USER)
+    ending = await sent(bench, peer, three)
+    assert bench.chat.texts == ["two", "three"]
+    assert bench.chat.sent[0].client_id == client_id(three, 1)
+    assert ending == Ending("accepted", message_ids=("1", "m1", "m2"), attempts=4)
+    assert peer.context.used == 3
+
+
+async def test_after_a_crash_the_request_that_was_out_is_repeated_once() -> None:
+    bench, _ = await ready()
+    one = command(bench)
+    bench.hears(used=1, hand=in_hand(one))
+    bench.chat.sends.append(TIMEOUT)
+    peer = await Bench(bench).contexts.peer(BOT, USER)
+    ending = await sent(bench, peer, one)
+    assert isinstance(ending, Ending)
+    assert ending.outcome == "uncertain"
+    assert len(bench.chat.sent) == 1
+
+
+@pytest.mark.parametrize("where", ["done", "hand"])
+async def test_an_id_that_was_sent_before_sends_nothing(where: str) -> None:
+    """A second publish with the same id: its first receipt is the receipt."""
+    bench, _ = await ready()
+    earlier = command(bench)
+    bench.hears(**({"done": ["c1"]} if where == "done" else {"hand": in_hand(earlier)}))
+    await bench.clock.sleep(1)
+    peer = await Bench(bench).contexts.peer(BOT, USER)
+    assert await sent(bench, peer, command(bench)) == Repeat()
+    assert bench.chat.sent == []
+
+
+async def test_who_lost_the_shard_sends_nothing() -> None:
+    bench, peer = await ready()
+
+    def check() -> None:
+        raise LeaseLost("lease_lost")
+
+    with pytest.raises(LeaseLost):
+        await sent(bench, peer, sender=bench.sender(check=check))
+    assert bench.chat.sent == []
+
+
+async def test_who_loses_the_shard_while_counting_sends_nothing() -> None:
+    bench, peer = await ready()
+    lost = False
+
+    def check() -> None:
+        if lost:
+            raise LeaseLost("lease_lost")
+
+    async def lose(_: str) -> None:
+        nonlocal lost
+        lost = True
+
+    bench.contexts_bucket.on_write = lose
+    with pytest.raises(LeaseLost):
+        await sent(bench, peer, sender=bench.sender(check=check))
+    assert bench.chat.sent == []
+
+
+async def test_a_zombie_is_stopped_by_the_record() -> None:
+    """Another replica wrote since: the compare-and-set refuses, and the fence says why."""
+    bench, peer = await ready()
+    bench.hears(used=3)
+    bench.leases.owned.clear()
+    with pytest.raises(LeaseLost):
+        await sent(bench, peer)
+    assert bench.chat.sent == []
+
+
+async def test_a_write_whose_answer_got_lost_is_ours() -> None:
+    bench, peer = await ready()
+    bench.contexts_bucket.answers_lost = 1
+    assert isinstance(await sent(bench, peer), Ending)
+    assert bench.context().used == 1
+
+
+async def test_a_record_changed_by_an_operator_counts_and_the_send_goes_on() -> None:
+    bench, peer = await ready()
+    bench.hears(used=5, token="other")
+    assert isinstance(await sent(bench, peer), Ending)
+    assert bench.context().used == 6
+    assert bench.chat.sent[0].context_token == "other"
+
+
+async def test_a_record_that_was_purged_is_written_anew() -> None:
+    bench, peer = await ready()
+    bench.contexts_bucket.entries.clear()
+    assert isinstance(await sent(bench, peer), Ending)
+    assert bench.context().used == 1
+
+
+async def test_a_peer_is_loaded_once() -> None:
+    bench, peer = await ready()
+    assert await bench.contexts.peer(BOT, USER) is peer
+    bench.contexts.forget(BOT)
+    assert await bench.contexts.peer(BOT, USER) is not peer
+
+
+async def test_neither_account_nor_record_shows_its_token() -> None:
+    bench, peer = await ready(token="AARzSECRET")
+    assert "secret" not in repr(ACCOUNT)
+    assert "SECRET" not in repr(peer.context)
+    assert "SECRET" not in repr(bench.context())
