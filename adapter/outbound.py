@@ -142,6 +142,9 @@ class Shard:
                 log.error("parked.unreadable", sequence=stored.seq, reason=exc.reason)
                 continue
             bot, user = contract.peer_of(stored.subject.rpartition(".")[2])
+            binding = self._needs.bindings.get(bot)
+            if not user and binding is not None and binding.sandbox == item.command.sandbox:
+                user = binding.user  # learned since it was parked
             lane = self._lane(item.command.sandbox, bot, user)
             lane.parked.append(Parked(stored.seq, stored.subject, item.command.id, item.command.expires_ms))
         for lane in list(self._lanes.values()):
@@ -158,10 +161,12 @@ class Shard:
             return
         if not delivery.suspect:
             metrics.outbound_taken.inc()
+        body = contract.Outbound()
         try:
-            command = self._read(delivery.data, delivery.subject.rpartition(".")[2], delivery.headers, delivery)
+            body = peek(delivery.data, self._needs.limits)
+            command = self._read(body, delivery)
         except (Unreadable, Refused) as exc:
-            item = self._take(_nameless(delivery), delivery)
+            item = self._take(_nameless(delivery, body.id), delivery)
             metrics.schema_violations.labels(kind="out").inc()
             dead = isinstance(exc, Unreadable)
             ending = Ending("dead_lettered" if dead else "refused", exc.reason, exc.detail)
@@ -175,13 +180,11 @@ class Shard:
         self._in_hand[delivery.seq] = item
         return item
 
-    def _read(self, data: bytes, sandbox: str, headers: dict[str, str], delivery: Delivery) -> Command:
-        body = peek(data, self._needs.limits)
-        routed, msg_id = headers.get(contract.H_COMMAND, ""), headers.get(contract.H_MSG_ID, "")
+    def _read(self, body: contract.Outbound, delivery: Delivery) -> Command:
         return read_command(
             body,
-            sandbox=sandbox,
-            ident=command_id(body.id, routed, msg_id, delivery.seq),
+            sandbox=delivery.subject.rpartition(".")[2],
+            ident=_ident(delivery, body.id),
             stored_ms=delivery.time_ms,
             limits=self._needs.limits,
         )
@@ -215,7 +218,12 @@ class Shard:
     async def _place_late(self, sandbox: str) -> None:
         waiting = self._waiting[sandbox]
         while waiting:
-            await self._needs.bound_yet()
+            try:
+                await self._needs.bound_yet()
+            except Temporary as exc:
+                log.warning("command.waits", sandbox=sandbox, reason=exc.reason)
+                await self._pause(0.5)
+                continue
             for _ in range(len(waiting)):
                 item = waiting.popleft()
                 try:
@@ -352,13 +360,13 @@ class Shard:
         item = lane.queue[0]
         if lane.parked or lane.reason:
             await self._hold_back(lane, item, Wait(lane.reason or "backlog"))
-            lane.queue.popleft()
+            _shift(lane, item)
             return 0.0
         result = await self._send(lane, item, binding)
         if isinstance(result, Wait):
             await self._hold_back(lane, item, result)
             lane.reason = result.reason
-        lane.queue.popleft()
+        _shift(lane, item)
         return 0.0
 
     def _binding(self, lane: Lane) -> Binding | None:
@@ -401,8 +409,9 @@ class Shard:
         if isinstance(result, Wait):
             lane.reason = result.reason
             if lane.queue:
-                await self._hold_back(lane, lane.queue[0], Wait(result.reason))
-                lane.queue.popleft()
+                behind = lane.queue[0]
+                await self._hold_back(lane, behind, Wait(result.reason))
+                _shift(lane, behind)
                 return 0.0
             peer = await self._sender.contexts.peer(binding.bot, lane.user)
             opens_ms = window.opens_at_ms(peer.context, self._sender.rules)
@@ -439,18 +448,17 @@ class Shard:
                     self._settle(item)
                     await self._unpark(item)
                     return None
-                case Wait(reason="needs_login"):
-                    await self._refused_token(lane, binding, result)
-                    return result
-                case Wait() if item.command.when_closed == "refuse":
+                case Wait():
+                    if result.reason == "needs_login":
+                        await self._refused_token(lane, binding, result)
+                    if item.command.when_closed == "park":
+                        return result
                     hand = peer.context.hand
                     sent = tuple(hand.message_ids) if hand and hand.client == item.command.client else ()
                     ending = Ending("refused", result.reason, result.detail, sent, *result[2:])
-                    await self._end(item, ending, window.shown(peer.context, self._sender.rules))
+                    await self._end(item, ending, window.shown(peer.context, self._sender.rules), binding, lane.user)
                     peer.context = window.settled(peer.context, item.command.id)
                     return None
-                case Wait():
-                    return result
                 case Ending():
                     lane.stale_tries = 0
                     await self._end(item, result, window.shown(peer.context, self._sender.rules), binding, lane.user)
@@ -569,12 +577,14 @@ class Shard:
         now_ms = self._sender.clock.now_ms()
         for item in [item for item in lane.queue if item.command.expires_ms <= now_ms]:
             await self._end(item, Ending("refused", "expired", "It was not sent in time."), await self._window(lane))
-            lane.queue.remove(item)
+            if item in lane.queue:
+                lane.queue.remove(item)
         for parked in [parked for parked in lane.parked if parked.expires_ms <= now_ms]:
             if item_now := await self._load_parked(parked):
                 ending = Ending("refused", "expired", "The user did not write in time.")
                 await self._end(item_now, ending, await self._window(lane))
-            lane.parked.remove(parked)
+            if parked in lane.parked:
+                lane.parked.remove(parked)
 
     async def _give_up(self, lane: Lane) -> None:
         """The user's bot was unbound: nothing of theirs will be sent."""
@@ -624,12 +634,30 @@ class Shard:
         return len(self._in_hand), oldest
 
 
-def _nameless(delivery: Delivery) -> Command:
-    """Stands for a command that cannot be read, so that it can have its receipt."""
-    ident = command_id(
-        None, delivery.headers.get(contract.H_COMMAND, ""), delivery.headers.get(contract.H_MSG_ID, ""), delivery.seq
-    )
+def _shift(lane: Lane, item: Item) -> None:
+    """Takes the first command out of the queue, unless the queue went to another lane meanwhile."""
+    if lane.queue and lane.queue[0] is item:
+        lane.queue.popleft()
+
+
+def _ident(delivery: Delivery, body_id: str | None) -> str:
+    routed, msg_id = delivery.headers.get(contract.H_COMMAND, ""), delivery.headers.get(contract.H_MSG_ID, "")
+    return command_id(body_id, routed, msg_id, delivery.seq)
+
+
+def _nameless(delivery: Delivery, body_id: str | None) -> Command:
+    """Stands for a command that cannot be carried out, so that it can have its receipt."""
+    ident = _ident(delivery, body_id)
     sandbox = delivery.subject.rpartition(".")[2]
     return Command(
-        ident, f"{sandbox}-{delivery.seq}", sandbox, "", "", [], "refuse", delivery.time_ms, 0, patient=True
+        ident,
+        f"{sandbox}-{delivery.seq}-{delivery.time_ms}",
+        sandbox,
+        "",
+        "",
+        [],
+        "refuse",
+        delivery.time_ms,
+        0,
+        patient=True,
     )

@@ -1,0 +1,897 @@
+"""The lanes: per user in order and one at a time, nobody waits for anybody else, one final receipt per command."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter, deque
+from itertools import pairwise
+from typing import Any
+
+import msgspec
+import pytest
+from structlog.testing import capture_logs
+
+from adapter import window
+from adapter.commands import read_command
+from adapter.contract import FINAL_OUTCOMES, H_COMMAND, H_MSG_ID, H_TIME_MS, Outbound, Receipt, peer_key
+from adapter.errors import BusRefused, Refused, SessionExpired, Temporary, Throttled, Uncertain
+from adapter.outbound import Shard
+from adapter.ports import Accepted, Message
+from adapter.records import Hand
+from tests.fakes import GAP_S, LIMITS, RULES, Bench, FakeDelivery, Sent, settle
+
+VIRTUAL_TIME = True
+
+BOT, USER = "b1@im.bot", "u1@im.wechat"
+THROTTLED = Throttled("throttled", "iLink answered -2", ret=-2, errmsg="prepare failed")
+STALE = SessionExpired("needs_login", "iLink answered -14", errcode=-14, errmsg="session timeout")
+TIMEOUT = Uncertain("timeout", "no answer")
+
+
+async def ready(*, is_open: bool = True, **changes: Any) -> tuple[Bench, Shard]:
+    """One bound user; by default with an open window."""
+    bench = Bench()
+    await bench.bind()
+    if is_open:
+        bench.hears()
+    return bench, bench.shard(**changes)
+
+
+async def user_writes(bench: Bench, shard: Shard, *, bot: str = BOT, user: str = USER, sandbox: str = "s1") -> None:
+    """What a poller does with a message: a new window, then the news for the lanes."""
+    peer = await bench.contexts.peer(bot, user)
+    ident = f"in:{bench.clock.now_ms()}"
+    await bench.contexts.save(
+        peer,
+        lambda context: window.heard(
+            context, message=ident, token="AARz", now_ms=bench.clock.now_ms(), in_flight=peer.in_flight
+        ),
+    )
+    shard.heard(sandbox, bot, user)
+
+
+def finals(bench: Bench) -> list[Receipt]:
+    return [receipt for receipt in bench.bus.receipts() if receipt.outcome in FINAL_OUTCOMES]
+
+
+def outcomes(bench: Bench) -> list[tuple[str, str, str]]:
+    return [(receipt.command, receipt.outcome, receipt.reason) for receipt in bench.bus.receipts()]
+
+
+def parked(bench: Bench) -> list[str]:
+    return [stored.headers[H_COMMAND] for stored in bench.bus.found("PARKED")]
+
+
+# order and pace ------------------------------------------------------------------------------------------
+
+
+async def test_commands_of_one_user_go_in_order_one_at_a_time() -> None:
+    bench, shard = await ready()
+    bench.chat.took_s = 3.0
+    deliveries = [bench.command(f"t{number}", id=f"c{number}") for number in range(5)]
+    for delivery in deliveries:
+        shard.on_delivery(delivery)
+    await asyncio.sleep(60)
+
+    assert bench.chat.texts == ["t0", "t1", "t2", "t3", "t4"]
+    assert bench.chat.overlaps == 0
+    assert outcomes(bench) == [(f"c{number}", "accepted", "") for number in range(5)]
+    assert [delivery.acks for delivery in deliveries] == [1] * 5
+
+
+async def test_two_sends_to_one_user_keep_their_distance() -> None:
+    bench, shard = await ready()
+    shard.on_delivery(bench.command(items=[{"kind": "text", "text": "a"}, {"kind": "text", "text": "b"}]))
+    shard.on_delivery(bench.command("c"))
+    await asyncio.sleep(60)
+    at = [sent.at_s for sent in bench.chat.sent]
+    assert [later - earlier for earlier, later in pairwise(at)] == [GAP_S, GAP_S]
+
+
+async def test_the_distance_is_kept_also_where_nobody_answers() -> None:
+    bench, shard = await ready()
+    bench.chat.sends.extend([TIMEOUT, Temporary("http_5xx")])
+    shard.on_delivery(bench.command("a"))
+    await asyncio.sleep(60)
+    at = [sent.at_s for sent in bench.chat.sent]
+    assert len(at) == 3
+    assert all(later - earlier >= GAP_S for earlier, later in pairwise(at))
+
+
+async def test_no_lane_waits_for_another() -> None:
+    """One user gets no answer, one is throttled, one has a closed window; the fourth notices nothing."""
+    bench = Bench()
+    for number in range(1, 5):
+        await bench.bind(bot=f"b{number}@im.bot", user=f"u{number}@im.wechat")
+        if number != 3:
+            bench.hears(f"b{number}@im.bot", f"u{number}@im.wechat")
+    shard = bench.shard()
+    bench.chat.hold_sends["u1@im.wechat"] = asyncio.Event()
+    bench.chat.sends_to["u2@im.wechat"] = deque([THROTTLED])
+    for text in ("one", "two"):
+        for number in range(1, 5):
+            shard.on_delivery(bench.command(text, bot=f"b{number}@im.bot", id=f"{text}-{number}"))
+    await asyncio.sleep(5)
+
+    assert [(sent.user, sent.text) for sent in bench.chat.sent] == [
+        ("u1@im.wechat", "one"),
+        ("u2@im.wechat", "one"),
+        ("u4@im.wechat", "one"),
+        ("u4@im.wechat", "two"),
+    ]
+    assert sorted(parked(bench)) == ["one-2", "one-3", "two-2", "two-3"]
+    shard.stop()
+
+
+async def test_a_command_that_comes_again_while_in_hand_is_sent_once() -> None:
+    """After each connect the consumer delivers again what is not settled; the ack goes to the newest delivery."""
+    bench, shard = await ready()
+    bench.chat.took_s = 5.0
+    first = bench.command("hi", id="c1")
+    shard.on_delivery(first)
+    await asyncio.sleep(1)
+    again = FakeDelivery(first.subject, first.data, seq=first.seq, time_ms=first.time_ms, suspect=True)
+    shard.on_delivery(again)
+    await asyncio.sleep(30)
+    assert bench.chat.texts == ["hi"]
+    assert (first.acks, again.acks) == (0, 1)
+    assert outcomes(bench) == [("c1", "accepted", "")]
+
+
+async def test_a_command_whose_ack_got_lost_is_only_acked_again() -> None:
+    bench, shard = await ready()
+    first = bench.command("hi")
+    shard.on_delivery(first)
+    await asyncio.sleep(5)
+    again = FakeDelivery(first.subject, first.data, seq=first.seq, time_ms=first.time_ms, suspect=True)
+    shard.on_delivery(again)
+    await settle()
+    assert again.acks == 1
+    assert bench.chat.texts == ["hi"]
+    assert len(finals(bench)) == 1
+
+
+# one final receipt each ----------------------------------------------------------------------------------
+
+
+ENDINGS: list[tuple[str, list[Any], str, str]] = [
+    ("accepted", [Accepted("1", 0, None, "")], "accepted", ""),
+    ("unconfirmed", [Accepted("", 0, None, "")], "accepted_unconfirmed", ""),
+    ("refused", [Refused("invalid", "no such user", ret=-3)], "refused", "invalid"),
+    ("uncertain", [TIMEOUT, TIMEOUT], "uncertain", ""),
+    ("unreachable", [Temporary("http_5xx")] * 3, "dead_lettered", "unreachable"),
+]
+
+
+@pytest.mark.parametrize(
+    ("script", "outcome", "reason"), [row[1:] for row in ENDINGS], ids=[row[0] for row in ENDINGS]
+)
+async def test_each_ending_is_told_once_and_settles_the_command(script: list[Any], outcome: str, reason: str) -> None:
+    bench, shard = await ready()
+    bench.chat.sends.extend(script)
+    delivery = bench.command("hi", id="c1")
+    shard.on_delivery(delivery)
+    await asyncio.sleep(120)
+    assert outcomes(bench) == [("c1", outcome, reason)]
+    assert delivery.acks == 1
+    assert bench.bus.receipts()[0].received_at_ms == delivery.time_ms
+
+
+async def test_a_receipt_says_what_ilink_said_and_what_is_left() -> None:
+    bench, shard = await ready()
+    bench.chat.sends.append(Refused("rejected", "iLink answered -7", ret=-7, errcode=1, errmsg="nope"))
+    shard.on_delivery(bench.command("hi", id="c1"))
+    await asyncio.sleep(5)
+    (receipt,) = bench.bus.receipts()
+    assert (receipt.ret, receipt.errcode, receipt.errmsg) == (-7, 1, "nope")
+    assert (receipt.bot, receipt.user, receipt.attempts) == (BOT, USER, 1)
+    assert receipt.window.remaining == 10
+
+
+async def test_a_dead_letter_holds_the_original_before_its_receipt() -> None:
+    bench, shard = await ready()
+    bench.chat.sends.extend([Temporary("http_5xx")] * 3)
+    shard.on_delivery(bench.command("hi", id="c1", headers={"traceparent": "00-1"}))
+    await asyncio.sleep(60)
+    (dead,) = bench.bus.found("DEAD")
+    assert msgspec.json.decode(dead.data) == {"text": "hi", "id": "c1"}
+    assert dead.headers["traceparent"] == "00-1"
+    assert bench.bus.writes.index("dead") < bench.bus.writes.index("event")
+
+
+BROKEN: list[tuple[str, bytes, str, str]] = [
+    ("no-json", b"hello", "dead_lettered", "unreadable"),
+    ("too-large", b'{"text":"' + b"a" * 262_144 + b'"}', "dead_lettered", "too_large"),
+    ("no-text", b"{}", "refused", "invalid"),
+    ("other-sandbox", b'{"sandbox":"s2","text":"hi"}', "refused", "invalid"),
+    ("too-long", msgspec.json.encode({"text": "a" * 200_000}), "refused", "too_long"),
+]
+
+
+@pytest.mark.parametrize(("data", "outcome", "reason"), [row[1:] for row in BROKEN], ids=[row[0] for row in BROKEN])
+async def test_what_is_no_command_is_told_under_the_id_of_its_header(data: bytes, outcome: str, reason: str) -> None:
+    bench, shard = await ready()
+    delivery = bench.command(data=data, headers={H_MSG_ID: "h1"})
+    shard.on_delivery(delivery)
+    await asyncio.sleep(5)
+    assert outcomes(bench) == [("h1", outcome, reason)]
+    assert delivery.acks == 1
+    assert len(bench.bus.found("DEAD")) == (outcome == "dead_lettered")
+
+
+async def test_what_is_refused_for_its_content_is_told_under_its_own_id() -> None:
+    """The sandbox waits for a receipt with the id that it gave."""
+    bench, shard = await ready()
+    shard.on_delivery(bench.command(" ", id="c1", headers={H_MSG_ID: "h1"}))
+    await asyncio.sleep(5)
+    assert outcomes(bench) == [("c1", "refused", "invalid")]
+
+
+async def test_a_repeated_id_sends_nothing_and_says_nothing() -> None:
+    bench, shard = await ready()
+    for text in ("hi", "hi again", "and again"):
+        delivery = bench.command(text, id="c1")
+        shard.on_delivery(delivery)
+        await asyncio.sleep(5)
+        assert delivery.acks == 1
+    assert bench.chat.texts == ["hi"]
+    assert outcomes(bench) == [("c1", "accepted", "")]
+
+
+async def test_a_repeated_id_in_the_same_queue_sends_nothing() -> None:
+    bench, shard = await ready()
+    for text in ("hi", "hi again", "bye"):
+        shard.on_delivery(bench.command(text, id="c2" if text == "bye" else "c1"))
+    await asyncio.sleep(30)
+    assert bench.chat.texts == ["hi", "bye"]
+    assert outcomes(bench) == [("c1", "accepted", ""), ("c2", "accepted", "")]
+
+
+async def test_a_repeated_id_of_a_parked_command_is_dropped() -> None:
+    bench, shard = await ready(is_open=False)
+    for _ in range(2):
+        delivery = bench.command("hi", id="c1")
+        shard.on_delivery(delivery)
+        await asyncio.sleep(5)
+        assert delivery.acks == 1
+    await user_writes(bench, shard)
+    await asyncio.sleep(30)
+    assert bench.chat.texts == ["hi"]
+    assert outcomes(bench) == [("c1", "parked", "window_closed"), ("c1", "accepted", "")]
+
+
+# parking -------------------------------------------------------------------------------------------------
+
+
+async def test_what_must_wait_is_parked_and_flushed_in_order() -> None:
+    bench, shard = await ready(is_open=False)
+    deliveries = [bench.command(f"t{number}", id=f"c{number}") for number in range(3)]
+    for delivery in deliveries:
+        shard.on_delivery(delivery)
+    await asyncio.sleep(5)
+    assert parked(bench) == ["c0", "c1", "c2"]
+    assert [delivery.acks for delivery in deliveries] == [1, 1, 1]
+    assert [outcome for _, outcome, _ in outcomes(bench)] == ["parked"] * 3
+
+    await user_writes(bench, shard)
+    shard.on_delivery(bench.command("t3", id="c3"))
+    await asyncio.sleep(60)
+    assert bench.chat.texts == ["t0", "t1", "t2", "t3"]
+    assert [receipt.command for receipt in finals(bench)] == ["c0", "c1", "c2", "c3"]
+    assert parked(bench) == []
+
+
+async def test_a_parked_receipt_says_why() -> None:
+    bench, shard = await ready(is_open=False)
+    shard.on_delivery(bench.command("hi", id="c1"))
+    await asyncio.sleep(5)
+    (receipt,) = bench.bus.receipts()
+    assert (receipt.outcome, receipt.reason) == ("parked", "window_closed")
+    assert receipt.detail
+
+
+async def test_minus_2_parks_this_and_everything_after_it() -> None:
+    bench, shard = await ready()
+    bench.chat.sends.append(THROTTLED)
+    for number in range(3):
+        shard.on_delivery(bench.command(f"t{number}", id=f"c{number}"))
+    await asyncio.sleep(30)
+    assert bench.chat.texts == ["t0"]
+    assert [(command, outcome) for command, outcome, _ in outcomes(bench)] == [
+        ("c0", "parked"),
+        ("c1", "parked"),
+        ("c2", "parked"),
+    ]
+
+    await user_writes(bench, shard)
+    await asyncio.sleep(60)
+    assert bench.chat.texts == ["t0", "t0", "t1", "t2"]
+    assert bench.chat.sent[0].client_id == bench.chat.sent[1].client_id
+    assert [receipt.command for receipt in finals(bench)] == ["c0", "c1", "c2"]
+
+
+@pytest.mark.parametrize("errmsg", ["prepare failed", "rate limited", "unknown error", ""])
+async def test_minus_2_costs_one_attempt_however_it_is_worded(errmsg: str) -> None:
+    """F11: no retry storm, also with more commands to come."""
+    bench, shard = await ready()
+    bench.chat.sends.extend([Throttled("throttled", ret=-2, errmsg=errmsg)] * 50)
+    for number in range(20):
+        shard.on_delivery(bench.command(f"t{number}"))
+        await asyncio.sleep(60)
+    assert len(bench.chat.sent) == 1
+    assert bench.bus.receipts()[0].errmsg == errmsg
+
+
+async def test_after_the_cool_down_one_probe_goes_out() -> None:
+    """F12: what fails then waits a whole cool-down more."""
+    bench, shard = await ready()
+    bench.chat.sends.extend([THROTTLED] * 3)
+    shard.on_delivery(bench.command("hi", id="c1"))
+    await asyncio.sleep(2 * RULES.cooldown_s + 60)
+    at = [sent.at_s for sent in bench.chat.sent]
+    assert [round(later - at[0]) for later in at] == [0, 3600, 7200]
+    await asyncio.sleep(RULES.cooldown_s)
+    assert [outcome for _, outcome, _ in outcomes(bench)] == ["parked", "accepted"]
+
+
+async def test_minus_2_in_a_second_window_refuses_the_command_and_the_others_go() -> None:
+    bench, shard = await ready()
+    bench.chat.sends.extend([THROTTLED, THROTTLED])
+    shard.on_delivery(bench.command("poison", id="c0"))
+    shard.on_delivery(bench.command("fine", id="c1"))
+    await asyncio.sleep(10)
+    await user_writes(bench, shard)
+    await asyncio.sleep(10)
+    assert outcomes(bench)[-1] == ("c0", "refused", "throttled")
+    assert bench.chat.texts == ["poison", "poison"]
+    await user_writes(bench, shard)
+    await asyncio.sleep(10)
+    assert bench.chat.texts == ["poison", "poison", "fine"]
+    assert [receipt.command for receipt in finals(bench)] == ["c0", "c1"]
+
+
+async def test_ten_sends_per_window_and_the_rest_at_the_next_message() -> None:
+    bench, shard = await ready()
+    for number in range(25):
+        shard.on_delivery(bench.command(f"t{number}", id=f"c{number}"))
+    await asyncio.sleep(120)
+    assert len(bench.chat.sent) == 10
+    assert [reason for _, outcome, reason in outcomes(bench) if outcome == "parked"] == ["quota"] + ["quota"] * 14
+    await user_writes(bench, shard)
+    await asyncio.sleep(120)
+    assert len(bench.chat.sent) == 20
+    await user_writes(bench, shard)
+    await asyncio.sleep(120)
+    assert bench.chat.texts == [f"t{number}" for number in range(25)]
+    assert len(finals(bench)) == 25
+
+
+async def test_what_does_not_want_to_wait_is_refused_at_once() -> None:
+    bench, shard = await ready(is_open=False)
+    delivery = bench.command("hi", id="c1", when_closed="refuse")
+    shard.on_delivery(delivery)
+    await asyncio.sleep(5)
+    assert outcomes(bench) == [("c1", "refused", "window_closed")]
+    assert delivery.acks == 1
+    assert bench.chat.sent == []
+
+
+async def test_what_does_not_want_to_wait_is_refused_behind_others_that_do() -> None:
+    bench, shard = await ready(is_open=False)
+    shard.on_delivery(bench.command("hi", id="c1"))
+    shard.on_delivery(bench.command("hi", id="c2", when_closed="refuse"))
+    await asyncio.sleep(5)
+    assert outcomes(bench) == [("c1", "parked", "window_closed"), ("c2", "refused", "window_closed")]
+
+
+async def test_what_does_not_want_to_wait_is_refused_at_minus_2_with_what_ilink_said() -> None:
+    bench, shard = await ready()
+    bench.chat.sends.append(THROTTLED)
+    shard.on_delivery(bench.command("hi", id="c1", when_closed="refuse"))
+    await asyncio.sleep(5)
+    (receipt,) = bench.bus.receipts()
+    assert (receipt.outcome, receipt.reason, receipt.ret, receipt.attempts) == ("refused", "throttled", -2, 1)
+
+
+async def test_too_many_parked_commands_are_refused() -> None:
+    bench, shard = await ready(is_open=False, parked_per_user=2)
+    for number in range(3):
+        shard.on_delivery(bench.command("hi", id=f"c{number}"))
+    await asyncio.sleep(5)
+    assert outcomes(bench)[-1] == ("c2", "refused", "backlog")
+    assert parked(bench) == ["c0", "c1"]
+
+
+async def test_what_the_bus_will_not_park_is_refused() -> None:
+    bench, shard = await ready(is_open=False)
+    bench.bus.refuse = lambda message: BusRefused(10047, "no space") if message.stream == "parked" else None
+    shard.on_delivery(bench.command("hi", id="c1"))
+    await asyncio.sleep(5)
+    assert outcomes(bench) == [("c1", "refused", "backlog")]
+
+
+async def test_what_waits_too_long_expires_where_it_waits() -> None:
+    bench, shard = await ready(is_open=False)
+    shard.on_delivery(bench.command("hi", id="c1", expires_in_s=600))
+    shard.on_delivery(bench.command("hi", id="c2"))
+    await asyncio.sleep(599)
+    assert finals(bench) == []
+    await asyncio.sleep(10)
+    assert [(receipt.command, receipt.reason) for receipt in finals(bench)] == [("c1", "expired")]
+    assert parked(bench) == ["c2"]
+    await asyncio.sleep(LIMITS.park_ms / 1000)
+    assert [(receipt.command, receipt.reason) for receipt in finals(bench)] == [("c1", "expired"), ("c2", "expired")]
+
+
+async def test_what_expires_in_the_queue_is_not_sent() -> None:
+    bench, shard = await ready()
+    bench.chat.took_s = 20.0
+    shard.on_delivery(bench.command("slow", id="c1"))
+    shard.on_delivery(bench.command("late", id="c2", expires_in_s=5))
+    await asyncio.sleep(60)
+    assert bench.chat.texts == ["slow"]
+    assert outcomes(bench) == [("c1", "accepted", ""), ("c2", "refused", "expired")]
+
+
+# nobody to send to, or not yet ---------------------------------------------------------------------------
+
+
+async def test_a_sandbox_without_a_bot_is_told_so() -> None:
+    bench = Bench()
+    shard = bench.shard()
+    shard.on_delivery(bench.command("hi", id="c1"))
+    await asyncio.sleep(5)
+    assert outcomes(bench) == [("c1", "refused", "not_bound")]
+    assert bench.asked_bound == 1
+
+
+async def test_a_bind_that_was_stored_before_takes_effect_first() -> None:
+    """Bind, then send, without waiting for an answer: in that order they count. What follows waits its turn."""
+    bench = Bench()
+    shard = bench.shard()
+    bench.hears()
+
+    async def bound() -> None:
+        await asyncio.sleep(1)
+        await bench.bind()
+
+    bench.bound_yet = bound
+    shard.on_delivery(bench.command("one", id="c1"))
+    await asyncio.sleep(0.5)
+    shard.on_delivery(bench.command("two", id="c2"))
+    await asyncio.sleep(30)
+    assert bench.chat.texts == ["one", "two"]
+
+
+async def test_a_bus_that_is_away_meanwhile_does_not_strand_the_sandbox() -> None:
+    bench = Bench()
+    shard = bench.shard()
+    failures = 3
+
+    async def away() -> None:
+        nonlocal failures
+        if failures:
+            failures -= 1
+            raise Temporary("bus_down")
+
+    bench.bound_yet = away
+    shard.on_delivery(bench.command("hi", id="c1"))
+    await asyncio.sleep(10)
+    shard.on_delivery(bench.command("hi", id="c2"))
+    await asyncio.sleep(10)
+    assert outcomes(bench) == [("c1", "refused", "not_bound"), ("c2", "refused", "not_bound")]
+
+
+async def test_several_bots_need_a_name() -> None:
+    bench, shard = await ready()
+    await bench.bind(bot="b2@im.bot", user="u2@im.wechat")
+    bench.hears("b2@im.bot", "u2@im.wechat")
+    shard.on_delivery(bench.command("hi", id="c1"))
+    shard.on_delivery(bench.command("by bot", id="c2", bot="b2@im.bot"))
+    shard.on_delivery(bench.command("by user", id="c3", user=USER))
+    await asyncio.sleep(10)
+    assert sorted(outcomes(bench)) == [
+        ("c1", "refused", "ambiguous_bot"),
+        ("c2", "accepted", ""),
+        ("c3", "accepted", ""),
+    ]
+    assert {(sent.bot, sent.text) for sent in bench.chat.sent} == {("b2@im.bot", "by bot"), (BOT, "by user")}
+
+
+async def test_an_unbind_refuses_what_waits() -> None:
+    bench, shard = await ready(is_open=False)
+    for number in range(2):
+        shard.on_delivery(bench.command("hi", id=f"c{number}"))
+    await asyncio.sleep(5)
+    await bench.bindings.remove(BOT)
+    await asyncio.sleep(5)
+    assert outcomes(bench)[2:] == [("c0", "refused", "not_bound"), ("c1", "refused", "not_bound")]
+    assert parked(bench) == []
+
+
+async def test_a_new_bot_of_the_same_user_gets_what_was_parked() -> None:
+    bench, shard = await ready(is_open=False)
+    for number in range(2):
+        shard.on_delivery(bench.command(f"t{number}", id=f"c{number}"))
+    await asyncio.sleep(5)
+    await bench.bind(bot="b9@im.bot")
+    await bench.bindings.remove(BOT)
+    await asyncio.sleep(5)
+    assert finals(bench) == []
+
+    await user_writes(bench, shard, bot="b9@im.bot")
+    await asyncio.sleep(30)
+    assert [(sent.bot, sent.text) for sent in bench.chat.sent] == [("b9@im.bot", "t0"), ("b9@im.bot", "t1")]
+    assert [receipt.bot for receipt in finals(bench)] == ["b9@im.bot", "b9@im.bot"]
+
+
+async def test_the_lane_of_a_user_who_is_learned_later_keeps_its_order() -> None:
+    """Before a bot's first message nobody knows whom it serves."""
+    bench = Bench()
+    await bench.bind(user="")
+    shard = bench.shard()
+    for number in range(3):
+        shard.on_delivery(bench.command(f"t{number}", id=f"c{number}"))
+    await asyncio.sleep(5)
+    assert [reason for *_, reason in outcomes(bench)] == ["window_closed"] * 3
+
+    await bench.bind()
+    shard.on_delivery(bench.command("t3", id="c3"))
+    await user_writes(bench, shard)
+    shard.on_delivery(bench.command("t4", id="c4"))
+    await asyncio.sleep(60)
+    assert bench.chat.texts == [f"t{number}" for number in range(5)]
+    assert [receipt.command for receipt in finals(bench)] == [f"c{number}" for number in range(5)]
+
+
+async def test_a_user_who_is_learned_while_a_command_is_being_parked() -> None:
+    bench = Bench()
+    await bench.bind(user="")
+    shard = bench.shard()
+    learned = False
+
+    async def learn(message: Message) -> None:
+        nonlocal learned
+        if message.stream == "parked" and not learned:
+            learned = True
+            await bench.bind()
+            await user_writes(bench, shard)
+            await asyncio.sleep(0.5)
+
+    bench.bus.on_publish = learn
+    with capture_logs() as logs:
+        for number in range(3):
+            shard.on_delivery(bench.command(f"t{number}", id=f"c{number}"))
+        await asyncio.sleep(60)
+    assert bench.chat.texts == ["t0", "t1", "t2"]
+    assert [receipt.command for receipt in finals(bench)] == ["c0", "c1", "c2"]
+    assert "lane.crashed" not in [line["event"] for line in logs]
+
+
+# -14 -----------------------------------------------------------------------------------------------------
+
+
+async def test_minus_14_on_sends_alone_is_tried_a_few_times_and_then_needs_a_login() -> None:
+    """F9, F10: polling may be fine. Four calls in all, spaced, and none after that."""
+    bench, shard = await ready()
+    bench.chat.sends.extend([STALE] * 100)
+    for number in range(5):
+        shard.on_delivery(bench.command(f"t{number}", id=f"c{number}"))
+    await asyncio.sleep(3600)
+    at = [sent.at_s for sent in bench.chat.sent]
+    assert [round(later - at[0]) for later in at] == [0, 5, 35, 335]
+    assert bench.lost_logins == [BOT]
+    assert finals(bench) == []
+    assert {reason for *_, reason in outcomes(bench)} == {"needs_login"}
+
+
+async def test_a_user_who_writes_does_not_make_minus_14_a_storm() -> None:
+    bench, shard = await ready()
+    bench.chat.sends.extend([STALE] * 100)
+    shard.on_delivery(bench.command("hi"))
+    for _ in range(20):
+        await asyncio.sleep(1)
+        await user_writes(bench, shard)
+    await asyncio.sleep(3600)
+    assert len(bench.chat.sent) <= 4
+
+
+async def test_minus_14_that_heals_by_itself_loses_nothing() -> None:
+    """F8."""
+    bench, shard = await ready()
+    bench.chat.sends.append(STALE)
+    shard.on_delivery(bench.command("t0", id="c0"))
+    shard.on_delivery(bench.command("t1", id="c1"))
+    await asyncio.sleep(60)
+    assert bench.chat.texts == ["t0", "t0", "t1"]
+    assert [receipt.command for receipt in finals(bench)] == ["c0", "c1"]
+    assert bench.lost_logins == []
+
+
+async def test_nothing_is_sent_while_the_poller_tries_a_stale_token() -> None:
+    bench, shard = await ready()
+    bench.stale.add(BOT)
+    shard.on_delivery(bench.command("hi", id="c1"))
+    await asyncio.sleep(60)
+    assert bench.chat.sent == []
+    assert outcomes(bench) == [("c1", "parked", "needs_login")]
+    bench.stale.clear()
+    shard.heard("s1", BOT, USER)
+    await asyncio.sleep(5)
+    assert bench.chat.texts == ["hi"]
+
+
+async def test_what_waits_for_a_login_goes_to_the_bot_that_is_bound_then() -> None:
+    bench, shard = await ready()
+    await bench.bind(state="needs_login")
+    shard.on_delivery(bench.command("hi", id="c1"))
+    await asyncio.sleep(60)
+    assert outcomes(bench) == [("c1", "parked", "needs_login")]
+
+    await bench.bind(bot="b9@im.bot")
+    await bench.bindings.remove(BOT)
+    await user_writes(bench, shard, bot="b9@im.bot")
+    await asyncio.sleep(5)
+    assert [sent.bot for sent in bench.chat.sent] == ["b9@im.bot"]
+
+
+async def test_a_refusal_for_want_of_a_login_tells_of_the_parts_that_were_sent() -> None:
+    bench, shard = await ready()
+    bench.chat.sends.extend([Accepted("1", 0, None, ""), STALE])
+    shard.on_delivery(
+        bench.command(
+            id="c1", when_closed="refuse", items=[{"kind": "text", "text": "a"}, {"kind": "text", "text": "b"}]
+        )
+    )
+    await asyncio.sleep(10)
+    (receipt,) = bench.bus.receipts()
+    assert (receipt.outcome, receipt.reason, receipt.message_ids) == ("refused", "needs_login", ["1"])
+
+
+# crashes and other owners --------------------------------------------------------------------------------
+
+
+def in_hand(bench: Bench, delivery: FakeDelivery, **fields: Any) -> Hand:
+    """The record as an owner leaves it who dies with this command in hand."""
+    body = msgspec.json.decode(delivery.data, type=Outbound)
+    command = read_command(body, sandbox="s1", ident=body.id or "", stored_ms=delivery.time_ms, limits=LIMITS)
+    return Hand(**{"command": command.id, "client": command.client, "attempts": 1, "tried": 1, **fields})
+
+
+def again(delivery: FakeDelivery) -> FakeDelivery:
+    return FakeDelivery(
+        delivery.subject, delivery.data, seq=delivery.seq, time_ms=delivery.time_ms, headers=delivery.headers,
+        suspect=True,
+    )  # fmt: skip
+
+
+async def test_the_next_owner_resumes_what_the_dead_one_had_in_hand() -> None:
+    bench, shard = await ready()
+    parts = [{"kind": "text", "text": text} for text in ("a", "b", "c")]
+    delivery = bench.command(id="c1", items=parts)
+    bench.chat.hold_sends[USER] = asyncio.Event()
+    shard.on_delivery(delivery)
+    await asyncio.sleep(1)
+    (lost,) = bench.chat.sent
+    bench.leases.owned.clear()
+    shard.stop()
+
+    heir = Bench(bench, incarnation="heir-1")
+    bench.chat.hold_sends.clear()
+    second = heir.shard()
+    await second.load()
+    redelivered = again(delivery)
+    second.on_delivery(redelivered)
+    await asyncio.sleep(30)
+    assert bench.chat.texts == ["a", "a", "b", "c"]
+    assert bench.chat.sent[1].client_id == lost.client_id
+    assert outcomes(bench) == [("c1", "accepted", "")]
+    assert redelivered.acks == 1
+
+
+async def test_a_command_that_had_its_final_receipt_is_only_acked() -> None:
+    """The owner died between the receipt and the ack."""
+    bench, shard = await ready()
+    delivery = bench.command("hi", id="c1")
+    shard.on_delivery(delivery)
+    await asyncio.sleep(5)
+    shard.stop()
+
+    second = Bench(bench, incarnation="heir-1").shard()
+    redelivered = again(delivery)
+    second.on_delivery(redelivered)
+    await asyncio.sleep(5)
+    assert redelivered.acks == 1
+    assert bench.chat.texts == ["hi"]
+    assert outcomes(bench) == [("c1", "accepted", "")]
+
+
+@pytest.mark.parametrize("data", [b"hello", b"{}"], ids=["unreadable", "refused"])
+async def test_a_broken_command_that_had_its_final_receipt_is_only_acked(data: bytes) -> None:
+    bench, shard = await ready()
+    delivery = bench.command(data=data)
+    shard.on_delivery(delivery)
+    await asyncio.sleep(5)
+    second = Bench(bench, incarnation="heir-1").shard()
+    redelivered = again(delivery)
+    second.on_delivery(redelivered)
+    await asyncio.sleep(5)
+    assert redelivered.acks == 1
+    assert len(bench.bus.receipts()) == 1
+
+
+async def test_the_next_owner_finds_what_is_parked_in_order_and_before_anything_new() -> None:
+    bench, shard = await ready(is_open=False)
+    for number in range(3):
+        shard.on_delivery(bench.command(f"t{number}", id=f"c{number}"))
+    await asyncio.sleep(5)
+    shard.stop()
+
+    heir = Bench(bench, incarnation="heir-1")
+    second = heir.shard()
+    await second.load()
+    second.on_delivery(heir.command("t3", id="c3"))
+    await asyncio.sleep(5)
+    await user_writes(heir, second)
+    await asyncio.sleep(30)
+    assert bench.chat.texts == ["t0", "t1", "t2", "t3"]
+    assert [receipt.command for receipt in finals(bench)] == ["c0", "c1", "c2", "c3"]
+
+
+async def test_the_next_owner_finds_what_was_parked_before_its_user_was_known() -> None:
+    """Learned, and then the owner died before it could send: nothing new may overtake."""
+    bench = Bench()
+    await bench.bind(user="")
+    shard = bench.shard()
+    shard.on_delivery(bench.command("t0", id="c0"))
+    await asyncio.sleep(5)
+    shard.stop()
+    await bench.bind()
+    bench.hears()
+
+    heir = Bench(bench, incarnation="heir-1")
+    second = heir.shard()
+    await second.load()
+    second.on_delivery(heir.command("t1", id="c1"))
+    await asyncio.sleep(30)
+    assert bench.chat.texts == ["t0", "t1"]
+
+
+async def test_a_parked_command_that_had_its_final_receipt_is_only_removed() -> None:
+    """The owner died between the receipt and the removal."""
+    bench, shard = await ready(is_open=False)
+    shard.on_delivery(bench.command("t0", id="c0"))
+    shard.on_delivery(bench.command("t1", id="c1"))
+    await asyncio.sleep(5)
+    left = list(bench.bus.kept)
+    await user_writes(bench, shard)
+    await asyncio.sleep(GAP_S / 2)
+    assert bench.chat.texts == ["t0"]
+    shard.stop()
+    bench.bus.kept += [kept for kept in left if kept.stream.endswith("PARKED") and kept not in bench.bus.kept]
+    bench.bus.kept.sort(key=lambda kept: kept.stored.seq)
+
+    second = Bench(bench, incarnation="heir-1").shard()
+    await second.load()
+    await asyncio.sleep(30)
+    assert bench.chat.texts == ["t0", "t1"]
+    assert [receipt.command for receipt in finals(bench)] == ["c0", "c1"]
+    assert parked(bench) == []
+
+
+async def test_a_parked_command_without_its_ack_is_not_parked_twice() -> None:
+    bench, shard = await ready(is_open=False)
+    delivery = bench.command("hi", id="c1")
+    shard.on_delivery(delivery)
+    await asyncio.sleep(5)
+    shard.stop()
+    heir = Bench(bench, incarnation="heir-1")
+    second = heir.shard()
+    await second.load()
+    redelivered = again(delivery)
+    second.on_delivery(redelivered)
+    await asyncio.sleep(5)
+    assert redelivered.acks == 1
+    await user_writes(heir, second)
+    await asyncio.sleep(10)
+    assert bench.chat.texts == ["hi"]
+    assert outcomes(bench) == [("c1", "parked", "window_closed"), ("c1", "accepted", "")]
+
+
+async def test_who_loses_the_lease_stops_at_once_and_settles_nothing() -> None:
+    bench, shard = await ready()
+    deliveries = [bench.command(f"t{number}") for number in range(3)]
+    for delivery in deliveries:
+        shard.on_delivery(delivery)
+    await asyncio.sleep(0.5)
+    bench.leases.is_valid = False
+    await asyncio.sleep(60)
+    assert bench.chat.texts == ["t0"]
+    assert [delivery.acks for delivery in deliveries] == [1, 0, 0]
+
+
+async def test_draining_ends_what_is_out_and_starts_nothing() -> None:
+    bench, shard = await ready()
+    bench.chat.took_s = 2.0
+    deliveries = [bench.command(f"t{number}", id=f"c{number}") for number in range(3)]
+    for delivery in deliveries:
+        shard.on_delivery(delivery)
+    await asyncio.sleep(1)
+    await shard.drain(10.0)
+    assert bench.chat.texts == ["t0"]
+    assert outcomes(bench) == [("c0", "accepted", "")]
+    assert [delivery.acks for delivery in deliveries] == [1, 0, 0]
+
+
+async def test_draining_waits_no_longer_than_it_may() -> None:
+    bench, shard = await ready()
+    bench.chat.hold_sends[USER] = asyncio.Event()
+    shard.on_delivery(bench.command("hi"))
+    await asyncio.sleep(1)
+    began = bench.clock.monotonic()
+    await shard.drain(10.0)
+    assert bench.clock.monotonic() - began <= 12.0
+
+
+# the bus in trouble --------------------------------------------------------------------------------------
+
+
+async def test_a_bus_that_is_away_delays_and_loses_nothing() -> None:
+    bench, shard = await ready()
+    shard.on_delivery(bench.command("t0", id="c0"))
+    await asyncio.sleep(5)
+    shard.stop()
+    heir = Bench(bench, incarnation="heir-1")
+    second = heir.shard()
+    bench.bus.unreadable = 5
+    with pytest.raises(Temporary):
+        await second.load()
+    delivery = heir.command("t1", id="c1", suspect=True)
+    second.on_delivery(delivery)
+    await asyncio.sleep(30)
+    assert bench.chat.texts == ["t0", "t1"]
+    assert delivery.acks == 1
+
+
+async def test_a_bug_in_one_lane_is_logged_and_tried_again() -> None:
+    bench, shard = await ready()
+    failures = 2
+
+    async def fail(_: Sent) -> None:
+        nonlocal failures
+        if failures:
+            failures -= 1
+            raise RuntimeError("a bug")
+
+    bench.chat.on_send = fail
+    with capture_logs() as logs:
+        shard.on_delivery(bench.command("hi", id="c1"))
+        await asyncio.sleep(60)
+    assert [line["event"] for line in logs].count("lane.crashed") >= 1
+    assert len(finals(bench)) == 1
+
+
+async def test_a_message_in_the_parked_stream_that_nobody_can_read_stops_nothing() -> None:
+    bench, shard = await ready(is_open=False)
+    subject = bench.names.parked(shard.number, peer_key(BOT, USER))
+    bench.bus.put(subject, b"hello", {H_COMMAND: "x", H_TIME_MS: "1"})
+    shard.on_delivery(bench.command("hi", id="c1"))
+    await asyncio.sleep(5)
+    second = Bench(bench, incarnation="heir-1").shard()
+    await second.load()
+    await user_writes(bench, second)
+    await asyncio.sleep(10)
+    assert bench.chat.texts == ["hi"]
+
+
+async def test_the_census_counts_what_is_in_hand_and_what_waits() -> None:
+    bench, shard = await ready()
+    bench.chat.hold_sends[USER] = asyncio.Event()
+    first = bench.command("t0")
+    shard.on_delivery(first)
+    shard.on_delivery(bench.command("t1"))
+    await asyncio.sleep(1)
+    found: Counter[str] = Counter()
+    assert shard.census(found) == (2, first.time_ms)
+    assert not found
+    shard.stop()
