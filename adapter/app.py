@@ -259,17 +259,9 @@ class Adapter:
         self._group.create_task(self.router.route(delivery))
 
     async def _control(self) -> None:
-        deliveries: asyncio.Queue[Delivery] = asyncio.Queue()
-        seen: set[int] = set()
-
-        def take(delivery: Delivery) -> None:
-            if delivery.seq not in seen:  # again after a connect, while it still is in the queue
-                seen.add(delivery.seq)
-                deliveries.put_nowait(delivery)
-
         async with asyncio.TaskGroup() as group:
-            group.create_task(self._consume(self.names.stream_ctl, topology.CONTROL, "control", take))
-            group.create_task(self.control.run(deliveries))
+            group.create_task(self._consume(self.names.stream_ctl, topology.CONTROL, "control", self.control.offer))
+            group.create_task(self.control.run())
 
     # running ----------------------------------------------------------------------------------------
 

@@ -53,15 +53,24 @@ class Control:
         self._names = names
         self._clock = clock
         self._metrics = metrics
+        self._deliveries: asyncio.Queue[Delivery] = asyncio.Queue()
+        self._queued: set[int] = set()
 
-    async def run(self, deliveries: asyncio.Queue[Delivery]) -> None:
-        """Takes commands one after another, until cancelled."""
+    def offer(self, delivery: Delivery) -> None:
+        """Takes a command, once: it comes again after each connect as long as it is not settled."""
+        if delivery.seq not in self._queued:
+            self._queued.add(delivery.seq)
+            self._deliveries.put_nowait(delivery)
+
+    async def run(self) -> None:
+        """Carries out one command after another, until cancelled."""
         while True:
-            delivery = await deliveries.get()
+            delivery = await self._deliveries.get()
             failures = 0
             while not await self._done(delivery, failures):
                 failures += 1
                 await self._clock.sleep(backoff(failures, first_s=0.2, longest_s=5.0))
+            self._queued.discard(delivery.seq)
 
     async def _done(self, delivery: Delivery, failures: int) -> bool:
         """One unit of work: whether the command is settled. One that fails again and again is put aside."""

@@ -86,6 +86,8 @@ class Session:
         """Monotonic time of the last answer of iLink to a poll."""
         self.leaving = False
         """Ends at the next poll boundary."""
+        self.served: Binding | None = None
+        """What was last polled with: an unbound bot's end is told to iLink with it."""
         self.cut = asyncio.Event()
         """Ends a poll that waits, now."""
 
@@ -239,7 +241,7 @@ def account_of(binding: Binding, sealer: Sealer) -> Account:
 
 async def _notify(session: Session, needs: Incoming, *, start: bool) -> None:
     """Best effort: iLink tracks who is online (ilink-protocol 11.1)."""
-    binding = needs.bindings.get(session.bot)
+    binding = needs.bindings.get(session.bot) or session.served
     if not needs.notify or binding is None or binding.state != "active":
         return
     try:
@@ -282,7 +284,7 @@ async def poll_forever(session: Session, place: _Place, needs: Incoming) -> _Pla
         except Temporary as exc:
             failures += 1
             needs.metrics.polls.labels(outcome="error").inc()
-            wait_s = exc.retry_after_s or (30.0 if failures % 3 == 0 else 2.0 if failures > 1 else 0.5)
+            wait_s = exc.retry_after_s or backoff(failures, first_s=0.5, longest_s=30.0)
             log.warning("poll.failed", bot=session.bot, reason=exc.reason, detail=exc.detail[:200], failures=failures)
             await first_of(session.cut, wait_s + needs.clock.jitter(wait_s / 2))
             continue
@@ -314,6 +316,7 @@ async def _poll_once(
 ) -> Polled | None:
     """One long poll; None: no answer in time, or it was cut. Raises SessionExpired, Temporary, LeaseLost, Refused."""
     _check(needs, binding)
+    session.served = binding
     account = account_of(binding, needs.sealer)
     poll = asyncio.ensure_future(needs.chat.poll(account, place.record.cursor, hold_ms))
     cut = asyncio.ensure_future(session.cut.wait())

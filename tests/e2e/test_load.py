@@ -100,6 +100,28 @@ async def test_kill_9_of_the_adapter(tmp_path: Path) -> None:
     assert result.faults() == []
 
 
+@pytest.mark.slow
+async def test_nats_server_killed_10_times_during_that_load(tmp_path: Path) -> None:
+    rng = random.Random(8)
+    async with world(tmp_path, cursor_mode="cursor_replay", seed=8) as made:
+        await start(made)
+        nc = await made.nc()
+        set_faults(made)
+        loading = asyncio.create_task(load(made, nc, rounds=ROUNDS, pause_s=1.0, rng=rng))
+        for _ in range(10):
+            await asyncio.sleep(rng.uniform(0.5, 3.0))
+            made.server.kill()
+            await asyncio.sleep(rng.choice((0.0, 0.5, 1.5, 4.0)))
+            await made.server.start()
+        await loading
+        made.sim.clear_faults()
+        await made.settle(nc)
+        result = await audit(made, nc)
+        await nc.close()
+    assert result.faults() == []
+    assert sum(result.outcomes.values()) == BOTS * ROUNDS
+
+
 async def test_nats_server_killed_and_restarted(tmp_path: Path) -> None:
     rng = random.Random(4)
     async with world(tmp_path, cursor_mode="cursor_replay", seed=4) as made:

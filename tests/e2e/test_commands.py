@@ -1,0 +1,200 @@
+"""What services and sandboxes send, right and wrong: never a crash, never silence."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import httpx
+import msgspec
+
+from adapter.contract import FINAL_OUTCOMES, Receipt
+from adapter.simulator import FaultRule
+from tests.e2e.world import NAMES, World, eventually, free_port, stream, until, world
+
+
+async def final_of(made: World, ident: str) -> Receipt:
+    """The final receipt of a command, once there is one."""
+    nc = await made.nc()
+    found: list[Receipt] = []
+
+    async def is_there() -> bool:
+        found[:] = [r for r in await made.receipts(nc) if r.command == ident and r.outcome in FINAL_OUTCOMES]
+        return bool(found)
+
+    await eventually(is_there, f"{ident} has a final receipt")
+    await nc.close()
+    (receipt,) = found
+    return receipt
+
+
+async def test_odd_commands_end_in_a_refusal_or_a_dead_letter_and_the_adapter_goes_on(tmp_path: Path) -> None:
+    odd = {
+        "bad-json": (NAMES.out("s1"), b'{"text": "hi"', "dead_lettered", "unreadable"),
+        "not-utf8": (NAMES.out("s1"), b"\xff\xfe", "dead_lettered", "unreadable"),
+        "no-text": (NAMES.out("s1"), b"{}", "refused", "invalid"),
+        "wrong-type": (NAMES.out("s1"), b'{"text": 5}', "dead_lettered", "unreadable"),
+        "other-sandbox": (NAMES.out("s1"), b'{"sandbox": "s2", "text": "hi"}', "refused", "invalid"),
+        "too-large": (NAMES.out("s1"), b'{"text": "' + b"x" * 300_000 + b'"}', "dead_lettered", "too_large"),
+        "too-long": (NAMES.out("s1"), b'{"text": "' + b"x" * 50_000 + b'"}', "refused", "too_long"),
+        "unknown-sandbox": (NAMES.out("nobody"), b'{"text": "hi"}', "refused", "not_bound"),
+        "bad-name": (NAMES.out("Upper"), b'{"text": "hi"}', "refused", "invalid"),
+        "plain-no-sandbox": (NAMES.out_plain, b'{"text": "hi"}', "refused", "invalid"),
+        "plain-bad-json": (NAMES.out_plain, b"nonsense", "dead_lettered", "unreadable"),
+        "plain-unknown": (NAMES.out_plain, b'{"sandbox": "nobody", "text": "hi"}', "refused", "not_bound"),
+    }
+    async with world(tmp_path) as made:
+        await made.add_adapter()
+        nc = await made.nc()
+        await made.bind(nc, "s1", made.sim.add_bot())
+        made.say("s1", "hello")
+        for ident, (subject, payload, _, _) in odd.items():
+            await nc.jetstream().publish(subject, payload, headers={"Nats-Msg-Id": ident})
+        await made.command(nc, "s1", "good")
+        await made.settle(nc)
+        for ident, (_, _, outcome, reason) in odd.items():
+            receipt = await final_of(made, ident)
+            assert (ident, receipt.outcome, receipt.reason) == (ident, outcome, reason)
+        dead = [data for _, data in await stream(nc, NAMES.stream_dead, NAMES.dead("WECHAT_OUT"))]
+        assert sorted(dead) == sorted(
+            payload for _, payload, outcome, _ in odd.values() if outcome == "dead_lettered"
+        )
+        assert (await final_of(made, "good")).outcome == "accepted"
+        assert made.adapters[0].running
+        await nc.close()
+
+
+async def test_the_least_command_works_on_both_subjects(tmp_path: Path) -> None:
+    async with world(tmp_path) as made:
+        await made.add_adapter()
+        nc = await made.nc()
+        bot = made.sim.add_bot()
+        await made.bind(nc, "s1", bot)
+        made.say("s1", "hello")
+        await made.settle(nc)
+        first = await nc.jetstream().publish(NAMES.out("s1"), b'{"text":"hi"}')
+        await until(lambda: len(made.sim.phone(bot.user)) == 1, "the first is shown")
+        await nc.publish(NAMES.out_plain, b'{"sandbox":"s1","text":"there"}')
+        await until(lambda: len(made.sim.phone(bot.user)) == 2, "the second is shown")
+        assert [shown.text for shown in made.sim.phone(bot.user)] == ["hi", "there"]
+        assert (await final_of(made, str(first.seq))).outcome == "accepted"
+        await nc.close()
+
+
+async def test_eleven_answers_to_one_message_park_the_last_until_the_user_writes(tmp_path: Path) -> None:
+    async with world(tmp_path) as made:
+        await made.add_adapter()
+        nc = await made.nc()
+        bot = made.sim.add_bot()
+        await made.bind(nc, "s1", bot)
+        made.say("s1", "hello")
+        await made.settle(nc)
+        for number in range(12):
+            await made.command(nc, "s1", f"c{number}")
+        await until(lambda: len(made.sim.phone(bot.user)) == 10, "ten are shown")
+
+        async def two_are_parked() -> bool:
+            return [r.command for r in await made.receipts(nc) if r.outcome == "parked"] == ["c10", "c11"]
+
+        await eventually(two_are_parked, "two are parked")
+        assert len(made.sim.sends(bot.bot)) == 10
+        made.say("s1", "go on")
+        await made.settle(nc)
+        assert [shown.text for shown in made.sim.phone(bot.user)] == [f"answer c{n}" for n in range(12)]
+        assert made.sim.violations(kind="quota_exceeded") == []
+        await nc.close()
+
+
+async def test_f13_success_without_an_id_is_unconfirmed_and_never_sent_again(tmp_path: Path) -> None:
+    async with world(tmp_path) as made:
+        await made.add_adapter()
+        nc = await made.nc()
+        bot = made.sim.add_bot()
+        await made.bind(nc, "s1", bot)
+        made.sim.set_fault(FaultRule(fault="F13", bot=bot.bot))
+        made.say("s1", "hello")
+        await made.command(nc, "s1", "c")
+        assert (await final_of(made, "c")).outcome == "accepted_unconfirmed"
+        assert len(made.sim.sends(bot.bot)) == 1
+        await nc.close()
+
+
+async def test_f9_a_dead_token_ends_in_needs_login_with_few_calls_and_the_parked_wait_for_a_new_bot(
+    tmp_path: Path,
+) -> None:
+    async with world(tmp_path) as made:
+        await made.add_adapter()
+        nc = await made.nc()
+        bot = made.sim.add_bot()
+        await made.bind(nc, "s1", bot)
+        await until(lambda: made.sim.polls(bot.bot).total > 0, "the bot is polled")
+        made.sim.kill_token(bot.bot)
+
+        async def lost() -> bool:
+            events = await stream(nc, NAMES.stream_event, NAMES.event("s1", "binding"))
+            return any(b'"needs_login"' in data for _, data in events)
+
+        await eventually(lost, "the event says so")
+        calls = sum(call.count for call in made.sim.calls(bot.bot))
+        await made.command(nc, "s1", "c")
+
+        async def parked() -> bool:
+            return [r.reason for r in await made.receipts(nc) if r.outcome == "parked"] == ["needs_login"]
+
+        await eventually(parked, "the command waits for a login")
+        assert sum(call.count for call in made.sim.calls(bot.bot)) == calls
+        new = made.sim.add_bot(user=bot.user)
+        await made.bind(nc, "s1", new)
+        made.say("s1", "I am back")
+        await made.settle(nc)
+        assert [shown.text for shown in made.sim.phone(bot.user)] == ["answer c"]
+        await nc.close()
+
+
+async def test_receipts_add_up_and_no_secret_or_text_is_in_log_or_metrics(tmp_path: Path) -> None:
+    """accepted + unconfirmed + refused + uncertain + dead-lettered + parked + in flight = taken."""
+    port = free_port()
+    async with world(tmp_path, environ={"WECHAT_NATS_LOG": "debug"}) as made:
+        adapter = await made.add_adapter(WECHAT_NATS_HTTP_ADDR=f"127.0.0.1:{port}")
+        nc = await made.nc()
+        bot = made.sim.add_bot()
+        await made.bind(nc, "s1", bot)
+        made.say("s1", "canary-inbound")
+        await made.settle(nc)
+        for number in range(12):
+            await made.command(nc, "s1", f"canary-{number}")
+        await nc.jetstream().publish(NAMES.out("s1"), b'{"canary-broken"')
+        await nc.jetstream().publish(NAMES.out("nobody"), b'{"text":"canary-nobody"}')
+        await until(lambda: len(made.sim.phone(bot.user)) == 10, "ten are shown")
+        async with httpx.AsyncClient() as http:
+            text = ""
+            values: dict[str, float] = {}
+
+            async def counted() -> bool:
+                nonlocal text, values
+                text = (await http.get(f"http://127.0.0.1:{port}/metrics")).text
+                values = _sums(text)
+                return values.get("outbound_in_flight") == 0 and values.get("outbound_parked") == 2
+
+            await eventually(counted, "two are parked and nothing is in flight")
+            ready = await http.get(f"http://127.0.0.1:{port}/readyz")
+        settled = values["outbound_messages_total"] + values["outbound_parked"] + values["outbound_in_flight"]
+        assert settled == values["outbound_taken_total"] == 14
+        assert ready.status_code == 200
+        log = adapter.log.read_text()
+        await nc.close()
+    token = bot.token.partition(":")[2]
+    contexts = [record.context_token for record in made.sim.inbound(bot.bot)]
+    for secret in (token, "answer canary", "canary-inbound", "canary-broken", *contexts):
+        assert secret not in log
+        assert secret not in text
+    assert all(msgspec.json.decode(line)["body"] for line in log.splitlines())
+
+
+def _sums(text: str) -> dict[str, float]:
+    """The sum over all labels of each metric."""
+    out: dict[str, float] = {}
+    for line in text.splitlines():
+        if match := re.match(r"wechat_adapter_(\w+)(?:\{.*\})? ([0-9.e+-]+)$", line):
+            out[match[1]] = out.get(match[1], 0) + float(match[2])
+    return out
