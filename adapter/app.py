@@ -129,6 +129,11 @@ class Adapter:
         }
         Services(self.link, names, handlers, version=__version__, instance=self.instance)
         metrics.bindings_capacity.set(settings.capacity)
+        self.link.on_up(self._count_connect)
+
+    async def _count_connect(self, _: object) -> None:
+        if self.link.epoch:
+            self.metrics.nats_reconnects.inc()
 
     # what the loops need ----------------------------------------------------------------------------
 
@@ -281,7 +286,7 @@ class Adapter:
                         leasing = group.create_task(self.leases.run(), name="leases")
                         background += [group.create_task(self.bindings.run(), name="bindings"), leasing]
                         following = group.create_task(self.supervisor.run(), name="supervisor")
-                        self.health.started = True
+                        self.health.jetstream_ok = self.health.started = True
                         log.info("adapter.started", instance=self.instance, version=__version__)
                         if on_ready is not None:
                             on_ready()

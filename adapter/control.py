@@ -173,14 +173,17 @@ class Control:
             other for other in self._bindings.of_sandbox(command.sandbox)
             if user and other.user == user and other.bot != command.bot
         ]  # fmt: skip
-        if before is None or not self._same(before, binding):
+        new = before is None or not self._same(before, binding)
+        if new:
             await self._bindings.put(binding)
+        if new or (before is not None and command.id and before.request == command.id):
+            # told again where a crash may have come before the telling: the stream drops the repeat
             await self._tell(binding, "bound", command.id)
             if before is not None and before.sandbox != command.sandbox:
                 await self._tell(before, "unbound", command.id, reason="moved")
         for other in replaced:
+            await self._tell(other, "replaced", command.id)  # first: a crash in between repeats it, and loses nothing
             await self._bindings.remove(other.bot)
-            await self._tell(other, "replaced", command.id)
         return ControlAnswer(
             ok=True, id=command.id or "", bindings=[binding.info()], replaced=[other.bot for other in replaced]
         )
@@ -193,8 +196,8 @@ class Control:
             await self._bindings.refresh(command.bot)
             bound = [b for b in self._bindings.of_sandbox(command.sandbox) if b.bot == command.bot]
         for binding in bound:
-            await self._bindings.remove(binding.bot)
             await self._tell(binding, "unbound", command.id)
+            await self._bindings.remove(binding.bot)
         return ControlAnswer(ok=True, id=command.id or "", bindings=[binding.info() for binding in bound])
 
     async def _current(self, bot: str) -> Binding | None:

@@ -407,10 +407,16 @@ async def _remember(binding: Binding, fresh: list[Said], needs: Incoming) -> Non
 
 
 async def _learn_user(binding: Binding, user: str, needs: Incoming) -> None:
+    """The binding named no user: this is who they are. An older bot of theirs in the sandbox is replaced."""
+
     def with_user(now: Binding) -> Binding | None:
         return None if now.user else msgspec.structs.replace(now, user=user)
 
     await _retry(lambda: needs.bindings.change(binding.bot, with_user), needs)
+    for other in needs.bindings.of_sandbox(binding.sandbox):
+        if other.user == user and other.bot != binding.bot:  # WeChat has killed it: one user has one bot (1.3)
+            await needs.events.binding(_event(other, "replaced", "", "The user is served by another bot now."))
+            await _retry(lambda other=other: needs.bindings.remove(other.bot), needs)  # type: ignore[misc]
 
 
 async def _publish(binding: Binding, fresh: list[Said], seen: Seen, needs: Incoming) -> int:

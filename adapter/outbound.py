@@ -239,6 +239,9 @@ class Shard:
             bound = [binding for binding in bound if binding.bot == command.bot]
         elif command.user and len(bound) > 1:
             bound = [binding for binding in bound if binding.user == command.user]
+        alive = [binding for binding in bound if binding.state == "active"]
+        if len(bound) > 1 and len(alive) == 1:
+            return alive[0]  # the others wait for a login that has taken place with this one
         if not bound:
             raise Refused("not_bound", "No bot is bound to this sandbox (or not the one named): bind it first.")
         if len(bound) > 1:
