@@ -158,7 +158,8 @@ class Link:
             self.down_reason = (
                 str(exc)[:200] or type(exc).__name__
             )  # runs inside the read loop: must not raise or wait
-            log.info("bus.error", link=self.name, reason=type(exc).__name__, detail=self.down_reason)
+            say = log.info if self.up else log.debug  # while it is away, every attempt fails; that is said elsewhere
+            say("bus.error", link=self.name, reason=type(exc).__name__, detail=self.down_reason)
 
         async with asyncio.timeout(6):  # a wrong password would keep connect() for ever
             nc = await nats.connect(
