@@ -57,7 +57,8 @@ class _Known(NamedTuple):
 class Seen:
     """The messages of one bot that were taken lately, oldest first."""
 
-    def __init__(self, records: Iterable[str] = (), *, skew_ms: int = 0) -> None:
+    def __init__(self, records: Iterable[str] = (), *, skew_ms: int = 0, keep: int = KEEP_AT_MOST) -> None:
+        self._keep = keep
         self._skew_ms = skew_ms
         self._known: OrderedDict[str, _Known] = OrderedDict()
         self._by_message: dict[str, _Known] = {}
@@ -97,7 +98,7 @@ class Seen:
     def add_record(self, record: str, now_ms: int) -> None:
         """Remembers a message by its record, as found on the bus."""
         self._insert(record)
-        while len(self._known) > KEEP_AT_MOST:
+        while len(self._known) > self._keep:
             self._forget()
         while self._known and next(iter(self._known.values())).seen_at_ms < now_ms - KEEP_MS:
             self._forget()

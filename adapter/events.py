@@ -79,4 +79,7 @@ class Events:
             await self._bus.publish(Message("dead", subject_to, data, kept))
         except BusRefused:
             # Larger than a message may be: its head, so that a person sees at least what it was.
-            await self._bus.publish(Message("dead", subject_to, data[:65536], kept))
+            try:
+                await self._bus.publish(Message("dead", subject_to, data[:65536], kept))
+            except BusRefused as exc:  # full, perhaps: what comes after it must not suffer
+                log.error("dead_letter.refused", stream=stream, sandbox=sandbox, detail=exc.detail[:200])

@@ -137,13 +137,12 @@ async def tend(session: Session, needs: Incoming) -> None:
 
 
 async def _serve(session: Session, needs: Incoming) -> None:
-    async with needs.starting:
-        place = await acquire(session, needs)
-        if place is not None:
-            await _notify(session, needs, start=True)
+    place = await acquire(session, needs)
     if place is None:
         return
     try:
+        async with needs.starting:
+            await _notify(session, needs, start=True)
         place = await poll_forever(session, place, needs)
     finally:
         await finish(_give_back(session, needs), needs.grace_s)
@@ -157,32 +156,39 @@ async def acquire(session: Session, needs: Incoming) -> _Place | None:
 
     Raises Temporary, LeaseLost.
     """
-    key = contract.token_of(session.bot)
     while not session.leaving:
         binding = needs.bindings.get(session.bot)
         if binding is None:
             return None
         _check(needs, binding)
-        entry = await needs.cursors.get(key)
-        record = msgspec.json.decode(entry.value, type=Cursor) if entry and entry.value else None
-        me = needs.leases.incarnation
-        if record is None:
-            last = await needs.history.last(needs.names.stream_in, needs.names.inbox(binding.sandbox))
-            record = Cursor(last_seq=last.seq if last else 0)
-        elif record.owner and record.owner != me and not await needs.leases.is_dead(record.owner):
-            await first_of(session.cut, 0.1 + needs.clock.jitter(0.1))  # its poller has not stopped yet
-            continue
-        if binding.start_cursor is not None and binding.start_cursor != record.start:
-            record = msgspec.structs.replace(record, cursor=binding.start_cursor, start=binding.start_cursor)
-        seen = Seen(record.seen, skew_ms=needs.skew_ms)
-        record = await _catch_up(binding, record, seen, needs)
-        record = msgspec.structs.replace(record, owner=me, seen=seen.records())
-        try:
-            revision = await _write_cursor(session.bot, record, entry.revision if entry else 0, needs)
-        except LeaseLost:
-            continue  # it changed since we read: look again
-        return _Place(record, revision, seen)
+        async with needs.starting:
+            place = await _acquire_once(binding, needs)
+        if place is not None:
+            return place
+        await first_of(session.cut, 0.1 + needs.clock.jitter(0.1))
     return None
+
+
+async def _acquire_once(binding: Binding, needs: Incoming) -> _Place | None:
+    """None: the poller of another replica has not stopped yet, or the record changed meanwhile. Raises Temporary."""
+    entry = await needs.cursors.get(contract.token_of(binding.bot))
+    record = msgspec.json.decode(entry.value, type=Cursor) if entry and entry.value else None
+    me = needs.leases.incarnation
+    if record is None:
+        last = await needs.history.last(needs.names.stream_in, needs.names.inbox(binding.sandbox))
+        record = Cursor(last_seq=last.seq if last else 0)
+    elif record.owner and record.owner != me and not await needs.leases.is_dead(record.owner):
+        return None
+    if binding.start_cursor is not None and binding.start_cursor != record.start:
+        record = msgspec.structs.replace(record, cursor=binding.start_cursor, start=binding.start_cursor)
+    seen = Seen(record.seen, skew_ms=needs.skew_ms)
+    record = await _catch_up(binding, record, seen, needs)
+    record = msgspec.structs.replace(record, owner=me, seen=seen.records())
+    try:
+        revision = await _write_cursor(binding.bot, record, entry.revision if entry else 0, needs)
+    except LeaseLost:
+        return None
+    return _Place(record, revision, seen)
 
 
 async def _catch_up(binding: Binding, record: Cursor, seen: Seen, needs: Incoming) -> Cursor:
@@ -362,7 +368,7 @@ async def _sort(
 ) -> list[Said]:
     """The messages that are new and the user's own, in order; the others are counted, or kept as dead letters."""
     fresh: list[Said] = []
-    batch = Seen(skew_ms=needs.skew_ms)
+    batch = Seen(skew_ms=needs.skew_ms, keep=len(messages))
     for raw in messages:
         try:
             said = needs.read_message(raw)
@@ -522,13 +528,21 @@ async def recover(session: Session, exc: SessionExpired, place: _Place, needs: I
     advice = "iLink refuses the bot's token; it is tried again shortly, then a login is needed."
     await needs.events.binding(_event(binding, "stale", exc.detail, advice))
     try:
-        for pause_s in needs.stale_retry_s:
+        refusals = failures = 0
+        while refusals < len(needs.stale_retry_s):
+            pause_s = max(needs.stale_retry_s[refusals], backoff(failures) if failures else 0.0)
             with contextlib.suppress(TimeoutError):
                 await _until(session, needs.bindings.changed, _rebound(binding, needs), pause_s)
             if session.leaving or needs.bindings.get(session.bot) != binding:
                 return None
-            polled = await _try_again(session, binding, place, needs)
-            if polled is None:
+            try:
+                polled = await _try_again(session, binding, place, needs)
+            except SessionExpired:
+                refusals, failures = refusals + 1, 0
+                continue
+            if polled is None:  # an outage says nothing about the token
+                failures += 1
+                session.cut.clear()
                 continue
             log.info("session.recovered", bot=session.bot)
             session.stale = False
@@ -542,12 +556,10 @@ async def recover(session: Session, exc: SessionExpired, place: _Place, needs: I
 
 
 async def _try_again(session: Session, binding: Binding, place: _Place, needs: Incoming) -> Polled | None:
-    """notifystart, then one poll; None where iLink still refuses. Raises LeaseLost, Refused."""
+    """notifystart, then one poll; None where nobody answers. Raises SessionExpired, LeaseLost, Refused."""
     await _notify(session, needs, start=True)
     try:
         return await _poll_once(session, binding, place, HOLD_MS, needs)
-    except SessionExpired:
-        return None
     except Temporary as problem:
         log.info("session.unreachable", bot=session.bot, reason=problem.reason)
         return None

@@ -23,6 +23,8 @@ from adapter.contract import BindingEvent, Inbound, Names, Receipt, shard_of
 from adapter.errors import BusRefused, Conflict, LeaseLost, Temporary
 from adapter.events import Events
 from adapter.ilink import protocol
+from adapter.ilink.translate import read_message
+from adapter.inbound import Incoming
 from adapter.leases import Leases
 from adapter.metrics import Metrics
 from adapter.outbound import Outgoing, Shard
@@ -492,6 +494,10 @@ class Bench:
         self.receipts = Receipts(self.events, self.bus, self.names, self.clock, self.metrics)
         self.sealer = Sealer(())
         self.limits = limits
+        self.bus_up = asyncio.Event()
+        self.bus_up.set()
+        self.heard: list[tuple[str, str, str]] = []
+        """What the lanes were told."""
         self.stale: set[str] = set()
         self.lost_logins: list[str] = []
         self.asked_bound = 0
@@ -612,3 +618,33 @@ class Bench:
 
         self.bindings.listen(on_change)
         return shard
+
+    def incoming(self, **changes: Any) -> Incoming:
+        async def writable() -> None:
+            await self.bus_up.wait()
+
+        incoming = Incoming(
+            chat=self.chat,
+            read_message=read_message,
+            bus=self.bus,
+            history=self.bus,
+            cursors=self.cursors,
+            contexts=self.contexts,
+            bindings=self.bindings,
+            leases=self.leases,
+            events=self.events,
+            sealer=self.sealer,
+            clock=self.clock,
+            metrics=self.metrics,
+            names=self.names,
+            rules=RULES,
+            heard=lambda sandbox, bot, user: self.heard.append((sandbox, bot, user)),
+            writable=writable,
+            starting=asyncio.Semaphore(4),
+            spread_s=lambda: 0.0,
+            stale_retry_s=(5.0, 30.0, 300.0),
+            skew_ms=0,
+            notify=True,
+            grace_s=10.0,
+        )
+        return incoming._replace(**changes)

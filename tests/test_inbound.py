@@ -1,0 +1,730 @@
+"""From iLink to the bus: token, then message, then cursor, then the next poll; nothing lost, nothing twice."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import msgspec
+import pytest
+from msgspec.structs import replace
+from structlog.testing import capture_logs
+
+from adapter import contract
+from adapter.contract import H_MSG_ID, H_SEEN, UnsupportedItem
+from adapter.errors import BusRefused, LeaseLost, Refused, SessionExpired, Temporary
+from adapter.inbound import Session, acquire, poll_forever, store, tend
+from adapter.ports import Message, Polled
+from adapter.records import Cursor
+from tests.fakes import EPOCH_MS, Bench, EndOfScript, settle
+
+VIRTUAL_TIME = True
+
+BOT, USER = "b1@im.bot", "u1@im.wechat"
+KEY = contract.token_of(BOT)
+STALE = SessionExpired("needs_login", "iLink answered -14", errcode=-14, errmsg="session timeout")
+
+
+def raw(text: str = "hello", number: int = 1, **fields: Any) -> bytes:
+    """A message as iLink sends it."""
+    message = {
+        "message_id": 7497484083968569000 + number,
+        "client_id": f"wx-{number}",
+        "seq": number,
+        "from_user_id": USER,
+        "create_time_ms": EPOCH_MS + number,
+        "message_type": 1,
+        "context_token": f"token-{number}",
+        "item_list": [{"type": 1, "text_item": {"text": text}}],
+    } | fields
+    return msgspec.json.encode({key: value for key, value in message.items() if value is not None})
+
+
+def batch(*messages: bytes, cursor: str | None = "b", hold_ms: int = 35_000) -> Polled:
+    return Polled(list(messages), cursor, hold_ms)
+
+
+async def ready(*script: Any, **binding: Any) -> Bench:
+    bench = Bench()
+    await bench.bind(**binding)
+    bench.bus.writes.clear()
+    bench.chat.polls.extend(script)
+    return bench
+
+
+async def polls(bench: Bench, **changes: Any) -> Session:
+    """Polls until the script ends."""
+    bench.chat.script_ends = True
+    session = Session(BOT)
+    needs = bench.incoming(**changes)
+    place = await acquire(session, needs)
+    assert place is not None
+    bench.bus.writes.clear()
+    with pytest.raises(EndOfScript):
+        await poll_forever(session, place, needs)
+    return session
+
+
+def tended(bench: Bench, **changes: Any) -> tuple[Session, asyncio.Task[None]]:
+    """A poller as the supervisor runs it."""
+    session = Session(BOT)
+    return session, asyncio.get_running_loop().create_task(tend(session, bench.incoming(**changes)))
+
+
+def texts(bench: Bench) -> list[str]:
+    return [inbound.text for inbound in bench.bus.inbound()]
+
+
+# the order of things -------------------------------------------------------------------------------------
+
+
+async def test_a_batch_is_stored_in_order_before_the_next_poll() -> None:
+    bench = await ready(batch(raw("one", 1), raw("two", 2), cursor="b"), batch(raw("three", 3), cursor="c"))
+    await polls(bench)
+    assert bench.bus.writes == ["token", "in", "in", "cursor", "token", "in", "cursor"]
+    assert bench.chat.asked == ["", "b", "c"]
+    assert texts(bench) == ["one", "two", "three"]
+
+
+async def test_a_message_says_who_what_when_and_what_may_be_answered() -> None:
+    bench = await ready(batch(raw("hello")))
+    await polls(bench)
+    (inbound,) = bench.bus.inbound()
+    (stored,) = bench.bus.found("IN")
+    assert stored.subject == "wechat.inbox.s1"
+    assert inbound.id == stored.headers[H_MSG_ID] == f"in:{BOT}:m7497484083968569001"
+    assert (inbound.sandbox, inbound.bot, inbound.user, inbound.text) == ("s1", BOT, USER, "hello")
+    assert inbound.sent_at_ms == EPOCH_MS + 1
+    assert inbound.window.remaining == 10
+    assert inbound.window.closes_at_ms == bench.context().inbound_ms + 23 * 3_600_000
+
+
+async def test_the_newest_token_is_there_before_the_sandbox_can_answer() -> None:
+    bench = await ready(batch(raw(number=1), raw(number=2), raw(number=3, context_token=None)))
+
+    async def look(message: Message) -> None:
+        assert bench.context().token == "token-2"
+
+    bench.bus.on_publish = look
+    await polls(bench)
+    assert len(bench.bus.inbound()) == 3
+
+
+async def test_the_lanes_are_told_after_the_cursor() -> None:
+    bench = await ready(batch(raw()))
+    heard: list[str] = []
+    await polls(bench, heard=lambda *who: heard.append(bench.cursor().cursor))
+    assert heard == ["b"]
+
+
+async def test_an_empty_answer_with_a_new_cursor_moves_it() -> None:
+    bench = await ready(batch(cursor="b"), batch(cursor="b"))
+    await polls(bench)
+    assert bench.chat.asked == ["", "b", "b"]
+    assert bench.bus.writes == ["cursor"]
+
+
+async def test_an_empty_cursor_keeps_the_old_one() -> None:
+    """F19."""
+    bench = await ready(batch(raw(number=1), cursor="b"), batch(raw(number=2), cursor=None), batch(cursor=None))
+    await polls(bench)
+    assert bench.chat.asked == ["", "b", "b", "b"]
+    assert len(texts(bench)) == 2
+
+
+async def test_the_order_in_a_batch_is_ilinks_whatever_seq_and_time_say() -> None:
+    """F20."""
+    bench = await ready(batch(raw("one", 3), raw("two", 1), raw("three", 2)))
+    await polls(bench)
+    assert texts(bench) == ["one", "two", "three"]
+
+
+async def test_the_next_hold_is_the_one_that_ilink_named() -> None:
+    bench = await ready(batch(hold_ms=20_000), batch(hold_ms=35_000))
+    await polls(bench)
+    assert bench.chat.holds == [35_000, 20_000, 35_000]
+
+
+async def test_a_huge_batch_is_stored_whole() -> None:
+    """F28."""
+    bench = await ready(batch(*(raw(f"t{number}", number) for number in range(1000))))
+    await polls(bench)
+    assert texts(bench) == [f"t{number}" for number in range(1000)]
+
+
+# trouble with iLink --------------------------------------------------------------------------------------
+
+
+async def test_a_failed_poll_is_repeated_from_the_same_cursor() -> None:
+    bench = await ready(batch(raw(), cursor="b"), Temporary("http_5xx"), Temporary("unreadable"), batch(cursor="c"))
+    await polls(bench)
+    assert bench.chat.asked == ["", "b", "b", "b", "c"]
+
+
+async def test_ilinks_own_delay_wins_over_our_backoff() -> None:
+    bench = await ready(Temporary("http_4xx", retry_after_s=90))
+    await polls(bench)
+    first, again = bench.chat.polled_at
+    assert again - first >= 90
+
+
+async def test_a_server_that_fails_is_not_hammered() -> None:
+    bench = await ready(*[Temporary("http_5xx")] * 100)
+    session, task = tended(bench)
+    await asyncio.sleep(600)
+    assert len(bench.chat.asked) < 60
+    assert session.state == "error"
+    session.leave(now=True)
+    await task
+
+
+async def test_a_server_that_does_not_hold_is_not_hammered() -> None:
+    """An error code 0 at once, for ever: a quarter of a second each."""
+    bench = await ready(*[lambda: Polled([], None, 35_000)] * 1000)
+    session, task = tended(bench)
+    await asyncio.sleep(60)
+    assert len(bench.chat.asked) < 1200
+    session.leave(now=True)
+    await task
+
+
+async def test_polls_without_an_answer_recycle_the_connection() -> None:
+    """F5, a dead path: not at the first, which is only a lost race with the hold."""
+    bench = await ready(None, None, None, None)
+    await polls(bench)
+    assert bench.chat.recycled == 2
+    assert bench.chat.asked == [""] * 5
+
+
+async def test_an_answer_ends_the_count_of_polls_without_one() -> None:
+    bench = await ready(None, None, batch(cursor="b"), None, None)
+    await polls(bench)
+    assert bench.chat.recycled == 0
+
+
+# repeats -------------------------------------------------------------------------------------------------
+
+
+REPEATS: list[tuple[str, dict[str, Any]]] = [
+    ("same-ids", {}),
+    ("new-message-id", {"message_id": 99}),
+    ("empty-message-id", {"message_id": ""}),
+    ("new-token", {"context_token": "other"}),
+    ("every-id-new", {"message_id": 99, "client_id": "wx-99", "seq": 99, "context_token": "other"}),
+]
+
+
+@pytest.mark.parametrize("fields", [row[1] for row in REPEATS], ids=[row[0] for row in REPEATS])
+async def test_a_repeat_is_told_once(fields: dict[str, Any]) -> None:
+    """F16."""
+    bench = await ready(batch(raw("ok"), cursor="b"), batch(raw("ok", **fields), cursor="c"))
+    await polls(bench)
+    assert texts(bench) == ["ok"]
+    assert bench.chat.asked == ["", "b", "c"]
+
+
+@pytest.mark.parametrize("fields", [row[1] for row in REPEATS], ids=[row[0] for row in REPEATS])
+async def test_a_repeat_in_the_same_batch_is_told_once(fields: dict[str, Any]) -> None:
+    bench = await ready(batch(raw("ok"), raw("ok", **fields)))
+    await polls(bench)
+    assert texts(bench) == ["ok"]
+
+
+async def test_a_repeat_far_down_a_huge_batch_is_told_once() -> None:
+    many = [raw(f"t{number}", number) for number in range(300)]
+    bench = await ready(batch(*many, raw("t0", 0, message_id=99, client_id="wx-x", seq=999)))
+    await polls(bench)
+    assert len(texts(bench)) == 300
+
+
+async def test_a_person_who_says_it_twice_is_heard_twice() -> None:
+    """F17."""
+    bench = await ready(batch(raw("ok", 1)), batch(raw("ok", 2), cursor="c"))
+    await polls(bench)
+    assert texts(bench) == ["ok", "ok"]
+
+
+async def test_a_repeat_opens_no_new_window() -> None:
+    bench = await ready(batch(raw("ok")), batch(raw("ok", message_id=99), cursor="c"))
+    session, task = tended(bench)
+    await settle()
+    await asyncio.sleep(0.01)
+    peer = await bench.contexts.peer(BOT, USER)
+    await asyncio.sleep(5)
+    assert peer.context.inbound_id == f"in:{BOT}:m7497484083968569001"
+    session.leave(now=True)
+    await task
+
+
+async def test_the_bots_own_words_are_dropped() -> None:
+    bench = await ready(batch(raw("mine", message_type=2), raw("yours", 2)))
+    await polls(bench)
+    assert texts(bench) == ["yours"]
+
+
+# broken messages -----------------------------------------------------------------------------------------
+
+
+async def test_a_broken_message_is_told_as_unsupported_and_kept_whole() -> None:
+    broken = raw("x", 2, create_time_ms="yesterday")
+    bench = await ready(batch(raw("one", 1), broken, raw("three", 3)))
+    await polls(bench)
+    assert texts(bench) == ["one", "", "three"]
+    assert bench.bus.inbound()[1].items == [UnsupportedItem(type=0, reason="malformed")]
+    (dead,) = bench.bus.found("DEAD")
+    assert dead.data == broken
+    assert (dead.subject, dead.headers["Wechat-Reason"]) == ("wechat.dead.WECHAT_IN", "unreadable")
+
+
+async def test_a_message_of_nobody_is_kept_and_the_others_go_on() -> None:
+    bench = await ready(batch(raw("one", 1), b'{"message_id":5}', b"[]", raw("two", 2)))
+    await polls(bench)
+    assert texts(bench) == ["one", "two"]
+    assert [dead.data for dead in bench.bus.found("DEAD")] == [b'{"message_id":5}', b"[]"]
+    assert bench.chat.asked == ["", "b"]
+
+
+async def test_a_dead_letter_that_cannot_be_kept_stops_nobody() -> None:
+    bench = await ready(batch(b"[]", raw("two", 2)))
+    bench.bus.refuse = lambda message: BusRefused(10047, "no space") if message.stream == "dead" else None
+    with capture_logs() as logs:
+        await polls(bench)
+    assert texts(bench) == ["two"]
+    assert "dead_letter.refused" in [line["event"] for line in logs]
+
+
+async def test_a_message_larger_than_the_bus_takes_is_told_without_its_content() -> None:
+    bench = await ready(batch(raw("a" * 5000, 1), raw("two", 2)))
+    bench.bus.refuse = lambda message: (
+        BusRefused(10054, "too large") if message.stream == "in" and len(message.payload) > 3000 else None
+    )
+    await polls(bench)
+    assert sorted(texts(bench)) == ["", "two"]
+    stub = next(inbound for inbound in bench.bus.inbound() if not inbound.text)
+    assert stub.items == [UnsupportedItem(type=0, reason="too_large")]
+    assert len(bench.bus.found("DEAD")) == 1
+    assert bench.chat.asked == ["", "b"]
+
+
+# the user ------------------------------------------------------------------------------------------------
+
+
+async def test_a_bots_user_is_learned_from_their_first_message() -> None:
+    bench = await ready(batch(raw()), user="")
+    await polls(bench)
+    binding = bench.bindings.get(BOT)
+    assert binding is not None
+    assert binding.user == USER
+    assert bench.heard == [("s1", BOT, USER)]
+
+
+async def test_two_users_of_a_bot_have_windows_of_their_own() -> None:
+    bench = await ready(batch(raw(), raw("hi", 2, from_user_id="u2@im.wechat", context_token="theirs")))
+    await polls(bench)
+    assert (bench.context().token, bench.context(user="u2@im.wechat").token) == ("token-1", "theirs")
+    assert bench.heard == [("s1", BOT, USER), ("s1", BOT, "u2@im.wechat")]
+
+
+# crashes and other owners --------------------------------------------------------------------------------
+
+
+async def test_a_replay_after_a_crash_before_the_cursor_is_told_once() -> None:
+    """F18, and F16 at its worst: stored, not remembered, and repeated with other ids to the next owner."""
+    bench = await ready(batch(raw("ok")))
+
+    async def dies(key: str) -> None:
+        if bench.bus.found("IN"):
+            raise EndOfScript
+
+    session = Session(BOT)
+    needs = bench.incoming()
+    place = await acquire(session, needs)
+    assert place is not None
+    bench.cursors.on_write = dies
+    with pytest.raises(EndOfScript):
+        await poll_forever(session, place, needs)
+    assert bench.cursor().cursor == ""
+    bench.cursors.on_write = None
+
+    heir = Bench(bench, incarnation="heir-1")
+    heir.leases.proven_dead.add("me-1")
+    bench.chat.polls.append(batch(raw("ok", message_id=99, client_id="wx-99", seq=99)))
+    await polls(heir)
+    assert texts(bench) == ["ok"]
+    assert bench.cursor().owner == "heir-1"
+
+
+async def test_a_replay_after_a_crash_gives_no_sends_back() -> None:
+    bench = await ready(batch(raw("ok")))
+    await polls(bench)
+    used = replace(bench.context(), used=7)
+    bench.contexts_bucket.put(contract.peer_key(BOT, USER), msgspec.json.encode(used))
+    bench.cursors.put(KEY, msgspec.json.encode(Cursor()))
+
+    heir = Bench(bench, incarnation="heir-1")
+    bench.chat.polls.append(batch(raw("ok")))
+    await polls(heir)
+    assert heir.context().used == 7
+
+
+async def test_a_new_owner_waits_until_the_old_one_has_stopped() -> None:
+    bench = await ready()
+    bench.cursors.put(KEY, msgspec.json.encode(Cursor(cursor="b", owner="other-1")))
+    session, task = tended(bench)
+    await asyncio.sleep(30)
+    assert bench.chat.asked == []
+    bench.cursors.put(KEY, msgspec.json.encode(Cursor(cursor="c")))
+    await asyncio.sleep(1)
+    assert bench.chat.asked == ["c"]
+    session.leave(now=True)
+    await task
+
+
+async def test_a_new_owner_takes_over_from_one_that_is_proven_dead() -> None:
+    bench = await ready()
+    bench.cursors.put(KEY, msgspec.json.encode(Cursor(cursor="b", owner="other-1")))
+    session, task = tended(bench)
+    await asyncio.sleep(5)
+    bench.leases.proven_dead.add("other-1")
+    await asyncio.sleep(1)
+    assert bench.chat.asked == ["b"]
+    assert bench.cursor().owner == "me-1"
+    session.leave(now=True)
+    await task
+
+
+async def test_who_waits_for_an_owner_holds_up_no_other_bot() -> None:
+    """Starts are bounded; one that waits for a replica elsewhere must not use up the bound."""
+    bench = await ready()
+    bench.cursors.put(KEY, msgspec.json.encode(Cursor(owner="other-1")))
+    await bench.bind(sandbox="s2", bot="b2@im.bot", user="u2@im.wechat")
+    needs = bench.incoming(starting=asyncio.Semaphore(1))
+    sessions = [Session(BOT), Session("b2@im.bot")]
+    tasks = [asyncio.get_running_loop().create_task(tend(session, needs)) for session in sessions]
+    await asyncio.sleep(5)
+    assert len(bench.chat.asked) == 1
+    for session in sessions:
+        session.leave(now=True)
+    await asyncio.gather(*tasks)
+
+
+async def test_a_cursor_that_another_replica_took_ends_the_poller() -> None:
+    """A zombie's batch may be on the bus (the stream drops repeats), but never its cursor."""
+    bench = await ready(batch(raw(), cursor="zombie"))
+    session = Session(BOT)
+    needs = bench.incoming()
+    place = await acquire(session, needs)
+    assert place is not None
+    bench.cursors.put(KEY, msgspec.json.encode(Cursor(cursor="b", owner="other-1")))
+    with pytest.raises(LeaseLost):
+        await poll_forever(session, place, needs)
+    assert bench.cursor() == Cursor(cursor="b", owner="other-1")
+
+
+async def test_a_fenced_poller_ends_quietly_and_gives_nothing_back() -> None:
+    bench = await ready(batch(raw(), cursor="zombie"))
+    _, task = tended(bench)
+    await settle()
+    bench.cursors.put(KEY, msgspec.json.encode(Cursor(cursor="b", owner="other-1")))
+    await asyncio.sleep(5)
+    assert task.done()
+    assert bench.cursor().owner == "other-1"
+
+
+async def test_a_cursor_write_whose_answer_got_lost_is_ours() -> None:
+    bench = await ready(batch(raw(), cursor="b"), batch(cursor="c"))
+    session = Session(BOT)
+    needs = bench.incoming()
+    place = await acquire(session, needs)
+    assert place is not None
+    bench.cursors.answers_lost = 2
+    bench.chat.script_ends = True
+    with pytest.raises(EndOfScript):
+        await poll_forever(session, place, needs)
+    assert bench.chat.asked == ["", "b", "c"]
+
+
+async def test_nothing_is_polled_for_a_shard_that_is_not_ours() -> None:
+    bench = await ready()
+    bench.leases.owned.clear()
+    _, task = tended(bench)
+    await asyncio.sleep(5)
+    assert task.done()
+    assert bench.chat.asked == []
+
+
+async def test_a_lease_that_pauses_cuts_the_poll_and_one_that_resumes_polls_on() -> None:
+    bench = await ready(batch(cursor="b"))
+    session, task = tended(bench)
+    await asyncio.sleep(1)
+    assert bench.chat.polling == 1
+    bench.leases.is_valid = False
+    session.cut.set()
+    await asyncio.sleep(20)
+    assert (bench.chat.polling, session.state) == (0, "paused")
+    bench.leases.is_valid = True
+    bench.leases.changed.notify()
+    await asyncio.sleep(1)
+    assert bench.chat.polling == 1
+    assert bench.chat.asked == ["", "b", "b"]
+    session.leave(now=True)
+    await task
+
+
+async def test_no_poll_starts_while_the_bus_is_away() -> None:
+    bench = await ready()
+    bench.bus_up.clear()
+    session, task = tended(bench)
+    await asyncio.sleep(60)
+    assert bench.chat.asked == []
+    bench.bus_up.set()
+    await asyncio.sleep(1)
+    assert bench.chat.asked == [""]
+    session.leave(now=True)
+    await task
+
+
+async def test_a_batch_in_hand_is_retried_until_the_bus_is_back() -> None:
+    bench = await ready(batch(raw()))
+    session, task = tended(bench)
+    failures = 20
+
+    async def away(_: str) -> None:
+        nonlocal failures
+        if failures:
+            failures -= 1
+            raise Temporary("bus_down")
+
+    bench.contexts_bucket.on_write = away
+    await asyncio.sleep(60)
+    assert failures == 0
+    assert texts(bench) == ["hello"]
+    assert bench.chat.asked == ["", "b"]
+    session.leave(now=True)
+    await task
+
+
+# starting and stopping -----------------------------------------------------------------------------------
+
+
+async def test_a_start_cursor_is_used_once() -> None:
+    bench = await ready(batch(cursor="b"), start_cursor="given")
+    await polls(bench)
+    assert bench.chat.asked == ["given", "b"]
+    heir = Bench(bench, incarnation="heir-1")
+    heir.leases.proven_dead.add("me-1")
+    await polls(heir)
+    assert bench.chat.asked == ["given", "b", "b"]
+
+
+async def test_ilink_is_told_of_the_start_and_the_end_and_need_not_answer() -> None:
+    bench = await ready()
+    bench.chat.notify_fails = Temporary("timeout")
+    session, task = tended(bench)
+    await asyncio.sleep(1)
+    assert bench.chat.notified == [True]
+    assert bench.chat.asked == [""]
+    session.leave(now=True)
+    await task
+    assert bench.chat.notified == [True, False]
+    assert bench.cursor().owner == ""
+
+
+async def test_leaving_at_a_boundary_lets_the_poll_deliver() -> None:
+    bench = await ready(batch(raw("last words"), cursor="b"), batch(raw("never asked", 2)))
+    session, task = tended(bench)
+    await asyncio.sleep(0.01)
+    assert bench.chat.polling == 1
+    session.leave(now=False)
+    await task
+    assert texts(bench) == ["last words"]
+    assert bench.cursor() == replace(bench.cursor(), cursor="b", owner="")
+    assert bench.chat.polling == 0
+
+
+async def test_stopping_stores_the_batch_in_hand() -> None:
+    """iLink may not say it again (7.2)."""
+    bench = await ready(batch(raw("in hand")))
+    release = asyncio.Event()
+
+    async def slow(message: Message) -> None:
+        await release.wait()
+
+    bench.bus.on_publish = slow
+    _, task = tended(bench)
+    await asyncio.sleep(1)
+    task.cancel()
+    await settle()
+    assert not task.done()
+    release.set()
+    await asyncio.sleep(1)
+    assert task.done()
+    assert texts(bench) == ["in hand"]
+    assert bench.cursor() == replace(bench.cursor(), cursor="b", owner="")
+
+
+async def test_unbinding_ends_the_poll_at_once_and_keeps_what_came_late() -> None:
+    bench = await ready()
+    session, task = tended(bench)
+    await asyncio.sleep(1)
+    await bench.bindings.remove(BOT)
+    session.leave(now=True)
+    await asyncio.sleep(5)
+    assert task.done()
+    assert bench.chat.polling == 0
+
+
+async def test_a_message_for_a_bot_that_was_unbound_while_it_came_is_a_dead_letter() -> None:
+    bench = await ready()
+    session = Session(BOT)
+    needs = bench.incoming()
+    place = await acquire(session, needs)
+    assert place is not None
+    await bench.bindings.remove(BOT)
+    await store(session, batch(raw("too late")), place, needs)
+    assert texts(bench) == []
+    (dead,) = bench.bus.found("DEAD")
+    assert dead.headers["Wechat-Reason"] == "not_bound"
+    assert dead.data == raw("too late")
+
+
+async def test_a_new_token_is_used_at_once() -> None:
+    bench = await ready()
+    session, task = tended(bench)
+    await asyncio.sleep(1)
+    await bench.bind(token="new")
+    session.cut.set()  # the supervisor does, when it sees the change
+    await asyncio.sleep(1)
+    assert bench.chat.tokens == [f"{BOT}:t", "new"]
+    session.leave(now=True)
+    await task
+
+
+async def test_a_url_that_may_not_be_called_is_tried_again_with_backoff_only() -> None:
+    bench = await ready(*[Refused("url", "not on the list")] * 100)
+    session, task = tended(bench)
+    await asyncio.sleep(600)
+    assert len(bench.chat.asked) < 30
+    session.leave(now=True)
+    await task
+
+
+async def test_a_bug_ends_no_poller() -> None:
+    bench = await ready(RuntimeError("a bug"), batch(raw()))
+    with capture_logs() as logs:
+        session, task = tended(bench)
+        await asyncio.sleep(30)
+    assert texts(bench) == ["hello"]
+    assert "poller.crashed" in [line["event"] for line in logs]
+    session.leave(now=True)
+    await task
+
+
+# -14 -----------------------------------------------------------------------------------------------------
+
+
+def changes(bench: Bench) -> list[str]:
+    return [event.change for event in bench.bus.events()]
+
+
+async def test_minus_14_for_ever_ends_in_needs_login_after_four_polls() -> None:
+    """F9: at once, after 5 s, 30 s and 5 min, each with a notifystart before it; then silence."""
+    bench = await ready(*[STALE] * 100)
+    session, task = tended(bench)
+    await asyncio.sleep(24 * 3600)
+    at = [when - bench.chat.polled_at[0] for when in bench.chat.polled_at]
+    assert [round(when) for when in at] == [0, 5, 35, 335]
+    assert bench.chat.notified == [True] * 4
+    assert changes(bench) == ["stale", "needs_login"]
+    binding = bench.bindings.get(BOT)
+    assert binding is not None
+    assert (binding.state, binding.reason, session.state) == ("needs_login", "stale_token", "needs_login")
+    session.leave(now=True)
+    await task
+
+
+async def test_minus_14_once_recovers_quickly() -> None:
+    """F8: nothing is lost and the lanes are woken."""
+    bench = await ready(STALE, batch(raw()))
+    session, task = tended(bench)
+    await asyncio.sleep(1)
+    assert session.stale
+    await asyncio.sleep(10)
+    assert not session.stale
+    assert changes(bench) == ["stale", "recovered"]
+    assert texts(bench) == ["hello"]
+    assert ("s1", BOT, USER) in bench.heard
+    session.leave(now=True)
+    await task
+
+
+async def test_a_server_that_cannot_be_reached_proves_no_login_lost() -> None:
+    """Only -14 says so: a scan of a QR code is a lot to ask of a person for an outage."""
+    bench = await ready(STALE, *[Temporary("network")] * 100, batch(raw()))
+    session, task = tended(bench)
+    await asyncio.sleep(24 * 3600)
+    assert changes(bench) == ["stale", "recovered"]
+    assert texts(bench) == ["hello"]
+    session.leave(now=True)
+    await task
+
+
+async def test_a_server_that_does_not_answer_proves_no_login_lost() -> None:
+    bench = await ready(STALE, *[None] * 10, batch(raw()))
+    session, task = tended(bench)
+    await asyncio.sleep(24 * 3600)
+    assert changes(bench) == ["stale", "recovered"]
+    session.leave(now=True)
+    await task
+
+
+async def test_a_new_token_ends_the_recovery_of_the_old_one() -> None:
+    bench = await ready(STALE)
+    session, task = tended(bench)
+    await asyncio.sleep(1)
+    await bench.bind(token="new")
+    session.cut.set()
+    await asyncio.sleep(1)
+    assert bench.chat.tokens[-1] == "new"
+    assert changes(bench) == ["stale"]
+    assert not session.stale
+    session.leave(now=True)
+    await task
+
+
+async def test_a_token_bound_anew_polls_again_after_needs_login() -> None:
+    bench = await ready(state="needs_login")
+    session, task = tended(bench)
+    await asyncio.sleep(600)
+    assert bench.chat.asked == []
+    await bench.bind(token="new")
+    await asyncio.sleep(2)
+    assert bench.chat.tokens == ["new"]
+    session.leave(now=True)
+    await task
+
+
+async def test_leaving_cuts_a_recovery_short() -> None:
+    bench = await ready(*[STALE] * 10)
+    session, task = tended(bench)
+    await asyncio.sleep(50)
+    session.leave(now=True)
+    await asyncio.sleep(5)
+    assert task.done()
+    assert changes(bench) == ["stale"]
+
+
+async def test_no_secret_reaches_the_log_or_the_bus() -> None:
+    bench = await ready(STALE, Temporary("network"), batch(raw("my secret text")), token="b1@im.bot:SECRET")
+    with capture_logs() as logs:
+        session, task = tended(bench)
+        await asyncio.sleep(60)
+        session.leave(now=True)
+        await task
+    assert "SECRET" not in str(logs)
+    assert "my secret text" not in str(logs)
+    assert "token-1" not in str(logs)
+    stored = b"".join(kept.stored.data for kept in bench.bus.kept)
+    assert b"SECRET" not in stored
+    assert b"token-1" not in stored
+    assert H_SEEN in bench.bus.found("IN")[0].headers
