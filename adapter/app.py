@@ -25,9 +25,10 @@ from adapter.jetstream.consumer import Consumer
 from adapter.jetstream.link import Link
 from adapter.jetstream.publisher import Publisher
 from adapter.jetstream.services import BusTeller, Handler, Services
+from adapter.lanes import Outgoing
 from adapter.leases import Leases
 from adapter.metrics import Metrics
-from adapter.outbound import Outgoing, Shard
+from adapter.outbound import Shard
 from adapter.ports import Delivery
 from adapter.probes import Health, ProbeServer
 from adapter.queries import Queries
@@ -36,6 +37,7 @@ from adapter.records import Binding
 from adapter.router import Router
 from adapter.seal import Sealer
 from adapter.sending import Sender
+from adapter.sessions import Incoming, account_of
 from adapter.settings import Settings
 from adapter.supervisor import Supervisor
 from adapter.timing import SystemClock
@@ -137,13 +139,13 @@ class Adapter:
 
     # what the loops need ----------------------------------------------------------------------------
 
-    def _incoming(self) -> inbound.Incoming:
+    def _incoming(self) -> Incoming:
         settings = self.settings
 
         async def writable() -> None:
             await self.link.wait_up()
 
-        return inbound.Incoming(
+        return Incoming(
             chat=self.chat,
             read_message=read_message,
             bus=self.bus,
@@ -201,7 +203,7 @@ class Adapter:
             receipts=self.receipts,
             names=self.names,
             limits=self.limits,
-            account=lambda binding: inbound.account_of(binding, self.sealer),
+            account=lambda binding: account_of(binding, self.sealer),
             stale=self._stale,
             stale_on_send=stale_on_send,
             bound_yet=self._bound_yet,

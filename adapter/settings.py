@@ -108,8 +108,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     send_timeout_s: Annotated[float, Meta(gt=0)] = 15.0
     """Seconds until a send without answer counts as uncertain."""
 
-    send_attempts: AtLeast1 = 5
-    """Attempts of one send while the answers say that nothing was taken (such as 5xx); then a dead letter."""
+    send_attempts: AtLeast1 = 8
+    """Attempts of one send while the answers say that nothing was taken (such as 5xx); then a dead letter, after 2 min."""
 
     text_max_chars: Annotated[int, Meta(ge=1, le=16384)] = 4000
     """Longest part of a split text, in characters; never above 16,384 bytes of UTF-8 either."""

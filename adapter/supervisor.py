@@ -12,11 +12,11 @@ import structlog
 from adapter.bindings import Bindings
 from adapter.contract import SHARDS, shard_of
 from adapter.errors import Temporary
-from adapter.inbound import Session
 from adapter.leases import Leases
 from adapter.metrics import Metrics
 from adapter.outbound import Shard
 from adapter.records import Binding
+from adapter.sessions import Session
 from adapter.timing import Clock, Latch
 
 log = structlog.get_logger()

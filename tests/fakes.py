@@ -24,15 +24,16 @@ from adapter.errors import BusRefused, Conflict, LeaseLost, Temporary
 from adapter.events import Events
 from adapter.ilink import protocol
 from adapter.ilink.translate import read_message
-from adapter.inbound import Incoming
+from adapter.lanes import Outgoing
 from adapter.leases import Leases
 from adapter.metrics import Metrics
-from adapter.outbound import Outgoing, Shard
+from adapter.outbound import Shard
 from adapter.ports import Accepted, Account, Entry, Message, Polled, PubAck, Stored
 from adapter.receipts import Receipts
 from adapter.records import Binding, Context, Cursor
 from adapter.seal import Sealer
 from adapter.sending import Sender
+from adapter.sessions import Incoming
 from adapter.timing import Latch
 
 EPOCH_MS = 1_789_000_000_000

@@ -11,11 +11,14 @@ from msgspec.structs import replace
 from structlog.testing import capture_logs
 
 from adapter import contract
+from adapter.batches import store
 from adapter.contract import H_MSG_ID, H_SEEN, UnsupportedItem
+from adapter.cursors import acquire
 from adapter.errors import BusRefused, LeaseLost, Refused, SessionExpired, Temporary
-from adapter.inbound import Session, acquire, poll_forever, store, tend
+from adapter.inbound import poll_forever, tend
 from adapter.ports import Message, Polled
 from adapter.records import Cursor
+from adapter.sessions import Session
 from tests.fakes import EPOCH_MS, Bench, EndOfScript, settle
 
 VIRTUAL_TIME = True

@@ -1,0 +1,104 @@
+"""Owning a bot's cursor: taking it, writing it by compare-and-set, giving it back.
+
+The owner's name in the record is the epoch of the fence: whoever writes it raises the revision, and every write of
+the owner before is refused.
+"""
+
+from __future__ import annotations
+
+import msgspec
+import structlog
+
+from adapter import contract
+from adapter.dedup import Seen
+from adapter.errors import Conflict, LeaseLost, Temporary
+from adapter.records import Binding, Cursor
+from adapter.sessions import Incoming, Place, Session, check_owned, notify
+from adapter.timing import first_of
+
+log = structlog.get_logger()
+
+
+async def acquire(session: Session, needs: Incoming) -> Place | None:
+    """Writes this replica's name into the bot's cursor, once nobody else can be polling; None if told to leave.
+
+    Raises Temporary, LeaseLost.
+    """
+    while not session.leaving:
+        binding = needs.bindings.get(session.bot)
+        if binding is None:
+            return None
+        check_owned(needs, binding)
+        async with needs.starting:
+            place = await _acquire_once(binding, needs)
+        if place is not None:
+            return place
+        await first_of(session.cut, 0.1 + needs.clock.jitter(0.1))
+    return None
+
+
+async def _acquire_once(binding: Binding, needs: Incoming) -> Place | None:
+    """None: the poller of another replica has not stopped yet, or the record changed meanwhile. Raises Temporary."""
+    entry = await needs.cursors.get(contract.token_of(binding.bot))
+    record = msgspec.json.decode(entry.value, type=Cursor) if entry and entry.value else None
+    me = needs.leases.incarnation
+    if record is None:
+        last = await needs.history.last(needs.names.stream_in, needs.names.inbox(binding.sandbox))
+        record = Cursor(last_seq=last.seq if last else 0)
+    elif record.owner and record.owner != me and not await needs.leases.is_dead(record.owner):
+        return None
+    if binding.start_cursor is not None and binding.start_cursor != record.start:
+        record = msgspec.structs.replace(record, cursor=binding.start_cursor, start=binding.start_cursor)
+    seen = Seen(record.seen, skew_ms=needs.skew_ms)
+    record = await _catch_up(binding, record, seen, needs)
+    record = msgspec.structs.replace(record, owner=me, seen=seen.records())
+    try:
+        revision = await write_cursor(binding.bot, record, entry.revision if entry else 0, needs)
+    except LeaseLost:
+        return None
+    return Place(record, revision, seen)
+
+
+async def _catch_up(binding: Binding, record: Cursor, seen: Seen, needs: Incoming) -> Cursor:
+    """Adds what was stored on the bus after the cursor's last write: a crash came between the two."""
+    last = record.last_seq
+    inbox = needs.names.inbox(binding.sandbox)
+    async for stored in needs.history.read(needs.names.stream_in, inbox, after=record.last_seq):
+        last = stored.seq
+        known = stored.headers.get(contract.H_SEEN, "")
+        owner, _, keys = known.partition(" ")
+        if owner == contract.token_of(binding.bot) and keys:
+            seen.add_record(keys, needs.clock.now_ms())
+            log.info("inbound.recovered", bot=binding.bot, sequence=stored.seq)
+    return msgspec.structs.replace(record, last_seq=last)
+
+
+async def write_cursor(bot: str, record: Cursor, revision: int, needs: Incoming) -> int:
+    """Raises LeaseLost when another replica wrote since."""
+    key, value = contract.token_of(bot), msgspec.json.encode(record)
+    try:
+        return await needs.cursors.update(key, value, revision)
+    except Conflict:
+        entry = await needs.cursors.get(key)
+        if entry is not None and entry.value == value:
+            return entry.revision  # our own write, whose answer got lost
+        raise LeaseLost("cursor_taken", bot) from None
+
+
+async def give_back(session: Session, needs: Incoming) -> None:
+    """Takes this replica's name out of the cursor, so that the next owner need not wait for a lease to run out."""
+    session.state = "draining"
+    needs.contexts.forget(session.bot)
+    key = contract.token_of(session.bot)
+    try:
+        entry = await needs.cursors.get(key)
+        if entry is None or entry.value is None:
+            return
+        record = msgspec.json.decode(entry.value, type=Cursor)
+        if record.owner == needs.leases.incarnation and needs.leases.incarnation:
+            await needs.cursors.update(
+                key, msgspec.json.encode(msgspec.structs.replace(record, owner="")), entry.revision
+            )
+        await notify(session, needs, start=False)
+    except (Temporary, Conflict) as exc:
+        log.warning("cursor.unreleased", bot=session.bot, reason=exc.reason)

@@ -1,0 +1,460 @@
+"""A user's lane and how it is worked off: turn by turn, what is parked before what is queued.
+
+A lane never has two requests out at once, and no lane waits for another. What cannot be sent before the user writes
+is moved to WECHAT_PARKED at once, so that it does not fill the consumer's window.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict, deque
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, NamedTuple
+
+import structlog
+
+from adapter import contract, sending, window
+from adapter.bindings import Bindings
+from adapter.commands import Command, Limits, peek, read_command
+from adapter.contract import Names
+from adapter.errors import BusRefused, LeaseLost, Refused, Temporary
+from adapter.leases import Leases
+from adapter.ports import Account, Bus, Delivery, History, Message, Stored
+from adapter.receipts import Receipts
+from adapter.records import Binding
+from adapter.sending import Ending, Repeat, Sender, Wait
+from adapter.timing import finish
+
+log = structlog.get_logger()
+
+SETTLED_KEPT = 10_000
+"""Sequences per shard remembered as settled, for acks that got lost."""
+FOREVER_S = 3600.0
+
+
+class Outgoing(NamedTuple):
+    """What the lanes need."""
+
+    sender: Sender
+    """Without `pause` and `check`, which each shard brings, and `pace`, which each lane brings."""
+    bus: Bus
+    history: History
+    bindings: Bindings
+    leases: Leases
+    receipts: Receipts
+    names: Names
+    limits: Limits
+    account: Callable[[Binding], Account]
+    """Raises Refused("token_key")."""
+    stale: Callable[[str], bool]
+    """Whether a bot's token is being tried again: nothing may be sent for it."""
+    stale_on_send: Callable[[Binding, str], Awaitable[None]]
+    """iLink refused the token on every send for too long: the binding needs a login."""
+    bound_yet: Callable[[], Awaitable[None]]
+    """Returns once every bind command stored before the call has taken effect."""
+    gap_s: float
+    parked_per_user: int
+    stale_retry_s: tuple[float, ...]
+    grace_s: float
+
+
+class Draining(Exception):
+    """The service stops: what is in hand stays unsettled, and comes again to the next owner."""
+
+
+class Item:
+    """One command on its way through a lane."""
+
+    __slots__ = ("command", "data", "delivery", "headers", "parked_seq", "suspect")
+
+    def __init__(self, command: Command, data: bytes, headers: dict[str, str], *, suspect: bool) -> None:
+        self.command = command
+        self.data = data
+        self.headers = headers
+        self.delivery: Delivery | None = None
+        self.parked_seq = 0
+        """Its sequence in WECHAT_PARKED, if it comes from there."""
+        self.suspect = suspect
+        """It was in somebody's hand before: its receipt may be on the bus already."""
+
+
+class Parked(NamedTuple):
+    """A command that waits on the bus."""
+
+    seq: int
+    subject: str
+    command: str
+    expires_ms: int
+
+
+class Lane:
+    """Everything for one user of one sandbox, in order: first what is parked, then the queue."""
+
+    def __init__(self, sandbox: str, bot: str, user: str) -> None:
+        self.sandbox = sandbox
+        self.bot = bot
+        """The bot that it was last meant for; another bot of the same user may take its place."""
+        self.user = user
+        """"" as long as nobody knows the bot's user."""
+        self.queue: deque[Item] = deque()
+        self.parked: deque[Parked] = deque()
+        self.reason = ""
+        """Why the parked commands wait."""
+        self.wake = asyncio.Event()
+        self.next_send = 0.0
+        self.stale_tries = 0
+        self.stale_until = 0.0
+        self.fresh = True
+        """Nothing parked was looked at since this replica took the shard."""
+        self.moved: Lane | None = None
+        """The lane that took everything over when the bot's user became known."""
+        self.task: asyncio.Task[None] | None = None
+
+    def current(self) -> Lane:
+        return self.moved.current() if self.moved else self
+
+
+class LaneWork:
+    """The lanes of one shard at work; `Shard` adds what arrives."""
+
+    def __init__(self, number: int, needs: Outgoing) -> None:
+        self.number = number
+        self._needs = needs
+        self._sender = needs.sender._replace(pause=self._pause, check=lambda: needs.leases.check(number))
+        self._in_hand: dict[int, Item] = {}
+        """By sequence: delivered, and neither parked nor settled."""
+        self._settled: OrderedDict[int, None] = OrderedDict()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._drain = asyncio.Event()
+
+    async def _run(self, lane: Lane) -> None:
+        """Works until the lane is empty. One unit of work per turn; what fails unexpectedly is tried again."""
+        failures = 0
+        while (lane.queue or lane.parked) and not self._drain.is_set():
+            lane.wake.clear()
+            try:
+                wait_s = await finish(self._turn(lane), self._needs.grace_s)
+                failures = 0
+            except (LeaseLost, Draining):
+                return
+            except Temporary as exc:
+                log.warning("lane.waits", sandbox=lane.sandbox, reason=exc.reason)
+                wait_s = 0.5
+            except Exception:
+                failures += 1
+                log.exception("lane.crashed", sandbox=lane.sandbox, failures=failures)
+                wait_s = min(60.0, 2.0**failures)
+            if wait_s:
+                await self._sleep(lane, wait_s)
+
+    async def _sleep(self, lane: Lane, seconds: float) -> None:
+        waits = [asyncio.ensure_future(lane.wake.wait()), asyncio.ensure_future(self._drain.wait())]
+        try:
+            await asyncio.wait(waits, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+
+    async def _turn(self, lane: Lane) -> float:
+        """One step for the lane; seconds to wait before the next (0: at once), unless it is woken."""
+        await self._expire(lane)
+        if not (lane.queue or lane.parked):
+            return 0.0
+        binding = self._binding(lane)
+        if binding is None:
+            await self._needs.bound_yet()
+            binding = self._binding(lane)
+        if binding is None:
+            await self._give_up(lane)
+            return 0.0
+        lane.reason = self._hindrance(lane, binding)
+        if lane.parked and not lane.reason:
+            return await self._flush(lane, binding)
+        if not lane.queue:
+            return self._patience(lane)
+        item = lane.queue[0]
+        if lane.parked or lane.reason:
+            await self._hold_back(lane, item, Wait(lane.reason or "backlog"))
+            _shift(lane, item)
+            return 0.0
+        result = await self._send(lane, item, binding)
+        if isinstance(result, Wait):
+            await self._hold_back(lane, item, result)
+            lane.reason = result.reason
+        _shift(lane, item)
+        return 0.0
+
+    def _binding(self, lane: Lane) -> Binding | None:
+        """The bot that serves the lane's user now: its own, or the one that replaced it."""
+        found = self._needs.bindings.get(lane.bot)
+        if found is not None and found.sandbox == lane.sandbox:
+            return found
+        if not lane.user:
+            return None
+        for other in self._needs.bindings.of_sandbox(lane.sandbox):
+            if other.user == lane.user:
+                lane.bot = other.bot
+                return other
+        return None
+
+    def _hindrance(self, lane: Lane, binding: Binding) -> str:
+        if binding.state == "needs_login" or self._needs.stale(binding.bot):
+            return "needs_login"
+        if self._sender.clock.monotonic() < lane.stale_until:
+            return "needs_login"
+        return "" if lane.user else "window_closed"
+
+    def _patience(self, lane: Lane) -> float:
+        """How long the lane may sleep when nobody wakes it."""
+        now_ms = self._sender.clock.now_ms()
+        waits = [FOREVER_S, *((parked.expires_ms - now_ms) / 1000 for parked in lane.parked)]
+        if lane.stale_until > self._sender.clock.monotonic():
+            waits.append(lane.stale_until - self._sender.clock.monotonic())
+        return max(0.05, min(waits))
+
+    async def _flush(self, lane: Lane, binding: Binding) -> float:
+        """Sends the oldest parked command, if it may go now."""
+        parked = lane.parked[0]
+        item = await self._load_parked(parked)
+        if item is None:
+            lane.parked.popleft()
+            return 0.0
+        item.suspect = lane.fresh
+        result = await self._send(lane, item, binding)
+        if isinstance(result, Wait):
+            lane.reason = result.reason
+            if lane.queue:
+                behind = lane.queue[0]
+                await self._hold_back(lane, behind, Wait(result.reason))
+                _shift(lane, behind)
+                return 0.0
+            peer = await self._sender.contexts.peer(binding.bot, lane.user)
+            opens_ms = window.opens_at_ms(peer.context, self._sender.rules)
+            left_s = (opens_ms - self._sender.clock.now_ms()) / 1000 if opens_ms else FOREVER_S
+            return max(0.05, min(self._patience(lane), left_s))
+        lane.fresh = False
+        lane.parked.popleft()
+        return 0.0
+
+    async def _load_parked(self, parked: Parked) -> Item | None:
+        names = self._needs.names
+        async for stored in self._needs.history.read(names.stream_parked, parked.subject, after=parked.seq - 1):
+            return self._item_of(stored) if stored.seq == parked.seq else None
+        return None
+
+    def _item_of(self, stored: Stored) -> Item:
+        """A parked command. Raises Unreadable, Refused."""
+        headers = stored.headers
+        command = read_command(
+            peek(stored.data, self._needs.limits),
+            sandbox=headers.get(contract.H_SANDBOX, ""),
+            ident=headers.get(contract.H_COMMAND, ""),
+            stored_ms=int(headers.get(contract.H_TIME_MS, "0")),
+            limits=self._needs.limits,
+        )
+        item = Item(command, stored.data, headers, suspect=True)
+        item.parked_seq = stored.seq
+        return item
+
+    async def _send(self, lane: Lane, item: Item, binding: Binding) -> Wait | None:
+        """Sends and settles; a Wait leaves the command where it is."""
+        if item.suspect and await self._needs.receipts.has_final(item.command):
+            self._settle(item)
+            await self._unpark(item)
+            return None
+        peer = await self._sender.contexts.peer(binding.bot, lane.user)
+        try:
+            account = self._needs.account(binding)
+        except Refused as exc:
+            return Wait("needs_login", exc.detail)
+
+        sender = self._sender._replace(pace=lambda: self._pace(lane))
+        async with peer.sending:
+            result = await sending.send(item.command, peer, account, sender)
+            match result:
+                case Repeat():
+                    self._repeated(item)
+                    self._settle(item)
+                    await self._unpark(item)
+                    return None
+                case Wait():
+                    if result.reason == "needs_login":
+                        await self._refused_token(lane, binding, result)
+                    if item.command.when_closed == "park":
+                        return result
+                    hand = peer.context.hand
+                    sent = tuple(hand.message_ids) if hand and hand.client == item.command.client else ()
+                    ending = Ending("refused", result.reason, result.detail, sent, *result[2:])
+                    await self._end(item, ending, window.shown(peer.context, self._sender.rules), binding, lane.user)
+                    peer.context = window.settled(peer.context, item.command.id)
+                    return None
+                case Ending():
+                    lane.stale_tries = 0
+                    await self._end(item, result, window.shown(peer.context, self._sender.rules), binding, lane.user)
+                    peer.context = window.settled(peer.context, item.command.id)
+                    return None
+
+    async def _pace(self, lane: Lane) -> None:
+        wait_s = lane.next_send - self._sender.clock.monotonic()
+        if wait_s > 0:
+            await self._pause(wait_s)
+        lane.next_send = self._sender.clock.monotonic() + self._needs.gap_s
+
+    async def _refused_token(self, lane: Lane, binding: Binding, result: Wait) -> None:
+        """-14 on a send while polling may be fine (F10): a few spaced tries, then a login is needed."""
+        if result.errcode is None and result.ret is None:
+            return
+        schedule = self._needs.stale_retry_s
+        lane.stale_tries += 1
+        log.warning("send.stale", bot=binding.bot, tries=lane.stale_tries)
+        if lane.stale_tries > len(schedule):
+            await self._needs.stale_on_send(binding, result.detail)
+            return
+        lane.stale_until = self._sender.clock.monotonic() + schedule[lane.stale_tries - 1]
+
+    def _repeated(self, item: Item) -> None:
+        """A second publish of a command that has its receipt, or will have it."""
+        log.info("command.repeated", sandbox=item.command.sandbox, command=item.command.id)
+        self._sender.metrics.outbound_messages.labels(outcome="duplicate", reason="none").inc()
+
+    async def _hold_back(self, lane: Lane, item: Item, wait: Wait) -> None:
+        """Parks a command of the queue, or refuses it where it does not want to wait or too many do."""
+        command = item.command
+        if command.when_closed == "refuse":
+            await self._end(
+                item, Ending("refused", wait.reason, wait.detail, (), *wait[2:]), await self._window(lane)
+            )
+            return
+        if len(lane.parked) >= self._needs.parked_per_user:
+            await self._end(
+                item, Ending("refused", "backlog", "Too many commands wait for this user."), await self._window(lane)
+            )
+            return
+        headers = {k: v for k, v in item.headers.items() if not k.startswith("Nats-")} | {
+            contract.H_MSG_ID: f"parked:{command.client}",
+            contract.H_SANDBOX: command.sandbox,
+            contract.H_COMMAND: command.id,
+            contract.H_TIME_MS: str(command.stored_ms),
+        }
+        subject = self._needs.names.parked(self.number, contract.peer_key(lane.bot, lane.user))
+        try:
+            ack = await self._needs.bus.publish(Message("parked", subject, item.data, headers))
+        except BusRefused as exc:
+            await self._end(item, Ending("refused", "backlog", f"It could not be parked: {exc.detail}"), None)
+            return
+        await self._needs.receipts.parked(command, wait, lane.bot, lane.user, await self._window(lane))
+        home = lane.current()
+        parked = Parked(ack.seq, subject, command.id, command.expires_ms)
+        if parked not in home.parked:
+            home.parked.append(parked)
+        self._start(home)
+        self._settle(item)
+
+    async def _window(self, lane: Lane) -> contract.Window:
+        if not lane.user:
+            return contract.Window(remaining=0)
+        peer = await self._sender.contexts.peer(lane.bot, lane.user)
+        return window.shown(peer.context, self._sender.rules)
+
+    async def _end(
+        self,
+        item: Item,
+        ending: Ending,
+        shown: contract.Window | None,
+        binding: Binding | None = None,
+        user: str = "",
+    ) -> None:
+        """The final receipt, and what belongs to it; then the command is settled."""
+        command = item.command
+        if not (item.suspect and await self._needs.receipts.has_final(command)):
+            bot = binding.bot if binding else command.bot
+            await self._needs.receipts.final(
+                command,
+                ending,
+                bot=bot,
+                user=user or command.user,
+                shown=shown or contract.Window(),
+                original=(item.data, item.headers, self._needs.names.out(command.sandbox)),
+            )
+        self._settle(item)
+        await self._unpark(item)
+
+    async def _end_surely(self, item: Item, ending: Ending) -> None:
+        """Ends a command that never came into a lane. Raises Draining."""
+        while True:
+            try:
+                await self._end(item, ending, None)
+            except Temporary as exc:
+                log.warning("command.waits", sandbox=item.command.sandbox, reason=exc.reason)
+                await self._pause(0.5)
+            else:
+                return
+
+    def _settle(self, item: Item) -> None:
+        delivery = item.delivery
+        if delivery is None:
+            return
+        self._in_hand.pop(delivery.seq, None)
+        self._settled[delivery.seq] = None
+        if len(self._settled) > SETTLED_KEPT:
+            self._settled.popitem(last=False)
+        self._spawn(delivery.ack())
+
+    async def _unpark(self, item: Item) -> None:
+        if item.parked_seq:
+            await self._needs.history.delete(self._needs.names.stream_parked, item.parked_seq)
+
+    async def _expire(self, lane: Lane) -> None:
+        """Refuses what waited too long."""
+        now_ms = self._sender.clock.now_ms()
+        for item in [item for item in lane.queue if item.command.expires_ms <= now_ms]:
+            await self._end(item, Ending("refused", "expired", "It was not sent in time."), await self._window(lane))
+            if item in lane.queue:
+                lane.queue.remove(item)
+        for parked in [parked for parked in lane.parked if parked.expires_ms <= now_ms]:
+            if item_now := await self._load_parked(parked):
+                ending = Ending("refused", "expired", "The user did not write in time.")
+                await self._end(item_now, ending, await self._window(lane))
+            if parked in lane.parked:
+                lane.parked.remove(parked)
+
+    async def _give_up(self, lane: Lane) -> None:
+        """The user's bot was unbound: nothing of theirs will be sent."""
+        ending = Ending("refused", "not_bound", "The bot was unbound.")
+        while lane.queue:
+            await self._end(lane.queue[0], ending, None)
+            lane.queue.popleft()
+        while lane.parked:
+            if item := await self._load_parked(lane.parked[0]):
+                await self._end(item, ending, None)
+            lane.parked.popleft()
+
+    async def _pause(self, seconds: float) -> None:
+        try:
+            async with asyncio.timeout(seconds):
+                await self._drain.wait()
+        except TimeoutError:
+            return
+        raise Draining
+
+    def _start(self, lane: Lane) -> None:
+        lane.wake.set()
+        if (lane.task is None or lane.task.done()) and (lane.queue or lane.parked) and not self._drain.is_set():
+            lane.task = self._spawn(self._run(lane))
+
+    def _spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+        return task
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (exc := task.exception()) and not isinstance(exc, Draining):
+            log.error("task.crashed", shard=self.number, exc_info=exc)
+
+
+def _shift(lane: Lane, item: Item) -> None:
+    """Takes the first command out of the queue, unless the queue went to another lane meanwhile."""
+    if lane.queue and lane.queue[0] is item:
+        lane.queue.popleft()

@@ -1,0 +1,135 @@
+"""A bot's poller: what it needs, what others may know of it, and where it stands."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import structlog
+
+from adapter import contract, window
+from adapter.bindings import Bindings
+from adapter.contexts import Contexts
+from adapter.contract import BindingEvent, Names
+from adapter.dedup import Seen
+from adapter.errors import AdapterError
+from adapter.events import Events
+from adapter.leases import Leases
+from adapter.metrics import Metrics
+from adapter.ports import Account, Bucket, Bus, Chat, History, Said
+from adapter.records import Binding, Cursor
+from adapter.seal import Sealer
+from adapter.timing import Clock, Latch
+
+log = structlog.get_logger()
+
+State: TypeAlias = Literal["starting", "polling", "paused", "needs_login", "error", "draining"]
+
+
+class Incoming(NamedTuple):
+    """What a poller needs."""
+
+    chat: Chat
+    read_message: Callable[[bytes], Said]
+    bus: Bus
+    history: History
+    cursors: Bucket
+    contexts: Contexts
+    bindings: Bindings
+    leases: Leases
+    events: Events
+    sealer: Sealer
+    clock: Clock
+    metrics: Metrics
+    names: Names
+    rules: window.Rules
+    heard: Callable[[str, str, str], None]
+    """Called with sandbox, bot and user once a message of the user is on the bus."""
+    writable: Callable[[], Awaitable[None]]
+    """Returns when the bus is there; no poll starts before."""
+    starting: asyncio.Semaphore
+    """Bounds how many pollers start at once: thousands would hold up the event loop, and with it the lease."""
+    spread_s: Callable[[], float]
+    """Over how long polls are spread that could all start again at the same moment."""
+    stale_retry_s: tuple[float, ...]
+    skew_ms: int
+    notify: bool
+    grace_s: float
+
+
+class Session:
+    """The state of one bot's poller, for the supervisor, the sender and the metrics."""
+
+    def __init__(self, bot: str) -> None:
+        self.bot = bot
+        self.state: State = "starting"
+        self.stale = False
+        """iLink said -14 and the recovery runs: nothing may be sent."""
+        self.since = 0.0
+        self.answered = 0.0
+        """Monotonic time of the last answer of iLink to a poll."""
+        self.leaving = False
+        """Ends at the next poll boundary."""
+        self.served: Binding | None = None
+        """What was last polled with: an unbound bot's end is told to iLink with it."""
+        self.cut = asyncio.Event()
+        """Ends a poll that waits, now."""
+
+    def must_leave(self) -> bool:
+        """For conditions that are looked at again and again."""
+        return self.leaving
+
+    def leave(self, *, now: bool) -> None:
+        """Asks the poller to end: at the next boundary, or `now`, cutting a poll that waits."""
+        self.leaving = True
+        if now:
+            self.cut.set()
+
+
+class Place(NamedTuple):
+    """Where a poller stands: what its cursor's record says, and the revision that fences it."""
+
+    record: Cursor
+    revision: int
+    seen: Seen
+
+
+def check_owned(needs: Incoming, binding: Binding) -> None:
+    needs.leases.check(contract.shard_of(binding.sandbox))
+
+
+def account_of(binding: Binding, sealer: Sealer) -> Account:
+    """How a bot is called. Raises Refused("token_key")."""
+    return Account(binding.bot, sealer.open(binding.bot, binding.token), binding.base_url)
+
+
+async def notify(session: Session, needs: Incoming, *, start: bool) -> None:
+    """Best effort: iLink tracks who is online (ilink-protocol 11.1)."""
+    binding = needs.bindings.get(session.bot) or session.served
+    if not needs.notify or binding is None or binding.state != "active":
+        return
+    try:
+        await needs.chat.notify(account_of(binding, needs.sealer), start=start)
+    except AdapterError as exc:
+        log.info("notify.failed", bot=session.bot, start=start, reason=exc.reason)
+
+
+def binding_event(binding: Binding, change: Any, reason: str, detail: str) -> BindingEvent:
+    return BindingEvent(
+        sandbox=binding.sandbox, bot=binding.bot, user=binding.user, change=change, reason=reason[:200], detail=detail
+    )
+
+
+def rebound(binding: Binding, needs: Incoming) -> Callable[[], bool]:
+    """Whether the bot's binding is another than `binding` by now."""
+    return lambda: needs.bindings.get(binding.bot) != binding
+
+
+async def wait_until(
+    session: Session, latch: Latch, holds: Callable[[], bool], timeout_s: float | None = None
+) -> None:
+    """Waits until `holds()`, the session must leave, or `timeout_s` seconds have passed."""
+    async with asyncio.timeout(timeout_s):
+        while not (session.must_leave() or holds()):
+            await latch.until(lambda: session.must_leave() or holds(), 1.0)
