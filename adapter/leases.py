@@ -106,7 +106,7 @@ class Leases:
             try:
                 await self._renew()
                 failures = 0
-            except Temporary as exc:
+            except (Temporary, Conflict) as exc:  # Conflict: a write landed of which we did not hear in time
                 failures += 1
                 if failures == 1:
                     log.warning("lease.unrenewed", reason=exc.reason)

@@ -1,0 +1,443 @@
+"""Exactly one owner per shard, always: several replicas on one register, with everything that may go wrong between."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from structlog.testing import capture_logs
+
+from adapter.contract import SHARDS
+from adapter.errors import Conflict, LeaseLost, Temporary
+from adapter.leases import HOLD, Leases
+from adapter.metrics import Metrics
+from adapter.ports import Entry
+from tests.fakes import FakeClock, VirtualLoop
+
+VIRTUAL_TIME = True
+
+LEASE_S = 4.0
+
+
+class Store:
+    """A bucket as its leader has it."""
+
+    def __init__(self) -> None:
+        self.entries: dict[str, Entry] = {}
+        self.revision = 0
+        self.writes = 0
+
+    def write(self, key: str, value: bytes | None, revision: int) -> int:
+        known = self.entries.get(key)
+        if revision != (known.revision if known else 0):
+            raise Conflict(10071, "wrong last sequence")
+        self.revision += 1
+        self.writes += 1
+        self.entries[key] = Entry(key, value, self.revision)
+        return self.revision
+
+
+class Line:
+    """Implements Register: one replica's connection to a store, which may be cut in every way."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.down = False
+        """Nothing gets through, in either direction; a request fails after a second."""
+        self.deaf = False
+        """Writes get through, answers do not."""
+        self.reads_fail = False
+        self.late_s = 0.0
+        """How long a write takes to the store."""
+
+    async def get(self, key: str) -> Entry | None:
+        await self._through()
+        return self.store.entries.get(key)
+
+    async def entries(self) -> list[Entry]:
+        await self._through()
+        return [entry for entry in self.store.entries.values() if entry.value is not None]
+
+    async def write(self, key: str, value: bytes | None, revision: int) -> int:
+        if self.down:
+            await self._fail()
+        if self.late_s > 1.0:
+            asyncio.get_running_loop().call_later(self.late_s, self._land, key, value, revision)
+            await self._fail()
+        await asyncio.sleep(0.01 + self.late_s)
+        written = self.store.write(key, value, revision)
+        if self.deaf:
+            await self._fail()
+        return written
+
+    def _land(self, key: str, value: bytes | None, revision: int) -> None:
+        try:
+            self.store.write(key, value, revision)
+        except Conflict:
+            return
+
+    async def _through(self) -> None:
+        if self.down or self.deaf or self.reads_fail:
+            await self._fail()
+        await asyncio.sleep(0.01)
+
+    async def _fail(self) -> None:
+        await asyncio.sleep(1.0)
+        raise Temporary("bus_timeout")
+
+
+class Replica:
+    def __init__(self, cluster: Cluster, name: str) -> None:
+        self.members, self.claims = Line(cluster.members), Line(cluster.claims)
+        self.leases = Leases(self.members, self.claims, FakeClock(), Metrics(), instance=name, lease_s=LEASE_S)
+        self.task = asyncio.get_running_loop().create_task(self.leases.run())
+
+    @property
+    def working(self) -> set[int]:
+        """The shards that it polls and sends for at this moment."""
+        return self.leases.owned if self.leases.valid else set()
+
+    def cut(self, down: bool = True) -> None:
+        self.members.down = self.claims.down = down
+
+    async def kill(self) -> None:
+        self.task.cancel()
+        await asyncio.wait([self.task])
+        self.leases.owned.clear()
+
+    async def leave(self) -> None:
+        """As the service does on SIGTERM."""
+        await self.leases.drain()
+        self.task.cancel()
+        await asyncio.wait([self.task])
+        await self.leases.release_all()
+
+
+class Cluster:
+    """Replicas, watched all the time: two that work for one shard end the test."""
+
+    def __init__(self) -> None:
+        self.members, self.claims = Store(), Store()
+        self.replicas: list[Replica] = []
+
+    def start(self, name: str = "") -> Replica:
+        replica = Replica(self, name or f"r{len(self.replicas)}")
+        self.replicas.append(replica)
+        return replica
+
+    async def run(self, seconds: float) -> None:
+        for _ in range(round(seconds / 0.02)):
+            await asyncio.sleep(0.02)
+            working: set[int] = set()
+            for replica in self.replicas:
+                assert not working & replica.working, "two owners at once"
+                working |= replica.working
+                if replica.task.done() and not replica.task.cancelled():
+                    replica.task.result()
+
+    @property
+    def worked_for(self) -> int:
+        return sum(len(replica.working) for replica in self.replicas)
+
+    def stop(self) -> None:
+        for replica in self.replicas:
+            replica.task.cancel()
+
+
+async def test_one_replica_owns_everything() -> None:
+    cluster = Cluster()
+    alone = cluster.start()
+    await cluster.run(2)
+    assert alone.working == set(range(SHARDS))
+    alone.leases.check(5)
+    cluster.stop()
+
+
+async def test_replicas_that_start_together_share() -> None:
+    cluster = Cluster()
+    replicas = [cluster.start() for _ in range(3)]
+    await cluster.run(5)
+    assert cluster.worked_for == SHARDS
+    assert all(len(replica.working) > SHARDS / 6 for replica in replicas)
+    cluster.stop()
+
+
+async def test_an_idle_replica_writes_one_key_per_quarter_of_a_lease() -> None:
+    cluster = Cluster()
+    cluster.start()
+    await cluster.run(5)
+    before = cluster.members.writes, cluster.claims.writes
+    await cluster.run(60)
+    assert cluster.members.writes - before[0] <= 60
+    assert cluster.claims.writes == before[1]
+    cluster.stop()
+
+
+async def test_a_dead_replica_is_replaced_within_six_seconds_and_not_before_its_lease_ran_out() -> None:
+    cluster = Cluster()
+    first = cluster.start()
+    await cluster.run(3)
+    heir = cluster.start()
+    await cluster.run(3)
+    owned = set(first.working)
+    await first.kill()
+    await cluster.run(HOLD * LEASE_S - 1.0)
+    assert heir.working == set(range(SHARDS)) - owned
+    await cluster.run(6.0 - HOLD * LEASE_S + 1.0)
+    assert heir.working == set(range(SHARDS))
+    cluster.stop()
+
+
+async def test_a_replica_that_cannot_renew_stops_before_anybody_takes_over() -> None:
+    cluster = Cluster()
+    first = cluster.start()
+    await cluster.run(3)
+    heir = cluster.start()
+    await cluster.run(1)
+    first.cut()
+    with capture_logs() as logs:
+        await cluster.run(HOLD * LEASE_S + 0.1)
+    assert first.working == set()
+    assert first.leases.owned
+    with pytest.raises(LeaseLost):
+        first.leases.check(next(iter(first.leases.owned)))
+    assert "lease.paused" in [line["event"] for line in logs]
+    await cluster.run(4)
+    assert heir.working == set(range(SHARDS))
+    cluster.stop()
+
+
+async def test_a_revoked_holder_finds_out_and_joins_as_somebody_new() -> None:
+    cluster = Cluster()
+    first = cluster.start()
+    await cluster.run(3)
+    heir = cluster.start()
+    incarnation = first.leases.incarnation
+    first.cut()
+    await cluster.run(10)
+    first.cut(down=False)
+    with capture_logs() as logs:
+        await cluster.run(5)
+    assert "lease.revoked" in [line["event"] for line in logs]
+    assert first.leases.incarnation != incarnation
+    assert await heir.leases.is_dead(incarnation)
+    assert not await heir.leases.is_dead(first.leases.incarnation)
+    assert cluster.worked_for == SHARDS
+    cluster.stop()
+
+
+async def test_an_outage_of_everybody_keeps_the_owners() -> None:
+    """Eight seconds without NATS: all pause, nobody takes over, all go on."""
+    cluster = Cluster()
+    replicas = [cluster.start() for _ in range(3)]
+    await cluster.run(5)
+    before = [set(replica.working) for replica in replicas]
+    for replica in replicas:
+        replica.cut()
+    await cluster.run(8)
+    assert cluster.worked_for == 0
+    for replica in replicas:
+        replica.cut(down=False)
+    await cluster.run(3)
+    assert [set(replica.working) for replica in replicas] == before
+    cluster.stop()
+
+
+async def test_a_blind_observer_starts_its_observation_again() -> None:
+    """What it saw before it was blind proves nothing about the time since."""
+    cluster = Cluster()
+    first = cluster.start()
+    await cluster.run(3)
+    observer = cluster.start()
+    await cluster.run(1)
+    observer.members.reads_fail = True
+    first.members.down = True
+    await cluster.run(10)
+    observer.members.reads_fail = False
+    await cluster.run(LEASE_S - 0.5)
+    assert observer.working == set()
+    assert not await observer.leases.is_dead(first.leases.incarnation)
+    await cluster.run(3)
+    assert observer.working == set(range(SHARDS))
+    cluster.stop()
+
+
+async def test_a_renewal_whose_answer_got_lost_is_adopted() -> None:
+    cluster = Cluster()
+    alone = cluster.start()
+    await cluster.run(3)
+    incarnation = alone.leases.incarnation
+    for _ in range(5):
+        alone.members.deaf = True
+        await cluster.run(1.5)
+        alone.members.deaf = False
+        await cluster.run(2.5)
+    assert alone.leases.incarnation == incarnation
+    assert alone.working == set(range(SHARDS))
+    cluster.stop()
+
+
+async def test_a_claim_whose_answer_got_lost_is_adopted() -> None:
+    cluster = Cluster()
+    alone = cluster.start()
+    alone.claims.deaf = True
+    await cluster.run(5)
+    assert alone.working == set()
+    assert len(cluster.claims.entries) <= SHARDS
+    alone.claims.deaf = False
+    await cluster.run(3)
+    assert alone.working == set(range(SHARDS))
+    cluster.stop()
+
+
+async def test_a_write_that_lands_late_makes_nobody_owner_twice() -> None:
+    cluster = Cluster()
+    first, second = cluster.start(), cluster.start()
+    await cluster.run(5)
+    first.members.late_s = first.claims.late_s = 5.0
+    await cluster.run(20)
+    first.members.late_s = first.claims.late_s = 0.0
+    await cluster.run(10)
+    assert cluster.worked_for == SHARDS
+    assert second.working
+    cluster.stop()
+
+
+async def test_one_who_drains_claims_nothing_and_hands_over_at_once() -> None:
+    cluster = Cluster()
+    first = cluster.start()
+    await cluster.run(3)
+    heir = cluster.start()
+    await cluster.run(1)
+    leaving = asyncio.get_running_loop().create_task(first.leave())
+    await cluster.run(2.0)
+    await leaving
+    assert heir.working == set(range(SHARDS))
+    assert first.leases.owned == set()
+    cluster.stop()
+
+
+async def test_one_who_drains_does_not_take_the_shards_of_one_who_dies() -> None:
+    cluster = Cluster()
+    first, second = cluster.start(), cluster.start()
+    await cluster.run(5)
+    owned = set(first.working)
+    await first.leases.drain()
+    await second.kill()
+    await cluster.run(10)
+    assert first.working == owned
+    cluster.stop()
+
+
+async def test_a_replica_that_cannot_give_back_is_taken_over_when_its_lease_runs_out() -> None:
+    cluster = Cluster()
+    first = cluster.start()
+    await cluster.run(3)
+    heir = cluster.start()
+    await cluster.run(1)
+    first.cut()
+    leaving = asyncio.get_running_loop().create_task(first.leave())
+    await cluster.run(10)
+    await leaving
+    assert heir.working == set(range(SHARDS))
+    cluster.stop()
+
+
+async def test_nobody_is_dead_who_renews() -> None:
+    cluster = Cluster()
+    first, second = cluster.start(), cluster.start()
+    await cluster.run(30)
+    assert not await first.leases.is_dead(second.leases.incarnation)
+    assert not await first.leases.is_dead(first.leases.incarnation)
+    assert await first.leases.is_dead("never-was-1")
+    cluster.stop()
+
+
+# by chance -----------------------------------------------------------------------------------------------
+
+
+Fault = Callable[[Replica], None]
+
+
+def _set(name: str, value: Any) -> Fault:
+    def fault(replica: Replica) -> None:
+        setattr(replica.members, name, value)
+        setattr(replica.claims, name, value)
+
+    return fault
+
+
+def _set_members(name: str, value: Any) -> Fault:
+    def fault(replica: Replica) -> None:
+        setattr(replica.members, name, value)
+
+    return fault
+
+
+FAULTS: dict[str, tuple[Fault, Fault]] = {
+    "down": (_set("down", True), _set("down", False)),
+    "members-down": (_set_members("down", True), _set_members("down", False)),
+    "deaf": (_set("deaf", True), _set("deaf", False)),
+    "blind": (_set("reads_fail", True), _set("reads_fail", False)),
+    "slow": (_set("late_s", 0.9), _set("late_s", 0.0)),
+    "very-late": (_set("late_s", 4.5), _set("late_s", 0.0)),
+}
+
+turns = st.lists(
+    st.tuples(
+        st.integers(0, 2),
+        st.sampled_from([*FAULTS, "kill", "leave", "start"]),
+        st.sampled_from([0.3, 1.1, 2.0, 3.3, 5.0, 9.0]),
+        st.booleans(),
+    ),
+    max_size=8,
+)
+
+
+def run(work: Coroutine[Any, Any, None]) -> None:
+    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
+        runner.run(work)
+
+
+@given(turns)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_whatever_happens_no_shard_has_two_owners_and_in_the_end_each_has_one(
+    script: list[tuple[int, str, float, bool]],
+) -> None:
+    async def play() -> None:
+        cluster = Cluster()
+        for _ in range(3):
+            cluster.start()
+        background = []
+        for number, what, seconds, heals in script:
+            alive = [replica for replica in cluster.replicas if not replica.task.done()]
+            replica = alive[number % len(alive)] if alive else cluster.start()
+            match what:
+                case "start":
+                    cluster.start()
+                case "kill":
+                    await replica.kill()
+                case "leave":
+                    background.append(asyncio.get_running_loop().create_task(replica.leave()))
+                case _:
+                    FAULTS[what][0](replica)
+            await cluster.run(seconds)
+            if heals and what in FAULTS:
+                FAULTS[what][1](replica)
+        for replica in cluster.replicas:
+            for _, heal in FAULTS.values():
+                heal(replica)
+        if background:
+            await cluster.run(5)
+            await asyncio.wait(background)
+        if all(replica.task.done() for replica in cluster.replicas):
+            cluster.start()
+        await cluster.run(12)
+        assert cluster.worked_for == SHARDS
+        cluster.stop()
+
+    run(play())
