@@ -109,7 +109,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds until a send without answer counts as uncertain."""
 
     send_attempts: AtLeast1 = 8
-    """Attempts of one send while the answers say that nothing was taken (such as 5xx); then a dead letter, after 2 min."""
+    """Attempts of one send while the answers say that nothing was taken (5xx); after them (2 min.) a dead letter."""
 
     text_max_chars: Annotated[int, Meta(ge=1, le=16384)] = 4000
     """Longest part of a split text, in characters; never above 16,384 bytes of UTF-8 either."""
