@@ -6,6 +6,8 @@ One consumer on WECHAT_CTL, owned with shard 0, so commands take effect in the o
 from __future__ import annotations
 
 import asyncio
+import re
+from collections import deque
 from collections.abc import Awaitable
 
 import msgspec
@@ -26,8 +28,9 @@ from adapter.timing import Clock, backoff
 log = structlog.get_logger()
 
 MAX_BYTES = 65_536
-MAX_FAILURES = 5
-INBOX_PREFIX = "_INBOX"
+MAX_BUGS = 5
+SETTLED_KEPT = 1000
+_INBOX = re.compile(r"_INBOX[^\s.*>\x00]*(\.[^\s.*>\x00]+)+")
 
 
 class Control:
@@ -53,42 +56,48 @@ class Control:
         self._names = names
         self._clock = clock
         self._metrics = metrics
-        self._deliveries: asyncio.Queue[Delivery] = asyncio.Queue()
-        self._queued: set[int] = set()
+        self._numbers: asyncio.Queue[int] = asyncio.Queue()
+        self._queued: dict[int, Delivery] = {}
+        """The newest delivery of each command in the queue: the one whose ack counts."""
+        self._settled: deque[int] = deque(maxlen=SETTLED_KEPT)
 
     def offer(self, delivery: Delivery) -> None:
-        """Takes a command, once: it comes again after each connect as long as it is not settled."""
+        """Takes a command, once: it comes again after each connect as long as its ack has not arrived."""
         if delivery.seq not in self._queued:
-            self._queued.add(delivery.seq)
-            self._deliveries.put_nowait(delivery)
+            self._numbers.put_nowait(delivery.seq)
+        self._queued[delivery.seq] = delivery
 
     async def run(self) -> None:
         """Carries out one command after another, until cancelled."""
         while True:
-            delivery = await self._deliveries.get()
-            failures = 0
-            while not await self._done(delivery, failures):
-                failures += 1
-                await self._clock.sleep(backoff(failures, first_s=0.2, longest_s=5.0))
-            self._queued.discard(delivery.seq)
+            number = await self._numbers.get()
+            if number not in self._settled:  # carried out again, an old bind would undo the unbind after it
+                await self._carry_out(number)
+            self._settled.append(number)
+            await self._queued.pop(number).ack()
 
-    async def _done(self, delivery: Delivery, failures: int) -> bool:
-        """One unit of work: whether the command is settled. One that fails again and again is put aside."""
-        try:
-            if failures < MAX_FAILURES:
-                await self._take(delivery)
+    async def _carry_out(self, number: int) -> None:
+        """One unit of work. A command that the adapter fails on is put aside; a bus that is away is waited for."""
+        failures = bugs = 0
+        while True:
+            delivery = self._queued[number]
+            try:
+                if bugs < MAX_BUGS:
+                    await self._take(delivery)
+                else:
+                    await self._put_aside(delivery, Unreadable("unreadable", "The adapter fails on this command."))
+            except Temporary as exc:
+                log.warning("control.waits", reason=exc.reason)
+            except Exception:
+                bugs += 1
+                log.exception("control.crashed", sequence=number, bugs=bugs)
             else:
-                await self._put_aside(delivery, Unreadable("unreadable", "The adapter fails on this command."))
-        except Temporary as exc:
-            log.warning("control.waits", reason=exc.reason)
-        except Exception:
-            log.exception("control.crashed", sequence=delivery.seq, failures=failures)
-        else:
-            return True
-        return False
+                return
+            failures += 1
+            await self._clock.sleep(backoff(failures, first_s=0.2, longest_s=5.0))
 
     async def _take(self, delivery: Delivery) -> None:
-        """One command: applied, answered, settled. Raises Temporary."""
+        """One command: applied and answered. Raises Temporary."""
         request = delivery.headers.get(contract.H_MSG_ID, "")[:128]
         try:
             if len(delivery.data) > MAX_BYTES:
@@ -99,7 +108,6 @@ class Control:
             await self._put_aside(delivery, exc)
             return
         await self._answer(delivery, answer)
-        await delivery.ack()
 
     async def _put_aside(self, delivery: Delivery, exc: Unreadable) -> None:
         request = delivery.headers.get(contract.H_MSG_ID, "")[:128]
@@ -114,18 +122,17 @@ class Control:
             msg_id=f"dead:ctl:{delivery.seq}:{delivery.time_ms}",
         )
         await self._answer(delivery, ControlAnswer(ok=False, id=request, error=exc.detail))
-        await delivery.ack()
 
     async def _apply(self, delivery: Delivery, request: str) -> ControlAnswer:
         """Raises Unreadable, Temporary."""
         try:
             if delivery.subject == self._names.bind:
                 bind = msgspec.json.decode(delivery.data, type=Bind)
-                return await self._or_refuse(self.bind(structs.replace(bind, id=bind.id or request or None)), bind)
+                bind = structs.replace(bind, id=bind.id or request or None)
+                return await self._or_refuse(self.bind(bind), bind)
             unbind = msgspec.json.decode(delivery.data, type=Unbind)
-            return await self._or_refuse(
-                self.unbind(structs.replace(unbind, id=unbind.id or request or None)), unbind
-            )
+            unbind = structs.replace(unbind, id=unbind.id or request or None)
+            return await self._or_refuse(self.unbind(unbind), unbind)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
             raise Unreadable("unreadable", str(exc)[:200]) from exc
 
@@ -232,7 +239,7 @@ class Control:
     async def _answer(self, delivery: Delivery, answer: ControlAnswer) -> None:
         """To the header Reply-To, which must be an inbox: the adapter writes nowhere else for a stranger."""
         reply_to = delivery.headers.get(contract.H_REPLY_TO, "")
-        if not reply_to.startswith(INBOX_PREFIX) or any(c in reply_to for c in " *>\t\r\n"):
+        if not reply_to.isascii() or not _INBOX.fullmatch(reply_to):
             return
         headers = {contract.H_SCHEMA: contract.SCHEMA_VERSION}
         if not answer.ok:

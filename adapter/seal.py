@@ -44,10 +44,10 @@ class Sealer:
         key_id, _, body = stored.removeprefix(MARK).partition(".")
         if key_id not in self._keys:
             raise Refused("token_key", f"No key with id {key_id} in WECHAT_NATS_TOKEN_KEY.")
-        blob = base64.urlsafe_b64decode(body)
         try:
+            blob = base64.urlsafe_b64decode(body)
             return self._keys[key_id].decrypt(blob[:12], blob[12:], bot.encode()).decode()
-        except InvalidTag as exc:
+        except (InvalidTag, ValueError) as exc:
             raise Refused("token_key", "The sealed token of this bot was changed or belongs to another bot.") from exc
 
 

@@ -1,0 +1,501 @@
+"""bind and unbind: in the order in which they were stored, told, answered in an inbox, never with a token."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+from typing import Any
+
+import msgspec
+import pytest
+from structlog.testing import capture_logs
+
+from adapter.contract import H_ERROR, H_ERROR_CODE, H_MSG_ID, H_REPLY_TO, ControlAnswer
+from adapter.control import Control
+from adapter.errors import BusRefused, Refused, Temporary
+from adapter.records import Binding
+from adapter.seal import Sealer
+from tests.fakes import Bench, FakeDelivery
+
+VIRTUAL_TIME = True
+
+BOT, USER = "b1@im.bot", "u1@im.wechat"
+TOKEN = "b1@im.bot:SECRET"
+INBOX = "_INBOX.abc.1"
+
+
+class Platform:
+    """Publishes control commands, and looks at what comes of them."""
+
+    def __init__(self, bench: Bench | None = None, sealer: Sealer | None = None) -> None:
+        self.bench = bench or Bench()
+        self.control = Control(
+            bindings=self.bench.bindings,
+            events=self.bench.events,
+            chat=self.bench.chat,
+            sealer=sealer or self.bench.sealer,
+            teller=self.bench.teller,
+            names=self.bench.names,
+            clock=self.bench.clock,
+            metrics=self.bench.metrics,
+        )
+        self.deliveries: list[FakeDelivery] = []
+        self.task = asyncio.get_running_loop().create_task(self.control.run())
+
+    def publish(
+        self, verb: str, body: bytes, *, reply_to: str = INBOX, headers: dict[str, str] | None = None
+    ) -> FakeDelivery:
+        delivery = FakeDelivery(
+            f"wechat.ctl.{verb}",
+            body,
+            seq=len(self.deliveries) + 1,
+            time_ms=self.bench.clock.now_ms(),
+            headers={H_REPLY_TO: reply_to} | (headers or {}),
+        )
+        self.deliveries.append(delivery)
+        self.control.offer(delivery)
+        return delivery
+
+    async def say(self, verb: str, *, headers: dict[str, str] | None = None, **body: Any) -> ControlAnswer:
+        """Publishes a command and waits for its answer."""
+        told = len(self.bench.teller.told)
+        delivery = self.publish(verb, msgspec.json.encode(body), headers=headers)
+        await asyncio.sleep(1)
+        assert delivery.acks == 1
+        assert len(self.bench.teller.told) == told + 1
+        subject, payload, _ = self.bench.teller.told[-1]
+        assert subject == INBOX
+        return msgspec.json.decode(payload, type=ControlAnswer)
+
+    async def bind(self, **fields: Any) -> ControlAnswer:
+        return await self.say("bind", **{"sandbox": "s1", "bot": BOT, "bot_token": TOKEN, "user": USER, **fields})
+
+    @property
+    def bound(self) -> dict[str, str]:
+        return {binding.bot: binding.sandbox for binding in self.bench.bindings}
+
+    @property
+    def changes(self) -> list[tuple[str, str, str]]:
+        return [(event.sandbox, event.bot, event.change) for event in self.bench.bus.events()]
+
+    def binding(self, bot: str = BOT) -> Binding:
+        binding = self.bench.bindings.get(bot)
+        assert binding is not None
+        return binding
+
+
+async def test_a_bind_is_stored_told_and_answered() -> None:
+    platform = Platform()
+    answer = await platform.bind(id="r1")
+    assert (answer.ok, answer.id, answer.error) == (True, "r1", "")
+    assert [(info.sandbox, info.bot, info.user, info.state) for info in answer.bindings] == [
+        ("s1", BOT, USER, "active")
+    ]
+    assert platform.bound == {BOT: "s1"}
+    assert platform.binding().token == TOKEN
+    (event,) = platform.bench.bus.events()
+    assert (event.sandbox, event.bot, event.user, event.change, event.request) == ("s1", BOT, USER, "bound", "r1")
+
+
+async def test_the_request_id_is_the_bodys_else_the_headers() -> None:
+    platform = Platform()
+    assert (await platform.bind(headers={H_MSG_ID: "h1"})).id == "h1"
+    assert (await platform.bind(id="r1", headers={H_MSG_ID: "h1"})).id == "r1"
+
+
+async def test_a_bind_that_says_nothing_new_disturbs_nobody() -> None:
+    platform = Platform()
+    await platform.bind(id="r1")
+    revision = platform.bench.bindings_bucket.entries
+    before = dict(revision)
+    answer = await platform.bind(id="r2")
+    assert answer.ok
+    assert platform.bench.bindings_bucket.entries == before
+    assert platform.changes == [("s1", BOT, "bound")]
+
+
+async def test_a_bind_that_comes_again_after_a_crash_is_told_once() -> None:
+    """It was applied, and the owner died before the ack."""
+    platform = Platform()
+    await platform.bind(id="r1")
+    heir = Platform(Bench(platform.bench, incarnation="heir-1"))
+    await heir.bind(id="r1")
+    assert platform.changes == [("s1", BOT, "bound")]
+    assert heir.bound == {BOT: "s1"}
+
+
+async def test_a_new_token_is_stored() -> None:
+    platform = Platform()
+    await platform.bind()
+    await platform.bind(bot_token="b1@im.bot:NEW")
+    assert platform.binding().token == "b1@im.bot:NEW"
+    assert [change for *_, change in platform.changes] == ["bound", "bound"]
+
+
+async def test_a_bind_makes_a_dead_login_live_even_with_the_same_token() -> None:
+    platform = Platform()
+    await platform.bench.bind(token=TOKEN, state="needs_login", reason="stale_token")
+    await platform.bind()
+    assert (platform.binding().state, platform.binding().reason) == ("active", "")
+
+
+async def test_a_known_user_is_not_forgotten_by_a_bind_that_names_none() -> None:
+    platform = Platform()
+    await platform.bind()
+    await platform.bind(user=None, bot_token="b1@im.bot:NEW")
+    assert platform.binding().user == USER
+
+
+async def test_another_bot_of_the_same_user_replaces_the_old_one() -> None:
+    platform = Platform()
+    await platform.bind()
+    answer = await platform.bind(bot="b2@im.bot", bot_token="b2@im.bot:x", id="r2")
+    assert answer.replaced == [BOT]
+    assert platform.bound == {"b2@im.bot": "s1"}
+    assert platform.changes == [("s1", BOT, "bound"), ("s1", "b2@im.bot", "bound"), ("s1", BOT, "replaced")]
+
+
+async def test_the_new_bot_is_there_before_the_old_one_goes() -> None:
+    """Else what is parked for the user would find nobody, and be refused."""
+    platform = Platform()
+    await platform.bind()
+    gone: list[int] = []
+    platform.bench.bindings.listen(lambda bot, _, after: gone.append(len(platform.bound)) if after is None else None)
+    await platform.bind(bot="b2@im.bot", bot_token="b2@im.bot:x")
+    assert gone == [1]
+
+
+async def test_another_users_bot_stays() -> None:
+    platform = Platform()
+    await platform.bind()
+    answer = await platform.bind(bot="b2@im.bot", bot_token="b2@im.bot:x", user="u2@im.wechat")
+    assert answer.replaced == []
+    assert platform.bound == {BOT: "s1", "b2@im.bot": "s1"}
+
+
+async def test_the_same_user_in_another_sandbox_stays() -> None:
+    platform = Platform()
+    await platform.bind()
+    await platform.bind(sandbox="s2", bot="b2@im.bot", bot_token="b2@im.bot:x")
+    assert platform.bound == {BOT: "s1", "b2@im.bot": "s2"}
+
+
+async def test_a_bot_that_moves_to_another_sandbox_leaves_the_first() -> None:
+    platform = Platform()
+    await platform.bind(id="r1")
+    await platform.bind(sandbox="s2", id="r2")
+    assert platform.bound == {BOT: "s2"}
+    assert platform.changes == [("s1", BOT, "bound"), ("s2", BOT, "bound"), ("s1", BOT, "unbound")]
+    assert platform.bench.bus.events()[-1].reason == "moved"
+    assert platform.bench.bindings.of_sandbox("s1") == []
+
+
+async def test_options_and_cursor_are_kept() -> None:
+    platform = Platform()
+    await platform.bind(options={"durable": True}, cursor="CAES", base_url="https://ilinkai.wechat.com/")
+    binding = platform.binding()
+    assert (binding.options.durable, binding.start_cursor) == (True, "CAES")
+    assert binding.base_url == "https://ilinkai.wechat.com"
+    assert platform.bench.teller.durables == ["s1"]
+
+
+async def test_an_unbind_of_one_bot_leaves_the_others() -> None:
+    platform = Platform()
+    await platform.bind()
+    await platform.bind(bot="b2@im.bot", bot_token="b2@im.bot:x", user="u2@im.wechat")
+    answer = await platform.say("unbind", sandbox="s1", bot=BOT)
+    assert [info.bot for info in answer.bindings] == [BOT]
+    assert platform.bound == {"b2@im.bot": "s1"}
+
+
+async def test_an_unbind_without_a_bot_takes_all_of_the_sandbox() -> None:
+    platform = Platform()
+    await platform.bind()
+    await platform.bind(bot="b2@im.bot", bot_token="b2@im.bot:x", user="u2@im.wechat")
+    await platform.bind(sandbox="s2", bot="b3@im.bot", bot_token="b3@im.bot:x", user="u3@im.wechat")
+    answer = await platform.say("unbind", sandbox="s1", id="r9")
+    assert [info.bot for info in answer.bindings] == [BOT, "b2@im.bot"]
+    assert platform.bound == {"b3@im.bot": "s2"}
+    assert platform.changes[-2:] == [("s1", BOT, "unbound"), ("s1", "b2@im.bot", "unbound")]
+
+
+async def test_an_unbind_of_nothing_is_no_error() -> None:
+    platform = Platform()
+    answer = await platform.say("unbind", sandbox="s1")
+    assert (answer.ok, answer.bindings) == (True, [])
+    assert platform.changes == []
+
+
+async def test_an_unbind_leaves_a_bot_that_serves_another_sandbox() -> None:
+    platform = Platform()
+    await platform.bind(sandbox="s2")
+    await platform.say("unbind", sandbox="s1", bot=BOT)
+    assert platform.bound == {BOT: "s2"}
+
+
+# refused -------------------------------------------------------------------------------------------------
+
+
+REFUSED: list[tuple[str, dict[str, Any], str]] = [
+    ("url-of-a-stranger", {"base_url": "https://evil.example"}, "url"),
+    ("url-by-http", {"base_url": "http://ilinkai.weixin.qq.com"}, "url"),
+    ("bot-with-a-space", {"bot": "b 1"}, "invalid"),
+    ("token-with-a-line-break", {"bot_token": "x\r\nX-Evil: 1"}, "invalid"),
+    ("user-not-ascii", {"user": "用户"}, "invalid"),
+]
+
+
+@pytest.mark.parametrize(("fields", "reason"), [row[1:] for row in REFUSED], ids=[row[0] for row in REFUSED])
+async def test_a_bind_that_cannot_be_is_refused_with_an_event_and_an_answer(
+    fields: dict[str, Any], reason: str
+) -> None:
+    platform = Platform()
+    answer = await platform.bind(headers={H_MSG_ID: "h1"}, **fields)
+    assert (answer.ok, answer.id) == (False, "h1")
+    assert answer.error
+    (event,) = platform.bench.bus.events()
+    assert (event.sandbox, event.change, event.reason, event.request) == ("s1", "refused", reason, "h1")
+    assert platform.bound == {}
+    headers = platform.bench.teller.told[-1][2]
+    assert (headers[H_ERROR], headers[H_ERROR_CODE]) == (answer.error.encode("ascii", "replace").decode(), "400")
+
+
+UNREADABLE = [
+    ("no-json", b"hello"),
+    ("not-utf-8", b'{"sandbox":"\xff"}'),
+    ("no-token", b'{"sandbox":"s1","bot":"b1@im.bot"}'),
+    ("sandbox-with-a-dot", b'{"sandbox":"s.1","bot":"b","bot_token":"SECRET"}'),
+    ("sandbox-in-capitals", b'{"sandbox":"S1","bot":"b","bot_token":"SECRET"}'),
+    ("sandbox-empty", b'{"sandbox":"","bot":"b","bot_token":"SECRET"}'),
+    ("bot-too-long", msgspec.json.encode({"sandbox": "s1", "bot": "b" * 129, "bot_token": "SECRET"})),
+    ("nested-without-end", b'{"sandbox":' + b"[" * 5000),
+    ("too-large", b'{"sandbox":"s1","bot":"b","bot_token":"' + b"x" * 70_000 + b'"}'),
+]
+
+
+@pytest.mark.parametrize("body", [row[1] for row in UNREADABLE], ids=[row[0] for row in UNREADABLE])
+async def test_what_is_no_bind_is_put_aside_without_its_secret_and_answered(body: bytes) -> None:
+    platform = Platform()
+    delivery = platform.publish("bind", body)
+    await asyncio.sleep(1)
+    assert delivery.acks == 1
+    (dead,) = platform.bench.bus.found("DEAD")
+    assert (dead.subject, dead.data) == ("wechat.dead.WECHAT_CTL", b"")
+    answer = msgspec.json.decode(platform.bench.teller.told[-1][1], type=ControlAnswer)
+    assert not answer.ok
+    assert "SECRET" not in answer.error
+    assert H_REPLY_TO not in dead.headers
+
+
+async def test_an_unbind_that_nobody_can_read_is_kept_whole() -> None:
+    """It holds no secret."""
+    platform = Platform()
+    platform.publish("unbind", b'{"sandbox":5}')
+    await asyncio.sleep(1)
+    assert platform.bench.bus.found("DEAD")[0].data == b'{"sandbox":5}'
+
+
+async def test_a_consumer_that_cannot_be_made_refuses_the_bind() -> None:
+    platform = Platform()
+
+    async def refuse(sandbox: str) -> None:
+        raise Refused("invalid", "The durable consumer cannot be made.")
+
+    platform.bench.teller.make_durable = refuse  # type: ignore[method-assign]
+    answer = await platform.bind(options={"durable": True})
+    assert not answer.ok
+    assert platform.bound == {}
+
+
+# answers -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "reply_to",
+    ["", "wechat.out.s1", "wechat.ctl.bind", "$JS.API.STREAM.DELETE.WECHAT_IN", "_INBOX.*", "_INBOX.>", "_INBOX.a b",
+     "_INBOX.a\r\nPUB x 0", "_INBOX", "_INBOX.", "_INBOX..a", "_INBOX.a.", "_INBOX.ä", "inbox.a"],
+)  # fmt: skip
+async def test_an_answer_goes_to_an_inbox_or_nowhere(reply_to: str) -> None:
+    """The adapter may write where its caller may not: nobody borrows that."""
+    platform = Platform()
+    body = msgspec.json.encode({"sandbox": "s1", "bot": BOT, "bot_token": TOKEN})
+    delivery = platform.publish("bind", body, reply_to=reply_to)
+    await asyncio.sleep(1)
+    assert platform.bench.teller.told == []
+    assert delivery.acks == 1
+    assert platform.bound == {BOT: "s1"}
+
+
+async def test_an_answer_that_nobody_can_hear_is_no_failure() -> None:
+    platform = Platform()
+
+    async def fail(subject: str, payload: bytes, headers: dict[str, str]) -> None:
+        raise Temporary("bus_down")
+
+    platform.bench.teller.tell = fail  # type: ignore[method-assign]
+    delivery = platform.publish("unbind", b'{"sandbox":"s1"}')
+    await asyncio.sleep(1)
+    assert delivery.acks == 1
+
+
+# order, repeats and trouble ------------------------------------------------------------------------------
+
+
+async def test_commands_take_effect_in_the_order_in_which_they_were_stored() -> None:
+    platform = Platform()
+    for number in range(5):
+        bind = {"sandbox": "s1", "bot": BOT, "bot_token": TOKEN, "id": f"b{number}"}
+        platform.publish("bind", msgspec.json.encode(bind))
+        platform.publish("unbind", msgspec.json.encode({"sandbox": "s1", "id": f"u{number}"}))
+    await asyncio.sleep(5)
+    assert [change for *_, change in platform.changes] == ["bound", "unbound"] * 5
+    assert platform.bound == {}
+
+
+def again(delivery: FakeDelivery) -> FakeDelivery:
+    return FakeDelivery(
+        delivery.subject, delivery.data, seq=delivery.seq, time_ms=delivery.time_ms, headers=delivery.headers,
+        suspect=True,
+    )  # fmt: skip
+
+
+async def test_an_old_bind_that_comes_again_does_not_undo_the_unbind_after_it() -> None:
+    """Its ack got lost with the connection, and everything unsettled comes again."""
+    platform = Platform()
+    bind = platform.publish("bind", msgspec.json.encode({"sandbox": "s1", "bot": BOT, "bot_token": TOKEN}))
+    platform.publish("unbind", b'{"sandbox":"s1"}')
+    await asyncio.sleep(1)
+    repeated = again(bind)
+    platform.control.offer(repeated)
+    await asyncio.sleep(1)
+    assert platform.bound == {}
+    assert repeated.acks == 1
+
+
+async def test_a_command_that_comes_again_while_it_waits_is_settled_by_its_newest_delivery() -> None:
+    platform = Platform()
+    bind = platform.publish("bind", msgspec.json.encode({"sandbox": "s1", "bot": BOT, "bot_token": TOKEN}))
+    repeated = again(bind)
+    platform.control.offer(repeated)
+    await asyncio.sleep(1)
+    assert (bind.acks, repeated.acks) == (0, 1)
+    assert platform.changes == [("s1", BOT, "bound")]
+
+
+async def test_a_bus_that_is_away_delays_a_command() -> None:
+    platform = Platform()
+    failures = 20
+
+    async def away(_: str) -> None:
+        nonlocal failures
+        if failures:
+            failures -= 1
+            raise Temporary("bus_down")
+
+    platform.bench.bindings_bucket.on_write = away
+    delivery = platform.publish("bind", msgspec.json.encode({"sandbox": "s1", "bot": BOT, "bot_token": TOKEN}))
+    await asyncio.sleep(300)
+    assert delivery.acks == 1
+    assert platform.bound == {BOT: "s1"}
+    assert platform.bench.bus.found("DEAD") == []
+
+
+async def test_a_command_that_breaks_the_adapter_is_put_aside_and_the_next_one_goes() -> None:
+    platform = Platform()
+
+    async def bug(key: str) -> None:
+        if key.startswith("bad"):
+            raise RuntimeError("a bug")
+
+    platform.bench.bindings_bucket.on_write = bug
+    with capture_logs() as logs:
+        bad = platform.publish("bind", msgspec.json.encode({"sandbox": "s1", "bot": "bad", "bot_token": "SECRET"}))
+        platform.publish("bind", msgspec.json.encode({"sandbox": "s1", "bot": BOT, "bot_token": TOKEN}))
+        await asyncio.sleep(120)
+    assert "control.crashed" in [line["event"] for line in logs]
+    assert bad.acks == 1
+    assert platform.bound == {BOT: "s1"}
+    assert len(platform.bench.bus.found("DEAD")) == 1
+
+
+async def test_an_event_that_the_bus_refuses_stops_nothing() -> None:
+    platform = Platform()
+    platform.bench.bus.refuse = lambda message: BusRefused(10077, "full") if message.stream == "event" else None
+    assert (await platform.bind()).ok
+
+
+async def test_a_binding_written_by_another_hand_meanwhile_is_overwritten() -> None:
+    """The command is newer: `put` writes whatever was there."""
+    platform = Platform()
+    raced = False
+
+    async def race(key: str) -> None:
+        nonlocal raced
+        if not raced:
+            raced = True
+            other = Binding(sandbox="s9", bot=BOT, token="other")
+            platform.bench.bindings_bucket.put(key, msgspec.json.encode(other))
+
+    platform.bench.bindings_bucket.on_write = race
+    await platform.bind()
+    assert platform.bound == {BOT: "s1"}
+
+
+async def test_a_write_whose_answer_got_lost_is_ours() -> None:
+    platform = Platform()
+    platform.bench.bindings_bucket.answers_lost = 1
+    await platform.bind()
+    assert platform.changes == [("s1", BOT, "bound")]
+
+
+# secrets -------------------------------------------------------------------------------------------------
+
+
+async def test_no_token_is_in_an_answer_an_event_a_log_or_a_repr() -> None:
+    sealer = Sealer((bytes(32),))
+    platform = Platform(sealer=sealer)
+    with capture_logs() as logs:
+        await platform.bind()
+        await platform.bind(bot_token="b1@im.bot:SECRET2")
+        await platform.bind(base_url="https://evil.example")
+        platform.publish("bind", msgspec.json.encode({"sandbox": "S1", "bot": BOT, "bot_token": TOKEN}))
+        await asyncio.sleep(1)
+        await platform.say("unbind", sandbox="s1")
+    said = [payload for _, payload, _ in platform.bench.teller.told]
+    stored = [kept.stored.data + str(kept.stored.headers).encode() for kept in platform.bench.bus.kept]
+    sealed = [entry.value or b"" for entry in platform.bench.bindings_bucket.entries.values()]
+    for data in (*said, *stored, *sealed, str(logs).encode(), repr(list(platform.bench.bindings)).encode()):
+        assert b"SECRET" not in data
+
+
+async def test_a_token_is_sealed_for_its_bot_and_opened_by_any_key() -> None:
+    """Rotation: the first key seals, all open."""
+    old, new = bytes(32), bytes([1] * 32)
+    stored = Sealer((old,)).seal(BOT, TOKEN)
+    assert TOKEN not in stored
+    assert Sealer((new, old)).open(BOT, stored) == TOKEN
+    assert Sealer((new, old)).seal(BOT, TOKEN).split(".")[1] != stored.split(".")[1]
+    assert Sealer(()).open(BOT, "plain:token") == "plain:token"
+
+
+@pytest.mark.parametrize(
+    ("keys", "bot", "change"),
+    [
+        ((), BOT, lambda stored: stored),
+        ((bytes([1] * 32),), BOT, lambda stored: stored),
+        ((bytes(32),), "b2@im.bot", lambda stored: stored),
+        ((bytes(32),), BOT, lambda stored: stored[:-8] + "AAAAAAA="),
+        ((bytes(32),), BOT, lambda stored: stored[:20]),
+        ((bytes(32),), BOT, lambda stored: stored.rpartition(".")[0] + ".ä"),
+        ((bytes(32),), BOT, lambda stored: stored.rpartition(".")[0] + "."),
+        ((bytes(32),), BOT, lambda stored: "s1."),
+        ((bytes(32),), BOT, lambda stored: stored.rpartition(".")[0] + "." + base64.b64encode(b"x" * 13).decode()),
+    ],
+    ids=["no-key", "other-key", "other-bot", "changed", "cut", "no-base64", "empty", "only-a-mark", "too-short"],
+)
+async def test_a_token_that_no_key_opens_is_refused(keys: tuple[bytes, ...], bot: str, change: Any) -> None:
+    stored = change(Sealer((bytes(32),)).seal(BOT, TOKEN))
+    with pytest.raises(Refused) as caught:
+        Sealer(keys).open(bot, stored)
+    assert caught.value.reason == "token_key"
+    assert "SECRET" not in str(caught.value)
