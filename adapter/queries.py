@@ -65,7 +65,7 @@ class Queries:
         query = self._read(data, BindingsQuery)
         if query.bot is None and query.sandbox is None:
             raise Refused("invalid", "Name a `bot` or a `sandbox`.")
-        found = [b for b in self._of(query.sandbox, query.bot) if query.sandbox in (None, b.sandbox)]
+        found = self._of(query.sandbox, query.bot)
         return msgspec.json.encode(BindingsPage(bindings=[binding.info() for binding in found]))
 
     async def window(self, data: bytes) -> bytes:
@@ -96,9 +96,10 @@ class Queries:
         return msgspec.json.encode(ReplayPage(messages=messages, next=messages[-1].seq if more else 0))
 
     def _of(self, sandbox: str | None, bot: str | None) -> list[Binding]:
-        """Raises Refused("not_bound")."""
+        """What is bound under these names, all that are given. Raises Refused("not_bound")."""
         one = self._bindings.get(bot) if bot is not None else None
         found = self._bindings.of_sandbox(sandbox or "") if bot is None else [one] if one else []
+        found = [binding for binding in found if sandbox in (None, binding.sandbox)]
         if not found:
             raise Refused("not_bound", "Nothing is bound under that name.")
         return found

@@ -1,0 +1,224 @@
+"""What can be asked: answers without tokens, pages that end, errors that say what to do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+
+from adapter.contract import BindingsPage, ReplayPage, Window
+from adapter.errors import Refused, Temporary
+from adapter.queries import REPLAY_BYTES, Queries
+from tests.fakes import RULES, Bench
+
+VIRTUAL_TIME = True
+
+BOT, USER = "b1@im.bot", "u1@im.wechat"
+
+
+def queries(bench: Bench) -> Queries:
+    return Queries(bench.bindings, bench.contexts_bucket, bench.bus, bench.names, RULES, bench.metrics)
+
+
+def ask(**body: Any) -> bytes:
+    return msgspec.json.encode(body)
+
+
+async def listed(bench: Bench, **body: Any) -> BindingsPage:
+    return msgspec.json.decode(await queries(bench).bindings_list(ask(**body)), type=BindingsPage)
+
+
+async def crowd(count: int) -> Bench:
+    bench = Bench()
+    for number in range(count):
+        await bench.bind(
+            sandbox=f"s{number % 3}", bot=f"b{number:03}@im.bot", user=f"u{number}@im.wechat", token="SECRET"
+        )
+    return bench
+
+
+async def test_the_list_comes_in_pages_that_end() -> None:
+    bench = await crowd(25)
+    found: list[str] = []
+    after, pages = "", 0
+    while True:
+        page = await listed(bench, after=after, limit=10)
+        found += [info.bot for info in page.bindings]
+        pages += 1
+        after = page.next
+        if not after:
+            break
+    assert found == [f"b{number:03}@im.bot" for number in range(25)]
+    assert pages == 3
+
+
+@pytest.mark.parametrize(("limit", "last"), [(24, False), (25, True), (26, True)])
+async def test_a_page_says_whether_it_is_the_last(limit: int, last: bool) -> None:
+    page = await listed(await crowd(25), limit=limit)
+    assert (page.next == "") is last
+
+
+async def test_a_page_after_the_end_is_empty() -> None:
+    page = await listed(await crowd(3), after="b999@im.bot")
+    assert (page.bindings, page.next) == ([], "")
+    assert (await listed(Bench())).bindings == []
+
+
+async def test_the_list_can_be_filtered() -> None:
+    bench = await crowd(9)
+    assert [info.bot for info in (await listed(bench, sandbox="s1")).bindings] == [
+        "b001@im.bot",
+        "b004@im.bot",
+        "b007@im.bot",
+    ]
+    assert [info.sandbox for info in (await listed(bench, bot="b004@im.bot")).bindings] == ["s1"]
+    assert (await listed(bench, sandbox="nobody")).bindings == []
+
+
+async def test_an_empty_request_lists_everything() -> None:
+    bench = await crowd(3)
+    page = msgspec.json.decode(await queries(bench).bindings_list(b""), type=BindingsPage)
+    assert len(page.bindings) == 3
+
+
+async def test_no_answer_holds_a_token() -> None:
+    bench = await crowd(3)
+    bench.hears("b001@im.bot", "u1@im.wechat", token="SECRET")
+    asked = queries(bench)
+    answers = [
+        await asked.bindings_list(b""),
+        await asked.bindings_get(ask(bot="b001@im.bot")),
+        await asked.window(ask(sandbox="s1")),
+    ]
+    assert b"SECRET" not in b"".join(answers)
+
+
+async def test_a_binding_is_found_by_bot_or_by_sandbox() -> None:
+    bench = await crowd(9)
+    asked = queries(bench)
+    one = msgspec.json.decode(await asked.bindings_get(ask(bot="b004@im.bot")), type=BindingsPage)
+    assert [info.bot for info in one.bindings] == ["b004@im.bot"]
+    several = msgspec.json.decode(await asked.bindings_get(ask(sandbox="s1")), type=BindingsPage)
+    assert len(several.bindings) == 3
+
+
+REFUSED: list[tuple[str, str, bytes, str]] = [
+    ("get-nothing-named", "bindings_get", ask(), "invalid"),
+    ("get-unknown-bot", "bindings_get", ask(bot="nobody"), "not_bound"),
+    ("get-unknown-sandbox", "bindings_get", ask(sandbox="nobody"), "not_bound"),
+    ("get-bot-of-another-sandbox", "bindings_get", ask(sandbox="s2", bot="b001@im.bot"), "not_bound"),
+    ("window-of-several", "window", ask(sandbox="s1"), "invalid"),
+    ("window-unknown-sandbox", "window", ask(sandbox="nobody"), "not_bound"),
+    ("window-unknown-user", "window", ask(sandbox="s1", user="nobody"), "not_bound"),
+    ("window-bot-of-another-sandbox", "window", ask(sandbox="s2", bot="b001@im.bot"), "not_bound"),
+    ("window-without-sandbox", "window", ask(), "invalid"),
+    ("list-no-json", "bindings_list", b"hello", "invalid"),
+    ("list-limit-0", "bindings_list", ask(limit=0), "invalid"),
+    ("list-limit-too-high", "bindings_list", ask(limit=1001), "invalid"),
+    ("list-nested-without-end", "bindings_list", b'{"bot":' + b"[" * 5000, "invalid"),
+    ("replay-without-sandbox", "replay", ask(), "invalid"),
+    ("replay-of-all", "replay", ask(sandbox="*"), "invalid"),
+    ("replay-of-a-wildcard", "replay", ask(sandbox=">"), "invalid"),
+    ("replay-after-a-negative", "replay", ask(sandbox="s1", after=-1), "invalid"),
+]
+
+
+@pytest.mark.parametrize(("verb", "body", "reason"), [row[1:] for row in REFUSED], ids=[row[0] for row in REFUSED])
+async def test_a_question_that_has_no_answer_is_refused(verb: str, body: bytes, reason: str) -> None:
+    bench = await crowd(9)
+    with pytest.raises(Refused) as caught:
+        await getattr(queries(bench), verb)(body)
+    assert caught.value.reason == reason
+    assert caught.value.detail
+
+
+async def test_the_window_of_the_only_bot_needs_no_name() -> None:
+    bench = Bench()
+    await bench.bind()
+    bench.hears(used=4)
+    answer = await queries(bench).window(ask(sandbox="s1"))
+    assert msgspec.json.decode(answer, type=Window).remaining == 6
+
+
+async def test_the_window_of_one_of_several_is_named_by_bot_or_user() -> None:
+    bench = await crowd(9)
+    bench.hears("b004@im.bot", "u4@im.wechat", used=4)
+    asked = queries(bench)
+    by_bot = await asked.window(ask(sandbox="s1", bot="b004@im.bot"))
+    by_user = await asked.window(ask(sandbox="s1", user="u4@im.wechat"))
+    assert by_bot == by_user
+    assert msgspec.json.decode(by_bot, type=Window).remaining == 6
+
+
+async def test_the_window_of_a_user_who_never_wrote_is_closed() -> None:
+    bench = Bench()
+    await bench.bind()
+    answer = await queries(bench).window(ask(sandbox="s1"))
+    assert msgspec.json.decode(answer, type=Window) == Window(remaining=0)
+
+
+def fill(bench: Bench, count: int, size: int = 10) -> None:
+    for number in range(count):
+        for sandbox in ("s1", "s2"):
+            payload = msgspec.json.encode({"n": number, "text": "x" * size})
+            bench.bus.put(bench.names.inbox(sandbox), payload, {})
+
+
+async def replayed(bench: Bench, **body: Any) -> ReplayPage:
+    return msgspec.json.decode(await queries(bench).replay(ask(sandbox="s1", **body)), type=ReplayPage)
+
+
+def numbers(page: ReplayPage) -> list[int]:
+    return [msgspec.json.decode(replayed.message)["n"] for replayed in page.messages]
+
+
+async def test_a_replay_is_the_sandboxs_own_in_pages_that_end() -> None:
+    bench = Bench()
+    fill(bench, 25)
+    first = await replayed(bench, limit=10)
+    second = await replayed(bench, limit=10, after=first.next)
+    third = await replayed(bench, limit=10, after=second.next)
+    assert numbers(first) + numbers(second) + numbers(third) == list(range(25))
+    assert third.next == 0
+
+
+async def test_a_replay_that_fits_says_that_it_was_all() -> None:
+    bench = Bench()
+    fill(bench, 10)
+    assert (await replayed(bench, limit=10)).next == 0
+    assert (await replayed(Bench())).messages == []
+
+
+async def test_a_page_of_a_replay_stays_below_the_limit_of_a_message() -> None:
+    bench = Bench()
+    fill(bench, 10, size=200_000)
+    data = await queries(bench).replay(ask(sandbox="s1"))
+    assert len(data) < REPLAY_BYTES + 200_000
+    page = msgspec.json.decode(data, type=ReplayPage)
+    assert numbers(page) == [0, 1]
+    assert numbers(await replayed(bench, after=page.next)) == [2, 3]
+
+
+async def test_one_message_larger_than_a_page_is_a_page_of_its_own() -> None:
+    bench = Bench()
+    fill(bench, 3, size=REPLAY_BYTES + 1)
+    page = await replayed(bench)
+    assert numbers(page) == [0]
+    assert page.next
+
+
+async def test_a_replay_can_begin_at_a_time() -> None:
+    bench = Bench()
+    fill(bench, 3)
+    await bench.clock.sleep(60)
+    since_ms = bench.clock.now_ms()
+    fill(bench, 2)
+    assert numbers(await replayed(bench, since_ms=since_ms)) == [0, 1]
+
+
+async def test_a_bus_that_is_away_is_told_as_such() -> None:
+    bench = Bench()
+    bench.bus.unreadable = 1
+    with pytest.raises(Temporary):
+        await replayed(bench)

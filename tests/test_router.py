@@ -1,0 +1,131 @@
+"""Plain wechat.out: copied once to the sandbox it names, in order, or ended with a receipt."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import msgspec
+import pytest
+
+from adapter.contract import H_COMMAND, H_MSG_ID, UNROUTED, Receipt
+from adapter.errors import BusRefused
+from adapter.router import Router
+from tests.fakes import LIMITS, Bench, FakeDelivery
+
+VIRTUAL_TIME = True
+
+
+def router(bench: Bench) -> Router:
+    return Router(bench.bus, bench.receipts, bench.names, LIMITS, bench.clock, bench.metrics)
+
+
+def plain(
+    bench: Bench, data: bytes = b"", *, headers: dict[str, str] | None = None, suspect: bool = False, **body: Any
+) -> FakeDelivery:
+    return FakeDelivery(
+        "wechat.out",
+        data or msgspec.json.encode(body),
+        seq=next(bench.numbers),
+        time_ms=bench.clock.now_ms(),
+        headers=headers,
+        suspect=suspect,
+    )
+
+
+async def test_a_command_is_copied_to_its_sandbox_under_a_derived_id() -> None:
+    """Ids are unique in the stream: with its own it would be dropped as a repeat of itself."""
+    bench = Bench()
+    delivery = plain(bench, sandbox="s1", text="hi", headers={H_MSG_ID: "h1", "traceparent": "00-1"})
+    await router(bench).route(delivery)
+    (copy,) = bench.bus.found("OUT")
+    assert copy.subject == "wechat.out.s1"
+    assert copy.data == delivery.data
+    assert copy.headers[H_MSG_ID] not in ("", "h1")
+    assert (copy.headers[H_COMMAND], copy.headers["traceparent"]) == ("h1", "00-1")
+    assert delivery.acks == 1
+
+
+@pytest.mark.parametrize(
+    ("body", "headers", "ident"),
+    [({"id": "c1"}, {H_MSG_ID: "h1"}, "c1"), ({}, {H_MSG_ID: "h1"}, "h1"), ({}, {}, "1")],
+    ids=["body", "header", "sequence"],
+)
+async def test_the_copy_keeps_the_commands_id(body: dict[str, str], headers: dict[str, str], ident: str) -> None:
+    bench = Bench()
+    await router(bench).route(plain(bench, sandbox="s1", text="hi", headers=headers, **body))
+    assert bench.bus.found("OUT")[0].headers[H_COMMAND] == ident
+
+
+async def test_a_copy_after_a_crash_is_the_same_copy() -> None:
+    bench = Bench()
+    delivery = plain(bench, sandbox="s1", text="hi")
+    await router(bench).route(delivery)
+    delivery.suspect = True
+    await router(bench).route(delivery)
+    assert len(bench.bus.found("OUT")) == 1
+    assert delivery.acks == 2
+
+
+async def test_two_commands_with_the_same_words_are_two() -> None:
+    bench = Bench()
+    for _ in range(2):
+        await router(bench).route(plain(bench, sandbox="s1", text="hi"))
+    assert len(bench.bus.found("OUT")) == 2
+
+
+async def test_commands_keep_their_order() -> None:
+    bench = Bench()
+    routed = router(bench)
+    await asyncio.gather(
+        *(routed.route(plain(bench, sandbox=f"s{number % 2}", text=f"t{number}")) for number in range(20))
+    )
+    assert [msgspec.json.decode(copy.data)["text"] for copy in bench.bus.found("OUT")] == [
+        f"t{number}" for number in range(20)
+    ]
+
+
+ENDED: list[tuple[str, bytes, str, str, str]] = [
+    ("no-json", b"hello", "dead_lettered", "unreadable", "h1"),
+    ("too-large", b'{"text":"' + b"a" * 262_144 + b'"}', "dead_lettered", "too_large", "h1"),
+    ("no-sandbox", b'{"text":"hi","id":"c1"}', "refused", "invalid", "c1"),
+    ("bad-sandbox", b'{"text":"hi","sandbox":"a.b"}', "dead_lettered", "unreadable", "h1"),
+    ("wildcard", b'{"text":"hi","sandbox":">"}', "dead_lettered", "unreadable", "h1"),
+]
+
+
+@pytest.mark.parametrize(
+    ("data", "outcome", "reason", "ident"), [row[1:] for row in ENDED], ids=[row[0] for row in ENDED]
+)
+async def test_what_goes_nowhere_has_a_receipt(data: bytes, outcome: str, reason: str, ident: str) -> None:
+    bench = Bench()
+    delivery = plain(bench, data, headers={H_MSG_ID: "h1"})
+    await router(bench).route(delivery)
+    (receipt,) = bench.bus.receipts()
+    assert (receipt.sandbox, receipt.command, receipt.outcome, receipt.reason) == (UNROUTED, ident, outcome, reason)
+    assert delivery.acks == 1
+    assert bench.bus.found("OUT") == []
+    assert len(bench.bus.found("DEAD")) == (outcome == "dead_lettered")
+
+
+async def test_a_queue_that_is_full_refuses_the_command() -> None:
+    bench = Bench()
+    bench.bus.refuse = lambda message: BusRefused(10077, "maximum messages") if message.stream == "out" else None
+    delivery = plain(bench, sandbox="s1", text="hi", id="c1")
+    await router(bench).route(delivery)
+    (receipt,) = bench.bus.receipts()
+    assert (receipt.sandbox, receipt.command, receipt.outcome, receipt.reason) == ("s1", "c1", "refused", "backlog")
+    assert delivery.acks == 1
+
+
+async def test_what_had_its_receipt_is_only_acked() -> None:
+    bench = Bench()
+    delivery = plain(bench, b"hello")
+    await router(bench).route(delivery)
+    delivery.suspect = True
+    bench.bus._ids.clear()  # much later: the stream remembers no ids
+    bench.bus.unreadable = 2
+    await router(bench).route(delivery)
+    receipts: list[Receipt] = bench.bus.receipts()
+    assert len(receipts) == 1
+    assert delivery.acks == 2
