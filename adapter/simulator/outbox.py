@@ -252,6 +252,7 @@ class Outbox:
         for fault in ("F13", "F14"):
             if rule := self._world.faults.take(fault, "sendmessage", bot.id, user):
                 if rule.params.get("shown", False):
+                    self._remember(bot.window(user), message, message_id)  # on the phone, it is never shown again
                     self.release(bot, user, message, message_id)
                 empty: Json | None = None if rule.params.get("body") == "empty" else {}
                 return Verdict(body={"ret": 0} if fault == "F13" else empty, why=fault)
