@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import resource
 import socket
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -381,10 +383,21 @@ class Adapter:
         self.metrics.nats_consumer_ack_pending.labels(consumer="out").set(in_hand)
 
 
+def _raise_file_limit(capacity: int) -> None:
+    """Each bot needs a connection for its poll, now and then one for a send: as many files as the system allows."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):  # not ours to raise: the warning below says what that means
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        soft = hard
+    if soft != resource.RLIM_INFINITY and soft < 2 * capacity + 100:
+        log.warning("files.few", limit=soft, detail=f"Open files suffice for about {max(0, soft - 100) // 2} bots.")
+
+
 async def run(
     settings: Settings, *, stop: asyncio.Event | None = None, on_ready: Callable[[], None] | None = None
 ) -> None:
     """Runs one replica until `stop` is set (or it is cancelled), then drains. Raises SettingsError."""
+    _raise_file_limit(settings.capacity)
     adapter = Adapter(settings)
     try:
         await adapter.run(stop or asyncio.Event(), on_ready)
