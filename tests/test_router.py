@@ -51,7 +51,7 @@ async def test_a_command_is_copied_to_its_sandbox_under_a_derived_id() -> None:
     [({"id": "c1"}, {H_MSG_ID: "h1"}, "c1"), ({}, {H_MSG_ID: "h1"}, "h1"), ({}, {}, "1")],
     ids=["body", "header", "sequence"],
 )
-async def test_the_copy_keeps_the_commands_id(body: dict[str, str], headers: dict[str, str], ident: str) -> None:
+async def test_the_copy_keeps_the_commands_id(body: dict[str, Any], headers: dict[str, str], ident: str) -> None:
     bench = Bench()
     await router(bench).route(plain(bench, sandbox="s1", text="hi", headers=headers, **body))
     assert bench.bus.found("OUT")[0].headers[H_COMMAND] == ident

@@ -62,6 +62,8 @@ class Consumer:
         self._room = room
         self._in_hand = 0
         self._requested = 0
+        self._suspect_to = 0
+        """What is up to here may have been delivered before. The server forgets it at a reset."""
         self._wake = asyncio.Event()
 
     def done(self) -> None:
@@ -81,16 +83,16 @@ class Consumer:
             try:
                 nc = self.link.client()
                 info = await self.info()
-                suspect_to = int(info["delivered"]["stream_seq"])
+                self._suspect_to = max(self._suspect_to, int(info["delivered"]["stream_seq"]))
                 await self.link.api(f"CONSUMER.RESET.{self._stream}.{self.name}")
                 self._in_hand = self._requested = 0
                 on_reset()
-                await self._pull(nc, epoch, on_delivery, suspect_to)
+                await self._pull(nc, epoch, on_delivery)
             except (Temporary, BusRefused) as exc:
                 log.warning("consumer.interrupted", consumer=self.name, reason=exc.reason, detail=exc.detail[:200])
                 await asyncio.sleep(0.2)
 
-    async def _pull(self, nc: Client, epoch: int, on_delivery: Callable[[Delivery], None], suspect_to: int) -> None:
+    async def _pull(self, nc: Client, epoch: int, on_delivery: Callable[[Delivery], None]) -> None:
         heard = asyncio.get_running_loop().time()
         broken = ""
 
@@ -101,7 +103,7 @@ class Consumer:
             if status is None:
                 self._requested = max(0, self._requested - 1)
                 self._in_hand += 1
-                on_delivery(Delivery(self, msg, suspect_to))
+                on_delivery(Delivery(self, msg, self._suspect_to))
             elif status in ("408", "409"):
                 assert msg.headers
                 self._requested = max(0, self._requested - int(msg.headers.get("Nats-Pending-Messages", "0")))

@@ -34,6 +34,10 @@ BUSY_CODES = (10008, 10009, 10023, 10158)
 """JetStream, or the cluster, is not available for a moment; a duplicate is in process."""
 
 
+STORE_FAILED = 10077
+"""The stream did not take a message: it is full (which JetStream calls 503 too), or the disk fails."""
+
+
 class ApiError(msgspec.Struct):
     code: int = 0
     err_code: int = 0
@@ -44,6 +48,8 @@ def refusal(err_code: int, code: int, description: str) -> BusRefused | Temporar
     """What JetStream's error means for the caller."""
     if err_code in CONFLICT_CODES:
         return Conflict(err_code, description)
+    if err_code == STORE_FAILED and description.startswith("maximum"):
+        return BusRefused(err_code, description)  # waiting for room would hold up every other message
     if err_code in BUSY_CODES or code == 503:
         return Temporary("bus_busy", f"{err_code} {description}")
     return BusRefused(err_code, description)

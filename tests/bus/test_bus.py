@@ -1,0 +1,694 @@
+"""What only a server can prove: order and loss across kills, compare-and-set, resets, and what the streams are."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import nats
+import pytest
+from nats.aio.client import Client
+from structlog.testing import capture_logs
+
+from adapter.contract import H_COMMAND, H_ERROR, H_ERROR_CODE, H_MSG_ID, H_SCHEMA, SHARDS, Names, peer_key, shard_of
+from adapter.embedded import EmbeddedNats
+from adapter.errors import BusRefused, Conflict, Refused, SettingsError, Temporary
+from adapter.jetstream import topology
+from adapter.jetstream.buckets import KvBucket, LeaseRegister, StreamHistory
+from adapter.jetstream.consumer import Consumer, Delivery
+from adapter.jetstream.link import Link
+from adapter.jetstream.publisher import Publisher
+from adapter.jetstream.services import BusTeller, Handler, Services
+from adapter.metrics import Metrics
+from adapter.ports import Entry, Message, PubAck
+from adapter.settings import Settings
+from adapter.timing import SystemClock
+
+NAMES = Names()
+PATIENCE_S = 30.0
+
+
+async def until(holds: Callable[[], bool], what: str) -> None:
+    try:
+        async with asyncio.timeout(PATIENCE_S):
+            while not holds():
+                await asyncio.sleep(0.01)
+    except TimeoutError:
+        raise AssertionError(f"never came true: {what}") from None
+
+
+class Bus:
+    """A server on a folder, which can be killed and started again on the same port, and our edge to it."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._port = 0
+        self.server = EmbeddedNats(folder)
+        self.names = NAMES
+
+    async def start(self) -> None:
+        self.server = EmbeddedNats(self._folder, port=self._port)
+        await self.server.start()
+        self._port = int(self.server.url.rpartition(":")[2])
+        self.settings = Settings(nats_url=(self.server.url,))
+
+    def kill(self) -> None:
+        self.server.kill()
+
+    async def connected(self, group: asyncio.TaskGroup, name: str = "test") -> Link:
+        """A link that lives as long as the group."""
+        link = Link(self.settings, name)
+        group.create_task(link.run())
+        await link.wait_up(PATIENCE_S)
+        return link
+
+    async def client(self) -> Client:
+        return await nats.connect(self.server.url)
+
+
+class Rig:
+    """A link with its publisher and history."""
+
+    def __init__(self, bus: Bus, link: Link, group: asyncio.TaskGroup) -> None:
+        self.bus = bus
+        self.link = link
+        self.metrics = Metrics()
+        self.publisher = Publisher(link, SystemClock(), self.metrics)
+        self.history = StreamHistory(link)
+        self.group = group
+
+    def bucket(self, name: str = NAMES.context) -> KvBucket:
+        return KvBucket(self.link, self.publisher, name)
+
+    async def read(self, stream: str, subject: str, **where: Any) -> list[bytes]:
+        return [stored.data async for stored in self.history.read(stream, subject, **where)]
+
+
+@pytest.fixture
+async def bus(tmp_path: Path) -> AsyncIterator[Bus]:
+    made = Bus(tmp_path)
+    await made.start()
+    yield made
+    await made.server.stop()
+
+
+@contextlib.asynccontextmanager
+async def rig_on(bus: Bus, *, streams: bool = True) -> AsyncIterator[Rig]:
+    async with asyncio.TaskGroup() as group:
+        link = Link(bus.settings, "test")
+        rig = Rig(bus, link, group)
+        tasks = [group.create_task(link.run()), group.create_task(rig.publisher.run())]
+        await link.wait_up(PATIENCE_S)
+        if streams:
+            for wanted in topology.streams(NAMES, bus.settings):
+                await topology.create(link, wanted)
+        yield rig
+        for task in tasks:
+            task.cancel()
+
+
+@pytest.fixture
+async def rig(bus: Bus) -> AsyncIterator[Rig]:
+    async with rig_on(bus) as made:
+        yield made
+
+
+def event(number: int, sandbox: str = "s1") -> Message:
+    return Message("event", NAMES.event(sandbox, "receipt"), str(number).encode(), {H_MSG_ID: f"e{number}"})
+
+
+# publishing ----------------------------------------------------------------------------------------------
+
+
+async def test_messages_keep_the_order_of_their_calls(rig: Rig) -> None:
+    acks = await asyncio.gather(*(rig.publisher.publish(event(number)) for number in range(500)))
+    assert [ack.seq for ack in acks] == list(range(1, 501))
+    assert await rig.read(NAMES.stream_event, NAMES.event("s1", "receipt")) == [
+        str(number).encode() for number in range(500)
+    ]
+
+
+async def test_a_repeat_is_acknowledged_as_one(rig: Rig) -> None:
+    first = await rig.publisher.publish(event(1))
+    again = await rig.publisher.publish(event(1))
+    assert (first.duplicate, again.duplicate, again.seq) == (False, True, first.seq)
+
+
+async def test_kills_of_the_server_cost_neither_a_message_nor_the_order(rig: Rig) -> None:
+    """kill -9 three times while hundreds are on their way: each caller waits, and is answered once."""
+    numbers = itertools.count()
+    acks: dict[int, PubAck] = {}
+    stop = False
+
+    async def produce() -> None:
+        while not stop:
+            batch = [next(numbers) for _ in range(20)]
+            for number, ack in zip(batch, await rig.publisher.publish_all([event(n) for n in batch]), strict=True):
+                assert isinstance(ack, PubAck)
+                acks[number] = ack
+
+    producers = [asyncio.create_task(produce()) for _ in range(5)]
+    for _ in range(3):
+        reached = len(acks) + 100
+        await until(lambda reached=reached: len(acks) > reached, "some are stored")  # type: ignore[misc]
+        rig.bus.kill()
+        await asyncio.sleep(0.2)
+        await rig.bus.start()
+    reached = len(acks) + 100
+    await until(lambda: len(acks) > reached, "it goes on after the last kill")
+    stop = True
+    await asyncio.gather(*producers)
+
+    stored = [int(data) for data in await rig.read(NAMES.stream_event, NAMES.event("s1", "receipt"))]
+    assert stored == sorted(set(stored)), "in order, none twice"
+    assert set(stored) == set(acks), "none lost"
+
+
+async def test_one_too_large_is_refused_and_the_others_of_its_batch_are_stored(rig: Rig) -> None:
+    large = Message("event", NAMES.event("s1", "receipt"), b"x" * (rig.link.max_payload + 1), {})
+    acks = await rig.publisher.publish_all([event(0), large, event(1)])
+    assert [isinstance(ack, BusRefused) for ack in acks] == [False, True, False]
+    with pytest.raises(BusRefused):
+        await rig.publisher.publish(large)
+    assert rig.link.epoch == 1, "the connection was not spent on it"
+
+
+@pytest.mark.parametrize("over", [-2000, -200, -20, 0, 20])
+async def test_headers_count_against_the_largest_message(rig: Rig, over: int) -> None:
+    """Refused here or stored there, never a connection broken by the server."""
+    headers = {H_MSG_ID: "x" * 100, "traceparent": "é" * 50}
+    message = Message("event", NAMES.event("s1", "receipt"), b"x" * (rig.link.max_payload + over), headers)
+    (ack,) = await rig.publisher.publish_all([message])
+    assert isinstance(ack, PubAck | BusRefused)
+    await rig.publisher.publish(event(1))
+    assert rig.link.epoch == 1
+
+
+async def test_a_message_for_no_stream_waits_for_one(rig: Rig) -> None:
+    """No responders: the stream is being made, or moves. Nothing is lost, and others follow."""
+    waiting = asyncio.create_task(rig.publisher.publish(Message("event", "late.1", b"x", {})))
+    await asyncio.sleep(0.3)
+    assert not waiting.done()
+    await rig.link.api("STREAM.CREATE.LATE", {"name": "LATE", "subjects": ["late.*"]})
+    async with asyncio.timeout(PATIENCE_S):
+        assert (await waiting).seq == 1
+
+
+async def test_a_caller_who_is_cancelled_leaves_nothing_behind(rig: Rig) -> None:
+    rig.bus.kill()
+    await until(lambda: not rig.link.up, "the break is noticed")
+    waiting = asyncio.create_task(rig.publisher.publish(event(1)))
+    await asyncio.sleep(0.1)
+    waiting.cancel()
+    await asyncio.wait([waiting])
+    assert rig.publisher.outstanding == 0
+    await rig.bus.start()
+    async with asyncio.timeout(PATIENCE_S):
+        await rig.publisher.publish(event(2))
+    assert await rig.read(NAMES.stream_event, NAMES.event("s1", "receipt")) == [b"2"]
+
+
+# reading back --------------------------------------------------------------------------------------------
+
+
+async def test_a_stream_is_read_from_a_sequence_or_a_time(rig: Rig) -> None:
+    subject = NAMES.event("s1", "receipt")
+    await rig.publisher.publish_all([event(number, f"s{number % 2}") for number in range(600)])
+    odd = [str(number).encode() for number in range(1, 600, 2)]
+    assert await rig.read(NAMES.stream_event, subject) == odd
+    assert await rig.read(NAMES.stream_event, subject, after=596) == odd[-2:]
+    assert await rig.read(NAMES.stream_event, subject, after=10_000) == []
+    assert await rig.read(NAMES.stream_event, subject, since_ms=0) == odd
+    assert await rig.read(NAMES.stream_event, subject, since_ms=SystemClock().now_ms() + 60_000) == []
+    assert len(await rig.read(NAMES.stream_event, NAMES.event("*", "receipt"))) == 600
+    last = await rig.history.last(NAMES.stream_event, subject)
+    assert last is not None
+    assert (last.data, last.seq) == (b"599", 600)
+    assert await rig.history.last(NAMES.stream_event, NAMES.event("nobody", "receipt")) is None
+    assert await rig.history.counts(NAMES.stream_event, NAMES.event("*", "receipt")) == {
+        NAMES.event("s0", "receipt"): 300,
+        subject: 300,
+    }
+
+
+async def test_a_message_is_deleted_once_and_deleting_it_again_is_no_error(rig: Rig) -> None:
+    subject = NAMES.parked(3, peer_key("b1@im.bot", "u1@im.wechat"))
+    acks = [await rig.publisher.publish(Message("parked", subject, str(n).encode(), {})) for n in range(3)]
+    for _ in range(2):
+        await rig.history.delete(NAMES.stream_parked, acks[1].seq)
+    assert await rig.read(NAMES.stream_parked, NAMES.parked(3, "*")) == [b"0", b"2"]
+    await rig.history.delete(NAMES.stream_parked, 999)
+
+
+# buckets -------------------------------------------------------------------------------------------------
+
+
+KEY = peer_key("b1@im.bot", "u1@im.wechat")
+
+
+async def test_a_bucket_compares_and_sets(rig: Rig) -> None:
+    bucket = rig.bucket()
+    assert await bucket.get(KEY) is None
+    first = await bucket.update(KEY, b"1", 0)
+    with pytest.raises(Conflict):
+        await bucket.update(KEY, b"x", 0)
+    second = await bucket.update(KEY, b"2", first)
+    with pytest.raises(Conflict):
+        await bucket.update(KEY, b"x", first)
+    assert await bucket.get(KEY) == Entry(KEY, b"2", second)
+    with pytest.raises(Conflict):
+        await bucket.delete(KEY, first)
+    gone = await bucket.delete(KEY, second)
+    assert await bucket.get(KEY) == Entry(KEY, None, gone)
+    assert await bucket.update(KEY, b"3", gone) > gone
+
+
+async def test_of_many_who_write_at_once_one_wins(rig: Rig) -> None:
+    bucket = rig.bucket()
+    results = await asyncio.gather(
+        *(bucket.update(KEY, str(number).encode(), 0) for number in range(20)), return_exceptions=True
+    )
+    assert [isinstance(result, Conflict) for result in results].count(False) == 1
+
+
+async def test_a_follower_sees_what_is_stored_and_never_what_was_refused(rig: Rig) -> None:
+    """A plain subscription to the bucket's subjects would show both."""
+    bucket = rig.bucket(NAMES.bindings)
+    revision = await bucket.update("a", b"1", 0)
+    seen: list[Entry] = []
+    loaded = asyncio.Event()
+    following = asyncio.create_task(bucket.follow(seen.append, on_loaded=loaded.set))
+    await loaded.wait()
+    assert seen == [Entry("a", b"1", revision)]
+    with contextlib.suppress(Conflict):
+        await bucket.update("a", b"refused", 99)
+    second = await bucket.update("a", b"2", revision)
+    third = await bucket.delete("a")
+    await until(lambda: len(seen) == 3, "both changes are seen")
+    assert seen[1:] == [Entry("a", b"2", second), Entry("a", None, third)]
+    following.cancel()
+
+
+async def test_a_follower_misses_nothing_across_a_kill(rig: Rig) -> None:
+    """It hears of what others wrote while it could not listen."""
+    bucket = rig.bucket(NAMES.bindings)
+    seen: dict[str, Entry] = {}
+    order: list[int] = []
+
+    def see(entry: Entry) -> None:
+        seen[entry.key] = entry
+        order.append(entry.revision)
+
+    following = asyncio.create_task(bucket.follow(see))
+    for number in range(50):
+        await bucket.update(f"k{number}", b"before", 0)
+    rig.bus.kill()
+    await rig.bus.start()
+    for number in range(50, 60):
+        await bucket.update(f"k{number}", b"after", 0)
+    await bucket.delete("k0")
+    await until(lambda: len(seen) == 60 and seen["k0"].value is None, "everything is seen")
+    assert len(order) == len(set(order)), "no entry twice, none older than one before"
+    following.cancel()
+
+
+async def test_a_follower_reads_again_from_time_to_time(rig: Rig) -> None:
+    """News are at most once: one that was lost on the way is found by the next reading."""
+    bucket = rig.bucket(NAMES.bindings)
+    loads = 0
+
+    def count() -> None:
+        nonlocal loads
+        loads += 1
+
+    following = asyncio.create_task(bucket.follow(lambda entry: None, on_loaded=count, reload_s=0.05))
+    await until(lambda: loads >= 3, "it reads again")
+    following.cancel()
+
+
+async def test_a_lease_register_answers_from_the_leader_and_fails_in_time(rig: Rig) -> None:
+    register = LeaseRegister(rig.link, NAMES.members, ttl_s=60)
+    assert await register.get("r1") is None
+    first = await register.write("r1", b"1", 0)
+    with pytest.raises(Conflict):
+        await register.write("r1", b"x", 0)
+    assert await register.get("r1") == Entry("r1", b"1", first)
+    assert await register.entries() == [Entry("r1", b"1", first)]
+    gone = await register.write("r1", None, first)
+    assert await register.get("r1") == Entry("r1", None, gone)
+    assert await register.entries() == []
+    with pytest.raises(Conflict):
+        await register.write("r1", b"back", first)
+
+    rig.bus.kill()
+    began = asyncio.get_running_loop().time()
+    with pytest.raises(Temporary):
+        await register.write("r1", b"x", gone)
+    assert asyncio.get_running_loop().time() - began < 2.0
+
+
+async def test_many_members_are_read_whole(rig: Rig) -> None:
+    register = LeaseRegister(rig.link, NAMES.claims)
+    await asyncio.gather(*(register.write(str(number), b"x", 0) for number in range(SHARDS)))
+    assert len(await register.entries()) == SHARDS
+
+
+# consumers -----------------------------------------------------------------------------------------------
+
+
+class Reader:
+    """What a shard's consumer delivers."""
+
+    def __init__(
+        self, rig: Rig, *, room: int = 8, stream: str = NAMES.stream_ctl, name: str = topology.CONTROL
+    ) -> None:
+        self.got: list[Delivery] = []
+        self.resets = 0
+        self.on_reset: Callable[[], None] = lambda: None
+        self.consumer = Consumer(rig.link, stream, name, room=room)
+        self.task = rig.group.create_task(self.consumer.run(self.got.append, self._reset))
+
+    def _reset(self) -> None:
+        self.resets += 1
+        self.on_reset()
+
+    @property
+    def texts(self) -> list[str]:
+        return [delivery.data.decode() for delivery in self.got]
+
+    async def have(self, count: int) -> None:
+        await until(lambda: len(self.got) >= count, f"{count} deliveries")
+
+
+async def control(rig: Rig, *texts: str) -> None:
+    for wanted in topology.consumers(NAMES):
+        if wanted.name == topology.CONTROL:
+            await topology.create(rig.link, wanted)
+    for text in texts:
+        await rig.publisher.publish(Message("ctl", NAMES.bind, text.encode(), {}))
+
+
+async def test_a_consumer_delivers_in_order_and_no_more_than_there_is_room_for(rig: Rig) -> None:
+    texts = [str(number) for number in range(30)]
+    await control(rig, *texts)
+    reader = Reader(rig, room=8)
+    await reader.have(8)
+    await asyncio.sleep(0.1)
+    assert reader.texts == texts[:8]
+    for number in range(30):
+        await reader.have(number + 1)
+        await reader.got[number].ack()
+    assert reader.texts == texts
+    assert not any(delivery.suspect for delivery in reader.got)
+    reader.task.cancel()
+
+
+async def test_a_delivery_knows_when_and_where_it_was_stored(rig: Rig) -> None:
+    await control(rig, "x")
+    reader = Reader(rig)
+    await reader.have(1)
+    (delivery,) = reader.got
+    assert (delivery.subject, delivery.seq, delivery.redelivered) == (NAMES.bind, 1, False)
+    assert abs(delivery.time_ms - SystemClock().now_ms()) < 10_000
+    reader.task.cancel()
+
+
+async def test_the_next_owner_gets_what_is_unsettled_in_order_and_is_told_so(rig: Rig) -> None:
+    texts = [str(number) for number in range(6)]
+    await control(rig, *texts)
+    first = Reader(rig)
+    await first.have(6)
+    for number in (0, 2):
+        await first.got[number].ack()
+    first.task.cancel()
+    await asyncio.wait([first.task])
+    await rig.publisher.publish(Message("ctl", NAMES.bind, b"new", {}))
+
+    heir = Reader(rig)
+    await heir.have(5)
+    assert heir.texts == ["1", "3", "4", "5", "new"]
+    assert [delivery.suspect for delivery in heir.got] == [True] * 4 + [False]
+    heir.task.cancel()
+
+
+async def test_an_owner_that_is_cut_off_before_it_reads_still_knows_what_was_in_hand_before(rig: Rig) -> None:
+    """The reset takes the server's memory of what was delivered; ours must outlast it."""
+    await control(rig, "0", "1")
+    first = Reader(rig)
+    await first.have(2)
+    first.task.cancel()
+    await asyncio.wait([first.task])
+
+    heir = Reader(rig)
+
+    def cut() -> None:
+        if heir.resets == 1:
+            rig.group.create_task(rig.link.client().close())
+
+    heir.on_reset = cut
+    await heir.have(2)
+    assert heir.resets == 2
+    assert [(delivery.data, delivery.suspect) for delivery in heir.got] == [(b"0", True), (b"1", True)]
+    heir.task.cancel()
+
+
+async def test_a_kill_of_the_server_brings_what_is_unsettled_again_in_order(rig: Rig) -> None:
+    await control(rig, "0", "1", "2")
+    reader = Reader(rig)
+    await reader.have(3)
+    await reader.got[0].ack()
+    await rig.link.client().flush()
+    rig.bus.kill()
+    await rig.bus.start()
+    await reader.have(5)
+    assert reader.texts == ["0", "1", "2", "1", "2"]
+    assert reader.resets == 2
+    assert all(delivery.suspect for delivery in reader.got[3:])
+    await rig.publisher.publish(Message("ctl", NAMES.bind, b"3", {}))
+    await reader.have(6)
+    reader.task.cancel()
+
+
+# the streams ---------------------------------------------------------------------------------------------
+
+
+async def test_what_is_missing_is_created_and_then_nothing_differs(bus: Bus) -> None:
+    async with rig_on(bus, streams=False) as rig:
+        assert await topology.ensure(rig.link, NAMES, bus.settings) == []
+        missing, different = await topology.inspect(rig.link, NAMES, bus.settings)
+        assert (missing, different) == ([], [])
+        revision = await rig.link.api(f"STREAM.INFO.{NAMES.stream_out}")
+        assert await topology.ensure(rig.link, NAMES, bus.settings) == []
+        assert (await rig.link.api(f"STREAM.INFO.{NAMES.stream_out}"))["created"] == revision["created"]
+
+
+async def test_replicas_that_start_at_once_do_not_hinder_each_other(bus: Bus) -> None:
+    async with rig_on(bus, streams=False) as rig:
+        results = await asyncio.gather(*(topology.ensure(rig.link, NAMES, bus.settings) for _ in range(3)))
+        assert results == [[], [], []]
+
+
+async def test_a_stream_that_would_break_a_guarantee_stops_the_start_with_a_sentence(bus: Bus) -> None:
+    async with rig_on(bus, streams=False) as rig:
+        config = {"name": NAMES.stream_out, "subjects": ["wechat.out", "wechat.out.*"], "retention": "limits"}
+        await rig.link.api(f"STREAM.CREATE.{NAMES.stream_out}", config)
+        with pytest.raises(SettingsError) as caught:
+            await topology.ensure(rig.link, NAMES, bus.settings)
+        assert caught.value.reason == "stream_differs"
+        for word in (NAMES.stream_out, "retention", "workqueue", "doctor --fix"):
+            assert word in caught.value.detail
+        assert (await rig.link.api(f"STREAM.INFO.{NAMES.stream_out}"))["config"]["retention"] == "limits"
+
+
+async def test_an_operators_own_limits_are_only_told_and_never_changed(bus: Bus) -> None:
+    async with rig_on(bus, streams=False) as rig:
+        (wanted,) = [w for w in topology.streams(NAMES, bus.settings) if w.name == NAMES.stream_in]
+        await rig.link.api(f"STREAM.CREATE.{wanted.name}", {**wanted.config, "max_msgs_per_subject": 7})
+        with capture_logs() as logs:
+            (difference,) = await topology.ensure(rig.link, NAMES, bus.settings)
+        assert (difference.field, difference.found, difference.critical) == ("max_msgs_per_subject", 7, False)
+        assert "stream.differs" in [line["event"] for line in logs]
+        info = await rig.link.api(f"STREAM.INFO.{wanted.name}")
+        assert info["config"]["max_msgs_per_subject"] == 7
+
+        await topology.alter(rig.link, difference, bus.settings, NAMES)
+        assert await topology.ensure(rig.link, NAMES, bus.settings) == []
+
+
+class OldServer(Link):
+    """A server that takes newer options without a word and ignores them."""
+
+    def __init__(self, level: int | None) -> None:
+        self.level = level
+
+    async def api(self, verb: str, body: dict[str, Any] | None = None, timeout_s: float = 5.0) -> dict[str, Any]:
+        assert verb == "INFO", "nothing is created on it"
+        return {} if self.level is None else {"api": {"level": self.level}}
+
+
+@pytest.mark.parametrize("level", [None, 0, 3])
+async def test_a_server_that_is_too_old_is_refused(level: int | None) -> None:
+    with pytest.raises(SettingsError) as caught:
+        await topology.ensure(OldServer(level), NAMES, Settings())
+    assert caught.value.reason == "server_too_old"
+    assert "2.14" in caught.value.detail
+
+
+async def test_a_user_without_jetstream_is_told_so() -> None:
+    class Forbidden(OldServer):
+        async def api(self, verb: str, body: dict[str, Any] | None = None, timeout_s: float = 5.0) -> dict[str, Any]:
+            raise BusRefused(10039, "jetstream not enabled for account")
+
+    with pytest.raises(SettingsError, match="JetStream"):
+        await topology.ensure(Forbidden(0), NAMES, Settings())
+
+
+async def test_a_sandboxs_shard_is_the_servers(rig: Rig) -> None:
+    """The transform's partition() and ours, for 300 names; and plain wechat.out stays as it is."""
+    names = [f"sandbox-{number}" for number in range(290)]
+    names += ["a", "_", "-", "0", "z" * 64, "a_b-c", "s1", "s2", "00000000", "x-y_z"]
+    await rig.publisher.publish_all([Message("out", NAMES.out(name), name.encode(), {}) for name in names])
+    await rig.publisher.publish(Message("out", NAMES.out_plain, b"plain", {}))
+    nc = await rig.bus.client()
+    stored = {}
+    for seq in range(1, len(names) + 2):
+        msg = await nc.jetstream().get_msg(NAMES.stream_out, seq)
+        stored[(msg.data or b"").decode()] = msg.subject
+    await nc.close()
+    assert stored.pop("plain") == NAMES.out_plain
+    assert stored == {name: f"wechat.out.{shard_of(name)}.{name}" for name in names}
+    assert len({shard_of(name) for name in names}) > SHARDS / 2
+
+
+async def test_what_is_stored_inbound_reaches_a_plain_subscriber_with_its_sequence(rig: Rig) -> None:
+    nc = await rig.bus.client()
+    heard = await nc.subscribe(NAMES.live("s1"))
+    await nc.flush()
+    for number in range(2):
+        await rig.publisher.publish(Message("in", NAMES.inbox("s1"), str(number).encode(), {H_MSG_ID: f"i{number}"}))
+    await rig.publisher.publish(Message("in", NAMES.inbox("s1"), b"1", {H_MSG_ID: "i1"}))
+    first, second = await heard.next_msg(5), await heard.next_msg(5)
+    assert (first.data, second.data) == (b"0", b"1")
+    assert second.headers is not None
+    assert (second.headers["Nats-Sequence"], second.headers["Nats-Last-Sequence"]) == ("2", "1")
+    with pytest.raises(nats.errors.TimeoutError):
+        await heard.next_msg(0.1)
+    await nc.close()
+
+
+async def test_a_sandbox_whose_queue_is_full_is_refused_and_others_are_not(bus: Bus) -> None:
+    bus.settings = Settings(nats_url=bus.settings.nats_url, out_max_per_sandbox=2)
+    async with rig_on(bus) as rig:
+        for _ in range(2):
+            await rig.publisher.publish(Message("out", NAMES.out("s1"), b"x", {}))
+        with pytest.raises(BusRefused):
+            await rig.publisher.publish(Message("out", NAMES.out("s1"), b"x", {}))
+        await rig.publisher.publish(Message("out", NAMES.out("s2"), b"x", {H_COMMAND: "c1"}))
+
+
+# services ------------------------------------------------------------------------------------------------
+
+
+async def answer_of(bus: Bus, verb: str, payload: bytes = b"") -> tuple[bytes, dict[str, str]]:
+    nc = await bus.client()
+    msg = await nc.request(NAMES.svc(verb), payload, timeout=5)
+    await nc.close()
+    return msg.data, msg.headers or {}
+
+
+async def serve(bus: Bus, group: asyncio.TaskGroup) -> tuple[Link, asyncio.Task[None]]:
+    async def echo(data: bytes) -> bytes:
+        return data
+
+    async def not_bound(data: bytes) -> bytes:
+        raise Refused("not_bound", "Nothing is bound\nunder that näme.")
+
+    async def invalid(data: bytes) -> bytes:
+        raise Refused("invalid", "Name a `bot`.")
+
+    async def away(data: bytes) -> bytes:
+        raise Temporary("bus_down")
+
+    async def bug(data: bytes) -> bytes:
+        raise RuntimeError("SECRET")
+
+    link = Link(bus.settings, "service")
+    handlers: dict[str, Handler] = {
+        "echo": echo,
+        "not.bound": not_bound,
+        "invalid": invalid,
+        "away": away,
+        "bug": bug,
+    }
+    Services(link, NAMES, handlers, version="1.2.3", instance="r1")
+    task = group.create_task(link.run())
+    await link.wait_up(PATIENCE_S)
+    return link, task
+
+
+async def test_services_answer_and_errors_say_what_to_do_in_headers(bus: Bus) -> None:
+    async with asyncio.TaskGroup() as group:
+        _, task = await serve(bus, group)
+        data, headers = await answer_of(bus, "echo", b"hello")
+        assert (data, headers[H_SCHEMA]) == (b"hello", "1")
+        found = {}
+        for verb in ("not.bound", "invalid", "away", "bug"):
+            data, headers = await answer_of(bus, verb)
+            found[verb] = headers[H_ERROR_CODE]
+            assert headers[H_ERROR]
+            assert "SECRET" not in str(headers) + data.decode()
+        assert found == {"not.bound": "404", "invalid": "400", "away": "503", "bug": "500"}
+        task.cancel()
+
+
+async def test_services_are_there_again_after_a_kill(bus: Bus) -> None:
+    async with asyncio.TaskGroup() as group:
+        link, task = await serve(bus, group)
+        bus.kill()
+        await bus.start()
+        await until(lambda: link.epoch == 2, "it is connected again")
+        assert (await answer_of(bus, "echo", b"again"))[0] == b"again"
+        task.cancel()
+
+
+async def test_of_two_replicas_one_answers(bus: Bus) -> None:
+    async with asyncio.TaskGroup() as group:
+        tasks = [(await serve(bus, group))[1] for _ in range(2)]
+        nc = await bus.client()
+        inbox = nc.new_inbox()
+        answers = await nc.subscribe(inbox)
+        await nc.publish(NAMES.svc("echo"), b"x", reply=inbox)
+        await answers.next_msg(5)
+        with pytest.raises(nats.errors.TimeoutError):
+            await answers.next_msg(0.1)
+        await nc.close()
+        for task in tasks:
+            task.cancel()
+
+
+async def test_a_durable_is_made_once_and_left_as_its_reader_has_it(rig: Rig) -> None:
+    teller = BusTeller(rig.link, NAMES)
+    await teller.make_durable("s1")
+    await teller.make_durable("s1")
+    verb = f"CONSUMER.INFO.{NAMES.stream_in}.s1"
+    info = await rig.link.api(verb)
+    assert (info["config"]["filter_subject"], info["config"]["ack_policy"]) == (NAMES.inbox("s1"), "explicit")
+    changed = {"stream_name": NAMES.stream_in, "action": "update", "config": {**info["config"], "max_ack_pending": 7}}
+    await rig.link.api(f"CONSUMER.CREATE.{NAMES.stream_in}.s1.{NAMES.inbox('s1')}", changed)
+    await teller.make_durable("s1")
+    assert (await rig.link.api(verb))["config"]["max_ack_pending"] == 7
+
+
+async def test_what_is_told_needs_no_stream(rig: Rig) -> None:
+    nc = await rig.bus.client()
+    inbox = nc.new_inbox()
+    answers = await nc.subscribe(inbox)
+    await nc.flush()
+    await BusTeller(rig.link, NAMES).tell(inbox, msgspec.json.encode({"ok": True}), {H_SCHEMA: "1"})
+    assert (await answers.next_msg(5)).data == b'{"ok":true}'
+    await nc.close()
