@@ -311,6 +311,9 @@ class Bind(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     cursor: Annotated[str | None, Meta(description="Where to poll from; default: where it was, or the start.")] = None
     options: Options = Options()
 
+    def __repr__(self) -> str:
+        return f"Bind(sandbox={self.sandbox!r}, bot={self.bot!r}, id={self.id!r})"  # a token never gets into a log or traceback
+
 
 class Unbind(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Let a bot, or every bot of a sandbox, serve it no longer. Subject: wechat.ctl.unbind."""

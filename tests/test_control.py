@@ -10,7 +10,7 @@ import msgspec
 import pytest
 from structlog.testing import capture_logs
 
-from adapter.contract import H_ERROR, H_ERROR_CODE, H_MSG_ID, H_REPLY_TO, ControlAnswer
+from adapter.contract import H_ERROR, H_ERROR_CODE, H_MSG_ID, H_REPLY_TO, Bind, ControlAnswer
 from adapter.control import Control
 from adapter.errors import BusRefused, Refused, Temporary
 from adapter.records import Binding
@@ -466,6 +466,13 @@ async def test_no_token_is_in_an_answer_an_event_a_log_or_a_repr() -> None:
     sealed = [entry.value or b"" for entry in platform.bench.bindings_bucket.entries.values()]
     for data in (*said, *stored, *sealed, str(logs).encode(), repr(list(platform.bench.bindings)).encode()):
         assert b"SECRET" not in data
+
+
+def test_a_bind_shows_no_token() -> None:
+    """Nor does what holds one: a repr ends in logs and tracebacks."""
+    bind = Bind(sandbox="s1", bot=BOT, bot_token=TOKEN)
+    assert "SECRET" not in f"{bind!r} {bind} {[bind]}"
+    assert "SECRET" not in repr(Binding(sandbox="s1", bot=BOT, token=TOKEN))
 
 
 async def test_a_token_is_sealed_for_its_bot_and_opened_by_any_key() -> None:
