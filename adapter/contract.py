@@ -312,7 +312,8 @@ class Bind(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     options: Options = Options()
 
     def __repr__(self) -> str:
-        return f"Bind(sandbox={self.sandbox!r}, bot={self.bot!r}, id={self.id!r})"  # a token never gets into a log or traceback
+        # a token never gets into a log or traceback
+        return f"Bind(sandbox={self.sandbox!r}, bot={self.bot!r}, id={self.id!r})"
 
 
 class Unbind(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -30,6 +30,7 @@ log = structlog.get_logger()
 MAX_BYTES = 65_536
 MAX_BUGS = 5
 SETTLED_KEPT = 1000
+MAX_INBOX = 256
 _INBOX = re.compile(r"_INBOX[^\s.*>\x00]*(\.[^\s.*>\x00]+)+")
 
 
@@ -239,7 +240,7 @@ class Control:
     async def _answer(self, delivery: Delivery, answer: ControlAnswer) -> None:
         """To the header Reply-To, which must be an inbox: the adapter writes nowhere else for a stranger."""
         reply_to = delivery.headers.get(contract.H_REPLY_TO, "")
-        if not reply_to.isascii() or not _INBOX.fullmatch(reply_to):
+        if len(reply_to) > MAX_INBOX or not reply_to.isascii() or not _INBOX.fullmatch(reply_to):
             return
         headers = {contract.H_SCHEMA: contract.SCHEMA_VERSION}
         if not answer.ok:

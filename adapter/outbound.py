@@ -22,6 +22,8 @@ from adapter.sending import Ending
 
 log = structlog.get_logger()
 
+MAX_NAME = 64
+
 
 class Shard(LaneWork):
     """What arrives for one shard, as long as this replica owns it, and the lanes that it goes into."""
@@ -212,9 +214,11 @@ def _nameless(delivery: Delivery, body_id: str | None) -> Command:
     """Stands for a command that cannot be carried out, so that it can have its receipt."""
     ident = _ident(delivery, body_id)
     sandbox = delivery.subject.rpartition(".")[2]
+    if len(sandbox) > MAX_NAME:
+        sandbox = contract.UNROUTED  # the subject of its receipts would break the connection
     return Command(
         ident,
-        f"{sandbox}-{delivery.seq}-{delivery.time_ms}",
+        f"out-{delivery.seq}-{delivery.time_ms}",
         sandbox,
         "",
         "",

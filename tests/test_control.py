@@ -313,7 +313,8 @@ async def test_a_consumer_that_cannot_be_made_refuses_the_bind() -> None:
 @pytest.mark.parametrize(
     "reply_to",
     ["", "wechat.out.s1", "wechat.ctl.bind", "$JS.API.STREAM.DELETE.WECHAT_IN", "_INBOX.*", "_INBOX.>", "_INBOX.a b",
-     "_INBOX.a\r\nPUB x 0", "_INBOX", "_INBOX.", "_INBOX..a", "_INBOX.a.", "_INBOX.ä", "inbox.a"],
+     "_INBOX.a\r\nPUB x 0", "_INBOX", "_INBOX.", "_INBOX..a", "_INBOX.a.", "_INBOX.ä", "inbox.a",
+     "_INBOX." + "a" * 300],
 )  # fmt: skip
 async def test_an_answer_goes_to_an_inbox_or_nowhere(reply_to: str) -> None:
     """The adapter may write where its caller may not: nobody borrows that."""

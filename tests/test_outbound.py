@@ -13,7 +13,7 @@ from structlog.testing import capture_logs
 
 from adapter import window
 from adapter.commands import read_command
-from adapter.contract import FINAL_OUTCOMES, H_COMMAND, H_MSG_ID, H_TIME_MS, Outbound, Receipt, peer_key
+from adapter.contract import FINAL_OUTCOMES, H_COMMAND, H_MSG_ID, H_TIME_MS, UNROUTED, Outbound, Receipt, peer_key
 from adapter.errors import BusRefused, Refused, SessionExpired, Temporary, Throttled, Uncertain
 from adapter.outbound import Shard
 from adapter.ports import Accepted, Message
@@ -225,6 +225,20 @@ async def test_what_is_refused_for_its_content_is_told_under_its_own_id() -> Non
     shard.on_delivery(bench.command(" ", id="c1", headers={H_MSG_ID: "h1"}))
     await asyncio.sleep(5)
     assert outcomes(bench) == [("c1", "refused", "invalid")]
+
+
+@pytest.mark.parametrize(
+    ("name", "told_as"), [("Upper", "Upper"), ("x" * 3000, UNROUTED)], ids=["capitals", "endless"]
+)
+async def test_a_name_that_no_sandbox_can_have_is_refused(name: str, told_as: str) -> None:
+    """Where its receipt would need a subject longer than a server takes, it is told as one of nobody."""
+    bench, shard = await ready()
+    delivery = bench.command("hi", sandbox=name, id="c1")
+    shard.on_delivery(delivery)
+    await asyncio.sleep(5)
+    (receipt,) = bench.bus.receipts()
+    assert (receipt.sandbox, receipt.outcome, receipt.reason) == (told_as, "refused", "invalid")
+    assert delivery.acks == 1
 
 
 async def test_a_repeated_id_sends_nothing_and_says_nothing() -> None:
