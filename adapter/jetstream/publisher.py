@@ -31,6 +31,10 @@ ACK_TIMEOUT_S = 1.0
 """Longer than any ack of a healthy server here, shorter than a leader election."""
 
 
+MAX_SUBJECT = 3072
+"""A server ends the connection over a line of more than 4,096 bytes, and would do so at every repeat."""
+
+
 class _Answer(PubAck):
     """JetStream's answer to a publish."""
 
@@ -79,13 +83,13 @@ class Publisher:
         loop = asyncio.get_running_loop()
         numbers = []
         for message in messages:
+            entry = _Outstanding(message, loop.create_future())
             if len(message.payload) + _size(message.headers) > self._link.max_payload:
-                entry = _Outstanding(message, loop.create_future())
                 entry.future.set_exception(
                     BusRefused(0, f"{len(message.payload)} bytes exceed the server's max_payload")
                 )
-            else:
-                entry = _Outstanding(message, loop.create_future())
+            elif len(message.subject.encode()) > MAX_SUBJECT:
+                entry.future.set_exception(BusRefused(0, "The subject is too long."))
             number = next(self._numbers)
             self._outstanding[number] = entry
             numbers.append(number)

@@ -189,6 +189,13 @@ async def test_one_too_large_is_refused_and_the_others_of_its_batch_are_stored(r
     assert rig.link.epoch == 1, "the connection was not spent on it"
 
 
+async def test_a_subject_that_would_break_the_connection_is_refused(rig: Rig) -> None:
+    with pytest.raises(BusRefused):
+        await rig.publisher.publish(Message("event", NAMES.event("x" * 4000, "receipt"), b"x", {}))
+    await rig.publisher.publish(Message("event", NAMES.event("x" * 3000, "receipt"), b"x", {}))
+    assert rig.link.epoch == 1
+
+
 @pytest.mark.parametrize("over", [-2000, -200, -20, 0, 20])
 async def test_headers_count_against_the_largest_message(rig: Rig, over: int) -> None:
     """Refused here or stored there, never a connection broken by the server."""
