@@ -265,7 +265,13 @@ class Adapter:
         await Consumer(self.link, stream, name, room=ROOM).run(take, lambda: None)
 
     def _route(self, delivery: Delivery) -> None:
-        self._group.create_task(self.router.route(delivery))
+        self._group.create_task(self._route_one(delivery))
+
+    async def _route_one(self, delivery: Delivery) -> None:
+        try:
+            await self.router.route(delivery)
+        except Exception:  # a bug: the message stays, unsettled, and the others go on
+            log.exception("delivery.crashed", consumer=topology.ROUTER, sequence=delivery.seq)
 
     async def _control(self) -> None:
         async with asyncio.TaskGroup() as group:
