@@ -61,7 +61,6 @@ class Leases:
         self._live: dict[str, Member] = {}
         self._last_read = 0.0
         self._dead: set[str] = set()
-        self._releasing: set[int] = set()
 
     @property
     def valid(self) -> bool:

@@ -35,16 +35,17 @@ async def arrive(bus: Bus, message: Inbound) -> None:
 
 
 async def subscribed(bus: Bus, subject: str) -> None:
-    """Waits until somebody else listens: a request without listeners is answered at once by the server."""
+    """Waits until somebody else listens: without listeners the server answers, and before it answers the flush."""
     probe = await bus.nc.subscribe("probe.answers")
     async with asyncio.timeout(60):
         while True:
             await bus.nc.publish(subject, b"{}", reply="probe.answers")
-            try:
-                await probe.next_msg(timeout=0.1)  # "no responders"
-            except TimeoutError:
+            await bus.nc.flush()
+            if not probe.pending_msgs:
                 await probe.unsubscribe()
                 return
+            await probe.next_msg()  # "no responders"
+            await asyncio.sleep(0.05)
 
 
 def texts(result: Result) -> list[str]:
