@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from asyncio.subprocess import Process
 from pathlib import Path
 
 import msgspec
@@ -34,18 +35,21 @@ async def arrive(bus: Bus, message: Inbound) -> None:
     await bus.js.publish(bus.names.inbox(message.sandbox), msgspec.json.encode(message))
 
 
-async def subscribed(bus: Bus, subject: str) -> None:
-    """Waits until somebody else listens: without listeners the server answers, and before it answers the flush."""
-    probe = await bus.nc.subscribe("probe.answers")
-    async with asyncio.timeout(60):
-        while True:
-            await bus.nc.publish(subject, b"{}", reply="probe.answers")
-            await bus.nc.flush()
-            if not probe.pending_msgs:
-                await probe.unsubscribe()
-                return
-            await probe.next_msg()  # "no responders"
-            await asyncio.sleep(0.05)
+async def shown(process: Process, bus: Bus, word: str) -> None:
+    """Publishes a word to the sandbox until the command prints it: then it listens."""
+    line = msgspec.json.encode({"word": word})
+
+    async def read() -> None:
+        assert process.stdout is not None
+        while (await process.stdout.readline()).strip() != line:
+            pass
+
+    reading = asyncio.create_task(read())
+    while not reading.done():
+        await bus.nc.publish(bus.names.live("s1"), line)
+        await bus.nc.flush()
+        await asyncio.wait([reading], timeout=0.1)
+    await reading
 
 
 def texts(result: Result) -> list[str]:
@@ -93,10 +97,10 @@ async def test_too_few_in_time_is_4(cli: Command, bus: Bus) -> None:
 
 async def test_live_until_ctrl_c(bus: Bus) -> None:
     async with started("tail", "s1", "--json") as process:
-        await subscribed(bus, bus.names.live("s1"))
+        await shown(process, bus, "first")
         await arrive(bus, inbound(1, "live"))
         assert process.stdout is not None
-        while (line := await process.stdout.readline()).strip() == b"{}":
+        while b"word" in (line := await process.stdout.readline()):
             pass
         assert msgspec.json.decode(line, type=Inbound).text == "live"
         process.send_signal(2)
@@ -120,19 +124,11 @@ async def test_it_goes_on_after_the_server_was_gone(tmp_path: Path) -> None:
     await first.start()
     port = int(first.url.rpartition(":")[2])
     async with started("tail", "s1", "--json", env={"NATS_URL": first.url}) as process:
-        assert process.stdout is not None
-        await heard(first.url)
-        assert await process.stdout.readline() == b"{}\n"
+        async with connected(Settings(nats_url=(first.url,))) as bus:
+            await shown(process, bus, "before")
         await first.stop()
-        async with EmbeddedNats(tmp_path, port) as second:
-            await heard(second.url)
-            assert await process.stdout.readline() == b"{}\n"
-
-
-async def heard(url: str) -> None:
-    """Publishes until somebody listens."""
-    async with connected(Settings(nats_url=(url,))) as bus:
-        await subscribed(bus, bus.names.live("s1"))
+        async with EmbeddedNats(tmp_path, port) as second, connected(Settings(nats_url=(second.url,))) as bus:
+            await shown(process, bus, "after")
 
 
 def test_durations() -> None:
