@@ -103,7 +103,9 @@ class Consumer:
             if status is None:
                 self._requested = max(0, self._requested - 1)
                 self._in_hand += 1
-                on_delivery(Delivery(self, msg, self._suspect_to))
+                delivery = Delivery(self, msg, self._suspect_to)
+                self._suspect_to = max(self._suspect_to, delivery.seq)  # a server that is killed may forget it
+                on_delivery(delivery)
             elif status in ("408", "409"):
                 assert msg.headers
                 self._requested = max(0, self._requested - int(msg.headers.get("Nats-Pending-Messages", "0")))
