@@ -39,7 +39,7 @@ STORM = (
 
 NEW_IDS = FaultRule(fault="F16", probability=0.02, params={"change": "ids", "delay_s": 0.5})
 MIXED_TIMES = FaultRule(fault="F20", probability=0.05)
-"""Not together: a copy with new ids *and* the time of another message is what a user who repeats himself looks like."""
+"""Not together: a copy with new ids and the time of another message is what a user who repeats himself looks like."""
 
 
 @pytest.mark.slow
