@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 
 import msgspec
 
-from adapter.contract import Outbound, check_sandbox
+from adapter.contract import Outbound, OutText, check_sandbox
 from adapter.errors import Refused, Unreadable
 from adapter.split import split, to_plain
 
@@ -77,7 +77,9 @@ def read_command(body: Outbound, *, sandbox: str, ident: str, stored_ms: int, li
         raise Refused("invalid", "A command holds either text or items.")
     if not _PEER.fullmatch(body.bot or "") or not _PEER.fullmatch(body.user or ""):
         raise Refused("invalid", "Bot and user are printable ASCII without spaces, at most 128 characters.")
-    texts = [body.text or ""] if body.items is None else [item.text for item in body.items]
+    if body.typing is not None or any(not isinstance(item, OutText) for item in body.items or []):
+        raise Refused("invalid", "Media and typing cannot be sent yet.")
+    texts = [item.text for item in body.items or [] if isinstance(item, OutText)] if body.items else [body.text or ""]
     parts: list[str] = []
     too_long = Refused("too_long", f"The text needs more than {limits.parts} messages; send it as a file.")
     longest = limits.parts * limits.text_chars * (2 if body.format == "plain" else 1)

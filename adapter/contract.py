@@ -41,6 +41,10 @@ H_SANDBOX = "Wechat-Sandbox"
 H_SEEN = "Wechat-Seen"
 """On inbound messages: the adapter's own keys against duplicates. Readers ignore it."""
 H_PROGRESS = "Wechat-Progress"
+H_IDS = "Wechat-Ids"
+"""On inbound messages: iLink's ids of its items, for later quotes. Readers ignore it."""
+H_NEXT = "Wechat-Next"
+"""On pieces of an object: ask again with `after` set to this; absent on the last one."""
 H_ERROR = "Nats-Service-Error"
 H_ERROR_CODE = "Nats-Service-Error-Code"
 
@@ -108,12 +112,15 @@ class Names:
         self.stream_event = f"{upper}_EVENT"
         self.stream_parked = f"{upper}_PARKED"
         self.stream_dead = f"{upper}_DEAD"
+        self.stream_raw = f"{upper}_RAW"
         self.bindings = f"{prefix}_bindings"
         self.cursors = f"{prefix}_cursors"
         self.context = f"{prefix}_context"
         self.members = f"{prefix}_members"
         self.claims = f"{prefix}_claims"
         self.logins = f"{prefix}_logins"
+        self.quotes = f"{prefix}_quotes"
+        self.typing = f"{prefix}_typing"
         self.media = f"{prefix}_media"
         self.bind = f"{prefix}.ctl.bind"
         self.unbind = f"{prefix}.ctl.unbind"
@@ -141,6 +148,10 @@ class Names:
     def parked(self, shard: int, key: str) -> str:
         return f"{self.prefix}.parked.{shard}.{key}"
 
+    def raw(self, shard: int | str, bot: str) -> str:
+        """Where a message waits for its media, as iLink sent it. `shard`: the sandbox's, or `*`."""
+        return f"{self.prefix}.raw.{shard}.{token_of(bot) if bot != '*' else bot}"
+
     def dead(self, stream: str) -> str:
         return f"{self.prefix}.dead.{stream}"
 
@@ -164,11 +175,60 @@ class TextItem(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag=
     text: str
 
 
+class Media(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Bytes in the object store `wechat_media`. A sandbox reads its own by wechat.svc.media.get.<sandbox>."""
+
+    object: Annotated[str, Meta(min_length=1, max_length=200, description="Its name: <sandbox>/…")]
+    name: Annotated[str, Meta(description="A file name: the sender's, else one made for its type.")] = ""
+    mime: Annotated[str, Meta(description="Type, found by content.")] = ""
+    size: Annotated[int, Meta(description="Bytes.")] = 0
+    sha256: Annotated[str, Meta(description="Lower-case hex.")] = ""
+    width: Annotated[int | None, Meta(description="Pixels, where known.")] = None
+    height: Annotated[int | None, Meta(description="Pixels, where known.")] = None
+    duration_ms: Annotated[int | None, Meta(description="Where known.")] = None
+
+
+MediaReason = Annotated[
+    str,
+    Meta(
+        description="Why the bytes are missing: too_large, timeout, unavailable (the CDN refused or failed), corrupt"
+        " (they cannot be decrypted), reference (none, or one that may not be followed), off (the binding's option),"
+        " store (the bus did not take them); empty where they are there."
+    ),
+]
+
+
+class ImageItem(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="image", omit_defaults=True):
+    """A picture."""
+
+    media: Media | None = None
+    reason: MediaReason = ""
+
+
 class VoiceItem(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="voice", omit_defaults=True):
     """A voice message."""
 
     transcript: Annotated[str, Meta(description="WeChat's speech-to-text; may be wrong, may be empty.")] = ""
     duration_ms: int | None = None
+    media: Annotated[Media | None, Meta(description="As recorded, usually SILK.")] = None
+    wav: Annotated[Media | None, Meta(description="The same as WAV, where it could be converted.")] = None
+    reason: MediaReason = ""
+
+
+class FileItem(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="file", omit_defaults=True):
+    """A file."""
+
+    name: Annotated[str, Meta(description="As the sender calls it.")] = ""
+    media: Media | None = None
+    reason: MediaReason = ""
+
+
+class VideoItem(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="video", omit_defaults=True):
+    """A video."""
+
+    duration_ms: int | None = None
+    media: Media | None = None
+    reason: MediaReason = ""
 
 
 class UnsupportedItem(
@@ -180,7 +240,7 @@ class UnsupportedItem(
     reason: Annotated[str, Meta(description="Why: kind, malformed or too_large.")] = "kind"
 
 
-InboundItem: TypeAlias = TextItem | VoiceItem | UnsupportedItem
+InboundItem: TypeAlias = TextItem | ImageItem | VoiceItem | FileItem | VideoItem | UnsupportedItem
 
 
 class Quote(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -188,6 +248,8 @@ class Quote(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     id: Annotated[str, Meta(description="iLink's id of the quoted message; empty if it gave none.")] = ""
     text: Annotated[str, Meta(description="The quoted text or a summary, as far as it is known.")] = ""
+    said_by: Annotated[Literal["", "user", "bot"], Meta(description="Whose words; empty: not known.")] = ""
+    kind: Annotated[str, Meta(description="What was quoted: text, image, voice, file, video; empty: not known.")] = ""
 
 
 class Inbound(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -214,7 +276,34 @@ class OutText(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="
     text: Annotated[str, Meta(min_length=1)]
 
 
-OutItem: TypeAlias = OutText
+class _OutMedia(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    media: Annotated[
+        Media | None, Meta(description="An object of this sandbox; only its `object` (and `name`) count.")
+    ] = None
+    data: Annotated[bytes | None, Meta(description="The bytes themselves, for small ones, instead of `media`.")] = (
+        None
+    )
+    name: Annotated[str, Meta(max_length=255, description="File name that the user sees.")] = ""
+    caption: Annotated[str, Meta(description="Text sent before it, as a message of its own.")] = ""
+
+
+class OutImage(_OutMedia, frozen=True, kw_only=True, tag_field="kind", tag="image", omit_defaults=True):
+    """A picture to send."""
+
+
+class OutVideo(_OutMedia, frozen=True, kw_only=True, tag_field="kind", tag="video", omit_defaults=True):
+    """A video to send."""
+
+
+class OutFile(_OutMedia, frozen=True, kw_only=True, tag_field="kind", tag="file", omit_defaults=True):
+    """A file to send."""
+
+
+class OutVoice(_OutMedia, frozen=True, kw_only=True, tag_field="kind", tag="voice", omit_defaults=True):
+    """Audio to send. It arrives as a file: WeChat shows no voice bubble of a bot (ilink-protocol 4.7)."""
+
+
+OutItem: TypeAlias = OutText | OutImage | OutVideo | OutFile | OutVoice
 
 
 class Outbound(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -243,6 +332,12 @@ class Outbound(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     format: Annotated[
         Literal["markdown", "plain"], Meta(description="plain: Markdown is turned into plain text.")
     ] = "markdown"
+    final: Annotated[bool, Meta(description="The last word of an answer: may take the sends that are kept back.")] = (
+        False
+    )
+    typing: Annotated[
+        Literal["on", "off"] | None, Meta(description="Instead of text and items: show or hide that the bot types.")
+    ] = None
 
 
 Outcome: TypeAlias = Literal["accepted", "accepted_unconfirmed", "refused", "uncertain", "dead_lettered", "parked"]
@@ -270,7 +365,7 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         str,
         Meta(
             description="invalid, not_bound, ambiguous_bot, window_closed, quota, throttled, needs_login, too_long,"
-            " expired, rejected, unreadable, too_large, unreachable, backlog; empty when accepted."
+            " expired, rejected, unreadable, too_large, unreachable, backlog, media, typing; empty when accepted."
         ),
     ] = ""
     detail: Annotated[str, Meta(description="One sentence for people.")] = ""
@@ -295,6 +390,10 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     durable: Annotated[
         bool, Meta(description="Create the durable pull consumer <sandbox> on WECHAT_IN for this sandbox.")
     ] = False
+    auto_typing: Annotated[
+        bool, Meta(description="Show that the bot types from each inbound message to the answer.")
+    ] = False
+    media: Annotated[bool, Meta(description="Download what the user sends; false: only say that it came.")] = True
 
 
 class Bind(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -368,7 +467,97 @@ class BindingEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     at_ms: int = 0
 
 
+class WindowEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What may be sent to a user changed. Subject: wechat.event.<sandbox>.window."""
+
+    sandbox: str
+    bot: str
+    user: str
+    change: Annotated[
+        Literal["opened", "low", "closed"],
+        Meta(description="opened: the user wrote after it was closed. low: few sends are left. closed: none."),
+    ]
+    reason: Annotated[str, Meta(description="Why it closed: window_closed (time), quota, throttled.")] = ""
+    window: Window = Window()
+    at_ms: int = 0
+
+
+LoginStatus: TypeAlias = Literal[
+    "wait", "scanned", "need_verify_code", "confirmed", "already_bound", "expired", "failed", "cancelled"
+]
+
+
+class LoginEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A step of a QR login. Subject: wechat.event.<sandbox>.login. Never holds the code: it is a secret."""
+
+    login: str
+    sandbox: str
+    status: Annotated[
+        LoginStatus,
+        Meta(
+            description="wait: a code is (or a new code is now) to be scanned, see `code`. scanned: to be"
+            " confirmed on the phone. need_verify_code: send the digits shown on the phone by login.verify."
+            " confirmed: the bot is bound. already_bound: this user is served by a bot of the sandbox already."
+            " expired, failed, cancelled: it is over."
+        ),
+    ]
+    code: Annotated[
+        int, Meta(description="Number of the QR code, from 1; a higher one: ask login.status for it.")
+    ] = 1
+    bot: str = ""
+    user: str = ""
+    reason: str = ""
+    detail: Annotated[str, Meta(description="One sentence that says what to do.")] = ""
+    at_ms: int = 0
+
+
 # Services --------------------------------------------------------------------------------------------
+
+
+class LoginStart(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Request of wechat.svc.login.start: a QR code that binds the user who scans it to `sandbox`."""
+
+    sandbox: SandboxId
+    options: Options = Options()
+    png: Annotated[bool, Meta(description="Answer with the code as PNG, too.")] = False
+
+
+class LoginQuery(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Request of wechat.svc.login.status and .cancel."""
+
+    login: Annotated[str, Meta(min_length=1, max_length=64)]
+    png: bool = False
+
+
+class LoginVerify(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Request of wechat.svc.login.verify."""
+
+    login: Annotated[str, Meta(min_length=1, max_length=64)]
+    code: Annotated[str, Meta(pattern=r"^[0-9]{1,12}$", description="The digits shown on the phone.")]
+
+
+class Login(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Answer of wechat.svc.login.*: a QR login and its code, which is a secret until the login is over."""
+
+    login: str
+    sandbox: str
+    status: LoginStatus
+    code: Annotated[int, Meta(description="Number of the QR code, from 1.")] = 1
+    qrcode_url: Annotated[str, Meta(description="The text to encode as a QR code; empty when it is over.")] = ""
+    qrcode_text: Annotated[str, Meta(description="The code drawn for a terminal, dark on light.")] = ""
+    qrcode_png: Annotated[str, Meta(description="The code as PNG, base64, where asked for.")] = ""
+    expires_at_ms: Annotated[int, Meta(description="When the whole login ends.")] = 0
+    bot: str = ""
+    user: str = ""
+    reason: str = ""
+    detail: Annotated[str, Meta(description="One sentence that says what to do.")] = ""
+
+
+class MediaQuery(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Request of wechat.svc.media.get.<sandbox>: the next piece of an object. The answer's payload are its bytes."""
+
+    object: Annotated[str, Meta(min_length=1, max_length=200)]
+    after: Annotated[int, Meta(ge=0, description="0, then the header Wechat-Next of the answer before.")] = 0
 
 
 class BindingsQuery(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -428,6 +617,13 @@ MESSAGES: dict[str, type[msgspec.Struct]] = {
     "binding_event": BindingEvent,
     "bindings_query": BindingsQuery,
     "bindings_page": BindingsPage,
+    "window_event": WindowEvent,
+    "login_event": LoginEvent,
+    "login_start": LoginStart,
+    "login_query": LoginQuery,
+    "login_verify": LoginVerify,
+    "login": Login,
+    "media_query": MediaQuery,
     "window_query": WindowQuery,
     "window": Window,
 }

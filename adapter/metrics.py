@@ -37,10 +37,25 @@ REFUSED = (
     "expired",
     "rejected",
     "backlog",
+    "media",
+    "typing",
 )
 DEAD = ("unreadable", "too_large", "unreachable")
 PARKED = ("window_closed", "quota", "throttled", "needs_login", "backlog")
-ENDPOINTS = ("getupdates", "sendmessage", "notifystart", "notifystop")
+ENDPOINTS = (
+    "getupdates",
+    "sendmessage",
+    "notifystart",
+    "notifystop",
+    "getuploadurl",
+    "getconfig",
+    "sendtyping",
+    "get_bot_qrcode",
+    "get_qrcode_status",
+    "cdn_upload",
+    "cdn_download",
+)
+LONG_POLLS = ("getupdates", "get_qrcode_status")
 UPSTREAM_FAILURES = (
     "ret_2",
     "ret_14",
@@ -87,6 +102,8 @@ class Metrics:
         self._make_inbound()
         self._make_outbound()
         self._make_bus()
+        self._make_media()
+        self._make_logins()
 
         self.event_loop_lag = self._histogram(
             "event_loop_lag_seconds", "How late the event loop wakes a sleeper.", _FAST_S
@@ -138,14 +155,14 @@ class Metrics:
             "upstream_request_duration_seconds",
             "Duration of requests to iLink, without the long poll.",
             _CALL_S,
-            endpoint=[endpoint for endpoint in ENDPOINTS if endpoint != "getupdates"],
+            endpoint=[endpoint for endpoint in ENDPOINTS if endpoint not in LONG_POLLS],
         )
 
     def _make_inbound(self) -> None:
         self.inbound_messages = self._counter(
             "inbound_messages",
             "Messages that a poll returned.",
-            kind=["text", "voice", "unsupported"],
+            kind=["text", "image", "voice", "file", "video", "unsupported"],
             outcome=["published", "duplicate", "unbound", "rejected", "publish_failed", "dead_lettered"],
         )
         self.inbound_publish_duration = self._histogram(
@@ -204,8 +221,29 @@ class Metrics:
             "schema_violations", "Requests that do not fit their schema.", kind=["out", "ctl", "svc"]
         )
 
+    def _make_media(self) -> None:
+        directions, outcomes = ["in", "out"], ["ok", "failed"]
+        self.media_transfers = self._counter(
+            "media_transfers",
+            "Media downloaded from (in) or uploaded to (out) iLink's CDN.",
+            direction=directions,
+            outcome=outcomes,
+        )
+        self.media_bytes = self._counter("media_bytes", "Plain bytes of media transferred.", direction=directions)
+        self.media_duration = self._histogram(
+            "media_duration_seconds", "Duration of a transfer.", _MESSAGE_S, direction=directions
+        )
+
+    def _make_logins(self) -> None:
+        self.logins = self._counter(
+            "logins",
+            "QR logins that ended; already_bound: the user has a bot of the sandbox.",
+            outcome=["confirmed", "already_bound", "expired", "failed", "cancelled"],
+        )
+        self.qr_refreshes = self._counter("qr_refreshes", "QR codes replaced by a new one during a login.")
+
     def _make_bus(self) -> None:
-        streams = ["in", "event", "parked", "dead", "out", "kv"]
+        streams = ["in", "event", "parked", "dead", "out", "kv", "raw", "media", "ctl"]
         self.nats_connected = self._gauge("nats_connected", "1 while connected to NATS, else 0.")
         self.nats_reconnects = self._counter("nats_reconnects", "Connections to NATS made again after a loss.")
         self.nats_publish = self._counter(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import msgspec
 
@@ -40,6 +40,45 @@ class Accepted(NamedTuple):
     errmsg: str
 
 
+class Fetch(NamedTuple):
+    """Media of one inbound item, still on iLink's CDN (ilink-protocol 9.5)."""
+
+    index: int
+    """Of the item in the message's `items`."""
+    url: str
+    """Ready-made, "" where iLink gave none."""
+    reference: str
+    """`encrypt_query_param`, to build a URL with; "" where iLink gave none."""
+    key: bytes | None
+    """16 bytes; None: the bytes are not encrypted."""
+    name: str
+    """As the sender calls it; "" where iLink says nothing."""
+
+
+class Uploaded(NamedTuple):
+    """Media on iLink's CDN, ready to be named in a message (ilink-protocol 9.4)."""
+
+    kind: Literal["image", "video", "file"]
+    name: str
+    size: int
+    """Plain bytes."""
+    cipher_size: int
+    reference: str
+    """The answer header `x-encrypted-param`."""
+    key: bytes
+
+
+class StoredObject(NamedTuple):
+    """An object of the object store."""
+
+    name: str
+    ident: str
+    """Names its chunks."""
+    size: int
+    sha256: str
+    """Lower-case hex."""
+
+
 class Said(NamedTuple):
     """One inbound message, translated into the words of the bus."""
 
@@ -57,7 +96,54 @@ class Said(NamedTuple):
     broken: str
     """Why it could not be read whole, "" if it could; then `raw` belongs into the dead letters too."""
     kind: str
-    """text, voice or unsupported: for the metrics."""
+    """text, image, voice, file, video or unsupported: for the metrics."""
+    fetches: tuple[Fetch, ...] = ()
+    """Media that belong to `items`, in their order."""
+
+
+class Cdn(Protocol):
+    """iLink's store of media. What passes here is plain; it is encrypted and decrypted on the way."""
+
+    def download(self, fetch: Fetch) -> AsyncIterator[bytes]:
+        """The plain bytes, piece by piece.
+
+        Raises Refused with a reason of contract.MediaReason (reference, unavailable, corrupt, too_large), Temporary.
+        """
+
+    async def upload(
+        self,
+        account: Account,
+        *,
+        user: str,
+        kind: Literal["image", "video", "file"],
+        name: str,
+        size: int,
+        md5: str,
+        read: Callable[[], AsyncIterator[bytes]],
+    ) -> Uploaded:
+        """Brings `size` plain bytes to the CDN; `read` starts from their beginning, and again for each attempt.
+
+        Raises Refused("media"), SessionExpired, Temporary (iLink could not be reached at all).
+        """
+
+
+class Objects(Protocol):
+    """The object store `wechat_media`, readable by every NATS client."""
+
+    async def info(self, name: str) -> StoredObject | None:
+        """None where there is none. Raises Temporary."""
+
+    def read(self, stored: StoredObject) -> AsyncIterator[bytes]:
+        """Its bytes, piece by piece. Raises Temporary, Unreadable (pieces are gone, or are not what they were)."""
+
+    async def piece(self, stored: StoredObject, after: int) -> tuple[bytes, int]:
+        """The piece after a sequence (0: the first), and its own sequence, 0 on the last. Raises Temporary."""
+
+    async def put(self, name: str, pieces: AsyncIterator[bytes], *, mime: str = "", title: str = "") -> StoredObject:
+        """Stores bytes as they come; an object of this name is replaced. Nothing stays where `pieces` fails.
+
+        Raises BusRefused, Temporary, and what `pieces` raises.
+        """
 
 
 class Chat(Protocol):

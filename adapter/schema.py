@@ -70,6 +70,8 @@ def channels(names: Names) -> list[Channel]:
         Channel("out_any", names.out_plain, "outbound", "receive", "A service says it; the body names the sandbox."),
         Channel("receipt", names.event(sandbox, "receipt"), "receipt", "send", "What became of a command."),
         Channel("binding", names.event(sandbox, "binding"), "binding_event", "send", "A binding changed."),
+        Channel("window_change", names.event(sandbox, "window"), "window_event", "send", "The window changed."),
+        Channel("login", names.event(sandbox, "login"), "login_event", "send", "A step of a QR login."),
         Channel("bind", names.bind, "bind", "receive", "Let a bot serve a sandbox.", "control_answer", by_header),
         Channel("unbind", names.unbind, "unbind", "receive", "End that.", "control_answer", by_header),
         Channel(
@@ -89,6 +91,43 @@ def channels(names: Names) -> list[Channel]:
             "The bindings of one bot or sandbox.",
             "bindings_page",
             by_reply,
+        ),
+        Channel(
+            "media_get",
+            names.svc(f"media.get.{sandbox}"),
+            "media_query",
+            "receive",
+            "The next piece of an object of the sandbox; its bytes are the answer.",
+        ),
+        Channel(
+            "login_start",
+            names.svc("login.start"),
+            "login_start",
+            "receive",
+            "Start a QR login; the answer holds the code.",
+            "login",
+            by_reply,
+        ),
+        Channel(
+            "login_status",
+            names.svc("login.status"),
+            "login_query",
+            "receive",
+            "How a login stands, and its newest code.",
+            "login",
+            by_reply,
+        ),
+        Channel(
+            "login_verify",
+            names.svc("login.verify"),
+            "login_verify",
+            "receive",
+            "The digits that the phone shows.",
+            "login",
+            by_reply,
+        ),
+        Channel(
+            "login_cancel", names.svc("login.cancel"), "login_query", "receive", "End a login.", "login", by_reply
         ),
         Channel(
             "window", names.svc("window"), "window_query", "receive", "What may still be sent.", "window", by_reply

@@ -144,6 +144,48 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     max_answer_bytes: Annotated[int, Meta(ge=1024)] = 67108864
     """Largest answer read from iLink, in bytes; a larger one fails the request."""
 
+    merge_chars: AtLeast0 = 3000
+    """Parked texts of one user are sent as one message up to so many characters; 0: each on its own."""
+
+    reserve_sends: AtLeast0 = 0
+    """Sends of each window kept back for commands with `final`; the others are parked before them."""
+
+    continue_text: Annotated[str, Meta(max_length=200)] = ""
+    """Appended to the text that takes the last send of a window, such as "Reply to continue."; empty: nothing is."""
+
+    window_low: AtLeast0 = 3
+    """A `window` event tells when so few sends are left; 0: never."""
+
+    media_max_bytes: Annotated[int, Meta(ge=1)] = 104857600
+    """Largest media, in bytes, both ways. A larger one is announced without its bytes, or refused."""
+
+    media_wait_s: Annotated[float, Meta(gt=0)] = 60.0
+    """Seconds that a message waits for the download of its media; then it goes on without them."""
+
+    media_transfers: AtLeast1 = 8
+    """Downloads and uploads at once, over all users of the replica."""
+
+    media_hours: Annotated[float, Meta(ge=1)] = 168.0
+    """Hours that media are kept in the object store."""
+
+    media_store_bytes: Annotated[int, Meta(ge=-1)] = 10737418240
+    """Size of the object store in bytes. -1: as large as the server allows."""
+
+    quote_hours: Annotated[float, Meta(ge=1)] = 72.0
+    """Hours that sent texts are kept, so that a quote of them can be resolved."""
+
+    typing_max_s: Annotated[float, Meta(gt=0)] = 300.0
+    """Longest time, in seconds, that the bot is shown typing without being told again."""
+
+    login_s: Annotated[float, Meta(gt=0)] = 480.0
+    """Seconds that a QR login may take in all."""
+
+    login_refresh_s: Annotated[float, Meta(gt=0)] = 50.0
+    """Seconds after which a QR code that nobody scanned is replaced; iLink's live one to two minutes."""
+
+    login_codes: AtLeast1 = 3
+    """QR codes of one login that iLink may let expire or block before it counts as expired."""
+
     in_max_per_sandbox: AtLeast1 = 10000
     """Inbound messages kept per sandbox; the oldest go first."""
 

@@ -67,7 +67,7 @@ def streams(names: Names, settings: Settings) -> list[Wanted]:
             "stream", name, {"name": name, "duplicate_window": DUPLICATE_WINDOW_NS, **common, **config}, critical
         )
 
-    def bucket(name: str, *, news: bool = False, expires: bool = False) -> Wanted:
+    def bucket(name: str, *, news: bool = False, expires: bool = False, max_age: int = 0) -> Wanted:
         config: dict[str, Any] = {
             "subjects": [f"$KV.{name}.>"],
             "max_msgs_per_subject": 1,
@@ -75,6 +75,7 @@ def streams(names: Names, settings: Settings) -> list[Wanted]:
             "allow_rollup_hdrs": True,
             "deny_delete": True,
             "allow_msg_ttl": expires,
+            "max_age": max_age,
         }
         critical = ["subjects", "max_msgs_per_subject"]
         if news:
@@ -139,11 +140,32 @@ def streams(names: Names, settings: Settings) -> list[Wanted]:
             discard="old",
             max_age=30 * 24 * HOUR_NS,
         ),
+        stream(
+            names.stream_raw,
+            ("subjects", "retention", "discard", "max_age"),
+            subjects=[f"{prefix}.raw.*.*"],
+            retention="limits",
+            discard="new",
+            max_age=0,
+        ),
         bucket(names.bindings, news=True),
         bucket(names.cursors),
         bucket(names.context),
         bucket(names.members, expires=True),
         bucket(names.claims),
+        bucket(names.logins, news=True, max_age=24 * HOUR_NS),
+        bucket(names.typing, max_age=24 * HOUR_NS),
+        bucket(names.quotes, max_age=int(settings.quote_hours * HOUR_NS)),
+        stream(
+            f"OBJ_{names.media}",
+            ("subjects", "retention", "allow_direct", "allow_rollup_hdrs"),
+            subjects=[f"$O.{names.media}.C.>", f"$O.{names.media}.M.>"],
+            retention="limits",
+            discard="new",
+            allow_rollup_hdrs=True,
+            max_age=int(settings.media_hours * HOUR_NS),
+            max_bytes=settings.media_store_bytes,
+        ),
     ]
 
 
