@@ -43,8 +43,8 @@ class Accepted(NamedTuple):
 class Fetch(NamedTuple):
     """Media of one inbound item, still on iLink's CDN (ilink-protocol 9.5)."""
 
-    index: int
-    """Of the item in the message's `items`."""
+    item: int
+    """Index of its item in the message's `items`."""
     url: str
     """Ready-made, "" where iLink gave none."""
     reference: str
