@@ -1,25 +1,18 @@
-"""One batch of a poll onto the bus: sorted, told to the window, stored, and only then the cursor.
-
-Whatever is in the batch, something of it is on the bus in the end: the message, a stub of it, or a dead letter.
-"""
+"""One batch of a poll onto the bus: sorted, told to the window, stored, and only then the cursor."""
 
 from __future__ import annotations
-
-from collections.abc import Awaitable, Callable
-from typing import Any
 
 import msgspec
 import structlog
 
-from adapter import contract, window
-from adapter.contract import Inbound
+from adapter import window
 from adapter.cursors import write_cursor
-from adapter.dedup import Seen, digest
-from adapter.errors import BusRefused, Temporary, Unreadable
-from adapter.ports import Message, Polled, Said
+from adapter.dedup import Seen
+from adapter.errors import Unreadable
+from adapter.inbox import Heard, bury, count, publish, retry
+from adapter.ports import Polled, Said
 from adapter.records import Binding
 from adapter.sessions import Incoming, Place, Session, binding_event
-from adapter.timing import backoff
 
 log = structlog.get_logger()
 
@@ -38,7 +31,8 @@ async def store(session: Session, polled: Polled, place: Place, needs: Incoming)
     if binding is not None and fresh:
         await _remember(binding, fresh, needs)
         for start in range(0, len(fresh), PIPELINE):
-            last_seq = max(last_seq, await _publish(binding, fresh[start : start + PIPELINE], place.seen, needs))
+            heard = _heard(binding, fresh[start : start + PIPELINE], place.seen, needs)
+            last_seq = max(last_seq, await publish(heard, needs))
         needs.metrics.inbound_publish_duration.observe(needs.clock.monotonic() - arrived)
     record = msgspec.structs.replace(
         place.record,
@@ -63,23 +57,29 @@ async def _sort(
         try:
             said = needs.read_message(raw)
         except Unreadable as exc:
-            _count(needs, "unsupported", "dead_lettered")
-            await _bury(session.bot, binding, raw, exc.detail, needs)
+            count(needs, "unsupported", "dead_lettered")
+            await bury(session.bot, binding.sandbox if binding else "", raw, exc.detail, needs)
             continue
         if said.echo:
-            _count(needs, said.kind, "rejected")
+            count(needs, said.kind, "rejected")
         elif seen.has(said.keys) or batch.has(said.keys):
-            _count(needs, said.kind, "duplicate")
+            count(needs, said.kind, "duplicate")
             log.info("inbound.duplicate", bot=session.bot)
         elif binding is None:
-            _count(needs, said.kind, "unbound")
-            await _bury(session.bot, None, raw, "The bot is not bound any more.", needs)
+            count(needs, said.kind, "unbound")
+            await bury(session.bot, "", raw, "The bot is not bound any more.", needs)
         else:
             if said.broken:
-                await _bury(session.bot, binding, raw, said.broken, needs)
+                await bury(session.bot, binding.sandbox, raw, said.broken, needs)
             batch.add(said.keys, needs.clock.now_ms())
             fresh.append(said)
     return fresh
+
+
+def _heard(binding: Binding, fresh: list[Said], seen: Seen, needs: Incoming) -> list[Heard]:
+    """From now on these messages are seen."""
+    now_ms = needs.clock.now_ms()
+    return [Heard(said, binding.sandbox, binding.bot, now_ms, seen.add(said.keys, now_ms)) for said in fresh]
 
 
 async def _remember(binding: Binding, fresh: list[Said], needs: Incoming) -> None:
@@ -89,9 +89,9 @@ async def _remember(binding: Binding, fresh: list[Said], needs: Incoming) -> Non
             await _learn_user(binding, user, needs)
         newest = [said for said in fresh if said.user == user][-1]
         tokens = [said.context_token for said in fresh if said.user == user and said.context_token]
-        peer = await _retry(lambda user=user: needs.contexts.peer(binding.bot, user), needs)  # type: ignore[misc]
+        peer = await retry(lambda user=user: needs.contexts.peer(binding.bot, user), needs)  # type: ignore[misc]
         ident, token, now_ms = newest.keys.id_for(binding.bot), (tokens or [""])[-1], needs.clock.now_ms()
-        await _retry(
+        await retry(
             lambda peer=peer, ident=ident, token=token, now_ms=now_ms: needs.contexts.save(  # type: ignore[misc]
                 peer,
                 lambda context: window.heard(
@@ -108,94 +108,8 @@ async def _learn_user(binding: Binding, user: str, needs: Incoming) -> None:
     def with_user(now: Binding) -> Binding | None:
         return None if now.user else msgspec.structs.replace(now, user=user)
 
-    await _retry(lambda: needs.bindings.change(binding.bot, with_user), needs)
+    await retry(lambda: needs.bindings.change(binding.bot, with_user), needs)
     for other in needs.bindings.of_sandbox(binding.sandbox):
         if other.user == user and other.bot != binding.bot:  # WeChat has killed it: one user has one bot (1.3)
             await needs.events.binding(binding_event(other, "replaced", "", "The user is served by another bot now."))
-            await _retry(lambda other=other: needs.bindings.remove(other.bot), needs)  # type: ignore[misc]
-
-
-async def _publish(binding: Binding, fresh: list[Said], seen: Seen, needs: Incoming) -> int:
-    """Stores messages; the sequence of the newest."""
-    now_ms = needs.clock.now_ms()
-    shown = {}
-    for user in {said.user for said in fresh}:
-        peer = await _retry(lambda user=user: needs.contexts.peer(binding.bot, user), needs)  # type: ignore[misc]
-        shown[user] = window.shown(peer.context, needs.rules)
-    messages = []
-    for said in fresh:
-        record = seen.add(said.keys, now_ms)
-        inbound = Inbound(
-            id=said.keys.id_for(binding.bot),
-            sandbox=binding.sandbox,
-            bot=binding.bot,
-            user=said.user,
-            sent_at_ms=said.sent_at_ms,
-            received_at_ms=now_ms,
-            text=said.text,
-            items=said.items,
-            quote=said.quote,
-            window=shown[said.user],
-        )
-        headers = {
-            contract.H_MSG_ID: inbound.id,
-            contract.H_SCHEMA: contract.SCHEMA_VERSION,
-            contract.H_SEEN: f"{contract.token_of(binding.bot)} {record}",
-        }
-        messages.append(Message("in", needs.names.inbox(binding.sandbox), msgspec.json.encode(inbound), headers))
-    last = 0
-    for said, message, ack in zip(fresh, messages, await needs.bus.publish_all(messages), strict=True):
-        if isinstance(ack, BusRefused):
-            _count(needs, said.kind, "publish_failed")
-            log.error("inbound.refused", bot=binding.bot, code=ack.code, detail=ack.detail[:200])
-            last = max(last, await _publish_stub(binding, said, message, needs))
-            continue
-        last = max(last, ack.seq)
-        _count(needs, said.kind, "duplicate" if ack.duplicate else "published")
-        if said.sent_at_ms:
-            needs.metrics.inbound_age.observe(max(0, needs.clock.now_ms() - said.sent_at_ms) / 1000)
-    return last
-
-
-async def _publish_stub(binding: Binding, said: Said, message: Message, needs: Incoming) -> int:
-    """The bus refuses this message for its size: the reader learns of it, the bytes go to the dead letters."""
-    await _bury(binding.bot, binding, said.raw, "The bus refuses a message of this size.", needs)
-    whole = msgspec.json.decode(message.payload, type=Inbound)
-    stub = msgspec.structs.replace(
-        whole, text="", quote=None, items=[contract.UnsupportedItem(type=0, reason="too_large")]
-    )
-    try:
-        return (await needs.bus.publish(message._replace(payload=msgspec.json.encode(stub)))).seq
-    except BusRefused as exc:
-        log.error("inbound.lost_to_dead_letters", bot=binding.bot, detail=exc.detail[:200])
-        return 0
-
-
-async def _bury(bot: str, binding: Binding | None, raw: bytes, why: str, needs: Incoming) -> None:
-    await needs.events.dead_letter(
-        "IN",
-        raw,
-        subject=needs.names.inbox(binding.sandbox) if binding else "",
-        headers={},
-        reason="unreadable" if binding else "not_bound",
-        detail=why,
-        seq=0,
-        msg_id=f"dead:{bot}:{digest(raw)}",
-        sandbox=binding.sandbox if binding else "",
-    )
-
-
-async def _retry(work: Callable[[], Awaitable[Any]], needs: Incoming) -> Any:
-    """A batch in hand is retried until it is stored. Raises LeaseLost."""
-    failures = 0
-    while True:
-        try:
-            return await work()
-        except Temporary as exc:
-            failures += 1
-            log.warning("inbound.waits", reason=exc.reason, failures=failures)
-            await needs.clock.sleep(backoff(failures, first_s=0.05, longest_s=1.0))
-
-
-def _count(needs: Incoming, kind: str, outcome: str) -> None:
-    needs.metrics.inbound_messages.labels(kind=kind, outcome=outcome).inc()
+            await retry(lambda other=other: needs.bindings.remove(other.bot), needs)  # type: ignore[misc]

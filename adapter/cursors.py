@@ -12,6 +12,7 @@ import structlog
 from adapter import contract
 from adapter.dedup import Seen
 from adapter.errors import Conflict, LeaseLost, Temporary
+from adapter.inbox import seen_of
 from adapter.records import Binding, Cursor
 from adapter.sessions import Incoming, Place, Session, check_owned, notify
 from adapter.timing import first_of
@@ -65,9 +66,7 @@ async def _catch_up(binding: Binding, record: Cursor, seen: Seen, needs: Incomin
     inbox = needs.names.inbox(binding.sandbox)
     async for stored in needs.history.read(needs.names.stream_in, inbox, after=record.last_seq):
         last = stored.seq
-        known = stored.headers.get(contract.H_SEEN, "")
-        owner, _, keys = known.partition(" ")
-        if owner == contract.token_of(binding.bot) and keys:
+        if keys := seen_of(stored.headers, binding.bot):
             seen.add_record(keys, needs.clock.now_ms())
             log.info("inbound.recovered", bot=binding.bot, sequence=stored.seq)
     return msgspec.structs.replace(record, last_seq=last)

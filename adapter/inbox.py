@@ -1,0 +1,142 @@
+"""Messages of users into the inboxes of sandboxes: what a message says on the bus, and what is done when it refuses.
+
+Whatever was heard, something of it is on the bus in the end: the message, a stub of it, or a dead letter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, NamedTuple
+
+import msgspec
+import structlog
+
+from adapter import contract, window
+from adapter.contract import Inbound
+from adapter.dedup import digest
+from adapter.errors import BusRefused, Temporary
+from adapter.ports import Message, Said
+from adapter.sessions import Incoming
+from adapter.timing import backoff
+
+log = structlog.get_logger()
+
+
+class Heard(NamedTuple):
+    """A message of a user for the sandbox that it was said to."""
+
+    said: Said
+    sandbox: str
+    bot: str
+    received_ms: int
+    seen: str
+    """Its record among the messages seen (adapter.dedup)."""
+
+    @property
+    def id(self) -> str:
+        return self.said.keys.id_for(self.bot)
+
+
+async def publish(heard: Sequence[Heard], needs: Incoming) -> int:
+    """Stores messages in this order, pipelined; the sequence of the newest."""
+    shown = {(one.sandbox, one.bot, one.said.user): contract.Window() for one in heard}
+    for sandbox, bot, user in shown:
+        shown[sandbox, bot, user] = await _window(sandbox, bot, user, needs)
+    messages = [_message(one, shown[one.sandbox, one.bot, one.said.user], needs) for one in heard]
+    last = 0
+    for one, message, ack in zip(heard, messages, await needs.bus.publish_all(messages), strict=True):
+        if isinstance(ack, BusRefused):
+            count(needs, one.said.kind, "publish_failed")
+            log.error("inbound.refused", bot=one.bot, code=ack.code, detail=ack.detail[:200])
+            last = max(last, await _publish_stub(one, message, needs))
+            continue
+        last = max(last, ack.seq)
+        count(needs, one.said.kind, "duplicate" if ack.duplicate else "published")
+        if one.said.sent_at_ms:
+            needs.metrics.inbound_age.observe(max(0, needs.clock.now_ms() - one.said.sent_at_ms) / 1000)
+    return last
+
+
+def _message(one: Heard, shown: contract.Window, needs: Incoming) -> Message:
+    inbound = Inbound(
+        id=one.id,
+        sandbox=one.sandbox,
+        bot=one.bot,
+        user=one.said.user,
+        sent_at_ms=one.said.sent_at_ms,
+        received_at_ms=one.received_ms,
+        text=one.said.text,
+        items=one.said.items,
+        quote=one.said.quote,
+        window=shown,
+    )
+    headers = {
+        contract.H_MSG_ID: inbound.id,
+        contract.H_SCHEMA: contract.SCHEMA_VERSION,
+        contract.H_SEEN: seen_header(one.bot, one.seen),
+    }
+    return Message("in", needs.names.inbox(one.sandbox), msgspec.json.encode(inbound), headers)
+
+
+async def _window(sandbox: str, bot: str, user: str, needs: Incoming) -> contract.Window:
+    """What the sandbox may still send to the user: nothing once the bot serves it no longer."""
+    binding = needs.bindings.get(bot)
+    if binding is None or binding.sandbox != sandbox:
+        return contract.Window(remaining=0)
+    peer = await retry(lambda: needs.contexts.peer(bot, user), needs)
+    return window.shown(peer.context, needs.rules)
+
+
+async def _publish_stub(one: Heard, message: Message, needs: Incoming) -> int:
+    """The bus refuses this message for its size: the reader learns of it, the bytes go to the dead letters."""
+    await bury(one.bot, one.sandbox, one.said.raw, "The bus refuses a message of this size.", needs)
+    whole = msgspec.json.decode(message.payload, type=Inbound)
+    stub = msgspec.structs.replace(
+        whole, text="", quote=None, items=[contract.UnsupportedItem(type=0, reason="too_large")]
+    )
+    try:
+        return (await needs.bus.publish(message._replace(payload=msgspec.json.encode(stub)))).seq
+    except BusRefused as exc:
+        log.error("inbound.lost_to_dead_letters", bot=one.bot, detail=exc.detail[:200])
+        return 0
+
+
+async def bury(bot: str, sandbox: str, raw: bytes, why: str, needs: Incoming) -> None:
+    """Keeps what iLink sent as a dead letter. `sandbox` "": the bot is bound to none."""
+    await needs.events.dead_letter(
+        "IN",
+        raw,
+        subject=needs.names.inbox(sandbox) if sandbox else "",
+        headers={},
+        reason="unreadable" if sandbox else "not_bound",
+        detail=why,
+        seq=0,
+        msg_id=f"dead:{bot}:{digest(raw)}",
+        sandbox=sandbox,
+    )
+
+
+async def retry(work: Callable[[], Awaitable[Any]], needs: Incoming) -> Any:
+    """What is in hand is tried until it is done. Raises LeaseLost."""
+    failures = 0
+    while True:
+        try:
+            return await work()
+        except Temporary as exc:
+            failures += 1
+            log.warning("inbound.waits", reason=exc.reason, failures=failures)
+            await needs.clock.sleep(backoff(failures, first_s=0.05, longest_s=1.0))
+
+
+def count(needs: Incoming, kind: str, outcome: str) -> None:
+    needs.metrics.inbound_messages.labels(kind=kind, outcome=outcome).inc()
+
+
+def seen_header(bot: str, record: str) -> str:
+    return f"{contract.token_of(bot)} {record}"
+
+
+def seen_of(headers: dict[str, str], bot: str) -> str:
+    """The record of a stored message among those that `bot` has seen; "" if it is none of this bot's."""
+    owner, _, record = headers.get(contract.H_SEEN, "").partition(" ")
+    return record if owner == contract.token_of(bot) else ""
