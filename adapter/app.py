@@ -19,6 +19,7 @@ from adapter.contract import Names, shard_of
 from adapter.control import Control
 from adapter.errors import LeaseLost, SettingsError, Temporary
 from adapter.events import Events
+from adapter.ilink.cdn import CdnClient
 from adapter.ilink.client import ILink
 from adapter.ilink.translate import read_message
 from adapter.jetstream import topology
@@ -88,6 +89,14 @@ class Adapter:
             poll_margin_s=settings.poll_margin_ms / 1000,
             send_timeout_s=settings.send_timeout_s,
             max_answer_bytes=settings.max_answer_bytes,
+        )
+        self.cdn = CdnClient(
+            self.chat,
+            metrics,
+            base_url=settings.cdn_base_url,
+            allowed_hosts=settings.allowed_hosts,
+            max_bytes=settings.media_max_bytes,
+            transfers=settings.media_transfers,
         )
         self.bindings = Bindings(KvBucket(self.link, self.bus, names.bindings))
         self.context_bucket = KvBucket(self.link, self.bus, names.context)
@@ -306,6 +315,7 @@ class Adapter:
                     for task in background:
                         task.cancel()
                     await self.chat.close()
+                    await self.cdn.close()
         log.info("adapter.stopped", instance=self.instance)
 
     async def _start(self, stop: asyncio.Event) -> bool:

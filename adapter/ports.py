@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, TypeAlias
 
 import msgspec
 
@@ -54,11 +54,18 @@ class Fetch(NamedTuple):
     name: str
     """As the sender calls it; "" where iLink says nothing."""
 
+    def __repr__(self) -> str:
+        return f"Fetch(item={self.item})"  # neither a key nor a link to the bytes gets into a log or traceback
+
+
+MediaKind: TypeAlias = Literal["image", "video", "file"]
+"""What media can be sent as."""
+
 
 class Uploaded(NamedTuple):
     """Media on iLink's CDN, ready to be named in a message (ilink-protocol 9.4)."""
 
-    kind: Literal["image", "video", "file"]
+    kind: MediaKind
     name: str
     size: int
     """Plain bytes."""
@@ -66,6 +73,9 @@ class Uploaded(NamedTuple):
     reference: str
     """The answer header `x-encrypted-param`."""
     key: bytes
+
+    def __repr__(self) -> str:
+        return f"Uploaded({self.kind!r}, size={self.size})"
 
 
 class StoredObject(NamedTuple):
@@ -105,7 +115,7 @@ class Cdn(Protocol):
     """iLink's store of media. What passes here is plain; it is encrypted and decrypted on the way."""
 
     def download(self, fetch: Fetch) -> AsyncIterator[bytes]:
-        """The plain bytes, piece by piece.
+        """The plain bytes, piece by piece. Only the end tells that they are right: use nothing before it.
 
         Raises Refused with a reason of contract.MediaReason (reference, unavailable, corrupt, too_large), Temporary.
         """
@@ -115,7 +125,7 @@ class Cdn(Protocol):
         account: Account,
         *,
         user: str,
-        kind: Literal["image", "video", "file"],
+        kind: MediaKind,
         name: str,
         size: int,
         md5: str,
@@ -159,6 +169,11 @@ class Chat(Protocol):
         self, account: Account, *, user: str, client_id: str, context_token: str, text: str
     ) -> Accepted:
         """Raises SessionExpired, Throttled, Refused, Temporary (nothing was taken), Uncertain (perhaps it was)."""
+
+    async def send_media(
+        self, account: Account, *, user: str, client_id: str, context_token: str, media: Uploaded
+    ) -> Accepted:
+        """As send_text, with what was uploaded for this user."""
 
     async def notify(self, account: Account, *, start: bool) -> None:
         """Tells iLink that polling starts or has stopped. Raises Temporary, SessionExpired, Refused."""

@@ -28,7 +28,7 @@ from adapter.lanes import Outgoing
 from adapter.leases import Leases
 from adapter.metrics import Metrics
 from adapter.outbound import Shard
-from adapter.ports import Accepted, Account, Entry, Message, Polled, PubAck, Stored
+from adapter.ports import Accepted, Account, Entry, Message, Polled, PubAck, Stored, Uploaded
 from adapter.receipts import Receipts
 from adapter.records import Binding, Context, Cursor
 from adapter.seal import Sealer
@@ -364,6 +364,7 @@ class Sent(NamedTuple):
     client_id: str
     context_token: str
     at_s: float
+    media: Uploaded | None = None
 
 
 Step = Exception | Polled | Accepted | None
@@ -428,7 +429,16 @@ class FakeChat:
     async def send_text(
         self, account: Account, *, user: str, client_id: str, context_token: str, text: str
     ) -> Accepted:
-        sent = Sent(account.bot, user, text, client_id, context_token, self._clock.monotonic())
+        return await self._send(Sent(account.bot, user, text, client_id, context_token, self._clock.monotonic()))
+
+    async def send_media(
+        self, account: Account, *, user: str, client_id: str, context_token: str, media: Uploaded
+    ) -> Accepted:
+        now = self._clock.monotonic()
+        return await self._send(Sent(account.bot, user, "", client_id, context_token, now, media))
+
+    async def _send(self, sent: Sent) -> Accepted:
+        user = sent.user
         self.overlaps += user in self._out
         self._out.add(user)
         self.sent.append(sent)

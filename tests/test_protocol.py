@@ -12,7 +12,7 @@ import pytest
 from adapter.errors import AdapterError, Refused, SessionExpired, Temporary, Throttled, Uncertain
 from adapter.ilink import protocol
 from adapter.ilink.protocol import Reply, check_url, hold_ms, read_notified, read_sent, read_updates, retry_after
-from adapter.ports import Accepted, Polled
+from adapter.ports import Accepted, Fetch, MediaKind, Polled, Uploaded
 
 BIG = 7497484083968569736
 """Beyond 2^53: a double would make 7497484083968569344 of it."""
@@ -267,6 +267,17 @@ def test_an_answer_to_a_notification_has_one_meaning(answer: Reply, expected: ob
 AGENT = "wechat-nats/0.1.0"
 
 
+KEY = bytes.fromhex("00112233445566778899aabbccddeeff")
+FILEKEY = "0f1e2d3c4b5a69788796a5b4c3d2e1f0"
+
+
+def upload_request(kind: MediaKind = "file") -> protocol.Request:
+    return protocol.upload_request(
+        "bot:secret", 305419896, user="o9Cq@im.wechat", kind=kind, size=14, md5="7d36e586ba5d45ede81619df48a3d898",
+        filekey=FILEKEY, key=KEY, agent=AGENT,
+    )  # fmt: skip
+
+
 def send_request() -> protocol.Request:
     return protocol.text_request(
         "bot:secret", 305419896, user="o9Cq@im.wechat", client_id="c-1", context_token="AARz", text="on it 😀",
@@ -288,6 +299,7 @@ def test_the_uin_is_the_decimal_text_in_base64(number: int, header: str) -> None
         protocol.updates_request("bot:secret", "", 305419896, agent=AGENT),
         protocol.notify_request("bot:secret", 305419896, start=True, agent=AGENT),
         protocol.notify_request("bot:secret", 305419896, start=False, agent=AGENT),
+        upload_request(),
     ],
     ids=lambda request: request.endpoint,
 )
@@ -412,3 +424,134 @@ def test_any_other_url_is_refused(url: str) -> None:
     with pytest.raises(Refused) as caught:
         check_url(url, LOCAL)
     assert caught.value.reason == "url"
+
+
+# media ---------------------------------------------------------------------------------------------------
+
+
+CDN = "https://novac2c.cdn.weixin.qq.com/c2c"
+
+
+def test_getuploadurl_is_asked_as_in_the_example_of_3_5() -> None:
+    body = msgspec.json.decode(upload_request().body)
+    assert body.pop("base_info")["channel_version"] == "2.4.9"
+    assert body == {
+        "filekey": FILEKEY,
+        "media_type": 3,
+        "to_user_id": "o9Cq@im.wechat",
+        "rawsize": 14,
+        "rawfilemd5": "7d36e586ba5d45ede81619df48a3d898",
+        "filesize": 16,
+        "no_need_thumb": True,
+        "aeskey": "00112233445566778899aabbccddeeff",
+    }
+
+
+def test_media_types_are_numbered_otherwise_than_items() -> None:
+    kinds: list[MediaKind] = ["image", "video", "file"]
+    assert [msgspec.json.decode(upload_request(kind).body)["media_type"] for kind in kinds] == [1, 2, 3]
+
+
+FULL = f"{CDN}/upload?encrypted_query_param=OPAQUE&filekey={FILEKEY}&taskid=demo"
+UPLOAD_URLS = [
+    ("the-whole-url", reply({"upload_full_url": FULL}), FULL),
+    ("the-whole-url-is-preferred", reply({"ret": 0, "upload_full_url": FULL, "upload_param": "x"}), FULL),
+    ("a-parameter", reply({"upload_full_url": "", "upload_param": "a+b/c=="}),
+     f"{CDN}/upload?encrypted_query_param=a%2Bb%2Fc%3D%3D&filekey={FILEKEY}"),
+    ("neither", reply({"ret": 0}), (Refused, "media")),
+    ("-1", reply({"ret": -1}), (Refused, "media")),
+    ("-2", reply({"ret": -2}), (Refused, "media")),
+    ("2", reply({"ret": 2}), (Refused, "media")),
+    ("-14", reply({"errcode": -14}), (SessionExpired, "needs_login")),
+    ("400", reply(b"", 400), (Refused, "media")),
+    ("429", reply(b"", 429, retry_after="3"), (Temporary, "http_4xx", 3.0)),
+    ("500", reply(HTML, 500), (Temporary, "http_5xx", None)),
+    ("524", reply(HTML, 524), (Temporary, "http_5xx", None)),
+    ("empty", reply(b""), (Temporary, "unreadable", None)),
+    ("html", reply(HTML), (Temporary, "unreadable", None)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"), [row[1:] for row in UPLOAD_URLS], ids=[row[0] for row in UPLOAD_URLS]
+)
+def test_an_answer_to_getuploadurl_has_one_meaning(answer: Reply, expected: object) -> None:
+    assert outcome(lambda: protocol.read_upload_url(answer, cdn_base_url=CDN, filekey=FILEKEY)) == expected
+
+
+MEDIA = {
+    "encrypt_query_param": "REF",
+    "aes_key": "MDAxMTIyMzM0NDU1NjY3Nzg4OTlhYWJiY2NkZGVlZmY=",
+    "encrypt_type": 1,
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "item"),
+    [
+        ("image", {"type": 2, "image_item": {"media": MEDIA, "mid_size": 16}}),
+        ("video", {"type": 5, "video_item": {"media": MEDIA, "video_size": 16}}),
+        ("file", {"type": 4, "file_item": {"media": MEDIA, "file_name": "hello.txt", "len": "14"}}),
+    ],
+)
+def test_media_go_out_in_the_official_least_shape(kind: MediaKind, item: dict[str, Any]) -> None:
+    """9.4, and the example of 9.3."""
+    media = Uploaded(kind, "hello.txt", 14, 16, "REF", KEY)
+    request = protocol.media_request(
+        "bot:secret", 1, user="o9Cq@im.wechat", client_id="c-1", context_token="AARz", media=media, agent=AGENT
+    )
+    text = msgspec.json.decode(send_request().body)["msg"]
+    assert (request.endpoint, request.path) == (send_request().endpoint, send_request().path)
+    assert msgspec.json.decode(request.body)["msg"] == text | {"item_list": [item]}
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        f"{CDN}/download?encrypted_query_param=a%2B&taskid=1",
+        f"{CDN}/download?x=user@host",
+        "http://127.0.0.1:8080/c2c/download?x=1",
+    ],
+)
+def test_a_link_keeps_its_query(url: str) -> None:
+    assert protocol.check_link(url, LOCAL) == url
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "",
+        "http://novac2c.cdn.weixin.qq.com/c2c/download?x=1",
+        "https://evil.example/c2c?host=.weixin.qq.com",
+        "https://evil.example?.weixin.qq.com",
+        "https://novac2c.cdn.weixin.qq.com@evil.example/?x",
+        "https://user:pass@novac2c.cdn.weixin.qq.com/?x",
+        r"https://evil.example\@novac2c.cdn.weixin.qq.com/?x",
+        "https://evil.example#.weixin.qq.com",
+        "https://127.0.0.1/c2c?x",
+        "http://127.0.0.1:1/c2c?x",
+        "file:///etc/passwd?.weixin.qq.com",
+        "https://novac2c.cdn.weixin.qq.com/a b",
+        "https://[::1.weixin.qq.com/?x",
+    ],
+)
+def test_any_other_link_is_refused(url: str) -> None:
+    with pytest.raises(Refused) as caught:
+        protocol.check_link(url, LOCAL)
+    assert caught.value.reason == "url"
+
+
+def test_the_words_of_the_cdn_are_cut_to_what_may_be_told() -> None:
+    headers = {
+        "x-error-code": "-5102031",
+        "x-error-message": "illegal\x1b[2J content " + "A" * 40 + " é " + "b " * 500,
+    }
+    told = protocol.cdn_refusal(400, headers)
+    assert (told.reason, len(told.detail) < 300) == ("media", True)
+    assert told.detail.startswith("The CDN refused the upload: HTTP 400 -5102031 illegal [2J content …")
+    assert protocol.cdn_refusal(403, {}).detail == "The CDN refused the upload: HTTP 403"
+
+
+def test_keys_and_links_are_in_no_repr() -> None:
+    shown = repr(Uploaded("file", "n", 14, 16, "REF", KEY)) + repr(Fetch(0, "https://x/LINK", "REF", KEY, "n"))
+    assert not any(secret in shown for secret in ("REF", "LINK", repr(KEY)))

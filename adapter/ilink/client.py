@@ -19,14 +19,16 @@ from adapter import __version__
 from adapter.errors import AdapterError, Refused, SessionExpired, Temporary, Throttled, Uncertain
 from adapter.ilink import protocol
 from adapter.ilink.protocol import Reply, Request
+from adapter.ilink.wire import THROTTLED
 from adapter.metrics import Metrics
-from adapter.ports import Accepted, Account, Polled
+from adapter.ports import Accepted, Account, MediaKind, Polled, Uploaded
 
 log = structlog.get_logger()
 
 AGENT = f"wechat-nats/{__version__}"
 CONNECT_S = 10.0
 NOTIFY_S = 10.0
+UPLOAD_URL_S = 15.0
 
 
 class ILink:
@@ -87,6 +89,24 @@ class ILink:
             text=text,
             agent=AGENT,
         )
+        return await self._send(account, request)
+
+    async def send_media(
+        self, account: Account, *, user: str, client_id: str, context_token: str, media: Uploaded
+    ) -> Accepted:
+        """As send_text."""
+        request = protocol.media_request(
+            account.token,
+            random.getrandbits(32),
+            user=user,
+            client_id=client_id,
+            context_token=context_token,
+            media=media,
+            agent=AGENT,
+        )
+        return await self._send(account, request)
+
+    async def _send(self, account: Account, request: Request) -> Accepted:
         started = time.monotonic()
         try:
             accepted = protocol.read_sent(await self._post(account, request, self._send_timeout_s))
@@ -100,6 +120,49 @@ class ILink:
             self._metrics.upstream_request_duration.labels(endpoint="sendmessage").observe(time.monotonic() - started)
         self._count("sendmessage", "ok")
         return accepted
+
+    async def upload_url(
+        self,
+        account: Account,
+        *,
+        user: str,
+        kind: MediaKind,
+        size: int,
+        md5: str,
+        filekey: str,
+        key: bytes,
+        cdn_base_url: str,
+    ) -> str:
+        """getuploadurl. Raises SessionExpired, Refused("media"), Temporary: it may always be repeated."""
+        request = protocol.upload_request(
+            account.token,
+            random.getrandbits(32),
+            user=user,
+            kind=kind,
+            size=size,
+            md5=md5,
+            filekey=filekey,
+            key=key,
+            agent=AGENT,
+        )
+        started = time.monotonic()
+        try:
+            reply = await self._post(account, request, UPLOAD_URL_S)
+            url = protocol.read_upload_url(reply, cdn_base_url=cdn_base_url, filekey=filekey)
+        except TimeoutError as exc:
+            self._count("getuploadurl", "timeout")
+            raise Temporary("timeout", f"no answer within {UPLOAD_URL_S:g} s") from exc
+        except Uncertain as exc:
+            self._count("getuploadurl", "network")
+            raise Temporary("network", exc.detail) from exc
+        except AdapterError as exc:
+            self._count("getuploadurl", _outcome(exc))
+            raise
+        finally:
+            took_s = time.monotonic() - started
+            self._metrics.upstream_request_duration.labels(endpoint="getuploadurl").observe(took_s)
+        self._count("getuploadurl", "ok")
+        return url
 
     async def notify(self, account: Account, *, start: bool) -> None:
         """notifystart or notifystop. Raises Temporary, SessionExpired; its caller logs and goes on."""
@@ -176,6 +239,8 @@ def _outcome(exc: AdapterError) -> str:
         case SessionExpired():
             return "ret_14"
         case Throttled():
+            return "ret_2"
+        case Refused() if THROTTLED in (exc.ret, exc.errcode):
             return "ret_2"
         case Refused():
             return "http_4xx" if exc.detail.startswith("HTTP 4") else "ret_other"

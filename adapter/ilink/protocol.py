@@ -5,13 +5,14 @@ from __future__ import annotations
 import base64
 import re
 from typing import Any, NamedTuple, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import msgspec
 
 from adapter.errors import Refused, SessionExpired, Temporary, Throttled, Uncertain
 from adapter.ilink import wire
-from adapter.ports import Accepted, Polled
+from adapter.ilink.cipher import cipher_size, write_key
+from adapter.ports import Accepted, MediaKind, Polled, Uploaded
 
 CHANNEL_VERSION = "2.4.9"
 """The official client whose behaviour this one follows."""
@@ -60,20 +61,34 @@ def check_url(url: str, allowed_hosts: tuple[str, ...]) -> str:
 
     https and a host under HOST_SUFFIXES; `allowed_hosts` (host or host:port) may be anything, also plain http.
     """
+    if any(c in url for c in "@?#\\"):
+        raise Refused("url", "A base URL is https://host[/path], without credentials or a query.")
+    _check_host(url, allowed_hosts)
+    return url.rstrip("/")
+
+
+def check_link(url: str, allowed_hosts: tuple[str, ...]) -> str:
+    """`url` as it is, with its query, if it may be called: the same rules. Raises Refused("url")."""
+    if any(c in url.partition("?")[0] for c in "@\\") or "#" in url:
+        raise Refused("url", "A link is https://host/path, without credentials.")
+    _check_host(url, allowed_hosts)
+    return url
+
+
+def _check_host(url: str, allowed_hosts: tuple[str, ...]) -> None:
     try:
         parts = urlsplit(url)
         host, port = parts.hostname or "", parts.port
     except ValueError:
         raise Refused("url", "The URL's host or port cannot be read.") from None
-    if not _URL.fullmatch(url) or not host or any(c in url for c in "@?#\\"):
-        raise Refused("url", "A base URL is https://host[/path], without credentials or a query.")
+    if not _URL.fullmatch(url) or not host or "@" in parts.netloc:
+        raise Refused("url", "A URL is https://host[/path], in plain ASCII, without credentials.")
     named = {host, parts.netloc} if port else {host}
     if parts.scheme in ("http", "https") and not named.isdisjoint(allowed_hosts):
-        return url.rstrip("/")
+        return
     if parts.scheme != "https" or not host.endswith(HOST_SUFFIXES) or not _HOST.fullmatch(host):
         raise Refused("url", f"Host {host[:80]!r} is not on the allow-list; it must be https and end in "
                       + " or ".join(HOST_SUFFIXES) + ", or be named in WECHAT_NATS_ALLOWED_HOSTS.")  # fmt: skip
-    return url.rstrip("/")
 
 
 def uin(number: int) -> str:
@@ -103,16 +118,106 @@ def text_request(
     token: str, number: int, *, user: str, client_id: str, context_token: str, text: str, agent: str
 ) -> Request:
     """sendmessage with one text item, in the official shape (3.4)."""
+    item = {"type": wire.TEXT, "text_item": {"text": text}}
+    return _message_request(
+        token, number, item, user=user, client_id=client_id, context_token=context_token, agent=agent
+    )
+
+
+def media_request(
+    token: str, number: int, *, user: str, client_id: str, context_token: str, media: Uploaded, agent: str
+) -> Request:
+    """sendmessage with one media item (9.4)."""
+    item = media_item(media)
+    return _message_request(
+        token, number, item, user=user, client_id=client_id, context_token=context_token, agent=agent
+    )
+
+
+def media_item(media: Uploaded) -> dict[str, Any]:
+    """The official least shape; any field more was linked to messages that vanished (9.4)."""
+    link = {"encrypt_query_param": media.reference, "aes_key": write_key(media.key), "encrypt_type": 1}
+    match media.kind:
+        case "image":
+            return {"type": wire.IMAGE, "image_item": {"media": link, "mid_size": media.cipher_size}}
+        case "video":
+            return {"type": wire.VIDEO, "video_item": {"media": link, "video_size": media.cipher_size}}
+        case "file":
+            payload = {"media": link, "file_name": media.name, "len": str(media.size)}
+            return {"type": wire.FILE, "file_item": payload}
+
+
+def _message_request(
+    token: str, number: int, item: dict[str, Any], *, user: str, client_id: str, context_token: str, agent: str
+) -> Request:
     msg = {
         "from_user_id": "",
         "to_user_id": user,
         "client_id": client_id,
         "message_type": wire.BOT,
         "message_state": wire.FINISH,
-        "item_list": [{"type": wire.TEXT, "text_item": {"text": text}}],
+        "item_list": [item],
         "context_token": context_token,
     }
     return _request("sendmessage", token, number, {"msg": msg}, agent=agent)
+
+
+MEDIA_TYPES: dict[MediaKind, int] = {"image": 1, "video": 2, "file": 3}
+"""`media_type` of getuploadurl, numbered otherwise than the items (3.5)."""
+
+
+def upload_request(
+    token: str, number: int, *, user: str, kind: MediaKind, size: int, md5: str, filekey: str, key: bytes, agent: str
+) -> Request:
+    """getuploadurl (3.5). `size` and `md5` (lower-case hex) are of the plain bytes, `filekey` is 32 hex digits."""
+    body = {
+        "filekey": filekey,
+        "media_type": MEDIA_TYPES[kind],
+        "to_user_id": user,
+        "rawsize": size,
+        "rawfilemd5": md5,
+        "filesize": cipher_size(size),
+        "no_need_thumb": True,
+        "aeskey": key.hex(),
+    }
+    return _request("getuploadurl", token, number, body, agent=agent)
+
+
+def read_upload_url(reply: Reply, *, cdn_base_url: str, filekey: str) -> str:
+    """Where to upload, not checked yet (9.1). Raises SessionExpired (-14), Refused("media"), Temporary."""
+    if 400 <= reply.status < 500 and reply.status != 429:
+        raise Refused("media", f"HTTP {reply.status}")
+    _check_status(reply)
+    try:
+        answer = _decode(reply.body, wire.UploadUrl)
+    except ValueError as exc:
+        raise Temporary("unreadable", str(exc)[:200]) from exc
+    if answer.code == wire.STALE_TOKEN:
+        raise _expired(answer)
+    if answer.code:
+        raise Refused("media", f"No upload: {_said(answer)}", **_raw(answer))
+    if answer.upload_full_url:
+        return answer.upload_full_url
+    if answer.upload_param:
+        param = quote(answer.upload_param, safe="")
+        return f"{cdn_base_url}/upload?encrypted_query_param={param}&filekey={quote(filekey, safe='')}"
+    raise Refused("media", "iLink answered success, but no place to upload to.")
+
+
+def download_url(cdn_base_url: str, reference: str) -> str:
+    """Where media lie that iLink names by a reference alone (9.5)."""
+    return f"{cdn_base_url}/download?encrypted_query_param={quote(reference, safe='')}"
+
+
+_CONTROL = re.compile(r"[^ -~]+")
+_LONG = re.compile(r"[A-Za-z0-9+/=_%-]{24,}")
+
+
+def cdn_refusal(status: int, headers: dict[str, str]) -> Refused:
+    """A 4xx of an upload, with the CDN's words (5.1): printable, short, without what may be a key."""
+    said = [headers.get("x-error-code", ""), headers.get("x-error-message", "")]
+    words = _LONG.sub("…", _CONTROL.sub(" ", " ".join(said))).strip()[:200]
+    return Refused("media", f"The CDN refused the upload: HTTP {status} {words}".strip())
 
 
 def notify_request(token: str, number: int, *, start: bool, agent: str) -> Request:

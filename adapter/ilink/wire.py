@@ -52,6 +52,13 @@ class Sent(Answer, kw_only=True):
     message_id: int | str | None = None
 
 
+class UploadUrl(Answer, kw_only=True):
+    """Answer of getuploadurl (3.5); usually only the first is filled."""
+
+    upload_full_url: str | None = None
+    upload_param: str | None = None
+
+
 class TextPayload(msgspec.Struct):
     text: str = ""
 

@@ -1,0 +1,256 @@
+"""iLink's CDN over HTTP: encrypted media down and up, piece by piece, never a whole file in memory (9.1, 9.5)."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import ssl
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+
+import httpx
+
+from adapter.errors import AdapterError, Refused, Temporary, Unreadable
+from adapter.ilink import protocol
+from adapter.ilink.cipher import BLOCK, KEY_BYTES, Decryption, Encryption, cipher_size
+from adapter.ilink.client import AGENT, CONNECT_S, ILink
+from adapter.metrics import Metrics
+from adapter.ports import Account, Fetch, MediaKind, Uploaded
+
+STALL_S = 30.0
+"""A transfer ends when no byte has moved for so long."""
+ATTEMPTS = 3
+PIECE = 64 * 1024
+PARAM = "x-encrypted-param"
+
+Read = Callable[[], AsyncIterator[bytes]]
+
+
+class CdnClient:
+    """Implements ports.Cdn. At most `transfers` downloads and uploads at once; the others wait."""
+
+    def __init__(
+        self,
+        ilink: ILink,
+        metrics: Metrics,
+        *,
+        base_url: str,
+        allowed_hosts: tuple[str, ...],
+        max_bytes: int,
+        transfers: int,
+        stall_s: float = STALL_S,
+    ) -> None:
+        self._ilink = ilink
+        self._metrics = metrics
+        self._base_url = base_url
+        self._allowed_hosts = allowed_hosts
+        self._max_bytes = max_bytes
+        self._slots = asyncio.Semaphore(transfers)
+        self._client = httpx.AsyncClient(
+            verify=ssl.create_default_context(),
+            timeout=httpx.Timeout(stall_s, connect=CONNECT_S),
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=transfers, keepalive_expiry=20.0),
+            follow_redirects=False,
+            trust_env=False,  # proxies in the environment are for iLink's API; the CDN is reached past them (9.1)
+            # not even asked for: a small answer must not unpack into a huge one
+            headers={"User-Agent": AGENT, "Accept-Encoding": "identity"},
+        )
+
+    async def close(self) -> None:
+        """Closes all connections."""
+        await self._client.aclose()
+
+    async def download(self, fetch: Fetch) -> AsyncIterator[bytes]:
+        """The plain bytes, piece by piece; who stops early closes it (`contextlib.aclosing`).
+
+        Raises Refused (reference, unavailable, corrupt, too_large), Temporary.
+        """
+        url = self._link_of(fetch)
+        async with self._slots:
+            with self._transfer("in") as moved:
+                async with contextlib.aclosing(self._decrypted(url, fetch.key)) as pieces:
+                    async for piece in pieces:
+                        moved[0] += len(piece)
+                        if moved[0] > self._max_bytes:
+                            raise self._too_large()
+                        if piece:
+                            yield piece
+
+    async def upload(
+        self, account: Account, *, user: str, kind: MediaKind, name: str, size: int, md5: str, read: Read
+    ) -> Uploaded:
+        """Raises Refused("media"), SessionExpired, Temporary (iLink could not be reached), and what `read` raises."""
+        if size > self._max_bytes:
+            raise Refused("media", f"The media exceed {self._max_bytes} bytes.")
+        key, filekey = secrets.token_bytes(KEY_BYTES), secrets.token_hex(16)
+        async with self._slots:
+            with self._transfer("out") as moved:
+                url = await self._ilink.upload_url(
+                    account,
+                    user=user,
+                    kind=kind,
+                    size=size,
+                    md5=md5,
+                    filekey=filekey,
+                    key=key,
+                    cdn_base_url=self._base_url,
+                )
+                try:
+                    protocol.check_link(url, self._allowed_hosts)
+                except Refused as exc:
+                    raise Refused("media", f"iLink named a place that may not be called. {exc.detail}") from None
+                reference = await self._post(url, key, size, read)
+                moved[0] = size
+        return Uploaded(kind, name, size, cipher_size(size), reference, key)
+
+    # down -------------------------------------------------------------------------------------------
+
+    def _link_of(self, fetch: Fetch) -> str:
+        """Raises Refused("reference")."""
+        if not fetch.url and not fetch.reference:
+            raise Refused("reference", "iLink gave neither a URL nor a reference.")
+        try:
+            url = fetch.url or protocol.download_url(self._base_url, fetch.reference)
+            return protocol.check_link(url, self._allowed_hosts)
+        except Refused as exc:
+            raise Refused("reference", exc.detail) from None
+
+    async def _decrypted(self, url: str, key: bytes | None) -> AsyncGenerator[bytes, None]:
+        async with contextlib.aclosing(self._get(url, encrypted=key is not None)) as pieces:
+            if key is None:
+                async for piece in pieces:
+                    yield piece
+                return
+            work = Decryption(key)
+            async for piece in pieces:
+                yield work.update(piece)
+            yield work.finish()
+
+    async def _get(self, url: str, *, encrypted: bool) -> AsyncGenerator[bytes, None]:
+        with self._request("cdn_download"):
+            async with self._client.stream("GET", url) as response:
+                if response.status_code == 429 or response.status_code >= 500:
+                    reason = "http_5xx" if response.status_code >= 500 else "http_4xx"
+                    raise Temporary(reason, f"HTTP {response.status_code} from the CDN")
+                if response.status_code != 200 or "content-encoding" in response.headers:
+                    raise Refused("unavailable", f"HTTP {response.status_code} from the CDN")
+                self._check_length(response.headers.get("content-length", ""), encrypted=encrypted)
+                async for piece in response.aiter_raw(PIECE):
+                    yield piece
+
+    def _check_length(self, length: str, *, encrypted: bool) -> None:
+        if not (length.isascii() and length.isdigit()):
+            return  # not told: the bytes are counted as they come
+        if int(length) > (cipher_size(self._max_bytes) if encrypted else self._max_bytes):
+            raise self._too_large()
+        if encrypted and int(length) % BLOCK:
+            raise Refused("corrupt", f"The media cannot be decrypted: {length} bytes are no whole blocks.")
+
+    def _too_large(self) -> Refused:
+        return Refused("too_large", f"The media exceed {self._max_bytes} bytes.")
+
+    # up ---------------------------------------------------------------------------------------------
+
+    async def _post(self, url: str, key: bytes, size: int, read: Read) -> str:
+        """The reference. No pause between the attempts, as the official client (9.1)."""
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                return await self._post_once(url, key, size, read)
+            except Temporary as exc:
+                if exc.reason == SOURCE:
+                    raise
+                if attempt == ATTEMPTS:
+                    detail = f"The upload failed {ATTEMPTS} times, at last: {exc.detail}"
+                    raise Refused("media", detail) from exc
+        raise AssertionError("unreachable")
+
+    async def _post_once(self, url: str, key: bytes, size: int, read: Read) -> str:
+        headers = {
+            "Content-Type": "application/octet-stream",
+            # h11 holds the body to it, and httpx sends no chunks then; the CDN compares it with `filesize`
+            "Content-Length": str(cipher_size(size)),
+        }
+        with self._request("cdn_upload"):
+            body = _encrypted(read, key, size)
+            async with (
+                contextlib.aclosing(body),
+                self._client.stream("POST", url, headers=headers, content=body) as response,
+            ):
+                status, reference = response.status_code, str(response.headers.get(PARAM, ""))
+                if 400 <= status < 500:
+                    raise protocol.cdn_refusal(status, dict(response.headers))
+                if status != 200:
+                    reason = "http_5xx" if status >= 500 else "unreadable"
+                    raise Temporary(reason, f"HTTP {status} from the CDN")
+                if not reference:
+                    raise Temporary("unreadable", f"The CDN answered success without {PARAM}.")
+        return reference
+
+    # counting ---------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _transfer(self, direction: str) -> Iterator[list[int]]:
+        """Counts one transfer; the list holds its plain bytes."""
+        metrics, started, moved, outcome = self._metrics, time.monotonic(), [0], "failed"
+        try:
+            yield moved
+            outcome = "ok"
+            metrics.media_bytes.labels(direction=direction).inc(moved[0])
+        finally:
+            metrics.media_transfers.labels(direction=direction, outcome=outcome).inc()
+            metrics.media_duration.labels(direction=direction).observe(time.monotonic() - started)
+
+    @contextlib.contextmanager
+    def _request(self, endpoint: str) -> Iterator[None]:
+        """Counts one request, and translates what httpx raises. Raises Temporary for it."""
+        started, outcome = time.monotonic(), "network"
+        try:
+            yield
+            outcome = "ok"
+        except httpx.TimeoutException as exc:
+            outcome = "timeout"
+            raise Temporary("timeout", f"{type(exc).__name__}: nothing moved") from exc
+        except (httpx.TransportError, httpx.InvalidURL, httpx.DecodingError) as exc:
+            raise Temporary("network", type(exc).__name__) from exc
+        except AdapterError as exc:
+            outcome = _outcome(exc)
+            raise
+        finally:
+            self._metrics.upstream_requests.labels(endpoint=endpoint, outcome=outcome).inc()
+            took_s = time.monotonic() - started
+            self._metrics.upstream_request_duration.labels(endpoint=endpoint).observe(took_s)
+
+
+SOURCE = "source"
+"""Reason of a failure of what is uploaded, not of the CDN."""
+
+
+async def _encrypted(read: Read, key: bytes, size: int) -> AsyncGenerator[bytes, None]:
+    """The body of an upload. Raises Temporary("source"), Refused("media") for a source that is not as announced."""
+    work, left = Encryption(key), size
+    pieces = read()
+    try:
+        async for piece in pieces:
+            left -= len(piece)
+            if left < 0:
+                break
+            if cipher := work.update(piece):
+                yield cipher
+    except Temporary as exc:
+        raise Temporary(SOURCE, exc.detail or exc.reason) from exc
+    except Unreadable as exc:
+        raise Refused("media", f"The media cannot be read: {exc.detail}") from exc
+    if left:
+        raise Refused("media", f"The media have not the announced size of {size} bytes.")
+    yield work.finish()
+
+
+def _outcome(exc: AdapterError) -> str:
+    match exc:
+        case Refused(reason="unavailable" | "media"):
+            return "http_4xx"
+        case Temporary(reason="http_4xx" | "http_5xx" | "unreadable"):
+            return exc.reason
+        case _:
+            return "unreadable"

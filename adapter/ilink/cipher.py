@@ -1,0 +1,97 @@
+"""How iLink encrypts media (ilink-protocol 9.2): AES-128-ECB with PKCS#7, piece by piece, and how keys are written.
+
+ECB is what the phones read; nothing of ours is protected by it.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from cryptography.hazmat.primitives.padding import PKCS7
+
+from adapter.errors import Refused
+
+BLOCK = 16
+KEY_BYTES = 16
+_HEX_KEY = re.compile(r"[0-9a-fA-F]{32}")
+
+
+def cipher_size(size: int) -> int:
+    """Bytes that so many plain bytes become: the padding always adds 1 to 16."""
+    return (size // BLOCK + 1) * BLOCK
+
+
+class Encryption:
+    """Plain pieces in, encrypted ones out; `finish` once, for the rest and the padding."""
+
+    def __init__(self, key: bytes) -> None:
+        self._padder = PKCS7(BLOCK * 8).padder()
+        self._cipher = _cipher(key).encryptor()
+
+    def update(self, piece: bytes) -> bytes:
+        return self._cipher.update(self._padder.update(piece))
+
+    def finish(self) -> bytes:
+        return self._cipher.update(self._padder.finalize()) + self._cipher.finalize()
+
+
+class Decryption:
+    """Encrypted pieces in, plain ones out; `finish` once. What came out before it fails is worth nothing."""
+
+    def __init__(self, key: bytes) -> None:
+        self._cipher = _cipher(key).decryptor()
+        self._unpadder = PKCS7(BLOCK * 8).unpadder()
+
+    def update(self, piece: bytes) -> bytes:
+        return self._unpadder.update(self._cipher.update(piece))
+
+    def finish(self) -> bytes:
+        """Raises Refused("corrupt"): a cut or foreign file, or another key."""
+        try:
+            rest = self._unpadder.update(self._cipher.finalize())
+            return rest + self._unpadder.finalize()
+        except ValueError:
+            raise Refused("corrupt", "The media cannot be decrypted: wrong length or padding.") from None
+
+
+def read_key(aes_key: str | None, hex_key: str | None = None) -> bytes | None:
+    """The key of inbound media; None where there is none, so that the bytes are plain.
+
+    `hex_key` is `image_item.aeskey`, preferred; `aes_key` is `media.aes_key`: base64 of the 16 bytes or of their hex
+    text. Raises Refused("corrupt") where no form fits.
+    """
+    if hex_key and _HEX_KEY.fullmatch(hex_key):
+        return bytes.fromhex(hex_key)
+    if not aes_key:
+        if not hex_key:
+            return None
+        raise _unreadable()
+    try:
+        raw = base64.b64decode(aes_key.strip(), validate=True)
+        key = raw if len(raw) == KEY_BYTES else bytes.fromhex(_hex_text(raw))
+    except (binascii.Error, ValueError):
+        raise _unreadable() from None
+    return key
+
+
+def write_key(key: bytes) -> str:
+    """`media.aes_key` of an outbound item: base64 of the hex text (44 characters), which phones need."""
+    return base64.b64encode(key.hex().encode()).decode()
+
+
+def _hex_text(raw: bytes) -> str:
+    text = raw.decode("ascii")
+    if not _HEX_KEY.fullmatch(text):
+        raise ValueError
+    return text
+
+
+def _unreadable() -> Refused:
+    return Refused("corrupt", "The key of the media cannot be read.")
+
+
+def _cipher(key: bytes) -> Cipher[modes.ECB]:
+    return Cipher(algorithms.AES(key), modes.ECB())
