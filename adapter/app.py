@@ -35,6 +35,7 @@ from adapter.outbound import Shard
 from adapter.ports import Delivery
 from adapter.probes import Health, ProbeServer
 from adapter.queries import Queries
+from adapter.recall import Recall
 from adapter.receipts import Receipts
 from adapter.records import Binding
 from adapter.router import Router
@@ -122,6 +123,7 @@ class Adapter:
             clock=clock,
             metrics=metrics,
         )
+        self.recall = Recall(KvBucket(self.link, self.bus, names.quotes), self.history, names, metrics)
         self.incoming = self._incoming()
         self.outgoing = self._outgoing()
         self.supervisor = Supervisor(
@@ -171,6 +173,7 @@ class Adapter:
             metrics=self.metrics,
             names=self.names,
             rules=self.rules,
+            recall=self.recall,
             heard=self._heard,
             writable=writable,
             starting=asyncio.Semaphore(STARTING),
@@ -206,6 +209,7 @@ class Adapter:
                 pause=unset,
                 pace=unset,
                 check=unchecked,
+                note=self.recall.note,
             ),
             bus=self.bus,
             history=self.history,

@@ -16,6 +16,7 @@ from adapter.contract import Inbound
 from adapter.dedup import digest
 from adapter.errors import BusRefused, Temporary
 from adapter.ports import Message, Said
+from adapter.recall import ids_header
 from adapter.sessions import Incoming
 from adapter.timing import backoff
 
@@ -39,6 +40,7 @@ class Heard(NamedTuple):
 
 async def publish(heard: Sequence[Heard], needs: Incoming) -> int:
     """Stores messages in this order, pipelined; the sequence of the newest."""
+    heard = [await _with_quote(one, heard[:number], needs) for number, one in enumerate(heard)]
     shown = {(one.sandbox, one.bot, one.said.user): contract.Window() for one in heard}
     for sandbox, bot, user in shown:
         shown[sandbox, bot, user] = await _window(sandbox, bot, user, needs)
@@ -55,6 +57,15 @@ async def publish(heard: Sequence[Heard], needs: Incoming) -> int:
         if one.said.sent_at_ms:
             needs.metrics.inbound_age.observe(max(0, needs.clock.now_ms() - one.said.sent_at_ms) / 1000)
     return last
+
+
+async def _with_quote(one: Heard, before: Sequence[Heard], needs: Incoming) -> Heard:
+    """What it quotes is looked up only now: a quote is rare."""
+    if one.said.reference is None:
+        return one
+    earlier = [other.said for other in before if other.sandbox == one.sandbox]
+    said = await retry(lambda: needs.recall.resolve(one.sandbox, one.bot, one.said, earlier), needs)
+    return one._replace(said=said)
 
 
 def _message(one: Heard, shown: contract.Window, needs: Incoming) -> Message:
@@ -74,6 +85,7 @@ def _message(one: Heard, shown: contract.Window, needs: Incoming) -> Message:
         contract.H_MSG_ID: inbound.id,
         contract.H_SCHEMA: contract.SCHEMA_VERSION,
         contract.H_SEEN: seen_header(one.bot, one.seen),
+        **ids_header(one.said),
     }
     return Message("in", needs.names.inbox(one.sandbox), msgspec.json.encode(inbound), headers)
 

@@ -165,6 +165,16 @@ class Metrics:
             kind=["text", "image", "voice", "file", "video", "unsupported"],
             outcome=["published", "duplicate", "unbound", "rejected", "publish_failed", "dead_lettered"],
         )
+        self.quotes = self._counter(
+            "quotes",
+            "Quotes in inbound messages, by whose words were found; unknown: nobody's.",
+            outcome=["user", "bot", "unknown"],
+        )
+        self.quote_notes = self._counter(
+            "quote_notes",
+            "Sent texts noted for later quotes; failed: the bus refused it, dropped: too many were on their way.",
+            outcome=["stored", "failed", "dropped"],
+        )
         self.inbound_publish_duration = self._histogram(
             "inbound_publish_duration_seconds",
             "From the answer of the poll to the stream's acknowledgement.",

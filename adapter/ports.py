@@ -10,6 +10,7 @@ import msgspec
 from adapter.contract import InboundItem, Quote
 from adapter.dedup import Keys
 from adapter.errors import BusRefused
+from adapter.quotes import Reference
 
 
 class Account(NamedTuple):
@@ -109,6 +110,10 @@ class Said(NamedTuple):
     """text, image, voice, file, video or unsupported: for the metrics."""
     fetches: tuple[Fetch, ...] = ()
     """Media that belong to `items`, in their order."""
+    reference: Reference | None = None
+    """Where to look for the rest of `quote`."""
+    item_ids: tuple[str, ...] = ()
+    """iLink's ids of the items, in their order; "" for none of their own."""
 
 
 class Cdn(Protocol):
@@ -174,6 +179,18 @@ class Chat(Protocol):
         self, account: Account, *, user: str, client_id: str, context_token: str, media: Uploaded
     ) -> Accepted:
         """As send_text, with what was uploaded for this user."""
+
+    async def typing_ticket(self, account: Account, user: str, context_token: str) -> str:
+        """What showing the user that the bot types needs (ilink-protocol 11.2).
+
+        Raises SessionExpired, Temporary, Refused("typing") (there is none for this user now).
+        """
+
+    async def show_typing(self, account: Account, user: str, ticket: str, *, on: bool) -> bool:
+        """Shows or hides that the bot types. False: iLink did not say that it did, perhaps the ticket is too old.
+
+        Raises SessionExpired, Temporary.
+        """
 
     async def notify(self, account: Account, *, start: bool) -> None:
         """Tells iLink that polling starts or has stopped. Raises Temporary, SessionExpired, Refused."""
@@ -274,6 +291,9 @@ class Bucket(Protocol):
 
     async def delete(self, key: str, revision: int | None = None) -> int:
         """Raises Conflict."""
+
+    async def below(self, first: str) -> list[Entry]:
+        """All that is there whose key begins with the token `first` and a dot. Raises Temporary."""
 
     async def follow(
         self,

@@ -97,6 +97,18 @@ class Context(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         return f"Context(used={self.used}, inbound_ms={self.inbound_ms})"
 
 
+class Spoken(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Bucket `quotes`, key: bot and iLink's message id. What was sent to a user, so that a quote of it has words."""
+
+    sandbox: str
+    user: str
+    kind: str
+    text: str
+
+    def __repr__(self) -> str:
+        return f"Spoken({self.sandbox!r}, {self.kind!r})"  # a text never gets into a log or traceback
+
+
 class Claim(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Bucket `claims`, key: the shard. Which incarnation owns it; "" when it was released."""
 

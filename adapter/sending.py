@@ -74,6 +74,8 @@ class Sender(NamedTuple):
     """Waits until the user may be sent something again; raises Draining."""
     check: Callable[[], None]
     """Raises LeaseLost when this replica may not send any more."""
+    note: Callable[[str, str, str, str, str, str], None]
+    """Called with sandbox, bot, user, message id, kind and text of what iLink accepted; see Recall.note."""
 
 
 async def send(command: Command, peer: Peer, account: Account, sender: Sender) -> Ending | Wait | Repeat:
@@ -152,6 +154,7 @@ async def _request(
             ending = _ending("refused", hand, answer.detail)
             return ending._replace(reason=answer.reason, ret=answer.ret, errcode=answer.errcode, errmsg=answer.errmsg)
         case Accepted():
+            sender.note(command.sandbox, peer.bot, peer.user, answer.message_id, "text", command.parts[before.part])
             return _accepted(hand, peer, answer, sender)
 
 

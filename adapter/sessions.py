@@ -18,6 +18,7 @@ from adapter.events import Events
 from adapter.leases import Leases
 from adapter.metrics import Metrics
 from adapter.ports import Account, Bucket, Bus, Chat, History, Said
+from adapter.recall import Recall
 from adapter.records import Binding, Cursor
 from adapter.seal import Sealer
 from adapter.timing import Clock, Latch
@@ -44,6 +45,7 @@ class Incoming(NamedTuple):
     metrics: Metrics
     names: Names
     rules: window.Rules
+    recall: Recall
     heard: Callable[[str, str, str], None]
     """Called with sandbox, bot and user once a message of the user is on the bus."""
     writable: Callable[[], Awaitable[None]]

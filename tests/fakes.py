@@ -29,6 +29,7 @@ from adapter.leases import Leases
 from adapter.metrics import Metrics
 from adapter.outbound import Shard
 from adapter.ports import Accepted, Account, Entry, Message, Polled, PubAck, Stored, Uploaded
+from adapter.recall import Recall
 from adapter.receipts import Receipts
 from adapter.records import Binding, Context, Cursor
 from adapter.seal import Sealer
@@ -246,6 +247,11 @@ class FakeBucket:
         await asyncio.sleep(0)
         return self.entries.get(key)
 
+    async def below(self, first: str) -> list[Entry]:
+        await asyncio.sleep(0)
+        found = [entry for key, entry in self.entries.items() if key.startswith(f"{first}.")]
+        return [entry for entry in found if entry.value is not None]
+
     async def update(self, key: str, value: bytes, revision: int) -> int:
         return await self._write(key, value, revision)
 
@@ -367,6 +373,15 @@ class Sent(NamedTuple):
     media: Uploaded | None = None
 
 
+class Shown(NamedTuple):
+    """A request to sendtyping."""
+
+    user: str
+    on: bool
+    ticket: str
+    at_s: float
+
+
 Step = Exception | Polled | Accepted | None
 
 
@@ -399,6 +414,14 @@ class FakeChat:
         self.overlaps = 0
         """Sends to one user that were out at once: must stay 0."""
         self.on_send: Callable[[Sent], Awaitable[None]] | None = None
+        self.tickets: deque[Exception | str] = deque()
+        """Answers to getconfig; without one a new ticket each."""
+        self.tickets_asked: list[tuple[str, float]] = []
+        """The context token and the time of each getconfig."""
+        self.ticket_took_s = 0.0
+        self.typing: list[Shown] = []
+        self.typing_answers: deque[Exception | bool] = deque()
+        """Answers to sendtyping; without one it is done."""
         self._clock = clock
         self._out: set[str] = set()
 
@@ -457,6 +480,22 @@ class FakeChat:
         assert isinstance(answer, Accepted)
         return answer
 
+    async def typing_ticket(self, account: Account, user: str, context_token: str) -> str:
+        self.tickets_asked.append((context_token, self._clock.monotonic()))
+        await asyncio.sleep(self.ticket_took_s)
+        answer = self.tickets.popleft() if self.tickets else f"ticket-{len(self.tickets_asked)}"
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    async def show_typing(self, account: Account, user: str, ticket: str, *, on: bool) -> bool:
+        self.typing.append(Shown(user, on, ticket, self._clock.monotonic()))
+        await asyncio.sleep(0)
+        answer = self.typing_answers.popleft() if self.typing_answers else True
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
     async def notify(self, account: Account, *, start: bool) -> None:
         self.notified.append(start)
         if self.notify_fails is not None:
@@ -492,8 +531,10 @@ class Bench:
         self.cursors: FakeBucket = world.cursors if world else FakeBucket("cursor", self.bus.writes)
         self.contexts_bucket: FakeBucket = world.contexts_bucket if world else FakeBucket("token", self.bus.writes)
         self.bindings_bucket: FakeBucket = world.bindings_bucket if world else FakeBucket("binding", self.bus.writes)
+        self.quotes: FakeBucket = world.quotes if world else FakeBucket("quote", self.bus.writes)
         self.teller = FakeTeller()
         self.metrics = Metrics()
+        self.recall = Recall(self.quotes, self.bus, self.names, self.metrics)
         self.leases = FakeLeases(incarnation)
         self.bindings = Bindings(self.bindings_bucket)
         for entry in self.bindings_bucket.entries.values():
@@ -580,6 +621,7 @@ class Bench:
             pause=asyncio.sleep,
             pace=nothing,
             check=lambda: None,
+            note=self.recall.note,
         )
         return sender._replace(**changes)
 
@@ -649,6 +691,7 @@ class Bench:
             metrics=self.metrics,
             names=self.names,
             rules=RULES,
+            recall=self.recall,
             heard=lambda sandbox, bot, user: self.heard.append((sandbox, bot, user)),
             writable=writable,
             starting=asyncio.Semaphore(4),

@@ -261,6 +261,46 @@ def test_an_answer_to_a_notification_has_one_meaning(answer: Reply, expected: ob
     assert outcome(lambda: read_notified(answer)) == expected
 
 
+# getconfig, sendtyping -----------------------------------------------------------------------------------
+
+
+TICKETS = [
+    ("success", reply({"ret": 0, "typing_ticket": "AART=="}), "AART=="),
+    ("ret-missing-is-no-success", reply({"typing_ticket": "AART=="}), (Refused, "typing")),
+    ("no-ticket", reply({"ret": 0}), (Refused, "typing")),
+    ("empty-ticket", reply({"ret": 0, "typing_ticket": ""}), (Refused, "typing")),
+    ("-4", reply({"ret": -4, "errmsg": "GetTypingTicket rpc failed"}), (Refused, "typing")),
+    ("-2", reply({"ret": -2, "errmsg": "ilink_user_id required"}), (Refused, "typing")),
+    ("-14", reply({"ret": -14}), (SessionExpired, "needs_login")),
+    ("-14-as-errcode", reply({"errcode": -14}), (SessionExpired, "needs_login")),
+    ("empty-body", reply(b""), (Temporary, "unreadable", None)),
+    ("html", reply(HTML), (Temporary, "unreadable", None)),
+    ("500", reply(HTML, 500), (Temporary, "http_5xx", None)),
+    ("404", reply(HTML, 404), (Temporary, "http_4xx", None)),
+]
+
+
+@pytest.mark.parametrize(("answer", "expected"), [row[1:] for row in TICKETS], ids=[row[0] for row in TICKETS])
+def test_a_ticket_is_there_only_where_ilink_says_so(answer: Reply, expected: object) -> None:
+    assert outcome(lambda: protocol.read_ticket(answer)) == expected
+
+
+TYPED = [
+    ("success", reply({"ret": 0}), True),
+    ("ret-missing", reply({}), True),
+    ("empty-body", reply(b""), True),
+    ("-2", reply({"ret": -2, "errmsg": "typing_ticket expired"}), False),
+    ("html", reply(HTML), False),
+    ("-14", reply({"errcode": -14}), (SessionExpired, "needs_login")),
+    ("500", reply(HTML, 500), (Temporary, "http_5xx", None)),
+]
+
+
+@pytest.mark.parametrize(("answer", "expected"), [row[1:] for row in TYPED], ids=[row[0] for row in TYPED])
+def test_an_answer_to_typing_says_only_whether_it_was_done(answer: Reply, expected: object) -> None:
+    assert outcome(lambda: protocol.read_typing(answer)) == expected
+
+
 # what goes out -------------------------------------------------------------------------------------------
 
 
@@ -341,6 +381,25 @@ def test_a_poll_sends_the_cursor_and_nothing_deprecated() -> None:
     assert request.path == "/ilink/bot/getupdates"
     assert msgspec.json.decode(request.body).keys() == {"get_updates_buf", "base_info"}
     assert msgspec.json.decode(request.body)["get_updates_buf"] == "CAES"
+
+
+def test_typing_names_the_user_as_ilink_wants_it() -> None:
+    """One client called the field `user_id` (13, row 8); another wrote `command` for `status` (3.7)."""
+    config = protocol.config_request("t", 1, user="u", context_token="AARz", agent=AGENT)
+    bare = protocol.config_request("t", 1, user="u", context_token="", agent=AGENT)
+    on = protocol.typing_request("t", 1, user="u", ticket="AART", on=True, agent=AGENT)
+    off = protocol.typing_request("t", 1, user="u", ticket="AART", on=False, agent=AGENT)
+    info = {"channel_version": protocol.CHANNEL_VERSION, "bot_agent": AGENT}
+    assert [(r.endpoint, r.path) for r in (config, on)] == [
+        ("getconfig", "/ilink/bot/getconfig"),
+        ("sendtyping", "/ilink/bot/sendtyping"),
+    ]
+    assert [msgspec.json.decode(r.body) for r in (config, bare, on, off)] == [
+        {"ilink_user_id": "u", "context_token": "AARz", "base_info": info},
+        {"ilink_user_id": "u", "base_info": info},
+        {"ilink_user_id": "u", "typing_ticket": "AART", "status": 1, "base_info": info},
+        {"ilink_user_id": "u", "typing_ticket": "AART", "status": 2, "base_info": info},
+    ]
 
 
 def test_notifications_have_paths_of_their_own() -> None:

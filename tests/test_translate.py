@@ -65,11 +65,11 @@ ROWS = [
     Row("video", "", [UnsupportedItem(type=5)], "unsupported"),
     Row("unknown-type", "", [UnsupportedItem(type=23)], "unsupported"),
     Row("no-items", "", [], "unsupported"),
-    Row("quote-with-text", "this one", [THIS_ONE], quote=Quote(id=QUOTED, text="pick one")),
+    Row("quote-with-text", "this one", [THIS_ONE], quote=Quote(id=QUOTED, text="pick one", kind="text")),
     Row("quote-of-a-bot-message", "this one", [THIS_ONE], quote=Quote(id=QUOTED, text="pick one")),
     Row("quote-type-0", "this one", [THIS_ONE], quote=Quote(id=QUOTED)),
     Row("quote-svr-id", "this one", [THIS_ONE], quote=Quote(id=QUOTED)),
-    Row("quote-partial", "this one", [THIS_ONE], quote=Quote(id=QUOTED)),
+    Row("quote-partial", "this one", [THIS_ONE], quote=Quote(id=QUOTED, text="pi…ne")),
     Row("quote-on-a-voice", "this one", [VoiceItem(transcript="this one")], "voice", Quote(id=QUOTED)),
     Row("no-context-token", "hello", [HELLO]),
     Row("no-message-id", "hello", [HELLO]),
@@ -241,3 +241,54 @@ def test_nothing_that_names_a_user_stops_the_bot(raw: bytes) -> None:
     msgspec.json.encode(found.items)
     assert isinstance(content_of(raw), str)
     assert 0 <= found.sent_at_ms < 2**53
+
+
+# quotes --------------------------------------------------------------------------------------------------
+
+
+def quoting(ref: Any, **item: Any) -> Said:
+    """A message whose only item quotes."""
+    whole = {"type": 1, "text_item": {"text": "this"}, "ref_msg": ref} | item
+    return read_message(msgspec.json.encode({"from_user_id": "u", "message_id": 7, "item_list": [whole]}))
+
+
+QUOTES: list[tuple[str, Any, Quote | None, tuple[str, ...]]] = [
+    ("svr-id-first", {"svr_id": 9007199254740993, "message_item": {"msg_id": "5"}}, Quote(id="9007199254740993"),
+     ("9007199254740993", "5")),
+    ("id-0-is-none", {"svr_id": 0, "message_item": {"msg_id": "5"}}, Quote(id="5"), ("5",)),
+    ("id-twice", {"svr_id": "5", "message_item": {"msg_id": 5}}, Quote(id="5"), ("5",)),
+    ("title-only", {"title": "an old one"}, Quote(text="an old one"), ()),
+    ("text-before-title", {"title": "t", "message_item": {"type": 1, "text_item": {"text": "words"}}},
+     Quote(text="words", kind="text"), ()),
+    ("image", {"svr_id": 1, "message_item": {"type": 2}}, Quote(id="1", text="[image]", kind="image"), ("1",)),
+    ("file", {"svr_id": 1, "message_item": {"type": 4, "file_item": {"file_name": "a b.pdf"}}},
+     Quote(id="1", text="[file] a b.pdf", kind="file"), ("1",)),
+    ("transcript", {"svr_id": 1, "message_item": {"type": 3, "voice_item": {"text": "said"}}},
+     Quote(id="1", text="said", kind="voice"), ("1",)),
+    ("part-of-its-text", {"svr_id": 1, "message_item": {"type": 1, "text_item": {"text": "one two three"}},
+                          "partial_text": {"start": "two", "end": "th"}},
+     Quote(id="1", text="two th", kind="text"), ("1",)),
+    ("nothing", {}, None, ()),
+    ("null", None, None, ()),
+    ("not-an-object", [1], None, ()),
+    ("odd-id", {"svr_id": {"low": 1}, "title": "t"}, Quote(text="t"), ()),
+    ("odd-title", {"svr_id": 1, "title": 5}, Quote(id="1"), ("1",)),
+    ("odd-item", {"svr_id": 1, "message_item": {"type": "new"}}, Quote(id="1"), ("1",)),
+    ("odd-part", {"svr_id": 1, "partial_text": {"start": "a", "end": "b", "startindex": "x"}}, Quote(id="1"), ("1",)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("ref", "quote", "ids"), [row[1:] for row in QUOTES], ids=[row[0] for row in QUOTES])
+def test_a_quote_tells_what_is_known_and_costs_no_message_its_words(
+    ref: Any, quote: Quote | None, ids: tuple[str, ...]
+) -> None:
+    found = quoting(ref)
+    assert (found.text, found.broken) == ("this", "")
+    assert found.quote == quote
+    assert (found.reference.ids if found.reference else ()) == ids
+
+
+def test_items_keep_the_ids_that_are_not_their_messages() -> None:
+    items = [{"type": 1, "msg_id": 7}, {"type": 1, "msg_id": "8"}, {"type": 1}, {"type": 1, "msg_id": 2**64 - 1}]
+    found = read_message(msgspec.json.encode({"from_user_id": "u", "message_id": "7", "item_list": items}))
+    assert found.item_ids == ("", "8", "", str(2**64 - 1))

@@ -11,6 +11,8 @@ import contextlib
 import random
 import ssl
 import time
+from collections.abc import Callable
+from typing import TypeVar
 
 import httpx
 import structlog
@@ -25,10 +27,13 @@ from adapter.ports import Accepted, Account, MediaKind, Polled, Uploaded
 
 log = structlog.get_logger()
 
+T = TypeVar("T")
+
 AGENT = f"wechat-nats/{__version__}"
 CONNECT_S = 10.0
-NOTIFY_S = 10.0
 UPLOAD_URL_S = 15.0
+ASK_S = 10.0
+"""The official client's timeout of getconfig, sendtyping and the notifications (3)."""
 
 
 class ILink:
@@ -166,20 +171,41 @@ class ILink:
 
     async def notify(self, account: Account, *, start: bool) -> None:
         """notifystart or notifystop. Raises Temporary, SessionExpired; its caller logs and goes on."""
-        endpoint = "notifystart" if start else "notifystop"
         request = protocol.notify_request(account.token, random.getrandbits(32), start=start, agent=AGENT)
+        await self._ask(account, request, protocol.read_notified)
+
+    async def typing_ticket(self, account: Account, user: str, context_token: str) -> str:
+        """getconfig. Raises SessionExpired, Temporary, Refused("typing")."""
+        request = protocol.config_request(
+            account.token, random.getrandbits(32), user=user, context_token=context_token, agent=AGENT
+        )
+        return await self._ask(account, request, protocol.read_ticket)
+
+    async def show_typing(self, account: Account, user: str, ticket: str, *, on: bool) -> bool:
+        """sendtyping. Raises SessionExpired, Temporary, Refused("url")."""
+        request = protocol.typing_request(
+            account.token, random.getrandbits(32), user=user, ticket=ticket, on=on, agent=AGENT
+        )
+        return await self._ask(account, request, protocol.read_typing)
+
+    async def _ask(self, account: Account, request: Request, read: Callable[[Reply], T]) -> T:
+        """A call that may be repeated: no answer is Temporary, too. Raises what `read` raises."""
+        endpoint, started = request.endpoint, time.monotonic()
         try:
-            protocol.read_notified(await self._post(account, request, NOTIFY_S))
+            answer = read(await self._post(account, request, ASK_S))
         except TimeoutError as exc:
             self._count(endpoint, "timeout")
-            raise Temporary("timeout") from exc
+            raise Temporary("timeout", f"no answer within {ASK_S:g} s") from exc
         except Uncertain as exc:
             self._count(endpoint, "network")
             raise Temporary("network", exc.detail) from exc
         except AdapterError as exc:
             self._count(endpoint, _outcome(exc))
             raise
+        finally:
+            self._metrics.upstream_request_duration.labels(endpoint=endpoint).observe(time.monotonic() - started)
         self._count(endpoint, "ok")
+        return answer
 
     async def recycle(self, bot: str) -> None:
         """Closes the bot's connections; the next call resolves and connects anew (10.4)."""

@@ -220,6 +220,20 @@ def cdn_refusal(status: int, headers: dict[str, str]) -> Refused:
     return Refused("media", f"The CDN refused the upload: HTTP {status} {words}".strip())
 
 
+def config_request(token: str, number: int, *, user: str, context_token: str, agent: str) -> Request:
+    """getconfig for the user's typing ticket (3.6)."""
+    body: dict[str, Any] = {"ilink_user_id": user}
+    if context_token:
+        body["context_token"] = context_token
+    return _request("getconfig", token, number, body, agent=agent)
+
+
+def typing_request(token: str, number: int, *, user: str, ticket: str, on: bool, agent: str) -> Request:
+    """sendtyping (3.7)."""
+    body: dict[str, Any] = {"ilink_user_id": user, "typing_ticket": ticket, "status": 1 if on else 2}
+    return _request("sendtyping", token, number, body, agent=agent)
+
+
 def notify_request(token: str, number: int, *, start: bool, agent: str) -> Request:
     """msg/notifystart or msg/notifystop (3.8)."""
     return _request("msg/notifystart" if start else "msg/notifystop", token, number, {}, agent=agent)
@@ -306,6 +320,42 @@ def read_notified(reply: Reply) -> None:
         raise _expired(answer)
     if answer.code:
         raise Temporary("ret_other", _said(answer))
+
+
+def read_ticket(reply: Reply) -> str:
+    """Raises SessionExpired (-14), Refused("typing") for other codes, Temporary where nobody answered usefully.
+
+    Success is only what says so: `ret` must be there and 0 (2.5).
+    """
+    _check_status(reply)
+    try:
+        config = _decode(reply.body, wire.Config)
+    except ValueError as exc:
+        raise Temporary("unreadable", str(exc)[:200]) from exc
+    match config.code:
+        case 0 if config.ret == 0 and config.typing_ticket:
+            return config.typing_ticket
+        case wire.STALE_TOKEN:
+            raise _expired(config)
+        case -4:
+            raise Refused("typing", "The user has not written to this bot yet.", **_raw(config))
+        case _:
+            raise Refused("typing", _said(config), **_raw(config))
+
+
+def read_typing(reply: Reply) -> bool:
+    """Whether iLink says that it did it; the official client does not even ask (3.7).
+
+    Raises SessionExpired, Temporary.
+    """
+    _check_status(reply)
+    try:
+        answer = _decode(reply.body or b"{}", wire.Answer)
+    except ValueError:
+        return False
+    if answer.code == wire.STALE_TOKEN:
+        raise _expired(answer)
+    return answer.code == 0
 
 
 def _decode(body: bytes, kind: type[A]) -> A:

@@ -10,7 +10,9 @@ from adapter import contract
 from adapter.dedup import Keys
 from adapter.errors import Unreadable
 from adapter.ilink import wire
+from adapter.ilink.references import Quoted, item_ids, read_reference
 from adapter.ports import Said
+from adapter.quotes import as_id
 
 UNDECODABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 MAX_ID = 128
@@ -29,7 +31,7 @@ def read_message(raw: bytes) -> Said:
     sent_at_ms = _time(message.create_time_ms)
     items: list[contract.InboundItem] = []
     texts: list[str] = []
-    quote = None
+    quoted: Quoted | None = None
     broken = ""
     for raw_item in message.item_list or []:
         item, text, ref = _read_item(bytes(raw_item))
@@ -38,7 +40,7 @@ def read_message(raw: bytes) -> Said:
             broken = "item"
         if text:
             texts.append(text)
-        quote = quote or ref
+        quoted = quoted or ref
     return Said(
         keys=keys_of(message, user, sent_at_ms, content_of(raw)),
         user=user,
@@ -46,11 +48,13 @@ def read_message(raw: bytes) -> Said:
         context_token=message.context_token or "",
         text="\n".join(texts),
         items=items,
-        quote=quote,
+        quote=quoted[0] if quoted else None,
         echo=message.message_type == wire.BOT,
         raw=raw,
         broken=broken,
         kind=_kind(items),
+        reference=quoted[1] if quoted else None,
+        item_ids=item_ids([bytes(item) for item in message.item_list or []], as_id(message.message_id)),
     )
 
 
@@ -62,12 +66,12 @@ def _kind(items: list[contract.InboundItem]) -> str:
     )
 
 
-def _read_item(raw: bytes) -> tuple[contract.InboundItem, str, contract.Quote | None]:
+def _read_item(raw: bytes) -> tuple[contract.InboundItem, str, Quoted | None]:
     try:
         item = msgspec.json.decode(raw, type=wire.Item)
     except UNDECODABLE:
         return contract.UnsupportedItem(type=0, reason="malformed"), "", None
-    quote = _read_quote(item.ref_msg)
+    quote = read_reference(bytes(item.ref_msg))
     match item.type:
         case wire.TEXT if item.text_item is not None:
             return contract.TextItem(text=item.text_item.text), item.text_item.text, quote
@@ -79,15 +83,6 @@ def _read_item(raw: bytes) -> tuple[contract.InboundItem, str, contract.Quote | 
         case _:
             pass
     return contract.UnsupportedItem(type=item.type), "", quote
-
-
-def _read_quote(ref: wire.RefMessage | None) -> contract.Quote | None:
-    if ref is None:
-        return None
-    item = ref.message_item
-    ident = ref.svr_id or (item.msg_id if item else None)
-    text = (item.text_item.text if item and item.text_item else "") or ref.title or ""
-    return contract.Quote(id=str(ident) if ident else "", text=text)
 
 
 def _salvage(raw: bytes, why: str) -> Said:

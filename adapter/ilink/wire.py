@@ -59,6 +59,12 @@ class UploadUrl(Answer, kw_only=True):
     upload_param: str | None = None
 
 
+class Config(Answer, kw_only=True):
+    """Answer of getconfig (3.6)."""
+
+    typing_ticket: str | None = None
+
+
 class TextPayload(msgspec.Struct):
     text: str = ""
 
@@ -74,16 +80,16 @@ class PartialText(msgspec.Struct):
     end: str = ""
     startindex: int = 0
     endindex: int = 0
-    quotemd5: str = ""
+    quotemd5: str | None = None
 
 
 class RefMessage(msgspec.Struct):
-    """A quote (4.5)."""
+    """A quote (4.5). What cannot be read of it is lost, never the message that quotes: each field is read alone."""
 
-    title: str | None = None
-    message_item: Item | None = None
-    svr_id: int | str | None = None
-    partial_text: PartialText | None = None
+    title: Any = None
+    message_item: msgspec.Raw = msgspec.Raw(b"null")
+    svr_id: Any = None
+    partial_text: msgspec.Raw = msgspec.Raw(b"null")
 
 
 class Item(msgspec.Struct):
@@ -93,7 +99,7 @@ class Item(msgspec.Struct):
     msg_id: int | str | None = None
     text_item: TextPayload | None = None
     voice_item: VoicePayload | None = None
-    ref_msg: RefMessage | None = None
+    ref_msg: msgspec.Raw = msgspec.Raw(b"null")
 
 
 class Message(msgspec.Struct):

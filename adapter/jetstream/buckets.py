@@ -200,6 +200,14 @@ class KvBucket:
             headers[EXPECTED] = str(revision)
         return (await self._publisher.publish(Message("kv", self.subject(key), b"", headers))).seq
 
+    async def below(self, first: str) -> list[Entry]:
+        """All that is there whose key begins with the token `first` and a dot. Raises Temporary."""
+        subject = self.subject(f"{first}.>")
+        found = [
+            _entry(self.name, stored) async for stored in read_stream(self.link, self.stream, subject, page=PAGE)
+        ]
+        return [entry for entry in found if entry.value is not None]
+
     async def follow(
         self,
         on_entry: Callable[[Entry], None],

@@ -1,0 +1,90 @@
+"""The quote on an item, in all shapes that iLink has given it (4.5), pure. No I/O, no clock."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeAlias, TypeVar
+
+import msgspec
+
+from adapter.contract import Quote
+from adapter.ilink import wire
+from adapter.quotes import Part, Reference, as_id, resolved, summary
+
+T = TypeVar("T")
+Quoted: TypeAlias = tuple[Quote, Reference]
+
+UNDECODABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+KINDS = {wire.TEXT: "text", wire.IMAGE: "image", wire.VOICE: "voice", wire.FILE: "file", wire.VIDEO: "video"}
+
+
+class _Named(msgspec.Struct):
+    file_name: str = ""
+
+
+class _Ident(msgspec.Struct):
+    msg_id: Any = None
+
+
+class _Quoted(msgspec.Struct):
+    """A quoted item: often only its id (4.5)."""
+
+    type: int = 0
+    msg_id: int | str | None = None
+    text_item: wire.TextPayload | None = None
+    voice_item: wire.VoicePayload | None = None
+    file_item: _Named | None = None
+
+
+def read_reference(raw: bytes) -> Quoted | None:
+    """What is quoted, and where to look for the rest; None where nothing is. Never raises."""
+    ref = _read(raw, wire.RefMessage)
+    if ref is None:
+        return None
+    item = _read(bytes(ref.message_item), _Quoted) or _Quoted()
+    partial = _read(bytes(ref.partial_text), wire.PartialText)
+    ids = tuple(dict.fromkeys(ident for ident in (as_id(ref.svr_id), as_id(item.msg_id)) if ident))
+    kind = KINDS.get(item.type, "")
+    text = _text_of(item)
+    part = _part(partial)
+    title = ref.title if isinstance(ref.title, str) else ""
+    shown = title or summary(kind, item.file_item.file_name if item.file_item else "") or _span(part)
+    if not (ids or text or shown):
+        return None
+    quote = Quote(id=ids[0] if ids else "", text=shown, kind=kind or ("text" if text else ""))
+    reference = Reference(ids, part, text)
+    return resolved(quote, reference, None), reference
+
+
+def item_ids(items: Sequence[bytes], message_id: str) -> tuple[str, ...]:
+    """The ids of a message's items, in their order; "" where an item has none, or its message's."""
+    idents = (as_id(item.msg_id) if (item := _read(raw, _Ident)) else "" for raw in items)
+    return tuple("" if ident == message_id else ident for ident in idents)
+
+
+def _read(raw: bytes, kind: type[T]) -> T | None:
+    try:
+        return msgspec.json.decode(raw, type=kind)
+    except UNDECODABLE:
+        return None
+
+
+def _text_of(item: _Quoted) -> str:
+    if item.text_item is not None:
+        return item.text_item.text
+    if (voice := item.voice_item) is not None:
+        return voice.text or (voice.text_item.text if voice.text_item else "")
+    return ""
+
+
+def _part(partial: wire.PartialText | None) -> Part | None:
+    if partial is None or not partial.start or not partial.end:
+        return None
+    return Part(
+        partial.start, partial.end, partial.startindex, partial.endindex, (partial.quotemd5 or "").strip().lower()
+    )
+
+
+def _span(part: Part | None) -> str:
+    """How the part begins and ends: all that there is to show where nothing of it is known."""
+    return f"{part.start}…{part.end}" if part is not None else ""
