@@ -196,6 +196,9 @@ class Adapter:
         async def stale_on_send(binding: Binding, detail: str) -> None:
             await inbound.lose_login(self.bindings, self.events, self.clock, binding, detail)
 
+        async def alive_on_send(binding: Binding) -> None:
+            await inbound.regain_login(self.bindings, self.events, self.clock, binding)
+
         return Outgoing(
             sender=Sender(
                 chat=self.chat,
@@ -221,6 +224,7 @@ class Adapter:
             account=lambda binding: account_of(binding, self.sealer),
             stale=self._stale,
             stale_on_send=stale_on_send,
+            alive_on_send=alive_on_send,
             bound_yet=self._bound_yet,
             gap_s=settings.send_gap_ms / 1000,
             parked_per_user=settings.parked_per_user,

@@ -133,3 +133,10 @@ class Bindings:
             for listener in self._listeners:
                 listener(bot, before, after)
             self.changed.notify()
+
+
+def is_anew(before: Binding | None, after: Binding | None) -> bool:
+    """Whether iLink may think otherwise of the bot's token now: it is another one, or has been found alive."""
+    if before is None or after is None or before.token != after.token:
+        return True
+    return before.state == "needs_login" and after.state == "active"

@@ -52,13 +52,29 @@ def command_id(body_id: str | None, routed_id: str, msg_id: str, seq: int) -> st
 
 
 def peek(data: bytes, limits: Limits) -> Outbound:
-    """The message's fields. Raises Unreadable for what is too large, no JSON, or not of the schema."""
+    """The message's fields; a `sandbox` of another form than a sandbox's is kept, for the readers to refuse.
+
+    Raises Unreadable for what is too large, no JSON, or otherwise not of the schema.
+    """
     if len(data) > limits.command_bytes:
         raise Unreadable("too_large", f"{len(data)} bytes; at most {limits.command_bytes} are read.")
     try:
         return msgspec.json.decode(data, type=Outbound)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
+        if body := _misaddressed(data):
+            return body
         raise Unreadable("unreadable", _harmless(exc)) from exc
+
+
+def _misaddressed(data: bytes) -> Outbound | None:
+    """A body that is right but for the form of its `sandbox`: a wrong address is refused, and no dead letter."""
+    try:
+        fields = msgspec.json.decode(data, type=dict[str, msgspec.Raw])
+        sandbox = msgspec.json.decode(fields.pop("sandbox"), type=str)
+        body = msgspec.json.decode(msgspec.json.encode(fields), type=Outbound)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, KeyError):
+        return None
+    return msgspec.structs.replace(body, sandbox=sandbox)
 
 
 def sandbox_of(body: Outbound) -> str:
@@ -71,8 +87,8 @@ def sandbox_of(body: Outbound) -> str:
 def read_command(body: Outbound, *, sandbox: str, ident: str, stored_ms: int, limits: Limits) -> Command:
     """The command, addressed to `sandbox` by its subject. Raises Refused("invalid"), Refused("too_long")."""
     check_sandbox(sandbox)
-    if body.sandbox and body.sandbox != sandbox:
-        raise Refused("invalid", f"The body names sandbox {body.sandbox!r}, the subject {sandbox!r}.")
+    if body.sandbox is not None and body.sandbox != sandbox:
+        raise Refused("invalid", f"The body names sandbox {body.sandbox[:64]!r}, the subject {sandbox!r}.")
     if (body.text is None) == (body.items is None):
         raise Refused("invalid", "A command holds either text or items.")
     if not _PEER.fullmatch(body.bot or "") or not _PEER.fullmatch(body.user or ""):

@@ -458,7 +458,10 @@ class BindingEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     bot: str
     change: Annotated[
         Literal["bound", "replaced", "unbound", "refused", "stale", "recovered", "needs_login"],
-        Meta(description="stale: iLink said -14 and the short recovery runs. needs_login: scan a new QR code."),
+        Meta(
+            description="stale: iLink said -14 and the short recovery runs. needs_login: it failed; scan a new QR"
+            " code. recovered: iLink takes the token again, also after needs_login."
+        ),
     ]
     user: str = ""
     reason: str = ""

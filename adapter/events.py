@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import msgspec
 import structlog
 
@@ -25,11 +27,13 @@ class Events:
         self._names = names
         self._clock = clock
         self._metrics = metrics
+        self._numbers = itertools.count()
 
     async def binding(self, event: contract.BindingEvent) -> None:
         """Something happened to a binding."""
         event = msgspec.structs.replace(event, at_ms=self._clock.now_ms())
-        msg_id = f"binding:{event.bot}:{event.change}:{event.request or event.at_ms}"
+        cause = event.request or f"{event.at_ms}.{next(self._numbers)}"  # a repeat of a request is one event
+        msg_id = f"binding:{event.bot}:{event.change}:{cause}"
         await self._store(event.sandbox, "binding", msgspec.json.encode(event), msg_id)
 
     async def receipt(self, receipt: contract.Receipt, *, msg_id: str) -> None:

@@ -27,6 +27,7 @@ from adapter.sessions import (
     account_of,
     binding_event,
     check_owned,
+    needs_login_now,
     notify,
     rebound,
     wait_until,
@@ -98,7 +99,7 @@ async def poll_forever(session: Session, place: Place, needs: Incoming) -> Place
         if binding is None or session.must_leave():
             break
         if binding.state == "needs_login":
-            session.state, session.stale = "needs_login", False
+            session.state, session.stale, session.served = "needs_login", False, binding
             await wait_until(session, needs.bindings.changed, rebound(binding, needs))
             continue
         session.state = "polling" if not failures else "error"
@@ -160,23 +161,35 @@ async def _poll_once(
 
 
 async def recover(session: Session, exc: SessionExpired, place: Place, needs: Incoming) -> Polled | None:
-    """-14: everything of this bot rests; a few spaced tries, then `needs_login` (ilink-protocol 5.4).
+    """-14: everything of this bot rests; a few spaced tries, and in time `needs_login` (ilink-protocol 5.4).
 
+    The tries that are left after `needs_login` go on quietly: one that succeeds makes the binding active again.
     The answer of the poll that went through; None when polling should go on from where it was, since the binding
-    changed or now needs a login. Raises LeaseLost, Refused.
+    changed or still needs a login. Raises LeaseLost, Refused.
     """
     binding = needs.bindings.get(session.bot)
-    if binding is None:
+    if binding is None or binding.state == "needs_login":
         return None
     session.stale, session.state = True, "error"
     log.warning("session.stale", bot=session.bot, sandbox=binding.sandbox, detail=exc.detail[:200])
     advice = "iLink refuses the bot's token; it is tried again shortly, then a login is needed."
+    since = needs.clock.monotonic()
     await needs.events.binding(binding_event(binding, "stale", exc.detail, advice))
     try:
         refusals = failures = 0
-        while refusals < len(needs.stale_retry_s):
-            pause_s = max(needs.stale_retry_s[refusals], backoff(failures) if failures else 0.0)
+        while True:
+            pause_s = needs.stale_retry_s[refusals] if refusals < len(needs.stale_retry_s) else None
+            late = not failures and needs_login_now(pause_s, needs.clock.monotonic() - since)
+            if late and binding.state == "active":
+                lost = await lose_login(needs.bindings, needs.events, needs.clock, binding, exc.detail)
+                if lost is None:
+                    return None
+                binding = session.served = lost
+                session.state = "needs_login"
+            if pause_s is None:
+                return None
             with contextlib.suppress(TimeoutError):
+                pause_s = max(pause_s, backoff(failures) if failures else 0.0)
                 await wait_until(session, needs.bindings.changed, rebound(binding, needs), pause_s)
             if session.leaving or needs.bindings.get(session.bot) != binding:
                 return None
@@ -191,18 +204,17 @@ async def recover(session: Session, exc: SessionExpired, place: Place, needs: In
                 continue
             log.info("session.recovered", bot=session.bot)
             session.stale = False
-            await needs.events.binding(binding_event(binding, "recovered", "", ""))
+            if not await regain_login(needs.bindings, needs.events, needs.clock, binding):
+                return None
             needs.heard(binding.sandbox, binding.bot, binding.user)
             return polled
-        await lose_login(needs.bindings, needs.events, needs.clock, binding, exc.detail)
-        return None
     finally:
         session.stale = False
 
 
 async def _try_again(session: Session, binding: Binding, place: Place, needs: Incoming) -> Polled | None:
     """notifystart, then one poll; None where nobody answers. Raises SessionExpired, LeaseLost, Refused."""
-    await notify(session, needs, start=True)
+    await notify(session, needs, start=True, even_stale=True)
     try:
         return await _poll_once(session, binding, place, HOLD_MS, needs)
     except Temporary as problem:
@@ -210,16 +222,33 @@ async def _try_again(session: Session, binding: Binding, place: Place, needs: In
         return None
 
 
-async def lose_login(bindings: Bindings, events: Events, clock: Clock, binding: Binding, detail: str) -> None:
-    """Marks a binding `needs_login`, on the bus and in the bucket, unless it was bound anew meanwhile."""
+async def lose_login(
+    bindings: Bindings, events: Events, clock: Clock, binding: Binding, detail: str
+) -> Binding | None:
+    """Marks a binding `needs_login`, on the bus and in the bucket; None where it is so, or was bound anew."""
 
     def without_login(now: Binding) -> Binding | None:
         if now.token != binding.token or now.state == "needs_login":
             return None
         return msgspec.structs.replace(now, state="needs_login", reason="stale_token", since_ms=clock.now_ms())
 
-    if await bindings.change(binding.bot, without_login) is not None:
+    lost = await bindings.change(binding.bot, without_login)
+    if lost is not None:
         log.error("session.needs_login", bot=binding.bot, sandbox=binding.sandbox)
-        await events.binding(
-            binding_event(binding, "needs_login", detail, "Have the user scan a new QR code and bind the new bot.")
-        )
+        advice = "Have the user scan a new QR code and bind the new bot; what is parked waits for it."
+        await events.binding(binding_event(binding, "needs_login", detail, advice))
+    return lost
+
+
+async def regain_login(bindings: Bindings, events: Events, clock: Clock, binding: Binding) -> bool:
+    """iLink takes the token again: tells so, and ends `needs_login`. False where it was bound anew meanwhile."""
+
+    def with_login(now: Binding) -> Binding | None:
+        if now.token != binding.token or now.state == "active":
+            return None
+        return msgspec.structs.replace(now, state="active", reason="", since_ms=clock.now_ms())
+
+    if binding.state == "needs_login" and await bindings.change(binding.bot, with_login) is None:
+        return False
+    await events.binding(binding_event(binding, "recovered", "", ""))
+    return True

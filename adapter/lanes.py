@@ -23,6 +23,7 @@ from adapter.ports import Account, Bus, Delivery, History, Message, Stored
 from adapter.receipts import Receipts
 from adapter.records import Binding
 from adapter.sending import Ending, Repeat, Sender, Wait
+from adapter.sessions import needs_login_now
 from adapter.timing import finish
 
 log = structlog.get_logger()
@@ -50,6 +51,8 @@ class Outgoing(NamedTuple):
     """Whether a bot's token is being tried again: nothing may be sent for it."""
     stale_on_send: Callable[[Binding, str], Awaitable[None]]
     """iLink refused the token on every send for too long: the binding needs a login."""
+    alive_on_send: Callable[[Binding], Awaitable[None]]
+    """iLink took a send of a binding that needs a login: it is active again."""
     bound_yet: Callable[[], Awaitable[None]]
     """Returns once every bind command stored before the call has taken effect."""
     gap_s: float
@@ -103,7 +106,11 @@ class Lane:
         self.wake = asyncio.Event()
         self.next_send = 0.0
         self.stale_tries = 0
+        """Sends in a row that iLink refused with -14."""
+        self.stale_since = 0.0
         self.stale_until = 0.0
+        self.last_tries = False
+        """The binding needs a login by this lane's word, and tries are left that may prove it wrong."""
         self.fresh = True
         """Nothing parked was looked at since this replica took the shard."""
         self.moved: Lane | None = None
@@ -198,9 +205,9 @@ class LaneWork:
         return None
 
     def _hindrance(self, lane: Lane, binding: Binding) -> str:
-        if binding.state == "needs_login" or self._needs.stale(binding.bot):
+        if binding.state == "needs_login" and not lane.last_tries:
             return "needs_login"
-        if self._sender.clock.monotonic() < lane.stale_until:
+        if self._needs.stale(binding.bot) or self._sender.clock.monotonic() < lane.stale_until:
             return "needs_login"
         return "" if lane.user else "window_closed"
 
@@ -285,12 +292,16 @@ class LaneWork:
                     hand = peer.context.hand
                     sent = tuple(hand.message_ids) if hand and hand.client == item.command.client else ()
                     ending = Ending("refused", result.reason, result.detail, sent, *result[2:])
-                    await self._end(item, ending, window.shown(peer.context, self._sender.rules), binding, lane.user)
+                    await self._end(
+                        item, ending, window.shown(peer.context, self._sender.rules), binding.bot, lane.user
+                    )
                     peer.context = window.settled(peer.context, item.command.id)
                     return None
                 case Ending():
-                    lane.stale_tries = 0
-                    await self._end(item, result, window.shown(peer.context, self._sender.rules), binding, lane.user)
+                    await self._settle_token(lane, binding, result)
+                    await self._end(
+                        item, result, window.shown(peer.context, self._sender.rules), binding.bot, lane.user
+                    )
                     peer.context = window.settled(peer.context, item.command.id)
                     return None
 
@@ -301,16 +312,26 @@ class LaneWork:
         lane.next_send = self._sender.clock.monotonic() + self._needs.gap_s
 
     async def _refused_token(self, lane: Lane, binding: Binding, result: Wait) -> None:
-        """-14 on a send while polling may be fine (F10): a few spaced tries, then a login is needed."""
+        """-14 on a send while polling may be fine (F10): a few spaced tries, and in time a login is needed."""
         if result.errcode is None and result.ret is None:
             return
-        schedule = self._needs.stale_retry_s
+        now = self._sender.clock.monotonic()
+        if not lane.stale_tries:
+            lane.stale_since = now
+        pauses = self._needs.stale_retry_s[lane.stale_tries :]
         lane.stale_tries += 1
         log.warning("send.stale", bot=binding.bot, tries=lane.stale_tries)
-        if lane.stale_tries > len(schedule):
+        if pauses:
+            lane.stale_until = now + pauses[0]
+        lane.last_tries = bool(pauses) and (lane.last_tries or needs_login_now(pauses[0], now - lane.stale_since))
+        if binding.state == "active" and (lane.last_tries or not pauses):
             await self._needs.stale_on_send(binding, result.detail)
-            return
-        lane.stale_until = self._sender.clock.monotonic() + schedule[lane.stale_tries - 1]
+
+    async def _settle_token(self, lane: Lane, binding: Binding, ending: Ending) -> None:
+        """A send has ended: unless nobody answered, iLink takes the token."""
+        lane.stale_tries, lane.last_tries = 0, False
+        if binding.state == "needs_login" and ending.outcome in ("accepted", "accepted_unconfirmed"):
+            await self._needs.alive_on_send(binding)
 
     def _repeated(self, item: Item) -> None:
         """A second publish of a command that has its receipt, or will have it."""
@@ -321,14 +342,10 @@ class LaneWork:
         """Parks a command of the queue, or refuses it where it does not want to wait or too many do."""
         command = item.command
         if command.when_closed == "refuse":
-            await self._end(
-                item, Ending("refused", wait.reason, wait.detail, (), *wait[2:]), await self._window(lane)
-            )
+            await self._end_in(lane, item, Ending("refused", wait.reason, wait.detail, (), *wait[2:]))
             return
         if len(lane.parked) >= self._needs.parked_per_user:
-            await self._end(
-                item, Ending("refused", "backlog", "Too many commands wait for this user."), await self._window(lane)
-            )
+            await self._end_in(lane, item, Ending("refused", "backlog", "Too many commands wait for this user."))
             return
         headers = {k: v for k, v in item.headers.items() if not k.startswith("Nats-")} | {
             contract.H_MSG_ID: f"parked:{command.client}",
@@ -340,7 +357,7 @@ class LaneWork:
         try:
             ack = await self._needs.bus.publish(Message("parked", subject, item.data, headers))
         except BusRefused as exc:
-            await self._end(item, Ending("refused", "backlog", f"It could not be parked: {exc.detail}"), None)
+            await self._end_in(lane, item, Ending("refused", "backlog", f"It could not be parked: {exc.detail}"))
             return
         await self._needs.receipts.parked(command, wait, lane.bot, lane.user, await self._window(lane))
         home = lane.current()
@@ -356,22 +373,20 @@ class LaneWork:
         peer = await self._sender.contexts.peer(lane.bot, lane.user)
         return window.shown(peer.context, self._sender.rules)
 
+    async def _end_in(self, lane: Lane, item: Item, ending: Ending) -> None:
+        """Ends a command of which nothing was sent now."""
+        await self._end(item, ending, await self._window(lane), lane.bot, lane.user)
+
     async def _end(
-        self,
-        item: Item,
-        ending: Ending,
-        shown: contract.Window | None,
-        binding: Binding | None = None,
-        user: str = "",
+        self, item: Item, ending: Ending, shown: contract.Window | None, bot: str = "", user: str = ""
     ) -> None:
         """The final receipt, and what belongs to it; then the command is settled."""
         command = item.command
         if not (item.suspect and await self._needs.receipts.has_final(command)):
-            bot = binding.bot if binding else command.bot
             await self._needs.receipts.final(
                 command,
                 ending,
-                bot=bot,
+                bot=bot or command.bot,
                 user=user or command.user,
                 shown=shown or contract.Window(),
                 original=(item.data, item.headers, self._needs.names.out(command.sandbox)),
@@ -408,13 +423,13 @@ class LaneWork:
         """Refuses what waited too long."""
         now_ms = self._sender.clock.now_ms()
         for item in [item for item in lane.queue if item.command.expires_ms <= now_ms]:
-            await self._end(item, Ending("refused", "expired", "It was not sent in time."), await self._window(lane))
+            await self._end_in(lane, item, Ending("refused", "expired", "It was not sent in time."))
             if item in lane.queue:
                 lane.queue.remove(item)
         for parked in [parked for parked in lane.parked if parked.expires_ms <= now_ms]:
             if item_now := await self._load_parked(parked):
                 ending = Ending("refused", "expired", "The user did not write in time.")
-                await self._end(item_now, ending, await self._window(lane))
+                await self._end_in(lane, item_now, ending)
             if parked in lane.parked:
                 lane.parked.remove(parked)
 
@@ -422,11 +437,11 @@ class LaneWork:
         """The user's bot was unbound: nothing of theirs will be sent."""
         ending = Ending("refused", "not_bound", "The bot was unbound.")
         while lane.queue:
-            await self._end(lane.queue[0], ending, None)
+            await self._end(lane.queue[0], ending, None, lane.bot, lane.user)
             lane.queue.popleft()
         while lane.parked:
             if item := await self._load_parked(lane.parked[0]):
-                await self._end(item, ending, None)
+                await self._end(item, ending, None, lane.bot, lane.user)
             lane.parked.popleft()
 
     async def _pause(self, seconds: float) -> None:

@@ -168,14 +168,14 @@ class Shard(LaneWork):
             self._lanes[(sandbox, bot, "")] = unknown
         for one in self._lanes.values():
             if one.sandbox == sandbox and (one is lane or one.bot == bot):
-                one.stale_until = 0.0
                 self._start(one)
 
-    def rebound(self, sandbox: str) -> None:
-        """A binding of the sandbox changed."""
+    def rebound(self, sandbox: str, *, anew: bool = True) -> None:
+        """A binding of the sandbox changed. Not `anew`: iLink may think of its token as before."""
         for lane in self._lanes.values():
             if lane.sandbox == sandbox:
-                lane.stale_tries, lane.stale_until = 0, 0.0
+                if anew:
+                    lane.stale_tries, lane.stale_until, lane.last_tries = 0, 0.0, False
                 self._start(lane)
 
     async def drain(self, grace_s: float) -> None:

@@ -25,6 +25,9 @@ from adapter.timing import Clock, Latch
 
 log = structlog.get_logger()
 
+LOGIN_WITHIN_S = 55.0
+"""A token that is refused for so long needs a login, whatever tries are left: people wait for an answer."""
+
 State: TypeAlias = Literal["starting", "polling", "paused", "needs_login", "error", "draining"]
 
 
@@ -74,7 +77,7 @@ class Session:
         self.leaving = False
         """Ends at the next poll boundary."""
         self.served: Binding | None = None
-        """What was last polled with: an unbound bot's end is told to iLink with it."""
+        """What was last served: an unbound bot's end is told to iLink with it, unless its token was dead."""
         self.cut = asyncio.Event()
         """Ends a poll that waits, now."""
 
@@ -106,15 +109,20 @@ def account_of(binding: Binding, sealer: Sealer) -> Account:
     return Account(binding.bot, sealer.open(binding.bot, binding.token), binding.base_url)
 
 
-async def notify(session: Session, needs: Incoming, *, start: bool) -> None:
-    """Best effort: iLink tracks who is online (ilink-protocol 11.1)."""
+async def notify(session: Session, needs: Incoming, *, start: bool, even_stale: bool = False) -> None:
+    """Best effort: iLink tracks who is online (ilink-protocol 11.1). Not for a token that is known to be dead."""
     binding = needs.bindings.get(session.bot) or session.served
-    if not needs.notify or binding is None or binding.state != "active":
+    if not needs.notify or binding is None or not (even_stale or binding.state == "active"):
         return
     try:
         await needs.chat.notify(account_of(binding, needs.sealer), start=start)
     except AdapterError as exc:
         log.info("notify.failed", bot=session.bot, start=start, reason=exc.reason)
+
+
+def needs_login_now(pause_s: float | None, passed_s: float) -> bool:
+    """Whether to say so at a -14 that comes `passed_s` after the first; `pause_s`: until the next try, if any."""
+    return pause_s is None or passed_s + pause_s > LOGIN_WITHIN_S
 
 
 def binding_event(binding: Binding, change: Any, reason: str, detail: str) -> BindingEvent:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import structlog
 
-from adapter.bindings import Bindings
+from adapter.bindings import Bindings, is_anew
 from adapter.contract import SHARDS, shard_of
 from adapter.errors import Temporary
 from adapter.leases import Leases
@@ -83,7 +83,7 @@ class Supervisor:
         self._dirty.add(bot)
         for sandbox in {binding.sandbox for binding in (before, after) if binding is not None}:
             if shard := self._shards.get(shard_of(sandbox)):
-                shard.rebound(sandbox)
+                shard.rebound(sandbox, anew=is_anew(before, after))
         session = self.sessions.get(bot)
         if session is not None and (after is None or (before is not None and before.token != after.token)):
             session.cut.set()  # what it polls with is worth nothing any more

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from adapter import contract, window
-from adapter.bindings import Bindings
+from adapter.bindings import Bindings, is_anew
 from adapter.commands import Limits
 from adapter.contexts import Contexts
 from adapter.contract import BindingEvent, Inbound, Names, Receipt, shard_of
@@ -552,6 +552,7 @@ class Bench:
         """What the lanes were told."""
         self.stale: set[str] = set()
         self.lost_logins: list[str] = []
+        self.regained_logins: list[str] = []
         self.asked_bound = 0
         self.bound_yet: Callable[[], Awaitable[None]] | None = None
         self.numbers: Iterator[int] = world.numbers if world else itertools.count(1)
@@ -634,6 +635,14 @@ class Bench:
 
             await self.bindings.change(binding.bot, dead)
 
+        async def alive_on_send(binding: Binding) -> None:
+            self.regained_logins.append(binding.bot)
+
+            def alive(now: Binding) -> Binding:
+                return msgspec.structs.replace(now, state="active")
+
+            await self.bindings.change(binding.bot, alive)
+
         async def bound_yet() -> None:
             self.asked_bound += 1
             if self.bound_yet is not None:
@@ -651,6 +660,7 @@ class Bench:
             account=lambda binding: Account(binding.bot, binding.token, binding.base_url),
             stale=lambda bot: bot in self.stale,
             stale_on_send=stale_on_send,
+            alive_on_send=alive_on_send,
             bound_yet=bound_yet,
             gap_s=GAP_S,
             parked_per_user=100,
@@ -667,7 +677,7 @@ class Bench:
         def on_change(bot: str, before: Binding | None, after: Binding | None) -> None:
             for name in {binding.sandbox for binding in (before, after) if binding is not None}:
                 if shard_of(name) == number:
-                    shard.rebound(name)
+                    shard.rebound(name, anew=is_anew(before, after))
 
         self.bindings.listen(on_change)
         return shard

@@ -12,7 +12,7 @@ from structlog.testing import capture_logs
 
 from adapter import contract
 from adapter.batches import store
-from adapter.contract import H_MSG_ID, H_SEEN, UnsupportedItem
+from adapter.contract import H_MSG_ID, H_SEEN, BindingEvent, UnsupportedItem
 from adapter.cursors import acquire
 from adapter.errors import BusRefused, LeaseLost, Refused, SessionExpired, Temporary
 from adapter.inbound import poll_forever, tend
@@ -631,9 +631,19 @@ def changes(bench: Bench) -> list[str]:
 
 
 async def test_minus_14_for_ever_ends_in_needs_login_after_four_polls() -> None:
-    """F9: at once, after 5 s, 30 s and 5 min, each with a notifystart before it; then silence."""
+    """F9: at once, after 5 s, 30 s and 5 min, each with a notifystart before it; then silence.
+
+    The login is told to be lost long before the last try: a person waits.
+    """
     bench = await ready(*[STALE] * 100)
     session, task = tended(bench)
+    await asyncio.sleep(55)
+    assert changes(bench) == ["stale", "needs_login"]
+    lost = bench.bus.events()[1]
+    assert (lost.reason, lost.user) == ("iLink answered -14", USER)
+    assert "QR code" in lost.detail
+    assert (bench.bus.events()[1].at_ms - bench.bus.events()[0].at_ms) < 55_000
+    assert session.state == "needs_login"
     await asyncio.sleep(24 * 3600)
     at = [when - bench.chat.polled_at[0] for when in bench.chat.polled_at]
     assert [round(when) for when in at] == [0, 5, 35, 335]
@@ -642,6 +652,89 @@ async def test_minus_14_for_ever_ends_in_needs_login_after_four_polls() -> None:
     binding = bench.bindings.get(BOT)
     assert binding is not None
     assert (binding.state, binding.reason, session.state) == ("needs_login", "stale_token", "needs_login")
+    session.leave(now=True)
+    await task
+
+
+async def test_two_events_at_once_are_two() -> None:
+    bench = await ready()
+    for _ in range(2):
+        await bench.events.binding(BindingEvent(sandbox="s1", bot=BOT, change="stale"))
+    assert changes(bench) == ["stale", "stale"]
+
+
+async def test_an_event_of_a_request_is_told_once() -> None:
+    bench = await ready()
+    for _ in range(2):
+        await bench.events.binding(BindingEvent(sandbox="s1", bot=BOT, change="bound", request="r1"))
+    assert changes(bench) == ["bound"]
+
+
+async def test_a_token_that_lives_again_after_needs_login_is_active_again() -> None:
+    """The last try of the schedule runs on quietly; what it brings is told, and the lanes are woken."""
+    bench = await ready(STALE, STALE, STALE, batch(raw()))
+    session, task = tended(bench)
+    await asyncio.sleep(300)
+    assert changes(bench) == ["stale", "needs_login"]
+    assert bench.heard == []
+    assert session.stale
+    await asyncio.sleep(60)
+    assert changes(bench) == ["stale", "needs_login", "recovered"]
+    binding = bench.bindings.get(BOT)
+    assert binding is not None
+    assert (binding.state, binding.reason) == ("active", "")
+    assert (texts(bench), bench.heard[0], session.stale) == (["hello"], ("s1", BOT, USER), False)
+    assert session.state == "polling"
+    session.leave(now=True)
+    await task
+
+
+@pytest.mark.parametrize(
+    ("schedule", "polls_at", "told_at"),
+    [
+        ((300.0,), [0, 300], 0),
+        ((0.2, 0.4, 0.6), [0, 0, 1, 1], 1),
+        ((20.0, 20.0, 20.0, 20.0), [0, 20, 40, 60, 80], 40),
+        ((), [0], 0),
+    ],
+    ids=["one-late-try", "all-at-once", "many", "none"],
+)
+async def test_needs_login_is_told_within_a_minute_whatever_the_schedule(
+    schedule: tuple[float, ...], polls_at: list[int], told_at: int
+) -> None:
+    bench = await ready(*[STALE] * 100)
+    session, task = tended(bench, stale_retry_s=schedule)
+    await asyncio.sleep(3600)
+    assert [round(when - bench.chat.polled_at[0]) for when in bench.chat.polled_at] == polls_at
+    assert changes(bench) == ["stale", "needs_login"]
+    stale, lost = bench.bus.events()
+    assert round((lost.at_ms - stale.at_ms) / 1000) == told_at
+    session.leave(now=True)
+    await task
+
+
+async def test_a_bot_bound_anew_wins_over_the_last_tries() -> None:
+    bench = await ready(STALE, STALE, STALE)
+    session, task = tended(bench)
+    await asyncio.sleep(100)
+    await bench.bind(token="new")
+    await asyncio.sleep(2)
+    assert bench.chat.tokens[3:] == ["new"]
+    assert changes(bench) == ["stale", "needs_login"]
+    assert (session.state, session.stale) == ("polling", False)
+    session.leave(now=True)
+    await task
+
+
+async def test_a_binding_that_a_send_found_dead_is_not_tried_by_the_poller_too() -> None:
+    """F10, and then the poll that was out ends with -14: the tries are the lane's."""
+    bench = await ready(STALE)
+    session, task = tended(bench)
+    await bench.bind(state="needs_login")
+    session.cut.clear()
+    await asyncio.sleep(3600)
+    assert len(bench.chat.asked) <= 1
+    assert changes(bench) == []
     session.leave(now=True)
     await task
 
@@ -710,7 +803,7 @@ async def test_a_token_bound_anew_polls_again_after_needs_login() -> None:
 async def test_leaving_cuts_a_recovery_short() -> None:
     bench = await ready(*[STALE] * 10)
     session, task = tended(bench)
-    await asyncio.sleep(50)
+    await asyncio.sleep(20)
     session.leave(now=True)
     await asyncio.sleep(5)
     assert task.done()

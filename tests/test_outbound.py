@@ -199,11 +199,35 @@ async def test_a_dead_letter_holds_the_original_before_its_receipt() -> None:
     assert bench.bus.writes.index("dead") < bench.bus.writes.index("event")
 
 
+async def test_a_dead_letter_that_its_stream_refuses_costs_nobody_a_receipt() -> None:
+    bench, shard = await ready()
+    bench.bus.refuse = lambda message: BusRefused(10077, "full") if message.stream == "dead" else None
+    delivery = bench.command(data=b"hello", headers={H_MSG_ID: "h1"})
+    shard.on_delivery(delivery)
+    await asyncio.sleep(5)
+    assert outcomes(bench) == [("h1", "dead_lettered", "unreadable")]
+    assert delivery.acks == 1
+
+
+async def test_a_receipt_of_what_was_never_sent_says_whose_it_is() -> None:
+    bench, shard = await ready(is_open=False)
+    shard.on_delivery(bench.command("a", when_closed="refuse"))
+    shard.on_delivery(bench.command("b", expires_in_s=10))
+    shard.on_delivery(bench.command("c"))
+    await asyncio.sleep(60)
+    await bench.bindings.remove(BOT)
+    await asyncio.sleep(5)
+    assert [receipt.reason for receipt in finals(bench)] == ["window_closed", "expired", "not_bound"]
+    assert {(receipt.bot, receipt.user) for receipt in finals(bench)} == {(BOT, USER)}
+
+
 BROKEN: list[tuple[str, bytes, str, str]] = [
     ("no-json", b"hello", "dead_lettered", "unreadable"),
     ("too-large", b'{"text":"' + b"a" * 262_144 + b'"}', "dead_lettered", "too_large"),
     ("no-text", b"{}", "refused", "invalid"),
     ("other-sandbox", b'{"sandbox":"s2","text":"hi"}', "refused", "invalid"),
+    ("no-sandbox-at-all", b'{"sandbox":"S 1","text":"hi"}', "refused", "invalid"),
+    ("empty-sandbox", b'{"sandbox":"","text":"hi"}', "refused", "invalid"),
     ("too-long", msgspec.json.encode({"text": "a" * 200_000}), "refused", "too_long"),
 ]
 
@@ -599,15 +623,83 @@ async def test_minus_14_on_sends_alone_is_tried_a_few_times_and_then_needs_a_log
     assert {reason for *_, reason in outcomes(bench)} == {"needs_login"}
 
 
-async def test_a_user_who_writes_does_not_make_minus_14_a_storm() -> None:
+async def test_minus_14_on_sends_needs_a_login_within_a_minute() -> None:
     bench, shard = await ready()
     bench.chat.sends.extend([STALE] * 100)
     shard.on_delivery(bench.command("hi"))
-    for _ in range(20):
+    await asyncio.sleep(34)
+    assert bench.lost_logins == []
+    await asyncio.sleep(20)
+    assert bench.lost_logins == [BOT]
+    shard.stop()
+
+
+async def test_a_send_that_goes_through_after_needs_login_makes_the_binding_active_again() -> None:
+    """The last try of the schedule: what is parked flows from then on, in order."""
+    bench, shard = await ready()
+    bench.chat.sends.extend([STALE] * 3)
+    for number in range(3):
+        shard.on_delivery(bench.command(f"t{number}", id=f"c{number}"))
+    await asyncio.sleep(300)
+    assert (bench.lost_logins, bench.regained_logins) == ([BOT], [])
+    await asyncio.sleep(100)
+    assert bench.regained_logins == [BOT]
+    assert bench.chat.texts == ["t0"] * 4 + ["t1", "t2"]
+    assert [receipt.command for receipt in finals(bench)] == ["c0", "c1", "c2"]
+
+
+async def test_a_token_bound_anew_wins_over_the_last_tries_of_a_send() -> None:
+    bench, shard = await ready()
+    bench.chat.sends.extend([STALE] * 3)
+    shard.on_delivery(bench.command("hi", id="c1"))
+    await asyncio.sleep(100)
+    await bench.bind(token="new")
+    await asyncio.sleep(5)
+    assert len(bench.chat.sent) == 4
+    assert [receipt.command for receipt in finals(bench)] == ["c1"]
+    assert bench.regained_logins == []
+
+
+async def test_a_login_that_the_poller_lost_is_not_tried_by_sends() -> None:
+    """F9: a send that was out when the token died is the last one."""
+    bench, shard = await ready()
+    bench.chat.sends.extend([STALE] * 100)
+    shard.on_delivery(bench.command("hi"))
+    await asyncio.sleep(1)
+    bench.stale.add(BOT)
+    await asyncio.sleep(34)
+    await bench.bind(state="needs_login")
+    await asyncio.sleep(300)
+    bench.stale.clear()
+    shard.heard("s1", BOT, USER)
+    await asyncio.sleep(3600)
+    assert len(bench.chat.sent) == 1
+
+
+async def test_a_user_who_writes_does_not_make_minus_14_a_storm() -> None:
+    """Nor does what else happens: the tries are those of the schedule."""
+    bench, shard = await ready()
+    bench.chat.sends.extend([STALE] * 100)
+    shard.on_delivery(bench.command("hi"))
+    for number in range(20):
         await asyncio.sleep(1)
         await user_writes(bench, shard)
+        shard.on_delivery(bench.command("more", when_closed="refuse" if number % 2 else "park"))
     await asyncio.sleep(3600)
-    assert len(bench.chat.sent) <= 4
+    at = [sent.at_s for sent in bench.chat.sent]
+    assert [round(later - at[0]) for later in at] == [0, 5, 35, 335]
+
+
+async def test_who_refuses_to_wait_is_told_of_a_lost_login_too() -> None:
+    """Nothing is parked that could be tried: the next command is the next try, and four are all."""
+    bench, shard = await ready()
+    bench.chat.sends.extend([STALE] * 100)
+    for number in range(20):
+        shard.on_delivery(bench.command("hi", when_closed="refuse"))
+        await asyncio.sleep(60)
+        assert bench.lost_logins == [BOT] * (number > 0)
+    assert len(bench.chat.sent) == 4
+    assert {(outcome, reason) for _, outcome, reason in outcomes(bench)} == {("refused", "needs_login")}
 
 
 async def test_minus_14_that_heals_by_itself_loses_nothing() -> None:

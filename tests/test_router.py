@@ -89,8 +89,11 @@ ENDED: list[tuple[str, bytes, str, str, str]] = [
     ("no-json", b"hello", "dead_lettered", "unreadable", "h1"),
     ("too-large", b'{"text":"' + b"a" * 262_144 + b'"}', "dead_lettered", "too_large", "h1"),
     ("no-sandbox", b'{"text":"hi","id":"c1"}', "refused", "invalid", "c1"),
-    ("bad-sandbox", b'{"text":"hi","sandbox":"a.b"}', "dead_lettered", "unreadable", "h1"),
-    ("wildcard", b'{"text":"hi","sandbox":">"}', "dead_lettered", "unreadable", "h1"),
+    ("bad-sandbox", b'{"text":"hi","sandbox":"a.b","id":"c1"}', "refused", "invalid", "c1"),
+    ("wildcard", b'{"text":"hi","sandbox":">"}', "refused", "invalid", "h1"),
+    ("empty-sandbox", b'{"text":"hi","sandbox":""}', "refused", "invalid", "h1"),
+    ("no-name-at-all", b'{"text":"hi","sandbox":5}', "dead_lettered", "unreadable", "h1"),
+    ("bad-sandbox-and-more", b'{"text":5,"sandbox":"a.b"}', "dead_lettered", "unreadable", "h1"),
 ]
 
 

@@ -1,0 +1,201 @@
+"""-14: the calls that are made, the word that is given in time, and what becomes of what waits (F9, F10)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from nats.aio.client import Client
+
+from adapter.contract import BindingEvent
+from adapter.simulator import FaultRule
+from tests.e2e.world import NAMES, World, eventually, stream, until, world
+
+SCHEDULE = {"WECHAT_NATS_STALE_RETRY_S": "0.2,0.4,0.6"}
+LATE = {"WECHAT_NATS_STALE_RETRY_S": "0.2,0.4,60"}
+"""A last try that comes more than a minute after the first -14, as with the default."""
+
+
+async def changes(nc: Client, sandbox: str = "s1") -> list[BindingEvent]:
+    found = await stream(nc, NAMES.stream_event, NAMES.event(sandbox, "binding"))
+    return [msgspec.json.decode(data, type=BindingEvent) for _, data in found]
+
+
+async def told(nc: Client, change: str) -> BindingEvent:
+    """The first event of this kind, once there is one."""
+    found: list[BindingEvent] = []
+
+    async def is_there() -> bool:
+        found[:] = [event for event in await changes(nc) if event.change == change]
+        return bool(found)
+
+    await eventually(is_there, f"{change} is told")
+    return found[0]
+
+
+async def parked(made: World, nc: Client, count: int) -> None:
+    async def are_parked() -> bool:
+        found = [r for r in await made.receipts(nc) if r.outcome == "parked"]
+        return len(found) == count and {r.reason for r in found} == {"needs_login"}
+
+    await eventually(are_parked, f"{count} commands wait for a login")
+
+
+def counts(made: World, bot: str) -> dict[str, int]:
+    """Calls of a bot by endpoint."""
+    return {call.endpoint: call.count for call in made.sim.calls(bot)}
+
+
+def since(before: dict[str, int], after: dict[str, int]) -> dict[str, int]:
+    return {name: count - before.get(name, 0) for name, count in after.items() if count != before.get(name, 0)}
+
+
+async def test_f9_costs_exactly_the_scheduled_calls_on_every_endpoint(tmp_path: Path) -> None:
+    async with world(tmp_path, environ=SCHEDULE) as made:
+        await made.add_adapter()
+        nc = await made.nc()
+        bot = made.sim.add_bot()
+        await made.bind(nc, "s1", bot)
+        made.say("s1", "hello")
+        await made.settle(nc)
+        await until(lambda: made.sim.polls(bot.bot).now == 1, "a poll is held")
+        before = counts(made, bot.bot)
+        made.sim.kill_token(bot.bot)
+        await told(nc, "stale")
+        for number in range(3):
+            await made.command(nc, "s1", f"c{number}")
+        await parked(made, nc, 3)
+        lost = await told(nc, "needs_login")
+        assert "-14" in lost.reason
+        assert "QR code" in lost.detail
+        assert [event.change for event in await changes(nc)] == ["bound", "stale", "needs_login"]
+        await made.command(nc, "s1", "c3")
+        await parked(made, nc, 4)
+        assert since(before, counts(made, bot.bot)) == {"getupdates": 3, "msg/notifystart": 3}
+        await _log_in_again(made, nc, bot.user, ["c0", "c1", "c2", "c3"])
+        assert since(before, counts(made, bot.bot)) == {"getupdates": 3, "msg/notifystart": 3}
+        await nc.close()
+
+
+async def test_f10_costs_exactly_the_scheduled_sends(tmp_path: Path) -> None:
+    async with world(tmp_path, environ=SCHEDULE) as made:
+        await made.add_adapter()
+        nc = await made.nc()
+        bot = made.sim.add_bot()
+        await made.bind(nc, "s1", bot)
+        made.say("s1", "hello")
+        await made.settle(nc)
+        made.sim.set_fault(FaultRule(fault="F10", bot=bot.bot))
+        for number in range(3):
+            await made.command(nc, "s1", f"c{number}")
+        await told(nc, "needs_login")
+        await parked(made, nc, 3)
+        assert counts(made, bot.bot)["sendmessage"] == 4
+        assert [event.change for event in await changes(nc)] == ["bound", "needs_login"]
+        await until(lambda: made.sim.polls(bot.bot).now == 0, "the poll that was out has ended")
+        before = counts(made, bot.bot)
+        made.sim.clear_faults()
+        await made.command(nc, "s1", "c3")
+        await parked(made, nc, 4)
+        assert since(before, counts(made, bot.bot)) == {}
+        await _log_in_again(made, nc, bot.user, ["c0", "c1", "c2", "c3"])
+        await nc.close()
+
+
+async def _log_in_again(made: World, nc: Client, user: str, waiting: list[str]) -> None:
+    """The user scans a code: iLink gives them a new bot, which gets what was parked for them."""
+    new = made.sim.add_bot(user=user)
+    await made.bind(nc, "s1", new)
+    made.say("s1", "I am back")
+    await made.settle(nc)
+    assert [shown.text for shown in made.sim.phone(user)] == [f"answer {ident}" for ident in waiting]
+    assert {shown.bot for shown in made.sim.phone(user)} == {new.bot}
+
+
+async def test_the_same_bot_with_a_new_token_gets_what_was_parked_too(tmp_path: Path) -> None:
+    async with world(tmp_path, environ=SCHEDULE) as made:
+        await made.add_adapter()
+        nc = await made.nc()
+        bot = made.sim.add_bot()
+        await made.bind(nc, "s1", bot)
+        made.say("s1", "hello")
+        await made.settle(nc)
+        made.sim.kill_token(bot.bot)
+        await told(nc, "needs_login")
+        for number in range(3):
+            await made.command(nc, "s1", f"c{number}")
+        await parked(made, nc, 3)
+        made.sim.revive_token(bot.bot)
+        await made.bind(nc, "s1", bot)
+        await made.settle(nc)
+        assert [shown.text for shown in made.sim.phone(bot.user)] == [f"answer c{number}" for number in range(3)]
+        await nc.close()
+
+
+async def test_needs_login_is_told_before_the_last_try_and_a_bind_need_not_wait_for_it(tmp_path: Path) -> None:
+    """F9 and F10 alike: the last try is a minute away when the word is given."""
+    async with world(tmp_path, environ=LATE) as made:
+        await made.add_adapter()
+        nc = await made.nc()
+        dead, mute = made.sim.add_bot(), made.sim.add_bot()
+        await made.bind(nc, "s1", dead)
+        await made.bind(nc, "s2", mute)
+        for sandbox in ("s1", "s2"):
+            made.say(sandbox, "hello")
+        await made.settle(nc)
+        made.sim.set_fault(FaultRule(fault="F10", bot=mute.bot))
+        made.sim.kill_token(dead.bot)
+        for sandbox in ("s1", "s2"):
+            await made.command(nc, sandbox, f"{sandbox}-c")
+
+        async def both_are_lost() -> bool:
+            found: list[Any] = [await changes(nc, "s1"), await changes(nc, "s2")]
+            return all("needs_login" in [event.change for event in events] for events in found)
+
+        await eventually(both_are_lost, "both need a login")
+        assert counts(made, mute.bot)["sendmessage"] == 3
+        made.sim.clear_faults()
+        made.sim.revive_token(dead.bot)
+        await made.bind(nc, "s1", dead)
+        await made.bind(nc, "s2", mute)
+        await made.settle(nc)
+        assert [shown.text for shown in made.sim.phone(dead.user)] == ["answer s1-c"]
+        assert [shown.text for shown in made.sim.phone(mute.user)] == ["answer s2-c"]
+        await nc.close()
+
+
+@pytest.mark.slow
+async def test_a_last_try_that_succeeds_needs_no_login(tmp_path: Path) -> None:
+    """The last try of both schedules comes 56 s after the one before, and finds the token alive."""
+    async with world(tmp_path, environ={"WECHAT_NATS_STALE_RETRY_S": "0.2,0.4,56"}) as made:
+        await made.add_adapter()
+        nc = await made.nc()
+        dead, mute = made.sim.add_bot(), made.sim.add_bot()
+        await made.bind(nc, "s1", dead)
+        await made.bind(nc, "s2", mute)
+        for sandbox in ("s1", "s2"):
+            made.say(sandbox, "hello")
+        await made.settle(nc)
+        made.sim.set_fault(FaultRule(fault="F10", bot=mute.bot))
+        made.sim.kill_token(dead.bot)
+        for sandbox in ("s1", "s2"):
+            await made.command(nc, sandbox, f"{sandbox}-c")
+
+        async def both_are_lost() -> bool:
+            found: list[Any] = [await changes(nc, "s1"), await changes(nc, "s2")]
+            return all("needs_login" in [event.change for event in events] for events in found)
+
+        await eventually(both_are_lost, "both need a login")
+        made.sim.clear_faults()
+        made.sim.revive_token(dead.bot)
+        await made.settle(nc)
+        assert [e.change for e in await changes(nc, "s1")] == ["bound", "stale", "needs_login", "recovered"]
+        assert [e.change for e in await changes(nc, "s2")] == ["bound", "needs_login", "recovered"]
+        assert [shown.text for shown in made.sim.phone(dead.user)] == ["answer s1-c"]
+        assert [shown.text for shown in made.sim.phone(mute.user)] == ["answer s2-c"]
+        for sandbox in ("s1", "s2"):
+            made.say(sandbox, "still there?")
+        await made.settle(nc)
+        await nc.close()
