@@ -1,4 +1,4 @@
-"""The CDN over HTTP: `/c2c/upload` and `/c2c/download` (3.9, S18, S20), with F24 and F25."""
+"""The CDN over HTTP: `/c2c/upload` and `/c2c/download` (3.9, S18, S20), with F24 and F25; F4 to F6 strike downloads."""
 
 from aiohttp import web
 
@@ -24,7 +24,7 @@ class Cdn:
         if action == "upload" and request.method == "POST":
             return await self._upload(request, param)
         if action == "download" and request.method == "GET":
-            return self._download(param)
+            return await self._download(request, param)
         return web.Response(status=404)
 
     async def _upload(self, request: web.Request, param: str) -> web.StreamResponse:
@@ -40,12 +40,19 @@ class Cdn:
             return failure(400, "file size mismatch")
         return web.Response(headers={"x-encrypted-param": self._media.receive(upload, data)})
 
-    def _download(self, param: str) -> web.Response:
+    async def _download(self, request: web.Request, param: str) -> web.StreamResponse:
         blob = self._media.blobs.get(param)
         if blob is None or not blob.downloadable:
             return web.Response(status=400, text="invalid encrypted_param")
         if rule := self._world.faults.take("F25", "cdn/download", blob.bot):
             return broken_download(blob, rule)
+        answer = answers.Answer(body=blob.data, content_type="application/octet-stream")
+        if rule := self._world.faults.take("F4", "cdn/download", blob.bot):
+            return await answers.dribble(request, answer, rule, self._world.clock)
+        if rule := self._world.faults.take("F5", "cdn/download", blob.bot):
+            await answers.hang(rule, self._world.clock)
+        if self._world.faults.take("F6", "cdn/download", blob.bot):
+            answers.cut(request)
         return web.Response(body=blob.data, content_type="application/octet-stream")
 
 

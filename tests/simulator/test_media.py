@@ -278,6 +278,19 @@ async def test_f25_downloads_that_cannot_be_decrypted(client: Client, kind: str)
     assert (len(response.content) % 16 != 0) == (kind == "odd_length")
 
 
+async def test_f4_to_f6_strike_downloads_too(client: Client) -> None:
+    client.sim.set_fault(FaultRule(fault="F4", endpoint="cdn/download", count=1, params={"chunk": 5, "pause_ms": 1}))
+    assert len((await download(client)).content) == 16
+
+    client.sim.set_fault(FaultRule(fault="F5", endpoint="cdn/download", count=1, params={"hang_ms": 20}))
+    assert len((await download(client)).content) == 16
+
+    client.sim.set_fault(FaultRule(fault="F6", endpoint="cdn/download", count=1))
+    with pytest.raises(httpx.TransportError):
+        await download(client)
+    assert [rule.struck for rule in client.sim.faults()] == [1, 1, 1]
+
+
 async def download(client: Client) -> httpx.Response:
     client.sim.say_media(client.bot.user, "file", HELLO)
     (message,) = await client.follow()
