@@ -1,4 +1,4 @@
-"""The CDN over HTTP: `/c2c/upload` and `/c2c/download` (3.9, S18, S20), with F24 and F25; F4 to F6 strike downloads."""
+"""The CDN over HTTP: `/c2c/upload`, `/c2c/download` (3.9, S18, S20), with F24 and F25; F4 to F6 strike downloads."""
 
 from aiohttp import web
 
