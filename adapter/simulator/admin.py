@@ -1,7 +1,9 @@
 """The simulator's own API over HTTP: `POST /_sim/<method>` with the arguments as JSON, or `GET` to look."""
 
+import asyncio
 import base64
 import inspect
+import io
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +45,8 @@ class Admin:
                 result = await result
         except (SimulatorError, ValueError, TypeError) as exc:
             return reply({"error": str(exc)}, status=400)
+        if isinstance(result, web.Response):
+            return result
         return reply({"ok": True} if result is None else result)
 
     async def _arguments(self, request: web.Request) -> Json:
@@ -57,15 +61,28 @@ class Admin:
     def _say(self, to: str, text: str, overrides: Json | None = None) -> Any:
         return self._simulator.say(to, text, **(overrides or {}))
 
-    def _say_kind(self, to: str, kind: str, text: str = "hello", overrides: Json | None = None) -> Any:
-        return self._simulator.say_kind(to, kind, text, **(overrides or {}))
+    def _say_kind(self, to: str, kind: str, overrides: Json | None = None, **how: Any) -> Any:
+        return self._simulator.say_kind(to, kind, **how, **(overrides or {}))
 
-    def _say_media(self, to: str, kind: str, content: str, fields: Json | None = None, **how: str) -> Any:
-        decoded = base64.b64decode(content, validate=True)
-        return self._simulator.say_media(to, kind, decoded, **how, **(fields or {}))
+    async def _say_media(
+        self,
+        to: str,
+        kind: str,
+        content: str | None = None,
+        fields: Json | None = None,
+        url: str = "both",
+        **how: Any,
+    ) -> Any:
+        decoded = None if content is None else base64.b64decode(content, validate=True)
+        sealed = await asyncio.to_thread(self._simulator.media.seal, kind, decoded, **how)
+        return self._simulator.say_media(to, kind, sealed, url=url, **(fields or {}))
 
-    def _media(self, reference: str) -> Json:
-        return {"content": base64.b64encode(self._simulator.media_content(reference)).decode()}
+    async def _media(self, reference: str, raw: str = "") -> Any:
+        """With `raw`, the bytes themselves."""
+        content = await asyncio.to_thread(self._simulator.media_content, reference)
+        if raw:
+            return web.Response(body=io.BytesIO(content), content_type="application/octet-stream")
+        return {"content": base64.b64encode(content).decode()}
 
     def _set_fault(self, **rule: Any) -> Any:
         return self._simulator.set_fault(msgspec.convert(rule, FaultRule))

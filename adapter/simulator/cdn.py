@@ -1,12 +1,16 @@
 """The CDN over HTTP: `/c2c/upload`, `/c2c/download` (3.9, S18, S20), with F24 and F25; F4 to F6 strike downloads."""
 
+import asyncio
+
 from aiohttp import web
 
 from adapter.simulator import answers
 from adapter.simulator.aes import encrypt
 from adapter.simulator.faults import FaultRule
-from adapter.simulator.media import Blob, Media
+from adapter.simulator.media import Blob, Media, look_inside
 from adapter.simulator.world import World
+
+PIECE = 256 * 1024
 
 
 class Cdn:
@@ -17,7 +21,7 @@ class Cdn:
         self._media = media
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
-        action = request.match_info["action"]
+        action = request.match_info["action"].strip("/")
         param = request.query.get("encrypted_query_param", "")
         if "Authorization" in request.headers:
             self._world.violate("token_on_cdn", f"cdn/{action}", None)
@@ -38,7 +42,11 @@ class Cdn:
             self._world.violate("wrong_content_type", "cdn/upload", self._world.bots[upload.bot])
         if len(data) != upload.encrypted_size:
             return failure(400, "file size mismatch")
-        return web.Response(headers={"x-encrypted-param": self._media.receive(upload, data)})
+        limit = self._world.settings_of(self._world.bots[upload.bot]).param_upload_limit
+        if limit and len(data) > limit and "taskid" not in request.query:
+            return web.Response(status=500)
+        plain = await asyncio.to_thread(look_inside, data, upload.key)
+        return web.Response(headers={"x-encrypted-param": self._media.receive(upload, data, plain)})
 
     async def _download(self, request: web.Request, param: str) -> web.StreamResponse:
         blob = self._media.blobs.get(param)
@@ -53,7 +61,21 @@ class Cdn:
             await answers.hang(rule, self._world.clock)
         if self._world.faults.take("F6", "cdn/download", blob.bot):
             answers.cut(request)
-        return web.Response(body=blob.data, content_type="application/octet-stream")
+            return web.Response()
+        return await stream(request, blob.data)
+
+
+async def stream(request: web.Request, data: bytes) -> web.StreamResponse:
+    """Piece by piece, so that 100 MB hold nobody up."""
+    response = web.StreamResponse()
+    response.content_type = "application/octet-stream"
+    response.content_length = len(data)
+    await response.prepare(request)
+    view = memoryview(data)
+    for start in range(0, len(data), PIECE):
+        await response.write(view[start : start + PIECE])
+    await response.write_eof()
+    return response
 
 
 def failure(status: int, message: str, code: int | None = None) -> web.Response:
@@ -79,7 +101,7 @@ def broken_download(blob: Blob, rule: FaultRule) -> web.Response:
     """F25, by `kind`: `status`, `wrong_key`, `odd_length`."""
     kind = rule.params.get("kind", "status")
     if kind == "wrong_key":
-        return web.Response(body=encrypt(b"something else", bytes(16)))
+        return web.Response(body=encrypt(b"something else", bytes(16)), content_type="application/octet-stream")
     if kind == "odd_length":
-        return web.Response(body=blob.data[:-1])
+        return web.Response(body=blob.data[:-1], content_type="application/octet-stream")
     return web.Response(status=int(rule.params.get("status", 404)))

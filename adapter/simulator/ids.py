@@ -5,11 +5,14 @@ import binascii
 import hashlib
 import itertools
 import random
+import re
 import string
 import struct
 
 URL_SAFE = string.ascii_letters + string.digits + "-_"
 BASE64 = string.ascii_letters + string.digits + "+/"
+PRODUCT = r"[A-Za-z0-9_.-]{1,32}/[A-Za-z0-9_.+-]{1,32}( \([ -'*-~]{1,64}\))?"
+BOT_AGENT = re.compile(f"{PRODUCT}( {PRODUCT})*")
 FIRST_MESSAGE_ID = 7497484083968569737
 """Odd, and so is every later one: a client that reads ids as doubles gets every one of them wrong (2.5)."""
 
@@ -92,3 +95,8 @@ def read_version(header: str) -> tuple[int, int, int] | None:
     if not 0 < number < 2**24:
         return None
     return number >> 16, number >> 8 & 0xFF, number & 0xFF
+
+
+def is_bot_agent(value: object) -> bool:
+    """Whether it is in the User-Agent style that `bot_agent` has (2.3)."""
+    return isinstance(value, str) and len(value.encode()) <= 256 and BOT_AGENT.fullmatch(value) is not None

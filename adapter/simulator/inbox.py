@@ -33,10 +33,10 @@ class Inbox:
         self.closing = False
 
     def inject(self, bot: Bot, message: Json, *, fill: bool = True) -> Entry:
-        """Queues a message. With `fill`, what it lacks is added in iLink's form (4.6), and a key whose value
-        is None is left out; without, it goes out exactly as it is."""
+        """Queues a message. With `fill`, what it and its items lack is added in iLink's form (4.6), and a key
+        whose value is None is left out; without, it goes out exactly as it is."""
         if fill:
-            message = {k: v for k, v in (self._template(bot) | message).items() if v is not None}
+            message = with_times(self._template(bot) | message)
         if message.get("message_type", 1) == 1:
             self._open_window(bot, message)
         entry = self._append(bot, message)
@@ -61,6 +61,11 @@ class Inbox:
             self._world.clock.schedule(delay_s, again)
         else:
             again()
+
+    def find(self, bot: Bot, message_id: str) -> Json:
+        """An earlier message of the user. Raises SimulatorError."""
+        message: Json = msgspec.json.decode(self._entry(bot, message_id).raw)
+        return message
 
     def replay(self, bot: Bot, last: int) -> int:
         """Puts the last delivered messages in front of the queue once more (F18). Returns how many."""
@@ -235,7 +240,8 @@ class Inbox:
             message["context_token"] = fresh["context_token"]
             self._issue(bot, str(message.get("from_user_id") or bot.user), fresh["context_token"])
         if change == "all":
-            message["create_time_ms"] = message["update_time_ms"] = self._world.clock.now_ms()
+            for written in (message, *(item for item in message.get("item_list") or [] if isinstance(item, dict))):
+                written["create_time_ms"] = written["update_time_ms"] = self._world.clock.now_ms()
         if change == "no_message_id":
             message.pop("message_id", None)
         if change in ("zero_message_id", "empty_message_id"):
@@ -310,6 +316,15 @@ class Inbox:
 
         grace_s = world.settings_of(bot).overlap_grace_ms / 1000
         asyncio.get_running_loop().call_later(grace_s, confirm)
+
+
+def with_times(message: Json) -> Json:
+    """Without the keys that are None, and with the times of the message at its items."""
+    message = {key: value for key, value in message.items() if value is not None}
+    times = {key: message[key] for key in ("create_time_ms", "update_time_ms") if key in message}
+    if isinstance(items := message.get("item_list"), list):
+        message["item_list"] = [times | item if isinstance(item, dict) else item for item in items]
+    return message
 
 
 def record(bot: Bot, entry: Entry) -> InboundRecord:

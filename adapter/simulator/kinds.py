@@ -1,10 +1,56 @@
 """Messages of every shape that a user's phone is known to produce (4.5, 4.6, S21)."""
 
+import hashlib
+import re
 from collections.abc import Callable
+from typing import NamedTuple
 
 from adapter.simulator.records import Json, SimulatorError
 
 QUOTED_ID = 7497484083968569737
+EDGE = 8
+"""Characters at each end by which a part of a text is told."""
+TITLES = {2: "[Image]", 3: "[Voice]", 4: "[File]", 5: "[Video]"}
+
+
+class Quoted(NamedTuple):
+    """An earlier message, of the user or of the bot, as a quote refers to it."""
+
+    id: int | str
+    item: Json
+    at_ms: int
+
+    @property
+    def text(self) -> str:
+        return str(self.item.get("text_item", {}).get("text") or "")
+
+    @property
+    def title(self) -> str:
+        return self.text or TITLES.get(self.item.get("type", 0), "")
+
+
+class Makings(NamedTuple):
+    """What a message is made of. `media` makes an item of a kind; `carrier` is the kind of the item that has
+    the quote; `part` of the quoted text (None: its last word) is meant where it occurs for the `nth` time (from 0).
+    """
+
+    bot: str
+    user: str
+    words: str
+    media: Callable[[str], Json]
+    quoted: Quoted
+    carrier: str = "text"
+    part: str | None = None
+    nth: int = 0
+
+    def item(self, kind: str) -> Json:
+        if kind == "text":
+            return text_item(self.words)
+        if kind == "voice_transcript":
+            item = self.media("voice")
+            item["voice_item"]["text"] = self.words
+            return item
+        return self.media(kind)
 
 
 def text_item(text: str) -> Json:
@@ -15,70 +61,118 @@ def text(words: str) -> Json:
     return {"item_list": [text_item(words)]}
 
 
-def voice(words: str) -> Json:
-    """With WeChat's transcript, and with a reference that nothing stands behind."""
-    media = {"encrypt_query_param": "", "aes_key": "", "encrypt_type": 1}
-    payload = {"media": media, "encode_type": 6, "sample_rate": 24000, "playtime": 1500, "text": words}
-    return {"item_list": [{"type": 3, "is_completed": True, "voice_item": payload}]}
+def items(*kinds: str) -> Callable[[Makings], Json]:
+    return lambda m: {"item_list": [m.item(kind) for kind in kinds]}
 
 
-def quote(words: str, reference: Json) -> Json:
-    return {"item_list": [text_item(words) | {"ref_msg": reference}]}
+def changed(**fields: object) -> Callable[[Makings], Json]:
+    """A text message with other fields than usual; None leaves one out."""
+    return lambda m: text(m.words) | fields
 
 
-def partial_quote(words: str) -> Json:
-    """Quotes "world" of "hello world"; the hash is the MD5 of that part."""
-    part = {
-        "start": "world",
-        "end": "world",
-        "startindex": 0,
-        "endindex": 0,
-        "quotemd5": "7d793037a0760186574b0282f2f435e7",
+def bot_echo(m: Makings) -> Json:
+    """What the bot said, come back to it."""
+    return text(m.words) | {"message_type": 2, "from_user_id": m.bot, "to_user_id": m.user, "context_token": None}
+
+
+def quoting(reference: Callable[[Makings], Json]) -> Callable[[Makings], Json]:
+    return lambda m: {"item_list": [m.item(m.carrier) | {"ref_msg": reference(m)}]}
+
+
+def nested_transcript(m: Makings) -> Json:
+    item = m.media("voice")
+    item["voice_item"]["text_item"] = {"text": m.words}
+    return {"item_list": [item]}
+
+
+def full(m: Makings) -> Json:
+    """Until April 2026: all that the quoted message said."""
+    return {"title": m.quoted.title, "message_item": m.quoted.item | {"msg_id": m.quoted.id}}
+
+
+def type_8(m: Makings) -> Json:
+    """From April 2026 for messages of bots: an id and no text (T #23)."""
+    return {"title": "", "message_item": {"type": 8, "msg_id": m.quoted.id, "is_completed": True}}
+
+
+def type_0(m: Makings) -> Json:
+    """By July 2026: times, an id and no text (T #222)."""
+    times = {"create_time_ms": m.quoted.at_ms, "update_time_ms": m.quoted.at_ms}
+    return {"message_item": {"type": 0, **times, "msg_id": m.quoted.id, "button_item_list": []}}
+
+
+def svr_id(m: Makings) -> Json:
+    """From September 2026: nothing but the id."""
+    return {"svr_id": m.quoted.id}
+
+
+def partial(m: Makings) -> Json:
+    part = m.quoted.text.split()[-1:] if m.part is None else [m.part]
+    return {"svr_id": m.quoted.id, "partial_text": partial_text(m.quoted.text, "".join(part), m.nth)}
+
+
+def partial_text(whole: str, part: str, nth: int = 0) -> Json:
+    """Where `part` stands in `whole`, by its first and last characters (4.5). Occurrences do not overlap."""
+    places = [match.start() for match in re.finditer(f"(?={re.escape(part)})", whole)] if part else []
+    if nth >= len(places):
+        raise SimulatorError("the quoted text has no such part")
+    start, end, place = part[:EDGE], part[-EDGE:], places[nth]
+    starts, ends = occurrences(whole, start), occurrences(whole, end)
+    last = place + len(part) - len(end)
+    if place not in starts or last not in ends:
+        raise SimulatorError("this part cannot be told by its first and last characters")
+    return {
+        "start": start,
+        "end": end,
+        "startindex": starts.index(place),
+        "endindex": ends.index(last),
+        "quotemd5": hashlib.md5(part.encode()).hexdigest(),
     }
-    return quote(words, {"svr_id": QUOTED_ID, "partial_text": part})
 
 
-KINDS: dict[str, Callable[[str], Json]] = {
-    "text": text,
-    "multi_item": lambda words: {"item_list": [text_item(words), text_item("second item")]},
-    "voice_transcript": voice,
-    "unknown_item": lambda words: {"item_list": [{"type": 99, "new_item": {"text": words}}]},
-    "unknown_beside_text": lambda words: {"item_list": [{"type": 99, "new_item": {}}, text_item(words)]},
-    "no_context_token": lambda words: text(words) | {"context_token": None},
-    "no_message_id": lambda words: text(words) | {"message_id": None},
-    "zero_message_id": lambda words: text(words) | {"message_id": 0},
-    "empty_message_id": lambda words: text(words) | {"message_id": ""},
-    "string_message_id": lambda words: text(words) | {"message_id": "7497484083968569739"},
-    "bot_echo": lambda words: text(words) | {"message_type": 2, "context_token": None},
-    "big_id": lambda words: text(words) | {"message_id": 2**64 - 1},
-    "emoji": lambda words: text(f"{words} 😀👩‍👩‍👧 𠮷 你好"),
-    "empty_text": lambda words: text(""),
-    "no_items": lambda words: {"item_list": []},
-    "quote_full": lambda words: quote(
-        words, {"title": "earlier", "message_item": text_item("hello world") | {"msg_id": QUOTED_ID}}
-    ),
-    "quote_type_8": lambda words: quote(
-        words, {"title": "", "message_item": {"type": 8, "msg_id": QUOTED_ID, "is_completed": True}}
-    ),
-    "quote_type_0": lambda words: quote(
-        words,
-        {
-            "message_item": {
-                "type": 0,
-                "create_time_ms": 1789000000000,
-                "update_time_ms": 1789000000000,
-                "msg_id": QUOTED_ID,
-                "button_item_list": [],
-            }
-        },
-    ),
-    "quote_svr_id": lambda words: quote(words, {"svr_id": QUOTED_ID}),
-    "quote_partial": partial_quote,
+def occurrences(whole: str, part: str) -> list[int]:
+    return [match.start() for match in re.finditer(re.escape(part), whole)]
+
+
+KINDS: dict[str, Callable[[Makings], Json]] = {
+    "text": items("text"),
+    "image": items("image"),
+    "voice": items("voice"),
+    "voice_transcript": items("voice_transcript"),
+    "voice_nested_transcript": nested_transcript,
+    "file": items("file"),
+    "video": items("video"),
+    "multi_item": lambda m: {"item_list": [text_item(m.words), text_item("second item")]},
+    "text_and_image": items("text", "image"),
+    "image_and_text": items("image", "text"),
+    "text_and_file": items("text", "file"),
+    "several_images": items("image", "image", "image"),
+    "all_items": items("text", "image", "voice", "file", "video"),
+    "unknown_item": lambda m: {"item_list": [{"type": 99, "new_item": {"text": m.words}}]},
+    "unknown_beside_text": lambda m: {"item_list": [{"type": 99, "new_item": {}}, text_item(m.words)]},
+    "no_context_token": changed(context_token=None),
+    "no_message_id": changed(message_id=None),
+    "zero_message_id": changed(message_id=0),
+    "empty_message_id": changed(message_id=""),
+    "string_message_id": changed(message_id="7497484083968569739"),
+    "bot_echo": bot_echo,
+    "big_id": changed(message_id=2**64 - 1),
+    "emoji": lambda m: text(f"{m.words} 😀👩‍👩‍👧 𠮷 你好"),
+    "empty_text": lambda m: text(""),
+    "no_items": lambda m: {"item_list": []},
+    "quote_full": quoting(full),
+    "quote_type_8": quoting(type_8),
+    "quote_type_0": quoting(type_0),
+    "quote_svr_id": quoting(svr_id),
+    "quote_partial": quoting(partial),
+    "quote_empty": quoting(lambda m: {}),
 }
-"""By name; the argument is the text that the message has where it has one."""
+"""By name."""
+NEVER_SAID = Quoted(QUOTED_ID, text_item("hello world"), 1_789_000_000_000)
+"""What a quote refers to that names no message."""
 
 
-def of_kind(kind: str, words: str) -> Json:
+def of_kind(kind: str, makings: Makings) -> Json:
     if kind not in KINDS:
         raise SimulatorError(f"unknown kind {kind}, there are {', '.join(KINDS)}")
-    return KINDS[kind](words)
+    return KINDS[kind](makings)

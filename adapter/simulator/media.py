@@ -5,26 +5,30 @@ import hashlib
 import re
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import quote
 
 from msgspec import Struct
 
-from adapter.simulator import ids
+from adapter.simulator import ids, samples
 from adapter.simulator.aes import BLOCK, decrypt, encrypt
 from adapter.simulator.records import Json, MediaView, SimulatorError
 from adapter.simulator.world import Bot, World
 
-BYTES_KEPT = 256 * 2**20
+LARGEST_MEDIUM = 200 * 2**20
 HEX_32 = re.compile("[0-9a-fA-F]{32}")
 ITEMS = {"image": (2, "image_item"), "voice": (3, "voice_item"), "file": (4, "file_item"), "video": (5, "video_item")}
+MEDIA_TYPES = {"image": 1, "video": 2, "file": 3, "voice": 4}
+"""`media_type` of an upload (3.5); item types are counted otherwise."""
+SENT_FIELDS = {"image": {"mid_size"}, "voice": set(), "file": {"file_name", "len"}, "video": {"video_size"}}
+"""What payloads of sent media hold beside `media` (9.4)."""
 KEY_FORMS = ("usual", "hex", "raw_base64", "hex_base64", "none")
 """Where an inbound key stands: as usual for its kind; `image_item.aeskey`; `media.aes_key` of 24 or of 44
 characters; or nowhere, with a blob in plain text."""
 
 
 class Upload(Struct, kw_only=True):
-    """What `getuploadurl` was told; `reference` is set once the bytes have come."""
+    """What `getuploadurl` was told."""
 
     bot: str
     filekey: str
@@ -33,20 +37,46 @@ class Upload(Struct, kw_only=True):
     md5: str
     encrypted_size: int
     key: bytes
-    reference: str = ""
 
 
 class Blob(Struct, kw_only=True):
-    """Bytes on the CDN. `key` None: plain. A bot's own uploads cannot be downloaded by it (9.1)."""
+    """Bytes on the CDN. `key` None: plain. `media_type` 0: not a bot's, only those of users can be downloaded
+    (9.1). `plain` is the size and MD5 of the content, None where `key` does not open it."""
 
     bot: str
     data: bytes
     key: bytes | None
-    downloadable: bool
+    media_type: int = 0
+    plain: tuple[int, str] | None
+
+    @property
+    def downloadable(self) -> bool:
+        return not self.media_type
+
+
+class Sealed(NamedTuple):
+    """Content of a user, ready for the CDN."""
+
+    name: str
+    size: int
+    md5: str
+    playtime_ms: int
+    key_form: str
+    key: bytes | None
+    data: bytes
 
 
 def encrypted_size(size: int) -> int:
     return (size // BLOCK + 1) * BLOCK
+
+
+def look_inside(data: bytes, key: bytes | None) -> tuple[int, str] | None:
+    """Size and MD5 of the content; None: the key does not fit. Takes its time with large media."""
+    try:
+        plain = data if key is None else decrypt(data, key)
+    except ValueError:
+        return None
+    return len(plain), hashlib.md5(plain).hexdigest()
 
 
 class Media:
@@ -61,6 +91,7 @@ class Media:
 
     def offer(self, bot: Bot, body: Json) -> Json:
         """The answer of `getuploadurl` (3.5, S17)."""
+        settings = self._world.settings_of(bot)
         peer = body.get("to_user_id")
         if peer != bot.user and peer not in bot.windows:
             return {"ret": -1}
@@ -68,54 +99,47 @@ class Media:
         if upload is None:
             self._world.violate("wrong_upload", "getuploadurl", bot)
             return {"ret": -2}
-        param = self._reference()
-        self.uploads[param] = upload
-        while len(self.uploads) > 10_000:
-            self.uploads.popitem(last=False)
-        full = (
-            f"{self._base_url()}/c2c/upload?encrypted_query_param={quote(param, safe='')}"
-            f"&filekey={upload.filekey}&taskid={self._world.rng.getrandbits(64):x}"
-        )
-        style = self._world.settings_of(bot).upload_url
-        answer = {"upload_full_url": full, "upload_param": param}
-        return answer if style == "both" else {f"upload_{style}": answer[f"upload_{style}"]}
+        self._watch(bot, body)
+        if settings.upload_ret:
+            return {"ret": settings.upload_ret}
+        if upload.media_type == MEDIA_TYPES["voice"] and settings.voice_sends == "refused":
+            return {"ret": 2}
+        answer = self._addresses(upload, settings.upload_url)
+        if body.get("no_need_thumb") is not True and (thumb := read_thumb(upload, body)):
+            answer["thumb_upload_param"] = self._expect(thumb)
+        return answer
 
-    def receive(self, upload: Upload, data: bytes) -> str:
-        """Stores an upload, after a look at the client's encryption. Returns its reference."""
+    def receive(self, upload: Upload, data: bytes, plain: tuple[int, str] | None) -> str:
+        """Stores an upload, with what the registered key has shown to be in it. Returns its reference."""
         bot = self._world.bots[upload.bot]
-        try:
-            plain = decrypt(data, upload.key)
-            right = len(plain) == upload.size and hashlib.md5(plain).hexdigest() == upload.md5.lower()
-        except ValueError:
-            right = False
-        if not right:
+        if plain != (upload.size, upload.md5.lower()):
             self._world.violate("wrong_ciphertext", "cdn/upload", bot)
-        upload.reference = self._reference()
-        self._store(upload.reference, Blob(bot=bot.id, data=data, key=upload.key, downloadable=False))
-        return upload.reference
+        blob = Blob(bot=bot.id, data=data, key=upload.key, media_type=upload.media_type, plain=plain)
+        return self._store(blob)
 
     def view(self, bot: Bot, item: Json) -> MediaView | None:
         """How the phone fares with a media item that a bot has sent (S19); None: no media."""
-        found = [(kind, item[name]) for kind, (_, name) in ITEMS.items() if isinstance(item.get(name), dict)]
-        if not found:
+        kind = next((kind for kind, (number, _) in ITEMS.items() if number == item.get("type")), None)
+        if kind is None:
             return None
-        kind, payload = found[0]
+        payload = item[ITEMS[kind][1]]
         media = payload.get("media")
         media = media if isinstance(media, dict) else {}
         reference = str(media.get("encrypt_query_param") or "")
-        plain, why = self._open(reference, str(media.get("aes_key") or ""))
-        if why:
-            self._world.violate(f"media_{why}", "sendmessage", bot)
-        if set(media) != {"encrypt_query_param", "aes_key", "encrypt_type"}:
-            self._world.violate("media_fields", "sendmessage", bot)
+        blob = self.blobs.get(reference)
+        plain, why = open_blob(blob, media.get("aes_key"))
+        faults = {
+            f"media_{why}": bool(why),
+            "media_fields": not has_shape(kind, item, payload, media),
+            "media_wrong_type": blob is not None and blob.media_type not in (0, MEDIA_TYPES[kind]),
+            "media_wrong_size": blob is not None and not sizes_agree(kind, payload, blob),
+        }
+        for fault in (fault for fault, found in faults.items() if found):
+            self._world.violate(fault, "sendmessage", bot)
+        size, md5 = plain or (0, "")
+        name = str(payload.get("file_name") or "")
         return MediaView(
-            kind=kind,
-            reference=reference,
-            file_name=str(payload.get("file_name") or ""),
-            size=len(plain),
-            md5=hashlib.md5(plain).hexdigest() if not why else "",
-            viewable=not why,
-            why=why,
+            kind=kind, reference=reference, file_name=name, size=size, md5=md5, viewable=not why, why=why
         )
 
     def plain(self, reference: str) -> bytes:
@@ -125,56 +149,96 @@ class Media:
             raise SimulatorError("no such media, or no longer remembered")
         return blob.data if blob.key is None else decrypt(blob.data, blob.key)
 
-    def item(
-        self, bot: Bot, kind: str, content: bytes, *, key_form: str = "usual", url: str = "both", **fields: Any
-    ) -> Json:
-        """An inbound media item. `url`: `full`, `param` or `both`; `fields` are added to the payload (4.3)."""
-        if kind not in ITEMS or key_form not in KEY_FORMS or url not in ("full", "param", "both"):
+    def seal(
+        self,
+        kind: str,
+        content: bytes | None = None,
+        *,
+        sample: str | None = None,
+        size: int | None = None,
+        key_form: str = "usual",
+    ) -> Sealed:
+        """Encrypts what a user sends: `content` or a sample, cut or filled up to `size` bytes. For any thread."""
+        if kind not in ITEMS or key_form not in KEY_FORMS:
             raise SimulatorError(f"kinds: {', '.join(ITEMS)}; key forms: {', '.join(KEY_FORMS)}")
-        number, name = ITEMS[kind]
+        name = "file.bin"
+        if content is None:
+            name, content = take_sample(sample or samples.OF_KIND[kind])
+        if size is not None:
+            if not 0 <= size <= LARGEST_MEDIUM:
+                raise SimulatorError(f"media have up to {LARGEST_MEDIUM} bytes")
+            content = content[:size] + samples.blob(max(size - len(content), 0))
         key = None if key_form == "none" else self._world.rng.randbytes(16)
         data = content if key is None else encrypt(content, key)
-        reference = self._reference()
-        self._store(reference, Blob(bot=bot.id, data=data, key=key, downloadable=True))
-        payload = {"media": self._inbound_media(reference, url), **about(kind, content, data), **fields}
-        if key is not None:
-            write_key(payload, kind, key_form, key)
-        return {"type": number, "is_completed": True, name: payload}
+        md5, playtime_ms = hashlib.md5(content).hexdigest(), samples.silk_ms(content)
+        return Sealed(name, len(content), md5, playtime_ms or 1500, key_form, key, data)
 
-    def _inbound_media(self, reference: str, url: str) -> Json:
+    def item(self, bot: Bot, kind: str, sealed: Sealed, url: str = "both", fields: Json | None = None) -> Json:
+        """An inbound media item. `url`: `full`, `param` or `both`; `fields` are added to the payload (4.3)."""
+        if url not in ("full", "param", "both"):
+            raise SimulatorError("url: full, param or both")
+        number, name = ITEMS[kind]
+        payload = {"media": self._inbound_media(bot, sealed.data, sealed.key, url), **about(kind, sealed)}
+        if kind in ("image", "video"):
+            payload |= self._thumbnail(bot, sealed.key, url)
+        write_key(payload, kind, sealed)
+        return {"type": number, "is_completed": True, name: payload | (fields or {})}
+
+    def _thumbnail(self, bot: Bot, key: bytes | None, url: str) -> Json:
+        small = samples.jpeg(90, 60)
+        data = small if key is None else encrypt(small, key)
+        media = self._inbound_media(bot, data, key, url)
+        if key is not None:
+            media["aes_key"] = base64.b64encode(key).decode()
+        return {"thumb_media": media, "thumb_size": len(data), "thumb_width": 90, "thumb_height": 60}
+
+    def _inbound_media(self, bot: Bot, data: bytes, key: bytes | None, url: str) -> Json:
+        reference = self._store(Blob(bot=bot.id, data=data, key=key, plain=None))
         quoted = quote(reference, safe="")
         taskid = f"{self._world.rng.getrandbits(64):x}"
-        full = f"{self._base_url()}/c2c/download?encrypted_query_param={quoted}&taskid={taskid}"
         media: Json = {"encrypt_type": 1}
         if url != "full":
             media["encrypt_query_param"] = reference
         if url != "param":
-            media["full_url"] = full
+            media["full_url"] = f"{self._base_url()}/c2c/download?encrypted_query_param={quoted}&taskid={taskid}"
         return media
 
-    def _open(self, reference: str, key_text: str) -> tuple[bytes, str]:
-        """The plaintext, or why the phone cannot show it."""
-        blob = self.blobs.get(reference)
-        if blob is None or blob.key is None:
-            return b"", "unknown_reference"
-        if len(key_text) != 44:
-            return b"", "short_key"
-        try:
-            key = bytes.fromhex(base64.b64decode(key_text, validate=True).decode())
-            return decrypt(blob.data, key), ""
-        except ValueError:
-            return b"", "wrong_key"
+    def _addresses(self, upload: Upload, style: str) -> Json:
+        """Where the bytes may go: a whole URL, a parameter for one that the client makes, or both."""
+        param = self._expect(upload)
+        full = (
+            f"{self._base_url()}/c2c/upload?encrypted_query_param={quote(param, safe='')}"
+            f"&filekey={upload.filekey}&taskid={self._world.rng.getrandbits(64):x}"
+        )
+        answer = {"upload_full_url": full, "upload_param": param}
+        return answer if style == "both" else {f"upload_{style}": answer[f"upload_{style}"]}
+
+    def _expect(self, upload: Upload) -> str:
+        param = self._reference()
+        self.uploads[param] = upload
+        while len(self.uploads) > 10_000:
+            self.uploads.popitem(last=False)
+        return param
+
+    def _watch(self, bot: Bot, body: Json) -> None:
+        """What careful clients do not do with a request that is good enough (3.5)."""
+        if body.get("no_need_thumb") is not True:
+            self._world.violate("thumb_wanted", "getuploadurl", bot)
+        if any(str(body[name]) != str(body[name]).lower() for name in ("filekey", "rawfilemd5", "aeskey")):
+            self._world.violate("upper_case_hex", "getuploadurl", bot)
 
     def _reference(self) -> str:
         """Has `+`, `/` and `=` in it for sure: whoever does not quote it in a URL is found out."""
         return f"{ids.chars(self._world.rng, ids.BASE64, 60)}+/=="
 
-    def _store(self, reference: str, blob: Blob) -> None:
+    def _store(self, blob: Blob) -> str:
+        reference = self._reference()
         self.blobs[reference] = blob
         self._bytes += len(blob.data)
-        while self._bytes > BYTES_KEPT and len(self.blobs) > 1:
+        while self._bytes > self._world.settings.media_bytes_kept and len(self.blobs) > 1:
             _, oldest = self.blobs.popitem(last=False)
             self._bytes -= len(oldest.data)
+        return reference
 
 
 def read_upload(bot: Bot, body: Json) -> Upload | None:
@@ -200,25 +264,89 @@ def read_upload(bot: Bot, body: Json) -> Upload | None:
     )
 
 
-def about(kind: str, content: bytes, data: bytes) -> Json:
+def read_thumb(upload: Upload, body: Json) -> Upload | None:
+    """The upload of a thumbnail beside that of an image or a video; None: none is announced, or wrongly."""
+    if upload.media_type not in (MEDIA_TYPES["image"], MEDIA_TYPES["video"]):
+        return None
+    size, md5, padded = (body.get(f"thumb_{name}") for name in ("rawsize", "rawfilemd5", "filesize"))
+    if type(size) is not int or size < 0 or not isinstance(md5, str) or padded != encrypted_size(size):
+        return None
+    return Upload(
+        bot=upload.bot,
+        filekey=upload.filekey,
+        media_type=upload.media_type,
+        size=size,
+        md5=md5,
+        encrypted_size=encrypted_size(size),
+        key=upload.key,
+    )
+
+
+def open_blob(blob: Blob | None, key_text: Any) -> tuple[tuple[int, str] | None, str]:
+    """Size and MD5 of what the phone sees with this key, or why it sees nothing."""
+    if blob is None or blob.key is None:
+        return None, "unknown_reference"
+    if not isinstance(key_text, str) or len(key_text) != 44:
+        return None, "short_key"
+    try:
+        key = bytes.fromhex(base64.b64decode(key_text, validate=True).decode())
+    except ValueError:
+        return None, "wrong_key"
+    plain = blob.plain if key == blob.key and blob.plain else look_inside(blob.data, key)
+    return plain, "" if plain else "wrong_key"
+
+
+def has_shape(kind: str, item: Json, payload: Json, media: Json) -> bool:
+    """Whether a sent item has the fields of 9.4 and no others; an MD5 of a file is let pass (T #10)."""
+    allowed = SENT_FIELDS[kind] | {"media"}
+    optional = {"md5"} if kind == "file" else set()
+    return (
+        set(item) == {"type", ITEMS[kind][1]}
+        and set(media) == {"encrypt_query_param", "aes_key", "encrypt_type"}
+        and media["encrypt_type"] == 1
+        and (kind == "voice" or set(payload) - optional == allowed)
+    )
+
+
+def sizes_agree(kind: str, payload: Json, blob: Blob) -> bool:
+    """Ciphertext bytes of images and videos, plaintext bytes as text of files (4.3)."""
+    match kind:
+        case "image":
+            return payload.get("mid_size") == len(blob.data)
+        case "video":
+            return payload.get("video_size") == len(blob.data)
+        case "file":
+            return blob.plain is None or payload.get("len") == str(blob.plain[0])
+    return True
+
+
+def take_sample(sample: str) -> tuple[str, bytes]:
+    """File name and content."""
+    if sample not in samples.SAMPLES:
+        raise SimulatorError(f"unknown sample {sample}, there are {', '.join(samples.SAMPLES)}")
+    name, make = samples.SAMPLES[sample]
+    return name, make()
+
+
+def about(kind: str, sealed: Sealed) -> Json:
     """The fields beside `media` that inbound payloads carry (4.3)."""
-    md5 = hashlib.md5(content).hexdigest()
     fields: dict[str, Json] = {
-        "image": {"mid_size": len(data), "thumb_width": 100, "thumb_height": 100},
-        "voice": {"encode_type": 6, "bits_per_sample": 16, "sample_rate": 24000, "playtime": 1500},
-        "file": {"file_name": "file.bin", "md5": md5, "len": str(len(content))},
-        "video": {"video_size": len(data), "play_length": 1500, "video_md5": md5},
+        "image": {"mid_size": len(sealed.data)},
+        "voice": {"encode_type": 6, "bits_per_sample": 16, "sample_rate": 24000, "playtime": sealed.playtime_ms},
+        "file": {"file_name": sealed.name, "md5": sealed.md5, "len": str(sealed.size)},
+        "video": {"video_size": len(sealed.data), "play_length": 1500, "video_md5": sealed.md5},
     }
     return fields[kind]
 
 
-def write_key(payload: Json, kind: str, form: str, key: bytes) -> None:
+def write_key(payload: Json, kind: str, sealed: Sealed) -> None:
     """Images usually have the key as hex beside `media` and raw in it, all else as hex text (9.2)."""
-    raw = base64.b64encode(key).decode()
-    text = base64.b64encode(key.hex().encode()).decode()
-    if form == "hex" or (form == "usual" and kind == "image"):
-        payload["aeskey"] = key.hex()
-    if form == "raw_base64" or (form == "usual" and kind == "image"):
-        payload["media"]["aes_key"] = raw
-    if form == "hex_base64" or (form == "usual" and kind != "image"):
-        payload["media"]["aes_key"] = text
+    if sealed.key is None:
+        return
+    form, usual = sealed.key_form, sealed.key_form == "usual"
+    if form == "hex" or (usual and kind == "image"):
+        payload["aeskey"] = sealed.key.hex()
+    if form == "raw_base64" or (usual and kind == "image"):
+        payload["media"]["aes_key"] = base64.b64encode(sealed.key).decode()
+    if form == "hex_base64" or (usual and kind != "image"):
+        payload["media"]["aes_key"] = base64.b64encode(sealed.key.hex().encode()).decode()

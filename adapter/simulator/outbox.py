@@ -21,6 +21,13 @@ PAYLOADS = {
     12: "tool_call_result_item",
 }
 TOOL_CALLS = (11, 12)
+FIELDS = frozenset(
+    {
+        *("from_user_id", "to_user_id", "client_id", "message_type", "message_state"),
+        *("item_list", "context_token", "run_id"),
+    }
+)
+"""What a sent message may have (3.4)."""
 
 
 class Verdict(Struct, kw_only=True):
@@ -108,6 +115,7 @@ class Outbox:
             "wrong_message_type": message.get("message_type") != 2,
             "wrong_message_state": message.get("message_state") != 2,
             "wrong_from_user_id": message.get("from_user_id") != "",
+            "message_fields": not FIELDS.issuperset(message),
         }
         for kind in (kind for kind, found in faults.items() if found):
             self._world.violate(kind, "sendmessage", bot)
@@ -221,12 +229,15 @@ class Outbox:
 
     def _accept(self, bot: Bot, user: str, message: Json) -> Verdict:
         """Uses up one send of the window, and decides whether the phone gets it."""
-        window = bot.window(user)
+        window, settings = bot.window(user), self._world.settings_of(bot)
         window.sent += 1
         message_id = str(next(self._world.message_ids))
         answer: Json = {"ret": 0, "message_id": self._world.typed_id(message_id, bot)}
         if any(item["type"] in TOOL_CALLS for item in message["item_list"]):
             return Verdict(body=None, why="tool_call")
+        if any(item["type"] == 3 for item in message["item_list"]) and settings.voice_sends != "shown":
+            self._remember(window, message, message_id)
+            return Verdict(body=answer, why="voice", message_id=message_id)
         if self._silenced(bot, window, message):
             return Verdict(body=answer, why="strict_client_id", message_id=message_id)
         if dropped := self._dropped(bot, user, message, message_id):

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 
 PALETTE = bytes.fromhex("1aad19 ffffff 2e86de f39c12")
 """Colours of pictures: red, green and blue of each."""
+SILK_HEAD = b"\x02#!SILK_V3"
 SILK_TENTH = base64.b64decode(
     "JwCY5A42qwLvYl2vVboGlg/P9F3yOHXLLa/wanKx4IeRum/aMFqdBQ85AI5LlhcwAFxTOXYzT32XUPcMJLKTO9WMKKZ/jM+s9KrZ"
     "LSBA4FRwiTCOgVVBdGHSvMRWz8knHSkkfzIAjFwDoaUQv2brfRpbdVuS3QiaktdNDbxhODbhu4oj2wJmyZyy3M9d6lodlAMlLCl5"
@@ -119,7 +120,16 @@ def riff(kind: bytes, chunks: Iterable[tuple[bytes, bytes]]) -> bytes:
 
 def silk(seconds: float = 1.0) -> bytes:
     """WeChat's voice format (9.6): a tone of 440 Hz, in tenths of a second, for decoders at 24 kHz."""
-    return b"\x02#!SILK_V3" + SILK_TENTH * max(1, round(seconds * 10))
+    return SILK_HEAD + SILK_TENTH * max(1, round(seconds * 10))
+
+
+def silk_ms(content: bytes) -> int:
+    """How long a voice is, at 20 ms a frame; 0 for what is no SILK."""
+    place, frames = len(SILK_HEAD), 0
+    while content.startswith(SILK_HEAD) and place + 2 <= len(content):
+        place += 2 + int.from_bytes(content[place : place + 2], "little")
+        frames += place <= len(content)
+    return 20 * frames
 
 
 def mp4(size: int = 1000, seconds: float = 1.5) -> bytes:

@@ -85,6 +85,14 @@ class SimulatorSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
     upload_url: Literal["full_url", "param", "both"] = "full_url"
     """What `getuploadurl` answers with (S17)."""
+    upload_ret: int = 0
+    """Other than 0: what `getuploadurl` answers in `ret`, as for accounts that may send no media (5.1, Q16)."""
+    param_upload_limit: NotNegative = 0
+    """Above 0: a larger upload is answered with 500, unless it goes to the `upload_full_url` (5.1)."""
+    voice_sends: Literal["hidden", "shown", "refused"] = "hidden"
+    """A voice of the bot: accepted, not shown; or shown; or refused by `getuploadurl` with `ret` 2 (4.7, Q15)."""
+    media_bytes_kept: Annotated[int, Meta(ge=1)] = 2**30
+    """Bytes on the CDN over all bots; the oldest media go first."""
 
     qr_ttl_s: float = 120.0
     """Life of a QR code (S4)."""

@@ -15,7 +15,7 @@ from adapter.simulator.endpoints import Endpoints
 from adapter.simulator.faults import FaultRule
 from adapter.simulator.inbox import Inbox
 from adapter.simulator.login import Logins
-from adapter.simulator.media import Media
+from adapter.simulator.media import Media, Sealed
 from adapter.simulator.outbox import Outbox
 from adapter.simulator.records import (
     BotRecord,
@@ -38,7 +38,7 @@ from adapter.simulator.settings import SimulatorSettings
 from adapter.simulator.watch import Watch
 from adapter.simulator.world import Bot, World
 
-LARGEST_BODY = 64 * 2**20
+LARGEST_BODY = 300 * 2**20
 BACKLOG = 4096
 KEEPALIVE_S = 3600.0
 """Long, so that a request hardly ever meets a connection that is just being closed for idleness."""
@@ -99,7 +99,7 @@ class Simulator:
         raise_file_limit()
         app = web.Application(client_max_size=LARGEST_BODY)
         app.router.add_route("*", "/_sim/{call:.*}", admin.Admin(self).handle)
-        app.router.add_route("*", "/c2c/{action}", Cdn(self.world, self.media).handle)
+        app.router.add_route("*", "/c2c/{action:.*}", Cdn(self.world, self.media).handle)
         app.router.add_route("*", "/{path:.*}", self._server.handle)
         self._runner = web.AppRunner(
             app, access_log=None, handler_cancellation=True, shutdown_timeout=1.0, keepalive_timeout=KEEPALIVE_S
@@ -182,16 +182,56 @@ class Simulator:
         """The user writes `text`. `overrides` replace fields of the message; None leaves one out."""
         return self.inject(to, kinds.text(text) | overrides)
 
-    def say_kind(self, to: str, kind: str, text: str = "hello", **overrides: Any) -> InboundRecord:
-        """A message of one of the kinds of S21 (`kinds.KINDS`)."""
-        return self.inject(to, kinds.of_kind(kind, text) | overrides)
+    def say_kind(
+        self,
+        to: str,
+        kind: str,
+        text: str = "hello",
+        *,
+        of: str | None = None,
+        part: str | None = None,
+        nth: int = 0,
+        on: str = "text",
+        key_form: str = "usual",
+        url: str = "both",
+        **overrides: Any,
+    ) -> InboundRecord:
+        """A message of one of the kinds of S21 (`kinds.KINDS`); media have the content of a sample.
+
+        For quotes: `of` is the id of a message of the user or of one on the phone, `on` the kind of the item that
+        carries the quote, `part` what is quoted of a text, where it occurs for the `nth` time.
+        """
+        bot = self.world.find(to)
+
+        def media(wanted: str) -> Json:
+            return self.media.item(bot, wanted, self.media.seal(wanted, key_form=key_form), url)
+
+        quoted = kinds.NEVER_SAID if of is None else self._quoted(bot, of)
+        makings = kinds.Makings(bot.id, bot.user, text, media, quoted, on, part, nth)
+        return self.inject(to, kinds.of_kind(kind, makings) | overrides)
 
     def say_media(
-        self, to: str, kind: str, content: bytes, *, key_form: str = "usual", url: str = "both", **fields: Any
+        self,
+        to: str,
+        kind: str,
+        content: bytes | Sealed | None = None,
+        *,
+        sample: str | None = None,
+        size: int | None = None,
+        key_form: str = "usual",
+        url: str = "both",
+        **fields: Any,
     ) -> InboundRecord:
-        """The user sends an `image`, `voice`, `file` or `video` (S20); `fields` are added to its payload."""
-        item = self.media.item(self.world.find(to), kind, content, key_form=key_form, url=url, **fields)
-        return self.inject(to, {"item_list": [item]})
+        """The user sends an `image`, `voice`, `file` or `video` (S20); `fields` are added to its payload.
+
+        Without content it is a sample, the usual one of its kind or that of `samples.SAMPLES`; with `size` the
+        content is cut or filled up to that many bytes. Takes a second for 100 MB, unless `media.seal` has been
+        called before (in a thread).
+        """
+        bot = self.world.find(to)
+        if not isinstance(content, Sealed):
+            content = self.media.seal(kind, content, sample=sample, size=size, key_form=key_form)
+        return self.inject(to, {"item_list": [self.media.item(bot, kind, content, url, fields)]})
 
     def media_content(self, reference: str) -> bytes:
         """What is behind the reference of an upload or of an inbound medium, decrypted."""
@@ -218,6 +258,17 @@ class Simulator:
     def replay(self, bot: str, last: int = 1) -> int:
         """The last delivered messages are delivered once more, as they were (F18). Returns how many."""
         return self.inbox.replay(self.world.find(bot), last)
+
+    def _quoted(self, bot: Bot, message_id: str) -> kinds.Quoted:
+        """A message that the phone shows, of the bot or of the user."""
+        for shown in reversed(self.world.phones.get(bot.user, ())):
+            if message_id in (shown.message_id, shown.client_id) and shown.message_id:
+                return kinds.Quoted(self.world.typed_id(shown.message_id, bot), shown.items[0], int(shown.at_ms))
+        message = self.inbox.find(bot, message_id)
+        if not message.get("message_id") or not message.get("item_list"):
+            raise SimulatorError("a message without an id or without items cannot be quoted")
+        own_id = self.world.typed_id(message["message_id"], bot)
+        return kinds.Quoted(own_id, message["item_list"][0], int(message.get("create_time_ms") or 0))
 
     # What the bots did
 

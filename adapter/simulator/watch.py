@@ -1,6 +1,7 @@
 """What requests look like: headers checked and remembered (section 2, S3). Fails the test, not the request."""
 
 from collections import deque
+from typing import Any
 
 from aiohttp import web
 
@@ -36,6 +37,8 @@ class Watch:
         if bot is not None:
             self._count(bot, endpoint, at_ms)
         self._app_headers(request, endpoint, bot)
+        if endpoint in ("get_bot_qrcode", "get_qrcode_status"):
+            self._login(request, endpoint, bot)
         if request.method == "POST":
             self._uin(request, endpoint, bot)
             self._content(request, endpoint, bot, body)
@@ -78,10 +81,28 @@ class Watch:
         if body is None:
             return
         if endpoint == "get_bot_qrcode":
-            if "Authorization" in request.headers:
-                self._world.violate("token_on_qrcode", endpoint, bot)
             tokens = body.get("local_token_list")
             if isinstance(tokens, list) and len(tokens) > TOKENS_LISTED:
                 self._world.violate("too_many_tokens", endpoint, bot)
-        elif not isinstance(body.get("base_info"), dict):
+            return
+        if endpoint == "getupdates" and "sync_buf" in body:
+            self._world.violate("deprecated_sync_buf", endpoint, bot)
+        self._base_info(body.get("base_info"), endpoint, bot)
+
+    def _login(self, request: web.Request, endpoint: str, bot: Bot | None) -> None:
+        """No token yet (2.2), and the one kind of bot that there is (3.1)."""
+        if "Authorization" in request.headers:
+            self._world.violate("token_on_qrcode", endpoint, bot)
+        if endpoint == "get_bot_qrcode" and request.query.get("bot_type") != "3":
+            self._world.violate("wrong_bot_type", endpoint, bot)
+
+    def _base_info(self, base_info: Any, endpoint: str, bot: Bot | None) -> None:
+        """2.3; `bot_agent` may be left out."""
+        if not isinstance(base_info, dict):
             self._world.violate("missing_base_info", endpoint, bot)
+            return
+        if not isinstance(base_info.get("channel_version"), str):
+            self._world.violate("missing_channel_version", endpoint, bot)
+        agent = base_info.get("bot_agent")
+        if agent is not None and not ids.is_bot_agent(agent):
+            self._world.violate("wrong_bot_agent", endpoint, bot)

@@ -9,7 +9,7 @@ import msgspec
 from nats.aio.client import Client
 
 from adapter.contract import Inbound, Quote
-from adapter.simulator.kinds import QUOTED_ID, quote
+from adapter.simulator.kinds import QUOTED_ID, text_item
 from tests.e2e.test_commands import final_of
 from tests.e2e.world import NAMES, World, eventually, stream, world
 
@@ -32,7 +32,7 @@ async def quote_in(made: World, nc: Client, sandbox: str, text: str) -> Quote | 
 
 def say_quote(made: World, bot: str, text: str, ident: Any) -> None:
     """The user quotes a message by its id alone, as newer clients of WeChat do."""
-    made.sim.inject(bot, quote(text, {"svr_id": ident}))
+    made.sim.inject(bot, {"item_list": [text_item(text) | {"ref_msg": {"svr_id": ident}}]})
 
 
 async def test_every_shape_of_a_quote_has_the_words_of_the_message_that_it_names(tmp_path: Path) -> None:

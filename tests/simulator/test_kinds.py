@@ -12,9 +12,9 @@ from tests.simulator.client import Client
 Json = dict[str, Any]
 
 
-async def received(client: Client, kind: str) -> tuple[Json, str]:
+async def received(client: Client, kind: str, **how: Any) -> tuple[Json, str]:
     """The message as a client decodes it, and as it stood on the wire."""
-    client.sim.say_kind(client.bot.user, kind, "words")
+    client.sim.say_kind(client.bot.user, kind, "words", **how)
     response = await client.post("getupdates", {"get_updates_buf": ""})
     (message,) = response.json()["msgs"]
     assert isinstance(message, dict)
@@ -25,7 +25,7 @@ async def received(client: Client, kind: str) -> tuple[Json, str]:
 async def test_s21_every_kind_is_delivered_as_json(client: Client, kind: str) -> None:
     message, _ = await received(client, kind)
 
-    assert message["from_user_id"] == client.bot.user
+    assert message["from_user_id"] == (client.bot.bot if kind == "bot_echo" else client.bot.user)
     assert isinstance(message["item_list"], list)
 
 
@@ -33,7 +33,16 @@ async def test_s21_the_fields_that_make_each_kind(client: Client) -> None:
     async def message(kind: str) -> Json:
         return (await received(client, kind))[0]
 
-    assert [item["type"] for item in (await message("multi_item"))["item_list"]] == [1, 1]
+    async def types(kind: str) -> list[int]:
+        return [item["type"] for item in (await message(kind))["item_list"]]
+
+    assert await types("multi_item") == [1, 1]
+    assert [await types(kind) for kind in ("image", "voice", "file", "video")] == [[2], [3], [4], [5]]
+    assert await types("text_and_image") == [1, 2]
+    assert await types("image_and_text") == [2, 1]
+    assert await types("text_and_file") == [1, 4]
+    assert await types("several_images") == [2, 2, 2]
+    assert await types("all_items") == [1, 2, 3, 4, 5]
     assert (await message("unknown_item"))["item_list"][0]["type"] == 99
     assert "context_token" not in await message("no_context_token")
     assert "message_id" not in await message("no_message_id")
@@ -41,6 +50,9 @@ async def test_s21_the_fields_that_make_each_kind(client: Client) -> None:
     assert (await message("empty_message_id"))["message_id"] == ""
     assert (await message("bot_echo"))["message_type"] == 2
     assert (await message("empty_text"))["item_list"][0]["text_item"]["text"] == ""
+    assert "text" not in (await message("voice"))["item_list"][0]["voice_item"]
+    nested = (await message("voice_nested_transcript"))["item_list"][0]["voice_item"]
+    assert nested["text_item"]["text"] == "words"
     assert (await message("voice_transcript"))["item_list"][0]["voice_item"]["text"] == "words"
     assert "👩‍👩‍👧" in (await message("emoji"))["item_list"][0]["text_item"]["text"]
     assert (await message("no_items"))["item_list"] == []
@@ -72,6 +84,117 @@ async def test_s21_quotes_in_their_historical_shapes(client: Client) -> None:
     assert set(await reference("quote_svr_id")) == {"svr_id"}
     part = (await reference("quote_partial"))["partial_text"]
     assert part["quotemd5"] == hashlib.md5(b"world").hexdigest()
+
+
+SAID_BY_BOT = "第一句。second sentence 😀, and ok ok ok at the end"
+
+
+async def quotable(client: Client) -> tuple[str, str]:
+    """Ids of a message of the user and of one that the bot has sent."""
+    said = client.sim.say(client.bot.user, "hello world")
+    await client.follow()
+    return said.message_id, str((await client.send(SAID_BY_BOT))["message_id"])
+
+
+async def quote(client: Client, kind: str, **how: Any) -> Json:
+    client.sim.say_kind(client.bot.user, kind, "words", **how)
+    (message,) = await client.follow()
+    (item,) = message["item_list"]
+    assert isinstance(item["ref_msg"], dict)
+    return item["ref_msg"]
+
+
+async def test_s21_a_quote_refers_to_a_message_of_the_user_or_of_the_bot(client: Client) -> None:
+    for message_id, text in zip(await quotable(client), ("hello world", SAID_BY_BOT), strict=True):
+        full = await quote(client, "quote_full", of=message_id)
+        assert full["title"] == text
+        assert full["message_item"]["text_item"]["text"] == text
+        references = [full["message_item"]["msg_id"]]
+        references += [
+            (await quote(client, f"quote_type_{n}", of=message_id))["message_item"]["msg_id"] for n in (8, 0)
+        ]
+        references += [
+            (await quote(client, kind, of=message_id))["svr_id"] for kind in ("quote_svr_id", "quote_partial")
+        ]
+        assert [str(reference) for reference in references] == [message_id] * 5
+
+
+async def test_s21_a_quote_may_sit_on_any_kind_of_item(client: Client) -> None:
+    message_id, _ = await quotable(client)
+    for kind in ("text", "image", "voice", "voice_transcript", "file", "video"):
+        reference = await quote(client, "quote_svr_id", of=message_id, on=kind)
+        assert str(reference["svr_id"]) == message_id
+
+
+async def test_s21_media_can_be_quoted(client: Client) -> None:
+    said = client.sim.say_kind(client.bot.user, "image")
+    await client.follow()
+
+    full = await quote(client, "quote_full", of=said.message_id)
+
+    assert full["title"] == "[Image]"
+    assert full["message_item"]["image_item"]["media"]
+
+
+@pytest.mark.parametrize(
+    ("part", "nth"),
+    [
+        ("第一句", 0),
+        ("second sentence 😀", 0),
+        ("ok", 0),
+        ("ok", 2),
+        ("ok ok", 0),
+        (SAID_BY_BOT, 0),
+        ("e", 3),
+        ("end", 0),
+    ],
+)
+async def test_s21_a_partial_quote_is_found_again_by_its_ends(client: Client, part: str, nth: int) -> None:
+    _, message_id = await quotable(client)
+
+    partial = (await quote(client, "quote_partial", of=message_id, part=part, nth=nth))["partial_text"]
+
+    assert find_part(SAID_BY_BOT, partial) == part
+    assert partial["quotemd5"] == hashlib.md5(part.encode()).hexdigest()
+
+
+def find_part(text: str, partial: Json) -> str:
+    """The reading of 4.5 that counts over the whole text."""
+    start = nth_place(text, partial["start"], partial["startindex"])
+    end = nth_place(text, partial["end"], partial["endindex"])
+    return text[start : end + len(partial["end"])]
+
+
+def nth_place(text: str, part: str, nth: int) -> int:
+    place = text.index(part)
+    for _ in range(nth):
+        place = text.index(part, place + len(part))
+    return place
+
+
+async def test_s21_what_cannot_be_quoted_is_refused(client: Client) -> None:
+    message_id, _ = await quotable(client)
+    without_id = client.sim.say_kind(client.bot.user, "zero_message_id")
+    impossible: list[Json] = [{"of": "0815"}, {"of": without_id.client_id}, {"of": message_id, "part": "absent"}]
+    for how in impossible:
+        with pytest.raises(SimulatorError):
+            client.sim.say_kind(client.bot.user, "quote_partial", **how)
+
+
+async def test_s21_one_call_over_http_makes_an_image_or_a_quote(client: Client) -> None:
+    async def say_kind(**arguments: Any) -> Json:
+        arguments["to"] = client.bot.user
+        response = await client.http.post(f"{client.sim.admin_url}/say_kind", json=arguments)
+        assert response.status_code == 200, response.text
+        (message,) = await client.follow()
+        assert isinstance(message, dict)
+        return message
+
+    image = await say_kind(kind="image")
+    quoting = await say_kind(kind="quote_svr_id", of=str(image["message_id"]), text="this", on="file")
+
+    assert image["item_list"][0]["image_item"]["media"]["full_url"].startswith(client.sim.cdn_url)
+    assert str(quoting["item_list"][0]["ref_msg"]["svr_id"]) == str(image["message_id"])
 
 
 async def test_s21_a_message_without_a_context_token_still_opens_the_window(client: Client) -> None:

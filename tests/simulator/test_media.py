@@ -1,19 +1,21 @@
 """S17 to S20, F24 and F25: uploads, the CDN, and media on the phone."""
 
+import asyncio
 import base64
 import hashlib
+import json
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import httpx
 import pytest
-from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
-from cryptography.hazmat.primitives.padding import PKCS7
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adapter.simulator import FaultRule
-from adapter.simulator.aes import decrypt, encrypt, round_keys
+from adapter.simulator import FaultRule, SimulatorError, samples
+from adapter.simulator.aes import decrypt, encrypt
 from adapter.simulator.media import encrypted_size
+from tests.simulator import plain_aes
 from tests.simulator.client import Client
 from tests.simulator.conftest import MakeClient
 
@@ -48,19 +50,18 @@ def test_the_vectors_of_9_3(plain: bytes, cipher: str) -> None:
 def test_the_example_of_the_standard() -> None:
     """FIPS 197, appendices A.1 and C.1; the padding is a block of its own."""
     key = bytes.fromhex("2b7e151628aed2a6abf7158809cf4f3c")
-    assert round_keys(key)[10].hex() == "d014f9a8c9ee2589e13f0cc8b6630ca6"
+    assert plain_aes.round_keys(key)[10].hex() == "d014f9a8c9ee2589e13f0cc8b6630ca6"
     plain = bytes.fromhex("00112233445566778899aabbccddeeff")
-    assert encrypt(plain, bytes(range(16)))[:16].hex() == "69c4e0d86a7b0430d8cdb78070b4c55a"
+    for written in (encrypt, plain_aes.encrypt):
+        assert written(plain, bytes(range(16)))[:16].hex() == "69c4e0d86a7b0430d8cdb78070b4c55a"
 
 
 @given(st.binary(max_size=100), st.binary(min_size=16, max_size=16))
-def test_aes_agrees_with_a_library_and_with_itself(plain: bytes, key: bytes) -> None:
-    padder = PKCS7(128).padder()
-    encryptor = Cipher(algorithms.AES(key), modes.ECB()).encryptor()
-    expected = encryptor.update(padder.update(plain) + padder.finalize()) + encryptor.finalize()
+def test_aes_agrees_with_one_written_out(plain: bytes, key: bytes) -> None:
+    expected = plain_aes.encrypt(plain, key)
 
     assert encrypt(plain, key) == expected
-    assert decrypt(expected, key) == plain
+    assert decrypt(expected, key) == plain == plain_aes.decrypt(expected, key)
 
 
 @pytest.mark.parametrize("data", [b"", b"x", bytes(16)])
@@ -295,6 +296,201 @@ async def download(client: Client) -> httpx.Response:
     client.sim.say_media(client.bot.user, "file", HELLO)
     (message,) = await client.follow()
     return await client.http.get(message["item_list"][0]["file_item"]["media"]["full_url"])
+
+
+async def test_s17_an_account_may_be_kept_from_media(make: MakeClient) -> None:
+    client = await make()
+    client.sim.configure(client.bot.bot, upload_ret=-2)
+
+    assert await client.call("getuploadurl", upload(client)) == {"ret": -2}
+
+
+async def test_s17_bad_manners_that_change_nothing(talking: Client) -> None:
+    shouting: Json = {"aeskey": KEY.hex().upper().replace("0", "A"), "no_need_thumb": None}
+
+    assert "upload_full_url" in await talking.call("getuploadurl", upload(talking, **shouting))
+
+    assert talking.sim.stats().violations == {"thumb_wanted": 1, "upper_case_hex": 1}
+
+
+async def test_s17_a_thumbnail_may_go_along(talking: Client) -> None:
+    thumb: Json = {
+        "media_type": 1,
+        "no_need_thumb": False,
+        "thumb_rawsize": 14,
+        "thumb_rawfilemd5": hashlib.md5(HELLO).hexdigest(),
+        "thumb_filesize": 16,
+    }
+    body = upload(talking, **thumb)
+    param = (await talking.call("getuploadurl", body))["thumb_upload_param"]
+    params = {"encrypted_query_param": param, "filekey": body["filekey"]}
+
+    url = f"{talking.sim.cdn_url}/upload"
+    response = await talking.http.post(url, params=params, content=encrypt(HELLO, KEY), headers=OCTETS)
+
+    assert response.headers["x-encrypted-param"]
+    assert "thumb_upload_param" not in await talking.call(
+        "getuploadurl", upload(talking, **thumb | {"media_type": 3})
+    )
+
+
+@pytest.mark.parametrize(("style", "status"), [("full_url", 200), ("param", 500)])
+async def test_s17_large_uploads_may_need_the_whole_url(make: MakeClient, style: str, status: int) -> None:
+    client = await make(upload_url=style, param_upload_limit=15)
+    answer = await client.call("getuploadurl", upload(client))
+    url = answer.get("upload_full_url") or httpx.URL(
+        f"{client.sim.cdn_url}/upload",
+        params={"encrypted_query_param": answer["upload_param"], "filekey": upload(client)["filekey"]},
+    )
+
+    assert (await client.http.post(url, content=encrypt(HELLO, KEY), headers=OCTETS)).status_code == status
+
+
+@pytest.mark.parametrize(("style", "ret"), [("hidden", None), ("shown", None), ("refused", 2)])
+async def test_s19_voices_of_bots_are_not_shown(make: MakeClient, style: str, ret: int | None) -> None:
+    client = await make(voice_sends=style)
+    client.sim.say(client.bot.user, "hello")
+    assert (await client.call("getuploadurl", upload(client, media_type=4))).get("ret") == ret
+
+    answer = await client.send(item_list=[{"type": 3, "voice_item": {"media": {}}}])
+
+    assert (answer["ret"], "message_id" in answer) == (0, True)
+    assert len(client.sim.phone(client.bot.user)) == (style == "shown")
+    assert client.sim.sends(client.bot.bot)[0].why == ("shown" if style == "shown" else "voice")
+
+
+@pytest.mark.parametrize(
+    ("change", "kinds"),
+    [
+        (lambda item: None, []),
+        (lambda item: item["file_item"].update(md5=hashlib.md5(HELLO).hexdigest()), []),
+        (lambda item: item["file_item"].update(len=14), ["media_wrong_size"]),
+        (lambda item: item["file_item"].pop("file_name"), ["media_fields"]),
+        (lambda item: item["file_item"]["media"].update(full_url=""), ["media_fields"]),
+        (lambda item: item["file_item"]["media"].update(encrypt_type=0), ["media_fields"]),
+        (lambda item: item.update(create_time_ms=1), ["media_fields"]),
+    ],
+)
+async def test_s19_fields_that_the_official_shape_does_not_have_are_noted(
+    talking: Client, change: Callable[[Json], None], kinds: list[str]
+) -> None:
+    item = file_item(await put(talking), LONG_KEY)
+    change(item)
+
+    assert (await talking.send(item_list=[item]))["ret"] == 0
+
+    assert [violation.kind for violation in talking.sim.violations()] == kinds
+    assert talking.sim.phone(talking.bot.user)[0].media[0].viewable
+
+
+async def test_s19_an_upload_of_another_type_and_size_is_noted(talking: Client) -> None:
+    media = file_item(await put(talking), LONG_KEY)["file_item"]["media"]
+
+    await talking.send(item_list=[{"type": 5, "video_item": {"media": media, "video_size": 14}}])
+
+    assert set(talking.sim.stats().violations) == {"media_wrong_type", "media_wrong_size"}
+
+
+async def test_s19_the_phone_opens_with_the_key_that_it_gets(talking: Client) -> None:
+    """Only the announcement was wrong."""
+    reference = await put(talking, key=bytes(16))
+
+    await talking.send(item_list=[file_item(reference, base64.b64encode(bytes(16).hex().encode()).decode())])
+
+    (view,) = talking.sim.phone(talking.bot.user)[0].media
+    assert (view.viewable, view.size, view.md5) == (True, 14, hashlib.md5(HELLO).hexdigest())
+
+
+@pytest.mark.parametrize(("kind", "sample"), samples.OF_KIND.items())
+async def test_s20_media_without_content_are_samples(client: Client, kind: str, sample: str) -> None:
+    name, make_sample = samples.SAMPLES[sample]
+    client.sim.say_kind(client.bot.user, kind)
+    (message,) = await client.follow()
+    payload = message["item_list"][0][f"{kind}_item"]
+
+    assert await opened(client, payload) == make_sample()
+    if kind == "file":
+        assert (payload["file_name"], payload["len"]) == (name, str(len(make_sample())))
+    if kind == "voice":
+        assert payload["playtime"] == 1000
+    if kind in ("image", "video"):
+        thumb = await client.http.get(payload["thumb_media"]["full_url"])
+        assert len(thumb.content) == payload["thumb_size"]
+        key = base64.b64decode(payload["thumb_media"]["aes_key"])
+        assert decrypt(thumb.content, key) == samples.jpeg(payload["thumb_width"], payload["thumb_height"])
+
+
+async def opened(client: Client, payload: Json) -> bytes:
+    """As a client of WeChat opens what it gets (9.2)."""
+    key = payload.get("aeskey") or base64.b64decode(payload["media"]["aes_key"]).decode()
+    return decrypt((await client.http.get(payload["media"]["full_url"])).content, bytes.fromhex(key))
+
+
+@pytest.mark.parametrize("size", [0, 15, 16, 17, 2000])
+async def test_s20_a_sample_is_made_as_long_as_wanted(client: Client, size: int) -> None:
+    client.sim.say_media(client.bot.user, "file", sample="zip", size=size)
+    (message,) = await client.follow()
+    content = await opened(client, message["item_list"][0]["file_item"])
+
+    assert len(content) == size
+    assert content[:100] == samples.archive()[:size][:100]
+
+
+def test_s20_what_cannot_be_sent_is_refused(client: Client) -> None:
+    for kind, how in (("x", {}), ("file", {"sample": "x"}), ("file", {"size": -1}), ("file", {"url": "x"})):
+        with pytest.raises(SimulatorError):
+            client.sim.say_media(client.bot.user, kind, **how)
+
+
+async def test_the_cdn_keeps_the_latest_media(make: MakeClient) -> None:
+    client = await make(media_bytes_kept=100)
+    for _ in range(4):
+        client.sim.say_media(client.bot.user, "file", HELLO * 2)
+    payloads = [m["item_list"][0]["file_item"] for m in await client.follow()]
+
+    answers = [await client.http.get(payload["media"]["full_url"]) for payload in payloads]
+
+    assert [answer.status_code for answer in answers] == [400, 200, 200, 200]
+
+
+async def test_the_cdn_bears_with_slashes(client: Client) -> None:
+    client.sim.say_media(client.bot.user, "file", HELLO)
+    (message,) = await client.follow()
+    url = message["item_list"][0]["file_item"]["media"]["full_url"]
+
+    assert (await client.http.get(url.replace("/c2c/download", "/c2c//download/"))).status_code == 200
+
+
+async def test_100_mb_go_both_ways_while_polls_are_answered(client: Client) -> None:
+    sim, user, size = client.sim, client.bot.user, 100 * 2**20
+    sim.configure(hold_ms=1)
+    arguments = {"to": user, "kind": "file", "sample": "blob", "size": size}
+    said = await beside_polls(client, client.http.post(f"{sim.admin_url}/say_media", json=arguments))
+    assert said.status_code == 200
+    payload = json.loads(sim.world.find(user).log[-1].raw)["item_list"][0]["file_item"]
+    key = bytes.fromhex(base64.b64decode(payload["media"]["aes_key"]).decode())
+
+    sealed = (await beside_polls(client, client.http.get(payload["media"]["full_url"]))).content
+
+    content = decrypt(sealed, key)
+    assert (len(content), hashlib.md5(content).hexdigest()) == (size, payload["md5"])
+    answer = await client.call("getuploadurl", upload(client, content, aeskey=key.hex()))
+    sending = client.http.post(answer["upload_full_url"], content=sealed, headers=OCTETS)
+    reference = (await beside_polls(client, sending)).headers["x-encrypted-param"]
+    media = {"encrypt_query_param": reference, "aes_key": payload["media"]["aes_key"], "encrypt_type": 1}
+    await client.send(item_list=[{"type": 4, "file_item": {"media": media, "file_name": "x", "len": str(size)}}])
+    (view,) = sim.phone(user)[0].media
+    assert (view.size, view.md5) == (size, payload["md5"])
+    assert sim.violations() == []
+
+
+async def beside_polls(client: Client, transfer: Coroutine[Any, Any, httpx.Response]) -> httpx.Response:
+    """Awaits `transfer`, and proves that polls have been answered meanwhile."""
+    task, before = asyncio.create_task(transfer), client.sim.stats().polls
+    while not task.done():
+        await client.poll()
+    assert client.sim.stats().polls > before + 3
+    return task.result()
 
 
 async def test_media_over_http(client: Client) -> None:

@@ -58,7 +58,7 @@ async def test_a_conversation_over_http(http: httpx.AsyncClient, tmp_path: Path)
 
         poll = await http.post(
             f"{url}/ilink/bot/getupdates",
-            json={"get_updates_buf": "", "base_info": {}},
+            json={"get_updates_buf": "", "base_info": {"channel_version": "2.4.9"}},
             headers=headers(bot["token"]),
         )
         message = poll.json()["msgs"][0]
@@ -76,7 +76,7 @@ async def test_a_conversation_over_http(http: httpx.AsyncClient, tmp_path: Path)
         }
         await http.post(
             f"{url}/ilink/bot/sendmessage",
-            json={"msg": answer, "base_info": {}},
+            json={"msg": answer, "base_info": {"channel_version": "2.4.9"}},
             headers=headers(bot["token"]),
         )
 
@@ -93,7 +93,11 @@ async def test_a_signal_ends_the_process_and_answers_its_parked_polls(
     async with running("--hold-ms", "600000") as (url, process):
         bot = await admin(http, url, "add_bot")
         poll = asyncio.create_task(
-            http.post(f"{url}/ilink/bot/getupdates", json={"base_info": {}}, headers=headers(bot["token"]))
+            http.post(
+                f"{url}/ilink/bot/getupdates",
+                json={"base_info": {"channel_version": "2.4.9"}},
+                headers=headers(bot["token"]),
+            )
         )
         while not (await look(http, url, "stats"))["parked"]:
             pass
@@ -111,7 +115,11 @@ async def test_a_signal_ends_the_process_while_a_fault_keeps_requests_hanging(
         bot = await admin(http, url, "add_bot")
         await admin(http, url, "set_fault", fault="F5")
         poll = asyncio.create_task(
-            http.post(f"{url}/ilink/bot/getupdates", json={"base_info": {}}, headers=headers(bot["token"]))
+            http.post(
+                f"{url}/ilink/bot/getupdates",
+                json={"base_info": {"channel_version": "2.4.9"}},
+                headers=headers(bot["token"]),
+            )
         )
         while not (await look(http, url, "stats"))["parked"]:
             pass

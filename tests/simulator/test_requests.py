@@ -120,10 +120,45 @@ async def test_s3_the_uin_must_change(client: Client) -> None:
     assert [violation.kind for violation in client.sim.violations()] == ["uin_unchanged"]
 
 
-async def test_s3_a_missing_base_info_is_noted(client: Client) -> None:
-    await client.http.post(f"{client.sim.url}/ilink/bot/getupdates", json={}, headers=headers(client.bot.token))
+@pytest.mark.parametrize(
+    ("body", "kinds"),
+    [
+        ({}, ["missing_base_info"]),
+        ({"base_info": {}}, ["missing_channel_version"]),
+        ({"base_info": BASE_INFO}, []),
+        ({"base_info": BASE_INFO | {"bot_agent": "OpenClaw"}}, ["wrong_bot_agent"]),
+        ({"base_info": BASE_INFO | {"bot_agent": "a/1 (two words) b/2"}}, []),
+        ({"base_info": BASE_INFO | {"bot_agent": "a/1 (x) (y)"}}, ["wrong_bot_agent"]),
+        ({"base_info": BASE_INFO | {"bot_agent": " ".join(["agent/1.0"] * 26)}}, ["wrong_bot_agent"]),
+        ({"base_info": BASE_INFO, "sync_buf": ""}, ["deprecated_sync_buf"]),
+    ],
+)
+async def test_s3_what_the_body_of_a_poll_should_not_be_is_noted(
+    client: Client, body: dict[str, Any], kinds: list[str]
+) -> None:
+    await client.http.post(f"{client.sim.url}/ilink/bot/getupdates", json=body, headers=headers(client.bot.token))
 
-    assert [violation.kind for violation in client.sim.violations()] == ["missing_base_info"]
+    assert [violation.kind for violation in client.sim.violations()] == kinds
+
+
+@pytest.mark.parametrize(
+    ("path", "kind"), [("get_bot_qrcode", "wrong_bot_type"), ("get_qrcode_status?qrcode=x", None)]
+)
+async def test_s3_bad_manners_at_a_login_are_noted(client: Client, path: str, kind: str | None) -> None:
+    sent = {key: value for key, value in headers(client.bot.token).items() if key != "Content-Type"}
+
+    await client.http.get(f"{client.sim.url}/ilink/bot/{path}", headers=sent)
+
+    kinds = [violation.kind for violation in client.sim.violations()]
+    assert kinds == ["token_on_qrcode", *([kind] if kind else [])]
+
+
+async def test_s3_fields_that_no_sent_message_has_are_noted(client: Client) -> None:
+    client.sim.say(client.bot.user, "hello")
+
+    await client.send(create_time_ms=1)
+
+    assert [violation.kind for violation in client.sim.violations()] == ["message_fields"]
 
 
 async def test_s3_headers_are_recorded_without_the_token(client: Client) -> None:
