@@ -33,6 +33,7 @@ from adapter.leases import Leases
 from adapter.metrics import Metrics
 from adapter.outbound import Shard
 from adapter.ports import Delivery
+from adapter.presence import Showing
 from adapter.probes import Health, ProbeServer
 from adapter.queries import Queries
 from adapter.recall import Recall
@@ -81,6 +82,7 @@ class Adapter:
             settings.text_max_chars,
             settings.max_parts,
             int(settings.park_hours * 3_600_000),
+            int(settings.typing_max_s * 1000),
         )
         self.sealer = Sealer(settings.token_key)
         self.chat = ILink(
@@ -175,6 +177,7 @@ class Adapter:
             rules=self.rules,
             recall=self.recall,
             heard=self._heard,
+            revived=self._revived,
             writable=writable,
             starting=asyncio.Semaphore(STARTING),
             spread_s=lambda: len(self.supervisor.sessions) / POLLS_PER_S,
@@ -230,10 +233,24 @@ class Adapter:
             parked_per_user=settings.parked_per_user,
             stale_retry_s=settings.stale_retry_s,
             grace_s=self.grace_s,
+            showing=Showing(
+                chat=self.chat,
+                contexts=self.contexts,
+                bindings=self.bindings,
+                bucket=KvBucket(self.link, self.bus, self.names.typing),
+                clock=self.clock,
+                account=lambda binding: account_of(binding, self.sealer),
+                stale=self._stale,
+                check=self.leases.check,
+                longest_s=settings.typing_max_s,
+            ),
         )
 
     def _heard(self, sandbox: str, bot: str, user: str) -> None:
         self.supervisor.heard(sandbox, bot, user)
+
+    def _revived(self, sandbox: str, bot: str, user: str) -> None:
+        self.supervisor.heard(sandbox, bot, user, wrote=False)
 
     def _stale(self, bot: str) -> bool:
         return self.supervisor.stale(bot)

@@ -24,6 +24,8 @@ class Limits(NamedTuple):
     text_chars: int
     parts: int
     park_ms: int
+    typing_ms: int = 300_000
+    """After so long, showing that the bot types makes no sense any more."""
 
 
 class Command(NamedTuple):
@@ -44,6 +46,8 @@ class Command(NamedTuple):
     """Unsent by then, it is refused."""
     patient: bool
     """Its expiry is the service's, not its own."""
+    typing: Literal["", "on", "off"] = ""
+    """Instead of parts: show or hide that the bot types."""
 
 
 def command_id(body_id: str | None, routed_id: str, msg_id: str, seq: int) -> str:
@@ -89,13 +93,15 @@ def read_command(body: Outbound, *, sandbox: str, ident: str, stored_ms: int, li
     check_sandbox(sandbox)
     if body.sandbox is not None and body.sandbox != sandbox:
         raise Refused("invalid", f"The body names sandbox {body.sandbox[:64]!r}, the subject {sandbox!r}.")
-    if (body.text is None) == (body.items is None):
-        raise Refused("invalid", "A command holds either text or items.")
+    if [body.text, body.items, body.typing].count(None) != 2:
+        raise Refused("invalid", "A command holds either text, items or typing.")
     if not _PEER.fullmatch(body.bot or "") or not _PEER.fullmatch(body.user or ""):
         raise Refused("invalid", "Bot and user are printable ASCII without spaces, at most 128 characters.")
-    if body.typing is not None or any(not isinstance(item, OutText) for item in body.items or []):
-        raise Refused("invalid", "Media and typing cannot be sent yet.")
+    if any(not isinstance(item, OutText) for item in body.items or []):
+        raise Refused("invalid", "Media cannot be sent yet.")
     texts = [item.text for item in body.items or [] if isinstance(item, OutText)] if body.items else [body.text or ""]
+    if body.typing is not None:
+        texts = []
     parts: list[str] = []
     too_long = Refused("too_long", f"The text needs more than {limits.parts} messages; send it as a file.")
     longest = limits.parts * limits.text_chars * (2 if body.format == "plain" else 1)
@@ -108,7 +114,7 @@ def read_command(body: Outbound, *, sandbox: str, ident: str, stored_ms: int, li
         parts += split(shown, limits.text_chars)
         if len(parts) > limits.parts:
             raise too_long
-    patience_ms = limits.park_ms
+    patience_ms = limits.park_ms if body.typing != "on" else min(limits.park_ms, limits.typing_ms)
     if body.expires_in_s is not None:
         patience_ms = int(min(body.expires_in_s * 1000, patience_ms))
     return Command(
@@ -118,10 +124,11 @@ def read_command(body: Outbound, *, sandbox: str, ident: str, stored_ms: int, li
         bot=body.bot or "",
         user=body.user or "",
         parts=parts,
-        when_closed=body.when_closed,
+        when_closed="refuse" if body.typing else body.when_closed,  # it is never parked
         stored_ms=stored_ms,
         expires_ms=stored_ms + patience_ms,
         patient=body.expires_in_s is None,
+        typing=body.typing or "",
     )
 
 

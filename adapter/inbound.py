@@ -206,7 +206,7 @@ async def recover(session: Session, exc: SessionExpired, place: Place, needs: In
             session.stale = False
             if not await regain_login(needs.bindings, needs.events, needs.clock, binding):
                 return None
-            needs.heard(binding.sandbox, binding.bot, binding.user)
+            needs.revived(binding.sandbox, binding.bot, binding.user)
             return polled
     finally:
         session.stale = False

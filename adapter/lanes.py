@@ -20,6 +20,7 @@ from adapter.contract import Names
 from adapter.errors import BusRefused, LeaseLost, Refused, Temporary
 from adapter.leases import Leases
 from adapter.ports import Account, Bus, Delivery, History, Message, Stored
+from adapter.presence import Presence, Showing
 from adapter.receipts import Receipts
 from adapter.records import Binding
 from adapter.sending import Ending, Repeat, Sender, Wait
@@ -59,6 +60,7 @@ class Outgoing(NamedTuple):
     parked_per_user: int
     stale_retry_s: tuple[float, ...]
     grace_s: float
+    showing: Showing
 
 
 class Draining(Exception):
@@ -113,6 +115,8 @@ class Lane:
         """The binding needs a login by this lane's word, and tries are left that may prove it wrong."""
         self.fresh = True
         """Nothing parked was looked at since this replica took the shard."""
+        self.spoke = False
+        """A command was sent, or parked, since the user wrote or typing was switched on."""
         self.moved: Lane | None = None
         """The lane that took everything over when the bot's user became known."""
         self.task: asyncio.Task[None] | None = None
@@ -128,6 +132,7 @@ class LaneWork:
         self.number = number
         self._needs = needs
         self._sender = needs.sender._replace(pause=self._pause, check=lambda: needs.leases.check(number))
+        self.presence = Presence(number, needs.showing)
         self._in_hand: dict[int, Item] = {}
         """By sequence: delivered, and neither parked nor settled."""
         self._settled: OrderedDict[int, None] = OrderedDict()
@@ -142,6 +147,7 @@ class LaneWork:
             try:
                 wait_s = await finish(self._turn(lane), self._needs.grace_s)
                 failures = 0
+                self._hush(lane)
             except (LeaseLost, Draining):
                 return
             except Temporary as exc:
@@ -175,6 +181,10 @@ class LaneWork:
             await self._give_up(lane)
             return 0.0
         lane.reason = self._hindrance(lane, binding)
+        if lane.queue and lane.queue[0].command.typing and not lane.parked and not lane.reason:
+            await self._type(lane, lane.queue[0], binding)
+            return 0.0
+        lane.spoke = True
         if lane.parked and not lane.reason:
             return await self._flush(lane, binding)
         if not lane.queue:
@@ -190,6 +200,31 @@ class LaneWork:
             lane.reason = result.reason
         _shift(lane, item)
         return 0.0
+
+    async def _type(self, lane: Lane, item: Item, binding: Binding) -> None:
+        """Hands a typing command over: what is behind it does not wait for iLink's answer. Raises Temporary."""
+        if item.suspect and await self._needs.receipts.has_final(item.command):
+            self._settle(item)
+        elif item.command.typing == "on":
+            lane.spoke = False
+            self._spawn(self._typed(lane, item, self.presence.show(binding, lane.user)))
+        else:
+            self._spawn(self._typed(lane, item, self.presence.hide(binding, lane.user)))
+        _shift(lane, item)
+
+    async def _typed(self, lane: Lane, item: Item, taken: asyncio.Future[None]) -> None:
+        """Ends a typing command once iLink took it, or did not."""
+        ending = Ending("accepted")
+        try:
+            await taken
+        except Refused as exc:
+            ending = Ending("refused", exc.reason, exc.detail, (), 0, exc.ret, exc.errcode, exc.errmsg)
+        await self._end_surely(item, ending, lane)
+
+    def _hush(self, lane: Lane) -> None:
+        """Nothing more can be sent now: the bot does not type any more."""
+        if lane.spoke and lane.user and not lane.queue and (lane.reason or not lane.parked):
+            self.presence.hush(lane.bot, lane.user)
 
     def _binding(self, lane: Lane) -> Binding | None:
         """The bot that serves the lane's user now: its own, or the one that replaced it."""
@@ -394,11 +429,11 @@ class LaneWork:
         self._settle(item)
         await self._unpark(item)
 
-    async def _end_surely(self, item: Item, ending: Ending) -> None:
-        """Ends a command that never came into a lane. Raises Draining."""
+    async def _end_surely(self, item: Item, ending: Ending, lane: Lane | None = None) -> None:
+        """Ends a command that is in no lane, or not any more. Raises Draining."""
         while True:
             try:
-                await self._end(item, ending, None)
+                await (self._end_in(lane, item, ending) if lane else self._end(item, ending, None))
             except Temporary as exc:
                 log.warning("command.waits", sandbox=item.command.sandbox, reason=exc.reason)
                 await self._pause(0.5)

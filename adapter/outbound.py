@@ -23,6 +23,8 @@ from adapter.sending import Ending
 log = structlog.get_logger()
 
 MAX_NAME = 64
+HIDE_S = 12.0
+"""At the end typing is hidden in this time, in which one call may hang, or by the next owner."""
 
 
 class Shard(LaneWork):
@@ -51,6 +53,7 @@ class Shard(LaneWork):
             lane.parked.append(Parked(stored.seq, stored.subject, item.command.id, item.command.expires_ms))
         for lane in list(self._lanes.values()):
             self._start(lane)
+        self.presence.open()
 
     def on_delivery(self, delivery: Delivery) -> None:
         """A command of this shard arrived, or arrived again."""
@@ -153,8 +156,10 @@ class Shard(LaneWork):
             lane = self._lanes[key] = Lane(sandbox, bot, user)
         return lane
 
-    def heard(self, sandbox: str, bot: str, user: str) -> None:
+    def heard(self, sandbox: str, bot: str, user: str, *, wrote: bool = True) -> None:
         """A user wrote, or a bot lives again: what is parked may go. Commands for the bot's user find that user."""
+        if wrote:
+            self._wrote(sandbox, bot, user)
         unknown = self._lanes.pop((sandbox, bot, ""), None)
         lane = self._lane(sandbox, bot, user) if user else None
         if unknown is not None and lane is not None:
@@ -170,8 +175,17 @@ class Shard(LaneWork):
             if one.sandbox == sandbox and (one is lane or one.bot == bot):
                 self._start(one)
 
+    def _wrote(self, sandbox: str, bot: str, user: str) -> None:
+        """The user waits for an answer, and is shown so where the binding says it."""
+        self.presence.heard(bot, user)
+        self._lane(sandbox, bot, user).spoke = False
+        binding = self._needs.bindings.get(bot)
+        if binding is not None and binding.sandbox == sandbox and binding.options.auto_typing:
+            self.presence.begin(binding, user)
+
     def rebound(self, sandbox: str, *, anew: bool = True) -> None:
         """A binding of the sandbox changed. Not `anew`: iLink may think of its token as before."""
+        self.presence.rebound(sandbox)
         for lane in self._lanes.values():
             if lane.sandbox == sandbox:
                 if anew:
@@ -183,6 +197,7 @@ class Shard(LaneWork):
         self._drain.set()
         loop = asyncio.get_running_loop()
         deadline = loop.time() + grace_s
+        self._spawn(self.presence.drain(min(grace_s, HIDE_S)))
         while self._tasks and loop.time() < deadline:  # a lane that ends spawns its last ack
             await asyncio.wait(set(self._tasks), timeout=deadline - loop.time())
         if late := set(self._tasks):
@@ -193,6 +208,7 @@ class Shard(LaneWork):
     def stop(self) -> None:
         """The shard is lost: everything ends now."""
         self._drain.set()
+        self.presence.stop()
         for task in list(self._tasks):
             task.cancel()
 

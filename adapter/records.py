@@ -109,6 +109,13 @@ class Spoken(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         return f"Spoken({self.sandbox!r}, {self.kind!r})"  # a text never gets into a log or traceback
 
 
+class Typing(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Bucket `typing`, key: shard, then bot and user. The bot may be shown typing; who takes the shard hides it."""
+
+    sandbox: str = ""
+    since_ms: int = 0
+
+
 class Claim(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Bucket `claims`, key: the shard. Which incarnation owns it; "" when it was released."""
 

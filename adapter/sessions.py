@@ -51,6 +51,8 @@ class Incoming(NamedTuple):
     recall: Recall
     heard: Callable[[str, str, str], None]
     """Called with sandbox, bot and user once a message of the user is on the bus."""
+    revived: Callable[[str, str, str], None]
+    """Called in the same way once iLink takes the bot's token again."""
     writable: Callable[[], Awaitable[None]]
     """Returns when the bus is there; no poll starts before."""
     starting: asyncio.Semaphore

@@ -68,10 +68,10 @@ class Supervisor:
 
     # what others ask --------------------------------------------------------------------------------
 
-    def heard(self, sandbox: str, bot: str, user: str) -> None:
-        """A user's message is on the bus: their lane may go on."""
+    def heard(self, sandbox: str, bot: str, user: str, *, wrote: bool = True) -> None:
+        """A user's message is on the bus (or, not `wrote`, their bot lives again): their lane may go on."""
         if shard := self._shards.get(shard_of(sandbox)):
-            shard.heard(sandbox, bot, user)
+            shard.heard(sandbox, bot, user, wrote=wrote)
 
     def stale(self, bot: str) -> bool:
         session = self.sessions.get(bot)

@@ -29,6 +29,7 @@ from adapter.leases import Leases
 from adapter.metrics import Metrics
 from adapter.outbound import Shard
 from adapter.ports import Accepted, Account, Entry, Message, Polled, PubAck, Stored, Uploaded
+from adapter.presence import Showing
 from adapter.recall import Recall
 from adapter.receipts import Receipts
 from adapter.records import Binding, Context, Cursor
@@ -532,6 +533,7 @@ class Bench:
         self.contexts_bucket: FakeBucket = world.contexts_bucket if world else FakeBucket("token", self.bus.writes)
         self.bindings_bucket: FakeBucket = world.bindings_bucket if world else FakeBucket("binding", self.bus.writes)
         self.quotes: FakeBucket = world.quotes if world else FakeBucket("quote", self.bus.writes)
+        self.typing: FakeBucket = world.typing if world else FakeBucket("typing", self.bus.writes)
         self.teller = FakeTeller()
         self.metrics = Metrics()
         self.recall = Recall(self.quotes, self.bus, self.names, self.metrics)
@@ -666,8 +668,23 @@ class Bench:
             parked_per_user=100,
             stale_retry_s=(5.0, 30.0, 300.0),
             grace_s=1.0,
+            showing=self.showing(),
         )
         return outgoing._replace(**changes)
+
+    def showing(self, **changes: Any) -> Showing:
+        showing = Showing(
+            chat=self.chat,
+            contexts=self.contexts,
+            bindings=self.bindings,
+            bucket=self.typing,
+            clock=self.clock,
+            account=lambda binding: Account(binding.bot, binding.token, binding.base_url),
+            stale=lambda bot: bot in self.stale,
+            check=self.leases.check,
+            longest_s=300.0,
+        )
+        return showing._replace(**changes)
 
     def shard(self, sandbox: str = "s1", **changes: Any) -> Shard:
         """The lanes of a sandbox's shard, told of changed bindings as the supervisor tells them."""
@@ -703,6 +720,7 @@ class Bench:
             rules=RULES,
             recall=self.recall,
             heard=lambda sandbox, bot, user: self.heard.append((sandbox, bot, user)),
+            revived=lambda sandbox, bot, user: self.heard.append((sandbox, bot, user)),
             writable=writable,
             starting=asyncio.Semaphore(4),
             spread_s=lambda: 0.0,

@@ -56,9 +56,20 @@ def test_bot_user_and_patience_can_be_named() -> None:
     assert (command.bot, command.user, command.when_closed) == ("b@im.bot", "u@im.wechat", "refuse")
 
 
+def test_a_typing_command_has_no_parts_and_never_waits_for_the_user() -> None:
+    on, off = read(typing="on", limits=LIMITS._replace(typing_ms=60_000)), read(typing="off", when_closed="park")
+    assert [(command.typing, command.parts, command.when_closed) for command in (on, off)] == [
+        ("on", [], "refuse"),
+        ("off", [], "refuse"),
+    ]
+    assert on.expires_ms == NOW + 60_000  # later it is pointless; to hide it never is
+    assert off.expires_ms == NOW + LIMITS.park_ms
+
+
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("neither-text-nor-items", {}, "invalid"),
     ("both-text-and-items", {"text": "hi", "items": items("hi")}, "invalid"),
+    ("both-text-and-typing", {"text": "hi", "typing": "on"}, "invalid"),
     ("empty-text", {"text": ""}, "invalid"),
     ("blank-text", {"text": " \n\t"}, "invalid"),
     ("blank-item", {"items": items("hi", " ")}, "invalid"),

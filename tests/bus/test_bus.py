@@ -269,6 +269,16 @@ async def test_a_message_is_deleted_once_and_deleting_it_again_is_no_error(rig: 
 KEY = peer_key("b1@im.bot", "u1@im.wechat")
 
 
+async def test_a_bucket_tells_what_is_there_below_a_token(rig: Rig) -> None:
+    bucket = rig.bucket(NAMES.typing)
+    assert await bucket.below("7") == []
+    first = await bucket.update(f"7.{KEY}", b"1", 0)
+    await bucket.update(f"7.{peer_key('gone@im.bot', 'u')}", b"2", 0)
+    await bucket.delete(f"7.{peer_key('gone@im.bot', 'u')}")
+    await bucket.update(f"77.{KEY}", b"3", 0)
+    assert await bucket.below("7") == [Entry(f"7.{KEY}", b"1", first)]
+
+
 async def test_a_bucket_compares_and_sets(rig: Rig) -> None:
     bucket = rig.bucket()
     assert await bucket.get(KEY) is None

@@ -1,0 +1,418 @@
+"""Shows a user that the bot types: from the first status 1 to the last status 2 (ilink-protocol 11.2).
+
+A task per bot and user, as long as something is shown or to be hidden. Nothing waits for it, so that no send is late
+or lost for it. What may be shown is written down before it is shown: the next owner hides it after a crash.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import NamedTuple
+
+import msgspec
+import structlog
+
+from adapter.bindings import Bindings
+from adapter.contexts import Contexts
+from adapter.contract import peer_key, peer_of
+from adapter.errors import AdapterError, BusRefused, Conflict, LeaseLost, Refused, SessionExpired, Temporary
+from adapter.ports import Account, Bucket, Chat
+from adapter.records import Binding, Typing
+from adapter.timing import Clock, backoff, first_of
+
+log = structlog.get_logger()
+
+TICKET_S = 600.0
+"""A ticket is used so long, as two clients do; the official one uses it for up to a day (11.2)."""
+NO_TICKET_S = (2.0, 3600.0)
+"""Pause after a failed getconfig, doubling from the first to the second (11.2)."""
+RENEW_S = 5.0
+"""The official client's pace (11.2)."""
+REST_S = 1.0
+"""Shown again not sooner than this after the call before: switching fast flickers, and may throttle (11.2)."""
+HIDES = 5
+"""Attempts to hide before it is left to the next owner."""
+
+
+class Showing(NamedTuple):
+    """What showing needs."""
+
+    chat: Chat
+    contexts: Contexts
+    bindings: Bindings
+    bucket: Bucket
+    clock: Clock
+    account: Callable[[Binding], Account]
+    """Raises Refused("token_key")."""
+    stale: Callable[[str], bool]
+    """Whether a bot's token is being tried again: nothing may be called with it."""
+    check: Callable[[int], None]
+    """Raises LeaseLost when this replica may not work for the shard."""
+    longest_s: float
+
+
+class Sight:
+    """What one user sees of one bot, and what they should see."""
+
+    def __init__(self, bot: str, user: str) -> None:
+        self.bot = bot
+        self.user = user
+        self.binding: Binding | None = None
+        """What it was last called with: an unbound bot's typing is hidden with it."""
+        self.wanted = False
+        self.until = 0.0
+        """Monotonic time at which it is hidden at the latest."""
+        self.lit = False
+        """Status 1 may have taken effect, and nothing has hidden it."""
+        self.shown_at: float | None = None
+        """When iLink last took a status 1; None: it is not known to be shown."""
+        self.recorded = False
+        """The bucket says that it may be shown."""
+        self.failed_hides = 0
+        self.shows: list[asyncio.Future[None]] = []
+        """Commands that wait until it is shown, or hidden."""
+        self.hides: list[asyncio.Future[None]] = []
+        self.wake = asyncio.Event()
+        self.task: asyncio.Task[None] | None = None
+
+    def is_open(self) -> bool:
+        """Whether anything is left to do."""
+        return bool(self.wanted or self.lit or self.recorded or self.shows or self.hides)
+
+
+class Ticket:
+    """A user's typing ticket, how asking for one goes, and what it was used for last."""
+
+    __slots__ = ("failures", "got_at", "hidden", "retry_at", "token", "unknown", "used_at", "value")
+
+    def __init__(self) -> None:
+        self.value = ""
+        self.token = ""
+        """The bot's token that it was got with."""
+        self.got_at = 0.0
+        self.failures = 0
+        self.retry_at = 0.0
+        self.unknown = False
+        """iLink has none for this user: asked again when the user writes (5.1, -4)."""
+        self.used_at = -REST_S
+        self.hidden = False
+        """iLink took a status 2 last."""
+
+
+class Presence:
+    """The sights of one shard, as long as this replica owns it."""
+
+    def __init__(self, shard: int, needs: Showing) -> None:
+        self._shard = shard
+        self._needs = needs
+        self._sights: dict[tuple[str, str], Sight] = {}
+        self._tickets: dict[tuple[str, str], Ticket] = {}
+        self._lines: dict[str, asyncio.Lock] = {}
+        """One call at a time for a bot, so that hanging ones never use up its connections."""
+        self._loading: asyncio.Task[None] | None = None
+        self._draining = False
+
+    # what the lanes ask -----------------------------------------------------------------------------
+
+    def open(self) -> None:
+        """Begins to hide what an owner before left shown."""
+        self._loading = asyncio.get_running_loop().create_task(self._load())
+
+    def show(self, binding: Binding, user: str) -> asyncio.Future[None]:
+        """Shows it, for so long as the setting says. Done once iLink took it.
+
+        Fails with Refused, Temporary; cancelled where the service stops.
+        """
+        taken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        if self._draining:
+            taken.cancel()
+            return taken
+        self.begin(binding, user)
+        self._sights[binding.bot, user].shows.append(taken)
+        return taken
+
+    def begin(self, binding: Binding, user: str) -> None:
+        """The same, where nobody asks what came of it."""
+        if self._draining:
+            return
+        sight = self._sight(binding.bot, user)
+        sight.binding, sight.wanted = binding, True
+        sight.until = self._needs.clock.monotonic() + self._needs.longest_s
+        self._stir(sight)
+
+    def hide(self, binding: Binding, user: str) -> asyncio.Future[None]:
+        """Hides it, whether it is shown or not. Done and failing as `show`."""
+        taken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        sight = self._sight(binding.bot, user)
+        sight.binding, sight.wanted = binding, False
+        sight.hides.append(taken)
+        self._stir(sight)
+        return taken
+
+    def hush(self, bot: str, user: str) -> None:
+        """The answer is there: hides it where it is shown."""
+        sight = self._sights.get((bot, user))
+        if sight is not None and sight.wanted:
+            sight.wanted = False
+            self._stir(sight)
+
+    def heard(self, bot: str, user: str) -> None:
+        """The user wrote: where iLink had no ticket for them, it may have one now."""
+        ticket = self._tickets.get((bot, user))
+        if ticket is not None and ticket.unknown:
+            ticket.retry_at = 0.0
+
+    def rebound(self, sandbox: str) -> None:
+        """A binding of the sandbox changed: what is shown for it is looked at."""
+        for sight in list(self._sights.values()):
+            if sight.binding is None or sight.binding.sandbox == sandbox:
+                self._stir(sight)
+
+    async def drain(self, seconds: float) -> None:
+        """Hides everything, as far as that can be done in time; the rest is left to the next owner."""
+        self._draining = True
+        for sight in list(self._sights.values()):
+            sight.wanted = False
+            self._stir(sight)
+        if tasks := self._tasks():
+            await asyncio.wait(tasks, timeout=seconds)
+        self.stop()
+
+    def stop(self) -> None:
+        """Ends everything now; the next owner hides what is shown."""
+        self._draining = True
+        if self._loading is not None:
+            self._loading.cancel()
+        for task in self._tasks():
+            task.cancel()
+
+    # one sight --------------------------------------------------------------------------------------
+
+    def _tasks(self) -> list[asyncio.Task[None]]:
+        return [sight.task for sight in self._sights.values() if sight.task is not None and not sight.task.done()]
+
+    def _sight(self, bot: str, user: str) -> Sight:
+        return self._sights.setdefault((bot, user), Sight(bot, user))
+
+    def _stir(self, sight: Sight) -> None:
+        sight.wake.set()
+        if sight.task is None:
+            sight.task = asyncio.get_running_loop().create_task(self._run(sight))
+            sight.task.add_done_callback(lambda task: self._ended(sight, task))
+
+    def _ended(self, sight: Sight, task: asyncio.Task[None]) -> None:
+        if self._sights.get((sight.bot, sight.user)) is sight:
+            del self._sights[sight.bot, sight.user]
+        if task.cancelled():
+            for taken in (*sight.shows, *sight.hides):
+                taken.cancel()
+        elif exc := task.exception():
+            log.error("typing.crashed", bot=sight.bot, exc_info=exc)
+            _fail([*sight.shows, *sight.hides], Refused("typing", "The adapter failed on it."))
+
+    async def _load(self) -> None:
+        failures = 0
+        while True:
+            try:
+                entries = await self._needs.bucket.below(str(self._shard))
+                break
+            except Temporary as exc:
+                failures += 1
+                log.warning("typing.unread", shard=self._shard, reason=exc.reason)
+                await self._needs.clock.sleep(backoff(failures, first_s=0.5, longest_s=10.0))
+        for entry in entries:
+            sight = self._sight(*peer_of(entry.key.partition(".")[2]))
+            sight.lit = sight.recorded = True
+            self._stir(sight)
+
+    async def _run(self, sight: Sight) -> None:
+        while sight.is_open():
+            sight.wake.clear()
+            wait_s = await self._turn(sight)
+            if wait_s > 0:
+                await first_of(sight.wake, wait_s)
+        del self._sights[sight.bot, sight.user]  # at once: who comes next begins anew
+
+    async def _turn(self, sight: Sight) -> float:
+        """One step towards what is wanted; seconds until the next, unless it is woken."""
+        if sight.wanted and self._needs.clock.monotonic() >= sight.until:
+            sight.wanted = False
+        if not sight.wanted:
+            _fail(sight.shows, Refused("typing", "It was over before iLink showed it."))
+        try:
+            account = self._account(sight)
+            if account is None:
+                return RENEW_S
+            return await (self._show(sight, account) if sight.wanted else self._hide(sight, account))
+        except LeaseLost:
+            return REST_S  # the lease pauses, or is gone; then all of this ends
+        except Refused as exc:
+            if exc.reason != "typing":
+                return await self._leave(sight, exc)
+            return await self._failed(sight, exc)
+        except Temporary as exc:
+            return await self._failed(sight, Refused("typing", f"iLink could not be asked: {exc.reason}"))
+
+    def _account(self, sight: Sight) -> Account | None:
+        """How the bot is called; None: not now. Raises Refused (it can be called no more), LeaseLost."""
+        found = self._needs.bindings.get(sight.bot)
+        if found is not None and (sight.binding is None or found.sandbox == sight.binding.sandbox):
+            sight.binding = found
+        else:
+            sight.wanted = False
+        if sight.binding is None:
+            raise Refused("not_bound", "The bot is not bound any more.")
+        if sight.binding.state == "needs_login" or self._needs.stale(sight.bot):
+            if sight.lit and found is not None and not self._draining:
+                return None  # it may live again, and then it is hidden
+            raise SessionExpired("needs_login", "The bot's token is stale.")
+        self._needs.check(self._shard)
+        return self._needs.account(sight.binding)
+
+    async def _show(self, sight: Sight, account: Account) -> float:
+        now = self._needs.clock.monotonic()
+        if sight.shown_at is not None and now < sight.shown_at + RENEW_S:
+            _done(sight.shows)
+            return min(sight.shown_at + RENEW_S, sight.until) - now
+        rest_s = self._known(sight).used_at + REST_S - now
+        if not sight.lit and rest_s > 0:
+            return rest_s
+        ticket = await self._ticket(sight, account)
+        if sight.wanted:
+            await self._record(sight, account)
+        if not sight.wanted or self._needs.clock.monotonic() >= sight.until:
+            return 0.0  # meanwhile it is over
+        sight.lit = True  # before: it may take effect without an answer
+        await self._call(sight, account, ticket, on=True)
+        sight.shown_at = self._known(sight).used_at
+        return 0.0
+
+    async def _hide(self, sight: Sight, account: Account) -> float:
+        known, now = self._known(sight), self._needs.clock.monotonic()
+        if sight.lit or (sight.hides and not (known.hidden and now < known.used_at + REST_S)):
+            ticket = await self._ticket(sight, account)
+            await self._call(sight, account, ticket, on=False)
+            sight.lit, sight.shown_at, sight.failed_hides = False, None, 0
+        await self._erase(sight)
+        _done(sight.hides)
+        return 0.0
+
+    async def _call(self, sight: Sight, account: Account, ticket: str, *, on: bool) -> None:
+        """sendtyping, once more with a fresh ticket where iLink did not like this one. Raises what Chat raises."""
+        for attempt in range(2):
+            self._needs.check(self._shard)
+            known = self._known(sight)
+            known.used_at, known.hidden = self._needs.clock.monotonic(), False
+            async with self._line(sight.bot):
+                taken = await self._needs.chat.show_typing(account, sight.user, ticket, on=on)
+            if taken or attempt:
+                known.hidden = not on
+                return
+            known.value = ""
+            ticket = await self._ticket(sight, account)
+
+    async def _ticket(self, sight: Sight, account: Account) -> str:
+        """The user's ticket, asked for where there is none yet or it is too old. Raises Refused, Temporary."""
+        clock, ticket = self._needs.clock, self._known(sight)
+        if ticket.value and ticket.token == account.token and clock.monotonic() < ticket.got_at + TICKET_S:
+            return ticket.value
+        if clock.monotonic() < ticket.retry_at:
+            raise Refused("typing", "iLink gave no ticket; it is asked again later.")
+        peer = await self._needs.contexts.peer(sight.bot, sight.user)
+        try:
+            async with self._line(sight.bot):
+                value = await self._needs.chat.typing_ticket(account, sight.user, peer.context.token)
+        except SessionExpired:
+            raise
+        except (Refused, Temporary) as exc:
+            ticket.failures += 1
+            first_s, longest_s = NO_TICKET_S
+            pause_s = backoff(ticket.failures, first_s=first_s, longest_s=longest_s)
+            ticket.retry_at, ticket.unknown = clock.monotonic() + pause_s, isinstance(exc, Refused)
+            raise
+        ticket.value, ticket.token, ticket.got_at = value, account.token, clock.monotonic()
+        ticket.failures, ticket.unknown = 0, False
+        return value
+
+    def _known(self, sight: Sight) -> Ticket:
+        return self._tickets.setdefault((sight.bot, sight.user), Ticket())
+
+    def _line(self, bot: str) -> asyncio.Lock:
+        return self._lines.setdefault(bot, asyncio.Lock())
+
+    # when it does not work --------------------------------------------------------------------------
+
+    async def _failed(self, sight: Sight, exc: Refused) -> float:
+        """iLink did not do it. What was never shown is given up, what is shown must be hidden."""
+        log.info("typing.failed", bot=sight.bot, on=sight.wanted, lit=sight.lit, detail=exc.detail[:200])
+        if sight.wanted:
+            _fail(sight.shows, exc)
+            sight.wanted = sight.shown_at is not None
+            return RENEW_S if sight.wanted else 0.0
+        if not sight.lit:
+            _fail(sight.hides, exc)
+            return 0.0
+        sight.failed_hides += 1
+        if sight.failed_hides < HIDES:
+            return backoff(sight.failed_hides, first_s=2.0)
+        log.warning("typing.stuck", bot=sight.bot, attempts=sight.failed_hides)
+        _fail(sight.hides, exc)
+        sight.lit = sight.recorded = False  # the record stays: the next owner tries again
+        return 0.0
+
+    async def _leave(self, sight: Sight, exc: AdapterError) -> float:
+        """The bot cannot be called any more. What is shown is left to the next owner, unless the bot is gone."""
+        log.info("typing.left", bot=sight.bot, reason=exc.reason, lit=sight.lit)
+        _fail(sight.shows, exc)
+        _fail(sight.hides, exc)
+        if not sight.lit or exc.reason == "not_bound":
+            await self._erase(sight)
+        sight.wanted = sight.lit = sight.recorded = False
+        return 0.0
+
+    # the record -------------------------------------------------------------------------------------
+
+    def _key(self, sight: Sight) -> str:
+        return f"{self._shard}.{peer_key(sight.bot, sight.user)}"
+
+    async def _record(self, sight: Sight, account: Account) -> None:
+        """Writes down that it may be shown, unless that is written. Raises Temporary."""
+        if sight.recorded:
+            return
+        sandbox = sight.binding.sandbox if sight.binding else ""
+        value = msgspec.json.encode(Typing(sandbox=sandbox, since_ms=self._needs.clock.now_ms()))
+        bucket, key = self._needs.bucket, self._key(sight)
+        while not sight.recorded:
+            entry = await bucket.get(key)
+            try:
+                await bucket.update(key, value, entry.revision if entry else 0)
+            except Conflict:
+                continue
+            except BusRefused as exc:
+                raise Temporary("bus_refused", exc.detail) from exc
+            sight.recorded = True
+
+    async def _erase(self, sight: Sight) -> None:
+        """It is hidden: the next owner has nothing to do."""
+        if not sight.recorded:
+            return
+        try:
+            await self._needs.bucket.delete(self._key(sight))
+        except BusRefused as exc:
+            log.warning("typing.unerased", bot=sight.bot, detail=exc.detail[:200])
+        sight.recorded = False
+
+
+def _done(waiting: list[asyncio.Future[None]]) -> None:
+    for taken in waiting:
+        if not taken.done():
+            taken.set_result(None)
+    waiting.clear()
+
+
+def _fail(waiting: list[asyncio.Future[None]], exc: AdapterError) -> None:
+    for taken in waiting:
+        if not taken.done():
+            taken.set_exception(exc)
+    waiting.clear()

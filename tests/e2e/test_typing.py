@@ -1,0 +1,140 @@
+"""Typing over real sockets: the phone shows it, and in every case it ends."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from nats.aio.client import Client
+
+from adapter.contract import Options
+from adapter.simulator import BotRecord, FaultRule
+from tests.e2e.test_commands import final_of
+from tests.e2e.world import NAMES, World, eventually, stream, until, world
+
+
+async def talking(made: World, nc: Client, **options: Any) -> BotRecord:
+    """A bound bot whose user has written."""
+    bot = made.sim.add_bot()
+    await made.bind(nc, "s1", bot, options=Options(**options))
+    made.say("s1", "hello")
+    await made.settle(nc)
+    return bot
+
+
+async def typing(nc: Client, switch: str, ident: str) -> None:
+    body = msgspec.json.encode({"typing": switch})
+    await nc.jetstream().publish(NAMES.out("s1"), body, headers={"Nats-Msg-Id": ident})
+
+
+async def test_commands_show_and_hide_it_and_an_answer_ends_it(tmp_path: Path) -> None:
+    async with world(tmp_path) as made:
+        await made.add_adapter()
+        nc = await made.nc()
+        bot = await talking(made, nc)
+        await typing(nc, "on", "on-1")
+        assert (await final_of(made, "on-1")).outcome == "accepted"
+        assert made.sim.typing(bot.user).on
+        await typing(nc, "off", "off-1")
+        assert (await final_of(made, "off-1")).outcome == "accepted"
+        assert not made.sim.typing(bot.user).on
+        await typing(nc, "on", "on-2")
+        await until(lambda: made.sim.typing(bot.user).on, "it is shown again")
+        await made.command(nc, "s1", "c")
+        await until(lambda: not made.sim.typing(bot.user).on, "the answer ends it")
+        assert [shown.text for shown in made.sim.phone(bot.user)] == ["answer c"]
+        receipt = await final_of(made, "c")
+        assert receipt.window.remaining == 9  # typing cost nothing of it
+
+        async def forgotten() -> bool:
+            stored = await stream(nc, f"KV_{NAMES.typing}", f"$KV.{NAMES.typing}.>")
+            return [data for _, data in stored] == [b""]
+
+        await eventually(forgotten, "nothing is left to hide")
+        assert made.sim.violations(kind="unknown_ticket") == []
+        await nc.close()
+
+
+async def test_a_bot_bound_so_types_from_each_message_to_its_answer(tmp_path: Path) -> None:
+    async with world(tmp_path) as made:
+        await made.add_adapter()
+        nc = await made.nc()
+        bot = await talking(made, nc, auto_typing=True)
+        await until(lambda: made.sim.typing(bot.user).on, "the first message shows it")
+        await made.command(nc, "s1", "c1")
+        await until(lambda: not made.sim.typing(bot.user).on, "its answer hides it")
+        made.say("s1", "and now")
+        await until(lambda: made.sim.typing(bot.user).on, "the next message shows it again")
+        await nc.close()
+
+
+async def test_what_a_killed_adapter_left_shown_is_hidden_by_the_next(tmp_path: Path) -> None:
+    async with world(tmp_path) as made:
+        first = await made.add_adapter()
+        nc = await made.nc()
+        bot = await talking(made, nc)
+        await typing(nc, "on", "on")
+        await final_of(made, "on")
+        await first.kill()
+        assert made.sim.typing(bot.user).on
+        await made.add_adapter()
+        await until(lambda: not made.sim.typing(bot.user).on, "the next owner hides it")
+        assert made.sim.typing(bot.user).off_calls == 1
+        await nc.close()
+
+
+async def test_sigterm_hides_it(tmp_path: Path) -> None:
+    async with world(tmp_path) as made:
+        first = await made.add_adapter()
+        nc = await made.nc()
+        bot = await talking(made, nc)
+        await typing(nc, "on", "on")
+        await final_of(made, "on")
+        first.signal(signal.SIGTERM)
+        assert await first.ended() == 0
+        assert not made.sim.typing(bot.user).on
+        await nc.close()
+
+
+async def test_unbinding_hides_it(tmp_path: Path) -> None:
+    async with world(tmp_path) as made:
+        await made.add_adapter()
+        nc = await made.nc()
+        bot = await talking(made, nc)
+        await typing(nc, "on", "on")
+        await final_of(made, "on")
+        await made.control(nc, NAMES.unbind, b'{"sandbox":"s1"}')
+        await until(lambda: not made.sim.typing(bot.user).on, "it is hidden")
+        await nc.close()
+
+
+async def test_f5_and_f26_a_ticket_that_hangs_or_is_refused_delays_no_answer(tmp_path: Path) -> None:
+    async with world(tmp_path) as made:
+        await made.add_adapter()
+        nc = await made.nc()
+        bot = await talking(made, nc)
+        made.sim.set_fault(FaultRule(fault="F26", endpoint="getconfig", bot=bot.bot))
+        await typing(nc, "on", "refused")
+        receipt = await final_of(made, "refused")
+        assert (receipt.outcome, receipt.reason, receipt.ret) == ("refused", "typing", -4)
+        made.sim.clear_faults("F26")
+        made.sim.set_fault(FaultRule(fault="F5", endpoint="getconfig", bot=bot.bot))
+        made.say("s1", "are you there")  # a refusal of the ticket is forgotten when the user writes
+        await made.settle(nc)
+
+        def asked() -> int:
+            return sum(call.count for call in made.sim.calls(bot.bot, "getconfig"))
+
+        before = asked()
+        await typing(nc, "on", "hangs")
+        await until(lambda: asked() > before, "the ticket is asked for")
+        for number in range(3):
+            await made.command(nc, "s1", f"c{number}")
+        for number in range(3):
+            assert (await final_of(made, f"c{number}")).outcome == "accepted"
+        receipts = [receipt.command for receipt in await made.receipts(nc)]
+        assert "hangs" not in receipts  # the ticket was awaited all the while
+        assert made.sim.typing(bot.user).on_calls == 0
+        await nc.close()
