@@ -30,6 +30,8 @@ from adapter.jetstream.publisher import Publisher
 from adapter.jetstream.services import BusTeller, Handler, Services
 from adapter.lanes import Outgoing
 from adapter.leases import Leases
+from adapter.login_service import LoginService
+from adapter.logins import LoginBook
 from adapter.metrics import Metrics
 from adapter.outbound import Shard
 from adapter.ports import Delivery
@@ -40,6 +42,7 @@ from adapter.recall import Recall
 from adapter.receipts import Receipts
 from adapter.records import Binding
 from adapter.router import Router
+from adapter.scanning import Scanner, Scanning
 from adapter.seal import Sealer
 from adapter.sending import Sender
 from adapter.sessions import Incoming, account_of
@@ -137,12 +140,19 @@ class Adapter:
             metrics=metrics,
             capacity=settings.capacity,
         )
+        self.book = LoginBook(KvBucket(self.link, self.bus, names.logins), self.sealer, clock, metrics)
+        self.scanner = Scanner(self._scanning())
+        login = LoginService(self.chat, self.book, self.bindings, self.sealer, metrics, login_s=settings.login_s)
         queries = Queries(self.bindings, self.context_bucket, self.history, names, self.rules, metrics)
         handlers: dict[str, Handler] = {
             "bindings.list": queries.bindings_list,
             "bindings.get": queries.bindings_get,
             "window": queries.window,
             "replay": queries.replay,
+            "login.start": login.start,
+            "login.status": login.status,
+            "login.verify": login.verify,
+            "login.cancel": login.cancel,
         }
         Services(self.link, names, handlers, version=__version__, instance=self.instance)
         metrics.bindings_capacity.set(settings.capacity)
@@ -246,6 +256,23 @@ class Adapter:
             ),
         )
 
+    def _scanning(self) -> Scanning:
+        return Scanning(
+            logins=self.chat,
+            book=self.book,
+            bindings=self.bindings,
+            leases=self.leases,
+            bus=self.bus,
+            history=self.history,
+            events=self.events,
+            sealer=self.sealer,
+            clock=self.clock,
+            metrics=self.metrics,
+            names=self.names,
+            refresh_s=self.settings.login_refresh_s,
+            codes=self.settings.login_codes,
+        )
+
     def _heard(self, sandbox: str, bot: str, user: str) -> None:
         self.supervisor.heard(sandbox, bot, user)
 
@@ -329,13 +356,16 @@ class Adapter:
                     if await self._start(stop):
                         leasing = group.create_task(self.leases.run(), name="leases")
                         background += [group.create_task(self.bindings.run(), name="bindings"), leasing]
+                        background += [group.create_task(self.book.run(), name="logins")]
+                        scanning = group.create_task(self.scanner.run(), name="scanning")
+                        background += [scanning]
                         following = group.create_task(self.supervisor.run(), name="supervisor")
                         self.health.jetstream_ok = self.health.started = True
                         log.info("adapter.started", instance=self.instance, version=__version__)
                         if on_ready is not None:
                             on_ready()
                         await stop.wait()
-                        await self._drain(following, leasing)
+                        await self._drain(following, scanning, leasing)
                 finally:
                     for task in background:
                         task.cancel()
@@ -368,7 +398,9 @@ class Adapter:
         finally:
             stopping.cancel()
 
-    async def _drain(self, following: asyncio.Task[None], leasing: asyncio.Task[None]) -> None:
+    async def _drain(
+        self, following: asyncio.Task[None], scanning: asyncio.Task[None], leasing: asyncio.Task[None]
+    ) -> None:
         self.health.draining = True
         log.info("adapter.draining", polls=len(self.supervisor.sessions))
         following.cancel()
@@ -376,6 +408,8 @@ class Adapter:
             async with asyncio.timeout(max(1.0, self.settings.drain_s - 1.0)):
                 await self.leases.drain()
                 await self.supervisor.drain(max(0.5, self.settings.drain_s - RELEASE_S))
+                scanning.cancel()  # logins go on until another replica may take them
+                await asyncio.wait([scanning])
                 leasing.cancel()  # a renewal after this would write the key that is given back
                 await asyncio.wait([leasing])
                 await self.leases.release_all()

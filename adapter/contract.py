@@ -401,7 +401,7 @@ class Bind(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     sandbox: SandboxId
     bot: Annotated[str, Meta(min_length=1, max_length=128, description="iLink's bot id, …@im.bot.")]
-    bot_token: Annotated[str, Meta(min_length=1, max_length=1024, description="Secret of the bot.")]
+    bot_token: Annotated[str, Meta(min_length=1, max_length=2048, description="Secret of the bot.")]
     id: Annotated[CommandId | None, Meta(description="Request id. Default: the header Nats-Msg-Id.")] = None
     base_url: Annotated[str | None, Meta(description="iLink API base of this bot. Default: the service's.")] = None
     user: (
@@ -547,7 +547,9 @@ class Login(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     status: LoginStatus
     code: Annotated[int, Meta(description="Number of the QR code, from 1.")] = 1
     qrcode_url: Annotated[str, Meta(description="The text to encode as a QR code; empty when it is over.")] = ""
-    qrcode_text: Annotated[str, Meta(description="The code drawn for a terminal, dark on light.")] = ""
+    qrcode_text: Annotated[str, Meta(description="The code drawn for a terminal, dark on light by ANSI colours.")] = (
+        ""
+    )
     qrcode_png: Annotated[str, Meta(description="The code as PNG, base64, where asked for.")] = ""
     expires_at_ms: Annotated[int, Meta(description="When the whole login ends.")] = 0
     bot: str = ""

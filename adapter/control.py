@@ -22,7 +22,7 @@ from adapter.events import Events
 from adapter.metrics import Metrics
 from adapter.ports import Chat, Delivery, Teller
 from adapter.records import Binding
-from adapter.seal import Sealer
+from adapter.seal import Sealer, bind_context
 from adapter.timing import Clock, backoff
 
 log = structlog.get_logger()
@@ -154,9 +154,13 @@ class Control:
             return ControlAnswer(ok=False, id=command.id or "", error=exc.detail)
 
     async def bind(self, command: Bind) -> ControlAnswer:
-        """Binds a bot to a sandbox; another bot of the same user there is replaced. Raises Refused, Temporary."""
+        """Binds a bot to a sandbox; another bot of the same user there is replaced. Raises Refused, Temporary.
+
+        A bind that a login has stored holds its token sealed, for this bot and sandbox.
+        """
         check_sandbox(command.sandbox)
-        if any(ord(c) < 33 or ord(c) > 126 for c in command.bot + command.bot_token + (command.user or "")):
+        token = self._sealer.open(bind_context(command.sandbox, command.bot), command.bot_token)
+        if any(ord(c) < 33 or ord(c) > 126 for c in command.bot + token + (command.user or "")):
             raise Refused("invalid", "Bot, token and user are printable ASCII without spaces.")
         if command.base_url:
             self._chat.check_base_url(command.base_url)
@@ -169,7 +173,7 @@ class Control:
         binding = Binding(
             sandbox=command.sandbox,
             bot=command.bot,
-            token=self._sealer.seal(command.bot, command.bot_token),
+            token=self._sealer.seal(command.bot, token),
             user=user,
             base_url=(command.base_url or "").rstrip("/"),
             options=command.options,

@@ -36,6 +36,10 @@ class Events:
         msg_id = f"binding:{event.bot}:{event.change}:{cause}"
         await self._store(event.sandbox, "binding", msgspec.json.encode(event), msg_id)
 
+    async def login(self, event: contract.LoginEvent, *, step: int) -> None:
+        """A step of a QR login, once: the same step again is dropped by the stream."""
+        await self._store(event.sandbox, "login", msgspec.json.encode(event), f"login:{event.login}:{step}")
+
     async def receipt(self, receipt: contract.Receipt, *, msg_id: str) -> None:
         """What became of a command. `msg_id` is the same for the same outcome of the same command."""
         receipt = msgspec.structs.replace(receipt, at_ms=self._clock.now_ms())

@@ -116,6 +116,44 @@ class Said(NamedTuple):
     """iLink's ids of the items, in their order; "" for none of their own."""
 
 
+class QrCode(NamedTuple):
+    """A fresh QR code (ilink-protocol 3.1). Both are secrets until it is used up: the handle fetches the token."""
+
+    handle: str
+    url: str
+    """The text to encode."""
+
+    def __repr__(self) -> str:
+        return "QrCode()"
+
+
+ScanStatus = Literal[
+    "wait",
+    "scaned",
+    "need_verifycode",
+    "verify_code_blocked",
+    "scaned_but_redirect",
+    "expired",
+    "binded_redirect",
+    "confirmed",
+]
+"""How a QR code stands, in iLink's words (ilink-protocol 8)."""
+
+
+class Scan(NamedTuple):
+    """An answer about a QR code; what iLink left out is ""."""
+
+    status: ScanStatus
+    redirect_host: str = ""
+    bot: str = ""
+    user: str = ""
+    token: str = ""
+    base_url: str = ""
+
+    def __repr__(self) -> str:
+        return f"Scan({self.status!r})"
+
+
 class Cdn(Protocol):
     """iLink's store of media. What passes here is plain; it is encrypted and decrypted on the way."""
 
@@ -200,6 +238,25 @@ class Chat(Protocol):
 
     def check_base_url(self, url: str) -> str:
         """Raises Refused for a base URL that may not be called."""
+
+
+class Logins(Protocol):
+    """iLink's QR logins."""
+
+    async def fetch_code(self, tokens: Sequence[str]) -> QrCode:
+        """A new code. `tokens`: the bots of which a user who scans keeps the one they have. Raises Temporary."""
+
+    async def read_code(self, handle: str, base_url: str, verify_code: str) -> Scan | None:
+        """Waits for news of a code at `base_url` ("": the default); None: no usable answer came, ask again.
+
+        Raises Refused("url").
+        """
+
+    def redirected(self, host: str, base_url: str) -> str:
+        """The base URL at `host`, which a code at `base_url` was redirected to. Raises Refused("url")."""
+
+    def check_base_url(self, url: str) -> str:
+        """Raises Refused("url") for a base URL that may not be called."""
 
 
 class Message(NamedTuple):

@@ -7,7 +7,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from adapter.contract import BindingInfo, BindingState, Options
+from adapter.contract import BindingInfo, BindingState, LoginStatus, Options
 
 
 class Binding(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -114,6 +114,56 @@ class Typing(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     sandbox: str = ""
     since_ms: int = 0
+
+
+class LoginCode(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One QR code of a login. Handle and URL are sealed: who has them can fetch the token."""
+
+    number: int
+    handle: str
+    url: str
+    made_ms: int
+
+    def __repr__(self) -> str:
+        return f"LoginCode({self.number})"
+
+
+class LoginRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Bucket `logins`, key: the login's id. A QR login; its secrets are gone once it is over."""
+
+    sandbox: str
+    options: Options = Options()
+    status: LoginStatus = "wait"
+    step: int = 1
+    """Rises whenever there is something to tell: the event of a step is published once."""
+    number: int = 0
+    """Of the newest code, from 1."""
+    codes: list[LoginCode] = []
+    """Codes that may still be scanned, oldest first: the newest and the one before it. A code that was scanned is
+    alone. Empty: a new one is to be fetched."""
+    ended: int = 0
+    """Codes that expired or were blocked; a code that was replaced before that does not count."""
+    base_url: str = ""
+    """Where the codes are asked for; "": the service's default."""
+    digits: str = ""
+    """What the phone shows, sealed: sent, and not judged yet."""
+    until_ms: int = 0
+    changed_ms: int = 0
+    """When `step` rose last."""
+    bot: str = ""
+    user: str = ""
+    token: str = ""
+    """Of a bot that was confirmed and is to be bound: sealed for the bind command."""
+    bot_base_url: str = ""
+    reason: str = ""
+    detail: str = ""
+
+    def __repr__(self) -> str:
+        return f"LoginRecord({self.sandbox!r}, {self.status!r}, {self.step})"
+
+    @property
+    def over(self) -> bool:
+        return self.status not in ("wait", "scanned", "need_verify_code")
 
 
 class Claim(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -1,4 +1,4 @@
-"""Bot tokens at rest: AES-256-GCM with a key from the settings, or plain where no key is set.
+"""Secrets at rest, above all bot tokens: AES-256-GCM with a key from the settings, or plain where no key is set.
 
 Form: `s1.<key id>.<base64url of nonce and ciphertext>`; the bot's id is bound in, so that a sealed token cannot be
 moved to another bot. Several keys may be given: the first seals, all open, which is how a key is rotated.
@@ -19,7 +19,7 @@ MARK = "s1."
 
 
 class Sealer:
-    """Seals and opens tokens with the keys of WECHAT_NATS_TOKEN_KEY."""
+    """Seals and opens tokens with the keys of WECHAT_NATS_TOKEN_KEY. `bot` names what a secret belongs to."""
 
     def __init__(self, keys: tuple[bytes, ...]) -> None:
         self._keys = {_key_id(key): AESGCM(key) for key in keys}
@@ -49,6 +49,16 @@ class Sealer:
             return self._keys[key_id].decrypt(blob[:12], blob[12:], bot.encode()).decode()
         except (InvalidTag, ValueError) as exc:
             raise Refused("token_key", "The sealed token of this bot was changed or belongs to another bot.") from exc
+
+
+def bind_context(sandbox: str, bot: str) -> str:
+    """What the token in a stored bind command belongs to: it is worth nothing in a bind to another sandbox."""
+    return f"bind {sandbox} {bot}"
+
+
+def login_context(login: str, what: str) -> str:
+    """What a secret in a login's record belongs to."""
+    return f"login {login} {what}"
 
 
 def _key_id(key: bytes) -> str:

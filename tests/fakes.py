@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import selectors
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -28,7 +28,19 @@ from adapter.lanes import Outgoing
 from adapter.leases import Leases
 from adapter.metrics import Metrics
 from adapter.outbound import Shard
-from adapter.ports import Accepted, Account, Entry, Message, Polled, PubAck, Stored, Uploaded
+from adapter.ports import (
+    Accepted,
+    Account,
+    Entry,
+    Message,
+    Polled,
+    PubAck,
+    QrCode,
+    Scan,
+    ScanStatus,
+    Stored,
+    Uploaded,
+)
 from adapter.presence import Showing
 from adapter.recall import Recall
 from adapter.receipts import Receipts
@@ -511,6 +523,70 @@ class FakeChat:
     @property
     def texts(self) -> list[str]:
         return [sent.text for sent in self.sent]
+
+
+class Asked(NamedTuple):
+    """A request about a QR code."""
+
+    handle: str
+    base_url: str
+    digits: str
+    at_s: float
+
+
+class FakeLogins:
+    """Implements Logins. What a phone does is put into `scans`, by the handle: q1, q2 …; each answer once."""
+
+    def __init__(self, clock: FakeClock) -> None:
+        self.codes: deque[Exception | QrCode] = deque()
+        """Answers to the wish for a code; without one, there is always another."""
+        self.scans: dict[str, deque[Scan | Exception | None]] = defaultdict(deque)
+        self.asked: list[Asked] = []
+        self.fetched_at: list[float] = []
+        self.tokens: list[list[str]] = []
+        """The list of tokens of each wish for a code."""
+        self.out: set[str] = set()
+        """Handles that are asked about now."""
+        self.hold_s = 30.0
+        self._clock = clock
+        self._numbers = itertools.count(1)
+        self._news = Latch()
+
+    def happens(self, handle: str, *answers: Scan | ScanStatus | Exception | None) -> None:
+        """The next answers about a code; None: nobody answers, at once."""
+        self.scans[handle] += [Scan(answer) if isinstance(answer, str) else answer for answer in answers]
+        self._news.notify()
+
+    async def fetch_code(self, tokens: Sequence[str]) -> QrCode:
+        self.tokens.append(list(tokens))
+        self.fetched_at.append(self._clock.monotonic())
+        await asyncio.sleep(0.01)
+        answer = (
+            self.codes.popleft() if self.codes else QrCode(handle := f"q{next(self._numbers)}", f"https://q/{handle}")
+        )
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    async def read_code(self, handle: str, base_url: str, verify_code: str) -> Scan | None:
+        assert handle not in self.out, "one code is asked about twice at once"
+        self.asked.append(Asked(handle, base_url, verify_code, self._clock.monotonic()))
+        self.out.add(handle)
+        try:
+            await asyncio.sleep(0.01)
+            await self._news.until(lambda: bool(self.scans[handle]), self.hold_s)
+            answer = self.scans[handle].popleft() if self.scans[handle] else Scan("wait")
+        finally:
+            self.out.discard(handle)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def redirected(self, host: str, base_url: str) -> str:
+        return protocol.redirect_url(host, base_url, ())
+
+    def check_base_url(self, url: str) -> str:
+        return protocol.check_url(url, ())
 
 
 # the core around them ------------------------------------------------------------------------------------

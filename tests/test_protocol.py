@@ -11,8 +11,19 @@ import pytest
 
 from adapter.errors import AdapterError, Refused, SessionExpired, Temporary, Throttled, Uncertain
 from adapter.ilink import protocol
-from adapter.ilink.protocol import Reply, check_url, hold_ms, read_notified, read_sent, read_updates, retry_after
-from adapter.ports import Accepted, Fetch, MediaKind, Polled, Uploaded
+from adapter.ilink.protocol import (
+    Reply,
+    check_url,
+    hold_ms,
+    read_notified,
+    read_qrcode,
+    read_qrcode_status,
+    read_sent,
+    read_updates,
+    redirect_url,
+    retry_after,
+)
+from adapter.ports import Accepted, Fetch, MediaKind, Polled, QrCode, Scan, Uploaded
 
 BIG = 7497484083968569736
 """Beyond 2^53: a double would make 7497484083968569344 of it."""
@@ -614,3 +625,118 @@ def test_the_words_of_the_cdn_are_cut_to_what_may_be_told() -> None:
 def test_keys_and_links_are_in_no_repr() -> None:
     shown = repr(Uploaded("file", "n", 14, 16, "REF", KEY)) + repr(Fetch(0, "https://x/LINK", "REF", KEY, "n"))
     assert not any(secret in shown for secret in ("REF", "LINK", repr(KEY)))
+
+
+# QR logins -----------------------------------------------------------------------------------------------
+
+
+def test_a_qr_code_is_asked_for_without_authorization_and_base_info() -> None:
+    """2.1, 2.3, 3.1: ten tokens at most, the newest."""
+    request = protocol.qrcode_request(305419896, [f"token-{n}" for n in range(12)])
+    assert (request.method, request.path) == ("POST", "/ilink/bot/get_bot_qrcode?bot_type=3")
+    assert request.headers == {
+        "Content-Type": "application/json",
+        "AuthorizationType": "ilink_bot_token",
+        "X-WECHAT-UIN": "MzA1NDE5ODk2",
+        "iLink-App-Id": "bot",
+        "iLink-App-ClientVersion": "132105",
+    }
+    assert msgspec.json.decode(request.body) == {"local_token_list": [f"token-{n}" for n in range(10)]}
+
+
+def test_a_status_is_asked_for_by_get_with_the_app_headers_alone() -> None:
+    """2.2, 3.2."""
+    request = protocol.qrcode_status_request("a/b&c=1 é", "")
+    assert (request.method, request.body) == ("GET", b"")
+    assert request.path == "/ilink/bot/get_qrcode_status?qrcode=a%2Fb%26c%3D1%20%C3%A9"
+    assert request.headers == {"iLink-App-Id": "bot", "iLink-App-ClientVersion": "132105"}
+    assert protocol.qrcode_status_request("q", "4711").path.endswith("?qrcode=q&verify_code=4711")
+
+
+QR_URL = "https://liteapp.weixin.qq.com/q/demo?qrcode=qr-demo-1"
+QRCODES = [
+    ("a-code", reply({"ret": 0, "qrcode": "qr-1", "qrcode_img_content": QR_URL}), QrCode("qr-1", QR_URL)),
+    ("ret-missing", reply({"qrcode": "qr-1", "qrcode_img_content": QR_URL}), QrCode("qr-1", QR_URL)),
+    ("no-handle", reply({"ret": 0, "qrcode_img_content": QR_URL}), (Temporary, "unreadable", None)),
+    ("no-url", reply({"ret": 0, "qrcode": "qr-1"}), (Temporary, "unreadable", None)),
+    ("url-with-controls", reply({"qrcode": "q", "qrcode_img_content": "https://a\x1b[31m"}),
+     (Temporary, "unreadable", None)),
+    ("url-too-long", reply({"qrcode": "q", "qrcode_img_content": "https://" + "a" * 1500}),
+     (Temporary, "unreadable", None)),
+    ("refused", reply({"ret": -2, "errmsg": "no"}), (Temporary, "ret_other", None)),
+    ("html", reply(HTML, 502), (Temporary, "http_5xx", None)),
+    ("busy", reply(b"", 429, retry_after="7"), (Temporary, "http_4xx", 7.0)),
+    ("not-found", reply(HTML, 404), (Temporary, "http_4xx", None)),
+    ("empty", reply(b""), (Temporary, "unreadable", None)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("answer", "expected"), [row[1:] for row in QRCODES], ids=[row[0] for row in QRCODES])
+def test_an_answer_to_the_wish_for_a_code_has_one_meaning(answer: Reply, expected: object) -> None:
+    assert outcome(lambda: read_qrcode(answer)) == expected
+
+
+CONFIRMED = {
+    "ret": 0,
+    "status": "confirmed",
+    "bot_token": "b0f5860fdecb@im.bot:0600abcd",
+    "ilink_bot_id": "b0f5860fdecb@im.bot",
+    "ilink_user_id": "o9cq80demoUser@im.wechat",
+    "baseurl": "https://ilinkai.weixin.qq.com",
+}
+SCANS = [
+    *((status, reply({"ret": 0, "status": status}), Scan(status)) for status in (
+        "wait", "scaned", "need_verifycode", "verify_code_blocked", "expired", "binded_redirect")),
+    ("redirect", reply({"status": "scaned_but_redirect", "redirect_host": "a.weixin.qq.com"}),
+     Scan("scaned_but_redirect", redirect_host="a.weixin.qq.com")),
+    ("redirect-without-host", reply({"status": "scaned_but_redirect"}), Scan("scaned_but_redirect")),
+    ("confirmed", reply(CONFIRMED), Scan("confirmed", bot="b0f5860fdecb@im.bot", user="o9cq80demoUser@im.wechat",
+     token="b0f5860fdecb@im.bot:0600abcd", base_url="https://ilinkai.weixin.qq.com")),
+    ("confirmed-with-nothing", reply({"status": "confirmed"}), Scan("confirmed")),
+    ("unknown-status-is-wait", reply({"status": "something_new"}), Scan("wait")),
+    ("no-status-is-wait", reply({"ret": 0}), Scan("wait")),
+    ("524", reply(HTML, 524), (Temporary, "http_5xx", None)),
+    ("-2", reply({"ret": -2, "status": "confirmed"}), (Temporary, "ret_other", None)),
+    ("a-number-as-token", reply({**CONFIRMED, "bot_token": 5}), (Temporary, "unreadable", None)),
+    ("truncated", reply(b'{"status":"confir'), (Temporary, "unreadable", None)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("answer", "expected"), [row[1:] for row in SCANS], ids=[row[0] for row in SCANS])
+def test_an_answer_about_a_code_has_one_meaning(answer: Reply, expected: object) -> None:
+    assert outcome(lambda: read_qrcode_status(answer)) == expected
+
+
+def test_what_is_read_of_a_login_shows_no_secret() -> None:
+    scan = read_qrcode_status(reply(CONFIRMED))
+    assert "0600abcd" not in repr(scan)
+    assert "qr-1" not in repr(QrCode("qr-1", QR_URL))
+    with pytest.raises(Temporary) as caught:
+        read_qrcode_status(reply({**CONFIRMED, "baseurl": ["0600abcd"]}))
+    assert "0600abcd" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("host", "base_url", "expected"),
+    [
+        ("sh.ilinkai.weixin.qq.com", "https://ilinkai.weixin.qq.com", "https://sh.ilinkai.weixin.qq.com"),
+        ("ilinkai.wechat.com:8443", "https://ilinkai.weixin.qq.com", "https://ilinkai.wechat.com:8443"),
+        ("127.0.0.1:8081", "http://127.0.0.1:8080", "http://127.0.0.1:8081"),
+        ("127.0.0.1:8081", "https://ilinkai.weixin.qq.com", "https://127.0.0.1:8081"),
+        ("sh.ilinkai.weixin.qq.com", "http://127.0.0.1:8080", "https://sh.ilinkai.weixin.qq.com"),
+    ],
+)
+def test_a_redirect_goes_on_by_https_but_for_a_simulator(host: str, base_url: str, expected: str) -> None:
+    assert redirect_url(host, base_url, ("127.0.0.1:8080", "127.0.0.1:8081")) == expected
+
+
+@pytest.mark.parametrize(
+    "host",
+    ["evil.example", "weixin.qq.com.evil.example", "127.0.0.1:9", "a.weixin.qq.com/path", "a@b.weixin.qq.com",
+     "https://a.weixin.qq.com", "a.weixin.qq.com?x", "a.weixin.qq.com\n", "[::1]", "", ".weixin.qq.com", "a b"],
+)  # fmt: skip
+def test_a_redirect_to_any_other_host_is_refused(host: str) -> None:
+    """F23."""
+    with pytest.raises(Refused) as caught:
+        redirect_url(host, "http://127.0.0.1:8080", ("127.0.0.1:8080",))
+    assert caught.value.reason == "url"

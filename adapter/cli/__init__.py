@@ -12,7 +12,7 @@ from importlib.metadata import version
 import structlog
 from cyclopts import App, CycloptsError
 
-from adapter.cli import bindings, dead, demo, doctor, output, run, send, tail
+from adapter.cli import bindings, dead, demo, doctor, login, output, run, send, tail
 from adapter.cli.exits import EXIT_CODES, INTERRUPTED, NO, OK, USAGE, Failed
 from adapter.embedded import EmbeddedFailed
 from adapter.errors import AdapterError, SettingsError
@@ -38,6 +38,7 @@ def build() -> App:
     )
     app.command(demo.demo)
     app.command(run.run)
+    app.command(login.login)
     app.command(bindings.bind)
     app.command(bindings.unbind)
     app.command(bindings.bindings)

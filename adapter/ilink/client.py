@@ -11,7 +11,7 @@ import contextlib
 import random
 import ssl
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import httpx
@@ -23,7 +23,7 @@ from adapter.ilink import protocol
 from adapter.ilink.protocol import Reply, Request
 from adapter.ilink.wire import THROTTLED
 from adapter.metrics import Metrics
-from adapter.ports import Accepted, Account, MediaKind, Polled, Uploaded
+from adapter.ports import Accepted, Account, MediaKind, Polled, QrCode, Scan, Uploaded
 
 log = structlog.get_logger()
 
@@ -34,10 +34,13 @@ CONNECT_S = 10.0
 UPLOAD_URL_S = 15.0
 ASK_S = 10.0
 """The official client's timeout of getconfig, sendtyping and the notifications (3)."""
+QRCODE_S = 10.0
+LOGINS = "QR logins"
+"""All QR logins share a client: each waits for one answer at a time, and there are few."""
 
 
 class ILink:
-    """Implements ports.Chat."""
+    """Implements ports.Chat and ports.Logins."""
 
     def __init__(
         self,
@@ -207,6 +210,46 @@ class ILink:
         self._count(endpoint, "ok")
         return answer
 
+    async def fetch_code(self, tokens: Sequence[str]) -> QrCode:
+        """Always from the default base (ilink-protocol 1.4). Raises Temporary."""
+        request = protocol.qrcode_request(random.getrandbits(32), tokens)
+        started = time.monotonic()
+        try:
+            code = protocol.read_qrcode(await self._exchange_login(self._default_base_url, request, QRCODE_S))
+        except TimeoutError:
+            self._count("get_bot_qrcode", "timeout")
+            raise Temporary("timeout", f"iLink gave no QR code within {QRCODE_S:g} s.") from None
+        except AdapterError as exc:
+            self._count("get_bot_qrcode", _outcome(exc))
+            retry_after_s = exc.retry_after_s if isinstance(exc, Temporary) else None
+            raise Temporary(exc.reason, f"iLink gave no QR code: {exc.detail}.", retry_after_s=retry_after_s) from exc
+        finally:
+            self._metrics.upstream_request_duration.labels(endpoint="get_bot_qrcode").observe(
+                time.monotonic() - started
+            )
+        self._count("get_bot_qrcode", "ok")
+        return code
+
+    async def read_code(self, handle: str, base_url: str, verify_code: str) -> Scan | None:
+        """None: a timeout, a network or gateway error, or nothing readable (3.2). Raises Refused("url")."""
+        request = protocol.qrcode_status_request(handle, verify_code)
+        timeout_s = protocol.HOLD_MS / 1000 + self._poll_margin_s
+        try:
+            scan = protocol.read_qrcode_status(await self._exchange_login(base_url, request, timeout_s))
+        except TimeoutError:
+            self._count("get_qrcode_status", "timeout")
+            return None
+        except (Temporary, Uncertain) as exc:
+            self._count("get_qrcode_status", _outcome(exc))
+            log.debug("login.unanswered", reason=exc.reason)
+            return None
+        self._count("get_qrcode_status", "ok")
+        return scan
+
+    def redirected(self, host: str, base_url: str) -> str:
+        """Raises Refused("url")."""
+        return protocol.redirect_url(host, base_url or self._default_base_url, self._allowed_hosts)
+
     async def recycle(self, bot: str) -> None:
         """Closes the bot's connections; the next call resolves and connects anew (10.4)."""
         if client := self._clients.pop(bot, None):
@@ -220,12 +263,18 @@ class ILink:
 
     async def _post(self, account: Account, request: Request, timeout_s: float) -> Reply:
         """Raises TimeoutError, Temporary (it did not leave), Uncertain (it left), Refused("url")."""
-        base = self.check_base_url(account.base_url or self._default_base_url)
-        client = self._client(account.bot)
+        return await self._exchange(self._client(account.bot), account.base_url, request, timeout_s)
+
+    async def _exchange_login(self, base_url: str, request: Request, timeout_s: float) -> Reply:
+        """As `_post`, for what belongs to no bot yet."""
+        return await self._exchange(self._client(LOGINS, connections=None), base_url, request, timeout_s)
+
+    async def _exchange(self, client: httpx.AsyncClient, base_url: str, request: Request, timeout_s: float) -> Reply:
+        url = self.check_base_url(base_url or self._default_base_url) + request.path
         try:
             async with (
                 asyncio.timeout(timeout_s),
-                client.stream("POST", base + request.path, headers=request.headers, content=request.body) as response,
+                client.stream(request.method, url, headers=request.headers, content=request.body or None) as response,
             ):
                 body = await self._read(response)
         except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout) as exc:
@@ -244,13 +293,13 @@ class ILink:
             chunks.append(chunk)
         return b"".join(chunks)
 
-    def _client(self, bot: str) -> httpx.AsyncClient:
+    def _client(self, bot: str, connections: int | None = 4) -> httpx.AsyncClient:
         client = self._clients.get(bot)
         if client is None:
             client = self._clients[bot] = httpx.AsyncClient(
                 verify=self._tls,
                 timeout=httpx.Timeout(None, connect=CONNECT_S),
-                limits=httpx.Limits(max_connections=4, max_keepalive_connections=2, keepalive_expiry=20.0),
+                limits=httpx.Limits(max_connections=connections, max_keepalive_connections=2, keepalive_expiry=20.0),
                 follow_redirects=False,
                 headers={"User-Agent": AGENT, "Accept-Encoding": "gzip, deflate"},
             )

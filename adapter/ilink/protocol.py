@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import base64
 import re
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeVar, get_args
 from urllib.parse import quote, urlsplit
 
 import msgspec
@@ -12,7 +13,7 @@ import msgspec
 from adapter.errors import Refused, SessionExpired, Temporary, Throttled, Uncertain
 from adapter.ilink import wire
 from adapter.ilink.cipher import cipher_size, write_key
-from adapter.ports import Accepted, MediaKind, Polled, Uploaded
+from adapter.ports import Accepted, MediaKind, Polled, QrCode, Scan, ScanStatus, Uploaded
 
 CHANNEL_VERSION = "2.4.9"
 """The official client whose behaviour this one follows."""
@@ -22,6 +23,7 @@ HOST_SUFFIXES = (".weixin.qq.com", ".wechat.com")
 """Hosts that may be called beside the configured ones (1.4)."""
 
 _URL = re.compile(r"[!-~]+")
+_HOST_PORT = re.compile(r"([A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\])(:\d{1,5})?")
 _HOST = re.compile(r"[a-z0-9-]+(\.[a-z0-9-]+)+")
 _ESCAPE = re.compile(
     rb"\\(?:u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|(u[dD][89a-fA-F][0-9a-fA-F]{2})|.)", re.DOTALL
@@ -29,6 +31,12 @@ _ESCAPE = re.compile(
 """An escape in a JSON string; the group: half a surrogate pair."""
 
 A = TypeVar("A", bound=wire.Answer)
+
+QR_URL_CHARS = 1500
+"""Longest text that is taken for the content of a QR code."""
+TOKENS_LISTED = 10
+"""Longest `local_token_list` (3.1)."""
+STATUSES: tuple[str, ...] = get_args(ScanStatus)
 
 HOLD_MS = 35_000
 HOLD_RANGE_MS = (5_000, 60_000)
@@ -40,12 +48,13 @@ GATEWAY_ERRORS = (502, 504)
 
 
 class Request(NamedTuple):
-    """One POST."""
+    """One request. Its headers, body and path hold secrets."""
 
     endpoint: str
     path: str
     headers: dict[str, str]
     body: bytes
+    method: str = "POST"
 
 
 class Reply(NamedTuple):
@@ -91,20 +100,38 @@ def _check_host(url: str, allowed_hosts: tuple[str, ...]) -> None:
                       + " or ".join(HOST_SUFFIXES) + ", or be named in WECHAT_NATS_ALLOWED_HOSTS.")  # fmt: skip
 
 
+def redirect_url(host: str, base_url: str, allowed_hosts: tuple[str, ...]) -> str:
+    """Where a redirected login goes on: by https (8), or as `base_url` where that is a simulator.
+
+    Raises Refused("url").
+    """
+    if not _HOST_PORT.fullmatch(host):
+        raise Refused("url", "The host of a redirect is host or host:port.")
+    configured = not {host, host.rpartition(":")[0]}.isdisjoint(allowed_hosts)
+    plain = configured and base_url.startswith("http://")
+    return check_url(f"{'http' if plain else 'https'}://{host}", allowed_hosts)
+
+
 def uin(number: int) -> str:
     """The header X-WECHAT-UIN: base64 of the decimal text of a random uint32 (2.1)."""
     return base64.b64encode(str(number).encode()).decode()
 
 
-def _request(name: str, token: str, number: int, body: dict[str, Any], *, agent: str) -> Request:
-    headers = {
+def _app_headers() -> dict[str, str]:
+    return {"iLink-App-Id": "bot", "iLink-App-ClientVersion": APP_CLIENT_VERSION}
+
+
+def _post_headers(number: int) -> dict[str, str]:
+    return {
         "Content-Type": "application/json",
         "AuthorizationType": "ilink_bot_token",
-        "Authorization": f"Bearer {token}",
         "X-WECHAT-UIN": uin(number),
-        "iLink-App-Id": "bot",
-        "iLink-App-ClientVersion": APP_CLIENT_VERSION,
+        **_app_headers(),
     }
+
+
+def _request(name: str, token: str, number: int, body: dict[str, Any], *, agent: str) -> Request:
+    headers = _post_headers(number) | {"Authorization": f"Bearer {token}"}
     body["base_info"] = {"channel_version": CHANNEL_VERSION, "bot_agent": agent}
     return Request(name.rpartition("/")[2], f"/ilink/bot/{name}", headers, msgspec.json.encode(body))
 
@@ -239,6 +266,20 @@ def notify_request(token: str, number: int, *, start: bool, agent: str) -> Reque
     return _request("msg/notifystart" if start else "msg/notifystop", token, number, {}, agent=agent)
 
 
+def qrcode_request(number: int, tokens: Sequence[str]) -> Request:
+    """get_bot_qrcode: without authorization and base_info (3.1). `tokens`: newest first; the first ten count."""
+    body = msgspec.json.encode({"local_token_list": list(tokens[:TOKENS_LISTED])})
+    return Request("get_bot_qrcode", "/ilink/bot/get_bot_qrcode?bot_type=3", _post_headers(number), body)
+
+
+def qrcode_status_request(handle: str, verify_code: str) -> Request:
+    """get_qrcode_status: a GET with the app headers alone (2.2, 3.2). `verify_code`: "" where none is asked for."""
+    path = f"/ilink/bot/get_qrcode_status?qrcode={quote(handle, safe='')}"
+    if verify_code:
+        path += f"&verify_code={quote(verify_code, safe='')}"
+    return Request("get_qrcode_status", path, _app_headers(), b"", "GET")
+
+
 def hold_ms(hint: object) -> int:
     """The server's hint for the next poll, clamped; HOLD_MS where it is no positive number (F21)."""
     if isinstance(hint, str):
@@ -356,6 +397,41 @@ def read_typing(reply: Reply) -> bool:
     if answer.code == wire.STALE_TOKEN:
         raise _expired(answer)
     return answer.code == 0
+
+
+def read_qrcode(reply: Reply) -> QrCode:
+    """Raises Temporary for everything that is no code."""
+    answer = _read_login(reply, wire.QrCode)
+    handle, url = answer.qrcode or "", answer.qrcode_img_content or ""
+    if not handle or not _URL.fullmatch(url) or len(url) > QR_URL_CHARS:
+        raise Temporary("unreadable", "the answer holds no QR code")
+    return QrCode(handle, url)
+
+
+def read_qrcode_status(reply: Reply) -> Scan:
+    """An unknown status is `wait`. Raises Temporary where there is none: the caller asks again (3.2)."""
+    answer = _read_login(reply, wire.QrStatus)
+    if answer.status not in STATUSES:
+        return Scan("wait")
+    return Scan(
+        answer.status,  # type: ignore[arg-type] # one of STATUSES
+        redirect_host=answer.redirect_host or "",
+        bot=answer.ilink_bot_id or "",
+        user=answer.ilink_user_id or "",
+        token=answer.bot_token or "",
+        base_url=answer.baseurl or "",
+    )
+
+
+def _read_login(reply: Reply, kind: type[A]) -> A:
+    _check_status(reply)
+    try:
+        answer = _decode(reply.body, kind)
+    except ValueError:  # its text may quote the answer, which holds a token
+        raise Temporary("unreadable", "the answer cannot be read") from None
+    if answer.code:
+        raise Temporary("ret_other", f"iLink answered {answer.code}")
+    return answer
 
 
 def _decode(body: bytes, kind: type[A]) -> A:

@@ -65,6 +65,24 @@ class Config(Answer, kw_only=True):
     typing_ticket: str | None = None
 
 
+class QrCode(Answer, kw_only=True):
+    """Answer of get_bot_qrcode. `qrcode_img_content` is a URL to encode, not an image."""
+
+    qrcode: str | None = None
+    qrcode_img_content: str | None = None
+
+
+class QrStatus(Answer, kw_only=True):
+    """Answer of get_qrcode_status."""
+
+    status: str | None = None
+    redirect_host: str | None = None
+    bot_token: str | None = None
+    ilink_bot_id: str | None = None
+    ilink_user_id: str | None = None
+    baseurl: str | None = None
+
+
 class TextPayload(msgspec.Struct):
     text: str = ""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 
 import structlog
@@ -18,6 +19,8 @@ log = structlog.get_logger()
 
 SERVICE = "wechat-nats"
 Handler = Callable[[bytes], Awaitable[bytes]]
+AT_ONCE = 256
+"""Requests that are being answered; more wait."""
 
 
 class Services:
@@ -30,6 +33,8 @@ class Services:
         self._handlers = handlers
         self._version = version
         self._instance = instance
+        self._room = asyncio.Semaphore(AT_ONCE)
+        self._answers: set[asyncio.Task[None]] = set()
         link.on_up(self._start)
 
     async def _start(self, nc: Client) -> None:
@@ -53,14 +58,29 @@ class Services:
             except Temporary as exc:
                 await request.respond_error("503", _plain(exc.detail or exc.reason))
             except Refused as exc:
-                await request.respond_error("404" if exc.reason == "not_bound" else "400", _plain(exc.detail))
+                await request.respond_error(
+                    "404" if exc.reason in ("not_bound", "not_found") else "400", _plain(exc.detail)
+                )
             except AdapterError as exc:
                 await request.respond_error("500", _plain(exc.detail or exc.reason))
             except Exception:  # nats-py would send the exception's repr to the caller
                 log.exception("service.crashed")
                 await request.respond_error("500", "The adapter failed; its log says why.")
 
-        return answer
+        async def take(request: Request) -> None:
+            """Answers beside the others of its verb: one that waits for iLink must not hold up the next."""
+            await self._room.acquire()
+            task = asyncio.get_running_loop().create_task(answer(request))
+            self._answers.add(task)
+            task.add_done_callback(ended)
+
+        def ended(task: asyncio.Task[None]) -> None:
+            self._answers.discard(task)
+            self._room.release()
+            if not task.cancelled() and (exc := task.exception()):  # the connection broke before the answer
+                log.info("service.unanswered", reason=type(exc).__name__)
+
+        return take
 
 
 class BusTeller:

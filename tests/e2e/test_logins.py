@@ -1,0 +1,344 @@
+"""QR logins over the bus: a real server, the simulated iLink over sockets, adapters that die in between."""
+
+from __future__ import annotations
+
+import base64
+import secrets
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from nats.aio.client import Client
+from nats.errors import Error as NatsError
+
+from adapter.contract import (
+    BindingEvent,
+    BindingsPage,
+    BindingsQuery,
+    Inbound,
+    Login,
+    LoginEvent,
+    LoginQuery,
+    LoginStart,
+    LoginVerify,
+    Options,
+)
+from adapter.simulator import FaultRule
+from tests.e2e.test_bindings import ask, changes
+from tests.e2e.world import NAMES, AdapterProcess, World, eventually, stream, until, world
+
+FAST: dict[str, Any] = {"qr_hold_ms": 300, "token_death_delay_s": 0}
+
+
+async def start(nc: Client, sandbox: str = "s1", **fields: Any) -> Login:
+    login = await ask(nc, "login.start", LoginStart(sandbox=sandbox, **fields), Login)
+    assert isinstance(login, Login), login
+    return login
+
+
+async def status(nc: Client, login: Login) -> Login:
+    answer = await ask(nc, "login.status", LoginQuery(login=login.login), Login)
+    assert isinstance(answer, Login), answer
+    return answer
+
+
+async def reaches(nc: Client, login: Login, *statuses: str, reason: str = "") -> Login:
+    """Waits until the login stands so."""
+    found = login
+
+    async def there() -> bool:
+        nonlocal found
+        try:
+            found = await status(nc, login)
+        except (NatsError, TimeoutError):  # the replica that would have answered is dead
+            return False
+        return found.status in statuses and reason in ("", found.reason)
+
+    await eventually(there, f"{login.sandbox} is {statuses} {reason}")
+    return found
+
+
+async def events(nc: Client, sandbox: str = "s1") -> list[LoginEvent]:
+    stored = await stream(nc, NAMES.stream_event, NAMES.event(sandbox, "login"))
+    return [msgspec.json.decode(data, type=LoginEvent) for _, data in stored]
+
+
+async def ready(made: World, *adapters: AdapterProcess) -> Client:
+    """A connection, once the adapters run and own all shards."""
+    await until(lambda: all(b"adapter.started" in a.log.read_bytes() for a in adapters), "they run")
+    await until(lambda: sum(owned(a) for a in adapters) >= 128, "all shards are owned")
+    return await made.nc()
+
+
+def owned(adapter: AdapterProcess) -> int:
+    lines = [msgspec.json.decode(line) for line in adapter.log.read_bytes().splitlines() if b"shards.claimed" in line]
+    return int(lines[-1]["owned"]) if lines else 0
+
+
+def newest(made: World) -> str:
+    return made.sim.qrcodes()[-1].qrcode
+
+
+async def test_a_login_from_the_first_code_to_the_first_message(tmp_path: Path) -> None:
+    """With digits, wrong ones first, and a redirect to another host."""
+    async with world(tmp_path, **FAST) as made:
+        nc = await ready(made, await made.add_adapter())
+        login = await start(nc, png=True, options=Options(auto_typing=True))
+        code = newest(made)
+        assert code in login.qrcode_url
+        assert base64.b64decode(login.qrcode_png).startswith(b"\x89PNG")
+        assert "█" in login.qrcode_text
+        made.sim.require_verify(code, "4711")
+        made.sim.scan(code)
+        await reaches(nc, login, "need_verify_code")
+        polls = made.sim.qrcodes()[0].polls
+        answer = await ask(nc, "login.verify", LoginVerify(login=login.login, code="1111"), Login)
+        assert (answer.status, answer.reason) == ("need_verify_code", "checking")
+        await reaches(nc, login, "need_verify_code", reason="wrong_code")
+        assert made.sim.qrcodes()[0].polls == polls + 1  # while digits are awaited nothing is asked
+        await ask(nc, "login.verify", LoginVerify(login=login.login, code="4711"), Login)
+        await reaches(nc, login, "scanned")
+        await made.sim.redirect(code)
+        made.sim.confirm(code)
+        done = await reaches(nc, login, "confirmed")
+        (bot,) = made.sim.bots()
+        assert (done.bot, done.user, done.qrcode_url, done.qrcode_text) == (bot.bot, bot.user, "", "")
+        assert "first message" in done.detail
+        await until(lambda: made.sim.polls(bot.bot).total > 0, "the bot is polled")
+        page = await ask(nc, "bindings.get", BindingsQuery(bot=bot.bot), BindingsPage)
+        (binding,) = page.bindings
+        assert (binding.sandbox, binding.user) == ("s1", bot.user)
+        assert (binding.base_url, binding.options.auto_typing) == (made.sim.second_url, True)
+        made.bots["s1"] = bot
+        made.say("s1", "hello")
+        await made.command(nc, "s1", "c1")
+        await made.settle(nc)
+        told = await events(nc)
+        assert [(event.status, event.reason) for event in told] == [
+            ("wait", ""),
+            ("need_verify_code", ""),
+            ("need_verify_code", "wrong_code"),
+            ("scanned", ""),
+            ("confirmed", ""),
+        ]
+        assert (told[-1].bot, told[-1].user, told[-1].code) == (bot.bot, bot.user, 1)
+        assert made.sim.violations() == []
+        asked = made.sim.requests("get_qrcode_status")
+        assert {request.method for request in asked} == {"GET"}
+        await nc.close()
+
+
+async def test_a_user_who_has_a_bot_of_the_sandbox_keeps_it(tmp_path: Path) -> None:
+    """Only of this sandbox: a token of another one is never shown for it."""
+    async with world(tmp_path, **FAST) as made:
+        nc = await ready(made, await made.add_adapter())
+        bot, other = made.sim.add_bot(), made.sim.add_bot()
+        await made.bind(nc, "s1", bot)
+        await made.bind(nc, "s2", other)
+        login = await start(nc)
+        made.sim.scan(newest(made), bot.user)
+        done = await reaches(nc, login, "already_bound")
+        assert (done.bot, done.user) == (bot.bot, bot.user)
+        second = await start(nc)
+        made.sim.scan(newest(made), other.user)
+        await reaches(nc, second, "scanned")
+        await ask(nc, "login.cancel", LoginQuery(login=second.login), Login)
+        assert await changes(nc, "s1") == ["bound"]
+        await nc.close()
+
+
+async def test_a_login_that_nobody_scans_gets_new_codes_and_the_one_before_still_counts(tmp_path: Path) -> None:
+    async with world(tmp_path, environ={"WECHAT_NATS_LOGIN_REFRESH_S": "1"}, **FAST) as made:
+        nc = await ready(made, await made.add_adapter())
+        login = await start(nc)
+        await until(lambda: len(made.sim.qrcodes()) == 3, "two codes more")
+        before = made.sim.qrcodes()[-2].qrcode
+        made.sim.confirm(before)
+        done = await reaches(nc, login, "confirmed")
+        assert done.bot == made.sim.bots()[0].bot
+        numbers = [event.code for event in await events(nc) if event.status == "wait"]
+        assert numbers == list(range(1, len(numbers) + 1))
+        assert len(numbers) >= 3
+        await nc.close()
+
+
+async def test_a_cancelled_login_asks_no_more_and_binds_nobody(tmp_path: Path) -> None:
+    async with world(tmp_path, **FAST) as made:
+        nc = await ready(made, await made.add_adapter())
+        login = await start(nc)
+        await until(lambda: made.sim.qrcodes()[0].polls > 0, "it is asked for")
+        answer = await ask(nc, "login.cancel", LoginQuery(login=login.login), Login)
+        assert (answer.status, answer.qrcode_url) == ("cancelled", "")
+
+        async def told() -> bool:
+            return [event.status for event in await events(nc)] == ["wait", "cancelled"]
+
+        await eventually(told, "the end is told")
+        made.sim.confirm(newest(made))
+        polls = made.sim.qrcodes()[0].polls
+        other = await start(nc, "s2")  # proof that time has passed: another login goes its whole way
+        made.sim.confirm(newest(made))
+        await reaches(nc, other, "confirmed")
+        assert made.sim.qrcodes()[0].polls == polls
+        assert await ask(nc, "login.verify", LoginVerify(login=login.login, code="1"), Login) == "400"
+        assert await ask(nc, "login.status", LoginQuery(login="nonsense"), Login) == "404"
+        page = await ask(nc, "bindings.list", BindingsQuery(sandbox="s1"), BindingsPage)
+        assert page.bindings == []
+        await nc.close()
+
+
+async def test_what_goes_wrong_on_the_way_is_survived_or_said(tmp_path: Path) -> None:
+    async with world(tmp_path, **FAST) as made:
+        nc = await ready(made, await made.add_adapter())
+        made.sim.set_fault(FaultRule(fault="F2", endpoint="get_qrcode_status", count=2, params={"after_ms": 0}))
+        made.sim.set_fault(FaultRule(fault="F3", endpoint="get_qrcode_status", count=1))
+        login = await start(nc)
+        made.sim.confirm(newest(made))
+        await reaches(nc, login, "confirmed")
+
+        made.sim.set_fault(
+            FaultRule(fault="F27", endpoint="get_qrcode_status", count=1, params={"kind": "no_bot_id"})
+        )
+        login = await start(nc, "s2")
+        made.sim.confirm(newest(made))
+        assert (await reaches(nc, login, "failed")).reason == "no_bot_id"
+
+        params = {"baseurl": "https://evil.example"}
+        made.sim.set_fault(FaultRule(fault="F23", endpoint="get_qrcode_status", count=1, params=params))
+        login = await start(nc, "s3")
+        made.sim.confirm(newest(made))
+        assert (await reaches(nc, login, "failed")).reason == "url"
+
+        params = {"redirect_host": "evil.example"}
+        made.sim.set_fault(FaultRule(fault="F23", endpoint="get_qrcode_status", count=1, params=params))
+        login = await start(nc, "s4")
+        await made.sim.redirect(newest(made))
+        assert (await reaches(nc, login, "failed")).reason == "url"
+
+        made.sim.set_fault(FaultRule(fault="F1", endpoint="get_bot_qrcode", count=1))
+        assert await ask(nc, "login.start", LoginStart(sandbox="s5"), Login) == "503"
+        page = await ask(nc, "bindings.list", BindingsQuery(), BindingsPage)
+        assert [binding.sandbox for binding in page.bindings] == ["s1"]
+        await nc.close()
+
+
+@pytest.mark.parametrize("when", ["wait", "need_verify_code", "scanned"])
+async def test_a_login_survives_its_owner(tmp_path: Path, when: str) -> None:
+    """kill -9 of the only adapter, which is started again; a replica that takes over does the same."""
+    async with world(tmp_path, **FAST) as made:
+        adapter = await made.add_adapter()
+        nc = await ready(made, adapter)
+        login = await start(nc)
+        code = newest(made)
+        if when == "need_verify_code":
+            made.sim.require_verify(code, "4711")
+        if when != "wait":
+            made.sim.scan(code)
+            await reaches(nc, login, when)
+        if when == "scanned":
+            await made.sim.redirect(code)
+            await until(lambda: bool(made.sim.qrcodes()[0].polls), "it goes on")
+        await adapter.kill()
+        if when != "need_verify_code":
+            made.sim.confirm(code)
+        await adapter.start()
+        if when == "need_verify_code":
+            await reaches(nc, login, when)
+            await ask(nc, "login.verify", LoginVerify(login=login.login, code="4711"), Login)
+            await reaches(nc, login, "scanned")
+            made.sim.confirm(code)
+        done = await reaches(nc, login, "confirmed")
+        assert done.bot == made.sim.bots()[0].bot
+        assert await changes(nc, "s1") == ["bound"]
+        assert [event.status for event in await events(nc)].count("confirmed") == 1
+        await nc.close()
+
+
+async def test_two_replicas_take_one_confirmation_also_when_the_owner_dies(tmp_path: Path) -> None:
+    async with world(tmp_path, **FAST) as made:
+        first = await made.add_adapter(WECHAT_NATS_INSTANCE="first")
+        nc = await ready(made, first)
+        second = await made.add_adapter(WECHAT_NATS_INSTANCE="second")
+        await until(lambda: b"adapter.started" in second.log.read_bytes(), "the second runs")
+        logins = [await start(nc, f"s{n}") for n in range(6)]
+        codes = [record.qrcode for record in made.sim.qrcodes()]
+        for code in codes[:3]:
+            made.sim.confirm(code)
+        for login in logins[:3]:
+            await reaches(nc, login, "confirmed")
+        await first.kill()
+        for code in codes[3:]:
+            made.sim.confirm(code)
+        for login in logins[3:]:
+            await reaches(nc, login, "confirmed")
+        page = await ask(nc, "bindings.list", BindingsQuery(), BindingsPage)
+        assert sorted(b.bot for b in page.bindings) == sorted(bot.bot for bot in made.sim.bots())
+        stored = await stream(nc, NAMES.stream_event, NAMES.event("*", "binding"))
+        bound = [msgspec.json.decode(data, type=BindingEvent).bot for _, data in stored]
+        assert sorted(bound) == sorted(bot.bot for bot in made.sim.bots())
+        for number in range(6):
+            told = [event.status for event in await events(nc, f"s{number}")]
+            assert told.count("confirmed") == 1
+            assert told[0] == "wait"
+        await nc.close()
+
+
+async def test_what_was_parked_for_a_user_is_sent_by_the_bot_of_their_next_login(tmp_path: Path) -> None:
+    async with world(tmp_path, **FAST) as made:
+        nc = await ready(made, await made.add_adapter())
+        old = made.sim.add_bot()
+        await made.bind(nc, "s1", old)
+        await until(lambda: made.sim.polls(old.bot).total > 0, "the old bot is polled")
+        await made.command(nc, "s1", "waiting")
+        made.sim.kill_token(old.bot)
+
+        async def dead() -> bool:
+            return "needs_login" in await changes(nc, "s1")
+
+        await eventually(dead, "the old login is dead")
+        login = await start(nc)
+        made.sim.confirm(newest(made), old.user)
+        done = await reaches(nc, login, "confirmed")
+        assert done.bot != old.bot
+        made.bots["s1"] = next(bot for bot in made.sim.bots() if bot.bot == done.bot)
+        made.say("s1", "I am back")
+        await made.settle(nc)
+        assert [shown.text for shown in made.sim.phone(old.user)] == ["answer waiting"]
+        assert {send.client_id for send in made.sim.sends(old.bot)} == set()
+        inbound = await stream(nc, NAMES.stream_in, NAMES.inbox("s1"))
+        assert {msgspec.json.decode(data, type=Inbound).bot for _, data in inbound} == {done.bot}
+        page = await ask(nc, "bindings.list", BindingsQuery(), BindingsPage)
+        assert [binding.bot for binding in page.bindings] == [done.bot]
+        assert made.sim.polls(done.bot).records[0].cursor == ""
+        await nc.close()
+
+
+async def test_no_secret_of_a_login_is_in_a_log_an_event_or_on_disk(tmp_path: Path) -> None:
+    environ = {
+        "WECHAT_NATS_TOKEN_KEY": base64.b64encode(secrets.token_bytes(32)).decode(),
+        "WECHAT_NATS_LOG": "debug",
+    }
+    async with world(tmp_path, environ=environ, **FAST) as made:
+        adapter = await made.add_adapter()
+        nc = await ready(made, adapter)
+        login = await start(nc)
+        made.sim.require_verify(newest(made), "471147114711")
+        made.sim.scan(newest(made))
+        await reaches(nc, login, "need_verify_code")
+        await adapter.kill()
+        await adapter.start()
+        await reaches(nc, login, "need_verify_code")
+        await ask(nc, "login.verify", LoginVerify(login=login.login, code="471147114711"), Login)
+        await reaches(nc, login, "scanned")
+        made.sim.confirm(newest(made))
+        await reaches(nc, login, "confirmed")
+        (bot,) = made.sim.bots()
+        await until(lambda: made.sim.polls(bot.bot).total > 0, "the bot is polled, so the token is whole")
+        await nc.close()
+        secrets_ = [newest(made), bot.token, bot.token.partition(":")[2], "471147114711"]
+        files = [adapter.log, *(path for path in (tmp_path / "nats").rglob("*") if path.is_file())]
+        assert any(b"wechat_logins" in path.read_bytes() for path in files)
+        for path in files:
+            data = path.read_bytes()
+            assert [secret for secret in secrets_ if secret.encode() in data] == [], path

@@ -1,0 +1,667 @@
+"""QR logins in virtual time: every status and failure, who asks when, and what is told of it."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import itertools
+from typing import Any
+
+import msgspec
+import pytest
+from structlog.testing import capture_logs
+
+from adapter.contract import Bind, Login, LoginEvent, LoginQuery, LoginStart, LoginVerify, shard_of
+from adapter.control import Control
+from adapter.errors import BusRefused, Refused, Temporary
+from adapter.login_service import OPEN_PER_SANDBOX, LoginService
+from adapter.logins import LoginBook
+from adapter.ports import Entry, Message, QrCode, Scan
+from adapter.records import LoginRecord
+from adapter.scanning import Scanner, Scanning
+from adapter.seal import Sealer
+from tests.fakes import Bench, FakeBucket, FakeDelivery, FakeLogins
+
+VIRTUAL_TIME = True
+
+BOT, USER, TOKEN = "b1@im.bot", "u1@im.wechat", "b1@im.bot:SECRET"
+CONFIRMED = Scan("confirmed", bot=BOT, user=USER, token=TOKEN, base_url="https://ilinkai.wechat.com")
+LOGIN_S, REFRESH_S, CODES = 480.0, 50.0, 3
+
+
+class Doors:
+    """One replica that logs in; a second one on the same `world` may take over. Its binds are carried out."""
+
+    def __init__(self, world: Doors | None = None, *, incarnation: str = "me-1", sealed: bool = False) -> None:
+        self.bench: Bench = Bench(world.bench if world else None, incarnation=incarnation)
+        self.clock = self.bench.clock
+        self.bucket: FakeBucket = world.bucket if world else FakeBucket("login", self.bench.bus.writes)
+        self.sealer: Sealer = world.sealer if world else Sealer((b"k" * 32,) if sealed else ())
+        self.ilink: FakeLogins = world.ilink if world else FakeLogins(self.clock)
+        self.book = LoginBook(self.bucket, self.sealer, self.clock, self.bench.metrics)
+        self.scanner = Scanner(
+            Scanning(
+                logins=self.ilink,
+                book=self.book,
+                bindings=self.bench.bindings,
+                leases=self.bench.leases,
+                bus=self.bench.bus,
+                history=self.bench.bus,
+                events=self.bench.events,
+                sealer=self.sealer,
+                clock=self.clock,
+                metrics=self.bench.metrics,
+                names=self.bench.names,
+                refresh_s=REFRESH_S,
+                codes=CODES,
+            )
+        )
+        self.service = LoginService(
+            self.ilink, self.book, self.bench.bindings, self.sealer, self.bench.metrics, login_s=LOGIN_S
+        )
+        self.control = Control(
+            bindings=self.bench.bindings,
+            events=self.bench.events,
+            chat=self.bench.chat,
+            sealer=self.sealer,
+            teller=self.bench.teller,
+            names=self.bench.names,
+            clock=self.clock,
+            metrics=self.bench.metrics,
+        )
+        self.controlled = True
+        """Whether stored binds are carried out."""
+        loop = asyncio.get_running_loop()
+        self.tasks = [loop.create_task(work) for work in (self.book.run(), self.scanner.run(), self._control())]
+
+    async def _control(self) -> None:
+        done = 0
+        while True:
+            stored = self.bench.bus.found("CTL")
+            for message in stored[done:] if self.controlled else []:
+                delivery = FakeDelivery(message.subject, message.data, seq=message.seq, time_ms=self.clock.now_ms())
+                await self.control._take(delivery)
+                done += 1
+            await asyncio.sleep(0.05)
+
+    async def start(self, sandbox: str = "s1", **fields: Any) -> Login:
+        return await self.ask("start", LoginStart(sandbox=sandbox, **fields))
+
+    async def ask(self, verb: str, query: msgspec.Struct) -> Login:
+        return msgspec.json.decode(await getattr(self.service, verb)(msgspec.json.encode(query)), type=Login)
+
+    async def status(self, login: Login) -> Login:
+        return await self.ask("status", LoginQuery(login=login.login))
+
+    async def verify(self, login: Login, code: str) -> Login:
+        return await self.ask("verify", LoginVerify(login=login.login, code=code))
+
+    async def stop(self) -> None:
+        """As SIGTERM ends it."""
+        self.bench.leases.owned.clear()
+        self.bench.leases.changed.notify()
+        for task in self.tasks:
+            task.cancel()
+        await asyncio.wait(self.tasks)
+
+    def told(self, sandbox: str = "s1") -> list[tuple[str, int, str]]:
+        return [(event.status, event.code, event.reason) for event in self.events(sandbox)]
+
+    def events(self, sandbox: str = "s1") -> list[LoginEvent]:
+        return [
+            msgspec.json.decode(stored.data, type=LoginEvent)
+            for stored in self.bench.bus.found("EVENT")
+            if stored.subject == f"wechat.event.{sandbox}.login"
+        ]
+
+    def binds(self) -> list[Bind]:
+        return [msgspec.json.decode(stored.data, type=Bind) for stored in self.bench.bus.found("CTL")]
+
+    def record(self, login: Login) -> LoginRecord:
+        value = self.bucket.entries[login.login].value
+        assert value is not None
+        return msgspec.json.decode(value, type=LoginRecord)
+
+    def counted(self, outcome: str) -> float:
+        return self.bench.metrics.value("logins_total", outcome=outcome)
+
+
+async def test_a_login_goes_from_the_code_to_the_bot() -> None:
+    doors = Doors()
+    login = await doors.start()
+    assert (login.status, login.code, login.qrcode_url) == ("wait", 1, "https://q/q1")
+    assert login.qrcode_text
+    assert login.qrcode_png == ""
+    await asyncio.sleep(3)
+    doors.ilink.happens("q1", "scaned")
+    await asyncio.sleep(1)
+    assert (await doors.status(login)).status == "scanned"
+    doors.ilink.happens("q1", CONFIRMED)
+    await asyncio.sleep(5)
+    done = await doors.status(login)
+    assert (done.status, done.bot, done.user, done.qrcode_url) == ("confirmed", BOT, USER, "")
+    assert doors.told() == [("wait", 1, ""), ("scanned", 1, ""), ("confirmed", 1, "")]
+    (bind,) = doors.binds()
+    assert (bind.sandbox, bind.bot, bind.user, bind.base_url) == ("s1", BOT, USER, "https://ilinkai.wechat.com")
+    binding = doors.bench.bindings.get(BOT)
+    assert binding is not None
+    assert (binding.token, binding.request) == (TOKEN, f"login:{login.login}")
+    assert "first message" in doors.events()[-1].detail
+    asked = len(doors.ilink.asked)
+    await asyncio.sleep(100)
+    assert len(doors.ilink.asked) == asked  # no call after the end
+    assert doors.record(login).codes == []
+    assert doors.record(login).token == ""
+    assert doors.counted("confirmed") == 1
+
+
+async def test_between_two_requests_about_a_code_is_a_second() -> None:
+    doors = Doors()
+    await doors.start()
+    doors.ilink.happens("q1", *[None] * 5)  # network errors: each is a `wait`
+    await asyncio.sleep(10)
+    times = [asked.at_s for asked in doors.ilink.asked]
+    assert [round(b - a) for a, b in itertools.pairwise(times)] == [1] * 5
+    assert doors.told() == [("wait", 1, "")]
+
+
+async def test_the_digits_of_the_phone_are_sent_at_once() -> None:
+    doors = Doors()
+    login = await doors.start()
+    with pytest.raises(Refused):
+        await doors.verify(login, "4711")
+    doors.ilink.happens("q1", "need_verifycode")
+    await asyncio.sleep(1)
+    asked = len(doors.ilink.asked)
+    await asyncio.sleep(100)
+    assert len(doors.ilink.asked) == asked  # while the digits are awaited, nothing is asked
+    now = doors.clock.monotonic()
+    answer = await doors.verify(login, "4711")
+    assert (answer.status, answer.reason) == ("need_verify_code", "checking")
+    doors.ilink.happens("q1", None, "scaned")  # the first answer gets lost: they are sent again
+    await asyncio.sleep(3)
+    first, second = doors.ilink.asked[asked : asked + 2]
+    assert (first.digits, second.digits) == ("4711", "4711")
+    assert first.at_s - now < 0.1
+    assert second.at_s - first.at_s >= 1
+    assert doors.record(login).digits == ""
+    assert doors.ilink.asked[-1].digits == ""
+    assert doors.told() == [("wait", 1, ""), ("need_verify_code", 1, ""), ("scanned", 1, "")]
+
+
+async def test_wrong_digits_are_asked_for_again_each_time() -> None:
+    doors = Doors()
+    login = await doors.start()
+    doors.ilink.happens("q1", "need_verifycode")
+    await asyncio.sleep(1)
+    for _ in range(2):
+        await doors.verify(login, "1")
+        doors.ilink.happens("q1", "need_verifycode")
+        await asyncio.sleep(1)
+        now = await doors.status(login)
+        assert (now.status, now.reason) == ("need_verify_code", "wrong_code")
+    again = ("need_verify_code", 1, "wrong_code")
+    assert doors.told() == [("wait", 1, ""), ("need_verify_code", 1, ""), again, again]
+
+
+async def test_too_many_wrong_digits_cost_the_code() -> None:
+    """Three times, and the login has failed."""
+    doors = Doors()
+    login = await doors.start()
+    for number in range(1, CODES + 1):
+        doors.ilink.happens(f"q{number}", "need_verifycode")
+        await asyncio.sleep(2)
+        await doors.verify(login, "1")
+        doors.ilink.happens(f"q{number}", "verify_code_blocked")
+        await asyncio.sleep(2)
+    now = await doors.status(login)
+    assert (now.status, now.reason, now.code) == ("failed", "blocked", CODES)
+    assert doors.bench.metrics.value("qr_refreshes_total") == CODES - 1
+    assert doors.counted("failed") == 1
+
+
+async def test_three_expired_codes_are_an_expired_login() -> None:
+    """F27."""
+    doors = Doors()
+    login = await doors.start()
+    for number in range(1, CODES + 1):
+        doors.ilink.happens(f"q{number}", "expired")
+        await asyncio.sleep(3)
+    assert doors.told() == [("wait", 1, ""), ("wait", 2, ""), ("wait", 3, ""), ("expired", 3, "codes")]
+    assert (await doors.status(login)).status == "expired"
+    assert len(doors.ilink.tokens) == CODES
+    assert doors.counted("expired") == 1
+
+
+async def test_a_code_that_nobody_scans_is_replaced_and_that_does_not_count() -> None:
+    """The one before it is asked about until it has expired, and no code is asked about for ever."""
+    doors = Doors()
+    login = await doors.start()
+    started = doors.clock.monotonic()
+    await asyncio.sleep(3.5 * REFRESH_S)
+    assert [round((at - started) / REFRESH_S) for at in doors.ilink.fetched_at] == [0, 1, 2, 3]
+    assert doors.ilink.out == {"q3", "q4"}
+    doors.ilink.happens("q3", "expired")
+    await asyncio.sleep(1)
+    assert doors.ilink.out == {"q4"}
+    assert doors.record(login).ended == 0
+    await asyncio.sleep(LOGIN_S)
+    now = await doors.status(login)
+    assert (now.status, now.reason) == ("expired", "time")
+    assert doors.ilink.out == set()
+    assert now.code == 10
+
+
+async def test_whoever_scans_the_code_before_counts() -> None:
+    doors = Doors()
+    login = await doors.start()
+    await asyncio.sleep(REFRESH_S + 5)
+    doors.ilink.happens("q1", "scaned")
+    await asyncio.sleep(1)
+    now = await doors.status(login)
+    assert (now.status, now.qrcode_url) == ("scanned", "https://q/q1")
+    await asyncio.sleep(2 * REFRESH_S)
+    assert doors.ilink.out == {"q1"}  # and no code is fetched while somebody confirms
+    assert len(doors.ilink.tokens) == 2
+    doors.ilink.happens("q1", CONFIRMED)
+    await asyncio.sleep(2)
+    assert (await doors.status(login)).status == "confirmed"
+
+
+async def test_a_code_that_expires_after_the_scan_is_followed_by_another() -> None:
+    doors = Doors()
+    login = await doors.start()
+    doors.ilink.happens("q1", "scaned", "expired")
+    await asyncio.sleep(5)
+    now = await doors.status(login)
+    assert (now.status, now.code, now.qrcode_url) == ("wait", 2, "https://q/q2")
+    assert doors.told() == [("wait", 1, ""), ("scanned", 1, ""), ("wait", 2, "")]
+
+
+async def test_a_redirected_code_is_asked_about_there() -> None:
+    """Also by the next owner, and without a host where it is; another code afterwards, too."""
+    doors = Doors()
+    login = await doors.start()
+    doors.ilink.happens("q1", "scaned_but_redirect")
+    await asyncio.sleep(2)
+    assert doors.ilink.asked[-1].base_url == ""
+    doors.ilink.happens("q1", Scan("scaned_but_redirect", redirect_host="sh.weixin.qq.com"))
+    await asyncio.sleep(2)
+    there = "https://sh.weixin.qq.com"
+    assert doors.ilink.asked[-1].base_url == there
+    await doors.stop()
+    heir = Doors(doors, incarnation="heir-1")
+    await asyncio.sleep(2)
+    assert doors.ilink.asked[-1].base_url == there
+    heir.ilink.happens("q1", "expired")
+    await asyncio.sleep(2)
+    assert (heir.ilink.asked[-1].handle, heir.ilink.asked[-1].base_url) == ("q2", there)
+    assert heir.told() == [("wait", 1, ""), ("scanned", 1, ""), ("wait", 2, "")]
+    assert (await heir.status(login)).code == 2
+
+
+async def test_redirects_in_a_circle_are_not_followed_faster_than_once_a_second() -> None:
+    doors = Doors()
+    await doors.start()
+    hosts = [Scan("scaned_but_redirect", redirect_host=f"{'ab'[n % 2]}.weixin.qq.com") for n in range(10)]
+    doors.ilink.happens("q1", *hosts)
+    await asyncio.sleep(5)
+    assert len(doors.ilink.asked) <= 6
+
+
+BAD = [
+    ("redirect-host", Scan("scaned_but_redirect", redirect_host="evil.example"), "url"),
+    ("baseurl", CONFIRMED._replace(base_url="https://evil.example"), "url"),
+    ("baseurl-without-tls", CONFIRMED._replace(base_url="http://ilinkai.weixin.qq.com"), "url"),
+    ("no-bot-id", CONFIRMED._replace(bot=""), "no_bot_id"),
+    ("no-token", CONFIRMED._replace(token=""), "no_token"),
+    ("bot-id-with-space", CONFIRMED._replace(bot="b 1"), "credentials"),
+    ("token-too-long", CONFIRMED._replace(token="t" * 1025), "credentials"),
+]
+
+
+@pytest.mark.parametrize(("scan", "reason"), [row[1:] for row in BAD], ids=[row[0] for row in BAD])
+async def test_what_cannot_be_used_fails_the_login(scan: Scan, reason: str) -> None:
+    """F23, F27: and nobody is called or bound."""
+    doors = Doors()
+    login = await doors.start()
+    doors.ilink.happens("q1", scan)
+    await asyncio.sleep(3)
+    now = await doors.status(login)
+    assert (now.status, now.reason) == ("failed", reason)
+    assert now.detail
+    assert doors.binds() == []
+    assert {asked.base_url for asked in doors.ilink.asked} == {""}
+    assert doors.told()[-1] == ("failed", 1, reason)
+
+
+async def test_a_long_token_fits_into_its_bind_when_it_is_sealed() -> None:
+    doors = Doors(sealed=True)
+    login = await doors.start()
+    doors.ilink.happens("q1", CONFIRMED._replace(token="t" * 1024, base_url=""))
+    await asyncio.sleep(3)
+    assert (await doors.status(login)).status == "confirmed"
+    binding = doors.bench.bindings.get(BOT)
+    assert binding is not None
+    assert doors.sealer.open(BOT, binding.token) == "t" * 1024
+    assert binding.base_url == ""
+
+
+async def test_a_user_who_is_served_already_stays_so() -> None:
+    """Only live tokens of the sandbox are listed, newest first."""
+    doors = Doors()
+    await doors.bench.bind(bot="old@im.bot", user="u0@im.wechat", since_ms=1)
+    await doors.bench.bind(bot="new@im.bot", user="u2@im.wechat", since_ms=3)
+    await doors.bench.bind(bot="dead@im.bot", user="u3@im.wechat", since_ms=4, state="needs_login")
+    await doors.bench.bind(sandbox="s2", bot="other@im.bot", since_ms=5)
+    login = await doors.start()
+    assert doors.ilink.tokens == [["new@im.bot:t", "old@im.bot:t"]]
+    doors.ilink.happens("q1", "binded_redirect")
+    await asyncio.sleep(1)
+    now = await doors.status(login)
+    assert (now.status, now.bot) == ("already_bound", "")  # which of the two is not known
+    second = await doors.start("s2")
+    doors.ilink.happens("q2", "binded_redirect")
+    await asyncio.sleep(1)
+    assert (await doors.status(second)).bot == "other@im.bot"
+    assert doors.binds() == []
+    assert doors.counted("already_bound") == 2
+
+
+async def test_a_code_that_cannot_be_fetched_is_tried_again_while_the_old_one_counts() -> None:
+    doors = Doors()
+    login = await doors.start()
+    doors.ilink.codes += [Temporary("http_5xx"), Temporary("http_4xx", retry_after_s=20)]
+    await asyncio.sleep(REFRESH_S + 15)
+    assert doors.ilink.out == {"q1"}
+    gaps = [b - a for a, b in itertools.pairwise(doors.ilink.fetched_at)]
+    assert [round(gap) for gap in gaps] == [50, 1]
+    await asyncio.sleep(10)
+    assert round(doors.ilink.fetched_at[-1] - doors.ilink.fetched_at[-2]) == 20
+    assert (await doors.status(login)).code == 2
+
+
+async def test_the_first_code_that_cannot_be_had_is_told_to_who_asked() -> None:
+    doors = Doors()
+    doors.ilink.codes.append(Temporary("timeout", "iLink gave no QR code within 10 s."))
+    with pytest.raises(Temporary, match="no QR code"):
+        await doors.start()
+    assert doors.bucket.entries == {}
+
+
+async def test_another_owner_goes_on_and_tells_nothing_twice() -> None:
+    doors = Doors()
+    login = await doors.start()
+    doors.ilink.happens("q1", "scaned")
+    await asyncio.sleep(2)
+    await doors.stop()
+    assert doors.ilink.out == set()
+    heir = Doors(doors, incarnation="heir-1")
+    await asyncio.sleep(2)
+    assert heir.ilink.out == {"q1"}
+    heir.ilink.happens("q1", CONFIRMED)
+    await asyncio.sleep(2)
+    assert (await heir.status(login)).status == "confirmed"
+    assert heir.told() == [("wait", 1, ""), ("scanned", 1, ""), ("confirmed", 1, "")]
+
+
+async def test_an_end_that_was_not_told_is_told_by_the_next_owner() -> None:
+    doors = Doors()
+    doors.bench.leases.owned.clear()
+    login = await doors.start()
+    await doors.ask("cancel", LoginQuery(login=login.login))
+    await asyncio.sleep(2)
+    assert doors.told() == []
+    heir = Doors(doors, incarnation="heir-1")
+    await asyncio.sleep(2)
+    assert heir.told() == [("cancelled", 1, "")]
+    assert doors.ilink.asked == []
+
+
+@pytest.mark.parametrize("loss", ["shard", "lease"])
+async def test_who_does_not_own_the_shard_does_not_ask(loss: str) -> None:
+    doors = Doors()
+    await doors.start()
+    await asyncio.sleep(5)
+    assert doors.ilink.out == {"q1"}
+    if loss == "shard":
+        doors.bench.leases.owned.discard(shard_of("s1"))
+    else:
+        doors.bench.leases.is_valid = False
+    doors.bench.leases.changed.notify()
+    await asyncio.sleep(0.1)
+    assert doors.ilink.out == set()
+    asked = len(doors.ilink.asked)
+    await asyncio.sleep(100)
+    assert len(doors.ilink.asked) == asked
+
+
+async def test_a_crash_after_the_confirmation_loses_nobody() -> None:
+    """The credentials are in the record before the bind is stored; iLink need not give them again."""
+    doors = Doors(sealed=True)
+    login = await doors.start()
+    stuck = asyncio.Event()
+
+    async def hang(message: Message) -> None:
+        if message.stream == "ctl":
+            stuck.set()
+            await asyncio.Event().wait()
+
+    doors.bench.bus.on_publish = hang
+    doors.ilink.happens("q1", CONFIRMED)
+    await stuck.wait()
+    record = doors.record(login)
+    assert TOKEN not in str(msgspec.json.encode(record))
+    await doors.stop()
+    doors.bench.bus.on_publish = None
+    heir = Doors(doors, incarnation="heir-1")
+    await asyncio.sleep(3)
+    assert (await heir.status(login)).status == "confirmed"
+    assert len(heir.binds()) == 1
+    asked = len(doors.ilink.asked)
+    await asyncio.sleep(50)
+    assert len(doors.ilink.asked) == asked
+
+
+async def test_a_crash_after_the_bind_binds_once() -> None:
+    doors = Doors()
+    login = await doors.start()
+    doors.controlled = False
+    doors.ilink.happens("q1", CONFIRMED)
+    await asyncio.sleep(3)
+    assert len(doors.binds()) == 1
+    assert (await doors.status(login)).status == "wait"
+    await doors.stop()
+    heir = Doors(doors, incarnation="heir-1")
+    await asyncio.sleep(3)
+    assert (await heir.status(login)).status == "confirmed"
+    assert len(heir.binds()) == 1
+    bound = [event for event in heir.bench.bus.events() if event.change == "bound"]
+    assert len(bound) == 1
+
+
+async def test_who_has_confirmed_cannot_be_cancelled_half_way() -> None:
+    doors = Doors()
+    login = await doors.start()
+    doors.controlled = False
+    doors.ilink.happens("q1", CONFIRMED)
+    await asyncio.sleep(3)
+    with pytest.raises(Refused, match="unbind"):
+        await doors.ask("cancel", LoginQuery(login=login.login))
+    assert (await doors.status(login)).qrcode_url == ""
+
+
+async def test_a_bind_that_nobody_carries_out_is_told_as_such() -> None:
+    doors = Doors()
+    login = await doors.start()
+    doors.controlled = False
+    doors.ilink.happens("q1", CONFIRMED)
+    await asyncio.sleep(60)
+    now = await doors.status(login)
+    assert (now.status, now.reason) == ("confirmed", "bind_pending")
+
+
+async def test_a_bind_that_is_refused_fails_the_login() -> None:
+    doors = Doors()
+
+    async def refuse(sandbox: str) -> None:
+        raise Refused("invalid", "The durable consumer cannot be made: full")
+
+    doors.bench.teller.make_durable = refuse  # type: ignore[method-assign]
+    login = await doors.start(options={"durable": True})
+    doors.ilink.happens("q1", CONFIRMED)
+    await asyncio.sleep(10)
+    now = await doors.status(login)
+    assert (now.status, now.reason) == ("failed", "invalid")
+    assert "durable" in now.detail
+
+
+async def test_a_bus_that_does_not_take_the_bind_fails_the_login() -> None:
+    doors = Doors()
+    login = await doors.start()
+    doors.bench.bus.refuse = lambda message: BusRefused(10077, "full") if message.stream == "ctl" else None
+    doors.ilink.happens("q1", CONFIRMED)
+    await asyncio.sleep(3)
+    assert (await doors.status(login)).reason == "bus"
+
+
+async def test_the_old_bot_of_the_user_is_replaced() -> None:
+    doors = Doors()
+    await doors.bench.bind(bot="old@im.bot", user=USER)
+    login = await doors.start()
+    doors.ilink.happens("q1", CONFIRMED)
+    await asyncio.sleep(3)
+    assert (await doors.status(login)).bot == BOT
+    assert [binding.bot for binding in doors.bench.bindings] == [BOT]
+
+
+async def test_a_cancelled_login_is_left_at_once() -> None:
+    doors = Doors()
+    login = await doors.start()
+    await asyncio.sleep(5)
+    assert (await doors.ask("cancel", LoginQuery(login=login.login))).status == "cancelled"
+    await asyncio.sleep(0.1)
+    assert doors.ilink.out == set()
+    assert doors.told() == [("wait", 1, ""), ("cancelled", 1, "")]
+    assert (await doors.ask("cancel", LoginQuery(login=login.login))).status == "cancelled"
+    assert doors.counted("cancelled") == 1
+    with pytest.raises(Refused, match="over"):
+        await doors.verify(login, "1")
+
+
+async def test_a_write_whose_answer_got_lost_is_not_done_twice() -> None:
+    doors = Doors()
+    doors.bucket.answers_lost = 1
+    login = await doors.start()
+    await asyncio.sleep(1)
+    doors.bucket.answers_lost = 1
+    doors.ilink.happens("q1", "scaned")
+    await asyncio.sleep(2)
+    assert doors.told() == [("wait", 1, ""), ("scanned", 1, "")]
+    assert (await doors.status(login)).status == "scanned"
+
+
+async def test_an_answer_that_cannot_be_stored_waits_for_the_bus() -> None:
+    doors = Doors()
+    login = await doors.start()
+    await asyncio.sleep(1)
+    failures = 3
+    get = doors.bucket.get
+
+    async def away(key: str) -> Entry | None:
+        nonlocal failures
+        if failures:
+            failures -= 1
+            raise Temporary("bus_down")
+        return await get(key)
+
+    doors.bucket.get = away  # type: ignore[method-assign]
+    doors.ilink.happens("q1", "scaned")
+    await asyncio.sleep(5)
+    assert (await doors.status(login)).status == "scanned"
+
+
+async def test_a_bug_in_one_login_leaves_the_others_alone() -> None:
+    doors = Doors()
+    first, second = await doors.start("s1"), await doors.start("s2")
+    with capture_logs() as logs:
+        doors.ilink.happens("q1", ValueError("bug"), "scaned")
+        doors.ilink.happens("q2", "scaned")
+        await asyncio.sleep(1)
+        assert (await doors.status(second)).status == "scanned"
+        await asyncio.sleep(10)
+    assert (await doors.status(first)).status == "scanned"
+    assert [entry["event"] for entry in logs if entry["log_level"] == "error"] == ["login.crashed"]
+
+
+QUESTIONS = [
+    ("start", b"{}", "invalid"),
+    ("start", b'{"sandbox":"S1"}', "invalid"),
+    ("start", b'{"sandbox":"s1\\n"}', "invalid"),
+    ("start", b"hello", "invalid"),
+    ("status", b'{"login":"nobody"}', "not_found"),
+    ("status", b'{"login":"a.b"}', "not_found"),
+    ("status", b'{"login":"*"}', "not_found"),
+    ("cancel", b'{"login":"nobody"}', "not_found"),
+    ("verify", b'{"login":"nobody","code":"1"}', "not_found"),
+    ("verify", b'{"login":"nobody","code":"x"}', "invalid"),
+]
+
+
+@pytest.mark.parametrize(("verb", "body", "reason"), QUESTIONS)
+async def test_a_question_that_has_no_answer_is_refused(verb: str, body: bytes, reason: str) -> None:
+    doors = Doors()
+    with pytest.raises(Refused) as caught:
+        await getattr(doors.service, verb)(body)
+    assert caught.value.reason == reason
+    assert caught.value.detail
+
+
+async def test_logins_of_one_sandbox_are_bounded() -> None:
+    doors = Doors()
+    logins = [await doors.start() for _ in range(OPEN_PER_SANDBOX)]
+    with pytest.raises(Refused, match="open"):
+        await doors.start()
+    await doors.start("s2")
+    await doors.ask("cancel", LoginQuery(login=logins[0].login))
+    await doors.start()
+
+
+async def test_a_login_cannot_be_guessed() -> None:
+    doors = Doors()
+    idents = {(await doors.start(f"s{n}")).login for n in range(10)}
+    assert len(idents) == 10
+    assert all(len(base64.urlsafe_b64decode(ident)) == 18 for ident in idents)
+
+
+async def test_no_secret_of_a_login_is_stored_open_told_or_logged() -> None:
+    doors = Doors(sealed=True)
+    doors.ilink.codes.append(QrCode("HANDLE-1", "https://q/HANDLE-1"))
+    with capture_logs() as logs:
+        login = await doors.start()
+        assert login.qrcode_url == "https://q/HANDLE-1"
+        doors.ilink.happens("HANDLE-1", "need_verifycode")
+        await asyncio.sleep(1)
+        await doors.verify(login, "987654321")
+        stored = [entry.value or b"" for entry in doors.bucket.entries.values()]
+        doors.ilink.happens("HANDLE-1", "scaned", CONFIRMED)
+        await asyncio.sleep(5)
+    assert (await doors.status(login)).status == "confirmed"
+    stored += [entry.value or b"" for entry in doors.bucket.entries.values()]
+    stored += [kept.stored.data for kept in doors.bench.bus.kept]
+    for secret in (b"HANDLE-1", b"SECRET", b"987654321"):
+        assert not any(secret in data for data in stored), secret
+        assert secret.decode() not in str(logs)
+    assert login.login not in str(logs)
+
+
+async def test_a_bind_that_was_sealed_for_a_login_is_good_for_nothing_else() -> None:
+    doors = Doors(sealed=True)
+    await doors.start()
+    doors.ilink.happens("q1", CONFIRMED)
+    await asyncio.sleep(3)
+    (bind,) = doors.binds()
+    for changes in ({"sandbox": "s2"}, {"bot": "b2@im.bot"}):
+        with pytest.raises(Refused) as caught:
+            await doors.control.bind(msgspec.structs.replace(bind, **changes))
+        assert caught.value.reason == "token_key"
