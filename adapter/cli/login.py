@@ -62,12 +62,6 @@ async def login(
         sandbox=sandbox, options=Options(durable=durable, auto_typing=auto_typing), png=png is not None
     )
     view = _JsonView() if json else _UrlView() if url else _View(png)
-    with until_signalled() as stop:
-        code = await unless(stop, _run(asked, view))
-    return INTERRUPTED if code is None else code
-
-
-async def _run(asked: LoginStart, view: _View) -> int:
     news = asyncio.Event()
 
     async def heard(_: Msg) -> None:
@@ -75,13 +69,19 @@ async def _run(asked: LoginStart, view: _View) -> int:
 
     async with connected(lasting=True) as bus:
         await bus.nc.subscribe(bus.names.event(asked.sandbox, "login"), cb=heard)
-        now = await bus.ask("login.start", asked, Login, START_S)
-        try:
-            now = await _Following(bus, view, news, png=asked.png).until_over(now)
-        except BaseException:  # ctrl-C, too: nobody shall scan a code that nobody waits for
-            with contextlib.suppress(Failed):
-                await bus.ask("login.cancel", LoginQuery(login=now.login), Login)
-            raise
+        first = await bus.ask("login.start", asked, Login, START_S)
+        with until_signalled() as stop:
+            code = await unless(stop, _run(_Following(bus, view, news, png=asked.png), first, bus))
+    return INTERRUPTED if code is None else code
+
+
+async def _run(following: _Following, first: Login, bus: Bus) -> int:
+    try:
+        now = await following.until_over(first)
+    except BaseException:  # ctrl-C, too: nobody shall scan a code that nobody waits for
+        with contextlib.suppress(Failed):
+            await bus.ask("login.cancel", LoginQuery(login=first.login), Login)
+        raise
     if now.status not in GOOD:
         raise Failed(NO, output.printable(now.detail or f"The login ended: {now.status}."))
     return OK

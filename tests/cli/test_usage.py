@@ -16,10 +16,24 @@ from adapter.settings import Settings
 from tests.cli.conftest import Command
 from tests.cli.process import started
 
-COMMANDS = ("bind", "unbind", "bindings", "send", "tail", "dead", "doctor", "schema", "demo", "run", "simulator")
+COMMANDS = (
+    "login",
+    "bind",
+    "unbind",
+    "bindings",
+    "send",
+    "tail",
+    "dead",
+    "doctor",
+    "schema",
+    "demo",
+    "run",
+    "simulator",
+)
 ASKING = (
     ("bindings",),
     ("unbind", "s1"),
+    ("login", "s1"),
     ("send", "s1", "hi"),
     ("tail", "--count", "1"),
     ("dead", "ls"),

@@ -1,0 +1,231 @@
+"""`login` against the real adapter and a simulated iLink: what the person at the terminal sees and types."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import pty
+import re
+import stat
+from asyncio.subprocess import Process
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from adapter.cli.demo import demo_settings
+from adapter.cli.running import adapter_running
+from adapter.embedded import EmbeddedNats
+from adapter.qr import DARK_ON_LIGHT, PLAIN, terminal_text
+from adapter.simulator import FaultRule, Simulator, SimulatorSettings
+from tests.cli.conftest import Command
+from tests.cli.process import started, until
+
+START_S = 60.0
+DIGITS = b"Digits shown on the phone: "
+
+
+@pytest.fixture
+async def sim() -> AsyncIterator[Simulator]:
+    async with Simulator(SimulatorSettings(hold_ms=300, hint_ms=300, qr_hold_ms=300)) as running:
+        yield running
+
+
+@pytest.fixture
+def refresh_s() -> float:
+    return 50.0
+
+
+@pytest.fixture(autouse=True)
+async def adapter(server: EmbeddedNats, sim: Simulator, refresh_s: float) -> AsyncIterator[None]:
+    settings = msgspec.structs.replace(demo_settings(server.url, sim.url), login_refresh_s=refresh_s)
+    async with adapter_running(settings, start_s=START_S, drain_s=START_S):
+        yield
+
+
+async def code_of(sim: Simulator) -> str:
+    """The code that the command has asked for."""
+    await until(lambda: bool(sim.qrcodes()))
+    return sim.qrcodes()[-1].qrcode
+
+
+async def read(process: Process, words: bytes, *, errors: bool = False) -> bytes:
+    """What is printed until `words` are."""
+    stream = process.stderr if errors else process.stdout
+    assert stream is not None
+    found = b""
+    while words not in found:
+        block = await stream.read(4096)
+        assert block, found
+        found += block
+    return found
+
+
+def type_(process: Process, line: bytes) -> None:
+    assert process.stdin is not None
+    process.stdin.write(line)
+
+
+async def test_a_person_scans_types_digits_and_is_bound(sim: Simulator) -> None:
+    async with started("login", "s1", "--auto-typing") as process:
+        code = await code_of(sim)
+        shown = await read(process, b"Scan this code")
+        drawn = terminal_text(f"https://liteapp.weixin.qq.com/q/sim?qrcode={code}")
+        assert drawn.replace(DARK_ON_LIGHT, "").replace(PLAIN, "") in shown.decode()
+        assert b"\x1b" not in shown
+        sim.require_verify(code, "4711")
+        sim.scan(code)
+        await read(process, DIGITS, errors=True)
+        type_(process, b"not digits\n1111\n")
+        await read(process, b"Wrong. The digits shown on the phone: ", errors=True)
+        type_(process, b"47 11\n")
+        await read(process, b"Confirm on the phone.")
+        sim.confirm(code)
+        out, err = await process.communicate()
+        assert (process.returncode, err) == (0, b"")
+    (bot,) = sim.bots()
+    assert out.decode().startswith(f"{bot.bot} serves s1. ")
+    assert b"first message" in out
+
+
+async def test_what_is_bound_can_be_listed(sim: Simulator, cli: Command) -> None:
+    async with started("login", "s1", "--auto-typing") as process:
+        sim.confirm(await code_of(sim))
+        await process.communicate()
+        assert process.returncode == 0
+    (row,) = (await cli("bindings", "--json")).rows
+    assert (row["sandbox"], row["bot"]) == ("s1", sim.bots()[0].bot)
+    assert row["options"] == {"durable": False, "auto_typing": True, "media": True}
+
+
+async def test_a_user_who_has_a_bot_is_told_so(sim: Simulator) -> None:
+    async with started("login", "s1") as process:
+        sim.confirm(await code_of(sim))
+        await process.communicate()
+    (bot,) = sim.bots()
+    async with started("login", "s1") as process:
+        await until(lambda: len(sim.qrcodes()) == 2)
+        sim.scan(await code_of(sim), bot.user)
+        out, err = await process.communicate()
+        assert (process.returncode, err) == (0, b"")
+    assert b"serves this user already" in out
+
+
+@pytest.mark.parametrize("refresh_s", [1.0])
+async def test_the_url_alone_for_a_program_that_draws_it(sim: Simulator, refresh_s: float) -> None:
+    """Also of the next code."""
+    async with started("login", "s1", "--url") as process:
+        await until(lambda: len(sim.qrcodes()) >= 2)
+        sim.confirm(sim.qrcodes()[1].qrcode)
+        out, err = await process.communicate()
+        assert process.returncode == 0
+    urls = out.decode().splitlines()
+    codes = [qr.qrcode for qr in sim.qrcodes()]
+    assert urls[:1] == [f"https://liteapp.weixin.qq.com/q/sim?qrcode={codes[0]}"]
+    assert {url.partition("?qrcode=")[2] for url in urls} <= set(codes)
+    assert b"serves s1" in err
+
+
+async def test_a_picture_that_only_its_owner_can_read(sim: Simulator, tmp_path: Path) -> None:
+    picture = tmp_path / "code.png"
+    async with started("login", "s1", "--png", str(picture)) as process:
+        shown = await read(process, b"Scan this code")
+        assert b"code.png" in shown
+        assert "█" not in shown.decode()
+        assert picture.read_bytes().startswith(b"\x89PNG")
+        assert stat.S_IMODE(picture.stat().st_mode) == 0o600
+        sim.confirm(await code_of(sim))
+        await process.communicate()
+        assert process.returncode == 0
+
+
+async def test_json_has_every_state(sim: Simulator) -> None:
+    async with started("login", "s1", "--json") as process:
+        await read(process, b"\n")
+        sim.scan(await code_of(sim))
+        await read(process, b"\n")
+        sim.confirm(await code_of(sim))
+        out, err = await process.communicate()
+        assert (process.returncode, err) == (0, b"")
+    last = msgspec.json.decode(out)
+    assert (last["status"], last["bot"], last["qrcode_url"]) == ("confirmed", sim.bots()[0].bot, "")
+
+
+async def test_a_login_that_fails_is_1_with_a_sentence(sim: Simulator) -> None:
+    sim.set_fault(FaultRule(fault="F27", endpoint="get_qrcode_status", count=1, params={"kind": "no_bot_id"}))
+    async with started("login", "s1") as process:
+        sim.confirm(await code_of(sim))
+        _, err = await process.communicate()
+        assert process.returncode == 1
+    assert re.fullmatch(rb"wechat-nats: .*without naming the bot.*\n", err)
+
+
+async def test_an_ilink_without_a_code_is_1_with_a_sentence(sim: Simulator, cli: Command) -> None:
+    sim.set_fault(FaultRule(fault="F1", endpoint="get_bot_qrcode", count=1))
+    result = await cli("login", "s1")
+    assert (result.code, result.out) == (1, "")
+    assert "iLink gave no QR code" in result.err
+    assert "503" in result.err
+
+
+async def test_digits_that_nobody_can_type_end_it(sim: Simulator) -> None:
+    async with started("login", "s1", stdin=asyncio.subprocess.DEVNULL) as process:
+        code = await code_of(sim)
+        sim.require_verify(code, "4711")
+        sim.scan(code)
+        _, err = await process.communicate()
+        assert process.returncode == 1
+    assert b"no digits on standard input" in err
+    await nobody_asks(sim)
+
+
+async def nobody_asks(sim: Simulator) -> None:
+    """The login was cancelled: no request about its code is out."""
+    await until(lambda: not any(qr.waiting for qr in sim.logins.codes.values()))
+
+
+@pytest.mark.parametrize("number", [2, 15], ids=["ctrl-C", "SIGTERM"])
+async def test_a_signal_cancels_the_login(sim: Simulator, cli: Command, number: int) -> None:
+    async with started("login", "s1") as process:
+        await read(process, b"Scan this code")
+        process.send_signal(number)
+        _, err = await process.communicate()
+        assert (process.returncode, err) == (130, b"")
+    await nobody_asks(sim)
+    result = await cli("tail", "s1", "--events", "--all", "--count", "2", "--json")
+    assert [row["status"] for row in result.rows] == ["wait", "cancelled"]
+
+
+async def test_at_a_terminal_the_code_has_colours_of_its_own(sim: Simulator) -> None:
+    main, terminal = pty.openpty()
+    tty: dict[str, Any] = {"stdin": terminal, "stdout": terminal, "stderr": terminal}
+    async with started("login", "s1", **tty, preexec_fn=lambda: os.login_tty(terminal)) as process:
+        os.close(terminal)
+        seen = await typed(main, b"Scan this code")
+        code = await code_of(sim)
+        drawn = terminal_text(f"https://liteapp.weixin.qq.com/q/sim?qrcode={code}")
+        assert drawn in seen.decode().replace("\r\n", "\n")
+        sim.require_verify(code, "4711")
+        sim.scan(code)
+        await typed(main, DIGITS)
+        os.write(main, b"4711\n")
+        await typed(main, b"Confirm on the phone.")
+        os.write(main, b"\x03")
+        assert await process.wait() == 130
+    os.close(main)
+    await nobody_asks(sim)
+
+
+async def typed(main: int, words: bytes) -> bytes:
+    """What the terminal shows until the words are there."""
+    seen = b""
+    while words not in seen:
+        seen += await asyncio.to_thread(os.read, main, 4096)
+    return seen
+
+
+async def test_url_stands_alone(cli: Command) -> None:
+    assert (await cli("login", "s1", "--url", "--json")).code == 2
+    assert (await cli("login", "S1")).code == 2
