@@ -1,0 +1,160 @@
+"""What bytes are: type, size of a picture, length of a recording; and WeChat's voice format as WAV. No I/O."""
+
+from __future__ import annotations
+
+import codecs
+import io
+import struct
+import unicodedata
+import wave
+from collections.abc import Iterator
+from pathlib import PurePosixPath
+from typing import NamedTuple
+
+import filetype
+import imagesize
+
+try:
+    import pysilk
+except ImportError:  # the extra `voice` is not installed
+    pysilk = None
+
+HEAD = 64 * 1024
+"""So many first bytes of a file tell all that `identify` can find."""
+SILK_MAX_BYTES = 5_000_000
+SILK_RATE = 24_000
+SILK_MARK = b"#!SILK_V3"
+SILK_FRAME_MS = 20
+SILK_FRAME_MAX = SILK_RATE // 1000 * 2 * SILK_FRAME_MS
+"""More bytes than a frame of WeChat's ever has, and than the decoder takes."""
+SILK_MAX_FRAMES = 10 * 60 * 1000 // SILK_FRAME_MS
+"""Ten minutes; WeChat records one. Tiny frames must not become gigabytes."""
+
+OCTETS = "application/octet-stream"
+_OFFICE = "application/vnd.openxmlformats-officedocument"
+_BY_NAME = {
+    "text/plain": {
+        ".csv": "text/csv",
+        ".html": "text/html",
+        ".json": "application/json",
+        ".md": "text/markdown",
+        ".xml": "application/xml",
+    },
+    "application/zip": {
+        ".apk": "application/vnd.android.package-archive",
+        ".docx": f"{_OFFICE}.wordprocessingml.document",
+        ".epub": "application/epub+zip",
+        ".pptx": f"{_OFFICE}.presentationml.presentation",
+        ".xlsx": f"{_OFFICE}.spreadsheetml.sheet",
+    },
+}
+"""Types that only a name tells apart; it is believed only where the content does not say otherwise."""
+
+
+class Kind(NamedTuple):
+    """What a file is."""
+
+    mime: str
+    width: int | None
+    height: int | None
+    """Pixels as shown; None where the head does not tell."""
+    suffix: str
+    """With its dot; "" for bytes of no known type."""
+
+
+def identify(head: bytes, name: str = "") -> Kind:
+    """What a file is that begins with `head` (HEAD bytes of it, or all). `name` is the sender's."""
+    head = head[:HEAD]
+    mime, suffix = _by_content(head)
+    width, height = _pixels(head) if mime.startswith("image/") else (None, None)
+    ending = PurePosixPath(name).suffix.lower()
+    if known := _BY_NAME.get(mime, {}).get(ending):
+        return Kind(known, width, height, ending)
+    return Kind(mime, width, height, suffix)
+
+
+def file_name(kind: str, suffix: str) -> str:
+    """A name for media whose sender gave none: `image.jpg`, `voice.silk`."""
+    return f"{kind or 'file'}{suffix}"
+
+
+def is_silk(head: bytes) -> bool:
+    """WeChat puts a byte 2 before the mark of the format (ilink-protocol 9.6)."""
+    return head.removeprefix(b"\x02").startswith(SILK_MARK)
+
+
+def silk_duration_ms(data: bytes) -> int | None:
+    """Length of a whole SILK recording; None for what is none."""
+    return sum(1 for _ in _frames(data)) * SILK_FRAME_MS if is_silk(data) else None
+
+
+def wav_duration_ms(data: bytes) -> int | None:
+    """Length of a WAV recording, by its head alone; None for what is none."""
+    try:
+        with wave.open(io.BytesIO(data)) as recording:
+            frames, rate = recording.getnframes(), recording.getframerate()
+    except (wave.Error, EOFError, struct.error):
+        return None
+    return int(frames * 1000 / rate) if rate else None
+
+
+def silk_to_wav(data: bytes) -> bytes | None:
+    """A SILK recording as WAV: 24 kHz, 16 bits, one channel. Takes up to seconds: to be run in a thread.
+
+    None where the extra `voice` is not installed, and for what is broken, too large or too long.
+    """
+    if pysilk is None or len(data) > SILK_MAX_BYTES or not is_silk(data):
+        return None
+    frames = list(_frames(data))
+    if not 0 < len(frames) <= SILK_MAX_FRAMES:
+        return None
+    # only whole frames of a legal size reach the decoder, which is C and believes what it is told
+    source = io.BytesIO(SILK_MARK + b"".join(struct.pack("<h", len(frame)) + frame for frame in frames))
+    sound = io.BytesIO()
+    try:
+        pysilk.decode(source, sound, SILK_RATE)
+    except pysilk.SilkError:
+        return None
+    out = io.BytesIO()
+    with wave.open(out, "wb") as recording:
+        recording.setnchannels(1)
+        recording.setsampwidth(2)
+        recording.setframerate(SILK_RATE)
+        recording.writeframes(sound.getvalue())
+    return out.getvalue()
+
+
+def _frames(data: bytes) -> Iterator[bytes]:
+    """The frames of a SILK recording: each after its length, up to the end, a negative length or a broken frame."""
+    at = len(SILK_MARK) + data.startswith(b"\x02")
+    while at + 2 <= len(data):
+        (size,) = struct.unpack_from("<h", data, at)
+        at += 2
+        if not 0 < size <= SILK_FRAME_MAX or at + size > len(data):
+            return
+        yield data[at : at + size]
+        at += size
+
+
+def _by_content(head: bytes) -> tuple[str, str]:
+    if is_silk(head):
+        return "audio/silk", ".silk"
+    if found := filetype.guess(head):
+        return str(found.mime), f".{found.extension}"
+    if _is_text(head):
+        return "text/plain", ".txt"
+    return OCTETS, ""
+
+
+def _is_text(head: bytes) -> bool:
+    """UTF-8 without control characters; a character that the head cuts off does no harm."""
+    try:
+        text = codecs.getincrementaldecoder("utf-8")().decode(head)
+    except UnicodeDecodeError:
+        return False
+    return bool(text) and not any(unicodedata.category(c) == "Cc" and c not in "\t\n\r\f" for c in text)
+
+
+def _pixels(head: bytes) -> tuple[int | None, int | None]:
+    width, height = imagesize.get(io.BytesIO(head))
+    return (int(width), int(height)) if width > 0 and height > 0 else (None, None)
