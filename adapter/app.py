@@ -26,6 +26,7 @@ from adapter.jetstream import topology
 from adapter.jetstream.buckets import KvBucket, LeaseRegister, StreamHistory
 from adapter.jetstream.consumer import Consumer
 from adapter.jetstream.link import Link
+from adapter.jetstream.objects import ObjectStore
 from adapter.jetstream.publisher import Publisher
 from adapter.jetstream.services import BusTeller, Handler, Services
 from adapter.lanes import Outgoing
@@ -76,9 +77,13 @@ class Adapter:
         # Leases have a connection of their own: a renewal never waits behind bulk data.
         self.link = Link(settings, f"wechat-nats/{__version__} {self.instance}")
         self.lease_link = Link(settings, f"wechat-nats/{__version__} {self.instance} leases")
+        # Media have one too: no message waits behind their megabytes.
+        self.media_link = Link(settings, f"wechat-nats/{__version__} {self.instance} media")
         self.bus = Publisher(self.link, clock, metrics)
+        self.media_bus = Publisher(self.media_link, clock, metrics)
         self.history = StreamHistory(self.link)
         self.teller = BusTeller(self.link, names)
+        self.objects = ObjectStore(self.media_link, self.media_bus, names.media)
         self.rules = window.Rules(settings.sends_per_window, settings.window_hours, settings.cooldown_s)
         self.limits = Limits(
             settings.max_command_bytes,
@@ -350,7 +355,9 @@ class Adapter:
                     group.create_task(self._heartbeat(), name="heartbeat"),
                     group.create_task(self.link.run(), name="link"),
                     group.create_task(self.lease_link.run(), name="lease_link"),
+                    group.create_task(self.media_link.run(), name="media_link"),
                     group.create_task(self.bus.run(), name="publisher"),
+                    group.create_task(self.media_bus.run(), name="media_publisher"),
                 ]
                 try:
                     if await self._start(stop):

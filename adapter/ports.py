@@ -190,12 +190,15 @@ class Objects(Protocol):
         """Its bytes, piece by piece. Raises Temporary, Unreadable (pieces are gone, or are not what they were)."""
 
     async def piece(self, stored: StoredObject, after: int) -> tuple[bytes, int]:
-        """The piece after a sequence (0: the first), and its own sequence, 0 on the last. Raises Temporary."""
+        """The piece after a sequence (0: the first), and its own sequence, 0 on the last.
+
+        Raises Temporary, Unreadable (there is none).
+        """
 
     async def put(self, name: str, pieces: AsyncIterator[bytes], *, mime: str = "", title: str = "") -> StoredObject:
         """Stores bytes as they come; an object of this name is replaced. Nothing stays where `pieces` fails.
 
-        Raises BusRefused, Temporary, and what `pieces` raises.
+        Waits while the bus is away; closes `pieces` in the end. Raises BusRefused, and what `pieces` raises.
         """
 
 

@@ -7,7 +7,7 @@ with a revision through our publisher. The data is the same as any KV client's.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from datetime import UTC, datetime
 from typing import Any
 
@@ -45,7 +45,7 @@ async def read_stream(
     while True:
         where: dict[str, Any] = {"seq": after + 1} if since_ms is None else {"start_time": _rfc3339(since_ms)}
         found, since_ms = 0, None
-        async for stored in _direct_get(link, stream, {**where, "next_by_subj": subject, "batch": page}):
+        async for stored in direct_get(link, stream, {**where, "next_by_subj": subject, "batch": page}):
             found += 1
             after = stored.seq
             yield stored
@@ -92,7 +92,7 @@ def _rfc3339(time_ms: int) -> str:
 
 async def last_of(link: Link, stream: str, subject: str) -> Stored | None:
     """The newest message of one subject. Raises Temporary."""
-    async for stored in _direct_get(link, stream, {"last_by_subj": subject}):
+    async for stored in direct_get(link, stream, {"last_by_subj": subject}):
         return stored
     return None
 
@@ -110,6 +110,19 @@ async def leader_get(link: Link, stream: str, subject: str) -> Entry | None:
     headers = answer.message.hdrs or b""
     gone = OPERATION.encode() in headers or MARKER.encode() in headers
     return Entry(subject.split(".", 2)[2], None if gone else (answer.message.data or b""), answer.message.seq)
+
+
+async def leader_next(link: Link, stream: str, subject: str, after: int) -> Stored | None:
+    """The first message of one subject after a sequence, as the stream's leader has it. Raises Temporary."""
+    body = msgspec.json.encode({"seq": after + 1, "next_by_subj": subject})
+    msg = await link.request(f"$JS.API.STREAM.MSG.GET.{stream}", body)
+    answer = msgspec.json.decode(msg.data, type=_MsgGet)
+    if answer.error is not None:
+        if answer.error.get("code") == 404:
+            return None
+        raise Temporary("bus_busy", str(answer.error.get("description", ""))[:200])
+    assert answer.message is not None
+    return Stored(subject, answer.message.seq, {}, answer.message.data or b"")
 
 
 class LeaseRegister:
@@ -146,7 +159,8 @@ class LeaseRegister:
         return [entry for entry in found.values() if entry.value is not None]
 
 
-async def _direct_get(link: Link, stream: str, body: dict[str, Any]) -> AsyncIterator[Stored]:
+async def direct_get(link: Link, stream: str, body: dict[str, Any]) -> AsyncGenerator[Stored, None]:
+    """What any replica answers to a direct get (ADR-31), perhaps less than the leader has. Raises Temporary."""
     queue: asyncio.Queue[Msg] = asyncio.Queue()
 
     async def on_message(msg: Msg) -> None:

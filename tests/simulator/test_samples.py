@@ -7,8 +7,8 @@ import zipfile
 import zlib
 from collections.abc import Callable
 
-import filetype  # type: ignore[import-untyped]
-import imagesize  # type: ignore[import-untyped]
+import filetype
+import imagesize
 import pytest
 
 from adapter.simulator import samples

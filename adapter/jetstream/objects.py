@@ -1,0 +1,252 @@
+"""The object store on its stream, in the layout of every NATS client (ADR-20): pieces of an object on one subject,
+its name, size and digest on another.
+
+nats-py's own store is not used: it publishes one awaited piece at a time, and reading hangs for ever when pieces are
+gone. What is written here is read by `nats object get` and the like, and the other way round.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import contextlib
+import hashlib
+import secrets
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator
+from typing import Any
+
+import msgspec
+import structlog
+
+from adapter.contract import H_MSG_ID
+from adapter.errors import AdapterError, BusRefused, Temporary, Unreadable
+from adapter.jetstream.buckets import direct_get, last_of, leader_next
+from adapter.jetstream.link import Link
+from adapter.jetstream.publisher import Publisher
+from adapter.ports import Message, PubAck, Stored, StoredObject
+
+log = structlog.get_logger()
+
+CHUNK = 128 * 1024
+"""Bytes of a piece, as other clients have it."""
+OUTSTANDING = 8
+"""Pieces of one object that are written and not acknowledged: all of it that is in memory."""
+OUTSTANDING_IN_ALL = 16
+"""2 MiB: what a slow bus takes within the publisher's patience, so that nothing is sent twice for nothing."""
+PAGE = 8
+"""Pieces asked for at once."""
+SETTLE_S, PURGE_S = 2.0, 5.0
+"""How long failure waits for pieces on their way, and for their deletion."""
+DIGEST = "SHA-256="
+
+
+class _Meta(msgspec.Struct):
+    """What the meta subject holds, under the names of ADR-20; zeros too: nats-py waits for ever without them."""
+
+    name: str
+    bucket: str = ""
+    nuid: str = ""
+    size: int = 0
+    mtime: str = ""
+    chunks: int = 0
+    digest: str = ""
+    description: str = ""
+    deleted: bool = False
+    headers: dict[str, list[str]] | None = None
+    options: dict[str, Any] | None = None
+
+
+class ObjectStore:
+    """Implements ports.Objects."""
+
+    def __init__(self, link: Link, publisher: Publisher, bucket: str) -> None:
+        self._link = link
+        self._publisher = publisher
+        self._bucket = bucket
+        self._stream = f"OBJ_{bucket}"
+        self._room = asyncio.Semaphore(OUTSTANDING_IN_ALL)
+
+    async def info(self, name: str) -> StoredObject | None:
+        """None where there is none, or none any more. Raises Temporary."""
+        meta = await self._meta(name)
+        if meta is None or meta.deleted or (meta.options or {}).get("link"):
+            return None
+        return StoredObject(name, meta.nuid, meta.size, _hex(meta.digest))
+
+    async def read(self, stored: StoredObject) -> AsyncIterator[bytes]:
+        """Its bytes, piece by piece. Raises Temporary, Unreadable (at the latest after the last one)."""
+        digest, left, after = hashlib.sha256(), stored.size, 0
+        while left > 0:
+            found = False
+            async with contextlib.aclosing(self._after(stored.ident, after)) as pieces:
+                async for piece in pieces:
+                    found, after = True, piece.seq
+                    left -= len(piece.data)
+                    if left < 0:
+                        break
+                    digest.update(piece.data)
+                    yield piece.data
+                    if not left:
+                        break
+            if not found or left < 0:
+                raise Unreadable("object", f"{stored.name}: pieces are gone or too many")
+        if digest.hexdigest() != stored.sha256:
+            raise Unreadable("object", f"{stored.name}: the bytes are not those of the digest")
+
+    async def piece(self, stored: StoredObject, after: int) -> tuple[bytes, int]:
+        """The piece after a sequence, and its own sequence, 0 on the last one. Raises Temporary, Unreadable."""
+        if not stored.size:
+            return b"", 0
+        subject = self._chunks(stored.ident)
+        body = {"seq": after + 1, "next_by_subj": subject, "batch": 1}
+        async for found in direct_get(self._link, self._stream, body):
+            return found.data, found.seq if int(found.headers.get("Nats-Num-Pending", "0")) else 0
+        found_late = await leader_next(self._link, self._stream, subject, after)
+        if found_late is None:
+            raise Unreadable("object", f"{stored.name}: no piece after {after}")
+        more = await leader_next(self._link, self._stream, subject, found_late.seq)
+        return found_late.data, found_late.seq if more else 0
+
+    async def put(self, name: str, pieces: AsyncIterator[bytes], *, mime: str = "", title: str = "") -> StoredObject:
+        """Stores bytes as they come; an object of this name is replaced. Nothing stays where `pieces` fails.
+
+        Raises BusRefused, and what `pieces` raises; waits while the bus is away.
+        """
+        ident = secrets.token_hex(11)
+        try:
+            size, chunks, digest = await self._write(ident, pieces)
+        except BaseException:
+            await self._discard(ident)
+            raise
+        finally:
+            if isinstance(pieces, AsyncGenerator):
+                await pieces.aclose()
+        try:
+            return await self._name(name, ident, size=size, chunks=chunks, digest=digest, mime=mime, title=title)
+        except BusRefused:  # cancelled, it may have its name: then the pieces must stay
+            await self._discard(ident)
+            raise
+
+    # writing ----------------------------------------------------------------------------------------
+
+    async def _write(self, ident: str, pieces: AsyncIterator[bytes]) -> tuple[int, int, bytes]:
+        """Size, number of chunks and digest of what was stored."""
+        digest, size, chunks = hashlib.sha256(), 0, 0
+        waiting: deque[asyncio.Task[PubAck]] = deque()
+        try:
+            async for chunk in _even(pieces):
+                while len(waiting) >= OUTSTANDING:
+                    await waiting.popleft()
+                digest.update(chunk)
+                size += len(chunk)
+                chunks += 1
+                # the id: what is sent again after a break must not be stored twice
+                message = Message("media", self._chunks(ident), chunk, {H_MSG_ID: f"{ident}.{chunks}"})
+                await self._room.acquire()
+                task = asyncio.create_task(self._publisher.publish(message))
+                task.add_done_callback(lambda _: self._room.release())
+                waiting.append(task)
+            while waiting:
+                await waiting.popleft()
+        finally:
+            if waiting:  # a piece on its way might be stored after the purge
+                await asyncio.wait(waiting, timeout=SETTLE_S)
+            for task in waiting:
+                task.cancel()
+            await asyncio.gather(*waiting, return_exceptions=True)
+        return size, chunks, digest.digest()
+
+    async def _name(
+        self, name: str, ident: str, *, size: int, chunks: int, digest: bytes, mime: str, title: str
+    ) -> StoredObject:
+        """Makes the pieces of `ident` the object `name`, and drops those that it had before."""
+        before = await self._meta_patiently(name)
+        meta = _Meta(
+            name=name,
+            bucket=self._bucket,
+            nuid=ident,
+            size=size,
+            mtime="0001-01-01T00:00:00Z",  # readers take the time of the message
+            chunks=chunks,
+            digest=DIGEST + base64.urlsafe_b64encode(digest).decode(),
+            description=title,
+            headers={"Content-Type": [mime]} if mime else None,
+            options={"max_chunk_size": CHUNK},
+        )
+        headers = {"Nats-Rollup": "sub"}
+        await self._publisher.publish(Message("media", self._meta_subject(name), msgspec.json.encode(meta), headers))
+        if before is not None and before.nuid not in ("", ident):
+            await self._discard(before.nuid)
+        return StoredObject(name, ident, size, digest.hex())
+
+    async def _discard(self, ident: str) -> None:
+        """Deletes pieces; what cannot be deleted now goes when it is as old as the store keeps things."""
+        try:
+            await self._link.api(f"STREAM.PURGE.{self._stream}", {"filter": self._chunks(ident)}, PURGE_S)
+        except AdapterError as exc:
+            log.warning("media.left", reason=exc.reason)
+
+    # reading ----------------------------------------------------------------------------------------
+
+    async def _after(self, ident: str, after: int) -> AsyncGenerator[Stored, None]:
+        """Some pieces after a sequence; none where there are no more."""
+        subject, found = self._chunks(ident), False
+        body = {"seq": after + 1, "next_by_subj": subject, "batch": PAGE}
+        async with contextlib.aclosing(direct_get(self._link, self._stream, body)) as pieces:
+            async for piece in pieces:
+                found = True
+                yield piece
+        if not found:  # perhaps a replica answered that lags: its leader knows
+            late = await leader_next(self._link, self._stream, subject, after)
+            if late is not None:
+                yield late
+
+    async def _meta(self, name: str) -> _Meta | None:
+        subject = self._meta_subject(name)
+        stored = await last_of(self._link, self._stream, subject)
+        if stored is None:
+            stored = await leader_next(self._link, self._stream, subject, 0)
+        if stored is None:
+            return None
+        try:
+            return msgspec.json.decode(stored.data, type=_Meta)
+        except msgspec.MsgspecError:
+            log.warning("media.unreadable", detail="The description of an object cannot be read.")
+            return None
+
+    async def _meta_patiently(self, name: str) -> _Meta | None:
+        while True:
+            try:
+                return await self._meta(name)
+            except Temporary:
+                await self._link.wait_up()
+                await asyncio.sleep(0.1)
+
+    def _chunks(self, ident: str) -> str:
+        return f"$O.{self._bucket}.C.{ident}"
+
+    def _meta_subject(self, name: str) -> str:
+        return f"$O.{self._bucket}.M.{base64.urlsafe_b64encode(name.encode()).decode()}"
+
+
+async def _even(pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """The same bytes in chunks of CHUNK, the last one shorter."""
+    rest = bytearray()
+    async for piece in pieces:
+        rest += piece
+        while len(rest) >= CHUNK:
+            yield bytes(rest[:CHUNK])
+            del rest[:CHUNK]
+    if rest:
+        yield bytes(rest)
+
+
+def _hex(digest: str) -> str:
+    """SHA-256 as lower-case hex; "" where an object has none."""
+    kind, _, text = digest.partition("=")
+    try:
+        return base64.urlsafe_b64decode(text).hex() if kind.upper() == "SHA-256" else ""
+    except (binascii.Error, ValueError):
+        return ""

@@ -1,0 +1,262 @@
+"""Objects on a real server: in the layout of nats-py's own store, both ways, whole or not at all."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+from collections.abc import AsyncIterator
+
+import msgspec
+import pytest
+from nats.js.api import ObjectMeta, ObjectMetaOptions
+from nats.js.errors import ObjectNotFoundError
+from nats.js.object_store import ObjectStore as TheirStore
+
+from adapter.errors import BusRefused, Refused, Temporary, Unreadable
+from adapter.jetstream import topology
+from adapter.jetstream.objects import CHUNK, OUTSTANDING, ObjectStore
+from adapter.ports import Objects, StoredObject
+from tests.bus.test_bus import NAMES, Bus, Rig, bus, rig, rig_on, until  # noqa: F401
+
+STREAM = f"OBJ_{NAMES.media}"
+
+
+def content(size: int, seed: int = 7) -> bytes:
+    return bytes((i * seed + i // 251) % 256 for i in range(size))
+
+
+async def pieces_of(data: bytes, cut: int = 50_000) -> AsyncIterator[bytes]:
+    for start in range(0, len(data), cut):
+        yield data[start : start + cut]
+
+
+async def whole(store: Objects, stored: StoredObject) -> bytes:
+    return b"".join([piece async for piece in store.read(stored)])
+
+
+@pytest.fixture
+def store(rig: Rig) -> ObjectStore:  # noqa: F811
+    return ObjectStore(rig.link, rig.publisher, NAMES.media)
+
+
+async def theirs(rig: Rig) -> TheirStore:  # noqa: F811
+    client = rig.link.nc
+    assert client is not None
+    return await client.jetstream().object_store(NAMES.media)
+
+
+async def count(rig: Rig, subject: str) -> int:  # noqa: F811
+    return sum((await rig.history.counts(STREAM, subject)).values())
+
+
+SIZES = [0, 1, CHUNK - 1, CHUNK, CHUNK + 1, 30 * CHUNK + 5]
+
+
+@pytest.mark.parametrize("size", SIZES)
+async def test_what_we_store_is_read_by_nats_py_and_by_us(rig: Rig, store: ObjectStore, size: int) -> None:  # noqa: F811
+    data = content(size)
+    stored = await store.put("s1/in/a b.png", pieces_of(data), mime="image/png", title="a b.png")
+    assert (stored.size, stored.sha256) == (size, hashlib.sha256(data).hexdigest())
+    assert await store.info("s1/in/a b.png") == stored
+    assert await whole(store, stored) == data
+
+    other = await theirs(rig)
+    result = await other.get("s1/in/a b.png")
+    assert result.data == data
+    assert (result.info.size, result.info.chunks) == (size, -(-size // CHUNK))
+    assert result.info.description == "a b.png"
+    assert [entry.name for entry in await other.list(ignore_deletes=True)] == ["s1/in/a b.png"]
+    assert rig.metrics.value("nats_publish_total", stream="media", outcome="ok") == -(-size // CHUNK) + 1
+
+
+@pytest.mark.parametrize("size", SIZES)
+async def test_what_nats_py_stores_is_read_by_us(rig: Rig, store: ObjectStore, size: int) -> None:  # noqa: F811
+    data = content(size)
+    await (await theirs(rig)).put("s1/x", data)
+    stored = await store.info("s1/x")
+    assert stored is not None
+    assert (stored.size, stored.sha256) == (size, hashlib.sha256(data).hexdigest())
+    assert await whole(store, stored) == data
+    assert await by_pieces(store, stored) == data
+
+
+async def test_their_pieces_may_be_of_any_size(rig: Rig, store: ObjectStore) -> None:  # noqa: F811
+    meta = ObjectMeta(name="s1/x")
+    meta.options = ObjectMetaOptions(max_chunk_size=1000)
+    await (await theirs(rig)).put("s1/x", content(25_500), meta)
+    stored = await store.info("s1/x")
+    assert stored is not None
+    assert await whole(store, stored) == await by_pieces(store, stored) == content(25_500)
+
+
+async def by_pieces(store: ObjectStore, stored: StoredObject) -> bytes:
+    data, after = await store.piece(stored, 0)
+    while after:
+        piece, after = await store.piece(stored, after)
+        data += piece
+    return data
+
+
+@pytest.mark.parametrize("size", SIZES)
+async def test_an_object_is_read_piece_by_piece(store: ObjectStore, size: int) -> None:
+    await store.put("s1/before", pieces_of(content(300_000, 3)))
+    stored = await store.put("s1/x", pieces_of(content(size)))
+    await store.put("s1/after", pieces_of(content(300_000, 5)))
+    assert await by_pieces(store, stored) == content(size)
+
+
+async def test_a_new_object_replaces_the_old_one_and_its_pieces(rig: Rig, store: ObjectStore) -> None:  # noqa: F811
+    old = await store.put("s1/x", pieces_of(content(300_000)))
+    new = await store.put("s1/x", pieces_of(b"new"))
+    assert await store.info("s1/x") == new
+    assert await whole(store, new) == b"new"
+    assert await count(rig, f"$O.{NAMES.media}.C.>") == 1
+    assert await count(rig, f"$O.{NAMES.media}.M.>") == 1
+    with pytest.raises(Unreadable):
+        await whole(store, old)
+    with pytest.raises(Unreadable):
+        await store.piece(old, 0)
+
+
+async def test_there_is_none_where_it_is_deleted_or_never_was(rig: Rig, store: ObjectStore) -> None:  # noqa: F811
+    other = await theirs(rig)
+    assert await store.info("s1/x") is None
+    await store.put("s1/x", pieces_of(b"abc"))
+    await other.delete("s1/x")
+    assert await store.info("s1/x") is None
+    await store.put("s1/x", pieces_of(b"again"))
+    assert (await other.get("s1/x")).data == b"again"
+
+
+async def test_a_link_to_elsewhere_is_no_object(rig: Rig, store: ObjectStore) -> None:  # noqa: F811
+    """Others may make links in a store; who reads one by us must not get what it points to."""
+    await store.put("s2/secret", pieces_of(b"abc"))
+    assert rig.link.nc is not None
+    name = base64.urlsafe_b64encode(b"s1/x").decode()
+    link = {"link": {"bucket": NAMES.media, "name": "s2/secret"}}
+    meta = msgspec.json.encode({"name": "s1/x", "bucket": NAMES.media, "nuid": "", "size": 0, "options": link})
+    await rig.link.nc.jetstream().publish(f"$O.{NAMES.media}.M.{name}", meta)
+    assert await store.info("s1/x") is None
+
+
+@pytest.mark.parametrize("after", [0, 1, 20])
+async def test_nothing_stays_where_the_source_fails(rig: Rig, store: ObjectStore, after: int) -> None:  # noqa: F811
+    closed = False
+
+    async def source() -> AsyncIterator[bytes]:
+        nonlocal closed
+        try:
+            for _ in range(after):
+                yield content(CHUNK)
+            raise Refused("too_large", "it grows")
+        finally:
+            closed = True
+
+    kept = await store.put("s1/x", pieces_of(b"before"))
+    with pytest.raises(Refused):
+        await store.put("s1/x", source())
+    assert closed
+    assert await store.info("s1/x") == kept
+    assert await count(rig, f"$O.{NAMES.media}.C.>") == 1
+
+
+async def test_nothing_stays_where_it_is_cancelled(rig: Rig, store: ObjectStore) -> None:  # noqa: F811
+    reached, closed = asyncio.Event(), asyncio.Event()
+
+    async def source() -> AsyncIterator[bytes]:
+        try:
+            for _ in range(5):
+                yield content(CHUNK)
+            reached.set()
+            await asyncio.Event().wait()
+        finally:
+            closed.set()
+
+    task = asyncio.create_task(store.put("s1/x", source()))
+    await reached.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert closed.is_set()
+    assert await store.info("s1/x") is None
+    assert await count(rig, f"$O.{NAMES.media}.>") == 0
+
+
+async def test_a_source_is_asked_no_faster_than_the_bus_takes(rig: Rig, store: ObjectStore) -> None:  # noqa: F811
+    """While the bus is away, what is in memory is bounded; then it goes on, and nothing is there twice."""
+    given = 0
+
+    async def source() -> AsyncIterator[bytes]:
+        nonlocal given
+        for number in range(60):
+            given += 1
+            if number == 20:
+                rig.bus.kill()
+            yield content(CHUNK, number)
+
+    task = asyncio.create_task(store.put("s1/x", source()))
+    await until(lambda: not rig.link.up, "the bus is away")
+    await until(lambda: rig.publisher.outstanding == OUTSTANDING, "the room is full")
+    assert 20 < given <= 20 + OUTSTANDING + 2
+    await rig.bus.start()
+    stored = await task
+    assert await whole(store, stored) == b"".join(content(CHUNK, number) for number in range(60))
+    assert await count(rig, f"$O.{NAMES.media}.C.>") == 60
+
+
+async def test_many_objects_at_once(rig: Rig, store: ObjectStore) -> None:  # noqa: F811
+    made = await asyncio.gather(*(store.put(f"s1/{n}", pieces_of(content(500_000, n))) for n in range(10)))
+    found = await asyncio.gather(*(whole(store, stored) for stored in made))
+    assert found == [content(500_000, n) for n in range(10)]
+
+
+async def test_missing_or_other_bytes_are_told(rig: Rig, store: ObjectStore) -> None:  # noqa: F811
+    stored = await store.put("s1/x", pieces_of(content(3 * CHUNK)))
+    with pytest.raises(Unreadable):
+        await whole(store, stored._replace(sha256="0" * 64))
+    with pytest.raises(Unreadable):
+        await whole(store, stored._replace(sha256=""))
+    with pytest.raises(Unreadable):
+        await whole(store, stored._replace(size=stored.size - 1))
+    with pytest.raises(Unreadable):
+        await whole(store, stored._replace(size=stored.size + 1))
+    await rig.history.delete(STREAM, 2)
+    with pytest.raises(Unreadable):
+        await whole(store, stored)
+
+
+async def test_an_empty_object_with_a_wrong_digest_is_told_too(store: ObjectStore) -> None:
+    stored = await store.put("s1/x", pieces_of(b""))
+    assert await whole(store, stored) == b""
+    with pytest.raises(Unreadable):
+        await whole(store, stored._replace(sha256="0" * 64))
+
+
+async def test_a_full_store_refuses_and_keeps_nothing(bus: Bus) -> None:  # noqa: F811
+    async with rig_on(bus, streams=False) as rig:  # noqa: F811
+        settings = bus.settings
+        (wanted,) = [w for w in topology.streams(NAMES, settings) if w.name == STREAM]
+        await topology.create(rig.link, wanted._replace(config=wanted.config | {"max_bytes": 5 * CHUNK}))
+        store = ObjectStore(rig.link, rig.publisher, NAMES.media)
+        with pytest.raises(BusRefused):
+            await store.put("s1/large", pieces_of(content(20 * CHUNK)))
+        stored = await store.put("s1/x", pieces_of(content(CHUNK)))
+        assert await whole(store, stored) == content(CHUNK)
+
+
+async def test_a_bus_that_is_away_is_temporary_for_readers(rig: Rig, store: ObjectStore) -> None:  # noqa: F811
+    stored = await store.put("s1/x", pieces_of(content(CHUNK)))
+    rig.bus.kill()
+    await until(lambda: not rig.link.up, "the bus is away")
+    for work in (store.info("s1/x"), whole(store, stored), store.piece(stored, 0)):
+        with pytest.raises(Temporary):
+            await work
+
+
+async def test_the_store_is_as_nats_py_expects_it(rig: Rig, store: ObjectStore) -> None:  # noqa: F811
+    status = await (await theirs(rig)).status()
+    assert status.bucket == NAMES.media
+    assert status.ttl == rig.bus.settings.media_hours * 3600
+    with pytest.raises(ObjectNotFoundError):
+        await (await theirs(rig)).get("absent")
