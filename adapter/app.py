@@ -50,6 +50,7 @@ from adapter.sessions import Incoming, account_of
 from adapter.settings import Settings
 from adapter.supervisor import Supervisor
 from adapter.timing import SystemClock
+from adapter.windows import Windows
 
 log = structlog.get_logger()
 
@@ -84,7 +85,13 @@ class Adapter:
         self.history = StreamHistory(self.link)
         self.teller = BusTeller(self.link, names)
         self.objects = ObjectStore(self.media_link, self.media_bus, names.media)
-        self.rules = window.Rules(settings.sends_per_window, settings.window_hours, settings.cooldown_s)
+        self.rules = window.Rules(
+            sends=settings.sends_per_window,
+            hours=settings.window_hours,
+            cooldown_s=settings.cooldown_s,
+            reserve=settings.reserve_sends,
+            low=settings.window_low,
+        )
         self.limits = Limits(
             settings.max_command_bytes,
             settings.text_max_chars,
@@ -121,6 +128,16 @@ class Adapter:
         )
         self.contexts = Contexts(self.context_bucket, self._fence)
         self.events = Events(self.bus, names, clock, metrics)
+        self.windows = Windows(
+            contexts=self.contexts,
+            bindings=self.bindings,
+            leases=self.leases,
+            events=self.events,
+            history=self.history,
+            names=names,
+            clock=clock,
+            rules=self.rules,
+        )
         self.receipts = Receipts(self.events, self.history, names, clock, metrics)
         self.router = Router(self.bus, self.receipts, names, self.limits, clock, metrics)
         self.control = Control(
@@ -141,6 +158,7 @@ class Adapter:
             leases=self.leases,
             tend=lambda session: inbound.tend(session, self.incoming),
             work=self,
+            throttled=self.windows.throttled,
             clock=clock,
             metrics=metrics,
             capacity=settings.capacity,
@@ -148,7 +166,7 @@ class Adapter:
         self.book = LoginBook(KvBucket(self.link, self.bus, names.logins), self.sealer, clock, metrics)
         self.scanner = Scanner(self._scanning())
         login = LoginService(self.chat, self.book, self.bindings, self.sealer, metrics, login_s=settings.login_s)
-        queries = Queries(self.bindings, self.context_bucket, self.history, names, self.rules, metrics)
+        queries = Queries(self.bindings, self.context_bucket, self.history, names, self.rules, clock, metrics)
         handlers: dict[str, Handler] = {
             "bindings.list": queries.bindings_list,
             "bindings.get": queries.bindings_get,
@@ -191,6 +209,8 @@ class Adapter:
             names=self.names,
             rules=self.rules,
             recall=self.recall,
+            look=self.windows.look,
+            adopt=self.windows.adopt,
             heard=self._heard,
             revived=self._revived,
             writable=writable,
@@ -227,9 +247,12 @@ class Adapter:
                 slots=asyncio.Semaphore(settings.max_sends),
                 attempts=settings.send_attempts,
                 empty_is_success=settings.empty_send_is_success,
+                continue_text=settings.continue_text,
+                text_chars=settings.text_max_chars,
                 pause=unset,
                 pace=unset,
                 check=unchecked,
+                look=self.windows.look,
                 note=self.recall.note,
             ),
             bus=self.bus,
@@ -366,6 +389,7 @@ class Adapter:
                         background += [group.create_task(self.book.run(), name="logins")]
                         scanning = group.create_task(self.scanner.run(), name="scanning")
                         background += [scanning]
+                        background.append(group.create_task(self.windows.run(), name="windows"))
                         following = group.create_task(self.supervisor.run(), name="supervisor")
                         self.health.jetstream_ok = self.health.started = True
                         log.info("adapter.started", instance=self.instance, version=__version__)
@@ -417,11 +441,19 @@ class Adapter:
                 await self.supervisor.drain(max(0.5, self.settings.drain_s - RELEASE_S))
                 scanning.cancel()  # logins go on until another replica may take them
                 await asyncio.wait([scanning])
+                await self._flush_windows()
                 leasing.cancel()  # a renewal after this would write the key that is given back
                 await asyncio.wait([leasing])
                 await self.leases.release_all()
         except TimeoutError:
             log.warning("drain.late", drain_s=self.settings.drain_s)
+
+    async def _flush_windows(self) -> None:
+        try:
+            async with asyncio.timeout(1.0):
+                await self.windows.flush()
+        except TimeoutError:
+            log.warning("windows.untold", detail="The next owner tells what changed.")
 
     async def _heartbeat(self) -> None:
         """Tells the probes that the loop lives, and counts what is counted rather than kept."""

@@ -100,6 +100,7 @@ async def _remember(binding: Binding, fresh: list[Said], needs: Incoming) -> Non
             ),
             needs,
         )
+        needs.look(peer)
 
 
 async def _learn_user(binding: Binding, user: str, needs: Incoming) -> None:

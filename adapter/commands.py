@@ -48,6 +48,8 @@ class Command(NamedTuple):
     """Its expiry is the service's, not its own."""
     typing: Literal["", "on", "off"] = ""
     """Instead of parts: show or hide that the bot types."""
+    final: bool = False
+    """It may take the sends that are kept back."""
 
 
 def command_id(body_id: str | None, routed_id: str, msg_id: str, seq: int) -> str:
@@ -129,6 +131,7 @@ def read_command(body: Outbound, *, sandbox: str, ident: str, stored_ms: int, li
         expires_ms=stored_ms + patience_ms,
         patient=body.expires_in_s is None,
         typing=body.typing or "",
+        final=body.final,
     )
 
 

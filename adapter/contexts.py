@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import msgspec
 
+from adapter import window
 from adapter.contract import peer_key
 from adapter.errors import Conflict
 from adapter.ports import Bucket
@@ -20,7 +21,19 @@ from adapter.records import Context
 class Peer:
     """One bot and one user. `context` may be ahead of the bucket until the next `save`."""
 
-    __slots__ = ("bot", "context", "in_flight", "lock", "revision", "sending", "user")
+    __slots__ = (
+        "bot",
+        "context",
+        "in_flight",
+        "lock",
+        "revision",
+        "sending",
+        "telling",
+        "told",
+        "told_in",
+        "told_sure",
+        "user",
+    )
 
     def __init__(self, bot: str, user: str) -> None:
         self.bot = bot
@@ -32,6 +45,14 @@ class Peer:
         self.lock = asyncio.Lock()
         self.sending = asyncio.Lock()
         """Held while a command is being sent: one at a time to one user (ilink-protocol 10.3)."""
+        self.told: window.Name = ""
+        """What the sandbox was told of the window; stored with the next `save`."""
+        self.told_in = ""
+        """Of which window: its inbound message."""
+        self.telling: window.Name = ""
+        """The same, once what is on its way is on the bus."""
+        self.told_sure = False
+        """Nothing else can be on the bus: not so after a crash, which may have come before the record was written."""
 
 
 class Contexts:
@@ -54,6 +75,9 @@ class Contexts:
             if key not in self._peers:
                 peer = Peer(bot, user)
                 await self._load(peer)
+                peer.told = peer.telling = peer.context.told
+                peer.told_in = peer.context.told_in
+                peer.told_sure = not peer.revision
                 self._peers[key] = peer
         self._loading.pop(key, None)
         return self._peers[key]
@@ -70,7 +94,7 @@ class Contexts:
         """
         async with peer.lock:
             while True:
-                after = make(peer.context)
+                after = msgspec.structs.replace(make(peer.context), told=peer.told, told_in=peer.told_in)
                 value = msgspec.json.encode(after)
                 key = peer_key(peer.bot, peer.user)
                 try:

@@ -162,7 +162,16 @@ class Names:
 class Window(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What may still be sent to the user before they write again."""
 
-    remaining: Annotated[int | None, Meta(description="Sends left; null: sends are not counted.")] = None
+    remaining: Annotated[
+        int | None,
+        Meta(
+            description="Sends left for any command; 0 also when time is over or WeChat takes no more; null: sends"
+            " are not counted. Each part of a long text, each media item and each caption is one."
+        ),
+    ] = None
+    reserved: Annotated[
+        int, Meta(description="Sends left beyond `remaining`, kept back for commands with `final`.")
+    ] = 0
     closes_at_ms: Annotated[int | None, Meta(description="When the window closes; null: no window is open.")] = None
 
 
@@ -332,9 +341,9 @@ class Outbound(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     format: Annotated[
         Literal["markdown", "plain"], Meta(description="plain: Markdown is turned into plain text.")
     ] = "markdown"
-    final: Annotated[bool, Meta(description="The last word of an answer: may take the sends that are kept back.")] = (
-        False
-    )
+    final: Annotated[
+        bool, Meta(description="The last word of an answer: may take the sends that are kept back (`reserved`).")
+    ] = False
     typing: Annotated[
         Literal["on", "off"] | None, Meta(description="Instead of text and items: show or hide that the bot types.")
     ] = None
@@ -478,7 +487,10 @@ class WindowEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     user: str
     change: Annotated[
         Literal["opened", "low", "closed"],
-        Meta(description="opened: the user wrote after it was closed. low: few sends are left. closed: none."),
+        Meta(
+            description="opened: something can be sent again, since the user wrote, or since WeChat takes messages"
+            " again. low: few sends are left, told once per window. closed: `remaining` is 0."
+        ),
     ]
     reason: Annotated[str, Meta(description="Why it closed: window_closed (time), quota, throttled.")] = ""
     window: Window = Window()

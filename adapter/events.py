@@ -40,6 +40,11 @@ class Events:
         """A step of a QR login, once: the same step again is dropped by the stream."""
         await self._store(event.sandbox, "login", msgspec.json.encode(event), f"login:{event.login}:{step}")
 
+    async def window(self, event: contract.WindowEvent, *, msg_id: str) -> None:
+        """What may be sent to a user changed. `msg_id` is the same for the same change of the same window."""
+        event = msgspec.structs.replace(event, at_ms=self._clock.now_ms())
+        await self._store(event.sandbox, "window", msgspec.json.encode(event), msg_id)
+
     async def receipt(self, receipt: contract.Receipt, *, msg_id: str) -> None:
         """What became of a command. `msg_id` is the same for the same outcome of the same command."""
         receipt = msgspec.structs.replace(receipt, at_ms=self._clock.now_ms())

@@ -74,6 +74,7 @@ async def _serve(session: Session, needs: Incoming) -> None:
     place = await acquire(session, needs)
     if place is None:
         return
+    needs.adopt(session.bot)
     try:
         async with needs.starting:
             await notify(session, needs, start=True)

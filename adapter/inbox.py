@@ -96,7 +96,7 @@ async def _window(sandbox: str, bot: str, user: str, needs: Incoming) -> contrac
     if binding is None or binding.sandbox != sandbox:
         return contract.Window(remaining=0)
     peer = await retry(lambda: needs.contexts.peer(bot, user), needs)
-    return window.shown(peer.context, needs.rules)
+    return window.shown(peer.context, needs.clock.now_ms(), needs.rules)
 
 
 async def _publish_stub(one: Heard, message: Message, needs: Incoming) -> int:

@@ -16,6 +16,7 @@ import structlog
 from adapter import contract, sending, window
 from adapter.bindings import Bindings
 from adapter.commands import Command, Limits, peek, read_command
+from adapter.contexts import Peer
 from adapter.contract import Names
 from adapter.errors import BusRefused, LeaseLost, Refused, Temporary
 from adapter.leases import Leases
@@ -327,16 +328,12 @@ class LaneWork:
                     hand = peer.context.hand
                     sent = tuple(hand.message_ids) if hand and hand.client == item.command.client else ()
                     ending = Ending("refused", result.reason, result.detail, sent, *result[2:])
-                    await self._end(
-                        item, ending, window.shown(peer.context, self._sender.rules), binding.bot, lane.user
-                    )
+                    await self._end(item, ending, self._shown(peer), binding.bot, lane.user)
                     peer.context = window.settled(peer.context, item.command.id)
                     return None
                 case Ending():
                     await self._settle_token(lane, binding, result)
-                    await self._end(
-                        item, result, window.shown(peer.context, self._sender.rules), binding.bot, lane.user
-                    )
+                    await self._end(item, result, self._shown(peer), binding.bot, lane.user)
                     peer.context = window.settled(peer.context, item.command.id)
                     return None
 
@@ -405,8 +402,10 @@ class LaneWork:
     async def _window(self, lane: Lane) -> contract.Window:
         if not lane.user:
             return contract.Window(remaining=0)
-        peer = await self._sender.contexts.peer(lane.bot, lane.user)
-        return window.shown(peer.context, self._sender.rules)
+        return self._shown(await self._sender.contexts.peer(lane.bot, lane.user))
+
+    def _shown(self, peer: Peer) -> contract.Window:
+        return window.shown(peer.context, self._sender.clock.now_ms(), self._sender.rules)
 
     async def _end_in(self, lane: Lane, item: Item, ending: Ending) -> None:
         """Ends a command of which nothing was sent now."""

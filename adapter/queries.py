@@ -22,6 +22,7 @@ from adapter.errors import Refused
 from adapter.metrics import Metrics
 from adapter.ports import Bucket, History
 from adapter.records import Binding, Context
+from adapter.timing import Clock
 
 Q = TypeVar("Q", bound=msgspec.Struct)
 REPLAY_BYTES = 512 * 1024
@@ -38,6 +39,7 @@ class Queries:
         history: History,
         names: Names,
         rules: window.Rules,
+        clock: Clock,
         metrics: Metrics,
     ) -> None:
         self._bindings = bindings
@@ -45,6 +47,7 @@ class Queries:
         self._history = history
         self._names = names
         self._rules = rules
+        self._clock = clock
         self._metrics = metrics
 
     async def bindings_list(self, data: bytes) -> bytes:
@@ -77,7 +80,7 @@ class Queries:
         user = query.user or found[0].user
         entry = await self._contexts.get(peer_key(found[0].bot, user))
         context = msgspec.json.decode(entry.value, type=Context) if entry and entry.value else Context()
-        return msgspec.json.encode(window.shown(context, self._rules))
+        return msgspec.json.encode(window.shown(context, self._clock.now_ms(), self._rules))
 
     async def replay(self, data: bytes) -> bytes:
         """replay: a sandbox's inbound messages again, from a sequence or a time. Raises Refused, Temporary."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
@@ -76,6 +76,8 @@ class Hand(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     unconfirmed: bool = False
     throttled_in: str = ""
     """The window (its inbound message) in which iLink last refused it with -2."""
+    tail: str | None = None
+    """What is appended to this part, so that a repeat says the same; None: not decided yet."""
 
 
 class Context(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -92,6 +94,10 @@ class Context(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     hand: Hand | None = None
     done: list[str] = []
     """Ids of the last commands that were sent, against a second publish with the same id."""
+    told: Literal["", "open", "low", "closed"] = ""
+    """What the sandbox had been told of a window before this write; later events may be on the bus."""
+    told_in: str = ""
+    """That window: its inbound message."""
 
     def __repr__(self) -> str:
         return f"Context(used={self.used}, inbound_ms={self.inbound_ms})"

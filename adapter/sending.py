@@ -21,6 +21,7 @@ from adapter.errors import Refused, SessionExpired, Temporary, Throttled, Uncert
 from adapter.metrics import Metrics
 from adapter.ports import Accepted, Account, Chat
 from adapter.records import Context, Hand
+from adapter.split import MAX_BYTES
 from adapter.timing import Clock, backoff
 
 log = structlog.get_logger()
@@ -68,12 +69,18 @@ class Sender(NamedTuple):
     slots: asyncio.Semaphore
     attempts: int
     empty_is_success: bool
+    continue_text: str
+    """Appended to the text that takes the last send of a window; "" is nothing."""
+    text_chars: int
+    """Longest text, in characters."""
     pause: Callable[[float], Awaitable[None]]
     """Waits; raises Draining when the service stops meanwhile."""
     pace: Callable[[], Awaitable[None]]
     """Waits until the user may be sent something again; raises Draining."""
     check: Callable[[], None]
     """Raises LeaseLost when this replica may not send any more."""
+    look: Callable[[Peer], None]
+    """Called once it is known whether a request counts; see Windows.look."""
     note: Callable[[str, str, str, str, str, str], None]
     """Called with sandbox, bot, user, message id, kind and text of what iLink accepted; see Recall.note."""
 
@@ -90,14 +97,18 @@ async def send(command: Command, peer: Peer, account: Account, sender: Sender) -
         hand = Hand(command=command.id, client=command.client)
     while hand.part < len(command.parts):
         if hand.tried > MAX_RESENDS:
+            sender.look(peer)
             return _ending(
                 "uncertain", hand, "iLink did not answer, also not after a repeat with the same client_id."
             )
         first = hand.part == 0 and not hand.tried
         needed = 0 if hand.tried else len(command.parts) if first else 1
-        if closed := window.verdict(peer.context, sender.clock.now_ms(), sender.rules, needed=needed):
+        now_ms = sender.clock.now_ms()
+        if closed := window.verdict(peer.context, now_ms, sender.rules, needed=needed, final=command.final):
             return Wait(closed, attempts=hand.attempts)
         step = await _request(command, hand, peer, account, sender)
+        if not isinstance(step, Hand) or not step.tried:
+            sender.look(peer)
         if not isinstance(step, Hand):
             return step
         hand = step
@@ -108,14 +119,16 @@ async def _request(
     command: Command, hand: Hand, peer: Peer, account: Account, sender: Sender
 ) -> Hand | Ending | Wait:
     """One request; where the command then stands."""
-    before = hand
+    before, text = hand, command.parts[hand.part]
     hand = msgspec.structs.replace(hand, attempts=hand.attempts + 1, tried=hand.tried + 1)
     await sender.pace()
     async with sender.slots:
         sender.check()
-        await sender.contexts.save(peer, lambda context: window.leaving(context, hand))
+        await sender.contexts.save(
+            peer, lambda context: window.leaving(context, _with_tail(hand, text, context, sender))
+        )
         sender.check()
-        hand = peer.context.hand or hand  # it now says in which window it counts
+        hand = peer.context.hand or hand  # it now says in which window it counts, and what is appended
         peer.in_flight += 1
         try:
             accepted = await sender.chat.send_text(
@@ -123,7 +136,7 @@ async def _request(
                 user=peer.user,
                 client_id=client_id(command, hand.part),
                 context_token=peer.context.token,
-                text=command.parts[hand.part],
+                text=text + (hand.tail or ""),
             )
         except Uncertain as exc:
             sender.metrics.outbound_retries.labels(reason=exc.reason).inc()
@@ -154,15 +167,25 @@ async def _request(
             ending = _ending("refused", hand, answer.detail)
             return ending._replace(reason=answer.reason, ret=answer.ret, errcode=answer.errcode, errmsg=answer.errmsg)
         case Accepted():
-            sender.note(command.sandbox, peer.bot, peer.user, answer.message_id, "text", command.parts[before.part])
+            sender.note(command.sandbox, peer.bot, peer.user, answer.message_id, "text", text + (hand.tail or ""))
             return _accepted(hand, peer, answer, sender)
+
+
+def _with_tail(hand: Hand, text: str, context: Context, sender: Sender) -> Hand:
+    """Decides before a part's first request what is appended to it; a repeat says the same."""
+    if not sender.continue_text or hand.tail is not None or hand.tried > 1:
+        return hand
+    whole = f"{text}\n\n{sender.continue_text}"
+    fits = len(whole) <= sender.text_chars and len(whole.encode()) <= MAX_BYTES
+    tail = whole[len(text) :] if fits and window.takes_last(context, sender.rules) else ""
+    return msgspec.structs.replace(hand, tail=tail)
 
 
 def _accepted(hand: Hand, peer: Peer, answer: Accepted, sender: Sender) -> Hand:
     ids = [*hand.message_ids, answer.message_id] if answer.message_id else hand.message_ids
     confirmed = bool(answer.message_id) or sender.empty_is_success
     hand = msgspec.structs.replace(
-        hand, part=hand.part + 1, tried=0, message_ids=ids, unconfirmed=hand.unconfirmed or not confirmed
+        hand, part=hand.part + 1, tried=0, tail=None, message_ids=ids, unconfirmed=hand.unconfirmed or not confirmed
     )
     _put(peer, window.unblocked(peer.context), hand)
     return hand

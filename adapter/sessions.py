@@ -10,7 +10,7 @@ import structlog
 
 from adapter import contract, window
 from adapter.bindings import Bindings
-from adapter.contexts import Contexts
+from adapter.contexts import Contexts, Peer
 from adapter.contract import BindingEvent, Names
 from adapter.dedup import Seen
 from adapter.errors import AdapterError
@@ -49,6 +49,10 @@ class Incoming(NamedTuple):
     names: Names
     rules: window.Rules
     recall: Recall
+    look: Callable[[Peer], None]
+    """Called when the user has written; see Windows.look."""
+    adopt: Callable[[str], None]
+    """Called with each bot that this replica begins to poll; see Windows.adopt."""
     heard: Callable[[str, str, str], None]
     """Called with sandbox, bot and user once a message of the user is on the bus."""
     revived: Callable[[str, str, str], None]

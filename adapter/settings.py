@@ -157,7 +157,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """Appended to the text that takes the last send of a window, such as "Reply to continue."; empty: nothing is."""
 
     window_low: AtLeast0 = 3
-    """A `window` event tells when so few sends are left; 0: never."""
+    """A `window` event tells when so few sends are left, once per window; 0, or the whole budget: never."""
 
     media_max_bytes: Annotated[int, Meta(ge=1)] = 104857600
     """Largest media, in bytes, both ways. A larger one is announced without its bytes, or refused."""
@@ -370,6 +370,11 @@ def _contradictions(settings: Settings, environ: Mapping[str, str]) -> Iterator[
                 f"{variable_of(field)}: expected https://, or a host that {PREFIX}ALLOWED_HOSTS names,"
                 f" got http://{parts.netloc}"
             )
+    if 0 < settings.sends_per_window <= settings.reserve_sends:
+        yield (
+            f"{PREFIX}RESERVE_SENDS: expected fewer than {PREFIX}SENDS_PER_WINDOW ({settings.sends_per_window}),"
+            f" got {settings.reserve_sends}"
+        )
     given = {name.removesuffix("_FILE") for name, value in environ.items() if value.strip()}
     for one, other in (("NATS_CERT", "NATS_KEY"), ("NATS_KEY", "NATS_CERT"), ("NATS_PASSWORD", "NATS_USER")):
         if one in given and other not in given:

@@ -41,6 +41,7 @@ class Supervisor:
         leases: Leases,
         tend: Callable[[Session], Coroutine[Any, Any, None]],
         work: ShardWork,
+        throttled: Callable[[str], bool],
         clock: Clock,
         metrics: Metrics,
         capacity: int,
@@ -52,6 +53,8 @@ class Supervisor:
         self._leases = leases
         self._tend = tend
         self._work = work
+        self._throttled = throttled
+        """Whether iLink takes no messages to a bot's user (-2)."""
         self._clock = clock
         self._metrics = metrics
         self._capacity = capacity
@@ -231,7 +234,10 @@ class Supervisor:
     def observe(self) -> None:
         """Sets the gauges that are counted rather than kept."""
         metrics, now = self._metrics, self._clock.monotonic()
-        states = Counter(str(session.state) for session in self.sessions.values())
+        states = Counter(
+            "throttled" if session.state == "polling" and self._throttled(session.bot) else str(session.state)
+            for session in self.sessions.values()
+        )
         for state in ("starting", "polling", "throttled", "paused", "needs_login", "error", "draining"):
             metrics.bindings.labels(state=state).set(states[state])
         ages = [now - s.answered for s in self.sessions.values() if s.answered and s.state in ("polling", "error")]

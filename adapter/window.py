@@ -16,6 +16,9 @@ from adapter.records import Context, Hand
 Closed: TypeAlias = Literal["", "window_closed", "quota", "throttled"]
 """Why nothing may be sent; "" when it may."""
 
+Name: TypeAlias = Literal["", "open", "low", "closed"]
+"""What a sandbox knows of a window; "": it was never told of one."""
+
 DONE_IDS = 32
 
 
@@ -27,21 +30,84 @@ class Rules(NamedTuple):
     hours: float
     cooldown_s: float
     """After -2: one probe after so long; 0: never."""
+    reserve: int = 0
+    """So many of `sends` are kept back for commands with `final`."""
+    low: int = 0
+    """Few are left when so many are, for commands without `final`; 0: never."""
 
     @property
     def length_ms(self) -> int:
         return int(self.hours * 3_600_000)
 
+    def budget(self, *, final: bool = False) -> int:
+        """Sends of a window for commands with or without `final`."""
+        return self.sends if final else max(0, self.sends - self.reserve)
 
-def verdict(context: Context, now_ms: int, rules: Rules, *, needed: int = 1) -> Closed:
+
+class Phase(NamedTuple):
+    """How a window stands for commands without `final`."""
+
+    name: Name
+    reason: Closed = ""
+
+
+def verdict(context: Context, now_ms: int, rules: Rules, *, needed: int = 1, final: bool = False) -> Closed:
     """Whether `needed` sends fit now. More than the whole budget needs only a fresh window."""
-    if not context.inbound_ms or not context.token or now_ms >= context.inbound_ms + rules.length_ms:
+    if not _in_time(context, now_ms, rules):
         return "window_closed"
     if context.blocked_ms and not _may_probe(context, now_ms, rules):
         return "throttled"
-    if rules.sends and context.used + min(needed, rules.sends) > rules.sends:
+    budget = rules.budget(final=final)
+    if rules.sends and needed and context.used + max(1, min(needed, budget)) > budget:
         return "quota"
     return ""
+
+
+def phase(context: Context, now_ms: int, rules: Rules) -> Phase:
+    """Whether the user can be told something now. A probe after -2 (`verdict`) is no sign that they can."""
+    if not _in_time(context, now_ms, rules):
+        return Phase("closed", "window_closed")
+    if context.blocked_ms:
+        return Phase("closed", "throttled")
+    if not rules.sends:
+        return Phase("open")
+    budget = rules.budget()
+    left = budget - context.used
+    if left <= 0:
+        return Phase("closed", "quota")
+    return Phase("low" if left <= rules.low < budget else "open")  # a budget that is low from the start is no news
+
+
+def change(told: Name, found: Name) -> Literal["", "opened", "low", "closed"]:
+    """What to tell a sandbox that knows `told`, now that it is `found`; "": nothing."""
+    match told, found:
+        case "open" | "low", "closed":
+            return "closed"
+        case "" | "closed", "open" | "low":
+            return "opened"
+        case "open", "low":
+            return "low"
+        case _:  # of a new window after a low one, the message that opened it tells
+            return ""
+
+
+def told_by(what: Literal["opened", "low", "closed"]) -> Name:
+    """What a sandbox knows after an event."""
+    return "open" if what == "opened" else what
+
+
+def takes_last(context: Context, rules: Rules) -> bool:
+    """Whether the send that leaves next is the last one of its window."""
+    return bool(rules.sends) and context.used + 1 >= rules.sends
+
+
+def closes_at_ms(context: Context, rules: Rules) -> int:
+    """When the window closes by time, if it is open."""
+    return context.inbound_ms + rules.length_ms
+
+
+def _in_time(context: Context, now_ms: int, rules: Rules) -> bool:
+    return bool(context.inbound_ms and context.token) and now_ms < closes_at_ms(context, rules)
 
 
 def _may_probe(context: Context, now_ms: int, rules: Rules) -> bool:
@@ -102,10 +168,15 @@ def settled(context: Context, command: str) -> Context:
     return msgspec.structs.replace(context, hand=None, done=[*context.done, command][-DONE_IDS:])
 
 
-def shown(context: Context, rules: Rules) -> Window:
-    """The window as the bus sees it."""
-    closes = context.inbound_ms + rules.length_ms if context.inbound_ms else None
+def shown(context: Context, now_ms: int, rules: Rules) -> Window:
+    """The window as the bus sees it now."""
+    if not _in_time(context, now_ms, rules):
+        return Window(remaining=0)
+    closes_ms = closes_at_ms(context, rules)
+    if context.blocked_ms:
+        return Window(remaining=0, closes_at_ms=closes_ms)
     if not rules.sends:
-        return Window(closes_at_ms=closes)
-    remaining = max(0, rules.sends - context.used) if context.inbound_ms and not context.blocked_ms else 0
-    return Window(remaining=remaining, closes_at_ms=closes)
+        return Window(closes_at_ms=closes_ms)
+    remaining = max(0, rules.budget() - context.used)
+    reserved = max(0, rules.sends - context.used) - remaining
+    return Window(remaining=remaining, reserved=reserved, closes_at_ms=closes_ms)

@@ -18,7 +18,7 @@ import msgspec
 from adapter import contract, window
 from adapter.bindings import Bindings, is_anew
 from adapter.commands import Limits
-from adapter.contexts import Contexts
+from adapter.contexts import Contexts, Peer
 from adapter.contract import BindingEvent, Inbound, Names, Receipt, shard_of
 from adapter.errors import BusRefused, Conflict, LeaseLost, Temporary
 from adapter.events import Events
@@ -628,6 +628,9 @@ class Bench:
         self.bus_up.set()
         self.heard: list[tuple[str, str, str]] = []
         """What the lanes were told."""
+        self.look: Callable[[Peer], None] = lambda peer: None
+        """What watches the windows."""
+        self.adopted: list[str] = []
         self.stale: set[str] = set()
         self.lost_logins: list[str] = []
         self.regained_logins: list[str] = []
@@ -697,9 +700,12 @@ class Bench:
             slots=asyncio.Semaphore(8),
             attempts=3,
             empty_is_success=False,
+            continue_text="",
+            text_chars=LIMITS.text_chars,
             pause=asyncio.sleep,
             pace=nothing,
             check=lambda: None,
+            look=self.look,
             note=self.recall.note,
         )
         return sender._replace(**changes)
@@ -795,6 +801,8 @@ class Bench:
             names=self.names,
             rules=RULES,
             recall=self.recall,
+            look=self.look,
+            adopt=self.adopted.append,
             heard=lambda sandbox, bot, user: self.heard.append((sandbox, bot, user)),
             revived=lambda sandbox, bot, user: self.heard.append((sandbox, bot, user)),
             writable=writable,

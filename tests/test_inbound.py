@@ -113,6 +113,23 @@ async def test_the_newest_token_is_there_before_the_sandbox_can_answer() -> None
     assert len(bench.bus.inbound()) == 3
 
 
+async def test_who_watches_the_windows_is_asked_to_look_once_the_window_is_stored() -> None:
+    bench = await ready(batch(raw(), raw("more", 2)))
+    seen: list[str] = []
+    bench.look = lambda peer: seen.append(f"{peer.user} {bench.context().inbound_id == peer.context.inbound_id}")
+    await polls(bench)
+    assert seen == [f"{USER} True"]
+
+
+async def test_a_bot_that_is_polled_from_now_on_is_announced() -> None:
+    bench = await ready()
+    session, task = tended(bench)
+    await asyncio.sleep(1)
+    assert bench.adopted == [BOT]
+    session.leave(now=True)
+    await task
+
+
 async def test_the_lanes_are_told_after_the_cursor() -> None:
     bench = await ready(batch(raw()))
     heard: list[str] = []

@@ -18,7 +18,7 @@ BOT, USER = "b1@im.bot", "u1@im.wechat"
 
 
 def queries(bench: Bench) -> Queries:
-    return Queries(bench.bindings, bench.contexts_bucket, bench.bus, bench.names, RULES, bench.metrics)
+    return Queries(bench.bindings, bench.contexts_bucket, bench.bus, bench.names, RULES, bench.clock, bench.metrics)
 
 
 def ask(**body: Any) -> bytes:
@@ -154,6 +154,15 @@ async def test_the_window_of_one_of_several_is_named_by_bot_or_user() -> None:
 async def test_the_window_of_a_user_who_never_wrote_is_closed() -> None:
     bench = Bench()
     await bench.bind()
+    answer = await queries(bench).window(ask(sandbox="s1"))
+    assert msgspec.json.decode(answer, type=Window) == Window(remaining=0)
+
+
+async def test_a_window_that_time_has_closed_is_closed() -> None:
+    bench = Bench()
+    await bench.bind()
+    bench.hears()
+    await bench.clock.sleep(23 * 3600)
     answer = await queries(bench).window(ask(sandbox="s1"))
     assert msgspec.json.decode(answer, type=Window) == Window(remaining=0)
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
+from adapter import window
 from adapter.commands import Command, client_id, read_command
 from adapter.contexts import Peer
 from adapter.contract import Outbound, OutText
@@ -274,6 +275,91 @@ async def test_parts_start_only_if_all_fit() -> None:
     bench, peer = await ready(used=8)
     assert await sent(bench, peer, command(bench, "one", "two", "three")) == Wait("quota")
     assert bench.chat.sent == []
+
+
+async def test_some_sends_are_kept_back_for_the_last_word() -> None:
+    bench, peer = await ready(used=7)
+    sender = bench.sender(rules=RULES._replace(reserve=2))
+    assert isinstance(await sent(bench, peer, command(bench, ident="a"), sender=sender), Ending)
+    assert await sent(bench, peer, command(bench, ident="b"), sender=sender) == Wait("quota")
+    assert await sent(bench, peer, command(bench, "x", "y", "z", ident="c", final=True), sender=sender) == Wait(
+        "quota"
+    )
+    assert isinstance(await sent(bench, peer, command(bench, "x", "y", ident="d", final=True), sender=sender), Ending)
+    assert bench.chat.texts == ["hi", "x", "y"]
+
+
+# the last send of a window -------------------------------------------------------------------------------
+
+MORE = "Reply to continue."
+
+
+async def test_the_text_that_takes_the_last_send_says_how_to_go_on() -> None:
+    bench, peer = await ready(used=7)
+    await sent(bench, peer, command(bench, "a", "b", "c"), sender=bench.sender(continue_text=MORE))
+    assert bench.chat.texts == ["a", "b", "c\n\nReply to continue."]
+
+
+async def test_nothing_is_appended_where_nothing_is_counted() -> None:
+    bench, peer = await ready(used=100)
+    sender = bench.sender(continue_text=MORE, rules=RULES._replace(sends=0))
+    await sent(bench, peer, sender=sender)
+    assert bench.chat.texts == ["hi"]
+
+
+@pytest.mark.parametrize(
+    ("text", "chars", "fits"),
+    [("x" * 80, 100, True), ("x" * 81, 100, False), ("字" * 5454, 16384, True), ("字" * 5455, 16384, False)],
+    ids=["just", "too-many-characters", "just-by-bytes", "too-many-bytes"],
+)
+async def test_nothing_is_appended_where_it_does_not_fit(text: str, chars: int, fits: bool) -> None:
+    bench, peer = await ready(used=9)
+    body = command(bench)._replace(parts=[text])
+    await sent(bench, peer, body, sender=bench.sender(continue_text=MORE, text_chars=chars))
+    assert bench.chat.texts == [text + "\n\nReply to continue." * fits if fits else text]
+
+
+async def test_a_repeat_says_the_same() -> None:
+    """Under the same client_id, whatever the window has become; and the next part is another matter."""
+    bench, peer = await ready(used=8)
+    sender = bench.sender(continue_text=MORE)
+    bench.chat.sends.extend([Accepted("m1", 0, None, ""), TIMEOUT])
+
+    async def write_again(what: Sent) -> None:
+        if len(bench.chat.sent) == 2:
+            now_ms = bench.clock.now_ms()
+            await bench.contexts.save(
+                peer, lambda context: window.heard(context, message="in:2", token="t", now_ms=now_ms, in_flight=1)
+            )
+
+    bench.chat.on_send = write_again
+    await sent(bench, peer, command(bench, "a", "b"), sender=sender)
+    assert bench.chat.texts == ["a", "b\n\nReply to continue.", "b\n\nReply to continue."]
+    assert bench.chat.sent[1].client_id == bench.chat.sent[2].client_id
+    await sent(bench, peer, command(bench, "c", ident="c2"), sender=sender)
+    assert bench.chat.texts[3:] == ["c"]
+
+
+@pytest.mark.parametrize(("tail", "text"), [("\n\nGo on?", "hi\n\nGo on?"), ("", "hi"), (None, "hi")])
+async def test_after_a_crash_a_repeat_says_the_same(tail: str | None, text: str) -> None:
+    bench, _ = await ready()
+    one = command(bench)
+    bench.hears(used=10, hand=in_hand(one, tail=tail))
+    peer = await Bench(bench).contexts.peer(BOT, USER)
+    await sent(bench, peer, one, sender=bench.sender(continue_text=MORE))
+    assert bench.chat.texts == [text]
+
+
+async def test_who_watches_the_window_is_asked_to_look_once_it_is_known_what_counts() -> None:
+    bench, peer = await ready()
+    seen: list[int] = []
+    bench.look = lambda peer: seen.append(peer.context.used)
+    bench.chat.sends.extend([Accepted("m1", 0, None, ""), Temporary("http_5xx"), TIMEOUT, TIMEOUT])
+    await sent(bench, peer, command(bench, "a", "b"))
+    assert seen == [1, 1, 2]
+
+
+# counted -------------------------------------------------------------------------------------------------
 
 
 async def test_a_send_is_counted_before_it_leaves() -> None:

@@ -135,6 +135,13 @@ def test_a_client_certificate_needs_its_key_and_a_password_its_user(tmp_path: Pa
     ]
 
 
+def test_what_is_kept_back_leaves_something() -> None:
+    variable = "WECHAT_NATS_RESERVE_SENDS"
+    assert refusal({variable: "10"}).startswith(f"{variable}: expected fewer than WECHAT_NATS_SENDS_PER_WINDOW (10)")
+    assert read_settings({variable: "9"}).reserve_sends == 9
+    assert read_settings({variable: "9", "WECHAT_NATS_SENDS_PER_WINDOW": "0"}).reserve_sends == 9
+
+
 def test_a_wrong_file_is_not_reported_as_missing_too(tmp_path: Path) -> None:
     (tmp_path / "key.pem").touch()
     text = refusal({"NATS_CERT": "/nowhere/cert.pem", "NATS_KEY": str(tmp_path / "key.pem")})

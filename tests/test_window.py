@@ -16,7 +16,8 @@ from adapter.window import Rules, verdict
 
 NOW = 1_789_000_000_000
 HOUR = 3_600_000
-RULES = Rules(sends=10, hours=23.0, cooldown_s=3600.0)
+RULES = Rules(sends=10, hours=23.0, cooldown_s=3600.0, low=3)
+RESERVED = RULES._replace(reserve=2)
 OPEN = Context(token="AARz", inbound_ms=NOW, inbound_id="m1")
 
 
@@ -53,7 +54,7 @@ def test_a_verdict_names_what_hinders(state: Context, now_ms: int, needed: int, 
 
 def test_a_budget_of_0_is_not_counted() -> None:
     assert verdict(context(used=1000), NOW, RULES._replace(sends=0)) == ""
-    assert window.shown(context(used=1000), RULES._replace(sends=0)) == Window(closes_at_ms=NOW + 23 * HOUR)
+    assert window.shown(context(used=1000), NOW, RULES._replace(sends=0)) == Window(closes_at_ms=NOW + 23 * HOUR)
 
 
 def test_a_cool_down_of_0_never_probes() -> None:
@@ -138,26 +139,119 @@ def test_the_settled_commands_remembered_are_bounded() -> None:
     assert state.done == [str(number) for number in range(100 - window.DONE_IDS, 100)]
 
 
+KEPT_BACK = [
+    ("the-last-but-the-reserve", 7, 1, False, ""),
+    ("into-the-reserve", 8, 1, False, "quota"),
+    ("into-the-reserve-by-parts", 7, 2, False, "quota"),
+    ("a-final-one-may", 8, 1, True, ""),
+    ("a-final-one-in-parts", 8, 2, True, ""),
+    ("a-final-one-too-many", 9, 2, True, "quota"),
+    ("nothing-is-left", 10, 1, True, "quota"),
+    ("more-than-a-budget-fits-a-fresh-window", 0, 10, False, ""),
+    ("more-than-a-budget-needs-a-fresh-one", 1, 10, False, "quota"),
+    ("a-repeat-needs-nothing", 10, 0, False, ""),
+]
+
+
+@pytest.mark.parametrize(
+    ("used", "needed", "final", "expected"), [row[1:] for row in KEPT_BACK], ids=[row[0] for row in KEPT_BACK]
+)
+def test_some_sends_are_kept_back_for_the_last_word(used: int, needed: int, final: bool, expected: str) -> None:
+    assert verdict(context(used=used), NOW, RESERVED, needed=needed, final=final) == expected
+
+
+PHASES = [
+    ("never-wrote", Context(), NOW, RULES, ("closed", "window_closed")),
+    ("just-wrote", OPEN, NOW, RULES, ("open", "")),
+    ("four-left", context(used=6), NOW, RULES, ("open", "")),
+    ("three-left", context(used=7), NOW, RULES, ("low", "")),
+    ("one-left", context(used=9), NOW, RULES, ("low", "")),
+    ("none-left", context(used=10), NOW, RULES, ("closed", "quota")),
+    ("too-late", context(used=7), NOW + 23 * HOUR, RULES, ("closed", "window_closed")),
+    ("throttled", context(blocked_ms=NOW), NOW, RULES, ("closed", "throttled")),
+    ("throttled-and-a-probe-may-go", context(blocked_ms=NOW), NOW + 2 * HOUR, RULES, ("closed", "throttled")),
+    ("not-counted", context(used=100), NOW, RULES._replace(sends=0), ("open", "")),
+    ("never-low", context(used=9), NOW, RULES._replace(low=0), ("open", "")),
+    ("low-from-the-start", context(used=1), NOW, RULES._replace(low=10), ("open", "")),
+    ("five-left-of-which-two-are-kept-back", context(used=5), NOW, RESERVED, ("low", "")),
+    ("only-the-reserve-is-left", context(used=8), NOW, RESERVED, ("closed", "quota")),
+]
+
+
+@pytest.mark.parametrize(
+    ("state", "now_ms", "rules", "expected"), [row[1:] for row in PHASES], ids=[row[0] for row in PHASES]
+)
+def test_a_window_has_a_phase(state: Context, now_ms: int, rules: Rules, expected: tuple[str, str]) -> None:
+    assert window.phase(state, now_ms, rules) == expected
+
+
+CHANGES = [
+    ("", "closed", ""),
+    ("", "open", "opened"),
+    ("closed", "open", "opened"),
+    ("closed", "low", "opened"),
+    ("closed", "closed", ""),
+    ("open", "low", "low"),
+    ("open", "closed", "closed"),
+    ("low", "closed", "closed"),
+    ("low", "open", ""),
+    ("open", "open", ""),
+    ("low", "low", ""),
+]
+
+
+@pytest.mark.parametrize(("told", "found", "expected"), CHANGES)
+def test_only_news_are_told(told: window.Name, found: window.Name, expected: str) -> None:
+    assert window.change(told, found) == expected
+
+
+def test_the_last_send_is_known_before_it_leaves() -> None:
+    assert [used for used in range(12) if window.takes_last(context(used=used), RULES)] == [9, 10, 11]
+    assert not window.takes_last(context(used=9), RULES._replace(sends=0))
+
+
 SHOWN = [
     ("never-wrote", Context(), Window(remaining=0)),
     ("open", context(used=3), Window(remaining=7, closes_at_ms=NOW + 23 * HOUR)),
     ("overdrawn", context(used=12), Window(remaining=0, closes_at_ms=NOW + 23 * HOUR)),
     ("throttled", context(used=3, blocked_ms=NOW), Window(remaining=0, closes_at_ms=NOW + 23 * HOUR)),
+    ("no-token", context(token=""), Window(remaining=0)),
 ]
 
 
 @pytest.mark.parametrize(("state", "expected"), [row[1:] for row in SHOWN], ids=[row[0] for row in SHOWN])
 def test_the_bus_sees_what_is_left(state: Context, expected: Window) -> None:
-    assert window.shown(state, RULES) == expected
+    assert window.shown(state, NOW, RULES) == expected
+
+
+@pytest.mark.parametrize("rules", [RULES, RULES._replace(sends=0)], ids=["counted", "not-counted"])
+def test_the_bus_sees_when_time_is_over(rules: Rules) -> None:
+    assert window.shown(OPEN, NOW + 23 * HOUR - 1, rules).closes_at_ms == NOW + 23 * HOUR
+    assert window.shown(OPEN, NOW + 23 * HOUR, rules) == Window(remaining=0)
+
+
+@pytest.mark.parametrize(
+    ("used", "remaining", "reserved"), [(0, 8, 2), (7, 1, 2), (8, 0, 2), (9, 0, 1), (10, 0, 0), (12, 0, 0)]
+)
+def test_the_bus_sees_what_is_kept_back_apart(used: int, remaining: int, reserved: int) -> None:
+    shown = window.shown(context(used=used), NOW, RESERVED)
+    assert (shown.remaining, shown.reserved) == (remaining, reserved)
 
 
 class WindowMachine(RuleBasedStateMachine):
     """A sender that follows the rules, with crashes, against an iLink that counts what it really took."""
 
-    limits = Rules(sends=3, hours=1.0, cooldown_s=600.0)
+    limits = Rules(sends=5, hours=1.0, cooldown_s=600.0, reserve=1, low=2)
 
     def __init__(self) -> None:
         super().__init__()
+        self.plain = 0
+        """The sends of commands without `final` that iLink took in this window."""
+        self.final = False
+        self.told: window.Name = ""
+        self.events: list[str] = []
+        self.lows = 0
+        """Told of in this window."""
         self.state = Context()
         self.now = NOW
         self.messages = 0
@@ -181,7 +275,7 @@ class WindowMachine(RuleBasedStateMachine):
             now_ms=self.now,
             in_flight=0,
         )
-        self.taken = set()
+        self.taken, self.plain, self.lows = set(), 0, 0
         self.throttled_at = None
 
     @precondition(lambda self: self.messages > 0)
@@ -202,7 +296,7 @@ class WindowMachine(RuleBasedStateMachine):
     def leave(self, hand: Hand) -> bool:
         """A request leaves, if the rules let it."""
         needed = 0 if hand.tried else 1
-        if verdict(self.state, self.now, self.limits, needed=needed):
+        if verdict(self.state, self.now, self.limits, needed=needed, final=self.final):
             return False
         if self.throttled_at is not None:
             assert self.now - self.throttled_at >= 600_000, "sent into the penalty"
@@ -213,8 +307,12 @@ class WindowMachine(RuleBasedStateMachine):
         return True
 
     @precondition(lambda self: self.out is None)
-    @rule(answer=st.sampled_from(["taken", "taken-unheard", "lost", "temporary", "throttled", "crash"]))
-    def it_sends(self, answer: str) -> None:
+    @rule(
+        answer=st.sampled_from(["taken", "taken-unheard", "lost", "temporary", "throttled", "crash"]),
+        final=st.booleans(),
+    )
+    def it_sends(self, answer: str, final: bool) -> None:
+        self.final = final
         if self.leave(HAND):
             self.answered(answer)
 
@@ -228,6 +326,8 @@ class WindowMachine(RuleBasedStateMachine):
     def answered(self, answer: str) -> None:
         hand = self.out
         assert hand is not None
+        if answer in ("taken", "taken-unheard", "crash") and self.number not in self.taken:
+            self.plain += not self.final
         match answer:
             case "taken":
                 self.taken.add(self.number)
@@ -248,7 +348,34 @@ class WindowMachine(RuleBasedStateMachine):
                 self.out = before if before.tried else None
                 self.throttled_at = self.now
 
+    # what is told
+
+    @precondition(lambda self: self.out is None)
+    @rule()
+    def it_looks(self) -> None:
+        """At any time when nothing is out; what was missed meanwhile is missed."""
+        found = window.phase(self.state, self.now, self.limits)
+        if change := window.change(self.told, found.name):
+            self.events.append(change)
+            self.lows += change == "low"
+            assert (change == "closed") == (window.shown(self.state, self.now, self.limits).remaining == 0)
+        if change or self.told:
+            self.told = found.name
+
+    @invariant()
+    def what_opens_closes_and_the_other_way_round(self) -> None:
+        ends = [event for event in self.events if event != "low"]
+        assert all(event == ("closed" if number % 2 else "opened") for number, event in enumerate(ends))
+
+    @invariant()
+    def low_is_told_once_per_window(self) -> None:
+        assert self.lows <= 1
+
     # what must hold
+
+    @invariant()
+    def what_is_kept_back_is_kept_back(self) -> None:
+        assert self.plain <= self.limits.sends - self.limits.reserve
 
     @invariant()
     def ilink_never_took_more_than_the_budget(self) -> None:
