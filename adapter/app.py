@@ -50,6 +50,7 @@ from adapter.sessions import Incoming, account_of
 from adapter.settings import Settings
 from adapter.supervisor import Supervisor
 from adapter.timing import SystemClock
+from adapter.uploads import Uploads
 from adapter.windows import Windows
 
 log = structlog.get_logger()
@@ -116,6 +117,7 @@ class Adapter:
             max_bytes=settings.media_max_bytes,
             transfers=settings.media_transfers,
         )
+        self.uploads = Uploads(self.cdn, self.objects, clock, max_bytes=settings.media_max_bytes)
         self.bindings = Bindings(KvBucket(self.link, self.bus, names.bindings))
         self.context_bucket = KvBucket(self.link, self.bus, names.context)
         self.leases = Leases(
@@ -254,7 +256,9 @@ class Adapter:
                 check=unchecked,
                 look=self.windows.look,
                 note=self.recall.note,
+                upload=self.uploads.bring,
             ),
+            uploads=self.uploads,
             bus=self.bus,
             history=self.history,
             bindings=self.bindings,
@@ -269,6 +273,7 @@ class Adapter:
             bound_yet=self._bound_yet,
             gap_s=settings.send_gap_ms / 1000,
             parked_per_user=settings.parked_per_user,
+            merge_chars=settings.merge_chars,
             stale_retry_s=settings.stale_retry_s,
             grace_s=self.grace_s,
             showing=Showing(

@@ -4,17 +4,28 @@ from __future__ import annotations
 
 import hashlib
 import re
+import unicodedata
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import msgspec
 
-from adapter.contract import Outbound, OutText, check_sandbox
+from adapter.contract import Outbound, OutFile, OutImage, OutText, OutVideo, OutVoice, check_sandbox
 from adapter.errors import Refused, Unreadable
-from adapter.split import split, to_plain
+from adapter.split import MAX_BYTES, is_open, split, to_plain
 
 _PEER = re.compile(r"[!-~]{0,128}")
 """A bot's or user's id: it becomes part of a subject."""
 _VALUE = re.compile(r"""value (['"]).*\1(?= - at |$)""", re.DOTALL)
+
+
+MAX_NAME = 128
+_UNSEEN = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
+
+MERGED_AT_ONCE = 32
+"""Texts in one merged message, at most: as many ids as a user's record remembers (window.DONE_IDS)."""
+_BETWEEN = "\n\n"
+"""Between merged texts: a blank line, which ends a paragraph and a list in Markdown and reads well without it."""
 
 
 class Limits(NamedTuple):
@@ -28,8 +39,22 @@ class Limits(NamedTuple):
     """After so long, showing that the bot types makes no sense any more."""
 
 
+class MediaPart(NamedTuple):
+    """Media to send, by a name in the object store or as bytes."""
+
+    kind: Literal["image", "video", "file"]
+    name: str
+    """As the user shall see it; "" where the sandbox names none."""
+    object: str
+    """"" where the bytes are here."""
+    data: bytes
+
+    def __repr__(self) -> str:
+        return f"MediaPart({self.kind!r})"  # what is in it never gets into a log or traceback
+
+
 class Command(NamedTuple):
-    """A command that can be carried out. `parts`: the texts to send, one request each."""
+    """A command that can be carried out. `parts`: the texts and media to send, one request each."""
 
     id: str
     client: str
@@ -39,7 +64,7 @@ class Command(NamedTuple):
     """"" where the sandbox's only bot is meant."""
     user: str
     """"" where the bot's user is meant."""
-    parts: list[str]
+    parts: list[str | MediaPart]
     when_closed: Literal["park", "refuse"]
     stored_ms: int
     expires_ms: int
@@ -50,6 +75,8 @@ class Command(NamedTuple):
     """Instead of parts: show or hide that the bot types."""
     final: bool = False
     """It may take the sends that are kept back."""
+    merged: tuple[Command, ...] = ()
+    """Later commands whose texts are in this one's only part, and which share its fate."""
 
 
 def command_id(body_id: str | None, routed_id: str, msg_id: str, seq: int) -> str:
@@ -99,23 +126,7 @@ def read_command(body: Outbound, *, sandbox: str, ident: str, stored_ms: int, li
         raise Refused("invalid", "A command holds either text, items or typing.")
     if not _PEER.fullmatch(body.bot or "") or not _PEER.fullmatch(body.user or ""):
         raise Refused("invalid", "Bot and user are printable ASCII without spaces, at most 128 characters.")
-    if any(not isinstance(item, OutText) for item in body.items or []):
-        raise Refused("invalid", "Media cannot be sent yet.")
-    texts = [item.text for item in body.items or [] if isinstance(item, OutText)] if body.items else [body.text or ""]
-    if body.typing is not None:
-        texts = []
-    parts: list[str] = []
-    too_long = Refused("too_long", f"The text needs more than {limits.parts} messages; send it as a file.")
-    longest = limits.parts * limits.text_chars * (2 if body.format == "plain" else 1)
-    for text in texts:
-        if len(text) > longest:  # known before anything is read: reading Markdown takes its time
-            raise too_long
-        shown = to_plain(text) if body.format == "plain" else text
-        if not shown.strip():
-            raise Refused("invalid", "The text is empty.")
-        parts += split(shown, limits.text_chars)
-        if len(parts) > limits.parts:
-            raise too_long
+    parts = _parts(body, sandbox, limits) if body.typing is None else []
     patience_ms = limits.park_ms if body.typing != "on" else min(limits.park_ms, limits.typing_ms)
     if body.expires_in_s is not None:
         patience_ms = int(min(body.expires_in_s * 1000, patience_ms))
@@ -135,9 +146,88 @@ def read_command(body: Outbound, *, sandbox: str, ident: str, stored_ms: int, li
     )
 
 
-def client_id(command: Command, part: int) -> str:
-    """The client_id of one part: a repeat after a crash or a lost answer is the same message to WeChat (S11, Q6)."""
-    return f"wechat-nats:{command.client}-{part}"
+def _parts(body: Outbound, sandbox: str, limits: Limits) -> list[str | MediaPart]:
+    """Raises Refused("invalid"), Refused("too_long")."""
+    parts: list[str | MediaPart] = []
+    for item in body.items or [OutText(text=body.text or "")]:
+        if isinstance(item, OutText):
+            parts += _texts(item.text, body.format, limits)
+        else:
+            if item.caption.strip():
+                parts += _texts(item.caption, body.format, limits)
+            parts.append(_media(item, sandbox))
+        if sum(isinstance(part, str) for part in parts) > limits.parts:
+            raise _too_long(limits)
+    return parts
+
+
+def _texts(text: str, form: Literal["markdown", "plain"], limits: Limits) -> list[str]:
+    """One text, cut. Raises Refused("invalid"), Refused("too_long")."""
+    if len(text) > limits.parts * limits.text_chars * (2 if form == "plain" else 1):
+        raise _too_long(limits)  # known before anything is read: reading Markdown takes its time
+    shown = to_plain(text) if form == "plain" else text
+    if not shown.strip():
+        raise Refused("invalid", "The text is empty.")
+    return split(shown, limits.text_chars)
+
+
+def _too_long(limits: Limits) -> Refused:
+    return Refused("too_long", f"The text needs more than {limits.parts} messages; send it as a file.")
+
+
+def _media(item: OutImage | OutVideo | OutFile | OutVoice, sandbox: str) -> MediaPart:
+    """Raises Refused("invalid"): above all for an object of another sandbox."""
+    if (item.media is None) == (item.data is None):
+        raise Refused("invalid", "A media item holds either media (an object) or data.")
+    given = item.media.object if item.media else ""
+    if item.media and (not given.startswith(f"{sandbox}/") or given == f"{sandbox}/"):
+        raise Refused("invalid", "A sandbox sends objects of its own only: <sandbox>/\u2026")
+    kind: Literal["image", "video", "file"] = "file"  # audio too: a voice message would not be shown (4.7)
+    match item:
+        case OutImage():
+            kind = "image"
+        case OutVideo():
+            kind = "video"
+    name = item.name or (item.media.name if item.media else "")
+    return MediaPart(kind, _clean(name), given, item.data or b"")
+
+
+def _clean(name: str) -> str:
+    """A file name without folders, control and invisible characters, its ending kept where it must be cut."""
+    name = "".join(c for c in re.split(r"[/\\]", name)[-1] if unicodedata.category(c) not in _UNSEEN).strip(" .")
+    if len(name) <= MAX_NAME:
+        return name
+    stem, dot, ending = name.rpartition(".")
+    return f"{stem[: MAX_NAME - len(ending) - 1]}.{ending}" if dot and len(ending) < 16 else name[:MAX_NAME]
+
+
+def client_id(command: Command, part: int, merged: int = 0) -> str:
+    """The client_id of one part: a repeat after a crash or a lost answer is the same message to WeChat (S11, Q6).
+
+    `merged`: how many later commands are in it. Sent alone, the same command is another message.
+    """
+    return f"wechat-nats:{command.client}-{part}" + (f"+{merged}" if merged else "")
+
+
+def joins(group: Sequence[Command], command: Command, longest_chars: int) -> bool:
+    """Whether `command` may be sent in one message with those before it: all are single texts, and they fit."""
+    texts = [one.parts[0] for one in (*group, command) if len(one.parts) == 1]
+    plain = [text for text in texts if isinstance(text, str)]
+    if len(plain) != len(group) + 1 or len(plain) > MERGED_AT_ONCE or command.id in {one.id for one in group}:
+        return False
+    if any(is_open(text) for text in plain[:-1]):  # the next text would become part of its code
+        return False
+    whole = _BETWEEN.join(plain)
+    return len(whole) <= longest_chars and len(whole.encode()) <= MAX_BYTES
+
+
+def merge(group: Sequence[Command]) -> Command:
+    """Single texts as one command, the first of them; `final` if one is. One alone stays what it is."""
+    first, *rest = group
+    if not rest:
+        return first
+    text = _BETWEEN.join(str(command.parts[0]) for command in group)
+    return first._replace(parts=[text], merged=tuple(rest), final=any(command.final for command in group))
 
 
 def _harmless(exc: Exception) -> str:

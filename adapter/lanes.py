@@ -8,25 +8,27 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict, deque
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from itertools import islice, takewhile
 from typing import Any, NamedTuple
 
 import structlog
 
 from adapter import contract, sending, window
 from adapter.bindings import Bindings
-from adapter.commands import Command, Limits, peek, read_command
+from adapter.commands import MERGED_AT_ONCE, Command, Limits, MediaPart, joins, merge, peek, read_command
 from adapter.contexts import Peer
 from adapter.contract import Names
 from adapter.errors import BusRefused, LeaseLost, Refused, Temporary
 from adapter.leases import Leases
-from adapter.ports import Account, Bus, Delivery, History, Message, Stored
+from adapter.ports import Account, Bus, Delivery, History, Message, Stored, Uploaded
 from adapter.presence import Presence, Showing
-from adapter.receipts import Receipts
-from adapter.records import Binding
-from adapter.sending import Ending, Repeat, Sender, Wait
+from adapter.receipts import Receipts, ending_of
+from adapter.records import Binding, Hand
+from adapter.sending import Apart, Ending, Repeat, Sender, Wait
 from adapter.sessions import needs_login_now
 from adapter.timing import finish
+from adapter.uploads import Uploads
 
 log = structlog.get_logger()
 
@@ -39,7 +41,8 @@ class Outgoing(NamedTuple):
     """What the lanes need."""
 
     sender: Sender
-    """Without `pause` and `check`, which each shard brings, and `pace`, which each lane brings."""
+    """Without `pause`, `check` and `upload`, which each shard brings, and `pace`, which each lane brings."""
+    uploads: Uploads
     bus: Bus
     history: History
     bindings: Bindings
@@ -59,6 +62,8 @@ class Outgoing(NamedTuple):
     """Returns once every bind command stored before the call has taken effect."""
     gap_s: float
     parked_per_user: int
+    merge_chars: int
+    """Parked texts are sent as one message up to so many characters; 0: each on its own."""
     stale_retry_s: tuple[float, ...]
     grace_s: float
     showing: Showing
@@ -118,6 +123,8 @@ class Lane:
         """Nothing parked was looked at since this replica took the shard."""
         self.spoke = False
         """A command was sent, or parked, since the user wrote or typing was switched on."""
+        self.apart_until = 0
+        """What is parked up to this sequence is not merged: iLink refused it so."""
         self.moved: Lane | None = None
         """The lane that took everything over when the bot's user became known."""
         self.task: asyncio.Task[None] | None = None
@@ -132,7 +139,9 @@ class LaneWork:
     def __init__(self, number: int, needs: Outgoing) -> None:
         self.number = number
         self._needs = needs
-        self._sender = needs.sender._replace(pause=self._pause, check=lambda: needs.leases.check(number))
+        self._sender = needs.sender._replace(
+            pause=self._pause, check=lambda: needs.leases.check(number), upload=self._upload
+        )
         self.presence = Presence(number, needs.showing)
         self._in_hand: dict[int, Item] = {}
         """By sequence: delivered, and neither parked nor settled."""
@@ -195,7 +204,7 @@ class LaneWork:
             await self._hold_back(lane, item, Wait(lane.reason or "backlog"))
             _shift(lane, item)
             return 0.0
-        result = await self._send(lane, item, binding)
+        result = await self._send(lane, [item], binding)
         if isinstance(result, Wait):
             await self._hold_back(lane, item, result)
             lane.reason = result.reason
@@ -256,28 +265,89 @@ class LaneWork:
         return max(0.05, min(waits))
 
     async def _flush(self, lane: Lane, binding: Binding) -> float:
-        """Sends the oldest parked command, if it may go now."""
+        """Sends the oldest parked command, and what goes with it in one message, if it may go now."""
         parked = lane.parked[0]
         item = await self._load_parked(parked)
         if item is None:
-            lane.parked.popleft()
+            _drop(lane, [parked.seq])
             return 0.0
         item.suspect = lane.fresh
-        result = await self._send(lane, item, binding)
+        peer = await self._sender.contexts.peer(binding.bot, lane.user)
+        if lane.fresh and (told := await self._needs.receipts.find_final(item.command)):
+            # The owner before us told it, and perhaps not yet all that were in the same message. (What expired by
+            # itself had not been sent: it left the others.)
+            hand = peer.context.hand if told.reason != "expired" else None
+            group = [item, *await self._named(lane, hand, item)]
+            await self._end_all(group, ending_of(told), await self._window(lane), binding.bot, lane.user)
+            _drop(lane, [one.parked_seq for one in group])
+            return 0.0
+        group = await self._group(lane, item, peer)
+        for one in group:
+            one.suspect = False  # the first was not told, so none behind it was
+        result = await self._send(lane, group, binding)
         if isinstance(result, Wait):
-            lane.reason = result.reason
-            if lane.queue:
-                behind = lane.queue[0]
-                await self._hold_back(lane, behind, Wait(result.reason))
-                _shift(lane, behind)
-                return 0.0
-            peer = await self._sender.contexts.peer(binding.bot, lane.user)
-            opens_ms = window.opens_at_ms(peer.context, self._sender.rules)
-            left_s = (opens_ms - self._sender.clock.now_ms()) / 1000 if opens_ms else FOREVER_S
-            return max(0.05, min(self._patience(lane), left_s))
+            return await self._stay(lane, peer, result)
         lane.fresh = False
-        lane.parked.popleft()
+        if isinstance(result, Apart):
+            lane.apart_until = group[-1].parked_seq
+            return 0.0
+        _drop(lane, [one.parked_seq for one in group])
         return 0.0
+
+    async def _stay(self, lane: Lane, peer: Peer, wait: Wait) -> float:
+        """What is parked stays so, and what came behind it joins it; seconds until that may change."""
+        lane.reason = wait.reason
+        if lane.queue:
+            behind = lane.queue[0]
+            await self._hold_back(lane, behind, Wait(wait.reason))
+            _shift(lane, behind)
+            return 0.0
+        opens_ms = window.opens_at_ms(peer.context, self._sender.rules)
+        left_s = (opens_ms - self._sender.clock.now_ms()) / 1000 if opens_ms else FOREVER_S
+        return max(0.05, min(self._patience(lane), left_s))
+
+    async def _group(self, lane: Lane, first: Item, peer: Peer) -> list[Item]:
+        """The first parked command and those whose texts go in the same message.
+
+        A message that may have been sent holds the same ones again; what was tried in any other way goes alone.
+        """
+        hand, context = peer.context.hand, peer.context
+        if hand is not None and hand.client == first.command.client:
+            return [first, *await self._named(lane, hand, first)]
+        longest = self._needs.merge_chars
+        alone = first.parked_seq <= lane.apart_until or first.command.id in context.done
+        closed = window.verdict(context, self._sender.clock.now_ms(), self._sender.rules, final=True)
+        if alone or closed or not longest or not joins([], first.command, longest):
+            return [first]
+        group = [first]
+        for item in await self._behind(lane, MERGED_AT_ONCE - 1):
+            known = item.command.id in context.done
+            if known or not joins([one.command for one in group], item.command, longest):
+                break
+            group.append(item)
+        return group
+
+    async def _named(self, lane: Lane, hand: Hand | None, first: Item) -> list[Item]:
+        """What the record says to be in one message with `first`, as far as it is still parked."""
+        if hand is None or hand.client != first.command.client or not hand.merged:
+            return []
+        names = {other.client for other in hand.merged}
+        return [item for item in await self._behind(lane, len(names)) if item.command.client in names]
+
+    async def _behind(self, lane: Lane, most: int) -> list[Item]:
+        """What is parked behind the first command, in order, as far as it is of one subject."""
+        waiting = list(islice(lane.parked, 1, most + 1))
+        seqs = {one.seq for one in takewhile(lambda one: one.subject == waiting[0].subject, waiting)}
+        found: list[Item] = []
+        if not seqs:
+            return found
+        stream = self._needs.names.stream_parked
+        async for stored in self._needs.history.read(stream, waiting[0].subject, after=min(seqs) - 1):
+            if stored.seq in seqs:
+                found.append(self._item_of(stored))
+            if stored.seq >= max(seqs):
+                break
+        return found
 
     async def _load_parked(self, parked: Parked) -> Item | None:
         names = self._needs.names
@@ -299,11 +369,11 @@ class LaneWork:
         item.parked_seq = stored.seq
         return item
 
-    async def _send(self, lane: Lane, item: Item, binding: Binding) -> Wait | None:
-        """Sends and settles; a Wait leaves the command where it is."""
+    async def _send(self, lane: Lane, group: Sequence[Item], binding: Binding) -> Wait | Apart | None:
+        """Sends and settles; a Wait or Apart leaves the commands where they are. Several: as one message."""
+        item = group[0]
         if item.suspect and await self._needs.receipts.has_final(item.command):
-            self._settle(item)
-            await self._unpark(item)
+            self._done_with(item)
             return None
         peer = await self._sender.contexts.peer(binding.bot, lane.user)
         try:
@@ -313,13 +383,14 @@ class LaneWork:
 
         sender = self._sender._replace(pace=lambda: self._pace(lane))
         async with peer.sending:
-            result = await sending.send(item.command, peer, account, sender)
+            result = await sending.send(merge([one.command for one in group]), peer, account, sender)
             match result:
                 case Repeat():
                     self._repeated(item)
-                    self._settle(item)
-                    await self._unpark(item)
+                    self._done_with(item)
                     return None
+                case Apart():
+                    return result
                 case Wait():
                     if result.reason == "needs_login":
                         await self._refused_token(lane, binding, result)
@@ -327,15 +398,25 @@ class LaneWork:
                         return result
                     hand = peer.context.hand
                     sent = tuple(hand.message_ids) if hand and hand.client == item.command.client else ()
-                    ending = Ending("refused", result.reason, result.detail, sent, *result[2:])
-                    await self._end(item, ending, self._shown(peer), binding.bot, lane.user)
-                    peer.context = window.settled(peer.context, item.command.id)
-                    return None
+                    result = Ending("refused", result.reason, result.detail, sent, *result[2:])
                 case Ending():
                     await self._settle_token(lane, binding, result)
-                    await self._end(item, result, self._shown(peer), binding.bot, lane.user)
-                    peer.context = window.settled(peer.context, item.command.id)
-                    return None
+            await self._end_all(group, result, self._shown(peer), binding.bot, lane.user)
+            peer.context = window.settled(peer.context, item.command.id)
+            return None
+
+    async def _upload(self, ident: str, part: MediaPart, account: Account, user: str) -> Uploaded:
+        """Uploads.bring, cut when the service stops: the next owner does it anew. Raises Draining."""
+        work = asyncio.ensure_future(self._needs.uploads.bring(ident, part, account, user))
+        stop = asyncio.ensure_future(self._drain.wait())
+        try:
+            await asyncio.wait([work, stop], return_when=asyncio.FIRST_COMPLETED)
+            if not work.done():
+                raise Draining
+            return work.result()
+        finally:
+            work.cancel()
+            stop.cancel()
 
     async def _pace(self, lane: Lane) -> None:
         wait_s = lane.next_send - self._sender.clock.monotonic()
@@ -394,7 +475,7 @@ class LaneWork:
         await self._needs.receipts.parked(command, wait, lane.bot, lane.user, await self._window(lane))
         home = lane.current()
         parked = Parked(ack.seq, subject, command.id, command.expires_ms)
-        if parked not in home.parked:
+        if all(parked.seq != known.seq for known in home.parked):
             home.parked.append(parked)
         self._start(home)
         self._settle(item)
@@ -415,8 +496,17 @@ class LaneWork:
         self, item: Item, ending: Ending, shown: contract.Window | None, bot: str = "", user: str = ""
     ) -> None:
         """The final receipt, and what belongs to it; then the command is settled."""
-        command = item.command
-        if not (item.suspect and await self._needs.receipts.has_final(command)):
+        await self._end_all([item], ending, shown, bot, user)
+
+    async def _end_all(
+        self, group: Sequence[Item], ending: Ending, shown: contract.Window | None, bot: str = "", user: str = ""
+    ) -> None:
+        """The same ending for each. All are told before the first is settled or removed, so that the next owner finds
+        the first one with all that share its fate."""
+        for item in group:
+            command = item.command
+            if item.suspect and await self._needs.receipts.has_final(command):
+                continue
             await self._needs.receipts.final(
                 command,
                 ending,
@@ -425,8 +515,8 @@ class LaneWork:
                 shown=shown or contract.Window(),
                 original=(item.data, item.headers, self._needs.names.out(command.sandbox)),
             )
-        self._settle(item)
-        await self._unpark(item)
+        for item in group:
+            self._done_with(item)
 
     async def _end_surely(self, item: Item, ending: Ending, lane: Lane | None = None) -> None:
         """Ends a command that is in no lane, or not any more. Raises Draining."""
@@ -439,6 +529,12 @@ class LaneWork:
             else:
                 return
 
+    def _done_with(self, item: Item) -> None:
+        """Settles a command that was told, or need not be, wherever it came from."""
+        self._settle(item)
+        if item.parked_seq:
+            self._spawn(self._unpark(item.parked_seq))
+
     def _settle(self, item: Item) -> None:
         delivery = item.delivery
         if delivery is None:
@@ -449,23 +545,50 @@ class LaneWork:
             self._settled.popitem(last=False)
         self._spawn(delivery.ack())
 
-    async def _unpark(self, item: Item) -> None:
-        if item.parked_seq:
-            await self._needs.history.delete(self._needs.names.stream_parked, item.parked_seq)
+    async def _unpark(self, seq: int) -> None:
+        """Removes a parked command; what a crash leaves there has its final receipt. Raises Draining."""
+        while True:
+            try:
+                await self._needs.history.delete(self._needs.names.stream_parked, seq)
+            except Temporary as exc:
+                log.warning("unparking.waits", shard=self.number, reason=exc.reason)
+                await self._pause(0.5)
+            else:
+                return
 
     async def _expire(self, lane: Lane) -> None:
-        """Refuses what waited too long."""
+        """Ends what waited too long: as refused, or as uncertain where it may have been sent."""
         now_ms = self._sender.clock.now_ms()
-        for item in [item for item in lane.queue if item.command.expires_ms <= now_ms]:
-            await self._end_in(lane, item, Ending("refused", "expired", "It was not sent in time."))
+        late = [item for item in lane.queue if item.command.expires_ms <= now_ms]
+        late_parked = [parked for parked in lane.parked if parked.expires_ms <= now_ms]
+        if not late and not late_parked:
+            return
+        hand = await self._perhaps_sent(lane)
+        held = {one.command for one in hand.all} if hand else set()
+        unsure = Ending("uncertain", "", "It may have been sent; iLink could not be asked again in time.")
+        unsure = unsure._replace(message_ids=tuple(hand.message_ids), attempts=hand.attempts) if hand else unsure
+        for item in late:
+            unsent = Ending("refused", "expired", "It was not sent in time.")
+            await self._end_in(lane, item, unsure if item.command.id in held else unsent)
             if item in lane.queue:
                 lane.queue.remove(item)
-        for parked in [parked for parked in lane.parked if parked.expires_ms <= now_ms]:
+        late_parked = _late_together(lane, held, now_ms)
+        for parked in late_parked:
             if item_now := await self._load_parked(parked):
-                ending = Ending("refused", "expired", "The user did not write in time.")
-                await self._end_in(lane, item_now, ending)
-            if parked in lane.parked:
-                lane.parked.remove(parked)
+                unsent = Ending("refused", "expired", "The user did not write in time.")
+                await self._end_in(lane, item_now, unsure if parked.command in held else unsent)
+            _drop(lane, [parked.seq])
+        ended = {*(item.command.id for item in late), *(parked.command for parked in late_parked)}
+        if hand and hand.command in ended:
+            peer = await self._sender.contexts.peer(lane.bot, lane.user)
+            peer.context = window.settled(peer.context, hand.command)
+
+    async def _perhaps_sent(self, lane: Lane) -> Hand | None:
+        """What is in hand and was in a request that got no answer. Raises Temporary."""
+        if not lane.user:
+            return None
+        peer = await self._sender.contexts.peer(lane.bot, lane.user)
+        return peer.context.hand if peer.context.hand and peer.context.hand.tried else None
 
     async def _give_up(self, lane: Lane) -> None:
         """The user's bot was unbound: nothing of theirs will be sent."""
@@ -507,3 +630,18 @@ def _shift(lane: Lane, item: Item) -> None:
     """Takes the first command out of the queue, unless the queue went to another lane meanwhile."""
     if lane.queue and lane.queue[0] is item:
         lane.queue.popleft()
+
+
+def _drop(lane: Lane, seqs: Sequence[int]) -> None:
+    """Forgets parked commands, wherever they stand by now."""
+    for parked in [parked for parked in lane.parked if parked.seq in seqs]:
+        lane.parked.remove(parked)
+
+
+def _late_together(lane: Lane, held: set[str], now_ms: int) -> list[Parked]:
+    """What is parked and expired. Those that may have gone out in one message expire together, with their last."""
+    latest_ms = max((parked.expires_ms for parked in lane.parked if parked.command in held), default=0)
+    for index, parked in enumerate(lane.parked):
+        if parked.command in held:
+            lane.parked[index] = parked._replace(expires_ms=latest_ms)
+    return [parked for parked in lane.parked if parked.expires_ms <= now_ms]

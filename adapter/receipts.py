@@ -26,6 +26,10 @@ class Receipts:
 
     async def has_final(self, command: Command) -> bool:
         """Whether this very command has its final receipt. Raises Temporary."""
+        return await self.find_final(command) is not None
+
+    async def find_final(self, command: Command) -> Receipt | None:
+        """The final receipt of this very command, if it has one. Raises Temporary."""
         subject = self._names.event(command.sandbox, "receipt")
         since_ms = command.stored_ms - 1000
         async for stored in self._history.read(self._names.stream_event, subject, since_ms=since_ms):
@@ -35,8 +39,8 @@ class Receipts:
                 and receipt.received_at_ms == command.stored_ms
                 and receipt.outcome in contract.FINAL_OUTCOMES
             ):
-                return True
-        return False
+                return receipt
+        return None
 
     async def parked(self, command: Command, wait: Wait, bot: str, user: str, shown: contract.Window) -> None:
         """Not final: the command waits."""
@@ -102,6 +106,20 @@ class Receipts:
         took_s = max(0, self._clock.now_ms() - command.stored_ms) / 1000
         failed = ending.outcome in ("dead_lettered", "uncertain")
         self._metrics.outbound_duration.labels(outcome="failed" if failed else "settled").observe(took_s)
+
+
+def ending_of(receipt: Receipt) -> Ending:
+    """What a final receipt tells, as the ending of others that shared its message."""
+    return Ending(
+        receipt.outcome,
+        receipt.reason,
+        receipt.detail,
+        tuple(receipt.message_ids),
+        receipt.attempts,
+        receipt.ret,
+        receipt.errcode,
+        receipt.errmsg,
+    )
 
 
 _ADVICE = {

@@ -60,6 +60,13 @@ class Cursor(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The bind request's start cursor that was applied, so that it is applied once."""
 
 
+class Merged(msgspec.Struct, frozen=True, kw_only=True):
+    """A command whose text goes out in the message of another."""
+
+    command: str
+    client: str
+
+
 class Hand(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The command that is being sent: written before each request, so that a crash leaves a trace."""
 
@@ -78,6 +85,17 @@ class Hand(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The window (its inbound message) in which iLink last refused it with -2."""
     tail: str | None = None
     """What is appended to this part, so that a repeat says the same; None: not decided yet."""
+    merged: list[Merged] = []
+    """The commands behind it whose texts are in its only part: a repeat must hold the very same ones."""
+
+    @property
+    def all(self) -> list[Merged]:
+        """Every command in hand, the first one first."""
+        return [Merged(command=self.command, client=self.client), *self.merged]
+
+    def repeats(self, command: str, client: str) -> bool:
+        """Whether another command with the id of one in hand is meant: a second publish."""
+        return any(one.command == command and one.client != client for one in self.all)
 
 
 class Context(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

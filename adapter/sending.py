@@ -1,7 +1,8 @@
 """One command to one user: its parts in order, each request counted before it leaves, until an ending or a wait.
 
 A request is written into the user's context record before it leaves, with the command and part in hand; so after a
-crash the next owner knows what may have been sent, and sends it again under the same client_id.
+crash the next owner knows what may have been sent, and sends it again under the same client_id. Media are on the CDN
+before that; an upload is no request to sendmessage, and may be repeated.
 """
 
 from __future__ import annotations
@@ -14,15 +15,17 @@ import msgspec
 import structlog
 
 from adapter import window
-from adapter.commands import Command, client_id
+from adapter.commands import Command, MediaPart, client_id
 from adapter.contexts import Contexts, Peer
 from adapter.contract import Outcome
 from adapter.errors import Refused, SessionExpired, Temporary, Throttled, Uncertain
 from adapter.metrics import Metrics
-from adapter.ports import Accepted, Account, Chat
-from adapter.records import Context, Hand
+from adapter.ports import Accepted, Account, Chat, Uploaded
+from adapter.quotes import summary
+from adapter.records import Context, Hand, Merged
 from adapter.split import MAX_BYTES
 from adapter.timing import Clock, backoff
+from adapter.uploads import StoreAway
 
 log = structlog.get_logger()
 
@@ -58,6 +61,10 @@ class Repeat(NamedTuple):
     """A command with this id was sent before, by another message: nothing is sent and nothing said."""
 
 
+class Apart(NamedTuple):
+    """iLink refused texts that were merged, and took none: each must be sent by itself."""
+
+
 class Sender(NamedTuple):
     """What a send needs."""
 
@@ -83,30 +90,38 @@ class Sender(NamedTuple):
     """Called once it is known whether a request counts; see Windows.look."""
     note: Callable[[str, str, str, str, str, str], None]
     """Called with sandbox, bot, user, message id, kind and text of what iLink accepted; see Recall.note."""
+    upload: Callable[[str, MediaPart, Account, str], Awaitable[Uploaded]]
+    """Uploads.bring; raises Draining, too."""
 
 
-async def send(command: Command, peer: Peer, account: Account, sender: Sender) -> Ending | Wait | Repeat:
+async def send(command: Command, peer: Peer, account: Account, sender: Sender) -> Ending | Wait | Repeat | Apart:
     """Sends what is left of `command`.
 
-    Raises LeaseLost, Draining, Temporary (the bus is away): the command stays in hand.
+    Raises LeaseLost, Draining, Temporary (the bus is away, or part of what is merged expired): the command stays in
+    hand.
     """
     hand = peer.context.hand
     if hand is None or hand.client != command.client:
-        if command.id in peer.context.done or (hand is not None and hand.command == command.id):
+        if command.id in peer.context.done or (hand is not None and hand.repeats(command.id, command.client)):
             return Repeat()
-        hand = Hand(command=command.id, client=command.client)
+        merged = [Merged(command=other.id, client=other.client) for other in command.merged]
+        hand = Hand(command=command.id, client=command.client, merged=merged)
     while hand.part < len(command.parts):
         if hand.tried > MAX_RESENDS:
             sender.look(peer)
             return _ending(
                 "uncertain", hand, "iLink did not answer, also not after a repeat with the same client_id."
             )
-        first = hand.part == 0 and not hand.tried
-        needed = 0 if hand.tried else len(command.parts) if first else 1
-        now_ms = sender.clock.now_ms()
-        if closed := window.verdict(peer.context, now_ms, sender.rules, needed=needed, final=command.final):
-            return Wait(closed, attempts=hand.attempts)
-        step = await _request(command, hand, peer, account, sender)
+        if wait := _closed(command, hand, peer, sender):
+            return wait
+        part = command.parts[hand.part]
+        content = part if isinstance(part, str) else await _bring(part, command, hand, peer, account, sender)
+        if not isinstance(content, str | Uploaded):
+            sender.look(peer)
+            return content
+        if content is not part and (wait := _closed(command, hand, peer, sender)):
+            return wait  # the upload took long
+        step = await _request(content, command, hand, peer, account, sender)
         if not isinstance(step, Hand) or not step.tried:
             sender.look(peer)
         if not isinstance(step, Hand):
@@ -115,29 +130,64 @@ async def send(command: Command, peer: Peer, account: Account, sender: Sender) -
     return _ending("accepted_unconfirmed" if hand.unconfirmed else "accepted", hand)
 
 
+def _closed(command: Command, hand: Hand, peer: Peer, sender: Sender) -> Wait | None:
+    first = hand.part == 0 and not hand.tried
+    needed = 0 if hand.tried else len(command.parts) if first else 1
+    now_ms = sender.clock.now_ms()
+    closed = window.verdict(peer.context, now_ms, sender.rules, needed=needed, final=command.final)
+    return Wait(closed, attempts=hand.attempts) if closed else None
+
+
+async def _bring(
+    part: MediaPart, command: Command, hand: Hand, peer: Peer, account: Account, sender: Sender
+) -> Uploaded | Ending | Wait:
+    """The part's media on the CDN. Nothing of it counts, or blocks another user, before it is named in a message."""
+    failures = 0
+    while True:
+        try:
+            ready = await sender.upload(client_id(command, hand.part), part, account, peer.user)
+        except StoreAway:
+            raise
+        except SessionExpired as exc:
+            return Wait("needs_login", exc.detail, hand.attempts, exc.ret, exc.errcode, exc.errmsg)
+        except Refused as exc:
+            log.info("upload.refused", bot=peer.bot, command=command.id, detail=exc.detail[:200])
+            _put(peer, peer.context, hand)
+            if hand.tried:
+                return _ending("uncertain", hand, "It may have been sent; the media could not be brought again.")
+            ending = _ending("refused", hand, exc.detail)
+            return ending._replace(reason="media", ret=exc.ret, errcode=exc.errcode, errmsg=exc.errmsg)
+        except Temporary as exc:
+            failures += 1
+            given_up = await _again(command, hand, peer, exc, sender, failures)
+            if given_up:
+                _put(peer, peer.context, hand)
+                return given_up
+        else:
+            if not (hand.part or hand.tried) and sender.clock.now_ms() >= command.expires_ms:
+                _put(peer, peer.context, hand)
+                return _ending("refused", hand, "Its upload took too long.")._replace(reason="expired")
+            return ready
+
+
 async def _request(
-    command: Command, hand: Hand, peer: Peer, account: Account, sender: Sender
-) -> Hand | Ending | Wait:
+    content: str | Uploaded, command: Command, hand: Hand, peer: Peer, account: Account, sender: Sender
+) -> Hand | Ending | Wait | Apart:
     """One request; where the command then stands."""
-    before, text = hand, command.parts[hand.part]
+    before = hand
     hand = msgspec.structs.replace(hand, attempts=hand.attempts + 1, tried=hand.tried + 1)
     await sender.pace()
     async with sender.slots:
         sender.check()
         await sender.contexts.save(
-            peer, lambda context: window.leaving(context, _with_tail(hand, text, context, sender))
+            peer, lambda context: window.leaving(context, _with_tail(hand, content, context, sender))
         )
         sender.check()
         hand = peer.context.hand or hand  # it now says in which window it counts, and what is appended
         peer.in_flight += 1
         try:
-            accepted = await sender.chat.send_text(
-                account,
-                user=peer.user,
-                client_id=client_id(command, hand.part),
-                context_token=peer.context.token,
-                text=text + (hand.tail or ""),
-            )
+            content = content + (hand.tail or "") if isinstance(content, str) else content
+            accepted = await _post(content, client_id(command, hand.part, len(hand.merged)), peer, account, sender)
         except Uncertain as exc:
             sender.metrics.outbound_retries.labels(reason=exc.reason).inc()
             log.warning("send.unanswered", bot=peer.bot, command=command.id, reason=exc.reason, tried=hand.tried)
@@ -156,29 +206,40 @@ async def _request(
             return hand
         case Temporary():
             _put(peer, window.returned(peer.context, untouched), untouched)
-            return await _again(command, untouched, peer, answer, sender)
+            return await _again(command, untouched, peer, answer, sender, untouched.attempts) or untouched
         case Throttled():
             return await _throttled(untouched, peer, answer, sender)
         case SessionExpired():
             _put(peer, window.returned(peer.context, untouched), untouched)
             return Wait("needs_login", answer.detail, hand.attempts, answer.ret, answer.errcode, answer.errmsg)
         case Refused():
+            apart = bool(hand.merged) and not untouched.tried
+            untouched = _alone(untouched) if apart else untouched
             _put(peer, window.returned(peer.context, untouched), untouched)
+            if apart:
+                return Apart()
             ending = _ending("refused", hand, answer.detail)
             return ending._replace(reason=answer.reason, ret=answer.ret, errcode=answer.errcode, errmsg=answer.errmsg)
         case Accepted():
-            sender.note(command.sandbox, peer.bot, peer.user, answer.message_id, "text", text + (hand.tail or ""))
+            sender.note(command.sandbox, peer.bot, peer.user, answer.message_id, *_words(content))
             return _accepted(hand, peer, answer, sender)
 
 
-def _with_tail(hand: Hand, text: str, context: Context, sender: Sender) -> Hand:
-    """Decides before a part's first request what is appended to it; a repeat says the same."""
-    if not sender.continue_text or hand.tail is not None or hand.tried > 1:
+def _with_tail(hand: Hand, content: str | Uploaded, context: Context, sender: Sender) -> Hand:
+    """Decides before a text's first request what is appended to it; a repeat says the same."""
+    if not isinstance(content, str) or not sender.continue_text or hand.tail is not None or hand.tried > 1:
         return hand
-    whole = f"{text}\n\n{sender.continue_text}"
+    whole = f"{content}\n\n{sender.continue_text}"
     fits = len(whole) <= sender.text_chars and len(whole.encode()) <= MAX_BYTES
-    tail = whole[len(text) :] if fits and window.takes_last(context, sender.rules) else ""
+    tail = whole[len(content) :] if fits and window.takes_last(context, sender.rules) else ""
     return msgspec.structs.replace(hand, tail=tail)
+
+
+def _words(content: str | Uploaded) -> tuple[str, str]:
+    """Kind and text of what was sent, for later quotes of it."""
+    if isinstance(content, str):
+        return "text", content
+    return content.kind, summary(content.kind, content.name if content.kind == "file" else "")
 
 
 def _accepted(hand: Hand, peer: Peer, answer: Accepted, sender: Sender) -> Hand:
@@ -191,24 +252,48 @@ def _accepted(hand: Hand, peer: Peer, answer: Accepted, sender: Sender) -> Hand:
     return hand
 
 
-async def _again(command: Command, hand: Hand, peer: Peer, problem: Temporary, sender: Sender) -> Hand | Ending:
-    """iLink took nothing. What did not even leave waits as long as it takes; else a number of attempts."""
+async def _post(content: str | Uploaded, ident: str, peer: Peer, account: Account, sender: Sender) -> Accepted:
+    token = peer.context.token
+    if isinstance(content, str):
+        return await sender.chat.send_text(
+            account, user=peer.user, client_id=ident, context_token=token, text=content
+        )
+    return await sender.chat.send_media(account, user=peer.user, client_id=ident, context_token=token, media=content)
+
+
+async def _again(
+    command: Command, hand: Hand, peer: Peer, problem: Temporary, sender: Sender, failures: int
+) -> Ending | None:
+    """iLink took nothing. What did not even leave waits as long as it takes; else a number of attempts.
+
+    Returns None after a pause. Raises Temporary where only part of what is merged expired.
+    """
     sender.metrics.outbound_retries.labels(reason=problem.reason).inc()
     log.warning("send.failed", bot=peer.bot, command=command.id, reason=problem.reason, attempts=hand.attempts)
-    if problem.reason != "network" and hand.attempts >= sender.attempts * len(command.parts):
+    if problem.reason != "network" and failures >= sender.attempts * len(command.parts):
         return _ending("dead_lettered", hand, problem.detail)._replace(reason="unreachable")
-    if sender.clock.now_ms() >= command.expires_ms:
+    expires_ms = sorted(one.expires_ms for one in (command, *command.merged))
+    if hand.tried:  # an earlier request may have been taken: nothing of it may be called unsent
+        if sender.clock.now_ms() >= expires_ms[-1]:
+            return _ending("uncertain", hand, "It may have been sent; iLink could not be asked again in time.")
+    elif sender.clock.now_ms() >= expires_ms[0]:
+        if hand.merged:
+            raise Temporary("expired", "Some of the merged commands have waited too long.")
         return _ending("refused", hand, "iLink could not be reached in time.")._replace(reason="expired")
-    wait_s = problem.retry_after_s or backoff(hand.attempts)
+    wait_s = problem.retry_after_s or backoff(failures)
     await sender.pause(wait_s + sender.clock.jitter(wait_s / 4))
-    return hand
+    return None
 
 
 async def _throttled(hand: Hand, peer: Peer, answer: Throttled, sender: Sender) -> Wait | Ending:
-    """-2: quiet until the user writes. Refused again in another window, the command itself is at fault."""
+    """-2: quiet until the user writes. Refused again in another window, the command itself is at fault.
+
+    Of merged commands the first goes alone the next time, so that each fault is found.
+    """
     this_window = hand.counted_in
     repeated = hand.throttled_in not in ("", this_window)
     hand = msgspec.structs.replace(hand, throttled_in=this_window)
+    hand = _alone(hand) if hand.merged and not hand.tried else hand
     now_ms = sender.clock.now_ms()
     await sender.contexts.save(peer, lambda context: window.throttled(context, hand, now_ms))
     log.info(
@@ -223,6 +308,11 @@ async def _throttled(hand: Hand, peer: Peer, answer: Throttled, sender: Sender) 
         ending = _ending("refused", hand, answer.detail)
         return ending._replace(reason="throttled", ret=answer.ret, errcode=answer.errcode, errmsg=answer.errmsg)
     return Wait("throttled", answer.detail, hand.attempts, answer.ret, answer.errcode, answer.errmsg)
+
+
+def _alone(hand: Hand) -> Hand:
+    """Of merged commands, of which nothing was taken, the first one by itself: another message."""
+    return msgspec.structs.replace(hand, merged=[], tail=None)
 
 
 def _put(peer: Peer, context: Context, hand: Hand) -> None:

@@ -51,6 +51,11 @@ def split(text: str, max_chars: int, max_bytes: int = MAX_BYTES) -> list[str]:
     return parts
 
 
+def is_open(text: str) -> bool:
+    """Whether a code fence is still open at its end: what is put behind it would become code."""
+    return bool(_open_fence(text, ""))
+
+
 def _fits(text: str, max_chars: int, max_bytes: int) -> bool:
     return len(text) <= max_chars and len(text.encode()) <= max_bytes
 

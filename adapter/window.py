@@ -162,10 +162,11 @@ def unblocked(context: Context) -> Context:
 
 
 def settled(context: Context, command: str) -> Context:
-    """A command has its final outcome; it may be the one in hand."""
+    """A command, and what was merged into it, has its final outcome; it may be the one in hand."""
     if context.hand is None or context.hand.command != command:
         return context
-    return msgspec.structs.replace(context, hand=None, done=[*context.done, command][-DONE_IDS:])
+    ids = [command, *(other.command for other in context.hand.merged)]
+    return msgspec.structs.replace(context, hand=None, done=[*context.done, *ids][-DONE_IDS:])
 
 
 def shown(context: Context, now_ms: int, rules: Rules) -> Window:

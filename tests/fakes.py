@@ -7,6 +7,7 @@ every order is the same in every run. If nothing will ever happen again it says 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import itertools
 import selectors
 from collections import defaultdict, deque
@@ -20,7 +21,7 @@ from adapter.bindings import Bindings, is_anew
 from adapter.commands import Limits
 from adapter.contexts import Contexts, Peer
 from adapter.contract import BindingEvent, Inbound, Names, Receipt, shard_of
-from adapter.errors import BusRefused, Conflict, LeaseLost, Temporary
+from adapter.errors import BusRefused, Conflict, LeaseLost, Temporary, Uncertain
 from adapter.events import Events
 from adapter.ilink import protocol
 from adapter.ilink.translate import read_message
@@ -32,6 +33,8 @@ from adapter.ports import (
     Accepted,
     Account,
     Entry,
+    Fetch,
+    MediaKind,
     Message,
     Polled,
     PubAck,
@@ -39,6 +42,7 @@ from adapter.ports import (
     Scan,
     ScanStatus,
     Stored,
+    StoredObject,
     Uploaded,
 )
 from adapter.presence import Showing
@@ -49,6 +53,7 @@ from adapter.seal import Sealer
 from adapter.sending import Sender
 from adapter.sessions import Incoming
 from adapter.timing import Latch
+from adapter.uploads import Uploads
 
 EPOCH_MS = 1_789_000_000_000
 """Wall clock when a test begins."""
@@ -137,6 +142,8 @@ class FakeBus:
         self.refuse: Callable[[Message], BusRefused | None] = lambda message: None
         self.on_publish: Callable[[Message], Awaitable[None]] | None = None
         """Awaited before a message is stored: to let something happen meanwhile, or to fail."""
+        self.on_delete: Callable[[], Awaitable[None]] | None = None
+        """Awaited before a message is deleted."""
         self.unreadable = 0
         """So many more reads fail."""
         self._names = names
@@ -209,9 +216,15 @@ class FakeBus:
 
     async def delete(self, stream: str, seq: int) -> None:
         await asyncio.sleep(0)
+        if self.on_delete is not None:
+            await self.on_delete()
         self.kept = [kept for kept in self.kept if (kept.stream, kept.stored.seq) != (stream, seq)]
 
     # for tests
+
+    def forget_ids(self) -> None:
+        """The window against duplicates has passed."""
+        self._ids.clear()
 
     def found(self, kind: str) -> list[Stored]:
         """What a stream holds: IN, EVENT, PARKED, DEAD, OUT."""
@@ -426,6 +439,8 @@ class FakeChat:
         """Sends to these users get no answer before the event."""
         self.overlaps = 0
         """Sends to one user that were out at once: must stay 0."""
+        self.taken: dict[str, Sent] = {}
+        """What the phone shows, or may show where there was no answer: each client_id once."""
         self.on_send: Callable[[Sent], Awaitable[None]] | None = None
         self.tickets: deque[Exception | str] = deque()
         """Answers to getconfig; without one a new ticket each."""
@@ -484,10 +499,15 @@ class FakeChat:
             await asyncio.sleep(self.took_s)
             if hold := self.hold_sends.get(user):
                 await hold.wait()
+        except asyncio.CancelledError:
+            self.taken.setdefault(sent.client_id, sent)
+            raise
         finally:
             self._out.discard(user)
         script = self.sends_to.get(user) or self.sends
         answer = script.popleft() if script else Accepted(f"m{len(self.sent)}", 0, None, "")
+        if not isinstance(answer, Exception) or isinstance(answer, Uncertain):
+            self.taken.setdefault(sent.client_id, sent)
         if isinstance(answer, Exception):
             raise answer
         assert isinstance(answer, Accepted)
@@ -589,12 +609,106 @@ class FakeLogins:
         return protocol.check_url(url, ())
 
 
+# media ---------------------------------------------------------------------------------------------------
+
+
+class Carried(NamedTuple):
+    """An upload that the CDN took."""
+
+    bot: str
+    user: str
+    kind: MediaKind
+    name: str
+    data: bytes
+    md5: str
+
+
+class FakeCdn:
+    """Implements the half of Cdn that goes up, by a script; without one, everything is taken."""
+
+    def __init__(self) -> None:
+        self.uploads: list[Carried] = []
+        self.asked = 0
+        self.script: deque[Exception | None] = deque()
+        self.on_upload: Callable[[], Awaitable[None]] | None = None
+        """Awaited before an upload."""
+        self.took_s = 0.0
+        self.hold: dict[str, asyncio.Event] = {}
+        """Uploads for these users take until the event."""
+
+    async def upload(
+        self,
+        account: Account,
+        *,
+        user: str,
+        kind: MediaKind,
+        name: str,
+        size: int,
+        md5: str,
+        read: Callable[[], AsyncIterator[bytes]],
+    ) -> Uploaded:
+        self.asked += 1
+        if self.on_upload is not None:
+            await self.on_upload()
+        await asyncio.sleep(self.took_s)
+        if hold := self.hold.get(user):
+            await hold.wait()
+        answer = self.script.popleft() if self.script else None
+        if answer is not None:
+            raise answer
+        data = b"".join([piece async for piece in read()])
+        assert len(data) == size
+        self.uploads.append(Carried(account.bot, user, kind, name, data, md5))
+        return Uploaded(kind, name, size, size // 16 * 16 + 16, f"ref{len(self.uploads)}", b"k" * 16)
+
+    def download(self, fetch: Fetch) -> AsyncIterator[bytes]:
+        raise AssertionError("this half of the CDN is not there")
+
+
+class FakeObjects:
+    """Implements the half of Objects that reads."""
+
+    def __init__(self) -> None:
+        self.stored: dict[str, bytes] = {}
+        self.unreadable: deque[Exception | None] = deque()
+        """What the next reads fail with, half way."""
+        self.away = 0
+        """So many more questions fail."""
+        self.reads = 0
+        self.piece_bytes = 1000
+
+    async def info(self, name: str) -> StoredObject | None:
+        await asyncio.sleep(0)
+        if self.away:
+            self.away -= 1
+            raise Temporary("bus_down")
+        data = self.stored.get(name)
+        return None if data is None else StoredObject(name, "chunks", len(data), hashlib.sha256(data).hexdigest())
+
+    async def read(self, stored: StoredObject) -> AsyncIterator[bytes]:
+        self.reads += 1
+        data = self.stored[stored.name]
+        problem = self.unreadable.popleft() if self.unreadable else None
+        for start in range(0, len(data), self.piece_bytes):
+            await asyncio.sleep(0)
+            if problem is not None and start >= len(data) // 2:
+                raise problem
+            yield data[start : start + self.piece_bytes]
+
+    async def piece(self, stored: StoredObject, after: int) -> tuple[bytes, int]:
+        raise AssertionError("this half of the store is not there")
+
+    async def put(self, name: str, pieces: AsyncIterator[bytes], *, mime: str = "", title: str = "") -> StoredObject:
+        raise AssertionError("this half of the store is not there")
+
+
 # the core around them ------------------------------------------------------------------------------------
 
 
 LIMITS = Limits(command_bytes=262_144, text_chars=4000, parts=10, park_ms=72 * 3_600_000)
 RULES = window.Rules(sends=10, hours=23.0, cooldown_s=3600.0)
 GAP_S = 1.5
+MEDIA_BYTES = 100_000
 
 
 class Bench:
@@ -610,6 +724,9 @@ class Bench:
         self.bindings_bucket: FakeBucket = world.bindings_bucket if world else FakeBucket("binding", self.bus.writes)
         self.quotes: FakeBucket = world.quotes if world else FakeBucket("quote", self.bus.writes)
         self.typing: FakeBucket = world.typing if world else FakeBucket("typing", self.bus.writes)
+        self.cdn: FakeCdn = world.cdn if world else FakeCdn()
+        self.objects: FakeObjects = world.objects if world else FakeObjects()
+        self.uploads = Uploads(self.cdn, self.objects, self.clock, max_bytes=MEDIA_BYTES)
         self.teller = FakeTeller()
         self.metrics = Metrics()
         self.recall = Recall(self.quotes, self.bus, self.names, self.metrics)
@@ -707,6 +824,7 @@ class Bench:
             check=lambda: None,
             look=self.look,
             note=self.recall.note,
+            upload=self.uploads.bring,
         )
         return sender._replace(**changes)
 
@@ -734,6 +852,7 @@ class Bench:
 
         outgoing = Outgoing(
             sender=self.sender(),
+            uploads=self.uploads,
             bus=self.bus,
             history=self.bus,
             bindings=self.bindings,
@@ -748,6 +867,7 @@ class Bench:
             bound_yet=bound_yet,
             gap_s=GAP_S,
             parked_per_user=100,
+            merge_chars=0,  # what is parked goes one by one, unless a test says otherwise
             stale_retry_s=(5.0, 30.0, 300.0),
             grace_s=1.0,
             showing=self.showing(),

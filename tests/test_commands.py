@@ -7,7 +7,19 @@ from typing import Any
 import msgspec
 import pytest
 
-from adapter.commands import Command, Limits, client_id, command_id, peek, read_command, sandbox_of
+from adapter.commands import (
+    MERGED_AT_ONCE,
+    Command,
+    Limits,
+    MediaPart,
+    client_id,
+    command_id,
+    joins,
+    merge,
+    peek,
+    read_command,
+    sandbox_of,
+)
 from adapter.contract import Outbound
 from adapter.errors import Refused, Unreadable
 
@@ -200,3 +212,156 @@ def test_a_command_expires_after_its_own_time_but_never_later_than_the_services(
     command = read(text="hi", **own)
     assert command.expires_ms == NOW + expires_ms
     assert command.patient is (expires_in_s is None)
+
+
+# media ---------------------------------------------------------------------------------------------------
+
+
+def one(**item: Any) -> list[dict[str, Any]]:
+    return [item]
+
+
+MEDIA: list[tuple[str, list[dict[str, Any]], list[str | MediaPart]]] = [
+    ("object", one(kind="image", media={"object": "s1/a"}), [MediaPart("image", "", "s1/a", b"")]),
+    ("bytes", one(kind="file", data="aGVsbG8=", name="a.txt"), [MediaPart("file", "a.txt", "", b"hello")]),
+    ("no-bytes-at-all", one(kind="file", data=""), [MediaPart("file", "", "", b"")]),
+    ("video", one(kind="video", media={"object": "s1/a/b"}), [MediaPart("video", "", "s1/a/b", b"")]),
+    ("voice-is-a-file", one(kind="voice", media={"object": "s1/v"}), [MediaPart("file", "", "s1/v", b"")]),
+    (
+        "name-of-the-object",
+        one(kind="file", media={"object": "s1/a", "name": "b.pdf", "mime": "x", "size": 7}),
+        [MediaPart("file", "b.pdf", "s1/a", b"")],
+    ),
+    (
+        "name-of-the-item-wins",
+        one(kind="file", media={"object": "s1/a", "name": "b.pdf"}, name="c.pdf"),
+        [MediaPart("file", "c.pdf", "s1/a", b"")],
+    ),
+    (
+        "caption-first",
+        one(kind="image", media={"object": "s1/a"}, caption="look"),
+        ["look", MediaPart("image", "", "s1/a", b"")],
+    ),
+    (
+        "blank-caption",
+        one(kind="image", media={"object": "s1/a"}, caption=" \n"),
+        [MediaPart("image", "", "s1/a", b"")],
+    ),
+    (
+        "long-caption",
+        one(kind="image", media={"object": "s1/a"}, caption="a" * 3000 + "\n\n" + "b" * 3000),
+        ["a" * 3000, "b" * 3000, MediaPart("image", "", "s1/a", b"")],
+    ),
+    (
+        "in-the-order-of-the-items",
+        [*items("one"), *one(kind="file", data="aGVsbG8="), *items("two")],
+        ["one", MediaPart("file", "", "", b"hello"), "two"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("body", "parts"), [row[1:] for row in MEDIA], ids=[row[0] for row in MEDIA])
+def test_media_become_parts_and_a_caption_a_part_before(
+    body: list[dict[str, Any]], parts: list[str | MediaPart]
+) -> None:
+    assert read(items=body).parts == parts
+
+
+def test_a_caption_in_plain_text_loses_its_marks() -> None:
+    assert read(items=one(kind="file", data="", caption="**hi**"), format="plain").parts[0] == "hi"
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        {"kind": "image"},
+        {"kind": "image", "media": {"object": "s1/a"}, "data": "aGVsbG8="},
+        {"kind": "image", "media": {"object": "s2/a"}},
+        {"kind": "image", "media": {"object": "s1"}},
+        {"kind": "image", "media": {"object": "s1/"}},
+        {"kind": "image", "media": {"object": "s1a/x"}},
+        {"kind": "image", "media": {"object": "/s1/a"}},
+        {"kind": "image", "media": {"object": "a"}},
+    ],
+    ids=["neither", "both", "of-another", "no-folder", "no-name", "of-a-namesake", "rooted", "of-nobody"],
+)
+def test_media_of_another_sandbox_or_of_nothing_are_refused(item: dict[str, Any]) -> None:
+    with pytest.raises(Refused) as caught:
+        read(items=[item])
+    assert (caught.value.reason, bool(caught.value.detail)) == ("invalid", True)
+
+
+def test_too_many_captions_are_too_long() -> None:
+    with pytest.raises(Refused, match="too_long"):
+        read(items=one(kind="file", data="", caption="x") * 11)
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("report.pdf", "report.pdf"),
+        ("报告.pdf", "报告.pdf"),
+        ("../../etc/passwd", "passwd"),
+        ("C:\\a\\b.txt", "b.txt"),
+        ("a\r\nb.txt", "ab.txt"),
+        ("gpj.\u202eexe", "gpj.exe"),
+        ("..", ""),
+        (" a ", "a"),
+        ("x" * 200 + ".pdf", "x" * 124 + ".pdf"),
+        ("x" * 200, "x" * 128),
+    ],
+    ids=["plain", "chinese", "folders", "backslashes", "breaks", "reversed", "dots", "spaces", "long", "no-ending"],
+)
+def test_a_file_name_names_no_folder_and_hides_nothing(name: str, shown: str) -> None:
+    (part,) = read(items=one(kind="file", data="", name=name)).parts
+    assert isinstance(part, MediaPart)
+    assert part.name == shown
+
+
+def test_neither_name_nor_bytes_of_media_are_in_a_repr() -> None:
+    command = read(items=one(kind="file", data="c2VjcmV0", name="secret.txt"))
+    assert "secret" not in repr(command)
+
+
+# merging -------------------------------------------------------------------------------------------------
+
+
+def texts(*words: str) -> list[Command]:
+    return [read(ident=f"c{number}", text=word) for number, word in enumerate(words)]
+
+
+JOINS: list[tuple[str, list[Command], int, bool]] = [
+    ("two", texts("a", "b"), 3000, True),
+    ("one-alone", texts("a"), 3000, True),
+    ("just-fit", texts("a" * 10, "b" * 10), 22, True),
+    ("one-too-many", texts("a" * 10, "b" * 10), 21, False),
+    ("too-many-bytes", texts("好" * 3000, "好" * 3000), 10_000, False),
+    ("several-parts", [*texts("a"), read(ident="c1", items=items("b", "c"))], 3000, False),
+    ("several-parts-first", [read(ident="c1", items=items("b", "c")), *texts("a")], 3000, False),
+    ("media", [*texts("a"), read(ident="c1", items=one(kind="file", data=""))], 3000, False),
+    ("same-id", [*texts("a"), *texts("b")], 3000, False),
+    ("open-fence-first", texts("```\ncode", "b"), 3000, False),
+    ("open-fence-last", texts("b", "```\ncode"), 3000, True),
+    ("closed-fence", texts("```\ncode\n```", "b"), 3000, True),
+    ("most", texts(*"a" * MERGED_AT_ONCE), 3000, True),
+    ("more-than-most", texts(*"a" * (MERGED_AT_ONCE + 1)), 3000, False),
+]
+
+
+@pytest.mark.parametrize(("group", "chars", "do"), [row[1:] for row in JOINS], ids=[row[0] for row in JOINS])
+def test_single_texts_join_as_long_as_they_fit(group: list[Command], chars: int, do: bool) -> None:
+    assert joins(group[:-1], group[-1], chars) is do
+
+
+def test_merged_texts_are_one_message_with_a_blank_line_between() -> None:
+    first, second, third = texts("a", "b", "c")
+    merged = merge([first, second, third])
+    assert merged.parts == ["a\n\nb\n\nc"]
+    assert (merged.id, merged.client, merged.merged) == (first.id, first.client, (second, third))
+    assert merge([first]) == first
+
+
+def test_a_merged_message_has_a_client_id_of_its_own() -> None:
+    """Alone, or with fewer others, the same command is another message; iLink shows each id once."""
+    (command,) = texts("a")
+    assert len({client_id(command, 0), client_id(command, 0, 1), client_id(command, 0, 2)}) == 3

@@ -161,6 +161,11 @@ class World:
         subject = NAMES.out_plain if plain else NAMES.out(sandbox)
         await self._store(nc, subject, msgspec.json.encode(body), {"Nats-Msg-Id": ident})
 
+    def phone_texts(self, sandbox: str) -> list[str]:
+        """What the sandbox's user sees, merged texts apart."""
+        shown = self.sim.phone(self.bots[sandbox].user)
+        return [text for message in shown for text in message.text.split("\n\n")]
+
     async def receipts(self, nc: Client) -> list[Receipt]:
         """All receipts on the bus."""
         return [
@@ -298,8 +303,8 @@ def _compare(sandbox: str, said: list[str], on_bus: list[str], found: Audit) -> 
 
 
 def _phone(made: World, sandbox: str, idents: list[str], final: dict[str, list[Receipt]], found: Audit) -> None:
-    """The phone shows each accepted text once, in the order of the commands."""
-    texts = [shown.text for shown in made.sim.phone(made.bots[sandbox].user)]
+    """The phone shows each accepted text once, in the order of the commands; several may be in one message."""
+    texts = made.phone_texts(sandbox)
     shown = Counter(texts)
     accepted = [ident for ident in idents if any(r.outcome == "accepted" for r in final[ident])]
     found.phone += [f"{ident} is shown {shown[f'answer {ident}']} times" for ident in accepted

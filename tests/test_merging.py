@@ -1,0 +1,569 @@
+"""Parked texts in few messages: in order, each once, each with its own receipt, whoever dies when."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from adapter.errors import Refused, SessionExpired, Temporary, Throttled, Uncertain
+from adapter.outbound import Shard
+from adapter.ports import Accepted
+from tests.fakes import GAP_S, RULES, Bench, FakeDelivery, VirtualLoop
+from tests.test_outbound import BOT, USER, finals, outcomes, parked, ready, user_writes
+
+VIRTUAL_TIME = True
+
+CHARS = 3000
+THROTTLED = Throttled("throttled", "iLink answered -2", ret=-2, errmsg="prepare failed")
+TIMEOUT = Uncertain("timeout", "no answer")
+
+
+async def waiting(*texts: str, **changes: Any) -> tuple[Bench, Shard]:
+    """A user whose window is closed, and texts parked for them, as c0, c1, …"""
+    bench, shard = await ready(is_open=False, **{"merge_chars": CHARS, **changes})
+    for number, text in enumerate(texts):
+        shard.on_delivery(bench.command(text, id=f"c{number}"))
+    await asyncio.sleep(5)
+    assert len(parked(bench)) == len(texts)
+    return bench, shard
+
+
+def told(bench: Bench) -> list[tuple[str, str, tuple[str, ...]]]:
+    return [(receipt.command, receipt.outcome, tuple(receipt.message_ids)) for receipt in finals(bench)]
+
+
+def shown(bench: Bench) -> list[str]:
+    """What the phone shows, or may show."""
+    messages = [sent.media.name if sent.media else sent.text for sent in bench.chat.taken.values()]
+    return [text for message in messages for text in message.split("\n\n")]
+
+
+async def test_what_was_parked_arrives_in_one_message_and_each_has_its_receipt() -> None:
+    bench, shard = await waiting(*(f"t{number}" for number in range(15)))
+    await user_writes(bench, shard)
+    await asyncio.sleep(30)
+    assert bench.chat.texts == ["\n\n".join(f"t{number}" for number in range(15))]
+    assert told(bench) == [(f"c{number}", "accepted", ("m1",)) for number in range(15)]
+    assert {receipt.attempts for receipt in finals(bench)} == {1}
+    assert {receipt.window.remaining for receipt in finals(bench)} == {9}
+    assert parked(bench) == []
+    assert bench.context().used == 1
+
+
+async def test_they_count_each_once() -> None:
+    """accepted + unconfirmed + refused + uncertain + dead-lettered + parked + in flight = taken."""
+    bench, shard = await waiting("a", "b", "c")
+    await user_writes(bench, shard)
+    await asyncio.sleep(30)
+    messages = bench.metrics.outbound_messages.labels(outcome="accepted", reason="none")
+    assert messages._value.get() == bench.metrics.outbound_taken._value.get() == 3
+
+
+async def test_without_the_setting_each_goes_alone() -> None:
+    bench, shard = await waiting("a", "b", merge_chars=0)
+    await user_writes(bench, shard)
+    await asyncio.sleep(30)
+    assert bench.chat.texts == ["a", "b"]
+
+
+async def test_no_message_grows_beyond_its_measure() -> None:
+    bench, shard = await waiting("a" * 10, "b" * 10, "c" * 10, "d" * 30, "e", merge_chars=22)
+    await user_writes(bench, shard)
+    await asyncio.sleep(30)
+    assert bench.chat.texts == ["a" * 10 + "\n\n" + "b" * 10, "c" * 10, "d" * 30, "e"]
+
+
+async def test_what_is_more_than_one_text_goes_alone_and_in_its_place() -> None:
+    bench, shard = await ready(is_open=False, merge_chars=CHARS)
+    two = [{"kind": "text", "text": "c"}, {"kind": "text", "text": "d"}]
+    file = [{"kind": "file", "data": "aGVsbG8=", "name": "f"}]
+    for delivery in (
+        bench.command("a"),
+        bench.command("b", reply_to="m1", expires_in_s=900),
+        bench.command(items=two),
+        bench.command("e"),
+        bench.command(items=file),
+        bench.command("g"),
+        bench.command("h", format="plain"),
+    ):
+        shard.on_delivery(delivery)
+    await asyncio.sleep(5)
+    await user_writes(bench, shard)
+    await asyncio.sleep(60)
+    assert bench.chat.texts == ["a\n\nb", "c", "d", "e", "", "g\n\nh"]
+    assert shown(bench) == ["a", "b", "c", "d", "e", "f", "g", "h"]
+    assert len(finals(bench)) == 7
+
+
+async def test_what_comes_while_nothing_waits_is_never_merged() -> None:
+    bench, shard = await ready(merge_chars=CHARS)
+    for text in ("a", "b", "c"):
+        shard.on_delivery(bench.command(text))
+    await asyncio.sleep(30)
+    assert bench.chat.texts == ["a", "b", "c"]
+
+
+async def test_what_comes_during_the_flush_goes_after_it() -> None:
+    bench, shard = await waiting("a", "b")
+    await user_writes(bench, shard)
+    for text in ("c", "d"):
+        shard.on_delivery(bench.command(text))
+    await asyncio.sleep(30)
+    assert bench.chat.texts == ["a\n\nb", "c", "d"]
+
+
+async def test_a_repeated_id_in_a_flush_is_sent_and_told_once() -> None:
+    bench, shard = await ready(is_open=False, merge_chars=CHARS)
+    for text, ident in (("a", "c1"), ("b", "c2"), ("a again", "c1"), ("d", "c4")):
+        shard.on_delivery(bench.command(text, id=ident))
+    await asyncio.sleep(5)
+    await user_writes(bench, shard)
+    await asyncio.sleep(30)
+    assert shown(bench) == ["a", "b", "d"]
+    assert [command for command, *_ in told(bench)] == ["c1", "c2", "c4"]
+
+
+async def test_ids_that_went_out_in_a_flush_are_remembered() -> None:
+    bench, shard = await waiting("a", "b")
+    await user_writes(bench, shard)
+    await asyncio.sleep(30)
+    shard.on_delivery(bench.command("b again", id="c1"))
+    await asyncio.sleep(5)
+    assert shown(bench) == ["a", "b"]
+    assert len(finals(bench)) == 2
+
+
+async def test_a_full_window_takes_more_than_ten_commands() -> None:
+    bench, shard = await waiting(*("x" * 1400 for _ in range(30)))
+    await user_writes(bench, shard)
+    await asyncio.sleep(60)
+    assert len(bench.chat.sent) == 10
+    assert len(finals(bench)) == 20
+    await user_writes(bench, shard)
+    await asyncio.sleep(60)
+    assert len(finals(bench)) == 30
+
+
+async def test_a_last_word_takes_along_what_waits_before_it() -> None:
+    """It may take the send that is kept back, and must not overtake."""
+    bench, shard = await ready(merge_chars=CHARS)
+    bench.hears(used=9)
+    shard = bench.shard(merge_chars=CHARS, sender=bench.sender(rules=RULES._replace(reserve=1)))
+    shard.on_delivery(bench.command("a"))
+    await asyncio.sleep(5)
+    assert parked(bench) != []
+    shard.on_delivery(bench.command("b", final=True))
+    await asyncio.sleep(5)
+    assert bench.chat.texts == ["a\n\nb"]
+
+
+async def test_what_is_appended_to_a_message_is_repeated_with_it() -> None:
+    bench, _ = await ready(is_open=False)
+    rules = RULES._replace(sends=1)
+    shard = bench.shard(merge_chars=CHARS, sender=bench.sender(rules=rules, continue_text="Reply to continue."))
+    for text in ("a", "b"):
+        shard.on_delivery(bench.command(text))
+    await asyncio.sleep(5)
+    bench.chat.sends.append(TIMEOUT)
+    await user_writes(bench, shard)
+    await asyncio.sleep(30)
+    assert bench.chat.texts == ["a\n\nb\n\nReply to continue."] * 2
+
+
+SHARED: list[tuple[str, list[Exception | Accepted], str, str]] = [
+    ("unconfirmed", [Accepted("", 0, None, "")], "accepted_unconfirmed", ""),
+    ("uncertain", [TIMEOUT, TIMEOUT], "uncertain", ""),
+    ("unreachable", [Temporary("http_5xx")] * 3, "dead_lettered", "unreachable"),
+    ("refused-after-silence", [TIMEOUT, Refused("rejected", "no")], "refused", "rejected"),
+]
+
+
+@pytest.mark.parametrize(("script", "outcome", "reason"), [row[1:] for row in SHARED], ids=[row[0] for row in SHARED])
+async def test_what_shares_a_message_shares_its_fate(
+    script: list[Exception | Accepted], outcome: str, reason: str
+) -> None:
+    bench, shard = await waiting("a", "b", "c")
+    bench.chat.sends.extend(script)
+    await user_writes(bench, shard)
+    await asyncio.sleep(120)
+    assert outcomes(bench)[3:] == [(f"c{number}", outcome, reason) for number in range(3)]
+    assert set(bench.chat.texts) == {"a\n\nb\n\nc"}
+    assert len(bench.bus.found("DEAD")) == (3 if outcome == "dead_lettered" else 0)
+    assert parked(bench) == []
+
+
+async def test_a_refused_message_goes_apart_and_only_what_is_at_fault_is_refused() -> None:
+    bench, shard = await waiting("a", "b", "c", "d")
+    bench.chat.sends.extend([Refused("rejected", "no"), Accepted("1", 0, None, ""), Refused("rejected", "no")])
+    await user_writes(bench, shard)
+    await asyncio.sleep(60)
+    assert bench.chat.texts == ["a\n\nb\n\nc\n\nd", "a", "b", "c", "d"]
+    assert [(receipt.command, receipt.outcome) for receipt in finals(bench)] == [
+        ("c0", "accepted"),
+        ("c1", "refused"),
+        ("c2", "accepted"),
+        ("c3", "accepted"),
+    ]
+
+
+async def test_what_is_parked_after_a_refusal_is_merged_again() -> None:
+    bench, shard = await waiting("a", "b")
+    bench.chat.sends.extend([Refused("rejected", "no")])
+    await user_writes(bench, shard)
+    await asyncio.sleep(30)
+    bench.hears(used=10)
+    bench.contexts.forget(BOT)
+    for text in ("c", "d"):
+        shard.on_delivery(bench.command(text))
+    await asyncio.sleep(5)
+    await user_writes(bench, shard)
+    await asyncio.sleep(30)
+    assert bench.chat.texts == ["a\n\nb", "a", "b", "c\n\nd"]
+
+
+async def test_minus_2_leaves_all_parked_and_the_first_goes_alone_the_next_time() -> None:
+    """It may be quota, and then one send more is all that it costs; or the first one's own fault."""
+    bench, shard = await waiting("a", "b", "c")
+    bench.chat.sends.append(THROTTLED)
+    await user_writes(bench, shard)
+    await asyncio.sleep(30)
+    assert (len(parked(bench)), finals(bench)) == (3, [])
+    await user_writes(bench, shard)
+    await asyncio.sleep(30)
+    assert bench.chat.texts == ["a\n\nb\n\nc", "a", "b\n\nc"]
+    assert [command for command, *_ in told(bench)] == ["c0", "c1", "c2"]
+
+
+async def test_one_that_ilink_never_takes_does_not_block_those_around_it() -> None:
+    bench, shard = await waiting("a", "poison", "c")
+
+    async def judge(_: Any) -> None:
+        poisoned = "poison" in bench.chat.texts[-1]
+        bench.chat.sends.append(THROTTLED if poisoned else Accepted(f"m{len(bench.chat.sent)}", 0, None, ""))
+
+    bench.chat.on_send = judge
+    for _ in range(6):
+        await user_writes(bench, shard)
+        await asyncio.sleep(30)
+    assert [(receipt.command, receipt.outcome) for receipt in finals(bench)] == [
+        ("c0", "accepted"),
+        ("c1", "refused"),
+        ("c2", "accepted"),
+    ]
+
+
+async def test_minus_14_keeps_all_of_them_in_hand() -> None:
+    bench, shard = await waiting("a", "b")
+    bench.chat.sends.append(SessionExpired("needs_login", "stale", errcode=-14))
+    await user_writes(bench, shard)
+    await asyncio.sleep(60)
+    assert shown(bench) == ["a", "b"]
+    assert bench.chat.texts == ["a\n\nb"] * 2
+    assert len(finals(bench)) == 2
+
+
+async def test_a_new_bot_of_the_user_gets_them_in_one_message() -> None:
+    bench, shard = await waiting("a", "b")
+    await bench.bind(bot="b9@im.bot")
+    await bench.bindings.remove(BOT)
+    await user_writes(bench, shard, bot="b9@im.bot")
+    await asyncio.sleep(30)
+    assert [(sent.bot, sent.text) for sent in bench.chat.sent] == [("b9@im.bot", "a\n\nb")]
+
+
+# expiry --------------------------------------------------------------------------------------------------
+
+
+async def impatient(bench: Bench, shard: Shard, *seconds: float) -> None:
+    """Parks t0, t1, … that live so long."""
+    for number, expires_in_s in enumerate(seconds):
+        shard.on_delivery(bench.command(f"t{number}", id=f"c{number}", expires_in_s=expires_in_s))
+    await asyncio.sleep(2)
+
+
+async def test_what_expired_is_not_in_the_message() -> None:
+    bench, shard = await ready(is_open=False, merge_chars=CHARS)
+    await impatient(bench, shard, 900, 60, 900)
+    await asyncio.sleep(100)
+    await user_writes(bench, shard)
+    await asyncio.sleep(30)
+    assert bench.chat.texts == ["t0\n\nt2"]
+    assert outcomes(bench)[3:] == [("c1", "refused", "expired"), ("c0", "accepted", ""), ("c2", "accepted", "")]
+
+
+@pytest.mark.parametrize("expires_in_s", [(60.0, 900.0), (900.0, 60.0)], ids=["first", "second"])
+async def test_one_that_expires_while_nothing_is_taken_leaves_the_others(expires_in_s: tuple[float, ...]) -> None:
+    bench, shard = await ready(is_open=False, merge_chars=CHARS)
+    await impatient(bench, shard, *expires_in_s)
+    bench.chat.sends.extend([Temporary("network")] * 12)
+    await user_writes(bench, shard)
+    await asyncio.sleep(800)
+    late = expires_in_s.index(60.0)
+    assert outcomes(bench)[2:] == [(f"c{late}", "refused", "expired"), (f"c{1 - late}", "accepted", "")]
+    assert bench.chat.texts[-1] == f"t{1 - late}"
+
+
+async def test_one_that_expires_after_a_silence_stays_in_the_message() -> None:
+    """It may be on the phone: to refuse it as unsent could be a lie, and without it the repeat is another message."""
+    bench, shard = await ready(is_open=False, merge_chars=CHARS)
+    await impatient(bench, shard, 900, 60)
+    bench.chat.sends.extend([TIMEOUT, THROTTLED])
+    await user_writes(bench, shard)
+    await asyncio.sleep(300)
+    assert finals(bench) == []
+    await user_writes(bench, shard)
+    await asyncio.sleep(30)
+    assert bench.chat.texts == ["t0\n\nt1"] * 3
+    assert len({sent.client_id for sent in bench.chat.sent}) == 1
+    assert [outcome for _, outcome, _ in outcomes(bench)[2:]] == ["accepted"] * 2
+
+
+async def test_when_all_of_them_have_expired_after_a_silence_they_are_uncertain() -> None:
+    bench, shard = await ready(is_open=False, merge_chars=CHARS)
+    await impatient(bench, shard, 900, 60)
+    bench.chat.sends.extend([TIMEOUT, THROTTLED])
+    await user_writes(bench, shard)
+    await asyncio.sleep(1000)
+    assert [(receipt.command, receipt.outcome) for receipt in finals(bench)] == [
+        ("c0", "uncertain"),
+        ("c1", "uncertain"),
+    ]
+    shard.on_delivery(bench.command("again", id="c1"))
+    await user_writes(bench, shard)
+    await asyncio.sleep(30)
+    assert len(finals(bench)) == 2
+
+
+# crashes -------------------------------------------------------------------------------------------------
+
+
+class Crash:
+    """Stops a replica dead at the n-th thing that it does to the world."""
+
+    def __init__(self, bench: Bench, after: int) -> None:
+        self.left = after
+        self.struck = asyncio.Event()
+        bench.bus.on_publish = self.point
+        bench.bus.on_delete = self.point
+        bench.contexts_bucket.on_write = self.point
+        bench.chat.on_send = self.point
+
+    async def point(self, *_: Any) -> None:
+        if self.left <= 0:
+            self.struck.set()
+            await asyncio.Event().wait()
+        self.left -= 1
+
+
+async def crash_and_take_over(bench: Bench, shard: Shard, after: int) -> bool:
+    """Lets the user write, kills the owner at that point, and lets another one go on; False: it came to an end."""
+    crash = Crash(bench, after)
+    writing = asyncio.ensure_future(user_writes(bench, shard))
+    await asyncio.sleep(120)
+    writing.cancel()
+    await take_over(bench, shard)
+    return crash.struck.is_set()
+
+
+async def take_over(bench: Bench, shard: Shard) -> None:
+    """The owner is dead, and another one goes on; the user writes once more."""
+    bench.leases.owned.clear()
+    shard.stop()
+    await asyncio.sleep(5)
+    bench.bus.on_publish = bench.bus.on_delete = bench.contexts_bucket.on_write = bench.chat.on_send = None
+    bench.bus.forget_ids()
+    heir = Bench(bench, incarnation="heir-1")
+    second = heir.shard(merge_chars=CHARS)
+    await second.load()
+    await asyncio.sleep(60)
+    await user_writes(heir, second)
+    await asyncio.sleep(120)
+    second.stop()
+
+
+POINTS = 30
+
+
+@pytest.mark.parametrize("after", range(POINTS))
+async def test_whoever_dies_wherever_loses_and_doubles_nothing(after: int) -> None:
+    """Before or after each write and each request; the server has forgotten by then what it stored before."""
+    bench, shard = await ready(is_open=False, merge_chars=CHARS)
+    file = [{"kind": "file", "data": "aGVsbG8=", "name": "f"}]
+    for delivery in (
+        *(bench.command(f"t{number}", id=f"c{number}") for number in range(3)),
+        bench.command(items=file, id="c3"),
+        *(bench.command(f"t{number}", id=f"c{number}") for number in range(4, 6)),
+    ):
+        shard.on_delivery(delivery)
+    await asyncio.sleep(5)
+    struck = await crash_and_take_over(bench, shard, after)
+    assert shown(bench) == ["t0", "t1", "t2", "f", "t4", "t5"]
+    assert sorted(told_by(bench)) == [(f"c{number}", "accepted") for number in range(6)]
+    assert parked(bench) == []
+    if after == POINTS - 1:
+        assert not struck, "more points than are tried"
+
+
+def told_by(bench: Bench) -> list[tuple[str, str]]:
+    return [(receipt.command, receipt.outcome) for receipt in finals(bench)]
+
+
+async def test_the_next_owner_tells_the_rest_what_the_dead_one_told_the_first() -> None:
+    """It died between the receipts of one message: nothing is asked again."""
+    bench, shard = await waiting("a", "b", "c")
+    await crash_and_take_over(bench, shard, 4)  # token, count, request, first receipt
+    assert bench.chat.texts == ["a\n\nb\n\nc"]
+    assert told(bench) == [(f"c{number}", "accepted", ("m1",)) for number in range(3)]
+    assert {receipt.attempts for receipt in finals(bench)} == {1}
+
+
+async def test_who_dies_after_telling_that_one_expired_does_not_take_the_others_along() -> None:
+    bench, shard = await ready(is_open=False, merge_chars=CHARS)
+    await impatient(bench, shard, 60, 9000)
+    bench.chat.sends.extend([Temporary("network")] * 12)
+    crash = Crash(bench, 10_000)
+
+    async def die() -> None:
+        crash.left = 0
+        await crash.point()
+
+    bench.bus.on_delete = die
+    await user_writes(bench, shard)
+    await asyncio.sleep(120)
+    assert crash.struck.is_set()
+    bench.chat.sends.clear()
+    await take_over(bench, shard)
+    assert [(receipt.command, receipt.outcome, receipt.reason) for receipt in finals(bench)] == [
+        ("c0", "refused", "expired"),
+        ("c1", "accepted", ""),
+    ]
+    assert bench.chat.texts[-1] == "t1"
+
+
+async def test_a_bus_that_will_not_delete_costs_nothing_twice() -> None:
+    bench, shard = await waiting("a", "b")
+    failures = 3
+
+    async def fail() -> None:
+        nonlocal failures
+        if failures:
+            failures -= 1
+            raise Temporary("bus_down")
+
+    bench.bus.on_delete = fail
+    await user_writes(bench, shard)
+    await asyncio.sleep(30)
+    assert (parked(bench), len(finals(bench))) == ([], 2)
+    assert bench.chat.texts == ["a\n\nb"]
+
+
+async def test_a_drain_does_not_wait_for_an_upload() -> None:
+    bench, shard = await ready()
+    bench.cdn.hold[USER] = asyncio.Event()
+    delivery = bench.command(items=[{"kind": "file", "data": "aGVsbG8="}], id="c1")
+    shard.on_delivery(delivery)
+    await asyncio.sleep(1)
+    began = bench.clock.monotonic()
+    await shard.drain(100.0)
+    assert bench.clock.monotonic() - began < 1.0
+    assert (delivery.acks, bench.chat.sent) == (0, [])
+    bench.cdn.hold.clear()
+    heir = Bench(bench, incarnation="heir-1")
+    second = heir.shard()
+    again = FakeDelivery(delivery.subject, delivery.data, seq=delivery.seq, time_ms=delivery.time_ms, suspect=True)
+    second.on_delivery(again)
+    await asyncio.sleep(5)
+    assert (len(bench.chat.sent), again.acks) == (1, 1)
+
+
+async def test_a_slow_upload_holds_up_nobody_else() -> None:
+    bench, shard = await ready()
+    await bench.bind(bot="b2@im.bot", user="u2@im.wechat")
+    bench.hears("b2@im.bot", "u2@im.wechat")
+    bench.cdn.hold[USER] = asyncio.Event()
+    file = [{"kind": "file", "data": "aGVsbG8="}]
+    for number in range(20):
+        shard.on_delivery(bench.command(items=file, bot=BOT, id=f"slow{number}"))
+    for number in range(3):
+        shard.on_delivery(bench.command(items=file, bot="b2@im.bot", id=f"c{number}"))
+    await asyncio.sleep(3 * GAP_S)
+    assert [command for command, *_ in told(bench)] == ["c0", "c1", "c2"]
+    shard.stop()
+
+
+async def test_parked_media_are_brought_when_they_may_go() -> None:
+    bench, shard = await ready(is_open=False)
+    shard.on_delivery(bench.command(items=[{"kind": "file", "media": {"object": "s1/x"}}], id="c1"))
+    await asyncio.sleep(5)
+    assert bench.cdn.asked == 0
+    bench.objects.stored["s1/x"] = b"hello"
+    await user_writes(bench, shard)
+    await asyncio.sleep(5)
+    assert told(bench) == [("c1", "accepted", ("m1",))]
+    assert bench.cdn.uploads[0].data == b"hello"
+
+
+async def test_media_of_another_sandbox_are_out_of_reach() -> None:
+    bench, shard = await ready()
+    bench.objects.stored["s2/x"] = b"secret"
+    shard.on_delivery(bench.command(items=[{"kind": "file", "media": {"object": "s2/x"}}], id="c1"))
+    await asyncio.sleep(5)
+    assert outcomes(bench) == [("c1", "refused", "invalid")]
+    assert bench.objects.reads == 0
+
+
+# by chance -----------------------------------------------------------------------------------------------
+
+
+def in_virtual_time(test: Callable[[], Any]) -> None:
+    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
+        runner.run(test())
+
+
+LENGTHS = st.lists(st.integers(1, 900), min_size=1, max_size=40)
+ANSWERS = st.lists(st.sampled_from(["ok", "ok", "ok", "lost", "throttled", "refused", "down", "stale"]), max_size=30)
+STEPS: dict[str, Exception] = {
+    "lost": TIMEOUT,
+    "throttled": THROTTLED,
+    "refused": Refused("rejected", "no"),
+    "down": Temporary("network"),
+    "stale": SessionExpired("needs_login", "stale", errcode=-14),
+}
+
+
+@settings(max_examples=60, deadline=None)
+@given(lengths=LENGTHS, answers=ANSWERS, crash=st.integers(0, 60))
+def test_whatever_happens_each_is_told_once_and_seen_at_most_once(
+    lengths: list[int], answers: list[str], crash: int
+) -> None:
+    """Texts of any length, any answers, a crash anywhere: what is told as accepted is on the phone once, in order."""
+
+    async def run() -> None:
+        texts = [f"{number}:".ljust(length, "x") for number, length in enumerate(lengths)]
+        bench, shard = await waiting(*texts)
+        for answer in answers:
+            bench.chat.sends.append(STEPS.get(answer) or Accepted("m", 0, None, ""))
+        await crash_and_take_over(bench, shard, crash)
+        heir = Bench(bench, incarnation="heir-2")
+        third = heir.shard(merge_chars=CHARS)
+        await third.load()
+        for _ in range(80):
+            await heir.bind()  # a login was lost, perhaps
+            await user_writes(heir, third)
+            await asyncio.sleep(700)
+        third.stop()
+        ends = finals(bench)
+        assert sorted(receipt.command for receipt in ends) == sorted(f"c{number}" for number in range(len(texts)))
+        seen = shown(bench)
+        accepted = {receipt.command for receipt in ends if receipt.outcome == "accepted"}
+        numbers = [texts.index(text) for text in seen]
+        assert len(set(numbers)) == len(numbers)
+        assert accepted <= {f"c{number}" for number in numbers}
+        assert numbers == sorted(numbers)
+
+    in_virtual_time(run)
