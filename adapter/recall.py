@@ -27,6 +27,8 @@ NOTE_BYTES = 4096
 """So much of a sent text is kept."""
 NOTES = 1000
 """Notes on their way to the bus; one more is dropped, so that a bus that is away does not fill the memory."""
+READINGS = 2
+"""Inboxes that are read back at once: one of 10,000 messages costs a third of a second of this machine's time."""
 MAX_IDS = 32
 """Items of one message whose ids are kept: a header has an end."""
 
@@ -40,6 +42,7 @@ class Recall:
         self._names = names
         self._metrics = metrics
         self._notes: set[asyncio.Task[None]] = set()
+        self._readings = asyncio.Semaphore(READINGS)
 
     def note(self, sandbox: str, bot: str, user: str, message_id: str, kind: str, text: str) -> None:
         """Keeps what was sent under iLink's id, in the background. Without an id there is nothing to keep."""
@@ -101,17 +104,18 @@ class Recall:
         """The newest message in the sandbox's inbox that has one of the ids, or an item with it."""
         found: Words | None = None
         endings = tuple(_ending(ident) for ident in ids)
-        async for stored in self._history.read(self._names.stream_in, self._names.inbox(sandbox)):
-            item = _item_named(ids, stored)
-            if item is None and not stored.headers.get(contract.H_MSG_ID, "").endswith(endings):
-                continue
-            try:
-                inbound = msgspec.json.decode(stored.data, type=Inbound)
-            except msgspec.MsgspecError as exc:
-                log.error("quote.unreadable", sequence=stored.seq, detail=str(exc)[:200])
-                continue
-            if inbound.user == user and inbound.sandbox == sandbox:
-                found = words_of(inbound.text, inbound.items, item)
+        async with self._readings:
+            async for stored in self._history.read(self._names.stream_in, self._names.inbox(sandbox)):
+                item = _item_named(ids, stored)
+                if item is None and not stored.headers.get(contract.H_MSG_ID, "").endswith(endings):
+                    continue
+                try:
+                    inbound = msgspec.json.decode(stored.data, type=Inbound)
+                except msgspec.MsgspecError as exc:
+                    log.error("quote.unreadable", sequence=stored.seq, detail=str(exc)[:200])
+                    continue
+                if inbound.user == user and inbound.sandbox == sandbox:
+                    found = words_of(inbound.text, inbound.items, item)
         return found
 
 

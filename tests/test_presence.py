@@ -87,6 +87,15 @@ async def test_on_comes_after_the_texts_before_it_and_the_text_after_it_ends_it(
     assert len(bench.chat.sent) == 2
 
 
+async def test_on_after_an_answer_stays() -> None:
+    bench, shard = await ready()
+    shard.on_delivery(bench.command("wait a moment"))
+    shard.on_delivery(bench.command(typing="on"))
+    await asyncio.sleep(12)
+    assert shown(bench) == [True, True, True]
+    shard.stop()
+
+
 async def test_the_message_is_sent_before_typing_ends_and_while_more_waits_it_stays() -> None:
     bench, shard = await ready()
     bench.chat.took_s = 1.0
@@ -139,7 +148,7 @@ async def test_what_was_switched_quickly_is_not_shown_again_at_once() -> None:
         shard.on_delivery(bench.command(typing="off" if number % 2 else "on", id=str(number)))
         await asyncio.sleep(0.1)
     await asyncio.sleep(20)
-    assert len(bench.chat.typing) <= 12
+    assert shown(bench) == [True, False, True, False]  # in two seconds
     assert len(outcomes(bench)) == 20
     assert shown(bench)[-1] is False
 
@@ -396,6 +405,15 @@ async def test_nothing_is_called_without_the_lease() -> None:
     shard.stop()
 
 
+async def test_no_ticket_is_asked_for_without_the_lease() -> None:
+    bench, shard = await ready()
+    bench.leases.is_valid = False
+    shard.on_delivery(bench.command(typing="on"))
+    await asyncio.sleep(60)
+    assert bench.chat.tickets_asked == []
+    shard.stop()
+
+
 # while the user waits ------------------------------------------------------------------------------------
 
 
@@ -433,6 +451,20 @@ async def test_an_answer_that_must_wait_for_the_user_ends_typing() -> None:
     assert parked(bench)
     assert shown(bench) == [True, False]
     shard.stop()
+
+
+async def test_typing_stays_until_the_last_of_what_was_parked_is_sent() -> None:
+    bench, shard = await ready(auto=True)
+    bench.hears(used=10)
+    for text in ("a" * 2000, "b" * 2000, "c" * 2000):
+        shard.on_delivery(bench.command(text))
+    await asyncio.sleep(5)
+    bench.chat.took_s = 2.0
+    await user_writes(bench, shard)
+    await asyncio.sleep(60)
+    assert len(bench.chat.sent) == 3
+    assert shown(bench).count(False) == 1
+    assert bench.chat.typing[-1].at_s >= bench.chat.sent[-1].at_s + 2.0
 
 
 async def test_a_message_during_the_answer_to_another_keeps_typing() -> None:

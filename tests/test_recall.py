@@ -78,6 +78,12 @@ async def test_a_message_of_the_same_batch_is_found() -> None:
     assert quote == Quote(id="41", text="hello", said_by="user", kind="text")
 
 
+async def test_a_message_of_another_user_in_the_same_batch_is_not_shown() -> None:
+    bench = Bench()
+    quote = (await hear(bench, says("secret", "41", user=OTHER), says(message="43", quotes="41")))[-1].quote
+    assert quote == Quote(id="41")
+
+
 async def test_nothing_is_read_for_a_message_that_quotes_nothing() -> None:
     bench = Bench()
     bench.bus.unreadable = 1

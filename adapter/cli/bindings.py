@@ -51,6 +51,10 @@ async def bind(
     durable: Annotated[
         bool, Parameter(negative="", show_default=False, help="Create a durable consumer for the sandbox.")
     ] = False,
+    auto_typing: Annotated[
+        bool,
+        Parameter(negative="", show_default=False, help="Show that the bot types from each message to the answer."),
+    ] = False,
     request_id: RequestId = None,
     timeout: Timeout = 10.0,
     json: Json = False,
@@ -68,7 +72,7 @@ async def bind(
         base_url=base_url,
         user=user,
         cursor=cursor,
-        options=Options(durable=durable),
+        options=Options(durable=durable, auto_typing=auto_typing),
     )
     async with connected() as bus:
         answer = await request(bus, bus.names.bind, asked, timeout)

@@ -42,7 +42,16 @@ async def test_bind_without_an_adapter_is_stored_and_says_so(cli: Command, bus: 
 async def test_bind_shows_what_is_bound_now(cli: Command, bus: Bus, token_file: str) -> None:
     async with answering(bus) as adapter:
         adapter.control = ControlAnswer(ok=True, bindings=[BOUND], replaced=["bot0@im.bot"])
-        options = ("--user", "user1@im.wechat", "--base-url", "https://x.weixin.qq.com", "--cursor", "c", "--durable")
+        options = (
+            "--user",
+            "user1@im.wechat",
+            "--base-url",
+            "https://x.weixin.qq.com",
+            "--cursor",
+            "c",
+            "--durable",
+            "--auto-typing",
+        )
         result = await cli("bind", "s1", "bot1@im.bot", "--token-file", token_file, *options)
     assert result.code == 0
     assert "s1       bot1@im.bot  user1@im.wechat  active" in result.out
@@ -51,6 +60,7 @@ async def test_bind_shows_what_is_bound_now(cli: Command, bus: Bus, token_file: 
     (asked,) = adapter.asked
     assert isinstance(asked, Bind)
     assert (asked.user, asked.cursor, asked.options.durable) == ("user1@im.wechat", "c", True)
+    assert asked.options.auto_typing
 
 
 async def test_a_refused_bind_is_1_with_the_adapters_sentence(cli: Command, bus: Bus, token_file: str) -> None:
