@@ -11,7 +11,7 @@ from typing import Any
 
 import structlog
 
-from adapter import __version__, inbound, window
+from adapter import __version__, inbound, media, window
 from adapter.bindings import Bindings
 from adapter.commands import Limits
 from adapter.contexts import Contexts
@@ -19,6 +19,7 @@ from adapter.contract import Names, shard_of
 from adapter.control import Control
 from adapter.errors import LeaseLost, SettingsError, Temporary
 from adapter.events import Events
+from adapter.fetching import Downloads, Fetching
 from adapter.ilink.cdn import CdnClient
 from adapter.ilink.client import ILink
 from adapter.ilink.translate import read_message
@@ -46,7 +47,7 @@ from adapter.router import Router
 from adapter.scanning import Scanner, Scanning
 from adapter.seal import Sealer
 from adapter.sending import Sender
-from adapter.sessions import Incoming, account_of
+from adapter.sessions import Incoming, Waiting, account_of
 from adapter.settings import Settings
 from adapter.supervisor import Supervisor
 from adapter.timing import SystemClock
@@ -154,6 +155,7 @@ class Adapter:
         )
         self.recall = Recall(KvBucket(self.link, self.bus, names.quotes), self.history, names, metrics)
         self.incoming = self._incoming()
+        self.fetching = Fetching(self.incoming, self.cdn, self.objects, _to_wav, settings.media_wait_s)
         self.outgoing = self._outgoing()
         self.supervisor = Supervisor(
             bindings=self.bindings,
@@ -215,6 +217,7 @@ class Adapter:
             adopt=self.windows.adopt,
             heard=self._heard,
             revived=self._revived,
+            waiting=self._waiting,
             writable=writable,
             starting=asyncio.Semaphore(STARTING),
             spread_s=lambda: len(self.supervisor.sessions) / POLLS_PER_S,
@@ -312,6 +315,9 @@ class Adapter:
     def _revived(self, sandbox: str, bot: str, user: str) -> None:
         self.supervisor.heard(sandbox, bot, user, wrote=False)
 
+    async def _waiting(self, sandbox: str) -> Waiting | None:
+        return await self.supervisor.waiting(sandbox)
+
     def _stale(self, bot: str) -> bool:
         return self.supervisor.stale(bot)
 
@@ -336,6 +342,9 @@ class Adapter:
 
     def sender(self, shard: int) -> Shard:
         return Shard(shard, self.outgoing)
+
+    def downloads(self, shard: int) -> Downloads:
+        return Downloads(shard, self.fetching)
 
     def consume(self, shard: int, sender: Shard) -> list[Coroutine[Any, Any, None]]:
         stream = self.names.stream_out
@@ -500,6 +509,10 @@ class Adapter:
         in_hand = self.supervisor.in_hand
         self.metrics.nats_consumer_pending.labels(consumer="out").set(max(0, waiting - in_hand))
         self.metrics.nats_consumer_ack_pending.labels(consumer="out").set(in_hand)
+
+
+async def _to_wav(silk: bytes) -> bytes | None:
+    return await asyncio.to_thread(media.silk_to_wav, silk)
 
 
 def _raise_file_limit(capacity: int) -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import msgspec
 import structlog
 
-from adapter import window
+from adapter import contract, window
 from adapter.cursors import write_cursor
 from adapter.dedup import Seen
-from adapter.errors import Unreadable
-from adapter.inbox import Heard, bury, count, publish, retry
-from adapter.ports import Polled, Said
+from adapter.errors import BusRefused, Unreadable
+from adapter.inbox import Heard, bury, count, publish, raw_message, retry, without_media
+from adapter.ports import Polled, Said, Stored
 from adapter.records import Binding
 from adapter.sessions import Incoming, Place, Session, binding_event
 
@@ -27,12 +27,10 @@ async def store(session: Session, polled: Polled, place: Place, needs: Incoming)
     arrived = needs.clock.monotonic()
     binding = needs.bindings.get(session.bot)
     fresh = await _sort(session, binding, polled.messages, place.seen, needs)
-    last_seq = place.record.last_seq
+    last_seq, told = place.record.last_seq, fresh
     if binding is not None and fresh:
         await _remember(binding, fresh, needs)
-        for start in range(0, len(fresh), PIPELINE):
-            heard = _heard(binding, fresh[start : start + PIPELINE], place.seen, needs)
-            last_seq = max(last_seq, await publish(heard, needs))
+        last_seq, told = await _tell(binding, fresh, place, needs)
         needs.metrics.inbound_publish_duration.observe(needs.clock.monotonic() - arrived)
     record = msgspec.structs.replace(
         place.record,
@@ -42,7 +40,7 @@ async def store(session: Session, polled: Polled, place: Place, needs: Incoming)
     )
     revision = await write_cursor(session.bot, record, place.revision, needs)
     if binding is not None:
-        for user in dict.fromkeys(said.user for said in fresh):
+        for user in dict.fromkeys(said.user for said in told):
             needs.heard(binding.sandbox, binding.bot, user)
     return Place(record, revision, place.seen)
 
@@ -76,10 +74,62 @@ async def _sort(
     return fresh
 
 
+async def _tell(binding: Binding, fresh: list[Said], place: Place, needs: Incoming) -> tuple[int, list[Said]]:
+    """Stores messages in their order: in the inbox, or raw from the first one on that has to wait for media.
+
+    The sequence in WECHAT_IN up to which place.seen knows everything, and what is in the inbox now.
+    """
+    if not binding.options.media:
+        fresh = [without_media(said, "off") if said.fetches else said for said in fresh]
+    first = next((number for number, said in enumerate(fresh) if said.fetches), len(fresh))
+    if await _waits(binding, needs):
+        first = 0
+    last_seq = place.record.last_seq
+    for start in range(0, first, PIPELINE):
+        heard = _heard(binding, fresh[start : min(first, start + PIPELINE)], place.seen, needs)
+        last_seq = max(last_seq, await publish(heard, needs))
+    for start in range(first, len(fresh), PIPELINE):
+        heard = _heard(binding, fresh[start : start + PIPELINE], place.seen, needs)
+        last_seq = max(last_seq, await _store_raw(heard, last_seq, needs))
+    return last_seq, fresh[:first]
+
+
+async def _waits(binding: Binding, needs: Incoming) -> bool:
+    """Whether a message of this bot waits for media; what comes now has to wait behind it."""
+    waiting = await needs.waiting(binding.sandbox)
+    if waiting is not None:
+        return waiting.holds(binding.sandbox, binding.bot)
+    subject = needs.names.raw(contract.shard_of(binding.sandbox), binding.bot)
+    left = await retry(lambda: needs.history.last(needs.names.stream_raw, subject), needs)
+    return left is not None  # it is another replica's to tell, or the next owner's
+
+
 def _heard(binding: Binding, fresh: list[Said], seen: Seen, needs: Incoming) -> list[Heard]:
     """From now on these messages are seen."""
     now_ms = needs.clock.now_ms()
     return [Heard(said, binding.sandbox, binding.bot, now_ms, seen.add(said.keys, now_ms)) for said in fresh]
+
+
+async def _store_raw(heard: list[Heard], last_seq: int, needs: Incoming) -> int:
+    """Stores messages as iLink sent them, so that the next poll need not wait for a slow CDN.
+
+    `last_seq`: all that is in the inbox up to here is none of these. The new one.
+    """
+    messages = [raw_message(one, last_seq, needs.names) for one in heard]
+    acks = await needs.bus.publish_all(messages)
+    waiting = await needs.waiting(heard[0].sandbox)
+    for one, message, ack in zip(heard, messages, acks, strict=True):
+        if not isinstance(ack, BusRefused):
+            if waiting is not None:
+                stored = Stored(message.subject, ack.seq, message.headers, message.payload)
+                waiting.add(stored, suspect=ack.duplicate)
+            continue
+        log.error("inbound.raw_refused", bot=one.bot, code=ack.code, detail=ack.detail[:200])
+        if waiting is not None:
+            await waiting.passed(one.sandbox, one.bot)
+        last_seq = max(last_seq, await publish([one._replace(said=without_media(one.said, "store"))], needs))
+        needs.heard(one.sandbox, one.bot, one.said.user)
+    return last_seq
 
 
 async def _remember(binding: Binding, fresh: list[Said], needs: Incoming) -> None:

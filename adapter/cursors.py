@@ -61,7 +61,16 @@ async def _acquire_once(binding: Binding, needs: Incoming) -> Place | None:
 
 
 async def _catch_up(binding: Binding, record: Cursor, seen: Seen, needs: Incoming) -> Cursor:
-    """Adds what was stored on the bus after the cursor's last write: a crash came between the two."""
+    """Adds what was stored on the bus after the cursor's last write: a crash came between the two.
+
+    What waits for media first: it is in the inbox before it is gone from there.
+    """
+    waiting = await needs.waiting(binding.sandbox)
+    async for stored in needs.history.read(needs.names.stream_raw, needs.names.raw("*", binding.bot)):
+        if keys := seen_of(stored.headers, binding.bot):
+            seen.add_record(keys, needs.clock.now_ms())
+        if waiting is not None and stored.headers.get(contract.H_SANDBOX) == binding.sandbox:
+            waiting.add(stored, suspect=True)
     last = record.last_seq
     inbox = needs.names.inbox(binding.sandbox)
     async for stored in needs.history.read(needs.names.stream_in, inbox, after=record.last_seq):

@@ -12,15 +12,17 @@ import msgspec
 import structlog
 
 from adapter import contract, window
-from adapter.contract import Inbound
+from adapter.contract import Inbound, Names
 from adapter.dedup import digest
 from adapter.errors import BusRefused, Temporary
-from adapter.ports import Message, Said
+from adapter.ports import Message, Said, Stored
 from adapter.recall import ids_header
 from adapter.sessions import Incoming
 from adapter.timing import backoff
 
 log = structlog.get_logger()
+
+_MEDIA = (contract.ImageItem, contract.VoiceItem, contract.FileItem, contract.VideoItem)
 
 
 class Heard(NamedTuple):
@@ -36,6 +38,14 @@ class Heard(NamedTuple):
     @property
     def id(self) -> str:
         return self.said.keys.id_for(self.bot)
+
+
+def without_media(said: Said, reason: str) -> Said:
+    """The message as it is told when nobody fetches its media; `reason` is one of contract.MediaReason."""
+    items = list(said.items)
+    for fetch in said.fetches:
+        items[fetch.item] = msgspec.structs.replace(items[fetch.item], reason=reason)
+    return said._replace(items=items, fetches=())
 
 
 async def publish(heard: Sequence[Heard], needs: Incoming) -> int:
@@ -142,6 +152,30 @@ async def retry(work: Callable[[], Awaitable[Any]], needs: Incoming) -> Any:
 
 def count(needs: Incoming, kind: str, outcome: str) -> None:
     needs.metrics.inbound_messages.labels(kind=kind, outcome=outcome).inc()
+
+
+def raw_message(one: Heard, last_seq: int, names: Names) -> Message:
+    """A message for WECHAT_RAW, with all that it takes to tell it later. See `read_raw`."""
+    headers = {
+        contract.H_MSG_ID: one.id,
+        contract.H_SANDBOX: one.sandbox,
+        contract.H_SEEN: seen_header(one.bot, one.seen),
+        contract.H_TIME_MS: str(one.received_ms),
+        contract.H_SEQUENCE: str(last_seq),
+    }
+    if reasons := {item.reason for item in one.said.items if isinstance(item, _MEDIA)} & {"off"}:
+        headers[contract.H_REASON] = reasons.pop()
+    return Message("raw", names.raw(contract.shard_of(one.sandbox), one.bot), one.said.raw, headers)
+
+
+def read_raw(stored: Stored, read_message: Callable[[bytes], Said]) -> Heard:
+    """What `raw_message` made. Raises Unreadable."""
+    bot = contract.text_of(stored.subject.rpartition(".")[2])
+    said = read_message(stored.data)
+    if reason := stored.headers.get(contract.H_REASON):
+        said = without_media(said, reason)
+    received_ms = int(stored.headers.get(contract.H_TIME_MS, "0"))
+    return Heard(said, stored.headers.get(contract.H_SANDBOX, ""), bot, received_ms, seen_of(stored.headers, bot))
 
 
 def seen_header(bot: str, record: str) -> str:

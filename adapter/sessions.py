@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
 import structlog
 
@@ -17,7 +17,7 @@ from adapter.errors import AdapterError
 from adapter.events import Events
 from adapter.leases import Leases
 from adapter.metrics import Metrics
-from adapter.ports import Account, Bucket, Bus, Chat, History, Said
+from adapter.ports import Account, Bucket, Bus, Chat, History, Said, Stored
 from adapter.recall import Recall
 from adapter.records import Binding, Cursor
 from adapter.seal import Sealer
@@ -29,6 +29,22 @@ LOGIN_WITHIN_S = 55.0
 """A token that is refused for so long needs a login, whatever tries are left: people wait for an answer."""
 
 State: TypeAlias = Literal["starting", "polling", "paused", "needs_login", "error", "draining"]
+
+
+class Waiting(Protocol):
+    """Messages of one shard that wait in WECHAT_RAW for their media, or behind one that does."""
+
+    def holds(self, sandbox: str, bot: str) -> bool:
+        """Whether one of this bot waits: what comes after it has to wait behind it."""
+
+    def add(self, stored: Stored, *, suspect: bool = False) -> None:
+        """Another one, behind all others of its bot; one that is known is left alone.
+
+        `suspect`: it may be in its inbox already.
+        """
+
+    async def passed(self, sandbox: str, bot: str) -> None:
+        """Returns when none of this bot waits here any more."""
 
 
 class Incoming(NamedTuple):
@@ -57,6 +73,8 @@ class Incoming(NamedTuple):
     """Called with sandbox, bot and user once a message of the user is on the bus."""
     revived: Callable[[str, str, str], None]
     """Called in the same way once iLink takes the bot's token again."""
+    waiting: Callable[[str], Awaitable[Waiting | None]]
+    """Those of a sandbox's shard, once they are loaded; None where the shard is not this replica's."""
     writable: Callable[[], Awaitable[None]]
     """Returns when the bus is there; no poll starts before."""
     starting: asyncio.Semaphore

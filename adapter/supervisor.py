@@ -12,6 +12,7 @@ import structlog
 from adapter.bindings import Bindings, is_anew
 from adapter.contract import SHARDS, shard_of
 from adapter.errors import Temporary
+from adapter.fetching import Downloads
 from adapter.leases import Leases
 from adapter.metrics import Metrics
 from adapter.outbound import Shard
@@ -21,11 +22,16 @@ from adapter.timing import Clock, Latch
 
 log = structlog.get_logger()
 
+DOWNLOADS_S = 1.0
+"""For downloads that are nearly done when the last poll has ended; the others are left to the next owner."""
+
 
 class ShardWork(Protocol):
     """What the composition root builds for an owned shard."""
 
     def sender(self, shard: int) -> Shard: ...
+
+    def downloads(self, shard: int) -> Downloads: ...
 
     def consume(self, shard: int, sender: Shard) -> list[Coroutine[Any, Any, None]]:
         """The pull loops that belong to a shard."""
@@ -60,6 +66,8 @@ class Supervisor:
         self._capacity = capacity
         self._pollers: dict[str, asyncio.Task[None]] = {}
         self._shards: dict[int, Shard] = {}
+        self._downloads: dict[int, Downloads] = {}
+        self._opened = Latch()
         self._consumers: dict[int, list[asyncio.Task[None]]] = {}
         self._loads: dict[int, asyncio.Task[None]] = {}
         self._dirty: set[str] = set()
@@ -79,6 +87,16 @@ class Supervisor:
     def stale(self, bot: str) -> bool:
         session = self.sessions.get(bot)
         return session is not None and session.stale
+
+    async def waiting(self, sandbox: str) -> Downloads | None:
+        """The messages of a sandbox's shard that wait for media, once they are loaded; None where the shard is not
+        this replica's."""
+        shard = shard_of(sandbox)
+        while shard not in self._downloads:
+            if shard not in self._leases.owned or self._draining:
+                return None
+            await self._opened.until(lambda: shard in self._downloads or shard not in self._leases.owned, 0.5)
+        return self._downloads[shard]
 
     # following --------------------------------------------------------------------------------------
 
@@ -178,17 +196,25 @@ class Supervisor:
         self._loads[shard] = asyncio.get_running_loop().create_task(self._open(shard), name=f"shard.{shard}")
 
     async def _open(self, shard: int) -> None:
-        """What is parked is known before the first new command is looked at."""
+        """What waits for media is known before a poller stores anything, what is parked before the first new command
+        is looked at."""
         while True:
-            sender = self._work.sender(shard)
+            sender, downloads = self._work.sender(shard), self._work.downloads(shard)
             try:
+                await downloads.load()
                 await sender.load()
                 break
             except Temporary as exc:
                 log.warning("shard.waits", shard=shard, reason=exc.reason)
+                downloads.stop()
                 sender.stop()
                 await self._clock.sleep(0.5)
-        self._shards[shard] = sender
+            except BaseException:  # the shard is lost again
+                downloads.stop()
+                sender.stop()
+                raise
+        self._shards[shard], self._downloads[shard] = sender, downloads
+        self._opened.notify()
         loop = asyncio.get_running_loop()
         self._consumers[shard] = [loop.create_task(work) for work in self._work.consume(shard, sender)]
         for task in self._consumers[shard]:
@@ -199,6 +225,8 @@ class Supervisor:
             load.cancel()
         for task in self._consumers.pop(shard, []):
             task.cancel()
+        if downloads := self._downloads.pop(shard, None):
+            downloads.stop()
         if sender := self._shards.pop(shard, None):
             sender.stop()
 
@@ -228,6 +256,7 @@ class Supervisor:
             task.cancel()
         if left:
             await asyncio.wait(left, timeout=1.0)
+        await asyncio.gather(*(downloads.drain(DOWNLOADS_S) for downloads in self._downloads.values()))
 
     # metrics ----------------------------------------------------------------------------------------
 

@@ -12,17 +12,18 @@ import itertools
 import selectors
 from collections import defaultdict, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import msgspec
 
-from adapter import contract, window
+from adapter import contract, media, window
 from adapter.bindings import Bindings, is_anew
 from adapter.commands import Limits
 from adapter.contexts import Contexts, Peer
 from adapter.contract import BindingEvent, Inbound, Names, Receipt, shard_of
 from adapter.errors import BusRefused, Conflict, LeaseLost, Temporary, Uncertain
 from adapter.events import Events
+from adapter.fetching import Downloads, Fetching
 from adapter.ilink import protocol
 from adapter.ilink.translate import read_message
 from adapter.lanes import Outgoing
@@ -51,7 +52,7 @@ from adapter.receipts import Receipts
 from adapter.records import Binding, Context, Cursor
 from adapter.seal import Sealer
 from adapter.sending import Sender
-from adapter.sessions import Incoming
+from adapter.sessions import Incoming, Waiting
 from adapter.timing import Latch
 from adapter.uploads import Uploads
 
@@ -612,6 +613,9 @@ class FakeLogins:
 # media ---------------------------------------------------------------------------------------------------
 
 
+Piece: TypeAlias = bytes | Exception | asyncio.Event | None
+
+
 class Carried(NamedTuple):
     """An upload that the CDN took."""
 
@@ -624,7 +628,7 @@ class Carried(NamedTuple):
 
 
 class FakeCdn:
-    """Implements the half of Cdn that goes up, by a script; without one, everything is taken."""
+    """Implements Cdn by scripts. Uploads are taken without one; what can be downloaded has to be said."""
 
     def __init__(self) -> None:
         self.uploads: list[Carried] = []
@@ -635,6 +639,40 @@ class FakeCdn:
         self.took_s = 0.0
         self.hold: dict[str, asyncio.Event] = {}
         """Uploads for these users take until the event."""
+        self.answers: dict[str, deque[Piece]] = {}
+        """Downloads by reference, the last one of each stays: bytes; an error, or an event to wait for before the
+        next one; None: silence for ever."""
+        self.fetched: list[str] = []
+        """The references of all downloads."""
+        self.running = 0
+        """Downloads at once, now and at most."""
+        self.most = 0
+
+    def has(self, reference: str, *answers: Piece) -> None:
+        self.answers[reference] = deque(answers)
+
+    async def download(self, fetch: Fetch) -> AsyncIterator[bytes]:
+        self.fetched.append(fetch.reference)
+        self.running += 1
+        self.most = max(self.most, self.running)
+        try:
+            await asyncio.sleep(0.01)
+            script = self.answers[fetch.reference]
+            while True:
+                answer = script.popleft() if len(script) > 1 else script[0]
+                if answer is None:
+                    await asyncio.Event().wait()
+                elif isinstance(answer, asyncio.Event):
+                    await answer.wait()
+                elif isinstance(answer, Exception):
+                    raise answer
+                else:
+                    break
+            for start in range(0, len(answer), 1000):
+                await asyncio.sleep(0)
+                yield answer[start : start + 1000]
+        finally:
+            self.running -= 1
 
     async def upload(
         self,
@@ -661,14 +699,11 @@ class FakeCdn:
         self.uploads.append(Carried(account.bot, user, kind, name, data, md5))
         return Uploaded(kind, name, size, size // 16 * 16 + 16, f"ref{len(self.uploads)}", b"k" * 16)
 
-    def download(self, fetch: Fetch) -> AsyncIterator[bytes]:
-        raise AssertionError("this half of the CDN is not there")
-
 
 class FakeObjects:
-    """Implements the half of Objects that reads."""
+    """Implements Objects. `journal` is told of what is stored."""
 
-    def __init__(self) -> None:
+    def __init__(self, journal: list[str]) -> None:
         self.stored: dict[str, bytes] = {}
         self.unreadable: deque[Exception | None] = deque()
         """What the next reads fail with, half way."""
@@ -676,6 +711,12 @@ class FakeObjects:
         """So many more questions fail."""
         self.reads = 0
         self.piece_bytes = 1000
+        self.told: dict[str, tuple[str, str]] = {}
+        """Type and title of what was put."""
+        self.puts: list[str] = []
+        self.on_put: Callable[[str], Awaitable[None]] | None = None
+        """Awaited when all bytes are there: to fail, or to let something happen."""
+        self._journal = journal
 
     async def info(self, name: str) -> StoredObject | None:
         await asyncio.sleep(0)
@@ -695,10 +736,16 @@ class FakeObjects:
                 raise problem
             yield data[start : start + self.piece_bytes]
 
-    async def piece(self, stored: StoredObject, after: int) -> tuple[bytes, int]:
-        raise AssertionError("this half of the store is not there")
-
     async def put(self, name: str, pieces: AsyncIterator[bytes], *, mime: str = "", title: str = "") -> StoredObject:
+        data = b"".join([piece async for piece in pieces])
+        self.puts.append(name)
+        if self.on_put is not None:
+            await self.on_put(name)
+        self.stored[name], self.told[name] = data, (mime, title)
+        self._journal.append("object")
+        return StoredObject(name, "chunks", len(data), hashlib.sha256(data).hexdigest())
+
+    async def piece(self, stored: StoredObject, after: int) -> tuple[bytes, int]:
         raise AssertionError("this half of the store is not there")
 
 
@@ -725,8 +772,10 @@ class Bench:
         self.quotes: FakeBucket = world.quotes if world else FakeBucket("quote", self.bus.writes)
         self.typing: FakeBucket = world.typing if world else FakeBucket("typing", self.bus.writes)
         self.cdn: FakeCdn = world.cdn if world else FakeCdn()
-        self.objects: FakeObjects = world.objects if world else FakeObjects()
+        self.objects: FakeObjects = world.objects if world else FakeObjects(self.bus.writes)
         self.uploads = Uploads(self.cdn, self.objects, self.clock, max_bytes=MEDIA_BYTES)
+        self.opened: dict[int, Downloads] = {}
+        """By shard: what waits for media. A shard that has none counts as not this replica's."""
         self.teller = FakeTeller()
         self.metrics = Metrics()
         self.recall = Recall(self.quotes, self.bus, self.names, self.metrics)
@@ -905,6 +954,9 @@ class Bench:
         async def writable() -> None:
             await self.bus_up.wait()
 
+        async def waiting(sandbox: str) -> Waiting | None:
+            return self.opened.get(shard_of(sandbox))
+
         incoming = Incoming(
             chat=self.chat,
             read_message=read_message,
@@ -925,6 +977,7 @@ class Bench:
             adopt=self.adopted.append,
             heard=lambda sandbox, bot, user: self.heard.append((sandbox, bot, user)),
             revived=lambda sandbox, bot, user: self.heard.append((sandbox, bot, user)),
+            waiting=waiting,
             writable=writable,
             starting=asyncio.Semaphore(4),
             spread_s=lambda: 0.0,
@@ -934,3 +987,15 @@ class Bench:
             grace_s=10.0,
         )
         return incoming._replace(**changes)
+
+    async def downloads(self, sandbox: str = "s1", *, wait_s: float = 60.0, **changes: Any) -> Downloads:
+        """What waits for media of a sandbox's shard, loaded as the supervisor does it."""
+
+        async def to_wav(silk: bytes) -> bytes | None:
+            return media.silk_to_wav(silk)  # no thread: time must not jump meanwhile
+
+        fetching = Fetching(self.incoming(**changes), self.cdn, self.objects, to_wav, wait_s)
+        made = Downloads(shard_of(sandbox), fetching)
+        await made.load()
+        self.opened[shard_of(sandbox)] = made
+        return made

@@ -8,10 +8,19 @@ from typing import Any, NamedTuple
 import msgspec
 import pytest
 
-from adapter.contract import InboundItem, Quote, TextItem, UnsupportedItem, VoiceItem
+from adapter.contract import (
+    FileItem,
+    ImageItem,
+    InboundItem,
+    Quote,
+    TextItem,
+    UnsupportedItem,
+    VideoItem,
+    VoiceItem,
+)
 from adapter.errors import Unreadable
 from adapter.ilink.translate import content_of, read_message
-from adapter.ports import Said
+from adapter.ports import Fetch, Said
 
 SAMPLES = Path(__file__).parent / "samples"
 USER = "o9cq80demoUser@im.wechat"
@@ -50,7 +59,7 @@ ROWS = [
     Row(
         "multi-item",
         "look\nat this",
-        [TextItem(text="look"), UnsupportedItem(type=2), TextItem(text="at this")],
+        [TextItem(text="look"), ImageItem(), TextItem(text="at this")],
     ),
     Row(
         "voice-with-transcript",
@@ -59,10 +68,10 @@ ROWS = [
         "voice",
     ),
     Row("voice-with-nested-transcript", "yes", [VoiceItem(transcript="yes", duration_ms=900)], "voice"),
-    Row("voice-without-transcript", "", [UnsupportedItem(type=3)], "unsupported"),
-    Row("image", "", [UnsupportedItem(type=2)], "unsupported"),
-    Row("file", "", [UnsupportedItem(type=4)], "unsupported"),
-    Row("video", "", [UnsupportedItem(type=5)], "unsupported"),
+    Row("voice-without-transcript", "", [VoiceItem(duration_ms=2300)], "voice"),
+    Row("image", "", [ImageItem()], "image"),
+    Row("file", "", [FileItem(name="hello.txt")], "file"),
+    Row("video", "", [VideoItem(duration_ms=5000)], "video"),
     Row("unknown-type", "", [UnsupportedItem(type=23)], "unsupported"),
     Row("no-items", "", [], "unsupported"),
     Row("quote-with-text", "this one", [THIS_ONE], quote=Quote(id=QUOTED, text="pick one", kind="text")),
@@ -70,7 +79,13 @@ ROWS = [
     Row("quote-type-0", "this one", [THIS_ONE], quote=Quote(id=QUOTED)),
     Row("quote-svr-id", "this one", [THIS_ONE], quote=Quote(id=QUOTED)),
     Row("quote-partial", "this one", [THIS_ONE], quote=Quote(id=QUOTED, text="pi…ne")),
-    Row("quote-on-a-voice", "this one", [VoiceItem(transcript="this one")], "voice", Quote(id=QUOTED)),
+    Row(
+        "quote-on-a-voice",
+        "this one",
+        [VoiceItem(transcript="this one", reason="reference")],
+        "voice",
+        Quote(id=QUOTED),
+    ),
     Row("no-context-token", "hello", [HELLO]),
     Row("no-message-id", "hello", [HELLO]),
     Row("largest-ids", "hello", [HELLO]),
@@ -148,6 +163,123 @@ def test_the_same_words_have_the_same_content_whatever_their_ids() -> None:
 def test_other_words_have_another_content() -> None:
     contents = {said(row.name).keys.content for row in ROWS if row.text != "hello"}
     assert len(contents) == len([row for row in ROWS if row.text != "hello"])
+
+
+# media ---------------------------------------------------------------------------------------------------
+
+
+AES = bytes.fromhex("00112233445566778899aabbccddeeff")
+RAW_KEY = "ABEiM0RVZneImaq7zN3u/w=="
+TEXT_KEY = "MDAxMTIyMzM0NDU1NjY3Nzg4OTlhYWJiY2NkZGVlZmY="
+URL = "https://novac2c.cdn.weixin.qq.com/c2c/download?encrypted_query_param=OPAQUE&taskid=demo"
+PAYLOADS = {
+    "image": (2, "image_item"),
+    "voice": (3, "voice_item"),
+    "file": (4, "file_item"),
+    "video": (5, "video_item"),
+}
+
+
+def with_media(kind: str, media: Any, **fields: Any) -> Said:
+    """A message of one media item."""
+    number, name = PAYLOADS[kind]
+    return read_message(changed("text", item_list=[{"type": number, name: {"media": media, **fields}}]))
+
+
+@pytest.mark.parametrize(
+    ("name", "fetches"),
+    [
+        ("image", (Fetch(0, URL, "OPAQUE", AES, ""),)),
+        ("voice-without-transcript", (Fetch(0, URL, "OPAQUE", AES, ""),)),
+        ("voice-with-transcript", (Fetch(0, URL, "OPAQUE", AES, ""),)),
+        ("file", (Fetch(0, URL, "OPAQUE", AES, "hello.txt"),)),
+        ("video", (Fetch(0, URL, "OPAQUE", AES, ""),)),
+        ("multi-item", (Fetch(1, URL, "OPAQUE", AES, ""),)),
+        ("text", ()),
+        ("unknown-type", ()),
+    ],
+)
+def test_media_are_named_with_their_key_and_their_item(name: str, fetches: tuple[Fetch, ...]) -> None:
+    assert said(name).fetches == fetches
+
+
+KEY_FORMS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    ("raw-base64", {"aes_key": RAW_KEY}, {}),
+    ("hex-base64", {"aes_key": TEXT_KEY}, {}),
+    ("hex", {}, {"aeskey": AES.hex()}),
+    ("upper-hex", {}, {"aeskey": AES.hex().upper()}),
+    ("hex-before-base64", {"aes_key": "AAAAAAAAAAAAAAAAAAAAAA=="}, {"aeskey": AES.hex()}),
+    ("base64-beside-broken-hex", {"aes_key": RAW_KEY}, {"aeskey": "00"}),
+]
+
+
+@pytest.mark.parametrize("kind", PAYLOADS)
+@pytest.mark.parametrize(("media", "fields"), [row[1:] for row in KEY_FORMS], ids=[row[0] for row in KEY_FORMS])
+def test_a_key_is_read_in_every_form(kind: str, media: dict[str, Any], fields: dict[str, Any]) -> None:
+    """9.2."""
+    (fetch,) = with_media(kind, {"full_url": URL, **media}, **fields).fetches
+    assert fetch.key == AES
+
+
+@pytest.mark.parametrize("kind", PAYLOADS)
+def test_media_without_a_key_are_plain(kind: str) -> None:
+    (fetch,) = with_media(kind, {"encrypt_query_param": "OPAQUE"}).fetches
+    assert fetch == Fetch(0, "", "OPAQUE", None, "")
+
+
+@pytest.mark.parametrize("kind", PAYLOADS)
+@pytest.mark.parametrize("key", ["AAAA", "no base64", RAW_KEY[:-4], 5, [RAW_KEY], True], ids=str)
+def test_a_key_that_cannot_be_read_makes_the_media_corrupt(kind: str, key: Any) -> None:
+    found = with_media(kind, {"full_url": URL, "aes_key": key})
+    assert (found.fetches, found.broken, found.kind) == ((), "", kind)
+    assert getattr(found.items[0], "reason", None) == "corrupt"
+
+
+@pytest.mark.parametrize("kind", PAYLOADS)
+@pytest.mark.parametrize(
+    "media",
+    [None, {}, {"full_url": "", "encrypt_query_param": ""}, {"full_url": 5}, "OPAQUE", 5, [URL]],
+    ids=["null", "empty", "empty-texts", "a-number", "media-a-text", "media-a-number", "media-a-list"],
+)
+def test_media_that_nobody_can_find_have_no_reference(kind: str, media: Any) -> None:
+    found = with_media(kind, media)
+    assert (found.fetches, found.broken, found.kind) == ((), "", kind)
+    assert getattr(found.items[0], "reason", None) == "reference"
+
+
+@pytest.mark.parametrize("kind", PAYLOADS)
+def test_a_media_item_without_its_payload_is_unsupported(kind: str) -> None:
+    number, _ = PAYLOADS[kind]
+    found = read_message(changed("text", item_list=[{"type": number}]))
+    assert (found.items, found.kind) == ([UnsupportedItem(type=number)], "unsupported")
+
+
+@pytest.mark.parametrize(
+    ("value", "duration_ms"),
+    [(1500, 1500), ("1500", 1500), (0, 0), (-1, None), ("soon", None), ([1], None), (True, None), (2**60, None)],
+    ids=str,
+)
+def test_a_duration_is_what_can_be_one(value: Any, duration_ms: int | None) -> None:
+    media = {"full_url": URL}
+    assert with_media("voice", media, playtime=value).items == [VoiceItem(duration_ms=duration_ms)]
+    assert with_media("video", media, play_length=value).items == [VideoItem(duration_ms=duration_ms)]
+
+
+def test_sizes_of_any_type_do_no_harm() -> None:
+    found = with_media("file", {"full_url": URL}, len=14, md5=None, file_name=7)
+    assert (found.items, found.broken, len(found.fetches)) == ([FileItem()], "", 1)
+
+
+def test_text_beside_media_counts_as_text() -> None:
+    assert said("multi-item").kind == "text"
+
+
+def test_the_same_picture_under_another_url_is_the_same_content() -> None:
+    """A ready-made URL holds the id of a task (4.4), the reference does not."""
+    other = with_media("image", {"full_url": URL + "2", "encrypt_query_param": "OPAQUE"})
+    assert other.keys.content == with_media("image", {"full_url": URL, "encrypt_query_param": "OPAQUE"}).keys.content
+    assert other.keys.content != with_media("image", {"full_url": URL, "encrypt_query_param": "X"}).keys.content
+    assert with_media("image", {"full_url": URL}).keys.content != with_media("image", {"full_url": "x"}).keys.content
 
 
 # broken --------------------------------------------------------------------------------------------------

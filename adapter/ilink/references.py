@@ -72,9 +72,13 @@ def _read(raw: bytes, kind: type[T]) -> T | None:
 def _text_of(item: _Quoted) -> str:
     if item.text_item is not None:
         return item.text_item.text
-    if (voice := item.voice_item) is not None:
-        return voice.text or (voice.text_item.text if voice.text_item else "")
-    return ""
+    return transcript(item.voice_item) if item.voice_item is not None else ""
+
+
+def transcript(voice: wire.VoicePayload) -> str:
+    """WeChat's speech-to-text, in either place where it may stand (4.3); "" if none."""
+    nested = voice.text_item.get("text") if isinstance(voice.text_item, dict) else ""
+    return next((text for text in (voice.text, nested) if isinstance(text, str) and text), "")
 
 
 def _part(partial: wire.PartialText | None) -> Part | None:

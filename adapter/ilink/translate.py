@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import hashlib
+from typing import Any, NamedTuple, Protocol
 
 import msgspec
 
 from adapter import contract
 from adapter.dedup import Keys
-from adapter.errors import Unreadable
+from adapter.errors import Refused, Unreadable
 from adapter.ilink import wire
-from adapter.ilink.references import Quoted, item_ids, read_reference
-from adapter.ports import Said
+from adapter.ilink.cipher import read_key
+from adapter.ilink.references import Quoted, item_ids, read_reference, transcript
+from adapter.ports import Fetch, Said
 from adapter.quotes import as_id
 
 UNDECODABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 MAX_ID = 128
 """A longer user id is none: it would not fit into a subject."""
+MAX_FILE_NAME = 255
+"""Characters; no phone's file system allows longer ones."""
 
 
 def read_message(raw: bytes) -> Said:
@@ -33,9 +37,12 @@ def read_message(raw: bytes) -> Said:
     texts: list[str] = []
     quoted: Quoted | None = None
     broken = ""
+    fetches: list[Fetch] = []
     for raw_item in message.item_list or []:
-        item, text, ref = _read_item(bytes(raw_item))
+        item, text, ref, fetch = _read_item(bytes(raw_item), len(items))
         items.append(item)
+        if fetch is not None:
+            fetches.append(fetch)
         if isinstance(item, contract.UnsupportedItem) and item.reason == "malformed":
             broken = "item"
         if text:
@@ -53,36 +60,104 @@ def read_message(raw: bytes) -> Said:
         raw=raw,
         broken=broken,
         kind=_kind(items),
+        fetches=tuple(fetches),
         reference=quoted[1] if quoted else None,
         item_ids=item_ids([bytes(item) for item in message.item_list or []], as_id(message.message_id)),
     )
 
 
+_KINDS: dict[type, str] = {
+    contract.TextItem: "text",
+    contract.ImageItem: "image",
+    contract.VoiceItem: "voice",
+    contract.FileItem: "file",
+    contract.VideoItem: "video",
+}
+
+
 def _kind(items: list[contract.InboundItem]) -> str:
-    """The kind that counts in the metrics: text wherever there is some."""
-    kinds = {"text": contract.TextItem, "voice": contract.VoiceItem}
-    return next(
-        (name for name, kind in kinds.items() if any(isinstance(item, kind) for item in items)), "unsupported"
-    )
+    """The kind that counts in the metrics: text wherever there is some, else that of the first media."""
+    found = [_KINDS[type(item)] for item in items if type(item) in _KINDS]
+    return "text" if "text" in found else next(iter(found), "unsupported")
 
 
-def _read_item(raw: bytes) -> tuple[contract.InboundItem, str, Quoted | None]:
+class _Read(NamedTuple):
+    """An item, the text that it adds to the message's, what it quotes, and the media that belong to it."""
+
+    item: contract.InboundItem
+    text: str = ""
+    quote: Quoted | None = None
+    fetch: Fetch | None = None
+
+
+def _read_item(raw: bytes, index: int) -> _Read:
     try:
         item = msgspec.json.decode(raw, type=wire.Item)
     except UNDECODABLE:
-        return contract.UnsupportedItem(type=0, reason="malformed"), "", None
-    quote = read_reference(bytes(item.ref_msg))
+        return _Read(contract.UnsupportedItem(type=0, reason="malformed"))
+    return _translate(item, index)._replace(quote=read_reference(bytes(item.ref_msg)))
+
+
+def _translate(item: wire.Item, index: int) -> _Read:
     match item.type:
         case wire.TEXT if item.text_item is not None:
-            return contract.TextItem(text=item.text_item.text), item.text_item.text, quote
+            return _Read(contract.TextItem(text=item.text_item.text), item.text_item.text)
+        case wire.IMAGE if item.image_item is not None:
+            fetch, reason = _read_media(item.image_item, index)
+            return _Read(contract.ImageItem(reason=reason), fetch=fetch)
         case wire.VOICE if item.voice_item is not None:
             voice = item.voice_item
-            said = voice.text or (voice.text_item.text if voice.text_item else "")
-            if said:
-                return contract.VoiceItem(transcript=said, duration_ms=voice.playtime), said, quote
+            said = transcript(voice)
+            fetch, reason = _read_media(voice, index)
+            length = _duration(voice.playtime)
+            return _Read(contract.VoiceItem(transcript=said, duration_ms=length, reason=reason), said, fetch=fetch)
+        case wire.FILE if item.file_item is not None:
+            name = _text(item.file_item.file_name)[:MAX_FILE_NAME]
+            fetch, reason = _read_media(item.file_item, index, name)
+            return _Read(contract.FileItem(name=name, reason=reason), fetch=fetch)
+        case wire.VIDEO if item.video_item is not None:
+            fetch, reason = _read_media(item.video_item, index)
+            length = _duration(item.video_item.play_length)
+            return _Read(contract.VideoItem(duration_ms=length, reason=reason), fetch=fetch)
         case _:
-            pass
-    return contract.UnsupportedItem(type=item.type), "", quote
+            return _Read(contract.UnsupportedItem(type=item.type))
+
+
+class _Payload(Protocol):
+    media: Any
+    aeskey: Any
+
+
+def _read_media(payload: _Payload, index: int, name: str = "") -> tuple[Fetch | None, str]:
+    """Where the bytes are; else None and why nobody can fetch them (9.2, 9.5)."""
+    try:
+        media = msgspec.convert(payload.media, wire.Media)
+    except msgspec.ValidationError:
+        return None, "reference"
+    url, reference = _text(media.full_url), _text(media.encrypt_query_param)
+    if not url and not reference:
+        return None, "reference"
+    try:
+        key = read_key(_key(media.aes_key), _key(payload.aeskey))
+    except Refused as exc:
+        return None, exc.reason
+    return Fetch(index, url, reference, key, name), ""
+
+
+def _key(value: object) -> str | None:
+    """A key of another type is no key, but it says that the bytes are encrypted: it decodes to nothing."""
+    return value if isinstance(value, str) or value is None else "?"
+
+
+def _text(value: object) -> str:
+    return value if isinstance(value, str) else ""
+
+
+def _duration(value: object) -> int | None:
+    """Milliseconds; None for what cannot be a duration."""
+    if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 16:
+        value = int(value)
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53 else None
 
 
 def _salvage(raw: bytes, why: str) -> Said:
@@ -133,10 +208,18 @@ def content_of(raw: bytes) -> str:
         items = []
     if not isinstance(items, list):
         items = [items]
-    bare = [
-        {k: v for k, v in item.items() if k not in ("create_time_ms", "update_time_ms", "msg_id", "is_completed")}
-        if isinstance(item, dict)
-        else item
-        for item in items
-    ]
+    bare = [_bare(item) for item in items]
     return hashlib.blake2b(msgspec.json.encode(bare, order="deterministic"), digest_size=6).hexdigest()
+
+
+def _bare(item: object) -> object:
+    """An item without what may differ when iLink says it again; a ready-made URL holds the id of a task (4.4)."""
+    if not isinstance(item, dict):
+        return item
+    bare = {k: v for k, v in item.items() if k not in ("create_time_ms", "update_time_ms", "msg_id", "is_completed")}
+    for name, payload in bare.items():
+        media = payload.get("media") if isinstance(payload, dict) else None
+        if isinstance(media, dict) and media.get("encrypt_query_param"):
+            kept = {k: v for k, v in media.items() if k != "full_url"}
+            bare[name] = {k: v for k, v in payload.items() if k != "thumb_media"} | {"media": kept}
+    return bare

@@ -87,10 +87,39 @@ class TextPayload(msgspec.Struct):
     text: str = ""
 
 
+class Media(msgspec.Struct):
+    """Where media are, and the key to them (4.4). Any: a wrong type costs the media, not the message."""
+
+    encrypt_query_param: Any = None
+    aes_key: Any = None
+    full_url: Any = None
+
+
+class ImagePayload(msgspec.Struct):
+    """4.3. `aeskey` is hex, and preferred to the one in `media`."""
+
+    media: Any = None
+    aeskey: Any = None
+
+
 class VoicePayload(msgspec.Struct):
-    text: str | None = None
-    text_item: TextPayload | None = None
-    playtime: int | None = None
+    media: Any = None
+    aeskey: Any = None
+    text: Any = None
+    text_item: Any = None
+    playtime: Any = None
+
+
+class FilePayload(msgspec.Struct):
+    media: Any = None
+    aeskey: Any = None
+    file_name: Any = None
+
+
+class VideoPayload(msgspec.Struct):
+    media: Any = None
+    aeskey: Any = None
+    play_length: Any = None
 
 
 class PartialText(msgspec.Struct):
@@ -116,7 +145,10 @@ class Item(msgspec.Struct):
     type: int = 0
     msg_id: int | str | None = None
     text_item: TextPayload | None = None
+    image_item: ImagePayload | None = None
     voice_item: VoicePayload | None = None
+    file_item: FilePayload | None = None
+    video_item: VideoPayload | None = None
     ref_msg: msgspec.Raw = msgspec.Raw(b"null")
 
 

@@ -209,6 +209,7 @@ async def world(folder: Path, *, environ: dict[str, str] | None = None, **settin
         settings_of_adapter = {
             "NATS_URL": server.url,
             "WECHAT_NATS_ILINK_BASE_URL": sim.url,
+            "WECHAT_NATS_CDN_BASE_URL": f"{sim.url}/c2c",
             "WECHAT_NATS_ALLOWED_HOSTS": "127.0.0.1",
             "WECHAT_NATS_SEND_GAP_MS": "0",
             "WECHAT_NATS_HTTP_ADDR": "127.0.0.1:0",

@@ -1,0 +1,453 @@
+"""Media of users from iLink's CDN into the object store, and then their messages into the inboxes.
+
+A message with media waits in WECHAT_RAW, so that a slow CDN costs neither safety nor the next poll. Per bot in
+order: downloads run ahead, messages are told one after the other, and none waits longer than a bounded time.
+A shard's owner does it; what it leaves undone is in the stream, for the next one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import OrderedDict, deque
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine
+from typing import Any, NamedTuple
+
+import msgspec
+import structlog
+
+from adapter import contract, inbox, media
+from adapter.contract import InboundItem
+from adapter.dedup import digest
+from adapter.errors import BusRefused, LeaseLost, Refused, Temporary, Unreadable
+from adapter.inbox import Heard
+from adapter.ports import Cdn, Fetch, Objects, Stored, StoredObject
+from adapter.sessions import Incoming
+from adapter.timing import Latch, backoff
+
+log = structlog.get_logger()
+
+AHEAD = 4
+"""Messages of one bot whose media are downloaded at once."""
+ATTEMPTS = 3
+SWEEP_S = 60.0
+"""So often the stream is looked at for what another replica left there in its last moments."""
+KNOWN_KEPT = 10_000
+CUT_S = 1.0
+
+
+class Fetching(NamedTuple):
+    """What the downloads need."""
+
+    incoming: Incoming
+    cdn: Cdn
+    objects: Objects
+    to_wav: Callable[[bytes], Awaitable[bytes | None]]
+    """A SILK recording as WAV, made in a thread; None where it cannot be converted."""
+    wait_s: float
+    """How long a message waits for its media, from its arrival on."""
+
+
+class Missing(Exception):
+    """The bytes cannot be had now. `reason` is one of contract.MediaReason."""
+
+    def __init__(self, reason: str, *, again: bool) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.again = again
+        """Another attempt may succeed."""
+
+
+class Got(NamedTuple):
+    """What became of one item's media."""
+
+    media: contract.Media | None = None
+    wav: contract.Media | None = None
+    reason: str = ""
+
+
+class Waiter:
+    """A message that waits for its media, or behind one that does."""
+
+    __slots__ = ("after", "heard", "seq", "suspect", "told", "until", "work")
+
+    def __init__(self, seq: int, heard: Heard, after: int, until: float, *, suspect: bool) -> None:
+        self.seq = seq
+        """In WECHAT_RAW."""
+        self.heard = heard
+        self.after = after
+        """It is in the inbox behind this sequence, if it is there."""
+        self.until = until
+        """Monotonic time at which it goes on without what is missing."""
+        self.suspect = suspect
+        """It may be in its inbox already."""
+        self.told = False
+        self.work: asyncio.Task[list[InboundItem]] | None = None
+
+
+class Queue:
+    """What waits of one bot for one sandbox, in order."""
+
+    def __init__(self) -> None:
+        self.waiters: deque[Waiter] = deque()
+        self.task: asyncio.Task[None] | None = None
+
+
+class Downloads:
+    """Implements sessions.Waiting for one shard, as long as this replica owns it."""
+
+    def __init__(self, number: int, needs: Fetching) -> None:
+        self.number = number
+        self._needs = needs
+        self._incoming = needs.incoming
+        self._queues: dict[tuple[str, str], Queue] = {}
+        self._known: OrderedDict[int, None] = OrderedDict()
+        """Sequences that were added, those that are done included."""
+        self._swept_to = 0
+        self._changed = Latch()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._stopped = False
+
+    async def load(self) -> None:
+        """Finds what waits in the stream; from then on looks for more now and then. Raises Temporary."""
+        await self._sweep()
+        self._spawn(self._sweep_forever())
+
+    async def _sweep(self) -> None:
+        names = self._incoming.names
+        subject = names.raw(self.number, "*")
+        found = [
+            stored async for stored in self._incoming.history.read(names.stream_raw, subject, after=self._swept_to)
+        ]
+        for stored in found:
+            self.add(stored, suspect=True)
+            self._swept_to = stored.seq
+
+    async def _sweep_forever(self) -> None:
+        while True:
+            await self._incoming.clock.sleep(SWEEP_S + self._incoming.clock.jitter(SWEEP_S / 4))
+            try:
+                await self._sweep()
+            except Temporary as exc:
+                log.info("raw.unread", shard=self.number, reason=exc.reason)
+
+    # sessions.Waiting -------------------------------------------------------------------------------
+
+    def holds(self, sandbox: str, bot: str) -> bool:
+        return (sandbox, bot) in self._queues
+
+    def add(self, stored: Stored, *, suspect: bool = False) -> None:
+        if stored.seq in self._known or self._stopped:
+            return
+        self._known[stored.seq] = None
+        if len(self._known) > KNOWN_KEPT:
+            self._known.popitem(last=False)
+        try:
+            heard = inbox.read_raw(stored, self._incoming.read_message)
+            after = int(stored.headers.get(contract.H_SEQUENCE, "0"))
+        except (Unreadable, ValueError) as exc:
+            log.error("raw.unreadable", shard=self.number, sequence=stored.seq, reason=type(exc).__name__)
+            self._spawn(self._bury(stored))
+            return
+        until = self._incoming.clock.monotonic() + self._needs.wait_s
+        queue = self._queues.setdefault((heard.sandbox, heard.bot), Queue())
+        queue.waiters.append(Waiter(stored.seq, heard, after, until, suspect=suspect))
+        if queue.task is None:
+            queue.task = self._spawn(self._run(queue, heard.sandbox, heard.bot))
+        elif not suspect:
+            self._ahead(queue)
+
+    async def passed(self, sandbox: str, bot: str) -> None:
+        await self._changed.until(lambda: self._stopped or not self.holds(sandbox, bot))
+
+    # one bot ----------------------------------------------------------------------------------------
+
+    async def _run(self, queue: Queue, sandbox: str, bot: str) -> None:
+        """Works until nothing waits. One unit of work per turn; what fails unexpectedly is tried again."""
+        failures = 0
+        while queue.waiters:
+            try:
+                await self._turn(queue)
+                failures = 0
+                continue
+            except LeaseLost:  # it may come back; where it does not, `stop` follows
+                await self._leased()
+                continue
+            except Temporary as exc:
+                failures += 1
+                log.warning("raw.waits", sandbox=sandbox, reason=exc.reason, failures=failures)
+            except Exception:
+                failures += 1
+                log.exception("raw.crashed", sandbox=sandbox, failures=failures)
+            await self._incoming.clock.sleep(backoff(failures, first_s=0.2, longest_s=30.0))
+        del self._queues[sandbox, bot]
+        self._changed.notify()
+
+    async def _leased(self) -> None:
+        leases = self._incoming.leases
+        await leases.changed.until(lambda: leases.valid, 1.0)
+
+    async def _turn(self, queue: Queue) -> None:
+        """One step for a bot. Raises Temporary, LeaseLost."""
+        if any(waiter.suspect for waiter in queue.waiters):
+            await self._clear(queue)
+            return
+        self._ahead(queue)
+        first = queue.waiters[0]
+        if not first.told:
+            heard = first.heard
+            if first.work is not None:
+                items = await asyncio.shield(first.work)
+                heard = heard._replace(said=heard.said._replace(items=items))
+            self._incoming.leases.check(self.number)
+            await inbox.publish([heard], self._incoming)
+            first.told = True
+        await self._forget(first)
+        queue.waiters.popleft()
+        self._incoming.heard(first.heard.sandbox, first.heard.bot, first.heard.said.user)
+
+    async def _clear(self, queue: Queue) -> None:
+        """Drops what is in the inbox already: a crash came between telling it and forgetting it."""
+        suspects = {waiter.heard.id: waiter for waiter in queue.waiters if waiter.suspect}
+        names = self._incoming.names
+        (subject,) = {names.inbox(waiter.heard.sandbox) for waiter in suspects.values()}
+        after = min(waiter.after for waiter in suspects.values())
+        told: set[str] = set()
+        async for stored in self._incoming.history.read(names.stream_in, subject, after=after):
+            told.add(stored.headers.get(contract.H_MSG_ID, ""))
+        for waiter in list(queue.waiters):
+            if waiter.heard.id not in suspects:
+                continue
+            if waiter.heard.id in told:
+                log.info("raw.told_before", bot=waiter.heard.bot, sequence=waiter.seq)
+                await self._forget(waiter)
+                queue.waiters.remove(waiter)
+            waiter.suspect = False
+
+    async def _forget(self, waiter: Waiter) -> None:
+        await self._incoming.history.delete(self._incoming.names.stream_raw, waiter.seq)
+
+    async def _bury(self, stored: Stored) -> None:
+        """Nobody can read it, also not at the next start."""
+        bot = contract.text_of(stored.subject.rpartition(".")[2])
+        sandbox = stored.headers.get(contract.H_SANDBOX, "")
+        await inbox.bury(bot, sandbox, stored.data, "It cannot be read back from WECHAT_RAW.", self._incoming)
+        stream = self._incoming.names.stream_raw
+        await inbox.retry(lambda: self._incoming.history.delete(stream, stored.seq), self._incoming)
+
+    # downloads --------------------------------------------------------------------------------------
+
+    def _ahead(self, queue: Queue) -> None:
+        """Lets downloads begin, the oldest messages first."""
+        busy = sum(1 for waiter in queue.waiters if waiter.work is not None and not waiter.work.done())
+        for waiter in queue.waiters:
+            if busy >= AHEAD or waiter.suspect:
+                return
+            if waiter.work is None and waiter.heard.said.fetches:
+                waiter.work = self._spawn(self._fetch_all(waiter))
+                waiter.work.add_done_callback(lambda _: None if self._stopped else self._ahead(queue))
+                busy += 1
+
+    async def _fetch_all(self, waiter: Waiter) -> list[InboundItem]:
+        """The items of a message with their media, or with why they are missing."""
+        said = waiter.heard.said
+        found = await asyncio.gather(*(self._fetch(waiter, fetch) for fetch in said.fetches))
+        items = list(said.items)
+        for fetch, got in zip(said.fetches, found, strict=True):
+            items[fetch.item] = _filled(items[fetch.item], got)
+        return items
+
+    async def _fetch(self, waiter: Waiter, fetch: Fetch) -> Got:
+        """One item's media. While the bus is away nobody misses them, so that time does not count."""
+        while True:
+            left_s = waiter.until - self._incoming.clock.monotonic()
+            try:
+                async with asyncio.timeout(max(0.0, left_s)):
+                    return await self._attempts(waiter, fetch)
+            except TimeoutError:
+                missing = Missing("timeout", again=True)
+            except Missing as exc:
+                missing = exc
+            except Exception:
+                log.exception("media.crashed", shard=self.number)
+                missing = Missing("unavailable", again=False)
+            if missing.reason not in ("timeout", "store") or not missing.again or not await self._bus_was_away():
+                log.info("media.missing", bot=waiter.heard.bot, reason=missing.reason)
+                return Got(reason=missing.reason)
+            waiter.until = self._incoming.clock.monotonic() + self._needs.wait_s
+
+    async def _bus_was_away(self) -> bool:
+        """Waits until the bus is there; whether it was not."""
+        began = self._incoming.clock.monotonic()
+        await self._incoming.writable()
+        return self._incoming.clock.monotonic() > began + 0.01
+
+    async def _attempts(self, waiter: Waiter, fetch: Fetch) -> Got:
+        """Raises Missing."""
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                return await self._attempt(waiter.heard, fetch)
+            except Missing as exc:
+                if not exc.again or attempt == ATTEMPTS:
+                    raise
+                await self._incoming.clock.sleep(backoff(attempt, first_s=0.5))
+        raise AssertionError("unreachable")
+
+    async def _attempt(self, heard: Heard, fetch: Fetch) -> Got:
+        """Raises Missing."""
+        item = heard.said.items[fetch.item]
+        name = f"{heard.sandbox}/in/{digest(heard.id.encode())}-{fetch.item}"
+        recording = _Copy(media.SILK_MAX_BYTES) if isinstance(item, contract.VoiceItem) else None
+        async with contextlib.aclosing(_pieces(self._needs.cdn, fetch)) as pieces:
+            head = await _head(pieces)
+            kind = media.identify(head, fetch.name)
+            title = fetch.name or media.file_name(_WORDS[type(item)], kind.suffix)
+            whole = _joined(head, pieces)
+            try:
+                stored = await self._needs.objects.put(
+                    name, recording.of(whole) if recording else whole, mime=kind.mime, title=title
+                )
+            except Temporary as exc:
+                raise Missing("store", again=True) from exc
+            except BusRefused as exc:
+                log.error("media.refused", code=exc.code, detail=exc.detail[:200])
+                raise Missing("store", again=False) from exc
+        got = Got(_described(stored, kind, title, _duration_of(item)))
+        if recording is None or not media.is_silk(recording.data):
+            return got
+        return await self._with_wav(f"{name}.wav", recording.data, got)
+
+    async def _with_wav(self, name: str, silk: bytes, got: Got) -> Got:
+        """With the recording as others can play it, where it can be converted and stored."""
+        assert got.media is not None
+        length_ms = got.media.duration_ms or media.silk_duration_ms(silk)
+        got = got._replace(media=msgspec.structs.replace(got.media, duration_ms=length_ms))
+        wav = await self._needs.to_wav(silk)
+        if wav is None:
+            return got
+        kind = media.identify(wav)
+        title = media.file_name("voice", ".wav")
+        try:
+            stored = await self._needs.objects.put(name, _once(wav), mime=kind.mime, title=title)
+        except (Temporary, BusRefused) as exc:
+            log.warning("media.wav_unstored", reason=exc.reason)
+            return got
+        return got._replace(wav=_described(stored, kind, title, media.wav_duration_ms(wav)))
+
+    # ending -----------------------------------------------------------------------------------------
+
+    async def drain(self, seconds: float) -> None:
+        """What is nearly done may end; the rest stays in the stream."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._changed.until(lambda: not self._queues)
+        if self._queues:
+            log.info("raw.left", shard=self.number, bots=len(self._queues))
+        late = set(self._tasks)
+        self.stop()
+        if late:
+            await asyncio.wait(late, timeout=CUT_S)
+
+    def stop(self) -> None:
+        """The shard is lost: everything ends now. A message cut between telling and forgetting is looked up by
+        the next owner."""
+        self._stopped = True
+        for task in list(self._tasks):
+            task.cancel()
+        self._changed.notify()
+
+    def _spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+        return task
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (exc := task.exception()):
+            log.error("task.crashed", shard=self.number, exc_info=exc)
+
+
+class _Copy:
+    """A copy of bytes that pass; empty where they are more than `most`."""
+
+    def __init__(self, most: int) -> None:
+        self.data = b""
+        """Set once all have passed."""
+        self._most = most
+
+    async def of(self, pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+        kept, size = bytearray(), 0
+        async for piece in pieces:
+            size += len(piece)
+            if size <= self._most:
+                kept += piece
+            yield piece
+        self.data = bytes(kept) if size <= self._most else b""
+
+
+async def _pieces(cdn: Cdn, fetch: Fetch) -> AsyncGenerator[bytes, None]:
+    """The plain bytes. Raises Missing: whatever else comes out of storing them is the object store's."""
+    download = cdn.download(fetch)
+    try:
+        async for piece in download:
+            yield piece
+    except Refused as exc:
+        raise Missing(exc.reason, again=exc.reason == "unavailable") from exc
+    except Temporary as exc:
+        raise Missing("unavailable", again=True) from exc
+    finally:
+        if isinstance(download, AsyncGenerator):
+            await download.aclose()
+
+
+async def _head(pieces: AsyncIterator[bytes]) -> bytes:
+    head = bytearray()
+    async for piece in pieces:
+        head += piece
+        if len(head) >= media.HEAD:
+            break
+    return bytes(head)
+
+
+async def _joined(head: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    if head:
+        yield head
+    async for piece in rest:
+        yield piece
+
+
+async def _once(data: bytes) -> AsyncIterator[bytes]:
+    yield data
+
+
+_WORDS: dict[type, str] = {
+    contract.ImageItem: "image",
+    contract.VoiceItem: "voice",
+    contract.FileItem: "file",
+    contract.VideoItem: "video",
+}
+
+
+def _duration_of(item: InboundItem) -> int | None:
+    return item.duration_ms if isinstance(item, contract.VoiceItem | contract.VideoItem) else None
+
+
+def _described(stored: StoredObject, kind: media.Kind, name: str, duration_ms: int | None) -> contract.Media:
+    return contract.Media(
+        object=stored.name,
+        name=name,
+        mime=kind.mime,
+        size=stored.size,
+        sha256=stored.sha256,
+        width=kind.width,
+        height=kind.height,
+        duration_ms=duration_ms,
+    )
+
+
+def _filled(item: InboundItem, got: Got) -> InboundItem:
+    if isinstance(item, contract.VoiceItem):
+        length_ms = item.duration_ms if item.duration_ms or got.media is None else got.media.duration_ms
+        return msgspec.structs.replace(item, media=got.media, wav=got.wav, reason=got.reason, duration_ms=length_ms)
+    return msgspec.structs.replace(item, media=got.media, reason=got.reason)

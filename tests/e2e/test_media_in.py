@@ -1,0 +1,339 @@
+"""Media of users over real sockets: byte for byte in the object store, and no fault of the CDN costs a message."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import itertools
+import signal
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pysilk
+import pytest
+from nats.aio.client import Client
+
+from adapter.contract import FileItem, ImageItem, Inbound, InboundItem, Media, Options, TextItem, VideoItem, VoiceItem
+from adapter.simulator import FaultRule, samples
+from tests.e2e.world import NAMES, World, eventually, stream, until, world
+
+KINDS: dict[str, tuple[type, str, bytes]] = {
+    "image": (ImageItem, "image/png", samples.png()),
+    "voice": (VoiceItem, "audio/silk", samples.silk(0.5)),
+    "file": (FileItem, "application/pdf", samples.pdf()),
+    "video": (VideoItem, "video/mp4", samples.mp4(300_000)),
+}
+KEY_FORMS = ("usual", "hex", "raw_base64", "hex_base64", "none")
+URLS = ("both", "full", "param")
+SHORT = {"WECHAT_NATS_MEDIA_WAIT_S": "2"}
+
+
+async def inbox(nc: Client, sandbox: str) -> list[Inbound]:
+    stored = await stream(nc, NAMES.stream_in, NAMES.inbox(sandbox))
+    return [msgspec.json.decode(data, type=Inbound) for _, data in stored]
+
+
+async def told(nc: Client, sandbox: str, count: int) -> list[Inbound]:
+    """Waits until the sandbox has so many messages."""
+
+    async def are_there() -> bool:
+        return len(await inbox(nc, sandbox)) >= count
+
+    await eventually(are_there, f"{sandbox} has {count} messages")
+    return await inbox(nc, sandbox)
+
+
+def short(inbound: Inbound) -> str:
+    """Its text, or of its media `+`, or the reason why they are missing."""
+    (item,) = inbound.items
+    if isinstance(item, TextItem):
+        return item.text
+    return "+" if media_of(item) else getattr(item, "reason", "")
+
+
+def media_of(item: InboundItem) -> Media | None:
+    found = getattr(item, "media", None)
+    assert found is None or isinstance(found, Media)
+    return found
+
+
+async def content_of(nc: Client, media: Media | None) -> bytes:
+    """What any client of NATS reads under this name."""
+    assert media is not None
+    store = await nc.jetstream().object_store(NAMES.media)
+    found = (await store.get(media.object)).data or b""
+    assert len(found) == media.size
+    assert hashlib.sha256(found).hexdigest() == media.sha256
+    return found
+
+
+async def nothing_waits(nc: Client) -> None:
+    async def is_empty() -> bool:
+        return not await stream(nc, NAMES.stream_raw, NAMES.raw("*", "*"))
+
+    await eventually(is_empty, "nothing waits in WECHAT_RAW")
+
+
+async def start(made: World, nc: Client, *sandboxes: str, **options: Any) -> None:
+    """Bots bound and served by one adapter."""
+    await made.add_adapter()
+    for sandbox in sandboxes:
+        await made.bind(nc, sandbox, made.sim.add_bot(), **options)
+    await until(lambda: all(made.sim.polls(bot.bot).total for bot in made.bots.values()), "every bot is polled")
+
+
+async def test_every_kind_key_and_url_is_byte_exact_and_in_order(tmp_path: Path) -> None:
+    async with world(tmp_path) as made:
+        nc = await made.nc()
+        await start(made, nc, "s1")
+        forms = list(itertools.product(KINDS, KEY_FORMS, URLS))
+        contents = [KINDS[kind][2] + (b"%d" % n if kind != "voice" else b"") for n, (kind, _, _) in enumerate(forms)]
+        for (kind, key_form, url), content in zip(forms, contents, strict=True):
+            made.sim.say_media(made.bots["s1"].bot, kind, content, key_form=key_form, url=url)
+        messages = await told(nc, "s1", len(forms))
+        assert len(messages) == len(forms)
+        for (kind, key_form, url), content, message in zip(forms, contents, messages, strict=True):
+            (item,) = message.items
+            expected, mime, _ = KINDS[kind]
+            media = media_of(item)
+            assert isinstance(item, expected), (kind, key_form, url)
+            assert media is not None, (kind, key_form, url, item)
+            assert media.mime == mime
+            assert await content_of(nc, media) == content
+        await nothing_waits(nc)
+        assert made.sim.stats().violations == {}
+        await nc.close()
+
+
+async def test_a_voice_message_can_be_heard(tmp_path: Path) -> None:
+    """The bytes as they came, and a WAV of the same length, also of SILK by another encoder."""
+    tone = b"".join((8000 if step // 27 % 2 else -8000).to_bytes(2, "little", signed=True) for step in range(24_000))
+    (tmp_path / "tone.pcm").write_bytes(tone)
+    with (tmp_path / "tone.pcm").open("rb") as source, (tmp_path / "tone.silk").open("wb") as sink:
+        pysilk.encode(source, sink, 24_000, 24_000)
+    silk = (tmp_path / "tone.silk").read_bytes()
+    async with world(tmp_path) as made:
+        nc = await made.nc()
+        await start(made, nc, "s1")
+        made.sim.say_media(made.bots["s1"].bot, "voice", silk, playtime=1000, text="la la")
+        (message,) = await told(nc, "s1", 1)
+        (item,) = message.items
+        assert isinstance(item, VoiceItem)
+        assert (message.text, item.transcript, item.duration_ms) == ("la la", "la la", 1000)
+        assert await content_of(nc, item.media) == silk
+        assert item.wav is not None
+        assert item.wav.mime in ("audio/wav", "audio/x-wav")
+        assert item.wav.duration_ms is not None
+        assert abs(item.wav.duration_ms - 1000) <= 40
+        assert (await content_of(nc, item.wav))[:4] == b"RIFF"
+        await nc.close()
+
+
+FAULTS: list[tuple[str, dict[str, Any], str]] = [
+    ("F25", {"status": 403}, "unavailable"),
+    ("F25", {"status": 404}, "unavailable"),
+    ("F25", {"status": 500}, "unavailable"),
+    ("F25", {"kind": "wrong_key"}, "corrupt"),
+    ("F25", {"kind": "odd_length"}, "corrupt"),
+    ("F4", {"chunk": 16, "pause_ms": 500}, "timeout"),
+    ("F5", {}, "timeout"),
+    ("F6", {}, "unavailable"),
+]
+
+
+async def test_no_fault_of_the_cdn_holds_up_other_bots_polls_or_later_words(tmp_path: Path) -> None:
+    """F4, F5, F6 and each kind of F25, each on a bot of its own, all at once."""
+    sandboxes = [f"s{number}" for number in range(len(FAULTS))]
+    async with world(tmp_path, environ={"WECHAT_NATS_MEDIA_WAIT_S": "4"}) as made:
+        nc = await made.nc()
+        await start(made, nc, "sound", *sandboxes)
+        for sandbox, (fault, params, _) in zip(sandboxes, FAULTS, strict=True):
+            bot = made.bots[sandbox].bot
+            made.sim.set_fault(FaultRule(fault=fault, endpoint="cdn/download", bot=bot, params=params))
+            made.sim.say(bot, "before")
+            made.sim.say_media(bot, "image", samples.png())
+            made.sim.say(bot, "after")
+        made.sim.say_media(made.bots["sound"].bot, "image", samples.png())
+        assert short((await told(nc, "sound", 1))[0]) == "+"
+        for sandbox, (_, _, reason) in zip(sandboxes, FAULTS, strict=True):
+            before, picture, after = await told(nc, sandbox, 3)
+            assert (short(before), short(after)) == ("before", "after")
+            media = media_of(picture.items[0])
+            if media is None:
+                assert short(picture) == reason
+            else:  # one wrong key of 256 leaves what looks like a padding
+                assert (reason, media.size < 16) == ("corrupt", True)
+        made.sim.clear_faults()
+        for sandbox in sandboxes:
+            made.sim.say_media(made.bots[sandbox].bot, "image", samples.png())
+            assert short((await told(nc, sandbox, 4))[3]) == "+"
+        await nothing_waits(nc)
+        assert made.sim.stats().poll_overlaps == 0
+        await nc.close()
+
+
+async def test_a_silent_download_lets_the_same_bot_be_polled_and_later_words_come_in_order(tmp_path: Path) -> None:
+    async with world(tmp_path, environ={"WECHAT_NATS_MEDIA_WAIT_S": "3"}) as made:
+        nc = await made.nc()
+        await start(made, nc, "s1", "s2")
+        bot = made.bots["s1"].bot
+        made.sim.set_fault(FaultRule(fault="F5", endpoint="cdn/download", bot=bot))
+        made.sim.say_media(bot, "image", samples.png())
+        await until(lambda: made.sim.faults()[0].struck == 1, "the download has begun")
+        for number in range(5):
+            before = made.sim.polls(bot).total
+            made.sim.say(bot, f"word {number}")
+            await until(lambda seen=before: made.sim.polls(bot).total > seen, "polls go on")  # type: ignore[misc]
+        made.sim.say(made.bots["s2"].bot, "not held up")
+        await told(nc, "s2", 1)
+        messages = await told(nc, "s1", 6)
+        assert [short(message) for message in messages] == ["timeout", *(f"word {number}" for number in range(5))]
+        await nc.close()
+
+
+async def test_kill_9_in_the_middle_of_a_download(tmp_path: Path) -> None:
+    """Exactly one message in the end, with its bytes, whether iLink says it again or not."""
+    for mode in ("ack_on_delivery", "cursor_replay"):
+        (tmp_path / mode).mkdir()
+        async with world(tmp_path / mode, cursor_mode=mode) as made:
+            nc = await made.nc()
+            await start(made, nc, "s1")
+            (adapter,) = made.adapters
+            bot = made.bots["s1"].bot
+            made.sim.set_fault(FaultRule(fault="F5", endpoint="cdn/download", bot=bot))
+            made.sim.say_media(bot, "image", samples.png())
+            made.sim.say(bot, "after")
+            await until(lambda: made.sim.faults()[0].struck == 1, "the download has begun")
+            await adapter.kill()
+            made.sim.clear_faults()
+            await adapter.start()
+            await told(nc, "s1", 2)
+            made.sim.say(bot, "last")
+            assert [short(message) for message in await told(nc, "s1", 3)] == ["+", "after", "last"]
+            await nothing_waits(nc)
+            await nc.close()
+
+
+async def test_kill_9_again_and_again_while_pictures_come(tmp_path: Path) -> None:
+    """Wherever it strikes: each message once, in order, each picture with its own bytes."""
+    async with world(tmp_path, cursor_mode="cursor_replay") as made:
+        nc = await made.nc()
+        await start(made, nc, "s1")
+        (adapter,) = made.adapters
+        bot = made.bots["s1"].bot
+        said: list[bytes | str] = []
+        for turn in range(4):
+            for number in range(6):
+                said += [samples.png(seed=turn * 6 + number), f"word {turn}.{number}"]
+                made.sim.say_media(bot, "image", samples.png(seed=turn * 6 + number))
+                made.sim.say(bot, f"word {turn}.{number}")
+            await told(nc, "s1", turn * 12 + 1 + 2 * turn)  # somewhere in the middle of it
+            await adapter.kill()
+            await adapter.start()
+        messages = await told(nc, "s1", len(said))
+        assert len(messages) == len(said)
+        for expected, message in zip(said, messages, strict=True):
+            found = message.text if isinstance(expected, str) else await content_of(nc, media_of(message.items[0]))
+            assert found == expected
+        await nothing_waits(nc)
+        await nc.close()
+
+
+async def test_sigterm_leaves_a_slow_download_to_the_next_adapter(tmp_path: Path) -> None:
+    """Although iLink here never says a message again."""
+    async with world(tmp_path, cursor_mode="ack_on_delivery") as made:
+        nc = await made.nc()
+        await start(made, nc, "s1")
+        (adapter,) = made.adapters
+        bot = made.bots["s1"].bot
+        made.sim.set_fault(FaultRule(fault="F5", endpoint="cdn/download", bot=bot))
+        made.sim.say_media(bot, "image", samples.png())
+        made.sim.say(bot, "after")
+        await until(lambda: made.sim.faults()[0].struck == 1, "the download has begun")
+        adapter.signal(signal.SIGTERM)
+        assert await adapter.ended() == 0
+        assert await inbox(nc, "s1") == []
+        made.sim.clear_faults()
+        await adapter.start()
+        assert [short(message) for message in await told(nc, "s1", 2)] == ["+", "after"]
+        await nc.close()
+
+
+async def test_another_replica_takes_over_what_waits(tmp_path: Path) -> None:
+    async with world(tmp_path) as made:
+        nc = await made.nc()
+        await start(made, nc, "s1")
+        bot = made.bots["s1"].bot
+        made.sim.set_fault(FaultRule(fault="F5", endpoint="cdn/download", bot=bot))
+        made.sim.say_media(bot, "image", samples.png())
+        made.sim.say(bot, "after")
+        await until(lambda: made.sim.faults()[0].struck == 1, "the download has begun")
+        await made.add_adapter()
+        await made.adapters[0].kill()
+        made.sim.clear_faults()
+        assert [short(message) for message in await told(nc, "s1", 2)] == ["+", "after"]
+        await nothing_waits(nc)
+        await nc.close()
+
+
+async def test_a_nats_outage_during_downloads_costs_no_picture(tmp_path: Path) -> None:
+    async with world(tmp_path) as made:
+        nc = await made.nc()
+        await start(made, nc, "s1")
+        bot = made.bots["s1"].bot
+        pictures = [samples.png(seed=seed) for seed in range(8)]
+        made.sim.set_fault(FaultRule(fault="F5", endpoint="cdn/download", bot=bot, params={"hang_ms": 300}))
+        for picture in pictures:
+            made.sim.say_media(bot, "image", picture)
+        await told(nc, "s1", 2)
+        made.server.kill()
+        await asyncio.sleep(1.0)  # the length of the outage, not a wait for something
+        await made.server.start()
+        messages = await told(nc, "s1", len(pictures))
+        assert [await content_of(nc, media_of(message.items[0])) for message in messages] == pictures
+        await nc.close()
+
+
+@pytest.mark.parametrize("moved", [False, True], ids=["unbound", "moved"])
+async def test_a_message_goes_to_the_sandbox_that_it_was_said_to(tmp_path: Path, moved: bool) -> None:
+    async with world(tmp_path, environ=SHORT) as made:
+        nc = await made.nc()
+        await start(made, nc, "s1")
+        bot = made.bots["s1"]
+        made.sim.set_fault(FaultRule(fault="F5", endpoint="cdn/download", bot=bot.bot))
+        made.sim.say_media(bot.bot, "image", samples.png())
+        await until(lambda: made.sim.faults()[0].struck == 1, "the download has begun")
+        if moved:
+            await made.bind(nc, "s2", bot)
+            made.sim.say(bot.bot, "hello s2")
+            assert [short(message) for message in await told(nc, "s2", 1)] == ["hello s2"]
+        else:
+            await made.control(nc, NAMES.unbind, msgspec.json.encode({"sandbox": "s1"}))
+        (message,) = await told(nc, "s1", 1)
+        assert (short(message), message.sandbox, message.window.remaining) == ("timeout", "s1", 0)
+        await nc.close()
+
+
+async def test_a_binding_without_media_is_told_only_that_they_came(tmp_path: Path) -> None:
+    async with world(tmp_path) as made:
+        nc = await made.nc()
+        await start(made, nc, "s1", options=Options(media=False))
+        made.sim.say_media(made.bots["s1"].bot, "image", samples.png())
+        assert short((await told(nc, "s1", 1))[0]) == "off"
+        await nc.close()
+
+
+async def test_media_that_are_too_large_are_told_as_such(tmp_path: Path) -> None:
+    async with world(tmp_path, environ={"WECHAT_NATS_MEDIA_MAX_BYTES": "100000"}) as made:
+        nc = await made.nc()
+        await start(made, nc, "s1")
+        bot = made.bots["s1"].bot
+        made.sim.say_media(bot, "file", samples.blob(100_001), file_name="large.bin")
+        made.sim.say_media(bot, "file", samples.blob(100_000), file_name="small.bin")
+        large, small = await told(nc, "s1", 2)
+        assert (short(large), short(small)) == ("too_large", "+")
+        (item,) = large.items
+        assert isinstance(item, FileItem)
+        assert item.name == "large.bin"
+        await nc.close()
