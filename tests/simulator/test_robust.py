@@ -1,9 +1,12 @@
 """Whatever a client sends, the simulator answers as iLink would, and goes on."""
 
 import asyncio
+import gzip
+import json
 from typing import Any
 
 import httpx
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -51,6 +54,93 @@ async def test_json_that_is_nested_too_deeply_is_malformed(client: Client) -> No
     )
 
     assert response.json()["ret"] == -2
+
+
+def request(client: Client, body: bytes, *lines: str, version: str = "1.1") -> bytes:
+    """A poll as it stands on the wire, with these header lines and those that are always there."""
+    usual = [f"{name}: {value}" for name, value in headers(client.bot.token).items()]
+    head = [f"POST /ilink/bot/getupdates HTTP/{version}", *usual, *lines]
+    return "\r\n".join([*head, "", ""]).encode() + body
+
+
+POLL = b'{"get_updates_buf":"","base_info":{"channel_version":"2.4.9"}}'
+LENGTH = f"Content-Length: {len(POLL)}"
+CHUNKED = f"{len(POLL):x}\r\n".encode() + POLL + b"\r\n0\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("version", "lines", "body"),
+    [
+        ("1.1", ["Host: x", LENGTH, "Connection: close"], POLL),
+        ("1.0", [LENGTH], POLL),
+        ("1.1", ["host: x", LENGTH.lower(), "connection: close"], POLL),
+        ("1.1", ["Host: x", "Transfer-Encoding: chunked", "Connection: close"], CHUNKED),
+        (
+            "1.1",
+            ["Host: x", "Content-Encoding: gzip", "Connection: close", f"Content-Length: {len(gzip.compress(POLL))}"],
+            gzip.compress(POLL),
+        ),
+        ("1.1", ["Host: x", LENGTH, "Accept-Encoding: gzip, br", "Connection: close"], POLL),
+    ],
+    ids=["plain", "HTTP/1.0 without a host", "lower case", "chunked", "gzip", "accepts gzip"],
+)
+async def test_a_request_may_be_written_in_many_ways(
+    client: Client, version: str, lines: list[str], body: bytes
+) -> None:
+    client.sim.say(client.bot.user, "hello")
+
+    reader, writer = await asyncio.open_connection("127.0.0.1", client.sim.port)
+    writer.write(request(client, body, *lines, version=version))
+    head, _, answer = (await reader.read()).partition(b"\r\n\r\n")
+    writer.close()
+
+    assert head.startswith(f"HTTP/{version} 200".encode())
+    assert texts(json.loads(answer)["msgs"]) == ["hello"]
+    assert client.sim.violations() == []
+
+
+async def test_a_client_is_asked_to_go_on_with_its_body(client: Client) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", client.sim.port)
+    writer.write(request(client, b"", "Host: x", LENGTH, "Expect: 100-continue", "Connection: close"))
+    assert await reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
+
+    writer.write(POLL)
+
+    assert (await reader.read()).startswith(b"HTTP/1.1 200")
+    writer.close()
+
+
+async def test_a_connection_is_kept_for_the_next_request(client: Client) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", client.sim.port)
+    for text in ("one", "two", "three"):
+        client.sim.say(client.bot.user, text)
+        writer.write(request(client, POLL, "Host: x", LENGTH))
+        head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
+        length = int(head.partition("content-length: ")[2].partition("\r\n")[0])
+        assert texts(json.loads(await reader.readexactly(length))["msgs"]) == [text]
+    writer.close()
+
+
+@pytest.mark.parametrize("junk", [b"", b"\r\n\r\n", b"\x16\x03\x01\x02\x00\x01", b"GET", b"POST / HTTP/9.9\r\n\r\n"])
+async def test_junk_on_a_connection_does_no_harm(client: Client, junk: bytes) -> None:
+    _, writer = await asyncio.open_connection("127.0.0.1", client.sim.port)
+    writer.write(junk)
+    writer.close()
+    client.sim.say(client.bot.user, "hello")
+
+    assert texts(await client.follow()) == ["hello"]
+
+
+async def test_a_download_that_is_given_up_does_no_harm(client: Client) -> None:
+    client.sim.say_media(client.bot.user, "file", sample="blob", size=20 * 2**20)
+    (message,) = await client.follow()
+    url = message["item_list"][0]["file_item"]["media"]["full_url"]
+
+    async with client.http.stream("GET", url) as response:
+        async for _ in response.aiter_bytes(1000):
+            break
+
+    assert (await client.http.get(url)).status_code == 200
 
 
 async def test_listeners_hear_what_appears_on_a_phone(client: Client) -> None:
