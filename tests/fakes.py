@@ -569,6 +569,7 @@ class FakeLogins:
         self.out: set[str] = set()
         """Handles that are asked about now."""
         self.hold_s = 30.0
+        self.fetch_s = 0.01
         self._clock = clock
         self._numbers = itertools.count(1)
         self._news = Latch()
@@ -581,7 +582,7 @@ class FakeLogins:
     async def fetch_code(self, tokens: Sequence[str]) -> QrCode:
         self.tokens.append(list(tokens))
         self.fetched_at.append(self._clock.monotonic())
-        await asyncio.sleep(0.01)
+        await asyncio.sleep(self.fetch_s)
         answer = (
             self.codes.popleft() if self.codes else QrCode(handle := f"q{next(self._numbers)}", f"https://q/{handle}")
         )

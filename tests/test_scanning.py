@@ -278,6 +278,57 @@ async def test_a_code_that_expires_after_the_scan_is_followed_by_another() -> No
     assert doors.told() == [("wait", 1, ""), ("scanned", 1, ""), ("wait", 2, "")]
 
 
+async def test_the_code_before_may_expire_after_its_scan_too() -> None:
+    doors = Doors()
+    login = await doors.start()
+    await asyncio.sleep(REFRESH_S + 5)
+    doors.ilink.happens("q1", "scaned", "expired")
+    await asyncio.sleep(5)
+    now = await doors.status(login)
+    assert (now.status, now.code, now.qrcode_url) == ("wait", 3, "https://q/q3")
+    assert doors.record(login).ended == 1
+
+
+async def test_a_code_that_comes_after_somebody_has_scanned_is_not_shown() -> None:
+    doors = Doors()
+    login = await doors.start()
+    await asyncio.sleep(REFRESH_S - 5)
+    doors.ilink.fetch_s = 8
+    await asyncio.sleep(7)
+    doors.ilink.happens("q1", "scaned")
+    await asyncio.sleep(20)
+    now = await doors.status(login)
+    assert len(doors.ilink.tokens) == 2
+    assert (now.status, now.code, now.qrcode_url) == ("scanned", 1, "https://q/q1")
+
+
+async def test_two_codes_that_are_confirmed_at_once_bind_one_bot() -> None:
+    doors = Doors()
+    login = await doors.start()
+    await asyncio.sleep(REFRESH_S + 5)
+    other = CONFIRMED._replace(bot="b2@im.bot", token="b2@im.bot:SECRET", user="u2@im.wechat")
+    doors.ilink.happens("q1", CONFIRMED)
+    doors.ilink.happens("q2", other)
+    await asyncio.sleep(5)
+    (bind,) = doors.binds()
+    assert (await doors.status(login)).bot == bind.bot == BOT  # the first one
+    assert [binding.bot for binding in doors.bench.bindings] == [BOT]
+
+
+async def test_the_verdict_on_digits_is_not_that_on_those_sent_after_them() -> None:
+    doors = Doors()
+    login = await doors.start()
+    doors.ilink.happens("q1", "need_verifycode")
+    await asyncio.sleep(1)
+    await doors.verify(login, "2")
+    record = doors.record(login)
+    late = doors.book.after(record, 1, "1", Scan("need_verifycode"), limit=CODES)
+    assert late is None
+    told = doors.book.after(record, 1, "2", Scan("need_verifycode"), limit=CODES)
+    assert told is not None
+    assert (told.reason, told.digits) == ("wrong_code", "")
+
+
 async def test_a_redirected_code_is_asked_about_there() -> None:
     """Also by the next owner, and without a host where it is; another code afterwards, too."""
     doors = Doors()
@@ -480,6 +531,29 @@ async def test_a_crash_after_the_bind_binds_once() -> None:
     assert len(bound) == 1
 
 
+async def test_a_crash_after_the_bind_was_carried_out_does_not_bind_again() -> None:
+    """Also when the stream has forgotten the first one by then."""
+    doors = Doors()
+    login = await doors.start()
+
+    async def hang(_: str) -> None:
+        if doors.binds():
+            await asyncio.Event().wait()
+
+    doors.bucket.on_write = hang
+    doors.ilink.happens("q1", CONFIRMED)
+    await asyncio.sleep(3)
+    assert doors.bench.bindings.get(BOT) is not None
+    await doors.stop()
+    doors.bucket.on_write = None
+    doors.bench.bus._ids.clear()
+    heir = Doors(doors, incarnation="heir-1")
+    await asyncio.sleep(3)
+    now = await heir.status(login)
+    assert (now.status, now.bot, now.user) == ("confirmed", BOT, USER)
+    assert len(heir.binds()) == 1
+
+
 async def test_who_has_confirmed_cannot_be_cancelled_half_way() -> None:
     doors = Doors()
     login = await doors.start()
@@ -615,6 +689,20 @@ async def test_a_question_that_has_no_answer_is_refused(verb: str, body: bytes, 
         await getattr(doors.service, verb)(body)
     assert caught.value.reason == reason
     assert caught.value.detail
+
+
+@pytest.mark.parametrize("login", ["*", ">", "a.b", "a b", "é", "x" * 64 + "\n"])
+async def test_what_is_no_id_is_no_key_of_the_bucket(login: str) -> None:
+    """`*` would be answered with somebody's login."""
+    doors = Doors()
+    await doors.start()
+
+    async def never(key: str) -> Entry | None:
+        raise AssertionError(key)
+
+    doors.bucket.get = never  # type: ignore[method-assign]
+    with pytest.raises(Refused):
+        await doors.book.read(login)
 
 
 async def test_logins_of_one_sandbox_are_bounded() -> None:

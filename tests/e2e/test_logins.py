@@ -182,7 +182,8 @@ async def test_a_cancelled_login_asks_no_more_and_binds_nobody(tmp_path: Path) -
         await reaches(nc, other, "confirmed")
         assert made.sim.qrcodes()[0].polls == polls
         assert await ask(nc, "login.verify", LoginVerify(login=login.login, code="1"), Login) == "400"
-        assert await ask(nc, "login.status", LoginQuery(login="nonsense"), Login) == "404"
+        for stranger in ("nonsense", "*", ">"):
+            assert await ask(nc, "login.status", LoginQuery(login=stranger), Login) == "404"
         page = await ask(nc, "bindings.list", BindingsQuery(sandbox="s1"), BindingsPage)
         assert page.bindings == []
         await nc.close()
