@@ -96,6 +96,7 @@ class Parked(NamedTuple):
     subject: str
     command: str
     expires_ms: int
+    final: bool = False
 
 
 class Lane:
@@ -266,13 +267,15 @@ class LaneWork:
 
     async def _flush(self, lane: Lane, binding: Binding) -> float:
         """Sends the oldest parked command, and what goes with it in one message, if it may go now."""
+        peer = await self._sender.contexts.peer(binding.bot, lane.user)
+        if (hand := peer.context.hand) and hand.is_begun:  # its rest comes before anything else
+            _put_first(lane, next((one for one in lane.parked if one.command == hand.command), lane.parked[0]))
         parked = lane.parked[0]
         item = await self._load_parked(parked)
         if item is None:
             _drop(lane, [parked.seq])
             return 0.0
         item.suspect = lane.fresh
-        peer = await self._sender.contexts.peer(binding.bot, lane.user)
         if lane.fresh and (told := await self._needs.receipts.find_final(item.command)):
             # The owner before us told it, and perhaps not yet all that were in the same message. (What expired by
             # itself had not been sent: it left the others.)
@@ -286,7 +289,7 @@ class LaneWork:
             one.suspect = False  # the first was not told, so none behind it was
         result = await self._send(lane, group, binding)
         if isinstance(result, Wait):
-            return await self._stay(lane, peer, result)
+            return await self._stay(lane, peer, result, binding)
         lane.fresh = False
         if isinstance(result, Apart):
             lane.apart_until = group[-1].parked_seq
@@ -294,17 +297,34 @@ class LaneWork:
         _drop(lane, [one.parked_seq for one in group])
         return 0.0
 
-    async def _stay(self, lane: Lane, peer: Peer, wait: Wait) -> float:
+    async def _stay(self, lane: Lane, peer: Peer, wait: Wait, binding: Binding) -> float:
         """What is parked stays so, and what came behind it joins it; seconds until that may change."""
         lane.reason = wait.reason
+        may_pass = wait.reason == "quota" and self._may_pass(peer)
+        final = min((one for one in lane.parked if one.final), default=None)
+        if may_pass and final is not None and final != lane.parked[0]:
+            _put_first(lane, final)
+            return 0.0
+        _put_in_order(lane)
         if lane.queue:
             behind = lane.queue[0]
-            await self._hold_back(lane, behind, Wait(wait.reason))
+            if may_pass and behind.command.final and behind.command.when_closed == "refuse":
+                await self._send(lane, [behind], binding)
+            else:
+                await self._hold_back(lane, behind, Wait(wait.reason))
             _shift(lane, behind)
             return 0.0
         opens_ms = window.opens_at_ms(peer.context, self._sender.rules)
         left_s = (opens_ms - self._sender.clock.now_ms()) / 1000 if opens_ms else FOREVER_S
         return max(0.05, min(self._patience(lane), left_s))
+
+    def _may_pass(self, peer: Peer) -> bool:
+        """Whether a final command may go ahead of those that wait for sends: only sends are left that are kept back
+        for it, and no other command is half sent."""
+        context, rules = peer.context, self._sender.rules
+        if not rules.reserve or (context.hand and context.hand.is_begun):
+            return False
+        return not window.verdict(context, self._sender.clock.now_ms(), rules, final=True)
 
     async def _group(self, lane: Lane, first: Item, peer: Peer) -> list[Item]:
         """The first parked command and those whose texts go in the same message.
@@ -316,6 +336,7 @@ class LaneWork:
             return [first, *await self._named(lane, hand, first)]
         longest = self._needs.merge_chars
         alone = first.parked_seq <= lane.apart_until or first.command.id in context.done
+        alone = alone or first.parked_seq != min(lane.parked).seq  # it went ahead of those behind it
         closed = window.verdict(context, self._sender.clock.now_ms(), self._sender.rules, final=True)
         if alone or closed or not longest or not joins([], first.command, longest):
             return [first]
@@ -474,7 +495,7 @@ class LaneWork:
             return
         await self._needs.receipts.parked(command, wait, lane.bot, lane.user, await self._window(lane))
         home = lane.current()
-        parked = Parked(ack.seq, subject, command.id, command.expires_ms)
+        parked = Parked(ack.seq, subject, command.id, command.expires_ms, command.final)
         if all(parked.seq != known.seq for known in home.parked):
             home.parked.append(parked)
         self._start(home)
@@ -630,6 +651,15 @@ def _shift(lane: Lane, item: Item) -> None:
     """Takes the first command out of the queue, unless the queue went to another lane meanwhile."""
     if lane.queue and lane.queue[0] is item:
         lane.queue.popleft()
+
+
+def _put_first(lane: Lane, parked: Parked) -> None:
+    lane.parked.remove(parked)
+    lane.parked.appendleft(parked)
+
+
+def _put_in_order(lane: Lane) -> None:
+    lane.parked = deque(sorted(lane.parked))
 
 
 def _drop(lane: Lane, seqs: Sequence[int]) -> None:

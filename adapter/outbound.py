@@ -50,7 +50,8 @@ class Shard(LaneWork):
             if not user and binding is not None and binding.sandbox == item.command.sandbox:
                 user = binding.user  # learned since it was parked
             lane = self._lane(item.command.sandbox, bot, user)
-            lane.parked.append(Parked(stored.seq, stored.subject, item.command.id, item.command.expires_ms))
+            command = item.command
+            lane.parked.append(Parked(stored.seq, stored.subject, command.id, command.expires_ms, command.final))
         for lane in list(self._lanes.values()):
             self._start(lane)
         self.presence.open()

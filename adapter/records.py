@@ -89,6 +89,11 @@ class Hand(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The commands behind it whose texts are in its only part: a repeat must hold the very same ones."""
 
     @property
+    def is_begun(self) -> bool:
+        """Part of it may have been sent."""
+        return bool(self.part or self.tried)
+
+    @property
     def all(self) -> list[Merged]:
         """Every command in hand, the first one first."""
         return [Merged(command=self.command, client=self.client), *self.merged]

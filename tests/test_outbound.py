@@ -606,6 +606,116 @@ async def test_a_user_who_is_learned_while_a_command_is_being_parked() -> None:
     assert "lane.crashed" not in [line["event"] for line in logs]
 
 
+# the last word -------------------------------------------------------------------------------------------
+
+
+async def kept_back(reserve: int = 2, *, used: int = 0, **changes: Any) -> tuple[Bench, Shard]:
+    """A user with a window of which sends are kept back."""
+    bench = Bench()
+    await bench.bind()
+    bench.hears(used=used)
+    return bench, bench.shard(sender=bench.sender(rules=RULES._replace(reserve=reserve)), **changes)
+
+
+def reports(bench: Bench, shard: Shard, count: int, first: int = 0) -> None:
+    for number in range(first, first + count):
+        shard.on_delivery(bench.command(f"t{number}", id=f"c{number}"))
+
+
+@pytest.mark.parametrize("when_closed", ["park", "refuse"])
+async def test_a_final_command_goes_ahead_of_those_that_wait_for_sends(when_closed: str) -> None:
+    bench, shard = await kept_back(used=6)
+    reports(bench, shard, 4)
+    shard.on_delivery(bench.command("done", id="last", final=True, when_closed=when_closed))
+    reports(bench, shard, 1, first=4)
+    await asyncio.sleep(60)
+    assert bench.chat.texts == ["t0", "t1", "done"]
+    assert parked(bench) == ["c2", "c3", "c4"]
+    assert [receipt.command for receipt in finals(bench)] == ["c0", "c1", "last"]
+
+    await user_writes(bench, shard)
+    await asyncio.sleep(60)
+    assert bench.chat.texts == ["t0", "t1", "done", "t2", "t3", "t4"]
+    assert {receipt.outcome for receipt in finals(bench)} == {"accepted"}
+
+
+async def test_two_final_commands_keep_their_order_and_a_third_waits() -> None:
+    bench, shard = await kept_back(used=8)
+    reports(bench, shard, 2)
+    for number in range(3):
+        shard.on_delivery(bench.command(f"done {number}", id=f"last{number}", final=True))
+    await asyncio.sleep(60)
+    assert bench.chat.texts == ["done 0", "done 1"]
+    assert parked(bench) == ["c0", "c1", "last2"]
+    await user_writes(bench, shard)
+    await asyncio.sleep(60)
+    assert bench.chat.texts[2:] == ["t0", "t1", "done 2"]
+
+
+async def test_a_final_command_that_does_not_fit_waits_in_its_place() -> None:
+    bench, shard = await kept_back(used=8)
+    reports(bench, shard, 1)
+    items = [{"kind": "text", "text": text} for text in "abc"]
+    shard.on_delivery(bench.command(id="last", items=items, final=True))
+    shard.on_delivery(bench.command("short", id="short", final=True))
+    await asyncio.sleep(60)
+    assert bench.chat.texts == []
+    assert parked(bench) == ["c0", "last", "short"]
+    await user_writes(bench, shard)
+    await asyncio.sleep(60)
+    assert bench.chat.texts == ["t0", "a", "b", "c", "short"]
+
+
+async def test_where_nothing_is_kept_back_a_final_command_keeps_its_place() -> None:
+    bench, shard = await kept_back(0, used=9)
+    three = [{"kind": "text", "text": text} for text in "abc"]
+    shard.on_delivery(bench.command(id="c0", items=three))
+    shard.on_delivery(bench.command("done", id="last", final=True))
+    await asyncio.sleep(60)
+    assert bench.chat.texts == []
+    assert parked(bench) == ["c0", "last"]
+
+
+async def test_a_final_command_does_not_split_another_in_two() -> None:
+    """One longer than a window is half sent: what is known of it is kept in the place of what is in hand."""
+    bench, shard = await kept_back(used=0)
+    shard.on_delivery(bench.command(id="long", items=[{"kind": "text", "text": f"t{n}"} for n in range(9)]))
+    shard.on_delivery(bench.command("done", id="last", final=True))
+    await asyncio.sleep(60)
+    assert bench.chat.texts == [f"t{n}" for n in range(8)]
+    await user_writes(bench, shard)
+    await asyncio.sleep(60)
+    assert bench.chat.texts == [*(f"t{n}" for n in range(9)), "done"]
+
+
+async def test_a_final_command_that_is_half_sent_comes_first_also_for_the_next_owner() -> None:
+    bench, shard = await kept_back(used=8)
+    reports(bench, shard, 2)
+    bench.chat.sends.extend([Accepted("1", 0, None, ""), THROTTLED])
+    shard.on_delivery(bench.command(id="last", items=[{"kind": "text", "text": text} for text in "ab"], final=True))
+    await asyncio.sleep(60)
+    assert bench.chat.texts == ["a", "b"]
+    shard.stop()
+
+    after = Bench(bench, incarnation="me-2")
+    shard = after.shard(sender=after.sender(rules=RULES._replace(reserve=2)))
+    await shard.load()
+    await user_writes(after, shard)
+    await asyncio.sleep(60)
+    assert bench.chat.texts == ["a", "b", "b", "t0", "t1"]
+    assert [receipt.command for receipt in finals(after)] == ["last", "c0", "c1"]
+
+
+async def test_a_final_command_is_not_merged_with_those_it_went_ahead_of() -> None:
+    bench, shard = await kept_back(used=8, merge_chars=20)
+    for number in range(2):
+        shard.on_delivery(bench.command(f"t{number}" + "x" * 8, id=f"c{number}"))
+    shard.on_delivery(bench.command("done", id="last", final=True))
+    await asyncio.sleep(60)
+    assert bench.chat.texts == ["done"]
+    assert parked(bench) == ["c0", "c1"]
+
+
 # -14 -----------------------------------------------------------------------------------------------------
 
 
