@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from typing import NamedTuple
 
 from adapter.commands import MediaPart
@@ -19,6 +20,7 @@ READY_S = 3600.0
 PIECE = 64 * 1024
 
 Read = Callable[[], AsyncIterator[bytes]]
+Watched = Callable[[], AsyncGenerator[bytes, None]]
 
 
 class StoreAway(Temporary):
@@ -93,15 +95,16 @@ class Uploads:
         self._check_size(stored.size)
         return _reader(self._objects, stored)
 
-    async def _measure(self, read: Read) -> _Measured:
+    async def _measure(self, read: Watched) -> _Measured:
         """One pass over the bytes. Raises Refused("media"), Temporary, Unreadable."""
         digest, size, head = hashlib.md5(usedforsecurity=False), 0, b""
-        async for piece in read():
-            digest.update(piece)
-            size += len(piece)
-            self._check_size(size)
-            if len(head) < HEAD:
-                head += piece[: HEAD - len(head)]
+        async with contextlib.aclosing(read()) as pieces:
+            async for piece in pieces:
+                digest.update(piece)
+                size += len(piece)
+                self._check_size(size)
+                if len(head) < HEAD:
+                    head += piece[: HEAD - len(head)]
         return _Measured(size, digest.hexdigest(), head)
 
     def _check_size(self, size: int) -> None:
@@ -119,17 +122,21 @@ def _word(mime: str) -> str:
     return kind if kind in ("image", "video", "audio") else "file"
 
 
-def _watched(read: Read, problems: list[Temporary | Unreadable]) -> Read:
-    """`read`, and its failures noted: who uploads may wrap them."""
+def _watched(read: Read, problems: list[Temporary | Unreadable]) -> Watched:
+    """`read`, its failures noted (who uploads may wrap them), and closed with what reads it."""
 
-    async def watched() -> AsyncIterator[bytes]:
+    async def watched() -> AsyncGenerator[bytes, None]:
         problems.clear()
+        pieces = read()
         try:
-            async for piece in read():
+            async for piece in pieces:
                 yield piece
         except (Temporary, Unreadable) as exc:
             problems.append(exc)
             raise
+        finally:
+            if isinstance(pieces, AsyncGenerator):
+                await pieces.aclose()
 
     return watched
 

@@ -1,0 +1,315 @@
+"""Media and merged texts on the phone: what the sandbox gave is what the user sees, once, whatever breaks."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import hashlib
+import random
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from nats.aio.client import Client
+
+from adapter.jetstream.link import Link
+from adapter.jetstream.objects import ObjectStore
+from adapter.jetstream.publisher import Publisher
+from adapter.metrics import Metrics
+from adapter.settings import Settings
+from adapter.simulator import BotRecord, FaultRule, samples
+from adapter.timing import SystemClock
+from tests.e2e.test_commands import final_of
+from tests.e2e.world import NAMES, World, audit, eventually, until, world
+
+PNG, MP4, PDF, WAV = samples.png(), samples.mp4(), samples.pdf(), samples.wav()
+
+
+async def started(made: World, **environ: str) -> tuple[Client, BotRecord]:
+    """One sandbox, s1, whose user has written."""
+    await made.add_adapter(**environ)
+    nc = await made.nc()
+    bot = made.sim.add_bot()
+    await made.bind(nc, "s1", bot)
+    made.say("s1", "hello")
+    await made.settle(nc)
+    return nc, bot
+
+
+async def send(made: World, nc: Client, ident: str, *items: dict[str, Any], plain: bool = False) -> None:
+    """A command of s1, or of a service that speaks for it."""
+    made.sent["s1"].append(ident)
+    body: dict[str, Any] = {"items": list(items), "id": ident} | ({"sandbox": "s1"} if plain else {})
+    subject = NAMES.out_plain if plain else NAMES.out("s1")
+    await nc.jetstream().publish(subject, msgspec.json.encode(body))
+
+
+def inline(kind: str, data: bytes, **fields: Any) -> dict[str, Any]:
+    return {"kind": kind, "data": base64.b64encode(data).decode(), **fields}
+
+
+def stored(kind: str, where: str, **fields: Any) -> dict[str, Any]:
+    return {"kind": kind, "media": {"object": where}, **fields}
+
+
+async def put(nc: Client, name: str, data: bytes) -> None:
+    """As a program with nats-py, or `nats object put`, does it."""
+    await (await nc.jetstream().object_store(NAMES.media)).put(name, data)
+
+
+async def put_by_us(made: World, name: str, data: bytes) -> None:
+    """As the adapter stores what a user sent."""
+
+    async def pieces() -> AsyncIterator[bytes]:
+        yield data
+
+    link = Link(Settings(nats_url=(made.server.url,)), "test")
+    publisher = Publisher(link, SystemClock(), Metrics())
+    async with asyncio.TaskGroup() as group:
+        running = [group.create_task(link.run()), group.create_task(publisher.run())]
+        await link.wait_up()
+        await ObjectStore(link, publisher, NAMES.media).put(name, pieces())
+        for task in running:
+            task.cancel()
+
+
+def seen(made: World, bot: BotRecord) -> list[str | tuple[str, str, bytes]]:
+    """The phone: texts, and kind, file name and bytes of what can be viewed."""
+    shown: list[str | tuple[str, str, bytes]] = []
+    for message in made.sim.phone(bot.user):
+        if message.text:
+            shown.append(message.text)
+        for media in message.media:
+            assert media.viewable, media.why
+            content = made.sim.media_content(media.reference)
+            assert (media.size, media.md5) == (len(content), hashlib.md5(content).hexdigest())
+            shown.append((media.kind, media.file_name, content))
+    return shown
+
+
+async def test_media_of_every_kind_and_source_arrive_as_they_are(tmp_path: Path) -> None:
+    """Pictures and videos have no file name in WeChat. A voice is a file, and a caption a text before."""
+    big = samples.blob(3_000_000)
+    async with world(tmp_path) as made:
+        nc, bot = await started(made)
+        await put(nc, "s1/big", big)
+        await put(nc, "s1/v.mp4", MP4)
+        await put_by_us(made, "s1/in/1-0", WAV)
+        await put_by_us(made, "s1/in/1-1", PNG)
+        await send(made, nc, "c0", inline("image", PNG, caption="look"))
+        await send(made, nc, "c1", stored("video", "s1/v.mp4"))
+        await send(made, nc, "c2", stored("file", "s1/big", name="../big.bin"), inline("file", PDF))
+        await send(made, nc, "c3", stored("voice", "s1/in/1-0"))
+        await send(made, nc, "c4", inline("image", PDF, name="no picture.pdf"), {"kind": "text", "text": "bye"})
+        await made.settle(nc)
+        await send(made, nc, "c5", stored("image", "s1/in/1-1"), plain=True)
+        await made.settle(nc)
+        assert seen(made, bot) == [
+            "look",
+            ("image", "", PNG),
+            ("video", "", MP4),
+            ("file", "big.bin", big),
+            ("file", "file.pdf", PDF),
+            ("file", "audio.wav", WAV),
+            ("file", "no picture.pdf", PDF),
+            "bye",
+            ("image", "", PNG),
+        ]
+        receipt = await final_of(made, "c2")
+        assert (receipt.outcome, len(receipt.message_ids), receipt.attempts) == ("accepted", 2, 2)
+        assert made.sim.stats().violations == {}
+        await nc.close()
+
+
+async def test_media_of_other_sandboxes_and_absent_ones_are_refused(tmp_path: Path) -> None:
+    async with world(tmp_path) as made:
+        nc, bot = await started(made)
+        await put(nc, "s2/secret", PDF)
+        await send(made, nc, "other", stored("file", "s2/secret"))
+        await send(made, nc, "other-plain", stored("file", "s2/secret"), plain=True)
+        await send(made, nc, "absent", {"kind": "text", "text": "first"}, stored("file", "s1/none"))
+        await made.settle(nc)
+        for ident, reason, count in (("other", "invalid", 0), ("other-plain", "invalid", 0), ("absent", "media", 1)):
+            receipt = await final_of(made, ident)
+            assert (receipt.outcome, receipt.reason, len(receipt.message_ids)) == ("refused", reason, count)
+        assert seen(made, bot) == ["first"]
+        await nc.close()
+
+
+async def test_media_larger_than_allowed_are_refused(tmp_path: Path) -> None:
+    async with world(tmp_path) as made:
+        nc, _ = await started(made, WECHAT_NATS_MEDIA_MAX_BYTES="1000")
+        await put(nc, "s1/x", bytes(1001))
+        await send(made, nc, "c", stored("file", "s1/x"))
+        receipt = await final_of(made, "c")
+        assert (receipt.outcome, receipt.reason) == ("refused", "media")
+        assert "too_large" in receipt.detail
+        await nc.close()
+
+
+F24: list[tuple[str, dict[str, Any], int, str, int]] = [
+    ("rejected", {"kind": "rejected", "message": "illegal content"}, -1, "refused", 1),
+    ("error-twice", {"kind": "error"}, 2, "accepted", 2),
+    ("error-for-ever", {"kind": "error"}, -1, "refused", 3),
+    ("no-header-once", {"kind": "no_header"}, 1, "accepted", 1),
+    ("no-header-for-ever", {"kind": "no_header"}, -1, "refused", 3),
+    ("down-twice", {"kind": "down"}, 2, "accepted", 2),
+]
+
+
+@pytest.mark.parametrize(
+    ("params", "count", "outcome", "failures"), [row[1:] for row in F24], ids=[row[0] for row in F24]
+)
+async def test_f24_uploads_are_tried_three_times_and_a_refusal_is_final(
+    tmp_path: Path, params: dict[str, Any], count: int, outcome: str, failures: int
+) -> None:
+    async with world(tmp_path) as made:
+        nc, bot = await started(made)
+        rule = made.sim.set_fault(FaultRule(fault="F24", endpoint="cdn/upload", count=count, params=params))
+        await send(made, nc, "c", inline("file", PDF, caption="look"))
+        await send(made, nc, "next", {"kind": "text", "text": "after"})
+        await made.settle(nc)
+        receipt = await final_of(made, "c")
+        assert receipt.outcome == outcome
+        if outcome == "refused":
+            assert (receipt.reason, len(receipt.message_ids)) == ("media", 1)
+            assert bool(receipt.detail)
+            assert ("illegal content" in receipt.detail) == (params["kind"] == "rejected")
+        assert rule.struck == failures
+        assert seen(made, bot) == ["look", *([("file", "file.pdf", PDF)] if outcome == "accepted" else []), "after"]
+        await nc.close()
+
+
+LOST: list[tuple[str, FaultRule]] = [
+    ("reset-before", FaultRule(fault="F6", endpoint="sendmessage", count=1, params={"when": "before"})),
+    ("reset-after", FaultRule(fault="F6", endpoint="sendmessage", count=1, params={"when": "after"})),
+    ("silence", FaultRule(fault="F5", endpoint="sendmessage", count=1)),
+    ("silence-after", FaultRule(fault="F5", endpoint="sendmessage", count=1, params={"processed": True})),
+]
+
+
+@pytest.mark.parametrize("rule", [row[1] for row in LOST], ids=[row[0] for row in LOST])
+async def test_f5_f6_a_media_message_without_an_answer_is_repeated_and_seen_once(
+    tmp_path: Path, rule: FaultRule
+) -> None:
+    async with world(tmp_path) as made:
+        nc, bot = await started(made, WECHAT_NATS_SEND_TIMEOUT_S="1")
+        made.sim.set_fault(rule)
+        await send(made, nc, "c", inline("file", PDF))
+        await made.settle(nc)
+        assert seen(made, bot) == [("file", "file.pdf", PDF)]
+        assert len(made.sim.sends(bot.bot)) == 2
+        assert len({attempt.client_id for attempt in made.sim.sends(bot.bot)}) == 1
+        assert sum(call.count for call in made.sim.calls(bot.bot, "getuploadurl")) == 1
+        assert (await final_of(made, "c")).outcome == "accepted"
+        await nc.close()
+
+
+async def test_captions_and_media_count_and_what_does_not_fit_is_parked_unread(tmp_path: Path) -> None:
+    async with world(tmp_path) as made:
+        nc, bot = await started(made)
+        await put(nc, "s1/x", PDF)
+        for number in range(6):
+            await send(made, nc, f"c{number}", stored("file", "s1/x", caption=f"{number}"))
+        await until(lambda: len(made.sim.phone(bot.user)) == 10, "five of them fill the window")
+
+        async def is_parked() -> bool:
+            return [r.command for r in await made.receipts(nc) if r.outcome == "parked"] == ["c5"]
+
+        await eventually(is_parked, "the sixth is parked")
+        assert sum(call.count for call in made.sim.calls(bot.bot, "getuploadurl")) == 5
+        made.say("s1", "go on")
+        await made.settle(nc)
+        one = ("file", "file.pdf", PDF)
+        assert seen(made, bot) == [entry for number in range(6) for entry in (f"{number}", one)]
+        assert made.sim.stats().violations == {}
+        await nc.close()
+
+
+async def test_15_parked_texts_come_in_few_messages(tmp_path: Path) -> None:
+    async with world(tmp_path) as made:
+        nc, bot = await started(made)
+        made.sim.set_fault(FaultRule(fault="F11", endpoint="sendmessage", count=1))
+        for number in range(15):
+            await made.command(nc, "s1", f"c{number}")
+
+        async def are_parked() -> bool:
+            return sum(r.outcome == "parked" for r in await made.receipts(nc)) == 15
+
+        await eventually(are_parked, "all are parked")
+        made.say("s1", "go on")
+        await made.settle(nc)
+        assert len(made.sim.phone(bot.user)) <= 2
+        assert made.phone_texts("s1") == [f"answer c{number}" for number in range(15)]
+        await nc.close()
+
+
+async def test_kill_9_while_what_was_parked_goes_out(tmp_path: Path) -> None:
+    """20 users, 15 texts each, in a flush that dies four times: each once, in order, with one receipt."""
+    rng = random.Random(21)
+    async with world(tmp_path, cursor_mode="cursor_replay", seed=21, send_latency_ms=100) as made:
+        (adapter,) = [await made.add_adapter()]
+        nc = await made.nc()
+        for number in range(20):
+            await made.bind(nc, f"sb{number:02d}", made.sim.add_bot())
+        for number in range(15):
+            await asyncio.gather(*(made.command(nc, sandbox, f"{sandbox}.{number}") for sandbox in made.bots))
+
+        async def are_parked() -> bool:
+            return sum(r.outcome == "parked" for r in await made.receipts(nc)) == 300
+
+        await eventually(are_parked, "all are parked")
+        made.sim.set_fault(FaultRule(fault="F6", endpoint="sendmessage", probability=0.1, params={"when": "after"}))
+        made.sim.set_fault(FaultRule(fault="F1", endpoint="sendmessage", probability=0.1))
+        for round_of in range(4):
+            sent = sum(len(made.sim.sends(bot.bot)) for bot in made.bots.values())
+            for sandbox in made.bots:
+                made.say(sandbox, f"go on {round_of}")
+            with contextlib.suppress(TimeoutError):  # all may be sent by now
+                async with asyncio.timeout(10):
+                    while sum(len(made.sim.sends(bot.bot)) for bot in made.bots.values()) < sent + 3:
+                        await asyncio.sleep(0.005)
+            await asyncio.sleep(rng.uniform(0.0, 0.3))  # a random point of the flush, not a wait for something
+            await adapter.kill()
+            await adapter.start()
+        made.sim.clear_faults()
+        await made.settle(nc)
+        result = await audit(made, nc)
+        messages = sum(len(made.sim.phone(bot.user)) for bot in made.bots.values())
+        await nc.close()
+    assert result.faults() == []
+    assert sum(result.outcomes.values()) == 300
+    assert messages < 150, "they were merged"
+
+
+@pytest.mark.slow
+async def test_100_mb_pass_through_in_pieces(tmp_path: Path) -> None:
+    """The adapter's memory grows by a fraction of what it carries."""
+    size = 100_000_000
+    async with world(tmp_path) as made:
+        nc, bot = await started(made)
+        (adapter,) = made.adapters
+        assert adapter.process is not None
+        await put(nc, "s1/small", samples.blob(1_000_000))
+        await send(made, nc, "small", stored("file", "s1/small"))
+        assert (await final_of(made, "small")).outcome == "accepted"
+        data = samples.blob(size)
+        await put(nc, "s1/large", data)
+        before = peak_rss(adapter.process.pid)
+        await send(made, nc, "large", stored("file", "s1/large"))
+        await until(lambda: len(made.sim.phone(bot.user)) == 2, "it arrived", patience_s=300)
+        grown = peak_rss(adapter.process.pid) - before
+        (media,) = made.sim.phone(bot.user)[1].media
+        assert (media.size, media.md5) == (size, hashlib.md5(data).hexdigest())
+        assert grown < 40_000_000, f"{grown} bytes more"
+        await nc.close()
+
+
+def peak_rss(pid: int) -> int:
+    """The most memory that a process has had, in bytes."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    (line,) = [line for line in status.splitlines() if line.startswith("VmHWM")]
+    return int(line.split()[1]) * 1024
