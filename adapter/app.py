@@ -34,6 +34,7 @@ from adapter.lanes import Outgoing
 from adapter.leases import Leases
 from adapter.login_service import LoginService
 from adapter.logins import LoginBook
+from adapter.mediaservice import MediaService
 from adapter.metrics import Metrics
 from adapter.outbound import Shard
 from adapter.ports import Delivery
@@ -181,7 +182,15 @@ class Adapter:
             "login.verify": login.verify,
             "login.cancel": login.cancel,
         }
-        Services(self.link, names, handlers, version=__version__, instance=self.instance)
+        media = MediaService(self.objects, metrics, max_bytes=settings.media_max_bytes)
+        Services(
+            self.link,
+            names,
+            handlers,
+            version=__version__,
+            instance=self.instance,
+            of_sandbox={"media.get": media.get, "media.put": media.put},
+        )
         metrics.bindings_capacity.set(settings.capacity)
         self.link.on_up(self._count_connect)
 

@@ -45,8 +45,25 @@ H_IDS = "Wechat-Ids"
 """On inbound messages: iLink's ids of its items, for later quotes. Readers ignore it."""
 H_NEXT = "Wechat-Next"
 """On pieces of an object: ask again with `after` set to this; absent on the last one."""
+H_SIZE = "Wechat-Size"
+"""On pieces of an object: bytes of the whole."""
+H_SHA256 = "Wechat-Sha256"
+"""On pieces of an object: lower-case hex of the whole."""
+H_UPLOAD = "Wechat-Upload"
+H_OFFSET = "Wechat-Offset"
+H_LAST = "Wechat-Last"
+H_NAME = "Wechat-Name"
 H_ERROR = "Nats-Service-Error"
 H_ERROR_CODE = "Nats-Service-Error-Code"
+_HEADERS = {
+    "upload": H_UPLOAD,
+    "offset": H_OFFSET,
+    "last": H_LAST,
+    "name": H_NAME,
+    "size": H_SIZE,
+    "sha256": H_SHA256,
+    "next": H_NEXT,
+}
 
 SandboxId = Annotated[str, Meta(pattern=SANDBOX_PATTERN, description="Name of a sandbox.")]
 TimeMs = Annotated[int, Meta(description="Unix milliseconds.")]
@@ -66,6 +83,15 @@ def shard_of(sandbox: str) -> int:
     for byte in sandbox.encode():
         h = ((h ^ byte) * 16777619) & 0xFFFFFFFF
     return h % SHARDS
+
+
+_INBOX = re.compile(r"_INBOX[^\s.*>\x00]*(\.[^\s.*>\x00]+)+")
+MAX_INBOX = 256
+
+
+def is_inbox(subject: str) -> bool:
+    """Tells whether a stranger may have an answer there: else they could make the adapter write anywhere."""
+    return len(subject) <= MAX_INBOX and subject.isascii() and bool(_INBOX.fullmatch(subject))
 
 
 def token_of(text: str) -> str:
@@ -577,6 +603,29 @@ class MediaQuery(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     after: Annotated[int, Meta(ge=0, description="0, then the header Wechat-Next of the answer before.")] = 0
 
 
+class MediaBytes(msgspec.Struct, frozen=True, kw_only=True, rename=_HEADERS.get):
+    """Headers of the answer of wechat.svc.media.get.<sandbox>; the payload are the bytes of the piece."""
+
+    size: Annotated[int, Meta(ge=0, description="Bytes of the whole object.")]
+    sha256: Annotated[str, Meta(description="Of the whole object, lower-case hex.")]
+    next: Annotated[int | None, Meta(description="Ask again with `after` set to this; absent: it was the last.")] = (
+        None
+    )
+
+
+class MediaPiece(msgspec.Struct, frozen=True, kw_only=True, rename=_HEADERS.get):
+    """Headers of wechat.svc.media.put.<sandbox>; the payload are the bytes of the piece, 16 KiB (but for the last)
+    to 512 KiB. The answer is a Media, whole after the last piece. A piece may be repeated."""
+
+    upload: Annotated[str, Meta(pattern=r"^[A-Za-z0-9_-]{1,64}$", description="Your id of the upload, new for each.")]
+    offset: Annotated[int, Meta(ge=0, description="Bytes before this piece; the first has 0.")] = 0
+    last: Annotated[bool, Meta(description="It is the last piece.")] = False
+    name: Annotated[str, Meta(max_length=1000, description="File name, percent-encoded; on the last piece.")] = ""
+    sha256: Annotated[
+        str, Meta(pattern=r"^([0-9a-f]{64})?$", description="Of the whole; on the last piece: checked if given.")
+    ] = ""
+
+
 class BindingsQuery(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Request of wechat.svc.bindings.list (all filters optional) and .get (by `bot`, or by `sandbox`)."""
 
@@ -640,7 +689,10 @@ MESSAGES: dict[str, type[msgspec.Struct]] = {
     "login_query": LoginQuery,
     "login_verify": LoginVerify,
     "login": Login,
+    "media": Media,
     "media_query": MediaQuery,
+    "media_bytes": MediaBytes,
+    "media_piece": MediaPiece,
     "window_query": WindowQuery,
     "window": Window,
 }

@@ -6,7 +6,6 @@ One consumer on WECHAT_CTL, owned with shard 0, so commands take effect in the o
 from __future__ import annotations
 
 import asyncio
-import re
 from collections import deque
 from collections.abc import Awaitable
 
@@ -30,8 +29,6 @@ log = structlog.get_logger()
 MAX_BYTES = 65_536
 MAX_BUGS = 5
 SETTLED_KEPT = 1000
-MAX_INBOX = 256
-_INBOX = re.compile(r"_INBOX[^\s.*>\x00]*(\.[^\s.*>\x00]+)+")
 
 
 class Control:
@@ -244,7 +241,7 @@ class Control:
     async def _answer(self, delivery: Delivery, answer: ControlAnswer) -> None:
         """To the header Reply-To, which must be an inbox: the adapter writes nowhere else for a stranger."""
         reply_to = delivery.headers.get(contract.H_REPLY_TO, "")
-        if len(reply_to) > MAX_INBOX or not reply_to.isascii() or not _INBOX.fullmatch(reply_to):
+        if not contract.is_inbox(reply_to):
             return
         headers = {contract.H_SCHEMA: contract.SCHEMA_VERSION}
         if not answer.ok:

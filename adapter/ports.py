@@ -202,6 +202,40 @@ class Objects(Protocol):
         """
 
 
+class PartialObjects(Objects, Protocol):
+    """Objects that come in pieces, each perhaps at another replica."""
+
+    async def append(self, name: str, offset: int, piece: bytes) -> int:
+        """Adds a piece; how many bytes there are now. One that is there already changes nothing.
+
+        Raises Refused (a gap, or the object is complete), Temporary, BusRefused.
+        """
+
+    async def complete(
+        self, name: str, size: int, *, sha256: str, title: str, mime_of: Callable[[bytes], str]
+    ) -> tuple[StoredObject, bytes]:
+        """Makes an object of what was added, and returns its first bytes too; may be repeated.
+
+        `sha256` "" is not checked; `mime_of` gets the first bytes. Raises Refused, Temporary, BusRefused.
+        """
+
+
+class Asked(NamedTuple):
+    """A request on a subject of one sandbox: who may publish there may ask for it."""
+
+    sandbox: str
+    """As in the subject, not checked yet."""
+    headers: dict[str, str]
+    data: bytes
+
+
+class Answered(NamedTuple):
+    """The answer to it."""
+
+    data: bytes
+    headers: dict[str, str]
+
+
 class Chat(Protocol):
     """iLink."""
 

@@ -34,6 +34,8 @@ ROOT = Path(__file__).parents[1]
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 DOCUMENTED: dict[str, type[msgspec.Struct]] = {**MESSAGES, "replay_query": ReplayQuery, "replay_page": ReplayPage}
 """Every message that has a file here, by its name."""
+RAW = ("media_bytes", "media_piece")
+"""Messages whose payload are bytes; their schema is that of their headers."""
 SETTINGS_START, SETTINGS_END = "<!-- settings -->\n", "<!-- /settings -->"
 
 
@@ -98,6 +100,17 @@ def channels(names: Names) -> list[Channel]:
             "media_query",
             "receive",
             "The next piece of an object of the sandbox; its bytes are the answer.",
+            "media_bytes",
+            by_reply,
+        ),
+        Channel(
+            "media_put",
+            names.svc(f"media.put.{sandbox}"),
+            "media_piece",
+            "receive",
+            "A piece of media that the sandbox brings.",
+            "media",
+            by_reply,
         ),
         Channel(
             "login_start",
@@ -285,14 +298,13 @@ def _operation(channel: Channel) -> dict[str, Any]:
 
 def _message(name: str) -> dict[str, Any]:
     kind = DOCUMENTED[name]
-    return {
-        "name": name,
-        "title": kind.__name__,
-        "summary": " ".join((kind.__doc__ or "").split()),
-        "contentType": "application/json",
-        "headers": {"$ref": "#/components/schemas/Headers"},
-        "payload": {"$ref": f"#/components/schemas/{kind.__name__}"},
-    }
+    shape = {"$ref": f"#/components/schemas/{kind.__name__}"}
+    about = {"name": name, "title": kind.__name__, "summary": " ".join((kind.__doc__ or "").split())}
+    if name in RAW:
+        binary = {"type": "string", "format": "binary"}
+        return {**about, "contentType": "application/octet-stream", "headers": shape, "payload": binary}
+    headers = {"$ref": "#/components/schemas/Headers"}
+    return {**about, "contentType": "application/json", "headers": headers, "payload": shape}
 
 
 def _headers() -> dict[str, Any]:

@@ -14,17 +14,18 @@ import contextlib
 import hashlib
 import secrets
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from typing import Any
 
 import msgspec
 import structlog
 
-from adapter.contract import H_MSG_ID
-from adapter.errors import AdapterError, BusRefused, Temporary, Unreadable
-from adapter.jetstream.buckets import direct_get, last_of, leader_next
+from adapter.contract import H_MSG_ID, H_OFFSET
+from adapter.errors import AdapterError, BusRefused, Conflict, Refused, Temporary, Unreadable
+from adapter.jetstream.buckets import EXPECTED, direct_get, last_of, leader_next
 from adapter.jetstream.link import Link
 from adapter.jetstream.publisher import Publisher
+from adapter.media import HEAD
 from adapter.ports import Message, PubAck, Stored, StoredObject
 
 log = structlog.get_logger()
@@ -40,6 +41,8 @@ PAGE = 8
 SETTLE_S, PURGE_S = 2.0, 5.0
 """How long failure waits for pieces on their way, and for their deletion."""
 DIGEST = "SHA-256="
+APPEND_S = 5.0
+APPEND_ATTEMPTS = 5
 
 
 class _Meta(msgspec.Struct):
@@ -59,7 +62,7 @@ class _Meta(msgspec.Struct):
 
 
 class ObjectStore:
-    """Implements ports.Objects."""
+    """Implements ports.Objects and ports.PartialObjects."""
 
     def __init__(self, link: Link, publisher: Publisher, bucket: str) -> None:
         self._link = link
@@ -77,21 +80,11 @@ class ObjectStore:
 
     async def read(self, stored: StoredObject) -> AsyncIterator[bytes]:
         """Its bytes, piece by piece. Raises Temporary, Unreadable (at the latest after the last one)."""
-        digest, left, after = hashlib.sha256(), stored.size, 0
-        while left > 0:
-            found = False
-            async with contextlib.aclosing(self._after(stored.ident, after)) as pieces:
-                async for piece in pieces:
-                    found, after = True, piece.seq
-                    left -= len(piece.data)
-                    if left < 0:
-                        break
-                    digest.update(piece.data)
-                    yield piece.data
-                    if not left:
-                        break
-            if not found or left < 0:
-                raise Unreadable("object", f"{stored.name}: pieces are gone or too many")
+        digest = hashlib.sha256()
+        async with contextlib.aclosing(self._bytes(stored.name, stored.ident, stored.size)) as pieces:
+            async for piece in pieces:
+                digest.update(piece)
+                yield piece
         if digest.hexdigest() != stored.sha256:
             raise Unreadable("object", f"{stored.name}: the bytes are not those of the digest")
 
@@ -128,6 +121,64 @@ class ObjectStore:
         except BusRefused:  # cancelled, it may have its name: then the pieces must stay
             await self._discard(ident)
             raise
+
+    # coming in pieces -------------------------------------------------------------------------------
+
+    async def append(self, name: str, offset: int, piece: bytes) -> int:
+        """Adds a piece of an upload; how many bytes there are now. One that is there already changes nothing.
+
+        Each is stored by compare-and-set on the one before, so that any replica may take it, at the same time too.
+        Raises Refused("invalid") for a gap and for an object that is complete, Temporary, BusRefused.
+        """
+        end = offset + len(piece)
+        done = await self.info(name)
+        if done is not None and end > done.size:
+            raise Refused("invalid", "The upload is complete already: take another id.")
+        subject = self._chunks(_upload_ident(name))
+        for attempt in range(APPEND_ATTEMPTS):
+            before = await last_of(self._link, self._stream, subject)
+            size = int(before.headers.get(H_OFFSET, "0")) + len(before.data) if before else 0
+            if end <= size:
+                return size
+            if offset == size:
+                headers = {H_OFFSET: str(offset), EXPECTED: str(before.seq if before else 0)}
+                try:
+                    async with asyncio.timeout(APPEND_S):
+                        await self._publisher.publish(Message("media", subject, piece, headers))
+                except TimeoutError as exc:
+                    raise Temporary("bus_timeout", "The piece is not stored yet: send it again.") from exc
+                except Conflict:
+                    pass  # another one was stored meanwhile, or what we read is old
+                else:
+                    return end
+            await asyncio.sleep(0.05 * attempt)  # a gap, or the replica that answered lags
+        raise Refused("invalid", f"Bytes {offset} to {end} do not follow: go on at {size}.")
+
+    async def complete(
+        self, name: str, size: int, *, sha256: str, title: str, mime_of: Callable[[bytes], str]
+    ) -> tuple[StoredObject, bytes]:
+        """Makes the object of what was added; also its first bytes. May be repeated.
+
+        Raises Refused("invalid") where `sha256` ("": not checked) differs, Temporary, BusRefused.
+        """
+        ident = _upload_ident(name)
+        digest, chunks, head = hashlib.sha256(), 0, b""
+        try:
+            async with contextlib.aclosing(self._bytes(name, ident, size)) as pieces:
+                async for piece in pieces:
+                    digest.update(piece)
+                    chunks += 1
+                    head += piece[: HEAD - len(head)]
+        except Unreadable as exc:
+            raise Temporary("object", "Pieces are missing: send them again.") from exc
+        if sha256 not in ("", digest.hexdigest()):
+            await self._discard(ident)
+            raise Refused("invalid", "The bytes are not those of your SHA-256: begin again at 0.")
+        mime = mime_of(head)
+        stored = await self._name(
+            name, ident, size=size, chunks=chunks, digest=digest.digest(), mime=mime, title=title
+        )
+        return stored, head
 
     # writing ----------------------------------------------------------------------------------------
 
@@ -190,6 +241,23 @@ class ObjectStore:
 
     # reading ----------------------------------------------------------------------------------------
 
+    async def _bytes(self, name: str, ident: str, size: int) -> AsyncGenerator[bytes, None]:
+        """The first `size` bytes of the pieces of `ident`. Raises Temporary, Unreadable."""
+        left, after = size, 0
+        while left > 0:
+            found = False
+            async with contextlib.aclosing(self._after(ident, after)) as pieces:
+                async for piece in pieces:
+                    found, after = True, piece.seq
+                    left -= len(piece.data)
+                    if left < 0:
+                        break
+                    yield piece.data
+                    if not left:
+                        break
+            if not found or left < 0:
+                raise Unreadable("object", f"{name}: pieces are gone or too many")
+
     async def _after(self, ident: str, after: int) -> AsyncGenerator[Stored, None]:
         """Some pieces after a sequence; none where there are no more."""
         subject, found = self._chunks(ident), False
@@ -229,6 +297,11 @@ class ObjectStore:
 
     def _meta_subject(self, name: str) -> str:
         return f"$O.{self._bucket}.M.{base64.urlsafe_b64encode(name.encode()).decode()}"
+
+
+def _upload_ident(name: str) -> str:
+    """Names the pieces of an upload: every replica has to find the same ones."""
+    return hashlib.blake2b(name.encode(), digest_size=11).hexdigest()
 
 
 async def _even(pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:

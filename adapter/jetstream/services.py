@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 
 import structlog
 from nats import micro
@@ -11,26 +11,42 @@ from nats.aio.client import Client
 from nats.micro.request import Request
 from nats.micro.service import EndpointConfig
 
-from adapter.contract import H_SCHEMA, SCHEMA_VERSION, Names
+from adapter.contract import H_SCHEMA, SCHEMA_VERSION, Names, is_inbox
 from adapter.errors import AdapterError, BusRefused, Refused, Temporary
 from adapter.jetstream.link import Link
+from adapter.ports import Answered, Asked
 
 log = structlog.get_logger()
 
 SERVICE = "wechat-nats"
 Handler = Callable[[bytes], Awaitable[bytes]]
+SandboxHandler = Callable[[Asked], Awaitable[Answered]]
+Answering = Callable[[Request], Awaitable[Answered]]
+IMPORTED_REPLY = "_R_."
+"""What the server makes of the inbox of a request that comes from another account."""
 AT_ONCE = 256
 """Requests that are being answered; more wait."""
 
 
 class Services:
-    """Answers `wechat.svc.<verb>` as one of a queue group. Handlers raise Refused (400, 404) or Temporary (503)."""
+    """Answers `wechat.svc.<verb>` as one of a queue group, and `wechat.svc.<verb>.<sandbox>` for `of_sandbox`.
+
+    Handlers raise Refused (400, 404) or Temporary (503). Answers go to inboxes only.
+    """
 
     def __init__(
-        self, link: Link, names: Names, handlers: dict[str, Handler], *, version: str, instance: str
+        self,
+        link: Link,
+        names: Names,
+        handlers: Mapping[str, Handler],
+        *,
+        version: str,
+        instance: str,
+        of_sandbox: Mapping[str, SandboxHandler] | None = None,
     ) -> None:
         self._names = names
         self._handlers = handlers
+        self._of_sandbox = of_sandbox or {}
         self._version = version
         self._instance = instance
         self._room = asyncio.Semaphore(AT_ONCE)
@@ -45,16 +61,18 @@ class Services:
             description="The bridge between WeChat and NATS",
             metadata={"instance": self._instance, "prefix": self._names.prefix},
         )
-        for verb, handler in self._handlers.items():
-            config = EndpointConfig(
-                name=verb.replace(".", "-"), subject=self._names.svc(verb), handler=self._answering(handler)
-            )
+        endpoints = {verb: (self._names.svc(verb), _plainly(handler)) for verb, handler in self._handlers.items()}
+        for verb, of_sandbox in self._of_sandbox.items():
+            endpoints[verb] = (f"{self._names.svc(verb)}.*", _by_sandbox(of_sandbox))
+        for verb, (subject, answering) in endpoints.items():
+            config = EndpointConfig(name=verb.replace(".", "-"), subject=subject, handler=self._answering(answering))
             await service.add_endpoint(config)
 
-    def _answering(self, handler: Handler) -> Callable[[Request], Awaitable[None]]:
+    def _answering(self, handler: Answering) -> Callable[[Request], Awaitable[None]]:
         async def answer(request: Request) -> None:
             try:
-                await request.respond(await handler(request.data), headers={H_SCHEMA: SCHEMA_VERSION})
+                answered = await handler(request)
+                await request.respond(answered.data, headers={H_SCHEMA: SCHEMA_VERSION, **answered.headers})
             except Temporary as exc:
                 await request.respond_error("503", _plain(exc.detail or exc.reason))
             except Refused as exc:
@@ -68,7 +86,14 @@ class Services:
                 await request.respond_error("500", "The adapter failed; its log says why.")
 
         async def take(request: Request) -> None:
-            """Answers beside the others of its verb: one that waits for iLink must not hold up the next."""
+            """Answers beside the others of its verb: one that waits for iLink must not hold up the next.
+
+            Only to an inbox: the server does not check the reply subject of a publisher, who could make the adapter
+            write where they themselves may not.
+            """
+            if not _may_reply(request):
+                log.info("service.reply_refused")
+                return
             await self._room.acquire()
             task = asyncio.get_running_loop().create_task(answer(request))
             self._answers.add(task)
@@ -81,6 +106,25 @@ class Services:
                 log.info("service.unanswered", reason=type(exc).__name__)
 
         return take
+
+
+def _may_reply(request: Request) -> bool:
+    reply = request._msg.reply  # not offered otherwise
+    return is_inbox(reply) or reply.startswith(IMPORTED_REPLY)
+
+
+def _plainly(handler: Handler) -> Answering:
+    async def answer(request: Request) -> Answered:
+        return Answered(await handler(request.data), {})
+
+    return answer
+
+
+def _by_sandbox(handler: SandboxHandler) -> Answering:
+    async def answer(request: Request) -> Answered:
+        return await handler(Asked(request.subject.rpartition(".")[2], request.headers or {}, request.data))
+
+    return answer
 
 
 class BusTeller:

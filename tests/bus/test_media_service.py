@@ -1,0 +1,469 @@
+"""Media for sandboxes, on a server with permissions: each reaches its own by two subjects, and nothing else."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import hashlib
+import json
+import subprocess
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import quote
+
+import msgspec
+import nats
+import pytest
+from nats.aio.client import Client
+from nats.aio.msg import Msg
+from nats.errors import Error as NatsError
+from nats.js.object_store import ObjectStore as TheirStore
+from structlog.testing import capture_logs
+
+from adapter.contract import H_ERROR_CODE, H_LAST, H_NAME, H_NEXT, H_OFFSET, H_SHA256, H_SIZE, H_UPLOAD, Media, Names
+from adapter.embedded import find_server
+from adapter.jetstream import topology
+from adapter.jetstream.link import Link
+from adapter.jetstream.objects import ObjectStore
+from adapter.jetstream.publisher import Publisher
+from adapter.jetstream.services import Services
+from adapter.mediaservice import PIECE_MAX, PIECE_MIN, MediaService
+from adapter.metrics import Metrics
+from adapter.settings import Settings
+from adapter.simulator import samples
+from adapter.timing import SystemClock
+from tests.bus.test_bus import PATIENCE_S, until
+
+NAMES = Names()
+STREAM = f"OBJ_{NAMES.media}"
+MAX_BYTES = 3_000_000
+
+CONFIG = """
+listen: "127.0.0.1:-1"
+ports_file_dir: "{folder}"
+jetstream {{ store_dir: "{folder}/data" }}
+authorization {{
+  users: [
+    {{ user: "adapter", password: "adapter" }}
+    {users}
+  ]
+}}
+"""
+SANDBOX = """{{
+  user: "{name}", password: "{name}"
+  permissions: {{
+    publish: {{ allow: [ "wechat.svc.media.get.{name}", "wechat.svc.media.put.{name}" ] }}
+    subscribe: {{ allow: [ "_INBOX_{name}.>" ] }}
+  }}
+}}"""
+"""The narrowest permissions that a sandbox can have and still read and bring media."""
+
+
+@contextlib.asynccontextmanager
+async def server_with_users(folder: Path) -> AsyncIterator[str]:
+    """A nats-server for the adapter and the sandboxes s1, s10 and s2. Yields its URL."""
+    users = "\n".join(SANDBOX.format(name=name) for name in ("s1", "s10", "s2"))
+    config = folder / "server.conf"
+    config.write_text(CONFIG.format(folder=folder, users=users))
+    process = await asyncio.create_subprocess_exec(find_server(), "-c", config, stderr=subprocess.DEVNULL)
+    try:
+        await until(lambda: any(_ports(folder)), "the server listens")
+        yield _ports(folder)[0]
+    finally:
+        process.terminate()
+        await process.wait()
+
+
+def _ports(folder: Path) -> list[str]:
+    for file in folder.glob("*.ports"):
+        with contextlib.suppress(ValueError):
+            return list(json.loads(file.read_text())["nats"])
+    return []
+
+
+class Place(NamedTuple):
+    """An adapter's part of the bus, and where it is."""
+
+    url: str
+    link: Link
+    store: ObjectStore
+    metrics: Metrics
+    group: asyncio.TaskGroup
+
+
+@pytest.fixture
+async def place(tmp_path: Path) -> AsyncIterator[Place]:
+    async with server_with_users(tmp_path) as url, asyncio.TaskGroup() as group:
+        settings = Settings(nats_url=(url,), nats_user="adapter", nats_password="adapter")
+        link, metrics = Link(settings, "test"), Metrics()
+        publisher = Publisher(link, SystemClock(), metrics)
+        store = ObjectStore(link, publisher, NAMES.media)
+        offer(link, store, metrics)
+        tasks = [group.create_task(link.run()), group.create_task(publisher.run())]
+        await link.wait_up(PATIENCE_S)
+        for wanted in topology.streams(NAMES, settings):
+            await topology.create(link, wanted)
+        yield Place(url, link, store, metrics, group)
+        for task in tasks:
+            task.cancel()
+
+
+def offer(link: Link, store: ObjectStore, metrics: Metrics) -> None:
+    media = MediaService(store, metrics, max_bytes=MAX_BYTES)
+    of_sandbox = {"media.get": media.get, "media.put": media.put}
+    Services(link, NAMES, {}, version="1.0.0", instance="i", of_sandbox=of_sandbox)
+
+
+class Sandbox:
+    """A program with the permissions of one sandbox; keeps what the server forbids it."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.errors: list[str] = []
+        self.nc = Client()
+
+    async def connect(self, url: str) -> Sandbox:
+        async def on_error(exc: Exception) -> None:
+            self.errors.append(str(exc))
+
+        await self.nc.connect(
+            url, user=self.name, password=self.name, inbox_prefix=f"_INBOX_{self.name}".encode(), error_cb=on_error
+        )
+        return self
+
+    async def get(self, name: str) -> bytes:
+        """The loop that schemas/README.md shows."""
+        data, after = b"", 0
+        while True:
+            ask = json.dumps({"object": name, "after": after}).encode()
+            msg = await self.nc.request(f"wechat.svc.media.get.{self.name}", ask, timeout=10)
+            headers = msg.headers or {}
+            if H_ERROR_CODE in headers:
+                raise LookupError(headers[H_ERROR_CODE])
+            data += msg.data
+            if H_NEXT not in headers:
+                assert (len(data), hashlib.sha256(data).hexdigest()) == (int(headers[H_SIZE]), headers[H_SHA256])
+                return data
+            after = int(headers[H_NEXT])
+
+    async def ask_put(self, upload: str, piece: bytes, offset: int = 0, **headers: str) -> Msg:
+        named = {H_UPLOAD: upload, H_OFFSET: str(offset)}
+        named |= {{"last": H_LAST, "name": H_NAME, "sha256": H_SHA256}[key]: value for key, value in headers.items()}
+        return await self.nc.request(f"wechat.svc.media.put.{self.name}", piece, timeout=10, headers=named)
+
+    async def put(self, upload: str, data: bytes, *, cut: int = 128 * 1024, name: str = "") -> Media:
+        for offset in range(0, len(data), cut):
+            if offset + cut < len(data):
+                await self.ask_put(upload, data[offset : offset + cut], offset)
+        start = max(0, len(data) - 1) // cut * cut
+        return media_of(await self.ask_put(upload, data[start:], start, last="true", name=quote(name)))
+
+    async def forbidden(self, subject: str, payload: bytes = b"{}") -> None:
+        """Publishes, with an inbox of its own for an answer; the server refuses, and nothing comes."""
+        inbox = self.nc.new_inbox()
+        answers = await self.nc.subscribe(inbox)
+        self.errors.clear()
+        await self.nc.publish(subject, payload, reply=inbox)
+        await self.nc.flush()
+        await until(lambda: bool(self.errors), f"{subject} is refused")
+        assert "permissions violation for publish" in self.errors[0].lower()
+        assert answers.pending_msgs == 0
+        await answers.unsubscribe()
+
+
+def media_of(msg: Msg) -> Media:
+    assert H_ERROR_CODE not in (msg.headers or {}), msg.headers
+    return msgspec.json.decode(msg.data, type=Media)
+
+
+def code_of(msg: Msg) -> str:
+    return str((msg.headers or {}).get(H_ERROR_CODE, ""))
+
+
+@pytest.fixture
+async def s1(place: Place) -> AsyncIterator[Sandbox]:
+    made = await Sandbox("s1").connect(place.url)
+    yield made
+    await made.nc.close()
+
+
+async def one(data: bytes) -> AsyncIterator[bytes]:
+    yield data
+
+
+BYTES = bytes((i * 7 + i // 251) % 256 for i in range(700_001))
+SECRET = b"nobody's business" * 20_000
+
+
+# reading -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [0, 1, 131_072, 700_001])
+async def test_a_sandbox_reads_its_own_media(place: Place, s1: Sandbox, size: int) -> None:
+    await place.store.put("s1/in/x", one(BYTES[:size]))
+    assert await s1.get("s1/in/x") == BYTES[:size]
+    assert s1.errors == []
+
+
+async def test_what_is_absent_and_what_is_others_look_the_same(place: Place, s1: Sandbox) -> None:
+    for name in ("s2/in/x", "s10/in/x", "s1"):
+        await place.store.put(name, one(SECRET))
+    answers = []
+    for name in [
+        "s1/absent", "s2/in/x", "s10/in/x", "s1", "s1/", "s10", "s1/../s2/in/x", "s1/../../s2/in/x", "/s2/in/x",
+        "./s2/in/x", "s1/./../s2/in/x", "S1/in/x", "s1\\..\\s2\\in\\x", "s2/in/x#s1/", " s1/x", "*", "s1/*", "s1/>",
+        "s1/%2e%2e/s2/in/x", "s1/..\u2044s2/in/x", "s1\u0000/x", "s2/../s1/absent",
+    ]:  # fmt: skip
+        ask = msgspec.json.encode({"object": name})
+        msg = await s1.nc.request("wechat.svc.media.get.s1", ask, timeout=10)
+        answers.append((msg.data, msg.headers))
+    assert all(answer == answers[0] for answer in answers)
+    assert answers[0][0] == b""
+    assert (answers[0][1] or {})[H_ERROR_CODE] == "404"
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [b"", b"null", b"{", b"\xff", b"[" * 10_000, b'{"object":""}', b'{"object":"s1/x","after":-1}', b'{"object":7}'],
+)
+async def test_a_question_that_cannot_be_read_is_told(place: Place, s1: Sandbox, ask: bytes) -> None:
+    msg = await s1.nc.request("wechat.svc.media.get.s1", ask, timeout=10)
+    assert code_of(msg) == "400"
+    assert place.metrics.value("schema_violations_total", kind="svc") == 1
+
+
+async def test_a_sandbox_with_an_illegal_name_has_nothing(place: Place) -> None:
+    await place.store.put("S1/x", one(SECRET))
+    nc = await nats.connect(place.url, user="adapter", password="adapter")
+    msg = await nc.request("wechat.svc.media.get.S1", b'{"object":"S1/x"}', timeout=10)
+    assert (code_of(msg), msg.data) == ("400", b"")
+    await nc.close()
+
+
+async def test_a_piece_that_is_gone_is_absent(place: Place, s1: Sandbox) -> None:
+    await place.store.put("s1/in/x", one(BYTES))
+    await place.link.api(f"STREAM.PURGE.{STREAM}", {"filter": f"$O.{NAMES.media}.C.>"})
+    with pytest.raises(LookupError, match="404"):
+        await s1.get("s1/in/x")
+
+
+# attacks on what others have -------------------------------------------------------------------------------
+
+
+async def test_the_subjects_of_others_and_wildcards_are_closed(place: Place, s1: Sandbox) -> None:
+    await place.store.put("s2/in/x", one(SECRET))
+    ask = b'{"object":"s2/in/x"}'
+    for verb in ("get", "put"):
+        for token in ("s2", "s10", "*", ">", "s1.s2", "S1"):
+            await s1.forbidden(f"wechat.svc.media.{verb}.{token}", ask)
+    for subject in ("wechat.svc.bindings.list", "wechat.svc.replay", "$SRV.INFO.wechat-nats"):
+        await s1.forbidden(subject, ask)
+
+
+async def test_the_store_itself_is_closed(place: Place, s1: Sandbox) -> None:
+    stored = await place.store.put("s2/in/x", one(SECRET))
+    meta = base64.urlsafe_b64encode(b"s2/in/x").decode()
+    chunks, named = f"$O.{NAMES.media}.C.{stored.ident}", f"$O.{NAMES.media}.M.{meta}"
+    before = await place.link.api(f"STREAM.INFO.{STREAM}")
+    push = {"stream_name": STREAM, "config": {"deliver_subject": "_INBOX_s1.x", "ack_policy": "none"}}
+    last = msgspec.json.encode({"last_by_subj": chunks})
+    for subject, payload in [
+        (f"$JS.API.DIRECT.GET.{STREAM}", last),
+        (f"$JS.API.DIRECT.GET.{STREAM}.{chunks}", b""),
+        (f"$JS.API.STREAM.MSG.GET.{STREAM}", last),
+        (f"$JS.API.CONSUMER.CREATE.{STREAM}", msgspec.json.encode(push)),
+        (f"$JS.API.CONSUMER.CREATE.{STREAM}.thief", msgspec.json.encode(push)),
+        (f"$JS.API.CONSUMER.DURABLE.CREATE.{STREAM}.thief", msgspec.json.encode(push)),
+        (f"$JS.API.STREAM.INFO.{STREAM}", b""),
+        (f"$JS.API.STREAM.PURGE.{STREAM}", b""),
+        (f"$JS.API.STREAM.MSG.DELETE.{STREAM}", b'{"seq":1}'),
+        ("$JS.API.STREAM.NAMES", b""),
+        (chunks, b"other bytes"),
+        (named, b'{"deleted":true}'),
+    ]:
+        await s1.forbidden(subject, payload)
+    assert (await place.link.api(f"STREAM.INFO.{STREAM}"))["state"] == before["state"]
+    assert await place.store.info("s2/in/x") == stored
+
+
+async def test_the_object_store_of_nats_py_is_closed(place: Place, s1: Sandbox) -> None:
+    await place.store.put("s2/in/x", one(SECRET))
+    js = s1.nc.jetstream(timeout=0.5)
+    with pytest.raises(NatsError):
+        await js.object_store(NAMES.media)
+    with pytest.raises(NatsError):
+        await TheirStore(NAMES.media, STREAM, js).get("s2/in/x")
+
+
+async def test_nobody_listens_to_the_requests_and_answers_of_others(place: Place, s1: Sandbox) -> None:
+    await place.store.put("s2/in/x", one(SECRET))
+    heard = []
+
+    async def hear(msg: Msg) -> None:
+        heard.append(msg.data)
+
+    subjects = [
+        "wechat.svc.media.get.s2", "wechat.svc.media.get.*", "wechat.svc.media.put.>", "wechat.>", ">",
+        "_INBOX_s2.>", "*.x", "_INBOX.>", "*.>", f"$O.{NAMES.media}.>",
+    ]  # fmt: skip
+    for subject in subjects:
+        await s1.nc.subscribe(subject, cb=hear)
+    await s1.nc.flush()
+    await until(lambda: len(s1.errors) == len(subjects), "all are refused")
+    other = await Sandbox("s2").connect(place.url)
+    assert await other.get("s2/in/x") == SECRET
+    await other.nc.close()
+    await s1.nc.flush()
+    assert heard == []
+
+
+async def test_the_adapter_writes_to_inboxes_only(place: Place, s1: Sandbox) -> None:
+    """The server does not check a publisher's reply subject: the adapter must not be the hand of a sandbox."""
+    await place.store.put("s1/in/x", one(b'{"text":"not mine"}'))
+    meta = base64.urlsafe_b64encode(b"s2/in/x").decode()
+    replies = [
+        "wechat.out.s2", "wechat.in.s2", "wechat.ctl.bind", f"$O.{NAMES.media}.M.{meta}", f"$O.{NAMES.media}.C.x",
+        f"$KV.{NAMES.bindings}.b1", "$JS.API.STREAM.DELETE." + STREAM, "wechat.svc.media.get.s2", "x_INBOX.x",
+        "_INBOX", "_INBOXES", "_INBOX_s1." + "x" * 300,
+    ]  # fmt: skip
+    watch = await nats.connect(place.url, user="adapter", password="adapter")
+    seen = []
+
+    async def see(msg: Msg) -> None:
+        seen.append(msg.subject)
+
+    for reply in replies:
+        await watch.subscribe(reply, cb=see)
+    await watch.flush()
+    with capture_logs() as logs:
+        for reply in replies:
+            ask = b'{"object":"s1/in/x"}'
+            await s1.nc.publish("wechat.svc.media.get.s1", ask, reply=reply)
+            headers = {H_UPLOAD: "x", H_LAST: "true"}
+            await s1.nc.publish("wechat.svc.media.put.s1", b"", reply=reply, headers=headers)
+        assert await s1.get("s1/in/x")
+        await until(lambda: len(logs) >= 2 * len(replies), "all are seen")
+    await watch.flush()
+    assert [subject for subject in seen if subject != "wechat.svc.media.get.s2"] == []
+    assert {log["event"] for log in logs} == {"service.reply_refused"}
+    await watch.close()
+
+
+# bringing ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [0, 1, 131_072, 131_073, 700_001])
+async def test_a_sandbox_brings_media(place: Place, s1: Sandbox, size: int) -> None:
+    made = await s1.put("report-1", BYTES[:size], name="报告 1.bin")
+    assert made == Media(
+        object="s1/out/report-1",
+        name="报告 1.bin",
+        mime="application/octet-stream",
+        size=size,
+        sha256=hashlib.sha256(BYTES[:size]).hexdigest(),
+    )
+    stored = await place.store.info("s1/out/report-1")
+    assert stored is not None
+    assert b"".join([piece async for piece in place.store.read(stored)]) == BYTES[:size]
+    assert await s1.get("s1/out/report-1") == BYTES[:size]
+    assert place.link.nc is not None
+    theirs = await place.link.nc.jetstream().object_store(NAMES.media)
+    assert (await theirs.get("s1/out/report-1")).data == BYTES[:size]
+
+
+async def test_media_without_a_name_get_one_and_a_picture_its_size(s1: Sandbox) -> None:
+    made = await s1.put("p", samples.png(640, 480))
+    assert (made.name, made.mime, made.width, made.height) == ("image.png", "image/png", 640, 480)
+
+
+@pytest.mark.parametrize(
+    ("given", "name"), [("../../etc/passwd", "passwd"), ("C:\\x\\a.txt", "a.txt"), ("a\nb\x00", "ab")]
+)
+async def test_a_file_name_has_no_folders(s1: Sandbox, given: str, name: str) -> None:
+    assert (await s1.put("p", b"abc", name=given)).name == name
+
+
+async def test_pieces_may_be_repeated(place: Place, s1: Sandbox) -> None:
+    pieces = [(BYTES[:20_000], 0), (BYTES[20_000:40_000], 20_000), (BYTES[40_000:60_000], 40_000)]
+    for piece, offset in [pieces[0], pieces[0], pieces[1], pieces[0], pieces[1], pieces[2]]:
+        assert media_of(await s1.ask_put("u", piece, offset)).object == "s1/out/u"
+    for _ in range(3):
+        made = media_of(await s1.ask_put("u", BYTES[60_000:70_000], 60_000, last="1"))
+        assert made.sha256 == hashlib.sha256(BYTES[:70_000]).hexdigest()
+    assert media_of(await s1.ask_put("u", *pieces[1])).size == 70_000
+    assert await s1.get("s1/out/u") == BYTES[:70_000]
+
+
+async def test_any_replica_takes_any_piece_even_at_once(place: Place, s1: Sandbox) -> None:
+    """Two more replicas, and every piece is asked three times at the same moment."""
+    tasks = []
+    for _ in range(2):
+        link = Link(Settings(nats_url=(place.url,), nats_user="adapter", nats_password="adapter"), "other")
+        publisher = Publisher(link, SystemClock(), place.metrics)
+        offer(link, ObjectStore(link, publisher, NAMES.media), place.metrics)
+        tasks += [place.group.create_task(link.run()), place.group.create_task(publisher.run())]
+        await link.wait_up(PATIENCE_S)
+    for offset in range(0, 400_000, 40_000):
+        last = {"last": "true"} if offset == 360_000 else {}
+        answers = await asyncio.gather(
+            *(s1.ask_put("u", BYTES[offset : offset + 40_000], offset, **last) for _ in range(3))
+        )
+        assert [media_of(answer).size for answer in answers] == [offset + 40_000] * 3
+    assert await s1.get("s1/out/u") == BYTES[:400_000]
+    for task in tasks:
+        task.cancel()
+
+
+@pytest.mark.parametrize(
+    ("piece", "offset", "headers", "says"),
+    [
+        (BYTES[:20_000], 20_001, {}, "go on at 20000"),
+        (BYTES[:20_000], 10_000, {}, "go on at 20000"),
+        (b"", 0, {"last": "true"}, "take another one"),
+        (BYTES[: PIECE_MIN - 1], 20_000, {}, "A piece has"),
+        (BYTES[: PIECE_MAX + 1], 20_000, {}, "A piece has"),
+        (b"x", MAX_BYTES, {"last": "true"}, "exceed"),
+        (b"x", 20_000, {"last": "true", "sha256": "0" * 64}, "SHA-256"),
+        (b"x", -1, {}, "Wechat-Offset"),
+        (b"x", 20_000, {"last": "perhaps"}, "Wechat-Last"),
+        (b"x", 20_000, {"sha256": "short"}, "Wechat-Sha256"),
+    ],
+)
+async def test_a_piece_that_does_not_fit_is_refused(
+    place: Place, s1: Sandbox, piece: bytes, offset: int, headers: dict[str, str], says: str
+) -> None:
+    media_of(await s1.ask_put("u", BYTES[:20_000]))
+    msg = await s1.ask_put("u", piece, offset, **headers)
+    assert code_of(msg) == "400"
+    assert says in (msg.headers or {})["Nats-Service-Error"]
+    assert await place.store.info("s1/out/u") is None
+
+
+@pytest.mark.parametrize("upload", ["", "../x", "a/b", "a.b", "a b", "x" * 65, "é", "*"])
+async def test_an_upload_has_a_plain_name(s1: Sandbox, upload: str) -> None:
+    assert code_of(await s1.ask_put(upload, b"x", last="true")) == "400"
+
+
+async def test_a_finished_upload_grows_no_more(place: Place, s1: Sandbox) -> None:
+    await s1.put("u", BYTES[:50_000])
+    assert code_of(await s1.ask_put("u", BYTES[:20_000], 50_000)) == "400"
+    assert await s1.get("s1/out/u") == BYTES[:50_000]
+
+
+async def test_wrong_bytes_can_be_brought_again(s1: Sandbox) -> None:
+    assert code_of(await s1.ask_put("u", b"wrong", last="true", sha256=hashlib.sha256(b"right").hexdigest())) == "400"
+    right = await s1.ask_put("u", b"right", last="true", sha256=hashlib.sha256(b"right").hexdigest())
+    assert media_of(right).size == 5
+
+
+async def test_uploads_of_two_sandboxes_do_not_meet(place: Place, s1: Sandbox) -> None:
+    other: Any = await Sandbox("s2").connect(place.url)
+    made = await asyncio.gather(s1.put("u", BYTES[:300_000]), other.put("u", BYTES[300_000:650_000]))
+    assert [media.object for media in made] == ["s1/out/u", "s2/out/u"]
+    assert await s1.get("s1/out/u") == BYTES[:300_000]
+    assert await other.get("s2/out/u") == BYTES[300_000:650_000]
+    with pytest.raises(LookupError, match="404"):
+        await s1.get("s2/out/u")
+    await other.nc.close()
