@@ -43,6 +43,11 @@ async def parked(made: World, nc: Client, count: int) -> None:
     await eventually(are_parked, f"{count} commands wait for a login")
 
 
+def texts(made: World, user: str) -> list[str]:
+    """What the phone shows; what waited may come in one message."""
+    return [text for shown in made.sim.phone(user) for text in shown.text.split("\n\n")]
+
+
 def counts(made: World, bot: str) -> dict[str, int]:
     """Calls of a bot by endpoint."""
     return {call.endpoint: call.count for call in made.sim.calls(bot)}
@@ -110,7 +115,7 @@ async def _log_in_again(made: World, nc: Client, user: str, waiting: list[str]) 
     await made.bind(nc, "s1", new)
     made.say("s1", "I am back")
     await made.settle(nc)
-    assert [shown.text for shown in made.sim.phone(user)] == [f"answer {ident}" for ident in waiting]
+    assert texts(made, user) == [f"answer {ident}" for ident in waiting]
     assert {shown.bot for shown in made.sim.phone(user)} == {new.bot}
 
 
@@ -130,7 +135,7 @@ async def test_the_same_bot_with_a_new_token_gets_what_was_parked_too(tmp_path: 
         made.sim.revive_token(bot.bot)
         await made.bind(nc, "s1", bot)
         await made.settle(nc)
-        assert [shown.text for shown in made.sim.phone(bot.user)] == [f"answer c{number}" for number in range(3)]
+        assert texts(made, bot.user) == [f"answer c{number}" for number in range(3)]
         await nc.close()
 
 

@@ -125,7 +125,9 @@ async def test_time_that_passes_while_nobody_runs_is_told(tmp_path: Path) -> Non
 
 
 async def test_some_sends_are_kept_back_and_the_last_one_says_how_to_go_on(tmp_path: Path) -> None:
+    """The last words go ahead of reports that wait, also where nothing is merged."""
     environ = {"WECHAT_NATS_RESERVE_SENDS": "2", "WECHAT_NATS_CONTINUE_TEXT": "Reply to continue."}
+    environ["WECHAT_NATS_MERGE_CHARS"] = "0"
     async with world(tmp_path, environ=environ) as made:
         await made.add_adapter()
         nc = await made.nc()
@@ -133,7 +135,7 @@ async def test_some_sends_are_kept_back_and_the_last_one_says_how_to_go_on(tmp_p
         await made.bind(nc, "s1", bot)
         made.say("s1", "hello")
         await comes(nc, ("opened", "", 8))
-        for number in range(8):
+        for number in range(10):
             await made.command(nc, "s1", f"c{number}")
         await comes(nc, ("opened", "", 8), LOW, QUOTA)
         assert (await shown(nc)).reserved == 2
@@ -147,4 +149,7 @@ async def test_some_sends_are_kept_back_and_the_last_one_says_how_to_go_on(tmp_p
         await eventually(are_shown, "ten are shown")
         texts = [shown.text for shown in made.sim.phone(bot.user)]
         assert texts[7:] == ["answer c7", "last 0", "last 1\n\nReply to continue."]
+        made.say("s1", "go on")
+        await made.settle(nc)
+        assert [shown.text for shown in made.sim.phone(bot.user)][10:] == ["answer c8", "answer c9"]
         await nc.close()
