@@ -193,10 +193,18 @@ class Adapter:
         )
         metrics.bindings_capacity.set(settings.capacity)
         self.link.on_up(self._count_connect)
+        self.teller.hear(self.names.freed(), lambda data: self.supervisor.released(data.decode("utf-8", "replace")))
 
     async def _count_connect(self, _: object) -> None:
         if self.link.epoch:
             self.metrics.nats_reconnects.inc()
+
+    async def tell_freed(self, bot: str = "") -> None:
+        """To every replica, at most once."""
+        try:
+            await self.teller.tell(self.names.freed(), bot.encode(), {})
+        except Temporary as exc:
+            log.info("bot.freed_untold", bot=bot, reason=exc.reason)
 
     # what the loops need ----------------------------------------------------------------------------
 
@@ -233,6 +241,7 @@ class Adapter:
             stale_retry_s=settings.stale_retry_s,
             skew_ms=settings.duplicate_skew_ms,
             notify=settings.notify,
+            tell_freed=self.tell_freed,
             grace_s=self.grace_s,
         )
 
@@ -334,7 +343,8 @@ class Adapter:
         binding = self.bindings.get(bot)
         if binding is None:
             raise LeaseLost("not_bound", bot)
-        self.leases.check(shard_of(binding.sandbox))
+        if not (self.supervisor.lingers(bot) and self.leases.valid):
+            self.leases.check(shard_of(binding.sandbox))
 
     async def _bound_yet(self) -> None:
         """Raises Temporary when the control commands do not get done."""
@@ -467,7 +477,7 @@ class Adapter:
                 await self._flush_windows()
                 leasing.cancel()  # a renewal after this would write the key that is given back
                 await asyncio.wait([leasing])
-                await self.leases.release_all()
+                await self.leases.leave()
         except TimeoutError:
             log.warning("drain.late", drain_s=self.settings.drain_s)
 

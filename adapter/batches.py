@@ -29,7 +29,7 @@ async def store(session: Session, polled: Polled, place: Place, needs: Incoming)
     fresh = await _sort(session, binding, polled.messages, place.seen, needs)
     last_seq, told = place.record.last_seq, fresh
     if binding is not None and fresh:
-        await _remember(binding, fresh, needs)
+        await _remember(session, binding, fresh, needs)
         last_seq, told = await _tell(binding, fresh, place, needs)
         needs.metrics.inbound_publish_duration.observe(needs.clock.monotonic() - arrived)
     record = msgspec.structs.replace(
@@ -132,7 +132,7 @@ async def _store_raw(heard: list[Heard], last_seq: int, needs: Incoming) -> int:
     return last_seq
 
 
-async def _remember(binding: Binding, fresh: list[Said], needs: Incoming) -> None:
+async def _remember(session: Session, binding: Binding, fresh: list[Said], needs: Incoming) -> None:
     """Context token and window of each user in the batch, so that a fast answer finds them."""
     for user in dict.fromkeys(said.user for said in fresh):
         if not binding.user:
@@ -145,7 +145,12 @@ async def _remember(binding: Binding, fresh: list[Said], needs: Incoming) -> Non
             lambda peer=peer, ident=ident, token=token, now_ms=now_ms: needs.contexts.save(  # type: ignore[misc]
                 peer,
                 lambda context: window.heard(
-                    context, message=ident, token=token, now_ms=now_ms, in_flight=peer.in_flight
+                    context,
+                    message=ident,
+                    token=token,
+                    now_ms=now_ms,
+                    # the shard's new owner may have one request out, of which only its trace in the record is known
+                    in_flight=int(context.hand is not None) if session.lingering else peer.in_flight,
                 ),
             ),
             needs,

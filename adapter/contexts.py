@@ -87,6 +87,19 @@ class Contexts:
         for key in [key for key, peer in self._peers.items() if peer.bot == bot]:
             del self._peers[key]
 
+    async def refresh(self, bot: str) -> list[str]:
+        """Reads the bot's users anew, since another replica may have written; who wrote to it. Raises Temporary."""
+        wrote = []
+        for peer in [peer for peer in self._peers.values() if peer.bot == bot]:
+            async with peer.lock:
+                before = peer.context
+                await self._load(peer)
+                if peer.context.inbound_id != before.inbound_id:
+                    wrote.append(peer.user)
+                # what was learned here of the command in hand is newer than what is stored
+                peer.context = msgspec.structs.replace(peer.context, hand=before.hand, done=before.done)
+        return wrote
+
     async def save(self, peer: Peer, make: Callable[[Context], Context]) -> Context:
         """Changes the record and stores it, with whatever was changed only in memory.
 

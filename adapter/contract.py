@@ -181,6 +181,10 @@ class Names:
     def dead(self, stream: str) -> str:
         return f"{self.prefix}.dead.{stream}"
 
+    def freed(self) -> str:
+        """Where replicas tell each other that a bot was given back; below what is closed to sandboxes."""
+        return f"{self.prefix}.kv.freed"
+
     def svc(self, verb: str) -> str:
         return f"{self.prefix}.svc.{verb}"
 

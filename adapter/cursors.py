@@ -15,7 +15,7 @@ from adapter.errors import Conflict, LeaseLost, Temporary
 from adapter.inbox import seen_of
 from adapter.records import Binding, Cursor
 from adapter.sessions import Incoming, Place, Session, check_owned, notify
-from adapter.timing import first_of
+from adapter.timing import backoff, first_of_two
 
 log = structlog.get_logger()
 
@@ -25,16 +25,22 @@ async def acquire(session: Session, needs: Incoming) -> Place | None:
 
     Raises Temporary, LeaseLost.
     """
+    looks = 0
     while not session.leaving:
         binding = needs.bindings.get(session.bot)
         if binding is None:
             return None
         check_owned(needs, binding)
+        session.freed.clear()
         async with needs.starting:
             place = await _acquire_once(binding, needs)
         if place is not None:
+            for user in await needs.contexts.refresh(session.bot):
+                needs.heard(binding.sandbox, session.bot, user)  # they wrote to the owner before
             return place
-        await first_of(session.cut, 0.1 + needs.clock.jitter(0.1))
+        looks += 1
+        wait_s = backoff(looks, first_s=0.1, longest_s=4.0)
+        await first_of_two(session.cut, session.freed, wait_s + needs.clock.jitter(wait_s / 2))
     return None
 
 
@@ -107,6 +113,8 @@ async def give_back(session: Session, needs: Incoming) -> None:
             await needs.cursors.update(
                 key, msgspec.json.encode(msgspec.structs.replace(record, owner="")), entry.revision
             )
-        await notify(session, needs, start=False)
+            await needs.tell_freed(session.bot)
+        if needs.bindings.get(session.bot) is None or (session.lingering and needs.leases.alone):
+            await notify(session, needs, start=False)  # else the next owner has told iLink already that it polls
     except (Temporary, Conflict) as exc:
         log.warning("cursor.unreleased", bot=session.bot, reason=exc.reason)

@@ -22,7 +22,7 @@ from adapter.errors import Conflict, LeaseLost, Temporary
 from adapter.metrics import Metrics
 from adapter.ports import Register
 from adapter.records import Claim, Member
-from adapter.timing import Clock, Latch
+from adapter.timing import Clock, Latch, first_of
 
 log = structlog.get_logger()
 
@@ -45,6 +45,8 @@ class Leases:
         self.changed = Latch()
         """Notified when shards come or go, and when the lease pauses or resumes."""
         self.incarnation = ""
+        self.departures = 0
+        """Counts members that went or fell silent: who waits for something of theirs looks again."""
         self.draining = False
         self.on_tick: Callable[[], None] = lambda: None
         self._members = members
@@ -54,10 +56,17 @@ class Leases:
         self._instance = instance
         self._lease_s = lease_s
         self._revision = 0
+        self._look = asyncio.Event()
         self._deadline = 0.0
         self._paused = True
         self._claim_revisions: dict[int, int] = {}
+        self._unsure: set[int] = set()
+        """Released, but perhaps the write did not land, or lands late: only another write settles it."""
+        self.surplus: set[int] = set()
+        """Owned shards that another replica should have: to be handed over by `release`."""
         self._seen: dict[str, tuple[int, float]] = {}
+        self._since: dict[str, float] = {}
+        """When each living member was first seen."""
         self._live: dict[str, Member] = {}
         self._last_read = 0.0
         self._dead: set[str] = set()
@@ -150,12 +159,19 @@ class Leases:
         while True:
             try:
                 await self._observe()
-                if self.valid and not self.draining and len(self.owned) < SHARDS:
-                    await self._claim_free()
+                if self.valid and not self.draining:
+                    self._find_surplus()
+                    if len(self.owned) < SHARDS:
+                        await self._claim_free()
             except Temporary as exc:
                 log.debug("lease.unread", reason=exc.reason)
             self.on_tick()
-            await self._clock.sleep(self._lease_s / 8)
+            await first_of(self._look, self._lease_s / 8)
+            self._look.clear()
+
+    def look(self) -> None:
+        """Another replica says that it has given shards back: no need to wait for the next round."""
+        self._look.set()
 
     async def _observe(self) -> None:
         """Reads who lives. Blind for a while, it starts every observation again."""
@@ -172,13 +188,34 @@ class Leases:
                 self._seen[entry.key] = (entry.revision, now)
             if now - self._seen[entry.key][1] < self._lease_s:
                 live[entry.key] = msgspec.json.decode(entry.value, type=Member)
+        if self._live.keys() - live.keys():
+            self.departures += 1
+            self.changed.notify()
         self._live = live
+        self._since = {name: self._since.get(name, now) for name in live}
+
+    def _best(self, names: list[str], shard: int) -> str:
+        return max(names, key=lambda name: rank(name, shard), default="")
+
+    def _find_surplus(self) -> None:
+        """What is owned and should be another's, who has lived for a lease: one that flaps moves nothing."""
+        grown = [name for name in self._live if self._seen[name][1] - self._since[name] >= self._lease_s]
+        names = [*(name for name in grown if not self._live[name].draining), self.incarnation]
+        surplus = {shard for shard in self.owned if self._best(names, shard) != self.incarnation}
+        if surplus != self.surplus:
+            self.surplus = surplus
+            self.changed.notify()
+
+    @property
+    def alone(self) -> bool:
+        """Whether no other replica is there to take over."""
+        return not any(name != self.incarnation and not member.draining for name, member in self._live.items())
 
     async def is_dead(self, incarnation: str) -> bool:
         """Whether it is proven that `incarnation` does nothing any more. Revokes it if its lease ran out."""
         if incarnation in self._dead:
             return True
-        if incarnation == self.incarnation:
+        if incarnation == self.incarnation or incarnation in self._live:
             return False
         try:
             entry = await self._members.get(incarnation)
@@ -200,10 +237,12 @@ class Leases:
         for shard in range(SHARDS):
             if shard in self.owned:
                 continue
-            if max(eligible, key=lambda name, s=shard: rank(name, s), default="") != self.incarnation:  # type: ignore[misc]
-                continue
             entry = claims.get(str(shard))
             owner = msgspec.json.decode(entry.value, type=Claim).owner if entry and entry.value else ""
+            if self._best(eligible, shard) != self.incarnation:
+                if entry is not None and owner == self.incarnation and shard in self._unsure:
+                    await self._free(shard, entry.revision)
+                continue
             if not owner or owner == self.incarnation or await self.is_dead(owner):
                 wanted.append((shard, owner, entry.revision if entry else 0))
         results = await asyncio.gather(*(self._claim(*item) for item in wanted))
@@ -214,7 +253,7 @@ class Leases:
 
     async def _claim(self, shard: int, owner: str, revision: int) -> bool:
         mine = msgspec.json.encode(Claim(owner=self.incarnation))
-        if owner == self.incarnation:
+        if owner == self.incarnation and shard not in self._unsure:
             self._claim_revisions[shard] = revision  # a claim of ours whose answer was lost
         else:
             try:
@@ -222,6 +261,7 @@ class Leases:
             except (Temporary, Conflict):
                 return False  # somebody was faster, or the answer got lost: the next round sees which
         self.owned.add(shard)
+        self._unsure.discard(shard)
         self._metrics.lease_changes.labels(
             reason="taken" if owner and owner != self.incarnation else "acquired"
         ).inc()
@@ -237,18 +277,32 @@ class Leases:
         except (Temporary, Conflict, LeaseLost) as exc:
             log.warning("lease.unrenewed", reason=exc.reason)
 
-    async def release_all(self) -> None:
-        """Gives every shard and the membership back, after nothing is polled or sent any more."""
-        free = msgspec.json.encode(Claim())
+    async def release(self, shard: int) -> None:
+        """Gives one shard back, after nothing is sent for it any more; polls that wait end at their boundary."""
+        if shard not in self.owned:
+            return
+        self.owned.discard(shard)
+        self.surplus.discard(shard)
+        revision = self._claim_revisions.pop(shard)
+        self._metrics.shards_owned.set(len(self.owned))
+        self.changed.notify()
+        await self._free(shard, revision)
 
-        async def release(shard: int) -> None:
-            try:
-                await self._claims.write(str(shard), free, self._claim_revisions[shard])
-                self._metrics.lease_changes.labels(reason="released").inc()
-            except (Temporary, Conflict) as exc:
-                log.warning("shard.unreleased", shard=shard, reason=exc.reason)
+    async def _free(self, shard: int, revision: int) -> None:
+        try:
+            await self._claims.write(str(shard), msgspec.json.encode(Claim()), revision)
+        except Conflict:
+            self._unsure.discard(shard)  # an earlier write of ours, or another owner: not ours in any case
+        except Temporary as exc:
+            self._unsure.add(shard)
+            log.warning("shard.unreleased", shard=shard, reason=exc.reason)
+        else:
+            self._unsure.discard(shard)
+            self._metrics.lease_changes.labels(reason="released").inc()
 
-        await asyncio.gather(*(release(shard) for shard in sorted(self.owned)))
+    async def leave(self) -> None:
+        """Gives the shards that are left and the membership back, after nothing is polled or sent any more."""
+        await asyncio.gather(*(self.release(shard) for shard in sorted(self.owned)))
         self._forget_all()
         try:
             await self._members.write(self.incarnation, None, self._revision)
@@ -257,7 +311,9 @@ class Leases:
 
     def _forget_all(self) -> None:
         self.owned.clear()
+        self.surplus.clear()
         self._claim_revisions.clear()
+        self._unsure.clear()
         self._deadline = 0.0
         self._paused = True
         self._metrics.shards_owned.set(0)

@@ -84,6 +84,8 @@ class Incoming(NamedTuple):
     stale_retry_s: tuple[float, ...]
     skew_ms: int
     notify: bool
+    tell_freed: Callable[[str], Awaitable[None]]
+    """Tells the other replicas that a bot was given back; one that misses it finds out by itself. Never raises."""
     grace_s: float
 
 
@@ -102,6 +104,10 @@ class Session:
         """Ends at the next poll boundary."""
         self.served: Binding | None = None
         """What was last served: an unbound bot's end is told to iLink with it, unless its token was dead."""
+        self.lingering = False
+        """The shard was handed over while a poll waits: what it brings is stored here, then the bot is given back."""
+        self.freed = asyncio.Event()
+        """The replica that had the bot says that it has given it back."""
         self.cut = asyncio.Event()
         """Ends a poll that waits, now."""
 

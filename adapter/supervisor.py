@@ -23,7 +23,11 @@ from adapter.timing import Clock, Latch
 log = structlog.get_logger()
 
 DOWNLOADS_S = 1.0
-"""For downloads that are nearly done when the last poll has ended; the others are left to the next owner."""
+"""For downloads that are nearly done when a shard is handed over; the others are left to the next owner."""
+HANDED_AT_ONCE = 16
+"""Shards handed over at once: their users wait for the requests that are out, the others need not."""
+SEND_GRACE_S = 20.0
+"""How long a hand-over waits for the requests that are out; longer than a send may take."""
 
 
 class ShardWork(Protocol):
@@ -32,6 +36,9 @@ class ShardWork(Protocol):
     def sender(self, shard: int) -> Shard: ...
 
     def downloads(self, shard: int) -> Downloads: ...
+
+    async def tell_freed(self, bot: str = "") -> None:
+        """Tells the other replicas that a bot, or without one a shard, was given back. Never raises."""
 
     def consume(self, shard: int, sender: Shard) -> list[Coroutine[Any, Any, None]]:
         """The pull loops that belong to a shard."""
@@ -73,6 +80,10 @@ class Supervisor:
         self._dirty: set[str] = set()
         self._owned: set[int] = set()
         self._changed = Latch()
+        self._leaving: dict[int, asyncio.Task[None]] = {}
+        """Shards that are being handed over."""
+        self._handing = asyncio.Semaphore(HANDED_AT_ONCE)
+        self._departures = 0
         self._draining = False
         self._was_valid = False
         bindings.listen(self._on_binding)
@@ -83,6 +94,18 @@ class Supervisor:
         """A user's message is on the bus (or, not `wrote`, their bot lives again): their lane may go on."""
         if shard := self._shards.get(shard_of(sandbox)):
             shard.heard(sandbox, bot, user, wrote=wrote)
+
+    def lingers(self, bot: str) -> bool:
+        """Whether a poll of a bot still waits here although its shard was handed over: what it brings is ours."""
+        session = self.sessions.get(bot)
+        return session is not None and session.lingering
+
+    def released(self, bot: str) -> None:
+        """Another replica has given a bot back, which may be polled here; or without a bot: a shard."""
+        if not bot:
+            self._leases.look()
+        if session := self.sessions.get(bot):
+            session.freed.set()
 
     def stale(self, bot: str) -> bool:
         session = self.sessions.get(bot)
@@ -129,7 +152,15 @@ class Supervisor:
         waits = [
             asyncio.ensure_future(self._changed.until(lambda: bool(self._dirty), 1.0)),
             asyncio.ensure_future(
-                self._leases.changed.until(lambda: self._leases.owned != owned or self._leases.valid != valid, 1.0)
+                self._leases.changed.until(
+                    lambda: (
+                        self._leases.owned != owned
+                        or self._leases.valid != valid
+                        or not self._leases.surplus <= self._leaving.keys()
+                        or self._leases.departures != self._departures
+                    ),
+                    1.0,
+                )
             ),
         ]
         try:
@@ -144,6 +175,12 @@ class Supervisor:
             for session in self.sessions.values():
                 session.cut.set()  # stop before anybody else may start; what was learned is kept
         self._was_valid = valid
+        if self._departures != self._leases.departures:
+            self._departures = self._leases.departures
+            for session in self.sessions.values():
+                session.freed.set()
+        for shard in self._leases.surplus - self._leaving.keys():
+            self._leaving[shard] = asyncio.get_running_loop().create_task(self._hand_over(shard))
         for shard in self._owned - owned:
             self._drop(shard)
         for shard in owned - self._owned:
@@ -155,7 +192,10 @@ class Supervisor:
 
     def _wanted(self, bot: str) -> bool:
         binding = self._bindings.get(bot)
-        return binding is not None and shard_of(binding.sandbox) in self._owned and not self._draining
+        if binding is None or self._draining:
+            return False
+        shard = shard_of(binding.sandbox)
+        return shard in self._owned and shard not in self._leaving
 
     def _follow(self, bot: str) -> None:
         session = self.sessions.get(bot)
@@ -167,8 +207,9 @@ class Supervisor:
         if binding is None:
             session.leave(now=True)
         elif not self._wanted(bot):
-            # moved: at the boundary, so that the poll's answer is not lost; shard lost: at once
-            session.leave(now=shard_of(binding.sandbox) in self._leases.owned or not self._leases.owned)
+            # moved or handed over: at the boundary, so that the poll's answer is not lost; shard lost: at once
+            moved = session.served is not None and session.served.sandbox != binding.sandbox
+            session.leave(now=not session.lingering and not moved)
 
     def _start(self, bot: str) -> None:
         session = self.sessions[bot] = Session(bot)
@@ -230,20 +271,46 @@ class Supervisor:
         if sender := self._shards.pop(shard, None):
             sender.stop()
 
+    async def _hand_over(self, shard: int) -> None:
+        """To a replica that should have the shard. Sends first, then the claim; polls end at their boundaries."""
+        async with self._handing:
+            try:
+                await self._give_away(shard, SEND_GRACE_S)
+            finally:
+                del self._leaving[shard]
+                self._dirty.update(b.bot for b in self._bindings if shard_of(b.sandbox) == shard)
+                self._changed.notify()
+
+    async def _give_away(self, shard: int, grace_s: float) -> None:
+        if load := self._loads.pop(shard, None):
+            load.cancel()
+        for task in self._consumers.pop(shard, []):
+            task.cancel()
+        if downloads := self._downloads.pop(shard, None):
+            await downloads.drain(DOWNLOADS_S)
+        if sender := self._shards.pop(shard, None):
+            await sender.drain(grace_s)
+        for bot, session in self.sessions.items():
+            binding = self._bindings.get(bot)
+            if binding is not None and shard_of(binding.sandbox) == shard:
+                session.lingering = True
+                session.leave(now=False)
+        await self._leases.release(shard)
+        await self._work.tell_freed()
+
     # leaving ----------------------------------------------------------------------------------------
 
     async def drain(self, seconds: float) -> None:
         """Ends everything in order: no new commands, sends in flight end, polls end at their boundary or are cut."""
         self._draining = True
-        for load in self._loads.values():
-            load.cancel()
-        for tasks in self._consumers.values():
-            for task in tasks:
-                task.cancel()
-        for session in self.sessions.values():
-            session.leave(now=False)
         deadline = self._clock.monotonic() + seconds
-        await asyncio.gather(*(shard.drain(max(1.0, seconds - 1.0)) for shard in self._shards.values()))
+        for task in self._leaving.values():
+            task.cancel()
+        for session in self.sessions.values():
+            session.lingering = True
+            session.leave(now=False)
+        grace_s = max(1.0, seconds - 1.0)
+        await asyncio.gather(*(self._give_away(shard, grace_s) for shard in sorted(self._leases.owned)))
         left = set(self._pollers.values())
         if left:
             _, left = await asyncio.wait(left, timeout=max(0.1, deadline - self._clock.monotonic()))
@@ -256,7 +323,6 @@ class Supervisor:
             task.cancel()
         if left:
             await asyncio.wait(left, timeout=1.0)
-        await asyncio.gather(*(downloads.drain(DOWNLOADS_S) for downloads in self._downloads.values()))
 
     # metrics ----------------------------------------------------------------------------------------
 

@@ -73,6 +73,16 @@ async def first_of(event: asyncio.Event, timeout_s: float | None) -> bool:
     return event.is_set()
 
 
+async def first_of_two(one: asyncio.Event, other: asyncio.Event, timeout_s: float) -> None:
+    """Waits until either is set or `timeout_s` seconds have passed."""
+    waits = [asyncio.ensure_future(event.wait()) for event in (one, other)]
+    try:
+        await asyncio.wait(waits, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for wait in waits:
+            wait.cancel()
+
+
 class Latch:
     """A state of the world that tasks wait for: any number of waiters, woken at every change."""
 

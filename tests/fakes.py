@@ -370,11 +370,18 @@ class FakeLeases(Leases):
         self.changed = Latch()
         self.incarnation = incarnation
         self.is_valid = True
+        self.is_alone = True
+        self.surplus = set()
+        self.departures = 0
         self.proven_dead: set[str] = set()
 
     @property
     def valid(self) -> bool:
         return self.is_valid
+
+    @property
+    def alone(self) -> bool:
+        return self.is_alone
 
     def check(self, shard: int) -> None:
         if shard not in self.owned or not self.valid:
@@ -798,6 +805,8 @@ class Bench:
         self.look: Callable[[Peer], None] = lambda peer: None
         """What watches the windows."""
         self.adopted: list[str] = []
+        self.freed: list[str] = []
+        """The bots that other replicas were told of."""
         self.stale: set[str] = set()
         self.lost_logins: list[str] = []
         self.regained_logins: list[str] = []
@@ -952,6 +961,9 @@ class Bench:
         return shard
 
     def incoming(self, **changes: Any) -> Incoming:
+        async def tell_freed(bot: str) -> None:
+            self.freed.append(bot)
+
         async def writable() -> None:
             await self.bus_up.wait()
 
@@ -985,6 +997,7 @@ class Bench:
             stale_retry_s=(5.0, 30.0, 300.0),
             skew_ms=0,
             notify=True,
+            tell_freed=tell_freed,
             grace_s=10.0,
         )
         return incoming._replace(**changes)

@@ -17,7 +17,7 @@ from adapter.cursors import acquire
 from adapter.errors import BusRefused, LeaseLost, Refused, SessionExpired, Temporary
 from adapter.inbound import poll_forever, tend
 from adapter.ports import Message, Polled
-from adapter.records import Cursor
+from adapter.records import Context, Cursor
 from adapter.sessions import Session
 from tests.fakes import EPOCH_MS, Bench, EndOfScript, settle
 
@@ -394,8 +394,36 @@ async def test_a_new_owner_waits_until_the_old_one_has_stopped() -> None:
     await asyncio.sleep(30)
     assert bench.chat.asked == []
     bench.cursors.put(KEY, msgspec.json.encode(Cursor(cursor="c")))
+    session.freed.set()
     await asyncio.sleep(1)
     assert bench.chat.asked == ["c"]
+    session.leave(now=True)
+    await task
+
+
+async def test_a_new_owner_that_is_not_told_finds_out() -> None:
+    bench = await ready()
+    bench.cursors.put(KEY, msgspec.json.encode(Cursor(cursor="b", owner="other-1")))
+    session, task = tended(bench)
+    await asyncio.sleep(30)
+    bench.cursors.put(KEY, msgspec.json.encode(Cursor(cursor="c")))
+    await asyncio.sleep(7)
+    assert bench.chat.asked == ["c"]
+    session.leave(now=True)
+    await task
+
+
+async def test_who_wrote_to_the_owner_before_may_be_answered_by_the_new_one() -> None:
+    """The lanes here looked at the user's window before the other replica stored the last words it waited for."""
+    bench = await ready()
+    peer = await bench.contexts.peer(BOT, USER)
+    bench.contexts_bucket.put(
+        contract.peer_key(BOT, USER), msgspec.json.encode(Context(token="t", inbound_ms=5, inbound_id="in:1"))
+    )
+    session, task = tended(bench)
+    await asyncio.sleep(1)
+    assert bench.heard == [("s1", BOT, USER)]
+    assert peer.context.token == "t"
     session.leave(now=True)
     await task
 
@@ -406,6 +434,7 @@ async def test_a_new_owner_takes_over_from_one_that_is_proven_dead() -> None:
     session, task = tended(bench)
     await asyncio.sleep(5)
     bench.leases.proven_dead.add("other-1")
+    session.freed.set()
     await asyncio.sleep(1)
     assert bench.chat.asked == ["b"]
     assert bench.cursor().owner == "me-1"
@@ -544,10 +573,24 @@ async def test_ilink_is_told_of_the_start_and_the_end_and_need_not_answer() -> N
     await asyncio.sleep(1)
     assert bench.chat.notified == [True]
     assert bench.chat.asked == [""]
+    session.lingering = True
     session.leave(now=True)
     await task
     assert bench.chat.notified == [True, False]
     assert bench.cursor().owner == ""
+
+
+async def test_ilink_is_not_told_of_an_end_where_another_replica_goes_on() -> None:
+    bench = await ready()
+    bench.leases.is_alone = False
+    session, task = tended(bench)
+    await asyncio.sleep(1)
+    session.lingering = True
+    session.leave(now=True)
+    await task
+    assert bench.chat.notified == [True]
+    assert bench.cursor().owner == ""
+    assert bench.freed == ["b1@im.bot"]
 
 
 async def test_leaving_at_a_boundary_lets_the_poll_deliver() -> None:

@@ -94,7 +94,20 @@ class Replica:
     def __init__(self, cluster: Cluster, name: str) -> None:
         self.members, self.claims = Line(cluster.members), Line(cluster.claims)
         self.leases = Leases(self.members, self.claims, FakeClock(), Metrics(), instance=name, lease_s=LEASE_S)
-        self.task = asyncio.get_running_loop().create_task(self.leases.run())
+        self.task = asyncio.get_running_loop().create_task(self._run())
+
+    async def _run(self) -> None:
+        """With a service that needs a moment to hand a shard over."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self.leases.run())
+            group.create_task(self._hand_over())
+
+    async def _hand_over(self) -> None:
+        while True:
+            await self.leases.changed.until(lambda: bool(self.leases.surplus), 1.0)
+            if self.leases.surplus:
+                await asyncio.sleep(0.3)
+                await asyncio.gather(*(self.leases.release(shard) for shard in sorted(self.leases.surplus)))
 
     @property
     def working(self) -> set[int]:
@@ -114,7 +127,7 @@ class Replica:
         await self.leases.drain()
         self.task.cancel()
         await asyncio.wait([self.task])
-        await self.leases.release_all()
+        await self.leases.leave()
 
 
 class Cluster:
@@ -163,6 +176,65 @@ async def test_replicas_that_start_together_share() -> None:
     await cluster.run(5)
     assert cluster.worked_for == SHARDS
     assert all(len(replica.working) > SHARDS / 6 for replica in replicas)
+    cluster.stop()
+
+
+async def test_a_replica_that_comes_later_gets_its_share_and_nobody_elses() -> None:
+    cluster = Cluster()
+    first, second = cluster.start(), cluster.start()
+    await cluster.run(5)
+    before = set(first.working), set(second.working)
+    third = cluster.start()
+    await cluster.run(12)
+    assert cluster.worked_for == SHARDS
+    assert len(third.working) > SHARDS / 6
+    assert first.working <= before[0]
+    assert second.working <= before[1]
+    cluster.stop()
+
+
+async def test_a_replica_that_flaps_moves_nothing() -> None:
+    cluster = Cluster()
+    first = cluster.start()
+    await cluster.run(5)
+    for _ in range(3):
+        flapping = cluster.start()
+        await cluster.run(LEASE_S / 2)
+        await flapping.kill()
+        await cluster.run(LEASE_S * 2)
+    assert first.working == set(range(SHARDS))
+    assert first.leases._metrics.value("lease_changes_total", reason="released") == 0
+    cluster.stop()
+
+
+async def test_a_release_that_lands_late_frees_nothing_that_was_claimed_again() -> None:
+    cluster = Cluster()
+    first = cluster.start()
+    await cluster.run(5)
+    first.claims.late_s = 3.0
+    await first.leases.release(7)
+    first.claims.late_s = 0.0
+    await cluster.run(10)
+    assert first.working == set(range(SHARDS))
+    second = cluster.start()
+    await cluster.run(12)
+    assert cluster.worked_for == SHARDS
+    assert second.working
+    cluster.stop()
+
+
+async def test_a_release_that_never_landed_is_made_up_for() -> None:
+    cluster = Cluster()
+    first, second = cluster.start(), cluster.start()
+    await cluster.run(5)
+    theirs = next(iter(second.working))
+    await second.leases.release(theirs)
+    await cluster.run(3)
+    first.cut()
+    await asyncio.gather(*(first.leases.release(shard) for shard in sorted(first.working)[:3]))
+    first.cut(down=False)
+    await cluster.run(12)
+    assert cluster.worked_for == SHARDS
     cluster.stop()
 
 

@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable, Mapping
 import structlog
 from nats import micro
 from nats.aio.client import Client
+from nats.aio.msg import Msg
 from nats.micro.request import Request
 from nats.micro.service import EndpointConfig
 
@@ -136,6 +137,17 @@ class BusTeller:
 
     async def tell(self, subject: str, payload: bytes, headers: dict[str, str]) -> None:
         await self._link.publish(subject, payload, headers=headers)
+
+    def hear(self, subject: str, on_message: Callable[[bytes], None]) -> None:
+        """Subscribes, on each connection anew; what is told while there is none is missed."""
+
+        async def receive(msg: Msg) -> None:
+            on_message(msg.data)
+
+        async def subscribe(nc: Client) -> None:
+            await nc.subscribe(subject, cb=receive)
+
+        self._link.on_up(subscribe)
 
     async def make_durable(self, sandbox: str) -> None:
         stream = self._names.stream_in
