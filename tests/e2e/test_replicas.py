@@ -82,3 +82,22 @@ async def test_a_replica_that_comes_later_gets_its_share_at_poll_boundaries(tmp_
         assert found.faults() == []
         assert "polls.cut" not in first.log.read_text() + second.log.read_text()
         await nc.close()
+
+
+async def test_a_cluster_that_loses_its_leader_and_a_replica_loses_nothing(tmp_path: Path) -> None:
+    async with world(tmp_path, clustered=True) as made:
+        for _ in range(2):
+            await made.add_adapter()
+        nc = await made.nc()
+        await with_bots(made, nc)
+        loading = asyncio.create_task(load(made, nc, rounds=15, pause_s=0.5, rng=random.Random(3)))
+        leader = await made.cluster.leader("WECHAT_IN")
+        leader.kill()
+        await made.adapters[0].kill()
+        await asyncio.sleep(5)
+        leader.start()
+        await made.adapters[0].start()
+        await loading
+        await made.settle(nc)
+        assert (await audit(made, nc)).faults() == []
+        await nc.close()

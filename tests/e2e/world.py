@@ -11,10 +11,9 @@ import contextlib
 import os
 import random
 import signal
-import socket
 import sys
 from collections import Counter, defaultdict
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -25,36 +24,12 @@ from nats.aio.client import Client
 from adapter.contract import FINAL_OUTCOMES, Bind, ControlAnswer, Inbound, Names, Receipt
 from adapter.embedded import EmbeddedNats
 from adapter.simulator import BotRecord, Simulator, SimulatorSettings
+from tests.e2e.cluster import NatsCluster
+from tests.e2e.waiting import eventually as eventually  # noqa: PLC0414
+from tests.e2e.waiting import free_port as free_port  # noqa: PLC0414
+from tests.e2e.waiting import until as until  # noqa: PLC0414
 
 NAMES = Names()
-
-
-def free_port() -> int:
-    """A port that nobody uses now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-async def until(holds: Callable[[], bool], what: str, *, patience_s: float = 120.0) -> None:
-    """Waits for a condition; the patience only ends a test that hangs."""
-    try:
-        async with asyncio.timeout(patience_s):
-            while not holds():
-                await asyncio.sleep(0.02)
-    except TimeoutError:
-        raise AssertionError(f"never came true: {what}") from None
-
-
-async def eventually(holds: Callable[[], Awaitable[bool]], what: str, *, patience_s: float = 60.0) -> None:
-    """Waits for a condition that has to be asked for; the patience only ends a test that hangs."""
-    try:
-        async with asyncio.timeout(patience_s):
-            while not await holds():
-                await asyncio.sleep(0.02)
-    except TimeoutError:
-        raise AssertionError(f"never came true: {what}") from None
 
 
 class AdapterProcess:
@@ -93,10 +68,12 @@ class AdapterProcess:
 class World:
     """Everything that runs. Made by `world`."""
 
-    def __init__(self, folder: Path, sim: Simulator, server: EmbeddedNats, environ: dict[str, str]) -> None:
+    def __init__(self, folder: Path, sim: Simulator, url: str, environ: dict[str, str]) -> None:
         self.folder = folder
         self.sim = sim
-        self.server = server
+        self.url = url
+        self.servers: EmbeddedNats | None = None
+        self.nodes: NatsCluster | None = None
         self.adapters: list[AdapterProcess] = []
         self.bots: dict[str, BotRecord] = {}
         """By sandbox."""
@@ -106,6 +83,18 @@ class World:
         """The ids of each sandbox's commands, in order; the text is made of the id."""
         self._environ = environ
 
+    @property
+    def server(self) -> EmbeddedNats:
+        """The one nats-server, where there is one."""
+        assert self.servers is not None
+        return self.servers
+
+    @property
+    def cluster(self) -> NatsCluster:
+        """The three nats-servers, where there are three."""
+        assert self.nodes is not None
+        return self.nodes
+
     async def nc(self) -> Client:
         """A connection that survives restarts of the server."""
 
@@ -113,7 +102,11 @@ class World:
             return None
 
         return await nats.connect(
-            self.server.url, max_reconnect_attempts=-1, reconnect_time_wait=0.1, error_cb=quiet, pending_size=1 << 24
+            self.url.split(","),
+            max_reconnect_attempts=-1,
+            reconnect_time_wait=0.1,
+            error_cb=quiet,
+            pending_size=1 << 24,
         )
 
     async def add_adapter(self, **environ: str) -> AdapterProcess:
@@ -199,17 +192,23 @@ class World:
 
 
 @contextlib.asynccontextmanager
-async def world(folder: Path, *, environ: dict[str, str] | None = None, **settings: Any) -> AsyncIterator[World]:
-    """A server, a simulator (with `settings`), no adapter yet."""
+async def world(
+    folder: Path, *, environ: dict[str, str] | None = None, clustered: bool = False, **settings: Any
+) -> AsyncIterator[World]:
+    """A server or a cluster of three, a simulator (with `settings`), no adapter yet."""
     fast = {"hold_ms": 500, "hint_ms": 5000, "send_latency_ms": 0} | settings
-    async with (
-        Simulator(msgspec.convert(fast, SimulatorSettings)) as sim,
-        EmbeddedNats(folder / "nats", free_port()) as server,
-    ):
+    async with contextlib.AsyncExitStack() as stack:
+        sim = await stack.enter_async_context(Simulator(msgspec.convert(fast, SimulatorSettings)))
+        server: EmbeddedNats | NatsCluster
+        if clustered:
+            server = await stack.enter_async_context(NatsCluster(folder / "nats"))
+        else:
+            server = await stack.enter_async_context(EmbeddedNats(folder / "nats", free_port()))
         settings_of_adapter = {
             "NATS_URL": server.url,
+            "WECHAT_NATS_REPLICAS": "3" if clustered else "1",
             "WECHAT_NATS_ILINK_BASE_URL": sim.url,
-            "WECHAT_NATS_CDN_BASE_URL": f"{sim.url}/c2c",
+            "WECHAT_NATS_CDN_BASE_URL": sim.cdn_url,
             "WECHAT_NATS_ALLOWED_HOSTS": "127.0.0.1",
             "WECHAT_NATS_SEND_GAP_MS": "0",
             "WECHAT_NATS_HTTP_ADDR": "127.0.0.1:0",
@@ -217,7 +216,11 @@ async def world(folder: Path, *, environ: dict[str, str] | None = None, **settin
             "WECHAT_NATS_STALE_RETRY_S": "0.2,0.4,0.6",
             "WECHAT_NATS_DRAIN_S": "20",
         }
-        made = World(folder, sim, server, settings_of_adapter | (environ or {}))
+        made = World(folder, sim, server.url, settings_of_adapter | (environ or {}))
+        if isinstance(server, NatsCluster):
+            made.nodes = server
+        else:
+            made.servers = server
         try:
             yield made
         finally:

@@ -1,0 +1,136 @@
+"""Three nats-servers that form a JetStream cluster, each to be killed, frozen and started again."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import subprocess
+from pathlib import Path
+from types import TracebackType
+
+import msgspec
+import nats
+from nats.errors import Error as NatsError
+
+from adapter.embedded import find_server
+from tests.e2e.waiting import eventually, free_port
+
+
+class Node:
+    """One server of the cluster."""
+
+    def __init__(self, folder: Path, number: int, ports: list[int], routes: list[int]) -> None:
+        self.name = f"n{number}"
+        self.folder = folder / self.name
+        self.url = f"nats://127.0.0.1:{ports[number]}"
+        self.process: subprocess.Popen[bytes] | None = None
+        self.folder.mkdir(parents=True, exist_ok=True)
+        listed = ", ".join(f'"nats://127.0.0.1:{port}"' for port in routes)
+        self.config = self.folder / "nats-server.conf"
+        self.config.write_text(
+            f"""
+server_name: {self.name}
+listen: "127.0.0.1:{ports[number]}"
+jetstream {{ store_dir: "{self.folder}", sync_interval: always }}
+cluster {{ name: c, listen: "127.0.0.1:{routes[number]}", routes: [{listed}], pool_size: 1 }}
+"""
+        )
+
+    def start(self) -> None:
+        with (self.folder / "log").open("ab") as log:
+            self.process = subprocess.Popen(
+                [str(find_server()), "-c", str(self.config)], stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            )
+
+    def send(self, number: int) -> None:
+        assert self.process is not None
+        self.process.send_signal(number)
+
+    def kill(self) -> None:
+        """Ends it as a crash would."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+
+    async def leave(self) -> None:
+        """Ends it as an operator does: lame duck first, so that clients move."""
+        assert self.process is not None
+        process = self.process
+        self.send(signal.SIGTERM)
+        while process.poll() is None:
+            await asyncio.sleep(0.05)
+
+    @property
+    def running(self) -> bool:
+        return self.process is not None and self.process.poll() is None
+
+
+class NatsCluster:
+    """`async with NatsCluster(folder) as cluster: cluster.url`."""
+
+    def __init__(self, folder: Path, size: int = 3) -> None:
+        ports, routes = [free_port() for _ in range(size)], [free_port() for _ in range(size)]
+        self.nodes = [Node(folder, number, ports, routes) for number in range(size)]
+
+    @property
+    def url(self) -> str:
+        """All addresses, separated by commas."""
+        return ",".join(node.url for node in self.nodes)
+
+    async def __aenter__(self) -> NatsCluster:
+        for node in self.nodes:
+            node.start()
+        try:
+            await self.healthy()
+        except BaseException:
+            self.kill()
+            raise
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.kill()
+
+    def kill(self) -> None:
+        for node in self.nodes:
+            if node.process is not None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(node.process.pid, signal.SIGCONT)
+            node.kill()
+
+    async def healthy(self) -> None:
+        """Returns once JetStream has a leader that sees every server."""
+        await eventually(self._is_healthy, "JetStream is there")
+
+    async def _is_healthy(self) -> bool:
+        async def unheard(_: Exception) -> None:
+            return None
+
+        with contextlib.suppress(NatsError, OSError, TimeoutError, KeyError):
+            for node in self.nodes:
+                nc = await nats.connect(node.url, allow_reconnect=False, connect_timeout=1, error_cb=unheard)
+                try:
+                    reply = await nc.request("$JS.API.INFO", timeout=1)
+                    if "error" in msgspec.json.decode(reply.data):
+                        return False
+                finally:
+                    await nc.close()
+            return True
+        return False
+
+    async def leader(self, stream: str) -> Node:
+        """The node that leads a stream."""
+        while True:
+            with contextlib.suppress(NatsError, OSError, TimeoutError, KeyError):
+                url = next(node.url for node in self.nodes if node.running)
+                nc = await nats.connect(url, allow_reconnect=False, connect_timeout=1)
+                try:
+                    reply = await nc.request(f"$JS.API.STREAM.INFO.{stream}", timeout=2)
+                    name = msgspec.json.decode(reply.data)["cluster"]["leader"]
+                    return next(node for node in self.nodes if node.name == name)
+                finally:
+                    await nc.close()
+            await asyncio.sleep(0.1)
