@@ -1,7 +1,8 @@
 """Pulling from a durable consumer that has one owner at a time.
 
 At each start and after each connect the consumer is reset: everything unacknowledged comes again, at once and
-in stream order, so nothing that was lost on its way can overtake or hide.
+in stream order, so nothing that was lost on its way can overtake or hide. In a cluster a delivery can get lost
+without a break, when the consumer's leader goes: the numbers of deliveries and heartbeats tell, and it is reset, too.
 """
 
 from __future__ import annotations
@@ -21,13 +22,24 @@ from adapter.jetstream.link import Link
 log = structlog.get_logger()
 
 EXPIRES_S = 30.0
-HEARTBEAT_S = 10.0
+HEARTBEAT_S = 5.0
 
 
 class Delivery:
     """One message of a consumer. Give it back with `ack`."""
 
-    __slots__ = ("_consumer", "_reply", "data", "headers", "redelivered", "seq", "subject", "suspect", "time_ms")
+    __slots__ = (
+        "_consumer",
+        "_reply",
+        "data",
+        "headers",
+        "number",
+        "redelivered",
+        "seq",
+        "subject",
+        "suspect",
+        "time_ms",
+    )
 
     def __init__(self, consumer: Consumer, msg: Msg, suspect_to: int) -> None:
         tokens = msg.reply.split(".")
@@ -39,6 +51,8 @@ class Delivery:
         self.headers: dict[str, str] = msg.headers or {}
         self.redelivered = int(tokens[base + 2]) > 1
         self.seq = int(tokens[base + 3])
+        self.number = int(tokens[base + 4])
+        """Of the consumer's deliveries since its last reset."""
         self.time_ms = int(tokens[base + 5]) // 1_000_000
         self.suspect = self.seq <= suspect_to
         """It was delivered before, so that its outcome may be on the bus already."""
@@ -62,6 +76,8 @@ class Consumer:
         self._room = room
         self._in_hand = 0
         self._requested = 0
+        self._number = 0
+        """Of the last delivery."""
         self._suspect_to = 0
         """What is up to here may have been delivered before. The server forgets it at a reset."""
         self._wake = asyncio.Event()
@@ -84,7 +100,8 @@ class Consumer:
                 nc = self.link.client()
                 info = await self.info()
                 self._suspect_to = max(self._suspect_to, int(info["delivered"]["stream_seq"]))
-                await self.link.api(f"CONSUMER.RESET.{self._stream}.{self.name}")
+                info = await self.link.api(f"CONSUMER.RESET.{self._stream}.{self.name}")
+                self._number = int(info.get("delivered", {}).get("consumer_seq", 0))
                 self._in_hand = self._requested = 0
                 on_reset()
                 await self._pull(nc, epoch, on_delivery)
@@ -100,10 +117,17 @@ class Consumer:
             nonlocal heard, broken
             heard = asyncio.get_running_loop().time()
             status = msg.headers.get("Status") if msg.headers else None
+            if broken:  # what comes now would overtake what got lost
+                return
             if status is None:
+                delivery = Delivery(self, msg, self._suspect_to)
+                if delivery.number != self._number + 1:
+                    broken = "a delivery got lost"
+                    self._wake.set()
+                    return
+                self._number = delivery.number
                 self._requested = max(0, self._requested - 1)
                 self._in_hand += 1
-                delivery = Delivery(self, msg, self._suspect_to)
                 self._suspect_to = max(self._suspect_to, delivery.seq)  # a server that is killed may forget it
                 on_delivery(delivery)
             elif status in ("408", "409"):
@@ -112,7 +136,12 @@ class Consumer:
                 if status == "409" and "Batch Completed" not in msg.headers.get("Description", ""):
                     broken = msg.headers.get("Description", "409")
                 self._wake.set()
-            elif status != "100":
+            elif status == "100":
+                assert msg.headers
+                if int(msg.headers.get("Nats-Last-Consumer", "0")) > self._number:
+                    broken = "a delivery got lost"
+                    self._wake.set()
+            else:
                 broken = status
                 self._wake.set()
 
@@ -120,7 +149,7 @@ class Consumer:
             while self.link.epoch == epoch and self.link.nc is nc:
                 if broken:
                     raise Temporary("consumer_broken", broken)
-                if asyncio.get_running_loop().time() - heard > 2.5 * HEARTBEAT_S:
+                if asyncio.get_running_loop().time() - heard > 3 * HEARTBEAT_S:
                     raise Temporary("consumer_silent")
                 self._wake.clear()
                 missing = self._room - self._in_hand - self._requested

@@ -497,6 +497,31 @@ async def test_a_kill_of_the_server_brings_what_is_unsettled_again_in_order(rig:
     await reader.have(6)
 
 
+@pytest.mark.parametrize("more", [True, False], ids=["seen at the next delivery", "seen at a heartbeat"])
+async def test_a_delivery_that_got_lost_on_its_way_comes_again_before_what_is_after_it(rig: Rig, more: bool) -> None:
+    """As when the consumer's leader dies with it: here somebody else gets it."""
+    await control(rig, "0")
+    reader = Reader(rig, room=1)
+    await reader.have(1)
+    stolen = rig.link.client().new_inbox()
+    thief = await rig.link.client().subscribe(stolen)
+    await rig.publisher.publish(Message("ctl", NAMES.bind, b"1", {}))
+    await rig.link.publish(
+        f"$JS.API.CONSUMER.MSG.NEXT.{NAMES.stream_ctl}.{topology.CONTROL}", b'{"batch":1}', reply=stolen
+    )
+    assert (await thief.next_msg(timeout=30)).data == b"1"
+    if more:
+        await rig.publisher.publish(Message("ctl", NAMES.bind, b"2", {}))
+    await reader.got[0].ack()
+    await reader.have(2)
+    await reader.got[1].ack()
+    assert reader.texts == ["0", "1"]
+    assert reader.resets == 2
+    if more:
+        await reader.have(3)
+        assert reader.texts == ["0", "1", "2"]
+
+
 # the streams ---------------------------------------------------------------------------------------------
 
 
