@@ -120,8 +120,8 @@ class Adapter:
             transfers=settings.media_transfers,
         )
         self.uploads = Uploads(self.cdn, self.objects, clock, max_bytes=settings.media_max_bytes)
-        self.bindings = Bindings(KvBucket(self.link, self.bus, names.bindings))
-        self.context_bucket = KvBucket(self.link, self.bus, names.context)
+        self.bindings = Bindings(self._bucket(names.bindings))
+        self.context_bucket = self._bucket(names.context)
         self.leases = Leases(
             LeaseRegister(self.lease_link, names.members, ttl_s=max(60, int(settings.lease_s * 15))),
             LeaseRegister(self.lease_link, names.claims),
@@ -199,6 +199,9 @@ class Adapter:
         if self.link.epoch:
             self.metrics.nats_reconnects.inc()
 
+    def _bucket(self, name: str) -> KvBucket:
+        return KvBucket(self.link, self.bus, name, replicated=self.settings.replicas > 1)
+
     async def tell_freed(self, bot: str = "") -> None:
         """To every replica, at most once."""
         try:
@@ -219,7 +222,7 @@ class Adapter:
             read_message=read_message,
             bus=self.bus,
             history=self.history,
-            cursors=KvBucket(self.link, self.bus, self.names.cursors),
+            cursors=self._bucket(self.names.cursors),
             contexts=self.contexts,
             bindings=self.bindings,
             leases=self.leases,

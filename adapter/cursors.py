@@ -100,21 +100,35 @@ async def write_cursor(bot: str, record: Cursor, revision: int, needs: Incoming)
 
 
 async def give_back(session: Session, needs: Incoming) -> None:
-    """Takes this replica's name out of the cursor, so that the next owner need not wait for a lease to run out."""
+    """Takes this replica's name out of the cursor, so that the next owner need not wait for a lease to run out.
+
+    As long as this replica lives nobody else may take it: it tries until it is done.
+    """
     session.state = "draining"
     needs.contexts.forget(session.bot)
+    failures = 0
+    while True:
+        try:
+            freed = await _give_back_once(session, needs)
+            break
+        except (Temporary, Conflict) as exc:  # the bus is away, or a follower knew less than the leader
+            failures += 1
+            log.warning("cursor.unreleased", bot=session.bot, reason=exc.reason, failures=failures)
+            await needs.clock.sleep(backoff(failures, first_s=0.1, longest_s=2.0))
+    if freed:
+        await needs.tell_freed(session.bot)
+    if needs.bindings.get(session.bot) is None or (session.lingering and needs.leases.alone):
+        await notify(session, needs, start=False)  # else the next owner has told iLink already that it polls
+
+
+async def _give_back_once(session: Session, needs: Incoming) -> bool:
+    """Whether it was ours to give back. Raises Temporary, Conflict."""
     key = contract.token_of(session.bot)
-    try:
-        entry = await needs.cursors.get(key)
-        if entry is None or entry.value is None:
-            return
-        record = msgspec.json.decode(entry.value, type=Cursor)
-        if record.owner == needs.leases.incarnation and needs.leases.incarnation:
-            await needs.cursors.update(
-                key, msgspec.json.encode(msgspec.structs.replace(record, owner="")), entry.revision
-            )
-            await needs.tell_freed(session.bot)
-        if needs.bindings.get(session.bot) is None or (session.lingering and needs.leases.alone):
-            await notify(session, needs, start=False)  # else the next owner has told iLink already that it polls
-    except (Temporary, Conflict) as exc:
-        log.warning("cursor.unreleased", bot=session.bot, reason=exc.reason)
+    entry = await needs.cursors.get(key)
+    if entry is None or entry.value is None:
+        return False
+    record = msgspec.json.decode(entry.value, type=Cursor)
+    if not record.owner or record.owner != needs.leases.incarnation:
+        return False
+    await needs.cursors.update(key, msgspec.json.encode(msgspec.structs.replace(record, owner="")), entry.revision)
+    return True

@@ -186,10 +186,15 @@ async def direct_get(link: Link, stream: str, body: dict[str, Any]) -> AsyncGene
 
 
 class KvBucket:
-    """Implements ports.Bucket for one bucket. Keys are made by `contract.token_of` and `contract.peer_key`."""
+    """Implements ports.Bucket for one bucket. Keys are made by `contract.token_of` and `contract.peer_key`.
 
-    def __init__(self, link: Link, publisher: Publisher, name: str) -> None:
+    `replicated`: it lies on several servers, any of which answers a direct get, also one that lags; what decides
+    who may do something is asked of the leader then.
+    """
+
+    def __init__(self, link: Link, publisher: Publisher, name: str, *, replicated: bool = False) -> None:
         self.name = name
+        self._replicated = replicated
         self.news = news_subject(name)
         self.stream = f"KV_{name}"
         self.link = link
@@ -199,6 +204,8 @@ class KvBucket:
         return f"$KV.{self.name}.{key}"
 
     async def get(self, key: str) -> Entry | None:
+        if self._replicated:
+            return await leader_get(self.link, self.stream, self.subject(key))
         stored = await last_of(self.link, self.stream, self.subject(key))
         return None if stored is None else _entry(self.name, stored)
 
