@@ -283,6 +283,7 @@ class Leases:
             return
         self.owned.discard(shard)
         self.surplus.discard(shard)
+        self._unsure.add(shard)  # before the write leaves: until it has an answer the claim may still name us
         revision = self._claim_revisions.pop(shard)
         self._metrics.shards_owned.set(len(self.owned))
         self.changed.notify()
@@ -294,7 +295,6 @@ class Leases:
         except Conflict:
             self._unsure.discard(shard)  # an earlier write of ours, or another owner: not ours in any case
         except Temporary as exc:
-            self._unsure.add(shard)
             log.warning("shard.unreleased", shard=shard, reason=exc.reason)
         else:
             self._unsure.discard(shard)
