@@ -168,7 +168,7 @@ class Adapter:
             metrics=metrics,
             capacity=settings.capacity,
         )
-        self.book = LoginBook(KvBucket(self.link, self.bus, names.logins), self.sealer, clock, metrics)
+        self.book = LoginBook(self._bucket(names.logins), self.sealer, clock, metrics)
         self.scanner = Scanner(self._scanning())
         login = LoginService(self.chat, self.book, self.bindings, self.sealer, metrics, login_s=settings.login_s)
         queries = Queries(self.bindings, self.context_bucket, self.history, names, self.rules, clock, metrics)
@@ -304,7 +304,7 @@ class Adapter:
                 chat=self.chat,
                 contexts=self.contexts,
                 bindings=self.bindings,
-                bucket=KvBucket(self.link, self.bus, self.names.typing),
+                bucket=self._bucket(self.names.typing),
                 clock=self.clock,
                 account=lambda binding: account_of(binding, self.sealer),
                 stale=self._stale,
