@@ -85,7 +85,7 @@ async def test_a_replica_that_comes_later_gets_its_share_at_poll_boundaries(tmp_
 
 
 async def test_a_cluster_that_loses_its_leader_and_a_replica_loses_nothing(tmp_path: Path) -> None:
-    async with world(tmp_path, clustered=True) as made:
+    async with world(tmp_path, clustered=True, cursor_mode="cursor_replay") as made:
         for _ in range(2):
             await made.add_adapter()
         nc = await made.nc()
