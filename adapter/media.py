@@ -31,6 +31,8 @@ SILK_MAX_FRAMES = 10 * 60 * 1000 // SILK_FRAME_MS
 """Ten minutes; WeChat records one. Tiny frames must not become gigabytes."""
 
 OCTETS = "application/octet-stream"
+_USUAL = {"audio/x-wav": "audio/wav"}
+"""The names that browsers and other programs know, where filetype says an older one."""
 _OFFICE = "application/vnd.openxmlformats-officedocument"
 _BY_NAME = {
     "text/plain": {
@@ -140,7 +142,7 @@ def _by_content(head: bytes) -> tuple[str, str]:
     if is_silk(head):
         return "audio/silk", ".silk"
     if found := filetype.guess(head):
-        return str(found.mime), f".{found.extension}"
+        return _USUAL.get(found.mime, str(found.mime)), f".{found.extension}"
     if _is_text(head):
         return "text/plain", ".txt"
     return OCTETS, ""

@@ -35,7 +35,7 @@ RIFF = samples.wav(2.0)
             id="docx",
         ),
         pytest.param(samples.archive(), "a.png", Kind("application/zip", None, None, ".zip"), id="zip_named_png"),
-        pytest.param(RIFF, "", Kind("audio/x-wav", None, None, ".wav"), id="wav"),
+        pytest.param(RIFF, "", Kind("audio/wav", None, None, ".wav"), id="wav"),
         pytest.param(SILK, "", Kind("audio/silk", None, None, ".silk"), id="silk"),
         pytest.param(SILK[1:], "a.mp3", Kind("audio/silk", None, None, ".silk"), id="silk_without_the_byte"),
         pytest.param(b"\x02#!SILK", "", Kind("application/octet-stream", None, None, ""), id="no_silk"),
@@ -81,7 +81,7 @@ def test_silk_becomes_wav_of_the_same_length() -> None:
         sound = recording.readframes(24_000)
     assert len(set(sound)) > 50, "it is not silence"
     assert wav_duration_ms(made) == silk_duration_ms(SILK) == 1000
-    assert identify(made).mime == "audio/x-wav"
+    assert identify(made).mime == "audio/wav"
 
 
 def test_silk_without_wechats_byte_and_with_the_usual_end_is_read_too() -> None:
