@@ -81,6 +81,10 @@ class Hand(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The window (its inbound message) in which the request for this part counts."""
     message_ids: list[str] = []
     unconfirmed: bool = False
+    ret: int | None = None
+    errcode: int | None = None
+    errmsg: str = ""
+    """As iLink last answered; of the first answer without an id, if there was one."""
     throttled_in: str = ""
     """The window (its inbound message) in which iLink last refused it with -2."""
     tail: str | None = None

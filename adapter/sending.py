@@ -127,7 +127,8 @@ async def send(command: Command, peer: Peer, account: Account, sender: Sender) -
         if not isinstance(step, Hand):
             return step
         hand = step
-    return _ending("accepted_unconfirmed" if hand.unconfirmed else "accepted", hand)
+    ending = _ending("accepted_unconfirmed" if hand.unconfirmed else "accepted", hand)
+    return ending._replace(ret=hand.ret, errcode=hand.errcode, errmsg=hand.errmsg)
 
 
 def _closed(command: Command, hand: Hand, peer: Peer, sender: Sender) -> Wait | None:
@@ -245,6 +246,8 @@ def _words(content: str | Uploaded) -> tuple[str, str]:
 def _accepted(hand: Hand, peer: Peer, answer: Accepted, sender: Sender) -> Hand:
     ids = [*hand.message_ids, answer.message_id] if answer.message_id else hand.message_ids
     confirmed = bool(answer.message_id) or sender.empty_is_success
+    if not hand.unconfirmed:
+        hand = msgspec.structs.replace(hand, ret=answer.ret, errcode=answer.errcode, errmsg=answer.errmsg)
     hand = msgspec.structs.replace(
         hand, part=hand.part + 1, tried=0, tail=None, message_ids=ids, unconfirmed=hand.unconfirmed or not confirmed
     )

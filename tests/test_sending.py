@@ -52,27 +52,29 @@ async def sent(
 async def test_an_answer_with_an_id_is_accepted() -> None:
     bench, peer = await ready()
     bench.chat.sends.append(Accepted("7497484083968569736", 0, None, ""))
-    assert await sent(bench, peer) == Ending("accepted", message_ids=("7497484083968569736",), attempts=1)
+    assert await sent(bench, peer) == Ending("accepted", message_ids=("7497484083968569736",), attempts=1, ret=0)
     assert (bench.chat.texts, bench.chat.sent[0].context_token) == (["hi"], "AARz")
 
 
 async def test_an_answer_without_an_id_is_unconfirmed_and_never_resent() -> None:
     bench, peer = await ready()
     bench.chat.sends.append(NO_ID)
-    assert await sent(bench, peer) == Ending("accepted_unconfirmed", attempts=1)
+    assert await sent(bench, peer) == Ending("accepted_unconfirmed", attempts=1, ret=0)
     assert len(bench.chat.sent) == 1
 
 
 async def test_an_answer_without_an_id_counts_for_servers_older_than_ids() -> None:
     bench, peer = await ready()
     bench.chat.sends.append(NO_ID)
-    assert (await sent(bench, peer, sender=bench.sender(empty_is_success=True))) == Ending("accepted", attempts=1)
+    assert (await sent(bench, peer, sender=bench.sender(empty_is_success=True))) == Ending(
+        "accepted", attempts=1, ret=0
+    )
 
 
 async def test_parts_go_one_after_another_under_ids_of_their_own() -> None:
     bench, peer = await ready()
     three = command(bench, "one", "two", "three")
-    assert await sent(bench, peer, three) == Ending("accepted", message_ids=("m1", "m2", "m3"), attempts=3)
+    assert await sent(bench, peer, three) == Ending("accepted", message_ids=("m1", "m2", "m3"), attempts=3, ret=0)
     assert bench.chat.texts == ["one", "two", "three"]
     assert [request.client_id for request in bench.chat.sent] == [client_id(three, part) for part in range(3)]
 
@@ -81,7 +83,7 @@ async def test_one_part_without_an_id_makes_the_command_unconfirmed() -> None:
     bench, peer = await ready()
     bench.chat.sends.extend([Accepted("1", 0, None, ""), NO_ID, Accepted("3", 0, None, "")])
     ending = await sent(bench, peer, command(bench, "one", "two", "three"))
-    assert ending == Ending("accepted_unconfirmed", message_ids=("1", "3"), attempts=3)
+    assert ending == Ending("accepted_unconfirmed", message_ids=("1", "3"), attempts=3, ret=0)
 
 
 async def test_a_refusal_is_final_and_carries_what_ilink_said() -> None:
@@ -104,7 +106,7 @@ async def test_a_refused_part_tells_of_the_parts_before() -> None:
 async def test_a_request_without_an_answer_is_repeated_once_with_the_same_client_id() -> None:
     bench, peer = await ready()
     bench.chat.sends.extend([TIMEOUT, Accepted("1", 0, None, "")])
-    assert await sent(bench, peer) == Ending("accepted", message_ids=("1",), attempts=2)
+    assert await sent(bench, peer) == Ending("accepted", message_ids=("1",), attempts=2, ret=0)
     first, again = bench.chat.sent
     assert first.client_id == again.client_id
 
@@ -129,7 +131,7 @@ async def test_a_repeat_that_takes_nothing_leaves_the_first_one_counted() -> Non
     """The first may have been taken, so the budget must not get it back."""
     bench, peer = await ready()
     bench.chat.sends.extend([TIMEOUT, Temporary("http_5xx"), Accepted("1", 0, None, "")])
-    assert await sent(bench, peer) == Ending("accepted", message_ids=("1",), attempts=3)
+    assert await sent(bench, peer) == Ending("accepted", message_ids=("1",), attempts=3, ret=0)
     assert peer.context.used == 1
     assert len({request.client_id for request in bench.chat.sent}) == 1
 
@@ -140,7 +142,7 @@ async def test_a_repeat_that_takes_nothing_leaves_the_first_one_counted() -> Non
 async def test_what_took_nothing_is_tried_again_with_backoff() -> None:
     bench, peer = await ready()
     bench.chat.sends.extend([Temporary("http_5xx"), Temporary("http_5xx")])
-    assert await sent(bench, peer) == Ending("accepted", message_ids=("m3",), attempts=3)
+    assert await sent(bench, peer) == Ending("accepted", message_ids=("m3",), attempts=3, ret=0)
     at = [request.at_s - bench.chat.sent[0].at_s for request in bench.chat.sent]
     assert at == [0, 1, 3]
     assert peer.context.used == 1
@@ -390,7 +392,7 @@ def picture(bench: Bench, *, ident: str = "c1", caption: str = "", **fields: Any
 async def test_media_are_brought_first_and_then_named_in_a_message() -> None:
     bench, peer = await ready()
     look = picture(bench, caption="look")
-    assert await sent(bench, peer, look) == Ending("accepted", message_ids=("m1", "m2"), attempts=2)
+    assert await sent(bench, peer, look) == Ending("accepted", message_ids=("m1", "m2"), attempts=2, ret=0)
     caption, image = bench.chat.sent
     assert (caption.text, image.text) == ("look", "")
     assert image.media == Uploaded("image", "image.png", len(PNG), len(PNG) // 16 * 16 + 16, "ref1", b"k" * 16)
@@ -483,7 +485,7 @@ async def test_a_cdn_that_cannot_be_reached_is_waited_for() -> None:
     bench, peer = await ready()
     bench.cdn.script.extend([Temporary("network")] * 20)
     ending = await sent(bench, peer, picture(bench))
-    assert ending == Ending("accepted", message_ids=("m1",), attempts=1)
+    assert ending == Ending("accepted", message_ids=("m1",), attempts=1, ret=0)
     assert bench.cdn.asked == 21
 
 
@@ -516,7 +518,7 @@ async def test_a_bus_that_is_away_leaves_the_command_in_hand() -> None:
 async def test_a_media_message_without_an_answer_is_repeated_as_it_was() -> None:
     bench, peer = await ready()
     bench.chat.sends.extend([TIMEOUT, Accepted("1", 0, None, "")])
-    assert await sent(bench, peer, picture(bench)) == Ending("accepted", message_ids=("1",), attempts=2)
+    assert await sent(bench, peer, picture(bench)) == Ending("accepted", message_ids=("1",), attempts=2, ret=0)
     first, again = bench.chat.sent
     assert (first.client_id, first.media) == (again.client_id, again.media)
     assert bench.cdn.asked == 1
@@ -528,7 +530,7 @@ async def test_after_a_crash_media_are_brought_anew_under_the_same_client_id() -
     bench.hears(used=2, hand=in_hand(look, part=1, attempts=2, message_ids=["1"]))
     heir = Bench(bench)
     ending = await sent(heir, await heir.contexts.peer(BOT, USER), look)
-    assert ending == Ending("accepted", message_ids=("1", "m1"), attempts=3)
+    assert ending == Ending("accepted", message_ids=("1", "m1"), attempts=3, ret=0)
     assert (bench.cdn.asked, bench.chat.sent[0].client_id) == (1, client_id(look, 1))
 
 
@@ -561,7 +563,7 @@ def merged(bench: Bench, *words: str, **fields: Any) -> Command:
 async def test_merged_texts_are_one_request_and_one_send() -> None:
     bench, peer = await ready()
     assert await sent(bench, peer, merged(bench, "a", "b", "c")) == Ending(
-        "accepted", message_ids=("m1",), attempts=1
+        "accepted", message_ids=("m1",), attempts=1, ret=0
     )
     assert bench.chat.texts == ["a\n\nb\n\nc"]
     assert peer.context.used == 1
@@ -680,7 +682,7 @@ async def test_after_a_crash_the_next_owner_resumes_at_the_part() -> None:
     ending = await sent(bench, peer, three)
     assert bench.chat.texts == ["two", "three"]
     assert bench.chat.sent[0].client_id == client_id(three, 1)
-    assert ending == Ending("accepted", message_ids=("1", "m1", "m2"), attempts=4)
+    assert ending == Ending("accepted", message_ids=("1", "m1", "m2"), attempts=4, ret=0)
     assert peer.context.used == 3
 
 
