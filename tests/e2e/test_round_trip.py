@@ -1,0 +1,115 @@
+"""Every kind of item from the phone to the sandbox and back to the phone, byte for byte, over real sockets."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import msgspec
+import pytest
+from nats.aio.client import Client
+
+from adapter.contract import FileItem, ImageItem, Inbound, TextItem, VideoItem, VoiceItem
+from adapter.simulator import samples
+from adapter.simulator.media import KEY_FORMS
+from tests.e2e.test_pains import fetch
+from tests.e2e.world import NAMES, World, eventually, stream, until, world
+
+MIB = 2**20
+KINDS = {"image": ImageItem, "voice": VoiceItem, "file": FileItem, "video": VideoItem}
+COMES_BACK_AS = {"image": "image", "voice": "file", "file": "file", "video": "video"}
+
+
+async def heard(nc: Client, sandbox: str) -> list[Inbound]:
+    stored = await stream(nc, NAMES.stream_in, NAMES.inbox(sandbox))
+    return [msgspec.json.decode(data, type=Inbound) for _, data in stored]
+
+
+async def echo(made: World, nc: Client, sandbox: str, kind: str, content: bytes) -> None:
+    """The sandbox reads the newest message's media and sends the item back as it came."""
+    bot = made.bots[sandbox]
+    message = (await heard(nc, sandbox))[-1]
+    (item,) = message.items
+    assert isinstance(item, KINDS[kind])
+    assert item.media is not None, item.reason
+    assert item.media.size == len(content)
+    assert item.media.sha256 == hashlib.sha256(content).hexdigest()
+    assert await fetch(nc, sandbox, item.media.object) == content
+    before = len(made.sim.phone(bot.user))
+    body = msgspec.json.encode({"items": msgspec.to_builtins(message.items)})
+    await nc.jetstream().publish(NAMES.out(sandbox), body, headers={"Nats-Msg-Id": f"echo of {message.id}"})
+    await until(lambda: len(made.sim.phone(bot.user)) > before, "it is shown")
+    (media,) = made.sim.phone(bot.user)[-1].media
+    assert (media.kind, media.viewable, media.size) == (COMES_BACK_AS[kind], True, len(content))
+    assert media.md5 == hashlib.md5(content).hexdigest()
+    assert made.sim.media_content(media.reference) == content
+
+
+async def scene(made: World) -> Client:
+    await made.add_adapter(WECHAT_NATS_SENDS_PER_WINDOW="0")
+    nc = await made.nc()
+    await made.bind(nc, "s1", made.sim.add_bot())
+    return nc
+
+
+async def arrived(made: World, nc: Client, count: int) -> None:
+    async def are_there() -> bool:
+        return len(await heard(nc, "s1")) >= count
+
+    await eventually(are_there, f"{count} messages are on the bus")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_each_kind_in_each_encoding_of_its_key(tmp_path: Path, kind: str) -> None:
+    made_of = {"image": samples.png(20, 10), "voice": samples.silk(), "file": b"x", "video": samples.mp4()}
+    async with world(tmp_path) as made:
+        nc = await scene(made)
+        count = 0
+        for key_form in KEY_FORMS:
+            for url in ("both", "full", "param"):
+                made.sim.say_media(made.bots["s1"].bot, kind, made_of[kind], key_form=key_form, url=url)
+                count += 1
+                await arrived(made, nc, count)
+                await echo(made, nc, "s1", kind, made_of[kind])
+        assert made.sim.stats().violations == {}
+        await nc.close()
+
+
+async def test_sizes_around_every_boundary(tmp_path: Path) -> None:
+    sizes = (1, 15, 16, 17, 31, 32, 4096, 131_071, 131_072, 131_073, 1_000_000)
+    async with world(tmp_path) as made:
+        nc = await scene(made)
+        for number, size in enumerate(sizes, 1):
+            content = samples.blob(size, seed=size)
+            made.sim.say_media(made.bots["s1"].bot, "file", content)
+            await arrived(made, nc, number)
+            await echo(made, nc, "s1", "file", content)
+        assert made.sim.stats().violations == {}
+        await nc.close()
+
+
+async def test_thirty_megabytes(tmp_path: Path) -> None:
+    content = samples.blob(30 * MIB, seed=30)
+    async with world(tmp_path) as made:
+        nc = await scene(made)
+        made.sim.say_media(made.bots["s1"].bot, "file", content)
+        await arrived(made, nc, 1)
+        await echo(made, nc, "s1", "file", content)
+        assert made.sim.stats().violations == {}
+        await nc.close()
+
+
+async def test_texts_of_all_scripts(tmp_path: Path) -> None:
+    texts = ["a", "你好，世界", "👩‍👩‍👧‍👦 and 🏳️‍🌈", "línea\nuna\n\nline two", "\u202eright to left", " spaces "]
+    async with world(tmp_path) as made:
+        nc = await scene(made)
+        user = made.bots["s1"].user
+        for number, text in enumerate(texts, 1):
+            made.say("s1", text)
+            await arrived(made, nc, number)
+            message = (await heard(nc, "s1"))[-1]
+            assert message.items == [TextItem(text=text)]
+            await nc.jetstream().publish(NAMES.out("s1"), msgspec.json.encode({"text": message.text}))
+            await until(lambda number=number: len(made.sim.phone(user)) == number, "it is shown")  # type: ignore[misc]
+        assert [shown.text for shown in made.sim.phone(made.bots["s1"].user)] == texts
+        await nc.close()
