@@ -27,10 +27,10 @@ async def store(session: Session, polled: Polled, place: Place, needs: Incoming)
     arrived = needs.clock.monotonic()
     binding = needs.bindings.get(session.bot)
     fresh = await _sort(session, binding, polled.messages, place.seen, needs)
-    last_seq, told = place.record.last_seq, fresh
+    last_seq = place.record.last_seq
     if binding is not None and fresh:
         await _remember(session, binding, fresh, needs)
-        last_seq, told = await _tell(binding, fresh, place, needs)
+        last_seq = await _tell(binding, fresh, place, needs)
         needs.metrics.inbound_publish_duration.observe(needs.clock.monotonic() - arrived)
     record = msgspec.structs.replace(
         place.record,
@@ -40,7 +40,7 @@ async def store(session: Session, polled: Polled, place: Place, needs: Incoming)
     )
     revision = await write_cursor(session.bot, record, place.revision, needs)
     if binding is not None:
-        for user in dict.fromkeys(said.user for said in told):
+        for user in dict.fromkeys(said.user for said in fresh):  # also of what waits for media: their window is open
             needs.heard(binding.sandbox, binding.bot, user)
     return Place(record, revision, place.seen)
 
@@ -74,10 +74,10 @@ async def _sort(
     return fresh
 
 
-async def _tell(binding: Binding, fresh: list[Said], place: Place, needs: Incoming) -> tuple[int, list[Said]]:
+async def _tell(binding: Binding, fresh: list[Said], place: Place, needs: Incoming) -> int:
     """Stores messages in their order: in the inbox, or raw from the first one on that has to wait for media.
 
-    The sequence in WECHAT_IN up to which place.seen knows everything, and what is in the inbox now.
+    The sequence in WECHAT_IN up to which place.seen knows everything.
     """
     if not binding.options.media:
         fresh = [without_media(said, "off") if said.fetches else said for said in fresh]
@@ -91,7 +91,7 @@ async def _tell(binding: Binding, fresh: list[Said], place: Place, needs: Incomi
     for start in range(first, len(fresh), PIPELINE):
         heard = _heard(binding, fresh[start : start + PIPELINE], place.seen, needs)
         last_seq = max(last_seq, await _store_raw(heard, last_seq, needs))
-    return last_seq, fresh[:first]
+    return last_seq
 
 
 async def _waits(binding: Binding, needs: Incoming) -> bool:
