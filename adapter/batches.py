@@ -141,14 +141,16 @@ async def _remember(session: Session, binding: Binding, fresh: list[Said], needs
         tokens = [said.context_token for said in fresh if said.user == user and said.context_token]
         peer = await retry(lambda user=user: needs.contexts.peer(binding.bot, user), needs)  # type: ignore[misc]
         ident, token, now_ms = newest.keys.id_for(binding.bot), (tokens or [""])[-1], needs.clock.now_ms()
+        written_ms = newest.sent_at_ms
         await retry(
-            lambda peer=peer, ident=ident, token=token, now_ms=now_ms: needs.contexts.save(  # type: ignore[misc]
+            lambda peer=peer, ident=ident, token=token, now_ms=now_ms, written_ms=written_ms: needs.contexts.save(  # type: ignore[misc]
                 peer,
                 lambda context: window.heard(
                     context,
                     message=ident,
                     token=token,
                     now_ms=now_ms,
+                    written_ms=written_ms,
                     # the shard's new owner may have one request out, of which only its trace in the record is known
                     in_flight=int(context.hand is not None) if session.lingering else peer.in_flight,
                 ),

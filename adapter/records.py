@@ -116,6 +116,8 @@ class Context(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     inbound_id: str = ""
     used: int = 0
     """Sends since then, counted before they leave."""
+    sent_ms: list[int] = []
+    """When each of these left."""
     blocked_ms: int = 0
     """When iLink said -2; 0: not blocked."""
     hand: Hand | None = None

@@ -181,7 +181,10 @@ async def _request(
     async with sender.slots:
         sender.check()
         await sender.contexts.save(
-            peer, lambda context: window.leaving(context, _with_tail(hand, content, context, sender))
+            peer,
+            lambda context: window.leaving(
+                context, _with_tail(hand, content, context, sender), sender.clock.now_ms()
+            ),
         )
         sender.check()
         hand = peer.context.hand or hand  # it now says in which window it counts, and what is appended

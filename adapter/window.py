@@ -20,6 +20,8 @@ Name: TypeAlias = Literal["", "open", "low", "closed"]
 """What a sandbox knows of a window; "": it was never told of one."""
 
 DONE_IDS = 32
+SENT_KEPT = 32
+"""Times of sends kept per window: more than the budget."""
 
 
 class Rules(NamedTuple):
@@ -121,33 +123,44 @@ def opens_at_ms(context: Context, rules: Rules) -> int | None:
     return None
 
 
-def heard(context: Context, *, message: str, token: str, now_ms: int, in_flight: int) -> Context:
+def heard(context: Context, *, message: str, token: str, now_ms: int, in_flight: int, written_ms: int = 0) -> Context:
     """The user wrote: a new window, unless it is the message that opened this one already (a replay after a crash).
 
-    A message without a token keeps the one before (6). Sends in flight count against the new window, since the
+    A message without a token keeps the one before (6). The server's window opened when the user wrote (`written_ms`,
+    WeChat's clock; 0: not known), so what was sent since counts against it, and so do sends in flight, since the
     server may see them after the message.
     """
     token = token or context.token
     if message == context.inbound_id:
         return msgspec.structs.replace(context, token=token)
+    since = [sent_ms for sent_ms in context.sent_ms if 0 < written_ms <= sent_ms]
     return msgspec.structs.replace(
-        context, token=token, inbound_ms=now_ms, inbound_id=message, used=in_flight, blocked_ms=0
+        context,
+        token=token,
+        inbound_ms=now_ms,
+        inbound_id=message,
+        used=max(in_flight, len(since)),
+        sent_ms=since,
+        blocked_ms=0,
     )
 
 
-def leaving(context: Context, hand: Hand) -> Context:
+def leaving(context: Context, hand: Hand, now_ms: int) -> Context:
     """A request is about to leave: counted first, so that a crash errs on the safe side.
 
     A repeat was counted, unless the user wrote since: if the first one got lost, it is this one that counts.
     """
     counts = hand.tried <= 1 or hand.counted_in != context.inbound_id
     hand = msgspec.structs.replace(hand, counted_in=context.inbound_id)
-    return msgspec.structs.replace(context, used=context.used + counts, hand=hand)
+    sent_ms = [*context.sent_ms, now_ms][-SENT_KEPT:] if counts else context.sent_ms
+    return msgspec.structs.replace(context, used=context.used + counts, sent_ms=sent_ms, hand=hand)
 
 
 def returned(context: Context, hand: Hand) -> Context:
     """iLink took nothing: the send does not count, unless a request before it got no answer. `hand`: without it."""
-    return context if hand.tried else msgspec.structs.replace(context, used=max(0, context.used - 1))
+    if hand.tried:
+        return context
+    return msgspec.structs.replace(context, used=max(0, context.used - 1), sent_ms=context.sent_ms[:-1])
 
 
 def throttled(context: Context, hand: Hand, now_ms: int) -> Context:

@@ -95,27 +95,38 @@ def test_a_send_that_is_out_counts_against_the_new_window_too() -> None:
 HAND = Hand(command="c", client="x")
 
 
+def test_what_was_sent_since_the_user_wrote_counts_against_their_new_window() -> None:
+    """The server's window opened when they wrote, not when we read it."""
+    state = OPEN
+    for sent_ms in (NOW, NOW + 10, NOW + 20):
+        state = window.leaving(state, replace(HAND, tried=1), sent_ms)
+    late = window.heard(state, message="m2", token="t", now_ms=NOW + 60, in_flight=0, written_ms=NOW + 5)
+    assert (late.used, late.sent_ms) == (2, [NOW + 10, NOW + 20])
+    unknown = window.heard(state, message="m2", token="t", now_ms=NOW + 60, in_flight=1, written_ms=0)
+    assert (unknown.used, unknown.sent_ms) == (1, [])
+
+
 def test_a_send_counts_before_it_leaves_and_not_again_when_repeated() -> None:
-    first = window.leaving(OPEN, replace(HAND, tried=1))
+    first = window.leaving(OPEN, replace(HAND, tried=1), NOW)
     assert first.used == 1
     assert first.hand == replace(HAND, tried=1, counted_in="m1")
-    again = window.leaving(first, replace(first.hand, tried=2))
+    again = window.leaving(first, replace(first.hand, tried=2), NOW)
     assert again.used == 1
 
 
 def test_a_repeat_in_the_next_window_counts_there() -> None:
     """The first one may have got lost on its way: then it is the repeat that iLink counts."""
-    first = window.leaving(OPEN, replace(HAND, tried=1))
+    first = window.leaving(OPEN, replace(HAND, tried=1), NOW)
     assert first.hand is not None
-    again = window.leaving(heard(first, "m2"), replace(first.hand, tried=2))
+    again = window.leaving(heard(first, "m2"), replace(first.hand, tried=2), NOW)
     assert again.used == 1
 
 
 def test_a_refused_repeat_leaves_the_first_request_counted() -> None:
     """It got no answer, so it may have been taken."""
-    first = window.leaving(OPEN, replace(HAND, tried=1))
+    first = window.leaving(OPEN, replace(HAND, tried=1), NOW)
     assert first.hand is not None
-    again = window.leaving(first, replace(first.hand, tried=2))
+    again = window.leaving(first, replace(first.hand, tried=2), NOW)
     assert again.hand is not None
     assert window.returned(again, replace(again.hand, tried=1)).used == 1
     assert window.returned(first, replace(first.hand, tried=0)).used == 0
@@ -255,6 +266,8 @@ class WindowMachine(RuleBasedStateMachine):
         self.state = Context()
         self.now = NOW
         self.messages = 0
+        self.unheard_ms = 0
+        """When a message was written that has not arrived yet; 0: all have."""
         self.taken: set[int] = set()
         """The sends that iLink took in this window."""
         self.sends = 0
@@ -268,17 +281,27 @@ class WindowMachine(RuleBasedStateMachine):
     def the_user_writes(self) -> None:
         self.messages += 1
         self.now += 1
+        self.unheard_ms = self.now
+        self.taken = set()
+        self.throttled_at = None
+
+    @precondition(lambda self: self.unheard_ms > 0)
+    @rule(late_ms=st.integers(0, 100_000))
+    def the_message_arrives(self, late_ms: int) -> None:
+        """Perhaps late: until then it is answered as if nobody had written."""
+        self.now += late_ms
         self.state = window.heard(
             self.state,
             message=f"m{self.messages}",
             token="t",
             now_ms=self.now,
             in_flight=0,
+            written_ms=self.unheard_ms,
         )
-        self.taken, self.plain, self.lows = set(), 0, 0
-        self.throttled_at = None
+        self.unheard_ms = 0
+        self.plain, self.lows = len(self.state.sent_ms), 0
 
-    @precondition(lambda self: self.messages > 0)
+    @precondition(lambda self: self.messages > 0 and not self.unheard_ms)
     @rule()
     def the_message_is_replayed(self) -> None:
         before = self.state
@@ -302,7 +325,8 @@ class WindowMachine(RuleBasedStateMachine):
             assert self.now - self.throttled_at >= 600_000, "sent into the penalty"
         if not hand.tried:
             self.number += 1
-        self.state = window.leaving(self.state, replace(hand, tried=hand.tried + 1))
+        self.now += 1
+        self.state = window.leaving(self.state, replace(hand, tried=hand.tried + 1), self.now)
         self.out = self.state.hand
         return True
 
