@@ -85,7 +85,7 @@ class Adapter:
         self.media_link = Link(settings, f"wechat-nats/{__version__} {self.instance} media")
         self.bus = Publisher(self.link, clock, metrics)
         self.media_bus = Publisher(self.media_link, clock, metrics)
-        self.history = StreamHistory(self.link)
+        self.history = StreamHistory(self.link, replicated=settings.replicas > 1)
         self.teller = BusTeller(self.link, names)
         self.objects = ObjectStore(self.media_link, self.media_bus, names.media)
         self.rules = window.Rules(

@@ -36,35 +36,49 @@ def news_subject(bucket: str) -> str:
 
 
 async def read_stream(
-    link: Link, stream: str, subject: str, *, after: int = 0, since_ms: int | None = None, page: int = 200
+    link: Link,
+    stream: str,
+    subject: str,
+    *,
+    after: int = 0,
+    since_ms: int | None = None,
+    page: int = 200,
+    replicated: bool = False,
 ) -> AsyncIterator[Stored]:
     """The messages of `subject` (may hold wildcards), oldest first, after a sequence or since a time.
 
+    Any server of a cluster answers, also one that lags: `replicated` asks the leader at the end whether that was all.
     Raises Temporary.
     """
+    where: dict[str, Any] = {"seq": after + 1} if since_ms is None else {"start_time": _rfc3339(since_ms)}
     while True:
-        where: dict[str, Any] = {"seq": after + 1} if since_ms is None else {"start_time": _rfc3339(since_ms)}
-        found, since_ms = 0, None
+        found = 0
         async for stored in direct_get(link, stream, {**where, "next_by_subj": subject, "batch": page}):
             found += 1
-            after = stored.seq
+            where = {"seq": stored.seq + 1}
             yield stored
-        if found < page:
+        if found == page:
+            continue
+        if not replicated or await leader_next(link, stream, subject, where) is None:
             return
+        await asyncio.sleep(0.05)
 
 
 class StreamHistory:
-    """Implements ports.History by direct get."""
+    """Implements ports.History by direct get. `replicated`: the streams lie on several servers."""
 
-    def __init__(self, link: Link) -> None:
+    def __init__(self, link: Link, *, replicated: bool = False) -> None:
         self._link = link
+        self._replicated = replicated
 
     def read(
         self, stream: str, subject: str, *, after: int = 0, since_ms: int | None = None
     ) -> AsyncIterator[Stored]:
-        return read_stream(self._link, stream, subject, after=after, since_ms=since_ms)
+        return read_stream(self._link, stream, subject, after=after, since_ms=since_ms, replicated=self._replicated)
 
     async def last(self, stream: str, subject: str) -> Stored | None:
+        if self._replicated:
+            return await _leader_msg(self._link, stream, {"last_by_subj": subject})
         return await last_of(self._link, stream, subject)
 
     async def counts(self, stream: str, subject: str) -> dict[str, int]:
@@ -112,17 +126,21 @@ async def leader_get(link: Link, stream: str, subject: str) -> Entry | None:
     return Entry(subject.split(".", 2)[2], None if gone else (answer.message.data or b""), answer.message.seq)
 
 
-async def leader_next(link: Link, stream: str, subject: str, after: int) -> Stored | None:
-    """The first message of one subject after a sequence, as the stream's leader has it. Raises Temporary."""
-    body = msgspec.json.encode({"seq": after + 1, "next_by_subj": subject})
-    msg = await link.request(f"$JS.API.STREAM.MSG.GET.{stream}", body)
+async def leader_next(link: Link, stream: str, subject: str, where: dict[str, Any]) -> Stored | None:
+    """The first message of a subject after a sequence or time, as the stream's leader has it. Raises Temporary."""
+    return await _leader_msg(link, stream, {**where, "next_by_subj": subject})
+
+
+async def _leader_msg(link: Link, stream: str, query: dict[str, Any]) -> Stored | None:
+    """Without its headers. Raises Temporary."""
+    msg = await link.request(f"$JS.API.STREAM.MSG.GET.{stream}", msgspec.json.encode(query))
     answer = msgspec.json.decode(msg.data, type=_MsgGet)
     if answer.error is not None:
         if answer.error.get("code") == 404:
             return None
         raise Temporary("bus_busy", str(answer.error.get("description", ""))[:200])
     assert answer.message is not None
-    return Stored(subject, answer.message.seq, {}, answer.message.data or b"")
+    return Stored(answer.message.subject, answer.message.seq, {}, answer.message.data or b"")
 
 
 class LeaseRegister:

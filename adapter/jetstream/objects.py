@@ -96,10 +96,10 @@ class ObjectStore:
         body = {"seq": after + 1, "next_by_subj": subject, "batch": 1}
         async for found in direct_get(self._link, self._stream, body):
             return found.data, found.seq if int(found.headers.get("Nats-Num-Pending", "0")) else 0
-        found_late = await leader_next(self._link, self._stream, subject, after)
+        found_late = await leader_next(self._link, self._stream, subject, {"seq": after + 1})
         if found_late is None:
             raise Unreadable("object", f"{stored.name}: no piece after {after}")
-        more = await leader_next(self._link, self._stream, subject, found_late.seq)
+        more = await leader_next(self._link, self._stream, subject, {"seq": found_late.seq + 1})
         return found_late.data, found_late.seq if more else 0
 
     async def put(self, name: str, pieces: AsyncIterator[bytes], *, mime: str = "", title: str = "") -> StoredObject:
@@ -267,7 +267,7 @@ class ObjectStore:
                 found = True
                 yield piece
         if not found:  # perhaps a replica answered that lags: its leader knows
-            late = await leader_next(self._link, self._stream, subject, after)
+            late = await leader_next(self._link, self._stream, subject, {"seq": after + 1})
             if late is not None:
                 yield late
 
@@ -275,7 +275,7 @@ class ObjectStore:
         subject = self._meta_subject(name)
         stored = await last_of(self._link, self._stream, subject)
         if stored is None:
-            stored = await leader_next(self._link, self._stream, subject, 0)
+            stored = await leader_next(self._link, self._stream, subject, {"seq": 1})
         if stored is None:
             return None
         try:

@@ -383,6 +383,27 @@ async def test_many_members_are_read_whole(rig: Rig) -> None:
     assert len(await register.entries()) == SHARDS
 
 
+async def test_a_history_that_asks_the_leader_ends_as_one_that_does_not(rig: Rig) -> None:
+    """What it is for, a follower that lags, takes a cluster; here the leader never knows more."""
+    asking = StreamHistory(rig.link, replicated=True)
+    await control(rig, *(str(number) for number in range(450)))
+    moment_ms = SystemClock().now_ms() + 1000
+    for stream, subject, bounds in (
+        (NAMES.stream_ctl, NAMES.bind, {}),
+        (NAMES.stream_ctl, NAMES.bind, {"after": 449}),
+        (NAMES.stream_ctl, NAMES.bind, {"after": 450}),
+        (NAMES.stream_ctl, NAMES.bind, {"since_ms": 1}),
+        (NAMES.stream_ctl, NAMES.bind, {"since_ms": moment_ms}),
+        (NAMES.stream_ctl, NAMES.unbind, {}),
+    ):
+        found = [stored.seq async for stored in asking.read(stream, subject, **bounds)]
+        assert found == [stored.seq async for stored in rig.history.read(stream, subject, **bounds)]
+    last = await asking.last(NAMES.stream_ctl, NAMES.bind)
+    assert last is not None
+    assert (last.seq, last.data) == (450, b"449")
+    assert await asking.last(NAMES.stream_ctl, NAMES.unbind) is None
+
+
 # consumers -----------------------------------------------------------------------------------------------
 
 
