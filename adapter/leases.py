@@ -252,6 +252,8 @@ class Leases:
             self.changed.notify()
 
     async def _claim(self, shard: int, owner: str, revision: int) -> bool:
+        if self.draining:
+            return False
         mine = msgspec.json.encode(Claim(owner=self.incarnation))
         if owner == self.incarnation and shard not in self._unsure:
             self._claim_revisions[shard] = revision  # a claim of ours whose answer was lost

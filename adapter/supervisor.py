@@ -310,7 +310,8 @@ class Supervisor:
             session.lingering = True
             session.leave(now=False)
         grace_s = max(1.0, seconds - 1.0)
-        await asyncio.gather(*(self._give_away(shard, grace_s) for shard in sorted(self._leases.owned)))
+        while owned := sorted(self._leases.owned):  # a claim that was on its way may still land
+            await asyncio.gather(*(self._give_away(shard, grace_s) for shard in owned))
         left = set(self._pollers.values())
         if left:
             _, left = await asyncio.wait(left, timeout=max(0.1, deadline - self._clock.monotonic()))

@@ -189,8 +189,14 @@ class Link:
     ) -> Msg:
         """Raises Temporary when nobody answers."""
         nc = self.client()
+        task = asyncio.current_task()
+        cancels = task.cancelling() if task else 0
         try:
-            return await nc.request(subject, payload, timeout=timeout_s, headers=headers)
+            answer = await nc.request(subject, payload, timeout=timeout_s, headers=headers)
+            if task and task.cancelling() > cancels:
+                # Python 3.11's wait_for, which nats-py uses, forgets a cancellation that meets the answer.
+                raise asyncio.CancelledError
+            return answer
         except NoRespondersError as exc:
             raise Temporary("bus_busy", "no responders") from exc
         except (NatsError, TimeoutError) as exc:

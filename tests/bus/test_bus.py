@@ -404,6 +404,26 @@ async def test_a_history_that_asks_the_leader_ends_as_one_that_does_not(rig: Rig
     assert await asking.last(NAMES.stream_ctl, NAMES.unbind) is None
 
 
+async def test_a_cancellation_that_meets_the_answer_is_not_forgotten() -> None:
+    """As it is by Python 3.11's wait_for: a loop would then run on, and its group wait for it for ever."""
+
+    class Forgetful:
+        is_closed = False
+
+        async def request(self, *_: Any, **__: Any) -> str:
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.Event().wait()
+            return "the answer"
+
+    link = Link(Settings(), "test")
+    link.nc = Forgetful()  # type: ignore[assignment]
+    asking = asyncio.get_running_loop().create_task(link.request("x", b""))
+    await asyncio.sleep(0)
+    asking.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asking
+
+
 # consumers -----------------------------------------------------------------------------------------------
 
 
