@@ -25,11 +25,12 @@ demo: install
 
 test: check tests
 
+# Two at a time: most of them wait.
 tests: install
-	@$(BIN)/pytest -m 'not slow' </dev/null
+	@$(BIN)/pytest -n 2 --dist worksteal -m 'not slow' </dev/null
 
 slow: install
-	@$(BIN)/pytest -m slow </dev/null || [ $$? = 5 ] # 5: there is none
+	@$(BIN)/pytest -n 2 --dist loadfile -m slow </dev/null || [ $$? = 5 ] # 5: there is none
 
 check: install
 	@found=$$($(BIN)/ruff format --check . 2>&1) || { echo "$$found" >&2; echo 'run: make format' >&2; exit 1; }
