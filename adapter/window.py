@@ -128,7 +128,7 @@ def heard(context: Context, *, message: str, token: str, now_ms: int, in_flight:
 
     A message without a token keeps the one before (6). The server's window opened when the user wrote (`written_ms`,
     WeChat's clock; 0: not known), so what was sent since counts against it, and so do sends in flight, since the
-    server may see them after the message.
+    server may see them after the message. A -2 that came after that speaks of the new window already.
     """
     token = token or context.token
     if message == context.inbound_id:
@@ -141,18 +141,20 @@ def heard(context: Context, *, message: str, token: str, now_ms: int, in_flight:
         inbound_id=message,
         used=max(in_flight, len(since)),
         sent_ms=since,
-        blocked_ms=0,
+        blocked_ms=context.blocked_ms if 0 < written_ms <= context.blocked_ms else 0,
     )
 
 
 def leaving(context: Context, hand: Hand, now_ms: int) -> Context:
     """A request is about to leave: counted first, so that a crash errs on the safe side.
 
-    A repeat was counted, unless the user wrote since: if the first one got lost, it is this one that counts.
+    A repeat was counted, unless the user wrote since: if the first one got lost, it is this one that counts. So it is
+    the time of the repeat that is kept: whether the user wrote since may not be known yet.
     """
     counts = hand.tried <= 1 or hand.counted_in != context.inbound_id
     hand = msgspec.structs.replace(hand, counted_in=context.inbound_id)
-    sent_ms = [*context.sent_ms, now_ms][-SENT_KEPT:] if counts else context.sent_ms
+    earlier = context.sent_ms if counts else context.sent_ms[:-1]
+    sent_ms = [*earlier, now_ms][-SENT_KEPT:]
     return msgspec.structs.replace(context, used=context.used + counts, sent_ms=sent_ms, hand=hand)
 
 
