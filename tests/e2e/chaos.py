@@ -1,7 +1,7 @@
 """Everything that may go wrong at once: replicas and NATS nodes killed, frozen and restarted at random while iLink
 misbehaves and people talk; then one table of what was promised and what came.
 
-`python -m tests.e2e.chaos --minutes 15 --seed 1` (or `make chaos`). The same seed gives the same plan of events;
+`python -m tests.e2e.chaos --minutes 15 --seed 1`. The same seed gives the same plan of events;
 what meets what in time is still the machine's.
 """
 
