@@ -3,6 +3,7 @@
 # make slow    the slow ones
 # make format  the code as `make check` wants it
 # make generate  schemas/ and the README's table, from the code
+# make npm     what some tests take from npm, into tests/npm/
 # make clean   everything that make and the tests have made
 #
 # Needs git, make and Python 3.11 or newer. The rest is installed into this directory (.tools/, .venv/).
@@ -14,10 +15,12 @@ MAKEFLAGS += --no-print-directory
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+NPM := tests/npm
+NPM_STAMP := $(NPM)/node_modules/.installed
 # An environment that is there is kept, whichever Python it has.
 PYTHONS := $(BIN)/python python3 python3.14 python3.13 python3.12 python3.11
 
-.PHONY: demo test check tests slow format generate clean install
+.PHONY: demo test check tests slow format generate npm clean install
 .DEFAULT_GOAL := test
 
 demo: install
@@ -45,9 +48,23 @@ format: install
 
 generate: install
 	@$(BIN)/python -m adapter.schema
+	@if command -v npm >/dev/null 2>&1; then \
+	  $(MAKE) npm && node $(NPM)/types.mjs schemas >$(NPM)/node_modules/.types && \
+	  mv $(NPM)/node_modules/.types schemas/wechat-nats.d.ts; \
+	else echo 'npm is missing: schemas/wechat-nats.d.ts is left as it is' >&2; fi
+
+npm: $(NPM_STAMP)
+	@:
+
+$(NPM_STAMP): $(NPM)/package.json $(NPM)/package-lock.json
+	@exec </dev/null 1>&2; set -e; \
+	command -v npm >/dev/null 2>&1 || { echo 'npm is missing; on Debian: apt-get install nodejs npm'; exit 1; }; \
+	echo 'Installing into $(NPM)/node_modules …'; \
+	(cd $(NPM) && npm ci --loglevel=error); \
+	touch $@
 
 clean:
-	rm -rf $(VENV) .tools dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(NPM)/node_modules .tools dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find adapter tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 install: $(STAMP)

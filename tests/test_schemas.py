@@ -77,17 +77,20 @@ def test_a_stale_an_absent_and_a_leftover_file_are_named(tmp_path: Path) -> None
     (tmp_path / "README.md").write_text("<!-- settings -->\nold\n<!-- /settings -->\n")
     for path, text in schema.generated(tmp_path).items():
         (tmp_path / path).write_text(text)
+    (tmp_path / schema.TYPES).write_text(schema.types_stamp(schema.generated(tmp_path)))
     assert schema.differing(tmp_path) == []
 
     (tmp_path / "schemas/bind.json").write_text("{}")
     (tmp_path / "schemas/inbound.json").unlink()
     (tmp_path / "schemas/left_over.json").touch()
+    (tmp_path / schema.TYPES).write_text("export interface Bind {}")
     (tmp_path / "README.md").write_text("<!-- settings -->\n<!-- /settings -->\n")
     assert [str(path) for path in schema.differing(tmp_path)] == [
         "README.md",
         "schemas/bind.json",
         "schemas/inbound.json",
         "schemas/left_over.json",
+        "schemas/wechat-nats.d.ts",
     ]
 
 
