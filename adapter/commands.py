@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import Literal, NamedTuple
 
 import msgspec
@@ -18,6 +19,11 @@ _PEER = re.compile(r"[!-~]{0,128}")
 """A bot's or user's id: it becomes part of a subject."""
 _VALUE = re.compile(r"""value (['"]).*\1(?= - at |$)""", re.DOTALL)
 
+
+_HEADER = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+_SERVERS = ("nats-", "kv-", "status", "description")
+HEADERS_KEPT = 32
+HEADER_CHARS = 1024
 
 MAX_NAME = 128
 _UNSEEN = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
@@ -77,6 +83,20 @@ class Command(NamedTuple):
     """It may take the sends that are kept back."""
     merged: tuple[Command, ...] = ()
     """Later commands whose texts are in this one's only part, and which share its fate."""
+
+
+def passed_on(headers: Mapping[str, str]) -> dict[str, str]:
+    """What is kept of a command's headers where it is copied: above all `traceparent`.
+
+    A sandbox writes them as it likes: names that no client can write again would stop what comes behind, and the
+    server's own words (Nats-…, Status) would be taken for the server's.
+    """
+    kept = {
+        name: value
+        for name, value in headers.items()
+        if _HEADER.fullmatch(name) and not name.lower().startswith(_SERVERS) and len(value) <= HEADER_CHARS
+    }
+    return dict(islice(kept.items(), HEADERS_KEPT))
 
 
 def command_id(body_id: str | None, routed_id: str, msg_id: str, seq: int) -> str:

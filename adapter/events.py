@@ -8,6 +8,7 @@ import msgspec
 import structlog
 
 from adapter import contract
+from adapter.commands import passed_on
 from adapter.contract import Names
 from adapter.errors import BusRefused
 from adapter.metrics import Metrics
@@ -72,9 +73,7 @@ class Events:
         sandbox: str = "",
     ) -> None:
         """Keeps the original bytes and headers for a person. `stream`: OUT, IN or CTL."""
-        kept = {
-            k: v[:MAX_HEADER] for k, v in headers.items() if not k.startswith("Nats-") and k != contract.H_REPLY_TO
-        }
+        kept = {k: v[:MAX_HEADER] for k, v in passed_on(headers).items() if k != contract.H_REPLY_TO}
         kept |= {
             contract.H_MSG_ID: msg_id,
             contract.H_SUBJECT: subject,

@@ -16,7 +16,7 @@ import structlog
 
 from adapter import contract, sending, window
 from adapter.bindings import Bindings
-from adapter.commands import MERGED_AT_ONCE, Command, Limits, MediaPart, joins, merge, peek, read_command
+from adapter.commands import MERGED_AT_ONCE, Command, Limits, MediaPart, joins, merge, passed_on, peek, read_command
 from adapter.contexts import Peer
 from adapter.contract import Names
 from adapter.errors import BusRefused, LeaseLost, Refused, Temporary
@@ -481,7 +481,7 @@ class LaneWork:
         if len(lane.parked) >= self._needs.parked_per_user:
             await self._end_in(lane, item, Ending("refused", "backlog", "Too many commands wait for this user."))
             return
-        headers = {k: v for k, v in item.headers.items() if not k.startswith("Nats-")} | {
+        headers = passed_on(item.headers) | {
             contract.H_MSG_ID: f"parked:{command.client}",
             contract.H_SANDBOX: command.sandbox,
             contract.H_COMMAND: command.id,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import structlog
 
 from adapter import contract
-from adapter.commands import Command, Limits, command_id, peek, sandbox_of
+from adapter.commands import Command, Limits, command_id, passed_on, peek, sandbox_of
 from adapter.contract import UNROUTED, Names
 from adapter.errors import BusRefused, Refused, Temporary, Unreadable
 from adapter.metrics import Metrics
@@ -49,7 +49,7 @@ class Router:
                 delivery, UNROUTED, ident, Ending("dead_lettered" if dead else "refused", exc.reason, exc.detail)
             )
             return
-        headers = {k: v for k, v in delivery.headers.items() if not k.startswith("Nats-")} | {
+        headers = passed_on(delivery.headers) | {
             contract.H_MSG_ID: f"routed:{delivery.seq}:{delivery.time_ms}:{ident}",
             contract.H_COMMAND: ident,
         }

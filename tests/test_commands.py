@@ -16,6 +16,7 @@ from adapter.commands import (
     command_id,
     joins,
     merge,
+    passed_on,
     peek,
     read_command,
     sandbox_of,
@@ -37,6 +38,22 @@ def read(
 
 def items(*texts: str) -> list[dict[str, str]]:
     return [{"kind": "text", "text": text} for text in texts]
+
+
+KEPT: list[tuple[str, dict[str, str], dict[str, str]]] = [
+    ("traceparent", {"traceparent": "00-1"}, {"traceparent": "00-1"}),
+    ("ours", {"Wechat-Schema": "1"}, {"Wechat-Schema": "1"}),
+    ("the-servers", {"Nats-Msg-Id": "a", "nats-rollup": "all", "KV-Operation": "DEL"}, {}),
+    ("a-status", {"Status": "409", "status": "409", "Description": "Consumer Deleted"}, {}),
+    ("no-token", {"(a)": "x", "a b": "x", "": "x", "a\r\nb": "x", "é": "x"}, {}),
+    ("too-long", {"a" * 65: "x", "b": "x" * 1025, "c": "x" * 1024}, {"c": "x" * 1024}),
+    ("too-many", {f"h{n}": "x" for n in range(40)}, {f"h{n}": "x" for n in range(32)}),
+]
+
+
+@pytest.mark.parametrize(("headers", "kept"), [row[1:] for row in KEPT], ids=[row[0] for row in KEPT])
+def test_of_a_strangers_headers_only_harmless_ones_are_copied(headers: dict[str, str], kept: dict[str, str]) -> None:
+    assert passed_on(headers) == kept
 
 
 PARTS: list[tuple[str, dict[str, Any], list[str]]] = [

@@ -17,6 +17,7 @@ import msgspec
 import structlog
 from nats.aio.client import Client
 from nats.aio.msg import Msg
+from nats.errors import BadHeaderError, BadSubjectError, MaxPayloadError
 from nats.errors import Error as NatsError
 
 from adapter.errors import BusRefused, Temporary
@@ -181,6 +182,10 @@ class Publisher:
             await nc.publish(
                 message.subject, message.payload, reply=f"{self._prefix}{number}", headers=message.headers or None
             )
+        except (BadHeaderError, BadSubjectError, MaxPayloadError, UnicodeError) as exc:
+            # It can never be written, and what waits behind it must not wait for ever.
+            self._metrics.nats_publish.labels(stream=entry.message.stream, outcome="refused").inc()
+            entry.future.set_exception(BusRefused(0, f"The client refuses it: {type(exc).__name__}"))
         except NatsError as exc:
             log.warning("publish.interrupted", reason=type(exc).__name__)
             self._stumble()

@@ -207,6 +207,14 @@ async def test_headers_count_against_the_largest_message(rig: Rig, over: int) ->
     assert rig.link.epoch == 1
 
 
+async def test_what_the_client_will_not_write_is_refused_and_holds_up_nobody(rig: Rig) -> None:
+    acks = await rig.publisher.publish_all([event(0), event(1)._replace(headers={"(odd)": "x"}), event(2)])
+    assert [ack.seq if isinstance(ack, PubAck) else type(ack) for ack in acks] == [1, BusRefused, 2]
+    rig.publisher._stumble()  # as after a break: what is outstanding goes one by one
+    acks = await rig.publisher.publish_all([event(3)._replace(headers={"(odd)": "x"}), event(4)])
+    assert [ack.seq if isinstance(ack, PubAck) else type(ack) for ack in acks] == [BusRefused, 3]
+
+
 async def test_a_message_for_no_stream_waits_for_one(rig: Rig) -> None:
     """No responders: the stream is being made, or moves. Nothing is lost, and others follow."""
     waiting = asyncio.create_task(rig.publisher.publish(Message("event", "late.1", b"x", {})))
@@ -267,6 +275,22 @@ async def test_a_message_is_deleted_once_and_deleting_it_again_is_no_error(rig: 
 
 
 KEY = peer_key("b1@im.bot", "u1@im.wechat")
+
+
+STATUS = [
+    {"Status": "404"},
+    {"Status": "503", "Description": "no"},
+    {"Status": "100", "Nats-Last-Consumer": "99"},
+    {"Status": "408", "Nats-Pending-Messages": "many"},
+    {"Nats-Sequence": "77", "Nats-Subject": "elsewhere"},
+]
+"""Headers of a message that look like the server's own words."""
+
+
+async def test_a_stored_message_with_a_status_among_its_headers_is_read_as_any_other(rig: Rig) -> None:
+    for number, headers in enumerate(STATUS):
+        await rig.publisher.publish(event(number)._replace(headers=headers))
+    assert await rig.read(NAMES.stream_event, NAMES.event("s1", "*")) == [b"0", b"1", b"2", b"3", b"4"]
 
 
 async def test_a_bucket_tells_what_is_there_below_a_token(rig: Rig) -> None:
@@ -471,6 +495,15 @@ async def test_a_consumer_delivers_in_order_and_no_more_than_there_is_room_for(r
         await reader.got[number].ack()
     assert reader.texts == texts
     assert not any(delivery.suspect for delivery in reader.got)
+
+
+async def test_a_delivery_with_a_status_among_its_headers_is_one_as_any_other(rig: Rig) -> None:
+    await control(rig)
+    for number, headers in enumerate(STATUS):
+        await rig.publisher.publish(Message("ctl", NAMES.bind, str(number).encode(), headers))
+    reader = Reader(rig)
+    await reader.have(len(STATUS))
+    assert (reader.texts, reader.resets) == (["0", "1", "2", "3", "4"], 1)
 
 
 async def test_a_delivery_knows_when_and_where_it_was_stored(rig: Rig) -> None:

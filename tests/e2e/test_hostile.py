@@ -1,0 +1,103 @@
+"""A sandbox that means ill, beside one that does not and shares its shard: the other one must not notice."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+from nats.aio.client import Client
+
+from adapter.contract import FINAL_OUTCOMES, shard_of
+from tests.e2e.world import NAMES, World, eventually, until, world
+
+BAD = "bad"
+GOOD = next(name for name in (f"good{number}" for number in range(10_000)) if shard_of(name) == shard_of(BAD))
+"""In the shard of the other one."""
+
+HEADERS: dict[str, bytes] = {
+    "a-status": b"Status: 409\r\nDescription: Consumer Deleted",
+    "a-heartbeat": b"Status: 100\r\nNats-Last-Consumer: 99999",
+    "an-end": b"Status: 404",
+    "no-room": b"Status: 408\r\nNats-Pending-Messages: many",
+    "another-place": b"Nats-Sequence: 1\r\nNats-Subject: wechat.out.5.other\r\nNats-Stream: WECHAT_EVENT",
+    "a-deletion": b"KV-Operation: DEL\r\nNats-Marker-Reason: MaxAge",
+    "no-token": b"(name): x\r\nna me: y\r\n: z\r\nk\xc3\xa9y: \xc3\xa9",
+    "no-utf8": b"traceparent: \xff\xfe\xed\xa0\x80",
+    "our-own": b"Wechat-Time-Ms: soon\r\nWechat-Sandbox: other\r\nWechat-Sequence: -1",
+    "very-many": b"\r\n".join(b"h%d: x" % number for number in range(5000)),
+    "very-long": b"traceparent: " + b"x" * 60_000,  # the server stores no more than 64 KiB
+}
+
+
+async def publish_raw(made: World, subject: str, headers: bytes, payload: bytes) -> None:
+    """As no client library would: any bytes as headers. Returns once the server has them."""
+    host, _, port = made.url.removeprefix("nats://").partition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    block = b"NATS/1.0\r\n" + headers + b"\r\n\r\n"
+    writer.write(b'CONNECT {"verbose":false,"headers":true}\r\n')
+    writer.write(f"HPUB {subject} {len(block)} {len(block) + len(payload)}\r\n".encode() + block + payload + b"\r\n")
+    writer.write(b"PING\r\n")
+    async with asyncio.timeout(30):
+        while not (line := await reader.readline()).startswith(b"PONG"):
+            assert line.startswith(b"INFO"), line
+    writer.close()
+
+
+async def both(made: World) -> Client:
+    """Both sandboxes bound, and the good one's user waits for an answer."""
+    nc = await made.nc()
+    for sandbox in (BAD, GOOD):
+        await made.bind(nc, sandbox, made.sim.add_bot())
+    made.say(GOOD, "hello")
+    return nc
+
+
+async def is_served(made: World, nc: Client, ident: str) -> None:
+    """The good sandbox's next command reaches its user."""
+    await made.command(nc, GOOD, ident)
+    await until(lambda: f"answer {ident}" in made.phone_texts(GOOD), f"{ident} is shown")
+
+
+async def is_told(made: World, nc: Client, idents: set[str], outcomes: tuple[str, ...]) -> None:
+    missing: set[str] = set()
+
+    async def told() -> bool:
+        missing.clear()
+        missing.update(idents - {r.command for r in await made.receipts(nc) if r.outcome in outcomes})
+        return not missing
+
+    try:
+        await eventually(told, "each command has its receipt")
+    except AssertionError:
+        raise AssertionError(f"no receipt of {outcomes}: {sorted(missing)}") from None
+
+
+async def test_headers_are_a_strangers_words(tmp_path: Path) -> None:
+    """Whatever stands in the headers of commands, also of parked and routed ones: they go their way, and the others
+    of the shard theirs; also after a crash, when all of it is read back."""
+    async with world(tmp_path) as made:
+        adapter = await made.add_adapter()
+        nc = await both(made)
+        for ident, headers in HEADERS.items():
+            for subject, name, body in (
+                (NAMES.out(BAD), ident, ""),
+                (NAMES.out_plain, f"plain-{ident}", f',"sandbox":"{BAD}"'),
+            ):
+                await publish_raw(made, subject, headers, f'{{"text":"x","id":"{name}"{body}}}'.encode())
+        idents = {*HEADERS, *(f"plain-{ident}" for ident in HEADERS)}
+        await is_told(made, nc, idents, ("parked",))
+        await is_served(made, nc, "after the tricks")
+
+        await adapter.kill()
+        await adapter.start()
+        await is_served(made, nc, "after a crash")
+        made.say(BAD, "now")
+        await is_told(made, nc, idents, ("accepted",))
+
+        # and sent at once, not parked
+        await publish_raw(made, NAMES.out(BAD), HEADERS["a-status"], b'{"text":"x","id":"again"}')
+        await publish_raw(made, NAMES.out(BAD), HEADERS["no-token"], b'{"text":5,"id":"dead"}')
+        await is_served(made, nc, "after all")
+        finals = [r.command for r in await made.receipts(nc) if r.outcome in FINAL_OUTCOMES]
+        assert len(finals) == len(set(finals))
+        await nc.close()
