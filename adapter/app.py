@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import resource
 import socket
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
 import structlog
@@ -65,6 +65,10 @@ POLLS_PER_S = 1000
 """Polls are spread so that about so many start per second after an outage."""
 ROOM = 512
 """Commands delivered and not yet settled, per shard."""
+
+
+async def _nothing() -> None:
+    return None
 
 
 class Adapter:
@@ -370,15 +374,23 @@ class Adapter:
 
     def consume(self, shard: int, sender: Shard) -> list[Coroutine[Any, Any, None]]:
         stream = self.names.stream_out
-        work = [self._consume(stream, topology.out_consumer(shard), "out", sender.on_delivery)]
+        work = [self._consume(shard, stream, topology.out_consumer(shard), "out", sender.on_delivery, sender.load)]
         if shard == 0:  # the router and the control commands go with it: one owner each
             work += [
-                self._consume(stream, topology.ROUTER, "router", self._route),
-                self._control(),
+                self._consume(shard, stream, topology.ROUTER, "router", self._route),
+                self._control(shard),
             ]
         return work
 
-    async def _consume(self, stream: str, name: str, label: str, on_delivery: Callable[[Delivery], None]) -> None:
+    async def _consume(
+        self,
+        shard: int,
+        stream: str,
+        name: str,
+        label: str,
+        on_delivery: Callable[[Delivery], None],
+        on_reset: Callable[[], Awaitable[None]] = _nothing,
+    ) -> None:
         def take(delivery: Delivery) -> None:
             if delivery.suspect:
                 self.metrics.nats_redeliveries.labels(consumer=label).inc()
@@ -387,7 +399,8 @@ class Adapter:
             except Exception:  # a bug: the message stays, unsettled, and the others go on
                 log.exception("delivery.crashed", consumer=name, sequence=delivery.seq)
 
-        await Consumer(self.link, stream, name, room=ROOM).run(take, lambda: None)
+        consumer = Consumer(self.link, stream, name, room=ROOM, check=lambda: self.leases.check(shard))
+        await consumer.run(take, on_reset)
 
     def _route(self, delivery: Delivery) -> None:
         self._group.create_task(self._route_one(delivery))
@@ -398,9 +411,10 @@ class Adapter:
         except Exception:  # a bug: the message stays, unsettled, and the others go on
             log.exception("delivery.crashed", consumer=topology.ROUTER, sequence=delivery.seq)
 
-    async def _control(self) -> None:
+    async def _control(self, shard: int) -> None:
+        stream, offer = self.names.stream_ctl, self.control.offer
         async with asyncio.TaskGroup() as group:
-            group.create_task(self._consume(self.names.stream_ctl, topology.CONTROL, "control", self.control.offer))
+            group.create_task(self._consume(shard, stream, topology.CONTROL, "control", offer))
             group.create_task(self.control.run())
 
     # running ----------------------------------------------------------------------------------------

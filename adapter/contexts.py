@@ -84,7 +84,11 @@ class Contexts:
 
     def forget(self, bot: str) -> None:
         """Drops what is known of a bot's users: another replica may write now."""
-        for key in [key for key, peer in self._peers.items() if peer.bot == bot]:
+        self.forget_where(lambda other: other == bot)
+
+    def forget_where(self, gone: Callable[[str], bool]) -> None:
+        """Drops what is known of the users of all bots that `gone` names: another replica may have written."""
+        for key in [key for key, peer in self._peers.items() if gone(peer.bot)]:
             del self._peers[key]
 
     async def refresh(self, bot: str) -> list[str]:

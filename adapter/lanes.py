@@ -23,7 +23,7 @@ from adapter.errors import BusRefused, LeaseLost, Refused, Temporary
 from adapter.leases import Leases
 from adapter.ports import Account, Bus, Delivery, History, Message, Stored, Uploaded
 from adapter.presence import Presence, Showing
-from adapter.receipts import Receipts, ending_of
+from adapter.receipts import Name, Receipts, ending_of
 from adapter.records import Binding, Hand
 from adapter.sending import Apart, Ending, Repeat, Sender, Wait
 from adapter.sessions import needs_login_now
@@ -33,7 +33,7 @@ from adapter.uploads import Uploads
 log = structlog.get_logger()
 
 SETTLED_KEPT = 10_000
-"""Sequences per shard remembered as settled, for acks that got lost."""
+"""Sequences per shard remembered as settled, for acks and removals that got lost."""
 FOREVER_S = 3600.0
 
 
@@ -96,6 +96,8 @@ class Parked(NamedTuple):
     subject: str
     command: str
     expires_ms: int
+    stored_ms: int
+    """When the command itself was stored."""
     final: bool = False
 
 
@@ -120,8 +122,10 @@ class Lane:
         self.stale_until = 0.0
         self.last_tries = False
         """The binding needs a login by this lane's word, and tries are left that may prove it wrong."""
-        self.fresh = True
-        """Nothing parked was looked at since this replica took the shard."""
+        self.unsure: set[int] = set()
+        """Sequences of what was found parked: whether it was told already is not known yet."""
+        self.told: dict[int, contract.Receipt] = {}
+        """Sequences of what is parked although it has its final receipt."""
         self.spoke = False
         """A command was sent, or parked, since the user wrote or typing was switched on."""
         self.apart_until = 0
@@ -140,15 +144,23 @@ class LaneWork:
     def __init__(self, number: int, needs: Outgoing) -> None:
         self.number = number
         self._needs = needs
-        self._sender = needs.sender._replace(
-            pause=self._pause, check=lambda: needs.leases.check(number), upload=self._upload
-        )
+        self._sender = needs.sender._replace(pause=self._pause, check=self._check, upload=self._upload)
         self.presence = Presence(number, needs.showing)
         self._in_hand: dict[int, Item] = {}
         """By sequence: delivered, and neither parked nor settled."""
         self._settled: OrderedDict[int, None] = OrderedDict()
+        self._removed: OrderedDict[int, None] = OrderedDict()
+        """Sequences of what is not parked any more, although the bus may still show it."""
         self._tasks: set[asyncio.Task[Any]] = set()
         self._drain = asyncio.Event()
+        self._lost = False
+        """The shard was taken away: also where this replica gets it back, another Shard works for it then."""
+
+    def _check(self) -> None:
+        """Raises LeaseLost unless this very object may work for the shard at this moment."""
+        if self._lost:
+            raise LeaseLost("lease_lost", f"shard {self.number}")
+        self._needs.leases.check(self.number)
 
     async def _run(self, lane: Lane) -> None:
         """Works until the lane is empty. One unit of work per turn; what fails unexpectedly is tried again."""
@@ -156,11 +168,14 @@ class LaneWork:
         while (lane.queue or lane.parked) and not self._drain.is_set():
             lane.wake.clear()
             try:
+                self._check()
                 wait_s = await finish(self._turn(lane), self._needs.grace_s)
                 failures = 0
                 self._hush(lane)
-            except (LeaseLost, Draining):
+            except Draining:
                 return
+            except LeaseLost:  # paused: it may come back; lost: somebody stops us
+                wait_s = 0.2
             except Temporary as exc:
                 log.warning("lane.waits", sandbox=lane.sandbox, reason=exc.reason)
                 wait_s = 0.5
@@ -267,6 +282,7 @@ class LaneWork:
 
     async def _flush(self, lane: Lane, binding: Binding) -> float:
         """Sends the oldest parked command, and what goes with it in one message, if it may go now."""
+        await self._look_up(lane)
         peer = await self._sender.contexts.peer(binding.bot, lane.user)
         if (hand := peer.context.hand) and hand.is_begun:  # its rest comes before anything else
             _put_first(lane, next((one for one in lane.parked if one.command == hand.command), lane.parked[0]))
@@ -275,8 +291,7 @@ class LaneWork:
         if item is None:
             _drop(lane, [parked.seq])
             return 0.0
-        item.suspect = lane.fresh
-        if lane.fresh and (told := await self._needs.receipts.find_final(item.command)):
+        if told := lane.told.get(parked.seq):
             # The owner before us told it, and perhaps not yet all that were in the same message. (What expired by
             # itself had not been sent: it left the others.)
             hand = peer.context.hand if told.reason != "expired" else None
@@ -286,16 +301,23 @@ class LaneWork:
             return 0.0
         group = await self._group(lane, item, peer)
         for one in group:
-            one.suspect = False  # the first was not told, so none behind it was
+            one.suspect = False  # looked up above
         result = await self._send(lane, group, binding)
         if isinstance(result, Wait):
             return await self._stay(lane, peer, result, binding)
-        lane.fresh = False
         if isinstance(result, Apart):
             lane.apart_until = group[-1].parked_seq
             return 0.0
         _drop(lane, [one.parked_seq for one in group])
         return 0.0
+
+    async def _look_up(self, lane: Lane) -> None:
+        """Finds out which of the parked commands that others left have their final receipts. Raises Temporary."""
+        names = {one.seq: Name(one.command, one.stored_ms) for one in lane.parked if one.seq in lane.unsure}
+        if names:
+            found = await self._needs.receipts.find_finals(lane.sandbox, set(names.values()))
+            lane.told |= {seq: found[name] for seq, name in names.items() if name in found}
+        lane.unsure -= names.keys()
 
     async def _stay(self, lane: Lane, peer: Peer, wait: Wait, binding: Binding) -> float:
         """What is parked stays so, and what came behind it joins it; seconds until that may change."""
@@ -305,7 +327,7 @@ class LaneWork:
         if may_pass and final is not None and final != lane.parked[0]:
             _put_first(lane, final)
             return 0.0
-        _put_in_order(lane)
+        put_in_order(lane)
         if lane.queue:
             behind = lane.queue[0]
             if may_pass and behind.command.final and behind.command.when_closed == "refuse":
@@ -342,7 +364,7 @@ class LaneWork:
             return [first]
         group = [first]
         for item in await self._behind(lane, MERGED_AT_ONCE - 1):
-            known = item.command.id in context.done
+            known = item.command.id in context.done or item.parked_seq in lane.unsure or item.parked_seq in lane.told
             if known or not joins([one.command for one in group], item.command, longest):
                 break
             group.append(item)
@@ -488,6 +510,7 @@ class LaneWork:
             contract.H_TIME_MS: str(command.stored_ms),
         }
         subject = self._needs.names.parked(self.number, contract.peer_key(lane.bot, lane.user))
+        self._check()
         try:
             ack = await self._needs.bus.publish(Message("parked", subject, item.data, headers))
         except BusRefused as exc:
@@ -495,7 +518,7 @@ class LaneWork:
             return
         await self._needs.receipts.parked(command, wait, lane.bot, lane.user, await self._window(lane))
         home = lane.current()
-        parked = Parked(ack.seq, subject, command.id, command.expires_ms, command.final)
+        parked = Parked(ack.seq, subject, command.id, command.expires_ms, command.stored_ms, command.final)
         if all(parked.seq != known.seq for known in home.parked):
             home.parked.append(parked)
         self._start(home)
@@ -523,7 +546,10 @@ class LaneWork:
         self, group: Sequence[Item], ending: Ending, shown: contract.Window | None, bot: str = "", user: str = ""
     ) -> None:
         """The same ending for each. All are told before the first is settled or removed, so that the next owner finds
-        the first one with all that share its fate."""
+        the first one with all that share its fate. Of what was not accepted only the owner may say so: the next one
+        may have more luck. Raises LeaseLost."""
+        if ending.outcome not in ("accepted", "accepted_unconfirmed"):
+            self._check()
         for item in group:
             command = item.command
             if item.suspect and await self._needs.receipts.has_final(command):
@@ -544,7 +570,7 @@ class LaneWork:
         while True:
             try:
                 await (self._end_in(lane, item, ending) if lane else self._end(item, ending, None))
-            except Temporary as exc:
+            except (Temporary, LeaseLost) as exc:
                 log.warning("command.waits", sandbox=item.command.sandbox, reason=exc.reason)
                 await self._pause(0.5)
             else:
@@ -554,6 +580,7 @@ class LaneWork:
         """Settles a command that was told, or need not be, wherever it came from."""
         self._settle(item)
         if item.parked_seq:
+            _remember(self._removed, item.parked_seq)
             self._spawn(self._unpark(item.parked_seq))
 
     def _settle(self, item: Item) -> None:
@@ -561,9 +588,7 @@ class LaneWork:
         if delivery is None:
             return
         self._in_hand.pop(delivery.seq, None)
-        self._settled[delivery.seq] = None
-        if len(self._settled) > SETTLED_KEPT:
-            self._settled.popitem(last=False)
+        _remember(self._settled, delivery.seq)
         self._spawn(delivery.ack())
 
     async def _unpark(self, seq: int) -> None:
@@ -647,6 +672,12 @@ class LaneWork:
             log.error("task.crashed", shard=self.number, exc_info=exc)
 
 
+def _remember(known: OrderedDict[int, None], seq: int) -> None:
+    known[seq] = None
+    if len(known) > SETTLED_KEPT:
+        known.popitem(last=False)
+
+
 def _shift(lane: Lane, item: Item) -> None:
     """Takes the first command out of the queue, unless the queue went to another lane meanwhile."""
     if lane.queue and lane.queue[0] is item:
@@ -658,7 +689,7 @@ def _put_first(lane: Lane, parked: Parked) -> None:
     lane.parked.appendleft(parked)
 
 
-def _put_in_order(lane: Lane) -> None:
+def put_in_order(lane: Lane) -> None:
     lane.parked = deque(sorted(lane.parked))
 
 
@@ -666,6 +697,8 @@ def _drop(lane: Lane, seqs: Sequence[int]) -> None:
     """Forgets parked commands, wherever they stand by now."""
     for parked in [parked for parked in lane.parked if parked.seq in seqs]:
         lane.parked.remove(parked)
+        lane.unsure.discard(parked.seq)
+        lane.told.pop(parked.seq, None)
 
 
 def _late_together(lane: Lane, held: set[str], now_ms: int) -> list[Parked]:

@@ -15,7 +15,7 @@ import structlog
 from adapter import contract
 from adapter.commands import Command, command_id, peek, read_command
 from adapter.errors import AdapterError, Refused, Temporary, Unreadable
-from adapter.lanes import Item, Lane, LaneWork, Outgoing, Parked
+from adapter.lanes import Item, Lane, LaneWork, Outgoing, Parked, put_in_order
 from adapter.ports import Delivery
 from adapter.records import Binding
 from adapter.sending import Ending
@@ -35,11 +35,24 @@ class Shard(LaneWork):
         self._lanes: dict[tuple[str, str, str], Lane] = {}
         self._waiting: dict[str, deque[Item]] = {}
         """Per sandbox: commands that nobody could be found for, in order, while a bind may be on its way."""
+        self._loaded = False
 
     async def load(self) -> None:
-        """Finds what is parked. Raises Temporary."""
+        """Finds what is parked; again after each reset of the consumer. Raises Temporary.
+
+        A replica that lost the shard may have parked a command late, and settled it, so that it is not delivered
+        again: what was settled before a reset is found here after it.
+        """
+        if not self._loaded:
+            self._needs.sender.contexts.forget_where(self._serves)  # of an earlier time, when the shard was ours, too
+            self.presence.open()
+            self._loaded = True
         names = self._needs.names
+        found: set[int] = set()
+        in_hand = {item.command.client for item in self._in_hand.values()}
         async for stored in self._needs.history.read(names.stream_parked, names.parked(self.number, "*")):
+            if stored.seq in self._removed:
+                continue
             try:
                 item = self._item_of(stored)
             except AdapterError as exc:
@@ -51,10 +64,21 @@ class Shard(LaneWork):
                 user = binding.user  # learned since it was parked
             lane = self._lane(item.command.sandbox, bot, user)
             command = item.command
-            lane.parked.append(Parked(stored.seq, stored.subject, command.id, command.expires_ms, command.final))
+            if command.client in in_hand or any(known.seq == stored.seq for known in lane.parked):
+                continue
+            found.add(stored.seq)
+            lane.unsure.add(stored.seq)
+            lane.parked.append(
+                Parked(stored.seq, stored.subject, command.id, command.expires_ms, command.stored_ms, command.final)
+            )
         for lane in list(self._lanes.values()):
+            if not lane.unsure.isdisjoint(found):
+                put_in_order(lane)
             self._start(lane)
-        self.presence.open()
+
+    def _serves(self, bot: str) -> bool:
+        binding = self._needs.bindings.get(bot)
+        return binding is not None and contract.shard_of(binding.sandbox) == self.number
 
     def on_delivery(self, delivery: Delivery) -> None:
         """A command of this shard arrived, or arrived again."""
@@ -167,6 +191,8 @@ class Shard(LaneWork):
             unknown.moved = lane
             lane.parked = deque(sorted({*lane.parked, *unknown.parked}))
             lane.queue.extend(unknown.queue)
+            lane.unsure |= unknown.unsure
+            lane.told |= unknown.told
             unknown.parked.clear()
             unknown.queue.clear()
             unknown.wake.set()
@@ -208,6 +234,7 @@ class Shard(LaneWork):
 
     def stop(self) -> None:
         """The shard is lost: everything ends now."""
+        self._lost = True
         self._drain.set()
         self.presence.stop()
         for task in list(self._tasks):

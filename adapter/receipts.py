@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from typing import NamedTuple
+
 import msgspec
 
 from adapter import contract
@@ -12,6 +15,13 @@ from adapter.metrics import Metrics
 from adapter.ports import History
 from adapter.sending import Ending, Wait
 from adapter.timing import Clock
+
+
+class Name(NamedTuple):
+    """What tells a command from all others, also from a later one with the same id."""
+
+    id: str
+    stored_ms: int
 
 
 class Receipts:
@@ -30,17 +40,22 @@ class Receipts:
 
     async def find_final(self, command: Command) -> Receipt | None:
         """The final receipt of this very command, if it has one. Raises Temporary."""
-        subject = self._names.event(command.sandbox, "receipt")
-        since_ms = command.stored_ms - 1000
+        name = Name(command.id, command.stored_ms)
+        return (await self.find_finals(command.sandbox, {name})).get(name)
+
+    async def find_finals(self, sandbox: str, wanted: Collection[Name]) -> dict[Name, Receipt]:
+        """The final receipts of those commands of one sandbox that have one. Raises Temporary."""
+        found: dict[Name, Receipt] = {}
+        subject = self._names.event(sandbox, "receipt")
+        since_ms = min(name.stored_ms for name in wanted) - 1000
         async for stored in self._history.read(self._names.stream_event, subject, since_ms=since_ms):
             receipt = msgspec.json.decode(stored.data, type=Receipt)
-            if (
-                receipt.command == command.id
-                and receipt.received_at_ms == command.stored_ms
-                and receipt.outcome in contract.FINAL_OUTCOMES
-            ):
-                return receipt
-        return None
+            name = Name(receipt.command, receipt.received_at_ms)
+            if name in wanted and receipt.outcome in contract.FINAL_OUTCOMES:
+                found[name] = receipt
+                if len(found) == len(wanted):
+                    break
+        return found
 
     async def parked(self, command: Command, wait: Wait, bot: str, user: str, shown: contract.Window) -> None:
         """Not final: the command waits."""

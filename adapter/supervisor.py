@@ -41,7 +41,7 @@ class ShardWork(Protocol):
         """Tells the other replicas that a bot, or without one a shard, was given back. Never raises."""
 
     def consume(self, shard: int, sender: Shard) -> list[Coroutine[Any, Any, None]]:
-        """The pull loops that belong to a shard."""
+        """The pull loops that belong to a shard. What is parked is loaded before the first delivery."""
 
 
 class Supervisor:
@@ -237,22 +237,18 @@ class Supervisor:
         self._loads[shard] = asyncio.get_running_loop().create_task(self._open(shard), name=f"shard.{shard}")
 
     async def _open(self, shard: int) -> None:
-        """What waits for media is known before a poller stores anything, what is parked before the first new command
-        is looked at."""
+        """What waits for media is known before a poller stores anything; the consumer loads what is parked."""
         while True:
             sender, downloads = self._work.sender(shard), self._work.downloads(shard)
             try:
                 await downloads.load()
-                await sender.load()
                 break
             except Temporary as exc:
                 log.warning("shard.waits", shard=shard, reason=exc.reason)
                 downloads.stop()
-                sender.stop()
                 await self._clock.sleep(0.5)
             except BaseException:  # the shard is lost again
                 downloads.stop()
-                sender.stop()
                 raise
         self._shards[shard], self._downloads[shard] = sender, downloads
         self._opened.notify()

@@ -13,7 +13,18 @@ from structlog.testing import capture_logs
 
 from adapter import window
 from adapter.commands import read_command
-from adapter.contract import FINAL_OUTCOMES, H_COMMAND, H_MSG_ID, H_TIME_MS, UNROUTED, Outbound, Receipt, peer_key
+from adapter.contract import (
+    FINAL_OUTCOMES,
+    H_COMMAND,
+    H_MSG_ID,
+    H_SANDBOX,
+    H_TIME_MS,
+    UNROUTED,
+    Outbound,
+    Receipt,
+    peer_key,
+    shard_of,
+)
 from adapter.errors import BusRefused, Refused, SessionExpired, Temporary, Throttled, Uncertain
 from adapter.outbound import Shard
 from adapter.ports import Accepted, Message
@@ -1024,6 +1035,148 @@ async def test_who_loses_the_lease_stops_at_once_and_settles_nothing() -> None:
     await asyncio.sleep(60)
     assert bench.chat.texts == ["t0"]
     assert [delivery.acks for delivery in deliveries] == [1, 0, 0]
+
+
+async def test_a_lease_that_was_only_paused_goes_on_without_another_command() -> None:
+    """Nothing else would wake the lane: what is in hand is not delivered again before the next break."""
+    bench, shard = await ready()
+    bench.leases.is_valid = False
+    delivery = bench.command("t0", id="c0")
+    shard.on_delivery(delivery)
+    await asyncio.sleep(60)
+    assert bench.chat.texts == []
+    bench.leases.is_valid = True
+    await asyncio.sleep(5)
+    assert bench.chat.texts == ["t0"]
+    assert (delivery.acks, outcomes(bench)) == (1, [("c0", "accepted", "")])
+
+
+@pytest.mark.parametrize("again_ours", [False, True], ids=["another has the shard", "it is ours again"])
+async def test_a_send_that_was_held_up_until_the_shard_was_lost_does_not_leave(again_ours: bool) -> None:
+    """Also where this replica took the shard a second time: the lanes of that time have the command in hand."""
+    bench, shard = await ready()
+    going_on = asyncio.Event()
+
+    async def hold(_: str) -> None:
+        await going_on.wait()
+
+    bench.contexts_bucket.on_write = hold
+    delivery = bench.command("t0", id="c0")
+    shard.on_delivery(delivery)
+    await asyncio.sleep(0.5)
+    bench.leases.owned.discard(shard.number)
+    shard.stop()
+    if again_ours:
+        bench.leases.owned.add(shard.number)
+    going_on.set()
+    await asyncio.sleep(60)
+    assert bench.chat.texts == []
+    assert delivery.acks == 0
+
+
+async def test_who_lost_the_shard_parks_nothing_and_tells_no_failure() -> None:
+    """The next owner may have more luck, and does not look for what is parked once it has begun."""
+    bench, shard = await ready()
+    bench.chat.hold_sends[USER] = asyncio.Event()
+    bench.chat.sends.append(THROTTLED)
+    delivery = bench.command("t0", id="c0", when_closed="park")
+    shard.on_delivery(delivery)
+    await asyncio.sleep(1)
+    bench.leases.owned.discard(shard.number)
+    shard.stop()
+    bench.chat.hold_sends[USER].set()
+    await asyncio.sleep(60)
+    assert len(bench.chat.sent) == 1
+    assert (parked(bench), outcomes(bench), delivery.acks) == ([], [], 0)
+
+
+async def late_copy(bench: Bench, delivery: FakeDelivery, ident: str) -> None:
+    """What a replica stores that is about to lose the shard, and may have settled."""
+    headers = {H_MSG_ID: f"late:{ident}", H_SANDBOX: "s1", H_COMMAND: ident, H_TIME_MS: str(delivery.time_ms)}
+    subject = bench.names.parked(shard_of("s1"), peer_key(BOT, USER))
+    await bench.bus.publish(Message("parked", subject, delivery.data, headers))
+
+
+async def test_what_the_owner_before_parked_late_is_found_at_the_next_reset_and_keeps_its_place() -> None:
+    bench = Bench()
+    await bench.bind()
+    heir = bench.shard()
+    await heir.load()
+    late = bench.command("t0", id="c0")
+    await late_copy(bench, late, "c0")  # and settled it: it is not delivered any more
+    await heir.load()
+    heir.on_delivery(bench.command("t1", id="c1"))
+    await user_writes(bench, heir)
+    await asyncio.sleep(30)
+    assert bench.chat.texts == ["t0", "t1"]
+    assert [receipt.command for receipt in finals(bench)] == ["c0", "c1"]
+    assert parked(bench) == []
+
+
+async def test_a_late_copy_of_what_is_in_hand_is_not_sent_a_second_time() -> None:
+    bench, shard = await ready()
+    await shard.load()
+    bench.chat.took_s = 3.0
+    deliveries = [bench.command(f"t{number}", id=f"c{number}") for number in range(2)]
+    for delivery in deliveries:
+        shard.on_delivery(delivery)
+    await asyncio.sleep(1)
+    await late_copy(bench, deliveries[1], "c1")
+    await shard.load()
+    await asyncio.sleep(30)
+    assert bench.chat.texts == ["t0", "t1"]
+    assert parked(bench) == ["c1"]
+    bench.bus.forget_ids()
+    await shard.load()  # it was sent meanwhile
+    await asyncio.sleep(30)
+    assert bench.chat.texts == ["t0", "t1"]
+    assert [receipt.command for receipt in finals(bench)] == ["c0", "c1"]
+    assert parked(bench) == []
+
+
+async def test_a_late_copy_of_what_was_told_is_not_merged_with_what_waits() -> None:
+    """It lies behind a command that was not told: the first one says nothing about it."""
+    bench, shard = await ready()
+    told = bench.command("t0", id="c0")
+    shard.on_delivery(told)
+    await asyncio.sleep(5)
+    bench.hears(inbound_ms=0)
+    shard.stop()
+    closed = Bench(bench, incarnation="me-2")
+    second = closed.shard()
+    second.on_delivery(bench.command("t1", id="c1"))
+    await asyncio.sleep(5)
+    await late_copy(bench, told, "c0")
+    second.stop()
+    bench.bus.forget_ids()
+
+    heir = Bench(bench, incarnation="heir-1")
+    third = heir.shard(merge_chars=100)
+    await third.load()
+    third.on_delivery(bench.command("t2", id="c2"))
+    await user_writes(heir, third)
+    await asyncio.sleep(60)
+    assert bench.chat.texts == ["t0", "t1", "t2"]
+    assert [receipt.command for receipt in finals(bench)] == ["c0", "c1", "c2"]
+    assert parked(bench) == []
+
+
+async def test_a_shard_that_comes_back_begins_with_what_the_bus_knows() -> None:
+    """Another replica sent for it meanwhile: what was kept in memory of before is not true any more."""
+    bench, shard = await ready()
+    shard.on_delivery(bench.command("t0", id="c0"))
+    await asyncio.sleep(5)
+    shard.stop()
+    other = Bench(bench, incarnation="other-1")
+    there = other.shard()
+    await there.load()
+    there.on_delivery(bench.command("t1", id="c1"))
+    await asyncio.sleep(5)
+    there.stop()
+    back = bench.shard()
+    await back.load()
+    used = (await bench.contexts.peer(BOT, USER)).context.used
+    assert used == 2
 
 
 async def test_draining_ends_what_is_out_and_starts_nothing() -> None:

@@ -3,12 +3,16 @@
 At each start and after each connect the consumer is reset: everything unacknowledged comes again, at once and
 in stream order, so nothing that was lost on its way can overtake or hide. In a cluster a delivery can get lost
 without a break, when the consumer's leader goes: the numbers of deliveries and heartbeats tell, and it is reset, too.
+
+The numbers say nothing about a reset by somebody else: one who resets and then takes as much as the owner had taken
+hides what it took. So whoever is not sure to be the owner neither resets nor pulls, and looks again between the two:
+a reset that reached the server late is then followed by no pull.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import msgspec
@@ -16,7 +20,7 @@ import structlog
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 
-from adapter.errors import BusRefused, Temporary
+from adapter.errors import BusRefused, LeaseLost, Temporary
 from adapter.jetstream.link import Link
 
 log = structlog.get_logger()
@@ -69,13 +73,19 @@ class Delivery:
 
 
 class Consumer:
-    """The pull loop of one durable. `room` bounds what is delivered and not yet acknowledged."""
+    """The pull loop of one durable. `room` bounds what is delivered and not yet acknowledged.
 
-    def __init__(self, link: Link, stream: str, name: str, *, room: int) -> None:
+    `check` raises LeaseLost when this replica may not read it at this moment.
+    """
+
+    def __init__(
+        self, link: Link, stream: str, name: str, *, room: int, check: Callable[[], None] = lambda: None
+    ) -> None:
         self.link = link
         self.name = name
         self._stream = stream
         self._room = room
+        self._check = check
         self._in_hand = 0
         self._requested = 0
         self._number = 0
@@ -93,20 +103,27 @@ class Consumer:
     async def info(self) -> dict[str, Any]:
         return await self.link.api(f"CONSUMER.INFO.{self._stream}.{self.name}")
 
-    async def run(self, on_delivery: Callable[[Delivery], None], on_reset: Callable[[], None]) -> None:
-        """Delivers until cancelled. `on_reset` comes before the first delivery after each (re)connect."""
+    async def run(self, on_delivery: Callable[[Delivery], None], on_reset: Callable[[], Awaitable[None]]) -> None:
+        """Delivers until cancelled. `on_reset` is awaited between each reset and the first delivery after it: what
+        was acknowledged before the reset has left its traces elsewhere by then, and all else is delivered.
+        """
         while True:
             await self.link.wait_up()
             epoch = self.link.epoch
             try:
                 nc = self.link.client()
+                self._check()
                 info = await self.info()
+                self._check()
                 self._suspect_to = max(self._suspect_to, int(info["delivered"]["stream_seq"]))
                 info = await self.link.api(f"CONSUMER.RESET.{self._stream}.{self.name}")
                 self._number = int(info.get("delivered", {}).get("consumer_seq", 0))
                 self._in_hand = self._requested = 0
-                on_reset()
+                await on_reset()
                 await self._pull(nc, epoch, on_delivery)
+            except LeaseLost:  # paused: it may come back; lost: the owner of this loop ends it
+                log.debug("consumer.fenced", consumer=self.name)
+                await asyncio.sleep(0.1)
             except (Temporary, BusRefused) as exc:
                 log.warning("consumer.interrupted", consumer=self.name, reason=exc.reason, detail=exc.detail[:200])
                 await asyncio.sleep(0.2)
@@ -160,6 +177,7 @@ class Consumer:
                 await self._wait(epoch)
 
     async def _ask(self, inbox: str, batch: int) -> None:
+        self._check()
         self._requested += batch
         body = {"batch": batch, "expires": int(EXPIRES_S * 1e9), "idle_heartbeat": int(HEARTBEAT_S * 1e9)}
         await self.link.publish(

@@ -17,7 +17,7 @@ from structlog.testing import capture_logs
 
 from adapter.contract import H_COMMAND, H_ERROR, H_ERROR_CODE, H_MSG_ID, H_SCHEMA, SHARDS, Names, peer_key, shard_of
 from adapter.embedded import EmbeddedNats
-from adapter.errors import BusRefused, Conflict, Refused, SettingsError, Temporary
+from adapter.errors import BusRefused, Conflict, LeaseLost, Refused, SettingsError, Temporary
 from adapter.jetstream import topology
 from adapter.jetstream.buckets import KvBucket, LeaseRegister, StreamHistory
 from adapter.jetstream.consumer import Consumer, Delivery
@@ -455,15 +455,21 @@ class Reader:
     """What a shard's consumer delivers."""
 
     def __init__(
-        self, rig: Rig, *, room: int = 8, stream: str = NAMES.stream_ctl, name: str = topology.CONTROL
+        self,
+        rig: Rig,
+        *,
+        room: int = 8,
+        stream: str = NAMES.stream_ctl,
+        name: str = topology.CONTROL,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
         self.got: list[Delivery] = []
         self.resets = 0
         self.on_reset: Callable[[], None] = lambda: None
-        self.consumer = Consumer(rig.link, stream, name, room=room)
+        self.consumer = Consumer(rig.link, stream, name, room=room, check=check)
         self.task = rig.spawn(self.consumer.run(self.got.append, self._reset))
 
-    def _reset(self) -> None:
+    async def _reset(self) -> None:
         self.resets += 1
         self.on_reset()
 
@@ -594,6 +600,75 @@ async def test_a_delivery_that_got_lost_on_its_way_comes_again_before_what_is_af
     if more:
         await reader.have(3)
         assert reader.texts == ["0", "1", "2"]
+
+
+class Fence:
+    """What the leases say to a consumer: from the `lost_from`th question on, no."""
+
+    def __init__(self, lost_from: float) -> None:
+        self.lost_from = lost_from
+        self.asked = 0
+
+    def __call__(self) -> None:
+        self.asked += 1
+        if self.asked >= self.lost_from:
+            raise LeaseLost("lease_lost")
+
+
+async def test_an_owner_that_was_frozen_takes_nothing_from_the_one_after_it(rig: Rig) -> None:
+    """It thaws, finds its consumer silent or its connection gone, and would reset it: what it then took would be
+    missing for the new owner, and its numbers would fit, as it takes just as many as the new owner has had."""
+    texts = [str(number) for number in range(8)]
+    await control(rig, *texts)
+    heir = Reader(rig, room=8)
+    await heir.have(8)
+    await heir.got[0].ack()
+    await rig.publisher.publish(Message("ctl", NAMES.bind, b"8", {}))
+    async with asyncio.timeout(PATIENCE_S):
+        while (await heir.consumer.info())["num_ack_pending"] != 7:  # the ack has no answer of its own
+            await asyncio.sleep(0.01)
+
+    fence = Fence(lost_from=1)
+    thawed = Reader(rig, room=8, check=fence)
+    await until(lambda: fence.asked > 3 or len(thawed.got) == 8, "it tried")
+    thawed.task.cancel()
+    await asyncio.wait([thawed.task])
+    await heir.got[1].ack()
+    await rig.publisher.publish(Message("ctl", NAMES.bind, b"9", {}))
+    await heir.have(10)
+    assert heir.texts == [*texts, "8", "9"]
+    assert thawed.got == []
+
+
+@pytest.mark.parametrize("before", [1, 2, 3], ids=["before it looks", "before its reset", "before its pull"])
+async def test_an_owner_that_loses_its_lease_on_the_way_stops_there(rig: Rig, before: int) -> None:
+    await control(rig, "0")
+    heir = Reader(rig)
+    await heir.have(1)
+    fence = Fence(lost_from=before)
+    loser = Reader(rig, check=fence)
+    await until(lambda: fence.asked > before + 2, "it tried again")
+    assert loser.got == []
+    assert loser.resets == (before == 3)
+    fence.lost_from = float("inf")  # it was only paused
+    await loser.have(1)
+    assert loser.texts == ["0"]
+
+
+async def test_what_happens_at_a_reset_is_over_before_the_first_delivery(rig: Rig) -> None:
+    """What the owner before settled late is read then: it is not delivered any more."""
+    await control(rig, "0")
+    order: list[str] = []
+
+    async def on_reset() -> None:
+        order.append("reset")
+        await asyncio.sleep(0.05)
+        order.append("read")
+
+    consumer = Consumer(rig.link, NAMES.stream_ctl, topology.CONTROL, room=8)
+    rig.spawn(consumer.run(lambda delivery: order.append(delivery.data.decode()), on_reset))
+    await until(lambda: len(order) == 3, "the delivery")
+    assert order == ["reset", "read", "0"]
 
 
 # the streams ---------------------------------------------------------------------------------------------
