@@ -172,18 +172,19 @@ class World:
         Users whose answers are parked write once more, as people do.
         """
         wanted = {ident for idents in self.sent.values() for ident in idents}
-        async with asyncio.timeout(patience_s):
-            while True:
-                receipts = await self.receipts(nc)
-                final = {receipt.command for receipt in receipts if receipt.outcome in FINAL_OUTCOMES}
-                stored = await stream(nc, NAMES.stream_in, NAMES.inbox("*"))
-                said = sum(len(texts) for texts in self.said.values())
-                if wanted <= final and len(stored) >= said:
-                    return
-                waiting = {r.sandbox for r in receipts if r.outcome == "parked" and r.command not in final}
-                for sandbox in sorted(waiting):
-                    self.say(sandbox, f"go on {len(self.said[sandbox])}")
-                await asyncio.sleep(0.5)
+        end = asyncio.get_running_loop().time() + patience_s  # a cancellation may get lost inside nats-py
+        while asyncio.get_running_loop().time() < end:
+            receipts = await self.receipts(nc)
+            final = {receipt.command for receipt in receipts if receipt.outcome in FINAL_OUTCOMES}
+            stored = await stream(nc, NAMES.stream_in, NAMES.inbox("*"))
+            said = sum(len(texts) for texts in self.said.values())
+            if wanted <= final and len(stored) >= said:
+                return
+            waiting = {r.sandbox for r in receipts if r.outcome == "parked" and r.command not in final}
+            for sandbox in sorted(waiting):
+                self.say(sandbox, f"go on {len(self.said[sandbox])}")
+            await asyncio.sleep(0.5)
+        raise TimeoutError
 
     async def close(self) -> None:
         for adapter in self.adapters:
