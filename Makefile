@@ -39,6 +39,7 @@ check: install
 	@found=$$($(BIN)/ruff format --check . 2>&1) || { echo "$$found" >&2; echo 'run: make format' >&2; exit 1; }
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/mypy
+	@$(BIN)/mypy schemas/examples/python/*.py
 	@found=$$($(BIN)/lint-imports --no-logo 2>&1) || { echo "$$found" >&2; exit 1; }
 	@$(BIN)/python -m adapter.schema --check
 

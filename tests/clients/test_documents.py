@@ -90,3 +90,11 @@ def test_the_types_tell_right_from_wrong(npm: Path, tmp_path: Path) -> None:
     for number, (_, _, complaint) in enumerate(MISFITS):
         (said,) = [line for line in done.stdout.splitlines() if f"/misfit{number}.ts" in line]
         assert complaint in said
+
+
+def test_what_the_page_tells_to_install_is_what_was_tried() -> None:
+    """The packages of the TypeScript examples, by their versions."""
+    shown = json.loads((schema.ROOT / "schemas" / "examples" / "typescript" / "package.json").read_bytes())
+    tried = json.loads((schema.ROOT / "tests" / "npm" / "package.json").read_bytes())["devDependencies"]
+    for kind in ("dependencies", "devDependencies"):
+        assert shown[kind].items() <= tried.items()

@@ -1,0 +1,66 @@
+/* What the examples share: a connection, and an end with a sentence. */
+
+#ifndef COMMON_H
+#define COMMON_H
+
+#include <cjson/cJSON.h>
+#include <nats/nats.h>
+#include <stdbool.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* Ends the program unless all went well. */
+static inline void must(natsStatus status, const char *what)
+{
+    if (status != NATS_OK) {
+        fprintf(stderr, "%s: %s\n", what, natsStatus_GetText(status));
+        exit(1);
+    }
+}
+
+/* A connection to NATS_URL that comes back after each break. Where `sandbox` is given, inboxes begin with
+   _INBOX_<sandbox>, the only ones that a sandbox may be permitted. */
+static inline natsConnection *connected(const char *sandbox)
+{
+    natsOptions *options = NULL;
+    natsConnection *nc = NULL;
+    const char *url = getenv("NATS_URL");
+    char prefix[80];
+
+    must(natsOptions_Create(&options), "options");
+    must(natsOptions_SetURL(options, url != NULL ? url : "nats://127.0.0.1:4222"), "NATS_URL");
+    must(natsOptions_SetMaxReconnect(options, -1), "options");
+    if (sandbox != NULL) {
+        snprintf(prefix, sizeof prefix, "_INBOX_%s", sandbox);
+        must(natsOptions_SetCustomInboxPrefix(options, prefix), "options");
+    }
+    must(natsConnection_Connect(&nc, options), "connect");
+    natsOptions_Destroy(options);
+    return nc;
+}
+
+/* The text of a field, "" if there is none. */
+static inline const char *text_of(const cJSON *object, const char *name)
+{
+    const char *text = cJSON_GetStringValue(cJSON_GetObjectItemCaseSensitive(object, name));
+    return text != NULL ? text : "";
+}
+
+/* Publishes until the stream has confirmed. The id makes the repeats one. */
+static inline void store(jsCtx *js, const char *subject, const cJSON *body, const char *id)
+{
+    char *text = cJSON_PrintUnformatted(body);
+    jsPubOptions options;
+    natsStatus status;
+
+    jsPubOptions_Init(&options);
+    options.MsgId = id;
+    while ((status = js_Publish(NULL, js, subject, text, (int) strlen(text), &options, NULL)) == NATS_TIMEOUT
+           || status == NATS_NO_RESPONDERS)
+        nats_Sleep(1000);
+    must(status, subject);
+    free(text);
+}
+
+#endif

@@ -1,0 +1,159 @@
+// A platform that gives a sandbox its WeChat user:
+//
+//	onboard login SANDBOX       shows a QR code; digits that the phone shows are typed here
+//	onboard bind SANDBOX BOT    a bot that you have; its token is in the environment, as BOT_TOKEN
+//
+// Exit code 0 once the bot is bound.
+package main
+
+import (
+	"bufio"
+	"encoding/json"
+	"fmt"
+	"log"
+	"os"
+	"strings"
+	"time"
+
+	"github.com/nats-io/nats.go"
+)
+
+type options struct {
+	Durable bool `json:"durable"`
+}
+
+type login struct {
+	Login      string `json:"login"`
+	Status     string `json:"status"`
+	Reason     string `json:"reason"`
+	Detail     string `json:"detail"`
+	Code       *int   `json:"code"` // absent: 1
+	QRCodeText string `json:"qrcode_text"`
+}
+
+func main() {
+	url := os.Getenv("NATS_URL")
+	if url == "" {
+		url = nats.DefaultURL
+	}
+	nc, err := nats.Connect(url)
+	if err != nil {
+		log.Fatal(err)
+	}
+	ok := false
+	switch {
+	case len(os.Args) == 3 && os.Args[1] == "login":
+		ok = logIn(nc, os.Args[2])
+	case len(os.Args) == 4 && os.Args[1] == "bind":
+		ok = bind(nc, os.Args[2], os.Args[3])
+	default:
+		log.Fatal("usage: onboard login SANDBOX | onboard bind SANDBOX BOT")
+	}
+	if !ok {
+		os.Exit(1)
+	}
+}
+
+func logIn(nc *nats.Conn, sandbox string) bool {
+	events, err := nc.SubscribeSync("wechat.event." + sandbox + ".login")
+	if err != nil {
+		log.Fatal(err)
+	}
+	typed := bufio.NewReader(os.Stdin)
+	now := ask(nc, "login.start", map[string]any{"sandbox": sandbox, "options": options{Durable: true}})
+	code, shown := 0, ""
+	for {
+		newest := 1
+		if now.Code != nil {
+			newest = *now.Code
+		}
+		if now.QRCodeText != "" && newest != code && now.Status == "wait" {
+			code = newest               // a code lives for a minute or two; a new one has a higher number
+			fmt.Println(now.QRCodeText) // a secret: who scans it first gets the sandbox
+		}
+		if state := strings.TrimSpace(now.Status + " " + now.Reason); state != shown {
+			shown = state
+			fmt.Printf("%s: %s\n", state, now.Detail)
+		}
+		switch now.Status {
+		case "confirmed", "already_bound":
+			return true
+		case "expired", "failed", "cancelled":
+			return false
+		case "need_verify_code":
+			if now.Reason != "checking" {
+				line, err := typed.ReadString('\n')
+				if err != nil {
+					log.Fatal(err)
+				}
+				now = ask(nc, "login.verify", map[string]any{"login": now.Login, "code": strings.TrimSpace(line)})
+				continue
+			}
+		}
+		if _, err := events.NextMsg(3 * time.Second); err != nil && err != nats.ErrTimeout {
+			log.Fatal(err) // an event may get lost; the status does not
+		}
+		now = ask(nc, "login.status", map[string]any{"login": now.Login})
+	}
+}
+
+func bind(nc *nats.Conn, sandbox, bot string) bool {
+	inbox := nats.NewInbox()
+	answers, err := nc.SubscribeSync(inbox)
+	if err != nil {
+		log.Fatal(err)
+	}
+	body, err := json.Marshal(map[string]any{
+		"sandbox": sandbox, "bot": bot, "bot_token": os.Getenv("BOT_TOKEN"), "options": options{Durable: true},
+	})
+	if err != nil {
+		log.Fatal(err)
+	}
+	msg := nats.NewMsg("wechat.ctl.bind")
+	msg.Data = body
+	msg.Header.Set("Reply-To", inbox)
+	js, err := nc.JetStream()
+	if err != nil {
+		log.Fatal(err)
+	}
+	if _, err := js.PublishMsg(msg, nats.MsgId("bind."+inbox[7:])); err != nil {
+		log.Fatal(err)
+	}
+	got, err := answers.NextMsg(time.Minute)
+	if err != nil {
+		log.Fatal(err) // the command is stored all the same
+	}
+	var answer struct {
+		OK    bool   `json:"ok"`
+		Error string `json:"error"`
+	}
+	if err := json.Unmarshal(got.Data, &answer); err != nil {
+		log.Fatal(err)
+	}
+	if !answer.OK {
+		fmt.Println(answer.Error)
+		return false
+	}
+	fmt.Println("bound")
+	return true
+}
+
+// ask asks any adapter; ends the program with the sentence that it answers instead.
+func ask(nc *nats.Conn, verb string, request map[string]any) login {
+	body, err := json.Marshal(request)
+	if err != nil {
+		log.Fatal(err)
+	}
+	msg, err := nc.Request("wechat.svc."+verb, body, 20*time.Second)
+	if err != nil {
+		log.Fatal(err)
+	}
+	if text := msg.Header.Get("Nats-Service-Error"); text != "" {
+		log.Fatal(text)
+	}
+	var now login
+	if err := json.Unmarshal(msg.Data, &now); err != nil {
+		log.Fatal(err)
+	}
+	return now
+}

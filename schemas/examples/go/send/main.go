@@ -1,0 +1,90 @@
+// A service that tells a user something and waits until it is known what became of it: send SANDBOX TEXT
+//
+// Each receipt is a line. Exit code 0 only for accepted.
+package main
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log"
+	"os"
+	"time"
+
+	"github.com/nats-io/nats.go"
+)
+
+type outbound struct {
+	ID      string `json:"id"`
+	Sandbox string `json:"sandbox"`
+	Text    string `json:"text"`
+}
+
+type receipt struct {
+	Command    string   `json:"command"`
+	Outcome    string   `json:"outcome"`
+	Reason     string   `json:"reason"`
+	MessageIDs []string `json:"message_ids"`
+}
+
+func main() {
+	sandbox, text := os.Args[1], os.Args[2]
+	command := outbound{ID: sandbox + ".send." + nats.NewInbox()[7:], Sandbox: sandbox, Text: text}
+	url := os.Getenv("NATS_URL")
+	if url == "" {
+		url = nats.DefaultURL
+	}
+	nc, err := nats.Connect(url, nats.MaxReconnects(-1))
+	if err != nil {
+		log.Fatal(err)
+	}
+	receipts, err := nc.SubscribeSync("wechat.event." + sandbox + ".receipt")
+	if err != nil {
+		log.Fatal(err)
+	}
+	if err := nc.Flush(); err != nil { // listen before you speak
+		log.Fatal(err)
+	}
+	js, err := nc.JetStream()
+	if err != nil {
+		log.Fatal(err)
+	}
+	body, err := json.Marshal(command)
+	if err != nil {
+		log.Fatal(err)
+	}
+	for {
+		_, err := js.Publish("wechat.out", body, nats.MsgId(command.ID))
+		if err == nil {
+			break
+		}
+		if !errors.Is(err, nats.ErrTimeout) && !errors.Is(err, nats.ErrNoStreamResponse) && !errors.Is(err, nats.ErrNoResponders) {
+			log.Fatal(err)
+		}
+		time.Sleep(time.Second) // not confirmed: once more, with the same id
+	}
+	for {
+		msg, err := receipts.NextMsg(time.Minute)
+		if errors.Is(err, nats.ErrTimeout) {
+			continue
+		}
+		if err != nil {
+			log.Fatal(err)
+		}
+		var got receipt
+		if err := json.Unmarshal(msg.Data, &got); err != nil {
+			log.Fatal(err)
+		}
+		if got.Command != command.ID {
+			continue
+		}
+		fmt.Println(got.Outcome, got.Reason, got.MessageIDs)
+		switch got.Outcome {
+		case "parked": // not final: it waits for the user
+		case "accepted":
+			return
+		default:
+			os.Exit(1)
+		}
+	}
+}

@@ -1,0 +1,114 @@
+"""The examples in other languages as strangers on the bus: their processes, a real server, adapter and simulator."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+from tests.clients import examples
+from tests.clients.examples import Language
+from tests.e2e.world import World, until, world
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def bridge(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World]:
+    """One for all languages: each has sandboxes of its own."""
+    async with world(tmp_path_factory.mktemp("bridge"), qr_hold_ms=300) as made:
+        adapter = await made.add_adapter()
+        await until(lambda: b"adapter.started" in adapter.log.read_bytes(), "the adapter runs")
+        yield made
+
+
+async def test_python(bridge: World, tmp_path: Path) -> None:
+    await converse(bridge, examples.python(tmp_path))
+
+
+async def test_typescript(bridge: World, tmp_path: Path, npm: Path) -> None:
+    await converse(bridge, examples.typescript(tmp_path, npm))
+
+
+async def test_c(bridge: World, tmp_path: Path) -> None:
+    await converse(bridge, examples.c(tmp_path))
+
+
+@pytest.mark.slow  # the first build of the client takes a minute
+async def test_go(bridge: World, tmp_path: Path) -> None:
+    await converse(bridge, examples.go(tmp_path))
+
+
+async def converse(bridge: World, language: Language) -> None:
+    """From the QR code to the phone, and everything that an example says of itself."""
+    user = await logs_in(bridge, language)
+    await answers(bridge, language, user)
+    await sends(bridge, language, user)
+    await binds(bridge, language)
+    assert bridge.sim.violations() == []
+
+
+async def logs_in(bridge: World, language: Language) -> str:
+    """With the wrong digits first. Returns the user."""
+    before = len(bridge.sim.qrcodes())
+    async with language.run("onboard", "login", language.name, NATS_URL=bridge.url) as onboard:
+        await until(lambda: len(bridge.sim.qrcodes()) > before, "there is a code")
+        code = bridge.sim.qrcodes()[-1].qrcode
+        bridge.sim.require_verify(code, "4711")
+        await onboard.says("wait: ")
+        assert onboard.said.count("█") > 100  # the code itself
+        user = bridge.sim.scan(code).user
+        await onboard.says("need_verify_code: ")
+        onboard.type("1111")
+        await onboard.says("need_verify_code wrong_code: ")
+        onboard.type("4711")
+        await onboard.says("scanned: ")
+        bridge.sim.confirm(code)
+        await onboard.says("confirmed: ")
+        assert await onboard.ended() == 0
+    return user
+
+
+async def answers(bridge: World, language: Language, user: str) -> None:
+    """Each message once, also what was said while it was away."""
+    agent = ("echo", language.name)
+    async with language.run(*agent, NATS_URL=bridge.url) as echo:
+        bridge.sim.say(user, "hello 你好")
+        await shows(bridge, user, ["You said: hello 你好"])
+        await echo.says("answered ", 1)
+    bridge.sim.say(user, "are you there?")
+    async with language.run(*agent, NATS_URL=bridge.url) as echo:
+        bridge.sim.say_media(user, "image", b"\x89PNG\r\n\x1a\n and so on")
+        await shows(bridge, user, ["You said: hello 你好", "You said: are you there?", "You sent: image"])
+        await echo.says("answered ", 2)
+
+
+async def sends(bridge: World, language: Language, user: str) -> None:
+    async with language.run("send", language.name, "from a service 😀", NATS_URL=bridge.url) as send:
+        assert await send.ended() == 0, send.said
+        assert send.said.startswith("accepted")
+    assert bridge.sim.phone(user)[-1].text == "from a service 😀"
+    async with language.run("send", f"{language.name}-nobody", "hello?", NATS_URL=bridge.url) as send:
+        assert await send.ended() == 1
+        assert send.said.startswith("refused not_bound")
+
+
+async def binds(bridge: World, language: Language) -> None:
+    bot = bridge.sim.add_bot()
+    sandbox = f"{language.name}-2"
+    async with language.run("onboard", "bind", sandbox, bot.bot, NATS_URL=bridge.url, BOT_TOKEN=bot.token) as bind:
+        assert await bind.ended() == 0, bind.said
+        assert bind.said == "bound\n"
+    await until(lambda: bridge.sim.polls(bot.bot).total > 0, "the bot is polled")
+    async with language.run("onboard", "bind", "No.1", bot.bot, NATS_URL=bridge.url, BOT_TOKEN=bot.token) as bind:
+        assert await bind.ended() == 1
+        assert "sandbox" in bind.said
+        assert "Traceback" not in bind.said
+
+
+async def shows(bridge: World, user: str, texts: list[str]) -> None:
+    """All of them, in this order, each once."""
+    await until(lambda: len(bridge.sim.phone(user)) >= len(texts), "the phone shows the answers")
+    assert [shown.text for shown in bridge.sim.phone(user)] == texts
