@@ -51,7 +51,7 @@ from adapter.sending import Sender
 from adapter.sessions import Incoming, Waiting, account_of
 from adapter.settings import Settings
 from adapter.supervisor import Supervisor
-from adapter.timing import SystemClock
+from adapter.timing import SystemClock, restarted
 from adapter.uploads import Uploads
 from adapter.windows import Windows
 
@@ -63,6 +63,10 @@ STARTING = 32
 """Pollers that start at once."""
 POLLS_PER_S = 1000
 """Polls are spread so that about so many start per second after an outage."""
+ASK_S = 10.0
+"""Between two questions to JetStream about backlogs."""
+RESTARTS, STEADY_S = 5, 60.0
+"""A loop may crash so often in a row; one that ran so long before is in order."""
 ROOM = 512
 """Commands delivered and not yet settled, per shard."""
 
@@ -374,13 +378,22 @@ class Adapter:
 
     def consume(self, shard: int, sender: Shard) -> list[Coroutine[Any, Any, None]]:
         stream = self.names.stream_out
-        work = [self._consume(shard, stream, topology.out_consumer(shard), "out", sender.on_delivery, sender.load)]
+        out = topology.out_consumer(shard)
+        work = [self._lasting(out, lambda: self._consume(shard, stream, out, "out", sender.on_delivery, sender.load))]
         if shard == 0:  # the router and the control commands go with it: one owner each
             work += [
-                self._consume(shard, stream, topology.ROUTER, "router", self._route),
-                self._control(shard),
+                self._lasting("router", lambda: self._consume(shard, stream, topology.ROUTER, "router", self._route)),
+                self._lasting("control", lambda: self._control(shard)),
             ]
         return work
+
+    def failed(self, name: str, detail: str) -> None:
+        self.health.fail(name, detail)
+
+    async def _lasting(self, name: str, run: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Restarts a loop that crashed; one that goes on crashing costs the replica its life (/livez)."""
+        last = await restarted(run, name, self.clock, restarts=RESTARTS, steady_s=STEADY_S)
+        self.failed(name, f"crashed {RESTARTS + 1} times in a row: {type(last).__name__}")
 
     async def _consume(
         self,
@@ -426,6 +439,7 @@ class Adapter:
                 self._group = group
                 background = [
                     group.create_task(self._heartbeat(), name="heartbeat"),
+                    group.create_task(self._watch_jetstream(), name="jetstream"),
                     group.create_task(self.link.run(), name="link"),
                     group.create_task(self.lease_link.run(), name="lease_link"),
                     group.create_task(self.media_link.run(), name="media_link"),
@@ -521,9 +535,13 @@ class Adapter:
                 self.health.nats_lost()
             ticks += 1
             if ticks % 4 == 0:
-                self.metrics.tasks.set(len(asyncio.all_tasks()))
-                self.supervisor.observe()
-            if ticks % 20 == 4 and self.health.started:
+                self.supervisor.observe(len(asyncio.all_tasks()))
+
+    async def _watch_jetstream(self) -> None:
+        """Asks JetStream for what the gauges tell; apart from the heartbeat, since an answer may take its time."""
+        while True:
+            await asyncio.sleep(2.0 if self.health.started and not self.health.jetstream_ok else ASK_S)
+            if self.health.started and self.link.up:
                 await self._ask_consumers()
 
     async def _ask_consumers(self) -> None:
@@ -539,7 +557,8 @@ class Adapter:
                 self.metrics.nats_consumer_pending.labels(consumer=label).set(info["num_pending"])
                 self.metrics.nats_consumer_ack_pending.labels(consumer=label).set(info["num_ack_pending"])
         except Temporary:
-            self.health.jetstream_ok = False
+            if self.link.up:  # else the connection is what failed, which has its own check and its own grace
+                self.health.jetstream_ok = False
             return
         self.health.jetstream_ok = True
         in_hand = self.supervisor.in_hand

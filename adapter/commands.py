@@ -84,6 +84,15 @@ class Command(NamedTuple):
     merged: tuple[Command, ...] = ()
     """Later commands whose texts are in this one's only part, and which share its fate."""
 
+    @property
+    def kind(self) -> Literal["text", "media", "typing", "unreadable"]:
+        """For the metrics; media with captions are media."""
+        if self.typing:
+            return "typing"
+        if any(isinstance(part, MediaPart) for part in self.parts):
+            return "media"
+        return "text" if self.parts else "unreadable"
+
 
 def passed_on(headers: Mapping[str, str]) -> dict[str, str]:
     """What is kept of a command's headers where it is copied: above all `traceparent`.

@@ -49,15 +49,18 @@ class Events:
     async def receipt(self, receipt: contract.Receipt, *, msg_id: str) -> None:
         """What became of a command. `msg_id` is the same for the same outcome of the same command."""
         receipt = msgspec.structs.replace(receipt, at_ms=self._clock.now_ms())
-        await self._store(receipt.sandbox, "receipt", msgspec.json.encode(receipt), msg_id)
-        self._metrics.receipts.labels(outcome=receipt.outcome).inc()
+        if await self._store(receipt.sandbox, "receipt", msgspec.json.encode(receipt), msg_id):
+            self._metrics.receipts.labels(outcome=receipt.outcome).inc()
 
-    async def _store(self, sandbox: str, kind: str, payload: bytes, msg_id: str) -> None:
+    async def _store(self, sandbox: str, kind: str, payload: bytes, msg_id: str) -> bool:
+        """Whether the stream took it."""
         headers = {contract.H_MSG_ID: msg_id, contract.H_SCHEMA: contract.SCHEMA_VERSION}
         try:
             await self._bus.publish(Message("event", self._names.event(sandbox, kind), payload, headers))
         except BusRefused as exc:
             log.error("event.refused", sandbox=sandbox, kind=kind, detail=exc.detail[:200])
+            return False
+        return True
 
     async def dead_letter(
         self,

@@ -76,7 +76,7 @@ class Draining(Exception):
 class Item:
     """One command on its way through a lane."""
 
-    __slots__ = ("command", "data", "delivery", "headers", "parked_seq", "suspect")
+    __slots__ = ("command", "data", "delivery", "headers", "parked_ms", "parked_seq", "suspect")
 
     def __init__(self, command: Command, data: bytes, headers: dict[str, str], *, suspect: bool) -> None:
         self.command = command
@@ -85,6 +85,8 @@ class Item:
         self.delivery: Delivery | None = None
         self.parked_seq = 0
         """Its sequence in WECHAT_PARKED, if it comes from there."""
+        self.parked_ms = 0
+        """How long it was parked until it was read back."""
         self.suspect = suspect
         """It was in somebody's hand before: its receipt may be on the bus already."""
 
@@ -410,6 +412,7 @@ class LaneWork:
         )
         item = Item(command, stored.data, headers, suspect=True)
         item.parked_seq = stored.seq
+        item.parked_ms = max(0, self._sender.clock.now_ms() - stored.time_ms) if stored.time_ms else 0
         return item
 
     async def _send(self, lane: Lane, group: Sequence[Item], binding: Binding) -> Wait | Apart | None:
@@ -492,7 +495,9 @@ class LaneWork:
     def _repeated(self, item: Item) -> None:
         """A second publish of a command that has its receipt, or will have it."""
         log.info("command.repeated", sandbox=item.command.sandbox, command=item.command.id)
-        self._sender.metrics.outbound_messages.labels(outcome="duplicate", reason="none").inc()
+        self._sender.metrics.outbound_messages.labels(
+            kind=item.command.kind, outcome="duplicate", reason="none"
+        ).inc()
 
     async def _hold_back(self, lane: Lane, item: Item, wait: Wait) -> None:
         """Parks a command of the queue, or refuses it where it does not want to wait or too many do."""
@@ -561,6 +566,7 @@ class LaneWork:
                 user=user or command.user,
                 shown=shown or contract.Window(),
                 original=(item.data, item.headers, self._needs.names.out(command.sandbox)),
+                parked_ms=item.parked_ms,
             )
         for item in group:
             self._done_with(item)

@@ -70,6 +70,8 @@ class Leases:
         self._live: dict[str, Member] = {}
         self._last_read = 0.0
         self._dead: set[str] = set()
+        self.orphans: set[int] = set()
+        """Shards that no living replica owned when this one last looked."""
 
     @property
     def valid(self) -> bool:
@@ -163,6 +165,8 @@ class Leases:
                     self._find_surplus()
                     if len(self.owned) < SHARDS:
                         await self._claim_free()
+                    else:
+                        self.orphans = set()
             except Temporary as exc:
                 log.debug("lease.unread", reason=exc.reason)
             self.on_tick()
@@ -233,12 +237,14 @@ class Leases:
     async def _claim_free(self) -> None:
         claims = {entry.key: entry for entry in await self._claims.entries()}
         eligible = [name for name, member in self._live.items() if not member.draining]
-        wanted = []
+        wanted, orphans = [], set()
         for shard in range(SHARDS):
             if shard in self.owned:
                 continue
             entry = claims.get(str(shard))
             owner = msgspec.json.decode(entry.value, type=Claim).owner if entry and entry.value else ""
+            if owner not in self._live:
+                orphans.add(shard)
             if self._best(eligible, shard) != self.incarnation:
                 if entry is not None and owner == self.incarnation and shard in self._unsure:
                     await self._free(shard, entry.revision)
@@ -246,6 +252,7 @@ class Leases:
             if not owner or owner == self.incarnation or await self.is_dead(owner):
                 wanted.append((shard, owner, entry.revision if entry else 0))
         results = await asyncio.gather(*(self._claim(*item) for item in wanted))
+        self.orphans = orphans - self.owned
         if any(results):
             log.info("shards.claimed", claimed=sum(results), owned=len(self.owned))
             self._metrics.shards_owned.set(len(self.owned))

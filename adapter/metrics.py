@@ -42,6 +42,8 @@ REFUSED = (
 )
 DEAD = ("unreadable", "too_large", "unreachable")
 PARKED = ("window_closed", "quota", "throttled", "needs_login", "backlog")
+KINDS = ("text", "media", "typing", "unreadable")
+TASKS = ("poller", "lane", "other")
 ENDPOINTS = (
     "getupdates",
     "sendmessage",
@@ -108,7 +110,11 @@ class Metrics:
         self.event_loop_lag = self._histogram(
             "event_loop_lag_seconds", "How late the event loop wakes a sleeper.", _FAST_S
         )
-        self.tasks = self._gauge("tasks", "Tasks of the event loop.")
+        self.tasks = self._gauge(
+            "tasks",
+            "Tasks of the event loop; poller: one per bot, lane: what sends and settles commands.",
+            kind=TASKS,
+        )
 
     def value(self, name: str, **labels: str) -> float:
         """The sample `name` (without prefix, with `_total`, `_count` …), 0 where there is none: for tests."""
@@ -177,7 +183,7 @@ class Metrics:
         )
         self.inbound_publish_duration = self._histogram(
             "inbound_publish_duration_seconds",
-            "From the answer of the poll to the stream's acknowledgement.",
+            "Of each new message, from the answer of the poll to the stream's acknowledgement of its batch.",
             _FAST_S,
         )
         self.inbound_age = self._histogram(
@@ -188,15 +194,21 @@ class Metrics:
         self.outbound_taken = self._counter("outbound_taken", "Commands taken from the outbound stream, each once.")
         self.outbound_messages = self._counter(
             "outbound_messages",
-            "Commands with a final outcome; duplicate: a command seen before, not sent again.",
+            "Commands with a final outcome; duplicate: a command seen before, not sent again; unreadable: refused or"
+            " put aside before anybody knew what it was.",
             children=[
-                ("accepted", "none"),
-                ("accepted_unconfirmed", "none"),
-                *(("refused", reason) for reason in REFUSED),
-                ("uncertain", "none"),
-                *(("dead_lettered", reason) for reason in DEAD),
-                ("duplicate", "none"),
+                (kind, outcome, reason)
+                for kind in KINDS
+                for outcome, reason in (
+                    ("accepted", "none"),
+                    ("accepted_unconfirmed", "none"),
+                    *(("refused", reason) for reason in REFUSED),
+                    ("uncertain", "none"),
+                    *(("dead_lettered", reason) for reason in DEAD),
+                    ("duplicate", "none"),
+                )
             ],
+            kind=KINDS,
             outcome=["accepted", "accepted_unconfirmed", "refused", "uncertain", "dead_lettered", "duplicate"],
             reason=["none", *REFUSED, *DEAD],
         )
@@ -208,8 +220,8 @@ class Metrics:
         )
         self.outbound_duration = self._histogram(
             "outbound_duration_seconds",
-            "From storing a command to its final outcome, without the time that it was parked; failed: dead-lettered"
-            " or uncertain, settled: the rest.",
+            "From storing a command to its final outcome, without the time from parking it to its next turn; failed:"
+            " dead-lettered or uncertain, settled: the rest.",
             _MESSAGE_S,
             outcome=["settled", "failed"],
         )

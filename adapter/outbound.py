@@ -240,6 +240,11 @@ class Shard(LaneWork):
         for task in list(self._tasks):
             task.cancel()
 
+    @property
+    def tasks(self) -> int:
+        """How many tasks work here."""
+        return len(self._tasks)
+
     def census(self, parked: Counter[str]) -> tuple[int, int | None]:
         """Counts what is parked by reason into `parked`; commands in hand, and when the oldest was stored."""
         for lane in self._lanes.values():

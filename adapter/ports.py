@@ -346,6 +346,8 @@ class Stored(NamedTuple):
     seq: int
     headers: dict[str, str]
     data: bytes
+    time_ms: int = 0
+    """When the stream stored it, Unix milliseconds; 0 where that was not asked for."""
 
 
 class History(Protocol):

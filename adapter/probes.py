@@ -51,7 +51,7 @@ class Health:
         """What the start waits for, in words; shown until `started`."""
         self.nats_down_since: float | None = None
         """`clock()` when the connection was lost; None while connected. See `nats_lost` and `nats_back`."""
-        self._born = self._beat = clock()
+        self._born = self._beat = self._awake = self._up = clock()
         self._flags: dict[str, tuple[bool, float]] = dict.fromkeys(
             ("started", "draining", "jetstream"), (False, self._born)
         )
@@ -59,7 +59,10 @@ class Health:
 
     def beat(self) -> None:
         """Called by the event loop every few seconds."""
-        self._beat = self.clock()
+        now = self.clock()
+        if now - self._beat >= STUCK_S:
+            self._awake = now
+        self._beat = now
 
     def fail(self, name: str, detail: str) -> None:
         """Says that the loop `name` died for good: only a restart helps. `detail` holds no secret."""
@@ -71,7 +74,11 @@ class Health:
             self.nats_down_since = self.clock()
 
     def nats_back(self) -> None:
-        self.nats_down_since = None
+        """Ends it."""
+        if self.nats_down_since is not None:
+            if self.clock() - self.nats_down_since > BUS_GRACE_S:
+                self._up = self.clock()
+            self.nats_down_since = None
 
     @property
     def started(self) -> bool:
@@ -111,7 +118,7 @@ class Health:
         silent_s = self.clock() - beat
         stuck = silent_s >= STUCK_S
         checks = [
-            self._check("event_loop", not stuck, beat if stuck else self._born, f"no heartbeat for {silent_s:.0f} s")
+            self._check("event_loop", not stuck, beat if stuck else self._awake, f"no heartbeat for {silent_s:.0f} s")
         ]
         checks += [self._check(name, False, since, detail) for name, (detail, since) in self._failed.items()]
         return checks
@@ -122,7 +129,7 @@ class Health:
         draining, draining_since = self._flags["draining"]
         jetstream, jetstream_since = self._flags["jetstream"]
         if down_since is None:
-            nats = self._check("nats", True, self._born)
+            nats = self._check("nats", True, self._up)
         else:
             down_s = self.clock() - down_since
             nats = self._check(

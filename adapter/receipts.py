@@ -85,8 +85,12 @@ class Receipts:
         user: str,
         shown: contract.Window,
         original: tuple[bytes, dict[str, str], str],
+        parked_ms: int = 0,
     ) -> None:
-        """The last word on a command. A dead letter is stored before its receipt."""
+        """The last word on a command. A dead letter is stored before its receipt.
+
+        `parked_ms`: how long it was parked, which the metrics do not count as our delay.
+        """
         if ending.outcome == "dead_lettered":
             data, headers, subject = original
             await self._events.dead_letter(
@@ -117,8 +121,10 @@ class Receipts:
             received_at_ms=command.stored_ms,
         )
         await self._events.receipt(receipt, msg_id=f"final:{command.client}")
-        self._metrics.outbound_messages.labels(outcome=ending.outcome, reason=ending.reason or "none").inc()
-        took_s = max(0, self._clock.now_ms() - command.stored_ms) / 1000
+        self._metrics.outbound_messages.labels(
+            kind=command.kind, outcome=ending.outcome, reason=ending.reason or "none"
+        ).inc()
+        took_s = max(0, self._clock.now_ms() - command.stored_ms - parked_ms) / 1000
         failed = ending.outcome in ("dead_lettered", "uncertain")
         self._metrics.outbound_duration.labels(outcome="failed" if failed else "settled").observe(took_s)
 

@@ -73,6 +73,8 @@ class Router:
             except Temporary as exc:
                 log.warning("router.waits", reason=exc.reason)
                 await self._clock.sleep(0.5)
+        if not delivery.suspect:
+            self._metrics.outbound_taken.inc()  # a copy is counted where it arrives, what ends here is here
         await self._receipts.final(
             command,
             ending,

@@ -37,6 +37,9 @@ class ShardWork(Protocol):
 
     def downloads(self, shard: int) -> Downloads: ...
 
+    def failed(self, name: str, detail: str) -> None:
+        """Something that must run died for good: only a restart of the process helps."""
+
     async def tell_freed(self, bot: str = "") -> None:
         """Tells the other replicas that a bot, or without one a shard, was given back. Never raises."""
 
@@ -180,7 +183,9 @@ class Supervisor:
             for session in self.sessions.values():
                 session.freed.set()
         for shard in self._leases.surplus - self._leaving.keys():
-            self._leaving[shard] = asyncio.get_running_loop().create_task(self._hand_over(shard))
+            leaving = asyncio.get_running_loop().create_task(self._hand_over(shard), name=f"leave.{shard}")
+            self._leaving[shard] = leaving
+            leaving.add_done_callback(self._report)
         for shard in self._owned - owned:
             self._drop(shard)
         for shard in owned - self._owned:
@@ -234,7 +239,9 @@ class Supervisor:
     # shards -----------------------------------------------------------------------------------------
 
     def _adopt(self, shard: int) -> None:
-        self._loads[shard] = asyncio.get_running_loop().create_task(self._open(shard), name=f"shard.{shard}")
+        load = asyncio.get_running_loop().create_task(self._open(shard), name=f"shard.{shard}")
+        self._loads[shard] = load
+        load.add_done_callback(self._report)
 
     async def _open(self, shard: int) -> None:
         """What waits for media is known before a poller stores anything; the consumer loads what is parked."""
@@ -255,7 +262,7 @@ class Supervisor:
         loop = asyncio.get_running_loop()
         self._consumers[shard] = [loop.create_task(work) for work in self._work.consume(shard, sender)]
         for task in self._consumers[shard]:
-            task.add_done_callback(_report)
+            task.add_done_callback(self._report)
 
     def _drop(self, shard: int) -> None:
         if load := self._loads.pop(shard, None):
@@ -323,8 +330,8 @@ class Supervisor:
 
     # metrics ----------------------------------------------------------------------------------------
 
-    def observe(self) -> None:
-        """Sets the gauges that are counted rather than kept."""
+    def observe(self, tasks: int) -> None:
+        """Sets the gauges that are counted rather than kept. `tasks`: of the whole event loop."""
         metrics, now = self._metrics, self._clock.monotonic()
         states = Counter(
             "throttled" if session.state == "polling" and self._throttled(session.bot) else str(session.state)
@@ -334,15 +341,16 @@ class Supervisor:
             metrics.bindings.labels(state=state).set(states[state])
         ages = [now - s.answered for s in self.sessions.values() if s.answered and s.state in ("polling", "error")]
         metrics.oldest_poll_age.set(max(ages, default=0.0))
-        if len(self._owned) == SHARDS:
-            unowned = len(self._bindings) - len(self.sessions)
-        else:
-            mine = sum(1 for binding in self._bindings if shard_of(binding.sandbox) in self._owned)
-            unowned = mine - len(self.sessions)
-        metrics.bindings_unowned.set(max(0, unowned))
+        # Shards that nobody owns are told by every replica: each may be the only one that is left to tell.
+        open_to_us = self._owned | self._leases.orphans
+        everything = len(open_to_us) == SHARDS
+        unpolled = (binding for binding in self._bindings if binding.bot not in self.sessions)
+        unowned = sum(1 for binding in unpolled if everything or shard_of(binding.sandbox) in open_to_us)
+        metrics.bindings_unowned.set(unowned)
         parked: Counter[str] = Counter()
-        in_hand, oldest_ms = 0, None
+        in_hand, oldest_ms, lanes = 0, None, 0
         for shard in self._shards.values():
+            lanes += shard.tasks
             count, stored_ms = shard.census(parked)
             in_hand += count
             if stored_ms is not None:
@@ -353,8 +361,15 @@ class Supervisor:
         metrics.outbound_in_flight.set(in_hand)
         age_s = (self._clock.now_ms() - oldest_ms) / 1000 if oldest_ms is not None else 0.0
         metrics.outbound_oldest_pending.set(max(0.0, age_s))
+        for kind, count in (
+            ("poller", len(self._pollers)),
+            ("lane", lanes),
+            ("other", tasks - len(self._pollers) - lanes),
+        ):
+            metrics.tasks.labels(kind=kind).set(count)
 
-
-def _report(task: asyncio.Task[None]) -> None:
-    if not task.cancelled() and (exc := task.exception()):
-        log.error("task.crashed", task=task.get_name(), exc_info=exc)
+    def _report(self, task: asyncio.Task[None]) -> None:
+        """A shard that cannot be opened, worked or given away is nobody's until the process is another one."""
+        if not task.cancelled() and (exc := task.exception()):
+            log.error("task.crashed", task=task.get_name(), exc_info=exc)
+            self._work.failed(task.get_name(), f"crashed: {type(exc).__name__}")

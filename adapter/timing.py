@@ -9,7 +9,11 @@ import time
 from collections.abc import Callable, Coroutine
 from typing import Any, Protocol, TypeVar
 
+import structlog
+
 T = TypeVar("T")
+
+log = structlog.get_logger()
 
 
 class Clock(Protocol):
@@ -46,6 +50,27 @@ class SystemClock:
 def backoff(failures: int, *, first_s: float = 1.0, longest_s: float = 60.0) -> float:
     """Seconds to wait after so many failures in a row: doubling from `first_s` up to `longest_s`."""
     return min(longest_s, first_s * 2.0 ** min(max(failures, 1) - 1, 30))
+
+
+async def restarted(
+    run: Callable[[], Coroutine[Any, Any, None]], name: str, clock: Clock, *, restarts: int, steady_s: float
+) -> Exception:
+    """Runs an endless loop, again when it crashes; the last crash after more than `restarts` in a row.
+
+    A run of `steady_s` seconds or more begins a new count.
+    """
+    crashes = 0
+    while True:
+        began = clock.monotonic()
+        try:
+            await run()
+            raise RuntimeError(f"{name} ended")
+        except Exception as exc:
+            crashes = 1 if clock.monotonic() - began >= steady_s else crashes + 1
+            log.exception("loop.crashed", loop=name, crashes=crashes)
+            if crashes > restarts:
+                return exc
+        await clock.sleep(backoff(crashes))
 
 
 async def finish(work: Coroutine[Any, Any, T], grace_s: float) -> T:

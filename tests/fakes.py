@@ -182,7 +182,8 @@ class FakeBus:
         seq = self._seqs[stream] = self._seqs.get(stream, 0) + 1
         if ident := headers.get(contract.H_MSG_ID, ""):
             self._ids[stream, ident] = seq
-        self.kept.append(Kept(stream, Stored(subject, seq, headers, payload), self._clock.now_ms()))
+        now_ms = self._clock.now_ms()
+        self.kept.append(Kept(stream, Stored(subject, seq, headers, payload, now_ms), now_ms))
         self.writes.append(label)
         return seq
 
@@ -372,6 +373,7 @@ class FakeLeases(Leases):
         self.is_valid = True
         self.is_alone = True
         self.surplus = set()
+        self.orphans = set()
         self.departures = 0
         self.proven_dead: set[str] = set()
 

@@ -165,6 +165,13 @@ async def test_the_next_hold_is_the_one_that_ilink_named() -> None:
     assert bench.chat.holds == [35_000, 20_000, 35_000]
 
 
+async def test_the_time_to_the_stream_is_counted_for_each_message() -> None:
+    """The objective is about messages; a batch of three is three."""
+    bench = await ready(batch(raw("one"), raw("two", 2), raw("three", 3)))
+    await polls(bench)
+    assert bench.metrics.value("inbound_publish_duration_seconds_count") == 3
+
+
 async def test_a_huge_batch_is_stored_whole() -> None:
     """F28."""
     bench = await ready(batch(*(raw(f"t{number}", number) for number in range(1000))))

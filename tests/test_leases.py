@@ -513,3 +513,22 @@ def test_whatever_happens_no_shard_has_two_owners_and_in_the_end_each_has_one(
         cluster.stop()
 
     run(play())
+
+
+async def test_shards_of_nobody_are_known_until_somebody_claims_them() -> None:
+    """Somebody has to say so: the replica that owned them cannot."""
+    cluster = Cluster()
+    first, second = cluster.start(), cluster.start()
+    await cluster.run(3 * LEASE_S)
+    assert first.leases.orphans == second.leases.orphans == set()
+    lost = set(second.leases.owned)
+    first.claims.late_s = 1.5  # a claim fails, and lands nevertheless
+    await second.kill()
+    seen: set[int] = set()
+    for _ in range(40 * int(LEASE_S)):
+        await cluster.run(0.1)
+        seen |= first.leases.orphans
+    assert seen == lost
+    assert first.leases.orphans == set()
+    assert first.working == set(range(SHARDS))
+    cluster.stop()

@@ -60,7 +60,7 @@ async def test_they_count_each_once() -> None:
     bench, shard = await waiting("a", "b", "c")
     await user_writes(bench, shard)
     await asyncio.sleep(30)
-    messages = bench.metrics.outbound_messages.labels(outcome="accepted", reason="none")
+    messages = bench.metrics.outbound_messages.labels(kind="text", outcome="accepted", reason="none")
     assert messages._value.get() == bench.metrics.outbound_taken._value.get() == 3
 
 

@@ -91,10 +91,10 @@ def test_build_info_says_what_runs() -> None:
 
 def test_only_plausible_outcomes_of_commands_exist_in_advance() -> None:
     body = Metrics().expose()[0].decode()
-    made = re.findall(r'outbound_messages_total\{outcome="(\w+)",reason="(\w+)"\}', body)
-    assert ("refused", "quota") in made
-    assert ("accepted", "none") in made
-    assert ("accepted", "quota") not in made
+    made = re.findall(r'outbound_messages_total\{kind="(\w+)",outcome="(\w+)",reason="(\w+)"\}', body)
+    assert ("text", "refused", "quota") in made
+    assert ("media", "accepted", "none") in made
+    assert ("text", "accepted", "quota") not in made
 
 
 @pytest.mark.parametrize("name", ["process_cpu_seconds_total", "python_gc_collections_total"])

@@ -330,6 +330,45 @@ async def test_what_must_wait_is_parked_and_flushed_in_order() -> None:
     assert parked(bench) == []
 
 
+async def test_the_time_that_a_command_is_parked_is_not_counted_as_ours() -> None:
+    bench, shard = await ready(is_open=False)
+    shard.on_delivery(bench.command("hi", id="c1"))
+    await asyncio.sleep(3600)
+    await user_writes(bench, shard)
+    await asyncio.sleep(60)
+    assert [receipt.outcome for receipt in finals(bench)] == ["accepted"]
+    assert bench.metrics.value("outbound_duration_seconds_count", outcome="settled") == 1
+    assert bench.metrics.value("outbound_duration_seconds_sum", outcome="settled") < 10
+
+
+async def test_outcomes_are_counted_by_what_was_sent() -> None:
+    bench, shard = await ready()
+    for delivery in (
+        bench.command("hi", id="c1"),
+        bench.command("hi", id="c1"),
+        bench.command(id="c2", typing="on"),
+        bench.command(id="c3", items=[]),
+    ):
+        shard.on_delivery(delivery)
+    await asyncio.sleep(60)
+    for kind, outcome, reason in (
+        ("text", "accepted", "none"),
+        ("text", "duplicate", "none"),
+        ("typing", "accepted", "none"),
+        ("unreadable", "dead_lettered", "unreadable"),
+    ):
+        assert bench.metrics.value("outbound_messages_total", kind=kind, outcome=outcome, reason=reason) == 1
+
+
+async def test_a_receipt_that_the_stream_refuses_is_not_counted_as_given() -> None:
+    bench, shard = await ready()
+    bench.bus.refuse = lambda message: BusRefused(10077, "maximum bytes") if message.stream == "event" else None
+    shard.on_delivery(bench.command("hi", id="c1"))
+    await asyncio.sleep(60)
+    assert bench.metrics.value("outbound_messages_total", kind="text", outcome="accepted", reason="none") == 1
+    assert bench.metrics.value("receipts_total", outcome="accepted") == 0
+
+
 async def test_a_parked_receipt_says_why() -> None:
     bench, shard = await ready(is_open=False)
     shard.on_delivery(bench.command("hi", id="c1"))

@@ -132,3 +132,18 @@ async def test_what_had_its_receipt_is_only_acked() -> None:
     receipts: list[Receipt] = bench.bus.receipts()
     assert len(receipts) == 1
     assert delivery.acks == 2
+
+
+async def test_what_ends_here_is_counted_as_taken_and_what_is_copied_is_not() -> None:
+    """The copy is counted by the shard that takes it: else the sum of outcomes would not be what was taken."""
+    bench = Bench()
+    routed = router(bench)
+    await routed.route(plain(bench, sandbox="s1", text="hi"))
+    assert bench.metrics.value("outbound_taken_total") == 0
+    broken = plain(bench, b"{")
+    await routed.route(broken)
+    broken.suspect = True
+    await routed.route(broken)
+    dead = {"kind": "unreadable", "outcome": "dead_lettered", "reason": "unreadable"}
+    assert bench.metrics.value("outbound_messages_total", **dead) == 1
+    assert bench.metrics.value("outbound_taken_total") == 1

@@ -200,7 +200,8 @@ async def direct_get(link: Link, stream: str, body: dict[str, Any]) -> AsyncGene
                 return
             if status is not None:
                 raise Temporary("bus_busy", f"{status} {headers.get('Description', '')}")
-            yield Stored(headers["Nats-Subject"], int(headers["Nats-Sequence"]), headers, msg.data)
+            stored_ms = int(datetime.fromisoformat(headers["Nats-Time-Stamp"]).timestamp() * 1000)
+            yield Stored(headers["Nats-Subject"], int(headers["Nats-Sequence"]), headers, msg.data, stored_ms)
             if "batch" not in body:
                 return
 

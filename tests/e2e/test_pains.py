@@ -166,7 +166,7 @@ async def test_pain_03_success_without_a_message_id_is_told_apart_and_counted(tm
         assert (receipt.outcome, receipt.message_ids, receipt.ret) == ("accepted_unconfirmed", [], 0)
         assert len(s.made.sim.sends(s.bot.bot)) == 1
         metrics = await s.metrics()
-        assert metrics['outbound_messages_total{outcome="accepted_unconfirmed",reason="none"}'] == 1
+        assert metrics['outbound_messages_total{kind="text",outcome="accepted_unconfirmed",reason="none"}'] == 1
 
 
 async def test_pain_04_minus_2_is_one_state_with_the_raw_answer_and_ends_when_the_user_writes(tmp_path: Path) -> None:
@@ -490,8 +490,8 @@ async def test_pain_20_one_can_see_what_happens_and_no_secret_with_it(tmp_path: 
         log = s.adapter.log.read_text()
         metrics = await s.metrics()
         assert metrics['inbound_messages_total{kind="text",outcome="published"}'] == 1
-        assert metrics['outbound_messages_total{outcome="accepted",reason="none"}'] == 1
-        assert metrics['outbound_messages_total{outcome="refused",reason="invalid"}'] == 1
+        assert metrics['outbound_messages_total{kind="text",outcome="accepted",reason="none"}'] == 1
+        assert metrics['outbound_messages_total{kind="unreadable",outcome="refused",reason="invalid"}'] == 1
         assert metrics["outbound_taken_total"] == metrics['receipts_total{outcome="accepted"}'] + 1
         for secret in ("canary", s.bot.token.partition(":")[2], s.made.sim.inbound(s.bot.bot)[0].context_token):
             assert secret not in log

@@ -1,0 +1,102 @@
+"""The counts of replicas that share the bots agree with the bus: nothing ends without being counted, or twice."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import msgspec
+from nats.aio.client import Client
+
+from adapter.contract import FINAL_OUTCOMES
+from adapter.simulator import FaultRule
+from tests.e2e.scrape import by_label, scrape
+from tests.e2e.world import NAMES, World, eventually, free_port, stream, until, world
+
+BOTS = 24
+OUTCOMES = {*FINAL_OUTCOMES}
+"""All of them come up here."""
+
+
+async def publish(nc: Client, subject: str, body: bytes, ident: str) -> None:
+    await nc.jetstream().publish(subject, body, headers={"Nats-Msg-Id": ident})
+
+
+async def every_outcome(made: World, nc: Client, turn: str) -> int:
+    """Makes each outcome come up; how many commands that took."""
+    sim, bots = made.sim, made.bots
+    sim.set_fault(FaultRule(fault="F13", bot=bots["s1"].bot, count=1))  # success without an id
+    sim.set_fault(FaultRule(fault="F5", endpoint="sendmessage", bot=bots["s2"].bot, count=2))  # no answer, twice
+    made.sim.configure(bot=bots["s3"].bot, quota=1)
+    commands = 0
+    for number in range(BOTS):
+        for part in range(2):
+            await made.command(nc, f"s{number}", f"{turn}.{number}.{part}", plain=number % 3 == 0)
+            commands += 1
+    bodies = [
+        (NAMES.out("s4"), b'{"typing":"on"}'),
+        (NAMES.out("s4"), b'{"typing":"off"}'),
+        (NAMES.out("s5"), b'{"items":[{"kind":"file","data":"aGk=","name":"a.txt"}]}'),
+        (NAMES.out("s5"), b'{"items":[{"kind":"file","media":{"object":"s5/nothing"}}]}'),
+        (NAMES.out("s6"), b"{"),
+        (NAMES.out("s6"), b'{"text":""}'),
+        (NAMES.out("nobody"), b'{"text":"hi"}'),
+        (NAMES.out_plain, b"no JSON"),
+        (NAMES.out_plain, b'{"text":"for whom?"}'),
+        (NAMES.out_plain, b'{"text":"hi","sandbox":"nobody"}'),
+        (NAMES.out("s7"), msgspec.json.encode({"text": "again", "id": f"{turn}.again"})),
+        (NAMES.out("s7"), msgspec.json.encode({"text": "again", "id": f"{turn}.again"})),
+    ]
+    for number, (subject, body) in enumerate(bodies):
+        await publish(nc, subject, body, f"{turn}.body.{number}")
+    return commands + len(bodies)
+
+
+async def test_what_was_taken_is_what_ended_waits_or_is_in_hand_over_all_replicas(tmp_path: Path) -> None:
+    """accepted + accepted_unconfirmed + refused + uncertain + dead_lettered + duplicate + parked + in flight = taken.
+
+    Each that ended has its receipt, also while shards move from one replica to another.
+    """
+    ports = [free_port(), free_port()]
+    async with world(tmp_path, environ={"WECHAT_NATS_SEND_TIMEOUT_S": "1"}) as made:
+        await made.add_adapter(WECHAT_NATS_HTTP_ADDR=f"127.0.0.1:{ports[0]}")
+        nc = await made.nc()
+        for number in range(BOTS):
+            await made.bind(nc, f"s{number}", made.sim.add_bot())
+        await until(lambda: made.sim.stats().parked == BOTS, "all are polled")
+        for number in range(BOTS):
+            if number != 8:  # somebody who has not written yet
+                made.say(f"s{number}", "hello")
+
+        async def heard() -> bool:
+            return len(await stream(nc, NAMES.stream_in, NAMES.inbox("*"))) == BOTS - 1
+
+        await eventually(heard, "all have been heard")
+        taken = await every_outcome(made, nc, "first")
+        second = await made.add_adapter(WECHAT_NATS_HTTP_ADDR=f"127.0.0.1:{ports[1]}")
+        await until(lambda: "shards.claimed" in second.log.read_text(), "the second replica has its share")
+        taken += await every_outcome(made, nc, "second")
+
+        values: dict[str, float] = {}
+
+        async def at_rest() -> bool:
+            nonlocal values
+            values = await scrape(*ports)
+            ended = values["outbound_messages_total"] + values["outbound_parked"]
+            return values["outbound_taken_total"] >= taken and ended >= taken and not values["outbound_in_flight"]
+
+        await eventually(at_rest, "all that was taken has ended or is parked")
+        outcomes = by_label(values, "outbound_messages_total", "outcome")
+        assert sum(outcomes.values()) + values["outbound_parked"] == values["outbound_taken_total"] == taken
+        assert set(outcomes) == OUTCOMES | {"duplicate"}
+        assert outcomes.pop("duplicate") == 2
+        told = Counter(receipt.outcome for receipt in await made.receipts(nc))
+        assert by_label(values, "receipts_total", "outcome") == told
+        del told["parked"]
+        assert outcomes == told
+        assert by_label(values, "outbound_messages_total", "kind").keys() == {"text", "media", "typing", "unreadable"}
+        dead = await stream(nc, NAMES.stream_dead, NAMES.dead("*"))
+        assert values['dead_letters_total{stream="out"}'] == len(dead) == 4
+        assert values["bindings"] == BOTS
+        assert values["bindings_unowned"] == 0
+        await nc.close()
