@@ -1,7 +1,8 @@
 """iLink over HTTP: one httpx client per bot, one shared TLS context. No parsing beyond handing bytes on.
 
 A client per bot keeps one bot's trouble from another's, and httpx's pool short: it walks the whole pool at every
-request, which with thousands of parked polls in one client costs more than everything else.
+request, which with thousands of parked polls in one client costs more than everything else. Who calls no more, such
+as a bot that was unbound, has none.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import structlog
 from adapter import __version__
 from adapter.errors import AdapterError, Refused, SessionExpired, Temporary, Throttled, Uncertain
 from adapter.ilink import protocol
+from adapter.ilink.pool import Pool
 from adapter.ilink.protocol import Reply, Request
 from adapter.ilink.wire import THROTTLED
 from adapter.metrics import Metrics
@@ -37,6 +39,8 @@ ASK_S = 10.0
 QRCODE_S = 10.0
 LOGINS = "QR logins"
 """All QR logins share a client: each waits for one answer at a time, and there are few."""
+IDLE_S = 60.0
+"""A bot that polls is never idle for so long; httpx alone would keep its sockets until its next request."""
 
 
 class ILink:
@@ -59,7 +63,7 @@ class ILink:
         self._send_timeout_s = send_timeout_s
         self._max_answer_bytes = max_answer_bytes
         self._tls = ssl.create_default_context()
-        self._clients: dict[str, httpx.AsyncClient] = {}
+        self._clients: Pool[httpx.AsyncClient] = Pool(_close, idle_s=IDLE_S)
 
     def check_base_url(self, url: str) -> str:
         """Raises Refused("url") for a base URL that may not be called."""
@@ -252,22 +256,21 @@ class ILink:
 
     async def recycle(self, bot: str) -> None:
         """Closes the bot's connections; the next call resolves and connects anew (10.4)."""
-        if client := self._clients.pop(bot, None):
-            with contextlib.suppress(httpx.HTTPError, OSError):
-                await client.aclose()
+        await self._clients.drop(bot)
 
     async def close(self) -> None:
         """Closes all connections."""
-        for bot in list(self._clients):
-            await self.recycle(bot)
+        await self._clients.close()
 
     async def _post(self, account: Account, request: Request, timeout_s: float) -> Reply:
         """Raises TimeoutError, Temporary (it did not leave), Uncertain (it left), Refused("url")."""
-        return await self._exchange(self._client(account.bot), account.base_url, request, timeout_s)
+        with self._clients.use(account.bot, self._client) as client:
+            return await self._exchange(client, account.base_url, request, timeout_s)
 
     async def _exchange_login(self, base_url: str, request: Request, timeout_s: float) -> Reply:
         """As `_post`, for what belongs to no bot yet."""
-        return await self._exchange(self._client(LOGINS, connections=None), base_url, request, timeout_s)
+        with self._clients.use(LOGINS, lambda: self._client(connections=None)) as client:
+            return await self._exchange(client, base_url, request, timeout_s)
 
     async def _exchange(self, client: httpx.AsyncClient, base_url: str, request: Request, timeout_s: float) -> Reply:
         url = self.check_base_url(base_url or self._default_base_url) + request.path
@@ -293,20 +296,22 @@ class ILink:
             chunks.append(chunk)
         return b"".join(chunks)
 
-    def _client(self, bot: str, connections: int | None = 4) -> httpx.AsyncClient:
-        client = self._clients.get(bot)
-        if client is None:
-            client = self._clients[bot] = httpx.AsyncClient(
-                verify=self._tls,
-                timeout=httpx.Timeout(None, connect=CONNECT_S),
-                limits=httpx.Limits(max_connections=connections, max_keepalive_connections=2, keepalive_expiry=20.0),
-                follow_redirects=False,
-                headers={"User-Agent": AGENT, "Accept-Encoding": "gzip, deflate"},
-            )
-        return client
+    def _client(self, connections: int | None = 4) -> httpx.AsyncClient:
+        return httpx.AsyncClient(
+            verify=self._tls,
+            timeout=httpx.Timeout(None, connect=CONNECT_S),
+            limits=httpx.Limits(max_connections=connections, max_keepalive_connections=2, keepalive_expiry=20.0),
+            follow_redirects=False,
+            headers={"User-Agent": AGENT, "Accept-Encoding": "gzip, deflate"},
+        )
 
     def _count(self, endpoint: str, outcome: str) -> None:
         self._metrics.upstream_requests.labels(endpoint=endpoint, outcome=outcome).inc()
+
+
+async def _close(client: httpx.AsyncClient) -> None:
+    with contextlib.suppress(httpx.HTTPError, OSError):
+        await client.aclose()
 
 
 def _outcome(exc: AdapterError) -> str:
