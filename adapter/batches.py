@@ -7,7 +7,7 @@ import structlog
 
 from adapter import contract, window
 from adapter.cursors import write_cursor
-from adapter.dedup import Seen
+from adapter.dedup import Batch, Seen
 from adapter.errors import BusRefused, Unreadable
 from adapter.inbox import Heard, bury, count, publish, raw_message, retry, without_media
 from adapter.ports import Polled, Said, Stored
@@ -44,7 +44,7 @@ async def store(session: Session, polled: Polled, place: Place, needs: Incoming)
     if binding is not None:
         for user in dict.fromkeys(said.user for said in fresh):  # also of what waits for media: their window is open
             needs.heard(binding.sandbox, binding.bot, user)
-    return Place(record, revision, place.seen)
+    return Place(msgspec.structs.replace(record, seen=[]), revision, place.seen)
 
 
 async def _sort(
@@ -52,7 +52,7 @@ async def _sort(
 ) -> list[Said]:
     """The messages that are new and the user's own, in order; the others are counted, or kept as dead letters."""
     fresh: list[Said] = []
-    batch = Seen(skew_ms=needs.skew_ms, keep=len(messages))
+    batch = Batch(skew_ms=needs.skew_ms)
     for raw in messages:
         try:
             said = needs.read_message(raw)

@@ -63,7 +63,7 @@ async def _acquire_once(binding: Binding, needs: Incoming) -> Place | None:
         revision = await write_cursor(binding.bot, record, entry.revision if entry else 0, needs)
     except LeaseLost:
         return None
-    return Place(record, revision, seen)
+    return Place(msgspec.structs.replace(record, seen=[]), revision, seen)
 
 
 async def _catch_up(binding: Binding, record: Cursor, seen: Seen, needs: Incoming) -> Cursor:

@@ -7,8 +7,7 @@ says "ok" twice must be heard twice.
 from __future__ import annotations
 
 import hashlib
-from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 KEEP_MS = 24 * 3600 * 1000
@@ -51,43 +50,40 @@ class _Known(NamedTuple):
     said: str
     sent_at_ms: int
     seen_at_ms: int
-    record: str
 
 
 class Seen:
-    """The messages of one bot that were taken lately, oldest first."""
+    """The messages of one bot that were taken lately, oldest first.
 
-    def __init__(self, records: Iterable[str] = (), *, skew_ms: int = 0, keep: int = KEEP_AT_MOST) -> None:
-        self._keep = keep
+    Kept as one text and searched as such: thousands of bots have one each, and objects would take ten times as much.
+    """
+
+    def __init__(self, records: Iterable[str] = (), *, skew_ms: int = 0) -> None:
         self._skew_ms = skew_ms
-        self._known: OrderedDict[str, _Known] = OrderedDict()
-        self._by_message: dict[str, _Known] = {}
-        self._by_said: dict[str, list[_Known]] = {}
+        self._lines = "\n"
+        """Each record between line ends."""
+        self._count = 0
         for record in records:
             self._insert(record)
 
     def records(self) -> list[str]:
         """The state as it is stored."""
-        return list(self._known)
+        return self._lines.split()
 
     def has(self, keys: Keys) -> bool:
         """Tells whether this is a repeat of a message taken before."""
         probe = _parse(keys.record(0))
-        if probe.message and probe.message in self._by_message:
+        if probe.message and f"\n{probe.message}|" in self._lines:
             return True
-        return any(self._same(probe, known) for known in self._by_said.get(probe.said, ()))
+        return any(_same(probe, known, self._skew_ms) for known in self._with(probe.said))
 
-    def _same(self, new: _Known, old: _Known) -> bool:
-        """Whether `new`, with the words of `old`, is `old` again: ids first, then the time of writing."""
-        if new.client and new.client == old.client:
-            return True
-        if not new.message and not new.client and new.seq and new.seq == old.seq:
-            return True
-        apart_ms = abs(new.sent_at_ms - old.sent_at_ms)
-        if new.sent_at_ms and apart_ms <= self._skew_ms:
-            return True
-        nameless = not (new.message and old.message) and not (new.client and old.client)
-        return nameless and bool(new.sent_at_ms) and apart_ms < NEAR_MS
+    def _with(self, said: str) -> Iterator[_Known]:
+        """Those with these words."""
+        mark, at = f"|{said}|", -1
+        while (at := self._lines.find(mark, at + 1)) >= 0:
+            line = self._lines[self._lines.rindex("\n", 0, at) + 1 : self._lines.index("\n", at)]
+            if (known := _parse(line)).said == said:
+                yield known
 
     def add(self, keys: Keys, now_ms: int) -> str:
         """Remembers a message; returns its record."""
@@ -98,33 +94,60 @@ class Seen:
     def add_record(self, record: str, now_ms: int) -> None:
         """Remembers a message by its record, as found on the bus."""
         self._insert(record)
-        while len(self._known) > self._keep:
+        while self._count > KEEP_AT_MOST:
             self._forget()
-        while self._known and next(iter(self._known.values())).seen_at_ms < now_ms - KEEP_MS:
+        while self._count and _parse(self._lines[1 : self._lines.index("\n", 1)]).seen_at_ms < now_ms - KEEP_MS:
             self._forget()
 
     def _insert(self, record: str) -> None:
-        known = _parse(record)
-        if record in self._known:
-            return
-        self._known[record] = known
-        if known.message:
-            self._by_message[known.message] = known
-        self._by_said.setdefault(known.said, []).append(known)
+        _parse(record)  # what is no record would be found later, in the middle of a search
+        if f"\n{record}\n" not in self._lines:
+            self._lines += f"{record}\n"
+            self._count += 1
 
     def _forget(self) -> None:
-        _, known = self._known.popitem(last=False)
-        if known.message and self._by_message.get(known.message) is known:
-            del self._by_message[known.message]
-        alike = self._by_said[known.said]
-        alike.remove(known)
-        if not alike:
-            del self._by_said[known.said]
+        self._lines = self._lines[self._lines.index("\n", 1) :]
+        self._count -= 1
+
+
+class Batch:
+    """The messages of one answer of iLink, which may be thousands, and are looked up among themselves."""
+
+    def __init__(self, *, skew_ms: int = 0) -> None:
+        self._skew_ms = skew_ms
+        self._messages: set[str] = set()
+        self._by_said: dict[str, list[_Known]] = {}
+
+    def has(self, keys: Keys) -> bool:
+        """As Seen.has."""
+        probe = _parse(keys.record(0))
+        if probe.message and probe.message in self._messages:
+            return True
+        return any(_same(probe, known, self._skew_ms) for known in self._by_said.get(probe.said, ()))
+
+    def add(self, keys: Keys, now_ms: int) -> None:
+        known = _parse(keys.record(now_ms))
+        if known.message:
+            self._messages.add(known.message)
+        self._by_said.setdefault(known.said, []).append(known)
+
+
+def _same(new: _Known, old: _Known, skew_ms: int) -> bool:
+    """Whether `new`, with the words of `old`, is `old` again: ids first, then the time of writing."""
+    if new.client and new.client == old.client:
+        return True
+    if not new.message and not new.client and new.seq and new.seq == old.seq:
+        return True
+    apart_ms = abs(new.sent_at_ms - old.sent_at_ms)
+    if new.sent_at_ms and apart_ms <= skew_ms:
+        return True
+    nameless = not (new.message and old.message) and not (new.client and old.client)
+    return nameless and bool(new.sent_at_ms) and apart_ms < NEAR_MS
 
 
 def _parse(record: str) -> _Known:
     message, client, seq, said, sent, seen = record.split("|")
-    return _Known(message, client, seq, said, int(sent), int(seen), record)
+    return _Known(message, client, seq, said, int(sent), int(seen))
 
 
 def _short(text: str) -> str:

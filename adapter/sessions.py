@@ -126,6 +126,7 @@ class Place(NamedTuple):
     """Where a poller stands: what its cursor's record says, and the revision that fences it."""
 
     record: Cursor
+    """Without `seen`, which is kept once."""
     revision: int
     seen: Seen
 
