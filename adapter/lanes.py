@@ -32,8 +32,9 @@ from adapter.uploads import Uploads
 
 log = structlog.get_logger()
 
-SETTLED_KEPT = 10_000
-"""Sequences per shard remembered as settled, for acks and removals that got lost."""
+SETTLED_KEPT = 256
+"""Commands per shard remembered as settled, or as not parked any more: what comes again of the last moment needs no
+look at the receipts, as all that is older does."""
 FOREVER_S = 3600.0
 
 
@@ -150,8 +151,9 @@ class LaneWork:
         self.presence = Presence(number, needs.showing)
         self._in_hand: dict[int, Item] = {}
         """By sequence: delivered, and neither parked nor settled."""
-        self._settled: OrderedDict[int, None] = OrderedDict()
-        self._removed: OrderedDict[int, None] = OrderedDict()
+        self._settled: OrderedDict[int, int] = OrderedDict()
+        """Sequences, and when each was stored: one without the other is a command of a stream that was made anew."""
+        self._removed: OrderedDict[int, int] = OrderedDict()
         """Sequences of what is not parked any more, although the bus may still show it."""
         self._tasks: set[asyncio.Task[Any]] = set()
         self._drain = asyncio.Event()
@@ -586,7 +588,7 @@ class LaneWork:
         """Settles a command that was told, or need not be, wherever it came from."""
         self._settle(item)
         if item.parked_seq:
-            _remember(self._removed, item.parked_seq)
+            _remember(self._removed, item.parked_seq, item.command.stored_ms)
             self._spawn(self._unpark(item.parked_seq))
 
     def _settle(self, item: Item) -> None:
@@ -594,7 +596,7 @@ class LaneWork:
         if delivery is None:
             return
         self._in_hand.pop(delivery.seq, None)
-        _remember(self._settled, delivery.seq)
+        _remember(self._settled, delivery.seq, delivery.time_ms)
         self._spawn(delivery.ack())
 
     async def _unpark(self, seq: int) -> None:
@@ -678,8 +680,8 @@ class LaneWork:
             log.error("task.crashed", shard=self.number, exc_info=exc)
 
 
-def _remember(known: OrderedDict[int, None], seq: int) -> None:
-    known[seq] = None
+def _remember(known: OrderedDict[int, int], seq: int, stored_ms: int) -> None:
+    known[seq] = stored_ms
     if len(known) > SETTLED_KEPT:
         known.popitem(last=False)
 

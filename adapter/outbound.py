@@ -83,7 +83,7 @@ class Shard(LaneWork):
     def on_delivery(self, delivery: Delivery) -> None:
         """A command of this shard arrived, or arrived again."""
         metrics = self._needs.sender.metrics
-        if delivery.seq in self._settled:
+        if self._settled.get(delivery.seq) == delivery.time_ms:
             self._spawn(delivery.ack())
             return
         if item := self._in_hand.get(delivery.seq):

@@ -26,6 +26,7 @@ from adapter.contract import (
     shard_of,
 )
 from adapter.errors import BusRefused, Refused, SessionExpired, Temporary, Throttled, Uncertain
+from adapter.lanes import SETTLED_KEPT
 from adapter.outbound import Shard
 from adapter.ports import Accepted, Message
 from adapter.records import Hand
@@ -160,6 +161,37 @@ async def test_a_command_whose_ack_got_lost_is_only_acked_again() -> None:
     assert again.acks == 1
     assert bench.chat.texts == ["hi"]
     assert len(finals(bench)) == 1
+
+
+async def test_what_was_settled_long_ago_is_looked_up_and_not_remembered() -> None:
+    """A list of all of them would be as long as the shard has had commands."""
+    bench, shard = await ready(gap_s=0.0)
+    deliveries = [bench.command(typing="off", id=f"c{number}") for number in range(SETTLED_KEPT)]
+    first = bench.command("hi", id="first")
+    for delivery in (first, *deliveries):
+        shard.on_delivery(delivery)
+        await asyncio.sleep(2)
+    assert len(shard._settled) == SETTLED_KEPT
+    for delivery in (first, *deliveries):
+        shard.on_delivery(again(delivery))
+    await asyncio.sleep(60)
+    assert bench.chat.texts == ["hi"]
+    assert len(finals(bench)) == 1 + SETTLED_KEPT
+
+
+async def test_a_stream_that_was_made_anew_begins_again() -> None:
+    """An operator's hand: its sequences are those of commands that were settled, and it is none of them."""
+    bench, shard = await ready()
+    first = bench.command("a", id="a")
+    later = bench.command("b", id="b")
+    shard.on_delivery(first)
+    shard.on_delivery(later)
+    await asyncio.sleep(60)
+    for old, text in ((first, "c"), (later, "d")):
+        data = msgspec.json.encode({"text": text})
+        shard.on_delivery(FakeDelivery(old.subject, data, seq=old.seq, time_ms=bench.clock.now_ms()))
+    await asyncio.sleep(60)
+    assert bench.chat.texts == ["a", "b", "c", "d"]
 
 
 # one final receipt each ----------------------------------------------------------------------------------
