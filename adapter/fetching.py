@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine
 from typing import Any, NamedTuple
 
@@ -32,7 +32,8 @@ AHEAD = 4
 ATTEMPTS = 3
 SWEEP_S = 60.0
 """So often the stream is looked at for what another replica left there in its last moments."""
-KNOWN_KEPT = 10_000
+DONE_KEPT = 100
+"""A message that is done is gone from the stream; only a reading that began before may still bring it."""
 CUT_S = 1.0
 
 
@@ -101,8 +102,9 @@ class Downloads:
         self._needs = needs
         self._incoming = needs.incoming
         self._queues: dict[tuple[str, str], Queue] = {}
-        self._known: OrderedDict[int, None] = OrderedDict()
-        """Sequences that were added, those that are done included."""
+        self._waiting: set[int] = set()
+        """Sequences in the queues."""
+        self._done: deque[int] = deque(maxlen=DONE_KEPT)
         self._swept_to = 0
         self._changed = Latch()
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -137,18 +139,17 @@ class Downloads:
         return (sandbox, bot) in self._queues
 
     def add(self, stored: Stored, *, suspect: bool = False) -> None:
-        if stored.seq in self._known or self._stopped:
+        if stored.seq in self._waiting or stored.seq in self._done or self._stopped:
             return
-        self._known[stored.seq] = None
-        if len(self._known) > KNOWN_KEPT:
-            self._known.popitem(last=False)
         try:
             heard = inbox.read_raw(stored, self._incoming.read_message)
             after = int(stored.headers.get(contract.H_SEQUENCE, "0"))
         except (Unreadable, ValueError) as exc:
             log.error("raw.unreadable", shard=self.number, sequence=stored.seq, reason=type(exc).__name__)
+            self._done.append(stored.seq)
             self._spawn(self._bury(stored))
             return
+        self._waiting.add(stored.seq)
         until = self._incoming.clock.monotonic() + self._needs.wait_s
         queue = self._queues.setdefault((heard.sandbox, heard.bot), Queue())
         queue.waiters.append(Waiter(stored.seq, heard, after, until, suspect=suspect))
@@ -226,6 +227,8 @@ class Downloads:
 
     async def _forget(self, waiter: Waiter) -> None:
         await self._incoming.history.delete(self._incoming.names.stream_raw, waiter.seq)
+        self._done.append(waiter.seq)
+        self._waiting.discard(waiter.seq)
 
     async def _bury(self, stored: Stored) -> None:
         """Nobody can read it, also not at the next start."""

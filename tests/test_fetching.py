@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -15,7 +16,7 @@ from adapter import contract
 from adapter.contract import FileItem, ImageItem, Inbound, Options, TextItem, VideoItem, VoiceItem
 from adapter.cursors import acquire
 from adapter.errors import BusRefused, Refused, Temporary
-from adapter.fetching import SWEEP_S, Downloads
+from adapter.fetching import DONE_KEPT, SWEEP_S, Downloads
 from adapter.inbound import tend
 from adapter.ports import Message, Polled
 from adapter.records import Cursor
@@ -743,6 +744,20 @@ async def test_what_waits_is_not_taken_again_because_it_is_seen_again() -> None:
         await asyncio.sleep(2 * SWEEP_S)
     assert (said(bench), bench.cdn.fetched) == (["+"], ["p1"])
     assert "raw.told_before" not in [line["event"] for line in logs]
+    await replica.leave()
+
+
+async def test_of_what_is_done_hardly_anything_is_remembered() -> None:
+    """And of what waits everything, however much that is."""
+    bench = await ready(*(batch(*(image(50 * n + k) for k in range(50)), cursor=f"c{n}") for n in range(10)))
+    for number in range(500):
+        bench.cdn.has(f"p{number}", PNG)
+    replica = await run(bench)
+    await asyncio.sleep(60)
+    assert said(bench) == ["+"] * 500
+    sizes = {name: len(value) for name, value in vars(replica.downloads).items()
+             if isinstance(value, dict | set | deque)}  # fmt: skip
+    assert sizes == {"_queues": 0, "_waiting": 0, "_done": DONE_KEPT, "_tasks": 1}  # which looks at the stream
     await replica.leave()
 
 
