@@ -536,6 +536,9 @@ class Adapter:
             ticks += 1
             if ticks % 4 == 0:
                 self.supervisor.observe(len(asyncio.all_tasks()))
+            if ticks % 60 == 0:
+                self.supervisor.tidy()
+                self.contexts.tidy(self.supervisor.is_served)
 
     async def _watch_jetstream(self) -> None:
         """Asks JetStream for what the gauges tell; apart from the heartbeat, since an answer may take its time."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from weakref import WeakValueDictionary
 
 import msgspec
 
@@ -54,6 +55,11 @@ class Peer:
         self.told_sure = False
         """Nothing else can be on the bus: not so after a crash, which may have come before the record was written."""
 
+    @property
+    def in_use(self) -> bool:
+        """Somebody works with it, so that it must stay the only copy."""
+        return bool(self.in_flight or self.lock.locked() or self.sending.locked())
+
 
 class Contexts:
     """The peers that this replica works for."""
@@ -63,7 +69,8 @@ class Contexts:
         self._fence = fence
         """Raises LeaseLost where this replica may not work for the bot."""
         self._peers: dict[str, Peer] = {}
-        self._loading: dict[str, asyncio.Lock] = {}
+        self._loading: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        """Held by those who load."""
 
     async def peer(self, bot: str, user: str) -> Peer:
         """The peer, read from the bucket the first time. Raises Temporary."""
@@ -71,7 +78,10 @@ class Contexts:
         found = self._peers.get(key)
         if found is not None:
             return found
-        async with self._loading.setdefault(key, asyncio.Lock()):
+        loading = self._loading.get(key)
+        if loading is None:
+            loading = self._loading[key] = asyncio.Lock()
+        async with loading:
             if key not in self._peers:
                 peer = Peer(bot, user)
                 await self._load(peer)
@@ -79,8 +89,7 @@ class Contexts:
                 peer.told_in = peer.context.told_in
                 peer.told_sure = not peer.revision
                 self._peers[key] = peer
-        self._loading.pop(key, None)
-        return self._peers[key]
+            return self._peers[key]
 
     def forget(self, bot: str) -> None:
         """Drops what is known of a bot's users: another replica may write now."""
@@ -90,6 +99,13 @@ class Contexts:
         """Drops what is known of the users of all bots that `gone` names: another replica may have written."""
         for key in [key for key, peer in self._peers.items() if gone(peer.bot)]:
             del self._peers[key]
+
+    def tidy(self, is_ours: Callable[[str], bool]) -> None:
+        """Drops the users of bots that are not `is_ours` any more, and those of whom nothing is known: a sandbox may
+        name any user."""
+        for key, peer in list(self._peers.items()):
+            if not peer.in_use and (not peer.revision or not is_ours(peer.bot)):
+                del self._peers[key]
 
     async def refresh(self, bot: str) -> list[str]:
         """Reads the bot's users anew, since another replica may have written; who wrote to it. Raises Temporary."""

@@ -140,6 +140,11 @@ class Lane:
     def current(self) -> Lane:
         return self.moved.current() if self.moved else self
 
+    def is_needed(self, now: float) -> bool:
+        """Whether something waits, or is known that the next command has to heed. `now`: monotonic."""
+        works = self.task is not None and not self.task.done()
+        return bool(works or self.queue or self.parked or self.stale_tries or now < self.next_send)
+
 
 class LaneWork:
     """The lanes of one shard at work; `Shard` adds what arrives."""

@@ -26,6 +26,7 @@ from adapter.timing import Clock, Latch, first_of
 
 log = structlog.get_logger()
 
+DEAD_KEPT = 1000
 HOLD = 0.8
 """The holder stops after this part of the lease; the rest is for clocks that run apart and answers on their way."""
 
@@ -196,6 +197,7 @@ class Leases:
             self.departures += 1
             self.changed.notify()
         self._live = live
+        self._seen = {entry.key: self._seen[entry.key] for entry in entries if entry.key in self._seen}
         self._since = {name: self._since.get(name, now) for name in live}
 
     def _best(self, names: list[str], shard: int) -> str:
@@ -231,6 +233,8 @@ class Leases:
                 log.warning("lease.expired", incarnation=incarnation)
         except (Temporary, Conflict):
             return False  # it renewed meanwhile, another one revoked it, or we do not know: look again later
+        if len(self._dead) >= DEAD_KEPT:
+            self._dead.clear()  # they are found dead again
         self._dead.add(incarnation)
         return True
 

@@ -245,6 +245,17 @@ class Shard(LaneWork):
         """How many tasks work here."""
         return len(self._tasks)
 
+    def tidy(self) -> None:
+        """Forgets the lanes of users whom nothing waits for; the next command, or their next word, makes another."""
+        now = self._needs.sender.clock.monotonic()
+        bound = self._needs.bindings.get
+        for key, lane in list(self._lanes.items()):
+            if bound(lane.bot) is None:
+                lane.stale_tries = 0  # of a token that is gone
+            if not lane.is_needed(now):
+                del self._lanes[key]
+        self.presence.tidy()
+
     def census(self, parked: Counter[str]) -> tuple[int, int | None]:
         """Counts what is parked by reason into `parked`; commands in hand, and when the oldest was stored."""
         for lane in self._lanes.values():

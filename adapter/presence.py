@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from typing import NamedTuple
+from weakref import WeakValueDictionary
 
 import msgspec
 import structlog
@@ -99,6 +100,10 @@ class Ticket:
         self.hidden = False
         """iLink took a status 2 last."""
 
+    def is_old(self, now: float) -> bool:
+        """Whether it says nothing that the next caller has to heed, a row of failures included."""
+        return now >= max(self.got_at + TICKET_S, self.retry_at + NO_TICKET_S[1], self.used_at + REST_S)
+
 
 class Presence:
     """The sights of one shard, as long as this replica owns it."""
@@ -108,8 +113,8 @@ class Presence:
         self._needs = needs
         self._sights: dict[tuple[str, str], Sight] = {}
         self._tickets: dict[tuple[str, str], Ticket] = {}
-        self._lines: dict[str, asyncio.Lock] = {}
-        """One call at a time for a bot, so that hanging ones never use up its connections."""
+        self._lines: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        """One call at a time for a bot, so that hanging ones never use up its connections. Held by those who call."""
         self._loading: asyncio.Task[None] | None = None
         self._draining = False
 
@@ -168,6 +173,13 @@ class Presence:
         for sight in list(self._sights.values()):
             if sight.binding is None or sight.binding.sandbox == sandbox:
                 self._stir(sight)
+
+    def tidy(self) -> None:
+        """Forgets tickets that are of no use any more."""
+        now, bound = self._needs.clock.monotonic(), self._needs.bindings.get
+        for bot, user in self._tickets.keys() - self._sights.keys():
+            if bound(bot) is None or self._tickets[bot, user].is_old(now):
+                del self._tickets[bot, user]
 
     async def drain(self, seconds: float) -> None:
         """Hides everything, as far as that can be done in time; the rest is left to the next owner."""
@@ -339,7 +351,10 @@ class Presence:
         return self._tickets.setdefault((sight.bot, sight.user), Ticket())
 
     def _line(self, bot: str) -> asyncio.Lock:
-        return self._lines.setdefault(bot, asyncio.Lock())
+        line = self._lines.get(bot)
+        if line is None:
+            line = self._lines[bot] = asyncio.Lock()
+        return line
 
     # when it does not work --------------------------------------------------------------------------
 

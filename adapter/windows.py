@@ -31,6 +31,8 @@ LOOKS_PER_S = 50
 """Users looked at after a start or a take-over; thousands at once would hold up what people wait for."""
 LONGEST_S = 60.0
 """A look at the clock at least so often: it may be set, and the machine may sleep."""
+LEFT_OVER = 100
+"""So many entries of the heap may be of users who are gone."""
 KEPT_HOURS = 25
 """No window is open longer, so that no event which still counts is older."""
 
@@ -68,6 +70,7 @@ class Windows:
         self._news = asyncio.Event()
         self._taken = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
+        bindings.listen(self._on_binding)
 
     # what others say --------------------------------------------------------------------------------
 
@@ -99,6 +102,18 @@ class Windows:
         """This replica polls the bot from now on: its user's window is looked at, in its turn."""
         self._unseen[bot] = None
         self._taken.set()
+
+    def _on_binding(self, bot: str, before: Binding | None, after: Binding | None) -> None:
+        """Of a bot that is gone nothing is told, and nothing remembered."""
+        if after is not None:
+            return
+        self._throttled.discard(bot)
+        self._unseen.pop(bot, None)
+        if before is not None:
+            self._watched.pop(peer_key(bot, before.user), None)
+        if len(self._due) > 2 * len(self._watched) + LEFT_OVER:
+            self._due = [(due_ms, key) for key, due_ms in self._watched.items()]
+            heapq.heapify(self._due)
 
     def throttled(self, bot: str) -> bool:
         """Whether iLink takes no messages to the bot's user (-2)."""

@@ -1,0 +1,52 @@
+"""What is kept, counted: the tables of one object, and all that a process holds."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+from collections import Counter, deque
+from itertools import pairwise
+from typing import TypeAlias
+
+TABLES = (dict, set, list, deque)
+
+Census: TypeAlias = Counter[str]
+"""How many there are of each class, how much is in each table, open files and tasks."""
+
+
+def tables(thing: object) -> dict[str, int]:
+    """The length of each table among an object's own attributes."""
+    return {name: len(value) for name, value in sorted(vars(thing).items()) if isinstance(value, TABLES)}
+
+
+def census() -> Census:
+    """Takes stock of this process: all that the garbage collector knows. Strings and numbers, which it does not know,
+    show in the tables that hold them."""
+    gc.collect()
+    found: Census = Counter()
+    for thing in gc.get_objects():
+        kind = type(thing)
+        found[f"of class {kind.__module__}.{kind.__qualname__}"] += 1
+        if isinstance(thing, TABLES):
+            found[f"in table {id(thing):x}"] = len(thing)
+    found["open files"] = len(os.listdir("/proc/self/fd"))
+    found["tasks"] = len(asyncio.all_tasks())
+    return found
+
+
+def growing(*counts: Census, by: int) -> list[str]:
+    """What there were at least `by` more of each time, as sentences."""
+    steps = list(pairwise(counts))
+    always = [name for name in counts[-1] if all(after[name] - before[name] >= by for before, after in steps)]
+    return [f"{' → '.join(str(count[name]) for count in counts)} {_plain(name)}" for name in sorted(always)]
+
+
+def _plain(name: str) -> str:
+    """A table by those who refer to it."""
+    if not name.startswith("in table "):
+        return name
+    ident = int(name.rpartition(" ")[2], 16)
+    (table, *_) = [thing for thing in gc.get_objects() if id(thing) == ident] or [None]
+    holders = [f"{type(holder).__qualname__} {str(holder)[:80]}" for holder in gc.get_referrers(table)][:5]
+    return f"{name} ({type(table).__name__}, held by {holders})"

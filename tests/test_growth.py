@@ -1,0 +1,277 @@
+"""What is known of users goes with them: after any number of them every table is as long as before."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from adapter.contexts import Contexts
+from adapter.contract import Options
+from adapter.errors import Refused, SessionExpired
+from adapter.lanes import Lane, Parked
+from adapter.leases import DEAD_KEPT
+from adapter.outbound import Shard
+from adapter.presence import NO_TICKET_S, TICKET_S
+from tests.fakes import GAP_S, Bench
+from tests.growth import tables
+from tests.test_leases import LEASE_S, Cluster
+from tests.test_outbound import BOT, USER, outcomes, user_writes
+from tests.test_windows import HOUR, watching
+from tests.test_windows import user_writes as user_writes_to_windows
+
+VIRTUAL_TIME = True
+
+USERS = 50
+STALE = SessionExpired("needs_login", "iLink answered -14", errcode=-14)
+
+
+async def talk(bench: Bench, shard: Shard, first: int, *, unbind: bool) -> None:
+    """So many users write, are answered while the bot is shown typing, and perhaps are unbound."""
+    for number in range(first, first + USERS):
+        bot, user = f"b{number}@im.bot", f"u{number}@im.wechat"
+        await bench.bind(bot=bot, user=user, options=Options(auto_typing=True))
+        await user_writes(bench, shard, bot=bot, user=user)
+        shard.on_delivery(bench.command(f"t{number}", bot=bot, id=f"c{number}"))
+        await asyncio.sleep(5)
+        if unbind:
+            await bench.bindings.remove(bot)
+    await asyncio.sleep(60)
+    shard.tidy()
+    bench.contexts.tidy(lambda bot: bench.bindings.get(bot) is not None)
+
+
+# lanes ---------------------------------------------------------------------------------------------------
+
+
+async def test_users_who_were_unbound_leave_nothing_behind() -> None:
+    bench = Bench()
+    shard = bench.shard()
+    await talk(bench, shard, 0, unbind=True)
+    things = (shard, shard.presence, bench.contexts, bench.bindings)
+    before = [tables(thing) for thing in things]
+    await talk(bench, shard, USERS, unbind=True)
+    after = [tables(thing) for thing in things]
+    assert (before[0].pop("_settled"), after[0].pop("_settled")) == (USERS, 2 * USERS)  # of at most SETTLED_KEPT
+    assert after == before
+    assert outcomes(bench) == [(f"c{number}", "accepted", "") for number in range(2 * USERS)]
+    assert [sum(call.on for call in bench.chat.typing), len(bench.chat.typing)] == [2 * USERS, 4 * USERS]
+
+
+async def test_a_user_who_is_silent_costs_no_lane() -> None:
+    bench = Bench()
+    shard = bench.shard()
+    await talk(bench, shard, 0, unbind=False)
+    sizes = tables(shard)
+    assert sizes.pop("_settled") == USERS
+    assert set(sizes.values()) == {0}
+
+
+async def test_a_lane_stays_as_long_as_something_waits_in_it() -> None:
+    bench = Bench()
+    await bench.bind()
+    shard = bench.shard()
+    shard.on_delivery(bench.command("later", id="c1"))
+    await asyncio.sleep(60)
+    shard.tidy()
+    assert len(shard._lanes) == 1
+    await user_writes(bench, shard)
+    await asyncio.sleep(60)
+    shard.tidy()
+    assert (len(shard._lanes), bench.chat.texts) == (0, ["later"])
+
+
+def test_a_lane_whose_work_was_cut_is_needed() -> None:
+    """The lease paused, so that nobody works on it now."""
+    lane = Lane("s1", BOT, USER)
+    assert not lane.is_needed(0.0)
+    lane.parked.append(Parked(1, "wechat.parked.1.b", "c1", 0, 0))
+    assert lane.is_needed(0.0)
+
+
+async def test_forgetting_a_lane_shortens_no_pause_between_two_sends() -> None:
+    bench = Bench()
+    await bench.bind()
+    bench.hears()
+    shard = bench.shard()
+    for text in ("a", "b"):
+        shard.on_delivery(bench.command(text))
+        await asyncio.sleep(GAP_S / 10)
+        shard.tidy()
+    await asyncio.sleep(60)
+    first, second = (sent.at_s for sent in bench.chat.sent)
+    assert second - first == GAP_S
+
+
+async def test_refusals_of_a_token_are_counted_on_until_it_is_another() -> None:
+    bench = Bench()
+    await bench.bind()
+    bench.hears()
+    shard = bench.shard()
+    bench.chat.sends.extend([STALE] * 3)
+    for number in range(3):
+        shard.on_delivery(bench.command(f"t{number}", when_closed="refuse"))
+        await asyncio.sleep(40)
+        shard.tidy()
+    assert bench.lost_logins == [BOT]
+    assert len(shard._lanes) == 1
+    await bench.bindings.remove(BOT)
+    await asyncio.sleep(1)
+    shard.tidy()
+    assert len(shard._lanes) == 0
+    shard.stop()
+
+
+async def test_a_refusal_that_comes_after_the_end_of_the_binding_counts_for_nothing() -> None:
+    bench = Bench()
+    await bench.bind()
+    bench.hears()
+    shard = bench.shard()
+    bench.chat.took_s = 5.0
+    bench.chat.sends.append(STALE)
+    shard.on_delivery(bench.command("hi", when_closed="refuse"))
+    await asyncio.sleep(1)
+    await bench.bindings.remove(BOT)
+    await asyncio.sleep(60)
+    shard.tidy()
+    assert len(shard._lanes) == 0
+
+
+async def test_any_users_that_a_sandbox_names_are_forgotten() -> None:
+    """It may name whom it likes; nothing goes out, and nothing stays."""
+    bench = Bench()
+    await bench.bind()
+    shard = bench.shard()
+    for number in range(USERS):
+        shard.on_delivery(bench.command("hi", user=f"stranger{number}@im.wechat", when_closed="refuse"))
+    await asyncio.sleep(60)
+    assert len(shard._lanes) == USERS
+    shard.tidy()
+    bench.contexts.tidy(lambda bot: True)
+    assert (len(shard._lanes), tables(bench.contexts)["_peers"], bench.chat.sent) == (0, 0, [])
+
+
+# contexts ------------------------------------------------------------------------------------------------
+
+
+async def test_users_of_a_bot_that_is_somebody_elses_are_dropped_and_the_others_kept() -> None:
+    bench = Bench()
+    for number in range(2):
+        bench.hears(f"b{number}@im.bot", USER)
+    mine, theirs = [await bench.contexts.peer(f"b{number}@im.bot", USER) for number in range(2)]
+    bench.contexts.tidy(lambda bot: bot == mine.bot)
+    assert await bench.contexts.peer(mine.bot, USER) is mine
+    assert await bench.contexts.peer(theirs.bot, USER) is not theirs
+
+
+async def test_nobody_who_is_worked_with_is_dropped() -> None:
+    """A second copy of the record beside the one in somebody's hands would know less."""
+    bench = Bench()
+    peer = await bench.contexts.peer(BOT, USER)
+    for hold in (peer.lock, peer.sending):
+        async with hold:
+            bench.contexts.tidy(lambda bot: False)
+            assert await bench.contexts.peer(BOT, USER) is peer
+    peer.in_flight = 1
+    bench.contexts.tidy(lambda bot: False)
+    assert await bench.contexts.peer(BOT, USER) is peer
+
+
+async def test_a_record_that_cannot_be_loaded_leaves_no_lock() -> None:
+    class Away(Exception):
+        pass
+
+    class NoBucket:
+        async def get(self, key: str) -> None:
+            raise Away
+
+    contexts = Contexts(NoBucket(), lambda bot: None)  # type: ignore[arg-type]
+    for number in range(USERS):
+        with pytest.raises(Away):
+            await contexts.peer(f"b{number}@im.bot", USER)
+    assert len(contexts._loading) == 0
+
+
+# typing --------------------------------------------------------------------------------------------------
+
+
+async def test_tickets_are_kept_as_long_as_they_are_good_or_say_when_to_ask_again() -> None:
+    bench = Bench()
+    await bench.bind()
+    bench.hears()
+    shard = bench.shard()
+    shard.on_delivery(bench.command(typing="on"))
+    await asyncio.sleep(1)
+    shard.on_delivery(bench.command(typing="off"))
+    await asyncio.sleep(TICKET_S / 2)
+    shard.tidy()
+    assert len(shard.presence._tickets) == 1
+    await asyncio.sleep(NO_TICKET_S[1] + TICKET_S)
+    shard.tidy()
+    assert len(shard.presence._tickets) == 0
+
+
+async def test_a_row_of_refused_tickets_is_not_forgotten_while_it_counts() -> None:
+    bench = Bench()
+    await bench.bind()
+    bench.hears()
+    shard = bench.shard()
+    bench.chat.tickets.extend([Refused("typing", "iLink answered -4", ret=-4)] * 2)
+    shard.on_delivery(bench.command(typing="on"))
+    await asyncio.sleep(NO_TICKET_S[1] - 1)
+    shard.tidy()
+    ((_, ticket),) = shard.presence._tickets.items()
+    assert ticket.failures == 1
+
+
+# windows -------------------------------------------------------------------------------------------------
+
+
+async def test_windows_of_the_unbound_are_not_watched() -> None:
+    """A window is open for most of a day; users who come and go in between must not fill the memory until then."""
+    bench = Bench()
+    async with watching(bench) as windows:
+        for bot, hours in ((BOT, 0), ("old@im.bot", 20)):
+            await bench.bind("kept", bot=bot, user=USER)
+            bench.hears(bot, USER, inbound_ms=bench.clock.now_ms() - int(hours * 3_600_000))
+            windows.adopt(bot)
+            await asyncio.sleep(1)
+        for number in range(10 * USERS):
+            bot, user = f"v{number}@im.bot", f"v{number}@im.wechat"
+            await bench.bind(bot=bot, user=user)
+            bench.hears(bot, user, blocked_ms=bench.clock.now_ms())
+            windows.adopt(bot)
+            await asyncio.sleep(1)
+            assert windows.throttled(bot)
+            await user_writes_to_windows(bench, bot=bot, user=user)
+            await bench.bindings.remove(bot)
+        sizes = tables(windows)
+        assert sizes.pop("_due") <= 2 * USERS
+        assert sizes == {"_tasks": 0, "_throttled": 0, "_unseen": 0, "_watched": 2}
+        await asyncio.sleep(4 * HOUR)
+        assert tables(windows)["_watched"] == 1  # the one that closed first was seen first
+        await asyncio.sleep(24 * HOUR)
+        assert tables(windows)["_due"] == 0
+
+
+# leases --------------------------------------------------------------------------------------------------
+
+
+async def test_replicas_of_the_past_are_forgotten() -> None:
+    cluster = Cluster()
+    first = cluster.start("first")
+    await asyncio.sleep(2 * LEASE_S)
+    for _ in range(20):
+        other = cluster.start("other")
+        await asyncio.sleep(3 * LEASE_S)
+        await other.kill()
+        await asyncio.sleep(4 * LEASE_S)
+    assert {name: size for name, size in tables(first.leases).items() if name in ("_seen", "_since", "_live")} == {
+        "_live": 1,
+        "_seen": 1,
+        "_since": 1,
+    }
+    assert len(first.leases._dead) == 20
+    for number in range(DEAD_KEPT):
+        assert await first.leases.is_dead(f"past-{number}")
+    assert len(first.leases._dead) <= DEAD_KEPT
