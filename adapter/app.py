@@ -197,7 +197,12 @@ class Adapter:
             handlers,
             version=__version__,
             instance=self.instance,
-            of_sandbox={"media.get": media.get, "media.put": media.put},
+            of_sandbox={
+                "media.get": media.get,
+                "media.put": media.put,
+                "replay": queries.replay_of,
+                "window": queries.window_of,
+            },
         )
         metrics.bindings_capacity.set(settings.capacity)
         self.link.on_up(self._count_connect)

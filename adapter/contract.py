@@ -646,18 +646,24 @@ class BindingsPage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     next: Annotated[str, Meta(description="Ask again with `after` set to this; empty: that was all.")] = ""
 
 
-class WindowQuery(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Request of wechat.svc.window."""
+SandboxAsked = Annotated[
+    SandboxId | None,
+    Meta(description="Needed where the subject names none; one that differs from the subject's is refused."),
+]
 
-    sandbox: SandboxId
+
+class WindowQuery(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Request of wechat.svc.window.<sandbox>, and for the platform of wechat.svc.window."""
+
+    sandbox: SandboxAsked = None
     bot: str | None = None
     user: str | None = None
 
 
 class ReplayQuery(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Request of wechat.svc.replay: a sandbox's own inbound messages again."""
+    """Request of wechat.svc.replay.<sandbox>, and for the platform of wechat.svc.replay: inbound messages again."""
 
-    sandbox: SandboxId
+    sandbox: SandboxAsked = None
     after: Annotated[int, Meta(ge=0, description="Stream sequence; messages after it.")] = 0
     since_ms: Annotated[int | None, Meta(description="Messages stored since then; instead of `after`.")] = None
     limit: Annotated[int, Meta(ge=1, le=500)] = 100
@@ -671,7 +677,7 @@ class Replayed(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ReplayPage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Answer of wechat.svc.replay, oldest first."""
+    """Answer of wechat.svc.replay.<sandbox>, oldest first."""
 
     messages: list[Replayed]
     next: Annotated[int, Meta(description="Ask again with `after` set to this; 0: that was all.")] = 0

@@ -1,4 +1,7 @@
-"""What can be asked over `wechat.svc.*`. Reads, never changes; never answers with a token."""
+"""What can be asked over `wechat.svc.*`. Reads, never changes; never answers with a token.
+
+A sandbox asks on a subject of its own, so that the server decides who may; the platform names one in the body.
+"""
 
 from __future__ import annotations
 
@@ -16,15 +19,17 @@ from adapter.contract import (
     ReplayPage,
     ReplayQuery,
     WindowQuery,
+    check_sandbox,
     peer_key,
 )
 from adapter.errors import Refused
 from adapter.metrics import Metrics
-from adapter.ports import Bucket, History
+from adapter.ports import Answered, Asked, Bucket, History
 from adapter.records import Binding, Context
 from adapter.timing import Clock
 
 Q = TypeVar("Q", bound=msgspec.Struct)
+S = TypeVar("S", WindowQuery, ReplayQuery)
 REPLAY_BYTES = 512 * 1024
 """A page of a replay stays well below a message's usual limit of 1 MiB."""
 
@@ -73,7 +78,21 @@ class Queries:
 
     async def window(self, data: bytes) -> bytes:
         """window: what may be sent to a user now. Raises Refused, Temporary."""
-        query = self._read(data, WindowQuery)
+        return await self._window(_with_sandbox(self._read(data, WindowQuery)))
+
+    async def window_of(self, asked: Asked) -> Answered:
+        """window.<sandbox>: the same, of a user of this sandbox. Raises Refused, Temporary."""
+        return Answered(await self._window(self._read_of(asked, WindowQuery)), {})
+
+    async def replay(self, data: bytes) -> bytes:
+        """replay: a sandbox's inbound messages again, from a sequence or a time. Raises Refused, Temporary."""
+        return await self._replay(_with_sandbox(self._read(data, ReplayQuery)))
+
+    async def replay_of(self, asked: Asked) -> Answered:
+        """replay.<sandbox>: the same, of this sandbox. Raises Refused, Temporary."""
+        return Answered(await self._replay(self._read_of(asked, ReplayQuery)), {})
+
+    async def _window(self, query: WindowQuery) -> bytes:
         found = [b for b in self._of(query.sandbox, query.bot) if query.user in (None, b.user) or query.bot]
         if len(found) != 1:
             raise Refused("invalid" if found else "not_bound", "Name the `bot` or `user`: the sandbox has several.")
@@ -82,12 +101,10 @@ class Queries:
         context = msgspec.json.decode(entry.value, type=Context) if entry and entry.value else Context()
         return msgspec.json.encode(window.shown(context, self._clock.now_ms(), self._rules))
 
-    async def replay(self, data: bytes) -> bytes:
-        """replay: a sandbox's inbound messages again, from a sequence or a time. Raises Refused, Temporary."""
-        query = self._read(data, ReplayQuery)
+    async def _replay(self, query: ReplayQuery) -> bytes:
         messages: list[Replayed] = []
         size, more = 0, False
-        inbox = self._names.inbox(query.sandbox)
+        inbox = self._names.inbox(query.sandbox or "")
         async for stored in self._history.read(
             self._names.stream_in, inbox, after=query.after, since_ms=query.since_ms
         ):
@@ -107,9 +124,24 @@ class Queries:
             raise Refused("not_bound", "Nothing is bound under that name.")
         return found
 
+    def _read_of(self, asked: Asked, kind: type[S]) -> S:
+        """The question, of the sandbox in its subject. Raises Refused("invalid")."""
+        sandbox = check_sandbox(asked.sandbox)
+        query = self._read(asked.data, kind)
+        if query.sandbox not in (None, sandbox):
+            raise Refused("invalid", "The body names another sandbox than the subject.")
+        return msgspec.structs.replace(query, sandbox=sandbox)
+
     def _read(self, data: bytes, kind: type[Q]) -> Q:
         try:
             return msgspec.json.decode(data or b"{}", type=kind)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
             self._metrics.schema_violations.labels(kind="svc").inc()
             raise Refused("invalid", str(exc)[:200]) from exc
+
+
+def _with_sandbox(query: S) -> S:
+    """Raises Refused("invalid")."""
+    if query.sandbox is None:
+        raise Refused("invalid", "Name a `sandbox`, or ask on a subject that ends with it.")
+    return query

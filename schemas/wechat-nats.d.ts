@@ -1,5 +1,5 @@
 /* Messages of the bus, generated from the JSON Schemas here by `make generate`; do not edit.
-   Of: f36e6f80bfc2261fbc42844231370a6d00ea785c5aaee554f4d04b0f2a677290 */
+   Of: 793010c2047a879fda56e13c6ad19f8331af9554027d4abbd62c173dacddc5f1 */
 
 /**
  * How a binding behaves.
@@ -668,7 +668,7 @@ export interface Replayed {
   message: unknown;
 }
 /**
- * Answer of wechat.svc.replay, oldest first.
+ * Answer of wechat.svc.replay.<sandbox>, oldest first.
  */
 export interface ReplayPage {
   messages: Replayed[];
@@ -678,13 +678,13 @@ export interface ReplayPage {
   next?: number;
 }
 /**
- * Request of wechat.svc.replay: a sandbox's own inbound messages again.
+ * Request of wechat.svc.replay.<sandbox>, and for the platform of wechat.svc.replay: inbound messages again.
  */
 export interface ReplayQuery {
   /**
-   * Name of a sandbox.
+   * Needed where the subject names none; one that differs from the subject's is refused.
    */
-  sandbox: string;
+  sandbox?: string | null;
   /**
    * Stream sequence; messages after it.
    */
@@ -728,13 +728,13 @@ export interface WindowEvent {
   at_ms?: number;
 }
 /**
- * Request of wechat.svc.window.
+ * Request of wechat.svc.window.<sandbox>, and for the platform of wechat.svc.window.
  */
 export interface WindowQuery {
   /**
-   * Name of a sandbox.
+   * Needed where the subject names none; one that differs from the subject's is refused.
    */
-  sandbox: string;
+  sandbox?: string | null;
   bot?: string | null;
   user?: string | null;
 }

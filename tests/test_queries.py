@@ -9,6 +9,7 @@ import pytest
 
 from adapter.contract import BindingsPage, ReplayPage, Window
 from adapter.errors import Refused, Temporary
+from adapter.ports import Asked
 from adapter.queries import REPLAY_BYTES, Queries
 from tests.fakes import RULES, Bench
 
@@ -131,6 +132,57 @@ async def test_a_question_that_has_no_answer_is_refused(verb: str, body: bytes, 
         await getattr(queries(bench), verb)(body)
     assert caught.value.reason == reason
     assert caught.value.detail
+
+
+def asked_as(subject_ends: str, **body: Any) -> Asked:
+    return Asked(subject_ends, {}, ask(**body))
+
+
+@pytest.mark.parametrize("body", [{}, {"sandbox": "s1"}], ids=["left out", "named too"])
+async def test_the_subject_says_whose_window_and_messages_are_asked_for(body: dict[str, Any]) -> None:
+    bench = Bench()
+    await bench.bind()
+    await bench.bind(sandbox="s2", bot="b2@im.bot", user="u2@im.wechat")
+    bench.hears(used=4)
+    fill(bench, 2)
+    answer = await queries(bench).window_of(asked_as("s1", **body))
+    assert msgspec.json.decode(answer.data, type=Window).remaining == 6
+    page = msgspec.json.decode((await queries(bench).replay_of(asked_as("s1", **body))).data, type=ReplayPage)
+    assert numbers(page) == [0, 1]
+
+
+@pytest.mark.parametrize("verb", ["window_of", "replay_of"])
+@pytest.mark.parametrize(
+    ("subject_ends", "body"),
+    [
+        ("s1", {"sandbox": "s2"}),
+        ("s1", {"sandbox": "*"}),
+        ("s1", {"sandbox": ""}),
+        ("s1", {"sandbox": ["s1"]}),
+        ("S1", {}),
+        ("", {}),
+        ("s1\n", {}),
+        ("s" * 65, {}),
+    ],
+)
+async def test_a_sandbox_cannot_ask_in_the_name_of_another(
+    verb: str, subject_ends: str, body: dict[str, Any]
+) -> None:
+    bench = await crowd(9)
+    fill(bench, 2)
+    with pytest.raises(Refused) as caught:
+        await getattr(queries(bench), verb)(asked_as(subject_ends, **body))
+    assert caught.value.reason == "invalid"
+
+
+async def test_what_is_absent_and_what_is_others_look_the_same() -> None:
+    bench = await crowd(9)
+    said = set()
+    for body in ({"bot": "b002@im.bot"}, {"bot": "nobody@im.bot"}):
+        with pytest.raises(Refused) as caught:
+            await queries(bench).window_of(asked_as("s1", **body))
+        said.add((caught.value.reason, caught.value.detail))
+    assert len(said) == 1
 
 
 async def test_the_window_of_the_only_bot_needs_no_name() -> None:

@@ -62,11 +62,12 @@ class Services:
             description="The bridge between WeChat and NATS",
             metadata={"instance": self._instance, "prefix": self._names.prefix},
         )
-        endpoints = {verb: (self._names.svc(verb), _plainly(handler)) for verb, handler in self._handlers.items()}
+        endpoints = [(verb, self._names.svc(verb), _plainly(handler)) for verb, handler in self._handlers.items()]
         for verb, of_sandbox in self._of_sandbox.items():
-            endpoints[verb] = (f"{self._names.svc(verb)}.*", _by_sandbox(of_sandbox))
-        for verb, (subject, answering) in endpoints.items():
-            config = EndpointConfig(name=verb.replace(".", "-"), subject=subject, handler=self._answering(answering))
+            name = f"{verb}.own" if verb in self._handlers else verb
+            endpoints.append((name, f"{self._names.svc(verb)}.*", _by_sandbox(of_sandbox)))
+        for name, subject, answering in endpoints:
+            config = EndpointConfig(name=name.replace(".", "-"), subject=subject, handler=self._answering(answering))
             await service.add_endpoint(config)
 
     def _answering(self, handler: Answering) -> Callable[[Request], Awaitable[None]]:
