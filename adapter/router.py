@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import structlog
 
 from adapter import contract
@@ -34,7 +36,8 @@ class Router:
         """Copies a command to its sandbox's subject, or ends it with a receipt; then settles it.
 
         The copy's Nats-Msg-Id is derived: ids are stream-wide, and a copy after a crash must not become a second
-        command.
+        command. It follows from the words, too: a sandbox that guessed it could use it first, and the copy would be
+        dropped as a repeat.
         """
         ident = ""
         try:
@@ -49,8 +52,9 @@ class Router:
                 delivery, UNROUTED, ident, Ending("dead_lettered" if dead else "refused", exc.reason, exc.detail)
             )
             return
+        words = hashlib.blake2b(delivery.data, digest_size=12).hexdigest()
         headers = passed_on(delivery.headers) | {
-            contract.H_MSG_ID: f"routed:{delivery.seq}:{delivery.time_ms}:{ident}",
+            contract.H_MSG_ID: f"routed:{delivery.seq}:{delivery.time_ms}:{words}:{ident}",
             contract.H_COMMAND: ident,
         }
         try:

@@ -1,4 +1,4 @@
-"""Writes what is generated from the code: `schemas/` and the README's table of settings.
+"""Writes what is generated from the code: `schemas/`, the README's table of settings, and `helm/nats/*.conf`.
 
 `python -m adapter.schema` writes, `python -m adapter.schema --check` only says what differs (exit status 1).
 """
@@ -29,6 +29,7 @@ from adapter.contract import (
     ReplayPage,
     ReplayQuery,
 )
+from adapter.permissions import FILES, server_config
 from adapter.settings import SECRETS, Settings, variable_of
 
 ROOT = Path(__file__).parents[1]
@@ -39,6 +40,8 @@ RAW = ("media_bytes", "media_piece")
 """Messages whose payload are bytes; their schema is that of their headers."""
 TYPES = Path("schemas/wechat-nats.d.ts")
 """TypeScript types, made of the JSON Schemas by tests/npm/types.mjs: here they are only checked."""
+EXAMPLES = ("s1", "s2")
+"""The sandboxes in the configurations of `helm/nats/`."""
 SETTINGS_START, SETTINGS_END = "<!-- settings -->\n", "<!-- /settings -->"
 
 
@@ -253,6 +256,8 @@ def generated(root: Path = ROOT) -> dict[Path, str]:
     """Path below `root` and text of every generated file."""
     files = {Path("schemas") / f"{name}.json": _text(json_schema(name)) for name in DOCUMENTED}
     files[Path("schemas/asyncapi.json")] = _text(asyncapi())
+    for own_accounts, file in FILES.items():
+        files[Path("helm/nats") / file] = server_config(Names(), EXAMPLES, own_accounts=own_accounts)
     readme = (root / "README.md").read_text(encoding="utf-8")
     before, start, rest = readme.partition(SETTINGS_START)
     _, end, after = rest.partition(SETTINGS_END)

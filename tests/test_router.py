@@ -67,6 +67,18 @@ async def test_a_copy_after_a_crash_is_the_same_copy() -> None:
     assert delivery.acks == 2
 
 
+async def test_the_id_of_a_copy_cannot_be_foretold_without_its_words() -> None:
+    """Whoever publishes under it first has the copy dropped as a repeat: a sandbox may know all but the words."""
+    ids = set()
+    for text in ("hi", "hi!"):
+        bench = Bench()
+        delivery = plain(bench, sandbox="s1", text=text, headers={H_MSG_ID: "known"})
+        assert (delivery.seq, delivery.time_ms) == (1, bench.clock.now_ms())
+        await router(bench).route(delivery)
+        ids.add(bench.bus.found("OUT")[0].headers[H_MSG_ID])
+    assert len(ids) == 2
+
+
 async def test_two_commands_with_the_same_words_are_two() -> None:
     bench = Bench()
     for _ in range(2):

@@ -73,9 +73,9 @@ def test_generating_twice_gives_the_same_bytes() -> None:
 
 
 def test_a_stale_an_absent_and_a_leftover_file_are_named(tmp_path: Path) -> None:
-    (tmp_path / "schemas").mkdir()
     (tmp_path / "README.md").write_text("<!-- settings -->\nold\n<!-- /settings -->\n")
     for path, text in schema.generated(tmp_path).items():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_text(text)
     (tmp_path / schema.TYPES).write_text(schema.types_stamp(schema.generated(tmp_path)))
     assert schema.differing(tmp_path) == []

@@ -92,6 +92,13 @@ class Bus:
                 UNREACHABLE, f"No adapter answered on {subject} within {timeout_s:g} s: run `wechat-nats doctor`."
             ) from None
 
+    async def request(self, subject: str, payload: bytes) -> Msg:
+        """A request to the server itself. Raises Failed."""
+        try:
+            return await self.nc.request(subject, payload, timeout=ANSWER_S)
+        except (NatsError, TimeoutError):
+            raise Failed(UNREACHABLE, f"The server did not answer {subject}: may this user ask?") from None
+
     async def api(self, verb: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         """JetStream's answer to `$JS.API.<verb>`, errors included as {"error": …}. Raises Failed."""
         try:

@@ -66,6 +66,7 @@ def connect_options(settings: Settings, name: str) -> dict[str, Any]:
         "ping_interval": 5,
         "max_outstanding_pings": 2,
         "pending_size": 16 * 1024 * 1024,
+        "inbox_prefix": settings.nats_inbox_prefix.encode(),
     }
     credentials = {
         "user": settings.nats_user,

@@ -192,31 +192,39 @@ class World:
                 await adapter.kill()
 
 
+def fast(**settings: Any) -> SimulatorSettings:
+    """A simulator that holds polls for half a second and answers at once."""
+    return msgspec.convert({"hold_ms": 500, "hint_ms": 5000, "send_latency_ms": 0} | settings, SimulatorSettings)
+
+
+def environ_of(url: str, sim: Simulator) -> dict[str, str]:
+    """An adapter between a NATS and a simulator that wastes no time."""
+    return {
+        "NATS_URL": url,
+        "WECHAT_NATS_ILINK_BASE_URL": sim.url,
+        "WECHAT_NATS_CDN_BASE_URL": sim.cdn_url,
+        "WECHAT_NATS_ALLOWED_HOSTS": "127.0.0.1",
+        "WECHAT_NATS_SEND_GAP_MS": "0",
+        "WECHAT_NATS_HTTP_ADDR": "127.0.0.1:0",
+        "WECHAT_NATS_LEASE_S": "2",
+        "WECHAT_NATS_STALE_RETRY_S": "0.2,0.4,0.6",
+        "WECHAT_NATS_DRAIN_S": "20",
+    }
+
+
 @contextlib.asynccontextmanager
 async def world(
     folder: Path, *, environ: dict[str, str] | None = None, clustered: bool = False, **settings: Any
 ) -> AsyncIterator[World]:
     """A server or a cluster of three, a simulator (with `settings`), no adapter yet."""
-    fast = {"hold_ms": 500, "hint_ms": 5000, "send_latency_ms": 0} | settings
     async with contextlib.AsyncExitStack() as stack:
-        sim = await stack.enter_async_context(Simulator(msgspec.convert(fast, SimulatorSettings)))
+        sim = await stack.enter_async_context(Simulator(fast(**settings)))
         server: EmbeddedNats | NatsCluster
         if clustered:
             server = await stack.enter_async_context(NatsCluster(folder / "nats"))
         else:
             server = await stack.enter_async_context(EmbeddedNats(folder / "nats", free_port()))
-        settings_of_adapter = {
-            "NATS_URL": server.url,
-            "WECHAT_NATS_REPLICAS": "3" if clustered else "1",
-            "WECHAT_NATS_ILINK_BASE_URL": sim.url,
-            "WECHAT_NATS_CDN_BASE_URL": sim.cdn_url,
-            "WECHAT_NATS_ALLOWED_HOSTS": "127.0.0.1",
-            "WECHAT_NATS_SEND_GAP_MS": "0",
-            "WECHAT_NATS_HTTP_ADDR": "127.0.0.1:0",
-            "WECHAT_NATS_LEASE_S": "2",
-            "WECHAT_NATS_STALE_RETRY_S": "0.2,0.4,0.6",
-            "WECHAT_NATS_DRAIN_S": "20",
-        }
+        settings_of_adapter = environ_of(server.url, sim) | {"WECHAT_NATS_REPLICAS": "3" if clustered else "1"}
         made = World(folder, sim, server.url, settings_of_adapter | (environ or {}))
         if isinstance(server, NatsCluster):
             made.nodes = server

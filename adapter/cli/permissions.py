@@ -1,0 +1,233 @@
+"""`permissions`: who may do what on the bus, as a NATS server's configuration or as JWTs, without another tool."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+from cyclopts import App, Parameter
+
+from adapter.cli import jwts, output
+from adapter.cli.bus import Bus, connected, settings_from
+from adapter.cli.exits import NO, OK, USAGE, Failed
+from adapter.cli.jwts import Key
+from adapter.cli.options import Sandbox
+from adapter.contract import Names
+from adapter.errors import Refused
+from adapter.permissions import ACCOUNT_OF, OWN_ACCOUNTS, ROLES, SANDBOX, SYSTEM, Role, server_config
+
+app = App(name="permissions", help="Make the NATS users of adapter, platform, services, operators and sandboxes.")
+
+ACCOUNTS = (SYSTEM, *dict.fromkeys(ACCOUNT_OF.values()))
+UPDATE = "$SYS.REQ.CLAIMS.UPDATE"
+
+Folder = Annotated[Path, Parameter(help="Where keys, JWTs and credentials are; only you can read it.")]
+OwnAccount = Annotated[
+    bool,
+    Parameter(negative="", show_default=False, help="An account of its own, so that not even noise can come in."),
+]
+
+
+@app.command
+def config(
+    *sandboxes: Annotated[str, Parameter(help="Ids of sandboxes.")],
+    own_accounts: Annotated[
+        bool, Parameter(name=OWN_ACCOUNTS, negative="", show_default=False, help="An account for each sandbox.")
+    ] = False,
+) -> int:
+    """Print a nats-server configuration: accounts, and a user with a password for each role and sandbox.
+
+    For a few sandboxes that seldom change: each new one is a change of the server's configuration.
+    """
+    try:
+        text = server_config(_names(), sandboxes, own_accounts=own_accounts)
+    except Refused as exc:
+        raise Failed(USAGE, exc.detail) from None
+    output.say(text.removesuffix("\n"))
+    return OK
+
+
+@app.command
+def init(
+    folder: Folder,
+    /,
+    *,
+    resolver_dir: Annotated[str, Parameter(help="Where the server keeps accounts; on its disk.")] = "/data/jwt",
+) -> int:
+    """Make an operator, the accounts and the users of all roles but sandboxes, as JWTs.
+
+    The server needs `server.conf`, the adapter `creds/adapter.creds`; keep `keys/` from both.
+    """
+    if folder.exists() and any(folder.iterdir()):
+        raise Failed(NO, f"{folder} is not empty: its keys are not overwritten.")
+    _write(folder / "keys" / "operator.nk", Key.new(jwts.OPERATOR).seed + "\n")
+    _write(folder / "keys" / "signing.nk", Key.new(jwts.ACCOUNT).seed + "\n")
+    for name in ACCOUNTS:
+        _write(folder / _key_file(name), Key.new(jwts.ACCOUNT).seed + "\n")
+    _write(folder / "resolver_dir", resolver_dir + "\n")
+    kept = Kept(folder)
+    for name in ACCOUNTS:
+        kept.store_account(name)
+    users: list[tuple[Role | None, str]] = [(None, SYSTEM), *((role, ACCOUNT_OF[role]) for role in ROLES[:-1])]
+    for role, account in users:
+        key = Key.new(jwts.USER)
+        jwt = jwts.user_jwt(kept.accounts.keys[account], key.public, kept.names, role)
+        _write(folder / "creds" / f"{role or 'sys'}.creds", jwts.creds(jwt, key))
+    kept.store_server()
+    output.say(f"Start the server with {folder / 'server.conf'}; credentials are in {folder / 'creds'}.")
+    return OK
+
+
+@app.command
+def sandbox(
+    folder: Folder,
+    name: Sandbox,
+    /,
+    *,
+    own_account: OwnAccount = False,
+    days: Annotated[float, Parameter(help="Days until the credentials expire; 0: never.")] = 0,
+) -> int:
+    """Make credentials for a sandbox; prints their file.
+
+    In the account that sandboxes share the server needs to know nothing of it. An own account has to be pushed first.
+    """
+    kept = Kept(folder)
+    if own_account and name not in kept.accounts.keys:
+        _write(folder / _key_file(name), Key.new(jwts.ACCOUNT).seed + "\n")
+        kept = Kept(folder)
+        kept.store_account(name)
+        kept.store_server()
+    account = kept.accounts.keys[name if name in kept.accounts.keys else SANDBOX]
+    key = Key.new(jwts.USER)
+    jwt = jwts.sandbox_jwt(kept.accounts.signing, account.public, key.public, name, days=days)
+    file = folder / "creds" / "sandboxes" / f"{name}.creds"
+    with _private(folder / "issued" / name, append=True) as issued:
+        issued.write(key.public + "\n")
+    _write(file, jwts.creds(jwt, key))
+    output.say(str(file))
+    return OK
+
+
+@app.command
+def revoke(folder: Folder, name: Sandbox, /) -> int:
+    """Let no credentials of a sandbox count that were made until now. Takes effect with `permissions push`."""
+    kept = Kept(folder)
+    file = folder / "issued" / name
+    if not file.is_file():
+        raise Failed(NO, f"No credentials were made for {name} here.")
+    account = name if name in kept.accounts.keys else SANDBOX
+    kept.revoke(account, file.read_text(encoding="utf-8").split())
+    kept.store_account(account)
+    kept.store_server()
+    file.unlink()
+    (folder / "creds" / "sandboxes" / f"{name}.creds").unlink(missing_ok=True)
+    output.say(f"Revoked; tell the servers with `wechat-nats permissions push {folder}`.")
+    return OK
+
+
+@app.command
+async def push(folder: Folder, /) -> int:
+    """Send all accounts to the servers at NATS_URL: after an own account was made, or after a revocation."""
+    kept = Kept(folder)
+    creds = str(folder / "creds" / "sys.creds")
+    settings = msgspec.structs.replace(settings_from(), nats_creds=creds, nats_user="", nats_password="")
+    async with connected(settings) as bus:
+        for name in kept.accounts.keys:
+            await _push(bus, name, _read(folder / _account_file(name)))
+    output.say(f"{len(kept.accounts.keys)} accounts pushed.")
+    return OK
+
+
+async def _push(bus: Bus, name: str, jwt: str) -> None:
+    reply = await bus.request(UPDATE, jwt.encode())
+    answer: dict[str, Any] = msgspec.json.decode(reply.data)
+    if error := answer.get("error"):
+        raise Failed(NO, f"The server refused account {name}: {error.get('description', error)}.")
+
+
+class Kept:
+    """What `init` has made in a folder, and what came to it. Raises Failed where it is not whole."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.names = _names()
+        operator, signing = (Key(_read(folder / "keys" / file)) for file in ("operator.nk", "signing.nk"))
+        own = sorted(file.stem for file in (folder / "keys" / "sandboxes").glob("*.nk"))
+        keys = {name: Key(_read(folder / _key_file(name))) for name in (*ACCOUNTS, *own)}
+        self.accounts = jwts.Accounts(operator, keys, signing)
+
+    def revoke(self, account: str, users: list[str]) -> None:
+        revoked = self._revoked()
+        revoked.setdefault(account, {}).update(dict.fromkeys(users, int(time.time())))
+        _write(self.folder / "revoked.json", msgspec.json.format(msgspec.json.encode(revoked)).decode() + "\n")
+
+    def store_account(self, name: str) -> None:
+        own = "" if name in ACCOUNTS else name
+        jwt = self.accounts.jwt(name, self.names, sandbox=own, revoked=self._revoked().get(name))
+        _write(self.folder / _account_file(name), jwt + "\n")
+
+    def store_server(self) -> None:
+        """The server's configuration, with all accounts as they are now."""
+        system = self.accounts.keys[SYSTEM].public
+        lines = [
+            "# Written by `wechat-nats permissions`. Holds no secret. Include it into the server's configuration:",
+            "#",
+            '#   jetstream { store_dir: "/data", sync_interval: always }',
+            "#   include server.conf",
+            "",
+            f'operator: "{jwts.operator_jwt(self.accounts.operator, system)}"',
+            f"system_account: {system}",
+            f'resolver: {{ type: full, dir: "{_read(self.folder / "resolver_dir")}", allow_delete: false }}',
+            "resolver_preload: {",
+            *(
+                f'  {key.public}: "{_read(self.folder / _account_file(name))}" # {name}'
+                for name, key in self.accounts.keys.items()
+            ),
+            "}",
+        ]
+        _write(self.folder / "server.conf", "\n".join(lines) + "\n")
+
+    def _revoked(self) -> dict[str, dict[str, int]]:
+        file = self.folder / "revoked.json"
+        return msgspec.json.decode(_read(file), type=dict[str, dict[str, int]]) if file.exists() else {}
+
+
+def _key_file(account: str) -> Path:
+    """Below the folder. The accounts of sandboxes lie apart: one may be called like a key of ours."""
+    return Path("keys", "" if account in ACCOUNTS else "sandboxes", f"{account}.nk")
+
+
+def _account_file(account: str) -> Path:
+    return Path("accounts", "" if account in ACCOUNTS else "sandboxes", f"{account}.jwt")
+
+
+def _names() -> Names:
+    return Names(settings_from().prefix)
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8").strip()
+    except OSError as exc:
+        raise Failed(NO, f"Cannot read {file}: {exc.strerror}.") from None
+
+
+def _private(file: Path, *, append: bool = False) -> Any:
+    """Open for writing, in a folder that only this user can enter."""
+    try:
+        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        mode = os.O_WRONLY | os.O_CREAT | (os.O_APPEND if append else os.O_TRUNC)
+        return os.fdopen(os.open(file, mode, 0o600), "w", encoding="utf-8")
+    except OSError as exc:
+        raise Failed(NO, f"Cannot write {file}: {exc.strerror}.") from None
+
+
+def _write(file: Path, text: str) -> None:
+    """Whole or not at all: a key that is cut off halfway would lock everybody out."""
+    fresh = file.with_name(file.name + ".new")
+    with _private(fresh) as out:
+        out.write(text)
+    fresh.replace(file)

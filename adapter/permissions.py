@@ -1,0 +1,344 @@
+"""Who may do what on the bus: the roles, what each may publish and subscribe, and what accounts lend each other.
+
+The source of the configurations in `helm/nats/`, of the JWTs that `wechat-nats permissions` makes, and of what
+`doctor` misses. No I/O.
+
+Streams, buckets, adapter and operators are in one account. Everybody else is in another and reaches only what is
+imported there: in a shared account the server can be made to write anywhere by the reply subject of a request, which
+it does not check against permissions; between accounts a reply goes back to the asker's account.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Literal, NamedTuple, TypeAlias
+
+from adapter.contract import Names, check_sandbox
+from adapter.errors import Refused
+
+Role: TypeAlias = Literal["adapter", "operator", "platform", "service", "sandbox"]
+ROLES: tuple[Role, ...] = ("adapter", "operator", "platform", "service", "sandbox")
+
+SYSTEM, WECHAT, PLATFORM, SERVICE, SANDBOX = "SYS", "WECHAT", "PLATFORM", "SERVICE", "SANDBOX"
+"""Names of the accounts. An account of one sandbox has the sandbox's name, which is in lower case."""
+
+ACCOUNT_OF: dict[Role, str] = {
+    "adapter": WECHAT,
+    "operator": WECHAT,
+    "platform": PLATFORM,
+    "service": SERVICE,
+    "sandbox": SANDBOX,
+}
+TAG = "{{tag(sandbox)}}"
+"""Stands for the sandbox in the template of a signing key; a user's JWT has the tag `sandbox:<name>`."""
+USER_INFO = "$SYS.REQ.USER.INFO"
+"""Where the server says what a user may do."""
+
+
+class Grants(NamedTuple):
+    """Subjects that a role may publish and subscribe. All else is closed."""
+
+    publish: tuple[str, ...]
+    subscribe: tuple[str, ...]
+
+
+class Share(NamedTuple):
+    """A subject of WECHAT that another account imports."""
+
+    kind: Literal["stream", "service"]
+    """stream: WECHAT publishes there. service: the importer publishes, WECHAT may answer."""
+    subject: str
+    many: bool = False
+    """The answer has several messages."""
+
+
+def inbox(role: Role, sandbox: str = "") -> str:
+    """The inbox prefix of a role (setting NATS_INBOX_PREFIX); of a sandbox, its own."""
+    return f"_INBOX_{sandbox or role}"
+
+
+def grants(names: Names, role: Role, sandbox: str = TAG) -> Grants:
+    """What a role may do. `sandbox` counts for the role of that name only."""
+    match role:
+        case "adapter":
+            return Grants(_adapter_publishes(names), _adapter_subscribes(names))
+        case "operator":
+            return Grants(_operator_publishes(names), (names.live("*"), names.event("*", "*"), _inboxes("operator")))
+        case "platform":
+            asks = (names.svc("bindings.*"), names.svc("login.*"), names.svc("window"))
+            return Grants((names.bind, names.unbind, *asks), (names.event("*", "*"), _inboxes("platform")))
+        case "service":
+            publish = (names.out_plain, names.svc("window"), names.svc("media.put.*"))
+            return Grants(publish, (names.event("*", "receipt"), _inboxes("service")))
+        case "sandbox":
+            shares = imports(names, role, sandbox)
+            heard = [share.subject for share in shares if share.kind == "stream"]
+            asked = [share.subject for share in shares if share.kind == "service"]
+            return Grants(tuple(asked), (*heard, f"{inbox(role, sandbox)}.>"))
+
+
+def imports(names: Names, role: Role, sandbox: str = "*") -> list[Share]:
+    """What the account of a role outside of WECHAT imports; for one sandbox, or for all that share an account."""
+    if role == "sandbox":
+        pull = f"$JS.API.CONSUMER.MSG.NEXT.{names.stream_in}.{sandbox}"
+        verbs = ("media.get", "media.put", "replay", "window")
+        return [
+            Share("stream", names.live(sandbox)),
+            Share("stream", names.event(sandbox, "*")),
+            Share("service", names.out(sandbox)),
+            *(Share("service", names.svc(f"{verb}.{sandbox}")) for verb in verbs),
+            Share("service", pull, many=True),
+            Share("service", f"$JS.ACK.{names.stream_in}.{sandbox}.>"),
+        ]
+    granted = grants(names, role)
+    shares = [Share("service", subject) for subject in granted.publish]
+    shares += [Share("stream", subject) for subject in granted.subscribe if subject != _inboxes(role)]
+    if role == "platform":  # the answer to bind and unbind goes to an inbox that a header names
+        shares.append(Share("stream", _inboxes(role)))
+    return shares
+
+
+def exports(names: Names) -> dict[Share, list[Role]]:
+    """What WECHAT exports, and to which roles. No subject holds another: a server refuses that in a JWT."""
+    wanted = [(share, role) for role in ROLES if ACCOUNT_OF[role] != WECHAT for share in imports(names, role)]
+    found: dict[Share, list[Role]] = {}
+    for share, role in wanted:
+        wide = next(
+            (s for s, _ in wanted if s != share and s.kind == share.kind and covers(s.subject, share.subject)), share
+        )
+        found.setdefault(wide, []).append(role)
+    return {share: list(dict.fromkeys(roles)) for share, roles in found.items()}
+
+
+def streams(names: Names) -> tuple[str, ...]:
+    """Every stream, those of buckets and objects included."""
+    return (*_plain_streams(names), *(f"KV_{bucket}" for bucket in buckets(names)), f"OBJ_{names.media}")
+
+
+def buckets(names: Names) -> tuple[str, ...]:
+    """Every key-value bucket."""
+    return (
+        *(names.bindings, names.cursors, names.context, names.members),
+        *(names.claims, names.logins, names.quotes, names.typing),
+    )
+
+
+def _plain_streams(names: Names) -> tuple[str, ...]:
+    return (
+        *(names.stream_in, names.stream_out, names.stream_ctl, names.stream_event),
+        *(names.stream_parked, names.stream_dead, names.stream_raw),
+    )
+
+
+def _inboxes(role: Role) -> str:
+    return f"{inbox(role)}.>"
+
+
+def _api(*verbs: str) -> tuple[str, ...]:
+    return tuple(f"$JS.API.{verb}" for verb in verbs)
+
+
+def _adapter_publishes(names: Names) -> tuple[str, ...]:
+    prefix, media = names.prefix, f"OBJ_{names.media}"
+    return (
+        *(names.inbox("*"), names.out("*"), names.bind, names.event("*", "*"), names.freed()),
+        *(f"{prefix}.parked.>", f"{prefix}.raw.>", names.dead("*")),
+        *(f"$KV.{bucket}.>" for bucket in buckets(names)),
+        f"$O.{names.media}.>",
+        *_api("INFO", "STREAM.INFO.*", "STREAM.MSG.GET.*", "DIRECT.GET.>"),
+        *_api("CONSUMER.NAMES.*", "CONSUMER.INFO.*.*"),
+        *_api(*(f"STREAM.{verb}.{stream}" for verb in ("CREATE", "UPDATE") for stream in streams(names))),
+        *_api(f"STREAM.MSG.DELETE.{names.stream_parked}", f"STREAM.MSG.DELETE.{names.stream_raw}"),
+        *_api(f"STREAM.PURGE.{media}", f"CONSUMER.CREATE.{names.stream_in}.*.{names.inbox('*')}"),
+        *_api(*(f"CONSUMER.{verb}.{s}.*" for s in _pulled(names) for verb in ("CREATE", "RESET", "MSG.NEXT"))),
+        *(f"$JS.ACK.{stream}.>" for stream in _pulled(names)),
+        *(_inboxes("operator"), _inboxes("platform"), "_R_.>"),
+        # what `doctor` asks under this user
+        *(USER_INFO, "$SRV.PING.>", names.svc("bindings.list"), _inboxes("adapter")),
+    )
+
+
+def _pulled(names: Names) -> tuple[str, str]:
+    """The streams with consumers of the adapter."""
+    return names.stream_out, names.stream_ctl
+
+
+def _adapter_subscribes(names: Names) -> tuple[str, ...]:
+    return names.svc(">"), f"{names.prefix}.kv.>", "$SRV.>", _inboxes("adapter")
+
+
+def _operator_publishes(names: Names) -> tuple[str, ...]:
+    media = f"OBJ_{names.media}"
+    readable = (names.stream_in, names.stream_event, names.stream_dead, media)
+    return (
+        *(names.bind, names.unbind, names.out_plain, names.out("*"), names.svc(">"), "$SRV.>"),
+        *_api("INFO", "STREAM.NAMES", "STREAM.LIST", "STREAM.INFO.*"),
+        *_api("CONSUMER.NAMES.*", "CONSUMER.LIST.*", "CONSUMER.INFO.*.*"),
+        *_api(*(f"CONSUMER.CREATE.{stream}{rest}" for stream in readable for rest in ("", ".>"))),
+        *_api(*(f"DIRECT.GET.{stream}{rest}" for stream in readable for rest in ("", ".>"))),
+        *_api(*(f"STREAM.MSG.GET.{stream}" for stream in readable)),
+        *_api(f"STREAM.MSG.DELETE.{names.stream_dead}", f"STREAM.PURGE.{media}"),
+        *(f"$JS.FC.{stream}.>" for stream in readable),
+        f"$O.{names.media}.>",
+        USER_INFO,
+    )
+
+
+# What a user's permissions mean ------------------------------------------------------------------------
+
+
+def covers(pattern: str, subject: str) -> bool:
+    """Whether `pattern` matches all that `subject` (which may hold wildcards) matches."""
+    ours, theirs = pattern.split("."), subject.split(".")
+    for number, token in enumerate(ours):
+        if token == ">":
+            return len(theirs) > number
+        if len(theirs) <= number or theirs[number] == ">" or (token != "*" and token != theirs[number]):
+            return False
+    return len(ours) == len(theirs)
+
+
+def overlaps(pattern: str, subject: str) -> bool:
+    """Whether some subject is matched by both."""
+    ours, theirs = pattern.split("."), subject.split(".")
+    for one, other in zip(ours, theirs, strict=False):
+        if ">" in (one, other):
+            return True
+        if one != other and "*" not in (one, other):
+            return False
+    return len(ours) == len(theirs)
+
+
+class Allowed(NamedTuple):
+    """What a user may publish, or subscribe. No `allow`: everything that is not denied."""
+
+    allow: tuple[str, ...] = ()
+    deny: tuple[str, ...] = ()
+
+    def all_of(self, subject: str) -> bool:
+        """Whether nothing that `subject` matches is closed."""
+        allowed = not self.allow or any(covers(pattern, subject) for pattern in self.allow)
+        return allowed and not any(overlaps(pattern, subject) for pattern in self.deny)
+
+    def some_of(self, subject: str) -> bool:
+        """Whether something that `subject` matches is open."""
+        allowed = not self.allow or any(overlaps(pattern, subject) for pattern in self.allow)
+        return allowed and not any(covers(pattern, subject) for pattern in self.deny)
+
+
+class Permissions(NamedTuple):
+    """What the server says of a user."""
+
+    publish: Allowed = Allowed()
+    subscribe: Allowed = Allowed()
+
+    def missing(self, wanted: Grants) -> list[str]:
+        """What of `wanted` this user may not do, as `publish <subject>` and `subscribe <subject>`."""
+        lacks = [f"publish {subject}" for subject in wanted.publish if not self.publish.all_of(subject)]
+        return lacks + [f"subscribe {subject}" for subject in wanted.subscribe if not self.subscribe.all_of(subject)]
+
+
+# The server's configuration ----------------------------------------------------------------------------
+
+HEAD = """\
+# {title}
+# Written by `wechat-nats permissions config{arguments}`. Include it into the server's configuration:
+#
+#   jetstream {{ store_dir: "/data", sync_interval: always }}
+#   include {file}
+#
+# Passwords are variables of the server's environment. It does not start while one is missing.
+
+"""
+
+
+FILES = {False: "accounts.conf", True: "accounts-each.conf"}
+"""The configurations in `helm/nats/`, by whether each sandbox has an account of its own."""
+OWN_ACCOUNTS = "--own-accounts"
+
+
+def variable(role: str, sandbox: str = "") -> str:
+    """The environment variable of the server that holds a user's password."""
+    return f"PASSWORD_{sandbox.replace('-', '_') or role}".upper()
+
+
+def server_config(names: Names, sandboxes: Sequence[str], *, own_accounts: bool = False) -> str:
+    """A nats-server configuration with a user for each role and sandbox. Raises Refused("invalid")."""
+    arguments = "".join(f" {argument}" for argument in ([OWN_ACCOUNTS] if own_accounts else []) + list(sandboxes))
+    title = "Every sandbox in an account of its own." if own_accounts else "All sandboxes in one account."
+    head = HEAD.format(title=title, arguments=arguments, file=FILES[own_accounts])
+    return head + _accounts(names, sandboxes, own_accounts)
+
+
+def _accounts(names: Names, sandboxes: Sequence[str], own_accounts: bool) -> str:
+    for sandbox in sandboxes:
+        check_sandbox(sandbox)
+    variables = [variable(role) for role in (*ROLES[:-1], "sys")] + [variable("", sandbox) for sandbox in sandboxes]
+    if twice := {name for name in variables if variables.count(name) > 1}:
+        raise Refused("invalid", f"Two users would have their password in {min(twice)}: rename a sandbox.")
+    accounts = [_account(SYSTEM, [_user("sys", None)])]
+    to = {role: [ACCOUNT_OF[role]] for role in ROLES} | ({"sandbox": list(sandboxes)} if own_accounts else {})
+    shared = [
+        _export(share, [name for role in roles for name in to[role]]) for share, roles in exports(names).items()
+    ]
+    inside = [_user(role, grants(names, role)) for role in ("adapter", "operator")]
+    accounts.append(_account(WECHAT, inside, exports=shared, jetstream=True))
+    for role in ("platform", "service"):
+        taken = [_import(share) for share in imports(names, role)]
+        accounts.append(_account(ACCOUNT_OF[role], [_user(role, grants(names, role))], imports=taken))
+    users = {sandbox: _user(sandbox, grants(names, "sandbox", sandbox), sandbox) for sandbox in sandboxes}
+    if own_accounts:
+        for sandbox, user in users.items():
+            taken = [_import(share) for share in imports(names, "sandbox", sandbox)]
+            accounts.append(_account(sandbox, [user], imports=taken))
+    else:
+        taken = [_import(share) for share in imports(names, "sandbox")]
+        accounts.append(_account(SANDBOX, list(users.values()), imports=taken))
+    return "\n".join(["system_account: SYS", "", "accounts {", *accounts, "}", ""])
+
+
+def _account(
+    name: str,
+    users: Iterable[str],
+    *,
+    exports: Iterable[str] = (),
+    imports: Iterable[str] = (),
+    jetstream: bool = False,
+) -> str:
+    lines = [f'  "{name}" {{']
+    if jetstream:
+        lines.append("    jetstream: enabled")
+    for key, parts in (("users", users), ("exports", exports), ("imports", imports)):
+        if found := list(parts):
+            lines += [f"    {key}: [", *found, "    ]"]
+    return "\n".join([*lines, "  }"])
+
+
+def _user(name: str, may: Grants | None, sandbox: str = "") -> str:
+    head = f'      {{ user: "{name}", password: ${variable(name, sandbox)}'
+    if may is None:
+        return head + " }"
+    return "\n".join(
+        [
+            head,
+            "        permissions: {",
+            *_allow("publish", may.publish),
+            *_allow("subscribe", may.subscribe),
+            "        }",
+            "      }",
+        ]
+    )
+
+
+def _allow(key: str, subjects: Iterable[str]) -> list[str]:
+    return [f"          {key}: {{ allow: [", *(f'            "{subject}"' for subject in subjects), "          ] }"]
+
+
+def _export(share: Share, accounts: Sequence[str]) -> str:
+    answer = ", response_type: stream" if share.many else ""
+    to = ", ".join(f'"{name}"' for name in accounts)
+    return f'      {{ {share.kind}: "{share.subject}"{answer}, accounts: [ {to} ] }}'
+
+
+def _import(share: Share) -> str:
+    return f'      {{ {share.kind}: {{ account: "{WECHAT}", subject: "{share.subject}" }} }}'

@@ -1,0 +1,153 @@
+"""A nats-server with the permissions that are shipped, as passwords and as JWTs, and connections of each role."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import subprocess
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import NamedTuple
+
+from nats.aio.client import Client
+
+from adapter.cli import jwts, permissions
+from adapter.contract import Names
+from adapter.embedded import find_server
+from adapter.permissions import ACCOUNT_OF, FILES, WECHAT, Grants, inbox
+from adapter.schema import EXAMPLES, ROOT
+from tests.e2e.waiting import until
+
+NAMES = Names()
+SANDBOXES = EXAMPLES
+TEMPLATES = ("passwords", "passwords-each", "jwt", "jwt-each")
+"""`each`: every sandbox in an account of its own."""
+ALL = Grants((">",), (">",))
+WITNESS = "witness"
+"""A user without limits beside the adapter, for tests to see what arrives there."""
+
+
+class User(NamedTuple):
+    """How somebody connects: what a program finds in its environment."""
+
+    environ: dict[str, str]
+
+    @property
+    def inbox(self) -> str:
+        return self.environ["NATS_INBOX_PREFIX"]
+
+
+class Player:
+    """A connection of a role; keeps what the server forbids it."""
+
+    def __init__(self, nc: Client, refusals: list[str]) -> None:
+        self.nc = nc
+        self.refusals = refusals
+        """The server's words, in lower case, as nats-py hands them on."""
+
+
+class Guarded:
+    """The server. Made by `guarded`."""
+
+    def __init__(self, folder: Path, template: str) -> None:
+        self.folder = folder
+        self.jwt, self.each = template.startswith("jwt"), template.endswith("-each")
+        self.url = ""
+        self.users: dict[str, User] = {}
+        """By role or sandbox."""
+        self._clients: list[Client] = []
+
+    async def connect(self, name: str) -> Player:
+        """As a role, as a sandbox, or as WITNESS."""
+        environ, refusals = self.users[name].environ, list[str]()
+
+        async def on_error(exc: Exception) -> None:
+            refusals.append(str(exc).lower())
+
+        nc = Client()
+        self._clients.append(nc)
+        creds, user = environ.get("NATS_CREDS"), environ.get("NATS_USER")
+        await nc.connect(
+            self.url,
+            user=user,
+            password=environ.get("NATS_PASSWORD"),
+            user_credentials=creds,
+            inbox_prefix=self.users[name].inbox.encode(),
+            error_cb=on_error,
+            allow_reconnect=False,
+        )
+        return Player(nc, refusals)
+
+    def write(self) -> tuple[Path, dict[str, str]]:
+        """The server's configuration and environment."""
+        who = [*((role, inbox(role)) for role in ACCOUNT_OF if role != "sandbox"), (WITNESS, "_INBOX_witness")]
+        who += [(sandbox, inbox("sandbox", sandbox)) for sandbox in SANDBOXES]
+        environ = self._with_jwts() if self.jwt else self._with_passwords([name for name, _ in who])
+        for name, prefix in who:
+            self.users[name] = User({**self.users[name].environ, "NATS_INBOX_PREFIX": prefix})
+        config = self.folder / "server.conf"
+        config.write_text(
+            f'listen: "127.0.0.1:-1"\nports_file_dir: "{self.folder}"\n'
+            f'jetstream {{ store_dir: "{self.folder}/data" }}\n'
+            f"include {'jwt/server.conf' if self.jwt else 'accounts.conf'}\n"
+        )
+        return config, environ
+
+    def _with_passwords(self, names: list[str]) -> dict[str, str]:
+        """The file as it is shipped, but for the witness."""
+        text = (ROOT / "helm/nats" / FILES[self.each]).read_text()
+        within = f'"{WECHAT}" {{\n    jetstream: enabled\n    users: [\n'
+        assert text.count(within) == 1
+        witness = f'      {{ user: "{WITNESS}", password: $PASSWORD_WITNESS }}\n'
+        (self.folder / "accounts.conf").write_text(text.replace(within, within + witness))
+        self.users = {name: User({"NATS_USER": name, "NATS_PASSWORD": f"{name}-secret"}) for name in names}
+        return {f"PASSWORD_{name.upper()}": f"{name}-secret" for name in (*names, "sys")}
+
+    def _with_jwts(self) -> dict[str, str]:
+        """Made by the commands that an operator uses."""
+        folder = self.folder / "jwt"
+        resolver = str(self.folder / "resolver")
+        assert permissions.init(folder, resolver_dir=resolver) == 0
+        for sandbox in SANDBOXES:
+            assert permissions.sandbox(folder, sandbox, own_account=self.each) == 0
+        account = jwts.Key((folder / f"keys/{WECHAT}.nk").read_text().strip())
+        key = jwts.Key.new(jwts.USER)
+        jwt = jwts.encode(account, key.public, WITNESS, {"type": "user", **jwts.permissions(ALL), **jwts.NO_LIMITS})
+        (folder / "creds/witness.creds").write_text(jwts.creds(jwt, key))
+        for file in (*folder.glob("creds/*.creds"), *folder.glob("creds/sandboxes/*.creds")):
+            self.users[file.stem] = User({"NATS_CREDS": str(file)})
+        return {}
+
+    async def close(self) -> None:
+        for nc in self._clients:
+            await nc.close()
+
+
+@contextlib.asynccontextmanager
+async def guarded(folder: Path, template: str) -> AsyncIterator[Guarded]:
+    """A server with one of TEMPLATES."""
+    made = Guarded(folder, template)
+    config, environ = await asyncio.to_thread(made.write)
+    with (folder / "server.log").open("wb") as log:
+        process = await asyncio.create_subprocess_exec(
+            find_server(), "-c", config, env={**os.environ, **environ}, stdout=log, stderr=subprocess.STDOUT
+        )
+    try:
+        await until(lambda: bool(_ports(folder)) or process.returncode is not None, "the server listens")
+        assert process.returncode is None, (folder / "server.log").read_text()
+        made.url = _ports(folder)[0]
+        yield made
+        await made.close()
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.wait()
+
+
+def _ports(folder: Path) -> list[str]:
+    for file in folder.glob("*.ports"):
+        with contextlib.suppress(ValueError):
+            return list(json.loads(file.read_text())["nats"])
+    return []

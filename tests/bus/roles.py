@@ -1,0 +1,238 @@
+"""The table of roles in `helm/nats/README.md`: what is expected of each, row by row. `test_permissions.py` proves it.
+
+`python -m tests.bus.roles` writes the table, `--check` only says whether it is stale (exit status 1).
+Written by hand and apart from `adapter/permissions.py`, so that a subject too many there is noticed here.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+from adapter.schema import ROOT
+
+README = ROOT / "helm" / "nats" / "README.md"
+START, END = "<!-- roles -->\n", "<!-- /roles -->"
+
+COLUMNS = ("adapter", "operator", "platform", "service", "own", "other")
+"""own: a sandbox, on subjects with its own name in the place of `<sandbox>`; other: on subjects with another's."""
+HEADS = ("adapter", "operator", "platform", "service", "sandbox: its own", "sandbox: another's")
+
+STREAMS = (
+    *("WECHAT_IN", "WECHAT_OUT", "WECHAT_CTL", "WECHAT_EVENT", "WECHAT_PARKED", "WECHAT_DEAD", "WECHAT_RAW"),
+    *("KV_wechat_bindings", "KV_wechat_cursors", "KV_wechat_context", "KV_wechat_members", "KV_wechat_claims"),
+    *("KV_wechat_logins", "KV_wechat_quotes", "KV_wechat_typing", "OBJ_wechat_media"),
+)
+BUCKETS = tuple(stream.removeprefix("KV_") for stream in STREAMS if stream.startswith("KV_"))
+SANDBOX = "<sandbox>"
+
+
+class Row(NamedTuple):
+    """One subject, and who (of COLUMNS, separated by blanks) may do it."""
+
+    does: Literal["publish", "subscribe"]
+    subject: str
+    who: str = ""
+
+    def may(self, column: str) -> bool:
+        return column in self.who.split()
+
+
+def _publish(*rows: tuple[str, str]) -> list[Row]:
+    return [Row("publish", subject, who) for subject, who in rows]
+
+
+def _subscribe(*rows: tuple[str, str]) -> list[Row]:
+    return [Row("subscribe", subject, who) for subject, who in rows]
+
+
+SUBJECTS = [
+    *_publish(
+        ("wechat.in.<sandbox>", ""),
+        ("wechat.inbox.<sandbox>", "adapter"),
+        ("wechat.out", "operator service"),
+        ("wechat.out.<sandbox>", "adapter operator own"),
+        ("wechat.ctl.bind", "adapter operator platform"),
+        ("wechat.ctl.unbind", "operator platform"),
+        *((f"wechat.event.<sandbox>.{kind}", "adapter") for kind in ("receipt", "binding", "login", "window")),
+        ("wechat.parked.7.b/u", "adapter"),
+        ("wechat.raw.7.b", "adapter"),
+        ("wechat.dead.WECHAT_OUT", "adapter"),
+        ("wechat.kv.freed", "adapter"),
+        ("wechat.kv.wechat_bindings.b", ""),
+        ("wechat.svc.bindings.list", "adapter operator platform"),
+        ("wechat.svc.bindings.get", "operator platform"),
+        *((f"wechat.svc.login.{verb}", "operator platform") for verb in ("start", "status", "verify", "cancel")),
+        ("wechat.svc.media.get.<sandbox>", "operator own"),
+        ("wechat.svc.media.put.<sandbox>", "operator service own"),
+        ("wechat.svc.replay", "operator"),
+        ("wechat.svc.replay.<sandbox>", "operator own"),
+        ("wechat.svc.window", "operator platform service"),
+        ("wechat.svc.window.<sandbox>", "operator own"),
+        *((f"$KV.{bucket}.k", "adapter") for bucket in BUCKETS),
+        ("$O.wechat_media.C.x", "adapter operator"),
+        ("$O.wechat_media.M.x", "adapter operator"),
+        ("$SRV.PING.wechat-nats", "adapter operator"),
+        ("$SRV.INFO.wechat-nats", "operator"),
+        ("$SRV.STATS.wechat-nats", "operator"),
+        ("$SRV.PING", "operator"),
+        ("_INBOX.x", ""),
+        ("_INBOX_adapter.x", "adapter"),
+        ("_INBOX_operator.x", "adapter"),
+        ("_INBOX_platform.x", "adapter"),
+        ("_INBOX_service.x", ""),
+        ("_INBOX_<sandbox>.x", ""),
+        ("_R_.x", "adapter"),
+        ("$SYS.REQ.USER.INFO", "adapter operator"),
+        ("$SYS.REQ.SERVER.PING", ""),
+        ("$SYS.REQ.CLAIMS.UPDATE", ""),
+        ("$SYS.REQ.ACCOUNT.WECHAT.CONNZ", ""),
+        ("anything.else", ""),
+    ),
+    *_subscribe(
+        ("wechat.in.<sandbox>", "operator own"),
+        ("wechat.in.*", "operator"),
+        ("wechat.inbox.<sandbox>", ""),
+        ("wechat.out", ""),
+        ("wechat.out.<sandbox>", ""),
+        ("wechat.ctl.*", ""),
+        ("wechat.event.<sandbox>.receipt", "operator platform service own"),
+        *((f"wechat.event.<sandbox>.{kind}", "operator platform own") for kind in ("binding", "login", "window")),
+        ("wechat.event.*.*", "operator platform"),
+        ("wechat.event.*.receipt", "operator platform service"),
+        ("wechat.parked.>", ""),
+        ("wechat.raw.>", ""),
+        ("wechat.dead.>", ""),
+        ("wechat.kv.>", "adapter"),
+        ("wechat.svc.>", "adapter"),
+        ("wechat.svc.media.get.<sandbox>", "adapter"),
+        ("wechat.svc.replay.<sandbox>", "adapter"),
+        *((f"$KV.{bucket}.>", "") for bucket in BUCKETS),
+        ("$KV.>", ""),
+        ("$O.wechat_media.>", ""),
+        ("$SRV.>", "adapter"),
+        ("$JS.API.>", ""),
+        ("$JS.ACK.>", ""),
+        ("$JS.EVENT.ADVISORY.>", ""),
+        ("$SYS.>", ""),
+        ("_INBOX.>", ""),
+        ("_INBOX_adapter.>", "adapter"),
+        ("_INBOX_operator.>", "operator"),
+        ("_INBOX_platform.>", "platform"),
+        ("_INBOX_service.>", "service"),
+        ("_INBOX_<sandbox>.>", "own"),
+        ("_R_.>", ""),
+        ("wechat.>", ""),
+        ("*.>", ""),
+        (">", ""),
+    ),
+]
+
+ALL, PULLED, READ, OWN = (
+    "all",
+    "WECHAT_OUT WECHAT_CTL",
+    "WECHAT_IN WECHAT_EVENT WECHAT_DEAD OBJ_wechat_media",
+    "WECHAT_IN",
+)
+
+API: list[tuple[str, dict[str, str]]] = [
+    ("$JS.API.INFO", {"adapter": ALL, "operator": ALL}),
+    ("$JS.API.STREAM.NAMES", {"operator": ALL}),
+    ("$JS.API.STREAM.LIST", {"operator": ALL}),
+    ("$JS.API.STREAM.INFO.<stream>", {"adapter": ALL, "operator": ALL}),
+    ("$JS.API.STREAM.CREATE.<stream>", {"adapter": ALL}),
+    ("$JS.API.STREAM.UPDATE.<stream>", {"adapter": ALL}),
+    ("$JS.API.STREAM.DELETE.<stream>", {}),
+    ("$JS.API.STREAM.PURGE.<stream>", {"adapter": "OBJ_wechat_media", "operator": "OBJ_wechat_media"}),
+    ("$JS.API.STREAM.MSG.GET.<stream>", {"adapter": ALL, "operator": READ}),
+    ("$JS.API.STREAM.MSG.DELETE.<stream>", {"adapter": "WECHAT_PARKED WECHAT_RAW", "operator": "WECHAT_DEAD"}),
+    ("$JS.API.STREAM.SNAPSHOT.<stream>", {}),
+    ("$JS.API.STREAM.RESTORE.<stream>", {}),
+    ("$JS.API.STREAM.LEADER.STEPDOWN.<stream>", {}),
+    ("$JS.API.STREAM.PEER.REMOVE.<stream>", {}),
+    ("$JS.API.DIRECT.GET.<stream>", {"adapter": ALL, "operator": READ}),
+    ("$JS.API.DIRECT.GET.<stream>.wechat.x", {"adapter": ALL, "operator": READ}),
+    ("$JS.API.CONSUMER.NAMES.<stream>", {"adapter": ALL, "operator": ALL}),
+    ("$JS.API.CONSUMER.LIST.<stream>", {"operator": ALL}),
+    ("$JS.API.CONSUMER.INFO.<stream>.<sandbox>", {"adapter": ALL, "operator": ALL}),
+    ("$JS.API.CONSUMER.CREATE.<stream>", {"operator": READ}),
+    ("$JS.API.CONSUMER.CREATE.<stream>.<sandbox>", {"adapter": PULLED, "operator": READ}),
+    (
+        "$JS.API.CONSUMER.CREATE.<stream>.<sandbox>.wechat.inbox.<sandbox>",
+        {"adapter": "WECHAT_IN", "operator": READ},
+    ),
+    ("$JS.API.CONSUMER.DURABLE.CREATE.<stream>.<sandbox>", {}),
+    ("$JS.API.CONSUMER.DELETE.<stream>.<sandbox>", {}),
+    ("$JS.API.CONSUMER.MSG.NEXT.<stream>.<sandbox>", {"adapter": PULLED, "own": OWN}),
+    ("$JS.API.CONSUMER.RESET.<stream>.<sandbox>", {"adapter": PULLED}),
+    ("$JS.API.CONSUMER.PAUSE.<stream>.<sandbox>", {}),
+    ("$JS.API.CONSUMER.UNPIN.<stream>.<sandbox>", {}),
+    ("$JS.API.CONSUMER.LEADER.STEPDOWN.<stream>.<sandbox>", {}),
+    ("$JS.API.META.LEADER.STEPDOWN", {}),
+    ("$JS.API.ACCOUNT.PURGE.WECHAT", {}),
+    ("$JS.ACK.<stream>.<sandbox>.1.1.1.1.0", {"adapter": PULLED, "own": OWN}),
+    ("$JS.FC.<stream>.<sandbox>.x", {"operator": READ}),
+]
+"""Publishing to JetStream itself: of which streams each role may. `<sandbox>` stands for the consumer's name."""
+
+
+def api_rows() -> list[Row]:
+    """API spelled out for each stream."""
+    rows = []
+    for subject, may in API:
+        for stream in STREAMS if "<stream>" in subject else STREAMS[:1]:
+            who = [column for column, of in may.items() if of == ALL or stream in of.split()]
+            rows.append(Row("publish", subject.replace("<stream>", stream), " ".join(who)))
+    return rows
+
+
+ROWS = [*SUBJECTS, *api_rows()]
+
+
+def table() -> str:
+    """As the README shows it."""
+    lines = [f"| | subject | {' | '.join(HEADS)} |", "|---|---|" + "---|" * len(HEADS)]
+    for row in SUBJECTS:
+        shared = SANDBOX not in row.subject
+        cells = [("yes" if row.may(column) else "") for column in COLUMNS]
+        lines.append(_line(row.does, row.subject, [*cells[:-1], "" if shared else cells[-1]]))
+    for subject, may in API:
+        cells = [
+            "yes" if may.get(c) == ALL and "<stream>" not in subject else _names(may.get(c, "")) for c in COLUMNS
+        ]
+        lines.append(_line("publish", subject, cells))
+    return "\n".join(lines) + "\n"
+
+
+def _line(does: str, subject: str, cells: Sequence[str]) -> str:
+    return f"| {does} | `{subject}` | {' | '.join(cells)} |"
+
+
+def _names(streams: str) -> str:
+    return streams if streams == ALL else ", ".join(f"`{stream}`" for stream in streams.split())
+
+
+def rendered() -> str:
+    """The README with the table of now."""
+    before, start, rest = README.read_text(encoding="utf-8").partition(START)
+    _, end, after = rest.partition(END)
+    if not start or not end:
+        raise ValueError(f"{README} has lost the marks of the table")
+    return before + start + table() + end + after
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Exit status."""
+    if rendered() == README.read_text(encoding="utf-8"):
+        return 0
+    if list(arguments) == ["--check"]:
+        sys.stdout.write("helm/nats/README.md is not what the tests say; run: make generate\n")
+        return 1
+    README.write_text(rendered(), encoding="utf-8")
+    sys.stdout.write("helm/nats/README.md\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,134 @@
+"""Who may do what, on real servers with the configurations and JWTs that are shipped.
+
+Each role tries every row of `roles.py`, what it may and what it may not; a witness without limits sees what arrives
+beside the adapter.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from nats.aio.msg import Msg
+
+from adapter.jetstream import topology
+from adapter.jetstream.link import Link
+from adapter.permissions import streams
+from adapter.settings import Settings
+from tests.bus import roles
+from tests.bus.guarded import NAMES, TEMPLATES, WITNESS, Guarded, Player, guarded
+from tests.bus.roles import COLUMNS, ROWS, SANDBOX, Row
+from tests.e2e.waiting import until
+
+OWN, OTHER = "s1", "s2"
+REFUSED = re.compile(r'permissions violation for (publish|subscription) to "([^"]+)"')
+LAST = "the.last.try"
+UNSEEN = ("$JS.", "$SYS.", "_INBOX", "_R_.", "$SRV.")
+"""What is handled by the server itself, or stays in the account of the role: nothing for the witness to see."""
+
+
+@pytest.fixture(params=TEMPLATES)
+async def server(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[Guarded]:
+    async with guarded(tmp_path, request.param) as made:
+        yield made
+
+
+async def with_streams(server: Guarded) -> Player:
+    """Makes the streams; returns the witness."""
+    witness = await server.connect(WITNESS)
+    link = Link(Settings(), "test")
+    link.nc = witness.nc
+    for wanted in topology.streams(NAMES, Settings(in_max_bytes=-1, media_store_bytes=-1)):
+        await topology.create(link, wanted)
+    return witness
+
+
+def concrete(row: Row, column: str) -> str:
+    return row.subject.replace(SANDBOX, OTHER if column == "other" else OWN)
+
+
+def player_of(column: str) -> str:
+    return OWN if column in ("own", "other") else column
+
+
+def rows_of(column: str, does: str) -> list[Row]:
+    """Those that say something of a column: another's subjects are those that name a sandbox."""
+    return [row for row in ROWS if row.does == does and (column != "other" or SANDBOX in row.subject)]
+
+
+async def refusals(player: Player) -> set[str]:
+    """The subjects that the server has refused of what was tried until now: errors come in the order of the tries."""
+    await player.nc.publish(LAST, b"")
+    await until(lambda: any(LAST in text for text in player.refusals), "all is tried")
+    found = {match[2] for text in player.refusals if (match := REFUSED.search(text))}
+    player.refusals.clear()
+    return found - {LAST}
+
+
+def test_the_streams_are_those_of_the_adapter() -> None:
+    wanted = {stream.name for stream in topology.streams(NAMES, Settings())}
+    assert set(streams(NAMES)) == set(roles.STREAMS) == wanted
+
+
+def test_the_table_in_the_readme_is_this_one() -> None:
+    """`make generate` writes it anew."""
+    assert roles.README.read_text() == roles.rendered()
+
+
+async def test_each_role_publishes_what_it_may_and_nothing_else(server: Guarded) -> None:
+    """What is refused does not arrive; what is not refused does, also out of another account."""
+    witness = await with_streams(server)
+    seen: list[tuple[str, bytes]] = []
+
+    async def see(msg: Msg) -> None:
+        if "Nats-Stream" not in (msg.headers or {}):  # what the server republishes comes of what was published
+            seen.append((msg.subject, msg.data))
+
+    await witness.nc.subscribe(">", cb=see)
+    await witness.nc.flush()
+    for column in COLUMNS:
+        player = await server.connect(player_of(column))
+        rows = rows_of(column, "publish")
+        mark = f"from {column}".encode()
+        for row in rows:
+            await player.nc.publish(concrete(row, column), mark)
+        refused = await refusals(player)
+        may = {concrete(row, column) for row in rows if row.may(column)}
+        tried = {concrete(row, column) for row in rows}
+        assert refused == {subject.lower() for subject in tried - may}, column
+        visible = {subject for subject in may if not subject.startswith(UNSEEN)}
+        await until(lambda: visible <= {s for s, data in seen if data == mark}, f"{column} is heard")  # noqa: B023
+        assert {s for s, data in seen if data == mark} <= may, column
+
+
+async def test_each_role_hears_what_it_may_and_nothing_else(server: Guarded) -> None:
+    witness = await server.connect(WITNESS)
+    for column in COLUMNS:
+        player = await server.connect(player_of(column))
+        heard: list[str] = []
+
+        async def hear(msg: Msg, heard: list[str] = heard) -> None:
+            heard.append(msg.subject)
+
+        rows = rows_of(column, "subscribe")
+        for row in rows:
+            await player.nc.subscribe(concrete(row, column), cb=hear)
+        may = {concrete(row, column) for row in rows if row.may(column)}
+        tried = {concrete(row, column) for row in rows}
+        assert await refusals(player) == {subject.lower() for subject in tried - may}, column
+        told = [re.sub(r">$", "x.y", subject).replace("*", OTHER) for subject in tried if subject[0] not in ">*"]
+        for subject in told:
+            await witness.nc.publish(subject, b"x")
+        await witness.nc.flush()
+        outside = {f"_INBOX_{player_of(column)}.x.y"} if column not in ("adapter", "operator", "platform") else set()
+        expected = {subject for subject in told if any(_matches(pattern, subject) for pattern in may)} - outside
+        await until(lambda: expected <= set(heard), f"{column} hears {expected}")  # noqa: B023
+        await player.nc.flush()
+        assert set(heard) == expected, column
+
+
+def _matches(pattern: str, subject: str) -> bool:
+    tokens = [re.escape(token) for token in pattern.split(".")]
+    return bool(re.fullmatch(r"\.".join(tokens).replace(r"\*", r"[^.]+").replace(">", ".+"), subject))

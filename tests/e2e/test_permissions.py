@@ -1,0 +1,333 @@
+"""The whole bridge under the permissions that are shipped: each role can work, and nobody gets at another's.
+
+The adapter has the adapter's user, the platform the platform's, and so on; nothing here is more than an operator
+hands out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import os
+import re
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+import pytest
+from nats.aio.client import Client
+from nats.aio.msg import Msg
+
+from adapter.contract import (
+    H_ERROR,
+    H_ERROR_CODE,
+    H_LAST,
+    H_MSG_ID,
+    H_NAME,
+    H_UPLOAD,
+    BindingsPage,
+    Inbound,
+    Login,
+    Media,
+    ReplayPage,
+    Unbind,
+    Window,
+)
+from adapter.permissions import streams
+from adapter.simulator import Simulator, samples
+from tests.bus.guarded import NAMES, TEMPLATES, WITNESS, Guarded, Player, guarded
+from tests.e2e.world import World, environ_of, eventually, fast, stream, until
+
+DURABLE = {"durable": True}
+
+
+class Sandbox:
+    """A program with a sandbox's credentials. Keeps every message that ever reaches it."""
+
+    def __init__(self, name: str, player: Player) -> None:
+        self.name, self.nc, self.refusals = name, player.nc, player.refusals
+        self.got: list[Msg] = []
+
+    async def listen(self) -> None:
+        for subject in (NAMES.live(self.name), NAMES.event(self.name, "*")):
+            await self.nc.subscribe(subject, cb=self._hear)
+        await self.nc.flush()
+
+    async def _hear(self, msg: Msg) -> None:
+        self.got.append(msg)
+
+    def genuine(self) -> list[Msg]:
+        """As `schemas/README.md` tells authors to read: by subject and Nats-Msg-Id."""
+        mine = (NAMES.live(self.name), NAMES.event(self.name, ""))
+        return [m for m in self.got if m.subject.startswith(mine) and H_MSG_ID in (m.headers or {})]
+
+    def heard(self) -> list[str]:
+        """The texts of its users."""
+        live = [m for m in self.genuine() if m.subject == NAMES.live(self.name)]
+        return [msgspec.json.decode(m.data, type=Inbound).text for m in live]
+
+    def outcomes(self) -> list[tuple[str, str]]:
+        """Command and outcome of each receipt."""
+        receipts = [json.loads(m.data) for m in self.genuine() if m.subject == NAMES.event(self.name, "receipt")]
+        return [(receipt["command"], receipt["outcome"]) for receipt in receipts]
+
+    async def ask(self, verb: str, body: bytes = b"", **headers: str) -> Msg:
+        """A request on a subject of its own."""
+        msg = await self.nc.request(NAMES.svc(f"{verb}.{self.name}"), body, timeout=10, headers=headers or None)
+        self.got.append(msg)
+        return msg
+
+    async def bring(self, upload: str, data: bytes) -> Media:
+        msg = await self.ask("media.put", data, **{H_UPLOAD: upload, H_LAST: "true", H_NAME: "x.bin"})
+        assert H_ERROR not in (msg.headers or {}), msg.headers
+        return msgspec.json.decode(msg.data, type=Media)
+
+    async def pull(self, durable: str) -> list[Msg]:
+        """What its durable consumer has."""
+        subscription = await self.nc.jetstream().pull_subscribe_bind(durable, NAMES.stream_in)
+        found = await subscription.fetch(10, timeout=10)
+        for msg in found:
+            await msg.ack_sync(timeout=10)
+        await subscription.unsubscribe()
+        return found
+
+
+class Scene(NamedTuple):
+    """A bridge with two sandboxes that have a bot each."""
+
+    server: Guarded
+    world: World
+    platform: Player
+    service: Player
+    witness: Player
+    s1: Sandbox
+    s2: Sandbox
+
+
+THOROUGH = ("passwords", "jwt-each")
+"""Where what a sandbox can reach is tried at length; `tests/bus/test_permissions.py` tries every subject on all."""
+
+
+@pytest.fixture(params=TEMPLATES)
+async def scene(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[Scene]:
+    async with guarded(tmp_path, request.param) as server, Simulator(fast()) as sim:
+        environ = environ_of(server.url, sim) | server.users["adapter"].environ
+        world = World(tmp_path, sim, server.url, environ)
+        try:
+            await world.add_adapter()
+            platform, service, witness = [await server.connect(who) for who in ("platform", "service", WITNESS)]
+            s1, s2 = [Sandbox(name, await server.connect(name)) for name in ("s1", "s2")]
+            for sandbox in (s1, s2):
+                await sandbox.listen()
+                answer = await world.bind(platform.nc, sandbox.name, sim.add_bot(), options=DURABLE)
+                assert answer.ok, answer
+            yield Scene(server, world, platform, service, witness, s1, s2)
+        finally:
+            await world.close()
+    log = (tmp_path / "adapter-0.log").read_text()
+    assert "adapter.started" in log
+    assert "ermissions" not in log
+
+
+async def talk(scene: Scene) -> None:
+    """Each user writes, and each sandbox hears its own."""
+    for sandbox in (scene.s1, scene.s2):
+        scene.world.say(sandbox.name, f"hello {sandbox.name}")
+    for sandbox in (scene.s1, scene.s2):
+        await until(lambda sandbox=sandbox: sandbox.heard() == [f"hello {sandbox.name}"], "it hears its user")  # type: ignore[misc]
+
+
+async def test_every_role_can_do_its_work(scene: Scene) -> None:
+    s1, s2, world = scene.s1, scene.s2, scene.world
+    await talk(scene)
+    # a sandbox: its durable, replay, window, commands with receipts, media both ways
+    assert [msgspec.json.decode(msg.data, type=Inbound).text for msg in await s1.pull("s1")] == ["hello s1"]
+    page = msgspec.json.decode((await s1.ask("replay", b'{"after":0}')).data, type=ReplayPage)
+    assert [msgspec.json.decode(r.message, type=Inbound).text for r in page.messages] == ["hello s1"]
+    assert msgspec.json.decode((await s1.ask("window")).data, type=Window).remaining == 10
+    world.sim.say_media(world.bots["s1"].bot, "image", samples.png())
+    await until(lambda: len(s1.heard()) == 2, "the picture comes")
+    image = json.loads([m for m in s1.genuine() if m.subject == NAMES.live("s1")][-1].data)["items"][0]["media"]
+    piece = await s1.ask("media.get", json.dumps({"object": image["object"]}).encode())
+    assert hashlib.sha256(piece.data).hexdigest() == image["sha256"]
+    media = await s1.bring("report", b"r" * 100_000)
+    command = {"id": "c1", "items": [{"kind": "file", "media": {"object": media.object}, "name": "r.bin"}]}
+    await s1.nc.jetstream().publish(NAMES.out("s1"), json.dumps(command).encode())
+    await until(lambda: ("c1", "accepted") in s1.outcomes(), "the file is sent")
+    # a service: a command for any sandbox, and its receipt
+    receipts = await scene.service.nc.subscribe(NAMES.event("*", "receipt"))
+    spoken = b'{"id":"c2","sandbox":"s2","text":"from the service"}'
+    await scene.service.nc.jetstream().publish(NAMES.out_plain, spoken)
+    assert json.loads((await receipts.next_msg(timeout=30)).data)["command"] == "c2"
+    await until(lambda: s2.outcomes() == [("c2", "accepted")], "s2 gets the receipt, too")
+    assert world.phone_texts("s2") == ["from the service"]
+    # the platform: which bindings there are, a login, an end
+    ask = scene.platform.nc.request
+    listed = msgspec.json.decode((await ask(NAMES.svc("bindings.list"), timeout=10)).data, type=BindingsPage)
+    assert {info.sandbox for info in listed.bindings} == {"s1", "s2"}
+    login = await ask(NAMES.svc("login.start"), b'{"sandbox":"s3"}', timeout=20)
+    assert msgspec.json.decode(login.data, type=Login).qrcode_url
+    answer = await world.control(scene.platform.nc, NAMES.unbind, msgspec.json.encode(Unbind(sandbox="s2")))
+    assert answer.ok
+    for player in (s1, s2, scene.service, scene.platform):
+        assert player.refusals == []
+
+
+@pytest.mark.parametrize("scene", THOROUGH, indirect=True)
+async def test_a_sandbox_learns_nothing_of_others_whatever_it_asks(scene: Scene) -> None:
+    """Not their names, bots or users; what is theirs and what does not exist look the same."""
+    s1, world = scene.s1, scene.world
+    await talk(scene)
+    other, user = world.bots["s2"].bot, world.bots["s2"].user
+    await scene.s2.bring("secret", b"of s2")
+    bodies: list[dict[str, Any]] = [
+        {},
+        *({key: value} for key in ("sandbox", "bot", "user", "object") for value in ("s2", other, user)),
+        {"sandbox": "s2", "bot": other, "user": user, "after": 0},
+        {"object": "s2/out/secret"},
+        {"object": "s1/../s2/out/secret"},
+        {"bot": world.bots["s1"].bot, "user": user},
+        {"since_ms": 0, "limit": 500},
+    ]
+    for verb in ("replay", "window", "media.get", "media.put"):
+        for body in bodies:
+            await s1.ask(verb, json.dumps(body).encode())
+    await s1.pull("s1")
+    for ident, named in (("c1", {"sandbox": "s2"}), ("c2", {"bot": other}), ("c3", {"user": user}), ("c4", {})):
+        command = json.dumps({"id": ident, "text": "hi", **named}).encode()
+        await s1.nc.jetstream().publish(NAMES.out("s1"), command)
+    await until(lambda: {"c1", "c2", "c3", "c4"} <= {ident for ident, _ in s1.outcomes()}, "all have a receipt")
+    outcomes = dict(s1.outcomes())
+    assert (outcomes["c1"], outcomes["c2"], outcomes["c4"]) == ("refused", "refused", "accepted")
+    assert world.phone_texts("s2") == []
+    # no address of another comes back, but where the sandbox said it itself
+    said = {msg.data for msg in s1.genuine() if json.loads(msg.data).get("command") in ("c1", "c2", "c3")}
+    told = b"\n".join(_whole(msg) for msg in s1.got if msg.data not in said)
+    assert b"hello s1" in told
+    assert re.findall(rb"""["'./]s2\b|hello s2|of s2""", told) == []
+    assert other.encode() not in told
+    assert user.encode() not in told
+    # its errors are those of nobody
+    codes = [(await s1.ask("window", json.dumps({"bot": bot}).encode())).headers for bot in (other, "no@im.bot")]
+    assert codes[0] == codes[1]
+    assert (codes[0] or {})[H_ERROR_CODE] == "404"
+    assert s1.refusals == []
+
+
+def _whole(msg: Msg) -> bytes:
+    return msg.subject.encode() + repr(msg.headers).encode() + msg.data
+
+
+REPLIES = [
+    *("wechat.out.s2", "wechat.out", "wechat.in.s2", "wechat.inbox.s2", "wechat.event.s2.receipt"),
+    *("wechat.ctl.bind", "wechat.ctl.unbind", "wechat.kv.freed", "wechat.raw.7.x", "wechat.dead.WECHAT_OUT"),
+    *("wechat.svc.replay", "wechat.svc.replay.s2", "wechat.svc.bindings.list", "wechat.svc.login.start"),
+    *("$KV.wechat_bindings.x", "$KV.wechat_claims.7", "$O.wechat_media.C.x", "$O.wechat_media.M.x"),
+    *("$JS.API.STREAM.PURGE.WECHAT_IN", "$JS.API.STREAM.DELETE.WECHAT_DEAD", "$JS.API.STREAM.CREATE.STOLEN"),
+    *("$JS.API.CONSUMER.DELETE.WECHAT_IN.s2", "$JS.API.CONSUMER.CREATE.WECHAT_IN.thief"),
+    *("$JS.API.CONSUMER.MSG.NEXT.WECHAT_IN.s2", "$JS.ACK.WECHAT_IN.s2.1.2.1.1.0", "$SRV.INFO", "_INBOX_platform.x"),
+    *("_INBOX_adapter.x", "_R_.x.y", "$SYS.REQ.USER.INFO"),
+]
+"""Where the server or the adapter shall write in the place of a sandbox."""
+
+
+@pytest.mark.parametrize("scene", THOROUGH, indirect=True)
+async def test_no_reply_subject_makes_others_write_where_a_sandbox_may_not(scene: Scene) -> None:
+    """Its requests have answers that it chose itself: media that read like a command, a message, a binding."""
+    s1, s2, world = scene.s1, scene.s2, scene.world
+    await talk(scene)
+    evil = b'{"sandbox":"s2","text":"evil","bot":"x@im.bot","bot_token":"t","config":{},"id":"evil"}'
+    media = await s1.bring("evil", evil)
+    world.say("s1", evil.decode())
+    await until(lambda: len(s1.heard()) == 2, "the user's words come")
+    before = await _state(scene.witness.nc)
+    heard = len(s2.got)
+    for reply in REPLIES:
+        for subject, body in [
+            (NAMES.svc("media.get.s1"), json.dumps({"object": media.object}).encode()),
+            (NAMES.svc("replay.s1"), b"{}"),
+            (NAMES.svc("window.s1"), b"{}"),
+            (NAMES.out("s1"), evil),
+            (f"$JS.API.CONSUMER.MSG.NEXT.{NAMES.stream_in}.s1", b'{"batch":1,"no_wait":true}'),
+            (f"$JS.ACK.{NAMES.stream_in}.s1.1.1.1.1.0", b"+NXT"),
+        ]:
+            await s1.nc.publish(subject, body, reply=reply)
+    await s1.nc.jetstream().publish(NAMES.out("s1"), b'{"id":"last","text":"the last"}')
+    await until(lambda: ("last", "accepted") in s1.outcomes(), "all before it is settled")
+    await s1.ask("window")
+    await s2.nc.flush()
+    assert await _state(scene.witness.nc) == before
+    assert world.phone_texts("s2") == []
+    foreign = s2.got[heard:]
+    if scene.server.each:
+        assert foreign == []
+    assert [msg.subject for msg in foreign if msg in s2.genuine()] == []
+    assert s2.heard() == ["hello s2"]
+    assert {text for text in s1.refusals if "publish with reply of" not in text} == set()
+
+
+async def _state(nc: Client) -> dict[str, Any]:
+    """What no sandbox may change: all but its own commands, and what the adapter notes of them and of itself."""
+    found: dict[str, Any] = {}
+    own = {NAMES.stream_out, NAMES.stream_event, NAMES.stream_in, NAMES.stream_parked}
+    ours = {f"KV_{bucket}" for bucket in (NAMES.members, NAMES.context, NAMES.quotes, NAMES.claims)}
+    names = json.loads((await nc.request("$JS.API.STREAM.NAMES", timeout=10)).data)["streams"]
+    assert set(names) == set(streams(NAMES))
+    for name in names:
+        if name not in own | ours:
+            info = json.loads((await nc.request(f"$JS.API.STREAM.INFO.{name}", timeout=10)).data)
+            found[name] = (info["state"]["last_seq"], info["state"]["messages"], info["config"])
+    for name, subject in (
+        (NAMES.stream_in, NAMES.inbox("*")),
+        (NAMES.stream_event, NAMES.event("s2", "*")),
+        (NAMES.stream_parked, f"{NAMES.prefix}.parked.>"),
+        (f"KV_{NAMES.claims}", f"$KV.{NAMES.claims}.>"),
+        (f"KV_{NAMES.bindings}", f"$KV.{NAMES.bindings}.>"),
+    ):
+        found[subject] = await stream(nc, name, subject)
+    found["out of others"] = [s for s, _ in await stream(nc, NAMES.stream_out, ">") if not s.endswith(".s1")]
+    consumers = json.loads((await nc.request("$JS.API.CONSUMER.NAMES.WECHAT_IN", timeout=10)).data)["consumers"]
+    return found | {"consumers": sorted(consumers)}
+
+
+@pytest.mark.parametrize("scene", ["jwt"], indirect=True)
+async def test_operators_commands_work_with_their_user(scene: Scene) -> None:
+    await talk(scene)
+    await scene.s1.nc.jetstream().publish(NAMES.out("s1"), b"\xff no command")
+    letters: list[dict[str, Any]] = []
+
+    async def a_letter() -> bool:
+        letters[:] = (await _command(scene, "operator", "dead", "ls"))[1]
+        return bool(letters)
+
+    await eventually(a_letter, "the dead letter is listed")
+    seq = str(letters[0]["seq"])
+    done = await asyncio.gather(
+        _command(scene, "operator", "bindings"),
+        _command(scene, "operator", "send", "s1", "good morning"),
+        _command(scene, "operator", "tail", "--all", "--events", "--count", "4", "--timeout", "30"),
+        _command(scene, "operator", "dead", "show", seq),
+        _command(scene, "operator", "doctor"),
+        _command(scene, "adapter", "doctor"),
+    )
+    assert [code for code, _ in done] == [0] * 6, done
+    assert {info["sandbox"] for info in done[0][1]} == {"s1", "s2"}
+    for checks in (done[4][1], done[5][1]):
+        assert {check["state"] for check in checks if check["check"] != "dead letters"} == {"ok"}, checks
+
+
+async def _command(scene: Scene, who: str, *arguments: str) -> tuple[int, list[dict[str, Any]]]:
+    """`wechat-nats …` as an operator starts it: exit code, and what it printed."""
+    environ = {"NATS_URL": scene.server.url, **scene.server.users[who].environ}
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "adapter", *arguments, "--json"),
+        env={**os.environ, **environ},
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    out, err = await process.communicate()
+    assert not err, err.decode()
+    return process.returncode or 0, [json.loads(line) for line in out.splitlines()]
