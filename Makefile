@@ -2,7 +2,7 @@
 # make test    every check and every test but the slow ones
 # make slow    the slow ones
 # make format  the code as `make check` wants it
-# make generate  schemas/ and the README's table, from the code
+# make generate  schemas/, helm/nats/ and the README's table, from the code
 # make npm     what some tests take from npm, into tests/npm/
 # make clean   everything that make and the tests have made
 #
@@ -42,6 +42,7 @@ check: install
 	@$(BIN)/mypy schemas/examples/python/*.py
 	@found=$$($(BIN)/lint-imports --no-logo 2>&1) || { echo "$$found" >&2; exit 1; }
 	@$(BIN)/python -m adapter.schema --check
+	@$(BIN)/python -m tests.bus.roles --check
 
 format: install
 	@$(BIN)/ruff format .
@@ -49,6 +50,7 @@ format: install
 
 generate: install
 	@$(BIN)/python -m adapter.schema
+	@$(BIN)/python -m tests.bus.roles
 	@if command -v npm >/dev/null 2>&1; then \
 	  $(MAKE) npm && node $(NPM)/types.mjs schemas >$(NPM)/node_modules/.types && \
 	  mv $(NPM)/node_modules/.types schemas/wechat-nats.d.ts; \

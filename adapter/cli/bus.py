@@ -46,6 +46,8 @@ class Bus:
         self.js: JetStreamContext = nc.jetstream(timeout=ANSWER_S)
         self.settings = settings
         self.names = Names(settings.prefix)
+        self.heard: list[Exception] = []
+        """The server's complaints, such as what it forbids. Lasting connections keep none."""
 
     async def store(self, subject: str, payload: bytes, headers: dict[str, str]) -> api.PubAck:
         """Publishes into a stream. Raises Failed where nothing stored it."""
@@ -121,9 +123,12 @@ def settings_from(environ: Mapping[str, str] | None = None) -> Settings:
 async def connected(settings: Settings | None = None, *, lasting: bool = False) -> AsyncIterator[Bus]:
     """A bus for the time of the block; a `lasting` one comes back after a break. Raises Failed, SettingsError."""
     settings = settings or settings_from()
-    nc = await _connect(settings, lasting)
+    heard: list[Exception] = []
+    nc = await _connect(settings, lasting, heard)
+    bus = Bus(nc, settings)
+    bus.heard = heard
     try:
-        yield Bus(nc, settings)
+        yield bus
     except JetStreamGone as exc:
         raise Failed(UNREACHABLE, "JetStream is not available on this server or for this user.") from exc
     finally:
@@ -131,12 +136,15 @@ async def connected(settings: Settings | None = None, *, lasting: bool = False) 
             await nc.close()
 
 
-async def _connect(settings: Settings, lasting: bool) -> Client:
-    """Asks each server once. nats-py alone would go on for minutes, with a wrong password for ever."""
+async def _connect(settings: Settings, lasting: bool, heard: list[Exception]) -> Client:
+    """Asks each server once; what one complains of goes to `heard`.
+
+    nats-py alone would go on for minutes, with a wrong password for ever.
+    """
     options = connect_options(settings, "wechat-nats cli")
     why: Exception | None = None
     for server in settings.nats_url:
-        nc, why = await _attempt(options | {"servers": [server]})
+        nc, why = await _attempt(options | {"servers": [server]}, heard)
         if nc is None:
             continue
         if not lasting:
@@ -147,9 +155,9 @@ async def _connect(settings: Settings, lasting: bool) -> Client:
     raise Failed(UNREACHABLE, _unreachable(settings, why))
 
 
-async def _attempt(options: dict[str, Any]) -> tuple[Client | None, Exception | None]:
+async def _attempt(options: dict[str, Any], heard: list[Exception]) -> tuple[Client | None, Exception | None]:
     """A client, or why there is none. Raises Failed for credentials that cannot even be read."""
-    heard: list[Exception] = []
+    heard.clear()
 
     async def hear(exc: Exception) -> None:
         heard.append(exc)

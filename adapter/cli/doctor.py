@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import msgspec
 from cyclopts import Parameter
 from nats.aio.msg import Msg
 from nats.errors import Error as NatsError
 
-from adapter.cli import output
+from adapter.cli import output, permitted
 from adapter.cli.bindings import all_bindings
 from adapter.cli.bus import Bus, connected, settings_from
+from adapter.cli.checks import Check, State
 from adapter.cli.exits import NO, OK, UNREACHABLE, Failed
-from adapter.cli.options import Json
+from adapter.cli.options import Json, MaybeSandbox
 from adapter.errors import BusRefused, Temporary
 from adapter.jetstream import topology
 from adapter.jetstream.link import Link
@@ -26,14 +27,6 @@ PING_S = 1.0
 STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 
 
-class Check(msgspec.Struct, frozen=True):
-    """One line of the answer; `say` tells what to do unless all is well."""
-
-    check: str
-    state: Literal["ok", "warn", "fail"]
-    say: str
-
-
 async def doctor(
     *,
     fix: Annotated[
@@ -42,18 +35,22 @@ async def doctor(
             negative="", show_default=False, help="Create what is missing, change what differs; says it first."
         ),
     ] = False,
+    sandbox: Annotated[
+        MaybeSandbox, Parameter(help="With the credentials of a sandbox: check only that they confine it.")
+    ] = None,
     json: Json = False,
 ) -> int:
-    """Check NATS, streams, adapters, bindings and what waits.
+    """Check NATS, permissions, streams, adapters, bindings and what waits.
 
+    Run it with the adapter's credentials, or an operator's. --fix needs the adapter's.
     Exit code 0: nothing fails (warnings do not count); 1: something fails; 3: NATS is not reachable.
     """
     settings = settings_from()
     try:
         async with connected(settings) as bus:
-            if fix:
+            if fix and not sandbox:
                 await _fix(bus, settings, quiet=json)
-            checks = await examine(bus, settings)
+            checks = await (permitted.confined(bus, sandbox) if sandbox else examine(bus, settings))
     except Failed as exc:
         if exc.code != UNREACHABLE:
             raise
@@ -66,6 +63,7 @@ async def doctor(
 async def examine(bus: Bus, settings: Settings) -> list[Check]:
     """Every check; one that cannot be made fails and does not hide the others."""
     checks = [Check("nats", "ok", f"nats-server {bus.nc.connected_server_version}, {_where(bus)}")]
+    checks += await permitted.check(bus, settings)
     checks.append(await _level(bus, settings))
     if checks[-1].state == "ok":
         checks += await _topology(bus, settings)
@@ -168,7 +166,7 @@ async def _bindings(bus: Bus) -> Check:
     return Check("bindings", "ok", said)
 
 
-async def _waiting(bus: Bus, check: str, stream: str, state: Literal["ok", "warn"], advice: str) -> Check:
+async def _waiting(bus: Bus, check: str, stream: str, state: State, advice: str) -> Check:
     try:
         answer = await bus.api(f"STREAM.INFO.{stream}")
     except Failed as exc:

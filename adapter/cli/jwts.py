@@ -23,6 +23,7 @@ DAY_S = 86_400
 NO_LIMITS = {"subs": -1, "data": -1, "payload": -1}
 ACCOUNT_LIMITS = NO_LIMITS | {"imports": -1, "exports": -1, "wildcards": True, "conn": -1, "leaf": -1}
 STORAGE = {"mem_storage": -1, "disk_storage": -1, "streams": -1, "consumer": -1}
+WATCHES = Grants(("$SYS.REQ.>",), ("$SYS.>", "_INBOX.>"))
 NOTHING = {"pub": {"deny": [">"]}, "sub": {"deny": [">"]}}
 
 
@@ -104,8 +105,8 @@ def scope(signing: str, names: Names) -> dict[str, Any]:
 
 
 def user_jwt(signer: Key, user: str, names: Names, role: Role | None) -> str:
-    """A user of a role; None: one without limits, for the system account."""
-    may = permissions(grants(names, role)) if role else {}
+    """A user of a role; None: one of the system account, who watches servers and changes accounts."""
+    may = permissions(grants(names, role) if role else WATCHES)
     return encode(signer, user, role or "sys", {"type": "user"} | may | NO_LIMITS)
 
 

@@ -61,8 +61,12 @@ def init(
 
     The server needs `server.conf`, the adapter `creds/adapter.creds`; keep `keys/` from both.
     """
-    if folder.exists() and any(folder.iterdir()):
-        raise Failed(NO, f"{folder} is not empty: its keys are not overwritten.")
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if any(folder.iterdir()):
+            raise Failed(NO, f"{folder} is not empty: its keys are not overwritten.")
+    except OSError as exc:
+        raise Failed(NO, f"Cannot write {folder}: {exc.strerror}.") from None
     _write(folder / "keys" / "operator.nk", Key.new(jwts.OPERATOR).seed + "\n")
     _write(folder / "keys" / "signing.nk", Key.new(jwts.ACCOUNT).seed + "\n")
     for name in ACCOUNTS:
@@ -133,7 +137,9 @@ async def push(folder: Folder, /) -> int:
     """Send all accounts to the servers at NATS_URL: after an own account was made, or after a revocation."""
     kept = Kept(folder)
     creds = str(folder / "creds" / "sys.creds")
-    settings = msgspec.structs.replace(settings_from(), nats_creds=creds, nats_user="", nats_password="")
+    settings = msgspec.structs.replace(
+        settings_from(), nats_creds=creds, nats_user="", nats_password="", nats_nkey="", nats_inbox_prefix="_INBOX"
+    )
     async with connected(settings) as bus:
         for name in kept.accounts.keys:
             await _push(bus, name, _read(folder / _account_file(name)))

@@ -7,7 +7,7 @@ import contextlib
 import json
 import os
 import subprocess
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,8 +51,9 @@ class Player:
 class Guarded:
     """The server. Made by `guarded`."""
 
-    def __init__(self, folder: Path, template: str) -> None:
+    def __init__(self, folder: Path, template: str, edit: Callable[[str], str] = lambda text: text) -> None:
         self.folder = folder
+        self._edit = edit
         self.jwt, self.each = template.startswith("jwt"), template.endswith("-each")
         self.url = ""
         self.users: dict[str, User] = {}
@@ -101,7 +102,7 @@ class Guarded:
         within = f'"{WECHAT}" {{\n    jetstream: enabled\n    users: [\n'
         assert text.count(within) == 1
         witness = f'      {{ user: "{WITNESS}", password: $PASSWORD_WITNESS }}\n'
-        (self.folder / "accounts.conf").write_text(text.replace(within, within + witness))
+        (self.folder / "accounts.conf").write_text(self._edit(text.replace(within, within + witness)))
         self.users = {name: User({"NATS_USER": name, "NATS_PASSWORD": f"{name}-secret"}) for name in names}
         return {f"PASSWORD_{name.upper()}": f"{name}-secret" for name in (*names, "sys")}
 
@@ -126,9 +127,11 @@ class Guarded:
 
 
 @contextlib.asynccontextmanager
-async def guarded(folder: Path, template: str) -> AsyncIterator[Guarded]:
-    """A server with one of TEMPLATES."""
-    made = Guarded(folder, template)
+async def guarded(
+    folder: Path, template: str = "passwords", edit: Callable[[str], str] = lambda text: text
+) -> AsyncIterator[Guarded]:
+    """A server with one of TEMPLATES; `edit` changes the configuration with passwords, as an operator may."""
+    made = Guarded(folder, template, edit)
     config, environ = await asyncio.to_thread(made.write)
     with (folder / "server.log").open("wb") as log:
         process = await asyncio.create_subprocess_exec(

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from adapter.cli.bus import Bus
+from adapter.cli import permitted
+from adapter.cli.bus import Bus, connected
 from adapter.contract import BindingInfo
 from adapter.embedded import EmbeddedNats
+from adapter.settings import read_settings
+from tests.bus.guarded import Guarded, guarded
 from tests.cli.conftest import Command, Result
 from tests.cli.standin import answering
 
@@ -109,3 +113,115 @@ async def test_a_server_without_jetstream_fails(cli: Command, monkeypatch: pytes
         assert (await cli("send", "s1", "hi")).code == 3
         assert (await cli("dead", "ls")).code == 3
         assert (await cli("tail", "--all", "--count", "1")).code == 3
+
+
+# permissions ---------------------------------------------------------------------------------------------
+
+
+def enter(monkeypatch: pytest.MonkeyPatch, server: Guarded, who: str) -> None:
+    """What this role finds in its environment."""
+    monkeypatch.setenv("NATS_URL", server.url)
+    for variable, value in server.users[who].environ.items():
+        monkeypatch.setenv(variable, value)
+
+
+def said(result: Result, check: str) -> tuple[str, str]:
+    (row,) = [row for row in result.rows if row["check"] == check]
+    return row["state"], row["say"]
+
+
+async def test_a_server_that_asks_for_no_credentials_is_a_warning(cli: Command, server: EmbeddedNats) -> None:
+    result = await cli("doctor", "--json")
+    assert said(result, "permissions") == ("ok", "this user may do all that an adapter does")
+    state, say = said(result, "strangers")
+    assert state == "warn"
+    assert "bind bots" in say
+
+
+ROWS: list[tuple[str, str, Callable[[str], str], tuple[str, str], tuple[str, str]]] = [
+    ("as-shipped", "adapter", str, ("ok", "all that an adapter does"), ("ok", "nobody gets in")),
+    ("operator", "operator", str, ("ok", "an operator's"), ("ok", "nobody gets in")),
+    (
+        "untold",
+        "adapter",
+        lambda text: text.replace('            "$SYS.REQ.USER.INFO"\n', "", 1),
+        ("warn", "$SYS.REQ.USER.INFO"),
+        ("ok", ""),
+    ),
+    (
+        "a-bucket-closed",
+        "adapter",
+        lambda text: text.replace('            "$KV.wechat_cursors.>"\n', "", 1),
+        ("fail", "may not publish $KV.wechat_cursors.>:"),
+        ("ok", ""),
+    ),
+    (
+        "denied",
+        "adapter",
+        lambda text: text.replace("subscribe: { allow: [", 'subscribe: { deny: "wechat.svc.replay.*", allow: [', 1),
+        ("fail", "may not subscribe wechat.svc.>:"),
+        ("ok", ""),
+    ),
+    (
+        "deaf",
+        "adapter",
+        lambda text: text.replace('            "_INBOX_operator.>"\n            "_INBOX_platform.>"\n', "", 1),
+        ("fail", "inboxes"),
+        ("ok", ""),
+    ),
+    (
+        "other-accounts-unanswered",
+        "adapter",
+        lambda text: text.replace('            "_R_.>"\n', "", 1),
+        ("warn", "_R_.>"),
+        ("ok", ""),
+    ),
+    (
+        "open-to-strangers",
+        "adapter",
+        lambda text: text + "no_auth_user: operator\n",
+        ("ok", ""),
+        ("fail", "Without credentials one may publish wechat.svc.bindings.list, publish wechat.svc.replay,"),
+    ),
+    ("strangers-elsewhere", "adapter", lambda text: text + "no_auth_user: s1\n", ("ok", ""), ("ok", "not at this")),
+]
+
+
+@pytest.mark.parametrize(
+    ("who", "edit", "permissions", "strangers"), [row[1:] for row in ROWS], ids=[row[0] for row in ROWS]
+)
+async def test_what_a_user_may_not_and_a_stranger_may_is_told(
+    tmp_path: Path,
+    who: str,
+    edit: Callable[[str], str],
+    permissions: tuple[str, str],
+    strangers: tuple[str, str],
+) -> None:
+    async with guarded(tmp_path, edit=edit) as server:
+        settings = read_settings({"NATS_URL": server.url, **server.users[who].environ})
+        async with connected(settings) as bus:
+            checks = await permitted.check(bus, settings)
+    assert [check.check for check in checks] == ["permissions", "strangers"]
+    for check, (state, words) in zip(checks, (permissions, strangers), strict=True):
+        assert check.state == state, checks
+        assert words in check.say, checks
+
+
+async def test_the_credentials_of_a_sandbox_can_be_checked(
+    cli: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def generous(text: str) -> str:
+        """s2 was given too much, by hand."""
+        return text.replace('            "wechat.in.s2"\n', '            "wechat.in.*"\n', 1)
+
+    async with guarded(tmp_path, edit=generous) as server:
+        enter(monkeypatch, server, "s1")
+        result = await cli("doctor", "--sandbox", "s1", "--json")
+        assert (result.code, states(result)) == (0, {"own": "ok", "others": "ok"})
+        result = await cli("doctor", "--sandbox", "s2", "--json")
+        assert (result.code, states(result)["own"]) == (1, "fail")
+        assert "may not publish wechat.svc.replay.s2" in said(result, "own")[1]
+        enter(monkeypatch, server, "s2")
+        result = await cli("doctor", "--sandbox", "s2", "--json")
+        assert (result.code, states(result)) == (1, {"own": "ok", "others": "fail"})
+        assert "It may subscribe wechat.in.*:" in said(result, "others")[1]

@@ -1,0 +1,175 @@
+"""What `doctor` says of permissions: whether the user at hand may do an adapter's work, and who else gets in."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable
+
+import msgspec
+from nats.errors import Error as NatsError
+
+from adapter.cli.bus import Bus, connected
+from adapter.cli.checks import Check
+from adapter.cli.exits import NO, Failed
+from adapter.contract import Names
+from adapter.permissions import USER_INFO, Allowed, Grants, Permissions, grants, streams
+from adapter.settings import Settings
+
+WHERE = "see helm/nats/ and `wechat-nats permissions`"
+ASK_S = 2.0
+NAMED = 4
+"""So many subjects are named; the rest is counted."""
+
+
+class _Rights(msgspec.Struct):
+    allow: list[str] = []
+    deny: list[str] = []
+
+
+class _Both(msgspec.Struct):
+    publish: _Rights = msgspec.field(default_factory=_Rights)
+    subscribe: _Rights = msgspec.field(default_factory=_Rights)
+
+
+class _User(msgspec.Struct):
+    account: str = ""
+    permissions: _Both = msgspec.field(default_factory=_Both)
+
+
+class _Info(msgspec.Struct):
+    data: _User = msgspec.field(default_factory=_User)
+
+
+async def check(bus: Bus, settings: Settings) -> list[Check]:
+    """Compares what the server says of this user with what an adapter does; tries to get in without credentials."""
+    user = await _user(bus)
+    return [_of_user(user, bus, settings), *await _of_strangers(user, bus, settings)]
+
+
+async def _user(bus: Bus) -> _User | None:
+    """What the server says of the user of this connection; None if it does not."""
+    with contextlib.suppress(NatsError, TimeoutError, msgspec.DecodeError):
+        reply = await bus.nc.request(USER_INFO, b"", timeout=ASK_S)
+        return msgspec.json.decode(reply.data, type=_Info).data
+    return None
+
+
+def _may(user: _User) -> Permissions:
+    rights = (user.permissions.publish, user.permissions.subscribe)
+    return Permissions(*(Allowed(tuple(right.allow), tuple(right.deny)) for right in rights))
+
+
+def _of_user(user: _User | None, bus: Bus, settings: Settings) -> Check:
+    if user is None:
+        return Check("permissions", "warn", f"Cannot be told: let this user publish to {USER_INFO}.")
+    may = _may(user)
+    lacks = may.missing(needs(bus.names, settings.nats_inbox_prefix))
+    if not lacks:
+        answers = [f"_INBOX_{role}.>" for role in ("platform", "operator")]
+        if not any(may.publish.some_of(subject) for subject in ("_INBOX.>", *answers)):
+            lacks = ["publish to the inboxes of whoever asks"]
+        elif not may.publish.all_of("_R_.>"):
+            said = "An adapter with this user could not answer to other accounts: let it publish to _R_.>"
+            return Check("permissions", "warn", f"{said}; {WHERE}.")
+        else:
+            return Check("permissions", "ok", "this user may do all that an adapter does")
+    if not may.missing(grants(bus.names, "operator")):
+        return Check("permissions", "ok", "an operator's; the adapter needs a user of its own")
+    return Check("permissions", "fail", f"An adapter with this user may not {_some(lacks)}: {WHERE}.")
+
+
+def needs(names: Names, inbox_prefix: str) -> Grants:
+    """What no adapter can do without, wherever its own inbox and those of others are."""
+    of_adapter = grants(names, "adapter")
+    asked_here = {USER_INFO, "$SRV.PING.>", names.svc("bindings.list"), "_R_.>"}
+    publish = [s for s in of_adapter.publish if not s.startswith("_INBOX") and s not in asked_here]
+    subscribe = [s for s in of_adapter.subscribe if not s.startswith("_INBOX")]
+    return Grants(tuple(publish), (*subscribe, f"{inbox_prefix}.>"))
+
+
+def _some(subjects: list[str]) -> str:
+    more = f" and {len(subjects) - NAMED} more" if len(subjects) > NAMED else ""
+    return ", ".join(subjects[:NAMED]) + more
+
+
+# Others -------------------------------------------------------------------------------------------------
+
+
+def foreign(names: Names) -> Grants:
+    """What no sandbox may do: subjects that are read, or only asked, so that trying them changes nothing."""
+    ask = [names.svc(verb) for verb in ("bindings.list", "replay", "window", "replay.doctor", "window.doctor")]
+    api = ["INFO", "STREAM.NAMES", *(f"STREAM.INFO.{s}" for s in streams(names)), f"DIRECT.GET.{names.stream_in}"]
+    hear = [names.live("*"), names.event("*", "*"), names.inbox("*"), f"{names.out_plain}.>", names.svc(">")]
+    hear += [f"$KV.{names.bindings}.>", "$KV.>", "$O.>", "$SRV.>", "$JS.API.>", "_INBOX.>", f"{names.prefix}.>", ">"]
+    return Grants((*ask, *(f"$JS.API.{verb}" for verb in api), "$SRV.INFO"), tuple(hear))
+
+
+async def _of_strangers(user: _User | None, bus: Bus, settings: Settings) -> list[Check]:
+    """Whether somebody without credentials gets in, and into this account."""
+    with_credentials = any((settings.nats_creds, settings.nats_nkey, settings.nats_user, settings.nats_token))
+    urls = tuple(_without_password(url) for url in settings.nats_url)
+    if not with_credentials and urls == settings.nats_url:
+        if settings.nats_cert:
+            return []
+        said = "No credentials are asked for: whoever reaches this server reads every chat and can bind bots"
+        return [Check("strangers", "warn", f"{said}; {WHERE}.")]
+    nobody = msgspec.structs.replace(
+        settings, nats_url=urls, nats_creds="", nats_nkey="", nats_user="", nats_password="", nats_token=""
+    )
+    async with contextlib.AsyncExitStack() as stack:
+        try:
+            anonymous = await stack.enter_async_context(connected(nobody))
+        except Failed:
+            return [Check("strangers", "ok", "nobody gets in without credentials")]
+        open_to = await _open_to(anonymous, foreign(bus.names))
+        theirs = await _user(anonymous)
+    if not open_to or (user and theirs and user.account != theirs.account):
+        return [Check("strangers", "ok", "who has no credentials gets in, but not at this bus")]
+    return [Check("strangers", "fail", f"Without credentials one may {_some(open_to)}: {WHERE}.")]
+
+
+def _without_password(url: str) -> str:
+    scheme, _, rest = url.rpartition("://")
+    return f"{scheme}://{rest.rpartition('@')[2]}" if scheme else rest.rpartition("@")[2]
+
+
+async def _open_to(bus: Bus, what: Grants) -> list[str]:
+    """What of `what` the server lets this connection do, found by trying. Raises Failed."""
+    bus.heard.clear()
+    inbox = bus.nc.new_inbox()
+    try:
+        subscriptions = [await bus.nc.subscribe(subject) for subject in what.subscribe]
+        for subject in what.publish:
+            await bus.nc.publish(subject, b"", reply=inbox)
+        for _ in range(2):  # nats-py writes the first ping ahead of what waits to be written
+            await bus.nc.flush()
+        for subscription in subscriptions:
+            await subscription.unsubscribe()
+    except NatsError as exc:
+        raise Failed(NO, f"The connection broke while permissions were tried ({exc}): try again.") from None
+    refused = " ".join(str(exc).lower() for exc in bus.heard)
+    tried = {f"publish {s}": f'publish to "{s.lower()}"' for s in what.publish}
+    tried |= {f"subscribe {s}": f'subscription to "{s.lower()}"' for s in what.subscribe}
+    return [done for done, complaint in tried.items() if complaint not in refused]
+
+
+async def confined(bus: Bus, sandbox: str) -> list[Check]:
+    """For the credentials of a sandbox: what is its own is open, and nothing else of what can be tried safely."""
+    own = grants(bus.names, "sandbox", sandbox)
+    asks = [bus.names.svc(f"{verb}.{sandbox}") for verb in ("replay", "window")]
+    mine = await _open_to(bus, Grants(tuple(asks), own.subscribe))
+    missing = _others(mine, Grants(tuple(asks), own.subscribe))
+    open_to = await _open_to(bus, foreign(bus.names))
+    return [
+        Check("own", "fail", f"It may not {_some(missing)}: {WHERE}.")
+        if missing
+        else Check("own", "ok", f"{sandbox} gets what is its own"),
+        Check("others", "fail", f"It may {_some(open_to)}: {WHERE}.")
+        if open_to
+        else Check("others", "ok", "and nothing of others that was tried"),
+    ]
+
+
+def _others(done: Iterable[str], wanted: Grants) -> list[str]:
+    all_of = [f"publish {s}" for s in wanted.publish] + [f"subscribe {s}" for s in wanted.subscribe]
+    return [one for one in all_of if one not in set(done)]
