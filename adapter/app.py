@@ -68,7 +68,7 @@ ASK_S = 10.0
 RESTARTS, STEADY_S = 5, 60.0
 """A loop may crash so often in a row; one that ran so long before is in order."""
 ROOM = 512
-"""Commands delivered and not yet settled, per shard."""
+"""Commands delivered and not yet settled, per consumer; of shards: asked for at once."""
 
 
 async def _nothing() -> None:
@@ -310,6 +310,7 @@ class Adapter:
             bound_yet=self._bound_yet,
             gap_s=settings.send_gap_ms / 1000,
             parked_per_user=settings.parked_per_user,
+            parked_per_sandbox=settings.parked_per_sandbox,
             merge_chars=settings.merge_chars,
             stale_retry_s=settings.stale_retry_s,
             grace_s=self.grace_s,
@@ -417,7 +418,9 @@ class Adapter:
             except Exception:  # a bug: the message stays, unsettled, and the others go on
                 log.exception("delivery.crashed", consumer=name, sequence=delivery.seq)
 
-        consumer = Consumer(self.link, stream, name, room=ROOM, check=lambda: self.leases.check(shard))
+        # a shard bounds by itself what it takes in hand: else one sandbox could fill its consumer
+        until_acked, check = label != "out", lambda: self.leases.check(shard)
+        consumer = Consumer(self.link, stream, name, room=ROOM, until_acked=until_acked, check=check)
         await consumer.run(take, on_reset)
 
     def _route(self, delivery: Delivery) -> None:

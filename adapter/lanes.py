@@ -63,6 +63,7 @@ class Outgoing(NamedTuple):
     """Returns once every bind command stored before the call has taken effect."""
     gap_s: float
     parked_per_user: int
+    parked_per_sandbox: int
     merge_chars: int
     """Parked texts are sent as one message up to so many characters; 0: each on its own."""
     stale_retry_s: tuple[float, ...]
@@ -194,6 +195,10 @@ class LaneWork:
                 wait_s = min(60.0, 2.0**failures)
             if wait_s:
                 await self._sleep(lane, wait_s)
+
+    def _parked_of(self, sandbox: str) -> int:
+        """How many commands of all users of a sandbox are parked."""
+        raise NotImplementedError
 
     async def _sleep(self, lane: Lane, seconds: float) -> None:
         waits = [asyncio.ensure_future(lane.wake.wait()), asyncio.ensure_future(self._drain.wait())]
@@ -514,6 +519,10 @@ class LaneWork:
             return
         if len(lane.parked) >= self._needs.parked_per_user:
             await self._end_in(lane, item, Ending("refused", "backlog", "Too many commands wait for this user."))
+            return
+        if self._parked_of(command.sandbox) >= self._needs.parked_per_sandbox:
+            detail = "Too many commands of this sandbox wait for their users."
+            await self._end_in(lane, item, Ending("refused", "backlog", detail))
             return
         headers = passed_on(item.headers) | {
             contract.H_MSG_ID: f"parked:{command.client}",

@@ -2,7 +2,7 @@
 
 One consumer per shard, pulled by the shard's owner. In it a lane per user: a queue in memory, and before it what is
 parked on the bus. A lane never has two requests out at once, and no lane waits for another. What cannot be sent
-before the user writes is moved to WECHAT_PARKED at once, so that it does not fill the consumer's window.
+before the user writes is moved to WECHAT_PARKED at once; what is more than a sandbox's share waits in WECHAT_OUT.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections import Counter, deque
 import structlog
 
 from adapter import contract
+from adapter.backlog import PAGE, Backlog
 from adapter.commands import Command, command_id, peek, read_command
 from adapter.errors import AdapterError, Refused, Temporary, Unreadable
 from adapter.lanes import Item, Lane, LaneWork, Outgoing, Parked, put_in_order
@@ -36,6 +37,9 @@ class Shard(LaneWork):
         self._waiting: dict[str, deque[Item]] = {}
         """Per sandbox: commands that nobody could be found for, in order, while a bind may be on its way."""
         self._loaded = False
+        self._backlog = Backlog()
+        self._reading: set[str] = set()
+        """Subjects of which commands are being read back."""
 
     async def load(self) -> None:
         """Finds what is parked; again after each reset of the consumer. Raises Temporary.
@@ -82,27 +86,73 @@ class Shard(LaneWork):
 
     def on_delivery(self, delivery: Delivery) -> None:
         """A command of this shard arrived, or arrived again."""
-        metrics = self._needs.sender.metrics
         if self._settled.get(delivery.seq) == delivery.time_ms:
             self._spawn(delivery.ack())
             return
         if item := self._in_hand.get(delivery.seq):
             item.delivery = delivery
             return
+        if self._backlog.came_again(delivery):
+            return
         if not delivery.suspect:
-            metrics.outbound_taken.inc()
+            self._needs.sender.metrics.outbound_taken.inc()
+        if self._backlog.takes(delivery):
+            self._accept(delivery)
+        else:
+            self._read_back(delivery.subject)
+
+    def _read_back(self, subject: str) -> None:
+        if subject not in self._reading and self._backlog.wants(subject) and not self._drain.is_set():
+            self._reading.add(subject)
+            self._spawn(self._catch_up(subject))
+
+    async def _catch_up(self, subject: str) -> None:
+        """Takes in hand what had to wait on the bus, in order, as far as there is room."""
+        stream, backlog = self._needs.names.stream_out, self._backlog
+        try:
+            while (first := backlog.next(subject)) and not self._drain.is_set():
+                last = backlog.last(subject)
+                try:
+                    read = self._needs.history.read(stream, subject, after=first - 1, most=PAGE)
+                    page = [stored async for stored in read]
+                except Temporary as exc:
+                    log.warning("command.waits", shard=self.number, reason=exc.reason)
+                    await self._pause(0.5)
+                    continue
+                up_to = page[-1].seq if len(page) == PAGE else last
+                if gone := backlog.forget(subject, {stored.seq for stored in page}, up_to):
+                    log.warning("commands.gone", shard=self.number, commands=len(gone), first=gone[0])
+                for stored in page:
+                    if self._drain.is_set() or not backlog.next(subject):
+                        break
+                    if delivery := backlog.take_back(subject, stored.seq, stored.data, stored.headers):
+                        try:
+                            self._accept(delivery)
+                        except Exception:  # a bug: the message stays, unsettled, and the others go on
+                            backlog.settle(delivery.seq)
+                            log.exception("delivery.crashed", shard=self.number, sequence=delivery.seq)
+                        await asyncio.sleep(0)  # reading takes its time, and others have the same loop
+        finally:
+            self._reading.discard(subject)
+
+    def _accept(self, delivery: Delivery) -> None:
         body = contract.Outbound()
         try:
             body = peek(delivery.data, self._needs.limits)
             command = self._read(body, delivery)
         except (Unreadable, Refused) as exc:
             item = self._take(_nameless(delivery, body.id), delivery)
-            metrics.schema_violations.labels(kind="out").inc()
+            self._needs.sender.metrics.schema_violations.labels(kind="out").inc()
             dead = isinstance(exc, Unreadable)
             ending = Ending("dead_lettered" if dead else "refused", exc.reason, exc.detail)
             self._spawn(self._end_surely(item, ending))
             return
         self._place(self._take(command, delivery))
+
+    def _settle(self, item: Item) -> None:
+        super()._settle(item)
+        if item.delivery is not None and (subject := self._backlog.settle(item.delivery.seq)):
+            self._read_back(subject)
 
     def _take(self, command: Command, delivery: Delivery) -> Item:
         item = Item(command, delivery.data, delivery.headers, suspect=delivery.suspect)
@@ -181,6 +231,9 @@ class Shard(LaneWork):
             lane = self._lanes[key] = Lane(sandbox, bot, user)
         return lane
 
+    def _parked_of(self, sandbox: str) -> int:
+        return sum(len(lane.parked) for lane in self._lanes.values() if lane.sandbox == sandbox)
+
     def heard(self, sandbox: str, bot: str, user: str, *, wrote: bool = True) -> None:
         """A user wrote, or a bot lives again: what is parked may go. Commands for the bot's user find that user."""
         if wrote:
@@ -257,12 +310,14 @@ class Shard(LaneWork):
         self.presence.tidy()
 
     def census(self, parked: Counter[str]) -> tuple[int, int | None]:
-        """Counts what is parked by reason into `parked`; commands in hand, and when the oldest was stored."""
+        """Counts what is parked by reason into `parked`; commands not settled, and when the oldest was stored."""
         for lane in self._lanes.values():
             if lane.parked:
                 parked[lane.reason or "backlog"] += len(lane.parked)
-        oldest = min((item.command.stored_ms for item in self._in_hand.values()), default=None)
-        return len(self._in_hand), oldest
+        stored_ms = [item.command.stored_ms for item in self._in_hand.values()]
+        if (left_ms := self._backlog.oldest_ms()) is not None:
+            stored_ms.append(left_ms)
+        return len(self._in_hand) + self._backlog.waiting, min(stored_ms, default=None)
 
 
 def _ident(delivery: Delivery, body_id: str | None) -> str:

@@ -354,9 +354,12 @@ class History(Protocol):
     """Reading streams back."""
 
     def read(
-        self, stream: str, subject: str, *, after: int = 0, since_ms: int | None = None
+        self, stream: str, subject: str, *, after: int = 0, since_ms: int | None = None, most: int | None = None
     ) -> AsyncIterator[Stored]:
-        """Messages of `subject`, oldest first, after a sequence or since a time. Raises Temporary."""
+        """Messages of `subject`, oldest first, after a sequence or since a time; the first `most` of them.
+
+        Raises Temporary.
+        """
 
     async def last(self, stream: str, subject: str) -> Stored | None:
         """The newest message of one subject. Raises Temporary."""

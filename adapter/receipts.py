@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Collection
 from typing import NamedTuple
 
@@ -16,12 +17,27 @@ from adapter.ports import History
 from adapter.sending import Ending, Wait
 from adapter.timing import Clock
 
+KNOWN_SANDBOXES = 64
+"""Whose receipts are kept in memory once they were read back: after a crash many commands ask for them in a row."""
+
+KNOWN_RECEIPTS = 20_000
+"""Of one sandbox; of one that has more they are read again each time."""
+
 
 class Name(NamedTuple):
     """What tells a command from all others, also from a later one with the same id."""
 
     id: str
     stored_ms: int
+
+
+class _Told:
+    """The final receipts of a sandbox since a time, as far as they were read."""
+
+    def __init__(self, since_ms: int) -> None:
+        self.since_ms = since_ms
+        self.seq = 0
+        self.found: dict[Name, Receipt] = {}
 
 
 class Receipts:
@@ -33,6 +49,7 @@ class Receipts:
         self._names = names
         self._clock = clock
         self._metrics = metrics
+        self._told: OrderedDict[str, _Told] = OrderedDict()
 
     async def has_final(self, command: Command) -> bool:
         """Whether this very command has its final receipt. Raises Temporary."""
@@ -45,17 +62,29 @@ class Receipts:
 
     async def find_finals(self, sandbox: str, wanted: Collection[Name]) -> dict[Name, Receipt]:
         """The final receipts of those commands of one sandbox that have one. Raises Temporary."""
-        found: dict[Name, Receipt] = {}
-        subject = self._names.event(sandbox, "receipt")
-        since_ms = min(name.stored_ms for name in wanted) - 1000
-        async for stored in self._history.read(self._names.stream_event, subject, since_ms=since_ms):
+        told, since_ms = self._told.get(sandbox), min(name.stored_ms for name in wanted) - 1000
+        if told is None or told.since_ms > since_ms:
+            told = self._told[sandbox] = _Told(since_ms)
+        self._told.move_to_end(sandbox)
+        if len(self._told) > KNOWN_SANDBOXES:
+            self._told.popitem(last=False)
+        if any(name not in told.found for name in wanted):
+            await self._read_on(sandbox, told)
+        return {name: told.found[name] for name in wanted if name in told.found}
+
+    async def _read_on(self, sandbox: str, told: _Told) -> None:
+        stream, subject = self._names.stream_event, self._names.event(sandbox, "receipt")
+        if told.seq:
+            read = self._history.read(stream, subject, after=told.seq)
+        else:
+            read = self._history.read(stream, subject, since_ms=told.since_ms)
+        async for stored in read:
             receipt = msgspec.json.decode(stored.data, type=Receipt)
-            name = Name(receipt.command, receipt.received_at_ms)
-            if name in wanted and receipt.outcome in contract.FINAL_OUTCOMES:
-                found[name] = receipt
-                if len(found) == len(wanted):
-                    break
-        return found
+            if receipt.outcome in contract.FINAL_OUTCOMES:
+                told.found.setdefault(Name(receipt.command, receipt.received_at_ms), receipt)
+            told.seq = max(told.seq, stored.seq)
+        if len(told.found) > KNOWN_RECEIPTS and self._told.get(sandbox) is told:
+            del self._told[sandbox]
 
     async def parked(self, command: Command, wait: Wait, bot: str, user: str, shown: contract.Window) -> None:
         """Not final: the command waits."""

@@ -126,6 +126,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     parked_per_user: AtLeast0 = 1000
     """Parked commands kept for one user; one more is refused as `backlog`."""
 
+    parked_per_sandbox: AtLeast0 = 10000
+    """Parked commands kept for all users of one sandbox; one more is refused as `backlog`."""
+
     cooldown_s: Seconds = 3600.0
     """Seconds without an inbound message after which one probe is sent to a throttled user (-2); 0: never."""
 

@@ -194,16 +194,18 @@ class FakeBus:
     # History
 
     async def read(
-        self, stream: str, subject: str, *, after: int = 0, since_ms: int | None = None
+        self, stream: str, subject: str, *, after: int = 0, since_ms: int | None = None, most: int | None = None
     ) -> AsyncIterator[Stored]:
         await asyncio.sleep(0)
+        left = len(self.kept) if most is None else most
         if self.unreadable:
             self.unreadable -= 1
             raise Temporary("bus_down")
         for kept in list(self.kept):
             found = kept.stored
             late = kept.time_ms >= since_ms if since_ms is not None else found.seq > after
-            if kept.stream == stream and late and matches(subject, found.subject):
+            if left and kept.stream == stream and late and matches(subject, found.subject):
+                left -= 1
                 yield found
 
     async def last(self, stream: str, subject: str) -> Stored | None:
@@ -861,9 +863,10 @@ class Bench:
             body["text"] = text
         subject = f"{self.names.prefix}.out.{shard_of(sandbox)}.{sandbox}"
         payload = msgspec.json.encode(body) if data is None else data
-        return FakeDelivery(
-            subject, payload, seq=next(self.numbers), time_ms=self.clock.now_ms(), headers=headers, suspect=suspect
-        )
+        seq, now_ms = next(self.numbers), self.clock.now_ms()
+        stream = self.bus.stream_of(subject)
+        self.bus.kept.append(Kept(stream, Stored(subject, seq, headers or {}, payload), now_ms))
+        return FakeDelivery(subject, payload, seq=seq, time_ms=now_ms, headers=headers, suspect=suspect)
 
     def sender(self, **changes: Any) -> Sender:
         async def nothing(_: float = 0.0) -> None:
@@ -928,6 +931,7 @@ class Bench:
             bound_yet=bound_yet,
             gap_s=GAP_S,
             parked_per_user=100,
+            parked_per_sandbox=150,
             merge_chars=0,  # what is parked goes one by one, unless a test says otherwise
             stale_retry_s=(5.0, 30.0, 300.0),
             grace_s=1.0,

@@ -7,6 +7,7 @@ with a revision through our publisher. The data is the same as any KV client's.
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from datetime import UTC, datetime
 from typing import Any
@@ -43,21 +44,24 @@ async def read_stream(
     after: int = 0,
     since_ms: int | None = None,
     page: int = 200,
+    most: int | None = None,
     replicated: bool = False,
 ) -> AsyncIterator[Stored]:
-    """The messages of `subject` (may hold wildcards), oldest first, after a sequence or since a time.
+    """The messages of `subject` (may hold wildcards), oldest first, after a sequence or since a time; at most `most`.
 
     Any server of a cluster answers, also one that lags: `replicated` asks the leader at the end whether that was all.
     Raises Temporary.
     """
     where: dict[str, Any] = {"seq": after + 1} if since_ms is None else {"start_time": _rfc3339(since_ms)}
-    while True:
-        found = 0
-        async for stored in direct_get(link, stream, {**where, "next_by_subj": subject, "batch": page}):
+    left = sys.maxsize if most is None else most
+    while left:
+        found, asked = 0, min(page, left)
+        async for stored in direct_get(link, stream, {**where, "next_by_subj": subject, "batch": asked}):
             found += 1
             where = {"seq": stored.seq + 1}
             yield stored
-        if found == page:
+        left -= found
+        if found == asked:
             continue
         if not replicated or await leader_next(link, stream, subject, where) is None:
             return
@@ -72,9 +76,11 @@ class StreamHistory:
         self._replicated = replicated
 
     def read(
-        self, stream: str, subject: str, *, after: int = 0, since_ms: int | None = None
+        self, stream: str, subject: str, *, after: int = 0, since_ms: int | None = None, most: int | None = None
     ) -> AsyncIterator[Stored]:
-        return read_stream(self._link, stream, subject, after=after, since_ms=since_ms, replicated=self._replicated)
+        return read_stream(
+            self._link, stream, subject, after=after, since_ms=since_ms, most=most, replicated=self._replicated
+        )
 
     async def last(self, stream: str, subject: str) -> Stored | None:
         if self._replicated:

@@ -65,7 +65,7 @@ class Delivery:
 
     async def ack(self) -> None:
         """Settles it. An ack that gets lost comes back as a delivery after the next connect."""
-        self._consumer.done()
+        self._consumer.acked()
         try:
             await self._consumer.link.publish(self._reply, b"+ACK")
         except Temporary:
@@ -73,19 +73,28 @@ class Delivery:
 
 
 class Consumer:
-    """The pull loop of one durable. `room` bounds what is delivered and not yet acknowledged.
+    """The pull loop of one durable. `room` bounds what is delivered and not yet acknowledged, or where not
+    `until_acked`, what is asked for: whoever takes the deliveries bounds them then.
 
     `check` raises LeaseLost when this replica may not read it at this moment.
     """
 
     def __init__(
-        self, link: Link, stream: str, name: str, *, room: int, check: Callable[[], None] = lambda: None
+        self,
+        link: Link,
+        stream: str,
+        name: str,
+        *,
+        room: int,
+        until_acked: bool = True,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
         self.link = link
         self.name = name
         self._stream = stream
         self._room = room
         self._check = check
+        self._until_acked = until_acked
         self._in_hand = 0
         self._requested = 0
         self._number = 0
@@ -94,8 +103,12 @@ class Consumer:
         """What is up to here may have been delivered before. The server forgets it at a reset."""
         self._wake = asyncio.Event()
 
-    def done(self) -> None:
-        """One message less in hand."""
+    def acked(self) -> None:
+        """One message is settled."""
+        if self._until_acked:
+            self._done()
+
+    def _done(self) -> None:
         self._in_hand = max(0, self._in_hand - 1)
         if self._room - self._in_hand - self._requested >= max(1, self._room // 4):
             self._wake.set()
@@ -149,6 +162,8 @@ class Consumer:
                 self._in_hand += 1
                 self._suspect_to = max(self._suspect_to, delivery.seq)  # a server that is killed may forget it
                 on_delivery(delivery)
+                if not self._until_acked:
+                    self._done()
             elif status in ("408", "409"):
                 assert msg.headers
                 self._requested = max(0, self._requested - int(msg.headers.get("Nats-Pending-Messages", "0")))

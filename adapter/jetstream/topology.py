@@ -28,6 +28,9 @@ DUPLICATE_WINDOW_NS = 300 * NS
 OUT_ACK_WAIT_NS = 3600 * NS
 """Long on purpose: what is unacknowledged comes back by a consumer reset, at take-over and after each connect."""
 
+OUT_UNSETTLED = 100_000
+"""Commands of a shard that are delivered and not settled: the full queues of ten sandboxes."""
+
 ROUTER = "router"
 CONTROL = "control"
 
@@ -185,7 +188,12 @@ def consumers(names: Names) -> list[Wanted]:
 
     return [
         *(
-            consumer(names.stream_out, out_consumer(shard), filter_subject=names.out_shard(shard))
+            consumer(
+                names.stream_out,
+                out_consumer(shard),
+                filter_subject=names.out_shard(shard),
+                max_ack_pending=OUT_UNSETTLED,
+            )
             for shard in range(SHARDS)
         ),
         consumer(names.stream_out, ROUTER, filter_subject=names.out_plain),

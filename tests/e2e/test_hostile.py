@@ -8,7 +8,7 @@ from pathlib import Path
 from nats.aio.client import Client
 
 from adapter.contract import FINAL_OUTCOMES, shard_of
-from tests.e2e.world import NAMES, World, eventually, until, world
+from tests.e2e.world import NAMES, World, audit, eventually, until, world
 
 BAD = "bad"
 GOOD = next(name for name in (f"good{number}" for number in range(10_000)) if shard_of(name) == shard_of(BAD))
@@ -101,3 +101,60 @@ async def test_headers_are_a_strangers_words(tmp_path: Path) -> None:
         finals = [r.command for r in await made.receipts(nc) if r.outcome in FINAL_OUTCOMES]
         assert len(finals) == len(set(finals))
         await nc.close()
+
+
+async def flood(made: World, nc: Client, idents: list[str], *, sandbox: str = BAD) -> None:
+    """Commands as fast as the server takes them, in this order."""
+    made.sent[sandbox].extend(idents)
+    stream = nc.jetstream(timeout=60, publish_async_max_pending=2000)
+    acks = [
+        await stream.publish_async(
+            NAMES.out(sandbox), f'{{"text":"answer {ident}"}}'.encode(), headers={"Nats-Msg-Id": ident}
+        )
+        for ident in idents
+    ]
+    await asyncio.gather(*acks)
+
+
+async def finals(made: World, nc: Client, sandbox: str) -> int:
+    return len({r.command for r in await made.receipts(nc) if r.sandbox == sandbox and r.outcome in FINAL_OUTCOMES})
+
+
+async def test_a_sandbox_with_thousands_of_commands_holds_up_nobody(tmp_path: Path) -> None:
+    """Its user is sent one message in a minute, so its commands wait for days. The other sandbox of the shard is
+    served at once, also after a crash, when all of them are delivered again."""
+    slowly = {"WECHAT_NATS_SENDS_PER_WINDOW": "0", "WECHAT_NATS_SEND_GAP_MS": "60000"}
+    async with world(tmp_path, environ=slowly, quota=0) as made:
+        adapter = await made.add_adapter()
+        nc = await both(made)
+        made.say(BAD, "hello")
+        await flood(made, nc, [f"flood-{number}" for number in range(3000)])
+        await is_served(made, nc, "during the flood")
+
+        await adapter.kill()
+        await adapter.start()
+        await is_served(made, nc, "after a crash")
+        assert await finals(made, nc, BAD) < 10
+        await nc.close()
+
+
+async def test_a_flood_keeps_its_order_and_its_receipts_whatever_breaks(tmp_path: Path) -> None:
+    """More commands than are taken in hand at once: adapter and server are killed, and each is still sent once and
+    in order."""
+    async with world(tmp_path, environ={"WECHAT_NATS_SENDS_PER_WINDOW": "0"}, quota=0) as made:
+        adapter = await made.add_adapter()
+        nc = await both(made)
+        made.say(BAD, "hello")
+        await flood(made, nc, [f"flood-{number:04}" for number in range(600)])
+        await until(lambda: len(made.phone_texts(BAD)) > 50, "some are sent")
+        await adapter.kill()
+        await adapter.start()
+        await until(lambda: len(made.phone_texts(BAD)) > 250, "more are sent")
+        made.server.kill()
+        await made.server.start()
+        await is_served(made, nc, "during the flood")
+        await made.settle(nc)
+        result = await audit(made, nc)
+        await nc.close()
+    assert result.faults() == []
+    assert result.outcomes == {"accepted": 601}

@@ -1,0 +1,182 @@
+"""Shares of a shard: who is taken in hand, who waits on the bus, and in which order they come back."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from typing import Any
+
+from adapter.backlog import ROOM, SHARE, SHARE_BYTES, Backlog
+from adapter.contract import H_MSG_ID, shard_of
+from adapter.outbound import Shard
+from tests.fakes import Bench, FakeDelivery, settle
+
+VIRTUAL_TIME = True
+
+OTHER = next(name for name in (f"s{number}" for number in range(2, 10_000)) if shard_of(name) == shard_of("s1"))
+"""Shares the shard of s1."""
+
+
+def delivery(seq: int, *, sandbox: str = "s1", size: int = 10, **fields: Any) -> FakeDelivery:
+    return FakeDelivery(f"wechat.out.1.{sandbox}", b"x" * size, seq=seq, time_ms=seq, **fields)
+
+
+def full(backlog: Backlog, sandbox: str = "s1", *, first: int = 1) -> None:
+    for seq in range(first, first + SHARE):
+        assert backlog.takes(delivery(seq, sandbox=sandbox))
+
+
+def test_a_sandbox_gets_its_share_whatever_another_one_has_sent() -> None:
+    backlog = Backlog()
+    full(backlog)
+    assert not backlog.takes(delivery(100))
+    full(backlog, "s2", first=200)
+    assert not backlog.takes(delivery(300, sandbox="s2"))
+    assert backlog.waiting == 2
+    assert backlog.oldest_ms() == 100
+
+
+def test_a_share_is_also_one_of_bytes_and_one_command_always_fits() -> None:
+    backlog = Backlog()
+    assert backlog.takes(delivery(1, size=10 * SHARE_BYTES))
+    assert not backlog.takes(delivery(2, size=1))
+    assert backlog.settle(1) == "wechat.out.1.s1"
+    assert backlog.next("wechat.out.1.s1") == 2
+
+
+def test_what_came_behind_one_that_waits_waits_too() -> None:
+    backlog = Backlog()
+    full(backlog)
+    assert not backlog.takes(delivery(20))
+    backlog.settle(1)
+    assert not backlog.takes(delivery(21))
+    assert backlog.next("wechat.out.1.s1") == 20
+
+
+def test_what_waits_keeps_no_data_and_gets_it_back() -> None:
+    backlog = Backlog()
+    full(backlog)
+    left = delivery(20, headers={"a": "b"})
+    backlog.takes(left)
+    assert (left.data, left.headers) == (b"", {})
+    taken = backlog.take_back(left.subject, 20, b"data", {"a": "b"})
+    assert taken is left
+    assert (left.data, left.headers, backlog.waiting) == (b"data", {"a": "b"}, 0)
+    assert backlog.take_back(left.subject, 20, b"data", {}) is None
+
+
+def test_one_that_waits_and_comes_again_is_acked_by_its_newest_delivery() -> None:
+    backlog = Backlog()
+    full(backlog)
+    backlog.takes(delivery(20))
+    again = [delivery(seq, suspect=True) for seq in (20, 21)]
+    assert [backlog.came_again(one) for one in again] == [True, False]
+    assert backlog.take_back(again[0].subject, 20, b"", {}) is again[0]
+
+
+def test_reading_back_begins_when_half_a_share_is_free_and_fills_the_room() -> None:
+    backlog = Backlog()
+    full(backlog, "s2", first=10_000)
+    full(backlog)
+    for seq in range(100, 1000):
+        backlog.takes(delivery(seq))
+    assert backlog.wants("wechat.out.1.s1")  # there is room beyond its share
+    taken = 0
+    while (first := backlog.next("wechat.out.1.s1")) is not None:
+        backlog.take_back("wechat.out.1.s1", first, b"", {})
+        taken += 1
+    assert taken == ROOM - 2 * SHARE
+    assert not backlog.wants("wechat.out.1.s1")
+    full(backlog, "s3", first=20_000)  # whose share is there all the same
+    wants = [seq for seq in range(1, SHARE + 1) if backlog.settle(seq)]
+    assert wants == []  # single ones are not worth it
+
+
+def test_what_the_stream_has_no_more_is_forgotten() -> None:
+    backlog = Backlog()
+    full(backlog)
+    for seq in (20, 21, 22, 23):
+        backlog.takes(delivery(seq))
+    assert backlog.forget("wechat.out.1.s1", {21}, 22) == [20, 22]
+    assert backlog.waiting == 2
+
+
+# in a shard ----------------------------------------------------------------------------------------------
+
+
+async def two_users(**changes: Any) -> tuple[Bench, Shard]:
+    bench = Bench()
+    for number, sandbox in ((1, "s1"), (2, OTHER)):
+        await bench.bind(bot=f"b{number}@im.bot", user=f"u{number}@im.wechat", sandbox=sandbox)
+        bench.hears(f"b{number}@im.bot", f"u{number}@im.wechat")
+    return bench, bench.shard(**changes)
+
+
+async def test_a_user_whose_sends_hang_leaves_room_for_the_others() -> None:
+    bench, shard = await two_users()
+    bench.chat.hold_sends["u1@im.wechat"] = asyncio.Event()
+    for number in range(2000):
+        shard.on_delivery(bench.command(f"t{number}"))
+    shard.on_delivery(bench.command("hi", sandbox=OTHER))
+    await asyncio.sleep(5)
+    assert "hi" in bench.chat.texts
+    assert len(shard._in_hand) <= ROOM + SHARE
+    shard.stop()
+
+
+async def test_all_of_a_flood_is_worked_off_in_order_also_while_the_bus_stumbles() -> None:
+    bench, shard = await two_users(parked_per_user=2000, parked_per_sandbox=2000)
+    for number in range(1000):
+        shard.on_delivery(bench.command(f"t{number}", headers={H_MSG_ID: f"c{number}"}))
+        if number % 300 == 0:
+            bench.bus.unreadable = 2
+    await asyncio.sleep(600)
+    told = [receipt.command for receipt in bench.bus.receipts()]
+    assert told == [f"c{number}" for number in range(1000)]  # ten accepted, the others parked
+    assert bench.chat.texts == [f"t{number}" for number in range(10)]
+
+
+async def test_commands_that_an_operator_purged_are_not_waited_for() -> None:
+    bench, shard = await two_users()
+    bench.chat.took_s = 1.0
+    deliveries = [bench.command(f"t{number}") for number in range(SHARE + 10)]
+    for one in deliveries:
+        shard.on_delivery(one)
+    purged = {one.seq for one in deliveries[SHARE : SHARE + 5]}
+    bench.bus.kept = [kept for kept in bench.bus.kept if kept.stored.seq not in purged]
+    await asyncio.sleep(600)
+    assert len(bench.bus.receipts()) == SHARE + 5
+    assert shard.census(Counter()) == (0, None)
+
+
+async def test_commands_that_cannot_be_read_are_told_also_when_they_had_to_wait() -> None:
+    bench, shard = await two_users()
+    for number in range(200):
+        shard.on_delivery(bench.command(data=b"nonsense", headers={H_MSG_ID: f"c{number}"}))
+    await asyncio.sleep(60)
+    assert sorted(receipt.command for receipt in bench.bus.receipts()) == sorted(f"c{n}" for n in range(200))
+
+
+async def test_stopping_leaves_what_waits_to_the_next_owner() -> None:
+    bench, shard = await two_users()
+    bench.chat.hold_sends["u1@im.wechat"] = asyncio.Event()
+    for number in range(1000):
+        shard.on_delivery(bench.command(f"t{number}"))
+    await settle()
+    bench.chat.hold_sends["u1@im.wechat"].set()
+    await shard.drain(5.0)
+    assert len(bench.bus.receipts()) <= 1
+    assert not shard._tasks
+
+
+async def test_a_sandbox_cannot_park_without_end_by_naming_users() -> None:
+    bench, shard = await two_users()
+    for number in range(200):
+        shard.on_delivery(bench.command("hi", id=f"c{number}", user=f"stranger{number}@im.wechat"))
+    await asyncio.sleep(60)
+    refused = [receipt for receipt in bench.bus.receipts() if receipt.outcome == "refused"]
+    assert 50 - SHARE <= len(refused) <= 50  # a few that were looked at in the same moment
+    assert {receipt.reason for receipt in refused} == {"backlog"}
+    shard.on_delivery(bench.command("hi", sandbox=OTHER, user="stranger@im.wechat", id="other"))
+    await asyncio.sleep(5)
+    assert bench.bus.receipts()[-1].outcome == "parked"
