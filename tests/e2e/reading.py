@@ -1,0 +1,63 @@
+"""What the bus carries, as a stranger sees it: streams read whole, and subscribers that listen live."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import NamedTuple
+
+import msgspec
+from nats.aio.client import Client
+from nats.aio.msg import Msg
+
+from adapter.contract import Inbound, Names
+
+NAMES = Names()
+
+
+async def stream(nc: Client, name: str, subject: str) -> list[tuple[str, bytes]]:
+    """Subject and body of every message of a stream under a subject, oldest first."""
+    inbox = nc.new_inbox()
+    found: list[tuple[str, bytes]] = []
+    answers = await nc.subscribe(inbox, pending_msgs_limit=0, pending_bytes_limit=0)
+    seq = 1
+    try:
+        while True:
+            body = {"seq": seq, "next_by_subj": subject, "batch": 500}
+            await nc.publish(f"$JS.API.DIRECT.GET.{name}", msgspec.json.encode(body), reply=inbox)
+            count = 0
+            while True:
+                message = await answers.next_msg(timeout=10)
+                headers = message.headers or {}
+                if "Status" in headers:
+                    break
+                count += 1
+                seq = int(headers["Nats-Sequence"]) + 1
+                found.append((headers["Nats-Subject"], message.data))
+            if count < 500:
+                return found
+    finally:
+        await answers.unsubscribe()
+
+
+class Live(NamedTuple):
+    """What a plain subscriber of a sandbox got."""
+
+    seq: int
+    inbound: Inbound
+
+
+class Listener:
+    """A plain subscriber per sandbox, as the sandboxes are: what is sent while its connection is away it misses."""
+
+    def __init__(self) -> None:
+        self.heard: dict[str, list[Live]] = defaultdict(list)
+        """By the subject's sandbox, as it came."""
+
+    async def listen(self, nc: Client) -> None:
+        await nc.subscribe(NAMES.live("*"), cb=self._hear, pending_msgs_limit=0, pending_bytes_limit=0)
+        await nc.flush()
+
+    async def _hear(self, msg: Msg) -> None:
+        headers = msg.headers or {}
+        live = Live(int(headers["Nats-Sequence"]), msgspec.json.decode(msg.data, type=Inbound))
+        self.heard[msg.subject.rpartition(".")[2]].append(live)
