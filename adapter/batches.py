@@ -2,28 +2,101 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable, Sequence
+
 import msgspec
 import structlog
 
 from adapter import contract, window
-from adapter.cursors import write_cursor
+from adapter.cursors import catch_up, write_cursor
 from adapter.dedup import Batch, Seen
-from adapter.errors import BusRefused, Unreadable
+from adapter.errors import BusRefused, LeaseLost, Unreadable
 from adapter.inbox import Heard, bury, count, publish, raw_message, retry, without_media
-from adapter.ports import Polled, Said, Stored
-from adapter.records import Binding
+from adapter.ports import Bus, Message, Polled, PubAck, Said, Stored
+from adapter.records import Binding, Cursor
 from adapter.sessions import Incoming, Place, Session, binding_event
 
 log = structlog.get_logger()
 
+ATTEMPTS = 5
+"""At a batch whose lease pauses again and again."""
 PIPELINE = 256
 """Messages stored at once; bounds the memory of a huge batch."""
 
 
 async def store(session: Session, polled: Polled, place: Place, needs: Incoming) -> Place:
-    """Puts a batch on the bus. Raises LeaseLost."""
+    """Puts a batch on the bus. Raises LeaseLost.
+
+    A lease that is only paused is waited for. Where the bot was lost, what nobody else has is told all the same, if
+    late: iLink may count it as delivered, and give it to nobody else.
+    """
     if not polled.messages and (polled.cursor is None or polled.cursor == place.record.cursor):
         return place
+    fenced = needs._replace(bus=_Fenced(needs.bus, lambda: _check(session, place, needs)))
+    for attempt in itertools.count(1):
+        try:
+            return await _store(session, polled, place, fenced)
+        except LeaseLost as exc:
+            await needs.leases.changed.until(lambda: needs.leases.valid)
+            ours = await _still_ours(session, place, needs)
+            if attempt < ATTEMPTS and ours is not None:
+                place = place._replace(seen=Seen(ours.seen, skew_ms=needs.skew_ms))
+                continue
+            log.warning("inbound.fenced", bot=session.bot, reason=exc.reason, messages=len(polled.messages))
+            await _tell_late(session, polled.messages, needs)
+            raise
+    raise AssertionError("unreachable")
+
+
+class _Fenced:
+    """A bus on which everything has the same fence."""
+
+    def __init__(self, bus: Bus, fence: Callable[[], None]) -> None:
+        self._bus = bus
+        self._fence = fence
+
+    async def publish(self, message: Message) -> PubAck:
+        return await self._bus.publish(message._replace(fence=self._fence))
+
+    async def publish_all(self, messages: Sequence[Message]) -> list[PubAck | BusRefused]:
+        return await self._bus.publish_all([message._replace(fence=self._fence) for message in messages])
+
+
+def _check(session: Session, place: Place, needs: Incoming) -> None:
+    """Raises LeaseLost unless this replica may write for the bot at this moment. Whom the cursor names may, as long
+    as it lives, also for a shard that it has handed over: nobody takes the cursor before."""
+    if not needs.leases.valid or needs.leases.incarnation != place.record.owner:
+        raise LeaseLost("lease_lost", session.bot)
+
+
+async def _still_ours(session: Session, place: Place, needs: Incoming) -> Cursor | None:
+    """The bot's record; None where somebody has written it since, or may."""
+    entry = await retry(lambda: needs.cursors.get(contract.token_of(session.bot)), needs)
+    if entry is None or entry.value is None or entry.revision != place.revision:
+        return None
+    try:
+        _check(session, place, needs)
+    except LeaseLost:
+        return None
+    return msgspec.json.decode(entry.value, type=Cursor)
+
+
+async def _tell_late(session: Session, messages: list[bytes], needs: Incoming) -> None:
+    """What another owner of the bot has neither stored nor seen. Its window and its media are not for us to touch."""
+    binding = needs.bindings.get(session.bot)
+    entry = await retry(lambda: needs.cursors.get(contract.token_of(session.bot)), needs)
+    record = msgspec.json.decode(entry.value, type=Cursor) if entry and entry.value else Cursor()
+    seen = Seen(record.seen, skew_ms=needs.skew_ms)
+    if binding is not None:
+        await retry(lambda: catch_up(binding, record, seen, needs), needs)
+    fresh = [without_media(said, "store") for said in await _sort(session, binding, messages, seen, needs)]
+    if binding is not None and fresh:
+        await publish(_heard(binding, fresh, seen, needs), needs)
+
+
+async def _store(session: Session, polled: Polled, place: Place, needs: Incoming) -> Place:
+    """Raises LeaseLost."""
     arrived = needs.clock.monotonic()
     binding = needs.bindings.get(session.bot)
     fresh = await _sort(session, binding, polled.messages, place.seen, needs)

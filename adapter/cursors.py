@@ -14,7 +14,7 @@ from adapter.dedup import Seen
 from adapter.errors import Conflict, LeaseLost, Temporary
 from adapter.inbox import seen_of
 from adapter.records import Binding, Cursor
-from adapter.sessions import Incoming, Place, Session, check_owned, notify
+from adapter.sessions import Incoming, Place, Session, Waiting, check_owned, notify
 from adapter.timing import backoff, first_of_two
 
 log = structlog.get_logger()
@@ -57,7 +57,7 @@ async def _acquire_once(binding: Binding, needs: Incoming) -> Place | None:
     if binding.start_cursor is not None and binding.start_cursor != record.start:
         record = msgspec.structs.replace(record, cursor=binding.start_cursor, start=binding.start_cursor)
     seen = Seen(record.seen, skew_ms=needs.skew_ms)
-    record = await _catch_up(binding, record, seen, needs)
+    record = await catch_up(binding, record, seen, needs, await needs.waiting(binding.sandbox))
     record = msgspec.structs.replace(record, owner=me, seen=seen.records())
     try:
         revision = await write_cursor(binding.bot, record, entry.revision if entry else 0, needs)
@@ -66,12 +66,13 @@ async def _acquire_once(binding: Binding, needs: Incoming) -> Place | None:
     return Place(msgspec.structs.replace(record, seen=[]), revision, seen)
 
 
-async def _catch_up(binding: Binding, record: Cursor, seen: Seen, needs: Incoming) -> Cursor:
-    """Adds what was stored on the bus after the cursor's last write: a crash came between the two.
+async def catch_up(
+    binding: Binding, record: Cursor, seen: Seen, needs: Incoming, waiting: Waiting | None = None
+) -> Cursor:
+    """Adds what was stored on the bus after the cursor's last write: a crash came between the two. Raises Temporary.
 
-    What waits for media first: it is in the inbox before it is gone from there.
+    What waits for media first (and is given to `waiting`): it is in the inbox before it is gone from there.
     """
-    waiting = await needs.waiting(binding.sandbox)
     async for stored in needs.history.read(needs.names.stream_raw, needs.names.raw("*", binding.bot)):
         if keys := seen_of(stored.headers, binding.bot):
             seen.add_record(keys, needs.clock.now_ms())

@@ -531,9 +531,8 @@ class LaneWork:
             contract.H_TIME_MS: str(command.stored_ms),
         }
         subject = self._needs.names.parked(self.number, contract.peer_key(lane.bot, lane.user))
-        self._check()
         try:
-            ack = await self._needs.bus.publish(Message("parked", subject, item.data, headers))
+            ack = await self._needs.bus.publish(Message("parked", subject, item.data, headers, self._check))
         except BusRefused as exc:
             await self._end_in(lane, item, Ending("refused", "backlog", f"It could not be parked: {exc.detail}"))
             return

@@ -303,6 +303,8 @@ class Message(NamedTuple):
     subject: str
     payload: bytes
     headers: dict[str, str]
+    fence: Callable[[], None] | None = None
+    """Asked before each attempt to write it. Raises LeaseLost where this replica may not write it any more."""
 
 
 class PubAck(msgspec.Struct):
@@ -317,10 +319,13 @@ class Bus(Protocol):
     """Storing messages. Waits as long as the bus is away; what is given first is stored first."""
 
     async def publish(self, message: Message) -> PubAck:
-        """Raises Conflict, BusRefused."""
+        """Raises Conflict, BusRefused, and what the message's fence raises."""
 
     async def publish_all(self, messages: Sequence[Message]) -> list[PubAck | BusRefused]:
-        """Stores all in this order, pipelined; a refusal stands in the place of its ack."""
+        """Stores all in this order, pipelined; a refusal stands in the place of its ack.
+
+        Raises what a message's fence raises: any part of the others is stored then.
+        """
 
 
 class Delivery(Protocol):

@@ -166,6 +166,8 @@ class FakeBus:
         for message in messages:
             if self.on_publish is not None:
                 await self.on_publish(message)
+            if message.fence is not None:
+                message.fence()
             acks.append(self.refuse(message) or self._store(message))
         return acks
 

@@ -477,6 +477,67 @@ async def test_a_cursor_that_another_replica_took_ends_the_poller() -> None:
     assert bench.cursor() == Cursor(cursor="b", owner="other-1")
 
 
+async def frozen_with(bench: Bench, *batches: Polled, other: Bench | None, given: tuple[bytes, ...] = ()) -> None:
+    """The replica that polls is stopped with an answer in hand; it goes on long after `other` took the bot and stored
+    the messages `given`, where iLink gave it any."""
+    bench.chat.polls.extend(batches)
+    session, task = tended(bench)
+
+    async def freeze(_: Message) -> None:
+        bench.bus.on_publish = None
+        bench.leases.is_valid = False
+        if other is not None:
+            other.leases.proven_dead.add(bench.leases.incarnation)
+            heir = Session(BOT)
+            needs = other.incoming()
+            place = await acquire(heir, needs)
+            assert place is not None
+            if given:
+                await store(heir, batch(*given, cursor="b"), place, needs)
+            bench.leases.incarnation = "me-2"  # it was revoked, and has joined anew
+        bench.bus.forget_ids()
+        asyncio.get_running_loop().call_later(60, resume)
+
+    def resume() -> None:
+        bench.leases.is_valid = True
+        bench.leases.changed.notify()
+
+    bench.bus.on_publish = freeze
+    await asyncio.sleep(120)
+    session.leave(now=True)
+    await task
+
+
+async def test_who_was_frozen_with_a_batch_in_hand_tells_nothing_twice_and_moves_no_cursor() -> None:
+    """The server's window against duplicates has passed by then."""
+    bench = await ready()
+    other = Bench(bench, incarnation="other-1")
+    words = raw("one", 1), raw("two", 2)
+    await frozen_with(bench, batch(*words, cursor="zombie"), other=other, given=words)
+    assert texts(bench) == ["one", "two"]
+    assert bench.cursor().owner == "other-1"
+    assert bench.cursor().cursor == "b"
+    assert bench.chat.asked == [""]
+
+
+async def test_what_ilink_gave_to_one_that_was_frozen_and_to_nobody_else_is_told_late() -> None:
+    bench = await ready()
+    other = Bench(bench, incarnation="other-1")
+    await frozen_with(
+        bench, batch(raw("one", 1), raw("two", 2), cursor="zombie"), other=other, given=(raw("two", 2),)
+    )
+    assert texts(bench) == ["two", "one"]
+    assert (bench.cursor().owner, bench.cursor().cursor) == ("other-1", "b")
+
+
+async def test_who_was_frozen_for_a_moment_goes_on_where_it_was() -> None:
+    bench = await ready()
+    await frozen_with(bench, batch(raw("one", 1), raw("two", 2), cursor="b"), other=None)
+    assert texts(bench) == ["one", "two"]
+    assert bench.cursor().cursor == "b"
+    assert bench.chat.asked == ["", "b"]
+
+
 async def test_a_fenced_poller_ends_quietly_and_gives_nothing_back() -> None:
     bench = await ready(batch(raw(), cursor="zombie"))
     _, task = tended(bench)

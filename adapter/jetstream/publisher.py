@@ -20,7 +20,7 @@ from nats.aio.msg import Msg
 from nats.errors import BadHeaderError, BadSubjectError, MaxPayloadError
 from nats.errors import Error as NatsError
 
-from adapter.errors import BusRefused, Temporary
+from adapter.errors import BusRefused, LeaseLost, Temporary
 from adapter.jetstream.link import ApiError, Link, refusal
 from adapter.metrics import Metrics
 from adapter.ports import Message, PubAck
@@ -73,14 +73,14 @@ class Publisher:
         return len(self._outstanding)
 
     async def publish(self, message: Message) -> PubAck:
-        """Returns once the stream has it. Raises Conflict, BusRefused; never gives up on a bus that is away."""
+        """Returns once the stream has it, however long the bus is away. Raises Conflict, BusRefused, LeaseLost."""
         (ack,) = await self.publish_all([message])
         if isinstance(ack, BusRefused):
             raise ack
         return ack
 
     async def publish_all(self, messages: Sequence[Message]) -> list[PubAck | BusRefused]:
-        """Stores all of them in this order, pipelined; a refusal stands in the place of its ack."""
+        """Stores all of them in this order, pipelined; a refusal stands in the place of its ack. Raises LeaseLost."""
         loop = asyncio.get_running_loop()
         numbers = []
         for message in messages:
@@ -166,6 +166,12 @@ class Publisher:
 
     async def _write(self, number: int, entry: _Outstanding) -> None:
         if entry.future.done():
+            return
+        try:
+            if entry.message.fence is not None:
+                entry.message.fence()
+        except LeaseLost as exc:
+            entry.future.set_exception(exc)
             return
         entry.sent = self._clock.monotonic()
         if entry.writes == 0:

@@ -133,6 +133,19 @@ def event(number: int, sandbox: str = "s1") -> Message:
     return Message("event", NAMES.event(sandbox, "receipt"), str(number).encode(), {H_MSG_ID: f"e{number}"})
 
 
+class Fence:
+    """What the leases say: from the `lost_from`th question on, no."""
+
+    def __init__(self, lost_from: float) -> None:
+        self.lost_from = lost_from
+        self.asked = 0
+
+    def __call__(self) -> None:
+        self.asked += 1
+        if self.asked >= self.lost_from:
+            raise LeaseLost("lease_lost")
+
+
 # publishing ----------------------------------------------------------------------------------------------
 
 
@@ -237,6 +250,27 @@ async def test_a_caller_who_is_cancelled_leaves_nothing_behind(rig: Rig) -> None
     async with asyncio.timeout(PATIENCE_S):
         await rig.publisher.publish(event(2))
     assert await rig.read(NAMES.stream_event, NAMES.event("s1", "receipt")) == [b"2"]
+
+
+async def test_what_waits_for_the_bus_is_not_written_after_its_writer_lost_the_right(rig: Rig) -> None:
+    """The fence is asked at each attempt: a writer that was frozen finds out before anything of its own leaves."""
+    fence = Fence(lost_from=float("inf"))
+    await rig.publisher.publish(event(0)._replace(fence=fence))
+    rig.bus.kill()
+    await until(lambda: not rig.link.up, "the break is noticed")
+    waiting = asyncio.create_task(rig.publisher.publish_all([event(1)._replace(fence=fence), event(2)]))
+    others = asyncio.create_task(rig.publisher.publish(event(3)))
+    await asyncio.sleep(0.1)
+    fence.lost_from = 0
+    await rig.bus.start()
+    async with asyncio.timeout(PATIENCE_S):
+        with pytest.raises(LeaseLost):
+            await waiting
+        await others
+    stored = await rig.read(NAMES.stream_event, NAMES.event("s1", "receipt"))
+    assert stored[0] == b"0"
+    assert b"1" not in stored
+    assert stored[-1] == b"3"
 
 
 # reading back --------------------------------------------------------------------------------------------
@@ -600,19 +634,6 @@ async def test_a_delivery_that_got_lost_on_its_way_comes_again_before_what_is_af
     if more:
         await reader.have(3)
         assert reader.texts == ["0", "1", "2"]
-
-
-class Fence:
-    """What the leases say to a consumer: from the `lost_from`th question on, no."""
-
-    def __init__(self, lost_from: float) -> None:
-        self.lost_from = lost_from
-        self.asked = 0
-
-    def __call__(self) -> None:
-        self.asked += 1
-        if self.asked >= self.lost_from:
-            raise LeaseLost("lease_lost")
 
 
 async def test_an_owner_that_was_frozen_takes_nothing_from_the_one_after_it(rig: Rig) -> None:
