@@ -38,6 +38,9 @@ log = structlog.get_logger()
 
 HOLD_MS = 35_000
 """The client waits so long for a poll, plus a margin, until the server gives a hint."""
+HERE_S = 0.2
+"""A poll that is cut gets so long to bring what has arrived already: after a pause of the whole process it may lie in
+the socket, and iLink may count it as delivered."""
 INSTANT_S = 0.02
 """An empty answer sooner than this was not a long poll."""
 DEAD_PATH_AFTER = 3
@@ -153,6 +156,8 @@ async def _poll_once(
     waiting: set[asyncio.Future[Any]] = {poll, cut}
     try:
         await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        if not poll.done():
+            await asyncio.wait([poll], timeout=HERE_S)
     finally:
         cut.cancel()
         if not poll.done():

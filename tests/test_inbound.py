@@ -588,6 +588,18 @@ async def test_a_lease_that_pauses_cuts_the_poll_and_one_that_resumes_polls_on()
     await task
 
 
+async def test_an_answer_that_has_arrived_when_its_poll_is_cut_is_stored() -> None:
+    """As after a pause of the whole process: the timer of the lease and the answer are there at the same moment."""
+    bench = await ready(batch(raw()))
+    session, task = tended(bench)
+    while not bench.chat.polling:
+        await asyncio.sleep(0)
+    session.leave(now=True)
+    await task
+    assert texts(bench) == ["hello"]
+    assert bench.cursor().cursor == "b"
+
+
 async def test_no_poll_starts_while_the_bus_is_away() -> None:
     bench = await ready()
     bench.bus_up.clear()

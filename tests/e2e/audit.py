@@ -43,9 +43,10 @@ class Audit(msgspec.Struct):
     shown_disordered: list[str] = []
     manners: list[str] = []
     """Polls or sends at the same time."""
+    may_be_lost: int = 0
     excused_lost: int = 0
     excused_late: int = 0
-    """Those of `excused` that are not on the bus, or not in their place."""
+    """How many messages could be lost, as iLink forces it; how many were, or were not in their place."""
     stored: int = 0
     """Messages on the bus."""
     live: int = 0
@@ -70,11 +71,16 @@ class Audit(msgspec.Struct):
 
 
 async def audit(
-    made: World, nc: Client, *, listener: Listener | None = None, excused: Collection[Said] = frozenset()
+    made: World,
+    nc: Client,
+    *,
+    listener: Listener | None = None,
+    may_be_lost: Collection[Said] = frozenset(),
+    may_be_late: Collection[Said] = frozenset(),
 ) -> Audit:
-    """`excused` may be lost or late: iLink counted them as delivered, and gives them to nobody else."""
-    found = Audit()
-    await _inbound(made, nc, excused, found)
+    """What `may_be_lost` iLink counted as delivered to one that was killed, and gives to nobody else."""
+    found = Audit(may_be_lost=len(may_be_lost))
+    await _inbound(made, nc, may_be_lost, may_be_late, found)
     if listener is not None:
         _live(made, listener, found)
     final: dict[str, list[Receipt]] = defaultdict(list)
@@ -96,7 +102,9 @@ async def audit(
     return found
 
 
-async def _inbound(made: World, nc: Client, excused: Collection[Said], found: Audit) -> None:
+async def _inbound(
+    made: World, nc: Client, may_be_lost: Collection[Said], may_be_late: Collection[Said], found: Audit
+) -> None:
     on_bus: dict[str, list[str]] = defaultdict(list)
     for subject, data in await stream(nc, NAMES.stream_in, NAMES.inbox("*")):
         inbound = msgspec.json.decode(data, type=Inbound)
@@ -107,16 +115,18 @@ async def _inbound(made: World, nc: Client, excused: Collection[Said], found: Au
     for sandbox, said in made.said.items():
         heard = Counter(on_bus[sandbox])
         missing = [text for text in said if not heard[text]]
-        found.lost += [f"{sandbox}: {text!r} is not on the bus" for text in missing if (sandbox, text) not in excused]
-        found.excused_lost += sum((sandbox, text) in excused for text in missing)
+        lost = [text for text in missing if (sandbox, text) not in may_be_lost]
+        found.lost += [f"{sandbox}: {text!r} is not on the bus" for text in lost]
+        found.excused_lost += len(missing) - len(lost)
         found.doubled += [
             f"{sandbox}: {text!r} is on the bus {n} times" for text, n in heard.items() if n > said.count(text)
         ]
-        there = list(dict.fromkeys(on_bus[sandbox]))
-        found.excused_late += sum(a != b for a, b in zip(there, [text for text in said if heard[text]], strict=False))
-        sure = [text for text in there if (sandbox, text) not in excused]
-        if sure != [text for text in said if heard[text] and (sandbox, text) not in excused]:
+        there, wanted = list(dict.fromkeys(on_bus[sandbox])), [text for text in said if heard[text]]
+        late = {text for text in wanted if (sandbox, text) in may_be_late}
+        if [text for text in there if text not in late] != [text for text in wanted if text not in late]:
             found.disordered.append(f"{sandbox}: said {said}, on the bus {there}")
+        elif there != wanted:
+            found.excused_late += len(late)
 
 
 def _live(made: World, listener: Listener, found: Audit) -> None:
