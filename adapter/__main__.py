@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import signal
 import sys
+from typing import TYPE_CHECKING
 
-from adapter import __version__, logs
-from adapter.errors import SettingsError
-from adapter.settings import Settings, read_settings
+if TYPE_CHECKING:
+    from adapter.settings import Settings
 
 
 def main() -> None:
     """Ends the process with the exit code of the command (`wechat-nats --help` lists them)."""
+    _obey_at_once()
     try:
         from adapter.cli import main as cli  # noqa: PLC0415 -- an extra
     except ModuleNotFoundError as exc:
@@ -24,7 +24,23 @@ def main() -> None:
     sys.exit(cli())
 
 
+def _obey_at_once() -> None:
+    """As the first process of a container, ends on a SIGTERM that comes before anybody listens for it.
+
+    The kernel drops signals that this process does not handle: an adapter that is stopped while it still imports
+    would start all the same, and be killed with work in hand when the patience of who stopped it is over.
+    """
+    if os.getpid() == 1:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+
+
 def _run_alone() -> int:
+    import asyncio  # noqa: PLC0415 -- these take a second on a busy machine: see _obey_at_once
+
+    from adapter import __version__, logs  # noqa: PLC0415
+    from adapter.errors import SettingsError  # noqa: PLC0415
+    from adapter.settings import read_settings  # noqa: PLC0415
+
     try:
         settings = read_settings(os.environ)
         logs.configure(settings.log, version=__version__, instance=settings.instance)
@@ -36,6 +52,8 @@ def _run_alone() -> int:
 
 
 async def _serve(settings: Settings) -> None:
+    import asyncio  # noqa: PLC0415
+
     from adapter import app  # noqa: PLC0415 -- settings are told first, even where this fails
 
     stop = asyncio.Event()
