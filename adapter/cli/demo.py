@@ -88,6 +88,8 @@ def demo_settings(nats_url: str, ilink_url: str) -> Settings:
         lease_s=1.0,
         drain_s=DRAIN_S,
         http_addr="127.0.0.1:0",
+        in_max_bytes=2**26,  # a server on a small disk refuses to reserve more than it has
+        media_store_bytes=2**28,
     )
 
 

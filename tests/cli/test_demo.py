@@ -15,6 +15,7 @@ import pytest
 from nats.aio.client import Client
 from nats.js.errors import NotFoundError
 
+from adapter.cli.demo import demo_settings
 from adapter.cli.screen import LABEL
 from tests.cli.process import alive, children, started, until
 
@@ -203,3 +204,10 @@ async def stream_exists(nc: Client, name: str) -> None:
                 await asyncio.sleep(0.02)
             else:
                 return
+
+
+def test_the_demo_runs_on_a_disk_that_is_nearly_full() -> None:
+    """A server reserves what its streams may grow to, and refuses a stream that does not fit."""
+    settings = demo_settings("nats://127.0.0.1:4222", "http://127.0.0.1:8080")
+    assert settings.in_max_bytes + settings.media_store_bytes <= 2**29
+    assert settings.media_store_bytes > settings.media_max_bytes
