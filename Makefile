@@ -1,6 +1,7 @@
 # make demo    a conversation on this machine: server, simulated WeChat, adapter and echo agent
 # make test    every check and every test but the slow ones
 # make slow    the slow ones
+# make image-test  the image, built and run: needs root and Debian, and installs buildah and podman
 # make format  the code as `make check` wants it
 # make generate  schemas/, helm/nats/ and the README's table, from the code
 # make npm     what some tests take from npm, into tests/npm/
@@ -20,7 +21,7 @@ NPM_STAMP := $(NPM)/node_modules/.installed
 # An environment that is there is kept, whichever Python it has.
 PYTHONS := $(BIN)/python python3 python3.14 python3.13 python3.12 python3.11
 
-.PHONY: demo test check tests slow format generate npm clean install
+.PHONY: demo test check tests slow image-test format generate npm clean install
 .DEFAULT_GOAL := test
 
 demo: install
@@ -34,6 +35,9 @@ tests: install
 
 slow: install
 	@$(BIN)/pytest -n 2 --dist loadfile -m slow </dev/null || [ $$? = 5 ] # 5: there is none
+
+image-test: install
+	@$(BIN)/pytest tests/image/checks.py --durations=0 --durations-min=1 </dev/null
 
 check: install
 	@found=$$($(BIN)/ruff format --check . 2>&1) || { echo "$$found" >&2; echo 'run: make format' >&2; exit 1; }
