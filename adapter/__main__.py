@@ -35,16 +35,15 @@ def _obey_at_once() -> None:
 
 
 def _run_alone() -> int:
-    import asyncio  # noqa: PLC0415 -- these take a second on a busy machine: see _obey_at_once
-
-    from adapter import __version__, logs  # noqa: PLC0415
+    from adapter import __version__, logs  # noqa: PLC0415 -- these take a second on a busy machine: see _obey_at_once
     from adapter.errors import SettingsError  # noqa: PLC0415
     from adapter.settings import read_settings  # noqa: PLC0415
+    from adapter.timing import run_fast  # noqa: PLC0415
 
     try:
         settings = read_settings(os.environ)
         logs.configure(settings.log, version=__version__, instance=settings.instance)
-        asyncio.run(_serve(settings))
+        run_fast(_serve(settings))
     except SettingsError as exc:
         sys.stderr.write(f"{exc.detail}\n")
         return 2

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from typing import Any
 
 import msgspec
 import structlog
@@ -38,9 +37,6 @@ log = structlog.get_logger()
 
 HOLD_MS = 35_000
 """The client waits so long for a poll, plus a margin, until the server gives a hint."""
-HERE_S = 0.2
-"""A poll that is cut gets so long to bring what has arrived already: after a pause of the whole process it may lie in
-the socket, and iLink may count it as delivered."""
 INSTANT_S = 0.02
 """An empty answer sooner than this was not a long poll."""
 DEAD_PATH_AFTER = 3
@@ -151,19 +147,17 @@ async def _poll_once(
     check_owned(needs, binding)
     session.served = binding
     account = account_of(binding, needs.sealer)
-    poll = asyncio.ensure_future(needs.chat.poll(account, place.record.cursor, hold_ms))
-    cut = asyncio.ensure_future(session.cut.wait())
-    waiting: set[asyncio.Future[Any]] = {poll, cut}
+    if session.cut.is_set():
+        return None
+    session.poll = poll = asyncio.ensure_future(needs.chat.poll(account, place.record.cursor, hold_ms))
     try:
-        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-        if not poll.done():
-            await asyncio.wait([poll], timeout=HERE_S)
+        return await poll
+    except asyncio.CancelledError:
+        if (task := asyncio.current_task()) and task.cancelling():
+            raise
+        return None
     finally:
-        cut.cancel()
-        if not poll.done():
-            poll.cancel()
-            await asyncio.wait([poll])
-    return None if poll.cancelled() else poll.result()
+        session.poll = None
 
 
 async def recover(session: Session, exc: SessionExpired, place: Place, needs: Incoming) -> Polled | None:

@@ -25,6 +25,9 @@ from adapter.timing import Clock, Latch
 
 log = structlog.get_logger()
 
+HERE_S = 0.2
+"""A poll that is cut gets so long to bring what has arrived already: after a pause of the whole process it may lie in
+the socket, and iLink may count it as delivered."""
 LOGIN_WITHIN_S = 55.0
 """A token that is refused for so long needs a login, whatever tries are left: people wait for an answer."""
 
@@ -109,7 +112,9 @@ class Session:
         self.freed = asyncio.Event()
         """The replica that had the bot says that it has given it back."""
         self.cut = asyncio.Event()
-        """Ends a poll that waits, now."""
+        """Set by `cut_off`."""
+        self.poll: asyncio.Future[Any] | None = None
+        """The poll that waits."""
 
     def must_leave(self) -> bool:
         """For conditions that are looked at again and again."""
@@ -119,7 +124,13 @@ class Session:
         """Asks the poller to end: at the next boundary, or `now`, cutting a poll that waits."""
         self.leaving = True
         if now:
-            self.cut.set()
+            self.cut_off()
+
+    def cut_off(self) -> None:
+        """Ends a pause that waits, and a poll, which gets a moment (`HERE_S`)."""
+        self.cut.set()
+        if self.poll is not None:
+            self.poll.get_loop().call_later(HERE_S, self.poll.cancel)
 
 
 class Place(NamedTuple):

@@ -133,7 +133,7 @@ class Supervisor:
                 shard.rebound(sandbox, anew=is_anew(before, after))
         session = self.sessions.get(bot)
         if session is not None and (after is None or (before is not None and before.token != after.token)):
-            session.cut.set()  # what it polls with is worth nothing any more
+            session.cut_off()  # what it polls with is worth nothing any more
         self._changed.notify()
 
     async def run(self) -> None:
@@ -176,7 +176,7 @@ class Supervisor:
         valid, owned = self._leases.valid, set(self._leases.owned)
         if self._was_valid and not valid:
             for session in self.sessions.values():
-                session.cut.set()  # stop before anybody else may start; what was learned is kept
+                session.cut_off()  # stop before anybody else may start; what was learned is kept
         self._was_valid = valid
         if self._departures != self._leases.departures:
             self._departures = self._leases.departures

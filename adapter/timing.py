@@ -16,6 +16,16 @@ T = TypeVar("T")
 log = structlog.get_logger()
 
 
+def run_fast(main: Coroutine[Any, Any, T]) -> T:
+    """asyncio.run, on uvloop where there is one: less CPU per request, a fifth of the memory per TLS connection."""
+    try:
+        import uvloop  # noqa: PLC0415 -- optional: not on every platform
+    except ModuleNotFoundError:
+        return asyncio.run(main)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(main)
+
+
 class Clock(Protocol):
     """What the loops know of time."""
 

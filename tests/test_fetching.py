@@ -905,7 +905,7 @@ async def test_media_that_were_not_wanted_are_not_fetched_later_either() -> None
     await asyncio.sleep(1)
     await bench.bind(options=OFF)
     bench.chat.polls.append(batch(image(2), cursor="c"))
-    replica.session.cut.set()
+    replica.session.cut_off()
     await asyncio.sleep(1)
     assert waiting(bench) == 2
     await replica.die()

@@ -576,7 +576,7 @@ async def test_a_lease_that_pauses_cuts_the_poll_and_one_that_resumes_polls_on()
     await asyncio.sleep(1)
     assert bench.chat.polling == 1
     bench.leases.is_valid = False
-    session.cut.set()
+    session.cut_off()
     await asyncio.sleep(20)
     assert (bench.chat.polling, session.state) == (0, "paused")
     bench.leases.is_valid = True
@@ -736,7 +736,7 @@ async def test_a_new_token_is_used_at_once() -> None:
     session, task = tended(bench)
     await asyncio.sleep(1)
     await bench.bind(token="new")
-    session.cut.set()  # the supervisor does, when it sees the change
+    session.cut_off()  # the supervisor does, when it sees the change
     await asyncio.sleep(1)
     assert bench.chat.tokens == [f"{BOT}:t", "new"]
     session.leave(now=True)
@@ -919,7 +919,7 @@ async def test_a_new_token_ends_the_recovery_of_the_old_one() -> None:
     session, task = tended(bench)
     await asyncio.sleep(1)
     await bench.bind(token="new")
-    session.cut.set()
+    session.cut_off()
     await asyncio.sleep(1)
     assert bench.chat.tokens[-1] == "new"
     assert changes(bench) == ["stale"]

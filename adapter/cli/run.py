@@ -20,6 +20,8 @@ from adapter.cli.exits import NO, OK, USAGE, Failed
 from adapter.cli.running import beside_server, until_signalled
 from adapter.contract import MESSAGES
 from adapter.embedded import EmbeddedNats
+from adapter.settings import Settings
+from adapter.timing import run_fast
 
 log = structlog.get_logger()
 
@@ -32,7 +34,7 @@ simulator = App(
 )
 
 
-async def run(
+def run(
     *,
     embedded: Annotated[
         bool,
@@ -51,10 +53,14 @@ async def run(
     Exit code 0 after a clean drain, also when it was ended by ctrl-C. A second signal does not wait for the drain.
     With --embedded NATS_URL does not count: the adapter uses the server that it starts.
     """
-    from adapter import app  # noqa: PLC0415 -- other commands start faster without it
-
     settings = settings_from()
     logs.configure(settings.log, version=version("wechat-nats"), instance=settings.instance)
+    return run_fast(_run(settings, embedded=embedded, port=port))
+
+
+async def _run(settings: Settings, *, embedded: bool, port: int) -> int:
+    from adapter import app  # noqa: PLC0415 -- other commands start faster without it
+
     with until_signalled() as stop:
         if not embedded:
             await app.run(settings, stop=stop)

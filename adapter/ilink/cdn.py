@@ -14,7 +14,8 @@ import httpx
 from adapter.errors import AdapterError, Refused, Temporary, Unreadable
 from adapter.ilink import protocol
 from adapter.ilink.cipher import BLOCK, KEY_BYTES, Decryption, Encryption, cipher_size
-from adapter.ilink.client import AGENT, CONNECT_S, ILink
+from adapter.ilink.client import AGENT, ILink
+from adapter.ilink.transport import CONNECT_S
 from adapter.metrics import Metrics
 from adapter.ports import Account, Fetch, MediaKind, Uploaded
 

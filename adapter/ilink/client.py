@@ -1,28 +1,20 @@
-"""iLink over HTTP: one httpx client per bot, one shared TLS context. No parsing beyond handing bytes on.
-
-A client per bot keeps one bot's trouble from another's, and httpx's pool short: it walks the whole pool at every
-request, which with thousands of parked polls in one client costs more than everything else. Who calls no more, such
-as a bot that was unbound, has none.
-"""
+"""iLink's calls over HTTP. No parsing beyond handing bytes on, and no connections: those are `transport`'s."""
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import random
 import ssl
 import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-import httpx
 import structlog
 
 from adapter import __version__
 from adapter.errors import AdapterError, Refused, SessionExpired, Temporary, Throttled, Uncertain
 from adapter.ilink import protocol
-from adapter.ilink.pool import Pool
 from adapter.ilink.protocol import Reply, Request
+from adapter.ilink.transport import Transport
 from adapter.ilink.wire import THROTTLED
 from adapter.metrics import Metrics
 from adapter.ports import Accepted, Account, MediaKind, Polled, QrCode, Scan, Uploaded
@@ -32,15 +24,10 @@ log = structlog.get_logger()
 T = TypeVar("T")
 
 AGENT = f"wechat-nats/{__version__}"
-CONNECT_S = 10.0
 UPLOAD_URL_S = 15.0
 ASK_S = 10.0
 """The official client's timeout of getconfig, sendtyping and the notifications (3)."""
 QRCODE_S = 10.0
-LOGINS = "QR logins"
-"""All QR logins share a client: each waits for one answer at a time, and there are few."""
-IDLE_S = 60.0
-"""A bot that polls is never idle for so long; httpx alone would keep its sockets until its next request."""
 
 
 class ILink:
@@ -61,9 +48,9 @@ class ILink:
         self._allowed_hosts = allowed_hosts
         self._poll_margin_s = poll_margin_s
         self._send_timeout_s = send_timeout_s
-        self._max_answer_bytes = max_answer_bytes
-        self._tls = ssl.create_default_context()
-        self._clients: Pool[httpx.AsyncClient] = Pool(_close, idle_s=IDLE_S)
+        self._transport = Transport(tls=ssl.create_default_context(), agent=AGENT, max_answer_bytes=max_answer_bytes)
+        self._doubtful: set[str] = set()
+        """Bots whose connections seem dead: their next call gets one of its own."""
 
     def check_base_url(self, url: str) -> str:
         """Raises Refused("url") for a base URL that may not be called."""
@@ -219,7 +206,7 @@ class ILink:
         request = protocol.qrcode_request(random.getrandbits(32), tokens)
         started = time.monotonic()
         try:
-            code = protocol.read_qrcode(await self._exchange_login(self._default_base_url, request, QRCODE_S))
+            code = protocol.read_qrcode(await self._exchange(self._default_base_url, request, QRCODE_S))
         except TimeoutError:
             self._count("get_bot_qrcode", "timeout")
             raise Temporary("timeout", f"iLink gave no QR code within {QRCODE_S:g} s.") from None
@@ -239,7 +226,7 @@ class ILink:
         request = protocol.qrcode_status_request(handle, verify_code)
         timeout_s = protocol.HOLD_MS / 1000 + self._poll_margin_s
         try:
-            scan = protocol.read_qrcode_status(await self._exchange_login(base_url, request, timeout_s))
+            scan = protocol.read_qrcode_status(await self._exchange(base_url, request, timeout_s))
         except TimeoutError:
             self._count("get_qrcode_status", "timeout")
             return None
@@ -255,63 +242,27 @@ class ILink:
         return protocol.redirect_url(host, base_url or self._default_base_url, self._allowed_hosts)
 
     async def recycle(self, bot: str) -> None:
-        """Closes the bot's connections; the next call resolves and connects anew (10.4)."""
-        await self._clients.drop(bot)
+        """The bot's next call resolves and connects anew (10.4)."""
+        self._doubtful.add(bot)
 
     async def close(self) -> None:
         """Closes all connections."""
-        await self._clients.close()
+        await self._transport.close()
 
     async def _post(self, account: Account, request: Request, timeout_s: float) -> Reply:
         """Raises TimeoutError, Temporary (it did not leave), Uncertain (it left), Refused("url")."""
-        with self._clients.use(account.bot, self._client) as client:
-            return await self._exchange(client, account.base_url, request, timeout_s)
+        afresh = account.bot in self._doubtful
+        self._doubtful.discard(account.bot)
+        return await self._exchange(account.base_url, request, timeout_s, afresh=afresh)
 
-    async def _exchange_login(self, base_url: str, request: Request, timeout_s: float) -> Reply:
-        """As `_post`, for what belongs to no bot yet."""
-        with self._clients.use(LOGINS, lambda: self._client(connections=None)) as client:
-            return await self._exchange(client, base_url, request, timeout_s)
-
-    async def _exchange(self, client: httpx.AsyncClient, base_url: str, request: Request, timeout_s: float) -> Reply:
+    async def _exchange(self, base_url: str, request: Request, timeout_s: float, *, afresh: bool = False) -> Reply:
         url = self.check_base_url(base_url or self._default_base_url) + request.path
-        try:
-            async with (
-                asyncio.timeout(timeout_s),
-                client.stream(request.method, url, headers=request.headers, content=request.body or None) as response,
-            ):
-                body = await self._read(response)
-        except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout) as exc:
-            raise Temporary("network", type(exc).__name__) from exc
-        except (httpx.TransportError, httpx.DecodingError) as exc:
-            raise Uncertain("network", type(exc).__name__) from exc
-        return Reply(response.status_code, {k.lower(): v for k, v in response.headers.items()}, body)
-
-    async def _read(self, response: httpx.Response) -> bytes:
-        chunks: list[bytes] = []
-        size = 0
-        async for chunk in response.aiter_bytes():
-            size += len(chunk)
-            if size > self._max_answer_bytes:
-                raise Uncertain("unreadable", f"the answer exceeds {self._max_answer_bytes} bytes")
-            chunks.append(chunk)
-        return b"".join(chunks)
-
-    def _client(self, connections: int | None = 4) -> httpx.AsyncClient:
-        return httpx.AsyncClient(
-            verify=self._tls,
-            timeout=httpx.Timeout(None, connect=CONNECT_S),
-            limits=httpx.Limits(max_connections=connections, max_keepalive_connections=2, keepalive_expiry=20.0),
-            follow_redirects=False,
-            headers={"User-Agent": AGENT, "Accept-Encoding": "gzip, deflate"},
+        return await self._transport.exchange(
+            request.method, url, request.headers, request.body, timeout_s, afresh=afresh
         )
 
     def _count(self, endpoint: str, outcome: str) -> None:
         self._metrics.upstream_requests.labels(endpoint=endpoint, outcome=outcome).inc()
-
-
-async def _close(client: httpx.AsyncClient) -> None:
-    with contextlib.suppress(httpx.HTTPError, OSError):
-        await client.aclose()
 
 
 def _outcome(exc: AdapterError) -> str:
