@@ -8,7 +8,6 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 from urllib.parse import urlsplit
@@ -47,8 +46,6 @@ async def demo(
     step of a message and of its answer is shown. Lines may also be piped in: at the end of the input it waits for
     the last answers and ends. Exit code 0 then, and after ctrl-C too, which is how a chat ends.
     """
-    if find_spec("aiohttp") is None:
-        raise Failed(NO, "The simulator is not installed: install wechat-nats[cli,simulator,embedded].")
     screen = stdout_screen(prompting=sys.stdin is not None and sys.stdin.isatty())
     with until_signalled() as stop, _log(screen, verbose):
         code = await unless(stop, _demo(screen))
@@ -59,7 +56,7 @@ async def demo(
 
 async def _demo(screen: Screen) -> int:
     """From nothing to the end of the conversation. Cleans up after itself, however it ends."""
-    from adapter.cli.talk import SANDBOX, Conversation, Stage  # noqa: PLC0415 -- needs the extra `simulator`
+    from adapter.cli.talk import SANDBOX, Conversation, Stage  # noqa: PLC0415
     from adapter.simulator import Simulator, SimulatorSettings  # noqa: PLC0415
 
     async with contextlib.AsyncExitStack() as stack:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
@@ -16,7 +14,7 @@ from cyclopts import App, Parameter
 from adapter import logs
 from adapter.cli import output
 from adapter.cli.bus import settings_from
-from adapter.cli.exits import NO, OK, USAGE, Failed
+from adapter.cli.exits import OK, USAGE, Failed
 from adapter.cli.running import beside_server, until_signalled
 from adapter.contract import MESSAGES
 from adapter.embedded import EmbeddedNats
@@ -75,17 +73,9 @@ async def _run(settings: Settings, *, embedded: bool, port: int) -> int:
 @simulator.default
 def simulate(*tokens: Rest) -> int:
     """Serve a simulated iLink until SIGTERM or ctrl-C."""
-    simulated: Callable[[list[str]], int] = _imported("adapter.simulator", "run", extra="simulator")
-    return simulated(list(tokens))
+    from adapter import simulator as simulated  # noqa: PLC0415 -- other commands start faster without it
 
-
-def _imported(module: str, name: str, *, extra: str) -> Callable[[list[str]], int]:
-    """A function behind an extra. Raises Failed, which names the extra."""
-    try:
-        found: Callable[[list[str]], int] = getattr(importlib.import_module(module), name)
-    except ModuleNotFoundError as exc:
-        raise Failed(NO, f"{exc.name} is not installed: install wechat-nats[{extra}].") from None
-    return found
+    return simulated.run(list(tokens))
 
 
 def schema(
