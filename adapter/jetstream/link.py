@@ -84,6 +84,12 @@ def connect_options(settings: Settings, name: str) -> dict[str, Any]:
     return options
 
 
+def _told_to_end() -> bool:
+    """Whether this task was cancelled, also where nats-py has swallowed that: it does so while it connects."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
 class Link:
     """A connection by name. `run` keeps it; `nc` is None while it is down; `epoch` counts the clients made."""
 
@@ -125,7 +131,7 @@ class Link:
     async def run(self) -> None:
         """Connects, again and again, until cancelled; closes the client then."""
         failures = 0
-        while True:
+        while not _told_to_end():
             try:
                 nc = await self._connect()
             except (NatsError, OSError, TimeoutError, ssl.SSLError) as exc:
@@ -142,7 +148,7 @@ class Link:
                 log.info("bus.connected", link=self.name, epoch=self.epoch)
                 self.changed.notify()
                 # nats-py does not always call closed_cb: when its own closing fails, it only stays closed
-                while not nc.is_closed and not await first_of(self._lost, 0.2):
+                while not (nc.is_closed or _told_to_end() or await first_of(self._lost, 0.2)):
                     pass
             finally:
                 self.nc = None

@@ -482,6 +482,24 @@ async def test_a_cancellation_that_meets_the_answer_is_not_forgotten() -> None:
         await asking
 
 
+async def test_a_cancellation_that_is_swallowed_while_it_connects_still_ends_the_link(bus: Bus) -> None:
+    """nats-py does so in places; the link ran on, and the process that should end waited for it."""
+    link, connecting = Link(bus.settings, "test"), asyncio.Event()
+
+    async def swallow(_: Client) -> None:
+        connecting.set()
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+
+    link.on_up(swallow)
+    running = asyncio.get_running_loop().create_task(link.run())
+    await connecting.wait()
+    running.cancel()
+    done, _ = await asyncio.wait([running], timeout=PATIENCE_S)
+    assert done, "it ends"
+    assert not link.up
+
+
 # consumers -----------------------------------------------------------------------------------------------
 
 
