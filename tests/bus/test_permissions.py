@@ -15,7 +15,7 @@ from nats.aio.msg import Msg
 
 from adapter.jetstream import topology
 from adapter.jetstream.link import Link
-from adapter.permissions import streams
+from adapter.permissions import grants, streams
 from adapter.settings import Settings
 from tests.bus import roles
 from tests.bus.guarded import NAMES, TEMPLATES, WITNESS, Guarded, Player, guarded
@@ -101,6 +101,23 @@ async def test_each_role_publishes_what_it_may_and_nothing_else(server: Guarded)
         visible = {subject for subject in may if not subject.startswith(UNSEEN)}
         await until(lambda: visible <= {s for s, data in seen if data == mark}, f"{column} is heard")  # noqa: B023
         assert {s for s, data in seen if data == mark} <= may, column
+
+
+async def test_no_wildcard_and_no_similar_name_opens_another_sandbox(server: Guarded) -> None:
+    """Names that begin with its own, tokens more or less, and what stands for many."""
+    s1 = await server.connect(OWN)
+    mine = [*grants(NAMES, "sandbox", OWN).publish, *grants(NAMES, "sandbox", OWN).subscribe]
+    for token in ("*", ">", "s10", "s", "S1", "s1.s2", "s2.s1", "_", "{{tag(sandbox)}}"):
+        tried = set()
+        for subject in mine:
+            if subject.startswith("_INBOX_") and not token.isalnum():
+                continue  # no wildcard stands for a part of a token, and what is below its inbox is its own
+            tried.add(subject.replace(OWN, token) if token != ">" else subject.partition(OWN)[0] + ">")
+        for attempt in (s1.nc.subscribe, s1.nc.publish):
+            for subject in tried:
+                await attempt(subject)
+            assert await refusals(s1) == {subject.lower() for subject in tried}
+        assert len(tried) > len(mine) // 2
 
 
 async def test_each_role_hears_what_it_may_and_nothing_else(server: Guarded) -> None:

@@ -174,6 +174,11 @@ async def test_every_role_can_do_its_work(scene: Scene) -> None:
     assert answer.ok
     for player in (s1, s2, scene.service, scene.platform):
         assert player.refusals == []
+    # what the service says of itself to those who may ask names nobody
+    operator = await scene.server.connect("operator")
+    described = (await operator.nc.request("$SRV.INFO.wechat-nats", timeout=10)).data
+    assert b"wechat.svc.replay.*" in described
+    assert not re.search(rb"\bs[12]\b|im\.bot|im\.wechat", described)
 
 
 @pytest.mark.parametrize("scene", THOROUGH, indirect=True)
