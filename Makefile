@@ -2,6 +2,7 @@
 # make test    every check and every test but the slow ones
 # make slow    the slow ones
 # make image-test  the image, built and run: needs root and Debian, and installs buildah and podman
+# make alerts-test  every alert, fired by a real fault in a real Prometheus; takes two minutes
 # make format  the code as `make check` wants it
 # make generate  schemas/, helm/nats/ and the README's table, from the code
 # make npm     what some tests take from npm, into tests/npm/
@@ -21,7 +22,7 @@ NPM_STAMP := $(NPM)/node_modules/.installed
 # An environment that is there is kept, whichever Python it has.
 PYTHONS := $(BIN)/python python3 python3.14 python3.13 python3.12 python3.11
 
-.PHONY: demo test check tests slow image-test format generate npm clean install
+.PHONY: demo test check tests slow image-test alerts-test format generate npm clean install
 .DEFAULT_GOAL := test
 
 demo: install
@@ -38,6 +39,10 @@ slow: install
 
 image-test: install
 	@$(BIN)/pytest tests/image/checks.py --durations=0 --durations-min=1 </dev/null
+
+alerts-test: install
+	@.ci/need promtool prometheus prometheus-alertmanager || true
+	@$(BIN)/pytest -s tests/monitoring </dev/null
 
 check: install
 	@found=$$($(BIN)/ruff format --check . 2>&1) || { echo "$$found" >&2; echo 'run: make format' >&2; exit 1; }

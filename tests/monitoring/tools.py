@@ -1,4 +1,4 @@
-"""Where Prometheus' programs are: on the PATH, or unpacked from Debian's packages by `.ci/unpack`."""
+"""Where Prometheus' programs and the files for them are."""
 
 from __future__ import annotations
 
@@ -17,23 +17,15 @@ PACKAGES = {
     "promtool": "promtool",
     "prometheus": "prometheus",
     "prometheus-alertmanager": "prometheus-alertmanager",
-    "amtool": "prometheus-alertmanager",
 }
 """By program: the Debian package that brings it."""
 
 
-def find(program: str) -> Path | None:
-    """The program, if it is here."""
-    unpacked = ROOT / ".tools/debian/usr/bin" / program
-    found = shutil.which(program) or (unpacked if unpacked.exists() else None)
-    return Path(found) if found else None
-
-
-def need(program: str) -> Path:
-    """The program; without it the test is skipped, and says what would bring it."""
-    found = find(program)
+def need(program: str) -> str:
+    """The program's path; without it the test is skipped, and says what would bring it."""
+    found = shutil.which(program)
     if found is None:
-        pytest.skip(f"{program} is missing: .ci/unpack {PACKAGES[program]}")
+        pytest.skip(f"{program} is missing; on Debian: .ci/need {PACKAGES[program]}")
     return found
 
 
