@@ -15,6 +15,7 @@ from adapter.errors import AdapterError, Refused, Temporary, Unreadable
 from adapter.ilink import protocol
 from adapter.ilink.cipher import BLOCK, KEY_BYTES, Decryption, Encryption, cipher_size
 from adapter.ilink.client import AGENT, ILink
+from adapter.ilink.network import CheckedNetwork, checked
 from adapter.ilink.transport import CONNECT_S
 from adapter.metrics import Metrics
 from adapter.ports import Account, Fetch, MediaKind, Uploaded
@@ -41,6 +42,7 @@ class CdnClient:
         max_bytes: int,
         transfers: int,
         stall_s: float = STALL_S,
+        network: CheckedNetwork | None = None,
     ) -> None:
         self._ilink = ilink
         self._metrics = metrics
@@ -48,7 +50,7 @@ class CdnClient:
         self._allowed_hosts = allowed_hosts
         self._max_bytes = max_bytes
         self._slots = asyncio.Semaphore(transfers)
-        self._client = httpx.AsyncClient(
+        client = httpx.AsyncClient(
             verify=ssl.create_default_context(),
             timeout=httpx.Timeout(stall_s, connect=CONNECT_S),
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=transfers, keepalive_expiry=20.0),
@@ -57,6 +59,7 @@ class CdnClient:
             # not even asked for: a small answer must not unpack into a huge one
             headers={"User-Agent": AGENT, "Accept-Encoding": "identity"},
         )
+        self._client = checked(client, network or CheckedNetwork(allowed_hosts))
 
     async def close(self) -> None:
         """Closes all connections."""

@@ -13,6 +13,7 @@ import structlog
 from adapter import __version__
 from adapter.errors import AdapterError, Refused, SessionExpired, Temporary, Throttled, Uncertain
 from adapter.ilink import protocol
+from adapter.ilink.network import CheckedResolver, Lookup, lookup
 from adapter.ilink.protocol import Reply, Request
 from adapter.ilink.transport import Transport
 from adapter.ilink.wire import THROTTLED
@@ -42,13 +43,19 @@ class ILink:
         poll_margin_s: float,
         send_timeout_s: float,
         max_answer_bytes: int,
+        look_up: Lookup = lookup,
     ) -> None:
         self._metrics = metrics
         self._default_base_url = default_base_url
         self._allowed_hosts = allowed_hosts
         self._poll_margin_s = poll_margin_s
         self._send_timeout_s = send_timeout_s
-        self._transport = Transport(tls=ssl.create_default_context(), agent=AGENT, max_answer_bytes=max_answer_bytes)
+        self._transport = Transport(
+            tls=ssl.create_default_context(),
+            agent=AGENT,
+            max_answer_bytes=max_answer_bytes,
+            resolver=CheckedResolver(allowed_hosts, look_up=look_up),
+        )
         self._doubtful: set[str] = set()
         """Bots whose connections seem dead: their next call gets one of its own."""
 

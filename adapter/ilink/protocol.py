@@ -32,6 +32,8 @@ _ESCAPE = re.compile(
 
 A = TypeVar("A", bound=wire.Answer)
 
+URL_CHARS = 8192
+"""Longest URL that is called; that of an upload holds a long parameter."""
 QR_URL_CHARS = 1500
 """Longest text that is taken for the content of a QR code."""
 TOKENS_LISTED = 10
@@ -90,7 +92,7 @@ def _check_host(url: str, allowed_hosts: tuple[str, ...]) -> None:
         host, port = parts.hostname or "", parts.port
     except ValueError:
         raise Refused("url", "The URL's host or port cannot be read.") from None
-    if not _URL.fullmatch(url) or not host or "@" in parts.netloc:
+    if not _URL.fullmatch(url) or len(url) > URL_CHARS or not host or "@" in parts.netloc or port == 0:
         raise Refused("url", "A URL is https://host[/path], in plain ASCII, without credentials.")
     named = {host, parts.netloc} if port else {host}
     if parts.scheme in ("http", "https") and not named.isdisjoint(allowed_hosts):

@@ -15,7 +15,9 @@ import aiohttp
 from yarl import URL
 
 from adapter.errors import Temporary, Uncertain
+from adapter.ilink.network import CheckedResolver
 from adapter.ilink.protocol import Reply
+from adapter.ilink.unpack import PackedBadly, Unpacker
 
 CONNECT_S = 10.0
 KEPT_S = 20.0
@@ -25,8 +27,9 @@ KEPT_S = 20.0
 class Transport:
     """Exchanges one request for one answer, without following redirects, whatever the bot."""
 
-    def __init__(self, *, tls: ssl.SSLContext, agent: str, max_answer_bytes: int) -> None:
+    def __init__(self, *, tls: ssl.SSLContext, agent: str, max_answer_bytes: int, resolver: CheckedResolver) -> None:
         self._tls = tls
+        self._resolver = resolver
         self._headers = {"User-Agent": agent, "Accept-Encoding": "gzip, deflate"}
         self._max_answer_bytes = max_answer_bytes
         self._sessions: dict[bool, aiohttp.ClientSession] = {}
@@ -60,14 +63,13 @@ class Transport:
         self._sessions.clear()
 
     async def _read(self, response: aiohttp.ClientResponse) -> bytes:
-        """Raises Uncertain("unreadable") for an answer that is too large, once unpacked."""
-        chunks: list[bytes] = []
-        size = 0
-        async for chunk in response.content.iter_any():
-            size += len(chunk)
-            if size > self._max_answer_bytes:
-                raise Uncertain("unreadable", f"the answer exceeds {self._max_answer_bytes} bytes")
-            chunks.append(chunk)
+        """Raises Uncertain("unreadable") for an answer that is too large, once unpacked, or cannot be unpacked."""
+        try:
+            unpacker = Unpacker(response.headers.get("Content-Encoding", ""), self._max_answer_bytes)
+            chunks = [unpacker.feed(chunk) async for chunk in response.content.iter_any()]
+            unpacker.finish()
+        except PackedBadly as exc:
+            raise Uncertain("unreadable", str(exc)) from exc
         return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
     def _open(self, afresh: bool) -> aiohttp.ClientSession:
@@ -75,11 +77,13 @@ class Transport:
             ssl=self._tls,
             limit=0,
             use_dns_cache=not afresh,
+            resolver=self._resolver,
             **({"force_close": True} if afresh else {"keepalive_timeout": KEPT_S}),
         )
         session = self._sessions[afresh] = aiohttp.ClientSession(
             connector=connector,
             headers=self._headers,
+            auto_decompress=False,  # a few bytes can stand for gigabytes: see Unpacker
             cookie_jar=aiohttp.DummyCookieJar(),  # iLink sets none, and bots must not share any
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S),
             trust_env=bool(urllib.request.getproxies()),  # looked for once: at every request it would cost as much

@@ -1,0 +1,553 @@
+"""Where a host of iLink may lead: to public addresses alone, however written, and not elsewhere a moment later."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import ssl
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import httpcore
+import httpx
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+from structlog.testing import capture_logs
+
+from adapter.errors import Refused, Temporary
+from adapter.ilink.addresses import is_exempt, is_public
+from adapter.ilink.cdn import CdnClient
+from adapter.ilink.client import ILink
+from adapter.ilink.network import CheckedNetwork, CheckedResolver, Lookup, NotPublic, addresses_of, checked, lookup
+from adapter.metrics import Metrics
+from adapter.ports import Account, Fetch
+from tests.e2e.waiting import free_port
+
+HOST = "ilinkai.weixin.qq.com"
+BASE = f"https://{HOST}"
+ACCOUNT = Account("b1@im.bot", "b1@im.bot:06ff", BASE)
+PUBLIC = "203.0.114.7"
+
+ADDRESSES: list[tuple[str, str, bool]] = [
+    ("public", "8.8.8.8", True),
+    ("public-v6", "2606:4700:4700::1111", True),
+    ("loopback", "127.0.0.1", False),
+    ("loopback-elsewhere", "127.8.7.6", False),
+    ("any", "0.0.0.0", False),
+    ("this-network", "0.1.2.3", False),
+    ("private-10", "10.1.2.3", False),
+    ("private-172", "172.31.255.1", False),
+    ("not-private-172", "172.32.0.1", True),
+    ("private-192", "192.168.1.1", False),
+    ("link-local-metadata", "169.254.169.254", False),
+    ("a-clouds-wire-server", "168.63.129.16", False),
+    ("carrier-nat", "100.64.0.1", False),
+    ("benchmark", "198.18.0.1", False),
+    ("documentation", "203.0.113.1", False),
+    ("protocol-assignments", "192.0.0.8", False),
+    ("6to4-relay", "192.88.99.1", False),
+    ("multicast", "224.0.0.1", False),
+    ("reserved", "240.0.0.1", False),
+    ("broadcast", "255.255.255.255", False),
+    ("loopback-v6", "::1", False),
+    ("any-v6", "::", False),
+    ("mapped-loopback", "::ffff:127.0.0.1", False),
+    ("mapped-hex", "::ffff:7f00:1", False),
+    ("mapped-metadata", "::ffff:169.254.169.254", False),
+    ("mapped-public", "::ffff:8.8.8.8", True),
+    ("compatible-loopback", "::127.0.0.1", False),
+    ("translated", "::ffff:0:127.0.0.1", False),
+    ("nat64-loopback", "64:ff9b::7f00:1", False),
+    ("nat64-metadata", "64:ff9b::a9fe:a9fe", False),
+    ("nat64-public", "64:ff9b::808:808", True),
+    ("nat64-local", "64:ff9b:1::808:808", False),
+    ("6to4", "2002:7f00:1::1", False),
+    ("6to4-public", "2002:808:808::1", False),
+    ("teredo", "2001:0:4136:e378:8000:63bf:3fff:fdd2", False),
+    ("link-local-v6", "fe80::1", False),
+    ("with-a-scope", "fe80::1%eth0", False),
+    ("public-with-a-scope", "2606:4700::1%eth0", False),
+    ("site-local", "fec0::1", False),
+    ("unique-local", "fd00::1", False),
+    ("multicast-v6", "ff02::1", False),
+    ("documentation-v6", "2001:db8::1", False),
+    ("documentation-v6-new", "3fff::1", False),
+    ("segments", "5f00::1", False),
+    ("discard", "100::1", False),
+    ("octal", "0177.0.0.1", False),
+    ("decimal", "2130706433", False),
+    ("hex", "0x7f000001", False),
+    ("short", "127.1", False),
+    ("name", "localhost", False),
+    ("empty", "", False),
+    ("brackets", "[::1]", False),
+]
+
+
+@pytest.mark.parametrize(("address", "public"), [row[1:] for row in ADDRESSES], ids=[row[0] for row in ADDRESSES])
+def test_an_address_is_public_or_not(address: str, public: bool) -> None:
+    assert is_public(address) is public
+
+
+@pytest.mark.parametrize(
+    ("host", "port", "exempt"),
+    [
+        ("simulator", 1, True),
+        ("127.0.0.1", 8080, True),
+        ("127.0.0.1", 8081, False),
+        ("::1", 8080, True),
+        ("::1", 8081, False),
+        ("::2", 9, True),
+        ("simulator.", 1, False),
+        ("xsimulator", 1, False),
+    ],
+)
+def test_a_host_may_be_anywhere_only_if_the_operator_names_it(host: str, port: int, exempt: bool) -> None:
+    assert is_exempt(host, port, ("simulator", "127.0.0.1:8080", "[::1]:8080", "[::2]")) is exempt
+
+
+def leads_to(*turns: list[str]) -> tuple[Lookup, list[tuple[str, int]]]:
+    """A name server that answers one after another; the last answer stays. And what it was asked."""
+    asked: list[tuple[str, int]] = []
+
+    async def look_up(host: str, port: int) -> list[str]:
+        asked.append((host, port))
+        return turns[min(len(asked), len(turns)) - 1]
+
+    return look_up, asked
+
+
+@pytest.mark.parametrize(
+    "addresses", [["127.0.0.1"], [PUBLIC, "10.0.0.1"], ["::ffff:10.0.0.1"]], ids=["one", "one-of-two", "mapped"]
+)
+async def test_a_host_with_an_address_that_is_not_public_is_not_called(addresses: list[str]) -> None:
+    look_up, _ = leads_to(addresses)
+    with capture_logs() as logs, pytest.raises(NotPublic):
+        await addresses_of(HOST, 443, (), look_up=look_up)
+    assert [(line["event"], line["host"]) for line in logs] == [("address.refused", HOST)]
+    assert await addresses_of(HOST, 443, (HOST,), look_up=look_up) == addresses
+
+
+async def test_the_system_says_where_a_name_leads() -> None:
+    assert "127.0.0.1" in await lookup("localhost", 80)
+    with pytest.raises(NotPublic):
+        await addresses_of("localhost", 80, ())
+
+
+class Wire(httpcore.AsyncNetworkBackend):
+    """A network in which nobody answers, and which notes who was called."""
+
+    def __init__(self) -> None:
+        self.connected: list[tuple[str, int, float | None]] = []
+
+    async def connect_tcp(self, host: str, port: int, timeout: float | None = None, *_: Any, **__: Any) -> Any:
+        self.connected.append((host, port, timeout))
+        raise httpcore.ConnectTimeout("silence")
+
+
+async def test_what_is_connected_to_is_the_address_that_was_checked() -> None:
+    """A name that leads elsewhere a moment later (DNS rebinding) is asked for once per connection."""
+    look_up, asked = leads_to([PUBLIC], ["127.0.0.1"])
+    wire = Wire()
+    network = CheckedNetwork((), look_up=look_up, inner=wire)
+    with pytest.raises(httpcore.ConnectTimeout):
+        await network.connect_tcp(HOST, 443, 10.0)
+    assert (asked, wire.connected) == ([(HOST, 443)], [(PUBLIC, 443, 10.0)])
+    with pytest.raises(httpcore.ConnectError, match="not public"):
+        await network.connect_tcp(HOST, 443, 10.0)
+    assert wire.connected == [(PUBLIC, 443, 10.0)]
+
+
+async def test_aiohttp_is_given_checked_addresses_alone() -> None:
+    look_up, _ = leads_to([PUBLIC, "2606:4700::1"], [PUBLIC, "::1"])
+    resolver = CheckedResolver((), look_up=look_up)
+    found = await resolver.resolve(HOST, 443)
+    assert [(one["host"], one["port"], one["family"]) for one in found] == [
+        (PUBLIC, 443, socket.AF_INET),
+        ("2606:4700::1", 443, socket.AF_INET6),
+    ]
+    with pytest.raises(OSError, match="not public"):
+        await resolver.resolve(HOST, 443)
+
+
+async def test_an_address_that_is_silent_holds_up_the_next_one_only_shortly() -> None:
+    look_up, _ = leads_to(["2606:4700::1", PUBLIC])
+    wire = Wire()
+    with pytest.raises(httpcore.ConnectTimeout):
+        await CheckedNetwork((), look_up=look_up, inner=wire).connect_tcp(HOST, 443, 10.0)
+    assert wire.connected == [("2606:4700::1", 443, 2.0), (PUBLIC, 443, 10.0)]
+
+
+async def test_a_name_that_is_not_resolved_in_time_or_at_all_is_a_failed_connection() -> None:
+    async def never(host: str, port: int) -> list[str]:
+        await asyncio.Event().wait()
+        return []
+
+    async def unknown(host: str, port: int) -> list[str]:
+        raise OSError("Name or service not known")
+
+    with pytest.raises(httpcore.ConnectTimeout):
+        await CheckedNetwork((), look_up=never).connect_tcp(HOST, 443, 0.01)
+    with pytest.raises(httpcore.ConnectError):
+        await CheckedNetwork((), look_up=unknown).connect_tcp(HOST, 443, 10.0)
+    with pytest.raises(httpcore.ConnectError):
+        await CheckedNetwork(()).connect_unix_socket("/run/docker.sock")
+
+
+# the whole way, by TLS -----------------------------------------------------------------------------------
+
+
+class TlsServer:
+    """Answers every request over TLS, under one name, and remembers for whom it was taken."""
+
+    def __init__(self, folder: Path, name: str, answer: str) -> None:
+        self.names: list[str | None] = []
+        self.requests: list[str] = []
+        self.port = 0
+        self._answer = answer.replace("\n", "\r\n").encode() + b"\r\n\r\n"
+        self.authority = folder / "cert.pem"
+        key = ec.generate_private_key(ec.SECP256R1())
+        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+        now = datetime.now(UTC)
+        certificate = (
+            x509.CertificateBuilder()
+            .subject_name(subject)
+            .issuer_name(subject)
+            .public_key(key.public_key())
+            .serial_number(1)
+            .not_valid_before(now - timedelta(days=1))
+            .not_valid_after(now + timedelta(days=1))
+            .add_extension(x509.SubjectAlternativeName([x509.DNSName(name)]), critical=False)
+            .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+            .sign(key, hashes.SHA256())
+        )
+        self.authority.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+        (folder / "key.pem").write_bytes(
+            key.private_bytes(
+                serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+            )
+        )
+        self._tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        self._tls.load_cert_chain(self.authority, folder / "key.pem")
+        self._tls.sni_callback = lambda _, asked, __: self.names.append(asked)
+
+    @contextlib.asynccontextmanager
+    async def serving(self) -> AsyncIterator[None]:
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            with contextlib.suppress(OSError, asyncio.IncompleteReadError):
+                self.requests.append((await reader.readuntil(b"\r\n\r\n")).decode())
+                writer.write(self._answer)
+                await writer.drain()
+                writer.close()
+
+        server = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=self._tls)
+        self.port = server.sockets[0].getsockname()[1]
+        async with server:
+            yield
+
+
+@contextlib.asynccontextmanager
+async def tls(folder: Path, name: str, answer: str) -> AsyncIterator[TlsServer]:
+    server = TlsServer(folder, name, answer)
+    async with server.serving():
+        yield server
+
+
+def client(
+    server: TlsServer, addresses: list[str], monkeypatch: pytest.MonkeyPatch, *, exempt: bool = True
+) -> tuple[ILink, Account]:
+    """iLink's client, for which the name leads to `addresses`, and which may call this machine if `exempt`."""
+    monkeypatch.setenv("SSL_CERT_FILE", str(server.authority))
+    base = f"{BASE}:{server.port}"
+    ilink = ILink(
+        Metrics(),
+        default_base_url=base,
+        allowed_hosts=(f"{HOST}:{server.port}",) if exempt else (),
+        poll_margin_s=5.0,
+        send_timeout_s=10.0,
+        max_answer_bytes=1_000_000,
+        look_up=leads_to(addresses)[0],
+    )
+    return ilink, ACCOUNT._replace(base_url=base)
+
+
+EMPTY = "HTTP/1.1 200 OK\nContent-Type: application/json\nConnection: close\nContent-Length: 2\n\n{}"
+
+
+async def test_the_name_stays_in_sni_certificate_and_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with tls(tmp_path, HOST, EMPTY) as server:
+        ilink, account = client(server, ["127.0.0.1"], monkeypatch)
+        assert await ilink.poll(account, "", 1000) is not None
+        await ilink.close()
+    assert server.names == [HOST]
+    assert f"\r\nHost: {HOST}:{server.port}\r\n" in server.requests[0]
+
+
+async def test_a_certificate_of_another_name_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with tls(tmp_path, "evil.example", EMPTY) as server:
+        ilink, account = client(server, ["127.0.0.1"], monkeypatch)
+        with pytest.raises(Temporary):
+            await ilink.poll(account, "", 1000)
+        await ilink.close()
+    assert server.requests == []
+
+
+async def test_a_name_that_leads_inside_gets_no_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of polls, sends, codes and their redirects: all of them are failures of the network, to be tried again."""
+    async with tls(tmp_path, HOST, EMPTY) as server:
+        ilink, account = client(server, ["127.0.0.1"], monkeypatch, exempt=False)
+        with pytest.raises(Temporary):
+            await ilink.poll(account, "", 1000)
+        with pytest.raises(Temporary):
+            await ilink.send_text(account, user="u", client_id="c", context_token="t", text="hi")
+        with pytest.raises(Temporary):
+            await ilink.fetch_code([])
+        redirected = ilink.redirected(f"{HOST}:{server.port}", account.base_url)
+        assert await ilink.read_code("qr", redirected, "") is None
+        await ilink.recycle(account.bot)
+        with pytest.raises(Temporary):
+            await ilink.poll(account, "", 1000)
+        await ilink.close()
+    assert (server.names, server.requests) == ([], [])
+
+
+async def test_a_call_goes_where_the_one_look_at_the_name_led(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the same name leads elsewhere a moment later (DNS rebinding)."""
+    heads: list[tuple[str, bytes]] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        heads.append((writer.get_extra_info("sockname")[0], await reader.readuntil(b"\r\n\r\n")))
+        writer.write(EMPTY.replace("\n", "\r\n").encode())
+        writer.close()
+
+    server = await asyncio.start_server(serve, ["127.0.0.1", "127.0.0.2"], free_port())
+    port = server.sockets[0].getsockname()[1]
+    look_up, asked = leads_to(["127.0.0.1"], ["127.0.0.2"])
+    base = f"http://rebinding.example:{port}"
+    ilink = ILink(
+        Metrics(),
+        default_base_url=base,
+        allowed_hosts=(f"rebinding.example:{port}",),
+        poll_margin_s=5.0,
+        send_timeout_s=10.0,
+        max_answer_bytes=1_000_000,
+        look_up=look_up,
+    )
+    async with server:
+        await ilink.poll(ACCOUNT._replace(base_url=base), "", 1000)
+        await ilink.close()
+    assert asked == [("rebinding.example", port)]
+    assert [address for address, _ in heads] == ["127.0.0.1"]
+
+
+async def test_an_answer_that_redirects_is_not_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    moved = "HTTP/1.1 307 Moved\nLocation: http://169.254.169.254/latest/\nConnection: close\nContent-Length: 0"
+    async with tls(tmp_path, HOST, moved) as server:
+        ilink, account = client(server, ["127.0.0.1"], monkeypatch)
+        with pytest.raises(Temporary):
+            await ilink.poll(account, "", 1000)
+        with pytest.raises(Temporary):
+            await ilink.send_text(account, user="u", client_id="c", context_token="t", text="hi")
+        await ilink.close()
+    assert [request.split()[1] for request in server.requests] == ["/ilink/bot/getupdates", "/ilink/bot/sendmessage"]
+
+
+# every URL that comes from outside -----------------------------------------------------------------------
+
+INSIDE = [
+    "https://127.0.0.1/c2c",
+    "https://2130706433/c2c",
+    "https://0x7f.1/c2c",
+    "https://0177.0.0.1/c2c",
+    "https://127.1/c2c",
+    "https://0/c2c",
+    "https://[::1]/c2c",
+    "https://[::ffff:127.0.0.1]/c2c",
+    "https://[64:ff9b::7f00:1]/c2c",
+    "https://[fe80::1%25eth0]/c2c",
+    "https://localhost/c2c",
+    "https://localhost./c2c",
+    "https://LOCALHOST/c2c",
+    "https://metadata.google.internal/c2c",
+    "https://127.0.0.1.nip.io/c2c",
+    "https://weixin.qq.com.nip.io/c2c",
+    "https://xweixin.qq.com/c2c",
+    f"https://{HOST}./c2c",
+    f"https://{HOST}.evil.example/c2c",
+    f"https://{HOST}@evil.example/c2c",
+    f"https://{HOST}:443@evil.example/c2c",
+    f"https://{HOST}%40evil.example/c2c",
+    f"https://evil.example%2f.{HOST}/c2c",
+    f"https://evil.example\\@{HOST}/c2c",
+    f"https://evil.example\\.{HOST}/c2c",
+    f"https://evil.example\t.{HOST}/c2c",
+    f"https://evil.example\n.{HOST}/c2c",
+    f"https://evil.example\r\n.{HOST}/c2c",
+    f"https://evil.example\x00.{HOST}/c2c",
+    f"https://{HOST}/c2c\r\nHost: evil.example",
+    f"\thttps://{HOST}/c2c",
+    f"https://evil.example#{HOST}/c2c",
+    f"https://evil.example?.{HOST}",
+    f"https://evil.example;.{HOST}/c2c",
+    "https://ilinkai。weixin。qq。com/c2c",
+    "https://ilinkai.weixin.qq.com\u3002evil.example/c2c",
+    "https://ｉｌｉｎｋａｉ.weixin.qq.com/c2c",
+    "https://ilinkai.we\u0131xin.qq.com/c2c",
+    "https://ilinkai.weixin.qq.c\u043em/c2c",
+    "https://ilinkai.xn--wexin-0za.qq.com/c2c",
+    f"https://{HOST}:0/c2c",
+    f"https://{HOST}:65536/c2c",
+    f"https://{HOST}:-1/c2c",
+    f"https://{HOST}:４４３/c2c",
+    f"https://{HOST}:443:80/c2c",
+    f"http://{HOST}/c2c",
+    f"HTTP://{HOST}/c2c",
+    f"ftp://{HOST}/c2c",
+    f"gopher://{HOST}/c2c",
+    f"file://{HOST}/etc/passwd",
+    f"//{HOST}/c2c",
+    f"https:/{HOST}/c2c",
+    f"https:{HOST}/c2c",
+    f"https:///{HOST}/c2c",
+    f"https://{'a' * 9000}.weixin.qq.com/c2c",
+]
+
+
+class Untouched:
+    """Clients in a world where every name is public; nothing of it may be asked or connected to."""
+
+    def __init__(self) -> None:
+        self.wire = Wire()
+        look_up, self.asked = leads_to([PUBLIC])
+        self.ilink = ILink(
+            Metrics(),
+            default_base_url=BASE,
+            allowed_hosts=(),
+            poll_margin_s=0.0,
+            send_timeout_s=1.0,
+            max_answer_bytes=1000,
+            look_up=look_up,
+        )
+        self.cdn = CdnClient(
+            self.ilink,
+            Metrics(),
+            base_url=f"{BASE}/c2c",
+            allowed_hosts=(),
+            max_bytes=100,
+            transfers=1,
+            network=CheckedNetwork((), look_up=look_up, inner=self.wire),
+        )
+
+    def check(self) -> None:
+        assert (self.wire.connected, self.asked) == ([], [])
+
+
+@pytest.fixture(scope="module")
+def untouched() -> Untouched:
+    return Untouched()  # once: it reads the system's certificates
+
+
+@pytest.mark.parametrize("url", INSIDE)
+async def test_a_base_url_of_a_binding_is_not_called(url: str, untouched: Untouched) -> None:
+    """`base_url` of a bind command, `baseurl` of a login."""
+    with pytest.raises(Refused):
+        untouched.ilink.check_base_url(url)
+    account = Account("b1@im.bot", "b1@im.bot:06ff", url)  # one that got into the bucket all the same
+    with pytest.raises(Refused):
+        await untouched.ilink.poll(account, "", 0)
+    with pytest.raises(Refused):
+        await untouched.ilink.send_text(account, user="u", client_id="c", context_token="t", text="hi")
+    untouched.check()
+
+
+@pytest.mark.parametrize("url", INSIDE)
+async def test_a_login_is_redirected_to_no_such_host(url: str, untouched: Untouched) -> None:
+    """`redirect_host`."""
+    for host in {url, url.partition("//")[2], url.partition("//")[2].removesuffix("/c2c")} - {HOST}:
+        with pytest.raises(Refused):
+            untouched.ilink.redirected(host, BASE)
+    with pytest.raises(Refused):
+        await untouched.ilink.read_code("qr", url, "")
+    untouched.check()
+
+
+@pytest.mark.parametrize("url", INSIDE)
+async def test_media_are_fetched_from_and_brought_to_no_such_place(
+    url: str, untouched: Untouched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`full_url` of a medium, `upload_full_url` of an upload."""
+
+    async def place(*_: Any, **__: Any) -> str:
+        return url
+
+    async def read() -> AsyncIterator[bytes]:
+        yield b"x"
+
+    with pytest.raises(Refused):
+        [piece async for piece in untouched.cdn.download(Fetch(0, url, "", None, ""))]
+    monkeypatch.setattr(untouched.ilink, "upload_url", place)  # what iLink answers
+    with pytest.raises(Refused):
+        await untouched.cdn.upload(ACCOUNT, user="u", kind="file", name="", size=1, md5="", read=read)
+    untouched.check()
+
+
+async def test_media_of_a_host_that_leads_inside_are_not_fetched(untouched: Untouched) -> None:
+    wire = Wire()
+    network = CheckedNetwork((), look_up=leads_to(["10.0.0.7"])[0], inner=wire)
+    cdn = CdnClient(
+        untouched.ilink,
+        Metrics(),
+        base_url=f"{BASE}/c2c",
+        allowed_hosts=(),
+        max_bytes=100,
+        transfers=1,
+        network=network,
+    )
+    with pytest.raises(Temporary):
+        [piece async for piece in cdn.download(Fetch(0, "", "reference", None, ""))]
+    await cdn.close()
+    assert wire.connected == []
+
+
+async def test_a_proxy_of_the_environment_may_be_inside_and_resolves_for_itself(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    connects: list[bytes] = []
+
+    async def proxy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connects.append(await reader.readline())
+        writer.close()
+
+    server = await asyncio.start_server(proxy, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    monkeypatch.setenv("HTTPS_PROXY", f"http://proxy.internal:{port}")
+    look_up, asked = leads_to(["127.0.0.1"])
+    ilink = ILink(
+        Metrics(),
+        default_base_url=BASE,
+        allowed_hosts=(),
+        poll_margin_s=5.0,
+        send_timeout_s=1.0,
+        max_answer_bytes=1000,
+        look_up=look_up,
+    )
+    async with server:
+        with pytest.raises(Temporary):
+            await ilink.poll(ACCOUNT, "", 1000)
+        await ilink.close()
+    assert connects[0].startswith(f"CONNECT {HOST}:443 ".encode())
+    assert set(asked) == {("proxy.internal", port)}
+    assert is_exempt("proxy.internal", port, ()) is False
+
+
+async def test_a_client_that_cannot_be_checked_is_not_made() -> None:
+    transport = httpx.MockTransport(lambda _: httpx.Response(200))
+    async with httpx.AsyncClient(transport=transport) as unknown:
+        with pytest.raises(AssertionError):
+            checked(unknown, CheckedNetwork(()))
