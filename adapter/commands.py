@@ -178,6 +178,9 @@ def read_command(body: Outbound, *, sandbox: str, ident: str, stored_ms: int, li
 def _parts(body: Outbound, sandbox: str, limits: Limits) -> list[str | MediaPart]:
     """Raises Refused("invalid"), Refused("too_long")."""
     parts: list[str | MediaPart] = []
+    chars = sum(len(item.text if isinstance(item, OutText) else item.caption) for item in body.items or ())
+    if chars > limits.parts * limits.text_chars * 2:
+        raise _too_long(limits)
     for item in body.items or [OutText(text=body.text or "")]:
         if isinstance(item, OutText):
             parts += _texts(item.text, body.format, limits)

@@ -126,12 +126,14 @@ class Shard(LaneWork):
                     if self._drain.is_set() or not backlog.next(subject):
                         break
                     if delivery := backlog.take_back(subject, stored.seq, stored.data, stored.headers):
+                        started = self._needs.sender.clock.monotonic()
                         try:
                             self._accept(delivery)
                         except Exception:  # a bug: the message stays, unsettled, and the others go on
                             backlog.settle(delivery.seq)
                             log.exception("delivery.crashed", shard=self.number, sequence=delivery.seq)
-                        await asyncio.sleep(0)  # reading takes its time, and others have the same loop
+                        # Reading takes its time (Markdown above all), and all others live in the same loop.
+                        await asyncio.sleep(3 * (self._needs.sender.clock.monotonic() - started))
         finally:
             self._reading.discard(subject)
 

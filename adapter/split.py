@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from typing import Any
 
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
@@ -94,16 +96,26 @@ def _marker(fence: str) -> str:
 
 
 _MARKDOWN = MarkdownIt("commonmark").enable(["table", "strikethrough"])
+_BLOCKS = MarkdownIt("commonmark").enable(["table"]).disable("inline")
+"""Reads paragraphs, lists and tables, and leaves what is in them to `_MARKDOWN`."""
+_MARK = re.compile(r"[\[\]!*_~`<&\\]")
+_MARKS_READ = 5000
+"""So many marks of a text are read; what comes behind is shown as it is. Each may cost as much as a hundred words."""
+_MARKS_AT_ONCE = re.compile(r"(?:[^\[\]!*_~`<&\\]*[\[\]!*_~`<&\\]){100}")
+"""So many of a paragraph are read at once: of brackets and stars that lead nowhere, each costs all others."""
 
 
 def to_plain(text: str) -> str:
     """Markdown as plain text: what a reader would see, without the marks; links keep their address."""
     out: list[str] = []
     numbers: list[int | None] = []
-    for token in _MARKDOWN.parse(text):
+    env: dict[str, Any] = {}
+    marks = 0
+    for token in _BLOCKS.parse(text, env):
         match token.type:
             case "inline":
-                out.append(_inline(token.children or []))
+                marks += 1 + len(_MARK.findall(token.content))
+                out += _read(token.content, env) if marks <= _MARKS_READ else [token.content]
             case "fence" | "code_block" | "html_block":
                 out.append(token.content.rstrip("\n") + "\n\n")
             case "hr":
@@ -131,6 +143,19 @@ def to_plain(text: str) -> str:
                 pass
     plain = re.sub(r"[ \t]+\n", "\n", "".join(out))
     return re.sub(r"\n{3,}", "\n\n", plain).strip() or text
+
+
+def _read(text: str, env: dict[str, Any]) -> Iterator[str]:
+    """What is in a paragraph, in pieces that end at a line, a word, or somewhere. `env`: the links that are named."""
+    start = 0
+    while start < len(text):
+        marks = _MARKS_AT_ONCE.match(text, start)
+        end = len(text) if marks is None else marks.end()
+        if marks is not None and (space := max(text.rfind("\n", start, end), text.rfind(" ", start, end))) > start:
+            end = space + 1
+        for token in _MARKDOWN.parseInline(text[start:end], env):
+            yield _inline(token.children or [])
+        start = end
 
 
 def _bullet(numbers: list[int | None]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 import time
 
 import pytest
@@ -173,3 +174,58 @@ def test_markdown_reads_as_plain_text(markdown: str, plain: str) -> None:
 @given(st.text(alphabet=st.sampled_from(list("ab \n#*_`>-[]()!|~1.<&\\")), max_size=200))
 def test_any_markdown_becomes_some_text(markdown: str) -> None:
     assert bool(to_plain(markdown).strip()) or not markdown.strip()
+
+
+HOSTILE = [
+    "[",
+    "![",
+    "[](",
+    "[x",
+    "*",
+    "*a ",
+    "_a",
+    "**_",
+    "~~a",
+    "<",
+    "[a](<b",
+    "&",
+    "\\",
+    "> ",
+    "- ",
+    "`",
+    "|-",
+    "[a]: b\n",
+    "a|",
+]
+
+
+@pytest.mark.parametrize("many", [80_000, 4_900], ids=["nothing-else", "in-prose"])
+@pytest.mark.parametrize("marks", HOSTILE)
+def test_reading_marks_that_lead_nowhere_takes_bounded_work(marks: str, many: int) -> None:
+    """Some cost the square of their number, and the whole service waits meanwhile. Counted in calls, not in time."""
+    text = (marks * many)[:many] + "\n\n" + "word " * ((80_000 - many) // 5)
+    calls = 0
+
+    def count(*_: object) -> None:
+        nonlocal calls
+        calls += 1
+
+    sys.setprofile(count)
+    try:
+        plain = to_plain(text)
+    finally:
+        sys.setprofile(None)
+    assert plain
+    assert calls < 4_500_000
+
+
+def test_many_marks_in_one_paragraph_are_read_as_in_several() -> None:
+    words = [f"**b{number}** and [l{number}](https://e.x/{number})" for number in range(300)]
+    expected = [f"b{number} and l{number} (https://e.x/{number})" for number in range(300)]
+    assert to_plain(" ".join(words)) == " ".join(expected)
+    assert to_plain("\n".join(words)) == "\n".join(expected)
+
+
+def test_more_marks_than_anybody_writes_are_shown_as_they_are() -> None:
+    text = "**b** " * 2000
+    assert to_plain(text) == text.strip()
