@@ -7,6 +7,7 @@ version, told by the header `Wechat-Schema`.
 
 from __future__ import annotations
 
+import functools
 import re
 from typing import Annotated, Literal, TypeAlias
 
@@ -94,6 +95,7 @@ def is_inbox(subject: str) -> bool:
     return len(subject) <= MAX_INBOX and subject.isascii() and bool(_INBOX.fullmatch(subject))
 
 
+@functools.lru_cache(maxsize=32_768)  # bots and users: at each of their messages, and a character takes its time
 def token_of(text: str) -> str:
     """`text` as one subject token and bucket key: letters, digits, `-` and `_` stay, the rest becomes =XX (hex)."""
     return "".join(

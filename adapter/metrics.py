@@ -9,6 +9,7 @@ import itertools
 import platform
 from collections.abc import Iterable, Sequence
 from importlib import metadata
+from typing import Any
 
 from prometheus_client import (
     CollectorRegistry,
@@ -74,6 +75,30 @@ CONSUMERS = ("out", "router", "control")
 _FAST_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 5.0, 10.0)
 _CALL_S = (0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 15.0, 30.0)
 _MESSAGE_S = (0.1, 0.25, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 300.0, 900.0, 3600.0)
+
+
+class _Kept:
+    """Finds its children again at a quarter of the price: the library checks and sorts the labels at each look-up,
+    and a message takes about ten of them."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        self._children: dict[Any, Any] = {}
+        super().__init__(*args, **options)
+
+    def labels(self, *values: Any, **named: Any) -> Any:
+        key = (values, *named.items())
+        found = self._children.get(key)
+        if found is None:
+            found = self._children[key] = super().labels(*values, **named)  # type: ignore[misc]
+        return found
+
+
+class KeptCounter(_Kept, Counter):
+    """A Counter whose children are kept."""
+
+
+class KeptHistogram(_Kept, Histogram):
+    """A Histogram whose children are kept."""
 
 
 class Metrics:
@@ -295,7 +320,7 @@ class Metrics:
         children: Iterable[tuple[str, ...]] | None = None,
         **labels: Sequence[str],
     ) -> Counter:
-        made = Counter(name, _help(text, labels), list(labels), namespace=NAMESPACE, registry=self.registry)
+        made = KeptCounter(name, _help(text, labels), list(labels), namespace=NAMESPACE, registry=self.registry)
         for values in itertools.product(*labels.values()) if children is None else children:
             if values:
                 made.labels(*values)
@@ -309,7 +334,7 @@ class Metrics:
         return made
 
     def _histogram(self, name: str, text: str, buckets: Sequence[float], **labels: Sequence[str]) -> Histogram:
-        made = Histogram(
+        made = KeptHistogram(
             name, _help(text, labels), list(labels), namespace=NAMESPACE, registry=self.registry, buckets=buckets
         )
         for values in itertools.product(*labels.values()):

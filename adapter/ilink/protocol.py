@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeVar, get_args
@@ -67,6 +68,7 @@ class Reply(NamedTuple):
     body: bytes
 
 
+@functools.lru_cache(maxsize=1024)  # the same few at every request
 def check_url(url: str, allowed_hosts: tuple[str, ...]) -> str:
     """`url` without a trailing slash, if it may be called. Raises Refused("url").
 
