@@ -60,6 +60,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     nats_key: str = ""
     """Private key file (PEM) of the client certificate; needs `NATS_CERT`."""
 
+    nats_tls_first: bool = False
+    """Encrypt from the first byte: for a server whose `tls` block says `handshake_first`."""
+
     nats_inbox_prefix: Annotated[str, Meta(pattern=r"^_INBOX[A-Za-z0-9_-]{0,80}\Z")] = "_INBOX"
     """Where answers come back. With permissions each role has a place of its own, such as `_INBOX_adapter`."""
 

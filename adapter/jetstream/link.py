@@ -76,11 +76,12 @@ def connect_options(settings: Settings, name: str) -> dict[str, Any]:
         "nkeys_seed": settings.nats_nkey,
     }
     options |= {option: value for option, value in credentials.items() if value}
-    if settings.nats_ca or settings.nats_cert or any(url.startswith("tls:") for url in settings.nats_url):
+    encrypted = settings.nats_ca or settings.nats_cert or settings.nats_tls_first
+    if encrypted or any(url.startswith("tls:") for url in settings.nats_url):
         context = ssl.create_default_context(cafile=settings.nats_ca or None)
         if settings.nats_cert:
             context.load_cert_chain(settings.nats_cert, settings.nats_key or None)
-        options["tls"] = context
+        options |= {"tls": context, "tls_handshake_first": settings.nats_tls_first}
     return options
 
 

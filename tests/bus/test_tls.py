@@ -1,0 +1,146 @@
+"""Connections to a server that asks for certificates, in both orders of the handshake."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import datetime
+import json
+from collections.abc import AsyncIterator
+from ipaddress import ip_address
+from pathlib import Path
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+
+from adapter.embedded import find_server
+from adapter.jetstream.link import Link
+from adapter.settings import Settings
+from tests.e2e.waiting import eventually, until
+
+
+class Authority:
+    """Signs certificates into files."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.key = ec.generate_private_key(ec.SECP256R1())
+        self.name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "an authority")])
+        self.file = folder / "ca.pem"
+        self.file.write_bytes(self._signed(self.name, self.key, ca=True).public_bytes(serialization.Encoding.PEM))
+
+    def issue(self, name: str) -> tuple[Path, Path]:
+        """Certificate and key; valid for 127.0.0.1."""
+        key = ec.generate_private_key(ec.SECP256R1())
+        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+        cert_file, key_file = self.folder / f"{name}.pem", self.folder / f"{name}-key.pem"
+        cert_file.write_bytes(self._signed(subject, key, ca=False).public_bytes(serialization.Encoding.PEM))
+        key_file.write_bytes(
+            key.private_bytes(
+                serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+            )
+        )
+        return cert_file, key_file
+
+    def _signed(self, subject: x509.Name, key: ec.EllipticCurvePrivateKey, *, ca: bool) -> x509.Certificate:
+        now = datetime.datetime.now(datetime.UTC)
+        return (
+            x509.CertificateBuilder()
+            .subject_name(subject)
+            .issuer_name(self.name)
+            .public_key(key.public_key())
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now - datetime.timedelta(hours=1))
+            .not_valid_after(now + datetime.timedelta(hours=1))
+            .add_extension(x509.BasicConstraints(ca=ca, path_length=None), critical=True)
+            .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))]), critical=False)
+            .sign(self.key, hashes.SHA256())
+        )
+
+
+@contextlib.asynccontextmanager
+async def server(folder: Path, authority: Authority, *, first: bool) -> AsyncIterator[str]:
+    """The URL of a nats-server that asks for a certificate of the authority."""
+    cert, key = authority.issue("server")
+    config = folder / "nats.conf"
+    config.write_text(
+        f'listen: "127.0.0.1:-1"\nports_file_dir: "{folder}"\n'
+        f'tls {{ cert_file: "{cert}", key_file: "{key}", ca_file: "{authority.file}", verify: true,'
+        f" handshake_first: {str(first).lower()} }}\n"
+    )
+    process = await asyncio.create_subprocess_exec(find_server(), "-c", config, stderr=asyncio.subprocess.DEVNULL)
+    ports = folder / f"nats-server_{process.pid}.ports"
+    try:
+
+        def listens() -> bool:
+            with contextlib.suppress(OSError, ValueError):
+                return bool(json.loads(ports.read_text())["nats"])
+            return False
+
+        await until(listens, "the server listens")
+        yield str(json.loads(ports.read_text())["nats"][0]).replace("tls://", "nats://")
+    finally:
+        process.kill()
+        await process.wait()
+
+
+@contextlib.asynccontextmanager
+async def linked(settings: Settings) -> AsyncIterator[Link]:
+    link = Link(settings, "test")
+    task = asyncio.create_task(link.run())
+    try:
+        yield link
+    finally:
+        task.cancel()
+        await asyncio.wait([task])
+
+
+@pytest.mark.parametrize("first", [False, True], ids=["after the greeting", "from the first byte"])
+async def test_a_link_with_a_certificate_of_its_own(tmp_path: Path, first: bool) -> None:
+    authority = Authority(tmp_path)
+    cert, key = authority.issue("adapter")
+    async with server(tmp_path, authority, first=first) as url:
+        settings = Settings(
+            nats_url=(url,), nats_ca=str(authority.file), nats_cert=str(cert), nats_key=str(key), nats_tls_first=first
+        )
+        async with linked(settings) as link:
+            nc = await link.wait_up(30)
+            subscription = await nc.subscribe("greeting")
+            await nc.publish("greeting", b"hello")
+            assert (await subscription.next_msg(timeout=10)).data == b"hello"
+
+
+async def test_a_server_of_another_authority_is_not_believed(tmp_path: Path) -> None:
+    """And no credentials are sent to it: the handshake fails before."""
+    folders = [tmp_path / "one", tmp_path / "other"]
+    for folder in folders:
+        folder.mkdir()
+    authority, other = map(Authority, folders)
+    cert, key = other.issue("adapter")
+    async with server(folders[0], authority, first=False) as url:
+        settings = Settings(nats_url=(url,), nats_ca=str(other.file), nats_cert=str(cert), nats_key=str(key))
+        async with linked(settings) as link:
+            await until(lambda: link.down_reason != "not connected yet", "it has tried")
+            assert not link.up
+
+
+async def test_certificates_that_are_exchanged_serve_at_the_next_connection(tmp_path: Path) -> None:
+    """As a mounted Secret is renewed under a running adapter."""
+    authority = Authority(tmp_path)
+    cert, key = authority.issue("adapter")
+    async with server(tmp_path, authority, first=False) as url:
+        settings = Settings(nats_url=(url,), nats_ca=str(authority.file), nats_cert=str(cert), nats_key=str(key))
+        async with linked(settings) as link:
+            await link.wait_up(30)
+            cert.write_text("this is no certificate")
+            await link.client().close()
+            await until(lambda: not link.up and "PEM" in link.down_reason.upper(), "it reads the file again")
+            authority.issue("adapter")
+
+            async def connected() -> bool:
+                return link.up
+
+            await eventually(connected, "it connects by the new one")
