@@ -64,6 +64,7 @@ generate: install
 	  $(MAKE) npm && node $(NPM)/types.mjs schemas >$(NPM)/node_modules/.types && \
 	  mv $(NPM)/node_modules/.types schemas/wechat-nats.d.ts; \
 	else echo 'npm is missing: schemas/wechat-nats.d.ts is left as it is' >&2; fi
+	@$(BIN)/python -m tests.chart.generate
 
 npm: $(NPM_STAMP)
 	@:

@@ -77,11 +77,9 @@ def helm(*arguments: str) -> str:
     return done.stdout
 
 
-def rendered(
-    values: Mapping[str, Any] | Path | None = None, *options: str, name: str = "bridge", namespace: str = "chat"
-) -> list[Object]:
-    """The objects of a release, hooks included. Raises Refused."""
-    arguments = ["template", name, str(CHART), f"--namespace={namespace}", *(f"--api-versions={api}" for api in APIS)]
+def rendered(values: Mapping[str, Any] | Path | None = None, *options: str, chart: Path = CHART) -> list[Object]:
+    """The objects of the release `bridge` in the namespace `chat`, hooks included. Raises Refused."""
+    arguments = ["template", "bridge", str(chart), "--namespace=chat", *(f"--api-versions={api}" for api in APIS)]
     if isinstance(values, Path):
         text = helm(*arguments, f"--values={values}", *options)
     elif values:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import tomllib
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from adapter.jetstream import topology
 from adapter.settings import Settings, read_settings, variable_of
 from tests.chart import generate
 from tests.chart.helm import CHART, ROOT, Loader, Object, Refused, helm, merged, none, one, rendered, tools
+from tests.monitoring.tools import need
 
 KUBERNETES = ("1.27", "1.32", "1.37")
 CI = sorted((CHART / "ci").glob("*-values.yaml"))
@@ -597,6 +599,81 @@ def test_the_pod_monitor_finds_the_pods() -> None:
     assert labels[monitor["spec"]["jobLabel"]] == "wechat-nats"
     (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
     assert (endpoint["port"], endpoint["path"]) == ("http", "/metrics")
+
+
+def alerts_of(objects: list[Object]) -> dict[str, Object]:
+    groups = one(objects, "PrometheusRule")["spec"]["groups"]
+    return {rule["alert"]: rule for group in groups for rule in group["rules"] if "alert" in rule}
+
+
+def test_the_rules_are_those_of_the_file() -> None:
+    """Nothing is lost on the way through helm: templates of labels, numbers, the order of groups."""
+    made = one(rendered({"prometheusRule": {"enabled": True}}), "PrometheusRule")
+    assert made["spec"] == yaml.load((CHART / "files" / "alerts.yaml").read_text(), Loader)
+
+
+def test_an_alert_is_changed_by_its_name() -> None:
+    plain = alerts_of(rendered({"prometheusRule": {"enabled": True}}))
+    objects = rendered(CHART / "ci" / "monitoring-values.yaml")
+    changed = alerts_of(objects)
+    assert set(plain) - set(changed) == {"WechatBotsThrottled"}
+    near, before = changed["WechatCapacityNear"], plain["WechatCapacityNear"]
+    assert near["expr"].split() == [*before["expr"].split()[:-1], "0.8"]
+    assert near["for"] == "1h"
+    anchor = before["annotations"]["runbook_url"].partition("#")[2]
+    assert near["annotations"]["runbook_url"] == f"https://wiki.example.com/wechat-nats#{anchor}"
+    assert all(rule["labels"]["team"] == "chat" for rule in changed.values())
+    others = set(changed) - {"WechatCapacityNear"}
+    assert all(changed[name]["expr"] == plain[name]["expr"] for name in others)
+    assert all(changed[name].get("for") == plain[name].get("for") for name in others)
+    severe = rendered(
+        {"prometheusRule": {"enabled": True, "alerts": {"WechatDeadLetters": {"severity": "critical"}}}}
+    )
+    assert alerts_of(severe)["WechatDeadLetters"]["labels"]["severity"] == "critical"
+
+
+def test_every_alert_that_ends_in_a_number_takes_a_threshold() -> None:
+    """One that does not is refused with a sentence, and so is one that there is not."""
+    plain = alerts_of(rendered({"prometheusRule": {"enabled": True}}))
+    numbered = {name for name, rule in plain.items() if re.search(r"[<>=]=?\s*[0-9.]+\s*$", rule["expr"])}
+    assert len(numbered) > len(plain) / 2
+    wanted = {"enabled": True, "alerts": {name: {"threshold": 12345678} for name in numbered}}
+    for name, rule in alerts_of(rendered({"prometheusRule": wanted})).items():
+        assert rule["expr"].rstrip().endswith(" 12345678") == (name in numbered)
+    for name in set(plain) - numbered:
+        with pytest.raises(Refused, match=f"prometheusRule.alerts.{name}.threshold: remove it"):
+            rendered({"prometheusRule": {"enabled": True, "alerts": {name: {"threshold": 1}}}})
+    with pytest.raises(
+        Refused, match=r"prometheusRule\.alerts\.WechatNothing: there is no such alert; there are Wechat"
+    ):
+        rendered({"prometheusRule": {"enabled": True, "alerts": {"WechatNothing": {"enabled": False}}}})
+
+
+def test_prometheus_takes_the_changed_rules(tmp_path: Path) -> None:
+    file = tmp_path / "rules.yaml"
+    file.write_text(yaml.safe_dump(one(rendered(CHART / "ci" / "monitoring-values.yaml"), "PrometheusRule")["spec"]))
+    checked = subprocess.run(
+        [need("promtool"), "check", "rules", "--lint=all", "--lint-fatal", file],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
+def test_the_dashboard_is_handed_to_grafana_unchanged(tmp_path: Path) -> None:
+    """Its legends look like templates of helm's."""
+    chart = tmp_path / "wechat-nats"
+    shutil.copytree(CHART, chart)
+    dashboard = {"title": "wechat-nats", "panels": [{"targets": [{"legendFormat": "{{pod}} {{ .Values }}"}]}]}
+    (chart / "files" / "dashboard.json").write_text(json.dumps(dashboard, indent=2))
+    values = {"dashboards": {"enabled": True, "annotations": {"grafana_folder": "Chat"}, "namespace": "monitoring"}}
+    made = one(rendered(values, chart=chart), "ConfigMap")
+    assert json.loads(made["data"]["wechat-nats.json"]) == dashboard
+    assert made["metadata"]["labels"]["grafana_dashboard"] == "1"
+    assert made["metadata"]["annotations"] == {"grafana_folder": "Chat"}
+    assert made["metadata"]["namespace"] == "monitoring"
+    (chart / "files" / "dashboard.json").unlink()
+    with pytest.raises(Refused, match=r"dashboards\.enabled: files/dashboard\.json is missing"):
+        rendered(values, chart=chart)
 
 
 def test_the_server_for_evaluation_keeps_what_it_acknowledges() -> None:
