@@ -3,6 +3,7 @@
 # make slow    the slow ones
 # make image-test  the image, built and run: needs root and Debian, and installs buildah and podman
 # make alerts-test  every alert, fired by a real fault in a real Prometheus; takes two minutes
+# make dashboard-picture  helm/dashboard.png, from what a real Prometheus answers under load
 # make format  the code as `make check` wants it
 # make generate  schemas/, helm/nats/ and the README's table, from the code
 # make npm     what some tests take from npm, into tests/npm/
@@ -22,7 +23,7 @@ NPM_STAMP := $(NPM)/node_modules/.installed
 # An environment that is there is kept, whichever Python it has.
 PYTHONS := $(BIN)/python python3 python3.14 python3.13 python3.12 python3.11
 
-.PHONY: demo test check tests slow image-test alerts-test format generate npm clean install
+.PHONY: demo test check tests slow image-test alerts-test dashboard-picture format generate npm clean install
 .DEFAULT_GOAL := test
 
 demo: install
@@ -39,6 +40,13 @@ slow: install
 
 image-test: install
 	@$(BIN)/pytest tests/image/checks.py --durations=0 --durations-min=1 </dev/null
+
+# Where uv is: `make install` puts it into .tools if there is none on the PATH.
+dashboard-picture: install
+	@.ci/need prometheus promtool || true
+	@export PATH="$$PATH:$$PWD/.tools/bin"; \
+	uv run --quiet --isolated --frozen --all-extras --group picture --python $(BIN)/python \
+	  python -m tests.monitoring.picture helm/dashboard.png
 
 alerts-test: install
 	@.ci/need promtool prometheus prometheus-alertmanager || true
