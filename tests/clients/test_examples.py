@@ -4,24 +4,41 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import pytest_asyncio
 
+from adapter.simulator import Simulator
+from tests.bus.guarded import guarded
 from tests.clients import examples
 from tests.clients.examples import Language
-from tests.e2e.world import World, until, world
+from tests.e2e.world import World, environ_of, fast, until, world
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+
+class Cast(NamedTuple):
+    """Two sandboxes, and how each program connects."""
+
+    sandbox: str
+    second: str
+    platform: dict[str, str]
+    service: dict[str, str]
+    agent: dict[str, str]
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def bridge(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World]:
     """One for all languages: each has sandboxes of its own."""
     async with world(tmp_path_factory.mktemp("bridge"), qr_hold_ms=300) as made:
-        adapter = await made.add_adapter()
-        await until(lambda: b"adapter.started" in adapter.log.read_bytes(), "the adapter runs")
+        await started(made)
         yield made
+
+
+async def started(bridge: World) -> None:
+    adapter = await bridge.add_adapter()
+    await until(lambda: b"adapter.started" in adapter.log.read_bytes(), "the adapter runs")
 
 
 async def test_python(bridge: World, tmp_path: Path) -> None:
@@ -36,24 +53,43 @@ async def test_c(bridge: World, tmp_path: Path) -> None:
     await converse(bridge, examples.c(tmp_path))
 
 
+async def test_each_needs_no_more_than_its_role_may(tmp_path: Path) -> None:
+    """A server with the permissions that are shipped; the programs differ in their users only."""
+    async with guarded(tmp_path) as server, Simulator(fast(qr_hold_ms=300)) as sim:
+
+        def environ(name: str) -> dict[str, str]:
+            user = server.users[name]
+            login = f"{user.environ['NATS_USER']}:{user.environ['NATS_PASSWORD']}@"
+            return {"NATS_URL": server.url.replace("://", f"://{login}"), "NATS_INBOX_PREFIX": user.inbox}
+
+        bridge = World(tmp_path, sim, server.url, environ_of(server.url, sim) | server.users["adapter"].environ)
+        try:
+            await started(bridge)
+            cast = Cast("s1", "s2", environ("platform"), environ("service"), environ("s1"))
+            await converse(bridge, examples.python(tmp_path), cast)
+        finally:
+            await bridge.close()
+
+
 @pytest.mark.slow  # the first build of the client takes a minute
 async def test_go(bridge: World, tmp_path: Path) -> None:
     await converse(bridge, examples.go(tmp_path))
 
 
-async def converse(bridge: World, language: Language) -> None:
+async def converse(bridge: World, language: Language, cast: Cast | None = None) -> None:
     """From the QR code to the phone, and everything that an example says of itself."""
-    user = await logs_in(bridge, language)
-    await answers(bridge, language, user)
-    await sends(bridge, language, user)
-    await binds(bridge, language)
+    cast = cast or Cast(language.name, f"{language.name}-2", *([{"NATS_URL": bridge.url}] * 3))
+    user = await logs_in(bridge, language, cast)
+    await answers(bridge, language, cast, user)
+    await sends(bridge, language, cast, user)
+    await binds(bridge, language, cast)
     assert bridge.sim.violations() == []
 
 
-async def logs_in(bridge: World, language: Language) -> str:
+async def logs_in(bridge: World, language: Language, cast: Cast) -> str:
     """With the wrong digits first. Returns the user."""
     before = len(bridge.sim.qrcodes())
-    async with language.run("onboard", "login", language.name, NATS_URL=bridge.url) as onboard:
+    async with language.run("onboard", "login", cast.sandbox, **cast.platform) as onboard:
         await until(lambda: len(bridge.sim.qrcodes()) > before, "there is a code")
         code = bridge.sim.qrcodes()[-1].qrcode
         bridge.sim.require_verify(code, "4711")
@@ -71,38 +107,37 @@ async def logs_in(bridge: World, language: Language) -> str:
     return user
 
 
-async def answers(bridge: World, language: Language, user: str) -> None:
+async def answers(bridge: World, language: Language, cast: Cast, user: str) -> None:
     """Each message once, also what was said while it was away."""
-    agent = ("echo", language.name)
-    async with language.run(*agent, NATS_URL=bridge.url) as echo:
+    async with language.run("echo", cast.sandbox, **cast.agent) as echo:
         bridge.sim.say(user, "hello 你好")
         await shows(bridge, user, ["You said: hello 你好"])
         await echo.says("answered ", 1)
     bridge.sim.say(user, "are you there?")
-    async with language.run(*agent, NATS_URL=bridge.url) as echo:
+    async with language.run("echo", cast.sandbox, **cast.agent) as echo:
         bridge.sim.say_media(user, "image", b"\x89PNG\r\n\x1a\n and so on")
         await shows(bridge, user, ["You said: hello 你好", "You said: are you there?", "You sent: image"])
         await echo.says("answered ", 2)
 
 
-async def sends(bridge: World, language: Language, user: str) -> None:
-    async with language.run("send", language.name, "from a service 😀", NATS_URL=bridge.url) as send:
+async def sends(bridge: World, language: Language, cast: Cast, user: str) -> None:
+    async with language.run("send", cast.sandbox, "from a service 😀", **cast.service) as send:
         assert await send.ended() == 0, send.said
         assert send.said.startswith("accepted")
     assert bridge.sim.phone(user)[-1].text == "from a service 😀"
-    async with language.run("send", f"{language.name}-nobody", "hello?", NATS_URL=bridge.url) as send:
+    async with language.run("send", f"{cast.sandbox}-nobody", "hello?", **cast.service) as send:
         assert await send.ended() == 1
         assert send.said.startswith("refused not_bound")
 
 
-async def binds(bridge: World, language: Language) -> None:
+async def binds(bridge: World, language: Language, cast: Cast) -> None:
     bot = bridge.sim.add_bot()
-    sandbox = f"{language.name}-2"
-    async with language.run("onboard", "bind", sandbox, bot.bot, NATS_URL=bridge.url, BOT_TOKEN=bot.token) as bind:
+    environ = {**cast.platform, "BOT_TOKEN": bot.token}
+    async with language.run("onboard", "bind", cast.second, bot.bot, **environ) as bind:
         assert await bind.ended() == 0, bind.said
         assert bind.said == "bound\n"
     await until(lambda: bridge.sim.polls(bot.bot).total > 0, "the bot is polled")
-    async with language.run("onboard", "bind", "No.1", bot.bot, NATS_URL=bridge.url, BOT_TOKEN=bot.token) as bind:
+    async with language.run("onboard", "bind", "No.1", bot.bot, **environ) as bind:
         assert await bind.ended() == 1
         assert "sandbox" in bind.said
         assert "Traceback" not in bind.said

@@ -19,22 +19,25 @@ static inline void must(natsStatus status, const char *what)
     }
 }
 
-/* A connection to NATS_URL that comes back after each break. Where `sandbox` is given, inboxes begin with
-   _INBOX_<sandbox>, the only ones that a sandbox may be permitted. */
-static inline natsConnection *connected(const char *sandbox)
+/* Where answers come back: NATS_INBOX_PREFIX, else `otherwise`. With permissions each role has a place of its own. */
+static inline const char *inbox_prefix(const char *otherwise)
+{
+    const char *prefix = getenv("NATS_INBOX_PREFIX");
+
+    return prefix != NULL ? prefix : otherwise;
+}
+
+/* A connection to NATS_URL that comes back after each break. */
+static inline natsConnection *connected(const char *prefix)
 {
     natsOptions *options = NULL;
     natsConnection *nc = NULL;
     const char *url = getenv("NATS_URL");
-    char prefix[80];
 
     must(natsOptions_Create(&options), "options");
     must(natsOptions_SetURL(options, url != NULL ? url : "nats://127.0.0.1:4222"), "NATS_URL");
     must(natsOptions_SetMaxReconnect(options, -1), "options");
-    if (sandbox != NULL) {
-        snprintf(prefix, sizeof prefix, "_INBOX_%s", sandbox);
-        must(natsOptions_SetCustomInboxPrefix(options, prefix), "options");
-    }
+    must(natsOptions_SetCustomInboxPrefix(options, prefix), "options");
     must(natsConnection_Connect(&nc, options), "connect");
     natsOptions_Destroy(options);
     return nc;

@@ -38,12 +38,14 @@ int main(int argc, char **argv)
     /* Asks for the next message; within 30 s there is one, or the word that there is none. In plain NATS, since a
        sandbox need not be permitted anything else of JetStream. */
     const char *ask = "{\"batch\":1,\"expires\":30000000000}";
-    natsConnection *nc = connected(sandbox);
+    natsConnection *nc;
     jsCtx *js = NULL;
     natsSubscription *pulled = NULL;
-    char next[128], out[128], inbox[128];
+    char own[80], next[128], out[128], inbox[128];
 
-    snprintf(inbox, sizeof inbox, "_INBOX_%s.%llx", sandbox, (unsigned long long) nats_NowInNanoSeconds());
+    snprintf(own, sizeof own, "_INBOX_%s", sandbox); /* the only inboxes that a sandbox may be permitted */
+    nc = connected(inbox_prefix(own));
+    snprintf(inbox, sizeof inbox, "%s.%llx", inbox_prefix(own), (unsigned long long) nats_NowInNanoSeconds());
     must(natsConnection_SubscribeSync(&pulled, nc, inbox), "inbox");
     must(natsConnection_JetStream(&js, nc, NULL), "JetStream");
     snprintf(next, sizeof next, "$JS.API.CONSUMER.MSG.NEXT.WECHAT_IN.%s", sandbox);

@@ -99,16 +99,16 @@ static bool login(natsConnection *nc, const char *sandbox)
 static bool bind(natsConnection *nc, const char *sandbox, const char *bot)
 {
     const char *token = getenv("BOT_TOKEN");
-    natsInbox *inbox = NULL;
     natsSubscription *answers = NULL;
     jsCtx *js = NULL;
     jsPubOptions options;
     natsMsg *msg = NULL;
     cJSON *command = cJSON_CreateObject(), *answer;
-    char id[64], *text;
+    char id[64], inbox[128], *text;
     bool ok;
 
-    must(natsInbox_Create(&inbox), "inbox");
+    snprintf(id, sizeof id, "bind.%llx", (unsigned long long) nats_NowInNanoSeconds());
+    snprintf(inbox, sizeof inbox, "%s.%s", inbox_prefix("_INBOX"), id);
     must(natsConnection_SubscribeSync(&answers, nc, inbox), "inbox");
     must(natsConnection_JetStream(&js, nc, NULL), "JetStream");
     cJSON_AddStringToObject(command, "sandbox", sandbox);
@@ -116,7 +116,6 @@ static bool bind(natsConnection *nc, const char *sandbox, const char *bot)
     cJSON_AddStringToObject(command, "bot_token", token != NULL ? token : "");
     cJSON_AddBoolToObject(cJSON_AddObjectToObject(command, "options"), "durable", true);
     text = cJSON_PrintUnformatted(command);
-    snprintf(id, sizeof id, "bind.%llx", (unsigned long long) nats_NowInNanoSeconds());
     must(natsMsg_Create(&msg, "wechat.ctl.bind", NULL, text, (int) strlen(text)), "message");
     must(natsMsgHeader_Set(msg, "Reply-To", inbox), "message");
     jsPubOptions_Init(&options);
@@ -133,9 +132,9 @@ static bool bind(natsConnection *nc, const char *sandbox, const char *bot)
 int main(int argc, char **argv)
 {
     if (argc == 3 && strcmp(argv[1], "login") == 0)
-        return login(connected(NULL), argv[2]) ? 0 : 1;
+        return login(connected(inbox_prefix("_INBOX")), argv[2]) ? 0 : 1;
     if (argc == 4 && strcmp(argv[1], "bind") == 0)
-        return bind(connected(NULL), argv[2], argv[3]) ? 0 : 1;
+        return bind(connected(inbox_prefix("_INBOX")), argv[2], argv[3]) ? 0 : 1;
     fprintf(stderr, "usage: onboard login SANDBOX | onboard bind SANDBOX BOT\n");
     return 2;
 }

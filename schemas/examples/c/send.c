@@ -9,7 +9,7 @@ int main(int argc, char **argv)
 {
     const char *sandbox = argc > 1 ? argv[1] : "s1";
     const char *text = argc > 2 ? argv[2] : "good morning";
-    natsConnection *nc = connected(NULL);
+    natsConnection *nc = connected(inbox_prefix("_INBOX"));
     natsSubscription *receipts = NULL;
     jsCtx *js = NULL;
     cJSON *command = cJSON_CreateObject();

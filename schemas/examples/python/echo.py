@@ -23,7 +23,8 @@ from nats.js.errors import NoStreamResponseError, ServiceUnavailableError
 async def main(sandbox: str) -> None:
     nc = await nats.connect(
         os.environ.get("NATS_URL", "nats://127.0.0.1:4222"),
-        inbox_prefix=f"_INBOX_{sandbox}",  # the only inboxes that a sandbox may be permitted
+        # the only inboxes that a sandbox may be permitted
+        inbox_prefix=os.environ.get("NATS_INBOX_PREFIX", f"_INBOX_{sandbox}"),
         max_reconnect_attempts=-1,
     )
     js = nc.jetstream()

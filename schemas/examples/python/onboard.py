@@ -73,7 +73,10 @@ async def ask(nc: Client, verb: str, request: dict[str, Any]) -> dict[str, Any]:
 
 
 async def main(verb: str, *arguments: str) -> int:
-    nc = await nats.connect(os.environ.get("NATS_URL", "nats://127.0.0.1:4222"))
+    nc = await nats.connect(
+        os.environ.get("NATS_URL", "nats://127.0.0.1:4222"),
+        inbox_prefix=os.environ.get("NATS_INBOX_PREFIX", "_INBOX"),
+    )
     try:
         return await (bind(nc, *arguments) if verb == "bind" else login(nc, *arguments))
     finally:

@@ -19,7 +19,11 @@ from nats.js.errors import NoStreamResponseError, ServiceUnavailableError
 
 
 async def main(sandbox: str, text: str) -> int:
-    nc = await nats.connect(os.environ.get("NATS_URL", "nats://127.0.0.1:4222"), max_reconnect_attempts=-1)
+    nc = await nats.connect(
+        os.environ.get("NATS_URL", "nats://127.0.0.1:4222"),
+        inbox_prefix=os.environ.get("NATS_INBOX_PREFIX", "_INBOX"),
+        max_reconnect_attempts=-1,
+    )
     js = nc.jetstream()
     receipts = await nc.subscribe(f"wechat.event.{sandbox}.receipt")
     await nc.flush()  # listen before you speak

@@ -10,9 +10,10 @@ import { connect, createInbox } from "@nats-io/transport-node";
 import type { Inbound, Outbound } from "../../wechat-nats.d.ts";
 
 const sandbox = process.argv[2] ?? "s1";
+const inboxPrefix = process.env.NATS_INBOX_PREFIX ?? `_INBOX_${sandbox}`; // all that a sandbox may be permitted
 const nc = await connect({
   servers: (process.env.NATS_URL ?? "nats://127.0.0.1:4222").split(","),
-  inboxPrefix: `_INBOX_${sandbox}`, // the only inboxes that a sandbox may be permitted
+  inboxPrefix,
   maxReconnectAttempts: -1,
 });
 const js = jetstream(nc);
@@ -20,7 +21,7 @@ console.log(`echo agent of ${sandbox}: ready`);
 
 // Asks for the next message; within 30 s there is one, or the word that there is none. In plain NATS, since a sandbox
 // need not be permitted anything else of JetStream.
-const inbox = createInbox(`_INBOX_${sandbox}`);
+const inbox = createInbox(inboxPrefix);
 const ask = (): void => {
   const next = JSON.stringify({ batch: 1, expires: 30_000_000_000 });
   nc.publish(`$JS.API.CONSUMER.MSG.NEXT.WECHAT_IN.${sandbox}`, next, { reply: inbox });

@@ -49,7 +49,7 @@ async function login(nc: NatsConnection, sandbox: string): Promise<boolean> {
 }
 
 async function bind(nc: NatsConnection, sandbox: string, bot: string): Promise<boolean> {
-  const inbox = createInbox();
+  const inbox = createInbox(inboxPrefix);
   const answers = nc.subscribe(inbox, { max: 1, timeout: 60_000 });
   const command: Bind = { sandbox, bot, bot_token: process.env.BOT_TOKEN ?? "", options: { durable: true } };
   const head = headers();
@@ -81,7 +81,8 @@ async function line(): Promise<string> {
 }
 
 const [verb, sandbox = "s1", bot = ""] = process.argv.slice(2);
-const nc = await connect({ servers: (process.env.NATS_URL ?? "nats://127.0.0.1:4222").split(",") });
+const inboxPrefix = process.env.NATS_INBOX_PREFIX ?? "_INBOX";
+const nc = await connect({ servers: (process.env.NATS_URL ?? "nats://127.0.0.1:4222").split(","), inboxPrefix });
 const done = verb === "bind" ? await bind(nc, sandbox, bot) : await login(nc, sandbox);
 await nc.close();
 process.exitCode = done ? 0 : 1;

@@ -15,6 +15,7 @@ const [sandbox = "s1", text = "good morning"] = process.argv.slice(2);
 const ident = `${sandbox}.send.${randomUUID()}`;
 const nc = await connect({
   servers: (process.env.NATS_URL ?? "nats://127.0.0.1:4222").split(","),
+  inboxPrefix: process.env.NATS_INBOX_PREFIX ?? "_INBOX",
   maxReconnectAttempts: -1,
 });
 const receipts = nc.subscribe(`wechat.event.${sandbox}.receipt`);

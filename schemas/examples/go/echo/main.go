@@ -35,8 +35,8 @@ func main() {
 	if url == "" {
 		url = nats.DefaultURL
 	}
-	// The inboxes are the only ones that a sandbox may be permitted.
-	nc, err := nats.Connect(url, nats.CustomInboxPrefix("_INBOX_"+sandbox), nats.MaxReconnects(-1))
+	// The only inboxes that a sandbox may be permitted.
+	nc, err := nats.Connect(url, inboxPrefix("_INBOX_"+sandbox), nats.MaxReconnects(-1))
 	if err != nil {
 		log.Fatal(err)
 	}
@@ -110,4 +110,12 @@ func store(js nats.JetStreamContext, subject string, command outbound) {
 		}
 		time.Sleep(time.Second)
 	}
+}
+
+// inboxPrefix says where answers come back. With permissions each role has a place of its own.
+func inboxPrefix(otherwise string) nats.Option {
+	if prefix := os.Getenv("NATS_INBOX_PREFIX"); prefix != "" {
+		return nats.CustomInboxPrefix(prefix)
+	}
+	return nats.CustomInboxPrefix(otherwise)
 }

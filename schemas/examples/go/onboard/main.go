@@ -36,7 +36,7 @@ func main() {
 	if url == "" {
 		url = nats.DefaultURL
 	}
-	nc, err := nats.Connect(url)
+	nc, err := nats.Connect(url, inboxPrefix("_INBOX"))
 	if err != nil {
 		log.Fatal(err)
 	}
@@ -98,7 +98,7 @@ func logIn(nc *nats.Conn, sandbox string) bool {
 }
 
 func bind(nc *nats.Conn, sandbox, bot string) bool {
-	inbox := nats.NewInbox()
+	inbox := nc.NewInbox()
 	answers, err := nc.SubscribeSync(inbox)
 	if err != nil {
 		log.Fatal(err)
@@ -116,7 +116,7 @@ func bind(nc *nats.Conn, sandbox, bot string) bool {
 	if err != nil {
 		log.Fatal(err)
 	}
-	if _, err := js.PublishMsg(msg, nats.MsgId("bind."+inbox[7:])); err != nil {
+	if _, err := js.PublishMsg(msg, nats.MsgId("bind."+inbox)); err != nil {
 		log.Fatal(err)
 	}
 	got, err := answers.NextMsg(time.Minute)
@@ -156,4 +156,12 @@ func ask(nc *nats.Conn, verb string, request map[string]any) login {
 		log.Fatal(err)
 	}
 	return now
+}
+
+// inboxPrefix says where answers come back. With permissions each role has a place of its own.
+func inboxPrefix(otherwise string) nats.Option {
+	if prefix := os.Getenv("NATS_INBOX_PREFIX"); prefix != "" {
+		return nats.CustomInboxPrefix(prefix)
+	}
+	return nats.CustomInboxPrefix(otherwise)
 }

@@ -29,12 +29,12 @@ type receipt struct {
 
 func main() {
 	sandbox, text := os.Args[1], os.Args[2]
-	command := outbound{ID: sandbox + ".send." + nats.NewInbox()[7:], Sandbox: sandbox, Text: text}
+	command := outbound{ID: fmt.Sprintf("%s.send.%x", sandbox, time.Now().UnixNano()), Sandbox: sandbox, Text: text}
 	url := os.Getenv("NATS_URL")
 	if url == "" {
 		url = nats.DefaultURL
 	}
-	nc, err := nats.Connect(url, nats.MaxReconnects(-1))
+	nc, err := nats.Connect(url, inboxPrefix("_INBOX"), nats.MaxReconnects(-1))
 	if err != nil {
 		log.Fatal(err)
 	}
@@ -87,4 +87,12 @@ func main() {
 			os.Exit(1)
 		}
 	}
+}
+
+// inboxPrefix says where answers come back. With permissions each role has a place of its own.
+func inboxPrefix(otherwise string) nats.Option {
+	if prefix := os.Getenv("NATS_INBOX_PREFIX"); prefix != "" {
+		return nats.CustomInboxPrefix(prefix)
+	}
+	return nats.CustomInboxPrefix(otherwise)
 }
