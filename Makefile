@@ -6,6 +6,7 @@
 # make dashboard-picture  helm/dashboard.png, from what a real Prometheus answers under load
 # make format  the code as `make check` wants it
 # make generate  schemas/, helm/nats/ and the README's table, from the code
+# make console-test  the console in a headless Chromium; pictures in .pytest_cache/console/
 # make npm     what some tests take from npm, into tests/npm/
 # make clean   everything that make and the tests have made
 #
@@ -23,7 +24,7 @@ NPM_STAMP := $(NPM)/node_modules/.installed
 # An environment that is there is kept, whichever Python it has.
 PYTHONS := $(BIN)/python python3 python3.14 python3.13 python3.12 python3.11
 
-.PHONY: demo test check tests slow image-test alerts-test dashboard-picture format generate npm clean install
+.PHONY: demo test check tests slow image-test alerts-test dashboard-picture console-test format generate npm clean install
 .DEFAULT_GOAL := test
 
 demo: install
@@ -73,6 +74,9 @@ generate: install
 	  mv $(NPM)/node_modules/.types schemas/wechat-nats.d.ts; \
 	else echo 'npm is missing: schemas/wechat-nats.d.ts is left as it is' >&2; fi
 	@$(BIN)/python -m tests.chart.generate
+
+console-test: install
+	@$(BIN)/pytest -m slow tests/console </dev/null
 
 npm: $(NPM_STAMP)
 	@:

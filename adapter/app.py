@@ -6,14 +6,16 @@ import asyncio
 import contextlib
 import resource
 import socket
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any
 
 import structlog
 
-from adapter import __version__, inbound, media, window
+from adapter import __version__, inbound, media, rollcall, window
 from adapter.bindings import Bindings
 from adapter.commands import Limits
+from adapter.console.desk import Needs
+from adapter.console.server import Console
 from adapter.contexts import Contexts
 from adapter.contract import Names, shard_of
 from adapter.control import Control
@@ -44,6 +46,7 @@ from adapter.queries import Queries
 from adapter.recall import Recall
 from adapter.receipts import Receipts
 from adapter.records import Binding
+from adapter.rollcall import Polling, Present
 from adapter.router import Router
 from adapter.scanning import Scanner, Scanning
 from adapter.seal import Sealer
@@ -204,8 +207,10 @@ class Adapter:
                 "window": queries.window_of,
             },
         )
+        self.handlers = handlers
         metrics.bindings_capacity.set(settings.capacity)
         self.link.on_up(self._count_connect)
+        self.teller.reply(self.names.roll(), lambda data: rollcall.answer(data, self._present))
         self.teller.hear(self.names.freed(), lambda data: self.supervisor.released(data.decode("utf-8", "replace")))
 
     async def _count_connect(self, _: object) -> None:
@@ -438,11 +443,46 @@ class Adapter:
             group.create_task(self._consume(shard, stream, topology.CONTROL, "control", offer))
             group.create_task(self.control.run())
 
+    # for people -------------------------------------------------------------------------------------
+
+    def _console(self) -> contextlib.AbstractContextManager[object]:
+        settings = self.settings
+        if not settings.console_addr:
+            return contextlib.nullcontext()
+        needs = Needs(
+            bindings=self.bindings,
+            contexts=self.context_bucket,
+            history=self.history,
+            bus=self.bus,
+            crowd=self.teller,
+            book=self.book,
+            services=self.handlers,
+            names=self.names,
+            rules=self.rules,
+            clock=self.clock,
+            living=lambda: self.leases.living,
+        )
+        return Console(settings.console_addr, settings.console_token, needs)
+
+    def _present(self, bots: Sequence[str]) -> Present:
+        polls = {
+            bot: Polling(state=state, ago_ms=None if ago_s is None else int(ago_s * 1000))
+            for bot, (state, ago_s) in self.supervisor.polls(bots).items()
+        }
+        return Present(
+            instance=self.instance,
+            version=__version__,
+            shards=len(self.leases.owned),
+            bots=len(self.supervisor.sessions),
+            draining=self.health.draining,
+            polls=polls,
+        )
+
     # running ----------------------------------------------------------------------------------------
 
     async def run(self, stop: asyncio.Event, on_ready: Callable[[], None] | None = None) -> None:
         """Runs until `stop` is set, then drains. Raises SettingsError when it cannot start."""
-        with ProbeServer(self.settings.http_addr, self.health, self.metrics):
+        with ProbeServer(self.settings.http_addr, self.health, self.metrics), self._console():
             async with asyncio.TaskGroup() as group:
                 self._group = group
                 background = [

@@ -187,6 +187,10 @@ class Names:
         """Where replicas tell each other that a bot was given back; below what is closed to sandboxes."""
         return f"{self.prefix}.kv.freed"
 
+    def roll(self) -> str:
+        """Where all replicas are asked for themselves; closed to sandboxes, too."""
+        return f"{self.prefix}.kv.roll"
+
     def svc(self, verb: str) -> str:
         return f"{self.prefix}.svc.{verb}"
 

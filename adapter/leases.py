@@ -217,6 +217,11 @@ class Leases:
         """Whether no other replica is there to take over."""
         return not any(name != self.incarnation and not member.draining for name, member in self._live.items())
 
+    @property
+    def living(self) -> int:
+        """How many replicas live, this one included, as far as is known here."""
+        return len(self._live.keys() | {self.incarnation})
+
     async def is_dead(self, incarnation: str) -> bool:
         """Whether it is proven that `incarnation` does nothing any more. Revokes it if its lease ran out."""
         if incarnation in self._dead:

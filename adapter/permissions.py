@@ -143,13 +143,14 @@ def _adapter_publishes(names: Names) -> tuple[str, ...]:
     prefix, media = names.prefix, f"OBJ_{names.media}"
     return (
         *(names.inbox("*"), names.out("*"), names.bind, names.event("*", "*"), names.freed()),
+        *(names.roll(), names.out_plain, names.unbind),  # for the console: who is there, and dead commands again
         *(f"{prefix}.parked.>", f"{prefix}.raw.>", names.dead("*")),
         *(f"$KV.{bucket}.>" for bucket in buckets(names)),
         f"$O.{names.media}.>",
         *_api("INFO", "STREAM.INFO.*", "STREAM.MSG.GET.*", "DIRECT.GET.>"),
         *_api("CONSUMER.NAMES.*", "CONSUMER.INFO.*.*"),
         *_api(*(f"STREAM.{verb}.{stream}" for verb in ("CREATE", "UPDATE") for stream in streams(names))),
-        *_api(f"STREAM.MSG.DELETE.{names.stream_parked}", f"STREAM.MSG.DELETE.{names.stream_raw}"),
+        *_api(*(f"STREAM.MSG.DELETE.{s}" for s in (names.stream_parked, names.stream_raw, names.stream_dead))),
         *_api(f"STREAM.PURGE.{media}", f"CONSUMER.CREATE.{names.stream_in}.*.{names.inbox('*')}"),
         *_api(*(f"CONSUMER.{verb}.{s}.*" for s in _pulled(names) for verb in ("CREATE", "RESET", "MSG.NEXT"))),
         *(f"$JS.ACK.{stream}.>" for stream in _pulled(names)),

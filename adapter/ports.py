@@ -376,6 +376,16 @@ class History(Protocol):
         """Deletes one message; one that is gone already is no error. Raises Temporary."""
 
 
+class Archive(History, Protocol):
+    """The same, for people, who begin at the end."""
+
+    async def newest(self, stream: str, subject: str, *, count: int, before: int | None = None) -> list[Stored]:
+        """At most `count` messages, newest first; `before`: older than this sequence. Raises Temporary."""
+
+    async def get(self, stream: str, seq: int) -> Stored | None:
+        """One message; None where there is none. Raises Temporary."""
+
+
 class Entry(NamedTuple):
     """A key's last value. `value` is None where the key was deleted (its revision still counts)."""
 
@@ -420,6 +430,13 @@ class Register(Protocol):
 
     async def entries(self) -> list[Entry]:
         """All that is there. Raises Temporary."""
+
+
+class Crowd(Protocol):
+    """All replicas at once, this one included."""
+
+    async def gather(self, subject: str, payload: bytes, *, count: int, within_s: float) -> list[bytes]:
+        """Asks, and takes what is answered until there are `count` answers or the time is over. Raises Temporary."""
 
 
 class Teller(Protocol):

@@ -5,14 +5,11 @@ Of its own, since a stuck event loop is the very thing that /livez has to report
 
 from __future__ import annotations
 
-import socket
-import socketserver
 import threading
 import time
 from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Any, Self
-from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
 import msgspec
 import structlog
@@ -20,6 +17,7 @@ import structlog
 from adapter.errors import SettingsError
 from adapter.metrics import Metrics
 from adapter.settings import split_addr
+from adapter.web import server_at, shown_url
 
 log = structlog.get_logger()
 
@@ -170,7 +168,7 @@ class ProbeServer:
     def __enter__(self) -> Self:
         host, port = split_addr(self.addr)
         try:
-            self._server = _server_class(host)((host, port), _Request)
+            self._server = server_at(host, port)
         except OSError as exc:
             raise SettingsError(
                 "invalid_settings",
@@ -198,10 +196,7 @@ class ProbeServer:
     @property
     def url(self) -> str:
         """Base URL, without a slash at its end."""
-        host = split_addr(self.addr)[0]
-        if host in ("", "0.0.0.0", "::"):
-            host = "127.0.0.1" if host != "::" else "::1"
-        return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
+        return shown_url(split_addr(self.addr)[0], self.port)
 
     def _serve(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         path, method = environ.get("PATH_INFO", ""), environ.get("REQUEST_METHOD", "")
@@ -218,32 +213,3 @@ class ProbeServer:
 
 def _answer(checks: list[Check]) -> tuple[bool, bytes, str]:
     return all(check.ok for check in checks), msgspec.json.encode(checks) + b"\n", "application/json"
-
-
-class _Request(WSGIRequestHandler):
-    timeout = 10  # seconds that a silent client may hold a thread
-
-    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
-        """Probes come every few seconds; nobody wants to read of them."""
-
-
-class _Server(socketserver.ThreadingMixIn, WSGIServer):
-    daemon_threads = True
-    block_on_close = False
-
-    def server_bind(self) -> None:
-        """Without the DNS look-up of HTTPServer, which may take seconds."""
-        socketserver.TCPServer.server_bind(self)
-        self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
-        self.setup_environ()
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        log.debug("probe.failed", exc_info=True)
-
-
-class _Server6(_Server):
-    address_family = socket.AF_INET6
-
-
-def _server_class(host: str) -> type[_Server]:
-    return _Server6 if ":" in host else _Server

@@ -40,5 +40,11 @@ def png(content: str) -> str:
     return base64.b64encode(out.getvalue()).decode()
 
 
+@lru_cache(maxsize=64)
+def svg(content: str) -> str:
+    """The picture as an element to put into a page: as large as its box, dark on light in a dark page, too."""
+    return _made(content).svg_inline(border=QUIET, light="white", omitsize=True)
+
+
 def _made(content: str) -> segno.QRCode:
     return segno.make(content, error="l", micro=False, boost_error=True)

@@ -18,9 +18,11 @@ from msgspec import Meta
 from adapter.errors import SettingsError
 
 PREFIX = "WECHAT_NATS_"
-SECRETS = frozenset({"nats_password", "nats_token", "token_key"})
+SECRETS = frozenset({"nats_password", "nats_token", "token_key", "console_token"})
 """Fields that are also read from the file named by `<variable>_FILE`, and whose values are never shown."""
 
+SHORTEST_TOKEN = 16
+"""Characters of the console's token: nobody guesses so many."""
 _PASSWORD = re.compile(r"//[^/@,\s]*@")
 _FILES = ("nats_creds", "nats_nkey", "nats_ca", "nats_cert", "nats_key")
 _BASE_URLS = ("ilink_base_url", "cdn_base_url")
@@ -219,6 +221,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     http_addr: str = "127.0.0.1:9464"
     """`host:port` of `/metrics`, `/livez`, `/readyz`, `/startupz`; no host: all interfaces, port 0: any free one."""
 
+    console_addr: str = ""
+    """`host:port` of the console, a page for operators; empty: there is none. Keep it on loopback or behind TLS."""
+
+    console_token: str = ""
+    """What the console asks for: 16 characters or more; secret."""
+
     data_dir: Annotated[str, Meta(min_length=1)] = "./data"
     """Where `--embedded` keeps its JetStream."""
 
@@ -335,7 +343,10 @@ def _check(field: str, value: Any) -> None:
             for host in value:
                 if not re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9_.-]+)(:\d{1,5})?", host):
                     raise ValueError(f"expected host or host:port, several separated by commas, got {host!r}")
-        case "http_addr":
+        case "console_token":
+            if len(value) < SHORTEST_TOKEN:
+                raise ValueError(f"expected {SHORTEST_TOKEN} characters or more (openssl rand -hex 16)")
+        case "http_addr" | "console_addr":
             try:
                 split_addr(value)
             except ValueError:
@@ -384,6 +395,8 @@ def _contradictions(settings: Settings, environ: Mapping[str, str]) -> Iterator[
             f"{PREFIX}RESERVE_SENDS: expected fewer than {PREFIX}SENDS_PER_WINDOW ({settings.sends_per_window}),"
             f" got {settings.reserve_sends}"
         )
+    if settings.console_addr and not settings.console_token:
+        yield f"{PREFIX}CONSOLE_TOKEN: expected a value, since {PREFIX}CONSOLE_ADDR has one"
     given = {name.removesuffix("_FILE") for name, value in environ.items() if value.strip()}
     for one, other in (("NATS_CERT", "NATS_KEY"), ("NATS_KEY", "NATS_CERT"), ("NATS_PASSWORD", "NATS_USER")):
         if one in given and other not in given:

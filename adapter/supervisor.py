@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Protocol
 
 import structlog
@@ -17,7 +17,7 @@ from adapter.leases import Leases
 from adapter.metrics import Metrics
 from adapter.outbound import Shard
 from adapter.records import Binding
-from adapter.sessions import Session
+from adapter.sessions import Session, State
 from adapter.timing import Clock, Latch
 
 log = structlog.get_logger()
@@ -113,6 +113,15 @@ class Supervisor:
     def stale(self, bot: str) -> bool:
         session = self.sessions.get(bot)
         return session is not None and session.stale
+
+    def polls(self, bots: Sequence[str]) -> dict[str, tuple[State, float | None]]:
+        """Of these bots, those that are polled here: how, and seconds since iLink answered (None: not yet)."""
+        now = self._clock.monotonic()
+        found = {bot: session for bot in bots if (session := self.sessions.get(bot)) is not None}
+        return {
+            bot: (session.state, now - session.answered if session.answered else None)
+            for bot, session in found.items()
+        }
 
     async def waiting(self, sandbox: str) -> Downloads | None:
         """The messages of a sandbox's shard that wait for media, once they are loaded; None where the shard is not

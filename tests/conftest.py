@@ -1,13 +1,23 @@
-"""Which event loop a test gets: modules that say `VIRTUAL_TIME = True` get one whose clock jumps."""
+"""Which loop a test gets (modules that say `VIRTUAL_TIME = True`: one whose clock jumps), and what npm brings."""
 
 from __future__ import annotations
 
 import asyncio
+import fcntl
+import os
+import shutil
+import subprocess
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import pytest
 
 from tests.fakes import VirtualLoop
+
+ROOT = Path(__file__).parents[1]
+NPM = ROOT / "tests" / "npm"
+UNREACHABLE = ("ENOTFOUND", "EAI_AGAIN", "ECONNREFUSED", "ETIMEDOUT", "ENETUNREACH")
+"""What npm says when there is no network."""
 
 
 def pytest_asyncio_loop_factories(
@@ -16,3 +26,20 @@ def pytest_asyncio_loop_factories(
     if getattr(getattr(item, "module", None), "VIRTUAL_TIME", False):
         return {"virtual": VirtualLoop}
     return {"asyncio": asyncio.new_event_loop}
+
+
+@pytest.fixture(scope="session")
+def npm() -> Path:
+    """The folder whose node_modules hold what the lock file names. Skips where there is no npm, or no registry."""
+    for command in ("node", "npm"):
+        if shutil.which(command) is None:
+            pytest.skip(f"{command} is missing; on Debian: apt-get install nodejs npm")
+    with (ROOT / "tests" / "npm" / "package.json").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two workers of pytest must not install at once
+        done = subprocess.run(["make", "npm"], cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
+    if done.returncode:
+        reason = f"cannot install what npm brings: {done.stderr.strip()[-300:]}"
+        if any(word in done.stderr for word in UNREACHABLE) and not os.environ.get("CI"):
+            pytest.skip(reason)
+        pytest.fail(reason)
+    return NPM

@@ -81,6 +81,8 @@ def test_a_variable_is_read(variable: str, raw: str, field: str, value: object) 
         ("WECHAT_NATS_ILINK_BASE_URL", "ilink", "expected https://host"),
         ("WECHAT_NATS_ILINK_BASE_URL", "http://ilink", "or a host that WECHAT_NATS_ALLOWED_HOSTS names"),
         ("WECHAT_NATS_TOKEN_KEY", "c2hvcnQ=", "expected base64 of 32 bytes"),
+        ("WECHAT_NATS_CONSOLE_ADDR", "9465", "expected host:port"),
+        ("WECHAT_NATS_CONSOLE_TOKEN", "short", "expected 16 characters or more"),
         ("WECHAT_NATS_LOG", "verbose", "expected one of debug, error, info, warning"),
     ],
 )
@@ -196,3 +198,13 @@ def test_no_error_and_no_repr_shows_a_secret() -> None:
 def test_the_http_address_is_split(addr: str, host: str, port: int) -> None:
     read = read_settings({"WECHAT_NATS_HTTP_ADDR": addr})
     assert (read.http_host, read.http_port) == (host, port)
+
+
+def test_a_console_needs_a_token() -> None:
+    assert refusal({"WECHAT_NATS_CONSOLE_ADDR": "127.0.0.1:9465"}) == (
+        "WECHAT_NATS_CONSOLE_TOKEN: expected a value, since WECHAT_NATS_CONSOLE_ADDR has one"
+    )
+    environ = {"WECHAT_NATS_CONSOLE_ADDR": ":9465", "WECHAT_NATS_CONSOLE_TOKEN": "0123456789abcdef"}
+    settings = read_settings(environ)
+    assert settings.console_addr == ":9465"
+    assert "0123456789abcdef" not in repr(settings)

@@ -16,32 +16,18 @@ from adapter.cli import output
 from adapter.cli.bus import NO_STREAM, Bus, JetStreamGone, connected, no_stream, stored_from
 from adapter.cli.exits import NO, OK, UNREACHABLE, USAGE, Failed
 from adapter.cli.options import Json
-from adapter.contract import H_DETAIL, H_MSG_ID, H_REASON, H_SEQUENCE, H_SUBJECT, H_TIME_MS, Names
+from adapter.contract import H_MSG_ID, Names
+from adapter.letters import Letter, again, letter_of
 
 app = App(name="dead", help="Messages that could not be handled: list, show, try again, delete.")
 
 COLUMNS = ("seq", "stream", "subject", "reason", "time", "size")
-OF_THE_LETTER = frozenset({H_SUBJECT, H_REASON, H_DETAIL, H_SEQUENCE, H_TIME_MS})
-"""Headers of the letter, not of the message in it."""
-
 _SECRET = r"token|secret|authorization|aes_?key"
 _SECRET_NAME = re.compile(_SECRET, re.IGNORECASE)
 _SECRET_TEXT = re.compile(rf'("[^"]*(?:{_SECRET})[^"]*"\s*:\s*)"[^"]*"?', re.IGNORECASE)
 MASK = "***"
 
 Seqs = Annotated[int, Parameter(help="Numbers, as `dead ls` shows them.")]
-
-
-class Letter(msgspec.Struct, frozen=True, kw_only=True):
-    """What is known of a dead letter without its body."""
-
-    seq: int
-    stream: str
-    subject: str
-    reason: str
-    detail: str
-    time_ms: int
-    size: int
 
 
 @app.command(name="ls")
@@ -114,19 +100,14 @@ async def dead_letters(bus: Bus) -> list[Letter]:
 
 def _letter(msg: Msg) -> Letter:
     headers = msg.headers or {}
-    return Letter(
-        seq=msg.metadata.sequence.stream,
-        stream=msg.subject.rpartition(".")[2],
-        subject=headers.get(H_SUBJECT, ""),
-        reason=headers.get(H_REASON, ""),
-        detail=headers.get(H_DETAIL, ""),
-        time_ms=_number(headers.get(H_TIME_MS)) or int(msg.metadata.timestamp.timestamp() * 1000),
-        size=_number(headers.get("Nats-Msg-Size")),
+    size = headers.get("Nats-Msg-Size", "")
+    return letter_of(
+        msg.metadata.sequence.stream,
+        msg.subject,
+        headers,
+        size=int(size) if size.isdigit() else 0,
+        stored_ms=int(msg.metadata.timestamp.timestamp() * 1000),
     )
-
-
-def _number(text: str | None) -> int:
-    return int(text) if text and text.isdigit() else 0
 
 
 def _some(seqs: tuple[int, ...]) -> tuple[int, ...]:
@@ -167,29 +148,15 @@ async def _delete(bus: Bus, seq: int) -> bool:
 
 
 async def _retry(bus: Bus, raw: api.RawStreamMsg) -> bool:
-    """Publishes, then deletes. The id follows from the letter: a retry cut half-way and repeated stores once."""
-    headers = raw.headers or {}
-    subject = original_subject(bus.names, headers.get(H_SUBJECT, ""))
-    if not _is_command(bus.names, subject):
+    """Publishes, then deletes."""
+    message = again(bus.names, raw.seq or 0, raw.headers or {}, raw.data or b"")
+    if message is None:
         output.complain(f"{raw.seq} cannot be retried: it is no command; the user has to write again.")
         return False
-    kept = {k: v for k, v in headers.items() if k not in OF_THE_LETTER and not k.startswith("Nats-")}
-    msg_id = f"retry-{raw.seq}-{headers.get(H_TIME_MS) or '0'}"
-    await bus.store(subject, raw.data or b"", kept | {H_MSG_ID: msg_id})
-    output.say(f"{raw.seq}  stored again on {output.printable(subject)}  (id {msg_id})")
+    await bus.store(message.subject, message.payload, message.headers)
+    msg_id = message.headers[H_MSG_ID]
+    output.say(f"{raw.seq}  stored again on {output.printable(message.subject)}  (id {msg_id})")
     return await _delete(bus, raw.seq or 0)
-
-
-def original_subject(names: Names, stored: str) -> str:
-    """Where a publisher sent what was stored as `stored`: WECHAT_OUT puts the shard in between."""
-    tokens = stored.split(".")
-    if stored.startswith(f"{names.out_plain}.") and len(tokens) == 4:
-        return names.out(tokens[3])
-    return stored
-
-
-def _is_command(names: Names, subject: str) -> bool:
-    return subject in (names.bind, names.unbind, names.out_plain) or subject.startswith(f"{names.out_plain}.")
 
 
 def _print(names: Names, raw: api.RawStreamMsg) -> None:

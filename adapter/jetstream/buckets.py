@@ -7,7 +7,9 @@ with a revision through our publisher. The data is the same as any KV client's.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sys
+from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from datetime import UTC, datetime
 from typing import Any
@@ -46,7 +48,7 @@ async def read_stream(
     page: int = 200,
     most: int | None = None,
     replicated: bool = False,
-) -> AsyncIterator[Stored]:
+) -> AsyncGenerator[Stored, None]:
     """The messages of `subject` (may hold wildcards), oldest first, after a sequence or since a time; at most `most`.
 
     Any server of a cluster answers, also one that lags: `replicated` asks the leader at the end whether that was all.
@@ -69,7 +71,7 @@ async def read_stream(
 
 
 class StreamHistory:
-    """Implements ports.History by direct get. `replicated`: the streams lie on several servers."""
+    """Implements ports.Archive by direct get. `replicated`: the streams lie on several servers."""
 
     def __init__(self, link: Link, *, replicated: bool = False) -> None:
         self._link = link
@@ -96,6 +98,30 @@ class StreamHistory:
             found |= page
             if not page or len(found) >= int(answer.get("total", 0)):
                 return found
+
+    async def newest(self, stream: str, subject: str, *, count: int, before: int | None = None) -> list[Stored]:
+        state = (await self._link.api(f"STREAM.INFO.{stream}"))["state"]
+        first, last = int(state["first_seq"]), int(state["last_seq"])
+        end = last + 1 if before is None else min(before, last + 1)
+        width = count
+        while True:
+            start = max(first, end - width)
+            found: deque[Stored] = deque(maxlen=count)
+            async with contextlib.aclosing(
+                read_stream(self._link, stream, subject, after=start - 1, page=count, replicated=self._replicated)
+            ) as messages:
+                async for stored in messages:
+                    if stored.seq >= end:
+                        break
+                    found.append(stored)
+            if found or start <= first:
+                return list(reversed(found))
+            width *= 4  # only what was deleted lay there
+
+    async def get(self, stream: str, seq: int) -> Stored | None:
+        async for stored in direct_get(self._link, stream, {"seq": seq}):
+            return stored
+        return None
 
     async def delete(self, stream: str, seq: int) -> None:
         try:

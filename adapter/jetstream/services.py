@@ -16,6 +16,7 @@ from adapter.contract import H_SCHEMA, SCHEMA_VERSION, Names, is_inbox
 from adapter.errors import AdapterError, BusRefused, Refused, Temporary
 from adapter.jetstream.link import Link
 from adapter.ports import Answered, Asked
+from adapter.timing import first_of
 
 log = structlog.get_logger()
 
@@ -130,7 +131,7 @@ def _by_sandbox(handler: SandboxHandler) -> Answering:
 
 
 class BusTeller:
-    """Implements ports.Teller."""
+    """Implements ports.Teller and ports.Crowd."""
 
     def __init__(self, link: Link, names: Names) -> None:
         self._link = link
@@ -149,6 +150,35 @@ class BusTeller:
             await nc.subscribe(subject, cb=receive)
 
         self._link.on_up(subscribe)
+
+    def reply(self, subject: str, make: Callable[[bytes], bytes | None]) -> None:
+        """Answers what is asked of all replicas there, to inboxes only; None: not at all."""
+
+        async def receive(msg: Msg) -> None:
+            made = make(msg.data) if is_inbox(msg.reply) else None
+            if made is not None:
+                await msg.respond(made)
+
+        async def subscribe(nc: Client) -> None:
+            await nc.subscribe(subject, cb=receive)
+
+        self._link.on_up(subscribe)
+
+    async def gather(self, subject: str, payload: bytes, *, count: int, within_s: float) -> list[bytes]:
+        """Implements ports.Crowd."""
+        answers: list[bytes] = []
+        enough = asyncio.Event()
+
+        async def receive(msg: Msg) -> None:
+            if "Status" not in (msg.headers or {}):  # else the server says that nobody listens
+                answers.append(msg.data)
+            if len(answers) >= count or "Status" in (msg.headers or {}):
+                enough.set()
+
+        async with self._link.subscribed(self._link.client(), receive) as inbox:
+            await self._link.publish(subject, payload, reply=inbox)
+            await first_of(enough, within_s)
+        return answers
 
     async def make_durable(self, sandbox: str) -> None:
         stream = self._names.stream_in

@@ -928,3 +928,55 @@ async def test_what_is_told_needs_no_stream(rig: Rig) -> None:
     await BusTeller(rig.link, NAMES).tell(inbox, msgspec.json.encode({"ok": True}), {H_SCHEMA: "1"})
     assert (await answers.next_msg(5)).data == b'{"ok":true}'
     await nc.close()
+
+
+async def test_all_replicas_are_asked_at_once_and_waited_for_no_longer_than_needed(rig: Rig) -> None:
+    """One that says nothing costs the time, not the answers of the others."""
+    subject, teller = NAMES.roll(), BusTeller(rig.link, NAMES)
+    assert await teller.gather(subject, b"?", count=1, within_s=PATIENCE_S) == []  # nobody listens
+    async with asyncio.TaskGroup() as group:
+        links = [Link(rig.bus.settings, f"replica {number}") for number in range(3)]
+        for number, link in enumerate(links):
+            answer = f"{number}".encode() if number < 2 else None
+            BusTeller(link, NAMES).reply(subject, lambda data, answer=answer: answer and data + answer)  # type: ignore[misc]
+        tasks = [group.create_task(link.run()) for link in links]
+        for link in links:
+            await link.wait_up(PATIENCE_S)
+        assert sorted(await teller.gather(subject, b"?", count=2, within_s=PATIENCE_S)) == [b"?0", b"?1"]
+        assert sorted(await teller.gather(subject, b"?", count=3, within_s=0.3)) == [b"?0", b"?1"]
+        nc = await rig.bus.client()
+        await nc.subscribe("elsewhere", cb=_forbidden)
+        await nc.publish(subject, b"?", reply="elsewhere")  # only an inbox is answered
+        assert sorted(await teller.gather(subject, b"?", count=2, within_s=PATIENCE_S)) == [b"?0", b"?1"]
+        await nc.flush()
+        await nc.close()
+        for task in tasks:
+            task.cancel()
+
+
+async def _forbidden(msg: Any) -> None:
+    raise AssertionError(msg)
+
+
+async def test_the_newest_messages_are_found_behind_what_was_deleted(rig: Rig) -> None:
+    stream, subject = NAMES.stream_dead, NAMES.dead("*")
+    assert await rig.history.newest(stream, subject, count=3) == []
+    for number in range(1, 41):
+        await rig.publisher.publish(Message("dead", NAMES.dead(f"X{number % 2}"), b"%d" % number, {}))
+
+    async def newest(**where: Any) -> list[int]:
+        return [stored.seq for stored in await rig.history.newest(stream, subject, **where)]
+
+    assert await newest(count=3) == [40, 39, 38]
+    assert await newest(count=3, before=38) == [37, 36, 35]
+    assert await newest(count=3, before=1) == []
+    for seq in range(5, 39):
+        await rig.history.delete(stream, seq)
+    assert await newest(count=3) == [40, 39]
+    assert await newest(count=3, before=39) == [4, 3, 2]
+    assert await newest(count=3, before=2) == [1]
+    found = await rig.history.get(stream, 40)
+    assert found is not None
+    assert (found.subject, found.data) == (NAMES.dead("X0"), b"40")
+    assert await rig.history.get(stream, 20) is None
+    assert await rig.history.get(stream, 99) is None

@@ -356,6 +356,14 @@ SECRETS: list[tuple[Object, dict[str, str], dict[str, str]]] = [
         {"WECHAT_NATS_TOKEN_KEY_FILE": "/etc/wechat-nats/token-key/token-key"},
         {"token-key": "s"},
     ),
+    (
+        {"console": {"existingSecret": "s", "key": "t"}},
+        {
+            "WECHAT_NATS_CONSOLE_TOKEN_FILE": "/etc/wechat-nats/console/t",
+            "WECHAT_NATS_CONSOLE_ADDR": "127.0.0.1:9465",  # for `kubectl port-forward` and nobody else
+        },
+        {"console": "s"},
+    ),
 ]
 
 

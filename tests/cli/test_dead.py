@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from adapter.cli.bus import Bus
-from adapter.cli.dead import original_subject
 from adapter.contract import (
     H_COMMAND,
     H_DETAIL,
@@ -17,6 +16,7 @@ from adapter.contract import (
     H_TRACEPARENT,
     Names,
 )
+from adapter.letters import original_subject
 from tests.cli.conftest import Command
 
 OUT, CTL, IN = "WECHAT_OUT", "WECHAT_CTL", "WECHAT_IN"

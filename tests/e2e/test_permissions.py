@@ -228,7 +228,14 @@ def _whole(msg: Msg) -> bytes:
 
 REPLIES = [
     *("wechat.out.s2", "wechat.out", "wechat.in.s2", "wechat.inbox.s2", "wechat.event.s2.receipt"),
-    *("wechat.ctl.bind", "wechat.ctl.unbind", "wechat.kv.freed", "wechat.raw.7.x", "wechat.dead.WECHAT_OUT"),
+    *(
+        "wechat.ctl.bind",
+        "wechat.ctl.unbind",
+        "wechat.kv.freed",
+        "wechat.kv.roll",
+        "wechat.raw.7.x",
+        "wechat.dead.WECHAT_OUT",
+    ),
     *("wechat.svc.replay", "wechat.svc.replay.s2", "wechat.svc.bindings.list", "wechat.svc.login.start"),
     *("$KV.wechat_bindings.x", "$KV.wechat_claims.7", "$O.wechat_media.C.x", "$O.wechat_media.M.x"),
     *("$JS.API.STREAM.PURGE.WECHAT_IN", "$JS.API.STREAM.DELETE.WECHAT_DEAD", "$JS.API.STREAM.CREATE.STOLEN"),

@@ -161,6 +161,12 @@ NATS_TLS_FIRST: "true"
 {{- if .Values.tokenKey.existingSecret }}
 WECHAT_NATS_TOKEN_KEY_FILE: {{ printf "/etc/wechat-nats/token-key/%s" .Values.tokenKey.key | quote }}
 {{- end }}
+{{- with .Values.console }}
+{{- if .existingSecret }}
+WECHAT_NATS_CONSOLE_ADDR: {{ printf "127.0.0.1:%d" (int .port) | quote }}
+WECHAT_NATS_CONSOLE_TOKEN_FILE: {{ printf "/etc/wechat-nats/console/%s" .key | quote }}
+{{- end }}
+{{- end }}
 WECHAT_NATS_HTTP_ADDR: {{ printf "%s:%d" .Values.http.address (int .Values.http.port) | quote }}
 WECHAT_NATS_DRAIN_S: {{ include "wechat-nats.text" .Values.drainSeconds | quote }}
 {{- range $name, $value := include "wechat-nats.settings" . | fromYaml }}
@@ -193,6 +199,7 @@ password: {{ $auth.userPassword.existingSecret | quote }}
 ca: {{ .Values.nats.tls.ca.existingSecret | quote }}
 cert: {{ .Values.nats.tls.cert.existingSecret | quote }}
 token-key: {{ .Values.tokenKey.existingSecret | quote }}
+console: {{ .Values.console.existingSecret | quote }}
 {{- end }}
 
 {{- define "wechat-nats.volumes" -}}

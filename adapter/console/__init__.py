@@ -1,0 +1,1 @@
+"""A page for operators: bindings, dead letters and logins, served by any replica for the whole platform."""

@@ -1,0 +1,202 @@
+"""What the console asks and does. Runs in the event loop; knows the bus by its ports, and logins as their service."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+from typing import NamedTuple, TypeVar
+
+import msgspec
+
+from adapter import rollcall, window
+from adapter.bindings import Bindings
+from adapter.console.guard import Guard
+from adapter.console.view import (
+    PAGE,
+    DeadPage,
+    Found,
+    OpenLogin,
+    Platform,
+    Row,
+    ShownLogin,
+    Wanted,
+)
+from adapter.contract import Login, LoginQuery, LoginStart, LoginVerify, Names, Options, peer_key
+from adapter.errors import Refused
+from adapter.letters import again, is_command, letter_of, original_subject
+from adapter.logins import LoginBook
+from adapter.ports import Archive, Bucket, Bus, Crowd, Stored
+from adapter.qr import svg
+from adapter.records import Binding, Context
+from adapter.timing import Clock
+
+S = TypeVar("S", bound=msgspec.Struct)
+AT_ONCE = 16
+"""Records that are read at the same time."""
+STORE_S = 10.0
+"""A dead command that is not stored again within this long is left as it is."""
+
+
+class Needs(NamedTuple):
+    """What the console is given."""
+
+    bindings: Bindings
+    contexts: Bucket
+    history: Archive
+    bus: Bus
+    crowd: Crowd
+    book: LoginBook
+    services: Mapping[str, Callable[[bytes], Awaitable[bytes]]]
+    """The handlers of `wechat.svc.*`, by verb: a login is asked for as anybody asks."""
+    names: Names
+    rules: window.Rules
+    clock: Clock
+    living: Callable[[], int]
+    """How many replicas live."""
+
+
+class Desk:
+    """Every method may raise Refused, or Temporary while the bus is away."""
+
+    def __init__(self, needs: Needs, guard: Guard) -> None:
+        self._needs = needs
+        self._guard = guard
+        self._room = asyncio.Semaphore(AT_ONCE)
+
+    async def platform(self) -> Platform:
+        needs = self._needs
+        expected = needs.living()
+        replicas = await rollcall.roll(needs.crowd, needs.names.roll(), [], expected)
+        return Platform(replicas, expected, await self._dead(), sum(1 for _, record in needs.book if not record.over))
+
+    async def bindings(self, wanted: Wanted) -> Found:
+        """Those that need a login first, then by sandbox."""
+        every = list(self._needs.bindings)
+        matching = await asyncio.to_thread(_matching, every, wanted)  # thousands would hold up the loop
+        pages = max(1, -(-len(matching) // PAGE))
+        first = (min(max(1, wanted.page), pages) - 1) * PAGE
+        rows = await self._rows(matching[first : first + PAGE])
+        lost = sum(1 for binding in every if binding.state == "needs_login")
+        return Found(rows, len(matching), pages, len(every), lost)
+
+    async def letters(self, before: int | None) -> DeadPage:
+        """Dead letters, newest first; `before`: older than this one."""
+        needs = self._needs
+        stored = await needs.history.newest(
+            needs.names.stream_dead, needs.names.dead("*"), count=PAGE + 1, before=before
+        )
+        shown, more = stored[:PAGE], stored[PAGE:]
+        letters = [letter_of(one.seq, one.subject, one.headers, size=len(one.data)) for one in shown]
+        return DeadPage(
+            [(letter, is_command(needs.names, original_subject(needs.names, letter.subject))) for letter in letters],
+            await self._dead(),
+            shown[-1].seq if more else None,
+        )
+
+    async def retry(self, seq: int) -> str:
+        """Stores a dead command again, then deletes the letter; where it went."""
+        needs = self._needs
+        letter = await self._letter(seq)
+        message = again(needs.names, seq, letter.headers, letter.data)
+        if message is None:
+            raise Refused("invalid", "It is no command: what a user wrote cannot be tried again, they have to write.")
+        async with asyncio.timeout(STORE_S):
+            await needs.bus.publish(message)
+        await needs.history.delete(needs.names.stream_dead, seq)
+        return message.subject
+
+    async def drop(self, seq: int) -> None:
+        """Deletes a dead letter for good."""
+        await self._letter(seq)
+        await self._needs.history.delete(self._needs.names.stream_dead, seq)
+
+    async def logins(self) -> list[OpenLogin]:
+        """Those that are not over, the newest first."""
+        found = [
+            OpenLogin(self._guard.handle(login), record.sandbox, record.status, record.changed_ms, record.until_ms)
+            for login, record in self._needs.book
+            if not record.over
+        ]
+        return sorted(found, key=lambda one: -one.until_ms)
+
+    async def start(self, sandbox: str, options: Options) -> str:
+        """Begins a login; its handle."""
+        login = await self._ask("login.start", LoginStart(sandbox=sandbox, options=options))
+        return self._guard.handle(login.login)
+
+    async def login(self, handle: str) -> ShownLogin:
+        return self._shown(await self._ask("login.status", LoginQuery(login=self._login(handle))))
+
+    async def verify(self, handle: str, digits: str) -> None:
+        """Hands on what the phone shows."""
+        await self._ask("login.verify", LoginVerify(login=self._login(handle), code="".join(digits.split())))
+
+    async def cancel(self, handle: str) -> None:
+        await self._ask("login.cancel", LoginQuery(login=self._login(handle)))
+
+    # ------------------------------------------------------------------------------------------------
+
+    async def _rows(self, bindings: list[Binding]) -> list[Row]:
+        needs = self._needs
+        bots = [binding.bot for binding in bindings]
+        contexts = await asyncio.gather(*(self._context(binding) for binding in bindings))
+        replicas = await rollcall.roll(needs.crowd, needs.names.roll(), bots, needs.living())
+        polls = {bot: polling for present in replicas for bot, polling in present.polls.items()}
+        now_ms = needs.clock.now_ms()
+        rows = []
+        for binding, context in zip(bindings, contexts, strict=True):
+            polling = polls.get(binding.bot)
+            ago_ms = polling.ago_ms if polling else None
+            rows.append(
+                Row(
+                    binding=binding.info(),
+                    window=window.shown(context, now_ms, needs.rules) if context.inbound_ms else None,
+                    heard_ms=context.inbound_ms,
+                    sent_ms=context.sent_ms[-1] if context.sent_ms else 0,
+                    polling=polling.state if polling else "",
+                    polled_ms=now_ms - ago_ms if ago_ms is not None else None,
+                )
+            )
+        return rows
+
+    async def _context(self, binding: Binding) -> Context:
+        if not binding.user:
+            return Context()
+        async with self._room:
+            entry = await self._needs.contexts.get(peer_key(binding.bot, binding.user))
+        return msgspec.json.decode(entry.value, type=Context) if entry and entry.value else Context()
+
+    async def _dead(self) -> int:
+        names = self._needs.names
+        return sum((await self._needs.history.counts(names.stream_dead, names.dead("*"))).values())
+
+    async def _letter(self, seq: int) -> Stored:
+        stored = await self._needs.history.get(self._needs.names.stream_dead, seq)
+        if stored is None:
+            raise Refused("not_found", f"There is no dead letter {seq} (any more).")
+        return stored
+
+    def _login(self, handle: str) -> str:
+        """The id of a login. Raises Refused("not_found")."""
+        for login, _ in self._needs.book:
+            if self._guard.handle(login) == handle:
+                return login
+        raise Refused("not_found", "There is no such login, or it has been over for a while.")
+
+    async def _ask(self, verb: str, request: msgspec.Struct) -> Login:
+        return msgspec.json.decode(await self._needs.services[verb](msgspec.json.encode(request)), type=Login)
+
+    def _shown(self, login: Login) -> ShownLogin:
+        picture = svg(login.qrcode_url) if login.qrcode_url and login.status == "wait" else ""
+        return ShownLogin(self._guard.handle(login.login), login, picture)
+
+
+def _matching(every: list[Binding], wanted: Wanted) -> list[Binding]:
+    words = wanted.words.strip().lower()
+    found = [
+        binding
+        for binding in every
+        if wanted.state in ("", binding.state)
+        and any(words in text.lower() for text in (binding.sandbox, binding.bot, binding.user))
+    ]
+    return sorted(found, key=lambda binding: (binding.state == "active", binding.sandbox, binding.bot))

@@ -1,0 +1,72 @@
+"""The console's pages as HTML. Everything that is shown is escaped; nothing is asked or changed here."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+from urllib.parse import urlencode
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from adapter import __version__
+
+PLENTY = 3
+"""Sends left from which on nobody needs to worry."""
+
+
+class Pages:
+    """Renders templates. `now_ms` is passed with each page: ages are counted from there."""
+
+    def __init__(self) -> None:
+        self._templates = Environment(
+            loader=PackageLoader("adapter.console"),
+            autoescape=True,
+            undefined=StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
+        )
+        self._templates.filters |= {"age": age, "moment": moment, "size": size, "count": count, "iso": iso}
+        self._templates.tests["past"] = lambda value, now_ms: value <= now_ms
+        self._templates.globals |= {"version": __version__, "query": query, "svg": Markup, "plenty": PLENTY}
+
+    def render(self, page: str, **values: Any) -> bytes:
+        """`page`: the template's name without its suffix."""
+        return self._templates.get_template(f"{page}.html").render(values).encode()
+
+
+def age(then_ms: int, now_ms: int) -> str:
+    """How long ago, or in how long, in its largest unit: `12 s`, `5 min`, `3 h`, `4 d`."""
+    seconds = abs(now_ms - then_ms) // 1000
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds // length} {unit}"
+    return f"{seconds} s"
+
+
+def moment(then_ms: int) -> str:
+    """A time as people read it."""
+    return datetime.fromtimestamp(then_ms / 1000, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+
+
+def iso(then_ms: int) -> str:
+    """A time as machines read it."""
+    return datetime.fromtimestamp(then_ms / 1000, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def size(number: int) -> str:
+    """Bytes."""
+    if number < 1024:
+        return f"{number} B"
+    return f"{number / 1024:.0f} KiB" if number < 1024 * 1024 else f"{number / 1024 / 1024:.1f} MiB"
+
+
+def count(number: int, one: str, many: str = "") -> str:
+    """`1 replica`, `2 replicas`."""
+    return f"{number:,} {one if number == 1 else many or one + 's'}"
+
+
+def query(**values: Any) -> str:
+    """A query string of what is set; "" if nothing is."""
+    given = {name: value for name, value in values.items() if value}
+    return f"?{urlencode(given)}" if given else ""

@@ -1,0 +1,370 @@
+"""The console over HTTP: sign in, look, act. Threads of their own talk to the browser, the event loop to the bus."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import ipaddress
+import re
+import secrets
+import threading
+from collections.abc import Callable, Coroutine, Iterable
+from http.cookies import CookieError, SimpleCookie
+from types import TracebackType
+from typing import Any, NamedTuple, Self, TypeVar
+from urllib.parse import parse_qs
+
+import structlog
+
+from adapter.console.desk import Desk, Needs
+from adapter.console.guard import SESSION_S, Guard
+from adapter.console.pages import Pages
+from adapter.console.view import Platform, Wanted
+from adapter.contract import Options
+from adapter.errors import AdapterError, Refused, SettingsError, Temporary
+from adapter.settings import split_addr
+from adapter.web import server_at, shown_url
+
+log = structlog.get_logger()
+
+T = TypeVar("T")
+COOKIE = "wechat_nats_console"
+ANSWER_S = 15.0
+"""So long a page waits for the event loop; then it says that nobody answers."""
+MAX_BODY = 4096
+AT_ONCE = 32
+"""Requests that are worked on; one more is refused."""
+REFRESH_S = 5
+_NUMBER = re.compile(r"[0-9]{1,18}")
+_LOGIN = re.compile(r"/logins/([0-9a-f]{24})(/verify|/cancel|)")
+_LETTER = re.compile(r"/dead/([0-9]{1,18})")
+SIGNED_OUT = Platform([], 0, 0, 0)
+
+
+class Request(NamedTuple):
+    """What a browser asks for."""
+
+    method: str
+    path: str
+    query: dict[str, str]
+    form: dict[str, str]
+    session: str
+    origin: str
+    """"" where the browser says nothing."""
+    host: str
+    secure: bool
+    """It came over TLS, as far as a proxy in front of us tells."""
+    peer: str
+    part: bool
+    """It is for the page's own script, which needs no other script and no style."""
+
+
+class Answer(NamedTuple):
+    """What it gets."""
+
+    status: str
+    body: bytes = b""
+    headers: tuple[tuple[str, str], ...] = ()
+
+
+class Console:
+    """Serves while entered. Entering raises SettingsError if the address cannot be had."""
+
+    def __init__(self, addr: str, token: str, needs: Needs) -> None:
+        self._addr = addr
+        self._guard = Guard(token)
+        self._desk = Desk(needs, self._guard)
+        self._pages = Pages()
+        self._room = threading.BoundedSemaphore(AT_ONCE)
+        self.now_ms = needs.clock.now_ms
+
+    def __enter__(self) -> Self:
+        host, port = split_addr(self._addr)
+        self._loop = asyncio.get_running_loop()
+        try:
+            self._server = server_at(host, port)
+        except OSError as exc:
+            raise SettingsError(
+                "invalid_settings",
+                f"WECHAT_NATS_CONSOLE_ADDR: expected an address to listen on, {self._addr} cannot be had:"
+                f" {exc.strerror}",
+            ) from exc
+        self._server.set_app(self._serve)
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, kwargs={"poll_interval": 0.1}, name="console", daemon=True
+        )
+        self._thread.start()
+        log.info("console.started", url=self.url)
+        if not is_loopback(host):
+            log.warning(
+                "console.exposed", url=self.url, detail="Put TLS in front of it: the token passes in the clear."
+            )
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()
+
+    @property
+    def url(self) -> str:
+        """Base URL, without a slash at its end."""
+        return shown_url(split_addr(self._addr)[0], int(self._server.server_address[1]))
+
+    # HTTP -------------------------------------------------------------------------------------------
+
+    def _serve(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        nonce = secrets.token_urlsafe(16)
+        if not self._room.acquire(blocking=False):
+            answer = Answer("503 Service Unavailable", b"too many requests at once\n")
+        else:
+            try:
+                request = read_request(environ)
+                answer = self._answer(request, nonce) if isinstance(request, Request) else request
+            except Exception:  # a bug: the page says so, and the others go on
+                log.exception("console.crashed")
+                answer = Answer("500 Internal Server Error", b"The console failed; the adapter's log says why.\n")
+            finally:
+                self._room.release()
+        kind = "text/html" if answer.body.startswith(b"<!doctype") else "text/plain"
+        start_response(
+            answer.status,
+            [
+                ("Content-Type", f"{kind}; charset=utf-8"),
+                ("Content-Length", str(len(answer.body))),
+                *safety(nonce),
+                *answer.headers,
+            ],
+        )
+        return [] if environ.get("REQUEST_METHOD") == "HEAD" else [answer.body]
+
+    def _answer(self, request: Request, nonce: str) -> Answer:
+        show = _Show(self, request, nonce)
+        if request.method not in ("GET", "HEAD", "POST"):
+            return Answer("405 Method Not Allowed", b"GET, HEAD or POST\n", (("Allow", "GET, HEAD, POST"),))
+        if request.method == "POST" and not is_same_origin(request):
+            return Answer("403 Forbidden", b"This form is of another site.\n")
+        if (request.method, request.path) == ("POST", "/signin"):
+            return self._sign_in(request, show)
+        if not self._guard.admits(request.session, self.now_ms() // 1000):
+            if request.method == "POST":
+                return Answer("403 Forbidden", b"Sign in first.\n")
+            return show.page("signin", "401 Unauthorized", wrong="")
+        if request.method == "POST" and not self._guard.is_form(request.session, request.form.get("proof", "")):
+            return Answer("403 Forbidden", b"This form is of another session; go back and load the page again.\n")
+        return self._signed_in(request, show)
+
+    def _sign_in(self, request: Request, show: _Show) -> Answer:
+        if not self._guard.knows(request.form.get("token", "")):
+            log.warning("console.refused", peer=request.peer)
+            return show.page("signin", "401 Unauthorized", wrong="This is not the token.")
+        log.info("console.entered", peer=request.peer)
+        return see_other("/", cookie(self._guard.session(self.now_ms() // 1000), SESSION_S, secure=request.secure))
+
+    def _signed_in(self, request: Request, show: _Show) -> Answer:
+        try:
+            if request.method == "POST":
+                return self._act(request, show)
+            return self._look(request, show)
+        except Refused as exc:
+            missing = exc.reason in ("not_found", "not_bound")
+            status, headline = ("404 Not Found", "Not here") if missing else ("400 Bad Request", "That did not work")
+            return show.problem(status, headline, exc.detail or exc.reason)
+        except (Temporary, TimeoutError) as exc:
+            reason = exc.reason if isinstance(exc, Temporary) else "timeout"
+            log.info("console.unanswered", path=request.path.partition("/logins/")[0] or "/logins", reason=reason)
+            return show.problem("503 Service Unavailable", "The bus does not answer", "Try again in a moment.")
+        except AdapterError as exc:
+            return show.problem("409 Conflict", "That did not work", exc.detail or exc.reason)
+
+    def _look(self, request: Request, show: _Show) -> Answer:
+        desk = self._desk
+        if request.path == "/":
+            page = request.query.get("page", "1")
+            state = request.query.get("state", "")
+            wanted = Wanted(
+                words=request.query.get("q", "")[:100],
+                state=state if state in ("active", "needs_login") else "",
+                page=int(page) if _NUMBER.fullmatch(page) else 1,
+            )
+            found = self.ask(desk.bindings(wanted))
+            wanted = wanted._replace(page=min(max(1, wanted.page), found.pages))
+            return show.page("bindings", found=found, wanted=wanted, refresh_s=REFRESH_S)
+        if request.path == "/dead":
+            before = request.query.get("before", "")
+            letters = self.ask(desk.letters(int(before) if _NUMBER.fullmatch(before) else None))
+            return show.page("dead", dead=letters)
+        if request.path == "/logins":
+            return show.logins()
+        if (match := _LOGIN.fullmatch(request.path)) and not match[2]:
+            shown = self.ask(desk.login(match[1]))
+            return show.page("login", here="/logins", shown=shown, refresh_s=REFRESH_S)
+        return show.problem("404 Not Found", "Not here", "There is no such page.")
+
+    def _act(self, request: Request, show: _Show) -> Answer:
+        desk, form = self._desk, request.form
+        if request.path == "/signout":
+            return see_other("/", cookie("", 0, secure=request.secure))
+        if request.path == "/logins":
+            sandbox = form.get("sandbox", "").strip()
+            options = Options(durable="durable" in form, auto_typing="auto_typing" in form)
+            try:
+                handle = self.ask(desk.start(sandbox, options))
+            except (Refused, Temporary) as exc:
+                return show.logins(sandbox, exc.detail or exc.reason, "400 Bad Request")
+            return see_other(f"/logins/{handle}")
+        if (match := _LOGIN.fullmatch(request.path)) and match[2]:
+            action = desk.verify(match[1], form.get("digits", "")) if match[2] == "/verify" else desk.cancel(match[1])
+            self.ask(action)
+            return see_other(f"/logins/{match[1]}")
+        if (match := _LETTER.fullmatch(request.path)) and form.get("do") in ("retry", "drop"):
+            seq = int(match[1])
+            if form["do"] == "retry":
+                told = f"Letter {seq} is stored again on {self.ask(desk.retry(seq))}."
+            else:
+                self.ask(desk.drop(seq))
+                told = f"Letter {seq} is dropped."
+            log.info("console.letter", sequence=seq, action=form["do"])
+            return show.page("dead", here="/dead", dead=self.ask(desk.letters(None)), told=told)
+        return show.problem("404 Not Found", "Not here", "There is no such page.")
+
+    def ask(self, work: Coroutine[Any, Any, T]) -> T:
+        """Runs in the event loop, waits in this thread. Raises what it raises, TimeoutError."""
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result(ANSWER_S)
+        except concurrent.futures.TimeoutError:
+            future.cancel()
+            raise TimeoutError from None
+        except concurrent.futures.CancelledError:
+            raise Temporary("stopping") from None
+
+    def platform(self) -> Platform:
+        return self.ask(self._desk.platform())
+
+    @property
+    def desk(self) -> Desk:
+        return self._desk
+
+    def render(self, page: str, **values: Any) -> bytes:
+        return self._pages.render(page, **values)
+
+    def proof(self, session: str) -> str:
+        """For the forms of a page; "" for who is not signed in."""
+        return self._guard.form(session) if self._guard.admits(session, self.now_ms() // 1000) else ""
+
+
+class _Show:
+    """Renders the answer to one request."""
+
+    def __init__(self, console: Console, request: Request, nonce: str) -> None:
+        self._console = console
+        self._request = request
+        self._nonce = nonce
+
+    def page(self, name: str, status: str = "200 OK", **values: Any) -> Answer:
+        proof = self._console.proof(self._request.session)
+        common = {
+            "nonce": self._nonce,
+            "part": self._request.part,
+            "proof": proof,
+            "here": self._request.path,
+            "platform": self._console.platform() if proof and "platform" not in values else SIGNED_OUT,
+            "told": "",
+            "refresh_s": 0,
+            "now_ms": self._console.now_ms(),
+        }
+        return Answer(status, self._console.render(name, **{**common, **values}))
+
+    def logins(self, sandbox: str = "", wrong: str = "", status: str = "200 OK") -> Answer:
+        found = self._console.ask(self._console.desk.logins())
+        return self.page("logins", status, logins=found, sandbox=sandbox, wrong=wrong, refresh_s=REFRESH_S)
+
+    def problem(self, status: str, headline: str, sentence: str) -> Answer:
+        """Asks nothing of the bus: it may be the problem."""
+        back = "/" + self._request.path.split("/")[1]
+        return self.page("problem", status, headline=headline, sentence=sentence, back=back, platform=SIGNED_OUT)
+
+
+def read_request(environ: dict[str, Any]) -> Request | Answer:
+    """What is asked for; at once the answer to what no browser sends."""
+    form: dict[str, str] = {}
+    try:
+        if environ.get("REQUEST_METHOD") == "POST":
+            length = environ.get("CONTENT_LENGTH") or "0"
+            if not length.isdigit() or int(length) > MAX_BODY:
+                return Answer("413 Content Too Large", f"A form has at most {MAX_BODY} bytes.\n".encode())
+            form = _fields(environ["wsgi.input"].read(int(length)).decode("utf-8", "replace"))
+        query = _fields(environ.get("QUERY_STRING", ""))
+    except ValueError:  # too many fields
+        return Answer("400 Bad Request", b"This is no form of ours.\n")
+    return Request(
+        method=environ.get("REQUEST_METHOD", ""),
+        path=environ.get("PATH_INFO", ""),
+        query=query,
+        form=form,
+        session=_session(environ.get("HTTP_COOKIE", "")),
+        origin=environ.get("HTTP_ORIGIN", ""),
+        # a proxy may call us by another name; no site can make a browser send this header to us
+        host=environ.get("HTTP_X_FORWARDED_HOST") or environ.get("HTTP_HOST", ""),
+        secure=environ.get("HTTP_X_FORWARDED_PROTO", "") == "https",
+        peer=environ.get("REMOTE_ADDR", ""),
+        part=environ.get("HTTP_X_PART", "") == "1",
+    )
+
+
+def is_same_origin(request: Request) -> bool:
+    """Browsers say where a form is from; a page of another site, or none that it will name, is not ours."""
+    return request.origin == "" or request.origin.partition("://")[2] == request.host
+
+
+def is_loopback(host: str) -> bool:
+    """Whether nobody but this machine reaches an address."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def safety(nonce: str) -> list[tuple[str, str]]:
+    """Nothing from elsewhere, nothing kept, nothing framed; scripts and styles only with the page's nonce."""
+    policy = (
+        f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; img-src data:;"
+        " connect-src 'self'; form-action 'self'; frame-ancestors 'none'; base-uri 'none'"
+    )
+    return [
+        ("Content-Security-Policy", policy),
+        ("Cache-Control", "no-store"),
+        ("Referrer-Policy", "same-origin"),  # with none at all, browsers would not say where our own forms are from
+        ("X-Content-Type-Options", "nosniff"),
+        ("X-Frame-Options", "DENY"),
+        ("Cross-Origin-Opener-Policy", "same-origin"),
+        ("Cross-Origin-Resource-Policy", "same-origin"),
+    ]
+
+
+def see_other(place: str, *headers: tuple[str, str]) -> Answer:
+    return Answer("303 See Other", b"", (("Location", place), *headers))
+
+
+def cookie(value: str, seconds: int, *, secure: bool) -> tuple[str, str]:
+    flags = "; Secure" if secure else ""
+    return "Set-Cookie", f"{COOKIE}={value}; Path=/; Max-Age={seconds}; HttpOnly; SameSite=Strict{flags}"
+
+
+def _fields(text: str) -> dict[str, str]:
+    """The last value of each name. Raises ValueError."""
+    parsed = parse_qs(text, keep_blank_values=True, max_num_fields=20, errors="replace")
+    return {name: values[-1] for name, values in parsed.items()}
+
+
+def _session(header: str) -> str:
+    try:
+        found = SimpleCookie(header).get(COOKIE)
+    except CookieError:
+        return ""
+    return found.value if found else ""

@@ -1,0 +1,84 @@
+"""What the console's pages are made of. Data only, without secrets but the code of the login that is shown."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from adapter.contract import BindingInfo, Login, Window
+from adapter.letters import Letter
+from adapter.rollcall import Present
+
+PAGE = 50
+"""Bindings, or dead letters, on a page."""
+
+
+class Row(NamedTuple):
+    """A binding and how its user and its poller are. Times are Unix milliseconds, 0: never, None: not known."""
+
+    binding: BindingInfo
+    window: Window | None
+    heard_ms: int
+    sent_ms: int
+    polling: str
+    """How it is polled, in the poller's words; "" where no replica says that it polls it."""
+    polled_ms: int | None
+
+
+class Wanted(NamedTuple):
+    """Which bindings are asked for."""
+
+    words: str = ""
+    """Part of a sandbox, bot or user."""
+    state: str = ""
+    """active or needs_login; "" for all."""
+    page: int = 1
+
+
+class Found(NamedTuple):
+    """Bindings as they are asked for, and all in numbers."""
+
+    rows: list[Row]
+    matching: int
+    pages: int
+    bindings: int
+    lost: int
+    """Bindings that need a login."""
+
+
+class Platform(NamedTuple):
+    """Everything in numbers, for the head of each page."""
+
+    replicas: list[Present]
+    expected: int
+    """Replicas that live, as far as is known; fewer may have answered."""
+    dead: int
+    logins: int
+
+
+class DeadPage(NamedTuple):
+    """Dead letters, newest first."""
+
+    letters: list[tuple[Letter, bool]]
+    """Each, and whether it can be tried again."""
+    total: int
+    older: int | None
+    """Ask for those before this sequence; None: there are none."""
+
+
+class OpenLogin(NamedTuple):
+    """A login that is not over, without its code."""
+
+    handle: str
+    sandbox: str
+    status: str
+    changed_ms: int
+    until_ms: int
+
+
+class ShownLogin(NamedTuple):
+    """A login with its code, as an operator shows it to a person."""
+
+    handle: str
+    login: Login
+    picture: str
+    """The code as inline SVG; "" where there is none to scan."""

@@ -1,0 +1,56 @@
+"""Who is there and what each replica polls: asked of all at once, since no bucket is written at each poll."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import msgspec
+import structlog
+
+from adapter.ports import Crowd
+
+log = structlog.get_logger()
+
+WITHIN_S = 0.7
+"""A replica that is slower than this is left out; it may be dead and not known to be."""
+
+
+class Call(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Asks every replica for itself, and how it polls these bots."""
+
+    bots: list[str] = []
+
+
+class Polling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How one bot is polled. `ago_ms`: since iLink last answered, if it has; so no clocks are compared."""
+
+    state: str
+    ago_ms: int | None = None
+
+
+class Present(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What a replica answers. `polls`: by bot, those of the call that it polls."""
+
+    instance: str
+    version: str
+    shards: int
+    bots: int
+    draining: bool = False
+    polls: dict[str, Polling] = {}
+
+
+def answer(data: bytes, about: Callable[[Sequence[str]], Present]) -> bytes | None:
+    """A replica's answer to a call; None for one that cannot be read."""
+    try:
+        asked = msgspec.json.decode(data, type=Call)
+    except msgspec.MsgspecError as exc:
+        log.info("rollcall.unreadable", detail=str(exc)[:200])
+        return None
+    return msgspec.json.encode(about(asked.bots))
+
+
+async def roll(crowd: Crowd, subject: str, bots: Sequence[str], expected: int) -> list[Present]:
+    """The replicas that answer in time, by name; does not wait once `expected` have. Raises Temporary."""
+    payload = msgspec.json.encode(Call(bots=list(bots)))
+    answers = await crowd.gather(subject, payload, count=expected, within_s=WITHIN_S)
+    return sorted((msgspec.json.decode(data, type=Present) for data in answers), key=lambda present: present.instance)

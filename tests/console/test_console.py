@@ -1,0 +1,523 @@
+"""The console over HTTP: who gets in, what is shown and escaped, what is done, and what happens without a bus."""
+
+from __future__ import annotations
+
+import re
+import socket
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import httpx
+import msgspec
+import pytest
+from structlog.testing import capture_logs
+
+from adapter.console.desk import Needs
+from adapter.console.guard import SESSION_S, Guard
+from adapter.console.server import MAX_BODY, Console, is_loopback
+from adapter.contract import H_DETAIL, H_MSG_ID, H_REASON, H_SUBJECT, H_TIME_MS
+from adapter.errors import BusRefused, SettingsError, Temporary
+from adapter.login_service import LoginService
+from adapter.logins import LoginBook
+from adapter.ports import Stored
+from adapter.rollcall import Call, Polling, Present
+from adapter.seal import Sealer
+from tests.fakes import RULES, Bench, FakeBucket, FakeBus, FakeClock, FakeLogins
+
+TOKEN = "the token of the console"
+NASTY = "<script>alert(1)</script>\"'&"
+
+
+class AnyThreadsClock(FakeClock):
+    """The same time as the loop's, for threads beside it."""
+
+    def monotonic(self) -> float:
+        return time.monotonic()
+
+
+class FakeArchive:
+    """Implements Archive on a FakeBus."""
+
+    def __init__(self, bus: FakeBus) -> None:
+        self._bus = bus
+        self.read, self.last, self.counts, self.delete = bus.read, bus.last, bus.counts, bus.delete
+
+    async def newest(self, stream: str, subject: str, *, count: int, before: int | None = None) -> list[Stored]:
+        found = [stored async for stored in self._bus.read(stream, subject) if before is None or stored.seq < before]
+        return found[::-1][:count]
+
+    async def get(self, stream: str, seq: int) -> Stored | None:
+        return next((stored for stored in self._bus.found("DEAD") if stored.seq == seq), None)
+
+
+class FakeCrowd:
+    """Implements Crowd: replicas that answer with what the test says."""
+
+    def __init__(self) -> None:
+        self.polls: dict[str, Polling] = {}
+        self.away = False
+
+    async def gather(self, subject: str, payload: bytes, *, count: int, within_s: float) -> list[bytes]:
+        if self.away:
+            raise Temporary("bus_down")
+        asked = msgspec.json.decode(payload, type=Call).bots
+        polls = {bot: polling for bot, polling in self.polls.items() if bot in asked}
+        return [msgspec.json.encode(Present(instance="r1", version="1", shards=128, bots=len(polls), polls=polls))]
+
+
+class Office:
+    """A console on fakes, and a browser without cookies of its own accord."""
+
+    def __init__(self, browser: httpx.AsyncClient) -> None:
+        self.browser = browser
+        self.bench = Bench()
+        self.crowd = FakeCrowd()
+        self.ilink = FakeLogins(self.bench.clock)
+        sealer = Sealer(())
+        self.book = LoginBook(FakeBucket("login"), sealer, self.bench.clock, self.bench.metrics)
+        service = LoginService(self.ilink, self.book, self.bench.bindings, sealer, self.bench.metrics, login_s=480.0)
+        self.living = 1
+        self.needs = Needs(
+            bindings=self.bench.bindings,
+            contexts=self.bench.contexts_bucket,
+            history=FakeArchive(self.bench.bus),
+            bus=self.bench.bus,
+            crowd=self.crowd,
+            book=self.book,
+            services={
+                "login.start": service.start,
+                "login.status": service.status,
+                "login.verify": service.verify,
+                "login.cancel": service.cancel,
+            },
+            names=self.bench.names,
+            rules=RULES,
+            clock=AnyThreadsClock(),
+            living=lambda: self.living,
+        )
+
+    async def sign_in(self) -> None:
+        answer = await self.browser.post("/signin", data={"token": TOKEN})
+        assert (answer.status_code, answer.headers["Location"]) == (303, "/")
+
+    async def proof(self, page: str = "/logins") -> str:
+        found = re.search(r'name="proof" value="([0-9a-f]+)"', (await self.browser.get(page)).text)
+        assert found is not None
+        return found[1]
+
+    async def post(self, path: str, **fields: str) -> httpx.Response:
+        """A form of this session."""
+        return await self.browser.post(path, data={"proof": await self.proof(), **fields})
+
+    def letter(self, subject: str, data: bytes = b"{", headers: dict[str, str] | None = None) -> int:
+        named = {H_SUBJECT: subject, H_REASON: "unreadable", H_TIME_MS: "1700000000000", **(headers or {})}
+        return self.bench.bus.put(self.bench.names.dead("WECHAT_OUT"), data, named)
+
+
+@pytest.fixture
+async def office() -> AsyncIterator[Office]:
+    async with httpx.AsyncClient(trust_env=False, verify=False) as browser:
+        made = Office(browser)
+        made.bench.bindings.loaded = True
+        with Console("127.0.0.1:0", TOKEN, made.needs) as console:
+            browser.base_url = httpx.URL(console.url)
+            yield made
+
+
+# who gets in ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", ["/", "/dead", "/logins", "/logins/" + "0" * 24, "/nowhere"])
+async def test_without_the_token_there_is_only_the_way_in(office: Office, path: str) -> None:
+    await office.bench.bind("s1")
+    answer = await office.browser.get(path)
+    assert answer.status_code == 401
+    assert "Sign in" in answer.text
+    assert "s1" not in answer.text
+
+
+@pytest.mark.parametrize("path", ["/logins", "/dead/1", "/signout", "/logins/" + "0" * 24 + "/cancel"])
+async def test_without_the_token_nothing_can_be_done(office: Office, path: str) -> None:
+    office.letter("wechat.out")
+    answer = await office.browser.post(path, data={"sandbox": "s1", "do": "drop", "proof": Guard(TOKEN).form("")})
+    assert answer.status_code == 403
+    assert len(office.bench.bus.found("DEAD")) == 1
+    assert list(office.book) == []
+
+
+async def test_a_wrong_token_is_refused_and_logged_without_it(office: Office) -> None:
+    with capture_logs() as logs:
+        answer = await office.browser.post("/signin", data={"token": "a wrong token, 长的"})
+    assert answer.status_code == 401
+    assert "This is not the token." in answer.text
+    assert "Set-Cookie" not in answer.headers
+    (line,) = [line for line in logs if line["event"] == "console.refused"]
+    assert line == {"event": "console.refused", "log_level": "warning", "peer": "127.0.0.1"}
+
+
+async def test_the_cookie_is_kept_from_scripts_and_other_sites(office: Office) -> None:
+    answer = await office.browser.post("/signin", data={"token": TOKEN})
+    cookie = answer.headers["Set-Cookie"]
+    assert TOKEN not in cookie
+    assert {"HttpOnly", "SameSite=Strict", "Path=/"} <= set(cookie.split("; "))
+    assert "Secure" not in cookie
+    answer = await office.browser.post("/signin", data={"token": TOKEN}, headers={"X-Forwarded-Proto": "https"})
+    assert answer.headers["Set-Cookie"].endswith("; Secure")
+
+
+async def test_signing_out_ends_it_in_this_browser(office: Office) -> None:
+    await office.sign_in()
+    assert (await office.browser.get("/")).status_code == 200
+    answer = await office.post("/signout")
+    assert "Max-Age=0" in answer.headers["Set-Cookie"]
+    assert (await office.browser.get("/")).status_code == 401
+
+
+def test_a_session_ends_and_cannot_be_made_up() -> None:
+    guard, now_s = Guard(TOKEN), 1_700_000_000
+    session = guard.session(now_s)
+    assert guard.admits(session, now_s + SESSION_S - 1)
+    assert not guard.admits(session, now_s + SESSION_S)
+    assert not Guard("another token of some length").admits(session, now_s)
+    later = f"{now_s + 10 * SESSION_S:x}.{session.partition('.')[2]}"
+    for forged in ("", ".", "x", later, session[:-1], session + "0", f"{session}é"):
+        assert not guard.admits(forged, now_s)
+    assert guard.is_form(session, guard.form(session))
+    assert not guard.is_form(session, guard.form(guard.session(now_s + 1)))
+    assert not guard.is_form(session, "")
+
+
+async def test_a_form_of_another_site_or_session_does_nothing(office: Office) -> None:
+    await office.sign_in()
+    seq = office.letter("wechat.out")
+    proof = await office.proof()
+    for proof_sent, headers in (
+        (proof, {"Origin": "https://evil.example"}),
+        (proof, {"Origin": "null"}),
+        ("", {}),
+        (Guard(TOKEN).form("another session"), {}),
+    ):
+        fields = {"proof": proof_sent, "do": "drop"}
+        answer = await office.browser.post(f"/dead/{seq}", data=fields, headers=headers)
+        assert answer.status_code == 403
+    assert len(office.bench.bus.found("DEAD")) == 1
+    proxied = {"Origin": "https://console.example", "X-Forwarded-Host": "console.example"}
+    assert (
+        await office.browser.post(f"/dead/{seq + 1}", data={"proof": proof, "do": "drop"}, headers=proxied)
+    ).status_code == 404
+    own = {"Origin": str(office.browser.base_url).rstrip("/")}
+    assert (await office.browser.post(f"/dead/{seq}", data={"proof": proof, "do": "drop"}, headers=own)).is_success
+    assert office.bench.bus.found("DEAD") == []
+
+
+async def test_another_site_cannot_sign_somebody_in(office: Office) -> None:
+    answer = await office.browser.post("/signin", data={"token": TOKEN}, headers={"Origin": "https://evil.example"})
+    assert (answer.status_code, answer.headers.get("Set-Cookie")) == (403, None)
+
+
+@pytest.mark.parametrize("path", ["/", "/signin", "/nowhere"])
+async def test_every_answer_forbids_what_a_page_does_not_need(office: Office, path: str) -> None:
+    answer = await office.browser.get(path)
+    policy = answer.headers["Content-Security-Policy"]
+    assert "default-src 'none'" in policy
+    assert "frame-ancestors 'none'" in policy
+    assert "unsafe" not in policy
+    (nonce,) = set(re.findall(r"'nonce-([^']+)'", policy))
+    assert set(re.findall(r'nonce="([^"]+)"', answer.text)) == {nonce}
+    assert nonce not in (await office.browser.get(path)).text
+    assert (answer.headers["Cache-Control"], answer.headers["X-Content-Type-Options"]) == ("no-store", "nosniff")
+    assert "http://" not in answer.text.replace(str(office.browser.base_url), "")
+    assert "https://" not in answer.text
+
+
+async def test_what_the_script_fetches_has_no_script_and_no_style(office: Office) -> None:
+    """Its nonce would be another than that of the page which reads it."""
+    await office.sign_in()
+    page = (await office.browser.get("/", headers={"X-Part": "1"})).text
+    assert 'id="live"' in page
+    assert "<style" not in page
+    assert "<script" not in page
+    assert "<style" in (await office.browser.get("/")).text
+
+
+async def test_nonsense_is_refused(office: Office) -> None:
+    await office.sign_in()
+    assert (await office.browser.put("/")).status_code == 405
+    assert (await office.browser.post("/logins", content=b"x" * (MAX_BODY + 1))).status_code == 413
+    assert (await office.browser.post("/logins", content=b"&".join([b"a=1"] * 100))).status_code == 400
+    assert (await office.browser.get("/", headers={"Cookie": "wechat_nats_console=\x01;;=,"})).status_code == 401
+    assert (await office.browser.get("/nowhere")).status_code == 404
+    head = await office.browser.head("/")
+    assert (head.status_code, head.content) == (200, b"")
+
+
+@pytest.mark.parametrize(
+    ("host", "answer"),
+    [("127.0.0.1", True), ("::1", True), ("localhost", True), ("", False), ("0.0.0.0", False), ("example", False)],
+)
+def test_what_is_loopback(host: str, answer: bool) -> None:
+    assert is_loopback(host) == answer
+
+
+async def test_an_address_beyond_this_machine_is_warned_of(office: Office) -> None:
+    with capture_logs() as logs, Console(":0", TOKEN, office.needs):
+        pass
+    assert "console.exposed" in [line["event"] for line in logs]
+
+
+async def test_an_address_that_cannot_be_had_stops_the_start(office: Office) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        console = Console(f"127.0.0.1:{taken.getsockname()[1]}", TOKEN, office.needs)
+        with pytest.raises(SettingsError, match="WECHAT_NATS_CONSOLE_ADDR: expected an address"):
+            console.__enter__()
+
+
+# bindings -------------------------------------------------------------------------------------------
+
+
+async def test_a_binding_with_all_that_is_known_of_it(office: Office) -> None:
+    await office.sign_in()
+    await office.bench.bind("s1", "b1@im.bot", "u1@im.wechat", token="b1@im.bot:SECRET")
+    heard_ms = office.bench.clock.now_ms() - 60_000
+    office.bench.hears(used=2, inbound_ms=heard_ms, sent_ms=[heard_ms])
+    office.crowd.polls["b1@im.bot"] = Polling(state="polling", ago_ms=4000)
+    page = (await office.browser.get("/")).text
+    for words in ("s1", "b1@im.bot", "u1@im.wechat", ">active<", "8 sends left", "closes in 22 h", "4 s ago", "r1"):
+        assert words in page
+    assert "SECRET" not in page
+    assert "AARz" not in page
+
+
+@pytest.mark.parametrize(
+    ("fields", "polling", "words"),
+    [
+        ({"state": "needs_login", "reason": "stale_token"}, None, ("needs a login", "stale_token")),
+        ({}, None, ("not polled", "no replica says that it polls it")),
+        ({}, Polling(state="error"), ("failing",)),
+        ({}, Polling(state="paused"), ("paused",)),
+        ({}, Polling(state="polling"), ("active", "waiting")),
+    ],
+)
+async def test_what_is_wrong_with_a_binding_is_said(
+    office: Office, fields: dict[str, Any], polling: Polling | None, words: tuple[str, ...]
+) -> None:
+    await office.sign_in()
+    await office.bench.bind("s1", **fields)
+    if polling is not None:
+        office.crowd.polls["b1@im.bot"] = polling
+    page = (await office.browser.get("/")).text
+    assert all(word in page for word in words)
+
+
+@pytest.mark.parametrize(
+    ("context", "words"),
+    [
+        ({"inbound_ms": 0}, "never open"),
+        ({"inbound_ms": 1}, "closed"),
+        ({"used": 10}, "used up"),
+        ({"blocked_ms": 5}, "used up"),
+        ({"used": 9}, "1 send left"),
+    ],
+)
+async def test_the_window_in_words(office: Office, context: dict[str, Any], words: str) -> None:
+    await office.sign_in()
+    await office.bench.bind("s1")
+    office.bench.hears(**context)
+    assert words in (await office.browser.get("/")).text
+
+
+async def test_a_hundred_bindings_come_in_pages_the_lost_ones_first(office: Office) -> None:
+    await office.sign_in()
+    for number in range(120):
+        state = "needs_login" if number == 110 else "active"
+        await office.bench.bind(f"s{number:03d}", f"b{number}@im.bot", f"u{number}@im.wechat", state=state)
+    page = (await office.browser.get("/")).text
+    assert re.findall(r"<b>(s\d+)</b>", page) == ["s110", *(f"s{number:03d}" for number in range(49))]
+    assert "Page 1 of 3" in page
+    page = (await office.browser.get("/?page=99")).text
+    assert re.findall(r"<b>(s\d+)</b>", page)[-1] == "s119"
+    assert "Page 3 of 3" in page
+    found = (await office.browser.get("/", params={"q": "U11", "state": "active"})).text
+    assert len(re.findall(r"<b>(s\d+)</b>", found)) == 10  # u11, u111 … u119, and not the lost one
+    assert "10 bindings of 120" in found
+    for query in ("page=x", "page=-1", "state=wrong"):
+        assert "Page 1 of 3" in (await office.browser.get(f"/?{query}")).text
+
+
+async def test_empty_is_said_too(office: Office) -> None:
+    await office.sign_in()
+    assert "No bindings yet" in (await office.browser.get("/")).text
+    assert "No dead letters" in (await office.browser.get("/dead")).text
+    await office.bench.bind("s1")
+    assert "Nothing matches “张三”" in (await office.browser.get("/", params={"q": "张三"})).text
+
+
+async def test_everything_that_is_foreign_is_escaped(office: Office) -> None:
+    """iLink names bots and users, and anybody may have made a dead letter."""
+    await office.sign_in()
+    await office.bench.bind("s1", f"b{NASTY}", f"u{NASTY}", state="needs_login", reason=NASTY)
+    office.letter(f"wechat.out.{NASTY}", headers={H_REASON: NASTY, H_DETAIL: "a text of somebody"})
+    for path in ("/", "/dead", f"/?q={NASTY}"):
+        page = (await office.browser.get(path)).text
+        assert "alert(1)" in page
+        assert "<script>alert" not in page
+        assert "\"'&" not in page
+        assert "a text of somebody" not in page
+    page = (await office.post("/logins", sandbox=NASTY)).text
+    assert "alert(1)" in page
+    assert "<script>alert" not in page
+
+
+async def test_a_replica_that_does_not_answer_is_missed(office: Office) -> None:
+    await office.sign_in()
+    assert "did not answer" not in (await office.browser.get("/")).text
+    office.living = 2
+    assert "1 of 2 replicas did not answer" in (await office.browser.get("/")).text
+
+
+# dead letters ---------------------------------------------------------------------------------------
+
+
+async def test_a_dead_command_is_stored_again_as_it_was(office: Office) -> None:
+    await office.sign_in()
+    seq = office.letter("wechat.out.57.s1", b'{"text":"hi"}', {"traceparent": "00-1", H_MSG_ID: "dead:1"})
+    page = (await office.browser.get("/dead")).text
+    assert "unreadable" in page
+    assert '"text"' not in page
+    answer = await office.post(f"/dead/{seq}", do="retry")
+    assert "is stored again on wechat.out.s1." in answer.text
+    (again,) = office.bench.bus.found("OUT")
+    assert (again.subject, again.data) == ("wechat.out.s1", b'{"text":"hi"}')
+    assert again.headers == {"traceparent": "00-1", H_MSG_ID: f"retry-{seq}-1700000000000"}
+    assert office.bench.bus.found("DEAD") == []
+
+
+async def test_what_a_user_wrote_cannot_be_tried_again(office: Office) -> None:
+    await office.sign_in()
+    seq = office.letter("wechat.inbox.s1")
+    assert "Try again" not in (await office.browser.get("/dead")).text
+    answer = await office.post(f"/dead/{seq}", do="retry")
+    assert answer.status_code == 400
+    assert "they have to write" in answer.text
+    assert len(office.bench.bus.found("DEAD")) == 1
+
+
+async def test_a_letter_that_is_not_stored_again_stays(office: Office) -> None:
+    await office.sign_in()
+    seq = office.letter("wechat.out.s1")
+    office.bench.bus.refuse = lambda message: BusRefused(10077, "maximum messages per subject exceeded")
+    answer = await office.post(f"/dead/{seq}", do="retry")
+    assert (answer.status_code, "That did not work" in answer.text) == (409, True)
+    assert len(office.bench.bus.found("DEAD")) == 1
+
+
+async def test_a_letter_is_dropped_once(office: Office) -> None:
+    await office.sign_in()
+    seq = office.letter("wechat.out.s1")
+    assert f"Letter {seq} is dropped." in (await office.post(f"/dead/{seq}", do="drop")).text
+    answer = await office.post(f"/dead/{seq}", do="drop")
+    assert (answer.status_code, f"no dead letter {seq}" in answer.text) == (404, True)
+    assert (await office.post(f"/dead/{seq}", do="burn")).status_code == 404
+
+
+async def test_old_letters_are_found_by_leafing(office: Office) -> None:
+    await office.sign_in()
+    for _ in range(60):
+        office.letter("wechat.out.s1")
+    page = (await office.browser.get("/dead")).text
+    numbers = re.findall(r"number (\d+)", page)
+    assert (numbers[0], numbers[-1], len(numbers)) == ("60", "11", 50)
+    (older,) = re.findall(r'href="(/dead\?before=\d+)"', page)
+    page = (await office.browser.get(older)).text
+    assert re.findall(r"number (\d+)", page) == [str(number) for number in range(10, 0, -1)]
+    assert "Older" not in page
+
+
+# logins ---------------------------------------------------------------------------------------------
+
+
+async def test_a_login_shows_its_code_and_no_secret_in_the_address(office: Office) -> None:
+    await office.sign_in()
+    answer = await office.post("/logins", sandbox="s1", durable="on")
+    assert answer.status_code == 303
+    ((login, record),) = list(office.book)
+    assert (record.sandbox, record.options.durable, record.options.auto_typing) == ("s1", True, False)
+    place = answer.headers["Location"]
+    assert login not in place
+    page = (await office.browser.get(place)).text
+    assert "<svg" in page
+    assert login not in page
+    assert "q/q1" not in page
+    assert place in (await office.browser.get("/logins")).text
+    answer = await office.post(f"{place}/cancel")
+    assert answer.headers["Location"] == place
+    page = (await office.browser.get(place)).text
+    assert "Cancelled" in page
+    assert "<svg" not in page
+    assert place not in (await office.browser.get("/logins")).text
+
+
+async def test_a_wrong_name_is_explained_beside_the_form(office: Office) -> None:
+    await office.sign_in()
+    answer = await office.post("/logins", sandbox="S.1")
+    assert answer.status_code == 400
+    assert 'value="S.1"' in answer.text
+    assert 'role="alert"' in answer.text
+
+
+async def test_digits_are_handed_on_as_they_are_typed(office: Office) -> None:
+    await office.sign_in()
+    place = (await office.post("/logins", sandbox="s1")).headers["Location"]
+    answer = await office.post(f"{place}/verify", digits="4711")
+    assert (answer.status_code, "No digits are asked for" in answer.text) == (400, True)
+    ((login, record),) = list(office.book)
+    await office.book.change(login, lambda now: office.book.step(now, status="need_verify_code"))
+    page = (await office.browser.get(place)).text
+    assert "Type the digits that the phone shows." in page
+    assert (await office.post(f"{place}/verify", digits=" 47 11 ")).status_code == 303
+    ((_, record),) = list(office.book)
+    assert office.book.digits(login, record) == "4711"
+    assert "The digits are being checked." in (await office.browser.get(place)).text
+    assert 'class="digits"' not in (await office.browser.get(place)).text
+    await office.book.change(
+        login, lambda now: office.book.step(now, status="need_verify_code", reason="wrong_code", digits="")
+    )
+    assert "type them once more" in (await office.browser.get(place)).text
+
+
+async def test_any_replica_finds_a_login_by_its_address(office: Office) -> None:
+    await office.sign_in()
+    place = (await office.post("/logins", sandbox="s1")).headers["Location"]
+    with Console("127.0.0.1:0", TOKEN, office.needs) as other:
+        answer = await office.browser.get(f"{other.url}{place}")
+    assert "<svg" in answer.text
+    assert (await office.browser.get("/logins/" + "f" * 24)).status_code == 404
+
+
+# without a bus --------------------------------------------------------------------------------------
+
+
+async def test_a_bus_that_is_away_is_said_and_not_waited_for(office: Office) -> None:
+    await office.sign_in()
+    await office.bench.bind("s1")
+    office.crowd.away = True
+    for path in ("/", "/dead", "/logins"):
+        answer = await office.browser.get(path)
+        assert (answer.status_code, "The bus does not answer" in answer.text) == (503, True)
+
+
+async def test_a_fault_of_ours_is_logged_and_ends_one_page_only(office: Office) -> None:
+    await office.sign_in()
+    await office.bench.bind("s1")
+    broken = office.needs.contexts
+    assert isinstance(broken, FakeBucket)
+    broken.put("b1=40im=2Ebot/u1=40im=2Ewechat", b"{")
+    with capture_logs() as logs:
+        answer = await office.browser.get("/")
+    assert answer.status_code == 500
+    assert "Traceback" not in answer.text
+    assert "console.crashed" in [line["event"] for line in logs]
+    assert (await office.browser.get("/dead")).status_code == 200
