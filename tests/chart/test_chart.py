@@ -380,7 +380,9 @@ def test_a_secret_is_a_file_and_never_a_variable(
         mounts = {each["name"]: each for each in container["volumeMounts"]}
         for name, secret in volumes.items():
             (volume,) = [each for each in pod["volumes"] if each["name"] == name]
-            assert volume["secret"] == {"secretName": secret, "defaultMode": 0o440}
+            keys = [Path(value).name for value in variables.values() if f"/{name}/" in value]
+            items = [{"key": key, "path": key} for key in keys]
+            assert volume["secret"] == {"secretName": secret, "defaultMode": 0o440, "items": items}
             assert mounts[name]["mountPath"] == f"/etc/wechat-nats/{name}"
             assert mounts[name]["readOnly"] is True
             assert "subPath" not in mounts[name]
@@ -396,7 +398,8 @@ def _known(variable: str) -> bool:
 
 def test_an_authority_may_be_in_a_config_map() -> None:
     pod = pod_of(rendered({"nats": {"tls": {"ca": {"existingConfigMap": "c"}}}}))
-    assert {"name": "ca", "configMap": {"name": "c"}} in pod["volumes"]
+    items = [{"key": "ca.crt", "path": "ca.crt"}]
+    assert {"name": "ca", "configMap": {"name": "c", "items": items}} in pod["volumes"]
     assert env_of(pod["containers"][0])["NATS_CA"] == "/etc/wechat-nats/ca/ca.crt"
     assert "ca" in {each["name"] for each in pod["containers"][0]["volumeMounts"]}
 

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import os
 import random
 import signal
 import subprocess
 import tomllib
+import urllib.error
 import urllib.request
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import nats
+import yaml
+
 from adapter.simulator import Simulator, SimulatorSettings
+from tests.chart.helm import one, rendered
 from tests.e2e.waiting import eventually, free_port, until
 from tests.e2e.world import World, audit, load
 from tests.image.conftest import CANARY
@@ -27,11 +33,23 @@ def inside(image: str, *command: str) -> str:
     return podman("run", "--rm", "--user=0", f"--entrypoint={command[0]}", image, *command[1:]).stdout
 
 
+def status(url: str) -> int:
+    """How it is answered; 0 where nobody listens."""
+    try:
+        with urllib.request.urlopen(url, timeout=5) as answer:
+            return int(answer.status)
+    except urllib.error.HTTPError as exc:
+        return exc.code
+    except OSError:
+        return 0
+
+
 class Setting(World):
     """Server and adapters in containers, the simulator here."""
 
     def __init__(self, folder: Path, sim: Simulator, url: str, environ: dict[str, str]) -> None:
         super().__init__(folder, sim, url, environ)
+        self.environ = environ
         self.containers: list[Container] = []
         self.port = free_port()
 
@@ -46,13 +64,7 @@ class Setting(World):
 
     def probe(self, path: str) -> int:
         """The HTTP status; 0 where nobody listens."""
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=5) as answer:
-                return int(answer.status)
-        except urllib.error.HTTPError as exc:
-            return exc.code
-        except OSError:
-            return 0
+        return status(f"http://127.0.0.1:{self.port}{path}")
 
     def metric(self, name: str) -> float:
         """A metric without labels."""
@@ -251,6 +263,104 @@ def nkey() -> tuple[str, str]:
 
     pair = nkeys.from_seed(nkeys.encode_seed(os.urandom(32), nkeys.PREFIX_BYTE_USER))
     return pair.seed.decode(), pair.public_key.decode()
+
+
+async def test_the_charts_own_pod_runs_with_its_secrets(image: str, nats_image: str, tmp_path: Path) -> None:
+    """Deployment and test pod as helm renders them, played by podman: all of Kubernetes but its API server.
+
+    podman plays one replica, has an image's own curl ask HTTP probes, which ours does not have, and knows no fsGroup:
+    so the probes are commands here, and the group that may read the files is root's.
+    """
+    seed, public = nkey()
+    name, ask = "bridge-wechat-nats", inspect(image, kind="image")["Healthcheck"]["Test"][1:]
+    async with setting(tmp_path, nats_image, f"authorization {{ users: [ {{ nkey: {public} }} ] }}") as made:
+        probe = {"httpGet": None, "exec": {"command": ask}}
+        values = {
+            "image": {"registry": "localhost", "tag": "test", "pullPolicy": "Never"},
+            "replicaCount": 1,
+            "http": {"port": made.port},
+            "nats": {"url": made.url, "auth": {"nkey": {"existingSecret": "adapter"}}},
+            "tokenKey": {"existingSecret": "adapter"},
+            "settings": {
+                key: int(value) if value.isdigit() else value
+                for key, value in made.environ.items()
+                if key.startswith("WECHAT_NATS_") and key != "WECHAT_NATS_DRAIN_S"
+            },
+            "drainSeconds": DRAIN_S,
+            "podSecurityContext": {"runAsGroup": 0},
+            "startupProbe": probe,
+            "livenessProbe": probe,
+            "readinessProbe": None,
+        }
+        key = base64.b64encode(os.urandom(32)).decode()
+        secret = {
+            "apiVersion": "v1",
+            "kind": "Secret",
+            "metadata": {"name": "adapter"},
+            "stringData": {"nkey.seed": seed, "token-key": key},
+        }
+        objects = rendered(values)
+        file = tmp_path / "pod.yaml"
+        file.write_text(yaml.safe_dump_all([secret, one(objects, "Deployment")]))
+        podman("kube", "play", "--network=host", str(file))
+        try:
+            container = Container(f"{name}-pod-adapter", image)
+            made.containers.append(container)
+            await until(lambda: made.probe("/readyz") == 200, "the adapter is ready")
+            found = inspect(container.name)
+            assert found["HostConfig"]["ReadonlyRootfs"] is True
+            assert found["HostConfig"]["Memory"] == 2 * 2**30
+            assert container.status("Uid").split() == ["65532"] * 4
+            assert int(container.status("CapEff"), 16) == 0
+            assert container.status("NoNewPrivs") == "1"
+            assert seed not in str(found["Config"]["Env"])
+            podman("healthcheck", "run", container.name)
+            doctor = one(objects, "Pod")
+            file.write_text(yaml.safe_dump(doctor))
+            podman("kube", "play", "--network=host", str(file))
+            said = await Container(f"{name}-doctor-doctor", image).ended()
+            assert said == 0, podman("logs", f"{name}-doctor-doctor").stdout
+            container.signal(signal.SIGTERM)
+            assert await container.ended() == 0
+        finally:
+            print(podman("logs", f"{name}-pod-adapter", check=False).stderr[-2000:])  # shown where it fails
+            podman("pod", "rm", "--all", "--force", "--time=0")
+
+
+async def test_the_server_for_evaluation_runs_as_it_is_rendered(nats_image: str, tmp_path: Path) -> None:
+    """Also as nobody on a read-only root; podman plays no StatefulSet, so its pod is played alone."""
+    registry, _, repository = nats_image.partition("/")
+    repository, _, tag = repository.partition(":")
+    objects = rendered({
+        "evaluationNats": {
+            "enabled": True,
+            "image": {"registry": registry, "repository": repository, "tag": tag, "pullPolicy": "Never"},
+            "persistence": {"enabled": False},
+        },
+    })  # fmt: skip
+    spec = one(objects, "StatefulSet")["spec"]["template"]["spec"]
+    (container,) = spec["containers"]
+    asked = {container.pop(probe)["httpGet"]["path"] for probe in ("startupProbe", "livenessProbe", "readinessProbe")}
+    pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "evaluation"}, "spec": spec}
+    file = tmp_path / "pod.yaml"
+    file.write_text(yaml.safe_dump_all([one(objects, "ConfigMap"), pod]))
+    bus, monitor = free_port(), free_port()
+    published = [f"--publish=127.0.0.1:{bus}:4222", f"--publish=127.0.0.1:{monitor}:8222"]
+    podman("kube", "play", *published, str(file))
+    try:
+        for path in sorted(asked):
+            url = f"http://127.0.0.1:{monitor}{path}"
+            await until(lambda url=url: status(url) == 200, f"{path} is answered")  # type: ignore[misc]
+        nc = await nats.connect(f"nats://127.0.0.1:{bus}")
+        await nc.jetstream().add_stream(name="kept", subjects=["kept"])
+        assert (await nc.jetstream().publish("kept", b"hello")).seq == 1
+        await nc.close()
+        found = inspect("evaluation-nats")
+        assert found["HostConfig"]["ReadonlyRootfs"] is True
+        assert Container("evaluation-nats", nats_image).status("Uid").split() == ["65532"] * 4
+    finally:
+        print(podman("logs", "evaluation-nats", check=False).stderr[-2000:])  # shown where it fails
+        podman("pod", "rm", "--all", "--force", "--time=0")
 
 
 def test_an_image_with_all_extras_holds_the_demo(image: str, checkout: Path) -> None:

@@ -22,11 +22,17 @@ def machine() -> Iterator[None]:
         prepare()
     except CannotRun as exc:
         pytest.fail(f"The image cannot be tried here. {exc}", pytrace=False)
-    podman("rm", "--all", "--force", "--time=0")
-    podman("pod", "rm", "--all", "--force", "--time=0")
+    remove_all()
     yield
+    remove_all()
+
+
+def remove_all() -> None:
+    """Every container, pod, volume and secret of our own storage; images stay."""
     podman("pod", "rm", "--all", "--force", "--time=0")
     podman("rm", "--all", "--force", "--time=0")
+    podman("volume", "prune", "--force")
+    podman("secret", "rm", "--all")
 
 
 @pytest.fixture(scope="session")

@@ -189,17 +189,19 @@ envFrom:
 {{- end }}
 {{- end }}
 
-{{- /* Mounted files by folder. Whole volumes, not single files: only so a rotated Secret reaches the running pod. */}}
+{{- /* Mounted Secrets by folder, and the entries of each. Whole volumes, not single files: only so a rotated Secret
+reaches the running pod. */}}
 {{- define "wechat-nats.secrets" -}}
 {{- $auth := .Values.nats.auth }}
-creds: {{ $auth.creds.existingSecret | quote }}
-nkey: {{ $auth.nkey.existingSecret | quote }}
-token: {{ $auth.token.existingSecret | quote }}
-password: {{ $auth.userPassword.existingSecret | quote }}
-ca: {{ .Values.nats.tls.ca.existingSecret | quote }}
-cert: {{ .Values.nats.tls.cert.existingSecret | quote }}
-token-key: {{ .Values.tokenKey.existingSecret | quote }}
-console: {{ .Values.console.existingSecret | quote }}
+{{- $tls := .Values.nats.tls }}
+creds: {{ dict "name" $auth.creds.existingSecret "keys" (list $auth.creds.key) | toJson }}
+nkey: {{ dict "name" $auth.nkey.existingSecret "keys" (list $auth.nkey.key) | toJson }}
+token: {{ dict "name" $auth.token.existingSecret "keys" (list $auth.token.key) | toJson }}
+password: {{ dict "name" $auth.userPassword.existingSecret "keys" (list $auth.userPassword.key) | toJson }}
+ca: {{ dict "name" $tls.ca.existingSecret "keys" (list $tls.ca.key) | toJson }}
+cert: {{ dict "name" $tls.cert.existingSecret "keys" (list $tls.cert.certKey $tls.cert.keyKey) | toJson }}
+token-key: {{ dict "name" .Values.tokenKey.existingSecret "keys" (list .Values.tokenKey.key) | toJson }}
+console: {{ dict "name" .Values.console.existingSecret "keys" (list .Values.console.key) | toJson }}
 {{- end }}
 
 {{- define "wechat-nats.volumes" -}}
@@ -208,17 +210,25 @@ volumes:
     emptyDir:
       sizeLimit: {{ .Values.temporarySize }}
   {{- range $folder, $secret := include "wechat-nats.secrets" . | fromYaml }}
-  {{- if $secret }}
+  {{- if $secret.name }}
   - name: {{ $folder }}
     secret:
-      secretName: {{ $secret }}
+      secretName: {{ $secret.name }}
       defaultMode: 0440
+      items:
+        {{- range $secret.keys }}
+        - key: {{ . }}
+          path: {{ . }}
+        {{- end }}
   {{- end }}
   {{- end }}
   {{- with .Values.nats.tls.ca.existingConfigMap }}
   - name: ca
     configMap:
       name: {{ . }}
+      items:
+        - key: {{ $.Values.nats.tls.ca.key }}
+          path: {{ $.Values.nats.tls.ca.key }}
   {{- end }}
   {{- with .Values.extraVolumes }}
   {{- toYaml . | nindent 2 }}
@@ -230,7 +240,7 @@ volumeMounts:
   - name: tmp
     mountPath: /tmp
   {{- range $folder, $secret := include "wechat-nats.secrets" . | fromYaml }}
-  {{- if or $secret (and (eq $folder "ca") $.Values.nats.tls.ca.existingConfigMap) }}
+  {{- if or $secret.name (and (eq $folder "ca") $.Values.nats.tls.ca.existingConfigMap) }}
   - name: {{ $folder }}
     mountPath: /etc/wechat-nats/{{ $folder }}
     readOnly: true
