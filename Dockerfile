@@ -16,7 +16,7 @@ RUN python3 -m venv /tools \
       " ".join([p["name"] + "==" + p["version"]] + ["--hash=" + w["hash"] for w in p["wheels"]]) \
       for p in tomllib.load(open("uv.lock", "rb"))["package"] if p["name"] in ("uv", "uv-build")))' >tools.txt \
  && /tools/bin/pip install --quiet --no-cache-dir --no-deps --only-binary :all: --require-hashes -r tools.txt
-# `cli` for the operators' commands and the chart's test, `voice` for WAV. `--build-arg EXTRAS="cli voice embedded simulator"`
+# `cli` for the operators' commands and the chart's test, `voice` for WAV. `--build-arg EXTRAS="cli voice embedded"`
 # makes an image that also knows `demo` and `run --embedded`.
 ARG EXTRAS="cli voice"
 RUN for extra in ${EXTRAS}; do set -- "$@" "--extra=${extra}"; done \

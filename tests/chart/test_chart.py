@@ -682,6 +682,8 @@ def test_the_dashboard_is_handed_to_grafana_unchanged(tmp_path: Path) -> None:
     assert made["metadata"]["labels"]["grafana_dashboard"] == "1"
     assert made["metadata"]["annotations"] == {"grafana_folder": "Chat"}
     assert made["metadata"]["namespace"] == "monitoring"
+    shipped = one(rendered(CHART / "ci" / "monitoring-values.yaml"), "ConfigMap")
+    assert json.loads(shipped["data"]["wechat-nats.json"]) == json.loads((CHART / "files/dashboard.json").read_text())
     (chart / "files" / "dashboard.json").unlink()
     with pytest.raises(Refused, match=r"dashboards\.enabled: files/dashboard\.json is missing"):
         rendered(values, chart=chart)

@@ -142,7 +142,7 @@ def test_the_image_is_small(image: str) -> None:
     """What it adds to its base: Python packages, nothing else."""
     added = inspect(image, kind="image")["Size"] - inspect(BASE, kind="image")["Size"]
     print(f"the image adds {added / 1e6:.0f} MB to its base")
-    assert added < 70e6
+    assert added < 100e6
 
 
 def test_no_secret_no_test_and_no_build_tool_is_inside(image: str) -> None:
@@ -151,7 +151,7 @@ def test_no_secret_no_test_and_no_build_tool_is_inside(image: str) -> None:
     )
     assert {"wechat-nats", "adapter", "nats", "msgspec", "pysilk", "cyclopts"} <= installed
     assert not installed & {
-        "uv", "uv_build", "pip", "setuptools", "wheel", "pytest", "mypy", "ruff", "hypothesis", "tests", "aiohttp",
+        "uv", "uv_build", "pip", "setuptools", "wheel", "pytest", "mypy", "ruff", "hypothesis", "tests",
         "nats-server",
     }  # fmt: skip
     gone = inside(image, "sh", "-c", "command -v uv gcc cc make git; ls -d /tools /build; true")
@@ -365,7 +365,7 @@ async def test_the_server_for_evaluation_runs_as_it_is_rendered(nats_image: str,
 
 def test_an_image_with_all_extras_holds_the_demo(image: str, checkout: Path) -> None:
     """The build argument of the Dockerfile's comment."""
-    build(checkout, f"{IMAGE}-demo", "--build-arg=EXTRAS=cli voice embedded simulator")
+    build(checkout, f"{IMAGE}-demo", "--build-arg=EXTRAS=cli voice embedded")
     options = ("--rm", "--interactive", "--read-only", "--cap-drop=all", "--tmpfs=/tmp:size=1g")
     said = podman("run", *options, f"{IMAGE}-demo", "demo", stdin="hello\n").stdout
     assert "You said: hello" in said
