@@ -12,7 +12,7 @@ from importlib.metadata import version
 import structlog
 from cyclopts import App, CycloptsError
 
-from adapter.cli import bindings, dead, demo, doctor, login, output, permissions, run, send, tail
+from adapter.cli import backup, bindings, dead, demo, doctor, login, output, permissions, run, send, tail
 from adapter.cli.exits import EXIT_CODES, INTERRUPTED, NO, OK, USAGE, Failed
 from adapter.embedded import EmbeddedFailed
 from adapter.errors import AdapterError, SettingsError
@@ -46,6 +46,8 @@ def build() -> App:
     app.command(tail.tail)
     app.command(dead.app)
     app.command(doctor.doctor)
+    app.command(backup.backup)
+    app.command(backup.restore)
     app.command(permissions.app)
     app.command(run.simulator)
     app.command(run.schema)

@@ -130,8 +130,8 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else text[:79] + "…"
 
 
-async def _adapters(bus: Bus) -> Check:
-    """Asks every adapter at once and counts who answers."""
+async def running(bus: Bus) -> tuple[set[str], set[str]]:
+    """Asks every adapter at once; the ids and versions of those that answer. Raises NatsError."""
     inbox = bus.nc.new_inbox()
     ids: set[str] = set()
     versions: set[str] = set()
@@ -144,10 +144,15 @@ async def _adapters(bus: Bus) -> Check:
         ids.add(str(pong.get("id")))
         versions.add(str(pong.get("version")))
 
+    await bus.nc.subscribe(inbox, cb=heard)
+    await bus.nc.publish(f"$SRV.PING.{SERVICE}", b"", reply=inbox)
+    await asyncio.sleep(PING_S)
+    return ids, versions
+
+
+async def _adapters(bus: Bus) -> Check:
     try:
-        await bus.nc.subscribe(inbox, cb=heard)
-        await bus.nc.publish(f"$SRV.PING.{SERVICE}", b"", reply=inbox)
-        await asyncio.sleep(PING_S)
+        ids, versions = await running(bus)
     except NatsError as exc:
         return Check("adapters", "fail", f"Cannot ask for them: {exc}.")
     if not ids:

@@ -1,0 +1,158 @@
+"""`backup` and `restore`: every stream and bucket as files, and back; also from one NATS to another.
+
+By JetStream's own snapshots, since they keep the sequences: cursors and records name messages by them. The files are
+those of `nats stream backup`, a folder per stream.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+from cyclopts import Parameter
+from nats.errors import Error as NatsError
+from nats.errors import TimeoutError as NatsTimeout
+
+from adapter.cli import output
+from adapter.cli.bus import Bus, connected
+from adapter.cli.doctor import running
+from adapter.cli.exits import NO, OK, UNREACHABLE, USAGE, Failed
+from adapter.cli.options import Json
+
+COLUMNS = ("stream", "messages", "bytes")
+CHUNK = 128 * 1024
+CHUNK_S = 30.0
+"""How long a chunk may take, either way."""
+META, DATA = "backup.json", "stream.tar.s2"
+EXISTS = 10058
+
+Folder = Annotated[Path, Parameter(help="Folder of the backup, with a folder per stream.")]
+
+
+class Copied(msgspec.Struct, frozen=True):
+    """One stream of a backup."""
+
+    stream: str
+    messages: int
+    bytes: int
+    """On disk, compressed."""
+
+
+async def backup(folder: Folder, /, *, json: Json = False) -> int:
+    """Copy every stream and bucket to files.
+
+    Stop the adapters first if you mean to move: what they do during the copy is in it or not. The files hold
+    messages of people and bot tokens (sealed, if the adapters have a key): guard them as such. What only the living
+    need, leases and logins, is left out.
+    """
+    if folder.exists() and any(folder.iterdir()):
+        raise Failed(USAGE, f"{folder} is not empty.")
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    async with connected() as bus:
+        copied = [await _save(bus, stream, folder / stream) for stream in await _streams(bus)]
+    if not copied:
+        raise Failed(NO, "There is nothing of ours on this server.")
+    _print(copied, json)
+    return OK
+
+
+async def restore(
+    folder: Folder,
+    /,
+    *,
+    replace: Annotated[bool, Parameter(negative="", help="Delete what is there, first.")] = False,
+    json: Json = False,
+) -> int:
+    """Bring the streams and buckets of a backup back, with WECHAT_NATS_REPLICAS copies.
+
+    The adapters must be stopped, and what is there must be gone: nothing is merged.
+    """
+    saved = sorted(place.parent for place in folder.glob(f"*/{META}"))
+    if not saved:
+        raise Failed(USAGE, f"{folder} holds no backup.")
+    async with connected() as bus:
+        if found := (await running(bus))[0]:
+            raise Failed(NO, f"{len(found)} adapters are running on this bus: stop them first.")
+        there = set(await _streams(bus)) & {place.name for place in saved}
+        if there and not replace:
+            raise Failed(NO, f"It is there already: {', '.join(sorted(there))}. With --replace it is deleted first.")
+        for stream in sorted(there):
+            _expect(await bus.api(f"STREAM.DELETE.{stream}"), f"{stream} cannot be deleted")
+        copied = [await _load(bus, place) for place in saved]
+    _print(copied, json)
+    return OK
+
+
+async def _streams(bus: Bus) -> list[str]:
+    """Ours, but those that only the living need."""
+    names, offset = bus.names, 0
+    found: list[str] = []
+    while True:
+        answer = await bus.api("STREAM.NAMES", {"offset": offset})
+        page = answer.get("streams") or []
+        found += page
+        offset += len(page)
+        if not page or offset >= answer.get("total", 0):
+            break
+    upper = f"{names.prefix.upper()}_"
+    left_out = {f"KV_{bucket}" for bucket in (names.members, names.claims, names.logins)}
+    ours = (upper, f"KV_{names.prefix}_", f"OBJ_{names.prefix}_")
+    return sorted(name for name in found if name.startswith(ours) and name not in left_out)
+
+
+async def _save(bus: Bus, stream: str, folder: Path) -> Copied:
+    inbox = bus.nc.new_inbox()
+    chunks = await bus.nc.subscribe(inbox)
+    try:
+        body = {"deliver_subject": inbox, "no_consumers": False, "chunk_size": CHUNK}
+        answer = await bus.api(f"STREAM.SNAPSHOT.{stream}", body)
+        _expect(answer, f"{stream} cannot be copied")
+        folder.mkdir(mode=0o700)  # noqa: ASYNC240  nothing else runs in a command
+        with (folder / DATA).open("wb") as data:
+            while (chunk := await chunks.next_msg(timeout=CHUNK_S)).data:
+                data.write(chunk.data)
+                if chunk.reply:
+                    await bus.nc.publish(chunk.reply)  # the server sends more once it hears this
+        if (chunk.headers or {}).get("Status", "204") not in ("200", "204"):
+            raise Failed(UNREACHABLE, f"Copying {stream} stopped half-way: {chunk.headers}.")
+    except (NatsTimeout, NatsError, TimeoutError):
+        raise Failed(UNREACHABLE, f"Copying {stream} stopped half-way: try again.") from None
+    finally:
+        await chunks.unsubscribe()
+    meta = {"config": answer["config"], "state": answer["state"]}
+    (folder / META).write_bytes(msgspec.json.encode(meta))
+    return Copied(stream, answer["state"]["messages"], (folder / DATA).stat().st_size)
+
+
+async def _load(bus: Bus, folder: Path) -> Copied:
+    stream = folder.name
+    meta: dict[str, Any] = msgspec.json.decode((folder / META).read_bytes())
+    config = meta["config"] | {"num_replicas": bus.settings.replicas}
+    answer = await bus.api(f"STREAM.RESTORE.{stream}", {"config": config, "state": meta["state"]})
+    _expect(answer, f"{stream} cannot be restored")
+    try:
+        with (folder / DATA).open("rb") as data:
+            while chunk := data.read(CHUNK):
+                said = await bus.nc.request(answer["deliver_subject"], chunk, timeout=CHUNK_S)
+                if said.data:
+                    _expect(msgspec.json.decode(said.data), f"{stream} cannot be restored")
+        done = await bus.nc.request(answer["deliver_subject"], b"", timeout=CHUNK_S)
+    except (NatsTimeout, NatsError, TimeoutError):
+        raise Failed(UNREACHABLE, f"Restoring {stream} stopped half-way: delete it, and try again.") from None
+    _expect(msgspec.json.decode(done.data), f"{stream} cannot be restored")
+    return Copied(stream, meta["state"]["messages"], (folder / DATA).stat().st_size)
+
+
+def _expect(answer: dict[str, Any], what: str) -> None:
+    """Raises Failed for an error of JetStream's."""
+    if error := answer.get("error"):
+        raise Failed(NO, f"{what}: {error.get('description', error)} (error {error.get('err_code')}).")
+
+
+def _print(copied: list[Copied], json: bool) -> None:
+    if json:
+        for one in copied:
+            output.json_line(one)
+    else:
+        output.table(COLUMNS, [(one.stream, one.messages, one.bytes) for one in copied], empty="")

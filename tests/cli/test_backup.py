@@ -1,0 +1,95 @@
+"""`backup` and `restore`: everything that must outlive a server, with its sequences, and nothing merged."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from adapter.app import run
+from adapter.cli.bus import Bus, connected
+from adapter.embedded import EmbeddedNats
+from adapter.settings import Settings
+from tests.cli.conftest import Command
+
+LEFT_OUT = {"KV_wechat_members", "KV_wechat_claims", "KV_wechat_logins"}
+
+
+async def states(bus: Bus) -> dict[str, dict[str, Any]]:
+    """By stream: what is in it, and how many consumers it has."""
+    names = (await bus.api("STREAM.NAMES"))["streams"]
+    found = {}
+    for name in names:
+        state = (await bus.api(f"STREAM.INFO.{name}"))["state"]
+        found[name] = {key: state[key] for key in ("messages", "last_seq", "consumer_count")}
+        if state["messages"]:
+            found[name]["first_seq"] = state["first_seq"]
+    return found
+
+
+async def fill(bus: Bus) -> None:
+    """Messages with a gap in front, and a bucket with an entry."""
+    for number in range(5):
+        await bus.js.publish("wechat.inbox.s1", b"x" * 300_000 + str(number).encode())
+    await bus.js.purge_stream("WECHAT_IN", seq=3)
+    await bus.js.publish("wechat.out.s1", b'{"text":"hi"}')
+    await (await bus.js.key_value("wechat_bindings")).put("b1", b"{}")
+
+
+async def test_all_that_must_last_comes_back_on_another_server(
+    cli: Command, bus: Bus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await fill(bus)
+    before = await states(bus)
+    saved = await cli("backup", str(tmp_path / "saved"), "--json")
+    assert saved.code == 0, saved.err
+    assert {row["stream"] for row in saved.rows} == before.keys() - LEFT_OUT
+    assert (tmp_path / "saved").stat().st_mode & 0o077 == 0
+    async with EmbeddedNats() as other:
+        monkeypatch.setenv("NATS_URL", other.url)
+        restored = await cli("restore", str(tmp_path / "saved"))
+        assert restored.code == 0, restored.err
+        async with connected(Settings(nats_url=(other.url,))) as there:
+            after = await states(there)
+            assert after == {name: state for name, state in before.items() if name not in LEFT_OUT}
+            assert (await there.js.get_msg("WECHAT_IN", 3)).data == b"x" * 300_000 + b"2"
+            entry = await (await there.js.key_value("wechat_bindings")).get("b1")
+            assert (entry.value, entry.revision) == (b"{}", 1)
+
+
+async def test_nothing_is_merged_and_nothing_deleted_unasked(cli: Command, bus: Bus, tmp_path: Path) -> None:
+    await fill(bus)
+    assert (await cli("backup", str(tmp_path / "saved"))).code == 0
+    again = await cli("backup", str(tmp_path / "saved"))
+    assert (again.code, "not empty" in again.err) == (2, True)
+    await bus.js.publish("wechat.inbox.s1", b"later")
+    refused = await cli("restore", str(tmp_path / "saved"))
+    assert (refused.code, "WECHAT_IN" in refused.err, "--replace" in refused.err) == (1, True, True)
+    assert (await states(bus))["WECHAT_IN"]["last_seq"] == 6
+    assert (await cli("restore", str(tmp_path / "saved"), "--replace")).code == 0
+    assert (await states(bus))["WECHAT_IN"]["last_seq"] == 5
+
+
+async def test_a_running_adapter_forbids_it(cli: Command, bus: Bus, settings: Settings, tmp_path: Path) -> None:
+    await fill(bus)
+    assert (await cli("backup", str(tmp_path / "saved"))).code == 0
+    stop, ready = asyncio.Event(), asyncio.Event()
+    adapter = asyncio.create_task(run(settings_of_adapter(settings), stop=stop, on_ready=ready.set))
+    await ready.wait()
+    refused = await cli("restore", str(tmp_path / "saved"), "--replace")
+    assert (refused.code, "stop them first" in refused.err) == (1, True)
+    stop.set()
+    await adapter
+
+
+def settings_of_adapter(settings: Settings) -> Settings:
+    return Settings(nats_url=settings.nats_url, http_addr="127.0.0.1:0", drain_s=10)
+
+
+async def test_an_empty_folder_or_server_is_said(cli: Command, server: EmbeddedNats, tmp_path: Path) -> None:
+    nothing = await cli("restore", str(tmp_path))
+    assert (nothing.code, "holds no backup" in nothing.err) == (2, True)
+    empty = await cli("backup", str(tmp_path / "saved"))
+    assert (empty.code, "nothing of ours" in empty.err) == (1, True)

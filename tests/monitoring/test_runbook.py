@@ -1,0 +1,103 @@
+"""The runbook has a page for every alert, and what it tells to ask and to run exists."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+from cyclopts import CycloptsError
+
+from adapter.cli import build
+from adapter.metrics import Metrics
+from adapter.settings import Settings
+from tests.monitoring.test_alerts import alerts, promtool
+from tests.monitoring.tools import ROOT, RUNBOOK, missing_in
+
+PARTS = ("Meaning", "Impact", "Look", "Fix", "Escalate")
+
+
+def sections() -> dict[str, str]:
+    """By heading, what is below it."""
+    parts = re.split(r"(?m)^#{2,4} (.+)$", RUNBOOK.read_text())
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def anchor(heading: str) -> str:
+    """As GitHub makes it."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
+
+
+def queries() -> list[str]:
+    return [query.strip() for query in blocks(RUNBOOK.read_text(), "promql")]
+
+
+def commands() -> list[str]:
+    """Every command of ours, in blocks and in sentences."""
+    text = RUNBOOK.read_text()
+    lines = [line for block in blocks(text, "sh") for line in block.splitlines()]
+    quoted = [found.replace("\n", " ") for found in re.findall(r"`(wechat-nats [^`]+)`", text)]
+    return sorted({line for line in [*lines, *quoted] if line.startswith("wechat-nats ")})
+
+
+def test_every_alert_leads_to_its_page() -> None:
+    anchors = {anchor(heading) for heading in sections()}
+    for alert in alerts():
+        assert alert["annotations"]["runbook_url"].partition("#")[2] in anchors
+
+
+def test_every_page_says_what_to_look_at_and_what_to_do() -> None:
+    found = sections()
+    for alert in alerts():
+        text = found[alert["alert"]]
+        assert [part for part in PARTS if f"**{part}.**" not in text] == [], alert["alert"]
+        assert len(blocks(text, "promql")) == 2, alert["alert"]
+        assert len(blocks(text, "sh")) == 1, alert["alert"]
+
+
+def test_there_is_no_page_for_an_alert_that_is_gone() -> None:
+    names = {alert["alert"] for alert in alerts()}
+    assert {heading for heading in sections() if heading.startswith("Wechat")} == names
+
+
+def test_links_lead_somewhere() -> None:
+    anchors = {anchor(heading) for heading in sections()}
+    assert set(re.findall(r"\]\(#([^)]+)\)", RUNBOOK.read_text())) <= anchors
+
+
+def test_queries_ask_for_metrics_that_there_are(tmp_path: Path) -> None:
+    exposed = Metrics().expose()[0].decode()
+    assert [missing for query in queries() if (missing := missing_in(exposed, query))] == []
+    rules = [{"record": f"page:query{number}", "expr": query} for number, query in enumerate(queries())]
+    (tmp_path / "queries.yaml").write_text(yaml.safe_dump({"groups": [{"name": "runbook", "rules": rules}]}))
+    promtool("check", "rules", tmp_path / "queries.yaml")
+
+
+@pytest.mark.parametrize("line", commands())
+def test_commands_are_ones_that_there_are(line: str) -> None:
+    """Read as the command line is, with all its arguments."""
+    words = shlex.split(line.removesuffix(" again"))[1:]
+    if words == ["--help"] or words in (["unbind"], ["login", "SANDBOX"]):
+        words = {"--help": ["doctor"], "unbind": ["unbind", "s1"], "login": ["login", "s1"]}[words[0]]
+    build().parse_args(words, exit_on_error=False, print_error=False)
+
+
+def test_a_command_that_is_none_would_be_found() -> None:
+    for words in (["bindings", "--nope"], ["resurrect", "17"]):
+        with pytest.raises(CycloptsError):
+            build().parse_args(words, exit_on_error=False, print_error=False)
+
+
+def test_settings_and_lines_of_the_log_are_called_by_their_names() -> None:
+    text = RUNBOOK.read_text()
+    known = {field.upper() for field in Settings.__struct_fields__}
+    assert set(re.findall(r"WECHAT_NATS_([A-Z_]+)\b", text)) <= known
+    source = "".join(path.read_text() for path in (ROOT / "adapter").rglob("*.py"))
+    for event in re.findall(r"`([a-z_]+\.[a-z_]+)`", text):
+        assert f'"{event}"' in source or event in ("link.", "alerts.yaml"), event
