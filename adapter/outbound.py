@@ -98,11 +98,12 @@ class Shard(LaneWork):
             self._needs.sender.metrics.outbound_taken.inc()
         if self._backlog.takes(delivery):
             self._accept(delivery)
-        else:
+        elif self._backlog.next(delivery.subject) is not None:
+            # also for a single one: what its sandbox has in hand may belong to a user who is slow, and this one not
             self._read_back(delivery.subject)
 
     def _read_back(self, subject: str) -> None:
-        if subject not in self._reading and self._backlog.wants(subject) and not self._drain.is_set():
+        if subject not in self._reading and not self._drain.is_set():
             self._reading.add(subject)
             self._spawn(self._catch_up(subject))
 

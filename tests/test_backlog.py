@@ -6,6 +6,8 @@ import asyncio
 from collections import Counter
 from typing import Any
 
+import pytest
+
 from adapter.backlog import ROOM, SHARE, SHARE_BYTES, Backlog
 from adapter.contract import H_MSG_ID, shard_of
 from adapter.outbound import Shard
@@ -121,6 +123,21 @@ async def test_a_user_whose_sends_hang_leaves_room_for_the_others() -> None:
     await asyncio.sleep(5)
     assert "hi" in bench.chat.texts
     assert len(shard._in_hand) <= ROOM + SHARE
+    shard.stop()
+
+
+@pytest.mark.parametrize("queued", [SHARE, ROOM // 2 + 100])
+async def test_a_user_whose_sends_hang_leaves_room_for_others_of_the_same_sandbox(queued: int) -> None:
+    bench, shard = await two_users()
+    await bench.bind(bot="b3@im.bot", user="u3@im.wechat")
+    bench.hears("b3@im.bot", "u3@im.wechat")
+    bench.chat.hold_sends["u1@im.wechat"] = asyncio.Event()
+    for number in range(queued):
+        shard.on_delivery(bench.command(f"t{number}", user="u1@im.wechat"))
+    await asyncio.sleep(5)
+    shard.on_delivery(bench.command("hi", user="u3@im.wechat"))
+    await asyncio.sleep(5)
+    assert "hi" in bench.chat.texts
     shard.stop()
 
 
