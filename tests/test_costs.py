@@ -1,0 +1,178 @@
+"""What a message costs, in what can be counted the same on every machine: writes, reads, tasks and function calls.
+
+Seconds belong into tests/bench. Here a change that makes each message dearer, or dearer as state grows, is noticed by
+its numbers. The bounds leave a tenth for other versions of Python and of what is installed; tighten them with care.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections import Counter
+from collections.abc import Awaitable, Callable, Coroutine
+from types import FrameType
+from typing import Any, NamedTuple
+
+import msgspec
+import pytest
+
+from adapter.cursors import acquire
+from adapter.inbound import poll_forever
+from adapter.ports import Polled
+from adapter.sessions import Session
+from tests.fakes import EPOCH_MS, Bench, EndOfScript
+
+VIRTUAL_TIME = True
+
+BOT, USER = "b1@im.bot", "u1@im.wechat"
+LIMITS = {"a message by itself": 195, "a message in a batch": 105, "a command": 155}
+"""Calls: a tenth above what they were."""
+
+
+class Cost(NamedTuple):
+    """Of one message."""
+
+    calls: float
+    """Of Python functions in adapter/; what libraries do is theirs."""
+    tasks: float
+    writes: Counter[str]
+
+
+async def measured(bench: Bench, work: Awaitable[Any], messages: int) -> Cost:
+    """What `work` costs, per message; fakes and tests do not count."""
+    calls = tasks = 0
+    loop = asyncio.get_running_loop()
+
+    def see(frame: FrameType, event: str, _: Any) -> None:
+        nonlocal calls
+        if event == "call" and "/adapter/" in frame.f_code.co_filename:
+            calls += 1
+
+    def make(
+        loop: asyncio.AbstractEventLoop, coroutine: Coroutine[Any, Any, Any], **options: Any
+    ) -> asyncio.Task[Any]:
+        nonlocal tasks
+        tasks += 1
+        return asyncio.Task(coroutine, loop=loop, **options)
+
+    before = Counter(bench.bus.writes)
+    loop.set_task_factory(make)  # type: ignore[arg-type]
+    sys.setprofile(see)
+    try:
+        await work
+    finally:
+        sys.setprofile(None)
+        loop.set_task_factory(None)
+    writes = Counter(bench.bus.writes)
+    writes.subtract(before)
+    return Cost(calls / messages, tasks / messages, +writes)
+
+
+def batch(number: int, size: int) -> Polled:
+    """Messages of one user, none like another."""
+    messages = [
+        msgspec.json.encode(
+            {
+                "message_id": 7497484083968569000 + index,
+                "client_id": f"wx-{index}",
+                "seq": index,
+                "from_user_id": USER,
+                "create_time_ms": EPOCH_MS + index,
+                "message_type": 1,
+                "context_token": f"token-{index}",
+                "item_list": [{"type": 1, "text_item": {"text": f"hello {index}"}}],
+            }
+        )
+        for index in range(number * size, (number + 1) * size)
+    ]
+    return Polled(messages, f"cursor {number}", 35_000)
+
+
+async def inbound(*, size: int, batches: int = 20, others: int = 0) -> Cost:
+    """Of a message in batches of `size`, among `others` bots and users that the replica knows."""
+    bench = Bench()
+    await bench.bind()
+    for number in range(others):
+        await bench.bind(f"other{number}", f"o{number}@im.bot", f"ou{number}@im.wechat")
+        bench.hears(f"o{number}@im.bot", f"ou{number}@im.wechat")
+        await bench.contexts.peer(f"o{number}@im.bot", f"ou{number}@im.wechat")
+    bench.chat.polls.extend(batch(number, size) for number in range(batches + 1))
+    bench.chat.script_ends = True
+    session, needs = Session(BOT), bench.incoming()
+    place = await acquire(session, needs)
+    assert place is not None
+
+    async def poll() -> None:
+        with pytest.raises(EndOfScript):
+            await poll_forever(session, place, needs)
+
+    return await measured(bench, poll(), (batches + 1) * size)
+
+
+async def outbound(*, commands: int = 40, queued: int = 0, parked: int = 0, users: int = 0) -> Cost:
+    """Of a command of one user, while others of the shard wait: commands queued, or parked, or users known."""
+    bench = Bench()
+    await bench.bind()
+    bench.hears(used=-1000)
+    await bench.bind("s1", "b2@im.bot", "slow@im.wechat")
+    bench.hears("b2@im.bot", "slow@im.wechat", used=-1000)
+    await bench.bind("s1", "b3@im.bot", "closed@im.wechat")
+    for number in range(users):
+        bench.hears(BOT, f"known{number}@im.wechat")
+        await bench.contexts.peer(BOT, f"known{number}@im.wechat")
+    shard = bench.shard(gap_s=0.0, parked_per_user=100_000, parked_per_sandbox=100_000)
+    await shard.load()
+    if queued:
+        bench.chat.hold_sends["slow@im.wechat"] = asyncio.Event()
+    for number in range(queued):
+        shard.on_delivery(bench.command(f"later {number}", user="slow@im.wechat", id=f"q{number}"))
+    for number in range(parked):
+        shard.on_delivery(bench.command(f"parked {number}", user="closed@im.wechat", id=f"p{number}"))
+    await asyncio.sleep(1)
+    done = len(bench.chat.sent)
+
+    async def send() -> None:
+        for number in range(commands):
+            shard.on_delivery(bench.command(f"hi {number}", user=USER, id=f"c{number}"))
+            await asyncio.sleep(1)
+
+    cost = await measured(bench, send(), commands)
+    assert [sent.text for sent in bench.chat.sent[done:]] == [f"hi {number}" for number in range(commands)]
+    shard.stop()
+    return cost
+
+
+async def test_a_message_by_itself_costs_three_writes() -> None:
+    cost = await inbound(size=1)
+    assert cost.writes == {"token": 21, "in": 21, "cursor": 21}
+    assert cost.tasks < 2.1, "the poll, and what is finished also while stopping"
+    assert cost.calls <= LIMITS["a message by itself"]
+
+
+async def test_in_a_batch_a_message_costs_one_write_and_no_task() -> None:
+    cost = await inbound(size=20)
+    assert cost.writes == {"token": 21, "in": 420, "cursor": 21}
+    assert cost.tasks < 2.1 / 20
+    assert cost.calls <= LIMITS["a message in a batch"]
+
+
+async def test_a_message_costs_the_same_whoever_else_there_is() -> None:
+    alone, among_many = await inbound(size=1), await inbound(size=1, others=500)
+    assert among_many == alone
+
+
+async def test_a_command_costs_a_record_a_receipt_and_a_note_for_quotes() -> None:
+    cost = await outbound()
+    assert cost.writes == {"token": 40, "event": 40, "quote": 40}
+    assert cost.calls <= LIMITS["a command"]
+
+
+@pytest.mark.parametrize(
+    ("state", "dearer"),
+    [({"queued": 400}, 1.25), ({"parked": 400}, 1.01), ({"users": 400}, 1.01)],
+    ids=["queued: it is read back", "parked", "users"],
+)
+async def test_a_command_costs_the_same_whatever_waits_for_others(state: dict[str, int], dearer: float) -> None:
+    alone, among_many = await outbound(), await outbound(**state)
+    assert among_many.calls <= alone.calls * dearer
+    assert among_many.writes == alone.writes
