@@ -1,6 +1,7 @@
 # make demo    a conversation on this machine: server, simulated WeChat, adapter and echo agent
 # make test    every check and every test but the slow ones
 # make slow    the slow ones
+# make chaos   a quarter of an hour in which everything goes wrong, and a table of what came of it
 # make image-test  the image, built and run: needs root and Debian, and installs buildah and podman
 # make alerts-test  every alert, fired by a real fault in a real Prometheus; takes two minutes
 # make dashboard-picture  helm/dashboard.png, from what a real Prometheus answers under load
@@ -24,7 +25,7 @@ NPM_STAMP := $(NPM)/node_modules/.installed
 # An environment that is there is kept, whichever Python it has.
 PYTHONS := $(BIN)/python python3 python3.14 python3.13 python3.12 python3.11
 
-.PHONY: demo test check tests slow image-test alerts-test dashboard-picture console-test format generate npm clean install
+.PHONY: demo test check tests slow chaos chaos-short image-test alerts-test dashboard-picture console-test format generate npm clean install
 .DEFAULT_GOAL := test
 
 demo: install
@@ -35,6 +36,14 @@ test: check tests
 # Two at a time: most of them wait.
 tests: install
 	@$(BIN)/pytest -n 2 --dist worksteal -m 'not slow' </dev/null
+
+# 15 minutes in all. SEED, MODE (cursor_replay, or ack_on_delivery: iLink forgets what it has delivered).
+chaos: install
+	@$(BIN)/python -m tests.e2e.chaos --minutes 15 --bots 500 --seed $(or $(SEED),1) --mode $(or $(MODE),cursor_replay)
+
+# Its short form, which `make slow` holds, too.
+chaos-short: install
+	@$(BIN)/pytest -q -rP -m slow tests/e2e/test_chaos.py </dev/null
 
 slow: install
 	@$(BIN)/pytest -n 2 --dist loadfile -m slow </dev/null || [ $$? = 5 ] # 5: there is none

@@ -6,12 +6,17 @@ import asyncio
 import contextlib
 import random
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any, Protocol, TypeVar
 
 import structlog
 
 T = TypeVar("T")
+
+LATE_S = 0.1
+"""A timer that is later than this was held up: by a stop of the process, or by much work."""
+HERE_S = 1.0
+"""So long it then takes at most to read what is in the sockets, also for thousands."""
 
 log = structlog.get_logger()
 
@@ -96,6 +101,25 @@ async def finish(work: Coroutine[Any, Any, T], grace_s: float) -> T:
         if task.done() and not task.cancelled():
             task.exception()  # seen here: the cancellation is what the caller learns
         raise
+
+
+@contextlib.asynccontextmanager
+async def answered_within(seconds: float) -> AsyncIterator[None]:
+    """As asyncio.timeout, and an answer that is there is read. A process that was stopped finds its time over and the
+    answer in the socket at the same moment; the time would win."""
+    loop = asyncio.get_running_loop()
+    due = loop.time() + seconds
+
+    def over() -> None:
+        late_s = loop.time() - due
+        limit.reschedule(loop.time() + (HERE_S if late_s > LATE_S else 0.0))
+
+    async with asyncio.timeout(None) as limit:
+        timer = loop.call_at(due, over)
+        try:
+            yield
+        finally:
+            timer.cancel()
 
 
 async def first_of(event: asyncio.Event, timeout_s: float | None) -> bool:

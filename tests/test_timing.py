@@ -1,11 +1,15 @@
-"""Loops that crash: again and again for a while, then somebody is told."""
+"""Loops that crash: again and again for a while, then somebody is told. Answers that are there when time is up."""
 
 from __future__ import annotations
+
+import asyncio
+import socket
+import time
 
 import pytest
 from structlog.testing import capture_logs
 
-from adapter.timing import restarted
+from adapter.timing import answered_within, restarted
 from tests.fakes import FakeClock
 
 VIRTUAL_TIME = True
@@ -50,3 +54,35 @@ async def test_a_loop_that_ends_although_it_should_not_has_crashed() -> None:
         last = await restarted(end, "out", FakeClock(), restarts=0, steady_s=60)
     with pytest.raises(RuntimeError, match="out ended"):
         raise last
+
+
+async def test_no_answer_in_time_is_a_timeout() -> None:
+    with pytest.raises(TimeoutError):
+        async with answered_within(3600):
+            await asyncio.Event().wait()
+
+
+@pytest.mark.parametrize("answered", [True, False])
+def test_a_process_that_was_stopped_reads_the_answer_that_came_meanwhile(answered: bool) -> None:
+    """Its time is over by then, too."""
+
+    async def ask() -> bytes:
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            reader, writer = await asyncio.open_connection(sock=ours)
+            try:
+                async with answered_within(0.05):
+                    asking = asyncio.ensure_future(reader.readexactly(2))
+                    await asyncio.sleep(0)
+                    if answered:
+                        theirs.send(b"hi")
+                    time.sleep(0.3)  # noqa: ASYNC251 stands for the stop: nothing of the process runs
+                    return await asking
+            finally:
+                writer.close()
+
+    if answered:
+        assert asyncio.run(ask()) == b"hi"
+    else:
+        with pytest.raises(TimeoutError):
+            asyncio.run(ask())

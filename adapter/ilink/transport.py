@@ -7,7 +7,6 @@ each bot goes to aiohttp directly, prepared; `CONTRIBUTING.md` has the figures.
 
 from __future__ import annotations
 
-import asyncio
 import ssl
 import urllib.request
 
@@ -18,6 +17,7 @@ from adapter.errors import Temporary, Uncertain
 from adapter.ilink.network import CheckedResolver
 from adapter.ilink.protocol import Reply
 from adapter.ilink.unpack import PackedBadly, Unpacker
+from adapter.timing import answered_within
 
 CONNECT_S = 10.0
 KEPT_S = 20.0
@@ -44,7 +44,7 @@ class Transport:
         session = self._sessions.get(afresh) or self._open(afresh)
         try:
             async with (
-                asyncio.timeout(timeout_s),
+                answered_within(timeout_s),
                 session.request(
                     method, URL(url, encoded=True), headers=headers, data=body or None, allow_redirects=False
                 ) as response,

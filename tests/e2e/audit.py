@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from itertools import pairwise
@@ -125,8 +126,18 @@ async def _inbound(
         late = {text for text in wanted if (sandbox, text) in may_be_late}
         if [text for text in there if text not in late] != [text for text in wanted if text not in late]:
             found.disordered.append(f"{sandbox}: said {said}, on the bus {there}")
-        elif there != wanted:
-            found.excused_late += len(late)
+        else:
+            found.excused_late += misplaced(there, wanted)
+
+
+def misplaced(there: Sequence[str], wanted: Sequence[str]) -> int:
+    """How many texts would have to be taken out so that the others are in order."""
+    places = {text: place for place, text in enumerate(wanted)}
+    ends: list[int] = []  # of the longest rising sequences: the least end for each length
+    for text in there:
+        where = bisect_left(ends, places[text])
+        ends[where : where + 1] = [places[text]]
+    return len(there) - len(ends)
 
 
 def _live(made: World, listener: Listener, found: Audit) -> None:

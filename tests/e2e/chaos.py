@@ -22,7 +22,7 @@ from nats.aio.client import Client
 from tests.e2e.audit import Audit, Said, audit
 from tests.e2e.reading import Listener
 from tests.e2e.troubles import Happening, Troubles, recoveries
-from tests.e2e.world import World, until, world
+from tests.e2e.world import World, time_ms, until, world
 
 ADAPTERS = 3
 HOLD_MS = 5000
@@ -33,6 +33,8 @@ IN_HAND_MS = 1000
 """So long a batch may be in an adapter's hands, as long as the bus takes it."""
 ELECTION_MS = 10_000
 """So long the bus may be away after a server went or came."""
+LONGEST_LOSS_MS = 40_000
+"""No adapter is stopped, or cut off, for longer."""
 PER_S = 10
 """Messages, and commands, per second over all users."""
 
@@ -89,7 +91,7 @@ class Report(msgspec.Struct):
                     "lost with an adapter that was killed (could have been)",
                     f"{found.excused_lost} ({found.may_be_lost})",
                 ),
-                ("late from an adapter that was frozen", found.excused_late),
+                ("late from an adapter that had been stopped or cut off", found.excused_late),
             ]
         for what, times, median_s, worst_s in recoveries(self.happened):
             figures = f"{median_s:.1f}, {worst_s:.1f}" if median_s is not None else "–"
@@ -125,9 +127,9 @@ async def run(folder: Path, *, command: str, mode: str, seed: int, minutes: floa
             await made.settle(nc, patience_s=max(30.0, began + minutes * 60 - time.monotonic() - 10), lossy=lossy)
         except TimeoutError:
             print("it did not settle: the audit says what is missing", file=sys.stderr)
-        lost = in_the_hands_of(made, troubles.happened, "adapter killed") if lossy else set()
-        late = in_the_hands_of(made, troubles.happened, "adapter frozen") if lossy else set()
-        found = await audit(made, nc, listener=listener, may_be_lost=lost, may_be_late=lost | late)
+        lost = in_killed_hands(made, troubles.happened) if lossy else set()
+        late = in_hand_at_a_loss(made) if lossy else set()
+        found = await audit(made, nc, listener=listener, may_be_lost=lost, may_be_late=late)
         found.manners, forced = overlaps(made, troubles.happened)
         await ears.close()
         await nc.close()
@@ -176,41 +178,49 @@ def overlaps(made: World, happened: list[Happening]) -> tuple[list[str], int]:
     return wrong, forced
 
 
-def in_the_hands_of(made: World, happened: list[Happening], what: str) -> set[Said]:
-    """Messages that iLink counts as delivered and that were in an adapter's hands when this befell it.
+def in_killed_hands(made: World, happened: list[Happening]) -> set[Said]:
+    """Messages that iLink counts as delivered and that were in an adapter's hands when it was killed.
 
-    They are in its hands as long as it stores them: that is short, unless the bus was away, or it was frozen.
+    They are there as long as they are being stored: that is short, unless the bus is away or the adapter is frozen.
     """
-    windows = [_grip(one, happened) for one in happened if one.what == what and one.whom]
-    delivered: dict[str, float] = {}
+    windows = []
+    for kill in (one for one in happened if one.what == "adapter killed" and one.whom):
+        since_ms = kill.from_ms
+        for other in happened:
+            away = other.what.startswith("server") and other.whom and kill.from_ms <= other.to_ms + ELECTION_MS
+            stopped = other.what == "adapter frozen" and other.whom == kill.whom and kill.from_ms <= other.to_ms
+            if (away or stopped) and other.from_ms <= kill.from_ms:
+                since_ms = min(since_ms, other.from_ms)
+        windows.append((since_ms - IN_HAND_MS, kill.from_ms + IN_HAND_MS))
+    delivered = deliveries(made)
+    return {said for said, at_ms in delivered.items() if any(first <= at_ms <= last for first, last in windows)}
+
+
+def in_hand_at_a_loss(made: World) -> set[Said]:
+    """Messages that iLink counts as delivered and that an adapter had in hand when it had lost the bot.
+
+    It had been stopped, or cut off from the bus, and says so when it goes on. It tells them then: late.
+    """
+    sandboxes = {record.bot: sandbox for sandbox, record in made.bots.items()}
+    delivered = deliveries(made)
+    late: set[Said] = set()
+    for adapter in made.adapters:
+        for line in adapter.lines("inbound.fenced"):
+            at_ms, sandbox = time_ms(line), sandboxes[line["bot"]]
+            late |= {
+                said for said, when_ms in delivered.items()
+                if said.sandbox == sandbox and at_ms - LONGEST_LOSS_MS <= when_ms <= at_ms
+            }  # fmt: skip
+    return late
+
+
+def deliveries(made: World) -> dict[Said, float]:
+    """When iLink gave each message away, as it counts."""
+    at_ms: dict[str, float] = {}
     for bot in made.sim.world.bots.values():
         for poll in bot.poll_records:
-            delivered |= dict.fromkeys(poll.ids, poll.end_ms)
-    return {
-        Said(sandbox, text)
-        for (sandbox, text), ident in made.said_ids.items()
-        if (at_ms := delivered.get(ident)) is not None and any(first <= at_ms <= last for first, last in windows)
-    }
-
-
-def _grip(event: Happening, happened: list[Happening]) -> tuple[float, float]:
-    """When a message must have been delivered to be in an adapter's hands at this event."""
-    since = event.from_ms - IN_HAND_MS
-    for other in happened:
-        if (
-            other.what.startswith("server")
-            and other.whom
-            and other.from_ms <= event.from_ms <= other.to_ms + ELECTION_MS
-        ):
-            since = min(since, other.from_ms - IN_HAND_MS)
-        if (
-            other.what == "adapter frozen"
-            and other.whom == event.whom
-            and other.from_ms <= event.from_ms <= other.to_ms
-        ):
-            since = min(since, other.from_ms - IN_HAND_MS)
-    until_ms = event.to_ms if event.what == "adapter frozen" else event.from_ms
-    return since, until_ms + IN_HAND_MS
+            at_ms |= dict.fromkeys(poll.ids, poll.end_ms)
+    return {Said(*said): at_ms[ident] for said, ident in made.said_ids.items() if ident in at_ms}
 
 
 def main() -> int:

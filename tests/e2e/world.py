@@ -14,6 +14,7 @@ import signal
 import sys
 from collections import defaultdict
 from collections.abc import AsyncIterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -62,9 +63,21 @@ class AdapterProcess:
         self.signal(signal.SIGKILL)
         await self.ended()
 
+    def lines(self, event: str) -> list[dict[str, Any]]:
+        """What it logged of an event, in all its lives; a kill may have cut a line short."""
+        lines = [line for line in self.log.read_bytes().splitlines() if f'"{event}"'.encode() in line]
+        whole = [line for line in lines if line.endswith(b"}") and line.count(b'{"timestamp"') == 1]
+        found = [msgspec.json.decode(line, type=dict[str, Any]) for line in whole]
+        return [line for line in found if line.get("body") == event]
+
     @property
     def running(self) -> bool:
         return self.process is not None and self.process.returncode is None
+
+
+def time_ms(line: dict[str, Any]) -> float:
+    """When a line was logged: Unix milliseconds."""
+    return datetime.fromisoformat(line["timestamp"]).timestamp() * 1000
 
 
 class World:

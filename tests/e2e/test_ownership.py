@@ -1,0 +1,194 @@
+"""Exactly one owner per bot, also where a replica dies, or is stopped and goes on as if nothing had happened.
+
+Each replica reaches the simulator by an address of its own, so that its records tell who asked.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+import pytest
+from nats.aio.client import Client
+
+from adapter.records import Claim, Cursor
+from tests.e2e.audit import Said, audit
+from tests.e2e.reading import NAMES, stream
+from tests.e2e.world import AdapterProcess, World, eventually, time_ms, until, world
+
+BOTS = 16
+HOLD_MS = 1500
+LEASE_S = "4"
+
+
+class Two(NamedTuple):
+    """Two replicas, and the address under which the simulator sees each."""
+
+    first: AdapterProcess
+    second: AdapterProcess
+    first_host: str
+    second_host: str
+
+
+async def two_replicas(made: World, nc: Client) -> Two:
+    """Both serve some of the bots."""
+    second_url = await made.sim.open_second_host()
+    first = await made.add_adapter(WECHAT_NATS_LEASE_S=LEASE_S)
+    second = await made.add_adapter(WECHAT_NATS_LEASE_S=LEASE_S, WECHAT_NATS_ILINK_BASE_URL=second_url)
+    two = Two(first, second, made.sim.url.rpartition("/")[2], second_url.rpartition("/")[2])
+    for number in range(BOTS):
+        await made.bind(nc, f"s{number}", made.sim.add_bot())
+    await until(lambda: set(pollers(made).values()) == {two.first_host, two.second_host}, "both poll")
+    await until(lambda: made.sim.stats().parked == BOTS, "all are polled")
+    return two
+
+
+def asked(made: World, endpoint: str, *, since_ms: float = 0.0) -> list[tuple[str, str, float]]:
+    """Bot, address and time of the requests to an endpoint."""
+    found = made.sim.requests(endpoint)
+    return [(one.bot, one.headers["Host"], one.at_ms) for one in found if one.at_ms >= since_ms]
+
+
+def pollers(made: World, *, since_ms: float = 0.0) -> dict[str, str]:
+    """The address from which each bot was polled last."""
+    return {bot: host for bot, host, _ in asked(made, "getupdates", since_ms=since_ms)}
+
+
+async def records(nc: Client, bucket: str) -> dict[str, tuple[int, bytes]]:
+    """Revision and value of each key, as the one server has them."""
+    found = {}
+    for subject, _ in await stream(nc, f"KV_{bucket}", f"$KV.{bucket}.>"):
+        reply = await nc.request(
+            f"$JS.API.STREAM.MSG.GET.KV_{bucket}", msgspec.json.encode({"last_by_subj": subject}), timeout=10
+        )
+        message = msgspec.json.decode(reply.data, type=dict[str, Any])["message"]
+        value = msgspec.json.decode(msgspec.json.encode(message.get("data", "")), type=bytes)
+        found[subject.rpartition(".")[2]] = int(message["seq"]), value
+    return found
+
+
+async def owners(nc: Client) -> dict[str, tuple[int, str]]:
+    """Revision and owner of each shard's claim."""
+    claims = await records(nc, NAMES.claims)
+    return {shard: (seq, msgspec.json.decode(value, type=Claim).owner) for shard, (seq, value) in claims.items()}
+
+
+def times(adapter: AdapterProcess, event: str) -> list[float]:
+    """When a replica logged an event: Unix milliseconds."""
+    return [time_ms(line) for line in adapter.lines(event)]
+
+
+async def freeze_and_look(made: World, *, mode: str, frozen_s: float) -> None:
+    nc = await made.nc()
+    two = await two_replicas(made, nc)
+    theirs = {bot for bot, host in pollers(made).items() if host == two.first_host}
+    sandboxes = sorted(sandbox for sandbox, record in made.bots.items() if record.bot in theirs)
+    for sandbox in sandboxes:
+        made.say(sandbox, "before")
+        await made.command(nc, sandbox, f"{sandbox}.0")
+    await made.settle(nc)
+    await until(lambda: made.sim.stats().parked == BOTS, "all polls wait: none is about to leave")
+
+    two.first.signal(signal.SIGSTOP)
+    stopped_ms = made.sim.now_ms
+    for number in range(1, 4):  # the first ones go into the sockets of the one that is stopped
+        for sandbox in sandboxes:
+            made.say(sandbox, f"meanwhile {number}")
+            await made.command(nc, sandbox, f"{sandbox}.{number}")
+    await asyncio.sleep(frozen_s)  # the length of the pause, not a wait for something
+
+    def taken_over() -> bool:
+        return all(pollers(made, since_ms=stopped_ms).get(bot) == two.second_host for bot in theirs)
+
+    await until(taken_over, "the other replica polls all of them")
+    await made.settle(nc, lossy=mode == "ack_on_delivery")
+    cursors = await records(nc, NAMES.cursors)
+    incarnation = {msgspec.json.decode(value, type=Cursor).owner for _, value in cursors.values()}
+    assert len(incarnation) == 1, "the other replica owns every bot"
+
+    thawed_ms = made.sim.now_ms
+    claimed = len(times(two.first, "shards.claimed"))
+    two.first.signal(signal.SIGCONT)
+    looks = 0
+    while True:
+        found = await records(nc, NAMES.cursors)
+        if len(times(two.first, "shards.claimed")) > claimed:
+            break  # what it does from here on, it does as a new owner
+        looks += 1
+        assert found == cursors, "the one that was stopped wrote a cursor"
+    assert looks
+    assert times(two.first, "lease.revoked")
+    since_ms = times(two.first, "shards.claimed")[claimed]
+    for endpoint in ("getupdates", "sendmessage", "sendtyping"):
+        late = [
+            one for one in asked(made, endpoint, since_ms=thawed_ms) if one[1] == two.first_host and one[2] < since_ms
+        ]
+        assert late == [], f"{endpoint} by one that had lost its bots"
+
+    await made.settle(nc)
+    meanwhile = {Said(sandbox, text) for sandbox in sandboxes for text in made.said[sandbox] if text != "before"}
+    result = await audit(made, nc, may_be_late=meanwhile if mode == "ack_on_delivery" else set())
+    assert result.faults() == []
+    assert result.stored == sum(map(len, made.said.values()))
+    await nc.close()
+
+
+@pytest.mark.parametrize("mode", ["cursor_replay", "ack_on_delivery"])
+async def test_a_replica_that_was_stopped_neither_polls_nor_sends_nor_moves_a_cursor_when_it_goes_on(
+    tmp_path: Path, mode: str
+) -> None:
+    """Until another has taken over; messages and commands for its bots lie in its sockets when it goes on."""
+    async with world(tmp_path, hold_ms=HOLD_MS, cursor_mode=mode) as made:
+        await freeze_and_look(made, mode=mode, frozen_s=0)
+
+
+@pytest.mark.slow
+async def test_a_replica_that_was_stopped_for_a_minute_does_not_either(tmp_path: Path) -> None:
+    async with world(tmp_path, hold_ms=HOLD_MS, cursor_mode="cursor_replay") as made:
+        await freeze_and_look(made, mode="cursor_replay", frozen_s=60)
+
+
+async def test_after_a_kill_9_the_others_poll_all_bots_and_no_bot_is_polled_twice(tmp_path: Path) -> None:
+    async with world(tmp_path, hold_ms=HOLD_MS, cursor_mode="cursor_replay") as made:
+        nc = await made.nc()
+        two = await two_replicas(made, nc)
+        await two.first.kill()
+        killed_ms = made.sim.now_ms
+        await until(
+            lambda: set(pollers(made, since_ms=killed_ms)) == {one.bot for one in made.bots.values()},
+            "all are polled",
+        )
+        assert set(pollers(made, since_ms=killed_ms).values()) == {two.second_host}
+        assert made.sim.violations(kind="concurrent_polls") == []
+        await nc.close()
+
+
+async def test_eight_seconds_without_nats_keep_every_owner(tmp_path: Path) -> None:
+    """All pause, nobody takes over, all go on, and all polls are there again; no claim is written for it."""
+    async with world(tmp_path, hold_ms=HOLD_MS, cursor_mode="cursor_replay") as made:
+        nc = await made.nc()
+        two = await two_replicas(made, nc)
+
+        async def shared() -> bool:
+            found = await owners(nc)
+            return len(found) == 128 and len({owner for _, owner in found.values()}) == 2
+
+        await eventually(shared, "every shard has an owner")
+        before, polled_by = await owners(nc), pollers(made)
+        made.server.kill()
+        await asyncio.sleep(8)  # the length of the outage, not a wait for something
+        await made.server.start()
+        back_ms = made.sim.now_ms
+        await until(
+            lambda: set(pollers(made, since_ms=back_ms)) == {one.bot for one in made.bots.values()}, "all are polled"
+        )
+        assert pollers(made, since_ms=back_ms) == polled_by
+        assert await owners(nc) == before
+        for adapter in (two.first, two.second):
+            assert len(times(adapter, "lease.paused")) == 1
+            assert times(adapter, "lease.revoked") == []
+        assert made.sim.violations(kind="concurrent_polls") == []
+        await nc.close()
