@@ -116,6 +116,30 @@ class FakeClock:
         return 0.0
 
 
+class Life:
+    """Whether a replica goes on: what it asks of the world gets through, and answers reach it, only then.
+
+    Its clock goes on, too, as that of a process that is stopped.
+    """
+
+    def __init__(self) -> None:
+        self._going = asyncio.Event()
+        self._going.set()
+
+    def stop(self) -> None:
+        self._going.clear()
+
+    def go_on(self) -> None:
+        self._going.set()
+
+    @property
+    def is_going(self) -> bool:
+        return self._going.is_set()
+
+    async def goes_on(self) -> None:
+        await self._going.wait()
+
+
 async def settle() -> None:
     """Lets everything happen that needs no time."""
     for _ in range(200):
@@ -775,7 +799,14 @@ MEDIA_BYTES = 100_000
 class Bench:
     """One replica's core between fakes. A second one on the same `world` is the replica that takes over."""
 
-    def __init__(self, world: Bench | None = None, *, incarnation: str = "me-1", limits: Limits = LIMITS) -> None:
+    def __init__(
+        self,
+        world: Bench | None = None,
+        *,
+        incarnation: str = "me-1",
+        limits: Limits = LIMITS,
+        metrics: Metrics | None = None,
+    ) -> None:
         self.clock: FakeClock = world.clock if world else FakeClock()
         self.names = Names()
         self.bus: FakeBus = world.bus if world else FakeBus(self.names, self.clock)
@@ -791,7 +822,7 @@ class Bench:
         self.opened: dict[int, Downloads] = {}
         """By shard: what waits for media. A shard that has none counts as not this replica's."""
         self.teller = FakeTeller()
-        self.metrics = Metrics()
+        self.metrics = metrics or Metrics()
         self.recall = Recall(self.quotes, self.bus, self.names, self.metrics)
         self.leases = FakeLeases(incarnation)
         self.bindings = Bindings(self.bindings_bucket)

@@ -6,9 +6,11 @@ import asyncio
 from collections.abc import Callable, Coroutine
 from typing import Any
 
+import msgspec
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from structlog.testing import capture_logs
 
 from adapter.contract import SHARDS
@@ -16,7 +18,8 @@ from adapter.errors import Conflict, LeaseLost, Temporary
 from adapter.leases import HOLD, Leases
 from adapter.metrics import Metrics
 from adapter.ports import Entry
-from tests.fakes import FakeClock, VirtualLoop
+from adapter.records import Claim
+from tests.fakes import FakeClock, Life, VirtualLoop
 
 VIRTUAL_TIME = True
 
@@ -44,8 +47,9 @@ class Store:
 class Line:
     """Implements Register: one replica's connection to a store, which may be cut in every way."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, life: Life) -> None:
         self.store = store
+        self.life = life
         self.down = False
         """Nothing gets through, in either direction; a request fails after a second."""
         self.deaf = False
@@ -56,20 +60,28 @@ class Line:
 
     async def get(self, key: str) -> Entry | None:
         await self._through()
-        return self.store.entries.get(key)
+        found = self.store.entries.get(key)
+        await self.life.goes_on()
+        return found
 
     async def entries(self) -> list[Entry]:
         await self._through()
-        return [entry for entry in self.store.entries.values() if entry.value is not None]
+        found = [entry for entry in self.store.entries.values() if entry.value is not None]
+        await self.life.goes_on()
+        return found
 
     async def write(self, key: str, value: bytes | None, revision: int) -> int:
+        await self.life.goes_on()
         if self.down:
             await self._fail()
         if self.late_s > 1.0:
             asyncio.get_running_loop().call_later(self.late_s, self._land, key, value, revision)
             await self._fail()
         await asyncio.sleep(0.01 + self.late_s)
-        written = self.store.write(key, value, revision)
+        try:
+            written = self.store.write(key, value, revision)
+        finally:
+            await self.life.goes_on()
         if self.deaf:
             await self._fail()
         return written
@@ -81,19 +93,40 @@ class Line:
             return
 
     async def _through(self) -> None:
+        await self.life.goes_on()
         if self.down or self.deaf or self.reads_fail:
             await self._fail()
         await asyncio.sleep(0.01)
 
     async def _fail(self) -> None:
         await asyncio.sleep(1.0)
+        await self.life.goes_on()
         raise Temporary("bus_timeout")
 
 
+class OwnClock(FakeClock):
+    """A replica's clock: none is set like another, and each has a rate of its own."""
+
+    def __init__(self, life: Life, rate: float, ahead_s: float) -> None:
+        super().__init__()
+        self._life = life
+        self._rate = rate
+        self._ahead_s = ahead_s
+
+    def monotonic(self) -> float:
+        return self._ahead_s + self._rate * super().monotonic()
+
+    async def sleep(self, seconds: float) -> None:
+        await asyncio.sleep(seconds / self._rate)
+        await self._life.goes_on()
+
+
 class Replica:
-    def __init__(self, cluster: Cluster, name: str) -> None:
-        self.members, self.claims = Line(cluster.members), Line(cluster.claims)
-        self.leases = Leases(self.members, self.claims, FakeClock(), Metrics(), instance=name, lease_s=LEASE_S)
+    def __init__(self, cluster: Cluster, name: str, *, rate: float = 1.0, ahead_s: float = 0.0) -> None:
+        self.life = Life()
+        self.members, self.claims = Line(cluster.members, self.life), Line(cluster.claims, self.life)
+        clock = OwnClock(self.life, rate, ahead_s)
+        self.leases = Leases(self.members, self.claims, clock, Metrics(), instance=name, lease_s=LEASE_S)
         self.task = asyncio.get_running_loop().create_task(self._run())
 
     async def _run(self) -> None:
@@ -111,8 +144,8 @@ class Replica:
 
     @property
     def working(self) -> set[int]:
-        """The shards that it polls and sends for at this moment."""
-        return self.leases.owned if self.leases.valid else set()
+        """The shards that it polls and sends for at this moment: none while it is stopped, whatever it believes."""
+        return self.leases.owned if self.leases.valid and self.life.is_going else set()
 
     def cut(self, down: bool = True) -> None:
         self.members.down = self.claims.down = down
@@ -137,8 +170,8 @@ class Cluster:
         self.members, self.claims = Store(), Store()
         self.replicas: list[Replica] = []
 
-    def start(self, name: str = "") -> Replica:
-        replica = Replica(self, name or f"r{len(self.replicas)}")
+    def start(self, name: str = "", *, rate: float = 1.0, ahead_s: float = 0.0) -> Replica:
+        replica = Replica(self, name or f"r{len(self.replicas)}", rate=rate, ahead_s=ahead_s)
         self.replicas.append(replica)
         return replica
 
@@ -245,6 +278,19 @@ async def test_an_idle_replica_writes_one_key_per_quarter_of_a_lease() -> None:
     before = cluster.members.writes, cluster.claims.writes
     await cluster.run(60)
     assert cluster.members.writes - before[0] <= 60
+    assert cluster.claims.writes == before[1]
+    cluster.stop()
+
+
+async def test_what_replicas_write_grows_with_their_number_and_not_with_the_shards_they_own() -> None:
+    """Nor with the bots: a bot is written when something is said, never to be kept."""
+    cluster = Cluster()
+    for _ in range(3):
+        cluster.start()
+    await cluster.run(12)
+    before = cluster.members.writes, cluster.claims.writes
+    await cluster.run(60)
+    assert cluster.members.writes - before[0] <= 3 * 60
     assert cluster.claims.writes == before[1]
     cluster.stop()
 
@@ -459,76 +505,118 @@ FAULTS: dict[str, tuple[Fault, Fault]] = {
     "very-late": (_set("late_s", 4.5), _set("late_s", 0.0)),
 }
 
-turns = st.lists(
-    st.tuples(
-        st.integers(0, 2),
-        st.sampled_from([*FAULTS, "kill", "leave", "start"]),
-        st.sampled_from([0.3, 1.1, 2.0, 3.3, 5.0, 9.0]),
-        st.booleans(),
-    ),
-    max_size=8,
+
+class Owning(RuleBasedStateMachine):
+    """Replicas that come, go, stop for a while, cannot write or read, or do not hear of it. While time passes,
+    `Cluster` looks every 20 ms that no shard has two who work for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.runner = asyncio.Runner(loop_factory=VirtualLoop)
+        self.leaving: list[asyncio.Task[None]] = []
+        self.run(self.begin())
+
+    def run(self, work: Coroutine[Any, Any, None]) -> None:
+        self.runner.run(work)
+
+    async def begin(self) -> None:
+        self.cluster = Cluster()
+        for number in range(3):
+            self.cluster.start(rate=(1.0, 0.97, 1.03)[number], ahead_s=1000.0 * number)
+
+    def some(self, number: int) -> Replica:
+        alive = [replica for replica in self.cluster.replicas if not replica.task.done()]
+        return alive[number % len(alive)] if alive else self.cluster.start()
+
+    @rule(rate=st.sampled_from([0.97, 1.0, 1.03]))
+    def one_comes(self, rate: float) -> None:
+        async def happen() -> None:
+            self.cluster.start(rate=rate, ahead_s=-500.0)
+
+        self.run(happen())
+
+    @rule(number=st.integers(0, 2))
+    def one_is_killed(self, number: int) -> None:
+        async def happen() -> None:
+            await self.some(number).kill()
+
+        self.run(happen())
+
+    @rule(number=st.integers(0, 2))
+    def one_leaves(self, number: int) -> None:
+        async def happen() -> None:
+            self.leaving.append(asyncio.get_running_loop().create_task(self.some(number).leave()))
+
+        self.run(happen())
+
+    @rule(number=st.integers(0, 2), what=st.sampled_from(sorted(FAULTS)))
+    def one_has_trouble(self, number: int, what: str) -> None:
+        async def happen() -> None:
+            FAULTS[what][0](self.some(number))
+
+        self.run(happen())
+
+    @rule(number=st.integers(0, 2))
+    def one_is_stopped(self, number: int) -> None:
+        async def happen() -> None:
+            self.some(number).life.stop()
+
+        self.run(happen())
+
+    @rule(number=st.integers(0, 2))
+    def one_is_well_again(self, number: int) -> None:
+        async def happen() -> None:
+            self.heal(self.some(number))
+
+        self.run(happen())
+
+    @rule(seconds=st.sampled_from([0.3, 1.1, 2.0, 3.3, 5.0, 9.0]))
+    def time_passes(self, seconds: float) -> None:
+        self.run(self.cluster.run(seconds))
+
+    def heal(self, replica: Replica) -> None:
+        replica.life.go_on()
+        for _, heal in FAULTS.values():
+            heal(replica)
+
+    @invariant()
+    def whoever_works_has_the_claim(self) -> None:
+        """As the store has it, not as it believes."""
+        self.run(self.look())
+
+    async def look(self) -> None:
+        claims = self.cluster.claims.entries
+        for replica in self.cluster.replicas:
+            for shard in replica.working:
+                value = claims[str(shard)].value
+                assert value is not None
+                assert msgspec.json.decode(value, type=Claim).owner == replica.leases.incarnation
+
+    def teardown(self) -> None:
+        self.run(self.end())
+        self.runner.close()
+
+    async def end(self) -> None:
+        """All is well: each shard has an owner, and who owns it writes no more than its own key."""
+        for replica in self.cluster.replicas:
+            self.heal(replica)
+        if self.leaving:
+            await self.cluster.run(5)
+            await asyncio.wait(self.leaving)
+        if all(replica.task.done() for replica in self.cluster.replicas):
+            self.cluster.start()
+        await self.cluster.run(14)
+        assert self.cluster.worked_for == SHARDS
+        alive = sum(not replica.task.done() for replica in self.cluster.replicas)
+        before = self.cluster.members.writes, self.cluster.claims.writes
+        await self.cluster.run(LEASE_S)
+        assert self.cluster.members.writes - before[0] <= 5 * alive
+        assert self.cluster.claims.writes == before[1]
+        self.cluster.stop()
+        await asyncio.sleep(0)
+
+
+Owning.TestCase.settings = settings(
+    max_examples=60, stateful_step_count=20, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
-
-
-def run(work: Coroutine[Any, Any, None]) -> None:
-    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
-        runner.run(work)
-
-
-@given(turns)
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-def test_whatever_happens_no_shard_has_two_owners_and_in_the_end_each_has_one(
-    script: list[tuple[int, str, float, bool]],
-) -> None:
-    async def play() -> None:
-        cluster = Cluster()
-        for _ in range(3):
-            cluster.start()
-        background = []
-        for number, what, seconds, heals in script:
-            alive = [replica for replica in cluster.replicas if not replica.task.done()]
-            replica = alive[number % len(alive)] if alive else cluster.start()
-            match what:
-                case "start":
-                    cluster.start()
-                case "kill":
-                    await replica.kill()
-                case "leave":
-                    background.append(asyncio.get_running_loop().create_task(replica.leave()))
-                case _:
-                    FAULTS[what][0](replica)
-            await cluster.run(seconds)
-            if heals and what in FAULTS:
-                FAULTS[what][1](replica)
-        for replica in cluster.replicas:
-            for _, heal in FAULTS.values():
-                heal(replica)
-        if background:
-            await cluster.run(5)
-            await asyncio.wait(background)
-        if all(replica.task.done() for replica in cluster.replicas):
-            cluster.start()
-        await cluster.run(12)
-        assert cluster.worked_for == SHARDS
-        cluster.stop()
-
-    run(play())
-
-
-async def test_shards_of_nobody_are_known_until_somebody_claims_them() -> None:
-    """Somebody has to say so: the replica that owned them cannot."""
-    cluster = Cluster()
-    first, second = cluster.start(), cluster.start()
-    await cluster.run(3 * LEASE_S)
-    assert first.leases.orphans == second.leases.orphans == set()
-    lost = set(second.leases.owned)
-    first.claims.late_s = 1.5  # a claim fails, and lands nevertheless
-    await second.kill()
-    seen: set[int] = set()
-    for _ in range(40 * int(LEASE_S)):
-        await cluster.run(0.1)
-        seen |= first.leases.orphans
-    assert seen == lost
-    assert first.leases.orphans == set()
-    assert first.working == set(range(SHARDS))
-    cluster.stop()
+TestOwning = Owning.TestCase

@@ -103,8 +103,7 @@ class Troubles:
         if adapter := self._adapter(happening):
             await adapter.kill()
             await asyncio.sleep(dead_s)
-            if not adapter.running:
-                await adapter.start()
+            await adapter.start()
 
     async def _freeze_adapter(self, happening: Happening) -> None:
         frozen_s = self._rng.uniform(1, 20)
@@ -117,8 +116,7 @@ class Troubles:
         if adapter := self._adapter(happening):
             adapter.signal(signal.SIGTERM)
             await adapter.ended()
-            if not adapter.running:
-                await adapter.start()
+            await adapter.start()
 
     # servers ------------------------------------------------------------------------------------------
 

@@ -42,12 +42,23 @@ class AdapterProcess:
         self._environ = environ
         self.log = log
         self.process: asyncio.subprocess.Process | None = None
+        self._starting = asyncio.Lock()
 
     async def start(self) -> None:
-        with self.log.open("ab") as out:
-            self.process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "adapter", "run", env={**os.environ, **self._environ}, stdout=out, stderr=out
-            )
+        """Starts it, unless it runs."""
+        async with self._starting:
+            if self.running:
+                return
+            with self.log.open("ab") as out:
+                self.process = await asyncio.create_subprocess_exec(
+                    sys.executable,
+                    "-m",
+                    "adapter",
+                    "run",
+                    env={**os.environ, **self._environ},
+                    stdout=out,
+                    stderr=out,
+                )
 
     def signal(self, number: int) -> None:
         assert self.process is not None
