@@ -54,6 +54,7 @@ from adapter.sending import Sender
 from adapter.sessions import Incoming, Waiting, account_of
 from adapter.settings import Settings
 from adapter.supervisor import Supervisor
+from adapter.tidying import Tidying, tidy_forever
 from adapter.timing import SystemClock, restarted
 from adapter.uploads import Uploads
 from adapter.windows import Windows
@@ -131,7 +132,8 @@ class Adapter:
             transfers=settings.media_transfers,
         )
         self.uploads = Uploads(self.cdn, self.objects, clock, max_bytes=settings.media_max_bytes)
-        self.bindings = Bindings(self._bucket(names.bindings))
+        self.binding_bucket = self._bucket(names.bindings)
+        self.bindings = Bindings(self.binding_bucket)
         self.context_bucket = self._bucket(names.context)
         self.leases = Leases(
             LeaseRegister(self.lease_link, names.members, ttl_s=max(60, int(settings.lease_s * 15))),
@@ -349,6 +351,16 @@ class Adapter:
             codes=self.settings.login_codes,
         )
 
+    def _tidying(self, shard: int) -> Tidying:
+        return Tidying(
+            bindings=self.bindings,
+            bound=self.binding_bucket,
+            known=(self._bucket(self.names.cursors), self.context_bucket),
+            check=lambda: self.leases.check(shard),
+            clock=self.clock,
+            keep_s=self.settings.unbound_hours * 3600,
+        )
+
     def _heard(self, sandbox: str, bot: str, user: str) -> None:
         self.supervisor.heard(sandbox, bot, user)
 
@@ -395,6 +407,7 @@ class Adapter:
             work += [
                 self._lasting("router", lambda: self._consume(shard, stream, topology.ROUTER, "router", self._route)),
                 self._lasting("control", lambda: self._control(shard)),
+                self._lasting("tidying", lambda: tidy_forever(self._tidying(shard))),
             ]
         return work
 

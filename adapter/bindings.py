@@ -109,7 +109,11 @@ class Bindings:
         self.changed.notify()
 
     def _see(self, entry: Entry) -> None:
-        bot = text_of(entry.key)
+        try:
+            bot = text_of(entry.key)
+        except ValueError:  # somebody else's key
+            log.error("binding.unreadable", key=entry.key[:64])
+            return
         before, revision = self._by_bot.get(bot, (None, 0))
         if entry.revision <= revision:
             return

@@ -152,6 +152,8 @@ def _adapter_publishes(names: Names) -> tuple[str, ...]:
         *_api(*(f"STREAM.{verb}.{stream}" for verb in ("CREATE", "UPDATE") for stream in streams(names))),
         *_api(*(f"STREAM.MSG.DELETE.{s}" for s in (names.stream_parked, names.stream_raw, names.stream_dead))),
         *_api(f"STREAM.PURGE.{media}", f"CONSUMER.CREATE.{names.stream_in}.*.{names.inbox('*')}"),
+        # of bots that are bound no more
+        *_api(*(f"STREAM.PURGE.KV_{bucket}" for bucket in (names.bindings, names.cursors, names.context))),
         *_api(*(f"CONSUMER.{verb}.{s}.*" for s in _pulled(names) for verb in ("CREATE", "RESET", "MSG.NEXT"))),
         *(f"$JS.ACK.{stream}.>" for stream in _pulled(names)),
         *(_inboxes("operator"), _inboxes("platform"), "_R_.>"),

@@ -419,6 +419,28 @@ class Bucket(Protocol):
         """Calls `on_entry` for all that is there and every change, until cancelled."""
 
 
+class Written(NamedTuple):
+    """The last word on a key."""
+
+    revision: int
+    time_ms: int
+    """By the clock of the bus."""
+    deleted: bool
+
+
+class Shelf(Protocol):
+    """A bucket as who clears it up sees it."""
+
+    async def keys(self) -> list[str]:
+        """Every key of which anything is there, be it the mark of its deletion. Raises Temporary."""
+
+    async def written(self, key: str) -> Written | None:
+        """None: nothing is there. Raises Temporary."""
+
+    async def purge(self, key: str, revision: int) -> None:
+        """Leaves no trace of a key up to a revision; what was written later stays. Raises Temporary."""
+
+
 class Register(Protocol):
     """A bucket for leases: answers from the leader, and never waits longer than about a second."""
 

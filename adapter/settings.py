@@ -188,6 +188,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     quote_hours: Annotated[float, Meta(ge=1)] = 72.0
     """Hours that sent texts are kept, so that a quote of them can be resolved."""
 
+    unbound_hours: Annotated[float, Meta(gt=0)] = 72.0
+    """Hours for which a bot's place and window are kept after it was unbound: bound again in time, it goes on there.
+
+    iLink repeats messages for an hour or so, and a user's window is open for a day.
+    """
+
     typing_max_s: Annotated[float, Meta(gt=0)] = 300.0
     """Longest time, in seconds, that the bot is shown typing without being told again."""
 

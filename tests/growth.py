@@ -29,10 +29,17 @@ def census() -> Census:
         kind = type(thing)
         found[f"of class {kind.__module__}.{kind.__qualname__}"] += 1
         if isinstance(thing, TABLES):
-            found[f"in table {id(thing):x}"] = len(thing)
+            found[_table(thing)] = len(thing)
+        for held in gc.get_referents(thing):
+            if type(held) is dict and not gc.is_tracked(held):  # only strings and numbers are in it
+                found[_table(held)] = len(held)
     found["open files"] = len(os.listdir("/proc/self/fd"))
     found["tasks"] = len(asyncio.all_tasks())
     return found
+
+
+def _table(thing: object) -> str:
+    return f"in a table, {type(thing).__name__} {id(thing):x}"
 
 
 def growing(*counts: Census, by: int) -> list[str]:
@@ -44,9 +51,14 @@ def growing(*counts: Census, by: int) -> list[str]:
 
 def _plain(name: str) -> str:
     """A table by those who refer to it."""
-    if not name.startswith("in table "):
+    if not name.startswith("in a table"):
         return name
-    ident = int(name.rpartition(" ")[2], 16)
-    (table, *_) = [thing for thing in gc.get_objects() if id(thing) == ident] or [None]
-    holders = [f"{type(holder).__qualname__} {str(holder)[:80]}" for holder in gc.get_referrers(table)][:5]
-    return f"{name} ({type(table).__name__}, held by {holders})"
+    held = [
+        (thing, holder)
+        for holder in gc.get_objects()
+        for thing in gc.get_referents(holder)
+        if isinstance(thing, TABLES) and _table(thing) == name
+    ]
+    sample = [str(key)[:40] for thing, _ in held[:1] for key in list(thing)[-3:]]
+    holders = sorted({f"{type(holder).__qualname__} {str(holder)[:100]}" for _, holder in held})[:5]
+    return f"{name}, with {sample}, held by {holders}"

@@ -23,7 +23,7 @@ from nats.errors import Error as NatsError
 from adapter.errors import BusRefused, Conflict, Temporary
 from adapter.jetstream.link import ApiError, Link, refusal
 from adapter.jetstream.publisher import Publisher
-from adapter.ports import Entry, Message, Stored
+from adapter.ports import Entry, Message, Stored, Written
 
 log = structlog.get_logger()
 
@@ -90,14 +90,7 @@ class StreamHistory:
         return await last_of(self._link, stream, subject)
 
     async def counts(self, stream: str, subject: str) -> dict[str, int]:
-        found: dict[str, int] = {}
-        while True:
-            body = {"subjects_filter": subject, "offset": len(found)}
-            answer = await self._link.api(f"STREAM.INFO.{stream}", body)
-            page = (answer["state"].get("subjects") or {}) if answer.get("state") else {}
-            found |= page
-            if not page or len(found) >= int(answer.get("total", 0)):
-                return found
+        return await subjects_of(self._link, stream, subject)
 
     async def newest(self, stream: str, subject: str, *, count: int, before: int | None = None) -> list[Stored]:
         state = (await self._link.api(f"STREAM.INFO.{stream}"))["state"]
@@ -136,6 +129,17 @@ def _rfc3339(time_ms: int) -> str:
     return moment.strftime("%Y-%m-%dT%H:%M:%S.%fZ")
 
 
+async def subjects_of(link: Link, stream: str, subject: str) -> dict[str, int]:
+    """Messages per subject under a wildcard. Raises Temporary."""
+    found: dict[str, int] = {}
+    while True:
+        answer = await link.api(f"STREAM.INFO.{stream}", {"subjects_filter": subject, "offset": len(found)})
+        page = (answer["state"].get("subjects") or {}) if answer.get("state") else {}
+        found |= page
+        if not page or len(found) >= int(answer.get("total", 0)):
+            return found
+
+
 async def last_of(link: Link, stream: str, subject: str) -> Stored | None:
     """The newest message of one subject. Raises Temporary."""
     async for stored in direct_get(link, stream, {"last_by_subj": subject}):
@@ -145,17 +149,10 @@ async def last_of(link: Link, stream: str, subject: str) -> Stored | None:
 
 async def leader_get(link: Link, stream: str, subject: str) -> Entry | None:
     """The last value of a key as the stream's leader has it, never a follower that lags. Raises Temporary."""
-    body = msgspec.json.encode({"last_by_subj": subject})
-    msg = await link.request(f"$JS.API.STREAM.MSG.GET.{stream}", body, timeout_s=2)
-    answer = msgspec.json.decode(msg.data, type=_MsgGet)
-    if answer.error is not None:
-        if answer.error.get("code") == 404:
-            return None
-        raise Temporary("bus_busy", str(answer.error.get("description", ""))[:200])
-    assert answer.message is not None
-    headers = answer.message.hdrs or b""
-    gone = OPERATION.encode() in headers or MARKER.encode() in headers
-    return Entry(subject.split(".", 2)[2], None if gone else (answer.message.data or b""), answer.message.seq)
+    message = await _leader_message(link, stream, {"last_by_subj": subject}, timeout_s=2)
+    if message is None:
+        return None
+    return Entry(subject.split(".", 2)[2], None if _is_gone(message) else (message.data or b""), message.seq)
 
 
 async def leader_next(link: Link, stream: str, subject: str, where: dict[str, Any]) -> Stored | None:
@@ -165,14 +162,27 @@ async def leader_next(link: Link, stream: str, subject: str, where: dict[str, An
 
 async def _leader_msg(link: Link, stream: str, query: dict[str, Any]) -> Stored | None:
     """Without its headers. Raises Temporary."""
-    msg = await link.request(f"$JS.API.STREAM.MSG.GET.{stream}", msgspec.json.encode(query))
+    message = await _leader_message(link, stream, query)
+    return None if message is None else Stored(message.subject, message.seq, {}, message.data or b"")
+
+
+async def _leader_message(
+    link: Link, stream: str, query: dict[str, Any], *, timeout_s: float = 5.0
+) -> _Message | None:
+    """Raises Temporary."""
+    msg = await link.request(f"$JS.API.STREAM.MSG.GET.{stream}", msgspec.json.encode(query), timeout_s=timeout_s)
     answer = msgspec.json.decode(msg.data, type=_MsgGet)
     if answer.error is not None:
         if answer.error.get("code") == 404:
             return None
         raise Temporary("bus_busy", str(answer.error.get("description", ""))[:200])
     assert answer.message is not None
-    return Stored(answer.message.subject, answer.message.seq, {}, answer.message.data or b"")
+    return answer.message
+
+
+def _is_gone(message: _Message) -> bool:
+    headers = message.hdrs or b""
+    return OPERATION.encode() in headers or MARKER.encode() in headers
 
 
 class LeaseRegister:
@@ -239,7 +249,7 @@ async def direct_get(link: Link, stream: str, body: dict[str, Any]) -> AsyncGene
 
 
 class KvBucket:
-    """Implements ports.Bucket for one bucket. Keys are made by `contract.token_of` and `contract.peer_key`.
+    """Implements ports.Bucket and ports.Shelf. Keys are made by `contract.token_of` and `contract.peer_key`.
 
     `replicated`: it lies on several servers, any of which answers a direct get, also one that lags; what decides
     who may do something is asked of the leader then.
@@ -281,6 +291,26 @@ class KvBucket:
             _entry(self.name, stored) async for stored in read_stream(self.link, self.stream, subject, page=PAGE)
         ]
         return [entry for entry in found if entry.value is not None]
+
+    async def keys(self) -> list[str]:
+        """Every key of which anything is there, be it the mark of its deletion. Raises Temporary."""
+        found = await subjects_of(self.link, self.stream, self.subject(">"))
+        return [subject.removeprefix(f"$KV.{self.name}.") for subject in found]
+
+    async def written(self, key: str) -> Written | None:
+        """The last word on a key. Raises Temporary."""
+        message = await _leader_message(self.link, self.stream, {"last_by_subj": self.subject(key)})
+        if message is None:
+            return None
+        when = datetime.fromisoformat(message.time)
+        return Written(message.seq, int(when.timestamp() * 1000), deleted=_is_gone(message))
+
+    async def purge(self, key: str, revision: int) -> None:
+        """Leaves no trace of a key up to a revision. Raises Temporary."""
+        try:
+            await self.link.api(f"STREAM.PURGE.{self.stream}", {"filter": self.subject(key), "seq": revision + 1})
+        except BusRefused as exc:
+            raise Temporary("bus_refused", exc.detail) from exc
 
     async def follow(
         self,
@@ -324,8 +354,15 @@ class KvBucket:
             try:
                 await self.link.wait_up()
                 epoch = self.link.epoch
+                there = set()
                 async for stored in read_stream(self.link, self.stream, self.subject(">"), page=PAGE):
-                    see(_entry(self.name, stored))
+                    entry = _entry(self.name, stored)
+                    there.add(entry.key)
+                    see(entry)
+                for key, revision in [item for item in revisions.items() if item[0] not in there]:
+                    # too old, or purged; a follower of the cluster may just lag
+                    if await self.get(key) is None and revisions[key] == revision:
+                        del revisions[key]
             except Temporary as exc:
                 log.warning("bucket.unread", bucket=self.name, reason=exc.reason)
                 await asyncio.sleep(0.2)
@@ -340,6 +377,7 @@ class _Message(msgspec.Struct):
     subject: str = ""
     data: bytes | None = None
     hdrs: bytes | None = None
+    time: str = ""
 
 
 class _Ack(msgspec.Struct):

@@ -130,9 +130,10 @@ SUBJECTS = [
     ),
 ]
 
-ALL, PULLED, READ, OWN = (
+ALL, PULLED, PURGED, READ, OWN = (
     "all",
     "WECHAT_OUT WECHAT_CTL",
+    "KV_wechat_bindings KV_wechat_cursors KV_wechat_context OBJ_wechat_media",
     "WECHAT_IN WECHAT_EVENT WECHAT_DEAD OBJ_wechat_media",
     "WECHAT_IN",
 )
@@ -145,7 +146,7 @@ API: list[tuple[str, dict[str, str]]] = [
     ("$JS.API.STREAM.CREATE.<stream>", {"adapter": ALL}),
     ("$JS.API.STREAM.UPDATE.<stream>", {"adapter": ALL}),
     ("$JS.API.STREAM.DELETE.<stream>", {}),
-    ("$JS.API.STREAM.PURGE.<stream>", {"adapter": "OBJ_wechat_media", "operator": "OBJ_wechat_media"}),
+    ("$JS.API.STREAM.PURGE.<stream>", {"adapter": PURGED, "operator": "OBJ_wechat_media"}),
     ("$JS.API.STREAM.MSG.GET.<stream>", {"adapter": ALL, "operator": READ}),
     (
         "$JS.API.STREAM.MSG.DELETE.<stream>",

@@ -28,6 +28,7 @@ from adapter.metrics import Metrics
 from adapter.ports import Entry, Message, PubAck
 from adapter.settings import Settings
 from adapter.timing import SystemClock
+from tests.growth import census, growing
 
 NAMES = Names()
 PATIENCE_S = 30.0
@@ -980,3 +981,49 @@ async def test_the_newest_messages_are_found_behind_what_was_deleted(rig: Rig) -
     assert (found.subject, found.data) == (NAMES.dead("X0"), b"40")
     assert await rig.history.get(stream, 20) is None
     assert await rig.history.get(stream, 99) is None
+
+
+# clearing up ---------------------------------------------------------------------------------------------
+
+
+async def test_a_key_can_be_removed_without_a_trace_unless_it_was_written_again(rig: Rig) -> None:
+    bucket = rig.bucket()
+    before_ms = SystemClock().now_ms()
+    first = await bucket.update("a", b"1", 0)
+    other = await bucket.update("b", b"1", 0)
+    gone = await bucket.delete("b", other)
+    assert sorted(await bucket.keys()) == ["a", "b"]
+    found = {key: await bucket.written(key) for key in ("a", "b", "c")}
+    assert found["c"] is None
+    assert found["a"] is not None
+    assert found["b"] is not None
+    assert [(one.revision, one.deleted) for one in (found["a"], found["b"])] == [(first, False), (gone, True)]
+    assert all(before_ms - 1000 <= one.time_ms <= SystemClock().now_ms() + 1000 for one in found.values() if one)
+    second = await bucket.update("a", b"2", first)
+    await bucket.purge("a", first)
+    await bucket.purge("b", gone)
+    assert await bucket.keys() == ["a"]
+    assert await bucket.get("a") == Entry("a", b"2", second)
+    assert await bucket.update("b", b"3", 0) > second  # as if it had never been
+
+
+async def test_a_follower_forgets_what_is_there_no_more(rig: Rig) -> None:
+    """Logins come and go, each under a name of its own."""
+    bucket = rig.bucket(NAMES.logins)
+    readings = 0
+
+    def count() -> None:
+        nonlocal readings
+        readings += 1
+
+    rig.spawn(bucket.follow(lambda entry: None, on_loaded=count, reload_s=0.05))
+    counts = []
+    for round_ in range(3):
+        keys = [f"k{round_}-{number}" for number in range(50)]
+        revisions = await asyncio.gather(*(bucket.update(key, b"x", 0) for key in keys))
+        for key, revision in zip(keys, revisions, strict=True):
+            await bucket.purge(key, revision)
+        seen = readings
+        await until(lambda seen=seen: readings > seen + 1, "it was read again")  # type: ignore[misc]
+        counts.append(census())
+    assert growing(*counts, by=45) == []
