@@ -124,10 +124,11 @@ class Link:
 
     def client(self) -> Client:
         """The client. Raises Temporary("bus_down")."""
-        if self.nc is None or self.nc.is_closed:
-            self._lost.set()
-            raise Temporary("bus_down", self.down_reason)
-        return self.nc
+        if self.nc is not None and not self.nc.is_closed:
+            return self.nc
+        if self.nc is not None:
+            self._lost.set()  # without one, the next is on its way, and must not be given up for this
+        raise Temporary("bus_down", self.down_reason)
 
     async def run(self) -> None:
         """Connects, again and again, until cancelled; closes the client then."""

@@ -983,6 +983,24 @@ async def test_the_newest_messages_are_found_behind_what_was_deleted(rig: Rig) -
     assert await rig.history.get(stream, 99) is None
 
 
+async def test_who_asks_for_a_connection_that_is_being_made_does_not_spoil_it(rig: Rig) -> None:
+    rig.bus.kill()
+    await until(lambda: not rig.link.up, "the connection is gone")
+
+    async def ask() -> None:
+        while True:
+            with contextlib.suppress(Temporary):
+                rig.link.client()
+            await asyncio.sleep(0)
+
+    rig.spawn(ask())
+    await rig.bus.start()
+    await rig.link.wait_up(PATIENCE_S)
+    for _ in range(20):
+        await rig.link.api("INFO")
+    assert rig.link.epoch == 2
+
+
 # clearing up ---------------------------------------------------------------------------------------------
 
 
