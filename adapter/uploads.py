@@ -53,8 +53,10 @@ class Uploads:
         if known is not None and self._clock.monotonic() < known[0] + READY_S:
             return known[1]
         uploaded = await self._upload(part, account, user)
-        self._ready[key] = (self._clock.monotonic(), uploaded)
-        while len(self._ready) > READY_KEPT:
+        now = self._clock.monotonic()
+        self._ready.pop(key, None)
+        self._ready[key] = (now, uploaded)
+        while len(self._ready) > READY_KEPT or next(iter(self._ready.values()))[0] + READY_S <= now:
             self._ready.popitem(last=False)
         return uploaded
 

@@ -31,7 +31,7 @@ LOOKS_PER_S = 50
 """Users looked at after a start or a take-over; thousands at once would hold up what people wait for."""
 LONGEST_S = 60.0
 """A look at the clock at least so often: it may be set, and the machine may sleep."""
-LEFT_OVER = 100
+LEFT_OVER = 8
 """So many entries of the heap may be of users who are gone."""
 KEPT_HOURS = 25
 """No window is open longer, so that no event which still counts is older."""

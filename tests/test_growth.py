@@ -6,13 +6,17 @@ import asyncio
 
 import pytest
 
+from adapter.commands import MediaPart
 from adapter.contexts import Contexts
 from adapter.contract import Options
 from adapter.errors import Refused, SessionExpired
 from adapter.lanes import Lane, Parked
 from adapter.leases import DEAD_KEPT
 from adapter.outbound import Shard
+from adapter.ports import Account
 from adapter.presence import NO_TICKET_S, TICKET_S
+from adapter.uploads import READY_S
+from adapter.windows import LEFT_OVER
 from tests.fakes import GAP_S, Bench
 from tests.growth import tables
 from tests.test_leases import LEASE_S, Cluster
@@ -246,7 +250,7 @@ async def test_windows_of_the_unbound_are_not_watched() -> None:
             await user_writes_to_windows(bench, bot=bot, user=user)
             await bench.bindings.remove(bot)
         sizes = tables(windows)
-        assert sizes.pop("_due") <= 2 * USERS
+        assert sizes.pop("_due") <= 2 * 2 + LEFT_OVER + 1
         assert sizes == {"_tasks": 0, "_throttled": 0, "_unseen": 0, "_watched": 2}
         await asyncio.sleep(4 * HOUR)
         assert tables(windows)["_watched"] == 1  # the one that closed first was seen first
@@ -275,3 +279,16 @@ async def test_replicas_of_the_past_are_forgotten() -> None:
     for number in range(DEAD_KEPT):
         assert await first.leases.is_dead(f"past-{number}")
     assert len(first.leases._dead) <= DEAD_KEPT
+
+
+# uploads -------------------------------------------------------------------------------------------------
+
+
+async def test_uploads_are_kept_as_long_as_they_may_be_used_again() -> None:
+    bench = Bench()
+    account = Account(BOT, "secret", "")
+    for number in range(USERS):
+        await bench.uploads.bring(f"c-{number}", MediaPart("file", "a.txt", "", b"hello"), account, USER)
+        await asyncio.sleep(READY_S / 10)
+    assert len(bench.uploads._ready) == 10
+    assert bench.cdn.asked == USERS

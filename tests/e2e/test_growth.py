@@ -1,0 +1,178 @@
+"""Users who come and go, and a server that does: after each round the adapter holds what it held before.
+
+Everything that the garbage collector knows is counted, so that what a later feature forgets to clear up shows here
+without anybody having thought of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import json
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import msgspec
+import nats
+from nats.aio.client import Client
+
+from adapter.app import Adapter
+from adapter.contract import FINAL_OUTCOMES, SHARDS, Bind, ControlAnswer, Names, Options, Receipt, Unbind
+from adapter.embedded import EmbeddedNats
+from adapter.settings import Settings
+from tests.e2e.waiting import eventually, free_port, until
+from tests.growth import census, growing
+
+NAMES = Names()
+USERS = 12
+
+
+@contextlib.asynccontextmanager
+async def simulator() -> AsyncIterator[str]:
+    """Its URL. A process of its own: what it remembers is not the adapter's."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "adapter.simulator", "--hold-ms", "500", "--seed", "1", stdout=asyncio.subprocess.PIPE
+    )
+    assert process.stdout is not None
+    try:
+        yield json.loads(await process.stdout.readline())["url"]
+    finally:
+        process.kill()
+        await process.wait()
+
+
+@contextlib.asynccontextmanager
+async def adapter_of(settings: Settings) -> AsyncIterator[Adapter]:
+    """In this process, so that it can be looked into."""
+    adapter, stop, ready = Adapter(settings), asyncio.Event(), asyncio.Event()
+    running = asyncio.create_task(adapter.run(stop, ready.set))
+    try:
+        await ready.wait()
+        yield adapter
+    finally:
+        stop.set()
+        await running
+
+
+class Visitors:
+    """People who come, say something, are answered and go."""
+
+    def __init__(self, adapter: Adapter, sim: str, url: str) -> None:
+        self.adapter = adapter
+        self.sim = sim
+        self.url = url
+        self.number = 0
+        self.rounds = 0
+
+    async def come_and_go(self) -> None:
+        async with httpx.AsyncClient(base_url=f"{self.sim}/_sim/", timeout=30) as http:
+            nc = await nats.connect(self.url)
+            try:
+                await self._visit(http, nc)
+            finally:
+                await nc.close()
+        await eventually(self._is_empty, "nobody is served any more, and nothing of them is in the buckets")
+
+    async def _visit(self, http: httpx.AsyncClient, nc: Client) -> None:
+        self.rounds += 1
+        sandboxes = [f"s{self.rounds}-{number}" for number in range(USERS)]
+        open_: set[str] = set()
+
+        async def on_receipt(msg: Any) -> None:
+            receipt = msgspec.json.decode(msg.data, type=Receipt)
+            if receipt.outcome in FINAL_OUTCOMES:
+                # typing may be over, with the next answer, before it was shown
+                assert receipt.outcome == "accepted" or receipt.reason == "typing", receipt
+                open_.discard(receipt.command)
+
+        await nc.subscribe(NAMES.event("*", "receipt"), cb=on_receipt)
+        heard = await nc.subscribe(NAMES.live("*"))
+        for sandbox in sandboxes:
+            bot = (await http.post("add_bot", json={})).json()
+            bind = Bind(sandbox=sandbox, bot=bot["bot"], bot_token=bot["token"], user=bot["user"])
+            await control(nc, NAMES.bind, msgspec.structs.replace(bind, options=Options(auto_typing=True)))
+            for kind in ("image", "quote_full"):
+                await http.post("say_kind", json={"to": bot["bot"], "kind": kind})
+        for _ in range(2 * USERS):
+            await heard.next_msg(timeout=60)
+        for sandbox in sandboxes:
+            for body in ({"text": "hello"}, {"typing": "on"}, {"items": [{"kind": "file", "data": "aGVsbG8="}]}):
+                self.number += 1
+                open_.add(f"c{self.number}")
+                data = msgspec.json.encode({"id": f"c{self.number}", **body})
+                await nc.jetstream().publish(NAMES.out(sandbox), data)
+        await until(lambda: not open_, "every command has its receipt")
+        for sandbox in sandboxes:
+            await control(nc, NAMES.unbind, Unbind(sandbox=sandbox))
+
+    async def _is_empty(self) -> bool:
+        adapter = self.adapter
+        adapter.supervisor.tidy()
+        adapter.contexts.tidy(adapter.supervisor.is_served)
+        keys = [*await adapter.binding_bucket.keys(), *await adapter.context_bucket.keys()]
+        return not (keys or adapter.supervisor.sessions)
+
+
+def subscriptions(adapter: Adapter) -> int:
+    """0 while there is no connection. Each reading of a stream has one for as long as it lasts."""
+    return len(adapter.link.nc._subs) if adapter.link.nc is not None else 0
+
+
+async def calm(adapter: Adapter, *, wanted: int = 0) -> int:
+    """Returns once nothing is read any more: as many subscriptions as `wanted` (0: any number), look after look."""
+    gc.collect()  # readings that were left in the middle end now
+    looks, seen = 0, 0
+
+    def is_calm() -> bool:
+        nonlocal looks, seen
+        now = subscriptions(adapter)
+        looks = looks + 1 if now and now == seen and now == (wanted or now) else 0
+        seen = now
+        return looks > 20
+
+    await until(is_calm, "it has read everything that it has to read")
+    return seen
+
+
+async def control(nc: Client, subject: str, command: Bind | Unbind) -> None:
+    inbox = nc.new_inbox()
+    answers = await nc.subscribe(inbox, max_msgs=1)
+    headers = {"Reply-To": inbox, "Nats-Msg-Id": inbox}
+    await nc.jetstream().publish(subject, msgspec.json.encode(command), headers=headers)
+    answer = msgspec.json.decode((await answers.next_msg(timeout=60)).data, type=ControlAnswer)
+    assert answer.ok, answer
+
+
+async def test_what_comes_and_goes_leaves_nothing_in_the_adapter(tmp_path: Path) -> None:
+    async with simulator() as sim, EmbeddedNats(tmp_path, free_port()) as server:
+        settings = Settings(
+            nats_url=(server.url,),
+            ilink_base_url=sim,
+            cdn_base_url=f"{sim}/c2c",
+            allowed_hosts=("127.0.0.1",),
+            send_gap_ms=0,
+            unbound_hours=0.0001,
+            http_addr="127.0.0.1:0",
+            drain_s=5,
+        )
+        async with adapter_of(settings) as adapter:
+            visitors = Visitors(adapter, sim, server.url)
+            await until(lambda: adapter.leases.owned == set(range(SHARDS)), "it owns every shard")
+            await visitors.come_and_go()
+            served = await calm(adapter)
+            counts = []
+            for _ in range(3):
+                await visitors.come_and_go()
+                server.kill()
+                await until(lambda: subscriptions(adapter) == 0, "it knows that the server is away")
+                await server.start()
+                await calm(adapter, wanted=served)
+                adapter.uploads._ready.clear()  # of a thousand at most, for an hour
+                adapter.control._settled.clear()  # of a thousand at most
+                counts.append(census())
+        assert growing(*counts, by=USERS) == []
+        server.kill()  # a clean stop takes 10 ms for each of the 130 consumers
