@@ -23,6 +23,8 @@ app = App(name="permissions", help="Make the NATS users of adapter, platform, se
 
 ACCOUNTS = (SYSTEM, *dict.fromkeys(ACCOUNT_OF.values()))
 UPDATE = "$SYS.REQ.CLAIMS.UPDATE"
+LONGEST_LINE = 8192
+"""Bytes of a line that a server should read from its clients."""
 
 Folder = Annotated[Path, Parameter(help="Where keys, JWTs and credentials are; only you can read it.")]
 OwnAccount = Annotated[
@@ -184,6 +186,8 @@ class Kept:
             '#   jetstream { store_dir: "/data", sync_interval: always }',
             "#   include server.conf",
             "",
+            # A client sends its JWT in one line, of which a server reads 4 KB; the adapter's names all that it may.
+            f"max_control_line: {LONGEST_LINE}",
             f'operator: "{jwts.operator_jwt(self.accounts.operator, system)}"',
             f"system_account: {system}",
             f'resolver: {{ type: full, dir: "{_read(self.folder / "resolver_dir")}", allow_delete: false }}',

@@ -13,9 +13,11 @@ import pytest
 from nats.errors import Error as NatsError
 
 from adapter.cli import jwts
-from adapter.cli.permissions import Kept
+from adapter.cli.jwts import ACCOUNT, USER, Key, user_jwt
+from adapter.cli.permissions import LONGEST_LINE, Kept
+from adapter.contract import Names
 from adapter.errors import Refused
-from adapter.permissions import FILES
+from adapter.permissions import FILES, ROLES
 from adapter.schema import EXAMPLES, ROOT
 from tests.bus.guarded import NAMES, Guarded, User, guarded
 from tests.cli.conftest import Command
@@ -90,6 +92,13 @@ async def test_a_folder_without_keys_is_told(cli: Command, tmp_path: Path) -> No
         assert result.code == 1
         assert "operator.nk" in result.err
     assert (await cli("permissions", "push", str(tmp_path))).code == 1
+
+
+def test_the_longest_credentials_fit_into_the_line_that_a_server_reads() -> None:
+    """Also under the longest prefix, which is in every subject. Beside the JWT a signature is in it, and a name."""
+    user, signer = Key.new(USER), Key.new(ACCOUNT)
+    longest = max(len(user_jwt(signer, user.public, Names("w" * 32), role)) for role in ROLES)
+    assert longest < LONGEST_LINE - 1024
 
 
 def test_a_key_signs_as_nkeys_verifies() -> None:
