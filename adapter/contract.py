@@ -78,6 +78,7 @@ def check_sandbox(name: str) -> str:
     return name
 
 
+@functools.lru_cache(maxsize=32_768)  # at each poll and message; a byte takes its time
 def shard_of(sandbox: str) -> int:
     """The shard of a sandbox: 32-bit FNV-1a modulo SHARDS, as nats-server's `partition(128,1)` computes it."""
     h = 2166136261

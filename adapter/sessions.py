@@ -100,7 +100,6 @@ class Session:
         self.state: State = "starting"
         self.stale = False
         """iLink said -14 and the recovery runs: nothing may be sent."""
-        self.since = 0.0
         self.answered = 0.0
         """Monotonic time of the last answer of iLink to a poll."""
         self.leaving = False
