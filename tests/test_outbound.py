@@ -135,6 +135,32 @@ async def test_no_lane_waits_for_another() -> None:
     shard.stop()
 
 
+@pytest.mark.parametrize("users", [300, pytest.param(10_000, marks=pytest.mark.slow)])
+async def test_a_user_whose_request_hangs_holds_up_none_of_many_others(users: int) -> None:
+    """Over all shards, the hanging one first: the commands of all others are sent, and theirs once it is answered."""
+    bench = Bench()
+    for number in range(users):
+        await bench.bind(sandbox=f"s{number}", bot=f"b{number}@im.bot", user=f"u{number}@im.wechat")
+        bench.hears(f"b{number}@im.bot", f"u{number}@im.wechat")
+    names = {shard_of(f"s{number}"): f"s{number}" for number in range(users)}
+    shards = {number: bench.shard(sandbox) for number, sandbox in names.items()}
+    bench.chat.hold_sends["u0@im.wechat"] = asyncio.Event()
+    for number in range(users):
+        for text in ("one", "two"):
+            shards[shard_of(f"s{number}")].on_delivery(
+                bench.command(text, sandbox=f"s{number}", id=f"{text}-{number}")
+            )
+    await asyncio.sleep(60)
+    assert Counter(sent.user for sent in bench.chat.sent) == {
+        f"u{number}@im.wechat": 2 if number else 1 for number in range(users)
+    }
+    assert bench.chat.overlaps == 0
+    bench.chat.hold_sends["u0@im.wechat"].set()
+    await asyncio.sleep(10)
+    assert [sent.text for sent in bench.chat.sent if sent.user == "u0@im.wechat"] == ["one", "two"]
+    assert len(finals(bench)) == 2 * users
+
+
 async def test_a_command_that_comes_again_while_in_hand_is_sent_once() -> None:
     """After each connect the consumer delivers again what is not settled; the ack goes to the newest delivery."""
     bench, shard = await ready()

@@ -56,6 +56,7 @@ async def test_a_replica_that_comes_later_gets_its_share_at_poll_boundaries(tmp_
             )
         found = await audit(made, nc)
         assert found.faults() == []
+        assert made.sim.stats().duplicates_suppressed == 0, "no command was sent by both"
         assert "polls.cut" not in first.log.read_text() + second.log.read_text()
         await nc.close()
 
