@@ -20,7 +20,7 @@ import structlog
 from adapter.contract import SHARDS
 from adapter.errors import Conflict, LeaseLost, Temporary
 from adapter.metrics import Metrics
-from adapter.ports import Register
+from adapter.ports import Entry, Register
 from adapter.records import Claim, Member
 from adapter.timing import Clock, Latch, first_of
 
@@ -73,6 +73,8 @@ class Leases:
         self._dead: set[str] = set()
         self.orphans: set[int] = set()
         """Shards that no living replica owned when this one last looked."""
+        self._absent: dict[str, float] = {}
+        """Members and claims without a trace, and since when: they may have been purged while their owner lives."""
 
     @property
     def valid(self) -> bool:
@@ -164,8 +166,10 @@ class Leases:
                 await self._observe()
                 if self.valid and not self.draining:
                     self._find_surplus()
+                    claims = {entry.key: entry for entry in await self._claims.entries()}
+                    await self._check_claims(claims)
                     if len(self.owned) < SHARDS:
-                        await self._claim_free()
+                        await self._claim_free(claims)
                     else:
                         self.orphans = set()
             except Temporary as exc:
@@ -213,6 +217,11 @@ class Leases:
             self.changed.notify()
 
     @property
+    def _alone_so_far(self) -> bool:
+        """Whether no other incarnation is known to live: nobody can own what is unclaimed."""
+        return self._live.keys() <= {self.incarnation}
+
+    @property
     def alone(self) -> bool:
         """Whether no other replica is there to take over."""
         return not any(name != self.incarnation and not member.draining for name, member in self._live.items())
@@ -230,6 +239,8 @@ class Leases:
             return False
         try:
             entry = await self._members.get(incarnation)
+            if entry is None and not self._long_absent(f"member {incarnation}"):
+                return False  # purged, perhaps: it learns that at its next renewal, or stops at its timer
             if entry is not None and entry.value is not None:
                 revision, since = self._seen.get(incarnation, (0, 0.0))
                 if revision != entry.revision or self._clock.monotonic() - since < self._lease_s:
@@ -241,21 +252,68 @@ class Leases:
         if len(self._dead) >= DEAD_KEPT:
             self._dead.clear()  # they are found dead again
         self._dead.add(incarnation)
+        self._absent.pop(f"member {incarnation}", None)
         return True
 
-    async def _claim_free(self) -> None:
-        claims = {entry.key: entry for entry in await self._claims.entries()}
+    def _long_absent(self, what: str) -> bool:
+        """Whether it has been absent for a lease, which is as long as an owner that lives may take to notice."""
+        now = self._clock.monotonic()
+        if len(self._absent) > DEAD_KEPT:
+            self._absent.clear()  # they are missed again
+        return now - self._absent.setdefault(what, now) >= self._lease_s
+
+    async def _check_claims(self, claims: dict[str, Entry]) -> None:
+        """An operator may purge claims, or another hand change them: what is owned is put back, or given up."""
+        gone = []
+        for shard in sorted(self.owned):
+            entry, revision = claims.get(str(shard)), self._claim_revisions[shard]
+            if entry is None:
+                gone.append(shard)
+            elif entry.revision > revision and _owner(entry) != self.incarnation:
+                self._lose(shard)
+        await asyncio.gather(*(self._put_back(shard) for shard in gone))
+
+    async def _put_back(self, shard: int) -> None:
+        mine = msgspec.json.encode(Claim(owner=self.incarnation))
+        try:
+            entry = await self._claims.get(str(shard))  # the reading may be older than our claim
+            if entry is not None or shard not in self.owned:
+                return
+            revision = await self._claims.write(str(shard), mine, 0)
+        except (Temporary, Conflict):
+            return  # the next round sees whose it is now
+        log.error("claim.restored", shard=shard, detail="Its key was purged.")
+        if shard in self.owned:
+            self._claim_revisions[shard] = revision
+        else:  # given back meanwhile, at a revision that was no more
+            self._unsure.add(shard)
+
+    def _lose(self, shard: int) -> None:
+        """Another replica has the claim: this one stops at once."""
+        log.error("claim.lost", shard=shard)
+        self._metrics.lease_changes.labels(reason="lost").inc()
+        self.owned.discard(shard)
+        self.surplus.discard(shard)
+        self._claim_revisions.pop(shard, None)
+        self._metrics.shards_owned.set(len(self.owned))
+        self.changed.notify()
+
+    async def _claim_free(self, claims: dict[str, Entry]) -> None:
         eligible = [name for name, member in self._live.items() if not member.draining]
         wanted, orphans = [], set()
         for shard in range(SHARDS):
             if shard in self.owned:
                 continue
             entry = claims.get(str(shard))
-            owner = msgspec.json.decode(entry.value, type=Claim).owner if entry and entry.value else ""
+            owner = _owner(entry)
             if owner not in self._live:
                 orphans.add(shard)
+            if entry is not None:
+                self._absent.pop(f"claim {shard}", None)
+            elif not self._alone_so_far and not self._long_absent(f"claim {shard}"):
+                continue  # purged, perhaps: its owner puts it back
             if self._best(eligible, shard) != self.incarnation:
-                if entry is not None and owner == self.incarnation and shard in self._unsure:
+                if entry is not None and owner == self.incarnation:  # of a claim, or a release, that landed late
                     await self._free(shard, entry.revision)
                 continue
             if not owner or owner == self.incarnation or await self.is_dead(owner):
@@ -336,3 +394,8 @@ class Leases:
         self._paused = True
         self._metrics.shards_owned.set(0)
         self.changed.notify()
+
+
+def _owner(entry: Entry | None) -> str:
+    """The incarnation that a claim names, "" if none."""
+    return msgspec.json.decode(entry.value, type=Claim).owner if entry and entry.value else ""

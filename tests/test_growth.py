@@ -277,8 +277,14 @@ async def test_replicas_of_the_past_are_forgotten() -> None:
     }
     assert len(first.leases._dead) == 20
     for number in range(DEAD_KEPT):
+        assert not await first.leases.is_dead(f"past-{number}")
+    await asyncio.sleep(LEASE_S)
+    for number in range(DEAD_KEPT):
         assert await first.leases.is_dead(f"past-{number}")
     assert len(first.leases._dead) <= DEAD_KEPT
+    for number in range(2 * DEAD_KEPT):
+        assert not await first.leases.is_dead(f"lost-{number}")
+    assert len(first.leases._absent) <= DEAD_KEPT + 1
 
 
 # uploads -------------------------------------------------------------------------------------------------

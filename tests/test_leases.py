@@ -339,7 +339,7 @@ async def test_a_revoked_holder_finds_out_and_joins_as_somebody_new() -> None:
     await cluster.run(10)
     first.cut(down=False)
     with capture_logs() as logs:
-        await cluster.run(5)
+        await cluster.run(8)
     assert "lease.revoked" in [line["event"] for line in logs]
     assert first.leases.incarnation != incarnation
     assert await heir.leases.is_dead(incarnation)
@@ -471,7 +471,58 @@ async def test_nobody_is_dead_who_renews() -> None:
     await cluster.run(30)
     assert not await first.leases.is_dead(second.leases.incarnation)
     assert not await first.leases.is_dead(first.leases.incarnation)
+    assert not await first.leases.is_dead("never-was-1"), "it may have been purged, and live"
+    await cluster.run(LEASE_S)
     assert await first.leases.is_dead("never-was-1")
+    cluster.stop()
+
+
+def purge(store: Store) -> None:
+    """As an operator does: the stream is emptied, nothing marks that anything was there, the revision goes on."""
+    store.entries.clear()
+
+
+async def test_purged_claims_are_put_back_and_change_no_owner() -> None:
+    cluster = Cluster()
+    replicas = [cluster.start() for _ in range(3)]
+    await cluster.run(10)
+    before = [set(replica.working) for replica in replicas]
+    purge(cluster.claims)
+    late = cluster.start()
+    await cluster.run(1.5)
+    assert [set(replica.working) for replica in replicas] == before
+    assert not late.working, "one that finds no claim waits for an owner that lives"
+    assert len(cluster.claims.entries) == SHARDS
+    await cluster.run(30)
+    assert cluster.worked_for == SHARDS
+    assert late.working
+    cluster.stop()
+
+
+async def test_purged_members_cost_a_lease_and_no_shard_has_two_owners() -> None:
+    cluster = Cluster()
+    replicas = [cluster.start() for _ in range(3)]
+    await cluster.run(10)
+    before = {replica.leases.incarnation for replica in replicas}
+    purge(cluster.members)
+    await cluster.run(3 * LEASE_S)
+    assert cluster.worked_for == SHARDS
+    assert not before & {replica.leases.incarnation for replica in replicas}
+    cluster.stop()
+
+
+async def test_a_claim_that_another_hand_has_changed_is_given_up() -> None:
+    cluster = Cluster()
+    replica = cluster.start()
+    await cluster.run(5)
+    known = cluster.claims.entries["7"]
+    cluster.claims.write("7", b'{"owner":""}', known.revision)
+    with capture_logs() as logs:
+        await cluster.run(0.7)
+    assert "claim.lost" in [line["event"] for line in logs]
+    await cluster.run(2)
+    assert cluster.worked_for == SHARDS
+    assert 7 in replica.working
     cluster.stop()
 
 
