@@ -19,7 +19,7 @@ from adapter.console.server import Console
 from adapter.contexts import Contexts
 from adapter.contract import Names, shard_of
 from adapter.control import Control
-from adapter.errors import LeaseLost, SettingsError, Temporary
+from adapter.errors import BusRefused, LeaseLost, SettingsError, Temporary
 from adapter.events import Events
 from adapter.fetching import Downloads, Fetching
 from adapter.ilink.cdn import CdnClient
@@ -41,7 +41,7 @@ from adapter.metrics import Metrics
 from adapter.outbound import Shard
 from adapter.ports import Delivery
 from adapter.presence import Showing
-from adapter.probes import Health, ProbeServer
+from adapter.probes import BUS_GRACE_S, Health, ProbeServer
 from adapter.queries import Queries
 from adapter.recall import Recall
 from adapter.receipts import Receipts
@@ -55,7 +55,7 @@ from adapter.sessions import Incoming, Waiting, account_of
 from adapter.settings import Settings
 from adapter.supervisor import Supervisor
 from adapter.tidying import Tidying, tidy_forever
-from adapter.timing import SystemClock, restarted
+from adapter.timing import Latch, SystemClock, restarted
 from adapter.uploads import Uploads
 from adapter.windows import Windows
 
@@ -67,8 +67,8 @@ STARTING = 32
 """Pollers that start at once."""
 POLLS_PER_S = 1000
 """Polls are spread so that about so many start per second after an outage."""
-ASK_S = 10.0
-"""Between two questions to JetStream about backlogs."""
+WATCH_S = 2.0
+"""Between two looks at JetStream; at streams and consumers every other time."""
 RESTARTS, STEADY_S = 5, 60.0
 """A loop may crash so often in a row; one that ran so long before is in order."""
 ROOM = 512
@@ -98,6 +98,15 @@ class Adapter:
         self.bus = Publisher(self.link, clock, metrics)
         self.media_bus = Publisher(self.media_link, clock, metrics)
         self.history = StreamHistory(self.link, replicated=settings.replicas > 1)
+        self.inspector = topology.Inspector(
+            names,
+            settings,
+            at_least={names.bindings: lambda: len(self.bindings), names.cursors: lambda: self.supervisor.polling},
+            on_purge=self._hear_of_purge,
+        )
+        self._jetstream_good = clock.monotonic()
+        self._complete = Latch()
+        """Notified when every stream is there again."""
         self.teller = BusTeller(self.link, names)
         self.objects = ObjectStore(self.media_link, self.media_bus, names.media)
         self.rules = window.Rules(
@@ -133,7 +142,7 @@ class Adapter:
         )
         self.uploads = Uploads(self.cdn, self.objects, clock, max_bytes=settings.media_max_bytes)
         self.binding_bucket = self._bucket(names.bindings)
-        self.bindings = Bindings(self.binding_bucket)
+        self.bindings = Bindings(self.binding_bucket, self._owns)
         self.context_bucket = self._bucket(names.context)
         self.leases = Leases(
             LeaseRegister(self.lease_link, names.members, ttl_s=max(60, int(settings.lease_s * 15))),
@@ -215,6 +224,9 @@ class Adapter:
         self.teller.reply(self.names.roll(), lambda data: rollcall.answer(data, self._present))
         self.teller.hear(self.names.freed(), lambda data: self.supervisor.released(data.decode("utf-8", "replace")))
 
+    def _owns(self, binding: Binding) -> bool:
+        return self.leases.valid and shard_of(binding.sandbox) in self.leases.owned
+
     async def _count_connect(self, _: object) -> None:
         if self.link.epoch:
             self.metrics.nats_reconnects.inc()
@@ -236,6 +248,8 @@ class Adapter:
 
         async def writable() -> None:
             await self.link.wait_up()
+            await self.bus.writable()
+            await self._complete.until(lambda: not self.health.missing)
 
         return Incoming(
             chat=self.chat,
@@ -259,6 +273,7 @@ class Adapter:
             revived=self._revived,
             waiting=self._waiting,
             writable=writable,
+            purges=lambda: self.inspector.purges(self.names.cursors),
             starting=asyncio.Semaphore(STARTING),
             spread_s=lambda: len(self.supervisor.sessions) / POLLS_PER_S,
             stale_retry_s=settings.stale_retry_s,
@@ -384,7 +399,10 @@ class Adapter:
         """Raises Temporary when the control commands do not get done."""
         verb = f"CONSUMER.INFO.{self.names.stream_ctl}.{topology.CONTROL}"
         for _ in range(100):
-            info = await self.link.api(verb)
+            try:
+                info = await self.link.api(verb)
+            except BusRefused as exc:  # deleted by an operator; its owner makes it again
+                raise Temporary("control_missing", exc.detail) from exc
             if not info["num_pending"] and not info["num_ack_pending"]:
                 await self.clock.sleep(0.05)  # the news of the last one are on their way
                 return
@@ -438,7 +456,8 @@ class Adapter:
 
         # a shard bounds by itself what it takes in hand: else one sandbox could fill its consumer
         until_acked, check = label != "out", lambda: self.leases.check(shard)
-        consumer = Consumer(self.link, stream, name, room=ROOM, until_acked=until_acked, check=check)
+        _, wanted = topology.consumer_of(self.names, name)
+        consumer = Consumer(self.link, stream, wanted, room=ROOM, until_acked=until_acked, check=check)
         await consumer.run(take, on_reset)
 
     def _route(self, delivery: Delivery) -> None:
@@ -517,6 +536,7 @@ class Adapter:
                         background.append(group.create_task(self.windows.run(), name="windows"))
                         following = group.create_task(self.supervisor.run(), name="supervisor")
                         self.health.jetstream_ok = self.health.started = True
+                        self._jetstream_good = self.clock.monotonic()
                         log.info("adapter.started", instance=self.instance, version=__version__)
                         if on_ready is not None:
                             on_ready()
@@ -594,6 +614,7 @@ class Adapter:
                 self.health.nats_back()
             else:
                 self.health.nats_lost()
+            self.metrics.nats_publish_oldest.set(max(self.bus.waiting_s, self.media_bus.waiting_s))
             ticks += 1
             if ticks % 4 == 0:
                 self.supervisor.observe(len(asyncio.all_tasks()))
@@ -602,29 +623,56 @@ class Adapter:
                 self.contexts.tidy(self.supervisor.is_served)
 
     async def _watch_jetstream(self) -> None:
-        """Asks JetStream for what the gauges tell; apart from the heartbeat, since an answer may take its time."""
+        """Asks whether JetStream answers and takes what is written, and whether its streams are there; apart from the
+        heartbeat, since an answer may take its time."""
+        rounds = 0
         while True:
-            await asyncio.sleep(2.0 if self.health.started and not self.health.jetstream_ok else ASK_S)
-            if self.health.started and self.link.up:
-                await self._ask_consumers()
+            await self.clock.sleep(WATCH_S)
+            if not (self.health.started and self.link.up):
+                continue  # the connection is what failed: it has its own check and its own grace
+            rounds += 1
+            try:
+                await self.link.probe()
+                if rounds % 2 == 1:
+                    missing = await self.inspector.look(self.link)
+                    self.metrics.nats_streams_missing.set(len(missing))
+                    self.health.missing = ", ".join(missing)
+                    self._complete.notify()
+                    await self._ask_consumers()
+            except (Temporary, BusRefused) as exc:
+                if self.link.up:
+                    self._hear_of_jetstream(f"JetStream does not answer: {exc.detail or exc.reason}"[:200])
+            else:
+                waits = self.bus.waiting_s > BUS_GRACE_S
+                self._hear_of_jetstream(f"JetStream takes nothing: {self.bus.hurdle}"[:200] if waits else "")
+
+    def _hear_of_purge(self, bucket: str) -> None:
+        self.metrics.nats_purges.inc()
+        if bucket == self.names.bindings:
+            self.binding_bucket.reload()
+
+    def _hear_of_jetstream(self, problem: str) -> None:
+        """A problem counts once it has lasted: an election takes seconds, and this replica keeps what it has."""
+        now = self.clock.monotonic()
+        self._jetstream_good = self._jetstream_good if problem else now
+        if not problem or now - self._jetstream_good > BUS_GRACE_S:
+            self.health.tell_jetstream(problem)
 
     async def _ask_consumers(self) -> None:
+        """Raises Temporary."""
         names = self.names
-        try:
-            info = await self.link.api(f"STREAM.INFO.{names.stream_out}")
-            waiting = int(info["state"]["messages"])
-            for label, stream, consumer in (
-                ("router", names.stream_out, topology.ROUTER),
-                ("control", names.stream_ctl, topology.CONTROL),
-            ):
+        for label, stream, consumer in (
+            ("router", names.stream_out, topology.ROUTER),
+            ("control", names.stream_ctl, topology.CONTROL),
+        ):
+            try:
                 info = await self.link.api(f"CONSUMER.INFO.{stream}.{consumer}")
-                self.metrics.nats_consumer_pending.labels(consumer=label).set(info["num_pending"])
-                self.metrics.nats_consumer_ack_pending.labels(consumer=label).set(info["num_ack_pending"])
-        except Temporary:
-            if self.link.up:  # else the connection is what failed, which has its own check and its own grace
-                self.health.jetstream_ok = False
-            return
-        self.health.jetstream_ok = True
+            except BusRefused as exc:  # deleted by an operator; its owner makes it again
+                log.warning("consumer.missing", consumer=consumer, detail=exc.detail[:200])
+                continue
+            self.metrics.nats_consumer_pending.labels(consumer=label).set(info["num_pending"])
+            self.metrics.nats_consumer_ack_pending.labels(consumer=label).set(info["num_ack_pending"])
+        waiting = self.inspector.messages(names.stream_out)
         in_hand = self.supervisor.in_hand
         self.metrics.nats_consumer_pending.labels(consumer="out").set(max(0, waiting - in_hand))
         self.metrics.nats_consumer_ack_pending.labels(consumer="out").set(in_hand)

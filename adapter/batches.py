@@ -113,7 +113,7 @@ async def _store(session: Session, polled: Polled, place: Place, needs: Incoming
         seen=place.seen.records(),
         last_seq=last_seq,
     )
-    revision = await write_cursor(session.bot, record, place.revision, needs)
+    revision = await retry(lambda: write_cursor(session.bot, record, place.revision, needs), needs)
     if binding is not None:
         for user in dict.fromkeys(said.user for said in fresh):  # also of what waits for media: their window is open
             needs.heard(binding.sandbox, binding.bot, user)

@@ -19,11 +19,13 @@ log = structlog.get_logger()
 class Bindings:
     """Every binding of the platform; each replica holds them all."""
 
-    def __init__(self, bucket: Bucket) -> None:
+    def __init__(self, bucket: Bucket, mine: Callable[[Binding], bool] = lambda _: False) -> None:
         self.changed = Latch()
         self.loaded = False
         """False until the bucket was read once: before that, absence means nothing."""
         self._bucket = bucket
+        self._mine = mine
+        """Whether this replica owns what a binding is about, and so has to put it back when it was purged."""
         self._by_bot: dict[str, tuple[Binding, int]] = {}
         self._by_sandbox: dict[str, dict[str, Binding]] = {}
         self._listeners: list[Callable[[str, Binding | None, Binding | None], None]] = []
@@ -34,7 +36,7 @@ class Bindings:
 
     async def run(self) -> None:
         """Keeps in step with the bucket, until cancelled."""
-        await self._bucket.follow(self._see, on_loaded=self._on_loaded)
+        await self._bucket.follow(self._see, on_loaded=self._on_loaded, on_missing=self._restore)
 
     def get(self, bot: str) -> Binding | None:
         found = self._by_bot.get(bot)
@@ -89,6 +91,21 @@ class Bindings:
         entry = await self._bucket.get(token_of(bot))
         if entry is not None:
             self._see(entry)
+
+    async def _restore(self, key: str) -> bool:
+        """Puts back a binding that was purged: a purge is no unbind, and nobody else has the token any more.
+
+        Only the owner does it, who has seen every unbind; False: another replica has to. Raises Temporary.
+        """
+        bot = text_of(key)
+        binding = self.get(bot)
+        if binding is None:
+            return True
+        if not self._mine(binding):
+            return False
+        if await self._write(binding, 0):
+            log.error("binding.restored", bot=bot, sandbox=binding.sandbox, detail="Its key was purged.")
+        return True
 
     async def _write(self, binding: Binding, revision: int) -> bool:
         value = msgspec.json.encode(binding)

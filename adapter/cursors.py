@@ -12,7 +12,7 @@ import structlog
 from adapter import contract
 from adapter.dedup import Seen
 from adapter.errors import Conflict, LeaseLost, Temporary
-from adapter.inbox import seen_of
+from adapter.inbox import retry, seen_of
 from adapter.records import Binding, Cursor
 from adapter.sessions import Incoming, Place, Session, Waiting, check_owned, notify
 from adapter.timing import backoff, first_of_two
@@ -89,15 +89,29 @@ async def catch_up(
 
 
 async def write_cursor(bot: str, record: Cursor, revision: int, needs: Incoming) -> int:
-    """Raises LeaseLost when another replica wrote since."""
+    """Raises LeaseLost when another replica wrote since, Temporary.
+
+    A record that an operator purged or deleted is put back: another owner would have left its own.
+    """
     key, value = contract.token_of(bot), msgspec.json.encode(record)
-    try:
-        return await needs.cursors.update(key, value, revision)
-    except Conflict:
-        entry = await needs.cursors.get(key)
+    while True:
+        try:
+            return await needs.cursors.update(key, value, revision)
+        except Conflict:
+            entry = await needs.cursors.get(key)
         if entry is not None and entry.value == value:
             return entry.revision  # our own write, whose answer got lost
-        raise LeaseLost("cursor_taken", bot) from None
+        found = entry.revision if entry is not None else 0
+        if found == revision or (entry is not None and entry.value is not None):
+            raise LeaseLost("cursor_taken", bot)
+        log.error("cursor.restored", bot=bot, detail="Its key was purged.")
+        revision = found
+
+
+async def put_back(session: Session, place: Place, needs: Incoming) -> Place:
+    """Writes the record again, since cursors were purged. Raises LeaseLost."""
+    revision = await retry(lambda: write_cursor(session.bot, place.record, place.revision, needs), needs)
+    return place._replace(revision=revision)
 
 
 async def give_back(session: Session, needs: Incoming) -> None:

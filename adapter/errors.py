@@ -73,6 +73,11 @@ class BusRefused(AdapterError):
         super().__init__("bus_refused", f"{code} {detail}".strip())
         self.code = code
 
+    @property
+    def full(self) -> bool:
+        """The stream has no room, for this subject or at all (err 10077): there may be some later."""
+        return self.code == 10077
+
 
 class Conflict(BusRefused):
     """A compare-and-set met another revision (err 10071, 10164)."""

@@ -13,7 +13,7 @@ from adapter.contract import Names
 from adapter.errors import BusRefused
 from adapter.metrics import Metrics
 from adapter.ports import Bus, Message
-from adapter.timing import Clock
+from adapter.timing import Clock, backoff
 
 log = structlog.get_logger()
 
@@ -56,11 +56,27 @@ class Events:
         """Whether the stream took it."""
         headers = {contract.H_MSG_ID: msg_id, contract.H_SCHEMA: contract.SCHEMA_VERSION}
         try:
-            await self._bus.publish(Message("event", self._names.event(sandbox, kind), payload, headers))
+            await self._surely(Message("event", self._names.event(sandbox, kind), payload, headers))
         except BusRefused as exc:
             log.error("event.refused", sandbox=sandbox, kind=kind, detail=exc.detail[:200])
             return False
         return True
+
+    async def _surely(self, message: Message) -> None:
+        """Waits where the stream is full, which only an operator's own limits can make it: a command that ends
+        without a receipt is one that got lost. Raises BusRefused."""
+        failures = 0
+        while True:
+            try:
+                await self._bus.publish(message)
+            except BusRefused as exc:
+                if not exc.full:
+                    raise
+                failures += 1
+                log.error("event.waits", stream=message.stream, detail=exc.detail[:200], failures=failures)
+                await self._clock.sleep(backoff(failures, first_s=0.5, longest_s=10.0))
+            else:
+                return
 
     async def dead_letter(
         self,

@@ -14,7 +14,7 @@ import structlog
 
 from adapter.batches import store
 from adapter.bindings import Bindings
-from adapter.cursors import acquire, give_back
+from adapter.cursors import acquire, give_back, put_back
 from adapter.errors import AdapterError, LeaseLost, SessionExpired, Temporary
 from adapter.events import Events
 from adapter.ports import Polled
@@ -70,6 +70,7 @@ async def tend(session: Session, needs: Incoming) -> None:
 
 
 async def _serve(session: Session, needs: Incoming) -> None:
+    session.purges = needs.purges()
     place = await acquire(session, needs)
     if place is None:
         return
@@ -89,6 +90,9 @@ async def poll_forever(session: Session, place: Place, needs: Incoming) -> Place
     session.answered = needs.clock.monotonic()
     while not session.leaving:
         await needs.writable()
+        if session.purges != needs.purges():
+            session.purges = needs.purges()
+            place = await finish(put_back(session, place, needs), needs.grace_s)
         if not needs.leases.valid:
             session.state = "paused"
             await wait_until(session, needs.leases.changed, lambda: needs.leases.valid)

@@ -15,7 +15,7 @@ from adapter import contract, window
 from adapter.contract import Inbound, Names
 from adapter.dedup import digest
 from adapter.errors import BusRefused, Temporary
-from adapter.ports import Message, Said, Stored
+from adapter.ports import Message, PubAck, Said, Stored
 from adapter.recall import ids_header
 from adapter.sessions import Incoming
 from adapter.timing import backoff
@@ -56,7 +56,7 @@ async def publish(heard: Sequence[Heard], needs: Incoming) -> int:
         shown[sandbox, bot, user] = await _window(sandbox, bot, user, needs)
     messages = [_message(one, shown[one.sandbox, one.bot, one.said.user], needs) for one in heard]
     last = 0
-    for one, message, ack in zip(heard, messages, await needs.bus.publish_all(messages), strict=True):
+    for one, message, ack in zip(heard, messages, await _publish_all(messages, needs), strict=True):
         if isinstance(ack, BusRefused):
             count(needs, one.said.kind, "publish_failed")
             log.error("inbound.refused", bot=one.bot, code=ack.code, detail=ack.detail[:200])
@@ -67,6 +67,20 @@ async def publish(heard: Sequence[Heard], needs: Incoming) -> int:
         if one.said.sent_at_ms:
             needs.metrics.inbound_age.observe(max(0, needs.clock.now_ms() - one.said.sent_at_ms) / 1000)
     return last
+
+
+async def _publish_all(messages: Sequence[Message], needs: Incoming) -> list[PubAck | BusRefused]:
+    """Stores them, and waits where the stream is full, which it is only if somebody changed what it discards."""
+    acks = await needs.bus.publish_all(messages)
+    failures = 0
+    while full := [number for number, ack in enumerate(acks) if isinstance(ack, BusRefused) and ack.full]:
+        failures += 1
+        log.error("inbound.full", waiting=len(full), failures=failures)
+        await needs.clock.sleep(backoff(failures, first_s=0.5, longest_s=10.0))
+        again = await needs.bus.publish_all([messages[number] for number in full])
+        for number, ack in zip(full, again, strict=True):
+            acks[number] = ack
+    return acks
 
 
 async def _with_quote(one: Heard, before: Sequence[Heard], needs: Incoming) -> Heard:

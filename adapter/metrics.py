@@ -299,6 +299,16 @@ class Metrics:
             stream=streams,
             outcome=["ok", "retried", "refused"],
         )
+        self.nats_publish_oldest = self._gauge(
+            "nats_publish_oldest_seconds",
+            "Age of the oldest write that JetStream has not acknowledged, 0 if none. While it grows no poll starts.",
+        )
+        self.nats_streams_missing = self._gauge(
+            "nats_streams_missing", "Streams and buckets that should be there and were deleted."
+        )
+        self.nats_purges = self._counter(
+            "nats_purges", "Times that a bucket had fewer keys than were surely written: somebody purged it."
+        )
         self.nats_publish_duration = self._histogram(
             "nats_publish_duration_seconds", "From a write to its acknowledgement.", _FAST_S, stream=streams
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Literal, NamedTuple, Protocol, TypeAlias
 
 import msgspec
@@ -401,10 +401,13 @@ class Bucket(Protocol):
         """None if the key never was. Raises Temporary."""
 
     async def update(self, key: str, value: bytes, revision: int) -> int:
-        """Writes if the revision still is `revision` (0: the key never was); the new one. Raises Conflict."""
+        """Writes if the revision still is `revision` (0: the key never was); the new one.
+
+        Raises Conflict, Temporary (the bucket is full).
+        """
 
     async def delete(self, key: str, revision: int | None = None) -> int:
-        """Raises Conflict."""
+        """Raises Conflict, Temporary (the bucket is full)."""
 
     async def below(self, first: str) -> list[Entry]:
         """All that is there whose key begins with the token `first` and a dot. Raises Temporary."""
@@ -414,9 +417,11 @@ class Bucket(Protocol):
         on_entry: Callable[[Entry], None],
         *,
         on_loaded: Callable[[], None] | None = None,
+        on_missing: Callable[[str], Awaitable[bool]] | None = None,
         reload_s: float = 30.0,
     ) -> None:
-        """Calls `on_entry` for all that is there and every change, until cancelled."""
+        """Calls `on_entry` for all that is there and every change, until cancelled; `on_missing` for each key that is
+        there no more, and was not deleted: somebody purged it. It is called again until it returns True."""
 
 
 class Written(NamedTuple):

@@ -49,6 +49,9 @@ class Health:
         """What the start waits for, in words; shown until `started`."""
         self.nats_down_since: float | None = None
         """`clock()` when the connection was lost; None while connected. See `nats_lost` and `nats_back`."""
+        self.missing = ""
+        """Streams and buckets that are not there any more, in words."""
+        self._jetstream_problem = "JetStream does not answer"
         self._born = self._beat = self._awake = self._up = clock()
         self._flags: dict[str, tuple[bool, float]] = dict.fromkeys(
             ("started", "draining", "jetstream"), (False, self._born)
@@ -105,6 +108,11 @@ class Health:
     def jetstream_ok(self, value: bool) -> None:
         self._set("jetstream", value)
 
+    def tell_jetstream(self, problem: str) -> None:
+        """What is wrong with JetStream, in words; "": nothing."""
+        self._jetstream_problem = problem or self._jetstream_problem
+        self.jetstream_ok = not problem
+
     def startup(self) -> list[Check]:
         """/startupz: once true, true for good."""
         started, since = self._flags["started"]
@@ -136,7 +144,10 @@ class Health:
         return [
             *self.startup(),
             nats,
-            self._check("jetstream", jetstream, jetstream_since, "JetStream does not answer"),
+            self._check("jetstream", jetstream, jetstream_since, self._jetstream_problem),
+            self._check(
+                "streams", not self.missing, self._born, f"deleted: {self.missing}; `wechat-nats doctor --fix`"
+            ),
             self._check("not_draining", not draining, draining_since, "shutting down"),
         ]
 

@@ -79,7 +79,9 @@ class Incoming(NamedTuple):
     waiting: Callable[[str], Awaitable[Waiting | None]]
     """Those of a sandbox's shard, once they are loaded; None where the shard is not this replica's."""
     writable: Callable[[], Awaitable[None]]
-    """Returns when the bus is there; no poll starts before."""
+    """Returns when the bus takes what is written; no poll starts before."""
+    purges: Callable[[], int]
+    """How often cursors were seen to be gone: who has one puts it back before the next poll."""
     starting: asyncio.Semaphore
     """Bounds how many pollers start at once: thousands would hold up the event loop, and with it the lease."""
     spread_s: Callable[[], float]
@@ -102,6 +104,8 @@ class Session:
         """iLink said -14 and the recovery runs: nothing may be sent."""
         self.answered = 0.0
         """Monotonic time of the last answer of iLink to a poll."""
+        self.purges = 0
+        """Of the cursors, up to which this bot's is known to be there."""
         self.leaving = False
         """Ends at the next poll boundary."""
         self.served: Binding | None = None

@@ -98,6 +98,11 @@ class Supervisor:
         if shard := self._shards.get(shard_of(sandbox)):
             shard.heard(sandbox, bot, user, wrote=wrote)
 
+    @property
+    def polling(self) -> int:
+        """How many bots are polled, each of which has a cursor."""
+        return sum(session.state == "polling" for session in self.sessions.values())
+
     def lingers(self, bot: str) -> bool:
         """Whether a poll of a bot still waits here although its shard was handed over: what it brings is ours."""
         session = self.sessions.get(bot)

@@ -341,6 +341,7 @@ class FakeBucket:
         on_entry: Callable[[Entry], None],
         *,
         on_loaded: Callable[[], None] | None = None,
+        on_missing: Callable[[str], Awaitable[bool]] | None = None,
         reload_s: float = 30.0,
     ) -> None:
         self._followers.append(on_entry)
@@ -999,6 +1000,9 @@ class Bench:
         self.bindings.listen(on_change)
         return shard
 
+    purges = 0
+    """How often cursors were seen to have vanished."""
+
     def incoming(self, **changes: Any) -> Incoming:
         async def tell_freed(bot: str) -> None:
             self.freed.append(bot)
@@ -1031,6 +1035,7 @@ class Bench:
             revived=lambda sandbox, bot, user: self.heard.append((sandbox, bot, user)),
             waiting=waiting,
             writable=writable,
+            purges=lambda: self.purges,
             starting=asyncio.Semaphore(4),
             spread_s=lambda: 0.0,
             stale_retry_s=(5.0, 30.0, 300.0),

@@ -421,8 +421,22 @@ async def test_a_command_that_breaks_the_adapter_is_put_aside_and_the_next_one_g
 
 async def test_an_event_that_the_bus_refuses_stops_nothing() -> None:
     platform = Platform()
-    platform.bench.bus.refuse = lambda message: BusRefused(10077, "full") if message.stream == "event" else None
+    platform.bench.bus.refuse = lambda message: BusRefused(10054, "too large") if message.stream == "event" else None
     assert (await platform.bind()).ok
+
+
+async def test_a_full_event_stream_is_waited_for() -> None:
+    platform = Platform()
+    full = BusRefused(10077, "maximum bytes exceeded")
+    platform.bench.bus.refuse = lambda message: full if message.stream == "event" else None
+    body = msgspec.json.encode({"sandbox": "s1", "bot": BOT, "bot_token": TOKEN, "user": USER})
+    delivery = platform.publish("bind", body)
+    await asyncio.sleep(30)
+    assert delivery.acks == 0
+    platform.bench.bus.refuse = lambda message: None
+    await asyncio.sleep(30)
+    assert delivery.acks == 1
+    assert platform.changes == [("s1", BOT, "bound")]
 
 
 async def test_a_binding_written_by_another_hand_meanwhile_is_overwritten() -> None:

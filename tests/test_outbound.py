@@ -420,11 +420,24 @@ async def test_outcomes_are_counted_by_what_was_sent() -> None:
 
 async def test_a_receipt_that_the_stream_refuses_is_not_counted_as_given() -> None:
     bench, shard = await ready()
-    bench.bus.refuse = lambda message: BusRefused(10077, "maximum bytes") if message.stream == "event" else None
+    bench.bus.refuse = lambda message: BusRefused(10054, "too large") if message.stream == "event" else None
     shard.on_delivery(bench.command("hi", id="c1"))
     await asyncio.sleep(60)
     assert bench.metrics.value("outbound_messages_total", kind="text", outcome="accepted", reason="none") == 1
     assert bench.metrics.value("receipts_total", outcome="accepted") == 0
+
+
+async def test_a_receipt_waits_for_room_and_its_command_with_it() -> None:
+    bench, shard = await ready()
+    full = BusRefused(10077, "maximum bytes exceeded")
+    bench.bus.refuse = lambda message: full if message.stream == "event" else None
+    delivery = bench.command("hi", id="c1")
+    shard.on_delivery(delivery)
+    await asyncio.sleep(60)
+    assert (len(bench.chat.sent), delivery.acks, outcomes(bench)) == (1, 0, [])
+    bench.bus.refuse = lambda message: None
+    await asyncio.sleep(60)
+    assert (len(bench.chat.sent), delivery.acks, outcomes(bench)) == (1, 1, [("c1", "accepted", "")])
 
 
 async def test_a_parked_receipt_says_why() -> None:

@@ -65,7 +65,7 @@ def test_a_replica_in_service_passes_every_probe(server: ProbeServer) -> None:
     for path, names in {
         "/startupz": {"started"},
         "/livez": {"event_loop"},
-        "/readyz": {"started", "nats", "jetstream", "not_draining"},
+        "/readyz": {"started", "nats", "jetstream", "streams", "not_draining"},
     }.items():
         status, found = checks(server, path)
         assert (status, set(found)) == (200, names)

@@ -141,7 +141,7 @@ async def _connect(settings: Settings, lasting: bool, heard: list[Exception]) ->
 
     nats-py alone would go on for minutes, with a wrong password for ever.
     """
-    options = connect_options(settings, "wechat-nats cli")
+    options = connect_options(settings, "wechat-nats cli", list(settings.nats_url))
     why: Exception | None = None
     for server in settings.nats_url:
         nc, why = await _attempt(options | {"servers": [server]}, heard)

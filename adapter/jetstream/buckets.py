@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import sys
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from datetime import UTC, datetime
 from typing import Any
 
@@ -21,7 +21,7 @@ from nats.aio.msg import Msg
 from nats.errors import Error as NatsError
 
 from adapter.errors import BusRefused, Conflict, Temporary
-from adapter.jetstream.link import ApiError, Link, refusal
+from adapter.jetstream.link import NO_STREAM, STORE_FAILED, ApiError, Link, write_refusal
 from adapter.jetstream.publisher import Publisher
 from adapter.ports import Entry, Message, Stored, Written
 
@@ -173,9 +173,8 @@ async def _leader_message(
     msg = await link.request(f"$JS.API.STREAM.MSG.GET.{stream}", msgspec.json.encode(query), timeout_s=timeout_s)
     answer = msgspec.json.decode(msg.data, type=_MsgGet)
     if answer.error is not None:
-        if answer.error.get("code") == 404:
-            return None
-        raise Temporary("bus_busy", str(answer.error.get("description", ""))[:200])
+        _check_nothing(answer.error)
+        return None
     assert answer.message is not None
     return answer.message
 
@@ -183,6 +182,12 @@ async def _leader_message(
 def _is_gone(message: _Message) -> bool:
     headers = message.hdrs or b""
     return OPERATION.encode() in headers or MARKER.encode() in headers
+
+
+def _check_nothing(error: ApiError) -> None:
+    """There is no such message. Raises Temporary where there is no such stream, or no leader: that proves nothing."""
+    if error.code != 404 or error.err_code == NO_STREAM:
+        raise Temporary("bus_busy", error.description[:200])
 
 
 class LeaseRegister:
@@ -207,7 +212,7 @@ class LeaseRegister:
         msg = await self._link.request(f"$KV.{self._name}.{key}", value or b"", timeout_s=1, headers=headers)
         ack = msgspec.json.decode(msg.data, type=_Ack)
         if ack.error is not None:
-            problem = refusal(ack.error.err_code, ack.error.code, ack.error.description)
+            problem = write_refusal(ack.error.err_code, ack.error.code, ack.error.description)
             raise problem if isinstance(problem, Temporary | Conflict) else Temporary("bus_refused", problem.detail)
         return ack.seq
 
@@ -277,6 +282,12 @@ class KvBucket:
         self.stream = f"KV_{name}"
         self.link = link
         self._publisher = publisher
+        self._stale = False
+
+    def reload(self) -> None:
+        """Has `follow` read everything again, now."""
+        self._stale = True
+        self.link.changed.notify()
 
     def subject(self, key: str) -> str:
         return f"$KV.{self.name}.{key}"
@@ -288,16 +299,23 @@ class KvBucket:
         return None if stored is None else _entry(self.name, stored)
 
     async def update(self, key: str, value: bytes, revision: int) -> int:
-        """Writes if the key's revision still is `revision` (0: if it never was). Raises Conflict."""
-        ack = await self._publisher.publish(Message("kv", self.subject(key), value, {EXPECTED: str(revision)}))
-        return ack.seq
+        """Writes if the key's revision still is `revision` (0: if it never was). Raises Conflict, Temporary."""
+        return await self._store(key, value, {EXPECTED: str(revision)})
 
     async def delete(self, key: str, revision: int | None = None) -> int:
-        """Deletes, if the revision still is `revision` where one is given. Raises Conflict."""
+        """Deletes, if the revision still is `revision` where one is given. Raises Conflict, Temporary."""
         headers = {OPERATION: "DEL"}
         if revision is not None:
             headers[EXPECTED] = str(revision)
-        return (await self._publisher.publish(Message("kv", self.subject(key), b"", headers))).seq
+        return await self._store(key, b"", headers)
+
+    async def _store(self, key: str, value: bytes, headers: dict[str, str]) -> int:
+        try:
+            return (await self._publisher.publish(Message("kv", self.subject(key), value, headers))).seq
+        except BusRefused as exc:
+            if exc.code != STORE_FAILED:
+                raise
+            raise Temporary("bucket_full", f"{self.name}: {exc.detail}") from exc  # an operator has to make room
 
     async def below(self, first: str) -> list[Entry]:
         """All that is there whose key begins with the token `first` and a dot. Raises Temporary."""
@@ -332,10 +350,12 @@ class KvBucket:
         on_entry: Callable[[Entry], None],
         *,
         on_loaded: Callable[[], None] | None = None,
+        on_missing: Callable[[str], Awaitable[bool]] | None = None,
         reload_s: float = 30.0,
     ) -> None:
         """Calls `on_entry` for every key and every change (deleted keys too), until cancelled; `on_loaded` after
-        each complete reading.
+        each complete reading, `on_missing` for each key that has gone without a trace since it was seen, as in a
+        purge, until it returns True.
 
         News come from the subject that the server republishes to once a value is stored (the plain subject
         would also show writes that were refused), and everything is read again after each connect and every
@@ -343,10 +363,12 @@ class KvBucket:
         than one seen before.
         """
         revisions: dict[str, int] = {}
+        living: set[str] = set()
 
         def see(entry: Entry) -> None:
             if entry.revision > revisions.get(entry.key, 0):
                 revisions[entry.key] = entry.revision
+                (living.discard if entry.value is None else living.add)(entry.key)
                 on_entry(entry)
 
         async def on_message(msg: Msg) -> None:
@@ -369,6 +391,7 @@ class KvBucket:
             try:
                 await self.link.wait_up()
                 epoch = self.link.epoch
+                self._stale = False
                 there = set()
                 async for stored in read_stream(self.link, self.stream, self.subject(">"), page=PAGE):
                     entry = _entry(self.name, stored)
@@ -376,15 +399,20 @@ class KvBucket:
                     see(entry)
                 for key, revision in [item for item in revisions.items() if item[0] not in there]:
                     # too old, or purged; a follower of the cluster may just lag
-                    if await self.get(key) is None and revisions[key] == revision:
+                    if await self.get(key) is not None or revisions[key] != revision:
+                        continue
+                    if on_missing is not None and key in living and not await on_missing(key):
+                        continue
+                    if revisions[key] == revision:
                         del revisions[key]
+                        living.discard(key)
             except Temporary as exc:
                 log.warning("bucket.unread", bucket=self.name, reason=exc.reason)
                 await asyncio.sleep(0.2)
                 continue
             if on_loaded is not None:
                 on_loaded()
-            await self.link.changed.until(lambda seen=epoch: self.link.epoch != seen, reload_s)  # type: ignore[misc]
+            await self.link.changed.until(lambda seen=epoch: self._stale or self.link.epoch != seen, reload_s)  # type: ignore[misc]
 
 
 class _Message(msgspec.Struct):
@@ -402,7 +430,7 @@ class _Ack(msgspec.Struct):
 
 class _MsgGet(msgspec.Struct):
     message: _Message | None = None
-    error: dict[str, Any] | None = None
+    error: ApiError | None = None
 
 
 def _entry(bucket: str, stored: Stored) -> Entry:

@@ -7,12 +7,16 @@ without a break, when the consumer's leader goes: the numbers of deliveries and 
 The numbers say nothing about a reset by somebody else: one who resets and then takes as much as the owner had taken
 hides what it took. So whoever is not sure to be the owner neither resets nor pulls, and looks again between the two:
 a reset that reached the server late is then followed by no pull.
+
+A consumer that an operator has deleted is made again. What was stored before it was made may have been delivered by
+the one that is gone, which took that knowledge with it.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from datetime import datetime
 from typing import Any
 
 import msgspec
@@ -21,7 +25,10 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 
 from adapter.errors import BusRefused, LeaseLost, Temporary
-from adapter.jetstream.link import Link
+from adapter.jetstream import topology
+from adapter.jetstream.link import NO_CONSUMER, Link
+from adapter.jetstream.topology import Wanted
+from adapter.timing import backoff
 
 log = structlog.get_logger()
 
@@ -47,7 +54,7 @@ class Delivery:
         "time_ms",
     )
 
-    def __init__(self, consumer: Consumer, msg: Msg, suspect_to: int) -> None:
+    def __init__(self, consumer: Consumer, msg: Msg, suspect_to: int, made_ms: int) -> None:
         tokens = msg.reply.split(".")
         base = 2 if len(tokens) < 11 else 4  # newer servers may put domain and account hash in front
         self._consumer = consumer
@@ -60,7 +67,7 @@ class Delivery:
         self.number = int(tokens[base + 4])
         """Of the consumer's deliveries since its last reset."""
         self.time_ms = int(tokens[base + 5]) // 1_000_000
-        self.suspect = self.seq <= suspect_to
+        self.suspect = self.seq <= suspect_to or self.time_ms <= made_ms
         """It was delivered before, so that its outcome may be on the bus already."""
 
     async def ack(self) -> None:
@@ -83,14 +90,15 @@ class Consumer:
         self,
         link: Link,
         stream: str,
-        name: str,
+        wanted: Wanted,
         *,
         room: int,
         until_acked: bool = True,
         check: Callable[[], None] = lambda: None,
     ) -> None:
         self.link = link
-        self.name = name
+        self.name = wanted.name
+        self._wanted = wanted
         self._stream = stream
         self._room = room
         self._check = check
@@ -101,6 +109,8 @@ class Consumer:
         """Of the last delivery."""
         self._suspect_to = 0
         """What is up to here may have been delivered before. The server forgets it at a reset."""
+        self._made_ms = 0
+        """When the consumer was made; what was stored earlier may have been delivered by one before it."""
         self._wake = asyncio.Event()
 
     def acked(self) -> None:
@@ -120,26 +130,41 @@ class Consumer:
         """Delivers until cancelled. `on_reset` is awaited between each reset and the first delivery after it: what
         was acknowledged before the reset has left its traces elsewhere by then, and all else is delivered.
         """
+        failures = 0
         while True:
             await self.link.wait_up()
             epoch = self.link.epoch
             try:
                 nc = self.link.client()
                 self._check()
-                info = await self.info()
+                info = await self._found()
+                self._made_ms = _unix_ms(info["created"])
                 self._check()
                 self._suspect_to = max(self._suspect_to, int(info["delivered"]["stream_seq"]))
                 info = await self.link.api(f"CONSUMER.RESET.{self._stream}.{self.name}")
                 self._number = int(info.get("delivered", {}).get("consumer_seq", 0))
                 self._in_hand = self._requested = 0
                 await on_reset()
+                failures = 0
                 await self._pull(nc, epoch, on_delivery)
             except LeaseLost:  # paused: it may come back; lost: the owner of this loop ends it
                 log.debug("consumer.fenced", consumer=self.name)
                 await asyncio.sleep(0.1)
             except (Temporary, BusRefused) as exc:
+                failures += 1
                 log.warning("consumer.interrupted", consumer=self.name, reason=exc.reason, detail=exc.detail[:200])
-                await asyncio.sleep(0.2)
+                await asyncio.sleep(backoff(failures, first_s=0.2, longest_s=3.0))
+
+    async def _found(self) -> dict[str, Any]:
+        """What the server says of it; made again where it is missing. Raises Temporary, BusRefused (no stream)."""
+        try:
+            return await self.info()
+        except BusRefused as exc:
+            if exc.code != NO_CONSUMER:
+                raise
+        await topology.create(self.link, self._wanted)
+        log.error("consumer.recreated", consumer=self.name, stream=self._stream)
+        return await self.info()
 
     async def _pull(self, nc: Client, epoch: int, on_delivery: Callable[[Delivery], None]) -> None:
         heard = asyncio.get_running_loop().time()
@@ -152,7 +177,7 @@ class Consumer:
             if broken:  # what comes now would overtake what got lost
                 return
             if status is None:
-                delivery = Delivery(self, msg, self._suspect_to)
+                delivery = Delivery(self, msg, self._suspect_to, self._made_ms)
                 if delivery.number != self._number + 1:
                     broken = "a delivery got lost"
                     self._wake.set()
@@ -207,3 +232,7 @@ class Consumer:
         finally:
             woken.cancel()
             down.cancel()
+
+
+def _unix_ms(rfc3339: str) -> int:
+    return int(datetime.fromisoformat(rfc3339).timestamp() * 1000)

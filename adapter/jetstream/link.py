@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import random
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
@@ -36,6 +37,17 @@ BUSY_CODES = (10008, 10009, 10023, 10158)
 
 STORE_FAILED = 10077
 """The stream did not take a message: it is full (which JetStream calls 503 too), or the disk fails."""
+ACCOUNT_FULL = 10002
+"""The account has used up its storage: no stream of it takes anything before something is removed."""
+NO_STREAM = 10059
+NO_CONSUMER = 10014
+"""An operator deleted what was there at the start."""
+
+SUSPECT_AFTER_S = 4.0
+"""A server that has answered nothing for so long, though asked, is left for another one. An election may take as
+long, and then moving gains nothing and loses little; a server that is cut off from the others never answers."""
+CALM_S = 60.0
+"""After so long without a move, the next one is made as soon as the first."""
 
 
 class ApiError(msgspec.Struct):
@@ -55,15 +67,23 @@ def refusal(err_code: int, code: int, description: str) -> BusRefused | Temporar
     return BusRefused(err_code, description)
 
 
-def connect_options(settings: Settings, name: str) -> dict[str, Any]:
-    """nats-py's options out of the settings that NATS users know."""
+def write_refusal(err_code: int, code: int, description: str) -> BusRefused | Temporary:
+    """The same for a write: storage that is used up comes back when an operator has made room."""
+    if err_code == ACCOUNT_FULL:
+        return Temporary("bus_full", f"{err_code} {description}")
+    return refusal(err_code, code, description)
+
+
+def connect_options(settings: Settings, name: str, servers: list[str]) -> dict[str, Any]:
+    """nats-py's options out of the settings that NATS users know. `servers` are tried in this order."""
     options: dict[str, Any] = {
-        "servers": list(settings.nats_url),
+        "servers": servers,
+        "dont_randomize": True,
         "name": name,
         "allow_reconnect": False,
         "connect_timeout": 2,
         "reconnect_time_wait": 0.1,  # also between the servers of the first connect
-        "ping_interval": 5,
+        "ping_interval": 2,  # a partition swallows packets: nothing else tells that nobody is there
         "max_outstanding_pings": 2,
         "pending_size": 16 * 1024 * 1024,
         "inbox_prefix": settings.nats_inbox_prefix.encode(),
@@ -102,6 +122,12 @@ class Link:
         self.max_payload = 1024 * 1024
         self.changed = Latch()
         self._settings = settings
+        self._servers = random.sample(settings.nats_url, len(settings.nats_url))
+        self._answered = 0.0
+        self._patience = 1
+        self._moved = 0.0
+        self._unanswered = 0
+        """Requests in a row that nobody answered."""
         self._on_up: list[Callable[[Client], Awaitable[None]]] = []
         self._lost: asyncio.Event = asyncio.Event()
 
@@ -130,6 +156,26 @@ class Link:
             self._lost.set()  # without one, the next is on its way, and must not be given up for this
         raise Temporary("bus_down", self.down_reason)
 
+    async def probe(self) -> None:
+        """Asks JetStream for a sign of life, as every request does; see `_note`. Raises Temporary, BusRefused."""
+        await self.api("INFO", timeout_s=1.0)
+
+    def _note(self, answered: bool) -> None:
+        """Whether a request was answered. A server through which none is, is left for another one: it may be cut off
+        from the others, though not from us. Where nobody answers, moving helps nothing, and is done less and less.
+        """
+        now = asyncio.get_running_loop().time()
+        if answered:
+            self._answered, self._unanswered = now, 0
+            if now - self._moved > CALM_S:
+                self._patience = 1
+            return
+        self._unanswered += 1
+        if self._unanswered > 2 and now - self._answered > SUSPECT_AFTER_S * self._patience and self.up:
+            self.down_reason = "JetStream does not answer through this server"
+            self._moved, self._patience = now, min(8, self._patience * 2)
+            self._lost.set()
+
     async def run(self) -> None:
         """Connects, again and again, until cancelled; closes the client then."""
         failures = 0
@@ -147,6 +193,8 @@ class Link:
             try:
                 self.nc, self.epoch = nc, self.epoch + 1
                 self.max_payload = nc.max_payload
+                self._answered, self._unanswered = asyncio.get_running_loop().time(), 0
+                self._servers = _put_last(self._servers, nc)
                 log.info("bus.connected", link=self.name, epoch=self.epoch)
                 self.changed.notify()
                 # nats-py does not always call closed_cb: when its own closing fails, it only stays closed
@@ -178,7 +226,7 @@ class Link:
 
         async with asyncio.timeout(6):  # a wrong password would keep connect() for ever
             nc = await nats.connect(
-                **connect_options(self._settings, self.name),
+                **connect_options(self._settings, self.name, self._servers),
                 closed_cb=on_closed,
                 lame_duck_mode_cb=on_lame_duck,
                 error_cb=on_error,
@@ -205,10 +253,13 @@ class Link:
             if task and task.cancelling() > cancels:
                 # Python 3.11's wait_for, which nats-py uses, forgets a cancellation that meets the answer.
                 raise asyncio.CancelledError
+            self._note(True)
             return answer
         except NoRespondersError as exc:
+            self._note(False)
             raise Temporary("bus_busy", "no responders") from exc
         except (NatsError, TimeoutError) as exc:
+            self._note(False)
             raise Temporary("bus_timeout", str(exc)) from exc
 
     async def api(self, verb: str, body: dict[str, Any] | None = None, timeout_s: float = 5.0) -> dict[str, Any]:
@@ -242,3 +293,10 @@ class Link:
             await self.client().publish(subject, payload, reply=reply, headers=headers)
         except NatsError as exc:
             raise Temporary("bus_down", str(exc)) from exc
+
+
+def _put_last(servers: list[str], nc: Client) -> list[str]:
+    """The next connection is to another server, if there is one: this one will have been lost, or left."""
+    at = nc.connected_url
+    here = [url for url in servers if at is not None and at.netloc and url.endswith(at.netloc)] or servers[:1]
+    return [*(url for url in servers if url not in here), *here]

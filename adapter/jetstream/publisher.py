@@ -9,6 +9,7 @@ So a message never overtakes an earlier one of the same caller, and the stream d
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -21,16 +22,19 @@ from nats.errors import BadHeaderError, BadSubjectError, MaxPayloadError
 from nats.errors import Error as NatsError
 
 from adapter.errors import BusRefused, LeaseLost, Temporary
-from adapter.jetstream.link import ApiError, Link, refusal
+from adapter.jetstream.link import ApiError, Link, write_refusal
 from adapter.metrics import Metrics
 from adapter.ports import Message, PubAck
-from adapter.timing import Clock, first_of
+from adapter.timing import Clock, Latch, first_of
 
 log = structlog.get_logger()
 
 ACK_TIMEOUT_S = 1.0
 """Longer than any ack of a healthy server here, shorter than a leader election."""
-
+WORRY_S = 2.0
+"""A write that waits longer is said to wait, and the server is asked whether it is cut off from the others."""
+REMIND_S = 30.0
+"""As long as it waits, so often."""
 
 MAX_SUBJECT = 3072
 """A server ends the connection over a line of more than 4,096 bytes, and would do so at every repeat."""
@@ -43,11 +47,12 @@ class _Answer(PubAck):
 
 
 class _Outstanding:
-    __slots__ = ("first_sent", "future", "message", "sent", "writes")
+    __slots__ = ("asked", "first_sent", "future", "message", "sent", "writes")
 
-    def __init__(self, message: Message, future: asyncio.Future[PubAck]) -> None:
+    def __init__(self, message: Message, future: asyncio.Future[PubAck], asked: float) -> None:
         self.message = message
         self.future = future
+        self.asked = asked
         self.sent = 0.0
         self.first_sent = 0.0
         self.writes = 0
@@ -63,6 +68,9 @@ class Publisher:
         self._outstanding: dict[int, _Outstanding] = {}
         self._numbers = itertools.count()
         self._flowing = False
+        self._flows = Latch()
+        self._hurdle = "no acknowledgement"
+        """Why the oldest write waits."""
         self._stumbled = asyncio.Event()
         self._decode = msgspec.json.Decoder(_Answer)
         self._prefix = ""
@@ -71,6 +79,21 @@ class Publisher:
     @property
     def outstanding(self) -> int:
         return len(self._outstanding)
+
+    @property
+    def waiting_s(self) -> float:
+        """How long the oldest write has been waiting for its acknowledgement; 0 where none waits."""
+        oldest = next((entry for entry in self._outstanding.values() if not entry.future.done()), None)
+        return max(0.0, self._clock.monotonic() - oldest.asked) if oldest else 0.0
+
+    @property
+    def hurdle(self) -> str:
+        """Why it waits, in words for an operator."""
+        return self._hurdle
+
+    async def writable(self) -> None:
+        """Returns when the bus takes what is written: at once, unless a write waits for longer than it should."""
+        await self._flows.until(lambda: self._flowing)
 
     async def publish(self, message: Message) -> PubAck:
         """Returns once the stream has it, however long the bus is away. Raises Conflict, BusRefused, LeaseLost."""
@@ -84,7 +107,7 @@ class Publisher:
         loop = asyncio.get_running_loop()
         numbers = []
         for message in messages:
-            entry = _Outstanding(message, loop.create_future())
+            entry = _Outstanding(message, loop.create_future(), self._clock.monotonic())
             if len(message.payload) + _size(message.headers) > self._link.max_payload:
                 entry.future.set_exception(
                     BusRefused(0, f"{len(message.payload)} bytes exceed the server's max_payload")
@@ -129,15 +152,17 @@ class Publisher:
     async def _recover(self) -> None:
         """Sends the oldest message alone until it is acknowledged, then all others in order."""
         await self._link.wait_up()
+        told = 0.0
         while True:
             pending = [(n, e) for n, e in self._outstanding.items() if not e.future.done()]
             if not pending:
-                self._flowing = True
+                self._resume(told)
                 return
             number, oldest = pending[0]
             oldest.sent = 0.0
             await self._write(number, oldest)
             if not await self._acked(oldest):
+                told = await self._worry(oldest, told)
                 await self._link.wait_up()
                 continue
             for number, entry in pending[1:]:
@@ -149,8 +174,28 @@ class Publisher:
                     if not entry.future.done():
                         await self._write(number, entry)
                 last = fresh[-1][0]
-            self._flowing = True
+            self._resume(told)
             return
+
+    def _resume(self, told: float) -> None:
+        self._flowing = True
+        self._flows.notify()
+        if told:
+            log.info("publish.resumed")
+
+    async def _worry(self, oldest: _Outstanding, told: float) -> float:
+        """Says that the bus takes nothing, and looks whether another server would. When it was said last."""
+        waited_s = self.waiting_s
+        if waited_s < WORRY_S:
+            return told
+        with contextlib.suppress(Temporary, BusRefused):
+            await self._link.probe()
+        now = self._clock.monotonic()
+        if told and now - told < REMIND_S:
+            return told
+        stream = oldest.message.stream
+        log.warning("publish.waits", stream=stream, waited_s=round(waited_s, 1), detail=self._hurdle[:200])
+        return now
 
     async def _acked(self, entry: _Outstanding) -> bool:
         self._stumbled.clear()
@@ -161,6 +206,8 @@ class Publisher:
         finally:
             stumble.cancel()
         if not entry.future.done():
+            if not self._stumbled.is_set():
+                self._hurdle = "no acknowledgement"
             await self._clock.sleep(0.05)
         return entry.future.done()
 
@@ -212,6 +259,7 @@ class Publisher:
         if entry is None or entry.future.done():
             return
         if msg.headers and msg.headers.get("Status") == "503":
+            self._hurdle = "no stream takes it, or none has a leader"
             self._stumble()
             return
         try:
@@ -222,8 +270,9 @@ class Publisher:
             return
         stream = entry.message.stream
         if ack.error is not None:
-            problem = refusal(ack.error.err_code, ack.error.code, ack.error.description)
+            problem = write_refusal(ack.error.err_code, ack.error.code, ack.error.description)
             if isinstance(problem, Temporary):
+                self._hurdle = problem.detail
                 self._stumble()
                 return
             self._metrics.nats_publish.labels(stream=stream, outcome="refused").inc()

@@ -7,19 +7,23 @@ a guarantee stops the start with a sentence, other differences (an operator's ow
 
 from __future__ import annotations
 
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import msgspec
 import structlog
 
 from adapter.contract import SHARDS, Names
-from adapter.errors import BusRefused, SettingsError
+from adapter.errors import BusRefused, SettingsError, Temporary
 from adapter.jetstream.buckets import news_subject
-from adapter.jetstream.link import Link
+from adapter.jetstream.link import NO_STREAM, Link
 from adapter.settings import Settings
 
 log = structlog.get_logger()
 
+NAME_IN_USE = 10058
 API_LEVEL = 4
 """nats-server 2.14: consumer reset. Older servers accept newer options silently, so it is asked at the start."""
 NS = 1_000_000_000
@@ -47,6 +51,8 @@ class Wanted(NamedTuple):
     name: str
     config: dict[str, Any]
     critical: tuple[str, ...]
+    from_one: bool = False
+    """Its sequences begin at 1, see `create`."""
 
 
 class Difference(NamedTuple):
@@ -89,7 +95,7 @@ def streams(names: Names, settings: Settings) -> list[Wanted]:
     return [
         stream(
             names.stream_in,
-            ("subjects", "retention", "republish", "allow_direct"),
+            ("subjects", "retention", "discard", "republish", "allow_direct"),
             subjects=[f"{prefix}.inbox.*"],
             retention="limits",
             discard="old",
@@ -121,7 +127,7 @@ def streams(names: Names, settings: Settings) -> list[Wanted]:
         ),
         stream(
             names.stream_event,
-            ("subjects", "retention", "allow_direct"),
+            ("subjects", "retention", "discard", "allow_direct"),
             subjects=[f"{prefix}.event.*.*"],
             retention="limits",
             discard="old",
@@ -137,12 +143,12 @@ def streams(names: Names, settings: Settings) -> list[Wanted]:
         ),
         stream(
             names.stream_dead,
-            ("subjects", "retention"),
+            ("subjects", "retention", "discard"),
             subjects=[f"{prefix}.dead.*"],
             retention="limits",
             discard="old",
             max_age=30 * 24 * HOUR_NS,
-        ),
+        )._replace(from_one=True),  # operators type them, and nothing remembers them
         stream(
             names.stream_raw,
             ("subjects", "retention", "discard", "max_age"),
@@ -201,6 +207,12 @@ def consumers(names: Names) -> list[Wanted]:
     ]
 
 
+def consumer_of(names: Names, name: str) -> tuple[str, Wanted]:
+    """The stream of a consumer of the adapter, and how it should be."""
+    (wanted,) = [w for w in consumers(names) if w.name == name]
+    return wanted.kind.removeprefix("consumer of "), wanted
+
+
 def compare(wanted: Wanted, found: dict[str, Any]) -> list[Difference]:
     """The fields of `wanted` that differ in what the server has; fields that it adds do not count."""
     out = []
@@ -235,9 +247,19 @@ async def inspect(link: Link, names: Names, settings: Settings) -> tuple[list[Wa
 
 
 async def create(link: Link, wanted: Wanted) -> None:
-    """Creates a stream or a consumer. Raises Temporary, BusRefused."""
+    """Creates a stream or a consumer. Raises Temporary, BusRefused.
+
+    A stream's sequences begin at the time in milliseconds. One that is made again after it was deleted begins above
+    those of the one before, so that a sequence or revision that somebody remembers (a reader, a cursor, this
+    adapter) never means another message.
+    """
     if wanted.kind == "stream":
-        await link.api(f"STREAM.CREATE.{wanted.name}", wanted.config, timeout_s=15)
+        config = wanted.config if wanted.from_one else wanted.config | {"first_seq": time.time_ns() // 1_000_000}
+        try:
+            await link.api(f"STREAM.CREATE.{wanted.name}", config, timeout_s=15)
+        except BusRefused as exc:
+            if exc.code != NAME_IN_USE:  # another replica was faster, with another first sequence
+                raise
         return
     stream = wanted.kind.removeprefix("consumer of ")
     body = {"stream_name": stream, "config": wanted.config, "action": "create"}
@@ -280,6 +302,62 @@ async def ensure(link: Link, names: Names, settings: Settings) -> list[Differenc
     for difference in different:
         log.warning("stream.differs", stream=difference.name, field=difference.field, found=str(difference.found))
     return different
+
+
+class Inspector:
+    """Looks again and again at the streams while the service runs: are they there, and has somebody emptied them?"""
+
+    def __init__(
+        self,
+        names: Names,
+        settings: Settings,
+        *,
+        at_least: Mapping[str, Callable[[], int]],
+        on_purge: Callable[[str], None],
+    ) -> None:
+        """`at_least` says by bucket how many keys are surely there; `on_purge` gets one where there are fewer."""
+        self._wanted = [wanted.name for wanted in streams(names, settings)]
+        self._at_least = {f"KV_{bucket}": count for bucket, count in at_least.items()}
+        self._on_purge = on_purge
+        self._messages: dict[str, int] = {}
+        self._purges: Counter[str] = Counter()
+        self._fewer: set[str] = set()
+
+    def messages(self, stream: str) -> int:
+        """Those of a stream when it was last seen."""
+        return self._messages.get(stream, 0)
+
+    def purges(self, bucket: str) -> int:
+        """How often keys of a bucket were seen to have vanished."""
+        return self._purges[bucket]
+
+    async def look(self, link: Link) -> list[str]:
+        """The names of the streams that are missing. Raises Temporary."""
+        missing = []
+        for name in self._wanted:
+            at_least = (
+                self._at_least[name]() if name in self._at_least else 0
+            )  # before asking: there may be more then
+            try:
+                info = await link.api(f"STREAM.INFO.{name}")
+            except BusRefused as exc:
+                if exc.code != NO_STREAM:
+                    raise Temporary("bus_refused", exc.detail) from exc
+                log.error("stream.missing", stream=name, detail="`wechat-nats doctor --fix` creates it, empty.")
+                missing.append(name)
+                continue
+            self._messages[name] = int(info["state"]["messages"])
+            self._compare(name.removeprefix("KV_"), self._messages[name], at_least)
+        return missing
+
+    def _compare(self, bucket: str, keys: int, at_least: int) -> None:
+        if keys >= at_least:
+            self._fewer.discard(bucket)
+        elif bucket not in self._fewer:
+            self._fewer.add(bucket)
+            self._purges[bucket] += 1
+            log.error("bucket.purged", bucket=bucket, keys=keys, at_least=at_least)
+            self._on_purge(bucket)
 
 
 async def _found(link: Link, verb: str) -> dict[str, Any] | None:

@@ -97,6 +97,11 @@ class Rig:
     def bucket(self, name: str = NAMES.context) -> KvBucket:
         return KvBucket(self.link, self.publisher, name)
 
+    async def first(self, stream: str) -> int:
+        """The first sequence of a stream."""
+        state: dict[str, int] = (await self.link.api(f"STREAM.INFO.{stream}"))["state"]
+        return state["first_seq"]
+
     async def read(self, stream: str, subject: str, **where: Any) -> list[bytes]:
         return [stored.data async for stored in self.history.read(stream, subject, **where)]
 
@@ -152,7 +157,7 @@ class Fence:
 
 async def test_messages_keep_the_order_of_their_calls(rig: Rig) -> None:
     acks = await asyncio.gather(*(rig.publisher.publish(event(number)) for number in range(500)))
-    assert [ack.seq for ack in acks] == list(range(1, 501))
+    assert [ack.seq - acks[0].seq for ack in acks] == list(range(500))
     assert await rig.read(NAMES.stream_event, NAMES.event("s1", "receipt")) == [
         str(number).encode() for number in range(500)
     ]
@@ -223,10 +228,11 @@ async def test_headers_count_against_the_largest_message(rig: Rig, over: int) ->
 
 async def test_what_the_client_will_not_write_is_refused_and_holds_up_nobody(rig: Rig) -> None:
     acks = await rig.publisher.publish_all([event(0), event(1)._replace(headers={"(odd)": "x"}), event(2)])
-    assert [ack.seq if isinstance(ack, PubAck) else type(ack) for ack in acks] == [1, BusRefused, 2]
+    first = await rig.first(NAMES.stream_event)
+    assert [ack.seq if isinstance(ack, PubAck) else type(ack) for ack in acks] == [first, BusRefused, first + 1]
     rig.publisher._stumble()  # as after a break: what is outstanding goes one by one
     acks = await rig.publisher.publish_all([event(3)._replace(headers={"(odd)": "x"}), event(4)])
-    assert [ack.seq if isinstance(ack, PubAck) else type(ack) for ack in acks] == [BusRefused, 3]
+    assert [ack.seq if isinstance(ack, PubAck) else type(ack) for ack in acks] == [BusRefused, first + 2]
 
 
 async def test_a_message_for_no_stream_waits_for_one(rig: Rig) -> None:
@@ -281,15 +287,16 @@ async def test_a_stream_is_read_from_a_sequence_or_a_time(rig: Rig) -> None:
     subject = NAMES.event("s1", "receipt")
     await rig.publisher.publish_all([event(number, f"s{number % 2}") for number in range(600)])
     odd = [str(number).encode() for number in range(1, 600, 2)]
+    first = await rig.first(NAMES.stream_event)
     assert await rig.read(NAMES.stream_event, subject) == odd
-    assert await rig.read(NAMES.stream_event, subject, after=596) == odd[-2:]
-    assert await rig.read(NAMES.stream_event, subject, after=10_000) == []
+    assert await rig.read(NAMES.stream_event, subject, after=first + 595) == odd[-2:]
+    assert await rig.read(NAMES.stream_event, subject, after=first + 10_000) == []
     assert await rig.read(NAMES.stream_event, subject, since_ms=0) == odd
     assert await rig.read(NAMES.stream_event, subject, since_ms=SystemClock().now_ms() + 60_000) == []
     assert len(await rig.read(NAMES.stream_event, NAMES.event("*", "receipt"))) == 600
     last = await rig.history.last(NAMES.stream_event, subject)
     assert last is not None
-    assert (last.data, last.seq) == (b"599", 600)
+    assert (last.data, last.seq) == (b"599", first + 599)
     assert await rig.history.last(NAMES.stream_event, NAMES.event("nobody", "receipt")) is None
     assert await rig.history.counts(NAMES.stream_event, NAMES.event("*", "receipt")) == {
         NAMES.event("s0", "receipt"): 300,
@@ -446,11 +453,12 @@ async def test_a_history_that_asks_the_leader_ends_as_one_that_does_not(rig: Rig
     """What it is for, a follower that lags, takes a cluster; here the leader never knows more."""
     asking = StreamHistory(rig.link, replicated=True)
     await control(rig, *(str(number) for number in range(450)))
+    first = await rig.first(NAMES.stream_ctl)
     moment_ms = SystemClock().now_ms() + 1000
     for stream, subject, bounds in (
         (NAMES.stream_ctl, NAMES.bind, {}),
-        (NAMES.stream_ctl, NAMES.bind, {"after": 449}),
-        (NAMES.stream_ctl, NAMES.bind, {"after": 450}),
+        (NAMES.stream_ctl, NAMES.bind, {"after": first + 448}),
+        (NAMES.stream_ctl, NAMES.bind, {"after": first + 449}),
         (NAMES.stream_ctl, NAMES.bind, {"since_ms": 1}),
         (NAMES.stream_ctl, NAMES.bind, {"since_ms": moment_ms}),
         (NAMES.stream_ctl, NAMES.unbind, {}),
@@ -459,7 +467,7 @@ async def test_a_history_that_asks_the_leader_ends_as_one_that_does_not(rig: Rig
         assert found == [stored.seq async for stored in rig.history.read(stream, subject, **bounds)]
     last = await asking.last(NAMES.stream_ctl, NAMES.bind)
     assert last is not None
-    assert (last.seq, last.data) == (450, b"449")
+    assert (last.seq, last.data) == (first + 449, b"449")
     assert await asking.last(NAMES.stream_ctl, NAMES.unbind) is None
 
 
@@ -512,14 +520,13 @@ class Reader:
         rig: Rig,
         *,
         room: int = 8,
-        stream: str = NAMES.stream_ctl,
         name: str = topology.CONTROL,
         check: Callable[[], None] = lambda: None,
     ) -> None:
         self.got: list[Delivery] = []
         self.resets = 0
         self.on_reset: Callable[[], None] = lambda: None
-        self.consumer = Consumer(rig.link, stream, name, room=room, check=check)
+        self.consumer = Consumer(rig.link, *topology.consumer_of(NAMES, name), room=room, check=check)
         self.task = rig.spawn(self.consumer.run(self.got.append, self._reset))
 
     async def _reset(self) -> None:
@@ -570,7 +577,11 @@ async def test_a_delivery_knows_when_and_where_it_was_stored(rig: Rig) -> None:
     reader = Reader(rig)
     await reader.have(1)
     (delivery,) = reader.got
-    assert (delivery.subject, delivery.seq, delivery.redelivered) == (NAMES.bind, 1, False)
+    assert (delivery.subject, delivery.seq, delivery.redelivered) == (
+        NAMES.bind,
+        await rig.first(NAMES.stream_ctl),
+        False,
+    )
     assert abs(delivery.time_ms - SystemClock().now_ms()) < 10_000
 
 
@@ -705,7 +716,7 @@ async def test_what_happens_at_a_reset_is_over_before_the_first_delivery(rig: Ri
         await asyncio.sleep(0.05)
         order.append("read")
 
-    consumer = Consumer(rig.link, NAMES.stream_ctl, topology.CONTROL, room=8)
+    consumer = Consumer(rig.link, *topology.consumer_of(NAMES, topology.CONTROL), room=8)
     rig.spawn(consumer.run(lambda delivery: order.append(delivery.data.decode()), on_reset))
     await until(lambda: len(order) == 3, "the delivery")
     assert order == ["reset", "read", "0"]
@@ -793,7 +804,8 @@ async def test_a_sandboxs_shard_is_the_servers(rig: Rig) -> None:
     await rig.publisher.publish(Message("out", NAMES.out_plain, b"plain", {}))
     nc = await rig.bus.client()
     stored = {}
-    for seq in range(1, len(names) + 2):
+    first = await rig.first(NAMES.stream_out)
+    for seq in range(first, first + len(names) + 1):
         msg = await nc.jetstream().get_msg(NAMES.stream_out, seq)
         stored[(msg.data or b"").decode()] = msg.subject
     await nc.close()
@@ -812,7 +824,8 @@ async def test_what_is_stored_inbound_reaches_a_plain_subscriber_with_its_sequen
     first, second = await heard.next_msg(5), await heard.next_msg(5)
     assert (first.data, second.data) == (b"0", b"1")
     assert second.headers is not None
-    assert (second.headers["Nats-Sequence"], second.headers["Nats-Last-Sequence"]) == ("2", "1")
+    seq = await rig.first(NAMES.stream_in)
+    assert (second.headers["Nats-Sequence"], second.headers["Nats-Last-Sequence"]) == (str(seq + 1), str(seq))
     with pytest.raises(nats.errors.TimeoutError):
         await heard.next_msg(0.1)
     await nc.close()

@@ -99,7 +99,7 @@ async def test_retry_stores_the_command_again_and_deletes_the_letter(cli: Comman
     result = await cli("dead", "retry", "1")
     assert result.code == 0
     assert "stored again on wechat.out.s1" in result.out
-    stored = await bus.js.get_msg(bus.names.stream_out, 1)
+    stored = await bus.js.get_last_msg(bus.names.stream_out, ">")
     assert stored.data == b'{"text":"hi"}'
     assert stored.headers == {H_COMMAND: "c1", H_TRACEPARENT: "00-x", H_MSG_ID: "retry-1-1760000000000"}
     assert (await cli("dead", "ls")).out == "No dead letters.\n"
@@ -108,7 +108,7 @@ async def test_retry_stores_the_command_again_and_deletes_the_letter(cli: Comman
 async def test_a_bind_can_be_retried_too(cli: Command, bus: Bus) -> None:
     await die(bus, CTL, "wechat.ctl.bind", b"{}")
     assert (await cli("dead", "retry", "1")).code == 0
-    assert (await bus.js.get_msg(bus.names.stream_ctl, 1)).subject == "wechat.ctl.bind"
+    assert (await bus.js.get_last_msg(bus.names.stream_ctl, ">")).subject == "wechat.ctl.bind"
 
 
 async def test_a_retry_cut_half_way_and_repeated_stores_once(cli: Command, bus: Bus) -> None:

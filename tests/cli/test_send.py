@@ -77,7 +77,7 @@ async def test_receipts_of_other_commands_do_not_count(cli: Command, bus: Bus) -
 async def test_no_wait_ends_as_soon_as_it_is_stored(cli: Command, bus: Bus) -> None:
     result = await cli("send", "s1", "hi", "--no-wait", "--json", "--id", "c1")
     assert (result.code, result.rows) == (0, [{"command": "c1", "outcome": "stored"}])
-    stored = await bus.js.get_msg(bus.names.stream_out, 1)
+    stored = await bus.js.get_last_msg(bus.names.stream_out, ">")
     assert stored.headers == {H_MSG_ID: "c1", H_SCHEMA: "1"}
     assert msgspec.json.decode(stored.data or b"") == {"id": "c1", "text": "hi"}
 
@@ -85,7 +85,7 @@ async def test_no_wait_ends_as_soon_as_it_is_stored(cli: Command, bus: Bus) -> N
 async def test_every_option_reaches_the_command(cli: Command, bus: Bus) -> None:
     options = ("--user", "u", "--bot", "b", "--when-closed", "refuse", "--format", "plain", "--expires-in", "5")
     await cli("send", "s1", "hi", "--no-wait", *options)
-    stored = msgspec.json.decode((await bus.js.get_msg(bus.names.stream_out, 1)).data or b"", type=Outbound)
+    stored = msgspec.json.decode((await bus.js.get_last_msg(bus.names.stream_out, ">")).data or b"", type=Outbound)
     assert (stored.user, stored.bot, stored.when_closed, stored.format) == ("u", "b", "refuse", "plain")
     assert stored.expires_in_s == 5
 

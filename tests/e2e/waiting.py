@@ -33,3 +33,14 @@ async def eventually(holds: Callable[[], Awaitable[bool]], what: str, *, patienc
                 await asyncio.sleep(0.02)
     except TimeoutError:
         raise AssertionError(f"never came true: {what}") from None
+
+
+async def call(*command: str) -> int:
+    """The exit code of a program; what it says is not wanted."""
+    process = await asyncio.create_subprocess_exec(
+        *command,
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.DEVNULL,
+        stderr=asyncio.subprocess.DEVNULL,
+    )
+    return await process.wait()

@@ -12,6 +12,8 @@ import os
 import random
 import signal
 import sys
+import urllib.error
+import urllib.request
 from collections import defaultdict
 from collections.abc import AsyncIterator
 from datetime import datetime
@@ -85,6 +87,35 @@ class AdapterProcess:
     def running(self) -> bool:
         return self.process is not None and self.process.returncode is None
 
+    async def _get(self, path: str) -> bytes:
+        def get() -> bytes:
+            try:
+                with urllib.request.urlopen(f"http://{self._environ['WECHAT_NATS_HTTP_ADDR']}{path}") as answer:
+                    return bytes(answer.read())
+            except urllib.error.HTTPError as exc:
+                return exc.read()
+
+        return await asyncio.to_thread(get)
+
+    async def unready(self) -> dict[str, str]:
+        """What fails of /readyz, with its words. Only for one that was given a port."""
+        checks = msgspec.json.decode(await self._get("/readyz"))
+        return {check["name"]: check["detail"] for check in checks if not check["ok"]}
+
+    async def is_ready(self) -> bool:
+        return not await self.unready()
+
+    async def metric(self, sample: str) -> float:
+        """A sample of /metrics, without the prefix. Only for one that was given a port."""
+        for line in (await self._get("/metrics")).decode().splitlines():
+            if line.startswith(f"wechat_adapter_{sample} "):
+                return float(line.rpartition(" ")[2])
+        raise AssertionError(f"no such sample: {sample}")
+
+    def said(self, event: str) -> int:
+        """How many lines of its log are of this event."""
+        return self.log.read_text().count(f'"body":"{event}"')
+
 
 def time_ms(line: dict[str, Any]) -> float:
     """When a line was logged: Unix milliseconds."""
@@ -133,6 +164,7 @@ class World:
             self.url.split(","),
             max_reconnect_attempts=-1,
             reconnect_time_wait=0.1,
+            ping_interval=1,
             error_cb=quiet,
             pending_size=1 << 24,
         )
@@ -246,17 +278,20 @@ def environ_of(url: str, sim: Simulator) -> dict[str, str]:
 
 @contextlib.asynccontextmanager
 async def world(
-    folder: Path, *, environ: dict[str, str] | None = None, clustered: bool = False, **settings: Any
+    folder: Path,
+    *,
+    environ: dict[str, str] | None = None,
+    clustered: bool = False,
+    bus: EmbeddedNats | NatsCluster | None = None,
+    **settings: Any,
 ) -> AsyncIterator[World]:
-    """A server or a cluster of three, a simulator (with `settings`), no adapter yet."""
+    """A server or a cluster of three (or `bus`, not entered yet), a simulator (with `settings`), no adapter yet."""
     async with contextlib.AsyncExitStack() as stack:
         sim = await stack.enter_async_context(Simulator(fast(**settings)))
-        server: EmbeddedNats | NatsCluster
-        if clustered:
-            server = await stack.enter_async_context(NatsCluster(folder / "nats"))
-        else:
-            server = await stack.enter_async_context(EmbeddedNats(folder / "nats", free_port()))
-        settings_of_adapter = environ_of(server.url, sim) | {"WECHAT_NATS_REPLICAS": "3" if clustered else "1"}
+        server = bus or (NatsCluster(folder / "nats") if clustered else EmbeddedNats(folder / "nats", free_port()))
+        await stack.enter_async_context(server)
+        replicas = {"WECHAT_NATS_REPLICAS": "3" if isinstance(server, NatsCluster) else "1"}
+        settings_of_adapter = environ_of(server.url, sim) | replicas
         made = World(folder, sim, server.url, settings_of_adapter | (environ or {}))
         if isinstance(server, NatsCluster):
             made.nodes = server

@@ -1,0 +1,313 @@
+"""What an operator, or a full disk, may do to NATS while the bridge runs: nothing is lost, doubled or disordered, the
+probes and metrics tell, and it heals when the cause is gone."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import random
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from nats.aio.client import Client
+from nats.js import JetStreamContext
+from nats.js.errors import APIError
+
+from adapter.contract import Inbound, shard_of
+from adapter.embedded import EmbeddedNats
+from tests.e2e.waiting import call
+from tests.e2e.world import NAMES, AdapterProcess, World, audit, eventually, free_port, load, stream, until, world
+
+BOTS = 12
+INBOXES = (NAMES.stream_in, NAMES.inbox("*"))
+
+
+class LimitedNats(EmbeddedNats):
+    """A server whose account may store so many bytes, or that may use so many without looking at the disk."""
+
+    def __init__(self, data_dir: Path, *, account_bytes: int = 0, server_bytes: int = 0) -> None:
+        super().__init__(data_dir, free_port())
+        self._account_bytes = account_bytes
+        self._server_bytes = server_bytes
+
+    def _write_config(self) -> Path:
+        config = super()._write_config()
+        text = config.read_text()
+        if self._server_bytes:
+            text = text.replace("jetstream {", f"jetstream {{\n  max_file: {self._server_bytes}", 1)
+        if self._account_bytes:
+            text += (
+                f"accounts {{ a {{ jetstream {{ max_file: {self._account_bytes} }}\n"
+                'users: [ { user: "u", password: "p" } ] } }\n'
+                "no_auth_user: u\n"
+            )
+        config.write_text(text)
+        return config
+
+
+@contextlib.asynccontextmanager
+async def running(
+    folder: Path, *, bots: int = BOTS, environ: dict[str, str] | None = None, **settings: Any
+) -> AsyncIterator[tuple[World, Client, AdapterProcess]]:
+    """Bots bound, served by one adapter."""
+    async with world(folder, cursor_mode="cursor_replay", environ=environ, **settings) as made:
+        adapter = await made.add_adapter(WECHAT_NATS_HTTP_ADDR=f"127.0.0.1:{free_port()}")
+        nc = await made.nc()
+        records = [made.sim.add_bot() for _ in range(bots)]
+        await asyncio.gather(*(made.bind(nc, f"s{number}", record) for number, record in enumerate(records)))
+        await until(lambda: made.sim.stats().parked == bots, "all are polled")
+        try:
+            yield made, nc, adapter
+        finally:
+            await nc.close()
+
+
+async def ask(nc: Client, verb: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+    """A request to JetStream, whatever it answers."""
+    reply = await nc.request(f"$JS.API.{verb}", msgspec.json.encode(body) if body else b"", timeout=10)
+    answer: dict[str, Any] = msgspec.json.decode(reply.data)
+    return answer
+
+
+async def change(nc: Client, name: str, **fields: Any) -> None:
+    """An operator alters a stream."""
+    config = (await ask(nc, f"STREAM.INFO.{name}"))["config"]
+    assert "error" not in await ask(nc, f"STREAM.UPDATE.{name}", config | fields)
+
+
+async def loaded(made: World, nc: Client, rounds: int, *, first: int = 0, pause_s: float = 0.2) -> None:
+    await load(made, nc, rounds=rounds, pause_s=pause_s, rng=random.Random(first), first=first)
+
+
+async def faultless(made: World, nc: Client) -> None:
+    await made.settle(nc)
+    assert (await audit(made, nc)).faults() == []
+
+
+async def fill(js: JetStreamContext) -> None:
+    """Until not a byte more is taken."""
+    size = 20_000
+    while size:
+        try:
+            await js.publish("other", b"x" * size)
+        except APIError:  # resource limits exceeded for account
+            size //= 2
+
+
+async def doctor_fix(made: World) -> str:
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "adapter", "doctor", "--fix",
+        env={**os.environ, "NATS_URL": made.url}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    out, _ = await process.communicate()
+    return out.decode()
+
+
+async def test_consumers_that_are_deleted_are_made_again(tmp_path: Path) -> None:
+    """The router's, the control commands' and every shard's, thrice, under load."""
+    async with running(tmp_path) as (made, nc, adapter):
+        loading = asyncio.create_task(loaded(made, nc, 10, pause_s=0.3))
+        names = [f"{NAMES.stream_out}.out-{shard_of(sandbox):03d}" for sandbox in made.bots]
+        names += [f"{NAMES.stream_out}.router", f"{NAMES.stream_ctl}.control"]
+        for times in range(1, 4):
+            reached = sum(map(len, made.sent.values())) + 2 * BOTS
+            await until(lambda reached=reached: sum(map(len, made.sent.values())) >= reached, "commands flow")  # type: ignore[misc]
+            for name in names:
+                assert (await ask(nc, f"CONSUMER.DELETE.{name}")).get("success")
+            await until(lambda times=times: adapter.said("consumer.recreated") == times * len(names), "all are back")  # type: ignore[misc]
+        await loading
+        assert (await made.bind(nc, "later", made.sim.add_bot())).ok
+        await faultless(made, nc)
+        assert await adapter.unready() == {}
+
+
+async def test_buckets_that_are_purged_are_filled_again(tmp_path: Path) -> None:
+    """Every bucket emptied under load; then the adapter starts anew from what is in them, and knows everything."""
+    async with running(tmp_path) as (made, nc, adapter):
+        await loaded(made, nc, 3)
+        await made.settle(nc)
+        loading = asyncio.create_task(loaded(made, nc, 12, first=3, pause_s=0.3))
+        kept = (NAMES.bindings, NAMES.cursors, NAMES.context, NAMES.claims)
+        others = (NAMES.members, NAMES.logins, NAMES.typing, NAMES.quotes)
+        for bucket in (*kept, *others):
+            assert (await ask(nc, f"STREAM.PURGE.KV_{bucket}")).get("success")
+
+        async def bound_again() -> bool:
+            return len(await stream(nc, f"KV_{NAMES.bindings}", f"$KV.{NAMES.bindings}.>")) == BOTS
+
+        await eventually(bound_again, "the bindings are back")
+        await loading
+        await faultless(made, nc)
+        assert adapter.said("bucket.purged") >= 1
+        assert await adapter.metric("nats_purges_total") >= 1
+        assert adapter.said("binding.restored") == BOTS
+
+        async def cursors_again() -> bool:
+            return len(await stream(nc, f"KV_{NAMES.cursors}", f"$KV.{NAMES.cursors}.>")) == BOTS
+
+        await eventually(cursors_again, "the cursors are back")
+        await adapter.kill()
+        await adapter.start()
+        await loaded(made, nc, 3, first=15)
+        await faultless(made, nc)
+
+
+async def test_a_binding_that_is_deleted_by_hand_is_unbound(tmp_path: Path) -> None:
+    """A purge without a trace is a mishap, a key that is deleted or purged by name is meant."""
+    async with running(tmp_path, bots=3) as (made, nc, adapter):
+        bucket = await nc.jetstream().key_value(NAMES.bindings)
+        keys = await bucket.keys()
+        await bucket.delete(keys[0])
+        await bucket.purge(keys[1])
+        await until(lambda: made.sim.stats().parked == 1, "two are polled no more")
+        assert adapter.said("binding.restored") == 0
+
+
+async def test_a_stream_that_is_deleted_takes_readiness_until_it_is_back(tmp_path: Path) -> None:
+    """What was in it is gone; what comes later is in order, once, also where its numbers are remembered."""
+    async with running(tmp_path) as (made, nc, adapter):
+        await loaded(made, nc, 3)
+        await made.settle(nc)
+        assert (await audit(made, nc)).faults() == []
+        gone = (NAMES.stream_out, NAMES.stream_in, NAMES.stream_ctl, f"KV_{NAMES.bindings}", f"KV_{NAMES.claims}")
+        for name in gone:
+            assert (await ask(nc, f"STREAM.DELETE.{name}")).get("success")
+
+        async def noticed() -> bool:
+            return await adapter.metric("nats_streams_missing") == len(gone)
+
+        await eventually(noticed, "it is noticed")
+        unready = await adapter.unready()
+        assert all(name in unready["streams"] for name in gone)
+        polls = made.sim.stats().polls
+        made.said.clear()  # it was in WECHAT_IN
+        made.say("s0", "while it is gone")
+        said = asyncio.create_task(doctor_fix(made))
+        assert "creating stream WECHAT_OUT" in await said
+
+        await eventually(adapter.is_ready, "it is ready again")
+        assert made.sim.stats().polls >= polls
+        await loaded(made, nc, 3, first=3)
+        await faultless(made, nc)
+        assert (await made.bind(nc, "later", made.sim.add_bot())).ok
+        assert adapter.said("binding.restored") == BOTS
+
+
+async def test_a_stream_that_is_full_loses_its_oldest_or_refuses_or_holds_up_as_promised(tmp_path: Path) -> None:
+    few = {"WECHAT_NATS_OUT_MAX_PER_SANDBOX": "5"}
+    async with running(tmp_path, bots=3, environ=few) as (made, nc, adapter):
+        js = nc.jetstream()
+        await change(nc, NAMES.stream_parked, max_msgs=1)  # nobody has written yet: commands are parked
+        for ident in ("parked", "too many"):
+            await made.command(nc, "s0", ident)
+
+        async def told(ident: str, outcome: str) -> bool:
+            return any((r.command, r.outcome) == (ident, outcome) for r in await made.receipts(nc))
+
+        await eventually(lambda: told("parked", "parked"), "the first is parked")
+        await eventually(lambda: told("too many", "refused"), "the second is refused")
+        (refused,) = [receipt for receipt in await made.receipts(nc) if receipt.command == "too many"]
+        assert refused.reason == "backlog"
+        await change(nc, NAMES.stream_parked, max_msgs=-1)
+
+        messages = (await ask(nc, f"STREAM.INFO.{NAMES.stream_event}"))["state"]["messages"]
+        await change(nc, NAMES.stream_event, discard="new", max_msgs=messages)
+        made.say("s0", "hello")
+        await until(lambda: "answer parked" in made.phone_texts("s0"), "it is sent")
+        await until(lambda: adapter.said("event.waits") > 0, "its receipt waits")
+        assert not await told("parked", "accepted")
+        await change(nc, NAMES.stream_event, discard="old", max_msgs=-1)
+        await eventually(lambda: told("parked", "accepted"), "the receipt is there")
+        assert made.phone_texts("s0").count("answer parked") == 1
+
+        await change(nc, NAMES.stream_in, discard="new", max_msgs=1)
+        made.say("s1", "it waits")
+        await until(lambda: adapter.said("inbound.full") > 0, "it waits for room")
+        await change(nc, NAMES.stream_in, discard="old", max_msgs=2)
+        for number in range(3):
+            made.say("s1", f"message {number}")
+
+        async def newest() -> bool:
+            found = [msgspec.json.decode(data, type=Inbound).text for _, data in await stream(nc, *INBOXES)]
+            return found == ["message 1", "message 2"]
+
+        await eventually(newest, "the oldest have gone")
+
+        await adapter.kill()
+        for number in range(5):
+            await js.publish(NAMES.out("s2"), f'{{"text":"{number}"}}'.encode())
+        with pytest.raises(APIError, match="maximum messages per subject"):
+            await js.publish(NAMES.out("s2"), b'{"text":"one too many"}')
+        await js.publish(NAMES.out("s1"), b'{"text":"another sandbox"}')
+        await change(nc, NAMES.stream_in, discard="new")
+        await adapter.start()
+        assert await adapter.ended() != 0
+        assert "WECHAT_IN: discard is 'new', must be 'old'" in adapter.log.read_text()
+        assert "changing WECHAT_IN" in await doctor_fix(made)
+        await adapter.start()
+        made.say("s2", "hello")
+        texts = [str(number) for number in range(5)]
+        await until(lambda: made.phone_texts("s2") == texts, "those that were taken are sent")
+
+
+@pytest.mark.slow
+async def test_an_account_without_room_holds_everything_up_and_loses_nothing(tmp_path: Path) -> None:
+    bus = LimitedNats(tmp_path / "nats", account_bytes=2_000_000)
+    small = {"WECHAT_NATS_IN_MAX_BYTES": "-1", "WECHAT_NATS_MEDIA_STORE_BYTES": "-1"}
+    async with running(tmp_path, bus=bus, environ=small) as (made, nc, adapter):
+        await loaded(made, nc, 2)
+        js = nc.jetstream()
+        await js.add_stream(name="other", subjects=["other"])
+        await fill(js)
+        for sandbox in made.bots:
+            made.say(sandbox, "while it is full")
+        await until(lambda: adapter.said("publish.waits") > 0, "it says that it waits")
+
+        async def unready() -> bool:
+            return "takes nothing" in (await adapter.unready()).get("jetstream", "")
+
+        await eventually(unready, "it is not ready")
+        assert await adapter.metric("nats_publish_oldest_seconds") > 2
+        assert "resource limits exceeded for account" in adapter.log.read_text()
+        polls = made.sim.stats().polls
+        await asyncio.sleep(1)  # two holds of a poll
+        assert made.sim.stats().polls == polls, "no poll starts"
+        await ask(nc, "STREAM.DELETE.other")
+        await loaded(made, nc, 2, first=2)
+        await faultless(made, nc)
+        await eventually(adapter.is_ready, "it is ready again")
+
+
+async def test_a_disk_that_is_full_holds_everything_up_until_the_server_is_restarted_with_room(
+    tmp_path: Path,
+) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if await call("mount", "-t", "tmpfs", "-o", "size=16m", "none", str(disk)):
+        pytest.skip("A full disk is a small tmpfs, which only root may mount.")
+    try:
+        bus = LimitedNats(disk, server_bytes=1 << 30)
+        small = {"WECHAT_NATS_IN_MAX_BYTES": "-1", "WECHAT_NATS_MEDIA_STORE_BYTES": "-1"}
+        async with running(tmp_path, bus=bus, environ=small) as (made, nc, adapter):
+            await loaded(made, nc, 2)
+            (disk / "filler").write_bytes(b"")
+            with contextlib.suppress(OSError), (disk / "filler").open("wb", buffering=0) as filler:
+                while True:
+                    filler.write(b"x" * 4096)
+            for sandbox in made.bots:
+                made.say(sandbox, "while it is full")
+            await until(lambda: adapter.said("publish.waits") + adapter.said("lease.paused") > 0, "it waits")
+            assert (await stream(nc, NAMES.stream_in, NAMES.inbox("s0")))[-1:] != []
+            (disk / "filler").unlink()
+            bus.kill()
+            await bus.start()
+            await loaded(made, nc, 2, first=2)
+            await faultless(made, nc)
+    finally:
+        assert not await call("umount", "--lazy", str(disk))
