@@ -21,27 +21,35 @@ from tests.e2e.waiting import eventually, free_port
 class Node:
     """One server of the cluster."""
 
-    def __init__(self, folder: Path, number: int, ports: list[int], routes: list[int]) -> None:
+    def __init__(self, folder: Path, number: int, clients: list[str], routes: list[str]) -> None:
+        """`clients` and `routes`: where each server listens for clients and for the others, as `host:port`."""
         self.name = f"n{number}"
         self.folder = folder / self.name
-        self.url = f"nats://127.0.0.1:{ports[number]}"
+        self.url = f"nats://{clients[number]}"
+        self.command: tuple[str, ...] = ()
+        """What the server is started by, if by something."""
         self.process: subprocess.Popen[bytes] | None = None
         self.folder.mkdir(parents=True, exist_ok=True)
-        listed = ", ".join(f'"nats://127.0.0.1:{port}"' for port in routes)
+        listed = ", ".join(f'"nats://{route}"' for route in routes)
         self.config = self.folder / "nats-server.conf"
         self.config.write_text(
             f"""
 server_name: {self.name}
-listen: "127.0.0.1:{ports[number]}"
+listen: "{clients[number]}"
 jetstream {{ store_dir: "{self.folder}", sync_interval: always }}
-cluster {{ name: c, listen: "127.0.0.1:{routes[number]}", routes: [{listed}], pool_size: 1 }}
+lame_duck_duration: "30s"
+lame_duck_grace_period: "1s"
+cluster {{ name: c, no_advertise: true, listen: "{routes[number]}", routes: [{listed}], pool_size: 1 }}
 """
         )
 
     def start(self) -> None:
         with (self.folder / "log").open("ab") as log:
             self.process = subprocess.Popen(
-                [str(find_server()), "-c", str(self.config)], stdin=subprocess.DEVNULL, stdout=log, stderr=log
+                [*self.command, str(find_server()), "-c", str(self.config)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
             )
 
     def send(self, number: int) -> None:
@@ -54,11 +62,11 @@ cluster {{ name: c, listen: "127.0.0.1:{routes[number]}", routes: [{listed}], po
             self.process.kill()
             self.process.wait()
 
-    async def leave(self) -> None:
-        """Ends it as an operator does: lame duck first, so that clients move."""
+    async def leave(self, number: int = signal.SIGTERM) -> None:
+        """Ends it as an operator does: SIGTERM, or SIGUSR2 for a lame duck, which asks its clients to move first."""
         assert self.process is not None
         process = self.process
-        self.send(signal.SIGTERM)
+        self.send(number)
         while process.poll() is None:
             await asyncio.sleep(0.05)
 
@@ -71,8 +79,13 @@ class NatsCluster:
     """`async with NatsCluster(folder) as cluster: cluster.url`."""
 
     def __init__(self, folder: Path, size: int = 3) -> None:
-        ports, routes = [free_port() for _ in range(size)], [free_port() for _ in range(size)]
-        self.nodes = [Node(folder, number, ports, routes) for number in range(size)]
+        clients, routes = self._addresses(size)
+        self.nodes = [Node(folder, number, clients, routes) for number in range(size)]
+
+    def _addresses(self, size: int) -> tuple[list[str], list[str]]:
+        """Where each server listens, for clients and for the others."""
+        listens = [f"127.0.0.1:{free_port()}" for _ in range(2 * size)]
+        return listens[:size], listens[size:]
 
     @property
     def url(self) -> str:
