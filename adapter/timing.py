@@ -88,6 +88,14 @@ async def restarted(
         await clock.sleep(backoff(crashes))
 
 
+def heed() -> None:
+    """Raises CancelledError where this task was cancelled and what it awaited has swallowed that, as nats-py does while
+    it connects and flushes: who goes on then is waited for in vain."""
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError
+
+
 async def finish(work: Coroutine[Any, Any, T], grace_s: float) -> T:
     """Awaits `work`. Cancelled meanwhile, gives it `grace_s` more seconds, then re-raises the cancellation."""
     task = asyncio.ensure_future(work)

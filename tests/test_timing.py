@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 import time
 
 import pytest
 from structlog.testing import capture_logs
 
-from adapter.timing import answered_within, restarted
+from adapter.timing import answered_within, heed, restarted
 from tests.fakes import FakeClock
 
 VIRTUAL_TIME = True
@@ -86,3 +87,18 @@ def test_a_process_that_was_stopped_reads_the_answer_that_came_meanwhile(answere
     else:
         with pytest.raises(TimeoutError):
             asyncio.run(ask())
+
+
+async def test_a_cancellation_that_was_swallowed_is_heeded_all_the_same() -> None:
+    async def swallow() -> str:
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+        heed()
+        return "went on"
+
+    task = asyncio.get_running_loop().create_task(swallow())
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    heed()  # of a task that nobody cancelled it takes no notice

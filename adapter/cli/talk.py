@@ -16,6 +16,7 @@ from adapter.cli.screen import Screen
 from adapter.cli.send import describe
 from adapter.contract import FINAL_OUTCOMES, H_MSG_ID, Inbound, Outbound, Receipt
 from adapter.simulator import BotRecord, Simulator
+from adapter.timing import heed
 
 SANDBOX = "demo"
 UNANSWERED = 5
@@ -100,6 +101,7 @@ class Conversation:
         await self._stage.bus.nc.subscribe(names.live(SANDBOX), cb=self._on_inbound)
         await self._stage.bus.nc.subscribe(names.event(SANDBOX, "receipt"), cb=self._on_receipt)
         await self._stage.bus.nc.flush()
+        heed()
 
     async def _on_inbound(self, msg: Msg) -> None:
         self._inbound.put_nowait(msgspec.json.decode(msg.data, type=Inbound))

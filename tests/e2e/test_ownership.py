@@ -14,6 +14,8 @@ import msgspec
 import pytest
 from nats.aio.client import Client
 
+from adapter.contract import SHARDS
+from adapter.leases import rank
 from adapter.records import Claim, Cursor
 from tests.e2e.audit import Said, audit
 from tests.e2e.reading import NAMES, stream
@@ -74,6 +76,11 @@ async def owners(nc: Client) -> dict[str, tuple[int, str]]:
     """Revision and owner of each shard's claim."""
     claims = await records(nc, NAMES.claims)
     return {shard: (seq, msgspec.json.decode(value, type=Claim).owner) for shard, (seq, value) in claims.items()}
+
+
+def belongs(replicas: list[str], shard: int) -> str:
+    """Whose a shard should be."""
+    return max(replicas, key=lambda name: rank(name, shard))
 
 
 def times(adapter: AdapterProcess, event: str) -> list[float]:
@@ -173,18 +180,19 @@ async def test_eight_seconds_without_nats_keep_every_owner(tmp_path: Path) -> No
         two = await two_replicas(made, nc)
 
         async def shared() -> bool:
-            found = await owners(nc)
-            return len(found) == 128 and len({owner for _, owner in found.values()}) == 2
+            found = {shard: owner for shard, (_, owner) in (await owners(nc)).items()}
+            both = sorted(set(found.values()) - {""})
+            return len(both) == 2 and found == {str(shard): belongs(both, shard) for shard in range(SHARDS)}
 
-        await eventually(shared, "every shard has an owner")
+        await eventually(shared, "each shard is where it belongs, so that none moves any more")
+        shared_ms, bots = made.sim.now_ms, {one.bot for one in made.bots.values()}
+        await until(lambda: set(pollers(made, since_ms=shared_ms)) == bots, "and each bot is polled from there")
         before, polled_by = await owners(nc), pollers(made)
         made.server.kill()
         await asyncio.sleep(8)  # the length of the outage, not a wait for something
         await made.server.start()
         back_ms = made.sim.now_ms
-        await until(
-            lambda: set(pollers(made, since_ms=back_ms)) == {one.bot for one in made.bots.values()}, "all are polled"
-        )
+        await until(lambda: set(pollers(made, since_ms=back_ms)) == bots, "all are polled")
         assert pollers(made, since_ms=back_ms) == polled_by
         assert await owners(nc) == before
         for adapter in (two.first, two.second):
