@@ -2,6 +2,7 @@
 # make test    every check and every test but the slow ones
 # make slow    the slow ones
 # make chaos   a quarter of an hour in which everything goes wrong, and a table of what came of it
+# make soak    half an hour of steady traffic: nothing may grow; a table and a plot
 # make image-test  the image, built and run: needs root and Debian, and installs buildah and podman
 # make alerts-test  every alert, fired by a real fault in a real Prometheus; takes two minutes
 # make dashboard-picture  helm/dashboard.png, from what a real Prometheus answers under load
@@ -25,7 +26,7 @@ NPM_STAMP := $(NPM)/node_modules/.installed
 # An environment that is there is kept, whichever Python it has.
 PYTHONS := $(BIN)/python python3 python3.14 python3.13 python3.12 python3.11
 
-.PHONY: demo test check tests slow chaos chaos-short image-test alerts-test dashboard-picture console-test format generate npm clean install
+.PHONY: demo test check tests slow chaos chaos-short soak image-test alerts-test dashboard-picture console-test format generate npm clean install
 .DEFAULT_GOAL := test
 
 demo: install
@@ -44,6 +45,10 @@ chaos: install
 # Its short form, which `make slow` holds, too.
 chaos-short: install
 	@$(BIN)/pytest -q -rP -m slow tests/e2e/test_chaos.py </dev/null
+
+# SOAK_MINUTES, SEED. Less than about 20 minutes judge nothing that is kept by its age.
+soak: install
+	@$(BIN)/python -m tests.e2e.soak --minutes $(or $(SOAK_MINUTES),30) --seed $(or $(SEED),1)
 
 slow: install
 	@$(BIN)/pytest -n 2 --dist loadfile -m slow </dev/null || [ $$? = 5 ] # 5: there is none
