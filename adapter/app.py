@@ -621,6 +621,7 @@ class Adapter:
             if ticks % 60 == 0:
                 self.supervisor.tidy()
                 self.contexts.tidy(self.supervisor.is_served)
+                self.receipts.tidy()
 
     async def _watch_jetstream(self) -> None:
         """Asks whether JetStream answers and takes what is written, and whether its streams are there; apart from the

@@ -31,11 +31,16 @@ class Name(NamedTuple):
     stored_ms: int
 
 
+KNOWN_S = 60.0
+"""For so long after the last question."""
+
+
 class _Told:
     """The final receipts of a sandbox since a time, as far as they were read."""
 
     def __init__(self, since_ms: int) -> None:
         self.since_ms = since_ms
+        self.asked = 0.0
         self.seq = 0
         self.found: dict[Name, Receipt] = {}
 
@@ -65,12 +70,19 @@ class Receipts:
         told, since_ms = self._told.get(sandbox), min(name.stored_ms for name in wanted) - 1000
         if told is None or told.since_ms > since_ms:
             told = self._told[sandbox] = _Told(since_ms)
+        told.asked = self._clock.monotonic()
         self._told.move_to_end(sandbox)
         if len(self._told) > KNOWN_SANDBOXES:
             self._told.popitem(last=False)
         if any(name not in told.found for name in wanted):
             await self._read_on(sandbox, told)
         return {name: told.found[name] for name in wanted if name in told.found}
+
+    def tidy(self) -> None:
+        """Forgets what nobody has asked for lately: the questions of a take-over come in a row."""
+        horizon = self._clock.monotonic() - KNOWN_S
+        while self._told and (oldest := next(iter(self._told.items())))[1].asked <= horizon:
+            del self._told[oldest[0]]
 
     async def _read_on(self, sandbox: str, told: _Told) -> None:
         stream, subject = self._names.stream_event, self._names.event(sandbox, "receipt")

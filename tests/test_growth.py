@@ -15,12 +15,13 @@ from adapter.leases import DEAD_KEPT
 from adapter.outbound import Shard
 from adapter.ports import Account
 from adapter.presence import NO_TICKET_S, TICKET_S
+from adapter.receipts import KNOWN_S
 from adapter.uploads import READY_S
 from adapter.windows import LEFT_OVER
 from tests.fakes import GAP_S, Bench
 from tests.growth import tables
 from tests.test_leases import LEASE_S, Cluster
-from tests.test_outbound import BOT, USER, outcomes, user_writes
+from tests.test_outbound import BOT, USER, again, outcomes, user_writes
 from tests.test_windows import HOUR, watching
 from tests.test_windows import user_writes as user_writes_to_windows
 
@@ -298,3 +299,26 @@ async def test_uploads_are_kept_as_long_as_they_may_be_used_again() -> None:
         await asyncio.sleep(READY_S / 10)
     assert len(bench.uploads._ready) == 10
     assert bench.cdn.asked == USERS
+
+
+# receipts ------------------------------------------------------------------------------------------------
+
+
+async def test_receipts_that_were_looked_up_are_kept_for_a_moment() -> None:
+    """Thousands of a sandbox are read for one command that comes again; the next owner asks for many in a row."""
+    bench = Bench()
+    await bench.bind()
+    bench.hears()
+    shard = bench.shard()
+    delivery = bench.command("hi", id="c1")
+    shard.on_delivery(delivery)
+    await asyncio.sleep(5)
+    heir = bench.shard()
+    heir.on_delivery(again(delivery))
+    await asyncio.sleep(KNOWN_S / 2)
+    bench.receipts.tidy()
+    assert tables(bench.receipts)["_told"] == 1
+    await asyncio.sleep(KNOWN_S)
+    bench.receipts.tidy()
+    assert tables(bench.receipts)["_told"] == 0
+    assert len(bench.chat.sent) == 1

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import itertools
 import json
 import sys
 from collections.abc import AsyncIterator
@@ -21,7 +22,7 @@ import nats
 from nats.aio.client import Client
 
 from adapter.app import Adapter
-from adapter.contract import FINAL_OUTCOMES, SHARDS, Bind, ControlAnswer, Names, Options, Receipt, Unbind
+from adapter.contract import FINAL_OUTCOMES, SHARDS, Bind, ControlAnswer, Names, Options, Receipt, Unbind, shard_of
 from adapter.embedded import EmbeddedNats
 from adapter.settings import Settings
 from tests.e2e.waiting import eventually, free_port, until
@@ -79,7 +80,9 @@ class Visitors:
 
     async def _visit(self, http: httpx.AsyncClient, nc: Client) -> None:
         self.rounds += 1
-        sandboxes = [f"s{self.rounds}-{number}" for number in range(USERS)]
+        # of one shard, so that what a shard keeps of each shows
+        names = (f"s{self.rounds}-{number}" for number in itertools.count())
+        sandboxes = list(itertools.islice((name for name in names if shard_of(name) == 1), USERS))
         open_: set[str] = set()
 
         async def on_receipt(msg: Any) -> None:
@@ -120,6 +123,16 @@ class Visitors:
 def subscriptions(adapter: Adapter) -> int:
     """0 while there is no connection. Each reading of a stream has one for as long as it lasts."""
     return len(adapter.link.nc._subs) if adapter.link.nc is not None else 0
+
+
+def forget_the_last(adapter: Adapter) -> None:
+    """Empties what is bounded by a number that is higher than what happens here: the last so many of a kind."""
+    adapter.uploads._ready.clear()
+    adapter.control._settled.clear()
+    for shard in adapter.supervisor._shards.values():
+        shard._settled.clear()
+    for downloads in adapter.supervisor._downloads.values():
+        downloads._done.clear()
 
 
 async def calm(adapter: Adapter, *, wanted: int = 0) -> int:
@@ -171,8 +184,7 @@ async def test_what_comes_and_goes_leaves_nothing_in_the_adapter(tmp_path: Path)
                 await until(lambda: subscriptions(adapter) == 0, "it knows that the server is away")
                 await server.start()
                 await calm(adapter, wanted=served)
-                adapter.uploads._ready.clear()  # of a thousand at most, for an hour
-                adapter.control._settled.clear()  # of a thousand at most
+                forget_the_last(adapter)
                 counts.append(census())
         assert growing(*counts, by=USERS) == []
         server.kill()  # a clean stop takes 10 ms for each of the 130 consumers
