@@ -19,7 +19,7 @@ from adapter.inbound import poll_forever, tend
 from adapter.ports import Message, Polled
 from adapter.records import Context, Cursor
 from adapter.sessions import Session
-from tests.fakes import EPOCH_MS, Bench, EndOfScript, settle
+from tests.fakes import EPOCH_MS, Bench, EndOfScript, FakeClock, settle
 
 VIRTUAL_TIME = True
 
@@ -584,6 +584,30 @@ async def test_a_lease_that_pauses_cuts_the_poll_and_one_that_resumes_polls_on()
     await asyncio.sleep(1)
     assert bench.chat.polling == 1
     assert bench.chat.asked == ["", "b", "b"]
+    session.leave(now=True)
+    await task
+
+
+async def test_after_an_outage_polls_start_spread_over_a_time_that_grows_with_their_number() -> None:
+    """All would start at the same moment: the lease is back for all bots at once."""
+
+    class Chance(FakeClock):
+        def jitter(self, seconds: float) -> float:
+            return seconds * 0.7
+
+    bench = await ready()
+    session, task = tended(bench, clock=Chance(), spread_s=lambda: 10.0)
+    await asyncio.sleep(5)
+    before = len(bench.chat.polled_at)
+    bench.leases.is_valid = False
+    session.cut_off()
+    await asyncio.sleep(8)
+    bench.leases.is_valid = True
+    back = bench.clock.monotonic()
+    bench.leases.changed.notify()
+    await asyncio.sleep(30)
+    assert len(bench.chat.polled_at) == before + 1
+    assert bench.chat.polled_at[-1] - back == pytest.approx(7.0, abs=0.01)
     session.leave(now=True)
     await task
 
