@@ -89,8 +89,8 @@ async def restarted(
 
 
 def heed() -> None:
-    """Raises CancelledError where this task was cancelled and what it awaited has swallowed that, as nats-py does while
-    it connects and flushes: who goes on then is waited for in vain."""
+    """Raises CancelledError where this task was cancelled and what it awaited has swallowed that, as nats-py does
+    while it connects and flushes: who goes on then is waited for in vain."""
     task = asyncio.current_task()
     if task is not None and task.cancelling():
         raise asyncio.CancelledError
