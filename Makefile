@@ -3,6 +3,7 @@
 # make slow    the slow ones
 # make chaos   a quarter of an hour in which everything goes wrong, and a table of what came of it
 # make soak    half an hour of steady traffic: nothing may grow; a table and a plot
+# make bench   what the bridge costs, beside one that promises nothing; ten minutes
 # make image-test  the image, built and run: needs root and Debian, and installs buildah and podman
 # make alerts-test  every alert, fired by a real fault in a real Prometheus; takes two minutes
 # make dashboard-picture  helm/dashboard.png, from what a real Prometheus answers under load
@@ -26,7 +27,7 @@ NPM_STAMP := $(NPM)/node_modules/.installed
 # An environment that is there is kept, whichever Python it has.
 PYTHONS := $(BIN)/python python3 python3.14 python3.13 python3.12 python3.11
 
-.PHONY: demo test check tests slow chaos chaos-short soak image-test alerts-test dashboard-picture console-test format generate npm clean install
+.PHONY: demo test check tests slow chaos chaos-short soak bench image-test alerts-test dashboard-picture console-test format generate npm clean install
 .DEFAULT_GOAL := test
 
 demo: install
@@ -52,6 +53,9 @@ soak: install
 
 slow: install
 	@$(BIN)/pytest -n 2 --dist loadfile -m slow </dev/null || [ $$? = 5 ] # 5: there is none
+
+bench: install
+	@$(BIN)/python -m tests.bench
 
 image-test: install
 	@$(BIN)/pytest tests/image/checks.py --durations=0 --durations-min=1 </dev/null

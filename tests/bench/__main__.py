@@ -1,0 +1,257 @@
+"""What the bridge costs, beside a bridge that promises nothing: `make bench`, or `python -m tests.bench in out idle`.
+
+Each row starts everything afresh. The CPU is the bridge's own process; messages per second are what two cores that
+the server, iLink's stand-in and the reader share give together, so compare them within one run only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from nats.aio.client import Client
+
+from tests.bench.rig import Process, Received, Rig, rig
+
+Cell = str | float
+
+
+class Table(NamedTuple):
+    """One table of the report."""
+
+    title: str
+    head: tuple[str, ...]
+    rows: list[tuple[Cell, ...]]
+
+    def text(self) -> str:
+        lines = [f"### {self.title}", "", "| " + " | ".join(self.head) + " |", "|---" * len(self.head) + "|"]
+        return "\n".join(lines + ["| " + " | ".join(map(_cell, row)) + " |" for row in self.rows])
+
+
+class Rows(list[tuple[Cell, ...]]):
+    """Rows that are also said as they come: a whole run takes minutes."""
+
+    def append(self, row: tuple[Cell, ...]) -> None:
+        super().append(row)
+        sys.stderr.write("  " + ", ".join(map(_cell, row)) + "\n")
+
+
+def _cell(value: Cell) -> str:
+    if isinstance(value, str):
+        return value
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+class Bench:
+    """Runs measurements in folders of its own, and says what it does."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.number = 0
+
+    @contextlib.asynccontextmanager
+    async def rig(self, what: str, **options: Any) -> Any:
+        self.number += 1
+        sys.stderr.write(f"{what} …\n")
+        folder = self.folder / str(self.number)
+        await asyncio.to_thread(folder.mkdir)
+        async with rig(folder, **options) as made:
+            nc = await made.connect()
+            try:
+                yield made, nc
+            finally:
+                await nc.close()
+        await asyncio.to_thread(shutil.rmtree, folder)
+
+
+async def bridge_in(made: Rig, nc: Client, kind: str, bots: int) -> Process:
+    """A bridge whose polls all wait: the adapter, or the floor on the adapter's streams."""
+    adapter = made.adapter()
+    if kind == "adapter":
+        await made.bind(nc, bots)
+        await made.parked(bots)
+        return adapter
+    await made.bind(nc, 1)  # the streams are there once this is answered
+    made.drop(adapter)
+    floor = made.floor("in", bots)
+    await made.parked(bots)
+    return floor
+
+
+async def heard(nc: Client, *, timed: bool = False) -> Received:
+    received = Received(timed=timed)
+    await nc.subscribe("wechat.in.*", cb=received.on_message, pending_msgs_limit=0, pending_bytes_limit=0)
+    await nc.flush()
+    return received
+
+
+async def inbound(bench: Bench) -> Table:
+    head = ("bots", "per answer", "bridge", "sync", "messages/s", "CPU µs/message", "of the floor's rate")
+    rows = Rows()
+    plan = [
+        (1, 1, 4000, ""),
+        (1, 20, 20_000, ""),
+        (100, 1, 20_000, ""),
+        (100, 20, 60_000, ""),
+        (100, 1, 6000, "always"),
+    ]
+    plan += [(1000, 1, 20_000, ""), (1000, 20, 60_000, ""), (5000, 1, 20_000, "")]
+    for bots, per_answer, total, sync in plan:
+        rates: dict[str, float] = {}
+        for kind in ("floor", "adapter"):
+            async with bench.rig(f"in: {kind}, {bots} bots, {per_answer} per answer", sync=sync) as (made, nc):
+                process = await bridge_in(made, nc, kind, bots)
+                received = await heard(nc)
+                before, began = process.cpu_s(), time.monotonic()
+                await made.ask("feed", bots=list(range(bots)), count=total // bots, per_answer=per_answer)
+                await received.until(total // bots * bots)
+                rates[kind] = received.count / (received.when - began)
+                cpu_us = (process.cpu_s() - before) / received.count * 1e6
+                share = f"{rates[kind] / rates['floor']:.0%}" if kind == "adapter" else ""
+                rows.append((bots, per_answer, kind, sync or "default", rates[kind], cpu_us, share))
+    return Table("Inbound: iLink's answer to the subscriber", head, rows)
+
+
+async def latency(bench: Bench) -> Table:
+    head = ("bots", "bridge", "p50 ms", "p99 ms", "worst ms", "CPU µs/message")
+    rows = Rows()
+    for kind in ("floor", "adapter"):
+        async with bench.rig(f"latency: {kind}") as (made, nc):
+            process = await bridge_in(made, nc, kind, 100)
+            received = await heard(nc, timed=True)
+            before = process.cpu_s()
+            await made.ask("trickle", bots=100, count=1500, per_s=100)
+            await received.until(1500)
+            ages = sorted(received.ages_ms)
+            cpu_us = (process.cpu_s() - before) / len(ages) * 1e6
+            rows.append((100, kind, statistics.median(ages), ages[int(len(ages) * 0.99)], ages[-1], cpu_us))
+    return Table("Inbound latency at 100 messages/s, idle cost included", head, rows)
+
+
+async def ready_to_send(made: Rig, nc: Client, bots: int) -> Process:
+    """An adapter whose users have all written, so that each may be answered."""
+    adapter = made.adapter()
+    await made.bind(nc, bots)
+    await made.parked(bots)
+    received = await heard(nc)
+    await made.ask("feed", bots=list(range(bots)), count=1, per_answer=1)
+    await received.until(bots)
+    return adapter
+
+
+async def push(nc: Client, bots: int, count: int) -> None:
+    """Commands to all sandboxes in turn, as fast as the server takes them."""
+    for number in range(count):
+        await nc.publish(f"wechat.out.s{number % bots}", b'{"text":"hello there %d"}' % number)
+        if number % 200 == 199:
+            await nc.flush()
+
+
+async def outbound(bench: Bench) -> Table:
+    head = ("bots", "bridge", "sync", "commands/s", "CPU µs/command", "of the floor's rate")
+    rows = Rows()
+    for bots, count, sync in ((100, 12_000, ""), (1000, 12_000, ""), (100, 4000, "always")):
+        async with bench.rig(f"out: floor, {bots} bots", sync=sync) as (made, nc):
+            adapter = made.adapter()
+            await made.bind(nc, 1)
+            made.drop(adapter)
+            js = nc.jetstream()
+            await js.delete_stream("WECHAT_OUT")
+            await js.add_stream(name="WECHAT_OUT", subjects=["wechat.out.*"], retention="workqueue")
+            await js.add_consumer("WECHAT_OUT", durable_name="floor", ack_policy="explicit", max_ack_pending=5000)
+            process = made.floor("out", bots)
+            before, began = process.cpu_s(), time.monotonic()
+            await push(nc, bots, count)
+            while (await made.ask("stats"))["sends"] < count:
+                await asyncio.sleep(0.02)
+            floor = count / (time.monotonic() - began)
+            rows.append((bots, "floor", sync or "default", floor, (process.cpu_s() - before) / count * 1e6, ""))
+        async with bench.rig(f"out: adapter, {bots} bots", sync=sync) as (made, nc):
+            process = await ready_to_send(made, nc, bots)
+            receipts = await told(nc)
+            before, began = process.cpu_s(), time.monotonic()
+            await push(nc, bots, count)
+            await receipts.until(count)
+            rate = count / (receipts.when - began)
+            cpu_us = (process.cpu_s() - before) / count * 1e6
+            rows.append((bots, "adapter", sync or "default", rate, cpu_us, f"{rate / floor:.0%}"))
+    return Table("Outbound: command to receipt", head, rows)
+
+
+async def told(nc: Client) -> Received:
+    received = Received()
+    await nc.subscribe("wechat.event.*.receipt", cb=received.on_message, pending_msgs_limit=0, pending_bytes_limit=0)
+    await nc.flush()
+    return received
+
+
+async def idle(bench: Bench) -> Table:
+    head = ("bots", "bridge", "TLS", "all polled after, s", "CPU s/min", "private MiB", "KiB/bot", "connections/poll")
+    rows = Rows()
+    plan = [("floor", 5000, False), ("adapter", 1000, False), ("adapter", 5000, False), ("adapter", 10_000, False)]
+    for kind, bots, tls in [*plan, ("adapter", 1000, True)]:
+        async with bench.rig(f"idle: {kind}, {bots} bots{', TLS' if tls else ''}", tls=tls) as (made, nc):
+            if kind == "adapter":
+                process = made.adapter()
+                await made.bind(nc, 1)
+                empty = process.memory_mib()
+                await made.bind(nc, bots)
+                await made.parked(bots)
+                made.drop(process)
+                began = time.monotonic()
+                process = made.adapter()
+            else:
+                process, empty = await bridge_in(made, nc, "floor", 1), 0.0
+                empty = process.memory_mib()
+                made.drop(process)
+                began = time.monotonic()
+                process = made.floor("in", bots)
+            await made.parked(bots)
+            polled_s = time.monotonic() - began
+            stats = await made.ask("stats")
+            before, started = process.cpu_s(), time.monotonic()
+            await asyncio.sleep(40)  # longer than a hold, so that each bot polls again
+            cpu = (process.cpu_s() - before) * 60 / (time.monotonic() - started)
+            after = await made.ask("stats")
+            memory = process.memory_mib()
+            reused = (after["connections"] - stats["connections"]) / max(1, after["polls"] - stats["polls"])
+            row = (bots, kind, "yes" if tls else "no", polled_s, cpu, memory, (memory - empty) * 1024 / bots, reused)
+            rows.append(row)
+    return Table("Idle bots, and a start with all of them bound", head, rows)
+
+
+SUITES: dict[str, Callable[[Bench], Awaitable[Table]]] = {
+    "in": inbound,
+    "latency": latency,
+    "out": outbound,
+    "idle": idle,
+}
+
+
+async def run(names: list[str]) -> None:
+    folder = Path(tempfile.mkdtemp(prefix="bench-"))
+    bench = Bench(folder)
+    for name in names:
+        print((await SUITES[name](bench)).text() + "\n", flush=True)
+    await asyncio.to_thread(shutil.rmtree, folder)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("suites", nargs="*", choices=[*SUITES, []], help="all of them, if none is named")
+    given = parser.parse_args()
+    asyncio.run(run(given.suites or list(SUITES)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

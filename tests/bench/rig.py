@@ -1,0 +1,260 @@
+"""The processes of a benchmark and what they cost: a server, the peer, one bridge."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import datetime
+import ipaddress
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import nats
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from nats.aio.client import Client
+from nats.aio.msg import Msg
+
+from adapter.contract import Bind
+from adapter.embedded import find_server
+from tests.e2e.waiting import eventually, free_port
+
+TICKS = os.sysconf("SC_CLK_TCK")
+ROOT = Path(__file__).parents[2]
+
+
+class Process:
+    """A child process: its CPU seconds so far, and its memory."""
+
+    def __init__(self, argv: list[str], log: Path, environ: dict[str, str] | None = None) -> None:
+        with log.open("ab") as out:
+            self._process = subprocess.Popen(
+                argv,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=out,
+                cwd=ROOT,
+                env=os.environ | (environ or {}),
+            )
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def line(self) -> str:
+        """The next line of its output."""
+        assert self._process.stdout is not None
+        return self._process.stdout.readline().decode()
+
+    def cpu_s(self) -> float:
+        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / TICKS
+
+    def memory_mib(self) -> float:
+        """What is its own (private pages), as a container's limit counts it."""
+        rollup = Path(f"/proc/{self.pid}/smaps_rollup").read_text()
+        sizes = [int(line.split()[1]) for line in rollup.splitlines() if line.startswith("Private_")]
+        return sum(sizes) / 1024
+
+    def stop(self, number: int = signal.SIGKILL) -> None:
+        if self._process.poll() is None:
+            self._process.send_signal(number)
+        self._process.wait()
+
+
+class Rig:
+    """Everything for one measurement."""
+
+    def __init__(self, folder: Path, *, hold_s: float, tls: bool, sync: str) -> None:
+        self.folder = folder
+        self.tls = tls
+        self._port, nats_port = free_port(), free_port()
+        self.nats_url = f"nats://127.0.0.1:{nats_port}"
+        self.base_url = f"{'https' if tls else 'http'}://127.0.0.1:{self._port}"
+        config = folder / "nats.conf"
+        config.write_text(
+            f'listen: "127.0.0.1:{nats_port}"\n'
+            f'jetstream {{ store_dir: "{folder}/js", {f"sync_interval: {sync}," if sync else ""} max_file: 200G }}\n'
+        )
+        self.server = Process([str(find_server()), "-c", str(config)], folder / "nats.log")
+        argv = [sys.executable, "-m", "tests.bench.peer", "--port", str(self._port), "--hold-s", str(hold_s)]
+        self.peer = Process([*argv, *(["--tls", str(folder)] if tls else [])], folder / "peer.log")
+        self._admin = f"http://127.0.0.1:{json.loads(self.peer.line())['admin']}/admin/"
+        self.bridges: list[Process] = []
+
+    async def ask(self, what: str, **body: Any) -> Any:
+        """The peer's admin."""
+        request = urllib.request.Request(self._admin + what, json.dumps(body).encode())
+
+        def post() -> Any:
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                return json.load(answer)
+
+        return await asyncio.to_thread(post)
+
+    async def parked(self, bots: int) -> None:
+        """Returns once so many polls wait."""
+
+        async def all_wait() -> bool:
+            await asyncio.sleep(0.05)
+            return bool((await self.ask("stats"))["parked"] >= bots)
+
+        await eventually(all_wait, f"{bots} polls wait", patience_s=120)
+
+    async def connect(self) -> Client:
+        async def up() -> bool:
+            with contextlib.suppress(OSError, nats.errors.Error):
+                nc = await nats.connect(self.nats_url, connect_timeout=1, allow_reconnect=False)
+                await nc.close()
+                return True
+            return False
+
+        await eventually(up, "the server listens")
+        return await nats.connect(self.nats_url, pending_size=64 * 1024 * 1024)
+
+    def adapter(self, **settings: str) -> Process:
+        """The real one, as it is deployed; limits that would stop the load are lifted, guarantees are not."""
+        environ = {
+            "NATS_URL": self.nats_url,
+            "WECHAT_NATS_ILINK_BASE_URL": self.base_url,
+            "WECHAT_NATS_ALLOWED_HOSTS": "127.0.0.1",
+            "WECHAT_NATS_TOKEN_KEY": base64.b64encode(bytes(32)).decode(),
+            "WECHAT_NATS_SEND_GAP_MS": "0",
+            "WECHAT_NATS_SENDS_PER_WINDOW": "0",
+            "WECHAT_NATS_OUT_MAX_PER_SANDBOX": "1000000",
+            "WECHAT_NATS_IN_MAX_PER_SANDBOX": "1000000",
+            "WECHAT_NATS_CAPACITY": "20000",
+            "WECHAT_NATS_HTTP_ADDR": "127.0.0.1:0",
+            "WECHAT_NATS_LOG": "warning",
+        }
+        if self.tls:
+            environ["SSL_CERT_FILE"] = str(self.folder / "cert.pem")
+        environ |= {f"WECHAT_NATS_{name.upper()}": value for name, value in settings.items()}
+        command = Path(sys.executable).with_name("wechat-nats")
+        log = self.folder / f"adapter{len(self.bridges)}.log"
+        self.bridges.append(Process([str(command), "run"], log, environ))
+        return self.bridges[-1]
+
+    def floor(self, direction: str, bots: int) -> Process:
+        """The bare bridge."""
+        argv = [sys.executable, "-m", "tests.bench.floor", direction, "--ilink", self.base_url]
+        argv += ["--nats", self.nats_url, "--bots", str(bots), *(["--insecure"] if self.tls else [])]
+        self.bridges.append(Process(argv, self.folder / "floor.log"))
+        return self.bridges[-1]
+
+    async def bind(self, nc: Client, bots: int) -> None:
+        """Binds so many bots and waits until each has its answer."""
+        inbox, left = nc.new_inbox(), bots
+        done = asyncio.Event()
+
+        async def on_answer(msg: Msg) -> None:
+            nonlocal left
+            left -= 1
+            if not left:
+                done.set()
+
+        subscription = await nc.subscribe(inbox, cb=on_answer)
+        js = nc.jetstream()
+        for number in range(bots):
+            command = Bind(
+                sandbox=f"s{number}",
+                bot=f"{number}@im.bot",
+                bot_token=f"{number}@im.bot:0600abcd",
+                user=f"user{number}@im.wechat",
+            )
+            body = msgspec.json.encode(command)
+            if number % 500 == 0:
+                while True:
+                    try:
+                        await js.publish("wechat.ctl.bind", body, headers={"Reply-To": inbox})
+                        break
+                    except (nats.errors.Error, nats.js.errors.Error):  # the stream is still to be made
+                        await asyncio.sleep(0.1)
+            else:
+                await nc.publish("wechat.ctl.bind", body, headers={"Reply-To": inbox})
+        await done.wait()
+        await subscription.unsubscribe()
+
+    def drop(self, bridge: Process) -> None:
+        """Ends a bridge as an operator does."""
+        self.bridges.remove(bridge)
+        bridge.stop(signal.SIGTERM)
+
+    def stop(self) -> None:
+        for process in (*self.bridges, self.peer, self.server):
+            process.stop()
+
+
+@contextlib.asynccontextmanager
+async def rig(folder: Path, *, hold_s: float = 35.0, tls: bool = False, sync: str = "") -> AsyncIterator[Rig]:
+    """`sync` "": the server's default, every two minutes; "always": each write. The folder is there."""
+    if tls:
+        make_certificate(folder)
+    made = Rig(folder, hold_s=hold_s, tls=tls, sync=sync)
+    try:
+        yield made
+    finally:
+        made.stop()
+
+
+class Received:
+    """Counts what arrives on a subject; `when` is the moment of the newest, `ages_ms` what its text tells."""
+
+    def __init__(self, *, timed: bool = False) -> None:
+        self.count = 0
+        self.when = 0.0
+        self.ages_ms: list[float] = []
+        self._timed = timed
+        self._enough = asyncio.Event()
+        self._wanted = 0
+
+    async def on_message(self, msg: Msg) -> None:
+        self.count += 1
+        self.when = time.monotonic()
+        if self._timed:
+            sent_ns = int(msgspec.json.decode(msg.data)["text"].removeprefix("at "))
+            self.ages_ms.append((time.monotonic_ns() - sent_ns) / 1e6)
+        if self.count >= self._wanted:
+            self._enough.set()
+
+    async def until(self, count: int, patience_s: float = 300.0) -> None:
+        self._wanted = count
+        if self.count >= count:
+            return
+        self._enough.clear()
+        async with asyncio.timeout(patience_s):
+            await self._enough.wait()
+
+
+def make_certificate(folder: Path) -> None:
+    """Its own authority, for 127.0.0.1."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "127.0.0.1")])
+    now = datetime.datetime.now(datetime.UTC)
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(hours=1))
+        .not_valid_after(now + datetime.timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), True)
+        .sign(key, hashes.SHA256())
+    )
+    (folder / "cert.pem").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+    (folder / "key.pem").write_bytes(
+        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    )
