@@ -29,19 +29,19 @@ async def states(bus: Bus) -> dict[str, dict[str, Any]]:
     return found
 
 
-async def fill(bus: Bus) -> None:
-    """Messages with a gap in front, and a bucket with an entry."""
-    for number in range(5):
-        await bus.js.publish("wechat.inbox.s1", b"x" * 300_000 + str(number).encode())
-    await bus.js.purge_stream("WECHAT_IN", seq=3)
+async def fill(bus: Bus) -> tuple[list[int], int]:
+    """Messages, the first two of which are purged, and an entry of a bucket: their sequences, and its revision."""
+    bodies = [b"x" * 300_000 + str(number).encode() for number in range(5)]
+    seqs = [(await bus.js.publish("wechat.inbox.s1", body)).seq for body in bodies]
+    await bus.js.purge_stream("WECHAT_IN", seq=seqs[2])
     await bus.js.publish("wechat.out.s1", b'{"text":"hi"}')
-    await (await bus.js.key_value("wechat_bindings")).put("b1", b"{}")
+    return seqs, await (await bus.js.key_value("wechat_bindings")).put("b1", b"{}")
 
 
 async def test_all_that_must_last_comes_back_on_another_server(
     cli: Command, bus: Bus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    await fill(bus)
+    seqs, revision = await fill(bus)
     before = await states(bus)
     saved = await cli("backup", str(tmp_path / "saved"), "--json")
     assert saved.code == 0, saved.err
@@ -54,22 +54,22 @@ async def test_all_that_must_last_comes_back_on_another_server(
         async with connected(Settings(nats_url=(other.url,))) as there:
             after = await states(there)
             assert after == {name: state for name, state in before.items() if name not in LEFT_OUT}
-            assert (await there.js.get_msg("WECHAT_IN", 3)).data == b"x" * 300_000 + b"2"
+            assert (await there.js.get_msg("WECHAT_IN", seqs[2])).data == b"x" * 300_000 + b"2"
             entry = await (await there.js.key_value("wechat_bindings")).get("b1")
-            assert (entry.value, entry.revision) == (b"{}", 1)
+            assert (entry.value, entry.revision) == (b"{}", revision)
 
 
 async def test_nothing_is_merged_and_nothing_deleted_unasked(cli: Command, bus: Bus, tmp_path: Path) -> None:
-    await fill(bus)
+    seqs, _ = await fill(bus)
     assert (await cli("backup", str(tmp_path / "saved"))).code == 0
     again = await cli("backup", str(tmp_path / "saved"))
     assert (again.code, "not empty" in again.err) == (2, True)
-    await bus.js.publish("wechat.inbox.s1", b"later")
+    later = await bus.js.publish("wechat.inbox.s1", b"later")
     refused = await cli("restore", str(tmp_path / "saved"))
     assert (refused.code, "WECHAT_IN" in refused.err, "--replace" in refused.err) == (1, True, True)
-    assert (await states(bus))["WECHAT_IN"]["last_seq"] == 6
+    assert (await states(bus))["WECHAT_IN"]["last_seq"] == later.seq
     assert (await cli("restore", str(tmp_path / "saved"), "--replace")).code == 0
-    assert (await states(bus))["WECHAT_IN"]["last_seq"] == 5
+    assert (await states(bus))["WECHAT_IN"]["last_seq"] == seqs[-1]
 
 
 async def test_a_running_adapter_forbids_it(cli: Command, bus: Bus, settings: Settings, tmp_path: Path) -> None:
