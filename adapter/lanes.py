@@ -301,6 +301,8 @@ class LaneWork:
         if (hand := peer.context.hand) and hand.is_begun:  # its rest comes before anything else
             _put_first(lane, next((one for one in lane.parked if one.command == hand.command), lane.parked[0]))
         parked = lane.parked[0]
+        if parked.seq in lane.unsure:
+            return 0.0  # found by a reset meanwhile
         item = await self._load_parked(parked)
         if item is None:
             _drop(lane, [parked.seq])
