@@ -46,6 +46,7 @@ from adapter.queries import Queries
 from adapter.recall import Recall
 from adapter.receipts import Receipts
 from adapter.records import Binding
+from adapter.resealing import tokens_at_rest
 from adapter.rollcall import Polling, Present
 from adapter.router import Router
 from adapter.scanning import Scanner, Scanning
@@ -142,7 +143,7 @@ class Adapter:
         )
         self.uploads = Uploads(self.cdn, self.objects, clock, max_bytes=settings.media_max_bytes)
         self.binding_bucket = self._bucket(names.bindings)
-        self.bindings = Bindings(self.binding_bucket, self._owns)
+        self.bindings = Bindings(self.binding_bucket, self._owns, self.sealer.same)
         self.context_bucket = self._bucket(names.context)
         self.leases = Leases(
             LeaseRegister(self.lease_link, names.members, ttl_s=max(60, int(settings.lease_s * 15))),
@@ -172,6 +173,7 @@ class Adapter:
             chat=self.chat,
             sealer=self.sealer,
             teller=self.teller,
+            history=self.history,
             names=names,
             clock=clock,
             metrics=metrics,
@@ -514,7 +516,10 @@ class Adapter:
 
     async def run(self, stop: asyncio.Event, on_ready: Callable[[], None] | None = None) -> None:
         """Runs until `stop` is set, then drains. Raises SettingsError when it cannot start."""
-        with ProbeServer(self.settings.http_addr, self.health, self.metrics), self._console():
+        with (
+            ProbeServer(self.settings.http_addr, self.health, self.metrics) as probes,
+            self._console(),
+        ):
             async with asyncio.TaskGroup() as group:
                 self._group = group
                 background = [
@@ -537,7 +542,7 @@ class Adapter:
                         following = group.create_task(self.supervisor.run(), name="supervisor")
                         self.health.jetstream_ok = self.health.started = True
                         self._jetstream_good = self.clock.monotonic()
-                        log.info("adapter.started", instance=self.instance, version=__version__)
+                        log.info("adapter.started", instance=self.instance, version=__version__, http=probes.port)
                         if on_ready is not None:
                             on_ready()
                         await stop.wait()
@@ -551,6 +556,7 @@ class Adapter:
 
     async def _start(self, stop: asyncio.Event) -> bool:
         """Connects and verifies the streams; False when told to stop meanwhile. Raises SettingsError."""
+        self.metrics.tokens_sealed.set(1 if self.sealer.seals else 0)
         if not self.sealer.seals:
             log.warning("tokens.unsealed", detail="Set WECHAT_NATS_TOKEN_KEY, so that bot tokens are sealed at rest.")
         self.health.phase = "connecting to NATS"
@@ -565,6 +571,7 @@ class Adapter:
                 self.health.phase = "verifying streams"
                 try:
                     await topology.ensure(self.link, self.names, self.settings)
+                    await self._check_tokens()
                 except Temporary as exc:
                     log.warning("streams.unverified", reason=exc.reason, detail=exc.detail[:200])
                     await self.clock.sleep(0.5)
@@ -573,6 +580,22 @@ class Adapter:
             return False
         finally:
             stopping.cancel()
+
+    async def _check_tokens(self) -> None:
+        """Raises SettingsError where tokens lie open although there is a key, Temporary."""
+        found = await tokens_at_rest(self.history, self.names, self.sealer)
+        if found["open"] and self.sealer.seals and not self.settings.allow_unsealed:
+            raise SettingsError(
+                "tokens_unsealed",
+                f"{found['open']} bot tokens lie unsealed in {self.names.bindings}, although WECHAT_NATS_TOKEN_KEY is"
+                " set. `wechat-nats doctor --fix` seals them; WECHAT_NATS_ALLOW_UNSEALED=true starts all the same.",
+            )
+        if found["foreign"]:
+            log.error(
+                "tokens.unopenable", tokens=found["foreign"], detail="They are sealed with a key that is not set."
+            )
+        if found["older"]:
+            log.info("tokens.older_key", tokens=found["older"], detail="`wechat-nats doctor --fix` seals them anew.")
 
     async def _drain(
         self, following: asyncio.Task[None], scanning: asyncio.Task[None], leasing: asyncio.Task[None]

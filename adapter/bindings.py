@@ -19,13 +19,20 @@ log = structlog.get_logger()
 class Bindings:
     """Every binding of the platform; each replica holds them all."""
 
-    def __init__(self, bucket: Bucket, mine: Callable[[Binding], bool] = lambda _: False) -> None:
+    def __init__(
+        self,
+        bucket: Bucket,
+        mine: Callable[[Binding], bool] = lambda _: False,
+        same_token: Callable[[str, str, str], bool] = lambda _, one, other: one == other,
+    ) -> None:
         self.changed = Latch()
         self.loaded = False
         """False until the bucket was read once: before that, absence means nothing."""
         self._bucket = bucket
         self._mine = mine
         """Whether this replica owns what a binding is about, and so has to put it back when it was purged."""
+        self._same_token = same_token
+        """Whether two stored tokens of a bot are the same one, perhaps sealed anew: nothing has changed then."""
         self._by_bot: dict[str, tuple[Binding, int]] = {}
         self._by_sandbox: dict[str, dict[str, Binding]] = {}
         self._listeners: list[Callable[[str, Binding | None, Binding | None], None]] = []
@@ -150,6 +157,8 @@ class Bindings:
         else:
             self._by_bot[bot] = (after, entry.revision)
             self._by_sandbox.setdefault(after.sandbox, {})[bot] = after
+        if before and after and before.token != after.token and self._same_token(bot, before.token, after.token):
+            before = msgspec.structs.replace(before, token=after.token)
         if before != after:
             for listener in self._listeners:
                 listener(bot, before, after)

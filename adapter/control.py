@@ -19,7 +19,7 @@ from adapter.contract import Bind, BindingEvent, ControlAnswer, Names, Unbind, c
 from adapter.errors import AdapterError, Refused, Temporary, Unreadable
 from adapter.events import Events
 from adapter.metrics import Metrics
-from adapter.ports import Chat, Delivery, Teller
+from adapter.ports import Chat, Delivery, History, Teller
 from adapter.records import Binding
 from adapter.seal import Sealer, bind_context
 from adapter.timing import Clock, backoff
@@ -42,6 +42,7 @@ class Control:
         chat: Chat,
         sealer: Sealer,
         teller: Teller,
+        history: History,
         names: Names,
         clock: Clock,
         metrics: Metrics,
@@ -51,6 +52,7 @@ class Control:
         self._chat = chat
         self._sealer = sealer
         self._teller = teller
+        self._history = history
         self._names = names
         self._clock = clock
         self._metrics = metrics
@@ -71,6 +73,7 @@ class Control:
             number = await self._numbers.get()
             if number not in self._settled:  # carried out again, an old bind would undo the unbind after it
                 await self._carry_out(number)
+            await self._erase(self._queued[number])
             self._settled.append(number)
             await self._queued.pop(number).ack()
 
@@ -106,6 +109,15 @@ class Control:
             await self._put_aside(delivery, exc)
             return
         await self._answer(delivery, answer)
+
+    async def _erase(self, delivery: Delivery) -> None:
+        """A bind holds a token, which a mere ack would leave on the server's disk."""
+        if delivery.subject != self._names.bind:
+            return
+        try:
+            await self._history.delete(self._names.stream_ctl, delivery.seq, erase=True)
+        except Temporary as exc:  # not permitted, perhaps: the commands behind it must not wait for that
+            log.warning("control.unerased", sequence=delivery.seq, reason=exc.reason)
 
     async def _put_aside(self, delivery: Delivery, exc: Unreadable) -> None:
         request = delivery.headers.get(contract.H_MSG_ID, "")[:128]

@@ -160,6 +160,9 @@ class Metrics:
         self.bindings_unowned = self._gauge(
             "bindings_unowned", "Bindings of shards that no replica owns, or beyond capacity: polled by nobody."
         )
+        self.tokens_sealed = self._gauge(
+            "tokens_sealed", "1 if bot tokens are sealed at rest; 0: no key is set, and they are stored as they are."
+        )
         self.shards_owned = self._gauge("shards_owned", "Shards of sandboxes that this replica owns.")
         self.lease_changes = self._counter(
             "lease_changes",

@@ -139,6 +139,11 @@ def _api(*verbs: str) -> tuple[str, ...]:
     return tuple(f"$JS.API.{verb}" for verb in verbs)
 
 
+def _emptied(names: Names) -> tuple[str, ...]:
+    """Streams of which the adapter deletes single messages."""
+    return names.stream_ctl, names.stream_parked, names.stream_raw, names.stream_dead
+
+
 def _adapter_publishes(names: Names) -> tuple[str, ...]:
     prefix, media = names.prefix, f"OBJ_{names.media}"
     return (
@@ -150,7 +155,7 @@ def _adapter_publishes(names: Names) -> tuple[str, ...]:
         *_api("INFO", "STREAM.INFO.*", "STREAM.MSG.GET.*", "DIRECT.GET.>"),
         *_api("CONSUMER.NAMES.*", "CONSUMER.INFO.*.*"),
         *_api(*(f"STREAM.{verb}.{stream}" for verb in ("CREATE", "UPDATE") for stream in streams(names))),
-        *_api(*(f"STREAM.MSG.DELETE.{s}" for s in (names.stream_parked, names.stream_raw, names.stream_dead))),
+        *_api(*(f"STREAM.MSG.DELETE.{stream}" for stream in _emptied(names))),
         *_api(f"STREAM.PURGE.{media}", f"CONSUMER.CREATE.{names.stream_in}.*.{names.inbox('*')}"),
         # of bots that are bound no more
         *_api(*(f"STREAM.PURGE.KV_{bucket}" for bucket in (names.bindings, names.cursors, names.context))),

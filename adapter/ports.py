@@ -372,8 +372,9 @@ class History(Protocol):
     async def counts(self, stream: str, subject: str) -> dict[str, int]:
         """Messages per subject under a wildcard. Raises Temporary."""
 
-    async def delete(self, stream: str, seq: int) -> None:
-        """Deletes one message; one that is gone already is no error. Raises Temporary."""
+    async def delete(self, stream: str, seq: int, *, erase: bool = False) -> None:
+        """Deletes one message, with `erase` so that the disk does not hold it any more; one that is gone already is
+        no error. Raises Temporary."""
 
 
 class Archive(History, Protocol):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import secrets
+from typing import Literal, TypeAlias
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -16,6 +17,8 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from adapter.errors import Refused
 
 MARK = "s1."
+Sealing: TypeAlias = Literal["sealed", "older", "open", "foreign"]
+"""With the first key; with another of ours; not at all; with a key that is not ours."""
 
 
 class Sealer:
@@ -29,6 +32,24 @@ class Sealer:
     def seals(self) -> bool:
         """False where no key is set and tokens are stored as they are."""
         return bool(self._keys)
+
+    def how(self, stored: str) -> Sealing:
+        """How a token is stored."""
+        if not stored.startswith(MARK):
+            return "open"
+        key_id = stored.removeprefix(MARK).partition(".")[0]
+        if key_id not in self._keys:
+            return "foreign"
+        return "sealed" if key_id == self._first else "older"
+
+    def same(self, bot: str, one: str, other: str) -> bool:
+        """Whether two stored tokens of a bot are the same one, sealed at another time or with another key."""
+        if one == other:
+            return True
+        try:
+            return self.open(bot, one) == self.open(bot, other)
+        except Refused:
+            return False
 
     def seal(self, bot: str, token: str) -> str:
         if not self._first:

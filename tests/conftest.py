@@ -1,4 +1,7 @@
-"""Which loop a test gets (modules that say `VIRTUAL_TIME = True`: one whose clock jumps), and what npm brings."""
+"""Which loop a test gets (modules that say `VIRTUAL_TIME = True`: one whose clock jumps), and what npm brings.
+
+And no test may print a secret: see tests/canary.py.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,15 @@ import fcntl
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 
 import pytest
 
+from tests import canary
 from tests.fakes import VirtualLoop
+
+canary.mark()
 
 ROOT = Path(__file__).parents[1]
 NPM = ROOT / "tests" / "npm"
@@ -26,6 +32,19 @@ def pytest_asyncio_loop_factories(
     if getattr(getattr(item, "module", None), "VIRTUAL_TIME", False):
         return {"virtual": VirtualLoop}
     return {"asyncio": asyncio.new_event_loop}
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if report.when == "call" and report.passed:
+        for where, text in report.sections:
+            if secret := canary.printed(text):
+                report.outcome = "failed"
+                report.longrepr = f"{item.nodeid}: {where} holds a secret: {secret}…"
+    return report
 
 
 @pytest.fixture(scope="session")

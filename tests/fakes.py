@@ -169,6 +169,8 @@ class FakeBus:
         """Awaited before a message is stored: to let something happen meanwhile, or to fail."""
         self.on_delete: Callable[[], Awaitable[None]] | None = None
         """Awaited before a message is deleted."""
+        self.erased: list[tuple[str, int]] = []
+        """Stream and sequence of what was deleted so that the disk does not hold it."""
         self.unreadable = 0
         """So many more reads fail."""
         self._names = names
@@ -244,8 +246,10 @@ class FakeBus:
             found[stored.subject] = found.get(stored.subject, 0) + 1
         return found
 
-    async def delete(self, stream: str, seq: int) -> None:
+    async def delete(self, stream: str, seq: int, *, erase: bool = False) -> None:
         await asyncio.sleep(0)
+        if erase:
+            self.erased.append((stream, seq))
         if self.on_delete is not None:
             await self.on_delete()
         self.kept = [kept for kept in self.kept if (kept.stream, kept.stored.seq) != (stream, seq)]

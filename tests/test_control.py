@@ -35,6 +35,7 @@ class Platform:
             chat=self.bench.chat,
             sealer=sealer or self.bench.sealer,
             teller=self.bench.teller,
+            history=self.bench.bus,
             names=self.bench.names,
             clock=self.bench.clock,
             metrics=self.bench.metrics,
@@ -481,6 +482,32 @@ async def test_no_token_is_in_an_answer_an_event_a_log_or_a_repr() -> None:
     sealed = [entry.value or b"" for entry in platform.bench.bindings_bucket.entries.values()]
     for data in (*said, *stored, *sealed, str(logs).encode(), repr(list(platform.bench.bindings)).encode()):
         assert b"SECRET" not in data
+
+
+async def test_a_bind_is_erased_once_it_is_carried_out_or_refused() -> None:
+    """A mere ack would leave its token on the server's disk."""
+    platform = Platform()
+    await platform.bind()
+    await platform.say("unbind", sandbox="s1")
+    await platform.bind(base_url="https://evil.example")
+    platform.publish("bind", b"no json")
+    await asyncio.sleep(1)
+    assert platform.bench.bus.erased == [("WECHAT_CTL", 1), ("WECHAT_CTL", 3), ("WECHAT_CTL", 4)]
+    assert [delivery.acks for delivery in platform.deliveries] == [1, 1, 1, 1]
+
+
+async def test_a_bind_that_cannot_be_erased_holds_up_nobody() -> None:
+    platform = Platform()
+
+    async def away() -> None:
+        raise Temporary("bus_timeout")
+
+    platform.bench.bus.on_delete = away
+    with capture_logs() as logs:
+        assert (await platform.bind()).ok
+        assert (await platform.say("unbind", sandbox="s1")).ok
+    assert [line["event"] for line in logs if line["log_level"] == "warning"] == ["control.unerased"]
+    assert [delivery.acks for delivery in platform.deliveries] == [1, 1]
 
 
 def test_a_bind_shows_no_token() -> None:

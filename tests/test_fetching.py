@@ -601,7 +601,7 @@ def dies_at_telling(bench: Bench) -> None:
 def dies_at_forgetting(bench: Bench) -> None:
     """Between the message and the end of the raw one."""
 
-    async def delete(stream: str, seq: int) -> None:
+    async def delete(stream: str, seq: int, *, erase: bool = False) -> None:
         await asyncio.Event().wait()
 
     bench.bus.delete = delete  # type: ignore[method-assign]
@@ -780,7 +780,7 @@ async def test_a_message_is_told_once_however_long_it_takes_to_forget_it() -> No
     bench.cdn.has("p1", PNG)
     delete, failures = bench.bus.delete, iter([True, True])
 
-    async def fails(stream: str, seq: int) -> None:
+    async def fails(stream: str, seq: int, *, erase: bool = False) -> None:
         if next(failures, False):
             bench.bus._ids.clear()
             raise Temporary("bus_down")

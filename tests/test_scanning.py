@@ -65,6 +65,7 @@ class Doors:
             chat=self.bench.chat,
             sealer=self.sealer,
             teller=self.bench.teller,
+            history=self.bench.bus,
             names=self.bench.names,
             clock=self.clock,
             metrics=self.bench.metrics,

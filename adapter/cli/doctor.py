@@ -17,13 +17,22 @@ from adapter.cli.bus import Bus, connected, settings_from
 from adapter.cli.checks import Check, State
 from adapter.cli.exits import NO, OK, UNREACHABLE, Failed
 from adapter.cli.options import Json, MaybeSandbox
-from adapter.errors import BusRefused, Temporary
+from adapter.errors import BusRefused, Refused, Temporary
 from adapter.jetstream import topology
+from adapter.jetstream.buckets import LeaseRegister, StreamHistory
 from adapter.jetstream.link import Link
+from adapter.resealing import seal_all, tokens_at_rest
+from adapter.seal import Sealer, Sealing
 from adapter.settings import Settings
 
 SERVICE = "wechat-nats"
 PING_S = 1.0
+_SEALED: dict[Sealing, str] = {
+    "sealed": "sealed",
+    "older": "sealed with an older key",
+    "open": "not sealed",
+    "foreign": "sealed with a key that is not set here",
+}
 STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 
 
@@ -67,6 +76,7 @@ async def examine(bus: Bus, settings: Settings) -> list[Check]:
     checks.append(await _level(bus, settings))
     if checks[-1].state == "ok":
         checks += await _topology(bus, settings)
+        checks.append(await _tokens(bus, settings))
     adapters = await _adapters(bus)
     checks.append(adapters)
     if adapters.state == "ok":
@@ -123,6 +133,27 @@ async def _topology(bus: Bus, settings: Settings) -> list[Check]:
         )
         checks.append(Check(d.name, "fail" if d.critical else "warn", said))
     return checks or [Check("streams", "ok", "all streams, buckets and consumers are as they should be")]
+
+
+async def _tokens(bus: Bus, settings: Settings) -> Check:
+    """How bot tokens are stored, as far as the key of this command tells."""
+    sealer = Sealer(settings.token_key)
+    try:
+        found = await tokens_at_rest(StreamHistory(_link(bus, settings)), bus.names, sealer)
+    except Temporary:
+        return Check("tokens", "ok", "this user cannot read how they are stored; adapters look at their start")
+    said = ", ".join(f"{count} {_SEALED[how]}" for how, count in sorted(found.items())) or "none yet"
+    if not sealer.seals and found["open"]:
+        return Check("tokens", "warn", f"{said}: set WECHAT_NATS_TOKEN_KEY, for adapters and for this command.")
+    if not sealer.seals:  # whoever operates the bus need not have it
+        return Check("tokens", "ok", said)
+    if found["open"]:
+        return Check("tokens", "fail", f"{said}: use --fix.")
+    if found["foreign"]:
+        return Check("tokens", "fail", f"{said}: set that key too, after the first, or bind those bots anew.")
+    if found["older"]:
+        return Check("tokens", "warn", f"{said}: use --fix before you take the older key away.")
+    return Check("tokens", "ok", said)
 
 
 def _short(value: Any) -> str:
@@ -192,10 +223,24 @@ async def _fix(bus: Bus, settings: Settings, *, quiet: bool) -> None:
             _announce(f"changing {d.name}: {d.field} from {_short(d.found)} to {_short(d.wanted)}", quiet)
         for d in {d.name: d for d in different}.values():
             await topology.alter(link, d, settings, bus.names)
+        await _seal(link, bus, settings, quiet=quiet)
     except BusRefused as exc:
         raise Failed(NO, f"The server refused: {exc.detail}; this has to be changed by hand.") from exc
     except Temporary as exc:
         raise Failed(UNREACHABLE, f"JetStream did not answer ({exc.detail}): try again.") from exc
+
+
+async def _seal(link: Link, bus: Bus, settings: Settings, *, quiet: bool) -> None:
+    """Raises BusRefused, Temporary, Failed."""
+    sealer, history = Sealer(settings.token_key), StreamHistory(link)
+    found = await tokens_at_rest(history, bus.names, sealer)
+    if not sealer.seals or not (count := found["open"] + found["older"]):
+        return
+    _announce(f"sealing {count} bot tokens with the first key", quiet)
+    try:
+        await seal_all(history, LeaseRegister(link, bus.names.bindings), bus.names, sealer)
+    except Refused as exc:
+        raise Failed(NO, exc.detail) from exc
 
 
 def _announce(text: str, quiet: bool) -> None:

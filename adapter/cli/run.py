@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import os
+import secrets
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
@@ -18,10 +21,13 @@ from adapter.cli.exits import OK, USAGE, Failed
 from adapter.cli.running import beside_server, until_signalled
 from adapter.contract import MESSAGES
 from adapter.embedded import EmbeddedNats
-from adapter.settings import Settings
+from adapter.settings import Settings, read_settings
 from adapter.timing import run_fast
 
 log = structlog.get_logger()
+
+KEY_FILE = "token.key"
+"""In the data folder of `run --embedded`: the key that seals tokens, where the settings name none."""
 
 Rest = Annotated[str, Parameter(show=False, allow_leading_hyphen=True)]
 simulator = App(
@@ -63,11 +69,34 @@ async def _run(settings: Settings, *, embedded: bool, port: int) -> int:
         if not embedded:
             await app.run(settings, stop=stop)
             return OK
+        settings = _with_key(settings, Path(settings.data_dir))
         async with EmbeddedNats(Path(settings.data_dir) / "nats", port) as server:
             log.info("nats.started", url=server.url, folder=str(server.folder))
             beside = msgspec.structs.replace(settings, nats_url=(server.url,))
             await beside_server(app.run(beside, stop=stop), server)
     return OK
+
+
+def _with_key(settings: Settings, folder: Path) -> Settings:
+    """The settings with a key that seals tokens: theirs, else the folder's own, made at the server's first start.
+
+    A server that has run without a key goes on so: its tokens lie open, which is said at the start. Raises Failed.
+    """
+    path = folder / KEY_FILE
+    if settings.token_key or (not path.exists() and (folder / "nats").exists()):
+        return settings
+    try:
+        if not path.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            key = base64.b64encode(secrets.token_bytes(32))
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(key + b"\n")
+            log.info("token_key.made", path=str(path), detail="Keep it elsewhere than backups of this folder.")
+        made = read_settings({"WECHAT_NATS_TOKEN_KEY_FILE": str(path)})
+    except OSError as exc:
+        raise Failed(USAGE, f"Cannot write {path}: {exc.strerror}. Set WECHAT_NATS_DATA_DIR.") from exc
+    return msgspec.structs.replace(settings, token_key=made.token_key)
 
 
 @simulator.default

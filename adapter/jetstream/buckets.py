@@ -116,9 +116,9 @@ class StreamHistory:
             return stored
         return None
 
-    async def delete(self, stream: str, seq: int) -> None:
+    async def delete(self, stream: str, seq: int, *, erase: bool = False) -> None:
         try:
-            await self._link.api(f"STREAM.MSG.DELETE.{stream}", {"seq": seq, "no_erase": True})
+            await self._link.api(f"STREAM.MSG.DELETE.{stream}", {"seq": seq, "no_erase": not erase})
         except BusRefused as exc:
             if exc.code not in (10043, 10037, 10057):
                 raise Temporary("bus_refused", exc.detail) from exc

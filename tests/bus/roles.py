@@ -150,7 +150,7 @@ API: list[tuple[str, dict[str, str]]] = [
     ("$JS.API.STREAM.MSG.GET.<stream>", {"adapter": ALL, "operator": READ}),
     (
         "$JS.API.STREAM.MSG.DELETE.<stream>",
-        {"adapter": "WECHAT_PARKED WECHAT_RAW WECHAT_DEAD", "operator": "WECHAT_DEAD"},
+        {"adapter": "WECHAT_CTL WECHAT_PARKED WECHAT_RAW WECHAT_DEAD", "operator": "WECHAT_DEAD"},
     ),
     ("$JS.API.STREAM.SNAPSHOT.<stream>", {}),
     ("$JS.API.STREAM.RESTORE.<stream>", {}),

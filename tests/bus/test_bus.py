@@ -313,6 +313,25 @@ async def test_a_message_is_deleted_once_and_deleting_it_again_is_no_error(rig: 
     await rig.history.delete(NAMES.stream_parked, 999)
 
 
+def on_disk(folder: Path) -> bytes:
+    return b"".join(path.read_bytes() for path in folder.rglob("*.blk"))
+
+
+@pytest.mark.parametrize("erase", [True, False])
+async def test_what_is_erased_is_not_on_the_disk_any_more(rig: Rig, erase: bool, tmp_path: Path) -> None:
+    """As a bind with its token; a mere deletion leaves it there as long as a later message shares its block."""
+    (ack, _) = await rig.publisher.publish_all([event(number)._replace(payload=b"secret %d" % number)
+                                                for number in range(2)])  # fmt: skip
+    assert isinstance(ack, PubAck)
+    await rig.history.delete(NAMES.stream_event, ack.seq, erase=erase)
+    assert await rig.read(NAMES.stream_event, NAMES.event("s1", "*")) == [b"secret 1"]
+    rig.bus.kill()
+    disk = on_disk(tmp_path)
+    assert b"secret 1" in disk
+    assert (b"secret 0" in disk) is not erase
+    await rig.bus.start()
+
+
 # buckets -------------------------------------------------------------------------------------------------
 
 

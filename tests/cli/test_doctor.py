@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import base64
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from adapter.cli import permitted
 from adapter.cli.bus import Bus, connected
-from adapter.contract import BindingInfo
+from adapter.contract import BindingInfo, token_of
 from adapter.embedded import EmbeddedNats
+from adapter.errors import Refused
+from adapter.jetstream.buckets import StreamHistory
+from adapter.jetstream.link import Link
+from adapter.records import Binding
+from adapter.seal import Sealer
 from adapter.settings import read_settings
 from tests.bus.guarded import Guarded, guarded
 from tests.cli.conftest import Command, Result
+from tests.cli.process import started
 from tests.cli.standin import answering
 
 
@@ -225,3 +234,96 @@ async def test_the_credentials_of_a_sandbox_can_be_checked(
         result = await cli("doctor", "--sandbox", "s2", "--json")
         assert (result.code, states(result)) == (1, {"own": "ok", "others": "fail"})
         assert "It may subscribe wechat.in.*:" in said(result, "others")[1]
+
+
+OLD, NEW, OTHER = (base64.b64encode(bytes([number]) * 32).decode() for number in (1, 2, 3))
+
+
+async def bound(bus: Bus, *tokens: str) -> None:
+    """Bindings as they lie in the bucket."""
+    for number, token in enumerate(tokens):
+        binding = Binding(sandbox=f"s{number}", bot=f"b{number}@im.bot", token=token)
+        key = f"$KV.{bus.names.bindings}.{token_of(binding.bot)}"
+        await bus.js.publish(key, msgspec.json.encode(binding))
+
+
+async def stored_tokens(bus: Bus) -> list[str]:
+    link = Link(bus.settings, "test")
+    link.nc = bus.nc
+    found = StreamHistory(link).read(f"KV_{bus.names.bindings}", f"$KV.{bus.names.bindings}.>")
+    return [msgspec.json.decode(stored.data, type=Binding).token async for stored in found]
+
+
+def sealer(*keys: str) -> Sealer:
+    return Sealer(tuple(base64.b64decode(key) for key in keys))
+
+
+@pytest.mark.parametrize(
+    ("keys", "how", "state", "word"),
+    [
+        ("", ["open"], "warn", "1 not sealed: set WECHAT_NATS_TOKEN_KEY"),
+        (NEW, [], "ok", "none yet"),
+        (NEW, ["new"], "ok", "1 sealed"),
+        (NEW, ["new", "open"], "fail", "use --fix"),
+        (f"{NEW},{OLD}", ["new", "old"], "warn", "1 sealed with an older key"),
+        (NEW, ["new", "old"], "fail", "1 sealed with a key that is not set here"),
+    ],
+    ids=["no-key", "none", "sealed", "unsealed", "rotated", "lost"],
+)
+async def test_doctor_says_how_tokens_lie_in_the_bucket(
+    cli: Command, bus: Bus, monkeypatch: pytest.MonkeyPatch, keys: str, how: list[str], state: str, word: str
+) -> None:
+    kinds = {"open": "T", "new": sealer(NEW).seal("b0@im.bot", "T"), "old": sealer(OLD).seal("b1@im.bot", "T")}
+    await bound(bus, *(kinds[one] for one in how))
+    monkeypatch.setenv("WECHAT_NATS_TOKEN_KEY", keys)
+    result = await cli("doctor", "--json")
+    (row,) = [row for row in result.rows if row["check"] == "tokens"]
+    assert row["state"] == state
+    assert word in row["say"]
+
+
+async def test_fix_seals_what_is_open_or_under_an_older_key(
+    cli: Command, bus: Bus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rotation: set the new key before the old one, fix, take the old one away."""
+    await bound(bus, "TOKEN-0", sealer(OLD).seal("b1@im.bot", "TOKEN-1"), sealer(NEW).seal("b2@im.bot", "TOKEN-2"))
+    monkeypatch.setenv("WECHAT_NATS_TOKEN_KEY", f"{NEW},{OLD}")
+    result = await cli("doctor", "--fix")
+    assert "sealing 2 bot tokens" in result.out
+    assert "TOKEN" not in result.out + result.err
+    tokens = await stored_tokens(bus)
+    assert sorted(sealer(NEW).open(f"b{n}@im.bot", t) for t in tokens for n in [_number(t)]) == [
+        "TOKEN-0",
+        "TOKEN-1",
+        "TOKEN-2",
+    ]
+    assert "sealing" not in (await cli("doctor", "--fix")).out
+
+
+def _number(token: str) -> int:
+    """Whose token it is: it opens for no other bot."""
+    for number in range(3):
+        with contextlib.suppress(Refused):
+            sealer(NEW).open(f"b{number}@im.bot", token)
+            return number
+    raise AssertionError("sealed with no new key")
+
+
+async def test_an_adapter_with_a_key_does_not_start_on_open_tokens_unless_told(
+    bus: Bus, server: EmbeddedNats, tmp_path: Path
+) -> None:
+    await bound(bus, "TOKEN-0")
+    environ = {"NATS_URL": server.url, "WECHAT_NATS_TOKEN_KEY": NEW, "WECHAT_NATS_HTTP_ADDR": "127.0.0.1:0"}
+    async with started("run", env=environ) as process:
+        out, err = await process.communicate()
+        assert process.returncode == 2
+    assert b"`wechat-nats doctor --fix` seals them" in out + err
+    assert b"TOKEN-0" not in out + err
+    for allowed in ({"WECHAT_NATS_ALLOW_UNSEALED": "true"}, {"WECHAT_NATS_TOKEN_KEY": ""}):
+        async with started("run", env=environ | allowed) as process:
+            assert process.stdout is not None
+            async for line in process.stdout:
+                if b"adapter.started" in line:
+                    break
+            else:
+                raise AssertionError("it did not start")

@@ -11,8 +11,11 @@ from pathlib import Path
 import nats
 import pytest
 
+from adapter.cli.exits import Failed
+from adapter.cli.run import KEY_FILE, _with_key
 from adapter.embedded import EmbeddedFailed, EmbeddedNats, find_server, server_config, server_version
 from adapter.errors import SettingsError
+from adapter.settings import Settings
 from tests.cli.process import alive, until
 
 
@@ -164,3 +167,33 @@ def test_the_bundled_server_comes_first(tmp_path: Path) -> None:
 def test_without_any_server_the_extra_is_named(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"wechat-nats\[embedded\]"):
         find_server([], path=str(tmp_path))
+
+
+# the key beside it --------------------------------------------------------------------------------------
+
+
+def test_the_first_start_makes_a_key_that_only_its_owner_reads_and_keeps_it(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    first = _with_key(Settings(), folder)
+    assert (folder / KEY_FILE).stat().st_mode & 0o777 == 0o600
+    (folder / "nats").mkdir()
+    assert len(first.token_key[0]) == 32
+    assert _with_key(Settings(), folder) == first
+    assert _with_key(Settings(), tmp_path / "other") != first
+
+
+def test_a_key_of_the_settings_is_the_one_that_counts(tmp_path: Path) -> None:
+    settings = Settings(token_key=(bytes(32),))
+    assert _with_key(settings, tmp_path) == settings
+    assert not (tmp_path / KEY_FILE).exists()
+
+
+def test_a_server_that_ran_without_a_key_goes_on_so(tmp_path: Path) -> None:
+    (tmp_path / "nats").mkdir()
+    assert _with_key(Settings(), tmp_path) == Settings()
+
+
+def test_a_key_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(Failed, match="WECHAT_NATS_DATA_DIR"):
+        _with_key(Settings(), tmp_path / "file")

@@ -7,9 +7,11 @@ bus carries.
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import os
 import random
+import re
 import signal
 import sys
 import urllib.error
@@ -20,6 +22,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import httpx
 import msgspec
 import nats
 from nats.aio.client import Client
@@ -27,6 +30,7 @@ from nats.aio.client import Client
 from adapter.contract import FINAL_OUTCOMES, Bind, ControlAnswer, Names, Receipt
 from adapter.embedded import EmbeddedNats
 from adapter.simulator import BotRecord, Simulator, SimulatorSettings
+from tests import canary
 from tests.e2e.audit import audit as audit  # noqa: PLC0414
 from tests.e2e.cluster import NatsCluster
 from tests.e2e.reading import stream as stream  # noqa: PLC0414
@@ -66,6 +70,11 @@ class AdapterProcess:
         assert self.process is not None
         with contextlib.suppress(ProcessLookupError):
             self.process.send_signal(number)
+
+    def http_port(self) -> int:
+        """Where its /metrics are, by the last word of its log; 0 where it has not started."""
+        found = re.findall(rb'"adapter.started".*"http":(\d+)', self.log.read_bytes())
+        return int(found[-1]) if found else 0
 
     async def ended(self) -> int:
         """Waits for the end; the exit code."""
@@ -255,6 +264,29 @@ class World:
             if adapter.running:
                 await adapter.kill()
 
+    async def leaks(self) -> list[str]:
+        """Secrets, and what people wrote, in what the adapters log and tell Prometheus, and on the server's disk.
+
+        Before `close`, which it needs first for the disk to be whole.
+        """
+        found = []
+        texts = {text for said in self.said.values() for text in said if len(text) > 8}
+        texts |= {f"answer {ident}" for idents in self.sent.values() for ident in idents}
+        secrets = [(secret, what) for what, secret in canary.MARKS.items()]
+        secrets += [*canary.keys_of(self.sim).items(), *((text, "what somebody wrote") for text in texts)]
+        for adapter in self.adapters:
+            log = adapter.log.read_bytes()
+            found += canary.leaks(adapter.log.name, log, secrets)
+            if adapter.running and (port := adapter.http_port()):
+                with contextlib.suppress(httpx.HTTPError):  # it may be stopped, or frozen
+                    async with httpx.AsyncClient(trust_env=False, timeout=2) as http:
+                        metrics = await http.get(f"http://127.0.0.1:{port}/metrics")
+                        found += canary.leaks("/metrics", metrics.content, secrets)
+        return found
+
+
+TOKEN_KEY = base64.b64encode(bytes(range(32))).decode()
+
 
 def fast(**settings: Any) -> SimulatorSettings:
     """A simulator that holds polls for half a second and answers at once."""
@@ -265,6 +297,7 @@ def environ_of(url: str, sim: Simulator) -> dict[str, str]:
     """An adapter between a NATS and a simulator that wastes no time."""
     return {
         "NATS_URL": url,
+        "WECHAT_NATS_TOKEN_KEY": TOKEN_KEY,
         "WECHAT_NATS_ILINK_BASE_URL": sim.url,
         "WECHAT_NATS_CDN_BASE_URL": sim.cdn_url,
         "WECHAT_NATS_ALLOWED_HOSTS": "127.0.0.1",
@@ -297,11 +330,15 @@ async def world(
             made.nodes = server
         else:
             made.servers = server
+        leaks = []
         try:
             yield made
+            leaks = await made.leaks()
         finally:
             await made.close()
             server.kill()  # a clean stop takes 10 ms for each of the 130 consumers
+        leaks += canary.leaks_on_disk(folder / "nats")
+        assert leaks == []
 
 
 async def load(made: World, nc: Client, *, rounds: int, pause_s: float, rng: random.Random, first: int = 0) -> None:

@@ -1,0 +1,50 @@
+"""How the tokens in the bucket of bindings are stored, and sealing anew those that are open or under an older key."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import AsyncIterator
+
+import msgspec
+
+from adapter.contract import Names
+from adapter.errors import Conflict, Refused
+from adapter.ports import History, Register, Stored
+from adapter.records import Binding
+from adapter.seal import Sealer, Sealing
+
+
+async def tokens_at_rest(history: History, names: Names, sealer: Sealer) -> Counter[Sealing]:
+    """How many tokens are stored in which way. Raises Temporary."""
+    return Counter([sealer.how(binding.token) async for _, binding in _bindings(history, names)])
+
+
+async def seal_all(history: History, bucket: Register, names: Names, sealer: Sealer) -> int:
+    """Seals with the first key what is not; how many. What somebody else writes meanwhile is left as it is.
+
+    Raises Temporary, Refused (no key is set, or a token cannot be opened).
+    """
+    if not sealer.seals:
+        raise Refused("token_key", "No key is set: WECHAT_NATS_TOKEN_KEY.")
+    sealed = 0
+    async for stored, binding in _bindings(history, names):
+        if sealer.how(binding.token) not in ("open", "older"):
+            continue
+        token = sealer.seal(binding.bot, sealer.open(binding.bot, binding.token))
+        value = msgspec.json.encode(msgspec.structs.replace(binding, token=token))
+        try:
+            await bucket.write(_key(stored, names), value, stored.seq)
+        except Conflict:
+            continue
+        sealed += 1
+    return sealed
+
+
+async def _bindings(history: History, names: Names) -> AsyncIterator[tuple[Stored, Binding]]:
+    async for stored in history.read(f"KV_{names.bindings}", f"$KV.{names.bindings}.>"):
+        if stored.data:  # else it was deleted
+            yield stored, msgspec.json.decode(stored.data, type=Binding)
+
+
+def _key(stored: Stored, names: Names) -> str:
+    return stored.subject.removeprefix(f"$KV.{names.bindings}.")
