@@ -4,6 +4,8 @@
 # make chaos   a quarter of an hour in which everything goes wrong, and a table of what came of it
 # make soak    half an hour of steady traffic: nothing may grow; a table and a plot
 # make bench   what the bridge costs, beside one that promises nothing; ten minutes
+# make fuzz    foreign bytes into every reader, guided by coverage, for FUZZ_S seconds each; installs the fuzzer
+# make audit   known vulnerabilities in what is locked; needs an index that has advisories
 # make image-test  the image, built and run: needs root and Debian, and installs buildah and podman
 # make alerts-test  every alert, fired by a real fault in a real Prometheus; takes two minutes
 # make dashboard-picture  helm/dashboard.png, from what a real Prometheus answers under load
@@ -27,7 +29,7 @@ NPM_STAMP := $(NPM)/node_modules/.installed
 # An environment that is there is kept, whichever Python it has.
 PYTHONS := $(BIN)/python python3 python3.14 python3.13 python3.12 python3.11
 
-.PHONY: demo test check tests slow chaos chaos-short soak bench image-test alerts-test dashboard-picture console-test format generate npm clean install
+.PHONY: demo test check tests slow fuzz audit chaos chaos-short soak bench image-test alerts-test dashboard-picture console-test format generate npm clean install
 .DEFAULT_GOAL := test
 
 demo: install
@@ -92,6 +94,24 @@ generate: install
 	  mv $(NPM)/node_modules/.types schemas/wechat-nats.d.ts; \
 	else echo 'npm is missing: schemas/wechat-nats.d.ts is left as it is' >&2; fi
 	@$(BIN)/python -m tests.chart.generate
+
+# FUZZ_S: seconds for each target; FUZZ: some of them.
+FUZZ_S := 60
+FUZZ :=
+fuzz: install
+	@$(call environment,fuzz)
+	@.tools/fuzz/bin/python -m tests.fuzz --seconds $(FUZZ_S) $(FUZZ)
+
+# AUDIT=--unknown-ok: no failure where nobody with advisories answers.
+AUDIT :=
+audit: install
+	@$(call environment,audit)
+	@.tools/audit/bin/python -m tests.audit $(AUDIT) "$$(command -v uv || echo .tools/bin/uv)"
+
+# An environment of its own for a group of pyproject.toml, so that the tests' has only what they need.
+environment = exec </dev/null 1>&2; uv=$$(command -v uv || echo .tools/bin/uv); \
+	UV_PROJECT_ENVIRONMENT='.tools/$(1)' "$$uv" sync --quiet --frozen --all-extras --no-default-groups \
+	  --group $(1) --group dev --python $(BIN)/python --no-python-downloads
 
 console-test: install
 	@$(BIN)/pytest -m slow tests/console </dev/null

@@ -95,7 +95,7 @@ def wav_duration_ms(data: bytes) -> int | None:
     try:
         with wave.open(io.BytesIO(data)) as recording:
             frames, rate = recording.getnframes(), recording.getframerate()
-    except (wave.Error, EOFError, struct.error):
+    except (wave.Error, EOFError, struct.error, RuntimeError):  # the last one: of parts that reach beyond the end
         return None
     return int(frames * 1000 / rate) if rate else None
 

@@ -124,7 +124,11 @@ def test_without_the_library_there_is_no_wav(monkeypatch: pytest.MonkeyPatch) ->
     assert silk_duration_ms(SILK) == 1000
 
 
-@pytest.mark.parametrize("data", [b"", b"RIFF", RIFF[:30], SILK, b"RIFF\0\0\0\0WAVE"])
+BEYOND = b"RIFF$\0\0\0WAVEfmt_\xff\xff\xff\xffdata"
+"""A part that is longer than the whole."""
+
+
+@pytest.mark.parametrize("data", [b"", b"RIFF", RIFF[:30], SILK, b"RIFF\0\0\0\0WAVE", BEYOND])
 def test_no_wav_has_no_length(data: bytes) -> None:
     assert wav_duration_ms(data) is None
 

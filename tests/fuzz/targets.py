@@ -1,0 +1,365 @@
+"""What reads foreign bytes, each as a function of bytes that raises nothing but what its callers expect.
+
+Used twice: by Hypothesis in every run of the tests (tests/test_fuzz.py), and coverage-guided by `make fuzz`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+import httpx
+import msgspec
+from yarl import URL
+
+from adapter import contract, logs, media
+from adapter.commands import (
+    HEADER_CHARS,
+    HEADERS_KEPT,
+    Limits,
+    client_id,
+    command_id,
+    joins,
+    merge,
+    passed_on,
+    peek,
+    read_command,
+    sandbox_of,
+)
+from adapter.contract import Bind, Inbound, MediaPiece, MediaQuery, Names, Unbind, is_inbox, text_of, token_of
+from adapter.dedup import Seen
+from adapter.errors import AdapterError, Refused, Unreadable
+from adapter.ilink import protocol
+from adapter.ilink.addresses import is_public
+from adapter.ilink.cipher import Decryption, read_key
+from adapter.ilink.protocol import Reply
+from adapter.ilink.translate import read_message
+from adapter.ilink.unpack import PackedBadly, Unpacker
+from adapter.ports import Scan
+from adapter.seal import Sealer
+from adapter.split import MAX_BYTES, is_open, split, to_plain
+
+ROOT = Path(__file__).parents[2]
+NAMES = Names()
+LIMITS = Limits(command_bytes=65_536, text_chars=400, parts=10, park_ms=1000)
+SEALER = Sealer((bytes(32),))
+NOT_JSON = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+"""What decoding raises, and each reader of the bus expects."""
+SECRET = "b0f5860fdecb@im.bot:06canarycanarycanary"
+
+
+class Target(NamedTuple):
+    """A reader. `seeds`: samples that it reads, as patterns."""
+
+    read: Callable[[bytes], None]
+    seeds: tuple[str, ...] = ()
+
+
+def command(data: bytes) -> None:
+    """wechat.out.<sandbox>, and what is parked: read, cut, merged; its parts fit into one request each."""
+    try:
+        body = peek(data, LIMITS)
+        read = read_command(body, sandbox="s1", ident=command_id(body.id, "", "", 7), stored_ms=1, limits=LIMITS)
+    except (Unreadable, Refused) as exc:
+        assert len(exc.detail) < 1000
+        contract.Receipt(command="c", sandbox="s1", outcome="refused", reason=exc.reason, detail=exc.detail)
+        return
+    texts = [part for part in read.parts if isinstance(part, str)]
+    assert all(part.strip() and len(part) <= LIMITS.text_chars and len(part.encode()) <= MAX_BYTES for part in texts)
+    assert len(texts) <= LIMITS.parts
+    assert read.expires_ms - read.stored_ms <= LIMITS.park_ms
+    protocol.text_request("t", 1, user=read.user, client_id=client_id(read, 0), context_token="c",
+                          text="".join(texts), agent="a/1")  # fmt: skip
+    if joins([], read, 3000):
+        assert merge([read]) == read
+    NAMES.parked(1, contract.peer_key(read.bot, read.user)).encode("ascii")
+
+
+def routed(data: bytes) -> None:
+    """Plain wechat.out."""
+    try:
+        sandbox = sandbox_of(peek(data, LIMITS))
+    except (Unreadable, Refused):
+        return
+    assert re.fullmatch(r"[a-z0-9_-]{1,64}", sandbox)
+
+
+def headers(data: bytes) -> None:
+    """Of a command: what is copied can be written again by any client."""
+    lines = [line.partition(":") for line in data.decode("utf-8", "replace").split("\n")]
+    kept = passed_on({name: value for name, _, value in lines})
+    assert len(kept) <= HEADERS_KEPT
+    assert all(re.fullmatch(r"[!-9;-~]+", name) and len(value) <= HEADER_CHARS for name, value in kept.items())
+    assert not any(name.lower().startswith(("nats-", "status")) for name in kept)
+
+
+def control(data: bytes) -> None:
+    """wechat.ctl.bind and wechat.ctl.unbind."""
+    for kind in (Bind, Unbind):
+        try:
+            read = msgspec.json.decode(data, type=kind)
+        except NOT_JSON:
+            continue
+        if isinstance(read, Bind):
+            assert "canary" not in repr(msgspec.structs.replace(read, bot_token="canary")) or b"canary" in data
+            try:
+                token = SEALER.open(read.bot, read.bot_token)
+            except Refused:
+                continue
+            assert SEALER.open(read.bot, SEALER.seal(read.bot, token)) == token
+
+
+def service(data: bytes) -> None:
+    """Requests to wechat.svc.*; of media.put the headers."""
+    for kind in (contract.BindingsQuery, contract.WindowQuery, contract.ReplayQuery, contract.LoginStart, MediaQuery):
+        try:
+            msgspec.json.decode(data or b"{}", type=kind)
+        except NOT_JSON:
+            continue
+    pairs = data.decode("utf-8", "replace").split("\n")
+    given = {name: value for name, _, value in (pair.partition(":") for pair in pairs)}
+    try:
+        piece = msgspec.convert(given, MediaPiece, strict=False)
+    except msgspec.ValidationError:
+        return
+    assert piece.offset >= 0
+    assert re.fullmatch(r"[A-Za-z0-9_-]+", piece.upload)
+
+
+def message(data: bytes) -> None:
+    """A message of a user, as iLink writes it: it can always be told, or is kept as it is."""
+    try:
+        said = read_message(data)
+    except Unreadable:
+        return
+    told = Inbound(
+        id=said.keys.id_for("b1@im.bot"), sandbox="s1", bot="b1@im.bot", user=said.user, sent_at_ms=said.sent_at_ms,
+        received_at_ms=1, text=said.text, items=said.items, quote=said.quote,
+    )  # fmt: skip
+    assert msgspec.json.decode(msgspec.json.encode(told), type=Inbound) == told
+    assert all(0 <= fetch.item < len(said.items) for fetch in said.fetches)
+    token_of(said.user).encode("ascii")
+    seen = Seen(skew_ms=1000)
+    seen.add(said.keys, 1)
+    if said.keys.message or said.sent_at_ms:
+        assert seen.has(said.keys)
+        assert Seen(seen.records(), skew_ms=1000).has(said.keys)
+    assert len(seen.records()) == 1
+
+
+def reply(data: bytes) -> None:
+    """iLink's answers, of every endpoint and with any status and headers: an AdapterError, or what was said."""
+    number, _, body = data.partition(b"\n")
+    status = int(number[:3]) if number[:3].isdigit() else 200
+    name, _, value = number[3:].decode("latin-1").partition(":")
+    answer = Reply(status, {name.lower(): value.strip()}, body)
+    readers: list[Callable[[], Any]] = [
+        lambda: protocol.read_updates(answer, polled_s=20.0),
+        lambda: protocol.read_updates(answer, polled_s=1.0),
+        lambda: protocol.read_sent(answer),
+        lambda: protocol.read_notified(answer),
+        lambda: protocol.read_ticket(answer),
+        lambda: protocol.read_typing(answer),
+        lambda: protocol.read_upload_url(answer, cdn_base_url="https://c.weixin.qq.com/c2c", filekey="f"),
+    ]
+    for read in readers:
+        try:
+            read()
+        except AdapterError as exc:
+            assert len(exc.detail) < 1000
+            assert getattr(exc, "retry_after_s", None) is None or 0 <= exc.retry_after_s <= 300  # type: ignore[attr-defined]
+    polled = None
+    with contextlib.suppress(AdapterError):
+        polled = protocol.read_updates(answer, polled_s=20.0)
+    for raw in polled.messages[:20] if polled else ():
+        message(raw)
+
+
+def login(data: bytes) -> None:
+    """Answers about QR codes: they may hold a token, which no error may repeat."""
+    answer = Reply(200, {}, data.replace(b"SECRET", SECRET.encode()))
+    for read in (protocol.read_qrcode, protocol.read_qrcode_status):
+        try:
+            found = read(answer)
+        except AdapterError as exc:
+            assert "canary" not in "".join(traceback.format_exception(exc))
+            continue
+        assert "canary" not in repr(found)
+        if isinstance(found, Scan):
+            for host in (found.redirect_host, found.base_url):
+                _url(host)
+
+
+def url(data: bytes) -> None:
+    """URLs from outside: what is let through leads, by every reader of URLs that we use, to a host of iLink."""
+    _url(data.decode("utf-8", "replace"))
+
+
+def _url(text: str) -> None:
+    allowed: list[str] = []
+    checks: list[Callable[[], str]] = [
+        lambda: protocol.check_url(text, ()),
+        lambda: protocol.check_link(text, ()),
+        lambda: protocol.redirect_url(text, "https://ilinkai.weixin.qq.com", ()),
+    ]
+    for check in checks:
+        try:
+            allowed.append(check())
+        except Refused as exc:
+            assert exc.reason == "url"
+    for one in allowed:
+        host = urlsplit(one).hostname or ""
+        assert host.endswith((".weixin.qq.com", ".wechat.com"))
+        assert urlsplit(one).scheme == "https"
+        assert urlsplit(one).username is None
+        assert not is_public(host)  # a name, no address
+        assert URL(one, encoded=True).host == host
+        assert httpx.URL(one).host == host
+        assert httpx.URL(one).scheme == "https"
+
+
+def texts(data: bytes) -> None:
+    """Long texts and Markdown."""
+    text = data.decode("utf-8", "replace")
+    plain = to_plain(text)
+    for whole in (text, plain):
+        for parts in (split(whole, 100), split(whole, 7, 40)):
+            assert all(len(part.encode()) <= MAX_BYTES for part in parts)
+        is_open(whole)
+
+
+def packed(data: bytes) -> None:
+    """Packed answers."""
+    encoding, _, body = data.partition(b"\n")
+    try:
+        unpacker = Unpacker(encoding.decode("latin-1"), 10_000)
+        assert len(b"".join([unpacker.feed(body[:5]), unpacker.feed(body[5:])])) <= 10_000
+        unpacker.finish()
+    except PackedBadly:
+        return
+
+
+def medium(data: bytes) -> None:
+    """Media: what they are, how large, how long."""
+    name, _, content = data.partition(b"\n")
+    kind = media.identify(content[: media.HEAD], name.decode("utf-8", "replace"))
+    assert kind.mime.isascii()
+    assert all(size is None or 0 <= size < 2**63 for size in (kind.width, kind.height))
+    for duration in (media.silk_duration_ms(content), media.wav_duration_ms(content)):
+        assert duration is None or 0 <= duration < 2**53
+    msgspec.json.encode(kind)
+
+
+def voice(data: bytes) -> None:
+    """WeChat's voice format, which a library in C decodes: WAV, or None; never more than ten minutes of it."""
+    wav = media.silk_to_wav(data)
+    longest = media.SILK_MAX_FRAMES * media.SILK_RATE // 1000 * 2 * media.SILK_FRAME_MS
+    assert wav is None or len(wav) <= longest + 100
+
+
+def cipher(data: bytes) -> None:
+    """Keys and bytes of media."""
+    key, _, content = data.partition(b"\n")
+    for text in (key.decode("utf-8", "replace"), content.decode("latin-1")):
+        for given in ((text, None), (None, text)):
+            try:
+                read = read_key(*given)
+            except Refused:
+                continue
+            assert read is None or len(read) == 16
+    work = Decryption(bytes(16))
+    try:
+        plain = work.update(content) + work.finish()
+    except Refused:
+        return
+    assert len(plain) < len(content)
+
+
+def names(data: bytes) -> None:
+    """Subjects, keys and tokens."""
+    text = data.decode("utf-8", "replace")
+    assert text_of(token_of(text)) == text
+    bot, _, user = text.partition("/")
+    assert contract.peer_of(contract.peer_key(bot, user)) == (bot, user)
+    if is_inbox(text):
+        assert text.startswith("_INBOX")
+        assert not set(text) & set(" \t\r\n*>\x00")
+    with contextlib.suppress(ValueError):
+        text_of(text)
+    for stored in (text, f"s1.{text}"):
+        with contextlib.suppress(Refused):
+            SEALER.open("b1@im.bot", stored)
+
+
+def logged(data: bytes) -> None:
+    """The net below the logs: a bot's token is found in whatever surrounds it."""
+    text = data.decode("utf-8", "replace")
+    shown = logs.redacted_text(f"{text} {SECRET} {text}", 100_000)
+    assert "canarycanary" not in shown
+    logs.redact(None, "info", {"detail": text, "fields": {"token": text, "list": [text, data]}})
+
+
+TARGETS: dict[str, Target] = {
+    "command": Target(command, ("schemas/samples/valid/outbound-*.json", "schemas/samples/invalid/outbound-*.json")),
+    "routed": Target(routed, ("schemas/samples/valid/outbound-*.json", "schemas/samples/invalid/outbound-*.json")),
+    "headers": Target(headers),
+    "control": Target(control, ("schemas/samples/valid/*bind-*.json", "schemas/samples/invalid/*bind-*.json")),
+    "service": Target(service, ("schemas/samples/*/*_query-*.json", "schemas/samples/*/login_*.json")),
+    "message": Target(message, ("tests/samples/*.json",)),
+    "reply": Target(reply, ("tests/samples/*.json",)),
+    "login": Target(login, ("tests/samples/*.json",)),
+    "url": Target(url),
+    "texts": Target(texts),
+    "packed": Target(packed),
+    "medium": Target(medium),
+    "voice": Target(voice),
+    "cipher": Target(cipher),
+    "names": Target(names),
+    "logged": Target(logged),
+}
+
+
+def seeds(name: str) -> Iterator[bytes]:
+    """What a target is known to read, to begin with."""
+    for pattern in TARGETS[name].seeds:
+        for path in sorted(ROOT.glob(pattern)):
+            yield path.read_bytes()
+    yield from _SEEDS.get(name, ())
+
+
+_SEEDS: dict[str, tuple[bytes, ...]] = {
+    "headers": (b"traceparent:00-1\nStatus:409\nNats-Msg-Id:1",),
+    "reply": (
+        b"200\n{}",
+        b'200\n{"ret":0,"msgs":[{"message_id":1}]}',
+        b'429retry-after:7\n{"errcode":-14}',
+        b"524\n",
+    ),
+    "login": (
+        b'{"ret":0,"qrcode":"SECRET","qrcode_img_content":"https://liteapp.weixin.qq.com/q/x"}',
+        b'{"ret":0,"status":"confirmed","bot_token":"SECRET","baseurl":"https://ilinkai.wechat.com"}',
+        b'{"status":"scaned_but_redirect","redirect_host":"a.weixin.qq.com:443"}',
+    ),
+    "url": (
+        b"https://ilinkai.weixin.qq.com/a?b=c",
+        b"https://a.weixin.qq.com:443@evil.example",
+        b"https://[::ffff:127.0.0.1].weixin.qq.com",
+        "https://a。weixin.qq.com".encode(),
+    ),
+    "texts": (b"# a\n\n- **b** `c` [d](e)\n\n```py\nf\n```\n| a | b |\n|---|---|\n| c | d |",),
+    "packed": (b"gzip\n\x1f\x8b\x08\x00", b"deflate\nx\x9c", b"\nplain"),
+    "medium": (
+        b"a.png\n\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR",
+        b"a.wav\nRIFF\x24\x00\x00\x00WAVEfmt ",
+        b"a.jpg\n\xff\xd8\xff\xe0",
+    ),
+    "voice": (b"\x02#!SILK_V3\x01\x00a", b"#!SILK_V3\x14\x00" + bytes(20)),
+    "cipher": (b"AAAAAAAAAAAAAAAAAAAAAA==\n" + bytes(16),),
+    "names": (b"_INBOX.a.b", b"o9cq80@im.wechat/b=40", b"s1.0011.AAAA"),
+    "logged": (b'{"bot_token": "', b"Bearer ", b"https://u:p@h/?a=b"),
+}
