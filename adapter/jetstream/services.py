@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 
 import structlog
 from nats import micro
 from nats.aio.client import Client
 from nats.aio.msg import Msg
+from nats.errors import Error as NatsError
 from nats.micro.request import Request
 from nats.micro.service import EndpointConfig
 
@@ -23,17 +26,20 @@ log = structlog.get_logger()
 SERVICE = "wechat-nats"
 Handler = Callable[[bytes], Awaitable[bytes]]
 SandboxHandler = Callable[[Asked], Awaitable[Answered]]
+Handle = Callable[[Request], Awaitable[None]]
 Answering = Callable[[Request], Awaitable[Answered]]
 IMPORTED_REPLY = "_R_."
 """What the server makes of the inbox of a request that comes from another account."""
 AT_ONCE = 256
 """Requests that are being answered; more wait."""
+OF_ONE = 32
+"""Of these, on the subjects of one sandbox; more are refused, so that it does not take the room of all others."""
 
 
 class Services:
     """Answers `wechat.svc.<verb>` as one of a queue group, and `wechat.svc.<verb>.<sandbox>` for `of_sandbox`.
 
-    Handlers raise Refused (400, 404) or Temporary (503). Answers go to inboxes only.
+    Handlers raise Refused (400, 404) or Temporary (503); 429: too many at once. Answers go to inboxes only.
     """
 
     def __init__(
@@ -53,6 +59,8 @@ class Services:
         self._instance = instance
         self._room = asyncio.Semaphore(AT_ONCE)
         self._answers: set[asyncio.Task[None]] = set()
+        self._of_one: Counter[str] = Counter()
+        """Requests of each sandbox that are being answered."""
         link.on_up(self._start)
 
     async def _start(self, nc: Client) -> None:
@@ -63,15 +71,33 @@ class Services:
             description="The bridge between WeChat and NATS",
             metadata={"instance": self._instance, "prefix": self._names.prefix},
         )
-        endpoints = [(verb, self._names.svc(verb), _plainly(handler)) for verb, handler in self._handlers.items()]
+        endpoints = [
+            (verb, self._names.svc(verb), self._answering(_plainly(handler)))
+            for verb, handler in self._handlers.items()
+        ]
         for verb, of_sandbox in self._of_sandbox.items():
             name = f"{verb}.own" if verb in self._handlers else verb
-            endpoints.append((name, f"{self._names.svc(verb)}.*", _by_sandbox(of_sandbox)))
-        for name, subject, answering in endpoints:
-            config = EndpointConfig(name=name.replace(".", "-"), subject=subject, handler=self._answering(answering))
+            answering = self._fairly(self._answering(_by_sandbox(of_sandbox)))
+            endpoints.append((name, f"{self._names.svc(verb)}.*", answering))
+        for name, subject, handle in endpoints:
+            config = EndpointConfig(name=name.replace(".", "-"), subject=subject, handler=handle)
             await service.add_endpoint(config)
 
-    def _answering(self, handler: Answering) -> Callable[[Request], Awaitable[None]]:
+    def _fairly(self, handle: Handle) -> Handle:
+        """Refuses (429) what a sandbox asks beyond its share."""
+
+        async def take(request: Request) -> None:
+            sandbox = _sandbox_of(request)
+            if self._of_one[sandbox] < OF_ONE:
+                await handle(request)
+            elif _may_reply(request):
+                said = f"This sandbox has {OF_ONE} requests out: wait for their answers."
+                with contextlib.suppress(NatsError):  # the connection broke: nobody waits for it any more
+                    await request.respond_error("429", said)
+
+        return take
+
+    def _answering(self, handler: Answering) -> Handle:
         async def answer(request: Request) -> None:
             try:
                 answered = await handler(request)
@@ -97,18 +123,28 @@ class Services:
             if not _may_reply(request):
                 log.info("service.reply_refused")
                 return
+            sandbox = _sandbox_of(request)
+            self._of_one[sandbox] += 1
             await self._room.acquire()
             task = asyncio.get_running_loop().create_task(answer(request))
             self._answers.add(task)
-            task.add_done_callback(ended)
+            task.add_done_callback(lambda task: ended(task, sandbox))
 
-        def ended(task: asyncio.Task[None]) -> None:
+        def ended(task: asyncio.Task[None], sandbox: str) -> None:
             self._answers.discard(task)
             self._room.release()
+            self._of_one[sandbox] -= 1
+            if not self._of_one[sandbox]:
+                del self._of_one[sandbox]
             if not task.cancelled() and (exc := task.exception()):  # the connection broke before the answer
                 log.info("service.unanswered", reason=type(exc).__name__)
 
         return take
+
+
+def _sandbox_of(request: Request) -> str:
+    """The last token of the subject."""
+    return request.subject.rpartition(".")[2]
 
 
 def _may_reply(request: Request) -> bool:
@@ -125,7 +161,7 @@ def _plainly(handler: Handler) -> Answering:
 
 def _by_sandbox(handler: SandboxHandler) -> Answering:
     async def answer(request: Request) -> Answered:
-        return await handler(Asked(request.subject.rpartition(".")[2], request.headers or {}, request.data))
+        return await handler(Asked(_sandbox_of(request), request.headers or {}, request.data))
 
     return answer
 

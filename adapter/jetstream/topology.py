@@ -32,6 +32,8 @@ DUPLICATE_WINDOW_NS = 300 * NS
 OUT_ACK_WAIT_NS = 3600 * NS
 """Long on purpose: what is unacknowledged comes back by a consumer reset, at take-over and after each connect."""
 
+EVENTS_KEPT = 100_000
+"""Events of one kind and sandbox: one that has thousands of commands refused must not fill the disk with it."""
 OUT_UNSETTLED = 100_000
 """Commands of a shard that are delivered and not settled: the full queues of ten sandboxes."""
 
@@ -132,6 +134,7 @@ def streams(names: Names, settings: Settings) -> list[Wanted]:
             retention="limits",
             discard="old",
             max_age=7 * 24 * HOUR_NS,
+            max_msgs_per_subject=EVENTS_KEPT,
         ),
         stream(
             names.stream_parked,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,9 @@ from adapter.jetstream.buckets import KvBucket, LeaseRegister, StreamHistory
 from adapter.jetstream.consumer import Consumer, Delivery
 from adapter.jetstream.link import Link
 from adapter.jetstream.publisher import Publisher
-from adapter.jetstream.services import BusTeller, Handler, Services
+from adapter.jetstream.services import AT_ONCE, OF_ONE, BusTeller, Handler, Services
 from adapter.metrics import Metrics
-from adapter.ports import Entry, Message, PubAck
+from adapter.ports import Answered, Asked, Entry, Message, PubAck
 from adapter.settings import Settings
 from adapter.timing import SystemClock
 from tests.growth import census, growing
@@ -1077,3 +1078,36 @@ async def test_a_follower_forgets_what_is_there_no_more(rig: Rig) -> None:
         await until(lambda seen=seen: readings > seen + 1, "it was read again")  # type: ignore[misc]
         counts.append(census())
     assert growing(*counts, by=45) == []
+
+
+async def test_a_sandbox_that_asks_without_end_leaves_room_for_the_others(bus: Bus) -> None:
+    """It is told so at once; when its requests are answered it may ask again."""
+    held = asyncio.Event()
+    served: list[str] = []
+
+    async def slow(asked: Asked) -> Answered:
+        served.append(asked.sandbox)
+        if asked.sandbox == "bad":
+            await held.wait()
+        return Answered(b"done", {})
+
+    async with asyncio.TaskGroup() as group:
+        link = Link(bus.settings, "service")
+        Services(link, NAMES, {}, version="1.0.0", instance="r1", of_sandbox={"slow": slow})
+        task = group.create_task(link.run())
+        await link.wait_up(PATIENCE_S)
+        nc = await bus.client()
+        flood = [
+            group.create_task(nc.request(f"{NAMES.svc('slow')}.bad", b"", timeout=PATIENCE_S))
+            for _ in range(AT_ONCE + 100)
+        ]
+        answer = await nc.request(f"{NAMES.svc('slow')}.good", b"", timeout=PATIENCE_S)
+        assert answer.data == b"done"
+        await until(lambda: sum(one.done() for one in flood) == AT_ONCE + 100 - OF_ONE, "the others are refused")
+        held.set()
+        codes = Counter([((await one).headers or {}).get(H_ERROR_CODE, "") for one in flood])
+        assert codes == {"": OF_ONE, "429": AT_ONCE + 100 - OF_ONE}
+        assert (await nc.request(f"{NAMES.svc('slow')}.bad", b"", timeout=PATIENCE_S)).data == b"done"
+        assert Counter(served) == {"bad": OF_ONE + 1, "good": 1}
+        await nc.close()
+        task.cancel()
