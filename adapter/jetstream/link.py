@@ -33,6 +33,8 @@ CONFLICT_CODES = (10071, 10164)
 """Wrong last sequence; another compare-and-set on this subject is in process."""
 BUSY_CODES = (10008, 10009, 10023, 10158)
 """JetStream, or the cluster, is not available for a moment; a duplicate is in process."""
+LEADERLESS_CODES = (10008, 10009)
+"""What a server says that is cut off from the others."""
 
 
 STORE_FAILED = 10077
@@ -46,8 +48,6 @@ NO_CONSUMER = 10014
 SUSPECT_AFTER_S = 4.0
 """A server that has answered nothing for so long, though asked, is left for another one. An election may take as
 long, and then moving gains nothing and loses little; a server that is cut off from the others never answers."""
-CALM_S = 60.0
-"""After so long without a move, the next one is made as soon as the first."""
 
 
 class ApiError(msgspec.Struct):
@@ -105,6 +105,21 @@ def connect_options(settings: Settings, name: str, servers: list[str]) -> dict[s
     return options
 
 
+class _Answer(msgspec.Struct):
+    """What every answer of JetStream may say."""
+
+    error: ApiError | None = None
+
+
+def _is_leaderless(data: bytes) -> bool:
+    """Whether this is the answer of a server that knows of no leader: it lives, and is good for nothing."""
+    try:
+        error = msgspec.json.decode(data, type=_Answer).error
+    except msgspec.MsgspecError:  # not JetStream's
+        return False
+    return error is not None and error.err_code in LEADERLESS_CODES
+
+
 def _told_to_end() -> bool:
     """Whether this task was cancelled, also where nats-py has swallowed that: it does so while it connects."""
     task = asyncio.current_task()
@@ -125,7 +140,6 @@ class Link:
         self._servers = random.sample(settings.nats_url, len(settings.nats_url))
         self._answered = 0.0
         self._patience = 1
-        self._moved = 0.0
         self._unanswered = 0
         """Requests in a row that nobody answered."""
         self._on_up: list[Callable[[Client], Awaitable[None]]] = []
@@ -161,19 +175,18 @@ class Link:
         await self.api("INFO", timeout_s=1.0)
 
     def _note(self, answered: bool) -> None:
-        """Whether a request was answered. A server through which none is, is left for another one: it may be cut off
-        from the others, though not from us. Where nobody answers, moving helps nothing, and is done less and less.
+        """Whether a request was answered, by a server that knows a leader. One through which none is, is left for
+        another: it may be cut off from the others, though not from us. Where nobody answers, moving helps nothing and
+        is done less and less.
         """
         now = asyncio.get_running_loop().time()
         if answered:
-            self._answered, self._unanswered = now, 0
-            if now - self._moved > CALM_S:
-                self._patience = 1
+            self._answered, self._unanswered, self._patience = now, 0, 1
             return
         self._unanswered += 1
         if self._unanswered > 2 and now - self._answered > SUSPECT_AFTER_S * self._patience and self.up:
             self.down_reason = "JetStream does not answer through this server"
-            self._moved, self._patience = now, min(8, self._patience * 2)
+            self._patience = min(8, self._patience * 2)
             self._lost.set()
 
     async def run(self) -> None:
@@ -253,7 +266,7 @@ class Link:
             if task and task.cancelling() > cancels:
                 # Python 3.11's wait_for, which nats-py uses, forgets a cancellation that meets the answer.
                 raise asyncio.CancelledError
-            self._note(True)
+            self._note(not _is_leaderless(answer.data))
             return answer
         except NoRespondersError as exc:
             self._note(False)

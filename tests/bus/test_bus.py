@@ -22,7 +22,7 @@ from adapter.errors import BusRefused, Conflict, LeaseLost, Refused, SettingsErr
 from adapter.jetstream import topology
 from adapter.jetstream.buckets import KvBucket, LeaseRegister, StreamHistory
 from adapter.jetstream.consumer import Consumer, Delivery
-from adapter.jetstream.link import Link
+from adapter.jetstream.link import Link, _is_leaderless
 from adapter.jetstream.publisher import Publisher
 from adapter.jetstream.services import AT_ONCE, OF_ONE, BusTeller, Handler, Services
 from adapter.metrics import Metrics
@@ -740,6 +740,67 @@ async def test_what_happens_at_a_reset_is_over_before_the_first_delivery(rig: Ri
     rig.spawn(consumer.run(lambda delivery: order.append(delivery.data.decode()), on_reset))
     await until(lambda: len(order) == 3, "the delivery")
     assert order == ["reset", "read", "0"]
+
+
+async def test_a_consumer_that_is_deleted_is_made_again_and_takes_nothing_for_new(rig: Rig) -> None:
+    """The one before it may have delivered what is still there; what comes later is new."""
+    await control(rig, "0", "1")
+    first = Reader(rig)
+    await first.have(2)
+    await first.got[0].ack()
+    while len(await rig.read(NAMES.stream_ctl, NAMES.bind)) > 1:
+        await asyncio.sleep(0.01)
+    first.task.cancel()
+    await rig.link.api(f"CONSUMER.DELETE.{NAMES.stream_ctl}.{topology.CONTROL}")
+    heir = Reader(rig)
+    await heir.have(1)
+    await control(rig, "2")
+    await heir.have(2)
+    assert [(delivery.data, delivery.suspect) for delivery in heir.got] == [(b"1", True), (b"2", False)]
+
+
+async def test_a_stream_made_again_goes_on_above_its_old_sequences(rig: Rig) -> None:
+    await control(rig, "0", "1")
+    last = await rig.history.last(NAMES.stream_ctl, NAMES.bind)
+    await rig.link.api(f"STREAM.DELETE.{NAMES.stream_ctl}")
+    await topology.ensure(rig.link, NAMES, rig.bus.settings)
+    assert last is not None
+    assert await rig.first(NAMES.stream_ctl) > last.seq
+
+
+async def test_an_inspector_names_streams_that_are_gone_and_buckets_that_were_emptied(rig: Rig) -> None:
+    purged: list[str] = []
+    bucket, written = rig.bucket(NAMES.cursors), 0
+    inspector = topology.Inspector(
+        NAMES, rig.bus.settings, at_least={NAMES.cursors: lambda: written}, on_purge=purged.append
+    )
+    for key in ("a", "b"):
+        await bucket.update(key, b"x", 0)
+        written += 1
+    assert await inspector.look(rig.link) == []
+    assert (purged, inspector.messages(bucket.stream)) == ([], 2)
+    await rig.link.api(f"STREAM.PURGE.{bucket.stream}")
+    for _ in range(2):
+        assert await inspector.look(rig.link) == []
+    assert (purged, inspector.purges(NAMES.cursors)) == ([NAMES.cursors], 1)
+    await rig.link.api(f"STREAM.DELETE.{NAMES.stream_dead}")
+    assert await inspector.look(rig.link) == [NAMES.stream_dead]
+    await topology.ensure(rig.link, NAMES, rig.bus.settings)
+    assert await inspector.look(rig.link) == []
+
+
+@pytest.mark.parametrize(
+    ("answer", "leaderless"),
+    [
+        (b'{"error":{"code":503,"err_code":10008,"description":"JetStream system temporarily unavailable"}}', True),
+        (b'{"error":{"code":404,"err_code":10059,"description":"stream not found"}}', False),
+        (b'{"stream":"WECHAT_IN","seq":1}', False),
+        (b"no JSON", False),
+        (b"", False),
+    ],
+)
+def test_a_server_that_knows_no_leader_counts_as_silent(answer: bytes, leaderless: bool) -> None:
+    assert _is_leaderless(answer) == leaderless
 
 
 # the streams ---------------------------------------------------------------------------------------------
