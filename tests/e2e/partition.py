@@ -16,7 +16,7 @@ from tests.e2e.cluster import NatsCluster, Node
 from tests.e2e.waiting import call
 
 Cable = Literal["clients", "servers"]
-CABLES: tuple[tuple[Cable, int], ...] = (("clients", 97), ("servers", 98))
+CABLES: tuple[tuple[Cable, int], ...] = (("servers", 98), ("clients", 97))
 """With the second byte of their addresses."""
 
 
@@ -58,6 +58,7 @@ class PartitionedCluster(NatsCluster):
         return f"wn{self._id}{cable[0]}"
 
     async def __aenter__(self) -> PartitionedCluster:
+        await self._remove()  # what a run with our id left that was killed
         try:
             await self._lay()
             await super().__aenter__()

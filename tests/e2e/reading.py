@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import defaultdict
 from typing import NamedTuple
 
@@ -15,7 +16,30 @@ NAMES = Names()
 
 
 async def stream(nc: Client, name: str, subject: str) -> list[tuple[str, bytes]]:
-    """Subject and body of every message of a stream under a subject, oldest first."""
+    """Subject and body of every message of a stream under a subject, oldest first.
+
+    Any server of a cluster answers, also one that has yet to catch up: the leader says how many there have to be.
+    """
+    while True:
+        found = await _read(nc, name, subject)
+        if len(found) >= await _kept(nc, name, subject):
+            return found
+        await asyncio.sleep(0.1)
+
+
+async def _kept(nc: Client, name: str, subject: str) -> int:
+    """How many the stream's leader has."""
+    query = msgspec.json.encode({"subjects_filter": subject})
+    while True:
+        answer = msgspec.json.decode((await nc.request(f"$JS.API.STREAM.INFO.{name}", query, timeout=10)).data)
+        if "error" not in answer:
+            return sum((answer["state"].get("subjects") or {}).values())
+        if answer["error"]["code"] == 404:
+            return 0
+        await asyncio.sleep(0.1)
+
+
+async def _read(nc: Client, name: str, subject: str) -> list[tuple[str, bytes]]:
     inbox = nc.new_inbox()
     found: list[tuple[str, bytes]] = []
     answers = await nc.subscribe(inbox, pending_msgs_limit=0, pending_bytes_limit=0)
