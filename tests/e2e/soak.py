@@ -106,7 +106,8 @@ async def simulator(folder: Path, seed: int) -> AsyncIterator[Simulator]:
         yield made
     finally:
         await made.close()
-        process.kill()
+        if process.returncode is None:
+            process.kill()
         await process.wait()
 
 
@@ -407,16 +408,19 @@ async def states(nc: Client) -> dict[str, dict[str, Any]]:
 def panels(series: dict[str, Series]) -> list[tuple[str, list[Series]]]:
     """What the picture shows."""
 
-    def some(pattern: str) -> list[Series]:
-        return [line for name, line in sorted(series.items()) if re.fullmatch(pattern, name)]
+    def some(names: str, what: str) -> list[Series]:
+        found = [(re.fullmatch(f"({names}) {what}", name), line) for name, line in sorted(series.items())]
+        return [line._replace(name=match[1]) for match, line in found if match]
 
+    kept_by_age = "WECHAT_IN|WECHAT_EVENT|KV_wechat_quotes|OBJ_wechat_media"
     return [
-        ("own memory of the adapters", some("adapter . own memory")),
-        ("tasks", some("adapter . tasks")),
-        ("open files", some("adapter . open files")),
-        ("memory of nats-server", some("nats-server memory")),
-        ("keys", some("KV_wechat_(bindings|cursors|context|logins|quotes|typing) keys")),
-        ("bytes of streams", some("(WECHAT_(IN|EVENT|OUT|PARKED|RAW)|OBJ_wechat_media) bytes")),
+        ("own memory of the adapters", some("adapter .", "own memory")),
+        ("tasks", some("adapter .", "tasks")),
+        ("open files", some("adapter .", "open files")),
+        ("memory of nats-server", some("nats-server", "memory")),
+        ("keys of buckets", some("KV_wechat_(?:bindings|cursors|context|logins|typing)", "keys")),
+        ("messages of streams", some(kept_by_age, "keys")),
+        ("bytes of streams", some(kept_by_age, "bytes")),
     ]
 
 
