@@ -3,7 +3,7 @@
 # make slow    the slow ones
 # make chaos   a quarter of an hour in which everything goes wrong, and a table of what came of it
 # make soak    half an hour of steady traffic: nothing may grow; a table and a plot
-# make bench   what the bridge costs, beside one that promises nothing; ten minutes
+# make bench   what the bridge costs, beside one that promises nothing
 # make fuzz    foreign bytes into every reader, guided by coverage, for FUZZ_S seconds each; installs the fuzzer
 # make audit   known vulnerabilities in what is locked; needs an index that has advisories
 # make image-test  the image, built and run: needs root and Debian, and installs buildah and podman
