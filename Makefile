@@ -47,20 +47,20 @@ chaos: install
 
 # Its short form, which `make slow` holds, too.
 chaos-short: install
-	@$(BIN)/pytest -q -rP -m slow tests/e2e/test_chaos.py </dev/null
+	@$(BIN)/pytest -q -rP --timeout 900 -m slow tests/e2e/test_chaos.py </dev/null
 
 # SOAK_MINUTES, SEED. Less than about 20 minutes judge nothing that is kept by its age.
 soak: install
 	@$(BIN)/python -m tests.e2e.soak --minutes $(or $(SOAK_MINUTES),30) --seed $(or $(SEED),1)
 
 slow: install
-	@$(BIN)/pytest -n 2 --dist loadfile -m slow </dev/null || [ $$? = 5 ] # 5: there is none
+	@$(BIN)/pytest -n 2 --dist loadfile --timeout 900 -m slow </dev/null || [ $$? = 5 ] # 5: there is none
 
 bench: install
 	@$(BIN)/python -m tests.bench
 
 image-test: install
-	@$(BIN)/pytest tests/image/checks.py --durations=0 --durations-min=1 </dev/null
+	@$(BIN)/pytest --timeout 900 tests/image/checks.py --durations=0 --durations-min=1 </dev/null
 
 # Where uv is: `make install` puts it into .tools if there is none on the PATH.
 dashboard-picture: install
@@ -71,7 +71,7 @@ dashboard-picture: install
 
 alerts-test: install
 	@.ci/need promtool prometheus prometheus-alertmanager || true
-	@$(BIN)/pytest -s tests/monitoring </dev/null
+	@$(BIN)/pytest -s --timeout 900 tests/monitoring </dev/null
 
 check: install
 	@found=$$($(BIN)/ruff format --check . 2>&1) || { echo "$$found" >&2; echo 'run: make format' >&2; exit 1; }
@@ -114,7 +114,7 @@ environment = exec </dev/null 1>&2; uv=$$(command -v uv || echo .tools/bin/uv); 
 	  --group $(1) --group dev --python $(BIN)/python --no-python-downloads
 
 console-test: install
-	@$(BIN)/pytest -m slow tests/console </dev/null
+	@$(BIN)/pytest --timeout 900 -m slow tests/console </dev/null
 
 npm: $(NPM_STAMP)
 	@:

@@ -103,8 +103,13 @@ def test_a_field_with_the_name_of_a_secret_is_hidden(captured: Capture, key: str
         "jwt eyJ0eXAiOiJKV1QCANARY.eyJqdGkiCANARY.c2lnCANARY",
     ],
 )
-def test_what_looks_like_a_secret_is_hidden_in_any_text(captured: Capture, text: str) -> None:
+def test_what_looks_like_a_secret_is_hidden_in_any_text(
+    captured: Capture, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
     """In a field, in the event, in an exception, in a library's message and in an object's repr."""
+    root = logging.getLogger()
+    ours = [handler for handler in root.handlers if type(handler).__module__ == logs.__name__]
+    monkeypatch.setattr(root, "handlers", ours)  # pytest's own hide nothing: tests/conftest.py would find the secrets
     structlog.get_logger().info("x.happened", detail=text, several=[text], by={"k": text}, exc=ValueError(text))
     structlog.get_logger().info(text)
     logging.getLogger("httpx").warning("request: %s", text)
