@@ -72,8 +72,11 @@ class Bindings:
             entry = await self._bucket.get(token_of(bot))
             if entry is None or entry.value is None:
                 return None
-            before = msgspec.json.decode(entry.value, type=Binding)
             self._see(entry)
+            try:
+                before = msgspec.json.decode(entry.value, type=Binding)
+            except msgspec.MsgspecError:
+                return None  # as if there were none: a bind overwrites it
             after = make(before)
             if after is None:
                 return None

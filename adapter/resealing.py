@@ -42,8 +42,13 @@ async def seal_all(history: History, bucket: Register, names: Names, sealer: Sea
 
 async def _bindings(history: History, names: Names) -> AsyncIterator[tuple[Stored, Binding]]:
     async for stored in history.read(f"KV_{names.bindings}", f"$KV.{names.bindings}.>"):
-        if stored.data:  # else it was deleted
-            yield stored, msgspec.json.decode(stored.data, type=Binding)
+        if not stored.data:
+            continue  # it was deleted
+        try:
+            binding = msgspec.json.decode(stored.data, type=Binding)
+        except msgspec.MsgspecError:
+            continue  # nobody is served by it: adapter/bindings.py says so, and goes on
+        yield stored, binding
 
 
 def _key(stored: Stored, names: Names) -> str:

@@ -77,7 +77,9 @@ async def test_a_running_adapter_forbids_it(cli: Command, bus: Bus, settings: Se
     assert (await cli("backup", str(tmp_path / "saved"))).code == 0
     stop, ready = asyncio.Event(), asyncio.Event()
     adapter = asyncio.create_task(run(settings_of_adapter(settings), stop=stop, on_ready=ready.set))
-    await ready.wait()
+    waiting = asyncio.create_task(ready.wait())
+    await asyncio.wait([adapter, waiting], return_when=asyncio.FIRST_COMPLETED)
+    assert not adapter.done(), adapter.exception()
     refused = await cli("restore", str(tmp_path / "saved"), "--replace")
     assert (refused.code, "stop them first" in refused.err) == (1, True)
     stop.set()

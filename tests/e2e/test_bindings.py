@@ -17,6 +17,7 @@ from adapter.contract import (
     Unbind,
     Window,
     WindowQuery,
+    token_of,
 )
 from tests.e2e.world import NAMES, World, stream, until, world
 
@@ -57,6 +58,23 @@ async def test_a_bind_sent_while_no_adapter_runs_takes_effect_when_one_starts(tm
         receipts = [receipt.outcome for receipt in await made.receipts(nc)]
         assert receipts[-1] == "accepted"
         assert "refused" not in receipts
+        await nc.close()
+
+
+async def test_an_entry_that_is_no_binding_stops_nobody(tmp_path: Path) -> None:
+    """Neither the start, which looks at how all tokens lie, nor a bind of the same bot."""
+    async with world(tmp_path) as made:
+        nc = await started(made)
+        await until(lambda: "adapter.started" in made.adapters[0].log.read_text(), "streams are there")
+        await made.adapters[0].kill()
+        bot, other = made.sim.add_bot(), made.sim.add_bot()
+        bucket = await nc.jetstream().key_value(NAMES.bindings)
+        await bucket.put(token_of(bot.bot), b"{}")
+        await made.adapters[0].start()
+        for sandbox, each in (("s1", other), ("s2", bot)):
+            assert (await made.bind(nc, sandbox, each)).ok
+        await until(lambda: made.sim.polls(bot.bot).total and made.sim.polls(other.bot).total, "both are polled")
+        assert made.adapters[0].said("binding.unreadable")
         await nc.close()
 
 
