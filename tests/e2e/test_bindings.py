@@ -73,7 +73,7 @@ async def test_an_entry_that_is_no_binding_stops_nobody(tmp_path: Path) -> None:
         await made.adapters[0].start()
         for sandbox, each in (("s1", other), ("s2", bot)):
             assert (await made.bind(nc, sandbox, each)).ok
-        await until(lambda: made.sim.polls(bot.bot).total and made.sim.polls(other.bot).total, "both are polled")
+        await until(lambda: all(made.sim.polls(one.bot).total for one in (bot, other)), "both are polled")
         assert made.adapters[0].said("binding.unreadable")
         await nc.close()
 
