@@ -117,9 +117,9 @@ def test_what_is_generated_is_as_it_is_generated() -> None:
     assert generate.SCHEMA.read_text(encoding="utf-8") == generate.schema()
 
 
-def test_the_table_of_the_readme_is_as_it_is_generated() -> None:
-    if not generate.GENERATOR.exists():
-        pytest.skip("the generator of the table is missing: run `make npm`")
+def test_the_table_of_the_readme_is_as_it_is_generated(npm: Path) -> None:
+    """`make generate` writes it anew."""
+    assert generate.GENERATOR.is_relative_to(npm)
     assert generate.README.read_text(encoding="utf-8") == generate.readme()
 
 
@@ -404,12 +404,20 @@ def test_an_authority_may_be_in_a_config_map() -> None:
     assert "ca" in {each["name"] for each in pod["containers"][0]["volumeMounts"]}
 
 
+def patience(probe: Object) -> tuple[int, int, int]:
+    """Seconds between two questions and for an answer, and failures in a row that count."""
+    return probe["periodSeconds"], probe.get("timeoutSeconds", 1), probe["failureThreshold"]
+
+
 def test_the_probes_ask_what_the_program_answers() -> None:
     """Each can be changed, and left out."""
     container = adapter_of(rendered())
     paths = {name: container[name]["httpGet"]["path"] for name in ("startupProbe", "livenessProbe", "readinessProbe")}
     assert paths == {"startupProbe": "/startupz", "livenessProbe": "/livez", "readinessProbe": "/readyz"}
     assert container["ports"] == [{"name": "http", "containerPort": 9464, "protocol": "TCP"}]
+    assert {name: patience(container[name]) for name in paths} == {
+        "startupProbe": (2, 1, 60), "livenessProbe": (10, 3, 3), "readinessProbe": (5, 3, 2),
+    }  # fmt: skip
     changed = adapter_of(rendered({"livenessProbe": {"periodSeconds": 60}, "readinessProbe": None}))
     assert changed["livenessProbe"]["periodSeconds"] == 60
     assert changed["livenessProbe"]["httpGet"]["path"] == "/livez"
@@ -464,7 +472,16 @@ def test_what_can_be_added_is_where_it_belongs() -> None:
     assert env_of(container)["WECHAT_NATS_HTTP_ADDR"] == "[::]:8080"
     assert [each["name"] for each in pod["imagePullSecrets"]] == ["mirror", "own"]
     assert container["image"] == "mirror.example.com:5000/wechat-nats:0.1.0-rc.1"
+    assert container["imagePullPolicy"] == "Always"
+    assert container["args"] == ["run", *values["extraArgs"]]
     assert "livenessProbe" not in container
+    assert {"name": "tmp", "emptyDir": {"sizeLimit": "1Gi"}} in pod["volumes"]
+    assert deployment["spec"]["revisionHistoryLimit"] == 2
+    assert pod["terminationGracePeriodSeconds"] == 300
+    account = one(objects, "ServiceAccount")
+    assert (account["metadata"]["name"], pod["serviceAccountName"]) == ("chat", "chat")
+    assert account["metadata"]["annotations"].items() >= values["serviceAccount"]["annotations"].items()
+    assert account["automountServiceAccountToken"] is False
     (spread,) = pod["topologySpreadConstraints"]
     assert spread["labelSelector"]["matchLabels"] == deployment["spec"]["selector"]["matchLabels"]
     assert one(objects, "ConfigMap", name="more")["data"] == {"release": "bridge"}
@@ -474,6 +491,13 @@ def test_what_can_be_added_is_where_it_belongs() -> None:
             assert made["metadata"]["labels"]["team"] == "chat"
             assert made["metadata"]["annotations"]["example.com/owner"] == "chat"
             assert made["metadata"]["namespace"] in {"elsewhere", "monitoring"}
+
+
+def test_a_service_account_may_be_somebody_elses() -> None:
+    for name in ("", "own"):
+        objects = rendered({"serviceAccount": {"create": False, "name": name}})
+        assert none(objects, "ServiceAccount")
+        assert pod_of(objects)["serviceAccountName"] == (name or "default")
 
 
 def selectors(objects: list[Object]) -> list[Object]:
@@ -530,6 +554,7 @@ def test_there_is_a_budget_where_there_are_several(values: Object, budget: Objec
         assert none(objects, "PodDisruptionBudget")
     else:
         spec = one(objects, "PodDisruptionBudget")["spec"]
+        assert spec["selector"] == one(objects, "Deployment")["spec"]["selector"], "not of the test's pod"
         assert {key: spec[key] for key in spec if key != "selector"} == budget
 
 
@@ -546,7 +571,13 @@ def test_an_autoscaler_counts_bots_per_replica() -> None:
             },
         }
     ]
-    assert spec["behavior"]["scaleDown"]["stabilizationWindowSeconds"] >= 600
+    deployment = one(objects, "Deployment")
+    assert spec["scaleTargetRef"] == {
+        "apiVersion": "apps/v1", "kind": "Deployment", "name": deployment["metadata"]["name"],
+    }  # fmt: skip
+    assert spec["behavior"]["scaleDown"]["stabilizationWindowSeconds"] == 1200
+    plain = one(rendered({"autoscaling": {"hpa": {"enabled": True}}}), "HorizontalPodAutoscaler")["spec"]
+    assert plain["behavior"]["scaleDown"]["stabilizationWindowSeconds"] >= 600
     assert (spec["minReplicas"], spec["maxReplicas"]) == (3, 10)
 
 
@@ -554,7 +585,11 @@ def test_keda_asks_for_metrics_that_there_are() -> None:
     objects = rendered(CHART / "ci" / "keda-values.yaml")
     spec = one(objects, "ScaledObject")["spec"]
     assert spec["scaleTargetRef"]["name"] == one(objects, "Deployment")["metadata"]["name"]
+    assert spec["pollingInterval"] == 60
+    scaling = spec["advanced"]["horizontalPodAutoscalerConfig"]["behavior"]
+    assert scaling["scaleDown"]["stabilizationWindowSeconds"] == 1200
     bots, age = spec["triggers"]
+    assert bots["authenticationRef"] == age["authenticationRef"] == {"name": "prometheus"}
     assert bots["metadata"]["threshold"] == str(Settings().capacity * 70 // 100)
     assert (age["metricType"], age["metadata"]["threshold"]) == ("Value", "120")
     queries = bots["metadata"]["query"] + age["metadata"]["query"]
@@ -589,6 +624,14 @@ def test_the_network_policy_lets_out_to_nats_and_wechat_only() -> None:
     assert test["app.kubernetes.io/component"] in expression["values"], "the test talks to NATS, too"
 
 
+def test_a_network_policy_takes_more_ports_and_rules() -> None:
+    policy = one(rendered(CHART / "ci" / "everything-values.yaml"), "NetworkPolicy")["spec"]
+    values = yaml.load((CHART / "ci" / "everything-values.yaml").read_text(), Loader)["networkPolicy"]
+    assert [each["port"] for each in policy["egress"][1]["ports"]] == values["natsPorts"]
+    assert policy["ingress"][1:] == values["extraIngress"]
+    assert policy["egress"][3:] == values["extraEgress"]
+
+
 def test_exceptions_are_of_the_kind_of_their_network() -> None:
     """An IPv4 exception of an IPv6 network is refused by the API server."""
     policy = one(rendered(CHART / "ci" / "everything-values.yaml"), "NetworkPolicy")["spec"]
@@ -610,6 +653,17 @@ def test_the_pod_monitor_finds_the_pods() -> None:
     assert labels[monitor["spec"]["jobLabel"]] == "wechat-nats"
     (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
     assert (endpoint["port"], endpoint["path"]) == ("http", "/metrics")
+
+
+def test_what_is_said_of_monitoring_arrives() -> None:
+    monitor = one(rendered(CHART / "ci" / "everything-values.yaml"), "PodMonitor")
+    values = yaml.load((CHART / "ci" / "everything-values.yaml").read_text(), Loader)["podMonitor"]
+    assert monitor["metadata"]["namespace"] == values["namespace"]
+    (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
+    for name in ("interval", "scrapeTimeout", "relabelings", "metricRelabelings"):
+        assert endpoint[name] == values[name], name
+    rule = one(rendered(CHART / "ci" / "monitoring-values.yaml"), "PrometheusRule")["metadata"]
+    assert (rule["namespace"], rule["labels"]["release"]) == ("monitoring", "prometheus")
 
 
 def alerts_of(objects: list[Object]) -> dict[str, Object]:
