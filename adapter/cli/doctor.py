@@ -71,7 +71,7 @@ async def doctor(
 
 async def examine(bus: Bus, settings: Settings) -> list[Check]:
     """Every check; one that cannot be made fails and does not hide the others."""
-    checks = [Check("nats", "ok", f"nats-server {bus.nc.connected_server_version}, {_where(bus)}")]
+    checks = [Check("nats", "ok", f"nats-server {_version(bus)}, {_where(bus)}")]
     checks += await permitted.check(bus, settings)
     checks.append(await _level(bus, settings))
     if checks[-1].state == "ok":
@@ -87,6 +87,11 @@ async def examine(bus: Bus, settings: Settings) -> list[Check]:
         await _waiting(bus, "commands waiting", bus.names.stream_out, "ok", "an adapter takes them in turn"),
     ]
     return checks
+
+
+def _version(bus: Bus) -> str:
+    found = bus.nc.connected_server_version
+    return f"{found.major}.{found.minor}.{found.patch}"
 
 
 def _where(bus: Bus) -> str:

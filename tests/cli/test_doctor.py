@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -52,6 +53,7 @@ async def test_with_an_adapter_all_is_well(cli: Command, bus: Bus) -> None:
         result = await cli("doctor")
     assert result.code == 0
     assert "fail" not in result.out
+    assert re.search(r"\bnats-server [0-9]+\.[0-9]+\.[0-9]+, 127\.0\.0\.1:", result.out)
     assert "1 running, version 0.1.0" in result.out
     assert "1 active" in result.out
 
