@@ -19,8 +19,12 @@ from nats.aio.client import Client
 from nats.js import JetStreamContext
 from nats.js.errors import APIError
 
-from adapter.contract import Inbound, shard_of
+from adapter.contract import Inbound, Login, LoginQuery, Quote, shard_of
 from adapter.embedded import EmbeddedNats
+from tests.e2e.test_bindings import ask as service
+from tests.e2e.test_commands import final_of
+from tests.e2e.test_logins import newest, reaches, start
+from tests.e2e.test_quotes import quote_in, say_quote
 from tests.e2e.waiting import call
 from tests.e2e.world import NAMES, AdapterProcess, World, audit, eventually, free_port, load, stream, until, world
 
@@ -100,9 +104,10 @@ async def fill(js: JetStreamContext) -> None:
             size //= 2
 
 
-async def doctor_fix(made: World) -> str:
+async def operator(made: World, *command: str) -> str:
+    """A command of ours; what it prints."""
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "adapter", "doctor", "--fix",
+        sys.executable, "-m", "adapter", *command,
         env={**os.environ, "NATS_URL": made.url}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     out, _ = await process.communicate()
@@ -169,6 +174,89 @@ async def test_a_binding_that_is_deleted_by_hand_is_unbound(tmp_path: Path) -> N
         assert adapter.said("binding.restored") == 0
 
 
+async def holds(nc: Client, bucket: str) -> bool:
+    """Whether a bucket has an entry that is no mark of a deletion."""
+    return any(value for _, value in await stream(nc, f"KV_{bucket}", f"$KV.{bucket}.>"))
+
+
+async def test_what_a_purge_takes_for_good_is_begun_anew(tmp_path: Path) -> None:
+    """Logins under way, and the words of what was sent; that a bot types is noted again when it begins anew."""
+    async with running(tmp_path, bots=1, qr_hold_ms=300) as (made, nc, adapter):
+        made.say("s0", "hello")
+        await made.command(nc, "s0", "c")
+        (ident,) = (await final_of(made, "c")).message_ids
+        await nc.jetstream().publish(NAMES.out("s0"), b'{"typing":"on"}')
+        lost = await start(nc, "s1")
+        for bucket in (NAMES.quotes, NAMES.typing, NAMES.logins):
+            await eventually(lambda bucket=bucket: holds(nc, bucket), f"{bucket} holds something")  # type: ignore[misc]
+            assert (await ask(nc, f"STREAM.PURGE.KV_{bucket}")).get("success")
+
+        say_quote(made, made.bots["s0"].bot, "what was that", ident)
+        assert await quote_in(made, nc, "s0", "what was that") == Quote(id=ident)
+        for switch in (b"off", b"on"):
+            await nc.jetstream().publish(NAMES.out("s0"), b'{"typing":"%s"}' % switch)
+        await eventually(lambda: holds(nc, NAMES.typing), "it is noted again")
+
+        async def not_found() -> bool:
+            return bool(await service(nc, "login.status", LoginQuery(login=lost.login), Login) == "404")
+
+        made.sim.scan(newest(made))
+        await eventually(not_found, "the scan finds no login")
+        again = await start(nc, "s1")
+        made.sim.scan(newest(made))
+        made.sim.confirm(newest(made))
+        await reaches(nc, again, "confirmed")
+        await until(lambda: made.sim.stats().parked == 2, "the new bot is polled")
+        assert await adapter.unready() == {}
+
+
+async def restore(nc: Client, folder: Path) -> None:
+    """What `nats stream restore` asks of the server, with the files that `wechat-nats backup` made."""
+    meta = msgspec.json.decode((folder / "backup.json").read_bytes())
+    answer = await ask(nc, f"STREAM.RESTORE.{folder.name}", {"config": meta["config"], "state": meta["state"]})
+    data = (folder / "stream.tar.s2").read_bytes()
+    for piece in (data, b""):  # the empty one ends it
+        said = await nc.request(answer["deliver_subject"], piece, timeout=10)
+    assert "error" not in msgspec.json.decode(said.data)
+
+
+async def test_a_stream_that_is_restored_under_a_running_adapter_goes_on(tmp_path: Path) -> None:
+    """Bindings, what nobody had read, and what waits for its user: the adapter is neither stopped nor restarted."""
+    async with running(tmp_path, bots=3) as (made, nc, adapter):
+        made.say("s1", "unread")
+        for number in range(3):
+            await made.command(nc, "s0", f"c{number}")
+
+        async def parked() -> bool:
+            return [receipt.outcome for receipt in await made.receipts(nc)] == ["parked"] * 3
+
+        await eventually(parked, "they wait for the user")
+
+        async def unread() -> bool:
+            return len(await stream(nc, *INBOXES)) == 1
+
+        await eventually(unread, "the message is there")
+        await operator(made, "backup", str(tmp_path / "saved"))
+        gone = (NAMES.stream_in, NAMES.stream_out, NAMES.stream_parked, f"KV_{NAMES.bindings}")
+        for name in gone:
+            assert (await ask(nc, f"STREAM.DELETE.{name}")).get("success")
+
+        async def noticed() -> bool:
+            return await adapter.metric("nats_streams_missing") == len(gone)
+
+        await eventually(noticed, "it is noticed")
+        for name in gone:
+            await restore(nc, tmp_path / "saved" / name)
+        await eventually(adapter.is_ready, "it is ready again")
+        await until(lambda: made.sim.stats().parked == 3, "all are polled")
+        made.say("s0", "go on")
+        await until(lambda: len(made.phone_texts("s0")) == 3, "what waited is sent")
+        await loaded(made, nc, 2, first=1)
+        await faultless(made, nc)
+        assert adapter.said("stream.missing") > 0
+        assert len(adapter.lines("adapter.started")) == 1
+
+
 async def test_a_stream_that_is_deleted_takes_readiness_until_it_is_back(tmp_path: Path) -> None:
     """What was in it is gone; what comes later is in order, once, also where its numbers are remembered."""
     async with running(tmp_path) as (made, nc, adapter):
@@ -188,7 +276,7 @@ async def test_a_stream_that_is_deleted_takes_readiness_until_it_is_back(tmp_pat
         polls = made.sim.stats().polls
         made.said.clear()  # it was in WECHAT_IN
         made.say("s0", "while it is gone")
-        said = asyncio.create_task(doctor_fix(made))
+        said = asyncio.create_task(operator(made, "doctor", "--fix"))
         assert "creating stream WECHAT_OUT" in await said
 
         await eventually(adapter.is_ready, "it is ready again")
@@ -249,7 +337,7 @@ async def test_a_stream_that_is_full_loses_its_oldest_or_refuses_or_holds_up_as_
         await adapter.start()
         assert await adapter.ended() != 0
         assert "WECHAT_IN: discard is 'new', must be 'old'" in adapter.log.read_text()
-        assert "changing WECHAT_IN" in await doctor_fix(made)
+        assert "changing WECHAT_IN" in await operator(made, "doctor", "--fix")
         await adapter.start()
         made.say("s2", "hello")
         texts = [str(number) for number in range(5)]

@@ -11,6 +11,8 @@ import yaml
 from cyclopts import CycloptsError
 
 from adapter.cli import build
+from adapter.contract import Names
+from adapter.jetstream import topology
 from adapter.metrics import Metrics
 from adapter.settings import Settings
 from tests.monitoring.test_alerts import alerts, promtool
@@ -101,3 +103,10 @@ def test_settings_and_lines_of_the_log_are_called_by_their_names() -> None:
     source = "".join(path.read_text() for path in (ROOT / "adapter").rglob("*.py"))
     for event in re.findall(r"`([a-z_]+\.[a-z_]+)`", text):
         assert f'"{event}"' in source or event in ("link.", "alerts.yaml"), event
+
+
+def test_dead_letters_are_kept_as_long_as_is_said() -> None:
+    (dead,) = [each for each in topology.streams(Names(), Settings()) if each.name == Names().stream_dead]
+    days = f"kept for {dead.config['max_age'] // (24 * 3600 * 10**9)} days"
+    assert days in sections()["Read and retry dead letters"]
+    assert days in (ROOT / "adapter/console/templates/dead.html").read_text()
