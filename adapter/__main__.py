@@ -5,15 +5,20 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
+import traceback
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from types import TracebackType
+
     from adapter.settings import Settings
 
 
 def main() -> None:
     """Ends the process with the exit code of the command (`wechat-nats --help` lists them)."""
     _obey_at_once()
+    _tell_no_secrets()
     try:
         from adapter.cli import main as cli  # noqa: PLC0415 -- an extra
     except ModuleNotFoundError as exc:
@@ -32,6 +37,32 @@ def _obey_at_once() -> None:
     """
     if os.getpid() == 1:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+
+
+def _tell_no_secrets() -> None:
+    """What nobody caught is told as logs tell it: Python's own words would repeat whatever an exception holds."""
+
+    def tell(
+        kind: type[BaseException],
+        exc: BaseException | None,
+        trace: TracebackType | None,
+        where: str = "",
+    ) -> None:
+        from adapter.logs import TRACEBACK_CHARS, redacted_text  # noqa: PLC0415 -- see _run_alone
+
+        text = "".join([where, *traceback.format_exception(kind, exc, trace)])
+        sys.stderr.write(redacted_text(text, 2 * TRACEBACK_CHARS) + "\n")
+
+    def of_a_thread(failed: threading.ExceptHookArgs) -> None:
+        if failed.exc_type is not SystemExit:
+            tell(failed.exc_type, failed.exc_value, failed.exc_traceback, "In a thread:\n")
+
+    def of_a_finalizer(failed: sys.UnraisableHookArgs) -> None:
+        tell(failed.exc_type, failed.exc_value, failed.exc_traceback, f"{failed.err_msg or 'Ignored'}:\n")
+
+    sys.excepthook = tell
+    threading.excepthook = of_a_thread
+    sys.unraisablehook = of_a_finalizer
 
 
 def _run_alone() -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import sys
 from pathlib import Path
 
 import pytest
@@ -183,3 +184,45 @@ async def test_schema_prints_one_document(cli: Command, name: str) -> None:
     result = await cli("schema", name)
     assert result.code == 0
     assert result.out.startswith("{\n")
+
+
+BUG = """
+import gc, sys, threading
+import adapter.cli
+from adapter.__main__ import main
+
+def fail() -> int:
+    try:
+        raise ValueError("in an inner one: " + sys.argv[1])
+    except ValueError as exc:
+        raise ExceptionGroup("a bug", [RuntimeError("in a group: " + sys.argv[1])]) from exc
+
+class Finalized:
+    def __del__(self) -> None:
+        fail()
+
+def fail_everywhere() -> int:
+    thread = threading.Thread(target=fail)
+    thread.start()
+    thread.join()
+    Finalized()
+    gc.collect()
+    return fail()
+
+adapter.cli.main = fail_everywhere
+main()
+"""
+
+
+async def test_a_bug_that_nobody_caught_tells_no_secret() -> None:
+    """Of the main thread, of another one, and of what Python only mentions."""
+    secret = "b0f5860fdecb@im.bot:06canary06canary"
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", BUG, secret, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+    )
+    out, err = await process.communicate()
+    assert process.returncode == 1
+    assert out == b""
+    assert err.count(b"in a group: b0f5860fdecb@im.bot:***") == 3
+    assert err.count(b"in an inner one: b0f5860fdecb@im.bot:***") == 3
+    assert b"canary" not in err
