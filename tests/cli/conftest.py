@@ -18,6 +18,7 @@ from adapter.embedded import EmbeddedNats
 from adapter.jetstream import topology
 from adapter.jetstream.link import Link
 from adapter.settings import Settings
+from tests import canary
 
 
 class Result(NamedTuple):
@@ -78,7 +79,8 @@ def cli(capsys: pytest.CaptureFixture[str]) -> Command:
     async def run(*arguments: str) -> Result:
         capsys.readouterr()
         code = await asyncio.to_thread(main, list(arguments))
-        said = capsys.readouterr()
+        said = capsys.readouterr()  # so that pytest does not see it, and the hook in tests/conftest.py neither
+        assert not canary.printed(said.out + said.err)
         return Result(code, said.out, said.err)
 
     return run

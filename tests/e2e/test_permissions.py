@@ -38,6 +38,7 @@ from adapter.contract import (
 )
 from adapter.permissions import streams
 from adapter.simulator import Simulator, samples
+from tests import canary
 from tests.bus.guarded import NAMES, TEMPLATES, WITNESS, Guarded, Player, guarded
 from tests.e2e.world import World, environ_of, eventually, fast, stream, until
 
@@ -124,9 +125,12 @@ async def scene(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator
                 await sandbox.listen()
                 answer = await world.bind(platform.nc, sandbox.name, sim.add_bot(), options=DURABLE)
                 assert answer.ok, answer
+            leaks: list[str] = []
             yield Scene(server, world, platform, service, witness, s1, s2)
+            leaks = await world.leaks()
         finally:
             await world.close()
+    assert leaks + canary.leaks_on_disk(tmp_path / "data") == []
     log = (tmp_path / "adapter-0.log").read_text()
     assert "adapter.started" in log
     assert "ermissions" not in log

@@ -265,7 +265,7 @@ class World:
                 await adapter.kill()
 
     async def leaks(self) -> list[str]:
-        """Secrets, and what people wrote, in what the adapters log and tell Prometheus, and on the server's disk.
+        """Secrets, and what people wrote, in what the adapters log, tell Prometheus and were started with.
 
         Before `close`, which it needs first for the disk to be whole.
         """
@@ -277,6 +277,9 @@ class World:
         for adapter in self.adapters:
             log = adapter.log.read_bytes()
             found += canary.leaks(adapter.log.name, log, secrets)
+            if adapter.running and adapter.process is not None:
+                arguments = canary.arguments(adapter.process.pid)
+                found += canary.leaks("arguments of a process", arguments, [*secrets, (TOKEN_KEY, "the key")])
             if adapter.running and (port := adapter.http_port()):
                 with contextlib.suppress(httpx.HTTPError):  # it may be stopped, or frozen
                     async with httpx.AsyncClient(trust_env=False, timeout=2) as http:
@@ -338,7 +341,7 @@ async def world(
             await made.close()
             server.kill()  # a clean stop takes 10 ms for each of the 130 consumers
         leaks += canary.leaks_on_disk(folder / "nats")
-        assert leaks == []
+        assert not leaks, "\n".join(leaks)
 
 
 async def load(made: World, nc: Client, *, rounds: int, pause_s: float, rng: random.Random, first: int = 0) -> None:

@@ -1,0 +1,71 @@
+"""The search for marked secrets after each whole bridge finds what lies open: else its silence would say nothing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+from nats.aio.client import Client
+
+from tests import canary
+from tests.e2e.world import NAMES, World, until, world
+
+
+async def bridge(folder: Path, happens: Callable[[World, Client], Awaitable[object]], **environ: str) -> None:
+    """A bot is bound, its user writes, the sandbox answers; then `happens`, and the search."""
+    async with world(folder, environ=environ) as made:
+        adapter = await made.add_adapter()
+        nc = await made.nc()
+        await made.bind(nc, "s1", made.sim.add_bot())
+        made.say("s1", "a question")
+        await made.command(nc, "s1", "c1")
+        await until(lambda: made.phone_texts("s1") == ["answer c1"], "the answer is shown")
+        assert adapter.http_port() > 0, "its /metrics are searched"
+        assert adapter.process is not None
+        assert b"adapter\0run" in canary.arguments(adapter.process.pid)
+        await happens(made, nc)
+        await nc.close()
+
+
+async def nothing(_: World, __: Client) -> None: ...
+
+
+async def test_a_bridge_with_a_key_leaves_no_secret_anywhere(tmp_path: Path) -> None:
+    await bridge(tmp_path, nothing)
+
+
+async def test_tokens_that_are_not_sealed_are_found_on_the_servers_disk(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match=r"a bot's token is in .*KV_wechat_bindings"):
+        await bridge(tmp_path, nothing, WECHAT_NATS_TOKEN_KEY="")
+
+
+async def test_a_code_that_is_not_sealed_is_found_there_too(tmp_path: Path) -> None:
+    async def login(_: World, nc: Client) -> None:
+        await nc.request(NAMES.svc("login.start"), b'{"sandbox":"s2"}', timeout=20)
+
+    with pytest.raises(AssertionError, match=r"a QR code is in .*KV_wechat_logins"):
+        await bridge(tmp_path, login, WECHAT_NATS_TOKEN_KEY="")
+
+
+@pytest.mark.parametrize("what", canary.MARKS)
+async def test_a_secret_in_an_event_is_found(tmp_path: Path, what: str) -> None:
+    """Of every kind, also of those that lie open elsewhere."""
+
+    async def tell(_: World, nc: Client) -> None:
+        event = json.dumps({"detail": canary.MARKS[what]}).encode()
+        await nc.jetstream().publish(NAMES.event("s1", "receipt"), event)
+
+    with pytest.raises(AssertionError, match=f"{what} is in .*WECHAT_EVENT"):
+        await bridge(tmp_path, tell)
+
+
+@pytest.mark.parametrize("what", ["a bot's token", "what somebody wrote"])
+async def test_a_secret_or_a_text_in_a_log_is_found(tmp_path: Path, what: str) -> None:
+    async def log(made: World, _: Client) -> None:
+        with made.adapters[0].log.open("a") as file:
+            file.write(f"{made.bots['s1'].token} a question\n")
+
+    with pytest.raises(AssertionError, match=f"{what} is in adapter-0.log"):
+        await bridge(tmp_path, log)
