@@ -9,6 +9,7 @@ import asyncio
 import fcntl
 import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
@@ -19,6 +20,10 @@ from tests import canary
 from tests.fakes import VirtualLoop
 
 canary.mark()
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # Behind a shell's `&` ctrl-C is ignored, also by every program that a test starts and interrupts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).parents[1]
 NPM = ROOT / "tests" / "npm"
