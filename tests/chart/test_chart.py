@@ -763,13 +763,19 @@ def test_the_server_for_evaluation_keeps_what_it_acknowledges() -> None:
 
 
 def test_the_test_pod_runs_the_doctor_with_the_adapters_settings() -> None:
-    objects = rendered({"settings": {"WECHAT_NATS_PREFIX": "other"}})
+    image = {"pullPolicy": "Always", "pullSecrets": ["own"]}
+    objects = rendered({"settings": {"WECHAT_NATS_PREFIX": "other"}, "image": image})
     pod = one(objects, "Pod")
-    assert pod["metadata"]["annotations"]["helm.sh/hook"] == "test"
+    assert pod["metadata"]["annotations"] == {
+        "helm.sh/hook": "test", "helm.sh/hook-delete-policy": "before-hook-creation",
+    }, "what it said can be read until the next one"  # fmt: skip
+    assert pod["spec"]["imagePullSecrets"] == pod_of(objects)["imagePullSecrets"] == [{"name": "own"}]
+    assert pod["spec"]["activeDeadlineSeconds"] == 120
     (doctor,) = pod["spec"]["containers"]
     assert doctor["args"] == ["doctor"]
     assert doctor["env"] == adapter_of(objects)["env"]
     assert doctor["image"] == adapter_of(objects)["image"]
+    assert doctor["imagePullPolicy"] == adapter_of(objects)["imagePullPolicy"] == "Always"
     assert pod["spec"]["restartPolicy"] == "Never"
     assert none(rendered({"test": {"enabled": False}}), "Pod")
 
@@ -827,6 +833,12 @@ def test_the_objects_of_nack_are_what_the_adapter_would_make(settings: Object) -
         assert topology.compare(each, found[name]) == []
         assert not set(found[name]) - set(each.config), f"{name} says more than the adapter"
     assert all(made["spec"]["preventDelete"] for made in objects), "an uninstall deletes nobody's messages"
+
+
+def test_objects_of_nack_may_be_of_an_account_and_be_deleted_with_the_release() -> None:
+    nack = {"enabled": True, "account": "chat", "preventDelete": False}
+    objects = [made["spec"] for made in rendered({"nack": nack}) if made["kind"] == "Stream"]
+    assert {(spec["account"], spec["preventDelete"]) for spec in objects} == {("chat", False)}
 
 
 def test_every_setting_that_shapes_a_stream_is_tried_above() -> None:
