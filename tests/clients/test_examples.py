@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import re
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import NamedTuple
@@ -12,8 +15,8 @@ import pytest_asyncio
 from adapter.simulator import Simulator
 from tests.bus.guarded import guarded
 from tests.clients import examples
-from tests.clients.examples import Language
-from tests.e2e.world import World, environ_of, fast, until, world
+from tests.clients.examples import ROOT, Language
+from tests.e2e.world import World, environ_of, eventually, fast, until, world
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -43,6 +46,31 @@ async def started(bridge: World) -> None:
 
 async def test_python(bridge: World, tmp_path: Path) -> None:
     await converse(bridge, examples.python(tmp_path))
+
+
+@pytest.mark.parametrize("page", ["README.md", "schemas/README.md"])
+async def test_the_agent_on_a_page_answers(bridge: World, tmp_path: Path, page: str) -> None:
+    """As it is printed, but for the server and the sandbox's name."""
+    sandbox = page.partition(".")[0].replace("/", "-").lower()
+    (printed,) = [
+        one
+        for one in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+        if "nats.connect(" in one
+    ]
+    program = re.sub(r"nats\.connect\(.*?\)", f'nats.connect("{bridge.url}")', printed).replace("s1", sandbox)
+    (tmp_path / "agent.py").write_text(program)
+    nc = await bridge.nc()
+    bot = bridge.sim.add_bot()
+    await bridge.bind(nc, sandbox, bot)
+    async with Language(page, tmp_path, {"agent": (sys.executable, str(tmp_path / "agent.py"))}).run("agent"):
+
+        async def answered() -> bool:
+            bridge.sim.say(bot.user, "hello")  # until it listens: it hears what is said from then on
+            await asyncio.sleep(0.3)
+            return "You said: hello" in [shown.text for shown in bridge.sim.phone(bot.user)]
+
+        await eventually(answered, "it answers")
+    await nc.close()
 
 
 async def test_typescript(bridge: World, tmp_path: Path, npm: Path) -> None:

@@ -1,4 +1,4 @@
-"""The runbook has a page for every alert, and what it tells to ask and to run exists."""
+"""The runbook has a page for every alert; what it and the other pages for operators tell to ask and to run exists."""
 
 from __future__ import annotations
 
@@ -40,10 +40,19 @@ def queries() -> list[str]:
     return [query.strip() for query in blocks(RUNBOOK.read_text(), "promql")]
 
 
+PAGES = (
+    RUNBOOK,
+    ROOT / "helm/wechat-nats/README.md",
+    ROOT / "README.md",
+    ROOT / "helm/nats/README.md",
+    ROOT / "schemas/examples/README.md",
+)
+
+
 def commands() -> list[str]:
-    """Every command of ours, in blocks and in sentences."""
-    text = RUNBOOK.read_text()
-    lines = [line for block in blocks(text, "sh") for line in block.splitlines()]
+    """Every command of ours, in blocks and in sentences, without a comment and what is the shell's."""
+    text = "".join(page.read_text() for page in PAGES)
+    lines = [re.split("[#&>]", line)[0].strip() for block in blocks(text, "sh") for line in block.splitlines()]
     quoted = [found.replace("\n", " ") for found in re.findall(r"`(wechat-nats [^`]+)`", text)]
     return sorted({line for line in [*lines, *quoted] if line.startswith("wechat-nats ")})
 
@@ -85,8 +94,8 @@ def test_queries_ask_for_metrics_that_there_are(tmp_path: Path) -> None:
 def test_commands_are_ones_that_there_are(line: str) -> None:
     """Read as the command line is, with all its arguments."""
     words = shlex.split(line.removesuffix(" again"))[1:]
-    if words == ["--help"] or words in (["unbind"], ["login", "SANDBOX"]):
-        words = {"--help": ["doctor"], "unbind": ["unbind", "s1"], "login": ["login", "s1"]}[words[0]]
+    named = {"--help": "doctor", "unbind": "unbind s1", "login SANDBOX": "login s1", "permissions init": "doctor"}
+    words = named.get(" ".join(words), "").split() or words
     build().parse_args(words, exit_on_error=False, print_error=False)
 
 
