@@ -156,6 +156,8 @@ API: list[tuple[str, dict[str, str]]] = [
     ("$JS.API.STREAM.RESTORE.<stream>", {}),
     ("$JS.API.STREAM.LEADER.STEPDOWN.<stream>", {}),
     ("$JS.API.STREAM.PEER.REMOVE.<stream>", {}),
+    ("$JS.API.STREAM.PEER.EVACUATE.<stream>", {}),
+    ("$JS.API.STREAM.CANCEL_MOVE.<stream>", {}),
     ("$JS.API.DIRECT.GET.<stream>", {"adapter": ALL, "operator": READ}),
     ("$JS.API.DIRECT.GET.<stream>.wechat.x", {"adapter": ALL, "operator": READ}),
     ("$JS.API.CONSUMER.NAMES.<stream>", {"adapter": ALL, "operator": ALL}),
@@ -174,12 +176,26 @@ API: list[tuple[str, dict[str, str]]] = [
     ("$JS.API.CONSUMER.PAUSE.<stream>.<sandbox>", {}),
     ("$JS.API.CONSUMER.UNPIN.<stream>.<sandbox>", {}),
     ("$JS.API.CONSUMER.LEADER.STEPDOWN.<stream>.<sandbox>", {}),
+    ("$JS.API.CONSUMER.PEER.REMOVE.<stream>.<sandbox>", {}),
+    ("$JS.API.CONSUMER.PEER.EVACUATE.<stream>.<sandbox>", {}),
     ("$JS.API.META.LEADER.STEPDOWN", {}),
+    ("$JS.API.META.RESCUE", {}),
+    ("$JS.API.SERVER.REMOVE", {}),
+    ("$JS.API.SERVER.EVACUATE", {}),
     ("$JS.API.ACCOUNT.PURGE.WECHAT", {}),
+    ("$JS.API.ACCOUNT.STREAM.MOVE.WECHAT.<stream>", {}),
+    ("$JS.API.ACCOUNT.STREAM.CANCEL_MOVE.WECHAT.<stream>", {}),
+    ("$JS.hub.API.STREAM.INFO.<stream>", {}),
     ("$JS.ACK.<stream>.<sandbox>.1.1.1.1.0", {"adapter": PULLED, "own": OWN}),
+    ("$JS.ACK._.x.<stream>.<sandbox>.1.1.1.1.0.x", {}),
     ("$JS.FC.<stream>.<sandbox>.x", {"operator": READ}),
+    ("$JS.SNAPSHOT.ACK.<stream>.x", {}),
+    ("$JS.SNAPSHOT.RESTORE.<stream>.x", {}),
 ]
-"""Publishing to JetStream itself: of which streams each role may. `<sandbox>` stands for the consumer's name."""
+"""Publishing to JetStream itself, all that a server of 2.15 answers: of which streams each role may.
+
+`<sandbox>` stands for the consumer's name, `hub` for another domain; in an acknowledgement `_.x` are domain and account.
+"""
 
 
 def api_rows() -> list[Row]:

@@ -15,7 +15,8 @@ from nats.aio.msg import Msg
 
 from adapter.jetstream import topology
 from adapter.jetstream.link import Link
-from adapter.permissions import grants, streams
+from adapter.permissions import ROLES, covers, grants, streams
+from adapter.schema import channels
 from adapter.settings import Settings
 from tests.bus import roles
 from tests.bus.guarded import NAMES, TEMPLATES, WITNESS, Guarded, Player, guarded
@@ -75,6 +76,21 @@ def test_the_streams_are_those_of_the_adapter() -> None:
 def test_the_table_in_the_readme_is_this_one() -> None:
     """`make generate` writes it anew."""
     assert roles.README.read_text() == roles.rendered()
+
+
+def test_every_subject_of_the_contract_has_a_row() -> None:
+    said = {channel.subject.replace("{sandbox}", SANDBOX) for channel in channels(NAMES)}
+    assert said - {row.subject for row in roles.SUBJECTS} == set()
+
+
+@pytest.mark.parametrize("column", [column for column in COLUMNS if column != "other"])
+def test_every_grant_has_a_row_that_uses_it(column: str) -> None:
+    """One that no row tries would be seen by nobody."""
+    role = ROLES[-1] if column == "own" else column
+    may = grants(NAMES, role, OWN)  # type: ignore[arg-type]
+    for does, patterns in (("publish", may.publish), ("subscribe", may.subscribe)):
+        tried = [concrete(row, column) for row in rows_of(column, does) if row.may(column)]
+        assert [pattern for pattern in patterns if not any(covers(pattern, subject) for subject in tried)] == []
 
 
 async def test_each_role_publishes_what_it_may_and_nothing_else(server: Guarded) -> None:

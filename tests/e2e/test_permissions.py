@@ -62,8 +62,8 @@ class Sandbox:
 
     def genuine(self) -> list[Msg]:
         """As `schemas/README.md` tells authors to read: by subject and Nats-Msg-Id."""
-        mine = (NAMES.live(self.name), NAMES.event(self.name, ""))
-        return [m for m in self.got if m.subject.startswith(mine) and H_MSG_ID in (m.headers or {})]
+        mine = NAMES.live(self.name), NAMES.event(self.name, "")
+        return [m for m in self.got if _is_of(m, *mine) and H_MSG_ID in (m.headers or {})]
 
     def heard(self) -> list[str]:
         """The texts of its users."""
@@ -94,6 +94,10 @@ class Sandbox:
             await msg.ack_sync(timeout=10)
         await subscription.unsubscribe()
         return found
+
+
+def _is_of(msg: Msg, live: str, events: str) -> bool:
+    return msg.subject == live or msg.subject.startswith(events)
 
 
 class Scene(NamedTuple):
@@ -257,8 +261,10 @@ async def test_no_reply_subject_makes_others_write_where_a_sandbox_may_not(scene
     await talk(scene)
     evil = b'{"sandbox":"s2","text":"evil","bot":"x@im.bot","bot_token":"t","config":{},"id":"evil"}'
     media = await s1.bring("evil", evil)
-    world.say("s1", evil.decode())
-    await until(lambda: len(s1.heard()) == 2, "the user's words come")
+    backlog = 2 * len(REPLIES)  # so that each pull below brings one
+    for number in range(backlog):
+        world.say("s1", evil.decode().replace("}", f"{number}}}"))
+    await until(lambda: len(s1.heard()) == backlog + 1, "the user's words come")
     before = await _state(scene.witness.nc)
     heard = len(s2.got)
     for reply in REPLIES:
@@ -277,9 +283,14 @@ async def test_no_reply_subject_makes_others_write_where_a_sandbox_may_not(scene
     await s2.nc.flush()
     assert await _state(scene.witness.nc) == before
     assert world.phone_texts("s2") == []
+    consumer = await scene.witness.nc.jetstream().consumer_info(NAMES.stream_in, "s1")
+    assert consumer.delivered is not None
+    assert consumer.delivered.consumer_seq > 10, "pulls have brought something"  # the server refuses the others
     foreign = s2.got[heard:]
     if scene.server.each:
         assert foreign == []
+    else:  # what the other one pulled bears an id, and is told by its subject
+        assert {msg.subject for msg in foreign if H_MSG_ID in (msg.headers or {})} == {NAMES.inbox("s1")}
     assert [msg.subject for msg in foreign if msg in s2.genuine()] == []
     assert s2.heard() == ["hello s2"]
     assert {text for text in s1.refusals if "publish with reply of" not in text} == set()
