@@ -194,7 +194,7 @@ API: list[tuple[str, dict[str, str]]] = [
 ]
 """Publishing to JetStream itself, all that a server of 2.15 answers: of which streams each role may.
 
-`<sandbox>` stands for the consumer's name, `hub` for another domain; in an acknowledgement `_.x` are domain and account.
+`<sandbox>` stands for the consumer's name, `hub` for another domain, `_.x` for domain and account before a stream.
 """
 
 
