@@ -81,7 +81,7 @@ async def test_a_person_scans_types_digits_and_is_bound(sim: Simulator) -> None:
         type_(process, b"not digits\n1111\n")
         await read(process, b"Wrong. The digits shown on the phone: ", errors=True)
         type_(process, b"47 11\n")
-        await read(process, b"Confirm on the phone.")
+        await read(process, b"Confirm on the phone.\n")
         sim.confirm(code)
         out, err = await process.communicate()
         assert (process.returncode, err) == (0, b"")
