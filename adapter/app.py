@@ -103,7 +103,7 @@ class Adapter:
             names,
             settings,
             at_least={names.bindings: lambda: len(self.bindings), names.cursors: lambda: self.supervisor.polling},
-            on_purge=self._hear_of_purge,
+            on_purge=lambda _: metrics.nats_purges.inc(),
         )
         self._jetstream_good = clock.monotonic()
         self._complete = Latch()
@@ -662,6 +662,8 @@ class Adapter:
                     self.metrics.nats_streams_missing.set(len(missing))
                     self.health.missing = ", ".join(missing)
                     self._complete.notify()
+                    if self.inspector.lacks(self.names.bindings):  # also those that nobody owned at the last look
+                        self.binding_bucket.reload()
                     await self._ask_consumers()
             except (Temporary, BusRefused) as exc:
                 if self.link.up:
@@ -669,11 +671,6 @@ class Adapter:
             else:
                 waits = self.bus.waiting_s > BUS_GRACE_S
                 self._hear_of_jetstream(f"JetStream takes nothing: {self.bus.hurdle}"[:200] if waits else "")
-
-    def _hear_of_purge(self, bucket: str) -> None:
-        self.metrics.nats_purges.inc()
-        if bucket == self.names.bindings:
-            self.binding_bucket.reload()
 
     def _hear_of_jetstream(self, problem: str) -> None:
         """A problem counts once it has lasted: an election takes seconds, and this replica keeps what it has."""

@@ -330,6 +330,10 @@ class Inspector:
         """Those of a stream when it was last seen."""
         return self._messages.get(stream, 0)
 
+    def lacks(self, bucket: str) -> bool:
+        """Whether keys were missing when it was last seen."""
+        return bucket in self._fewer
+
     def purges(self, bucket: str) -> int:
         """How often keys of a bucket were seen to have vanished."""
         return self._purges[bucket]

@@ -783,6 +783,11 @@ async def test_an_inspector_names_streams_that_are_gone_and_buckets_that_were_em
     for _ in range(2):
         assert await inspector.look(rig.link) == []
     assert (purged, inspector.purges(NAMES.cursors)) == ([NAMES.cursors], 1)
+    assert inspector.lacks(NAMES.cursors)
+    for key in ("a", "b"):
+        await bucket.update(key, b"x", 0)
+    await inspector.look(rig.link)
+    assert not inspector.lacks(NAMES.cursors)
     await rig.link.api(f"STREAM.DELETE.{NAMES.stream_dead}")
     assert await inspector.look(rig.link) == [NAMES.stream_dead]
     await topology.ensure(rig.link, NAMES, rig.bus.settings)

@@ -146,7 +146,8 @@ async def test_buckets_that_are_purged_are_filled_again(tmp_path: Path) -> None:
         async def bound_again() -> bool:
             return len(await stream(nc, f"KV_{NAMES.bindings}", f"$KV.{NAMES.bindings}.>")) == BOTS
 
-        await eventually(bound_again, "the bindings are back")
+        # Soon after the shards are owned again, and long before the bucket would be read anyway.
+        await eventually(bound_again, "the bindings are back", patience_s=20)
         await loading
         await faultless(made, nc)
         assert adapter.said("bucket.purged") >= 1
