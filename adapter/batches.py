@@ -25,14 +25,17 @@ PIPELINE = 256
 """Messages stored at once; bounds the memory of a huge batch."""
 
 
+def says_something(polled: Polled, place: Place) -> bool:
+    """Whether an answer holds more than that nothing has come."""
+    return bool(polled.messages) or polled.cursor not in (None, place.record.cursor)
+
+
 async def store(session: Session, polled: Polled, place: Place, needs: Incoming) -> Place:
     """Puts a batch on the bus. Raises LeaseLost.
 
     A lease that is only paused is waited for. Where the bot was lost, what nobody else has is told all the same, if
     late: iLink may count it as delivered, and give it to nobody else.
     """
-    if not polled.messages and (polled.cursor is None or polled.cursor == place.record.cursor):
-        return place
     fenced = needs._replace(bus=_Fenced(needs.bus, lambda: _check(session, place, needs)))
     for attempt in itertools.count(1):
         try:

@@ -12,7 +12,7 @@ import contextlib
 import msgspec
 import structlog
 
-from adapter.batches import store
+from adapter.batches import says_something, store
 from adapter.bindings import Bindings
 from adapter.cursors import acquire, give_back, put_back
 from adapter.errors import AdapterError, LeaseLost, SessionExpired, Temporary
@@ -23,7 +23,6 @@ from adapter.sessions import (
     Incoming,
     Place,
     Session,
-    account_of,
     binding_event,
     check_owned,
     needs_login_now,
@@ -140,7 +139,8 @@ async def poll_forever(session: Session, place: Place, needs: Incoming) -> Place
                 session.cut, 0.25 + needs.clock.jitter(0.25)
             )  # a server that does not hold is not hammered
         needs.metrics.polls.labels(outcome="messages" if polled.messages else "empty").inc()
-        place = await finish(store(session, polled, place, needs), needs.grace_s)
+        if says_something(polled, place):
+            place = await finish(store(session, polled, place, needs), needs.grace_s)
     return place
 
 
@@ -150,10 +150,12 @@ async def _poll_once(
     """One long poll; None: no answer in time, or it was cut. Raises SessionExpired, Temporary, LeaseLost, Refused."""
     check_owned(needs, binding)
     session.served = binding
-    account = account_of(binding, needs.sealer)
+    account = session.account(binding, needs.sealer)
     if session.cut.is_set():
         return None
-    session.poll = poll = asyncio.ensure_future(needs.chat.poll(account, place.record.cursor, hold_ms))
+    session.poll = poll = asyncio.get_running_loop().create_task(
+        needs.chat.poll(account, place.record.cursor, hold_ms)
+    )
     try:
         return await poll
     except asyncio.CancelledError:

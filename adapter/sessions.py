@@ -118,6 +118,13 @@ class Session:
         """Set by `cut_off`."""
         self.poll: asyncio.Future[Any] | None = None
         """The poll that waits."""
+        self._account: tuple[Binding, Account] | None = None
+
+    def account(self, binding: Binding, sealer: Sealer) -> Account:
+        """As account_of, and a token is opened once, not for each poll. Raises Refused("token_key")."""
+        if self._account is None or self._account[0] is not binding:
+            self._account = binding, account_of(binding, sealer)
+        return self._account[1]
 
     def must_leave(self) -> bool:
         """For conditions that are looked at again and again."""

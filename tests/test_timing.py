@@ -10,7 +10,7 @@ import time
 import pytest
 from structlog.testing import capture_logs
 
-from adapter.timing import answered_within, heed, restarted
+from adapter.timing import AnsweredWithin, heed, restarted
 from tests.fakes import FakeClock
 
 VIRTUAL_TIME = True
@@ -59,7 +59,7 @@ async def test_a_loop_that_ends_although_it_should_not_has_crashed() -> None:
 
 async def test_no_answer_in_time_is_a_timeout() -> None:
     with pytest.raises(TimeoutError):
-        async with answered_within(3600):
+        async with AnsweredWithin(3600):
             await asyncio.Event().wait()
 
 
@@ -72,7 +72,7 @@ def test_a_process_that_was_stopped_reads_the_answer_that_came_meanwhile(answere
         with ours, theirs:
             reader, writer = await asyncio.open_connection(sock=ours)
             try:
-                async with answered_within(0.05):
+                async with AnsweredWithin(0.05):
                     asking = asyncio.ensure_future(reader.readexactly(2))
                     await asyncio.sleep(0)
                     if answered:

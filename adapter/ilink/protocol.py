@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar, get_args
 from urllib.parse import quote, urlsplit
 
@@ -64,7 +64,8 @@ class Reply(NamedTuple):
     """An HTTP answer."""
 
     status: int
-    headers: dict[str, str]
+    headers: Mapping[str, str]
+    """Names in any case: by `retry-after` an HTTP client's own mapping finds `Retry-After`."""
     body: bytes
 
 
@@ -125,17 +126,19 @@ def _app_headers() -> dict[str, str]:
     return {"iLink-App-Id": "bot", "iLink-App-ClientVersion": APP_CLIENT_VERSION}
 
 
+_POST_HEADERS = {
+    "Content-Type": "application/json",
+    "AuthorizationType": "ilink_bot_token",
+    **_app_headers(),
+}
+
+
 def _post_headers(number: int) -> dict[str, str]:
-    return {
-        "Content-Type": "application/json",
-        "AuthorizationType": "ilink_bot_token",
-        "X-WECHAT-UIN": uin(number),
-        **_app_headers(),
-    }
+    return {**_POST_HEADERS, "X-WECHAT-UIN": uin(number)}
 
 
 def _request(name: str, token: str, number: int, body: dict[str, Any], *, agent: str) -> Request:
-    headers = _post_headers(number) | {"Authorization": f"Bearer {token}"}
+    headers = {**_POST_HEADERS, "X-WECHAT-UIN": uin(number), "Authorization": f"Bearer {token}"}
     body["base_info"] = {"channel_version": CHANNEL_VERSION, "bot_agent": agent}
     return Request(name.rpartition("/")[2], f"/ilink/bot/{name}", headers, msgspec.json.encode(body))
 
@@ -244,7 +247,7 @@ _CONTROL = re.compile(r"[^ -~]+")
 _LONG = re.compile(r"[A-Za-z0-9+/=_%-]{24,}")
 
 
-def cdn_refusal(status: int, headers: dict[str, str]) -> Refused:
+def cdn_refusal(status: int, headers: Mapping[str, str]) -> Refused:
     """A 4xx of an upload, with the CDN's words (5.1): printable, short, without what may be a key."""
     said = [headers.get("x-error-code", ""), headers.get("x-error-message", "")]
     words = _LONG.sub("…", _CONTROL.sub(" ", " ".join(said))).strip()[:200]
@@ -467,7 +470,7 @@ def _check_status(reply: Reply) -> None:
         raise Temporary("http_4xx", f"HTTP {reply.status}")
 
 
-def retry_after(headers: dict[str, str]) -> float | None:
+def retry_after(headers: Mapping[str, str]) -> float | None:
     """Seconds of a Retry-After header, at most 300; None where it has none or a date."""
     value = headers.get("retry-after", "")
     return min(float(value), 300.0) if value.isascii() and value.isdigit() else None

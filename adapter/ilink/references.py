@@ -38,7 +38,7 @@ class _Quoted(msgspec.Struct):
 
 def read_reference(raw: bytes) -> Quoted | None:
     """What is quoted, and where to look for the rest; None where nothing is. Never raises."""
-    ref = _read(raw, wire.RefMessage)
+    ref = _read(raw, wire.RefMessage) if raw not in (b"", b"null") else None
     if ref is None:
         return None
     item = _read(bytes(ref.message_item), _Quoted) or _Quoted()

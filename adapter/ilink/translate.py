@@ -38,8 +38,9 @@ def read_message(raw: bytes) -> Said:
     quoted: Quoted | None = None
     broken = ""
     fetches: list[Fetch] = []
-    for raw_item in message.item_list or []:
-        item, text, ref, fetch = _read_item(bytes(raw_item), len(items))
+    raw_items = [bytes(item) for item in message.item_list or []]
+    for raw_item in raw_items:
+        item, text, ref, fetch = _read_item(raw_item, len(items))
         items.append(item)
         if fetch is not None:
             fetches.append(fetch)
@@ -62,7 +63,7 @@ def read_message(raw: bytes) -> Said:
         kind=_kind(items),
         fetches=tuple(fetches),
         reference=quoted[1] if quoted else None,
-        item_ids=item_ids([bytes(item) for item in message.item_list or []], as_id(message.message_id)),
+        item_ids=item_ids(raw_items, as_id(message.message_id)),
     )
 
 

@@ -17,7 +17,7 @@ from adapter.errors import Temporary, Uncertain
 from adapter.ilink.network import CheckedResolver
 from adapter.ilink.protocol import Reply
 from adapter.ilink.unpack import PackedBadly, Unpacker
-from adapter.timing import answered_within
+from adapter.timing import AnsweredWithin
 
 CONNECT_S = 10.0
 KEPT_S = 20.0
@@ -44,7 +44,7 @@ class Transport:
         session = self._sessions.get(afresh) or self._open(afresh)
         try:
             async with (
-                answered_within(timeout_s),
+                AnsweredWithin(timeout_s),
                 session.request(
                     method, URL(url, encoded=True), headers=headers, data=body or None, allow_redirects=False
                 ) as response,
@@ -54,7 +54,7 @@ class Transport:
             raise Temporary("network", type(exc).__name__) from exc
         except (aiohttp.ClientError, ValueError) as exc:  # ValueError: bytes that are no HTTP at all
             raise Uncertain("network", type(exc).__name__) from exc
-        return Reply(response.status, {name.lower(): value for name, value in response.headers.items()}, read)
+        return Reply(response.status, response.headers, read)
 
     async def close(self) -> None:
         """Closes all connections."""
@@ -66,7 +66,9 @@ class Transport:
         """Raises Uncertain("unreadable") for an answer that is too large, once unpacked, or cannot be unpacked."""
         try:
             unpacker = Unpacker(response.headers.get("Content-Encoding", ""), self._max_answer_bytes)
-            chunks = [unpacker.feed(chunk) async for chunk in response.content.iter_any()]
+            chunks = []
+            while chunk := await response.content.readany():
+                chunks.append(unpacker.feed(chunk))
             unpacker.finish()
         except PackedBadly as exc:
             raise Uncertain("unreadable", str(exc)) from exc
