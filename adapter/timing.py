@@ -35,8 +35,8 @@ def run_fast(main: Coroutine[Any, Any, T]) -> T:
 
 
 def _rest_the_collector() -> None:
-    """Has the garbage collector leave alone what is there now, and look at what has grown old rarely: with thousands of
-    polls that wait, one full collection stops everything for a fifth of a second."""
+    """Has the garbage collector leave alone what is there now, and look at what has grown old rarely: with thousands
+    of polls that wait, one full collection stops everything for a fifth of a second."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(10_000, 20, 50)
