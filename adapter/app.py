@@ -102,7 +102,7 @@ class Adapter:
         self.inspector = topology.Inspector(
             names,
             settings,
-            at_least={names.bindings: lambda: len(self.bindings), names.cursors: lambda: self.supervisor.polling},
+            at_least={names.bindings: lambda: len(self.bindings), names.cursors: lambda: self.supervisor.cursor_keys},
             on_purge=lambda _: metrics.nats_purges.inc(),
         )
         self._jetstream_good = clock.monotonic()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 
@@ -9,7 +10,7 @@ import msgspec
 import structlog
 
 from adapter import contract, window
-from adapter.cursors import catch_up, write_cursor
+from adapter.cursors import catch_up, recollect, with_seen, write_cursor
 from adapter.dedup import Batch, Seen
 from adapter.errors import BusRefused, LeaseLost, Unreadable
 from adapter.inbox import Heard, bury, count, publish, raw_message, retry, without_media
@@ -44,7 +45,8 @@ async def store(session: Session, polled: Polled, place: Place, needs: Incoming)
             await needs.leases.changed.until(lambda: needs.leases.valid)
             ours = await _still_ours(session, place, needs)
             if attempt < ATTEMPTS and ours is not None:
-                place = place._replace(seen=Seen(ours.seen, skew_ms=needs.skew_ms))
+                _, seen = await retry(lambda ours=ours: recollect(session.bot, ours, needs), needs)  # type: ignore[misc]
+                place = place._replace(seen=seen)
                 continue
             log.warning("inbound.fenced", bot=session.bot, reason=exc.reason, messages=len(polled.messages))
             await _tell_late(session, polled.messages, needs)
@@ -90,7 +92,7 @@ async def _tell_late(session: Session, messages: list[bytes], needs: Incoming) -
     binding = needs.bindings.get(session.bot)
     entry = await retry(lambda: needs.cursors.get(contract.token_of(session.bot)), needs)
     record = msgspec.json.decode(entry.value, type=Cursor) if entry and entry.value else Cursor()
-    seen = Seen(record.seen, skew_ms=needs.skew_ms)
+    record, seen = await retry(lambda: recollect(session.bot, record, needs), needs)
     if binding is not None:
         await retry(lambda: catch_up(binding, record, seen, needs), needs)
     fresh = [without_media(said, "store") for said in await _sort(session, binding, messages, seen, needs)]
@@ -110,16 +112,14 @@ async def _store(session: Session, polled: Polled, place: Place, needs: Incoming
         took_s = needs.clock.monotonic() - arrived
         for _ in fresh:  # the objective is about messages, not about batches
             needs.metrics.inbound_publish_duration.observe(took_s)
-    record = msgspec.structs.replace(
-        place.record,
-        cursor=polled.cursor or place.record.cursor,
-        seen=place.seen.records(),
-        last_seq=last_seq,
-    )
+    record = msgspec.structs.replace(place.record, cursor=polled.cursor or place.record.cursor, last_seq=last_seq)
+    check = functools.partial(_check, session, place, needs)
+    record = await retry(lambda: with_seen(session.bot, record, place.seen, needs, check), needs)
     revision = await retry(lambda: write_cursor(session.bot, record, place.revision, needs), needs)
     if binding is not None:
         for user in dict.fromkeys(said.user for said in fresh):  # also of what waits for media: their window is open
             needs.heard(binding.sandbox, binding.bot, user)
+    session.apart = bool(record.apart)
     return Place(msgspec.structs.replace(record, seen=[]), revision, place.seen)
 
 

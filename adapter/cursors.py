@@ -6,6 +6,8 @@ the owner before is refused.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import msgspec
 import structlog
 
@@ -18,6 +20,9 @@ from adapter.sessions import Incoming, Place, Session, Waiting, check_owned, not
 from adapter.timing import backoff, first_of_two
 
 log = structlog.get_logger()
+
+NEWEST = 32
+"""So many records of messages seen are written with each cursor; when there are more, all of them apart."""
 
 
 async def acquire(session: Session, needs: Incoming) -> Place | None:
@@ -33,7 +38,7 @@ async def acquire(session: Session, needs: Incoming) -> Place | None:
         check_owned(needs, binding)
         session.freed.clear()
         async with needs.starting:
-            place = await _acquire_once(binding, needs)
+            place = await _acquire_once(session, binding, needs)
         if place is not None:
             for user in await needs.contexts.refresh(session.bot):
                 needs.heard(binding.sandbox, session.bot, user)  # they wrote to the owner before
@@ -44,7 +49,7 @@ async def acquire(session: Session, needs: Incoming) -> Place | None:
     return None
 
 
-async def _acquire_once(binding: Binding, needs: Incoming) -> Place | None:
+async def _acquire_once(session: Session, binding: Binding, needs: Incoming) -> Place | None:
     """None: the poller of another replica has not stopped yet, or the record changed meanwhile. Raises Temporary."""
     entry = await needs.cursors.get(contract.token_of(binding.bot))
     record = msgspec.json.decode(entry.value, type=Cursor) if entry and entry.value else None
@@ -56,14 +61,50 @@ async def _acquire_once(binding: Binding, needs: Incoming) -> Place | None:
         return None
     if binding.start_cursor is not None and binding.start_cursor != record.start:
         record = msgspec.structs.replace(record, cursor=binding.start_cursor, start=binding.start_cursor)
-    seen = Seen(record.seen, skew_ms=needs.skew_ms)
+    record, seen = await recollect(binding.bot, record, needs)
     record = await catch_up(binding, record, seen, needs, await needs.waiting(binding.sandbox))
-    record = msgspec.structs.replace(record, owner=me, seen=seen.records())
+    record = msgspec.structs.replace(record, owner=me, seen=seen.newest())
     try:
         revision = await write_cursor(binding.bot, record, entry.revision if entry else 0, needs)
     except LeaseLost:
         return None
+    session.apart = bool(record.apart)
     return Place(msgspec.structs.replace(record, seen=[]), revision, seen)
+
+
+def apart_key(bot: str) -> str:
+    return f"{contract.token_of(bot)}/seen"
+
+
+async def recollect(bot: str, record: Cursor, needs: Incoming) -> tuple[Cursor, Seen]:
+    """All that a bot's record says to have been seen, also what is stored apart. Raises Temporary."""
+    entry = await needs.cursors.get(apart_key(bot)) if record.apart else None
+    kept = msgspec.json.decode(entry.value, type=list[str]) if entry and entry.value else []
+    seen = Seen(kept, record.seen, skew_ms=needs.skew_ms)
+    return msgspec.structs.replace(record, apart=entry.revision if entry else 0), seen
+
+
+async def with_seen(bot: str, record: Cursor, seen: Seen, needs: Incoming, check: Callable[[], None]) -> Cursor:
+    """The record with what was seen, of which the bulk goes to its key apart when it has grown.
+
+    More may stand apart than the record knows of, after a crash or by the hand of an owner before us: messages that
+    are on the bus. It is never less than the record relies on. Raises Temporary, and what `check` raises, which asks
+    whether this replica may write.
+    """
+    if seen.unkept <= NEWEST:
+        return msgspec.structs.replace(record, seen=seen.newest())
+    check()
+    key, everything = apart_key(bot), seen.records()
+    value = msgspec.json.encode(everything)
+    try:
+        revision = await needs.cursors.update(key, value, record.apart)
+    except Conflict:
+        entry = await needs.cursors.get(key)
+        if entry is None or entry.value != value:  # not our own write, whose answer got lost
+            return msgspec.structs.replace(record, seen=everything, apart=entry.revision if entry else 0)
+        revision = entry.revision
+    seen.keep()
+    return msgspec.structs.replace(record, seen=[], apart=revision)
 
 
 async def catch_up(
@@ -109,9 +150,12 @@ async def write_cursor(bot: str, record: Cursor, revision: int, needs: Incoming)
 
 
 async def put_back(session: Session, place: Place, needs: Incoming) -> Place:
-    """Writes the record again, since cursors were purged. Raises LeaseLost."""
-    revision = await retry(lambda: write_cursor(session.bot, place.record, place.revision, needs), needs)
-    return place._replace(revision=revision)
+    """Writes the record again, since cursors were purged, and what was seen with it. Raises LeaseLost."""
+    place.seen.keep_none()
+    session.apart = False
+    record = msgspec.structs.replace(place.record, seen=place.seen.records(), apart=0)
+    revision = await retry(lambda: write_cursor(session.bot, record, place.revision, needs), needs)
+    return Place(msgspec.structs.replace(record, seen=[]), revision, place.seen)
 
 
 async def give_back(session: Session, needs: Incoming) -> None:

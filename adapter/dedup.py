@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from typing import NamedTuple
 
 KEEP_MS = 24 * 3600 * 1000
@@ -17,15 +18,17 @@ NEAR_MS = 1000
 """Two messages without any id are one if their times are nearer than this."""
 
 
-class Keys(NamedTuple):
-    """What identifies an inbound message; "" where iLink gave none."""
-
+class _Keys(NamedTuple):
     message: str
     client: str
     seq: str
     user: str
     sent_at_ms: int
     content: str
+
+
+class Keys(_Keys):
+    """What identifies an inbound message; "" where iLink gave none."""
 
     def id_for(self, bot: str) -> str:
         """The message's id on the bus and its Nats-Msg-Id: the first layer that is known, never a random one."""
@@ -37,10 +40,15 @@ class Keys(NamedTuple):
                 return f"in:{bot}:{letter}{_short(value)}"
         return f"in:{bot}:f{_short(f'{self.user}|{self.sent_at_ms}|{self.content}')}"
 
+    @cached_property
+    def hashed(self) -> tuple[str, str, str, str]:
+        """The ids and what was said, each of a bounded size."""
+        message, client, seq = (_short(value) if value else "" for value in (self.message, self.client, self.seq))
+        return message, client, seq, _short(f"{self.user}|{self.content}")
+
     def record(self, seen_at_ms: int) -> str:
         """One line of the state: times in base 10, ids hashed to bound the size."""
-        ids = (_short(value) if value else "" for value in (self.message, self.client, self.seq))
-        return "|".join((*ids, _short(f"{self.user}|{self.content}"), str(self.sent_at_ms), str(seen_at_ms)))
+        return "|".join((*self.hashed, str(self.sent_at_ms), str(seen_at_ms)))
 
 
 class _Known(NamedTuple):
@@ -56,23 +64,41 @@ class Seen:
     """The messages of one bot that were taken lately, oldest first.
 
     Kept as one text and searched as such: thousands of bots have one each, and objects would take ten times as much.
+    `kept`: those that are stored already; see `newest`.
     """
 
-    def __init__(self, records: Iterable[str] = (), *, skew_ms: int = 0) -> None:
+    def __init__(self, kept: Iterable[str] = (), newer: Iterable[str] = (), *, skew_ms: int = 0) -> None:
         self._skew_ms = skew_ms
         self._lines = "\n"
         """Each record between line ends."""
         self._count = 0
-        for record in records:
+        self.unkept = 0
+        """How many are not among those kept."""
+        for record in kept:
+            self._insert(record)
+        self.keep()
+        for record in newer:
             self._insert(record)
 
     def records(self) -> list[str]:
         """The state as it is stored."""
         return self._lines.split()
 
+    def newest(self) -> list[str]:
+        """The records that are not among those kept."""
+        return self._lines.rsplit("\n", self.unkept + 1)[1:-1]
+
+    def keep(self) -> None:
+        """All are stored by now."""
+        self.unkept = 0
+
+    def keep_none(self) -> None:
+        """None is stored any more."""
+        self.unkept = self._count
+
     def has(self, keys: Keys) -> bool:
         """Tells whether this is a repeat of a message taken before."""
-        probe = _parse(keys.record(0))
+        probe = _Known(*keys.hashed, keys.sent_at_ms, 0)
         if probe.message and f"\n{probe.message}|" in self._lines:
             return True
         return any(_same(probe, known, self._skew_ms) for known in self._with(probe.said))
@@ -104,10 +130,12 @@ class Seen:
         if f"\n{record}\n" not in self._lines:
             self._lines += f"{record}\n"
             self._count += 1
+            self.unkept += 1
 
     def _forget(self) -> None:
         self._lines = self._lines[self._lines.index("\n", 1) :]
         self._count -= 1
+        self.unkept = min(self.unkept, self._count)
 
 
 class Batch:
@@ -120,13 +148,13 @@ class Batch:
 
     def has(self, keys: Keys) -> bool:
         """As Seen.has."""
-        probe = _parse(keys.record(0))
+        probe = _Known(*keys.hashed, keys.sent_at_ms, 0)
         if probe.message and probe.message in self._messages:
             return True
         return any(_same(probe, known, self._skew_ms) for known in self._by_said.get(probe.said, ()))
 
     def add(self, keys: Keys, now_ms: int) -> None:
-        known = _parse(keys.record(now_ms))
+        known = _Known(*keys.hashed, keys.sent_at_ms, now_ms)
         if known.message:
             self._messages.add(known.message)
         self._by_said.setdefault(known.said, []).append(known)

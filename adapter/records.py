@@ -50,9 +50,12 @@ class Cursor(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     cursor: str = ""
     seen: list[str] = []
-    """Records of adapter.dedup, oldest first."""
+    """Records of adapter.dedup, oldest first: the newest ones, as far as they are not stored apart."""
+    apart: int = 0
+    """Revision of the key `<bot>/seen`, which has the older records as a JSON list; 0: there are none. So a message
+    costs a short write, and only some dozens together a long one."""
     last_seq: int = 0
-    """Sequence in WECHAT_IN of the newest message that `seen` covers; later ones were published without it."""
+    """Sequence in WECHAT_IN of the newest message that is among those seen; later ones were published without it."""
     owner: str = ""
     """Incarnation of the replica that polls; "" when nobody does. The epoch of the compare-and-set: writing one's
     own name raises the revision, so that every write of the owner before is refused."""

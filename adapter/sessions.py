@@ -104,6 +104,8 @@ class Session:
         """iLink said -14 and the recovery runs: nothing may be sent."""
         self.answered = 0.0
         """Monotonic time of the last answer of iLink to a poll."""
+        self.apart = False
+        """What was seen stands in a second key of the cursors, too."""
         self.purges = 0
         """Of the cursors, up to which this bot's is known to be there."""
         self.leaving = False

@@ -99,9 +99,9 @@ class Supervisor:
             shard.heard(sandbox, bot, user, wrote=wrote)
 
     @property
-    def polling(self) -> int:
-        """How many bots are polled, each of which has a cursor."""
-        return sum(session.state == "polling" for session in self.sessions.values())
+    def cursor_keys(self) -> int:
+        """How many keys the bots that are polled have in the bucket of cursors, at least."""
+        return sum(1 + session.apart for session in self.sessions.values() if session.state == "polling")
 
     def lingers(self, bot: str) -> bool:
         """Whether a poll of a bot still waits here although its shard was handed over: what it brings is ours."""

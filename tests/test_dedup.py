@@ -135,6 +135,31 @@ def test_the_state_survives_its_storage(keys: list[Keys], probe: Keys) -> None:
     assert again.has(probe) is seen.has(probe)
 
 
+@given(st.lists(st.one_of(any_keys, st.sampled_from(["keep", "keep none"])), max_size=60))
+def test_what_is_kept_and_what_came_since_are_all_that_was_seen(steps: list[Keys | str]) -> None:
+    seen, kept = Seen(), list[str]()
+    for step in steps:
+        if isinstance(step, Keys):
+            seen.add(step, NOW)
+        elif step == "keep":
+            kept = seen.records()
+            seen.keep()
+        else:
+            kept = []
+            seen.keep_none()
+        assert [*kept, *seen.newest()] == seen.records()
+        assert Seen(kept, seen.newest()).newest() == seen.newest()
+
+
+def test_what_was_kept_and_is_forgotten_is_not_taken_for_new() -> None:
+    seen = Seen()
+    for number in range(KEEP_AT_MOST):
+        seen.add(say(message=str(number)), NOW)
+    seen.keep()
+    seen.add(say(message="new"), NOW + 2 * KEEP_MS)
+    assert seen.newest() == seen.records() == [say(message="new").record(NOW + 2 * KEEP_MS)]
+
+
 @given(st.lists(st.tuples(any_keys, st.integers(0, 3 * KEEP_MS)), max_size=60))
 def test_what_is_older_than_a_day_is_forgotten(said: list[tuple[Keys, int]]) -> None:
     seen = Seen()

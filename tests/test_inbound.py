@@ -13,10 +13,10 @@ from structlog.testing import capture_logs
 from adapter import contract
 from adapter.batches import store
 from adapter.contract import H_MSG_ID, H_SEEN, BindingEvent, UnsupportedItem
-from adapter.cursors import acquire
+from adapter.cursors import NEWEST, acquire, apart_key, put_back
 from adapter.errors import BusRefused, LeaseLost, Refused, SessionExpired, Temporary
 from adapter.inbound import poll_forever, tend
-from adapter.ports import Message, Polled
+from adapter.ports import Entry, Message, Polled
 from adapter.records import Context, Cursor
 from adapter.sessions import Session
 from tests.fakes import EPOCH_MS, Bench, EndOfScript, FakeClock, settle
@@ -475,6 +475,126 @@ async def test_a_cursor_that_another_replica_took_ends_the_poller() -> None:
     with pytest.raises(LeaseLost):
         await poll_forever(session, place, needs)
     assert bench.cursor() == Cursor(cursor="b", owner="other-1")
+
+
+# what was seen -------------------------------------------------------------------------------------------
+
+
+MANY = 3 * NEWEST + 5
+EVERYTHING = [batch(raw(f"word {number}", number), cursor=f"c{number}") for number in range(MANY)]
+"""More than a cursor's record holds."""
+
+
+async def again(bench: Bench) -> list[str]:
+    """Another replica takes the bot, and iLink says everything again, with what the server's window forgot."""
+    bench.bus.forget_ids()
+    bench.cursors.entries[KEY] = without_owner(bench.cursors.entries[KEY])
+    bench.chat.polls.extend([batch(*(message for one in EVERYTHING for message in one.messages), cursor="z")])
+    await polls(bench)
+    return texts(bench)
+
+
+def without_owner(entry: Entry) -> Entry:
+    assert entry.value is not None
+    record = msgspec.json.decode(entry.value, type=Cursor)
+    return entry._replace(value=msgspec.json.encode(replace(record, owner="")))
+
+
+async def test_a_message_costs_a_short_record_and_its_successor_remembers_them_all() -> None:
+    bench = await ready(*EVERYTHING)
+    sizes: list[int] = []
+
+    async def measure(key: str) -> None:
+        if key == KEY and KEY in bench.cursors.entries:
+            sizes.append(len(bench.cursors.entries[KEY].value or b""))
+
+    bench.cursors.on_write = measure
+    await polls(bench)
+    assert max(sizes) < 100 * NEWEST
+    assert bench.bus.writes.count("cursor") == MANY + MANY // (NEWEST + 1)
+    assert len(bench.cursor().seen) <= NEWEST
+    assert await again(bench) == [f"word {number}" for number in range(MANY)]
+
+
+async def test_a_crash_between_what_stands_apart_and_the_cursor_forgets_nothing() -> None:
+    bench = await ready(*EVERYTHING)
+
+    async def dies(key: str) -> None:
+        if key == KEY and len(texts(bench)) == NEWEST + 1:
+            raise RuntimeError("killed")
+
+    bench.cursors.on_write = dies
+    with pytest.raises(RuntimeError):
+        await polls(bench)
+    bench.cursors.on_write = None
+    assert (bench.cursor().apart, len(bench.cursors.entries)) == (0, 2)
+    bench.chat.polls.clear()
+    assert await again(bench) == [
+        *(f"word {number}" for number in range(NEWEST + 1)),
+        *(f"word {number}" for number in range(NEWEST + 1, MANY)),
+    ]
+
+
+@pytest.mark.parametrize("loss", ["purged", "written by another hand", "answer lost"])
+async def test_what_stands_apart_may_vanish_or_change_and_nothing_is_forgotten(loss: str) -> None:
+    bench = await ready(*EVERYTHING)
+
+    async def look(message: Message) -> None:
+        if len(texts(bench)) == 2 * NEWEST:  # shortly before the next write apart
+            bench.bus.on_publish = None
+            match loss:
+                case "purged":
+                    del bench.cursors.entries[apart_key(BOT)]
+                case "written by another hand":
+                    bench.cursors.put(apart_key(BOT), b"[]")
+                case _:
+                    bench.cursors.on_write = lose
+
+    async def lose(key: str) -> None:
+        bench.cursors.answers_lost = int(key == apart_key(BOT))
+
+    bench.bus.on_publish = look
+    await polls(bench)
+    bench.cursors.on_write = None
+    assert await again(bench) == [f"word {number}" for number in range(MANY)]
+
+
+async def test_after_a_purge_everything_seen_is_in_the_record() -> None:
+    bench = await ready(*EVERYTHING)
+    session = Session(BOT)
+    needs = bench.incoming()
+    bench.chat.script_ends = True
+    place = await acquire(session, needs)
+    assert place is not None
+    with pytest.raises(EndOfScript):
+        await poll_forever(session, place, needs)
+    assert session.apart
+    place = await acquire(session, needs)
+    assert place is not None
+    bench.cursors.entries.clear()
+    place = await put_back(session, place, needs)
+    assert not session.apart
+    assert len(bench.cursor().seen) == MANY
+    assert await again(bench) == [f"word {number}" for number in range(MANY)]
+
+
+async def test_who_was_stopped_before_it_wrote_what_it_had_seen_apart_does_not_write_it() -> None:
+    bench = await ready(*EVERYTHING[:NEWEST])
+    session = Session(BOT)
+    needs = bench.incoming()
+    place = await acquire(session, needs)
+    assert place is not None
+    bench.chat.script_ends = True
+    for one in EVERYTHING[:NEWEST]:
+        place = await store(session, one, place, needs)
+
+    def lose(_: Message) -> None:  # as the last message is stored
+        bench.leases.incarnation = "me-2"
+
+    bench.bus.refuse = lose
+    with pytest.raises(LeaseLost):
+        await store(session, EVERYTHING[NEWEST], place, needs)
+    assert list(bench.cursors.entries) == [KEY]
 
 
 async def frozen_with(bench: Bench, *batches: Polled, other: Bench | None, given: tuple[bytes, ...] = ()) -> None:

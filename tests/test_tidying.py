@@ -8,6 +8,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from adapter.contract import token_of
+from adapter.cursors import apart_key
 from adapter.errors import BusRefused, LeaseLost, Temporary
 from adapter.ports import Written
 from adapter.tidying import RETRY_S, Tidying, tidy_forever, tidy_once
@@ -97,6 +98,15 @@ async def test_of_an_unbound_bot_nothing_is_left_in_the_end() -> None:
     assert (await tidy_once(room.needs()), room.keys) == (3, [1, 1, 1])
     assert room.bench.bindings.get("kept@im.bot") is not None
     assert (await tidy_once(room.needs()), room.keys) == (0, [1, 1, 1])
+
+
+async def test_what_a_bot_saw_goes_with_its_cursor() -> None:
+    room = Room()
+    await room.bind()
+    room.bench.cursors.put(apart_key(BOT), b"[]")
+    await room.bench.bindings.remove(BOT)
+    await asyncio.sleep(KEEP_S + 1)
+    assert (await tidy_once(room.needs()), room.keys) == (4, [0, 0, 0])
 
 
 async def test_a_bot_that_was_silent_for_long_is_not_forgotten_as_soon_as_it_is_unbound() -> None:
