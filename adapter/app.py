@@ -72,6 +72,8 @@ WATCH_S = 2.0
 """Between two looks at JetStream; at streams and consumers every other time."""
 RESTARTS, STEADY_S = 5, 60.0
 """A loop may crash so often in a row; one that ran so long before is in order."""
+OBSERVED_EVERY = 8
+"""Ticks of half a second between two counts of what is there: with thousands of bots each takes milliseconds."""
 ROOM = 512
 """Commands delivered and not yet settled, per consumer; of shards: asked for at once."""
 
@@ -639,7 +641,7 @@ class Adapter:
                 self.health.nats_lost()
             self.metrics.nats_publish_oldest.set(max(self.bus.waiting_s, self.media_bus.waiting_s))
             ticks += 1
-            if ticks % 4 == 0:
+            if ticks % OBSERVED_EVERY == 0:
                 self.supervisor.observe(len(asyncio.all_tasks()))
             if ticks % 60 == 0:
                 self.supervisor.tidy()

@@ -31,6 +31,10 @@ EXPECTED = "Nats-Expected-Last-Subject-Sequence"
 OPERATION = "KV-Operation"
 MARKER = "Nats-Marker-Reason"
 PAGE = 500
+READ_ANEW_S = 5.0
+"""A register whose newest entry is known is read no more often: only what was purged would show."""
+FOLLOW_ANEW_S = 300.0
+"""The same of a bucket that is followed, as long as no news is missing."""
 
 
 def news_subject(bucket: str) -> str:
@@ -199,6 +203,10 @@ class LeaseRegister:
         self._stream = f"KV_{name}"
         self._ttl_s = ttl_s
         """Only collects garbage: keys of replicas that are long gone."""
+        self._known: list[Entry] = []
+        self._known_to = 0
+        """The newest sequence when they were read."""
+        self._read_at = -READ_ANEW_S
 
     async def get(self, key: str) -> Entry | None:
         return await leader_get(self._link, self._stream, f"$KV.{self._name}.{key}")
@@ -217,11 +225,18 @@ class LeaseRegister:
         return ack.seq
 
     async def entries(self) -> list[Entry]:
+        every = f"$KV.{self._name}.>"
+        now = asyncio.get_running_loop().time()
+        newest = await _newest(self._link, self._stream, every)
+        if newest is not None and newest.seq == self._known_to and now - self._read_at < READ_ANEW_S:
+            return self._known
         found = {}
-        async for stored in read_stream(self._link, self._stream, f"$KV.{self._name}.>", page=PAGE):
-            entry = _entry(self._name, stored)
-            found[entry.key] = entry
-        return [entry for entry in found.values() if entry.value is not None]
+        async for stored in read_stream(self._link, self._stream, every, page=PAGE):
+            found[stored.subject] = stored
+        self._known = [entry for stored in found.values() if (entry := _entry(self._name, stored)).value is not None]
+        self._known_to = max((stored.seq for stored in found.values()), default=0)
+        self._read_at = now
+        return self._known
 
 
 async def direct_get(link: Link, stream: str, body: dict[str, Any]) -> AsyncGenerator[Stored, None]:
@@ -358,12 +373,14 @@ class KvBucket:
         purge, until it returns True.
 
         News come from the subject that the server republishes to once a value is stored (the plain subject
-        would also show writes that were refused), and everything is read again after each connect and every
-        `reload_s` seconds, so that nothing lost on the way stays lost. Entries may come twice, never older
-        than one seen before.
+        would also show writes that were refused). Everything is read again after each connect, and where a look
+        every `reload_s` seconds shows that something is missing, so that nothing lost on the way stays lost.
+        Entries may come twice, never older than one seen before.
         """
         revisions: dict[str, int] = {}
         living: set[str] = set()
+        top, whole, read_at = 0, False, 0.0
+        """Up to which sequence everything is known, if `whole`; when it was last read."""
 
         def see(entry: Entry) -> None:
             if entry.revision > revisions.get(entry.key, 0):
@@ -372,10 +389,13 @@ class KvBucket:
                 on_entry(entry)
 
         async def on_message(msg: Msg) -> None:
+            nonlocal top, whole
             headers = msg.headers or {}
             gone = OPERATION in headers
-            key = headers["Nats-Subject"].removeprefix(f"$KV.{self.name}.")
-            see(Entry(key, None if gone else msg.data, int(headers["Nats-Sequence"])))
+            key, revision = headers["Nats-Subject"].removeprefix(f"$KV.{self.name}."), int(headers["Nats-Sequence"])
+            if revision > top:
+                whole, top = whole and revision == top + 1, revision
+            see(Entry(key, None if gone else msg.data, revision))
 
         async def subscribe(nc: Client) -> None:
             await nc.subscribe(self.news + ".>", cb=on_message)
@@ -387,16 +407,25 @@ class KvBucket:
                 await self.link.nc.flush()
             except NatsError as exc:  # it is going down; the next one subscribes at its start
                 log.info("bucket.unfollowed", bucket=self.name, reason=type(exc).__name__)
+        epoch = -1
         while True:
             try:
                 await self.link.wait_up()
+                anew = self._stale or epoch != self.link.epoch or self._now() - read_at > FOLLOW_ANEW_S
                 epoch = self.link.epoch
                 self._stale = False
-                there = set()
+                keys, newest = await self._numbers()
+                if whole and not anew and (keys, newest) == (len(revisions), top):
+                    await self._until_told(epoch, reload_s)
+                    continue
+                top, whole, read_at = max(top, newest), True, self._now()
+                there, read_to = set(), 0
                 async for stored in read_stream(self.link, self.stream, self.subject(">"), page=PAGE):
                     entry = _entry(self.name, stored)
                     there.add(entry.key)
+                    read_to = stored.seq
                     see(entry)
+                whole = whole and (not keys or read_to >= newest)  # else a server answered that lags
                 for key, revision in [item for item in revisions.items() if item[0] not in there]:
                     # too old, or purged; a follower of the cluster may just lag
                     if await self.get(key) is not None or revisions[key] != revision:
@@ -412,7 +441,22 @@ class KvBucket:
                 continue
             if on_loaded is not None:
                 on_loaded()
-            await self.link.changed.until(lambda seen=epoch: self._stale or self.link.epoch != seen, reload_s)  # type: ignore[misc]
+            await self._until_told(epoch, reload_s)
+
+    def _now(self) -> float:
+        return asyncio.get_running_loop().time()
+
+    async def _numbers(self) -> tuple[int, int]:
+        """How many keys there are, deleted ones too, and the newest sequence. Raises Temporary."""
+        try:
+            state = (await self.link.api(f"STREAM.INFO.{self.stream}"))["state"]
+        except BusRefused as exc:
+            raise Temporary("bus_refused", exc.detail) from exc
+        return int(state["messages"]), int(state["last_seq"])
+
+    async def _until_told(self, epoch: int, seconds: float) -> None:
+        """Until everything is to be read again, there is another client, or the time is over."""
+        await self.link.changed.until(lambda: self._stale or self.link.epoch != epoch, seconds)
 
 
 class _Message(msgspec.Struct):

@@ -28,7 +28,7 @@ from adapter.errors import BusRefused, LeaseLost, Temporary
 from adapter.jetstream import topology
 from adapter.jetstream.link import NO_CONSUMER, Link
 from adapter.jetstream.topology import Wanted
-from adapter.timing import backoff
+from adapter.timing import backoff, first_of
 
 log = structlog.get_logger()
 
@@ -204,17 +204,23 @@ class Consumer:
                 broken = status
                 self._wake.set()
 
-        async with self.link.subscribed(nc, on_message) as inbox:
-            while self.link.epoch == epoch and self.link.nc is nc:
-                if broken:
-                    raise Temporary("consumer_broken", broken)
-                if asyncio.get_running_loop().time() - heard > 3 * HEARTBEAT_S:
-                    raise Temporary("consumer_silent")
-                self._wake.clear()
-                missing = self._room - self._in_hand - self._requested
-                if missing >= max(1, self._room // 4):
-                    await self._ask(inbox, missing)
-                await self._wait(epoch)
+        down = asyncio.get_running_loop().create_task(self.link.wait_down(epoch))
+        down.add_done_callback(lambda _: self._wake.set())
+        try:
+            async with self.link.subscribed(nc, on_message) as inbox:
+                while self.link.epoch == epoch and self.link.nc is nc:
+                    if broken:
+                        raise Temporary("consumer_broken", broken)
+                    if asyncio.get_running_loop().time() - heard > 3 * HEARTBEAT_S:
+                        raise Temporary("consumer_silent")
+                    self._wake.clear()
+                    missing = self._room - self._in_hand - self._requested
+                    if missing >= max(1, self._room // 4):
+                        await self._ask(inbox, missing)
+                    if not down.done():
+                        await first_of(self._wake, HEARTBEAT_S)
+        finally:
+            down.cancel()
 
     async def _ask(self, inbox: str, batch: int) -> None:
         self._check()
@@ -223,15 +229,6 @@ class Consumer:
         await self.link.publish(
             f"$JS.API.CONSUMER.MSG.NEXT.{self._stream}.{self.name}", msgspec.json.encode(body), reply=inbox
         )
-
-    async def _wait(self, epoch: int) -> None:
-        woken = asyncio.ensure_future(self._wake.wait())
-        down = asyncio.ensure_future(self.link.wait_down(epoch))
-        try:
-            await asyncio.wait([woken, down], timeout=HEARTBEAT_S, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            woken.cancel()
-            down.cancel()
 
 
 def _unix_ms(rfc3339: str) -> int:

@@ -97,41 +97,42 @@ class Publisher:
 
     async def publish(self, message: Message) -> PubAck:
         """Returns once the stream has it, however long the bus is away. Raises Conflict, BusRefused, LeaseLost."""
-        (ack,) = await self.publish_all([message])
-        if isinstance(ack, BusRefused):
-            raise ack
-        return ack
+        number, entry = self._take(message)
+        try:
+            if self._flowing:
+                await self._write(number, entry)
+            return await entry.future
+        finally:
+            del self._outstanding[number]
 
     async def publish_all(self, messages: Sequence[Message]) -> list[PubAck | BusRefused]:
         """Stores all of them in this order, pipelined; a refusal stands in the place of its ack. Raises LeaseLost."""
-        loop = asyncio.get_running_loop()
-        numbers = []
-        for message in messages:
-            entry = _Outstanding(message, loop.create_future(), self._clock.monotonic())
-            if len(message.payload) + _size(message.headers) > self._link.max_payload:
-                entry.future.set_exception(
-                    BusRefused(0, f"{len(message.payload)} bytes exceed the server's max_payload")
-                )
-            elif len(message.subject.encode()) > MAX_SUBJECT:
-                entry.future.set_exception(BusRefused(0, "The subject is too long."))
-            number = next(self._numbers)
-            self._outstanding[number] = entry
-            numbers.append(number)
-        entries = [self._outstanding[number] for number in numbers]
+        taken = [self._take(message) for message in messages]
         try:
-            for number, entry in zip(numbers, entries, strict=True):
-                if self._flowing and entry.writes == 0 and not entry.future.done():
+            for number, entry in taken:
+                if self._flowing and entry.writes == 0:
                     await self._write(number, entry)
             acks: list[PubAck | BusRefused] = []
-            for entry in entries:
+            for _, entry in taken:
                 try:
                     acks.append(await entry.future)
                 except BusRefused as exc:
                     acks.append(exc)
             return acks
         finally:
-            for number in numbers:
-                self._outstanding.pop(number, None)
+            for number, _ in taken:
+                del self._outstanding[number]
+
+    def _take(self, message: Message) -> tuple[int, _Outstanding]:
+        """In the order of the calls; what can never be written is refused at once."""
+        entry = _Outstanding(message, asyncio.get_running_loop().create_future(), self._clock.monotonic())
+        if len(message.payload) + _size(message.headers) > self._link.max_payload:
+            entry.future.set_exception(BusRefused(0, f"{len(message.payload)} bytes exceed the server's max_payload"))
+        elif len(message.subject.encode()) > MAX_SUBJECT:
+            entry.future.set_exception(BusRefused(0, "The subject is too long."))
+        number = next(self._numbers)
+        self._outstanding[number] = entry
+        return number, entry
 
     async def run(self) -> None:
         """Watches the acks and mends the flow, until cancelled."""

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import itertools
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import msgspec
 import nats
 import pytest
 from nats.aio.client import Client
+from nats.aio.msg import Msg
 from structlog.testing import capture_logs
 
 from adapter.contract import H_COMMAND, H_ERROR, H_ERROR_CODE, H_MSG_ID, H_SCHEMA, SHARDS, Names, peer_key, shard_of
@@ -29,6 +30,7 @@ from adapter.metrics import Metrics
 from adapter.ports import Answered, Asked, Entry, Message, PubAck
 from adapter.settings import Settings
 from adapter.timing import SystemClock
+from tests.e2e.waiting import eventually
 from tests.growth import census, growing
 
 NAMES = Names()
@@ -429,8 +431,54 @@ async def test_a_follower_misses_nothing_across_a_kill(rig: Rig) -> None:
     assert len(order) == len(set(order)), "no entry twice, none older than one before"
 
 
-async def test_a_follower_reads_again_from_time_to_time(rig: Rig) -> None:
-    """News are at most once: one that was lost on the way is found by the next reading."""
+async def looks(rig: Rig, bucket: KvBucket) -> Callable[[int], Awaitable[None]]:
+    """Waits until a follower of the bucket has looked that often more whether something is missing."""
+    found = 0
+
+    async def on_message(_: Msg) -> None:
+        nonlocal found
+        found += 1
+
+    assert rig.link.nc is not None
+    await rig.link.nc.subscribe(f"$JS.API.STREAM.INFO.{bucket.stream}", cb=on_message)
+
+    async def more(count: int) -> None:
+        wanted = found + count
+        await until(lambda: found >= wanted, "it looks again")
+
+    return more
+
+
+@pytest.mark.parametrize("lost", ["every news", "one in the middle", "the last"])
+async def test_a_follower_finds_what_no_news_told_it(rig: Rig, lost: str) -> None:
+    """News are at most once."""
+    bucket = rig.bucket(NAMES.bindings)
+    seen: dict[str, Entry] = {}
+    loaded = asyncio.Event()
+    news, bucket.news = bucket.news, "elsewhere" if lost == "every news" else bucket.news
+    assert rig.link.nc is not None
+    subscribe = rig.link.nc.subscribe
+
+    async def but_some(subject: str, *, cb: Callable[[Msg], Awaitable[None]], **options: Any) -> Any:
+        numbers = itertools.count(1)
+        wanted = {"one in the middle": {3}, "the last": {4}}.get(lost, set())
+
+        async def on_message(msg: Msg) -> None:
+            if next(numbers) not in wanted:
+                await cb(msg)
+
+        return await subscribe(subject, cb=on_message if subject.startswith(news) else cb, **options)
+
+    rig.link.nc.subscribe = but_some  # type: ignore[assignment,method-assign]
+    rig.spawn(bucket.follow(lambda entry: seen.update({entry.key: entry}), on_loaded=loaded.set, reload_s=0.05))
+    await until(loaded.is_set, "it has read")
+    first = {key: await bucket.update(key, b"1", 0) for key in ("a", "b")}
+    second = {key: await bucket.update(key, b"2", first[key]) for key in ("a", "b")}
+    await until(lambda: seen == {key: Entry(key, b"2", second[key]) for key in second}, "all is seen")
+
+
+async def test_a_follower_that_misses_nothing_does_not_read_again(rig: Rig) -> None:
+    """Ten thousand bindings cost as much as that many messages, every half minute."""
     bucket = rig.bucket(NAMES.bindings)
     loads = 0
 
@@ -438,8 +486,20 @@ async def test_a_follower_reads_again_from_time_to_time(rig: Rig) -> None:
         nonlocal loads
         loads += 1
 
-    rig.spawn(bucket.follow(lambda entry: None, on_loaded=count, reload_s=0.05))
-    await until(lambda: loads >= 3, "it reads again")
+    seen: list[Entry] = []
+    more = await looks(rig, bucket)
+    rig.spawn(bucket.follow(seen.append, on_loaded=count, reload_s=0.05))
+    await until(lambda: loads == 1, "it has read")
+    for number in range(20):
+        await bucket.update(f"k{number}", b"x", 0)
+    await bucket.delete("k0")
+    await until(lambda: len(seen) == 21, "all is seen")
+    await more(2)
+    before = loads
+    await more(5)
+    assert loads == before
+    await bucket.purge("k5", seen[5].revision)
+    await until(lambda: loads > before, "a purge is noticed")
 
 
 async def test_a_lease_register_answers_from_the_leader_and_fails_in_time(rig: Rig) -> None:
@@ -467,6 +527,23 @@ async def test_many_members_are_read_whole(rig: Rig) -> None:
     register = LeaseRegister(rig.link, NAMES.claims)
     await asyncio.gather(*(register.write(str(number), b"x", 0) for number in range(SHARDS)))
     assert len(await register.entries()) == SHARDS
+
+
+async def test_a_register_is_read_anew_when_it_has_changed_and_now_and_then(rig: Rig) -> None:
+    register, other = LeaseRegister(rig.link, NAMES.claims), LeaseRegister(rig.link, NAMES.claims)
+    first = await other.write("1", b"x", 0)
+    second = await other.write("2", b"y", 0)
+    known = await register.entries()
+    assert known == [Entry("1", b"x", first), Entry("2", b"y", second)]
+    assert await register.entries() is known, "nothing has changed"
+    third = await other.write("1", b"z", first)
+    assert sorted(await register.entries()) == [Entry("1", b"z", third), Entry("2", b"y", second)]
+    await rig.link.api(f"STREAM.PURGE.KV_{NAMES.claims}", {"filter": f"$KV.{NAMES.claims}.2"})
+
+    async def noticed() -> bool:
+        return await register.entries() == [Entry("1", b"z", third)]
+
+    await eventually(noticed, "the purge is seen")
 
 
 async def test_a_history_that_asks_the_leader_ends_as_one_that_does_not(rig: Rig) -> None:
@@ -1127,21 +1204,15 @@ async def test_a_key_can_be_removed_without_a_trace_unless_it_was_written_again(
 async def test_a_follower_forgets_what_is_there_no_more(rig: Rig) -> None:
     """Logins come and go, each under a name of its own."""
     bucket = rig.bucket(NAMES.logins)
-    readings = 0
-
-    def count() -> None:
-        nonlocal readings
-        readings += 1
-
-    rig.spawn(bucket.follow(lambda entry: None, on_loaded=count, reload_s=0.05))
+    more = await looks(rig, bucket)
+    rig.spawn(bucket.follow(lambda entry: None, reload_s=0.05))
     counts = []
     for round_ in range(3):
         keys = [f"k{round_}-{number}" for number in range(50)]
         revisions = await asyncio.gather(*(bucket.update(key, b"x", 0) for key in keys))
         for key, revision in zip(keys, revisions, strict=True):
             await bucket.purge(key, revision)
-        seen = readings
-        await until(lambda seen=seen: readings > seen + 1, "it was read again")  # type: ignore[misc]
+        await more(3)
         counts.append(census())
     assert growing(*counts, by=45) == []
 
