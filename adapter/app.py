@@ -56,7 +56,7 @@ from adapter.sessions import Incoming, Waiting, account_of
 from adapter.settings import Settings
 from adapter.supervisor import Supervisor
 from adapter.tidying import Tidying, tidy_forever
-from adapter.timing import Latch, SystemClock, restarted
+from adapter.timing import Beat, Latch, SystemClock, restarted
 from adapter.uploads import Uploads
 from adapter.windows import Windows
 
@@ -72,6 +72,8 @@ WATCH_S = 2.0
 """Between two looks at JetStream; at streams and consumers every other time."""
 RESTARTS, STEADY_S = 5, 60.0
 """A loop may crash so often in a row; one that ran so long before is in order."""
+BEAT_S = 0.1
+"""So long may pass between an empty answer and the bot's next poll, which goes out with those of others."""
 OBSERVED_EVERY = 8
 """Ticks of half a second between two counts of what is there: with thousands of bots each takes milliseconds."""
 ROOM = 512
@@ -279,6 +281,7 @@ class Adapter:
             writable=writable,
             purges=lambda: self.inspector.purges(self.names.cursors),
             starting=asyncio.Semaphore(STARTING),
+            beat=Beat(BEAT_S),
             spread_s=lambda: len(self.supervisor.sessions) / POLLS_PER_S,
             stale_retry_s=settings.stale_retry_s,
             skew_ms=settings.duplicate_skew_ms,

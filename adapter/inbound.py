@@ -141,6 +141,8 @@ async def poll_forever(session: Session, place: Place, needs: Incoming) -> Place
         needs.metrics.polls.labels(outcome="messages" if polled.messages else "empty").inc()
         if says_something(polled, place):
             place = await finish(store(session, polled, place, needs), needs.grace_s)
+        else:
+            await needs.beat.next()
     return place
 
 

@@ -21,7 +21,7 @@ from adapter.ports import Account, Bucket, Bus, Chat, History, Said, Stored
 from adapter.recall import Recall
 from adapter.records import Binding, Cursor
 from adapter.seal import Sealer
-from adapter.timing import Clock, Latch
+from adapter.timing import Beat, Clock, Latch
 
 log = structlog.get_logger()
 
@@ -84,6 +84,8 @@ class Incoming(NamedTuple):
     """How often cursors were seen to be gone: who has one puts it back before the next poll."""
     starting: asyncio.Semaphore
     """Bounds how many pollers start at once: thousands would hold up the event loop, and with it the lease."""
+    beat: Beat
+    """Bots for which nothing has come poll again together."""
     spread_s: Callable[[], float]
     """Over how long polls are spread that could all start again at the same moment."""
     stale_retry_s: tuple[float, ...]

@@ -168,6 +168,30 @@ async def first_of_two(one: asyncio.Event, other: asyncio.Event, timeout_s: floa
             wait.cancel()
 
 
+class Beat:
+    """Gathers what need not be done at once, so that it is done together: thousands of small steps, each alone, cost
+    four times as much as in a row, since the processor's caches are cold at each."""
+
+    def __init__(self, period_s: float) -> None:
+        self._period_s = period_s
+        self._waiters: list[asyncio.Future[None]] = []
+
+    async def next(self) -> None:
+        """Waits for the next beat, a period away at most, with all others that wait for it."""
+        loop = asyncio.get_running_loop()
+        if not self._waiters:
+            loop.call_later(self._period_s, self._strike)
+        waiter = loop.create_future()
+        self._waiters.append(waiter)
+        await waiter
+
+    def _strike(self) -> None:
+        waiters, self._waiters = self._waiters, []
+        for waiter in waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+
+
 class Latch:
     """A state of the world that tasks wait for: any number of waiters, woken at every change."""
 

@@ -28,6 +28,7 @@ VIRTUAL_TIME = True
 
 BOT, USER = "b1@im.bot", "u1@im.wechat"
 KEY = contract.token_of(BOT)
+RECORD = f"{'a' * 12}|{'b' * 12}|{'c' * 12}|{'d' * 12}|1|2"
 PNG = samples.png()
 WAIT_S = 60.0
 
@@ -712,7 +713,7 @@ async def test_a_zombies_last_words_are_found() -> None:
     replica = await run(bench)
     await asyncio.sleep(5)
     subject = bench.names.raw(contract.shard_of("s1"), BOT)
-    headers = {contract.H_SANDBOX: "s1", contract.H_TIME_MS: str(EPOCH_MS), contract.H_SEEN: f"{KEY} a|b|c|d|1|2"}
+    headers = {contract.H_SANDBOX: "s1", contract.H_TIME_MS: str(EPOCH_MS), contract.H_SEEN: f"{KEY} {RECORD}"}
     bench.bus.put(subject, image(1), headers)
     await asyncio.sleep(SWEEP_S + 1)
     assert said(bench) == ["+"]
@@ -725,7 +726,7 @@ async def test_what_the_owner_before_stored_late_is_told_as_soon_as_the_bot_is_p
     bench.cdn.has("p1", PNG)
     downloads = await bench.downloads()
     subject = bench.names.raw(contract.shard_of("s1"), BOT)
-    headers = {contract.H_SANDBOX: "s1", contract.H_TIME_MS: str(EPOCH_MS), contract.H_SEEN: f"{KEY} a|b|c|d|1|2"}
+    headers = {contract.H_SANDBOX: "s1", contract.H_TIME_MS: str(EPOCH_MS), contract.H_SEEN: f"{KEY} {RECORD}"}
     bench.bus.put(subject, image(1), headers)
     replica = Replica(bench, downloads)
     await asyncio.sleep(1)

@@ -16,7 +16,7 @@ from adapter.contract import H_MSG_ID, H_SEEN, BindingEvent, UnsupportedItem
 from adapter.cursors import NEWEST, acquire, apart_key, put_back
 from adapter.errors import BusRefused, LeaseLost, Refused, SessionExpired, Temporary
 from adapter.inbound import poll_forever, tend
-from adapter.ports import Entry, Message, Polled
+from adapter.ports import Account, Entry, Message, Polled
 from adapter.records import Context, Cursor
 from adapter.sessions import Session
 from tests.fakes import EPOCH_MS, Bench, EndOfScript, FakeClock, settle
@@ -475,6 +475,30 @@ async def test_a_cursor_that_another_replica_took_ends_the_poller() -> None:
     with pytest.raises(LeaseLost):
         await poll_forever(session, place, needs)
     assert bench.cursor() == Cursor(cursor="b", owner="other-1")
+
+
+async def test_bots_for_which_nothing_came_poll_again_together() -> None:
+    """Each alone costs four times as much."""
+    bench = await ready()
+    await bench.bind("s2", "b2@im.bot", "u2@im.wechat")
+    needs = bench.incoming()
+    asked: list[float] = []
+    answers = {BOT: 30.0, "b2@im.bot": 30.04}
+
+    async def poll(account: Account, cursor: str, hold_ms: int) -> Polled | None:
+        asked.append(bench.clock.monotonic())
+        await asyncio.sleep(answers[account.bot])
+        return Polled([], cursor, hold_ms)
+
+    bench.chat.poll = poll  # type: ignore[method-assign]
+    sessions = [Session(BOT), Session("b2@im.bot")]
+    tasks = [asyncio.create_task(tend(session, needs)) for session in sessions]
+    await asyncio.sleep(45)
+    assert len(asked) == 4
+    assert asked[2] == asked[3]
+    for session in sessions:
+        session.leave(now=True)
+    await asyncio.wait(tasks)
 
 
 # what was seen -------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import time
 import pytest
 from structlog.testing import capture_logs
 
-from adapter.timing import AnsweredWithin, heed, restarted
+from adapter.timing import AnsweredWithin, Beat, heed, restarted
 from tests.fakes import FakeClock
 
 VIRTUAL_TIME = True
@@ -102,3 +102,19 @@ async def test_a_cancellation_that_was_swallowed_is_heeded_all_the_same() -> Non
     with pytest.raises(asyncio.CancelledError):
         await task
     heed()  # of a task that nobody cancelled it takes no notice
+
+
+async def test_at_a_beat_all_go_on_together_and_one_that_is_cancelled_holds_nobody_up() -> None:
+    beat, passed = Beat(0.01), list[int]()
+
+    async def wait(number: int) -> None:
+        await beat.next()
+        passed.append(number)
+
+    tasks = [asyncio.create_task(wait(number)) for number in range(3)]
+    await asyncio.sleep(0)
+    assert passed == []
+    tasks[1].cancel()
+    await asyncio.wait(tasks)
+    assert passed == [0, 2]
+    await asyncio.wait_for(beat.next(), 10)  # and there is another one
