@@ -20,9 +20,15 @@ from typing import Any, NamedTuple
 
 from nats.aio.client import Client
 
+from tests.bench.plot import bars
 from tests.bench.rig import Process, Received, Rig, rig
 
 Cell = str | float
+
+HOLD_S = 35.0
+SETTLE_S = 15.0
+"""After the last bot's first poll, for what a start leaves to be done."""
+PLOT = Path(__file__).with_name("bench.svg")
 
 
 class Table(NamedTuple):
@@ -101,10 +107,12 @@ async def inbound(bench: Bench) -> Table:
         (1, 1, 4000, ""),
         (1, 20, 20_000, ""),
         (100, 1, 20_000, ""),
-        (100, 20, 60_000, ""),
+        (100, 20, 40_000, ""),
+        (1000, 1, 20_000, ""),
+        (1000, 20, 40_000, ""),
+        (5000, 1, 20_000, ""),
         (100, 1, 6000, "always"),
     ]
-    plan += [(1000, 1, 20_000, ""), (1000, 20, 60_000, ""), (5000, 1, 20_000, "")]
     for bots, per_answer, total, sync in plan:
         rates: dict[str, float] = {}
         for kind in ("floor", "adapter"):
@@ -194,45 +202,82 @@ async def told(nc: Client) -> Received:
     return received
 
 
+async def started(made: Rig, nc: Client, kind: str, bots: int) -> tuple[Process, float, float]:
+    """A bridge that starts with all its bots bound; its MiB with none, and seconds until all of them are polled."""
+    if kind == "adapter":
+        process = made.adapter()
+        await made.bind(nc, 1)
+        empty = process.memory_mib()
+        await made.bind(nc, bots)
+        await made.parked(bots)
+    else:
+        process = await bridge_in(made, nc, "floor", 1)
+        empty = process.memory_mib()
+    made.drop(process)
+    began = time.monotonic()
+    process = made.adapter() if kind == "adapter" else made.floor("in", bots)
+    await made.parked(bots)
+    return process, empty, time.monotonic() - began
+
+
 async def idle(bench: Bench) -> Table:
     head = ("bots", "bridge", "TLS", "all polled after, s", "CPU s/min", "private MiB", "KiB/bot", "connections/poll")
     rows = Rows()
     plan = [("floor", 5000, False), ("adapter", 1000, False), ("adapter", 5000, False), ("adapter", 10_000, False)]
-    for kind, bots, tls in [*plan, ("adapter", 1000, True)]:
+    for kind, bots, tls in [*plan, ("floor", 1000, True), ("adapter", 1000, True)]:
         async with bench.rig(f"idle: {kind}, {bots} bots{', TLS' if tls else ''}", tls=tls) as (made, nc):
-            if kind == "adapter":
-                process = made.adapter()
-                await made.bind(nc, 1)
-                empty = process.memory_mib()
-                await made.bind(nc, bots)
-                await made.parked(bots)
-                made.drop(process)
-                began = time.monotonic()
-                process = made.adapter()
-            else:
-                process, empty = await bridge_in(made, nc, "floor", 1), 0.0
-                empty = process.memory_mib()
-                made.drop(process)
-                began = time.monotonic()
-                process = made.floor("in", bots)
-            await made.parked(bots)
-            polled_s = time.monotonic() - began
-            stats = await made.ask("stats")
-            before, started = process.cpu_s(), time.monotonic()
-            await asyncio.sleep(40)  # longer than a hold, so that each bot polls again
-            cpu = (process.cpu_s() - before) * 60 / (time.monotonic() - started)
-            after = await made.ask("stats")
-            memory = process.memory_mib()
+            process, empty, polled_s = await started(made, nc, kind, bots)
+            await asyncio.sleep(SETTLE_S)
+            stats, before, began = await made.ask("stats"), process.cpu_s(), time.monotonic()
+            await asyncio.sleep(HOLD_S + 1)  # so that each bot polls again
+            cpu = (process.cpu_s() - before) * 60 / (time.monotonic() - began)
+            after, memory = await made.ask("stats"), process.memory_mib()
             reused = (after["connections"] - stats["connections"]) / max(1, after["polls"] - stats["polls"])
             row = (bots, kind, "yes" if tls else "no", polled_s, cpu, memory, (memory - empty) * 1024 / bots, reused)
             rows.append(row)
     return Table("Idle bots, and a start with all of them bound", head, rows)
 
 
+async def shared(bench: Bench) -> Table:
+    """Two processes on the machine's cores, and what is left when one is killed."""
+    head = ("bots", "messages/s", "CPU µs/message", "shares", "after a kill -9 all polled by the other, s")
+    rows = Rows()
+    for bots, total in ((100, 20_000), (10_000, 20_000)):
+        async with bench.rig(f"two adapters, {bots} bots") as (made, nc):
+            both = [made.adapter(), made.adapter()]
+            await made.bind(nc, bots)
+            await made.parked(bots)
+            received = await heard(nc)
+            before, began = [process.cpu_s() for process in both], time.monotonic()
+            await made.ask("feed", bots=list(range(bots)), count=total // bots, per_answer=1)
+            await received.until(total)
+            rate = total / (received.when - began)
+            spent = [process.cpu_s() - cpu_s for process, cpu_s in zip(both, before, strict=True)]
+            await made.parked(bots)
+            shares = " : ".join(f"{cpu_s / sum(spent):.0%}" for cpu_s in spent)
+            both[0].stop()
+            killed = time.monotonic()
+            await made.fewer(bots)
+            await made.parked(bots)
+            rows.append((bots, rate, sum(spent) / total * 1e6, shares, time.monotonic() - killed))
+    return Table("Two adapters: shares of the CPU spent, and a take-over", head, rows)
+
+
+def plot(inbound: Table, outbound: Table) -> str:
+    """CPU per message of both bridges, of every row."""
+    found: dict[str, dict[str, float]] = {}
+    for bots, per, kind, sync, _, cpu_us, _ in inbound.rows:
+        found.setdefault(f"in: {bots} bots, {per} per answer, sync {sync}", {})[str(kind)] = float(cpu_us)
+    for bots, kind, sync, _, cpu_us, _ in outbound.rows:
+        found.setdefault(f"out: {bots} bots, sync {sync}", {})[str(kind)] = float(cpu_us)
+    return bars("CPU per message, µs", found)
+
+
 SUITES: dict[str, Callable[[Bench], Awaitable[Table]]] = {
     "in": inbound,
     "latency": latency,
     "out": outbound,
+    "two": shared,
     "idle": idle,
 }
 
@@ -240,9 +285,14 @@ SUITES: dict[str, Callable[[Bench], Awaitable[Table]]] = {
 async def run(names: list[str]) -> None:
     folder = Path(tempfile.mkdtemp(prefix="bench-"))
     bench = Bench(folder)
+    tables = {}
     for name in names:
-        print((await SUITES[name](bench)).text() + "\n", flush=True)
+        tables[name] = await SUITES[name](bench)
+        print(tables[name].text() + "\n", flush=True)
     await asyncio.to_thread(shutil.rmtree, folder)
+    if {"in", "out"} <= tables.keys():
+        await asyncio.to_thread(PLOT.write_text, plot(tables["in"], tables["out"]))
+        sys.stderr.write(f"{PLOT}\n")
 
 
 def main() -> int:

@@ -112,6 +112,14 @@ class Rig:
 
         await eventually(all_wait, f"{bots} polls wait", patience_s=120)
 
+    async def fewer(self, bots: int) -> None:
+        """Returns once fewer polls wait."""
+
+        async def some_ended() -> bool:
+            return bool((await self.ask("stats"))["parked"] < bots)
+
+        await eventually(some_ended, f"fewer than {bots} polls wait")
+
     async def connect(self) -> Client:
         async def up() -> bool:
             with contextlib.suppress(OSError, nats.errors.Error):
