@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, deque
+from collections.abc import Iterator
 
 import structlog
 
@@ -28,12 +29,51 @@ HIDE_S = 12.0
 """At the end typing is hidden in this time, in which one call may hang, or by the next owner."""
 
 
+class Lanes:
+    """The lanes of a shard, found by their sandbox: what happens to one user costs nothing for all others."""
+
+    def __init__(self) -> None:
+        self._of: dict[str, dict[tuple[str, str], Lane]] = {}
+
+    def __len__(self) -> int:
+        return sum(map(len, self._of.values()))
+
+    def __iter__(self) -> Iterator[Lane]:
+        """All, whatever comes or goes meanwhile."""
+        return iter([lane for lanes in self._of.values() for lane in lanes.values()])
+
+    def of(self, sandbox: str) -> list[Lane]:
+        return list(self._of.get(sandbox, {}).values())
+
+    def at(self, sandbox: str, bot: str, user: str) -> Lane:
+        """The lane of a user, or of a bot whose user is not known; a new one if there is none."""
+        lanes, key = self._of.setdefault(sandbox, {}), _key(bot, user)
+        if key not in lanes:
+            lanes[key] = Lane(sandbox, bot, user)
+        return lanes[key]
+
+    def unknown(self, sandbox: str, bot: str) -> Lane | None:
+        """That of a bot whose user was not known."""
+        return self._of.get(sandbox, {}).get(_key(bot, ""))
+
+    def drop(self, lane: Lane) -> None:
+        lanes = self._of[lane.sandbox]
+        del lanes[_key(lane.bot, lane.user)]
+        if not lanes:
+            del self._of[lane.sandbox]
+
+
+def _key(bot: str, user: str) -> tuple[str, str]:
+    """A user has one lane, whichever bot serves them."""
+    return "" if user else bot, user
+
+
 class Shard(LaneWork):
     """What arrives for one shard, as long as this replica owns it, and the lanes that it goes into."""
 
     def __init__(self, number: int, needs: Outgoing) -> None:
         super().__init__(number, needs)
-        self._lanes: dict[tuple[str, str, str], Lane] = {}
+        self._lanes = Lanes()
         self._waiting: dict[str, deque[Item]] = {}
         """Per sandbox: commands that nobody could be found for, in order, while a bind may be on its way."""
         self._loaded = False
@@ -66,7 +106,7 @@ class Shard(LaneWork):
             binding = self._needs.bindings.get(bot)
             if not user and binding is not None and binding.sandbox == item.command.sandbox:
                 user = binding.user  # learned since it was parked
-            lane = self._lane(item.command.sandbox, bot, user)
+            lane = self._lanes.at(item.command.sandbox, bot, user)
             command = item.command
             if command.client in in_hand or any(known.seq == stored.seq for known in lane.parked):
                 continue
@@ -75,7 +115,7 @@ class Shard(LaneWork):
             lane.parked.append(
                 Parked(stored.seq, stored.subject, command.id, command.expires_ms, command.stored_ms, command.final)
             )
-        for lane in list(self._lanes.values()):
+        for lane in self._lanes:
             if not lane.unsure.isdisjoint(found):
                 put_in_order(lane)
             self._start(lane)
@@ -218,7 +258,7 @@ class Shard(LaneWork):
         return bound[0]
 
     def _enqueue(self, item: Item, binding: Binding) -> None:
-        lane = self._lane(item.command.sandbox, binding.bot, item.command.user or binding.user)
+        lane = self._lanes.at(item.command.sandbox, binding.bot, item.command.user or binding.user)
         if any(parked.command == item.command.id for parked in lane.parked):
             if not item.suspect:  # else it was parked, and only its ack got lost
                 self._repeated(item)
@@ -227,22 +267,15 @@ class Shard(LaneWork):
         lane.queue.append(item)
         self._start(lane)
 
-    def _lane(self, sandbox: str, bot: str, user: str) -> Lane:
-        key = (sandbox, "" if user else bot, user)
-        lane = self._lanes.get(key)
-        if lane is None:
-            lane = self._lanes[key] = Lane(sandbox, bot, user)
-        return lane
-
     def _parked_of(self, sandbox: str) -> int:
-        return sum(len(lane.parked) for lane in self._lanes.values() if lane.sandbox == sandbox)
+        return sum(len(lane.parked) for lane in self._lanes.of(sandbox))
 
     def heard(self, sandbox: str, bot: str, user: str, *, wrote: bool = True) -> None:
         """A user wrote, or a bot lives again: what is parked may go. Commands for the bot's user find that user."""
         if wrote:
             self._wrote(sandbox, bot, user)
-        unknown = self._lanes.pop((sandbox, bot, ""), None)
-        lane = self._lane(sandbox, bot, user) if user else None
+        unknown = self._lanes.unknown(sandbox, bot)
+        lane = self._lanes.at(sandbox, bot, user) if user else None
         if unknown is not None and lane is not None:
             unknown.moved = lane
             lane.parked = deque(sorted({*lane.parked, *unknown.parked}))
@@ -252,16 +285,15 @@ class Shard(LaneWork):
             unknown.parked.clear()
             unknown.queue.clear()
             unknown.wake.set()
-        elif unknown is not None:
-            self._lanes[(sandbox, bot, "")] = unknown
-        for one in self._lanes.values():
-            if one.sandbox == sandbox and (one is lane or one.bot == bot):
+            self._lanes.drop(unknown)
+        for one in self._lanes.of(sandbox):
+            if one is lane or one.bot == bot:
                 self._start(one)
 
     def _wrote(self, sandbox: str, bot: str, user: str) -> None:
         """The user waits for an answer, and is shown so where the binding says it."""
         self.presence.heard(bot, user)
-        self._lane(sandbox, bot, user).spoke = False
+        self._lanes.at(sandbox, bot, user).spoke = False
         binding = self._needs.bindings.get(bot)
         if binding is not None and binding.sandbox == sandbox and binding.options.auto_typing:
             self.presence.begin(binding, user)
@@ -269,11 +301,10 @@ class Shard(LaneWork):
     def rebound(self, sandbox: str, *, anew: bool = True) -> None:
         """A binding of the sandbox changed. Not `anew`: iLink may think of its token as before."""
         self.presence.rebound(sandbox)
-        for lane in self._lanes.values():
-            if lane.sandbox == sandbox:
-                if anew:
-                    lane.stale_tries, lane.stale_until, lane.last_tries = 0, 0.0, False
-                self._start(lane)
+        for lane in self._lanes.of(sandbox):
+            if anew:
+                lane.stale_tries, lane.stale_until, lane.last_tries = 0, 0.0, False
+            self._start(lane)
 
     async def drain(self, grace_s: float) -> None:
         """Starts nothing new; requests that are out get `grace_s` seconds to end."""
@@ -305,16 +336,16 @@ class Shard(LaneWork):
         """Forgets the lanes of users whom nothing waits for; the next command, or their next word, makes another."""
         now = self._needs.sender.clock.monotonic()
         bound = self._needs.bindings.get
-        for key, lane in list(self._lanes.items()):
+        for lane in self._lanes:
             if bound(lane.bot) is None:
                 lane.stale_tries = 0  # of a token that is gone
             if not lane.is_needed(now):
-                del self._lanes[key]
+                self._lanes.drop(lane)
         self.presence.tidy()
 
     def census(self, parked: Counter[str]) -> tuple[int, int | None]:
         """Counts what is parked by reason into `parked`; commands not settled, and when the oldest was stored."""
-        for lane in self._lanes.values():
+        for lane in self._lanes:
             if lane.parked:
                 parked[lane.reason or "backlog"] += len(lane.parked)
         stored_ms = [item.command.stored_ms for item in self._in_hand.values()]
