@@ -18,7 +18,9 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
 from nats.aio.client import Client
+from nats.aio.msg import Msg
 
 from tests.bench.plot import bars
 from tests.bench.rig import Process, Received, Rig, rig
@@ -130,19 +132,49 @@ async def inbound(bench: Bench) -> Table:
 
 
 async def latency(bench: Bench) -> Table:
-    head = ("bots", "bridge", "p50 ms", "p99 ms", "worst ms", "CPU µs/message")
+    head = ("what", "bridge", "p50 ms", "p99 ms", "worst ms", "CPU µs/message")
     rows = Rows()
+
+    def add(what: str, kind: str, ages: list[float], cpu_s: float) -> None:
+        ages.sort()
+        p99 = ages[int(len(ages) * 0.99)]
+        rows.append((what, kind, statistics.median(ages), p99, ages[-1], cpu_s / len(ages) * 1e6))
+
     for kind in ("floor", "adapter"):
-        async with bench.rig(f"latency: {kind}") as (made, nc):
+        async with bench.rig(f"latency in: {kind}") as (made, nc):
             process = await bridge_in(made, nc, kind, 100)
             received = await heard(nc, timed=True)
             before = process.cpu_s()
             await made.ask("trickle", bots=100, count=1500, per_s=100)
             await received.until(1500)
-            ages = sorted(received.ages_ms)
-            cpu_us = (process.cpu_s() - before) / len(ages) * 1e6
-            rows.append((100, kind, statistics.median(ages), ages[int(len(ages) * 0.99)], ages[-1], cpu_us))
-    return Table("Inbound latency at 100 messages/s, idle cost included", head, rows)
+            add("iLink's answer to subscriber", kind, received.ages_ms, process.cpu_s() - before)
+    async with bench.rig("latency out: adapter") as (made, nc):
+        process = await ready_to_send(made, nc, 100)
+        before = process.cpu_s()
+        add("command to receipt", "adapter", await asked(nc, 100, count=1500, per_s=100), process.cpu_s() - before)
+    return Table("Latency at 100 messages/s, 100 bots, idle cost included", head, rows)
+
+
+async def asked(nc: Client, bots: int, *, count: int, per_s: float) -> list[float]:
+    """Milliseconds from each command to its receipt, for commands that are sent evenly in time."""
+    sent: dict[str, float] = {}
+    ages: list[float] = []
+    done = asyncio.Event()
+
+    async def on_receipt(msg: Msg) -> None:
+        ages.append((time.monotonic() - sent[msgspec.json.decode(msg.data)["command"]]) * 1000)
+        if len(ages) == count:
+            done.set()
+
+    await nc.subscribe("wechat.event.*.receipt", cb=on_receipt)
+    await nc.flush()
+    began = time.monotonic()
+    for number in range(count):
+        await asyncio.sleep(max(0.0, began + number / per_s - time.monotonic()))
+        sent[f"c{number}"] = time.monotonic()
+        await nc.publish(f"wechat.out.s{number % bots}", b'{"id":"c%d","text":"hello there"}' % number)
+    await done.wait()
+    return ages
 
 
 async def ready_to_send(made: Rig, nc: Client, bots: int) -> Process:
