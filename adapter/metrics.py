@@ -219,7 +219,11 @@ class Metrics:
         )
 
     def _make_outbound(self) -> None:
-        self.outbound_taken = self._counter("outbound_taken", "Commands taken from the outbound stream, each once.")
+        self.outbound_taken = self._counter(
+            "outbound_taken",
+            "Commands taken from the outbound stream, each at most once: what was on its way as a shard changed "
+            "hands is counted by neither replica.",
+        )
         self.outbound_messages = self._counter(
             "outbound_messages",
             "Commands with a final outcome; duplicate: a command seen before, not sent again; unreadable: refused or"
