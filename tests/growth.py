@@ -47,14 +47,16 @@ def _table(thing: object) -> str:
 
 
 def growing(*counts: Census, by: int) -> list[str]:
-    """What there were at least `by` more of each time, as sentences."""
+    """What there were at least `by` more of each time, as sentences. A table that is gone by now is none that grew: its
+    address belonged to others before."""
     steps = list(pairwise(counts))
     always = [name for name in counts[-1] if all(after[name] - before[name] >= by for before, after in steps)]
-    return [f"{' → '.join(str(count[name]) for count in counts)} {_plain(name)}" for name in sorted(always)]
+    named = {name: _plain(name) for name in sorted(always)}
+    return [f"{' → '.join(str(count[name]) for count in counts)} {plain}" for name, plain in named.items() if plain]
 
 
 def _plain(name: str) -> str:
-    """A table by those who refer to it."""
+    """A table by those who refer to it; "" where it is gone."""
     if not name.startswith("in a table"):
         return name
     held = [
@@ -63,6 +65,8 @@ def _plain(name: str) -> str:
         for thing in gc.get_referents(holder)
         if isinstance(thing, TABLES) and _table(thing) == name
     ]
+    if not held:
+        return ""
     sample = [str(key)[:40] for thing, _ in held[:1] for key in list(thing)[-3:]]
     holders = sorted({f"{type(holder).__qualname__} {str(holder)[:100]}" for _, holder in held})[:5]
     return f"{name}, with {sample}, held by {holders}"
