@@ -35,8 +35,8 @@ def run_fast(main: Coroutine[Any, Any, T]) -> T:
 
 
 def _rest_the_collector() -> None:
-    """Has the garbage collector leave alone what is there now, and look seldom: it walks all young objects each time, of
-    which a replica that works has thousands. What has grown old it looks at once a quarter more of that has come."""
+    """Has the garbage collector leave alone what is there now, and look seldom: it walks all young objects each time,
+    of which a replica that works has thousands. What has grown old is walked once there is a quarter more of it."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(5_000, 10, 10)

@@ -47,8 +47,8 @@ def _table(thing: object) -> str:
 
 
 def growing(*counts: Census, by: int) -> list[str]:
-    """What there were at least `by` more of each time, as sentences. A table that is gone by now is none that grew: its
-    address belonged to others before."""
+    """What there were at least `by` more of each time, as sentences. A table that is gone by now is none that grew:
+    its address belonged to others before."""
     steps = list(pairwise(counts))
     always = [name for name in counts[-1] if all(after[name] - before[name] >= by for before, after in steps)]
     named = {name: _plain(name) for name in sorted(always)}
