@@ -166,7 +166,7 @@ async def first_of_two(one: asyncio.Event, other: asyncio.Event, timeout_s: floa
 
 class Beat:
     """Gathers what need not be done at once, so that it is done together: thousands of small steps, each alone, cost
-    four times as much as in a row, since the processor's caches are cold at each."""
+    more than in a row, since the process wakes and the processor's caches are cold at each."""
 
     def __init__(self, period_s: float) -> None:
         self._period_s = period_s

@@ -478,7 +478,7 @@ async def test_a_cursor_that_another_replica_took_ends_the_poller() -> None:
 
 
 async def test_bots_for_which_nothing_came_poll_again_together() -> None:
-    """Each alone costs four times as much."""
+    """Each alone wakes the process for itself."""
     bench = await ready()
     await bench.bind("s2", "b2@im.bot", "u2@im.wechat")
     needs = bench.incoming()

@@ -6,6 +6,7 @@ Used twice: by Hypothesis in every run of the tests (tests/test_fuzz.py), and co
 from __future__ import annotations
 
 import contextlib
+import io
 import re
 import traceback
 from collections.abc import Callable, Iterator
@@ -31,6 +32,7 @@ from adapter.commands import (
     read_command,
     sandbox_of,
 )
+from adapter.console import server
 from adapter.contract import Bind, Inbound, MediaPiece, MediaQuery, Names, Unbind, is_inbox, text_of, token_of
 from adapter.dedup import Seen
 from adapter.errors import AdapterError, Refused, Unreadable
@@ -304,7 +306,28 @@ def logged(data: bytes) -> None:
     logs.redact(None, "info", {"detail": text, "fields": {"token": text, "list": [text, data]}})
 
 
+def console(data: bytes) -> None:
+    """A request to the console, as a WSGI server hands it over: five lines of its head, and a form."""
+    head, _, form = data.partition(b"\n\n")
+    method, length, query, cookie, origin = (head.decode("latin-1").split("\n") + [""] * 5)[:5]
+    environ = {
+        "REQUEST_METHOD": method,
+        "CONTENT_LENGTH": length,
+        "QUERY_STRING": query,
+        "HTTP_COOKIE": cookie,
+        "HTTP_ORIGIN": origin,
+        "wsgi.input": io.BytesIO(form),
+    }
+    request = server.read_request(environ)
+    if isinstance(request, server.Answer):
+        assert request.status.startswith("4")
+    else:
+        assert not (request.form and method != "POST")
+        server.is_same_origin(request)
+
+
 TARGETS: dict[str, Target] = {
+    "console": Target(console),
     "command": Target(command, ("schemas/samples/valid/outbound-*.json", "schemas/samples/invalid/outbound-*.json")),
     "routed": Target(routed, ("schemas/samples/valid/outbound-*.json", "schemas/samples/invalid/outbound-*.json")),
     "headers": Target(headers),
@@ -333,6 +356,11 @@ def seeds(name: str) -> Iterator[bytes]:
 
 
 _SEEDS: dict[str, tuple[bytes, ...]] = {
+    "console": (
+        b"POST\n10\npage=2\nsession=abc\nhttp://console\n\nbot=b1&x=%C3%BC",
+        b"POST\n999999999999",
+        b"GET\n\na=1&a=2",
+    ),
     "headers": (b"traceparent:00-1\nStatus:409\nNats-Msg-Id:1",),
     "reply": (
         b"200\n{}",
