@@ -118,29 +118,50 @@ async def finish(work: Coroutine[Any, Any, T], grace_s: float) -> T:
         raise
 
 
-class AnsweredWithin:
-    """As asyncio.timeout, and an answer that is there is read. A process that was stopped finds its time over and the
-    answer in the socket at the same moment; the time would win. For one `async with`."""
+class Deadline:
+    """Calls `over` once `seconds` have passed, and later where an answer may be there already. A process that was
+    stopped finds its time over and the answer in the socket at the same moment; the time would win."""
 
-    __slots__ = ("_due", "_limit", "_loop", "_timer")
+    __slots__ = ("_due", "_loop", "_over", "_timer")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, seconds: float, over: Callable[[], None]) -> None:
+        self._loop = loop
+        self._over = over
+        self._due = loop.time() + seconds
+        self._timer = loop.call_at(self._due, self._strike)
+
+    def cancel(self) -> None:
+        """It is not called any more."""
+        self._timer.cancel()
+
+    def _strike(self) -> None:
+        if self._loop.time() - self._due > LATE_S:
+            self._timer = self._loop.call_later(HERE_S, self._over)
+        else:
+            self._over()
+
+
+class AnsweredWithin:
+    """As asyncio.timeout, and an answer that is there is read: see Deadline. For one `async with`."""
+
+    __slots__ = ("_deadline", "_limit", "_loop", "_seconds")
 
     def __init__(self, seconds: float) -> None:
         self._loop = asyncio.get_running_loop()
-        self._due = self._loop.time() + seconds
+        self._seconds = seconds
         self._limit = asyncio.timeout(None)
 
     async def __aenter__(self) -> None:
         await self._limit.__aenter__()
-        self._timer = self._loop.call_at(self._due, self._over)
+        self._deadline = Deadline(self._loop, self._seconds, self._over)
 
     def _over(self) -> None:
-        now = self._loop.time()
-        self._limit.reschedule(now + (HERE_S if now - self._due > LATE_S else 0.0))
+        self._limit.reschedule(self._loop.time())
 
     async def __aexit__(
         self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._timer.cancel()
+        self._deadline.cancel()
         await self._limit.__aexit__(kind, exc, trace)
 
 

@@ -1062,3 +1062,20 @@ class Bench:
         await made.load()
         self.opened[shard_of(sandbox)] = made
         return made
+
+
+class Wire(asyncio.Transport):
+    """What asyncio gives a protocol to write to; takes everything."""
+
+    closing = False
+
+    def write(self, data: object) -> None: ...
+
+    def is_closing(self) -> bool:
+        return self.closing
+
+    def close(self) -> None:
+        self.closing = True
+
+    def abort(self) -> None:
+        self.closing = True

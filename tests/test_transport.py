@@ -5,19 +5,34 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gzip
+import itertools
+import socket
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 
+import hypothesis
 import pytest
+import uvloop
+from hypothesis import strategies as st
 
 from adapter.errors import Temporary, Uncertain
+from adapter.ilink.connection import Connection
 from adapter.ilink.network import CheckedResolver
 from adapter.ilink.protocol import Reply
-from adapter.ilink.transport import Transport
+from adapter.ilink.proxied import Proxied
+from adapter.ilink.transport import Exchange, Transport, _target
 from tests.e2e.waiting import free_port, until
+from tests.fakes import Wire
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nRetry-After: 7\r\n\r\n{}"
+pytestmark = pytest.mark.filterwarnings("ignore:Overriding the .event_loop_policy.:DeprecationWarning")
+
 LARGEST = 100_000
+RESOLVER = CheckedResolver(("127.0.0.1", "localhost"))
+PIECES = (
+    b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\nX: 1\r\nTransfer-Encoding: chunked\r\n\r\n"
+    b"5\r\nhello\r\n6\r\n world\r\n0\r\n\r\n"
+)
 
 
 class Server:
@@ -54,6 +69,14 @@ class Server:
         writer.close()
 
 
+@pytest.fixture(
+    scope="module", params=[asyncio.DefaultEventLoopPolicy, uvloop.EventLoopPolicy], ids=["asyncio", "uvloop"]
+)
+def event_loop_policy(request: pytest.FixtureRequest) -> asyncio.AbstractEventLoopPolicy:
+    """The service runs on uvloop; where that is missing, on asyncio's own."""
+    return request.param()  # type: ignore[no-any-return]
+
+
 @pytest.fixture
 async def server() -> AsyncIterator[Server]:
     made = Server()
@@ -64,19 +87,28 @@ async def server() -> AsyncIterator[Server]:
         listening.close()
 
 
-@pytest.fixture
-async def transport() -> AsyncIterator[Transport]:
-    resolver = CheckedResolver(())
-    made = Transport(tls=ssl.create_default_context(), agent="test/1", max_answer_bytes=LARGEST, resolver=resolver)
+@pytest.fixture(params=[Transport, Proxied])
+async def transport(request: pytest.FixtureRequest) -> AsyncIterator[Exchange]:
+    """That of a proxy's users reads the same answers in the same way."""
+    made = request.param(
+        tls=ssl.create_default_context(), agent="test/1", max_answer_bytes=LARGEST, resolver=RESOLVER
+    )
     yield made
     await made.close()
 
 
-async def post(transport: Transport, url: str, *, timeout_s: float = 30.0, afresh: bool = False) -> Reply:
+@pytest.fixture
+async def own() -> AsyncIterator[Transport]:
+    made = Transport(tls=ssl.create_default_context(), agent="test/1", max_answer_bytes=LARGEST, resolver=RESOLVER)
+    yield made
+    await made.close()
+
+
+async def post(transport: Exchange, url: str, *, timeout_s: float = 30.0, afresh: bool = False) -> Reply:
     return await transport.exchange("POST", url, {"X-One": "1"}, b"{}", timeout_s, afresh=afresh)
 
 
-async def test_an_answer_is_read_whole_with_its_headers(server: Server, transport: Transport) -> None:
+async def test_an_answer_is_read_whole_with_its_headers(server: Server, transport: Exchange) -> None:
     reply = await post(transport, server.url)
     assert (reply.status, reply.headers["retry-after"], reply.body) == (200, "7", b"{}")
     (head,) = server.heads
@@ -86,13 +118,13 @@ async def test_an_answer_is_read_whole_with_its_headers(server: Server, transpor
     assert head.count(b"Content-Length: 2\r\n") == 1
 
 
-async def test_requests_in_a_row_need_one_connection(server: Server, transport: Transport) -> None:
+async def test_requests_in_a_row_need_one_connection(server: Server, transport: Exchange) -> None:
     for _ in range(5):
         await post(transport, server.url)
     assert server.connections == 1
 
 
-async def test_a_request_afresh_gets_a_connection_of_its_own(server: Server, transport: Transport) -> None:
+async def test_a_request_afresh_gets_a_connection_of_its_own(server: Server, transport: Exchange) -> None:
     await post(transport, server.url)
     await post(transport, server.url, afresh=True)
     await post(transport, server.url)
@@ -100,7 +132,7 @@ async def test_a_request_afresh_gets_a_connection_of_its_own(server: Server, tra
     await until(lambda: server.open == 1, "the one of its own is closed")
 
 
-async def test_what_nobody_took_did_not_leave(transport: Transport) -> None:
+async def test_what_nobody_took_did_not_leave(transport: Exchange) -> None:
     with pytest.raises(Temporary) as caught:
         await post(transport, f"http://127.0.0.1:{free_port()}/")
     assert caught.value.reason == "network"
@@ -108,7 +140,7 @@ async def test_what_nobody_took_did_not_leave(transport: Transport) -> None:
         await post(transport, "http://no-such-host.invalid/")
 
 
-async def test_no_tls_where_it_is_asked_for_means_that_nothing_left(transport: Transport) -> None:
+async def test_no_tls_where_it_is_asked_for_means_that_nothing_left(transport: Exchange) -> None:
     async def refuse(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(b"HTTP/1.1 400 Bad Request\r\n\r\n")
         writer.close()
@@ -132,7 +164,7 @@ async def test_no_tls_where_it_is_asked_for_means_that_nothing_left(transport: T
     ids=["nothing", "half a head", "half a body", "wrong chunks", "another protocol", "no text", "wrong gzip"],
 )
 async def test_what_was_taken_and_not_answered_well_may_have_been_done(
-    server: Server, transport: Transport, answer: bytes
+    server: Server, transport: Exchange, answer: bytes
 ) -> None:
     server.answer = Server.say(answer, close=True)
     with pytest.raises(Uncertain) as caught:
@@ -141,7 +173,7 @@ async def test_what_was_taken_and_not_answered_well_may_have_been_done(
     assert len(server.heads) == 1, "it is not repeated by itself"
 
 
-async def test_a_silent_server_is_a_timeout_and_costs_the_connection(server: Server, transport: Transport) -> None:
+async def test_a_silent_server_is_a_timeout_and_costs_the_connection(server: Server, transport: Exchange) -> None:
     async def nothing(_: asyncio.StreamWriter) -> None: ...
 
     server.answer = nothing
@@ -153,7 +185,7 @@ async def test_a_silent_server_is_a_timeout_and_costs_the_connection(server: Ser
     assert server.connections == 2
 
 
-async def test_a_cancelled_request_costs_its_connection(server: Server, transport: Transport) -> None:
+async def test_a_cancelled_request_costs_its_connection(server: Server, transport: Exchange) -> None:
     async def nothing(_: asyncio.StreamWriter) -> None: ...
 
     server.answer = nothing
@@ -165,7 +197,7 @@ async def test_a_cancelled_request_costs_its_connection(server: Server, transpor
     await until(lambda: server.open == 0, "the connection is closed")
 
 
-async def test_an_answer_above_the_limit_is_not_read(server: Server, transport: Transport) -> None:
+async def test_an_answer_above_the_limit_is_not_read(server: Server, transport: Exchange) -> None:
     body = b"x" * (LARGEST + 1)
     server.answer = Server.say(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
     with pytest.raises(Uncertain) as caught:
@@ -173,7 +205,7 @@ async def test_an_answer_above_the_limit_is_not_read(server: Server, transport: 
     assert caught.value.reason == "unreadable"
 
 
-async def test_a_small_answer_that_unpacks_into_a_huge_one_is_not_read(server: Server, transport: Transport) -> None:
+async def test_a_small_answer_that_unpacks_into_a_huge_one_is_not_read(server: Server, transport: Exchange) -> None:
     body = gzip.compress(bytes(50_000_000))
     assert len(body) < LARGEST
     head = b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: %d\r\n\r\n" % len(body)
@@ -182,14 +214,14 @@ async def test_a_small_answer_that_unpacks_into_a_huge_one_is_not_read(server: S
         await post(transport, server.url)
 
 
-async def test_packed_answers_are_unpacked(server: Server, transport: Transport) -> None:
+async def test_packed_answers_are_unpacked(server: Server, transport: Exchange) -> None:
     body = gzip.compress(b'{"ret":0}')
     head = b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: %d\r\n\r\n" % len(body)
     server.answer = Server.say(head + body)
     assert (await post(transport, server.url)).body == b'{"ret":0}'
 
 
-async def test_a_redirect_is_an_answer_and_not_followed(server: Server, transport: Transport) -> None:
+async def test_a_redirect_is_an_answer_and_not_followed(server: Server, transport: Exchange) -> None:
     server.answer = Server.say(
         b"HTTP/1.1 307 Temporary Redirect\r\nLocation: http://127.0.0.1:1/\r\nContent-Length: 0\r\n\r\n"
     )
@@ -197,8 +229,236 @@ async def test_a_redirect_is_an_answer_and_not_followed(server: Server, transpor
     assert len(server.heads) == 1
 
 
-async def test_cookies_are_not_kept(server: Server, transport: Transport) -> None:
+async def test_cookies_are_not_kept(server: Server, transport: Exchange) -> None:
     server.answer = Server.say(b"HTTP/1.1 200 OK\r\nSet-Cookie: who=bot1\r\nContent-Length: 0\r\n\r\n")
     await post(transport, server.url)
     await post(transport, server.url)
     assert b"ookie" not in server.heads[1]
+
+
+@pytest.mark.parametrize(
+    ("answer", "body"),
+    [
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1\r\n{\r\n1\r\n}\r\n0\r\nX-Sum: 1\r\n\r\n", b"{}"),
+        (b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nRetry-After: 9\r\n\r\n" + OK, b"{}"),
+        (b"HTTP/1.1 204 No Content\r\nRetry-After: 7\r\n\r\n", b""),
+        (b"HTTP/1.1 200\r\nContent-Length: 2\r\n\r\n{}", b"{}"),
+    ],
+    ids=["chunks and a trailer", "status 1xx before", "no body", "no reason phrase"],
+)
+async def test_every_form_of_an_answer_is_read_and_its_connection_kept(
+    server: Server, own: Transport, answer: bytes, body: bytes
+) -> None:
+    server.answer = Server.say(answer)
+    for _ in range(3):
+        reply = await post(own, server.url)
+        assert reply.body == body
+        assert reply.headers.get("retry-after") in (None, "7")
+    assert server.connections == 1
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"HTTP/1.1 200 OK\r\n\r\n{}",
+        b"HTTP/1.0 200 OK\r\nContent-Length: 2\r\n\r\n{}",
+        b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 2\r\n\r\n{}",
+        OK + OK,
+        OK + b"\x00nonsense",
+    ],
+    ids=["up to the end", "HTTP/1.0", "said to close", "two answers", "something after it"],
+)
+async def test_after_some_answers_the_connection_is_not_used_again(
+    server: Server, own: Transport, answer: bytes
+) -> None:
+    until_the_end = b"Length" not in answer
+    server.answer = Server.say(answer, close=until_the_end)
+    assert [(await post(own, server.url)).body for _ in range(2)] == [b"{}", b"{}"]
+    assert server.connections == 2
+    await until(lambda: server.open == 0, "nothing stays open")
+
+
+async def test_what_comes_unasked_answers_nothing(server: Server, own: Transport) -> None:
+    """A server that closes an idle connection may say so (408); no request must take that for its answer."""
+    writers: list[asyncio.StreamWriter] = []
+
+    async def answer(writer: asyncio.StreamWriter) -> None:
+        writers.append(writer)
+        writer.write(OK)
+
+    server.answer = answer
+    await post(own, server.url)
+    writers[0].write(b"HTTP/1.1 408 Request Timeout\r\nContent-Length: 0\r\n\r\n")
+    await until(lambda: server.open == 0, "the connection is closed")
+    assert (await post(own, server.url)).status == 200
+
+
+async def test_a_kept_connection_that_the_server_closed_is_not_used(server: Server, own: Transport) -> None:
+    """Else a send would be uncertain for nothing."""
+
+    async def answer(writer: asyncio.StreamWriter) -> None:
+        writer.write(OK)
+        await writer.drain()
+        writer.close()
+
+    server.answer = answer
+    for number in range(1, 4):
+        await post(own, server.url)
+        await until(lambda: not any(c.usable for idle in own._idle.values() for c in idle), "the close is seen")
+        assert server.connections == number
+
+
+async def test_idle_connections_are_closed_in_time(
+    server: Server, own: Transport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("adapter.ilink.transport.KEPT_S", 0.05)
+    await asyncio.gather(*(post(own, server.url) for _ in range(5)))
+    assert 1 <= server.connections <= 5
+    await until(lambda: server.open == 0, "they are closed")
+    assert (await post(own, server.url)).status == 200
+
+
+async def test_a_head_without_end_is_not_read(server: Server, own: Transport) -> None:
+    server.answer = Server.say(b"HTTP/1.1 200 OK\r\n" + b"X-Filler: 0123456789\r\n" * 10_000)
+    with pytest.raises(Uncertain):
+        await post(own, server.url)
+
+
+async def test_a_body_without_end_is_not_read(server: Server, own: Transport) -> None:
+    async def drip(writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+        while not writer.is_closing():
+            writer.write(b"400\r\n" + b"x" * 1024 + b"\r\n")
+            await writer.drain()
+            await asyncio.sleep(0)
+
+    server.answer = drip
+    with pytest.raises(Uncertain) as caught:
+        await post(own, server.url)
+    assert caught.value.reason == "unreadable"
+
+
+@pytest.mark.parametrize("value", ["a\r\nX-Evil: 1", "a\nX-Evil: 1", "a\rb", "a\0b"])
+async def test_a_header_cannot_become_two(server: Server, own: Transport, value: str) -> None:
+    with pytest.raises(Temporary):
+        await own.exchange("POST", server.url, {"Authorization": value}, b"{}", 5)
+    assert server.heads == []
+
+
+async def test_a_query_is_sent_as_it_is_and_a_get_has_no_body(server: Server, own: Transport) -> None:
+    await own.exchange("GET", server.url + "?qrcode=a%2Fb&x=1?2", {}, b"", 5)
+    (head,) = server.heads
+    assert head.startswith(b"GET /ilink/bot/x?qrcode=a%2Fb&x=1?2 HTTP/1.1\r\nHost: 127.0.0.1:")
+    assert b"Content-" not in head
+
+
+async def test_the_next_address_is_tried_where_one_does_not_take_the_connection(server: Server) -> None:
+    async def look_up(host: str, port: int) -> list[str]:
+        return ["::1", "127.0.0.1"]
+
+    resolver = CheckedResolver(("two.example",), look_up=look_up)
+    made = Transport(tls=ssl.create_default_context(), agent="test/1", max_answer_bytes=LARGEST, resolver=resolver)
+    try:
+        assert (await post(made, server.url.replace("127.0.0.1", "two.example"))).status == 200
+    finally:
+        await made.close()
+    assert b"\r\nHost: two.example:" in server.heads[0]
+
+
+async def test_a_name_is_asked_for_once_by_many_and_again_after_a_failure(server: Server) -> None:
+    asked: list[str] = []
+
+    async def look_up(host: str, port: int) -> list[str]:
+        asked.append(host)
+        await asyncio.sleep(0)
+        if len(asked) == 1:
+            raise OSError("Name or service not known")
+        return ["127.0.0.1"]
+
+    resolver = CheckedResolver(("one.example",), look_up=look_up)
+    made = Transport(tls=ssl.create_default_context(), agent="test/1", max_answer_bytes=LARGEST, resolver=resolver)
+    url = server.url.replace("127.0.0.1", "one.example")
+    try:
+        failed = await asyncio.gather(*(post(made, url) for _ in range(5)), return_exceptions=True)
+        assert [type(problem) for problem in failed] == [Temporary] * 5
+        assert len({id(problem) for problem in failed}) == 5
+        replies = await asyncio.gather(*(post(made, url) for _ in range(5)))
+        assert [reply.status for reply in replies] == [200] * 5
+        assert len(asked) == 2
+        await post(made, url, afresh=True)
+        assert len(asked) == 3
+    finally:
+        await made.close()
+
+
+async def test_a_server_that_does_not_take_the_connection_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its queue of connections is full, so that nothing answers."""
+    monkeypatch.setattr("adapter.ilink.transport.CONNECT_S", 0.2)
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen(0)
+        port = listening.getsockname()[1]
+        made = Transport(
+            tls=ssl.create_default_context(), agent="test/1", max_answer_bytes=LARGEST, resolver=RESOLVER
+        )
+        fillers = [socket.socket() for _ in range(4)]
+        for filler in fillers:
+            filler.setblocking(False)
+            filler.connect_ex(("127.0.0.1", port))
+        try:
+            with pytest.raises(Temporary) as caught:
+                await post(made, f"http://127.0.0.1:{port}/")
+            assert (caught.value.reason, caught.value.detail) == ("network", "TimeoutError")
+        finally:
+            await made.close()
+            for filler in fillers:
+                filler.close()
+
+
+@pytest.mark.parametrize(
+    ("environment", "by_proxy"),
+    [
+        ({}, False),
+        ({"HTTPS_PROXY": "http://127.0.0.1:1"}, False),
+        ({"HTTP_PROXY": "http://127.0.0.1:1"}, True),
+        ({"HTTP_PROXY": "http://127.0.0.1:1", "NO_PROXY": "127.0.0.1"}, False),
+    ],
+    ids=["none", "of another scheme", "one", "not for this host"],
+)
+async def test_a_proxy_is_asked_where_the_environment_names_one(
+    server: Server, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], by_proxy: bool
+) -> None:
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    _target.cache_clear()
+    made = Transport(tls=ssl.create_default_context(), agent="test/1", max_answer_bytes=LARGEST, resolver=RESOLVER)
+    try:
+        if by_proxy:  # at which nobody listens
+            with pytest.raises(Temporary):
+                await post(made, server.url)
+            assert server.connections == 0
+        else:
+            assert (await post(made, server.url)).status == 200
+    finally:
+        await made.close()
+        _target.cache_clear()
+
+
+@hypothesis.given(cuts=st.lists(st.integers(1, len(PIECES) - 1), max_size=6))
+def test_an_answer_may_come_in_any_pieces(cuts: list[int]) -> None:
+    async def ask() -> tuple[Reply, bool]:
+        connection = Connection(LARGEST)
+        wire = Wire()
+        connection.connection_made(wire)
+        asking = asyncio.ensure_future(connection.ask(b"request", 5))
+        await asyncio.sleep(0)
+        edges = [0, *sorted(set(cuts)), len(PIECES)]
+        for begin, end in itertools.pairwise(edges):
+            connection.data_received(PIECES[begin:end])
+        return await asking, connection.usable
+
+    reply, usable = asyncio.run(ask())
+    assert (reply.status, reply.body, reply.headers["x"]) == (200, b"hello world", "1")
+    assert usable

@@ -65,7 +65,7 @@ class Reply(NamedTuple):
 
     status: int
     headers: Mapping[str, str]
-    """Names in any case: by `retry-after` an HTTP client's own mapping finds `Retry-After`."""
+    """Names in lower case."""
     body: bytes
 
 

@@ -1,38 +1,43 @@
-"""Requests to iLink by the thousand: one connection pool for all bots, in which a parked poll costs next to nothing.
+"""Requests to iLink by the thousand: connections for all bots, of which a parked poll needs one and little else.
 
-httpx's own pool is walked at every request and every answer, which with thousands of parked polls costs more than
-everything else; a client per bot, which avoids that, costs ten times as much per request. So what is called for
-each bot goes to aiohttp directly, prepared; `CONTRIBUTING.md` has the figures.
+A bot costs a poll every half minute, a message a poll and a send: what one request costs decides what a platform
+pays, so the two hot calls go past every HTTP client (`CONTRIBUTING.md`, 59, has the figures). Names, addresses and
+answers are read by libraries; ours is which connection a request goes over. Through a proxy it is aiohttp's
+(`proxied`), which knows how to speak with one.
 """
 
 from __future__ import annotations
 
+import asyncio
+import functools
+import socket
 import ssl
 import urllib.request
+from typing import NamedTuple, Protocol
+from urllib.parse import urlsplit
 
-import aiohttp
-from yarl import URL
+import aiohappyeyeballs
 
-from adapter.errors import Temporary, Uncertain
+from adapter.errors import Temporary
+from adapter.ilink.connection import Connection
 from adapter.ilink.network import CheckedResolver
 from adapter.ilink.protocol import Reply
-from adapter.ilink.unpack import PackedBadly, Unpacker
-from adapter.timing import AnsweredWithin
+from adapter.ilink.proxied import Proxied
 
 CONNECT_S = 10.0
+TLS_S = 30.0
+"""Longer, since a process that starts with thousands of bots is busy with as many handshakes."""
 KEPT_S = 20.0
 """An idle connection is kept for so long: shorter than what servers allow, so that no request meets a closing one."""
+RESOLVED_S = 10.0
+"""A name is asked for again after so long."""
+STAGGER_S = 0.25
+"""The next address of a name is tried after so long without an answer of the one before (RFC 8305, 5)."""
+PORTS = {"http": 80, "https": 443}
 
 
-class Transport:
-    """Exchanges one request for one answer, without following redirects, whatever the bot."""
-
-    def __init__(self, *, tls: ssl.SSLContext, agent: str, max_answer_bytes: int, resolver: CheckedResolver) -> None:
-        self._tls = tls
-        self._resolver = resolver
-        self._headers = {"User-Agent": agent, "Accept-Encoding": "gzip, deflate"}
-        self._max_answer_bytes = max_answer_bytes
-        self._sessions: dict[bool, aiohttp.ClientSession] = {}
+class Exchange(Protocol):
+    """One request for one answer, without following redirects."""
 
     async def exchange(
         self, method: str, url: str, headers: dict[str, str], body: bytes, timeout_s: float, *, afresh: bool = False
@@ -41,53 +46,170 @@ class Transport:
 
         Raises TimeoutError, Temporary("network") (it did not leave), Uncertain (it left, or may have).
         """
-        session = self._sessions.get(afresh) or self._open(afresh)
-        try:
-            async with (
-                AnsweredWithin(timeout_s),
-                session.request(
-                    method, URL(url, encoded=True), headers=headers, data=body or None, allow_redirects=False
-                ) as response,
-            ):
-                read = await self._read(response)
-        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError, aiohttp.InvalidURL) as exc:
-            raise Temporary("network", type(exc).__name__) from exc
-        except (aiohttp.ClientError, ValueError) as exc:  # ValueError: bytes that are no HTTP at all
-            raise Uncertain("network", type(exc).__name__) from exc
-        return Reply(response.status, response.headers, read)
 
     async def close(self) -> None:
         """Closes all connections."""
-        for session in self._sessions.values():
-            await session.close()
-        self._sessions.clear()
 
-    async def _read(self, response: aiohttp.ClientResponse) -> bytes:
-        """Raises Uncertain("unreadable") for an answer that is too large, once unpacked, or cannot be unpacked."""
+
+class Origin(NamedTuple):
+    """What a connection leads to."""
+
+    scheme: str
+    host: str
+    port: int
+
+
+class Target(NamedTuple):
+    """A URL without its query, taken apart."""
+
+    origin: Origin
+    path: str
+    host: str
+    """The header."""
+    by_proxy: bool
+
+
+class Transport:
+    """Exchanges whatever the bot; implements Exchange."""
+
+    def __init__(self, *, tls: ssl.SSLContext, agent: str, max_answer_bytes: int, resolver: CheckedResolver) -> None:
+        self._tls = tls
+        self._resolver = resolver
+        self._most = max_answer_bytes
+        self._always = f"User-Agent: {agent}\r\nAccept: */*\r\nAccept-Encoding: gzip, deflate\r\n"
+        self._idle: dict[Origin, list[Connection]] = {}
+        """Of each origin the one that was used last is used first, so that what is too much grows old."""
+        self._tidying: asyncio.TimerHandle | None = None
+        self._found: dict[Origin, tuple[float, asyncio.Task[list[aiohappyeyeballs.AddrInfoType] | Exception]]] = {}
+        self._proxied = Proxied(tls=tls, agent=agent, max_answer_bytes=max_answer_bytes, resolver=resolver)
+
+    async def exchange(
+        self, method: str, url: str, headers: dict[str, str], body: bytes, timeout_s: float, *, afresh: bool = False
+    ) -> Reply:
+        """See Exchange."""
+        plain, mark, query = url.partition("?")
+        target = _target(plain)
+        if target.by_proxy:
+            return await self._proxied.exchange(method, url, headers, body, timeout_s, afresh=afresh)
+        request = self._request(method, target, mark + query, headers, body, close=afresh)
+        connection = None if afresh else self._kept(target.origin)
+        if connection is None:
+            connection = await self._connect(target.origin, timeout_s, afresh=afresh)
+        reply = await connection.ask(request, timeout_s)
+        if afresh:
+            connection.close()
+        elif connection.usable:
+            self._keep(target.origin, connection)
+        return reply
+
+    async def close(self) -> None:
+        """See Exchange."""
+        if self._tidying is not None:
+            self._tidying.cancel()
+            self._tidying = None
+        for connections in self._idle.values():
+            for connection in connections:
+                connection.close()
+        self._idle.clear()
+        await self._proxied.close()
+
+    def _request(
+        self, method: str, target: Target, query: str, headers: dict[str, str], body: bytes, *, close: bool
+    ) -> bytes:
+        """Raises Temporary for what would be another request than is meant."""
+        lines = "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
+        if lines.count("\n") != len(headers) or lines.count("\r") != len(headers) or "\0" in lines:
+            raise Temporary("network", "a header has a line break in it")
+        first = f"{method} {target.path}{query} HTTP/1.1\r\nHost: {target.host}\r\n{self._always}"
+        if close:
+            lines += "Connection: close\r\n"
+        if body or method != "GET":
+            lines += f"Content-Length: {len(body)}\r\n"
+        return f"{first}{lines}\r\n".encode() + body
+
+    def _kept(self, origin: Origin) -> Connection | None:
+        idle = self._idle.get(origin)
+        while idle:
+            connection = idle.pop()
+            if connection.usable:
+                return connection
+        return None
+
+    def _keep(self, origin: Origin, connection: Connection) -> None:
+        self._idle.setdefault(origin, []).append(connection)
+        if self._tidying is None:
+            self._tidying = asyncio.get_running_loop().call_later(KEPT_S, self._tidy)
+
+    def _tidy(self) -> None:
+        """Closes what was not used for long."""
+        loop = asyncio.get_running_loop()
+        self._tidying = None
+        for origin, idle in list(self._idle.items()):
+            old = sum(connection.idle_since <= loop.time() - KEPT_S for connection in idle)
+            for connection in idle[:old]:
+                connection.close()
+            del idle[:old]
+            if not idle:
+                del self._idle[origin]
+        if self._idle:
+            self._tidying = loop.call_later(KEPT_S / 4, self._tidy)
+
+    async def _connect(self, origin: Origin, timeout_s: float, *, afresh: bool) -> Connection:
+        """Raises Temporary("network")."""
+        loop = asyncio.get_running_loop()
+        tls = self._tls if origin.scheme == "https" else None
+        connected = None
         try:
-            unpacker = Unpacker(response.headers.get("Content-Encoding", ""), self._max_answer_bytes)
-            chunks = []
-            while chunk := await response.content.readany():
-                chunks.append(unpacker.feed(chunk))
-            unpacker.finish()
-        except PackedBadly as exc:
-            raise Uncertain("unreadable", str(exc)) from exc
-        return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+            async with asyncio.timeout(min(CONNECT_S, timeout_s)):
+                addresses = await self._addresses(origin, afresh=afresh)
+                connected = await aiohappyeyeballs.start_connection(addresses, happy_eyeballs_delay=STAGGER_S)
+            connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            async with asyncio.timeout(min(TLS_S, timeout_s)):
+                _, connection = await loop.create_connection(
+                    lambda: Connection(self._most),
+                    sock=connected,
+                    ssl=tls,
+                    server_hostname=origin.host if tls else None,
+                )
+        except (OSError, ssl.CertificateError) as exc:  # also TimeoutError
+            if connected is not None:
+                connected.close()
+            raise Temporary("network", type(exc).__name__) from exc
+        return connection
 
-    def _open(self, afresh: bool) -> aiohttp.ClientSession:
-        connector = aiohttp.TCPConnector(
-            ssl=self._tls,
-            limit=0,
-            use_dns_cache=not afresh,
-            resolver=self._resolver,
-            **({"force_close": True} if afresh else {"keepalive_timeout": KEPT_S}),
-        )
-        session = self._sessions[afresh] = aiohttp.ClientSession(
-            connector=connector,
-            headers=self._headers,
-            auto_decompress=False,  # a few bytes can stand for gigabytes: see Unpacker
-            cookie_jar=aiohttp.DummyCookieJar(),  # iLink sets none, and bots must not share any
-            timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S),
-            trust_env=bool(urllib.request.getproxies()),  # looked for once: at every request it would cost as much
-        )
-        return session
+    async def _addresses(self, origin: Origin, *, afresh: bool) -> list[aiohappyeyeballs.AddrInfoType]:
+        """Where a name leads, asked for once for all who want to know. Raises Temporary("network")."""
+        loop = asyncio.get_running_loop()
+        since, asking = self._found.get(origin, (0.0, None))
+        if asking is None or afresh or (asking.done() and loop.time() - since > RESOLVED_S):
+            asking = loop.create_task(self._resolve(origin))
+            self._found[origin] = loop.time(), asking
+        found = await asyncio.shield(asking)
+        if isinstance(found, list):
+            return found
+        if self._found.get(origin, (0.0, None))[1] is asking:
+            del self._found[origin]
+        raise Temporary("network", type(found).__name__)
+
+    async def _resolve(self, origin: Origin) -> list[aiohappyeyeballs.AddrInfoType] | Exception:
+        """An error is returned: many wait for the same, and each raises its own."""
+        try:
+            return [
+                (one["family"], socket.SOCK_STREAM, one["proto"], "", (one["host"], one["port"]))
+                for one in await self._resolver.resolve(origin.host, origin.port)
+            ]
+        except (OSError, UnicodeError) as exc:
+            return exc
+
+
+@functools.lru_cache(maxsize=256)  # the same few at every request
+def _target(url: str) -> Target:
+    """Of a URL that was checked."""
+    parts = urlsplit(url)
+    scheme, host = parts.scheme, parts.hostname or ""
+    port = parts.port or PORTS[scheme]
+    named = f"[{host}]" if ":" in host else host
+    by_proxy = scheme in urllib.request.getproxies() and not urllib.request.proxy_bypass(host)
+    return Target(
+        Origin(scheme, host, port), parts.path or "/", named if port == PORTS[scheme] else f"{named}:{port}", by_proxy
+    )

@@ -5,6 +5,7 @@ Used twice: by Hypothesis in every run of the tests (tests/test_fuzz.py), and co
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import io
 import re
@@ -35,21 +36,25 @@ from adapter.commands import (
 from adapter.console import server
 from adapter.contract import Bind, Inbound, MediaPiece, MediaQuery, Names, Unbind, is_inbox, text_of, token_of
 from adapter.dedup import Seen
-from adapter.errors import AdapterError, Refused, Unreadable
+from adapter.errors import AdapterError, Refused, Uncertain, Unreadable
 from adapter.ilink import protocol
 from adapter.ilink.addresses import is_public
 from adapter.ilink.cipher import Decryption, read_key
+from adapter.ilink.connection import Connection
 from adapter.ilink.protocol import Reply
 from adapter.ilink.translate import read_message
 from adapter.ilink.unpack import PackedBadly, Unpacker
 from adapter.ports import Scan
 from adapter.seal import Sealer
 from adapter.split import MAX_BYTES, is_open, split, to_plain
+from tests.fakes import Wire
 
 ROOT = Path(__file__).parents[2]
 NAMES = Names()
 LIMITS = Limits(command_bytes=65_536, text_chars=400, parts=10, park_ms=1000)
 SEALER = Sealer((bytes(32),))
+LOOP = asyncio.new_event_loop()
+ANSWER_BYTES = 1000
 NOT_JSON = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 """What decoding raises, and each reader of the bus expects."""
 SECRET = "b0f5860fdecb@im.bot:06canarycanarycanary"
@@ -235,6 +240,29 @@ def texts(data: bytes) -> None:
         is_open(whole)
 
 
+def answer(data: bytes) -> None:
+    """iLink's side of a connection up to its end, in pieces of as many bytes as the first byte says: then there is an
+    answer that keeps the limit, or a failure."""
+
+    async def ask() -> None:
+        connection, wire = Connection(ANSWER_BYTES), Wire()
+        connection.connection_made(wire)
+        asking = asyncio.ensure_future(connection.ask(b"", 3600))
+        await asyncio.sleep(0)
+        size = data[0] + 1 if data else 1
+        for begin in range(1, len(data), size):
+            if not wire.closing:
+                connection.data_received(data[begin : begin + size])
+        connection.connection_lost(None)
+        assert not connection.usable
+        with contextlib.suppress(Uncertain):
+            reply = await asking
+            assert reply.status >= 200
+            assert len(reply.body) <= ANSWER_BYTES
+
+    LOOP.run_until_complete(ask())
+
+
 def packed(data: bytes) -> None:
     """Packed answers."""
     encoding, _, body = data.partition(b"\n")
@@ -339,6 +367,7 @@ TARGETS: dict[str, Target] = {
     "url": Target(url),
     "texts": Target(texts),
     "packed": Target(packed),
+    "answer": Target(answer),
     "medium": Target(medium),
     "voice": Target(voice),
     "cipher": Target(cipher),
@@ -380,6 +409,12 @@ _SEEDS: dict[str, tuple[bytes, ...]] = {
         "https://a。weixin.qq.com".encode(),
     ),
     "texts": (b"# a\n\n- **b** `c` [d](e)\n\n```py\nf\n```\n| a | b |\n|---|---|\n| c | d |",),
+    "answer": (
+        b"\xffHTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}",
+        b"\x07HTTP/1.1 103 Early Hints\r\n\r\n"
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n",
+        b"\xffHTTP/1.0 500\r\nContent-Encoding: deflate\r\n\r\nx\x9c",
+    ),
     "packed": (b"gzip\n\x1f\x8b\x08\x00", b"deflate\nx\x9c", b"\nplain"),
     "medium": (
         b"a.png\n\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR",

@@ -1,0 +1,211 @@
+"""One HTTP/1.1 connection: a request, its whole answer, and only then the next request. httptools reads the answer.
+
+It knows nothing of names, TLS or pools (`transport`), and follows nothing, stores nothing, repeats nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import cast
+
+import httptools
+
+from adapter.errors import AdapterError, Temporary, Uncertain
+from adapter.ilink.protocol import Reply
+from adapter.ilink.unpack import PackedBadly, Unpacker
+from adapter.timing import Deadline
+
+HEAD_BYTES = 65_536
+"""Of a longer head nothing more is read."""
+
+
+class Connection(asyncio.Protocol):
+    """Implements asyncio.Protocol for one peer, and `httptools`' callbacks."""
+
+    __slots__ = (
+        "_answer",
+        "_body",
+        "_ended",
+        "_framed",
+        "_head_read",
+        "_headers",
+        "_keeps",
+        "_left",
+        "_loop",
+        "_most",
+        "_parser",
+        "_problem",
+        "_read",
+        "_status",
+        "_transport",
+        "idle_since",
+    )
+
+    def __init__(self, most: int) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._most = most
+        self._parser = httptools.HttpResponseParser(self)
+        self._transport: asyncio.Transport | None = None
+        self._answer: asyncio.Future[Reply] | None = None
+        self._keeps = True
+        self.idle_since = 0.0
+        """When its last answer ended, by the loop's clock."""
+        self._headers: dict[str, str]
+        self._body: list[bytes]
+        self._problem: AdapterError | None
+        self._head_read: bool
+        self._ended: bool
+        self._framed: bool
+        self._begin()
+
+    @property
+    def usable(self) -> bool:
+        """Whether the next request may go over it."""
+        return self._keeps and self._transport is not None and not self._transport.is_closing()
+
+    async def ask(self, request: bytes, timeout_s: float) -> Reply:
+        """Sends the request and reads its answer. Cancelled, or without a good answer, the connection is closed.
+
+        Raises TimeoutError; Temporary: it was closed already; Uncertain("network"): no or half an answer came, or
+        what is no HTTP; Uncertain("unreadable"): more than `most` bytes, also once unpacked, or badly packed.
+        """
+        if self._transport is None or self._transport.is_closing():
+            raise Temporary("network", "the connection is closed")
+        self._begin()
+        self._answer = answer = self._loop.create_future()
+        deadline = Deadline(self._loop, timeout_s, self._over)
+        self._transport.write(request)
+        try:
+            reply: Reply = await answer
+            return reply
+        except BaseException:
+            self.abort()
+            raise
+        finally:
+            deadline.cancel()
+            self._answer = None
+            self.idle_since = self._loop.time()
+
+    def abort(self) -> None:
+        """Closes it at once."""
+        self._keeps = False
+        if self._transport is not None:
+            self._transport.abort()
+
+    def close(self) -> None:
+        """Closes it in the way that TLS asks for."""
+        self._keeps = False
+        if self._transport is not None:
+            self._transport.close()
+
+    # what the loop calls -------------------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """The connection stands."""
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's are of no class of asyncio's
+
+    def data_received(self, data: bytes) -> None:
+        """A piece of the answer; what comes unasked ends the connection, since nobody knows what it answers."""
+        if self._answer is None or self._answer.done():
+            self.abort()
+            return
+        self._read += len(data)
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserError as exc:
+            self._keeps = False
+            if not self._ended:  # else it is what follows the answer that is none
+                self._fail(self._problem or Uncertain("network", type(exc).__name__))
+        if self._problem is None and not self._head_read and self._read > HEAD_BYTES:
+            self._problem = Uncertain("network", f"the head exceeds {HEAD_BYTES} bytes")
+        if self._problem is not None:
+            self._fail(self._problem)
+        elif self._ended:
+            self._succeed()
+
+    def eof_received(self) -> None:
+        """The server closes; so does this side, and `connection_lost` follows."""
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """An answer of unknown length ends with its connection; any other is lost with it."""
+        self._keeps = False
+        if exc is None and self._head_read and not self._framed:
+            self._succeed()
+        else:
+            self._fail(Uncertain("network", type(exc).__name__ if exc else "the server closed the connection"))
+
+    # what the parser calls -----------------------------------------------------------------------------------
+
+    def on_message_begin(self) -> None:
+        """Another head: after one of status 1xx, or after the answer, where it belongs to nothing."""
+        if self._ended:
+            self._keeps = False
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """The first of a name counts."""
+        if self._ended:
+            return
+        self._headers.setdefault(name.decode("latin-1").lower(), value.decode("latin-1"))
+
+    def on_headers_complete(self) -> None:
+        """The head is read."""
+        if self._ended:
+            return
+        self._status = self._parser.get_status_code()
+        if self._status >= 200:
+            self._head_read = True
+            self._framed = "content-length" in self._headers or "transfer-encoding" in self._headers
+
+    def on_body(self, body: bytes) -> None:
+        """A piece of the body."""
+        if self._ended:
+            return
+        self._left -= len(body)
+        if self._left >= 0:
+            self._body.append(body)
+        elif self._problem is None:
+            self._problem = Uncertain("unreadable", f"the answer exceeds {self._most} bytes")
+
+    def on_message_complete(self) -> None:
+        """An answer has ended, or one of status 1xx, which is none."""
+        if not self._head_read:
+            self._headers = {}
+        elif not self._ended:
+            self._ended = True
+            self._keeps = self._keeps and self._parser.should_keep_alive()
+
+    # -----------------------------------------------------------------------------------------------------------
+
+    def _begin(self) -> None:
+        self._headers = {}
+        self._body = []
+        self._left = self._most
+        self._read = self._status = 0
+        self._head_read = self._ended = False
+        self._framed = True
+        self._problem = None
+
+    def _over(self) -> None:
+        if self._answer is not None and not self._answer.done():
+            self._answer.set_exception(TimeoutError())
+
+    def _fail(self, problem: AdapterError) -> None:
+        if self._answer is not None and not self._answer.done():
+            self._answer.set_exception(problem)
+        self.abort()
+
+    def _succeed(self) -> None:
+        if self._answer is None or self._answer.done():
+            return
+        body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
+        if encoding := self._headers.get("content-encoding"):
+            try:
+                unpacker = Unpacker(encoding, self._most)
+                body = unpacker.feed(body)
+                unpacker.finish()
+            except PackedBadly as exc:
+                self._fail(Uncertain("unreadable", str(exc)))
+                return
+        self._answer.set_result(Reply(self._status, self._headers, body))
+        if not self._keeps:
+            self.close()

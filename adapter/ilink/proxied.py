@@ -1,0 +1,86 @@
+"""iLink's calls through a proxy, by aiohttp: it knows how to ask one for a tunnel.
+
+It costs three times as much per call as `transport`'s own connections, which is what a proxy's users pay.
+"""
+
+from __future__ import annotations
+
+import ssl
+
+import aiohttp
+from yarl import URL
+
+from adapter.errors import Temporary, Uncertain
+from adapter.ilink.network import CheckedResolver
+from adapter.ilink.protocol import Reply
+from adapter.ilink.unpack import PackedBadly, Unpacker
+from adapter.timing import AnsweredWithin
+
+CONNECT_S = 10.0
+KEPT_S = 20.0
+
+
+class Proxied:
+    """Implements transport.Exchange."""
+
+    def __init__(self, *, tls: ssl.SSLContext, agent: str, max_answer_bytes: int, resolver: CheckedResolver) -> None:
+        self._tls = tls
+        self._resolver = resolver
+        self._headers = {"User-Agent": agent, "Accept-Encoding": "gzip, deflate"}
+        self._max_answer_bytes = max_answer_bytes
+        self._sessions: dict[bool, aiohttp.ClientSession] = {}
+
+    async def exchange(
+        self, method: str, url: str, headers: dict[str, str], body: bytes, timeout_s: float, *, afresh: bool = False
+    ) -> Reply:
+        """See transport.Exchange."""
+        session = self._sessions.get(afresh) or self._open(afresh)
+        try:
+            async with (
+                AnsweredWithin(timeout_s),
+                session.request(
+                    method, URL(url, encoded=True), headers=headers, data=body or None, allow_redirects=False
+                ) as response,
+            ):
+                read = await self._read(response)
+        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError, aiohttp.InvalidURL) as exc:
+            raise Temporary("network", type(exc).__name__) from exc
+        except (aiohttp.ClientError, ValueError) as exc:  # ValueError: bytes that are no HTTP at all
+            raise Uncertain("network", type(exc).__name__) from exc
+        return Reply(response.status, {name.lower(): value for name, value in response.headers.items()}, read)
+
+    async def close(self) -> None:
+        """Closes all connections."""
+        for session in self._sessions.values():
+            await session.close()
+        self._sessions.clear()
+
+    async def _read(self, response: aiohttp.ClientResponse) -> bytes:
+        """Raises Uncertain("unreadable") for an answer that is too large, once unpacked, or cannot be unpacked."""
+        try:
+            unpacker = Unpacker(response.headers.get("Content-Encoding", ""), self._max_answer_bytes)
+            chunks = []
+            while chunk := await response.content.readany():
+                chunks.append(unpacker.feed(chunk))
+            unpacker.finish()
+        except PackedBadly as exc:
+            raise Uncertain("unreadable", str(exc)) from exc
+        return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+    def _open(self, afresh: bool) -> aiohttp.ClientSession:
+        connector = aiohttp.TCPConnector(
+            ssl=self._tls,
+            limit=0,
+            use_dns_cache=not afresh,
+            resolver=self._resolver,
+            **({"force_close": True} if afresh else {"keepalive_timeout": KEPT_S}),
+        )
+        session = self._sessions[afresh] = aiohttp.ClientSession(
+            connector=connector,
+            headers=self._headers,
+            auto_decompress=False,  # a few bytes can stand for gigabytes: see Unpacker
+            cookie_jar=aiohttp.DummyCookieJar(),  # iLink sets none, and bots must not share any
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S),
+            trust_env=True,
+        )
+        return session
