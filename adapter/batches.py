@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
-from collections.abc import Callable, Sequence
 
 import msgspec
 import structlog
 
 from adapter import contract, window
-from adapter.cursors import catch_up, recollect, with_seen, write_cursor
+from adapter.cursors import NEWEST, catch_up, keep_seen, recollect, write_cursor
 from adapter.dedup import Batch, Seen
 from adapter.errors import BusRefused, LeaseLost, Unreadable
 from adapter.inbox import Heard, bury, count, publish, raw_message, retry, without_media
-from adapter.ports import Bus, Message, Polled, PubAck, Said, Stored
+from adapter.ports import Polled, Said, Stored
 from adapter.records import Binding, Cursor
 from adapter.sessions import Incoming, Place, Session, binding_event
 
@@ -37,13 +35,13 @@ async def store(session: Session, polled: Polled, place: Place, needs: Incoming)
     A lease that is only paused is waited for. Where the bot was lost, what nobody else has is told all the same, if
     late: iLink may count it as delivered, and give it to nobody else.
     """
-    fenced = needs._replace(bus=_Fenced(needs.bus, lambda: _check(session, place, needs)))
+    fenced = session.fenced(needs, place.record.owner)
     for attempt in itertools.count(1):
         try:
             return await _store(session, polled, place, fenced)
         except LeaseLost as exc:
             await needs.leases.changed.until(lambda: needs.leases.valid)
-            ours = await _still_ours(session, place, needs)
+            ours = await _still_ours(session, place, fenced)
             if attempt < ATTEMPTS and ours is not None:
                 _, seen = await retry(lambda ours=ours: recollect(session.bot, ours, needs), needs)  # type: ignore[misc]
                 place = place._replace(seen=seen)
@@ -54,34 +52,13 @@ async def store(session: Session, polled: Polled, place: Place, needs: Incoming)
     raise AssertionError("unreachable")
 
 
-class _Fenced:
-    """A bus on which everything has the same fence."""
-
-    def __init__(self, bus: Bus, fence: Callable[[], None]) -> None:
-        self._bus = bus
-        self._fence = fence
-
-    async def publish(self, message: Message) -> PubAck:
-        return await self._bus.publish(message._replace(fence=self._fence))
-
-    async def publish_all(self, messages: Sequence[Message]) -> list[PubAck | BusRefused]:
-        return await self._bus.publish_all([message._replace(fence=self._fence) for message in messages])
-
-
-def _check(session: Session, place: Place, needs: Incoming) -> None:
-    """Raises LeaseLost unless this replica may write for the bot at this moment. Whom the cursor names may, as long
-    as it lives, also for a shard that it has handed over: nobody takes the cursor before."""
-    if not needs.leases.valid or needs.leases.incarnation != place.record.owner:
-        raise LeaseLost("lease_lost", session.bot)
-
-
 async def _still_ours(session: Session, place: Place, needs: Incoming) -> Cursor | None:
-    """The bot's record; None where somebody has written it since, or may."""
+    """The bot's record; None where somebody has written it since, or may. `needs`: fenced."""
     entry = await retry(lambda: needs.cursors.get(contract.token_of(session.bot)), needs)
     if entry is None or entry.value is None or entry.revision != place.revision:
         return None
     try:
-        _check(session, place, needs)
+        needs.check_fence()
     except LeaseLost:
         return None
     return msgspec.json.decode(entry.value, type=Cursor)
@@ -112,9 +89,11 @@ async def _store(session: Session, polled: Polled, place: Place, needs: Incoming
         took_s = needs.clock.monotonic() - arrived
         for _ in fresh:  # the objective is about messages, not about batches
             needs.metrics.inbound_publish_duration.observe(took_s)
-    record = msgspec.structs.replace(place.record, cursor=polled.cursor or place.record.cursor, last_seq=last_seq)
-    check = functools.partial(_check, session, place, needs)
-    record = await retry(lambda: with_seen(session.bot, record, place.seen, needs, check), needs)
+    record = msgspec.structs.replace(
+        place.record, cursor=polled.cursor or place.record.cursor, last_seq=last_seq, seen=place.seen.newest()
+    )
+    if place.seen.unkept > NEWEST:
+        record = await retry(lambda: keep_seen(session.bot, record, place.seen, needs), needs)
     revision = await retry(lambda: write_cursor(session.bot, record, place.revision, needs), needs)
     if binding is not None:
         for user in dict.fromkeys(said.user for said in fresh):  # also of what waits for media: their window is open
@@ -193,7 +172,7 @@ async def _store_raw(heard: list[Heard], last_seq: int, needs: Incoming) -> int:
 
     `last_seq`: all that is in the inbox up to here is none of these. The new one.
     """
-    messages = [raw_message(one, last_seq, needs.names) for one in heard]
+    messages = [raw_message(one, last_seq, needs) for one in heard]
     acks = await needs.bus.publish_all(messages)
     waiting = await needs.waiting(heard[0].sandbox)
     for one, message, ack in zip(heard, messages, acks, strict=True):

@@ -6,8 +6,6 @@ the owner before is refused.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import msgspec
 import structlog
 
@@ -84,16 +82,13 @@ async def recollect(bot: str, record: Cursor, needs: Incoming) -> tuple[Cursor, 
     return msgspec.structs.replace(record, apart=entry.revision if entry else 0), seen
 
 
-async def with_seen(bot: str, record: Cursor, seen: Seen, needs: Incoming, check: Callable[[], None]) -> Cursor:
-    """The record with what was seen, of which the bulk goes to its key apart when it has grown.
+async def keep_seen(bot: str, record: Cursor, seen: Seen, needs: Incoming) -> Cursor:
+    """The record once everything that was seen stands in its key apart, as when much has been since the last time.
 
-    More may stand apart than the record knows of, after a crash or by the hand of an owner before us: messages that
-    are on the bus. It is never less than the record relies on. Raises Temporary, and what `check` raises, which asks
-    whether this replica may write.
+    More may stand there than the record knows of, after a crash or by the hand of an owner before us: messages that
+    are on the bus. It is never less than the record relies on. Raises Temporary, and what the fence raises.
     """
-    if seen.unkept <= NEWEST:
-        return msgspec.structs.replace(record, seen=seen.newest())
-    check()
+    needs.check_fence()
     key, everything = apart_key(bot), seen.records()
     value = msgspec.json.encode(everything)
     try:

@@ -77,6 +77,8 @@ class Seen:
         """Of each record the hashes of its id and its words, packed: what is not in there need not be looked for in
         the lines, which takes ten times as long."""
         self._count = 0
+        self._oldest_ms: int | None = None
+        """When the oldest was seen, once somebody wanted to know."""
         self.unkept = 0
         """How many are not among those kept."""
         for record in kept:
@@ -121,31 +123,39 @@ class Seen:
     def add(self, keys: Keys, now_ms: int) -> str:
         """Remembers a message; returns its record."""
         record = keys.record(now_ms)
-        self.add_record(record, now_ms)
+        message, _, _, said = keys.hashed
+        self._put(record, message, said)
+        self._forget_old(now_ms)
         return record
 
     def add_record(self, record: str, now_ms: int) -> None:
         """Remembers a message by its record, as found on the bus."""
         self._insert(record)
-        while self._count > KEEP_AT_MOST:
-            self._forget()
-        while self._count and _parse(self._lines[1 : self._lines.index("\n", 1)]).seen_at_ms < now_ms - KEEP_MS:
-            self._forget()
+        self._forget_old(now_ms)
 
     def _insert(self, record: str) -> None:
         known = _parse(record)  # what is no record would be found later, in the middle of a search
-        said = _packed(known.said)
-        if said not in self._index or f"\n{record}\n" not in self._lines:
+        self._put(record, known.message, known.said)
+
+    def _put(self, record: str, message: str, said: str) -> None:
+        packed = _packed(said)
+        if packed not in self._index or f"\n{record}\n" not in self._lines:
             self._lines += f"{record}\n"
-            self._index += (_packed(known.message) if known.message else bytes(HASH)) + said
+            self._index += (_packed(message) if message else bytes(HASH)) + packed
             self._count += 1
             self.unkept += 1
 
-    def _forget(self) -> None:
-        self._lines = self._lines[self._lines.index("\n", 1) :]
-        self._index = self._index[2 * HASH :]
-        self._count -= 1
-        self.unkept = min(self.unkept, self._count)
+    def _forget_old(self, now_ms: int) -> None:
+        while self._count:
+            if self._oldest_ms is None:
+                self._oldest_ms = _parse(self._lines[1 : self._lines.index("\n", 1)]).seen_at_ms
+            if self._count <= KEEP_AT_MOST and self._oldest_ms >= now_ms - KEEP_MS:
+                return
+            self._lines = self._lines[self._lines.index("\n", 1) :]
+            self._index = self._index[2 * HASH :]
+            self._oldest_ms = None
+            self._count -= 1
+            self.unkept = min(self.unkept, self._count)
 
 
 class Batch:
@@ -158,6 +168,8 @@ class Batch:
 
     def has(self, keys: Keys) -> bool:
         """As Seen.has."""
+        if not self._by_said:
+            return False
         probe = _Known(*keys.hashed, keys.sent_at_ms, 0)
         if probe.message and probe.message in self._messages:
             return True

@@ -155,17 +155,15 @@ async def _poll_once(
     account = session.account(binding, needs.sealer)
     if session.cut.is_set():
         return None
-    session.poll = poll = asyncio.get_running_loop().create_task(
-        needs.chat.poll(account, place.record.cursor, hold_ms)
-    )
+    session.polling = asyncio.current_task()
     try:
-        return await poll
+        return await needs.chat.poll(account, place.record.cursor, hold_ms)
     except asyncio.CancelledError:
-        if (task := asyncio.current_task()) and task.cancelling():
+        if not session.was_cut():
             raise
         return None
     finally:
-        session.poll = None
+        session.polling = None
 
 
 async def recover(session: Session, exc: SessionExpired, place: Place, needs: Incoming) -> Polled | None:

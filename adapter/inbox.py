@@ -12,7 +12,7 @@ import msgspec
 import structlog
 
 from adapter import contract, window
-from adapter.contract import Inbound, Names
+from adapter.contract import Inbound
 from adapter.dedup import digest
 from adapter.errors import BusRefused, Temporary
 from adapter.ports import Message, PubAck, Said, Stored
@@ -111,7 +111,7 @@ def _message(one: Heard, shown: contract.Window, needs: Incoming) -> Message:
         contract.H_SEEN: seen_header(one.bot, one.seen),
         **ids_header(one.said),
     }
-    return Message("in", needs.names.inbox(one.sandbox), msgspec.json.encode(inbound), headers)
+    return Message("in", needs.names.inbox(one.sandbox), msgspec.json.encode(inbound), headers, needs.fence)
 
 
 async def _window(sandbox: str, bot: str, user: str, needs: Incoming) -> contract.Window:
@@ -168,7 +168,7 @@ def count(needs: Incoming, kind: str, outcome: str) -> None:
     needs.metrics.inbound_messages.labels(kind=kind, outcome=outcome).inc()
 
 
-def raw_message(one: Heard, last_seq: int, names: Names) -> Message:
+def raw_message(one: Heard, last_seq: int, needs: Incoming) -> Message:
     """A message for WECHAT_RAW, with all that it takes to tell it later. See `read_raw`."""
     headers = {
         contract.H_MSG_ID: one.id,
@@ -179,7 +179,9 @@ def raw_message(one: Heard, last_seq: int, names: Names) -> Message:
     }
     if reasons := {item.reason for item in one.said.items if isinstance(item, _MEDIA)} & {"off"}:
         headers[contract.H_REASON] = reasons.pop()
-    return Message("raw", names.raw(contract.shard_of(one.sandbox), one.bot), one.said.raw, headers)
+    return Message(
+        "raw", needs.names.raw(contract.shard_of(one.sandbox), one.bot), one.said.raw, headers, needs.fence
+    )
 
 
 def read_raw(stored: Stored, read_message: Callable[[bytes], Said]) -> Heard:

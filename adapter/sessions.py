@@ -13,7 +13,7 @@ from adapter.bindings import Bindings
 from adapter.contexts import Contexts, Peer
 from adapter.contract import BindingEvent, Names
 from adapter.dedup import Seen
-from adapter.errors import AdapterError
+from adapter.errors import AdapterError, LeaseLost
 from adapter.events import Events
 from adapter.leases import Leases
 from adapter.metrics import Metrics
@@ -94,6 +94,13 @@ class Incoming(NamedTuple):
     tell_freed: Callable[[str], Awaitable[None]]
     """Tells the other replicas that a bot was given back; one that misses it finds out by itself. Never raises."""
     grace_s: float
+    fence: Callable[[], None] | None = None
+    """Asked before each write of what a bot has heard; see Session.fenced."""
+
+    def check_fence(self) -> None:
+        """Raises LeaseLost where this replica may not write any more."""
+        if self.fence is not None:
+            self.fence()
 
 
 class Session:
@@ -120,15 +127,32 @@ class Session:
         """The replica that had the bot says that it has given it back."""
         self.cut = asyncio.Event()
         """Set by `cut_off`."""
-        self.poll: asyncio.Future[Any] | None = None
-        """The poll that waits."""
+        self.polling: asyncio.Task[Any] | None = None
+        """The poller, while its poll waits."""
+        self._cutting = False
         self._account: tuple[Binding, Account] | None = None
+        self._fenced: tuple[Incoming, str, Incoming] | None = None
 
     def account(self, binding: Binding, sealer: Sealer) -> Account:
         """As account_of, and a token is opened once, not for each poll. Raises Refused("token_key")."""
         if self._account is None or self._account[0] is not binding:
             self._account = binding, account_of(binding, sealer)
         return self._account[1]
+
+    def fenced(self, needs: Incoming, owner: str) -> Incoming:
+        """What writes for this bot only as long as this replica may, as the `owner` that the cursor names.
+
+        Whom the cursor names may write as long as it lives, also for a shard that it has handed over: nobody takes
+        the cursor before. The fence raises LeaseLost.
+        """
+        if self._fenced is None or self._fenced[0] is not needs or self._fenced[1] != owner:
+
+            def fence() -> None:
+                if not needs.leases.valid or needs.leases.incarnation != owner:
+                    raise LeaseLost("lease_lost", self.bot)
+
+            self._fenced = needs, owner, needs._replace(fence=fence)
+        return self._fenced[2]
 
     def must_leave(self) -> bool:
         """For conditions that are looked at again and again."""
@@ -143,8 +167,21 @@ class Session:
     def cut_off(self) -> None:
         """Ends a pause that waits, and a poll, which gets a moment (`HERE_S`)."""
         self.cut.set()
-        if self.poll is not None:
-            self.poll.get_loop().call_later(HERE_S, self.poll.cancel)
+        if self.polling is not None:
+            asyncio.get_running_loop().call_later(HERE_S, self._end_poll)
+
+    def _end_poll(self) -> None:
+        """Whichever waits by now: one that began since is a cut one, too, or `cut` would not be set."""
+        if self.polling is not None and self.cut.is_set() and not self._cutting:
+            self._cutting = True
+            self.polling.cancel()
+
+    def was_cut(self) -> bool:
+        """Whether the poller was cancelled by `cut_off` alone, for its poll; it goes on then."""
+        if not self._cutting or self.polling is None:
+            return False
+        self._cutting = False
+        return self.polling.uncancel() == 0
 
 
 class Place(NamedTuple):
