@@ -7,6 +7,7 @@ is moved to WECHAT_PARKED at once, so that it does not fill the consumer's windo
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from itertools import islice, takewhile
@@ -116,6 +117,8 @@ class Lane:
         """"" as long as nobody knows the bot's user."""
         self.queue: deque[Item] = deque()
         self.parked: deque[Parked] = deque()
+        self.earliest_ms = math.inf
+        """Nothing of both expires before: not all that waits has to be looked at for each command."""
         self.reason = ""
         """Why the parked commands wait."""
         self.wake = asyncio.Event()
@@ -137,6 +140,35 @@ class Lane:
         self.moved: Lane | None = None
         """The lane that took everything over when the bot's user became known."""
         self.task: asyncio.Task[None] | None = None
+        self._account: tuple[Binding, Account] | None = None
+
+    def add(self, item: Item) -> None:
+        """Another one for the queue."""
+        self.queue.append(item)
+        self.earliest_ms = min(self.earliest_ms, item.command.expires_ms)
+
+    def park(self, parked: Parked) -> None:
+        """Another one behind what is parked."""
+        self.parked.append(parked)
+        self.earliest_ms = min(self.earliest_ms, parked.expires_ms)
+
+    def take_over(self, other: Lane) -> None:
+        """Everything that waits in another lane, which is empty then."""
+        other.moved = self
+        self.parked = deque(sorted({*self.parked, *other.parked}))
+        self.queue.extend(other.queue)
+        self.unsure |= other.unsure
+        self.told |= other.told
+        self.earliest_ms = min(self.earliest_ms, other.earliest_ms)
+        other.parked.clear()
+        other.queue.clear()
+        other.wake.set()
+
+    def account(self, binding: Binding, open_account: Callable[[Binding], Account]) -> Account:
+        """How its bot is called: a token is opened once, not for each send. Raises what `open_account` raises."""
+        if self._account is None or self._account[0] is not binding:
+            self._account = binding, open_account(binding)
+        return self._account[1]
 
     def current(self) -> Lane:
         return self.moved.current() if self.moved else self
@@ -437,7 +469,7 @@ class LaneWork:
             return None
         peer = await self._sender.contexts.peer(binding.bot, lane.user)
         try:
-            account = self._needs.account(binding)
+            account = lane.account(binding, self._needs.account)
         except Refused as exc:
             return Wait("needs_login", exc.detail)
 
@@ -542,7 +574,7 @@ class LaneWork:
         home = lane.current()
         parked = Parked(ack.seq, subject, command.id, command.expires_ms, command.stored_ms, command.final)
         if all(parked.seq != known.seq for known in home.parked):
-            home.parked.append(parked)
+            home.park(parked)
         self._start(home)
         self._settle(item)
 
@@ -628,9 +660,13 @@ class LaneWork:
     async def _expire(self, lane: Lane) -> None:
         """Ends what waited too long: as refused, or as uncertain where it may have been sent."""
         now_ms = self._sender.clock.now_ms()
+        if now_ms < lane.earliest_ms:
+            return
         late = [item for item in lane.queue if item.command.expires_ms <= now_ms]
         late_parked = [parked for parked in lane.parked if parked.expires_ms <= now_ms]
         if not late and not late_parked:
+            waiting = [*(item.command.expires_ms for item in lane.queue), *(one.expires_ms for one in lane.parked)]
+            lane.earliest_ms = min(waiting, default=math.inf)
             return
         hand = await self._perhaps_sent(lane)
         held = {one.command for one in hand.all} if hand else set()

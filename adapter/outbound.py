@@ -112,7 +112,7 @@ class Shard(LaneWork):
                 continue
             found.add(stored.seq)
             lane.unsure.add(stored.seq)
-            lane.parked.append(
+            lane.park(
                 Parked(stored.seq, stored.subject, command.id, command.expires_ms, command.stored_ms, command.final)
             )
         for lane in self._lanes:
@@ -264,7 +264,7 @@ class Shard(LaneWork):
                 self._repeated(item)
             self._settle(item)
             return
-        lane.queue.append(item)
+        lane.add(item)
         self._start(lane)
 
     def _parked_of(self, sandbox: str) -> int:
@@ -277,14 +277,7 @@ class Shard(LaneWork):
         unknown = self._lanes.unknown(sandbox, bot)
         lane = self._lanes.at(sandbox, bot, user) if user else None
         if unknown is not None and lane is not None:
-            unknown.moved = lane
-            lane.parked = deque(sorted({*lane.parked, *unknown.parked}))
-            lane.queue.extend(unknown.queue)
-            lane.unsure |= unknown.unsure
-            lane.told |= unknown.told
-            unknown.parked.clear()
-            unknown.queue.clear()
-            unknown.wake.set()
+            lane.take_over(unknown)
             self._lanes.drop(unknown)
         for one in self._lanes.of(sandbox):
             if one is lane or one.bot == bot:

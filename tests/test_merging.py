@@ -60,8 +60,8 @@ async def test_they_count_each_once() -> None:
     bench, shard = await waiting("a", "b", "c")
     await user_writes(bench, shard)
     await asyncio.sleep(30)
-    messages = bench.metrics.outbound_messages.labels(kind="text", outcome="accepted", reason="none")
-    assert messages._value.get() == bench.metrics.outbound_taken._value.get() == 3
+    messages = bench.metrics.value("outbound_messages_total", kind="text", outcome="accepted", reason="none")
+    assert messages == bench.metrics.value("outbound_taken_total") == 3
 
 
 async def test_without_the_setting_each_goes_alone() -> None:
