@@ -27,7 +27,7 @@ from adapter.timing import Clock, first_of
 
 log = structlog.get_logger()
 
-LOOKS_PER_S = 50
+LOOKS_PER_S = 200
 """Users looked at after a start or a take-over; thousands at once would hold up what people wait for."""
 LONGEST_S = 60.0
 """A look at the clock at least so often: it may be set, and the machine may sleep."""

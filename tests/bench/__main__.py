@@ -22,6 +22,7 @@ import msgspec
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 
+from adapter.windows import LOOKS_PER_S
 from tests.bench.plot import bars
 from tests.bench.rig import Process, Received, Rig, rig
 
@@ -29,7 +30,7 @@ Cell = str | float
 
 HOLD_S = 35.0
 SETTLE_S = 10.0
-"""After the last bot's first poll, for what a start leaves to be done."""
+"""After the last bot's first poll, and the looks at their users' windows, for what else a start leaves to be done."""
 PLOT = Path(__file__).with_name("bench.svg")
 
 
@@ -69,7 +70,7 @@ class Bench:
     @contextlib.asynccontextmanager
     async def rig(self, what: str, **options: Any) -> Any:
         self.number += 1
-        sys.stderr.write(f"{what} …\n")
+        sys.stderr.write(f"{time.strftime('%H:%M:%S')} {what} …\n")
         folder = self.folder / str(self.number)
         await asyncio.to_thread(folder.mkdir)
         async with rig(folder, **options) as made:
@@ -259,7 +260,7 @@ async def idle(bench: Bench) -> Table:
     for kind, bots, tls in [*plan, ("adapter", 1000, True)]:
         async with bench.rig(f"idle: {kind}, {bots} bots{', TLS' if tls else ''}", tls=tls) as (made, nc):
             process, empty, polled_s = await started(made, nc, kind, bots)
-            await asyncio.sleep(SETTLE_S)
+            await asyncio.sleep(SETTLE_S + (bots / LOOKS_PER_S if kind == "adapter" else 0))
             stats, before, began = await made.ask("stats"), process.cpu_s(), time.monotonic()
             await asyncio.sleep(HOLD_S + 1)  # so that each bot polls again
             cpu = (process.cpu_s() - before) * 60 / (time.monotonic() - began)

@@ -145,6 +145,7 @@ class Rig:
             "WECHAT_NATS_CAPACITY": "20000",
             "WECHAT_NATS_HTTP_ADDR": "127.0.0.1:0",
             "WECHAT_NATS_LOG": "warning",
+            "WECHAT_NATS_DRAIN_S": "5",  # a poll that waits is cut then: nobody is there to be answered
         }
         if self.tls:
             environ["SSL_CERT_FILE"] = str(self.folder / "cert.pem")
