@@ -16,7 +16,7 @@ from adapter.errors import BusRefused, Temporary, Throttled, Uncertain
 from adapter.ports import Account
 from adapter.records import Context
 from adapter.sending import send
-from adapter.windows import Windows
+from adapter.windows import LOOKS_PER_S, Windows
 from tests.fakes import LIMITS, RULES, Bench, settle
 
 VIRTUAL_TIME = True
@@ -308,9 +308,9 @@ async def test_thousands_of_bots_are_looked_at_gently() -> None:
         for number in range(1000):
             windows.adopt(f"b{number}@im.bot")
             windows.adopt(f"b{number}@im.bot")
-        await asyncio.sleep(10)
+        await asyncio.sleep(500 / LOOKS_PER_S)
         assert 490 <= len(bench.bus.found("EVENT")) <= 510
-        await asyncio.sleep(11)
+        await asyncio.sleep(510 / LOOKS_PER_S)
         assert len(bench.bus.found("EVENT")) == 1000
 
 
