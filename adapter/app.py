@@ -32,7 +32,7 @@ from adapter.jetstream.link import Link
 from adapter.jetstream.objects import ObjectStore
 from adapter.jetstream.publisher import Publisher
 from adapter.jetstream.services import BusTeller, Handler, Services
-from adapter.lanes import Outgoing
+from adapter.lanework import Outgoing
 from adapter.leases import Leases
 from adapter.login_service import LoginService
 from adapter.logins import LoginBook

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, deque
-from collections.abc import Iterator
 
 import structlog
 
@@ -17,7 +16,8 @@ from adapter import contract
 from adapter.backlog import PAGE, Backlog
 from adapter.commands import Command, command_id, peek, read_command
 from adapter.errors import AdapterError, Refused, Temporary, Unreadable
-from adapter.lanes import Item, Lane, LaneWork, Outgoing, Parked, put_in_order
+from adapter.lane import Item, Lanes, Parked
+from adapter.lanework import LaneWork, Outgoing
 from adapter.ports import Delivery
 from adapter.records import Binding
 from adapter.sending import Ending
@@ -27,45 +27,6 @@ log = structlog.get_logger()
 MAX_NAME = 64
 HIDE_S = 12.0
 """At the end typing is hidden in this time, in which one call may hang, or by the next owner."""
-
-
-class Lanes:
-    """The lanes of a shard, found by their sandbox: what happens to one user costs nothing for all others."""
-
-    def __init__(self) -> None:
-        self._of: dict[str, dict[tuple[str, str], Lane]] = {}
-
-    def __len__(self) -> int:
-        return sum(map(len, self._of.values()))
-
-    def __iter__(self) -> Iterator[Lane]:
-        """All, whatever comes or goes meanwhile."""
-        return iter([lane for lanes in self._of.values() for lane in lanes.values()])
-
-    def of(self, sandbox: str) -> list[Lane]:
-        return list(self._of.get(sandbox, {}).values())
-
-    def at(self, sandbox: str, bot: str, user: str) -> Lane:
-        """The lane of a user, or of a bot whose user is not known; a new one if there is none."""
-        lanes, key = self._of.setdefault(sandbox, {}), _key(bot, user)
-        if key not in lanes:
-            lanes[key] = Lane(sandbox, bot, user)
-        return lanes[key]
-
-    def unknown(self, sandbox: str, bot: str) -> Lane | None:
-        """That of a bot whose user was not known."""
-        return self._of.get(sandbox, {}).get(_key(bot, ""))
-
-    def drop(self, lane: Lane) -> None:
-        lanes = self._of[lane.sandbox]
-        del lanes[_key(lane.bot, lane.user)]
-        if not lanes:
-            del self._of[lane.sandbox]
-
-
-def _key(bot: str, user: str) -> tuple[str, str]:
-    """A user has one lane, whichever bot serves them."""
-    return "" if user else bot, user
 
 
 class Shard(LaneWork):
@@ -117,7 +78,7 @@ class Shard(LaneWork):
             )
         for lane in self._lanes:
             if not lane.unsure.isdisjoint(found):
-                put_in_order(lane)
+                lane.sort()
             self._start(lane)
 
     def _serves(self, bot: str) -> bool:

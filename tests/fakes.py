@@ -26,7 +26,7 @@ from adapter.events import Events
 from adapter.fetching import Downloads, Fetching
 from adapter.ilink import protocol
 from adapter.ilink.translate import read_message
-from adapter.lanes import Outgoing
+from adapter.lanework import Outgoing
 from adapter.leases import Leases
 from adapter.metrics import Metrics
 from adapter.outbound import Shard

@@ -10,7 +10,7 @@ from adapter.commands import MediaPart
 from adapter.contexts import Contexts
 from adapter.contract import Options
 from adapter.errors import Refused, SessionExpired
-from adapter.lanes import Lane, Parked
+from adapter.lane import Lane, Parked
 from adapter.leases import DEAD_KEPT
 from adapter.outbound import Shard
 from adapter.ports import Account

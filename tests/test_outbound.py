@@ -26,7 +26,7 @@ from adapter.contract import (
     shard_of,
 )
 from adapter.errors import BusRefused, Refused, SessionExpired, Temporary, Throttled, Uncertain
-from adapter.lanes import SETTLED_KEPT
+from adapter.lanework import SETTLED_KEPT
 from adapter.outbound import Shard
 from adapter.ports import Accepted, Message
 from adapter.records import Hand

@@ -1,4 +1,4 @@
-"""A user's lane and how it is worked off: turn by turn, what is parked before what is queued.
+"""How a user's lane is worked off: turn by turn, what is parked before what is queued.
 
 A lane never has two requests out at once, and no lane waits for another. What cannot be sent before the user writes
 is moved to WECHAT_PARKED at once, so that it does not fill the consumer's window.
@@ -7,8 +7,7 @@ is moved to WECHAT_PARKED at once, so that it does not fill the consumer's windo
 from __future__ import annotations
 
 import asyncio
-import math
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from itertools import islice, takewhile
 from typing import Any, NamedTuple
@@ -17,12 +16,13 @@ import structlog
 
 from adapter import contract, sending, window
 from adapter.bindings import Bindings
-from adapter.commands import MERGED_AT_ONCE, Command, Limits, MediaPart, joins, merge, passed_on, peek, read_command
+from adapter.commands import MERGED_AT_ONCE, Limits, MediaPart, joins, merge, passed_on, peek, read_command
 from adapter.contexts import Peer
 from adapter.contract import Names
 from adapter.errors import BusRefused, LeaseLost, Refused, Temporary
+from adapter.lane import Item, Lane, Parked
 from adapter.leases import Leases
-from adapter.ports import Account, Bus, Delivery, History, Message, Stored, Uploaded
+from adapter.ports import Account, Bus, History, Message, Stored, Uploaded
 from adapter.presence import Presence, Showing
 from adapter.receipts import Name, Receipts, ending_of
 from adapter.records import Binding, Hand
@@ -74,109 +74,6 @@ class Outgoing(NamedTuple):
 
 class Draining(Exception):
     """The service stops: what is in hand stays unsettled, and comes again to the next owner."""
-
-
-class Item:
-    """One command on its way through a lane."""
-
-    __slots__ = ("command", "data", "delivery", "headers", "parked_ms", "parked_seq", "suspect")
-
-    def __init__(self, command: Command, data: bytes, headers: dict[str, str], *, suspect: bool) -> None:
-        self.command = command
-        self.data = data
-        self.headers = headers
-        self.delivery: Delivery | None = None
-        self.parked_seq = 0
-        """Its sequence in WECHAT_PARKED, if it comes from there."""
-        self.parked_ms = 0
-        """How long it was parked until it was read back."""
-        self.suspect = suspect
-        """It was in somebody's hand before: its receipt may be on the bus already."""
-
-
-class Parked(NamedTuple):
-    """A command that waits on the bus."""
-
-    seq: int
-    subject: str
-    command: str
-    expires_ms: int
-    stored_ms: int
-    """When the command itself was stored."""
-    final: bool = False
-
-
-class Lane:
-    """Everything for one user of one sandbox, in order: first what is parked, then the queue."""
-
-    def __init__(self, sandbox: str, bot: str, user: str) -> None:
-        self.sandbox = sandbox
-        self.bot = bot
-        """The bot that it was last meant for; another bot of the same user may take its place."""
-        self.user = user
-        """"" as long as nobody knows the bot's user."""
-        self.queue: deque[Item] = deque()
-        self.parked: deque[Parked] = deque()
-        self.earliest_ms = math.inf
-        """Nothing of both expires before: not all that waits has to be looked at for each command."""
-        self.reason = ""
-        """Why the parked commands wait."""
-        self.wake = asyncio.Event()
-        self.next_send = 0.0
-        self.stale_tries = 0
-        """Sends in a row that iLink refused with -14."""
-        self.stale_since = 0.0
-        self.stale_until = 0.0
-        self.last_tries = False
-        """The binding needs a login by this lane's word, and tries are left that may prove it wrong."""
-        self.unsure: set[int] = set()
-        """Sequences of what was found parked: whether it was told already is not known yet."""
-        self.told: dict[int, contract.Receipt] = {}
-        """Sequences of what is parked although it has its final receipt."""
-        self.spoke = False
-        """A command was sent, or parked, since the user wrote or typing was switched on."""
-        self.apart_until = 0
-        """What is parked up to this sequence is not merged: iLink refused it so."""
-        self.moved: Lane | None = None
-        """The lane that took everything over when the bot's user became known."""
-        self.task: asyncio.Task[None] | None = None
-        self._account: tuple[Binding, Account] | None = None
-
-    def add(self, item: Item) -> None:
-        """Another one for the queue."""
-        self.queue.append(item)
-        self.earliest_ms = min(self.earliest_ms, item.command.expires_ms)
-
-    def park(self, parked: Parked) -> None:
-        """Another one behind what is parked."""
-        self.parked.append(parked)
-        self.earliest_ms = min(self.earliest_ms, parked.expires_ms)
-
-    def take_over(self, other: Lane) -> None:
-        """Everything that waits in another lane, which is empty then."""
-        other.moved = self
-        self.parked = deque(sorted({*self.parked, *other.parked}))
-        self.queue.extend(other.queue)
-        self.unsure |= other.unsure
-        self.told |= other.told
-        self.earliest_ms = min(self.earliest_ms, other.earliest_ms)
-        other.parked.clear()
-        other.queue.clear()
-        other.wake.set()
-
-    def account(self, binding: Binding, open_account: Callable[[Binding], Account]) -> Account:
-        """How its bot is called: a token is opened once, not for each send. Raises what `open_account` raises."""
-        if self._account is None or self._account[0] is not binding:
-            self._account = binding, open_account(binding)
-        return self._account[1]
-
-    def current(self) -> Lane:
-        return self.moved.current() if self.moved else self
-
-    def is_needed(self, now: float) -> bool:
-        """Whether something waits, or is known that the next command has to heed. `now`: monotonic."""
-        works = self.task is not None and not self.task.done()
-        return bool(works or self.queue or self.parked or self.stale_tries or now < self.next_send)
 
 
 class LaneWork:
@@ -264,13 +161,13 @@ class LaneWork:
         item = lane.queue[0]
         if lane.parked or lane.reason:
             await self._hold_back(lane, item, Wait(lane.reason or "backlog"))
-            _shift(lane, item)
+            lane.shift(item)
             return 0.0
         result = await self._send(lane, [item], binding)
         if isinstance(result, Wait):
             await self._hold_back(lane, item, result)
             lane.reason = result.reason
-        _shift(lane, item)
+        lane.shift(item)
         return 0.0
 
     async def _type(self, lane: Lane, item: Item, binding: Binding) -> None:
@@ -282,7 +179,7 @@ class LaneWork:
             self._spawn(self._typed(lane, item, self.presence.show(binding, lane.user)))
         else:
             self._spawn(self._typed(lane, item, self.presence.hide(binding, lane.user)))
-        _shift(lane, item)
+        lane.shift(item)
 
     async def _typed(self, lane: Lane, item: Item, taken: asyncio.Future[None]) -> None:
         """Ends a typing command once iLink took it, or did not."""
@@ -331,13 +228,13 @@ class LaneWork:
         await self._look_up(lane)
         peer = await self._sender.contexts.peer(binding.bot, lane.user)
         if (hand := peer.context.hand) and hand.is_begun:  # its rest comes before anything else
-            _put_first(lane, next((one for one in lane.parked if one.command == hand.command), lane.parked[0]))
+            lane.put_first(next((one for one in lane.parked if one.command == hand.command), lane.parked[0]))
         parked = lane.parked[0]
         if parked.seq in lane.unsure:
             return 0.0  # found by a reset meanwhile
         item = await self._load_parked(parked)
         if item is None:
-            _drop(lane, [parked.seq])
+            lane.drop([parked.seq])
             return 0.0
         if told := lane.told.get(parked.seq):
             # The owner before us told it, and perhaps not yet all that were in the same message. (What expired by
@@ -345,7 +242,7 @@ class LaneWork:
             hand = peer.context.hand if told.reason != "expired" else None
             group = [item, *await self._named(lane, hand, item)]
             await self._end_all(group, ending_of(told), await self._window(lane), binding.bot, lane.user)
-            _drop(lane, [one.parked_seq for one in group])
+            lane.drop([one.parked_seq for one in group])
             return 0.0
         group = await self._group(lane, item, peer)
         for one in group:
@@ -356,7 +253,7 @@ class LaneWork:
         if isinstance(result, Apart):
             lane.apart_until = group[-1].parked_seq
             return 0.0
-        _drop(lane, [one.parked_seq for one in group])
+        lane.drop([one.parked_seq for one in group])
         return 0.0
 
     async def _look_up(self, lane: Lane) -> None:
@@ -373,16 +270,16 @@ class LaneWork:
         may_pass = wait.reason == "quota" and self._may_pass(peer)
         final = min((one for one in lane.parked if one.final), default=None)
         if may_pass and final is not None and final != lane.parked[0]:
-            _put_first(lane, final)
+            lane.put_first(final)
             return 0.0
-        put_in_order(lane)
+        lane.sort()
         if lane.queue:
             behind = lane.queue[0]
             if may_pass and behind.command.final and behind.command.when_closed == "refuse":
                 await self._send(lane, [behind], binding)
             else:
                 await self._hold_back(lane, behind, Wait(wait.reason))
-            _shift(lane, behind)
+            lane.shift(behind)
             return 0.0
         opens_ms = window.opens_at_ms(peer.context, self._sender.rules)
         left_s = (opens_ms - self._sender.clock.now_ms()) / 1000 if opens_ms else FOREVER_S
@@ -660,13 +557,8 @@ class LaneWork:
     async def _expire(self, lane: Lane) -> None:
         """Ends what waited too long: as refused, or as uncertain where it may have been sent."""
         now_ms = self._sender.clock.now_ms()
-        if now_ms < lane.earliest_ms:
-            return
-        late = [item for item in lane.queue if item.command.expires_ms <= now_ms]
-        late_parked = [parked for parked in lane.parked if parked.expires_ms <= now_ms]
+        late, late_parked = lane.late(now_ms)
         if not late and not late_parked:
-            waiting = [*(item.command.expires_ms for item in lane.queue), *(one.expires_ms for one in lane.parked)]
-            lane.earliest_ms = min(waiting, default=math.inf)
             return
         hand = await self._perhaps_sent(lane)
         held = {one.command for one in hand.all} if hand else set()
@@ -677,13 +569,13 @@ class LaneWork:
             await self._end_in(lane, item, unsure if item.command.id in held else unsent)
             if item in lane.queue:
                 lane.queue.remove(item)
-        late_parked = _late_together(lane, held, now_ms)
-        for parked in late_parked:
+        together = lane.late_together(held, now_ms)
+        for parked in together:
             if item_now := await self._load_parked(parked):
                 unsent = Ending("refused", "expired", "The user did not write in time.")
                 await self._end_in(lane, item_now, unsure if parked.command in held else unsent)
-            _drop(lane, [parked.seq])
-        ended = {*(item.command.id for item in late), *(parked.command for parked in late_parked)}
+            lane.drop([parked.seq])
+        ended = {*(item.command.id for item in late), *(parked.command for parked in together)}
         if hand and hand.command in ended:
             peer = await self._sender.contexts.peer(lane.bot, lane.user)
             peer.context = window.settled(peer.context, hand.command)
@@ -735,35 +627,3 @@ def _remember(known: OrderedDict[int, int], seq: int, stored_ms: int) -> None:
     known[seq] = stored_ms
     if len(known) > SETTLED_KEPT:
         known.popitem(last=False)
-
-
-def _shift(lane: Lane, item: Item) -> None:
-    """Takes the first command out of the queue, unless the queue went to another lane meanwhile."""
-    if lane.queue and lane.queue[0] is item:
-        lane.queue.popleft()
-
-
-def _put_first(lane: Lane, parked: Parked) -> None:
-    lane.parked.remove(parked)
-    lane.parked.appendleft(parked)
-
-
-def put_in_order(lane: Lane) -> None:
-    lane.parked = deque(sorted(lane.parked))
-
-
-def _drop(lane: Lane, seqs: Sequence[int]) -> None:
-    """Forgets parked commands, wherever they stand by now."""
-    for parked in [parked for parked in lane.parked if parked.seq in seqs]:
-        lane.parked.remove(parked)
-        lane.unsure.discard(parked.seq)
-        lane.told.pop(parked.seq, None)
-
-
-def _late_together(lane: Lane, held: set[str], now_ms: int) -> list[Parked]:
-    """What is parked and expired. Those that may have gone out in one message expire together, with their last."""
-    latest_ms = max((parked.expires_ms for parked in lane.parked if parked.command in held), default=0)
-    for index, parked in enumerate(lane.parked):
-        if parked.command in held:
-            lane.parked[index] = parked._replace(expires_ms=latest_ms)
-    return [parked for parked in lane.parked if parked.expires_ms <= now_ms]
