@@ -77,8 +77,8 @@ class Seen:
         """Of each record the hashes of its id and its words, packed: what is not in there need not be looked for in
         the lines, which takes ten times as long."""
         self._count = 0
-        self._oldest_ms: int | None = None
-        """When the oldest was seen, once somebody wanted to know."""
+        self._oldest_ms = 0
+        """The oldest was not seen before."""
         self.unkept = 0
         """How many are not among those kept."""
         for record in kept:
@@ -105,11 +105,12 @@ class Seen:
 
     def has(self, keys: Keys) -> bool:
         """Tells whether this is a repeat of a message taken before."""
-        probe = _Known(*keys.hashed, keys.sent_at_ms, 0)
-        if probe.message and _packed(probe.message) in self._index and f"\n{probe.message}|" in self._lines:
+        message, _, _, said = keys.hashed
+        if message and _packed(message) in self._index and f"\n{message}|" in self._lines:
             return True
-        if _packed(probe.said) not in self._index:
+        if _packed(said) not in self._index:
             return False
+        probe = _Known(*keys.hashed, keys.sent_at_ms, 0)
         return any(_same(probe, known, self._skew_ms) for known in self._with(probe.said))
 
     def _with(self, said: str) -> Iterator[_Known]:
@@ -146,16 +147,18 @@ class Seen:
             self.unkept += 1
 
     def _forget_old(self, now_ms: int) -> None:
-        while self._count:
-            if self._oldest_ms is None:
-                self._oldest_ms = _parse(self._lines[1 : self._lines.index("\n", 1)]).seen_at_ms
-            if self._count <= KEEP_AT_MOST and self._oldest_ms >= now_ms - KEEP_MS:
-                return
-            self._lines = self._lines[self._lines.index("\n", 1) :]
-            self._index = self._index[2 * HASH :]
-            self._oldest_ms = None
-            self._count -= 1
-            self.unkept = min(self.unkept, self._count)
+        while self._count > KEEP_AT_MOST:
+            self._forget()
+        while self._count and self._oldest_ms < now_ms - KEEP_MS:
+            self._oldest_ms = _parse(self._lines[1 : self._lines.index("\n", 1)]).seen_at_ms
+            if self._oldest_ms < now_ms - KEEP_MS:
+                self._forget()
+
+    def _forget(self) -> None:
+        self._lines = self._lines[self._lines.index("\n", 1) :]
+        self._index = self._index[2 * HASH :]
+        self._count -= 1
+        self.unkept = min(self.unkept, self._count)
 
 
 class Batch:
@@ -168,12 +171,13 @@ class Batch:
 
     def has(self, keys: Keys) -> bool:
         """As Seen.has."""
-        if not self._by_said:
+        message, _, _, said = keys.hashed
+        if message and message in self._messages:
+            return True
+        if said not in self._by_said:
             return False
         probe = _Known(*keys.hashed, keys.sent_at_ms, 0)
-        if probe.message and probe.message in self._messages:
-            return True
-        return any(_same(probe, known, self._skew_ms) for known in self._by_said.get(probe.said, ()))
+        return any(_same(probe, known, self._skew_ms) for known in self._by_said[said])
 
     def add(self, keys: Keys, now_ms: int) -> None:
         known = _Known(*keys.hashed, keys.sent_at_ms, now_ms)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, TypeAlias, TypeVar
 
 import msgspec
@@ -56,10 +55,10 @@ def read_reference(raw: bytes) -> Quoted | None:
     return resolved(quote, reference, None), reference
 
 
-def item_ids(items: Sequence[bytes], message_id: str) -> tuple[str, ...]:
-    """The ids of a message's items, in their order; "" where an item has none, or its message's."""
-    idents = (as_id(item.msg_id) if (item := _read(raw, _Ident)) else "" for raw in items)
-    return tuple("" if ident == message_id else ident for ident in idents)
+def ident_of(raw: bytes) -> object:
+    """What an item that cannot be read says to be its id; None where it says none."""
+    item = _read(raw, _Ident)
+    return item.msg_id if item else None
 
 
 def _read(raw: bytes, kind: type[T]) -> T | None:

@@ -12,7 +12,7 @@ from adapter.dedup import Keys
 from adapter.errors import Refused, Unreadable
 from adapter.ilink import wire
 from adapter.ilink.cipher import read_key
-from adapter.ilink.references import Quoted, item_ids, read_reference, transcript
+from adapter.ilink.references import Quoted, ident_of, read_reference, transcript
 from adapter.ports import Fetch, Said
 from adapter.quotes import as_id
 
@@ -38,10 +38,13 @@ def read_message(raw: bytes) -> Said:
     quoted: Quoted | None = None
     broken = ""
     fetches: list[Fetch] = []
-    raw_items = [bytes(item) for item in message.item_list or []]
-    for raw_item in raw_items:
-        item, text, ref, fetch = _read_item(raw_item, len(items))
+    idents: list[str] = []
+    ident = as_id(message.message_id)
+    for raw_item in message.item_list or ():
+        item, text, ref, fetch, own = _read_item(bytes(raw_item), len(items))
         items.append(item)
+        own = as_id(own)
+        idents.append("" if own == ident else own)
         if fetch is not None:
             fetches.append(fetch)
         if isinstance(item, contract.UnsupportedItem) and item.reason == "malformed":
@@ -63,7 +66,7 @@ def read_message(raw: bytes) -> Said:
         kind=_kind(items),
         fetches=tuple(fetches),
         reference=quoted[1] if quoted else None,
-        item_ids=item_ids(raw_items, as_id(message.message_id)),
+        item_ids=tuple(idents),
     )
 
 
@@ -83,26 +86,29 @@ def _kind(items: list[contract.InboundItem]) -> str:
 
 
 class _Read(NamedTuple):
-    """An item, the text that it adds to the message's, what it quotes, and the media that belong to it."""
+    """An item, the text that it adds to the message's, what it quotes, the media that belong to it, and its id."""
 
     item: contract.InboundItem
     text: str = ""
     quote: Quoted | None = None
     fetch: Fetch | None = None
+    ident: object = None
 
 
 def _read_item(raw: bytes, index: int) -> _Read:
     try:
         item = msgspec.json.decode(raw, type=wire.Item)
     except UNDECODABLE:
-        return _Read(contract.UnsupportedItem(type=0, reason="malformed"))
-    return _translate(item, index)._replace(quote=read_reference(bytes(item.ref_msg)))
+        return _Read(contract.UnsupportedItem(type=0, reason="malformed"), ident=ident_of(raw))
+    quote = read_reference(bytes(item.ref_msg))
+    if item.type == wire.TEXT and item.text_item is not None:
+        text = item.text_item.text
+        return _Read(contract.TextItem(text=text), text, quote, None, item.msg_id)
+    return _translate(item, index)._replace(quote=quote, ident=item.msg_id)
 
 
 def _translate(item: wire.Item, index: int) -> _Read:
     match item.type:
-        case wire.TEXT if item.text_item is not None:
-            return _Read(contract.TextItem(text=item.text_item.text), item.text_item.text)
         case wire.IMAGE if item.image_item is not None:
             fetch, reason = _read_media(item.image_item, index)
             return _Read(contract.ImageItem(reason=reason), fetch=fetch)

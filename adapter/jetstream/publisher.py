@@ -126,7 +126,8 @@ class Publisher:
     def _take(self, message: Message) -> tuple[int, _Outstanding]:
         """In the order of the calls; what can never be written is refused at once."""
         entry = _Outstanding(message, asyncio.get_running_loop().create_future(), self._clock.monotonic())
-        if len(message.payload) + _size(message.headers) > self._link.max_payload:
+        most = self._link.max_payload
+        if len(message.payload) > most // 2 and len(message.payload) + _size(message.headers) > most:
             entry.future.set_exception(BusRefused(0, f"{len(message.payload)} bytes exceed the server's max_payload"))
         elif len(message.subject.encode()) > MAX_SUBJECT:
             entry.future.set_exception(BusRefused(0, "The subject is too long."))
