@@ -110,9 +110,12 @@ def heed() -> None:
 
 async def finish(work: Coroutine[Any, Any, T], grace_s: float) -> T:
     """Awaits `work`. Cancelled meanwhile, gives it `grace_s` more seconds, then re-raises the cancellation."""
-    task = asyncio.ensure_future(work)
+    loop = asyncio.get_running_loop()
+    task, done = loop.create_task(work), loop.create_future()
+    # asyncio.shield costs as much again as the task: what is in hand is finished with every message
+    task.add_done_callback(lambda _: None if done.done() else done.set_result(None))
     try:
-        return await asyncio.shield(task)
+        await done
     except asyncio.CancelledError:
         if not task.done():
             _, late = await asyncio.wait([task], timeout=grace_s)
@@ -121,6 +124,7 @@ async def finish(work: Coroutine[Any, Any, T], grace_s: float) -> T:
         if task.done() and not task.cancelled():
             task.exception()  # seen here: the cancellation is what the caller learns
         raise
+    return task.result()
 
 
 class Deadline:

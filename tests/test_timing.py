@@ -10,7 +10,7 @@ import time
 import pytest
 from structlog.testing import capture_logs
 
-from adapter.timing import AnsweredWithin, Beat, heed, restarted
+from adapter.timing import AnsweredWithin, Beat, finish, heed, restarted
 from tests.fakes import FakeClock
 
 VIRTUAL_TIME = True
@@ -118,3 +118,36 @@ async def test_at_a_beat_all_go_on_together_and_one_that_is_cancelled_holds_nobo
     await asyncio.wait(tasks)
     assert passed == [0, 2]
     await asyncio.wait_for(beat.next(), 10)  # and there is another one
+
+
+async def test_what_is_finished_gives_its_result_or_its_error() -> None:
+    async def work(problem: Exception | None) -> str:
+        await asyncio.sleep(1)
+        if problem is not None:
+            raise problem
+        return "done"
+
+    assert await finish(work(None), 5) == "done"
+    with pytest.raises(ValueError, match="broken"):
+        await finish(work(ValueError("broken")), 5)
+
+
+@pytest.mark.parametrize(("needs_s", "ended"), [(3.0, True), (30.0, False)], ids=["in time", "too slow"])
+async def test_what_is_in_hand_is_finished_although_its_caller_is_cancelled(needs_s: float, ended: bool) -> None:
+    seen: list[str] = []
+
+    async def work() -> None:
+        try:
+            await asyncio.sleep(needs_s)
+            seen.append("ended")
+        except asyncio.CancelledError:
+            seen.append("cancelled")
+            raise
+
+    caller = asyncio.create_task(finish(work(), 5))
+    await asyncio.sleep(1)
+    caller.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await caller
+    await asyncio.sleep(0)
+    assert seen == ["ended" if ended else "cancelled"]
