@@ -87,8 +87,8 @@ async def _store(session: Session, polled: Polled, place: Place, needs: Incoming
         await _remember(session, binding, fresh, needs)
         last_seq = await _tell(binding, fresh, place, needs)
         took_s = needs.clock.monotonic() - arrived
-        for _ in fresh:  # the objective is about messages, not about batches
-            needs.metrics.inbound_publish_duration.observe(took_s)
+        # the objective is about messages, not about batches
+        needs.metrics.inbound_publish_duration.observe(took_s, len(fresh))
     record = msgspec.structs.replace(
         place.record, cursor=polled.cursor or place.record.cursor, last_seq=last_seq, seen=place.seen.newest()
     )
@@ -164,7 +164,10 @@ async def _waits(binding: Binding, needs: Incoming) -> bool:
 def _heard(binding: Binding, fresh: list[Said], seen: Seen, needs: Incoming) -> list[Heard]:
     """From now on these messages are seen."""
     now_ms = needs.clock.now_ms()
-    return [Heard(said, binding.sandbox, binding.bot, now_ms, seen.add(said.keys, now_ms)) for said in fresh]
+    records = seen.add_all([said.keys for said in fresh], now_ms)
+    return [
+        Heard(said, binding.sandbox, binding.bot, now_ms, record) for said, record in zip(fresh, records, strict=True)
+    ]
 
 
 async def _store_raw(heard: list[Heard], last_seq: int, needs: Incoming) -> int:

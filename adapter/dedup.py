@@ -7,7 +7,7 @@ says "ok" twice must be heard twice.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import NamedTuple
 
@@ -16,6 +16,8 @@ KEEP_AT_MOST = 200
 """Messages remembered per bot: bounds the cursor's record to about 10 kB."""
 HASH = 6
 """Bytes of a hash in a record."""
+_NAMELESS = bytes(HASH)
+"""In an index, for a message without an id."""
 NEAR_MS = 1000
 """Two messages without any id are one if their times are nearer than this."""
 
@@ -45,12 +47,18 @@ class Keys(_Keys):
     @cached_property
     def hashed(self) -> tuple[str, str, str, str]:
         """The ids and what was said, each of a bounded size."""
-        message, client, seq = (_short(value) if value else "" for value in (self.message, self.client, self.seq))
-        return message, client, seq, _short(f"{self.user}|{self.content}")
+        message, client, seq = self.message, self.client, self.seq
+        return (
+            _short(message) if message else "",
+            _short(client) if client else "",
+            _short(seq) if seq else "",
+            _short(f"{self.user}|{self.content}"),
+        )
 
     def record(self, seen_at_ms: int) -> str:
         """One line of the state: times in base 10, ids hashed to bound the size."""
-        return "|".join((*self.hashed, str(self.sent_at_ms), str(seen_at_ms)))
+        message, client, seq, said = self.hashed
+        return f"{message}|{client}|{seq}|{said}|{self.sent_at_ms}|{seen_at_ms}"
 
 
 class _Known(NamedTuple):
@@ -73,19 +81,17 @@ class Seen:
         self._skew_ms = skew_ms
         self._lines = "\n"
         """Each record between line ends."""
-        self._index = b""
-        """Of each record the hashes of its id and its words, packed: what is not in there need not be looked for in
+        self._messages = self._words = b""
+        """The hashes of each record's id, and of its words, packed: what is not in there need not be looked for in
         the lines, which takes ten times as long."""
         self._count = 0
         self._oldest_ms = 0
         """The oldest was not seen before."""
         self.unkept = 0
         """How many are not among those kept."""
-        for record in kept:
-            self._insert(record)
+        self._insert(kept)
         self.keep()
-        for record in newer:
-            self._insert(record)
+        self._insert(newer)
 
     def records(self) -> list[str]:
         """The state as it is stored."""
@@ -106,9 +112,9 @@ class Seen:
     def has(self, keys: Keys) -> bool:
         """Tells whether this is a repeat of a message taken before."""
         message, _, _, said = keys.hashed
-        if message and _packed(message) in self._index and f"\n{message}|" in self._lines:
+        if message and _packed(message) in self._messages and f"\n{message}|" in self._lines:
             return True
-        if _packed(said) not in self._index:
+        if _packed(said) not in self._words:
             return False
         probe = _Known(*keys.hashed, keys.sent_at_ms, 0)
         return any(_same(probe, known, self._skew_ms) for known in self._with(probe.said))
@@ -123,41 +129,55 @@ class Seen:
 
     def add(self, keys: Keys, now_ms: int) -> str:
         """Remembers a message; returns its record."""
-        record = keys.record(now_ms)
-        message, _, _, said = keys.hashed
-        self._put(record, message, said)
+        return self.add_all([keys], now_ms)[0]
+
+    def add_all(self, many: Sequence[Keys], now_ms: int) -> list[str]:
+        """Remembers messages, which costs little more than one: all is copied once. Their records."""
+        records = [keys.record(now_ms) for keys in many]
+        self._put({record: keys.hashed for record, keys in zip(records, many, strict=True)})
         self._forget_old(now_ms)
-        return record
+        return records
 
     def add_record(self, record: str, now_ms: int) -> None:
         """Remembers a message by its record, as found on the bus."""
-        self._insert(record)
+        self._insert([record])
         self._forget_old(now_ms)
 
-    def _insert(self, record: str) -> None:
-        known = _parse(record)  # what is no record would be found later, in the middle of a search
-        self._put(record, known.message, known.said)
+    def _insert(self, records: Iterable[str]) -> None:
+        self._put({record: _parse(record)[:4] for record in records})
 
-    def _put(self, record: str, message: str, said: str) -> None:
-        packed = _packed(said)
-        if packed not in self._index or f"\n{record}\n" not in self._lines:
-            self._lines += f"{record}\n"
-            self._index += (_packed(message) if message else bytes(HASH)) + packed
-            self._count += 1
-            self.unkept += 1
+    def _put(self, records: dict[str, tuple[str, str, str, str]]) -> None:
+        """Records and the hashes in them. Raises ValueError for what is no hash: a search would stumble over it."""
+        lines, messages, words = [], [], []
+        for record, (message, _, _, said) in records.items():
+            packed = _packed(said)
+            if packed not in self._words or f"\n{record}\n" not in self._lines:
+                lines.append(f"{record}\n")
+                messages.append(_packed(message) if message else _NAMELESS)
+                words.append(packed)
+        self._lines += "".join(lines)
+        self._messages += b"".join(messages)
+        self._words += b"".join(words)
+        self._count += len(lines)
+        self.unkept += len(lines)
 
     def _forget_old(self, now_ms: int) -> None:
-        while self._count > KEEP_AT_MOST:
-            self._forget()
+        self._forget(self._count - KEEP_AT_MOST)
         while self._count and self._oldest_ms < now_ms - KEEP_MS:
             self._oldest_ms = _parse(self._lines[1 : self._lines.index("\n", 1)]).seen_at_ms
             if self._oldest_ms < now_ms - KEEP_MS:
-                self._forget()
+                self._forget(1)
 
-    def _forget(self) -> None:
-        self._lines = self._lines[self._lines.index("\n", 1) :]
-        self._index = self._index[2 * HASH :]
-        self._count -= 1
+    def _forget(self, count: int) -> None:
+        """The oldest ones."""
+        if count <= 0:
+            return
+        end = 0
+        for _ in range(count):
+            end = self._lines.index("\n", end + 1)
+        self._lines = self._lines[end:]
+        self._messages, self._words = self._messages[count * HASH :], self._words[count * HASH :]
+        self._count -= count
         self.unkept = min(self.unkept, self._count)
 
 

@@ -50,11 +50,17 @@ def without_media(said: Said, reason: str) -> Said:
 
 async def publish(heard: Sequence[Heard], needs: Incoming) -> int:
     """Stores messages in this order, pipelined; the sequence of the newest."""
-    heard = [await _with_quote(one, heard[:number], needs) for number, one in enumerate(heard)]
-    shown = {(one.sandbox, one.bot, one.said.user): contract.Window() for one in heard}
-    for sandbox, bot, user in shown:
-        shown[sandbox, bot, user] = await _window(sandbox, bot, user, needs)
-    messages = [_message(one, shown[one.sandbox, one.bot, one.said.user], needs) for one in heard]
+    heard = list(heard)
+    for number, one in enumerate(heard):
+        if one.said.reference is not None:  # looked up only now: a quote is rare
+            heard[number] = await _with_quote(one, heard[:number], needs)
+    shown: dict[tuple[str, str, str], contract.Window] = {}
+    messages = []
+    for one in heard:
+        to = one.sandbox, one.bot, one.said.user
+        if to not in shown:
+            shown[to] = await _window(*to, needs)
+        messages.append(_message(one, shown[to], needs))
     last = 0
     for one, message, ack in zip(heard, messages, await _publish_all(messages, needs), strict=True):
         if isinstance(ack, BusRefused):
@@ -84,9 +90,7 @@ async def _publish_all(messages: Sequence[Message], needs: Incoming) -> list[Pub
 
 
 async def _with_quote(one: Heard, before: Sequence[Heard], needs: Incoming) -> Heard:
-    """What it quotes is looked up only now: a quote is rare."""
-    if one.said.reference is None:
-        return one
+    """`before`: what came in the same answer, and is on no bus yet."""
     earlier = [other.said for other in before if other.sandbox == one.sandbox]
     said = await retry(lambda: needs.recall.resolve(one.sandbox, one.bot, one.said, earlier), needs)
     return one._replace(said=said)

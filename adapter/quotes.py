@@ -45,7 +45,7 @@ class Words(NamedTuple):
 
 def as_id(value: object) -> str:
     """An id of iLink as text, losslessly; "" for what is none (absent, 0, not a number or a text)."""
-    if isinstance(value, bool) or not isinstance(value, int | str):
+    if value is None or isinstance(value, bool) or not isinstance(value, (int, str)):
         return ""
     text = str(value).strip()
     return "" if text in ("", "0") else text

@@ -43,10 +43,10 @@ class Distribution:
         self._counts = [0] * (len(bounds) + 1)
         self._total = 0.0
 
-    def observe(self, value: float) -> None:
-        """One more."""
-        self._counts[bisect_left(self._bounds, value)] += 1
-        self._total += value
+    def observe(self, value: float, times: int = 1) -> None:
+        """So many more of this value."""
+        self._counts[bisect_left(self._bounds, value)] += times
+        self._total += value * times
 
     def buckets(self) -> list[tuple[str, float]]:
         """How many are not above each bound; its name first."""
@@ -131,9 +131,9 @@ class Histogram(_Tally[Distribution]):
         self._bounds = tuple(buckets)
         super().__init__(name, text, labels, registry)
 
-    def observe(self, value: float) -> None:
+    def observe(self, value: float, times: int = 1) -> None:
         """Of a histogram without labels."""
-        self._children[()].observe(value)
+        self._children[()].observe(value, times)
 
     def _make(self) -> Distribution:
         return Distribution(self._bounds)

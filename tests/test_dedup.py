@@ -206,6 +206,27 @@ def test_a_batch_and_the_memory_of_it_think_alike(keys: list[Keys], probe: Keys)
     assert seen.has(probe) is batch.has(probe)
 
 
+@given(st.lists(any_keys, max_size=40), st.lists(any_keys, max_size=40), any_keys)
+def test_many_at_once_are_remembered_as_one_by_one(before: list[Keys], many: list[Keys], probe: Keys) -> None:
+    apart, together = Seen(), Seen()
+    for seen in (apart, together):
+        for keys in before:
+            seen.add(keys, NOW)
+        seen.keep()
+    records = [apart.add(keys, NOW + 1) for keys in many]
+    assert together.add_all(many, NOW + 1) == records
+    assert (together.records(), together.newest()) == (apart.records(), apart.newest())
+    assert together.has(probe) is apart.has(probe)
+
+
+def test_more_at_once_than_are_remembered_leave_the_newest() -> None:
+    seen = Seen()
+    many = [say(message=str(number), client=f"c{number}", sent_at_ms=0) for number in range(KEEP_AT_MOST + 5)]
+    assert seen.add_all(many, NOW)[5:] == seen.records() == seen.newest()
+    assert not seen.has(many[4])
+    assert seen.has(many[5])
+
+
 def test_the_same_record_is_kept_once() -> None:
     """A catch-up reads messages that the cursor knows already."""
     seen = Seen()

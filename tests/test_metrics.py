@@ -115,6 +115,16 @@ def test_a_histogram_is_as_prometheus_own(values: list[float]) -> None:
     assert told == [line for line in generate_latest(theirs).decode().splitlines() if "_created" not in line]
 
 
+def test_one_value_that_was_seen_often_counts_as_often() -> None:
+    registry = CollectorRegistry()
+    Histogram("h", "Text.", [], registry, [1.0, 5.0]).observe(2.0, 3)
+    told = generate_latest(registry).decode()
+    assert 'h_bucket{le="1.0"} 0.0' in told
+    assert 'h_bucket{le="5.0"} 3.0' in told
+    assert "h_count 3.0" in told
+    assert "h_sum 6.0" in told
+
+
 def test_build_info_says_what_runs() -> None:
     body = Metrics(version="1.2.3", revision="abc").expose()[0].decode()
     assert re.search(

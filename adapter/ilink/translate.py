@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import msgspec
@@ -53,7 +54,7 @@ def read_message(raw: bytes) -> Said:
             texts.append(text)
         quoted = quoted or ref
     return Said(
-        keys=keys_of(message, user, sent_at_ms, content_of(raw)),
+        keys=keys_of(message, user, sent_at_ms, _content(message.item_list or ())),
         user=user,
         sent_at_ms=sent_at_ms,
         context_token=message.context_token or "",
@@ -199,12 +200,7 @@ def _time(value: object) -> int:
 
 def keys_of(message: wire.Message | wire.Envelope, user: str, sent_at_ms: int, content: str) -> Keys:
     """The layered keys of 7.3; absent, empty and 0 ids count as none."""
-
-    def known(value: object) -> str:
-        text = str(value) if isinstance(value, int | str) and not isinstance(value, bool) else ""
-        return "" if text in ("", "0") else text
-
-    return Keys(known(message.message_id), known(message.client_id), known(message.seq), user, sent_at_ms, content)
+    return Keys(as_id(message.message_id), as_id(message.client_id), as_id(message.seq), user, sent_at_ms, content)
 
 
 def content_of(raw: bytes) -> str:
@@ -213,8 +209,18 @@ def content_of(raw: bytes) -> str:
         items = msgspec.json.decode(raw).get("item_list") or []
     except (*UNDECODABLE, AttributeError):
         items = []
-    if not isinstance(items, list):
-        items = [items]
+    return _hash(items if isinstance(items, list) else [items])
+
+
+def _content(items: Sequence[msgspec.Raw]) -> str:
+    """As content_of."""
+    try:
+        return _hash([msgspec.json.decode(item) for item in items])
+    except UNDECODABLE:
+        return _hash([])
+
+
+def _hash(items: list[Any]) -> str:
     bare = [_bare(item) for item in items]
     return hashlib.blake2b(msgspec.json.encode(bare, order="deterministic"), digest_size=6).hexdigest()
 
