@@ -22,7 +22,7 @@ from adapter.errors import Conflict, LeaseLost, Temporary
 from adapter.metrics import Metrics
 from adapter.ports import Entry, Register
 from adapter.records import Claim, Member
-from adapter.timing import Clock, Latch, first_of
+from adapter.timing import Clock, Latch, first_of, heed
 
 log = structlog.get_logger()
 
@@ -91,14 +91,20 @@ class Leases:
         while True:
             await self._join()
             try:
-                async with asyncio.TaskGroup() as group:
-                    group.create_task(self._renew_forever(), name="leases.renew")
-                    group.create_task(self._watch_forever(), name="leases.watch")
-                    group.create_task(self._claim_forever(), name="leases.claim")
+                # a task of its own: before Python 3.13 a group that fails as it is cancelled forgets that it was
+                await asyncio.get_running_loop().create_task(self._hold(), name="leases.hold")
             except* LeaseLost:
                 log.error("lease.revoked", incarnation=self.incarnation, shards=len(self.owned))
                 self._metrics.lease_changes.labels(reason="lost").inc(len(self.owned))
                 self._forget_all()
+            heed()
+
+    async def _hold(self) -> None:
+        """Renews and claims as one incarnation. Raises LeaseLost, in a group."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._renew_forever(), name="leases.renew")
+            group.create_task(self._watch_forever(), name="leases.watch")
+            group.create_task(self._claim_forever(), name="leases.claim")
 
     async def _join(self) -> None:
         self.incarnation = f"{self._instance}-{secrets.token_hex(4)}"

@@ -57,11 +57,14 @@ class Line:
         self.reads_fail = False
         self.late_s = 0.0
         """How long a write takes to the store."""
+        self.on_get: Callable[[], object] = lambda: None
+        """Called as a key has been read."""
 
     async def get(self, key: str) -> Entry | None:
         await self._through()
         found = self.store.entries.get(key)
         await self.life.goes_on()
+        self.on_get()
         return found
 
     async def entries(self) -> list[Entry]:
@@ -524,6 +527,23 @@ async def test_a_claim_that_another_hand_has_changed_is_given_up() -> None:
     assert cluster.worked_for == SHARDS
     assert 7 in replica.working
     cluster.stop()
+
+
+@pytest.mark.parametrize("steps", range(12))
+async def test_who_is_told_to_end_at_the_moment_of_its_revocation_ends(steps: int) -> None:
+    """A process that was frozen learns both as it goes on."""
+    cluster = Cluster()
+    replica = cluster.start()
+    await cluster.run(2)
+    revoked = asyncio.Event()
+    cluster.members.write(replica.leases.incarnation, None, replica.leases._revision)
+    replica.members.on_get = revoked.set
+    await revoked.wait()
+    for _ in range(steps):
+        await asyncio.sleep(0)
+    replica.task.cancel()
+    await asyncio.wait([replica.task], timeout=60)
+    assert replica.task.cancelled()
 
 
 # by chance -----------------------------------------------------------------------------------------------
