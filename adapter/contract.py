@@ -96,16 +96,22 @@ def is_inbox(subject: str) -> bool:
     return len(subject) <= MAX_INBOX and subject.isascii() and bool(_INBOX.fullmatch(subject))
 
 
-@functools.lru_cache(maxsize=32_768)  # bots and users: at each of their messages, and a character takes its time
-def token_of(text: str) -> str:
+_ESCAPED = re.compile(r"[^A-Za-z0-9_-]+")
+
+
+def escaped(text: str) -> str:
     """`text` as one subject token and bucket key: letters, digits, `-` and `_` stay, the rest becomes =XX (hex)."""
-    return "".join(
-        c if c.isascii() and (c.isalnum() or c in "-_") else "".join(f"={b:02X}" for b in c.encode()) for c in text
-    )
+    return _ESCAPED.sub(lambda found: "".join(f"={byte:02X}" for byte in found[0].encode()), text)
+
+
+@functools.lru_cache(maxsize=32_768)
+def token_of(text: str) -> str:
+    """As `escaped`, and kept: for bots and users, not for what comes once, as the id of a message does."""
+    return escaped(text)
 
 
 def text_of(token: str) -> str:
-    """The inverse of `token_of`. Raises ValueError for what it never made."""
+    """The inverse of `escaped`. Raises ValueError for what it never made."""
     out = bytearray()
     i = 0
     while i < len(token):

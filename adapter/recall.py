@@ -13,7 +13,7 @@ import msgspec
 import structlog
 
 from adapter import contract
-from adapter.contract import Inbound, Names, token_of
+from adapter.contract import Inbound, Names, escaped, token_of
 from adapter.dedup import Keys
 from adapter.errors import BusRefused, Conflict
 from adapter.metrics import Metrics
@@ -121,12 +121,12 @@ class Recall:
 
 def quote_key(bot: str, message_id: str) -> str:
     """Key of a sent message in the bucket `quotes`."""
-    return f"{token_of(bot)}/{token_of(message_id[:64])}"
+    return f"{token_of(bot)}/{escaped(message_id[:64])}"
 
 
 def ids_header(said: Said) -> dict[str, str]:
     """The header that lets an item be found by its id; none where no item has one of its own."""
-    named = [f"{n}:{token_of(ident)}" for n, ident in enumerate(said.item_ids[:MAX_IDS]) if 0 < len(ident) <= 64]
+    named = [f"{n}:{escaped(ident)}" for n, ident in enumerate(said.item_ids[:MAX_IDS]) if 0 < len(ident) <= 64]
     return {contract.H_IDS: " ".join(named)} if named else {}
 
 
@@ -143,7 +143,7 @@ def _ending(ident: str) -> str:
 def _item_named(ids: Sequence[str], stored: Stored) -> int | None:
     for named in stored.headers.get(contract.H_IDS, "").split():
         number, _, ident = named.partition(":")
-        if ident in {token_of(one) for one in ids} and number.isdecimal():
+        if ident in {escaped(one) for one in ids} and number.isdecimal():
             return int(number)
     return None
 

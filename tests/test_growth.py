@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import re
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from adapter.commands import MediaPart
 from adapter.contexts import Contexts
-from adapter.contract import Options
+from adapter.contract import Options, escaped, text_of, token_of
 from adapter.errors import Refused, SessionExpired
 from adapter.lane import Lane, Parked
 from adapter.leases import DEAD_KEPT
 from adapter.outbound import Shard
 from adapter.ports import Account
 from adapter.presence import NO_TICKET_S, TICKET_S
+from adapter.recall import quote_key
 from adapter.receipts import KNOWN_S
 from adapter.uploads import READY_S
 from adapter.windows import LEFT_OVER
@@ -44,6 +48,25 @@ async def talk(bench: Bench, shard: Shard, first: int, *, unbind: bool) -> None:
     await asyncio.sleep(60)
     shard.tidy()
     bench.contexts.tidy(lambda bot: bench.bindings.get(bot) is not None)
+
+
+# names ---------------------------------------------------------------------------------------------------
+
+
+def test_a_name_of_a_bot_is_kept_and_that_of_a_message_is_not() -> None:
+    """Ids of messages come once: kept, they grew for days, and drove out the bots."""
+    quote_key(BOT, "first")
+    kept = token_of.cache_info().currsize
+    for number in range(USERS):
+        quote_key(BOT, f"message/{number}")
+        escaped(f"item/{number}")
+    assert token_of.cache_info().currsize == kept
+
+
+@given(st.text())
+def test_every_text_has_a_name_of_its_own(text: str) -> None:
+    assert re.fullmatch(r"[A-Za-z0-9_=-]*", escaped(text))
+    assert text_of(escaped(text)) == text
 
 
 # lanes ---------------------------------------------------------------------------------------------------
