@@ -126,7 +126,7 @@ async def _sort(
         else:
             if said.broken:
                 await bury(session.bot, binding.sandbox, raw, said.broken, needs)
-            batch.add(said.keys, needs.clock.now_ms())
+            batch.add(said.keys)
             fresh.append(said)
     return fresh
 

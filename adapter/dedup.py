@@ -112,9 +112,9 @@ class Seen:
     def has(self, keys: Keys) -> bool:
         """Tells whether this is a repeat of a message taken before."""
         message, _, _, said = keys.hashed
-        if message and _packed(message) in self._messages and f"\n{message}|" in self._lines:
+        if message and bytes.fromhex(message) in self._messages and f"\n{message}|" in self._lines:
             return True
-        if _packed(said) not in self._words:
+        if bytes.fromhex(said) not in self._words:
             return False
         probe = _Known(*keys.hashed, keys.sent_at_ms, 0)
         return any(_same(probe, known, self._skew_ms) for known in self._with(probe.said))
@@ -144,16 +144,16 @@ class Seen:
         self._forget_old(now_ms)
 
     def _insert(self, records: Iterable[str]) -> None:
-        self._put({record: _parse(record)[:4] for record in records})
+        self._put({record: _hashes(record) for record in records})
 
     def _put(self, records: dict[str, tuple[str, str, str, str]]) -> None:
-        """Records and the hashes in them. Raises ValueError for what is no hash: a search would stumble over it."""
+        """Records and the hashes in them."""
         lines, messages, words = [], [], []
         for record, (message, _, _, said) in records.items():
-            packed = _packed(said)
+            packed = bytes.fromhex(said)
             if packed not in self._words or f"\n{record}\n" not in self._lines:
                 lines.append(f"{record}\n")
-                messages.append(_packed(message) if message else _NAMELESS)
+                messages.append(bytes.fromhex(message) if message else _NAMELESS)
                 words.append(packed)
         self._lines += "".join(lines)
         self._messages += b"".join(messages)
@@ -187,23 +187,24 @@ class Batch:
     def __init__(self, *, skew_ms: int = 0) -> None:
         self._skew_ms = skew_ms
         self._messages: set[str] = set()
-        self._by_said: dict[str, list[_Known]] = {}
+        self._by_said: dict[str, list[Keys]] = {}
 
     def has(self, keys: Keys) -> bool:
         """As Seen.has."""
         message, _, _, said = keys.hashed
         if message and message in self._messages:
             return True
-        if said not in self._by_said:
+        alike = self._by_said.get(said)
+        if alike is None:
             return False
         probe = _Known(*keys.hashed, keys.sent_at_ms, 0)
-        return any(_same(probe, known, self._skew_ms) for known in self._by_said[said])
+        return any(_same(probe, _Known(*other.hashed, other.sent_at_ms, 0), self._skew_ms) for other in alike)
 
-    def add(self, keys: Keys, now_ms: int) -> None:
-        known = _Known(*keys.hashed, keys.sent_at_ms, now_ms)
-        if known.message:
-            self._messages.add(known.message)
-        self._by_said.setdefault(known.said, []).append(known)
+    def add(self, keys: Keys) -> None:
+        message, _, _, said = keys.hashed
+        if message:
+            self._messages.add(message)
+        self._by_said.setdefault(said, []).append(keys)
 
 
 def _same(new: _Known, old: _Known, skew_ms: int) -> bool:
@@ -228,12 +229,12 @@ def _short(text: str) -> str:
     return hashlib.blake2b(text.encode(), digest_size=HASH).hexdigest()
 
 
-def _packed(short: str) -> bytes:
-    """Raises ValueError for what is no hash."""
-    packed = bytes.fromhex(short)
-    if len(packed) != HASH:
+def _hashes(record: str) -> tuple[str, str, str, str]:
+    """Those of what is no record would be found later, in the middle of a search. Raises ValueError for it."""
+    message, client, seq, said, _, _ = _parse(record)
+    if len(bytes.fromhex(said)) != HASH or (message and len(bytes.fromhex(message)) != HASH):
         raise ValueError("not a hash")
-    return packed
+    return message, client, seq, said
 
 
 def digest(data: bytes) -> str:

@@ -126,6 +126,8 @@ def quote_key(bot: str, message_id: str) -> str:
 
 def ids_header(said: Said) -> dict[str, str]:
     """The header that lets an item be found by its id; none where no item has one of its own."""
+    if not any(said.item_ids):
+        return {}
     named = [f"{n}:{escaped(ident)}" for n, ident in enumerate(said.item_ids[:MAX_IDS]) if 0 < len(ident) <= 64]
     return {contract.H_IDS: " ".join(named)} if named else {}
 

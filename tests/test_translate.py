@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 import msgspec
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from adapter.contract import (
     FileItem,
@@ -158,6 +160,13 @@ def test_the_same_words_have_the_same_content_whatever_their_ids() -> None:
     items[0] |= {"msg_id": 5, "create_time_ms": 7, "update_time_ms": 8, "is_completed": False}
     again = read_message(changed("text", message_id=1, seq=2, client_id="other", context_token="x", item_list=items))
     assert again.keys.content == said("text").keys.content
+
+
+@given(st.text())
+def test_a_plain_text_has_the_content_of_any_item(text: str) -> None:
+    """Plain ones take a short way."""
+    raw = msgspec.json.encode({"from_user_id": "u", "item_list": [{"type": 1, "text_item": {"text": text}}] * 2})
+    assert read_message(raw).keys.content == content_of(raw)
 
 
 def test_other_words_have_another_content() -> None:

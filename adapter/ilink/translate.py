@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import msgspec
@@ -18,6 +16,7 @@ from adapter.ports import Fetch, Said
 from adapter.quotes import as_id
 
 UNDECODABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+_PLAIN = msgspec.json.Decoder(wire.PlainItem)
 MAX_ID = 128
 """A longer user id is none: it would not fit into a subject."""
 MAX_FILE_NAME = 255
@@ -40,10 +39,12 @@ def read_message(raw: bytes) -> Said:
     broken = ""
     fetches: list[Fetch] = []
     idents: list[str] = []
+    contents: list[bytes] = []
     ident = as_id(message.message_id)
     for raw_item in message.item_list or ():
-        item, text, ref, fetch, own = _read_item(bytes(raw_item), len(items))
+        item, text, ref, fetch, own, content = _read_item(raw_item, len(items))
         items.append(item)
+        contents.append(content)
         own = as_id(own)
         idents.append("" if own == ident else own)
         if fetch is not None:
@@ -54,7 +55,7 @@ def read_message(raw: bytes) -> Said:
             texts.append(text)
         quoted = quoted or ref
     return Said(
-        keys=keys_of(message, user, sent_at_ms, _content(message.item_list or ())),
+        keys=keys_of(message, user, sent_at_ms, b",".join(contents).decode()),
         user=user,
         sent_at_ms=sent_at_ms,
         context_token=message.context_token or "",
@@ -87,25 +88,39 @@ def _kind(items: list[contract.InboundItem]) -> str:
 
 
 class _Read(NamedTuple):
-    """An item, the text that it adds to the message's, what it quotes, the media that belong to it, and its id."""
+    """An item, the text that it adds to the message's, what it quotes, the media that belong to it, its id, and its
+    part of `content_of`."""
 
     item: contract.InboundItem
     text: str = ""
     quote: Quoted | None = None
     fetch: Fetch | None = None
     ident: object = None
+    content: bytes = b""
 
 
-def _read_item(raw: bytes, index: int) -> _Read:
+def _read_item(raw: msgspec.Raw, index: int) -> _Read:
+    if (plain := _read_plain(raw)) is not None:
+        text = plain.text_item.text
+        return _Read(contract.TextItem(text=text), text, None, None, plain.msg_id, _content_of_text(text))
+    content = _content(raw)
     try:
         item = msgspec.json.decode(raw, type=wire.Item)
     except UNDECODABLE:
-        return _Read(contract.UnsupportedItem(type=0, reason="malformed"), ident=ident_of(raw))
+        malformed = contract.UnsupportedItem(type=0, reason="malformed")
+        return _Read(malformed, ident=ident_of(bytes(raw)), content=content)
     quote = read_reference(bytes(item.ref_msg))
     if item.type == wire.TEXT and item.text_item is not None:
         text = item.text_item.text
-        return _Read(contract.TextItem(text=text), text, quote, None, item.msg_id)
-    return _translate(item, index)._replace(quote=quote, ident=item.msg_id)
+        return _Read(contract.TextItem(text=text), text, quote, None, item.msg_id, content)
+    return _translate(item, index)._replace(quote=quote, ident=item.msg_id, content=content)
+
+
+def _read_plain(raw: msgspec.Raw | bytes) -> wire.PlainItem | None:
+    try:
+        return _PLAIN.decode(raw)
+    except UNDECODABLE:
+        return None
 
 
 def _translate(item: wire.Item, index: int) -> _Read:
@@ -204,25 +219,28 @@ def keys_of(message: wire.Message | wire.Envelope, user: str, sent_at_ms: int, c
 
 
 def content_of(raw: bytes) -> str:
-    """A hash of what the user said: the items without their ids and times."""
+    """What the user said: the items without their ids and times."""
     try:
         items = msgspec.json.decode(raw).get("item_list") or []
     except (*UNDECODABLE, AttributeError):
         items = []
-    return _hash(items if isinstance(items, list) else [items])
+    return b",".join(map(_encode_bare, items if isinstance(items, list) else [items])).decode()
 
 
-def _content(items: Sequence[msgspec.Raw]) -> str:
-    """As content_of."""
+def _content(raw_item: msgspec.Raw) -> bytes:
     try:
-        return _hash([msgspec.json.decode(item) for item in items])
+        return _encode_bare(msgspec.json.decode(raw_item))
     except UNDECODABLE:
-        return _hash([])
+        return b""
 
 
-def _hash(items: list[Any]) -> str:
-    bare = [_bare(item) for item in items]
-    return hashlib.blake2b(msgspec.json.encode(bare, order="deterministic"), digest_size=6).hexdigest()
+def _content_of_text(text: str) -> bytes:
+    """As _content, of an item that is only that."""
+    return b'{"text_item":{"text":%b},"type":1}' % msgspec.json.encode(text)
+
+
+def _encode_bare(item: object) -> bytes:
+    return msgspec.json.encode(_bare(item), order="deterministic")
 
 
 def _bare(item: object) -> object:

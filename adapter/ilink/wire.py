@@ -3,7 +3,7 @@ unset fields and adds unknown ones."""
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import msgspec
 
@@ -150,6 +150,21 @@ class Item(msgspec.Struct):
     file_item: FilePayload | None = None
     video_item: VideoPayload | None = None
     ref_msg: msgspec.Raw = msgspec.Raw(b"null")
+
+
+class PlainText(msgspec.Struct, forbid_unknown_fields=True):
+    text: str
+
+
+class PlainItem(msgspec.Struct, forbid_unknown_fields=True):
+    """An item that is text and nothing else, as nearly all are."""
+
+    type: Literal[1]
+    text_item: PlainText
+    msg_id: int | str | None = None
+    create_time_ms: Any = None
+    update_time_ms: Any = None
+    is_completed: Any = None
 
 
 class Message(msgspec.Struct):
