@@ -82,7 +82,7 @@ class LaneWork:
     def __init__(self, number: int, needs: Outgoing) -> None:
         self.number = number
         self._needs = needs
-        self._sender = needs.sender._replace(pause=self._pause, check=self._check, upload=self._upload)
+        self._sender = needs.sender
         self.presence = Presence(number, needs.showing)
         self._in_hand: dict[int, Item] = {}
         """By sequence: delivered, and neither parked nor settled."""
@@ -370,7 +370,9 @@ class LaneWork:
         except Refused as exc:
             return Wait("needs_login", exc.detail)
 
-        sender = self._sender._replace(pace=lambda: self._pace(lane))
+        sender = self._sender._replace(
+            pace=lambda: self._pace(lane), pause=self._pause, check=self._check, upload=self._upload
+        )
         async with peer.sending:
             result = await sending.send(merge([one.command for one in group]), peer, account, sender)
             match result:

@@ -146,10 +146,11 @@ class Session:
         the cursor before. The fence raises LeaseLost.
         """
         if self._fenced is None or self._fenced[0] is not needs or self._fenced[1] != owner:
+            bot = self.bot
 
             def fence() -> None:
                 if not needs.leases.valid or needs.leases.incarnation != owner:
-                    raise LeaseLost("lease_lost", self.bot)
+                    raise LeaseLost("lease_lost", bot)
 
             self._fenced = needs, owner, needs._replace(fence=fence)
         return self._fenced[2]

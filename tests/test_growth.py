@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import re
 
 import pytest
@@ -13,6 +14,7 @@ from adapter.commands import MediaPart
 from adapter.contexts import Contexts
 from adapter.contract import Options, escaped, text_of, token_of
 from adapter.errors import Refused, SessionExpired
+from adapter.ilink.connection import Connection
 from adapter.lane import Lane, Parked
 from adapter.leases import DEAD_KEPT
 from adapter.outbound import Shard
@@ -20,9 +22,10 @@ from adapter.ports import Account
 from adapter.presence import NO_TICKET_S, TICKET_S
 from adapter.recall import quote_key
 from adapter.receipts import KNOWN_S
+from adapter.sessions import Session
 from adapter.uploads import READY_S
 from adapter.windows import LEFT_OVER
-from tests.fakes import GAP_S, Bench
+from tests.fakes import GAP_S, Bench, Wire
 from tests.growth import tables
 from tests.test_leases import LEASE_S, Cluster
 from tests.test_outbound import BOT, USER, again, outcomes, user_writes
@@ -345,3 +348,31 @@ async def test_receipts_that_were_looked_up_are_kept_for_a_moment() -> None:
     bench.receipts.tidy()
     assert tables(bench.receipts)["_told"] == 0
     assert len(bench.chat.sent) == 1
+
+
+# without the collector -----------------------------------------------------------------------------------
+
+
+async def test_what_has_ended_goes_without_the_garbage_collector() -> None:
+    """Which looks at what is old once in hours: what refers to itself is in memory until then."""
+
+    def there() -> int:
+        return sum(isinstance(thing, (Shard, Session, Connection)) for thing in gc.get_objects())
+
+    bench = Bench()
+    gc.collect()
+    gc.disable()
+    try:
+        before = there()
+        shard, session, connection = Shard(1, bench.outgoing()), Session(BOT), Connection(1000)
+        await shard.load()
+        session.fenced(bench.incoming(), "owner")
+        connection.connection_made(Wire())
+        assert there() == before + 3
+        shard.stop()
+        connection.connection_lost(None)
+        await asyncio.sleep(1)
+        del shard, session, connection
+        assert there() == before
+    finally:
+        gc.enable()

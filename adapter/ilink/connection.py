@@ -133,6 +133,8 @@ class Connection(asyncio.Protocol):
             self._succeed()
         else:
             self._fail(Uncertain("network", type(exc).__name__ if exc else "the server closed the connection"))
+        self._transport = None
+        del self._parser  # it refers to this object, and both would wait for the garbage collector
 
     # what the parser calls -----------------------------------------------------------------------------------
 
