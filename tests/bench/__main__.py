@@ -87,12 +87,12 @@ async def bridge_in(made: Rig, nc: Client, kind: str, bots: int) -> Process:
     adapter = made.adapter()
     if kind == "adapter":
         await made.bind(nc, bots)
-        await made.parked(bots)
+        await made.polled(bots)
         return adapter
     await made.bind(nc, 1)  # the streams are there once this is answered
     made.drop(adapter)
     floor = made.floor("in", bots)
-    await made.parked(bots)
+    await made.polled(bots)
     return floor
 
 
@@ -182,7 +182,7 @@ async def ready_to_send(made: Rig, nc: Client, bots: int) -> Process:
     """An adapter whose users have all written, so that each may be answered."""
     adapter = made.adapter()
     await made.bind(nc, bots)
-    await made.parked(bots)
+    await made.polled(bots)
     received = await heard(nc)
     await made.ask("feed", bots=list(range(bots)), count=1, per_answer=1)
     await received.until(bots)
@@ -242,14 +242,14 @@ async def started(made: Rig, nc: Client, kind: str, bots: int) -> tuple[Process,
         await made.bind(nc, 1)
         empty = process.memory_mib()
         await made.bind(nc, bots)
-        await made.parked(bots)
+        await made.polled(bots)
     else:
         process = await bridge_in(made, nc, "floor", 1)
         empty = process.memory_mib()
     made.drop(process)
     began = time.monotonic()
     process = made.adapter() if kind == "adapter" else made.floor("in", bots)
-    await made.parked(bots)
+    await made.polled(bots)
     return process, empty, time.monotonic() - began
 
 
@@ -279,19 +279,19 @@ async def shared(bench: Bench) -> Table:
         async with bench.rig(f"two adapters, {bots} bots") as (made, nc):
             both = [made.adapter(), made.adapter()]
             await made.bind(nc, bots)
-            await made.parked(bots)
+            await made.polled(bots)
             received = await heard(nc)
             before, began = [process.cpu_s() for process in both], time.monotonic()
             await made.ask("feed", bots=list(range(bots)), count=total // bots, per_answer=1)
             await received.until(total)
             rate = total / (received.when - began)
             spent = [process.cpu_s() - cpu_s for process, cpu_s in zip(both, before, strict=True)]
-            await made.parked(bots)
+            await made.polled(bots)
             shares = " : ".join(f"{cpu_s / sum(spent):.0%}" for cpu_s in spent)
             both[0].stop()
             killed = time.monotonic()
             await made.fewer(bots)
-            await made.parked(bots)
+            await made.polled(bots)
             rows.append((bots, rate, sum(spent) / total * 1e6, shares, time.monotonic() - killed))
     return Table("Two adapters: shares of the CPU spent, and a take-over", head, rows)
 

@@ -43,6 +43,8 @@ class Peer:
         self.hold_s = hold_s
         self.bots: dict[int, Bot] = {}
         self.parked = 0
+        self.answered: deque[tuple[float, Bot]] = deque()
+        """Polls that were answered in the last second."""
         self.counts = dict.fromkeys(("polls", "sends", "connections", "other"), 0)
         self.per_answer = 1
         self.ids = itertools.count(7497484083968569736)
@@ -73,8 +75,21 @@ class Peer:
             bot.timer.cancel()
             bot.timer = None
         self.parked -= 1
+        self.answered.append((time.monotonic(), bot))
+        self.forget_old()
         if poll is not None:
             poll.reply(self.updates(bot))
+
+    def forget_old(self) -> None:
+        horizon = time.monotonic() - 1.0
+        while self.answered and self.answered[0][0] < horizon:
+            self.answered.popleft()
+
+    @property
+    def polling(self) -> int:
+        """How many bots poll: one whose poll was just answered comes again, and of thousands a few always do."""
+        self.forget_old()
+        return self.parked + len({bot.number for _, bot in self.answered if bot.poll is None})
 
     def updates(self, bot: Bot) -> bytes:
         messages = [bot.queue.popleft() for _ in range(min(self.per_answer, len(bot.queue)))]
@@ -117,7 +132,7 @@ class Peer:
                     self.feed(number, given["count"])
             case "trickle":
                 asyncio.get_running_loop().create_task(self.trickle(given["bots"], given["count"], given["per_s"]))
-        return {"parked": self.parked, **self.counts}
+        return {"polling": self.polling, **self.counts}
 
     async def trickle(self, bots: int, count: int, per_s: float) -> None:
         """`count` single messages to bots picked by chance, evenly in time."""

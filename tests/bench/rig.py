@@ -103,20 +103,20 @@ class Rig:
 
         return await asyncio.to_thread(post)
 
-    async def parked(self, bots: int) -> None:
-        """Returns once so many polls wait."""
+    async def polled(self, bots: int) -> None:
+        """Returns once so many bots are polled."""
 
-        async def all_wait() -> bool:
+        async def all_are() -> bool:
             await asyncio.sleep(0.05)
-            return bool((await self.ask("stats"))["parked"] >= bots)
+            return bool((await self.ask("stats"))["polling"] >= bots)
 
-        await eventually(all_wait, f"{bots} polls wait", patience_s=120)
+        await eventually(all_are, f"{bots} bots are polled", patience_s=120)
 
     async def fewer(self, bots: int) -> None:
-        """Returns once fewer polls wait."""
+        """Returns once fewer are."""
 
         async def some_ended() -> bool:
-            return bool((await self.ask("stats"))["parked"] < bots)
+            return bool((await self.ask("stats"))["polling"] < bots)
 
         await eventually(some_ended, f"fewer than {bots} polls wait")
 
