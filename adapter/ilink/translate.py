@@ -116,7 +116,7 @@ def _read_item(raw: msgspec.Raw, index: int) -> _Read:
     return _translate(item, index)._replace(quote=quote, ident=item.msg_id, content=content)
 
 
-def _read_plain(raw: msgspec.Raw | bytes) -> wire.PlainItem | None:
+def _read_plain(raw: msgspec.Raw) -> wire.PlainItem | None:
     try:
         return _PLAIN.decode(raw)
     except UNDECODABLE:
