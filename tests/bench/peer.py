@@ -26,13 +26,15 @@ HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d
 class Bot:
     """One bot's queue of messages, and the poll that waits for them."""
 
-    __slots__ = ("cursor", "number", "poll", "queue", "timer")
+    __slots__ = ("answered", "cursor", "number", "poll", "queue", "timer")
 
     def __init__(self, number: int) -> None:
         self.number = number
         self.cursor = 0
         self.queue: deque[bytes] = deque()
         self.poll: Connection | None = None
+        self.answered = 0.0
+        """When its last poll was."""
         self.timer: asyncio.TimerHandle | None = None
 
 
@@ -42,9 +44,6 @@ class Peer:
     def __init__(self, hold_s: float) -> None:
         self.hold_s = hold_s
         self.bots: dict[int, Bot] = {}
-        self.parked = 0
-        self.answered: deque[tuple[float, Bot]] = deque()
-        """Polls that were answered in the last second."""
         self.counts = dict.fromkeys(("polls", "sends", "connections", "other"), 0)
         self.per_answer = 1
         self.ids = itertools.count(7497484083968569736)
@@ -74,22 +73,15 @@ class Peer:
         if bot.timer is not None:
             bot.timer.cancel()
             bot.timer = None
-        self.parked -= 1
-        self.answered.append((time.monotonic(), bot))
-        self.forget_old()
+        bot.answered = time.monotonic()
         if poll is not None:
             poll.reply(self.updates(bot))
-
-    def forget_old(self) -> None:
-        horizon = time.monotonic() - 1.0
-        while self.answered and self.answered[0][0] < horizon:
-            self.answered.popleft()
 
     @property
     def polling(self) -> int:
         """How many bots poll: one whose poll was just answered comes again, and of thousands a few always do."""
-        self.forget_old()
-        return self.parked + len({bot.number for _, bot in self.answered if bot.poll is None})
+        horizon = time.monotonic() - 1.0
+        return sum(bot.poll is not None or bot.answered > horizon for bot in self.bots.values())
 
     def updates(self, bot: Bot) -> bytes:
         messages = [bot.queue.popleft() for _ in range(min(self.per_answer, len(bot.queue)))]
@@ -113,7 +105,6 @@ class Peer:
                 return
             bot.poll = connection
             connection.bot = bot
-            self.parked += 1
             bot.timer = asyncio.get_running_loop().call_later(self.hold_s, self.answer, bot)
         elif path.endswith(b"/sendmessage"):
             self.counts["sends"] += 1
@@ -159,7 +150,9 @@ class Connection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         if self.bot is not None and self.bot.poll is self:
             self.bot.poll = None
-            self.peer.parked -= 1
+            if self.bot.timer is not None:
+                self.bot.timer.cancel()
+                self.bot.timer = None
         self.transport = None
 
     def data_received(self, data: bytes) -> None:
