@@ -142,7 +142,8 @@ class Consumer:
                 self._check()
                 self._suspect_to = max(self._suspect_to, int(info["delivered"]["stream_seq"]))
                 info = await self.link.api(f"CONSUMER.RESET.{self._stream}.{self.name}")
-                self._number = int(info.get("delivered", {}).get("consumer_seq", 0))
+                # not what is delivered: a pull that somebody left there may have taken some before the answer was made
+                self._number = int(info["ack_floor"]["consumer_seq"])
                 self._in_hand = self._requested = 0
                 await on_reset()
                 failures = 0

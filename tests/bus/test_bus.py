@@ -763,6 +763,32 @@ async def test_a_delivery_that_got_lost_on_its_way_comes_again_before_what_is_af
         assert reader.texts == ["0", "1", "2"]
 
 
+async def test_what_a_pull_of_another_takes_before_the_reset_is_answered_comes_again(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server under load delivers first, and then says in its answer how much it has delivered."""
+    await control(rig, "0", "1")
+    thief = await rig.link.client().subscribe(rig.link.client().new_inbox())
+    pull = f"$JS.API.CONSUMER.MSG.NEXT.{NAMES.stream_ctl}.{topology.CONTROL}"
+    api, resets = rig.link.api, 0
+
+    async def slow(verb: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        nonlocal resets
+        answer = await api(verb, *args, **kwargs)
+        resets += verb.startswith("CONSUMER.RESET")
+        if resets == 1 and verb.startswith("CONSUMER.RESET"):
+            await rig.link.publish(pull, b'{"batch":2}', reply=thief.subject)
+            assert [(await thief.next_msg(timeout=30)).data for _ in range(2)] == [b"0", b"1"]
+            return await api(verb.replace("RESET", "INFO"))
+        return answer
+
+    monkeypatch.setattr(rig.link, "api", slow)
+    reader = Reader(rig)
+    await reader.have(2)
+    assert reader.texts == ["0", "1"]
+    assert resets == 2
+
+
 async def test_an_owner_that_was_frozen_takes_nothing_from_the_one_after_it(rig: Rig) -> None:
     """It thaws, finds its consumer silent or its connection gone, and would reset it: what it then took would be
     missing for the new owner, and its numbers would fit, as it takes just as many as the new owner has had."""

@@ -125,8 +125,8 @@ async def run(folder: Path, *, command: str, mode: str, seed: int, minutes: floa
         lossy = mode == "ack_on_delivery"
         try:
             await made.settle(nc, patience_s=max(30.0, began + minutes * 60 - time.monotonic() - 10), lossy=lossy)
-        except TimeoutError:
-            print("it did not settle: the audit says what is missing", file=sys.stderr)
+        except TimeoutError as exc:
+            print(f"it did not settle: {exc}", file=sys.stderr)
         lost = in_killed_hands(made, troubles.happened) if lossy else set()
         late = in_hand_at_a_loss(made) if lossy else set()
         found = await audit(made, nc, listener=listener, may_be_lost=lost, may_be_late=late)

@@ -235,7 +235,7 @@ class World:
             for _, data in await stream(nc, NAMES.stream_event, NAMES.event("*", "receipt"))
         ]
 
-    async def settle(self, nc: Client, *, patience_s: float = 240.0, lossy: bool = False) -> None:
+    async def settle(self, nc: Client, *, patience_s: float = 150.0, lossy: bool = False) -> None:
         """Waits until every command has its final receipt and every message is on the bus; `lossy`: or nothing is on
         its way any more, as iLink counts it.
 
@@ -257,7 +257,9 @@ class World:
             for sandbox in sorted(waiting):
                 self.say(sandbox, f"go on {len(self.said[sandbox])}")
             await asyncio.sleep(0.5)
-        raise TimeoutError
+        outcomes = {receipt.command: f"{receipt.outcome} {receipt.reason}" for receipt in receipts}
+        left = {ident: outcomes.get(ident, "no receipt") for ident in sorted(wanted - final)}
+        raise TimeoutError(f"{said - len(stored)} messages are not on the bus, and not settled are {left}")
 
     async def close(self) -> None:
         for adapter in self.adapters:
