@@ -43,7 +43,11 @@ DEAD_PATH_AFTER = 3
 
 
 async def tend(session: Session, needs: Incoming) -> None:
-    """Serves one bot until it is told to leave, or its binding or shard is gone. One unit of work: never raises."""
+    """Serves one bot until it is told to leave, or its binding or shard is gone. One unit of work: never raises.
+
+    Whoever ends it says so to the session and waits: cancelled, it drops the batch in hand, which iLink may count as
+    delivered.
+    """
     failures = 0
     while not session.leaving:
         try:
@@ -140,7 +144,7 @@ async def poll_forever(session: Session, place: Place, needs: Incoming) -> Place
             )  # a server that does not hold is not hammered
         needs.metrics.polls.labels(outcome="messages" if polled.messages else "empty").inc()
         if says_something(polled, place):
-            place = await finish(store(session, polled, place, needs), needs.grace_s)
+            place = await store(session, polled, place, needs)
         else:
             await needs.beat.next()
     return place

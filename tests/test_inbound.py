@@ -862,10 +862,10 @@ async def test_stopping_stores_the_batch_in_hand() -> None:
         await release.wait()
 
     bench.bus.on_publish = slow
-    _, task = tended(bench)
+    session, task = tended(bench)
     await asyncio.sleep(1)
-    task.cancel()
-    await settle()
+    session.leave(now=True)
+    await asyncio.sleep(1)
     assert not task.done()
     release.set()
     await asyncio.sleep(1)
