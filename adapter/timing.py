@@ -7,7 +7,7 @@ import contextlib
 import gc
 import random
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from types import TracebackType
 from typing import Any, Protocol, TypeVar
 
@@ -106,6 +106,19 @@ def heed() -> None:
     task = asyncio.current_task()
     if task is not None and task.cancelling():
         raise asyncio.CancelledError
+
+
+@contextlib.contextmanager
+def heeding() -> Iterator[None]:
+    """Raises CancelledError at the end of the block where the task was cancelled in it, whatever it ended with:
+    Python 3.11's wait_for, with which nats-py asks, forgets a cancellation that meets the answer."""
+    task = asyncio.current_task()
+    cancels = task.cancelling() if task else 0
+    try:
+        yield
+    finally:
+        if task and task.cancelling() > cancels:
+            raise asyncio.CancelledError
 
 
 async def finish(work: Coroutine[Any, Any, T], grace_s: float) -> T:

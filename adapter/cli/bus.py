@@ -27,6 +27,7 @@ from adapter.cli.exits import NO, UNREACHABLE, Failed
 from adapter.contract import H_ERROR, H_ERROR_CODE, Names
 from adapter.jetstream.link import connect_options
 from adapter.settings import Settings, read_settings
+from adapter.timing import heeding
 
 CONNECT_S = 5.0
 ANSWER_S = 5.0
@@ -56,7 +57,8 @@ class Bus:
                 NO, f"The message is larger than the {self.nc.max_payload} bytes that this NATS server takes."
             )
         try:
-            return await self.js.publish(subject, payload, headers=headers, timeout=ANSWER_S)
+            with heeding():
+                return await self.js.publish(subject, payload, headers=headers, timeout=ANSWER_S)
         except (NoStreamResponseError, NoRespondersError):
             raise Failed(
                 UNREACHABLE, f"No stream takes {subject}: start an adapter once, or run `wechat-nats doctor --fix`."
@@ -86,7 +88,8 @@ class Bus:
 
     async def _reply(self, subject: str, payload: bytes, timeout_s: float) -> Msg:
         try:
-            return await self.nc.request(subject, payload, timeout=timeout_s)
+            with heeding():
+                return await self.nc.request(subject, payload, timeout=timeout_s)
         except NoRespondersError:
             raise Failed(UNREACHABLE, "No adapter runs on this bus: start one with `wechat-nats run`.") from None
         except (NatsError, TimeoutError):
@@ -97,7 +100,8 @@ class Bus:
     async def request(self, subject: str, payload: bytes) -> Msg:
         """A request to the server itself. Raises Failed."""
         try:
-            return await self.nc.request(subject, payload, timeout=ANSWER_S)
+            with heeding():
+                return await self.nc.request(subject, payload, timeout=ANSWER_S)
         except (NatsError, TimeoutError):
             raise Failed(UNREACHABLE, f"The server did not answer {subject}: may this user ask?") from None
 
@@ -105,7 +109,8 @@ class Bus:
         """JetStream's answer to `$JS.API.<verb>`, errors included as {"error": …}. Raises Failed."""
         try:
             payload = msgspec.json.encode(body) if body else b""
-            reply = await self.nc.request(f"$JS.API.{verb}", payload, timeout=ANSWER_S)
+            with heeding():
+                reply = await self.nc.request(f"$JS.API.{verb}", payload, timeout=ANSWER_S)
         except (NatsError, TimeoutError):
             raise Failed(
                 UNREACHABLE, f"JetStream did not answer {verb}: is it enabled, and may this user ask?"

@@ -25,7 +25,7 @@ from nats.errors import NoRespondersError
 
 from adapter.errors import BusRefused, Conflict, Temporary
 from adapter.settings import Settings
-from adapter.timing import Latch, backoff, first_of
+from adapter.timing import Latch, backoff, first_of, heeding
 
 log = structlog.get_logger()
 
@@ -259,13 +259,9 @@ class Link:
     ) -> Msg:
         """Raises Temporary when nobody answers."""
         nc = self.client()
-        task = asyncio.current_task()
-        cancels = task.cancelling() if task else 0
         try:
-            answer = await nc.request(subject, payload, timeout=timeout_s, headers=headers)
-            if task and task.cancelling() > cancels:
-                # Python 3.11's wait_for, which nats-py uses, forgets a cancellation that meets the answer.
-                raise asyncio.CancelledError
+            with heeding():
+                answer = await nc.request(subject, payload, timeout=timeout_s, headers=headers)
             self._note(not _is_leaderless(answer.data))
             return answer
         except NoRespondersError as exc:

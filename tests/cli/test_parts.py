@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import io
 import os
 import sys
+from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from nats.aio.client import Client
 from rich.cells import cell_len
 
+from adapter.cli.bus import Bus
 from adapter.cli.output import full, printable, shorten
+from adapter.cli.running import unless
 from adapter.cli.screen import LABEL, Screen
 from adapter.cli.stdin import lines
-from adapter.contract import BindingInfo, Receipt
+from adapter.contract import BindingInfo, LoginQuery, Receipt
+from adapter.settings import Settings
 
 
 def write(fd: int, given: bytes) -> None:
@@ -128,3 +135,33 @@ def test_on_a_terminal_news_replace_the_prompt() -> None:
     screen.show("phone", "more")
     assert out.getvalue().count("you") == 2
     assert out.getvalue().count("\r\x1b[K") == 1
+
+
+class Forgetful(Client):
+    """Answers when it is cancelled, and forgets that it was: as Python 3.11's wait_for does in the wrong moment."""
+
+    async def request(self, *_: Any, **__: Any) -> Any:
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+        raise TimeoutError
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda bus: bus.ask("login.status", LoginQuery(login="l"), LoginQuery),
+        lambda bus: bus.request("x", b""),
+        lambda bus: bus.api("INFO"),
+        lambda bus: bus.store("x", b"", {}),
+    ],
+    ids=["an adapter", "the server", "JetStream", "a stream"],
+)
+async def test_ctrl_c_is_not_forgotten_while_an_answer_comes(ask: Callable[[Bus], Awaitable[Any]]) -> None:
+    bus, stop = Bus(Forgetful(), Settings()), asyncio.Event()
+
+    async def work() -> int:
+        stop.set()
+        await ask(bus)
+        return 0
+
+    assert await unless(stop, work()) is None
