@@ -29,6 +29,8 @@ HOLD_MS = 5000
 """Of the simulator's polls."""
 TAIL = 0.25
 """This part of the time is kept for healing, settling and the audit."""
+LEAST_S = 40.0
+"""Of trouble, however long the start took: on a slow machine a short run would else meet nothing that matters."""
 IN_HAND_MS = 1000
 """So long a batch may be in an adapter's hands, as long as the bus takes it."""
 ELECTION_MS = 10_000
@@ -117,6 +119,7 @@ async def run(folder: Path, *, command: str, mode: str, seed: int, minutes: floa
         await listener.listen(ears)
         troubles = Troubles(made, random.Random(seed))
         troubled = time.monotonic()
+        end = max(end, troubled + LEAST_S)
         async with asyncio.TaskGroup() as group:
             group.create_task(talk(made, nc, rng=random.Random(seed + 1), until_s=end))
             group.create_task(troubles.befall(end))
@@ -124,7 +127,7 @@ async def run(folder: Path, *, command: str, mode: str, seed: int, minutes: floa
         made.sim.clear_faults()
         lossy = mode == "ack_on_delivery"
         try:
-            await made.settle(nc, patience_s=max(30.0, began + minutes * 60 - time.monotonic() - 10), lossy=lossy)
+            await made.settle(nc, patience_s=max(60.0, began + minutes * 60 - time.monotonic() - 10), lossy=lossy)
         except TimeoutError as exc:
             print(f"it did not settle: {exc}", file=sys.stderr)
         lost = in_killed_hands(made, troubles.happened) if lossy else set()
