@@ -37,9 +37,9 @@ demo: install
 
 test: check tests
 
-# Three at a time, on two cores: most of them wait.
+# Two at a time: most of them wait.
 tests: install
-	@$(BIN)/pytest -n 3 --dist worksteal -m 'not slow' </dev/null
+	@$(BIN)/pytest -n 2 --dist worksteal -m 'not slow' </dev/null
 
 # 15 minutes in all. SEED, MODE (cursor_replay, or ack_on_delivery: iLink forgets what it has delivered).
 chaos: install
@@ -54,7 +54,7 @@ soak: install
 	@$(BIN)/python -m tests.e2e.soak --minutes $(or $(SOAK_MINUTES),30) --seed $(or $(SEED),1)
 
 slow: install
-	@$(BIN)/pytest -n 3 --dist loadfile --timeout 900 -m slow </dev/null || [ $$? = 5 ] # 5: there is none
+	@$(BIN)/pytest -n 2 --dist loadfile --timeout 900 -m slow </dev/null || [ $$? = 5 ] # 5: there is none
 
 bench: install
 	@$(BIN)/python -m tests.bench

@@ -31,8 +31,6 @@ ACCOUNT_OF: dict[Role, str] = {
 }
 TAG = "{{tag(sandbox)}}"
 """Stands for the sandbox in the template of a signing key; a user's JWT has the tag `sandbox:<name>`."""
-PULLS = ("CREATE", "DELETE", "RESET", "MSG.NEXT")
-"""What a consumer's owner asks JetStream for."""
 USER_INFO = "$SYS.REQ.USER.INFO"
 """Where the server says what a user may do."""
 
@@ -161,7 +159,7 @@ def _adapter_publishes(names: Names) -> tuple[str, ...]:
         *_api(f"STREAM.PURGE.{media}", f"CONSUMER.CREATE.{names.stream_in}.*.{names.inbox('*')}"),
         # of bots that are bound no more
         *_api(*(f"STREAM.PURGE.KV_{bucket}" for bucket in (names.bindings, names.cursors, names.context))),
-        *_api(*(f"CONSUMER.{verb}.{s}.*" for s in _pulled(names) for verb in PULLS)),
+        *_api(*(f"CONSUMER.{verb}.{s}.*" for s in _pulled(names) for verb in ("CREATE", "RESET", "MSG.NEXT"))),
         *(f"$JS.ACK.{stream}.>" for stream in _pulled(names)),
         *(_inboxes("operator"), _inboxes("platform"), "_R_.>"),
         # what `doctor` asks under this user

@@ -7,8 +7,7 @@ without a break, when the consumer's leader goes: the numbers of deliveries and 
 The numbers say nothing about a reset by somebody else: one who resets and then takes as much as the owner had taken
 hides what it took. So whoever is not sure to be the owner neither resets nor pulls, and looks again between the two:
 a reset that reached the server late is then followed by no pull. Pulls that an owner before left, who is frozen or
-cut off without a trace, would take deliveries until they expire, also from a consumer that is reset: where some wait,
-the consumer is made anew.
+cut off without a trace, take deliveries until they expire, also from a consumer that is reset.
 
 A consumer that an operator has deleted is made again. What was stored before it was made may have been delivered by
 the one that is gone, which took that knowledge with it.
@@ -34,7 +33,8 @@ from adapter.timing import backoff, first_of
 
 log = structlog.get_logger()
 
-EXPIRES_S = 30.0
+EXPIRES_S = 10.0
+"""Of a pull; so long the pulls of an owner that is frozen go on taking. The least that such heartbeats allow."""
 HEARTBEAT_S = 5.0
 DELIVERED = "$JS.ACK."
 """How the reply subject of a delivery begins. Its headers are a stranger's, and may say anything: `Status: 409`."""
@@ -143,8 +143,6 @@ class Consumer:
                 self._made_ms = _unix_ms(info["created"])
                 self._check()
                 self._suspect_to = max(self._suspect_to, int(info["delivered"]["stream_seq"]))
-                if pulls := int(info["num_waiting"]):
-                    await self._make_anew(pulls)
                 info = await self.link.api(f"CONSUMER.RESET.{self._stream}.{self.name}")
                 # not what is delivered: a pull of somebody else may have taken some before the answer was made
                 self._number = int(info["ack_floor"]["consumer_seq"])
@@ -170,13 +168,6 @@ class Consumer:
         await topology.create(self.link, self._wanted)
         log.error("consumer.recreated", consumer=self.name, stream=self._stream)
         return await self.info()
-
-    async def _make_anew(self, pulls: int) -> None:
-        """Rid of what others asked for. Raises Temporary, BusRefused, LeaseLost."""
-        log.warning("consumer.renewed", consumer=self.name, pulls=pulls)
-        await self.link.api(f"CONSUMER.DELETE.{self._stream}.{self.name}")
-        self._check()
-        await topology.create(self.link, self._wanted)
 
     async def _pull(self, nc: Client, epoch: int, on_delivery: Callable[[Delivery], None]) -> None:
         heard = asyncio.get_running_loop().time()

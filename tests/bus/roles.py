@@ -170,7 +170,7 @@ API: list[tuple[str, dict[str, str]]] = [
         {"adapter": "WECHAT_IN", "operator": READ},
     ),
     ("$JS.API.CONSUMER.DURABLE.CREATE.<stream>.<sandbox>", {}),
-    ("$JS.API.CONSUMER.DELETE.<stream>.<sandbox>", {"adapter": PULLED}),
+    ("$JS.API.CONSUMER.DELETE.<stream>.<sandbox>", {}),
     ("$JS.API.CONSUMER.MSG.NEXT.<stream>.<sandbox>", {"adapter": PULLED, "own": OWN}),
     ("$JS.API.CONSUMER.RESET.<stream>.<sandbox>", {"adapter": PULLED}),
     ("$JS.API.CONSUMER.PAUSE.<stream>.<sandbox>", {}),

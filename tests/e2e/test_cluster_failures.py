@@ -59,8 +59,11 @@ async def test_without_a_quorum_everything_waits_and_then_goes_on(tmp_path: Path
         async def unready() -> bool:
             return "jetstream" in await adapter.unready()
 
+        async def unpolled() -> bool:
+            return await adapter.metric('bindings{state="polling"}') == 0
+
         await eventually(unready, "it is not ready")
-        assert await adapter.metric('bindings{state="polling"}') == 0
+        await eventually(unpolled, "and says that it does not poll")
         polls = made.sim.stats().polls
         for sandbox in made.bots:
             made.say(sandbox, "while nothing can be stored")
