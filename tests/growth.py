@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import functools
 import gc
+import heapq
 import os
 from collections import Counter, deque
 from itertools import pairwise
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 TABLES = (dict, set, list, deque)
 
@@ -27,6 +28,7 @@ def census() -> Census:
     for thing in gc.get_objects():
         if isinstance(thing, functools._lru_cache_wrapper) and thing.cache_parameters()["maxsize"] is not None:
             thing.cache_clear()
+    _drop_cancelled_timers()
     gc.collect()
     found: Census = Counter()
     for thing in gc.get_objects():
@@ -40,6 +42,16 @@ def census() -> Census:
     found["open files"] = len(os.listdir("/proc/self/fd"))
     found["tasks"] = len(asyncio.all_tasks())
     return found
+
+
+def _drop_cancelled_timers() -> None:
+    """asyncio keeps them until their time comes or they are most of all: how many that are is chance."""
+    loop: Any = asyncio.get_running_loop()
+    for timer in loop._scheduled:
+        timer._scheduled = not timer.cancelled()
+    loop._scheduled[:] = [timer for timer in loop._scheduled if timer._scheduled]
+    heapq.heapify(loop._scheduled)
+    loop._timer_cancelled_count = 0
 
 
 def _table(thing: object) -> str:
