@@ -5,6 +5,7 @@ Whatever was heard, something of it is on the bus in the end: the message, a stu
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -61,17 +62,21 @@ async def publish(heard: Sequence[Heard], needs: Incoming) -> int:
         if to not in shown:
             shown[to] = await _window(*to, needs)
         messages.append(_message(one, shown[to], needs))
-    last = 0
-    for one, message, ack in zip(heard, messages, await _publish_all(messages, needs), strict=True):
+    acks = await _publish_all(messages, needs)
+    last, now_ms = 0, needs.clock.now_ms()
+    stored: Counter[tuple[str, bool]] = Counter()
+    for one, message, ack in zip(heard, messages, acks, strict=True):
         if isinstance(ack, BusRefused):
             count(needs, one.said.kind, "publish_failed")
             log.error("inbound.refused", bot=one.bot, code=ack.code, detail=ack.detail[:200])
             last = max(last, await _publish_stub(one, message, needs))
             continue
         last = max(last, ack.seq)
-        count(needs, one.said.kind, "duplicate" if ack.duplicate else "published")
+        stored[one.said.kind, ack.duplicate] += 1
         if one.said.sent_at_ms:
-            needs.metrics.inbound_age.observe(max(0, needs.clock.now_ms() - one.said.sent_at_ms) / 1000)
+            needs.metrics.inbound_age.observe(max(0, now_ms - one.said.sent_at_ms) / 1000)
+    for (kind, duplicate), times in stored.items():
+        count(needs, kind, "duplicate" if duplicate else "published", times)
     return last
 
 
@@ -168,8 +173,8 @@ async def retry(work: Callable[[], Awaitable[Any]], needs: Incoming) -> Any:
             await needs.clock.sleep(backoff(failures, first_s=0.05, longest_s=1.0))
 
 
-def count(needs: Incoming, kind: str, outcome: str) -> None:
-    needs.metrics.inbound_messages.labels(kind=kind, outcome=outcome).inc()
+def count(needs: Incoming, kind: str, outcome: str, times: int = 1) -> None:
+    needs.metrics.inbound_messages.labels(kind=kind, outcome=outcome).inc(times)
 
 
 def raw_message(one: Heard, last_seq: int, needs: Incoming) -> Message:

@@ -16,7 +16,8 @@ from adapter.ports import Fetch, Said
 from adapter.quotes import as_id
 
 UNDECODABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
-_PLAIN = msgspec.json.Decoder(wire.PlainItem)
+_PLAIN = msgspec.json.Decoder(wire.PlainMessage)
+_WHOLE = msgspec.json.Decoder(wire.Message)
 MAX_ID = 128
 """A longer user id is none: it would not fit into a subject."""
 MAX_FILE_NAME = 255
@@ -26,7 +27,40 @@ MAX_FILE_NAME = 255
 def read_message(raw: bytes) -> Said:
     """Translates one message. Raises Unreadable for what is no JSON object or names no user."""
     try:
-        message = msgspec.json.decode(raw, type=wire.Message)
+        return _read_plain(raw, _PLAIN.decode(raw))
+    except UNDECODABLE:
+        return _read_whole(raw)
+
+
+def _read_plain(raw: bytes, message: wire.PlainMessage) -> Said:
+    """The short way for what nearly all messages are: the same as `_read_whole`, in half the time."""
+    user = message.from_user_id
+    if not 0 < len(user) <= MAX_ID:
+        raise Unreadable("unreadable", "The message names no sender.")
+    sent_at_ms = _time(message.create_time_ms)
+    (item,) = message.item_list
+    text = item.text_item.text
+    ident, own = as_id(message.message_id), as_id(item.msg_id) if item.msg_id else ""
+    content = b'{"text_item":{"text":%b},"type":1}' % msgspec.json.encode(text)
+    return Said(
+        keys=Keys(ident, as_id(message.client_id), as_id(message.seq), user, sent_at_ms, content.decode()),
+        user=user,
+        sent_at_ms=sent_at_ms,
+        context_token=message.context_token or "",
+        text=text,
+        items=[contract.TextItem(text=text)],
+        quote=None,
+        echo=message.message_type == wire.BOT,
+        raw=raw,
+        broken="",
+        kind="text",
+        item_ids=("" if own == ident else own,),
+    )
+
+
+def _read_whole(raw: bytes) -> Said:
+    try:
+        message = _WHOLE.decode(raw)
     except UNDECODABLE as exc:
         return _salvage(raw, str(exc)[:200])
     user = message.from_user_id or ""
@@ -100,9 +134,6 @@ class _Read(NamedTuple):
 
 
 def _read_item(raw: msgspec.Raw, index: int) -> _Read:
-    if (plain := _read_plain(raw)) is not None:
-        text = plain.text_item.text
-        return _Read(contract.TextItem(text=text), text, None, None, plain.msg_id, _content_of_text(text))
     content = _content(raw)
     try:
         item = msgspec.json.decode(raw, type=wire.Item)
@@ -114,13 +145,6 @@ def _read_item(raw: msgspec.Raw, index: int) -> _Read:
         text = item.text_item.text
         return _Read(contract.TextItem(text=text), text, quote, None, item.msg_id, content)
     return _translate(item, index)._replace(quote=quote, ident=item.msg_id, content=content)
-
-
-def _read_plain(raw: msgspec.Raw) -> wire.PlainItem | None:
-    try:
-        return _PLAIN.decode(raw)
-    except UNDECODABLE:
-        return None
 
 
 def _translate(item: wire.Item, index: int) -> _Read:
@@ -232,11 +256,6 @@ def _content(raw_item: msgspec.Raw) -> bytes:
         return _encode_bare(msgspec.json.decode(raw_item))
     except UNDECODABLE:
         return b""
-
-
-def _content_of_text(text: str) -> bytes:
-    """As _content, of an item that is only that."""
-    return b'{"text_item":{"text":%b},"type":1}' % msgspec.json.encode(text)
 
 
 def _encode_bare(item: object) -> bytes:

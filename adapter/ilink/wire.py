@@ -167,6 +167,19 @@ class PlainItem(msgspec.Struct, forbid_unknown_fields=True):
     is_completed: Any = None
 
 
+class PlainMessage(msgspec.Struct):
+    """A message of one such item, as nearly all are. Its fields are those of Message."""
+
+    from_user_id: str
+    item_list: tuple[PlainItem]
+    message_id: int | str | None = None
+    client_id: str | None = None
+    seq: int | str | None = None
+    create_time_ms: int | None = None
+    message_type: int | None = None
+    context_token: str | None = None
+
+
 class Message(msgspec.Struct):
     """An inbound message (4.1)."""
 
@@ -174,12 +187,10 @@ class Message(msgspec.Struct):
     client_id: str | None = None
     seq: int | str | None = None
     from_user_id: str | None = None
-    to_user_id: str | None = None
     create_time_ms: int | None = None
     message_type: int | None = None
     item_list: list[msgspec.Raw] | None = None
     context_token: str | None = None
-    group_id: str | None = None
 
 
 class Envelope(msgspec.Struct):
