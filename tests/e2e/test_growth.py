@@ -19,6 +19,7 @@ from typing import Any
 import httpx
 import msgspec
 import nats
+import pytest
 from nats.aio.client import Client
 
 from adapter.app import Adapter
@@ -160,6 +161,7 @@ async def control(nc: Client, subject: str, command: Bind | Unbind) -> None:
     assert answer.ok, answer
 
 
+@pytest.mark.slow
 async def test_what_comes_and_goes_leaves_nothing_in_the_adapter(tmp_path: Path) -> None:
     async with simulator() as sim, EmbeddedNats(tmp_path, free_port()) as server:
         settings = Settings(

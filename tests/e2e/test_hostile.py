@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
+import pytest
 from nats.aio.client import Client
 
 from adapter.contract import FINAL_OUTCOMES, shard_of
@@ -138,6 +139,7 @@ async def test_a_sandbox_with_thousands_of_commands_holds_up_nobody(tmp_path: Pa
         await nc.close()
 
 
+@pytest.mark.slow
 async def test_a_flood_keeps_its_order_and_its_receipts_whatever_breaks(tmp_path: Path) -> None:
     """More commands than are taken in hand at once: adapter and server are killed, and each is still sent once and
     in order."""

@@ -40,6 +40,7 @@ async def start(made: World, bots: int = BOTS) -> None:
     await nc.close()
 
 
+@pytest.mark.slow
 async def test_50_bots_with_faults_at_5_percent(tmp_path: Path) -> None:
     """2,000 messages in, 2,000 commands out: each inbound on its subject once and in order, each command exactly one
     final receipt, each accepted text on the phone once and in order."""
@@ -166,6 +167,7 @@ async def test_sigterm_under_load(tmp_path: Path) -> None:
     assert result.outcomes == {"accepted": 400}
 
 
+@pytest.mark.slow
 async def test_two_adapters_started_by_mistake_never_poll_one_bot_at_once(tmp_path: Path) -> None:
     """The second one waits; when the first dies it takes over."""
     async with world(tmp_path, cursor_mode="cursor_replay", seed=6) as made:

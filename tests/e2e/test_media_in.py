@@ -215,6 +215,7 @@ async def test_kill_9_in_the_middle_of_a_download(tmp_path: Path) -> None:
             await nc.close()
 
 
+@pytest.mark.slow
 async def test_kill_9_again_and_again_while_pictures_come(tmp_path: Path) -> None:
     """Wherever it strikes: each message once, in order, each picture with its own bytes."""
     async with world(tmp_path, cursor_mode="cursor_replay") as made:

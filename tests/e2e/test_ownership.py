@@ -154,7 +154,7 @@ async def freeze_and_look(made: World, *, mode: str, frozen_s: float) -> None:
     await nc.close()
 
 
-@pytest.mark.parametrize("mode", ["cursor_replay", "ack_on_delivery"])
+@pytest.mark.parametrize("mode", ["cursor_replay", pytest.param("ack_on_delivery", marks=pytest.mark.slow)])
 async def test_a_replica_that_was_stopped_neither_polls_nor_sends_nor_moves_a_cursor_when_it_goes_on(
     tmp_path: Path, mode: str
 ) -> None:

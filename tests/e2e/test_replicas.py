@@ -7,6 +7,7 @@ import random
 import signal
 from pathlib import Path
 
+import pytest
 from nats.aio.client import Client
 
 from tests.e2e.world import World, audit, load, until, world
@@ -61,6 +62,7 @@ async def test_a_replica_that_comes_later_gets_its_share_at_poll_boundaries(tmp_
         await nc.close()
 
 
+@pytest.mark.slow
 async def test_a_cluster_that_loses_its_leader_and_a_replica_loses_nothing(tmp_path: Path) -> None:
     async with world(tmp_path, clustered=True, cursor_mode="cursor_replay") as made:
         for _ in range(2):

@@ -247,6 +247,7 @@ async def test_15_parked_texts_come_in_few_messages(tmp_path: Path) -> None:
         await nc.close()
 
 
+@pytest.mark.slow
 async def test_kill_9_while_what_was_parked_goes_out(tmp_path: Path) -> None:
     """20 users, 15 texts each, in a flush that dies four times: each once, in order, with one receipt."""
     rng = random.Random(21)

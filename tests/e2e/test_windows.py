@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import pytest
 from nats.aio.client import Client
 
 from adapter.contract import Window, WindowEvent, WindowQuery
@@ -86,6 +87,7 @@ async def test_by_time_while_nothing_happens(tmp_path: Path) -> None:
         await nc.close()
 
 
+@pytest.mark.slow
 async def test_kill_minus_9_neither_hides_nor_repeats_anything(tmp_path: Path) -> None:
     async with world(tmp_path) as made:
         first = await made.add_adapter()
