@@ -96,8 +96,14 @@ async def bridge_in(made: Rig, nc: Client, kind: str, bots: int) -> Process:
     return floor
 
 
+def check(disordered: int, more: int = 0) -> None:
+    """What was waited for is complete; it must have come in order and once, too, or the figures are worth nothing."""
+    if disordered or more:
+        raise RuntimeError(f"{disordered} came twice or out of order, {more} more than were asked for")
+
+
 async def heard(nc: Client, *, timed: bool = False) -> Received:
-    received = Received(timed=timed)
+    received = Received(timed=timed, numbered=True)
     await nc.subscribe("wechat.in.*", cb=received.on_message, pending_msgs_limit=0, pending_bytes_limit=0)
     await nc.flush()
     return received
@@ -125,6 +131,7 @@ async def inbound(bench: Bench) -> Table:
                 before, began = process.cpu_s(), time.monotonic()
                 await made.ask("feed", bots=list(range(bots)), count=total // bots, per_answer=per_answer)
                 await received.until(total // bots * bots)
+                check(received.disordered)
                 rates[kind] = received.count / (received.when - began)
                 cpu_us = (process.cpu_s() - before) / received.count * 1e6
                 share = f"{rates[kind] / rates['floor']:.0%}" if kind == "adapter" else ""
@@ -148,6 +155,7 @@ async def latency(bench: Bench) -> Table:
             before = process.cpu_s()
             await made.ask("trickle", bots=100, count=1000, per_s=100)
             await received.until(1000)
+            check(received.disordered)
             add("iLink's answer to subscriber", kind, received.ages_ms, process.cpu_s() - before)
     async with bench.rig("latency out: adapter") as (made, nc):
         process = await ready_to_send(made, nc, 100)
@@ -222,6 +230,8 @@ async def outbound(bench: Bench) -> Table:
             before, began = process.cpu_s(), time.monotonic()
             await push(nc, bots, count)
             await receipts.until(count)
+            stats = await made.ask("stats")
+            check(stats["disordered"], stats["sends"] - count)
             rate = count / (receipts.when - began)
             cpu_us = (process.cpu_s() - before) / count * 1e6
             rows.append((bots, "adapter", sync or "default", rate, cpu_us, f"{rate / floor:.0%}"))
@@ -284,6 +294,7 @@ async def shared(bench: Bench) -> Table:
             before, began = [process.cpu_s() for process in both], time.monotonic()
             await made.ask("feed", bots=list(range(bots)), count=total // bots, per_answer=1)
             await received.until(total)
+            check(received.disordered)
             rate = total / (received.when - began)
             spent = [process.cpu_s() - cpu_s for process, cpu_s in zip(both, before, strict=True)]
             await made.polled(bots)

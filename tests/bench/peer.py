@@ -44,7 +44,9 @@ class Peer:
     def __init__(self, hold_s: float) -> None:
         self.hold_s = hold_s
         self.bots: dict[int, Bot] = {}
-        self.counts = dict.fromkeys(("polls", "sends", "connections", "other"), 0)
+        self.counts = dict.fromkeys(("polls", "sends", "disordered", "connections", "other"), 0)
+        self.newest: dict[bytes, int] = {}
+        """The number in the newest text that each bot sent."""
         self.per_answer = 1
         self.ids = itertools.count(7497484083968569736)
 
@@ -108,12 +110,21 @@ class Peer:
             bot.timer = asyncio.get_running_loop().call_later(self.hold_s, self.answer, bot)
         elif path.endswith(b"/sendmessage"):
             self.counts["sends"] += 1
+            self.see(token, body)
             connection.reply(b'{"ret":0,"message_id":"%d"}' % next(self.ids))
         elif path.startswith(b"/admin/"):
             connection.reply(json.dumps(self.admin(path[7:].decode(), json.loads(body or b"{}"))).encode())
         else:
             self.counts["other"] += 1
             connection.reply(b'{"ret":0}')
+
+    def see(self, token: bytes, body: bytes) -> None:
+        """A bridge that keeps the order sends texts with numbers in the order of these, each once."""
+        at = body.find(b"hello there ")
+        if at >= 0:
+            number = int(body[at + 12 : body.index(b'"', at)])
+            self.counts["disordered"] += number <= self.newest.get(token, -1)
+            self.newest[token] = number
 
     def admin(self, what: str, given: dict[str, Any]) -> Any:
         match what:

@@ -218,19 +218,30 @@ async def rig(folder: Path, *, hold_s: float = 35.0, tls: bool = False, sync: st
 
 
 class Received:
-    """Counts what arrives on a subject; `when` is the moment of the newest, `ages_ms` what its text tells."""
+    """Counts what arrives on a subject; `when` is the moment of the newest, `ages_ms` what its text tells.
 
-    def __init__(self, *, timed: bool = False) -> None:
+    `numbered`: iLink's ids, which grow. `disordered` are those that came twice or after later ones of their subject.
+    """
+
+    def __init__(self, *, timed: bool = False, numbered: bool = False) -> None:
         self.count = 0
+        self.disordered = 0
         self.when = 0.0
         self.ages_ms: list[float] = []
         self._timed = timed
+        self._numbered = numbered
+        self._newest: dict[str, int] = {}
         self._enough = asyncio.Event()
         self._wanted = 0
 
     async def on_message(self, msg: Msg) -> None:
         self.count += 1
         self.when = time.monotonic()
+        if self._numbered:
+            ident = msg.data[7 : msg.data.index(b'"', 7)]  # {"id":"in:<bot>:m<number>", or the number alone
+            number = int(ident.rpartition(b"m")[2])
+            self.disordered += number <= self._newest.get(msg.subject, 0)
+            self._newest[msg.subject] = number
         if self._timed:
             sent_ns = int(msgspec.json.decode(msg.data)["text"].removeprefix("at "))
             self.ages_ms.append((time.monotonic_ns() - sent_ns) / 1e6)
