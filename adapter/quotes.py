@@ -45,6 +45,8 @@ class Words(NamedTuple):
 
 def as_id(value: object) -> str:
     """An id of iLink as text, losslessly; "" for what is none (absent, 0, not a number or a text)."""
+    if type(value) is int:  # as most are
+        return str(value) if value else ""
     if value is None or isinstance(value, bool) or not isinstance(value, (int, str)):
         return ""
     text = str(value).strip()

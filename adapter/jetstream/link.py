@@ -16,7 +16,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import msgspec
-import nats
 import structlog
 from nats.aio.client import Client
 from nats.aio.msg import Msg
@@ -24,6 +23,7 @@ from nats.errors import Error as NatsError
 from nats.errors import NoRespondersError
 
 from adapter.errors import BusRefused, Conflict, Temporary
+from adapter.jetstream.client import BusClient
 from adapter.settings import Settings
 from adapter.timing import Latch, backoff, first_of, heeding
 
@@ -142,10 +142,10 @@ class Link:
         self._patience = 1
         self._unanswered = 0
         """Requests in a row that nobody answered."""
-        self._on_up: list[Callable[[Client], Awaitable[None]]] = []
+        self._on_up: list[Callable[[BusClient], Awaitable[None]]] = []
         self._lost: asyncio.Event = asyncio.Event()
 
-    def on_up(self, action: Callable[[Client], Awaitable[None]]) -> None:
+    def on_up(self, action: Callable[[BusClient], Awaitable[None]]) -> None:
         """Registers what each new client needs (subscriptions); runs before anybody else may use it."""
         self._on_up.append(action)
 
@@ -221,7 +221,7 @@ class Link:
                         await nc.close()
             log.warning("bus.lost", link=self.name, reason=self.down_reason)
 
-    async def _connect(self) -> Client:
+    async def _connect(self) -> BusClient:
         self._lost = lost = asyncio.Event()
 
         async def on_closed() -> None:
@@ -237,8 +237,9 @@ class Link:
             say = log.info if self.up else log.debug  # while it is away, every attempt fails; that is said elsewhere
             say("bus.error", link=self.name, reason=type(exc).__name__, detail=self.down_reason)
 
+        nc = BusClient()
         async with asyncio.timeout(6):  # a wrong password would keep connect() for ever
-            nc = await nats.connect(
+            await nc.connect(
                 **connect_options(self._settings, self.name, self._servers),
                 closed_cb=on_closed,
                 lame_duck_mode_cb=on_lame_duck,

@@ -16,12 +16,11 @@ from typing import Any
 
 import msgspec
 import structlog
-from nats.aio.client import Client
-from nats.aio.msg import Msg
 from nats.errors import BadHeaderError, BadSubjectError, MaxPayloadError
 from nats.errors import Error as NatsError
 
 from adapter.errors import BusRefused, LeaseLost, Temporary
+from adapter.jetstream.client import BusClient
 from adapter.jetstream.link import ApiError, Link, write_refusal
 from adapter.metrics import Metrics
 from adapter.ports import Message, PubAck
@@ -133,7 +132,7 @@ class Publisher:
         most = self._link.max_payload
         if len(message.payload) > most // 2 and len(message.payload) + _size(message.headers) > most:
             entry.future.set_exception(BusRefused(0, f"{len(message.payload)} bytes exceed the server's max_payload"))
-        elif len(message.subject.encode()) > MAX_SUBJECT:
+        elif len(message.subject) > MAX_SUBJECT // 4 and len(message.subject.encode()) > MAX_SUBJECT:
             entry.future.set_exception(BusRefused(0, "The subject is too long."))
         number = next(self._numbers)
         self._outstanding[number] = entry
@@ -253,24 +252,24 @@ class Publisher:
         self._flowing = False
         self._stumbled.set()
 
-    async def _subscribe(self, nc: Client) -> None:
+    async def _subscribe(self, nc: BusClient) -> None:
         self._flowing = False
         self._prefix = nc.new_inbox() + "."
-        await nc.subscribe(self._prefix + "*", cb=self._on_ack, pending_msgs_limit=0, pending_bytes_limit=0)
+        await nc.hear(self._prefix + "*", self._on_ack)
         self._stumbled.set()
 
-    async def _on_ack(self, msg: Msg) -> None:
-        number = int(msg.subject[len(self._prefix) :])
-        entry = self._outstanding.get(number)
+    def _on_ack(self, subject: str, data: bytes, unheard: bool) -> None:
+        number = subject[len(self._prefix) :]
+        entry = self._outstanding.get(int(number)) if number.isdecimal() else None
         if entry is None or entry.future.done():
             return
-        if msg.headers and msg.headers.get("Status") == "503":
+        if unheard:
             self._hurdle = "no stream takes it, or none has a leader"
             self._stumble()
             return
         try:
-            ack = self._decode.decode(msg.data)
-        except msgspec.MsgspecError:
+            ack = self._decode.decode(data)
+        except (msgspec.MsgspecError, UnicodeDecodeError):
             log.warning("publish.ack_unreadable", stream=entry.message.stream)
             self._stumble()
             return

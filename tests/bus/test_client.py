@@ -1,0 +1,123 @@
+"""The short way of adapter.jetstream.client: the same bytes, and the same answers, as nats-py's own."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from nats.aio.client import Client
+from nats.errors import Error as NatsError
+from nats.errors import MaxPayloadError
+
+from adapter.embedded import EmbeddedNats
+from adapter.jetstream.client import BusClient
+
+WORD = st.text(st.characters(codec="utf-8"), max_size=12)
+SUBJECT = st.one_of(st.just("wechat.inbox.s1"), WORD)
+NAME = st.one_of(st.sampled_from(["Nats-Msg-Id", "Wechat-Seen", " A ", "B:", ""]), WORD)
+HEADERS = st.one_of(st.none(), st.dictionaries(NAME, WORD, max_size=3))
+
+
+async def written(client: Client, *given: object) -> bytes | type[Exception]:
+    """What a client that is connected would write next."""
+    client._status = client.CONNECTED
+    client._flush_queue = asyncio.Queue()
+    client._flush_queue.put_nowait(asyncio.get_running_loop().create_future())  # it flushes already
+    try:
+        await client.publish(*given)  # type: ignore[arg-type]
+    except (NatsError, ValueError) as exc:
+        return type(exc)
+    return b"".join(client._pending)
+
+
+@given(SUBJECT, st.binary(max_size=12), st.one_of(st.just(""), SUBJECT), HEADERS)
+@example("wechat.inbox.s1", b"hello", "_INBOX.a.1", {"Nats-Msg-Id": "in:b:m1", "Wechat-Seen": "b 1|2"})
+@example("wechat.inbox.s1", b"hello", "_INBOX.a.1", {"Nats-Msg-Id": "in:b\r\nEvil: 1"})
+@example("wechat.inbox.s1 5\r\nPUB other 0", b"hello", "", None)
+@example("s", b"", "r", {})
+@example("s", b"", "", {"A": " space before"})
+@example("s", b"", "", {"A": "and after "})
+async def test_it_writes_what_nats_py_writes(
+    subject: str, payload: bytes, reply: str, headers: dict[str, str] | None
+) -> None:
+    expected = await written(Client(), subject, payload, reply, headers)
+    assert await written(BusClient(), subject, payload, reply, headers) == expected
+
+
+async def test_the_usual_goes_the_short_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or nothing is gained with this version of nats-py."""
+
+    async def publish(*_: object) -> None:
+        raise AssertionError("the long way")
+
+    monkeypatch.setattr(Client, "publish", publish)
+    headers = {
+        "Nats-Msg-Id": "in:5=40im=2Ebot:m7497484083968569000",
+        "Wechat-Schema": "1",
+        "Wechat-Seen": "b a|b|c|d|1|2",
+    }
+    assert await written(BusClient(), "wechat.inbox.s1", '{"text":"你好"}'.encode(), "_INBOX.a.1", headers)
+
+
+async def test_what_is_too_large_is_refused_as_ever() -> None:
+    client = BusClient()
+    client._max_payload = 4
+    assert await written(client, "s", b"hello") is MaxPayloadError
+
+
+@pytest.fixture
+async def server(tmp_path: Path) -> AsyncIterator[EmbeddedNats]:
+    server = EmbeddedNats(tmp_path)
+    await server.start()
+    yield server
+    server.kill()
+
+
+def unaware(client: BusClient) -> None:
+    """As with a nats-py whose parts are others."""
+    client._is_known = False
+
+
+def aware(client: BusClient) -> None:
+    assert client._is_known
+
+
+@pytest.mark.parametrize("make", [aware, unaware])
+async def test_what_comes_is_heard_in_order_and_a_bad_ear_ends_nothing(
+    server: EmbeddedNats, make: Callable[[BusClient], None]
+) -> None:
+    heard: list[tuple[str, bytes, bool]] = []
+    errors: list[Exception] = []
+    enough = asyncio.Event()
+
+    def take(subject: str, data: bytes, unheard: bool) -> None:
+        heard.append((subject, data, unheard))
+        if data == b"bad":
+            raise ValueError
+        if len(heard) == 102:
+            enough.set()
+
+    async def on_error(exc: Exception) -> None:
+        errors.append(exc)
+
+    client = BusClient()
+    make(client)
+    await client.connect(server.url, error_cb=on_error)
+    try:
+        inbox = client.new_inbox()
+        await client.hear(f"{inbox}.*", take)
+        await client.publish(f"{inbox}.bad", b"bad", headers={"A": "1"})
+        for number in range(100):
+            await client.publish(f"{inbox}.{number}", b"%d" % number)
+        await client.publish("nobody.listens", b"", f"{inbox}.asked")
+        async with asyncio.timeout(30):
+            await enough.wait()
+    finally:
+        await client.close()
+    numbers = [(f"{inbox}.{number}", b"%d" % number, False) for number in range(100)]
+    assert heard == [(f"{inbox}.bad", b"bad", False), *numbers, (f"{inbox}.asked", b"", True)]
+    assert [type(exc) for exc in errors] == [ValueError]
