@@ -1,7 +1,7 @@
 """nats-py's client, with a short way for what each message of the bridge passes: a publish and its acknowledgement.
 
 nats-py takes four coroutines for a publish, and for each header a look for what may not stand there; for an
-acknowledgement a message, a queue and a task. Together that is a fifth of what a message in a batch costs. Whatever
+acknowledgement a message, a queue and a task. Together that is a quarter of what a message in a batch costs. Whatever
 is unusual goes nats-py's own way, also where a later version of it has none of the parts that the short one needs.
 """
 
