@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 KEEP_MS = 24 * 3600 * 1000
@@ -43,15 +44,9 @@ class Keys(_Keys):
                 return f"in:{bot}:{letter}{_short(value)}"
         return f"in:{bot}:f{_short(f'{self.user}|{self.sent_at_ms}|{self.content}')}"
 
-    @property
+    @cached_property
     def hashed(self) -> tuple[str, str, str, str]:
         """The ids and what was said, each of a bounded size."""
-        kept: tuple[str, str, str, str] | None = self.__dict__.get("hashed")
-        if kept is None:
-            kept = self.__dict__["hashed"] = self._hash()
-        return kept
-
-    def _hash(self) -> tuple[str, str, str, str]:
         message, client, seq = self.message, self.client, self.seq
         return (
             _short(message) if message else "",

@@ -65,11 +65,10 @@ async def publish(heard: Sequence[Heard], needs: Incoming) -> int:
     acks = await _publish_all(messages, needs)
     last, now_ms = 0, needs.clock.now_ms()
     stored: Counter[tuple[str, bool]] = Counter()
+    refused: list[tuple[Heard, Message, BusRefused]] = []
     for one, message, ack in zip(heard, messages, acks, strict=True):
         if isinstance(ack, BusRefused):
-            count(needs, one.said.kind, "publish_failed")
-            log.error("inbound.refused", bot=one.bot, code=ack.code, detail=ack.detail[:200])
-            last = max(last, await _publish_stub(one, message, needs))
+            refused.append((one, message, ack))
             continue
         last = max(last, ack.seq)
         stored[one.said.kind, ack.duplicate] += 1
@@ -77,6 +76,10 @@ async def publish(heard: Sequence[Heard], needs: Incoming) -> int:
             needs.metrics.inbound_age.observe(max(0, now_ms - one.said.sent_at_ms) / 1000)
     for (kind, duplicate), times in stored.items():
         count(needs, kind, "duplicate" if duplicate else "published", times)
+    for one, message, refusal in refused:
+        count(needs, one.said.kind, "publish_failed")
+        log.error("inbound.refused", bot=one.bot, code=refusal.code, detail=refusal.detail[:200])
+        last = max(last, await _publish_stub(one, message, needs))
     return last
 
 

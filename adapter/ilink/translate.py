@@ -40,10 +40,10 @@ def _read_plain(raw: bytes, message: wire.PlainMessage) -> Said:
     sent_at_ms = _time(message.create_time_ms)
     (item,) = message.item_list
     text = item.text_item.text
-    ident, own = as_id(message.message_id), as_id(item.msg_id) if item.msg_id else ""
     content = b'{"text_item":{"text":%b},"type":1}' % msgspec.json.encode(text)
+    keys, own = keys_of(message, user, sent_at_ms, content.decode()), as_id(item.msg_id)
     return Said(
-        keys=Keys(ident, as_id(message.client_id), as_id(message.seq), user, sent_at_ms, content.decode()),
+        keys=keys,
         user=user,
         sent_at_ms=sent_at_ms,
         context_token=message.context_token or "",
@@ -54,7 +54,7 @@ def _read_plain(raw: bytes, message: wire.PlainMessage) -> Said:
         raw=raw,
         broken="",
         kind="text",
-        item_ids=("" if own == ident else own,),
+        item_ids=("" if own == keys.message else own,),
     )
 
 
@@ -237,7 +237,7 @@ def _time(value: object) -> int:
     return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53 else 0
 
 
-def keys_of(message: wire.Message | wire.Envelope, user: str, sent_at_ms: int, content: str) -> Keys:
+def keys_of(message: wire.Head | wire.Envelope, user: str, sent_at_ms: int, content: str) -> Keys:
     """The layered keys of 7.3; absent, empty and 0 ids count as none."""
     return Keys(as_id(message.message_id), as_id(message.client_id), as_id(message.seq), user, sent_at_ms, content)
 

@@ -167,30 +167,29 @@ class PlainItem(msgspec.Struct, forbid_unknown_fields=True):
     is_completed: Any = None
 
 
-class PlainMessage(msgspec.Struct):
-    """A message of one such item, as nearly all are. Its fields are those of Message."""
+class Head(msgspec.Struct, kw_only=True):
+    """What an inbound message (4.1) says beside its sender and its items."""
+
+    message_id: int | str | None = None
+    client_id: str | None = None
+    seq: int | str | None = None
+    create_time_ms: int | None = None
+    message_type: int | None = None
+    context_token: str | None = None
+
+
+class PlainMessage(Head, kw_only=True):
+    """A message of one plain item, as nearly all are."""
 
     from_user_id: str
     item_list: tuple[PlainItem]
-    message_id: int | str | None = None
-    client_id: str | None = None
-    seq: int | str | None = None
-    create_time_ms: int | None = None
-    message_type: int | None = None
-    context_token: str | None = None
 
 
-class Message(msgspec.Struct):
-    """An inbound message (4.1)."""
+class Message(Head, kw_only=True):
+    """An inbound message, whatever is in it."""
 
-    message_id: int | str | None = None
-    client_id: str | None = None
-    seq: int | str | None = None
     from_user_id: str | None = None
-    create_time_ms: int | None = None
-    message_type: int | None = None
     item_list: list[msgspec.Raw] | None = None
-    context_token: str | None = None
 
 
 class Envelope(msgspec.Struct):

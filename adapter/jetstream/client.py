@@ -23,7 +23,7 @@ Take = Callable[[str, bytes, bool], None]
 
 
 class BusClient(Client):
-    """One connection. `publish` is nats-py's, byte by byte; `hear` is a subscription without a task."""
+    """One connection. `publish` writes what nats-py's does; what is for `hear` passes neither a queue nor a task."""
 
     def __init__(self) -> None:
         super().__init__()
