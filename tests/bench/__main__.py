@@ -288,6 +288,7 @@ async def shared(bench: Bench) -> Table:
     for bots, total in ((100, 10_000), (10_000, 10_000)):
         async with bench.rig(f"two adapters, {bots} bots") as (made, nc):
             both = [made.adapter(), made.adapter()]
+            await made.split(nc, len(both))
             await made.bind(nc, bots)
             await made.polled(bots)
             received = await heard(nc)

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections import Counter
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 
-from adapter.contract import Bind
+from adapter.contract import SHARDS, Bind
 from adapter.embedded import find_server
+from adapter.records import Claim
 from tests.e2e.waiting import eventually, free_port
 
 TICKS = os.sysconf("SC_CLK_TCK")
@@ -119,6 +121,22 @@ class Rig:
             return bool((await self.ask("stats"))["polling"] < bots)
 
         await eventually(some_ended, f"fewer than {bots} polls wait")
+
+    async def split(self, nc: Client, replicas: int) -> None:
+        """Returns once so many replicas have a share of the shards each: what has bots by then moves at their next
+        poll only, which may be half a minute later."""
+
+        async def all_have() -> bool:
+            shards: Counter[str] = Counter()
+            with contextlib.suppress(nats.errors.Error, nats.js.errors.Error):
+                claims = await nc.jetstream().key_value("wechat_claims")
+                for key in await claims.keys():
+                    shards[msgspec.json.decode((await claims.get(key)).value or b"{}", type=Claim).owner] += 1
+            del shards[""]
+            await asyncio.sleep(0.05)
+            return len(shards) == replicas and min(shards.values()) > SHARDS // (2 * replicas)
+
+        await eventually(all_have, f"{replicas} replicas share the shards", patience_s=60)
 
     async def connect(self) -> Client:
         async def up() -> bool:
