@@ -187,7 +187,9 @@ async def _store_raw(heard: list[Heard], last_seq: int, needs: Incoming) -> int:
         log.error("inbound.raw_refused", bot=one.bot, code=ack.code, detail=ack.detail[:200])
         if waiting is not None:
             await waiting.passed(one.sandbox, one.bot)
-        last_seq = max(last_seq, await publish([one._replace(said=without_media(one.said, "store"))], needs))
+        last_seq = max(
+            last_seq, await publish([msgspec.structs.replace(one, said=without_media(one.said, "store"))], needs)
+        )
         needs.heard(one.sandbox, one.bot, one.said.user)
     return last_seq
 

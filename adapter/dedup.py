@@ -8,31 +8,43 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cached_property
 from typing import NamedTuple
+
+import msgspec
 
 KEEP_MS = 24 * 3600 * 1000
 KEEP_AT_MOST = 200
 """Messages remembered per bot: bounds the cursor's record to about 10 kB."""
 HASH = 6
 """Bytes of a hash in a record."""
+_BLANK = hashlib.blake2b(digest_size=HASH)
 _NAMELESS = bytes(HASH)
 """In an index, for a message without an id."""
 NEAR_MS = 1000
 """Two messages without any id are one if their times are nearer than this."""
 
 
-class _Keys(NamedTuple):
+class Keys(msgspec.Struct, frozen=True, gc=False):
+    """What identifies an inbound message; "" where iLink gave none."""
+
     message: str
     client: str
     seq: str
     user: str
     sent_at_ms: int
     content: str
+    hashed: tuple[str, str, str, str] = ("", "", "", "")
+    """The ids and what was said, each of a bounded size; follows from the rest."""
 
-
-class Keys(_Keys):
-    """What identifies an inbound message; "" where iLink gave none."""
+    def __post_init__(self) -> None:
+        message, client, seq = self.message, self.client, self.seq
+        hashed = (
+            _short(message) if message else "",
+            _short(client) if client else "",
+            _short(seq) if seq else "",
+            _short(f"{self.user}|{self.content}"),
+        )
+        msgspec.structs.force_setattr(self, "hashed", hashed)
 
     def id_for(self, bot: str) -> str:
         """The message's id on the bus and its Nats-Msg-Id: the first layer that is known, never a random one."""
@@ -43,17 +55,6 @@ class Keys(_Keys):
             if value:
                 return f"in:{bot}:{letter}{_short(value)}"
         return f"in:{bot}:f{_short(f'{self.user}|{self.sent_at_ms}|{self.content}')}"
-
-    @cached_property
-    def hashed(self) -> tuple[str, str, str, str]:
-        """The ids and what was said, each of a bounded size."""
-        message, client, seq = self.message, self.client, self.seq
-        return (
-            _short(message) if message else "",
-            _short(client) if client else "",
-            _short(seq) if seq else "",
-            _short(f"{self.user}|{self.content}"),
-        )
 
     def record(self, seen_at_ms: int) -> str:
         """One line of the state: times in base 10, ids hashed to bound the size."""
@@ -128,13 +129,19 @@ class Seen:
                 yield known
 
     def add(self, keys: Keys, now_ms: int) -> str:
-        """Remembers a message; returns its record."""
+        """Remembers a message that it has not; returns its record."""
         return self.add_all([keys], now_ms)[0]
 
     def add_all(self, many: Sequence[Keys], now_ms: int) -> list[str]:
-        """Remembers messages, which costs little more than one: all is copied once. Their records."""
+        """Remembers messages that it has not, which costs little more than one: all is copied once. Their records."""
         records = [keys.record(now_ms) for keys in many]
-        self._put({record: keys.hashed for record, keys in zip(records, many, strict=True)})
+        self._append(
+            {
+                record: keys.hashed
+                for record, keys in zip(records, many, strict=True)
+                if keys.message or not self._holds(record, keys.hashed)  # one with an id would be a repeat
+            }
+        )
         self._forget_old(now_ms)
         return records
 
@@ -144,22 +151,22 @@ class Seen:
         self._forget_old(now_ms)
 
     def _insert(self, records: Iterable[str]) -> None:
-        self._put({record: _hashes(record) for record in records})
+        """Those that are not there yet."""
+        hashed = {record: _hashes(record) for record in records}
+        self._append({record: hashes for record, hashes in hashed.items() if not self._holds(record, hashes)})
 
-    def _put(self, records: dict[str, tuple[str, str, str, str]]) -> None:
+    def _holds(self, record: str, hashes: tuple[str, str, str, str]) -> bool:
+        return bytes.fromhex(hashes[3]) in self._words and f"\n{record}\n" in self._lines
+
+    def _append(self, records: dict[str, tuple[str, str, str, str]]) -> None:
         """Records and the hashes in them."""
-        lines, messages, words = [], [], []
-        for record, (message, _, _, said) in records.items():
-            packed = bytes.fromhex(said)
-            if packed not in self._words or f"\n{record}\n" not in self._lines:
-                lines.append(f"{record}\n")
-                messages.append(bytes.fromhex(message) if message else _NAMELESS)
-                words.append(packed)
-        self._lines += "".join(lines)
-        self._messages += b"".join(messages)
-        self._words += b"".join(words)
-        self._count += len(lines)
-        self.unkept += len(lines)
+        if not records:
+            return
+        self._lines += "\n".join([*records, ""])
+        self._messages += b"".join([bytes.fromhex(hashes[0]) or _NAMELESS for hashes in records.values()])
+        self._words += bytes.fromhex("".join([hashes[3] for hashes in records.values()]))
+        self._count += len(records)
+        self.unkept += len(records)
 
     def _forget_old(self, now_ms: int) -> None:
         self._forget(self._count - KEEP_AT_MOST)
@@ -226,7 +233,9 @@ def _parse(record: str) -> _Known:
 
 
 def _short(text: str) -> str:
-    return hashlib.blake2b(text.encode(), digest_size=HASH).hexdigest()
+    hashed = _BLANK.copy()  # cheaper than another one
+    hashed.update(text.encode())
+    return hashed.hexdigest()
 
 
 def _hashes(record: str) -> tuple[str, str, str, str]:

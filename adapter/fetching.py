@@ -199,7 +199,8 @@ class Downloads:
             heard = first.heard
             if first.work is not None:
                 items = await asyncio.shield(first.work)
-                heard = heard._replace(said=heard.said._replace(items=items))
+                said = msgspec.structs.replace(heard.said, items=items)
+                heard = msgspec.structs.replace(heard, said=said)
             self._incoming.leases.check(self.number)
             await inbox.publish([heard], self._incoming)
             first.told = True

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 import structlog
@@ -26,7 +26,7 @@ log = structlog.get_logger()
 _MEDIA = (contract.ImageItem, contract.VoiceItem, contract.FileItem, contract.VideoItem)
 
 
-class Heard(NamedTuple):
+class Heard(msgspec.Struct, frozen=True, gc=False):
     """A message of a user for the sandbox that it was said to."""
 
     said: Said
@@ -46,7 +46,7 @@ def without_media(said: Said, reason: str) -> Said:
     items = list(said.items)
     for fetch in said.fetches:
         items[fetch.item] = msgspec.structs.replace(items[fetch.item], reason=reason)
-    return said._replace(items=items, fetches=())
+    return msgspec.structs.replace(said, items=items, fetches=())
 
 
 async def publish(heard: Sequence[Heard], needs: Incoming) -> int:
@@ -101,7 +101,7 @@ async def _with_quote(one: Heard, before: Sequence[Heard], needs: Incoming) -> H
     """`before`: what came in the same answer, and is on no bus yet."""
     earlier = [other.said for other in before if other.sandbox == one.sandbox]
     said = await retry(lambda: needs.recall.resolve(one.sandbox, one.bot, one.said, earlier), needs)
-    return one._replace(said=said)
+    return msgspec.structs.replace(one, said=said)
 
 
 def _message(one: Heard, shown: contract.Window, needs: Incoming) -> Message:
@@ -143,7 +143,7 @@ async def _publish_stub(one: Heard, message: Message, needs: Incoming) -> int:
         whole, text="", quote=None, items=[contract.UnsupportedItem(type=0, reason="too_large")]
     )
     try:
-        return (await needs.bus.publish(message._replace(payload=msgspec.json.encode(stub)))).seq
+        return (await needs.bus.publish(msgspec.structs.replace(message, payload=msgspec.json.encode(stub)))).seq
     except BusRefused as exc:
         log.error("inbound.lost_to_dead_letters", bot=one.bot, detail=exc.detail[:200])
         return 0

@@ -90,7 +90,7 @@ class StoredObject(NamedTuple):
     """Lower-case hex."""
 
 
-class Said(NamedTuple):
+class Said(msgspec.Struct, frozen=True, gc=False):
     """One inbound message, translated into the words of the bus."""
 
     keys: Keys
@@ -296,7 +296,7 @@ class Logins(Protocol):
         """Raises Refused("url") for a base URL that may not be called."""
 
 
-class Message(NamedTuple):
+class Message(msgspec.Struct, frozen=True):
     """Something to store in a stream. `stream` is its label in the metrics: in, event, parked, dead, out."""
 
     stream: str

@@ -84,7 +84,7 @@ class Recall:
                 or await self._find_heard(reference.ids, sandbox, said.user)
             )
         self._metrics.quotes.labels(outcome=words.said_by if words else "unknown").inc()
-        return said._replace(quote=resolved(said.quote, reference, words), reference=None)
+        return msgspec.structs.replace(said, quote=resolved(said.quote, reference, words), reference=None)
 
     async def _find_sent(self, ids: Sequence[str], sandbox: str, bot: str, user: str) -> Words | None:
         for ident in ids:

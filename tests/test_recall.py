@@ -46,7 +46,7 @@ def says(
         kind="text",
         reference=Reference((quotes,), part, "") if quotes else None,
     )
-    return said._replace(**fields)
+    return msgspec.structs.replace(said, **fields)
 
 
 async def hear(bench: Bench, *saids: Said, sandbox: str = "s1", bot: str = BOT) -> list[Inbound]:

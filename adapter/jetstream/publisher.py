@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -46,16 +46,13 @@ class _Answer(PubAck):
     error: ApiError | None = None
 
 
-class _Outstanding:
-    __slots__ = ("asked", "first_sent", "future", "message", "sent", "writes")
-
-    def __init__(self, message: Message, future: asyncio.Future[PubAck], asked: float) -> None:
-        self.message = message
-        self.future = future
-        self.asked = asked
-        self.sent = 0.0
-        self.first_sent = 0.0
-        self.writes = 0
+class _Outstanding(msgspec.Struct):
+    message: Message
+    future: asyncio.Future[PubAck]
+    asked: float
+    sent: float = 0.0
+    first_sent: float = 0.0
+    writes: int = 0
 
 
 class Publisher:
@@ -73,6 +70,8 @@ class Publisher:
         """Why the oldest write waits."""
         self._stumbled = asyncio.Event()
         self._decode = msgspec.json.Decoder(_Answer)
+        self._nc: BusClient | None = None
+        """Over which acknowledgements are heard."""
         self._prefix = ""
         self._stored: dict[str, tuple[Count, Distribution]] = {}
         link.on_up(self._subscribe)
@@ -98,23 +97,21 @@ class Publisher:
 
     async def publish(self, message: Message) -> PubAck:
         """Returns once the stream has it, however long the bus is away. Raises Conflict, BusRefused, LeaseLost."""
-        future = asyncio.get_running_loop().create_future()
-        number, entry = self._take(message, future, self._clock.monotonic())
+        alone = not self._outstanding
+        taken = self._take(message, asyncio.get_running_loop().create_future(), self._clock.monotonic())
+        number, entry = taken
         try:
-            if self._flowing:
-                await self._write(number, entry)
+            await self._write_all([taken], alone=alone)
             return await entry.future
         finally:
             del self._outstanding[number]
 
     async def publish_all(self, messages: Sequence[Message]) -> list[PubAck | BusRefused]:
         """Stores all of them in this order, pipelined; a refusal stands in the place of its ack. Raises LeaseLost."""
-        loop, now = asyncio.get_running_loop(), self._clock.monotonic()
+        loop, now, alone = asyncio.get_running_loop(), self._clock.monotonic(), not self._outstanding
         taken = [self._take(message, loop.create_future(), now) for message in messages]
         try:
-            for number, entry in taken:
-                if self._flowing and entry.writes == 0:
-                    await self._write(number, entry)
+            await self._write_all(taken, alone=alone)
             acks: list[PubAck | BusRefused] = []
             for _, entry in taken:
                 try:
@@ -216,30 +213,63 @@ class Publisher:
             await self._clock.sleep(0.05)
         return entry.future.done()
 
+    async def _write_all(self, taken: Sequence[tuple[int, _Outstanding]], *, alone: bool) -> None:
+        """Writes them in this order; where the flow stops, they follow once it is mended.
+
+        `alone`: nothing else is on its way, so that there is nothing to wait for that could be written with them.
+        """
+        passed: Callable[[], None] | None = None
+        """The fence that let the one before through, and nothing else has run since."""
+        posted: BusClient | None = None
+        for number, entry in taken:
+            if not self._flowing or entry.writes or entry.future.done():
+                continue
+            fence = entry.message.fence
+            if not self._begin(entry, None if fence is passed else fence):
+                continue
+            passed, nc = fence, self._nc
+            if (
+                nc is not None
+                and nc is self._link.nc
+                and nc.post(*_as_sent(entry.message, f"{self._prefix}{number}"))
+            ):
+                posted = nc
+            else:
+                await self._publish(number, entry)
+                passed = None
+        if posted is not None and alone:
+            posted.write_now()
+        elif posted is not None:
+            posted.write_soon()
+
     async def _write(self, number: int, entry: _Outstanding) -> None:
-        if entry.future.done():
-            return
+        """Writes one, also once more."""
+        if not entry.future.done() and self._begin(entry, entry.message.fence):
+            await self._publish(number, entry)
+
+    def _begin(self, entry: _Outstanding, fence: Callable[[], None] | None) -> bool:
+        """Whether it may be written, which then counts as done."""
         try:
-            if entry.message.fence is not None:
-                entry.message.fence()
+            if fence is not None:
+                fence()
         except LeaseLost as exc:
             entry.future.set_exception(exc)
-            return
+            return False
         entry.sent = self._clock.monotonic()
         if entry.writes == 0:
             entry.first_sent = entry.sent
         else:
             self._metrics.nats_publish.labels(stream=entry.message.stream, outcome="retried").inc()
         entry.writes += 1
+        return True
+
+    async def _publish(self, number: int, entry: _Outstanding) -> None:
         nc = self._link.nc
         if nc is None:
             self._stumble()
             return
         try:
-            message = entry.message
-            await nc.publish(
-                message.subject, message.payload, reply=f"{self._prefix}{number}", headers=message.headers or None
-            )
+            await nc.publish(*_as_sent(entry.message, f"{self._prefix}{number}"))
         except (BadHeaderError, BadSubjectError, MaxPayloadError, UnicodeError) as exc:
             # It can never be written, and what waits behind it must not wait for ever.
             self._metrics.nats_publish.labels(stream=entry.message.stream, outcome="refused").inc()
@@ -254,6 +284,7 @@ class Publisher:
 
     async def _subscribe(self, nc: BusClient) -> None:
         self._flowing = False
+        self._nc = nc
         self._prefix = nc.new_inbox() + "."
         await nc.hear(self._prefix + "*", self._on_ack)
         self._stumbled.set()
@@ -295,6 +326,11 @@ class Publisher:
             ok = self._metrics.nats_publish.labels(stream=stream, outcome="ok")
             found = self._stored[stream] = ok, self._metrics.nats_publish_duration.labels(stream=stream)
         return found
+
+
+def _as_sent(message: Message, reply: str) -> tuple[str, bytes, str, dict[str, str] | None]:
+    """As nats-py's `publish` takes it."""
+    return message.subject, message.payload, reply, message.headers or None
 
 
 def _size(headers: dict[str, str]) -> int:

@@ -230,11 +230,13 @@ async def test_headers_count_against_the_largest_message(rig: Rig, over: int) ->
 
 
 async def test_what_the_client_will_not_write_is_refused_and_holds_up_nobody(rig: Rig) -> None:
-    acks = await rig.publisher.publish_all([event(0), event(1)._replace(headers={"(odd)": "x"}), event(2)])
+    acks = await rig.publisher.publish_all(
+        [event(0), msgspec.structs.replace(event(1), headers={"(odd)": "x"}), event(2)]
+    )
     first = await rig.first(NAMES.stream_event)
     assert [ack.seq if isinstance(ack, PubAck) else type(ack) for ack in acks] == [first, BusRefused, first + 1]
     rig.publisher._stumble()  # as after a break: what is outstanding goes one by one
-    acks = await rig.publisher.publish_all([event(3)._replace(headers={"(odd)": "x"}), event(4)])
+    acks = await rig.publisher.publish_all([msgspec.structs.replace(event(3), headers={"(odd)": "x"}), event(4)])
     assert [ack.seq if isinstance(ack, PubAck) else type(ack) for ack in acks] == [BusRefused, first + 2]
 
 
@@ -265,10 +267,12 @@ async def test_a_caller_who_is_cancelled_leaves_nothing_behind(rig: Rig) -> None
 async def test_what_waits_for_the_bus_is_not_written_after_its_writer_lost_the_right(rig: Rig) -> None:
     """The fence is asked at each attempt: a writer that was frozen finds out before anything of its own leaves."""
     fence = Fence(lost_from=float("inf"))
-    await rig.publisher.publish(event(0)._replace(fence=fence))
+    await rig.publisher.publish(msgspec.structs.replace(event(0), fence=fence))
     rig.bus.kill()
     await until(lambda: not rig.link.up, "the break is noticed")
-    waiting = asyncio.create_task(rig.publisher.publish_all([event(1)._replace(fence=fence), event(2)]))
+    waiting = asyncio.create_task(
+        rig.publisher.publish_all([msgspec.structs.replace(event(1), fence=fence), event(2)])
+    )
     others = asyncio.create_task(rig.publisher.publish(event(3)))
     await asyncio.sleep(0.1)
     fence.lost_from = 0
@@ -323,7 +327,7 @@ def on_disk(folder: Path) -> bytes:
 @pytest.mark.parametrize("erase", [True, False])
 async def test_what_is_erased_is_not_on_the_disk_any_more(rig: Rig, erase: bool, tmp_path: Path) -> None:
     """As a bind with its token; a mere deletion leaves it there as long as a later message shares its block."""
-    (ack, _) = await rig.publisher.publish_all([event(number)._replace(payload=b"secret %d" % number)
+    (ack, _) = await rig.publisher.publish_all([msgspec.structs.replace(event(number), payload=b"secret %d" % number)
                                                 for number in range(2)])  # fmt: skip
     assert isinstance(ack, PubAck)
     await rig.history.delete(NAMES.stream_event, ack.seq, erase=erase)
@@ -353,7 +357,7 @@ STATUS = [
 
 async def test_a_stored_message_with_a_status_among_its_headers_is_read_as_any_other(rig: Rig) -> None:
     for number, headers in enumerate(STATUS):
-        await rig.publisher.publish(event(number)._replace(headers=headers))
+        await rig.publisher.publish(msgspec.structs.replace(event(number), headers=headers))
     assert await rig.read(NAMES.stream_event, NAMES.event("s1", "*")) == [b"0", b"1", b"2", b"3", b"4"]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -69,6 +69,48 @@ async def test_what_is_too_large_is_refused_as_ever() -> None:
     assert await written(client, "s", b"hello") is MaxPayloadError
 
 
+async def test_what_is_posted_is_written_soon_or_now_in_one_order(server: EmbeddedNats) -> None:
+    client = BusClient()
+    await client.connect(server.url)
+    try:
+        inbox, heard, enough = client.new_inbox(), list[bytes](), asyncio.Event()
+
+        def take(_: str, data: bytes, unheard: bool) -> None:
+            heard.append(data)
+            if len(heard) == 300:
+                enough.set()
+
+        await client.hear(inbox, take)
+        await client.flush()
+        for number in range(0, 300, 3):
+            assert client.post(inbox, b"%d" % number, "", None)
+            client.write_soon()
+            assert client.post(inbox, b"%d" % (number + 1), "", None)
+            if number % 2:
+                client.write_now()
+                assert client.pending_data_size == 0
+            await client.publish(inbox, b"%d" % (number + 2), "", {"A": "1"})
+        async with asyncio.timeout(30):
+            await enough.wait()
+        assert heard == [b"%d" % number for number in range(300)]
+    finally:
+        await client.close()
+
+
+async def test_without_a_connection_nothing_is_posted_and_writing_is_no_error(server: EmbeddedNats) -> None:
+    client = BusClient()
+    await client.connect(server.url, allow_reconnect=False)
+    assert client.post("s", b"before", "", None)
+    assert client._transport is not None
+    client._transport.close()  # type: ignore[no-untyped-call]
+    client.write_now()
+    client.write_now()
+    await client.close()
+    assert not client.post("s", b"after", "", None)
+    client.write_soon()
+    client.write_now()
+
+
 @pytest.fixture
 async def server(tmp_path: Path) -> AsyncIterator[EmbeddedNats]:
     server = EmbeddedNats(tmp_path)
@@ -77,19 +119,7 @@ async def server(tmp_path: Path) -> AsyncIterator[EmbeddedNats]:
     server.kill()
 
 
-def unaware(client: BusClient) -> None:
-    """As with a nats-py whose parts are others."""
-    client._is_known = False
-
-
-def aware(client: BusClient) -> None:
-    assert client._is_known
-
-
-@pytest.mark.parametrize("make", [aware, unaware])
-async def test_what_comes_is_heard_in_order_and_a_bad_ear_ends_nothing(
-    server: EmbeddedNats, make: Callable[[BusClient], None]
-) -> None:
+async def test_what_comes_is_heard_in_order_and_a_bad_ear_ends_nothing(server: EmbeddedNats) -> None:
     heard: list[tuple[str, bytes, bool]] = []
     errors: list[Exception] = []
     enough = asyncio.Event()
@@ -105,7 +135,6 @@ async def test_what_comes_is_heard_in_order_and_a_bad_ear_ends_nothing(
         errors.append(exc)
 
     client = BusClient()
-    make(client)
     await client.connect(server.url, error_cb=on_error)
     try:
         inbox = client.new_inbox()
