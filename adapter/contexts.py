@@ -68,49 +68,54 @@ class Contexts:
         self._bucket = bucket
         self._fence = fence
         """Raises LeaseLost where this replica may not work for the bot."""
-        self._peers: dict[str, Peer] = {}
-        self._loading: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._peers: dict[str, dict[str, Peer]] = {}
+        """By bot and user."""
+        self._loading: WeakValueDictionary[tuple[str, str], asyncio.Lock] = WeakValueDictionary()
         """Held by those who load."""
 
     async def peer(self, bot: str, user: str) -> Peer:
         """The peer, read from the bucket the first time. Raises Temporary."""
-        key = peer_key(bot, user)
-        found = self._peers.get(key)
+        found = self._peers.get(bot, {}).get(user)
         if found is not None:
             return found
-        loading = self._loading.get(key)
+        loading = self._loading.get((bot, user))
         if loading is None:
-            loading = self._loading[key] = asyncio.Lock()
+            loading = self._loading[bot, user] = asyncio.Lock()
         async with loading:
-            if key not in self._peers:
-                peer = Peer(bot, user)
-                await self._load(peer)
-                peer.told = peer.telling = peer.context.told
-                peer.told_in = peer.context.told_in
-                peer.told_sure = not peer.revision
-                self._peers[key] = peer
-            return self._peers[key]
+            found = self._peers.get(bot, {}).get(user)
+            if found is None:
+                found = Peer(bot, user)
+                await self._load(found)
+                found.told = found.telling = found.context.told
+                found.told_in = found.context.told_in
+                found.told_sure = not found.revision
+                self._peers.setdefault(bot, {})[user] = found
+            return found
 
     def forget(self, bot: str) -> None:
         """Drops what is known of a bot's users: another replica may write now."""
-        self.forget_where(lambda other: other == bot)
+        self._peers.pop(bot, None)
 
     def forget_where(self, gone: Callable[[str], bool]) -> None:
         """Drops what is known of the users of all bots that `gone` names: another replica may have written."""
-        for key in [key for key, peer in self._peers.items() if gone(peer.bot)]:
-            del self._peers[key]
+        for bot in [bot for bot in self._peers if gone(bot)]:
+            del self._peers[bot]
 
     def tidy(self, is_ours: Callable[[str], bool]) -> None:
         """Drops the users of bots that are not `is_ours` any more, and those of whom nothing is known: a sandbox may
         name any user."""
-        for key, peer in list(self._peers.items()):
-            if not peer.in_use and (not peer.revision or not is_ours(peer.bot)):
-                del self._peers[key]
+        for bot, peers in list(self._peers.items()):
+            ours = is_ours(bot)
+            for user, peer in list(peers.items()):
+                if not peer.in_use and not (peer.revision and ours):
+                    del peers[user]
+            if not peers:
+                del self._peers[bot]
 
     async def refresh(self, bot: str) -> list[str]:
         """Reads the bot's users anew, since another replica may have written; who wrote to it. Raises Temporary."""
         wrote = []
-        for peer in [peer for peer in self._peers.values() if peer.bot == bot]:
+        for peer in list(self._peers.get(bot, {}).values()):
             async with peer.lock:
                 before = peer.context
                 await self._load(peer)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import msgspec
 import pytest
 
-from adapter.cursors import acquire
+from adapter.cursors import acquire, give_back
 from adapter.inbound import poll_forever
 from adapter.ports import Polled
 from adapter.sessions import Session
@@ -88,14 +88,20 @@ def batch(number: int, size: int) -> Polled:
     return Polled(messages, f"cursor {number}", 35_000)
 
 
-async def inbound(*, size: int, batches: int = 20, others: int = 0) -> Cost:
-    """Of a message in batches of `size`, among `others` bots and users that the replica knows."""
+async def among(others: int) -> Bench:
+    """One bot, and others that the replica knows, each with a user."""
     bench = Bench()
     await bench.bind()
     for number in range(others):
         await bench.bind(f"other{number}", f"o{number}@im.bot", f"ou{number}@im.wechat")
         bench.hears(f"o{number}@im.bot", f"ou{number}@im.wechat")
         await bench.contexts.peer(f"o{number}@im.bot", f"ou{number}@im.wechat")
+    return bench
+
+
+async def inbound(*, size: int, batches: int = 20, others: int = 0) -> Cost:
+    """Of a message in batches of `size`, among `others` bots and users that the replica knows."""
+    bench = await among(others)
     bench.chat.polls.extend(batch(number, size) for number in range(batches + 1))
     bench.chat.script_ends = True
     session, needs = Session(BOT), bench.incoming()
@@ -159,6 +165,34 @@ async def test_in_a_batch_a_message_costs_one_write_and_no_task() -> None:
 async def test_a_message_costs_the_same_whoever_else_there_is() -> None:
     alone, among_many = await inbound(size=1), await inbound(size=1, others=500)
     assert among_many == alone
+
+
+async def handed_on(others: int) -> int:
+    """Lines of adapter/ that run as a bot is taken over and given back. A loop counts, though it calls nothing."""
+    bench, lines = await among(others), 0
+    session, needs = Session(BOT), bench.incoming()
+
+    def see(frame: FrameType, event: str, _: Any) -> Any:
+        nonlocal lines
+        if "/adapter/" not in frame.f_code.co_filename:
+            return None
+        lines += event == "line"
+        return see
+
+    sys.settrace(see)
+    try:
+        assert await acquire(session, needs) is not None
+        await give_back(session, needs)
+    finally:
+        sys.settrace(None)
+    return lines
+
+
+async def test_a_bot_is_taken_over_at_the_same_cost_whoever_else_there_is() -> None:
+    """Or ten thousand at once cost a hundred times what a thousand do."""
+    alone, among_many = await handed_on(0), await handed_on(500)
+    assert alone > 50
+    assert among_many <= alone + 50
 
 
 async def test_a_command_costs_a_record_a_receipt_and_a_note_for_quotes() -> None:
