@@ -270,12 +270,13 @@ async def idle(bench: Bench) -> Table:
     plan = [("adapter", 10_000, False), ("adapter", 5000, False), ("floor", 5000, False)]
     plan += [("adapter", 1000, False), ("adapter", 1000, True)]
     async with contextlib.AsyncExitStack() as stack:
-        rigs = []
+        rigs, settled = [], 0.0
         for kind, bots, tls in plan:
             what = f"idle: {kind}, {bots} bots{', TLS' if tls else ''}"
             made, nc = await stack.enter_async_context(bench.rig(what, tls=tls))
             rigs.append((made, *await started(made, nc, kind, bots)))
-        await asyncio.sleep(SETTLE_S + max(bots for _, bots, _ in plan) / LOOKS_PER_S)
+            settled = max(settled, time.monotonic() + SETTLE_S + (bots / LOOKS_PER_S if kind == "adapter" else 0))
+        await asyncio.sleep(settled - time.monotonic())
         before = [(await made.ask("stats"), process.cpu_s(), time.monotonic()) for made, process, _, _ in rigs]
         await asyncio.sleep(HOLD_S + 1)  # so that each bot polls again
         for given, (made, process, empty, polled_s), (stats, cpu_s, began) in zip(plan, rigs, before, strict=True):
