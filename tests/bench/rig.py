@@ -32,6 +32,8 @@ from adapter.embedded import find_server
 from adapter.records import Claim
 from tests.e2e.waiting import eventually, free_port
 
+STAYS_S = 6.0
+"""Longer than a lease: a new replica is given its share after one."""
 BINDS = 200
 """Under way at most."""
 TICKS = os.sysconf("SC_CLK_TCK")
@@ -125,18 +127,24 @@ class Rig:
         await eventually(some_ended, f"fewer than {bots} polls wait")
 
     async def split(self, nc: Client, replicas: int) -> None:
-        """Returns once so many replicas have a share of the shards each: what has bots by then moves at their next
-        poll only, which may be half a minute later."""
+        """Returns once so many replicas have a share of the shards each, and it stays: what has bots by then moves at
+        their next poll only, which may be half a minute later."""
+        known, since = Counter[str](), 0.0
 
         async def all_have() -> bool:
-            shards: Counter[str] = Counter()
-            with contextlib.suppress(nats.errors.Error, nats.js.errors.Error):
+            nonlocal known, since
+            await asyncio.sleep(0.05)
+            shards = Counter[str]()
+            try:
                 claims = await nc.jetstream().key_value("wechat_claims")
                 for key in await claims.keys():
                     shards[msgspec.json.decode((await claims.get(key)).value or b"{}", type=Claim).owner] += 1
+            except (nats.errors.Error, nats.js.errors.Error):  # none yet; nats-py also says so where it was just slow
+                return False
             del shards[""]
-            await asyncio.sleep(0.05)
-            return len(shards) == replicas and min(shards.values()) > SHARDS // (2 * replicas)
+            if shards != known:
+                known, since = shards, time.monotonic()
+            return len(known) == replicas and known.total() == SHARDS and time.monotonic() - since > STAYS_S
 
         await eventually(all_have, f"{replicas} replicas share the shards", patience_s=60)
 
