@@ -28,6 +28,7 @@ log = structlog.get_logger()
 
 MAX_BYTES = 65_536
 MAX_BUGS = 5
+ERASE_TRIES = 5
 SETTLED_KEPT = 1000
 
 
@@ -60,6 +61,8 @@ class Control:
         self._queued: dict[int, Delivery] = {}
         """The newest delivery of each command in the queue: the one whose ack counts."""
         self._settled: deque[int] = deque(maxlen=SETTLED_KEPT)
+        self._erases = True
+        """Whether the last bind could be erased."""
 
     def offer(self, delivery: Delivery) -> None:
         """Takes a command, once: it comes again after each connect as long as its ack has not arrived."""
@@ -111,13 +114,25 @@ class Control:
         await self._answer(delivery, answer)
 
     async def _erase(self, delivery: Delivery) -> None:
-        """A bind holds a token, which a mere ack would leave on the server's disk."""
+        """A bind holds a token, which a mere ack would leave on the server's disk.
+
+        A stream without a leader is waited for. What fails may also not be permitted: after a bind that could not be
+        erased there is one try each, so that the commands behind it do not wait.
+        """
         if delivery.subject != self._names.bind:
             return
-        try:
-            await self._history.delete(self._names.stream_ctl, delivery.seq, erase=True)
-        except Temporary as exc:  # not permitted, perhaps: the commands behind it must not wait for that
-            log.warning("control.unerased", sequence=delivery.seq, reason=exc.reason)
+        tries = ERASE_TRIES if self._erases else 1
+        for failures in range(1, tries + 1):
+            try:
+                await self._history.delete(self._names.stream_ctl, delivery.seq, erase=True)
+            except Temporary as exc:
+                self._erases, reason = False, exc.reason
+            else:
+                self._erases = True
+                return
+            if failures < tries:
+                await self._clock.sleep(backoff(failures, first_s=0.2))
+        log.warning("control.unerased", sequence=delivery.seq, reason=reason)
 
     async def _put_aside(self, delivery: Delivery, exc: Unreadable) -> None:
         request = delivery.headers.get(contract.H_MSG_ID, "")[:128]

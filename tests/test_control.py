@@ -11,7 +11,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from adapter.contract import H_ERROR, H_ERROR_CODE, H_MSG_ID, H_REPLY_TO, Bind, ControlAnswer
-from adapter.control import Control
+from adapter.control import ERASE_TRIES, Control
 from adapter.errors import BusRefused, Refused, Temporary
 from adapter.records import Binding
 from adapter.seal import Sealer
@@ -67,6 +67,9 @@ class Platform:
         subject, payload, _ = self.bench.teller.told[-1]
         assert subject == INBOX
         return msgspec.json.decode(payload, type=ControlAnswer)
+
+    def publish_bind(self, bot: str = BOT) -> FakeDelivery:
+        return self.publish("bind", msgspec.json.encode({"sandbox": "s1", "bot": bot, "bot_token": TOKEN}))
 
     async def bind(self, **fields: Any) -> ControlAnswer:
         return await self.say("bind", **{"sandbox": "s1", "bot": BOT, "bot_token": TOKEN, "user": USER, **fields})
@@ -496,18 +499,48 @@ async def test_a_bind_is_erased_once_it_is_carried_out_or_refused() -> None:
     assert [delivery.acks for delivery in platform.deliveries] == [1, 1, 1, 1]
 
 
-async def test_a_bind_that_cannot_be_erased_holds_up_nobody() -> None:
+async def test_a_bind_is_erased_once_its_stream_has_a_leader_again() -> None:
+    """Acknowledged at the first failure, it could not be erased any more, and its token would stay on the disk."""
+    platform = Platform()
+
+    async def leaderless() -> None:
+        if len(platform.bench.bus.erased) < 4:
+            raise Temporary("bus_busy")
+
+    platform.bench.bus.on_delete = leaderless
+    with capture_logs() as logs:
+        delivery = platform.publish_bind()
+        await asyncio.sleep(1)
+        assert delivery.acks == 0
+        await asyncio.sleep(5)
+    assert delivery.acks == 1
+    assert platform.bench.bus.erased == [("WECHAT_CTL", 1)] * 4
+    assert [line["event"] for line in logs if line["log_level"] == "warning"] == []
+
+
+async def test_a_bind_that_cannot_be_erased_holds_up_nobody_for_long() -> None:
+    """It may not be permitted: after the first such bind, the others get one try each, until one succeeds."""
     platform = Platform()
 
     async def away() -> None:
         raise Temporary("bus_timeout")
 
+    async def tries(number: int) -> int:
+        before = len(platform.bench.bus.erased)
+        delivery = platform.publish_bind(f"b{number}@im.bot")
+        await asyncio.sleep(5)
+        assert delivery.acks == 1
+        return len(platform.bench.bus.erased) - before
+
     platform.bench.bus.on_delete = away
     with capture_logs() as logs:
-        assert (await platform.bind()).ok
+        assert [await tries(number) for number in range(3)] == [ERASE_TRIES, 1, 1]
         assert (await platform.say("unbind", sandbox="s1")).ok
-    assert [line["event"] for line in logs if line["log_level"] == "warning"] == ["control.unerased"]
-    assert [delivery.acks for delivery in platform.deliveries] == [1, 1]
+    assert [line["event"] for line in logs if line["log_level"] == "warning"] == ["control.unerased"] * 3
+    platform.bench.bus.on_delete = None
+    assert await tries(3) == 1
+    platform.bench.bus.on_delete = away
+    assert await tries(4) == ERASE_TRIES
 
 
 def test_a_bind_shows_no_token() -> None:

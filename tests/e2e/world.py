@@ -343,7 +343,8 @@ async def world(
             await made.close()
             server.kill()  # a clean stop takes 10 ms for each of the 130 consumers
         leaks += canary.leaks_on_disk(folder / "nats")
-        assert not leaks, "\n".join(leaks)
+        unerased = [adapter.said("control.unerased") for adapter in made.adapters]
+        assert not leaks, "\n".join([*leaks, f"binds that each adapter could not erase: {unerased}"])
 
 
 async def load(made: World, nc: Client, *, rounds: int, pause_s: float, rng: random.Random, first: int = 0) -> None:
