@@ -8,7 +8,7 @@ import msgspec
 import structlog
 
 from adapter import contract, window
-from adapter.cursors import NEWEST, catch_up, keep_seen, recollect, write_cursor
+from adapter.cursors import ANSWERS, NEWEST, catch_up, keep_seen, recollect, write_cursor
 from adapter.dedup import Batch, Seen
 from adapter.errors import BusRefused, LeaseLost, Unreadable
 from adapter.inbox import Heard, bury, count, publish, raw_message, retry, without_media
@@ -92,7 +92,7 @@ async def _store(session: Session, polled: Polled, place: Place, needs: Incoming
     record = msgspec.structs.replace(
         place.record, cursor=polled.cursor or place.record.cursor, last_seq=last_seq, seen=place.seen.newest()
     )
-    if place.seen.unkept > NEWEST:
+    if place.seen.unkept > max(NEWEST, ANSWERS * len(fresh)):
         record = await retry(lambda: keep_seen(session.bot, record, place.seen, needs), needs)
     revision = await retry(lambda: write_cursor(session.bot, record, place.revision, needs), needs)
     if binding is not None:

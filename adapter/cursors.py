@@ -20,7 +20,10 @@ from adapter.timing import backoff, first_of_two
 log = structlog.get_logger()
 
 NEWEST = 32
-"""So many records of messages seen are written with each cursor; when there are more, all of them apart."""
+ANSWERS = 4
+"""So many records of messages seen are written with each cursor, or those of so many answers like the last one; when
+there are more, all of them apart. So a message by itself comes with a short record, and few batches wait for that
+write."""
 
 
 async def acquire(session: Session, needs: Incoming) -> Place | None:
