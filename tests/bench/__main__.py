@@ -31,6 +31,7 @@ Cell = str | float
 HOLD_S = 35.0
 SETTLE_S = 10.0
 """After the last bot's first poll, and the looks at their users' windows, for what else a start leaves to be done."""
+WRITING = "floor that writes"
 PLOT = Path(__file__).with_name("bench.svg")
 
 
@@ -83,7 +84,7 @@ class Bench:
 
 
 async def bridge_in(made: Rig, nc: Client, kind: str, bots: int) -> Process:
-    """A bridge whose polls all wait: the adapter, or the floor on the adapter's streams."""
+    """A bridge whose polls all wait: the adapter, or a floor on the adapter's streams."""
     adapter = made.adapter()
     if kind == "adapter":
         await made.bind(nc, bots)
@@ -91,7 +92,7 @@ async def bridge_in(made: Rig, nc: Client, kind: str, bots: int) -> Process:
         return adapter
     await made.bind(nc, 1)  # the streams are there once this is answered
     made.drop(adapter)
-    floor = made.floor("in", bots)
+    floor = made.floor("in", bots, writes=kind == WRITING)
     await made.polled(bots)
     return floor
 
@@ -124,7 +125,8 @@ async def inbound(bench: Bench) -> Table:
     ]
     for bots, per_answer, total, sync in plan:
         rates: dict[str, float] = {}
-        for kind in ("floor", "adapter"):
+        bridges = ("floor", WRITING, "adapter") if bots == 1 or per_answer > 1 else ("floor", "adapter")
+        for kind in bridges:
             async with bench.rig(f"in: {kind}, {bots} bots, {per_answer} per answer", sync=sync) as (made, nc):
                 process = await bridge_in(made, nc, kind, bots)
                 received = await heard(nc)
@@ -134,7 +136,7 @@ async def inbound(bench: Bench) -> Table:
                 check(received.disordered)
                 rates[kind] = received.count / (received.when - began)
                 cpu_us = (process.cpu_s() - before) / received.count * 1e6
-                share = f"{rates[kind] / rates['floor']:.0%}" if kind == "adapter" else ""
+                share = f"{rates[kind] / rates['floor']:.0%}" if kind != "floor" else ""
                 rows.append((bots, per_answer, kind, sync or "default", rates[kind], cpu_us, share))
     return Table("Inbound: iLink's answer to the subscriber", head, rows)
 

@@ -2,6 +2,9 @@
 
 What arrives is published and acknowledged before the next poll, what is to go is posted and acknowledged: no state,
 no repeats found, no order kept, no window, no receipt, no retry. aiohttp on uvloop, one task per bot.
+
+With `--writes` it writes inbound what the contract asks for, and does nothing with it: the context token before the
+messages, their ids for the server to find repeats, the cursor after them and before the next poll.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from nats.aio.msg import Msg
 TIMEOUT = aiohttp.ClientTimeout(total=60)
 
 
-def headers(bot: int) -> dict[str, str]:
+def asked_with(bot: int) -> dict[str, str]:
     return {
         "Content-Type": "application/json",
         "AuthorizationType": "ilink_bot_token",
@@ -48,37 +51,49 @@ class Acks:
         await self.nc.subscribe(self.prefix + "*", cb=self.on_ack)
 
     async def on_ack(self, msg: Msg) -> None:
+        if b'"error"' in msg.data:
+            raise RuntimeError(msg.data.decode())  # it is never stored then, and the run does not end
         self.waiting.pop(msg.subject).set_result(None)
 
-    async def publish(self, subject: str, payload: bytes) -> asyncio.Future[None]:
+    async def publish(
+        self, subject: str, payload: bytes, headers: dict[str, str] | None = None
+    ) -> asyncio.Future[None]:
         reply = f"{self.prefix}{next(self.numbers)}"
         future = self.waiting[reply] = asyncio.get_running_loop().create_future()
-        await self.nc.publish(subject, payload, reply=reply)
+        await self.nc.publish(subject, payload, reply=reply, headers=headers)
         return future
 
 
-async def poll(http: aiohttp.ClientSession, base: str, acks: Acks, bot: int) -> None:
+async def poll(http: aiohttp.ClientSession, base: str, acks: Acks, bot: int, writes: bool) -> None:
     cursor = ""
     while True:
         body = json.dumps({"get_updates_buf": cursor, "base_info": {"channel_version": "2.4.9"}}).encode()
-        async with http.post(f"{base}/ilink/bot/getupdates", headers=headers(bot), data=body) as response:
+        async with http.post(f"{base}/ilink/bot/getupdates", headers=asked_with(bot), data=body) as response:
             answer = msgspec.json.decode(await response.read())
         cursor = answer["get_updates_buf"]
+        said = answer["msgs"]
+        if writes and said:
+            token = msgspec.json.encode({"token": said[-1]["context_token"]})
+            await (await acks.publish(f"$KV.wechat_context.floor.{bot}", token))
         waiting = []
-        for message in answer["msgs"]:
+        for message in said:
             text = message["item_list"][0]["text_item"]["text"]
-            inbound = {"id": str(message["message_id"]), "sandbox": f"s{bot}", "text": text}
-            waiting.append(await acks.publish(f"wechat.inbox.s{bot}", msgspec.json.encode(inbound)))
+            ident = f"in:{bot}@im.bot:m{message['message_id']}" if writes else str(message["message_id"])
+            inbound = {"id": ident, "sandbox": f"s{bot}", "text": text}
+            headers = {"Nats-Msg-Id": ident, "Wechat-Schema": "1"} if writes else None
+            waiting.append(await acks.publish(f"wechat.inbox.s{bot}", msgspec.json.encode(inbound), headers))
         for future in waiting:
             await future
+        if writes and said:
+            await (await acks.publish(f"$KV.wechat_cursors.floor{bot}", msgspec.json.encode({"cursor": cursor})))
 
 
-async def inbound(base: str, url: str, bots: int, connector: aiohttp.TCPConnector) -> None:
+async def inbound(base: str, url: str, bots: int, connector: aiohttp.TCPConnector, writes: bool) -> None:
     nc = await nats.connect(url)
     acks = Acks(nc)
     await acks.start()
     async with aiohttp.ClientSession(connector=connector, timeout=TIMEOUT) as http:
-        await asyncio.gather(*(poll(http, base, acks, bot) for bot in range(bots)))
+        await asyncio.gather(*(poll(http, base, acks, bot, writes) for bot in range(bots)))
 
 
 async def outbound(base: str, url: str, connector: aiohttp.TCPConnector) -> None:
@@ -102,7 +117,7 @@ async def outbound(base: str, url: str, connector: aiohttp.TCPConnector) -> None
                 "item_list": [item],
             }
             body = json.dumps({"msg": message}).encode()
-            async with http.post(f"{base}/ilink/bot/sendmessage", headers=headers(bot), data=body) as response:
+            async with http.post(f"{base}/ilink/bot/sendmessage", headers=asked_with(bot), data=body) as response:
                 await response.read()
             await msg.ack()
             slots.release()
@@ -122,7 +137,7 @@ async def outbound(base: str, url: str, connector: aiohttp.TCPConnector) -> None
 async def run(given: argparse.Namespace) -> None:
     connector = aiohttp.TCPConnector(limit=0, ssl=not given.insecure)
     if given.direction == "in":
-        await inbound(given.ilink, given.nats, given.bots, connector)
+        await inbound(given.ilink, given.nats, given.bots, connector, given.writes)
     else:
         await outbound(given.ilink, given.nats, connector)
 
@@ -134,6 +149,7 @@ def main() -> int:
     parser.add_argument("--nats", required=True)
     parser.add_argument("--bots", type=int, default=100)
     parser.add_argument("--insecure", action="store_true")
+    parser.add_argument("--writes", action="store_true", help="inbound: what the contract asks for")
     given = parser.parse_args()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(run(given))

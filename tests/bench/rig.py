@@ -183,10 +183,11 @@ class Rig:
         self.bridges.append(Process([str(command), "run"], log, environ))
         return self.bridges[-1]
 
-    def floor(self, direction: str, bots: int) -> Process:
-        """The bare bridge."""
+    def floor(self, direction: str, bots: int, *, writes: bool = False) -> Process:
+        """The bare bridge; with `writes`, one that writes what the contract asks for."""
         argv = [sys.executable, "-m", "tests.bench.floor", direction, "--ilink", self.base_url]
         argv += ["--nats", self.nats_url, "--bots", str(bots), *(["--insecure"] if self.tls else [])]
+        argv += ["--writes"] if writes else []
         self.bridges.append(Process(argv, self.folder / "floor.log"))
         return self.bridges[-1]
 
