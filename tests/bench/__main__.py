@@ -110,6 +110,12 @@ async def heard(nc: Client, *, timed: bool = False) -> Received:
     return received
 
 
+async def said_once(made: Rig, received: Received, bots: int) -> None:
+    """Every bot's user writes, so that what is read of each but once, at their first message, is read."""
+    await made.ask("feed", bots=list(range(bots)), count=1, per_answer=1)
+    await received.until(bots)
+
+
 async def inbound(bench: Bench) -> Table:
     head = ("bots", "per answer", "bridge", "sync", "messages/s", "CPU µs/message", "of the floor's rate")
     rows = Rows()
@@ -130,12 +136,14 @@ async def inbound(bench: Bench) -> Table:
             async with bench.rig(f"in: {kind}, {bots} bots, {per_answer} per answer", sync=sync) as (made, nc):
                 process = await bridge_in(made, nc, kind, bots)
                 received = await heard(nc)
+                await said_once(made, received, bots)
                 before, began = process.cpu_s(), time.monotonic()
+                count = total // bots * bots
                 await made.ask("feed", bots=list(range(bots)), count=total // bots, per_answer=per_answer)
-                await received.until(total // bots * bots)
+                await received.until(bots + count)
                 check(received.disordered)
-                rates[kind] = received.count / (received.when - began)
-                cpu_us = (process.cpu_s() - before) / received.count * 1e6
+                rates[kind] = count / (received.when - began)
+                cpu_us = (process.cpu_s() - before) / count * 1e6
                 share = f"{rates[kind] / rates['floor']:.0%}" if kind != "floor" else ""
                 rows.append((bots, per_answer, kind, sync or "default", rates[kind], cpu_us, share))
     return Table("Inbound: iLink's answer to the subscriber", head, rows)
@@ -193,9 +201,7 @@ async def ready_to_send(made: Rig, nc: Client, bots: int) -> Process:
     adapter = made.adapter()
     await made.bind(nc, bots)
     await made.polled(bots)
-    received = await heard(nc)
-    await made.ask("feed", bots=list(range(bots)), count=1, per_answer=1)
-    await received.until(bots)
+    await said_once(made, await heard(nc), bots)
     return adapter
 
 
