@@ -120,8 +120,8 @@ async def inbound(bench: Bench) -> Table:
     head = ("bots", "per answer", "bridge", "sync", "messages/s", "CPU µs/message", "of the floor's rate")
     rows = Rows()
     plan = [
-        (1, 1, 2000, ""),
-        (1, 20, 20_000, ""),
+        (1, 1, 4000, ""),
+        (1, 20, 40_000, ""),
         (100, 1, 10_000, ""),
         (100, 20, 40_000, ""),
         (1000, 1, 10_000, ""),
