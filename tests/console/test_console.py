@@ -130,11 +130,11 @@ async def office() -> AsyncIterator[Office]:
 
 @pytest.mark.parametrize("path", ["/", "/dead", "/logins", "/logins/" + "0" * 24, "/nowhere"])
 async def test_without_the_token_there_is_only_the_way_in(office: Office, path: str) -> None:
-    await office.bench.bind("s1")
+    await office.bench.bind("sandbox-of-somebody")
     answer = await office.browser.get(path)
     assert answer.status_code == 401
     assert "Sign in" in answer.text
-    assert "s1" not in answer.text
+    assert "sandbox-of-somebody" not in answer.text
 
 
 @pytest.mark.parametrize("path", ["/logins", "/dead/1", "/signout", "/logins/" + "0" * 24 + "/cancel"])
