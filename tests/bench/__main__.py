@@ -127,6 +127,7 @@ async def inbound(bench: Bench) -> Table:
         (1000, 1, 10_000, ""),
         (1000, 20, 40_000, ""),
         (5000, 1, 10_000, ""),
+        (5000, 20, 100_000, ""),
         (100, 1, 3000, "always"),
     ]
     for bots, per_answer, total, sync in plan:
@@ -275,8 +276,8 @@ async def idle(bench: Bench) -> Table:
     """All of them at the same time, since waiting costs little: one after the other takes four minutes more."""
     head = ("bots", "bridge", "TLS", "all polled after, s", "CPU s/min", "private MiB", "KiB/bot", "connections/poll")
     rows = Rows()
-    plan = [("adapter", 10_000, False), ("adapter", 5000, False), ("floor", 5000, False)]
-    plan += [("adapter", 1000, False), ("adapter", 1000, True)]
+    plan = [("adapter", bots, tls) for tls in (True, False) for bots in (10_000, 5000, 1000)]
+    plan.append(("floor", 5000, False))
     async with contextlib.AsyncExitStack() as stack:
         rigs, settled = [], 0.0
         for kind, bots, tls in plan:
