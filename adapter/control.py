@@ -61,7 +61,7 @@ class Control:
         self._queued: dict[int, Delivery] = {}
         """The newest delivery of each command in the queue: the one whose ack counts."""
         self._settled: deque[int] = deque(maxlen=SETTLED_KEPT)
-        self._erases = True
+        self._can_erase = True
         """Whether the last bind could be erased."""
 
     def offer(self, delivery: Delivery) -> None:
@@ -121,14 +121,14 @@ class Control:
         """
         if delivery.subject != self._names.bind:
             return
-        tries = ERASE_TRIES if self._erases else 1
+        tries = ERASE_TRIES if self._can_erase else 1
         for failures in range(1, tries + 1):
             try:
                 await self._history.delete(self._names.stream_ctl, delivery.seq, erase=True)
             except Temporary as exc:
-                self._erases, reason = False, exc.reason
+                self._can_erase, reason = False, exc.reason
             else:
-                self._erases = True
+                self._can_erase = True
                 return
             if failures < tries:
                 await self._clock.sleep(backoff(failures, first_s=0.2))
