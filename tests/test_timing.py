@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import socket
+import subprocess
+import sys
 import time
 
 import pytest
@@ -174,3 +177,32 @@ async def test_what_is_in_hand_is_finished_although_its_caller_is_cancelled(need
         await caller
     await asyncio.sleep(0)
     assert seen == ["ended" if ended else "cancelled"]
+
+
+GARBAGE = """
+import asyncio, gc, json, weakref
+from adapter.timing import run_fast
+
+class Node:
+    pass
+
+async def main():
+    gc.callbacks.append(lambda phase, info: generations.append(info["generation"]))
+    parked = [[number] for number in range(200_000)]  # as polls that wait: they live on
+    node = Node()
+    node.itself, seen = node, weakref.ref(node)
+    del node
+    async with asyncio.timeout(30):
+        while seen() is not None:
+            await asyncio.sleep(0.01)
+    return len(parked)
+
+generations = []
+run_fast(main())
+print(json.dumps(generations))
+"""
+
+
+def test_garbage_is_found_without_a_look_at_all_that_lives() -> None:
+    run = subprocess.run([sys.executable, "-c", GARBAGE], capture_output=True, text=True, check=True, timeout=60)
+    assert set(json.loads(run.stdout)) == {0}
