@@ -175,7 +175,6 @@ async def _request(
     content: str | Uploaded, command: Command, hand: Hand, peer: Peer, account: Account, sender: Sender
 ) -> Hand | Ending | Wait | Apart:
     """One request; where the command then stands."""
-    before = hand
     hand = msgspec.structs.replace(hand, attempts=hand.attempts + 1, tried=hand.tried + 1)
     await sender.pace()
     async with sender.slots:
@@ -203,23 +202,23 @@ async def _request(
             answer = accepted
         finally:
             peer.in_flight -= 1
-    untouched = msgspec.structs.replace(hand, tried=before.tried)
+    untouched = msgspec.structs.replace(hand, tried=hand.tried - 1)
     match answer:
         case None:
             await sender.pause(1.0)
             return hand
         case Temporary():
-            _put(peer, window.returned(peer.context, untouched), untouched)
+            peer.context = window.returned(peer.context, untouched)
             return await _again(command, untouched, peer, answer, sender, untouched.attempts) or untouched
         case Throttled():
             return await _throttled(untouched, peer, answer, sender)
         case SessionExpired():
-            _put(peer, window.returned(peer.context, untouched), untouched)
+            peer.context = window.returned(peer.context, untouched)
             return Wait("needs_login", answer.detail, hand.attempts, answer.ret, answer.errcode, answer.errmsg)
         case Refused():
             apart = bool(hand.merged) and not untouched.tried
             untouched = _alone(untouched) if apart else untouched
-            _put(peer, window.returned(peer.context, untouched), untouched)
+            peer.context = window.returned(peer.context, untouched)
             if apart:
                 return Apart()
             ending = _ending("refused", hand, answer.detail)

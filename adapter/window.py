@@ -150,9 +150,14 @@ def leaving(context: Context, hand: Hand, now_ms: int) -> Context:
 
     A repeat was counted, unless the user wrote since: if the first one got lost, it is this one that counts. So it is
     the time of the repeat that is kept: whether the user wrote since may not be known yet.
+
+    Whether it is one is what the record says: the owner before may have heard an answer, or sent it once more, after
+    `hand` was read.
     """
-    counts = hand.tried <= 1 or hand.counted_in != context.inbound_id
-    hand = msgspec.structs.replace(hand, counted_in=context.inbound_id)
+    known = context.hand
+    out = 0 if known is None or (known.client, known.part) != (hand.client, hand.part) else known.tried
+    counts = known is None or not out or known.counted_in != context.inbound_id
+    hand = msgspec.structs.replace(hand, counted_in=context.inbound_id, tried=max(hand.tried, out + 1))
     earlier = context.sent_ms if counts else context.sent_ms[:-1]
     sent_ms = [*earlier, now_ms][-SENT_KEPT:]
     return msgspec.structs.replace(context, used=context.used + counts, sent_ms=sent_ms, hand=hand)
@@ -161,14 +166,14 @@ def leaving(context: Context, hand: Hand, now_ms: int) -> Context:
 def returned(context: Context, hand: Hand) -> Context:
     """iLink took nothing: the send does not count, unless a request before it got no answer. `hand`: without it."""
     if hand.tried:
-        return context
-    return msgspec.structs.replace(context, used=max(0, context.used - 1), sent_ms=context.sent_ms[:-1])
+        return msgspec.structs.replace(context, hand=hand)
+    return msgspec.structs.replace(context, used=max(0, context.used - 1), sent_ms=context.sent_ms[:-1], hand=hand)
 
 
 def throttled(context: Context, hand: Hand, now_ms: int) -> Context:
     """iLink said -2. If the user wrote meanwhile, it speaks of the window before, and blocks nothing."""
     blocked_ms = now_ms if hand.counted_in == context.inbound_id else context.blocked_ms
-    return msgspec.structs.replace(returned(context, hand), blocked_ms=blocked_ms, hand=hand)
+    return msgspec.structs.replace(returned(context, hand), blocked_ms=blocked_ms)
 
 
 def unblocked(context: Context) -> Context:

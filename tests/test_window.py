@@ -99,7 +99,7 @@ def test_what_was_sent_since_the_user_wrote_counts_against_their_new_window() ->
     """The server's window opened when they wrote, not when we read it."""
     state = OPEN
     for sent_ms in (NOW, NOW + 10, NOW + 20):
-        state = window.leaving(state, replace(HAND, tried=1), sent_ms)
+        state = window.leaving(state, replace(HAND, client=f"x{sent_ms}", tried=1), sent_ms)
     late = window.heard(state, message="m2", token="t", now_ms=NOW + 60, in_flight=0, written_ms=NOW + 5)
     assert (late.used, late.sent_ms) == (2, [NOW + 10, NOW + 20])
     unknown = window.heard(state, message="m2", token="t", now_ms=NOW + 60, in_flight=1, written_ms=0)
@@ -130,6 +130,29 @@ def test_a_refused_repeat_leaves_the_first_request_counted() -> None:
     assert again.hand is not None
     assert window.returned(again, replace(again.hand, tried=1)).used == 1
     assert window.returned(first, replace(first.hand, tried=0)).used == 0
+
+
+def test_a_repeat_counts_where_the_owner_before_has_heard_that_nothing_was_taken() -> None:
+    """It wrote that after the repeat's hand was read."""
+    first = window.leaving(OPEN, replace(HAND, tried=1), NOW)
+    assert first.hand is not None
+    heard_late = window.throttled(first, replace(first.hand, tried=0), NOW)
+    again = window.leaving(heard_late, replace(first.hand, tried=2), NOW + 1)
+    assert (again.used, again.sent_ms) == (1, [NOW + 1])
+    assert again.hand is not None
+    assert again.hand.tried == 2
+
+
+def test_a_request_of_which_the_owner_before_wrote_last_is_a_repeat() -> None:
+    """It may have been taken, so that a refusal of this one is none of the command."""
+    first = window.leaving(OPEN, replace(HAND, tried=1), NOW)
+    unaware = window.leaving(first, replace(HAND, tried=1), NOW + 1)
+    assert (unaware.used, unaware.sent_ms) == (1, [NOW + 1])
+    assert unaware.hand is not None
+    assert unaware.hand.tried == 2
+    another = window.leaving(first, replace(HAND, client="another", tried=1), NOW + 1)
+    assert another.hand is not None
+    assert (another.used, another.hand.tried) == (2, 1)
 
 
 def test_a_send_that_goes_through_ends_the_block() -> None:
@@ -337,7 +360,7 @@ class WindowMachine(RuleBasedStateMachine):
     )
     def it_sends(self, answer: str, final: bool) -> None:
         self.final = final
-        if self.leave(HAND):
+        if self.leave(replace(HAND, client=f"x{self.number + 1}")):
             self.answered(answer)
 
     @precondition(lambda self: self.out is not None)
