@@ -50,7 +50,7 @@ class Events:
         """What became of a command. `msg_id` is the same for the same outcome of the same command."""
         receipt = msgspec.structs.replace(receipt, at_ms=self._clock.now_ms())
         if await self._store(receipt.sandbox, "receipt", msgspec.json.encode(receipt), msg_id):
-            self._metrics.receipts.labels(outcome=receipt.outcome).inc()
+            self._metrics.receipts.of(receipt.outcome).inc()
 
     async def _store(self, sandbox: str, kind: str, payload: bytes, msg_id: str) -> bool:
         """Whether the stream took it."""

@@ -142,7 +142,7 @@ async def poll_forever(session: Session, place: Place, needs: Incoming) -> Place
             await first_of(
                 session.cut, 0.25 + needs.clock.jitter(0.25)
             )  # a server that does not hold is not hammered
-        needs.metrics.polls.labels(outcome="messages" if polled.messages else "empty").inc()
+        (needs.metrics.polls_full if polled.messages else needs.metrics.polls_empty).inc()
         if says_something(polled, place):
             place = await store(session, polled, place, needs)
         else:

@@ -177,7 +177,7 @@ async def retry(work: Callable[[], Awaitable[Any]], needs: Incoming) -> Any:
 
 
 def count(needs: Incoming, kind: str, outcome: str, times: int = 1) -> None:
-    needs.metrics.inbound_messages.labels(kind=kind, outcome=outcome).inc(times)
+    needs.metrics.inbound_messages.of(kind, outcome).inc(times)
 
 
 def raw_message(one: Heard, last_seq: int, needs: Incoming) -> Message:

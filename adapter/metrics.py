@@ -142,6 +142,8 @@ class Metrics:
             "Long polls of iLink; empty is the server's answer, client_timeout is none.",
             outcome=["messages", "empty", "client_timeout", "stale_token", "error"],
         )
+        self.polls_full = self.polls.labels(outcome="messages")
+        self.polls_empty = self.polls.labels(outcome="empty")
         self.oldest_poll_age = self._gauge(
             "oldest_poll_age_seconds", "Longest time since a completed poll among the bindings that poll."
         )

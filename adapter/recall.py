@@ -41,6 +41,7 @@ class Recall:
         self._history = history
         self._names = names
         self._metrics = metrics
+        self._stored = metrics.quote_notes.labels(outcome="stored")
         self._notes: set[asyncio.Task[None]] = set()
         self._readings = asyncio.Semaphore(READINGS)
 
@@ -65,7 +66,7 @@ class Recall:
             log.warning("quote.unnoted", sandbox=spoken.sandbox, detail=exc.detail[:200])
             self._metrics.quote_notes.labels(outcome="failed").inc()
             return
-        self._metrics.quote_notes.labels(outcome="stored").inc()
+        self._stored.inc()
 
     async def resolve(self, sandbox: str, bot: str, said: Said, before: Sequence[Said] = ()) -> Said:
         """`said` with the words that it quotes, as far as they can be found. Raises Temporary.

@@ -162,12 +162,10 @@ class Receipts:
             received_at_ms=command.stored_ms,
         )
         await self._events.receipt(receipt, msg_id=f"final:{command.client}")
-        self._metrics.outbound_messages.labels(
-            kind=command.kind, outcome=ending.outcome, reason=ending.reason or "none"
-        ).inc()
+        self._metrics.outbound_messages.of(command.kind, ending.outcome, ending.reason or "none").inc()
         took_s = max(0, self._clock.now_ms() - command.stored_ms - parked_ms) / 1000
         failed = ending.outcome in ("dead_lettered", "uncertain")
-        self._metrics.outbound_duration.labels(outcome="failed" if failed else "settled").observe(took_s)
+        self._metrics.outbound_duration.of("failed" if failed else "settled").observe(took_s)
 
 
 def ending_of(receipt: Receipt) -> Ending:

@@ -46,6 +46,9 @@ class ILink:
         look_up: Lookup = lookup,
     ) -> None:
         self._metrics = metrics
+        self._polled = metrics.upstream_requests.labels(endpoint="getupdates", outcome="ok")
+        self._sent = metrics.upstream_requests.labels(endpoint="sendmessage", outcome="ok")
+        self._sending = metrics.upstream_request_duration.labels(endpoint="sendmessage")
         self._default_base_url = default_base_url
         self._allowed_hosts = allowed_hosts
         self._poll_margin_s = poll_margin_s
@@ -79,7 +82,7 @@ class ILink:
         except AdapterError as exc:
             self._count("getupdates", _outcome(exc))
             raise
-        self._count("getupdates", "ok")
+        self._polled.inc()
         return polled
 
     async def send_text(
@@ -123,8 +126,8 @@ class ILink:
             self._count("sendmessage", _outcome(exc))
             raise
         finally:
-            self._metrics.upstream_request_duration.labels(endpoint="sendmessage").observe(time.monotonic() - started)
-        self._count("sendmessage", "ok")
+            self._sending.observe(time.monotonic() - started)
+        self._sent.inc()
         return accepted
 
     async def upload_url(
@@ -269,7 +272,7 @@ class ILink:
         )
 
     def _count(self, endpoint: str, outcome: str) -> None:
-        self._metrics.upstream_requests.labels(endpoint=endpoint, outcome=outcome).inc()
+        self._metrics.upstream_requests.of(endpoint, outcome).inc()
 
 
 def _outcome(exc: AdapterError) -> str:
