@@ -56,7 +56,7 @@ from adapter.sessions import Incoming, Waiting, account_of
 from adapter.settings import Settings
 from adapter.supervisor import Supervisor
 from adapter.tidying import Tidying, tidy_forever
-from adapter.timing import Beat, Latch, SystemClock, restarted
+from adapter.timing import Beat, Latch, Pace, SystemClock, restarted
 from adapter.uploads import Uploads
 from adapter.windows import Windows
 
@@ -65,7 +65,10 @@ log = structlog.get_logger()
 RELEASE_S = 5.0
 """Kept of the drain budget for giving the shards back."""
 STARTING = 32
-"""Pollers that start at once."""
+"""Bots that are taken at once."""
+STARTS_PER_S = 2000
+"""Polls that are started in a second at most: what iLink sees of a start, and again each time that they end. A dead
+replica's bots are to be polled within six seconds, of which half are gone before anybody may take them."""
 POLLS_PER_S = 1000
 """Polls are spread so that about so many start per second after an outage."""
 WATCH_S = 2.0
@@ -281,6 +284,7 @@ class Adapter:
             writable=writable,
             purges=lambda: self.inspector.purges(self.names.cursors),
             starting=asyncio.Semaphore(STARTING),
+            starts=Pace(STARTS_PER_S),
             beat=Beat(BEAT_S),
             spread_s=lambda: len(self.supervisor.sessions) / POLLS_PER_S,
             stale_retry_s=settings.stale_retry_s,

@@ -79,8 +79,8 @@ async def _serve(session: Session, needs: Incoming) -> None:
         return
     needs.adopt(session.bot)
     try:
-        async with needs.starting:
-            await notify(session, needs, start=True)
+        await first_of(session.cut, needs.starts.wait_s())
+        await notify(session, needs, start=True)
         place = await poll_forever(session, place, needs)
     finally:
         await finish(give_back(session, needs), needs.grace_s)

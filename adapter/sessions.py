@@ -21,7 +21,7 @@ from adapter.ports import Account, Bucket, Bus, Chat, History, Said, Stored
 from adapter.recall import Recall
 from adapter.records import Binding, Cursor
 from adapter.seal import Sealer
-from adapter.timing import Beat, Clock, Latch
+from adapter.timing import Beat, Clock, Latch, Pace
 
 log = structlog.get_logger()
 
@@ -83,7 +83,9 @@ class Incoming(NamedTuple):
     purges: Callable[[], int]
     """How often cursors were seen to be gone: who has one puts it back before the next poll."""
     starting: asyncio.Semaphore
-    """Bounds how many pollers start at once: thousands would hold up the event loop, and with it the lease."""
+    """Bounds how many bots are taken at once: thousands would hold up the event loop, and with it the lease."""
+    starts: Pace
+    """Spreads the first polls. Those that began together end together, and would begin together for ever."""
     beat: Beat
     """Bots for which nothing has come poll again together."""
     spread_s: Callable[[], float]

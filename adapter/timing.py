@@ -252,6 +252,21 @@ class Beat:
                 waiter.set_result(None)
 
 
+class Pace:
+    """Spreads what comes at once: so many in a second at most, one after the other."""
+
+    def __init__(self, per_s: float) -> None:
+        self._step_s = 1 / per_s
+        self._free_at = 0.0
+
+    def wait_s(self) -> float:
+        """How long the next one is to wait; 0 where few have come lately."""
+        now = asyncio.get_running_loop().time()
+        at = max(now, self._free_at)
+        self._free_at = at + self._step_s
+        return at - now
+
+
 class Latch:
     """A state of the world that tasks wait for: any number of waiters, woken at every change."""
 

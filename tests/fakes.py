@@ -53,7 +53,7 @@ from adapter.records import Binding, Context, Cursor
 from adapter.seal import Sealer
 from adapter.sending import Sender
 from adapter.sessions import Incoming, Waiting
-from adapter.timing import Beat, Latch
+from adapter.timing import Beat, Latch, Pace
 from adapter.uploads import Uploads
 
 EPOCH_MS = 1_789_000_000_000
@@ -1041,6 +1041,7 @@ class Bench:
             writable=writable,
             purges=lambda: self.purges,
             starting=asyncio.Semaphore(4),
+            starts=Pace(2000),
             beat=Beat(0.1),
             spread_s=lambda: 0.0,
             stale_retry_s=(5.0, 30.0, 300.0),

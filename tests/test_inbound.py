@@ -19,6 +19,7 @@ from adapter.inbound import poll_forever, tend
 from adapter.ports import Account, Entry, Message, Polled
 from adapter.records import Context, Cursor
 from adapter.sessions import Session
+from adapter.timing import Pace
 from tests.fakes import EPOCH_MS, Bench, EndOfScript, FakeClock, settle
 
 VIRTUAL_TIME = True
@@ -499,6 +500,34 @@ async def test_bots_for_which_nothing_came_poll_again_together() -> None:
     for session in sessions:
         session.leave(now=True)
     await asyncio.wait(tasks)
+
+
+async def test_bots_that_start_together_are_polled_one_after_the_other_and_leave_at_once() -> None:
+    bench = await ready()
+    sessions = [Session(BOT)]
+    for number in range(2, 6):
+        await bench.bind(f"s{number}", f"b{number}@im.bot", f"u{number}@im.wechat")
+        sessions.append(Session(f"b{number}@im.bot"))
+    needs = bench.incoming(starts=Pace(0.1))
+    asked: list[str] = []
+
+    async def poll(account: Account, cursor: str, hold_ms: int) -> Polled | None:
+        asked.append(account.bot)
+        await asyncio.Event().wait()
+        return None
+
+    bench.chat.poll = poll  # type: ignore[method-assign]
+    tasks = [asyncio.create_task(tend(session, needs)) for session in sessions]
+    started = []
+    for _ in range(3):
+        await asyncio.sleep(9.9)
+        started.append((len(bench.chat.notified), len(asked)))
+        await asyncio.sleep(0.1)
+    assert started == [(1, 1), (2, 2), (3, 3)]
+    for session in sessions:
+        session.leave(now=True)
+    async with asyncio.timeout(1):
+        await asyncio.wait(tasks)
 
 
 # what was seen -------------------------------------------------------------------------------------------

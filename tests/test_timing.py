@@ -13,7 +13,7 @@ import time
 import pytest
 from structlog.testing import capture_logs
 
-from adapter.timing import AnsweredWithin, Beat, finish, heed, heeding, restarted
+from adapter.timing import AnsweredWithin, Beat, Pace, finish, heed, heeding, restarted
 from tests.fakes import FakeClock
 
 VIRTUAL_TIME = True
@@ -177,6 +177,15 @@ async def test_what_is_in_hand_is_finished_although_its_caller_is_cancelled(need
         await caller
     await asyncio.sleep(0)
     assert seen == ["ended" if ended else "cancelled"]
+
+
+async def test_a_pace_holds_back_only_who_comes_too_soon() -> None:
+    pace = Pace(4)
+    assert [pace.wait_s() for _ in range(3)] == [0.0, 0.25, 0.5]
+    await asyncio.sleep(0.5)
+    assert pace.wait_s() == 0.25
+    await asyncio.sleep(10)
+    assert [pace.wait_s() for _ in range(2)] == [0.0, 0.25]
 
 
 GARBAGE = """
