@@ -10,11 +10,12 @@ import argparse
 import asyncio
 import contextlib
 import shutil
+import signal
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,39 +27,97 @@ from adapter.windows import LOOKS_PER_S
 from tests.bench.plot import bars
 from tests.bench.rig import Process, Received, Rig, rig
 
-Cell = str | float
-
 HOLD_S = 35.0
+LONG_S = 60.0
+"""How long a poll may be said to wait."""
+SHORT_S = 1.0
+"""How long a poll waits while bots are shared: one moves at its next."""
 SETTLE_S = 10.0
 """After the last bot's first poll, and the looks at their users' windows, for what else a start leaves to be done."""
+MANY = 5000
+"""Bots after whose start, or first messages, there is something left to be done."""
 WRITING = "floor that writes"
+REUSED = 0.01
+"""New connections for each poll, at most."""
 PLOT = Path(__file__).with_name("bench.svg")
 
-
-class Table(NamedTuple):
-    """One table of the report."""
-
-    title: str
-    head: tuple[str, ...]
-    rows: list[tuple[Cell, ...]]
-
-    def text(self) -> str:
-        lines = [f"### {self.title}", "", "| " + " | ".join(self.head) + " |", "|---" * len(self.head) + "|"]
-        return "\n".join(lines + ["| " + " | ".join(map(_cell, row)) + " |" for row in self.rows])
-
-
-class Rows(list[tuple[Cell, ...]]):
-    """Rows that are also said as they come: a whole run takes minutes."""
-
-    def append(self, row: tuple[Cell, ...]) -> None:
-        super().append(row)
-        sys.stderr.write("  " + ", ".join(map(_cell, row)) + "\n")
+COLUMNS = {
+    "per s": "per s",
+    "share": "of the floor's",
+    "cpu_us": "CPU µs each",
+    "p50_ms": "p50 ms",
+    "p99_ms": "p99 ms",
+    "worst_ms": "worst ms",
+    "polled_s": "all polled after s",
+    "busiest": "requests in the busiest s",
+    "cpu_s": "CPU s/min",
+    "mib": "private MiB",
+    "kib": "KiB/bot",
+}
 
 
-def _cell(value: Cell) -> str:
-    if isinstance(value, str):
-        return value
+class Row(NamedTuple):
+    """What one bridge did in one measurement; a figure for some of COLUMNS."""
+
+    what: str
+    bots: int
+    how: str
+    bridge: str
+    figures: dict[str, float]
+
+    def cells(self) -> list[str]:
+        found = [_cell(name, self.figures[name]) if name in self.figures else "" for name in COLUMNS]
+        return [self.what, f"{self.bots:,}", self.how, self.bridge, *found, reached(self)]
+
+
+def _cell(name: str, value: float) -> str:
+    if name == "share":
+        return f"{value:.0%}"
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+class Aim(NamedTuple):
+    """What is to be reached first, and next, by some of the adapter's rows."""
+
+    what: str
+    bots: tuple[int, ...]
+    how: str
+    """It begins so."""
+    figure: str
+    first: float
+    then: float | None = None
+    at_most: bool = True
+
+
+AIMS = (
+    Aim("inbound", (1, 100, 1000), "1 per answer", "share", 0.5, 0.7, at_most=False),
+    Aim("inbound", (1, 100, 1000), "20 per answer", "share", 0.5, 0.7, at_most=False),
+    Aim("inbound", (100,), "1 per answer", "per s", 4500, 6000, at_most=False),
+    Aim("inbound", (100,), "1 per answer", "cpu_us", 220),
+    Aim("latency in", (100,), "100/s", "p50_ms", 1.3, 1.1),
+    Aim("latency in", (100,), "100/s", "p99_ms", 3.4, 2.2),
+    Aim("outbound", (100,), "", "per s", 3000, 4500, at_most=False),
+    Aim("idle", (5000,), "plain", "cpu_s", 2.0, 1.4),
+    Aim("idle", (5000,), "plain", "mib", 174, 140),
+    Aim("idle", (1000, 5000, 10_000), "TLS", "kib", 80),
+    Aim("idle", (10_000,), "", "cpu_s", 6),
+    Aim("idle", (10_000,), "", "polled_s", 20),
+)
+
+
+def reached(row: Row) -> str:
+    """What was aimed at in this row, and whether it was reached."""
+    found = []
+    for aim in AIMS:
+        fits = aim.what == row.what and row.bots in aim.bots and row.how.startswith(aim.how)
+        if row.bridge != "adapter" or not fits or "sync" in row.how:
+            continue
+        value, sign = row.figures[aim.figure], "≤" if aim.at_most else "≥"
+        for bound in (aim.first, aim.then):
+            if bound is not None:
+                is_reached = value <= bound if aim.at_most else value >= bound
+                found.append(f"{sign} {_cell(aim.figure, bound)} {'✓' if is_reached else '✗'}")
+    return ", ".join(found)
 
 
 class Bench:
@@ -67,9 +126,27 @@ class Bench:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.number = 0
+        self.rows: list[Row] = []
+        self._stores: dict[int, Path] = {}
+        """What a server has once so many bots are bound, which takes a minute for ten thousand."""
+
+    def add(self, what: str, bots: int, how: str, bridge: str, **figures: float) -> None:
+        self.rows.append(Row(what, bots, how, bridge, figures))
+        sys.stderr.write("  " + ", ".join(filter(None, self.rows[-1].cells())) + "\n")
+
+    def table(self) -> str:
+        used = [name for name in COLUMNS if any(name in row.figures for row in self.rows)]
+        kept = [0, 1, 2, 3, *(4 + list(COLUMNS).index(name) for name in used), 4 + len(COLUMNS)]
+        head = ["what", "bots", "how", "bridge", *COLUMNS.values(), "aimed at"]
+        lines = [[head[at] for at in kept], ["---"] * len(kept)]
+        lines += [[row.cells()[at] for at in kept] for row in self.rows]
+        return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
     @contextlib.asynccontextmanager
-    async def rig(self, what: str, **options: Any) -> Any:
+    async def rig(self, what: str, *, bound: int | None = None, **options: Any) -> AsyncIterator[tuple[Rig, Client]]:
+        """`bound`: so many bots are, from the start."""
+        if bound is not None:
+            options["store"] = await self._store(bound)
         self.number += 1
         sys.stderr.write(f"{time.strftime('%H:%M:%S')} {what} …\n")
         folder = self.folder / str(self.number)
@@ -82,19 +159,29 @@ class Bench:
                 await nc.close()
         await asyncio.to_thread(shutil.rmtree, folder)
 
+    async def _store(self, bots: int) -> Path:
+        if bots not in self._stores:
+            fewer = max((made for made in self._stores if made < bots), default=0)
+            async with self.rig(f"({bots} bots are bound)", store=self._stores.get(fewer)) as (made, nc):
+                adapter = made.adapter()
+                await made.bind(nc, bots, first=fewer)
+                await made.polled(bots)
+                made.drop(adapter)
+                await nc.close()
+                await asyncio.to_thread(made.server.stop, signal.SIGTERM)
+                self._stores[bots] = self.folder / f"bound{bots}"
+                await asyncio.to_thread(shutil.move, made.store, self._stores[bots])
+        return self._stores[bots]
 
-async def bridge_in(made: Rig, nc: Client, kind: str, bots: int) -> Process:
+
+async def bridge_in(made: Rig, kind: str, bots: int, *, own_collector: bool = False) -> Process:
     """A bridge whose polls all wait: the adapter, or a floor on the adapter's streams."""
-    adapter = made.adapter()
     if kind == "adapter":
-        await made.bind(nc, bots)
-        await made.polled(bots)
-        return adapter
-    await made.bind(nc, 1)  # the streams are there once this is answered
-    made.drop(adapter)
-    floor = made.floor("in", bots, writes=kind == WRITING)
+        bridge = made.adapter(own_collector=own_collector)
+    else:
+        bridge = made.floor("in", bots, writes=kind == WRITING)
     await made.polled(bots)
-    return floor
+    return bridge
 
 
 def check(disordered: int, more: int = 0) -> None:
@@ -110,69 +197,105 @@ async def heard(nc: Client, *, timed: bool = False) -> Received:
     return received
 
 
-async def said_once(made: Rig, received: Received, bots: int) -> None:
+async def told(nc: Client) -> Received:
+    received = Received()
+    await nc.subscribe("wechat.event.*.receipt", cb=received.on_message, pending_msgs_limit=0, pending_bytes_limit=0)
+    await nc.flush()
+    return received
+
+
+async def said_once(made: Rig, received: Received, bots: Iterable[int]) -> None:
     """Every bot's user writes, so that what is read of each but once, at their first message, is read."""
-    await made.ask("feed", bots=list(range(bots)), count=1, per_answer=1)
-    await received.until(bots)
+    bots = list(bots)
+    enough = received.count + len(bots)
+    await made.ask("feed", bots=bots, count=1, per_answer=1)
+    await received.until(enough)
 
 
-async def inbound(bench: Bench) -> Table:
-    head = ("bots", "per answer", "bridge", "sync", "messages/s", "CPU µs/message", "of the floor's rate")
-    rows = Rows()
-    plan = [
-        (1, 1, 4000, ""),
-        (1, 20, 40_000, ""),
-        (100, 1, 10_000, ""),
-        (100, 20, 40_000, ""),
-        (1000, 1, 10_000, ""),
-        (1000, 20, 40_000, ""),
-        (5000, 1, 10_000, ""),
-        (5000, 20, 100_000, ""),
-        (100, 1, 3000, "always"),
-    ]
-    for bots, per_answer, total, sync in plan:
-        rates: dict[str, float] = {}
-        bridges = ("floor", WRITING, "adapter") if bots == 1 or per_answer > 1 else ("floor", "adapter")
-        for kind in bridges:
-            async with bench.rig(f"in: {kind}, {bots} bots, {per_answer} per answer", sync=sync) as (made, nc):
-                process = await bridge_in(made, nc, kind, bots)
+class Spent:
+    """What processes spend on each of so many messages, and how many go through in a second."""
+
+    def __init__(self, *bridges: Process) -> None:
+        self._bridges = bridges
+        self._before = [bridge.cpu_s() for bridge in bridges]
+        self.began = time.monotonic()
+
+    def each_s(self) -> list[float]:
+        """CPU seconds of each process."""
+        return [bridge.cpu_s() - before for bridge, before in zip(self._bridges, self._before, strict=True)]
+
+    def on(self, count: int, until: float) -> dict[str, float]:
+        return {"per s": count / (until - self.began), "cpu_us": sum(self.each_s()) / count * 1e6}
+
+
+async def fed(
+    made: Rig, received: Received, bots: int, total: int, per_answer: int, *bridges: Process
+) -> tuple[dict[str, float], list[float]]:
+    """`total` messages in all come in for so many bots; what that costs, and each bridge's CPU seconds."""
+    spent, count, before = Spent(*bridges), total // bots * bots, received.count
+    await made.ask("feed", bots=list(range(bots)), count=total // bots, per_answer=per_answer)
+    await received.until(before + count)
+    check(received.disordered, received.count - before - count)
+    return spent.on(count, received.when), spent.each_s()
+
+
+async def inbound(bench: Bench) -> None:
+    for bots, single, batched, sync in (
+        (1, 4000, 40_000, ""),
+        (100, 10_000, 40_000, ""),
+        (1000, 10_000, 40_000, ""),
+        (5000, 10_000, 100_000, ""),
+        (100, 3000, 0, "always"),
+    ):
+        found: dict[tuple[int, str], dict[str, float]] = {}
+        for kind in ("floor", WRITING, "adapter"):
+            bound = bots if kind == "adapter" else 1
+            async with bench.rig(f"in: {kind}, {bots} bots", bound=bound, sync=sync) as (made, nc):
+                process = await bridge_in(made, kind, bots)
                 received = await heard(nc)
-                await said_once(made, received, bots)
-                before, began = process.cpu_s(), time.monotonic()
-                count = total // bots * bots
-                await made.ask("feed", bots=list(range(bots)), count=total // bots, per_answer=per_answer)
-                await received.until(bots + count)
-                check(received.disordered)
-                rates[kind] = count / (received.when - began)
-                cpu_us = (process.cpu_s() - before) / count * 1e6
-                share = f"{rates[kind] / rates['floor']:.0%}" if kind != "floor" else ""
-                rows.append((bots, per_answer, kind, sync or "default", rates[kind], cpu_us, share))
-    return Table("Inbound: iLink's answer to the subscriber", head, rows)
+                await said_once(made, received, range(bots))
+                await asyncio.sleep(SETTLE_S if bots >= MANY else 0)
+                for per_answer, total in ((1, single), (20, batched)):
+                    if total:
+                        figures, _ = await fed(made, received, bots, total, per_answer, process)
+                        if kind != "floor":
+                            figures["share"] = figures["per s"] / found[per_answer, "floor"]["per s"]
+                        found[per_answer, kind] = figures
+        for (per_answer, kind), figures in sorted(found.items(), key=lambda item: item[0][0]):
+            how = f"{per_answer} per answer{', sync always' if sync else ''}"
+            bench.add("inbound", bots, how, kind, **figures)
 
 
-async def latency(bench: Bench) -> Table:
-    head = ("what", "bridge", "p50 ms", "p99 ms", "worst ms", "CPU µs/message")
-    rows = Rows()
+def ages(found: list[float], spent: Spent) -> dict[str, float]:
+    found.sort()
+    p50, p99 = statistics.median(found), found[int(len(found) * 0.99)]
+    cpu_us = sum(spent.each_s()) / len(found) * 1e6
+    return {"cpu_us": cpu_us, "p50_ms": p50, "p99_ms": p99, "worst_ms": found[-1]}
 
-    def add(what: str, kind: str, ages: list[float], cpu_s: float) -> None:
-        ages.sort()
-        p99 = ages[int(len(ages) * 0.99)]
-        rows.append((what, kind, statistics.median(ages), p99, ages[-1], cpu_s / len(ages) * 1e6))
 
-    for kind in ("floor", "adapter"):
-        async with bench.rig(f"latency in: {kind}") as (made, nc):
-            process = await bridge_in(made, nc, kind, 100)
+async def latency(bench: Bench) -> None:
+    """Also with thousands of bots, whose polls make the garbage collector's work long."""
+    plan = [("floor", 100, 100, ""), ("adapter", 100, 100, "")]
+    plan += [("adapter", MANY, 1000, how) for how in (", Python's own garbage collection", "")]
+    for kind, bots, per_s, how in plan:
+        bound = bots if kind == "adapter" else 1
+        async with bench.rig(f"latency in: {kind}, {bots} bots{how}", bound=bound) as (made, nc):
+            process = await bridge_in(made, kind, bots, own_collector=bool(how))
             received = await heard(nc, timed=True)
-            before = process.cpu_s()
-            await made.ask("trickle", bots=100, count=1000, per_s=100)
-            await received.until(1000)
+            if bots >= MANY:
+                await said_once(made, received, range(bots))
+                await asyncio.sleep(SETTLE_S)
+            before, spent, count = received.count, Spent(process), (20 if bots >= MANY else 10) * per_s
+            received.ages_ms.clear()
+            await made.ask("trickle", bots=bots, count=count, per_s=per_s)
+            await received.until(before + count)
             check(received.disordered)
-            add("iLink's answer to subscriber", kind, received.ages_ms, process.cpu_s() - before)
-    async with bench.rig("latency out: adapter") as (made, nc):
+            bench.add("latency in", bots, f"{per_s:,}/s{how}", kind, **ages(received.ages_ms, spent))
+    async with bench.rig("latency out: adapter", bound=100) as (made, nc):
         process = await ready_to_send(made, nc, 100)
-        before = process.cpu_s()
-        add("command to receipt", "adapter", await asked(nc, 100, count=1000, per_s=100), process.cpu_s() - before)
-    return Table("Latency at 100 messages/s, 100 bots, idle cost included", head, rows)
+        spent = Spent(process)
+        found = await asked(nc, 100, count=1000, per_s=100)
+        bench.add("latency out", 100, "100/s", "adapter", **ages(found, spent))
 
 
 async def asked(nc: Client, bots: int, *, count: int, per_s: float) -> list[float]:
@@ -199,146 +322,177 @@ async def asked(nc: Client, bots: int, *, count: int, per_s: float) -> list[floa
 
 async def ready_to_send(made: Rig, nc: Client, bots: int) -> Process:
     """An adapter whose users have all written, so that each may be answered."""
-    adapter = made.adapter()
-    await made.bind(nc, bots)
-    await made.polled(bots)
-    await said_once(made, await heard(nc), bots)
+    adapter = await bridge_in(made, "adapter", bots)
+    await said_once(made, await heard(nc), range(bots))
     return adapter
 
 
-async def push(nc: Client, bots: int, count: int) -> None:
-    """Commands to all sandboxes in turn, as fast as the server takes them."""
-    for number in range(count):
+async def push(nc: Client, bots: int, count: int, *, first: int = 0) -> None:
+    """Commands to all sandboxes in turn, as fast as the server takes them; numbers in their texts grow."""
+    for number in range(first, first + count):
         await nc.publish(f"wechat.out.s{number % bots}", b'{"text":"hello there %d"}' % number)
         if number % 200 == 199:
             await nc.flush()
 
 
-async def outbound(bench: Bench) -> Table:
-    head = ("bots", "bridge", "sync", "commands/s", "CPU µs/command", "of the floor's rate")
-    rows = Rows()
+async def sent(
+    made: Rig, nc: Client, receipts: Received, bots: int, count: int, process: Process, *, first: int = 0
+) -> dict[str, float]:
+    """So many commands get their receipts; what that costs."""
+    enough, before, spent = receipts.count + count, (await made.ask("stats"))["sends"], Spent(process)
+    await push(nc, bots, count, first=first)
+    await receipts.until(enough)
+    stats = await made.ask("stats")
+    check(stats["disordered"], stats["sends"] - before - count)
+    return spent.on(count, receipts.when)
+
+
+async def outbound(bench: Bench) -> None:
     for bots, count, sync in ((100, 8000, ""), (1000, 8000, ""), (100, 3000, "always")):
-        async with bench.rig(f"out: floor, {bots} bots", sync=sync) as (made, nc):
-            adapter = made.adapter()
-            await made.bind(nc, 1)
-            made.drop(adapter)
+        how = "with receipts" + (", sync always" if sync else "")
+        async with bench.rig(f"out: floor, {bots} bots", bound=1, sync=sync) as (made, nc):
             js = nc.jetstream()
             await js.delete_stream("WECHAT_OUT")
             await js.add_stream(name="WECHAT_OUT", subjects=["wechat.out.*"], retention="workqueue")
             await js.add_consumer("WECHAT_OUT", durable_name="floor", ack_policy="explicit", max_ack_pending=5000)
-            process = made.floor("out", bots)
-            before, began = process.cpu_s(), time.monotonic()
+            spent = Spent(made.floor("out", bots))
             await push(nc, bots, count)
             while (await made.ask("stats"))["sends"] < count:
                 await asyncio.sleep(0.02)
-            floor = count / (time.monotonic() - began)
-            rows.append((bots, "floor", sync or "default", floor, (process.cpu_s() - before) / count * 1e6, ""))
-        async with bench.rig(f"out: adapter, {bots} bots", sync=sync) as (made, nc):
+            floor = spent.on(count, time.monotonic())
+            bench.add("outbound", bots, how.replace("with receipts", "no receipts"), "floor", **floor)
+        async with bench.rig(f"out: adapter, {bots} bots", bound=bots, sync=sync) as (made, nc):
             process = await ready_to_send(made, nc, bots)
-            receipts = await told(nc)
-            before, began = process.cpu_s(), time.monotonic()
-            await push(nc, bots, count)
-            await receipts.until(count)
-            stats = await made.ask("stats")
-            check(stats["disordered"], stats["sends"] - count)
-            rate = count / (receipts.when - began)
-            cpu_us = (process.cpu_s() - before) / count * 1e6
-            rows.append((bots, "adapter", sync or "default", rate, cpu_us, f"{rate / floor:.0%}"))
-    return Table("Outbound: command to receipt", head, rows)
+            figures = await sent(made, nc, await told(nc), bots, count, process)
+            bench.add("outbound", bots, how, "adapter", **figures, share=figures["per s"] / floor["per s"])
 
 
-async def told(nc: Client) -> Received:
-    received = Received()
-    await nc.subscribe("wechat.event.*.receipt", cb=received.on_message, pending_msgs_limit=0, pending_bytes_limit=0)
-    await nc.flush()
-    return received
+async def grown(bench: Bench) -> None:
+    """What a hundred users cost who write and are answered, beside others whose polls wait all the time."""
+    bots, active, silent = 5000, 100, 1000
+    async with bench.rig("as state grows", bound=bots, hold_s=LONG_S) as (made, nc):
+        process = await bridge_in(made, "adapter", bots)
+        received, receipts = await heard(nc), await told(nc)
+        await said_once(made, received, range(active))
+        await fed(made, received, active, 10_000, 1, process)  # as the others will come after some
+        pushed = 0
+        for users, parked in ((active, 0), (bots - silent, 0), (bots - silent, 5 * silent)):
+            how = f"{active} of them active, {users:,} users with state, {parked:,} parked"
+            sys.stderr.write(f"{time.strftime('%H:%M:%S')} {how} …\n")
+            if users > active and not parked:
+                await said_once(made, received, range(active, users))
+            enough = receipts.count + parked
+            for number in range(parked):
+                await nc.publish(f"wechat.out.s{bots - 1 - number % silent}", b'{"text":"they never wrote"}')
+            await receipts.until(enough)
+            await asyncio.sleep(SETTLE_S)
+            figures, _ = await fed(made, received, active, 10_000, 1, process)
+            bench.add("inbound", bots, how, "adapter", **figures)
+            figures = await sent(made, nc, receipts, active, 8000, process, first=pushed)
+            bench.add("outbound", bots, how, "adapter", **figures)
+            pushed += 8000
 
 
-async def started(made: Rig, nc: Client, kind: str, bots: int) -> tuple[Process, float, float]:
-    """A bridge that starts with all its bots bound; its MiB with none, and seconds until all of them are polled."""
-    if kind == "adapter":
-        process = made.adapter()
-        await made.bind(nc, 1)
-        empty = process.memory_mib()
-        await made.bind(nc, bots)
-        await made.polled(bots)
-    else:
-        process = await bridge_in(made, nc, "floor", 1)
-        empty = process.memory_mib()
-    made.drop(process)
-    began = time.monotonic()
-    process = made.adapter() if kind == "adapter" else made.floor("in", bots)
-    await made.polled(bots)
-    return process, empty, time.monotonic() - began
-
-
-async def idle(bench: Bench) -> Table:
+async def idle(bench: Bench) -> None:
     """All of them at the same time, since waiting costs little: one after the other takes four minutes more."""
-    head = ("bots", "bridge", "TLS", "all polled after, s", "CPU s/min", "private MiB", "KiB/bot", "connections/poll")
-    rows = Rows()
     plan = [("adapter", bots, tls) for tls in (True, False) for bots in (10_000, 5000, 1000)]
     plan.append(("floor", 5000, False))
+    empty = {tls: await _empty_mib(bench, tls=tls) for tls in (True, False)}
     async with contextlib.AsyncExitStack() as stack:
         rigs, settled = [], 0.0
         for kind, bots, tls in plan:
             what = f"idle: {kind}, {bots} bots{', TLS' if tls else ''}"
-            made, nc = await stack.enter_async_context(bench.rig(what, tls=tls))
-            rigs.append((made, *await started(made, nc, kind, bots)))
+            bound = bots if kind == "adapter" else 1
+            made, _ = await stack.enter_async_context(bench.rig(what, bound=bound, tls=tls))
+            began = time.monotonic()
+            process = await bridge_in(made, kind, bots)
+            figures = {"polled_s": time.monotonic() - began, "busiest": (await made.ask("busiest"))["requests"]}
+            rigs.append((made, process, figures))
             settled = max(settled, time.monotonic() + SETTLE_S + (bots / LOOKS_PER_S if kind == "adapter" else 0))
         await asyncio.sleep(settled - time.monotonic())
-        before = [(await made.ask("stats"), process.cpu_s(), time.monotonic()) for made, process, _, _ in rigs]
+        before = [(await made.ask("stats"), process.cpu_s(), time.monotonic()) for made, process, _ in rigs]
         await asyncio.sleep(HOLD_S + 1)  # so that each bot polls again
-        for given, (made, process, empty, polled_s), (stats, cpu_s, began) in zip(plan, rigs, before, strict=True):
+        for given, (made, process, figures), (stats, cpu_s, began) in zip(plan, rigs, before, strict=True):
             kind, bots, tls = given
-            cpu = (process.cpu_s() - cpu_s) * 60 / (time.monotonic() - began)
-            after, memory = await made.ask("stats"), process.memory_mib()
-            reused = (after["connections"] - stats["connections"]) / max(1, after["polls"] - stats["polls"])
-            row = (bots, kind, "yes" if tls else "no", polled_s, cpu, memory, (memory - empty) * 1024 / bots, reused)
-            rows.append(row)
-    return Table("Idle bots, and a start with all of them bound", head, rows)
+            figures["cpu_s"] = (process.cpu_s() - cpu_s) * 60 / (time.monotonic() - began)
+            after, figures["mib"] = await made.ask("stats"), process.memory_mib()
+            if kind == "adapter":
+                figures["kib"] = (figures["mib"] - empty[tls]) * 1024 / bots
+            opened = (after["connections"] - stats["connections"]) / (after["polls"] - stats["polls"])
+            if opened > REUSED:
+                raise RuntimeError(f"{opened:.2g} new connections for each poll")
+            bench.add("idle", bots, "TLS" if tls else "plain", kind, **figures)
 
 
-async def shared(bench: Bench) -> Table:
+async def _empty_mib(bench: Bench, *, tls: bool) -> float:
+    """The memory of an adapter with one bot."""
+    async with bench.rig("idle: adapter, 1 bot", bound=1, tls=tls) as (made, _):
+        return (await bridge_in(made, "adapter", 1)).memory_mib()
+
+
+async def shared(bench: Bench) -> None:
     """Two processes on the machine's cores, and what is left when one is killed."""
-    head = ("bots", "messages/s", "CPU µs/message", "shares", "after a kill -9 all polled by the other, s")
-    rows = Rows()
+    await _polls_add_up(bench)
     for bots, total in ((100, 10_000), (10_000, 10_000)):
-        async with bench.rig(f"two adapters, {bots} bots") as (made, nc):
+        async with bench.rig(f"two adapters, {bots} bots", bound=bots, hold_s=SHORT_S) as (made, nc):
             both = [made.adapter(), made.adapter()]
             await made.split(nc, len(both))
-            await made.bind(nc, bots)
+            await made.ask("hold", seconds=HOLD_S)
+            await asyncio.sleep(2 * SHORT_S)
             await made.polled(bots)
             received = await heard(nc)
-            before, began = [process.cpu_s() for process in both], time.monotonic()
-            await made.ask("feed", bots=list(range(bots)), count=total // bots, per_answer=1)
-            await received.until(total)
-            check(received.disordered)
-            rate = total / (received.when - began)
-            spent = [process.cpu_s() - cpu_s for process, cpu_s in zip(both, before, strict=True)]
+            await said_once(made, received, range(bots))
+            figures, each_s = await fed(made, received, bots, total, 1, *both)
             await made.polled(bots)
-            shares = " : ".join(f"{cpu_s / sum(spent):.0%}" for cpu_s in spent)
+            shares = " : ".join(f"{cpu_s / sum(each_s):.0%}" for cpu_s in each_s)
+            bench.add("inbound", bots, f"1 per answer, shared {shares}", "two adapters", **figures)
             both[0].stop()
             killed = time.monotonic()
             await made.fewer(bots)
             await made.polled(bots)
-            rows.append((bots, rate, sum(spent) / total * 1e6, shares, time.monotonic() - killed))
-    return Table("Two adapters: shares of the CPU spent, and a take-over", head, rows)
+            bench.add("kill -9", bots, "the other polls all", "two adapters", polled_s=time.monotonic() - killed)
 
 
-def plot(inbound: Table, outbound: Table) -> str:
-    """CPU per message of both bridges, of every row."""
+async def _polls_add_up(bench: Bench) -> None:
+    """Polls that wait for a twentieth of a second: more are due than one process makes. What two make.
+
+    Nothing comes, so that hardly anybody else works, and there is nearly a core for each.
+    """
+    bots, alone = 5000, 0.0
+    async with bench.rig("polls: one adapter, then two", bound=bots, hold_s=0.05) as (made, nc):
+        adapters = [await bridge_in(made, "adapter", bots)]
+        for how in ("one adapter", "two adapters"):
+            if alone:
+                adapters.append(made.adapter())
+                await made.split(nc, 2)
+            await asyncio.sleep(SETTLE_S)
+            before, spent = (await made.ask("stats"))["polls"], Spent(*adapters)
+            await asyncio.sleep(SETTLE_S)
+            polls, now = (await made.ask("stats"))["polls"] - before, time.monotonic()
+            figures = spent.on(polls, now)
+            bench.add("empty polls", bots, "as fast as may be", how, **figures)
+            alone = figures["per s"]
+
+
+def plot(rows: list[Row]) -> str:
+    """CPU per message of all bridges."""
     found: dict[str, dict[str, float]] = {}
-    for bots, per, kind, sync, _, cpu_us, _ in inbound.rows:
-        found.setdefault(f"in: {bots} bots, {per} per answer, sync {sync}", {})[str(kind)] = float(cpu_us)
-    for bots, kind, sync, _, cpu_us, _ in outbound.rows:
-        found.setdefault(f"out: {bots} bots, sync {sync}", {})[str(kind)] = float(cpu_us)
+    for row in rows:
+        if row.what in ("inbound", "outbound") and row.bridge in ("floor", WRITING, "adapter"):
+            how = "" if row.what == "outbound" else f", {row.how}"
+            if "active" not in row.how:
+                group = (
+                    f"{row.what}, {row.bots:,} bots{how}{', sync always' if 'sync' in row.how and not how else ''}"
+                )
+                found.setdefault(group, {})[row.bridge] = row.figures["cpu_us"]
     return bars("CPU per message, µs", found)
 
 
-SUITES: dict[str, Callable[[Bench], Awaitable[Table]]] = {
+SUITES: dict[str, Callable[[Bench], Awaitable[None]]] = {
     "in": inbound,
     "latency": latency,
     "out": outbound,
+    "grown": grown,
     "two": shared,
     "idle": idle,
 }
@@ -346,14 +500,17 @@ SUITES: dict[str, Callable[[Bench], Awaitable[Table]]] = {
 
 async def run(names: list[str]) -> None:
     folder = Path(tempfile.mkdtemp(prefix="bench-"))
-    bench = Bench(folder)
-    tables = {}
-    for name in names:
-        tables[name] = await SUITES[name](bench)
-        print(tables[name].text() + "\n", flush=True)
-    await asyncio.to_thread(shutil.rmtree, folder)
-    if {"in", "out"} <= tables.keys():
-        await asyncio.to_thread(PLOT.write_text, plot(tables["in"], tables["out"]))
+    bench, began = Bench(folder), time.monotonic()
+    try:
+        for name in names:
+            await SUITES[name](bench)
+    finally:
+        print(bench.table(), flush=True)
+        await asyncio.to_thread(shutil.rmtree, folder)
+    minutes, seconds = divmod(round(time.monotonic() - began), 60)
+    sys.stderr.write(f"{minutes} min {seconds} s\n")
+    if {"in", "out"} <= set(names):
+        await asyncio.to_thread(PLOT.write_text, plot(bench.rows))
         sys.stderr.write(f"{PLOT}\n")
 
 

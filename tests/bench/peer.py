@@ -45,6 +45,8 @@ class Peer:
         self.hold_s = hold_s
         self.bots: dict[int, Bot] = {}
         self.counts = dict.fromkeys(("polls", "sends", "disordered", "connections", "other"), 0)
+        self.second = self.in_second = self.busiest = 0
+        """Requests in this second, and in the busiest one since the last look."""
         self.newest: dict[bytes, int] = {}
         """The number in the newest text that each bot sent."""
         self.per_answer = 1
@@ -97,6 +99,8 @@ class Peer:
 
     def call(self, connection: Connection, path: bytes, token: bytes, body: bytes) -> None:
         """One request."""
+        if not path.startswith(b"/admin/"):
+            self.clock()
         if path.endswith(b"/getupdates"):
             self.counts["polls"] += 1
             bot = self.bot(int(token.partition(b"@")[0]))
@@ -118,6 +122,12 @@ class Peer:
             self.counts["other"] += 1
             connection.reply(b'{"ret":0}')
 
+    def clock(self) -> None:
+        second = int(time.monotonic())
+        self.in_second = self.in_second + 1 if second == self.second else 1
+        self.second = second
+        self.busiest = max(self.busiest, self.in_second)
+
     def see(self, token: bytes, body: bytes) -> None:
         """A bridge that keeps the order sends texts with numbers in the order of these, each once."""
         at = body.find(b"hello there ")
@@ -132,6 +142,11 @@ class Peer:
                 self.per_answer = given["per_answer"]
                 for number in given["bots"]:
                     self.feed(number, given["count"])
+            case "hold":
+                self.hold_s = given["seconds"]
+            case "busiest":
+                busiest, self.busiest = self.busiest, 0
+                return {"requests": busiest}
             case "trickle":
                 asyncio.get_running_loop().create_task(self.trickle(given["bots"], given["count"], given["per_s"]))
         return {"polling": self.polling, **self.counts}

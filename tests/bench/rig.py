@@ -9,6 +9,7 @@ import datetime
 import ipaddress
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -32,6 +33,11 @@ from adapter.embedded import find_server
 from adapter.records import Claim
 from tests.e2e.waiting import eventually, free_port
 
+OWN_COLLECTOR = (
+    "import gc, sys; gc.freeze = gc.collect = gc.set_threshold = lambda *_: None; sys.argv = ['wechat-nats', 'run'];"
+    "from adapter.__main__ import main; main()"
+)
+"""An adapter that leaves Python's garbage collector as it is."""
 STAYS_S = 6.0
 """Longer than a lease: a new replica is given its share after one."""
 BINDS = 200
@@ -82,16 +88,19 @@ class Process:
 class Rig:
     """Everything for one measurement."""
 
-    def __init__(self, folder: Path, *, hold_s: float, tls: bool, sync: str) -> None:
+    def __init__(self, folder: Path, *, hold_s: float, tls: bool, sync: str, store: Path | None) -> None:
         self.folder = folder
         self.tls = tls
         self._port, nats_port = free_port(), free_port()
         self.nats_url = f"nats://127.0.0.1:{nats_port}"
         self.base_url = f"{'https' if tls else 'http'}://127.0.0.1:{self._port}"
+        self.store = folder / "js"
+        if store is not None:
+            shutil.copytree(store, self.store)
         config = folder / "nats.conf"
         config.write_text(
             f'listen: "127.0.0.1:{nats_port}"\n'
-            f'jetstream {{ store_dir: "{folder}/js", {f"sync_interval: {sync}," if sync else ""} max_file: 200G }}\n'
+            f'jetstream {{ store_dir: "{self.store}", {f"sync_interval: {sync}," if sync else ""} max_file: 200G }}\n'
         )
         self.server = Process([str(find_server()), "-c", str(config)], folder / "nats.log")
         argv = [sys.executable, "-m", "tests.bench.peer", "--port", str(self._port), "--hold-s", str(hold_s)]
@@ -159,8 +168,11 @@ class Rig:
         await eventually(up, "the server listens")
         return await nats.connect(self.nats_url, pending_size=64 * 1024 * 1024)
 
-    def adapter(self, **settings: str) -> Process:
-        """The real one, as it is deployed; limits that would stop the load are lifted, guarantees are not."""
+    def adapter(self, *, own_collector: bool = False) -> Process:
+        """The real one, as it is deployed; limits that would stop the load are lifted, guarantees are not.
+
+        `own_collector`: Python's garbage collector works as it does by itself.
+        """
         environ = {
             "NATS_URL": self.nats_url,
             "WECHAT_NATS_ILINK_BASE_URL": self.base_url,
@@ -177,10 +189,10 @@ class Rig:
         }
         if self.tls:
             environ["SSL_CERT_FILE"] = str(self.folder / "cert.pem")
-        environ |= {f"WECHAT_NATS_{name.upper()}": value for name, value in settings.items()}
-        command = Path(sys.executable).with_name("wechat-nats")
-        log = self.folder / f"adapter{len(self.bridges)}.log"
-        self.bridges.append(Process([str(command), "run"], log, environ))
+        command = [str(Path(sys.executable).with_name("wechat-nats")), "run"]
+        if own_collector:
+            command = [sys.executable, "-c", OWN_COLLECTOR]
+        self.bridges.append(Process(command, self.folder / f"adapter{len(self.bridges)}.log", environ))
         return self.bridges[-1]
 
     def floor(self, direction: str, bots: int, *, writes: bool = False) -> Process:
@@ -191,8 +203,8 @@ class Rig:
         self.bridges.append(Process(argv, self.folder / "floor.log"))
         return self.bridges[-1]
 
-    async def bind(self, nc: Client, bots: int) -> None:
-        """Binds so many bots and waits until each has its answer.
+    async def bind(self, nc: Client, bots: int, *, first: int = 0) -> None:
+        """Binds the bots from `first` on, until there are so many, and waits until each has its answer.
 
         Not all at once: a token is erased once it was read, for which the server reads the file that it is in, and
         thousands make a large one.
@@ -205,7 +217,7 @@ class Rig:
 
         subscription = await nc.subscribe(inbox, cb=on_answer)
         js = nc.jetstream()
-        for number in range(bots):
+        for number in range(first, bots):
             await slots.acquire()
             command = Bind(
                 sandbox=f"s{number}",
@@ -214,7 +226,7 @@ class Rig:
                 user=f"user{number}@im.wechat",
             )
             body = msgspec.json.encode(command)
-            if number == 0:
+            if number == first:
                 while True:
                     try:
                         await js.publish("wechat.ctl.bind", body, headers={"Reply-To": inbox})
@@ -238,11 +250,16 @@ class Rig:
 
 
 @contextlib.asynccontextmanager
-async def rig(folder: Path, *, hold_s: float = 35.0, tls: bool = False, sync: str = "") -> AsyncIterator[Rig]:
-    """`sync` "": the server's default, every two minutes; "always": each write. The folder is there."""
+async def rig(
+    folder: Path, *, hold_s: float = 35.0, tls: bool = False, sync: str = "", store: Path | None = None
+) -> AsyncIterator[Rig]:
+    """`sync` "": the server's default, every two minutes; "always": each write. The folder is there.
+
+    `store`: what the server has at its start, which is copied.
+    """
     if tls:
         make_certificate(folder)
-    made = Rig(folder, hold_s=hold_s, tls=tls, sync=sync)
+    made = Rig(folder, hold_s=hold_s, tls=tls, sync=sync, store=store)
     try:
         yield made
     finally:
