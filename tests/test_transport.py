@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import gzip
+import inspect
 import itertools
 import socket
 import ssl
@@ -444,6 +446,55 @@ async def test_a_proxy_is_asked_where_the_environment_names_one(
     finally:
         await made.close()
         _target.cache_clear()
+
+
+async def hang_up(writer: asyncio.StreamWriter) -> None:
+    writer.close()
+
+
+async def keep_silent(_: asyncio.StreamWriter) -> None:
+    await asyncio.sleep(0.2)
+
+
+@pytest.mark.parametrize("fault", ["refused", "hung up", "silent", "no TLS"])
+async def test_a_request_that_fails_leaves_no_garbage(server: Server, own: Transport, fault: str) -> None:
+    """What refers to itself waits for the collector, and thousands of bots fail again and again in an outage."""
+    url = server.url
+    match fault:
+        case "refused":
+            url = f"http://127.0.0.1:{free_port()}/"
+        case "hung up":
+            server.answer = hang_up
+        case "silent":
+            server.answer = keep_silent
+        case _:
+            url = url.replace("http:", "https:")
+            server.answer = hang_up
+
+    async def fail() -> None:
+        with pytest.raises((Temporary, Uncertain, TimeoutError)):
+            await post(own, url, timeout_s=0.05)
+        await asyncio.sleep(0)
+
+    await fail()
+    gc.collect()
+    gc.disable()
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    try:
+        for _ in range(5):
+            await fail()
+        await asyncio.sleep(0.3)  # until the server's ends are closed, too
+        gc.collect()
+        ours = [
+            thing
+            for thing in gc.garbage
+            if isinstance(thing, Connection) or (inspect.isframe(thing) and "/adapter/" in thing.f_code.co_filename)
+        ]
+        assert ours == []
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
 
 
 @hypothesis.given(cuts=st.lists(st.integers(1, len(PIECES) - 1), max_size=6))

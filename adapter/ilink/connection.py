@@ -44,7 +44,7 @@ class Connection(asyncio.Protocol):
     def __init__(self, most: int) -> None:
         self._loop = asyncio.get_running_loop()
         self._most = most
-        self._parser = httptools.HttpResponseParser(self)
+        self._parser: httptools.HttpResponseParser
         self._transport: asyncio.Transport | None = None
         self._answer: asyncio.Future[Reply] | None = None
         self._keeps = True
@@ -84,6 +84,7 @@ class Connection(asyncio.Protocol):
         finally:
             deadline.cancel()
             self._answer = None
+            del answer  # where it holds an error, that refers to this frame
             self.idle_since = self._loop.time()
 
     def abort(self) -> None:
@@ -101,7 +102,8 @@ class Connection(asyncio.Protocol):
     # what the loop calls -------------------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """The connection stands."""
+        """The connection stands. The parser refers to this object: one that never stands has none."""
+        self._parser = httptools.HttpResponseParser(self)
         self._transport = cast(asyncio.Transport, transport)  # uvloop's are of no class of asyncio's
 
     def data_received(self, data: bytes) -> None:

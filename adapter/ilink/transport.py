@@ -174,6 +174,7 @@ class Transport:
         except (OSError, ssl.CertificateError) as exc:  # also TimeoutError
             if connected is not None:
                 connected.close()
+            exc.__traceback__ = None  # in it is who keeps it: both would wait for the garbage collector
             raise Temporary("network", type(exc).__name__) from exc
         return connection
 
