@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import gc
 import random
+import sys
 import time
 from collections.abc import Callable, Coroutine, Iterator
 from types import TracebackType
@@ -22,13 +23,19 @@ HERE_S = 1.0
 
 YOUNG = 5_000
 """Objects more than at the last collection, after which the youngest are looked at."""
-OLDER = 1_000
-"""Looks at the youngest, after which those are looked at that outlived one: a hundred seconds, see LOOK_S. What a
-poll that waits is made of outlives it, and is no garbage: thousands of bots have half a million objects, and each
-look at all of them stops everything for a tenth of a second or more."""
 LOOK_S = 0.1
 """The youngest are looked at so often in any case. What was made and outlives it is counted against what is freed, so
 that the interpreter itself may look at a hundred thousand at once, for fifty milliseconds."""
+GROWN = 16
+"""Those that outlived a look are looked at again when more is allocated by one part in so many; by the interpreter
+after ten looks. What a poll that waits is made of outlives them all, and is no garbage: thousands of bots have half a
+million objects, and a look at all of them stops everything for a tenth of a second or more."""
+LOOKS = 10
+"""After so many it is counted what is allocated: a tenth of a millisecond for each million of objects."""
+EVERYTHING = 10
+"""So seldom, when it has grown, all that lives is looked at."""
+SELDOM = 1_000
+"""Looks, after which the interpreter looks at older ones by itself."""
 
 log = structlog.get_logger()
 
@@ -37,11 +44,11 @@ def run_fast(main: Coroutine[Any, Any, T]) -> T:
     """asyncio.run, on uvloop where there is one: less CPU per request, a fifth of the memory per TLS connection.
 
     What is there at the start stays: the garbage collector is told to leave it alone. What polls and messages are
-    made of is no garbage either, and looked at seldom (OLDER); the youngest are looked at often, and few at a time.
+    made of is no garbage either, and looked at seldom (GROWN); the youngest are looked at often, and few at a time.
     """
     gc.collect()
     gc.freeze()
-    gc.set_threshold(YOUNG, OLDER)
+    gc.set_threshold(YOUNG, SELDOM)
     try:
         import uvloop  # noqa: PLC0415 -- optional: not on every platform
     except ModuleNotFoundError:
@@ -54,9 +61,18 @@ async def _looked_after(main: Coroutine[Any, Any, T]) -> T:
     """`main`, while garbage is looked for in small pieces."""
 
     async def look() -> None:
+        least, times = sys.getallocatedblocks(), 0
         while True:
-            await asyncio.sleep(LOOK_S)
-            gc.collect(0)
+            for _ in range(LOOKS):
+                await asyncio.sleep(LOOK_S)
+                gc.collect(0)
+            now = sys.getallocatedblocks()
+            if now < least + least // GROWN:
+                least = min(least, now)
+            else:
+                times += 1
+                gc.collect(1 if times % EVERYTHING else 2)
+                least = sys.getallocatedblocks()
 
     looking = asyncio.create_task(look(), name="garbage")
     try:
