@@ -49,12 +49,15 @@ ROOT = Path(__file__).parents[2]
 class Process:
     """A child process: its CPU seconds so far, and its memory."""
 
-    def __init__(self, argv: list[str], log: Path, environ: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, argv: list[str], log: Path, environ: dict[str, str] | None = None, *, tells: bool = False
+    ) -> None:
+        """`tells`: its output is for `line`, not for the log."""
         with log.open("ab") as out:
             self._process = subprocess.Popen(
                 argv,
                 stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
+                stdout=subprocess.PIPE if tells else out,
                 stderr=out,
                 cwd=ROOT,
                 env=os.environ | (environ or {}),
@@ -104,7 +107,7 @@ class Rig:
         )
         self.server = Process([str(find_server()), "-c", str(config)], folder / "nats.log")
         argv = [sys.executable, "-m", "tests.bench.peer", "--port", str(self._port), "--hold-s", str(hold_s)]
-        self.peer = Process([*argv, *(["--tls", str(folder)] if tls else [])], folder / "peer.log")
+        self.peer = Process([*argv, *(["--tls", str(folder)] if tls else [])], folder / "peer.log", tells=True)
         self._admin = f"http://127.0.0.1:{json.loads(self.peer.line())['admin']}/admin/"
         self.bridges: list[Process] = []
 
