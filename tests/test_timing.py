@@ -189,7 +189,7 @@ async def test_a_pace_holds_back_only_who_comes_too_soon() -> None:
 
 GARBAGE = """
 import asyncio, gc, json, weakref
-from adapter.timing import LOOK_S, run_fast
+from adapter.timing import run_fast
 
 class Node:
     def __init__(self):
@@ -202,7 +202,6 @@ async def gone(seen):
 
 async def main():
     parked = [[number] for number in range(200_000)]  # as polls that wait: they live on
-    await asyncio.sleep(3 * LOOK_S)
     gc.callbacks.append(lambda phase, info: generations.append(info["generation"]))
     node = Node()
     seen = weakref.ref(node)
@@ -211,7 +210,10 @@ async def main():
     assert set(generations) == {0}
     node = Node()
     seen = weakref.ref(node)
-    await asyncio.sleep(3 * LOOK_S)
+    looks = generations.count(0)
+    async with asyncio.timeout(30):
+        while generations.count(0) < looks + 4:  # two of its phases each
+            await asyncio.sleep(0.01)
     del node
     parked += [[number] for number in range(200_000)]  # or garbage that outlived a look, as after thousands of errors
     await gone(seen)

@@ -483,7 +483,7 @@ async def test_a_request_that_fails_leaves_no_garbage(server: Server, own: Trans
     try:
         for _ in range(5):
             await fail()
-        await asyncio.sleep(0.3)  # until the server's ends are closed, too
+        await until(lambda: server.open == 0, "the server's ends are closed, too")
         gc.collect()
         ours = [
             thing
