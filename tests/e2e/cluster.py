@@ -74,6 +74,11 @@ cluster {{ name: c, no_advertise: true, listen: "{routes[number]}", routes: [{li
     def running(self) -> bool:
         return self.process is not None and self.process.poll() is None
 
+    def says(self) -> str:
+        """The end of its log, for who wonders why it does not serve."""
+        lines = (self.folder / "log").read_text().splitlines()[-20:]
+        return "\n".join([f"{self.name} {'runs' if self.running else 'has ended'}, and says:", *lines])
+
 
 class NatsCluster:
     """`async with NatsCluster(folder) as cluster: cluster.url`."""
@@ -97,7 +102,9 @@ class NatsCluster:
             node.start()
         try:
             await self.healthy()
-        except BaseException:
+        except BaseException as exc:
+            for node in self.nodes:
+                exc.add_note(node.says())
             self.kill()
             raise
         return self
