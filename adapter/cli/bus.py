@@ -14,8 +14,6 @@ from datetime import UTC, datetime
 from typing import Any, TypeVar
 
 import msgspec
-import nats
-from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.errors import Error as NatsError
 from nats.errors import NoRespondersError
@@ -25,6 +23,7 @@ from nats.js.errors import APIError, NoStreamResponseError, NotFoundError, Servi
 
 from adapter.cli.exits import NO, UNREACHABLE, Failed
 from adapter.contract import H_ERROR, H_ERROR_CODE, Names
+from adapter.jetstream.client import BusClient
 from adapter.jetstream.link import connect_options
 from adapter.settings import Settings, read_settings
 from adapter.timing import heeding
@@ -42,7 +41,7 @@ S = TypeVar("S", bound=msgspec.Struct)
 class Bus:
     """A connection and the names on it."""
 
-    def __init__(self, nc: Client, settings: Settings) -> None:
+    def __init__(self, nc: BusClient, settings: Settings) -> None:
         self.nc = nc
         self.js: JetStreamContext = nc.jetstream(timeout=ANSWER_S)
         self.settings = settings
@@ -141,7 +140,7 @@ async def connected(settings: Settings | None = None, *, lasting: bool = False) 
             await nc.close()
 
 
-async def _connect(settings: Settings, lasting: bool, heard: list[Exception]) -> Client:
+async def _connect(settings: Settings, lasting: bool, heard: list[Exception]) -> BusClient:
     """Asks each server once; what one complains of goes to `heard`.
 
     nats-py alone would go on for minutes, with a wrong password for ever.
@@ -156,18 +155,20 @@ async def _connect(settings: Settings, lasting: bool, heard: list[Exception]) ->
             return nc
         await nc.close()
         back = {"allow_reconnect": True, "max_reconnect_attempts": -1, "reconnect_time_wait": 0.2}
-        return await nats.connect(**options | back | {"error_cb": _unheard})
+        nc = BusClient()
+        await nc.connect(**options | back | {"error_cb": _unheard})
+        return nc
     raise Failed(UNREACHABLE, _unreachable(settings, why))
 
 
-async def _attempt(options: dict[str, Any], heard: list[Exception]) -> tuple[Client | None, Exception | None]:
+async def _attempt(options: dict[str, Any], heard: list[Exception]) -> tuple[BusClient | None, Exception | None]:
     """A client, or why there is none. Raises Failed for credentials that cannot even be read."""
     heard.clear()
 
     async def hear(exc: Exception) -> None:
         heard.append(exc)
 
-    nc = Client()
+    nc = BusClient()
     once = {"allow_reconnect": False, "max_reconnect_attempts": 1, "reconnect_time_wait": 0.01}
     try:
         async with asyncio.timeout(CONNECT_S):

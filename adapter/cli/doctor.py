@@ -99,16 +99,16 @@ def _where(bus: Bus) -> str:
     return url.netloc.rpartition("@")[2] if url else "?"
 
 
-def _link(bus: Bus, settings: Settings) -> Link:
+async def _link(bus: Bus, settings: Settings) -> Link:
     """The connection at hand as the adapter's own kind, without its loop that reconnects."""
     link = Link(settings, "doctor")
-    link.nc = bus.nc
+    await link.use(bus.nc)
     return link
 
 
 async def _level(bus: Bus, settings: Settings) -> Check:
     try:
-        level = await topology.server_level(_link(bus, settings))
+        level = await topology.server_level(await _link(bus, settings))
     except BusRefused as exc:
         return Check("jetstream", "fail", f"Not available: {exc.detail}. Enable JetStream for this account.")
     except Temporary:
@@ -122,7 +122,7 @@ async def _level(bus: Bus, settings: Settings) -> Check:
 
 async def _topology(bus: Bus, settings: Settings) -> list[Check]:
     try:
-        missing, different = await topology.inspect(_link(bus, settings), bus.names, settings)
+        missing, different = await topology.inspect(await _link(bus, settings), bus.names, settings)
     except (BusRefused, Temporary) as exc:
         return [Check("streams", "fail", f"Cannot be read ({exc.detail}): let this user publish to $JS.API.>.")]
     checks = [
@@ -144,7 +144,7 @@ async def _tokens(bus: Bus, settings: Settings) -> Check:
     """How bot tokens are stored, as far as the key of this command tells."""
     sealer = Sealer(settings.token_key)
     try:
-        found = await tokens_at_rest(StreamHistory(_link(bus, settings)), bus.names, sealer)
+        found = await tokens_at_rest(StreamHistory(await _link(bus, settings)), bus.names, sealer)
     except Temporary:
         return Check("tokens", "ok", "this user cannot read how they are stored; adapters look at their start")
     said = ", ".join(f"{count} {_SEALED[how]}" for how, count in sorted(found.items())) or "none yet"
@@ -218,7 +218,7 @@ async def _waiting(bus: Bus, check: str, stream: str, state: State, advice: str)
 
 async def _fix(bus: Bus, settings: Settings, *, quiet: bool) -> None:
     """Creates and alters. Raises Failed at the first that the server refuses."""
-    link = _link(bus, settings)
+    link = await _link(bus, settings)
     try:
         missing, different = await topology.inspect(link, bus.names, settings)
         for wanted in missing:

@@ -23,6 +23,7 @@ from nats.errors import Error as NatsError
 from adapter.errors import BusRefused, Conflict, Temporary
 from adapter.jetstream.link import NO_STREAM, STORE_FAILED, ApiError, Link, write_refusal
 from adapter.jetstream.publisher import Publisher
+from adapter.jetstream.questions import Answer
 from adapter.ports import Entry, Message, Stored, Written
 
 log = structlog.get_logger()
@@ -116,9 +117,7 @@ class StreamHistory:
             width *= 4  # only what was deleted lay there
 
     async def get(self, stream: str, seq: int) -> Stored | None:
-        async for stored in direct_get(self._link, stream, {"seq": seq}):
-            return stored
-        return None
+        return await direct_one(self._link, stream, {"seq": seq})
 
     async def delete(self, stream: str, seq: int, *, erase: bool = False) -> None:
         try:
@@ -146,9 +145,7 @@ async def subjects_of(link: Link, stream: str, subject: str) -> dict[str, int]:
 
 async def last_of(link: Link, stream: str, subject: str) -> Stored | None:
     """The newest message of one subject. Raises Temporary."""
-    async for stored in direct_get(link, stream, {"last_by_subj": subject}):
-        return stored
-    return None
+    return await direct_one(link, stream, {"last_by_subj": subject})
 
 
 async def leader_get(link: Link, stream: str, subject: str) -> Entry | None:
@@ -227,7 +224,7 @@ class LeaseRegister:
     async def entries(self) -> list[Entry]:
         every = f"$KV.{self._name}.>"
         now = asyncio.get_running_loop().time()
-        newest = await _newest(self._link, self._stream, every)
+        newest = await last_of(self._link, self._stream, every)
         if newest is not None and newest.seq == self._known_to and now - self._read_at < READ_ANEW_S:
             return self._known
         found = {}
@@ -241,30 +238,20 @@ class LeaseRegister:
 
 async def direct_get(link: Link, stream: str, body: dict[str, Any]) -> AsyncGenerator[Stored, None]:
     """What any replica answers to a direct get (ADR-31), perhaps less than the leader has. Raises Temporary."""
-    queue: asyncio.Queue[Msg] = asyncio.Queue()
-
-    async def on_message(msg: Msg) -> None:
-        queue.put_nowait(msg)
-
-    async with link.subscribed(link.client(), on_message) as inbox:
-        await link.publish(f"$JS.API.DIRECT.GET.{stream}", msgspec.json.encode(body), reply=inbox)
-        while True:
-            try:
-                async with asyncio.timeout(5):
-                    msg = await queue.get()
-            except TimeoutError:
-                raise Temporary("bus_timeout", f"no answer from {stream}") from None
-            stored = _read(msg)
-            if stored is None:
-                return
+    with link.question() as question:
+        await link.publish(f"$JS.API.DIRECT.GET.{stream}", msgspec.json.encode(body), reply=question.reply)
+        while (stored := _read(await link.answer(question))) is not None:
             yield stored
-            if "batch" not in body:
-                return
 
 
-def _read(msg: Msg) -> Stored | None:
+async def direct_one(link: Link, stream: str, body: dict[str, Any]) -> Stored | None:
+    """The same where one message is asked for. Raises Temporary."""
+    return _read(await link.request(f"$JS.API.DIRECT.GET.{stream}", msgspec.json.encode(body)))
+
+
+def _read(answer: Answer) -> Stored | None:
     """An answer to a direct get; None: there is nothing, or nothing more. Raises Temporary."""
-    headers = msg.headers or {}
+    headers = answer.headers
     # A message has the server's word for its sequence; its own headers, of which one may be called Status,
     # are whatever somebody wrote.
     status = None if "Nats-Sequence" in headers else headers.get("Status", "none")
@@ -273,14 +260,7 @@ def _read(msg: Msg) -> Stored | None:
     if status is not None:
         raise Temporary("bus_busy", f"{status} {headers.get('Description', '')}")
     stored_ms = int(datetime.fromisoformat(headers["Nats-Time-Stamp"]).timestamp() * 1000)
-    return Stored(headers["Nats-Subject"], int(headers["Nats-Sequence"]), headers, msg.data, stored_ms)
-
-
-async def _newest(link: Link, stream: str, subject: str) -> Stored | None:
-    """As `last_of`, without an inbox of its own: ten thousand bots ask at a start. Only for what we wrote ourselves,
-    since the client takes a header `Status` for the server's. Raises Temporary."""
-    body = msgspec.json.encode({"last_by_subj": subject})
-    return _read(await link.request(f"$JS.API.DIRECT.GET.{stream}", body))
+    return Stored(headers["Nats-Subject"], int(headers["Nats-Sequence"]), headers, answer.data, stored_ms)
 
 
 class KvBucket:
@@ -310,7 +290,7 @@ class KvBucket:
     async def get(self, key: str) -> Entry | None:
         if self._replicated:
             return await leader_get(self.link, self.stream, self.subject(key))
-        stored = await _newest(self.link, self.stream, self.subject(key))
+        stored = await last_of(self.link, self.stream, self.subject(key))
         return None if stored is None else _entry(self.name, stored)
 
     async def update(self, key: str, value: bytes, revision: int) -> int:

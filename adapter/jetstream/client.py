@@ -19,8 +19,11 @@ from nats.aio.transport import TcpTransport
 _HEADERS = re.compile(r"(?:[!#$%&'*+\-.^_`|~0-9A-Za-z]+: (?! )[ -~]*(?<! )\r\n)+")
 """Those that need no look: a name and printable ASCII, without spaces around it that nats-py would take away."""
 
-Take = Callable[[str, bytes, bool], None]
-"""Subject and payload of a message that came, and whether it says that nobody listens to what was sent."""
+_FIRST = b"NATS/1.0\r\n"
+_PLAIN = re.compile(_FIRST + _HEADERS.pattern.encode() + b"\r\n")
+
+Take = Callable[[str, bytes, bytes], None]
+"""Subject, payload and headers, as they are written, of a message that came; see `is_unheard` and `headers`."""
 
 
 class BusClient(Client):
@@ -87,6 +90,17 @@ class BusClient(Client):
         heard = await self.subscribe(subject, cb=on_message, pending_msgs_limit=0, pending_bytes_limit=0)
         self._takes[heard._id] = take
 
+    async def headers(self, raw: bytes) -> dict[str, str]:
+        """What they say; the server's own word is called `Status`, its reason `Description`."""
+        return await self._process_headers(raw) or {}
+
+    async def _process_headers(self, headers: bytes | None) -> dict[str, str] | None:
+        """nats-py looks at each letter of each name."""
+        if headers and _PLAIN.fullmatch(headers):
+            lines = headers[len(_FIRST) : -4].decode("ascii").split("\r\n")
+            return {name: value for name, _, value in [line.partition(": ") for line in lines]}
+        return await super()._process_headers(headers)
+
     async def _process_msg(self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: Any) -> None:
         take = self._takes.get(sid)
         if take is None:
@@ -95,9 +109,14 @@ class BusClient(Client):
         self.stats["in_msgs"] += 1
         self.stats["in_bytes"] += len(data)
         try:
-            take(subject.decode(), data, bool(headers) and headers.startswith(b"NATS/1.0 503"))
+            take(subject.decode(), data, headers or b"")
         except Exception as exc:  # noqa: BLE001 - as nats-py does: the connection outlives whoever listens
             await self._error_cb(exc)
+
+
+def is_unheard(headers: bytes) -> bool:
+    """Whether a server says that nobody listens to what was sent."""
+    return headers.startswith(b"NATS/1.0 503")
 
 
 def _command(subject: str, reply: str, headers: dict[str, str] | None, payload: bytes) -> bytes | None:

@@ -20,12 +20,12 @@ import structlog
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.errors import Error as NatsError
-from nats.errors import NoRespondersError
 
 from adapter.errors import BusRefused, Conflict, Temporary
 from adapter.jetstream.client import BusClient
+from adapter.jetstream.questions import Answer, Question, Questions
 from adapter.settings import Settings
-from adapter.timing import Latch, backoff, first_of, heeding
+from adapter.timing import Latch, backoff, first_of
 
 log = structlog.get_logger()
 
@@ -132,7 +132,7 @@ class Link:
     def __init__(self, settings: Settings, name: str) -> None:
         self.name = name
         self.epoch = 0
-        self.nc: Client | None = None
+        self.nc: BusClient | None = None
         self.down_reason = "not connected yet"
         self.max_payload = 1024 * 1024
         self.changed = Latch()
@@ -142,7 +142,8 @@ class Link:
         self._patience = 1
         self._unanswered = 0
         """Requests in a row that nobody answered."""
-        self._on_up: list[Callable[[BusClient], Awaitable[None]]] = []
+        self._questions = Questions()
+        self._on_up: list[Callable[[BusClient], Awaitable[None]]] = [self._questions.hear]
         self._lost: asyncio.Event = asyncio.Event()
 
     def on_up(self, action: Callable[[BusClient], Awaitable[None]]) -> None:
@@ -189,6 +190,12 @@ class Link:
             self._patience = min(8, self._patience * 2)
             self._lost.set()
 
+    async def use(self, nc: BusClient) -> None:
+        """Takes a client that somebody else keeps and closes, instead of `run`."""
+        for action in self._on_up:
+            await action(nc)
+        self.nc = nc
+
     async def run(self) -> None:
         """Connects, again and again, until cancelled; closes the client then."""
         failures = 0
@@ -215,6 +222,7 @@ class Link:
                     pass
             finally:
                 self.nc = None
+                self._questions.lost()
                 self.changed.notify()
                 with contextlib.suppress(NatsError, OSError, TimeoutError):
                     async with asyncio.timeout(2):
@@ -257,25 +265,36 @@ class Link:
 
     async def request(
         self, subject: str, payload: bytes, timeout_s: float = 5.0, headers: dict[str, str] | None = None
-    ) -> Msg:
+    ) -> Answer:
         """Raises Temporary when nobody answers."""
-        nc = self.client()
+        with self.question() as question:
+            await self.publish(subject, payload, reply=question.reply, headers=headers)
+            return await self.answer(question, timeout_s)
+
+    def question(self) -> Question:
+        """For whoever wants more than one answer. It ends with its connection. Raises Temporary("bus_down")."""
+        self.client()
+        return self._questions.new()
+
+    async def answer(self, question: Question, timeout_s: float = 5.0) -> Answer:
+        """The next one. Raises Temporary when nobody answers."""
         try:
-            with heeding():
-                answer = await nc.request(subject, payload, timeout=timeout_s, headers=headers)
-            self._note(not _is_leaderless(answer.data))
-            return answer
-        except NoRespondersError as exc:
+            answer = await question.answer(timeout_s)
+        except TimeoutError:
             self._note(False)
-            raise Temporary("bus_busy", "no responders") from exc
-        except (NatsError, TimeoutError) as exc:
+            raise Temporary("bus_timeout", f"nothing in {timeout_s:g} s") from None
+        if answer.unheard:
             self._note(False)
-            raise Temporary("bus_timeout", str(exc)) from exc
+            raise Temporary("bus_busy", "no responders")
+        self._note(bool(answer.headers) or not _is_leaderless(answer.data))  # a stored message has headers, at least
+        return answer
 
     async def api(self, verb: str, body: dict[str, Any] | None = None, timeout_s: float = 5.0) -> dict[str, Any]:
         """A request to `$JS.API.<verb>`. Raises Temporary, Conflict, BusRefused."""
-        msg = await self.request(f"$JS.API.{verb}", msgspec.json.encode(body) if body is not None else b"", timeout_s)
-        answer: dict[str, Any] = msgspec.json.decode(msg.data)
+        said = await self.request(
+            f"$JS.API.{verb}", msgspec.json.encode(body) if body is not None else b"", timeout_s
+        )
+        answer: dict[str, Any] = msgspec.json.decode(said.data)
         if error := answer.get("error"):
             parsed = msgspec.convert(error, ApiError)
             raise refusal(parsed.err_code, parsed.code, parsed.description)

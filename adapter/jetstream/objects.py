@@ -22,7 +22,7 @@ import structlog
 
 from adapter.contract import H_MSG_ID, H_OFFSET
 from adapter.errors import AdapterError, BusRefused, Conflict, Refused, Temporary, Unreadable
-from adapter.jetstream.buckets import EXPECTED, direct_get, last_of, leader_next
+from adapter.jetstream.buckets import EXPECTED, direct_get, direct_one, last_of, leader_next
 from adapter.jetstream.link import Link
 from adapter.jetstream.publisher import Publisher
 from adapter.media import HEAD
@@ -93,8 +93,9 @@ class ObjectStore:
         if not stored.size:
             return b"", 0
         subject = self._chunks(stored.ident)
-        body = {"seq": after + 1, "next_by_subj": subject, "batch": 1}
-        async for found in direct_get(self._link, self._stream, body):
+        body = {"seq": after + 1, "next_by_subj": subject, "batch": 1}  # of a batch it says whether there is more
+        found = await direct_one(self._link, self._stream, body)
+        if found is not None:
             return found.data, found.seq if int(found.headers.get("Nats-Num-Pending", "0")) else 0
         found_late = await leader_next(self._link, self._stream, subject, {"seq": after + 1})
         if found_late is None:

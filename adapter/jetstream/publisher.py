@@ -20,7 +20,7 @@ from nats.errors import BadHeaderError, BadSubjectError, MaxPayloadError
 from nats.errors import Error as NatsError
 
 from adapter.errors import BusRefused, LeaseLost, Temporary
-from adapter.jetstream.client import BusClient
+from adapter.jetstream.client import BusClient, is_unheard
 from adapter.jetstream.link import ApiError, Link, write_refusal
 from adapter.metrics import Metrics
 from adapter.ports import Message, PubAck
@@ -289,12 +289,12 @@ class Publisher:
         await nc.hear(self._prefix + "*", self._on_ack)
         self._stumbled.set()
 
-    def _on_ack(self, subject: str, data: bytes, unheard: bool) -> None:
+    def _on_ack(self, subject: str, data: bytes, headers: bytes) -> None:
         number = subject[len(self._prefix) :]
         entry = self._outstanding.get(int(number)) if number.isdecimal() else None
         if entry is None or entry.future.done():
             return
-        if unheard:
+        if headers and is_unheard(headers):
             self._hurdle = "no stream takes it, or none has a leader"
             self._stumble()
             return

@@ -11,11 +11,10 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from nats.aio.client import Client
-
 from adapter.cli import jwts, permissions
 from adapter.contract import Names
 from adapter.embedded import find_server
+from adapter.jetstream.client import BusClient
 from adapter.permissions import ACCOUNT_OF, FILES, WECHAT, Grants, inbox
 from adapter.schema import EXAMPLES, ROOT
 from tests.e2e.waiting import until
@@ -42,7 +41,7 @@ class User(NamedTuple):
 class Player:
     """A connection of a role; keeps what the server forbids it."""
 
-    def __init__(self, nc: Client, refusals: list[str]) -> None:
+    def __init__(self, nc: BusClient, refusals: list[str]) -> None:
         self.nc = nc
         self.refusals = refusals
         """The server's words, in lower case, as nats-py hands them on."""
@@ -58,7 +57,7 @@ class Guarded:
         self.url = ""
         self.users: dict[str, User] = {}
         """By role or sandbox."""
-        self._clients: list[Client] = []
+        self._clients: list[BusClient] = []
 
     async def connect(self, name: str) -> Player:
         """As a role, as a sandbox, or as WITNESS."""
@@ -67,7 +66,7 @@ class Guarded:
         async def on_error(exc: Exception) -> None:
             refusals.append(str(exc).lower())
 
-        nc = Client()
+        nc = BusClient()
         self._clients.append(nc)
         creds, user = environ.get("NATS_CREDS"), environ.get("NATS_USER")
         await nc.connect(

@@ -572,26 +572,6 @@ async def test_a_history_that_asks_the_leader_ends_as_one_that_does_not(rig: Rig
     assert await asking.last(NAMES.stream_ctl, NAMES.unbind) is None
 
 
-async def test_a_cancellation_that_meets_the_answer_is_not_forgotten() -> None:
-    """As it is by Python 3.11's wait_for: a loop would then run on, and its group wait for it for ever."""
-
-    class Forgetful:
-        is_closed = False
-
-        async def request(self, *_: Any, **__: Any) -> str:
-            with contextlib.suppress(asyncio.CancelledError):
-                await asyncio.Event().wait()
-            return "the answer"
-
-    link = Link(Settings(), "test")
-    link.nc = Forgetful()  # type: ignore[assignment]
-    asking = asyncio.get_running_loop().create_task(link.request("x", b""))
-    await asyncio.sleep(0)
-    asking.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await asking
-
-
 async def test_a_cancellation_that_is_swallowed_while_it_connects_still_ends_the_link(bus: Bus) -> None:
     """nats-py does so in places; the link ran on, and the process that should end waited for it."""
     link, connecting = Link(bus.settings, "test"), asyncio.Event()
@@ -693,6 +673,11 @@ async def test_the_next_owner_gets_what_is_unsettled_in_order_and_is_told_so(rig
     await first.have(6)
     for number in (0, 2):
         await first.got[number].ack()
+
+    async def settled() -> bool:  # the server may answer others before it has looked at an acknowledgement
+        return bool((await first.consumer.info())["num_ack_pending"] == 4)
+
+    await eventually(settled, "both are acknowledged")
     first.task.cancel()
     await asyncio.wait([first.task])
     await rig.publisher.publish(Message("ctl", NAMES.bind, b"new", {}))

@@ -14,7 +14,7 @@ from nats.errors import Error as NatsError
 from nats.errors import MaxPayloadError
 
 from adapter.embedded import EmbeddedNats
-from adapter.jetstream.client import BusClient
+from adapter.jetstream.client import BusClient, is_unheard
 
 WORD = st.text(st.characters(codec="utf-8"), max_size=12)
 SUBJECT = st.one_of(st.just("wechat.inbox.s1"), WORD)
@@ -63,6 +63,40 @@ async def test_the_usual_goes_the_short_way(monkeypatch: pytest.MonkeyPatch) -> 
     assert await written(BusClient(), "wechat.inbox.s1", '{"text":"你好"}'.encode(), "_INBOX.a.1", headers)
 
 
+LINE = st.one_of(
+    st.binary(max_size=12),
+    st.builds(lambda name, value: f"{name}: {value}".encode(), NAME, WORD),
+    st.sampled_from([b"Nats-Sequence: 5", b"a:b", b"a:  b ", b"A: ", b"Status: 409", b" folded", b""]),
+)
+FIRST = st.sampled_from([b"NATS/1.0", b"NATS/1.0 404 Message Not Found", b"NATS/1.0 503", b"NATS/1.0 100 Idle"])
+
+
+async def read(client: Client, raw: bytes) -> dict[str, str] | type[Exception]:
+    try:
+        return await client._process_headers(raw) or {}
+    except UnicodeDecodeError as exc:
+        return type(exc)
+
+
+@given(FIRST, st.lists(LINE, max_size=4))
+@example(b"NATS/1.0", [b"A: 1", b"A: 2"])
+async def test_it_reads_the_headers_that_nats_py_reads(first: bytes, lines: list[bytes]) -> None:
+    raw = b"".join(line + b"\r\n" for line in [first, *lines, b""])
+    assert await read(BusClient(), raw) == await read(Client(), raw)
+
+
+async def test_the_usual_headers_are_read_the_short_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def process(*_: object) -> None:
+        raise AssertionError("the long way")
+
+    monkeypatch.setattr(Client, "_process_headers", process)
+    raw = b"NATS/1.0\r\nNats-Stream: KV_wechat_cursors\r\nNats-Time-Stamp: 2026-11-26T12:00:00.5Z\r\n\r\n"
+    assert await BusClient().headers(raw) == {
+        "Nats-Stream": "KV_wechat_cursors",
+        "Nats-Time-Stamp": "2026-11-26T12:00:00.5Z",
+    }
+
+
 async def test_what_is_too_large_is_refused_as_ever() -> None:
     client = BusClient()
     client._max_payload = 4
@@ -75,7 +109,7 @@ async def test_what_is_posted_is_written_soon_or_now_in_one_order(server: Embedd
     try:
         inbox, heard, enough = client.new_inbox(), list[bytes](), asyncio.Event()
 
-        def take(_: str, data: bytes, unheard: bool) -> None:
+        def take(_: str, data: bytes, headers: bytes) -> None:
             heard.append(data)
             if len(heard) == 300:
                 enough.set()
@@ -124,8 +158,8 @@ async def test_what_comes_is_heard_in_order_and_a_bad_ear_ends_nothing(server: E
     errors: list[Exception] = []
     enough = asyncio.Event()
 
-    def take(subject: str, data: bytes, unheard: bool) -> None:
-        heard.append((subject, data, unheard))
+    def take(subject: str, data: bytes, headers: bytes) -> None:
+        heard.append((subject, data, is_unheard(headers)))
         if data == b"bad":
             raise ValueError
         if len(heard) == 102:

@@ -40,7 +40,7 @@ async def with_streams(server: Guarded) -> Player:
     """Makes the streams; returns the witness."""
     witness = await server.connect(WITNESS)
     link = Link(Settings(), "test")
-    link.nc = witness.nc
+    await link.use(witness.nc)
     for wanted in topology.streams(NAMES, Settings(in_max_bytes=-1, media_store_bytes=-1)):
         await topology.create(link, wanted)
     return witness

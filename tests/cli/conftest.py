@@ -67,7 +67,7 @@ async def bus(settings: Settings) -> AsyncIterator[Bus]:
     """A connection to a NATS with all streams and consumers, and no adapter."""
     async with connected(settings) as found:
         link = Link(settings, "test")
-        link.nc = found.nc
+        await link.use(found.nc)
         await topology.ensure(link, found.names, settings)
         yield found
 

@@ -251,7 +251,7 @@ async def bound(bus: Bus, *tokens: str) -> None:
 
 async def stored_tokens(bus: Bus) -> list[str]:
     link = Link(bus.settings, "test")
-    link.nc = bus.nc
+    await link.use(bus.nc)
     found = StreamHistory(link).read(f"KV_{bus.names.bindings}", f"$KV.{bus.names.bindings}.>")
     return [msgspec.json.decode(stored.data, type=Binding).token async for stored in found]
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from nats.aio.client import Client
 from rich.cells import cell_len
 
 from adapter.cli.bus import Bus
@@ -21,6 +20,7 @@ from adapter.cli.running import unless
 from adapter.cli.screen import LABEL, Screen
 from adapter.cli.stdin import lines
 from adapter.contract import BindingInfo, LoginQuery, Receipt
+from adapter.jetstream.client import BusClient
 from adapter.settings import Settings
 
 
@@ -137,7 +137,7 @@ def test_on_a_terminal_news_replace_the_prompt() -> None:
     assert out.getvalue().count("\r\x1b[K") == 1
 
 
-class Forgetful(Client):
+class Forgetful(BusClient):
     """Answers when it is cancelled, and forgets that it was: as Python 3.11's wait_for does in the wrong moment."""
 
     async def request(self, *_: Any, **__: Any) -> Any:
