@@ -80,7 +80,8 @@ async def _serve(session: Session, needs: Incoming) -> None:
     needs.adopt(session.bot)
     try:
         await first_of(session.cut, needs.starts.wait_s())
-        await notify(session, needs, start=True)
+        if not session.leaving:
+            await notify(session, needs, start=True)
         place = await poll_forever(session, place, needs)
     finally:
         await finish(give_back(session, needs), needs.grace_s)

@@ -211,7 +211,7 @@ async def notify(session: Session, needs: Incoming, *, start: bool, even_stale: 
     if not needs.notify or binding is None or not (even_stale or binding.state == "active"):
         return
     try:
-        await needs.chat.notify(account_of(binding, needs.sealer), start=start)
+        await needs.chat.notify(session.account(binding, needs.sealer), start=start)
     except AdapterError as exc:
         log.info("notify.failed", bot=session.bot, start=start, reason=exc.reason)
 

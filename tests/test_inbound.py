@@ -528,6 +528,7 @@ async def test_bots_that_start_together_are_polled_one_after_the_other_and_leave
         session.leave(now=True)
     async with asyncio.timeout(1):
         await asyncio.wait(tasks)
+    assert bench.chat.notified.count(True) == 4, "who had to wait is not said to have begun"
 
 
 # what was seen -------------------------------------------------------------------------------------------
