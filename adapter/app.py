@@ -66,7 +66,7 @@ RELEASE_S = 5.0
 """Kept of the drain budget for giving the shards back."""
 STARTING = 32
 """Bots that are taken at once."""
-STARTS_PER_S = 2000
+STARTS_PER_S = 3000
 """Polls that are started in a second at most: what iLink sees of a start, and again each time that they end. A dead
 replica's bots are to be polled within six seconds, of which half are gone before anybody may take them."""
 POLLS_PER_S = 1000
