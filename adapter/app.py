@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import resource
 import socket
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 import structlog
@@ -21,13 +21,12 @@ from adapter.contract import Names, shard_of
 from adapter.control import Control
 from adapter.errors import BusRefused, LeaseLost, SettingsError, Temporary
 from adapter.events import Events
-from adapter.fetching import Downloads, Fetching
+from adapter.fetching import Fetching
 from adapter.ilink.cdn import CdnClient
 from adapter.ilink.client import ILink
 from adapter.ilink.translate import read_message
 from adapter.jetstream import topology
 from adapter.jetstream.buckets import KvBucket, LeaseRegister, StreamHistory
-from adapter.jetstream.consumer import Consumer
 from adapter.jetstream.link import Link
 from adapter.jetstream.objects import ObjectStore
 from adapter.jetstream.publisher import Publisher
@@ -38,10 +37,8 @@ from adapter.login_service import LoginService
 from adapter.logins import LoginBook
 from adapter.mediaservice import MediaService
 from adapter.metrics import Metrics
-from adapter.outbound import Shard
-from adapter.ports import Delivery
 from adapter.presence import Showing
-from adapter.probes import BUS_GRACE_S, Health, ProbeServer
+from adapter.probes import Health, ProbeServer
 from adapter.queries import Queries
 from adapter.recall import Recall
 from adapter.receipts import Receipts
@@ -54,10 +51,12 @@ from adapter.seal import Sealer
 from adapter.sending import Sender
 from adapter.sessions import Incoming, Waiting, account_of
 from adapter.settings import Settings
+from adapter.shardwork import ShardLoops
 from adapter.supervisor import Supervisor
-from adapter.tidying import Tidying, tidy_forever
-from adapter.timing import Beat, Latch, Pace, SystemClock, restarted
+from adapter.tidying import Tidying
+from adapter.timing import Beat, Pace, SystemClock
 from adapter.uploads import Uploads
+from adapter.watch import Watch
 from adapter.windows import Windows
 
 log = structlog.get_logger()
@@ -71,20 +70,8 @@ STARTS_PER_S = 3000
 replica's bots are to be polled within six seconds, of which half are gone before anybody may take them."""
 POLLS_PER_S = 1000
 """Polls are spread so that about so many start per second after an outage."""
-WATCH_S = 2.0
-"""Between two looks at JetStream; at streams and consumers every other time."""
-RESTARTS, STEADY_S = 5, 60.0
-"""A loop may crash so often in a row; one that ran so long before is in order."""
 BEAT_S = 0.1
 """So long may pass between an empty answer and the bot's next poll, which goes out with those of others."""
-OBSERVED_EVERY = 8
-"""Ticks of half a second between two counts of what is there: with thousands of bots each takes milliseconds."""
-ROOM = 512
-"""Commands delivered and not yet settled, per consumer; of shards: asked for at once."""
-
-
-async def _nothing() -> None:
-    return None
 
 
 class Adapter:
@@ -112,9 +99,6 @@ class Adapter:
             at_least={names.bindings: lambda: len(self.bindings), names.cursors: lambda: self.supervisor.cursor_keys},
             on_purge=lambda _: metrics.nats_purges.inc(),
         )
-        self._jetstream_good = clock.monotonic()
-        self._complete = Latch()
-        """Notified when every stream is there again."""
         self.teller = BusTeller(self.link, names)
         self.objects = ObjectStore(self.media_link, self.media_bus, names.media)
         self.rules = window.Rules(
@@ -193,11 +177,38 @@ class Adapter:
             bindings=self.bindings,
             leases=self.leases,
             tend=lambda session: inbound.tend(session, self.incoming),
-            work=self,
+            work=ShardLoops(
+                link=self.link,
+                outgoing=self.outgoing,
+                fetching=self.fetching,
+                router=self.router,
+                control=self.control,
+                tidying=self._tidying,
+                tell_freed=self.tell_freed,
+                spawn=self._spawn,
+                leases=self.leases,
+                names=names,
+                health=self.health,
+                clock=clock,
+                metrics=metrics,
+            ),
             throttled=self.windows.throttled,
             clock=clock,
             metrics=metrics,
             capacity=settings.capacity,
+        )
+        self.watch = Watch(
+            link=self.link,
+            bus=self.bus,
+            media_bus=self.media_bus,
+            inspector=self.inspector,
+            bindings=self.binding_bucket,
+            supervisor=self.supervisor,
+            tidy=self._tidy,
+            names=names,
+            health=self.health,
+            clock=clock,
+            metrics=metrics,
         )
         self.book = LoginBook(self._bucket(names.logins), self.sealer, clock, metrics)
         self.scanner = Scanner(self._scanning())
@@ -258,7 +269,7 @@ class Adapter:
         async def writable() -> None:
             await self.link.wait_up()
             await self.bus.writable()
-            await self._complete.until(lambda: not self.health.missing)
+            await self.watch.complete()
 
         return Incoming(
             chat=self.chat,
@@ -387,6 +398,14 @@ class Adapter:
             keep_s=self.settings.unbound_hours * 3600,
         )
 
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        self._group.create_task(work)
+
+    def _tidy(self) -> None:
+        self.supervisor.tidy()
+        self.contexts.tidy(self.supervisor.is_served)
+        self.receipts.tidy()
+
     def _heard(self, sandbox: str, bot: str, user: str) -> None:
         self.supervisor.heard(sandbox, bot, user)
 
@@ -419,72 +438,6 @@ class Adapter:
                 return
             await self.clock.sleep(0.1)
         raise Temporary("control_behind")
-
-    # supervisor.ShardWork ---------------------------------------------------------------------------
-
-    def sender(self, shard: int) -> Shard:
-        return Shard(shard, self.outgoing)
-
-    def downloads(self, shard: int) -> Downloads:
-        return Downloads(shard, self.fetching)
-
-    def consume(self, shard: int, sender: Shard) -> list[Coroutine[Any, Any, None]]:
-        stream = self.names.stream_out
-        out = topology.out_consumer(shard)
-        work = [self._lasting(out, lambda: self._consume(shard, stream, out, "out", sender.on_delivery, sender.load))]
-        if shard == 0:  # the router and the control commands go with it: one owner each
-            work += [
-                self._lasting("router", lambda: self._consume(shard, stream, topology.ROUTER, "router", self._route)),
-                self._lasting("control", lambda: self._control(shard)),
-                self._lasting("tidying", lambda: tidy_forever(self._tidying(shard))),
-            ]
-        return work
-
-    def failed(self, name: str, detail: str) -> None:
-        self.health.fail(name, detail)
-
-    async def _lasting(self, name: str, run: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        """Restarts a loop that crashed; one that goes on crashing costs the replica its life (/livez)."""
-        last = await restarted(run, name, self.clock, restarts=RESTARTS, steady_s=STEADY_S)
-        self.failed(name, f"crashed {RESTARTS + 1} times in a row: {type(last).__name__}")
-
-    async def _consume(
-        self,
-        shard: int,
-        stream: str,
-        name: str,
-        label: str,
-        on_delivery: Callable[[Delivery], None],
-        on_reset: Callable[[], Awaitable[None]] = _nothing,
-    ) -> None:
-        def take(delivery: Delivery) -> None:
-            if delivery.suspect:
-                self.metrics.nats_redeliveries.labels(consumer=label).inc()
-            try:
-                on_delivery(delivery)
-            except Exception:  # a bug: the message stays, unsettled, and the others go on
-                log.exception("delivery.crashed", consumer=name, sequence=delivery.seq)
-
-        # a shard bounds by itself what it takes in hand: else one sandbox could fill its consumer
-        until_acked, check = label != "out", lambda: self.leases.check(shard)
-        _, wanted = topology.consumer_of(self.names, name)
-        consumer = Consumer(self.link, stream, wanted, room=ROOM, until_acked=until_acked, check=check)
-        await consumer.run(take, on_reset)
-
-    def _route(self, delivery: Delivery) -> None:
-        self._group.create_task(self._route_one(delivery))
-
-    async def _route_one(self, delivery: Delivery) -> None:
-        try:
-            await self.router.route(delivery)
-        except Exception:  # a bug: the message stays, unsettled, and the others go on
-            log.exception("delivery.crashed", consumer=topology.ROUTER, sequence=delivery.seq)
-
-    async def _control(self, shard: int) -> None:
-        stream, offer = self.names.stream_ctl, self.control.offer
-        async with asyncio.TaskGroup() as group:
-            group.create_task(self._consume(shard, stream, topology.CONTROL, "control", offer))
-            group.create_task(self.control.run())
 
     # for people -------------------------------------------------------------------------------------
 
@@ -532,8 +485,8 @@ class Adapter:
             async with asyncio.TaskGroup() as group:
                 self._group = group
                 background = [
-                    group.create_task(self._heartbeat(), name="heartbeat"),
-                    group.create_task(self._watch_jetstream(), name="jetstream"),
+                    group.create_task(self.watch.beat(), name="heartbeat"),
+                    group.create_task(self.watch.ask(), name="jetstream"),
                     group.create_task(self.link.run(), name="link"),
                     group.create_task(self.lease_link.run(), name="lease_link"),
                     group.create_task(self.media_link.run(), name="media_link"),
@@ -549,8 +502,7 @@ class Adapter:
                         background += [scanning]
                         background.append(group.create_task(self.windows.run(), name="windows"))
                         following = group.create_task(self.supervisor.run(), name="supervisor")
-                        self.health.jetstream_ok = self.health.started = True
-                        self._jetstream_good = self.clock.monotonic()
+                        self.watch.begin()
                         log.info("adapter.started", instance=self.instance, version=__version__, http=probes.port)
                         if on_ready is not None:
                             on_ready()
@@ -631,81 +583,6 @@ class Adapter:
                 await self.windows.flush()
         except TimeoutError:
             log.warning("windows.untold", detail="The next owner tells what changed.")
-
-    async def _heartbeat(self) -> None:
-        """Tells the probes that the loop lives, and counts what is counted rather than kept."""
-        loop = asyncio.get_running_loop()
-        ticks = 0
-        while True:
-            due = loop.time() + 0.5
-            await asyncio.sleep(0.5)
-            self.metrics.event_loop_lag.observe(max(0.0, loop.time() - due))
-            self.health.beat()
-            self.metrics.nats_connected.set(1 if self.link.up else 0)
-            if self.link.up:
-                self.health.nats_back()
-            else:
-                self.health.nats_lost()
-            self.metrics.nats_publish_oldest.set(max(self.bus.waiting_s, self.media_bus.waiting_s))
-            ticks += 1
-            if ticks % OBSERVED_EVERY == 0:
-                self.supervisor.observe(len(asyncio.all_tasks()))
-            if ticks % 60 == 0:
-                self.supervisor.tidy()
-                self.contexts.tidy(self.supervisor.is_served)
-                self.receipts.tidy()
-
-    async def _watch_jetstream(self) -> None:
-        """Asks whether JetStream answers and takes what is written, and whether its streams are there; apart from the
-        heartbeat, since an answer may take its time."""
-        rounds = 0
-        while True:
-            await self.clock.sleep(WATCH_S)
-            if not (self.health.started and self.link.up):
-                continue  # the connection is what failed: it has its own check and its own grace
-            rounds += 1
-            try:
-                await self.link.probe()
-                if rounds % 2 == 1:
-                    missing = await self.inspector.look(self.link)
-                    self.metrics.nats_streams_missing.set(len(missing))
-                    self.health.missing = ", ".join(missing)
-                    self._complete.notify()
-                    if self.inspector.lacks(self.names.bindings):  # also those that nobody owned at the last look
-                        self.binding_bucket.reload()
-                    await self._ask_consumers()
-            except (Temporary, BusRefused) as exc:
-                if self.link.up:
-                    self._hear_of_jetstream(f"JetStream does not answer: {exc.detail or exc.reason}"[:200])
-            else:
-                waits = self.bus.waiting_s > BUS_GRACE_S
-                self._hear_of_jetstream(f"JetStream takes nothing: {self.bus.hurdle}"[:200] if waits else "")
-
-    def _hear_of_jetstream(self, problem: str) -> None:
-        """A problem counts once it has lasted: an election takes seconds, and this replica keeps what it has."""
-        now = self.clock.monotonic()
-        self._jetstream_good = self._jetstream_good if problem else now
-        if not problem or now - self._jetstream_good > BUS_GRACE_S:
-            self.health.tell_jetstream(problem)
-
-    async def _ask_consumers(self) -> None:
-        """Raises Temporary."""
-        names = self.names
-        for label, stream, consumer in (
-            ("router", names.stream_out, topology.ROUTER),
-            ("control", names.stream_ctl, topology.CONTROL),
-        ):
-            try:
-                info = await self.link.api(f"CONSUMER.INFO.{stream}.{consumer}")
-            except BusRefused as exc:  # deleted by an operator; its owner makes it again
-                log.warning("consumer.missing", consumer=consumer, detail=exc.detail[:200])
-                continue
-            self.metrics.nats_consumer_pending.labels(consumer=label).set(info["num_pending"])
-            self.metrics.nats_consumer_ack_pending.labels(consumer=label).set(info["num_ack_pending"])
-        waiting = self.inspector.messages(names.stream_out)
-        in_hand = self.supervisor.in_hand
-        self.metrics.nats_consumer_pending.labels(consumer="out").set(max(0, waiting - in_hand))
-        self.metrics.nats_consumer_ack_pending.labels(consumer="out").set(in_hand)
 
 
 async def _to_wav(silk: bytes) -> bytes | None:

@@ -1,0 +1,139 @@
+"""What is built and run for each shard that this replica owns."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any
+
+import structlog
+
+from adapter.contract import Names
+from adapter.control import Control
+from adapter.fetching import Downloads, Fetching
+from adapter.jetstream import topology
+from adapter.jetstream.consumer import Consumer
+from adapter.jetstream.link import Link
+from adapter.lanework import Outgoing
+from adapter.leases import Leases
+from adapter.metrics import Metrics
+from adapter.outbound import Shard
+from adapter.ports import Delivery
+from adapter.probes import Health
+from adapter.router import Router
+from adapter.tidying import Tidying, tidy_forever
+from adapter.timing import Clock, restarted
+
+log = structlog.get_logger()
+
+RESTARTS, STEADY_S = 5, 60.0
+"""A loop may crash so often in a row; one that ran so long before is in order."""
+ROOM = 512
+"""Commands delivered and not yet settled, per consumer; of shards: asked for at once."""
+
+
+async def _nothing() -> None:
+    return None
+
+
+class ShardLoops:
+    """Implements supervisor.ShardWork."""
+
+    def __init__(
+        self,
+        *,
+        link: Link,
+        outgoing: Outgoing,
+        fetching: Fetching,
+        router: Router,
+        control: Control,
+        tidying: Callable[[int], Tidying],
+        tell_freed: Callable[[str], Awaitable[None]],
+        spawn: Callable[[Coroutine[Any, Any, None]], object],
+        leases: Leases,
+        names: Names,
+        health: Health,
+        clock: Clock,
+        metrics: Metrics,
+    ) -> None:
+        """`spawn` runs what must not end with its shard: the routing of a command that is in hand."""
+        self._link = link
+        self._outgoing = outgoing
+        self._fetching = fetching
+        self._router = router
+        self._control = control
+        self._tidying = tidying
+        self._tell_freed = tell_freed
+        self._spawn = spawn
+        self._leases = leases
+        self._names = names
+        self._health = health
+        self._clock = clock
+        self._metrics = metrics
+
+    def sender(self, shard: int) -> Shard:
+        return Shard(shard, self._outgoing)
+
+    def downloads(self, shard: int) -> Downloads:
+        return Downloads(shard, self._fetching)
+
+    def failed(self, name: str, detail: str) -> None:
+        self._health.fail(name, detail)
+
+    async def tell_freed(self, bot: str = "") -> None:
+        await self._tell_freed(bot)
+
+    def consume(self, shard: int, sender: Shard) -> list[Coroutine[Any, Any, None]]:
+        stream = self._names.stream_out
+        out = topology.out_consumer(shard)
+        work = [self._lasting(out, lambda: self._consume(shard, stream, out, "out", sender.on_delivery, sender.load))]
+        if shard == 0:  # the router and the control commands go with it: one owner each
+            work += [
+                self._lasting("router", lambda: self._consume(shard, stream, topology.ROUTER, "router", self._route)),
+                self._lasting("control", lambda: self._commands(shard)),
+                self._lasting("tidying", lambda: tidy_forever(self._tidying(shard))),
+            ]
+        return work
+
+    async def _lasting(self, name: str, run: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Restarts a loop that crashed; one that goes on crashing costs the replica its life (/livez)."""
+        last = await restarted(run, name, self._clock, restarts=RESTARTS, steady_s=STEADY_S)
+        self.failed(name, f"crashed {RESTARTS + 1} times in a row: {type(last).__name__}")
+
+    async def _consume(
+        self,
+        shard: int,
+        stream: str,
+        name: str,
+        label: str,
+        on_delivery: Callable[[Delivery], None],
+        on_reset: Callable[[], Awaitable[None]] = _nothing,
+    ) -> None:
+        def take(delivery: Delivery) -> None:
+            if delivery.suspect:
+                self._metrics.nats_redeliveries.labels(consumer=label).inc()
+            try:
+                on_delivery(delivery)
+            except Exception:  # a bug: the message stays, unsettled, and the others go on
+                log.exception("delivery.crashed", consumer=name, sequence=delivery.seq)
+
+        # a shard bounds by itself what it takes in hand: else one sandbox could fill its consumer
+        until_acked, check = label != "out", lambda: self._leases.check(shard)
+        _, wanted = topology.consumer_of(self._names, name)
+        consumer = Consumer(self._link, stream, wanted, room=ROOM, until_acked=until_acked, check=check)
+        await consumer.run(take, on_reset)
+
+    def _route(self, delivery: Delivery) -> None:
+        self._spawn(self._route_one(delivery))
+
+    async def _route_one(self, delivery: Delivery) -> None:
+        try:
+            await self._router.route(delivery)
+        except Exception:  # a bug: the message stays, unsettled, and the others go on
+            log.exception("delivery.crashed", consumer=topology.ROUTER, sequence=delivery.seq)
+
+    async def _commands(self, shard: int) -> None:
+        stream, offer = self._names.stream_ctl, self._control.offer
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._consume(shard, stream, topology.CONTROL, "control", offer))
+            group.create_task(self._control.run())

@@ -1,0 +1,147 @@
+"""How this replica and its bus fare, told to the probes and the metrics."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import structlog
+
+from adapter.contract import Names
+from adapter.errors import BusRefused, Temporary
+from adapter.jetstream import topology
+from adapter.jetstream.buckets import KvBucket
+from adapter.jetstream.link import Link
+from adapter.jetstream.publisher import Publisher
+from adapter.metrics import Metrics
+from adapter.probes import BUS_GRACE_S, Health
+from adapter.supervisor import Supervisor
+from adapter.timing import Clock, Latch
+
+log = structlog.get_logger()
+
+TICK_S = 0.5
+OBSERVED_EVERY = 8
+"""Ticks between two counts of what is there: with thousands of bots each takes milliseconds."""
+TIDIED_EVERY = 60
+WATCH_S = 2.0
+"""Between two looks at JetStream; at streams and consumers every other time."""
+
+
+class Watch:
+    """Two loops: one beats as long as the event loop lives; one asks JetStream, whose answer may take its time."""
+
+    def __init__(
+        self,
+        *,
+        link: Link,
+        bus: Publisher,
+        media_bus: Publisher,
+        inspector: topology.Inspector,
+        bindings: KvBucket,
+        supervisor: Supervisor,
+        tidy: Callable[[], None],
+        names: Names,
+        health: Health,
+        clock: Clock,
+        metrics: Metrics,
+    ) -> None:
+        """`tidy` lets go of what nobody needs any more."""
+        self._link = link
+        self._bus = bus
+        self._media_bus = media_bus
+        self._inspector = inspector
+        self._bindings = bindings
+        self._supervisor = supervisor
+        self._tidy = tidy
+        self._names = names
+        self._health = health
+        self._clock = clock
+        self._metrics = metrics
+        self._good = clock.monotonic()
+        """When JetStream was last in order."""
+        self._looked = Latch()
+
+    async def complete(self) -> None:
+        """Returns when every stream is there."""
+        await self._looked.until(lambda: not self._health.missing)
+
+    def begin(self) -> None:
+        """The service has started, on streams that were found in order."""
+        self._health.jetstream_ok = self._health.started = True
+        self._good = self._clock.monotonic()
+
+    async def beat(self) -> None:
+        """Tells the probes that the loop lives, and counts what is counted rather than kept, for ever."""
+        loop, metrics = asyncio.get_running_loop(), self._metrics
+        ticks = 0
+        while True:
+            due = loop.time() + TICK_S
+            await asyncio.sleep(TICK_S)
+            metrics.event_loop_lag.observe(max(0.0, loop.time() - due))
+            self._health.beat()
+            metrics.nats_connected.set(1 if self._link.up else 0)
+            if self._link.up:
+                self._health.nats_back()
+            else:
+                self._health.nats_lost()
+            metrics.nats_publish_oldest.set(max(self._bus.waiting_s, self._media_bus.waiting_s))
+            ticks += 1
+            if ticks % OBSERVED_EVERY == 0:
+                self._supervisor.observe(len(asyncio.all_tasks()))
+            if ticks % TIDIED_EVERY == 0:
+                self._tidy()
+
+    async def ask(self) -> None:
+        """Asks whether JetStream answers and takes what is written, and whether its streams are there, for ever."""
+        rounds = 0
+        while True:
+            await self._clock.sleep(WATCH_S)
+            if not (self._health.started and self._link.up):
+                continue  # the connection is what failed: it has its own check and its own grace
+            rounds += 1
+            try:
+                await self._link.probe()
+                if rounds % 2 == 1:
+                    await self._ask_streams()
+                    await self._ask_consumers()
+            except (Temporary, BusRefused) as exc:
+                if self._link.up:
+                    self._hear(f"JetStream does not answer: {exc.detail or exc.reason}"[:200])
+            else:
+                waits = self._bus.waiting_s > BUS_GRACE_S
+                self._hear(f"JetStream takes nothing: {self._bus.hurdle}"[:200] if waits else "")
+
+    def _hear(self, problem: str) -> None:
+        """A problem counts once it has lasted: an election takes seconds, and this replica keeps what it has."""
+        now = self._clock.monotonic()
+        self._good = self._good if problem else now
+        if not problem or now - self._good > BUS_GRACE_S:
+            self._health.tell_jetstream(problem)
+
+    async def _ask_streams(self) -> None:
+        """Raises Temporary, BusRefused."""
+        missing = await self._inspector.look(self._link)
+        self._metrics.nats_streams_missing.set(len(missing))
+        self._health.missing = ", ".join(missing)
+        self._looked.notify()
+        if self._inspector.lacks(self._names.bindings):  # also those that nobody owned at the last look
+            self._bindings.reload()
+
+    async def _ask_consumers(self) -> None:
+        """Raises Temporary."""
+        names, metrics = self._names, self._metrics
+        for label, stream, consumer in (
+            ("router", names.stream_out, topology.ROUTER),
+            ("control", names.stream_ctl, topology.CONTROL),
+        ):
+            try:
+                info = await self._link.api(f"CONSUMER.INFO.{stream}.{consumer}")
+            except BusRefused as exc:  # deleted by an operator; its owner makes it again
+                log.warning("consumer.missing", consumer=consumer, detail=exc.detail[:200])
+                continue
+            metrics.nats_consumer_pending.labels(consumer=label).set(info["num_pending"])
+            metrics.nats_consumer_ack_pending.labels(consumer=label).set(info["num_ack_pending"])
+        waiting, in_hand = self._inspector.messages(names.stream_out), self._supervisor.in_hand
+        metrics.nats_consumer_pending.labels(consumer="out").set(max(0, waiting - in_hand))
+        metrics.nats_consumer_ack_pending.labels(consumer="out").set(in_hand)
