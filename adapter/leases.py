@@ -27,6 +27,9 @@ from adapter.timing import Clock, Latch, first_of, heed
 log = structlog.get_logger()
 
 DEAD_KEPT = 1000
+LOOK = 1 / 8
+"""Who lives is looked at so often, in leases."""
+SHORTEST_S = 0.05
 HOLD = 0.8
 """The holder stops after this part of the lease; the rest is for clocks that run apart and answers on their way."""
 
@@ -181,8 +184,14 @@ class Leases:
             except Temporary as exc:
                 log.debug("lease.unread", reason=exc.reason)
             self.on_tick()
-            await first_of(self._look, self._lease_s / 8)
+            await first_of(self._look, self._rest_s())
             self._look.clear()
+
+    def _rest_s(self) -> float:
+        """Until the next look: at the latest when the lease of a member that keeps silent is over."""
+        now = self._clock.monotonic()
+        others = [self._seen[name][1] + self._lease_s - now for name in self._live if name != self.incarnation]
+        return max(SHORTEST_S, min([LOOK * self._lease_s, *(left_s for left_s in others if left_s > 0)]))
 
     def look(self) -> None:
         """Another replica says that it has given shards back: no need to wait for the next round."""

@@ -313,6 +313,25 @@ async def test_a_dead_replica_is_replaced_within_six_seconds_and_not_before_its_
     cluster.stop()
 
 
+@pytest.mark.parametrize("later_s", [0.0, 0.13, 0.27, 0.41])
+async def test_a_dead_replica_is_found_out_when_its_lease_is_over_and_not_at_the_look_after_that(
+    later_s: float,
+) -> None:
+    cluster = Cluster()
+    first = cluster.start()
+    await cluster.run(3)
+    heir = cluster.start()
+    await cluster.run(6 + later_s)
+    await first.kill()
+    await cluster.run(1.0)
+    _, seen = heir.leases._seen[first.leases.incarnation]
+    while heir.leases.departures == 0:
+        await cluster.run(0.02)
+    passed_s = asyncio.get_running_loop().time() - seen
+    assert LEASE_S <= passed_s < LEASE_S + 0.1
+    cluster.stop()
+
+
 async def test_a_replica_that_cannot_renew_stops_before_anybody_takes_over() -> None:
     cluster = Cluster()
     first = cluster.start()
