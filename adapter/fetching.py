@@ -10,8 +10,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine
-from typing import Any, NamedTuple
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from typing import NamedTuple
 
 import msgspec
 import structlog
@@ -23,6 +23,7 @@ from adapter.errors import BusRefused, LeaseLost, Refused, Temporary, Unreadable
 from adapter.inbox import Heard
 from adapter.ports import Cdn, Fetch, Objects, Stored, StoredObject
 from adapter.sessions import Incoming
+from adapter.tasks import Tasks
 from adapter.timing import Latch, backoff
 
 log = structlog.get_logger()
@@ -107,13 +108,13 @@ class Downloads:
         self._done: deque[int] = deque(maxlen=DONE_KEPT)
         self._swept_to = 0
         self._changed = Latch()
-        self._tasks: set[asyncio.Task[Any]] = set()
+        self._tasks = Tasks(self._crashed)
         self._stopped = False
 
     async def load(self) -> None:
         """Finds what waits in the stream; from then on looks for more now and then. Raises Temporary."""
         await self._sweep()
-        self._spawn(self._sweep_forever())
+        self._tasks.spawn(self._sweep_forever())
 
     async def _sweep(self) -> None:
         names = self._incoming.names
@@ -147,14 +148,14 @@ class Downloads:
         except (Unreadable, ValueError) as exc:
             log.error("raw.unreadable", shard=self.number, sequence=stored.seq, reason=type(exc).__name__)
             self._done.append(stored.seq)
-            self._spawn(self._bury(stored))
+            self._tasks.spawn(self._bury(stored))
             return
         self._waiting.add(stored.seq)
         until = self._incoming.clock.monotonic() + self._needs.wait_s
         queue = self._queues.setdefault((heard.sandbox, heard.bot), Queue())
         queue.waiters.append(Waiter(stored.seq, heard, after, until, suspect=suspect))
         if queue.task is None:
-            queue.task = self._spawn(self._run(queue, heard.sandbox, heard.bot))
+            queue.task = self._tasks.spawn(self._run(queue, heard.sandbox, heard.bot))
         elif not suspect:
             self._ahead(queue)
 
@@ -248,7 +249,7 @@ class Downloads:
             if busy >= AHEAD or waiter.suspect:
                 return
             if waiter.work is None and waiter.heard.said.fetches:
-                waiter.work = self._spawn(self._fetch_all(waiter))
+                waiter.work = self._tasks.spawn(self._fetch_all(waiter))
                 waiter.work.add_done_callback(lambda _: None if self._stopped else self._ahead(queue))
                 busy += 1
 
@@ -347,29 +348,18 @@ class Downloads:
                 await self._changed.until(lambda: not self._queues)
         if self._queues:
             log.info("raw.left", shard=self.number, bots=len(self._queues))
-        late = set(self._tasks)
         self.stop()
-        if late:
-            await asyncio.wait(late, timeout=CUT_S)
+        await self._tasks.ended(CUT_S)
 
     def stop(self) -> None:
         """The shard is lost: everything ends now. A message cut between telling and forgetting is looked up by
         the next owner."""
         self._stopped = True
-        for task in list(self._tasks):
-            task.cancel()
+        self._tasks.cancel()
         self._changed.notify()
 
-    def _spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._ended)
-        return task
-
-    def _ended(self, task: asyncio.Task[Any]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and (exc := task.exception()):
-            log.error("task.crashed", shard=self.number, exc_info=exc)
+    def _crashed(self, exc: BaseException) -> None:
+        log.error("task.crashed", shard=self.number, exc_info=exc)
 
 
 class _Copy:

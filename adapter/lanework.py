@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from itertools import islice, takewhile
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import structlog
 
@@ -28,6 +28,7 @@ from adapter.receipts import Name, Receipts, ending_of
 from adapter.records import Binding, Hand
 from adapter.sending import Apart, Ending, Repeat, Sender, Wait
 from adapter.sessions import needs_login_now
+from adapter.tasks import Tasks
 from adapter.timing import finish
 from adapter.uploads import Uploads
 
@@ -90,7 +91,7 @@ class LaneWork:
         """Sequences, and when each was stored: one without the other is a command of a stream that was made anew."""
         self._removed: OrderedDict[int, int] = OrderedDict()
         """Sequences of what is not parked any more, although the bus may still show it."""
-        self._tasks: set[asyncio.Task[Any]] = set()
+        self._tasks = Tasks(self._crashed)
         self._drain = asyncio.Event()
         self._lost = False
         """The shard was taken away: also where this replica gets it back, another Shard works for it then."""
@@ -176,9 +177,9 @@ class LaneWork:
             self._settle(item)
         elif item.command.typing == "on":
             lane.spoke = False
-            self._spawn(self._typed(lane, item, self.presence.show(binding, lane.user)))
+            self._tasks.spawn(self._typed(lane, item, self.presence.show(binding, lane.user)))
         else:
-            self._spawn(self._typed(lane, item, self.presence.hide(binding, lane.user)))
+            self._tasks.spawn(self._typed(lane, item, self.presence.hide(binding, lane.user)))
         lane.shift(item)
 
     async def _typed(self, lane: Lane, item: Item, taken: asyncio.Future[None]) -> None:
@@ -535,7 +536,7 @@ class LaneWork:
         self._settle(item)
         if item.parked_seq:
             _remember(self._removed, item.parked_seq, item.command.stored_ms)
-            self._spawn(self._unpark(item.parked_seq))
+            self._tasks.spawn(self._unpark(item.parked_seq))
 
     def _settle(self, item: Item) -> None:
         delivery = item.delivery
@@ -543,7 +544,7 @@ class LaneWork:
             return
         self._in_hand.pop(delivery.seq, None)
         _remember(self._settled, delivery.seq, delivery.time_ms)
-        self._spawn(delivery.ack())
+        self._tasks.spawn(delivery.ack())
 
     async def _unpark(self, seq: int) -> None:
         """Removes a parked command; what a crash leaves there has its final receipt. Raises Draining."""
@@ -611,17 +612,10 @@ class LaneWork:
     def _start(self, lane: Lane) -> None:
         lane.wake.set()
         if (lane.task is None or lane.task.done()) and (lane.queue or lane.parked) and not self._drain.is_set():
-            lane.task = self._spawn(self._run(lane))
+            lane.task = self._tasks.spawn(self._run(lane))
 
-    def _spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._ended)
-        return task
-
-    def _ended(self, task: asyncio.Task[Any]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and (exc := task.exception()) and not isinstance(exc, Draining):
+    def _crashed(self, exc: BaseException) -> None:
+        if not isinstance(exc, Draining):
             log.error("task.crashed", shard=self.number, exc_info=exc)
 
 

@@ -26,6 +26,8 @@ log = structlog.get_logger()
 
 MAX_NAME = 64
 HIDE_S = 12.0
+CUT_S = 1.0
+"""For what is cut to end."""
 """At the end typing is hidden in this time, in which one call may hang, or by the next owner."""
 
 
@@ -88,7 +90,7 @@ class Shard(LaneWork):
     def on_delivery(self, delivery: Delivery) -> None:
         """A command of this shard arrived, or arrived again."""
         if self._settled.get(delivery.seq) == delivery.time_ms:
-            self._spawn(delivery.ack())
+            self._tasks.spawn(delivery.ack())
             return
         if item := self._in_hand.get(delivery.seq):
             item.delivery = delivery
@@ -106,7 +108,7 @@ class Shard(LaneWork):
     def _read_back(self, subject: str) -> None:
         if subject not in self._reading and not self._drain.is_set():
             self._reading.add(subject)
-            self._spawn(self._catch_up(subject))
+            self._tasks.spawn(self._catch_up(subject))
 
     async def _catch_up(self, subject: str) -> None:
         """Takes in hand what had to wait on the bus, in order, as far as there is room."""
@@ -149,7 +151,7 @@ class Shard(LaneWork):
             self._needs.sender.metrics.schema_violations.labels(kind="out").inc()
             dead = isinstance(exc, Unreadable)
             ending = Ending("dead_lettered" if dead else "refused", exc.reason, exc.detail)
-            self._spawn(self._end_surely(item, ending))
+            self._tasks.spawn(self._end_surely(item, ending))
             return
         self._place(self._take(command, delivery))
 
@@ -182,7 +184,7 @@ class Shard(LaneWork):
                 return
             except Refused:
                 self._waiting[sandbox] = deque()
-                self._spawn(self._place_late(sandbox))
+                self._tasks.spawn(self._place_late(sandbox))
         self._waiting[sandbox].append(item)
 
     async def _place_late(self, sandbox: str) -> None:
@@ -263,23 +265,18 @@ class Shard(LaneWork):
     async def drain(self, grace_s: float) -> None:
         """Starts nothing new; requests that are out get `grace_s` seconds to end."""
         self._drain.set()
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + grace_s
-        self._spawn(self.presence.drain(min(grace_s, HIDE_S)))
-        while self._tasks and loop.time() < deadline:  # a lane that ends spawns its last ack
-            await asyncio.wait(set(self._tasks), timeout=deadline - loop.time())
-        if late := set(self._tasks):
-            log.warning("lanes.cut", shard=self.number, tasks=len(late))
+        self._tasks.spawn(self.presence.drain(min(grace_s, HIDE_S)))
+        if not await self._tasks.ended(grace_s):  # a lane that ends spawns its last ack
+            log.warning("lanes.cut", shard=self.number, tasks=len(self._tasks))
             self.stop()
-            await asyncio.wait(late, timeout=1.0)
+            await self._tasks.ended(CUT_S)
 
     def stop(self) -> None:
         """The shard is lost: everything ends now."""
         self._lost = True
         self._drain.set()
         self.presence.stop()
-        for task in list(self._tasks):
-            task.cancel()
+        self._tasks.cancel()
 
     @property
     def tasks(self) -> int:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import heapq
-from collections.abc import Coroutine
 from typing import Any
 
 import msgspec
@@ -23,6 +22,7 @@ from adapter.events import Events
 from adapter.leases import Leases
 from adapter.ports import History
 from adapter.records import Binding, Context
+from adapter.tasks import Tasks
 from adapter.timing import Clock, first_of
 
 log = structlog.get_logger()
@@ -69,7 +69,7 @@ class Windows:
         """Bots to be looked at, the oldest first."""
         self._news = asyncio.Event()
         self._taken = asyncio.Event()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = Tasks(self._unsaved)
         bindings.listen(self._on_binding)
 
     # what others say --------------------------------------------------------------------------------
@@ -88,12 +88,12 @@ class Windows:
             self._watch(peer)
         if not peer.told_sure:
             if (peer.telling, peer.told_in) != (found.name, peer.context.inbound_id):
-                self._spawn(self._make_sure(peer, binding))
+                self._tasks.spawn(self._make_sure(peer, binding))
             return
         change = window.change(peer.telling, found.name)
         knows: window.Name = found.name if change or peer.telling else ""
         if change:
-            self._spawn(self._tell(peer, peer.context, self._event(peer, binding, change, found.reason), knows))
+            self._tasks.spawn(self._tell(peer, peer.context, self._event(peer, binding, change, found.reason), knows))
         elif peer.telling == peer.told:
             peer.told, peer.told_in = knows, peer.context.inbound_id
         peer.telling = knows
@@ -121,8 +121,7 @@ class Windows:
 
     async def flush(self) -> None:
         """Returns once everything that was seen is told."""
-        while self._tasks:
-            await asyncio.wait(set(self._tasks))
+        await self._tasks.ended()
 
     # telling ----------------------------------------------------------------------------------------
 
@@ -171,15 +170,7 @@ class Windows:
                 found = window.told_by(event.change)
         return found
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._ended)
-
-    def _ended(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        if task.cancelled() or (exc := task.exception()) is None:
-            return
+    def _unsaved(self, exc: BaseException) -> None:
         if isinstance(exc, AdapterError):
             log.info("window.unsaved", reason=exc.reason)  # the bus says what was told
         else:

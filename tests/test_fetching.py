@@ -22,6 +22,7 @@ from adapter.ports import Message, Polled
 from adapter.records import Cursor
 from adapter.sessions import Session
 from adapter.simulator import samples
+from adapter.tasks import Tasks
 from tests.fakes import EPOCH_MS, Bench, settle
 
 VIRTUAL_TIME = True
@@ -757,7 +758,7 @@ async def test_of_what_is_done_hardly_anything_is_remembered() -> None:
     await asyncio.sleep(60)
     assert said(bench) == ["+"] * 500
     sizes = {name: len(value) for name, value in vars(replica.downloads).items()
-             if isinstance(value, dict | set | deque)}  # fmt: skip
+             if isinstance(value, dict | set | deque | Tasks)}  # fmt: skip
     assert sizes == {"_queues": 0, "_waiting": 0, "_done": DONE_KEPT, "_tasks": 1}  # which looks at the stream
     await replica.leave()
 

@@ -1,0 +1,45 @@
+"""The tasks that an object starts: asyncio alone forgets those that nobody holds, and says late what they died of."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+
+class Tasks:
+    """Those of one owner, until they end."""
+
+    def __init__(self, on_failure: Callable[[BaseException], None]) -> None:
+        """`on_failure` is told what a task raised, unless it was cancelled."""
+        self._on_failure = on_failure
+        self._running: set[asyncio.Task[Any]] = set()
+
+    def __len__(self) -> int:
+        return len(self._running)
+
+    def spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        task = asyncio.get_running_loop().create_task(work)
+        self._running.add(task)
+        task.add_done_callback(self._ended)
+        return task
+
+    async def ended(self, within_s: float | None = None) -> bool:
+        """Waits until all have ended, those that begin meanwhile too; whether they have, after `within_s` seconds."""
+        loop = asyncio.get_running_loop()
+        deadline = None if within_s is None else loop.time() + within_s
+        while self._running:
+            left_s = None if deadline is None else deadline - loop.time()
+            if left_s is not None and left_s <= 0:
+                return False
+            await asyncio.wait(set(self._running), timeout=left_s)
+        return True
+
+    def cancel(self) -> None:
+        for task in list(self._running):
+            task.cancel()
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self._running.discard(task)
+        if not task.cancelled() and (exc := task.exception()) is not None:
+            self._on_failure(exc)

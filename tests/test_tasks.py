@@ -1,0 +1,62 @@
+"""Tasks of one owner: held until they end, and heard of when they crash."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+
+from adapter.tasks import Tasks
+
+VIRTUAL_TIME = True
+
+
+def tasks() -> tuple[Tasks, list[BaseException]]:
+    failures: list[BaseException] = []
+    return Tasks(failures.append), failures
+
+
+async def test_nothing_is_lost_that_nobody_else_holds() -> None:
+    found, failures = tasks()
+    done: list[int] = []
+
+    async def work() -> None:
+        await asyncio.sleep(1)
+        done.append(1)
+
+    found.spawn(work())
+    await asyncio.sleep(0)
+    gc.collect()
+    assert await found.ended()
+    assert (done, failures, len(found)) == ([1], [], 0)
+
+
+async def test_it_waits_for_what_begins_meanwhile_and_no_longer_than_it_was_told() -> None:
+    found, _ = tasks()
+    loop = asyncio.get_running_loop()
+
+    async def first() -> None:
+        await asyncio.sleep(1)
+        found.spawn(asyncio.sleep(2))
+
+    found.spawn(first())
+    began = loop.time()
+    assert not await found.ended(2.5)
+    assert loop.time() - began == 2.5
+    assert await found.ended(10)
+    assert loop.time() - began == 3
+    assert await found.ended(0), "there is nothing to wait for"
+
+
+async def test_a_crash_is_told_and_a_cancellation_is_none() -> None:
+    found, failures = tasks()
+
+    async def crash() -> None:
+        raise ValueError("of a bug")
+
+    found.spawn(crash())
+    found.spawn(asyncio.sleep(3600))
+    await asyncio.sleep(1)
+    assert [str(exc) for exc in failures] == ["of a bug"]
+    found.cancel()
+    assert await found.ended()
+    assert len(failures) == 1
