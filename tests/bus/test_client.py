@@ -131,6 +131,29 @@ async def test_what_is_posted_is_written_soon_or_now_in_one_order(server: Embedd
         await client.close()
 
 
+async def test_a_flush_is_answered_after_what_was_subscribed_before() -> None:
+    """nats-py's own ping overtakes it, and what somebody else publishes after the flush is not heard."""
+    said: list[bytes] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b'INFO {"server_id":"s","version":"2.14.0","max_payload":1048576,"headers":true}\r\n')
+        while line := await reader.readline():
+            said.append(line.split()[0])
+            if line == b"PING\r\n":
+                writer.write(b"PONG\r\n")
+        writer.close()
+
+    listening = await asyncio.start_server(serve, "127.0.0.1", 0)
+    port = listening.sockets[0].getsockname()[1]
+    client = BusClient()
+    await client.connect(f"nats://127.0.0.1:{port}", allow_reconnect=False)
+    await client.subscribe("news")
+    await client.flush()
+    await client.close()
+    listening.close()
+    assert said[:4] == [b"CONNECT", b"PING", b"SUB", b"PING"]
+
+
 async def test_without_a_connection_nothing_is_posted_and_writing_is_no_error(server: EmbeddedNats) -> None:
     client = BusClient()
     await client.connect(server.url, allow_reconnect=False)
