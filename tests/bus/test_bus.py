@@ -240,6 +240,20 @@ async def test_what_the_client_will_not_write_is_refused_and_holds_up_nobody(rig
     assert [ack.seq if isinstance(ack, PubAck) else type(ack) for ack in acks] == [BusRefused, first + 2]
 
 
+async def test_headers_that_speak_as_the_server_does_hide_nothing(rig: Rig) -> None:
+    """Anybody may write a status into a message, and it must not end every reading of the stream."""
+    nc, subject, stream = await rig.bus.client(), NAMES.event("s1", "receipt"), NAMES.stream_event
+    for status in (b"503", b"404", b"204 EOB", b"100 Idle"):
+        head = b"NATS/1.0 " + status + b"\r\n\r\n"
+        await nc._send_command(b"HPUB %s %d %d\r\n%sx\r\n" % (subject.encode(), len(head), len(head) + 1, head))
+    await nc.jetstream().publish(subject, b"the last")
+    await nc.close()
+    first = await rig.first(stream)
+    assert await rig.read(stream, subject) == [b"x"] * 4 + [b"the last"]
+    found = [await rig.history.get(stream, first + number) for number in range(5)]
+    assert [stored and stored.data for stored in found] == [b"x"] * 4 + [b"the last"]
+
+
 async def test_a_message_for_no_stream_waits_for_one(rig: Rig) -> None:
     """No responders: the stream is being made, or moves. Nothing is lost, and others follow."""
     waiting = asyncio.create_task(rig.publisher.publish(Message("event", "late.1", b"x", {})))
