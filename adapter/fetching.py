@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from functools import partial
 from typing import NamedTuple
 
 import msgspec
@@ -108,7 +109,7 @@ class Downloads:
         self._done: deque[int] = deque(maxlen=DONE_KEPT)
         self._swept_to = 0
         self._changed = Latch()
-        self._tasks = Tasks(self._crashed)
+        self._tasks = Tasks(partial(_crashed, number))
         self._stopped = False
 
     async def load(self) -> None:
@@ -358,8 +359,9 @@ class Downloads:
         self._tasks.cancel()
         self._changed.notify()
 
-    def _crashed(self, exc: BaseException) -> None:
-        log.error("task.crashed", shard=self.number, exc_info=exc)
+
+def _crashed(shard: int, exc: BaseException) -> None:
+    log.error("task.crashed", shard=shard, exc_info=exc)
 
 
 class _Copy:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from itertools import islice, takewhile
 from typing import NamedTuple
 
@@ -91,7 +92,7 @@ class LaneWork:
         """Sequences, and when each was stored: one without the other is a command of a stream that was made anew."""
         self._removed: OrderedDict[int, int] = OrderedDict()
         """Sequences of what is not parked any more, although the bus may still show it."""
-        self._tasks = Tasks(self._crashed)
+        self._tasks = Tasks(partial(_crashed, number))
         self._drain = asyncio.Event()
         self._lost = False
         """The shard was taken away: also where this replica gets it back, another Shard works for it then."""
@@ -614,9 +615,10 @@ class LaneWork:
         if (lane.task is None or lane.task.done()) and (lane.queue or lane.parked) and not self._drain.is_set():
             lane.task = self._tasks.spawn(self._run(lane))
 
-    def _crashed(self, exc: BaseException) -> None:
-        if not isinstance(exc, Draining):
-            log.error("task.crashed", shard=self.number, exc_info=exc)
+
+def _crashed(shard: int, exc: BaseException) -> None:
+    if not isinstance(exc, Draining):
+        log.error("task.crashed", shard=shard, exc_info=exc)
 
 
 def _remember(known: OrderedDict[int, int], seq: int, stored_ms: int) -> None:

@@ -11,7 +11,8 @@ class Tasks:
     """Those of one owner, until they end."""
 
     def __init__(self, on_failure: Callable[[BaseException], None]) -> None:
-        """`on_failure` is told what a task raised, unless it was cancelled."""
+        """`on_failure` is told what a task raised, unless it was cancelled. No method of the owner, which would then
+        outlive its last use until the garbage collector comes."""
         self._on_failure = on_failure
         self._running: set[asyncio.Task[Any]] = set()
 

@@ -69,7 +69,7 @@ class Windows:
         """Bots to be looked at, the oldest first."""
         self._news = asyncio.Event()
         self._taken = asyncio.Event()
-        self._tasks = Tasks(self._unsaved)
+        self._tasks = Tasks(_unsaved)
         bindings.listen(self._on_binding)
 
     # what others say --------------------------------------------------------------------------------
@@ -170,12 +170,6 @@ class Windows:
                 found = window.told_by(event.change)
         return found
 
-    def _unsaved(self, exc: BaseException) -> None:
-        if isinstance(exc, AdapterError):
-            log.info("window.unsaved", reason=exc.reason)  # the bus says what was told
-        else:
-            log.error("task.crashed", task="windows", exc_info=exc)
-
     # time -------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
@@ -234,3 +228,10 @@ class Windows:
                 await self._clock.sleep(0.5)
             else:
                 return
+
+
+def _unsaved(exc: BaseException) -> None:
+    if isinstance(exc, AdapterError):
+        log.info("window.unsaved", reason=exc.reason)  # the bus says what was told
+    else:
+        log.error("task.crashed", task="windows", exc_info=exc)

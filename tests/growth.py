@@ -11,6 +11,8 @@ from collections import Counter, deque
 from itertools import pairwise
 from typing import Any, TypeAlias
 
+from adapter.tasks import Tasks
+
 TABLES = (dict, set, list, deque)
 
 Census: TypeAlias = Counter[str]
@@ -18,8 +20,8 @@ Census: TypeAlias = Counter[str]
 
 
 def tables(thing: object) -> dict[str, int]:
-    """The length of each table among an object's own attributes."""
-    return {name: len(value) for name, value in sorted(vars(thing).items()) if isinstance(value, TABLES)}
+    """The length of each table among an object's own attributes, of its tasks, too."""
+    return {name: len(value) for name, value in sorted(vars(thing).items()) if isinstance(value, (*TABLES, Tasks))}
 
 
 def census() -> Census:
