@@ -67,7 +67,7 @@ STARTING = 32
 """Bots that are taken at once."""
 STARTS_PER_S = 3000
 """Polls that are started in a second at most: what iLink sees of a start, and again each time that they end. A dead
-replica's bots are to be polled within six seconds, of which half are gone before anybody may take them."""
+replica's bots are to be polled within six seconds, most of which are gone before anybody may take them."""
 POLLS_PER_S = 1000
 """Polls are spread so that about so many start per second after an outage."""
 BEAT_S = 0.1

@@ -30,6 +30,7 @@ DEAD_KEPT = 1000
 LOOK = 1 / 8
 """Who lives is looked at so often, in leases."""
 SHORTEST_S = 0.05
+"""Between two looks: clocks may differ by a hair over when a lease ends."""
 HOLD = 0.8
 """The holder stops after this part of the lease; the rest is for clocks that run apart and answers on their way."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import weakref
 
 from adapter.tasks import Tasks
 
@@ -18,14 +19,19 @@ def tasks() -> tuple[Tasks, list[BaseException]]:
 async def test_nothing_is_lost_that_nobody_else_holds() -> None:
     found, failures = tasks()
     done: list[int] = []
+    awaited: list[weakref.ref[asyncio.Future[int]]] = []
 
     async def work() -> None:
-        await asyncio.sleep(1)
-        done.append(1)
+        only_here = asyncio.get_running_loop().create_future()
+        awaited.append(weakref.ref(only_here))
+        done.append(await only_here)
 
     found.spawn(work())
     await asyncio.sleep(0)
     gc.collect()
+    future = awaited[0]()
+    assert future is not None, "the task was collected, and what it waited for with it"
+    future.set_result(1)
     assert await found.ended()
     assert (done, failures, len(found)) == ([1], [], 0)
 
