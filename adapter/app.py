@@ -31,7 +31,6 @@ from adapter.jetstream.link import Link
 from adapter.jetstream.objects import ObjectStore
 from adapter.jetstream.publisher import Publisher
 from adapter.jetstream.services import BusTeller, Handler, Services
-from adapter.lanework import Outgoing
 from adapter.leases import Leases
 from adapter.login_service import LoginService
 from adapter.logins import LoginBook
@@ -51,6 +50,7 @@ from adapter.seal import Sealer
 from adapter.sending import Sender
 from adapter.sessions import Incoming, Waiting, account_of
 from adapter.settings import Settings
+from adapter.settling import Outgoing
 from adapter.shardwork import ShardLoops
 from adapter.supervisor import Supervisor
 from adapter.tidying import Tidying

@@ -7,101 +7,36 @@ is moved to WECHAT_PARKED at once, so that it does not fill the consumer's windo
 from __future__ import annotations
 
 import asyncio
-from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Sequence
-from functools import partial
-from itertools import islice, takewhile
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import structlog
 
 from adapter import contract, sending, window
-from adapter.bindings import Bindings
-from adapter.commands import MERGED_AT_ONCE, Limits, MediaPart, joins, merge, passed_on, peek, read_command
+from adapter.commands import MERGED_AT_ONCE, MediaPart, joins, merge, passed_on
 from adapter.contexts import Peer
-from adapter.contract import Names
 from adapter.errors import BusRefused, LeaseLost, Refused, Temporary
 from adapter.lane import Item, Lane, Parked
-from adapter.leases import Leases
-from adapter.ports import Account, Bus, History, Message, Stored, Uploaded
-from adapter.presence import Presence, Showing
-from adapter.receipts import Name, Receipts, ending_of
+from adapter.parked import read_behind, read_parked
+from adapter.ports import Account, Message, Uploaded
+from adapter.presence import Presence
+from adapter.receipts import Name, ending_of
 from adapter.records import Binding, Hand
-from adapter.sending import Apart, Ending, Repeat, Sender, Wait
+from adapter.sending import Apart, Ending, Repeat, Wait
 from adapter.sessions import needs_login_now
-from adapter.tasks import Tasks
+from adapter.settling import Draining, Outgoing, Settling
 from adapter.timing import finish
-from adapter.uploads import Uploads
 
 log = structlog.get_logger()
 
-SETTLED_KEPT = 256
-"""Commands per shard remembered as settled, or as not parked any more: what comes again of the last moment needs no
-look at the receipts, as all that is older does."""
 FOREVER_S = 3600.0
 
 
-class Outgoing(NamedTuple):
-    """What the lanes need."""
-
-    sender: Sender
-    """Without `pause`, `check` and `upload`, which each shard brings, and `pace`, which each lane brings."""
-    uploads: Uploads
-    bus: Bus
-    history: History
-    bindings: Bindings
-    leases: Leases
-    receipts: Receipts
-    names: Names
-    limits: Limits
-    account: Callable[[Binding], Account]
-    """Raises Refused("token_key")."""
-    stale: Callable[[str], bool]
-    """Whether a bot's token is being tried again: nothing may be sent for it."""
-    stale_on_send: Callable[[Binding, str], Awaitable[None]]
-    """iLink refused the token on every send for too long: the binding needs a login."""
-    alive_on_send: Callable[[Binding], Awaitable[None]]
-    """iLink took a send of a binding that needs a login: it is active again."""
-    bound_yet: Callable[[], Awaitable[None]]
-    """Returns once every bind command stored before the call has taken effect."""
-    gap_s: float
-    parked_per_user: int
-    parked_per_sandbox: int
-    merge_chars: int
-    """Parked texts are sent as one message up to so many characters; 0: each on its own."""
-    stale_retry_s: tuple[float, ...]
-    grace_s: float
-    showing: Showing
-
-
-class Draining(Exception):
-    """The service stops: what is in hand stays unsettled, and comes again to the next owner."""
-
-
-class LaneWork:
+class LaneWork(Settling):
     """The lanes of one shard at work; `Shard` adds what arrives."""
 
     def __init__(self, number: int, needs: Outgoing) -> None:
-        self.number = number
-        self._needs = needs
-        self._sender = needs.sender
+        super().__init__(number, needs)
         self.presence = Presence(number, needs.showing)
-        self._in_hand: dict[int, Item] = {}
-        """By sequence: delivered, and neither parked nor settled."""
-        self._settled: OrderedDict[int, int] = OrderedDict()
-        """Sequences, and when each was stored: one without the other is a command of a stream that was made anew."""
-        self._removed: OrderedDict[int, int] = OrderedDict()
-        """Sequences of what is not parked any more, although the bus may still show it."""
-        self._tasks = Tasks(partial(_crashed, number))
-        self._drain = asyncio.Event()
-        self._lost = False
-        """The shard was taken away: also where this replica gets it back, another Shard works for it then."""
-
-    def _check(self) -> None:
-        """Raises LeaseLost unless this very object may work for the shard at this moment."""
-        if self._lost:
-            raise LeaseLost("lease_lost", f"shard {self.number}")
-        self._needs.leases.check(self.number)
 
     async def _run(self, lane: Lane) -> None:
         """Works until the lane is empty. One unit of work per turn; what fails unexpectedly is tried again."""
@@ -234,7 +169,7 @@ class LaneWork:
         parked = lane.parked[0]
         if parked.seq in lane.unsure:
             return 0.0  # found by a reset meanwhile
-        item = await self._load_parked(parked)
+        item = await read_parked(parked, self._needs)
         if item is None:
             lane.drop([parked.seq])
             return 0.0
@@ -310,7 +245,7 @@ class LaneWork:
         if alone or closed or not longest or not joins([], first.command, longest):
             return [first]
         group = [first]
-        for item in await self._behind(lane, MERGED_AT_ONCE - 1):
+        for item in await read_behind(lane, MERGED_AT_ONCE - 1, self._needs):
             known = item.command.id in context.done or item.parked_seq in lane.unsure or item.parked_seq in lane.told
             if known or not joins([one.command for one in group], item.command, longest):
                 break
@@ -322,43 +257,7 @@ class LaneWork:
         if hand is None or hand.client != first.command.client or not hand.merged:
             return []
         names = {other.client for other in hand.merged}
-        return [item for item in await self._behind(lane, len(names)) if item.command.client in names]
-
-    async def _behind(self, lane: Lane, most: int) -> list[Item]:
-        """What is parked behind the first command, in order, as far as it is of one subject."""
-        waiting = list(islice(lane.parked, 1, most + 1))
-        seqs = {one.seq for one in takewhile(lambda one: one.subject == waiting[0].subject, waiting)}
-        found: list[Item] = []
-        if not seqs:
-            return found
-        stream = self._needs.names.stream_parked
-        async for stored in self._needs.history.read(stream, waiting[0].subject, after=min(seqs) - 1):
-            if stored.seq in seqs:
-                found.append(self._item_of(stored))
-            if stored.seq >= max(seqs):
-                break
-        return found
-
-    async def _load_parked(self, parked: Parked) -> Item | None:
-        names = self._needs.names
-        async for stored in self._needs.history.read(names.stream_parked, parked.subject, after=parked.seq - 1):
-            return self._item_of(stored) if stored.seq == parked.seq else None
-        return None
-
-    def _item_of(self, stored: Stored) -> Item:
-        """A parked command. Raises Unreadable, Refused."""
-        headers = stored.headers
-        command = read_command(
-            peek(stored.data, self._needs.limits),
-            sandbox=headers.get(contract.H_SANDBOX, ""),
-            ident=headers.get(contract.H_COMMAND, ""),
-            stored_ms=int(headers.get(contract.H_TIME_MS, "0")),
-            limits=self._needs.limits,
-        )
-        item = Item(command, stored.data, headers, suspect=True)
-        item.parked_seq = stored.seq
-        item.parked_ms = max(0, self._sender.clock.now_ms() - stored.time_ms) if stored.time_ms else 0
-        return item
+        return [item for item in await read_behind(lane, len(names), self._needs) if item.command.client in names]
 
     async def _send(self, lane: Lane, group: Sequence[Item], binding: Binding) -> Wait | Apart | None:
         """Sends and settles; a Wait or Apart leaves the commands where they are. Several: as one message."""
@@ -439,13 +338,6 @@ class LaneWork:
         if binding.state == "needs_login" and ending.outcome in ("accepted", "accepted_unconfirmed"):
             await self._needs.alive_on_send(binding)
 
-    def _repeated(self, item: Item) -> None:
-        """A second publish of a command that has its receipt, or will have it."""
-        log.info("command.repeated", sandbox=item.command.sandbox, command=item.command.id)
-        self._sender.metrics.outbound_messages.labels(
-            kind=item.command.kind, outcome="duplicate", reason="none"
-        ).inc()
-
     async def _hold_back(self, lane: Lane, item: Item, wait: Wait) -> None:
         """Parks a command of the queue, or refuses it where it does not want to wait or too many do."""
         command = item.command
@@ -479,85 +371,6 @@ class LaneWork:
         self._start(home)
         self._settle(item)
 
-    async def _window(self, lane: Lane) -> contract.Window:
-        if not lane.user:
-            return contract.Window(remaining=0)
-        return self._shown(await self._sender.contexts.peer(lane.bot, lane.user))
-
-    def _shown(self, peer: Peer) -> contract.Window:
-        return window.shown(peer.context, self._sender.clock.now_ms(), self._sender.rules)
-
-    async def _end_in(self, lane: Lane, item: Item, ending: Ending) -> None:
-        """Ends a command of which nothing was sent now."""
-        await self._end(item, ending, await self._window(lane), lane.bot, lane.user)
-
-    async def _end(
-        self, item: Item, ending: Ending, shown: contract.Window | None, bot: str = "", user: str = ""
-    ) -> None:
-        """The final receipt, and what belongs to it; then the command is settled."""
-        await self._end_all([item], ending, shown, bot, user)
-
-    async def _end_all(
-        self, group: Sequence[Item], ending: Ending, shown: contract.Window | None, bot: str = "", user: str = ""
-    ) -> None:
-        """The same ending for each. All are told before the first is settled or removed, so that the next owner finds
-        the first one with all that share its fate. Of what was not accepted only the owner may say so: the next one
-        may have more luck. Raises LeaseLost."""
-        if ending.outcome not in ("accepted", "accepted_unconfirmed"):
-            self._check()
-        for item in group:
-            command = item.command
-            if item.suspect and await self._needs.receipts.has_final(command):
-                continue
-            await self._needs.receipts.final(
-                command,
-                ending,
-                bot=bot or command.bot,
-                user=user or command.user,
-                shown=shown or contract.Window(),
-                original=(item.data, item.headers, self._needs.names.out(command.sandbox)),
-                parked_ms=item.parked_ms,
-            )
-        for item in group:
-            self._done_with(item)
-
-    async def _end_surely(self, item: Item, ending: Ending, lane: Lane | None = None) -> None:
-        """Ends a command that is in no lane, or not any more. Raises Draining."""
-        while True:
-            try:
-                await (self._end_in(lane, item, ending) if lane else self._end(item, ending, None))
-            except (Temporary, LeaseLost) as exc:
-                log.warning("command.waits", sandbox=item.command.sandbox, reason=exc.reason)
-                await self._pause(0.5)
-            else:
-                return
-
-    def _done_with(self, item: Item) -> None:
-        """Settles a command that was told, or need not be, wherever it came from."""
-        self._settle(item)
-        if item.parked_seq:
-            _remember(self._removed, item.parked_seq, item.command.stored_ms)
-            self._tasks.spawn(self._unpark(item.parked_seq))
-
-    def _settle(self, item: Item) -> None:
-        delivery = item.delivery
-        if delivery is None:
-            return
-        self._in_hand.pop(delivery.seq, None)
-        _remember(self._settled, delivery.seq, delivery.time_ms)
-        self._tasks.spawn(delivery.ack())
-
-    async def _unpark(self, seq: int) -> None:
-        """Removes a parked command; what a crash leaves there has its final receipt. Raises Draining."""
-        while True:
-            try:
-                await self._needs.history.delete(self._needs.names.stream_parked, seq)
-            except Temporary as exc:
-                log.warning("unparking.waits", shard=self.number, reason=exc.reason)
-                await self._pause(0.5)
-            else:
-                return
-
     async def _expire(self, lane: Lane) -> None:
         """Ends what waited too long: as refused, or as uncertain where it may have been sent."""
         now_ms = self._sender.clock.now_ms()
@@ -575,7 +388,7 @@ class LaneWork:
                 lane.queue.remove(item)
         together = lane.late_together(held, now_ms)
         for parked in together:
-            if item_now := await self._load_parked(parked):
+            if item_now := await read_parked(parked, self._needs):
                 unsent = Ending("refused", "expired", "The user did not write in time.")
                 await self._end_in(lane, item_now, unsure if parked.command in held else unsent)
             lane.drop([parked.seq])
@@ -598,30 +411,11 @@ class LaneWork:
             await self._end(lane.queue[0], ending, None, lane.bot, lane.user)
             lane.queue.popleft()
         while lane.parked:
-            if item := await self._load_parked(lane.parked[0]):
+            if item := await read_parked(lane.parked[0], self._needs):
                 await self._end(item, ending, None, lane.bot, lane.user)
             lane.parked.popleft()
-
-    async def _pause(self, seconds: float) -> None:
-        try:
-            async with asyncio.timeout(seconds):
-                await self._drain.wait()
-        except TimeoutError:
-            return
-        raise Draining
 
     def _start(self, lane: Lane) -> None:
         lane.wake.set()
         if (lane.task is None or lane.task.done()) and (lane.queue or lane.parked) and not self._drain.is_set():
             lane.task = self._tasks.spawn(self._run(lane))
-
-
-def _crashed(shard: int, exc: BaseException) -> None:
-    if not isinstance(exc, Draining):
-        log.error("task.crashed", shard=shard, exc_info=exc)
-
-
-def _remember(known: OrderedDict[int, int], seq: int, stored_ms: int) -> None:
-    known[seq] = stored_ms
-    if len(known) > SETTLED_KEPT:
-        known.popitem(last=False)

@@ -17,18 +17,20 @@ from adapter.backlog import PAGE, Backlog
 from adapter.commands import Command, command_id, peek, read_command
 from adapter.errors import AdapterError, Refused, Temporary, Unreadable
 from adapter.lane import Item, Lanes, Parked
-from adapter.lanework import LaneWork, Outgoing
+from adapter.lanework import LaneWork
+from adapter.parked import item_of
 from adapter.ports import Delivery
 from adapter.records import Binding
 from adapter.sending import Ending
+from adapter.settling import Outgoing
 
 log = structlog.get_logger()
 
 MAX_NAME = 64
 HIDE_S = 12.0
+"""At the end typing is hidden in this time, in which one call may hang, or by the next owner."""
 CUT_S = 1.0
 """For what is cut to end."""
-"""At the end typing is hidden in this time, in which one call may hang, or by the next owner."""
 
 
 class Shard(LaneWork):
@@ -61,7 +63,7 @@ class Shard(LaneWork):
             if stored.seq in self._removed:
                 continue
             try:
-                item = self._item_of(stored)
+                item = item_of(stored, self._needs)
             except AdapterError as exc:
                 log.error("parked.unreadable", sequence=stored.seq, reason=exc.reason)
                 continue

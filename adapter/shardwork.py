@@ -14,13 +14,13 @@ from adapter.fetching import Downloads, Fetching
 from adapter.jetstream import topology
 from adapter.jetstream.consumer import Consumer
 from adapter.jetstream.link import Link
-from adapter.lanework import Outgoing
 from adapter.leases import Leases
 from adapter.metrics import Metrics
 from adapter.outbound import Shard
 from adapter.ports import Delivery
 from adapter.probes import Health
 from adapter.router import Router
+from adapter.settling import Outgoing
 from adapter.tidying import Tidying, tidy_forever
 from adapter.timing import Clock, restarted
 

@@ -26,7 +26,6 @@ from adapter.events import Events
 from adapter.fetching import Downloads, Fetching
 from adapter.ilink import protocol
 from adapter.ilink.translate import read_message
-from adapter.lanework import Outgoing
 from adapter.leases import Leases
 from adapter.metrics import Metrics
 from adapter.outbound import Shard
@@ -53,6 +52,7 @@ from adapter.records import Binding, Context, Cursor
 from adapter.seal import Sealer
 from adapter.sending import Sender
 from adapter.sessions import Incoming, Waiting
+from adapter.settling import Outgoing
 from adapter.timing import Beat, Latch, Pace
 from adapter.uploads import Uploads
 

@@ -26,10 +26,10 @@ from adapter.contract import (
     shard_of,
 )
 from adapter.errors import BusRefused, Refused, SessionExpired, Temporary, Throttled, Uncertain
-from adapter.lanework import SETTLED_KEPT
 from adapter.outbound import Shard
 from adapter.ports import Accepted, Message
 from adapter.records import Hand
+from adapter.settling import SETTLED_KEPT
 from tests.fakes import GAP_S, LIMITS, RULES, Bench, FakeDelivery, Sent, settle
 
 VIRTUAL_TIME = True

@@ -1,0 +1,49 @@
+"""What is parked on the bus, read back."""
+
+from __future__ import annotations
+
+from itertools import islice, takewhile
+
+from adapter import contract
+from adapter.commands import peek, read_command
+from adapter.lane import Item, Lane, Parked
+from adapter.ports import Stored
+from adapter.settling import Outgoing
+
+
+async def read_parked(parked: Parked, needs: Outgoing) -> Item | None:
+    """None: it is not there any more. Raises Temporary."""
+    async for stored in needs.history.read(needs.names.stream_parked, parked.subject, after=parked.seq - 1):
+        return item_of(stored, needs) if stored.seq == parked.seq else None
+    return None
+
+
+async def read_behind(lane: Lane, most: int, needs: Outgoing) -> list[Item]:
+    """What is parked behind the lane's first command, in order, as far as it is of one subject. Raises Temporary."""
+    waiting = list(islice(lane.parked, 1, most + 1))
+    seqs = {one.seq for one in takewhile(lambda one: one.subject == waiting[0].subject, waiting)}
+    found: list[Item] = []
+    if not seqs:
+        return found
+    async for stored in needs.history.read(needs.names.stream_parked, waiting[0].subject, after=min(seqs) - 1):
+        if stored.seq in seqs:
+            found.append(item_of(stored, needs))
+        if stored.seq >= max(seqs):
+            break
+    return found
+
+
+def item_of(stored: Stored, needs: Outgoing) -> Item:
+    """A parked command. Raises Unreadable, Refused."""
+    headers = stored.headers
+    command = read_command(
+        peek(stored.data, needs.limits),
+        sandbox=headers.get(contract.H_SANDBOX, ""),
+        ident=headers.get(contract.H_COMMAND, ""),
+        stored_ms=int(headers.get(contract.H_TIME_MS, "0")),
+        limits=needs.limits,
+    )
+    item = Item(command, stored.data, headers, suspect=True)
+    item.parked_seq = stored.seq
+    item.parked_ms = max(0, needs.sender.clock.now_ms() - stored.time_ms) if stored.time_ms else 0
+    return item

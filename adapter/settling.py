@@ -1,0 +1,203 @@
+"""How a command of a shard ends: it gets its final receipt, then it is settled on the bus, and parked no more.
+
+Until both have happened it comes again, to this owner or the next one, who looks whether it has its receipt.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import structlog
+
+from adapter import contract, window
+from adapter.bindings import Bindings
+from adapter.commands import Limits
+from adapter.contexts import Peer
+from adapter.contract import Names
+from adapter.errors import LeaseLost, Temporary
+from adapter.lane import Item, Lane
+from adapter.leases import Leases
+from adapter.ports import Account, Bus, History
+from adapter.presence import Showing
+from adapter.receipts import Receipts
+from adapter.records import Binding
+from adapter.sending import Ending, Sender
+from adapter.tasks import Tasks
+from adapter.uploads import Uploads
+
+log = structlog.get_logger()
+
+SETTLED_KEPT = 256
+"""Commands per shard remembered as settled, or as not parked any more: what comes again of the last moment needs no
+look at the receipts, as all that is older does."""
+
+
+class Outgoing(NamedTuple):
+    """What the lanes need."""
+
+    sender: Sender
+    """Without `pause`, `check` and `upload`, which each shard brings, and `pace`, which each lane brings."""
+    uploads: Uploads
+    bus: Bus
+    history: History
+    bindings: Bindings
+    leases: Leases
+    receipts: Receipts
+    names: Names
+    limits: Limits
+    account: Callable[[Binding], Account]
+    """Raises Refused("token_key")."""
+    stale: Callable[[str], bool]
+    """Whether a bot's token is being tried again: nothing may be sent for it."""
+    stale_on_send: Callable[[Binding, str], Awaitable[None]]
+    """iLink refused the token on every send for too long: the binding needs a login."""
+    alive_on_send: Callable[[Binding], Awaitable[None]]
+    """iLink took a send of a binding that needs a login: it is active again."""
+    bound_yet: Callable[[], Awaitable[None]]
+    """Returns once every bind command stored before the call has taken effect."""
+    gap_s: float
+    parked_per_user: int
+    parked_per_sandbox: int
+    merge_chars: int
+    """Parked texts are sent as one message up to so many characters; 0: each on its own."""
+    stale_retry_s: tuple[float, ...]
+    grace_s: float
+    showing: Showing
+
+
+class Draining(Exception):
+    """The service stops: what is in hand stays unsettled, and comes again to the next owner."""
+
+
+class Settling:
+    """What is in hand for one shard, and how it ends; `LaneWork` adds how it is sent, `Shard` how it arrives."""
+
+    def __init__(self, number: int, needs: Outgoing) -> None:
+        self.number = number
+        self._needs = needs
+        self._sender = needs.sender
+        self._in_hand: dict[int, Item] = {}
+        """By sequence: delivered, and neither parked nor settled."""
+        self._settled: OrderedDict[int, int] = OrderedDict()
+        """Sequences, and when each was stored: one without the other is a command of a stream that was made anew."""
+        self._removed: OrderedDict[int, int] = OrderedDict()
+        """Sequences of what is not parked any more, although the bus may still show it."""
+        self._tasks = Tasks(partial(_crashed, number))
+        self._drain = asyncio.Event()
+        self._lost = False
+        """The shard was taken away: also where this replica gets it back, another Shard works for it then."""
+
+    def _check(self) -> None:
+        """Raises LeaseLost unless this very object may work for the shard at this moment."""
+        if self._lost:
+            raise LeaseLost("lease_lost", f"shard {self.number}")
+        self._needs.leases.check(self.number)
+
+    async def _pause(self, seconds: float) -> None:
+        try:
+            async with asyncio.timeout(seconds):
+                await self._drain.wait()
+        except TimeoutError:
+            return
+        raise Draining
+
+    async def _window(self, lane: Lane) -> contract.Window:
+        if not lane.user:
+            return contract.Window(remaining=0)
+        return self._shown(await self._sender.contexts.peer(lane.bot, lane.user))
+
+    def _shown(self, peer: Peer) -> contract.Window:
+        return window.shown(peer.context, self._sender.clock.now_ms(), self._sender.rules)
+
+    def _repeated(self, item: Item) -> None:
+        """A second publish of a command that has its receipt, or will have it."""
+        log.info("command.repeated", sandbox=item.command.sandbox, command=item.command.id)
+        self._sender.metrics.outbound_messages.labels(
+            kind=item.command.kind, outcome="duplicate", reason="none"
+        ).inc()
+
+    async def _end_in(self, lane: Lane, item: Item, ending: Ending) -> None:
+        """Ends a command of which nothing was sent now."""
+        await self._end(item, ending, await self._window(lane), lane.bot, lane.user)
+
+    async def _end(
+        self, item: Item, ending: Ending, shown: contract.Window | None, bot: str = "", user: str = ""
+    ) -> None:
+        """The final receipt, and what belongs to it; then the command is settled."""
+        await self._end_all([item], ending, shown, bot, user)
+
+    async def _end_all(
+        self, group: Sequence[Item], ending: Ending, shown: contract.Window | None, bot: str = "", user: str = ""
+    ) -> None:
+        """The same ending for each. All are told before the first is settled or removed, so that the next owner finds
+        the first one with all that share its fate. Of what was not accepted only the owner may say so: the next one
+        may have more luck. Raises LeaseLost."""
+        if ending.outcome not in ("accepted", "accepted_unconfirmed"):
+            self._check()
+        for item in group:
+            command = item.command
+            if item.suspect and await self._needs.receipts.has_final(command):
+                continue
+            await self._needs.receipts.final(
+                command,
+                ending,
+                bot=bot or command.bot,
+                user=user or command.user,
+                shown=shown or contract.Window(),
+                original=(item.data, item.headers, self._needs.names.out(command.sandbox)),
+                parked_ms=item.parked_ms,
+            )
+        for item in group:
+            self._done_with(item)
+
+    async def _end_surely(self, item: Item, ending: Ending, lane: Lane | None = None) -> None:
+        """Ends a command that is in no lane, or not any more. Raises Draining."""
+        while True:
+            try:
+                await (self._end_in(lane, item, ending) if lane else self._end(item, ending, None))
+            except (Temporary, LeaseLost) as exc:
+                log.warning("command.waits", sandbox=item.command.sandbox, reason=exc.reason)
+                await self._pause(0.5)
+            else:
+                return
+
+    def _done_with(self, item: Item) -> None:
+        """Settles a command that was told, or need not be, wherever it came from."""
+        self._settle(item)
+        if item.parked_seq:
+            _remember(self._removed, item.parked_seq, item.command.stored_ms)
+            self._tasks.spawn(self._unpark(item.parked_seq))
+
+    def _settle(self, item: Item) -> None:
+        delivery = item.delivery
+        if delivery is None:
+            return
+        self._in_hand.pop(delivery.seq, None)
+        _remember(self._settled, delivery.seq, delivery.time_ms)
+        self._tasks.spawn(delivery.ack())
+
+    async def _unpark(self, seq: int) -> None:
+        """Removes a parked command; what a crash leaves there has its final receipt. Raises Draining."""
+        while True:
+            try:
+                await self._needs.history.delete(self._needs.names.stream_parked, seq)
+            except Temporary as exc:
+                log.warning("unparking.waits", shard=self.number, reason=exc.reason)
+                await self._pause(0.5)
+            else:
+                return
+
+
+def _crashed(shard: int, exc: BaseException) -> None:
+    if not isinstance(exc, Draining):
+        log.error("task.crashed", shard=shard, exc_info=exc)
+
+
+def _remember(known: OrderedDict[int, int], seq: int, stored_ms: int) -> None:
+    known[seq] = stored_ms
+    if len(known) > SETTLED_KEPT:
+        known.popitem(last=False)
