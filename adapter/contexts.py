@@ -143,7 +143,9 @@ class Contexts:
                         peer.revision = entry.revision  # our own write, whose answer got lost
                     else:
                         self._fence(peer.bot)
+                        before = peer.context
                         await self._load(peer)  # an operator's hand, or the owner before us: its word counts
+                        peer.context = window.known_also(peer.context, before)
                         continue
                 peer.context = after
                 return after

@@ -89,6 +89,8 @@ def shard_of(sandbox: str) -> int:
 
 _INBOX = re.compile(r"_INBOX[^\s.*>\x00]*(\.[^\s.*>\x00]+)+")
 MAX_INBOX = 256
+MAX_SEQ = 2**63 - 1
+"""No stream has more messages."""
 
 
 def is_inbox(subject: str) -> bool:
@@ -678,7 +680,9 @@ class ReplayQuery(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
 
     sandbox: SandboxAsked = None
     after: Annotated[int, Meta(ge=0, description="Stream sequence; messages after it.")] = 0
-    since_ms: Annotated[int | None, Meta(description="Messages stored since then; instead of `after`.")] = None
+    since_ms: Annotated[
+        int | None, Meta(description="Messages stored since then, in milliseconds; only where `after` is 0.")
+    ] = None
     limit: Annotated[int, Meta(ge=1, le=500)] = 100
 
 

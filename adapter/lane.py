@@ -38,10 +38,16 @@ class Parked(NamedTuple):
     seq: int
     subject: str
     command: str
+    client: str
     expires_ms: int
     stored_ms: int
     """When the command itself was stored."""
     final: bool = False
+
+
+def parked_at(seq: int, subject: str, command: Command) -> Parked:
+    """A command and where it is parked."""
+    return Parked(seq, subject, command.id, command.client, command.expires_ms, command.stored_ms, command.final)
 
 
 class Lane:
@@ -124,11 +130,11 @@ class Lane:
             self.told.pop(parked.seq, None)
 
     def late_together(self, held: set[str], now_ms: int) -> list[Parked]:
-        """What is parked and expired. Those `held` may have gone out in one message, and expire together with their
-        last."""
-        latest_ms = max((parked.expires_ms for parked in self.parked if parked.command in held), default=0)
+        """What is parked and expired. Those whose clients are `held` may have gone out in one message, and expire
+        together with their last."""
+        latest_ms = max((parked.expires_ms for parked in self.parked if parked.client in held), default=0)
         for index, parked in enumerate(self.parked):
-            if parked.command in held:
+            if parked.client in held:
                 self.parked[index] = parked._replace(expires_ms=latest_ms)
         return [parked for parked in self.parked if parked.expires_ms <= now_ms]
 

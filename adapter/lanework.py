@@ -15,13 +15,13 @@ from adapter import contract, sending, window
 from adapter.commands import MERGED_AT_ONCE, MediaPart, joins, merge, passed_on
 from adapter.contexts import Peer
 from adapter.errors import BusRefused, LeaseLost, Refused, Temporary
-from adapter.lane import Item, Lane, Parked
+from adapter.lane import Item, Lane, parked_at
 from adapter.parked import read_behind, read_parked
 from adapter.ports import Account, Message, Uploaded
 from adapter.presence import Presence
 from adapter.receipts import Name, ending_of
-from adapter.records import Binding, Hand
-from adapter.sending import Apart, Ending, Repeat, Wait
+from adapter.records import Binding, Context, Hand
+from adapter.sending import Apart, Ending, Repeat, Wait, in_doubt
 from adapter.sessions import needs_login_now
 from adapter.settling import Draining, Outgoing, Settling
 from adapter.timing import finish
@@ -165,7 +165,7 @@ class LaneWork(Settling):
         await self._look_up(lane)
         peer = await self._sender.contexts.peer(binding.bot, lane.user)
         if (hand := peer.context.hand) and hand.is_begun:  # its rest comes before anything else
-            lane.put_first(next((one for one in lane.parked if one.command == hand.command), lane.parked[0]))
+            lane.put_first(next((one for one in lane.parked if one.client == hand.client), lane.parked[0]))
         parked = lane.parked[0]
         if parked.seq in lane.unsure:
             return 0.0  # found by a reset meanwhile
@@ -178,7 +178,9 @@ class LaneWork(Settling):
             # itself had not been sent: it left the others.)
             hand = peer.context.hand if told.reason != "expired" else None
             group = [item, *await self._named(lane, hand, item)]
-            await self._end_all(group, ending_of(told), await self._window(lane), binding.bot, lane.user)
+            ending = ending_of(told)
+            await self._end_all(group, ending, self._shown(peer), binding.bot, lane.user)
+            peer.context = window.settled(peer.context, item.command.client, sent=ending.may_be_sent)
             lane.drop([one.parked_seq for one in group])
             return 0.0
         group = await self._group(lane, item, peer)
@@ -212,10 +214,11 @@ class LaneWork(Settling):
         lane.sort()
         if lane.queue:
             behind = lane.queue[0]
-            if may_pass and behind.command.final and behind.command.when_closed == "refuse":
-                await self._send(lane, [behind], binding)
-            else:
-                await self._hold_back(lane, behind, Wait(wait.reason))
+            result: Wait | Apart | None = Wait(wait.reason)
+            if may_pass and behind.command.final and behind.command.when_closed == "refuse" and behind.command.parts:
+                result = await self._send(lane, [behind], binding)
+            if isinstance(result, Wait):
+                await self._hold_back(lane, behind, result)
             lane.shift(behind)
             return 0.0
         opens_ms = window.opens_at_ms(peer.context, self._sender.rules)
@@ -239,14 +242,14 @@ class LaneWork(Settling):
         if hand is not None and hand.client == first.command.client:
             return [first, *await self._named(lane, hand, first)]
         longest = self._needs.merge_chars
-        alone = first.parked_seq <= lane.apart_until or first.command.id in context.done
+        alone = first.parked_seq <= lane.apart_until or _is_repeat(context, first)
         alone = alone or first.parked_seq != min(lane.parked).seq  # it went ahead of those behind it
         closed = window.verdict(context, self._sender.clock.now_ms(), self._sender.rules, final=True)
         if alone or closed or not longest or not joins([], first.command, longest):
             return [first]
         group = [first]
         for item in await read_behind(lane, MERGED_AT_ONCE - 1, self._needs):
-            known = item.command.id in context.done or item.parked_seq in lane.unsure or item.parked_seq in lane.told
+            known = _is_repeat(context, item) or item.parked_seq in lane.unsure or item.parked_seq in lane.told
             if known or not joins([one.command for one in group], item.command, longest):
                 break
             group.append(item)
@@ -288,13 +291,12 @@ class LaneWork(Settling):
                         await self._refused_token(lane, binding, result)
                     if item.command.when_closed == "park":
                         return result
-                    hand = peer.context.hand
-                    sent = tuple(hand.message_ids) if hand and hand.client == item.command.client else ()
-                    result = Ending("refused", result.reason, result.detail, sent, *result[2:])
+                    refused = Ending("refused", result.reason, result.detail, (), *result[2:])
+                    result = in_doubt(refused, peer.context.hand, item.command.client)
                 case Ending():
                     await self._settle_token(lane, binding, result)
             await self._end_all(group, result, self._shown(peer), binding.bot, lane.user)
-            peer.context = window.settled(peer.context, item.command.id)
+            peer.context = window.settled(peer.context, item.command.client, sent=result.may_be_sent)
             return None
 
     async def _upload(self, ident: str, part: MediaPart, account: Account, user: str) -> Uploaded:
@@ -335,7 +337,7 @@ class LaneWork(Settling):
     async def _settle_token(self, lane: Lane, binding: Binding, ending: Ending) -> None:
         """A send has ended: unless nobody answered, iLink takes the token."""
         lane.stale_tries, lane.last_tries = 0, False
-        if binding.state == "needs_login" and ending.outcome in ("accepted", "accepted_unconfirmed"):
+        if binding.state == "needs_login" and ending.is_sent:
             await self._needs.alive_on_send(binding)
 
     async def _hold_back(self, lane: Lane, item: Item, wait: Wait) -> None:
@@ -365,7 +367,7 @@ class LaneWork(Settling):
             return
         await self._needs.receipts.parked(command, wait, lane.bot, lane.user, await self._window(lane))
         home = lane.current()
-        parked = Parked(ack.seq, subject, command.id, command.expires_ms, command.stored_ms, command.final)
+        parked = parked_at(ack.seq, subject, command)
         if all(parked.seq != known.seq for known in home.parked):
             home.park(parked)
         self._start(home)
@@ -377,45 +379,42 @@ class LaneWork(Settling):
         late, late_parked = lane.late(now_ms)
         if not late and not late_parked:
             return
-        hand = await self._perhaps_sent(lane)
-        held = {one.command for one in hand.all} if hand else set()
-        unsure = Ending("uncertain", "", "It may have been sent; iLink could not be asked again in time.")
-        unsure = unsure._replace(message_ids=tuple(hand.message_ids), attempts=hand.attempts) if hand else unsure
+        hand = await self._hand(lane)
         for item in late:
-            unsent = Ending("refused", "expired", "It was not sent in time.")
-            await self._end_in(lane, item, unsure if item.command.id in held else unsent)
+            await self._end_unsent(lane, item, Ending("refused", "expired", "It was not sent in time."), hand)
             if item in lane.queue:
                 lane.queue.remove(item)
+        held = {one.client for one in hand.all} if hand and hand.tried else set()
         together = lane.late_together(held, now_ms)
         for parked in together:
             if item_now := await read_parked(parked, self._needs):
-                unsent = Ending("refused", "expired", "The user did not write in time.")
-                await self._end_in(lane, item_now, unsure if parked.command in held else unsent)
+                ending = Ending("refused", "expired", "The user did not write in time.")
+                await self._end_unsent(lane, item_now, ending, hand)
             lane.drop([parked.seq])
-        ended = {*(item.command.id for item in late), *(parked.command for parked in together)}
-        if hand and hand.command in ended:
-            peer = await self._sender.contexts.peer(lane.bot, lane.user)
-            peer.context = window.settled(peer.context, hand.command)
-
-    async def _perhaps_sent(self, lane: Lane) -> Hand | None:
-        """What is in hand and was in a request that got no answer. Raises Temporary."""
-        if not lane.user:
-            return None
-        peer = await self._sender.contexts.peer(lane.bot, lane.user)
-        return peer.context.hand if peer.context.hand and peer.context.hand.tried else None
+        ended = {*(item.command.client for item in late), *(parked.client for parked in together)}
+        if hand and hand.client in ended:
+            await self._let_go(lane, hand)
 
     async def _give_up(self, lane: Lane) -> None:
-        """The user's bot was unbound: nothing of theirs will be sent."""
+        """The user's bot was unbound: nothing more of theirs will be sent."""
+        hand = await self._hand(lane)
         ending = Ending("refused", "not_bound", "The bot was unbound.")
         while lane.queue:
-            await self._end(lane.queue[0], ending, None, lane.bot, lane.user)
+            item = lane.queue[0]
+            await self._end(item, in_doubt(ending, hand, item.command.client), None, lane.bot, lane.user)
             lane.queue.popleft()
         while lane.parked:
-            if item := await read_parked(lane.parked[0], self._needs):
-                await self._end(item, ending, None, lane.bot, lane.user)
+            if found := await read_parked(lane.parked[0], self._needs):
+                await self._end(found, in_doubt(ending, hand, found.command.client), None, lane.bot, lane.user)
             lane.parked.popleft()
+        if hand:
+            await self._let_go(lane, hand)
 
     def _start(self, lane: Lane) -> None:
         lane.wake.set()
         if (lane.task is None or lane.task.done()) and (lane.queue or lane.parked) and not self._drain.is_set():
             lane.task = self._tasks.spawn(self._run(lane))
+
+
+def _is_repeat(context: Context, item: Item) -> bool:
+    return window.is_repeat(context, item.command.sandbox, item.command.id, item.command.client)

@@ -12,7 +12,7 @@ from urllib.parse import unquote
 import msgspec
 
 from adapter import media
-from adapter.contract import H_NEXT, H_SHA256, H_SIZE, Media, MediaPiece, MediaQuery, check_sandbox
+from adapter.contract import H_NEXT, H_SHA256, H_SIZE, MAX_SEQ, Media, MediaPiece, MediaQuery, check_sandbox
 from adapter.errors import BusRefused, Refused, Unreadable
 from adapter.metrics import Metrics
 from adapter.ports import Answered, Asked, PartialObjects, StoredObject
@@ -40,6 +40,8 @@ class MediaService:
             query = msgspec.json.decode(asked.data, type=MediaQuery)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
             raise self._invalid(exc) from exc
+        if query.after > MAX_SEQ:
+            raise self._invalid(ValueError("`after` is the header Wechat-Next of the answer before."))
         if not query.object.startswith(f"{sandbox}/"):
             raise _absent()
         stored = await self._objects.info(query.object)

@@ -16,7 +16,7 @@ from adapter import contract
 from adapter.backlog import PAGE, Backlog
 from adapter.commands import Command, command_id, peek, read_command
 from adapter.errors import AdapterError, Refused, Temporary, Unreadable
-from adapter.lane import Item, Lanes, Parked
+from adapter.lane import Item, Lanes, parked_at
 from adapter.lanework import LaneWork
 from adapter.parked import item_of
 from adapter.ports import Delivery
@@ -77,9 +77,7 @@ class Shard(LaneWork):
                 continue
             found.add(stored.seq)
             lane.unsure.add(stored.seq)
-            lane.park(
-                Parked(stored.seq, stored.subject, command.id, command.expires_ms, command.stored_ms, command.final)
-            )
+            lane.park(parked_at(stored.seq, stored.subject, command))
         for lane in self._lanes:
             if not lane.unsure.isdisjoint(found):
                 lane.sort()
@@ -214,8 +212,8 @@ class Shard(LaneWork):
         elif command.user and len(bound) > 1:
             bound = [binding for binding in bound if binding.user == command.user]
         alive = [binding for binding in bound if binding.state == "active"]
-        if len(bound) > 1 and len(alive) == 1:
-            return alive[0]  # the others wait for a login that has taken place with this one
+        if len(bound) > 1 and len(alive) == 1 and {binding.user for binding in bound} == {alive[0].user or None}:
+            return alive[0]  # the others wait for a login of their user, which has taken place with this one
         if not bound:
             raise Refused("not_bound", "No bot is bound to this sandbox (or not the one named): bind it first.")
         if len(bound) > 1:

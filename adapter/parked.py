@@ -35,11 +35,11 @@ async def read_behind(lane: Lane, most: int, needs: Outgoing) -> list[Item]:
 
 def item_of(stored: Stored, needs: Outgoing) -> Item:
     """A parked command. Raises Unreadable, Refused."""
-    headers = stored.headers
+    headers, body = stored.headers, peek(stored.data, needs.limits)
     command = read_command(
-        peek(stored.data, needs.limits),
+        body,
         sandbox=headers.get(contract.H_SANDBOX, ""),
-        ident=headers.get(contract.H_COMMAND, ""),
+        ident=body.id or headers.get(contract.H_COMMAND, ""),  # a header loses the spaces around it, and its lines
         stored_ms=int(headers.get(contract.H_TIME_MS, "0")),
         limits=needs.limits,
     )

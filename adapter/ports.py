@@ -246,12 +246,30 @@ class Chat(Protocol):
         """
 
     async def send_text(
-        self, account: Account, *, user: str, client_id: str, context_token: str, text: str
+        self,
+        account: Account,
+        *,
+        user: str,
+        client_id: str,
+        context_token: str,
+        text: str,
+        check: Callable[[], None] | None = None,
     ) -> Accepted:
-        """Raises SessionExpired, Throttled, Refused, Temporary (nothing was taken), Uncertain (perhaps it was)."""
+        """`check` is called when the request is about to leave, since connecting takes its time; what it raises is
+        raised, and nothing has left.
+
+        Raises SessionExpired, Throttled, Refused, Temporary (nothing was taken), Uncertain (perhaps it was).
+        """
 
     async def send_media(
-        self, account: Account, *, user: str, client_id: str, context_token: str, media: Uploaded
+        self,
+        account: Account,
+        *,
+        user: str,
+        client_id: str,
+        context_token: str,
+        media: Uploaded,
+        check: Callable[[], None] | None = None,
     ) -> Accepted:
         """As send_text, with what was uploaded for this user."""
 

@@ -276,9 +276,11 @@ class Presence:
         if sight.binding is None:
             raise Refused("not_bound", "The bot is not bound any more.")
         if sight.binding.state == "needs_login" or self._needs.stale(sight.bot):
+            stale = SessionExpired("needs_login", "The bot's token is stale.")
             if sight.lit and found is not None and not self._draining:
+                _fail(sight.hides, stale)
                 return None  # it may live again, and then it is hidden
-            raise SessionExpired("needs_login", "The bot's token is stale.")
+            raise stale
         self._needs.check(self._shard)
         return self._needs.account(sight.binding)
 

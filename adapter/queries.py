@@ -12,6 +12,7 @@ import msgspec
 from adapter import window
 from adapter.bindings import Bindings
 from adapter.contract import (
+    MAX_SEQ,
     BindingsPage,
     BindingsQuery,
     Names,
@@ -32,6 +33,8 @@ Q = TypeVar("Q", bound=msgspec.Struct)
 S = TypeVar("S", WindowQuery, ReplayQuery)
 REPLAY_BYTES = 512 * 1024
 """A page of a replay stays well below a message's usual limit of 1 MiB."""
+MAX_TIME_MS = 253_402_300_799_999
+"""The last one that has a date: 9999-12-31."""
 
 
 class Queries:
@@ -102,11 +105,13 @@ class Queries:
         return msgspec.json.encode(window.shown(context, self._clock.now_ms(), self._rules))
 
     async def _replay(self, query: ReplayQuery) -> bytes:
+        if query.after > MAX_SEQ or (query.since_ms or 0) > MAX_TIME_MS:
+            raise Refused("invalid", "`after` is a sequence of the stream, `since_ms` a time in milliseconds.")
         messages: list[Replayed] = []
         size, more = 0, False
         inbox = self._names.inbox(query.sandbox or "")
         async for stored in self._history.read(
-            self._names.stream_in, inbox, after=query.after, since_ms=query.since_ms
+            self._names.stream_in, inbox, after=query.after, since_ms=None if query.after else query.since_ms
         ):
             size += len(stored.data)
             if len(messages) == query.limit or (messages and size > REPLAY_BYTES):

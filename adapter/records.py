@@ -76,6 +76,7 @@ class Hand(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     command: str
     client: str
     """Base of the client_ids of its parts."""
+    sandbox: str = ""
     part: int = 0
     attempts: int = 0
     tried: int = 0
@@ -105,9 +106,9 @@ class Hand(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         """Every command in hand, the first one first."""
         return [Merged(command=self.command, client=self.client), *self.merged]
 
-    def repeats(self, command: str, client: str) -> bool:
-        """Whether another command with the id of one in hand is meant: a second publish."""
-        return any(one.command == command and one.client != client for one in self.all)
+    def holds(self, client: str) -> bool:
+        """Whether a command is in hand, alone or with others."""
+        return any(one.client == client for one in self.all)
 
 
 class Context(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -125,7 +126,7 @@ class Context(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """When iLink said -2; 0: not blocked."""
     hand: Hand | None = None
     done: list[str] = []
-    """Ids of the last commands that were sent, against a second publish with the same id."""
+    """Sandbox/id of the last commands that were sent, or may have been, against a second publish with the same id."""
     told: Literal["", "open", "low", "closed"] = ""
     """What the sandbox had been told of a window before this write; later events may be on the bus."""
     told_in: str = ""

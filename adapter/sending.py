@@ -18,7 +18,7 @@ from adapter import window
 from adapter.commands import Command, MediaPart, client_id
 from adapter.contexts import Contexts, Peer
 from adapter.contract import Outcome
-from adapter.errors import Refused, SessionExpired, Temporary, Throttled, Uncertain
+from adapter.errors import LeaseLost, Refused, SessionExpired, Temporary, Throttled, Uncertain
 from adapter.metrics import Metrics
 from adapter.ports import Accepted, Account, Chat, Uploaded
 from adapter.quotes import summary
@@ -44,6 +44,16 @@ class Ending(NamedTuple):
     ret: int | None = None
     errcode: int | None = None
     errmsg: str = ""
+
+    @property
+    def is_sent(self) -> bool:
+        """iLink took all of it."""
+        return self.outcome in ("accepted", "accepted_unconfirmed")
+
+    @property
+    def may_be_sent(self) -> bool:
+        """It may be on the phone."""
+        return self.is_sent or self.outcome == "uncertain"
 
 
 class Wait(NamedTuple):
@@ -85,7 +95,7 @@ class Sender(NamedTuple):
     pace: Callable[[], Awaitable[None]]
     """Waits until the user may be sent something again; raises Draining."""
     check: Callable[[], None]
-    """Raises LeaseLost when this replica may not send any more."""
+    """Raises LeaseLost when this replica may not send any more; asked again when a request is about to leave."""
     look: Callable[[Peer], None]
     """Called once it is known whether a request counts; see Windows.look."""
     note: Callable[[str, str, str, str, str, str], None]
@@ -102,10 +112,10 @@ async def send(command: Command, peer: Peer, account: Account, sender: Sender) -
     """
     hand = peer.context.hand
     if hand is None or hand.client != command.client:
-        if command.id in peer.context.done or (hand is not None and hand.repeats(command.id, command.client)):
+        if window.is_repeat(peer.context, command.sandbox, command.id, command.client):
             return Repeat()
         merged = [Merged(command=other.id, client=other.client) for other in command.merged]
-        hand = Hand(command=command.id, client=command.client, merged=merged)
+        hand = Hand(command=command.id, client=command.client, sandbox=command.sandbox, merged=merged)
     while hand.part < len(command.parts):
         if hand.tried > MAX_RESENDS:
             sender.look(peer)
@@ -185,7 +195,6 @@ async def _request(
                 context, _with_tail(hand, content, context, sender), sender.clock.now_ms()
             ),
         )
-        sender.check()
         hand = peer.context.hand or hand  # it now says in which window it counts, and what is appended
         peer.in_flight += 1
         try:
@@ -198,6 +207,9 @@ async def _request(
             answer: Accepted | Temporary | Refused | None = None
         except (Temporary, Refused) as exc:
             answer = exc
+        except LeaseLost:  # it has not left
+            peer.context = window.returned(peer.context, msgspec.structs.replace(hand, tried=hand.tried - 1))
+            raise
         else:
             answer = accepted
         finally:
@@ -221,8 +233,9 @@ async def _request(
             peer.context = window.returned(peer.context, untouched)
             if apart:
                 return Apart()
-            ending = _ending("refused", hand, answer.detail)
-            return ending._replace(reason=answer.reason, ret=answer.ret, errcode=answer.errcode, errmsg=answer.errmsg)
+            ending = _ending("refused", hand, answer.detail)._replace(reason=answer.reason)
+            ending = ending._replace(ret=answer.ret, errcode=answer.errcode, errmsg=answer.errmsg)
+            return in_doubt(ending, untouched, command.client)
         case Accepted():
             sender.note(command.sandbox, peer.bot, peer.user, answer.message_id, *_words(content))
             return _accepted(hand, peer, answer, sender)
@@ -261,9 +274,11 @@ async def _post(content: str | Uploaded, ident: str, peer: Peer, account: Accoun
     token = peer.context.token
     if isinstance(content, str):
         return await sender.chat.send_text(
-            account, user=peer.user, client_id=ident, context_token=token, text=content
+            account, user=peer.user, client_id=ident, context_token=token, text=content, check=sender.check
         )
-    return await sender.chat.send_media(account, user=peer.user, client_id=ident, context_token=token, media=content)
+    return await sender.chat.send_media(
+        account, user=peer.user, client_id=ident, context_token=token, media=content, check=sender.check
+    )
 
 
 async def _again(
@@ -310,9 +325,26 @@ async def _throttled(hand: Hand, peer: Peer, answer: Throttled, sender: Sender) 
         errmsg=answer.errmsg,
     )
     if repeated:
-        ending = _ending("refused", hand, answer.detail)
-        return ending._replace(reason="throttled", ret=answer.ret, errcode=answer.errcode, errmsg=answer.errmsg)
+        ending = _ending("refused", hand, answer.detail)._replace(reason="throttled")
+        return in_doubt(
+            ending._replace(ret=answer.ret, errcode=answer.errcode, errmsg=answer.errmsg), hand, hand.client
+        )
     return Wait("throttled", answer.detail, hand.attempts, answer.ret, answer.errcode, answer.errmsg)
+
+
+def in_doubt(ending: Ending, hand: Hand | None, client: str) -> Ending:
+    """What is told of a command that ends unsent, where the hand says what was tried of it before.
+
+    A request that got no answer may have been taken: then it cannot be called refused.
+    """
+    if hand is None or not hand.holds(client):
+        return ending
+    attempts = max(ending.attempts, hand.attempts)
+    ending = ending._replace(message_ids=tuple(hand.message_ids), attempts=attempts)
+    if not hand.tried:
+        return ending
+    detail = f"It may have been sent: an earlier request got no answer. Later: {ending.detail}"
+    return ending._replace(outcome="uncertain", reason="", detail=detail)
 
 
 def _alone(hand: Hand) -> Hand:

@@ -24,8 +24,8 @@ from adapter.leases import Leases
 from adapter.ports import Account, Bus, History
 from adapter.presence import Showing
 from adapter.receipts import Receipts
-from adapter.records import Binding
-from adapter.sending import Ending, Sender
+from adapter.records import Binding, Hand
+from adapter.sending import Ending, Sender, in_doubt
 from adapter.tasks import Tasks
 from adapter.uploads import Uploads
 
@@ -105,10 +105,13 @@ class Settling:
             return
         raise Draining
 
+    async def _peer(self, lane: Lane) -> Peer | None:
+        """None as long as nobody knows the user. Raises Temporary."""
+        return await self._sender.contexts.peer(lane.bot, lane.user) if lane.user else None
+
     async def _window(self, lane: Lane) -> contract.Window:
-        if not lane.user:
-            return contract.Window(remaining=0)
-        return self._shown(await self._sender.contexts.peer(lane.bot, lane.user))
+        peer = await self._peer(lane)
+        return self._shown(peer) if peer else contract.Window(remaining=0)
 
     def _shown(self, peer: Peer) -> contract.Window:
         return window.shown(peer.context, self._sender.clock.now_ms(), self._sender.rules)
@@ -121,8 +124,26 @@ class Settling:
         ).inc()
 
     async def _end_in(self, lane: Lane, item: Item, ending: Ending) -> None:
-        """Ends a command of which nothing was sent now."""
-        await self._end(item, ending, await self._window(lane), lane.bot, lane.user)
+        """Ends a command of which nothing was sent now. Raises Temporary, LeaseLost."""
+        hand = await self._hand(lane)
+        await self._end_unsent(lane, item, ending, hand)
+        if hand and hand.client == item.command.client:
+            await self._let_go(lane, hand)
+
+    async def _hand(self, lane: Lane) -> Hand | None:
+        """What is in hand for the lane's user. Raises Temporary."""
+        peer = await self._peer(lane)
+        return peer.context.hand if peer else None
+
+    async def _end_unsent(self, lane: Lane, item: Item, ending: Ending, hand: Hand | None) -> None:
+        """The same for one of several that may be in hand together."""
+        told = in_doubt(ending, hand, item.command.client)
+        await self._end(item, told, await self._window(lane), lane.bot, lane.user)
+
+    async def _let_go(self, lane: Lane, hand: Hand) -> None:
+        """What was in hand has ended, all of it, and was not sent to its end."""
+        if peer := await self._peer(lane):
+            peer.context = window.settled(peer.context, hand.client, sent=bool(hand.tried))
 
     async def _end(
         self, item: Item, ending: Ending, shown: contract.Window | None, bot: str = "", user: str = ""
@@ -136,7 +157,7 @@ class Settling:
         """The same ending for each. All are told before the first is settled or removed, so that the next owner finds
         the first one with all that share its fate. Of what was not accepted only the owner may say so: the next one
         may have more luck. Raises LeaseLost."""
-        if ending.outcome not in ("accepted", "accepted_unconfirmed"):
+        if not ending.is_sent:
             self._check()
         for item in group:
             command = item.command

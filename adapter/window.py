@@ -181,12 +181,41 @@ def unblocked(context: Context) -> Context:
     return msgspec.structs.replace(context, blocked_ms=0) if context.blocked_ms else context
 
 
-def settled(context: Context, command: str) -> Context:
-    """A command, and what was merged into it, has its final outcome; it may be the one in hand."""
-    if context.hand is None or context.hand.command != command:
+def settled(context: Context, client: str, *, sent: bool) -> Context:
+    """A command, and what was merged into it, has its final outcome; it may be the one in hand.
+
+    Not `sent`: none of it can be on the phone, or its sender was told that it was refused. With the same id it may be
+    tried again.
+    """
+    hand = context.hand
+    if hand is None or hand.client != client:
         return context
-    ids = [command, *(other.command for other in context.hand.merged)]
-    return msgspec.structs.replace(context, hand=None, done=[*context.done, *ids][-DONE_IDS:])
+    names = [named(hand.sandbox, one.command) for one in hand.all] if sent else []
+    return msgspec.structs.replace(context, hand=None, done=[*context.done, *names][-DONE_IDS:])
+
+
+def known_also(stored: Context, before: Context) -> Context:
+    """A record that somebody else wrote, with what was learned here since of commands."""
+    done = [*stored.done, *(one for one in before.done if one not in stored.done)][-DONE_IDS:]
+    hand, ours = stored.hand, before.hand
+    if hand and ours and hand.client == ours.client and ours.part > hand.part:
+        hand = ours
+    return msgspec.structs.replace(stored, done=done, hand=hand)
+
+
+def is_repeat(context: Context, sandbox: str, command: str, client: str) -> bool:
+    """Whether a command is the second publish of one that was sent, or may have been: by another message."""
+    if named(sandbox, command) in context.done:
+        return True
+    hand = context.hand
+    if hand is None or not hand.is_begun or hand.sandbox != sandbox:
+        return False
+    return any(one.command == command and one.client != client for one in hand.all)
+
+
+def named(sandbox: str, command: str) -> str:
+    """A command's id among those of all sandboxes that a bot may serve in its time."""
+    return f"{sandbox}/{command}"
 
 
 def shown(context: Context, now_ms: int, rules: Rules) -> Window:

@@ -1,5 +1,5 @@
 /* Messages of the bus, generated from the JSON Schemas here by `make generate`; do not edit.
-   Of: 793010c2047a879fda56e13c6ad19f8331af9554027d4abbd62c173dacddc5f1 */
+   Of: 989b91222deef07bacb57f90d5cf1ba7db9cb4422fb45a2087711f52e5887c93 */
 
 /**
  * How a binding behaves.
@@ -690,7 +690,7 @@ export interface ReplayQuery {
    */
   after?: number;
   /**
-   * Messages stored since then; instead of `after`.
+   * Messages stored since then, in milliseconds; only where `after` is 0.
    */
   since_ms?: number | null;
   limit?: number;

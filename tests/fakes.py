@@ -521,13 +521,31 @@ class FakeChat:
             self.polling -= 1
 
     async def send_text(
-        self, account: Account, *, user: str, client_id: str, context_token: str, text: str
+        self,
+        account: Account,
+        *,
+        user: str,
+        client_id: str,
+        context_token: str,
+        text: str,
+        check: Callable[[], None] | None = None,
     ) -> Accepted:
+        if check is not None:
+            check()
         return await self._send(Sent(account.bot, user, text, client_id, context_token, self._clock.monotonic()))
 
     async def send_media(
-        self, account: Account, *, user: str, client_id: str, context_token: str, media: Uploaded
+        self,
+        account: Account,
+        *,
+        user: str,
+        client_id: str,
+        context_token: str,
+        media: Uploaded,
+        check: Callable[[], None] | None = None,
     ) -> Accepted:
+        if check is not None:
+            check()
         now = self._clock.monotonic()
         return await self._send(Sent(account.bot, user, "", client_id, context_token, now, media))
 

@@ -116,7 +116,7 @@ def test_a_lane_whose_work_was_cut_is_needed() -> None:
     """The lease paused, so that nobody works on it now."""
     lane = Lane("s1", BOT, USER)
     assert not lane.is_needed(0.0)
-    lane.parked.append(Parked(1, "wechat.parked.1.b", "c1", 0, 0))
+    lane.parked.append(Parked(1, "wechat.parked.1.b", "c1", "c1", 0, 0))
     assert lane.is_needed(0.0)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -118,8 +118,17 @@ class MortalChat(FakeChat):
         self._life = life
 
     async def send_text(
-        self, account: Account, *, user: str, client_id: str, context_token: str, text: str
+        self,
+        account: Account,
+        *,
+        user: str,
+        client_id: str,
+        context_token: str,
+        text: str,
+        check: Callable[[], None] | None = None,
     ) -> Accepted:
+        if check is not None:
+            check()
         await self._life.goes_on()
         try:
             return await self._chat.send_text(
@@ -129,7 +138,14 @@ class MortalChat(FakeChat):
             await self._life.goes_on()
 
     async def send_media(
-        self, account: Account, *, user: str, client_id: str, context_token: str, media: Uploaded
+        self,
+        account: Account,
+        *,
+        user: str,
+        client_id: str,
+        context_token: str,
+        media: Uploaded,
+        check: Callable[[], None] | None = None,
     ) -> Accepted:
         raise AssertionError("nobody sends media here")
 

@@ -33,7 +33,7 @@ def item(name: str, *, expires_ms: int) -> Item:
 
 
 def parked(seq: int, *, expires_ms: int) -> Parked:
-    return Parked(seq, "wechat.parked.1.x", f"p{seq}", expires_ms, 0)
+    return Parked(seq, "wechat.parked.1.x", f"p{seq}", f"p{seq}", expires_ms, 0)
 
 
 def names(items: list[Item]) -> list[str]:

@@ -179,7 +179,7 @@ SHARED: list[tuple[str, list[Exception | Accepted], str, str]] = [
     ("unconfirmed", [Accepted("", 0, None, "")], "accepted_unconfirmed", ""),
     ("uncertain", [TIMEOUT, TIMEOUT], "uncertain", ""),
     ("unreachable", [Temporary("http_5xx")] * 3, "dead_lettered", "unreachable"),
-    ("refused-after-silence", [TIMEOUT, Refused("rejected", "no")], "refused", "rejected"),
+    ("refused-after-silence", [TIMEOUT, Refused("rejected", "no")], "uncertain", ""),
 ]
 
 

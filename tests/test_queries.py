@@ -122,6 +122,8 @@ REFUSED: list[tuple[str, str, bytes, str]] = [
     ("replay-of-all", "replay", ask(sandbox="*"), "invalid"),
     ("replay-of-a-wildcard", "replay", ask(sandbox=">"), "invalid"),
     ("replay-after-a-negative", "replay", ask(sandbox="s1", after=-1), "invalid"),
+    ("replay-after-no-sequence", "replay", ask(sandbox="s1", after=2**64 - 1), "invalid"),
+    ("replay-since-nanoseconds", "replay", ask(sandbox="s1", since_ms=1_790_000_000_000_000_000), "invalid"),
 ]
 
 
@@ -242,6 +244,15 @@ async def test_a_replay_is_the_sandboxs_own_in_pages_that_end() -> None:
     third = await replayed(bench, limit=10, after=second.next)
     assert numbers(first) + numbers(second) + numbers(third) == list(range(25))
     assert third.next == 0
+
+
+async def test_pages_of_a_replay_since_a_time_go_on_where_the_question_still_names_the_time() -> None:
+    bench = Bench()
+    since_ms = bench.clock.now_ms()
+    fill(bench, 15)
+    first = await replayed(bench, limit=10, since_ms=since_ms)
+    second = await replayed(bench, limit=10, since_ms=since_ms, after=first.next)
+    assert numbers(first) + numbers(second) == list(range(15))
 
 
 async def test_a_replay_that_fits_says_that_it_was_all() -> None:

@@ -17,7 +17,7 @@ import pytest
 import uvloop
 from hypothesis import strategies as st
 
-from adapter.errors import Temporary, Uncertain
+from adapter.errors import LeaseLost, Temporary, Uncertain
 from adapter.ilink.connection import Connection
 from adapter.ilink.network import CheckedResolver
 from adapter.ilink.protocol import Reply
@@ -345,6 +345,33 @@ async def test_a_header_cannot_become_two(server: Server, own: Transport, value:
     with pytest.raises(Temporary):
         await own.exchange("POST", server.url, {"Authorization": value}, b"{}", 5)
     assert server.heads == []
+
+
+@pytest.mark.parametrize("kept", [False, True])
+async def test_what_may_not_be_sent_any_more_does_not_leave(server: Server, kept: bool) -> None:
+    """Connecting takes its time, in which a shard may be lost: asked once the connection is there."""
+    asked: list[str] = []
+
+    async def look_up(host: str, port: int) -> list[str]:
+        asked.append("address")
+        return ["127.0.0.1"]
+
+    def check() -> None:
+        asked.append("check")
+        raise LeaseLost("lease_lost")
+
+    resolver = CheckedResolver(("one.example",), look_up=look_up)
+    made = Transport(tls=ssl.create_default_context(), agent="test/1", max_answer_bytes=LARGEST, resolver=resolver)
+    url = server.url.replace("127.0.0.1", "one.example")
+    try:
+        if kept:
+            await post(made, url)
+        with pytest.raises(LeaseLost):
+            await made.exchange("POST", url, {}, b"{}", 5, check=check)
+    finally:
+        await made.close()
+    assert asked == ["address", "check"]
+    assert len(server.heads) == kept
 
 
 async def test_a_query_is_sent_as_it_is_and_a_get_has_no_body(server: Server, own: Transport) -> None:

@@ -92,7 +92,7 @@ def test_a_send_that_is_out_counts_against_the_new_window_too() -> None:
     assert heard(context(used=5), "m2", in_flight=1).used == 1
 
 
-HAND = Hand(command="c", client="x")
+HAND = Hand(command="c", client="x", sandbox="s1")
 
 
 def test_what_was_sent_since_the_user_wrote_counts_against_their_new_window() -> None:
@@ -161,16 +161,21 @@ def test_a_send_that_goes_through_ends_the_block() -> None:
 
 
 def test_a_settled_command_leaves_the_hand() -> None:
-    state = window.settled(context(hand=HAND), "c")
-    assert (state.hand, state.done) == (None, ["c"])
-    assert window.settled(context(hand=HAND), "other").hand == HAND
+    state = window.settled(context(hand=HAND), HAND.client, sent=True)
+    assert (state.hand, state.done) == (None, ["s1/c"])
+    assert window.settled(context(hand=HAND), "other", sent=True).hand == HAND
+
+
+def test_an_id_of_which_nothing_was_sent_may_be_used_again() -> None:
+    state = window.settled(context(hand=HAND), HAND.client, sent=False)
+    assert (state.hand, state.done) == (None, [])
 
 
 def test_the_settled_commands_remembered_are_bounded() -> None:
     state = OPEN
     for number in range(100):
-        state = window.settled(replace(state, hand=replace(HAND, command=str(number))), str(number))
-    assert state.done == [str(number) for number in range(100 - window.DONE_IDS, 100)]
+        state = window.settled(replace(state, hand=replace(HAND, command=str(number))), HAND.client, sent=True)
+    assert state.done == [f"s1/{number}" for number in range(100 - window.DONE_IDS, 100)]
 
 
 KEPT_BACK = [

@@ -79,7 +79,7 @@ async def sends(bench: Bench, count: int = 1, rules: window.Rules = LOW, **body:
             Outbound(text="hi", **body), sandbox="s1", ident=ident, stored_ms=bench.clock.now_ms(), limits=LIMITS
         )
         await send(command, peer, Account(BOT, "t", ""), bench.sender(rules=rules))
-        peer.context = window.settled(peer.context, ident)
+        peer.context = window.settled(peer.context, command.client, sent=True)
         await settle()
 
 

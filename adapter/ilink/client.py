@@ -86,7 +86,14 @@ class ILink:
         return polled
 
     async def send_text(
-        self, account: Account, *, user: str, client_id: str, context_token: str, text: str
+        self,
+        account: Account,
+        *,
+        user: str,
+        client_id: str,
+        context_token: str,
+        text: str,
+        check: Callable[[], None] | None = None,
     ) -> Accepted:
         """Raises SessionExpired, Throttled, Refused, Temporary (nothing was taken), Uncertain (perhaps it was)."""
         request = protocol.text_request(
@@ -98,10 +105,17 @@ class ILink:
             text=text,
             agent=AGENT,
         )
-        return await self._send(account, request)
+        return await self._send(account, request, check)
 
     async def send_media(
-        self, account: Account, *, user: str, client_id: str, context_token: str, media: Uploaded
+        self,
+        account: Account,
+        *,
+        user: str,
+        client_id: str,
+        context_token: str,
+        media: Uploaded,
+        check: Callable[[], None] | None = None,
     ) -> Accepted:
         """As send_text."""
         request = protocol.media_request(
@@ -113,12 +127,12 @@ class ILink:
             media=media,
             agent=AGENT,
         )
-        return await self._send(account, request)
+        return await self._send(account, request, check)
 
-    async def _send(self, account: Account, request: Request) -> Accepted:
+    async def _send(self, account: Account, request: Request, check: Callable[[], None] | None) -> Accepted:
         started = time.monotonic()
         try:
-            accepted = protocol.read_sent(await self._post(account, request, self._send_timeout_s))
+            accepted = protocol.read_sent(await self._post(account, request, self._send_timeout_s, check))
         except TimeoutError as exc:
             self._count("sendmessage", "timeout")
             raise Uncertain("timeout", f"no answer within {self._send_timeout_s:g} s") from exc
@@ -259,16 +273,26 @@ class ILink:
         """Closes all connections."""
         await self._transport.close()
 
-    async def _post(self, account: Account, request: Request, timeout_s: float) -> Reply:
+    async def _post(
+        self, account: Account, request: Request, timeout_s: float, check: Callable[[], None] | None = None
+    ) -> Reply:
         """Raises TimeoutError, Temporary (it did not leave), Uncertain (it left), Refused("url")."""
         afresh = account.bot in self._doubtful
         self._doubtful.discard(account.bot)
-        return await self._exchange(account.base_url, request, timeout_s, afresh=afresh)
+        return await self._exchange(account.base_url, request, timeout_s, afresh=afresh, check=check)
 
-    async def _exchange(self, base_url: str, request: Request, timeout_s: float, *, afresh: bool = False) -> Reply:
+    async def _exchange(
+        self,
+        base_url: str,
+        request: Request,
+        timeout_s: float,
+        *,
+        afresh: bool = False,
+        check: Callable[[], None] | None = None,
+    ) -> Reply:
         url = self.check_base_url(base_url or self._default_base_url) + request.path
         return await self._transport.exchange(
-            request.method, url, request.headers, request.body, timeout_s, afresh=afresh
+            request.method, url, request.headers, request.body, timeout_s, afresh=afresh, check=check
         )
 
     def _count(self, endpoint: str, outcome: str) -> None:

@@ -6,6 +6,7 @@ It costs three times as much per call as `transport`'s own connections, which is
 from __future__ import annotations
 
 import ssl
+from collections.abc import Callable
 
 import aiohttp
 from yarl import URL
@@ -31,9 +32,19 @@ class Proxied:
         self._sessions: dict[bool, aiohttp.ClientSession] = {}
 
     async def exchange(
-        self, method: str, url: str, headers: dict[str, str], body: bytes, timeout_s: float, *, afresh: bool = False
+        self,
+        method: str,
+        url: str,
+        headers: dict[str, str],
+        body: bytes,
+        timeout_s: float,
+        *,
+        afresh: bool = False,
+        check: Callable[[], None] | None = None,
     ) -> Reply:
-        """See transport.Exchange."""
+        """See transport.Exchange. aiohttp connects and asks in one: a check comes before both."""
+        if check is not None:
+            check()
         session = self._sessions.get(afresh) or self._open(afresh)
         try:
             async with (

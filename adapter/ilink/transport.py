@@ -13,6 +13,7 @@ import functools
 import socket
 import ssl
 import urllib.request
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 from urllib.parse import urlsplit
 
@@ -40,9 +41,17 @@ class Exchange(Protocol):
     """One request for one answer, without following redirects."""
 
     async def exchange(
-        self, method: str, url: str, headers: dict[str, str], body: bytes, timeout_s: float, *, afresh: bool = False
+        self,
+        method: str,
+        url: str,
+        headers: dict[str, str],
+        body: bytes,
+        timeout_s: float,
+        *,
+        afresh: bool = False,
+        check: Callable[[], None] | None = None,
     ) -> Reply:
-        """`afresh`: over a connection of its own, to a name that is resolved anew.
+        """`afresh`: over a connection of its own, to a name that is resolved anew. `check`: see ports.Chat.
 
         Raises TimeoutError, Temporary("network") (it did not leave), Uncertain (it left, or may have).
         """
@@ -84,17 +93,31 @@ class Transport:
         self._proxied = Proxied(tls=tls, agent=agent, max_answer_bytes=max_answer_bytes, resolver=resolver)
 
     async def exchange(
-        self, method: str, url: str, headers: dict[str, str], body: bytes, timeout_s: float, *, afresh: bool = False
+        self,
+        method: str,
+        url: str,
+        headers: dict[str, str],
+        body: bytes,
+        timeout_s: float,
+        *,
+        afresh: bool = False,
+        check: Callable[[], None] | None = None,
     ) -> Reply:
         """See Exchange."""
         plain, mark, query = url.partition("?")
         target = _target(plain)
         if target.by_proxy:
-            return await self._proxied.exchange(method, url, headers, body, timeout_s, afresh=afresh)
+            return await self._proxied.exchange(method, url, headers, body, timeout_s, afresh=afresh, check=check)
         request = self._request(method, target, mark + query, headers, body, close=afresh)
         connection = None if afresh else self._kept(target.origin)
         if connection is None:
             connection = await self._connect(target.origin, timeout_s, afresh=afresh)
+        try:
+            if check is not None:
+                check()
+        except BaseException:
+            connection.close()
+            raise
         reply = await connection.ask(request, timeout_s)
         if afresh:
             connection.close()

@@ -250,7 +250,17 @@ async def test_what_is_absent_and_what_is_others_look_the_same(place: Place, s1:
 
 @pytest.mark.parametrize(
     "ask",
-    [b"", b"null", b"{", b"\xff", b"[" * 10_000, b'{"object":""}', b'{"object":"s1/x","after":-1}', b'{"object":7}'],
+    [
+        b"",
+        b"null",
+        b"{",
+        b"\xff",
+        b"[" * 10_000,
+        b'{"object":""}',
+        b'{"object":"s1/x","after":-1}',
+        b'{"object":"s1/x","after":18446744073709551615}',
+        b'{"object":7}',
+    ],
 )
 async def test_a_question_that_cannot_be_read_is_told(place: Place, s1: Sandbox, ask: bytes) -> None:
     msg = await s1.nc.request("wechat.svc.media.get.s1", ask, timeout=10)

@@ -1,0 +1,209 @@
+"""How commands end where something was tried of them before: what may be told, and what a second publish does."""
+
+from __future__ import annotations
+
+import asyncio
+
+import msgspec
+import pytest
+
+from adapter import window
+from adapter.contract import H_COMMAND, peer_key
+from adapter.errors import Refused, SessionExpired, Temporary, Throttled, Uncertain
+from adapter.parked import item_of
+from adapter.ports import Accepted, Stored
+from tests.test_outbound import BOT, USER, finals, outcomes, parked, ready, user_writes
+
+VIRTUAL_TIME = True
+
+THROTTLED = Throttled("throttled", "iLink answered -2", ret=-2)
+STALE = SessionExpired("needs_login", "iLink answered -14", errcode=-14)
+TIMEOUT = Uncertain("timeout", "no answer")
+FIRST = Accepted("m1", 0, None, "")
+THREE = ("A" * 3000 + "\n\n") * 3
+"""A text of three parts."""
+
+
+# what can be told ----------------------------------------------------------------------------------------
+
+
+async def test_what_was_half_sent_when_its_time_was_up_names_what_is_on_the_phone() -> None:
+    bench, shard = await ready()
+    bench.chat.sends.extend([FIRST, THROTTLED])
+    shard.on_delivery(bench.command(THREE, expires_in_s=60))
+    await asyncio.sleep(100)
+    (receipt,) = finals(bench)
+    assert (receipt.outcome, receipt.reason, receipt.message_ids) == ("refused", "expired", ["m1"])
+
+
+async def test_what_was_half_sent_when_the_bot_was_unbound_names_what_is_on_the_phone() -> None:
+    bench, shard = await ready()
+    bench.chat.sends.extend([FIRST, THROTTLED])
+    shard.on_delivery(bench.command(THREE))
+    await asyncio.sleep(20)
+    await bench.bindings.remove(BOT)
+    shard.rebound("s1")
+    await asyncio.sleep(20)
+    (receipt,) = finals(bench)
+    assert (receipt.outcome, receipt.reason, receipt.message_ids) == ("refused", "not_bound", ["m1"])
+
+
+async def test_what_had_no_answer_when_the_bot_was_unbound_is_uncertain() -> None:
+    bench, shard = await ready()
+    bench.chat.sends.extend([TIMEOUT, *[STALE] * 4])
+    shard.on_delivery(bench.command("pay"))
+    await asyncio.sleep(8)
+    await bench.bindings.remove(BOT)
+    shard.rebound("s1")
+    await asyncio.sleep(20)
+    (receipt,) = finals(bench)
+    assert receipt.outcome == "uncertain"
+    assert receipt.detail.endswith("The bot was unbound.")
+
+
+AFTER_SILENCE = {
+    "stale": STALE,
+    "throttled": THROTTLED,
+    "no-such-user": Refused("rejected", "iLink answered -3", ret=-3),
+}
+
+
+@pytest.mark.parametrize("second", AFTER_SILENCE.values(), ids=AFTER_SILENCE)
+async def test_a_refusal_of_the_repeat_says_nothing_of_the_request_before(second: Refused) -> None:
+    bench, shard = await ready()
+    bench.chat.sends.extend([TIMEOUT, second])
+    shard.on_delivery(bench.command("pay", when_closed="refuse"))
+    await asyncio.sleep(20)
+    (receipt,) = finals(bench)
+    assert receipt.outcome == "uncertain"
+    assert (receipt.ret, receipt.errcode) == (second.ret, second.errcode)
+
+
+async def test_a_word_that_is_only_typing_is_not_accepted_unasked() -> None:
+    """Where sends are kept back for last words, and only those are left."""
+    bench, shard = await ready()
+    rules = bench.sender().rules._replace(reserve=2)
+    shard = bench.shard(sender=bench.sender(rules=rules))
+    for number in range(10):
+        shard.on_delivery(bench.command(f"t{number}"))
+    await asyncio.sleep(60)
+    shard.on_delivery(bench.command(typing="on", id="typing", final=True))
+    await asyncio.sleep(30)
+    assert outcomes(bench)[-1] == ("typing", "refused", "quota")
+    assert bench.chat.typing == []
+
+
+async def test_hiding_that_has_to_wait_for_a_login_is_told_so_at_once() -> None:
+    bench, shard = await ready()
+    shard.on_delivery(bench.command(typing="on", id="on"))
+    await asyncio.sleep(3)
+    bench.chat.typing_answers.extend([Temporary("timeout")] * 3)
+    shard.on_delivery(bench.command(typing="off", id="off"))
+    await asyncio.sleep(1)
+    bench.stale.add(BOT)
+    await asyncio.sleep(60)
+    assert outcomes(bench) == [("on", "accepted", ""), ("off", "refused", "needs_login")]
+    bench.stale.clear()
+    await asyncio.sleep(60)
+    assert not bench.chat.typing[-1].on, "it is hidden all the same"
+
+
+# the same id again ---------------------------------------------------------------------------------------
+
+
+async def test_a_dead_letter_may_be_tried_again_under_its_id() -> None:
+    bench, shard = await ready()
+    bench.chat.sends.extend([Temporary("http_5xx")] * bench.sender().attempts)
+    shard.on_delivery(bench.command("hi", id="c"))
+    await asyncio.sleep(300)
+    assert outcomes(bench) == [("c", "dead_lettered", "unreachable")]
+    shard.on_delivery(bench.command("hi", id="c"))
+    await asyncio.sleep(20)
+    assert outcomes(bench)[1:] == [("c", "accepted", "")]
+
+
+async def test_what_ilink_refused_may_be_tried_again_under_its_id() -> None:
+    bench, shard = await ready()
+    bench.chat.sends.append(Refused("rejected", "no"))
+    for _ in range(2):
+        shard.on_delivery(bench.command("hi", id="c"))
+        await asyncio.sleep(20)
+    assert outcomes(bench) == [("c", "refused", "rejected"), ("c", "accepted", "")]
+
+
+async def test_what_expired_leaves_nothing_behind_for_its_id_and_for_what_follows() -> None:
+    bench, shard = await ready(merge_chars=3000)
+    bench.chat.sends.extend([STALE] * 4)
+    shard.on_delivery(bench.command("a", id="a", expires_in_s=600))
+    await asyncio.sleep(700)
+    assert outcomes(bench)[-1] == ("a", "refused", "expired")
+    for ident in ("a", "c", "d"):
+        shard.on_delivery(bench.command(ident, id=ident))
+    await asyncio.sleep(60)
+    assert parked(bench) == ["a", "c", "d"]
+    await bench.bind(token="new")
+    shard.rebound("s1")
+    await user_writes(bench, shard)
+    await asyncio.sleep(60)
+    assert outcomes(bench)[-3:] == [(ident, "accepted", "") for ident in ("a", "c", "d")]
+    assert parked(bench) == []
+
+
+async def test_an_id_is_one_of_its_sandbox() -> None:
+    """A bot that serves another sandbox now takes the ids of the first one with it."""
+    bench, shard = await ready()
+    shard.on_delivery(bench.command("hi", id="welcome"))
+    await asyncio.sleep(20)
+    await bench.bind(sandbox="s9")
+    shard.on_delivery(bench.command("hello", sandbox="s9", id="welcome"))
+    await asyncio.sleep(20)
+    assert bench.chat.texts == ["hi", "hello"]
+    assert outcomes(bench) == [("welcome", "accepted", "")] * 2
+
+
+async def test_a_record_that_another_replica_wrote_forgets_no_id() -> None:
+    """The owner before us stores what its last poll brought while we send."""
+    bench, shard = await ready()
+    shard.on_delivery(bench.command("one", id="c1"))
+    await asyncio.sleep(5)
+    heard = window.heard(bench.context(), message="in:2", token="AARz", now_ms=bench.clock.now_ms(), in_flight=0)
+    bench.contexts_bucket.put(peer_key(BOT, USER), msgspec.json.encode(heard))
+    for text, ident in (("two", "c2"), ("one", "c1")):
+        shard.on_delivery(bench.command(text, id=ident))
+        await asyncio.sleep(5)
+    assert bench.chat.texts == ["one", "two"]
+
+
+async def test_what_is_parked_keeps_an_id_that_no_header_can_hold() -> None:
+    bench, shard = await ready(is_open=False)
+    shard.on_delivery(bench.command("hi", id=" job\n7 "))
+    await asyncio.sleep(5)
+    (stored,) = bench.bus.found("PARKED")
+    as_nats_has_it = {**stored.headers, H_COMMAND: "job7"}
+    item = item_of(Stored(stored.subject, 1, as_nats_has_it, stored.data), bench.outgoing())
+    assert item.command.id == " job\n7 "
+
+
+# whom it is for ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("user", ["u2@im.wechat", ""], ids=["another-user", "nobody-knows-whose"])
+async def test_a_lost_login_does_not_lead_its_users_answers_to_another(user: str) -> None:
+    bench, shard = await ready()
+    await bench.bind(bot="b2@im.bot", user=user)
+    bench.hears("b2@im.bot", "u2@im.wechat")
+    await bench.bind(state="needs_login")
+    shard.on_delivery(bench.command("for the first one", id="c1"))
+    await asyncio.sleep(10)
+    assert outcomes(bench) == [("c1", "refused", "ambiguous_bot")]
+    assert bench.chat.sent == []
+
+
+async def test_where_a_user_has_logged_in_anew_their_answers_go_to_the_new_bot() -> None:
+    bench, shard = await ready()
+    await bench.bind(bot="b2@im.bot")
+    bench.hears("b2@im.bot")
+    await bench.bind(state="needs_login")
+    shard.on_delivery(bench.command("hi", id="c1"))
+    await asyncio.sleep(10)
+    assert [(sent.bot, sent.text) for sent in bench.chat.sent] == [("b2@im.bot", "hi")]
