@@ -107,9 +107,15 @@ def redacted_text(text: str, longest: int = FOREIGN_CHARS) -> str:
     text = text[: 2 * TRACEBACK_CHARS]  # bounds the work, not the result
     if not text.isascii():
         text = text.encode("utf-8", "backslashreplace").decode()  # lone surrogates cannot be written
+    text = hide_secrets(text)
+    return text if len(text) <= longest else text[:longest] + "…"
+
+
+def hide_secrets(text: str) -> str:
+    """`text` with stars for what looks like a secret."""
     for pattern, replacement in _SECRET_TEXT:
         text = pattern.sub(replacement, text)
-    return text if len(text) <= longest else text[:longest] + "…"
+    return text
 
 
 def _plain(value: Any, key: str, longest: int, depth: int = 0) -> Any:

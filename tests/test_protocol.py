@@ -101,6 +101,8 @@ SENT = [
     ("504-of-a-gateway-may-have-been-taken", reply(HTML, 504), (Uncertain, "http_5xx")),
     ("524-of-the-edge-may-have-been-taken", reply(HTML, 524), (Uncertain, "http_5xx")),
     ("400", reply(b"", 400), (Refused, "rejected")),
+    ("408-took-nothing", reply(b"", 408), (Temporary, "http_4xx", None)),
+    ("425-took-nothing", reply(b"", 425), (Temporary, "http_4xx", None)),
     ("401", reply(b"", 401), (Refused, "rejected")),
     ("404", reply(b"", 404), (Refused, "rejected")),
     ("302-is-not-followed", reply(b"", 302, location="https://evil.example"), (Temporary, "http_4xx", None)),
@@ -206,6 +208,34 @@ def test_half_an_emoji_does_not_spoil_the_batch(escape: bytes) -> None:
     texts = [msgspec.json.decode(raw)["t"] for raw in polled.messages]
     assert "\N{REPLACEMENT CHARACTER}" in texts[0]
     assert texts[1:] == ["😀", r"\ud83d"]
+
+
+WRITTEN_OTHERWISE = {
+    "numbers-in-quotes": b'{"ret":"0","errcode":"0","msgs":[{"a":1}],"get_updates_buf":"c"}',
+    "a-cursor-that-is-a-number": b'{"ret":0,"msgs":[{"a":1}],"get_updates_buf":7}',
+    "an-error-message-that-is-none": b'{"ret":0,"errmsg":{"zh":""},"msgs":[{"a":1}],"get_updates_buf":"c"}',
+    "a-line-break-in-a-text": b'{"ret":0,"x":"one\ntwo",\n"msgs":[{"a":1}],"get_updates_buf":"c"}',
+    "a-byte-order-mark": b'\xef\xbb\xbf{"ret":0,"msgs":[{"a":1}],"get_updates_buf":"c"}',
+}
+
+
+@pytest.mark.parametrize("body", WRITTEN_OTHERWISE.values(), ids=WRITTEN_OTHERWISE)
+def test_an_answer_that_is_written_otherwise_loses_no_message(body: bytes) -> None:
+    """As protobuf's JSON writes 64 bits, or an encoder that is no encoder."""
+    polled = read_updates(reply(body), polled_s=1)
+    assert (polled.messages, polled.cursor) == ([b'{"a":1}'], "7" if b":7}" in body else "c")
+
+
+def test_a_stale_token_is_one_also_in_quotes() -> None:
+    with pytest.raises(SessionExpired):
+        read_updates(reply(b'{"errcode":"-14"}'), polled_s=1)
+
+
+def test_an_error_message_that_quotes_the_request_tells_no_secret() -> None:
+    with pytest.raises(SessionExpired) as caught:
+        read_updates(reply({"errcode": -14, "errmsg": "token b1@im.bot:060000secret is dead"}), polled_s=1)
+    assert "secret" not in caught.value.detail + caught.value.errmsg
+    assert "is dead" in caught.value.detail
 
 
 @pytest.mark.parametrize(

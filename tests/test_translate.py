@@ -465,3 +465,16 @@ def test_items_keep_the_ids_that_are_not_their_messages() -> None:
     items = [{"type": 1, "msg_id": 7}, {"type": 1, "msg_id": "8"}, {"type": 1}, {"type": 1, "msg_id": 2**64 - 1}]
     found = read_message(msgspec.json.encode({"from_user_id": "u", "message_id": "7", "item_list": items}))
     assert found.item_ids == ("", "8", "", str(2**64 - 1))
+
+
+def test_numbers_in_quotes_cost_no_text() -> None:
+    """As protobuf's JSON writes 64 bits."""
+    (item,) = msgspec.json.decode(sample("text"))["item_list"]
+    read = read_message(
+        changed(
+            "text", create_time_ms="1789000000000", message_type="1", client_id=7, item_list=[item | {"type": "1"}]
+        )
+    )
+    assert (read.text, read.broken, read.sent_at_ms) == (item["text_item"]["text"], "", 1789000000000)
+    assert read.keys.client == "7"
+    assert read_message(changed("text", message_type="2")).echo

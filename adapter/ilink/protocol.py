@@ -14,6 +14,7 @@ import msgspec
 from adapter.errors import Refused, SessionExpired, Temporary, Throttled, Uncertain
 from adapter.ilink import wire
 from adapter.ilink.cipher import cipher_size, write_key
+from adapter.logs import hide_secrets
 from adapter.ports import Accepted, MediaKind, Polled, QrCode, Scan, ScanStatus, Uploaded
 
 CHANNEL_VERSION = "2.4.9"
@@ -30,6 +31,9 @@ _ESCAPE = re.compile(
     rb"\\(?:u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|(u[dD][89a-fA-F][0-9a-fA-F]{2})|.)", re.DOTALL
 )
 """An escape in a JSON string; the group: half a surrogate pair."""
+_STRING = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
+_CONTROLS = re.compile(rb"[\x00-\x1f]")
+_BOM = b"\xef\xbb\xbf"
 
 A = TypeVar("A", bound=wire.Answer)
 
@@ -48,6 +52,8 @@ HOLD_RANGE_MS = (5_000, 60_000)
 EDGE_TIMEOUT = 524
 GATEWAY_ERRORS = (502, 504)
 """The request may have reached iLink behind the gateway."""
+TRY_AGAIN = (408, 425, 429)
+"""Of the refusals, those of a moment: the request was not looked at (RFC 9110, RFC 8470, RFC 6585)."""
 
 
 class Request(NamedTuple):
@@ -219,7 +225,7 @@ def upload_request(
 
 def read_upload_url(reply: Reply, *, cdn_base_url: str, filekey: str) -> str:
     """Where to upload, not checked yet (9.1). Raises SessionExpired (-14), Refused("media"), Temporary."""
-    if 400 <= reply.status < 500 and reply.status != 429:
+    if 400 <= reply.status < 500 and reply.status not in TRY_AGAIN:
         raise Refused("media", f"HTTP {reply.status}")
     _check_status(reply)
     try:
@@ -316,7 +322,8 @@ def read_updates(reply: Reply, *, polled_s: float) -> Polled:
     match updates.code:
         case 0:
             messages = [bytes(raw) for raw in updates.msgs or []]
-            return Polled(messages, updates.get_updates_buf or None, hold_ms(updates.longpolling_timeout_ms))
+            cursor = updates.get_updates_buf
+            return Polled(messages, str(cursor) if cursor else None, hold_ms(updates.longpolling_timeout_ms))
         case wire.STALE_TOKEN:
             raise _expired(updates)
         case -1:  # one client's reading: an idle timeout (5.1)
@@ -332,7 +339,7 @@ def read_sent(reply: Reply) -> Accepted:
     Uncertain where something may have been (gateway errors, unreadable answers)."""
     if reply.status in (*GATEWAY_ERRORS, EDGE_TIMEOUT):
         raise Uncertain("http_5xx", f"HTTP {reply.status} from a gateway")
-    if 400 <= reply.status < 500 and reply.status != 429:
+    if 400 <= reply.status < 500 and reply.status not in TRY_AGAIN:
         raise Refused("rejected", f"HTTP {reply.status}")
     _check_status(reply)
     if not reply.body.strip():
@@ -344,7 +351,7 @@ def read_sent(reply: Reply) -> Accepted:
     match sent.code:
         case 0:
             ident = "" if sent.message_id in (None, "", 0, "0") else str(sent.message_id)
-            return Accepted(ident, sent.ret, sent.errcode, (sent.errmsg or "")[:200])
+            return Accepted(ident, sent.ret, sent.errcode, _words(sent))
         case wire.STALE_TOKEN:
             raise _expired(sent)
         case wire.THROTTLED | wire.RATE_LIMITED:
@@ -444,19 +451,24 @@ def _read_login(reply: Reply, kind: type[A]) -> A:
 def _decode(body: bytes, kind: type[A]) -> A:
     """An answer. Raises ValueError for what is none.
 
-    Half a surrogate pair (an emoji that somebody cut) is no Unicode, and would make the whole answer unreadable,
-    at every repeat: it is read as the replacement character.
+    What one text or number makes unreadable would cost the whole answer, at every repeat. So half a surrogate pair
+    (an emoji that somebody cut) is read as the replacement character, a control character as if it were escaped, and
+    a number in quotes as a number, as protobuf's JSON writes the long ones.
     """
     try:
         try:
             return msgspec.json.decode(body, type=kind)
         except msgspec.DecodeError:
-            mended = _ESCAPE.sub(lambda found: b"\\ufffd" if found[1] else found[0], body)
-            if mended == body:
-                raise
-            return msgspec.json.decode(mended, type=kind)
+            mended = _ESCAPE.sub(lambda found: b"\\ufffd" if found[1] else found[0], body.removeprefix(_BOM))
+            if _CONTROLS.search(mended):
+                mended = _STRING.sub(lambda found: _CONTROLS.sub(_escaped, found[0]), mended)
+            return msgspec.json.decode(mended, type=kind, strict=False)
     except RecursionError as exc:
         raise ValueError("nested too deeply") from exc
+
+
+def _escaped(control: re.Match[bytes]) -> bytes:
+    return b"\\u%04x" % control[0][0]
 
 
 def _check_status(reply: Reply) -> None:
@@ -477,11 +489,16 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
 
 
 def _said(answer: wire.Answer) -> str:
-    return f"iLink answered {answer.code} {(answer.errmsg or '')[:200]}".strip()
+    return f"iLink answered {answer.code} {_words(answer)}".strip()
+
+
+def _words(answer: wire.Answer) -> str:
+    """iLink's own, which go onto the bus: without what looks like a secret, should it quote the request."""
+    return hide_secrets(str(answer.errmsg or "")[:200])
 
 
 def _raw(answer: wire.Answer) -> dict[str, Any]:
-    return {"ret": answer.ret, "errcode": answer.errcode, "errmsg": (answer.errmsg or "")[:200]}
+    return {"ret": answer.ret, "errcode": answer.errcode, "errmsg": _words(answer)}
 
 
 def _expired(answer: wire.Answer) -> SessionExpired:

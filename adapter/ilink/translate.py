@@ -17,7 +17,8 @@ from adapter.quotes import as_id
 
 UNDECODABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 _PLAIN = msgspec.json.Decoder(wire.PlainMessage)
-_WHOLE = msgspec.json.Decoder(wire.Message)
+_WHOLE = msgspec.json.Decoder(wire.Message, strict=False)
+_ITEM = msgspec.json.Decoder(wire.Item, strict=False)
 MAX_ID = 128
 """A longer user id is none: it would not fit into a subject."""
 MAX_FILE_NAME = 255
@@ -136,7 +137,7 @@ class _Read(NamedTuple):
 def _read_item(raw: msgspec.Raw, index: int) -> _Read:
     content = _content(raw)
     try:
-        item = msgspec.json.decode(raw, type=wire.Item)
+        item = _ITEM.decode(raw)
     except UNDECODABLE:
         malformed = contract.UnsupportedItem(type=0, reason="malformed")
         return _Read(malformed, ident=ident_of(bytes(raw)), content=content)

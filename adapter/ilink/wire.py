@@ -28,7 +28,7 @@ class Answer(msgspec.Struct, kw_only=True):
 
     ret: int | None = None
     errcode: int | None = None
-    errmsg: str | None = None
+    errmsg: Any = None
 
     @property
     def code(self) -> int:
@@ -42,7 +42,7 @@ class Updates(Answer, kw_only=True):
     """Answer of getupdates. Messages stay raw, so that one broken message does not spoil the batch."""
 
     msgs: list[msgspec.Raw] | None = None
-    get_updates_buf: str | None = None
+    get_updates_buf: str | int | None = None
     longpolling_timeout_ms: Any = None
 
 
@@ -171,7 +171,7 @@ class Head(msgspec.Struct, kw_only=True):
     """What an inbound message (4.1) says beside its sender and its items."""
 
     message_id: int | str | None = None
-    client_id: str | None = None
+    client_id: str | int | None = None
     seq: int | str | None = None
     create_time_ms: int | None = None
     message_type: int | None = None
