@@ -81,6 +81,8 @@ class Supervisor:
         self._consumers: dict[int, list[asyncio.Task[None]]] = {}
         self._loads: dict[int, asyncio.Task[None]] = {}
         self._dirty: set[str] = set()
+        self._crowded: set[str] = set()
+        """Bots that found no room here: looked at again when a poller ends."""
         self._owned: set[int] = set()
         self._changed = Latch()
         self._leaving: dict[int, asyncio.Task[None]] = {}
@@ -133,7 +135,7 @@ class Supervisor:
         this replica's."""
         shard = shard_of(sandbox)
         while shard not in self._downloads:
-            if shard not in self._leases.owned or self._draining:
+            if shard not in self._leases.owned or shard in self._leaving or self._draining:
                 return None
             await self._opened.until(lambda: shard in self._downloads or shard not in self._leases.owned, 0.5)
         return self._downloads[shard]
@@ -146,7 +148,7 @@ class Supervisor:
             if shard := self._shards.get(shard_of(sandbox)):
                 shard.rebound(sandbox, anew=is_anew(before, after))
         session = self.sessions.get(bot)
-        if session is not None and (after is None or (before is not None and before.token != after.token)):
+        if session is not None and (after is None or (before is not None and _is_elsewhere(before, after))):
             session.cut_off()  # what it polls with is worth nothing any more
         self._changed.notify()
 
@@ -219,8 +221,11 @@ class Supervisor:
     def _follow(self, bot: str) -> None:
         session = self.sessions.get(bot)
         if session is None:
-            if self._wanted(bot) and len(self.sessions) < self._capacity:
-                self._start(bot)
+            if self._wanted(bot):
+                if len(self.sessions) < self._capacity:
+                    self._start(bot)
+                else:
+                    self._crowded.add(bot)
             return
         binding = self._bindings.get(bot)
         if binding is None:
@@ -243,6 +248,8 @@ class Supervisor:
                 log.error("poller.crashed", bot=bot, exc_info=exc)
             if self._wanted(bot):
                 asyncio.get_running_loop().call_later(0.2, self._again, bot)
+            elif self._crowded:
+                self._again(self._crowded.pop())
 
         task.add_done_callback(ended)
 
@@ -304,9 +311,16 @@ class Supervisor:
         for task in self._consumers.pop(shard, []):
             task.cancel()
         if downloads := self._downloads.pop(shard, None):
-            await downloads.drain(DOWNLOADS_S)
+            try:
+                await downloads.drain(DOWNLOADS_S)
+            finally:
+                downloads.stop()
         if sender := self._shards.pop(shard, None):
-            await sender.drain(grace_s)
+            try:
+                await sender.drain(grace_s)
+            except asyncio.CancelledError:
+                self._shards[shard] = sender  # `drain` waits for its requests before it gives the shard away
+                raise
         for bot, session in self.sessions.items():
             binding = self._bindings.get(bot)
             if binding is not None and shard_of(binding.sandbox) == shard:
@@ -321,8 +335,10 @@ class Supervisor:
         """Ends everything in order: no new commands, sends in flight end, polls end at their boundary or are cut."""
         self._draining = True
         deadline = self._clock.monotonic() + seconds
-        for task in self._leaving.values():
-            task.cancel()
+        if leaving := list(self._leaving.values()):
+            for task in leaving:
+                task.cancel()
+            await asyncio.wait(leaving)
         for session in self.sessions.values():
             session.lingering = True
             session.leave(now=False)
@@ -397,3 +413,8 @@ class Supervisor:
         if not task.cancelled() and (exc := task.exception()):
             log.error("task.crashed", task=task.get_name(), exc_info=exc)
             self._work.failed(task.get_name(), f"crashed: {type(exc).__name__}")
+
+
+def _is_elsewhere(before: Binding, after: Binding) -> bool:
+    """Whether a bot is polled with another token now, or in another place."""
+    return (before.token, before.base_url) != (after.token, after.base_url)

@@ -1,7 +1,9 @@
-"""What the supervisor tells of ten thousand bindings: counts and worst cases, in a scrape of one size."""
+"""What the supervisor tells of ten thousand bindings, in a scrape of one size; room for bots, shards given away."""
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable, Coroutine
 from typing import Any, get_args
 
 import msgspec
@@ -13,7 +15,7 @@ from adapter.ports import Entry
 from adapter.records import Binding
 from adapter.sessions import Session, State
 from adapter.supervisor import Supervisor
-from tests.fakes import Bench, FakeLeases
+from tests.fakes import Bench, FakeLeases, settle
 
 VIRTUAL_TIME = True
 
@@ -32,17 +34,24 @@ async def no_poll(session: Session) -> None:
     raise AssertionError(f"{session.bot} is not polled")
 
 
-def supervisor(bench: Bench, *, throttled: int = 0, leases: FakeLeases | None = None) -> Supervisor:
+def supervisor(
+    bench: Bench,
+    *,
+    throttled: int = 0,
+    leases: FakeLeases | None = None,
+    tend: Callable[[Session], Coroutine[Any, Any, None]] = no_poll,
+    capacity: int = BOTS,
+) -> Supervisor:
     """The first so many bots are throttled."""
     return Supervisor(
         bindings=bench.bindings,
         leases=leases or bench.leases,
-        tend=no_poll,
+        tend=tend,
         work=NoWork(),
         throttled=lambda bot: int(bot.partition("@")[0]) < throttled,
         clock=bench.clock,
         metrics=bench.metrics,
-        capacity=BOTS,
+        capacity=capacity,
     )
 
 
@@ -93,6 +102,33 @@ async def test_the_bot_that_was_answered_longest_ago_is_seen_among_ten_thousand(
     assert bench.metrics.value("oldest_poll_age_seconds") == pytest.approx(1.0)
 
 
+async def test_a_bot_that_found_no_room_is_polled_once_there_is_some() -> None:
+    bench = Bench()
+    first, second, third = ("b1@im.bot", "b2@im.bot", "b3@im.bot")
+    for bot in (first, second, third):
+        await bench.bind(bot=bot)
+    over = {bot: asyncio.Event() for bot in (first, second, third)}
+
+    async def tend(session: Session) -> None:
+        await over[session.bot].wait()
+
+    made = supervisor(bench, tend=tend, capacity=1)
+    made._owned = set(range(SHARDS))
+    for bot in (first, second, third):
+        made._follow(bot)
+    assert set(made.sessions) == {first}
+    for gone in (first, second):
+        await bench.bindings.remove(gone)
+        over[gone].set()
+        await settle()
+        for bot in made._dirty:
+            made._follow(bot)
+    await settle()
+    assert set(made.sessions) == {third}
+    over[third].set()
+    await settle()
+
+
 async def test_what_nobody_polls_is_counted(bench: Bench) -> None:
     """Bindings of owned shards without a poller, and all those of shards that no replica owns."""
     mine, orphans = set(range(0, SHARDS, 4)), set(range(1, SHARDS, 4))
@@ -111,3 +147,75 @@ async def test_what_nobody_polls_is_counted(bench: Bench) -> None:
     leases.orphans = set()
     made.observe(0)
     assert bench.metrics.value("bindings_unowned") == 0
+
+
+@pytest.mark.parametrize("fields", [{"token": "new"}, {"base_url": "https://ilinkai.wechat.com"}], ids=str)
+async def test_who_is_polled_elsewhere_from_now_on_waits_for_no_pause(fields: dict[str, str]) -> None:
+    bench = Bench()
+    await bench.bind()
+    made = supervisor(bench)
+    session = made.sessions["b1@im.bot"] = Session("b1@im.bot")
+    await bench.bind(**fields)
+    assert session.cut.is_set()
+
+
+# shards that are given away ------------------------------------------------------------------------------
+
+
+class Sending:
+    """In place of a shard's sender: one request is out until `answered`."""
+
+    def __init__(self) -> None:
+        self.answered = asyncio.Event()
+
+    async def drain(self, grace_s: float) -> None:
+        await self.answered.wait()
+
+    def rebound(self, sandbox: str, *, anew: bool) -> None: ...
+
+
+class Giving(FakeLeases):
+    """Owns one shard until it is released."""
+
+    released = False
+
+    async def release(self, shard: int) -> None:
+        self.released = True
+        self.owned.discard(shard)
+
+
+class Telling(NoWork):
+    async def tell_freed(self, bot: str = "") -> None: ...
+
+
+async def handing_over(bench: Bench) -> tuple[Supervisor, Giving, Sending, int]:
+    """A replica whose only shard goes to another one, which waits for a request that is out."""
+    shard, sending = shard_of("s1"), Sending()
+    leases = Giving(owned={shard})
+    made = supervisor(bench, leases=leases)
+    made._work = Telling()
+    made._owned = {shard}
+    made._shards[shard] = sending  # type: ignore[assignment]
+    leases.surplus = {shard}
+    made._follow_leases()
+    await settle()
+    assert not leases.released
+    return made, leases, sending, shard
+
+
+async def test_who_stops_while_it_gives_a_shard_away_gives_it_only_once_its_requests_have_ended() -> None:
+    made, leases, sending, _ = await handing_over(Bench())
+    stopping = asyncio.create_task(made.drain(60.0))
+    await asyncio.sleep(30)
+    assert not leases.released
+    sending.answered.set()
+    await stopping
+    assert leases.released
+
+
+async def test_messages_need_not_wait_for_the_requests_of_a_shard_that_is_given_away() -> None:
+    made, _, sending, _ = await handing_over(Bench())
+    async with asyncio.timeout(1.0):
+        assert await made.waiting("s1") is None
+    sending.answered.set()
+    await settle()
