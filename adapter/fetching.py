@@ -193,6 +193,7 @@ class Downloads:
     async def _turn(self, queue: Queue) -> None:
         """One step for a bot. Raises Temporary, LeaseLost."""
         if any(waiter.suspect for waiter in queue.waiters):
+            self._incoming.leases.check(self.number)  # else the owner of now may tell it after this look
             await self._clear(queue)
             return
         self._ahead(queue)
@@ -203,8 +204,13 @@ class Downloads:
                 items = await asyncio.shield(first.work)
                 said = msgspec.structs.replace(heard.said, items=items)
                 heard = msgspec.structs.replace(heard, said=said)
-            self._incoming.leases.check(self.number)
-            await inbox.publish([heard], self._incoming)
+            fenced = self._incoming._replace(fence=partial(self._incoming.leases.check, self.number))
+            fenced.check_fence()
+            try:
+                await inbox.publish([heard], fenced)
+            except LeaseLost:
+                first.suspect = True  # it may have been stored all the same
+                raise
             first.told = True
         await self._forget(first)
         queue.waiters.popleft()

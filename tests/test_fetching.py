@@ -540,6 +540,30 @@ async def test_a_lease_that_pauses_tells_nothing_and_one_that_resumes_goes_on() 
     await replica.leave()
 
 
+async def test_what_is_being_told_when_the_shard_is_lost_is_refused_and_looked_for_before_it_is_told_again() -> None:
+    """The owner of now may have told it, and the stream may have forgotten its id."""
+    bench = await ready(batch(image(1)))
+    bench.cdn.has("p1", PNG)
+
+    async def cut_off(message: Message) -> None:
+        if message.stream == "in":
+            bench.leases.is_valid = False
+
+    bench.bus.on_publish = cut_off
+    replica = await run(bench)
+    await asyncio.sleep(20)
+    assert said(bench) == []
+    bench.bus.on_publish, bench.leases.is_valid = None, True
+    (stored,) = bench.bus.found("RAW")
+    bench.bus.put(bench.names.inbox("s1"), b'{"id":"told"}', {contract.H_MSG_ID: stored.headers[contract.H_MSG_ID]})
+    bench.bus.forget_ids()
+    bench.leases.changed.notify()
+    await asyncio.sleep(20)
+    assert len(bench.bus.found("IN")) == 1
+    assert waiting(bench) == 0
+    await replica.leave()
+
+
 # repeats -------------------------------------------------------------------------------------------------
 
 
