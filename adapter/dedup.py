@@ -13,8 +13,12 @@ from typing import NamedTuple
 import msgspec
 
 KEEP_MS = 24 * 3600 * 1000
-KEEP_AT_MOST = 200
-"""Messages remembered per bot: bounds the cursor's record to about 10 kB."""
+KEEP_LONG = 200
+"""Messages remembered per bot for so long: about 15 kB beside its cursor."""
+LATELY_MS = 75 * 60 * 1000
+"""What was seen since is remembered beyond these: iLink repeats up to an hour later, a page at a time."""
+KEEP_AT_MOST = 600
+"""Of a user who never rests: bounds the record to about 50 kB."""
 HASH = 6
 """Bytes of a hash in a record."""
 _BLANK = hashlib.blake2b(digest_size=HASH)
@@ -90,6 +94,8 @@ class Seen:
         """The oldest was not seen before."""
         self.unkept = 0
         """How many are not among those kept."""
+        self.added = 0
+        """Counts what was new to it."""
         self._insert(kept)
         self.keep()
         self._insert(newer)
@@ -167,21 +173,32 @@ class Seen:
         self._words += bytes.fromhex("".join([hashes[3] for hashes in records.values()]))
         self._count += len(records)
         self.unkept += len(records)
+        self.added += len(records)
 
     def _forget_old(self, now_ms: int) -> None:
-        self._forget(self._count - KEEP_AT_MOST)
-        while self._count and self._oldest_ms < now_ms - KEEP_MS:
-            self._oldest_ms = _parse(self._lines[1 : self._lines.index("\n", 1)]).seen_at_ms
-            if self._oldest_ms < now_ms - KEEP_MS:
-                self._forget(1)
+        count = max(0, self._count - KEEP_AT_MOST)
+        end = self._end_of(count)
+        while count < self._count:
+            horizon_ms = now_ms - (LATELY_MS if self._count - count > KEEP_LONG else KEEP_MS)
+            if not count and self._oldest_ms >= horizon_ms:
+                break
+            after = self._lines.index("\n", end + 1)
+            self._oldest_ms = _parse(self._lines[end + 1 : after]).seen_at_ms
+            if self._oldest_ms >= horizon_ms:
+                break
+            count, end = count + 1, after
+        if count:
+            self._forget(count, end)
 
-    def _forget(self, count: int) -> None:
-        """The oldest ones."""
-        if count <= 0:
-            return
+    def _end_of(self, count: int) -> int:
+        """Where the oldest `count` records end."""
         end = 0
         for _ in range(count):
             end = self._lines.index("\n", end + 1)
+        return end
+
+    def _forget(self, count: int, end: int) -> None:
+        """The oldest ones, which end there."""
         self._lines = self._lines[end:]
         self._messages, self._words = self._messages[count * HASH :], self._words[count * HASH :]
         self._count -= count

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from functools import partial
 
 import msgspec
 import structlog
@@ -17,6 +18,7 @@ from adapter.bindings import Bindings
 from adapter.cursors import acquire, give_back, put_back
 from adapter.errors import AdapterError, LeaseLost, SessionExpired, Temporary
 from adapter.events import Events
+from adapter.inbox import retry
 from adapter.ports import Polled
 from adapter.records import Binding
 from adapter.sessions import (
@@ -36,8 +38,10 @@ log = structlog.get_logger()
 
 HOLD_MS = 35_000
 """The client waits so long for a poll, plus a margin, until the server gives a hint."""
-INSTANT_S = 0.02
-"""An empty answer sooner than this was not a long poll."""
+INSTANT_S = 0.5
+"""An answer sooner than this that brings nothing new was no long poll: its server is not hammered."""
+NOTIFY_S = 1.5
+"""The first poll does not wait longer for iLink's answer to notifystart: it is best effort (ilink-protocol 11.1)."""
 DEAD_PATH_AFTER = 3
 """Client timeouts in a row, without any answer, after which the connection counts as dead (ilink-protocol 3.3)."""
 
@@ -81,7 +85,9 @@ async def _serve(session: Session, needs: Incoming) -> None:
     try:
         await first_of(session.cut, needs.starts.wait_s())
         if not session.leaving:
-            await notify(session, needs, start=True)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(NOTIFY_S):
+                    await notify(session, needs, start=True)
         place = await poll_forever(session, place, needs)
     finally:
         await finish(give_back(session, needs), needs.grace_s)
@@ -89,9 +95,9 @@ async def _serve(session: Session, needs: Incoming) -> None:
 
 async def poll_forever(session: Session, place: Place, needs: Incoming) -> Place:
     """Polls until told to leave or the binding is gone; where it then stands. Raises LeaseLost, Refused."""
-    failures = timeouts = 0
+    failures = timeouts = instants = 0
     hold_ms = HOLD_MS
-    session.answered = needs.clock.monotonic()
+    session.answered = session.answered or needs.clock.monotonic()
     while not session.leaving:
         await needs.writable()
         if session.purges != needs.purges():
@@ -109,8 +115,10 @@ async def poll_forever(session: Session, place: Place, needs: Incoming) -> Place
         if binding.state == "needs_login":
             session.state, session.stale, session.served = "needs_login", False, binding
             await wait_until(session, needs.bindings.changed, rebound(binding, needs))
+            session.answered = needs.clock.monotonic()
             continue
-        session.state = "polling" if not failures else "error"
+        place = _begun(place, binding)
+        session.state, began = "polling" if not failures else "error", needs.clock.monotonic()
         try:
             polled = await _poll_once(session, binding, place, hold_ms, needs)
         except SessionExpired as exc:
@@ -138,17 +146,27 @@ async def poll_forever(session: Session, place: Place, needs: Incoming) -> Place
             continue
         failures = timeouts = 0
         hold_ms = polled.hold_ms
-        asked, session.answered = session.answered, needs.clock.monotonic()
-        if not polled.messages and session.answered - asked < INSTANT_S:
-            await first_of(
-                session.cut, 0.25 + needs.clock.jitter(0.25)
-            )  # a server that does not hold is not hammered
+        session.answered = needs.clock.monotonic()
         (needs.metrics.polls_full if polled.messages else needs.metrics.polls_empty).inc()
+        before, known = place.record.cursor, place.seen.added
         if says_something(polled, place):
             place = await store(session, polled, place, needs)
         else:
             await needs.beat.next()
+        went_on = polled.messages and place.record.cursor != before  # a page of repeats
+        is_instant = session.answered - began < INSTANT_S and place.seen.added == known and not went_on
+        instants = instants + 1 if is_instant else 0
+        if instants > 1:
+            await first_of(session.cut, 0.25 + needs.clock.jitter(0.25))
     return place
+
+
+def _begun(place: Place, binding: Binding) -> Place:
+    """Where polling goes on: at the cursor that the binding names, once; it is stored with the next one."""
+    record, start = place.record, binding.start_cursor
+    if start is None or start == record.start:
+        return place
+    return place._replace(record=msgspec.structs.replace(record, cursor=start, start=start))
 
 
 async def _poll_once(
@@ -215,16 +233,16 @@ async def recover(session: Session, exc: SessionExpired, place: Place, needs: In
                 continue
             log.info("session.recovered", bot=session.bot)
             session.stale = False
-            if not await regain_login(needs.bindings, needs.events, needs.clock, binding):
-                return None
-            needs.revived(binding.sandbox, binding.bot, binding.user)
-            return polled
+            if await retry(partial(regain_login, needs.bindings, needs.events, needs.clock, binding), needs):
+                needs.revived(binding.sandbox, binding.bot, binding.user)
+            return polled  # also where it was bound anew: iLink may count it as delivered
     finally:
         session.stale = False
 
 
 async def _try_again(session: Session, binding: Binding, place: Place, needs: Incoming) -> Polled | None:
     """notifystart, then one poll; None where nobody answers. Raises SessionExpired, LeaseLost, Refused."""
+    await needs.writable()
     await notify(session, needs, start=True, even_stale=True)
     try:
         return await _poll_once(session, binding, place, HOLD_MS, needs)

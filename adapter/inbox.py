@@ -23,6 +23,8 @@ from adapter.timing import backoff
 
 log = structlog.get_logger()
 
+LARGE = 64 * 1024
+"""Bytes of a message as iLink sent it: no text of a phone has so many, and no bus refuses fewer."""
 _MEDIA = (contract.ImageItem, contract.VoiceItem, contract.FileItem, contract.VideoItem)
 
 
@@ -50,11 +52,27 @@ def without_media(said: Said, reason: str) -> Said:
 
 
 async def publish(heard: Sequence[Heard], needs: Incoming) -> int:
-    """Stores messages in this order, pipelined; the sequence of the newest."""
-    heard = list(heard)
+    """Stores messages in this order, pipelined; the sequence of the newest.
+
+    A large one by itself: the bus may refuse it for its size, and its stub is to have its place.
+    """
+    heard, last = list(heard), 0
     for number, one in enumerate(heard):
         if one.said.reference is not None:  # looked up only now: a quote is rare
             heard[number] = await _with_quote(one, heard[:number], needs)
+    start = 0
+    for number, one in enumerate(heard):
+        if len(one.said.raw) > LARGE:
+            for part in (heard[start:number], [one]):
+                last = max(last, await _publish_part(part, needs))
+            start = number + 1
+    return max(last, await _publish_part(heard[start:], needs))
+
+
+async def _publish_part(heard: Sequence[Heard], needs: Incoming) -> int:
+    """Messages that the bus is asked to store at once; those that it refuses come last, as stubs."""
+    if not heard:
+        return 0
     shown: dict[tuple[str, str, str], contract.Window] = {}
     messages = []
     for one in heard:

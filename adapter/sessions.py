@@ -162,16 +162,18 @@ class Session:
         return self.leaving
 
     def leave(self, *, now: bool) -> None:
-        """Asks the poller to end: at the next boundary, or `now`, cutting a poll that waits."""
+        """Asks the poller to end: at the next boundary, which a pause is, or `now`, cutting a poll that waits."""
         self.leaving = True
-        if now:
+        if now or self.polling is None:
             self.cut_off()
 
     def cut_off(self) -> None:
         """Ends a pause that waits, and a poll, which gets a moment (`HERE_S`)."""
         self.cut.set()
         if self.polling is not None:
-            asyncio.get_running_loop().call_later(HERE_S, self._end_poll)
+            loop = asyncio.get_running_loop()
+            # behind whatever is due by then: an answer that was read but has not woken the poller would be dropped
+            loop.call_later(HERE_S, lambda: loop.call_soon(self._end_poll))
 
     def _end_poll(self) -> None:
         """Whichever waits by now: one that began since is a cut one, too, or `cut` would not be set."""

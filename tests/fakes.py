@@ -473,6 +473,7 @@ class FakeChat:
         self.sent: list[Sent] = []
         self.notified: list[bool] = []
         self.notify_fails: Exception | None = None
+        self.notify_took_s = 0.0
         self.recycled = 0
         self.polling = 0
         """Polls that are out now."""
@@ -592,6 +593,7 @@ class FakeChat:
 
     async def notify(self, account: Account, *, start: bool) -> None:
         self.notified.append(start)
+        await asyncio.sleep(self.notify_took_s)
         if self.notify_fails is not None:
             raise self.notify_fails
 

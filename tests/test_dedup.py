@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adapter.dedup import KEEP_AT_MOST, KEEP_MS, NEAR_MS, Batch, Keys, Seen, digest
+from adapter.dedup import KEEP_AT_MOST, KEEP_LONG, KEEP_MS, LATELY_MS, NEAR_MS, Batch, Keys, Seen, digest
 
 NOW = 1_789_000_000_000
 MINUTE = 60_000
@@ -179,12 +179,12 @@ def test_what_is_older_than_a_day_is_forgotten(said: list[tuple[Keys, int]]) -> 
 
 
 def test_the_state_is_bounded() -> None:
-    """About 10 kB beside the cursor, whatever the ids look like; the oldest go first."""
+    """About 50 kB beside the cursor, whatever the ids look like; the oldest go first."""
     seen = Seen()
     for number in range(3 * KEEP_AT_MOST):
         seen.add(Keys("m" * 500 + str(number), "c" * 500 + str(number), str(number), "u" * 500, NOW, "same"), NOW)
     assert len(seen.records()) == KEEP_AT_MOST
-    assert sum(len(record) for record in seen.records()) < 20_000
+    assert sum(len(record) for record in seen.records()) < 50_000
     assert not seen.has(Keys("m" * 500 + "0", "", "", "u", 0, ""))
     assert seen.has(Keys("m" * 500 + str(3 * KEEP_AT_MOST - 1), "", "", "u", 0, ""))
 
@@ -197,12 +197,22 @@ def test_a_bot_s_memory_is_small() -> None:
         before, _ = tracemalloc.get_traced_memory()
         bots = [Seen() for _ in range(5)]
         for seen in bots:
-            for number in range(2 * KEEP_AT_MOST):
+            for number in range(2 * KEEP_LONG):
                 seen.add(Keys(f"m{number}", f"c{number}", f"s{number}", "u", NOW + number, f"w{number}"), NOW)
         after, _ = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert (after - before) / len(bots) < 30_000
+    assert (after - before) / len(bots) < 60_000
+
+
+def test_beyond_the_usual_number_what_was_seen_lately_is_remembered() -> None:
+    """iLink repeats up to an hour later, all of it, in pages: what comes next must not be forgotten for it."""
+    seen = Seen()
+    for number in range(KEEP_LONG + 100):
+        seen.add(say(message=str(number), sent_at_ms=NOW + 10_000 * number), NOW)
+    assert len(seen.records()) == KEEP_LONG + 100
+    seen.add(say(message="later"), NOW + LATELY_MS + 1)
+    assert len(seen.records()) == KEEP_LONG
 
 
 @given(st.lists(any_keys, max_size=40), any_keys)

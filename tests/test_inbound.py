@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -16,9 +18,10 @@ from adapter.contract import H_MSG_ID, H_SEEN, BindingEvent, UnsupportedItem
 from adapter.cursors import NEWEST, acquire, apart_key, put_back
 from adapter.errors import BusRefused, LeaseLost, Refused, SessionExpired, Temporary
 from adapter.inbound import poll_forever, tend
+from adapter.inbox import LARGE
 from adapter.ports import Account, Entry, Message, Polled
 from adapter.records import Context, Cursor
-from adapter.sessions import Session
+from adapter.sessions import HERE_S, Session
 from adapter.timing import Pace
 from tests.fakes import EPOCH_MS, Bench, EndOfScript, FakeClock, settle
 
@@ -206,12 +209,23 @@ async def test_a_server_that_fails_is_not_hammered() -> None:
     await task
 
 
-async def test_a_server_that_does_not_hold_is_not_hammered() -> None:
-    """An error code 0 at once, for ever: a quarter of a second each."""
-    bench = await ready(*[lambda: Polled([], None, 35_000)] * 1000)
-    session, task = tended(bench)
+MOVES = itertools.count()
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        lambda: Polled([], None, 35_000),
+        lambda: Polled([], f"c{next(MOVES)}", 35_000),
+        lambda: Polled([raw()], None, 35_000),
+    ],
+    ids=["empty", "moving", "repeated"],
+)
+async def test_a_server_that_does_not_hold_is_not_hammered(answer: Callable[[], Polled]) -> None:
+    """At once, for ever: an error code 0, a cursor that moves for nothing, or the same batch."""
+    session, task = tended(bench := await ready(*[answer] * 1000))
     await asyncio.sleep(60)
-    assert len(bench.chat.asked) < 1200
+    assert len(bench.chat.asked) <= 60 / 0.25
     session.leave(now=True)
     await task
 
@@ -322,12 +336,13 @@ async def test_a_dead_letter_that_cannot_be_kept_stops_nobody() -> None:
 
 
 async def test_a_message_larger_than_the_bus_takes_is_told_without_its_content() -> None:
-    bench = await ready(batch(raw("a" * 5000, 1), raw("two", 2)))
+    """In its place: what came before it and after it keep theirs."""
+    bench = await ready(batch(raw("one", 1), raw("a" * 2 * LARGE, 2), raw("two", 3)))
     bench.bus.refuse = lambda message: (
-        BusRefused(10054, "too large") if message.stream == "in" and len(message.payload) > 3000 else None
+        BusRefused(10054, "too large") if message.stream == "in" and len(message.payload) > LARGE else None
     )
     await polls(bench)
-    assert sorted(texts(bench)) == ["", "two"]
+    assert texts(bench) == ["one", "", "two"]
     stub = next(inbound for inbound in bench.bus.inbound() if not inbound.text)
     assert stub.items == [UnsupportedItem(type=0, reason="too_large")]
     assert len(bench.bus.found("DEAD")) == 1
@@ -844,6 +859,35 @@ async def test_a_start_cursor_is_used_once() -> None:
     assert bench.chat.asked == ["given", "b", "b"]
 
 
+async def test_a_start_cursor_that_is_bound_while_the_bot_is_polled_is_used_once_and_at_once() -> None:
+    bench = await ready(batch(raw("one"), cursor="b"))
+    session, task = tended(bench)
+    await asyncio.sleep(5)
+    await bench.bind(start_cursor="given")
+    bench.chat.polls.append(batch(raw("two", 2), cursor="c"))
+    session.cut_off()
+    await asyncio.sleep(5)
+    session.leave(now=True)
+    await task
+    assert bench.chat.asked == ["", "b", "given", "c"]
+    heir, task = tended(bench)
+    await asyncio.sleep(5)
+    heir.leave(now=True)
+    await task
+    assert bench.chat.asked[4:] == ["c"]
+
+
+async def test_a_notifystart_without_an_answer_holds_the_first_poll_up_for_a_moment_only() -> None:
+    bench = await ready()
+    bench.chat.notify_took_s = 60.0
+    began = bench.clock.monotonic()
+    session, task = tended(bench)
+    await asyncio.sleep(5)
+    assert [at - began <= 2.0 for at in bench.chat.polled_at] == [True]
+    session.leave(now=True)
+    await task
+
+
 async def test_ilink_is_told_of_the_start_and_the_end_and_need_not_answer() -> None:
     bench = await ready()
     bench.chat.notify_fails = Temporary("timeout")
@@ -1134,6 +1178,106 @@ async def test_a_token_bound_anew_polls_again_after_needs_login() -> None:
     await bench.bind(token="new")
     await asyncio.sleep(2)
     assert bench.chat.tokens == ["new"]
+    session.leave(now=True)
+    await task
+
+
+async def in_its_last_try(*script: Any) -> tuple[Bench, asyncio.Event, asyncio.Task[None], Session]:
+    """A bot that needs a login by our word, and whose last poll with the old token waits for what is set."""
+    bench, answered = await ready(STALE, STALE, STALE), asyncio.Event()
+    poll = bench.chat.poll
+
+    async def asked(account: Account, cursor: str, hold_ms: int) -> Polled | None:
+        if len(bench.chat.asked) == 3:
+            bench.chat.asked.append(cursor)
+            await answered.wait()
+            return batch(raw("late"), cursor="c")
+        return await poll(account, cursor, hold_ms)
+
+    bench.chat.poll = asked  # type: ignore[method-assign]
+    session, task = tended(bench)
+    await asyncio.sleep(345)
+    assert (len(bench.chat.asked), changes(bench)) == (4, ["stale", "needs_login"])
+    return bench, answered, task, session
+
+
+async def test_what_the_last_try_brings_is_told_also_where_the_bot_was_bound_anew_meanwhile() -> None:
+    bench, answered, task, session = await in_its_last_try()
+    await bench.bind()
+    answered.set()
+    await asyncio.sleep(5)
+    session.leave(now=True)
+    await task
+    assert texts(bench) == ["late"]
+
+
+async def test_what_the_last_try_brings_is_told_also_where_the_bus_is_away_for_a_moment() -> None:
+    bench, answered, task, session = await in_its_last_try()
+    get, failures = bench.bindings_bucket.get, [Temporary("bus_timeout")]
+
+    async def read(key: str) -> Entry | None:
+        if failures:
+            raise failures.pop()
+        return await get(key)
+
+    bench.bindings_bucket.get = read  # type: ignore[method-assign]
+    answered.set()
+    await asyncio.sleep(5)
+    session.leave(now=True)
+    await task
+    assert texts(bench) == ["late"]
+    assert changes(bench)[2:] == ["recovered"]
+
+
+async def test_no_try_begins_while_the_bus_takes_nothing() -> None:
+    bench = await ready(STALE, batch(raw()))
+    session, task = tended(bench)
+    await asyncio.sleep(1)
+    bench.bus_up.clear()
+    await asyncio.sleep(60)
+    assert len(bench.chat.asked) == 1
+    bench.bus_up.set()
+    await asyncio.sleep(1)
+    assert texts(bench) == ["hello"]
+    session.leave(now=True)
+    await task
+
+
+async def test_a_pause_after_a_failure_is_a_boundary() -> None:
+    """Who hands the bot over, or stops, need not wait for it."""
+    bench = await ready(Temporary("http_4xx", "HTTP 429", retry_after_s=300.0))
+    session, task = tended(bench)
+    await asyncio.sleep(60)
+    session.lingering = True
+    session.leave(now=False)
+    began = bench.clock.monotonic()
+    await task
+    assert bench.clock.monotonic() - began < 1.0
+
+
+async def test_an_answer_that_was_read_when_the_cut_is_due_is_kept() -> None:
+    bench, answer = await ready(), asyncio.get_running_loop().create_future()
+
+    async def poll(account: Account, cursor: str, hold_ms: int) -> Polled:
+        return await answer  # type: ignore[no-any-return]
+
+    bench.chat.poll = poll  # type: ignore[method-assign]
+    session, task = tended(bench)
+    await asyncio.sleep(5)
+    loop = asyncio.get_running_loop()
+    loop.call_later(HERE_S, answer.set_result, batch(raw("late")))
+    session.leave(now=True)  # its time is over in the same turn of the loop
+    await task
+    assert texts(bench) == ["late"]
+
+
+async def test_what_nobody_polls_grows_old_while_its_poller_begins_again_and_again() -> None:
+    bench = await ready(*[Refused("url", "may not be called")] * 100)
+    session, task = tended(bench)
+    await asyncio.sleep(1)
+    first = session.answered
+    await asyncio.sleep(300)
+    assert session.answered == first
     session.leave(now=True)
     await task
 

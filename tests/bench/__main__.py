@@ -23,6 +23,7 @@ import msgspec
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 
+from adapter.inbound import INSTANT_S
 from adapter.windows import LOOKS_PER_S
 from tests.bench.plot import bars
 from tests.bench.rig import Process, Received, Rig, rig
@@ -454,12 +455,12 @@ async def shared(bench: Bench) -> None:
 
 
 async def _polls_add_up(bench: Bench) -> None:
-    """Polls that wait for a twentieth of a second: more are due than one process makes. What two make.
+    """Polls that wait for half a second: more are due than one process makes. What two make.
 
     Nothing comes, so that hardly anybody else works, and there is nearly a core for each.
     """
-    bots, alone = 5000, 0.0
-    async with bench.rig("polls: one adapter, then two", bound=bots, hold_s=0.05) as (made, nc):
+    bots, alone = 18_000, 0.0
+    async with bench.rig("polls: one adapter, then two", bound=bots, hold_s=1.2 * INSTANT_S) as (made, nc):
         adapters = [await bridge_in(made, "adapter", bots)]
         for how in ("one adapter", "two adapters"):
             if alone:
