@@ -54,7 +54,7 @@ class Keys(msgspec.Struct, frozen=True, gc=False):
         """The message's id on the bus and its Nats-Msg-Id: the first layer that is known, never a random one."""
         layers = (("m", self.message), ("c", self.client), ("s", self.seq))
         for letter, value in layers:
-            if value and len(value) <= 64:
+            if value and len(value) <= 64 and _is_plain(value):
                 return f"in:{bot}:{letter}{value}"
             if value:
                 return f"in:{bot}:{letter}{_short(value)}"
@@ -247,6 +247,11 @@ def _same(new: _Known, old: _Known, skew_ms: int) -> bool:
 def _parse(record: str) -> _Known:
     message, client, seq, said, sent, seen = record.split("|")
     return _Known(message, client, seq, said, int(sent), int(seen))
+
+
+def _is_plain(ident: str) -> bool:
+    """Whether a header of NATS holds it as it is: of other spaces than one in the middle it makes one, or none."""
+    return ident.isascii() and ident.isprintable() and " " not in ident
 
 
 def _short(text: str) -> str:

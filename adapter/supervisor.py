@@ -248,8 +248,10 @@ class Supervisor:
                 log.error("poller.crashed", bot=bot, exc_info=exc)
             if self._wanted(bot):
                 asyncio.get_running_loop().call_later(0.2, self._again, bot)
-            elif self._crowded:
-                self._again(self._crowded.pop())
+            while self._crowded:
+                if self._wanted(waits := self._crowded.pop()):
+                    self._again(waits)
+                    break
 
         task.add_done_callback(ended)
 

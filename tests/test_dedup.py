@@ -255,3 +255,11 @@ def test_the_same_record_is_kept_once() -> None:
     record = seen.add(OK, NOW)
     seen.add_record(record, NOW)
     assert seen.records() == [record]
+
+
+def test_ids_that_a_header_would_change_stay_apart() -> None:
+    idents = ["a b", "a\rb", "a\tb", " a b", "ab", "é"]
+    assert len({say(message=ident).id_for("b1@im.bot") for ident in idents}) == len(idents)
+    assert all(
+        " " not in made and made.isascii() for ident in idents if (made := say(message=ident).id_for("b1@im.bot"))
+    )
