@@ -51,6 +51,12 @@ def message_ids(rng: random.Random) -> "itertools.count[int]":
     return itertools.count(FIRST_MESSAGE_ID + 2 * rng.getrandbits(48), 2)
 
 
+def written(message_id: int | str, style: str, turn: int) -> int | str:
+    """As JSON number or string; `alternate`: a string at every odd `turn`. What is no number stays as it is."""
+    as_number = style == "number" or (style == "alternate" and turn % 2 == 0)
+    return int(message_id) if as_number and str(message_id).isdecimal() else str(message_id)
+
+
 class Cursors:
     """Opaque text of 96 characters that only the server that issued it can read (section 7)."""
 

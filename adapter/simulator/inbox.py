@@ -166,7 +166,7 @@ class Inbox:
         now_ms = self._world.clock.now_ms()
         return {
             "seq": bot.last_position + 1,
-            "message_id": self._world.typed_id(next(self._world.message_ids), bot),
+            "message_id": self._world.inbound_id(next(self._world.message_ids), bot),
             "from_user_id": bot.user,
             "to_user_id": bot.id,
             "client_id": f"wx-{self._world.rng.getrandbits(64):016x}",

@@ -189,7 +189,7 @@ class Outbox:
             if closed := self._window_closed(bot, user):
                 return closed
             bot.window(user).sent += 1
-        body = {"ret": 0, "message_id": self._world.typed_id(first_id, bot)}
+        body = {"ret": 0, "message_id": self._world.answered_id(first_id, bot)}
         return Verdict(body=body, why="duplicate", message_id=first_id)
 
     def _window_closed(self, bot: Bot, user: str) -> Verdict | None:
@@ -232,7 +232,7 @@ class Outbox:
         window, settings = bot.window(user), self._world.settings_of(bot)
         window.sent += 1
         message_id = str(next(self._world.message_ids))
-        answer: Json = {"ret": 0, "message_id": self._world.typed_id(message_id, bot)}
+        answer: Json = {"ret": 0, "message_id": self._world.answered_id(message_id, bot)}
         if any(item["type"] in TOOL_CALLS for item in message["item_list"]):
             return Verdict(body=None, why="tool_call")
         if any(item["type"] == 3 for item in message["item_list"]) and settings.voice_sends != "shown":

@@ -33,8 +33,10 @@ class SimulatorSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """Whether successful polls carry `ret` (2.5)."""
     stale_style: Literal["errcode", "ret", "both"] = "errcode"
     """Which field carries -14 (S2)."""
+    inbound_id_style: Literal["number", "string", "alternate"] = "number"
+    """How ids stand in inbound messages and their quotes: JSON number above 2^53 (4.6), string, or by turns."""
     id_style: Literal["alternate", "number", "string"] = "alternate"
-    """How a message id is written: JSON number above 2^53, string, or by turns."""
+    """How the answers of `sendmessage` write theirs (S10)."""
     batch_max: NotNegative = 100
     """Messages per answer at most; 0: all there are."""
 

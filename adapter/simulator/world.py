@@ -189,13 +189,14 @@ class World:
             raise SimulatorError("no such bot or user")
         return found
 
-    def typed_id(self, number: int | str, bot: Bot | None = None) -> int | str:
-        """A message id as number or string, after `id_style`."""
-        style = self.settings_of(bot).id_style
-        if style == "alternate":
-            self._turns += 1
-            style = "string" if self._turns % 2 else "number"
-        return int(number) if style == "number" else str(number)
+    def answered_id(self, message_id: str, bot: Bot) -> int | str:
+        """An id for an answer of `sendmessage`, after `id_style`."""
+        self._turns += 1
+        return ids.written(message_id, self.settings_of(bot).id_style, self._turns)
+
+    def inbound_id(self, message_id: int | str, bot: Bot) -> int | str:
+        """An id for the bot's next inbound message, after `inbound_id_style`."""
+        return ids.written(message_id, self.settings_of(bot).inbound_id_style, bot.last_position + 1)
 
     def violate(self, kind: str, endpoint: str, bot: Bot | None, detail: str = "") -> None:
         """Notes bad manners of a client. `detail` must hold no token and no text."""

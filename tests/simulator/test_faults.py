@@ -302,7 +302,7 @@ IDENTITY = ("message_id", "client_id", "seq", "context_token", "create_time_ms")
 async def test_f16_a_message_is_repeated_with_some_of_its_ids_changed(
     make: MakeClient, change: str, differs: set[str]
 ) -> None:
-    client = await make(id_style="number")
+    client = await make()
     said = client.sim.say(client.bot.user, "hello")
     (first,) = await client.follow()
     client.sim.advance(1)

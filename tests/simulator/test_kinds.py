@@ -64,6 +64,28 @@ async def test_s21_numeric_ids_above_2_to_the_53_stand_as_digits_on_the_wire(cli
     assert '"message_id":18446744073709551615' in text
 
 
+async def test_s21_ids_are_numbers_in_messages_and_quotes_unless_a_setting_says_otherwise(client: Client) -> None:
+    """4.6: clients that decode an int64 lose a message whose id is a string."""
+    for style, expected in (("number", [int] * 4), ("string", [str] * 4), ("alternate", [str, int, str, int])):
+        client.sim.configure(inbound_id_style=style)
+        client.sim.add_bot(client.bot.user)
+        said = [client.sim.say(client.bot.user, "hello") for _ in range(3)]
+        client.sim.repeat(client.bot.user, said[0].message_id, "message_id")
+        raw = [entry.raw for entry in client.sim.world.find(client.bot.user).log]
+        assert [type(json.loads(message)["message_id"]) for message in raw] == expected
+
+        client.sim.say_kind(client.bot.user, "quote_svr_id", of=said[0].message_id)
+        (item,) = json.loads(client.sim.world.find(client.bot.user).log[-1].raw)["item_list"]
+        assert isinstance(item["ref_msg"]["svr_id"], expected[0])
+
+
+async def test_s21_an_id_that_is_no_number_can_be_quoted(client: Client) -> None:
+    client.sim.say(client.bot.user, "hello", message_id="abc")
+    await client.follow()
+
+    assert (await quote(client, "quote_svr_id", of="abc"))["svr_id"] == "abc"
+
+
 async def test_s21_four_byte_utf_8_is_not_escaped(client: Client) -> None:
     _, text = await received(client, "emoji")
 
