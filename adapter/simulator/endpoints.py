@@ -59,7 +59,6 @@ class Endpoints:
             "msg/notifystart": self.notifystart,
             "msg/notifystop": self.notifystop,
         }
-        self._turns = 0
 
     async def getupdates(self, call: Call) -> Answer:
         bot, world = call.bot, self._world
@@ -235,9 +234,9 @@ class Endpoints:
 
     def _updates(self, bot: Bot, poll: Poll) -> Json:
         settings, faults = self._world.settings_of(bot), self._world.faults
-        self._turns += 1
+        bot.updates_answered += 1
         body: Json = {}
-        if settings.ret_style == "zero" or (settings.ret_style == "alternate" and self._turns % 2):
+        if settings.ret_style == "zero" or (settings.ret_style == "alternate" and bot.updates_answered % 2):
             body["ret"] = 0
         body["msgs"] = [msgspec.Raw(entry.raw) for entry in poll.batch]
         if poll.batch and (rule := faults.take("F20", "getupdates", bot.id, bot.user)):

@@ -189,8 +189,7 @@ class Outbox:
             if closed := self._window_closed(bot, user):
                 return closed
             bot.window(user).sent += 1
-        body = {"ret": 0, "message_id": self._world.answered_id(first_id, bot)}
-        return Verdict(body=body, why="duplicate", message_id=first_id)
+        return self._success(bot, "duplicate", first_id)
 
     def _window_closed(self, bot: Bot, user: str) -> Verdict | None:
         settings, window = self._world.settings_of(bot), bot.window(user)
@@ -232,23 +231,26 @@ class Outbox:
         window, settings = bot.window(user), self._world.settings_of(bot)
         window.sent += 1
         message_id = str(next(self._world.message_ids))
-        answer: Json = {"ret": 0, "message_id": self._world.answered_id(message_id, bot)}
         if any(item["type"] in TOOL_CALLS for item in message["item_list"]):
             return Verdict(body=None, why="tool_call")
         if any(item["type"] == 3 for item in message["item_list"]) and settings.voice_sends != "shown":
             self._remember(window, message, message_id)
-            return Verdict(body=answer, why="voice", message_id=message_id)
+            return self._success(bot, "voice", message_id)
         if self._silenced(bot, window, message):
-            return Verdict(body=answer, why="strict_client_id", message_id=message_id)
+            return self._success(bot, "strict_client_id", message_id)
         if dropped := self._dropped(bot, user, message, message_id):
             return dropped
         self._remember(window, message, message_id)
         if late := self._world.faults.take("F15", "sendmessage", bot.id, user):
             delay_s = float(late.params.get("delay_s", 60))
             self._world.clock.schedule(delay_s, lambda: self.release(bot, user, message, message_id))
-            return Verdict(body=answer, why="F15", message_id=message_id)
+            return self._success(bot, "F15", message_id)
         self.release(bot, user, message, message_id)
-        return Verdict(body=answer, why="shown", message_id=message_id)
+        return self._success(bot, "shown", message_id)
+
+    def _success(self, bot: Bot, why: str, message_id: str) -> Verdict:
+        body = {"ret": 0, "message_id": self._world.answered_id(message_id, bot)}
+        return Verdict(body=body, why=why, message_id=message_id)
 
     def _silenced(self, bot: Bot, window: Window, message: Json) -> bool:
         token = str(message.get("context_token") or "")

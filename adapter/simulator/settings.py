@@ -36,7 +36,7 @@ class SimulatorSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields
     inbound_id_style: Literal["number", "string", "alternate"] = "number"
     """How ids stand in inbound messages and their quotes: JSON number above 2^53 (4.6), string, or by turns."""
     id_style: Literal["alternate", "number", "string"] = "alternate"
-    """How the answers of `sendmessage` write theirs (S10)."""
+    """How the answers of `sendmessage` write theirs (S10); by turns for each bot."""
     batch_max: NotNegative = 100
     """Messages per answer at most; 0: all there are."""
 

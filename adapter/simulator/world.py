@@ -98,6 +98,8 @@ class Bot:
     call_counts: dict[str, int] = field(default_factory=dict)
     windows: dict[str, Window] = field(default_factory=dict)
     sends: "deque[SendRecord]" = field(default_factory=deque)
+    ids_answered: int = 0
+    updates_answered: int = 0
     online: bool = False
     online_timeline: list[tuple[float, bool]] = field(default_factory=list)
     last_uin: str = ""
@@ -134,7 +136,6 @@ class World:
         self.violations: deque[Violation] = deque(maxlen=10_000)
         self.violation_counts: Counter[str] = Counter()
         self.counts: Counter[str] = Counter()
-        self._turns = 0
 
     def settings_of(self, bot: Bot | None) -> SimulatorSettings:
         return bot.settings if bot is not None and bot.settings is not None else self.settings
@@ -191,8 +192,8 @@ class World:
 
     def answered_id(self, message_id: str, bot: Bot) -> int | str:
         """An id for an answer of `sendmessage`, after `id_style`."""
-        self._turns += 1
-        return ids.written(message_id, self.settings_of(bot).id_style, self._turns)
+        bot.ids_answered += 1
+        return ids.written(message_id, self.settings_of(bot).id_style, bot.ids_answered)
 
     def inbound_id(self, message_id: int | str, bot: Bot) -> int | str:
         """An id for the bot's next inbound message, after `inbound_id_style`."""

@@ -67,6 +67,15 @@ async def test_s6_success_comes_with_and_without_ret(
     assert [(await client.poll()).get("ret") for _ in range(2)] == expected
 
 
+async def test_s6_each_bot_has_answers_with_and_without_ret(make: MakeClient) -> None:
+    client = await make(ret_style="alternate")
+    other = Client(client.sim, client.sim.add_bot(), client.http)
+
+    answers = [await polling.poll() for _ in range(2) for polling in (client, other)]
+
+    assert ["ret" in answer for answer in answers] == [True, True, False, False]
+
+
 async def test_s6_messages_come_in_batches_in_their_order(make: MakeClient) -> None:
     client = await make(batch_max=3)
     for number in range(7):

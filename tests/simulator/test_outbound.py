@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from adapter.simulator import FaultRule
 from tests.simulator.client import Client
 from tests.simulator.conftest import MakeClient
 
@@ -27,6 +28,20 @@ async def test_s10_an_accepted_send_has_a_large_id_as_string_and_number_by_turns
     assert {type(answer["message_id"]) for answer in answers} == {int, str}
     assert len({str(answer["message_id"]) for answer in answers}) == 4
     assert talking.phone() == ["hi"] * 4
+
+
+async def test_s10_whoever_answers_each_message_gets_ids_of_both_types_too(talking: Client) -> None:
+    """Neither inbound messages, nor other bots, nor answers without an id have a turn."""
+    other = Client(talking.sim, talking.sim.add_bot(), talking.http)
+    types = []
+    for _ in range(4):
+        for client in (talking, other):
+            client.sim.say(client.bot.user, "hello")
+            types.append(type((await client.send())["message_id"]))
+        talking.sim.set_fault(FaultRule(fault="F13", bot=talking.bot.bot, count=1))
+        assert await talking.send() == {"ret": 0}
+
+    assert types == [str, str, int, int, str, str, int, int]
 
 
 @pytest.mark.parametrize(
