@@ -13,6 +13,7 @@ URL_SAFE = string.ascii_letters + string.digits + "-_"
 BASE64 = string.ascii_letters + string.digits + "+/"
 PRODUCT = r"[A-Za-z0-9_.-]{1,32}/[A-Za-z0-9_.+-]{1,32}( \([ -'*-~]{1,64}\))?"
 BOT_AGENT = re.compile(f"{PRODUCT}( {PRODUCT})*")
+DEFAULT_BOT_AGENT = "OpenClaw"
 FIRST_MESSAGE_ID = 7497484083968569737
 """Odd, and so is every later one: a client that reads ids as doubles gets every one of them wrong (2.5)."""
 
@@ -104,5 +105,7 @@ def read_version(header: str) -> tuple[int, int, int] | None:
 
 
 def is_bot_agent(value: object) -> bool:
-    """Whether it is in the User-Agent style that `bot_agent` has (2.3)."""
-    return isinstance(value, str) and len(value.encode()) <= 256 and BOT_AGENT.fullmatch(value) is not None
+    """Whether it is in the User-Agent style that `bot_agent` has, or what the official client falls back to (2.3)."""
+    if not isinstance(value, str):
+        return False
+    return value == DEFAULT_BOT_AGENT or (len(value.encode()) <= 256 and BOT_AGENT.fullmatch(value) is not None)
