@@ -188,7 +188,7 @@ class Logins:
 
     def _redirect(self, qr: Qr, second_url: str) -> Json:
         answer: Json = {"ret": 0, "status": "scaned_but_redirect"}
-        host: str | None = second_url.removeprefix("http://")
+        host: str | None = second_url.partition("://")[2]
         if rule := self._world.faults.take("F23", "get_qrcode_status", "", qr.user):
             host = rule.params.get("redirect_host", host)
         if host is None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import msgspec
 
+from adapter.simulator.records import SimulatorError
 from adapter.simulator.settings import SimulatorSettings
 from adapter.simulator.simulator import Simulator
 
@@ -49,6 +50,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except OSError as exc:
         sys.stderr.write(f"cannot listen: {exc}\n")
         return 1
+    except SimulatorError as exc:
+        parser.error(str(exc))
     return 0
 
 

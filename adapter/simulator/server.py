@@ -21,13 +21,15 @@ PLAIN = {"ret": 0, "msgs": [], "get_updates_buf": ""}
 
 
 class Visit(Struct):
-    """One request on its way through. `late` is the fault that strikes after it has been processed."""
+    """One request on its way through. `second`: it came to the second listener; `late` is the fault that
+    strikes after it has been processed."""
 
     request: web.Request
     endpoint: str
     bot: Bot | None
     body: Json | None
     start_ms: float
+    second: bool = False
     late: FaultRule | None = None
 
     @property
@@ -68,9 +70,15 @@ class Server:
         self._watch = watch
         self.urls: tuple[str, str] = ("", "")
         """Base URL of the first and of the second listener."""
-        self.second_port = 0
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
+        return await self._handle(request, second=False)
+
+    async def handle_second(self, request: web.Request) -> web.StreamResponse:
+        """A request to the listener for redirected logins."""
+        return await self._handle(request, second=True)
+
+    async def _handle(self, request: web.Request, *, second: bool) -> web.StreamResponse:
         endpoint = endpoint_of(request.path)
         if endpoint not in self._endpoints.table and endpoint not in LOGIN_METHODS:
             return web.json_response({"error": "not found"}, status=404)
@@ -78,7 +86,7 @@ class Server:
         bot = self._bot(request)
         body = read_json(await request.read()) if request.method == "POST" else {}
         self._watch.look(request, endpoint, bot, body)
-        visit = Visit(request, endpoint, bot, body, start_ms)
+        visit = Visit(request, endpoint, bot, body, start_ms, second)
         answer = await self._struck(visit)
         if answer is None:
             answer = await self._process(visit)
@@ -110,13 +118,8 @@ class Server:
             return json_answer(self._logins.create(list(tokens) if isinstance(tokens, list) else []))
         if not (code := query.get("qrcode")):
             return json_answer({"ret": -2, "errmsg": "qrcode required"})
-        second = bool(self.second_port) and self._port(visit.request) == self.second_port
         verify_code = query.get("verify_code", "")
-        return json_answer(await self._logins.status(code, verify_code, self.urls, second=second))
-
-    def _port(self, request: web.Request) -> int:
-        address = request.transport.get_extra_info("sockname") if request.transport else None
-        return int(address[1]) if address else 0
+        return json_answer(await self._logins.status(code, verify_code, self.urls, second=visit.second))
 
     def _is_stale(self, visit: Visit, bot: Bot) -> bool:
         """Dead, without the headers that authenticate, or struck by F8 to F10."""

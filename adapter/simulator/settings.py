@@ -16,8 +16,16 @@ class SimulatorSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """Port to listen on; 0 picks a free one."""
     second_host: str = "127.0.0.1"
     """Address of the listener that QR logins are redirected to (S4); opened when first needed."""
+    second_port: NotNegative = 0
+    """Its port, then open from the start; 0 picks a free one."""
     public_url: str = ""
     """Base URL that clients reach this server under; empty: made from the listening address."""
+    second_public_url: str = ""
+    """The same for the second listener; its host is the `redirect_host` of logins, to which clients go by https."""
+    tls_cert: str = ""
+    """PEM file of a certificate and its chain: both listeners speak https, and nothing else; empty: plain http."""
+    tls_key: str = ""
+    """PEM file of its key, without a password; empty: the key is in `tls_cert`."""
     seed: int | None = None
     """Seeds ids, tokens and chance; None: different in every run."""
     frozen_at_ms: int | None = None

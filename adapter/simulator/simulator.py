@@ -1,13 +1,10 @@
 """The simulator in one's own process: start it, drive the phones, look at what the bots did."""
 
 import asyncio
-import resource
+import ssl
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self
-
-from aiohttp import web
 
 from adapter.simulator import admin, inbox, kinds
 from adapter.simulator.cdn import Cdn
@@ -35,13 +32,9 @@ from adapter.simulator.records import (
 )
 from adapter.simulator.server import Server
 from adapter.simulator.settings import SimulatorSettings
+from adapter.simulator.site import Site, raise_file_limit, tls_context
 from adapter.simulator.watch import Watch
 from adapter.simulator.world import Bot, World
-
-LARGEST_BODY = 300 * 2**20
-BACKLOG = 4096
-KEEPALIVE_S = 3600.0
-"""Long, so that a request hardly ever meets a connection that is just being closed for idleness."""
 
 
 class Simulator:
@@ -60,9 +53,13 @@ class Simulator:
         outbox = Outbox(self.world, self.media)
         endpoints = Endpoints(self.world, self.inbox, outbox, self.media)
         self._server = Server(self.world, endpoints, self.logins, self.watch)
-        self._runner: web.AppRunner | None = None
-        self.port = 0
-        """Where it listens, once started."""
+        shared = {
+            "/_sim/{call:.*}": admin.Admin(self).handle,
+            "/c2c/{action:.*}": Cdn(self.world, self.media).handle,
+        }
+        self._first = Site(shared | {"/{path:.*}": self._server.handle})
+        self._second = Site(shared | {"/{path:.*}": self._server.handle_second})
+        self._tls: ssl.SSLContext | None = None
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -78,12 +75,17 @@ class Simulator:
     @property
     def url(self) -> str:
         """Base URL of the API, without a slash at the end."""
-        return self._server.urls[0]
+        return self._first.url
+
+    @property
+    def port(self) -> int:
+        """Where it listens, once started."""
+        return self._first.port
 
     @property
     def second_url(self) -> str:
         """Base URL of the listener for redirected logins; "" until there is one."""
-        return self._server.urls[1]
+        return self._second.url
 
     @property
     def cdn_url(self) -> str:
@@ -95,20 +97,18 @@ class Simulator:
         return f"{self.url}/_sim"
 
     async def start(self) -> None:
-        """Listens. Raises OSError if it cannot."""
+        """Listens. Raises OSError if it cannot, SimulatorError for a certificate that cannot be used."""
         raise_file_limit()
-        app = web.Application(client_max_size=LARGEST_BODY)
-        app.router.add_route("*", "/_sim/{call:.*}", admin.Admin(self).handle)
-        app.router.add_route("*", "/c2c/{action:.*}", Cdn(self.world, self.media).handle)
-        app.router.add_route("*", "/{path:.*}", self._server.handle)
-        self._runner = web.AppRunner(
-            app, access_log=None, handler_cancellation=True, shutdown_timeout=1.0, keepalive_timeout=KEEPALIVE_S
-        )
-        await self._runner.setup()
         settings = self.world.settings
-        self.port = await self._listen(settings.host, settings.port)
-        own_url = f"http://{url_host(settings.host)}:{self.port}"
-        self._server.urls = (settings.public_url.rstrip("/") or own_url, "")
+        self._tls = tls_context(settings.tls_cert, settings.tls_key)
+        try:
+            await self._first.open(settings.host, settings.port, settings.public_url, self._tls)
+            self._server.urls = (self.url, "")
+            if settings.second_port:
+                await self._open_second()
+        except BaseException:
+            await self.stop()
+            raise
 
     async def stop(self) -> None:
         """Answers parked polls with what there is, then closes."""
@@ -118,15 +118,16 @@ class Simulator:
             bot.wake()
         await asyncio.sleep(0)
         self.world.clock.close()
-        if self._runner is not None:
-            await self._runner.cleanup()
+        await asyncio.gather(self._first.close(), self._second.close())
 
     async def open_second_host(self) -> str:
         """The base URL of the second listener, which opens now unless it is there."""
-        if not self.second_url:
-            host = self.world.settings.second_host
-            self._server.second_port = await self._listen(host, 0)
-            self._server.urls = (self.url, f"http://{url_host(host)}:{self._server.second_port}")
+        if not self.url:
+            raise SimulatorError("not started")
+        try:
+            await self._open_second()
+        except OSError as exc:
+            raise SimulatorError(f"cannot listen: {exc}") from exc
         return self.second_url
 
     async def until(self, condition: Callable[[], Any], timeout_s: float = 10.0) -> None:
@@ -135,12 +136,10 @@ class Simulator:
             while not condition():
                 await asyncio.sleep(0.002)
 
-    async def _listen(self, host: str, port: int) -> int:
-        if self._runner is None:
-            raise SimulatorError("not started")
-        site = web.TCPSite(self._runner, host, port, backlog=BACKLOG)
-        await site.start()
-        return int(self._runner.addresses[-1][1])
+    async def _open_second(self) -> None:
+        settings = self.world.settings
+        await self._second.open(settings.second_host, settings.second_port, settings.second_public_url, self._tls)
+        self._server.urls = (self.url, self.second_url)
 
     # Bots and time
 
@@ -402,18 +401,3 @@ def call_views(bot: Bot, endpoint: str | None) -> list[CallView]:
         for name, count in bot.call_counts.items()
         if endpoint in (None, name)
     ]
-
-
-def url_host(host: str) -> str:
-    """`host` as it stands in a URL that one can call."""
-    if host in ("", "0.0.0.0", "::"):
-        return "127.0.0.1"
-    return f"[{host}]" if ":" in host else host
-
-
-def raise_file_limit() -> None:
-    """10,000 parked polls are 10,000 open sockets."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        with suppress(ValueError, OSError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -1,0 +1,81 @@
+"""One address that is listened on, with TLS if wanted; the files' limit; what a URL calls an address."""
+
+import asyncio
+import resource
+import ssl
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
+
+from aiohttp import web
+
+from adapter.simulator.records import SimulatorError
+
+LARGEST_BODY = 300 * 2**20
+BACKLOG = 4096
+KEEPALIVE_S = 3600.0
+"""Long, so that a request hardly ever meets a connection that is just being closed for idleness."""
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+class Site:
+    """Answers by the handler of the first path that fits."""
+
+    def __init__(self, handlers: Mapping[str, Handler]) -> None:
+        self._handlers = handlers
+        self._opening = asyncio.Lock()
+        self._runner: web.AppRunner | None = None
+        self.port = 0
+        """Where it listens, once open."""
+        self.url = ""
+        """Base URL for clients, without a slash at the end; "" until open."""
+
+    async def open(self, host: str, port: int, public_url: str, tls: ssl.SSLContext | None) -> None:
+        """Listens, unless it does already. `public_url` "": made from the address. Raises OSError."""
+        async with self._opening:
+            if self.url:
+                return
+            app = web.Application(client_max_size=LARGEST_BODY)
+            for path, handler in self._handlers.items():
+                app.router.add_route("*", path, handler)
+            self._runner = web.AppRunner(
+                app, access_log=None, handler_cancellation=True, shutdown_timeout=1.0, keepalive_timeout=KEEPALIVE_S
+            )
+            await self._runner.setup()
+            await web.TCPSite(self._runner, host, port, backlog=BACKLOG, ssl_context=tls).start()
+            self.port = int(self._runner.addresses[-1][1])
+            scheme = "https" if tls else "http"
+            self.url = public_url.rstrip("/") or f"{scheme}://{url_host(host)}:{self.port}"
+
+    async def close(self) -> None:
+        if self._runner is not None:
+            await self._runner.cleanup()
+
+
+def tls_context(cert: str, key: str) -> ssl.SSLContext | None:
+    """None without a certificate. Raises SimulatorError for files that cannot be used."""
+    if not cert:
+        if key:
+            raise SimulatorError("tls_key is of no use without tls_cert")
+        return None
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    try:
+        context.load_cert_chain(cert, key or None, password="")  # a key under a password must not ask for it
+    except (OSError, ValueError) as exc:
+        raise SimulatorError(f"tls_cert and tls_key: {exc}") from exc
+    return context
+
+
+def url_host(host: str) -> str:
+    """`host` as it stands in a URL that one can call."""
+    if host in ("", "0.0.0.0", "::"):
+        return "127.0.0.1"
+    return f"[{host}]" if ":" in host else host
+
+
+def raise_file_limit() -> None:
+    """10,000 parked polls are 10,000 open sockets."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
