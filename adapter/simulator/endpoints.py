@@ -8,7 +8,8 @@ import msgspec
 from msgspec import Struct
 
 from adapter.simulator import ids
-from adapter.simulator.answers import Answer, json_answer
+from adapter.simulator.answers import Answer, error_page, json_answer
+from adapter.simulator.faults import EDGE_MS, FaultRule
 from adapter.simulator.inbox import Inbox
 from adapter.simulator.media import Media
 from adapter.simulator.outbox import Outbox, text_of
@@ -17,12 +18,13 @@ from adapter.simulator.world import Bot, Entry, Poll, World
 
 
 class Call(Struct):
-    """One authenticated request."""
+    """One authenticated request. `edge`: the rule (F2) that cuts it if it has no news."""
 
     endpoint: str
     bot: Bot
     body: Json
     start_ms: float
+    edge: FaultRule | None = None
 
 
 Endpoint = Callable[[Call], Awaitable[Answer]]
@@ -72,13 +74,13 @@ class Endpoints:
             return json_answer({"ret": -2, "errmsg": "invalid get_updates_buf"})
         poll = self._inbox.open_poll(bot, cursor, start)
         try:
-            await self._inbox.collect(bot, poll, self._hold_s(bot))
+            await self._inbox.collect(bot, poll, self._hold_s(call))
         except BaseException:  # the client has hung up: nothing may stay taken
             poll.hung_up = True
             self._inbox.close_poll(bot, poll, "disconnected", written=False)
             raise
         self._inbox.end_poll(bot, poll)
-        return self._poll_answer(bot, poll)
+        return self._poll_answer(call, poll)
 
     async def sendmessage(self, call: Call) -> Answer:
         bot, world, message = call.bot, self._world, call.body.get("msg")
@@ -215,20 +217,26 @@ class Endpoints:
             self.close_send(record, None, written=False)
             raise
 
-    def _hold_s(self, bot: Bot) -> float:
-        settings = self._world.settings_of(bot)
+    def _hold_s(self, call: Call) -> float:
+        settings = self._world.settings_of(call.bot)
         longest = settings.hold_ms / 1000
+        if call.edge is not None:
+            longest = min(longest, edge_s(call.edge))
         if not settings.hold_min_ms:
             return longest
         return self._world.rng.uniform(min(settings.hold_min_ms / 1000, longest), longest)
 
-    def _poll_answer(self, bot: Bot, poll: Poll) -> Answer:
-        if poll.verdict == "stale":
+    def _poll_answer(self, call: Call, poll: Poll) -> Answer:
+        bot, outcome = call.bot, poll.verdict or "messages"
+        if outcome == "empty" and call.edge is not None:
+            answer = gateway_timeout(call.edge)
+        elif outcome == "stale":
             bot.stale_answers += 1
-            body = msgspec.json.encode(stale_body(self._world, bot))
+            answer = json_answer(stale_body(self._world, bot))
+            answer.outcome = outcome
         else:
-            body = msgspec.json.encode(self._updates(bot, poll))
-        answer = Answer(body=body, outcome=poll.verdict or "messages", cut=poll.verdict == "cut")
+            answer = json_answer(self._updates(bot, poll))
+            answer.outcome, answer.cut = outcome, outcome == "cut"
         answer.settle = lambda written, outcome: self._inbox.close_poll(bot, poll, outcome, written=written)
         return answer
 
@@ -259,6 +267,16 @@ class Endpoints:
         bot.online_timeline.append((self._world.clock.exact_ms(), online))
         del bot.online_timeline[: -self._world.records_limit()]
         return json_answer({"ret": 0})
+
+
+def edge_s(rule: FaultRule) -> float:
+    """How long the edge lets a poll wait (F2)."""
+    return float(rule.params.get("after_ms", EDGE_MS)) / 1000
+
+
+def gateway_timeout(rule: FaultRule) -> Answer:
+    """What the edge says of a poll that it has cut (F2)."""
+    return error_page(rule, int(rule.params.get("status", 524)))
 
 
 def out_of_order(batch: list[Entry], order: str) -> list[Any]:

@@ -34,6 +34,10 @@ FAULTS: dict[str, tuple[frozenset[str], int | None]] = {
 """By id: the endpoints that it can strike (none named: every one), and how often unless the rule says."""
 
 
+EDGE_MS = 16_000
+"""After this time the edge of some hosts cuts a poll (F2, 10.4)."""
+
+
 class FaultRule(Struct, kw_only=True, forbid_unknown_fields=True):
     """Strikes requests that match `endpoint`, `bot` and `user` (None: any), `count` times (None: see FAULTS;
     -1: for ever), each with `probability`. `params` are the fault's own, see the README."""
@@ -94,6 +98,12 @@ class Faults:
                     rule.count -= 1
                 return rule
         return None
+
+    def give_back(self, rule: FaultRule) -> None:
+        """A request that `rule` was taken for has been spared after all."""
+        rule.struck -= 1
+        if rule.count is not None and rule.count >= 0:
+            rule.count += 1
 
     def find(self, fault: str, endpoint: str, bot: str, user: str = "") -> list[FaultRule]:
         """Rules that match, whatever is left of their count; nothing is counted and chance is not asked."""

@@ -71,8 +71,13 @@ class Logins:
             "qrcode_img_content": f"{world.settings.qr_url}?qrcode={qr.code}",
         }
 
-    async def status(self, code: str, verify_code: str, urls: tuple[str, str], *, second: bool) -> Json:
-        """Waits for news, or the hold. `urls` are the first and the second host's; `second`: asked there."""
+    async def status(
+        self, code: str, verify_code: str, urls: tuple[str, str], *, second: bool, edge_s: float | None = None
+    ) -> Json | None:
+        """Waits for news, or the hold. `urls` are the first and the second host's; `second`: asked there.
+
+        None: nothing is new, and an edge cuts what waits for `edge_s` (F2).
+        """
         qr = self.codes.get(code)
         if qr is None:
             return {"ret": 0, "status": "expired"}
@@ -81,8 +86,8 @@ class Logins:
             return answer
         if verify_code and qr.status == "need_verifycode":
             self._check(qr, verify_code)
-        else:
-            await self._hold(qr, second=second)
+        elif not await self._news(qr, second=second, edge_s=edge_s) and edge_s is not None:
+            return None
         if qr.redirected and not second:
             return self._redirect(qr, urls[1])
         qr.told = qr.status
@@ -161,22 +166,21 @@ class Logins:
         if qr.status not in ("confirmed", "binded_redirect"):
             qr.change("expired")
 
-    async def _hold(self, qr: Qr, *, second: bool) -> None:
+    async def _news(self, qr: Qr, *, second: bool, edge_s: float | None) -> bool:
+        """Waits until there is something to tell; False: the hold was over before."""
         clock = self._world.clock
-        deadline_s = clock.elapsed_s() + self._world.settings.qr_hold_ms / 1000
-        while (
-            qr.status in RESTING
-            and qr.status == qr.told
-            and (second or not qr.redirected)
-            and not self.closing
-            and (left_s := deadline_s - clock.elapsed_s()) > 0
-        ):
+        hold_s = self._world.settings.qr_hold_ms / 1000
+        deadline_s = clock.elapsed_s() + (hold_s if edge_s is None else min(hold_s, edge_s))
+        while qr.status in RESTING and qr.status == qr.told and (second or not qr.redirected):
+            if self.closing or (left_s := deadline_s - clock.elapsed_s()) <= 0:
+                return False
             woken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             qr.waiting.add(woken)
             try:
                 await clock.wait(woken, left_s)
             finally:
                 qr.waiting.discard(woken)
+        return True
 
     def _check(self, qr: Qr, verify_code: str) -> None:
         if verify_code == qr.verify_code:

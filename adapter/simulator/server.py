@@ -9,7 +9,7 @@ from msgspec import Struct
 
 from adapter.simulator import answers
 from adapter.simulator.answers import Answer, json_answer
-from adapter.simulator.endpoints import Call, Endpoints, malformed, stale_body
+from adapter.simulator.endpoints import Call, Endpoints, edge_s, gateway_timeout, malformed, stale_body
 from adapter.simulator.faults import FaultRule
 from adapter.simulator.login import Logins
 from adapter.simulator.records import Json
@@ -21,8 +21,8 @@ PLAIN = {"ret": 0, "msgs": [], "get_updates_buf": ""}
 
 
 class Visit(Struct):
-    """One request on its way through. `second`: it came to the second listener; `late` is the fault that
-    strikes after it has been processed."""
+    """One request on its way through. `second`: it came to the second listener; `edge` is the rule (F2) that
+    cuts it if it waits in vain; `late` is the fault that strikes after it has been processed."""
 
     request: web.Request
     endpoint: str
@@ -30,6 +30,7 @@ class Visit(Struct):
     body: Json | None
     start_ms: float
     second: bool = False
+    edge: FaultRule | None = None
     late: FaultRule | None = None
 
     @property
@@ -90,6 +91,8 @@ class Server:
         answer = await self._struck(visit)
         if answer is None:
             answer = await self._process(visit)
+            if visit.edge is not None and answer.outcome != "F2":
+                self._world.faults.give_back(visit.edge)
         return await self._deliver(visit, answer)
 
     def _bot(self, request: web.Request) -> Bot | None:
@@ -109,7 +112,8 @@ class Server:
             return self._stale(visit)
         if visit.body is None:
             return malformed(self._world, bot, "invalid json")
-        return await self._endpoints.table[endpoint](Call(endpoint, bot, visit.body, visit.start_ms))
+        call = Call(endpoint, bot, visit.body, visit.start_ms, visit.edge)
+        return await self._endpoints.table[endpoint](call)
 
     async def _login(self, visit: Visit) -> Answer:
         query = visit.request.query
@@ -119,7 +123,9 @@ class Server:
         if not (code := query.get("qrcode")):
             return json_answer({"ret": -2, "errmsg": "qrcode required"})
         verify_code = query.get("verify_code", "")
-        return json_answer(await self._logins.status(code, verify_code, self.urls, second=visit.second))
+        limit_s = edge_s(visit.edge) if visit.edge else None
+        body = await self._logins.status(code, verify_code, self.urls, second=visit.second, edge_s=limit_s)
+        return gateway_timeout(visit.edge) if body is None and visit.edge else json_answer(body)
 
     def _is_stale(self, visit: Visit, bot: Bot) -> bool:
         """Dead, without the headers that authenticate, or struck by F8 to F10."""
@@ -150,11 +156,14 @@ class Server:
         return answer
 
     async def _struck(self, visit: Visit) -> Answer | None:
-        """F1 to F6 before anything is processed; what strikes afterwards is left in `visit.late`."""
+        """F1 to F6 before anything is processed; what strikes later is left in `visit.edge` or `visit.late`."""
         for fault in ("F1", "F2", "F3", "F4", "F5", "F6"):
             rule = self._world.faults.take(fault, visit.endpoint, visit.bot_id, visit.user)
             if rule is None:
                 continue
+            if fault == "F2":
+                visit.edge = rule
+                return None
             late = rule.params.get("processed", False) or rule.params.get("when") == "after"
             if fault == "F4" or late:
                 visit.late = rule
@@ -165,9 +174,8 @@ class Server:
         return None
 
     async def _pause(self, visit: Visit, rule: FaultRule, answer: Answer) -> None:
-        """Time that passes before a fault strikes: `after_ms`, the hang of F5, or the edge's limit (F2)."""
-        default_ms = 16_000 if rule.fault == "F2" else 0
-        pause_ms = float(rule.params.get("after_ms", default_ms))
+        """Time that passes before a fault strikes: `after_ms`, or the hang of F5."""
+        pause_ms = float(rule.params.get("after_ms", 0))
         try:
             if rule.fault == "F5":
                 await answers.hang(rule, self._world.clock)
@@ -181,8 +189,8 @@ class Server:
 
     def _broken(self, visit: Visit, rule: FaultRule) -> Answer:
         """The answer that a fault gives in place of processing."""
-        if rule.fault in ("F1", "F2"):
-            default = 524 if rule.fault == "F2" else self._world.rng.choice((500, 502, 503, 504))
+        if rule.fault == "F1":
+            default = self._world.rng.choice((500, 502, 503, 504))
             answer = answers.error_page(rule, int(rule.params.get("status", default)))
         else:
             answer = json_answer(PLAIN)

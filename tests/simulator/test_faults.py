@@ -57,6 +57,31 @@ async def test_f2_524_while_a_poll_is_held(make: MakeClient) -> None:
     client.sim.advance(16)
 
     assert (await poll).status_code == 524
+    assert client.sim.polls(client.bot.bot).records[0].outcome == "F2"
+
+
+async def test_f2_a_poll_that_has_messages_is_answered_in_time(make: MakeClient) -> None:
+    """The edge cuts whoever waits (10.4); the bot is not deaf behind it."""
+    client = await make(LONG)
+    rule = strike(client, "F2", count=1)
+    client.sim.say(client.bot.user, "before")
+    assert texts(await client.follow()) == ["before"]
+
+    poll = asyncio.create_task(client.follow())
+    await client.sim.until(lambda: client.sim.polls(client.bot.bot).now)
+    client.sim.advance(15)
+    client.sim.say(client.bot.user, "during")
+
+    assert texts(await poll) == ["during"]
+    assert (rule.count, rule.struck) == (1, 0)
+
+
+async def test_f2_what_is_refused_at_once_is_not_cut(make: MakeClient) -> None:
+    client = await make(LONG)
+    strike(client, "F2")
+    client.sim.kill_token(client.bot.bot)
+
+    assert await client.poll() == STALE
 
 
 @pytest.mark.parametrize("kind", ["malformed", "truncated", "html", "empty", "wrong_type"])

@@ -198,6 +198,21 @@ async def test_f2_the_edge_cuts_a_status_poll(make: MakeClient) -> None:
     assert response.status_code == 524
 
 
+async def test_f2_a_status_that_changes_is_told_in_time(make: MakeClient) -> None:
+    client = await make(LONG)
+    rule = client.sim.set_fault(FaultRule(fault="F2", count=1))
+    code = await qrcode(client)
+    poll = asyncio.create_task(status(client, code))
+    await client.sim.until(lambda: client.sim.qrcodes()[0].polls)
+
+    client.sim.scan(code)
+    assert (await poll)["status"] == "scaned"
+    client.sim.confirm(code)
+    assert (await status(client, code))["status"] == "confirmed"
+
+    assert rule.struck == 0
+
+
 @pytest.mark.parametrize("host", ["evil.example", None])
 async def test_f23_a_redirect_to_a_host_of_ones_own_choice(client: Client, host: str | None) -> None:
     client.sim.set_fault(FaultRule(fault="F23", params={"redirect_host": host, "baseurl": "http://evil.example"}))
