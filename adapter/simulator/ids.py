@@ -89,14 +89,14 @@ def read_uin(header: str) -> int | None:
         text = base64.b64decode(header, validate=True).decode("ascii")
     except (binascii.Error, ValueError):
         return None
-    if not text.isdigit() or (len(text) > 1 and text[0] == "0"):
+    if not text.isdigit() or len(text) > 10 or (len(text) > 1 and text[0] == "0"):
         return None
     return number if (number := int(text)) < 2**32 else None
 
 
 def read_version(header: str) -> tuple[int, int, int] | None:
     """Major, minor and patch behind `iLink-App-ClientVersion`, or None; 0 is what broken builds sent."""
-    if not header.isascii() or not header.isdigit():
+    if not header.isascii() or not header.isdigit() or len(header) > 8:
         return None
     number = int(header)
     if not 0 < number < 2**24:

@@ -93,7 +93,7 @@ class Media:
         """The answer of `getuploadurl` (3.5, S17)."""
         settings = self._world.settings_of(bot)
         peer = body.get("to_user_id")
-        if peer != bot.user and peer not in bot.windows:
+        if not isinstance(peer, str) or (peer != bot.user and peer not in bot.windows):
             return {"ret": -1}
         upload = read_upload(bot, body)
         if upload is None:

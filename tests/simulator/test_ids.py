@@ -34,6 +34,7 @@ def test_s3_examples_of_the_protocol(header: str, number: int) -> None:
         base64.b64encode(bytes.fromhex("12345678")).decode(),
         "MzA1NDE5ODk",
         "305419896",
+        base64.b64encode(b"9" * 5_000).decode(),
     ],
 )
 def test_s3_anything_else_is_not(header: str) -> None:
@@ -57,6 +58,7 @@ def test_s3_no_header_breaks_the_check(header: str) -> None:
         ("", None),
         ("2.4.9", None),
         (str(2**24), None),
+        ("9" * 5_000, None),
     ],
 )
 def test_s3_version_numbers(header: str, version: tuple[int, int, int] | None) -> None:

@@ -111,6 +111,8 @@ SHORT_KEY = base64.b64encode(KEY).decode()
         ({"rawfilemd5": ""}, -2),
         ({"media_type": 9}, -2),
         ({"to_user_id": "o9cq80nobody@im.wechat"}, -1),
+        ({"to_user_id": []}, -1),
+        ({"to_user_id": {}}, -1),
     ],
 )
 async def test_s17_a_wrong_request_gets_no_url(talking: Client, changes: Json, ret: int) -> None:
