@@ -7,7 +7,7 @@ import msgspec
 
 from adapter.simulator import ids
 from adapter.simulator.records import InboundRecord, Json, PollRecord, SimulatorError
-from adapter.simulator.world import CONTEXT_TOKENS_KEPT, Bot, Entry, Poll, World
+from adapter.simulator.world import Bot, Entry, Poll, World
 
 CHANGES = frozenset(
     {
@@ -181,20 +181,13 @@ class Inbox:
 
     def _open_window(self, bot: Bot, message: Json) -> None:
         """The user spoke: 24 hours and ten sends from now on, whether or not a context token came along."""
-        if bot.superseded:
-            return
-        window = bot.window(str(message.get("from_user_id") or bot.user))
-        window.opened_ms = self._world.clock.now_ms()
-        window.sent = 0
+        user = str(message.get("from_user_id") or bot.user)
+        if not bot.superseded:
+            window = bot.window(user)
+            window.opened_ms = self._world.clock.now_ms()
+            window.sent = 0
         if token := message.get("context_token"):
-            self._issue(bot, str(message.get("from_user_id") or bot.user), str(token))
-
-    def _issue(self, bot: Bot, user: str, token: str) -> None:
-        tokens = bot.window(user).context_tokens
-        tokens.pop(token, None)
-        tokens[token] = self._world.clock.now_ms()
-        while len(tokens) > self._world.share(CONTEXT_TOKENS_KEPT, least=50):
-            tokens.popitem(last=False)
+            self._world.issue(bot, user, str(token))
 
     def _append(self, bot: Bot, message: Json) -> Entry:
         bot.last_position += 1
@@ -238,7 +231,7 @@ class Inbox:
             message["client_id"] = fresh["client_id"]
         if change in ("context_token", "ids", "all"):
             message["context_token"] = fresh["context_token"]
-            self._issue(bot, str(message.get("from_user_id") or bot.user), fresh["context_token"])
+            self._world.issue(bot, str(message.get("from_user_id") or bot.user), fresh["context_token"])
         if change == "all":
             for written in (message, *(item for item in message.get("item_list") or [] if isinstance(item, dict))):
                 written["create_time_ms"] = written["update_time_ms"] = self._world.clock.now_ms()

@@ -212,6 +212,8 @@ class Outbox:
         if not token:
             self._world.violate("missing_context_token", "sendmessage", bot)
             return self._tokenless(settings.tokenless)
+        if self._world.is_void(token):
+            return refusal(-2, "context_token", "prepare failed")
         issued_ms = window.context_tokens.get(token)
         fresh = issued_ms is not None and self._world.clock.now_ms() - issued_ms <= 86_400_000
         latest = next(reversed(window.context_tokens), None)

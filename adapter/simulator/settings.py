@@ -67,8 +67,8 @@ class SimulatorSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields
     context_check: Literal["window_only", "must_match_any_issued_within_24h", "must_be_latest", "ignored"] = (
         "window_only"
     )
-    """What a send's context token is compared with (S12). `window_only` wants one but does not compare it;
-    `ignored` does not even notice that it is missing."""
+    """What a send's context token is compared with (S12). `window_only` wants one, any but those of a bot that
+    was superseded (S5); `ignored` does not even notice that it is missing."""
     tokenless: Literal["refuse", "drop", "deliver"] = "refuse"
     """A send without a context token: -2, success without delivery, or delivery (S12)."""
     window_hours: float = 24.0

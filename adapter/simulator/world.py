@@ -26,6 +26,8 @@ from adapter.simulator.settings import SimulatorSettings
 IN_ALL = 200_000
 """Records of one sort over all bots, so that 10,000 bots do not fill the memory."""
 CONTEXT_TOKENS_KEPT = 1_000
+VOID_TOKENS_KEPT = 20_000
+"""Context tokens of superseded bots, over all bots."""
 CLIENT_IDS_KEPT = 20_000
 
 
@@ -132,6 +134,7 @@ class World:
         self.by_user: dict[str, Bot] = {}
         self.phones: dict[str, deque[Shown]] = {}
         self.listeners: list[Callable[[str, Shown], None]] = []
+        self._void_tokens: OrderedDict[str, None] = OrderedDict()
         self.sending: dict[str, list[SendRecord]] = {}
         self.violations: deque[Violation] = deque(maxlen=10_000)
         self.violation_counts: Counter[str] = Counter()
@@ -170,12 +173,36 @@ class World:
     def supersede(self, bot: Bot) -> None:
         """Its context tokens are void at once, its token after the death delay (S5)."""
         bot.superseded = True
+        for window in bot.windows.values():
+            for token in window.context_tokens:
+                self.void(token)
         bot.windows.clear()
         delay_s = self.settings_of(bot).token_death_delay_s
         if delay_s <= 0:
             self.kill(bot)
         else:
             self.clock.schedule(delay_s, lambda: self.kill(bot))
+
+    def issue(self, bot: Bot, user: str, token: str) -> None:
+        """The context token of a message to `bot`; one that is superseded can do nothing with it."""
+        if bot.superseded:
+            self.void(token)
+            return
+        self._void_tokens.pop(token, None)
+        tokens = bot.window(user).context_tokens
+        tokens.pop(token, None)
+        tokens[token] = self.clock.now_ms()
+        while len(tokens) > self.share(CONTEXT_TOKENS_KEPT, least=50):
+            tokens.popitem(last=False)
+
+    def void(self, token: str) -> None:
+        """From now on no bot can send with this context token (S5)."""
+        self._void_tokens[token] = None
+        while len(self._void_tokens) > VOID_TOKENS_KEPT:
+            self._void_tokens.popitem(last=False)
+
+    def is_void(self, token: str) -> bool:
+        return token in self._void_tokens
 
     def kill(self, bot: Bot) -> None:
         """From now on its token is answered with -14, parked polls included."""

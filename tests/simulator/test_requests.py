@@ -6,6 +6,7 @@ from typing import Any
 import httpx
 import pytest
 
+from adapter.simulator.world import VOID_TOKENS_KEPT
 from tests.simulator.client import BASE_INFO, LONG, Client, headers, texts
 from tests.simulator.conftest import MakeClient
 
@@ -197,16 +198,48 @@ async def test_s5_the_users_messages_go_to_the_new_bot(client: Client) -> None:
     assert texts((await new.poll())["msgs"]) == ["hello"]
 
 
-async def test_s5_context_tokens_of_the_old_bot_are_void(make: MakeClient) -> None:
-    client = await make(token_death_delay_s=29, context_check="must_match_any_issued_within_24h")
-    old = client.sim.say(client.bot.user, "hello").context_token
+@pytest.mark.parametrize("check", ["window_only", "must_match_any_issued_within_24h", "must_be_latest"])
+async def test_s5_context_tokens_of_the_old_bot_are_void(make: MakeClient, check: str) -> None:
+    client = await make(token_death_delay_s=29, context_check=check)
+    old = [client.sim.say(client.bot.user, "hello").context_token]
+    new = Client(client.sim, client.sim.add_bot(client.bot.user), client.http)
+    late = client.sim.say(client.bot.bot, "to the bot that is going")
+    client.sim.repeat(client.bot.bot, late.message_id, "context_token")
+    old += [entry.context_token for entry in client.sim.inbound(client.bot.bot)[1:]]
+
+    assert (await client.send(context_token=old[0]))["ret"] == -2
+    assert (await new.send(context_token=old[0]))["ret"] == -2
+    client.sim.say(new.bot.user, "hello again")
+    assert [(await new.send(context_token=token))["ret"] for token in old] == [-2, -2, -2]
+    assert (await new.send())["ret"] == 0
+
+
+async def test_s5_a_void_context_token_is_good_again_if_the_new_bot_gets_it(client: Client) -> None:
+    client.sim.say(client.bot.user, "hello", context_token="the same")
     new = Client(client.sim, client.sim.add_bot(client.bot.user), client.http)
 
-    assert (await client.send(context_token=old))["ret"] == -2
-    assert (await new.send(context_token=old))["ret"] == -2
-    client.sim.say(new.bot.user, "hello again")
-    assert (await new.send(context_token=old))["ret"] == -2
-    assert (await new.send())["ret"] == 0
+    client.sim.say(client.bot.user, "hello", context_token="the same")
+
+    assert (await new.send(context_token="the same"))["ret"] == 0
+
+
+async def test_s5_void_context_tokens_are_not_even_looked_at_where_none_is(make: MakeClient) -> None:
+    client = await make(context_check="ignored")
+    old = client.sim.say(client.bot.user, "hello").context_token
+    new = Client(client.sim, client.sim.add_bot(client.bot.user), client.http)
+    client.sim.say(client.bot.user, "hello")
+
+    assert (await new.send(context_token=old))["ret"] == 0
+
+
+async def test_s5_void_context_tokens_are_forgotten_in_the_end(client: Client) -> None:
+    old = client.sim.say(client.bot.user, "hello").context_token
+    new = Client(client.sim, client.sim.add_bot(client.bot.user), client.http)
+    for number in range(VOID_TOKENS_KEPT):
+        client.sim.world.void(str(number))
+    client.sim.say(client.bot.user, "hello")
+
+    assert (await new.send(context_token=old))["ret"] == 0
 
 
 async def test_s5_a_client_that_goes_on_with_a_dead_token_is_noted(client: Client) -> None:
