@@ -44,6 +44,11 @@ def error_page(rule: FaultRule, status: int) -> Answer:
     return Answer(body=body, status=status, content_type="text/html", outcome=rule.fault)
 
 
+def gateway_timeout(rule: FaultRule) -> Answer:
+    """What the edge says of a poll that it has cut (F2)."""
+    return error_page(rule, int(rule.params.get("status", 524)))
+
+
 def garble(answer: Answer, kind: str) -> None:
     """Spoils a good answer in one of the ways of F3."""
     if kind == "malformed":

@@ -8,8 +8,8 @@ import msgspec
 from msgspec import Struct
 
 from adapter.simulator import ids
-from adapter.simulator.answers import Answer, error_page, json_answer
-from adapter.simulator.faults import EDGE_MS, FaultRule
+from adapter.simulator.answers import Answer, gateway_timeout, json_answer
+from adapter.simulator.faults import FaultRule, edge_s
 from adapter.simulator.inbox import Inbox
 from adapter.simulator.media import Media
 from adapter.simulator.outbox import Outbox, text_of
@@ -267,16 +267,6 @@ class Endpoints:
         bot.online_timeline.append((self._world.clock.exact_ms(), online))
         del bot.online_timeline[: -self._world.records_limit()]
         return json_answer({"ret": 0})
-
-
-def edge_s(rule: FaultRule) -> float:
-    """How long the edge lets a poll wait (F2)."""
-    return float(rule.params.get("after_ms", EDGE_MS)) / 1000
-
-
-def gateway_timeout(rule: FaultRule) -> Answer:
-    """What the edge says of a poll that it has cut (F2)."""
-    return error_page(rule, int(rule.params.get("status", 524)))
 
 
 def out_of_order(batch: list[Entry], order: str) -> list[Any]:

@@ -56,6 +56,11 @@ class FaultRule(Struct, kw_only=True, forbid_unknown_fields=True):
     """What a fault with a memory (F12) remembers, by user."""
 
 
+def edge_s(rule: FaultRule) -> float:
+    """How long the edge lets a poll wait (F2)."""
+    return float(rule.params.get("after_ms", EDGE_MS)) / 1000
+
+
 class Faults:
     """The rules in force, oldest first; chance comes from the simulator's seeded generator."""
 

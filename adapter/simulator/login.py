@@ -4,6 +4,8 @@ import asyncio
 from dataclasses import dataclass, field
 
 from adapter.simulator import ids
+from adapter.simulator.answers import Answer, gateway_timeout, json_answer
+from adapter.simulator.faults import FaultRule, edge_s
 from adapter.simulator.records import Json, QrRecord, SimulatorError
 from adapter.simulator.world import Bot, World
 
@@ -14,7 +16,8 @@ CODES_KEPT = 10_000
 
 @dataclass(slots=True, eq=False)
 class Qr:
-    """One code. `told` is the status of the last answer; a poll is held while nothing is new."""
+    """One code. `told` is the status of the last answer that was written whole; a poll is held while its client
+    can know no other."""
 
     code: str
     created_ms: int
@@ -72,27 +75,23 @@ class Logins:
         }
 
     async def status(
-        self, code: str, verify_code: str, urls: tuple[str, str], *, second: bool, edge_s: float | None = None
-    ) -> Json | None:
-        """Waits for news, or the hold. `urls` are the first and the second host's; `second`: asked there.
-
-        None: nothing is new, and an edge cuts what waits for `edge_s` (F2).
-        """
+        self, code: str, verify_code: str, urls: tuple[str, str], *, second: bool, edge: FaultRule | None = None
+    ) -> Answer:
+        """Waits for news, or the hold. `urls` are the first and the second host's; `second`: asked there;
+        `edge`: the rule (F2) that cuts a poll without news."""
         qr = self.codes.get(code)
         if qr is None:
-            return {"ret": 0, "status": "expired"}
+            return json_answer({"ret": 0, "status": "expired"})
         qr.polls += 1
-        if answer := self._struck(qr, verify_code):
-            return answer
+        if struck := self._struck(qr, verify_code):
+            return json_answer(struck)
         if verify_code and qr.status == "need_verifycode":
             self._check(qr, verify_code)
-        elif not await self._news(qr, second=second, edge_s=edge_s) and edge_s is not None:
-            return None
+        elif not await self._news(qr, second=second, edge=edge) and edge is not None:
+            return gateway_timeout(edge)
         if qr.redirected and not second:
-            return self._redirect(qr, urls[1])
-        qr.told = qr.status
-        answer = {"ret": 0, "status": qr.status}
-        return self._credentials(qr, urls[1] if second else urls[0]) if qr.bot else answer
+            return json_answer(self._redirect(qr, urls[1]))
+        return self._tell(qr, urls[1] if second else urls[0])
 
     def scan(self, code: str, user: str | None = None) -> QrRecord:
         """A phone scans. One code serves one user (1.3); a user bound to a listed token needs no new bot."""
@@ -166,12 +165,13 @@ class Logins:
         if qr.status not in ("confirmed", "binded_redirect"):
             qr.change("expired")
 
-    async def _news(self, qr: Qr, *, second: bool, edge_s: float | None) -> bool:
-        """Waits until there is something to tell; False: the hold was over before."""
-        clock = self._world.clock
+    async def _news(self, qr: Qr, *, second: bool, edge: FaultRule | None) -> bool:
+        """Waits until there is something to tell; False: the hold was over before. `told` alone would not do:
+        with two polls, the one that is answered first sets it, and the other had not heard either."""
+        clock, began = self._world.clock, qr.status
         hold_s = self._world.settings.qr_hold_ms / 1000
-        deadline_s = clock.elapsed_s() + (hold_s if edge_s is None else min(hold_s, edge_s))
-        while qr.status in RESTING and qr.status == qr.told and (second or not qr.redirected):
+        deadline_s = clock.elapsed_s() + (hold_s if edge is None else min(hold_s, edge_s(edge)))
+        while qr.status in RESTING and qr.status == qr.told == began and (second or not qr.redirected):
             if self.closing or (left_s := deadline_s - clock.elapsed_s()) <= 0:
                 return False
             woken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -189,6 +189,18 @@ class Logins:
         qr.wrong_codes += 1
         if qr.wrong_codes >= self._world.settings.verify_attempts:
             qr.change("verify_code_blocked")
+
+    def _tell(self, qr: Qr, base_url: str) -> Answer:
+        """The status as it stands; told once it is written."""
+        status = qr.status
+
+        def settle(written: bool, outcome: str) -> None:
+            if written:
+                qr.told = status
+
+        answer = json_answer(self._credentials(qr, base_url) if qr.bot else {"ret": 0, "status": status})
+        answer.settle = settle
+        return answer
 
     def _redirect(self, qr: Qr, second_url: str) -> Json:
         answer: Json = {"ret": 0, "status": "scaned_but_redirect"}

@@ -9,7 +9,7 @@ from msgspec import Struct
 
 from adapter.simulator import answers
 from adapter.simulator.answers import Answer, json_answer
-from adapter.simulator.endpoints import Call, Endpoints, edge_s, gateway_timeout, malformed, stale_body
+from adapter.simulator.endpoints import Call, Endpoints, malformed, stale_body
 from adapter.simulator.faults import FaultRule
 from adapter.simulator.login import Logins
 from adapter.simulator.records import Json
@@ -123,9 +123,7 @@ class Server:
         if not (code := query.get("qrcode")):
             return json_answer({"ret": -2, "errmsg": "qrcode required"})
         verify_code = query.get("verify_code", "")
-        limit_s = edge_s(visit.edge) if visit.edge else None
-        body = await self._logins.status(code, verify_code, self.urls, second=visit.second, edge_s=limit_s)
-        return gateway_timeout(visit.edge) if body is None and visit.edge else json_answer(body)
+        return await self._logins.status(code, verify_code, self.urls, second=visit.second, edge=visit.edge)
 
     def _is_stale(self, visit: Visit, bot: Bot) -> bool:
         """Dead, without the headers that authenticate, or struck by F8 to F10."""

@@ -78,6 +78,42 @@ async def test_s4_an_answer_that_was_lost_is_given_again_after_the_hold(client: 
     assert [(await status(client, code))["status"] for _ in range(2)] == ["confirmed", "confirmed"]
 
 
+async def test_s4_every_parked_poll_hears_of_a_change(make: MakeClient) -> None:
+    client = await make(LONG)
+    code = await qrcode(client)
+    polls = [asyncio.create_task(status(client, code)) for _ in range(3)]
+    await client.sim.until(lambda: client.sim.qrcodes()[0].polls == 3)
+
+    client.sim.scan(code)
+
+    assert [(await poll)["status"] for poll in polls] == ["scaned"] * 3
+
+
+@pytest.mark.parametrize("params", [{"when": "before"}, {"when": "after"}])
+async def test_s4_an_answer_that_was_cut_has_told_nothing(make: MakeClient, params: Json) -> None:
+    client = await make(LONG)
+    code = await qrcode(client)
+    client.sim.scan(code)
+    client.sim.set_fault(FaultRule(fault="F6", endpoint="get_qrcode_status", count=1, params=params))
+    with pytest.raises(httpx.TransportError):
+        await status(client, code)
+
+    assert (await asyncio.wait_for(status(client, code), 10))["status"] == "scaned"
+
+
+async def test_s4_a_client_that_hangs_up_has_heard_nothing(make: MakeClient) -> None:
+    client = await make(LONG)
+    code = await qrcode(client)
+    client.sim.set_fault(FaultRule(fault="F5", endpoint="get_qrcode_status", count=1, params={"processed": True}))
+    client.sim.scan(code)
+    poll = asyncio.create_task(status(client, code))
+    await client.sim.until(lambda: client.sim.qrcodes()[0].polls)
+    poll.cancel()
+    await asyncio.gather(poll, return_exceptions=True)
+
+    assert (await asyncio.wait_for(status(client, code), 10))["status"] == "scaned"
+
+
 @pytest.mark.parametrize("ttl_s", [60, 120])
 async def test_s4_a_code_expires(make: MakeClient, ttl_s: int) -> None:
     client = await make(LONG, qr_ttl_s=ttl_s, qr_hold_ms=10**6)
