@@ -185,7 +185,10 @@ class Logins:
     def _check(self, qr: Qr, verify_code: str) -> None:
         if verify_code == qr.verify_code:
             qr.change("scaned")
-            return
+        else:
+            self._refuse_code(qr)
+
+    def _refuse_code(self, qr: Qr) -> None:
         qr.wrong_codes += 1
         if qr.wrong_codes >= self._world.settings.verify_attempts:
             qr.change("verify_code_blocked")
@@ -233,11 +236,12 @@ class Logins:
     def _struck(self, qr: Qr, verify_code: str) -> Json | None:
         """F27, by `kind`: `expired`, `blocked`, `wrong_code`; `no_bot_id` strikes in `_credentials`."""
         kind = self._f27_kind(qr)
-        strikes = kind in ("expired", "blocked") or (kind == "wrong_code" and verify_code)
+        demanded = verify_code and qr.status == "need_verifycode"
+        strikes = kind in ("expired", "blocked") or (kind == "wrong_code" and demanded)
         if not strikes or not self._take_f27(qr):
             return None
         if kind == "wrong_code":
-            self._check(qr, "")
+            self._refuse_code(qr)
         else:
             qr.change("expired" if kind == "expired" else "verify_code_blocked")
         return {"ret": 0, "status": qr.status}

@@ -281,6 +281,19 @@ async def test_f27_a_right_code_is_called_wrong_and_then_blocked(client: Client)
     assert (await status(client, code, verify_code="1234"))["status"] == "verify_code_blocked"
 
 
+async def test_f27_a_code_that_nobody_asked_for_is_not_called_wrong(client: Client) -> None:
+    rule = client.sim.set_fault(FaultRule(fault="F27", count=1, params={"kind": "wrong_code"}))
+    code = await qrcode(client)
+
+    assert (await status(client, code, verify_code="1234"))["status"] == "wait"
+    client.sim.require_verify(code, "1234")
+    client.sim.scan(code)
+
+    assert rule.struck == 0
+    assert (await status(client, code, verify_code="1234"))["status"] == "need_verifycode"
+    assert (await status(client, code, verify_code="1234"))["status"] == "scaned"
+
+
 async def test_f27_confirmed_without_a_bot_id(client: Client) -> None:
     client.sim.set_fault(FaultRule(fault="F27", params={"kind": "no_bot_id"}))
     code = await qrcode(client)
