@@ -61,6 +61,11 @@ def read_json(raw: bytes) -> Json | None:
     return value if isinstance(value, dict) else None
 
 
+def read_body(endpoint: str, raw: bytes) -> Json | None:
+    """As `read_json`; a QR code may also be asked for without a body (3.1)."""
+    return {} if endpoint in LOGIN_METHODS and not raw else read_json(raw)
+
+
 class Server:
     """Answers the paths below `/ilink/bot/`; any other is 404."""
 
@@ -85,7 +90,7 @@ class Server:
             return web.json_response({"error": "not found"}, status=404)
         start_ms = self._world.clock.exact_ms()
         bot = self._bot(request)
-        body = read_json(await request.read()) if request.method == "POST" else {}
+        body = read_body(endpoint, await request.read()) if request.method == "POST" else {}
         self._watch.look(request, endpoint, bot, body)
         visit = Visit(request, endpoint, bot, body, start_ms, second)
         answer = await self._struck(visit)
@@ -117,8 +122,10 @@ class Server:
 
     async def _login(self, visit: Visit) -> Answer:
         query = visit.request.query
+        if visit.body is None:
+            return malformed(self._world, visit.bot, "invalid json")
         if visit.endpoint == "get_bot_qrcode":
-            tokens = (visit.body or {}).get("local_token_list")
+            tokens = visit.body.get("local_token_list")
             return json_answer(self._logins.create(list(tokens) if isinstance(tokens, list) else []))
         if not (code := query.get("qrcode")):
             return json_answer({"ret": -2, "errmsg": "qrcode required"})

@@ -265,7 +265,8 @@ async def test_a_token_can_be_revived(client: Client) -> None:
 @pytest.mark.parametrize(("mode", "status"), [("ret", 200), ("http400", 400)])
 async def test_f29_a_body_that_is_no_object(make: MakeClient, content: bytes, mode: str, status: int) -> None:
     client = await make(malformed=mode)
-    for endpoint in ("sendmessage", "getupdates"):
+    endpoints = ["sendmessage", "getupdates", *(["get_bot_qrcode"] if content else [])]
+    for endpoint in endpoints:
         response = await client.http.post(
             f"{client.sim.url}/ilink/bot/{endpoint}", content=content, headers=headers(client.bot.token)
         )
