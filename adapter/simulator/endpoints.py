@@ -66,12 +66,14 @@ class Endpoints:
         bot, world = call.bot, self._world
         cursor = call.body.get("get_updates_buf", "")
         if not isinstance(cursor, str):
-            return malformed(world, bot, "get_updates_buf must be a string")
+            return self.malformed(call, "get_updates_buf must be a string")
         if rule := world.faults.take("F18", call.endpoint, bot.id, bot.user):
             self._inbox.replay(bot, int(rule.params.get("last", 1)))
         start = self._inbox.start(bot, cursor)
         if start is None:
-            return json_answer({"ret": -2, "errmsg": "invalid get_updates_buf"})
+            answer = json_answer({"ret": -2, "errmsg": "invalid get_updates_buf"})
+            self._inbox.refuse_poll(bot, cursor, "refused")
+            return answer
         poll = self._inbox.open_poll(bot, cursor, start)
         try:
             await self._inbox.collect(bot, poll, self._hold_s(call))
@@ -85,7 +87,7 @@ class Endpoints:
     async def sendmessage(self, call: Call) -> Answer:
         bot, world, message = call.bot, self._world, call.body.get("msg")
         if not isinstance(message, dict):
-            return malformed(world, bot, "msg required")
+            return self.malformed(call, "msg required")
         record = self.open_send(call)
         verdict = self._outbox.send(bot, message)
         answer = json_answer(verdict.body)
@@ -143,6 +145,15 @@ class Endpoints:
     async def notifystop(self, call: Call) -> Answer:
         return self._notify(call.bot, online=False)
 
+    def malformed(self, call: Call, errmsg: str) -> Answer:
+        """As the function of this name, and noted with the bot."""
+        answer = malformed(self._world, call.bot, errmsg)
+        if call.endpoint == "getupdates":
+            self._inbox.refuse_poll(call.bot, "", "malformed")
+        else:
+            self.record_unprocessed(call, answer, "malformed", errmsg)
+        return answer
+
     def open_send(self, call: Call) -> SendRecord:
         """Begins the record of an attempt, whatever becomes of it; the server closes it (`close_send`)."""
         message = call.body.get("msg")
@@ -161,7 +172,7 @@ class Endpoints:
         )
         self._world.counts["sends"] += 1
         running = self._world.sending.setdefault(user, [])
-        if running:
+        if running and user:
             self._notice_overlap(call, record, list(running))
         running.append(record)
         call.bot.sends.append(record)
@@ -180,13 +191,12 @@ class Endpoints:
         record.end_ms = self._world.clock.exact_ms()
         record.status = answer.status if answer is not None and written else 0
 
-    def record_unprocessed(self, call: Call, answer: Answer, why: str) -> None:
+    def record_unprocessed(self, call: Call, answer: Answer, why: str, errmsg: str | None = None) -> None:
         """Has an attempt recorded that is answered with `answer` without having been processed."""
         if call.endpoint == "sendmessage":
             record = self.open_send(call)
-            record.why = why
-            if why == "stale":
-                record.ret = -14
+            record.why, record.errmsg = why, errmsg
+            record.ret = {"stale": -14, "malformed": -2}.get(why)
             answer.settle = lambda written, outcome: self.close_send(record, answer, written=written)
         elif call.endpoint == "getupdates":
             poll = self._inbox.open_poll(call.bot, str(call.body.get("get_updates_buf") or ""))

@@ -129,11 +129,20 @@ class Inbox:
         poll.record.ids = [entry.message_id for entry in poll.batch] if written else []
         poll.record.end_ms = self._world.clock.exact_ms()
         poll.record.outcome = outcome
-        bot.poll_records.append(poll.record)
-        while len(bot.poll_records) > self._world.records_limit():
-            bot.poll_records.popleft()
+        self._remember(bot, poll.record)
         if bot.pending:
             self._wake(bot)
+
+    def refuse_poll(self, bot: Bot, cursor: str, outcome: str) -> None:
+        """Notes a poll that ends as it begins, and is no rival to others on the same token."""
+        now_ms = self._world.clock.exact_ms()
+        bot.polls_total += 1
+        self._remember(bot, PollRecord(start_ms=now_ms, end_ms=now_ms, cursor=cursor, outcome=outcome))
+
+    def _remember(self, bot: Bot, record: PollRecord) -> None:
+        bot.poll_records.append(record)
+        while len(bot.poll_records) > self._world.records_limit():
+            bot.poll_records.popleft()
 
     def start(self, bot: Bot, cursor: str) -> int | None:
         """The position after which a poll with this cursor reads; None: the cursor is to be refused (S8)."""

@@ -82,7 +82,8 @@ class SendRecord(Struct, kw_only=True):
 
 
 class PollRecord(Struct, kw_only=True):
-    """One `getupdates`. `outcome`: messages, empty, stale, refused, disconnected, cut, or the fault's id."""
+    """One `getupdates`. `outcome`: messages, empty, stale, refused, malformed, disconnected, cut, or the id of
+    the fault."""
 
     start_ms: float
     cursor: str

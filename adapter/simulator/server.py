@@ -115,9 +115,9 @@ class Server:
             return await self._login(visit)
         if bot is None or self._is_stale(visit, bot):
             return self._stale(visit)
+        call = Call(endpoint, bot, visit.body or {}, visit.start_ms, visit.edge)
         if visit.body is None:
-            return malformed(self._world, bot, "invalid json")
-        call = Call(endpoint, bot, visit.body, visit.start_ms, visit.edge)
+            return self._endpoints.malformed(call, "invalid json")
         return await self._endpoints.table[endpoint](call)
 
     async def _login(self, visit: Visit) -> Answer:

@@ -278,6 +278,28 @@ async def test_f29_a_send_without_msg(client: Client, body: dict[str, Any]) -> N
     assert (await client.call("sendmessage", body))["ret"] == -2
 
 
+@pytest.mark.parametrize(("mode", "status"), [("ret", 200), ("http400", 400)])
+async def test_f29_what_cannot_be_read_is_among_the_attempts(make: MakeClient, mode: str, status: int) -> None:
+    client = await make(malformed=mode, unknown_cursor="refuse")
+    for endpoint in ("sendmessage", "getupdates"):
+        await client.http.post(
+            f"{client.sim.url}/ilink/bot/{endpoint}", content=b"{", headers=headers(client.bot.token)
+        )
+    await client.post("sendmessage", {"message": {}})
+    await client.post("getupdates", {"get_updates_buf": 1})
+    await client.post("getupdates", {"get_updates_buf": "unknown"})
+
+    sends = client.sim.sends(client.bot.bot)
+    assert [(send.why, send.ret, send.errmsg, send.status) for send in sends] == [
+        ("malformed", -2, "invalid json", status),
+        ("malformed", -2, "msg required", status),
+    ]
+    assert all(send.end_ms for send in sends)
+    polls = client.sim.polls(client.bot.bot).records
+    assert [poll.outcome for poll in polls] == ["malformed", "malformed", "refused"]
+    assert client.sim.stats().sends == 2
+
+
 async def test_f29_a_wrong_method(make: MakeClient) -> None:
     client = await make()
     url = f"{client.sim.url}/ilink/bot/sendmessage"
