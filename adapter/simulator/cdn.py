@@ -36,13 +36,14 @@ class Cdn:
         data = await request.read()
         if upload is None or request.query.get("filekey") != upload.filekey:
             return failure(400, "invalid encrypted_param")
-        if rule := self._world.faults.take("F24", "cdn/upload", upload.bot):
+        bot = self._world.bots[upload.bot]
+        if rule := self._world.faults.take("F24", "cdn/upload", bot.id, bot.user):
             return broken_upload(request, rule)
         if request.content_type != "application/octet-stream":
-            self._world.violate("wrong_content_type", "cdn/upload", self._world.bots[upload.bot])
+            self._world.violate("wrong_content_type", "cdn/upload", bot)
         if len(data) != upload.encrypted_size:
             return failure(400, "file size mismatch")
-        limit = self._world.settings_of(self._world.bots[upload.bot]).param_upload_limit
+        limit = self._world.settings_of(bot).param_upload_limit
         if limit and len(data) > limit and "taskid" not in request.query:
             return web.Response(status=500)
         plain = await asyncio.to_thread(look_inside, data, upload.key)
@@ -52,17 +53,21 @@ class Cdn:
         blob = self._media.blobs.get(param)
         if blob is None or not blob.downloadable:
             return web.Response(status=400, text="invalid encrypted_param")
-        if rule := self._world.faults.take("F25", "cdn/download", blob.bot):
+        if rule := self._take("F25", blob):
             return broken_download(blob, rule)
         answer = answers.Answer(body=blob.data, content_type="application/octet-stream")
-        if rule := self._world.faults.take("F4", "cdn/download", blob.bot):
+        if rule := self._take("F4", blob):
             return await answers.dribble(request, answer, rule, self._world.clock)
-        if rule := self._world.faults.take("F5", "cdn/download", blob.bot):
+        if rule := self._take("F5", blob):
             await answers.hang(rule, self._world.clock)
-        if self._world.faults.take("F6", "cdn/download", blob.bot):
+        if self._take("F6", blob):
             answers.cut(request)
             return web.Response()
         return await stream(request, blob.data)
+
+    def _take(self, fault: str, blob: Blob) -> FaultRule | None:
+        """A fault that strikes a download."""
+        return self._world.faults.take(fault, "cdn/download", blob.bot, self._world.bots[blob.bot].user)
 
 
 async def stream(request: web.Request, data: bytes) -> web.StreamResponse:

@@ -5,15 +5,23 @@ from typing import Any
 
 from msgspec import Struct, field
 
+LOGIN = frozenset({"get_bot_qrcode", "get_qrcode_status"})
+API = frozenset(
+    {
+        *("getupdates", "sendmessage", "getuploadurl", "getconfig", "sendtyping"),
+        *("msg/notifystart", "msg/notifystop"),
+    }
+)
+DOWNLOAD = frozenset({"cdn/download"})
 FAULTS: dict[str, tuple[frozenset[str], int | None]] = {
-    "F1": (frozenset(), None),
+    "F1": (API | LOGIN, None),
     "F2": (frozenset({"getupdates", "get_qrcode_status"}), None),
-    "F3": (frozenset(), None),
-    "F4": (frozenset(), None),
-    "F5": (frozenset(), None),
-    "F6": (frozenset(), None),
-    "F8": (frozenset(), 1),
-    "F9": (frozenset(), None),
+    "F3": (API | LOGIN, None),
+    "F4": (API | LOGIN | DOWNLOAD, None),
+    "F5": (API | LOGIN | DOWNLOAD, None),
+    "F6": (API | LOGIN | DOWNLOAD, None),
+    "F8": (API, 1),
+    "F9": (API, None),
     "F10": (frozenset({"sendmessage"}), None),
     "F11": (frozenset({"sendmessage"}), None),
     "F12": (frozenset({"sendmessage"}), 1),
@@ -27,11 +35,11 @@ FAULTS: dict[str, tuple[frozenset[str], int | None]] = {
     "F21": (frozenset({"getupdates"}), None),
     "F23": (frozenset({"get_qrcode_status"}), None),
     "F24": (frozenset({"cdn/upload"}), None),
-    "F25": (frozenset({"cdn/download"}), None),
+    "F25": (DOWNLOAD, None),
     "F26": (frozenset({"getconfig"}), None),
     "F27": (frozenset({"get_qrcode_status"}), None),
 }
-"""By id: the endpoints that it can strike (none named: every one), and how often unless the rule says."""
+"""By id: the endpoints that it can strike, and how often unless the rule says."""
 
 
 EDGE_MS = 16_000
@@ -70,12 +78,17 @@ class Faults:
         self._last_id = 0
 
     def add(self, rule: FaultRule) -> FaultRule:
-        """Raises ValueError for a fault or an endpoint that cannot be."""
+        """Raises ValueError for a rule that could never strike."""
         if rule.fault not in FAULTS:
             raise ValueError(f"unknown fault {rule.fault}, there are {', '.join(FAULTS)}")
         endpoints, count = FAULTS[rule.fault]
-        if endpoints and rule.endpoint and rule.endpoint not in endpoints:
+        if rule.endpoint and rule.endpoint not in endpoints:
             raise ValueError(f"{rule.fault} strikes {', '.join(sorted(endpoints))} only")
+        reached = {rule.endpoint} if rule.endpoint else endpoints
+        if rule.bot is not None and LOGIN.issuperset(reached):
+            raise ValueError("a login has no bot yet; give the user who scans")
+        if rule.user is not None and reached == {"get_bot_qrcode"}:
+            raise ValueError("nobody has scanned a code that is only asked for")
         if rule.count is None:
             rule.count = -1 if count is None else count
         self._last_id += 1
@@ -122,7 +135,7 @@ class Faults:
     def _matches(self, rule: FaultRule, endpoint: str, bot: str, user: str) -> bool:
         endpoints, _ = FAULTS[rule.fault]
         return (
-            (not endpoints or endpoint in endpoints)
+            endpoint in endpoints
             and rule.endpoint in (None, endpoint)
             and rule.bot in (None, bot)
             and rule.user in (None, user)

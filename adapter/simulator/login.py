@@ -93,6 +93,10 @@ class Logins:
             return json_answer(self._redirect(qr, urls[1]))
         return self._tell(qr, urls[1] if second else urls[0])
 
+    def user(self, code: str) -> str:
+        """Who has scanned; "" for nobody yet, or no such code."""
+        return self.codes[code].user if code in self.codes else ""
+
     def scan(self, code: str, user: str | None = None) -> QrRecord:
         """A phone scans. One code serves one user (1.3); a user bound to a listed token needs no new bot."""
         qr = self._live(code)

@@ -21,14 +21,16 @@ PLAIN = {"ret": 0, "msgs": [], "get_updates_buf": ""}
 
 
 class Visit(Struct):
-    """One request on its way through. `second`: it came to the second listener; `edge` is the rule (F2) that
-    cuts it if it waits in vain; `late` is the fault that strikes after it has been processed."""
+    """One request on its way through. `user`: whom it is about, for faults that strike one user; `second`: it
+    came to the second listener; `edge` is the rule (F2) that cuts it if it waits in vain; `late` is the fault that
+    strikes after it has been processed."""
 
     request: web.Request
     endpoint: str
     bot: Bot | None
     body: Json | None
     start_ms: float
+    user: str = ""
     second: bool = False
     edge: FaultRule | None = None
     late: FaultRule | None = None
@@ -36,14 +38,6 @@ class Visit(Struct):
     @property
     def bot_id(self) -> str:
         return self.bot.id if self.bot else ""
-
-    @property
-    def user(self) -> str:
-        """Whom the request is about, for faults that strike one user."""
-        body = self.body or {}
-        message = body.get("msg")
-        named = message.get("to_user_id") if isinstance(message, dict) else body.get("ilink_user_id")
-        return str(named or (self.bot.user if self.bot else ""))
 
 
 def endpoint_of(path: str) -> str:
@@ -92,7 +86,8 @@ class Server:
         bot = self._bot(request)
         body = read_body(endpoint, await request.read()) if request.method == "POST" else {}
         self._watch.look(request, endpoint, bot, body)
-        visit = Visit(request, endpoint, bot, body, start_ms, second)
+        visit = Visit(request, endpoint, bot, body, start_ms, second=second)
+        visit.user = self._user(visit)
         answer = await self._struck(visit)
         if answer is None:
             answer = await self._process(visit)
@@ -103,6 +98,14 @@ class Server:
     def _bot(self, request: web.Request) -> Bot | None:
         scheme, _, token = request.headers.get("Authorization", "").partition(" ")
         return self._world.by_token.get(token.strip()) if scheme == "Bearer" else None
+
+    def _user(self, visit: Visit) -> str:
+        if visit.endpoint in LOGIN_METHODS:
+            return self._logins.user(visit.request.query.get("qrcode", ""))
+        body = visit.body or {}
+        message = body.get("msg")
+        named = message.get("to_user_id") if isinstance(message, dict) else body.get("ilink_user_id")
+        return str(named or (visit.bot.user if visit.bot else ""))
 
     async def _process(self, visit: Visit) -> Answer:
         """What a sound server does with a request."""

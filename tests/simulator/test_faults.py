@@ -478,6 +478,27 @@ async def test_f28_a_batch_of_a_thousand_messages_and_ten_megabytes(make: MakeCl
     assert (await client.poll())["msgs"] == []
 
 
+@pytest.mark.parametrize(
+    "rule",
+    [
+        FaultRule(fault="F1", endpoint="getupdate"),
+        FaultRule(fault="F1", endpoint="cdn/upload"),
+        FaultRule(fault="F6", endpoint="cdn/upload"),
+        FaultRule(fault="F9", endpoint="get_bot_qrcode"),
+        FaultRule(fault="F23", bot="b0f5860fdecb@im.bot"),
+        FaultRule(fault="F27", bot="b0f5860fdecb@im.bot", params={"kind": "expired"}),
+        FaultRule(fault="F2", endpoint="get_qrcode_status", bot="b0f5860fdecb@im.bot"),
+        FaultRule(fault="F1", endpoint="get_bot_qrcode", user="o9cq80Somebody@im.wechat"),
+    ],
+    ids=lambda rule: f"{rule.fault} {rule.endpoint or ''}",
+)
+async def test_a_rule_that_could_never_strike_is_refused(client: Client, rule: FaultRule) -> None:
+    with pytest.raises(SimulatorError):
+        client.sim.set_fault(rule)
+
+    assert client.sim.faults() == []
+
+
 async def test_a_rule_strikes_so_many_times_and_is_told(talking: Client) -> None:
     rule = strike(talking, "F11", count=2)
 

@@ -262,6 +262,19 @@ async def test_f23_a_redirect_to_a_host_of_ones_own_choice(client: Client, host:
     assert answer["baseurl"] == "http://evil.example"
 
 
+async def test_faults_strike_the_logins_of_one_user(client: Client) -> None:
+    client.sim.set_fault(FaultRule(fault="F1", endpoint="get_qrcode_status", user="o9cq80One@im.wechat"))
+    statuses = []
+    for user in ("o9cq80One@im.wechat", "o9cq80Other@im.wechat"):
+        code = await qrcode(client)
+        client.sim.scan(code, user)
+        response = await client.http.get(f"{client.sim.url}/ilink/bot/get_qrcode_status?qrcode={code}")
+        statuses.append(response.status_code)
+
+    assert statuses[0] >= 500
+    assert statuses[1] == 200
+
+
 async def test_f27_expired_three_times(client: Client) -> None:
     client.sim.set_fault(FaultRule(fault="F27", count=3, params={"kind": "expired"}))
 

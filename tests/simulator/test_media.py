@@ -256,6 +256,23 @@ async def test_f24_uploads_fail(talking: Client, params: Json, statuses: list[in
     assert ("x-error-message" in responses[0].headers) == (params["kind"] == "rejected")
 
 
+async def test_f24_and_f25_strike_the_media_of_one_user(talking: Client) -> None:
+    await talking.follow()
+    other = Client(talking.sim, talking.sim.add_bot(), talking.http)
+    talking.sim.say(other.bot.user, "hello")
+    await other.follow()
+    for fault in ("F24", "F25"):
+        talking.sim.set_fault(FaultRule(fault=fault, user=talking.bot.user, params={"status": 503}))
+
+    statuses = []
+    for client in (talking, other):
+        url = (await client.call("getuploadurl", upload(client)))["upload_full_url"]
+        statuses.append((await client.http.post(url, content=encrypt(HELLO, KEY), headers=OCTETS)).status_code)
+        statuses.append((await download(client)).status_code)
+
+    assert statuses == [503, 503, 200, 200]
+
+
 async def test_f24_the_host_is_down(talking: Client) -> None:
     talking.sim.set_fault(FaultRule(fault="F24", params={"kind": "down"}))
     url = (await talking.call("getuploadurl", upload(talking)))["upload_full_url"]
