@@ -128,6 +128,8 @@ class Logins:
         qr = self._live(code)
         if qr.status == "wait":
             self.scan(code, user)
+        elif user is not None and user != qr.user:
+            raise SimulatorError("somebody else has scanned this code")
         if qr.status != "scaned":
             if qr.status == "binded_redirect":
                 return qr.record()

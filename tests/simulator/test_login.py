@@ -149,6 +149,17 @@ async def test_s4_one_code_serves_one_user(client: Client) -> None:
         client.sim.scan(code, "o9cq80Other@im.wechat")
 
 
+async def test_s4_only_who_has_scanned_can_confirm(client: Client) -> None:
+    code = await qrcode(client)
+    client.sim.scan(code, "o9cq80One@im.wechat")
+
+    with pytest.raises(SimulatorError):
+        client.sim.confirm(code, "o9cq80Other@im.wechat")
+
+    assert (await status(client, code))["status"] == "scaned"
+    assert client.sim.confirm(code, "o9cq80One@im.wechat").user == "o9cq80One@im.wechat"
+
+
 async def test_s4_a_verify_code_is_asked_for_and_checked(client: Client) -> None:
     code = await qrcode(client)
     client.sim.require_verify(code, "1234")
