@@ -238,6 +238,8 @@ class Simulator:
 
     def inject(self, to: str, message: Json, *, fill: bool = True) -> InboundRecord:
         """Any message. With `fill`, fields that it lacks are added; without, it goes out as it is."""
+        if not isinstance(message, dict):
+            raise SimulatorError("a message is an object")
         bot = self.world.find(to)
         return inbox.record(bot, self.inbox.inject(bot, message, fill=fill))
 

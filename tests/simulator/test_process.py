@@ -153,6 +153,17 @@ async def test_what_cannot_be_is_answered_with_400(client: Client) -> None:
     assert (await client.http.post(f"{client.sim.admin_url}/say", content=b"{")).status_code == 400
 
 
+@pytest.mark.parametrize("fill", [True, False])
+@pytest.mark.parametrize("message", [None, 1, "x", [], [["seq", 1]]])
+async def test_a_message_that_is_no_object_is_not_injected(client: Client, message: Any, fill: bool) -> None:
+    for call, arguments in (("inject", {"message": message}), ("inject_many", {"messages": [message]})):
+        response = await client.http.post(
+            f"{client.sim.admin_url}/{call}", json={"to": client.bot.bot, "fill": fill, **arguments}
+        )
+        assert (response.status_code, response.json()) == (400, {"error": "a message is an object"})
+    assert client.sim.inbound(client.bot.bot) == []
+
+
 async def test_an_unknown_call_lists_those_that_there_are(client: Client) -> None:
     response = await client.http.get(f"{client.sim.admin_url}/nonsense")
 
