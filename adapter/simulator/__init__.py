@@ -4,8 +4,8 @@ Knows nothing of the adapter, so that the two cannot share a misunderstanding.
 """
 
 from adapter.simulator.faults import FAULTS, FaultRule
-from adapter.simulator.inbox import CHANGES
 from adapter.simulator.kinds import KINDS
+from adapter.simulator.parameters import CHANGES
 from adapter.simulator.process import run, serve
 from adapter.simulator.records import (
     BotRecord,

@@ -12,9 +12,9 @@ from msgspec import Struct
 
 from adapter.simulator.clock import Clock
 from adapter.simulator.faults import FaultRule
+from adapter.simulator.parameters import GARBLED
 
 HTML = b"<html><head><title>%d</title></head><body><h1>%d</h1><hr>nginx</body></html>"
-GARBLED = ("malformed", "truncated", "html", "empty", "wrong_type")
 
 
 def nothing(written: bool, outcome: str) -> None:

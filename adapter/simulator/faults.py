@@ -5,6 +5,8 @@ from typing import Any
 
 from msgspec import Struct, field
 
+from adapter.simulator import parameters
+
 LOGIN = frozenset({"get_bot_qrcode", "get_qrcode_status"})
 API = frozenset(
     {
@@ -78,7 +80,7 @@ class Faults:
         self._last_id = 0
 
     def add(self, rule: FaultRule) -> FaultRule:
-        """Raises ValueError for a rule that could never strike."""
+        """Raises ValueError for a rule that could never strike, or not as it says."""
         if rule.fault not in FAULTS:
             raise ValueError(f"unknown fault {rule.fault}, there are {', '.join(FAULTS)}")
         endpoints, count = FAULTS[rule.fault]
@@ -89,6 +91,7 @@ class Faults:
             raise ValueError("a login has no bot yet; give the user who scans")
         if rule.user is not None and reached == {"get_bot_qrcode"}:
             raise ValueError("nobody has scanned a code that is only asked for")
+        parameters.check(rule.fault, rule.params)
         if rule.count is None:
             rule.count = -1 if count is None else count
         self._last_id += 1

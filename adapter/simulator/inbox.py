@@ -6,23 +6,9 @@ import itertools
 import msgspec
 
 from adapter.simulator import ids
+from adapter.simulator.parameters import CHANGES
 from adapter.simulator.records import InboundRecord, Json, PollRecord, SimulatorError
 from adapter.simulator.world import Bot, Entry, Poll, World
-
-CHANGES = frozenset(
-    {
-        "same",
-        "message_id",
-        "client_id",
-        "no_message_id",
-        "zero_message_id",
-        "empty_message_id",
-        "context_token",
-        "ids",
-        "all",
-    }
-)
-"""What a repeated message differs in (F16). `ids`: all ids and the context token; `all`: the times too."""
 
 
 class Inbox:

@@ -12,6 +12,7 @@ from adapter.simulator.answers import Answer, json_answer
 from adapter.simulator.endpoints import Call, Endpoints, malformed, stale_body
 from adapter.simulator.faults import FaultRule
 from adapter.simulator.login import Logins
+from adapter.simulator.parameters import GARBLED
 from adapter.simulator.records import Json
 from adapter.simulator.watch import Watch
 from adapter.simulator.world import Bot, World
@@ -211,7 +212,7 @@ class Server:
         return answer
 
     def _kind(self, rule: FaultRule) -> str:
-        return str(rule.params.get("kind") or self._world.rng.choice(answers.GARBLED))
+        return str(rule.params.get("kind") or self._world.rng.choice(GARBLED))
 
     async def _deliver(self, visit: Visit, answer: Answer) -> web.StreamResponse:
         """Writes the answer, or what a late fault leaves of it, and tells its maker which."""

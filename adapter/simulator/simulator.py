@@ -253,7 +253,7 @@ class Simulator:
         return messages * size
 
     def repeat(self, to: str, message_id: str, change: str = "same", delay_s: float = 0.0) -> None:
-        """The same message again (F16), by its message id or client id; what may change: `inbox.CHANGES`."""
+        """The same message again (F16), by its message id or client id; what may change: `parameters.CHANGES`."""
         self.inbox.repeat(self.world.find(to), message_id, change, delay_s)
 
     def replay(self, bot: str, last: int = 1) -> int:

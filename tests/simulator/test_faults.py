@@ -2,13 +2,14 @@
 
 import asyncio
 import json
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from adapter.simulator import FAULTS, FaultRule, SimulatorError
-from tests.simulator.client import LONG, Client, ids, texts
+from adapter.simulator import FAULTS, FaultRule, SimulatorError, parameters
+from tests.simulator.client import LONG, Client, Json, ids, texts
 from tests.simulator.conftest import MakeClient
 
 STALE = {"errcode": -14, "errmsg": "session timeout"}
@@ -497,6 +498,41 @@ async def test_a_rule_that_could_never_strike_is_refused(client: Client, rule: F
         client.sim.set_fault(rule)
 
     assert client.sim.faults() == []
+
+
+@pytest.mark.parametrize(
+    ("fault", "params", "named"),
+    [
+        ("F1", {"status": "x"}, "status"),
+        ("F1", {"status": True}, "status"),
+        ("F1", {"status": 99}, "status"),
+        ("F1", {"after_ms": -1}, "after_ms"),
+        ("F3", {"kind": "zzz"}, "malformed"),
+        ("F3", {"kind": []}, "malformed"),
+        ("F4", {"chunk": 0}, "chunk"),
+        ("F8", {"count": 1}, "no parameters"),
+        ("F11", {"errmsgs": "x"}, "errmsgs"),
+        ("F16", {"change": "zzz"}, "context_token"),
+        ("F27", {"kind": "zzz"}, "no_bot_id"),
+        ("F27", {}, "kind"),
+        ("F5", {"hang": 1}, "hang_ms"),
+    ],
+)
+async def test_parameters_that_a_fault_has_not_are_refused(
+    client: Client, fault: str, params: Json, named: str
+) -> None:
+    with pytest.raises(SimulatorError, match=named):
+        client.sim.set_fault(FaultRule(fault=fault, params=params))
+
+
+def test_the_readme_names_each_fault_and_its_parameters() -> None:
+    readme = (Path(parameters.__file__).parent / "README.md").read_text()
+    rows = [line.split("|") for line in readme.splitlines() if line.startswith("| F")]
+    written = {fault.strip(): row[2] for row in rows for fault in row[1].split(",")}
+
+    assert written.keys() == FAULTS.keys()
+    for fault, names in parameters.PARAMETERS.items():
+        assert [name for name in names if f"`{name}`" not in written[fault]] == []
 
 
 async def test_a_rule_strikes_so_many_times_and_is_told(talking: Client) -> None:
