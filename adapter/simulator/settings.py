@@ -60,7 +60,8 @@ class SimulatorSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields
     idle_cursor_changes: bool = False
     """An empty answer carries a new cursor too (S6)."""
     concurrent_polls: Literal["split", "newest_wins", "loser_-14"] = "split"
-    """Two polls on one token: share the messages at random; the older is answered empty; or with -14 (S9)."""
+    """Two polls on one token: share the messages at random (with `cursor_replay` both get each, as each reads on from
+    its own cursor); the older is answered empty; or with -14 (S9)."""
     overlap_grace_ms: NotNegative = 50
     """A poll counts as overlapping only if the older one's client has not hung up within this time."""
 

@@ -217,6 +217,15 @@ async def test_s9_two_polls_share_the_messages_at_random(patient: Client) -> Non
     assert patient.sim.stats().delivered == 20
 
 
+async def test_s9_with_cursors_both_polls_get_a_message(patient: Client) -> None:
+    patient.sim.configure(cursor_mode="cursor_replay")
+    polls = await two_polls(patient)
+
+    patient.sim.say(patient.bot.user, "hello")
+
+    assert [texts((await poll)["msgs"]) for poll in polls] == [["hello"], ["hello"]]
+
+
 async def test_s9_newest_wins_answers_the_older_poll_empty(patient: Client) -> None:
     patient.sim.configure(concurrent_polls="newest_wins")
     older, newer = await two_polls(patient)
