@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from msgspec import Meta, Struct
 
 NotNegative = Annotated[int, Meta(ge=0)]
+Port = Annotated[int, Meta(ge=0, le=65_535)]
 
 
 class SimulatorSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -12,11 +13,11 @@ class SimulatorSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
     host: str = "127.0.0.1"
     """Address to listen on."""
-    port: NotNegative = 0
+    port: Port = 0
     """Port to listen on; 0 picks a free one."""
     second_host: str = "127.0.0.1"
     """Address of the listener that QR logins are redirected to (S4); opened when first needed."""
-    second_port: NotNegative = 0
+    second_port: Port = 0
     """Its port, then open from the start; 0 picks a free one."""
     public_url: str = ""
     """Base URL that clients reach this server under; empty: made from the listening address."""

@@ -131,11 +131,13 @@ async def test_a_signal_ends_the_process_while_a_fault_keeps_requests_hanging(
             await poll
 
 
-def test_an_option_that_cannot_be_is_named(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        run(["--quota", "many"])
+@pytest.mark.parametrize(("name", "value"), [("quota", "many"), ("port", "99999"), ("second_port", "-1")])
+def test_an_option_that_cannot_be_is_named(capsys: pytest.CaptureFixture[str], name: str, value: str) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run([f"--{name.replace('_', '-')}={value}"])
 
-    assert "quota" in capsys.readouterr().err
+    assert ended.value.code == 2
+    assert f"$.{name}" in capsys.readouterr().err
 
 
 async def test_what_cannot_be_is_answered_with_400(client: Client) -> None:
