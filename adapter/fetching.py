@@ -188,7 +188,7 @@ class Downloads:
 
     async def _leased(self) -> None:
         leases = self._incoming.leases
-        await leases.changed.until(lambda: leases.valid, 1.0)
+        await leases.changed.until(lambda: leases.valid and self.number in leases.owned, 1.0)
 
     async def _turn(self, queue: Queue) -> None:
         """One step for a bot. Raises Temporary, LeaseLost."""

@@ -233,7 +233,8 @@ async def recover(session: Session, exc: SessionExpired, place: Place, needs: In
                 continue
             log.info("session.recovered", bot=session.bot)
             session.stale = False
-            if await retry(partial(regain_login, needs.bindings, needs.events, needs.clock, binding), needs):
+            if await retry(partial(revive, needs.bindings, needs.clock, binding), needs):
+                await retry(partial(tell_recovered, needs.events, binding), needs)
                 needs.revived(binding.sandbox, binding.bot, binding.user)
             return polled  # also where it was bound anew: iLink may count it as delivered
     finally:
@@ -269,15 +270,23 @@ async def lose_login(
     return lost
 
 
-async def regain_login(bindings: Bindings, events: Events, clock: Clock, binding: Binding) -> bool:
-    """iLink takes the token again: tells so, and ends `needs_login`. False where it was bound anew meanwhile."""
+async def regain_login(bindings: Bindings, events: Events, clock: Clock, binding: Binding) -> None:
+    """iLink takes the token again: ends `needs_login` and tells so, unless it was bound anew meanwhile."""
+    if await revive(bindings, clock, binding):
+        await tell_recovered(events, binding)
+
+
+async def revive(bindings: Bindings, clock: Clock, binding: Binding) -> bool:
+    """Ends `needs_login`. False where the bot was bound anew meanwhile. Raises Temporary."""
 
     def with_login(now: Binding) -> Binding | None:
         if now.token != binding.token or now.state == "active":
             return None
         return msgspec.structs.replace(now, state="active", reason="", since_ms=clock.now_ms())
 
-    if binding.state == "needs_login" and await bindings.change(binding.bot, with_login) is None:
-        return False
+    return binding.state != "needs_login" or await bindings.change(binding.bot, with_login) is not None
+
+
+async def tell_recovered(events: Events, binding: Binding) -> None:
+    """Raises Temporary."""
     await events.binding(binding_event(binding, "recovered", "", ""))
-    return True

@@ -399,15 +399,17 @@ class LaneWork(Settling):
         """The user's bot was unbound: nothing more of theirs will be sent."""
         hand = await self._hand(lane)
         ending = Ending("refused", "not_bound", "The bot was unbound.")
+        ended: set[str] = set()
         while lane.queue:
             item = lane.queue[0]
             await self._end(item, in_doubt(ending, hand, item.command.client), None, lane.bot, lane.user)
+            ended.add(item.command.client)
             lane.queue.popleft()
         while lane.parked:
             if found := await read_parked(lane.parked[0], self._needs):
                 await self._end(found, in_doubt(ending, hand, found.command.client), None, lane.bot, lane.user)
-            lane.parked.popleft()
-        if hand:
+            ended.add(lane.parked.popleft().client)
+        if hand and hand.client in ended:
             await self._let_go(lane, hand)
 
     def _start(self, lane: Lane) -> None:

@@ -116,6 +116,7 @@ async def send(command: Command, peer: Peer, account: Account, sender: Sender) -
             return Repeat()
         merged = [Merged(command=other.id, client=other.client) for other in command.merged]
         hand = Hand(command=command.id, client=command.client, sandbox=command.sandbox, merged=merged)
+    hand = msgspec.structs.replace(hand, sandbox=command.sandbox)  # of the version before: it has none
     while hand.part < len(command.parts):
         if hand.tried > MAX_RESENDS:
             sender.look(peer)
@@ -291,7 +292,8 @@ async def _again(
     sender.metrics.outbound_retries.labels(reason=problem.reason).inc()
     log.warning("send.failed", bot=peer.bot, command=command.id, reason=problem.reason, attempts=hand.attempts)
     if problem.reason != "network" and failures >= sender.attempts * len(command.parts):
-        return _ending("dead_lettered", hand, problem.detail)._replace(reason="unreachable")
+        ending = _ending("dead_lettered", hand, problem.detail)._replace(reason="unreachable")
+        return in_doubt(ending, hand, command.client)
     expires_ms = sorted(one.expires_ms for one in (command, *command.merged))
     if hand.tried:  # an earlier request may have been taken: nothing of it may be called unsent
         if sender.clock.now_ms() >= expires_ms[-1]:

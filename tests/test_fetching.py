@@ -564,6 +564,19 @@ async def test_what_is_being_told_when_the_shard_is_lost_is_refused_and_looked_f
     await replica.leave()
 
 
+async def test_a_shard_that_is_lost_while_the_lease_holds_holds_up_nobody() -> None:
+    """Until the supervisor stops its downloads, for which it needs the event loop."""
+    bench = await ready(batch(image(1)))
+    bench.cdn.has("p1", PNG)
+    replica = await run(bench)
+    await settle()
+    bench.leases.owned.clear()
+    async with asyncio.timeout(60):
+        await asyncio.sleep(30)
+    assert said(bench) == []
+    await replica.leave()
+
+
 # repeats -------------------------------------------------------------------------------------------------
 
 

@@ -1229,6 +1229,23 @@ async def test_what_the_last_try_brings_is_told_also_where_the_bus_is_away_for_a
     assert changes(bench)[2:] == ["recovered"]
 
 
+async def test_that_a_login_lives_again_is_told_also_where_the_bus_is_away_for_a_moment() -> None:
+    bench, answered, task, session = await in_its_last_try()
+    tell, failures = bench.events.binding, [Temporary("bus_timeout")]
+
+    async def binding(event: BindingEvent) -> None:
+        if failures:
+            raise failures.pop()
+        await tell(event)
+
+    bench.events.binding = binding  # type: ignore[method-assign]
+    answered.set()
+    await asyncio.sleep(5)
+    session.leave(now=True)
+    await task
+    assert changes(bench)[2:] == ["recovered"]
+
+
 async def test_no_try_begins_while_the_bus_takes_nothing() -> None:
     bench = await ready(STALE, batch(raw()))
     session, task = tended(bench)

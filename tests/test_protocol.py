@@ -226,6 +226,13 @@ def test_an_answer_that_is_written_otherwise_loses_no_message(body: bytes) -> No
     assert (polled.messages, polled.cursor) == ([b'{"a":1}'], "7" if b":7}" in body else "c")
 
 
+@pytest.mark.parametrize("text", ['\\"' * 200_000, "a" * 400_000], ids=["escapes", "letters"])
+def test_a_long_text_that_never_ends_is_read_once(text: str) -> None:
+    """An expression that goes back would take hours for the first one, and the process with it."""
+    with pytest.raises(Temporary):
+        read_updates(reply(b'{\n"x":"' + text.encode()), polled_s=1)
+
+
 def test_a_stale_token_is_one_also_in_quotes() -> None:
     with pytest.raises(SessionExpired):
         read_updates(reply(b'{"errcode":"-14"}'), polled_s=1)

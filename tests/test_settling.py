@@ -8,10 +8,13 @@ import msgspec
 import pytest
 
 from adapter import window
-from adapter.contract import H_COMMAND, peer_key
+from adapter.commands import read_command
+from adapter.contract import H_COMMAND, Outbound, peer_key
 from adapter.errors import Refused, SessionExpired, Temporary, Throttled, Uncertain
 from adapter.parked import item_of
 from adapter.ports import Accepted, Stored
+from adapter.records import Hand
+from tests.fakes import LIMITS
 from tests.test_outbound import BOT, USER, finals, outcomes, parked, ready, user_writes
 
 VIRTUAL_TIME = True
@@ -77,6 +80,17 @@ async def test_a_refusal_of_the_repeat_says_nothing_of_the_request_before(second
     (receipt,) = finals(bench)
     assert receipt.outcome == "uncertain"
     assert (receipt.ret, receipt.errcode) == (second.ret, second.errcode)
+
+
+async def test_what_had_no_answer_before_ilink_went_away_is_uncertain_and_no_dead_letter() -> None:
+    """Tried again under its id it might be seen twice."""
+    bench, shard = await ready()
+    bench.chat.sends.extend([TIMEOUT, *[Temporary("http_5xx")] * 5])
+    for _ in range(2):
+        shard.on_delivery(bench.command("pay", id="c"))
+        await asyncio.sleep(300)
+    assert outcomes(bench) == [("c", "uncertain", "")]
+    assert len({sent.client_id for sent in bench.chat.sent}) == 1
 
 
 async def test_a_word_that_is_only_typing_is_not_accepted_unasked() -> None:
@@ -182,6 +196,47 @@ async def test_what_is_parked_keeps_an_id_that_no_header_can_hold() -> None:
     as_nats_has_it = {**stored.headers, H_COMMAND: "job7"}
     item = item_of(Stored(stored.subject, 1, as_nats_has_it, stored.data), bench.outgoing())
     assert item.command.id == " job\n7 "
+
+
+async def test_a_sandbox_that_lost_its_bot_gives_up_what_is_its_own_alone() -> None:
+    """The bot's next sandbox has something half sent to the same user at that moment."""
+    bench, old = await ready()
+    new = bench.shard("s9")
+    bench.chat.took_s = 3.0
+    for ident in ("x1", "x2"):
+        old.on_delivery(bench.command(ident, id=ident))
+    await asyncio.sleep(1)
+
+    async def slow() -> None:
+        await asyncio.sleep(12)
+
+    bench.bound_yet = slow
+    await bench.bind(sandbox="s9")
+    bench.chat.sends.extend([FIRST, FIRST, THROTTLED])
+    new.on_delivery(bench.command(THREE, sandbox="s9", id="y"))
+    await asyncio.sleep(60)
+    assert ("x2", "refused", "not_bound") in outcomes(bench)
+    await user_writes(bench, new, sandbox="s9")
+    await asyncio.sleep(60)
+    assert [sent.client_id[-2:] for sent in bench.chat.sent] == ["-0", "-0", "-1", "-1", "-2"]
+
+
+async def test_the_ids_of_the_version_before_are_known() -> None:
+    """It wrote them without their sandbox, and commands in hand, too."""
+    bench, shard = await ready(is_open=False)
+    delivery = bench.command("hi", id="c2", suspect=True)
+    client = read_command(
+        Outbound(text="hi", id="c2"), sandbox="s1", ident="c2", stored_ms=delivery.time_ms, limits=LIMITS
+    ).client
+    hand = Hand(command="c2", client=client, tried=1, attempts=1, counted_in="in:1")
+    bench.hears(done=["c1"], hand=hand, used=1)
+    shard.on_delivery(delivery)
+    await asyncio.sleep(60)
+    for ident in ("c1", "c2"):
+        shard.on_delivery(bench.command("hi", id=ident))
+        await asyncio.sleep(60)
+    assert outcomes(bench) == [("c2", "accepted", "")]
+    assert len(bench.chat.sent) == 1
 
 
 # whom it is for ------------------------------------------------------------------------------------------

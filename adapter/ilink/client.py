@@ -11,7 +11,7 @@ from typing import TypeVar
 import structlog
 
 from adapter import __version__
-from adapter.errors import AdapterError, Refused, SessionExpired, Temporary, Throttled, Uncertain
+from adapter.errors import AdapterError, LeaseLost, Refused, SessionExpired, Temporary, Throttled, Uncertain
 from adapter.ilink import protocol
 from adapter.ilink.network import CheckedResolver, Lookup, lookup
 from adapter.ilink.protocol import Reply, Request
@@ -136,6 +136,8 @@ class ILink:
         except TimeoutError as exc:
             self._count("sendmessage", "timeout")
             raise Uncertain("timeout", f"no answer within {self._send_timeout_s:g} s") from exc
+        except LeaseLost:  # of `check`: iLink was not asked
+            raise
         except AdapterError as exc:
             self._count("sendmessage", _outcome(exc))
             raise
