@@ -15,7 +15,7 @@ from structlog.testing import capture_logs
 from adapter import contract
 from adapter.contract import FileItem, ImageItem, Inbound, Options, TextItem, VideoItem, VoiceItem
 from adapter.cursors import acquire
-from adapter.errors import BusRefused, Refused, Temporary
+from adapter.errors import BusRefused, LeaseLost, Refused, Temporary
 from adapter.fetching import DONE_KEPT, SWEEP_S, Downloads
 from adapter.inbound import tend
 from adapter.ports import Message, Polled
@@ -567,14 +567,24 @@ async def test_what_is_being_told_when_the_shard_is_lost_is_refused_and_looked_f
 async def test_a_shard_that_is_lost_while_the_lease_holds_holds_up_nobody() -> None:
     """Until the supervisor stops its downloads, for which it needs the event loop."""
     bench = await ready(batch(image(1)))
-    bench.cdn.has("p1", PNG)
+    bench.cdn.has("p1", asyncio.Event(), PNG)
     replica = await run(bench)
-    await settle()
-    bench.leases.owned.clear()
-    async with asyncio.timeout(60):
-        await asyncio.sleep(30)
-    assert said(bench) == []
+    await asyncio.sleep(1)
+    assert waiting(bench) == 1
     await replica.leave()
+    looks = 0
+
+    def check(shard: int) -> None:
+        nonlocal looks
+        looks += 1
+        raise LeaseLost("lease_lost") if looks < 1000 else AssertionError("nobody else gets a turn")
+
+    bench.leases.owned.clear()
+    bench.leases.check = check  # type: ignore[method-assign]
+    downloads = await bench.downloads(wait_s=WAIT_S)
+    await asyncio.sleep(30)
+    assert 0 < looks < 100
+    downloads.stop()
 
 
 # repeats -------------------------------------------------------------------------------------------------
