@@ -23,6 +23,7 @@ from nats.js.errors import APIError, NoStreamResponseError, NotFoundError, Servi
 
 from adapter.cli.exits import NO, UNREACHABLE, Failed
 from adapter.contract import H_ERROR, H_ERROR_CODE, Names
+from adapter.errors import Temporary
 from adapter.jetstream.client import BusClient
 from adapter.jetstream.link import connect_options
 from adapter.settings import Settings, read_settings
@@ -145,7 +146,10 @@ async def _connect(settings: Settings, lasting: bool, heard: list[Exception]) ->
 
     nats-py alone would go on for minutes, with a wrong password for ever.
     """
-    options = connect_options(settings, "wechat-nats cli", list(settings.nats_url))
+    try:
+        options = connect_options(settings, "wechat-nats cli", list(settings.nats_url))
+    except Temporary as exc:
+        raise Failed(UNREACHABLE, f"{exc.detail}.") from None
     why: Exception | None = None
     for server in settings.nats_url:
         nc, why = await _attempt(options | {"servers": [server]}, heard)
@@ -162,7 +166,7 @@ async def _connect(settings: Settings, lasting: bool, heard: list[Exception]) ->
 
 
 async def _attempt(options: dict[str, Any], heard: list[Exception]) -> tuple[BusClient | None, Exception | None]:
-    """A client, or why there is none. Raises Failed for credentials that cannot even be read."""
+    """A client, or why there is none."""
     heard.clear()
 
     async def hear(exc: Exception) -> None:
@@ -173,8 +177,6 @@ async def _attempt(options: dict[str, Any], heard: list[Exception]) -> tuple[Bus
     try:
         async with asyncio.timeout(CONNECT_S):
             await nc.connect(**options | once | {"connect_timeout": 3, "error_cb": hear})
-    except (ImportError, ValueError) as exc:
-        raise Failed(UNREACHABLE, f"Cannot use these NATS credentials: {exc}.") from None
     except (NatsError, OSError, TimeoutError) as exc:
         return None, heard[-1] if heard else exc
     return nc, None

@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
@@ -23,6 +22,7 @@ from nats.errors import Error as NatsError
 
 from adapter.errors import BusRefused, Conflict, Temporary
 from adapter.jetstream.client import BusClient
+from adapter.jetstream.credentials import credentials, tls_context
 from adapter.jetstream.questions import Answer, Question, Questions
 from adapter.settings import Settings
 from adapter.timing import Latch, backoff, first_of
@@ -75,7 +75,10 @@ def write_refusal(err_code: int, code: int, description: str) -> BusRefused | Te
 
 
 def connect_options(settings: Settings, name: str, servers: list[str]) -> dict[str, Any]:
-    """nats-py's options out of the settings that NATS users know. `servers` are tried in this order."""
+    """nats-py's options out of the settings that NATS users know. `servers` are tried in this order.
+
+    Raises Temporary where a file of credentials or certificates cannot be used.
+    """
     options: dict[str, Any] = {
         "servers": servers,
         "dont_randomize": True,
@@ -88,20 +91,10 @@ def connect_options(settings: Settings, name: str, servers: list[str]) -> dict[s
         "pending_size": 16 * 1024 * 1024,
         "inbox_prefix": settings.nats_inbox_prefix.encode(),
     }
-    credentials = {
-        "user": settings.nats_user,
-        "password": settings.nats_password,
-        "token": settings.nats_token,
-        "user_credentials": settings.nats_creds,
-        "nkeys_seed": settings.nats_nkey,
-    }
-    options |= {option: value for option, value in credentials.items() if value}
+    options |= credentials(settings)
     encrypted = settings.nats_ca or settings.nats_cert or settings.nats_tls_first
     if encrypted or any(url.startswith("tls:") for url in settings.nats_url):
-        context = ssl.create_default_context(cafile=settings.nats_ca or None)
-        if settings.nats_cert:
-            context.load_cert_chain(settings.nats_cert, settings.nats_key or None)
-        options |= {"tls": context, "tls_handshake_first": settings.nats_tls_first}
+        options |= {"tls": tls_context(settings), "tls_handshake_first": settings.nats_tls_first}
     return options
 
 
@@ -202,9 +195,10 @@ class Link:
         while not _told_to_end():
             try:
                 nc = await self._connect()
-            except (NatsError, OSError, TimeoutError, ssl.SSLError) as exc:
+            except (Temporary, NatsError, OSError, TimeoutError) as exc:
                 failures += 1
-                self.down_reason = str(exc)[:200] or type(exc).__name__
+                said = exc.detail if isinstance(exc, Temporary) else str(exc)
+                self.down_reason = said[:200] or type(exc).__name__
                 wait_s = backoff(failures, first_s=0.05, longest_s=1.0)
                 log.warning("bus.unreachable", link=self.name, reason=self.down_reason, wait_s=wait_s)
                 await asyncio.sleep(wait_s)

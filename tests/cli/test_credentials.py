@@ -1,0 +1,111 @@
+"""Files of credentials that cannot be used: told by the setting's name, and tried again."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import msgspec
+import nkeys
+import pytest
+
+from adapter.cli.jwts import USER, Key
+from adapter.errors import Temporary
+from adapter.jetstream.link import connect_options
+from adapter.settings import Settings
+from tests.bus.guarded import guarded
+from tests.bus.test_tls import Authority, linked
+from tests.cli.conftest import Command
+from tests.e2e.waiting import eventually, until
+
+SEED = nkeys.encode_seed(bytes(range(32)), nkeys.PREFIX_BYTE_USER).decode()
+JWT_PART = "-----BEGIN NATS USER JWT-----\na.b.c\n------END NATS USER JWT------\n"
+SEED_PART = "-----BEGIN USER NKEY SEED-----\n{}\n------END USER NKEY SEED------\n"
+
+UNUSABLE = {
+    "creds, empty": ("nats_creds", b""),
+    "creds, garbage": ("nats_creds", b"a private word\n"),
+    "creds, binary": ("nats_creds", bytes(range(256))),
+    "creds without a JWT": ("nats_creds", SEED_PART.format(SEED).encode()),
+    "creds without a seed": ("nats_creds", JWT_PART.encode()),
+    "creds with half a seed": ("nats_creds", (JWT_PART + SEED_PART.format(SEED[:20])).encode()),
+    "creds cut off": ("nats_creds", (JWT_PART + "-----BEGIN USER NKEY SEED-----").encode()),
+    "nkey, empty": ("nats_nkey", b""),
+    "nkey, garbage": ("nats_nkey", b"a private word\n"),
+    "nkey, not ASCII": ("nats_nkey", "é".encode()),
+    "nkey, binary": ("nats_nkey", bytes(range(256))),
+    "nkey, a public one": ("nats_nkey", Key.new(USER).public.encode()),
+    "CA, empty": ("nats_ca", b""),
+    "CA, garbage": ("nats_ca", b"a private word\n"),
+    "certificate, garbage": ("nats_cert", b"a private word\n"),
+}
+
+
+@pytest.mark.parametrize(("field", "content"), UNUSABLE.values(), ids=UNUSABLE)
+async def test_what_cannot_be_used_is_told_by_the_name_of_its_setting(
+    cli: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, field: str, content: bytes
+) -> None:
+    file = tmp_path / "secret"
+    file.write_bytes(content)
+    settings = msgspec.structs.replace(Settings(), **{field: str(file)})
+    with pytest.raises(Temporary) as caught:
+        connect_options(settings, "test", ["nats://127.0.0.1:1"])
+    assert caught.value.detail.startswith(field.upper())
+    monkeypatch.setenv(field.upper(), str(file))
+    if field == "nats_cert":
+        monkeypatch.setenv("NATS_KEY", str(file))
+    result = await cli("send", "s1", "hello")
+    assert (result.code, result.out) == (3, "")
+    assert result.err.startswith(f"wechat-nats: {field.upper()}")
+    assert (await cli("doctor")).code == 3
+    for text in (SEED[:20], "private word"):
+        assert text not in caught.value.detail + result.err
+
+
+async def test_a_file_that_has_gone_is_told_too(tmp_path: Path) -> None:
+    for field in ("nats_creds", "nats_nkey", "nats_ca", "nats_cert"):
+        with pytest.raises(Temporary, match=field.upper()):
+            connect_options(msgspec.structs.replace(Settings(), **{field: str(tmp_path / "gone")}), "test", [])
+
+
+async def test_line_ends_of_another_system_are_no_fault(tmp_path: Path) -> None:
+    file = tmp_path / "creds"
+    file.write_bytes((JWT_PART + SEED_PART.format(SEED)).replace("\n", "\r\n").encode())
+    options = connect_options(Settings(nats_creds=str(file)), "test", [])
+    assert "\r" not in str(options["user_credentials"])
+
+
+@pytest.mark.parametrize("broken", ["creds, empty", "creds, garbage", "creds without a JWT"])
+async def test_credentials_that_break_under_a_running_link_are_read_again_until_they_serve(
+    tmp_path: Path, broken: str
+) -> None:
+    """As when a Secret is exchanged by hand: a link outlives what cannot be read, and takes what comes next."""
+    async with guarded(tmp_path, "jwt") as server:
+        file = tmp_path / "mounted.creds"
+        good = (tmp_path / "jwt/creds/adapter.creds").read_bytes()
+        file.write_bytes(good)
+        settings = Settings(nats_url=(server.url,), nats_creds=str(file), nats_inbox_prefix="_INBOX_adapter")
+        async with linked(settings) as link:
+            await link.wait_up(30)
+            file.write_bytes(UNUSABLE[broken][1])
+            await link.client().close()
+            await until(lambda: link.down_reason.startswith("NATS_CREDS cannot be used"), "it reads the file again")
+            swap = tmp_path / "next"
+            swap.write_bytes(good)
+            os.replace(swap, file)
+
+            async def up() -> bool:
+                return link.up
+
+            await eventually(up, "it connects by what is there now")
+
+
+async def test_an_authority_is_read_again_too(tmp_path: Path) -> None:
+    authority = Authority(tmp_path)
+    settings = Settings(nats_url=("nats://127.0.0.1:1",), nats_ca=str(authority.file))
+    good = authority.file.read_bytes()
+    authority.file.write_bytes(b"garbage")
+    async with linked(settings) as link:
+        await until(lambda: link.down_reason.startswith("NATS_CA"), "it names what it cannot read")
+        authority.file.write_bytes(good)
+        await until(lambda: "NATS_CA" not in link.down_reason, "it goes on by what is there now")
