@@ -8,8 +8,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import ssl
-from collections.abc import AsyncIterator, Mapping
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
@@ -33,6 +35,9 @@ CONNECT_S = 5.0
 ANSWER_S = 5.0
 JetStreamGone = (ServiceUnavailableError, NoStreamResponseError)
 NO_STREAM = 10059
+KEPT = 1000
+"""So many complaints are kept; a connection may last for weeks."""
+_VIOLATION = re.compile(r'permissions violation for (publish|subscription) to "([^"]+)"')
 FULL = 10077
 """The stream holds as many messages of this subject as it may."""
 
@@ -47,8 +52,36 @@ class Bus:
         self.js: JetStreamContext = nc.jetstream(timeout=ANSWER_S)
         self.settings = settings
         self.names = Names(settings.prefix)
-        self.heard: list[Exception] = []
-        """The server's complaints, such as what it forbids. Lasting connections keep none."""
+        self.heard: deque[Exception] = deque(maxlen=KEPT)
+        """The server's complaints, such as what it forbids."""
+
+    async def hears(self, *subjects: str) -> None:
+        """Returns once what was subscribed is in force. Raises Failed where the server forbids one of `subjects`.
+
+        Or answers: whoever stores something has to hear that it is stored.
+        """
+        try:
+            answers = await self.nc.subscribe(self.nc.new_inbox())
+            await self.nc.flush()
+            await answers.unsubscribe()
+        except (NatsError, TimeoutError):
+            raise Failed(UNREACHABLE, "The connection to NATS broke: try again.") from None
+        self.heed(*subjects)
+
+    def heed(self, *subjects: str) -> None:
+        """Raises Failed where the server has said that this user may not have one of `subjects`, or no answers."""
+        prefix = self.settings.nats_inbox_prefix
+        for does, subject in forbidden(self.heard):
+            if does == "subscription" and subject.startswith(f"{prefix.lower()}."):
+                raise Failed(
+                    NO,
+                    f"This user may not hear answers on {prefix}.>: set NATS_INBOX_PREFIX to what its role has"
+                    " (_INBOX_adapter, _INBOX_operator, …).",
+                )
+            for wanted in subjects:
+                if subject == wanted.lower():
+                    verb = "publish to" if does == "publish" else "hear"
+                    raise Failed(NO, f"This user may not {verb} {wanted}: use an operator's credentials.")
 
     async def store(self, subject: str, payload: bytes, headers: dict[str, str]) -> api.PubAck:
         """Publishes into a stream. Raises Failed where nothing stored it."""
@@ -68,6 +101,7 @@ class Bus:
                 raise Failed(NO, f"Not stored: too many messages wait on {subject}; try later.") from None
             raise Failed(NO, f"Not stored: {exc.description or exc} (error {exc.err_code}).") from None
         except (NatsError, TimeoutError):
+            self.heed(subject)
             raise Failed(
                 UNREACHABLE,
                 f"The bus did not confirm {subject}: unclear whether it is stored, repeat with the same id.",
@@ -93,6 +127,7 @@ class Bus:
         except NoRespondersError:
             raise Failed(UNREACHABLE, "No adapter runs on this bus: start one with `wechat-nats run`.") from None
         except (NatsError, TimeoutError):
+            self.heed(subject)
             raise Failed(
                 UNREACHABLE, f"No adapter answered on {subject} within {timeout_s:g} s: run `wechat-nats doctor`."
             ) from None
@@ -103,6 +138,7 @@ class Bus:
             with heeding():
                 return await self.nc.request(subject, payload, timeout=ANSWER_S)
         except (NatsError, TimeoutError):
+            self.heed(subject)
             raise Failed(UNREACHABLE, f"The server did not answer {subject}: may this user ask?") from None
 
     async def api(self, verb: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -112,6 +148,7 @@ class Bus:
             with heeding():
                 reply = await self.nc.request(f"$JS.API.{verb}", payload, timeout=ANSWER_S)
         except (NatsError, TimeoutError):
+            self.heed(f"$JS.API.{verb}")
             raise Failed(
                 UNREACHABLE, f"JetStream did not answer {verb}: is it enabled, and may this user ask?"
             ) from None
@@ -128,7 +165,7 @@ def settings_from(environ: Mapping[str, str] | None = None) -> Settings:
 async def connected(settings: Settings | None = None, *, lasting: bool = False) -> AsyncIterator[Bus]:
     """A bus for the time of the block; a `lasting` one comes back after a break. Raises Failed, SettingsError."""
     settings = settings or settings_from()
-    heard: list[Exception] = []
+    heard: deque[Exception] = deque(maxlen=KEPT)
     nc = await _connect(settings, lasting, heard)
     bus = Bus(nc, settings)
     bus.heard = heard
@@ -141,7 +178,7 @@ async def connected(settings: Settings | None = None, *, lasting: bool = False) 
             await nc.close()
 
 
-async def _connect(settings: Settings, lasting: bool, heard: list[Exception]) -> BusClient:
+async def _connect(settings: Settings, lasting: bool, heard: deque[Exception]) -> BusClient:
     """Asks each server once; what one complains of goes to `heard`.
 
     nats-py alone would go on for minutes, with a wrong password for ever.
@@ -160,23 +197,19 @@ async def _connect(settings: Settings, lasting: bool, heard: list[Exception]) ->
         await nc.close()
         back = {"allow_reconnect": True, "max_reconnect_attempts": -1, "reconnect_time_wait": 0.2}
         nc = BusClient()
-        await nc.connect(**options | back | {"error_cb": _unheard})
+        await nc.connect(**options | back | {"error_cb": _hearing(heard)})
         return nc
     raise Failed(UNREACHABLE, _unreachable(settings, why))
 
 
-async def _attempt(options: dict[str, Any], heard: list[Exception]) -> tuple[BusClient | None, Exception | None]:
+async def _attempt(options: dict[str, Any], heard: deque[Exception]) -> tuple[BusClient | None, Exception | None]:
     """A client, or why there is none."""
     heard.clear()
-
-    async def hear(exc: Exception) -> None:
-        heard.append(exc)
-
     nc = BusClient()
     once = {"allow_reconnect": False, "max_reconnect_attempts": 1, "reconnect_time_wait": 0.01}
     try:
         async with asyncio.timeout(CONNECT_S):
-            await nc.connect(**options | once | {"connect_timeout": 3, "error_cb": hear})
+            await nc.connect(**options | once | {"connect_timeout": 3, "error_cb": _hearing(heard)})
     except (NatsError, OSError, TimeoutError) as exc:
         return None, heard[-1] if heard else exc
     return nc, None
@@ -192,8 +225,19 @@ def _unreachable(settings: Settings, why: Exception | None) -> str:
     return f"NATS is not reachable at {servers}: start it, or set NATS_URL."
 
 
-async def _unheard(_: Exception) -> None:
-    """nats-py would log a traceback; what matters surfaces where it is awaited."""
+def _hearing(heard: deque[Exception]) -> Callable[[Exception], Coroutine[Any, Any, None]]:
+    """Keeps complaints, which nats-py would log with a traceback; what matters surfaces where it is awaited."""
+
+    async def hear(exc: Exception) -> None:
+        heard.append(exc)
+
+    return hear
+
+
+def forbidden(heard: Iterable[Exception]) -> list[tuple[str, str]]:
+    """What the server has forbidden, as `publish` or `subscription` and the subject in lower case."""
+    found = (_VIOLATION.search(str(exc).lower()) for exc in heard)
+    return [(match[1], match[2]) for match in found if match]
 
 
 async def stored_from(

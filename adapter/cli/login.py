@@ -68,7 +68,9 @@ async def login(
         news.set()
 
     async with connected(lasting=True) as bus:
-        await bus.nc.subscribe(bus.names.event(asked.sandbox, "login"), cb=heard)
+        told = bus.names.event(asked.sandbox, "login")
+        await bus.nc.subscribe(told, cb=heard)
+        await bus.hears(told)
         first = await bus.ask("login.start", asked, Login, START_S)
         with until_signalled() as stop:
             code = await unless(stop, _run(_Following(bus, view, news, png=asked.png), first, bus))

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import msgspec
 from nats.errors import Error as NatsError
 
-from adapter.cli.bus import Bus, connected
+from adapter.cli.bus import Bus, connected, forbidden
 from adapter.cli.checks import Check
 from adapter.cli.exits import NO, Failed
 from adapter.contract import Names
@@ -147,9 +147,9 @@ async def _open_to(bus: Bus, what: Grants) -> list[str]:
             await subscription.unsubscribe()
     except NatsError as exc:
         raise Failed(NO, f"The connection broke while permissions were tried ({exc}): try again.") from None
-    refused = " ".join(str(exc).lower() for exc in bus.heard)
-    tried = {f"publish {s}": f'publish to "{s.lower()}"' for s in what.publish}
-    tried |= {f"subscribe {s}": f'subscription to "{s.lower()}"' for s in what.subscribe}
+    refused = forbidden(bus.heard)
+    tried = {f"publish {s}": ("publish", s.lower()) for s in what.publish}
+    tried |= {f"subscribe {s}": ("subscription", s.lower()) for s in what.subscribe}
     return [done for done, complaint in tried.items() if complaint not in refused]
 
 

@@ -60,8 +60,9 @@ async def send(
         expires_in_s=expires_in,
     )
     async with connected() as bus:
-        receipts = await bus.nc.subscribe(bus.names.event(sandbox, "receipt"))
-        await bus.nc.flush()  # before anything can happen to the command
+        told = bus.names.event(sandbox, "receipt")
+        receipts = await bus.nc.subscribe(told)
+        await bus.hears(*() if no_wait else (told,))  # before anything can happen to the command
         before = await _store(bus, sandbox, command)
         if no_wait:
             return _stored(command, json)

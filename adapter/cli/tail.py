@@ -66,7 +66,7 @@ async def tail(
 
 
 async def _listen(bus: Bus, arrivals: Arrivals, sandbox: str, events: bool, since_ms: int | None) -> None:
-    """Subscribes, live or from the streams. Returns once nothing can be missed."""
+    """Subscribes, live or from the streams. Returns once nothing can be missed. Raises Failed."""
     names = bus.names
     sources = [Source(INBOUND, names.live(sandbox), names.stream_in, names.inbox(sandbox))]
     if events:
@@ -77,7 +77,7 @@ async def _listen(bus: Bus, arrivals: Arrivals, sandbox: str, events: bool, sinc
             await _live(bus, arrivals, source)
         else:
             await _stored(bus, arrivals, source, since_ms)
-    await bus.nc.flush()
+    await bus.hears(*(source.live for source in sources))
 
 
 async def _live(bus: Bus, arrivals: Arrivals, source: Source) -> None:

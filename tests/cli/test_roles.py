@@ -1,0 +1,87 @@
+"""Commands under the users of `helm/nats/`: which work under the adapter's, and what the others say instead."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from adapter.jetstream import topology
+from adapter.jetstream.link import Link
+from adapter.settings import Settings
+from tests.bus.guarded import NAMES, WITNESS, Guarded, Player, guarded
+from tests.cli.conftest import Command
+
+
+class Scene:
+    """A server with permissions and streams, and who sees everything."""
+
+    def __init__(self, server: Guarded, witness: Player, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._server = server
+        self._witness = witness
+        self._monkeypatch = monkeypatch
+
+    def enter(self, who: str, **environ: str) -> None:
+        """What this role finds in its environment."""
+        for variable, value in {**self._server.users[who].environ, **environ}.items():
+            self._monkeypatch.setenv(variable, value)
+
+    async def stored(self, stream: str) -> int:
+        info = await self._witness.nc.jetstream().stream_info(stream)
+        return info.state.messages
+
+
+@pytest.fixture
+async def scene(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Scene]:
+    async with guarded(tmp_path) as server:
+        witness = await server.connect(WITNESS)
+        link = Link(Settings(), "test")
+        await link.use(witness.nc)
+        await topology.ensure(link, NAMES, Settings(in_max_bytes=-1, media_store_bytes=-1))
+        monkeypatch.setenv("NATS_URL", server.url)
+        yield Scene(server, witness, monkeypatch)
+
+
+DEAF = {
+    "login": (["login", "s1"], "wechat.event.s1.login"),
+    "tail": (["tail", "s1"], "wechat.in.s1"),
+    "tail of events": (["tail", "s1", "--events"], "wechat.in.s1"),
+    "send": (["send", "s1", "hello"], "wechat.event.s1.receipt"),
+}
+
+
+async def test_what_an_adapters_user_may_not_hear_is_told_before_anything_is_sent(cli: Command, scene: Scene) -> None:
+    scene.enter("adapter")
+    for arguments, subject in DEAF.values():
+        result = await cli(*arguments)
+        assert (result.code, result.out) == (1, ""), arguments
+        assert f"This user may not hear {subject}: use an operator's credentials." in result.err
+    assert await scene.stored(NAMES.stream_out) == 0
+
+
+async def test_what_it_may_is_done(cli: Command, scene: Scene) -> None:
+    """A command whose receipt nobody waits for needs no right to hear it."""
+    scene.enter("adapter")
+    result = await cli("send", "s1", "hello", "--no-wait")
+    assert (result.code, result.err) == (0, "")
+    assert await scene.stored(NAMES.stream_out) == 1
+
+
+async def test_what_it_may_not_ask_or_store_is_told(cli: Command, scene: Scene) -> None:
+    scene.enter("s1")
+    result = await cli("bindings")
+    assert (result.code, "may not publish to wechat.svc.bindings.list" in result.err) == (1, True), result.err
+    result = await cli("send", "s2", "hello", "--no-wait")
+    assert (result.code, "may not publish to wechat.out.s2" in result.err) == (1, True), result.err
+
+
+@pytest.mark.parametrize("arguments", [["send", "s1", "hello"], ["bindings"], ["tail"]], ids=" ".join)
+async def test_a_foreign_inbox_prefix_is_told_by_its_setting(
+    cli: Command, scene: Scene, arguments: list[str]
+) -> None:
+    scene.enter("operator", NATS_INBOX_PREFIX="_INBOX")
+    result = await cli(*arguments)
+    assert (result.code, result.out) == (1, "")
+    assert "set NATS_INBOX_PREFIX" in result.err
+    assert await scene.stored(NAMES.stream_out) == 0
