@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import re
 import ssl
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping
@@ -26,7 +25,7 @@ from nats.js.errors import APIError, NoStreamResponseError, NotFoundError, Servi
 from adapter.cli.exits import NO, UNREACHABLE, Failed
 from adapter.contract import H_ERROR, H_ERROR_CODE, Names
 from adapter.errors import Temporary
-from adapter.jetstream.client import BusClient
+from adapter.jetstream.client import BusClient, violation
 from adapter.jetstream.link import connect_options
 from adapter.settings import Settings, read_settings
 from adapter.timing import heeding
@@ -37,7 +36,6 @@ JetStreamGone = (ServiceUnavailableError, NoStreamResponseError)
 NO_STREAM = 10059
 KEPT = 1000
 """So many complaints are kept; a connection may last for weeks."""
-_VIOLATION = re.compile(r'permissions violation for (publish|subscription) to "([^"]+)"')
 FULL = 10077
 """The stream holds as many messages of this subject as it may."""
 
@@ -235,9 +233,8 @@ def _hearing(heard: deque[Exception]) -> Callable[[Exception], Coroutine[Any, An
 
 
 def forbidden(heard: Iterable[Exception]) -> list[tuple[str, str]]:
-    """What the server has forbidden, as `publish` or `subscription` and the subject in lower case."""
-    found = (_VIOLATION.search(str(exc).lower()) for exc in heard)
-    return [(match[1], match[2]) for match in found if match]
+    """What the server has forbidden, as `violation` says it."""
+    return [found for exc in heard if (found := violation(exc))]
 
 
 async def stored_from(

@@ -57,9 +57,10 @@ async def doctor(
     settings = settings_from()
     try:
         async with connected(settings) as bus:
-            if fix and not sandbox:
+            checks = await _unheard(bus)
+            if not checks and fix and not sandbox:
                 await _fix(bus, settings, quiet=json)
-            checks = await (permitted.confined(bus, sandbox) if sandbox else examine(bus, settings))
+            checks = checks or await (permitted.confined(bus, sandbox) if sandbox else examine(bus, settings))
     except Failed as exc:
         if exc.code != UNREACHABLE:
             raise
@@ -67,6 +68,17 @@ async def doctor(
         return UNREACHABLE
     _print(checks, json)
     return NO if any(check.state == "fail" for check in checks) else OK
+
+
+async def _unheard(bus: Bus) -> list[Check]:
+    """Why no answer can be heard, without which nothing else can be told. Raises Failed if the connection breaks."""
+    try:
+        await bus.hears()
+    except Failed as exc:
+        if exc.code == UNREACHABLE:
+            raise
+        return [Check("permissions", "fail", str(exc))]
+    return []
 
 
 async def examine(bus: Bus, settings: Settings) -> list[Check]:

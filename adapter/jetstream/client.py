@@ -22,6 +22,8 @@ _HEADERS = re.compile(r"(?:[!#$%&'*+\-.^_`|~0-9A-Za-z]+: (?! )[ -~]*(?<! )\r\n)+
 _FIRST = b"NATS/1.0\r\n"
 _PLAIN = re.compile(_FIRST + _HEADERS.pattern.encode() + b"\r\n")
 
+_VIOLATION = re.compile(r'permissions violation for (publish|subscription) to "([^"]+)"')
+
 Take = Callable[[str, bytes, bytes], None]
 """Subject, payload and headers, as they are written, of a message that came; see `is_unheard` and `headers`."""
 
@@ -119,6 +121,12 @@ class BusClient(Client):
             take(subject.decode(), data, headers or b"")
         except Exception as exc:  # noqa: BLE001 - as nats-py does: the connection outlives whoever listens
             await self._error_cb(exc)
+
+
+def violation(exc: Exception) -> tuple[str, str] | None:
+    """What a server forbids: `publish` or `subscription`, and the subject in lower case; None: nothing."""
+    match = _VIOLATION.search(str(exc).lower())
+    return (match[1], match[2]) if match else None
 
 
 def is_unheard(headers: bytes) -> bool:

@@ -21,7 +21,7 @@ from nats.aio.msg import Msg
 from nats.errors import Error as NatsError
 
 from adapter.errors import BusRefused, Conflict, Temporary
-from adapter.jetstream.client import BusClient
+from adapter.jetstream.client import BusClient, violation
 from adapter.jetstream.credentials import credentials, tls_context
 from adapter.jetstream.questions import Answer, Question, Questions
 from adapter.settings import Settings
@@ -236,7 +236,8 @@ class Link:
             self.down_reason = (
                 str(exc)[:200] or type(exc).__name__
             )  # runs inside the read loop: must not raise or wait
-            say = log.info if self.up else log.debug  # while it is away, every attempt fails; that is said elsewhere
+            # while it is away, every attempt fails; that is said elsewhere
+            say = log.warning if violation(exc) else log.info if self.up else log.debug
             say("bus.error", link=self.name, reason=type(exc).__name__, detail=self.down_reason)
 
         nc = BusClient()

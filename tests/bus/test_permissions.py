@@ -12,15 +12,17 @@ from pathlib import Path
 
 import pytest
 from nats.aio.msg import Msg
+from structlog.testing import capture_logs
 
 from adapter.jetstream import topology
 from adapter.jetstream.link import Link
 from adapter.permissions import ROLES, covers, grants, streams
 from adapter.schema import channels
-from adapter.settings import Settings
+from adapter.settings import Settings, read_settings
 from tests.bus import roles
 from tests.bus.guarded import NAMES, TEMPLATES, WITNESS, Guarded, Player, guarded
 from tests.bus.roles import COLUMNS, ROWS, SANDBOX, Row
+from tests.bus.test_tls import linked
 from tests.e2e.waiting import until
 
 OWN, OTHER = "s1", "s2"
@@ -165,3 +167,16 @@ async def test_each_role_hears_what_it_may_and_nothing_else(server: Guarded) -> 
 def _matches(pattern: str, subject: str) -> bool:
     tokens = [re.escape(token) for token in pattern.split(".")]
     return bool(re.fullmatch(r"\.".join(tokens).replace(r"\*", r"[^.]+").replace(">", ".+"), subject))
+
+
+async def test_what_the_server_forbids_is_a_warning_in_the_log_also_while_it_connects(tmp_path: Path) -> None:
+    """An adapter with a foreign inbox hears no answer: nothing else says why."""
+    async with guarded(tmp_path) as server:
+        settings = read_settings(
+            {"NATS_URL": server.url, **server.users["adapter"].environ, "NATS_INBOX_PREFIX": "_INBOX"}
+        )
+        with capture_logs() as logs:
+            async with linked(settings):
+                await until(lambda: any("ermissions" in str(line.get("detail")) for line in logs), "it is told")
+        (first, *_) = [line for line in logs if "ermissions" in str(line.get("detail"))]
+        assert (first["log_level"], "_inbox." in first["detail"].lower()) == ("warning", True)

@@ -341,6 +341,7 @@ SECRETS: list[tuple[Object, dict[str, str], dict[str, str]]] = [
         {"NATS_USER": "me", "NATS_PASSWORD_FILE": "/etc/wechat-nats/password/password"},
         {"password": "s"},
     ),
+    ({"nats": {"inboxPrefix": "_INBOX_adapter"}}, {"NATS_INBOX_PREFIX": "_INBOX_adapter"}, {}),
     (
         {"nats": {"tls": {"ca": {"existingSecret": "s"}, "cert": {"existingSecret": "c"}, "handshakeFirst": True}}},
         {

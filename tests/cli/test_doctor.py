@@ -218,6 +218,19 @@ async def test_what_a_user_may_not_and_a_stranger_may_is_told(
         assert words in check.say, checks
 
 
+async def test_a_foreign_inbox_is_what_doctor_tells_first(
+    cli: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without answers nothing else can be told, and JetStream is not at fault."""
+    async with guarded(tmp_path) as server:
+        enter(monkeypatch, server, "adapter")
+        monkeypatch.delenv("NATS_INBOX_PREFIX")
+        for arguments in (["--fix"], ["--sandbox", "s1"], []):
+            result = await cli("doctor", *arguments, "--json")
+            assert (result.code, states(result)) == (1, {"permissions": "fail"})
+            assert "set NATS_INBOX_PREFIX" in said(result, "permissions")[1]
+
+
 async def test_the_credentials_of_a_sandbox_can_be_checked(
     cli: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

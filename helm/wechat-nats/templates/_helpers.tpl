@@ -148,6 +148,9 @@ NATS_TOKEN_FILE: {{ printf "/etc/wechat-nats/token/%s" $auth.token.key | quote }
 NATS_USER: {{ $auth.userPassword.user | quote }}
 NATS_PASSWORD_FILE: {{ printf "/etc/wechat-nats/password/%s" $auth.userPassword.key | quote }}
 {{- end }}
+{{- with .Values.nats.inboxPrefix }}
+NATS_INBOX_PREFIX: {{ . | quote }}
+{{- end }}
 {{- if or $tls.ca.existingSecret $tls.ca.existingConfigMap }}
 NATS_CA: {{ printf "/etc/wechat-nats/ca/%s" $tls.ca.key | quote }}
 {{- end }}
