@@ -9,6 +9,7 @@ import socket
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
+import msgspec
 import structlog
 
 from adapter import __version__, inbound, media, rollcall, window
@@ -36,6 +37,7 @@ from adapter.login_service import LoginService
 from adapter.logins import LoginBook
 from adapter.mediaservice import MediaService
 from adapter.metrics import Metrics
+from adapter.permissions import USER_INFO, needs, user_of
 from adapter.presence import Showing
 from adapter.probes import Health, ProbeServer
 from adapter.queries import Queries
@@ -522,6 +524,7 @@ class Adapter:
             log.warning("tokens.unsealed", detail="Set WECHAT_NATS_TOKEN_KEY, so that bot tokens are sealed at rest.")
         self.health.phase = "connecting to NATS"
         stopping = asyncio.ensure_future(stop.wait())
+        epoch = 0
         try:
             while not stop.is_set():
                 up = asyncio.ensure_future(self.link.wait_up())
@@ -529,6 +532,9 @@ class Adapter:
                 up.cancel()
                 if stop.is_set():
                     break
+                if epoch != self.link.epoch:
+                    epoch = self.link.epoch
+                    await self._look_at_permissions()
                 self.health.phase = "verifying streams"
                 try:
                     await topology.ensure(self.link, self.names, self.settings)
@@ -541,6 +547,17 @@ class Adapter:
             return False
         finally:
             stopping.cancel()
+
+    async def _look_at_permissions(self) -> None:
+        """Logs what the server says that this user lacks. Not being able to subscribe has held up the connection."""
+        try:
+            answer = await self.link.request(USER_INFO, b"", timeout_s=2.0)
+            may = user_of(answer.data).may
+        except (Temporary, msgspec.DecodeError):
+            return  # a user who may not ask: what is missing is told when it is tried
+        if lacks := may.missing(needs(self.names, self.settings.nats_inbox_prefix)):
+            said = ", ".join(lacks[:8])
+            log.error("permissions.missing", lacks=said, count=len(lacks), detail="`wechat-nats doctor` tells more.")
 
     async def _check_tokens(self) -> None:
         """Raises SettingsError where tokens lie open although there is a key, Temporary."""

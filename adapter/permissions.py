@@ -13,6 +13,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple, TypeAlias
 
+import msgspec
+
 from adapter.contract import Names, check_sandbox
 from adapter.errors import Refused
 
@@ -245,6 +247,46 @@ class Permissions(NamedTuple):
         """What of `wanted` this user may not do, as `publish <subject>` and `subscribe <subject>`."""
         lacks = [f"publish {subject}" for subject in wanted.publish if not self.publish.all_of(subject)]
         return lacks + [f"subscribe {subject}" for subject in wanted.subscribe if not self.subscribe.all_of(subject)]
+
+
+class _Rights(msgspec.Struct):
+    allow: list[str] = []
+    deny: list[str] = []
+
+
+class _Both(msgspec.Struct):
+    publish: _Rights = msgspec.field(default_factory=_Rights)
+    subscribe: _Rights = msgspec.field(default_factory=_Rights)
+
+
+class User(msgspec.Struct):
+    """What the server says of the user of a connection."""
+
+    account: str = ""
+    permissions: _Both = msgspec.field(default_factory=_Both)
+
+    @property
+    def may(self) -> Permissions:
+        rights = (self.permissions.publish, self.permissions.subscribe)
+        return Permissions(*(Allowed(tuple(right.allow), tuple(right.deny)) for right in rights))
+
+
+class _Info(msgspec.Struct):
+    data: User = msgspec.field(default_factory=User)
+
+
+def user_of(answer: bytes) -> User:
+    """Reads the answer to USER_INFO. Raises msgspec.DecodeError."""
+    return msgspec.json.decode(answer, type=_Info).data
+
+
+def needs(names: Names, inbox_prefix: str) -> Grants:
+    """What no adapter can do without, wherever its own inbox and those of others are."""
+    of_adapter = grants(names, "adapter")
+    asked_here = {USER_INFO, "$SRV.PING.>", names.svc("bindings.list"), "_R_.>"}
+    publish = [s for s in of_adapter.publish if not s.startswith("_INBOX") and s not in asked_here]
+    subscribe = [s for s in of_adapter.subscribe if not s.startswith("_INBOX")]
+    return Grants(tuple(publish), (*subscribe, f"{inbox_prefix}.>"))
 
 
 # The server's configuration ----------------------------------------------------------------------------

@@ -83,7 +83,7 @@ class Health:
 
     @property
     def started(self) -> bool:
-        """Connected once, streams, buckets and permissions verified, loops running."""
+        """Connected once, nothing forbidden of what it hears, streams and buckets verified, loops running."""
         return self._flags["started"][0]
 
     @started.setter

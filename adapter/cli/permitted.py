@@ -12,7 +12,7 @@ from adapter.cli.bus import Bus, connected, forbidden
 from adapter.cli.checks import Check
 from adapter.cli.exits import NO, Failed
 from adapter.contract import Names
-from adapter.permissions import USER_INFO, Allowed, Grants, Permissions, grants, streams
+from adapter.permissions import USER_INFO, Grants, User, grants, needs, streams, user_of
 from adapter.settings import Settings
 
 WHERE = "see helm/nats/ and `wechat-nats permissions`"
@@ -21,48 +21,24 @@ NAMED = 4
 """So many subjects are named; the rest is counted."""
 
 
-class _Rights(msgspec.Struct):
-    allow: list[str] = []
-    deny: list[str] = []
-
-
-class _Both(msgspec.Struct):
-    publish: _Rights = msgspec.field(default_factory=_Rights)
-    subscribe: _Rights = msgspec.field(default_factory=_Rights)
-
-
-class _User(msgspec.Struct):
-    account: str = ""
-    permissions: _Both = msgspec.field(default_factory=_Both)
-
-
-class _Info(msgspec.Struct):
-    data: _User = msgspec.field(default_factory=_User)
-
-
 async def check(bus: Bus, settings: Settings) -> list[Check]:
     """Compares what the server says of this user with what an adapter does; tries to get in without credentials."""
     user = await _user(bus)
     return [_of_user(user, bus, settings), *await _of_strangers(user, bus, settings)]
 
 
-async def _user(bus: Bus) -> _User | None:
+async def _user(bus: Bus) -> User | None:
     """What the server says of the user of this connection; None if it does not."""
     with contextlib.suppress(NatsError, TimeoutError, msgspec.DecodeError):
         reply = await bus.nc.request(USER_INFO, b"", timeout=ASK_S)
-        return msgspec.json.decode(reply.data, type=_Info).data
+        return user_of(reply.data)
     return None
 
 
-def _may(user: _User) -> Permissions:
-    rights = (user.permissions.publish, user.permissions.subscribe)
-    return Permissions(*(Allowed(tuple(right.allow), tuple(right.deny)) for right in rights))
-
-
-def _of_user(user: _User | None, bus: Bus, settings: Settings) -> Check:
+def _of_user(user: User | None, bus: Bus, settings: Settings) -> Check:
     if user is None:
         return Check("permissions", "warn", f"Cannot be told: let this user publish to {USER_INFO}.")
-    may = _may(user)
+    may = user.may
     lacks = may.missing(needs(bus.names, settings.nats_inbox_prefix))
     if not lacks:
         answers = [f"_INBOX_{role}.>" for role in ("platform", "operator")]
@@ -76,15 +52,6 @@ def _of_user(user: _User | None, bus: Bus, settings: Settings) -> Check:
     if not may.missing(grants(bus.names, "operator")):
         return Check("permissions", "ok", "an operator's; the adapter needs a user of its own")
     return Check("permissions", "fail", f"An adapter with this user may not {_some(lacks)}: {WHERE}.")
-
-
-def needs(names: Names, inbox_prefix: str) -> Grants:
-    """What no adapter can do without, wherever its own inbox and those of others are."""
-    of_adapter = grants(names, "adapter")
-    asked_here = {USER_INFO, "$SRV.PING.>", names.svc("bindings.list"), "_R_.>"}
-    publish = [s for s in of_adapter.publish if not s.startswith("_INBOX") and s not in asked_here]
-    subscribe = [s for s in of_adapter.subscribe if not s.startswith("_INBOX")]
-    return Grants(tuple(publish), (*subscribe, f"{inbox_prefix}.>"))
 
 
 def _some(subjects: list[str]) -> str:
@@ -104,7 +71,7 @@ def foreign(names: Names) -> Grants:
     return Grants((*ask, *(f"$JS.API.{verb}" for verb in api), "$SRV.INFO"), tuple(hear))
 
 
-async def _of_strangers(user: _User | None, bus: Bus, settings: Settings) -> list[Check]:
+async def _of_strangers(user: User | None, bus: Bus, settings: Settings) -> list[Check]:
     """Whether somebody without credentials gets in, and into this account."""
     with_credentials = any((settings.nats_creds, settings.nats_nkey, settings.nats_user, settings.nats_token))
     urls = tuple(_without_password(url) for url in settings.nats_url)

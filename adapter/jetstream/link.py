@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from typing import Any
 
 import msgspec
@@ -225,6 +225,7 @@ class Link:
 
     async def _connect(self) -> BusClient:
         self._lost = lost = asyncio.Event()
+        refused: list[tuple[str, str]] = []
 
         async def on_closed() -> None:
             lost.set()
@@ -236,8 +237,10 @@ class Link:
             self.down_reason = (
                 str(exc)[:200] or type(exc).__name__
             )  # runs inside the read loop: must not raise or wait
-            # while it is away, every attempt fails; that is said elsewhere
-            say = log.warning if violation(exc) else log.info if self.up else log.debug
+            if does := violation(exc):
+                refused.append(does)
+            # while it is away, every attempt fails; that is said elsewhere, as is what forbids the first connection
+            say = log.warning if does and self.epoch else log.info if self.up else log.debug
             say("bus.error", link=self.name, reason=type(exc).__name__, detail=self.down_reason)
 
         nc = BusClient()
@@ -253,10 +256,24 @@ class Link:
                 await action(nc)
             async with asyncio.timeout(5):
                 await nc.flush()
+            self._check_heard(subject for does, subject in refused if does == "subscription")
         except BaseException:
             await nc.close()
             raise
         return nc
+
+    def _check_heard(self, refused: Iterable[str]) -> None:
+        """Raises Temporary where the first connection may not hear what it has to: it shall not look as if it served.
+
+        A later one goes on with what is left to it: what a server forbids a service that runs is told by the log.
+        """
+        subjects = list(refused)
+        if not subjects or self.epoch:
+            return
+        inbox = any(subject.startswith(f"{self._settings.nats_inbox_prefix}.".lower()) for subject in subjects)
+        advice = "set NATS_INBOX_PREFIX to _INBOX_adapter" if inbox else "run `wechat-nats doctor`"
+        said = subjects[0] + (f" and {len(subjects) - 1} more" if len(subjects) > 1 else "")
+        raise Temporary("bus_forbidden", f"this user may not subscribe {said}: {advice}, and see helm/nats/")
 
     async def request(
         self, subject: str, payload: bytes, timeout_s: float = 5.0, headers: dict[str, str] | None = None

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import signal
 import subprocess
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -58,6 +59,14 @@ class Guarded:
         self.users: dict[str, User] = {}
         """By role or sandbox."""
         self._clients: list[BusClient] = []
+        self.process: asyncio.subprocess.Process | None = None
+
+    def amend(self, edit: Callable[[str], str]) -> None:
+        """Changes the configuration with passwords, and has the server read it again."""
+        file = self.folder / "accounts.conf"
+        file.write_text(edit(file.read_text()))
+        assert self.process is not None
+        self.process.send_signal(signal.SIGHUP)
 
     async def connect(self, name: str) -> Player:
         """As a role, as a sandbox, or as WITNESS."""
@@ -136,6 +145,7 @@ async def guarded(
         process = await asyncio.create_subprocess_exec(
             find_server(), "-c", config, env={**os.environ, **environ}, stdout=log, stderr=subprocess.STDOUT
         )
+    made.process = process
     try:
         await until(lambda: bool(_ports(folder)) or process.returncode is not None, "the server listens")
         assert process.returncode is None, (folder / "server.log").read_text()

@@ -10,6 +10,7 @@ import re
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import msgspec
 import pytest
 from nats.aio.msg import Msg
 from structlog.testing import capture_logs
@@ -169,14 +170,18 @@ def _matches(pattern: str, subject: str) -> bool:
     return bool(re.fullmatch(r"\.".join(tokens).replace(r"\*", r"[^.]+").replace(">", ".+"), subject))
 
 
-async def test_what_the_server_forbids_is_a_warning_in_the_log_also_while_it_connects(tmp_path: Path) -> None:
+async def test_what_the_server_forbids_is_a_warning_in_the_log(tmp_path: Path) -> None:
     """An adapter with a foreign inbox hears no answer: nothing else says why."""
     async with guarded(tmp_path) as server:
-        settings = read_settings(
-            {"NATS_URL": server.url, **server.users["adapter"].environ, "NATS_INBOX_PREFIX": "_INBOX"}
-        )
+        settings = read_settings({"NATS_URL": server.url, **server.users["adapter"].environ})
+        foreign = msgspec.structs.replace(settings, nats_inbox_prefix="_INBOX")
         with capture_logs() as logs:
-            async with linked(settings):
-                await until(lambda: any("ermissions" in str(line.get("detail")) for line in logs), "it is told")
-        (first, *_) = [line for line in logs if "ermissions" in str(line.get("detail"))]
-        assert (first["log_level"], "_inbox." in first["detail"].lower()) == ("warning", True)
+            async with linked(foreign) as link:
+                await until(lambda: "may not subscribe _inbox." in link.down_reason, "it is told")
+                assert "set NATS_INBOX_PREFIX" in link.down_reason
+                assert not link.up
+            async with linked(settings) as link:
+                await (await link.wait_up(30)).publish("not.ours", b"")
+                await until(lambda: any("not.ours" in str(line.get("detail")) for line in logs), "it is told")
+        told = {(line["event"], line["log_level"]) for line in logs if line["log_level"] != "info"}
+        assert told >= {("bus.unreachable", "warning"), ("bus.error", "warning")}

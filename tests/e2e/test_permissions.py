@@ -16,6 +16,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import httpx
 import msgspec
 import pytest
 from nats.aio.client import Client
@@ -40,7 +41,7 @@ from adapter.permissions import streams
 from adapter.simulator import Simulator, samples
 from tests import canary
 from tests.bus.guarded import NAMES, TEMPLATES, WITNESS, Guarded, Player, guarded
-from tests.e2e.world import World, environ_of, eventually, fast, stream, until
+from tests.e2e.world import AdapterProcess, World, environ_of, eventually, fast, free_port, stream, until
 
 DURABLE = {"durable": True}
 
@@ -358,3 +359,53 @@ async def _command(scene: Scene, who: str, *arguments: str) -> tuple[int, list[d
     out, err = await process.communicate()
     assert not err, err.decode()
     return process.returncode or 0, [json.loads(line) for line in out.splitlines()]
+
+
+SERVED, CLOSED = '            "wechat.svc.>"\n            "wechat.kv.>"', '            "wechat.kv.>"'
+
+
+async def test_an_adapter_that_may_not_hear_what_it_serves_waits_until_it_may(tmp_path: Path) -> None:
+    """It says what is missing, and is neither started nor ready; once the user may, it starts by itself."""
+    port = free_port()
+
+    def status(path: str) -> int:
+        with httpx.Client(trust_env=False, timeout=20) as http:
+            return http.get(f"http://127.0.0.1:{port}{path}").status_code
+
+    def narrow(text: str) -> str:
+        assert text.count(SERVED) == 1
+        return text.replace(SERVED, CLOSED)
+
+    async with guarded(tmp_path, edit=narrow) as server, Simulator(fast()) as sim:
+        environ = environ_of(server.url, sim) | server.users["adapter"].environ
+        adapter = AdapterProcess(environ | {"WECHAT_NATS_HTTP_ADDR": f"127.0.0.1:{port}"}, tmp_path / "adapter.log")
+        await adapter.start()
+        try:
+
+            def reasons() -> list[str]:
+                return [line["reason"] for line in adapter.lines("bus.unreachable")]
+
+            await until(lambda: any("may not subscribe wechat.svc." in said for said in reasons()), "it says why")
+            for path in ("/startupz", "/readyz"):
+                assert await asyncio.to_thread(status, path) == 503
+            server.amend(lambda text: text.replace(CLOSED, SERVED, 1))
+            await until(lambda: bool(adapter.http_port()), "it starts")
+            assert await asyncio.to_thread(status, "/startupz") == 200
+        finally:
+            await adapter.kill()
+
+
+async def test_what_an_adapter_may_not_publish_is_told_at_its_start(tmp_path: Path) -> None:
+    def narrow(text: str) -> str:
+        return text.replace('            "$KV.wechat_cursors.>"\n', "", 1)
+
+    async with guarded(tmp_path, edit=narrow) as server, Simulator(fast()) as sim:
+        environ = environ_of(server.url, sim) | server.users["adapter"].environ
+        adapter = AdapterProcess(environ, tmp_path / "adapter.log")
+        await adapter.start()
+        try:
+            await until(lambda: bool(adapter.http_port()), "it starts")
+            (line,) = adapter.lines("permissions.missing")
+            assert (line["severity_text"], line["lacks"]) == ("ERROR", "publish $KV.wechat_cursors.>")
+        finally:
+            await adapter.kill()
