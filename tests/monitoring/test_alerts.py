@@ -48,6 +48,14 @@ def outcomes(**per_minute: float) -> dict[str, str]:
     return made
 
 
+def few(**each: int) -> dict[str, str]:
+    """So many commands that end within a minute, and as many again a quarter of an hour later."""
+    made: dict[str, str] = {}
+    for outcome, n in each.items():
+        made |= gauge("outbound_messages_total", f"0x15 {n}x14 {2 * n}x100", kind="text", outcome=outcome, reason="x")
+    return made
+
+
 def inbound(count: str, quick: str, failed: str = "0x800") -> dict[str, str]:
     """Messages stored, those of them within two seconds, and those that the stream refused."""
     return (
@@ -133,6 +141,15 @@ CASES = [
         11,
         {"BotSessionsExpired", "BotSessionsExpiredMany"},
     ),
+    Case("BotSessionsExpiredMany", "one of nine", bindings(polling=8, needs_login=1), 30, {"BotSessionsExpired"}),
+    Case("BotSessionsExpiredMany", "two of two", bindings(polling=0, needs_login=2), 30, {"BotSessionsExpired"}),
+    Case(
+        "BotSessionsExpiredMany",
+        "three of nine",
+        bindings(polling=6, needs_login=3),
+        11,
+        {"BotSessionsExpired", "BotSessionsExpiredMany"},
+    ),
     Case("BotSessionsExpiredMany", "a tenth", bindings(polling=90, needs_login=10), 30, {"BotSessionsExpired"}),
     Case(
         "InboundBudgetBurnFast",
@@ -174,6 +191,9 @@ CASES = [
         {"OutboundFailures"},
     ),
     Case("OutboundFailures", "a twenty-fifth is refused", outcomes(accepted=96, refused=4), 60, set()),
+    Case("OutboundFailures", "both of two commands", few(accepted=0, refused=2), 40, set()),
+    Case("OutboundFailures", "a few of few, all the time", outcomes(accepted=0.3, refused=0.3), 60, set()),
+    Case("OutboundFailures", "half, all the time", outcomes(accepted=0.5, refused=0.5), 60, {"OutboundFailures"}),
     Case(
         "OutboundFailures",
         "repeats are no failures, and dilute none",
@@ -183,6 +203,14 @@ CASES = [
     ),
     Case(
         "OutboundUnconfirmed", "a tenth", outcomes(accepted=90, accepted_unconfirmed=10), 50, {"OutboundUnconfirmed"}
+    ),
+    Case("OutboundUnconfirmed", "both of two commands", few(accepted=0, accepted_unconfirmed=2), 50, set()),
+    Case(
+        "OutboundUnconfirmed",
+        "a few of few, all the time",
+        outcomes(accepted=0.3, accepted_unconfirmed=0.3),
+        90,
+        set(),
     ),
     Case("OutboundUnconfirmed", "a twenty-fifth", outcomes(accepted=96, accepted_unconfirmed=4), 90, set()),
     Case(
@@ -194,6 +222,8 @@ CASES = [
     ),
     Case("OutboundBacklogOld", "retries of a minute", gauge("outbound_oldest_pending_seconds", "60x40"), 30, set()),
     Case("BotsThrottled", "a quarter", bindings(polling=75, throttled=25), 16, {"BotsThrottled"}),
+    Case("BotsThrottled", "four of nine", bindings(polling=5, throttled=4), 30, set()),
+    Case("BotsThrottled", "five of nine", bindings(polling=4, throttled=5), 16, {"BotsThrottled"}),
     Case("BotsThrottled", "a fifth", bindings(polling=80, throttled=20), 30, set()),
     Case("DeadLetters", "one", gauge("dead_letters_total", "0x5 1x30", stream="out"), 7, {"DeadLetters"}),
     Case("DeadLetters", "one, half an hour ago", gauge("dead_letters_total", "0x5 1x60", stream="out"), 40, set()),

@@ -166,14 +166,14 @@ async def unconfirmed(s: Scene) -> None:
     await s.says(9)
     async with s.fires("OutboundUnconfirmed"):
         s.made.sim.set_fault(FaultRule(fault="F13"))
-        await s.sends(9, times=3)
+        await s.sends(9, times=8)
     s.made.sim.clear_faults()
 
 
 async def refused(s: Scene) -> None:
     """A service sends to sandboxes that have no bot; another sends what is no command."""
     async with s.fires("OutboundFailures"):
-        for _ in range(3):
+        for _ in range(8):
             await s.publish(NAMES.out("nobody"), b'{"text":"hi"}')
     async with s.fires("DeadLetters", "SchemaViolations"):
         await s.publish(NAMES.out("s1"), b'{"text":')
