@@ -83,6 +83,11 @@ def up(values: str, target: str = FIRST) -> dict[str, str]:
     return {f"up{{{target}}}": values}
 
 
+def started(minute: float) -> dict[str, str]:
+    """A replica that was started half a minute before this minute."""
+    return {f"process_start_time_seconds{{{FIRST}}}": f"{60 * minute - 30:g}x100"}
+
+
 OTHER = 'namespace="wechat",job="database",instance="x"'
 FOREIGN = 'namespace="wechat",job="chat",instance="x"'
 BURNS = {"InboundBudgetBurnFast", "InboundBudgetBurnSlow"}
@@ -227,6 +232,27 @@ CASES = [
     Case("BotsThrottled", "a fifth", bindings(polling=80, throttled=20), 30, set()),
     Case("DeadLetters", "one", gauge("dead_letters_total", "0x5 1x30", stream="out"), 7, {"DeadLetters"}),
     Case("DeadLetters", "one, half an hour ago", gauge("dead_letters_total", "0x5 1x60", stream="out"), 40, set()),
+    Case(
+        "DeadLetters",
+        "three, before the first scrape of a new replica",
+        started(10) | gauge("dead_letters_total", "_x10 3x60", stream="out"),
+        12,
+        {"DeadLetters"},
+    ),
+    Case(
+        "DeadLetters",
+        "three, half an hour ago, at the start",
+        started(10) | gauge("dead_letters_total", "_x10 3x60", stream="out"),
+        40,
+        set(),
+    ),
+    Case(
+        "DeadLetters",
+        "old ones of a replica that was not scraped for a while",
+        started(-600) | gauge("dead_letters_total", "3x20 _x15 3x60", stream="out"),
+        45,
+        set(),
+    ),
     Case("EventLoopSlow", "two in a hundred are late", lag(2.4), 20, {"EventLoopSlow"}),
     Case("EventLoopSlow", "one in two hundred", lag(0.6), 50, set()),
     Case(
@@ -246,6 +272,13 @@ CASES = [
     Case(
         "SchemaViolations", "one", gauge("schema_violations_total", "0x5 1x30", kind="svc"), 7, {"SchemaViolations"}
     ),
+    Case(
+        "SchemaViolations",
+        "one, before the first scrape",
+        started(10) | gauge("schema_violations_total", "_x10 1x60", kind="svc"),
+        12,
+        {"SchemaViolations"},
+    ),
     Case("SchemaViolations", "one, long ago", gauge("schema_violations_total", "1x60", kind="svc"), 40, set()),
     Case(
         "EventsRefused",
@@ -253,6 +286,20 @@ CASES = [
         gauge("nats_publish_total", "0x5 1x30", stream="event", outcome="refused"),
         7,
         {"EventsRefused"},
+    ),
+    Case(
+        "EventsRefused",
+        "one receipt, before the first scrape",
+        started(10) | gauge("nats_publish_total", "_x10 1x60", stream="event", outcome="refused"),
+        12,
+        {"EventsRefused"},
+    ),
+    Case(
+        "EventsRefused",
+        "none, of a new replica",
+        started(10) | gauge("nats_publish_total", "_x10 0x60", stream="event", outcome="refused"),
+        12,
+        set(),
     ),
     Case(
         "EventsRefused",
