@@ -277,13 +277,20 @@ def sealer(*keys: str) -> Sealer:
     ("keys", "how", "state", "word"),
     [
         ("", ["open"], "warn", "1 not sealed: set WECHAT_NATS_TOKEN_KEY"),
+        (
+            "",
+            ["new"],
+            "warn",
+            "1 sealed with a key that is not set here: without WECHAT_NATS_TOKEN_KEY it cannot be told",
+        ),
+        ("", [], "ok", "none yet"),
         (NEW, [], "ok", "none yet"),
         (NEW, ["new"], "ok", "1 sealed"),
         (NEW, ["new", "open"], "fail", "use --fix"),
         (f"{NEW},{OLD}", ["new", "old"], "warn", "1 sealed with an older key"),
         (NEW, ["new", "old"], "fail", "1 sealed with a key that is not set here"),
     ],
-    ids=["no-key", "none", "sealed", "unsealed", "rotated", "lost"],
+    ids=["no-key", "keyless", "keyless-none", "none", "sealed", "unsealed", "rotated", "lost"],
 )
 async def test_doctor_says_how_tokens_lie_in_the_bucket(
     cli: Command, bus: Bus, monkeypatch: pytest.MonkeyPatch, keys: str, how: list[str], state: str, word: str

@@ -41,7 +41,7 @@ from adapter.permissions import streams
 from adapter.simulator import Simulator, samples
 from tests import canary
 from tests.bus.guarded import NAMES, TEMPLATES, WITNESS, Guarded, Player, guarded
-from tests.e2e.world import AdapterProcess, World, environ_of, eventually, fast, free_port, stream, until
+from tests.e2e.world import TOKEN_KEY, AdapterProcess, World, environ_of, eventually, fast, free_port, stream, until
 
 DURABLE = {"durable": True}
 
@@ -350,6 +350,8 @@ async def test_operators_commands_work_with_their_user(scene: Scene) -> None:
 async def _command(scene: Scene, who: str, *arguments: str) -> tuple[int, list[dict[str, Any]]]:
     """`wechat-nats …` as an operator starts it: exit code, and what it printed."""
     environ = {"NATS_URL": scene.server.url, **scene.server.users[who].environ}
+    if who == "adapter":  # as in its pod
+        environ["WECHAT_NATS_TOKEN_KEY"] = TOKEN_KEY
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "adapter", *arguments, "--json"),
         env={**os.environ, **environ},

@@ -137,6 +137,14 @@ CASES = [
         14,
         set(),
     ),
+    Case("BotsFailing", "one of many", bindings(polling=99, error=1), 11, {"BotsFailing"}),
+    Case(
+        "BotsFailing",
+        "iLink was away for a few minutes",
+        gauge("bindings", "0x5 40x8 0x60", state="error") | bindings(polling=60),
+        16,
+        set(),
+    ),
     Case("BotSessionsExpired", "one of many", bindings(polling=99, needs_login=1), 11, {"BotSessionsExpired"}),
     Case("BotSessionsExpired", "none", bindings(polling=100, needs_login=0), 30, set()),
     Case(

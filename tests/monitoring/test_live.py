@@ -135,6 +135,14 @@ async def stalled_poll(s: Scene) -> None:
     s.made.sim.cut_polls(s.bot(0))
 
 
+async def failing_polls(s: Scene) -> None:
+    """iLink answers a bot's polls with an error page."""
+    async with s.fires("BotsFailing"):
+        s.made.sim.set_fault(FaultRule(fault="F1", endpoint="getupdates", bot=s.bot(0)))
+        s.made.sim.cut_polls(s.bot(0))
+    s.made.sim.clear_faults()
+
+
 async def lost_logins(s: Scene) -> None:
     """Tokens die: of one bot, then of an eighth of them all."""
     async with s.fires("BotSessionsExpired"):
@@ -244,6 +252,7 @@ FAULTS: list[Callable[[Scene], Awaitable[None]]] = [
     full,
     no_adapter,
     stalled_poll,
+    failing_polls,
     lost_logins,
     throttled,
     unconfirmed,
