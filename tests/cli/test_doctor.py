@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import itertools
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -262,11 +263,15 @@ async def bound(bus: Bus, *tokens: str) -> None:
         await bus.js.publish(key, msgspec.json.encode(binding))
 
 
-async def stored_tokens(bus: Bus) -> list[str]:
+async def stored_bindings(bus: Bus) -> list[Binding]:
     link = Link(bus.settings, "test")
     await link.use(bus.nc)
     found = StreamHistory(link).read(f"KV_{bus.names.bindings}", f"$KV.{bus.names.bindings}.>")
-    return [msgspec.json.decode(stored.data, type=Binding).token async for stored in found]
+    return [msgspec.json.decode(stored.data, type=Binding) async for stored in found]
+
+
+async def stored_tokens(bus: Bus) -> list[str]:
+    return [binding.token for binding in await stored_bindings(bus)]
 
 
 def sealer(*keys: str) -> Sealer:
@@ -320,6 +325,25 @@ async def test_fix_seals_what_is_open_or_under_an_older_key(
         "TOKEN-2",
     ]
     assert "sealing" not in (await cli("doctor", "--fix")).out
+
+
+ROTATION = [(OLD,), (OLD, NEW), (NEW, OLD), (NEW,)]
+"""The keys of the adapters, step by step, as the runbook tells; before the last one `doctor --fix` seals anew."""
+
+
+async def test_rotating_a_key_leaves_no_adapter_with_a_token_that_it_cannot_open(
+    cli: Command, bus: Bus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of two neighbouring steps run side by side for a while, and each reads what the other wrote."""
+    await bound(bus, *(sealer(OLD).seal(f"b{number}@im.bot", "TOKEN") for number in range(3)))
+    for before, after in itertools.pairwise(ROTATION):
+        if after == ROTATION[-1]:
+            monkeypatch.setenv("WECHAT_NATS_TOKEN_KEY", ",".join(before))
+            assert (await cli("doctor", "--fix")).out.count("sealing 2 bot tokens") == 1
+        await bound(bus, sealer(*before).seal("b0@im.bot", "TOKEN"), sealer(*after).seal("b1@im.bot", "TOKEN"))
+        for keys in (before, after):
+            for binding in await stored_bindings(bus):
+                assert sealer(*keys).open(binding.bot, binding.token) == "TOKEN", (before, after, keys)
 
 
 def _number(token: str) -> int:
