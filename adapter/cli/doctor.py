@@ -245,7 +245,8 @@ async def _fix(bus: Bus, settings: Settings, *, quiet: bool) -> None:
             await topology.alter(link, d, settings, bus.names)
         await _seal(link, bus, settings, quiet=quiet)
     except BusRefused as exc:
-        raise Failed(NO, f"The server refused: {exc.detail}; this has to be changed by hand.") from exc
+        by_hand = "" if exc.code in topology.NO_ROOM else "; this has to be changed by hand"
+        raise Failed(NO, f"The server refused: {exc.detail}{by_hand}.") from exc
     except Temporary as exc:
         raise Failed(UNREACHABLE, f"JetStream did not answer ({exc.detail}): try again.") from exc
 

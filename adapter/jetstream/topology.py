@@ -18,12 +18,18 @@ import structlog
 from adapter.contract import SHARDS, Names
 from adapter.errors import BusRefused, SettingsError, Temporary
 from adapter.jetstream.buckets import news_subject
-from adapter.jetstream.link import NO_STREAM, Link
+from adapter.jetstream.link import ACCOUNT_FULL, NO_STREAM, Link
 from adapter.settings import Settings
 
 log = structlog.get_logger()
 
 NAME_IN_USE = 10058
+NO_ROOM = (ACCOUNT_FULL, 10047)
+"""What a stream reserves is more than the account, or the server, has left."""
+MORE_ROOM = (
+    "lower WECHAT_NATS_IN_MAX_BYTES and WECHAT_NATS_MEDIA_STORE_BYTES, which streams reserve when they are made,"
+    " or give JetStream more storage (max_file_store, or the account's limit)"
+)
 API_LEVEL = 4
 """nats-server 2.14: consumer reset. Older servers accept newer options silently, so it is asked at the start."""
 NS = 1_000_000_000
@@ -261,6 +267,8 @@ async def create(link: Link, wanted: Wanted) -> None:
         try:
             await link.api(f"STREAM.CREATE.{wanted.name}", config, timeout_s=15)
         except BusRefused as exc:
+            if exc.code in NO_ROOM:
+                raise BusRefused(exc.code, f"{exc.detail.partition(' ')[2]}: {MORE_ROOM}") from exc
             if exc.code != NAME_IN_USE:  # another replica was faster, with another first sequence
                 raise
         return

@@ -127,6 +127,32 @@ async def test_a_server_without_jetstream_fails(cli: Command, monkeypatch: pytes
         assert (await cli("tail", "--all", "--count", "1")).code == 3
 
 
+class Small(EmbeddedNats):
+    """A server with less room than the streams reserve."""
+
+    def _write_config(self) -> Path:
+        config = super()._write_config()
+        config.write_text(config.read_text().replace("jetstream {", "jetstream { max_file_store: 2GB,", 1))
+        return config
+
+
+async def test_streams_that_reserve_more_than_there_is_name_the_settings(
+    cli: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with Small() as server:
+        monkeypatch.setenv("NATS_URL", server.url)
+        fixed = await cli("doctor", "--fix")
+        async with started("run", env={"NATS_URL": server.url, "WECHAT_NATS_HTTP_ADDR": "127.0.0.1:0"}) as process:
+            _, ended = await process.communicate()
+        assert (fixed.code, process.returncode) == (1, 2)
+        for name in ("WECHAT_NATS_IN_MAX_BYTES", "WECHAT_NATS_MEDIA_STORE_BYTES", "max_file_store"):
+            assert name in fixed.err
+            assert name in ended.decode().splitlines()[-1]
+        monkeypatch.setenv("WECHAT_NATS_IN_MAX_BYTES", "1000000000")
+        monkeypatch.setenv("WECHAT_NATS_MEDIA_STORE_BYTES", "1000000000")
+        assert (await cli("doctor", "--fix")).err == ""
+
+
 # permissions ---------------------------------------------------------------------------------------------
 
 
