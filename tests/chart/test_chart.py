@@ -597,7 +597,16 @@ def test_keda_asks_for_metrics_that_there_are() -> None:
     names = set(re.findall(r"wechat_adapter_\w+", queries))
     assert names <= exposed()
     assert len(names) == 3
-    assert queries.count('namespace="chat", pod=~"bridge-wechat-nats-.*"') == 3
+    (pods,) = set(re.findall(r'namespace="chat", pod=~"([^"]+)"', queries))
+    assert queries.count(pods) == 3
+    for pod in ("bridge-wechat-nats-7d9c5b8f6d-x2x7q", "bridge-wechat-nats-7d9c5bx2x7q"):
+        assert re.fullmatch(pods, pod)
+    for pod in (
+        "bridge-wechat-nats-staging-7d9c5b8f6d-x2x7q",
+        "bridge-wechat-nats-nats-0",
+        "a-bridge-wechat-nats-1-x2x7q",
+    ):
+        assert not re.fullmatch(pods, pod)
 
 
 def exposed() -> set[str]:
