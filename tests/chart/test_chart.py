@@ -260,6 +260,21 @@ REFUSALS: list[tuple[str, Object, str]] = [
         "autoscaling.keda.prometheusAddress: set the address of your Prometheus",
     ),
     (
+        "a network policy that keeps it from NATS",
+        {"networkPolicy": {"enabled": True}, "nats": {"url": "nats://a:4222,tls://b:4443/"}},
+        "networkPolicy.natsPorts: add 4443, the port of tls://b:4443/ in nats.url, or allow it in extraEgress.",
+    ),
+    (
+        "a network policy without NATS' own port, which no URL names",
+        {"networkPolicy": {"enabled": True, "natsPorts": [4443]}, "nats": {"url": "nats://[fd00::1]"}},
+        "networkPolicy.natsPorts: add 4222,",
+    ),
+    (
+        "two servers on one port",
+        {"console": {"existingSecret": "s", "port": 9464}},
+        "console.port: set another one than http.port, which is 9464 too.",
+    ),
+    (
         "a variable of the chart's",
         {"extraEnv": [{"name": "NATS_URL", "value": "x"}]},
         "extraEnv: remove NATS_URL, which the chart sets from a value of its own.",
@@ -276,6 +291,20 @@ REFUSALS: list[tuple[str, Object, str]] = [
 def test_what_cannot_work_is_refused_with_what_to_set(values: Object, sentence: str) -> None:
     with pytest.raises(Refused, match=re.escape(sentence)):
         rendered(values)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"networkPolicy": {"enabled": True, "natsPorts": [4222, 4443]}, "nats": {"url": "nats://a,tls://b:4443/"}},
+        {"networkPolicy": {"enabled": True, "extraEgress": [{"ports": [{"port": 4443}]}]}, "nats": {"url": "tls://b:4443"}},
+        {"networkPolicy": {"enabled": True, "natsPorts": [4222]}, "evaluationNats": {"enabled": True}},
+        {"nats": {"url": "tls://b:4443"}},
+        {"console": {"port": 9464}},
+    ],
+)  # fmt: skip
+def test_what_can_work_is_not_refused(values: Object) -> None:
+    assert rendered(values)
 
 
 def test_several_faults_are_told_at_once() -> None:

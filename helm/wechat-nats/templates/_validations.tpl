@@ -48,6 +48,21 @@
 {{- $faults = append $faults "autoscaling.keda.prometheusAddress: set the address of your Prometheus, such as http://prometheus.monitoring:9090." }}
 {{- end }}
 {{- end }}
+{{- if and $v.networkPolicy.enabled (not $v.networkPolicy.extraEgress) }}
+{{- $open := list }}
+{{- range $v.networkPolicy.natsPorts }}
+{{- $open = append $open (int .) }}
+{{- end }}
+{{- range $url := splitList "," (include "wechat-nats.natsUrl" .) }}
+{{- $port := regexFind ":[0-9]+$" (trimSuffix "/" $url) | trimPrefix ":" | default "4222" | int }}
+{{- if not (has $port $open) }}
+{{- $faults = append $faults (printf "networkPolicy.natsPorts: add %d, the port of %s in nats.url, or allow it in extraEgress." $port $url) }}
+{{- end }}
+{{- end }}
+{{- end }}
+{{- if and $v.console.existingSecret (eq (int $v.console.port) (int $v.http.port)) }}
+{{- $faults = append $faults (printf "console.port: set another one than http.port, which is %d too." (int $v.http.port)) }}
+{{- end }}
 {{- $own := include "wechat-nats.ownEnv" . | fromYaml }}
 {{- range $v.extraEnv }}
 {{- if hasKey $own .name }}
