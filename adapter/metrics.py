@@ -75,20 +75,20 @@ class Metrics:
     Safe to change in the event loop while another thread exposes them.
     """
 
-    def __init__(self, *, version: str = "", revision: str = "") -> None:
+    def __init__(self, *, version: str = "") -> None:
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         GCCollector(registry=self.registry)
 
         self.build_info = Gauge(
             "build_info",
-            "Always 1; what runs: version and revision of the source, Python, version of the bus schema.",
-            ["version", "revision", "python", "schema_version"],
+            "Always 1; what runs: version of the program, Python, version of the bus schema.",
+            ["version", "python", "schema_version"],
             namespace=NAMESPACE,
             registry=self.registry,
         )
         runs = version or _installed_version()
-        self.build_info.labels(runs, revision, platform.python_version(), SCHEMA_VERSION).set(1)
+        self.build_info.labels(runs, platform.python_version(), SCHEMA_VERSION).set(1)
 
         self._make_ownership()
         self._make_upstream()

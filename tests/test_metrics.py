@@ -55,7 +55,7 @@ def test_no_label_is_unbounded() -> None:
     labels = {label for family in families(Metrics()) for sample in family.samples for label in sample.labels}
     assert labels == {
         *("consumer", "direction", "endpoint", "kind", "le", "outcome", "reason", "state", "stream"),
-        *("version", "revision", "python", "schema_version"),
+        *("version", "python", "schema_version"),
     }
 
 
@@ -131,10 +131,13 @@ def test_one_value_that_was_seen_often_counts_as_often() -> None:
 
 
 def test_build_info_says_what_runs() -> None:
-    body = Metrics(version="1.2.3", revision="abc").expose()[0].decode()
-    assert re.search(
-        r'wechat_adapter_build_info\{python="[\d.]+",revision="abc",schema_version="1",version="1.2.3"\} 1.0', body
-    )
+    body = Metrics(version="1.2.3").expose()[0].decode()
+    assert re.search(r'wechat_adapter_build_info\{python="[\d.]+",schema_version="1",version="1.2.3"\} 1.0', body)
+
+
+def test_build_info_of_an_installed_program_leaves_no_label_empty() -> None:
+    (info,) = [family for family in families(Metrics()) if family.name == "wechat_adapter_build_info"]
+    assert all(value for sample in info.samples for value in sample.labels.values())
 
 
 def test_only_plausible_outcomes_of_commands_exist_in_advance() -> None:
