@@ -32,6 +32,9 @@ from adapter.timing import heeding
 
 CONNECT_S = 5.0
 ANSWER_S = 5.0
+ASKED_S = 2.0
+"""Patience with a question that only betters a sentence."""
+NO_JETSTREAM = "JetStream is not available on this server or for this user."
 JetStreamGone = (ServiceUnavailableError, NoStreamResponseError)
 NO_STREAM = 10059
 KEPT = 1000
@@ -91,6 +94,7 @@ class Bus:
             with heeding():
                 return await self.js.publish(subject, payload, headers=headers, timeout=ANSWER_S)
         except (NoStreamResponseError, NoRespondersError):
+            await self._check_jetstream()
             raise Failed(
                 UNREACHABLE, f"No stream takes {subject}: start an adapter once, or run `wechat-nats doctor --fix`."
             ) from None
@@ -104,6 +108,16 @@ class Bus:
                 UNREACHABLE,
                 f"The bus did not confirm {subject}: unclear whether it is stored, repeat with the same id.",
             ) from None
+
+    async def _check_jetstream(self) -> None:
+        """Raises Failed where JetStream itself is not there; a user who may not ask gets the benefit of the doubt."""
+        with contextlib.suppress(NatsError, TimeoutError, msgspec.DecodeError):
+            try:
+                answer = await self.nc.request("$JS.API.INFO", b"", timeout=ASKED_S)
+            except NoRespondersError:
+                raise Failed(UNREACHABLE, NO_JETSTREAM) from None
+            if "error" in msgspec.json.decode(answer.data, type=dict[str, Any]):
+                raise Failed(UNREACHABLE, NO_JETSTREAM)
 
     async def ask(self, verb: str, request: msgspec.Struct, answer: type[S], timeout_s: float = ANSWER_S) -> S:
         """A request to an adapter. Raises Failed."""
@@ -170,7 +184,7 @@ async def connected(settings: Settings | None = None, *, lasting: bool = False) 
     try:
         yield bus
     except JetStreamGone as exc:
-        raise Failed(UNREACHABLE, "JetStream is not available on this server or for this user.") from exc
+        raise Failed(UNREACHABLE, NO_JETSTREAM) from exc
     finally:
         with contextlib.suppress(NatsError, OSError, TimeoutError):
             await nc.close()

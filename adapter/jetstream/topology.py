@@ -297,6 +297,11 @@ async def ensure(link: Link, names: Names, settings: Settings) -> list[Differenc
         level = await server_level(link)
     except BusRefused as exc:
         raise SettingsError("jetstream", f"JetStream is not available to this user: {exc.detail}") from exc
+    except Temporary as exc:
+        if exc.reason == "bus_down":
+            raise
+        said = f"JetStream does not answer ({exc.detail}): is it enabled, and may this user publish to $JS.API.>?"
+        raise Temporary(exc.reason, said) from exc
     if level < API_LEVEL:
         raise SettingsError("server_too_old", f"JetStream API level {level}; nats-server 2.14 or newer is needed.")
     missing, different = await inspect(link, names, settings)

@@ -122,9 +122,21 @@ async def test_a_server_without_jetstream_fails(cli: Command, monkeypatch: pytes
         monkeypatch.setenv("NATS_URL", server.url)
         result = await cli("doctor", "--json")
         assert (result.code, states(result)["jetstream"]) == (1, "fail")
-        assert (await cli("send", "s1", "hi")).code == 3
+        sent = await cli("send", "s1", "hi")
+        assert (sent.code, "JetStream is not available" in sent.err) == (3, True)
         assert (await cli("dead", "ls")).code == 3
         assert (await cli("tail", "--all", "--count", "1")).code == 3
+
+
+async def test_an_adapter_waits_for_jetstream_by_its_name() -> None:
+    async with (
+        WithoutJetStream() as server,
+        started("run", env={"NATS_URL": server.url, "WECHAT_NATS_HTTP_ADDR": "127.0.0.1:0"}) as process,
+    ):
+        assert process.stdout is not None
+        while b"streams.unverified" not in (line := await process.stdout.readline()):
+            assert line, "it ended"
+        assert b"JetStream does not answer (no responders): is it enabled" in line
 
 
 class Small(EmbeddedNats):
