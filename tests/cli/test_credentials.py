@@ -13,8 +13,9 @@ from adapter.cli.jwts import USER, Key
 from adapter.errors import Temporary
 from adapter.jetstream.link import connect_options
 from adapter.settings import Settings
-from tests.authority import Authority, linked
+from tests.authority import Authority
 from tests.bus.guarded import guarded
+from tests.bus.test_tls import linked
 from tests.cli.conftest import Command
 from tests.e2e.waiting import eventually, until
 
