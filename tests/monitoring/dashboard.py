@@ -68,8 +68,10 @@ async def shown(folder: Path, *, seconds: float) -> AsyncIterator[list[Shown]]:
         stack.push_async_callback(nc.close)
         prometheus = await stack.enter_async_context(Prometheus(folder / "prometheus", ports))
         began = time.time()
-        for port in ports:
+        for number, port in enumerate(ports, 1):
             await made.add_adapter(WECHAT_NATS_HTTP_ADDR=f"127.0.0.1:{port}")
+            # the second one's share moves once the first one's counts are known: else nobody sees them rise
+            await eventually(lambda number=number: _are_seen(prometheus, number), "it is scraped")  # type: ignore[misc]
         for number in range(BOTS):
             await made.bind(nc, f"s{number}", made.sim.add_bot())
         await until(lambda: made.sim.stats().parked == BOTS, "all are polled")
@@ -83,6 +85,11 @@ async def shown(folder: Path, *, seconds: float) -> AsyncIterator[list[Shown]]:
             )
             for panel in panels()
         ]
+
+
+async def _are_seen(prometheus: Prometheus, adapters: int) -> bool:
+    found = await prometheus.query("count(wechat_adapter_build_info)")
+    return bool(found) and found[0].samples[0][1] == adapters
 
 
 async def _scraped(prometheus: Prometheus, ports: list[int]) -> bool:
