@@ -135,15 +135,15 @@ class LaneWork(Settling):
     def _binding(self, lane: Lane) -> Binding | None:
         """The bot that serves the lane's user now: its own, or the one that replaced it."""
         found = self._needs.bindings.get(lane.bot)
-        if found is not None and found.sandbox == lane.sandbox:
+        if found is not None and found.sandbox != lane.sandbox:
+            found = None
+        if not lane.user or (found is not None and found.user == lane.user):
             return found
-        if not lane.user:
-            return None
         for other in self._needs.bindings.of_sandbox(lane.sandbox):
             if other.user == lane.user:
                 lane.bot = other.bot
                 return other
-        return None
+        return found
 
     def _hindrance(self, lane: Lane, binding: Binding) -> str:
         if binding.state == "needs_login" and not lane.last_tries:
@@ -274,8 +274,14 @@ class LaneWork(Settling):
         except Refused as exc:
             return Wait("needs_login", exc.detail)
 
+        def check() -> None:
+            self._check()
+            now = self._needs.bindings.get(binding.bot)
+            if now is None or now.sandbox != lane.sandbox:
+                raise LeaseLost("not_bound", binding.bot)
+
         sender = self._sender._replace(
-            pace=lambda: self._pace(lane), pause=self._pause, check=self._check, upload=self._upload
+            pace=lambda: self._pace(lane), pause=self._pause, check=check, upload=self._upload
         )
         async with peer.sending:
             result = await sending.send(merge([one.command for one in group]), peer, account, sender)
@@ -292,7 +298,7 @@ class LaneWork(Settling):
                     if item.command.when_closed == "park":
                         return result
                     refused = Ending("refused", result.reason, result.detail, (), *result[2:])
-                    result = in_doubt(refused, peer.context.hand, item.command.client)
+                    result = in_doubt(refused, peer.context.hand, item.command)
                 case Ending():
                     await self._settle_token(lane, binding, result)
             await self._end_all(group, result, self._shown(peer), binding.bot, lane.user)
@@ -380,8 +386,10 @@ class LaneWork(Settling):
         if not late and not late_parked:
             return
         hand = await self._hand(lane)
+        told: dict[str, Ending] = {}
         for item in late:
-            await self._end_unsent(lane, item, Ending("refused", "expired", "It was not sent in time."), hand)
+            ending = Ending("refused", "expired", "It was not sent in time.")
+            told[item.command.client] = await self._end_unsent(lane, item, ending, hand)
             if item in lane.queue:
                 lane.queue.remove(item)
         held = {one.client for one in hand.all} if hand and hand.tried else set()
@@ -389,28 +397,28 @@ class LaneWork(Settling):
         for parked in together:
             if item_now := await read_parked(parked, self._needs):
                 ending = Ending("refused", "expired", "The user did not write in time.")
-                await self._end_unsent(lane, item_now, ending, hand)
+                told[parked.client] = await self._end_unsent(lane, item_now, ending, hand)
             lane.drop([parked.seq])
-        ended = {*(item.command.client for item in late), *(parked.client for parked in together)}
-        if hand and hand.client in ended:
-            await self._let_go(lane, hand)
+        await self._let_go(lane, hand, told)
 
     async def _give_up(self, lane: Lane) -> None:
         """The user's bot was unbound: nothing more of theirs will be sent."""
         hand = await self._hand(lane)
         ending = Ending("refused", "not_bound", "The bot was unbound.")
-        ended: set[str] = set()
+        told: dict[str, Ending] = {}
+
+        async def end(item: Item) -> None:
+            told[item.command.client] = in_doubt(ending, hand, item.command)
+            await self._end(item, told[item.command.client], None, lane.bot, lane.user)
+
         while lane.queue:
-            item = lane.queue[0]
-            await self._end(item, in_doubt(ending, hand, item.command.client), None, lane.bot, lane.user)
-            ended.add(item.command.client)
+            await end(lane.queue[0])
             lane.queue.popleft()
         while lane.parked:
-            if found := await read_parked(lane.parked[0], self._needs):
-                await self._end(found, in_doubt(ending, hand, found.command.client), None, lane.bot, lane.user)
-            ended.add(lane.parked.popleft().client)
-        if hand and hand.client in ended:
-            await self._let_go(lane, hand)
+            if item := await read_parked(lane.parked[0], self._needs):
+                await end(item)
+            lane.parked.popleft()
+        await self._let_go(lane, hand, told)
 
     def _start(self, lane: Lane) -> None:
         lane.wake.set()

@@ -138,6 +138,10 @@ async def send(command: Command, peer: Peer, account: Account, sender: Sender) -
         if not isinstance(step, Hand):
             return step
         hand = step
+    return _all_taken(hand)
+
+
+def _all_taken(hand: Hand) -> Ending:
     ending = _ending("accepted_unconfirmed" if hand.unconfirmed else "accepted", hand)
     return ending._replace(ret=hand.ret, errcode=hand.errcode, errmsg=hand.errmsg)
 
@@ -224,7 +228,7 @@ async def _request(
             peer.context = window.returned(peer.context, untouched)
             return await _again(command, untouched, peer, answer, sender, untouched.attempts) or untouched
         case Throttled():
-            return await _throttled(untouched, peer, answer, sender)
+            return await _throttled(command, untouched, peer, answer, sender)
         case SessionExpired():
             peer.context = window.returned(peer.context, untouched)
             return Wait("needs_login", answer.detail, hand.attempts, answer.ret, answer.errcode, answer.errmsg)
@@ -236,7 +240,7 @@ async def _request(
                 return Apart()
             ending = _ending("refused", hand, answer.detail)._replace(reason=answer.reason)
             ending = ending._replace(ret=answer.ret, errcode=answer.errcode, errmsg=answer.errmsg)
-            return in_doubt(ending, untouched, command.client)
+            return in_doubt(ending, untouched, command)
         case Accepted():
             sender.note(command.sandbox, peer.bot, peer.user, answer.message_id, *_words(content))
             return _accepted(hand, peer, answer, sender)
@@ -293,7 +297,7 @@ async def _again(
     log.warning("send.failed", bot=peer.bot, command=command.id, reason=problem.reason, attempts=hand.attempts)
     if problem.reason != "network" and failures >= sender.attempts * len(command.parts):
         ending = _ending("dead_lettered", hand, problem.detail)._replace(reason="unreachable")
-        return in_doubt(ending, hand, command.client)
+        return in_doubt(ending, hand, command)
     expires_ms = sorted(one.expires_ms for one in (command, *command.merged))
     if hand.tried:  # an earlier request may have been taken: nothing of it may be called unsent
         if sender.clock.now_ms() >= expires_ms[-1]:
@@ -307,7 +311,7 @@ async def _again(
     return None
 
 
-async def _throttled(hand: Hand, peer: Peer, answer: Throttled, sender: Sender) -> Wait | Ending:
+async def _throttled(command: Command, hand: Hand, peer: Peer, answer: Throttled, sender: Sender) -> Wait | Ending:
     """-2: quiet until the user writes. Refused again in another window, the command itself is at fault.
 
     Of merged commands the first goes alone the next time, so that each fault is found.
@@ -328,19 +332,20 @@ async def _throttled(hand: Hand, peer: Peer, answer: Throttled, sender: Sender) 
     )
     if repeated:
         ending = _ending("refused", hand, answer.detail)._replace(reason="throttled")
-        return in_doubt(
-            ending._replace(ret=answer.ret, errcode=answer.errcode, errmsg=answer.errmsg), hand, hand.client
-        )
+        return in_doubt(ending._replace(ret=answer.ret, errcode=answer.errcode, errmsg=answer.errmsg), hand, command)
     return Wait("throttled", answer.detail, hand.attempts, answer.ret, answer.errcode, answer.errmsg)
 
 
-def in_doubt(ending: Ending, hand: Hand | None, client: str) -> Ending:
+def in_doubt(ending: Ending, hand: Hand | None, command: Command) -> Ending:
     """What is told of a command that ends unsent, where the hand says what was tried of it before.
 
-    A request that got no answer may have been taken: then it cannot be called refused.
+    A request that got no answer may have been taken: then it cannot be called refused. And all may have been taken,
+    only that nobody could be told of it in time.
     """
-    if hand is None or not hand.holds(client):
+    if hand is None or not hand.holds(command.client):
         return ending
+    if hand.part >= len(command.parts):
+        return _all_taken(hand)
     attempts = max(ending.attempts, hand.attempts)
     ending = ending._replace(message_ids=tuple(hand.message_ids), attempts=attempts)
     if not hand.tried:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -126,24 +126,25 @@ class Settling:
     async def _end_in(self, lane: Lane, item: Item, ending: Ending) -> None:
         """Ends a command of which nothing was sent now. Raises Temporary, LeaseLost."""
         hand = await self._hand(lane)
-        await self._end_unsent(lane, item, ending, hand)
-        if hand and hand.client == item.command.client:
-            await self._let_go(lane, hand)
+        told = await self._end_unsent(lane, item, ending, hand)
+        await self._let_go(lane, hand, {item.command.client: told})
 
     async def _hand(self, lane: Lane) -> Hand | None:
         """What is in hand for the lane's user. Raises Temporary."""
         peer = await self._peer(lane)
         return peer.context.hand if peer else None
 
-    async def _end_unsent(self, lane: Lane, item: Item, ending: Ending, hand: Hand | None) -> None:
-        """The same for one of several that may be in hand together."""
-        told = in_doubt(ending, hand, item.command.client)
+    async def _end_unsent(self, lane: Lane, item: Item, ending: Ending, hand: Hand | None) -> Ending:
+        """The same for one of several that may be in hand together; what was told."""
+        told = in_doubt(ending, hand, item.command)
         await self._end(item, told, await self._window(lane), lane.bot, lane.user)
+        return told
 
-    async def _let_go(self, lane: Lane, hand: Hand) -> None:
-        """What was in hand has ended, all of it, and was not sent to its end."""
-        if peer := await self._peer(lane):
-            peer.context = window.settled(peer.context, hand.client, sent=bool(hand.tried))
+    async def _let_go(self, lane: Lane, hand: Hand | None, told: Mapping[str, Ending]) -> None:
+        """Forgets what is in hand if it was told (by client) how it ended."""
+        peer = await self._peer(lane)
+        if peer and hand and (ending := told.get(hand.client)):
+            peer.context = window.settled(peer.context, hand.client, sent=ending.may_be_sent)
 
     async def _end(
         self, item: Item, ending: Ending, shown: contract.Window | None, bot: str = "", user: str = ""

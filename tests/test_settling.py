@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
 
 import msgspec
 import pytest
@@ -239,6 +241,39 @@ async def test_the_ids_of_the_version_before_are_known() -> None:
     assert len(bench.chat.sent) == 1
 
 
+@pytest.mark.parametrize("texts", [THREE, "one"], ids=["half-sent", "sent"])
+async def test_what_ilink_has_answered_is_stored_before_the_shard_goes_to_another_replica(texts: str) -> None:
+    """It is stored with the next request otherwise, which is the next owner's."""
+    bench, shard = await ready()
+    shard.on_delivery(bench.command(texts, id="c"))
+    while len(bench.chat.sent) < 1:
+        await asyncio.sleep(0.01)
+    await asyncio.sleep(0.1)
+    await shard.drain(20.0)
+    record = bench.context()
+    if record.hand is None:
+        assert record.done == ["s1/c"]
+    else:
+        assert (record.hand.part, record.hand.tried, record.hand.message_ids) == (1, 0, ["m1"])
+    assert (record.hand is None) == (texts == "one")
+
+
+async def test_all_that_was_taken_is_told_as_such_where_its_time_is_up_before_it_can_be_told() -> None:
+    bench, shard = await ready()
+    delivery = bench.command("hi", id="c", expires_in_s=5, suspect=True)
+    told, failures = bench.bus.read, [Temporary("bus_down")] * 20
+
+    def read(stream: str, subject: str, **where: Any) -> AsyncIterator[Stored]:
+        if stream.endswith("EVENT") and bench.chat.sent and failures:
+            raise failures.pop()
+        return told(stream, subject, **where)
+
+    bench.bus.read = read  # type: ignore[method-assign]
+    shard.on_delivery(delivery)
+    await asyncio.sleep(60)
+    assert [(receipt.outcome, receipt.message_ids) for receipt in finals(bench)] == [("accepted", ["m1"])]
+
+
 # whom it is for ------------------------------------------------------------------------------------------
 
 
@@ -262,3 +297,29 @@ async def test_where_a_user_has_logged_in_anew_their_answers_go_to_the_new_bot()
     shard.on_delivery(bench.command("hi", id="c1"))
     await asyncio.sleep(10)
     assert [(sent.bot, sent.text) for sent in bench.chat.sent] == [("b2@im.bot", "hi")]
+
+
+async def test_nothing_goes_on_over_a_bot_that_serves_another_sandbox_by_now() -> None:
+    """Also what is tried again and again, as iLink cannot be reached."""
+    bench, shard = await ready()
+    bench.chat.sends.extend([Temporary("network")] * 3)
+    shard.on_delivery(bench.command("of the first sandbox", id="c"))
+    await asyncio.sleep(1)
+    await bench.bind(sandbox="s2")
+    await asyncio.sleep(60)
+    assert outcomes(bench) == [("c", "refused", "not_bound")]
+    assert len(bench.chat.sent) == 1, "the first try"
+
+
+async def test_a_user_who_logs_in_anew_is_answered_by_their_own_bot() -> None:
+    """Their command came while only another user's bot was bound."""
+    bench, shard = await ready()
+    await bench.bind(bot="b2@im.bot", user="u2@im.wechat")
+    await bench.bindings.remove(BOT)
+    shard.on_delivery(bench.command("hi", id="c", user=USER))
+    await asyncio.sleep(5)
+    await bench.bind(bot="b3@im.bot")
+    shard.rebound("s1")
+    await user_writes(bench, shard, bot="b3@im.bot")
+    await asyncio.sleep(20)
+    assert [(sent.bot, sent.user) for sent in bench.chat.sent] == [("b3@im.bot", USER)]
