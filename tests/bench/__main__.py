@@ -31,6 +31,8 @@ from tests.bench.rig import Process, Received, Rig, rig
 HOLD_S = 35.0
 LONG_S = 60.0
 """How long a poll may be said to wait."""
+START_S = 20.0
+"""All bots of a row are polled by then."""
 SHORT_S = 1.0
 """How long a poll waits while bots are shared: one moves at its next."""
 SETTLE_S = 10.0
@@ -460,8 +462,10 @@ async def _polls_add_up(bench: Bench) -> None:
     Nothing comes, so that hardly anybody else works, and there is nearly a core for each.
     """
     bots, alone = 18_000, 0.0
-    async with bench.rig("polls: one adapter, then two", bound=bots, hold_s=1.2 * INSTANT_S) as (made, nc):
+    async with bench.rig("polls: one adapter, then two", bound=bots, hold_s=START_S) as (made, nc):
         adapters = [await bridge_in(made, "adapter", bots)]
+        await made.ask("hold", seconds=1.2 * INSTANT_S)
+        await asyncio.sleep(START_S)
         for how in ("one adapter", "two adapters"):
             if alone:
                 adapters.append(made.adapter())
