@@ -29,7 +29,6 @@ class Peer:
         "lock",
         "revision",
         "sending",
-        "stored",
         "telling",
         "told",
         "told_in",
@@ -41,8 +40,6 @@ class Peer:
         self.bot = bot
         self.user = user
         self.context = Context()
-        self.stored = self.context
-        """What the bucket has."""
         self.revision = 0
         self.in_flight = 0
         """Requests to sendmessage that have no answer yet."""
@@ -150,16 +147,8 @@ class Contexts:
                         await self._load(peer)  # an operator's hand, or the owner before us: its word counts
                         peer.context = window.known_also(peer.context, before)
                         continue
-                peer.context = peer.stored = after
+                peer.context = after
                 return after
-
-    async def store_ahead(self, ours: Callable[[str], bool]) -> None:
-        """Stores what only this replica knows of the users of bots that are `ours`: what iLink has answered since the
-        last request was counted. Raises Temporary, LeaseLost."""
-        ahead = [peer for bot, peers in self._peers.items() if ours(bot) for peer in peers.values()]
-        await asyncio.gather(
-            *(self.save(peer, lambda context: context) for peer in ahead if peer.context != peer.stored)
-        )
 
     async def _load(self, peer: Peer) -> None:
         entry = await self._bucket.get(peer_key(peer.bot, peer.user))
@@ -167,4 +156,4 @@ class Contexts:
             peer.revision = 0  # purged by an operator, if it ever was
             return
         peer.revision = entry.revision
-        peer.context = peer.stored = msgspec.json.decode(entry.value, type=Context) if entry.value else Context()
+        peer.context = msgspec.json.decode(entry.value, type=Context) if entry.value else Context()

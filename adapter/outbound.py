@@ -15,7 +15,7 @@ import structlog
 from adapter import contract
 from adapter.backlog import PAGE, Backlog
 from adapter.commands import Command, command_id, peek, read_command
-from adapter.errors import AdapterError, LeaseLost, Refused, Temporary, Unreadable
+from adapter.errors import AdapterError, Refused, Temporary, Unreadable
 from adapter.lane import Item, Lanes, parked_at
 from adapter.lanework import LaneWork
 from adapter.parked import item_of
@@ -270,12 +270,6 @@ class Shard(LaneWork):
             log.warning("lanes.cut", shard=self.number, tasks=len(self._tasks))
             self.stop()
             await self._tasks.ended(CUT_S)
-            return
-        try:
-            async with asyncio.timeout(CUT_S):
-                await self._sender.contexts.store_ahead(self._serves)
-        except (Temporary, LeaseLost, TimeoutError) as exc:
-            log.warning("lanes.unstored", shard=self.number, reason=type(exc).__name__)
 
     def stop(self) -> None:
         """The shard is lost: everything ends now."""

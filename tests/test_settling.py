@@ -241,23 +241,6 @@ async def test_the_ids_of_the_version_before_are_known() -> None:
     assert len(bench.chat.sent) == 1
 
 
-@pytest.mark.parametrize("texts", [THREE, "one"], ids=["half-sent", "sent"])
-async def test_what_ilink_has_answered_is_stored_before_the_shard_goes_to_another_replica(texts: str) -> None:
-    """It is stored with the next request otherwise, which is the next owner's."""
-    bench, shard = await ready()
-    shard.on_delivery(bench.command(texts, id="c"))
-    while len(bench.chat.sent) < 1:
-        await asyncio.sleep(0.01)
-    await asyncio.sleep(0.1)
-    await shard.drain(20.0)
-    record = bench.context()
-    if record.hand is None:
-        assert record.done == ["s1/c"]
-    else:
-        assert (record.hand.part, record.hand.tried, record.hand.message_ids) == (1, 0, ["m1"])
-    assert (record.hand is None) == (texts == "one")
-
-
 async def test_all_that_was_taken_is_told_as_such_where_its_time_is_up_before_it_can_be_told() -> None:
     bench, shard = await ready()
     delivery = bench.command("hi", id="c", expires_in_s=5, suspect=True)

@@ -37,7 +37,8 @@ async def running(
 
 async def faultless(made: World, nc: Client) -> None:
     await made.settle(nc)
-    assert (await audit(made, nc)).faults() == []
+    faults = (await audit(made, nc)).faults()
+    assert not faults, faults
 
 
 @contextlib.asynccontextmanager
