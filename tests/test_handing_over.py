@@ -179,25 +179,30 @@ class World(NamedTuple):
     numbers: Iterator[int]
 
 
+def mortal(world: Bench, number: int, life: Life) -> Bench:
+    """One of several replicas of a world, which reaches it as long as it lives."""
+    reached = World(
+        clock=world.clock,
+        bus=MortalBus(world.bus, life),  # type: ignore[arg-type]
+        chat=MortalChat(world.chat, world.clock, life),
+        cursors=world.cursors,
+        contexts_bucket=MortalBucket(world.contexts_bucket, life),
+        bindings_bucket=world.bindings_bucket,
+        quotes=world.quotes,
+        typing=world.typing,
+        cdn=world.cdn,
+        objects=world.objects,
+        numbers=world.numbers,
+    )
+    return Bench(reached, incarnation=f"r{number}", metrics=world.metrics)  # type: ignore[arg-type]
+
+
 class Replica:
     """One that has the shard, or had it."""
 
     def __init__(self, world: Bench, number: int) -> None:
         self.life = Life()
-        reached = World(
-            clock=world.clock,
-            bus=MortalBus(world.bus, self.life),  # type: ignore[arg-type]
-            chat=MortalChat(world.chat, world.clock, self.life),
-            cursors=world.cursors,
-            contexts_bucket=MortalBucket(world.contexts_bucket, self.life),
-            bindings_bucket=world.bindings_bucket,
-            quotes=world.quotes,
-            typing=world.typing,
-            cdn=world.cdn,
-            objects=world.objects,
-            numbers=world.numbers,
-        )
-        self.bench = Bench(reached, incarnation=f"r{number}", metrics=world.metrics)  # type: ignore[arg-type]
+        self.bench = mortal(world, number, self.life)
         self.shard: Shard = self.bench.shard(sender=self.bench.sender(rules=LIMITED), merge_chars=40)
         self.stolen: list[FakeDelivery] = []
         """What its old pulls took out of the stream; it reads them when it goes on."""

@@ -26,7 +26,7 @@ from adapter.outbound import Shard
 from adapter.ports import Accepted, Entry
 from adapter.records import Binding, Context
 from tests.fakes import RULES, Bench, FakeBucket, FakeChat, FakeDelivery, Life, Sent, VirtualLoop
-from tests.test_handing_over import Command, MortalBucket, MortalBus, MortalChat, World
+from tests.test_handing_over import Command, mortal
 
 SCHEDULES = int(os.environ.get("SCHEDULES", "150"))
 SANDBOXES = ["s1", "s2"]
@@ -214,20 +214,7 @@ class Replica:
 
     def __init__(self, model: Model, number: int) -> None:
         self.life, world = Life(), model.world
-        reached = World(
-            clock=world.clock,
-            bus=MortalBus(world.bus, self.life),  # type: ignore[arg-type]
-            chat=MortalChat(world.chat, world.clock, self.life),
-            cursors=world.cursors,
-            contexts_bucket=MortalBucket(world.contexts_bucket, self.life),
-            bindings_bucket=world.bindings_bucket,
-            quotes=world.quotes,
-            typing=world.typing,
-            cdn=world.cdn,
-            objects=world.objects,
-            numbers=world.numbers,
-        )
-        self.bench = Bench(reached, incarnation=f"r{number}", metrics=world.metrics)  # type: ignore[arg-type]
+        self.bench = mortal(world, number, self.life)
         self.bench.bound_yet = model.bound_yet
         self._model = model
         self.open()
