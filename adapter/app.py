@@ -317,10 +317,12 @@ class Adapter:
             raise AssertionError("each shard brings its own")
 
         async def stale_on_send(binding: Binding, detail: str) -> None:
-            await inbound.lose_login(self.bindings, self.events, self.clock, binding, detail)
+            if lost := await inbound.lose_login(self.bindings, self.clock, binding):
+                await inbound.tell_login(self.bindings, self.events, lost, detail)
 
         async def alive_on_send(binding: Binding) -> None:
-            await inbound.regain_login(self.bindings, self.events, self.clock, binding)
+            if alive := await inbound.regain_login(self.bindings, self.clock, binding):
+                await inbound.tell_login(self.bindings, self.events, alive)
 
         return Outgoing(
             sender=Sender(

@@ -30,10 +30,10 @@ class Events:
         self._metrics = metrics
         self._numbers = itertools.count()
 
-    async def binding(self, event: contract.BindingEvent) -> None:
-        """Something happened to a binding."""
+    async def binding(self, event: contract.BindingEvent, *, cause: str = "") -> None:
+        """Something happened to a binding. The same again of the same cause, or request, is one event."""
         event = msgspec.structs.replace(event, at_ms=self._clock.now_ms())
-        cause = event.request or f"{event.at_ms}.{next(self._numbers)}"  # a repeat of a request is one event
+        cause = cause or event.request or f"{event.at_ms}.{next(self._numbers)}"
         msg_id = f"binding:{event.bot}:{event.change}:{cause}"
         await self._store(event.sandbox, "binding", msgspec.json.encode(event), msg_id)
 

@@ -112,6 +112,8 @@ async def poll_forever(session: Session, place: Place, needs: Incoming) -> Place
         binding = needs.bindings.get(session.bot)
         if binding is None or session.must_leave():
             break
+        if binding.untold:
+            binding = await tell_login(needs.bindings, needs.events, binding)
         if binding.state == "needs_login":
             session.state, session.stale, session.served = "needs_login", False, binding
             await wait_until(session, needs.bindings.changed, rebound(binding, needs))
@@ -210,10 +212,11 @@ async def recover(session: Session, exc: SessionExpired, place: Place, needs: In
             pause_s = needs.stale_retry_s[refusals] if refusals < len(needs.stale_retry_s) else None
             late = not failures and needs_login_now(pause_s, needs.clock.monotonic() - since)
             if late and binding.state == "active":
-                lost = await lose_login(needs.bindings, needs.events, needs.clock, binding, exc.detail)
+                lost = await retry(partial(lose_login, needs.bindings, needs.clock, binding), needs)
                 if lost is None:
                     return None
-                binding = session.served = lost
+                tell = partial(tell_login, needs.bindings, needs.events, lost, exc.detail)
+                binding = session.served = await retry(tell, needs)
                 session.state = "needs_login"
             if pause_s is None:
                 return None
@@ -233,10 +236,15 @@ async def recover(session: Session, exc: SessionExpired, place: Place, needs: In
                 continue
             log.info("session.recovered", bot=session.bot)
             session.stale = False
-            if await retry(partial(revive, needs.bindings, needs.clock, binding), needs):
-                await retry(partial(tell_recovered, needs.events, binding), needs)
-                needs.revived(binding.sandbox, binding.bot, binding.user)
-            return polled  # also where it was bound anew: iLink may count it as delivered
+            if binding.state == "needs_login":
+                alive = await retry(partial(regain_login, needs.bindings, needs.clock, binding), needs)
+                if alive is None:
+                    return polled  # it was bound anew, but iLink may count this as delivered
+                await retry(partial(tell_login, needs.bindings, needs.events, alive), needs)
+            else:
+                await retry(partial(needs.events.binding, binding_event(binding, "recovered", "", "")), needs)
+            needs.revived(binding.sandbox, binding.bot, binding.user)
+            return polled
     finally:
         session.stale = False
 
@@ -252,41 +260,53 @@ async def _try_again(session: Session, binding: Binding, place: Place, needs: In
         return None
 
 
-async def lose_login(
-    bindings: Bindings, events: Events, clock: Clock, binding: Binding, detail: str
-) -> Binding | None:
-    """Marks a binding `needs_login`, on the bus and in the bucket; None where it is so, or was bound anew."""
+async def lose_login(bindings: Bindings, clock: Clock, binding: Binding) -> Binding | None:
+    """Marks a binding `needs_login`, which is yet to be told; None where it is so, or was bound anew.
+
+    Raises Temporary.
+    """
 
     def without_login(now: Binding) -> Binding | None:
         if now.token != binding.token or now.state == "needs_login":
             return None
-        return msgspec.structs.replace(now, state="needs_login", reason="stale_token", since_ms=clock.now_ms())
+        since_ms = clock.now_ms()
+        return msgspec.structs.replace(now, state="needs_login", reason="stale_token", since_ms=since_ms, untold=True)
 
     lost = await bindings.change(binding.bot, without_login)
     if lost is not None:
         log.error("session.needs_login", bot=binding.bot, sandbox=binding.sandbox)
-        advice = "Have the user scan a new QR code and bind the new bot; what is parked waits for it."
-        await events.binding(binding_event(binding, "needs_login", detail, advice))
     return lost
 
 
-async def regain_login(bindings: Bindings, events: Events, clock: Clock, binding: Binding) -> None:
-    """iLink takes the token again: ends `needs_login` and tells so, unless it was bound anew meanwhile."""
-    if await revive(bindings, clock, binding):
-        await tell_recovered(events, binding)
+async def regain_login(bindings: Bindings, clock: Clock, binding: Binding) -> Binding | None:
+    """iLink takes the token again: ends `needs_login`, which is yet to be told; None where it was bound anew.
 
-
-async def revive(bindings: Bindings, clock: Clock, binding: Binding) -> bool:
-    """Ends `needs_login`. False where the bot was bound anew meanwhile. Raises Temporary."""
+    Raises Temporary.
+    """
 
     def with_login(now: Binding) -> Binding | None:
         if now.token != binding.token or now.state == "active":
             return None
-        return msgspec.structs.replace(now, state="active", reason="", since_ms=clock.now_ms())
+        return msgspec.structs.replace(now, state="active", reason="", since_ms=clock.now_ms(), untold=True)
 
-    return binding.state != "needs_login" or await bindings.change(binding.bot, with_login) is not None
+    return await bindings.change(binding.bot, with_login)
 
 
-async def tell_recovered(events: Events, binding: Binding) -> None:
-    """Raises Temporary."""
-    await events.binding(binding_event(binding, "recovered", "", ""))
+async def tell_login(bindings: Bindings, events: Events, binding: Binding, detail: str = "") -> Binding:
+    """Tells that a login is lost, or back, where the binding is marked for it; the binding without the mark.
+
+    The mark outlives a crash, and a bus that is away, between the change and its event. Raises Temporary.
+    """
+    if not binding.untold:
+        return binding
+    if binding.state == "needs_login":
+        advice = "Have the user scan a new QR code and bind the new bot; what is parked waits for it."
+        event = binding_event(binding, "needs_login", detail, advice)
+    else:
+        event = binding_event(binding, "recovered", "", "")
+    await events.binding(event, cause=str(binding.since_ms))
+
+    def told(now: Binding) -> Binding | None:
+        return msgspec.structs.replace(now, untold=False) if now == binding else None
+
+    return await bindings.change(binding.bot, told) or binding

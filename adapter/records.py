@@ -25,6 +25,8 @@ class Binding(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     request: str = ""
     start_cursor: str | None = None
     """A cursor given by the bind request, to be used once."""
+    untold: bool = False
+    """The event of its login's loss, or return, may not be stored yet: whoever polls the bot tells it."""
 
     def __repr__(self) -> str:
         return (

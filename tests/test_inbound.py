@@ -14,10 +14,10 @@ from structlog.testing import capture_logs
 
 from adapter import contract
 from adapter.batches import store
-from adapter.contract import H_MSG_ID, H_SEEN, BindingEvent, UnsupportedItem
+from adapter.contract import H_MSG_ID, H_SEEN, BindingEvent, BindingState, UnsupportedItem
 from adapter.cursors import NEWEST, acquire, apart_key, put_back
 from adapter.errors import BusRefused, LeaseLost, Refused, SessionExpired, Temporary
-from adapter.inbound import poll_forever, tend
+from adapter.inbound import poll_forever, regain_login, tell_login, tend
 from adapter.inbox import LARGE
 from adapter.ports import Account, Entry, Message, Polled
 from adapter.records import Context, Cursor
@@ -1229,21 +1229,78 @@ async def test_what_the_last_try_brings_is_told_also_where_the_bus_is_away_for_a
     assert changes(bench)[2:] == ["recovered"]
 
 
-async def test_that_a_login_lives_again_is_told_also_where_the_bus_is_away_for_a_moment() -> None:
-    bench, answered, task, session = await in_its_last_try()
+def untellable(bench: Bench, change: str) -> None:
+    """The bus is away as a change of a login is to be told for the first time."""
     tell, failures = bench.events.binding, [Temporary("bus_timeout")]
 
-    async def binding(event: BindingEvent) -> None:
-        if failures:
+    async def binding(event: BindingEvent, *, cause: str = "") -> None:
+        if failures and event.change == change:
             raise failures.pop()
-        await tell(event)
+        await tell(event, cause=cause)
 
     bench.events.binding = binding  # type: ignore[method-assign]
+
+
+async def test_that_a_login_lives_again_is_told_also_where_the_bus_is_away_for_a_moment() -> None:
+    bench, answered, task, session = await in_its_last_try()
+    untellable(bench, "recovered")
     answered.set()
     await asyncio.sleep(5)
     session.leave(now=True)
     await task
     assert changes(bench)[2:] == ["recovered"]
+
+
+async def test_that_a_login_is_lost_is_told_and_tried_on_also_where_the_bus_is_away_for_a_moment() -> None:
+    bench = await ready(STALE, STALE, STALE, batch(raw()))
+    untellable(bench, "needs_login")
+    session, task = tended(bench)
+    await asyncio.sleep(360)
+    session.leave(now=True)
+    await task
+    assert changes(bench) == ["stale", "needs_login", "recovered"]
+    assert texts(bench) == ["hello"]
+
+
+@pytest.mark.parametrize(("state", "change"), [("needs_login", "needs_login"), ("active", "recovered")])
+async def test_a_crash_between_a_login_s_change_and_its_event_leaves_the_telling_to_the_next_owner(
+    state: BindingState, change: str
+) -> None:
+    bench = await ready(state=state, since_ms=7, untold=True)
+    session, task = tended(bench)
+    await asyncio.sleep(1)
+    assert changes(bench) == [change]
+    binding = bench.bindings.get(BOT)
+    assert binding is not None
+    assert not binding.untold
+    session.leave(now=True)
+    await task
+
+
+async def test_a_login_s_event_that_was_told_before_the_crash_is_one_event() -> None:
+    bench = await ready(state="needs_login", since_ms=7, untold=True)
+    binding = bench.bindings.get(BOT)
+    assert binding is not None
+    await tell_login(bench.bindings, bench.events, binding)
+    await bench.bind(state="needs_login", since_ms=7, untold=True)
+    session, task = tended(bench)
+    await asyncio.sleep(1)
+    assert changes(bench) == ["needs_login"]
+    session.leave(now=True)
+    await task
+
+
+async def test_what_a_send_found_of_a_login_and_could_not_tell_is_told_by_who_polls() -> None:
+    bench = await ready(state="needs_login")
+    session, task = tended(bench)
+    await asyncio.sleep(1)
+    binding = bench.bindings.get(BOT)
+    assert binding is not None
+    assert await regain_login(bench.bindings, bench.clock, binding) is not None
+    await asyncio.sleep(1)
+    assert (changes(bench), session.state) == (["recovered"], "polling")
+    session.leave(now=True)
+    await task
 
 
 async def test_no_try_begins_while_the_bus_takes_nothing() -> None:
