@@ -92,6 +92,10 @@ class Contexts:
                 self._peers.setdefault(bot, {})[user] = found
             return found
 
+    def loaded(self, bot: str, user: str) -> Peer | None:
+        """The peer, where it was read from the bucket."""
+        return self._peers.get(bot, {}).get(user)
+
     def forget(self, bot: str) -> None:
         """Drops what is known of a bot's users: another replica may write now."""
         self._peers.pop(bot, None)

@@ -57,6 +57,8 @@ class Lane:
         self.sandbox = sandbox
         self.bot = bot
         """The bot that it was last meant for; another bot of the same user may take its place."""
+        self.former = ""
+        """The bot that served the user before, while what was sent over it has not been looked at."""
         self.user = user
         """"" as long as nobody knows the bot's user."""
         self.queue: deque[Item] = deque()

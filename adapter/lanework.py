@@ -29,6 +29,8 @@ from adapter.timing import finish
 log = structlog.get_logger()
 
 FOREVER_S = 3600.0
+NOTE_S = 2.0
+"""So long a bus that does not answer may hold up the end of a lane."""
 
 
 class LaneWork(Settling):
@@ -49,7 +51,7 @@ class LaneWork(Settling):
                 failures = 0
                 self._hush(lane)
             except Draining:
-                return
+                break
             except LeaseLost:  # paused: it may come back; lost: somebody stops us
                 wait_s = 0.2
             except Temporary as exc:
@@ -61,6 +63,19 @@ class LaneWork(Settling):
                 wait_s = min(60.0, 2.0**failures)
             if wait_s:
                 await self._sleep(lane, wait_s)
+        if self._drain.is_set() and not self._lost:
+            await self._hand_over(lane)
+
+    async def _hand_over(self, lane: Lane) -> None:
+        """Stores how far the command in hand got: the next owner would know only that a request was to leave."""
+        peer = self._sender.contexts.loaded(lane.bot, lane.user)
+        if peer is None or peer.context.hand is None:
+            return
+        try:
+            async with asyncio.timeout(NOTE_S):
+                await self._sender.contexts.save(peer, lambda context: context)
+        except (Temporary, LeaseLost, TimeoutError) as exc:
+            log.warning("lane.unstored", sandbox=lane.sandbox, reason=type(exc).__name__)
 
     def _parked_of(self, sandbox: str) -> int:
         """How many commands of all users of a sandbox are parked."""
@@ -141,7 +156,7 @@ class LaneWork(Settling):
             return found
         for other in self._needs.bindings.of_sandbox(lane.sandbox):
             if other.user == lane.user:
-                lane.bot = other.bot
+                lane.former, lane.bot = lane.former or lane.bot, other.bot
                 return other
         return found
 
@@ -163,7 +178,7 @@ class LaneWork(Settling):
     async def _flush(self, lane: Lane, binding: Binding) -> float:
         """Sends the oldest parked command, and what goes with it in one message, if it may go now."""
         await self._look_up(lane)
-        peer = await self._sender.contexts.peer(binding.bot, lane.user)
+        peer = await self._peer(lane)
         if (hand := peer.context.hand) and hand.is_begun:  # its rest comes before anything else
             lane.put_first(next((one for one in lane.parked if one.client == hand.client), lane.parked[0]))
         parked = lane.parked[0]
@@ -268,7 +283,7 @@ class LaneWork(Settling):
         if item.suspect and await self._needs.receipts.has_final(item.command):
             self._done_with(item)
             return None
-        peer = await self._sender.contexts.peer(binding.bot, lane.user)
+        peer = await self._peer(lane)
         try:
             account = lane.account(binding, self._needs.account)
         except Refused as exc:

@@ -137,6 +137,8 @@ async def send(command: Command, peer: Peer, account: Account, sender: Sender) -
             sender.look(peer)
         if not isinstance(step, Hand):
             return step
+        if hand.part < step.part < len(command.parts):
+            await sender.contexts.save(peer, lambda context: context)  # the pause before the next is long
         hand = step
     return _all_taken(hand)
 

@@ -105,13 +105,19 @@ class Settling:
             return
         raise Draining
 
-    async def _peer(self, lane: Lane) -> Peer | None:
-        """None as long as nobody knows the user. Raises Temporary."""
-        return await self._sender.contexts.peer(lane.bot, lane.user) if lane.user else None
+    async def _peer(self, lane: Lane) -> Peer:
+        """The lane's user, with what was sent to them over the bot before. Raises Temporary, LeaseLost."""
+        contexts = self._sender.contexts
+        peer = await contexts.peer(lane.bot, lane.user)
+        if lane.former:
+            before = (await contexts.peer(lane.former, lane.user)).context
+            if before.hand or before.done:
+                await contexts.save(peer, lambda context: window.moved(context, before))
+            lane.former = ""
+        return peer
 
     async def _window(self, lane: Lane) -> contract.Window:
-        peer = await self._peer(lane)
-        return self._shown(peer) if peer else contract.Window(remaining=0)
+        return self._shown(await self._peer(lane)) if lane.user else contract.Window(remaining=0)
 
     def _shown(self, peer: Peer) -> contract.Window:
         return window.shown(peer.context, self._sender.clock.now_ms(), self._sender.rules)
@@ -131,8 +137,7 @@ class Settling:
 
     async def _hand(self, lane: Lane) -> Hand | None:
         """What is in hand for the lane's user. Raises Temporary."""
-        peer = await self._peer(lane)
-        return peer.context.hand if peer else None
+        return (await self._peer(lane)).context.hand if lane.user else None
 
     async def _end_unsent(self, lane: Lane, item: Item, ending: Ending, hand: Hand | None) -> Ending:
         """The same for one of several that may be in hand together; what was told."""
@@ -142,8 +147,8 @@ class Settling:
 
     async def _let_go(self, lane: Lane, hand: Hand | None, told: Mapping[str, Ending]) -> None:
         """Forgets what is in hand if it was told (by client) how it ended."""
-        peer = await self._peer(lane)
-        if peer and hand and (ending := told.get(hand.client)):
+        if hand and (ending := told.get(hand.client)):
+            peer = await self._peer(lane)
             peer.context = window.settled(peer.context, hand.client, sent=ending.may_be_sent)
 
     async def _end(

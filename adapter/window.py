@@ -155,6 +155,10 @@ def leaving(context: Context, hand: Hand, now_ms: int) -> Context:
     `hand` was read.
     """
     known = context.hand
+    if (
+        known is not None and known.client != hand.client
+    ):  # an owner before us told how it ended, and could not note it
+        context = settled(context, known.client, sent=known.is_begun)
     out = 0 if known is None or (known.client, known.part) != (hand.client, hand.part) else known.tried
     counts = known is None or not out or known.counted_in != context.inbound_id
     hand = msgspec.structs.replace(hand, counted_in=context.inbound_id, tried=max(hand.tried, out + 1))
@@ -201,6 +205,12 @@ def known_also(stored: Context, before: Context) -> Context:
     if hand and ours and hand.client == ours.client and ours.part > hand.part:
         hand = ours
     return msgspec.structs.replace(stored, done=done, hand=hand)
+
+
+def moved(context: Context, former: Context) -> Context:
+    """The record of a user and their new bot, with what was sent to them over the one before."""
+    done = [*former.done, *(one for one in context.done if one not in former.done)][-DONE_IDS:]
+    return msgspec.structs.replace(context, done=done, hand=context.hand or former.hand)
 
 
 def is_repeat(context: Context, sandbox: str, command: str, client: str) -> bool:

@@ -8,16 +8,18 @@ from typing import Any
 
 import msgspec
 import pytest
+from structlog.testing import capture_logs
 
 from adapter import window
 from adapter.commands import read_command
 from adapter.contract import H_COMMAND, Outbound, peer_key
 from adapter.errors import Refused, SessionExpired, Temporary, Throttled, Uncertain
+from adapter.outbound import Shard
 from adapter.parked import item_of
 from adapter.ports import Accepted, Stored
 from adapter.records import Hand
-from tests.fakes import LIMITS
-from tests.test_outbound import BOT, USER, finals, outcomes, parked, ready, user_writes
+from tests.fakes import LIMITS, Bench
+from tests.test_outbound import BOT, USER, again, finals, outcomes, parked, ready, user_writes
 
 VIRTUAL_TIME = True
 
@@ -255,6 +257,104 @@ async def test_all_that_was_taken_is_told_as_such_where_its_time_is_up_before_it
     shard.on_delivery(delivery)
     await asyncio.sleep(60)
     assert [(receipt.outcome, receipt.message_ids) for receipt in finals(bench)] == [("accepted", ["m1"])]
+
+
+# what goes on elsewhere ----------------------------------------------------------------------------------
+
+
+async def heir_of(bench: Bench, *, drained: Shard | None = None) -> tuple[Bench, Shard]:
+    """The next owner of the shard; the one before it has died, unless it hands over."""
+    if drained is not None:
+        await drained.drain(20.0)
+    bench.leases.owned.clear()
+    heir = Bench(bench, incarnation="heir-1")
+    return heir, heir.shard()
+
+
+@pytest.mark.parametrize("dies", [True, False], ids=["dies", "hands-over"])
+async def test_a_part_that_ilink_has_answered_is_not_asked_for_again_after_a_restart(dies: bool) -> None:
+    """Most of the time that several parts take is the pause between two of them."""
+    bench, shard = await ready()
+    delivery = bench.command(THREE, id="c")
+    shard.on_delivery(delivery)
+    await asyncio.sleep(1.0)
+    assert len(bench.chat.sent) == 1
+    if dies:
+        shard.stop()
+    heir, second = await heir_of(bench, drained=None if dies else shard)
+    second.on_delivery(again(delivery))
+    await asyncio.sleep(30)
+    assert [sent.client_id[-2:] for sent in bench.chat.sent] == ["-0", "-1", "-2"]
+    (receipt,) = finals(heir)
+    assert (receipt.outcome, len(receipt.message_ids)) == ("accepted", 3)
+
+
+async def test_who_takes_a_shard_over_knows_that_a_request_was_not_taken() -> None:
+    bench, shard = await ready()
+    bench.chat.sends.extend([Temporary("http_5xx")] * 2)
+    delivery = bench.command("hi", id="c", expires_in_s=60)
+    shard.on_delivery(delivery)
+    await asyncio.sleep(2)
+    heir, second = await heir_of(bench, drained=shard)
+    await asyncio.sleep(100)
+    second.on_delivery(again(delivery))
+    await asyncio.sleep(5)
+    assert outcomes(heir) == [("c", "refused", "expired")]
+
+
+async def test_an_end_that_cannot_be_stored_ends_all_the_same() -> None:
+    bench, shard = await ready()
+    bench.chat.sends.extend([Temporary("http_5xx")] * 2)
+    shard.on_delivery(bench.command("hi", id="c"))
+    await asyncio.sleep(2)
+    never = asyncio.Event()
+
+    async def wait(*_: object) -> None:
+        await never.wait()
+
+    bench.contexts_bucket.on_write = wait
+    with capture_logs() as logs:
+        await shard.drain(20.0)
+    assert [entry["event"] for entry in logs if entry["log_level"] == "warning"] == ["lane.unstored"]
+
+
+async def test_the_last_id_of_the_owner_before_is_known_also_after_the_next_command() -> None:
+    bench, shard = await ready()
+    shard.on_delivery(bench.command("one", id="c1"))
+    await asyncio.sleep(5)
+    shard.stop()
+    _, second = await heir_of(bench)
+    for text, ident in (("two", "c2"), ("one", "c1")):
+        second.on_delivery(bench.command(text, id=ident))
+        await asyncio.sleep(5)
+    assert bench.chat.texts == ["one", "two"]
+
+
+@pytest.mark.parametrize("dies", [True, False], ids=["dies", "lives"])
+async def test_a_new_bot_of_the_user_goes_on_where_the_one_before_had_got_to(dies: bool) -> None:
+    bench, shard = await ready()
+    bench.chat.sends.extend([FIRST, *[STALE] * 4])
+    shard.on_delivery(bench.command("before", id="c0"))
+    await asyncio.sleep(2)
+    bench.chat.sends.extendleft([FIRST])
+    shard.on_delivery(bench.command(THREE, id="c"))
+    await asyncio.sleep(10)
+    await bench.bindings.remove(BOT)
+    await bench.bind(bot="b2@im.bot")
+    await asyncio.sleep(5)
+    heir, second = bench, shard
+    if dies:
+        shard.stop()
+        heir, second = await heir_of(bench)
+        await second.load()
+    bench.chat.sends.clear()
+    await user_writes(heir, second, bot="b2@im.bot")
+    await asyncio.sleep(30)
+    taken = [(sent.bot[:2], sent.client_id[-2:]) for sent in bench.chat.taken.values()]
+    assert taken == [("b1", "-0"), ("b1", "-0"), ("b2", "-1"), ("b2", "-2")]
+    second.on_delivery(bench.command("before", id="c0"))
+    await asyncio.sleep(5)
+    assert bench.chat.texts.count("before") == 1
 
 
 # whom it is for ------------------------------------------------------------------------------------------
