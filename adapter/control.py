@@ -248,7 +248,7 @@ class Control:
             tokens = self._sealer.open(before.bot, before.token), self._sealer.open(after.bot, after.token)
         except Refused:
             return False
-        unimportant = {"token": "", "since_ms": 0, "request": ""}
+        unimportant = {"token": "", "since_ms": 0, "request": "", "untold": False}
         return tokens[0] == tokens[1] and structs.replace(before, **unimportant) == structs.replace(
             after, **unimportant
         )
