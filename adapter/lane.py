@@ -11,7 +11,7 @@ from typing import NamedTuple
 from adapter import contract
 from adapter.commands import Command
 from adapter.ports import Account, Delivery
-from adapter.records import Binding
+from adapter.records import Binding, Hand
 
 
 class Item:
@@ -57,6 +57,8 @@ class Lane:
         self.sandbox = sandbox
         self.bot = bot
         """The bot that it was last meant for; another bot of the same user may take its place."""
+        self.hand: Hand | None = None
+        """How far its last command got: one of the bot's next sandbox may take its place in the record."""
         self.former = ""
         """The bot that served the user before, while what was sent over it has not been looked at."""
         self.user = user

@@ -299,7 +299,10 @@ class LaneWork(Settling):
             pace=lambda: self._pace(lane), pause=self._pause, check=check, upload=self._upload
         )
         async with peer.sending:
-            result = await sending.send(merge([one.command for one in group]), peer, account, sender)
+            try:
+                result = await sending.send(merge([one.command for one in group]), peer, account, sender)
+            finally:
+                lane.hand = peer.context.hand
             match result:
                 case Repeat():
                     self._repeated(item)
@@ -318,6 +321,7 @@ class LaneWork(Settling):
                     await self._settle_token(lane, binding, result)
             await self._end_all(group, result, self._shown(peer), binding.bot, lane.user)
             peer.context = window.settled(peer.context, item.command.client, sent=result.may_be_sent)
+            lane.hand = peer.context.hand
             return None
 
     async def _upload(self, ident: str, part: MediaPart, account: Account, user: str) -> Uploaded:

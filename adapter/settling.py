@@ -136,8 +136,11 @@ class Settling:
         await self._let_go(lane, hand, {item.command.client: told})
 
     async def _hand(self, lane: Lane) -> Hand | None:
-        """What is in hand for the lane's user. Raises Temporary."""
-        return (await self._peer(lane)).context.hand if lane.user else None
+        """What is in hand for the lane's user. Raises Temporary, LeaseLost."""
+        if not lane.user:
+            return None
+        hand = (await self._peer(lane)).context.hand
+        return lane.hand if lane.hand and (hand is None or hand.sandbox != lane.sandbox) else hand
 
     async def _end_unsent(self, lane: Lane, item: Item, ending: Ending, hand: Hand | None) -> Ending:
         """The same for one of several that may be in hand together; what was told."""
@@ -149,7 +152,7 @@ class Settling:
         """Forgets what is in hand if it was told (by client) how it ended."""
         if hand and (ending := told.get(hand.client)):
             peer = await self._peer(lane)
-            peer.context = window.settled(peer.context, hand.client, sent=ending.may_be_sent)
+            peer.context, lane.hand = window.settled(peer.context, hand.client, sent=ending.may_be_sent), None
 
     async def _end(
         self, item: Item, ending: Ending, shown: contract.Window | None, bot: str = "", user: str = ""

@@ -225,6 +225,18 @@ async def test_a_sandbox_that_lost_its_bot_gives_up_what_is_its_own_alone() -> N
     assert [sent.client_id[-2:] for sent in bench.chat.sent] == ["-0", "-0", "-1", "-1", "-2"]
 
 
+async def test_what_had_no_answer_is_uncertain_also_after_a_command_of_the_bot_s_next_sandbox() -> None:
+    bench, old = await ready()
+    new = bench.shard("s9")
+    bench.chat.sends.append(TIMEOUT)
+    old.on_delivery(bench.command("pay", id="c1"))
+    await asyncio.sleep(0.1)
+    await bench.bind(sandbox="s9")
+    new.on_delivery(bench.command("hi", sandbox="s9", id="c2"))
+    await asyncio.sleep(30)
+    assert sorted(outcomes(bench)) == [("c1", "uncertain", ""), ("c2", "accepted", "")]
+
+
 async def test_the_ids_of_the_version_before_are_known() -> None:
     """It wrote them without their sandbox, and commands in hand, too."""
     bench, shard = await ready(is_open=False)
