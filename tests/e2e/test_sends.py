@@ -7,6 +7,7 @@ import base64
 import contextlib
 import hashlib
 import random
+import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,12 @@ import msgspec
 import pytest
 from nats.aio.client import Client
 
+from adapter.contract import peer_key
 from adapter.jetstream.link import Link
 from adapter.jetstream.objects import ObjectStore
 from adapter.jetstream.publisher import Publisher
 from adapter.metrics import Metrics
+from adapter.records import Context
 from adapter.settings import Settings
 from adapter.simulator import BotRecord, FaultRule, samples
 from adapter.timing import SystemClock
@@ -180,6 +183,30 @@ async def test_f24_uploads_are_tried_three_times_and_a_refusal_is_final(
             assert ("illegal content" in receipt.detail) == (params["kind"] == "rejected")
         assert rule.struck == failures
         assert seen(made, bot) == ["look", *([("file", "file.pdf", PDF)] if outcome == "accepted" else []), "after"]
+        await nc.close()
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=lambda number: number.name)
+async def test_a_restart_between_two_parts_asks_for_neither_again(tmp_path: Path, number: signal.Signals) -> None:
+    async with world(tmp_path) as made:
+        nc, bot = await started(made, WECHAT_NATS_SEND_GAP_MS="2000")
+        await send(made, nc, "c", *({"kind": "text", "text": text} for text in ("one", "two", "three")))
+
+        async def one_is_noted() -> bool:
+            record = await (await nc.jetstream().key_value(NAMES.context)).get(peer_key(bot.bot, bot.user))
+            hand = msgspec.json.decode(record.value or b"", type=Context).hand
+            return hand is not None and (hand.part, hand.tried) == (1, 0)
+
+        await eventually(one_is_noted, "the first part is noted as sent")
+        (adapter,) = made.adapters
+        adapter.signal(number)
+        await adapter.ended()
+        await adapter.start()
+        await made.settle(nc)
+        assert seen(made, bot) == ["one", "two", "three"]
+        assert made.sim.stats().duplicates_suppressed == 0
+        receipt = await final_of(made, "c")
+        assert (receipt.outcome, len(receipt.message_ids), receipt.attempts) == ("accepted", 3, 3)
         await nc.close()
 
 
