@@ -50,10 +50,19 @@ def endpoint_of(path: str) -> str:
 def read_json(raw: bytes) -> Json | None:
     """None for what is no JSON object. An integer keeps all its digits; an empty body is no object."""
     try:
-        value: Any = msgspec.json.decode(raw)
+        value: Any = without_nulls(msgspec.json.decode(raw))
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
+
+
+def without_nulls(value: Any) -> Any:
+    """In JSON that mirrors protobuf (1.1) a field that is null is unset."""
+    if isinstance(value, dict):
+        return {name: without_nulls(field) for name, field in value.items() if field is not None}
+    if isinstance(value, list):
+        return [without_nulls(element) for element in value]
+    return value
 
 
 def read_body(endpoint: str, raw: bytes) -> Json | None:

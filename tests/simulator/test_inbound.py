@@ -47,6 +47,13 @@ async def test_s6_the_hold_ends_with_an_empty_answer_and_a_hint(client: Client) 
     assert len(answer["get_updates_buf"]) == 96
 
 
+@pytest.mark.parametrize("body", [{}, {"get_updates_buf": None}, {"get_updates_buf": ""}])
+async def test_s6_a_first_poll_may_leave_its_cursor_unset(client: Client, body: Json) -> None:
+    client.sim.say(client.bot.user, "hello")
+
+    assert texts((await client.call("getupdates", body))["msgs"]) == ["hello"]
+
+
 async def test_s6_advancing_the_clock_ends_a_hold(patient: Client) -> None:
     poll = asyncio.create_task(patient.poll())
     await parked(patient, 1)

@@ -164,6 +164,17 @@ async def test_s3_fields_that_no_sent_message_has_are_noted(client: Client) -> N
     assert [violation.kind for violation in client.sim.violations()] == ["message_fields"]
 
 
+async def test_s3_a_field_that_is_null_is_none(client: Client) -> None:
+    client.sim.say(client.bot.user, "hello")
+    item = {"type": 1, "text_item": {"text": "hi"}, "msg_id": None, "image_item": None}
+    message = client.message(item_list=[item]) | {"create_time_ms": None, "group_id": None}
+
+    assert (await client.call("sendmessage", {"msg": message}))["ret"] == 0
+
+    assert client.phone() == ["hi"]
+    assert client.sim.violations() == []
+
+
 async def test_s3_headers_are_recorded_without_the_token(client: Client) -> None:
     await client.poll()
 
