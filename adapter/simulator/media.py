@@ -80,11 +80,11 @@ def look_inside(data: bytes, key: bytes | None) -> tuple[int, str] | None:
 
 
 class Media:
-    """All blobs, oldest first. `base_url` tells where this server is reached."""
+    """All blobs, oldest first. `cdn_url` tells where they are reached."""
 
-    def __init__(self, world: World, base_url: Callable[[], str]) -> None:
+    def __init__(self, world: World, cdn_url: Callable[[], str]) -> None:
         self._world = world
-        self._base_url = base_url
+        self._cdn_url = cdn_url
         self.uploads: OrderedDict[str, Upload] = OrderedDict()
         self.blobs: OrderedDict[str, Blob] = OrderedDict()
         self._bytes = 0
@@ -200,14 +200,14 @@ class Media:
         if url != "full":
             media["encrypt_query_param"] = reference
         if url != "param":
-            media["full_url"] = f"{self._base_url()}/c2c/download?encrypted_query_param={quoted}&taskid={taskid}"
+            media["full_url"] = f"{self._cdn_url()}/download?encrypted_query_param={quoted}&taskid={taskid}"
         return media
 
     def _addresses(self, upload: Upload, style: str) -> Json:
         """Where the bytes may go: a whole URL, a parameter for one that the client makes, or both."""
         param = self._expect(upload)
         full = (
-            f"{self._base_url()}/c2c/upload?encrypted_query_param={quote(param, safe='')}"
+            f"{self._cdn_url()}/upload?encrypted_query_param={quote(param, safe='')}"
             f"&filekey={upload.filekey}&taskid={self._world.rng.getrandbits(64):x}"
         )
         answer = {"upload_full_url": full, "upload_param": param}

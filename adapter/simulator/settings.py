@@ -21,6 +21,9 @@ class SimulatorSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """Its port, then open from the start; 0 picks a free one."""
     public_url: str = ""
     """Base URL that clients reach this server under; empty: made from the listening address."""
+    cdn_public_url: str = ""
+    """Base URL that clients reach the CDN under, `/c2c` and all: many take media from a host of Tencent's CDN only
+    (1.4); empty: made from `public_url`."""
     second_public_url: str = ""
     """The same for the second listener; its host is the `redirect_host` of logins, to which clients go by https."""
     tls_cert: str = ""

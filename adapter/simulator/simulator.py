@@ -49,7 +49,7 @@ class Simulator:
         self.inbox = Inbox(self.world)
         self.logins = Logins(self.world)
         self.watch = Watch(self.world)
-        self.media = Media(self.world, lambda: self.url)
+        self.media = Media(self.world, lambda: self.cdn_url)
         outbox = Outbox(self.world, self.media)
         endpoints = Endpoints(self.world, self.inbox, outbox, self.media)
         self._server = Server(self.world, endpoints, self.logins, self.watch)
@@ -89,8 +89,8 @@ class Simulator:
 
     @property
     def cdn_url(self) -> str:
-        """Base URL of the CDN."""
-        return f"{self.url}/c2c"
+        """Base URL of the CDN, without a slash at the end."""
+        return self.world.settings.cdn_public_url.rstrip("/") or f"{self.url}/c2c"
 
     @property
     def admin_url(self) -> str:

@@ -87,6 +87,24 @@ async def test_both_hosts_can_be_named_as_clients_reach_them(make: MakeClient, s
     assert (await status(client, code, other))["baseurl"] == second
 
 
+async def test_the_cdn_can_be_named_as_clients_reach_it(make: MakeClient) -> None:
+    cdn = "https://cdn.sim.internal/c2c"
+    client = await make(cdn_public_url=f"{cdn}/")
+    client.sim.say_media(client.bot.user, "file", b"hello")
+
+    (message,) = await client.follow()
+    url = message["item_list"][0]["file_item"]["media"]["full_url"]
+    request = {"media_type": 3, "to_user_id": client.bot.user, "rawsize": 5, "filesize": 16, "no_need_thumb": True}
+    hashes = {"filekey": "0" * 32, "rawfilemd5": "0" * 32, "aeskey": "0" * 32}
+    offer = await client.call("getuploadurl", request | hashes)
+
+    assert client.sim.cdn_url == cdn
+    assert url.startswith(f"{cdn}/download?")
+    assert offer["upload_full_url"].startswith(f"{cdn}/upload?")
+    own = f"http://127.0.0.1:{client.sim.port}/c2c"
+    assert (await client.http.get(url.replace(cdn, own))).status_code == 200
+
+
 async def test_a_second_port_is_open_from_the_start(make: MakeClient) -> None:
     port = free_port()
 
