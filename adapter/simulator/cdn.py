@@ -22,7 +22,7 @@ class Cdn:
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
         action = request.match_info["action"].strip("/")
-        param = request.query.get("encrypted_query_param", "")
+        param = self._param(request, action)
         if "Authorization" in request.headers:
             self._world.violate("token_on_cdn", f"cdn/{action}", None)
         if action == "upload" and request.method == "POST":
@@ -30,6 +30,13 @@ class Cdn:
         if action == "download" and request.method == "GET":
             return await self._download(request, param)
         return web.Response(status=404)
+
+    def _param(self, request: web.Request, action: str) -> str:
+        """What the URL names; a plus in it that is not quoted reads as a space, which no parameter has."""
+        param = request.query.get("encrypted_query_param", "")
+        if " " in param:
+            self._world.violate("unquoted_param", f"cdn/{action}", None)
+        return param.replace(" ", "+")
 
     async def _upload(self, request: web.Request, param: str) -> web.StreamResponse:
         upload = self._media.uploads.get(param)

@@ -228,7 +228,7 @@ class Media:
             self._world.violate("upper_case_hex", "getuploadurl", bot)
 
     def _reference(self) -> str:
-        """Has `+`, `/` and `=` in it for sure: whoever does not quote it in a URL is found out."""
+        """Has `+`, `/` and `=` in it for sure: whoever does not quote it in a URL is noted (`unquoted_param`)."""
         return f"{ids.chars(self._world.rng, ids.BASE64, 60)}+/=="
 
     def _store(self, blob: Blob) -> str:

@@ -166,6 +166,22 @@ async def test_s18_a_token_is_not_for_the_cdn(talking: Client) -> None:
     assert [violation.kind for violation in talking.sim.violations()] == ["token_on_cdn"]
 
 
+async def test_s18_a_parameter_that_is_not_quoted_is_noted_and_served(make: MakeClient) -> None:
+    client = await make(upload_url="param")
+    client.sim.say_media(client.bot.user, "file", HELLO)
+    (message,) = await client.follow()
+    reference = message["item_list"][0]["file_item"]["media"]["encrypt_query_param"]
+    offer = await client.call("getuploadurl", upload(client))
+    cdn, filekey = client.sim.cdn_url, upload(client)["filekey"]
+
+    got = await client.http.get(f"{cdn}/download?encrypted_query_param={reference}")
+    url = f"{cdn}/upload?encrypted_query_param={offer['upload_param']}&filekey={filekey}"
+    sent = await client.http.post(url, content=encrypt(HELLO, KEY), headers=OCTETS)
+
+    assert (got.status_code, sent.status_code, bool(sent.headers["x-encrypted-param"])) == (200, 200, True)
+    assert [v.kind for v in client.sim.violations()] == ["unquoted_param", "unquoted_param"]
+
+
 async def test_s19_the_phone_opens_what_was_uploaded(talking: Client) -> None:
     reference = await put(talking)
 
