@@ -273,9 +273,7 @@ class Endpoints:
         return body
 
     def _notify(self, bot: Bot, *, online: bool) -> Answer:
-        bot.online = online
-        bot.online_timeline.append((self._world.clock.exact_ms(), online))
-        del bot.online_timeline[: -self._world.records_limit()]
+        self._world.turn(bot, online=online)
         return json_answer({"ret": 0})
 
 

@@ -207,8 +207,15 @@ class World:
     def kill(self, bot: Bot) -> None:
         """From now on its token is answered with -14, parked polls included."""
         bot.dead = True
-        bot.online = False
+        if bot.online:
+            self.turn(bot, online=False)
         bot.wake()
+
+    def turn(self, bot: Bot, *, online: bool) -> None:
+        """Notes that the bot runs, or no longer does (S16)."""
+        bot.online = online
+        bot.online_timeline.append((self.clock.exact_ms(), online))
+        del bot.online_timeline[: -self.records_limit()]
 
     def find(self, user_or_bot: str) -> Bot:
         """The bot of this id, or the present bot of this user."""

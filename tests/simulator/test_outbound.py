@@ -325,6 +325,17 @@ async def test_s16_notifystart_and_notifystop_keep_a_timeline(client: Client) ->
     assert [online for _, online in view.timeline] == [True, False]
 
 
+async def test_s16_a_token_that_dies_ends_the_timeline(client: Client) -> None:
+    await client.call("msg/notifystart")
+
+    client.sim.kill_token(client.bot.bot)
+    client.sim.kill_token(client.bot.bot)
+
+    view = client.sim.online(client.bot.bot)
+    assert not view.online
+    assert [online for _, online in view.timeline] == [True, False]
+
+
 async def test_s16_sends_may_require_notifystart(make: MakeClient) -> None:
     client = await make(require_notifystart=True)
     client.sim.say(client.bot.user, "hello")
