@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from adapter.simulator import KINDS, MediaView, Simulator, SimulatorSettings, samples
+from tests.authority import Authority
 
 pytestmark = pytest.mark.slow
 HERE = Path(__file__).parent
@@ -21,8 +22,10 @@ CLIENTS = {
     "weixin_ilink": set[str](),
     "wechatbot_sdk": {"missing_uin"},  # when it asks for a QR code
     "weilink": set[str](),
+    "weixin_ilink_client": set[str](),
 }
 """By driver: what the simulator holds against the client, which are its known manners."""
+HTTPS_ONLY = frozenset({"weixin_ilink_client"})
 UPLOADS = [
     ("weixin_ilink", "full_url"),
     ("weixin_ilink", "param"),
@@ -30,7 +33,17 @@ UPLOADS = [
     ("wechatbot_sdk", "both"),
     ("weilink", "full_url"),
     ("weilink", "param"),
+    ("weixin_ilink_client", "full_url"),
+    ("weixin_ilink_client", "param"),
 ]
+
+
+def settings_for(client: str, folder: Path, **changes: Any) -> SimulatorSettings:
+    """Short holds; and https by an authority in `folder` for a client that speaks nothing else."""
+    if client in HTTPS_ONLY:
+        cert, key = Authority(folder).issue("simulator")
+        changes |= {"tls_cert": str(cert), "tls_key": str(key)}
+    return SimulatorSettings(hold_ms=500, qr_hold_ms=500, **changes)
 
 
 @contextlib.asynccontextmanager
@@ -39,6 +52,8 @@ async def driven(client: str, sim: Simulator, packages: Path, tmp_path: Path) ->
     names = ("PATH", "LANG", "SYSTEMROOT")
     environment = {name: os.environ[name] for name in names if name in os.environ}
     environment |= {"PYTHONPATH": str(packages), "HOME": str(tmp_path), "NO_PROXY": "*", "PYTHONUNBUFFERED": "1"}
+    if client in HTTPS_ONLY:
+        environment["SSL_CERT_FILE"] = str(tmp_path / "ca.pem")
     with (tmp_path / "output").open("wb") as output:
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-P", HERE / f"drive_{client}.py", sim.url, sim.cdn_url),
@@ -88,7 +103,7 @@ async def shown_media(sim: Simulator, user: str) -> MediaView:
 async def test_a_client_by_somebody_else_talks_and_exchanges_media(
     client: str, upload_url: Any, packages: Path, tmp_path: Path
 ) -> None:
-    settings = SimulatorSettings(hold_ms=500, qr_hold_ms=500, upload_url=upload_url)
+    settings = settings_for(client, tmp_path, upload_url=upload_url)
     async with Simulator(settings) as sim, driven(client, sim, packages, tmp_path):
         user = await logged_in(sim)
         sim.say(user, "hello 你好 😀")
@@ -112,7 +127,7 @@ async def test_a_client_by_somebody_else_talks_and_exchanges_media(
 async def test_a_client_by_somebody_else_finds_the_key_wherever_it_stands(
     client: str, packages: Path, tmp_path: Path
 ) -> None:
-    settings = SimulatorSettings(hold_ms=500, qr_hold_ms=500, upload_url="both")
+    settings = settings_for(client, tmp_path, upload_url="both")
     async with Simulator(settings) as sim, driven(client, sim, packages, tmp_path):
         user = await logged_in(sim)
         for seed, key_form in enumerate(("usual", "hex", "raw_base64", "hex_base64")):
@@ -125,7 +140,7 @@ async def test_a_client_by_somebody_else_finds_the_key_wherever_it_stands(
 async def test_a_client_by_somebody_else_survives_every_kind_of_message(
     client: str, packages: Path, tmp_path: Path
 ) -> None:
-    settings = SimulatorSettings(hold_ms=500, qr_hold_ms=500, upload_url="both", quota=0)
+    settings = settings_for(client, tmp_path, upload_url="both", quota=0)
     async with Simulator(settings) as sim, driven(client, sim, packages, tmp_path):
         user = await logged_in(sim)
         for kind in sorted(KINDS):
