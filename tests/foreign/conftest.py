@@ -1,35 +1,62 @@
+import fcntl
 import hashlib
 import os
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
 REQUIREMENTS = Path(__file__).with_name("requirements.txt")
-UNREACHABLE = re.compile("connect|timed out|dns|name resolution|failed to fetch", re.IGNORECASE)
-"""What uv and pip say when there is no network."""
+NPM = Path(__file__).with_name("npm")
+NODE = frozenset({"openclaw_weixin"})
+"""Clients that come from npm; all others are Python."""
+UNREACHABLE = re.compile("connect|timed out|dns|name resolution|failed to fetch|ENOTFOUND|EAI_AGAIN", re.IGNORECASE)
+"""What uv, pip and npm say when there is no network."""
 
 
-@pytest.fixture(scope="session")
-def packages() -> Path:
-    """A directory with the foreign packages, installed once per version of the list."""
-    digest = hashlib.sha256(REQUIREMENTS.read_bytes()).hexdigest()[:12]
+@pytest.fixture
+def packages(client: str) -> Path:
+    """A directory with the packages of foreign clients in the language of this one, installed once per version of
+    the list."""
+    return installed(NPM / "package-lock.json", install_node) if client in NODE else installed(REQUIREMENTS, install)
+
+
+def installed(listed: Path, install_into: Callable[[Path], None]) -> Path:
+    digest = hashlib.sha256(listed.read_bytes()).hexdigest()[:12]
     place = ROOT / ".pytest_cache" / f"foreign-{digest}"
-    if not (place / ".whole").exists():
-        install(place)
-        (place / ".whole").touch()
+    place.parent.mkdir(exist_ok=True)
+    with place.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two workers of pytest must not install at once
+        if not (place / ".whole").exists():
+            install_into(place)
+            (place / ".whole").touch()
     return place
 
 
 def install(place: Path) -> None:
-    """Exactly the listed files, by their hashes. Skips where no package index can be reached, but not in CI."""
+    """Exactly the listed files, by their hashes."""
     options = ["--quiet", "--no-deps", "--require-hashes", "--target", str(place), "-r", str(REQUIREMENTS)]
-    done = subprocess.run([*installer(), *options], capture_output=True, text=True, check=False, timeout=300)
+    run([*installer(), *options], place)
+
+
+def install_node(place: Path) -> None:
+    """Exactly what the lock file names. Skips where there is no npm."""
+    for command in ("node", "npm"):
+        if shutil.which(command) is None:
+            pytest.skip(f"{command} is missing; on Debian: apt-get install nodejs npm")
+    shutil.copytree(NPM, place, ignore=shutil.ignore_patterns("node_modules"), dirs_exist_ok=True)
+    run(["npm", "ci", "--loglevel=error"], place)
+
+
+def run(command: Sequence[str], place: Path) -> None:
+    """Skips where no package index can be reached, but not in CI."""
+    cwd = place if place.exists() else None
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False, timeout=300)
     if done.returncode == 0:
         return
     shutil.rmtree(place, ignore_errors=True)

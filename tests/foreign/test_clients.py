@@ -5,7 +5,7 @@ import contextlib
 import hashlib
 import os
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import pytest
 
 from adapter.simulator import KINDS, MediaView, Simulator, SimulatorSettings, samples
 from tests.authority import Authority
+from tests.foreign.conftest import NODE
 
 pytestmark = pytest.mark.slow
 HERE = Path(__file__).parent
@@ -23,6 +24,7 @@ CLIENTS = {
     "wechatbot_sdk": {"missing_uin"},  # when it asks for a QR code
     "weilink": set[str](),
     "weixin_ilink_client": set[str](),
+    "openclaw_weixin": set[str](),
 }
 """By driver: what the simulator holds against the client, which are its known manners."""
 HTTPS_ONLY = frozenset({"weixin_ilink_client"})
@@ -35,6 +37,8 @@ UPLOADS = [
     ("weilink", "param"),
     ("weixin_ilink_client", "full_url"),
     ("weixin_ilink_client", "param"),
+    ("openclaw_weixin", "full_url"),
+    ("openclaw_weixin", "param"),
 ]
 
 
@@ -46,17 +50,26 @@ def settings_for(client: str, folder: Path, **changes: Any) -> SimulatorSettings
     return SimulatorSettings(hold_ms=500, qr_hold_ms=500, **changes)
 
 
+def command(client: str) -> Sequence[str | Path]:
+    if client in NODE:
+        return "node", HERE / f"drive_{client}.mjs"
+    return sys.executable, "-P", HERE / f"drive_{client}.py"
+
+
 @contextlib.asynccontextmanager
 async def driven(client: str, sim: Simulator, packages: Path, tmp_path: Path) -> AsyncIterator[None]:
     """The client in a process of its own, outside this repository; its output is shown on failure."""
     names = ("PATH", "LANG", "SYSTEMROOT")
     environment = {name: os.environ[name] for name in names if name in os.environ}
     environment |= {"PYTHONPATH": str(packages), "HOME": str(tmp_path), "NO_PROXY": "*", "PYTHONUNBUFFERED": "1"}
+    environment["NODE_PATH"] = str(packages / "node_modules")
     if client in HTTPS_ONLY:
         environment["SSL_CERT_FILE"] = str(tmp_path / "ca.pem")
     with (tmp_path / "output").open("wb") as output:
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-P", HERE / f"drive_{client}.py", sim.url, sim.cdn_url),
+            *command(client),
+            sim.url,
+            sim.cdn_url,
             stdout=output,
             stderr=output,
             stdin=asyncio.subprocess.DEVNULL,
