@@ -98,10 +98,13 @@ class Logins:
         return self.codes[code].user if code in self.codes else ""
 
     def scan(self, code: str, user: str | None = None) -> QrRecord:
-        """A phone scans. One code serves one user (1.3); a user bound to a listed token needs no new bot."""
+        """A phone scans. One code serves one user (1.3), who may scan it again and is where they were; a user bound
+        to a listed token needs no new bot."""
         qr = self._live(code)
         if qr.user and qr.user != user:
             raise SimulatorError("somebody else has scanned this code")
+        if qr.user:
+            return qr.record()
         qr.user = user or ids.new_user(self._world.rng)
         bound = self._world.by_user.get(qr.user)
         if bound is not None and not bound.dead and bound.token in qr.tokens:

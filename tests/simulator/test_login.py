@@ -175,6 +175,16 @@ async def test_s4_a_verify_code_is_asked_for_and_checked(client: Client) -> None
     assert (await status(client, code))["status"] == "confirmed"
 
 
+async def test_s4_a_second_scan_is_no_way_round_a_verify_code(client: Client) -> None:
+    code = await qrcode(client)
+    client.sim.require_verify(code, "1234")
+    user = client.sim.scan(code).user
+
+    assert client.sim.scan(code, user).status == "need_verifycode"
+    with pytest.raises(SimulatorError):
+        client.sim.confirm(code)
+
+
 async def test_s4_too_many_wrong_codes_block(make: MakeClient) -> None:
     client = await make(verify_attempts=2)
     code = await qrcode(client)
