@@ -14,7 +14,7 @@ from adapter.simulator.inbox import Inbox
 from adapter.simulator.media import Media
 from adapter.simulator.outbox import Outbox, text_of
 from adapter.simulator.records import Json, SendRecord
-from adapter.simulator.world import Bot, Entry, Poll, World
+from adapter.simulator.world import TICKETS_KEPT, Bot, Entry, Poll, World
 
 
 class Call(Struct):
@@ -113,6 +113,8 @@ class Endpoints:
         window.tickets = {t: at for t, at in window.tickets.items() if now_ms - at <= ttl_ms}
         ticket = ids.new_ticket(world.rng)
         window.tickets[ticket] = now_ms
+        while len(window.tickets) > world.share(TICKETS_KEPT):
+            del window.tickets[next(iter(window.tickets))]
         return json_answer({"ret": 0, "typing_ticket": ticket})
 
     async def getuploadurl(self, call: Call) -> Answer:

@@ -29,6 +29,7 @@ CONTEXT_TOKENS_KEPT = 1_000
 VOID_TOKENS_KEPT = 20_000
 """Context tokens of superseded bots, over all bots."""
 CLIENT_IDS_KEPT = 20_000
+TICKETS_KEPT = 1_000
 
 
 @dataclass(slots=True, eq=False)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from adapter.simulator import FaultRule
+from adapter.simulator.world import TICKETS_KEPT
 from tests.simulator.client import Client
 from tests.simulator.conftest import MakeClient
 
@@ -313,6 +314,18 @@ async def test_s14_a_ticket_expires(make: MakeClient) -> None:
     assert await typing(client, old, 1) == -2
     assert await typing(client, "made up", 1) == -2
     assert await typing(client, await ticket(client), 1) == 0
+
+
+async def test_s14_old_tickets_are_forgotten_in_the_end(talking: Client) -> None:
+    asked = {"ilink_user_id": talking.bot.user}
+    first = (await talking.call("getconfig", asked))["typing_ticket"]
+    tickets = talking.sim.world.bots[talking.bot.bot].window(talking.bot.user).tickets
+    tickets.update({str(number): talking.sim.now_ms for number in range(TICKETS_KEPT)})
+
+    last = (await talking.call("getconfig", asked))["typing_ticket"]
+
+    assert (await talking.call("sendtyping", asked | {"typing_ticket": last, "status": 1}))["ret"] == 0
+    assert (await talking.call("sendtyping", asked | {"typing_ticket": first, "status": 1}))["ret"] == -2
 
 
 async def test_s16_notifystart_and_notifystop_keep_a_timeline(client: Client) -> None:
