@@ -49,7 +49,7 @@ async def tail(
     """Print messages as they come: time, sandbox, user, text.
 
     It reads beside the sandbox and takes nothing from it. With --json each line is the message as it is on the bus.
-    It ends by ctrl-C (exit code 130), or with --count. Text is cut to the terminal's line; --json is complete.
+    It ends by ctrl-C (exit code 130), or with --count.
     """
     if since and from_start:
         raise Failed(USAGE, "Give --since or --all, not both.")
