@@ -542,6 +542,8 @@ class WindowEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     at_ms: int = 0
 
 
+CHECKING = "checking"
+"""Reason in an answer while digits are not judged yet."""
 LoginStatus: TypeAlias = Literal[
     "wait", "scanned", "need_verify_code", "confirmed", "already_bound", "expired", "failed", "cancelled"
 ]

@@ -14,7 +14,7 @@ import msgspec
 import structlog
 from msgspec import structs
 
-from adapter.contract import Login, LoginEvent, LoginStart
+from adapter.contract import CHECKING, Login, LoginEvent, LoginStart
 from adapter.errors import Conflict, Refused
 from adapter.metrics import Metrics
 from adapter.ports import Bucket, Entry, QrCode, Scan
@@ -29,8 +29,6 @@ TELL_MS = 240_000
 """A login that is over is told once more by a new owner only while the stream would drop the repeat."""
 CODES = 2
 """Codes of a login that are asked for: the newest, and the one before it, which somebody may be scanning."""
-CHECKING = "checking"
-"""Reason in an answer while digits are not judged yet."""
 PATIENCE_S = 0.05
 LAG_S = 0.3
 """A login that was started a moment ago may not be in every copy of the bucket."""

@@ -20,7 +20,7 @@ from adapter.cli.bus import Bus, connected
 from adapter.cli.exits import INTERRUPTED, NO, OK, UNREACHABLE, USAGE, Failed
 from adapter.cli.options import Json, Sandbox
 from adapter.cli.running import unless, until_signalled
-from adapter.contract import Login, LoginQuery, LoginStart, LoginVerify, Options
+from adapter.contract import CHECKING, Login, LoginQuery, LoginStart, LoginVerify, Options
 
 START_S = 20.0
 LOOK_S = 3.0
@@ -29,7 +29,6 @@ LATE_S = 30.0
 """How long beyond a login's end an adapter that is away is waited for."""
 GOOD = ("confirmed", "already_bound")
 OVER = (*GOOD, "expired", "failed", "cancelled")
-CHECKING = "checking"
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 _DIGITS = re.compile(r"[0-9]{1,12}")
 
