@@ -75,8 +75,6 @@ class Command(NamedTuple):
     stored_ms: int
     expires_ms: int
     """Unsent by then, it is refused."""
-    patient: bool
-    """Its expiry is the service's, not its own."""
     typing: Literal["", "on", "off"] = ""
     """Instead of parts: show or hide that the bot types."""
     final: bool = False
@@ -169,7 +167,6 @@ def read_command(body: Outbound, *, sandbox: str, ident: str, stored_ms: int, li
         when_closed="refuse" if body.typing else body.when_closed,  # it is never parked
         stored_ms=stored_ms,
         expires_ms=stored_ms + patience_ms,
-        patient=body.expires_in_s is None,
         typing=body.typing or "",
         final=body.final,
     )

@@ -41,7 +41,6 @@ H_TIME_MS = "Wechat-Time-Ms"
 H_SANDBOX = "Wechat-Sandbox"
 H_SEEN = "Wechat-Seen"
 """On inbound messages: the adapter's own keys against duplicates. Readers ignore it."""
-H_PROGRESS = "Wechat-Progress"
 H_IDS = "Wechat-Ids"
 """On inbound messages: iLink's ids of its items, for later quotes. Readers ignore it."""
 H_NEXT = "Wechat-Next"
@@ -67,7 +66,6 @@ _HEADERS = {
 }
 
 SandboxId = Annotated[str, Meta(pattern=SANDBOX_PATTERN, description="Name of a sandbox.")]
-TimeMs = Annotated[int, Meta(description="Unix milliseconds.")]
 CommandId = Annotated[str, Meta(min_length=1, max_length=128, description="Idempotency key of a command.")]
 
 

@@ -316,15 +316,5 @@ def _nameless(delivery: Delivery, body_id: str | None) -> Command:
     sandbox = delivery.subject.rpartition(".")[2]
     if len(sandbox) > MAX_NAME:
         sandbox = contract.UNROUTED  # the subject of its receipts would break the connection
-    return Command(
-        ident,
-        f"out-{delivery.seq}-{delivery.time_ms}",
-        sandbox,
-        "",
-        "",
-        [],
-        "refuse",
-        delivery.time_ms,
-        0,
-        patient=True,
-    )
+    client = f"out-{delivery.seq}-{delivery.time_ms}"
+    return Command(ident, client, sandbox, "", "", [], "refuse", delivery.time_ms, 0)

@@ -294,7 +294,7 @@ class Presence:
             return rest_s
         ticket = await self._ticket(sight, account)
         if sight.wanted:
-            await self._record(sight, account)
+            await self._record(sight)
         if not sight.wanted or self._needs.clock.monotonic() >= sight.until:
             return 0.0  # meanwhile it is over
         sight.lit = True  # before: it may take effect without an answer
@@ -393,7 +393,7 @@ class Presence:
     def _key(self, sight: Sight) -> str:
         return f"{self._shard}.{peer_key(sight.bot, sight.user)}"
 
-    async def _record(self, sight: Sight, account: Account) -> None:
+    async def _record(self, sight: Sight) -> None:
         """Writes down that it may be shown, unless that is written. Raises Temporary."""
         if sight.recorded:
             return

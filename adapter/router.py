@@ -67,7 +67,7 @@ class Router:
 
     async def _end(self, delivery: Delivery, sandbox: str, ident: str, ending: Ending) -> None:
         client = f"routed-{delivery.seq}-{delivery.time_ms}"
-        command = Command(ident, client, sandbox, "", "", [], "refuse", delivery.time_ms, 0, patient=True)
+        command = Command(ident, client, sandbox, "", "", [], "refuse", delivery.time_ms, 0)
         while delivery.suspect:
             try:
                 if await self._receipts.has_final(command):

@@ -250,16 +250,6 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         )
         return f"Settings({shown})"
 
-    @property
-    def http_host(self) -> str:
-        """Host part of `http_addr`; "" for all interfaces."""
-        return split_addr(self.http_addr)[0]
-
-    @property
-    def http_port(self) -> int:
-        """Port part of `http_addr`; 0 for any free one."""
-        return split_addr(self.http_addr)[1]
-
 
 def variable_of(field: str) -> str:
     """The environment variable of a field of `Settings`."""

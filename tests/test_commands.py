@@ -77,7 +77,7 @@ def test_a_command_becomes_its_messages(body: dict[str, Any], parts: list[str]) 
 def test_the_rest_is_defaults() -> None:
     command = read(text="hi")
     assert (command.id, command.sandbox, command.bot, command.user) == ("c1", "s1", "", "")
-    assert (command.when_closed, command.stored_ms, command.patient) == ("park", NOW, True)
+    assert (command.when_closed, command.stored_ms) == ("park", NOW)
 
 
 def test_bot_user_and_patience_can_be_named() -> None:
@@ -228,7 +228,6 @@ def test_a_command_expires_after_its_own_time_but_never_later_than_the_services(
     own: dict[str, Any] = {} if expires_in_s is None else {"expires_in_s": expires_in_s}
     command = read(text="hi", **own)
     assert command.expires_ms == NOW + expires_ms
-    assert command.patient is (expires_in_s is None)
 
 
 # media ---------------------------------------------------------------------------------------------------

@@ -27,7 +27,6 @@ def item(name: str, *, expires_ms: int) -> Item:
         when_closed="park",
         stored_ms=0,
         expires_ms=expires_ms,
-        patient=True,
     )
     return Item(command, b"{}", {}, suspect=False)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from adapter.errors import SettingsError
-from adapter.settings import Settings, read_settings
+from adapter.settings import Settings, read_settings, split_addr
 
 KEY = base64.b64encode(b"k" * 32).decode()
 OLD_KEY = base64.b64encode(b"o" * 32).decode()
@@ -197,7 +197,7 @@ def test_no_error_and_no_repr_shows_a_secret() -> None:
 )
 def test_the_http_address_is_split(addr: str, host: str, port: int) -> None:
     read = read_settings({"WECHAT_NATS_HTTP_ADDR": addr})
-    assert (read.http_host, read.http_port) == (host, port)
+    assert split_addr(read.http_addr) == (host, port)
 
 
 def test_a_console_needs_a_token() -> None:

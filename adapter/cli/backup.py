@@ -25,7 +25,6 @@ CHUNK = 128 * 1024
 CHUNK_S = 30.0
 """How long a chunk may take, either way."""
 META, DATA = "backup.json", "stream.tar.s2"
-EXISTS = 10058
 
 Folder = Annotated[Path, Parameter(help="Folder of the backup, with a folder per stream.")]
 

@@ -26,15 +26,6 @@ def printable(text: object) -> str:
     return _UNPRINTABLE.sub(lambda m: _NAMED.get(m[0], f"\\x{ord(m[0]):02x}"), str(text))
 
 
-def shorten(text: str, width: int) -> str:
-    """`text` cut to `width` columns of a terminal (Chinese characters take two)."""
-    if cell_len(text) <= width:
-        return text
-    while cell_len(text) > width - 1:
-        text = text[:-1]
-    return text + "…"
-
-
 def pad(text: str, width: int) -> str:
     return text + " " * max(0, width - cell_len(text))
 

@@ -187,11 +187,11 @@ class Server:
                 visit.late = rule
                 return None
             answer = self._broken(visit, rule)
-            await self._pause(visit, rule, answer)
+            await self._pause(rule, answer)
             return None if fault == "F5" and "hang_ms" in rule.params else answer
         return None
 
-    async def _pause(self, visit: Visit, rule: FaultRule, answer: Answer) -> None:
+    async def _pause(self, rule: FaultRule, answer: Answer) -> None:
         """Time that passes before a fault strikes: `after_ms`, or the hang of F5."""
         pause_ms = float(rule.params.get("after_ms", 0))
         try:

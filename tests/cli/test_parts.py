@@ -15,7 +15,7 @@ import pytest
 from rich.cells import cell_len
 
 from adapter.cli.bus import Bus
-from adapter.cli.output import full, printable, shorten
+from adapter.cli.output import full, printable
 from adapter.cli.running import unless
 from adapter.cli.screen import LABEL, Screen
 from adapter.cli.stdin import lines
@@ -87,10 +87,6 @@ async def test_a_closed_standard_input_is_an_end() -> None:
 
 def test_nothing_of_others_moves_the_cursor() -> None:
     assert printable("a\x1b[2J\nb\tc\x9b\u202e") == "a\\x1b[2J⏎b c\\x9b\\x202e"
-
-
-def test_text_is_cut_by_columns() -> None:
-    assert [shorten("你好吗", width) for width in (6, 5, 2)] == ["你好吗", "你好…", "…"]
 
 
 def test_json_for_scripts_has_every_field() -> None:
