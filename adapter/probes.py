@@ -5,19 +5,15 @@ Of its own, since a stuck event loop is the very thing that /livez has to report
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Iterable
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import msgspec
 import structlog
 
-from adapter.errors import SettingsError
 from adapter.metrics import Metrics
-from adapter.settings import split_addr
-from adapter.web import server_at, shown_url
+from adapter.web import Listener
 
 log = structlog.get_logger()
 
@@ -161,53 +157,17 @@ class Health:
         return Check(name=name, ok=ok, since_ms=since_ms, detail=detail if always or not ok else "")
 
 
-class ProbeServer:
-    """Serves while entered. `addr` is `host:port`; port 0 takes a free one, see `url`.
-
-    Entering raises SettingsError if the address cannot be had.
-    """
+class ProbeServer(Listener):
+    """Serves at `addr` while entered; see Listener."""
 
     def __init__(self, addr: str, health: Health, metrics: Metrics) -> None:
-        self.addr = addr
+        super().__init__("http_addr", addr, self._serve)
         self._answers: dict[str, Callable[[str], tuple[bool, bytes, str]]] = {
             "/startupz": lambda _: _answer(health.startup()),
             "/livez": lambda _: _answer(health.live()),
             "/readyz": lambda _: _answer(health.ready()),
             "/metrics": lambda accept: (True, *metrics.expose(accept)),
         }
-
-    def __enter__(self) -> Self:
-        host, port = split_addr(self.addr)
-        try:
-            self._server = server_at(host, port)
-        except OSError as exc:
-            raise SettingsError(
-                "invalid_settings",
-                f"WECHAT_NATS_HTTP_ADDR: expected an address to listen on, {self.addr} cannot be had: {exc.strerror}",
-            ) from exc
-        self._server.set_app(self._serve)
-        self._thread = threading.Thread(
-            target=self._server.serve_forever, kwargs={"poll_interval": 0.1}, name="probes", daemon=True
-        )
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._server.shutdown()
-        self._thread.join()
-        self._server.server_close()
-
-    @property
-    def port(self) -> int:
-        """The port in use."""
-        return int(self._server.server_address[1])
-
-    @property
-    def url(self) -> str:
-        """Base URL, without a slash at its end."""
-        return shown_url(split_addr(self.addr)[0], self.port)
 
     def _serve(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         path, method = environ.get("PATH_INFO", ""), environ.get("REQUEST_METHOD", "")

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import socket
 import socketserver
-from typing import Any
+import threading
+from types import TracebackType
+from typing import Any, Self
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
+from wsgiref.types import WSGIApplication
 
 import structlog
+
+from adapter.errors import SettingsError
+from adapter.settings import split_addr, variable_of
 
 log = structlog.get_logger()
 
@@ -19,8 +25,8 @@ class _Request(WSGIRequestHandler):
         """Requests come every few seconds; nobody wants to read of them."""
 
 
-class ThreadedServer(socketserver.ThreadingMixIn, WSGIServer):
-    """Serves one WSGI application. Its threads end with the process."""
+class _Server(socketserver.ThreadingMixIn, WSGIServer):
+    """Its threads end with the process."""
 
     daemon_threads = True
     block_on_close = False
@@ -35,17 +41,54 @@ class ThreadedServer(socketserver.ThreadingMixIn, WSGIServer):
         log.debug("request.failed", exc_info=True)
 
 
-class _Server6(ThreadedServer):
+class _Server6(_Server):
     address_family = socket.AF_INET6
 
 
-def server_at(host: str, port: int) -> ThreadedServer:
-    """Listens; port 0 takes a free one. Raises OSError."""
-    return (_Server6 if ":" in host else ThreadedServer)((host, port), _Request)
+class Listener:
+    """Serves a WSGI application at the address of a setting while entered; port 0 takes a free one, see `url`.
 
+    Entering raises SettingsError if the address cannot be had.
+    """
 
-def shown_url(host: str, port: int) -> str:
-    """The base URL of a listener, without a slash at its end; loopback for one on all interfaces."""
-    if host in ("", "0.0.0.0", "::"):
-        host = "127.0.0.1" if host != "::" else "::1"
-    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    def __init__(self, setting: str, addr: str, app: WSGIApplication) -> None:
+        """`setting`: the field of Settings that `addr` is from."""
+        self._setting = setting
+        self._addr = addr
+        self._app = app
+
+    def __enter__(self) -> Self:
+        host, port = split_addr(self._addr)
+        try:
+            self._server = (_Server6 if ":" in host else _Server)((host, port), _Request)
+        except OSError as exc:
+            raise SettingsError(
+                "invalid_settings",
+                f"{variable_of(self._setting)}: expected an address to listen on, {self._addr} cannot be had:"
+                f" {exc.strerror}",
+            ) from exc
+        self._server.set_app(self._app)
+        serve, name = self._server.serve_forever, type(self).__name__
+        self._thread = threading.Thread(target=serve, kwargs={"poll_interval": 0.1}, name=name, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()
+
+    @property
+    def port(self) -> int:
+        """The port in use."""
+        return self._server.server_port
+
+    @property
+    def url(self) -> str:
+        """Base URL, without a slash at its end; loopback for a listener on all interfaces."""
+        host = split_addr(self._addr)[0]
+        if host in ("", "0.0.0.0", "::"):
+            host = "127.0.0.1" if host != "::" else "::1"
+        return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"

@@ -10,7 +10,6 @@ import secrets
 import threading
 from collections.abc import Callable, Coroutine, Iterable
 from http.cookies import CookieError, SimpleCookie
-from types import TracebackType
 from typing import Any, NamedTuple, Self, TypeVar
 from urllib.parse import parse_qs
 
@@ -21,9 +20,9 @@ from adapter.console.guard import SESSION_S, Guard
 from adapter.console.pages import Pages
 from adapter.console.view import Platform, Wanted
 from adapter.contract import Options
-from adapter.errors import AdapterError, Refused, SettingsError, Temporary
+from adapter.errors import AdapterError, Refused, Temporary
 from adapter.settings import split_addr
-from adapter.web import server_at, shown_url
+from adapter.web import Listener
 
 log = structlog.get_logger()
 
@@ -67,11 +66,11 @@ class Answer(NamedTuple):
     headers: tuple[tuple[str, str], ...] = ()
 
 
-class Console:
-    """Serves while entered. Entering raises SettingsError if the address cannot be had."""
+class Console(Listener):
+    """Serves at `addr` while entered; see Listener."""
 
     def __init__(self, addr: str, token: str, needs: Needs) -> None:
-        self._addr = addr
+        super().__init__("console_addr", addr, self._serve)
         self._guard = Guard(token)
         self._desk = Desk(needs, self._guard)
         self._pages = Pages()
@@ -79,39 +78,14 @@ class Console:
         self.now_ms = needs.clock.now_ms
 
     def __enter__(self) -> Self:
-        host, port = split_addr(self._addr)
         self._loop = asyncio.get_running_loop()
-        try:
-            self._server = server_at(host, port)
-        except OSError as exc:
-            raise SettingsError(
-                "invalid_settings",
-                f"WECHAT_NATS_CONSOLE_ADDR: expected an address to listen on, {self._addr} cannot be had:"
-                f" {exc.strerror}",
-            ) from exc
-        self._server.set_app(self._serve)
-        self._thread = threading.Thread(
-            target=self._server.serve_forever, kwargs={"poll_interval": 0.1}, name="console", daemon=True
-        )
-        self._thread.start()
+        super().__enter__()
         log.info("console.started", url=self.url)
-        if not is_loopback(host):
+        if not is_loopback(split_addr(self._addr)[0]):
             log.warning(
                 "console.exposed", url=self.url, detail="Put TLS in front of it: the token passes in the clear."
             )
         return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._server.shutdown()
-        self._thread.join()
-        self._server.server_close()
-
-    @property
-    def url(self) -> str:
-        """Base URL, without a slash at its end."""
-        return shown_url(split_addr(self._addr)[0], int(self._server.server_address[1]))
 
     # HTTP -------------------------------------------------------------------------------------------
 
