@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 import msgspec
 
 from adapter.contract import Outbound, OutFile, OutImage, OutText, OutVideo, OutVoice, check_sandbox
-from adapter.errors import Refused, Unreadable
+from adapter.errors import UNDECODABLE, Refused, Unreadable
 from adapter.split import MAX_BYTES, is_open, split, to_plain
 
 _PEER = re.compile(r"[!-~]{0,128}")
@@ -120,7 +120,7 @@ def peek(data: bytes, limits: Limits) -> Outbound:
         raise Unreadable("too_large", f"{len(data)} bytes; at most {limits.command_bytes} are read.")
     try:
         return msgspec.json.decode(data, type=Outbound)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
+    except UNDECODABLE as exc:
         if body := _misaddressed(data):
             return body
         raise Unreadable("unreadable", _harmless(exc)) from exc
@@ -132,7 +132,7 @@ def _misaddressed(data: bytes) -> Outbound | None:
         fields = msgspec.json.decode(data, type=dict[str, msgspec.Raw])
         sandbox = msgspec.json.decode(fields.pop("sandbox"), type=str)
         body = msgspec.json.decode(msgspec.json.encode(fields), type=Outbound)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, KeyError):
+    except (*UNDECODABLE, KeyError):
         return None
     return msgspec.structs.replace(body, sandbox=sandbox)
 

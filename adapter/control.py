@@ -16,7 +16,7 @@ from msgspec import structs
 from adapter import contract
 from adapter.bindings import Bindings
 from adapter.contract import Bind, BindingEvent, ControlAnswer, Names, Unbind, check_sandbox
-from adapter.errors import AdapterError, Refused, Temporary, Unreadable
+from adapter.errors import UNDECODABLE, AdapterError, Refused, Temporary, Unreadable
 from adapter.events import Events
 from adapter.metrics import Metrics
 from adapter.ports import Chat, Delivery, History, Teller
@@ -158,7 +158,7 @@ class Control:
             unbind = msgspec.json.decode(delivery.data, type=Unbind)
             unbind = structs.replace(unbind, id=unbind.id or request or None)
             return await self._or_refuse(self.unbind(unbind), unbind)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
+        except UNDECODABLE as exc:
             raise Unreadable("unreadable", str(exc)[:200]) from exc
 
     async def _or_refuse(self, work: Awaitable[ControlAnswer], command: Bind | Unbind) -> ControlAnswer:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import msgspec
+
+UNDECODABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+"""What msgspec raises for a stranger's bytes: no such type or no JSON, no UTF-8, nested too deep."""
+
 
 class AdapterError(Exception):
     """An expected failure; anything else is a bug.

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
-
 import msgspec
 from msgspec import structs
 
@@ -15,8 +13,8 @@ from adapter.metrics import Metrics
 from adapter.ports import Logins
 from adapter.records import LoginRecord
 from adapter.seal import Sealer
+from adapter.svc import read_request
 
-Q = TypeVar("Q", bound=msgspec.Struct)
 START_S = 5.0
 """How long a replica that has just started is waited for."""
 OPEN_PER_SANDBOX = 20
@@ -45,7 +43,7 @@ class LoginService:
 
     async def start(self, data: bytes) -> bytes:
         """Fetches the first code and stores the login; its shard's owner goes on from there."""
-        asked = self._read(data, LoginStart)
+        asked = read_request(data, LoginStart, self._metrics)
         check_sandbox(asked.sandbox)
         if not await self._bindings.changed.until(lambda: self._bindings.loaded, START_S):
             raise Temporary("starting", "The adapter is starting; ask again in a moment.")
@@ -59,12 +57,12 @@ class LoginService:
 
     async def status(self, data: bytes) -> bytes:
         """How a login stands; for a day after its end, too."""
-        asked = self._read(data, LoginQuery)
+        asked = read_request(data, LoginQuery, self._metrics)
         return self._answer(asked.login, await self._book.read(asked.login), with_png=asked.png)
 
     async def verify(self, data: bytes) -> bytes:
         """Takes the digits that the phone shows, where they are asked for."""
-        asked = self._read(data, LoginVerify)
+        asked = read_request(data, LoginVerify, self._metrics)
         digits = self._book.seal_digits(asked.login, asked.code)
 
         def take(record: LoginRecord) -> LoginRecord:
@@ -78,7 +76,7 @@ class LoginService:
 
     async def cancel(self, data: bytes) -> bytes:
         """Ends a login. One that is over stays as it ended."""
-        asked = self._read(data, LoginQuery)
+        asked = read_request(data, LoginQuery, self._metrics)
 
         def end(record: LoginRecord) -> LoginRecord | None:
             if record.over:
@@ -91,10 +89,3 @@ class LoginService:
 
     def _answer(self, login: str, record: LoginRecord, *, with_png: bool) -> bytes:
         return msgspec.json.encode(self._book.answer(login, record, with_png=with_png))
-
-    def _read(self, data: bytes, kind: type[Q]) -> Q:
-        try:
-            return msgspec.json.decode(data or b"{}", type=kind)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
-            self._metrics.schema_violations.labels(kind="svc").inc()
-            raise Refused("invalid", str(exc)[:200]) from exc

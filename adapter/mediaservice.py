@@ -16,6 +16,7 @@ from adapter.contract import H_NEXT, H_SHA256, H_SIZE, MAX_SEQ, Media, MediaPiec
 from adapter.errors import BusRefused, Refused, Unreadable
 from adapter.metrics import Metrics
 from adapter.ports import Answered, Asked, PartialObjects, StoredObject
+from adapter.svc import invalid, read_request
 
 PIECE_MIN, PIECE_MAX = 16 * 1024, 512 * 1024
 """Pieces of an upload; the last may be shorter. Well below a message's usual limit of 1 MiB."""
@@ -36,12 +37,9 @@ class MediaService:
     async def get(self, asked: Asked) -> Answered:
         """media.get: a piece of an object. Raises Refused (invalid, not_found), Temporary."""
         sandbox = check_sandbox(asked.sandbox)
-        try:
-            query = msgspec.json.decode(asked.data, type=MediaQuery)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
-            raise self._invalid(exc) from exc
+        query = read_request(asked.data, MediaQuery, self._metrics)
         if query.after > MAX_SEQ:
-            raise self._invalid(ValueError("`after` is the header Wechat-Next of the answer before."))
+            raise invalid(ValueError("`after` is the header Wechat-Next of the answer before."), self._metrics)
         if not query.object.startswith(f"{sandbox}/"):
             raise _absent()
         stored = await self._objects.info(query.object)
@@ -62,7 +60,7 @@ class MediaService:
         try:
             piece = msgspec.convert(asked.headers, MediaPiece, strict=False)
         except msgspec.ValidationError as exc:
-            raise self._invalid(exc) from exc
+            raise invalid(exc, self._metrics) from exc
         name = f"{sandbox}/out/{piece.upload}"
         end = piece.offset + len(asked.data)
         self._check_size(piece, len(asked.data), end)
@@ -93,10 +91,6 @@ class MediaService:
             raise Refused("invalid", f"The media exceed {self._max_bytes} bytes.")
         if size > PIECE_MAX or (size < PIECE_MIN and not piece.last):
             raise Refused("invalid", f"A piece has {PIECE_MIN} to {PIECE_MAX} bytes, the last one may have less.")
-
-    def _invalid(self, exc: Exception) -> Refused:
-        self._metrics.schema_violations.labels(kind="svc").inc()
-        return Refused("invalid", str(exc)[:200])
 
 
 def described(stored: StoredObject, head: bytes, title: str) -> Media:

@@ -27,9 +27,9 @@ from adapter.errors import Refused
 from adapter.metrics import Metrics
 from adapter.ports import Answered, Asked, Bucket, History
 from adapter.records import Binding, Context
+from adapter.svc import read_request
 from adapter.timing import Clock
 
-Q = TypeVar("Q", bound=msgspec.Struct)
 S = TypeVar("S", WindowQuery, ReplayQuery)
 REPLAY_BYTES = 512 * 1024
 """A page of a replay stays well below a message's usual limit of 1 MiB."""
@@ -60,7 +60,7 @@ class Queries:
 
     async def bindings_list(self, data: bytes) -> bytes:
         """bindings.list"""
-        query = self._read(data, BindingsQuery)
+        query = read_request(data, BindingsQuery, self._metrics)
         found = sorted(
             (b for b in self._bindings if query.sandbox in (None, b.sandbox) and query.bot in (None, b.bot)),
             key=lambda binding: binding.bot,
@@ -73,7 +73,7 @@ class Queries:
 
     async def bindings_get(self, data: bytes) -> bytes:
         """bindings.get: by bot, or all of a sandbox. Raises Refused("not_bound")."""
-        query = self._read(data, BindingsQuery)
+        query = read_request(data, BindingsQuery, self._metrics)
         if query.bot is None and query.sandbox is None:
             raise Refused("invalid", "Name a `bot` or a `sandbox`.")
         found = self._of(query.sandbox, query.bot)
@@ -81,7 +81,7 @@ class Queries:
 
     async def window(self, data: bytes) -> bytes:
         """window: what may be sent to a user now. Raises Refused, Temporary."""
-        return await self._window(_with_sandbox(self._read(data, WindowQuery)))
+        return await self._window(_with_sandbox(read_request(data, WindowQuery, self._metrics)))
 
     async def window_of(self, asked: Asked) -> Answered:
         """window.<sandbox>: the same, of a user of this sandbox. Raises Refused, Temporary."""
@@ -89,7 +89,7 @@ class Queries:
 
     async def replay(self, data: bytes) -> bytes:
         """replay: a sandbox's inbound messages again, from a sequence or a time. Raises Refused, Temporary."""
-        return await self._replay(_with_sandbox(self._read(data, ReplayQuery)))
+        return await self._replay(_with_sandbox(read_request(data, ReplayQuery, self._metrics)))
 
     async def replay_of(self, asked: Asked) -> Answered:
         """replay.<sandbox>: the same, of this sandbox. Raises Refused, Temporary."""
@@ -132,17 +132,10 @@ class Queries:
     def _read_of(self, asked: Asked, kind: type[S]) -> S:
         """The question, of the sandbox in its subject. Raises Refused("invalid")."""
         sandbox = check_sandbox(asked.sandbox)
-        query = self._read(asked.data, kind)
+        query = read_request(asked.data, kind, self._metrics)
         if query.sandbox not in (None, sandbox):
             raise Refused("invalid", "The body names another sandbox than the subject.")
         return msgspec.structs.replace(query, sandbox=sandbox)
-
-    def _read(self, data: bytes, kind: type[Q]) -> Q:
-        try:
-            return msgspec.json.decode(data or b"{}", type=kind)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
-            self._metrics.schema_violations.labels(kind="svc").inc()
-            raise Refused("invalid", str(exc)[:200]) from exc
 
 
 def _with_sandbox(query: S) -> S:

@@ -7,13 +7,13 @@ from typing import Any, TypeAlias, TypeVar
 import msgspec
 
 from adapter.contract import Quote
+from adapter.errors import UNDECODABLE
 from adapter.ilink import wire
 from adapter.quotes import Part, Reference, as_id, resolved, summary
 
 T = TypeVar("T")
 Quoted: TypeAlias = tuple[Quote, Reference]
 
-UNDECODABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 KINDS = {wire.TEXT: "text", wire.IMAGE: "image", wire.VOICE: "voice", wire.FILE: "file", wire.VIDEO: "video"}
 
 

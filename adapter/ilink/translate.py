@@ -8,14 +8,13 @@ import msgspec
 
 from adapter import contract
 from adapter.dedup import Keys
-from adapter.errors import Refused, Unreadable
+from adapter.errors import UNDECODABLE, Refused, Unreadable
 from adapter.ilink import wire
 from adapter.ilink.cipher import read_key
 from adapter.ilink.references import Quoted, ident_of, read_reference, transcript
 from adapter.ports import Fetch, Said
 from adapter.quotes import as_id
 
-UNDECODABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 _PLAIN = msgspec.json.Decoder(wire.PlainMessage)
 _WHOLE = msgspec.json.Decoder(wire.Message, strict=False)
 _ITEM = msgspec.json.Decoder(wire.Item, strict=False)

@@ -1,0 +1,26 @@
+"""Requests of `wechat.svc.*`, as strangers write them."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import msgspec
+
+from adapter.errors import UNDECODABLE, Refused
+from adapter.metrics import Metrics
+
+Q = TypeVar("Q", bound=msgspec.Struct)
+
+
+def read_request(data: bytes, kind: type[Q], metrics: Metrics) -> Q:
+    """An empty request has no fields. Raises Refused("invalid"), which is counted."""
+    try:
+        return msgspec.json.decode(data or b"{}", type=kind)
+    except UNDECODABLE as exc:
+        raise invalid(exc, metrics) from exc
+
+
+def invalid(exc: Exception, metrics: Metrics) -> Refused:
+    """What is raised for a request that does not fit its schema; counts it."""
+    metrics.schema_violations.labels(kind="svc").inc()
+    return Refused("invalid", str(exc)[:200])
