@@ -7,9 +7,8 @@ import contextlib
 import resource
 import socket
 from collections.abc import Callable, Coroutine, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
-import msgspec
 import structlog
 
 from adapter import __version__, inbound, media, rollcall, window
@@ -37,14 +36,13 @@ from adapter.login_service import LoginService
 from adapter.logins import LoginBook
 from adapter.mediaservice import MediaService
 from adapter.metrics import Metrics
-from adapter.permissions import USER_INFO, needs, user_of
+from adapter.ports import Account
 from adapter.presence import Showing
 from adapter.probes import Health, ProbeServer
 from adapter.queries import Queries
 from adapter.recall import Recall
 from adapter.receipts import Receipts
 from adapter.records import Binding
-from adapter.resealing import tokens_at_rest
 from adapter.rollcall import Polling, Present
 from adapter.router import Router
 from adapter.scanning import Scanner, Scanning
@@ -54,6 +52,7 @@ from adapter.sessions import Incoming, Waiting, account_of
 from adapter.settings import Settings
 from adapter.settling import Outgoing
 from adapter.shardwork import ShardLoops
+from adapter.starting import Starting, start
 from adapter.supervisor import Supervisor
 from adapter.tidying import Tidying
 from adapter.timing import Beat, Pace, SystemClock
@@ -179,21 +178,7 @@ class Adapter:
             bindings=self.bindings,
             leases=self.leases,
             tend=lambda session: inbound.tend(session, self.incoming),
-            work=ShardLoops(
-                link=self.link,
-                outgoing=self.outgoing,
-                fetching=self.fetching,
-                router=self.router,
-                control=self.control,
-                tidying=self._tidying,
-                tell_freed=self.tell_freed,
-                spawn=self._spawn,
-                leases=self.leases,
-                names=names,
-                health=self.health,
-                clock=clock,
-                metrics=metrics,
-            ),
+            work=self._shard_loops(),
             throttled=self.windows.throttled,
             clock=clock,
             metrics=metrics,
@@ -214,33 +199,7 @@ class Adapter:
         )
         self.book = LoginBook(self._bucket(names.logins), self.sealer, clock, metrics)
         self.scanner = Scanner(self._scanning())
-        login = LoginService(self.chat, self.book, self.bindings, self.sealer, metrics, login_s=settings.login_s)
-        queries = Queries(self.bindings, self.context_bucket, self.history, names, self.rules, clock, metrics)
-        handlers: dict[str, Handler] = {
-            "bindings.list": queries.bindings_list,
-            "bindings.get": queries.bindings_get,
-            "window": queries.window,
-            "replay": queries.replay,
-            "login.start": login.start,
-            "login.status": login.status,
-            "login.verify": login.verify,
-            "login.cancel": login.cancel,
-        }
-        media = MediaService(self.objects, metrics, max_bytes=settings.media_max_bytes)
-        Services(
-            self.link,
-            names,
-            handlers,
-            version=__version__,
-            instance=self.instance,
-            of_sandbox={
-                "media.get": media.get,
-                "media.put": media.put,
-                "replay": queries.replay_of,
-                "window": queries.window_of,
-            },
-        )
-        self.handlers = handlers
+        self.handlers = self._serve()
         metrics.bindings_capacity.set(settings.capacity)
         self.link.on_up(self._count_connect)
         self.teller.reply(self.names.roll(), lambda data: rollcall.answer(data, self._present))
@@ -310,10 +269,7 @@ class Adapter:
     def _outgoing(self) -> Outgoing:
         settings = self.settings
 
-        async def unset(_: float = 0.0) -> None:
-            raise AssertionError("each shard brings its own")
-
-        def unchecked() -> None:
+        def unset(*_: float) -> NoReturn:
             raise AssertionError("each shard brings its own")
 
         async def stale_on_send(binding: Binding, detail: str) -> None:
@@ -338,7 +294,7 @@ class Adapter:
                 text_chars=settings.text_max_chars,
                 pause=unset,
                 pace=unset,
-                check=unchecked,
+                check=unset,
                 look=self.windows.look,
                 note=self.recall.note,
                 upload=self.uploads.bring,
@@ -351,7 +307,7 @@ class Adapter:
             receipts=self.receipts,
             names=self.names,
             limits=self.limits,
-            account=lambda binding: account_of(binding, self.sealer),
+            account=self._account,
             stale=self._stale,
             stale_on_send=stale_on_send,
             alive_on_send=alive_on_send,
@@ -368,12 +324,54 @@ class Adapter:
                 bindings=self.bindings,
                 bucket=self._bucket(self.names.typing),
                 clock=self.clock,
-                account=lambda binding: account_of(binding, self.sealer),
+                account=self._account,
                 stale=self._stale,
                 check=self.leases.check,
                 longest_s=settings.typing_max_s,
             ),
         )
+
+    def _shard_loops(self) -> ShardLoops:
+        return ShardLoops(
+            link=self.link,
+            outgoing=self.outgoing,
+            fetching=self.fetching,
+            router=self.router,
+            control=self.control,
+            tidying=self._tidying,
+            tell_freed=self.tell_freed,
+            spawn=self._spawn,
+            leases=self.leases,
+            names=self.names,
+            health=self.health,
+            clock=self.clock,
+            metrics=self.metrics,
+        )
+
+    def _serve(self) -> dict[str, Handler]:
+        """Answers `wechat.svc.*`; the handlers of what is asked of no single sandbox."""
+        settings, names, metrics = self.settings, self.names, self.metrics
+        login = LoginService(self.chat, self.book, self.bindings, self.sealer, metrics, login_s=settings.login_s)
+        queries = Queries(self.bindings, self.context_bucket, self.history, names, self.rules, self.clock, metrics)
+        store = MediaService(self.objects, metrics, max_bytes=settings.media_max_bytes)
+        handlers: dict[str, Handler] = {
+            "bindings.list": queries.bindings_list,
+            "bindings.get": queries.bindings_get,
+            "window": queries.window,
+            "replay": queries.replay,
+            "login.start": login.start,
+            "login.status": login.status,
+            "login.verify": login.verify,
+            "login.cancel": login.cancel,
+        }
+        of_sandbox = {
+            "media.get": store.get,
+            "media.put": store.put,
+            "replay": queries.replay_of,
+            "window": queries.window_of,
+        }
+        Services(self.link, names, handlers, version=__version__, instance=self.instance, of_sandbox=of_sandbox)
+        return handlers
 
     def _scanning(self) -> Scanning:
         return Scanning(
@@ -402,6 +400,12 @@ class Adapter:
             keep_s=self.settings.unbound_hours * 3600,
         )
 
+    def _account(self, binding: Binding) -> Account:
+        return account_of(binding, self.sealer)
+
+    def _stale(self, bot: str) -> bool:
+        return self.supervisor.stale(bot)
+
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         self._group.create_task(work)
 
@@ -418,9 +422,6 @@ class Adapter:
 
     async def _waiting(self, sandbox: str) -> Waiting | None:
         return await self.supervisor.waiting(sandbox)
-
-    def _stale(self, bot: str) -> bool:
-        return self.supervisor.stale(bot)
 
     def _fence(self, bot: str) -> None:
         binding = self.bindings.get(bot)
@@ -482,29 +483,42 @@ class Adapter:
 
     async def run(self, stop: asyncio.Event, on_ready: Callable[[], None] | None = None) -> None:
         """Runs until `stop` is set, then drains. Raises SettingsError when it cannot start."""
+        starting = Starting(
+            settings=self.settings,
+            link=self.link,
+            history=self.history,
+            names=self.names,
+            sealer=self.sealer,
+            health=self.health,
+            clock=self.clock,
+            metrics=self.metrics,
+        )
         with (
             ProbeServer(self.settings.http_addr, self.health, self.metrics) as probes,
             self._console(),
         ):
             async with asyncio.TaskGroup() as group:
                 self._group = group
-                background = [
-                    group.create_task(self.watch.beat(), name="heartbeat"),
-                    group.create_task(self.watch.ask(), name="jetstream"),
-                    group.create_task(self.link.run(), name="link"),
-                    group.create_task(self.lease_link.run(), name="lease_link"),
-                    group.create_task(self.media_link.run(), name="media_link"),
-                    group.create_task(self.bus.run(), name="publisher"),
-                    group.create_task(self.media_bus.run(), name="media_publisher"),
-                ]
+                background: list[asyncio.Task[None]] = []
+
+                def begin(loop: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
+                    background.append(group.create_task(loop, name=name))
+                    return background[-1]
+
+                begin(self.watch.beat(), "heartbeat")
+                begin(self.watch.ask(), "jetstream")
+                begin(self.link.run(), "link")
+                begin(self.lease_link.run(), "lease_link")
+                begin(self.media_link.run(), "media_link")
+                begin(self.bus.run(), "publisher")
+                begin(self.media_bus.run(), "media_publisher")
                 try:
-                    if await self._start(stop):
-                        leasing = group.create_task(self.leases.run(), name="leases")
-                        background += [group.create_task(self.bindings.run(), name="bindings"), leasing]
-                        background += [group.create_task(self.book.run(), name="logins")]
-                        scanning = group.create_task(self.scanner.run(), name="scanning")
-                        background += [scanning]
-                        background.append(group.create_task(self.windows.run(), name="windows"))
+                    if await start(starting, stop):
+                        leasing = begin(self.leases.run(), "leases")
+                        begin(self.bindings.run(), "bindings")
+                        begin(self.book.run(), "logins")
+                        scanning = begin(self.scanner.run(), "scanning")
+                        begin(self.windows.run(), "windows")
                         following = group.create_task(self.supervisor.run(), name="supervisor")
                         self.watch.begin()
                         log.info("adapter.started", instance=self.instance, version=__version__, http=probes.port)
@@ -518,64 +532,6 @@ class Adapter:
                     await self.chat.close()
                     await self.cdn.close()
         log.info("adapter.stopped", instance=self.instance)
-
-    async def _start(self, stop: asyncio.Event) -> bool:
-        """Connects and verifies the streams; False when told to stop meanwhile. Raises SettingsError."""
-        self.metrics.tokens_sealed.set(1 if self.sealer.seals else 0)
-        if not self.sealer.seals:
-            log.warning("tokens.unsealed", detail="Set WECHAT_NATS_TOKEN_KEY, so that bot tokens are sealed at rest.")
-        self.health.phase = "connecting to NATS"
-        stopping = asyncio.ensure_future(stop.wait())
-        epoch = 0
-        try:
-            while not stop.is_set():
-                up = asyncio.ensure_future(self.link.wait_up())
-                await asyncio.wait([up, stopping], return_when=asyncio.FIRST_COMPLETED)
-                up.cancel()
-                if stop.is_set():
-                    break
-                if epoch != self.link.epoch:
-                    epoch = self.link.epoch
-                    await self._look_at_permissions()
-                self.health.phase = "verifying streams"
-                try:
-                    await topology.ensure(self.link, self.names, self.settings)
-                    await self._check_tokens()
-                except Temporary as exc:
-                    log.warning("streams.unverified", reason=exc.reason, detail=exc.detail[:200])
-                    await self.clock.sleep(0.5)
-                else:
-                    return True
-            return False
-        finally:
-            stopping.cancel()
-
-    async def _look_at_permissions(self) -> None:
-        """Logs what the server says that this user lacks. Not being able to subscribe has held up the connection."""
-        try:
-            answer = await self.link.request(USER_INFO, b"", timeout_s=2.0)
-            may = user_of(answer.data).may
-        except (Temporary, msgspec.DecodeError):
-            return  # a user who may not ask: what is missing is told when it is tried
-        if lacks := may.missing(needs(self.names, self.settings.nats_inbox_prefix)):
-            said = ", ".join(lacks[:8])
-            log.error("permissions.missing", lacks=said, count=len(lacks), detail="`wechat-nats doctor` tells more.")
-
-    async def _check_tokens(self) -> None:
-        """Raises SettingsError where tokens lie open although there is a key, Temporary."""
-        found = await tokens_at_rest(self.history, self.names, self.sealer)
-        if found["open"] and self.sealer.seals and not self.settings.allow_unsealed:
-            raise SettingsError(
-                "tokens_unsealed",
-                f"{found['open']} bot tokens lie unsealed in {self.names.bindings}, although WECHAT_NATS_TOKEN_KEY is"
-                " set. `wechat-nats doctor --fix` seals them; WECHAT_NATS_ALLOW_UNSEALED=true starts all the same.",
-            )
-        if found["foreign"]:
-            log.error(
-                "tokens.unopenable", tokens=found["foreign"], detail="They are sealed with a key that is not set."
-            )
-        if found["older"]:
-            log.info("tokens.older_key", tokens=found["older"], detail="`wechat-nats doctor --fix` seals them anew.")
 
     async def _drain(
         self, following: asyncio.Task[None], scanning: asyncio.Task[None], leasing: asyncio.Task[None]
