@@ -20,7 +20,7 @@ from adapter.errors import AdapterError, SettingsError
 HELP = "The bridge between WeChat (iLink bots) and NATS."
 CONNECTION = """\
 The bus is found by NATS_URL (default nats://127.0.0.1:4222), NATS_CREDS, NATS_NKEY, NATS_USER, NATS_PASSWORD,
-NATS_TOKEN, NATS_CA, NATS_CERT, NATS_KEY, NATS_TLS_FIRST and WECHAT_NATS_PREFIX."""
+NATS_TOKEN, NATS_CA, NATS_CERT, NATS_KEY, NATS_TLS_FIRST, NATS_INBOX_PREFIX and WECHAT_NATS_PREFIX."""
 
 
 def build() -> App:
