@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Awaitable, Callable
 from typing import Annotated, Any
 
 import msgspec
@@ -52,16 +53,17 @@ async def show(*seqs: Seqs, json: Json = False) -> int:
 
     The body may hold what a person wrote: treat it as private. Tokens and keys in it are masked.
     """
-    code, wanted = OK, _some(seqs)
-    async with connected() as bus:
-        for seq in wanted:
-            if (raw := await _get(bus, seq)) is None:
-                code = NO
-            elif json:
-                output.json_line(_as_json(bus.names, raw))
-            else:
-                _print(bus.names, raw)
-    return code
+
+    async def shown(bus: Bus, seq: int) -> bool:
+        if (raw := await _get(bus, seq)) is None:
+            return False
+        if json:
+            output.json_line(_as_json(bus.names, raw))
+        else:
+            _print(bus.names, raw)
+        return True
+
+    return await _each(seqs, shown)
 
 
 @app.command
@@ -70,26 +72,28 @@ async def retry(*seqs: Seqs) -> int:
 
     For what came from WECHAT_OUT and WECHAT_CTL. Inbound dead letters cannot be retried: the user has to write again.
     """
-    code, wanted = OK, _some(seqs)
-    async with connected() as bus:
-        for seq in wanted:
-            raw = await _get(bus, seq)
-            if raw is None or not await _retry(bus, raw):
-                code = NO
-    return code
+    return await _each(seqs, _retry)
 
 
 @app.command
 async def drop(*seqs: Seqs) -> int:
     """Delete dead letters for good."""
-    code, wanted = OK, _some(seqs)
+
+    async def dropped(bus: Bus, seq: int) -> bool:
+        if gone := await _delete(bus, seq):
+            output.say(f"{seq}  dropped")
+        return gone
+
+    return await _each(seqs, dropped)
+
+
+async def _each(seqs: tuple[int, ...], work: Callable[[Bus, int], Awaitable[bool]]) -> int:
+    """Does `work` with each letter; NO if it failed with one. Raises Failed."""
+    if not seqs:
+        raise Failed(USAGE, "Which ones? Give numbers as `wechat-nats dead ls` shows them.")
     async with connected() as bus:
-        for seq in wanted:
-            if await _delete(bus, seq):
-                output.say(f"{seq}  dropped")
-            else:
-                code = NO
-    return code
+        done = [await work(bus, seq) for seq in seqs]
+    return OK if all(done) else NO
 
 
 async def dead_letters(bus: Bus) -> list[Letter]:
@@ -108,12 +112,6 @@ def _letter(msg: Msg) -> Letter:
         size=int(size) if size.isdigit() else 0,
         stored_ms=int(msg.metadata.timestamp.timestamp() * 1000),
     )
-
-
-def _some(seqs: tuple[int, ...]) -> tuple[int, ...]:
-    if not seqs:
-        raise Failed(USAGE, "Which ones? Give numbers as `wechat-nats dead ls` shows them.")
-    return seqs
 
 
 async def _get(bus: Bus, seq: int) -> api.RawStreamMsg | None:
@@ -147,16 +145,18 @@ async def _delete(bus: Bus, seq: int) -> bool:
     return True
 
 
-async def _retry(bus: Bus, raw: api.RawStreamMsg) -> bool:
-    """Publishes, then deletes."""
-    message = again(bus.names, raw.seq or 0, raw.headers or {}, raw.data or b"")
+async def _retry(bus: Bus, seq: int) -> bool:
+    """Publishes, then deletes; False, and a complaint, where there is nothing to publish. Raises Failed."""
+    if (raw := await _get(bus, seq)) is None:
+        return False
+    message = again(bus.names, seq, raw.headers or {}, raw.data or b"")
     if message is None:
-        output.complain(f"{raw.seq} cannot be retried: it is no command; the user has to write again.")
+        output.complain(f"{seq} cannot be retried: it is no command; the user has to write again.")
         return False
     await bus.store(message.subject, message.payload, message.headers)
     msg_id = message.headers[H_MSG_ID]
-    output.say(f"{raw.seq}  stored again on {output.printable(message.subject)}  (id {msg_id})")
-    return await _delete(bus, raw.seq or 0)
+    output.say(f"{seq}  stored again on {output.printable(message.subject)}  (id {msg_id})")
+    return await _delete(bus, seq)
 
 
 def _print(names: Names, raw: api.RawStreamMsg) -> None:
