@@ -18,7 +18,7 @@ from adapter.cli import output
 from adapter.cli.bus import Bus, connected
 from adapter.cli.doctor import running
 from adapter.cli.exits import NO, OK, UNREACHABLE, USAGE, Failed
-from adapter.cli.options import Json
+from adapter.cli.options import Json, flag
 
 COLUMNS = ("stream", "messages", "bytes")
 CHUNK = 128 * 1024
@@ -60,7 +60,7 @@ async def restore(
     folder: Folder,
     /,
     *,
-    replace: Annotated[bool, Parameter(negative="", help="Delete what is there, first.")] = False,
+    replace: Annotated[bool, flag("Delete what is there, first.")] = False,
     json: Json = False,
 ) -> int:
     """Bring the streams and buckets of a backup back, with WECHAT_NATS_REPLICAS copies.

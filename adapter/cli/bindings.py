@@ -16,7 +16,7 @@ from nats.errors import Error as NatsError
 from adapter.cli import output
 from adapter.cli.bus import Bus, connected
 from adapter.cli.exits import NO, OK, TIMEOUT, UNREACHABLE, USAGE, Failed
-from adapter.cli.options import Json, MaybeSandbox, RequestId, Sandbox, Timeout, new_id
+from adapter.cli.options import AutoTyping, Durable, Json, MaybeSandbox, RequestId, Sandbox, Timeout, new_id
 from adapter.contract import (
     H_MSG_ID,
     H_REPLY_TO,
@@ -48,13 +48,8 @@ async def bind(
     user: Annotated[str | None, Parameter(help="The WeChat user, …@im.wechat; learned if absent.")] = None,
     base_url: Annotated[str | None, Parameter(help="iLink API base of this bot; default: the service's.")] = None,
     cursor: Annotated[str | None, Parameter(help="Where to poll from; default: where it was, or the start.")] = None,
-    durable: Annotated[
-        bool, Parameter(negative="", show_default=False, help="Create a durable consumer for the sandbox.")
-    ] = False,
-    auto_typing: Annotated[
-        bool,
-        Parameter(negative="", show_default=False, help="Show that the bot types from each message to the answer."),
-    ] = False,
+    durable: Durable = False,
+    auto_typing: AutoTyping = False,
     request_id: RequestId = None,
     timeout: Timeout = 10.0,
     json: Json = False,

@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 from urllib.parse import urlsplit
 
-from cyclopts import Parameter
-
 from adapter import logs
 from adapter.cli.bindings import request
 from adapter.cli.bus import Bus, connected
 from adapter.cli.exits import NO, OK, Failed
+from adapter.cli.options import flag
 from adapter.cli.running import adapter_running, unless, until_signalled, while_alive
 from adapter.cli.screen import Screen, stdout_screen
 from adapter.cli.stdin import lines
@@ -36,9 +35,7 @@ HOLD_MS = 1000
 
 async def demo(
     *,
-    verbose: Annotated[
-        bool, Parameter(negative="", show_default=False, help="The adapter's log goes to standard error.")
-    ] = False,
+    verbose: Annotated[bool, flag("The adapter's log goes to standard error.")] = False,
 ) -> int:
     """Chat as a WeChat user with an echo agent, through a real bus.
 

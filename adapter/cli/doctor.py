@@ -16,7 +16,7 @@ from adapter.cli.bindings import all_bindings
 from adapter.cli.bus import Bus, connected, settings_from
 from adapter.cli.checks import Check, State
 from adapter.cli.exits import NO, OK, UNREACHABLE, Failed
-from adapter.cli.options import Json, MaybeSandbox
+from adapter.cli.options import Json, MaybeSandbox, flag
 from adapter.errors import BusRefused, Refused, Temporary
 from adapter.jetstream import topology
 from adapter.jetstream.buckets import LeaseRegister, StreamHistory
@@ -38,12 +38,7 @@ STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 
 async def doctor(
     *,
-    fix: Annotated[
-        bool,
-        Parameter(
-            negative="", show_default=False, help="Create what is missing, change what differs; says it first."
-        ),
-    ] = False,
+    fix: Annotated[bool, flag("Create what is missing, change what differs; says it first.")] = False,
     sandbox: Annotated[
         MaybeSandbox, Parameter(help="With the credentials of a sandbox: check only that they confine it.")
     ] = None,

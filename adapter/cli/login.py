@@ -18,7 +18,7 @@ from nats.aio.msg import Msg
 from adapter.cli import output, stdin
 from adapter.cli.bus import Bus, connected
 from adapter.cli.exits import INTERRUPTED, NO, OK, UNREACHABLE, USAGE, Failed
-from adapter.cli.options import Json, Sandbox
+from adapter.cli.options import AutoTyping, Durable, Json, Sandbox, flag
 from adapter.cli.running import unless, until_signalled
 from adapter.contract import CHECKING, Login, LoginQuery, LoginStart, LoginVerify, Options
 
@@ -37,16 +37,10 @@ async def login(
     sandbox: Sandbox,
     /,
     *,
-    url: Annotated[
-        bool, Parameter(negative="", show_default=False, help="Print only the text of each code, which is a URL.")
-    ] = False,
+    url: Annotated[bool, flag("Print only the text of each code, which is a URL.")] = False,
     png: Annotated[Path | None, Parameter(help="Write each code as PNG to this file instead of drawing it.")] = None,
-    auto_typing: Annotated[
-        bool, Parameter(negative="", show_default=False, help="Show that the bot types until it answers.")
-    ] = False,
-    durable: Annotated[
-        bool, Parameter(negative="", show_default=False, help="Create a durable consumer for the sandbox.")
-    ] = False,
+    auto_typing: AutoTyping = False,
+    durable: Durable = False,
     json: Json = False,
 ) -> int:
     """Show a QR code: whoever scans it with WeChat talks to this sandbox from then on.

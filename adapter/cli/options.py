@@ -34,9 +34,16 @@ def _positive(_: object, value: float | None) -> None:
         raise ValueError("Expected a number above 0.")
 
 
+def flag(text: str, *, name: str | None = None) -> Parameter:
+    """An option without a value and without a negative form."""
+    return Parameter(name=name, negative="", show_default=False, help=text)
+
+
 Sandbox = Annotated[str, Parameter(validator=_legal_sandbox, help="Id of the sandbox.")]
 MaybeSandbox = Annotated[str | None, Parameter(validator=_legal_sandbox, help="Id of the sandbox; default: all.")]
-Json = Annotated[bool, Parameter(name="--json", negative="", show_default=False, help="One JSON object per line.")]
+Json = Annotated[bool, flag("One JSON object per line.", name="--json")]
+Durable = Annotated[bool, flag("Create a durable consumer for the sandbox.")]
+AutoTyping = Annotated[bool, flag("Show that the bot types from each message to the answer.")]
 Timeout = Annotated[float, Parameter(validator=_positive, help="Seconds to wait for the outcome.")]
 Age = Annotated[str | None, Parameter(validator=_legal_age, help="Start this long ago: 30s, 10m, 2h, 3d.")]
 RequestId = Annotated[

@@ -14,7 +14,7 @@ from adapter.cli import jwts, output
 from adapter.cli.bus import Bus, connected, settings_from
 from adapter.cli.exits import NO, OK, USAGE, Failed
 from adapter.cli.jwts import Key
-from adapter.cli.options import Sandbox
+from adapter.cli.options import Sandbox, flag
 from adapter.contract import Names
 from adapter.errors import Refused
 from adapter.permissions import ACCOUNT_OF, OWN_ACCOUNTS, ROLES, SANDBOX, SYSTEM, Role, server_config
@@ -27,18 +27,13 @@ LONGEST_LINE = 8192
 """Bytes of a line that a server should read from its clients."""
 
 Folder = Annotated[Path, Parameter(help="Where keys, JWTs and credentials are; only you can read it.")]
-OwnAccount = Annotated[
-    bool,
-    Parameter(negative="", show_default=False, help="An account of its own, so that not even noise can come in."),
-]
+OwnAccount = Annotated[bool, flag("An account of its own, so that not even noise can come in.")]
 
 
 @app.command
 def config(
     *sandboxes: Annotated[str, Parameter(help="Ids of sandboxes.")],
-    own_accounts: Annotated[
-        bool, Parameter(name=OWN_ACCOUNTS, negative="", show_default=False, help="An account for each sandbox.")
-    ] = False,
+    own_accounts: Annotated[bool, flag("An account for each sandbox.", name=OWN_ACCOUNTS)] = False,
 ) -> int:
     """Print a nats-server configuration: accounts, and a user with a password for each role and sandbox.
 

@@ -18,6 +18,7 @@ from adapter import logs
 from adapter.cli import output
 from adapter.cli.bus import settings_from
 from adapter.cli.exits import OK, USAGE, Failed
+from adapter.cli.options import flag
 from adapter.cli.running import beside_server, until_signalled
 from adapter.contract import MESSAGES
 from adapter.embedded import EmbeddedNats
@@ -40,14 +41,7 @@ simulator = App(
 
 def run(
     *,
-    embedded: Annotated[
-        bool,
-        Parameter(
-            negative="",
-            show_default=False,
-            help="Start a NATS server beside the adapter; data in WECHAT_NATS_DATA_DIR.",
-        ),
-    ] = False,
+    embedded: Annotated[bool, flag("Start a NATS server beside the adapter; data in WECHAT_NATS_DATA_DIR.")] = False,
     port: Annotated[
         int, Parameter(help="With --embedded: the port of that server on 127.0.0.1; 0: a free one.")
     ] = 4222,
@@ -113,9 +107,7 @@ def schema(
     ] = None,
     /,
     *,
-    check: Annotated[
-        bool, Parameter(negative="", show_default=False, help="Write nothing; exit code 1 if a file is stale.")
-    ] = False,
+    check: Annotated[bool, flag("Write nothing; exit code 1 if a file is stale.")] = False,
 ) -> int:
     """Write the JSON Schemas and the AsyncAPI document of the bus, in a checkout; or print one of them."""
     from adapter import schema as made  # noqa: PLC0415 -- other commands start faster without it

@@ -15,7 +15,7 @@ from nats.errors import Error as NatsError
 from adapter.cli import output
 from adapter.cli.bus import Bus, connected, stored_from
 from adapter.cli.exits import NO, OK, TIMEOUT, UNREACHABLE, USAGE, Failed
-from adapter.cli.options import Json, RequestId, Sandbox, Timeout, new_id
+from adapter.cli.options import Json, RequestId, Sandbox, Timeout, flag, new_id
 from adapter.contract import FINAL_OUTCOMES, H_MSG_ID, H_SCHEMA, SCHEMA_VERSION, Outbound, Receipt
 
 _OPTION = re.compile(r"--[a-z][a-z-]*")
@@ -36,12 +36,8 @@ async def send(
     ] = "markdown",
     expires_in: Annotated[float | None, Parameter(help="Seconds; unsent by then: refused.")] = None,
     request_id: RequestId = None,
-    no_wait: Annotated[
-        bool, Parameter(negative="", show_default=False, help="End as soon as the command is stored.")
-    ] = False,
-    wait_final: Annotated[
-        bool, Parameter(negative="", show_default=False, help="Keep waiting when the command is parked.")
-    ] = False,
+    no_wait: Annotated[bool, flag("End as soon as the command is stored.")] = False,
+    wait_final: Annotated[bool, flag("Keep waiting when the command is parked.")] = False,
     timeout: Timeout = 60.0,
     json: Json = False,
 ) -> int:

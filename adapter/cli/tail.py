@@ -14,7 +14,7 @@ from nats.errors import Error as NatsError
 from adapter.cli import output
 from adapter.cli.bus import Bus, connected, replay
 from adapter.cli.exits import OK, TIMEOUT, USAGE, Failed
-from adapter.cli.options import Age, Json, MaybeSandbox, moment
+from adapter.cli.options import Age, Json, MaybeSandbox, flag, moment
 from adapter.cli.send import describe
 from adapter.contract import Inbound, Receipt
 
@@ -35,13 +35,9 @@ async def tail(
     sandbox: MaybeSandbox = None,
     /,
     *,
-    events: Annotated[
-        bool, Parameter(negative="", show_default=False, help="Show receipts and other events too.")
-    ] = False,
+    events: Annotated[bool, flag("Show receipts and other events too.")] = False,
     since: Age = None,
-    from_start: Annotated[
-        bool, Parameter(name="--all", negative="", show_default=False, help="Start with all that is stored.")
-    ] = False,
+    from_start: Annotated[bool, flag("Start with all that is stored.", name="--all")] = False,
     count: Annotated[int | None, Parameter(help="End after so many messages (exit code 0).")] = None,
     timeout: Annotated[float | None, Parameter(help="With --count: give up after so many seconds.")] = None,
     json: Json = False,
