@@ -66,12 +66,7 @@ async def test_odd_commands_end_in_a_refusal_or_a_dead_letter_and_the_adapter_go
 
 async def test_the_least_command_works_on_both_subjects(tmp_path: Path) -> None:
     async with world(tmp_path) as made:
-        await made.add_adapter()
-        nc = await made.nc()
-        bot = made.sim.add_bot()
-        await made.bind(nc, "s1", bot)
-        made.say("s1", "hello")
-        await made.settle(nc)
+        nc, bot = await made.begun()
         first = await nc.jetstream().publish(NAMES.out("s1"), b'{"text":"hi"}')
         await until(lambda: len(made.sim.phone(bot.user)) == 1, "the first is shown")
         await nc.publish(NAMES.out_plain, b'{"sandbox":"s1","text":"there"}')
@@ -83,12 +78,7 @@ async def test_the_least_command_works_on_both_subjects(tmp_path: Path) -> None:
 
 async def test_eleven_answers_to_one_message_park_the_last_until_the_user_writes(tmp_path: Path) -> None:
     async with world(tmp_path) as made:
-        await made.add_adapter()
-        nc = await made.nc()
-        bot = made.sim.add_bot()
-        await made.bind(nc, "s1", bot)
-        made.say("s1", "hello")
-        await made.settle(nc)
+        nc, bot = await made.begun()
         for number in range(12):
             await made.command(nc, "s1", f"c{number}")
         await until(lambda: len(made.sim.phone(bot.user)) == 10, "ten are shown")

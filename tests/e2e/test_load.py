@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import random
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from adapter.simulator import FaultRule
-from tests.e2e.world import World, audit, load, until, world
+from tests.e2e.world import World, audit, load, loaded, until, world
 
 BOTS = 50
 ROUNDS = 40
@@ -58,24 +59,32 @@ async def test_50_bots_with_faults_at_5_percent(tmp_path: Path) -> None:
     assert result.outcomes["accepted"] > BOTS * ROUNDS * 0.9
 
 
+async def kill_adapter(made: World, rng: random.Random, times: int, pause_s: tuple[float, float]) -> None:
+    """At random points of the load."""
+    (adapter,) = made.adapters
+    for _ in range(times):
+        await asyncio.sleep(rng.uniform(*pause_s))
+        await adapter.kill()
+        await adapter.start()
+
+
+async def kill_server(made: World, rng: random.Random, away_s: Sequence[float], pause_s: tuple[float, float]) -> None:
+    """Likewise; each time it is away for so long."""
+    for gone_s in away_s:
+        await asyncio.sleep(rng.uniform(*pause_s))
+        made.server.kill()
+        await asyncio.sleep(gone_s)
+        await made.server.start()
+
+
 @pytest.mark.slow
 async def test_kill_9_of_the_adapter_20_times_during_that_load(tmp_path: Path) -> None:
     rng = random.Random(2)
     async with world(tmp_path, cursor_mode="cursor_replay", seed=2) as made:
         await start(made)
-        nc = await made.nc()
         set_faults(made)
-        loading = asyncio.create_task(load(made, nc, rounds=ROUNDS, pause_s=1.5, rng=rng))
-        (adapter,) = made.adapters
-        for _ in range(20):
-            await asyncio.sleep(rng.uniform(1.5, 5.0))  # a random point of the load, not a wait for something
-            await adapter.kill()
-            await adapter.start()
-        await loading
-        made.sim.clear_faults()
-        await made.settle(nc)
-        result = await audit(made, nc)
-        await nc.close()
+        trouble = kill_adapter(made, rng, 20, (1.5, 5.0))
+        result = await loaded(made, trouble, rounds=ROUNDS, pause_s=1.5, rng=rng)
     assert result.faults() == []
     assert sum(result.outcomes.values()) == BOTS * ROUNDS
 
@@ -85,19 +94,9 @@ async def test_kill_9_of_the_adapter(tmp_path: Path) -> None:
     rng = random.Random(3)
     async with world(tmp_path, cursor_mode="cursor_replay", seed=3) as made:
         await start(made, bots=20)
-        nc = await made.nc()
         set_faults(made)
-        loading = asyncio.create_task(load(made, nc, rounds=15, pause_s=0.5, rng=rng))
-        (adapter,) = made.adapters
-        for _ in range(3):
-            await asyncio.sleep(rng.uniform(0.5, 2.5))
-            await adapter.kill()
-            await adapter.start()
-        await loading
-        made.sim.clear_faults()
-        await made.settle(nc)
-        result = await audit(made, nc)
-        await nc.close()
+        trouble = kill_adapter(made, rng, 3, (0.5, 2.5))
+        result = await loaded(made, trouble, rounds=15, pause_s=0.5, rng=rng)
     assert result.faults() == []
 
 
@@ -106,19 +105,9 @@ async def test_nats_server_killed_10_times_during_that_load(tmp_path: Path) -> N
     rng = random.Random(8)
     async with world(tmp_path, cursor_mode="cursor_replay", seed=8) as made:
         await start(made)
-        nc = await made.nc()
         set_faults(made)
-        loading = asyncio.create_task(load(made, nc, rounds=ROUNDS, pause_s=1.0, rng=rng))
-        for _ in range(10):
-            await asyncio.sleep(rng.uniform(0.5, 3.0))
-            made.server.kill()
-            await asyncio.sleep(rng.choice((0.0, 0.5, 1.5, 4.0)))
-            await made.server.start()
-        await loading
-        made.sim.clear_faults()
-        await made.settle(nc)
-        result = await audit(made, nc)
-        await nc.close()
+        trouble = kill_server(made, rng, rng.choices((0.0, 0.5, 1.5, 4.0), k=10), (0.5, 3.0))
+        result = await loaded(made, trouble, rounds=ROUNDS, pause_s=1.0, rng=rng)
     assert result.faults() == []
     assert sum(result.outcomes.values()) == BOTS * ROUNDS
 
@@ -127,19 +116,9 @@ async def test_nats_server_killed_and_restarted(tmp_path: Path) -> None:
     rng = random.Random(4)
     async with world(tmp_path, cursor_mode="cursor_replay", seed=4) as made:
         await start(made, bots=20)
-        nc = await made.nc()
         set_faults(made)
-        loading = asyncio.create_task(load(made, nc, rounds=20, pause_s=0.4, rng=rng))
-        for away_s in (0.0, 1.0, 4.0):
-            await asyncio.sleep(rng.uniform(0.5, 2.0))
-            made.server.kill()
-            await asyncio.sleep(away_s)
-            await made.server.start()
-        await loading
-        made.sim.clear_faults()
-        await made.settle(nc)
-        result = await audit(made, nc)
-        await nc.close()
+        trouble = kill_server(made, rng, (0.0, 1.0, 4.0), (0.5, 2.0))
+        result = await loaded(made, trouble, rounds=20, pause_s=0.4, rng=rng)
     assert result.faults() == []
 
 
@@ -149,20 +128,18 @@ async def test_sigterm_under_load(tmp_path: Path) -> None:
     rng = random.Random(5)
     async with world(tmp_path, cursor_mode="ack_on_delivery", seed=5) as made:
         await start(made, bots=20)
-        nc = await made.nc()
-        loading = asyncio.create_task(load(made, nc, rounds=20, pause_s=0.3, rng=rng))
-        for _ in range(3):
-            await asyncio.sleep(rng.uniform(0.5, 1.5))
-            adapter = made.adapters[-1]
-            adapter.signal(signal.SIGTERM)
-            assert await adapter.ended() == 0
-            before = made.sim.stats().polls
-            await adapter.start()
-            await until(lambda seen=before: made.sim.stats().polls > seen, "it polls again")  # type: ignore[misc]
-        await loading
-        await made.settle(nc)
-        result = await audit(made, nc)
-        await nc.close()
+
+        async def stop() -> None:
+            for _ in range(3):
+                await asyncio.sleep(rng.uniform(0.5, 1.5))
+                adapter = made.adapters[-1]
+                adapter.signal(signal.SIGTERM)
+                assert await adapter.ended() == 0
+                before = made.sim.stats().polls
+                await adapter.start()
+                await until(lambda seen=before: made.sim.stats().polls > seen, "it polls again")  # type: ignore[misc]
+
+        result = await loaded(made, stop(), rounds=20, pause_s=0.3, rng=rng)
     assert result.faults() == []
     assert result.outcomes == {"accepted": 400}
 

@@ -10,7 +10,7 @@ import pytest
 from nats.aio.client import Client
 
 from adapter.contract import BindingEvent
-from adapter.simulator import FaultRule
+from adapter.simulator import BotRecord, FaultRule
 from tests.e2e.world import NAMES, World, eventually, stream, until, world
 
 SCHEDULE = {"WECHAT_NATS_STALE_RETRY_S": "0.2,0.4,0.6"}
@@ -59,12 +59,7 @@ def since(before: dict[str, int], after: dict[str, int]) -> dict[str, int]:
 
 async def test_f9_costs_exactly_the_scheduled_calls_on_every_endpoint(tmp_path: Path) -> None:
     async with world(tmp_path, environ=SCHEDULE) as made:
-        await made.add_adapter()
-        nc = await made.nc()
-        bot = made.sim.add_bot()
-        await made.bind(nc, "s1", bot)
-        made.say("s1", "hello")
-        await made.settle(nc)
+        nc, bot = await made.begun()
         await until(lambda: made.sim.polls(bot.bot).now == 1, "a poll is held")
         before = counts(made, bot.bot)
         made.sim.kill_token(bot.bot)
@@ -86,12 +81,7 @@ async def test_f9_costs_exactly_the_scheduled_calls_on_every_endpoint(tmp_path: 
 
 async def test_f10_costs_exactly_the_scheduled_sends(tmp_path: Path) -> None:
     async with world(tmp_path, environ=SCHEDULE) as made:
-        await made.add_adapter()
-        nc = await made.nc()
-        bot = made.sim.add_bot()
-        await made.bind(nc, "s1", bot)
-        made.say("s1", "hello")
-        await made.settle(nc)
+        nc, bot = await made.begun()
         made.sim.set_fault(FaultRule(fault="F10", bot=bot.bot))
         for number in range(3):
             await made.command(nc, "s1", f"c{number}")
@@ -121,12 +111,7 @@ async def _log_in_again(made: World, nc: Client, user: str, waiting: list[str]) 
 
 async def test_the_same_bot_with_a_new_token_gets_what_was_parked_too(tmp_path: Path) -> None:
     async with world(tmp_path, environ=SCHEDULE) as made:
-        await made.add_adapter()
-        nc = await made.nc()
-        bot = made.sim.add_bot()
-        await made.bind(nc, "s1", bot)
-        made.say("s1", "hello")
-        await made.settle(nc)
+        nc, bot = await made.begun()
         made.sim.kill_token(bot.bot)
         await told(nc, "needs_login")
         for number in range(3):
@@ -139,27 +124,32 @@ async def test_the_same_bot_with_a_new_token_gets_what_was_parked_too(tmp_path: 
         await nc.close()
 
 
+async def _both_lost(made: World) -> tuple[Client, BotRecord, BotRecord]:
+    """The token of s1's bot is dead (F9), sends over that of s2 say so (F10); a command waits for each."""
+    await made.add_adapter()
+    nc, dead, mute = await made.nc(), made.sim.add_bot(), made.sim.add_bot()
+    await made.bind(nc, "s1", dead)
+    await made.bind(nc, "s2", mute)
+    for sandbox in ("s1", "s2"):
+        made.say(sandbox, "hello")
+    await made.settle(nc)
+    made.sim.set_fault(FaultRule(fault="F10", bot=mute.bot))
+    made.sim.kill_token(dead.bot)
+    for sandbox in ("s1", "s2"):
+        await made.command(nc, sandbox, f"{sandbox}-c")
+
+    async def both_are_lost() -> bool:
+        found: list[Any] = [await changes(nc, "s1"), await changes(nc, "s2")]
+        return all("needs_login" in [event.change for event in events] for events in found)
+
+    await eventually(both_are_lost, "both need a login")
+    return nc, dead, mute
+
+
 async def test_needs_login_is_told_before_the_last_try_and_a_bind_need_not_wait_for_it(tmp_path: Path) -> None:
     """F9 and F10 alike: the last try is a minute away when the word is given."""
     async with world(tmp_path, environ=LATE) as made:
-        await made.add_adapter()
-        nc = await made.nc()
-        dead, mute = made.sim.add_bot(), made.sim.add_bot()
-        await made.bind(nc, "s1", dead)
-        await made.bind(nc, "s2", mute)
-        for sandbox in ("s1", "s2"):
-            made.say(sandbox, "hello")
-        await made.settle(nc)
-        made.sim.set_fault(FaultRule(fault="F10", bot=mute.bot))
-        made.sim.kill_token(dead.bot)
-        for sandbox in ("s1", "s2"):
-            await made.command(nc, sandbox, f"{sandbox}-c")
-
-        async def both_are_lost() -> bool:
-            found: list[Any] = [await changes(nc, "s1"), await changes(nc, "s2")]
-            return all("needs_login" in [event.change for event in events] for events in found)
-
-        await eventually(both_are_lost, "both need a login")
+        nc, dead, mute = await _both_lost(made)
         assert counts(made, mute.bot)["sendmessage"] == 3
         made.sim.clear_faults()
         made.sim.revive_token(dead.bot)
@@ -175,24 +165,7 @@ async def test_needs_login_is_told_before_the_last_try_and_a_bind_need_not_wait_
 async def test_a_last_try_that_succeeds_needs_no_login(tmp_path: Path) -> None:
     """The last try of both schedules comes 56 s after the one before, and finds the token alive."""
     async with world(tmp_path, environ={"WECHAT_NATS_STALE_RETRY_S": "0.2,0.4,56"}) as made:
-        await made.add_adapter()
-        nc = await made.nc()
-        dead, mute = made.sim.add_bot(), made.sim.add_bot()
-        await made.bind(nc, "s1", dead)
-        await made.bind(nc, "s2", mute)
-        for sandbox in ("s1", "s2"):
-            made.say(sandbox, "hello")
-        await made.settle(nc)
-        made.sim.set_fault(FaultRule(fault="F10", bot=mute.bot))
-        made.sim.kill_token(dead.bot)
-        for sandbox in ("s1", "s2"):
-            await made.command(nc, sandbox, f"{sandbox}-c")
-
-        async def both_are_lost() -> bool:
-            found: list[Any] = [await changes(nc, "s1"), await changes(nc, "s2")]
-            return all("needs_login" in [event.change for event in events] for events in found)
-
-        await eventually(both_are_lost, "both need a login")
+        nc, dead, mute = await _both_lost(made)
         made.sim.clear_faults()
         made.sim.revive_token(dead.bot)
         await made.settle(nc)

@@ -10,7 +10,7 @@ import pytest
 
 from adapter.simulator import FaultRule
 from tests.e2e.test_load import start
-from tests.e2e.world import audit, load, world
+from tests.e2e.world import loaded, world
 
 STORM = (
     FaultRule(fault="F1", probability=0.03),
@@ -51,19 +51,16 @@ async def test_a_storm_of_faults_and_kills(tmp_path: Path, seed: int, last: Faul
     async with world(tmp_path, environ=faster, cursor_mode="cursor_replay", seed=seed) as made:
         await start(made, bots=30)
         await made.add_adapter()
-        nc = await made.nc()
         for rule in (*STORM, last):
             made.sim.set_fault(rule)
-        loading = asyncio.create_task(load(made, nc, rounds=30, pause_s=0.8, rng=rng))
-        for _ in range(5):
-            await asyncio.sleep(rng.uniform(2.0, 5.0))
-            victim = rng.choice(made.adapters)
-            await victim.kill()
-            await victim.start()
-        await loading
-        made.sim.clear_faults()
-        await made.settle(nc)
-        result = await audit(made, nc)
-        await nc.close()
+
+        async def kill() -> None:
+            for _ in range(5):
+                await asyncio.sleep(rng.uniform(2.0, 5.0))
+                victim = rng.choice(made.adapters)
+                await victim.kill()
+                await victim.start()
+
+        result = await loaded(made, kill(), rounds=30, pause_s=0.8, rng=rng)
     assert result.faults() == []
     assert sum(result.outcomes.values()) == 30 * 30

@@ -46,11 +46,7 @@ OPENED, LOW, QUOTA = ("opened", "", 10), ("low", "", 3), ("closed", "quota", 0)
 
 async def test_by_quota_and_by_minus_2(tmp_path: Path) -> None:
     async with world(tmp_path) as made:
-        await made.add_adapter()
-        nc = await made.nc()
-        bot = made.sim.add_bot()
-        await made.bind(nc, "s1", bot)
-        made.say("s1", "hello")
+        nc, bot = await made.begun()
         await comes(nc, OPENED)
         await commands(made, nc, 12)
         await comes(nc, OPENED, LOW, QUOTA)
@@ -131,11 +127,7 @@ async def test_some_sends_are_kept_back_and_the_last_one_says_how_to_go_on(tmp_p
     environ = {"WECHAT_NATS_RESERVE_SENDS": "2", "WECHAT_NATS_CONTINUE_TEXT": "Reply to continue."}
     environ["WECHAT_NATS_MERGE_CHARS"] = "0"
     async with world(tmp_path, environ=environ) as made:
-        await made.add_adapter()
-        nc = await made.nc()
-        bot = made.sim.add_bot()
-        await made.bind(nc, "s1", bot)
-        made.say("s1", "hello")
+        nc, bot = await made.begun()
         await comes(nc, ("opened", "", 8))
         for number in range(10):
             await made.command(nc, "s1", f"c{number}")

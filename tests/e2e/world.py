@@ -17,7 +17,7 @@ import sys
 import urllib.error
 import urllib.request
 from collections import defaultdict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from adapter.contract import FINAL_OUTCOMES, Bind, ControlAnswer, Names, Receipt
 from adapter.embedded import EmbeddedNats
 from adapter.simulator import BotRecord, Simulator, SimulatorSettings
 from tests import canary
+from tests.e2e.audit import Audit
 from tests.e2e.audit import audit as audit  # noqa: PLC0414
 from tests.e2e.cluster import NatsCluster
 from tests.e2e.reading import stream as stream  # noqa: PLC0414
@@ -183,6 +184,15 @@ class World:
         self.adapters.append(adapter)
         await adapter.start()
         return adapter
+
+    async def begun(self) -> tuple[Client, BotRecord]:
+        """One adapter, and the bot of sandbox s1, whose user has said hello."""
+        await self.add_adapter()
+        nc, bot = await self.nc(), self.sim.add_bot()
+        await self.bind(nc, "s1", bot)
+        self.say("s1", "hello")
+        await self.settle(nc)
+        return nc, bot
 
     async def bind(self, nc: Client, sandbox: str, bot: BotRecord, **fields: Any) -> ControlAnswer:
         """Binds as the platform does, and waits for the answer."""
@@ -359,3 +369,18 @@ async def load(made: World, nc: Client, *, rounds: int, pause_s: float, rng: ran
             *(made.command(nc, sandbox, f"{sandbox}.{number}", plain=sandbox[-1] in "369") for sandbox in sandboxes)
         )
         await asyncio.sleep(pause_s)
+
+
+async def loaded(
+    made: World, trouble: Coroutine[Any, Any, None], *, rounds: int, pause_s: float, rng: random.Random
+) -> Audit:
+    """What is found after a load during which `trouble` came, once everything has healed and settled."""
+    nc = await made.nc()
+    loading = asyncio.create_task(load(made, nc, rounds=rounds, pause_s=pause_s, rng=rng))
+    await trouble
+    await loading
+    made.sim.clear_faults()
+    await made.settle(nc)
+    found = await audit(made, nc)
+    await nc.close()
+    return found
