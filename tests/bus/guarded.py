@@ -147,9 +147,9 @@ async def guarded(
         )
     made.process = process
     try:
-        await until(lambda: bool(_ports(folder)) or process.returncode is not None, "the server listens")
+        await until(lambda: bool(ports_of(folder)) or process.returncode is not None, "the server listens")
         assert process.returncode is None, (folder / "server.log").read_text()
-        made.url = _ports(folder)[0]
+        made.url = ports_of(folder)[0]
         yield made
         await made.close()
     finally:
@@ -158,7 +158,8 @@ async def guarded(
         await process.wait()
 
 
-def _ports(folder: Path) -> list[str]:
+def ports_of(folder: Path) -> list[str]:
+    """The URLs at which a server listens whose `ports_file_dir` this is; none yet: none."""
     for file in folder.glob("*.ports"):
         with contextlib.suppress(ValueError):
             return list(json.loads(file.read_text())["nats"])

@@ -34,6 +34,7 @@ from adapter.metrics import Metrics
 from adapter.settings import Settings
 from adapter.simulator import samples
 from adapter.timing import SystemClock
+from tests.bus.guarded import ports_of
 from tests.bus.test_bus import PATIENCE_S, until
 
 NAMES = Names()
@@ -91,18 +92,11 @@ async def server_with_users(folder: Path, accounts: bool) -> AsyncIterator[str]:
     config.write_text((ACCOUNTS if accounts else CONFIG).format(folder=folder, users=users))
     process = await asyncio.create_subprocess_exec(find_server(), "-c", config, stderr=subprocess.DEVNULL)
     try:
-        await until(lambda: any(_ports(folder)), "the server listens")
-        yield _ports(folder)[0]
+        await until(lambda: any(ports_of(folder)), "the server listens")
+        yield ports_of(folder)[0]
     finally:
         process.terminate()
         await process.wait()
-
-
-def _ports(folder: Path) -> list[str]:
-    for file in folder.glob("*.ports"):
-        with contextlib.suppress(ValueError):
-            return list(json.loads(file.read_text())["nats"])
-    return []
 
 
 class Place(NamedTuple):

@@ -86,21 +86,22 @@ async def test_a_conversation_over_http(http: httpx.AsyncClient, tmp_path: Path)
         assert (await look(http, url, "stats"))["violations"] == {}
 
 
+async def parked_poll(http: httpx.AsyncClient, url: str, token: str) -> asyncio.Task[httpx.Response]:
+    """A poll that the simulator holds."""
+    body = {"base_info": {"channel_version": "2.4.9"}}
+    poll = asyncio.create_task(http.post(f"{url}/ilink/bot/getupdates", json=body, headers=headers(token)))
+    while not (await look(http, url, "stats"))["parked"]:
+        pass
+    return poll
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 async def test_a_signal_ends_the_process_and_answers_its_parked_polls(
     http: httpx.AsyncClient, number: signal.Signals
 ) -> None:
     async with running("--hold-ms", "600000") as (url, process):
         bot = await admin(http, url, "add_bot")
-        poll = asyncio.create_task(
-            http.post(
-                f"{url}/ilink/bot/getupdates",
-                json={"base_info": {"channel_version": "2.4.9"}},
-                headers=headers(bot["token"]),
-            )
-        )
-        while not (await look(http, url, "stats"))["parked"]:
-            pass
+        poll = await parked_poll(http, url, bot["token"])
 
         os.kill(process.pid, number)
 
@@ -114,15 +115,7 @@ async def test_a_signal_ends_the_process_while_a_fault_keeps_requests_hanging(
     async with running() as (url, process):
         bot = await admin(http, url, "add_bot")
         await admin(http, url, "set_fault", fault="F5")
-        poll = asyncio.create_task(
-            http.post(
-                f"{url}/ilink/bot/getupdates",
-                json={"base_info": {"channel_version": "2.4.9"}},
-                headers=headers(bot["token"]),
-            )
-        )
-        while not (await look(http, url, "stats"))["parked"]:
-            pass
+        poll = await parked_poll(http, url, bot["token"])
 
         process.terminate()
 
