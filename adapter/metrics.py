@@ -34,6 +34,7 @@ REFUSED = (
     "typing",
 )
 DEAD = ("unreadable", "too_large", "unreachable")
+STATES = ("starting", "polling", "throttled", "paused", "needs_login", "error", "draining")
 PARKED = ("window_closed", "quota", "throttled", "needs_login", "backlog")
 KINDS = ("text", "media", "typing", "unreadable")
 TASKS = ("poller", "lane", "other")
@@ -120,7 +121,7 @@ class Metrics:
         self.bindings = self._gauge(
             "bindings",
             "Bindings of this replica.",
-            state=["starting", "polling", "throttled", "paused", "needs_login", "error", "draining"],
+            state=STATES,
         )
         self.bindings_capacity = self._gauge("bindings_capacity", "Bindings that this replica serves at most.")
         self.bindings_unowned = self._gauge(

@@ -70,7 +70,11 @@ class Channel(NamedTuple):
 def channels(names: Names) -> list[Channel]:
     """Every subject that sandboxes, services and the platform use. `does`: send or receive, seen from the adapter."""
     sandbox = "{sandbox}"
-    by_header, by_reply = f"$message.header#/{H_REPLY_TO}", "$message.header#/reply"
+    by_header = f"$message.header#/{H_REPLY_TO}"
+
+    def service(key: str, verb: str, message: str, summary: str, answer: str) -> Channel:
+        return Channel(key, names.svc(verb), message, "receive", summary, answer, "$message.header#/reply")
+
     return [
         Channel("in", names.live(sandbox), "inbound", "send", "Live: what a user said, by plain subscribe."),
         Channel("inbox", names.inbox(sandbox), "inbound", "send", f"The same, as {names.stream_in} keeps it."),
@@ -82,107 +86,37 @@ def channels(names: Names) -> list[Channel]:
         Channel("login", names.event(sandbox, "login"), "login_event", "send", "A step of a QR login."),
         Channel("bind", names.bind, "bind", "receive", "Let a bot serve a sandbox.", "control_answer", by_header),
         Channel("unbind", names.unbind, "unbind", "receive", "End that.", "control_answer", by_header),
-        Channel(
-            "bindings_list",
-            names.svc("bindings.list"),
-            "bindings_query",
-            "receive",
-            "Which bindings there are.",
-            "bindings_page",
-            by_reply,
+        service("bindings_list", "bindings.list", "bindings_query", "Which bindings there are.", "bindings_page"),
+        service(
+            "bindings_get", "bindings.get", "bindings_query", "The bindings of one bot or sandbox.", "bindings_page"
         ),
-        Channel(
-            "bindings_get",
-            names.svc("bindings.get"),
-            "bindings_query",
-            "receive",
-            "The bindings of one bot or sandbox.",
-            "bindings_page",
-            by_reply,
-        ),
-        Channel(
+        service(
             "media_get",
-            names.svc(f"media.get.{sandbox}"),
+            f"media.get.{sandbox}",
             "media_query",
-            "receive",
             "The next piece of an object of the sandbox; its bytes are the answer.",
             "media_bytes",
-            by_reply,
         ),
-        Channel(
-            "media_put",
-            names.svc(f"media.put.{sandbox}"),
-            "media_piece",
-            "receive",
-            "A piece of media that the sandbox brings.",
-            "media",
-            by_reply,
+        service(
+            "media_put", f"media.put.{sandbox}", "media_piece", "A piece of media that the sandbox brings.", "media"
         ),
-        Channel(
-            "login_start",
-            names.svc("login.start"),
-            "login_start",
-            "receive",
-            "Start a QR login; the answer holds the code.",
-            "login",
-            by_reply,
+        service("login_start", "login.start", "login_start", "Start a QR login; the answer holds the code.", "login"),
+        service("login_status", "login.status", "login_query", "How a login stands, and its newest code.", "login"),
+        service("login_verify", "login.verify", "login_verify", "The digits that the phone shows.", "login"),
+        service("login_cancel", "login.cancel", "login_query", "End a login.", "login"),
+        service("window", f"window.{sandbox}", "window_query", "What the sandbox may still send.", "window"),
+        service(
+            "replay", f"replay.{sandbox}", "replay_query", "The sandbox's own inbound messages again.", "replay_page"
         ),
-        Channel(
-            "login_status",
-            names.svc("login.status"),
-            "login_query",
-            "receive",
-            "How a login stands, and its newest code.",
-            "login",
-            by_reply,
+        service(
+            "window_any", "window", "window_query", "What may still be sent; the body names the sandbox.", "window"
         ),
-        Channel(
-            "login_verify",
-            names.svc("login.verify"),
-            "login_verify",
-            "receive",
-            "The digits that the phone shows.",
-            "login",
-            by_reply,
-        ),
-        Channel(
-            "login_cancel", names.svc("login.cancel"), "login_query", "receive", "End a login.", "login", by_reply
-        ),
-        Channel(
-            "window",
-            names.svc(f"window.{sandbox}"),
-            "window_query",
-            "receive",
-            "What the sandbox may still send.",
-            "window",
-            by_reply,
-        ),
-        Channel(
-            "replay",
-            names.svc(f"replay.{sandbox}"),
-            "replay_query",
-            "receive",
-            "The sandbox's own inbound messages again.",
-            "replay_page",
-            by_reply,
-        ),
-        Channel(
-            "window_any",
-            names.svc("window"),
-            "window_query",
-            "receive",
-            "What may still be sent; the body names the sandbox.",
-            "window",
-            by_reply,
-        ),
-        Channel(
+        service(
             "replay_any",
-            names.svc("replay"),
+            "replay",
             "replay_query",
-            "receive",
             "The inbound messages of the sandbox that the body names.",
             "replay_page",
-            by_reply,
         ),
     ]
 

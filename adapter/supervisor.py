@@ -14,7 +14,7 @@ from adapter.contract import SHARDS, shard_of
 from adapter.errors import Temporary
 from adapter.fetching import Downloads
 from adapter.leases import Leases
-from adapter.metrics import Metrics
+from adapter.metrics import PARKED, STATES, Metrics
 from adapter.outbound import Shard
 from adapter.records import Binding
 from adapter.sessions import Session, State
@@ -379,7 +379,7 @@ class Supervisor:
             "throttled" if session.state == "polling" and self._throttled(session.bot) else str(session.state)
             for session in self.sessions.values()
         )
-        for state in ("starting", "polling", "throttled", "paused", "needs_login", "error", "draining"):
+        for state in STATES:
             metrics.bindings.labels(state=state).set(states[state])
         ages = [now - s.answered for s in self.sessions.values() if s.answered and s.state in ("polling", "error")]
         metrics.oldest_poll_age.set(max(ages, default=0.0))
@@ -397,7 +397,7 @@ class Supervisor:
             in_hand += count
             if stored_ms is not None:
                 oldest_ms = stored_ms if oldest_ms is None else min(oldest_ms, stored_ms)
-        for reason in ("window_closed", "quota", "throttled", "needs_login", "backlog"):
+        for reason in PARKED:
             metrics.outbound_parked.labels(reason=reason).set(parked[reason])
         self.in_hand = in_hand
         metrics.outbound_in_flight.set(in_hand)
