@@ -63,16 +63,16 @@ from adapter.windows import Windows
 log = structlog.get_logger()
 
 RELEASE_S = 5.0
-"""Kept of the drain budget for giving the shards back."""
+"""The part of the drain time that is kept for giving the shards back."""
 STARTING = 32
-"""Bots that are taken at once."""
+"""Bots that are taken over at the same time."""
 STARTS_PER_S = 3000
-"""Polls that are started in a second at most: what iLink sees of a start, and again each time that they end. A dead
-replica's bots are to be polled within six seconds, most of which are gone before anybody may take them."""
+"""First polls per second, at most: what iLink sees of a start, and again whenever these polls end together. A dead
+replica's bots must be polled within six seconds, most of which pass before another replica may take them."""
 POLLS_PER_S = 1000
-"""Polls are spread so that about so many start per second after an outage."""
+"""About how many polls start per second after an outage."""
 BEAT_S = 0.1
-"""So long may pass between an empty answer and the bot's next poll, which goes out with those of others."""
+"""Longest time between an empty answer and the bot's next poll: the polls of that time go out together."""
 
 
 class Adapter:

@@ -27,12 +27,12 @@ class Bindings:
     ) -> None:
         self.changed = Latch()
         self.loaded = False
-        """False until the bucket was read once: before that, absence means nothing."""
+        """False until the bucket was read once; before that, a missing binding means nothing."""
         self._bucket = bucket
         self._mine = mine
-        """Whether this replica owns what a binding is about, and so has to put it back when it was purged."""
+        """Whether this replica owns a binding's shard, and so has to restore it when it was purged."""
         self._same_token = same_token
-        """Whether two stored tokens of a bot are the same one, perhaps sealed anew: nothing has changed then."""
+        """Whether two stored tokens of a bot are the same token, perhaps sealed again: then nothing has changed."""
         self._by_bot: dict[str, tuple[Binding, int]] = {}
         self._by_sandbox: dict[str, dict[str, Binding]] = {}
         self._listeners: list[Callable[[str, Binding | None, Binding | None], None]] = []
@@ -169,7 +169,7 @@ class Bindings:
 
 
 def is_anew(before: Binding | None, after: Binding | None) -> bool:
-    """Whether iLink may think otherwise of the bot's token now: it is another one, or has been found alive."""
+    """Whether iLink may judge the bot's token differently now: it is a new one, or was found alive."""
     if before is None or after is None or before.token != after.token:
         return True
     return before.state == "needs_login" and after.state == "active"

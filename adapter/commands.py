@@ -42,7 +42,7 @@ class Limits(NamedTuple):
     parts: int
     park_ms: int
     typing_ms: int = 300_000
-    """After so long, showing that the bot types makes no sense any more."""
+    """Age at which a command to show that the bot types has expired."""
 
 
 class MediaPart(NamedTuple):

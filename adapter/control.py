@@ -65,7 +65,7 @@ class Control:
         """Whether the last bind could be erased."""
 
     def offer(self, delivery: Delivery) -> None:
-        """Takes a command, once: it comes again after each connect as long as its ack has not arrived."""
+        """Queues a command, once: it is delivered again after each connect until its ack has arrived."""
         if delivery.seq not in self._queued:
             self._numbers.put_nowait(delivery.seq)
         self._queued[delivery.seq] = delivery
@@ -81,7 +81,7 @@ class Control:
             await self._queued.pop(number).ack()
 
     async def _carry_out(self, number: int) -> None:
-        """One unit of work. A command that the adapter fails on is put aside; a bus that is away is waited for."""
+        """One unit of work. A command that the adapter crashes on is put aside; an absent bus is waited for."""
         failures = bugs = 0
         while True:
             delivery = self._queued[number]
@@ -241,7 +241,7 @@ class Control:
         return self._bindings.get(bot)
 
     def _same(self, before: Binding, after: Binding) -> bool:
-        """A bind that says nothing new; it does not disturb the poller. A dead token is always news."""
+        """Whether a bind changes nothing, so that the poller is left alone. After a dead token it always does."""
         if before.state != "active":
             return False
         try:

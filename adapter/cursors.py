@@ -21,9 +21,8 @@ log = structlog.get_logger()
 
 NEWEST = 32
 ANSWERS = 4
-"""So many records of messages seen are written with each cursor, or those of so many answers like the last one; when
-there are more, all of them apart. So a message by itself comes with a short record, and few batches wait for that
-write."""
+"""With each cursor go the newest 32 records of messages seen, or those of four answers like the last one; when there
+are more, all are written apart. So the record of a single message is short, and few batches wait for that write."""
 
 
 async def acquire(session: Session, needs: Incoming) -> Place | None:

@@ -30,7 +30,7 @@ class Temporary(AdapterError):
 
 
 class Uncertain(AdapterError):
-    """The request left and no usable answer came: it may have taken effect. Repeat only with the same id."""
+    """The request was sent and no usable answer came: it may have taken effect. Repeat only with the same id."""
 
 
 class Refused(AdapterError):

@@ -33,7 +33,7 @@ AHEAD = 4
 """Messages of one bot whose media are downloaded at once."""
 ATTEMPTS = 3
 SWEEP_S = 60.0
-"""So often the stream is looked at for what another replica left there in its last moments."""
+"""How often the stream is searched for what another replica left there in its last moments."""
 DONE_KEPT = 100
 """A message that is done is gone from the stream; only a reading that began before may still bring it."""
 CUT_S = 1.0

@@ -28,10 +28,10 @@ log = structlog.get_logger()
 TELL_MS = 240_000
 """A login that is over is told once more by a new owner only while the stream would drop the repeat."""
 CODES = 2
-"""Codes of a login that are asked for: the newest, and the one before it, which somebody may be scanning."""
+"""Codes of a login that iLink is asked about: the newest, and the previous one, which somebody may be scanning."""
 PATIENCE_S = 0.05
 LAG_S = 0.3
-"""A login that was started a moment ago may not be in every copy of the bucket."""
+"""A login that was started a moment ago may not yet be in every copy of the bucket."""
 _ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 ADVICE = {
@@ -52,7 +52,7 @@ class LoginBook:
     def __init__(self, bucket: Bucket, sealer: Sealer, clock: Clock, metrics: Metrics) -> None:
         self.changed = Latch()
         self.version = 0
-        """Rises with every change of which `changed` tells."""
+        """Rises with every change that `changed` announces."""
         self._bucket = bucket
         self._sealer = sealer
         self._clock = clock

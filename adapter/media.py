@@ -20,7 +20,7 @@ except ImportError:  # the extra `voice` is not installed
     pysilk = None
 
 HEAD = 64 * 1024
-"""So many first bytes of a file tell all that `identify` can find."""
+"""The first bytes of a file; `identify` needs no more."""
 SILK_MAX_BYTES = 5_000_000
 SILK_RATE = 24_000
 SILK_MARK = b"#!SILK_V3"

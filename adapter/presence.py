@@ -25,13 +25,13 @@ from adapter.timing import Clock, backoff, first_of
 log = structlog.get_logger()
 
 TICKET_S = 600.0
-"""A ticket is used so long, as two clients do; the official one uses it for up to a day (11.2)."""
+"""How long a ticket is used, as by two other clients; the official one uses it for up to a day (11.2)."""
 NO_TICKET_S = (2.0, 3600.0)
 """Pause after a failed getconfig, doubling from the first to the second (11.2)."""
 RENEW_S = 5.0
 """The official client's pace (11.2)."""
 REST_S = 1.0
-"""Shown again not sooner than this after the call before: switching fast flickers, and may throttle (11.2)."""
+"""Shortest pause before it is shown again: fast switching flickers, and may be throttled (11.2)."""
 HIDES = 5
 """Attempts to hide before it is left to the next owner."""
 
@@ -47,7 +47,7 @@ class Showing(NamedTuple):
     account: Callable[[Binding], Account]
     """Raises Refused("token_key")."""
     stale: Callable[[str], bool]
-    """Whether a bot's token is being tried again: nothing may be called with it."""
+    """Whether a bot's token is being tried again; meanwhile nothing may be called with it."""
     check: Callable[[int], None]
     """Raises LeaseLost when this replica may not work for the shard."""
     longest_s: float
@@ -60,7 +60,7 @@ class Sight:
         self.bot = bot
         self.user = user
         self.binding: Binding | None = None
-        """What it was last called with: an unbound bot's typing is hidden with it."""
+        """The binding of the last call: with it typing is hidden after the bot was unbound."""
         self.wanted = False
         self.until = 0.0
         """Monotonic time at which it is hidden at the latest."""
@@ -95,13 +95,13 @@ class Ticket:
         self.failures = 0
         self.retry_at = 0.0
         self.unknown = False
-        """iLink has none for this user: asked again when the user writes (5.1, -4)."""
+        """iLink has none for this user; it is asked again when the user writes (5.1, -4)."""
         self.used_at = -REST_S
         self.hidden = False
         """iLink took a status 2 last."""
 
     def is_old(self, now: float) -> bool:
-        """Whether it says nothing that the next caller has to heed, a row of failures included."""
+        """Whether nothing in it, not even its failures, matters to the next caller."""
         return now >= max(self.got_at + TICKET_S, self.retry_at + NO_TICKET_S[1], self.used_at + REST_S)
 
 
@@ -114,18 +114,18 @@ class Presence:
         self._sights: dict[tuple[str, str], Sight] = {}
         self._tickets: dict[tuple[str, str], Ticket] = {}
         self._lines: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
-        """One call at a time for a bot, so that hanging ones never use up its connections. Held by those who call."""
+        """A lock per bot, held during a call: hanging calls must not use up the bot's connections."""
         self._loading: asyncio.Task[None] | None = None
         self._draining = False
 
     # what the lanes ask -----------------------------------------------------------------------------
 
     def open(self) -> None:
-        """Begins to hide what an owner before left shown."""
+        """Begins to hide what the previous owner left shown."""
         self._loading = asyncio.get_running_loop().create_task(self._load())
 
     def show(self, binding: Binding, user: str) -> asyncio.Future[None]:
-        """Shows it, for so long as the setting says. Done once iLink took it.
+        """Shows it, for the time of the setting. The future is done once iLink took it.
 
         Fails with Refused, Temporary; cancelled where the service stops.
         """
@@ -138,7 +138,7 @@ class Presence:
         return taken
 
     def begin(self, binding: Binding, user: str) -> None:
-        """The same, where nobody asks what came of it."""
+        """As `show`, for callers who do not need the outcome."""
         if self._draining:
             return
         sight = self._sight(binding.bot, user)
@@ -147,7 +147,7 @@ class Presence:
         self._stir(sight)
 
     def hide(self, binding: Binding, user: str) -> asyncio.Future[None]:
-        """Hides it, whether it is shown or not. Done and failing as `show`."""
+        """Hides it, whether or not it is shown. The future is that of `show`."""
         taken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         sight = self._sight(binding.bot, user)
         sight.binding, sight.wanted = binding, False
@@ -156,20 +156,20 @@ class Presence:
         return taken
 
     def hush(self, bot: str, user: str) -> None:
-        """The answer is there: hides it where it is shown."""
+        """The answer has been sent: hides it if it is shown."""
         sight = self._sights.get((bot, user))
         if sight is not None and sight.wanted:
             sight.wanted = False
             self._stir(sight)
 
     def heard(self, bot: str, user: str) -> None:
-        """The user wrote: where iLink had no ticket for them, it may have one now."""
+        """The user wrote: iLink may have a ticket for them now where it had none."""
         ticket = self._tickets.get((bot, user))
         if ticket is not None and ticket.unknown:
             ticket.retry_at = 0.0
 
     def rebound(self, sandbox: str) -> None:
-        """A binding of the sandbox changed: what is shown for it is looked at."""
+        """A binding of the sandbox changed: whatever is shown for it is checked."""
         for sight in list(self._sights.values()):
             if sight.binding is None or sight.binding.sandbox == sandbox:
                 self._stir(sight)
@@ -361,7 +361,7 @@ class Presence:
     # when it does not work --------------------------------------------------------------------------
 
     async def _failed(self, sight: Sight, exc: Refused) -> float:
-        """iLink did not do it. What was never shown is given up, what is shown must be hidden."""
+        """iLink did not do it. Showing is given up, but what is shown must be hidden."""
         log.info("typing.failed", bot=sight.bot, on=sight.wanted, lit=sight.lit, detail=exc.detail[:200])
         if sight.wanted:
             _fail(sight.shows, exc)

@@ -20,7 +20,7 @@ log = structlog.get_logger()
 STUCK_S = 30.0
 """A heartbeat older than this means that the event loop is stuck."""
 BUS_GRACE_S = 10.0
-"""So long a NATS outage leaves the replica ready: it keeps its bindings and reconnects."""
+"""A NATS outage of up to this length leaves the replica ready: it keeps its bindings and reconnects."""
 
 
 class Check(msgspec.Struct, frozen=True, kw_only=True):

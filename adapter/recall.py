@@ -24,7 +24,7 @@ from adapter.records import Spoken
 log = structlog.get_logger()
 
 NOTE_BYTES = 4096
-"""So much of a sent text is kept."""
+"""Bytes of a sent text that are kept."""
 NOTES = 1000
 """Notes on their way to the bus; one more is dropped, so that a bus that is away does not fill the memory."""
 READINGS = 2

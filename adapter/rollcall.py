@@ -12,11 +12,11 @@ from adapter.ports import Crowd
 log = structlog.get_logger()
 
 WITHIN_S = 0.7
-"""A replica that is slower than this is left out; it may be dead and not known to be."""
+"""A slower replica is left out: it may be dead without anybody knowing yet."""
 
 
 class Call(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Asks every replica for itself, and how it polls these bots."""
+    """Asks every replica who it is, and how it polls these bots."""
 
     bots: list[str] = []
 

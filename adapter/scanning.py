@@ -55,7 +55,7 @@ class Scanning(NamedTuple):
     refresh_s: float
     """A code that nobody scanned is replaced after so long."""
     codes: int
-    """So many codes may expire or be blocked."""
+    """How many codes of a login may expire or be blocked before it ends."""
 
 
 class Scanner:

@@ -22,7 +22,7 @@ SECRETS = frozenset({"nats_password", "nats_token", "token_key", "console_token"
 """Fields that are also read from the file named by `<variable>_FILE`, and whose values are never shown."""
 
 SHORTEST_TOKEN = 16
-"""Characters of the console's token: nobody guesses so many."""
+"""Least length of the console's token, in characters: enough that nobody guesses it."""
 _PASSWORD = re.compile(r"//[^/@,\s]*@")
 _FILES = ("nats_creds", "nats_nkey", "nats_ca", "nats_cert", "nats_key")
 _BASE_URLS = ("ilink_base_url", "cdn_base_url")

@@ -15,7 +15,7 @@ MAX_BYTES = 16_384
 _FENCE = re.compile(r"(`{3,6}|~{3,6}(?!~))([^`\n]*)")
 """A longer fence than anybody needs is text: it would have to be repeated in every part."""
 _INFO_CHARS = 32
-"""So much of what follows a fence's marks is repeated."""
+"""Characters behind a fence's marks that are repeated."""
 _CLOSING_ROOM = 8
 """For a line break and the marks of the fence that may be open at the end of a part."""
 
@@ -100,9 +100,10 @@ _BLOCKS = MarkdownIt("commonmark").enable(["table"]).disable("inline")
 """Reads paragraphs, lists and tables, and leaves what is in them to `_MARKDOWN`."""
 _MARK = re.compile(r"[\[\]!*_~`<&\\]")
 _MARKS_READ = 5000
-"""So many marks of a text are read; what comes behind is shown as it is. Each may cost as much as a hundred words."""
+"""Marks of a text that are read; what follows is shown as it is. Each may cost as much as a hundred words."""
 _MARKS_AT_ONCE = re.compile(r"(?:[^\[\]!*_~`<&\\]*[\[\]!*_~`<&\\]){100}")
-"""So many of a paragraph are read at once: of brackets and stars that lead nowhere, each costs all others."""
+"""A hundred marks, the most of a paragraph that are read at once: unmatched brackets and stars cost the square of
+their number."""
 
 
 def to_plain(text: str) -> str:

@@ -44,7 +44,7 @@ class Distribution:
         self._total = 0.0
 
     def observe(self, value: float, times: int = 1) -> None:
-        """So many more of this value."""
+        """Counts `value`, `times` times."""
         self._counts[bisect_left(self._bounds, value)] += times
         self._total += value * times
 

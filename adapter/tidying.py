@@ -20,7 +20,7 @@ from adapter.timing import Clock
 log = structlog.get_logger()
 
 ROUND_S = 3600.0
-"""Between two rounds; a quarter of the time for which things are kept, if that is shorter."""
+"""Between two rounds, or a quarter of the time for which things are kept, whichever is shorter."""
 RETRY_S = 60.0
 
 
@@ -36,7 +36,7 @@ class Tidying(NamedTuple):
     """Raises LeaseLost where this replica may not do it."""
     clock: Clock
     keep_s: float
-    """How long a bot is remembered after its last word, or its unbinding if that came later."""
+    """How long a bot is remembered after its last message, or its unbinding if that came later."""
 
 
 async def tidy_forever(needs: Tidying) -> None:

@@ -19,23 +19,23 @@ T = TypeVar("T")
 LATE_S = 0.1
 """A timer that is later than this was held up: by a stop of the process, or by much work."""
 HERE_S = 1.0
-"""So long it then takes at most to read what is in the sockets, also for thousands."""
+"""Longest time that reading what is in the sockets then takes, even of thousands."""
 
 YOUNG = 5_000
-"""Objects more than at the last collection, after which the youngest are looked at."""
+"""Growth, in objects since the last collection, at which the youngest are looked at."""
 LOOK_S = 0.1
-"""The youngest are looked at so often in any case. What was made and outlives it is counted against what is freed, so
+"""Between two looks at the youngest, in any case. What was made and outlives it is counted against what is freed, so
 that the interpreter itself may look at a hundred thousand at once, for fifty milliseconds."""
 GROWN = 16
 """Those that outlived a look are looked at again when more is allocated by one part in so many; by the interpreter
 after ten looks. What a poll that waits is made of outlives them all, and is no garbage: thousands of bots have half a
 million objects, and a look at all of them stops everything for a tenth of a second or more."""
 LOOKS = 10
-"""After so many it is counted what is allocated: a tenth of a millisecond for each million of objects."""
+"""Looks between two counts of what is allocated, each of which takes 0.1 ms per million objects."""
 EVERYTHING = 10
-"""So seldom, when it has grown, all that lives is looked at."""
+"""Of the counts that found growth, every tenth has all objects looked at, not only the younger ones."""
 SELDOM = 1_000
-"""Looks, after which the interpreter looks at older ones by itself."""
+"""Looks after which the interpreter itself looks at older ones."""
 
 log = structlog.get_logger()
 

@@ -29,7 +29,7 @@ WATCH_S = 2.0
 
 
 class Watch:
-    """Two loops: one beats as long as the event loop lives; one asks JetStream, whose answer may take its time."""
+    """Two loops: a heartbeat of the event loop, and one that asks JetStream, whose answers may take long."""
 
     def __init__(
         self,

@@ -33,7 +33,7 @@ class Rules(NamedTuple):
     cooldown_s: float
     """After -2: one probe after so long; 0: never."""
     reserve: int = 0
-    """So many of `sends` are kept back for commands with `final`."""
+    """How many of `sends` are kept back for commands with `final`."""
     low: int = 0
     """Few are left when so many are, for commands without `final`; 0: never."""
 

@@ -32,7 +32,7 @@ LOOKS_PER_S = 200
 LONGEST_S = 60.0
 """A look at the clock at least so often: it may be set, and the machine may sleep."""
 LEFT_OVER = 8
-"""So many entries of the heap may be of users who are gone."""
+"""Entries of users who are gone that the heap may hold besides as many as count; then it is made anew."""
 KEPT_HOURS = 25
 """No window is open longer, so that no event which still counts is older."""
 

@@ -38,7 +38,7 @@ NO_JETSTREAM = "JetStream is not available on this server or for this user."
 JetStreamGone = (ServiceUnavailableError, NoStreamResponseError)
 NO_STREAM = 10059
 KEPT = 1000
-"""So many complaints are kept; a connection may last for weeks."""
+"""Complaints that are kept: a connection may last for weeks."""
 FULL = 10077
 """The stream holds as many messages of this subject as it may."""
 

@@ -18,7 +18,7 @@ from adapter.settings import Settings
 WHERE = "see helm/nats/ and `wechat-nats permissions`"
 ASK_S = 2.0
 NAMED = 4
-"""So many subjects are named; the rest is counted."""
+"""Subjects that are named; the rest are counted."""
 
 
 async def check(bus: Bus, settings: Settings) -> list[Check]:

@@ -29,10 +29,10 @@ log = structlog.get_logger()
 T = TypeVar("T")
 COOKIE = "wechat_nats_console"
 ANSWER_S = 15.0
-"""So long a page waits for the event loop; then it says that nobody answers."""
+"""How long a page waits for the event loop before it says that nobody answers."""
 MAX_BODY = 4096
 AT_ONCE = 32
-"""Requests that are worked on; one more is refused."""
+"""Requests served at the same time; one more is refused."""
 REFRESH_S = 5
 _NUMBER = re.compile(r"[0-9]{1,18}")
 _LOGIN = re.compile(r"/logins/([0-9a-f]{24})(/verify|/cancel|)")
