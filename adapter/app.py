@@ -34,7 +34,7 @@ from adapter.jetstream.services import BusTeller, Handler, Services
 from adapter.leases import Leases
 from adapter.login_service import LoginService
 from adapter.logins import LoginBook
-from adapter.mediaservice import MediaService
+from adapter.media_service import MediaService
 from adapter.metrics import Metrics
 from adapter.ports import Account
 from adapter.presence import Showing

@@ -29,7 +29,7 @@ from adapter.jetstream.link import Link
 from adapter.jetstream.objects import ObjectStore
 from adapter.jetstream.publisher import Publisher
 from adapter.jetstream.services import Services
-from adapter.mediaservice import PIECE_MAX, PIECE_MIN, MediaService
+from adapter.media_service import PIECE_MAX, PIECE_MIN, MediaService
 from adapter.metrics import Metrics
 from adapter.settings import Settings
 from adapter.simulator import samples
