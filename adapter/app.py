@@ -17,7 +17,6 @@ from adapter.commands import Limits
 from adapter.console.desk import Needs
 from adapter.console.server import Console
 from adapter.contexts import Contexts
-from adapter.contract import Names, shard_of
 from adapter.control import Control
 from adapter.errors import BusRefused, LeaseLost, SettingsError, Temporary
 from adapter.events import Events
@@ -36,6 +35,7 @@ from adapter.login_service import LoginService
 from adapter.logins import LoginBook
 from adapter.media_service import MediaService
 from adapter.metrics import Metrics
+from adapter.names import Names, shard_of
 from adapter.ports import Account
 from adapter.presence import Showing
 from adapter.probes import Health, ProbeServer

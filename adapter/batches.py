@@ -7,11 +7,12 @@ import itertools
 import msgspec
 import structlog
 
-from adapter import contract, window
+from adapter import window
 from adapter.cursors import ANSWERS, NEWEST, catch_up, keep_seen, recollect, write_cursor
 from adapter.dedup import Batch, Seen
 from adapter.errors import BusRefused, LeaseLost, Unreadable
 from adapter.inbox import Heard, bury, count, publish, raw_message, retry, without_media
+from adapter.names import shard_of, token_of
 from adapter.ports import Polled, Said, Stored
 from adapter.records import Binding, Cursor
 from adapter.sessions import Incoming, Place, Session, binding_event
@@ -54,7 +55,7 @@ async def store(session: Session, polled: Polled, place: Place, needs: Incoming)
 
 async def _still_ours(session: Session, place: Place, needs: Incoming) -> Cursor | None:
     """The bot's record; None where somebody has written it since, or may. `needs`: fenced."""
-    entry = await retry(lambda: needs.cursors.get(contract.token_of(session.bot)), needs)
+    entry = await retry(lambda: needs.cursors.get(token_of(session.bot)), needs)
     if entry is None or entry.value is None or entry.revision != place.revision:
         return None
     try:
@@ -67,7 +68,7 @@ async def _still_ours(session: Session, place: Place, needs: Incoming) -> Cursor
 async def _tell_late(session: Session, messages: list[bytes], needs: Incoming) -> None:
     """What another owner of the bot has neither stored nor seen. Its window and its media are not for us to touch."""
     binding = needs.bindings.get(session.bot)
-    entry = await retry(lambda: needs.cursors.get(contract.token_of(session.bot)), needs)
+    entry = await retry(lambda: needs.cursors.get(token_of(session.bot)), needs)
     record = msgspec.json.decode(entry.value, type=Cursor) if entry and entry.value else Cursor()
     record, seen = await retry(lambda: recollect(session.bot, record, needs), needs)
     if binding is not None:
@@ -156,7 +157,7 @@ async def _waits(binding: Binding, needs: Incoming) -> bool:
     waiting = await needs.waiting(binding.sandbox)
     if waiting is not None:
         return waiting.holds(binding.sandbox, binding.bot)
-    subject = needs.names.raw(contract.shard_of(binding.sandbox), binding.bot)
+    subject = needs.names.raw(shard_of(binding.sandbox), binding.bot)
     left = await retry(lambda: needs.history.last(needs.names.stream_raw, subject), needs)
     return left is not None  # it is another replica's to tell, or the next owner's
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 import msgspec
 import structlog
 
-from adapter.contract import text_of, token_of
 from adapter.errors import Conflict
+from adapter.names import text_of, token_of
 from adapter.ports import Bucket, Entry
 from adapter.records import Binding
 from adapter.timing import Latch

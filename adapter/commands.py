@@ -11,8 +11,9 @@ from typing import Literal, NamedTuple
 
 import msgspec
 
-from adapter.contract import Outbound, OutFile, OutImage, OutText, OutVideo, OutVoice, check_sandbox
+from adapter.contract import Outbound, OutFile, OutImage, OutText, OutVideo, OutVoice
 from adapter.errors import UNDECODABLE, Refused, Unreadable
+from adapter.names import check_sandbox
 from adapter.split import MAX_BYTES, is_open, split, to_plain
 
 _PEER = re.compile(r"[!-~]{0,128}")

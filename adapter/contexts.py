@@ -13,8 +13,8 @@ from weakref import WeakValueDictionary
 import msgspec
 
 from adapter import window
-from adapter.contract import peer_key
 from adapter.errors import Conflict
+from adapter.names import peer_key
 from adapter.ports import Bucket
 from adapter.records import Context
 

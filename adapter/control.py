@@ -15,10 +15,11 @@ from msgspec import structs
 
 from adapter import contract
 from adapter.bindings import Bindings
-from adapter.contract import Bind, BindingEvent, ControlAnswer, Names, Unbind, check_sandbox
+from adapter.contract import Bind, BindingEvent, ControlAnswer, Unbind
 from adapter.errors import UNDECODABLE, AdapterError, Refused, Temporary, Unreadable
 from adapter.events import Events
 from adapter.metrics import Metrics
+from adapter.names import H_ERROR, H_ERROR_CODE, H_MSG_ID, H_REPLY_TO, H_SCHEMA, Names, check_sandbox, is_inbox
 from adapter.ports import Chat, Delivery, History, Teller
 from adapter.records import Binding
 from adapter.seal import Sealer, bind_context
@@ -102,7 +103,7 @@ class Control:
 
     async def _take(self, delivery: Delivery) -> None:
         """One command: applied and answered. Raises Temporary."""
-        request = delivery.headers.get(contract.H_MSG_ID, "")[:128]
+        request = delivery.headers.get(H_MSG_ID, "")[:128]
         try:
             if len(delivery.data) > MAX_BYTES:
                 raise Unreadable("too_large", f"At most {MAX_BYTES} bytes are read.")
@@ -135,7 +136,7 @@ class Control:
         log.warning("control.unerased", sequence=delivery.seq, reason=reason)
 
     async def _put_aside(self, delivery: Delivery, exc: Unreadable) -> None:
-        request = delivery.headers.get(contract.H_MSG_ID, "")[:128]
+        request = delivery.headers.get(H_MSG_ID, "")[:128]
         await self._events.dead_letter(
             "CTL",
             b"" if delivery.subject == self._names.bind else delivery.data,  # a bind holds a secret
@@ -267,14 +268,14 @@ class Control:
 
     async def _answer(self, delivery: Delivery, answer: ControlAnswer) -> None:
         """To the header Reply-To, which must be an inbox: the adapter writes nowhere else for a stranger."""
-        reply_to = delivery.headers.get(contract.H_REPLY_TO, "")
-        if not contract.is_inbox(reply_to):
+        reply_to = delivery.headers.get(H_REPLY_TO, "")
+        if not is_inbox(reply_to):
             return
-        headers = {contract.H_SCHEMA: contract.SCHEMA_VERSION}
+        headers = {H_SCHEMA: contract.SCHEMA_VERSION}
         if not answer.ok:
             headers |= {
-                contract.H_ERROR: answer.error.encode("ascii", "replace").decode(),
-                contract.H_ERROR_CODE: "400",
+                H_ERROR: answer.error.encode("ascii", "replace").decode(),
+                H_ERROR_CODE: "400",
             }
         try:
             await self._teller.tell(reply_to, msgspec.json.encode(answer), headers)

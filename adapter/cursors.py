@@ -9,10 +9,10 @@ from __future__ import annotations
 import msgspec
 import structlog
 
-from adapter import contract
 from adapter.dedup import Seen
 from adapter.errors import Conflict, LeaseLost, Temporary
 from adapter.inbox import retry, seen_of
+from adapter.names import H_SANDBOX, token_of
 from adapter.records import Binding, Cursor
 from adapter.sessions import Incoming, Place, Session, Waiting, check_owned, notify
 from adapter.timing import backoff, first_of_two
@@ -51,7 +51,7 @@ async def acquire(session: Session, needs: Incoming) -> Place | None:
 
 async def _acquire_once(session: Session, binding: Binding, needs: Incoming) -> Place | None:
     """None: the poller of another replica has not stopped yet, or the record changed meanwhile. Raises Temporary."""
-    entry = await needs.cursors.get(contract.token_of(binding.bot))
+    entry = await needs.cursors.get(token_of(binding.bot))
     record = msgspec.json.decode(entry.value, type=Cursor) if entry and entry.value else None
     me = needs.leases.incarnation
     if record is None:
@@ -73,7 +73,7 @@ async def _acquire_once(session: Session, binding: Binding, needs: Incoming) -> 
 
 
 def apart_key(bot: str) -> str:
-    return f"{contract.token_of(bot)}/seen"
+    return f"{token_of(bot)}/seen"
 
 
 async def recollect(bot: str, record: Cursor, needs: Incoming) -> tuple[Cursor, Seen]:
@@ -114,7 +114,7 @@ async def catch_up(
     async for stored in needs.history.read(needs.names.stream_raw, needs.names.raw("*", binding.bot)):
         if keys := seen_of(stored.headers, binding.bot):
             seen.add_record(keys, needs.clock.now_ms())
-        if waiting is not None and stored.headers.get(contract.H_SANDBOX) == binding.sandbox:
+        if waiting is not None and stored.headers.get(H_SANDBOX) == binding.sandbox:
             waiting.add(stored, suspect=True)
     last = record.last_seq
     inbox = needs.names.inbox(binding.sandbox)
@@ -131,7 +131,7 @@ async def write_cursor(bot: str, record: Cursor, revision: int, needs: Incoming)
 
     A record that an operator purged or deleted is put back: another owner would have left its own.
     """
-    key, value = contract.token_of(bot), msgspec.json.encode(record)
+    key, value = token_of(bot), msgspec.json.encode(record)
     while True:
         try:
             return await needs.cursors.update(key, value, revision)
@@ -179,7 +179,7 @@ async def give_back(session: Session, needs: Incoming) -> None:
 
 async def _give_back_once(session: Session, needs: Incoming) -> bool:
     """Whether it was ours to give back. Raises Temporary, Conflict."""
-    key = contract.token_of(session.bot)
+    key = token_of(session.bot)
     entry = await needs.cursors.get(key)
     if entry is None or entry.value is None:
         return False

@@ -9,9 +9,20 @@ import structlog
 
 from adapter import contract
 from adapter.commands import passed_on
-from adapter.contract import Names
 from adapter.errors import BusRefused
 from adapter.metrics import Metrics
+from adapter.names import (
+    H_DETAIL,
+    H_MSG_ID,
+    H_REASON,
+    H_REPLY_TO,
+    H_SANDBOX,
+    H_SCHEMA,
+    H_SEQUENCE,
+    H_SUBJECT,
+    H_TIME_MS,
+    Names,
+)
 from adapter.ports import Bus, Message
 from adapter.timing import Clock, backoff
 
@@ -54,7 +65,7 @@ class Events:
 
     async def _store(self, sandbox: str, kind: str, payload: bytes, msg_id: str) -> bool:
         """Whether the stream took it."""
-        headers = {contract.H_MSG_ID: msg_id, contract.H_SCHEMA: contract.SCHEMA_VERSION}
+        headers = {H_MSG_ID: msg_id, H_SCHEMA: contract.SCHEMA_VERSION}
         try:
             await self._surely(Message("event", self._names.event(sandbox, kind), payload, headers))
         except BusRefused as exc:
@@ -92,17 +103,17 @@ class Events:
         sandbox: str = "",
     ) -> None:
         """Keeps the original bytes and headers for a person. `stream`: OUT, IN or CTL."""
-        kept = {k: v[:MAX_HEADER] for k, v in passed_on(headers).items() if k != contract.H_REPLY_TO}
+        kept = {k: v[:MAX_HEADER] for k, v in passed_on(headers).items() if k != H_REPLY_TO}
         kept |= {
-            contract.H_MSG_ID: msg_id,
-            contract.H_SUBJECT: subject,
-            contract.H_REASON: reason,
-            contract.H_DETAIL: detail[:MAX_HEADER].encode("ascii", "replace").decode().replace("\n", " "),
-            contract.H_SEQUENCE: str(seq),
-            contract.H_TIME_MS: str(self._clock.now_ms()),
+            H_MSG_ID: msg_id,
+            H_SUBJECT: subject,
+            H_REASON: reason,
+            H_DETAIL: detail[:MAX_HEADER].encode("ascii", "replace").decode().replace("\n", " "),
+            H_SEQUENCE: str(seq),
+            H_TIME_MS: str(self._clock.now_ms()),
         }
         if sandbox:
-            kept[contract.H_SANDBOX] = sandbox
+            kept[H_SANDBOX] = sandbox
         self._metrics.dead_letters.labels(stream=stream.lower()).inc()
         log.warning("message.dead_lettered", stream=stream, sandbox=sandbox, reason=reason, sequence=seq)
         subject_to = self._names.dead(f"{self._names.prefix.upper()}_{stream}")

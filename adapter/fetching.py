@@ -22,6 +22,7 @@ from adapter.contract import InboundItem
 from adapter.dedup import digest
 from adapter.errors import BusRefused, LeaseLost, Refused, Temporary, Unreadable
 from adapter.inbox import Heard
+from adapter.names import H_MSG_ID, H_SANDBOX, H_SEQUENCE, text_of
 from adapter.ports import Cdn, Fetch, Objects, Stored, StoredObject
 from adapter.sessions import Incoming
 from adapter.tasks import Tasks
@@ -145,7 +146,7 @@ class Downloads:
             return
         try:
             heard = inbox.read_raw(stored, self._incoming.read_message)
-            after = int(stored.headers.get(contract.H_SEQUENCE, "0"))
+            after = int(stored.headers.get(H_SEQUENCE, "0"))
         except (Unreadable, ValueError) as exc:
             log.error("raw.unreadable", shard=self.number, sequence=stored.seq, reason=type(exc).__name__)
             self._done.append(stored.seq)
@@ -224,7 +225,7 @@ class Downloads:
         after = min(waiter.after for waiter in suspects.values())
         told: set[str] = set()
         async for stored in self._incoming.history.read(names.stream_in, subject, after=after):
-            told.add(stored.headers.get(contract.H_MSG_ID, ""))
+            told.add(stored.headers.get(H_MSG_ID, ""))
         for waiter in list(queue.waiters):
             if waiter.heard.id not in suspects:
                 continue
@@ -241,8 +242,8 @@ class Downloads:
 
     async def _bury(self, stored: Stored) -> None:
         """Nobody can read it, also not at the next start."""
-        bot = contract.text_of(stored.subject.rpartition(".")[2])
-        sandbox = stored.headers.get(contract.H_SANDBOX, "")
+        bot = text_of(stored.subject.rpartition(".")[2])
+        sandbox = stored.headers.get(H_SANDBOX, "")
         await inbox.bury(bot, sandbox, stored.data, "It cannot be read back from WECHAT_RAW.", self._incoming)
         stream = self._incoming.names.stream_raw
         await inbox.retry(lambda: self._incoming.history.delete(stream, stored.seq), self._incoming)

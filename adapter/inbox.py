@@ -16,6 +16,18 @@ from adapter import contract, window
 from adapter.contract import Inbound
 from adapter.dedup import digest
 from adapter.errors import BusRefused, Temporary
+from adapter.names import (
+    H_MSG_ID,
+    H_REASON,
+    H_SANDBOX,
+    H_SCHEMA,
+    H_SEEN,
+    H_SEQUENCE,
+    H_TIME_MS,
+    shard_of,
+    text_of,
+    token_of,
+)
 from adapter.ports import Message, PubAck, Said, Stored
 from adapter.recall import ids_header
 from adapter.sessions import Incoming
@@ -136,9 +148,9 @@ def _message(one: Heard, shown: contract.Window, needs: Incoming) -> Message:
         window=shown,
     )
     headers = {
-        contract.H_MSG_ID: inbound.id,
-        contract.H_SCHEMA: contract.SCHEMA_VERSION,
-        contract.H_SEEN: seen_header(one.bot, one.seen),
+        H_MSG_ID: inbound.id,
+        H_SCHEMA: contract.SCHEMA_VERSION,
+        H_SEEN: seen_header(one.bot, one.seen),
         **ids_header(one.said),
     }
     return Message("in", needs.names.inbox(one.sandbox), msgspec.json.encode(inbound), headers, needs.fence)
@@ -201,34 +213,32 @@ def count(needs: Incoming, kind: str, outcome: str, times: int = 1) -> None:
 def raw_message(one: Heard, last_seq: int, needs: Incoming) -> Message:
     """A message for WECHAT_RAW, with all that it takes to tell it later. See `read_raw`."""
     headers = {
-        contract.H_MSG_ID: one.id,
-        contract.H_SANDBOX: one.sandbox,
-        contract.H_SEEN: seen_header(one.bot, one.seen),
-        contract.H_TIME_MS: str(one.received_ms),
-        contract.H_SEQUENCE: str(last_seq),
+        H_MSG_ID: one.id,
+        H_SANDBOX: one.sandbox,
+        H_SEEN: seen_header(one.bot, one.seen),
+        H_TIME_MS: str(one.received_ms),
+        H_SEQUENCE: str(last_seq),
     }
     if reasons := {item.reason for item in one.said.items if isinstance(item, _MEDIA)} & {"off"}:
-        headers[contract.H_REASON] = reasons.pop()
-    return Message(
-        "raw", needs.names.raw(contract.shard_of(one.sandbox), one.bot), one.said.raw, headers, needs.fence
-    )
+        headers[H_REASON] = reasons.pop()
+    return Message("raw", needs.names.raw(shard_of(one.sandbox), one.bot), one.said.raw, headers, needs.fence)
 
 
 def read_raw(stored: Stored, read_message: Callable[[bytes], Said]) -> Heard:
     """What `raw_message` made. Raises Unreadable."""
-    bot = contract.text_of(stored.subject.rpartition(".")[2])
+    bot = text_of(stored.subject.rpartition(".")[2])
     said = read_message(stored.data)
-    if reason := stored.headers.get(contract.H_REASON):
+    if reason := stored.headers.get(H_REASON):
         said = without_media(said, reason)
-    received_ms = int(stored.headers.get(contract.H_TIME_MS, "0"))
-    return Heard(said, stored.headers.get(contract.H_SANDBOX, ""), bot, received_ms, seen_of(stored.headers, bot))
+    received_ms = int(stored.headers.get(H_TIME_MS, "0"))
+    return Heard(said, stored.headers.get(H_SANDBOX, ""), bot, received_ms, seen_of(stored.headers, bot))
 
 
 def seen_header(bot: str, record: str) -> str:
-    return f"{contract.token_of(bot)} {record}"
+    return f"{token_of(bot)} {record}"
 
 
 def seen_of(headers: dict[str, str], bot: str) -> str:
     """The record of a stored message among those that `bot` has seen; "" if it is none of this bot's."""
-    owner, _, record = headers.get(contract.H_SEEN, "").partition(" ")
-    return record if owner == contract.token_of(bot) else ""
+    owner, _, record = headers.get(H_SEEN, "").partition(" ")
+    return record if owner == token_of(bot) else ""

@@ -11,11 +11,12 @@ from collections.abc import Sequence
 
 import structlog
 
-from adapter import contract, sending, window
+from adapter import sending, window
 from adapter.commands import MERGED_AT_ONCE, MediaPart, joins, merge, passed_on
 from adapter.contexts import Peer
 from adapter.errors import BusRefused, LeaseLost, Refused, Temporary
 from adapter.lane import Item, Lane, parked_at
+from adapter.names import H_COMMAND, H_MSG_ID, H_SANDBOX, H_TIME_MS, peer_key
 from adapter.parked import read_behind, read_parked
 from adapter.ports import Account, Message, Uploaded
 from adapter.presence import Presence
@@ -379,12 +380,12 @@ class LaneWork(Settling):
             await self._end_in(lane, item, Ending("refused", "backlog", detail))
             return
         headers = passed_on(item.headers) | {
-            contract.H_MSG_ID: f"parked:{command.client}",
-            contract.H_SANDBOX: command.sandbox,
-            contract.H_COMMAND: command.id,
-            contract.H_TIME_MS: str(command.stored_ms),
+            H_MSG_ID: f"parked:{command.client}",
+            H_SANDBOX: command.sandbox,
+            H_COMMAND: command.id,
+            H_TIME_MS: str(command.stored_ms),
         }
-        subject = self._needs.names.parked(self.number, contract.peer_key(lane.bot, lane.user))
+        subject = self._needs.names.parked(self.number, peer_key(lane.bot, lane.user))
         try:
             ack = await self._needs.bus.publish(Message("parked", subject, item.data, headers, self._check))
         except BusRefused as exc:

@@ -17,9 +17,9 @@ from collections.abc import Callable
 import msgspec
 import structlog
 
-from adapter.contract import SHARDS
 from adapter.errors import Conflict, LeaseLost, Temporary
 from adapter.metrics import Metrics
+from adapter.names import SHARDS
 from adapter.ports import Entry, Register
 from adapter.records import Claim, Member
 from adapter.timing import Clock, Latch, first_of, heed

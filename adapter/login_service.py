@@ -6,10 +6,11 @@ import msgspec
 from msgspec import structs
 
 from adapter.bindings import Bindings
-from adapter.contract import LoginQuery, LoginStart, LoginVerify, check_sandbox
+from adapter.contract import LoginQuery, LoginStart, LoginVerify
 from adapter.errors import Refused, Temporary
 from adapter.logins import LoginBook, tokens_of
 from adapter.metrics import Metrics
+from adapter.names import check_sandbox
 from adapter.ports import Logins
 from adapter.records import LoginRecord
 from adapter.seal import Sealer

@@ -12,9 +12,10 @@ from urllib.parse import unquote
 import msgspec
 
 from adapter import media
-from adapter.contract import H_NEXT, H_SHA256, H_SIZE, MAX_SEQ, Media, MediaPiece, MediaQuery, check_sandbox
+from adapter.contract import Media, MediaPiece, MediaQuery
 from adapter.errors import BusRefused, Refused, Unreadable
 from adapter.metrics import Metrics
+from adapter.names import H_NEXT, H_SHA256, H_SIZE, MAX_SEQ, check_sandbox
 from adapter.ports import Answered, Asked, PartialObjects, StoredObject
 from adapter.svc import invalid, read_request
 

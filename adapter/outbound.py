@@ -18,6 +18,7 @@ from adapter.commands import Command, command_id, peek, read_command
 from adapter.errors import AdapterError, Refused, Temporary, Unreadable
 from adapter.lane import Item, Lanes, parked_at
 from adapter.lanework import LaneWork
+from adapter.names import H_COMMAND, H_MSG_ID, UNROUTED, peer_of, shard_of
 from adapter.parked import item_of
 from adapter.ports import Delivery
 from adapter.records import Binding
@@ -67,7 +68,7 @@ class Shard(LaneWork):
             except AdapterError as exc:
                 log.error("parked.unreadable", sequence=stored.seq, reason=exc.reason)
                 continue
-            bot, user = contract.peer_of(stored.subject.rpartition(".")[2])
+            bot, user = peer_of(stored.subject.rpartition(".")[2])
             binding = self._needs.bindings.get(bot)
             if not user and binding is not None and binding.sandbox == item.command.sandbox:
                 user = binding.user  # learned since it was parked
@@ -85,7 +86,7 @@ class Shard(LaneWork):
 
     def _serves(self, bot: str) -> bool:
         binding = self._needs.bindings.get(bot)
-        return binding is not None and contract.shard_of(binding.sandbox) == self.number
+        return binding is not None and shard_of(binding.sandbox) == self.number
 
     def on_delivery(self, delivery: Delivery) -> None:
         """A command of this shard arrived, or arrived again."""
@@ -306,7 +307,7 @@ class Shard(LaneWork):
 
 
 def _ident(delivery: Delivery, body_id: str | None) -> str:
-    routed, msg_id = delivery.headers.get(contract.H_COMMAND, ""), delivery.headers.get(contract.H_MSG_ID, "")
+    routed, msg_id = delivery.headers.get(H_COMMAND, ""), delivery.headers.get(H_MSG_ID, "")
     return command_id(body_id, routed, msg_id, delivery.seq)
 
 
@@ -315,6 +316,6 @@ def _nameless(delivery: Delivery, body_id: str | None) -> Command:
     ident = _ident(delivery, body_id)
     sandbox = delivery.subject.rpartition(".")[2]
     if len(sandbox) > MAX_NAME:
-        sandbox = contract.UNROUTED  # the subject of its receipts would break the connection
+        sandbox = UNROUTED  # the subject of its receipts would break the connection
     client = f"out-{delivery.seq}-{delivery.time_ms}"
     return Command(ident, client, sandbox, "", "", [], "refuse", delivery.time_ms, 0)

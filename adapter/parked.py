@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from itertools import islice, takewhile
 
-from adapter import contract
 from adapter.commands import peek, read_command
 from adapter.lane import Item, Lane, Parked
+from adapter.names import H_COMMAND, H_SANDBOX, H_TIME_MS
 from adapter.ports import Stored
 from adapter.settling import Outgoing
 
@@ -38,9 +38,9 @@ def item_of(stored: Stored, needs: Outgoing) -> Item:
     headers, body = stored.headers, peek(stored.data, needs.limits)
     command = read_command(
         body,
-        sandbox=headers.get(contract.H_SANDBOX, ""),
-        ident=body.id or headers.get(contract.H_COMMAND, ""),  # a header loses the spaces around it, and its lines
-        stored_ms=int(headers.get(contract.H_TIME_MS, "0")),
+        sandbox=headers.get(H_SANDBOX, ""),
+        ident=body.id or headers.get(H_COMMAND, ""),  # a header loses the spaces around it, and its lines
+        stored_ms=int(headers.get(H_TIME_MS, "0")),
         limits=needs.limits,
     )
     item = Item(command, stored.data, headers, suspect=True)

@@ -16,8 +16,8 @@ import structlog
 
 from adapter.bindings import Bindings
 from adapter.contexts import Contexts
-from adapter.contract import peer_key, peer_of
 from adapter.errors import AdapterError, BusRefused, Conflict, LeaseLost, Refused, SessionExpired, Temporary
+from adapter.names import peer_key, peer_of
 from adapter.ports import Account, Bucket, Chat
 from adapter.records import Binding, Typing
 from adapter.timing import Clock, backoff, first_of

@@ -11,20 +11,10 @@ import msgspec
 
 from adapter import window
 from adapter.bindings import Bindings
-from adapter.contract import (
-    MAX_SEQ,
-    BindingsPage,
-    BindingsQuery,
-    Names,
-    Replayed,
-    ReplayPage,
-    ReplayQuery,
-    WindowQuery,
-    check_sandbox,
-    peer_key,
-)
+from adapter.contract import BindingsPage, BindingsQuery, Replayed, ReplayPage, ReplayQuery, WindowQuery
 from adapter.errors import Refused
 from adapter.metrics import Metrics
+from adapter.names import MAX_SEQ, Names, check_sandbox, peer_key
 from adapter.ports import Answered, Asked, Bucket, History
 from adapter.records import Binding, Context
 from adapter.svc import read_request

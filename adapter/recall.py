@@ -12,11 +12,11 @@ from collections.abc import Sequence
 import msgspec
 import structlog
 
-from adapter import contract
-from adapter.contract import Inbound, Names, escaped, token_of
+from adapter.contract import Inbound
 from adapter.dedup import Keys
 from adapter.errors import BusRefused, Conflict
 from adapter.metrics import Metrics
+from adapter.names import H_IDS, H_MSG_ID, Names, escaped, token_of
 from adapter.ports import Bucket, History, Said, Stored
 from adapter.quotes import Words, resolved, words_of
 from adapter.records import Spoken
@@ -108,7 +108,7 @@ class Recall:
         async with self._readings:
             async for stored in self._history.read(self._names.stream_in, self._names.inbox(sandbox)):
                 item = _item_named(ids, stored)
-                if item is None and not stored.headers.get(contract.H_MSG_ID, "").endswith(endings):
+                if item is None and not stored.headers.get(H_MSG_ID, "").endswith(endings):
                     continue
                 try:
                     inbound = msgspec.json.decode(stored.data, type=Inbound)
@@ -130,7 +130,7 @@ def ids_header(said: Said) -> dict[str, str]:
     if not any(said.item_ids):
         return {}
     named = [f"{n}:{escaped(ident)}" for n, ident in enumerate(said.item_ids[:MAX_IDS]) if 0 < len(ident) <= 64]
-    return {contract.H_IDS: " ".join(named)} if named else {}
+    return {H_IDS: " ".join(named)} if named else {}
 
 
 def cut(text: str, size: int) -> str:
@@ -144,7 +144,7 @@ def _ending(ident: str) -> str:
 
 
 def _item_named(ids: Sequence[str], stored: Stored) -> int | None:
-    for named in stored.headers.get(contract.H_IDS, "").split():
+    for named in stored.headers.get(H_IDS, "").split():
         number, _, ident = named.partition(":")
         if ident in {escaped(one) for one in ids} and number.isdecimal():
             return int(number)

@@ -10,9 +10,10 @@ import msgspec
 
 from adapter import contract
 from adapter.commands import Command
-from adapter.contract import Names, Receipt
+from adapter.contract import Receipt
 from adapter.events import Events
 from adapter.metrics import Metrics
+from adapter.names import H_COMMAND, Names
 from adapter.ports import History
 from adapter.sending import Ending, Wait
 from adapter.timing import Clock
@@ -138,7 +139,7 @@ class Receipts:
                 "OUT",
                 data,
                 subject=subject,
-                headers=headers | {contract.H_COMMAND: command.id},
+                headers=headers | {H_COMMAND: command.id},
                 reason=ending.reason,
                 detail=ending.detail,
                 seq=0,

@@ -7,8 +7,8 @@ from collections.abc import AsyncIterator
 
 import msgspec
 
-from adapter.contract import Names
 from adapter.errors import Conflict, Refused
+from adapter.names import Names
 from adapter.ports import History, Register, Stored
 from adapter.records import Binding
 from adapter.seal import Sealer, Sealing

@@ -8,9 +8,9 @@ import structlog
 
 from adapter import contract
 from adapter.commands import Command, Limits, command_id, passed_on, peek, sandbox_of
-from adapter.contract import UNROUTED, Names
 from adapter.errors import BusRefused, Refused, Temporary, Unreadable
 from adapter.metrics import Metrics
+from adapter.names import H_COMMAND, H_MSG_ID, UNROUTED, Names
 from adapter.ports import Bus, Delivery, Message
 from adapter.receipts import Receipts
 from adapter.sending import Ending
@@ -42,11 +42,11 @@ class Router:
         ident = ""
         try:
             body = peek(delivery.data, self._limits)
-            ident = command_id(body.id, "", delivery.headers.get(contract.H_MSG_ID, ""), delivery.seq)
+            ident = command_id(body.id, "", delivery.headers.get(H_MSG_ID, ""), delivery.seq)
             sandbox = sandbox_of(body)
         except (Unreadable, Refused) as exc:
             self._metrics.schema_violations.labels(kind="out").inc()
-            ident = ident or command_id(None, "", delivery.headers.get(contract.H_MSG_ID, ""), delivery.seq)
+            ident = ident or command_id(None, "", delivery.headers.get(H_MSG_ID, ""), delivery.seq)
             dead = isinstance(exc, Unreadable)
             await self._end(
                 delivery, UNROUTED, ident, Ending("dead_lettered" if dead else "refused", exc.reason, exc.detail)
@@ -54,8 +54,8 @@ class Router:
             return
         words = hashlib.blake2b(delivery.data, digest_size=12).hexdigest()
         headers = passed_on(delivery.headers) | {
-            contract.H_MSG_ID: f"routed:{delivery.seq}:{delivery.time_ms}:{words}:{ident}",
-            contract.H_COMMAND: ident,
+            H_MSG_ID: f"routed:{delivery.seq}:{delivery.time_ms}:{words}:{ident}",
+            H_COMMAND: ident,
         }
         try:
             await self._bus.publish(Message("out", self._names.out(sandbox), delivery.data, headers))

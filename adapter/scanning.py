@@ -16,12 +16,13 @@ from msgspec import structs
 
 from adapter import contract
 from adapter.bindings import Bindings
-from adapter.contract import Bind, BindingEvent, Names, shard_of
+from adapter.contract import Bind, BindingEvent
 from adapter.errors import BusRefused, LeaseLost, Refused, Temporary
 from adapter.events import Events
 from adapter.leases import Leases
 from adapter.logins import TELL_MS, LoginBook, code_of, event_of, tokens_of
 from adapter.metrics import Metrics
+from adapter.names import H_MSG_ID, H_SCHEMA, Names, shard_of
 from adapter.ports import Bus, History, Logins, Message, QrCode, Scan
 from adapter.records import Binding, LoginCode, LoginRecord
 from adapter.seal import Sealer, bind_context
@@ -395,7 +396,7 @@ class _Course:
                 user=record.user or None,
                 options=record.options,
             )
-            headers = {contract.H_MSG_ID: request, contract.H_SCHEMA: contract.SCHEMA_VERSION}
+            headers = {H_MSG_ID: request, H_SCHEMA: contract.SCHEMA_VERSION}
             try:
                 await needs.bus.publish(Message("ctl", needs.names.bind, msgspec.json.encode(bind), headers))
             except BusRefused as exc:

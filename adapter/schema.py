@@ -17,18 +17,8 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from adapter.contract import (
-    H_MSG_ID,
-    H_REPLY_TO,
-    H_SCHEMA,
-    H_TRACEPARENT,
-    MESSAGES,
-    SANDBOX_PATTERN,
-    SCHEMA_VERSION,
-    Names,
-    ReplayPage,
-    ReplayQuery,
-)
+from adapter.contract import MESSAGES, SCHEMA_VERSION, ReplayPage, ReplayQuery
+from adapter.names import H_MSG_ID, H_REPLY_TO, H_SCHEMA, H_TRACEPARENT, SANDBOX_PATTERN, Names
 from adapter.permissions import FILES, server_config
 from adapter.settings import SECRETS, Settings, variable_of
 

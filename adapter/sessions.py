@@ -8,15 +8,16 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
 import structlog
 
-from adapter import contract, window
+from adapter import window
 from adapter.bindings import Bindings
 from adapter.contexts import Contexts, Peer
-from adapter.contract import BindingEvent, Names
+from adapter.contract import BindingEvent
 from adapter.dedup import Seen
 from adapter.errors import AdapterError, LeaseLost
 from adapter.events import Events
 from adapter.leases import Leases
 from adapter.metrics import Metrics
+from adapter.names import Names, shard_of
 from adapter.ports import Account, Bucket, Bus, Chat, History, Said, Stored
 from adapter.recall import Recall
 from adapter.records import Binding, Cursor
@@ -199,7 +200,7 @@ class Place(NamedTuple):
 
 
 def check_owned(needs: Incoming, binding: Binding) -> None:
-    needs.leases.check(contract.shard_of(binding.sandbox))
+    needs.leases.check(shard_of(binding.sandbox))
 
 
 def account_of(binding: Binding, sealer: Sealer) -> Account:

@@ -17,10 +17,10 @@ from adapter import contract, window
 from adapter.bindings import Bindings
 from adapter.commands import Limits
 from adapter.contexts import Peer
-from adapter.contract import Names
 from adapter.errors import LeaseLost, Temporary
 from adapter.lane import Item, Lane
 from adapter.leases import Leases
+from adapter.names import Names
 from adapter.ports import Account, Bus, History
 from adapter.presence import Showing
 from adapter.receipts import Receipts

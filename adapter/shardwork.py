@@ -8,7 +8,6 @@ from typing import Any
 
 import structlog
 
-from adapter.contract import Names
 from adapter.control import Control
 from adapter.fetching import Downloads, Fetching
 from adapter.jetstream import topology
@@ -16,6 +15,7 @@ from adapter.jetstream.consumer import Consumer
 from adapter.jetstream.link import Link
 from adapter.leases import Leases
 from adapter.metrics import Metrics
+from adapter.names import Names
 from adapter.outbound import Shard
 from adapter.ports import Delivery
 from adapter.probes import Health

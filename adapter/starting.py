@@ -8,11 +8,11 @@ from typing import NamedTuple
 import msgspec
 import structlog
 
-from adapter.contract import Names
 from adapter.errors import SettingsError, Temporary
 from adapter.jetstream import topology
 from adapter.jetstream.link import Link
 from adapter.metrics import Metrics
+from adapter.names import Names
 from adapter.permissions import USER_INFO, needs, user_of
 from adapter.ports import History
 from adapter.probes import Health

@@ -10,11 +10,11 @@ from typing import Any, Protocol
 import structlog
 
 from adapter.bindings import Bindings, is_anew
-from adapter.contract import SHARDS, shard_of
 from adapter.errors import Temporary
 from adapter.fetching import Downloads
 from adapter.leases import Leases
 from adapter.metrics import PARKED, STATES, Metrics
+from adapter.names import SHARDS, shard_of
 from adapter.outbound import Shard
 from adapter.records import Binding
 from adapter.sessions import Session, State

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import structlog
 
 from adapter.bindings import Bindings
-from adapter.contract import text_of
 from adapter.errors import AdapterError
+from adapter.names import text_of
 from adapter.ports import Shelf
 from adapter.timing import Clock
 

@@ -7,13 +7,13 @@ from collections.abc import Callable
 
 import structlog
 
-from adapter.contract import Names
 from adapter.errors import BusRefused, Temporary
 from adapter.jetstream import topology
 from adapter.jetstream.buckets import KvBucket
 from adapter.jetstream.link import Link
 from adapter.jetstream.publisher import Publisher
 from adapter.metrics import Metrics
+from adapter.names import Names
 from adapter.probes import BUS_GRACE_S, Health
 from adapter.supervisor import Supervisor
 from adapter.timing import Clock, Latch

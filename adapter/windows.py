@@ -13,13 +13,14 @@ from typing import Any
 import msgspec
 import structlog
 
-from adapter import contract, window
+from adapter import window
 from adapter.bindings import Bindings
 from adapter.contexts import Contexts, Peer
-from adapter.contract import Names, WindowEvent, peer_key, shard_of
+from adapter.contract import WindowEvent
 from adapter.errors import AdapterError, LeaseLost, Temporary
 from adapter.events import Events
 from adapter.leases import Leases
+from adapter.names import Names, peer_key, peer_of, shard_of
 from adapter.ports import History
 from adapter.records import Binding, Context
 from adapter.tasks import Tasks
@@ -194,7 +195,7 @@ class Windows:
                 due_ms, key = heapq.heappop(self._due)
                 if self._watched.get(key) == due_ms:
                     del self._watched[key]
-                    await self._look_at(*contract.peer_of(key))
+                    await self._look_at(*peer_of(key))
             wait_s = LONGEST_S
             if self._due:
                 wait_s = min(LONGEST_S, max(0.001, (self._due[0][0] - self._clock.now_ms()) / 1000))

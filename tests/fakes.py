@@ -16,11 +16,11 @@ from typing import Any, NamedTuple, TypeAlias
 
 import msgspec
 
-from adapter import contract, media, window
+from adapter import media, window
 from adapter.bindings import Bindings, is_anew
 from adapter.commands import Limits
 from adapter.contexts import Contexts, Peer
-from adapter.contract import BindingEvent, Inbound, Names, Receipt, shard_of
+from adapter.contract import BindingEvent, Inbound, Receipt
 from adapter.errors import BusRefused, Conflict, LeaseLost, Temporary, Uncertain
 from adapter.events import Events
 from adapter.fetching import Downloads, Fetching
@@ -28,6 +28,7 @@ from adapter.ilink import protocol
 from adapter.ilink.translate import read_message
 from adapter.leases import Leases
 from adapter.metrics import Metrics
+from adapter.names import H_MSG_ID, SHARDS, Names, peer_key, shard_of, token_of
 from adapter.outbound import Shard
 from adapter.ports import (
     Accepted,
@@ -199,7 +200,7 @@ class FakeBus:
 
     def _store(self, message: Message) -> PubAck:
         stream = self.stream_of(message.subject)
-        ident = message.headers.get(contract.H_MSG_ID, "")
+        ident = message.headers.get(H_MSG_ID, "")
         if ident and (known := self._ids.get((stream, ident))):
             return PubAck(stream=stream, seq=known, duplicate=True)
         return PubAck(stream=stream, seq=self.put(message.subject, message.payload, message.headers, message.stream))
@@ -208,7 +209,7 @@ class FakeBus:
         """Stores a message as the server would; its sequence."""
         stream = self.stream_of(subject)
         seq = self._seqs[stream] = self._seqs.get(stream, 0) + 1
-        if ident := headers.get(contract.H_MSG_ID, ""):
+        if ident := headers.get(H_MSG_ID, ""):
             self._ids[stream, ident] = seq
         now_ms = self._clock.now_ms()
         self.kept.append(Kept(stream, Stored(subject, seq, headers, payload, now_ms), now_ms))
@@ -399,7 +400,7 @@ class FakeTeller:
 class FakeLeases(Leases):
     """A replica that owns what it is told to own."""
 
-    def __init__(self, incarnation: str = "me-1", owned: Iterable[int] = range(contract.SHARDS)) -> None:
+    def __init__(self, incarnation: str = "me-1", owned: Iterable[int] = range(SHARDS)) -> None:
         self.owned = set(owned)
         self.changed = Latch()
         self.incarnation = incarnation
@@ -893,16 +894,16 @@ class Bench:
     def hears(self, bot: str = "b1@im.bot", user: str = "u1@im.wechat", **fields: Any) -> None:
         """The user has just written: their window is open."""
         context = Context(**{"token": "AARz", "inbound_ms": self.clock.now_ms(), "inbound_id": "in:1", **fields})
-        self.contexts_bucket.put(contract.peer_key(bot, user), msgspec.json.encode(context))
+        self.contexts_bucket.put(peer_key(bot, user), msgspec.json.encode(context))
 
     def context(self, bot: str = "b1@im.bot", user: str = "u1@im.wechat") -> Context:
         """The record as the bucket has it."""
-        entry = self.contexts_bucket.entries[contract.peer_key(bot, user)]
+        entry = self.contexts_bucket.entries[peer_key(bot, user)]
         assert entry.value is not None
         return msgspec.json.decode(entry.value, type=Context)
 
     def cursor(self, bot: str = "b1@im.bot") -> Cursor:
-        entry = self.cursors.entries[contract.token_of(bot)]
+        entry = self.cursors.entries[token_of(bot)]
         assert entry.value is not None
         return msgspec.json.decode(entry.value, type=Cursor)
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from adapter.backlog import ROOM, SHARE, SHARE_BYTES, Backlog
-from adapter.contract import H_MSG_ID, shard_of
+from adapter.names import H_MSG_ID, shard_of
 from adapter.outbound import Shard
 from tests.fakes import Bench, FakeDelivery, settle
 

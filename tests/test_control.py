@@ -10,9 +10,10 @@ import msgspec
 import pytest
 from structlog.testing import capture_logs
 
-from adapter.contract import H_ERROR, H_ERROR_CODE, H_MSG_ID, H_REPLY_TO, Bind, ControlAnswer
+from adapter.contract import Bind, ControlAnswer
 from adapter.control import ERASE_TRIES, Control
 from adapter.errors import BusRefused, Refused, Temporary
+from adapter.names import H_ERROR, H_ERROR_CODE, H_MSG_ID, H_REPLY_TO
 from adapter.records import Binding
 from adapter.seal import Sealer
 from tests.fakes import Bench, FakeDelivery

@@ -18,6 +18,7 @@ from adapter.cursors import acquire
 from adapter.errors import BusRefused, LeaseLost, Refused, Temporary
 from adapter.fetching import DONE_KEPT, SWEEP_S, Downloads
 from adapter.inbound import tend
+from adapter.names import H_MSG_ID, H_SANDBOX, H_SEEN, H_TIME_MS, shard_of, token_of
 from adapter.ports import Message, Polled
 from adapter.records import Cursor
 from adapter.sessions import Session
@@ -28,7 +29,7 @@ from tests.fakes import EPOCH_MS, Bench, settle
 VIRTUAL_TIME = True
 
 BOT, USER = "b1@im.bot", "u1@im.wechat"
-KEY = contract.token_of(BOT)
+KEY = token_of(BOT)
 RECORD = f"{'a' * 12}|{'b' * 12}|{'c' * 12}|{'d' * 12}|1|2"
 PNG = samples.png()
 WAIT_S = 60.0
@@ -422,8 +423,8 @@ async def test_a_silent_download_holds_up_no_other_bot() -> None:
     replica = await run(bench)
     await asyncio.sleep(1)
     await bench.bind("s1", "b2@im.bot", "u2@im.wechat")
-    subject = bench.names.raw(contract.shard_of("s1"), "b2@im.bot")
-    headers = {contract.H_SANDBOX: "s1", contract.H_TIME_MS: "5"}
+    subject = bench.names.raw(shard_of("s1"), "b2@im.bot")
+    headers = {H_SANDBOX: "s1", H_TIME_MS: "5"}
     bench.bus.put(subject, words(7, from_user_id="u2@im.wechat"), headers)
     await replica.downloads._sweep()
     await asyncio.sleep(1)
@@ -555,7 +556,7 @@ async def test_what_is_being_told_when_the_shard_is_lost_is_refused_and_looked_f
     assert said(bench) == []
     bench.bus.on_publish, bench.leases.is_valid = None, True
     (stored,) = bench.bus.found("RAW")
-    bench.bus.put(bench.names.inbox("s1"), b'{"id":"told"}', {contract.H_MSG_ID: stored.headers[contract.H_MSG_ID]})
+    bench.bus.put(bench.names.inbox("s1"), b'{"id":"told"}', {H_MSG_ID: stored.headers[H_MSG_ID]})
     bench.bus.forget_ids()
     bench.leases.changed.notify()
     await asyncio.sleep(20)
@@ -760,8 +761,8 @@ async def test_a_zombies_last_words_are_found() -> None:
     bench.cdn.has("p1", PNG)
     replica = await run(bench)
     await asyncio.sleep(5)
-    subject = bench.names.raw(contract.shard_of("s1"), BOT)
-    headers = {contract.H_SANDBOX: "s1", contract.H_TIME_MS: str(EPOCH_MS), contract.H_SEEN: f"{KEY} {RECORD}"}
+    subject = bench.names.raw(shard_of("s1"), BOT)
+    headers = {H_SANDBOX: "s1", H_TIME_MS: str(EPOCH_MS), H_SEEN: f"{KEY} {RECORD}"}
     bench.bus.put(subject, image(1), headers)
     await asyncio.sleep(SWEEP_S + 1)
     assert said(bench) == ["+"]
@@ -773,8 +774,8 @@ async def test_what_the_owner_before_stored_late_is_told_as_soon_as_the_bot_is_p
     bench = await ready()
     bench.cdn.has("p1", PNG)
     downloads = await bench.downloads()
-    subject = bench.names.raw(contract.shard_of("s1"), BOT)
-    headers = {contract.H_SANDBOX: "s1", contract.H_TIME_MS: str(EPOCH_MS), contract.H_SEEN: f"{KEY} {RECORD}"}
+    subject = bench.names.raw(shard_of("s1"), BOT)
+    headers = {H_SANDBOX: "s1", H_TIME_MS: str(EPOCH_MS), H_SEEN: f"{KEY} {RECORD}"}
     bench.bus.put(subject, image(1), headers)
     replica = Replica(bench, downloads)
     await asyncio.sleep(1)
@@ -816,7 +817,7 @@ async def test_a_raw_message_that_the_stream_had_before_is_looked_for_in_the_inb
     ident = f"in:{BOT}:m7497484083968569001"
     replica = await run(bench)
     await asyncio.sleep(0.02)
-    bench.bus.put("wechat.inbox.s1", b"{}", {contract.H_MSG_ID: ident})
+    bench.bus.put("wechat.inbox.s1", b"{}", {H_MSG_ID: ident})
     bench.bus._ids.clear()
     bench.bus._ids["WECHAT_RAW", ident] = 1
     await asyncio.sleep(5)
@@ -844,7 +845,7 @@ async def test_a_message_is_told_once_however_long_it_takes_to_forget_it() -> No
 
 async def test_what_nobody_can_read_back_becomes_a_dead_letter() -> None:
     bench = await ready(batch(words(2)))
-    bench.bus.put(bench.names.raw(contract.shard_of("s1"), BOT), b"{", {contract.H_SANDBOX: "s1"})
+    bench.bus.put(bench.names.raw(shard_of("s1"), BOT), b"{", {H_SANDBOX: "s1"})
     replica = await run(bench)
     await asyncio.sleep(5)
     assert said(bench) == ["t2"]

@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 
 from adapter.commands import MediaPart
 from adapter.contexts import Contexts
-from adapter.contract import Options, escaped, text_of, token_of
+from adapter.contract import Options
 from adapter.errors import Refused, SessionExpired
 from adapter.ilink.connection import Connection
 from adapter.lane import Lane, Parked
 from adapter.leases import DEAD_KEPT
+from adapter.names import escaped, text_of, token_of
 from adapter.outbound import Shard
 from adapter.ports import Account
 from adapter.presence import NO_TICKET_S, TICKET_S

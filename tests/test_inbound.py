@@ -12,13 +12,13 @@ import pytest
 from msgspec.structs import replace
 from structlog.testing import capture_logs
 
-from adapter import contract
 from adapter.batches import store
-from adapter.contract import H_MSG_ID, H_SEEN, BindingEvent, BindingState, UnsupportedItem
+from adapter.contract import BindingEvent, BindingState, UnsupportedItem
 from adapter.cursors import NEWEST, acquire, apart_key, put_back
 from adapter.errors import BusRefused, LeaseLost, Refused, SessionExpired, Temporary
 from adapter.inbound import poll_forever, regain_login, tell_login, tend
 from adapter.inbox import LARGE
+from adapter.names import H_MSG_ID, H_SEEN, peer_key, token_of
 from adapter.ports import Account, Entry, Message, Polled
 from adapter.records import Context, Cursor
 from adapter.sessions import HERE_S, Session
@@ -28,7 +28,7 @@ from tests.fakes import EPOCH_MS, Bench, EndOfScript, FakeClock, settle
 VIRTUAL_TIME = True
 
 BOT, USER = "b1@im.bot", "u1@im.wechat"
-KEY = contract.token_of(BOT)
+KEY = token_of(BOT)
 STALE = SessionExpired("needs_login", "iLink answered -14", errcode=-14, errmsg="session timeout")
 
 
@@ -401,7 +401,7 @@ async def test_a_replay_after_a_crash_gives_no_sends_back() -> None:
     bench = await ready(batch(raw("ok")))
     await polls(bench)
     used = replace(bench.context(), used=7)
-    bench.contexts_bucket.put(contract.peer_key(BOT, USER), msgspec.json.encode(used))
+    bench.contexts_bucket.put(peer_key(BOT, USER), msgspec.json.encode(used))
     bench.cursors.put(KEY, msgspec.json.encode(Cursor()))
 
     heir = Bench(bench, incarnation="heir-1")
@@ -441,7 +441,7 @@ async def test_who_wrote_to_the_owner_before_may_be_answered_by_the_new_one() ->
     bench = await ready()
     peer = await bench.contexts.peer(BOT, USER)
     bench.contexts_bucket.put(
-        contract.peer_key(BOT, USER), msgspec.json.encode(Context(token="t", inbound_ms=5, inbound_id="in:1"))
+        peer_key(BOT, USER), msgspec.json.encode(Context(token="t", inbound_ms=5, inbound_id="in:1"))
     )
     session, task = tended(bench)
     await asyncio.sleep(1)

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from structlog.testing import capture_logs
 
-from adapter.contract import SHARDS
 from adapter.errors import Conflict, LeaseLost, Temporary
 from adapter.leases import HOLD, Leases
 from adapter.metrics import Metrics
+from adapter.names import SHARDS
 from adapter.ports import Entry
 from adapter.records import Claim
 from tests.fakes import FakeClock, Life, VirtualLoop

@@ -13,19 +13,9 @@ from structlog.testing import capture_logs
 
 from adapter import window
 from adapter.commands import read_command
-from adapter.contract import (
-    FINAL_OUTCOMES,
-    H_COMMAND,
-    H_MSG_ID,
-    H_SANDBOX,
-    H_TIME_MS,
-    UNROUTED,
-    Outbound,
-    Receipt,
-    peer_key,
-    shard_of,
-)
+from adapter.contract import FINAL_OUTCOMES, Outbound, Receipt
 from adapter.errors import BusRefused, Refused, SessionExpired, Temporary, Throttled, Uncertain
+from adapter.names import H_COMMAND, H_MSG_ID, H_SANDBOX, H_TIME_MS, UNROUTED, peer_key, shard_of
 from adapter.outbound import Shard
 from adapter.ports import Accepted, Message
 from adapter.records import Hand

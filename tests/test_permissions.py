@@ -6,8 +6,8 @@ import re
 
 import pytest
 
-from adapter.contract import Names
 from adapter.errors import Refused
+from adapter.names import Names
 from adapter.permissions import (
     ROLES,
     Allowed,

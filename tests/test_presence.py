@@ -10,8 +10,9 @@ import msgspec
 import pytest
 from structlog.testing import capture_logs
 
-from adapter.contract import Options, peer_key, shard_of
+from adapter.contract import Options
 from adapter.errors import Refused, SessionExpired, Temporary, Throttled
+from adapter.names import peer_key, shard_of
 from adapter.outbound import Shard
 from adapter.presence import HIDES, RENEW_S, TICKET_S
 from adapter.records import Binding

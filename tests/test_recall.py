@@ -9,13 +9,13 @@ import msgspec
 import pytest
 from structlog.testing import capture_logs
 
-from adapter import contract
 from adapter.batches import store
 from adapter.contract import FileItem, ImageItem, Inbound, Quote, TextItem
 from adapter.cursors import acquire
 from adapter.dedup import Keys
 from adapter.errors import BusRefused, Temporary
 from adapter.inbox import Heard, publish
+from adapter.names import H_IDS, H_MSG_ID
 from adapter.ports import Accepted, Polled, Said
 from adapter.quotes import Part, Reference
 from adapter.recall import NOTE_BYTES, NOTES, cut, quote_key
@@ -102,7 +102,7 @@ async def test_an_item_is_found_by_its_own_id() -> None:
     items = [TextItem(text="look"), FileItem(name="a.pdf")]
     await hear(bench, says("look", "41", items=items, item_ids=("", "77")))
     (stored,) = bench.bus.found("IN")
-    assert stored.headers[contract.H_IDS] == "1:77"
+    assert stored.headers[H_IDS] == "1:77"
     assert await quote_of(bench, says(message="43", quotes="77")) == Quote(
         id="77", text="[file] a.pdf", said_by="user", kind="file"
     )
@@ -112,7 +112,7 @@ async def test_an_item_is_found_by_its_own_id() -> None:
 async def test_a_message_without_ids_of_its_items_has_no_such_header() -> None:
     bench = Bench()
     await hear(bench, says(item_ids=("",)))
-    assert contract.H_IDS not in bench.bus.found("IN")[0].headers
+    assert H_IDS not in bench.bus.found("IN")[0].headers
 
 
 async def test_an_image_is_summed_up() -> None:
@@ -251,7 +251,7 @@ async def test_what_cannot_be_read_now_is_asked_again() -> None:
 async def test_odd_records_cost_a_quote_its_words_and_nothing_else() -> None:
     bench = Bench()
     bench.quotes.put(quote_key(BOT, "51"), b"nonsense")
-    bench.bus.put("wechat.inbox.s1", b"nonsense", {contract.H_MSG_ID: f"in:{BOT}:m51"}, "in")
+    bench.bus.put("wechat.inbox.s1", b"nonsense", {H_MSG_ID: f"in:{BOT}:m51"}, "in")
     heard = Heard(says(message="43", quotes="51"), "s1", BOT, 1, "r")
     await publish([heard], bench.incoming())
     quote = msgspec.json.decode(bench.bus.found("IN")[-1].data, type=Inbound).quote

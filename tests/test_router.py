@@ -8,8 +8,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from adapter.contract import H_COMMAND, H_MSG_ID, UNROUTED, Receipt
+from adapter.contract import Receipt
 from adapter.errors import BusRefused
+from adapter.names import H_COMMAND, H_MSG_ID, UNROUTED
 from adapter.router import Router
 from tests.fakes import LIMITS, Bench, FakeDelivery
 

@@ -11,11 +11,12 @@ import msgspec
 import pytest
 from structlog.testing import capture_logs
 
-from adapter.contract import Bind, Login, LoginEvent, LoginQuery, LoginStart, LoginVerify, shard_of
+from adapter.contract import Bind, Login, LoginEvent, LoginQuery, LoginStart, LoginVerify
 from adapter.control import Control
 from adapter.errors import BusRefused, Refused, Temporary
 from adapter.login_service import OPEN_PER_SANDBOX, LoginService
 from adapter.logins import LoginBook
+from adapter.names import shard_of
 from adapter.ports import Entry, Message, QrCode, Scan
 from adapter.records import LoginRecord
 from adapter.scanning import Scanner, Scanning

@@ -20,8 +20,9 @@ import msgspec
 import pytest
 
 from adapter import window
-from adapter.contract import FINAL_OUTCOMES, Receipt, shard_of
+from adapter.contract import FINAL_OUTCOMES, Receipt
 from adapter.errors import LeaseLost, Refused, SessionExpired, Temporary, Throttled, Uncertain
+from adapter.names import shard_of
 from adapter.outbound import Shard
 from adapter.ports import Accepted, Entry
 from adapter.records import Binding, Context

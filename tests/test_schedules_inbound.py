@@ -16,9 +16,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from adapter import contract
 from adapter.errors import SessionExpired, Temporary
 from adapter.inbound import tend
+from adapter.names import token_of
 from adapter.ports import Account, Polled
 from adapter.sessions import Session
 from adapter.simulator import samples
@@ -209,7 +209,7 @@ class Model:
 
     def _cursor(self, entry: Any) -> None:
         """What a cursor passes is stored."""
-        if entry.value is None or entry.key != contract.token_of(BOT):
+        if entry.value is None or entry.key != token_of(BOT):
             return
         given = int(msgspec.json.decode(entry.value).get("cursor") or 0)
         stored = len(set(self.ids())) + len(self.world.bus.found("RAW")) + len(self.world.bus.found("DEAD"))

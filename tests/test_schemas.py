@@ -13,7 +13,8 @@ import msgspec
 import pytest
 from jsonschema import Draft202012Validator  # type: ignore[import-untyped]
 
-from adapter import contract, schema
+from adapter import schema
+from adapter.names import Names
 from adapter.settings import Settings, variable_of
 
 SCHEMAS = schema.ROOT / "schemas"
@@ -155,7 +156,7 @@ def test_asyncapi_covers_every_message_and_has_no_discriminator() -> None:
 
 
 def test_subjects_of_asyncapi_are_those_of_the_contract() -> None:
-    names = contract.Names()
+    names = Names()
     addresses = {channel["address"] for channel in stored("asyncapi")["channels"].values()}
     assert addresses == {
         None,

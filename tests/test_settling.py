@@ -12,8 +12,9 @@ from structlog.testing import capture_logs
 
 from adapter import window
 from adapter.commands import read_command
-from adapter.contract import H_COMMAND, Outbound, peer_key
+from adapter.contract import Outbound
 from adapter.errors import Refused, SessionExpired, Temporary, Throttled, Uncertain
+from adapter.names import H_COMMAND, peer_key
 from adapter.outbound import Shard
 from adapter.parked import item_of
 from adapter.ports import Accepted, Stored

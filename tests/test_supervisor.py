@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from adapter.bindings import Bindings
-from adapter.contract import SHARDS, shard_of
+from adapter.names import SHARDS, shard_of
 from adapter.ports import Entry
 from adapter.records import Binding
 from adapter.sessions import Session, State

@@ -7,9 +7,9 @@ import asyncio
 import pytest
 from structlog.testing import capture_logs
 
-from adapter.contract import token_of
 from adapter.cursors import apart_key
 from adapter.errors import BusRefused, LeaseLost, Temporary
+from adapter.names import token_of
 from adapter.ports import Written
 from adapter.tidying import RETRY_S, Tidying, tidy_forever, tidy_once
 from tests.fakes import Bench, FakeBucket, FakeClock

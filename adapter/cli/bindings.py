@@ -18,9 +18,6 @@ from adapter.cli.bus import Bus, connected
 from adapter.cli.exits import NO, OK, TIMEOUT, UNREACHABLE, USAGE, Failed
 from adapter.cli.options import AutoTyping, Durable, Json, MaybeSandbox, RequestId, Sandbox, Timeout, new_id
 from adapter.contract import (
-    H_MSG_ID,
-    H_REPLY_TO,
-    H_SCHEMA,
     SCHEMA_VERSION,
     Bind,
     BindingInfo,
@@ -30,6 +27,7 @@ from adapter.contract import (
     Options,
     Unbind,
 )
+from adapter.names import H_MSG_ID, H_REPLY_TO, H_SCHEMA
 
 COLUMNS = ("sandbox", "bot", "user", "state", "since", "reason")
 STYLES = {"active": "green", "needs_login": "red"}

@@ -17,8 +17,8 @@ from adapter.cli import output
 from adapter.cli.bus import NO_STREAM, Bus, JetStreamGone, connected, no_stream, stored_from
 from adapter.cli.exits import NO, OK, UNREACHABLE, USAGE, Failed
 from adapter.cli.options import Json
-from adapter.contract import H_MSG_ID, Names
 from adapter.letters import Letter, again, letter_of
+from adapter.names import H_MSG_ID, Names
 
 app = App(name="dead", help="Messages that could not be handled: list, show, try again, delete.")
 

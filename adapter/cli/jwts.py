@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import msgspec
 import nkeys
 
-from adapter.contract import Names
 from adapter.errors import Refused
+from adapter.names import Names
 from adapter.permissions import ACCOUNT_OF, WECHAT, Grants, Role, Share, exports, grants, imports
 
 OPERATOR, ACCOUNT, USER = nkeys.PREFIX_BYTE_OPERATOR, nkeys.PREFIX_BYTE_ACCOUNT, nkeys.PREFIX_BYTE_USER

@@ -15,8 +15,8 @@ from adapter.cli.bus import Bus, connected, settings_from
 from adapter.cli.exits import NO, OK, USAGE, Failed
 from adapter.cli.jwts import Key
 from adapter.cli.options import Sandbox, flag
-from adapter.contract import Names
 from adapter.errors import Refused
+from adapter.names import Names
 from adapter.permissions import ACCOUNT_OF, OWN_ACCOUNTS, ROLES, SANDBOX, SYSTEM, Role, server_config
 
 app = App(name="permissions", help="Make the NATS users of adapter, platform, services, operators and sandboxes.")

@@ -11,7 +11,7 @@ from nats.errors import Error as NatsError
 from adapter.cli.bus import Bus, connected, forbidden
 from adapter.cli.checks import Check
 from adapter.cli.exits import NO, Failed
-from adapter.contract import Names
+from adapter.names import Names
 from adapter.permissions import USER_INFO, Grants, User, grants, needs, streams, user_of
 from adapter.settings import Settings
 

@@ -16,7 +16,8 @@ from adapter.cli import output
 from adapter.cli.bus import Bus, connected, stored_from
 from adapter.cli.exits import NO, OK, TIMEOUT, UNREACHABLE, USAGE, Failed
 from adapter.cli.options import Json, RequestId, Sandbox, Timeout, flag, new_id
-from adapter.contract import FINAL_OUTCOMES, H_MSG_ID, H_SCHEMA, SCHEMA_VERSION, Outbound, Receipt
+from adapter.contract import FINAL_OUTCOMES, SCHEMA_VERSION, Outbound, Receipt
+from adapter.names import H_MSG_ID, H_SCHEMA
 
 _OPTION = re.compile(r"--[a-z][a-z-]*")
 

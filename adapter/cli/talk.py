@@ -14,7 +14,8 @@ from adapter.cli.bus import Bus
 from adapter.cli.exits import NO, OK, TIMEOUT, Failed
 from adapter.cli.screen import Screen
 from adapter.cli.send import describe
-from adapter.contract import FINAL_OUTCOMES, H_MSG_ID, Inbound, Outbound, Receipt
+from adapter.contract import FINAL_OUTCOMES, Inbound, Outbound, Receipt
+from adapter.names import H_MSG_ID
 from adapter.simulator import BotRecord, Simulator
 from adapter.timing import heed
 

@@ -21,10 +21,11 @@ from adapter.console.view import (
     ShownLogin,
     Wanted,
 )
-from adapter.contract import Login, LoginQuery, LoginStart, LoginVerify, Names, Options, peer_key
+from adapter.contract import Login, LoginQuery, LoginStart, LoginVerify, Options
 from adapter.errors import Refused
 from adapter.letters import again, is_command, letter_of, original_subject
 from adapter.logins import LoginBook
+from adapter.names import Names, peer_key
 from adapter.ports import Archive, Bucket, Bus, Crowd, Stored
 from adapter.qr import svg
 from adapter.records import Binding, Context

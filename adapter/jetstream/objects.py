@@ -20,12 +20,12 @@ from typing import Any
 import msgspec
 import structlog
 
-from adapter.contract import H_MSG_ID, H_OFFSET
 from adapter.errors import AdapterError, BusRefused, Conflict, Refused, Temporary, Unreadable
 from adapter.jetstream.buckets import EXPECTED, direct_get, direct_one, last_of, leader_next
 from adapter.jetstream.link import Link
 from adapter.jetstream.publisher import Publisher
 from adapter.media import HEAD
+from adapter.names import H_MSG_ID, H_OFFSET
 from adapter.ports import Message, PubAck, Stored, StoredObject
 
 log = structlog.get_logger()

@@ -15,9 +15,10 @@ from nats.errors import Error as NatsError
 from nats.micro.request import Request
 from nats.micro.service import EndpointConfig
 
-from adapter.contract import H_SCHEMA, SCHEMA_VERSION, Names, is_inbox
+from adapter.contract import SCHEMA_VERSION
 from adapter.errors import AdapterError, BusRefused, Refused, Temporary
 from adapter.jetstream.link import Link
+from adapter.names import H_SCHEMA, Names, is_inbox
 from adapter.ports import Answered, Asked
 from adapter.timing import first_of
 

@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 import msgspec
 import structlog
 
-from adapter.contract import SHARDS, Names
 from adapter.errors import BusRefused, SettingsError, Temporary
 from adapter.jetstream.buckets import news_subject
 from adapter.jetstream.link import ACCOUNT_FULL, NO_STREAM, Link
+from adapter.names import SHARDS, Names
 from adapter.settings import Settings
 
 log = structlog.get_logger()

@@ -28,8 +28,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 
-from adapter.contract import SHARDS, Bind
+from adapter.contract import Bind
 from adapter.embedded import find_server
+from adapter.names import SHARDS
 from adapter.records import Claim
 from tests.e2e.waiting import eventually, free_port
 

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from adapter.cli import jwts, permissions
-from adapter.contract import Names
 from adapter.embedded import find_server
 from adapter.jetstream.client import BusClient
+from adapter.names import Names
 from adapter.permissions import ACCOUNT_OF, FILES, WECHAT, Grants, inbox
 from adapter.schema import EXAMPLES, ROOT
 from tests.e2e.waiting import until

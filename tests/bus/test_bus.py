@@ -17,7 +17,6 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 from structlog.testing import capture_logs
 
-from adapter.contract import H_COMMAND, H_ERROR, H_ERROR_CODE, H_MSG_ID, H_SCHEMA, SHARDS, Names, peer_key, shard_of
 from adapter.embedded import EmbeddedNats
 from adapter.errors import BusRefused, Conflict, LeaseLost, Refused, SettingsError, Temporary
 from adapter.jetstream import topology
@@ -27,6 +26,7 @@ from adapter.jetstream.link import Link, _is_leaderless
 from adapter.jetstream.publisher import Publisher
 from adapter.jetstream.services import AT_ONCE, OF_ONE, BusTeller, Handler, Services
 from adapter.metrics import Metrics
+from adapter.names import H_COMMAND, H_ERROR, H_ERROR_CODE, H_MSG_ID, H_SCHEMA, SHARDS, Names, peer_key, shard_of
 from adapter.ports import Answered, Asked, Entry, Message, PubAck
 from adapter.settings import Settings
 from adapter.timing import SystemClock

@@ -22,7 +22,7 @@ from nats.errors import Error as NatsError
 from nats.js.object_store import ObjectStore as TheirStore
 from structlog.testing import capture_logs
 
-from adapter.contract import H_ERROR_CODE, H_LAST, H_NAME, H_NEXT, H_OFFSET, H_SHA256, H_SIZE, H_UPLOAD, Media, Names
+from adapter.contract import Media
 from adapter.embedded import find_server
 from adapter.jetstream import topology
 from adapter.jetstream.link import Link
@@ -31,6 +31,7 @@ from adapter.jetstream.publisher import Publisher
 from adapter.jetstream.services import Services
 from adapter.media_service import PIECE_MAX, PIECE_MIN, MediaService
 from adapter.metrics import Metrics
+from adapter.names import H_ERROR_CODE, H_LAST, H_NAME, H_NEXT, H_OFFSET, H_SHA256, H_SIZE, H_UPLOAD, Names
 from adapter.settings import Settings
 from adapter.simulator import samples
 from adapter.timing import SystemClock

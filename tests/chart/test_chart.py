@@ -16,8 +16,8 @@ import msgspec
 import pytest
 import yaml
 
-from adapter.contract import Names
 from adapter.jetstream import topology
+from adapter.names import Names
 from adapter.settings import Settings, read_settings, variable_of
 from tests.chart import generate
 from tests.chart.helm import CHART, ROOT, Loader, Object, Refused, helm, merged, none, one, rendered, tools

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from adapter.cli.bus import Bus
-from adapter.contract import (
+from adapter.letters import original_subject
+from adapter.names import (
     H_COMMAND,
     H_DETAIL,
     H_MSG_ID,
@@ -16,7 +17,6 @@ from adapter.contract import (
     H_TRACEPARENT,
     Names,
 )
-from adapter.letters import original_subject
 from tests.cli.conftest import Command
 
 OUT, CTL, IN = "WECHAT_OUT", "WECHAT_CTL", "WECHAT_IN"

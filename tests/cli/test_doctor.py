@@ -14,11 +14,12 @@ import pytest
 
 from adapter.cli import permitted
 from adapter.cli.bus import Bus, connected
-from adapter.contract import BindingInfo, token_of
+from adapter.contract import BindingInfo
 from adapter.embedded import EmbeddedNats
 from adapter.errors import Refused
 from adapter.jetstream.buckets import StreamHistory
 from adapter.jetstream.link import Link
+from adapter.names import token_of
 from adapter.records import Binding
 from adapter.seal import Sealer
 from adapter.settings import read_settings

@@ -15,8 +15,8 @@ from nats.errors import Error as NatsError
 from adapter.cli import jwts
 from adapter.cli.jwts import ACCOUNT, USER, Key, user_jwt
 from adapter.cli.permissions import LONGEST_LINE, Kept
-from adapter.contract import Names
 from adapter.errors import Refused
+from adapter.names import Names
 from adapter.permissions import FILES, ROLES
 from adapter.schema import EXAMPLES, ROOT
 from tests.bus.guarded import NAMES, Guarded, User, guarded

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from adapter import schema
-from adapter.contract import SCHEMA_VERSION, Names
+from adapter.contract import SCHEMA_VERSION
+from adapter.names import Names
 from tests.compat.rules import breaks
 
 HERE = Path(__file__).parent

@@ -10,7 +10,8 @@ import msgspec
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 
-from adapter.contract import Inbound, Names
+from adapter.contract import Inbound
+from adapter.names import Names
 
 NAMES = Names()
 

@@ -34,10 +34,11 @@ import nats
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 
-from adapter.contract import FINAL_OUTCOMES, Bind, ControlAnswer, Login, Names, Options, Receipt, Unbind
+from adapter.contract import FINAL_OUTCOMES, Bind, ControlAnswer, Login, Options, Receipt, Unbind
 from adapter.dedup import KEEP_AT_MOST
 from adapter.embedded import EmbeddedNats
 from adapter.jetstream import topology
+from adapter.names import Names
 from adapter.settings import read_settings
 from tests.e2e.flatness import MIB, Bound, Series, Verdict, cpu_s, judge, of_process, picture, table
 from tests.e2e.waiting import eventually, free_port, until

@@ -17,8 +17,8 @@ from adapter.contract import (
     Unbind,
     Window,
     WindowQuery,
-    token_of,
 )
+from adapter.names import token_of
 from tests.e2e.world import NAMES, World, stream, until, world
 
 

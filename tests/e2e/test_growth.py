@@ -23,8 +23,9 @@ import pytest
 from nats.aio.client import Client
 
 from adapter.app import Adapter
-from adapter.contract import FINAL_OUTCOMES, SHARDS, Bind, ControlAnswer, Names, Options, Receipt, Unbind, shard_of
+from adapter.contract import FINAL_OUTCOMES, Bind, ControlAnswer, Options, Receipt, Unbind
 from adapter.embedded import EmbeddedNats
+from adapter.names import SHARDS, Names, shard_of
 from adapter.settings import Settings
 from tests.e2e.waiting import eventually, free_port, until
 from tests.growth import census, growing

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from nats.aio.client import Client
 
-from adapter.contract import FINAL_OUTCOMES, shard_of
+from adapter.contract import FINAL_OUTCOMES
+from adapter.names import shard_of
 from tests.e2e.world import NAMES, World, audit, eventually, until, world
 
 BAD = "bad"

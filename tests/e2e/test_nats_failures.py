@@ -19,8 +19,9 @@ from nats.aio.client import Client
 from nats.js import JetStreamContext
 from nats.js.errors import APIError
 
-from adapter.contract import Inbound, Login, LoginQuery, Quote, shard_of
+from adapter.contract import Inbound, Login, LoginQuery, Quote
 from adapter.embedded import EmbeddedNats
+from adapter.names import shard_of
 from tests.e2e.test_bindings import ask as service
 from tests.e2e.test_commands import final_of
 from tests.e2e.test_logins import newest, reaches, start

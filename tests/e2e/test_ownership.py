@@ -15,8 +15,8 @@ import pytest
 from msgspec.structs import replace
 from nats.aio.client import Client
 
-from adapter.contract import SHARDS
 from adapter.leases import rank
+from adapter.names import SHARDS
 from adapter.records import Claim, Cursor
 from tests.e2e.audit import Said, audit
 from tests.e2e.reading import NAMES, stream

@@ -16,11 +16,11 @@ import msgspec
 import pytest
 from nats.aio.client import Client
 
-from adapter.contract import peer_key
 from adapter.jetstream.link import Link
 from adapter.jetstream.objects import ObjectStore
 from adapter.jetstream.publisher import Publisher
 from adapter.metrics import Metrics
+from adapter.names import peer_key
 from adapter.records import Context
 from adapter.settings import Settings
 from adapter.simulator import BotRecord, FaultRule, samples

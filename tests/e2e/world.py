@@ -27,8 +27,9 @@ import msgspec
 import nats
 from nats.aio.client import Client
 
-from adapter.contract import FINAL_OUTCOMES, Bind, ControlAnswer, Names, Receipt
+from adapter.contract import FINAL_OUTCOMES, Bind, ControlAnswer, Receipt
 from adapter.embedded import EmbeddedNats
+from adapter.names import Names
 from adapter.simulator import BotRecord, Simulator, SimulatorSettings
 from tests import canary
 from tests.e2e.audit import Audit

@@ -34,7 +34,7 @@ from adapter.commands import (
     sandbox_of,
 )
 from adapter.console import server
-from adapter.contract import Bind, Inbound, MediaPiece, MediaQuery, Names, Unbind, is_inbox, text_of, token_of
+from adapter.contract import Bind, Inbound, MediaPiece, MediaQuery, Unbind
 from adapter.dedup import Seen
 from adapter.errors import AdapterError, Refused, Uncertain, Unreadable
 from adapter.ilink import protocol
@@ -44,6 +44,7 @@ from adapter.ilink.connection import Connection
 from adapter.ilink.protocol import Reply
 from adapter.ilink.translate import read_message
 from adapter.ilink.unpack import PackedBadly, Unpacker
+from adapter.names import Names, is_inbox, peer_key, peer_of, text_of, token_of
 from adapter.ports import Scan
 from adapter.seal import Sealer
 from adapter.split import MAX_BYTES, is_open, split, to_plain
@@ -84,7 +85,7 @@ def command(data: bytes) -> None:
                           text="".join(texts), agent="a/1")  # fmt: skip
     if joins([], read, 3000):
         assert merge([read]) == read
-    NAMES.parked(1, contract.peer_key(read.bot, read.user)).encode("ascii")
+    NAMES.parked(1, peer_key(read.bot, read.user)).encode("ascii")
 
 
 def routed(data: bytes) -> None:
@@ -315,7 +316,7 @@ def names(data: bytes) -> None:
     text = data.decode("utf-8", "replace")
     assert text_of(token_of(text)) == text
     bot, _, user = text.partition("/")
-    assert contract.peer_of(contract.peer_key(bot, user)) == (bot, user)
+    assert peer_of(peer_key(bot, user)) == (bot, user)
     if is_inbox(text):
         assert text.startswith("_INBOX")
         assert not set(text) & set(" \t\r\n*>\x00")

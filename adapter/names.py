@@ -1,0 +1,180 @@
+"""Subjects, streams, buckets, headers and keys of the bus, and what ids may be part of them. No I/O, no clock."""
+
+from __future__ import annotations
+
+import functools
+import re
+
+from adapter.errors import Refused
+
+SHARDS = 128
+"""Sandboxes are spread over so many shards by the server's `partition()`; fixed, since it is in stored subjects."""
+
+UNROUTED = "UNROUTED"
+"""Stands for the sandbox in receipts of commands that name none. No sandbox may have upper-case letters."""
+
+SANDBOX_PATTERN = r"^[a-z0-9_-]{1,64}$"
+_SANDBOX = re.compile(SANDBOX_PATTERN)
+
+# Header names
+H_SCHEMA = "Wechat-Schema"
+H_MSG_ID = "Nats-Msg-Id"
+H_REPLY_TO = "Reply-To"
+H_TRACEPARENT = "traceparent"
+H_COMMAND = "Wechat-Command"
+"""Set by the router on its copy: the id of the command on plain `wechat.out`."""
+H_REASON = "Wechat-Reason"
+H_DETAIL = "Wechat-Detail"
+H_SUBJECT = "Wechat-Subject"
+H_SEQUENCE = "Wechat-Sequence"
+H_TIME_MS = "Wechat-Time-Ms"
+H_SANDBOX = "Wechat-Sandbox"
+H_SEEN = "Wechat-Seen"
+"""On inbound messages: the adapter's own keys against duplicates. Readers ignore it."""
+H_IDS = "Wechat-Ids"
+"""On inbound messages: iLink's ids of its items, for later quotes. Readers ignore it."""
+H_NEXT = "Wechat-Next"
+"""On pieces of an object: ask again with `after` set to this; absent on the last one."""
+H_SIZE = "Wechat-Size"
+"""On pieces of an object: bytes of the whole."""
+H_SHA256 = "Wechat-Sha256"
+"""On pieces of an object: lower-case hex of the whole."""
+H_UPLOAD = "Wechat-Upload"
+H_OFFSET = "Wechat-Offset"
+H_LAST = "Wechat-Last"
+H_NAME = "Wechat-Name"
+H_ERROR = "Nats-Service-Error"
+H_ERROR_CODE = "Nats-Service-Error-Code"
+
+
+def check_sandbox(name: str) -> str:
+    """`name`, if it is a legal sandbox id. Raises Refused("invalid"): a wrong id is never rewritten."""
+    if not _SANDBOX.match(name) or "\n" in name:
+        raise Refused("invalid", f"A sandbox id matches {SANDBOX_PATTERN}; lower case, no dots.")
+    return name
+
+
+@functools.lru_cache(maxsize=32_768)  # at each poll and message; a byte takes its time
+def shard_of(sandbox: str) -> int:
+    """The shard of a sandbox: 32-bit FNV-1a modulo SHARDS, as nats-server's `partition(128,1)` computes it."""
+    h = 2166136261
+    for byte in sandbox.encode():
+        h = ((h ^ byte) * 16777619) & 0xFFFFFFFF
+    return h % SHARDS
+
+
+_INBOX = re.compile(r"_INBOX[^\s.*>\x00]*(\.[^\s.*>\x00]+)+")
+MAX_INBOX = 256
+MAX_SEQ = 2**63 - 1
+"""No stream has more messages."""
+
+
+def is_inbox(subject: str) -> bool:
+    """Tells whether a stranger may have an answer there: else they could make the adapter write anywhere."""
+    return len(subject) <= MAX_INBOX and subject.isascii() and bool(_INBOX.fullmatch(subject))
+
+
+_ESCAPED = re.compile(r"[^A-Za-z0-9_-]+")
+
+
+def escaped(text: str) -> str:
+    """`text` as one subject token and bucket key: letters, digits, `-` and `_` stay, the rest becomes =XX (hex)."""
+    return _ESCAPED.sub(lambda found: "".join(f"={byte:02X}" for byte in found[0].encode()), text)
+
+
+@functools.lru_cache(maxsize=32_768)
+def token_of(text: str) -> str:
+    """As `escaped`, and kept: for bots and users, not for what comes once, as the id of a message does."""
+    return escaped(text)
+
+
+def text_of(token: str) -> str:
+    """The inverse of `escaped`. Raises ValueError for what it never made."""
+    out = bytearray()
+    i = 0
+    while i < len(token):
+        if token[i] == "=":
+            out.append(int(token[i + 1 : i + 3], 16))
+            i += 3
+        else:
+            out += token[i].encode()
+            i += 1
+    return out.decode()
+
+
+def peer_key(bot: str, user: str) -> str:
+    """Key of one bot and one user. `user` may be empty: not known yet."""
+    return f"{token_of(bot)}/{token_of(user)}"
+
+
+def peer_of(key: str) -> tuple[str, str]:
+    """The inverse of `peer_key`."""
+    bot, _, user = key.partition("/")
+    return text_of(bot), text_of(user)
+
+
+class Names:
+    """Every subject, stream and bucket under one prefix (setting WECHAT_NATS_PREFIX)."""
+
+    def __init__(self, prefix: str = "wechat") -> None:
+        self.prefix = prefix
+        upper = prefix.upper()
+        self.stream_in = f"{upper}_IN"
+        self.stream_out = f"{upper}_OUT"
+        self.stream_ctl = f"{upper}_CTL"
+        self.stream_event = f"{upper}_EVENT"
+        self.stream_parked = f"{upper}_PARKED"
+        self.stream_dead = f"{upper}_DEAD"
+        self.stream_raw = f"{upper}_RAW"
+        self.bindings = f"{prefix}_bindings"
+        self.cursors = f"{prefix}_cursors"
+        self.context = f"{prefix}_context"
+        self.members = f"{prefix}_members"
+        self.claims = f"{prefix}_claims"
+        self.logins = f"{prefix}_logins"
+        self.quotes = f"{prefix}_quotes"
+        self.typing = f"{prefix}_typing"
+        self.media = f"{prefix}_media"
+        self.bind = f"{prefix}.ctl.bind"
+        self.unbind = f"{prefix}.ctl.unbind"
+        self.out_plain = f"{prefix}.out"
+
+    def inbox(self, sandbox: str) -> str:
+        """Where the adapter stores inbound messages; the server republishes them to `live`."""
+        return f"{self.prefix}.inbox.{sandbox}"
+
+    def live(self, sandbox: str) -> str:
+        """What a sandbox subscribes to."""
+        return f"{self.prefix}.in.{sandbox}"
+
+    def out(self, sandbox: str) -> str:
+        """Where a sandbox publishes its commands."""
+        return f"{self.prefix}.out.{sandbox}"
+
+    def out_shard(self, shard: int) -> str:
+        """Filter of the commands of one shard, as stored (after the stream's subject transform)."""
+        return f"{self.prefix}.out.{shard}.*"
+
+    def event(self, sandbox: str, kind: str) -> str:
+        return f"{self.prefix}.event.{sandbox}.{kind}"
+
+    def parked(self, shard: int, key: str) -> str:
+        return f"{self.prefix}.parked.{shard}.{key}"
+
+    def raw(self, shard: int | str, bot: str) -> str:
+        """Where a message waits for its media, as iLink sent it. `shard`: the sandbox's, or `*`."""
+        return f"{self.prefix}.raw.{shard}.{token_of(bot) if bot != '*' else bot}"
+
+    def dead(self, stream: str) -> str:
+        return f"{self.prefix}.dead.{stream}"
+
+    def freed(self) -> str:
+        """Where replicas tell each other that a bot was given back; below what is closed to sandboxes."""
+        return f"{self.prefix}.kv.freed"
+
+    def roll(self) -> str:
+        """Where all replicas are asked for themselves; closed to sandboxes, too."""
+        return f"{self.prefix}.kv.roll"
+
+    def svc(self, verb: str) -> str:
+        return f"{self.prefix}.svc.{verb}"
