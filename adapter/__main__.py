@@ -40,7 +40,7 @@ def _obey_at_once() -> None:
 
 
 def _tell_no_secrets() -> None:
-    """What nobody caught is told as logs tell it: Python's own words would repeat whatever an exception holds."""
+    """Prints uncaught exceptions redacted as logs are: Python's own report would repeat whatever they hold."""
 
     def tell(
         kind: type[BaseException],

@@ -216,7 +216,7 @@ class Adapter:
         return KvBucket(self.link, self.bus, name, replicated=self.settings.replicas > 1)
 
     async def tell_freed(self, bot: str = "") -> None:
-        """To every replica, at most once."""
+        """Tells every replica, at most once."""
         try:
             await self.teller.tell(self.names.freed(), bot.encode(), {})
         except Temporary as exc:
@@ -431,7 +431,7 @@ class Adapter:
             self.leases.check(shard_of(binding.sandbox))
 
     async def _bound_yet(self) -> None:
-        """Raises Temporary when the control commands do not get done."""
+        """Returns once the control commands stored so far have taken effect. Raises Temporary: it takes too long."""
         verb = f"CONSUMER.INFO.{self.names.stream_ctl}.{topology.CONTROL}"
         for _ in range(100):
             try:

@@ -25,7 +25,7 @@ class _Held(NamedTuple):
 
 
 class Backlog:
-    """The books of one shard. A sandbox is known by the subject of its commands, as stored."""
+    """What waits and what is in hand for one shard. A sandbox is known by the subject of its commands, as stored."""
 
     def __init__(self) -> None:
         self._held: dict[int, _Held] = {}
@@ -46,7 +46,7 @@ class Backlog:
         return min((next(iter(left.values())).time_ms for left in self._left.values()), default=None)
 
     def came_again(self, delivery: Delivery) -> bool:
-        """Whether it waits already: then its newest delivery is what counts."""
+        """Whether the command waits already; then its newest delivery is the one that counts."""
         left = self._left.get(delivery.subject, {})
         if delivery.seq not in left:
             return False
@@ -54,7 +54,7 @@ class Backlog:
         return True
 
     def takes(self, delivery: Delivery) -> bool:
-        """Takes a new command in hand, or leaves it behind those that its sandbox has."""
+        """Takes a new command in hand; False: it waits on the bus, behind others of its sandbox."""
         subject = delivery.subject
         if subject in self._left or not self._in_share(subject):
             self._left.setdefault(subject, {})[delivery.seq] = _without_data(delivery)
@@ -72,7 +72,7 @@ class Backlog:
         return next(reversed(self._left.get(subject, {})), 0)
 
     def take_back(self, subject: str, seq: int, data: bytes, headers: dict[str, str]) -> Delivery | None:
-        """Takes one that waits in hand; None where it does not wait any more."""
+        """Takes a waiting command in hand; None if it does not wait any more."""
         delivery = self._drop(subject, seq)
         if delivery is not None:
             delivery.data, delivery.headers = data, headers
@@ -87,7 +87,7 @@ class Backlog:
         return gone
 
     def settle(self, seq: int) -> str:
-        """One less in hand. The subject of which more should be read back now, or ""."""
+        """Counts one less in hand; the subject of which more should be read back now, or ""."""
         held = self._held.pop(seq, None)
         if held is None:
             return ""

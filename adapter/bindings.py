@@ -67,7 +67,7 @@ class Bindings:
                 return
 
     async def change(self, bot: str, make: Callable[[Binding], Binding | None]) -> Binding | None:
-        """Changes a binding that exists; `make` sees the newest and may return None for "leave it". The new one."""
+        """Changes a binding, if it exists, and returns the new one; `make` gets the newest, and None leaves it."""
         while True:
             entry = await self._bucket.get(token_of(bot))
             if entry is None or entry.value is None:

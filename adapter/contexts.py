@@ -57,7 +57,7 @@ class Peer:
 
     @property
     def in_use(self) -> bool:
-        """Somebody works with it, so that it must stay the only copy."""
+        """Whether somebody works with it, so that it must stay the only copy."""
         return bool(self.in_flight or self.lock.locked() or self.sending.locked())
 
 

@@ -109,11 +109,11 @@ class Seen:
         return self._lines.rsplit("\n", self.unkept + 1)[1:-1]
 
     def keep(self) -> None:
-        """All are stored by now."""
+        """Marks all as stored."""
         self.unkept = 0
 
     def keep_none(self) -> None:
-        """None is stored any more."""
+        """Marks none as stored."""
         self.unkept = self._count
 
     def has(self, keys: Keys) -> bool:

@@ -91,17 +91,17 @@ class Lane:
         self._account: tuple[Binding, Account] | None = None
 
     def add(self, item: Item) -> None:
-        """Another one for the queue."""
+        """Puts a command at the end of the queue."""
         self.queue.append(item)
         self.earliest_ms = min(self.earliest_ms, item.command.expires_ms)
 
     def park(self, parked: Parked) -> None:
-        """Another one behind what is parked."""
+        """Puts a command behind what is parked."""
         self.parked.append(parked)
         self.earliest_ms = min(self.earliest_ms, parked.expires_ms)
 
     def take_over(self, other: Lane) -> None:
-        """Everything that waits in another lane, which is empty then."""
+        """Moves everything that waits in another lane here."""
         other.moved = self
         self.parked = deque(sorted({*self.parked, *other.parked}))
         self.queue.extend(other.queue)
@@ -118,12 +118,12 @@ class Lane:
             self.queue.popleft()
 
     def put_first(self, parked: Parked) -> None:
-        """One that is parked goes ahead of the others."""
+        """Moves a parked command ahead of the others."""
         self.parked.remove(parked)
         self.parked.appendleft(parked)
 
     def sort(self) -> None:
-        """Puts what is parked in the order in which it was."""
+        """Restores the order in which commands were parked."""
         self.parked = deque(sorted(self.parked))
 
     def drop(self, seqs: Sequence[int]) -> None:
@@ -192,7 +192,7 @@ class Lanes:
         return lanes[key]
 
     def unknown(self, sandbox: str, bot: str) -> Lane | None:
-        """That of a bot whose user was not known."""
+        """The lane of a bot whose user was not known."""
         return self._of.get(sandbox, {}).get(_key(bot, ""))
 
     def drop(self, lane: Lane) -> None:

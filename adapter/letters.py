@@ -47,7 +47,7 @@ def original_subject(names: Names, stored: str) -> str:
 
 
 def is_command(names: Names, subject: str) -> bool:
-    """Whether it can be tried again: what a user wrote cannot, they have to write again."""
+    """Whether it can be tried again; an inbound message cannot: its user has to write again."""
     return subject in (names.bind, names.unbind, names.out_plain) or subject.startswith(f"{names.out_plain}.")
 
 

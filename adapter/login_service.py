@@ -57,7 +57,7 @@ class LoginService:
         return self._answer(login, record, with_png=asked.png)
 
     async def status(self, data: bytes) -> bytes:
-        """How a login stands; for a day after its end, too."""
+        """How a login stands; also for a day after its end."""
         asked = read_request(data, LoginQuery, self._metrics)
         return self._answer(asked.login, await self._book.read(asked.login), with_png=asked.png)
 

@@ -86,7 +86,7 @@ class LoginBook:
         return (await self._read(login))[0]
 
     async def open(self, start: LoginStart, code: QrCode, *, login_s: float) -> tuple[str, LoginRecord]:
-        """Begins a login; its id and record. Raises BusRefused."""
+        """Begins a login; returns its id and record. Raises BusRefused."""
         login, now_ms = secrets.token_urlsafe(18), self._clock.now_ms()
         record = LoginRecord(
             sandbox=start.sandbox,
@@ -197,13 +197,13 @@ class LoginBook:
     # steps ------------------------------------------------------------------------------------------
 
     def step(self, record: LoginRecord, **changes: object) -> LoginRecord:
-        """The next step: something that is told. At the end the secrets go."""
+        """The record after a step that is told as an event. The last step removes the secrets."""
         fields = {"reason": "", "detail": "", **changes, "step": record.step + 1, "changed_ms": self._clock.now_ms()}
         after = structs.replace(record, **fields)
         return structs.replace(after, codes=[], digits="", token="") if after.over else after
 
     def with_code(self, login: str, record: LoginRecord, code: QrCode) -> LoginRecord:
-        """A new code: it and the one before it may be scanned."""
+        """The record with a new code; this one and the previous one may be scanned."""
         number = record.number + 1
         codes = [*record.codes, self._sealed(login, number, code)][-CODES:]
         return self.step(record, status="wait", number=number, codes=codes, digits="")
@@ -278,7 +278,7 @@ def code_of(record: LoginRecord, number: int) -> LoginCode | None:
 
 
 def event_of(login: str, record: LoginRecord) -> LoginEvent:
-    """What everybody may know of a step."""
+    """The event of a step: what everybody may know of it."""
     return LoginEvent(
         login=login,
         sandbox=record.sandbox,

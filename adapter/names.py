@@ -70,7 +70,7 @@ MAX_SEQ = 2**63 - 1
 
 
 def is_inbox(subject: str) -> bool:
-    """Tells whether a stranger may have an answer there: else they could make the adapter write anywhere."""
+    """Whether an answer may be sent there on behalf of a stranger, who else could make the adapter write anywhere."""
     return len(subject) <= MAX_INBOX and subject.isascii() and bool(_INBOX.fullmatch(subject))
 
 
@@ -84,7 +84,7 @@ def escaped(text: str) -> str:
 
 @functools.lru_cache(maxsize=32_768)
 def token_of(text: str) -> str:
-    """As `escaped`, and kept: for bots and users, not for what comes once, as the id of a message does."""
+    """As `escaped`, cached: for bots and users, not for what comes once, such as the id of a message."""
     return escaped(text)
 
 
@@ -173,7 +173,7 @@ class Names:
         return f"{self.prefix}.kv.freed"
 
     def roll(self) -> str:
-        """Where all replicas are asked for themselves; closed to sandboxes, too."""
+        """Where all replicas are asked who they are; closed to sandboxes, too."""
         return f"{self.prefix}.kv.roll"
 
     def svc(self, verb: str) -> str:

@@ -12,7 +12,7 @@ from adapter.settling import Outgoing
 
 
 async def read_parked(parked: Parked, needs: Outgoing) -> Item | None:
-    """None: it is not there any more. Raises Temporary."""
+    """A parked command; None if it is not there any more. Raises Temporary."""
     async for stored in needs.history.read(needs.names.stream_parked, parked.subject, after=parked.seq - 1):
         return item_of(stored, needs) if stored.seq == parked.seq else None
     return None

@@ -60,7 +60,7 @@ def inbox(role: Role, sandbox: str = "") -> str:
 
 
 def grants(names: Names, role: Role, sandbox: str = TAG) -> Grants:
-    """What a role may do. `sandbox` counts for the role of that name only."""
+    """What a role may do. `sandbox` matters for the role of that name only."""
     match role:
         case "adapter":
             return Grants(_adapter_publishes(names), _adapter_subscribes(names))
@@ -281,7 +281,7 @@ def user_of(answer: bytes) -> User:
 
 
 def needs(names: Names, inbox_prefix: str) -> Grants:
-    """What no adapter can do without, wherever its own inbox and those of others are."""
+    """The rights without which no adapter works, whatever its own inbox prefix and those of others."""
     of_adapter = grants(names, "adapter")
     asked_here = {USER_INFO, "$SRV.PING.>", names.svc("bindings.list"), "_R_.>"}
     publish = [s for s in of_adapter.publish if not s.startswith("_INBOX") and s not in asked_here]

@@ -103,7 +103,7 @@ def cut_to_part(text: str, part: Part | None) -> str:
 
 
 def summary(kind: str, name: str = "") -> str:
-    """Stands for what has no text of its own; "" for a kind that says nothing."""
+    """Stands for what has no text of its own; "" for a kind that has no summary."""
     return f"[{kind}] {name}".rstrip() if kind in ("image", "voice", "file", "video") else ""
 
 

@@ -15,7 +15,7 @@ from adapter.seal import Sealer, Sealing
 
 
 async def tokens_at_rest(history: History, names: Names, sealer: Sealer) -> Counter[Sealing]:
-    """How many tokens are stored in which way. Raises Temporary."""
+    """How many tokens are stored in each way. Raises Temporary."""
     return Counter([sealer.how(binding.token) async for _, binding in _bindings(history, names)])
 
 

@@ -70,7 +70,7 @@ async def start(own: Starting, stop: asyncio.Event) -> bool:
 
 
 async def _look_at_permissions(own: Starting) -> None:
-    """Logs what the server says that this user lacks. Not being able to subscribe has held up the connection."""
+    """Logs what the server says that this user lacks. A missing right to subscribe has held up the connection."""
     try:
         answer = await own.link.request(USER_INFO, b"", timeout_s=2.0)
         may = user_of(answer.data).may

@@ -21,7 +21,7 @@ Child = TypeVar("Child")
 
 
 class Count:
-    """What a counter counts of one kind."""
+    """The value of one child of a counter."""
 
     __slots__ = ("total",)
 
@@ -34,7 +34,7 @@ class Count:
 
 
 class Distribution:
-    """What a histogram holds of one kind. `bounds`: the upper ones of its buckets, each inclusive, in order."""
+    """The values of one child of a histogram. `bounds`: inclusive upper bounds of its buckets, in order."""
 
     __slots__ = ("_bounds", "_counts", "_total")
 
@@ -49,7 +49,7 @@ class Distribution:
         self._total += value * times
 
     def buckets(self) -> list[tuple[str, float]]:
-        """How many are not above each bound; its name first."""
+        """The label of each bound, and how many values are not above it."""
         names = [floatToGoString(bound) for bound in (*self._bounds, math.inf)]  # type: ignore[no-untyped-call]
         return list(zip(names, accumulate(self._counts), strict=True))
 
@@ -114,7 +114,7 @@ class _Tally(Collector, Generic[Child]):
 
 
 class Counter(_Tally[Count]):
-    """What only grows."""
+    """A counter."""
 
     def inc(self, amount: float = 1.0) -> None:
         """Of a counter without labels."""
@@ -131,7 +131,7 @@ class Counter(_Tally[Count]):
 
 
 class Histogram(_Tally[Distribution]):
-    """How values are distributed over buckets with these upper bounds."""
+    """A histogram with these upper bounds."""
 
     def __init__(
         self, name: str, text: str, labels: Sequence[str], registry: CollectorRegistry, buckets: Sequence[float]

@@ -1,4 +1,4 @@
-"""The tasks that an object starts: asyncio alone forgets those that nobody holds, and says late what they died of."""
+"""The tasks that an object starts: asyncio forgets those that nobody holds, and reports their failures late."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 class Tasks:
-    """Those of one owner, until they end."""
+    """The running tasks of one owner."""
 
     def __init__(self, on_failure: Callable[[BaseException], None]) -> None:
         """`on_failure` is told what a task raised, unless it was cancelled. No method of the owner, which would then
@@ -26,7 +26,7 @@ class Tasks:
         return task
 
     async def ended(self, within_s: float | None = None) -> bool:
-        """Waits until all have ended, those that begin meanwhile too; whether they have, after `within_s` seconds."""
+        """Waits until all have ended, also those begun meanwhile; whether they have after `within_s` seconds."""
         loop = asyncio.get_running_loop()
         deadline = None if within_s is None else loop.time() + within_s
         while self._running:

@@ -85,7 +85,7 @@ class Clock(Protocol):
     """What the loops know of time."""
 
     def now_ms(self) -> int:
-        """Wall clock, Unix milliseconds: for stamps and the user's window, never for leases."""
+        """Wall clock, Unix milliseconds: for time stamps and the user's window, never for leases."""
 
     def monotonic(self) -> float:
         """Seconds that only go forward, also while the process is stopped."""
@@ -93,7 +93,7 @@ class Clock(Protocol):
     async def sleep(self, seconds: float) -> None: ...
 
     def jitter(self, seconds: float) -> float:
-        """A random part of `seconds`."""
+        """A random part of `seconds`, so that many do not act at once."""
 
 
 class SystemClock:
@@ -138,8 +138,8 @@ async def restarted(
 
 
 def heed() -> None:
-    """Raises CancelledError where this task was cancelled and what it awaited has swallowed that, as nats-py does
-    while it connects and flushes: who goes on then is waited for in vain."""
+    """Raises CancelledError if this task was cancelled and what it awaited swallowed that, as nats-py does while it
+    connects and flushes: whoever cancelled it would wait in vain."""
     task = asyncio.current_task()
     if task is not None and task.cancelling():
         raise asyncio.CancelledError
@@ -147,8 +147,8 @@ def heed() -> None:
 
 @contextlib.contextmanager
 def heeding() -> Iterator[None]:
-    """Raises CancelledError at the end of the block where the task was cancelled in it, whatever it ended with:
-    Python 3.11's wait_for, with which nats-py asks, forgets a cancellation that meets the answer."""
+    """Raises CancelledError at the end of the block if the task was cancelled in it, however the block ended: Python
+    3.11's wait_for, which nats-py uses for requests, forgets a cancellation that comes together with the answer."""
     task = asyncio.current_task()
     cancels = task.cancelling() if task else 0
     try:
@@ -178,7 +178,7 @@ async def finish(work: Coroutine[Any, Any, T], grace_s: float) -> T:
 
 
 class Deadline:
-    """Calls `over` once `seconds` have passed, and later where an answer may be there already. A process that was
+    """Calls `over` once `seconds` have passed, or a little later if an answer may have arrived. A process that was
     stopped finds its time over and the answer in the socket at the same moment; the time would win."""
 
     __slots__ = ("_due", "_loop", "_over", "_timer")
@@ -201,7 +201,7 @@ class Deadline:
 
 
 class AnsweredWithin:
-    """As asyncio.timeout, and an answer that is there is read: see Deadline. For one `async with`."""
+    """asyncio.timeout that lets an answer be read that has arrived, see Deadline. For one `async with`."""
 
     __slots__ = ("_deadline", "_limit", "_loop", "_seconds")
 
@@ -245,8 +245,8 @@ async def first_of_two(one: asyncio.Event, other: asyncio.Event, timeout_s: floa
 
 
 class Beat:
-    """Gathers what need not be done at once, so that it is done together: thousands of small steps, each alone, cost
-    more than in a row, since the process wakes and the processor's caches are cold at each."""
+    """Gathers what need not be done at once, so that it is done together: thousands of small steps cost less in a row
+    than one by one, where each wakes the process with cold caches."""
 
     def __init__(self, period_s: float) -> None:
         self._period_s = period_s
@@ -269,7 +269,7 @@ class Beat:
 
 
 class Pace:
-    """Spreads what comes at once: so many in a second at most, one after the other."""
+    """Spreads what comes at once: at most so many per second, one after the other."""
 
     def __init__(self, per_s: float) -> None:
         self._step_s = 1 / per_s

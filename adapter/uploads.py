@@ -115,7 +115,7 @@ class Uploads:
 
 
 def kind_of(part: MediaPart, mime: str) -> MediaKind:
-    """As what it is sent: as told, but what is no picture or video by its content goes as a file."""
+    """What a part is sent as: the kind that it names, or a file if its content is no picture or video."""
     return part.kind if mime.startswith(f"{part.kind}/") else "file"
 
 

@@ -1,4 +1,4 @@
-"""How this replica and its bus fare, told to the probes and the metrics."""
+"""Watches this replica and its bus, and tells the probes and the metrics."""
 
 from __future__ import annotations
 
@@ -67,12 +67,12 @@ class Watch:
         await self._looked.until(lambda: not self._health.missing)
 
     def begin(self) -> None:
-        """The service has started, on streams that were found in order."""
+        """Called once the service has started, on streams that were found in order."""
         self._health.jetstream_ok = self._health.started = True
         self._good = self._clock.monotonic()
 
     async def beat(self) -> None:
-        """Tells the probes that the loop lives, and counts what is counted rather than kept, for ever."""
+        """Forever: tells the probes that the loop lives, and sets the gauges that are sampled."""
         loop, metrics = asyncio.get_running_loop(), self._metrics
         ticks = 0
         while True:
@@ -93,7 +93,7 @@ class Watch:
                 self._tidy()
 
     async def ask(self) -> None:
-        """Asks whether JetStream answers and takes what is written, and whether its streams are there, for ever."""
+        """Forever: checks that JetStream answers and takes what is written, and that its streams exist."""
         rounds = 0
         while True:
             await self._clock.sleep(WATCH_S)

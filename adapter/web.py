@@ -22,7 +22,7 @@ class _Request(WSGIRequestHandler):
     timeout = 10  # seconds that a silent client may hold a thread
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
-        """Requests come every few seconds; nobody wants to read of them."""
+        """Logs nothing: requests come every few seconds."""
 
 
 class _Server(socketserver.ThreadingMixIn, WSGIServer):

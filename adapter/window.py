@@ -54,7 +54,7 @@ class Phase(NamedTuple):
 
 
 def verdict(context: Context, now_ms: int, rules: Rules, *, needed: int = 1, final: bool = False) -> Closed:
-    """Whether `needed` sends fit now. More than the whole budget needs only a fresh window."""
+    """Why `needed` sends do not fit now; "" if they do. What needs more than the whole budget fits a fresh window."""
     if not _in_time(context, now_ms, rules):
         return "window_closed"
     if context.blocked_ms and not _may_probe(context, now_ms, rules):
@@ -66,7 +66,7 @@ def verdict(context: Context, now_ms: int, rules: Rules, *, needed: int = 1, fin
 
 
 def phase(context: Context, now_ms: int, rules: Rules) -> Phase:
-    """Whether the user can be told something now. A probe after -2 (`verdict`) is no sign that they can."""
+    """How the window stands for the sandbox. A probe that -2 allows (`verdict`) does not make it open."""
     if not _in_time(context, now_ms, rules):
         return Phase("closed", "window_closed")
     if context.blocked_ms:
@@ -199,7 +199,7 @@ def settled(context: Context, client: str, *, sent: bool) -> Context:
 
 
 def known_also(stored: Context, before: Context) -> Context:
-    """A record that somebody else wrote, with what was learned here since of commands."""
+    """A record that somebody else wrote, with what was learned here of commands meanwhile."""
     done = [*stored.done, *(one for one in before.done if one not in stored.done)][-DONE_IDS:]
     hand, ours = stored.hand, before.hand
     if hand and ours and hand.client == ours.client and ours.part > hand.part:
@@ -226,7 +226,7 @@ def is_repeat(context: Context, sandbox: str, command: str, client: str) -> bool
 
 
 def named(sandbox: str, command: str) -> str:
-    """A command's id among those of all sandboxes that a bot may serve in its time."""
+    """A command's id together with its sandbox: a bot may serve several in its time."""
     return f"{sandbox}/{command}"
 
 

@@ -100,7 +100,7 @@ class Windows:
         peer.telling = knows
 
     def adopt(self, bot: str) -> None:
-        """This replica polls the bot from now on: its user's window is looked at, in its turn."""
+        """This replica polls the bot from now on: queues a look at its user's window."""
         self._unseen[bot] = None
         self._taken.set()
 
