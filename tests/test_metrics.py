@@ -15,7 +15,6 @@ from adapter.metrics import Metrics
 from adapter.tallies import Counter, Histogram
 
 LIBRARY = ("process_", "python_gc_")
-UNITS = ("seconds", "bytes", "info")
 
 
 def families(metrics: Metrics) -> list[Metric]:

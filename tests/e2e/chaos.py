@@ -48,7 +48,6 @@ class Report(msgspec.Struct):
     mode: str
     seed: int
     bots: int
-    began_s: float
     troubled_s: float
     took_s: float
     happened: list[Happening]
@@ -141,7 +140,6 @@ async def run(folder: Path, *, command: str, mode: str, seed: int, minutes: floa
             mode=mode,
             seed=seed,
             bots=bots,
-            began_s=troubled - began,
             troubled_s=troubled_s,
             took_s=time.monotonic() - began,
             happened=troubles.happened,

@@ -25,7 +25,6 @@ from tests.image.conftest import CANARY
 from tests.image.podman import BASE, HARDENED, IMAGE, ROOT, STORE, Container, build, inspect, podman
 
 DRAIN_S = 20
-VENV = "/opt/wechat-nats"
 
 
 def inside(image: str, *command: str) -> str:
