@@ -280,7 +280,7 @@ def user_of(answer: bytes) -> User:
     return msgspec.json.decode(answer, type=_Info).data
 
 
-def needs(names: Names, inbox_prefix: str) -> Grants:
+def required(names: Names, inbox_prefix: str) -> Grants:
     """The rights without which no adapter works, whatever its own inbox prefix and those of others."""
     of_adapter = grants(names, "adapter")
     asked_here = {USER_INFO, "$SRV.PING.>", names.svc("bindings.list"), "_R_.>"}

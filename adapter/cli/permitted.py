@@ -12,7 +12,7 @@ from adapter.cli.bus import Bus, connected, forbidden
 from adapter.cli.checks import Check
 from adapter.cli.exits import NO, Failed
 from adapter.names import Names
-from adapter.permissions import USER_INFO, Grants, User, grants, needs, streams, user_of
+from adapter.permissions import USER_INFO, Grants, User, grants, required, streams, user_of
 from adapter.settings import Settings
 
 WHERE = "see helm/nats/ and `wechat-nats permissions`"
@@ -39,7 +39,7 @@ def _of_user(user: User | None, bus: Bus, settings: Settings) -> Check:
     if user is None:
         return Check("permissions", "warn", f"Cannot be told: let this user publish to {USER_INFO}.")
     may = user.may
-    lacks = may.missing(needs(bus.names, settings.nats_inbox_prefix))
+    lacks = may.missing(required(bus.names, settings.nats_inbox_prefix))
     if not lacks:
         answers = [f"_INBOX_{role}.>" for role in ("platform", "operator")]
         if not any(may.publish.some_of(subject) for subject in ("_INBOX.>", *answers)):
