@@ -373,6 +373,8 @@ CHECKING = "checking"
 LoginStatus: TypeAlias = Literal[
     "wait", "scanned", "need_verify_code", "confirmed", "already_bound", "expired", "failed", "cancelled"
 ]
+FINAL_STATUSES = ("confirmed", "already_bound", "expired", "failed", "cancelled")
+"""Of a login that is over."""
 
 
 class LoginEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -13,7 +13,7 @@ from importlib import metadata
 from prometheus_client import CollectorRegistry, Gauge, GCCollector, ProcessCollector
 from prometheus_client.exposition import choose_encoder
 
-from adapter.contract import SCHEMA_VERSION
+from adapter.contract import FINAL_OUTCOMES, FINAL_STATUSES, SCHEMA_VERSION
 from adapter.tallies import Counter, Histogram
 
 NAMESPACE = "wechat_adapter"
@@ -210,7 +210,7 @@ class Metrics:
                 )
             ],
             kind=KINDS,
-            outcome=["accepted", "accepted_unconfirmed", "refused", "uncertain", "dead_lettered", "duplicate"],
+            outcome=[*FINAL_OUTCOMES, "duplicate"],
             reason=["none", *REFUSED, *DEAD],
         )
         self.outbound_in_flight = self._gauge(
@@ -235,7 +235,7 @@ class Metrics:
         self.receipts = self._counter(
             "receipts",
             "Receipts published; all but parked are final.",
-            outcome=["accepted", "accepted_unconfirmed", "refused", "uncertain", "dead_lettered", "parked"],
+            outcome=[*FINAL_OUTCOMES, "parked"],
         )
         self.dead_letters = self._counter(
             "dead_letters", "Messages put aside for a person, by where they came from.", stream=["out", "in", "ctl"]
@@ -261,7 +261,7 @@ class Metrics:
         self.logins = self._counter(
             "logins",
             "QR logins that ended; already_bound: the user has a bot of the sandbox.",
-            outcome=["confirmed", "already_bound", "expired", "failed", "cancelled"],
+            outcome=FINAL_STATUSES,
         )
         self.qr_refreshes = self._counter("qr_refreshes", "QR codes replaced by a new one during a login.")
 

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from adapter.contract import BindingInfo, BindingState, LoginStatus, Options
+from adapter.contract import FINAL_STATUSES, BindingInfo, BindingState, LoginStatus, Options
 
 
 class Binding(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -204,7 +204,7 @@ class LoginRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
 
     @property
     def over(self) -> bool:
-        return self.status not in ("wait", "scanned", "need_verify_code")
+        return self.status in FINAL_STATUSES
 
 
 class Claim(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

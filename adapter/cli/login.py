@@ -20,7 +20,7 @@ from adapter.cli.bus import Bus, connected
 from adapter.cli.exits import INTERRUPTED, NO, OK, UNREACHABLE, USAGE, Failed
 from adapter.cli.options import AutoTyping, Durable, Json, Sandbox, flag
 from adapter.cli.running import unless, until_signalled
-from adapter.contract import CHECKING, Login, LoginQuery, LoginStart, LoginVerify, Options
+from adapter.contract import CHECKING, FINAL_STATUSES, Login, LoginQuery, LoginStart, LoginVerify, Options
 
 START_S = 20.0
 LOOK_S = 3.0
@@ -28,7 +28,6 @@ LOOK_S = 3.0
 LATE_S = 30.0
 """How long beyond a login's end an adapter that is away is waited for."""
 GOOD = ("confirmed", "already_bound")
-OVER = (*GOOD, "expired", "failed", "cancelled")
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 _DIGITS = re.compile(r"[0-9]{1,12}")
 
@@ -98,7 +97,7 @@ class _Following:
         try:
             while True:
                 self._view.show(now)
-                if now.status in OVER:
+                if now.status in FINAL_STATUSES:
                     return now
                 wants_digits = now.status == "need_verify_code" and now.reason != CHECKING
                 now = await (self._type(now) if wants_digits else self._look(now))
