@@ -116,7 +116,7 @@ async def _sort(
             count(needs, "unsupported", "dead_lettered")
             await bury(session.bot, binding.sandbox if binding else "", raw, exc.detail, needs)
             continue
-        if said.echo:
+        if said.echo or said.user == session.bot:  # some echoes name no type (4.1)
             count(needs, said.kind, "rejected")
         elif seen.has(said.keys) or batch.has(said.keys):
             count(needs, said.kind, "duplicate")

@@ -304,6 +304,19 @@ async def test_the_bots_own_words_are_dropped() -> None:
     assert texts(bench) == ["yours"]
 
 
+@pytest.mark.parametrize("message_type", [None, 0, 1])
+async def test_what_the_bot_itself_sent_is_dropped_also_where_its_type_does_not_say_so(
+    message_type: int | None,
+) -> None:
+    mine = raw("mine", from_user_id=BOT, message_type=message_type)
+    bench = await ready(batch(mine, raw("yours", 2)), user="")
+    await polls(bench)
+    assert texts(bench) == ["yours"]
+    binding = bench.bindings.get(BOT)
+    assert binding is not None
+    assert binding.user == USER
+
+
 # broken messages -----------------------------------------------------------------------------------------
 
 
