@@ -310,6 +310,32 @@ async def test_a_kept_connection_that_the_server_closed_is_not_used(server: Serv
         assert server.connections == number
 
 
+async def test_a_kept_connection_without_an_answer_makes_those_doubtful_that_lay_idle_with_it(
+    server: Server, own: Transport
+) -> None:
+    """A box on the way may have forgotten them all, without a word: the repeat of a send would be lost, too."""
+    together = asyncio.Event()
+
+    async def answer(writer: asyncio.StreamWriter) -> None:
+        if server.connections == 2:
+            together.set()
+        await together.wait()
+        await Server.say(OK)(writer)
+
+    async def nothing(_: asyncio.StreamWriter) -> None: ...
+
+    server.answer = answer
+    await asyncio.gather(post(own, server.url), post(own, server.url))
+    server.answer = nothing
+    with pytest.raises(TimeoutError):
+        await post(own, server.url, timeout_s=0.05)
+    server.answer = Server.say(OK)
+    await post(own, server.url)
+    assert server.connections == 3
+    await post(own, server.url)
+    assert server.connections == 3, "one that was used since is kept"
+
+
 async def test_idle_connections_are_closed_in_time(
     server: Server, own: Transport, monkeypatch: pytest.MonkeyPatch
 ) -> None:

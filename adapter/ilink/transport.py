@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 import aiohappyeyeballs
 
-from adapter.errors import Temporary
+from adapter.errors import Temporary, Uncertain
 from adapter.ilink.connection import Connection
 from adapter.ilink.network import CheckedResolver
 from adapter.ilink.protocol import Reply
@@ -109,16 +109,21 @@ class Transport:
         if target.by_proxy:
             return await self._proxied.exchange(method, url, headers, body, timeout_s, afresh=afresh, check=check)
         request = self._request(method, target, mark + query, headers, body, close=afresh)
-        connection = None if afresh else self._kept(target.origin)
-        if connection is None:
-            connection = await self._connect(target.origin, timeout_s, afresh=afresh)
+        began = asyncio.get_running_loop().time()
+        kept = None if afresh else self._kept(target.origin)
+        connection = kept or await self._connect(target.origin, timeout_s, afresh=afresh)
         try:
             if check is not None:
                 check()
         except BaseException:
             connection.close()
             raise
-        reply = await connection.ask(request, timeout_s)
+        try:
+            reply = await connection.ask(request, timeout_s)
+        except (TimeoutError, Uncertain):
+            if kept is not None:  # what lay idle beside it may be as dead, and a repeat is to meet another (10.4)
+                self._close_idle(target.origin, began)
+            raise
         if afresh:
             connection.close()
         elif connection.usable:
@@ -167,15 +172,20 @@ class Transport:
         """Closes what was not used for long."""
         loop = asyncio.get_running_loop()
         self._tidying = None
-        for origin, idle in list(self._idle.items()):
-            old = sum(connection.idle_since <= loop.time() - KEPT_S for connection in idle)
-            for connection in idle[:old]:
-                connection.close()
-            del idle[:old]
-            if not idle:
-                del self._idle[origin]
+        for origin in list(self._idle):
+            self._close_idle(origin, loop.time() - KEPT_S)
         if self._idle:
             self._tidying = loop.call_later(KEPT_S / 4, self._tidy)
+
+    def _close_idle(self, origin: Origin, since: float) -> None:
+        """Closes what was not used after `since`, by the loop's clock."""
+        idle = self._idle.get(origin, [])
+        old = sum(connection.idle_since <= since for connection in idle)
+        for connection in idle[:old]:
+            connection.close()
+        del idle[:old]
+        if not idle:
+            self._idle.pop(origin, None)
 
     async def _connect(self, origin: Origin, timeout_s: float, *, afresh: bool) -> Connection:
         """Raises Temporary("network")."""
