@@ -22,6 +22,9 @@ Name: TypeAlias = Literal["", "open", "low", "closed"]
 DONE_IDS = 32
 SENT_KEPT = 32
 """Times of sends kept per window: more than the budget."""
+LATE_MS = 300_000
+"""A message that seems older than this when it comes tells of a wrong clock: polls that hang bring it sooner. Else a
+clock that is behind would count the sends of all windows against each new one, for ever."""
 
 
 class Rules(NamedTuple):
@@ -130,6 +133,8 @@ def heard(context: Context, *, message: str, token: str, now_ms: int, in_flight:
     WeChat's clock; 0: not known), so what was sent since counts against it, and so do sends in flight, since the
     server may see them after the message. A -2 that came after that speaks of the new window already.
     """
+    if now_ms - written_ms > LATE_MS:
+        written_ms = 0
     token = token or context.token
     if message == context.inbound_id:
         return msgspec.structs.replace(context, token=token)

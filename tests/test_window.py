@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import hypothesis.strategies as st
@@ -104,6 +105,13 @@ def test_what_was_sent_since_the_user_wrote_counts_against_their_new_window() ->
     assert (late.used, late.sent_ms) == (2, [NOW + 10, NOW + 20])
     unknown = window.heard(state, message="m2", token="t", now_ms=NOW + 60, in_flight=1, written_ms=0)
     assert (unknown.used, unknown.sent_ms) == (1, [])
+
+
+@pytest.mark.parametrize("written_ms", [NOW - HOUR, NOW // 1000, 1], ids=["an-hour-behind", "seconds", "long-ago"])
+def test_a_clock_that_is_behind_does_not_keep_a_window_closed(written_ms: int) -> None:
+    state = context(used=10, blocked_ms=NOW + 20, sent_ms=[NOW, NOW + 10, NOW + 20])
+    opened = window.heard(state, message="m2", token="t", now_ms=NOW + 60, in_flight=1, written_ms=written_ms)
+    assert (opened.used, opened.sent_ms, opened.blocked_ms) == (1, [], 0)
 
 
 def test_a_send_counts_before_it_leaves_and_not_again_when_repeated() -> None:
@@ -340,7 +348,9 @@ class WindowMachine(RuleBasedStateMachine):
 
     @rule(minutes=st.integers(1, 20))
     def time_passes(self, minutes: int) -> None:
-        self.now += minutes * 60_000
+        """No message comes later than the rules believe."""
+        latest = self.unheard_ms + window.LATE_MS - 110_000 if self.unheard_ms else math.inf
+        self.now = max(self.now, int(min(self.now + minutes * 60_000, latest)))
 
     # the sender
 
