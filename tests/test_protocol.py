@@ -151,6 +151,7 @@ UPDATES = [
     ("wrong-content-type-is-judged-by-its-body", reply({"get_updates_buf": "b"}, content_type="text/plain"), 1,
      Polled([], "b", 35_000)),
     ("-1-is-idle", reply({"ret": -1}), 35, IDLE),
+    ("-1-at-once-is-trouble", reply({"ret": -1}), 0.9, (Temporary, "ret_other", None)),
     ("-2", reply({"ret": -2}), 1, (Temporary, "ret_2", None)),
     ("-2-in-errcode", reply({"errcode": -2, "ret": 0}), 1, (Temporary, "ret_2", None)),
     ("-3", reply({"ret": -3}), 1, (Temporary, "ret_other", None)),

@@ -49,6 +49,8 @@ HOLD_MS = 35_000
 HOLD_RANGE_MS = (5_000, 60_000)
 """The server's hint for the next poll is clamped to this (14, Q22); 0 and less mean no hint."""
 
+IDLE_S = 1.0
+"""What is answered sooner was not idle."""
 EDGE_TIMEOUT = 524
 GATEWAY_ERRORS = (502, 504)
 """The request may have reached iLink behind the gateway."""
@@ -326,7 +328,7 @@ def read_updates(reply: Reply, *, polled_s: float) -> Polled:
             return Polled(messages, str(cursor) if cursor else None, hold_ms(updates.longpolling_timeout_ms))
         case wire.STALE_TOKEN:
             raise _expired(updates)
-        case -1:  # one client's reading: an idle timeout (5.1)
+        case -1 if polled_s >= IDLE_S:  # one client's reading: an idle timeout (5.1)
             return Polled([], None, HOLD_MS)
         case wire.THROTTLED:
             raise Temporary("ret_2", _said(updates))
