@@ -106,6 +106,14 @@ SENT = [
     ("401", reply(b"", 401), (Refused, "rejected")),
     ("404", reply(b"", 404), (Refused, "rejected")),
     ("302-is-not-followed", reply(b"", 302, location="https://evil.example"), (Temporary, "http_4xx", None)),
+    ("-14-beside-401", reply({"errcode": -14}, 401), (SessionExpired, "needs_login")),
+    ("-14-beside-502", reply({"ret": -14}, 502), (SessionExpired, "needs_login")),
+    ("-2-beside-429", reply({"ret": -2, "errmsg": "rate limited"}, 429), (Throttled, "throttled")),
+    ("-2-beside-400", reply({"errcode": "-2"}, 400), (Throttled, "throttled")),
+    ("-12-beside-503", reply({"ret": -12}, 503), (Throttled, "throttled")),
+    ("0-beside-500", reply({"ret": 0, "message_id": "1"}, 500), (Temporary, "http_5xx", None)),
+    ("another-code-beside-503", reply({"ret": -1}, 503), (Temporary, "http_5xx", None)),
+    ("no-json-beside-503", reply(b"{nope", 503), (Temporary, "http_5xx", None)),
 ]  # fmt: skip
 
 
@@ -170,6 +178,8 @@ UPDATES = [
     ("504", reply(HTML, 504), 1, (Temporary, "http_5xx", None)),
     ("429", reply(b"", 429, retry_after="4"), 1, (Temporary, "http_4xx", 4.0)),
     ("403", reply(b"", 403), 1, (Temporary, "http_4xx", None)),
+    ("-14-beside-401", reply({"errcode": -14}, 401), 1, (SessionExpired, "needs_login")),
+    ("-2-beside-429", reply({"ret": -2}, 429), 1, (Temporary, "http_4xx", None)),
     ("302-is-not-followed", reply(b"", 302), 1, (Temporary, "http_4xx", None)),
     ("empty", reply(b""), 35, (Temporary, "unreadable", None)),
     ("blank", reply(b"\n"), 35, (Temporary, "unreadable", None)),
@@ -326,6 +336,7 @@ TICKETS = [
     ("html", reply(HTML), (Temporary, "unreadable", None)),
     ("500", reply(HTML, 500), (Temporary, "http_5xx", None)),
     ("404", reply(HTML, 404), (Temporary, "http_4xx", None)),
+    ("-14-beside-401", reply({"errcode": -14}, 401), (SessionExpired, "needs_login")),
 ]
 
 

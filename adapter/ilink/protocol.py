@@ -227,6 +227,7 @@ def upload_request(
 
 def read_upload_url(reply: Reply, *, cdn_base_url: str, filekey: str) -> str:
     """Where to upload, not checked yet (9.1). Raises SessionExpired (-14), Refused("media"), Temporary."""
+    _check_words(reply)
     if 400 <= reply.status < 500 and reply.status not in TRY_AGAIN:
         raise Refused("media", f"HTTP {reply.status}")
     _check_status(reply)
@@ -310,6 +311,7 @@ def read_updates(reply: Reply, *, polled_s: float) -> Polled:
 
     524 late in a poll is the edge's way to say "nothing yet" (10.4): an empty answer. `polled_s`: its length.
     """
+    _check_words(reply)
     if reply.status == EDGE_TIMEOUT:
         if polled_s >= 10:
             return Polled([], None, HOLD_MS)
@@ -339,6 +341,7 @@ def read_updates(reply: Reply, *, polled_s: float) -> Polled:
 def read_sent(reply: Reply) -> Accepted:
     """Raises SessionExpired (-14), Throttled (-2, -12), Refused for other codes, Temporary where nothing was taken,
     Uncertain where something may have been (gateway errors, unreadable answers)."""
+    _check_words(reply, sent=True)
     if reply.status in (*GATEWAY_ERRORS, EDGE_TIMEOUT):
         raise Uncertain("http_5xx", f"HTTP {reply.status} from a gateway")
     if 400 <= reply.status < 500 and reply.status not in TRY_AGAIN:
@@ -366,6 +369,7 @@ def read_sent(reply: Reply) -> Accepted:
 
 def read_notified(reply: Reply) -> None:
     """Raises SessionExpired, Temporary. Best effort: the caller logs and goes on (3.8)."""
+    _check_words(reply)
     _check_status(reply)
     if not reply.body.strip():
         return
@@ -384,6 +388,7 @@ def read_ticket(reply: Reply) -> str:
 
     Success is only what says so: `ret` must be there and 0 (2.5).
     """
+    _check_words(reply)
     _check_status(reply)
     try:
         config = _decode(reply.body, wire.Config)
@@ -405,6 +410,7 @@ def read_typing(reply: Reply) -> bool:
 
     Raises SessionExpired, Temporary.
     """
+    _check_words(reply)
     _check_status(reply)
     try:
         answer = _decode(reply.body or b"{}", wire.Answer)
@@ -471,6 +477,20 @@ def _decode(body: bytes, kind: type[A]) -> A:
 
 def _escaped(control: re.Match[bytes]) -> bytes:
     return b"\\u%04x" % control[0][0]
+
+
+def _check_words(reply: Reply, *, sent: bool = False) -> None:
+    """A dead token, and of what is `sent` a throttle, count beside any status. Raises SessionExpired, Throttled."""
+    if 200 <= reply.status < 300 or reply.body[:1] != b"{":
+        return
+    try:
+        answer = _decode(reply.body, wire.Answer)
+    except ValueError:
+        return
+    if answer.code == wire.STALE_TOKEN:
+        raise _expired(answer)
+    if sent and answer.code in (wire.THROTTLED, wire.RATE_LIMITED):
+        raise Throttled("throttled", _said(answer), **_raw(answer))
 
 
 def _check_status(reply: Reply) -> None:
