@@ -125,7 +125,7 @@ async def poll_forever(session: Session, place: Place, needs: Incoming) -> Place
             polled = await _poll_once(session, binding, place, hold_ms, needs)
         except SessionExpired as exc:
             needs.metrics.polls.labels(outcome="stale_token").inc()
-            polled = await recover(session, exc, place, needs)
+            polled = await recover(session, exc, place, hold_ms, needs)
             if polled is None:
                 continue
         except Temporary as exc:
@@ -191,7 +191,9 @@ async def _poll_once(
         session.polling = None
 
 
-async def recover(session: Session, exc: SessionExpired, place: Place, needs: Incoming) -> Polled | None:
+async def recover(
+    session: Session, exc: SessionExpired, place: Place, hold_ms: int, needs: Incoming
+) -> Polled | None:
     """-14: everything of this bot rests; a few spaced tries, and in time `needs_login` (ilink-protocol 5.4).
 
     The tries that are left after `needs_login` go on quietly: one that succeeds makes the binding active again.
@@ -226,7 +228,7 @@ async def recover(session: Session, exc: SessionExpired, place: Place, needs: In
             if session.leaving or needs.bindings.get(session.bot) != binding:
                 return None
             try:
-                polled = await _try_again(session, binding, place, needs)
+                polled = await _try_again(session, binding, place, hold_ms, needs)
             except SessionExpired:
                 refusals, failures = refusals + 1, 0
                 continue
@@ -249,12 +251,14 @@ async def recover(session: Session, exc: SessionExpired, place: Place, needs: In
         session.stale = False
 
 
-async def _try_again(session: Session, binding: Binding, place: Place, needs: Incoming) -> Polled | None:
+async def _try_again(
+    session: Session, binding: Binding, place: Place, hold_ms: int, needs: Incoming
+) -> Polled | None:
     """notifystart, then one poll; None where nobody answers. Raises SessionExpired, LeaseLost, Refused."""
     await needs.writable()
     await notify(session, needs, start=True, even_stale=True)
     try:
-        return await _poll_once(session, binding, place, HOLD_MS, needs)
+        return await _poll_once(session, binding, place, hold_ms, needs)
     except Temporary as problem:
         log.info("session.unreachable", bot=session.bot, reason=problem.reason)
         return None

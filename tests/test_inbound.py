@@ -169,6 +169,13 @@ async def test_the_next_hold_is_the_one_that_ilink_named() -> None:
     assert bench.chat.holds == [35_000, 20_000, 35_000]
 
 
+async def test_the_hold_that_ilink_named_is_also_that_of_a_dead_tokens_tries() -> None:
+    """Shorter ones would end before iLink answers, and as long as nobody writes the token would stay dead."""
+    bench = await ready(batch(hold_ms=60_000), STALE, batch(hold_ms=60_000))
+    await polls(bench)
+    assert bench.chat.holds == [35_000, 60_000, 60_000, 60_000]
+
+
 async def test_the_time_to_the_stream_is_counted_for_each_message() -> None:
     """The objective is about messages; a batch of three is three."""
     bench = await ready(batch(raw("one"), raw("two", 2), raw("three", 3)))
