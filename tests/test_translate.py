@@ -118,6 +118,13 @@ def test_the_bots_own_words_are_an_echo() -> None:
     assert said("bot-echo").echo
 
 
+@pytest.mark.parametrize("fields", [{}, {"item_list": []}, {"context_token": 5}], ids=["plain", "whole", "malformed"])
+@pytest.mark.parametrize("sender", ["", None])
+def test_an_echo_needs_no_sender(sender: str | None, fields: dict[str, Any]) -> None:
+    """A bot's message is sent with an empty one (3.4)."""
+    assert read_message(changed("bot-echo", from_user_id=sender, **fields)).echo
+
+
 KEYS = [
     ("text", (str(BIG), "wx-demo-1", "42")),
     ("message-id-as-text", (str(BIG), "wx-demo-1", "42")),

@@ -25,7 +25,7 @@ MAX_FILE_NAME = 255
 
 
 def read_message(raw: bytes) -> Said:
-    """Translates one message. Raises Unreadable for what is no JSON object or names no user."""
+    """Translates one message. Raises Unreadable for what is no JSON object or names no user, unless it is an echo."""
     try:
         return _read_plain(raw, _PLAIN.decode(raw))
     except UNDECODABLE:
@@ -35,7 +35,7 @@ def read_message(raw: bytes) -> Said:
 def _read_plain(raw: bytes, message: wire.PlainMessage) -> Said:
     """The short way for what nearly all messages are: the same as `_read_whole`, in half the time."""
     user = message.from_user_id
-    if not 0 < len(user) <= MAX_ID:
+    if not 0 < len(user) <= MAX_ID and message.message_type != wire.BOT:
         raise Unreadable("unreadable", "The message names no sender.")
     sent_at_ms = _time(message.create_time_ms)
     (item,) = message.item_list
@@ -64,7 +64,7 @@ def _read_whole(raw: bytes) -> Said:
     except UNDECODABLE as exc:
         return _salvage(raw, str(exc)[:200])
     user = message.from_user_id or ""
-    if not 0 < len(user) <= MAX_ID:
+    if not 0 < len(user) <= MAX_ID and message.message_type != wire.BOT:
         raise Unreadable("unreadable", "The message names no sender.")
     sent_at_ms = _time(message.create_time_ms)
     items: list[contract.InboundItem] = []
@@ -214,7 +214,7 @@ def _salvage(raw: bytes, why: str) -> Said:
     except UNDECODABLE as exc:
         raise Unreadable("unreadable", why) from exc
     user = rest.from_user_id if isinstance(rest.from_user_id, str) else ""
-    if not 0 < len(user) <= MAX_ID:
+    if not 0 < len(user) <= MAX_ID and rest.message_type != wire.BOT:
         raise Unreadable("unreadable", why)
     sent = _time(rest.create_time_ms)
     return Said(
