@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
+from weakref import WeakValueDictionary
 
 import structlog
 
@@ -20,7 +22,8 @@ log = structlog.get_logger()
 
 
 class Router:
-    """Handles one delivery; the bus keeps the order of what is published in order."""
+    """Handles one delivery. Of each sandbox one copy is out at a time: where the stream's leader goes, one may get
+    lost on its way, and another that was written after it be stored by the next leader."""
 
     def __init__(
         self, bus: Bus, receipts: Receipts, names: Names, limits: Limits, clock: Clock, metrics: Metrics
@@ -31,6 +34,8 @@ class Router:
         self._limits = limits
         self._clock = clock
         self._metrics = metrics
+        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        """By sandbox."""
 
     async def route(self, delivery: Delivery) -> None:
         """Copies a command to its sandbox's subject, or ends it with a receipt; then settles it.
@@ -58,7 +63,8 @@ class Router:
             H_COMMAND: ident,
         }
         try:
-            await self._bus.publish(Message("out", self._names.out(sandbox), delivery.data, headers))
+            async with self._turns.setdefault(sandbox, asyncio.Lock()):
+                await self._bus.publish(Message("out", self._names.out(sandbox), delivery.data, headers))
         except BusRefused as exc:
             detail = f"The sandbox's queue does not take it: {exc.detail}"
             await self._end(delivery, sandbox, ident, Ending("refused", "backlog", detail))

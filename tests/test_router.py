@@ -11,6 +11,7 @@ import pytest
 from adapter.contract import Receipt
 from adapter.errors import BusRefused
 from adapter.names import H_COMMAND, H_MSG_ID, UNROUTED
+from adapter.ports import Message
 from adapter.router import Router
 from tests.fakes import LIMITS, Bench, FakeDelivery
 
@@ -96,6 +97,25 @@ async def test_commands_keep_their_order() -> None:
     assert [msgspec.json.decode(copy.data)["text"] for copy in bench.bus.found("OUT")] == [
         f"t{number}" for number in range(20)
     ]
+
+
+async def test_a_copy_waits_until_the_one_before_it_is_stored() -> None:
+    """Out at once they could change places where the stream's leader goes; those of other sandboxes go on."""
+    bench = Bench()
+    routed, leader = router(bench), asyncio.Event()
+
+    async def lose_first(message: Message) -> None:
+        if b"first" in message.payload:
+            await leader.wait()
+
+    bench.bus.on_publish = lose_first
+    async with asyncio.TaskGroup() as group:
+        for text in ("first", "second"):
+            group.create_task(routed.route(plain(bench, sandbox="s1", text=text)))
+        await group.create_task(routed.route(plain(bench, sandbox="s2", text="other")))
+        leader.set()
+    texts = [msgspec.json.decode(copy.data)["text"] for copy in bench.bus.found("OUT")]
+    assert texts == ["other", "first", "second"]
 
 
 ENDED: list[tuple[str, bytes, str, str, str]] = [
