@@ -62,31 +62,36 @@ class Router:
             H_MSG_ID: f"routed:{delivery.seq}:{delivery.time_ms}:{words}:{ident}",
             H_COMMAND: ident,
         }
-        try:
-            async with self._turns.setdefault(sandbox, asyncio.Lock()):
+        async with self._turns.setdefault(sandbox, asyncio.Lock()):
+            if await self._has_ended(delivery, sandbox, ident):  # it was refused, and now there may be room
+                await delivery.ack()
+                return
+            try:
                 await self._bus.publish(Message("out", self._names.out(sandbox), delivery.data, headers))
-        except BusRefused as exc:
-            detail = f"The sandbox's queue does not take it: {exc.detail}"
-            await self._end(delivery, sandbox, ident, Ending("refused", "backlog", detail))
-            return
+            except BusRefused as exc:
+                detail = f"The sandbox's queue does not take it: {exc.detail}"
+                await self._end(delivery, sandbox, ident, Ending("refused", "backlog", detail))
+                return
         await delivery.ack()
 
-    async def _end(self, delivery: Delivery, sandbox: str, ident: str, ending: Ending) -> None:
-        client = f"routed-{delivery.seq}-{delivery.time_ms}"
-        command = Command(ident, client, sandbox, "", "", [], "refuse", delivery.time_ms, 0)
+    async def _has_ended(self, delivery: Delivery, sandbox: str, ident: str) -> bool:
+        """Whether a command that was delivered before has had its receipt from here."""
         while delivery.suspect:
             try:
-                if await self._receipts.has_final(command):
-                    await delivery.ack()
-                    return
-                break
+                return await self._receipts.has_final(_named(delivery, sandbox, ident))
             except Temporary as exc:
                 log.warning("router.waits", reason=exc.reason)
                 await self._clock.sleep(0.5)
+        return False
+
+    async def _end(self, delivery: Delivery, sandbox: str, ident: str, ending: Ending) -> None:
+        if await self._has_ended(delivery, sandbox, ident):
+            await delivery.ack()
+            return
         if not delivery.suspect:
             self._metrics.outbound_taken.inc()  # a copy is counted where it arrives, what ends here is here
         await self._receipts.final(
-            command,
+            _named(delivery, sandbox, ident),
             ending,
             bot="",
             user="",
@@ -94,3 +99,9 @@ class Router:
             original=(delivery.data, delivery.headers, self._names.out_plain),
         )
         await delivery.ack()
+
+
+def _named(delivery: Delivery, sandbox: str, ident: str) -> Command:
+    """Stands for a command that ends here."""
+    client = f"routed-{delivery.seq}-{delivery.time_ms}"
+    return Command(ident, client, sandbox, "", "", [], "refuse", delivery.time_ms, 0)

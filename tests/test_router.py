@@ -154,6 +154,20 @@ async def test_a_queue_that_is_full_refuses_the_command() -> None:
     assert delivery.acks == 1
 
 
+async def test_what_was_refused_is_not_copied_when_it_comes_again_and_there_is_room() -> None:
+    """The acknowledgement, or the replica, was lost behind the receipt: the command has ended all the same."""
+    bench = Bench()
+    bench.bus.refuse = lambda message: BusRefused(10077, "maximum messages") if message.stream == "out" else None
+    delivery = plain(bench, sandbox="s1", text="hi", id="c1")
+    await router(bench).route(delivery)
+    bench.bus.refuse = lambda _: None
+    delivery.suspect = True
+    await router(Bench(bench)).route(delivery)
+    assert [receipt.outcome for receipt in bench.bus.receipts()] == ["refused"]
+    assert bench.bus.found("OUT") == []
+    assert delivery.acks == 2
+
+
 async def test_what_had_its_receipt_is_only_acked() -> None:
     bench = Bench()
     delivery = plain(bench, b"hello")
