@@ -7,6 +7,7 @@ number is kept; they are read back in their order as those before them are settl
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from adapter.ports import Delivery
@@ -79,12 +80,14 @@ class Backlog:
             self._hold(delivery)
         return delivery
 
-    def forget(self, subject: str, found: set[int], up_to: int) -> list[int]:
-        """Of those that wait up to a sequence, the stream had only `found`: the others are gone. Returns them."""
-        gone = [seq for seq in self._left.get(subject, {}) if seq <= up_to and seq not in found]
+    def missing(self, subject: str, found: set[int], up_to: int) -> list[int]:
+        """Those that wait up to a sequence, and that are not among what the stream had."""
+        return [seq for seq in self._left.get(subject, {}) if seq <= up_to and seq not in found]
+
+    def forget(self, subject: str, gone: Iterable[int]) -> None:
+        """These do not wait any more."""
         for seq in gone:
             self._drop(subject, seq)
-        return gone
 
     def settle(self, seq: int) -> str:
         """Counts one less in hand; the subject of which more should be read back now, or ""."""

@@ -28,6 +28,9 @@ from adapter.settling import Outgoing
 log = structlog.get_logger()
 
 MAX_NAME = 64
+GONE_S = 10.0
+"""What waits on the bus and is missing there for so long is gone. A cluster that is losing its leaders may not show
+all that it has, and what is taken for gone is overtaken."""
 HIDE_S = 12.0
 """At the end typing is hidden in this time, in which one call may hang, or by the next owner."""
 CUT_S = 1.0
@@ -113,7 +116,8 @@ class Shard(LaneWork):
 
     async def _catch_up(self, subject: str) -> None:
         """Takes in hand what had to wait on the bus, in order, as far as there is room."""
-        stream, backlog = self._needs.names.stream_out, self._backlog
+        stream, backlog, clock = self._needs.names.stream_out, self._backlog, self._needs.sender.clock
+        missed: float | None = None
         try:
             while (first := backlog.next(subject)) and not self._drain.is_set():
                 last = backlog.last(subject)
@@ -125,20 +129,26 @@ class Shard(LaneWork):
                     await self._pause(0.5)
                     continue
                 up_to = page[-1].seq if len(page) == PAGE else last
-                if gone := backlog.forget(subject, {stored.seq for stored in page}, up_to):
+                if gone := backlog.missing(subject, {stored.seq for stored in page}, up_to):
+                    missed = clock.monotonic() if missed is None else missed
+                    if clock.monotonic() - missed < GONE_S:
+                        await self._pause(0.5)
+                        continue
+                    backlog.forget(subject, gone)
                     log.warning("commands.gone", shard=self.number, commands=len(gone), first=gone[0])
+                missed = None
                 for stored in page:
                     if self._drain.is_set() or not backlog.next(subject):
                         break
                     if delivery := backlog.take_back(subject, stored.seq, stored.data, stored.headers):
-                        started = self._needs.sender.clock.monotonic()
+                        started = clock.monotonic()
                         try:
                             self._accept(delivery)
                         except Exception:  # a bug: the message stays, unsettled, and the others go on
                             backlog.settle(delivery.seq)
                             log.exception("delivery.crashed", shard=self.number, sequence=delivery.seq)
                         # Reading takes its time (Markdown above all), and all others live in the same loop.
-                        await asyncio.sleep(3 * (self._needs.sender.clock.monotonic() - started))
+                        await asyncio.sleep(3 * (clock.monotonic() - started))
         finally:
             self._reading.discard(subject)
 

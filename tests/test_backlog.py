@@ -10,7 +10,7 @@ import pytest
 
 from adapter.backlog import ROOM, SHARE, SHARE_BYTES, Backlog
 from adapter.names import H_MSG_ID, shard_of
-from adapter.outbound import Shard
+from adapter.outbound import GONE_S, Shard
 from tests.fakes import Bench, FakeDelivery, settle
 
 VIRTUAL_TIME = True
@@ -99,7 +99,9 @@ def test_what_the_stream_has_no_more_is_forgotten() -> None:
     full(backlog)
     for seq in (20, 21, 22, 23):
         backlog.takes(delivery(seq))
-    assert backlog.forget("wechat.out.1.s1", {21}, 22) == [20, 22]
+    gone = backlog.missing("wechat.out.1.s1", {21}, 22)
+    assert gone == [20, 22]
+    backlog.forget("wechat.out.1.s1", gone)
     assert backlog.waiting == 2
 
 
@@ -164,6 +166,22 @@ async def test_commands_that_an_operator_purged_are_not_waited_for() -> None:
     await asyncio.sleep(600)
     assert len(bench.bus.receipts()) == SHARE + 5
     assert shard.census(Counter()) == (0, None)
+
+
+async def test_a_command_that_the_bus_does_not_show_for_a_moment_is_not_overtaken() -> None:
+    """As a cluster may do that is losing its leaders."""
+    bench, shard = await two_users(parked_per_user=100)
+    bench.chat.took_s = 0.1
+    deliveries = [bench.command(f"t{number}", headers={H_MSG_ID: f"c{number}"}) for number in range(SHARE + 10)]
+    for one in deliveries:
+        shard.on_delivery(one)
+    (late,) = [kept for kept in bench.bus.kept if kept.stored.seq == deliveries[SHARE].seq]
+    place = bench.bus.kept.index(late)
+    bench.bus.kept.remove(late)
+    await asyncio.sleep(GONE_S / 2)
+    bench.bus.kept.insert(place, late)
+    await asyncio.sleep(600)
+    assert [receipt.command for receipt in bench.bus.receipts()] == [f"c{number}" for number in range(SHARE + 10)]
 
 
 async def test_commands_that_cannot_be_read_are_told_also_when_they_had_to_wait() -> None:
