@@ -81,6 +81,8 @@ class Lane:
         """Sequences of what was found parked: whether it was told already is not known yet."""
         self.told: dict[int, contract.Receipt] = {}
         """Sequences of what is parked although it has its final receipt."""
+        self.missed: tuple[int, float] | None = None
+        """The sequence of what is parked and was not found on the bus, and since when."""
         self.spoke = False
         """A command was sent, or parked, since the user wrote or typing was switched on."""
         self.apart_until = 0

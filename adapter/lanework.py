@@ -15,7 +15,7 @@ from adapter import sending, window
 from adapter.commands import MERGED_AT_ONCE, MediaPart, joins, merge, passed_on
 from adapter.contexts import Peer
 from adapter.errors import BusRefused, LeaseLost, Refused, Temporary
-from adapter.lane import Item, Lane, parked_at
+from adapter.lane import Item, Lane, Parked, parked_at
 from adapter.names import H_COMMAND, H_MSG_ID, H_SANDBOX, H_TIME_MS, peer_key
 from adapter.parked import read_behind, read_parked
 from adapter.ports import Account, Message, Uploaded
@@ -24,7 +24,7 @@ from adapter.receipts import Name, ending_of
 from adapter.records import Binding, Context, Hand
 from adapter.sending import Apart, Ending, Repeat, Wait, in_doubt
 from adapter.sessions import needs_login_now
-from adapter.settling import Draining, Outgoing, Settling
+from adapter.settling import GONE_S, Draining, Outgoing, Settling
 from adapter.timing import finish
 
 log = structlog.get_logger()
@@ -185,7 +185,7 @@ class LaneWork(Settling):
         parked = lane.parked[0]
         if parked.seq in lane.unsure:
             return 0.0  # found by a reset meanwhile
-        item = await read_parked(parked, self._needs)
+        item = await self._read_parked(lane, parked)
         if item is None:
             lane.drop([parked.seq])
             return 0.0
@@ -210,6 +210,20 @@ class LaneWork(Settling):
             return 0.0
         lane.drop([one.parked_seq for one in group])
         return 0.0
+
+    async def _read_parked(self, lane: Lane, parked: Parked) -> Item | None:
+        """A parked command; None: it is gone. Raises Temporary, also as long as it may only not be shown."""
+        item = await read_parked(parked, self._needs)
+        if item is not None or parked.seq in lane.told:
+            lane.missed = None
+            return item
+        now = self._sender.clock.monotonic()
+        if lane.missed is None or lane.missed[0] != parked.seq:
+            lane.missed = parked.seq, now
+        if now - lane.missed[1] < GONE_S:
+            raise Temporary("parked_missing")
+        log.warning("parked.gone", shard=self.number, sequence=parked.seq)
+        return None
 
     async def _look_up(self, lane: Lane) -> None:
         """Finds out which of the parked commands that others left have their final receipts. Raises Temporary."""
@@ -415,7 +429,7 @@ class LaneWork(Settling):
         held = {one.client for one in hand.all} if hand and hand.tried else set()
         together = lane.late_together(held, now_ms)
         for parked in together:
-            if item_now := await read_parked(parked, self._needs):
+            if item_now := await self._read_parked(lane, parked):
                 ending = Ending("refused", "expired", "The user did not write in time.")
                 told[parked.client] = await self._end_unsent(lane, item_now, ending, hand)
             lane.drop([parked.seq])
@@ -435,7 +449,7 @@ class LaneWork(Settling):
             await end(lane.queue[0])
             lane.queue.popleft()
         while lane.parked:
-            if item := await read_parked(lane.parked[0], self._needs):
+            if item := await self._read_parked(lane, lane.parked[0]):
                 await end(item)
             lane.parked.popleft()
         await self._let_go(lane, hand, told)

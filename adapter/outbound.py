@@ -23,14 +23,11 @@ from adapter.parked import item_of
 from adapter.ports import Delivery
 from adapter.records import Binding
 from adapter.sending import Ending
-from adapter.settling import Outgoing
+from adapter.settling import GONE_S, Outgoing
 
 log = structlog.get_logger()
 
 MAX_NAME = 64
-GONE_S = 10.0
-"""What waits on the bus and is missing there for so long is gone. A cluster that is losing its leaders may not show
-all that it has, and what is taken for gone is overtaken."""
 HIDE_S = 12.0
 """At the end typing is hidden in this time, in which one call may hang, or by the next owner."""
 CUT_S = 1.0

@@ -34,6 +34,9 @@ log = structlog.get_logger()
 SETTLED_KEPT = 256
 """Commands per shard remembered as settled, or as not parked any more: what comes again of the last moment needs no
 look at the receipts, as all that is older does."""
+GONE_S = 10.0
+"""What waits on the bus and is missing there for so long is gone. A cluster that is losing its leaders may not show
+all that it has, and what is taken for gone is overtaken."""
 
 
 class Outgoing(NamedTuple):

@@ -10,7 +10,8 @@ import pytest
 
 from adapter.backlog import ROOM, SHARE, SHARE_BYTES, Backlog
 from adapter.names import H_MSG_ID, shard_of
-from adapter.outbound import GONE_S, Shard
+from adapter.outbound import Shard
+from adapter.settling import GONE_S
 from tests.fakes import Bench, FakeDelivery, settle
 
 VIRTUAL_TIME = True

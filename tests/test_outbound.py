@@ -19,7 +19,7 @@ from adapter.names import H_COMMAND, H_MSG_ID, H_SANDBOX, H_TIME_MS, UNROUTED, p
 from adapter.outbound import Shard
 from adapter.ports import Accepted, Message
 from adapter.records import Hand
-from adapter.settling import SETTLED_KEPT
+from adapter.settling import GONE_S, SETTLED_KEPT
 from tests.fakes import GAP_S, LIMITS, RULES, Bench, FakeDelivery, Sent, settle
 
 VIRTUAL_TIME = True
@@ -376,6 +376,22 @@ async def test_what_must_wait_is_parked_and_flushed_in_order() -> None:
     assert bench.chat.texts == ["t0", "t1", "t2", "t3"]
     assert [receipt.command for receipt in finals(bench)] == ["c0", "c1", "c2", "c3"]
     assert parked(bench) == []
+
+
+async def test_what_is_parked_and_not_shown_for_a_moment_is_not_overtaken() -> None:
+    """By a cluster that is losing its leaders. What an operator removed is not waited for for ever."""
+    bench, shard = await ready(is_open=False)
+    for number in range(3):
+        shard.on_delivery(bench.command(f"t{number}", id=f"c{number}"))
+    await asyncio.sleep(5)
+    hidden = [kept for kept in bench.bus.kept if kept.stored in bench.bus.found("PARKED")][:2]
+    bench.bus.kept = [kept for kept in bench.bus.kept if kept not in hidden]
+    await user_writes(bench, shard)
+    await asyncio.sleep(GONE_S / 2)
+    assert bench.chat.texts == []
+    bench.bus.kept.insert(0, hidden[0])
+    await asyncio.sleep(60)
+    assert bench.chat.texts == ["t0", "t2"]
 
 
 async def test_the_time_that_a_command_is_parked_is_not_counted_as_ours() -> None:
