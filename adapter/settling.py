@@ -114,8 +114,9 @@ class Settling:
         peer = await contexts.peer(lane.bot, lane.user)
         if lane.former:
             before = (await contexts.peer(lane.former, lane.user)).context
-            if before.hand or before.done:
-                await contexts.save(peer, lambda context: window.moved(context, before))
+            hand = _own(lane, before.hand)
+            if hand or before.done:
+                await contexts.save(peer, lambda context: window.moved(context, hand, before.done))
             lane.former = ""
         return peer
 
@@ -139,11 +140,10 @@ class Settling:
         await self._let_go(lane, hand, {item.command.client: told})
 
     async def _hand(self, lane: Lane) -> Hand | None:
-        """What is in hand for the lane's user. Raises Temporary, LeaseLost."""
+        """What is in hand of the lane. Raises Temporary, LeaseLost."""
         if not lane.user:
             return None
-        hand = (await self._peer(lane)).context.hand
-        return lane.hand if lane.hand and (hand is None or hand.sandbox != lane.sandbox) else hand
+        return _own(lane, (await self._peer(lane)).context.hand)
 
     async def _end_unsent(self, lane: Lane, item: Item, ending: Ending, hand: Hand | None) -> Ending:
         """The same for one of several that may be in hand together; what was told."""
@@ -223,6 +223,11 @@ class Settling:
                 await self._pause(0.5)
             else:
                 return
+
+
+def _own(lane: Lane, hand: Hand | None) -> Hand | None:
+    """What is in hand of the lane. `hand`: what the record says, where one of the bot's next sandbox may stand."""
+    return hand if hand and hand.sandbox in ("", lane.sandbox) else lane.hand
 
 
 def _crashed(shard: int, exc: BaseException) -> None:

@@ -160,9 +160,8 @@ def leaving(context: Context, hand: Hand, now_ms: int) -> Context:
     `hand` was read.
     """
     known = context.hand
-    if (
-        known is not None and known.client != hand.client
-    ):  # an owner before us told how it ended, and could not note it
+    if known is not None and known.client != hand.client and known.sandbox == hand.sandbox:
+        # an owner before us told how it ended, and could not note it; one of another sandbox may still have to end
         context = settled(context, known.client, sent=known.is_begun)
     out = 0 if known is None or (known.client, known.part) != (hand.client, hand.part) else known.tried
     counts = known is None or not out or known.counted_in != context.inbound_id
@@ -212,10 +211,12 @@ def known_also(stored: Context, before: Context) -> Context:
     return msgspec.structs.replace(stored, done=done, hand=hand)
 
 
-def moved(context: Context, former: Context) -> Context:
+def moved(context: Context, hand: Hand | None, done: list[str]) -> Context:
     """The record of a user and their new bot, with what was sent to them over the one before."""
-    done = [*former.done, *(one for one in context.done if one not in former.done)][-DONE_IDS:]
-    return msgspec.structs.replace(context, done=done, hand=context.hand or former.hand)
+    done = [*done, *(one for one in context.done if one not in done)][-DONE_IDS:]
+    if hand is None or (context.hand and context.hand.sandbox == hand.sandbox):  # it knows better: it went on here
+        hand = context.hand
+    return msgspec.structs.replace(context, done=done, hand=hand)
 
 
 def is_repeat(context: Context, sandbox: str, command: str, client: str) -> bool:

@@ -238,6 +238,24 @@ async def test_what_had_no_answer_is_uncertain_also_after_a_command_of_the_bot_s
     assert sorted(outcomes(bench)) == [("c1", "uncertain", ""), ("c2", "accepted", "")]
 
 
+@pytest.mark.parametrize(("text", "answer", "over_b2"), [("pay", TIMEOUT, ["-0"]), (THREE, FIRST, ["-1", "-2"])])
+async def test_a_command_goes_on_over_the_next_bot_also_where_the_one_before_works_for_another_sandbox(
+    text: str, answer: Any, over_b2: list[str]
+) -> None:
+    bench, old = await ready()
+    new = bench.shard("s9")
+    bench.chat.sends.append(answer)
+    old.on_delivery(bench.command(text, id="c1"))
+    await asyncio.sleep(0.1)
+    await bench.bind(sandbox="s9")
+    await bench.bind(bot="b2@im.bot")
+    bench.hears("b2@im.bot")
+    new.on_delivery(bench.command("hi", sandbox="s9", id="c2"))
+    await asyncio.sleep(30)
+    assert sorted(outcomes(bench)) == [("c1", "accepted", ""), ("c2", "accepted", "")]
+    assert [sent.client_id[-2:] for sent in bench.chat.sent if sent.bot == "b2@im.bot"] == over_b2
+
+
 async def test_the_ids_of_the_version_before_are_known() -> None:
     """It wrote them without their sandbox, and commands in hand, too."""
     bench, shard = await ready(is_open=False)
