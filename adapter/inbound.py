@@ -214,7 +214,7 @@ async def recover(
             pause_s = needs.stale_retry_s[refusals] if refusals < len(needs.stale_retry_s) else None
             late = not failures and needs_login_now(pause_s, needs.clock.monotonic() - since)
             if late and binding.state == "active":
-                lost = await retry(partial(lose_login, needs.bindings, needs.clock, binding), needs)
+                lost = await retry(partial(_lose_owned, binding, needs), needs)
                 if lost is None:
                     return None
                 tell = partial(tell_login, needs.bindings, needs.events, lost, exc.detail)
@@ -262,6 +262,12 @@ async def _try_again(
     except Temporary as problem:
         log.info("session.unreachable", bot=session.bot, reason=problem.reason)
         return None
+
+
+async def _lose_owned(binding: Binding, needs: Incoming) -> Binding | None:
+    """`lose_login`, unless somebody else may poll by now, who knows better. Raises Temporary, LeaseLost."""
+    check_owned(needs, binding)
+    return await lose_login(needs.bindings, needs.clock, binding)
 
 
 async def lose_login(bindings: Bindings, clock: Clock, binding: Binding) -> Binding | None:

@@ -1282,6 +1282,31 @@ async def test_that_a_login_is_lost_is_told_and_tried_on_also_where_the_bus_is_a
     assert texts(bench) == ["hello"]
 
 
+async def test_who_lost_the_bot_while_the_bus_was_away_does_not_end_its_login() -> None:
+    bench = await ready(STALE, STALE, STALE)
+    session, task = tended(bench)
+    await asyncio.sleep(20)
+    away = [True]
+
+    async def write(key: str) -> None:
+        if away:
+            raise Temporary("bus_timeout")
+
+    bench.bindings_bucket.on_write = write
+    await asyncio.sleep(340)
+    bench.leases.owned.clear()
+    session.leave(now=True)
+    heir = Bench(bench, incarnation="heir-1")
+    heir.leases.proven_dead.add("me-1")
+    second, next_task = tended(heir)
+    await asyncio.sleep(5)
+    away.clear()
+    await asyncio.sleep(5)
+    assert (task.done(), second.state, changes(bench)) == (True, "polling", ["stale"])
+    second.leave(now=True)
+    await next_task
+
+
 @pytest.mark.parametrize(("state", "change"), [("needs_login", "needs_login"), ("active", "recovered")])
 async def test_a_crash_between_a_login_s_change_and_its_event_leaves_the_telling_to_the_next_owner(
     state: BindingState, change: str
