@@ -81,8 +81,8 @@ class Lane:
         """Sequences of what was found parked: whether it was told already is not known yet."""
         self.told: dict[int, contract.Receipt] = {}
         """Sequences of what is parked although it has its final receipt."""
-        self.missed: tuple[int, float] | None = None
-        """The sequence of what is parked and was not found on the bus, and since when."""
+        self.missed: tuple[int, float, float] | None = None
+        """What is parked and was not found on the bus: the last sequence, and when that was first and last so."""
         self.spoke = False
         """A command was sent, or parked, since the user wrote or typing was switched on."""
         self.apart_until = 0

@@ -213,14 +213,15 @@ class LaneWork(Settling):
 
     async def _read_parked(self, lane: Lane, parked: Parked) -> Item | None:
         """A parked command; None: it is gone. Raises Temporary, also as long as it may only not be shown."""
-        item = await read_parked(parked, self._needs)
-        if item is not None or parked.seq in lane.told:
+        item, missed, now = await read_parked(parked, self._needs), lane.missed, self._sender.clock.monotonic()
+        if item is not None and missed and parked.seq >= missed[0]:
             lane.missed = None
+        if item is not None or parked.seq in lane.told:
             return item
-        now = self._sender.clock.monotonic()
-        if lane.missed is None or lane.missed[0] != parked.seq:
-            lane.missed = parked.seq, now
-        if now - lane.missed[1] < GONE_S:
+        # of many that are gone only the first one takes long
+        since = missed[1] if missed and now - missed[2] < GONE_S else now
+        lane.missed = parked.seq, since, now
+        if now - since < GONE_S:
             raise Temporary("parked_missing")
         log.warning("parked.gone", shard=self.number, sequence=parked.seq)
         return None

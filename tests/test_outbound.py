@@ -394,6 +394,19 @@ async def test_what_is_parked_and_not_shown_for_a_moment_is_not_overtaken() -> N
     assert bench.chat.texts == ["t0", "t2"]
 
 
+async def test_many_that_are_gone_hold_up_what_is_behind_them_once() -> None:
+    """An operator has purged what is parked."""
+    bench, shard = await ready(is_open=False)
+    for number in range(30):
+        shard.on_delivery(bench.command(f"t{number}"))
+    await asyncio.sleep(5)
+    bench.bus.kept = [kept for kept in bench.bus.kept if kept.stored not in bench.bus.found("PARKED")]
+    await user_writes(bench, shard)
+    shard.on_delivery(bench.command("hi"))
+    await asyncio.sleep(2 * GONE_S)
+    assert bench.chat.texts == ["hi"]
+
+
 async def test_the_time_that_a_command_is_parked_is_not_counted_as_ours() -> None:
     bench, shard = await ready(is_open=False)
     shard.on_delivery(bench.command("hi", id="c1"))
