@@ -287,11 +287,18 @@ class LaneWork(Settling):
         return group
 
     async def _named(self, lane: Lane, hand: Hand | None, first: Item) -> list[Item]:
-        """What the record says to be in one message with `first`, as far as it is still parked."""
+        """What the record says to be in one message with `first`, as far as it is still parked. Raises Temporary."""
         if hand is None or hand.client != first.command.client or not hand.merged:
             return []
         names = {other.client for other in hand.merged}
-        return [item for item in await read_behind(lane, len(names), self._needs) if item.command.client in names]
+        found = [item for item in await read_behind(lane, len(names), self._needs) if item.command.client in names]
+        names -= {item.command.client for item in found}
+        for parked in [one for one in lane.parked if one.client in names]:
+            if item := await self._read_parked(lane, parked):
+                found.append(item)
+            else:
+                lane.drop([parked.seq])
+        return found
 
     async def _send(self, lane: Lane, group: Sequence[Item], binding: Binding) -> Wait | Apart | None:
         """Sends and settles; a Wait or Apart leaves the commands where they are. Several: as one message."""

@@ -19,16 +19,19 @@ async def read_parked(parked: Parked, needs: Outgoing) -> Item | None:
 
 
 async def read_behind(lane: Lane, most: int, needs: Outgoing) -> list[Item]:
-    """What is parked behind the lane's first command, in order, as far as it is of one subject. Raises Temporary."""
+    """What is parked behind the lane's first command, in order: of one subject, and up to what the bus does not show.
+
+    Raises Temporary.
+    """
     waiting = list(islice(lane.parked, 1, most + 1))
-    seqs = {one.seq for one in takewhile(lambda one: one.subject == waiting[0].subject, waiting)}
+    seqs = [one.seq for one in takewhile(lambda one: one.subject == waiting[0].subject, waiting)]
     found: list[Item] = []
     if not seqs:
         return found
-    async for stored in needs.history.read(needs.names.stream_parked, waiting[0].subject, after=min(seqs) - 1):
-        if stored.seq in seqs:
+    async for stored in needs.history.read(needs.names.stream_parked, waiting[0].subject, after=seqs[0] - 1):
+        if stored.seq == seqs[len(found)]:
             found.append(item_of(stored, needs))
-        if stored.seq >= max(seqs):
+        if len(found) == len(seqs) or stored.seq > seqs[len(found)]:
             break
     return found
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from adapter.errors import Refused, SessionExpired, Temporary, Throttled, Uncertain
 from adapter.outbound import Shard
 from adapter.ports import Accepted
+from adapter.settling import GONE_S
 from tests.fakes import GAP_S, RULES, Bench, FakeDelivery, VirtualLoop
 from tests.test_outbound import BOT, USER, finals, outcomes, parked, ready, user_writes
 
@@ -53,6 +54,38 @@ async def test_what_was_parked_arrives_in_one_message_and_each_has_its_receipt()
     assert {receipt.window.remaining for receipt in finals(bench)} == {9}
     assert parked(bench) == []
     assert bench.context().used == 1
+
+
+def hide(bench: Bench, number: int) -> Callable[[], None]:
+    """One that is parked is not shown, as by a cluster that is losing its leaders, until the answer is called."""
+    stored = bench.bus.found("PARKED")[number]
+    (hidden,) = [kept for kept in bench.bus.kept if kept.stored == stored]
+    place = bench.bus.kept.index(hidden)
+    bench.bus.kept.remove(hidden)
+    return lambda: bench.bus.kept.insert(place, hidden)
+
+
+async def test_a_text_that_the_bus_does_not_show_for_a_moment_is_not_overtaken_by_others() -> None:
+    bench, shard = await waiting("a", "b", "c")
+    show = hide(bench, 1)
+    await user_writes(bench, shard)
+    await asyncio.sleep(GONE_S / 2)
+    show()
+    await asyncio.sleep(30)
+    assert shown(bench) == ["a", "b", "c"]
+
+
+async def test_a_repeat_holds_also_what_the_bus_does_not_show_for_a_moment() -> None:
+    bench, shard = await waiting("a", "b", "c")
+    bench.chat.sends.extend([TIMEOUT, SessionExpired("needs_login", "iLink answered -14", errcode=-14)])
+    await user_writes(bench, shard)
+    await asyncio.sleep(3)
+    show = hide(bench, 1)
+    await asyncio.sleep(GONE_S / 2)
+    show()
+    await asyncio.sleep(30)
+    assert set(bench.chat.texts) == {"a\n\nb\n\nc"}
+    assert [outcome for _, outcome, _ in told(bench)] == ["accepted"] * 3
 
 
 async def test_they_count_each_once() -> None:
