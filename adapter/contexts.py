@@ -29,6 +29,7 @@ class Peer:
         "lock",
         "revision",
         "sending",
+        "stored",
         "telling",
         "told",
         "told_in",
@@ -39,7 +40,8 @@ class Peer:
     def __init__(self, bot: str, user: str) -> None:
         self.bot = bot
         self.user = user
-        self.context = Context()
+        self.context = self.stored = Context()
+        """As it is known here, and as the bucket last had it."""
         self.revision = 0
         self.in_flight = 0
         """Requests to sendmessage that have no answer yet."""
@@ -151,7 +153,7 @@ class Contexts:
                         await self._load(peer)  # an operator's hand, or the owner before us: its word counts
                         peer.context = window.known_also(peer.context, before)
                         continue
-                peer.context = after
+                peer.context = peer.stored = after
                 return after
 
     async def _load(self, peer: Peer) -> None:
@@ -160,4 +162,4 @@ class Contexts:
             peer.revision = 0  # purged by an operator, if it ever was
             return
         peer.revision = entry.revision
-        peer.context = msgspec.json.decode(entry.value, type=Context) if entry.value else Context()
+        peer.context = peer.stored = msgspec.json.decode(entry.value, type=Context) if entry.value else Context()

@@ -70,7 +70,7 @@ class LaneWork(Settling):
     async def _hand_over(self, lane: Lane) -> None:
         """Stores how far the command in hand got: the next owner would know only that a request was to leave."""
         peer = self._sender.contexts.loaded(lane.bot, lane.user)
-        if peer is None or peer.context.hand is None:
+        if peer is None or peer.context.hand is None or peer.context is peer.stored:
             return
         try:
             async with asyncio.timeout(NOTE_S):

@@ -333,6 +333,17 @@ async def test_who_takes_a_shard_over_knows_that_a_request_was_not_taken() -> No
     assert outcomes(heir) == [("c", "refused", "expired")]
 
 
+async def test_a_hand_over_stores_nothing_that_is_stored() -> None:
+    """Thousands of users may be throttled, and the time to leave is short."""
+    bench, shard = await ready()
+    bench.chat.sends.append(THROTTLED)
+    shard.on_delivery(bench.command("hi"))
+    await asyncio.sleep(5)
+    bench.bus.writes.clear()
+    await shard.drain(20.0)
+    assert bench.bus.writes == []
+
+
 async def test_an_end_that_cannot_be_stored_ends_all_the_same() -> None:
     bench, shard = await ready()
     bench.chat.sends.extend([Temporary("http_5xx")] * 2)
