@@ -107,12 +107,13 @@ class LaneWork(Settling):
             await self._type(lane, lane.queue[0], binding)
             return 0.0
         lane.spoke = True
-        if lane.parked and not lane.reason:
+        begun = lane.parked and lane.queue and not lane.reason and await self._is_begun(lane, lane.queue[0])
+        if lane.parked and not lane.reason and not begun:
             return await self._flush(lane, binding)
         if not lane.queue:
             return self._patience(lane)
         item = lane.queue[0]
-        if lane.parked or lane.reason:
+        if (lane.parked and not begun) or lane.reason:
             await self._hold_back(lane, item, Wait(lane.reason or "backlog"))
             lane.shift(item)
             return 0.0
@@ -122,6 +123,11 @@ class LaneWork(Settling):
             lane.reason = result.reason
         lane.shift(item)
         return 0.0
+
+    async def _is_begun(self, lane: Lane, item: Item) -> bool:
+        """Whether a command is half sent: what is parked was found, or its user became known, only after that."""
+        hand = (await self._peer(lane)).context.hand
+        return hand is not None and hand.is_begun and hand.client == item.command.client
 
     async def _type(self, lane: Lane, item: Item, binding: Binding) -> None:
         """Hands a typing command over: what is behind it does not wait for iLink's answer. Raises Temporary."""

@@ -399,6 +399,26 @@ async def test_a_new_bot_of_the_user_goes_on_where_the_one_before_had_got_to(die
     assert bench.chat.texts.count("before") == 1
 
 
+async def test_what_is_half_sent_is_not_overtaken_by_what_turns_out_to_be_for_the_same_user() -> None:
+    bench = Bench()
+    await bench.bind(user="")
+    bench.hears()
+    shard, failures = bench.shard(), [Temporary("bus_timeout")] * 5
+
+    async def write(key: str) -> None:
+        if bench.chat.sent and failures:
+            raise failures.pop()
+
+    bench.contexts_bucket.on_write = write
+    shard.on_delivery(bench.command("for whom?", id="c1"))
+    shard.on_delivery(bench.command(THREE, id="c2", user=USER))
+    await asyncio.sleep(1)
+    await bench.bind()
+    shard.heard("s1", BOT, USER)
+    await asyncio.sleep(30)
+    assert [(one, outcome) for one, outcome, _ in outcomes(bench)[1:]] == [("c2", "accepted"), ("c1", "accepted")]
+
+
 # whom it is for ------------------------------------------------------------------------------------------
 
 
