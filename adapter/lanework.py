@@ -243,7 +243,7 @@ class LaneWork(Settling):
     async def _stay(self, lane: Lane, peer: Peer, wait: Wait, binding: Binding) -> float:
         """What is parked stays so, and what came behind it joins it; seconds until that may change."""
         lane.reason = wait.reason
-        may_pass = wait.reason == "quota" and self._may_pass(peer)
+        may_pass = wait.reason == "quota" and self._may_pass(lane, peer)
         final = min((one for one in lane.parked if one.final), default=None)
         if may_pass and final is not None and final != lane.parked[0]:
             lane.put_first(final)
@@ -262,11 +262,12 @@ class LaneWork(Settling):
         left_s = (opens_ms - self._sender.clock.now_ms()) / 1000 if opens_ms else FOREVER_S
         return max(0.05, min(self._patience(lane), left_s))
 
-    def _may_pass(self, peer: Peer) -> bool:
+    def _may_pass(self, lane: Lane, peer: Peer) -> bool:
         """Whether a final command may go ahead of those that wait for sends: only sends are left that are kept back
-        for it, and no other command is half sent."""
+        for it, and no other command is half sent. (What nobody waits for was told by the owner before us.)"""
         context, rules = peer.context, self._sender.rules
-        if not rules.reserve or (context.hand and context.hand.is_begun):
+        hand = context.hand
+        if not rules.reserve or (hand and hand.is_begun and any(one.client == hand.client for one in lane.parked)):
             return False
         return not window.verdict(context, self._sender.clock.now_ms(), rules, final=True)
 

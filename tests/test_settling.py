@@ -372,6 +372,23 @@ async def test_the_last_id_of_the_owner_before_is_known_also_after_the_next_comm
     assert bench.chat.texts == ["one", "two"]
 
 
+async def test_a_last_word_goes_ahead_also_after_a_restart() -> None:
+    """The record still names the command before, which was told."""
+    bench, _ = await ready()
+    rules = bench.sender().rules._replace(reserve=2)
+    shard = bench.shard(sender=bench.sender(rules=rules))
+    for number in range(9):
+        shard.on_delivery(bench.command(f"t{number}"))
+    await asyncio.sleep(60)
+    shard.stop()
+    heir, _ = await heir_of(bench)
+    second = heir.shard(sender=heir.sender(rules=rules))
+    await second.load()
+    second.on_delivery(bench.command("bye", final=True))
+    await asyncio.sleep(10)
+    assert bench.chat.texts[7:] == ["t7", "bye"]
+
+
 @pytest.mark.parametrize("dies", [True, False], ids=["dies", "lives"])
 async def test_a_new_bot_of_the_user_goes_on_where_the_one_before_had_got_to(dies: bool) -> None:
     bench, shard = await ready()
