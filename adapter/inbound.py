@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Awaitable, Callable
 from functools import partial
 
 import msgspec
@@ -214,11 +215,14 @@ async def recover(
             pause_s = needs.stale_retry_s[refusals] if refusals < len(needs.stale_retry_s) else None
             late = not failures and needs_login_now(pause_s, needs.clock.monotonic() - since)
             if late and binding.state == "active":
-                lost = await retry(partial(_lose_owned, binding, needs), needs)
+                lost = await _retry_here(session, partial(_lose_owned, binding, needs), needs)
                 if lost is None:
                     return None
                 tell = partial(tell_login, needs.bindings, needs.events, lost, exc.detail)
-                binding = session.served = await retry(tell, needs)
+                told = await _retry_here(session, tell, needs)
+                if told is None:
+                    return None
+                binding = session.served = told
                 session.state = "needs_login"
             if pause_s is None:
                 return None
@@ -262,6 +266,23 @@ async def _try_again(
     except Temporary as problem:
         log.info("session.unreachable", bot=session.bot, reason=problem.reason)
         return None
+
+
+async def _retry_here(
+    session: Session, work: Callable[[], Awaitable[Binding | None]], needs: Incoming
+) -> Binding | None:
+    """As `retry`, of what the next owner can do as well: None where the session must leave meanwhile."""
+
+    async def attempt() -> Binding | None:
+        try:
+            return await work()
+        except Temporary:
+            if session.leaving:
+                return None
+            raise
+
+    found: Binding | None = await retry(attempt, needs)
+    return found
 
 
 async def _lose_owned(binding: Binding, needs: Incoming) -> Binding | None:

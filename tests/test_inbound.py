@@ -1282,6 +1282,27 @@ async def test_that_a_login_is_lost_is_told_and_tried_on_also_where_the_bus_is_a
     assert texts(bench) == ["hello"]
 
 
+@pytest.mark.parametrize("away", ["binding", "event"])
+async def test_a_login_that_cannot_be_called_lost_does_not_hold_up_who_leaves(away: str) -> None:
+    """Nothing is in hand: the next owner hears of the dead token, too, or finds the mark."""
+    bench = await ready(STALE, STALE, STALE)
+    session, task = tended(bench)
+    await asyncio.sleep(20)
+
+    async def fail(*_: object) -> None:
+        raise Temporary("bus_timeout")
+
+    if away == "binding":
+        bench.bindings_bucket.on_write = fail
+    else:
+        bench.bus.on_publish = fail
+    await asyncio.sleep(100)
+    session.leave(now=True)
+    await asyncio.sleep(2)
+    assert task.done()
+    assert changes(bench) == ["stale"]
+
+
 async def test_who_lost_the_bot_while_the_bus_was_away_does_not_end_its_login() -> None:
     bench = await ready(STALE, STALE, STALE)
     session, task = tended(bench)
