@@ -150,7 +150,8 @@ def _all_taken(hand: Hand) -> Ending:
 
 def _closed(command: Command, hand: Hand, peer: Peer, sender: Sender) -> Wait | None:
     first = hand.part == 0 and not hand.tried
-    needed = 0 if hand.tried else len(command.parts) if first else 1
+    counted = hand.tried and hand.counted_in == peer.context.inbound_id
+    needed = 0 if counted else len(command.parts) if first else 1
     now_ms = sender.clock.now_ms()
     closed = window.verdict(peer.context, now_ms, sender.rules, needed=needed, final=command.final)
     return Wait(closed, attempts=hand.attempts) if closed else None

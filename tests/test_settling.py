@@ -436,6 +436,22 @@ async def test_what_is_half_sent_is_not_overtaken_by_what_turns_out_to_be_for_th
     assert [(one, outcome) for one, outcome, _ in outcomes(bench)[1:]] == [("c2", "accepted"), ("c1", "accepted")]
 
 
+async def test_a_repeat_over_the_next_bot_needs_a_send_of_its_window() -> None:
+    bench, shard = await ready()
+    bench.chat.sends.extend([TIMEOUT, STALE])
+    shard.on_delivery(bench.command("hi", id="c"))
+    await asyncio.sleep(4)
+    await bench.bindings.remove(BOT)
+    bench.hears("b2@im.bot", used=10, inbound_id="in:2")
+    await bench.bind(bot="b2@im.bot")
+    await asyncio.sleep(30)
+    assert [sent.bot for sent in bench.chat.sent] == [BOT, BOT]
+    await user_writes(bench, shard, bot="b2@im.bot")
+    await asyncio.sleep(10)
+    assert outcomes(bench)[-1] == ("c", "accepted", "")
+    assert bench.context("b2@im.bot").used == 1
+
+
 # whom it is for ------------------------------------------------------------------------------------------
 
 
