@@ -448,6 +448,8 @@ class LaneWork(Settling):
                 ending = Ending("refused", "expired", "The user did not write in time.")
                 told[parked.client] = await self._end_unsent(lane, item_now, ending, hand)
             lane.drop([parked.seq])
+            if hand and not any(hand.holds(one.client) for one in lane.parked):
+                await self._let_go(lane, hand, told)  # at once: the next one may not be there to be read
         await self._let_go(lane, hand, told)
 
     async def _give_up(self, lane: Lane) -> None:
