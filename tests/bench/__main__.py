@@ -288,7 +288,7 @@ async def latency(bench: Bench) -> None:
             if bots >= MANY:
                 await said_once(made, received, range(bots))
                 await asyncio.sleep(SETTLE_S)
-            before, spent, count = received.count, Spent(process), (20 if bots >= MANY else 10) * per_s
+            before, spent, count = received.count, Spent(process), 10 * per_s
             received.ages_ms.clear()
             await made.ask("trickle", bots=bots, count=count, per_s=per_s)
             await received.until(before + count)
@@ -398,7 +398,8 @@ async def grown(bench: Bench) -> None:
 
 async def idle(bench: Bench) -> None:
     """All of them at the same time, since waiting costs little: one after the other takes four minutes more."""
-    plan = [("adapter", bots, tls) for tls in (True, False) for bots in (10_000, 5000, 1000)]
+    # first those that take longest to come to rest
+    plan = [("adapter", bots, tls) for bots in (10_000, 5000, 1000) for tls in (True, False)]
     plan.append(("floor", 5000, False))
     empty = {tls: await _empty_mib(bench, tls=tls) for tls in (True, False)}
     async with contextlib.AsyncExitStack() as stack:
@@ -435,7 +436,6 @@ async def _empty_mib(bench: Bench, *, tls: bool) -> float:
 
 async def shared(bench: Bench) -> None:
     """Two processes on the machine's cores, and what is left when one is killed."""
-    await _polls_add_up(bench)
     for bots, total in ((100, 10_000), (10_000, 10_000)):
         async with bench.rig(f"two adapters, {bots} bots", bound=bots, hold_s=SHORT_S) as (made, nc):
             both = [made.adapter(), made.adapter()]
@@ -454,6 +454,7 @@ async def shared(bench: Bench) -> None:
             await made.fewer(bots)
             await made.polled(bots)
             bench.add("kill -9", bots, "the other polls all", "two adapters", polled_s=time.monotonic() - killed)
+    await _polls_add_up(bench)
 
 
 async def _polls_add_up(bench: Bench) -> None:
@@ -461,7 +462,7 @@ async def _polls_add_up(bench: Bench) -> None:
 
     Nothing comes, so that hardly anybody else works, and there is nearly a core for each.
     """
-    bots, alone = 18_000, 0.0
+    bots, alone = 15_000, 0.0
     async with bench.rig("polls: one adapter, then two", bound=bots, hold_s=START_S) as (made, nc):
         adapters = [await bridge_in(made, "adapter", bots)]
         await made.ask("hold", seconds=1.2 * INSTANT_S)
@@ -470,9 +471,9 @@ async def _polls_add_up(bench: Bench) -> None:
             if alone:
                 adapters.append(made.adapter())
                 await made.split(nc, 2)
-            await asyncio.sleep(SETTLE_S)
+            await asyncio.sleep(SETTLE_S / 2)
             before, spent = (await made.ask("stats"))["polls"], Spent(*adapters)
-            await asyncio.sleep(SETTLE_S)
+            await asyncio.sleep(SETTLE_S / 2)
             polls, now = (await made.ask("stats"))["polls"] - before, time.monotonic()
             figures = spent.on(polls, now)
             bench.add("empty polls", bots, "as fast as may be", how, **figures)
