@@ -288,7 +288,7 @@ async def latency(bench: Bench) -> None:
             if bots >= MANY:
                 await said_once(made, received, range(bots))
                 await asyncio.sleep(SETTLE_S)
-            before, spent, count = received.count, Spent(process), 10 * per_s
+            before, spent, count = received.count, Spent(process), (20 if bots >= MANY else 10) * per_s
             received.ages_ms.clear()
             await made.ask("trickle", bots=bots, count=count, per_s=per_s)
             await received.until(before + count)
@@ -471,7 +471,7 @@ async def _polls_add_up(bench: Bench) -> None:
             if alone:
                 adapters.append(made.adapter())
                 await made.split(nc, 2)
-            await asyncio.sleep(SETTLE_S / 2)
+            await asyncio.sleep(SETTLE_S)
             before, spent = (await made.ask("stats"))["polls"], Spent(*adapters)
             await asyncio.sleep(SETTLE_S / 2)
             polls, now = (await made.ask("stats"))["polls"] - before, time.monotonic()
