@@ -32,6 +32,11 @@ THREE = ("A" * 3000 + "\n\n") * 3
 """A text of three parts."""
 
 
+def keeping_back(bench: Bench) -> Shard:
+    """A shard that keeps two sends of each window back for last words."""
+    return bench.shard(sender=bench.sender(rules=bench.sender().rules._replace(reserve=2)))
+
+
 # what can be told ----------------------------------------------------------------------------------------
 
 
@@ -101,8 +106,7 @@ async def test_what_had_no_answer_before_ilink_went_away_is_uncertain_and_no_dea
 async def test_a_word_that_is_only_typing_is_not_accepted_unasked() -> None:
     """Where sends are kept back for last words, and only those are left."""
     bench, shard = await ready()
-    rules = bench.sender().rules._replace(reserve=2)
-    shard = bench.shard(sender=bench.sender(rules=rules))
+    shard = keeping_back(bench)
     for number in range(10):
         shard.on_delivery(bench.command(f"t{number}"))
     await asyncio.sleep(60)
@@ -375,14 +379,13 @@ async def test_the_last_id_of_the_owner_before_is_known_also_after_the_next_comm
 async def test_a_last_word_goes_ahead_also_after_a_restart() -> None:
     """The record still names the command before, which was told."""
     bench, _ = await ready()
-    rules = bench.sender().rules._replace(reserve=2)
-    shard = bench.shard(sender=bench.sender(rules=rules))
+    shard = keeping_back(bench)
     for number in range(9):
         shard.on_delivery(bench.command(f"t{number}"))
     await asyncio.sleep(60)
     shard.stop()
     heir, _ = await heir_of(bench)
-    second = heir.shard(sender=heir.sender(rules=rules))
+    second = keeping_back(heir)
     await second.load()
     second.on_delivery(bench.command("bye", final=True))
     await asyncio.sleep(10)
