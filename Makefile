@@ -20,6 +20,8 @@
 SHELL := /bin/sh
 .SUFFIXES:
 MAKEFLAGS += --no-print-directory
+# Each of the many processes that tests and bench start would compile for a second what none of them may keep.
+unexport PYTHONDONTWRITEBYTECODE
 
 VENV := .venv
 BIN := $(VENV)/bin
