@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import secrets
-from collections.abc import Callable
 
 import msgspec
 import structlog
@@ -53,7 +52,6 @@ class Leases:
         self.departures = 0
         """Counts members that went or fell silent: who waits for something of theirs looks again."""
         self.draining = False
-        self.on_tick: Callable[[], None] = lambda: None
         self._members = members
         self._claims = claims
         self._clock = clock
@@ -184,7 +182,6 @@ class Leases:
                         self.orphans = set()
             except Temporary as exc:
                 log.debug("lease.unread", reason=exc.reason)
-            self.on_tick()
             await first_of(self._look, self._rest_s())
             self._look.clear()
 

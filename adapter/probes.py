@@ -55,7 +55,7 @@ class Health:
         self._failed: dict[str, tuple[str, float]] = {}
 
     def beat(self) -> None:
-        """Called by the event loop every few seconds."""
+        """Called by the event loop again and again, far more often than STUCK_S."""
         now = self.clock()
         if now - self._beat >= STUCK_S:
             self._awake = now

@@ -20,9 +20,10 @@ from adapter.timing import Clock
 
 KNOWN_SANDBOXES = 64
 """Whose receipts are kept in memory once they were read back: after a crash many commands ask for them in a row."""
-
 KNOWN_RECEIPTS = 20_000
-"""Of one sandbox; of one that has more they are read again each time."""
+"""Most receipts kept of one sandbox; of one that has more they are read again each time."""
+KNOWN_S = 60.0
+"""Seconds for which they are kept after the last question."""
 
 
 class Name(NamedTuple):
@@ -30,10 +31,6 @@ class Name(NamedTuple):
 
     id: str
     stored_ms: int
-
-
-KNOWN_S = 60.0
-"""For so long after the last question."""
 
 
 class _Told:
@@ -59,12 +56,7 @@ class Receipts:
 
     async def has_final(self, command: Command) -> bool:
         """Whether this very command has its final receipt. Raises Temporary."""
-        return await self.find_final(command) is not None
-
-    async def find_final(self, command: Command) -> Receipt | None:
-        """The final receipt of this very command, if it has one. Raises Temporary."""
-        name = Name(command.id, command.stored_ms)
-        return (await self.find_finals(command.sandbox, {name})).get(name)
+        return bool(await self.find_finals(command.sandbox, {Name(command.id, command.stored_ms)}))
 
     async def find_finals(self, sandbox: str, wanted: Collection[Name]) -> dict[Name, Receipt]:
         """The final receipts of those commands of one sandbox that have one. Raises Temporary."""

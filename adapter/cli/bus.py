@@ -25,7 +25,7 @@ from nats.js.errors import APIError, NoStreamResponseError, NotFoundError, Servi
 from adapter.cli.exits import NO, UNREACHABLE, Failed
 from adapter.errors import Temporary
 from adapter.jetstream.client import BusClient, violation
-from adapter.jetstream.link import connect_options
+from adapter.jetstream.link import STORE_FAILED, connect_options
 from adapter.names import H_ERROR, H_ERROR_CODE, Names
 from adapter.settings import Settings, read_settings
 from adapter.timing import heeding
@@ -36,11 +36,8 @@ ASKED_S = 2.0
 """Patience with a question that only betters a sentence."""
 NO_JETSTREAM = "JetStream is not available on this server or for this user."
 JetStreamGone = (ServiceUnavailableError, NoStreamResponseError)
-NO_STREAM = 10059
 KEPT = 1000
 """Complaints that are kept: a connection may last for weeks."""
-FULL = 10077
-"""The stream holds as many messages of this subject as it may."""
 
 S = TypeVar("S", bound=msgspec.Struct)
 
@@ -99,7 +96,7 @@ class Bus:
                 UNREACHABLE, f"No stream takes {subject}: start an adapter once, or run `wechat-nats doctor --fix`."
             ) from None
         except APIError as exc:
-            if exc.err_code == FULL:
+            if exc.err_code == STORE_FAILED:
                 raise Failed(NO, f"Not stored: too many messages wait on {subject}; try later.") from None
             raise Failed(NO, f"Not stored: {exc.description or exc} (error {exc.err_code}).") from None
         except (NatsError, TimeoutError):

@@ -125,7 +125,7 @@ async def confined(bus: Bus, sandbox: str) -> list[Check]:
     own = grants(bus.names, "sandbox", sandbox)
     asks = [bus.names.svc(f"{verb}.{sandbox}") for verb in ("replay", "window")]
     mine = await _open_to(bus, Grants(tuple(asks), own.subscribe))
-    missing = _others(mine, Grants(tuple(asks), own.subscribe))
+    missing = _left_out(mine, Grants(tuple(asks), own.subscribe))
     open_to = await _open_to(bus, foreign(bus.names))
     return [
         Check("own", "fail", f"It may not {_some(missing)}: {WHERE}.")
@@ -137,6 +137,7 @@ async def confined(bus: Bus, sandbox: str) -> list[Check]:
     ]
 
 
-def _others(done: Iterable[str], wanted: Grants) -> list[str]:
+def _left_out(done: Iterable[str], wanted: Grants) -> list[str]:
+    """What of `wanted` is not among `done`, in the words of `_open_to`."""
     all_of = [f"publish {s}" for s in wanted.publish] + [f"subscribe {s}" for s in wanted.subscribe]
     return [one for one in all_of if one not in set(done)]

@@ -21,7 +21,7 @@ from nats.aio.msg import Msg
 from nats.errors import Error as NatsError
 
 from adapter.errors import BusRefused, Conflict, Temporary
-from adapter.jetstream.link import NO_STREAM, STORE_FAILED, ApiError, Link, write_refusal
+from adapter.jetstream.link import MESSAGE_GONE, NO_STREAM, STORE_FAILED, ApiError, Link, write_refusal
 from adapter.jetstream.publisher import Publisher
 from adapter.jetstream.questions import Answer
 from adapter.ports import Entry, Message, Stored, Written
@@ -123,7 +123,7 @@ class StreamHistory:
         try:
             await self._link.api(f"STREAM.MSG.DELETE.{stream}", {"seq": seq, "no_erase": not erase})
         except BusRefused as exc:
-            if exc.code not in (10043, 10037, 10057):
+            if exc.code not in MESSAGE_GONE:
                 raise Temporary("bus_refused", exc.detail) from exc
 
 
@@ -264,7 +264,7 @@ def _read(answer: Answer) -> Stored | None:
 
 
 class KvBucket:
-    """Implements ports.Bucket and ports.Shelf. Keys are made by `contract.token_of` and `contract.peer_key`.
+    """Implements ports.Bucket and ports.Shelf. Keys are made by `names.token_of` and `names.peer_key`.
 
     `replicated`: it lies on several servers, any of which answers a direct get, also one that lags; what decides
     who may do something is asked of the leader then.

@@ -29,14 +29,13 @@ from adapter.timing import Latch, backoff, first_of
 
 log = structlog.get_logger()
 
+# JetStream's `err_code` (server/errors.json of nats-server):
 CONFLICT_CODES = (10071, 10164)
 """Wrong last sequence; another compare-and-set on this subject is in process."""
 BUSY_CODES = (10008, 10009, 10023, 10158)
 """JetStream, or the cluster, is not available for a moment; a duplicate is in process."""
 LEADERLESS_CODES = (10008, 10009)
 """What a server says that is cut off from the others."""
-
-
 STORE_FAILED = 10077
 """The stream did not take a message: it is full (which JetStream calls 503 too), or the disk fails."""
 ACCOUNT_FULL = 10002
@@ -44,6 +43,10 @@ ACCOUNT_FULL = 10002
 NO_STREAM = 10059
 NO_CONSUMER = 10014
 """An operator deleted what was there at the start."""
+MESSAGE_GONE = (10037, 10043, 10057)
+"""Answers to a deletion. The last one, a deletion that failed, is said of a sequence that the stream never had."""
+CONSUMER_EXISTS = 10148
+"""With another configuration; the same one is no error."""
 
 SUSPECT_AFTER_S = 4.0
 """A server that has answered nothing for so long, though asked, is left for another one. An election may take as

@@ -17,7 +17,7 @@ from nats.micro.service import EndpointConfig
 
 from adapter.contract import SCHEMA_VERSION
 from adapter.errors import AdapterError, BusRefused, Refused, Temporary
-from adapter.jetstream.link import Link
+from adapter.jetstream.link import CONSUMER_EXISTS, Link
 from adapter.names import H_SCHEMA, Names, is_inbox
 from adapter.ports import Answered, Asked
 from adapter.timing import first_of
@@ -235,7 +235,7 @@ class BusTeller:
         try:
             await self._link.api(f"CONSUMER.CREATE.{stream}.{sandbox}.{self._names.inbox(sandbox)}", body)
         except BusRefused as exc:
-            if exc.code != 10148:  # it exists, perhaps as its reader has changed it: theirs
+            if exc.code != CONSUMER_EXISTS:  # perhaps as its reader has changed it: theirs
                 raise Refused("invalid", f"The durable consumer cannot be made: {exc.detail}") from exc
 
 

@@ -17,7 +17,7 @@ import structlog
 
 from adapter.errors import BusRefused, SettingsError, Temporary
 from adapter.jetstream.buckets import news_subject
-from adapter.jetstream.link import ACCOUNT_FULL, NO_STREAM, Link
+from adapter.jetstream.link import ACCOUNT_FULL, CONSUMER_EXISTS, NO_STREAM, Link
 from adapter.names import SHARDS, Names
 from adapter.settings import Settings
 
@@ -277,7 +277,7 @@ async def create(link: Link, wanted: Wanted) -> None:
     try:
         await link.api(f"CONSUMER.CREATE.{stream}.{wanted.name}", body, timeout_s=15)
     except BusRefused as exc:
-        if exc.code != 10148:  # another replica was faster
+        if exc.code != CONSUMER_EXISTS:  # another replica was faster
             raise
 
 
@@ -384,7 +384,7 @@ async def _found(link: Link, verb: str) -> dict[str, Any] | None:
     try:
         answer = await link.api(verb)
     except BusRefused as exc:
-        if exc.code == 10059:
+        if exc.code == NO_STREAM:
             return None
         raise
     config: dict[str, Any] = answer["config"]
@@ -397,7 +397,7 @@ async def _names(link: Link, stream: str) -> list[str]:
         try:
             answer = await link.api(f"CONSUMER.NAMES.{stream}", {"offset": len(found)})
         except BusRefused as exc:
-            if exc.code == 10059:
+            if exc.code == NO_STREAM:
                 return []
             raise
         page = msgspec.convert(answer.get("consumers") or [], list[str])
