@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import random
-import sys
 import time
 from collections.abc import Callable, Coroutine, Iterator
 from types import TracebackType
@@ -21,64 +19,7 @@ LATE_S = 0.1
 HERE_S = 1.0
 """Longest time that reading what is in the sockets then takes, even of thousands."""
 
-YOUNG = 5_000
-"""Growth, in objects since the last collection, at which the youngest are looked at."""
-LOOK_S = 0.1
-"""Between two looks at the youngest, in any case. What was made and outlives it is counted against what is freed, so
-that the interpreter itself may look at a hundred thousand at once, for fifty milliseconds."""
-GROWN = 16
-"""Those that outlived a look are looked at again when more is allocated by one part in so many; by the interpreter
-after ten looks. What a poll that waits is made of outlives them all, and is no garbage: thousands of bots have half a
-million objects, and a look at all of them stops everything for a tenth of a second or more."""
-LOOKS = 10
-"""Looks between two counts of what is allocated, each of which takes 0.1 ms per million objects."""
-EVERYTHING = 10
-"""Of the counts that found growth, every tenth has all objects looked at, not only the younger ones."""
-SELDOM = 1_000
-"""Looks after which the interpreter itself looks at older ones."""
-
 log = structlog.get_logger()
-
-
-def run_fast(main: Coroutine[Any, Any, T]) -> T:
-    """asyncio.run, on uvloop where there is one: less CPU per request, a fifth of the memory per TLS connection.
-
-    What is there at the start stays: the garbage collector is told to leave it alone. What polls and messages are
-    made of is no garbage either, and looked at seldom (GROWN); the youngest are looked at often, and few at a time.
-    """
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(YOUNG, SELDOM)
-    try:
-        import uvloop  # noqa: PLC0415 -- optional: not on every platform
-    except ModuleNotFoundError:
-        return asyncio.run(_looked_after(main))
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(_looked_after(main))
-
-
-async def _looked_after(main: Coroutine[Any, Any, T]) -> T:
-    """`main`, while garbage is looked for in small pieces."""
-
-    async def look() -> None:
-        least, times = sys.getallocatedblocks(), 0
-        while True:
-            for _ in range(LOOKS):
-                await asyncio.sleep(LOOK_S)
-                gc.collect(0)
-            now = sys.getallocatedblocks()
-            if now < least + least // GROWN:
-                least = min(least, now)
-            else:
-                times += 1
-                gc.collect(1 if times % EVERYTHING else 2)
-                least = sys.getallocatedblocks()
-
-    looking = asyncio.create_task(look(), name="garbage")
-    try:
-        return await main
-    finally:
-        looking.cancel()
 
 
 class Clock(Protocol):

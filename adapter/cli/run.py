@@ -22,8 +22,8 @@ from adapter.cli.options import flag
 from adapter.cli.running import beside_server, until_signalled
 from adapter.contract import MESSAGES
 from adapter.embedded import EmbeddedNats
+from adapter.eventloop import run_fast
 from adapter.settings import Settings, read_settings
-from adapter.timing import run_fast
 
 log = structlog.get_logger()
 
