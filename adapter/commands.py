@@ -19,16 +19,16 @@ from adapter.split import MAX_BYTES, is_open, split, to_plain
 _PEER = re.compile(r"[!-~]{0,128}")
 """A bot's or user's id: it becomes part of a subject."""
 _VALUE = re.compile(r"""value (['"]).*\1(?= - at |$)""", re.DOTALL)
-
-
+"""What msgspec quotes of a text that it does not take."""
 _HEADER = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _SERVERS = ("nats-", "kv-", "status", "description")
+"""How the names of headers begin that are the server's own."""
 HEADERS_KEPT = 32
 HEADER_CHARS = 1024
-
 MAX_NAME = 128
+"""Characters of a file name."""
 _UNSEEN = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
-
+"""Unicode categories that a file name is rid of."""
 MERGED_AT_ONCE = 32
 """Texts in one merged message, at most: as many ids as a user's record remembers (window.DONE_IDS)."""
 _BETWEEN = "\n\n"
@@ -91,6 +91,21 @@ class Command(NamedTuple):
         if any(isinstance(part, MediaPart) for part in self.parts):
             return "media"
         return "text" if self.parts else "unreadable"
+
+
+def stand_in(ident: str, client: str, sandbox: str, stored_ms: int) -> Command:
+    """Stands for a command that cannot be carried out, so that it can have its receipt."""
+    return Command(
+        id=ident,
+        client=client,
+        sandbox=sandbox,
+        bot="",
+        user="",
+        parts=[],
+        when_closed="refuse",
+        stored_ms=stored_ms,
+        expires_ms=0,
+    )
 
 
 def passed_on(headers: Mapping[str, str]) -> dict[str, str]:

@@ -80,10 +80,7 @@ class Contexts:
         found = self._peers.get(bot, {}).get(user)
         if found is not None:
             return found
-        loading = self._loading.get((bot, user))
-        if loading is None:
-            loading = self._loading[bot, user] = asyncio.Lock()
-        async with loading:
+        async with self._loading.setdefault((bot, user), asyncio.Lock()):
             found = self._peers.get(bot, {}).get(user)
             if found is None:
                 found = Peer(bot, user)

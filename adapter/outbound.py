@@ -14,7 +14,7 @@ import structlog
 
 from adapter import contract
 from adapter.backlog import PAGE, Backlog
-from adapter.commands import Command, command_id, peek, read_command
+from adapter.commands import Command, command_id, peek, read_command, stand_in
 from adapter.errors import AdapterError, Refused, Temporary, Unreadable
 from adapter.lane import Item, Lanes, parked_at
 from adapter.lanework import LaneWork
@@ -28,6 +28,7 @@ from adapter.settling import GONE_S, Outgoing
 log = structlog.get_logger()
 
 MAX_NAME = 64
+"""Characters of a sandbox's name (names.SANDBOX_PATTERN)."""
 HIDE_S = 12.0
 """At the end typing is hidden in this time, in which one call may hang, or by the next owner."""
 CUT_S = 1.0
@@ -319,10 +320,9 @@ def _ident(delivery: Delivery, body_id: str | None) -> str:
 
 
 def _nameless(delivery: Delivery, body_id: str | None) -> Command:
-    """Stands for a command that cannot be carried out, so that it can have its receipt."""
+    """A command that was not read."""
     ident = _ident(delivery, body_id)
     sandbox = delivery.subject.rpartition(".")[2]
     if len(sandbox) > MAX_NAME:
         sandbox = UNROUTED  # the subject of its receipts would break the connection
-    client = f"out-{delivery.seq}-{delivery.time_ms}"
-    return Command(ident, client, sandbox, "", "", [], "refuse", delivery.time_ms, 0)
+    return stand_in(ident, f"out-{delivery.seq}-{delivery.time_ms}", sandbox, delivery.time_ms)

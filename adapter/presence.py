@@ -353,10 +353,7 @@ class Presence:
         return self._tickets.setdefault((sight.bot, sight.user), Ticket())
 
     def _line(self, bot: str) -> asyncio.Lock:
-        line = self._lines.get(bot)
-        if line is None:
-            line = self._lines[bot] = asyncio.Lock()
-        return line
+        return self._lines.setdefault(bot, asyncio.Lock())
 
     # when it does not work --------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from weakref import WeakValueDictionary
 import structlog
 
 from adapter import contract
-from adapter.commands import Command, Limits, command_id, passed_on, peek, sandbox_of
+from adapter.commands import Command, Limits, command_id, passed_on, peek, sandbox_of, stand_in
 from adapter.errors import BusRefused, Refused, Temporary, Unreadable
 from adapter.metrics import Metrics
 from adapter.names import H_COMMAND, H_MSG_ID, UNROUTED, Names
@@ -102,6 +102,5 @@ class Router:
 
 
 def _named(delivery: Delivery, sandbox: str, ident: str) -> Command:
-    """Stands for a command that ends here."""
-    client = f"routed-{delivery.seq}-{delivery.time_ms}"
-    return Command(ident, client, sandbox, "", "", [], "refuse", delivery.time_ms, 0)
+    """A command that ends here."""
+    return stand_in(ident, f"routed-{delivery.seq}-{delivery.time_ms}", sandbox, delivery.time_ms)

@@ -15,8 +15,7 @@ from adapter.errors import AdapterError, Refused, Temporary, Unreadable
 from adapter.ilink import protocol
 from adapter.ilink.cipher import BLOCK, KEY_BYTES, Decryption, Encryption, cipher_size
 from adapter.ilink.client import AGENT, ILink
-from adapter.ilink.network import CheckedNetwork, checked
-from adapter.ilink.transport import CONNECT_S
+from adapter.ilink.network import CONNECT_S, KEPT_S, CheckedNetwork, checked
 from adapter.metrics import Metrics
 from adapter.ports import Account, Fetch, MediaKind, Uploaded
 
@@ -53,7 +52,7 @@ class CdnClient:
         client = httpx.AsyncClient(
             verify=ssl.create_default_context(),
             timeout=httpx.Timeout(stall_s, connect=CONNECT_S),
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=transfers, keepalive_expiry=20.0),
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=transfers, keepalive_expiry=KEPT_S),
             follow_redirects=False,
             trust_env=False,  # proxies in the environment are for iLink's API; the CDN is reached past them (9.1)
             # not even asked for: a small answer must not unpack into a huge one

@@ -6,6 +6,7 @@ import random
 import ssl
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TypeVar
 
 import structlog
@@ -170,24 +171,8 @@ class ILink:
             key=key,
             agent=AGENT,
         )
-        started = time.monotonic()
-        try:
-            reply = await self._post(account, request, UPLOAD_URL_S)
-            url = protocol.read_upload_url(reply, cdn_base_url=cdn_base_url, filekey=filekey)
-        except TimeoutError as exc:
-            self._count("getuploadurl", "timeout")
-            raise Temporary("timeout", f"no answer within {UPLOAD_URL_S:g} s") from exc
-        except Uncertain as exc:
-            self._count("getuploadurl", "network")
-            raise Temporary("network", exc.detail) from exc
-        except AdapterError as exc:
-            self._count("getuploadurl", _outcome(exc))
-            raise
-        finally:
-            took_s = time.monotonic() - started
-            self._metrics.upstream_request_duration.labels(endpoint="getuploadurl").observe(took_s)
-        self._count("getuploadurl", "ok")
-        return url
+        read = partial(protocol.read_upload_url, cdn_base_url=cdn_base_url, filekey=filekey)
+        return await self._ask(account, request, read, UPLOAD_URL_S)
 
     async def notify(self, account: Account, *, start: bool) -> None:
         """notifystart or notifystop. Raises Temporary, SessionExpired; its caller logs and goes on."""
@@ -208,14 +193,16 @@ class ILink:
         )
         return await self._ask(account, request, protocol.read_typing)
 
-    async def _ask(self, account: Account, request: Request, read: Callable[[Reply], T]) -> T:
+    async def _ask(
+        self, account: Account, request: Request, read: Callable[[Reply], T], timeout_s: float = ASK_S
+    ) -> T:
         """A call that may be repeated: no answer is Temporary, too. Raises what `read` raises."""
         endpoint, started = request.endpoint, time.monotonic()
         try:
-            answer = read(await self._post(account, request, ASK_S))
+            answer = read(await self._post(account, request, timeout_s))
         except TimeoutError as exc:
             self._count(endpoint, "timeout")
-            raise Temporary("timeout", f"no answer within {ASK_S:g} s") from exc
+            raise Temporary("timeout", f"no answer within {timeout_s:g} s") from exc
         except Uncertain as exc:
             self._count(endpoint, "network")
             raise Temporary("network", exc.detail) from exc

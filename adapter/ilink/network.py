@@ -24,6 +24,10 @@ log = structlog.get_logger()
 
 Lookup = Callable[[str, int], Awaitable[list[str]]]
 
+CONNECT_S = 10.0
+"""Longest time until a connection stands, without its TLS."""
+KEPT_S = 20.0
+"""An idle connection is kept for so long: shorter than what servers allow, so that no request meets a closing one."""
 NEXT_S = 2.0
 """An address that does not answer holds up the next one no longer."""
 

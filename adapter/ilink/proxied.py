@@ -12,13 +12,10 @@ import aiohttp
 from yarl import URL
 
 from adapter.errors import Temporary, Uncertain
-from adapter.ilink.network import CheckedResolver
+from adapter.ilink.network import CONNECT_S, KEPT_S, CheckedResolver
 from adapter.ilink.protocol import Reply
 from adapter.ilink.unpack import PackedBadly, Unpacker
 from adapter.timing import AnsweredWithin
-
-CONNECT_S = 10.0
-KEPT_S = 20.0
 
 
 class Proxied:

@@ -21,15 +21,12 @@ import aiohappyeyeballs
 
 from adapter.errors import Temporary, Uncertain
 from adapter.ilink.connection import Connection
-from adapter.ilink.network import CheckedResolver
+from adapter.ilink.network import CONNECT_S, KEPT_S, CheckedResolver
 from adapter.ilink.protocol import Reply
 from adapter.ilink.proxied import Proxied
 
-CONNECT_S = 10.0
 TLS_S = 30.0
-"""Longer, since a process that starts with thousands of bots is busy with as many handshakes."""
-KEPT_S = 20.0
-"""An idle connection is kept for so long: shorter than what servers allow, so that no request meets a closing one."""
+"""Longer than CONNECT_S, since a process that starts with thousands of bots is busy with as many handshakes."""
 RESOLVED_S = 10.0
 """A name is asked for again after so long."""
 STAGGER_S = 0.25
