@@ -53,7 +53,7 @@ class Peer:
         self.told_in = ""
         """Of which window: its inbound message."""
         self.telling: window.Name = ""
-        """The same, once what is on its way is on the bus."""
+        """What it will have been told once the event that is on its way is on the bus."""
         self.told_sure = False
         """Nothing else can be on the bus: not so after a crash, which may have come before the record was written."""
 

@@ -28,9 +28,12 @@ from adapter.timing import Clock, backoff
 log = structlog.get_logger()
 
 MAX_BYTES = 65_536
+"""A larger command is put aside."""
 MAX_BUGS = 5
+"""A command on which the adapter has crashed so often is put aside."""
 ERASE_TRIES = 5
 SETTLED_KEPT = 1000
+"""Sequences of commands that are carried out, remembered in case they are delivered again."""
 
 
 class Control:

@@ -91,7 +91,7 @@ class Seen:
         the lines, which takes ten times as long."""
         self._count = 0
         self._oldest_ms = 0
-        """The oldest was not seen before."""
+        """No record was seen before this time."""
         self.unkept = 0
         """How many are not among those kept."""
         self.added = 0

@@ -1,4 +1,4 @@
-"""What the adapter tells the world: binding events, receipts, dead letters. Each is stored before it counts."""
+"""What the adapter tells the world: events, among them receipts, and dead letters. Each counts once it is stored."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Events:
             self._metrics.receipts.of(receipt.outcome).inc()
 
     async def _store(self, sandbox: str, kind: str, payload: bytes, msg_id: str) -> bool:
-        """Whether the stream took it."""
+        """Whether the stream took it; what it refuses for good is logged."""
         headers = {H_MSG_ID: msg_id, H_SCHEMA: contract.SCHEMA_VERSION}
         try:
             await self._surely(Message("event", self._names.event(sandbox, kind), payload, headers))

@@ -38,7 +38,7 @@ from adapter.timing import Clock, backoff, finish, first_of
 log = structlog.get_logger()
 
 HOLD_MS = 35_000
-"""The client waits so long for a poll, plus a margin, until the server gives a hint."""
+"""How long the server is taken to hold a poll, as long as it gives no hint; the client waits a margin longer."""
 INSTANT_S = 0.5
 """An answer sooner than this that brings nothing new was no long poll: its server is not hammered."""
 NOTIFY_S = 1.5

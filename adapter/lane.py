@@ -57,24 +57,27 @@ class Lane:
         self.sandbox = sandbox
         self.bot = bot
         """The bot that it was last meant for; another bot of the same user may take its place."""
-        self.hand: Hand | None = None
-        """How far its last command got: one of the bot's next sandbox may take its place in the record."""
-        self.former = ""
-        """The bot that served the user before, while what was sent over it has not been looked at."""
         self.user = user
         """"" as long as nobody knows the bot's user."""
+        self.former = ""
+        """The bot that served the user before, while what was sent over it has not been looked at."""
+        self.hand: Hand | None = None
+        """How far its last command got: one of the bot's next sandbox may take its place in the record."""
         self.queue: deque[Item] = deque()
         self.parked: deque[Parked] = deque()
         self.earliest_ms = math.inf
-        """Nothing of both expires before: not all that waits has to be looked at for each command."""
+        """Nothing in the queue, and nothing parked, expires before this: no turn before it need look at them all."""
         self.reason = ""
         """Why the parked commands wait."""
         self.wake = asyncio.Event()
         self.next_send = 0.0
+        """Monotonic time before which nothing is sent to the user."""
         self.stale_tries = 0
         """Sends in a row that iLink refused with -14."""
         self.stale_since = 0.0
+        """Monotonic time of the first of them."""
         self.stale_until = 0.0
+        """Monotonic time before which none is tried again."""
         self.last_tries = False
         """The binding needs a login by this lane's word, and tries are left that may prove it wrong."""
         self.unsure: set[int] = set()

@@ -30,8 +30,9 @@ from adapter.timing import finish
 log = structlog.get_logger()
 
 FOREVER_S = 3600.0
+"""How long a lane sleeps that nothing but a wake-up can help; it looks again then all the same."""
 NOTE_S = 2.0
-"""So long a bus that does not answer may hold up the end of a lane."""
+"""Longest time for which a bus that does not answer holds up the end of a lane."""
 
 
 class LaneWork(Settling):
@@ -168,6 +169,7 @@ class LaneWork(Settling):
         return found
 
     def _hindrance(self, lane: Lane, binding: Binding) -> str:
+        """Why nothing may be sent, whatever the window says, as a receipt's reason; "" if nothing is in the way."""
         if binding.state == "needs_login" and not lane.last_tries:
             return "needs_login"
         if self._needs.stale(binding.bot) or self._sender.clock.monotonic() < lane.stale_until:

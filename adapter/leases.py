@@ -26,10 +26,11 @@ from adapter.timing import Clock, Latch, first_of, heed
 log = structlog.get_logger()
 
 DEAD_KEPT = 1000
+"""Members known to be dead, and keys known to be absent, that are remembered."""
 LOOK = 1 / 8
-"""Who lives is looked at so often, in leases."""
+"""Pause between two looks at who lives, as a part of the lease."""
 SHORTEST_S = 0.05
-"""Between two looks: clocks may differ by a hair over when a lease ends."""
+"""Shortest pause between two looks: clocks may differ by a hair over when a lease ends."""
 HOLD = 0.8
 """The holder stops after this part of the lease; the rest is for clocks that run apart and answers on their way."""
 
@@ -59,8 +60,10 @@ class Leases:
         self._instance = instance
         self._lease_s = lease_s
         self._revision = 0
+        """Of this incarnation's key among the members."""
         self._look = asyncio.Event()
         self._deadline = 0.0
+        """Monotonic time up to which the lease is valid."""
         self._paused = True
         self._claim_revisions: dict[int, int] = {}
         self._unsure: set[int] = set()
@@ -68,6 +71,7 @@ class Leases:
         self.surplus: set[int] = set()
         """Owned shards that another replica should have: to be handed over by `release`."""
         self._seen: dict[str, tuple[int, float]] = {}
+        """The revision of each member's key, and when this replica first saw it."""
         self._since: dict[str, float] = {}
         """When each living member was first seen."""
         self._live: dict[str, Member] = {}

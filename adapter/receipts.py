@@ -39,7 +39,9 @@ class _Told:
     def __init__(self, since_ms: int) -> None:
         self.since_ms = since_ms
         self.asked = 0.0
+        """Monotonic time of the last question."""
         self.seq = 0
+        """The newest sequence in WECHAT_EVENT that was read; 0: none yet."""
         self.found: dict[Name, Receipt] = {}
 
 

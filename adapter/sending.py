@@ -84,8 +84,11 @@ class Sender(NamedTuple):
     metrics: Metrics
     rules: window.Rules
     slots: asyncio.Semaphore
+    """Bounds the requests that are out, over all users."""
     attempts: int
+    """Of one request while iLink's answers say that nothing was taken."""
     empty_is_success: bool
+    """An answer without a message id is `accepted`."""
     continue_text: str
     """Appended to the text that takes the last send of a window; "" is nothing."""
     text_chars: int
@@ -149,6 +152,7 @@ def _all_taken(hand: Hand) -> Ending:
 
 
 def _closed(command: Command, hand: Hand, peer: Peer, sender: Sender) -> Wait | None:
+    """Why the next request may not leave now. Before the first, all parts must fit; a repeat was counted already."""
     first = hand.part == 0 and not hand.tried
     counted = hand.tried and hand.counted_in == peer.context.inbound_id
     needed = 0 if counted else len(command.parts) if first else 1

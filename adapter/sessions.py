@@ -82,7 +82,7 @@ class Incoming(NamedTuple):
     writable: Callable[[], Awaitable[None]]
     """Returns when the bus takes what is written; no poll starts before."""
     purges: Callable[[], int]
-    """How often cursors were seen to be gone: who has one puts it back before the next poll."""
+    """How often the bucket of cursors was seen to lack some: each poller puts its own back before the next poll."""
     starting: asyncio.Semaphore
     """Bounds how many bots are taken at once: thousands would hold up the event loop, and with it the lease."""
     starts: Pace
@@ -92,11 +92,15 @@ class Incoming(NamedTuple):
     spread_s: Callable[[], float]
     """Over how long polls are spread that could all start again at the same moment."""
     stale_retry_s: tuple[float, ...]
+    """Pauses between the tries of a token that iLink has refused (-14)."""
     skew_ms: int
+    """By how much the times of two copies of a message may differ."""
     notify: bool
+    """Whether iLink is told that polling starts and stops."""
     tell_freed: Callable[[str], Awaitable[None]]
     """Tells the other replicas that a bot was given back; one that misses it finds out by itself. Never raises."""
     grace_s: float
+    """How long what is in hand may take to be stored once the service stops."""
     fence: Callable[[], None] | None = None
     """Asked before each write of what a bot has heard; see Session.fenced."""
 
@@ -119,7 +123,7 @@ class Session:
         self.apart = False
         """What was seen stands in a second key of the cursors, too."""
         self.purges = 0
-        """Of the cursors, up to which this bot's is known to be there."""
+        """The number of purges (Incoming.purges) up to which this bot's cursor is known to be there."""
         self.leaving = False
         """Ends at the next poll boundary."""
         self.served: Binding | None = None
@@ -159,7 +163,7 @@ class Session:
         return self._fenced[2]
 
     def must_leave(self) -> bool:
-        """For conditions that are looked at again and again."""
+        """`leaving`, for a look after an await: a type checker holds the attribute to be what it was before."""
         return self.leaving
 
     def leave(self, *, now: bool) -> None:
@@ -200,6 +204,7 @@ class Place(NamedTuple):
 
 
 def check_owned(needs: Incoming, binding: Binding) -> None:
+    """Raises LeaseLost unless this replica owns the shard of the bot's sandbox."""
     needs.leases.check(shard_of(binding.sandbox))
 
 

@@ -22,6 +22,7 @@ log = structlog.get_logger()
 ROUND_S = 3600.0
 """Between two rounds, or a quarter of the time for which things are kept, whichever is shorter."""
 RETRY_S = 60.0
+"""Pause after a round that failed."""
 
 
 class Tidying(NamedTuple):

@@ -15,6 +15,7 @@ from adapter.ports import Account, Cdn, MediaKind, Objects, StoredObject, Upload
 from adapter.timing import Clock
 
 READY_KEPT = 1000
+"""Uploads that are remembered for a repeat of their request."""
 READY_S = 3600.0
 """How long an upload is good for a repeat of its request: how long iLink's references live is not known (9.1)."""
 PIECE = 64 * 1024

@@ -21,9 +21,11 @@ from adapter.timing import Clock, Latch
 log = structlog.get_logger()
 
 TICK_S = 0.5
+"""Between two beats."""
 OBSERVED_EVERY = 8
 """Ticks between two counts of what is there: with thousands of bots each takes milliseconds."""
 TIDIED_EVERY = 60
+"""Ticks between two clean-ups of what nobody needs any more."""
 WATCH_S = 2.0
 """Between two looks at JetStream; at streams and consumers every other time."""
 

@@ -54,6 +54,8 @@ long, and then moving gains nothing and loses little; a server that is cut off f
 
 
 class ApiError(msgspec.Struct):
+    """JetStream's error: an HTTP-like code, its own (`err_code`), and words."""
+
     code: int = 0
     err_code: int = 0
     description: str = ""

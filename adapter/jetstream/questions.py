@@ -17,6 +17,8 @@ from adapter.jetstream.client import BusClient, is_unheard
 
 
 class Answer(NamedTuple):
+    """One answer to a question."""
+
     data: bytes
     headers: dict[str, str]
     """The server's own word is called `Status`, as in nats-py."""
