@@ -1,9 +1,10 @@
 """Faults (12.2): which one strikes which request."""
 
 import random
-from typing import Any
+from collections.abc import Callable
+from typing import Annotated, Any
 
-from msgspec import Struct, field
+from msgspec import Meta, Struct, field
 
 from adapter.simulator import parameters
 
@@ -56,8 +57,8 @@ class FaultRule(Struct, kw_only=True, forbid_unknown_fields=True):
     endpoint: str | None = None
     bot: str | None = None
     user: str | None = None
-    probability: float = 1.0
-    count: int | None = None
+    probability: Annotated[float, Meta(ge=0, le=1)] = 1.0
+    count: Annotated[int, Meta(ge=-1)] | None = None
     params: dict[str, Any] = field(default_factory=dict)
     id: int = 0
     struck: int = 0
@@ -79,19 +80,23 @@ class Faults:
         self._rng = rng
         self._last_id = 0
 
-    def add(self, rule: FaultRule) -> FaultRule:
+    def check(self, rule: FaultRule) -> None:
         """Raises ValueError for a rule that could never strike, or not as it says."""
         if rule.fault not in FAULTS:
             raise ValueError(f"unknown fault {rule.fault}, there are {', '.join(FAULTS)}")
-        endpoints, count = FAULTS[rule.fault]
-        if rule.endpoint and rule.endpoint not in endpoints:
+        endpoints, _ = FAULTS[rule.fault]
+        if rule.endpoint is not None and rule.endpoint not in endpoints:
             raise ValueError(f"{rule.fault} strikes {', '.join(sorted(endpoints))} only")
-        reached = {rule.endpoint} if rule.endpoint else endpoints
+        reached = endpoints if rule.endpoint is None else {rule.endpoint}
         if rule.bot is not None and LOGIN.issuperset(reached):
             raise ValueError("a login has no bot yet; give the user who scans")
         if rule.user is not None and reached == {"get_bot_qrcode"}:
             raise ValueError("nobody has scanned a code that is only asked for")
         parameters.check(rule.fault, rule.params)
+
+    def add(self, rule: FaultRule) -> FaultRule:
+        """Puts a rule that was checked in force."""
+        _, count = FAULTS[rule.fault]
         if rule.count is None:
             rule.count = -1 if count is None else count
         self._last_id += 1
@@ -110,10 +115,18 @@ class Faults:
         self.rules = kept
         return removed
 
-    def take(self, fault: str, endpoint: str, bot: str, user: str = "") -> FaultRule | None:
-        """The rule by which `fault` strikes now, already counted; None: it does not."""
+    def take(
+        self,
+        fault: str,
+        endpoint: str,
+        bot: str,
+        user: str = "",
+        fits: Callable[[FaultRule], bool] = lambda rule: True,
+    ) -> FaultRule | None:
+        """The rule by which `fault` strikes now, already counted; None: it does not. A rule that does not fit what
+        is going on is passed over, and not counted."""
         for rule in self.rules:
-            if rule.fault == fault and rule.count != 0 and self._strikes(rule, endpoint, bot, user):
+            if rule.fault == fault and rule.count != 0 and fits(rule) and self._strikes(rule, endpoint, bot, user):
                 rule.struck += 1
                 if rule.count is not None and rule.count > 0:
                     rule.count -= 1

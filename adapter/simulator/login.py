@@ -1,6 +1,7 @@
 """The QR login as the server sees it: a state machine that a phone drives (section 8, S4)."""
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from adapter.simulator import ids
@@ -45,7 +46,7 @@ class Qr:
     def record(self) -> QrRecord:
         return QrRecord(
             qrcode=self.code,
-            status="scaned_but_redirect" if self.redirected else self.status,
+            status="scaned_but_redirect" if self.redirected and self.status in RESTING else self.status,
             user=self.user,
             bot=self.bot.id if self.bot else "",
             created_ms=self.created_ms,
@@ -217,8 +218,8 @@ class Logins:
     def _redirect(self, qr: Qr, second_url: str) -> Json:
         answer: Json = {"ret": 0, "status": "scaned_but_redirect"}
         host: str | None = second_url.partition("://")[2]
-        if rule := self._world.faults.take("F23", "get_qrcode_status", "", qr.user):
-            host = rule.params.get("redirect_host", host)
+        if rule := self._take("F23", qr, lambda rule: "redirect_host" in rule.params):
+            host = rule.params["redirect_host"]
         if host is None:
             qr.redirected = False
         else:
@@ -236,28 +237,27 @@ class Logins:
             "ilink_user_id": qr.bot.user,
             "baseurl": base_url,
         }
-        if rule := self._world.faults.take("F23", "get_qrcode_status", "", qr.user):
-            answer["baseurl"] = rule.params.get("baseurl", base_url)
-        if self._f27_kind(qr) == "no_bot_id" and self._take_f27(qr):
+        if rule := self._take("F23", qr, lambda rule: "baseurl" in rule.params):
+            answer["baseurl"] = rule.params["baseurl"]
+        if self._take("F27", qr, lambda rule: rule.params["kind"] == "no_bot_id"):
             del answer["ilink_bot_id"]
         return answer
 
     def _struck(self, qr: Qr, verify_code: str) -> Json | None:
         """F27, by `kind`: `expired`, `blocked`, `wrong_code`; `no_bot_id` strikes in `_credentials`."""
-        kind = self._f27_kind(qr)
-        demanded = verify_code and qr.status == "need_verifycode"
-        strikes = kind in ("expired", "blocked") or (kind == "wrong_code" and demanded)
-        if not strikes or not self._take_f27(qr):
+        demanded = bool(verify_code) and qr.status == "need_verifycode"
+        kinds = ("expired", "blocked", "wrong_code") if demanded else ("expired", "blocked")
+        rule = self._take("F27", qr, lambda rule: rule.params["kind"] in kinds)
+        if rule is None:
             return None
-        if kind == "wrong_code":
-            self._refuse_code(qr)
-        else:
-            qr.change("expired" if kind == "expired" else "verify_code_blocked")
+        match rule.params["kind"]:
+            case "wrong_code":
+                self._refuse_code(qr)
+            case "expired":
+                qr.change("expired")
+            case "blocked":
+                qr.change("verify_code_blocked")
         return {"ret": 0, "status": qr.status}
 
-    def _f27_kind(self, qr: Qr) -> str:
-        rules = self._world.faults.find("F27", "get_qrcode_status", "", qr.user)
-        return next((str(rule.params.get("kind")) for rule in rules if rule.count != 0), "")
-
-    def _take_f27(self, qr: Qr) -> bool:
-        return self._world.faults.take("F27", "get_qrcode_status", "", qr.user) is not None
+    def _take(self, fault: str, qr: Qr, fits: Callable[[FaultRule], bool]) -> FaultRule | None:
+        return self._world.faults.take(fault, "get_qrcode_status", "", qr.user, fits)

@@ -132,19 +132,16 @@ class Outbox:
                     return self._penalise(rule, user)
                 del rule.state[user]
                 return None
-        if self._too_calm(bot, user):
-            return None
-        if rule_now := self._world.faults.take("F12", "sendmessage", bot.id, user):
-            return self._penalise(rule_now, user)
-        return None
+        begun = self._world.faults.take(
+            "F12", "sendmessage", bot.id, user, lambda rule: self._is_burst(bot, user, rule)
+        )
+        return self._penalise(begun, user) if begun else None
 
-    def _too_calm(self, bot: Bot, user: str) -> bool:
-        """Whether a rule for bursts waits for more sends within `burst_s` (5.2, cause 4)."""
-        rules = self._world.faults.find("F12", "sendmessage", bot.id, user)
-        burst = int(rules[0].params.get("burst", 0)) if rules else 0
-        since_ms = self._world.clock.exact_ms() - float(rules[0].params.get("burst_s", 1)) * 1000 if rules else 0
+    def _is_burst(self, bot: Bot, user: str, rule: FaultRule) -> bool:
+        """Whether there were as many sends within `burst_s` as the rule waits for (5.2, cause 4)."""
+        since_ms = self._world.clock.exact_ms() - float(rule.params.get("burst_s", 1)) * 1000
         recent = itertools.takewhile(lambda send: send.start_ms >= since_ms, reversed(bot.sends))
-        return sum(send.shown and send.user == user for send in recent) < burst
+        return sum(send.shown and send.user == user for send in recent) >= int(rule.params.get("burst", 0))
 
     def _penalise(self, rule: FaultRule, user: str) -> Verdict:
         """Every attempt starts the penalty anew; only quiet ends it."""

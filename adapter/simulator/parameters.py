@@ -50,7 +50,8 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     "F27": {"kind": ("expired", "blocked", "wrong_code", "no_bot_id")},
 }
 """By fault and name: the type, or the words to choose from. Faults that are missing have none."""
-NEEDED = {"F27": "kind"}
+NEEDED = {"F23": ("redirect_host", "baseurl"), "F27": ("kind",)}
+"""By fault: at least one of these, without which it would do nothing."""
 
 
 def check(fault: str, params: dict[str, Any]) -> None:
@@ -58,8 +59,8 @@ def check(fault: str, params: dict[str, Any]) -> None:
     known = PARAMETERS.get(fault, {})
     if unknown := params.keys() - known:
         raise ValueError(f"{fault} has no {', '.join(sorted(unknown))}; it has {', '.join(known) or 'no parameters'}")
-    if fault in NEEDED and NEEDED[fault] not in params:
-        raise ValueError(f"{fault} needs {NEEDED[fault]}")
+    if (needed := NEEDED.get(fault)) and params.keys().isdisjoint(needed):
+        raise ValueError(f"{fault} needs {' or '.join(needed)}")
     for name, value in params.items():
         _check_one(f"{name} of {fault}", value, known[name])
 

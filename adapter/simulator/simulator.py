@@ -353,9 +353,12 @@ class Simulator:
     def set_fault(self, rule: FaultRule) -> FaultRule:
         """In force from the next request on."""
         try:
-            return self.world.faults.add(rule)
+            self.world.faults.check(rule)
         except ValueError as exc:
             raise SimulatorError(str(exc)) from exc
+        if rule.bot is not None:
+            rule.bot = self.world.find(rule.bot).id
+        return self.world.faults.add(rule)
 
     def faults(self) -> list[FaultRule]:
         return list(self.world.faults.rules)

@@ -207,7 +207,7 @@ class World:
 
     def kill(self, bot: Bot) -> None:
         """From now on its token is answered with -14, parked polls included."""
-        bot.dead = True
+        bot.dead, bot.stale_answers = True, 0
         if bot.online:
             self.turn(bot, online=False)
         bot.wake()

@@ -276,6 +276,17 @@ async def test_f12_a_burst_starts_the_penalty(make: MakeClient) -> None:
     assert answers == [0, 0, 0, 0, -2, -2, 0]
 
 
+async def test_f12_an_older_rule_that_is_used_up_starts_nothing(talking: Client) -> None:
+    strike(talking, "F12", penalty_s=60)
+    assert (await talking.send())["ret"] == -2
+    talking.sim.advance(61)
+    assert (await talking.send())["ret"] == 0
+
+    strike(talking, "F12", burst=3)
+
+    assert [(await talking.send())["ret"] for _ in range(3)] == [0, 0, -2]
+
+
 async def test_f13_success_without_an_id_for_one_user(talking: Client) -> None:
     other = Client(talking.sim, talking.sim.add_bot(), talking.http)
     other.sim.say(other.bot.user, "hello")
@@ -483,6 +494,8 @@ async def test_f28_a_batch_of_a_thousand_messages_and_ten_megabytes(make: MakeCl
     "rule",
     [
         FaultRule(fault="F1", endpoint="getupdate"),
+        FaultRule(fault="F1", endpoint=""),
+        FaultRule(fault="F1", bot="nobody"),
         FaultRule(fault="F1", endpoint="cdn/upload"),
         FaultRule(fault="F6", endpoint="cdn/upload"),
         FaultRule(fault="F9", endpoint="get_bot_qrcode"),
@@ -515,6 +528,7 @@ async def test_a_rule_that_could_never_strike_is_refused(client: Client, rule: F
         ("F16", {"change": "zzz"}, "context_token"),
         ("F27", {"kind": "zzz"}, "no_bot_id"),
         ("F27", {}, "kind"),
+        ("F23", {}, "baseurl"),
         ("F5", {"hang": 1}, "hang_ms"),
     ],
 )
@@ -542,6 +556,22 @@ async def test_a_rule_strikes_so_many_times_and_is_told(talking: Client) -> None
     assert [(r.id, r.struck, r.count) for r in talking.sim.faults()] == [(rule.id, 2, 0)]
     assert talking.sim.clear_faults(rule_id=rule.id) == 1
     assert talking.sim.faults() == []
+
+
+async def test_a_rule_may_name_a_bot_by_its_user(talking: Client) -> None:
+    other = Client(talking.sim, talking.sim.add_bot(), talking.http)
+    strike(talking, "F9", bot=talking.bot.user)
+
+    assert await talking.poll() == STALE
+    assert (await other.poll())["msgs"] == []
+
+
+@pytest.mark.parametrize("rule", [{"probability": 1.5}, {"probability": -1}, {"count": -2}])
+async def test_a_rule_over_http_is_within_its_ranges(client: Client, rule: Json) -> None:
+    answer = await client.http.post(f"{client.sim.admin_url}/set_fault", json={"fault": "F1"} | rule)
+
+    assert answer.status_code == 400
+    assert next(iter(rule)) in answer.json()["error"]
 
 
 async def test_a_rule_strikes_by_chance_alike_for_the_same_seed(make: MakeClient) -> None:

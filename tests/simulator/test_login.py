@@ -210,7 +210,8 @@ async def test_s4_a_login_is_redirected_to_a_second_host(client: Client) -> None
     }
     second = f"http://{first['redirect_host']}"
     assert (await status(client, code, second))["status"] == "scaned"
-    client.sim.confirm(code)
+    assert client.sim.qrcodes()[-1].status == "scaned_but_redirect"
+    assert client.sim.confirm(code).status == "confirmed"
     answer = await status(client, code, second)
     assert (answer["status"], answer["baseurl"]) == ("confirmed", second)
 
@@ -283,6 +284,19 @@ async def test_f23_a_redirect_to_a_host_of_ones_own_choice(client: Client, host:
     assert answer["baseurl"] == "http://evil.example"
 
 
+async def test_f23_a_rule_for_the_base_url_alone_waits_for_the_end_of_the_login(client: Client) -> None:
+    rule = client.sim.set_fault(FaultRule(fault="F23", count=1, params={"baseurl": "http://evil.example"}))
+    code = await qrcode(client)
+    client.sim.scan(code)
+    await client.sim.redirect(code)
+    own = client.sim.second_url.removeprefix("http://")
+
+    assert (await status(client, code))["redirect_host"] == own
+    assert rule.struck == 0
+    client.sim.confirm(code)
+    assert (await status(client, code, client.sim.second_url))["baseurl"] == "http://evil.example"
+
+
 async def test_faults_strike_the_logins_of_one_user(client: Client) -> None:
     client.sim.set_fault(FaultRule(fault="F1", endpoint="get_qrcode_status", user="o9cq80One@im.wechat"))
     statuses = []
@@ -326,6 +340,20 @@ async def test_f27_a_code_that_nobody_asked_for_is_not_called_wrong(client: Clie
     assert rule.struck == 0
     assert (await status(client, code, verify_code="1234"))["status"] == "need_verifycode"
     assert (await status(client, code, verify_code="1234"))["status"] == "scaned"
+
+
+async def test_f27_of_several_rules_each_strikes_where_it_can(client: Client) -> None:
+    for kind in ("no_bot_id", "wrong_code"):
+        client.sim.set_fault(FaultRule(fault="F27", count=1, params={"kind": kind}))
+    code = await qrcode(client)
+    client.sim.require_verify(code, "1234")
+    client.sim.scan(code)
+
+    assert (await status(client, code, verify_code="1234"))["status"] == "need_verifycode"
+    assert (await status(client, code, verify_code="1234"))["status"] == "scaned"
+    client.sim.confirm(code)
+    assert "ilink_bot_id" not in await status(client, code)
+    assert "ilink_bot_id" in await status(client, code)
 
 
 async def test_f27_confirmed_without_a_bot_id(client: Client) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import httpx
 import pytest
 
+from adapter.simulator import FaultRule
 from adapter.simulator.world import VOID_TOKENS_KEPT
 from tests.simulator.client import BASE_INFO, LONG, Client, headers, texts
 from tests.simulator.conftest import MakeClient
@@ -260,6 +261,16 @@ async def test_s5_a_client_that_goes_on_with_a_dead_token_is_noted(client: Clien
 
     await client.poll()
     assert [violation.kind for violation in client.sim.violations()] == ["call_after_minus_14"]
+
+
+async def test_s5_a_minus_14_that_was_cured_does_not_count_against_a_token_that_dies_later(client: Client) -> None:
+    client.sim.set_fault(FaultRule(fault="F8"))
+    await client.poll()
+    client.sim.kill_token(client.bot.bot)
+
+    await client.poll()
+
+    assert client.sim.violations() == []
 
 
 async def test_a_token_can_be_revived(client: Client) -> None:
