@@ -1,5 +1,5 @@
 /* Messages of the bus, generated from the JSON Schemas here by `make generate`; do not edit.
-   Of: 989b91222deef07bacb57f90d5cf1ba7db9cb4422fb45a2087711f52e5887c93 */
+   Of: 4c95200015d529046e8290ab1d27b86a42627d766015c8ebd78e4099a76a1e1f */
 
 /**
  * How a binding behaves.
@@ -426,7 +426,7 @@ export interface MediaBytes {
 }
 /**
  * Headers of wechat.svc.media.put.<sandbox>; the payload are the bytes of the piece, 16 KiB (but for the last)
- *     to 512 KiB. The answer is a Media, whole after the last piece. A piece may be repeated.
+ * to 512 KiB. The answer is a Media, whole after the last piece. A piece may be repeated.
  */
 export interface MediaPiece {
   /**
@@ -605,7 +605,7 @@ export interface Outbound {
 /**
  * What became of a command. Exactly one final receipt each; `parked` is not final.
  *
- *     Subject: wechat.event.<sandbox>.receipt.
+ * Subject: wechat.event.<sandbox>.receipt.
  */
 export interface Receipt {
   /**

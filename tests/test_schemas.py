@@ -57,6 +57,12 @@ def test_what_is_stored_is_what_the_code_says() -> None:
     assert schema.differing() == []
 
 
+def test_no_description_has_the_indentation_of_its_docstring() -> None:
+    """Before Python 3.13 docstrings have it: what is generated would be another there."""
+    indented = [path for path, text in schema.generated().items() if path.suffix == ".json" and r"\n    " in text]
+    assert indented == []
+
+
 def test_generating_twice_gives_the_same_bytes() -> None:
     """In another process too, where hashes of strings are others."""
     code = "from adapter import schema; print(schema.generated())"
