@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+from collections import deque
+from typing import NamedTuple
 from weakref import WeakValueDictionary
 
 import structlog
@@ -13,7 +15,7 @@ from adapter.commands import Command, Limits, command_id, passed_on, peek, sandb
 from adapter.errors import BusRefused, Refused, Temporary, Unreadable
 from adapter.metrics import Metrics
 from adapter.names import H_COMMAND, H_MSG_ID, UNROUTED, Names
-from adapter.ports import Bus, Delivery, Message
+from adapter.ports import Bus, Delivery, Message, PubAck
 from adapter.receipts import Receipts
 from adapter.sending import Ending
 from adapter.timing import Clock
@@ -21,9 +23,41 @@ from adapter.timing import Clock
 log = structlog.get_logger()
 
 
+PIECE, PIECE_BYTES = 32, 32 * 1024
+"""Copies written in one piece, and bytes of them (one is taken, however large it is): what a server reads at once."""
+
+
+class _Copy(NamedTuple):
+    delivery: Delivery
+    ident: str
+    message: Message
+
+
+class _Turn:
+    """Whose turn it is to copy to a sandbox, and what waits for it, in order."""
+
+    def __init__(self) -> None:
+        self.lock = asyncio.Lock()
+        self._waiting: deque[_Copy] = deque()
+
+    def add(self, copy: _Copy) -> None:
+        self._waiting.append(copy)
+
+    def piece(self) -> list[_Copy]:
+        """The next copies; none where others have taken them along."""
+        piece: list[_Copy] = []
+        size = 0
+        while self._waiting and len(piece) < PIECE:
+            size += len(self._waiting[0].message.payload)
+            if piece and size > PIECE_BYTES:
+                break
+            piece.append(self._waiting.popleft())
+        return piece
+
+
 class Router:
-    """Handles one delivery. Of each sandbox one copy is out at a time: where the stream's leader goes, one may get
-    lost on its way, and another that was written after it be stored by the next leader."""
+    """Handles one delivery. Of each sandbox one piece is out at a time: where the stream's leader goes, one copy may
+    get lost on its way, and another that was written later be stored by the next leader."""
 
     def __init__(
         self, bus: Bus, receipts: Receipts, names: Names, limits: Limits, clock: Clock, metrics: Metrics
@@ -34,7 +68,7 @@ class Router:
         self._limits = limits
         self._clock = clock
         self._metrics = metrics
-        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._turns: WeakValueDictionary[str, _Turn] = WeakValueDictionary()
         """By sandbox."""
 
     async def route(self, delivery: Delivery) -> None:
@@ -62,17 +96,27 @@ class Router:
             H_MSG_ID: f"routed:{delivery.seq}:{delivery.time_ms}:{words}:{ident}",
             H_COMMAND: ident,
         }
-        async with self._turns.setdefault(sandbox, asyncio.Lock()):
-            if await self._has_ended(delivery, sandbox, ident):  # it was refused, and now there may be room
-                await delivery.ack()
-                return
-            try:
-                await self._bus.publish(Message("out", self._names.out(sandbox), delivery.data, headers))
-            except BusRefused as exc:
-                detail = f"The sandbox's queue does not take it: {exc.detail}"
-                await self._end(delivery, sandbox, ident, Ending("refused", "backlog", detail))
-                return
-        await delivery.ack()
+        turn = self._turns.setdefault(sandbox, _Turn())
+        turn.add(_Copy(delivery, ident, Message("out", self._names.out(sandbox), delivery.data, headers)))
+        async with turn.lock:
+            await self._copy(sandbox, turn.piece())
+
+    async def _copy(self, sandbox: str, piece: list[_Copy]) -> None:
+        new = []
+        for copy in piece:
+            if await self._has_ended(copy.delivery, sandbox, copy.ident):  # refused; now there may be room
+                await copy.delivery.ack()
+            else:
+                new.append(copy)
+        answers = await self._bus.publish_all([copy.message for copy in new])
+        await asyncio.gather(*(self._settle(copy, sandbox, one) for copy, one in zip(new, answers, strict=True)))
+
+    async def _settle(self, copy: _Copy, sandbox: str, answer: PubAck | BusRefused) -> None:
+        if isinstance(answer, BusRefused):
+            detail = f"The sandbox's queue does not take it: {answer.detail}"
+            await self._end(copy.delivery, sandbox, copy.ident, Ending("refused", "backlog", detail))
+        else:
+            await copy.delivery.ack()
 
     async def _has_ended(self, delivery: Delivery, sandbox: str, ident: str) -> bool:
         """Whether a command that was delivered before has had its receipt from here."""
