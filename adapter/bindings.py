@@ -102,16 +102,18 @@ class Bindings:
         if entry is not None:
             self._see(entry)
 
-    async def _restore(self, key: str) -> bool:
+    async def _restore(self, key: str, anew: bool) -> bool:
         """Puts back a binding that was purged: a purge is no unbind, and nobody else has the token any more.
 
-        Only the owner does it, who has seen every unbind; False: another replica has to. Raises Temporary.
+        Only the owner does it, who has seen every unbind; False: another replica has to. Where the bucket was made
+        `anew` whoever knows the binding does: its owner may be a replica that started on the empty bucket. Raises
+        Temporary.
         """
         bot = text_of(key)
         binding = self.get(bot)
         if binding is None:
             return True
-        if not self._mine(binding):
+        if not (anew or self._mine(binding)):
             return False
         if await self._write(binding, 0):
             log.error("binding.restored", bot=bot, sandbox=binding.sandbox, detail="Its key was purged.")

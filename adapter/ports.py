@@ -436,11 +436,12 @@ class Bucket(Protocol):
         on_entry: Callable[[Entry], None],
         *,
         on_loaded: Callable[[], None] | None = None,
-        on_missing: Callable[[str], Awaitable[bool]] | None = None,
+        on_missing: Callable[[str, bool], Awaitable[bool]] | None = None,
         reload_s: float = 30.0,
     ) -> None:
         """Calls `on_entry` for all that is there and every change, until cancelled; `on_missing` for each key that is
-        there no more, and was not deleted: somebody purged it. It is called again until it returns True."""
+        there no more, and was not deleted: somebody purged it, or (the flag) the bucket was lost as a whole and made
+        anew. It is called again until it returns True."""
 
 
 class Written(NamedTuple):

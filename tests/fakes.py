@@ -346,7 +346,7 @@ class FakeBucket:
         on_entry: Callable[[Entry], None],
         *,
         on_loaded: Callable[[], None] | None = None,
-        on_missing: Callable[[str], Awaitable[bool]] | None = None,
+        on_missing: Callable[[str, bool], Awaitable[bool]] | None = None,
         reload_s: float = 30.0,
     ) -> None:
         self._followers.append(on_entry)

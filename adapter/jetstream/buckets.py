@@ -345,12 +345,12 @@ class KvBucket:
         on_entry: Callable[[Entry], None],
         *,
         on_loaded: Callable[[], None] | None = None,
-        on_missing: Callable[[str], Awaitable[bool]] | None = None,
+        on_missing: Callable[[str, bool], Awaitable[bool]] | None = None,
         reload_s: float = 30.0,
     ) -> None:
         """Calls `on_entry` for every key and every change (deleted keys too), until cancelled; `on_loaded` after
         each complete reading, `on_missing` for each key that has gone without a trace since it was seen, as in a
-        purge, until it returns True.
+        purge, until it returns True. Its flag says that the whole bucket went: it was made after the key was seen.
 
         News come from the subject that the server republishes to once a value is stored (the plain subject
         would also show writes that were refused). Everything is read again after each connect, and where a look
@@ -394,7 +394,7 @@ class KvBucket:
                 anew = self._stale or epoch != self.link.epoch or self._now() - read_at > FOLLOW_ANEW_S
                 epoch = self.link.epoch
                 self._stale = False
-                keys, newest = await self._numbers()
+                keys, newest, begins = await self._numbers()
                 if whole and not anew and (keys, newest) == (len(revisions), top):
                     await self._until_told(epoch, reload_s)
                     continue
@@ -410,7 +410,8 @@ class KvBucket:
                     # too old, or purged; a follower of the cluster may just lag
                     if await self.get(key) is not None or revisions[key] != revision:
                         continue
-                    if on_missing is not None and key in living and not await on_missing(key):
+                    ask = on_missing if key in living else None
+                    if ask is not None and not await ask(key, revision < begins):
                         continue
                     if revisions[key] == revision:
                         del revisions[key]
@@ -426,13 +427,14 @@ class KvBucket:
     def _now(self) -> float:
         return asyncio.get_running_loop().time()
 
-    async def _numbers(self) -> tuple[int, int]:
-        """How many keys there are, deleted ones too, and the newest sequence. Raises Temporary."""
+    async def _numbers(self) -> tuple[int, int, int]:
+        """How many keys there are, deleted ones too, the newest sequence, and the one that it was made with (see
+        `topology.create`). Raises Temporary."""
         try:
-            state = (await self.link.api(f"STREAM.INFO.{self.stream}"))["state"]
+            info = await self.link.api(f"STREAM.INFO.{self.stream}")
         except BusRefused as exc:
             raise Temporary("bus_refused", exc.detail) from exc
-        return int(state["messages"]), int(state["last_seq"])
+        return int(info["state"]["messages"]), int(info["state"]["last_seq"]), int(info["config"].get("first_seq", 0))
 
     async def _until_told(self, epoch: int, seconds: float) -> None:
         """Until everything is to be read again, there is another client, or the time is over."""

@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import os
 import random
+import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator
@@ -21,7 +22,7 @@ from nats.js.errors import APIError
 
 from adapter.contract import Inbound, Login, LoginQuery, Quote
 from adapter.embedded import EmbeddedNats
-from adapter.names import shard_of
+from adapter.names import SHARDS, shard_of
 from tests.e2e.test_bindings import ask as service
 from tests.e2e.test_commands import final_of
 from tests.e2e.test_logins import newest, reaches, start
@@ -288,6 +289,24 @@ async def test_a_stream_that_is_deleted_takes_readiness_until_it_is_back(tmp_pat
         await loaded(made, nc, 3, first=3)
         await faultless(made, nc)
         assert (await made.bind(nc, "later", made.sim.add_bot())).ok
+        assert adapter.said("binding.restored") == BOTS
+
+
+async def test_bindings_that_their_owner_never_knew_are_put_back_by_who_did(tmp_path: Path) -> None:
+    """A replica that starts on a bucket that was lost owns shards, and knows nobody."""
+    async with running(tmp_path) as (made, nc, adapter):
+        adapter.signal(signal.SIGSTOP)
+        assert (await ask(nc, f"STREAM.DELETE.KV_{NAMES.bindings}")).get("success")
+        fresh = await made.add_adapter(WECHAT_NATS_HTTP_ADDR=f"127.0.0.1:{free_port()}", WECHAT_NATS_INSTANCE="fresh")
+        await until(lambda: fresh.said("lease.expired") == 1, "it has taken everything over")
+        adapter.signal(signal.SIGCONT)
+
+        async def shared() -> bool:
+            return await fresh.metric("shards_owned") < SHARDS and await adapter.metric("shards_owned") > 0
+
+        await eventually(shared, "both own shards")
+        await loaded(made, nc, 2)
+        await faultless(made, nc)
         assert adapter.said("binding.restored") == BOTS
 
 
