@@ -5,11 +5,13 @@ import base64
 import inspect
 import io
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
 from aiohttp import web
+from msgspec import Meta
 
+from adapter.simulator import reading
 from adapter.simulator.faults import FaultRule
 from adapter.simulator.records import Json, SimulatorError
 
@@ -23,6 +25,9 @@ ACTS = (
     "add_bot add_bots advance clear_faults configure confirm cut_polls expire flood inject inject_many "
     "kill_token redirect repeat replay require_verify revive_token say say_kind say_media scan set_fault"
 )
+KeyForm = Literal["usual", "hex", "raw_base64", "hex_base64", "none"]
+Url = Literal["both", "full", "param"]
+NotNegative = Annotated[int, Meta(ge=0)]
 
 
 class Admin:
@@ -37,10 +42,12 @@ class Admin:
 
     async def handle(self, request: web.Request) -> web.Response:
         name = request.match_info["call"].strip("/")
-        if name not in self._methods or (request.method == "GET" and name not in READS.split()):
+        if name not in self._methods:
             return reply({"error": "not found", "get": READS.split(), "post": ACTS.split()}, status=404)
+        if request.method == "GET" and name not in READS.split():
+            return reply({"error": f"{name} is called by POST"}, status=405)
         try:
-            result = self._methods[name](**await self._arguments(request))
+            result = reading.call(self._methods[name], await self._arguments(request))
             if inspect.isawaitable(result):
                 result = await result
         except (SimulatorError, ValueError, TypeError) as exc:
@@ -58,26 +65,48 @@ class Admin:
             raise SimulatorError("the arguments must be a JSON object")
         return arguments
 
+    def _add_bots(self, count: NotNegative) -> Any:
+        return self._simulator.add_bots(count)
+
     def _say(self, to: str, text: str, overrides: Json | None = None) -> Any:
         return self._simulator.say(to, text, **(overrides or {}))
 
-    def _say_kind(self, to: str, kind: str, overrides: Json | None = None, **how: Any) -> Any:
-        return self._simulator.say_kind(to, kind, **how, **(overrides or {}))
+    def _say_kind(
+        self,
+        to: str,
+        kind: str,
+        text: str = "hello",
+        of: str | None = None,
+        part: str | None = None,
+        nth: NotNegative = 0,
+        on: Literal["text", "image", "voice", "voice_transcript", "file", "video"] = "text",
+        key_form: KeyForm = "usual",
+        url: Url = "both",
+        overrides: Json | None = None,
+    ) -> Any:
+        how: Json = {"of": of, "part": part, "nth": nth, "on": on, "key_form": key_form, "url": url}
+        return self._simulator.say_kind(to, kind, text, **how, **(overrides or {}))
 
     async def _say_media(
         self,
         to: str,
         kind: str,
         content: str | None = None,
+        sample: str | None = None,
+        size: NotNegative | None = None,
+        key_form: KeyForm = "usual",
+        url: Url = "both",
         fields: Json | None = None,
-        url: str = "both",
-        **how: Any,
     ) -> Any:
         decoded = None if content is None else base64.b64decode(content, validate=True)
+        how: Json = {"sample": sample, "size": size, "key_form": key_form}
         sealed = await asyncio.to_thread(self._simulator.media.seal, kind, decoded, **how)
         return self._simulator.say_media(to, kind, sealed, url=url, **(fields or {}))
 
-    async def _media(self, reference: str, raw: str = "") -> Any:
+    def _inject_many(self, to: str, messages: list[Json], fill: bool = True) -> Any:
+        return self._simulator.inject_many(to, messages, fill=fill)
+
+    async def _media(self, reference: str, raw: bool = False) -> Any:
         """With `raw`, the bytes themselves."""
         content = await asyncio.to_thread(self._simulator.media_content, reference)
         if raw:
@@ -85,7 +114,7 @@ class Admin:
         return {"content": base64.b64encode(content).decode()}
 
     def _set_fault(self, **rule: Any) -> Any:
-        return self._simulator.set_fault(msgspec.convert(rule, FaultRule))
+        return self._simulator.set_fault(reading.read(rule, FaultRule))
 
     def _now(self) -> Json:
         return {"now_ms": self._simulator.now_ms}
@@ -106,10 +135,10 @@ class Admin:
     def _cut_polls(self, bot: str | None = None) -> Json:
         return self._counted("cut", self._simulator.cut_polls(bot))
 
-    def _replay(self, bot: str, last: int = 1) -> Json:
+    def _replay(self, bot: str, last: NotNegative = 1) -> Json:
         return self._counted("replayed", self._simulator.replay(bot, last))
 
-    def _flood(self, to: str, messages: int = 1000, size: int = 10_000) -> Json:
+    def _flood(self, to: str, messages: NotNegative = 1000, size: NotNegative = 10_000) -> Json:
         return self._counted("bytes", self._simulator.flood(to, messages, size))
 
 

@@ -1,15 +1,18 @@
 """The simulator as a process of its own: `python -m adapter.simulator --port 8080 --hold-ms 500`."""
 
 import argparse
+import ast
 import asyncio
+import inspect
+import itertools
 import json
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Literal, get_args, get_origin, get_type_hints
 
-import msgspec
-
+from adapter.simulator import reading
 from adapter.simulator.records import SimulatorError
 from adapter.simulator.settings import SimulatorSettings
 from adapter.simulator.simulator import Simulator
@@ -38,17 +41,12 @@ def run(arguments: Sequence[str] | None = None) -> int:
     given = vars(parser.parse_args(arguments))
     port_file, bots = given.pop("port_file"), given.pop("bots")
     try:
-        settings = msgspec.convert(
-            {name: value for name, value in given.items() if value is not None},
-            SimulatorSettings,
-            strict=False,
+        settings = reading.read(
+            {name: value for name, value in given.items() if value is not None}, SimulatorSettings
         )
-    except msgspec.ValidationError as exc:
-        parser.error(str(exc))
-    try:
         asyncio.run(serve(settings, lambda simulator: tell(simulator, port_file), bots=bots))
     except OSError as exc:
-        sys.stderr.write(f"cannot listen: {exc}\n")
+        sys.stderr.write(f"cannot start: {exc}\n")
         return 1
     except SimulatorError as exc:
         parser.error(str(exc))
@@ -57,12 +55,45 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
 def make_parser() -> argparse.ArgumentParser:
     """One option per setting, of the same name."""
-    parser = argparse.ArgumentParser(prog="simulator", description="A server that behaves as iLink does.")
-    for name in SimulatorSettings.__struct_fields__:
-        parser.add_argument(f"--{name.replace('_', '-')}", metavar="VALUE")
-    parser.add_argument("--port-file", type=Path, help="write the port here once it listens")
-    parser.add_argument("--bots", type=int, default=0, help="have this many bots from the start")
+    parser = argparse.ArgumentParser(
+        prog="simulator",
+        usage="%(prog)s [--option VALUE ...]",
+        description="A server that behaves as iLink does. Prints where it listens as a line of JSON.",
+        epilog="Bots, phones and faults are driven by POST <url>/_sim/<call>: see README.md beside this code, "
+        f"{Path(__file__).with_name('README.md')}.",
+    )
+    explained = explanations()
+    for name, hint in get_type_hints(SimulatorSettings).items():
+        default = getattr(SimulatorSettings(), name)
+        shown = default if isinstance(default, str) else json.dumps(default)
+        choices = ("true", "false") if hint is bool else get_args(hint) if get_origin(hint) is Literal else ()
+        parser.add_argument(
+            f"--{name.replace('_', '-')}",
+            metavar="{" + ",".join(choices) + "}" if choices else "VALUE",
+            help=explained[name].replace("%", "%%") + (f" [{shown}]" if shown else ""),
+        )
+    parser.add_argument("--port-file", type=Path, help="Write the port here once it listens.")
+    parser.add_argument("--bots", type=count, default=0, help="Have this many bots from the start. [0]")
     return parser
+
+
+def count(text: str) -> int:
+    """Raises ValueError."""
+    if (number := int(text)) < 0:
+        raise ValueError
+    return number
+
+
+def explanations() -> dict[str, str]:
+    """What the docstrings of the settings say, by name."""
+    (struct,) = ast.parse(inspect.getsource(SimulatorSettings)).body
+    assert isinstance(struct, ast.ClassDef)
+    return {
+        field.target.id: " ".join(str(text.value.value).split())
+        for field, text in itertools.pairwise(struct.body)
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
+        if isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
+    }
 
 
 def tell(simulator: Simulator, port_file: Path | None) -> None:

@@ -47,6 +47,14 @@ def endpoint_of(path: str) -> str:
     return plain.removeprefix("ilink/bot/") if plain.startswith("ilink/bot/") else ""
 
 
+async def read_bytes(request: web.Request) -> bytes:
+    """What was sent as body; what cannot be unpacked is as little JSON as what it stands for."""
+    try:
+        return await request.read()
+    except web.RequestPayloadError:
+        return b"\0"
+
+
 def read_json(raw: bytes) -> Json | None:
     """None for what is no JSON object. An integer keeps all its digits; an empty body is no object."""
     try:
@@ -94,7 +102,7 @@ class Server:
             return web.json_response({"error": "not found"}, status=404)
         start_ms = self._world.clock.exact_ms()
         bot = self._bot(request)
-        body = read_body(endpoint, await request.read()) if request.method == "POST" else {}
+        body = read_body(endpoint, await read_bytes(request)) if request.method == "POST" else {}
         self._watch.look(request, endpoint, bot, body)
         visit = Visit(request, endpoint, bot, body, start_ms, second=second)
         visit.user = self._user(visit)

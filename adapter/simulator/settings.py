@@ -6,10 +6,28 @@ from msgspec import Meta, Struct
 
 NotNegative = Annotated[int, Meta(ge=0)]
 Port = Annotated[int, Meta(ge=0, le=65_535)]
+Duration = Annotated[float, Meta(ge=0)]
+Url = Annotated[str, Meta(pattern=r"^(https?://\S+)?$")]
+
+AT_THE_START = frozenset(
+    {
+        *("host", "port", "public_url", "cdn_public_url", "second_host", "second_port", "second_public_url"),
+        *("tls_cert", "tls_key", "seed", "frozen_at_ms"),
+    }
+)
+"""What is settled once the simulator runs."""
+FOR_ALL = frozenset(
+    {
+        *("qr_ttl_s", "qr_hold_ms", "verify_attempts", "qr_url"),
+        *("media_bytes_kept", "records_per_bot", "sends_per_bot"),
+    }
+)
+"""What no bot has for itself: logins have none yet, and memory is shared."""
 
 
 class SimulatorSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Any field but the addresses may also be changed while running, for all bots or for one (`configure`)."""
+    """Any field but those of AT_THE_START may also be changed while running (`configure`), for all bots or, but for
+    those of FOR_ALL, for one."""
 
     host: str = "127.0.0.1"
     """Address to listen on."""
@@ -19,28 +37,28 @@ class SimulatorSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """Address of the listener that QR logins are redirected to (S4); opened when first needed."""
     second_port: Port = 0
     """Its port, then open from the start; 0 picks a free one."""
-    public_url: str = ""
+    public_url: Url = ""
     """Base URL that clients reach this server under; empty: made from the listening address."""
-    cdn_public_url: str = ""
+    cdn_public_url: Url = ""
     """Base URL that clients reach the CDN under, `/c2c` and all: many take media from a host of Tencent's CDN only
     (1.4); empty: made from `public_url`."""
-    second_public_url: str = ""
+    second_public_url: Url = ""
     """The same for the second listener; its host is the `redirect_host` of logins, to which clients go by https."""
     tls_cert: str = ""
     """PEM file of a certificate and its chain: both listeners speak https, and nothing else; empty: plain http."""
     tls_key: str = ""
     """PEM file of its key, without a password; empty: the key is in `tls_cert`."""
     seed: int | None = None
-    """Seeds ids, tokens and chance; None: different in every run."""
+    """Seeds ids, tokens and chance; null: different in every run."""
     frozen_at_ms: int | None = None
-    """Business time stands at this Unix millisecond and moves by `advance` only; None: real time."""
+    """Business time stands at this Unix millisecond and moves by `advance` only; null: real time."""
 
     hold_ms: NotNegative = 35_000
     """How long `getupdates` waits for a message (S6)."""
     hold_min_ms: NotNegative = 0
     """Above 0: each hold is drawn between this and `hold_ms`, as was observed (15 to 35 s)."""
     hint_ms: int | None = 35_000
-    """`longpolling_timeout_ms` of the answers; None leaves it out."""
+    """`longpolling_timeout_ms` of the answers; null leaves it out."""
     ret_style: Literal["absent", "zero", "alternate"] = "absent"
     """Whether successful polls carry `ret` (2.5)."""
     stale_style: Literal["errcode", "ret", "both"] = "errcode"
@@ -76,7 +94,7 @@ class SimulatorSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields
     was superseded (S5); `ignored` does not even notice that it is missing."""
     tokenless: Literal["refuse", "drop", "deliver"] = "refuse"
     """A send without a context token: -2, success without delivery, or delivery (S12)."""
-    window_hours: float = 24.0
+    window_hours: Duration = 24.0
     """How long after a user's message the bot may send."""
     quota: NotNegative = 10
     """Accepted sends per window; 0: unlimited."""
@@ -91,11 +109,11 @@ class SimulatorSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields
     send_latency_ms: NotNegative = 0
     """Pause between processing a send and answering it; makes overlapping sends visible."""
 
-    token_death_delay_s: float = 29.0
+    token_death_delay_s: Duration = 29.0
     """How long a superseded bot's token lives on (S5)."""
-    ticket_ttl_s: float = 86_400.0
+    ticket_ttl_s: Duration = 86_400.0
     """Life of a typing ticket (S14)."""
-    typing_timeout_s: float = 0.0
+    typing_timeout_s: Duration = 0.0
     """Typing ends by itself after this time; 0: never (S15)."""
 
     upload_url: Literal["full_url", "param", "both"] = "full_url"
@@ -109,7 +127,7 @@ class SimulatorSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields
     media_bytes_kept: Annotated[int, Meta(ge=1)] = 2**30
     """Bytes on the CDN over all bots; the oldest media go first."""
 
-    qr_ttl_s: float = 120.0
+    qr_ttl_s: Duration = 120.0
     """Life of a QR code (S4)."""
     qr_hold_ms: NotNegative = 30_000
     """How long `get_qrcode_status` waits for a change."""

@@ -6,10 +6,9 @@ from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import msgspec
 from msgspec import structs
 
-from adapter.simulator import ids
+from adapter.simulator import ids, reading
 from adapter.simulator.clock import Clock
 from adapter.simulator.faults import Faults
 from adapter.simulator.records import (
@@ -21,7 +20,7 @@ from adapter.simulator.records import (
     SimulatorError,
     Violation,
 )
-from adapter.simulator.settings import SimulatorSettings
+from adapter.simulator.settings import AT_THE_START, FOR_ALL, SimulatorSettings
 
 IN_ALL = 200_000
 """Records of one sort over all bots, so that 10,000 bots do not fill the memory."""
@@ -147,11 +146,13 @@ class World:
     def configure(self, bot: str | None, changes: Json) -> SimulatorSettings:
         """Changes knobs for all bots, or for one, which then no longer follows later changes for all."""
         target = self.find(bot) if bot is not None else None
-        merged = structs.asdict(self.settings_of(target)) | changes
-        try:
-            settings = convert_settings(merged)
-        except ValueError as exc:
-            raise SimulatorError(str(exc)) from exc
+        present = structs.asdict(self.settings_of(target))
+        settings = reading.read(present | changes, SimulatorSettings)
+        changed = {name for name, value in structs.asdict(settings).items() if value != present[name]}
+        if fixed := changed & AT_THE_START:
+            raise SimulatorError(f"can only be set at the start: {', '.join(sorted(fixed))}")
+        if target is not None and (common := changed & FOR_ALL):
+            raise SimulatorError(f"can only be set for all bots: {', '.join(sorted(common))}")
         if target is None:
             self.settings = settings
         else:
@@ -253,8 +254,3 @@ class World:
 
     def records_limit(self) -> int:
         return self.share(self.settings.records_per_bot)
-
-
-def convert_settings(values: Json) -> SimulatorSettings:
-    """Raises ValueError (msgspec's, which names the field) for a knob that is unknown or out of range."""
-    return msgspec.convert(values, SimulatorSettings, strict=False)

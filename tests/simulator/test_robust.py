@@ -180,6 +180,16 @@ async def test_a_request_may_be_written_in_many_ways(
     assert client.sim.violations() == []
 
 
+async def test_a_body_that_cannot_be_unpacked_is_malformed(client: Client) -> None:
+    response = await client.http.post(
+        f"{client.sim.url}/ilink/bot/getupdates",
+        content=POLL,
+        headers=headers(client.bot.token) | {"Content-Encoding": "gzip"},
+    )
+
+    assert (response.status_code, response.json()["ret"]) == (200, -2)
+
+
 async def test_a_client_is_asked_to_go_on_with_its_body(client: Client) -> None:
     reader, writer = await asyncio.open_connection("127.0.0.1", client.sim.port)
     writer.write(request(client, b"", "Host: x", LENGTH, "Expect: 100-continue", "Connection: close"))
