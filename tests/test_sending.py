@@ -136,6 +136,18 @@ async def test_a_repeat_that_takes_nothing_leaves_the_first_one_counted() -> Non
     assert len({request.client_id for request in bench.chat.sent}) == 1
 
 
+async def test_a_repeat_in_another_window_needs_a_send_of_that_one() -> None:
+    """The first one may have got lost; then it is the repeat that counts, and there may be no send left for it."""
+    bench, peer = await ready(used=10)
+    what = command(bench)
+    hand = Hand(command=what.id, client=what.client, sandbox="s1", tried=1, attempts=1, counted_in="an older message")
+    peer.context = replace(peer.context, hand=hand)
+    assert await sent(bench, peer, what) == Wait("quota", attempts=1)
+    peer.context = replace(peer.context, hand=replace(hand, counted_in=peer.context.inbound_id))
+    assert await sent(bench, peer, what) == Ending("accepted", message_ids=("m1",), attempts=2, ret=0)
+    assert peer.context.used == 10
+
+
 # nothing was taken ---------------------------------------------------------------------------------------
 
 

@@ -159,6 +159,18 @@ async def test_who_is_polled_elsewhere_from_now_on_waits_for_no_pause(fields: di
     assert session.cut.is_set()
 
 
+async def test_every_poll_is_cut_when_the_lease_runs_out(bench: Bench) -> None:
+    """Somebody else may poll a moment later."""
+    leases = FakeLeases(owned=())
+    made = supervisor(bench, leases=leases)
+    poll(made, bench)
+    made._follow_leases()
+    assert not any(session.cut.is_set() for session in made.sessions.values())
+    leases.is_valid = False
+    made._follow_leases()
+    assert all(session.cut.is_set() for session in made.sessions.values())
+
+
 # shards that are given away ------------------------------------------------------------------------------
 
 
