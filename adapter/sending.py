@@ -220,7 +220,8 @@ async def _request(
         except (Temporary, Refused) as exc:
             answer = exc
         except LeaseLost:  # it has not left
-            peer.context = window.returned(peer.context, msgspec.structs.replace(hand, tried=hand.tried - 1))
+            unsent = msgspec.structs.replace(hand, attempts=hand.attempts - 1, tried=hand.tried - 1)
+            peer.context = window.returned(peer.context, unsent)
             raise
         else:
             answer = accepted

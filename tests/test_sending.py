@@ -148,6 +148,23 @@ async def test_a_repeat_in_another_window_needs_a_send_of_that_one() -> None:
     assert peer.context.used == 10
 
 
+async def test_a_request_that_was_stopped_as_it_was_about_to_leave_does_not_count() -> None:
+    """The lease may only have paused: what goes on then is no repeat, and its user has all sends left."""
+    bench, peer = await ready()
+    looks = iter([None, LeaseLost("lease_lost")])
+
+    def check() -> None:
+        if problem := next(looks, None):
+            raise problem
+
+    with pytest.raises(LeaseLost):
+        await sent(bench, peer, sender=bench.sender(check=check))
+    assert (bench.chat.sent, peer.context.used, peer.in_flight) == ([], 0, 0)
+    bench.chat.sends.extend([TIMEOUT, Accepted("1", 0, None, "")])
+    assert await sent(bench, peer) == Ending("accepted", message_ids=("1",), attempts=2, ret=0)
+    assert peer.context.used == 1
+
+
 # nothing was taken ---------------------------------------------------------------------------------------
 
 
