@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, deque
+from collections.abc import Awaitable, Callable, Collection
 from itertools import pairwise
 from typing import Any
 
@@ -18,6 +19,7 @@ from adapter.errors import BusRefused, Refused, SessionExpired, Temporary, Throt
 from adapter.names import H_COMMAND, H_MSG_ID, H_SANDBOX, H_TIME_MS, UNROUTED, peer_key, shard_of
 from adapter.outbound import Shard
 from adapter.ports import Accepted, Message
+from adapter.receipts import Name, Receipts
 from adapter.records import Hand
 from adapter.settling import GONE_S, SETTLED_KEPT
 from tests.fakes import GAP_S, LIMITS, RULES, Bench, FakeDelivery, Sent, settle
@@ -1239,6 +1241,49 @@ async def test_what_the_owner_before_parked_late_is_found_at_the_next_reset_and_
     await asyncio.sleep(30)
     assert bench.chat.texts == ["t0", "t1"]
     assert [receipt.command for receipt in finals(bench)] == ["c0", "c1"]
+    assert parked(bench) == []
+
+
+class Interrupted:
+    """Receipts during whose first look the consumer is reset."""
+
+    def __init__(self, receipts: Receipts, reset: Callable[[], Awaitable[None]]) -> None:
+        self._receipts = receipts
+        self._resets = [reset]
+
+    async def find_finals(self, sandbox: str, wanted: Collection[Name]) -> dict[Name, Receipt]:
+        found = await self._receipts.find_finals(sandbox, wanted)
+        if self._resets:
+            await self._resets.pop()()
+        return found
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._receipts, name)
+
+
+async def test_what_a_reset_finds_while_receipts_are_looked_up_is_looked_up_too() -> None:
+    """It stands before what was looked up, and was told to be refused."""
+    bench, former = await ready()
+    bench.chat.sends.append(Refused("rejected", "no"))
+    told, waits = bench.command("t0", id="c0"), bench.command("t1", id="c1")
+    former.on_delivery(told)
+    await asyncio.sleep(30)
+    await late_copy(bench, told, "c0")
+    hidden = bench.bus.kept.pop()  # by a server that lags
+    await late_copy(bench, waits, "c1")
+
+    async def reset() -> None:
+        bench.bus.kept.insert(0, hidden)
+        await heir.load()
+
+    heir = bench.shard(receipts=Interrupted(bench.receipts, reset))
+    await heir.load()
+    await asyncio.sleep(30)
+    assert bench.chat.texts == ["t0", "t1"]
+    assert [(receipt.command, receipt.outcome) for receipt in finals(bench)] == [
+        ("c0", "refused"),
+        ("c1", "accepted"),
+    ]
     assert parked(bench) == []
 
 

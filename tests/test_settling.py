@@ -19,7 +19,7 @@ from adapter.outbound import Shard
 from adapter.parked import item_of
 from adapter.ports import Accepted, Stored
 from adapter.records import Hand
-from tests.fakes import LIMITS, Bench
+from tests.fakes import LIMITS, Bench, Sent
 from tests.test_outbound import BOT, USER, again, finals, outcomes, parked, ready, user_writes
 
 VIRTUAL_TIME = True
@@ -59,6 +59,27 @@ async def test_what_was_half_sent_when_the_bot_was_unbound_names_what_is_on_the_
     await asyncio.sleep(20)
     (receipt,) = finals(bench)
     assert (receipt.outcome, receipt.reason, receipt.message_ids) == ("refused", "not_bound", ["m1"])
+
+
+@pytest.mark.parametrize(
+    ("answer", "told"), [(FIRST, ["accepted"]), (Refused("rejected", "no", ret=-3), [])], ids=str
+)
+async def test_who_loses_the_shard_meanwhile_tells_only_of_what_was_sent(
+    answer: Accepted | Refused, told: list[str]
+) -> None:
+    """Of a refusal the next owner knows nothing, and may have more luck."""
+    bench, shard = await ready()
+
+    async def lose(_: Sent) -> None:
+        bench.leases.owned.clear()
+
+    bench.chat.on_send = lose
+    bench.chat.sends.append(answer)
+    delivery = bench.command("hi")
+    shard.on_delivery(delivery)
+    await asyncio.sleep(30)
+    assert [receipt.outcome for receipt in finals(bench)] == told
+    assert bool(delivery.acks) == bool(told)
 
 
 async def test_what_had_no_answer_when_the_bot_was_unbound_is_uncertain() -> None:
