@@ -211,6 +211,20 @@ async def test_a_last_word_takes_along_what_waits_before_it() -> None:
     assert bench.chat.texts == ["a\n\nb"]
 
 
+async def test_a_last_word_that_goes_ahead_takes_along_nothing_that_came_before_it() -> None:
+    """What is too long stands between them: in one message with it, the first would come after the last."""
+    bench, shard = await ready()
+    bench.hears(used=9)
+    shard = bench.shard(merge_chars=CHARS, sender=bench.sender(rules=RULES._replace(reserve=1)))
+    for text in ("a", "b" * CHARS):
+        shard.on_delivery(bench.command(text))
+    await asyncio.sleep(5)
+    shard.on_delivery(bench.command("c", final=True))
+    await asyncio.sleep(5)
+    assert bench.chat.texts == ["c"]
+    assert len(parked(bench)) == 2
+
+
 async def test_what_is_appended_to_a_message_is_repeated_with_it() -> None:
     bench, _ = await ready(is_open=False)
     rules = RULES._replace(sends=1)
