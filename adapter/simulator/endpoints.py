@@ -93,7 +93,8 @@ class Endpoints:
         answer = json_answer(verdict.body)
         record.message_id, record.shown, record.why = verdict.message_id, verdict.shown, verdict.why
         if verdict.body is not None:
-            record.ret, record.errmsg = verdict.body.get("ret"), verdict.body.get("errmsg")
+            record.ret = verdict.body.get("ret", verdict.body.get("errcode"))
+            record.errmsg = verdict.body.get("errmsg")
         if latency_ms := world.settings_of(bot).send_latency_ms:
             await self._latency(record, latency_ms)
         answer.settle = lambda written, outcome: self.close_send(record, answer, written=written)
@@ -256,8 +257,12 @@ class Endpoints:
         settings, faults = self._world.settings_of(bot), self._world.faults
         bot.updates_answered += 1
         body: Json = {}
+        if settings.idle_style == "ret_-1" and not poll.batch:
+            return {"ret": -1}
         if settings.ret_style == "zero" or (settings.ret_style == "alternate" and bot.updates_answered % 2):
             body["ret"] = 0
+        if settings.idle_style == "bare" and not poll.batch:
+            return body
         body["msgs"] = [msgspec.Raw(entry.raw) for entry in poll.batch]
         if poll.batch and (rule := faults.take("F20", "getupdates", bot.id, bot.user)):
             body["msgs"] = out_of_order(poll.batch, str(rule.params.get("order", "reversed")))

@@ -42,8 +42,8 @@ class Verdict(Struct, kw_only=True):
         return self.why == "shown"
 
 
-def refusal(code: int, why: str, errmsg: str | None = None) -> Verdict:
-    body: Json = {"ret": code}
+def refusal(code: int, why: str, errmsg: str | None = None, field: str = "ret") -> Verdict:
+    body: Json = {field: code}
     if errmsg is not None:
         body["errmsg"] = errmsg
     return Verdict(body=body, why=why)
@@ -121,10 +121,11 @@ class Outbox:
             self._world.violate(kind, "sendmessage", bot)
 
     def _struck(self, bot: Bot, user: str) -> Verdict | None:
-        """F11 and F12: -2 without a cause that the client could have seen."""
+        """F11 and F12: -2, or another code, without a cause that the client could have seen."""
         if rule := self._world.faults.take("F11", "sendmessage", bot.id, user):
             texts = rule.params.get("errmsgs") or [rule.params.get("errmsg", "prepare failed")]
-            return refusal(-2, "F11", texts[(rule.struck - 1) % len(texts)])
+            code, field = int(rule.params.get("code", -2)), str(rule.params.get("field", "ret"))
+            return refusal(code, "F11", texts[(rule.struck - 1) % len(texts)], field)
         now_ms = self._world.clock.now_ms()
         for rule in self._world.faults.find("F12", "sendmessage", bot.id, user):
             if until_ms := rule.state.get(user):
@@ -248,7 +249,11 @@ class Outbox:
         return self._success(bot, "shown", message_id)
 
     def _success(self, bot: Bot, why: str, message_id: str) -> Verdict:
-        body = {"ret": 0, "message_id": self._world.answered_id(message_id, bot)}
+        body: Json = {"message_id": self._world.answered_id(message_id, bot)}
+        style = self._world.settings_of(bot).send_ret_style
+        # by turns of two, so that ids of both types come with and without it
+        if style == "zero" or (style == "alternate" and bot.ids_answered % 4 < 2):
+            body = {"ret": 0} | body
         return Verdict(body=body, why=why, message_id=message_id)
 
     def _silenced(self, bot: Bot, window: Window, message: Json) -> bool:
@@ -277,7 +282,7 @@ class Outbox:
                 window.client_ids.popitem(last=False)
 
     def _count(self, verdict: Verdict) -> None:
-        refused = bool(verdict.body and verdict.body.get("ret"))
+        refused = bool(verdict.body and (verdict.body.get("ret") or verdict.body.get("errcode")))
         if verdict.why == "duplicate":
             self._world.counts["duplicates_suppressed"] += 1
         elif refused:

@@ -160,7 +160,8 @@ class Server:
             return True
         if headers.get("AuthorizationType") != "ilink_bot_token":
             world.violate("missing_authorization_type", visit.endpoint, bot)
-            return True
+            if world.settings_of(bot).require_authorization_type:
+                return True
         app_headers = "iLink-App-Id" in headers and "iLink-App-ClientVersion" in headers
         if world.settings_of(bot).strict_headers and not app_headers:
             return True

@@ -61,6 +61,10 @@ class SimulatorSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """`longpolling_timeout_ms` of the answers; null leaves it out."""
     ret_style: Literal["absent", "zero", "alternate"] = "absent"
     """Whether successful polls carry `ret` (2.5)."""
+    send_ret_style: Literal["zero", "absent", "alternate"] = "zero"
+    """Whether answers to accepted sends carry `ret` (3.4)."""
+    idle_style: Literal["full", "bare", "ret_-1"] = "full"
+    """A poll without news is answered like any other; without `msgs`, cursor and hint (2.5); or with -1 (5.1)."""
     stale_style: Literal["errcode", "ret", "both"] = "errcode"
     """Which field carries -14 (S2)."""
     inbound_id_style: Literal["number", "string", "alternate"] = "number"
@@ -72,8 +76,10 @@ class SimulatorSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
     strict_headers: bool = False
     """A request without `iLink-App-*` is answered with -14 (S2, Q1)."""
+    require_authorization_type: bool = True
+    """A request without `AuthorizationType: ilink_bot_token` is answered with -14 (2.1, S2)."""
     malformed: Literal["ret", "http400"] = "ret"
-    """Answer to bad JSON or a missing `msg`: HTTP 200 with -2, or HTTP 400 (F29)."""
+    """Answer to bad JSON, a missing `msg` or a wrong method: HTTP 200 with -2, or HTTP 400 and 405 (F29)."""
 
     cursor_mode: Literal["ack_on_delivery", "cursor_replay"] = "ack_on_delivery"
     """Consumed once written, or returned again to whoever presents an older cursor (S7)."""

@@ -248,6 +248,14 @@ async def test_f11_minus_2_with_every_text_and_with_none(talking: Client) -> Non
     assert talking.phone() == []
 
 
+async def test_f11_any_code_in_either_field(talking: Client) -> None:
+    strike(talking, "F11", code=-12, field="errcode", errmsg=None)
+
+    assert await talking.send() == {"errcode": -12}
+    assert [(send.ret, send.why) for send in talking.sim.sends(talking.bot.bot)] == [(-12, "F11")]
+    assert talking.sim.stats().refused == 1
+
+
 async def test_f12_every_attempt_extends_the_penalty(talking: Client) -> None:
     strike(talking, "F12", penalty_s=60)
     assert (await talking.send())["ret"] == -2

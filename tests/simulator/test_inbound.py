@@ -74,6 +74,15 @@ async def test_s6_success_comes_with_and_without_ret(
     assert [(await client.poll()).get("ret") for _ in range(2)] == expected
 
 
+@pytest.mark.parametrize(("style", "expected"), [("bare", {}), ("ret_-1", {"ret": -1})])
+async def test_s6_a_poll_without_news_may_say_less(make: MakeClient, style: str, expected: Json) -> None:
+    client = await make(idle_style=style)
+
+    assert await client.poll() == expected
+    client.sim.say(client.bot.user, "hello")
+    assert texts(await client.follow()) == ["hello"]
+
+
 async def test_s6_each_bot_has_answers_with_and_without_ret(make: MakeClient) -> None:
     client = await make(ret_style="alternate")
     other = Client(client.sim, client.sim.add_bot(), client.http)

@@ -46,6 +46,21 @@ async def test_s10_whoever_answers_each_message_gets_ids_of_both_types_too(talki
 
 
 @pytest.mark.parametrize(
+    ("style", "expected"),
+    [("zero", [0] * 4), ("absent", [None] * 4), ("alternate", [0, None, None, 0])],
+)
+async def test_s10_an_accepted_send_comes_with_and_without_ret(
+    make: MakeClient, style: str, expected: list[int | None]
+) -> None:
+    client = await make(send_ret_style=style)
+    client.sim.say(client.bot.user, "hello")
+    answers = [await client.send() for _ in range(4)]
+
+    assert [answer.get("ret") for answer in answers] == expected
+    assert all(answer["message_id"] for answer in answers)
+
+
+@pytest.mark.parametrize(
     ("changes", "ret", "errmsg"),
     [
         pytest.param({"item_list": []}, -2, "item_list required", id="no items"),

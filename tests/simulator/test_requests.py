@@ -71,6 +71,14 @@ async def test_s2_without_authentication_the_answer_is_minus_14_at_once(
     assert await raw(client, sent, endpoint) == STALE
 
 
+async def test_s2_the_type_of_authorization_may_be_noted_alone(make: MakeClient) -> None:
+    client = await make(require_authorization_type=False)
+    sent = {k: v for k, v in headers(client.bot.token).items() if k != "AuthorizationType"}
+
+    assert (await raw(client, sent))["msgs"] == []
+    assert [violation.kind for violation in client.sim.violations()] == ["missing_authorization_type"]
+
+
 @pytest.mark.parametrize(
     ("style", "codes"),
     [("errcode", {"errcode": -14}), ("ret", {"ret": -14}), ("both", {"ret": -14, "errcode": -14})],
