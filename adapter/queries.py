@@ -87,8 +87,10 @@ class Queries:
 
     async def _window(self, query: WindowQuery) -> bytes:
         found = [b for b in self._of(query.sandbox, query.bot) if query.user in (None, b.user) or query.bot]
-        if len(found) != 1:
-            raise Refused("invalid" if found else "not_bound", "Name the `bot` or `user`: the sandbox has several.")
+        if not found:
+            raise _unbound()
+        if len(found) > 1:
+            raise Refused("invalid", "Name the `bot` or `user`: the sandbox has several.")
         user = query.user or found[0].user
         entry = await self._contexts.get(peer_key(found[0].bot, user))
         context = msgspec.json.decode(entry.value, type=Context) if entry and entry.value else Context()
@@ -116,7 +118,7 @@ class Queries:
         found = self._bindings.of_sandbox(sandbox or "") if bot is None else [one] if one else []
         found = [binding for binding in found if sandbox in (None, binding.sandbox)]
         if not found:
-            raise Refused("not_bound", "Nothing is bound under that name.")
+            raise _unbound()
         return found
 
     def _read_of(self, asked: Asked, kind: type[S]) -> S:
@@ -126,6 +128,10 @@ class Queries:
         if query.sandbox not in (None, sandbox):
             raise Refused("invalid", "The body names another sandbox than the subject.")
         return msgspec.structs.replace(query, sandbox=sandbox)
+
+
+def _unbound() -> Refused:
+    return Refused("not_bound", "Nothing is bound under that name.")
 
 
 def _with_sandbox(query: S) -> S:

@@ -129,6 +129,14 @@ async def test_a_bind_that_comes_again_after_a_crash_is_told_once() -> None:
     assert heir.bound == {BOT: "s1"}
 
 
+async def test_a_bind_that_was_stored_and_not_told_before_a_crash_is_told_when_it_comes_again() -> None:
+    bench = Bench()
+    await bench.bind(token=TOKEN, request="r1")
+    platform = Platform(bench)
+    await platform.bind(id="r1")
+    assert platform.changes == [("s1", BOT, "bound")]
+
+
 async def test_a_new_token_is_stored() -> None:
     platform = Platform()
     await platform.bind()

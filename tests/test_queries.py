@@ -136,6 +136,12 @@ async def test_a_question_that_has_no_answer_is_refused(verb: str, body: bytes, 
     assert caught.value.detail
 
 
+async def test_a_user_whom_no_bot_serves_is_told_so_and_not_to_choose() -> None:
+    with pytest.raises(Refused) as caught:
+        await queries(await crowd(1)).window(ask(sandbox="s0", user="nobody"))
+    assert "several" not in caught.value.detail
+
+
 def asked_as(subject_ends: str, **body: Any) -> Asked:
     return Asked(subject_ends, {}, ask(**body))
 

@@ -49,7 +49,6 @@ class Delivery:
         "data",
         "headers",
         "number",
-        "redelivered",
         "seq",
         "subject",
         "suspect",
@@ -64,7 +63,6 @@ class Delivery:
         self.subject = msg.subject
         self.data = msg.data
         self.headers: dict[str, str] = msg.headers or {}
-        self.redelivered = int(tokens[base + 2]) > 1
         self.seq = int(tokens[base + 3])
         self.number = int(tokens[base + 4])
         """Of the consumer's deliveries since its last reset."""
