@@ -66,9 +66,9 @@ class LaneWork(Settling):
             if wait_s:
                 await self._sleep(lane, wait_s)
         if self._drain.is_set() and not self._lost:
-            await self._hand_over(lane)
+            await self._store_hand(lane)
 
-    async def _hand_over(self, lane: Lane) -> None:
+    async def _store_hand(self, lane: Lane) -> None:
         """Stores how far the command in hand got: the next owner would know only that a request was to leave."""
         peer = self._sender.contexts.loaded(lane.bot, lane.user)
         if peer is None or peer.context.hand is None or peer.context is peer.stored:
