@@ -95,6 +95,11 @@ class Contexts:
         """The peer, where it was read from the bucket."""
         return self._peers.get(bot, {}).get(user)
 
+    async def stored(self, bot: str, user: str) -> Context:
+        """The record as the bucket has it, for who does not work for the peer. Raises Temporary."""
+        entry = await self._bucket.get(peer_key(bot, user))
+        return msgspec.json.decode(entry.value, type=Context) if entry and entry.value else Context()
+
     def forget(self, bot: str) -> None:
         """Drops what is known of a bot's users: another replica may write now."""
         self._peers.pop(bot, None)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter, deque
 
+import msgspec
 import structlog
 
 from adapter import contract
@@ -21,8 +22,8 @@ from adapter.lanework import LaneWork
 from adapter.names import H_COMMAND, H_MSG_ID, UNROUTED, peer_of, shard_of
 from adapter.parked import item_of
 from adapter.ports import Delivery
-from adapter.records import Binding
-from adapter.sending import Ending
+from adapter.records import Binding, Hand
+from adapter.sending import Ending, in_doubt
 from adapter.settling import GONE_S, Outgoing
 
 log = structlog.get_logger()
@@ -199,8 +200,10 @@ class Shard(LaneWork):
     async def _place_late(self, sandbox: str) -> None:
         waiting = self._waiting[sandbox]
         while waiting:
+            suspect_ms = [item.command.stored_ms for item in waiting if item.suspect]
             try:
                 await self._needs.bound_yet()
+                hands = await self._hands(sandbox, min(suspect_ms)) if suspect_ms else {}
             except Temporary as exc:
                 log.warning("command.waits", sandbox=sandbox, reason=exc.reason)
                 await self._pause(0.5)
@@ -210,8 +213,28 @@ class Shard(LaneWork):
                 try:
                     self._enqueue(item, self._find(item.command))
                 except Refused as exc:
-                    await self._end_surely(item, Ending("refused", exc.reason, exc.detail))
+                    ending = Ending("refused", exc.reason, exc.detail)
+                    hand = hands.get(item.command.client)
+                    await self._end_surely(item, in_doubt(ending, hand, item.command))
         del self._waiting[sandbox]
+
+    async def _hands(self, sandbox: str, since_ms: int) -> dict[str, Hand]:
+        """What a sandbox's bots had in hand, by client, also those that served it since a time: the owner before us
+        may have asked for it, and nobody can be found for it now. Raises Temporary."""
+        served = {(binding.bot, binding.user): None for binding in self._needs.bindings.of_sandbox(sandbox)}
+        names = self._needs.names
+        events = self._needs.history.read(
+            names.stream_event, names.event(sandbox, "binding"), since_ms=since_ms - 1000
+        )
+        async for stored in events:
+            event = msgspec.json.decode(stored.data, type=contract.BindingEvent)
+            served[event.bot, event.user] = None
+        hands: dict[str, Hand] = {}
+        for bot, user in served:
+            hand = (await self._sender.contexts.stored(bot, user)).hand if user else None
+            if hand is not None and hand.sandbox == sandbox:
+                hands |= {one.client: hand for one in hand.all}
+        return hands
 
     def _find(self, command: Command) -> Binding:
         """The binding that a command is meant for. Raises Refused("not_bound"), Refused("ambiguous_bot")."""

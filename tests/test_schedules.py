@@ -20,7 +20,7 @@ import msgspec
 import pytest
 
 from adapter import window
-from adapter.contract import FINAL_OUTCOMES, Receipt
+from adapter.contract import FINAL_OUTCOMES, BindingEvent, Receipt
 from adapter.errors import LeaseLost, Refused, SessionExpired, Temporary, Throttled, Uncertain
 from adapter.names import shard_of
 from adapter.outbound import Shard
@@ -400,17 +400,19 @@ class Model:
             if anew:
                 bot = self.bots[user] = f"{user}b{self.tokens}@im.bot"
                 if before is not None and before.sandbox != sandbox:
-                    await self.world.bindings.remove(before.bot)  # the platform cleans up: WeChat has killed it
+                    await self._remove(before.bot)  # the platform cleans up: WeChat has killed it
             if KNOWN:
                 bound = list(self.world.bindings)
                 named = named or any((one.user, one.sandbox) == (name, sandbox) and one.bot != bot for one in bound)
                 for one in bound:
                     if not one.user and one.bot.startswith(user):
-                        await self.world.bindings.remove(one.bot)
+                        await self._remove(one.bot)
             known = name if named or (before and before.sandbox == sandbox and not anew) else ""
             self.renewed += anew
             self.unnamed += not known
             await self.world.bind(sandbox, bot, known, token=f"{bot}:{self.tokens}")
+            if before is not None and before.bot == bot and before.sandbox != sandbox:
+                await self._tell_unbound(before)
             if known:
                 await self._replace(sandbox, bot, name)
 
@@ -423,10 +425,20 @@ class Model:
     async def _replace(self, sandbox: str, bot: str, user: str) -> None:
         for other in self.world.bindings.of_sandbox(sandbox):
             if other.user == user and other.bot != bot:
-                await self.world.bindings.remove(other.bot)
+                await self._remove(other.bot)
+
+    async def _remove(self, bot: str) -> None:
+        if binding := self.world.bindings.get(bot):
+            await self._tell_unbound(binding)
+            await self.world.bindings.remove(bot)
+
+    async def _tell_unbound(self, binding: Binding) -> None:
+        event = BindingEvent(sandbox=binding.sandbox, bot=binding.bot, user=binding.user, change="unbound")
+        await self.world.events.binding(event)
 
     async def unbind(self, *, user: str) -> None:
-        await self.world.bindings.remove(self.bots[user])
+        async with self.binding:
+            await self._remove(self.bots[user])
 
     async def login(self, *, user: str, alive: bool) -> None:
         state: Any = "active" if alive else "needs_login"
@@ -597,13 +609,12 @@ def receipts_are_true(model: Model) -> list[str]:
                     if not silent and not model.deaths:
                         wrong.append(f"{one.ident} is uncertain, and each request had its answer")
                 case _:
-                    unknown = KNOWN and model.deaths and receipt.reason in ("not_bound", "ambiguous_bot")
-                    unknown = unknown or (KNOWN and model.deaths and model.renewed and silent)
+                    unknown = KNOWN and model.deaths and model.renewed and silent
                     if min(times) > 0 and not unknown:
                         wrong.append(f"{one.ident} is {receipt.outcome} ({receipt.reason}), and was shown {times}")
             known = {ident for piece in one.pieces for ident in ids[piece]} - {""}
-            moved = KNOWN and receipt.reason == "not_bound"
-            if not silent and not moved and set(receipt.message_ids) != known:
+            waited = KNOWN and receipt.bot and one.user and receipt.bot[:2] != one.user[:2]  # at another user's bot
+            if not silent and not waited and set(receipt.message_ids) != known:
                 wrong.append(f"{one.ident} is {receipt.outcome} and names {receipt.message_ids} of {known}")
         if (one.ident, one.stored_ms) not in finals and any(times):
             wrong.append(f"{one.ident} {one.pieces} was shown without a receipt")

@@ -12,7 +12,7 @@ from structlog.testing import capture_logs
 
 from adapter import window
 from adapter.commands import read_command
-from adapter.contract import Outbound
+from adapter.contract import BindingEvent, Outbound
 from adapter.errors import Refused, SessionExpired, Temporary, Throttled, Uncertain
 from adapter.names import H_COMMAND, peer_key
 from adapter.outbound import Shard
@@ -279,6 +279,37 @@ async def test_a_command_goes_on_over_the_next_bot_also_where_the_one_before_wor
     await asyncio.sleep(30)
     assert sorted(outcomes(bench)) == [("c1", "accepted", ""), ("c2", "accepted", "")]
     assert [sent.client_id[-2:] for sent in bench.chat.sent if sent.bot == "b2@im.bot"] == over_b2
+
+
+@pytest.mark.parametrize(
+    ("hand", "told"),
+    [
+        ({"tried": 1}, ("uncertain", "", [])),
+        ({"part": 1, "message_ids": ["m1"]}, ("refused", "not_bound", ["m1"])),
+        ({"part": 2, "message_ids": ["m1", "m2"]}, ("accepted", "", ["m1", "m2"])),
+        ({"tried": 1, "sandbox": "s2"}, ("refused", "not_bound", [])),
+    ],
+    ids=["asked for", "begun", "all taken", "of the next sandbox"],
+)
+@pytest.mark.parametrize("bind_next", [False, True], ids=["unbound", "replaced"])
+async def test_what_the_owner_before_had_in_hand_is_not_called_unsent_where_its_bot_is_gone(
+    hand: dict[str, Any], told: tuple[str, str, list[str]], bind_next: bool
+) -> None:
+    """It died, or was stopped, with a command half sent, and the bot was unbound before anybody took over."""
+    bench = Bench()
+    body: dict[str, Any] = {"id": "c1", "bot": BOT, "items": [{"kind": "text", "text": text} for text in "ab"]}
+    delivery = bench.command(suspect=True, **body)
+    read = msgspec.convert(body, Outbound)
+    command = read_command(read, sandbox="s1", ident="c1", stored_ms=delivery.time_ms, limits=LIMITS)
+    bench.hears(hand=Hand(**{"command": "c1", "client": command.client, "sandbox": "s1", "attempts": 1, **hand}))
+    event = BindingEvent(sandbox="s1", bot=BOT, user=USER, change="replaced" if bind_next else "unbound")
+    await bench.events.binding(event)
+    if bind_next:
+        await bench.bind(bot="b2@im.bot")
+    bench.shard().on_delivery(delivery)
+    await asyncio.sleep(5)
+    (receipt,) = finals(bench)
+    assert (receipt.outcome, receipt.reason, receipt.message_ids) == told
 
 
 async def test_the_ids_of_the_version_before_are_known() -> None:
