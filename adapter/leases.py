@@ -2,9 +2,9 @@
 
 One renewed key per incarnation of a replica, one claim per shard that is written only when the owner changes.
 No wall clocks are compared: an observer calls a member dead when its key kept one revision for `lease_s` seconds
-on the observer's own monotonic clock while reads worked all along; it then revokes that key by compare-and-set,
-and only then takes the shards. The holder stops on a timer of its own well before that, counted from the time at
-which it *sent* its last good renewal.
+on the observer's own monotonic clock while reads, and its own renewals, worked all along; it then revokes that key
+by compare-and-set, and only then takes the shards. The holder stops on a timer of its own well before that, counted
+from the time at which it *sent* its last good renewal.
 """
 
 from __future__ import annotations
@@ -64,6 +64,8 @@ class Leases:
         self._look = asyncio.Event()
         self._deadline = 0.0
         """Monotonic time up to which the lease is valid."""
+        self._renewed = 0.0
+        """When the last good renewal was sent."""
         self._paused = True
         self._claim_revisions: dict[int, int] = {}
         self._unsure: set[int] = set()
@@ -151,7 +153,7 @@ class Leases:
                 raise LeaseLost("lease_revoked") from None
             self._revision = entry.revision if entry else 0
             raise
-        self._deadline = sent + self._lease_s * HOLD
+        self._renewed, self._deadline = sent, sent + self._lease_s * HOLD
         if self._paused and self.valid:
             self._paused = False
             log.info("lease.valid", incarnation=self.incarnation, shards=len(self.owned))
@@ -200,10 +202,11 @@ class Leases:
         self._look.set()
 
     async def _observe(self) -> None:
-        """Reads who lives. Blind for a while, it starts every observation again."""
+        """Reads who lives. Blind for a while, it starts every observation again, and so it does when it could not
+        renew: of a bucket without a leader the others still read what nobody can write."""
         entries = await self._members.entries()
         now = self._clock.monotonic()
-        if now - self._last_read > self._lease_s / 4 + 1.0:
+        if now - min(self._last_read, self._renewed) > self._lease_s / 4 + 1.0:
             self._seen.clear()
         self._last_read = now
         live = {}

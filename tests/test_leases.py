@@ -55,6 +55,8 @@ class Line:
         self.deaf = False
         """Writes get through, answers do not."""
         self.reads_fail = False
+        self.writes_fail = False
+        """As of a stream without a leader, of which any server may still answer what it has."""
         self.late_s = 0.0
         """How long a write takes to the store."""
         self.on_get: Callable[[], object] = lambda: None
@@ -77,7 +79,7 @@ class Line:
 
     async def write(self, key: str, value: bytes | None, revision: int) -> int:
         await self.life.goes_on()
-        if self.down:
+        if self.down or self.writes_fail:
             await self._fail()
         if self.late_s > 1.0:
             asyncio.get_running_loop().call_later(self.late_s, self._land, key, value, revision)
@@ -404,6 +406,24 @@ async def test_an_outage_of_everybody_keeps_the_owners() -> None:
     assert cluster.worked_for == 0
     for replica in replicas:
         replica.cut(down=False)
+    await cluster.run(3)
+    assert [set(replica.working) for replica in replicas] == before
+    cluster.stop()
+
+
+async def test_eight_seconds_in_which_nobody_can_write_keep_the_owners() -> None:
+    """A bucket without a leader can still be read: that nobody renews there proves nothing of anybody."""
+    cluster = Cluster()
+    replicas = [cluster.start() for _ in range(3)]
+    await cluster.run(5)
+    before = [set(replica.working) for replica in replicas]
+    for replica in replicas:
+        replica.members.writes_fail = replica.claims.writes_fail = True
+        await cluster.run(0.3)  # no two try again at the same moment
+    await cluster.run(8)
+    assert cluster.worked_for == 0
+    for replica in replicas:
+        replica.members.writes_fail = replica.claims.writes_fail = False
     await cluster.run(3)
     assert [set(replica.working) for replica in replicas] == before
     cluster.stop()
