@@ -11,6 +11,7 @@ import structlog
 from nats import micro
 from nats.aio.client import Client
 from nats.aio.msg import Msg
+from nats.errors import ConnectionClosedError
 from nats.errors import Error as NatsError
 from nats.micro.request import Request
 from nats.micro.service import EndpointConfig
@@ -111,6 +112,8 @@ class Services:
                 )
             except AdapterError as exc:
                 await request.respond_error("500", _plain(exc.detail or exc.reason))
+            except ConnectionClosedError:  # nobody waits for it any more, see `ended`
+                raise
             except Exception:  # nats-py would send the exception's repr to the caller
                 log.exception("service.crashed")
                 await request.respond_error("500", "The adapter failed; its log says why.")

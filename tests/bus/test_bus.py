@@ -1097,6 +1097,33 @@ async def test_services_are_there_again_after_a_kill(bus: Bus) -> None:
         task.cancel()
 
 
+async def test_an_answer_that_comes_after_its_connection_is_no_crash(bus: Bus) -> None:
+    held = asyncio.Event()
+
+    async def slow(_: bytes) -> bytes:
+        held.set()
+        await gone.wait()
+        return b"late"
+
+    gone = asyncio.Event()
+    async with asyncio.TaskGroup() as group:
+        link = Link(bus.settings, "service")
+        Services(link, NAMES, {"slow": slow}, version="1.0.0", instance="r1")
+        task = group.create_task(link.run())
+        await link.wait_up(PATIENCE_S)
+        nc = await bus.client()
+        await nc.publish(NAMES.svc("slow"), b"", reply=nc.new_inbox())
+        await held.wait()
+        bus.kill()
+        await bus.start()
+        await until(lambda: link.epoch == 2, "it is connected again")
+        with capture_logs() as logs:
+            gone.set()
+            await until(lambda: any(one["event"] == "service.unanswered" for one in logs), "it is said")
+        assert not [one for one in logs if one["log_level"] == "error"]
+        task.cancel()
+
+
 async def test_of_two_replicas_one_answers(bus: Bus) -> None:
     async with asyncio.TaskGroup() as group:
         tasks = [(await serve(bus, group))[1] for _ in range(2)]
