@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
+
 from adapter import receipts
 from adapter.commands import Command, read_command
 from adapter.contract import Outbound, Window
@@ -62,6 +64,16 @@ async def test_what_was_told_since_the_last_look_is_found() -> None:
     assert await bench.receipts.has_final(command(bench, "c0"))
 
 
+async def test_an_older_command_is_found_although_only_newer_ones_were_asked_for() -> None:
+    """Else it would be sent once more."""
+    bench = Bench()
+    older = command(bench, "c1")
+    await tell(bench, "c1")
+    await asyncio.sleep(600)
+    assert not await bench.receipts.has_final(command(bench, "c2"))
+    assert await bench.receipts.has_final(older)
+
+
 async def test_several_are_found_at_once_and_a_later_one_of_the_same_id_is_another() -> None:
     bench = Bench()
     await tell(bench, "c1")
@@ -78,4 +90,14 @@ async def test_what_is_known_of_sandboxes_does_not_grow_without_end() -> None:
         assert await bench.receipts.has_final(command(bench, "c1", f"s{number}"))
     assert len(bench.receipts._told) == KNOWN_SANDBOXES
     assert await bench.receipts.has_final(command(bench, "c1", "s0"))
-    assert receipts.KNOWN_RECEIPTS > 0
+
+
+async def test_a_sandbox_with_more_receipts_than_are_kept_is_read_anew_each_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(receipts, "KNOWN_RECEIPTS", 2)
+    bench = Bench()
+    for number in range(3):
+        await tell(bench, f"c{number}")
+        assert await bench.receipts.has_final(command(bench, f"c{number}"))
+        assert len(bench.receipts._told) == (number < 2)
