@@ -18,7 +18,7 @@ from adapter.console.desk import Needs
 from adapter.console.server import Console
 from adapter.contexts import Contexts
 from adapter.control import Control
-from adapter.errors import BusRefused, LeaseLost, SettingsError, Temporary
+from adapter.errors import LeaseLost, SettingsError, Temporary
 from adapter.events import Events
 from adapter.fetching import Fetching
 from adapter.ilink.cdn import CdnClient
@@ -26,6 +26,7 @@ from adapter.ilink.client import ILink
 from adapter.ilink.translate import read_message
 from adapter.jetstream import topology
 from adapter.jetstream.buckets import KvBucket, LeaseRegister, StreamHistory
+from adapter.jetstream.consumer import all_settled
 from adapter.jetstream.link import Link
 from adapter.jetstream.objects import ObjectStore
 from adapter.jetstream.publisher import Publisher
@@ -432,17 +433,8 @@ class Adapter:
 
     async def _bound_yet(self) -> None:
         """Returns once the control commands stored so far have taken effect. Raises Temporary: it takes too long."""
-        verb = f"CONSUMER.INFO.{self.names.stream_ctl}.{topology.CONTROL}"
-        for _ in range(100):
-            try:
-                info = await self.link.api(verb)
-            except BusRefused as exc:  # deleted by an operator; its owner makes it again
-                raise Temporary("control_missing", exc.detail) from exc
-            if not info["num_pending"] and not info["num_ack_pending"]:
-                await self.clock.sleep(0.05)  # the news of the last one are on their way
-                return
-            await self.clock.sleep(0.1)
-        raise Temporary("control_behind")
+        await all_settled(self.link, self.names.stream_ctl, topology.CONTROL, self.clock)
+        await self.clock.sleep(0.05)  # the news of the last one are on their way
 
     # for people -------------------------------------------------------------------------------------
 

@@ -29,7 +29,7 @@ from adapter.errors import BusRefused, LeaseLost, Temporary
 from adapter.jetstream import topology
 from adapter.jetstream.link import NO_CONSUMER, Link
 from adapter.jetstream.topology import Wanted
-from adapter.timing import backoff, first_of
+from adapter.timing import Clock, backoff, first_of
 
 log = structlog.get_logger()
 
@@ -230,6 +230,22 @@ class Consumer:
         await self.link.publish(
             f"$JS.API.CONSUMER.MSG.NEXT.{self._stream}.{self.name}", msgspec.json.encode(body), reply=inbox
         )
+
+
+async def all_settled(link: Link, stream: str, name: str, clock: Clock) -> None:
+    """Returns once nothing is left to be delivered by a consumer, or to be acknowledged.
+
+    Raises Temporary: that is not so within ten seconds or so, or an operator has deleted the consumer.
+    """
+    for _ in range(100):
+        try:
+            info = await link.api(f"CONSUMER.INFO.{stream}.{name}")
+        except BusRefused as exc:
+            raise Temporary(f"{name}_missing", exc.detail) from exc
+        if not info["num_pending"] and not info["num_ack_pending"]:
+            return
+        await clock.sleep(0.1)
+    raise Temporary(f"{name}_behind")
 
 
 def _unix_ms(rfc3339: str) -> int:

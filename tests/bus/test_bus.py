@@ -21,7 +21,7 @@ from adapter.embedded import EmbeddedNats
 from adapter.errors import BusRefused, Conflict, LeaseLost, Refused, SettingsError, Temporary
 from adapter.jetstream import topology
 from adapter.jetstream.buckets import KvBucket, LeaseRegister, StreamHistory
-from adapter.jetstream.consumer import Consumer, Delivery
+from adapter.jetstream.consumer import Consumer, Delivery, all_settled
 from adapter.jetstream.link import Link, _is_leaderless
 from adapter.jetstream.publisher import Publisher
 from adapter.jetstream.services import AT_ONCE, OF_ONE, BusTeller, Handler, Services
@@ -656,6 +656,21 @@ async def test_a_consumer_delivers_in_order_and_no_more_than_there_is_room_for(r
         await reader.got[number].ack()
     assert reader.texts == texts
     assert not any(delivery.suspect for delivery in reader.got)
+
+
+async def test_all_is_settled_once_the_last_delivery_is_acknowledged(rig: Rig) -> None:
+    await control(rig, "0", "1")
+    clock = SystemClock()
+    waiting = asyncio.create_task(all_settled(rig.link, NAMES.stream_ctl, topology.CONTROL, clock))
+    reader = Reader(rig)
+    await reader.have(2)
+    await reader.got[0].ack()
+    await asyncio.sleep(0.3)
+    assert not waiting.done()
+    await reader.got[1].ack()
+    await waiting
+    with pytest.raises(Temporary, match="router_missing"):
+        await all_settled(rig.link, NAMES.stream_out, topology.ROUTER, clock)
 
 
 async def test_a_delivery_with_a_status_among_its_headers_is_one_as_any_other(rig: Rig) -> None:
