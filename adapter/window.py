@@ -131,7 +131,8 @@ def heard(context: Context, *, message: str, token: str, now_ms: int, in_flight:
 
     A message without a token keeps the one before (6). The server's window opened when the user wrote (`written_ms`,
     WeChat's clock; 0: not known), so what was sent since counts against it, and so do sends in flight, since the
-    server may see them after the message. A -2 that came after that speaks of the new window already.
+    server may see them after the message. A -2 to what was sent after that speaks of the new window already; a time
+    in whole seconds may be any moment of its second.
     """
     if now_ms - written_ms > LATE_MS:
         written_ms = 0
@@ -139,6 +140,7 @@ def heard(context: Context, *, message: str, token: str, now_ms: int, in_flight:
     if message == context.inbound_id:
         return msgspec.structs.replace(context, token=token)
     since = [sent_ms for sent_ms in context.sent_ms if 0 < written_ms <= sent_ms]
+    latest_ms = written_ms + 999 if written_ms % 1000 == 0 else written_ms
     return msgspec.structs.replace(
         context,
         token=token,
@@ -146,7 +148,7 @@ def heard(context: Context, *, message: str, token: str, now_ms: int, in_flight:
         inbound_id=message,
         used=max(in_flight, len(since)),
         sent_ms=since,
-        blocked_ms=context.blocked_ms if 0 < written_ms <= context.blocked_ms else 0,
+        blocked_ms=context.blocked_ms if written_ms and latest_ms <= context.blocked_ms else 0,
     )
 
 
@@ -179,8 +181,10 @@ def returned(context: Context, hand: Hand) -> Context:
 
 
 def throttled(context: Context, hand: Hand, now_ms: int) -> Context:
-    """iLink said -2. If the user wrote meanwhile, it speaks of the window before, and blocks nothing."""
-    blocked_ms = now_ms if hand.counted_in == context.inbound_id else context.blocked_ms
+    """iLink said -2 to what left last. If the user wrote since, which may be heard later (`heard`), it speaks of the
+    window before, and blocks nothing."""
+    left_ms = context.sent_ms[-1] if context.sent_ms else now_ms
+    blocked_ms = left_ms if hand.counted_in == context.inbound_id else context.blocked_ms
     return msgspec.structs.replace(returned(context, hand), blocked_ms=blocked_ms)
 
 

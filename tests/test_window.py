@@ -114,6 +114,20 @@ def test_a_clock_that_is_behind_does_not_keep_a_window_closed(written_ms: int) -
     assert (opened.used, opened.sent_ms, opened.blocked_ms) == (1, [], 0)
 
 
+@pytest.mark.parametrize(
+    ("written_ms", "blocked"),
+    [(NOW + 399, True), (NOW + 401, False), (NOW, False), (NOW - 1000, True)],
+    ids=["before-it-left", "before-its-answer-came", "in-the-same-second", "a-second-before"],
+)
+def test_a_refusal_blocks_the_window_that_the_request_left_into(written_ms: int, blocked: bool) -> None:
+    """The user's message is read after the refusal; which of both iLink saw first is told by when they were sent."""
+    out = window.leaving(OPEN, replace(HAND, tried=1), NOW + 400)
+    assert out.hand is not None
+    refused = window.throttled(out, replace(out.hand, tried=0), NOW + 460)
+    opened = window.heard(refused, message="m2", token="t", now_ms=NOW + 480, in_flight=0, written_ms=written_ms)
+    assert bool(opened.blocked_ms) is blocked
+
+
 def test_a_send_counts_before_it_leaves_and_not_again_when_repeated() -> None:
     first = window.leaving(OPEN, replace(HAND, tried=1), NOW)
     assert first.used == 1
