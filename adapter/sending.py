@@ -119,7 +119,6 @@ async def send(command: Command, peer: Peer, account: Account, sender: Sender) -
             return Repeat()
         merged = [Merged(command=other.id, client=other.client) for other in command.merged]
         hand = Hand(command=command.id, client=command.client, sandbox=command.sandbox, merged=merged)
-    hand = msgspec.structs.replace(hand, sandbox=command.sandbox)  # a replica of an earlier version names none
     while hand.part < len(command.parts):
         if hand.tried > MAX_RESENDS:
             sender.look(peer)

@@ -227,7 +227,7 @@ class Settling:
 
 def _own(lane: Lane, hand: Hand | None) -> Hand | None:
     """What is in hand of the lane. `hand`: what the record says, where one of the bot's next sandbox may stand."""
-    return hand if hand and hand.sandbox in ("", lane.sandbox) else lane.hand
+    return hand if hand and hand.sandbox == lane.sandbox else lane.hand
 
 
 def _crashed(shard: int, exc: BaseException) -> None:

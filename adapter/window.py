@@ -227,8 +227,6 @@ def is_repeat(context: Context, sandbox: str, command: str, client: str) -> bool
     """Whether a command is the second publish of one that was sent, or may have been: by another message."""
     if named(sandbox, command) in context.done:
         return True
-    if "/" not in command and command in context.done:  # a replica of an earlier version names no sandbox
-        return True
     hand = context.hand
     if hand is None or not hand.is_begun or hand.sandbox != sandbox:
         return False

@@ -1013,7 +1013,8 @@ def in_hand(bench: Bench, delivery: FakeDelivery, **fields: Any) -> Hand:
     """The record as an owner leaves it who dies with this command in hand."""
     body = msgspec.json.decode(delivery.data, type=Outbound)
     command = read_command(body, sandbox="s1", ident=body.id or "", stored_ms=delivery.time_ms, limits=LIMITS)
-    return Hand(**{"command": command.id, "client": command.client, "attempts": 1, "tried": 1, **fields})
+    known = {"command": command.id, "client": command.client, "sandbox": command.sandbox}
+    return Hand(**{**known, "attempts": 1, "tried": 1, **fields})
 
 
 def again(delivery: FakeDelivery) -> FakeDelivery:

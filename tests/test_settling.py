@@ -312,24 +312,6 @@ async def test_what_the_owner_before_had_in_hand_is_not_called_unsent_where_its_
     assert (receipt.outcome, receipt.reason, receipt.message_ids) == told
 
 
-async def test_the_ids_of_the_version_before_are_known() -> None:
-    """It wrote them without their sandbox, and commands in hand, too."""
-    bench, shard = await ready(is_open=False)
-    delivery = bench.command("hi", id="c2", suspect=True)
-    client = read_command(
-        Outbound(text="hi", id="c2"), sandbox="s1", ident="c2", stored_ms=delivery.time_ms, limits=LIMITS
-    ).client
-    hand = Hand(command="c2", client=client, tried=1, attempts=1, counted_in="in:1")
-    bench.hears(done=["c1"], hand=hand, used=1)
-    shard.on_delivery(delivery)
-    await asyncio.sleep(60)
-    for ident in ("c1", "c2"):
-        shard.on_delivery(bench.command("hi", id=ident))
-        await asyncio.sleep(60)
-    assert outcomes(bench) == [("c2", "accepted", "")]
-    assert len(bench.chat.sent) == 1
-
-
 async def test_all_that_was_taken_is_told_as_such_where_its_time_is_up_before_it_can_be_told() -> None:
     bench, shard = await ready()
     delivery = bench.command("hi", id="c", expires_in_s=5, suspect=True)

@@ -193,11 +193,6 @@ def test_an_id_of_which_nothing_was_sent_may_be_used_again() -> None:
     assert (state.hand, state.done) == (None, [])
 
 
-def test_a_repeat_is_known_also_where_a_replica_of_an_earlier_version_wrote_no_sandbox() -> None:
-    assert window.is_repeat(context(done=["c1"]), "s1", "c1", "client")
-    assert not window.is_repeat(context(done=["s2/c1"]), "s1", "c1", "client")
-
-
 def test_the_settled_commands_remembered_are_bounded() -> None:
     state = OPEN
     for number in range(100):
