@@ -209,6 +209,7 @@ class Control:
             request=command.id or "",
             start_cursor=command.cursor,
         )
+        await self._refresh(command.sandbox)
         replaced = [
             other for other in self._bindings.of_sandbox(command.sandbox)
             if user and other.user == user and other.bot != command.bot
@@ -231,14 +232,27 @@ class Control:
     async def unbind(self, command: Unbind) -> ControlAnswer:
         """Unbinds a bot, or all bots of a sandbox; none bound is no error. Raises Refused, Temporary."""
         check_sandbox(command.sandbox)
-        bound = self._bindings.of_sandbox(command.sandbox)
         if command.bot:
             await self._bindings.refresh(command.bot)
-            bound = [b for b in self._bindings.of_sandbox(command.sandbox) if b.bot == command.bot]
+        else:
+            await self._refresh(command.sandbox)
+        bound = [b for b in self._bindings.of_sandbox(command.sandbox) if command.bot in (None, "", b.bot)]
         for binding in bound:
             await self._tell(binding, "unbound", command.id)
             await self._bindings.remove(binding.bot)
         return ControlAnswer(ok=True, id=command.id or "", bindings=[binding.info() for binding in bound])
+
+    async def _refresh(self, sandbox: str) -> None:
+        """Reads a sandbox's bots anew: who had the control commands before may have bound one of which this replica
+        has not heard. Raises Temporary."""
+        subject = self._names.event(sandbox, "binding")
+        events = [
+            msgspec.json.decode(stored.data, type=BindingEvent)
+            async for stored in self._history.read(self._names.stream_event, subject)
+        ]
+        known = {binding.bot for binding in self._bindings.of_sandbox(sandbox)}
+        for bot in {event.bot for event in events if event.change == "bound"} - known:
+            await self._bindings.refresh(bot)
 
     async def _current(self, bot: str) -> Binding | None:
         await self._bindings.refresh(bot)

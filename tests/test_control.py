@@ -10,6 +10,7 @@ import msgspec
 import pytest
 from structlog.testing import capture_logs
 
+from adapter.bindings import Bindings
 from adapter.contract import Bind, ControlAnswer
 from adapter.control import ERASE_TRIES, Control
 from adapter.errors import BusRefused, Refused, Temporary
@@ -230,6 +231,24 @@ async def test_an_unbind_without_a_bot_takes_all_of_the_sandbox() -> None:
     assert [info.bot for info in answer.bindings] == [BOT, "b2@im.bot"]
     assert platform.bound == {"b3@im.bot": "s2"}
     assert platform.changes[-2:] == [("s1", BOT, "unbound"), ("s1", "b2@im.bot", "unbound")]
+
+
+def heir(before: Platform) -> Platform:
+    """A replica that has heard of no binding yet."""
+    bench = Bench(before.bench)
+    bench.bindings = Bindings(bench.bindings_bucket)
+    return Platform(bench)
+
+
+async def test_a_replica_that_has_just_taken_over_knows_the_bots_that_the_one_before_has_bound() -> None:
+    """Its own copy of the bucket may lag."""
+    before = Platform()
+    await before.bind()
+    answer = await heir(before).bind(bot="b2@im.bot", bot_token="b2@im.bot:x")
+    assert answer.replaced == [BOT]
+    answer = await heir(before).say("unbind", sandbox="s1")
+    assert [info.bot for info in answer.bindings] == ["b2@im.bot"]
+    assert [entry.value for entry in before.bench.bindings_bucket.entries.values()] == [None, None]
 
 
 async def test_an_unbind_of_nothing_is_no_error() -> None:
