@@ -20,14 +20,14 @@ from structlog.testing import capture_logs
 from adapter.embedded import EmbeddedNats
 from adapter.errors import BusRefused, Conflict, LeaseLost, Refused, SettingsError, Temporary
 from adapter.jetstream import topology
-from adapter.jetstream.buckets import KvBucket, LeaseRegister, StreamHistory
+from adapter.jetstream.buckets import KvBucket, LeaseRegister, StreamHistory, direct_get
 from adapter.jetstream.consumer import Consumer, Delivery, all_settled
 from adapter.jetstream.link import Link, _is_leaderless
 from adapter.jetstream.publisher import Publisher
 from adapter.jetstream.services import AT_ONCE, OF_ONE, BusTeller, Handler, Services
 from adapter.metrics import Metrics
 from adapter.names import H_COMMAND, H_ERROR, H_ERROR_CODE, H_MSG_ID, H_SCHEMA, SHARDS, Names, peer_key, shard_of
-from adapter.ports import Answered, Asked, Entry, Message, PubAck
+from adapter.ports import Answered, Asked, Entry, Message, PubAck, Stored
 from adapter.settings import Settings
 from adapter.timing import SystemClock
 from tests.e2e.waiting import eventually
@@ -520,6 +520,47 @@ async def test_a_follower_that_misses_nothing_does_not_read_again(rig: Rig) -> N
     await until(lambda: loads > before, "a purge is noticed")
 
 
+async def test_a_follower_reads_again_when_the_server_that_answered_lags(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has seen as many keys as there are, and one of them in an older value."""
+    bucket = rig.bucket(NAMES.bindings)
+    first = await bucket.update("k", b"1", 0)
+    seen: list[bytes | None] = []
+    loaded = asyncio.Event()
+
+    async def lagging(*query: Any) -> AsyncIterator[Stored]:
+        async for stored in direct_get(*query):
+            yield stored if loaded.is_set() else Stored(stored.subject, first, stored.headers, b"1")
+
+    monkeypatch.setattr("adapter.jetstream.buckets.direct_get", lagging)
+    await bucket.update("k", b"2", first)
+    rig.spawn(bucket.follow(lambda entry: seen.append(entry.value), on_loaded=loaded.set, reload_s=0.05))
+    await until(lambda: seen == [b"1", b"2"], "it reads again")
+
+
+async def test_a_replicated_history_ends_where_the_leader_has_no_more(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that lags knows of the first message only."""
+    await control(rig, "0", "1", "2")
+    asked = 0
+
+    async def lagging(*query: Any) -> AsyncIterator[Stored]:
+        nonlocal asked
+        asked += 1
+        number = asked
+        async for stored in direct_get(*query):
+            yield stored
+            if number == 1:
+                return
+
+    monkeypatch.setattr("adapter.jetstream.buckets.direct_get", lagging)
+    asking = StreamHistory(rig.link, replicated=True)
+    found = [stored.data async for stored in asking.read(NAMES.stream_ctl, NAMES.bind)]
+    assert (found, asked) == ([b"0", b"1", b"2"], 2)
+
+
 async def test_a_lease_register_answers_from_the_leader_and_fails_in_time(rig: Rig) -> None:
     register = LeaseRegister(rig.link, NAMES.members, ttl_s=60)
     assert await register.get("r1") is None
@@ -565,7 +606,6 @@ async def test_a_register_is_read_anew_when_it_has_changed_and_now_and_then(rig:
 
 
 async def test_a_history_that_asks_the_leader_ends_as_one_that_does_not(rig: Rig) -> None:
-    """What it is for, a follower that lags, takes a cluster; here the leader never knows more."""
     asking = StreamHistory(rig.link, replicated=True)
     await control(rig, *(str(number) for number in range(450)))
     first = await rig.first(NAMES.stream_ctl)
