@@ -191,6 +191,7 @@ class Adapter:
             media_bus=self.media_bus,
             inspector=self.inspector,
             bindings=self.binding_bucket,
+            leases=self.leases,
             supervisor=self.supervisor,
             tidy=self._tidy,
             names=names,

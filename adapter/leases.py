@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import itertools
 import secrets
 
 import msgspec
@@ -117,11 +118,12 @@ class Leases:
     async def _join(self) -> None:
         self.incarnation = f"{self._instance}-{secrets.token_hex(4)}"
         self._revision = 0
-        while True:
+        for failures in itertools.count(1):
             try:
                 await self._renew()
                 break
-            except (Temporary, Conflict):
+            except (Temporary, Conflict) as exc:
+                self._failed(exc, failures)
                 await self._clock.sleep(0.2)
         log.info("lease.joined", incarnation=self.incarnation)
 
@@ -135,9 +137,13 @@ class Leases:
                 failures = 0
             except (Temporary, Conflict) as exc:  # Conflict: a write landed of which we did not hear in time
                 failures += 1
-                if failures == 1:
-                    log.warning("lease.unrenewed", reason=exc.reason)
+                self._failed(exc, failures)
             await self._clock.sleep(self._lease_s / 4 if self.valid else 0.1)
+
+    def _failed(self, exc: Temporary | Conflict, failures: int) -> None:
+        self.hurdle = exc.detail or exc.reason
+        if failures == 1:
+            log.warning("lease.unrenewed", reason=exc.reason, detail=exc.detail[:200])
 
     async def _renew(self) -> None:
         """Raises Temporary, LeaseLost when another replica revoked this incarnation."""

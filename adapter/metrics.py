@@ -146,7 +146,7 @@ class Metrics:
         self.polls_full = self.polls.labels(outcome="messages")
         self.polls_empty = self.polls.labels(outcome="empty")
         self.oldest_poll_age = self._gauge(
-            "oldest_poll_age_seconds", "Longest time since a completed poll among the bindings that poll."
+            "oldest_poll_age_seconds", "Longest time since a completed poll among the bindings that poll, or wait to."
         )
         self.upstream_requests = self._counter(
             "upstream_requests",

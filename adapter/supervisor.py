@@ -381,7 +381,8 @@ class Supervisor:
         )
         for state in STATES:
             metrics.bindings.labels(state=state).set(states[state])
-        ages = [now - s.answered for s in self.sessions.values() if s.answered and s.state in ("polling", "error")]
+        polled = [s for s in self.sessions.values() if s.state in ("polling", "error", "paused")]
+        ages = [now - session.answered for session in polled if session.answered]
         metrics.oldest_poll_age.set(max(ages, default=0.0))
         # Shards that nobody owns are told by every replica: each may be the only one that is left to tell.
         open_to_us = self._owned | self._leases.orphans

@@ -12,6 +12,7 @@ from adapter.jetstream import topology
 from adapter.jetstream.buckets import KvBucket
 from adapter.jetstream.link import Link
 from adapter.jetstream.publisher import Publisher
+from adapter.leases import Leases
 from adapter.metrics import Metrics
 from adapter.names import Names
 from adapter.probes import BUS_GRACE_S, Health
@@ -41,6 +42,7 @@ class Watch:
         media_bus: Publisher,
         inspector: topology.Inspector,
         bindings: KvBucket,
+        leases: Leases,
         supervisor: Supervisor,
         tidy: Callable[[], None],
         names: Names,
@@ -54,6 +56,7 @@ class Watch:
         self._media_bus = media_bus
         self._inspector = inspector
         self._bindings = bindings
+        self._leases = leases
         self._supervisor = supervisor
         self._tidy = tidy
         self._names = names
@@ -104,15 +107,20 @@ class Watch:
             rounds += 1
             try:
                 await self._link.probe()
-                if rounds % 2 == 1:
+                if rounds % 2 == 1 or not self._health.jetstream_ok:  # what is back may have come back empty
                     await self._ask_streams()
                     await self._ask_consumers()
             except (Temporary, BusRefused) as exc:
                 if self._link.up:
                     self._hear(f"JetStream does not answer: {exc.detail or exc.reason}"[:200])
             else:
-                waits = self._bus.waiting_s > BUS_GRACE_S
-                self._hear(f"JetStream takes nothing: {self._bus.hurdle}"[:200] if waits else "")
+                self._hear(self._hurdle()[:200])
+
+    def _hurdle(self) -> str:
+        """What keeps this replica from work although JetStream answers, in words; "": nothing."""
+        if self._bus.waiting_s > BUS_GRACE_S:
+            return f"JetStream takes nothing: {self._bus.hurdle}"
+        return "" if self._leases.valid else f"the lease cannot be renewed: {self._leases.hurdle}"
 
     def _hear(self, problem: str) -> None:
         """A problem counts once it has lasted: an election takes seconds, and this replica keeps what it has."""

@@ -100,6 +100,9 @@ async def test_the_bot_that_was_answered_longest_ago_is_seen_among_ten_thousand(
     made.sessions["000007@im.bot"].state = "needs_login"  # it is not polled, and that is told elsewhere
     made.observe(0)
     assert bench.metrics.value("oldest_poll_age_seconds") == pytest.approx(1.0)
+    made.sessions["000007@im.bot"].state = "paused"  # nobody else tells that it should be
+    made.observe(0)
+    assert bench.metrics.value("oldest_poll_age_seconds") == pytest.approx(100.0)
 
 
 async def test_a_bot_that_found_no_room_is_polled_once_there_is_some() -> None:

@@ -367,6 +367,25 @@ async def test_a_stream_that_is_full_loses_its_oldest_or_refuses_or_holds_up_as_
         await until(lambda: made.phone_texts("s2") == texts, "those that were taken are sent")
 
 
+async def test_a_lease_that_cannot_be_renewed_is_told(tmp_path: Path) -> None:
+    """All else of JetStream answers, and nothing is polled: it must not look ready, nor as if its bots were heard."""
+    async with running(tmp_path, bots=3) as (made, nc, adapter):
+        members = f"KV_{NAMES.members}"
+        await change(nc, members, max_msg_size=1)
+
+        async def told() -> bool:
+            return "the lease cannot be renewed: 10054" in (await adapter.unready()).get("jetstream", "")
+
+        await eventually(told, "it is not ready")
+        assert made.sim.stats().parked == 0
+        assert await adapter.metric("oldest_poll_age_seconds") > 5
+        await change(nc, members, max_msg_size=-1)
+        await until(lambda: made.sim.stats().parked == 3, "all are polled again")
+        await eventually(adapter.is_ready, "it is ready again")
+        await loaded(made, nc, 2)
+        await faultless(made, nc)
+
+
 @pytest.mark.slow
 async def test_an_account_without_room_holds_everything_up_and_loses_nothing(tmp_path: Path) -> None:
     bus = LimitedNats(tmp_path / "nats", account_bytes=2_000_000)
