@@ -263,6 +263,7 @@ class Adapter:
             spread_s=lambda: len(self.supervisor.sessions) / POLLS_PER_S,
             stale_retry_s=settings.stale_retry_s,
             skew_ms=settings.duplicate_skew_ms,
+            groups_as_direct=settings.groups_as_direct,
             notify=settings.notify,
             tell_freed=self.tell_freed,
             grace_s=self.grace_s,

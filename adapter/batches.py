@@ -124,6 +124,10 @@ async def _sort(
         elif binding is None:
             count(needs, said.kind, "unbound")
             await bury(session.bot, "", raw, "The bot is not bound any more.", needs)
+        elif said.group and not needs.groups_as_direct:
+            # an answer might go to the group, or to one of it who is not the bot's user
+            count(needs, said.kind, "dead_lettered")
+            await bury(session.bot, binding.sandbox, raw, "It was written in a group.", needs, reason="group")
         else:
             if said.broken:
                 await bury(session.bot, binding.sandbox, raw, said.broken, needs)

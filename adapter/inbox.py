@@ -179,14 +179,14 @@ async def _publish_stub(one: Heard, message: Message, needs: Incoming) -> int:
         return 0
 
 
-async def bury(bot: str, sandbox: str, raw: bytes, why: str, needs: Incoming) -> None:
+async def bury(bot: str, sandbox: str, raw: bytes, why: str, needs: Incoming, *, reason: str = "unreadable") -> None:
     """Keeps what iLink sent as a dead letter. `sandbox` "": the bot is bound to none."""
     await needs.events.dead_letter(
         "IN",
         raw,
         subject=needs.names.inbox(sandbox) if sandbox else "",
         headers={},
-        reason="unreadable" if sandbox else "not_bound",
+        reason=reason if sandbox else "not_bound",
         detail=why,
         seq=0,
         msg_id=f"dead:{bot}:{digest(raw)}",

@@ -114,6 +114,8 @@ class Said(msgspec.Struct, frozen=True, gc=False):
     """Where to look for the rest of `quote`."""
     item_ids: tuple[str, ...] = ()
     """iLink's ids of the items, in their order; "" for none of their own."""
+    group: bool = False
+    """It was written in a group, or comes from one."""
 
 
 class QrCode(NamedTuple):

@@ -1067,6 +1067,7 @@ class Bench:
             spread_s=lambda: 0.0,
             stale_retry_s=(5.0, 30.0, 300.0),
             skew_ms=0,
+            groups_as_direct=False,
             notify=True,
             tell_freed=tell_freed,
             grace_s=10.0,

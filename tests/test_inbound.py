@@ -338,6 +338,26 @@ async def test_a_broken_message_is_told_as_unsupported_and_kept_whole() -> None:
     assert (dead.subject, dead.headers["Wechat-Reason"]) == ("wechat.dead.WECHAT_IN", "unreadable")
 
 
+async def test_what_was_written_in_a_group_is_kept_and_told_to_nobody() -> None:
+    """An answer might be shown to the group, or to a stranger: who speaks there is not who scanned the code."""
+    strange = raw("hello all", 1, group_id="7@chatroom", from_user_id="stranger@im.wechat")
+    theirs = raw("to all", 2, group_id="7@chatroom")
+    bench = await ready(batch(strange, theirs, raw("to you", 3)), user="")
+    await polls(bench)
+    assert texts(bench) == ["to you"]
+    assert [dead.data for dead in bench.bus.found("DEAD")] == [strange, theirs]
+    assert {dead.headers["Wechat-Reason"] for dead in bench.bus.found("DEAD")} == {"group"}
+    assert [binding.user for binding in bench.bindings] == [USER]
+    assert (bench.context().token, list(bench.contexts_bucket.entries)) == ("token-3", [peer_key(BOT, USER)])
+
+
+async def test_what_was_written_in_a_group_is_told_where_a_setting_says_so() -> None:
+    bench = await ready(batch(raw("to all", group_id="7@chatroom")))
+    await polls(bench, groups_as_direct=True)
+    assert texts(bench) == ["to all"]
+    assert bench.bus.found("DEAD") == []
+
+
 async def test_a_message_of_nobody_is_kept_and_the_others_go_on() -> None:
     bench = await ready(batch(raw("one", 1), b'{"message_id":5}', b"[]", raw("two", 2)))
     await polls(bench)

@@ -125,6 +125,24 @@ def test_an_echo_needs_no_sender(sender: str | None, fields: dict[str, Any]) -> 
     assert read_message(changed("bot-echo", from_user_id=sender, **fields)).echo
 
 
+@pytest.mark.parametrize("more", [{}, {"seq": "42"}, {"context_token": 5}], ids=["plain", "whole", "malformed"])
+@pytest.mark.parametrize(
+    ("fields", "group"),
+    [
+        ({"group_id": "12345@chatroom"}, True),
+        ({"group_id": 12345}, True),
+        ({"from_user_id": "12345@chatroom"}, True),
+        ({"group_id": ""}, False),
+        ({"group_id": 0}, False),
+        ({}, False),
+    ],
+    ids=["named", "number", "sender", "empty", "zero", "none"],
+)
+def test_what_was_written_in_a_group_is_known(fields: dict[str, Any], group: bool, more: dict[str, Any]) -> None:
+    """1.3 and 4.1."""
+    assert read_message(changed("text", **fields, **more)).group == group
+
+
 KEYS = [
     ("text", (str(BIG), "wx-demo-1", "42")),
     ("message-id-as-text", (str(BIG), "wx-demo-1", "42")),

@@ -20,6 +20,8 @@ _WHOLE = msgspec.json.Decoder(wire.Message, strict=False)
 _ITEM = msgspec.json.Decoder(wire.Item, strict=False)
 MAX_ID = 128
 """A longer user id is none: it would not fit into a subject."""
+ROOM = "@chatroom"
+"""How the ids of groups end."""
 MAX_FILE_NAME = 255
 """Characters; no phone's file system allows longer ones."""
 
@@ -51,6 +53,7 @@ def _read_plain(raw: bytes, message: wire.PlainMessage) -> Said:
         items=[contract.TextItem(text=text)],
         quote=None,
         echo=message.message_type == wire.BOT,
+        group=_is_group(message, user),
         raw=raw,
         broken="",
         kind="text",
@@ -97,6 +100,7 @@ def _read_whole(raw: bytes) -> Said:
         items=items,
         quote=quoted[0] if quoted else None,
         echo=message.message_type == wire.BOT,
+        group=_is_group(message, user),
         raw=raw,
         broken=broken,
         kind=_kind(items),
@@ -226,10 +230,16 @@ def _salvage(raw: bytes, why: str) -> Said:
         items=[contract.UnsupportedItem(type=0, reason="malformed")],
         quote=None,
         echo=rest.message_type == wire.BOT,
+        group=_is_group(rest, user),
         raw=raw,
         broken=why,
         kind="unsupported",
     )
+
+
+def _is_group(message: wire.Head | wire.Envelope, user: str) -> bool:
+    """Whether it was not written to the bot alone (1.3); an empty id means that it was (4.1)."""
+    return bool(message.group_id) or user.endswith(ROOM)
 
 
 def _time(value: object) -> int:

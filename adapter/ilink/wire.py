@@ -176,6 +176,8 @@ class Head(msgspec.Struct, kw_only=True):
     create_time_ms: int | None = None
     message_type: int | None = None
     context_token: str | None = None
+    group_id: Any = None
+    """Empty for a direct chat."""
 
 
 class PlainMessage(Head, kw_only=True):
@@ -202,3 +204,4 @@ class Envelope(msgspec.Struct):
     create_time_ms: Any = None
     message_type: Any = None
     context_token: Any = None
+    group_id: Any = None
