@@ -67,7 +67,7 @@ async def _still_ours(session: Session, place: Place, needs: Incoming) -> Cursor
 
 async def _tell_late(session: Session, messages: list[bytes], needs: Incoming) -> None:
     """What another owner of the bot has neither stored nor seen. Its window and its media are not for us to touch."""
-    binding = needs.bindings.get(session.bot)
+    binding = await _binding(session, needs)
     entry = await retry(lambda: needs.cursors.get(token_of(session.bot)), needs)
     record = msgspec.json.decode(entry.value, type=Cursor) if entry and entry.value else Cursor()
     record, seen = await retry(lambda: recollect(session.bot, record, needs), needs)
@@ -78,10 +78,17 @@ async def _tell_late(session: Session, messages: list[bytes], needs: Incoming) -
         await publish(_heard(binding, fresh, seen, needs), needs)
 
 
+async def _binding(session: Session, needs: Incoming) -> Binding | None:
+    """The bot's binding; None only where the bus has none: the news of a new one may be on their way."""
+    if needs.bindings.get(session.bot) is None:
+        await retry(lambda: needs.bindings.refresh(session.bot), needs)
+    return needs.bindings.get(session.bot)
+
+
 async def _store(session: Session, polled: Polled, place: Place, needs: Incoming) -> Place:
     """Raises LeaseLost."""
     arrived = needs.clock.monotonic()
-    binding = needs.bindings.get(session.bot)
+    binding = await _binding(session, needs)
     fresh = await _sort(session, binding, polled.messages, place.seen, needs)
     last_seq = place.record.last_seq
     if binding is not None and fresh:

@@ -1013,6 +1013,21 @@ async def test_a_message_for_a_bot_that_was_unbound_while_it_came_is_a_dead_lett
     assert dead.data == raw("too late")
 
 
+async def test_a_message_for_a_bot_that_was_bound_anew_is_told_also_where_the_news_of_it_are_late() -> None:
+    bench = await ready()
+    session = Session(BOT)
+    needs = bench.incoming()
+    place = await acquire(session, needs)
+    assert place is not None
+    await bench.bindings.remove(BOT)
+    platform = Bench(bench)
+    bench.bindings_bucket._followers.clear()
+    await platform.bind()
+    await store(session, batch(raw("in time")), place, needs)
+    assert texts(bench) == ["in time"]
+    assert bench.bus.found("DEAD") == []
+
+
 async def test_a_new_token_is_used_at_once() -> None:
     bench = await ready()
     session, task = tended(bench)
