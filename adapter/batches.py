@@ -23,6 +23,8 @@ ATTEMPTS = 5
 """At a batch whose lease pauses again and again."""
 PIPELINE = 256
 """Messages stored at once; bounds the memory of a huge batch."""
+LATE_S = 10.0
+"""What is told late waits so long for what came before it and waits for media, which is another owner's to tell."""
 
 
 def says_something(polled: Polled, place: Place) -> bool:
@@ -67,6 +69,7 @@ async def _still_ours(session: Session, place: Place, needs: Incoming) -> Cursor
 
 async def _tell_late(session: Session, messages: list[bytes], needs: Incoming) -> None:
     """What another owner of the bot has neither stored nor seen. Its window and its media are not for us to touch."""
+    await _pass_media(session, needs)
     binding = await _binding(session, needs)
     entry = await retry(lambda: needs.cursors.get(token_of(session.bot)), needs)
     record = msgspec.json.decode(entry.value, type=Cursor) if entry and entry.value else Cursor()
@@ -83,6 +86,17 @@ async def _binding(session: Session, needs: Incoming) -> Binding | None:
     if needs.bindings.get(session.bot) is None:
         await retry(lambda: needs.bindings.refresh(session.bot), needs)
     return needs.bindings.get(session.bot)
+
+
+async def _pass_media(session: Session, needs: Incoming) -> None:
+    binding = await _binding(session, needs)
+    until = needs.clock.monotonic() + LATE_S
+    while binding is not None and needs.clock.monotonic() < until:
+        subject = needs.names.raw(shard_of(binding.sandbox), binding.bot)
+        if await retry(lambda subject=subject: needs.history.last(needs.names.stream_raw, subject), needs) is None:  # type: ignore[misc]
+            return
+        await needs.clock.sleep(0.2)
+        binding = await _binding(session, needs)
 
 
 async def _store(session: Session, polled: Polled, place: Place, needs: Incoming) -> Place:

@@ -755,6 +755,35 @@ async def test_what_waits_is_told_before_what_comes_after_the_take_over() -> Non
     await heir.leave()
 
 
+async def test_what_a_fenced_poller_has_in_hand_is_told_behind_what_waits() -> None:
+    """The next owner tells that; how long it takes depends on the CDN."""
+    bench = await ready(batch(image(1)), batch(words(2), cursor="c"))
+    bench.cdn.has("p1", None)
+
+    async def freeze(message: Message) -> None:
+        if message.payload == words(2):
+            bench.bus.on_publish, bench.leases.is_valid = None, False
+
+    bench.bus.on_publish = freeze
+    replica = await run(bench)
+    await asyncio.sleep(5)
+    replica.downloads.stop()
+    gate = asyncio.Event()
+    bench.cdn.has("p1", gate, PNG)
+    heir = await heir_of(bench)
+    await asyncio.sleep(1)
+    bench.leases.incarnation, bench.leases.is_valid = "me-2", True
+    bench.opened.clear()
+    bench.leases.changed.notify()
+    await asyncio.sleep(3)
+    assert said(bench) == []
+    gate.set()
+    await asyncio.sleep(3)
+    assert said(bench) == ["+", "t2"]
+    assert replica.poller.done()
+    await heir.leave()
+
+
 async def test_a_zombies_last_words_are_found() -> None:
     """Stored raw by the owner before, after the shard was read: told all the same."""
     bench = await ready()
