@@ -123,7 +123,7 @@ async def send(command: Command, peer: Peer, account: Account, sender: Sender) -
         if hand.tried > MAX_RESENDS:
             sender.look(peer)
             return _ending(
-                "uncertain", hand, "iLink did not answer, also not after a repeat with the same client_id."
+                "uncertain", hand, "iLink did not answer, and is not asked again: that might show it twice."
             )
         if wait := _closed(command, hand, peer, sender):
             return wait

@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
+import msgspec
 import structlog
 
 from adapter import contract, window
@@ -25,7 +26,7 @@ from adapter.ports import Account, Bus, History
 from adapter.presence import Showing
 from adapter.receipts import Receipts
 from adapter.records import Binding, Hand
-from adapter.sending import Ending, Sender, in_doubt
+from adapter.sending import MAX_RESENDS, Ending, Sender, in_doubt
 from adapter.tasks import Tasks
 from adapter.uploads import Uploads
 
@@ -115,6 +116,8 @@ class Settling:
         if lane.former:
             before = (await contexts.peer(lane.former, lane.user)).context
             hand = _own(lane, before.hand)
+            if hand and hand.tried:  # another bot's message is another one on the phone: it is not repeated there
+                hand = msgspec.structs.replace(hand, tried=hand.tried + MAX_RESENDS)
             if hand or before.done:
                 await contexts.save(peer, lambda context: window.moved(context, hand, before.done))
             lane.former = ""

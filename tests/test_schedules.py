@@ -592,9 +592,7 @@ def receipts_are_true(model: Model) -> list[str]:
         if not one.pieces:
             continue
         times = [len(shown[piece]) for piece in one.pieces]
-        again = KNOWN and any(
-            asked[piece] & model.chat.unanswered for piece in one.pieces
-        )  # over the user's next bot
+        again = KNOWN and model.deaths and any(asked[piece] & model.chat.unanswered for piece in one.pieces)
         if max(times) > 1 and not again:
             wrong.append(f"{one.ident} {one.pieces} was shown {times} times")
         for receipt in finals.get((one.ident, one.stored_ms), []):
@@ -648,7 +646,7 @@ def one_at_a_time_and_in_order(model: Model) -> list[str]:
                 if piece.startswith(f"@{sandbox}.") and not (model.settings["reserve"] and piece in passing)
             ]
             if KNOWN:
-                found = [] if model.unnamed else list(dict.fromkeys(found))  # again: over the user's next bot
+                found = [] if model.unnamed else list(dict.fromkeys(found))  # again, after a death: over the next bot
             if any(earlier > later for earlier, later in pairwise(found)):
                 wrong.append(f"{user} got {found} of {sandbox}")
     return wrong
