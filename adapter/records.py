@@ -125,7 +125,7 @@ class Context(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     sent_ms: list[int] = []
     """When each of these left."""
     blocked_ms: int = 0
-    """When iLink said -2; 0: not blocked."""
+    """When the request left to which iLink said -2; 0: not blocked."""
     hand: Hand | None = None
     done: list[str] = []
     """Sandbox/id of the last commands that were sent, or may have been, against a second publish with the same id."""
