@@ -124,6 +124,12 @@ def test_without_the_library_there_is_no_wav(monkeypatch: pytest.MonkeyPatch) ->
     assert silk_duration_ms(SILK) == 1000
 
 
+def test_a_recording_ends_where_a_frame_is_longer_than_the_decoder_takes() -> None:
+    frames = [bytes(size) for size in (media.SILK_FRAME_MAX, media.SILK_FRAME_MAX + 1, 10)]
+    data = b"\x02#!SILK_V3" + b"".join(struct.pack("<h", len(frame)) + frame for frame in frames)
+    assert silk_duration_ms(data) == media.SILK_FRAME_MS
+
+
 BEYOND = b"RIFF$\0\0\0WAVEfmt_\xff\xff\xff\xffdata"
 """A part that is longer than the whole."""
 

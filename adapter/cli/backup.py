@@ -12,11 +12,10 @@ from typing import Annotated, Any
 import msgspec
 from cyclopts import Parameter
 from nats.errors import Error as NatsError
-from nats.errors import TimeoutError as NatsTimeout
 
 from adapter.cli import output
 from adapter.cli.bus import Bus, connected
-from adapter.cli.doctor import running
+from adapter.cli.doctor import adapters_there
 from adapter.cli.exits import NO, OK, UNREACHABLE, USAGE, Failed
 from adapter.cli.options import Json, flag
 
@@ -24,6 +23,8 @@ COLUMNS = ("stream", "messages", "bytes")
 CHUNK = 128 * 1024
 CHUNK_S = 30.0
 """How long a chunk may take, either way."""
+LISTEN_S = 3.0
+"""How long an adapter has to answer. One that is overlooked loses the streams under its hands."""
 META, DATA = "backup.json", "stream.tar.s2"
 
 Folder = Annotated[Path, Parameter(help="Folder of the backup, with a folder per stream.")]
@@ -71,7 +72,7 @@ async def restore(
     if not saved:
         raise Failed(USAGE, f"{folder} holds no backup.")
     async with connected() as bus:
-        if found := (await running(bus))[0]:
+        if found := (await adapters_there(bus, LISTEN_S))[0]:
             raise Failed(NO, f"{len(found)} adapters are running on this bus: stop them first.")
         there = set(await _streams(bus)) & {place.name for place in saved}
         if there and not replace:
@@ -115,7 +116,7 @@ async def _save(bus: Bus, stream: str, folder: Path) -> Copied:
                     await bus.nc.publish(chunk.reply)  # the server sends more once it hears this
         if (chunk.headers or {}).get("Status", "204") not in ("200", "204"):
             raise Failed(UNREACHABLE, f"Copying {stream} stopped half-way: {chunk.headers}.")
-    except (NatsTimeout, NatsError, TimeoutError):
+    except (NatsError, TimeoutError):
         raise Failed(UNREACHABLE, f"Copying {stream} stopped half-way: try again.") from None
     finally:
         await chunks.unsubscribe()
@@ -137,7 +138,7 @@ async def _load(bus: Bus, folder: Path) -> Copied:
                 if said.data:
                     _expect(msgspec.json.decode(said.data), f"{stream} cannot be restored")
         done = await bus.nc.request(answer["deliver_subject"], b"", timeout=CHUNK_S)
-    except (NatsTimeout, NatsError, TimeoutError):
+    except (NatsError, TimeoutError):
         raise Failed(UNREACHABLE, f"Restoring {stream} stopped half-way: delete it, and try again.") from None
     _expect(msgspec.json.decode(done.data), f"{stream} cannot be restored")
     return Copied(stream, meta["state"]["messages"], (folder / DATA).stat().st_size)

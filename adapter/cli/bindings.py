@@ -176,7 +176,7 @@ def _show(answer: ControlAnswer, done: str, json: bool) -> int:
         for bot in answer.replaced:
             output.say(f"replaced  {output.printable(bot)}")
         output.say(f"{done}.")
-    if not answer.ok and not json:
+    else:
         output.complain(output.printable(answer.error or "The adapter refused without a reason."))
     return OK if answer.ok else NO
 

@@ -16,9 +16,8 @@ from typing import Any, TypeVar
 
 import msgspec
 from nats.aio.msg import Msg
+from nats.errors import ConnectionClosedError, NoRespondersError
 from nats.errors import Error as NatsError
-from nats.errors import NoRespondersError
-from nats.errors import TimeoutError as NatsTimeout
 from nats.js import JetStreamContext, api
 from nats.js.errors import APIError, NoStreamResponseError, NotFoundError, ServiceUnavailableError
 
@@ -34,6 +33,7 @@ CONNECT_S = 5.0
 ANSWER_S = 5.0
 ASKED_S = 2.0
 """Patience with a question that only betters a sentence."""
+BROKE = "The connection to NATS broke: try again."
 NO_JETSTREAM = "JetStream is not available on this server or for this user."
 JetStreamGone = (ServiceUnavailableError, NoStreamResponseError)
 KEPT = 1000
@@ -63,7 +63,7 @@ class Bus:
             await self.nc.flush()
             await answers.unsubscribe()
         except (NatsError, TimeoutError):
-            raise Failed(UNREACHABLE, "The connection to NATS broke: try again.") from None
+            raise Failed(UNREACHABLE, BROKE) from None
         self.heed(*subjects)
 
     def heed(self, *subjects: str) -> None:
@@ -182,6 +182,8 @@ async def connected(settings: Settings | None = None, *, lasting: bool = False) 
         yield bus
     except JetStreamGone as exc:
         raise Failed(UNREACHABLE, NO_JETSTREAM) from exc
+    except ConnectionClosedError as exc:
+        raise Failed(UNREACHABLE, BROKE) from exc
     finally:
         with contextlib.suppress(NatsError, OSError, TimeoutError):
             await nc.close()
@@ -257,13 +259,12 @@ async def stored_from(
         if not await _any_waiting(subscription):
             return
         while True:
-            try:
-                msg = await subscription.next_msg(timeout=ANSWER_S)
-            except (NatsTimeout, TimeoutError):
-                raise Failed(UNREACHABLE, f"Reading {stream} stopped half-way: try again.") from None
+            msg = await subscription.next_msg(timeout=ANSWER_S)
             yield msg
             if msg.metadata.num_pending == 0:
                 return
+    except TimeoutError:
+        raise Failed(UNREACHABLE, f"Reading {stream} stopped half-way: try again.") from None
     finally:
         await subscription.unsubscribe()
 

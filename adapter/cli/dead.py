@@ -117,17 +117,18 @@ def _letter(msg: Msg) -> Letter:
 
 async def _get(bus: Bus, seq: int) -> api.RawStreamMsg | None:
     """None, and a complaint, where there is no such letter. Raises Failed."""
+    stream = bus.names.stream_dead
     try:
-        return await bus.js.get_msg(bus.names.stream_dead, seq)
+        return await bus.js.get_msg(stream, seq)
     except JetStreamGone:
         raise
     except NotFoundError as exc:
         if exc.err_code == NO_STREAM:
-            raise Failed(UNREACHABLE, no_stream(bus.names.stream_dead)) from None
+            raise Failed(UNREACHABLE, no_stream(stream)) from None
         output.complain(f"There is no dead letter {seq}.")
         return None
     except (NatsError, TimeoutError):
-        raise Failed(UNREACHABLE, "Cannot read the dead letters: may this user read WECHAT_DEAD?") from None
+        raise Failed(UNREACHABLE, f"Cannot read the dead letters: may this user read {stream}?") from None
 
 
 async def _delete(bus: Bus, seq: int) -> bool:

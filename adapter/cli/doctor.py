@@ -176,8 +176,9 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else text[:79] + "…"
 
 
-async def running(bus: Bus) -> tuple[set[str], set[str]]:
-    """Asks every adapter at once; the ids and versions of those that answer. Raises NatsError."""
+async def adapters_there(bus: Bus, wait_s: float = PING_S) -> tuple[set[str], set[str]]:
+    """Asks every adapter at once; the ids and versions of those that answer in time. Raises Failed, NatsError."""
+    ping = f"$SRV.PING.{SERVICE}"
     inbox = bus.nc.new_inbox()
     ids: set[str] = set()
     versions: set[str] = set()
@@ -191,14 +192,17 @@ async def running(bus: Bus) -> tuple[set[str], set[str]]:
         versions.add(str(pong.get("version")))
 
     await bus.nc.subscribe(inbox, cb=heard)
-    await bus.nc.publish(f"$SRV.PING.{SERVICE}", b"", reply=inbox)
-    await asyncio.sleep(PING_S)
+    await bus.nc.publish(ping, b"", reply=inbox)
+    await asyncio.sleep(wait_s)
+    bus.heed(ping)
     return ids, versions
 
 
 async def _adapters(bus: Bus) -> Check:
     try:
-        ids, versions = await running(bus)
+        ids, versions = await adapters_there(bus)
+    except Failed as exc:
+        return Check("adapters", "fail", str(exc))
     except NatsError as exc:
         return Check("adapters", "fail", f"Cannot ask for them: {exc}.")
     if not ids:

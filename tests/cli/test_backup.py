@@ -12,6 +12,7 @@ from adapter.app import run
 from adapter.cli.bus import Bus, connected
 from adapter.embedded import EmbeddedNats
 from adapter.settings import Settings
+from tests.bus.guarded import guarded
 from tests.cli.conftest import Command
 
 LEFT_OUT = {"KV_wechat_members", "KV_wechat_claims", "KV_wechat_logins"}
@@ -84,6 +85,20 @@ async def test_a_running_adapter_forbids_it(cli: Command, bus: Bus, settings: Se
     assert (refused.code, "stop them first" in refused.err) == (1, True)
     stop.set()
     await adapter
+
+
+async def test_who_may_not_ask_for_adapters_cannot_restore(
+    cli: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That none answers would look as if none ran."""
+    saved = tmp_path / "saved"
+    (saved / "WECHAT_IN").mkdir(parents=True)
+    (saved / "WECHAT_IN" / "backup.json").touch()
+    async with guarded(tmp_path) as server:
+        for name, value in {"NATS_URL": server.url, **server.users["service"].environ}.items():
+            monkeypatch.setenv(name, value)
+        refused = await cli("restore", str(saved))
+    assert (refused.code, "may not publish to $SRV.PING" in refused.err) == (1, True)
 
 
 def settings_of_adapter(settings: Settings) -> Settings:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from adapter.cli.bus import Bus
+from adapter.cli.bus import Bus, connected, stored_from
+from adapter.cli.exits import UNREACHABLE, Failed
 from adapter.letters import original_subject
 from adapter.names import (
     H_COMMAND,
@@ -17,6 +18,7 @@ from adapter.names import (
     H_TRACEPARENT,
     Names,
 )
+from adapter.settings import Settings
 from tests.cli.conftest import Command
 
 OUT, CTL, IN = "WECHAT_OUT", "WECHAT_CTL", "WECHAT_IN"
@@ -54,6 +56,22 @@ async def test_ls_shows_no_bodies(cli: Command, bus: Bus) -> None:
     assert "private" not in result.out
     (row,) = (await cli("dead", "ls", "--stream", IN, "--json")).rows
     assert (row["seq"], row["detail"], row["time_ms"], row["size"]) == (2, "Not JSON.", 1_760_000_000_000, 17)
+
+
+async def test_a_connection_that_breaks_on_the_way_is_said(bus: Bus, settings: Settings) -> None:
+    for number in range(2):
+        await die(bus, OUT, "wechat.out.17.s1", str(number).encode())
+    read = []
+
+    async def until_it_breaks() -> None:
+        async with connected(settings) as other:
+            async for letter in stored_from(other, bus.names.stream_dead, bus.names.dead("*")):
+                read.append(letter.data)
+                await other.nc.close()
+
+    with pytest.raises(Failed, match="broke") as failed:
+        await until_it_breaks()
+    assert (read, failed.value.code) == ([b"0"], UNREACHABLE)
 
 
 async def test_show_prints_headers_and_body(cli: Command, bus: Bus) -> None:
