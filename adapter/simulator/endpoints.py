@@ -37,6 +37,12 @@ def malformed(world: World, bot: Bot | None, errmsg: str) -> Answer:
     return json_answer({"ret": -2, "errmsg": errmsg})
 
 
+def no_ticket(ret: int, params: Json | None = None) -> Answer:
+    """The answer of a getconfig that fails, with the text that the code was seen with (5.1), or `errmsg` of F26."""
+    errmsg = (params or {}).get("errmsg", {-2: "ilink_user_id required", -4: "GetTypingTicket rpc failed"}.get(ret))
+    return json_answer({"ret": ret} if errmsg is None else {"ret": ret, "errmsg": errmsg})
+
+
 def stale_body(world: World, bot: Bot | None) -> Json:
     """The answer to a token that is unknown, missing or dead (S2)."""
     style = world.settings_of(bot).stale_style
@@ -103,13 +109,12 @@ class Endpoints:
     async def getconfig(self, call: Call) -> Answer:
         user, bot, world = call.body.get("ilink_user_id"), call.bot, self._world
         if not isinstance(user, str) or not user:
-            return json_answer({"ret": -2, "errmsg": "ilink_user_id required"})
+            return no_ticket(-2)
         if rule := world.faults.take("F26", call.endpoint, bot.id, user):
-            ret = int(rule.params.get("ret", -4))
-            return json_answer({"ret": ret, "errmsg": rule.params.get("errmsg", "GetTypingTicket rpc failed")})
+            return no_ticket(int(rule.params.get("ret", -4)), rule.params)
         window = bot.windows.get(user)
         if window is None or window.opened_ms is None:
-            return json_answer({"ret": -4, "errmsg": "GetTypingTicket rpc failed"})
+            return no_ticket(-4)
         now_ms, ttl_ms = world.clock.now_ms(), world.settings_of(bot).ticket_ttl_s * 1000
         window.tickets = {t: at for t, at in window.tickets.items() if now_ms - at <= ttl_ms}
         ticket = ids.new_ticket(world.rng)

@@ -479,11 +479,15 @@ async def test_f21_any_hint(talking: Client, hint: object) -> None:
     assert (await talking.poll())["longpolling_timeout_ms"] == hint
 
 
-@pytest.mark.parametrize("ret", [-4, -2])
-async def test_f26_getconfig_fails(talking: Client, ret: int) -> None:
+@pytest.mark.parametrize(
+    ("ret", "errmsg"), [(-4, "GetTypingTicket rpc failed"), (-2, "ilink_user_id required"), (-1, None)]
+)
+async def test_f26_getconfig_fails(talking: Client, ret: int, errmsg: str | None) -> None:
     strike(talking, "F26", ret=ret)
 
-    assert (await talking.call("getconfig", {"ilink_user_id": talking.bot.user}))["ret"] == ret
+    answer = await talking.call("getconfig", {"ilink_user_id": talking.bot.user})
+
+    assert answer == {"ret": ret} | ({"errmsg": errmsg} if errmsg else {})
     assert (await talking.send())["ret"] == 0
 
 
