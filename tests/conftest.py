@@ -15,6 +15,7 @@ from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 from nats.aio.client import Client
 
 from adapter.jetstream.client import BusClient
@@ -22,6 +23,10 @@ from tests import canary
 from tests.fakes import VirtualLoop
 
 canary.mark()
+
+# How long an example takes says nothing about the code where others have the cores.
+settings.register_profile("here", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("here")
 
 # What tests subscribe to with nats-py itself is there after a `flush`, too.
 Client._send_ping = BusClient._send_ping  # type: ignore[assignment,method-assign]

@@ -103,7 +103,7 @@ def mangled(draw: st.DrawFn, name: str) -> bytes:
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_whatever_comes_is_read_or_refused(name: str) -> None:
-    @settings(max_examples=40, deadline=None)
+    @settings(max_examples=40)
     @given(st.binary(max_size=300) | JSON.map(encoded) | st.text(max_size=300).map(str.encode) | mangled(name))
     def read(data: bytes) -> None:
         TARGETS[name].read(data)

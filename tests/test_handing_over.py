@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequen
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-from hypothesis import HealthCheck, settings
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
@@ -424,9 +424,7 @@ class Handing(RuleBasedStateMachine):
         await asyncio.sleep(60)
 
 
-Handing.TestCase.settings = settings(
-    max_examples=150, stateful_step_count=50, deadline=None, suppress_health_check=[HealthCheck.too_slow]
-)
+Handing.TestCase.settings = settings(max_examples=150, stateful_step_count=50)
 TestHanding = Handing.TestCase
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from structlog.testing import capture_logs
@@ -748,7 +748,5 @@ class Owning(RuleBasedStateMachine):
         await asyncio.sleep(0)
 
 
-Owning.TestCase.settings = settings(
-    max_examples=60, stateful_step_count=20, deadline=None, suppress_health_check=[HealthCheck.too_slow]
-)
+Owning.TestCase.settings = settings(max_examples=60, stateful_step_count=20)
 TestOwning = Owning.TestCase

@@ -599,7 +599,7 @@ STEPS: dict[str, Exception] = {
 }
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(lengths=LENGTHS, answers=ANSWERS, crash=st.integers(0, 60))
 def test_whatever_happens_each_is_told_once_and_seen_at_most_once(
     lengths: list[int], answers: list[str], crash: int

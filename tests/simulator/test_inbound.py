@@ -153,7 +153,7 @@ async def test_s7_cursor_replay_returns_what_follows_the_presented_cursor(make: 
 
 
 @given(cuts=st.lists(st.tuples(st.integers(0, 4), st.integers(1, 5), st.booleans()), min_size=1, max_size=12))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_s7_cursor_replay_loses_nothing_whatever_the_cuts(cuts: list[tuple[int, int, bool]]) -> None:
     """Each step says some messages, sets a batch size, polls, and keeps the new cursor or crashes first."""
 

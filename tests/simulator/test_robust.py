@@ -31,7 +31,7 @@ VALUES = st.recursive(
 
 
 @given(st.lists(st.tuples(st.sampled_from(ENDPOINTS), st.dictionaries(KEYS, VALUES)), max_size=8))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_no_json_object_breaks_an_endpoint(calls: list[tuple[str, dict[str, Any]]]) -> None:
     async def run() -> None:
         async with Simulator(FAST) as sim, httpx.AsyncClient() as http:
