@@ -214,7 +214,7 @@ async def _request(
         except Uncertain as exc:
             sender.metrics.outbound_retries.labels(reason=exc.reason).inc()
             log.warning("send.unanswered", bot=peer.bot, command=command.id, reason=exc.reason, tried=hand.tried)
-            _put(peer, peer.context, hand)
+            peer.context = window.unanswered(peer.context, hand, sender.clock.now_ms())
             answer: Accepted | Temporary | Refused | None = None
         except (Temporary, Refused) as exc:
             answer = exc
@@ -278,7 +278,7 @@ def _accepted(hand: Hand, peer: Peer, answer: Accepted, sender: Sender) -> Hand:
     hand = msgspec.structs.replace(
         hand, part=hand.part + 1, tried=0, tail=None, message_ids=ids, unconfirmed=hand.unconfirmed or not confirmed
     )
-    _put(peer, window.unblocked(peer.context), hand)
+    peer.context = window.taken(peer.context, hand, sender.clock.now_ms())
     return hand
 
 

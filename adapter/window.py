@@ -188,9 +188,14 @@ def throttled(context: Context, hand: Hand, now_ms: int) -> Context:
     return msgspec.structs.replace(returned(context, hand), blocked_ms=blocked_ms)
 
 
-def unblocked(context: Context) -> Context:
-    """A send went through: whatever -2 meant, it is over."""
-    return msgspec.structs.replace(context, blocked_ms=0) if context.blocked_ms else context
+def unanswered(context: Context, hand: Hand, now_ms: int) -> Context:
+    """The request that left last got no answer: iLink may have counted it at any moment up to now."""
+    return msgspec.structs.replace(context, sent_ms=[*context.sent_ms[:-1], now_ms], hand=hand)
+
+
+def taken(context: Context, hand: Hand, now_ms: int) -> Context:
+    """The same where it went through: whatever -2 meant, it is over."""
+    return msgspec.structs.replace(context, sent_ms=[*context.sent_ms[:-1], now_ms], blocked_ms=0, hand=hand)
 
 
 def settled(context: Context, client: str, *, sent: bool) -> Context:

@@ -277,6 +277,20 @@ async def test_a_user_who_writes_while_minus_2_is_on_its_way_is_not_blocked() ->
     assert bench.context().blocked_ms == 0
 
 
+@pytest.mark.parametrize(("answers", "ago_ms"), [([], 100), ([TIMEOUT] * 2, 1100)], ids=["answered", "unanswered"])
+async def test_what_was_out_as_the_user_wrote_counts_against_their_new_window(
+    answers: list[Exception], ago_ms: int
+) -> None:
+    """iLink may have counted it after their message, which is heard only once the answer is there."""
+    bench, peer = await ready()
+    bench.chat.took_s = 0.2
+    bench.chat.sends.extend(answers)
+    await sent(bench, peer)
+    now_ms, written_ms = bench.clock.now_ms(), bench.clock.now_ms() - ago_ms
+    opened = window.heard(peer.context, message="in:2", token="t", now_ms=now_ms, in_flight=0, written_ms=written_ms)
+    assert opened.used == 1
+
+
 async def test_minus_14_waits_for_a_login() -> None:
     bench, peer = await ready()
     bench.chat.sends.append(SessionExpired("needs_login", "stale", ret=None, errcode=-14, errmsg="session timeout"))

@@ -178,8 +178,7 @@ def test_a_request_of_which_the_owner_before_wrote_last_is_a_repeat() -> None:
 
 
 def test_a_send_that_goes_through_ends_the_block() -> None:
-    assert window.unblocked(context(blocked_ms=NOW)).blocked_ms == 0
-    assert window.unblocked(OPEN) is OPEN
+    assert window.taken(context(blocked_ms=NOW), HAND, NOW + 1).blocked_ms == 0
 
 
 def test_a_settled_command_leaves_the_hand() -> None:
@@ -407,7 +406,7 @@ class WindowMachine(RuleBasedStateMachine):
         match answer:
             case "taken":
                 self.taken.add(self.number)
-                self.state = replace(window.unblocked(self.state), hand=None)
+                self.state = replace(window.taken(self.state, hand, self.now), hand=None)
                 self.out, self.throttled_at = None, None
             case "taken-unheard" | "crash":
                 self.taken.add(self.number)
