@@ -10,6 +10,7 @@ from the time at which it *sent* its last good renewal.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import itertools
 import secrets
@@ -222,12 +223,15 @@ class Leases:
             if self._seen.get(entry.key, (0, 0.0))[0] != entry.revision:
                 self._seen[entry.key] = (entry.revision, now)
             if now - self._seen[entry.key][1] < self._lease_s:
-                live[entry.key] = msgspec.json.decode(entry.value, type=Member)
+                with contextlib.suppress(msgspec.MsgspecError):  # somebody else's key is no member
+                    live[entry.key] = msgspec.json.decode(entry.value, type=Member)
         if self._live.keys() - live.keys():
             self.departures += 1
             self.changed.notify()
         self._live = live
-        self._seen = {entry.key: self._seen[entry.key] for entry in entries if entry.key in self._seen}
+        self._seen = {
+            entry.key: self._seen[entry.key] for entry in entries if entry.value and entry.key in self._seen
+        }
         self._since = {name: self._since.get(name, now) for name in live}
 
     def _best(self, names: list[str], shard: int) -> str:
@@ -289,11 +293,12 @@ class Leases:
         return now - self._absent.setdefault(what, now) >= self._lease_s
 
     async def _check_claims(self, claims: dict[str, Entry]) -> None:
-        """An operator may purge claims, or another hand change them: what is owned is put back, or given up."""
+        """An operator may purge or delete claims, or another hand change them: what is owned is put back, or given
+        up."""
         gone = []
         for shard in sorted(self.owned):
             entry, revision = claims.get(str(shard)), self._claim_revisions[shard]
-            if entry is None:
+            if entry is None or _claim_in(entry) is None:
                 gone.append(shard)
             elif entry.revision > revision and _owner(entry) != self.incarnation:
                 self._lose(shard)
@@ -303,12 +308,12 @@ class Leases:
         mine = msgspec.json.encode(Claim(owner=self.incarnation))
         try:
             entry = await self._claims.get(str(shard))  # the reading may be older than our claim
-            if entry is not None or shard not in self.owned:
+            if _claim_in(entry) is not None or shard not in self.owned:
                 return
-            revision = await self._claims.write(str(shard), mine, 0)
+            revision = await self._claims.write(str(shard), mine, entry.revision if entry else 0)
         except (Temporary, Conflict):
             return  # the next round sees whose it is now
-        log.error("claim.restored", shard=shard, detail="Its key was purged.")
+        log.error("claim.restored", shard=shard, detail="Its key was purged, deleted or overwritten.")
         if shard in self.owned:
             self._claim_revisions[shard] = revision
         else:  # given back meanwhile, at a revision that was no more
@@ -334,10 +339,10 @@ class Leases:
             owner = _owner(entry)
             if owner not in self._live:
                 orphans.add(shard)
-            if entry is not None:
+            if _claim_in(entry) is not None:
                 self._absent.pop(f"claim {shard}", None)
             elif not self._alone_so_far and not self._long_absent(f"claim {shard}"):
-                continue  # purged, perhaps: its owner puts it back
+                continue  # purged or deleted, perhaps: its owner puts it back
             if self._best(eligible, shard) != self.incarnation:
                 if entry is not None and owner == self.incarnation:  # of a claim, or a release, that landed late
                     await self._free(shard, entry.revision)
@@ -422,6 +427,15 @@ class Leases:
         self.changed.notify()
 
 
+def _claim_in(entry: Entry | None) -> Claim | None:
+    """None where there is no claim, not even of nobody: this program deletes none, and writes nothing else there."""
+    try:
+        return msgspec.json.decode(entry.value, type=Claim) if entry and entry.value else None
+    except msgspec.MsgspecError:
+        return None
+
+
 def _owner(entry: Entry | None) -> str:
     """The incarnation that a claim names, "" if none."""
-    return msgspec.json.decode(entry.value, type=Claim).owner if entry and entry.value else ""
+    claim = _claim_in(entry)
+    return claim.owner if claim else ""

@@ -478,7 +478,7 @@ class Register(Protocol):
         """Writes, or deletes for None, at this revision. Raises Conflict, Temporary (ambiguous)."""
 
     async def entries(self) -> list[Entry]:
-        """All that is there. Raises Temporary."""
+        """All that is there, marks of deletions too. Raises Temporary."""
 
 
 class Crowd(Protocol):

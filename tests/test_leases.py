@@ -73,7 +73,7 @@ class Line:
 
     async def entries(self) -> list[Entry]:
         await self._through()
-        found = [entry for entry in self.store.entries.values() if entry.value is not None]
+        found = list(self.store.entries.values())
         await self.life.goes_on()
         return found
 
@@ -546,12 +546,23 @@ def purge(store: Store) -> None:
     store.entries.clear()
 
 
-async def test_purged_claims_are_put_back_and_change_no_owner() -> None:
+def overwrite(store: Store, value: bytes | None) -> None:
+    """As an operator does by hand, key by key; None: deleted, which leaves a mark."""
+    for known in list(store.entries.values()):
+        store.write(known.key, value, known.revision)
+
+
+@pytest.mark.parametrize(
+    "meddle",
+    [purge, lambda claims: overwrite(claims, None), lambda claims: overwrite(claims, b"x")],
+    ids=["purged", "deleted", "overwritten"],
+)
+async def test_claims_that_are_gone_are_put_back_and_change_no_owner(meddle: Callable[[Store], None]) -> None:
     cluster = Cluster()
     replicas = [cluster.start() for _ in range(3)]
     await cluster.run(10)
     before = [set(replica.working) for replica in replicas]
-    purge(cluster.claims)
+    meddle(cluster.claims)
     late = cluster.start()
     await cluster.run(1.5)
     assert [set(replica.working) for replica in replicas] == before
@@ -560,6 +571,28 @@ async def test_purged_claims_are_put_back_and_change_no_owner() -> None:
     await cluster.run(30)
     assert cluster.worked_for == SHARDS
     assert late.working
+    cluster.stop()
+
+
+@pytest.mark.parametrize("value", [None, b"x"], ids=["deleted", "overwritten"])
+async def test_claims_that_are_gone_are_claimed_anew_where_no_owner_is_left(value: bytes | None) -> None:
+    cluster = Cluster()
+    replica = cluster.start()
+    await cluster.run(5)
+    await replica.kill()
+    overwrite(cluster.claims, value)
+    heir = cluster.start()
+    await cluster.run(3 * LEASE_S)
+    assert heir.working == set(range(SHARDS))
+    cluster.stop()
+
+
+async def test_a_key_that_is_no_member_stops_nobody() -> None:
+    cluster = Cluster()
+    cluster.members.write("stranger", b"x", 0)
+    replica = cluster.start()
+    await cluster.run(5)
+    assert replica.working == set(range(SHARDS))
     cluster.stop()
 
 

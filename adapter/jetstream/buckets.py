@@ -230,7 +230,7 @@ class LeaseRegister:
         found = {}
         async for stored in read_stream(self._link, self._stream, every, page=PAGE):
             found[stored.subject] = stored
-        self._known = [entry for stored in found.values() if (entry := _entry(self._name, stored)).value is not None]
+        self._known = [_entry(self._name, stored) for stored in found.values()]
         self._known_to = max((stored.seq for stored in found.values()), default=0)
         self._read_at = now
         return self._known
