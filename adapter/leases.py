@@ -67,7 +67,7 @@ class Leases:
         self._deadline = 0.0
         """Monotonic time up to which the lease is valid."""
         self._renewed = 0.0
-        """When the last good renewal was sent."""
+        """When the last good renewal was answered."""
         self._paused = True
         self._claim_revisions: dict[int, int] = {}
         self._unsure: set[int] = set()
@@ -160,7 +160,7 @@ class Leases:
                 raise LeaseLost("lease_revoked") from None
             self._revision = entry.revision if entry else 0
             raise
-        self._renewed, self._deadline = sent, sent + self._lease_s * HOLD
+        self._renewed, self._deadline = self._clock.monotonic(), sent + self._lease_s * HOLD
         if self._paused and self.valid:
             self._paused = False
             log.info("lease.valid", incarnation=self.incarnation, shards=len(self.owned))

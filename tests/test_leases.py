@@ -320,6 +320,21 @@ async def test_a_dead_replica_is_replaced_within_six_seconds_and_not_before_its_
     cluster.stop()
 
 
+@pytest.mark.parametrize("write_s", [0.5, 0.7, 0.9])
+async def test_a_dead_replica_is_replaced_also_where_each_write_takes_long(write_s: float) -> None:
+    """A renewal that takes its time was no time in which nobody could renew."""
+    cluster = Cluster()
+    replicas = [cluster.start() for _ in range(3)]
+    await cluster.run(8)
+    for replica in replicas:
+        replica.members.late_s = replica.claims.late_s = write_s
+    await cluster.run(5)
+    await replicas[0].kill()
+    await cluster.run(8)
+    assert cluster.worked_for == SHARDS
+    cluster.stop()
+
+
 @pytest.mark.parametrize("later_s", [0.0, 0.13, 0.27, 0.41])
 async def test_a_dead_replica_is_found_out_when_its_lease_is_over_and_not_at_the_look_after_that(
     later_s: float,
