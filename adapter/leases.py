@@ -68,6 +68,8 @@ class Leases:
         """Monotonic time up to which the lease is valid."""
         self._renewed = 0.0
         """When the last good renewal was answered."""
+        self.hurdle = "no answer yet"
+        """Why the last renewal that failed did, in words for an operator."""
         self._paused = True
         self._claim_revisions: dict[int, int] = {}
         self._unsure: set[int] = set()

@@ -94,9 +94,9 @@ class Incoming(NamedTuple):
     stale_retry_s: tuple[float, ...]
     """Pauses between the tries of a token that iLink has refused (-14)."""
     skew_ms: int
+    """By how much the times of two copies of a message may differ."""
     groups_as_direct: bool
     """What was written in a group is told as if it were written to the bot alone."""
-    """By how much the times of two copies of a message may differ."""
     notify: bool
     """Whether iLink is told that polling starts and stops."""
     tell_freed: Callable[[str], Awaitable[None]]

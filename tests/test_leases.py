@@ -211,6 +211,18 @@ async def test_one_replica_owns_everything() -> None:
     cluster.stop()
 
 
+async def test_a_lease_that_runs_out_before_a_renewal_has_failed_can_be_told_of() -> None:
+    """A request to a bucket without a leader hangs for seconds, and so does a process that was frozen."""
+    cluster = Cluster()
+    replica = cluster.start()
+    await cluster.run(2)
+    replica.life.stop()
+    await asyncio.sleep(LEASE_S)
+    assert not replica.leases.valid
+    assert replica.leases.hurdle
+    cluster.stop()
+
+
 async def test_replicas_that_start_together_share() -> None:
     cluster = Cluster()
     replicas = [cluster.start() for _ in range(3)]
