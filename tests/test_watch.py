@@ -1,0 +1,168 @@
+"""What a replica says of its bus: a problem counts once it has lasted, and streams come before keys."""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from adapter.errors import BusRefused, Temporary
+from adapter.metrics import Metrics
+from adapter.names import Names
+from adapter.probes import BUS_GRACE_S, Health
+from adapter.watch import WATCH_S, Watch
+from tests.fakes import FakeClock
+
+VIRTUAL_TIME = True
+NAMES = Names()
+NUMBERS = {"num_pending": 3, "num_ack_pending": 2}
+
+
+class Replica:
+    """A replica in service whose bus is in order, under watch; every trouble is a knob."""
+
+    def __init__(self) -> None:
+        self.clock = FakeClock()
+        self.health = Health(clock=self.clock.monotonic)
+        self.metrics = Metrics()
+        self.link = SimpleNamespace(up=True, probe=self._probe, api=self._api)
+        self.publisher = SimpleNamespace(waiting_s=0.0, hurdle="full")
+        self.leases = SimpleNamespace(valid=True, hurdle="refused")
+        self.silence: Exception | None = None
+        self.absent: list[str] = []
+        self.emptied = False
+        self.reloads = 0
+        self.looks = 0
+        self.watch = Watch(
+            link=cast(Any, self.link),
+            bus=cast(Any, self.publisher),
+            media_bus=cast(Any, self.publisher),
+            inspector=cast(Any, self),
+            bindings=cast(Any, self),
+            leases=cast(Any, self.leases),
+            supervisor=cast(Any, SimpleNamespace(in_hand=4)),
+            tidy=lambda: None,
+            names=NAMES,
+            health=self.health,
+            clock=self.clock,
+            metrics=self.metrics,
+        )
+        self.watch.begin()
+        self.task = asyncio.create_task(self.watch.ask())
+
+    @property
+    def problem(self) -> str:
+        """What /readyz says of JetStream; "": all is well."""
+        (check,) = (check for check in self.health.ready() if check.name == "jetstream")
+        return "" if check.ok else check.detail
+
+    async def _probe(self) -> None:
+        if self.silence is not None:
+            raise self.silence
+
+    async def _api(self, verb: str) -> dict[str, int]:
+        if verb.startswith("CONSUMER.INFO.WECHAT_CTL"):
+            raise BusRefused(10014, "consumer not found")
+        return NUMBERS
+
+    # as the inspector -------------------------------------------------------------------------------
+
+    async def look(self, _: object) -> list[str]:
+        self.looks += 1
+        return self.absent
+
+    def lacks(self, bucket: str) -> bool:
+        return self.emptied and bucket == NAMES.bindings
+
+    def messages(self, _: str) -> int:
+        return 10
+
+    # as the bucket ----------------------------------------------------------------------------------
+
+    def reload(self) -> None:
+        self.reloads += 1
+
+
+def no_answer(replica: Replica) -> None:
+    replica.silence = Temporary("timeout")
+
+
+def refusal(replica: Replica) -> None:
+    replica.silence = BusRefused(10039, "JetStream is not enabled")
+
+
+def nothing_stored(replica: Replica) -> None:
+    replica.publisher.waiting_s = BUS_GRACE_S + 1
+
+
+def no_lease(replica: Replica) -> None:
+    replica.leases.valid = False
+
+
+def well(replica: Replica) -> None:
+    replica.silence, replica.publisher.waiting_s, replica.leases.valid = None, 0.0, True
+
+
+@pytest.mark.parametrize(
+    ("trouble", "said"),
+    [
+        (no_answer, "JetStream does not answer: timeout"),
+        (refusal, "JetStream does not answer: 10039 JetStream is not enabled"),
+        (nothing_stored, "JetStream takes nothing: full"),
+        (no_lease, "the lease cannot be renewed: refused"),
+    ],
+)
+async def test_a_problem_counts_once_it_has_lasted(trouble: Any, said: str) -> None:
+    replica = Replica()
+    await asyncio.sleep(60)
+    trouble(replica)
+    await asyncio.sleep(BUS_GRACE_S - WATCH_S)
+    assert replica.problem == ""
+    well(replica)
+    await asyncio.sleep(2 * WATCH_S)
+    trouble(replica)
+    await asyncio.sleep(BUS_GRACE_S - WATCH_S)
+    assert replica.problem == "", "the grace begins anew"
+    await asyncio.sleep(2 * WATCH_S)
+    assert replica.problem == said
+    well(replica)
+    await asyncio.sleep(2 * WATCH_S)
+    assert replica.problem == ""
+
+
+async def test_a_lost_connection_is_no_problem_of_jetstream() -> None:
+    """It has a check of its own."""
+    replica = Replica()
+    replica.link.up = False
+    await asyncio.sleep(60)
+    assert (replica.problem, replica.looks) == ("", 0)
+
+
+async def test_what_is_gone_is_told_and_what_was_emptied_is_read_again() -> None:
+    replica = Replica()
+    replica.absent, replica.emptied = ["WECHAT_IN"], True
+    complete = asyncio.create_task(replica.watch.complete())
+    await asyncio.sleep(2 * WATCH_S)
+    assert replica.health.missing == "WECHAT_IN"
+    assert replica.reloads == 1
+    assert replica.metrics.nats_streams_missing._value.get() == 1
+    assert replica.metrics.nats_consumer_pending.labels(consumer="out")._value.get() == 6  # 10 stored, 4 in hand
+    replica.absent = []
+    await asyncio.sleep(2 * WATCH_S)
+    assert replica.health.missing == ""
+    assert complete.done()
+
+
+async def test_what_is_back_is_looked_at_at_once() -> None:
+    """It may have come back empty; else every other time is enough."""
+    replica = Replica()
+    replica.silence = Temporary("timeout")
+    await asyncio.sleep(60)
+    assert replica.looks == 0
+    replica.silence = None
+    await asyncio.sleep(WATCH_S)
+    assert replica.looks == 1
+    await asyncio.sleep(10 * WATCH_S)
+    assert replica.looks == 6
