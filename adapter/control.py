@@ -34,6 +34,8 @@ MAX_BUGS = 5
 ERASE_TRIES = 5
 SETTLED_KEPT = 1000
 """Sequences of commands that are carried out, remembered in case they are delivered again."""
+READ_KEPT = 1000
+"""Sandboxes whose bots are known for sure; of others they are read again."""
 
 
 class Control:
@@ -67,6 +69,8 @@ class Control:
         self._settled: deque[int] = deque(maxlen=SETTLED_KEPT)
         self._can_erase = True
         """Whether the last bind could be erased."""
+        self._read: set[str] = set()
+        """Sandboxes whose bots were read since this replica carries commands out: what is bound since, it binds."""
 
     def offer(self, delivery: Delivery) -> None:
         """Queues a command, once: it is delivered again after each connect until its ack has arrived."""
@@ -76,6 +80,7 @@ class Control:
 
     async def run(self) -> None:
         """Carries out one command after another, until cancelled."""
+        self._read.clear()
         while True:
             number = await self._numbers.get()
             if number not in self._settled:  # carried out again, an old bind would undo the unbind after it
@@ -243,8 +248,10 @@ class Control:
         return ControlAnswer(ok=True, id=command.id or "", bindings=[binding.info() for binding in bound])
 
     async def _refresh(self, sandbox: str) -> None:
-        """Reads a sandbox's bots anew: who had the control commands before may have bound one of which this replica
-        has not heard. Raises Temporary."""
+        """Reads a sandbox's bots anew, once: who had the control commands before may have bound one of which this
+        replica has not heard. Raises Temporary."""
+        if sandbox in self._read:
+            return
         subject = self._names.event(sandbox, "binding")
         events = [
             msgspec.json.decode(stored.data, type=BindingEvent)
@@ -253,6 +260,9 @@ class Control:
         known = {binding.bot for binding in self._bindings.of_sandbox(sandbox)}
         for bot in {event.bot for event in events if event.change == "bound"} - known:
             await self._bindings.refresh(bot)
+        if len(self._read) >= READ_KEPT:
+            self._read.clear()
+        self._read.add(sandbox)
 
     async def _current(self, bot: str) -> Binding | None:
         await self._bindings.refresh(bot)

@@ -174,6 +174,8 @@ class FakeBus:
         """Stream and sequence of what was deleted so that the disk does not hold it."""
         self.unreadable = 0
         """So many more reads fail."""
+        self.read_back = 0
+        """Messages read since the start."""
         self._names = names
         self._clock = clock
         self._ids: dict[tuple[str, str], int] = {}
@@ -235,6 +237,7 @@ class FakeBus:
             late = kept.time_ms >= since_ms if since_ms is not None else found.seq > after
             if left and kept.stream == stream and late and matches(subject, found.subject):
                 left -= 1
+                self.read_back += 1
                 yield found
 
     async def last(self, stream: str, subject: str) -> Stored | None:

@@ -251,6 +251,28 @@ async def test_a_replica_that_has_just_taken_over_knows_the_bots_that_the_one_be
     assert [entry.value for entry in before.bench.bindings_bucket.entries.values()] == [None, None]
 
 
+async def test_who_had_the_control_commands_before_and_has_them_again_knows_what_was_bound_meanwhile() -> None:
+    other = Platform()
+    await other.bind()
+    platform = heir(other)
+    await platform.bind(bot="b2@im.bot", user="u2@im.wechat")
+    await other.bind(bot="b3@im.bot", user="u3@im.wechat")
+    platform.task.cancel()
+    platform.task = asyncio.get_running_loop().create_task(platform.control.run())
+    answer = await platform.say("unbind", sandbox="s1")
+    assert [info.bot for info in answer.bindings] == [BOT, "b2@im.bot", "b3@im.bot"]
+
+
+async def test_what_a_bind_reads_does_not_grow_with_the_bots_of_its_sandbox() -> None:
+    platform = Platform()
+    await platform.bind()
+    before = platform.bench.bus.read_back
+    for number in range(20):
+        await platform.bind(bot=f"c{number}@im.bot", user=f"u{number}@im.wechat")
+        await platform.bind(bot=f"d{number}@im.bot")
+    assert platform.bench.bus.read_back == before
+
+
 async def test_an_unbind_of_nothing_is_no_error() -> None:
     platform = Platform()
     answer = await platform.say("unbind", sandbox="s1")
