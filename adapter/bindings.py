@@ -84,13 +84,15 @@ class Bindings:
                 return after
 
     async def remove(self, bot: str) -> None:
-        """Deletes a binding; one that is not there is no error."""
+        """Deletes a binding; one that is not there is no error. One that was purged leaves its mark all the same: who
+        remembers it would put it back."""
         while True:
             entry = await self._bucket.get(token_of(bot))
-            if entry is None or entry.value is None:
+            gone = entry.value is None if entry else self.get(bot) is None
+            if gone:
                 return
             try:
-                revision = await self._bucket.delete(token_of(bot), entry.revision)
+                revision = await self._bucket.delete(token_of(bot), entry.revision if entry else 0)
             except Conflict:
                 continue
             self._see(Entry(token_of(bot), None, revision))

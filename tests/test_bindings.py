@@ -72,6 +72,16 @@ async def test_a_binding_that_was_made_again_meanwhile_is_not_overwritten() -> N
     assert bucket.entries[token_of(BOT)].value == other
 
 
+async def test_a_binding_that_is_unbound_before_a_purge_was_noticed_is_not_put_back() -> None:
+    """Its mark is there for the others, who remember it, too."""
+    bindings, bucket = await following()
+    bucket.entries.clear()
+    await bindings.remove(BOT)
+    assert await bucket.missing(token_of(BOT), True)
+    assert bindings.get(BOT) is None
+    assert bucket.entries[token_of(BOT)].value is None
+
+
 async def test_what_cannot_be_read_changes_nothing_and_is_said() -> None:
     bindings, bucket = await following()
     with capture_logs() as logs:
