@@ -71,6 +71,8 @@ class Sight:
         self.recorded = False
         """The bucket says that it may be shown."""
         self.failed_hides = 0
+        self.hide_at = 0.0
+        """Monotonic time before which no other try to hide it is made, whatever wakes this."""
         self.shows: list[asyncio.Future[None]] = []
         """Commands that wait until it is shown, or hidden."""
         self.hides: list[asyncio.Future[None]] = []
@@ -304,6 +306,8 @@ class Presence:
 
     async def _hide(self, sight: Sight, account: Account) -> float:
         known, now = self._known(sight), self._needs.clock.monotonic()
+        if sight.lit and now < sight.hide_at and not self._draining:
+            return sight.hide_at - now
         if sight.lit or (sight.hides and not (known.hidden and now < known.used_at + REST_S)):
             ticket = await self._ticket(sight, account)
             await self._call(sight, account, ticket, on=False)
@@ -369,7 +373,9 @@ class Presence:
             return 0.0
         sight.failed_hides += 1
         if sight.failed_hides < HIDES:
-            return backoff(sight.failed_hides, first_s=2.0)
+            pause_s = backoff(sight.failed_hides, first_s=2.0)
+            sight.hide_at = self._needs.clock.monotonic() + pause_s
+            return pause_s
         log.warning("typing.stuck", bot=sight.bot, attempts=sight.failed_hides)
         _fail(sight.hides, exc)
         sight.lit = sight.recorded = False  # the record stays: the next owner tries again

@@ -307,6 +307,22 @@ async def test_hiding_is_tried_again_and_then_left_to_the_next_owner() -> None:
     assert recorded(bench)
 
 
+async def test_a_lively_talk_does_not_use_up_the_tries_to_hide() -> None:
+    bench, shard = await ready()
+    binding = bench.bindings.get(BOT)
+    assert binding is not None
+    bench.chat.typing_answers.extend([True, *[Temporary("network")] * (HIDES - 1)])
+    for _ in range(2 * HIDES):
+        shard.presence.begin(binding, USER)
+        await asyncio.sleep(0.05)
+        shard.presence.hush(BOT, USER)
+        await asyncio.sleep(0.05)
+    assert shown(bench) == [True, False]
+    await asyncio.sleep(60)
+    assert shown(bench) == [True, *[False] * HIDES]
+    assert not recorded(bench)
+
+
 async def test_an_old_ticket_is_replaced_also_for_hiding() -> None:
     bench, shard = await ready(longest_s=10_000.0)
     shard.on_delivery(bench.command(typing="on"))
