@@ -32,6 +32,8 @@ EXPECTED = "Nats-Expected-Last-Subject-Sequence"
 OPERATION = "KV-Operation"
 MARKER = "Nats-Marker-Reason"
 PAGE = 500
+PAGE_BYTES = 1024 * 1024
+"""As `consumer.PULL_BYTES`."""
 READ_ANEW_S = 5.0
 """A register whose newest entry is known is read no more often: only what was purged would show."""
 FOLLOW_ANEW_S = 300.0
@@ -62,13 +64,15 @@ async def read_stream(
     where: dict[str, Any] = {"seq": after + 1} if since_ms is None else {"start_time": _rfc3339(since_ms)}
     left = sys.maxsize if most is None else most
     while left:
-        found, asked = 0, min(page, left)
-        async for stored in direct_get(link, stream, {**where, "next_by_subj": subject, "batch": asked}):
+        found, more, asked = 0, False, min(page, left)
+        query = {**where, "next_by_subj": subject, "batch": asked, "max_bytes": PAGE_BYTES}
+        async for stored in direct_get(link, stream, query):
             found += 1
+            more = stored.headers.get("Nats-Num-Pending", "0") != "0"  # the server's word: it ends by size, too
             where = {"seq": stored.seq + 1}
             yield stored
         left -= found
-        if found == asked:
+        if more or found == asked:
             continue
         if not replicated or await leader_next(link, stream, subject, where) is None:
             return

@@ -36,6 +36,9 @@ log = structlog.get_logger()
 EXPIRES_S = 10.0
 """Of a pull; so long the pulls of an owner that is frozen go on taking. The least that such heartbeats allow."""
 HEARTBEAT_S = 5.0
+PULL_BYTES = 1024 * 1024
+"""What a pull brings at most: a server cuts off who lets 64 MB wait for him, and after the next
+connect all of it would come again, and be cut off again."""
 DELIVERED = "$JS.ACK."
 """How the reply subject of a delivery begins. Its headers are a stranger's, and may say anything: `Status: 409`."""
 
@@ -105,6 +108,7 @@ class Consumer:
         self._until_acked = until_acked
         self._in_hand = 0
         self._requested = 0
+        self._pull_bytes = PULL_BYTES
         self._number = 0
         """Of the last delivery."""
         self._suspect_to = 0
@@ -193,8 +197,12 @@ class Consumer:
             elif status in ("408", "409"):
                 assert msg.headers
                 self._requested = max(0, self._requested - int(msg.headers.get("Nats-Pending-Messages", "0")))
-                if status == "409" and "Batch Completed" not in msg.headers.get("Description", ""):
-                    broken = msg.headers.get("Description", "409")
+                said = msg.headers.get("Description", "")
+                if "Exceeds MaxBytes" in said:
+                    if int(msg.headers.get("Nats-Pending-Bytes", "0")) >= self._pull_bytes:
+                        self._pull_bytes *= 2  # not even the first message had room
+                elif status == "409" and "Batch Completed" not in said:
+                    broken = said or "409"
                 self._wake.set()
             elif status == "100":
                 assert msg.headers
@@ -226,7 +234,12 @@ class Consumer:
     async def _ask(self, inbox: str, batch: int) -> None:
         self._check()
         self._requested += batch
-        body = {"batch": batch, "expires": int(EXPIRES_S * 1e9), "idle_heartbeat": int(HEARTBEAT_S * 1e9)}
+        body = {
+            "batch": batch,
+            "max_bytes": self._pull_bytes,
+            "expires": int(EXPIRES_S * 1e9),
+            "idle_heartbeat": int(HEARTBEAT_S * 1e9),
+        }
         await self.link.publish(
             f"$JS.API.CONSUMER.MSG.NEXT.{self._stream}.{self.name}", msgspec.json.encode(body), reply=inbox
         )

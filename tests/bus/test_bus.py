@@ -325,6 +325,36 @@ async def test_a_stream_is_read_from_a_sequence_or_a_time(rig: Rig) -> None:
     }
 
 
+async def test_what_is_large_is_read_whole_and_never_more_at_once_than_a_server_lets_wait(rig: Rig) -> None:
+    """It cuts off who lets too much wait, and after the next connect all of it would come again."""
+    large = [bytes([number]) * 700_000 for number in range(12)]
+    large.append(b"x" * (rig.link.max_payload - 12))  # with what belongs to it more than a pull brings
+    await rig.publisher.publish_all([Message("out", NAMES.out("s1"), data, {}) for data in large])
+    asked: list[Msg] = []
+
+    async def on_message(msg: Msg) -> None:
+        asked.append(msg)
+
+    async def nothing() -> None:
+        return None
+
+    assert rig.link.nc is not None
+    for verb in (f"DIRECT.GET.{NAMES.stream_out}", f"CONSUMER.MSG.NEXT.{NAMES.stream_out}.*"):
+        await rig.link.nc.subscribe(f"$JS.API.{verb}", cb=on_message)
+    assert await rig.read(NAMES.stream_out, NAMES.out_shard(shard_of("s1"))) == large
+
+    name = topology.out_consumer(shard_of("s1"))
+    await topology.create(rig.link, topology.consumer_of(NAMES, name)[1])
+    consumer = Consumer(rig.link, *topology.consumer_of(NAMES, name), room=512, until_acked=False)
+    got: list[bytes] = []
+    rig.spawn(consumer.run(lambda delivery: got.append(delivery.data), nothing))
+    await until(lambda: len(got) == len(large), "all are delivered")
+    assert got == large
+    bounds = [msgspec.json.decode(msg.data)["max_bytes"] for msg in asked]
+    assert len(bounds) >= len(large)
+    assert (min(bounds), max(bounds)) == (1024 * 1024, 2 * 1024 * 1024)
+
+
 async def test_a_message_is_deleted_once_and_deleting_it_again_is_no_error(rig: Rig) -> None:
     subject = NAMES.parked(3, peer_key("b1@im.bot", "u1@im.wechat"))
     acks = [await rig.publisher.publish(Message("parked", subject, str(n).encode(), {})) for n in range(3)]
