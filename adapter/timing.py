@@ -100,12 +100,14 @@ def heeding() -> Iterator[None]:
 
 
 async def finish(work: Coroutine[Any, Any, T], grace_s: float) -> T:
-    """Awaits `work`. Cancelled meanwhile, gives it `grace_s` more seconds, then re-raises the cancellation."""
+    """Awaits `work`. Cancelled meanwhile, or before (in a `finally`), gives it `grace_s` more seconds, then re-raises
+    the cancellation."""
     loop = asyncio.get_running_loop()
     task, done = loop.create_task(work), loop.create_future()
     # asyncio.shield costs as much again as the task: what is in hand is finished with every message
     task.add_done_callback(lambda _: None if done.done() else done.set_result(None))
     try:
+        heed()  # nobody cancels a task again that is ending
         await done
     except asyncio.CancelledError:
         if not task.done():

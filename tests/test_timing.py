@@ -176,6 +176,31 @@ async def test_what_is_in_hand_is_finished_although_its_caller_is_cancelled(need
     assert seen == ["ended" if ended else "cancelled"]
 
 
+@pytest.mark.parametrize(("needs_s", "ended"), [(3, True), (30, False)])
+async def test_what_is_finished_at_the_end_of_a_cancelled_task_gets_its_grace_too(
+    needs_s: float, ended: bool
+) -> None:
+    """Nobody cancels the task once more: what cannot end would keep the whole process."""
+    did: list[str] = []
+
+    async def work() -> None:
+        await asyncio.sleep(needs_s)
+        did.append("ended")
+
+    async def ends() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await finish(work(), 5)
+
+    caller = asyncio.create_task(ends())
+    await asyncio.sleep(0)
+    caller.cancel()
+    await asyncio.wait([caller], timeout=10)
+    assert caller.cancelled()
+    assert did == ["ended"] * ended
+
+
 async def test_a_pace_holds_back_only_who_comes_too_soon() -> None:
     pace = Pace(4)
     assert [pace.wait_s() for _ in range(3)] == [0.0, 0.25, 0.5]
