@@ -17,7 +17,7 @@ from adapter import contract
 from adapter.bindings import Bindings
 from adapter.contract import Bind, BindingEvent, ControlAnswer, Unbind
 from adapter.errors import UNDECODABLE, AdapterError, Refused, Temporary, Unreadable
-from adapter.events import Events
+from adapter.events import Events, told_of_bindings
 from adapter.metrics import Metrics
 from adapter.names import H_ERROR, H_ERROR_CODE, H_MSG_ID, H_REPLY_TO, H_SCHEMA, Names, check_sandbox, is_inbox
 from adapter.ports import Chat, Delivery, History, Teller
@@ -252,11 +252,7 @@ class Control:
         replica has not heard. Raises Temporary."""
         if sandbox in self._read:
             return
-        subject = self._names.event(sandbox, "binding")
-        events = [
-            msgspec.json.decode(stored.data, type=BindingEvent)
-            async for stored in self._history.read(self._names.stream_event, subject)
-        ]
+        events = [event async for event in told_of_bindings(self._history, self._names, sandbox)]
         known = {binding.bot for binding in self._bindings.of_sandbox(sandbox)}
         for bot in {event.bot for event in events if event.change == "bound"} - known:
             await self._bindings.refresh(bot)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import AsyncIterator
 
 import msgspec
 import structlog
 
 from adapter import contract
 from adapter.commands import passed_on
-from adapter.errors import BusRefused
+from adapter.errors import UNDECODABLE, BusRefused
 from adapter.metrics import Metrics
 from adapter.names import (
     H_DETAIL,
@@ -23,12 +24,25 @@ from adapter.names import (
     H_TIME_MS,
     Names,
 )
-from adapter.ports import Bus, Message
+from adapter.ports import Bus, History, Message
 from adapter.timing import Clock, backoff
 
 log = structlog.get_logger()
 
 MAX_HEADER = 512
+
+
+async def told_of_bindings(
+    history: History, names: Names, sandbox: str, *, since_ms: int | None = None
+) -> AsyncIterator[contract.BindingEvent]:
+    """What was told of a sandbox's bindings, all or since a time, without what others have written there. Raises
+    Temporary."""
+    async for stored in history.read(names.stream_event, names.event(sandbox, "binding"), since_ms=since_ms):
+        try:
+            event = msgspec.json.decode(stored.data, type=contract.BindingEvent)
+        except UNDECODABLE:
+            continue
+        yield event
 
 
 class Events:

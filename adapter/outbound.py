@@ -10,13 +10,13 @@ from __future__ import annotations
 import asyncio
 from collections import Counter, deque
 
-import msgspec
 import structlog
 
 from adapter import contract
 from adapter.backlog import PAGE, Backlog
 from adapter.commands import Command, command_id, peek, read_command, stand_in
 from adapter.errors import AdapterError, Refused, Temporary, Unreadable
+from adapter.events import told_of_bindings
 from adapter.lane import Item, Lanes, parked_at
 from adapter.lanework import LaneWork
 from adapter.names import H_COMMAND, H_MSG_ID, UNROUTED, peer_of, shard_of
@@ -222,12 +222,8 @@ class Shard(LaneWork):
         """What a sandbox's bots had in hand, by client, also those that served it since a time: the owner before us
         may have asked for it, and nobody can be found for it now. Raises Temporary."""
         served = {(binding.bot, binding.user): None for binding in self._needs.bindings.of_sandbox(sandbox)}
-        names = self._needs.names
-        events = self._needs.history.read(
-            names.stream_event, names.event(sandbox, "binding"), since_ms=since_ms - 1000
-        )
-        async for stored in events:
-            event = msgspec.json.decode(stored.data, type=contract.BindingEvent)
+        needs = self._needs
+        async for event in told_of_bindings(needs.history, needs.names, sandbox, since_ms=since_ms - 1000):
             served[event.bot, event.user] = None
         hands: dict[str, Hand] = {}
         for bot, user in served:

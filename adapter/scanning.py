@@ -18,7 +18,7 @@ from adapter import contract
 from adapter.bindings import Bindings
 from adapter.contract import Bind, BindingEvent
 from adapter.errors import BusRefused, LeaseLost, Refused, Temporary
-from adapter.events import Events
+from adapter.events import Events, told_of_bindings
 from adapter.leases import Leases
 from adapter.logins import TELL_MS, LoginBook, code_of, event_of, tokens_of
 from adapter.metrics import Metrics
@@ -434,15 +434,13 @@ class _Course:
 
     async def _refusal(self, record: LoginRecord, request: str) -> BindingEvent | None:
         """The event that says that the bind command was refused."""
-        names = self._needs.names
-        subject, since_ms = names.event(record.sandbox, "binding"), record.changed_ms - 60_000
+        needs, since_ms = self._needs, record.changed_ms - 60_000
         try:
-            async for stored in self._needs.history.read(names.stream_event, subject, since_ms=since_ms):
-                event = msgspec.json.decode(stored.data, type=BindingEvent)
+            async for event in told_of_bindings(needs.history, needs.names, record.sandbox, since_ms=since_ms):
                 if event.request == request and event.change == "refused":
                     return event
-        except (Temporary, msgspec.MsgspecError) as exc:
-            log.info("login.unread", login=self._login[:6], reason=type(exc).__name__)
+        except Temporary as exc:
+            log.info("login.unread", login=self._login[:6], reason=exc.reason)
         return None
 
 

@@ -15,6 +15,7 @@ from adapter.contract import Bind, ControlAnswer
 from adapter.control import ERASE_TRIES, Control
 from adapter.errors import BusRefused, Refused, Temporary
 from adapter.names import H_ERROR, H_ERROR_CODE, H_MSG_ID, H_REPLY_TO
+from adapter.ports import Message
 from adapter.records import Binding
 from adapter.seal import Sealer
 from tests.fakes import Bench, FakeDelivery
@@ -271,6 +272,14 @@ async def test_what_a_bind_reads_does_not_grow_with_the_bots_of_its_sandbox() ->
         await platform.bind(bot=f"c{number}@im.bot", user=f"u{number}@im.wechat")
         await platform.bind(bot=f"d{number}@im.bot")
     assert platform.bench.bus.read_back == before
+
+
+async def test_what_others_have_written_among_the_events_of_a_sandbox_stands_in_nobodys_way() -> None:
+    platform = Platform()
+    await platform.bench.bus.publish(Message("event", platform.bench.names.event("s1", "binding"), b"\xff", {}))
+    assert (await platform.bind()).ok
+    answer = await heir(platform).say("unbind", sandbox="s1")
+    assert [info.bot for info in answer.bindings] == [BOT]
 
 
 async def test_an_unbind_of_nothing_is_no_error() -> None:

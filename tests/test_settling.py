@@ -17,7 +17,7 @@ from adapter.errors import Refused, SessionExpired, Temporary, Throttled, Uncert
 from adapter.names import H_COMMAND, peer_key
 from adapter.outbound import Shard
 from adapter.parked import item_of
-from adapter.ports import Accepted, Stored
+from adapter.ports import Accepted, Message, Stored
 from adapter.records import Hand
 from tests.fakes import LIMITS, Bench, Sent
 from tests.test_outbound import BOT, USER, again, finals, outcomes, parked, ready, user_writes
@@ -306,6 +306,7 @@ async def test_what_the_owner_before_had_in_hand_is_not_called_unsent_where_its_
     command = read_command(read, sandbox="s1", ident="c1", stored_ms=delivery.time_ms, limits=LIMITS)
     bench.hears(hand=Hand(**{"command": "c1", "client": command.client, "sandbox": "s1", "attempts": 1, **hand}))
     event = BindingEvent(sandbox="s1", bot=BOT, user=USER, change="replaced" if bind_next else "unbound")
+    await bench.bus.publish(Message("event", bench.names.event("s1", "binding"), b"somebody else's", {}))
     await bench.events.binding(event)
     if bind_next:
         await bench.bind(bot="b2@im.bot")
