@@ -11,6 +11,7 @@ import msgspec
 from adapter import contract
 from adapter.commands import Command
 from adapter.contract import Receipt
+from adapter.errors import UNDECODABLE
 from adapter.events import Events
 from adapter.metrics import Metrics
 from adapter.names import H_COMMAND, Names
@@ -86,10 +87,13 @@ class Receipts:
         else:
             read = self._history.read(stream, subject, since_ms=told.since_ms)
         async for stored in read:
-            receipt = msgspec.json.decode(stored.data, type=Receipt)
+            told.seq = max(told.seq, stored.seq)
+            try:
+                receipt = msgspec.json.decode(stored.data, type=Receipt)
+            except UNDECODABLE:  # somebody else's
+                continue
             if receipt.outcome in contract.FINAL_OUTCOMES:
                 told.found.setdefault(Name(receipt.command, receipt.received_at_ms), receipt)
-            told.seq = max(told.seq, stored.seq)
         if len(told.found) > KNOWN_RECEIPTS and self._told.get(sandbox) is told:
             del self._told[sandbox]
 

@@ -17,11 +17,11 @@ from adapter import window
 from adapter.bindings import Bindings
 from adapter.contexts import Contexts, Peer
 from adapter.contract import WindowEvent
-from adapter.errors import AdapterError, LeaseLost, Temporary
+from adapter.errors import UNDECODABLE, AdapterError, LeaseLost, Temporary
 from adapter.events import Events
 from adapter.leases import Leases
 from adapter.names import Names, peer_key, peer_of, shard_of
-from adapter.ports import History
+from adapter.ports import History, Stored
 from adapter.records import Binding, Context
 from adapter.tasks import Tasks
 from adapter.timing import Clock, first_of
@@ -160,15 +160,13 @@ class Windows:
         stored = await self._history.last(stream, subject)
         if stored is None:
             return ""
-        event = msgspec.json.decode(stored.data, type=WindowEvent)
-        if (event.bot, event.user) == (peer.bot, peer.user):
-            return window.told_by(event.change)
+        told = _told(stored, peer)
+        if told:
+            return told
         found: window.Name = ""
         since_ms = self._clock.now_ms() - KEPT_HOURS * 3_600_000
         async for stored in self._history.read(stream, subject, since_ms=since_ms):
-            event = msgspec.json.decode(stored.data, type=WindowEvent)
-            if (event.bot, event.user) == (peer.bot, peer.user):
-                found = window.told_by(event.change)
+            found = _told(stored, peer) or found
         return found
 
     # time -------------------------------------------------------------------------------------------
@@ -229,6 +227,15 @@ class Windows:
                 await self._clock.sleep(0.5)
             else:
                 return
+
+
+def _told(stored: Stored, peer: Peer) -> window.Name:
+    """What the peer's sandbox knows after a message among its events; "": it speaks of another, or is not ours."""
+    try:
+        event = msgspec.json.decode(stored.data, type=WindowEvent)
+    except UNDECODABLE:
+        return ""
+    return window.told_by(event.change) if (event.bot, event.user) == (peer.bot, peer.user) else ""
 
 
 def _unsaved(exc: BaseException) -> None:

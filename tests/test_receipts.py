@@ -9,6 +9,7 @@ import pytest
 from adapter import receipts
 from adapter.commands import Command, read_command
 from adapter.contract import Outbound, Window
+from adapter.ports import Message
 from adapter.receipts import KNOWN_SANDBOXES, Name
 from adapter.sending import Ending
 from tests.fakes import LIMITS, Bench
@@ -62,6 +63,18 @@ async def test_what_was_told_since_the_last_look_is_found() -> None:
     bench.clock.set_back_ms = 60_000  # and one of an earlier command
     await tell(bench, "c0")
     assert await bench.receipts.has_final(command(bench, "c0"))
+
+
+async def test_what_others_have_written_among_the_receipts_is_passed_over() -> None:
+    bench = Bench()
+    await tell(bench, "c1")
+    await bench.bus.publish(Message("event", bench.names.event("s1", "receipt"), b"\xff", {}))
+    await tell(bench, "c2")
+    assert [await bench.receipts.has_final(command(bench, ident)) for ident in ("c1", "c2", "c3")] == [
+        True,
+        True,
+        False,
+    ]
 
 
 async def test_an_older_command_is_found_although_only_newer_ones_were_asked_for() -> None:

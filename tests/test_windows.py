@@ -13,7 +13,7 @@ from adapter import window
 from adapter.commands import read_command
 from adapter.contract import Outbound, OutText, WindowEvent
 from adapter.errors import BusRefused, Temporary, Throttled, Uncertain
-from adapter.ports import Account
+from adapter.ports import Account, Message
 from adapter.records import Context
 from adapter.sending import send
 from adapter.windows import LOOKS_PER_S, Windows
@@ -339,6 +339,23 @@ async def test_after_a_crash_nothing_is_told_again() -> None:
             await sends(after, 10 - count)
             await user_writes(after)
             assert [change for change, *_ in told(after)] == ["opened", "low", "closed", "opened"]
+
+
+async def test_what_others_have_written_among_the_events_is_passed_over_after_a_crash() -> None:
+    bench = await ready()
+    async with watching(bench):
+        await user_writes(bench)
+        await sends(bench, 10)
+    before = told(bench)
+    foreign = Message("event", bench.names.event("s1", "window"), b"\xff", {})
+    await bench.bus.publish(foreign)
+    after = await taken_over(bench)
+    async with watching(after) as windows:
+        windows.adopt(BOT)
+        await asyncio.sleep(60)
+        await user_writes(after)
+    bench.bus.kept = [kept for kept in bench.bus.kept if kept.stored.data != foreign.payload]
+    assert told(bench) == [*before, ("opened", "", 10)]
 
 
 async def test_after_a_crash_what_was_not_told_is_told() -> None:
