@@ -134,6 +134,7 @@ def test_an_echo_needs_no_sender(sender: str | None, fields: dict[str, Any]) -> 
         ({"from_user_id": "12345@chatroom"}, True),
         ({"group_id": ""}, False),
         ({"group_id": 0}, False),
+        ({"group_id": "0"}, False),
         ({}, False),
     ],
     ids=["named", "number", "sender", "empty", "zero", "none"],

@@ -238,8 +238,8 @@ def _salvage(raw: bytes, why: str) -> Said:
 
 
 def _is_group(message: wire.Head | wire.Envelope, user: str) -> bool:
-    """Whether it was not written to the bot alone (1.3); an empty id means that it was (4.1)."""
-    return bool(message.group_id) or user.endswith(ROOM)
+    """Whether it was not written to the bot alone (1.3); an empty id means that it was (4.1), and so would 0."""
+    return message.group_id not in (None, "", 0, "0") or user.endswith(ROOM)
 
 
 def _time(value: object) -> int:
