@@ -137,7 +137,7 @@ def test_an_echo_needs_no_sender(sender: str | None, fields: dict[str, Any]) -> 
         ({"group_id": "0"}, False),
         ({}, False),
     ],
-    ids=["named", "number", "sender", "empty", "zero", "none"],
+    ids=["named", "number", "sender", "empty", "zero", "zero as text", "none"],
 )
 def test_what_was_written_in_a_group_is_known(fields: dict[str, Any], group: bool, more: dict[str, Any]) -> None:
     """1.3 and 4.1."""
