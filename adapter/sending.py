@@ -237,7 +237,8 @@ async def _request(
         case Throttled():
             return await _throttled(command, untouched, peer, answer, sender)
         case SessionExpired():
-            peer.context = window.returned(peer.context, untouched)
+            # stored: until the user's next login hours may pass, and the next bot repeats nothing without an answer
+            await sender.contexts.save(peer, lambda context: window.returned(context, untouched))
             return Wait("needs_login", answer.detail, hand.attempts, answer.ret, answer.errcode, answer.errmsg)
         case Refused():
             apart = bool(hand.merged) and not untouched.tried

@@ -497,6 +497,27 @@ async def test_what_had_no_answer_is_not_repeated_over_the_next_bot(dies: bool) 
     assert outcomes(bench)[-1] == ("c", "uncertain", "")
 
 
+@pytest.mark.parametrize("dies", [True, False], ids=["dies", "lives"])
+async def test_what_a_dead_token_kept_from_being_sent_goes_over_the_next_bot(dies: bool) -> None:
+    """Also where nobody remembers it: hours may pass until the user logs in, and the old bot's poller has ended."""
+    bench, shard = await ready()
+    bench.chat.sends.append(STALE)
+    shard.on_delivery(bench.command("hi", id="c"))
+    await asyncio.sleep(4)
+    if dies:
+        shard.stop()
+        bench, shard = await heir_of(bench)
+        await shard.load()
+    bench.contexts.forget(BOT)
+    await bench.bindings.remove(BOT)
+    bench.hears("b2@im.bot", inbound_id="in:2")
+    await bench.bind(bot="b2@im.bot")
+    shard.rebound("s1")
+    await asyncio.sleep(30)
+    assert [sent.bot for sent in bench.chat.sent] == [BOT, "b2@im.bot"]
+    assert outcomes(bench)[-1] == ("c", "accepted", "")
+
+
 # whom it is for ------------------------------------------------------------------------------------------
 
 
