@@ -478,30 +478,18 @@ async def test_what_is_half_sent_is_not_overtaken_by_what_turns_out_to_be_for_th
 
 
 @pytest.mark.parametrize("dies", [True, False], ids=["dies", "lives"])
-async def test_what_had_no_answer_is_not_repeated_over_the_next_bot(dies: bool) -> None:
-    """There it would be shown once more: iLink tells repeats by the client_id within a chat."""
+@pytest.mark.parametrize(
+    ("answers", "bots", "outcome"),
+    [([TIMEOUT, STALE], [BOT, BOT], "uncertain"), ([STALE], [BOT, "b2@im.bot"], "accepted")],
+    ids=["had no answer", "was not taken"],
+)
+async def test_only_what_surely_was_not_taken_goes_over_the_next_bot(
+    answers: list[Any], bots: list[str], outcome: str, dies: bool
+) -> None:
+    """The other would be shown once more: iLink tells repeats by the client_id within a chat. What is known of it is
+    stored: hours may pass until the user logs in, and the old bot's poller has ended."""
     bench, shard = await ready()
-    bench.chat.sends.extend([TIMEOUT, STALE])
-    shard.on_delivery(bench.command("hi", id="c"))
-    await asyncio.sleep(4)
-    if dies:
-        shard.stop()
-        bench, shard = await heir_of(bench)
-        await shard.load()
-    await bench.bindings.remove(BOT)
-    bench.hears("b2@im.bot", inbound_id="in:2")
-    await bench.bind(bot="b2@im.bot")
-    shard.rebound("s1")
-    await asyncio.sleep(30)
-    assert [sent.bot for sent in bench.chat.sent] == [BOT, BOT]
-    assert outcomes(bench)[-1] == ("c", "uncertain", "")
-
-
-@pytest.mark.parametrize("dies", [True, False], ids=["dies", "lives"])
-async def test_what_a_dead_token_kept_from_being_sent_goes_over_the_next_bot(dies: bool) -> None:
-    """Also where nobody remembers it: hours may pass until the user logs in, and the old bot's poller has ended."""
-    bench, shard = await ready()
-    bench.chat.sends.append(STALE)
+    bench.chat.sends.extend(answers)
     shard.on_delivery(bench.command("hi", id="c"))
     await asyncio.sleep(4)
     if dies:
@@ -514,8 +502,8 @@ async def test_what_a_dead_token_kept_from_being_sent_goes_over_the_next_bot(die
     await bench.bind(bot="b2@im.bot")
     shard.rebound("s1")
     await asyncio.sleep(30)
-    assert [sent.bot for sent in bench.chat.sent] == [BOT, "b2@im.bot"]
-    assert outcomes(bench)[-1] == ("c", "accepted", "")
+    assert [sent.bot for sent in bench.chat.sent] == bots
+    assert outcomes(bench)[-1] == ("c", outcome, "")
 
 
 # whom it is for ------------------------------------------------------------------------------------------
