@@ -245,8 +245,24 @@ async def test_cookies_are_not_kept(server: Server, transport: Exchange) -> None
         (b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nRetry-After: 9\r\n\r\n" + OK, b"{}"),
         (b"HTTP/1.1 204 No Content\r\nRetry-After: 7\r\n\r\n", b""),
         (b"HTTP/1.1 200\r\nContent-Length: 2\r\n\r\n{}", b"{}"),
+        (b"HTTP/1.1 200 OK\r\nX-Folded: 1\r\n 2\r\n\t3\r\nContent-Length: 2\r\n\r\n{}", b"{}"),
+        (b"HTTP/1.1 200 OK\nContent-Length: 2\n\n{}", b"{}"),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2 \r\n{}\r\n0\r\n\r\n", b"{}"),
+        (
+            b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n",
+            b"{}",
+        ),
     ],
-    ids=["chunks and a trailer", "status 1xx before", "no body", "no reason phrase"],
+    ids=[
+        "chunks and a trailer",
+        "status 1xx before",
+        "no body",
+        "no reason phrase",
+        "a folded header",
+        "lines that end in LF",
+        "a blank behind a chunk's size",
+        "a length beside chunks",
+    ],
 )
 async def test_every_form_of_an_answer_is_read_and_its_connection_kept(
     server: Server, own: Transport, answer: bytes, body: bytes

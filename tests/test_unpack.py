@@ -30,6 +30,8 @@ def bare(data: bytes) -> bytes:
 PACKED: dict[str, Callable[[bytes], bytes]] = {
     "": lambda data: data,
     "identity": lambda data: data,
+    "UTF-8": lambda data: data,
+    "none": lambda data: data,
     "gzip": gzip.compress,
     "X-GZIP": gzip.compress,
     "deflate": headed,

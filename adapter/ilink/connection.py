@@ -17,6 +17,15 @@ from adapter.timing import Deadline
 
 HEAD_BYTES = 65_536
 """Of a longer head nothing more is read."""
+LENIENCIES = {
+    "lenient_headers": True,
+    "lenient_optional_cr_before_lf": True,
+    "lenient_spaces_after_chunk_size": True,
+    "lenient_chunked_length": True,
+}
+"""What a client has to read, or may: folded headers, lines that end in LF, a length beside chunks, which count (RFC
+9112, 5.2, 2.2, 6.3). iLink may count as delivered what is in such an answer. Dangerous only where answers are passed on.
+"""
 
 
 class Connection(asyncio.Protocol):
@@ -104,6 +113,7 @@ class Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """The connection stands. The parser refers to this object: one that never stands has none."""
         self._parser = httptools.HttpResponseParser(self)
+        self._parser.set_dangerous_leniencies(**LENIENCIES)
         self._transport = cast(asyncio.Transport, transport)  # uvloop's are of no class of asyncio's
 
     def data_received(self, data: bytes) -> None:
