@@ -24,7 +24,7 @@ LENIENCIES = {
     "lenient_chunked_length": True,
 }
 """What a client has to read, or may: folded headers, lines that end in LF, a length beside chunks, which count (RFC
-9112, 5.2, 2.2, 6.3). iLink may count as delivered what is in such an answer. Dangerous only where answers are passed on.
+9112, 5.2, 2.2, 6.3). iLink may count as delivered what is in such an answer. Dangerous is it to who passes it on.
 """
 
 
