@@ -349,6 +349,18 @@ def test_the_same_picture_under_another_url_is_the_same_content() -> None:
     assert with_media("image", {"full_url": URL}).keys.content != with_media("image", {"full_url": "x"}).keys.content
 
 
+def test_null_is_as_good_as_unset() -> None:
+    """iLink's JSON mirrors protobuf's (1.1), where it is."""
+    quoted = {"type": None, "msg_id": QUOTED, "text_item": {"text": None}, "file_item": {"file_name": None}}
+    part = {"start": "pi", "end": "ne", "startindex": None, "endindex": "0", "quotemd5": None}
+    ref = {"title": None, "svr_id": None, "message_item": quoted, "partial_text": part}
+    items = [{"type": 1, "text_item": {"text": None}, "ref_msg": ref}, {"type": None, "text_item": None}]
+    found = read_message(changed("text", item_list=items))
+    assert found.items == [TextItem(text=""), UnsupportedItem(type=0)]
+    assert found.quote == Quote(id=QUOTED, text="pi…ne")
+    assert not found.broken
+
+
 # broken --------------------------------------------------------------------------------------------------
 
 

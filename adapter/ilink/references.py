@@ -18,7 +18,7 @@ KINDS = {wire.TEXT: "text", wire.IMAGE: "image", wire.VOICE: "voice", wire.FILE:
 
 
 class _Named(msgspec.Struct):
-    file_name: str = ""
+    file_name: str | None = None
 
 
 class _Ident(msgspec.Struct):
@@ -28,7 +28,7 @@ class _Ident(msgspec.Struct):
 class _Quoted(msgspec.Struct):
     """A quoted item: often only its id (4.5)."""
 
-    type: int = 0
+    type: int | None = None
     msg_id: int | str | None = None
     text_item: wire.TextPayload | None = None
     voice_item: wire.VoicePayload | None = None
@@ -43,11 +43,11 @@ def read_reference(raw: bytes) -> Quoted | None:
     item = _read(bytes(ref.message_item), _Quoted) or _Quoted()
     partial = _read(bytes(ref.partial_text), wire.PartialText)
     ids = tuple(dict.fromkeys(ident for ident in (as_id(ref.svr_id), as_id(item.msg_id)) if ident))
-    kind = KINDS.get(item.type, "")
+    kind = KINDS.get(item.type or 0, "")
     text = _text_of(item)
     part = _part(partial)
     title = ref.title if isinstance(ref.title, str) else ""
-    shown = title or summary(kind, item.file_item.file_name if item.file_item else "") or _span(part)
+    shown = title or summary(kind, (item.file_item and item.file_item.file_name) or "") or _span(part)
     if not (ids or text or shown):
         return None
     quote = Quote(id=ids[0] if ids else "", text=shown, kind=kind or ("text" if text else ""))
@@ -63,14 +63,14 @@ def ident_of(raw: bytes) -> object:
 
 def _read(raw: bytes, kind: type[T]) -> T | None:
     try:
-        return msgspec.json.decode(raw, type=kind)
+        return msgspec.json.decode(raw, type=kind, strict=False)
     except UNDECODABLE:
         return None
 
 
 def _text_of(item: _Quoted) -> str:
     if item.text_item is not None:
-        return item.text_item.text
+        return item.text_item.text or ""
     return transcript(item.voice_item) if item.voice_item is not None else ""
 
 
@@ -84,7 +84,11 @@ def _part(partial: wire.PartialText | None) -> Part | None:
     if partial is None or not partial.start or not partial.end:
         return None
     return Part(
-        partial.start, partial.end, partial.startindex, partial.endindex, (partial.quotemd5 or "").strip().lower()
+        partial.start,
+        partial.end,
+        partial.startindex or 0,
+        partial.endindex or 0,
+        (partial.quotemd5 or "").strip().lower(),
     )
 
 

@@ -146,7 +146,7 @@ def _read_item(raw: msgspec.Raw, index: int) -> _Read:
         return _Read(malformed, ident=ident_of(bytes(raw)), content=content)
     quote = read_reference(bytes(item.ref_msg))
     if item.type == wire.TEXT and item.text_item is not None:
-        text = item.text_item.text
+        text = item.text_item.text or ""
         return _Read(contract.TextItem(text=text), text, quote, None, item.msg_id, content)
     return _translate(item, index)._replace(quote=quote, ident=item.msg_id, content=content)
 
@@ -171,7 +171,7 @@ def _translate(item: wire.Item, index: int) -> _Read:
             length = _duration(item.video_item.play_length)
             return _Read(contract.VideoItem(duration_ms=length, reason=reason), fetch=fetch)
         case _:
-            return _Read(contract.UnsupportedItem(type=item.type))
+            return _Read(contract.UnsupportedItem(type=item.type or 0))
 
 
 class _Payload(Protocol):

@@ -32,10 +32,10 @@ class Answer(msgspec.Struct, kw_only=True):
 
     @property
     def code(self) -> int:
-        """The code that counts: 0 is success. A stale token counts wherever it stands."""
-        if STALE_TOKEN in (self.ret, self.errcode):
-            return STALE_TOKEN
-        return self.errcode or self.ret or 0
+        """The code that counts: 0 is success. A stale token counts wherever it stands, and so does a throttle."""
+        codes = (self.ret, self.errcode)
+        known = (code for code in (STALE_TOKEN, THROTTLED, RATE_LIMITED) if code in codes)
+        return next(known, self.errcode or self.ret or 0)
 
 
 class Updates(Answer, kw_only=True):
@@ -84,7 +84,7 @@ class QrStatus(Answer, kw_only=True):
 
 
 class TextPayload(msgspec.Struct):
-    text: str = ""
+    text: str | None = None
 
 
 class Media(msgspec.Struct):
@@ -123,10 +123,10 @@ class VideoPayload(msgspec.Struct):
 
 
 class PartialText(msgspec.Struct):
-    start: str = ""
-    end: str = ""
-    startindex: int = 0
-    endindex: int = 0
+    start: str | None = None
+    end: str | None = None
+    startindex: int | None = None
+    endindex: int | None = None
     quotemd5: str | None = None
 
 
@@ -140,9 +140,9 @@ class RefMessage(msgspec.Struct):
 
 
 class Item(msgspec.Struct):
-    """One item of a message (4.2)."""
+    """One item of a message (4.2). To protobuf, null is the same as unset."""
 
-    type: int = 0
+    type: int | None = None
     msg_id: int | str | None = None
     text_item: TextPayload | None = None
     image_item: ImagePayload | None = None
