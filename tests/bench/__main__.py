@@ -131,7 +131,7 @@ class Bench:
         self.number = 0
         self.rows: list[Row] = []
         self._stores: dict[int, Path] = {}
-        """What a server has once so many bots are bound, which takes a minute for ten thousand."""
+        """What a server has once so many bots are bound and were polled."""
 
     def add(self, what: str, bots: int, how: str, bridge: str, **figures: float) -> None:
         self.rows.append(Row(what, bots, how, bridge, figures))
@@ -166,10 +166,11 @@ class Bench:
         if bots not in self._stores:
             fewer = max((made for made in self._stores if made < bots), default=0)
             async with self.rig(f"({bots} bots are bound)", store=self._stores.get(fewer)) as (made, nc):
-                adapter = made.adapter()
+                if not fewer:  # the streams are an adapter's to make
+                    adapter = made.adapter()
+                    await made.claimed(nc)
+                    made.drop(adapter)
                 await made.bind(nc, bots, first=fewer)
-                await made.polled(bots)
-                made.drop(adapter)
                 await nc.close()
                 await asyncio.to_thread(made.server.stop, signal.SIGTERM)
                 self._stores[bots] = self.folder / f"bound{bots}"

@@ -28,10 +28,10 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 
-from adapter.contract import Bind
 from adapter.embedded import find_server
-from adapter.names import SHARDS
-from adapter.records import Claim
+from adapter.names import SHARDS, token_of
+from adapter.records import Binding, Claim, Cursor
+from adapter.seal import Sealer
 from tests.e2e.waiting import eventually, free_port
 
 OWN_COLLECTOR = (
@@ -41,8 +41,7 @@ OWN_COLLECTOR = (
 """An adapter that leaves Python's garbage collector as it is."""
 STAYS_S = 6.0
 """Longer than a lease: a new replica is given its share after one."""
-BINDS = 200
-"""Under way at most."""
+TOKEN_KEY = bytes(32)
 TICKS = os.sysconf("SC_CLK_TCK")
 ROOT = Path(__file__).parents[2]
 
@@ -161,6 +160,16 @@ class Rig:
 
         await eventually(all_have, f"{replicas} replicas share the shards", patience_s=60)
 
+    async def claimed(self, nc: Client) -> None:
+        """Returns once a replica has claimed a shard, as it does when all streams and buckets are there."""
+
+        async def some_are() -> bool:
+            with contextlib.suppress(nats.errors.Error, nats.js.errors.Error):
+                return (await nc.jetstream().stream_info("KV_wechat_claims")).state.messages > 0
+            return False
+
+        await eventually(some_are, "a shard is claimed")
+
     async def connect(self) -> Client:
         async def up() -> bool:
             with contextlib.suppress(OSError, nats.errors.Error):
@@ -181,7 +190,7 @@ class Rig:
             "NATS_URL": self.nats_url,
             "WECHAT_NATS_ILINK_BASE_URL": self.base_url,
             "WECHAT_NATS_ALLOWED_HOSTS": "127.0.0.1",
-            "WECHAT_NATS_TOKEN_KEY": base64.b64encode(bytes(32)).decode(),
+            "WECHAT_NATS_TOKEN_KEY": base64.b64encode(TOKEN_KEY).decode(),
             "WECHAT_NATS_SEND_GAP_MS": "0",
             "WECHAT_NATS_SENDS_PER_WINDOW": "0",
             "WECHAT_NATS_OUT_MAX_PER_SANDBOX": "1000000",
@@ -208,40 +217,25 @@ class Rig:
         return self.bridges[-1]
 
     async def bind(self, nc: Client, bots: int, *, first: int = 0) -> None:
-        """Binds the bots from `first` on, until there are so many, and waits until each has its answer.
+        """Leaves in the buckets what an adapter leaves there that has bound and polled the bots from `first` on.
 
-        Not all at once: a token is erased once it was read, for which the server reads the file that it is in, and
-        thousands make a large one.
+        Binding and polling ten thousand takes a minute, or more. No adapter must run.
         """
-        inbox = nc.new_inbox()
-        slots = asyncio.Semaphore(BINDS)
-
-        async def on_answer(msg: Msg) -> None:
-            slots.release()
-
-        subscription = await nc.subscribe(inbox, cb=on_answer)
-        js = nc.jetstream()
+        sealer = Sealer((TOKEN_KEY,))
         for number in range(first, bots):
-            await slots.acquire()
-            command = Bind(
-                sandbox=f"s{number}",
-                bot=f"{number}@im.bot",
-                bot_token=f"{number}@im.bot:0600abcd",
-                user=f"user{number}@im.wechat",
-            )
-            body = msgspec.json.encode(command)
-            if number == first:
-                while True:
-                    try:
-                        await js.publish("wechat.ctl.bind", body, headers={"Reply-To": inbox})
-                        break
-                    except (nats.errors.Error, nats.js.errors.Error):  # the stream is still to be made
-                        await asyncio.sleep(0.1)
-            else:
-                await nc.publish("wechat.ctl.bind", body, headers={"Reply-To": inbox})
-        for _ in range(BINDS):
-            await slots.acquire()
-        await subscription.unsubscribe()
+            bot = f"{number}@im.bot"
+            token = sealer.seal(bot, f"{bot}:0600abcd")
+            binding = Binding(sandbox=f"s{number}", bot=bot, token=token, user=f"user{number}@im.wechat")
+            await nc.publish(f"$KV.wechat_bindings.{token_of(bot)}", msgspec.json.encode(binding))
+            await nc.publish(f"$KV.wechat_cursors.{token_of(bot)}", msgspec.json.encode(Cursor()))
+        await nc.flush()
+        js = nc.jetstream()
+
+        async def stored() -> bool:
+            keys = [(await js.stream_info(f"KV_wechat_{name}")).state.messages for name in ("bindings", "cursors")]
+            return keys == [bots, bots]
+
+        await eventually(stored, f"{bots} bindings and cursors are stored")
 
     def drop(self, bridge: Process) -> None:
         """Ends a bridge as an operator does."""
