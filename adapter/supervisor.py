@@ -323,11 +323,12 @@ class Supervisor:
             except asyncio.CancelledError:
                 self._shards[shard] = sender  # `drain` waits for its requests before it gives the shard away
                 raise
-        for bot, session in self.sessions.items():
-            binding = self._bindings.get(bot)
-            if binding is not None and shard_of(binding.sandbox) == shard:
-                session.lingering = True
-                session.leave(now=False)
+        if not self._draining:  # else all have been told already: thousands of bots, and a shard after the other
+            for bot, session in self.sessions.items():
+                binding = self._bindings.get(bot)
+                if binding is not None and shard_of(binding.sandbox) == shard:
+                    session.lingering = True
+                    session.leave(now=False)
         await self._leases.release(shard)
         await self._work.tell_freed()
 
