@@ -24,6 +24,7 @@ from adapter.errors import BusRefused, LeaseLost, Refused, Temporary, Unreadable
 from adapter.inbox import Heard
 from adapter.names import H_MSG_ID, H_SANDBOX, H_SEQUENCE, text_of
 from adapter.ports import Cdn, Fetch, Objects, Stored, StoredObject
+from adapter.quotes import kind_of
 from adapter.sessions import Incoming
 from adapter.tasks import Tasks
 from adapter.timing import Latch, backoff
@@ -314,7 +315,7 @@ class Downloads:
         async with contextlib.aclosing(_pieces(self._needs.cdn, fetch)) as pieces:
             head = await _head(pieces)
             kind = media.identify(head, fetch.name)
-            title = fetch.name or media.file_name(_WORDS[type(item)], kind.suffix)
+            title = fetch.name or media.file_name(kind_of(item), kind.suffix)
             whole = _joined(head, pieces)
             try:
                 stored = await self._needs.objects.put(
@@ -422,14 +423,6 @@ async def _joined(head: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[byte
 
 async def _once(data: bytes) -> AsyncIterator[bytes]:
     yield data
-
-
-_WORDS: dict[type, str] = {
-    contract.ImageItem: "image",
-    contract.VoiceItem: "voice",
-    contract.FileItem: "file",
-    contract.VideoItem: "video",
-}
 
 
 def _duration_of(item: InboundItem) -> int | None:

@@ -368,9 +368,6 @@ def test_an_answer_to_typing_says_only_whether_it_was_done(answer: Reply, expect
 # what goes out -------------------------------------------------------------------------------------------
 
 
-AGENT = "wechat-nats/0.1.0"
-
-
 KEY = bytes.fromhex("00112233445566778899aabbccddeeff")
 FILEKEY = "0f1e2d3c4b5a69788796a5b4c3d2e1f0"
 
@@ -378,14 +375,14 @@ FILEKEY = "0f1e2d3c4b5a69788796a5b4c3d2e1f0"
 def upload_request(kind: MediaKind = "file") -> protocol.Request:
     return protocol.upload_request(
         "bot:secret", 305419896, user="o9Cq@im.wechat", kind=kind, size=14, md5="7d36e586ba5d45ede81619df48a3d898",
-        filekey=FILEKEY, key=KEY, agent=AGENT,
+        filekey=FILEKEY, key=KEY,
     )  # fmt: skip
 
 
 def send_request() -> protocol.Request:
-    return protocol.text_request(
-        "bot:secret", 305419896, user="o9Cq@im.wechat", client_id="c-1", context_token="AARz", text="on it 😀",
-        agent=AGENT,
+    return protocol.message_request(
+        "bot:secret", 305419896, protocol.text_item("on it 😀"),
+        user="o9Cq@im.wechat", client_id="c-1", context_token="AARz",
     )  # fmt: skip
 
 
@@ -400,9 +397,9 @@ def test_the_uin_is_the_decimal_text_in_base64(number: int, header: str) -> None
     "request_",
     [
         send_request(),
-        protocol.updates_request("bot:secret", "", 305419896, agent=AGENT),
-        protocol.notify_request("bot:secret", 305419896, start=True, agent=AGENT),
-        protocol.notify_request("bot:secret", 305419896, start=False, agent=AGENT),
+        protocol.updates_request("bot:secret", "", 305419896),
+        protocol.notify_request("bot:secret", 305419896, start=True),
+        protocol.notify_request("bot:secret", 305419896, start=False),
         upload_request(),
     ],
     ids=lambda request: request.endpoint,
@@ -417,7 +414,10 @@ def test_every_post_carries_all_headers(request_: protocol.Request) -> None:
         "iLink-App-Id": "bot",
         "iLink-App-ClientVersion": "132105",
     }
-    assert msgspec.json.decode(request_.body)["base_info"] == {"channel_version": "2.4.9", "bot_agent": AGENT}
+    assert msgspec.json.decode(request_.body)["base_info"] == {
+        "channel_version": "2.4.9",
+        "bot_agent": protocol.AGENT,
+    }
 
 
 def test_the_uin_of_any_uint32_decodes_to_its_text() -> None:
@@ -441,7 +441,7 @@ def test_a_send_has_the_official_shape() -> None:
 
 
 def test_a_poll_sends_the_cursor_and_nothing_deprecated() -> None:
-    request = protocol.updates_request("t", "CAES", 1, agent=AGENT)
+    request = protocol.updates_request("t", "CAES", 1)
     assert request.path == "/ilink/bot/getupdates"
     assert msgspec.json.decode(request.body).keys() == {"get_updates_buf", "base_info"}
     assert msgspec.json.decode(request.body)["get_updates_buf"] == "CAES"
@@ -449,11 +449,11 @@ def test_a_poll_sends_the_cursor_and_nothing_deprecated() -> None:
 
 def test_typing_names_the_user_as_ilink_wants_it() -> None:
     """One client called the field `user_id` (13, row 8); another wrote `command` for `status` (3.7)."""
-    config = protocol.config_request("t", 1, user="u", context_token="AARz", agent=AGENT)
-    bare = protocol.config_request("t", 1, user="u", context_token="", agent=AGENT)
-    on = protocol.typing_request("t", 1, user="u", ticket="AART", on=True, agent=AGENT)
-    off = protocol.typing_request("t", 1, user="u", ticket="AART", on=False, agent=AGENT)
-    info = {"channel_version": protocol.CHANNEL_VERSION, "bot_agent": AGENT}
+    config = protocol.config_request("t", 1, user="u", context_token="AARz")
+    bare = protocol.config_request("t", 1, user="u", context_token="")
+    on = protocol.typing_request("t", 1, user="u", ticket="AART", on=True)
+    off = protocol.typing_request("t", 1, user="u", ticket="AART", on=False)
+    info = {"channel_version": protocol.CHANNEL_VERSION, "bot_agent": protocol.AGENT}
     assert [(r.endpoint, r.path) for r in (config, on)] == [
         ("getconfig", "/ilink/bot/getconfig"),
         ("sendtyping", "/ilink/bot/sendtyping"),
@@ -467,8 +467,8 @@ def test_typing_names_the_user_as_ilink_wants_it() -> None:
 
 
 def test_notifications_have_paths_of_their_own() -> None:
-    start = protocol.notify_request("t", 1, start=True, agent=AGENT)
-    stop = protocol.notify_request("t", 1, start=False, agent=AGENT)
+    start = protocol.notify_request("t", 1, start=True)
+    stop = protocol.notify_request("t", 1, start=False)
     assert (start.path, stop.path) == ("/ilink/bot/msg/notifystart", "/ilink/bot/msg/notifystop")
     assert (start.endpoint, stop.endpoint) == ("notifystart", "notifystop")
 
@@ -620,8 +620,13 @@ MEDIA = {
 def test_media_go_out_in_the_official_least_shape(kind: MediaKind, item: dict[str, Any]) -> None:
     """9.4, and the example of 9.3."""
     media = Uploaded(kind, "hello.txt", 14, 16, "REF", KEY)
-    request = protocol.media_request(
-        "bot:secret", 1, user="o9Cq@im.wechat", client_id="c-1", context_token="AARz", media=media, agent=AGENT
+    request = protocol.message_request(
+        "bot:secret",
+        1,
+        protocol.media_item(media),
+        user="o9Cq@im.wechat",
+        client_id="c-1",
+        context_token="AARz",
     )
     text = msgspec.json.decode(send_request().body)["msg"]
     assert (request.endpoint, request.path) == (send_request().endpoint, send_request().path)

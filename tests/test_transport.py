@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 from adapter.errors import LeaseLost, Temporary, Uncertain
 from adapter.ilink.connection import Connection
 from adapter.ilink.network import CheckedResolver
-from adapter.ilink.protocol import Reply
+from adapter.ilink.protocol import AGENT, Reply
 from adapter.ilink.proxied import Proxied
-from adapter.ilink.transport import Exchange, Transport, _target
+from adapter.ilink.transport import Transport, _target
 from tests.e2e.waiting import free_port, until
 from tests.fakes import Wire
 
@@ -90,43 +90,41 @@ async def server() -> AsyncIterator[Server]:
 
 
 @pytest.fixture(params=[Transport, Proxied])
-async def transport(request: pytest.FixtureRequest) -> AsyncIterator[Exchange]:
+async def transport(request: pytest.FixtureRequest) -> AsyncIterator[Transport | Proxied]:
     """That of a proxy's users reads the same answers in the same way."""
-    made = request.param(
-        tls=ssl.create_default_context(), agent="test/1", max_answer_bytes=LARGEST, resolver=RESOLVER
-    )
+    made = request.param(tls=ssl.create_default_context(), max_answer_bytes=LARGEST, resolver=RESOLVER)
     yield made
     await made.close()
 
 
 @pytest.fixture
 async def own() -> AsyncIterator[Transport]:
-    made = Transport(tls=ssl.create_default_context(), agent="test/1", max_answer_bytes=LARGEST, resolver=RESOLVER)
+    made = Transport(tls=ssl.create_default_context(), max_answer_bytes=LARGEST, resolver=RESOLVER)
     yield made
     await made.close()
 
 
-async def post(transport: Exchange, url: str, *, timeout_s: float = 30.0, afresh: bool = False) -> Reply:
+async def post(transport: Transport | Proxied, url: str, *, timeout_s: float = 30.0, afresh: bool = False) -> Reply:
     return await transport.exchange("POST", url, {"X-One": "1"}, b"{}", timeout_s, afresh=afresh)
 
 
-async def test_an_answer_is_read_whole_with_its_headers(server: Server, transport: Exchange) -> None:
+async def test_an_answer_is_read_whole_with_its_headers(server: Server, transport: Transport | Proxied) -> None:
     reply = await post(transport, server.url)
     assert (reply.status, reply.headers["retry-after"], reply.body) == (200, "7", b"{}")
     (head,) = server.heads
     assert head.startswith(b"POST /ilink/bot/x HTTP/1.1\r\n")
-    assert b"User-Agent: test/1\r\n" in head
+    assert f"User-Agent: {AGENT}\r\n".encode() in head
     assert b"X-One: 1\r\n" in head
     assert head.count(b"Content-Length: 2\r\n") == 1
 
 
-async def test_requests_in_a_row_need_one_connection(server: Server, transport: Exchange) -> None:
+async def test_requests_in_a_row_need_one_connection(server: Server, transport: Transport | Proxied) -> None:
     for _ in range(5):
         await post(transport, server.url)
     assert server.connections == 1
 
 
-async def test_a_request_afresh_gets_a_connection_of_its_own(server: Server, transport: Exchange) -> None:
+async def test_a_request_afresh_gets_a_connection_of_its_own(server: Server, transport: Transport | Proxied) -> None:
     await post(transport, server.url)
     await post(transport, server.url, afresh=True)
     await post(transport, server.url)
@@ -134,7 +132,7 @@ async def test_a_request_afresh_gets_a_connection_of_its_own(server: Server, tra
     await until(lambda: server.open == 1, "the one of its own is closed")
 
 
-async def test_what_nobody_took_did_not_leave(transport: Exchange) -> None:
+async def test_what_nobody_took_did_not_leave(transport: Transport | Proxied) -> None:
     with pytest.raises(Temporary) as caught:
         await post(transport, f"http://127.0.0.1:{free_port()}/")
     assert caught.value.reason == "network"
@@ -142,7 +140,7 @@ async def test_what_nobody_took_did_not_leave(transport: Exchange) -> None:
         await post(transport, "http://no-such-host.invalid/")
 
 
-async def test_no_tls_where_it_is_asked_for_means_that_nothing_left(transport: Exchange) -> None:
+async def test_no_tls_where_it_is_asked_for_means_that_nothing_left(transport: Transport | Proxied) -> None:
     async def refuse(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(b"HTTP/1.1 400 Bad Request\r\n\r\n")
         writer.close()
@@ -166,7 +164,7 @@ async def test_no_tls_where_it_is_asked_for_means_that_nothing_left(transport: E
     ids=["nothing", "half a head", "half a body", "wrong chunks", "another protocol", "no text", "wrong gzip"],
 )
 async def test_what_was_taken_and_not_answered_well_may_have_been_done(
-    server: Server, transport: Exchange, answer: bytes
+    server: Server, transport: Transport | Proxied, answer: bytes
 ) -> None:
     server.answer = Server.say(answer, close=True)
     with pytest.raises(Uncertain) as caught:
@@ -175,7 +173,9 @@ async def test_what_was_taken_and_not_answered_well_may_have_been_done(
     assert len(server.heads) == 1, "it is not repeated by itself"
 
 
-async def test_a_silent_server_is_a_timeout_and_costs_the_connection(server: Server, transport: Exchange) -> None:
+async def test_a_silent_server_is_a_timeout_and_costs_the_connection(
+    server: Server, transport: Transport | Proxied
+) -> None:
     async def nothing(_: asyncio.StreamWriter) -> None: ...
 
     server.answer = nothing
@@ -187,7 +187,7 @@ async def test_a_silent_server_is_a_timeout_and_costs_the_connection(server: Ser
     assert server.connections == 2
 
 
-async def test_a_cancelled_request_costs_its_connection(server: Server, transport: Exchange) -> None:
+async def test_a_cancelled_request_costs_its_connection(server: Server, transport: Transport | Proxied) -> None:
     async def nothing(_: asyncio.StreamWriter) -> None: ...
 
     server.answer = nothing
@@ -199,7 +199,7 @@ async def test_a_cancelled_request_costs_its_connection(server: Server, transpor
     await until(lambda: server.open == 0, "the connection is closed")
 
 
-async def test_an_answer_above_the_limit_is_not_read(server: Server, transport: Exchange) -> None:
+async def test_an_answer_above_the_limit_is_not_read(server: Server, transport: Transport | Proxied) -> None:
     body = b"x" * (LARGEST + 1)
     server.answer = Server.say(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
     with pytest.raises(Uncertain) as caught:
@@ -207,7 +207,9 @@ async def test_an_answer_above_the_limit_is_not_read(server: Server, transport: 
     assert caught.value.reason == "unreadable"
 
 
-async def test_a_small_answer_that_unpacks_into_a_huge_one_is_not_read(server: Server, transport: Exchange) -> None:
+async def test_a_small_answer_that_unpacks_into_a_huge_one_is_not_read(
+    server: Server, transport: Transport | Proxied
+) -> None:
     body = gzip.compress(bytes(50_000_000))
     assert len(body) < LARGEST
     head = b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: %d\r\n\r\n" % len(body)
@@ -216,14 +218,14 @@ async def test_a_small_answer_that_unpacks_into_a_huge_one_is_not_read(server: S
         await post(transport, server.url)
 
 
-async def test_packed_answers_are_unpacked(server: Server, transport: Exchange) -> None:
+async def test_packed_answers_are_unpacked(server: Server, transport: Transport | Proxied) -> None:
     body = gzip.compress(b'{"ret":0}')
     head = b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: %d\r\n\r\n" % len(body)
     server.answer = Server.say(head + body)
     assert (await post(transport, server.url)).body == b'{"ret":0}'
 
 
-async def test_a_redirect_is_an_answer_and_not_followed(server: Server, transport: Exchange) -> None:
+async def test_a_redirect_is_an_answer_and_not_followed(server: Server, transport: Transport | Proxied) -> None:
     server.answer = Server.say(
         b"HTTP/1.1 307 Temporary Redirect\r\nLocation: http://127.0.0.1:1/\r\nContent-Length: 0\r\n\r\n"
     )
@@ -231,7 +233,7 @@ async def test_a_redirect_is_an_answer_and_not_followed(server: Server, transpor
     assert len(server.heads) == 1
 
 
-async def test_cookies_are_not_kept(server: Server, transport: Exchange) -> None:
+async def test_cookies_are_not_kept(server: Server, transport: Transport | Proxied) -> None:
     server.answer = Server.say(b"HTTP/1.1 200 OK\r\nSet-Cookie: who=bot1\r\nContent-Length: 0\r\n\r\n")
     await post(transport, server.url)
     await post(transport, server.url)
@@ -403,7 +405,7 @@ async def test_what_may_not_be_sent_any_more_does_not_leave(server: Server, kept
         raise LeaseLost("lease_lost")
 
     resolver = CheckedResolver(("one.example",), look_up=look_up)
-    made = Transport(tls=ssl.create_default_context(), agent="test/1", max_answer_bytes=LARGEST, resolver=resolver)
+    made = Transport(tls=ssl.create_default_context(), max_answer_bytes=LARGEST, resolver=resolver)
     url = server.url.replace("127.0.0.1", "one.example")
     try:
         if kept:
@@ -428,7 +430,7 @@ async def test_the_next_address_is_tried_where_one_does_not_take_the_connection(
         return ["::1", "127.0.0.1"]
 
     resolver = CheckedResolver(("two.example",), look_up=look_up)
-    made = Transport(tls=ssl.create_default_context(), agent="test/1", max_answer_bytes=LARGEST, resolver=resolver)
+    made = Transport(tls=ssl.create_default_context(), max_answer_bytes=LARGEST, resolver=resolver)
     try:
         assert (await post(made, server.url.replace("127.0.0.1", "two.example"))).status == 200
     finally:
@@ -447,7 +449,7 @@ async def test_a_name_is_asked_for_once_by_many_and_again_after_a_failure(server
         return ["127.0.0.1"]
 
     resolver = CheckedResolver(("one.example",), look_up=look_up)
-    made = Transport(tls=ssl.create_default_context(), agent="test/1", max_answer_bytes=LARGEST, resolver=resolver)
+    made = Transport(tls=ssl.create_default_context(), max_answer_bytes=LARGEST, resolver=resolver)
     url = server.url.replace("127.0.0.1", "one.example")
     try:
         failed = await asyncio.gather(*(post(made, url) for _ in range(5)), return_exceptions=True)
@@ -469,9 +471,7 @@ async def test_a_server_that_does_not_take_the_connection_is_given_up(monkeypatc
         listening.bind(("127.0.0.1", 0))
         listening.listen(0)
         port = listening.getsockname()[1]
-        made = Transport(
-            tls=ssl.create_default_context(), agent="test/1", max_answer_bytes=LARGEST, resolver=RESOLVER
-        )
+        made = Transport(tls=ssl.create_default_context(), max_answer_bytes=LARGEST, resolver=RESOLVER)
         fillers = [socket.socket() for _ in range(4)]
         for filler in fillers:
             filler.setblocking(False)
@@ -504,7 +504,7 @@ async def test_a_proxy_is_asked_where_the_environment_names_one(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     _target.cache_clear()
-    made = Transport(tls=ssl.create_default_context(), agent="test/1", max_answer_bytes=LARGEST, resolver=RESOLVER)
+    made = Transport(tls=ssl.create_default_context(), max_answer_bytes=LARGEST, resolver=RESOLVER)
     try:
         if by_proxy:  # at which nobody listens
             with pytest.raises(Temporary):

@@ -17,6 +17,7 @@ from adapter.cli.exits import OK, TIMEOUT, USAGE, Failed
 from adapter.cli.options import Age, Json, MaybeSandbox, flag, moment
 from adapter.cli.send import describe
 from adapter.contract import Inbound, Receipt
+from adapter.quotes import kind_of
 
 Arrivals = asyncio.Queue[tuple[str, Msg]]
 INBOUND, EVENT = "inbound", "event"
@@ -122,7 +123,7 @@ def _line(kind: str, msg: Msg) -> str:
 
 def _inbound(data: bytes) -> str:
     message = msgspec.json.decode(data, type=Inbound)
-    said = message.text or "[" + ", ".join(str(item.__struct_config__.tag) for item in message.items) + "]"
+    said = message.text or "[" + ", ".join(kind_of(item) for item in message.items) + "]"
     head = f"{output.clock(message.received_at_ms)}  {message.sandbox}  {_user(message.user)}  "
     return head + output.printable(said)
 

@@ -14,7 +14,7 @@ import httpx
 from adapter.errors import AdapterError, Refused, Temporary, Unreadable
 from adapter.ilink import protocol
 from adapter.ilink.cipher import BLOCK, KEY_BYTES, Decryption, Encryption, cipher_size
-from adapter.ilink.client import AGENT, ILink
+from adapter.ilink.client import ILink
 from adapter.ilink.network import CONNECT_S, KEPT_S, CheckedNetwork, checked
 from adapter.metrics import Metrics
 from adapter.ports import Account, Fetch, MediaKind, Uploaded
@@ -56,7 +56,7 @@ class CdnClient:
             follow_redirects=False,
             trust_env=False,  # proxies in the environment are for iLink's API; the CDN is reached past them (9.1)
             # not even asked for: a small answer must not unpack into a huge one
-            headers={"User-Agent": AGENT, "Accept-Encoding": "identity"},
+            headers={"User-Agent": protocol.AGENT, "Accept-Encoding": "identity"},
         )
         self._client = checked(client, network or CheckedNetwork(allowed_hosts))
 

@@ -11,7 +11,6 @@ from typing import TypeVar
 
 import structlog
 
-from adapter import __version__
 from adapter.errors import AdapterError, LeaseLost, Refused, SessionExpired, Temporary, Throttled, Uncertain
 from adapter.ilink import protocol
 from adapter.ilink.network import CheckedResolver, Lookup, lookup
@@ -25,7 +24,6 @@ log = structlog.get_logger()
 
 T = TypeVar("T")
 
-AGENT = f"wechat-nats/{__version__}"
 UPLOAD_URL_S = 15.0
 ASK_S = 10.0
 """The official client's timeout of getconfig, sendtyping and the notifications (3)."""
@@ -56,7 +54,6 @@ class ILink:
         self._send_timeout_s = send_timeout_s
         self._transport = Transport(
             tls=ssl.create_default_context(),
-            agent=AGENT,
             max_answer_bytes=max_answer_bytes,
             resolver=CheckedResolver(allowed_hosts, look_up=look_up),
         )
@@ -69,7 +66,7 @@ class ILink:
 
     async def poll(self, account: Account, cursor: str, hold_ms: int) -> Polled | None:
         """Raises Temporary, SessionExpired, Refused("url"); None: nobody answered in time."""
-        request = protocol.updates_request(account.token, cursor, random.getrandbits(32), agent=AGENT)
+        request = protocol.updates_request(account.token, cursor, random.getrandbits(32))
         started = time.monotonic()
         try:
             reply = await self._post(account, request, hold_ms / 1000 + self._poll_margin_s)
@@ -97,14 +94,13 @@ class ILink:
         check: Callable[[], None] | None = None,
     ) -> Accepted:
         """Raises SessionExpired, Throttled, Refused, Temporary (nothing was taken), Uncertain (perhaps it was)."""
-        request = protocol.text_request(
+        request = protocol.message_request(
             account.token,
             random.getrandbits(32),
+            protocol.text_item(text),
             user=user,
             client_id=client_id,
             context_token=context_token,
-            text=text,
-            agent=AGENT,
         )
         return await self._send(account, request, check)
 
@@ -119,14 +115,13 @@ class ILink:
         check: Callable[[], None] | None = None,
     ) -> Accepted:
         """As send_text."""
-        request = protocol.media_request(
+        request = protocol.message_request(
             account.token,
             random.getrandbits(32),
+            protocol.media_item(media),
             user=user,
             client_id=client_id,
             context_token=context_token,
-            media=media,
-            agent=AGENT,
         )
         return await self._send(account, request, check)
 
@@ -169,28 +164,25 @@ class ILink:
             md5=md5,
             filekey=filekey,
             key=key,
-            agent=AGENT,
         )
         read = partial(protocol.read_upload_url, cdn_base_url=cdn_base_url, filekey=filekey)
         return await self._ask(account, request, read, UPLOAD_URL_S)
 
     async def notify(self, account: Account, *, start: bool) -> None:
         """notifystart or notifystop. Raises Temporary, SessionExpired; its caller logs and goes on."""
-        request = protocol.notify_request(account.token, random.getrandbits(32), start=start, agent=AGENT)
+        request = protocol.notify_request(account.token, random.getrandbits(32), start=start)
         await self._ask(account, request, protocol.read_notified)
 
     async def typing_ticket(self, account: Account, user: str, context_token: str) -> str:
         """getconfig. Raises SessionExpired, Temporary, Refused("typing")."""
         request = protocol.config_request(
-            account.token, random.getrandbits(32), user=user, context_token=context_token, agent=AGENT
+            account.token, random.getrandbits(32), user=user, context_token=context_token
         )
         return await self._ask(account, request, protocol.read_ticket)
 
     async def show_typing(self, account: Account, user: str, ticket: str, *, on: bool) -> bool:
         """sendtyping. Raises SessionExpired, Temporary, Refused("url")."""
-        request = protocol.typing_request(
-            account.token, random.getrandbits(32), user=user, ticket=ticket, on=on, agent=AGENT
-        )
+        request = protocol.typing_request(account.token, random.getrandbits(32), user=user, ticket=ticket, on=on)
         return await self._ask(account, request, protocol.read_typing)
 
     async def _ask(

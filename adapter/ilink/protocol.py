@@ -11,12 +11,14 @@ from urllib.parse import quote, urlsplit
 
 import msgspec
 
+from adapter import __version__
 from adapter.errors import Refused, SessionExpired, Temporary, Throttled, Uncertain
 from adapter.ilink import wire
 from adapter.ilink.cipher import cipher_size, write_key
 from adapter.logs import hide_secrets
 from adapter.ports import Accepted, MediaKind, Polled, QrCode, Scan, ScanStatus, Uploaded
 
+AGENT = f"wechat-nats/{__version__}"
 CHANNEL_VERSION = "2.4.9"
 """The official client whose behaviour this one follows."""
 APP_CLIENT_VERSION = str(2 << 16 | 4 << 8 | 9)
@@ -145,35 +147,35 @@ def _post_headers(number: int) -> dict[str, str]:
     return {**_POST_HEADERS, "X-WECHAT-UIN": uin(number)}
 
 
-def _request(name: str, token: str, number: int, body: dict[str, Any], *, agent: str) -> Request:
+def _request(name: str, token: str, number: int, body: dict[str, Any]) -> Request:
     headers = {**_POST_HEADERS, "X-WECHAT-UIN": uin(number), "Authorization": f"Bearer {token}"}
-    body["base_info"] = {"channel_version": CHANNEL_VERSION, "bot_agent": agent}
+    body["base_info"] = {"channel_version": CHANNEL_VERSION, "bot_agent": AGENT}
     return Request(name.rpartition("/")[2], f"/ilink/bot/{name}", headers, msgspec.json.encode(body))
 
 
-def updates_request(token: str, cursor: str, number: int, *, agent: str) -> Request:
+def updates_request(token: str, cursor: str, number: int) -> Request:
     """getupdates; `cursor` is "" at the start (3.3)."""
-    return _request("getupdates", token, number, {"get_updates_buf": cursor}, agent=agent)
+    return _request("getupdates", token, number, {"get_updates_buf": cursor})
 
 
-def text_request(
-    token: str, number: int, *, user: str, client_id: str, context_token: str, text: str, agent: str
+def message_request(
+    token: str, number: int, item: dict[str, Any], *, user: str, client_id: str, context_token: str
 ) -> Request:
-    """sendmessage with one text item, in the official shape (3.4)."""
-    item = {"type": wire.TEXT, "text_item": {"text": text}}
-    return _message_request(
-        token, number, item, user=user, client_id=client_id, context_token=context_token, agent=agent
-    )
+    """sendmessage with one item, in the official shape (3.4)."""
+    msg = {
+        "from_user_id": "",
+        "to_user_id": user,
+        "client_id": client_id,
+        "message_type": wire.BOT,
+        "message_state": wire.FINISH,
+        "item_list": [item],
+        "context_token": context_token,
+    }
+    return _request("sendmessage", token, number, {"msg": msg})
 
 
-def media_request(
-    token: str, number: int, *, user: str, client_id: str, context_token: str, media: Uploaded, agent: str
-) -> Request:
-    """sendmessage with one media item (9.4)."""
-    item = media_item(media)
-    return _message_request(
-        token, number, item, user=user, client_id=client_id, context_token=context_token, agent=agent
-    )
+def text_item(text: str) -> dict[str, Any]:
+    return {"type": wire.TEXT, "text_item": {"text": text}}
 
 
 def media_item(media: Uploaded) -> dict[str, Any]:
@@ -189,27 +191,12 @@ def media_item(media: Uploaded) -> dict[str, Any]:
             return {"type": wire.FILE, "file_item": payload}
 
 
-def _message_request(
-    token: str, number: int, item: dict[str, Any], *, user: str, client_id: str, context_token: str, agent: str
-) -> Request:
-    msg = {
-        "from_user_id": "",
-        "to_user_id": user,
-        "client_id": client_id,
-        "message_type": wire.BOT,
-        "message_state": wire.FINISH,
-        "item_list": [item],
-        "context_token": context_token,
-    }
-    return _request("sendmessage", token, number, {"msg": msg}, agent=agent)
-
-
 MEDIA_TYPES: dict[MediaKind, int] = {"image": 1, "video": 2, "file": 3}
 """`media_type` of getuploadurl, numbered otherwise than the items (3.5)."""
 
 
 def upload_request(
-    token: str, number: int, *, user: str, kind: MediaKind, size: int, md5: str, filekey: str, key: bytes, agent: str
+    token: str, number: int, *, user: str, kind: MediaKind, size: int, md5: str, filekey: str, key: bytes
 ) -> Request:
     """getuploadurl (3.5). `size` and `md5` (lower-case hex) are of the plain bytes, `filekey` is 32 hex digits."""
     body = {
@@ -222,7 +209,7 @@ def upload_request(
         "no_need_thumb": True,
         "aeskey": key.hex(),
     }
-    return _request("getuploadurl", token, number, body, agent=agent)
+    return _request("getuploadurl", token, number, body)
 
 
 def read_upload_url(reply: Reply, *, cdn_base_url: str, filekey: str) -> str:
@@ -263,23 +250,23 @@ def cdn_refusal(status: int, headers: Mapping[str, str]) -> Refused:
     return Refused("media", f"The CDN refused the upload: HTTP {status} {words}".strip())
 
 
-def config_request(token: str, number: int, *, user: str, context_token: str, agent: str) -> Request:
+def config_request(token: str, number: int, *, user: str, context_token: str) -> Request:
     """getconfig for the user's typing ticket (3.6)."""
     body: dict[str, Any] = {"ilink_user_id": user}
     if context_token:
         body["context_token"] = context_token
-    return _request("getconfig", token, number, body, agent=agent)
+    return _request("getconfig", token, number, body)
 
 
-def typing_request(token: str, number: int, *, user: str, ticket: str, on: bool, agent: str) -> Request:
+def typing_request(token: str, number: int, *, user: str, ticket: str, on: bool) -> Request:
     """sendtyping (3.7)."""
     body: dict[str, Any] = {"ilink_user_id": user, "typing_ticket": ticket, "status": 1 if on else 2}
-    return _request("sendtyping", token, number, body, agent=agent)
+    return _request("sendtyping", token, number, body)
 
 
-def notify_request(token: str, number: int, *, start: bool, agent: str) -> Request:
+def notify_request(token: str, number: int, *, start: bool) -> Request:
     """msg/notifystart or msg/notifystop (3.8)."""
-    return _request("msg/notifystart" if start else "msg/notifystop", token, number, {}, agent=agent)
+    return _request("msg/notifystart" if start else "msg/notifystop", token, number, {})
 
 
 def qrcode_request(number: int, tokens: Sequence[str]) -> Request:

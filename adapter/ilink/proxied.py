@@ -13,18 +13,18 @@ from yarl import URL
 
 from adapter.errors import Temporary, Uncertain
 from adapter.ilink.network import CONNECT_S, KEPT_S, CheckedResolver
-from adapter.ilink.protocol import Reply
+from adapter.ilink.protocol import AGENT, Reply
 from adapter.ilink.unpack import PackedBadly, Unpacker
 from adapter.timing import AnsweredWithin
 
 
 class Proxied:
-    """Implements transport.Exchange."""
+    """In the place of Transport for who has a proxy."""
 
-    def __init__(self, *, tls: ssl.SSLContext, agent: str, max_answer_bytes: int, resolver: CheckedResolver) -> None:
+    def __init__(self, *, tls: ssl.SSLContext, max_answer_bytes: int, resolver: CheckedResolver) -> None:
         self._tls = tls
         self._resolver = resolver
-        self._headers = {"User-Agent": agent, "Accept-Encoding": "gzip, deflate"}
+        self._headers = {"User-Agent": AGENT, "Accept-Encoding": "gzip, deflate"}
         self._max_answer_bytes = max_answer_bytes
         self._sessions: dict[bool, aiohttp.ClientSession] = {}
 
@@ -39,7 +39,7 @@ class Proxied:
         afresh: bool = False,
         check: Callable[[], None] | None = None,
     ) -> Reply:
-        """See transport.Exchange. aiohttp connects and asks in one: a check comes before both."""
+        """See Transport.exchange. aiohttp connects and asks in one: a check comes before both."""
         if check is not None:
             check()
         session = self._sessions.get(afresh) or self._open(afresh)

@@ -13,7 +13,7 @@ from adapter.ilink import wire
 from adapter.ilink.cipher import read_key
 from adapter.ilink.references import Quoted, ident_of, read_reference, transcript
 from adapter.ports import Fetch, Said
-from adapter.quotes import as_id
+from adapter.quotes import as_id, kind_of
 
 _PLAIN = msgspec.json.Decoder(wire.PlainMessage)
 _WHOLE = msgspec.json.Decoder(wire.Message, strict=False)
@@ -110,18 +110,9 @@ def _read_whole(raw: bytes) -> Said:
     )
 
 
-_KINDS: dict[type, str] = {
-    contract.TextItem: "text",
-    contract.ImageItem: "image",
-    contract.VoiceItem: "voice",
-    contract.FileItem: "file",
-    contract.VideoItem: "video",
-}
-
-
 def _kind(items: list[contract.InboundItem]) -> str:
     """The kind that counts in the metrics: text wherever there is some, else that of the first media."""
-    found = [_KINDS[type(item)] for item in items if type(item) in _KINDS]
+    found = [kind for item in items if (kind := kind_of(item)) != "unsupported"]
     return "text" if "text" in found else next(iter(found), "unsupported")
 
 

@@ -14,7 +14,7 @@ import socket
 import ssl
 import urllib.request
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 from urllib.parse import urlsplit
 
 import aiohappyeyeballs
@@ -22,7 +22,7 @@ import aiohappyeyeballs
 from adapter.errors import Temporary, Uncertain
 from adapter.ilink.connection import Connection
 from adapter.ilink.network import CONNECT_S, KEPT_S, CheckedResolver
-from adapter.ilink.protocol import Reply
+from adapter.ilink.protocol import AGENT, Reply
 from adapter.ilink.proxied import Proxied
 
 TLS_S = 30.0
@@ -32,29 +32,6 @@ RESOLVED_S = 10.0
 STAGGER_S = 0.25
 """The next address of a name is tried after so long without an answer of the one before (RFC 8305, 5)."""
 PORTS = {"http": 80, "https": 443}
-
-
-class Exchange(Protocol):
-    """One request for one answer, without following redirects."""
-
-    async def exchange(
-        self,
-        method: str,
-        url: str,
-        headers: dict[str, str],
-        body: bytes,
-        timeout_s: float,
-        *,
-        afresh: bool = False,
-        check: Callable[[], None] | None = None,
-    ) -> Reply:
-        """`afresh`: over a connection of its own, to a name that is resolved anew. `check`: see ports.Chat.
-
-        Raises TimeoutError, Temporary("network") (it did not leave), Uncertain (it left, or may have).
-        """
-
-    async def close(self) -> None:
-        """Closes all connections."""
 
 
 class Origin(NamedTuple):
@@ -76,18 +53,18 @@ class Target(NamedTuple):
 
 
 class Transport:
-    """Exchanges whatever the bot; implements Exchange."""
+    """One request for one answer, whatever the bot, without following redirects."""
 
-    def __init__(self, *, tls: ssl.SSLContext, agent: str, max_answer_bytes: int, resolver: CheckedResolver) -> None:
+    def __init__(self, *, tls: ssl.SSLContext, max_answer_bytes: int, resolver: CheckedResolver) -> None:
         self._tls = tls
         self._resolver = resolver
         self._most = max_answer_bytes
-        self._always = f"User-Agent: {agent}\r\nAccept: */*\r\nAccept-Encoding: gzip, deflate\r\n"
+        self._always = f"User-Agent: {AGENT}\r\nAccept: */*\r\nAccept-Encoding: gzip, deflate\r\n"
         self._idle: dict[Origin, list[Connection]] = {}
         """Of each origin the one that was used last is used first, so that what is too much grows old."""
         self._tidying: asyncio.TimerHandle | None = None
         self._found: dict[Origin, tuple[float, asyncio.Task[list[aiohappyeyeballs.AddrInfoType] | Exception]]] = {}
-        self._proxied = Proxied(tls=tls, agent=agent, max_answer_bytes=max_answer_bytes, resolver=resolver)
+        self._proxied = Proxied(tls=tls, max_answer_bytes=max_answer_bytes, resolver=resolver)
 
     async def exchange(
         self,
@@ -100,7 +77,10 @@ class Transport:
         afresh: bool = False,
         check: Callable[[], None] | None = None,
     ) -> Reply:
-        """See Exchange."""
+        """`afresh`: over a connection of its own, to a name that is resolved anew. `check`: see ports.Chat.
+
+        Raises TimeoutError, Temporary("network") (it did not leave), Uncertain (it left, or may have).
+        """
         plain, mark, query = url.partition("?")
         target = _target(plain)
         if target.by_proxy:
@@ -128,7 +108,7 @@ class Transport:
         return reply
 
     async def close(self) -> None:
-        """See Exchange."""
+        """Closes all connections."""
         if self._tidying is not None:
             self._tidying.cancel()
             self._tidying = None

@@ -81,8 +81,8 @@ def command(data: bytes) -> None:
     assert all(part.strip() and len(part) <= LIMITS.text_chars and len(part.encode()) <= MAX_BYTES for part in texts)
     assert len(texts) <= LIMITS.parts
     assert read.expires_ms - read.stored_ms <= LIMITS.park_ms
-    protocol.text_request("t", 1, user=read.user, client_id=client_id(read, 0), context_token="c",
-                          text="".join(texts), agent="a/1")  # fmt: skip
+    item = protocol.text_item("".join(texts))
+    protocol.message_request("t", 1, item, user=read.user, client_id=client_id(read, 0), context_token="c")
     if joins([], read, 3000):
         assert merge([read]) == read
     NAMES.parked(1, peer_key(read.bot, read.user)).encode("ascii")
