@@ -145,16 +145,22 @@ $(STAMP): pyproject.toml uv.lock
 	  fi; \
 	done; \
 	if [ -z "$$python" ]; then \
-	  echo 'wechat-nats needs Python 3.11 or newer; none of these is one: $(PYTHONS)'; exit 1; \
+	  echo 'wechat-nats needs Python 3.11 or newer; none of these is one: $(PYTHONS)'; \
+	  echo 'Install one (apt-get install python3 python3-venv), or name it: make PYTHONS=/path/to/python3'; exit 1; \
 	fi; \
 	if command -v uv >/dev/null 2>&1; then uv=uv; else \
 	  uv=.tools/bin/uv; \
 	  if [ ! -x "$$uv" ]; then \
 	    echo 'Installing uv into .tools …'; \
-	    "$$python" -m venv --without-pip --clear .tools; \
-	    "$$python" -m pip --python .tools/bin/python install --quiet --disable-pip-version-check 'uv>=0.9' || { \
-	      "$$python" -m venv --clear .tools; \
+	    if "$$python" -m pip --version >/dev/null 2>&1; then \
+	      "$$python" -m venv --without-pip --clear .tools && \
+	      "$$python" -m pip --python .tools/bin/python install --quiet --disable-pip-version-check 'uv>=0.9'; \
+	    else \
+	      "$$python" -m venv --clear .tools && \
 	      .tools/bin/python -m pip install --quiet --disable-pip-version-check 'uv>=0.9'; \
+	    fi || { \
+	      echo "uv could not be installed with $$python, which needs pip or venv for it, and an index that answers."; \
+	      echo 'On Debian: apt-get install python3-venv. Or have uv 0.9 or newer on the PATH.'; exit 1; \
 	    }; \
 	  fi; \
 	fi; \

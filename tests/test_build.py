@@ -78,6 +78,29 @@ def test_a_machine_without_python_is_told_what_is_missing(checkout: Path) -> Non
     run = make(checkout, "install", "PYTHONS=python-old python-absent")
     assert run.returncode != 0
     assert "needs Python 3.11 or newer; none of these is one: python-old python-absent" in run.stderr
+    assert "make PYTHONS=/path/to/python3" in run.stderr
+
+
+def test_a_machine_whose_python_cannot_install_is_told_what_is_missing(checkout: Path) -> None:
+    """As Debian's without its package for venv, and no uv beside it."""
+    alone = checkout / "alone"
+    script(
+        alone / "python3",
+        'case "$*" in *version_info*) ;; *_base_executable*) echo python3 ;; *) echo absent >&2; exit 1 ;; esac',
+    )
+    (alone / "make").symlink_to(str(shutil.which("make")))
+    run = make(checkout, "install", "PYTHONS=python3", PATH=str(alone))
+    assert run.returncode != 0
+    assert "uv could not be installed with python3" in run.stderr
+    assert "apt-get install python3-venv" in run.stderr
+
+
+def test_the_first_python_that_is_new_enough_is_taken(checkout: Path) -> None:
+    script(checkout / "path" / "python3", "exit 1")
+    script(checkout / "path" / "python3.12", 'case "$*" in *_base_executable*) echo /twelve ;; esac')
+    script(checkout / "path" / "python3.11", 'case "$*" in *_base_executable*) echo /eleven ;; esac')
+    make(checkout, "install", "PYTHONS=.venv/bin/python python3 python3.12 python3.11")
+    assert "--python /twelve " in (checkout / "uv-arguments").read_text()
 
 
 def test_the_guide_names_targets_that_exist() -> None:
