@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+from urllib.parse import unquote_to_bytes
 
 from adapter.errors import Refused
 
@@ -90,16 +91,10 @@ def token_of(text: str) -> str:
 
 def text_of(token: str) -> str:
     """The inverse of `escaped`. Raises ValueError for what it never made."""
-    out = bytearray()
-    i = 0
-    while i < len(token):
-        if token[i] == "=":
-            out.append(int(token[i + 1 : i + 3], 16))
-            i += 3
-        else:
-            out += token[i].encode()
-            i += 1
-    return out.decode()
+    text = unquote_to_bytes(token.replace("=", "%")).decode()
+    if token_of(text) != token:
+        raise ValueError("not a name that was escaped")
+    return text
 
 
 def peer_key(bot: str, user: str) -> str:
