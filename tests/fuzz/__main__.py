@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib.util
 import re
 import subprocess
 import sys
@@ -58,6 +59,8 @@ def main() -> int:
     if "--only" in sys.argv:
         at = sys.argv.index("--only")
         fuzz(sys.argv[at + 1], sys.argv[at + 2 :])
+    if importlib.util.find_spec("atheris") is None:
+        sys.exit("The fuzzer, atheris, is not here: it has wheels for Linux and Python 3.11 to 3.14.")
     from tests.fuzz.targets import TARGETS
 
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz")
