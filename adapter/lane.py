@@ -59,8 +59,11 @@ class Lane:
         """The bot that it was last meant for; another bot of the same user may take its place."""
         self.user = user
         """"" as long as nobody knows the bot's user."""
-        self.former = ""
-        """The bot that served the user before, while what was sent over it has not been looked at."""
+        self.former: dict[str, None] = {}
+        """The bots that served the user before, in order, while what was sent over them has not been looked at."""
+        self.inherited_ms = math.inf
+        """When the oldest of its commands was stored that an owner before us may have sent, over whichever bot served
+        the user by then; `inf`: that was looked at."""
         self.hand: Hand | None = None
         """How far its last command got: one of the bot's next sandbox may take its place in the record."""
         self.queue: deque[Item] = deque()
@@ -98,6 +101,8 @@ class Lane:
     def add(self, item: Item) -> None:
         """Puts a command at the end of the queue."""
         self.queue.append(item)
+        if item.suspect:
+            self.inherited_ms = min(self.inherited_ms, item.command.stored_ms)
         self.earliest_ms = min(self.earliest_ms, item.command.expires_ms)
 
     def park(self, parked: Parked) -> None:
@@ -112,6 +117,7 @@ class Lane:
         self.queue.extend(other.queue)
         self.unsure |= other.unsure
         self.told |= other.told
+        self.inherited_ms = min(self.inherited_ms, other.inherited_ms)
         self.earliest_ms = min(self.earliest_ms, other.earliest_ms)
         other.parked.clear()
         other.queue.clear()

@@ -164,7 +164,7 @@ class LaneWork(Settling):
             return found
         for other in self._needs.bindings.of_sandbox(lane.sandbox):
             if other.user == lane.user:
-                lane.former, lane.bot = lane.former or lane.bot, other.bot
+                lane.former[lane.bot], lane.bot = None, other.bot
                 return other
         return found
 

@@ -16,7 +16,6 @@ from adapter import contract
 from adapter.backlog import PAGE, Backlog
 from adapter.commands import Command, command_id, peek, read_command, stand_in
 from adapter.errors import AdapterError, Refused, Temporary, Unreadable
-from adapter.events import told_of_bindings
 from adapter.lane import Item, Lanes, parked_at
 from adapter.lanework import LaneWork
 from adapter.names import H_COMMAND, H_MSG_ID, UNROUTED, peer_of, shard_of
@@ -80,6 +79,7 @@ class Shard(LaneWork):
                 continue
             found.add(stored.seq)
             lane.unsure.add(stored.seq)
+            lane.inherited_ms = min(lane.inherited_ms, command.stored_ms)
             lane.park(parked_at(stored.seq, stored.subject, command))
         for lane in self._lanes:
             if not lane.unsure.isdisjoint(found):
@@ -221,12 +221,8 @@ class Shard(LaneWork):
     async def _hands(self, sandbox: str, since_ms: int) -> dict[str, Hand]:
         """What a sandbox's bots had in hand, by client, also those that served it since a time: the owner before us
         may have asked for it, and nobody can be found for it now. Raises Temporary."""
-        served = {(binding.bot, binding.user): None for binding in self._needs.bindings.of_sandbox(sandbox)}
-        needs = self._needs
-        async for event in told_of_bindings(needs.history, needs.names, sandbox, since_ms=since_ms - 1000):
-            served[event.bot, event.user] = None
         hands: dict[str, Hand] = {}
-        for bot, user in served:
+        for bot, user in await self._served(sandbox, since_ms):
             hand = (await self._sender.contexts.stored(bot, user)).hand if user else None
             if hand is not None and hand.sandbox == sandbox:
                 hands |= {one.client: hand for one in hand.all}

@@ -6,6 +6,7 @@ Until both have happened it comes again, to this owner or the next one, who look
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
@@ -19,6 +20,7 @@ from adapter.bindings import Bindings
 from adapter.commands import Limits
 from adapter.contexts import Peer
 from adapter.errors import LeaseLost, Temporary
+from adapter.events import told_of_bindings
 from adapter.lane import Item, Lane
 from adapter.leases import Leases
 from adapter.names import Names
@@ -113,15 +115,38 @@ class Settling:
         """The lane's user, with what was sent to them over the bot before. Raises Temporary, LeaseLost."""
         contexts = self._sender.contexts
         peer = await contexts.peer(lane.bot, lane.user)
+        if lane.inherited_ms < math.inf:
+            await self._find_former(lane)
         if lane.former:
-            before = (await contexts.peer(lane.former, lane.user)).context
-            hand = _own(lane, before.hand)
+            former = [bot for bot in lane.former if bot != lane.bot]
+            before = [(await contexts.peer(bot, lane.user)).context for bot in former]
+            hands = [hand for context in before if (hand := _own(lane, context.hand))]
+            waiting = {*(item.command.client for item in lane.queue), *(parked.client for parked in lane.parked)}
+            hands.sort(key=lambda hand: any(one.client in waiting for one in hand.all))
+            hand = hands.pop() if hands else None
             if hand and hand.tried:  # another bot's message is another one on the phone: it is not repeated there
                 hand = msgspec.structs.replace(hand, tried=hand.tried + MAX_RESENDS)
-            if hand or before.done:
-                await contexts.save(peer, lambda context: window.moved(context, hand, before.done))
-            lane.former = ""
+            done = [name for context in before for name in context.done]
+            done += [window.named(one.sandbox, other.command) for one in hands if one.is_begun for other in one.all]
+            if hand or done:
+                await contexts.save(peer, lambda context: window.moved(context, hand, done))
+            lane.former.clear()
         return peer
+
+    async def _find_former(self, lane: Lane) -> None:
+        """Which bots may have served the user when the owner before us had the lane. Raises Temporary."""
+        since_ms = lane.inherited_ms
+        served = await self._served(lane.sandbox, int(since_ms))
+        lane.former |= {bot: None for bot, user in served if user in ("", lane.user)}
+        if lane.inherited_ms == since_ms:
+            lane.inherited_ms = math.inf
+
+    async def _served(self, sandbox: str, since_ms: int) -> list[tuple[str, str]]:
+        """Bots and users of a sandbox, also of those bots that served it since a time. Raises Temporary."""
+        told = told_of_bindings(self._needs.history, self._needs.names, sandbox, since_ms=since_ms - 1000)
+        before = [(event.bot, event.user) async for event in told]
+        now = [(binding.bot, binding.user) for binding in self._needs.bindings.of_sandbox(sandbox)]
+        return list(dict.fromkeys([*before, *now]))
 
     async def _window(self, lane: Lane) -> contract.Window:
         return self._shown(await self._peer(lane)) if lane.user else contract.Window(remaining=0)

@@ -38,9 +38,8 @@ STALE = SessionExpired("needs_login", "iLink answered -14", errcode=-14)
 LATE_S = 0.0 if "ALL" in os.environ else 2.0
 """A request that was about to leave when its bot was unbound or moved may leave all the same."""
 KNOWN = "ALL" not in os.environ
-"""Gaps that are known are not looked for: who comes after a death with a request out, and has another bot for it or
-none, does not know of it; who is meant by a command without an address, or by one for a user whom no binding names,
-is found out late. `ALL=1` looks for them, too."""
+"""Gaps that are known are not looked for: who is meant by a command without an address, or by one for a user whom no
+binding names, is found out late. `ALL=1` looks for them, too."""
 
 
 class Lost(Uncertain):
@@ -265,8 +264,6 @@ class Model:
         self.tokens = 0
         self.wrote: dict[str, list[int]] = defaultdict(list)
         self.deaths = 0
-        self.renewed = 0
-        """How often a user got a new bot."""
         self.unnamed = 0
         """How often a bot was bound whose user nobody knew."""
         self.replicas = 0
@@ -408,7 +405,6 @@ class Model:
                     if not one.user and one.bot.startswith(user):
                         await self._remove(one.bot)
             known = name if named or (before and before.sandbox == sandbox and not anew) else ""
-            self.renewed += anew
             self.unnamed += not known
             await self.world.bind(sandbox, bot, known, token=f"{bot}:{self.tokens}")
             if before is not None and before.bot == bot and before.sandbox != sandbox:
@@ -592,8 +588,7 @@ def receipts_are_true(model: Model) -> list[str]:
         if not one.pieces:
             continue
         times = [len(shown[piece]) for piece in one.pieces]
-        again = KNOWN and model.deaths and any(asked[piece] & model.chat.unanswered for piece in one.pieces)
-        if max(times) > 1 and not again:
+        if max(times) > 1:
             wrong.append(f"{one.ident} {one.pieces} was shown {times} times")
         for receipt in finals.get((one.ident, one.stored_ms), []):
             silent = any(asked[piece] & model.chat.unanswered for piece in one.pieces)
@@ -607,8 +602,7 @@ def receipts_are_true(model: Model) -> list[str]:
                     if not silent and not model.deaths:
                         wrong.append(f"{one.ident} is uncertain, and each request had its answer")
                 case _:
-                    unknown = KNOWN and model.deaths and model.renewed and silent
-                    if min(times) > 0 and not unknown:
+                    if min(times) > 0:
                         wrong.append(f"{one.ident} is {receipt.outcome} ({receipt.reason}), and was shown {times}")
             known = {ident for piece in one.pieces for ident in ids[piece]} - {""}
             waited = KNOWN and receipt.bot and one.user and receipt.bot[:2] != one.user[:2]  # at another user's bot
@@ -646,7 +640,7 @@ def one_at_a_time_and_in_order(model: Model) -> list[str]:
                 if piece.startswith(f"@{sandbox}.") and not (model.settings["reserve"] and piece in passing)
             ]
             if KNOWN:
-                found = [] if model.unnamed else list(dict.fromkeys(found))  # again, after a death: over the next bot
+                found = [] if model.unnamed else found
             if any(earlier > later for earlier, later in pairwise(found)):
                 wrong.append(f"{user} got {found} of {sandbox}")
     return wrong

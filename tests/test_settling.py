@@ -506,6 +506,37 @@ async def test_only_what_surely_was_not_taken_goes_over_the_next_bot(
     assert outcomes(bench)[-1] == ("c", outcome, "")
 
 
+@pytest.mark.parametrize(
+    ("text", "over", "told"),
+    [("pay", ["b1-0"], ("uncertain", 0)), (THREE, ["b1-0", "b2-1", "b2-2"], ("accepted", 3))],
+    ids=["asked-for", "half-sent"],
+)
+@pytest.mark.parametrize("behind", [False, True], ids=["before-the-bind", "behind-another-after-it"])
+async def test_what_the_owner_before_sent_over_the_user_s_last_bot_is_known_to_the_next_one(
+    behind: bool, text: str, over: list[str], told: tuple[str, int]
+) -> None:
+    """It died with the command in hand, and the user has a new bot before anybody took over."""
+    bench, shard = await ready()
+    bench.chat.took_s = 3.0 if text == "pay" else 0.1
+    delivery = bench.command(text, id="c", user=USER)
+    shard.on_delivery(delivery)
+    await asyncio.sleep(1.0)
+    shard.stop()
+    await bench.events.binding(BindingEvent(sandbox="s1", bot=BOT, user=USER, change="replaced"))
+    await bench.bind(bot="b2@im.bot")
+    await bench.bindings.remove(BOT)
+    bench.hears("b2@im.bot", inbound_id="in:2")
+    heir, second = await heir_of(bench)
+    if behind:
+        second.on_delivery(heir.command(typing="on", user=USER, id="t"))
+        await asyncio.sleep(5)
+    second.on_delivery(again(delivery))
+    await asyncio.sleep(30)
+    assert [sent.bot[:2] + sent.client_id[-2:] for sent in bench.chat.sent] == over
+    receipt = finals(heir)[-1]
+    assert (receipt.command, receipt.outcome, len(receipt.message_ids)) == ("c", *told)
+
+
 # whom it is for ------------------------------------------------------------------------------------------
 
 
