@@ -159,7 +159,7 @@ class Bus:
         except (NatsError, TimeoutError):
             self.heed(f"$JS.API.{verb}")
             raise Failed(
-                UNREACHABLE, f"JetStream did not answer {verb}: is it enabled, and may this user ask?"
+                UNREACHABLE, f"JetStream did not answer {verb}: is it enabled, no leaf node of it, may this user ask?"
             ) from None
         answer: dict[str, Any] = msgspec.json.decode(reply.data)
         return answer

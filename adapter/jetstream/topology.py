@@ -300,8 +300,8 @@ async def ensure(link: Link, names: Names, settings: Settings) -> list[Differenc
     except Temporary as exc:
         if exc.reason == "bus_down":
             raise
-        said = f"JetStream does not answer ({exc.detail}): is it enabled, and may this user publish to $JS.API.>?"
-        raise Temporary(exc.reason, said) from exc
+        why = "is it enabled, is this no leaf node of it, and may this user publish to $JS.API.>?"
+        raise Temporary(exc.reason, f"JetStream does not answer ({exc.detail}): {why}") from exc
     if level < API_LEVEL:
         raise SettingsError("server_too_old", f"JetStream API level {level}; nats-server 2.14 or newer is needed.")
     missing, different = await inspect(link, names, settings)
