@@ -17,12 +17,15 @@ import pytest
 import uvloop
 from hypothesis import strategies as st
 
-from adapter.errors import LeaseLost, Temporary, Uncertain
+from adapter.errors import LeaseLost, Refused, Temporary, Uncertain
+from adapter.ilink.client import ILink
 from adapter.ilink.connection import Connection
 from adapter.ilink.network import CheckedResolver
 from adapter.ilink.protocol import AGENT, Reply
 from adapter.ilink.proxied import Proxied
 from adapter.ilink.transport import Transport, _target
+from adapter.metrics import Metrics
+from adapter.ports import Account
 from tests.e2e.waiting import free_port, until
 from tests.fakes import Wire
 
@@ -231,6 +234,25 @@ async def test_a_redirect_is_an_answer_and_not_followed(server: Server, transpor
     )
     assert (await post(transport, server.url)).status == 307
     assert len(server.heads) == 1
+
+
+async def test_what_an_answer_quotes_of_its_request_is_no_secret_any_more(server: Server) -> None:
+    base, _, _ = server.url.rpartition("/ilink")
+    ilink = ILink(
+        Metrics(),
+        default_base_url=base,
+        allowed_hosts=("127.0.0.1",),
+        poll_margin_s=1.0,
+        send_timeout_s=10.0,
+        max_answer_bytes=LARGEST,
+    )
+    body = b'{"ret":-1,"errmsg":"odd token, odd context"}'
+    server.answer = Server.say(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
+    account = Account("b1@im.bot", "odd token", base)
+    with pytest.raises(Refused) as caught:
+        await ilink.send_text(account, user="u", client_id="c", context_token="odd context", text="hi")
+    await ilink.close()
+    assert caught.value.errmsg == "***, ***"
 
 
 async def test_cookies_are_not_kept(server: Server, transport: Transport | Proxied) -> None:

@@ -260,7 +260,8 @@ class ILink:
         """Raises TimeoutError, Temporary (it did not leave), Uncertain (it left), Refused("url")."""
         afresh = account.bot in self._doubtful
         self._doubtful.discard(account.bot)
-        return await self._exchange(account.base_url, request, timeout_s, afresh=afresh, check=check)
+        reply = await self._exchange(account.base_url, request, timeout_s, afresh=afresh, check=check)
+        return reply._replace(secrets=request.secrets)
 
     async def _exchange(
         self,

@@ -15,7 +15,7 @@ from adapter import __version__
 from adapter.errors import Refused, SessionExpired, Temporary, Throttled, Uncertain
 from adapter.ilink import wire
 from adapter.ilink.cipher import cipher_size, write_key
-from adapter.logs import hide_secrets
+from adapter.logs import HIDDEN, hide_secrets
 from adapter.ports import Accepted, MediaKind, Polled, QrCode, Scan, ScanStatus, Uploaded
 
 AGENT = f"wechat-nats/{__version__}"
@@ -68,6 +68,8 @@ class Request(NamedTuple):
     headers: dict[str, str]
     body: bytes
     method: str = "POST"
+    secrets: tuple[str, ...] = ()
+    """What no word of its answer may tell: see `_decode`."""
 
 
 class Reply(NamedTuple):
@@ -77,6 +79,8 @@ class Reply(NamedTuple):
     headers: Mapping[str, str]
     """Names in lower case."""
     body: bytes
+    secrets: tuple[str, ...] = ()
+    """Those of its request."""
 
 
 @functools.lru_cache(maxsize=1024)  # the same few at every request
@@ -147,10 +151,12 @@ def _post_headers(number: int) -> dict[str, str]:
     return {**_POST_HEADERS, "X-WECHAT-UIN": uin(number)}
 
 
-def _request(name: str, token: str, number: int, body: dict[str, Any]) -> Request:
+def _request(name: str, token: str, number: int, body: dict[str, Any], *, secret: str = "") -> Request:
+    """`secret`: what is one beside the token."""
     headers = {**_POST_HEADERS, "X-WECHAT-UIN": uin(number), "Authorization": f"Bearer {token}"}
     body["base_info"] = {"channel_version": CHANNEL_VERSION, "bot_agent": AGENT}
-    return Request(name.rpartition("/")[2], f"/ilink/bot/{name}", headers, msgspec.json.encode(body))
+    secrets = (token, token.rpartition(":")[2], secret)
+    return Request(name.rpartition("/")[2], f"/ilink/bot/{name}", headers, msgspec.json.encode(body), secrets=secrets)
 
 
 def updates_request(token: str, cursor: str, number: int) -> Request:
@@ -171,7 +177,7 @@ def message_request(
         "item_list": [item],
         "context_token": context_token,
     }
-    return _request("sendmessage", token, number, {"msg": msg})
+    return _request("sendmessage", token, number, {"msg": msg}, secret=context_token)
 
 
 def text_item(text: str) -> dict[str, Any]:
@@ -209,7 +215,7 @@ def upload_request(
         "no_need_thumb": True,
         "aeskey": key.hex(),
     }
-    return _request("getuploadurl", token, number, body)
+    return _request("getuploadurl", token, number, body, secret=key.hex())
 
 
 def read_upload_url(reply: Reply, *, cdn_base_url: str, filekey: str) -> str:
@@ -219,7 +225,7 @@ def read_upload_url(reply: Reply, *, cdn_base_url: str, filekey: str) -> str:
         raise Refused("media", f"HTTP {reply.status}")
     _check_status(reply)
     try:
-        answer = _decode(reply.body, wire.UploadUrl)
+        answer = _decode(reply, wire.UploadUrl)
     except ValueError as exc:
         raise Temporary("unreadable", str(exc)[:200]) from exc
     if answer.code == wire.STALE_TOKEN:
@@ -255,13 +261,13 @@ def config_request(token: str, number: int, *, user: str, context_token: str) ->
     body: dict[str, Any] = {"ilink_user_id": user}
     if context_token:
         body["context_token"] = context_token
-    return _request("getconfig", token, number, body)
+    return _request("getconfig", token, number, body, secret=context_token)
 
 
 def typing_request(token: str, number: int, *, user: str, ticket: str, on: bool) -> Request:
     """sendtyping (3.7)."""
     body: dict[str, Any] = {"ilink_user_id": user, "typing_ticket": ticket, "status": 1 if on else 2}
-    return _request("sendtyping", token, number, body)
+    return _request("sendtyping", token, number, body, secret=ticket)
 
 
 def notify_request(token: str, number: int, *, start: bool) -> Request:
@@ -307,7 +313,7 @@ def read_updates(reply: Reply, *, polled_s: float) -> Polled:
     if not reply.body.strip():
         raise Temporary("unreadable", "empty answer")
     try:
-        updates = _decode(reply.body, wire.Updates)
+        updates = _decode(reply, wire.Updates)
     except ValueError as exc:
         raise Temporary("unreadable", str(exc)[:200]) from exc
     match updates.code:
@@ -337,7 +343,7 @@ def read_sent(reply: Reply) -> Accepted:
     if not reply.body.strip():
         return Accepted("", None, None, "")
     try:
-        sent = _decode(reply.body, wire.Sent)
+        sent = _decode(reply, wire.Sent)
     except ValueError as exc:
         raise Uncertain("unreadable", str(exc)[:200]) from exc
     match sent.code:
@@ -361,7 +367,7 @@ def read_notified(reply: Reply) -> None:
     if not reply.body.strip():
         return
     try:
-        answer = _decode(reply.body, wire.Answer)
+        answer = _decode(reply, wire.Answer)
     except ValueError as exc:
         raise Temporary("unreadable", str(exc)[:200]) from exc
     if answer.code == wire.STALE_TOKEN:
@@ -378,7 +384,7 @@ def read_ticket(reply: Reply) -> str:
     _check_words(reply)
     _check_status(reply)
     try:
-        config = _decode(reply.body, wire.Config)
+        config = _decode(reply, wire.Config)
     except ValueError as exc:
         raise Temporary("unreadable", str(exc)[:200]) from exc
     match config.code:
@@ -400,7 +406,7 @@ def read_typing(reply: Reply) -> bool:
     _check_words(reply)
     _check_status(reply)
     try:
-        answer = _decode(reply.body or b"{}", wire.Answer)
+        answer = _decode(reply if reply.body else reply._replace(body=b"{}"), wire.Answer)
     except ValueError:
         return False
     if answer.code == wire.STALE_TOKEN:
@@ -435,7 +441,7 @@ def read_qrcode_status(reply: Reply) -> Scan:
 def _read_login(reply: Reply, kind: type[A]) -> A:
     _check_status(reply)
     try:
-        answer = _decode(reply.body, kind)
+        answer = _decode(reply, kind)
     except ValueError:  # its text may quote the answer, which holds a token
         raise Temporary("unreadable", "the answer cannot be read") from None
     if answer.code:
@@ -443,8 +449,8 @@ def _read_login(reply: Reply, kind: type[A]) -> A:
     return answer
 
 
-def _decode(body: bytes, kind: type[A]) -> A:
-    """An answer. Raises ValueError for what is none.
+def _decode(reply: Reply, kind: type[A]) -> A:
+    """An answer, in whose words is nothing of the request's secrets. Raises ValueError for what is none.
 
     What one text or number makes unreadable would cost the whole answer, at every repeat. So half a surrogate pair
     (an emoji that somebody cut) is read as the replacement character, a control character as if it were escaped, and
@@ -452,14 +458,17 @@ def _decode(body: bytes, kind: type[A]) -> A:
     """
     try:
         try:
-            return msgspec.json.decode(body, type=kind)
+            answer = msgspec.json.decode(reply.body, type=kind)
         except msgspec.DecodeError:
-            mended = _ESCAPE.sub(lambda found: b"\\ufffd" if found[1] else found[0], body.removeprefix(_BOM))
+            mended = _ESCAPE.sub(lambda found: b"\\ufffd" if found[1] else found[0], reply.body.removeprefix(_BOM))
             if _CONTROLS.search(mended):
                 mended = _STRING.sub(lambda found: _CONTROLS.sub(_escaped, found[0]), mended)
-            return msgspec.json.decode(mended, type=kind, strict=False)
+            answer = msgspec.json.decode(mended, type=kind, strict=False)
     except RecursionError as exc:
         raise ValueError("nested too deeply") from exc
+    for secret in filter(None, reply.secrets if answer.errmsg else ()):
+        answer.errmsg = str(answer.errmsg).replace(secret, HIDDEN)
+    return answer
 
 
 def _escaped(control: re.Match[bytes]) -> bytes:
@@ -471,7 +480,7 @@ def _check_words(reply: Reply, *, sent: bool = False) -> None:
     if 200 <= reply.status < 300 or reply.body[:1] != b"{":
         return
     try:
-        answer = _decode(reply.body, wire.Answer)
+        answer = _decode(reply, wire.Answer)
     except ValueError:
         return
     if answer.code == wire.STALE_TOKEN:
