@@ -56,6 +56,8 @@ class Request(NamedTuple):
     peer: str
     part: bool
     """It is for the page's own script, which needs no other script and no style."""
+    nonce: str
+    """Scripts and styles of the answer bear it."""
 
 
 class Answer(NamedTuple):
@@ -75,7 +77,7 @@ class Console(Listener):
         self._desk = Desk(needs, self._guard)
         self._pages = Pages()
         self._room = threading.BoundedSemaphore(AT_ONCE)
-        self.now_ms = needs.clock.now_ms
+        self._now_ms = needs.clock.now_ms
 
     def __enter__(self) -> Self:
         self._loop = asyncio.get_running_loop()
@@ -95,8 +97,8 @@ class Console(Listener):
             answer = Answer("503 Service Unavailable", b"too many requests at once\n")
         else:
             try:
-                request = read_request(environ)
-                answer = self._answer(request, nonce) if isinstance(request, Request) else request
+                request = read_request(environ, nonce)
+                answer = self._answer(request) if isinstance(request, Request) else request
             except Exception:  # a bug: the page says so, and the others go on
                 log.exception("console.crashed")
                 answer = Answer("500 Internal Server Error", b"The console failed; the adapter's log says why.\n")
@@ -114,46 +116,47 @@ class Console(Listener):
         )
         return [] if environ.get("REQUEST_METHOD") == "HEAD" else [answer.body]
 
-    def _answer(self, request: Request, nonce: str) -> Answer:
-        show = _Show(self, request, nonce)
+    def _answer(self, request: Request) -> Answer:
         if request.method not in ("GET", "HEAD", "POST"):
             return Answer("405 Method Not Allowed", b"GET, HEAD or POST\n", (("Allow", "GET, HEAD, POST"),))
         if request.method == "POST" and not is_same_origin(request):
             return Answer("403 Forbidden", b"This form is of another site.\n")
         if (request.method, request.path) == ("POST", "/signin"):
-            return self._sign_in(request, show)
-        if not self._guard.admits(request.session, self.now_ms() // 1000):
+            return self._sign_in(request)
+        if not self._guard.admits(request.session, self._now_ms() // 1000):
             if request.method == "POST":
                 return Answer("403 Forbidden", b"Sign in first.\n")
-            return show.page("signin", "401 Unauthorized", wrong="")
+            return self._page(request, "signin", "401 Unauthorized", wrong="")
         if request.method == "POST" and not self._guard.is_form(request.session, request.form.get("proof", "")):
             return Answer("403 Forbidden", b"This form is of another session; go back and load the page again.\n")
-        return self._signed_in(request, show)
+        return self._signed_in(request)
 
-    def _sign_in(self, request: Request, show: _Show) -> Answer:
+    def _sign_in(self, request: Request) -> Answer:
         if not self._guard.knows(request.form.get("token", "")):
             log.warning("console.refused", peer=request.peer)
-            return show.page("signin", "401 Unauthorized", wrong="This is not the token.")
+            return self._page(request, "signin", "401 Unauthorized", wrong="This is not the token.")
         log.info("console.entered", peer=request.peer)
-        return see_other("/", cookie(self._guard.session(self.now_ms() // 1000), SESSION_S, secure=request.secure))
+        return see_other("/", cookie(self._guard.session(self._now_ms() // 1000), SESSION_S, secure=request.secure))
 
-    def _signed_in(self, request: Request, show: _Show) -> Answer:
+    def _signed_in(self, request: Request) -> Answer:
         try:
             if request.method == "POST":
-                return self._act(request, show)
-            return self._look(request, show)
+                return self._act(request)
+            return self._look(request)
         except Refused as exc:
             missing = exc.reason in ("not_found", "not_bound")
             status, headline = ("404 Not Found", "Not here") if missing else ("400 Bad Request", "That did not work")
-            return show.problem(status, headline, exc.detail or exc.reason)
+            return self._problem(request, status, headline, exc.detail or exc.reason)
         except (Temporary, TimeoutError) as exc:
             reason = exc.reason if isinstance(exc, Temporary) else "timeout"
             log.info("console.unanswered", path=request.path.partition("/logins/")[0] or "/logins", reason=reason)
-            return show.problem("503 Service Unavailable", "The bus does not answer", "Try again in a moment.")
+            return self._problem(
+                request, "503 Service Unavailable", "The bus does not answer", "Try again in a moment."
+            )
         except AdapterError as exc:
-            return show.problem("409 Conflict", "That did not work", exc.detail or exc.reason)
+            return self._problem(request, "409 Conflict", "That did not work", exc.detail or exc.reason)
 
-    def _look(self, request: Request, show: _Show) -> Answer:
+    def _look(self, request: Request) -> Answer:
         desk = self._desk
         if request.path == "/":
             page = request.query.get("page", "1")
@@ -163,21 +166,21 @@ class Console(Listener):
                 state=state if state in ("active", "needs_login") else "",
                 page=int(page) if _NUMBER.fullmatch(page) else 1,
             )
-            found = self.ask(desk.bindings(wanted))
+            found = self._ask(desk.bindings(wanted))
             wanted = wanted._replace(page=min(max(1, wanted.page), found.pages))
-            return show.page("bindings", found=found, wanted=wanted, refresh_s=REFRESH_S)
+            return self._page(request, "bindings", found=found, wanted=wanted, refresh_s=REFRESH_S)
         if request.path == "/dead":
             before = request.query.get("before", "")
-            letters = self.ask(desk.letters(int(before) if _NUMBER.fullmatch(before) else None))
-            return show.page("dead", dead=letters)
+            letters = self._ask(desk.letters(int(before) if _NUMBER.fullmatch(before) else None))
+            return self._page(request, "dead", dead=letters)
         if request.path == "/logins":
-            return show.logins()
+            return self._logins(request)
         if (match := _LOGIN.fullmatch(request.path)) and not match[2]:
-            shown = self.ask(desk.login(match[1]))
-            return show.page("login", here="/logins", shown=shown, refresh_s=REFRESH_S)
-        return show.problem("404 Not Found", "Not here", "There is no such page.")
+            shown = self._ask(desk.login(match[1]))
+            return self._page(request, "login", here="/logins", shown=shown, refresh_s=REFRESH_S)
+        return self._problem(request, "404 Not Found", "Not here", "There is no such page.")
 
-    def _act(self, request: Request, show: _Show) -> Answer:
+    def _act(self, request: Request) -> Answer:
         desk, form = self._desk, request.form
         if request.path == "/signout":
             return see_other("/", cookie("", 0, secure=request.secure))
@@ -185,26 +188,26 @@ class Console(Listener):
             sandbox = form.get("sandbox", "").strip()
             options = Options(durable="durable" in form, auto_typing="auto_typing" in form)
             try:
-                handle = self.ask(desk.start(sandbox, options))
+                handle = self._ask(desk.start(sandbox, options))
             except (Refused, Temporary) as exc:
-                return show.logins(sandbox, exc.detail or exc.reason, "400 Bad Request")
+                return self._logins(request, sandbox, exc.detail or exc.reason, "400 Bad Request")
             return see_other(f"/logins/{handle}")
         if (match := _LOGIN.fullmatch(request.path)) and match[2]:
             action = desk.verify(match[1], form.get("digits", "")) if match[2] == "/verify" else desk.cancel(match[1])
-            self.ask(action)
+            self._ask(action)
             return see_other(f"/logins/{match[1]}")
         if (match := _LETTER.fullmatch(request.path)) and form.get("do") in ("retry", "drop"):
             seq = int(match[1])
             if form["do"] == "retry":
-                told = f"Letter {seq} is stored again on {self.ask(desk.retry(seq))}."
+                told = f"Letter {seq} is stored again on {self._ask(desk.retry(seq))}."
             else:
-                self.ask(desk.drop(seq))
+                self._ask(desk.drop(seq))
                 told = f"Letter {seq} is dropped."
             log.info("console.letter", sequence=seq, action=form["do"])
-            return show.page("dead", here="/dead", dead=self.ask(desk.letters(None)), told=told)
-        return show.problem("404 Not Found", "Not here", "There is no such page.")
+            return self._page(request, "dead", here="/dead", dead=self._ask(desk.letters(None)), told=told)
+        return self._problem(request, "404 Not Found", "Not here", "There is no such page.")
 
-    def ask(self, work: Coroutine[Any, Any, T]) -> T:
+    def _ask(self, work: Coroutine[Any, Any, T]) -> T:
         """Runs in the event loop, waits in this thread. Raises what it raises, TimeoutError."""
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
@@ -215,54 +218,36 @@ class Console(Listener):
         except concurrent.futures.CancelledError:
             raise Temporary("stopping") from None
 
-    def platform(self) -> Platform:
-        return self.ask(self._desk.platform())
+    # pages ------------------------------------------------------------------------------------------
 
-    @property
-    def desk(self) -> Desk:
-        return self._desk
-
-    def render(self, page: str, **values: Any) -> bytes:
-        return self._pages.render(page, **values)
-
-    def proof(self, session: str) -> str:
-        """For the forms of a page; "" for who is not signed in."""
-        return self._guard.form(session) if self._guard.admits(session, self.now_ms() // 1000) else ""
-
-
-class _Show:
-    """Renders the answer to one request."""
-
-    def __init__(self, console: Console, request: Request, nonce: str) -> None:
-        self._console = console
-        self._request = request
-        self._nonce = nonce
-
-    def page(self, name: str, status: str = "200 OK", **values: Any) -> Answer:
-        proof = self._console.proof(self._request.session)
+    def _page(self, request: Request, name: str, status: str = "200 OK", **values: Any) -> Answer:
+        is_signed_in = self._guard.admits(request.session, self._now_ms() // 1000)
+        proof = self._guard.form(request.session) if is_signed_in else ""
         common = {
-            "nonce": self._nonce,
-            "part": self._request.part,
+            "nonce": request.nonce,
+            "part": request.part,
             "proof": proof,
-            "here": self._request.path,
-            "platform": self._console.platform() if proof and "platform" not in values else SIGNED_OUT,
+            "here": request.path,
+            "platform": self._ask(self._desk.platform()) if proof and "platform" not in values else SIGNED_OUT,
             "told": "",
             "refresh_s": 0,
-            "now_ms": self._console.now_ms(),
+            "now_ms": self._now_ms(),
         }
-        return Answer(status, self._console.render(name, **{**common, **values}))
+        return Answer(status, self._pages.render(name, **{**common, **values}))
 
-    def logins(self, sandbox: str = "", wrong: str = "", status: str = "200 OK") -> Answer:
-        found = self._console.ask(self._console.desk.logins())
-        return self.page("logins", status, logins=found, sandbox=sandbox, wrong=wrong, refresh_s=REFRESH_S)
+    def _logins(self, request: Request, sandbox: str = "", wrong: str = "", status: str = "200 OK") -> Answer:
+        found = self._ask(self._desk.logins())
+        return self._page(request, "logins", status, logins=found, sandbox=sandbox, wrong=wrong, refresh_s=REFRESH_S)
 
-    def problem(self, status: str, headline: str, sentence: str) -> Answer:
+    def _problem(self, request: Request, status: str, headline: str, sentence: str) -> Answer:
         """Asks nothing of the bus: it may be the problem."""
-        back = "/" + self._request.path.split("/")[1]
-        return self.page("problem", status, headline=headline, sentence=sentence, back=back, platform=SIGNED_OUT)
+        back = "/" + request.path.split("/")[1]
+        return self._page(
+            request, "problem", status, headline=headline, sentence=sentence, back=back, platform=SIGNED_OUT
+        )
 
 
-def read_request(environ: dict[str, Any]) -> Request | Answer:
+def read_request(environ: dict[str, Any], nonce: str) -> Request | Answer:
     """What is asked for; at once the answer to what no browser sends."""
     form: dict[str, str] = {}
     try:
@@ -286,6 +271,7 @@ def read_request(environ: dict[str, Any]) -> Request | Answer:
         secure=environ.get("HTTP_X_FORWARDED_PROTO", "") == "https",
         peer=environ.get("REMOTE_ADDR", ""),
         part=environ.get("HTTP_X_PART", "") == "1",
+        nonce=nonce,
     )
 
 

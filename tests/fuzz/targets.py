@@ -347,7 +347,7 @@ def console(data: bytes) -> None:
         "HTTP_ORIGIN": origin,
         "wsgi.input": io.BytesIO(form),
     }
-    request = server.read_request(environ)
+    request = server.read_request(environ, "nonce")
     if isinstance(request, server.Answer):
         assert request.status.startswith("4")
     else:
