@@ -15,7 +15,7 @@ from adapter.inbox import retry, seen_of
 from adapter.names import H_SANDBOX, token_of
 from adapter.records import Binding, Cursor
 from adapter.sessions import Incoming, Place, Session, Waiting, check_owned, notify
-from adapter.timing import backoff, first_of_two
+from adapter.timing import any_of, backoff
 
 log = structlog.get_logger()
 
@@ -45,7 +45,7 @@ async def acquire(session: Session, needs: Incoming) -> Place | None:
             return place
         looks += 1
         wait_s = backoff(looks, first_s=0.1, longest_s=4.0)
-        await first_of_two(session.cut, session.freed, wait_s + needs.clock.jitter(wait_s / 2))
+        await any_of(session.cut.wait(), session.freed.wait(), timeout_s=wait_s + needs.clock.jitter(wait_s / 2))
     return None
 
 

@@ -26,7 +26,7 @@ from adapter.names import H_MSG_ID, H_SCHEMA, Names, shard_of
 from adapter.ports import Bus, History, Logins, Message, QrCode, Scan
 from adapter.records import Binding, LoginCode, LoginRecord
 from adapter.seal import Sealer, bind_context
-from adapter.timing import Clock, backoff, finish
+from adapter.timing import Clock, any_of, backoff, finish
 
 log = structlog.get_logger()
 
@@ -120,15 +120,11 @@ class Scanner:
         """Until something may have to start or end."""
         book, leases = self._needs.book, self._needs.leases
         version, owned, valid = book.version, set(leases.owned), leases.valid
-        waits = [
-            asyncio.ensure_future(book.changed.until(lambda: book.version != version, 1.0)),
-            asyncio.ensure_future(leases.changed.until(lambda: (leases.owned, leases.valid) != (owned, valid), 1.0)),
-        ]
-        try:
-            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for wait in waits:
-                wait.cancel()
+        await any_of(
+            book.changed.until(lambda: book.version != version),
+            leases.changed.until(lambda: (leases.owned, leases.valid) != (owned, valid)),
+            timeout_s=1.0,
+        )
 
 
 class _Asked(NamedTuple):

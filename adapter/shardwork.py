@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine
-from typing import Any
+from typing import Any, NamedTuple
 
 import structlog
 
@@ -36,74 +36,51 @@ async def _nothing() -> None:
     return None
 
 
-class ShardLoops:
+class ShardLoops(NamedTuple):
     """Implements supervisor.ShardWork."""
 
-    def __init__(
-        self,
-        *,
-        link: Link,
-        outgoing: Outgoing,
-        fetching: Fetching,
-        router: Router,
-        control: Control,
-        tidying: Callable[[int], Tidying],
-        tell_freed: Callable[[str], Awaitable[None]],
-        spawn: Callable[[Coroutine[Any, Any, None]], object],
-        leases: Leases,
-        names: Names,
-        health: Health,
-        clock: Clock,
-        metrics: Metrics,
-    ) -> None:
-        """`spawn` runs what must not end with its shard: the routing of a command that is in hand."""
-        self._link = link
-        self._outgoing = outgoing
-        self._fetching = fetching
-        self._router = router
-        self._control = control
-        self._tidying = tidying
-        self._tell_freed = tell_freed
-        self._spawn = spawn
-        self._leases = leases
-        self._names = names
-        self._health = health
-        self._clock = clock
-        self._metrics = metrics
+    link: Link
+    outgoing: Outgoing
+    fetching: Fetching
+    router: Router
+    control: Control
+    tidying: Callable[[int], Tidying]
+    spawn: Callable[[Coroutine[Any, Any, None]], object]
+    """Runs what must not end with its shard: the routing of a command that is in hand."""
+    leases: Leases
+    names: Names
+    health: Health
+    clock: Clock
+    metrics: Metrics
 
     def sender(self, shard: int) -> Shard:
-        return Shard(shard, self._outgoing)
+        return Shard(shard, self.outgoing)
 
     def downloads(self, shard: int) -> Downloads:
-        return Downloads(shard, self._fetching)
+        return Downloads(shard, self.fetching)
 
     def failed(self, name: str, detail: str) -> None:
-        self._health.fail(name, detail)
-
-    async def tell_freed(self, bot: str = "") -> None:
-        await self._tell_freed(bot)
+        self.health.fail(name, detail)
 
     def consume(self, shard: int, sender: Shard) -> list[Coroutine[Any, Any, None]]:
-        stream = self._names.stream_out
         out = topology.out_consumer(shard)
-        work = [self._lasting(out, lambda: self._consume(shard, stream, out, "out", sender.on_delivery, sender.load))]
+        work = [self._lasting(out, lambda: self._consume(shard, out, "out", sender.on_delivery, sender.load))]
         if shard == 0:  # the router and the control commands go with it: one owner each
             work += [
-                self._lasting("router", lambda: self._consume(shard, stream, topology.ROUTER, "router", self._route)),
+                self._lasting("router", lambda: self._consume(shard, topology.ROUTER, "router", self._route)),
                 self._lasting("control", lambda: self._commands(shard)),
-                self._lasting("tidying", lambda: tidy_forever(self._tidying(shard))),
+                self._lasting("tidying", lambda: tidy_forever(self.tidying(shard))),
             ]
         return work
 
     async def _lasting(self, name: str, run: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """Restarts a loop that crashed; one that goes on crashing costs the replica its life (/livez)."""
-        last = await restarted(run, name, self._clock, restarts=RESTARTS, steady_s=STEADY_S)
+        last = await restarted(run, name, self.clock, restarts=RESTARTS, steady_s=STEADY_S)
         self.failed(name, f"crashed {RESTARTS + 1} times in a row: {type(last).__name__}")
 
     async def _consume(
         self,
         shard: int,
-        stream: str,
         name: str,
         label: str,
         on_delivery: Callable[[Delivery], None],
@@ -111,29 +88,28 @@ class ShardLoops:
     ) -> None:
         def take(delivery: Delivery) -> None:
             if delivery.suspect:
-                self._metrics.nats_redeliveries.labels(consumer=label).inc()
+                self.metrics.nats_redeliveries.labels(consumer=label).inc()
             try:
                 on_delivery(delivery)
             except Exception:  # a bug: the message stays, unsettled, and the others go on
                 log.exception("delivery.crashed", consumer=name, sequence=delivery.seq)
 
         # a shard bounds by itself what it takes in hand: else one sandbox could fill its consumer
-        until_acked, check = label != "out", lambda: self._leases.check(shard)
-        _, wanted = topology.consumer_of(self._names, name)
-        consumer = Consumer(self._link, stream, wanted, room=ROOM, until_acked=until_acked, check=check)
+        until_acked, check = label != "out", lambda: self.leases.check(shard)
+        wanted = topology.consumer_of(self.names, name)
+        consumer = Consumer(self.link, wanted, room=ROOM, until_acked=until_acked, check=check)
         await consumer.run(take, on_reset)
 
     def _route(self, delivery: Delivery) -> None:
-        self._spawn(self._route_one(delivery))
+        self.spawn(self._route_one(delivery))
 
     async def _route_one(self, delivery: Delivery) -> None:
         try:
-            await self._router.route(delivery)
+            await self.router.route(delivery)
         except Exception:  # a bug: the message stays, unsettled, and the others go on
             log.exception("delivery.crashed", consumer=topology.ROUTER, sequence=delivery.seq)
 
     async def _commands(self, shard: int) -> None:
-        stream, offer = self._names.stream_ctl, self._control.offer
         async with asyncio.TaskGroup() as group:
-            group.create_task(self._consume(shard, stream, topology.CONTROL, "control", offer))
-            group.create_task(self._control.run())
+            group.create_task(self._consume(shard, topology.CONTROL, "control", self.control.offer))
+            group.create_task(self.control.run())

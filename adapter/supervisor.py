@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any, Protocol
 
 import structlog
@@ -18,7 +18,7 @@ from adapter.names import SHARDS, shard_of
 from adapter.outbound import Shard
 from adapter.records import Binding
 from adapter.sessions import Session, State
-from adapter.timing import Clock, Latch
+from adapter.timing import Clock, Latch, any_of
 
 log = structlog.get_logger()
 
@@ -40,9 +40,6 @@ class ShardWork(Protocol):
     def failed(self, name: str, detail: str) -> None:
         """Something that must run died for good: only a restart of the process helps."""
 
-    async def tell_freed(self, bot: str = "") -> None:
-        """Tells the other replicas that a bot, or without one a shard, was given back. Never raises."""
-
     def consume(self, shard: int, sender: Shard) -> list[Coroutine[Any, Any, None]]:
         """The pull loops that belong to a shard. What is parked is loaded before the first delivery."""
 
@@ -58,6 +55,7 @@ class Supervisor:
         tend: Callable[[Session], Coroutine[Any, Any, None]],
         work: ShardWork,
         throttled: Callable[[str], bool],
+        tell_freed: Callable[[], Awaitable[None]],
         clock: Clock,
         metrics: Metrics,
         capacity: int,
@@ -71,6 +69,8 @@ class Supervisor:
         self._work = work
         self._throttled = throttled
         """Whether iLink takes no messages to a bot's user (-2)."""
+        self._tell_freed = tell_freed
+        """Tells the other replicas that a shard was given back. Never raises."""
         self._clock = clock
         self._metrics = metrics
         self._capacity = capacity
@@ -168,25 +168,20 @@ class Supervisor:
 
     async def _wait(self) -> None:
         owned, valid = set(self._leases.owned), self._leases.valid
-        waits = [
-            asyncio.ensure_future(self._changed.until(lambda: bool(self._dirty), 1.0)),
-            asyncio.ensure_future(
-                self._leases.changed.until(
-                    lambda: (
-                        self._leases.owned != owned
-                        or self._leases.valid != valid
-                        or not self._leases.surplus <= self._leaving.keys()
-                        or self._leases.departures != self._departures
-                    ),
-                    1.0,
-                )
-            ),
-        ]
-        try:
-            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for wait in waits:
-                wait.cancel()
+
+        def leases_changed() -> bool:
+            return (
+                self._leases.owned != owned
+                or self._leases.valid != valid
+                or not self._leases.surplus <= self._leaving.keys()
+                or self._leases.departures != self._departures
+            )
+
+        await any_of(
+            self._changed.until(lambda: bool(self._dirty)),
+            self._leases.changed.until(leases_changed),
+            timeout_s=1.0,
+        )
 
     def _follow_leases(self) -> None:
         valid, owned = self._leases.valid, set(self._leases.owned)
@@ -330,7 +325,7 @@ class Supervisor:
                     session.lingering = True
                     session.leave(now=False)
         await self._leases.release(shard)
-        await self._work.tell_freed()
+        await self._tell_freed()
 
     # leaving ----------------------------------------------------------------------------------------
 

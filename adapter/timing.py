@@ -177,14 +177,14 @@ async def first_of(event: asyncio.Event, timeout_s: float | None) -> bool:
     return event.is_set()
 
 
-async def first_of_two(one: asyncio.Event, other: asyncio.Event, timeout_s: float) -> None:
-    """Waits until either is set or `timeout_s` seconds have passed."""
-    waits = [asyncio.ensure_future(event.wait()) for event in (one, other)]
+async def any_of(*waits: Coroutine[Any, Any, object], timeout_s: float) -> None:
+    """Waits until one of them has ended or `timeout_s` seconds have passed; then all are cancelled."""
+    tasks = [asyncio.ensure_future(wait) for wait in waits]
     try:
-        await asyncio.wait(waits, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(tasks, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
     finally:
-        for wait in waits:
-            wait.cancel()
+        for task in tasks:
+            task.cancel()
 
 
 class Beat:

@@ -43,12 +43,16 @@ def supervisor(
     capacity: int = BOTS,
 ) -> Supervisor:
     """The first so many bots are throttled."""
+
+    async def tell_freed() -> None: ...
+
     return Supervisor(
         bindings=bench.bindings,
         leases=leases or bench.leases,
         tend=tend,
         work=NoWork(),
         throttled=lambda bot: int(bot.partition("@")[0]) < throttled,
+        tell_freed=tell_freed,
         clock=bench.clock,
         metrics=bench.metrics,
         capacity=capacity,
@@ -199,16 +203,11 @@ class Giving(FakeLeases):
         self.owned.discard(shard)
 
 
-class Telling(NoWork):
-    async def tell_freed(self, bot: str = "") -> None: ...
-
-
 async def handing_over(bench: Bench) -> tuple[Supervisor, Giving, Sending, int]:
     """A replica whose only shard goes to another one, which waits for a request that is out."""
     shard, sending = shard_of("s1"), Sending()
     leases = Giving(owned={shard})
     made = supervisor(bench, leases=leases)
-    made._work = Telling()
     made._owned = {shard}
     made._shards[shard] = sending  # type: ignore[assignment]
     leases.surplus = {shard}

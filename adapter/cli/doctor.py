@@ -133,11 +133,11 @@ async def _topology(bus: Bus, settings: Settings) -> list[Check]:
     except (BusRefused, Temporary) as exc:
         return [Check("streams", "fail", f"Cannot be read ({exc.detail}): let this user publish to $JS.API.>.")]
     checks = [
-        Check(w.name, "fail", f"This {w.kind} is missing: start an adapter, or use --fix.")
+        Check(w.name, "fail", "This stream is missing: start an adapter, or use --fix.")
         for w in missing
-        if w.kind == "stream"
+        if not w.stream
     ]
-    if consumers := [w for w in missing if w.kind != "stream"]:
+    if consumers := [w for w in missing if w.stream]:
         checks.append(Check("consumers", "fail", f"{len(consumers)} are missing: start an adapter, or use --fix."))
     for d in different:
         said = f"{d.field} is {_short(d.found)}, should be {_short(d.wanted)}: use --fix" + (

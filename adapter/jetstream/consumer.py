@@ -92,7 +92,6 @@ class Consumer:
     def __init__(
         self,
         link: Link,
-        stream: str,
         wanted: Wanted,
         *,
         room: int,
@@ -102,7 +101,7 @@ class Consumer:
         self.link = link
         self.name = wanted.name
         self._wanted = wanted
-        self._stream = stream
+        self._stream = wanted.stream
         self._room = room
         self._check = check
         self._until_acked = until_acked

@@ -55,18 +55,23 @@ def out_consumer(shard: int) -> str:
 class Wanted(NamedTuple):
     """A stream or consumer as it should be. `critical`: fields whose difference breaks a guarantee."""
 
-    kind: str
     name: str
     config: dict[str, Any]
-    critical: tuple[str, ...]
+    critical: tuple[str, ...] = ()
     from_one: bool = False
     """Its sequences begin at 1, see `create`."""
+    stream: str = ""
+    """Which a consumer reads; "" for a stream."""
+
+    @property
+    def kind(self) -> str:
+        """In words."""
+        return f"consumer of {self.stream}" if self.stream else "stream"
 
 
 class Difference(NamedTuple):
-    """A field that is not as it should be."""
+    """A field of a stream that is not as it should be."""
 
-    kind: str
     name: str
     field: str
     wanted: Any
@@ -80,9 +85,7 @@ def streams(names: Names, settings: Settings) -> list[Wanted]:
     prefix = names.prefix
 
     def stream(name: str, critical: tuple[str, ...], **config: Any) -> Wanted:
-        return Wanted(
-            "stream", name, {"name": name, "duplicate_window": DUPLICATE_WINDOW_NS, **common, **config}, critical
-        )
+        return Wanted(name, {"name": name, "duplicate_window": DUPLICATE_WINDOW_NS, **common, **config}, critical)
 
     def bucket(name: str, *, news: bool = False, expires: bool = False, max_age: int = 0) -> Wanted:
         config: dict[str, Any] = {
@@ -199,7 +202,7 @@ def consumers(names: Names) -> list[Wanted]:
     }
 
     def consumer(stream: str, name: str, **config: Any) -> Wanted:
-        return Wanted(f"consumer of {stream}", name, {"durable_name": name, "name": name, **common, **config}, ())
+        return Wanted(name, {"durable_name": name, "name": name, **common, **config}, stream=stream)
 
     return [
         *(
@@ -216,10 +219,10 @@ def consumers(names: Names) -> list[Wanted]:
     ]
 
 
-def consumer_of(names: Names, name: str) -> tuple[str, Wanted]:
-    """The stream of a consumer of the adapter, and how it should be."""
+def consumer_of(names: Names, name: str) -> Wanted:
+    """How a consumer of the adapter should be."""
     (wanted,) = [w for w in consumers(names) if w.name == name]
-    return wanted.kind.removeprefix("consumer of "), wanted
+    return wanted
 
 
 def compare(wanted: Wanted, found: dict[str, Any]) -> list[Difference]:
@@ -228,7 +231,7 @@ def compare(wanted: Wanted, found: dict[str, Any]) -> list[Difference]:
     for field, value in wanted.config.items():
         there = found.get(field)
         if there != value and not (not value and not there):
-            out.append(Difference(wanted.kind, wanted.name, field, value, there, field in wanted.critical))
+            out.append(Difference(wanted.name, field, value, there, field in wanted.critical))
     return out
 
 
@@ -251,7 +254,7 @@ async def inspect(link: Link, names: Names, settings: Settings) -> tuple[list[Wa
     present = {
         (stream, name) for stream in (names.stream_out, names.stream_ctl) for name in await _names(link, stream)
     }
-    missing += [w for w in consumers(names) if (w.kind.removeprefix("consumer of "), w.name) not in present]
+    missing += [w for w in consumers(names) if (w.stream, w.name) not in present]
     return missing, different
 
 
@@ -262,7 +265,7 @@ async def create(link: Link, wanted: Wanted) -> None:
     those of the one before, so that a sequence or revision that somebody remembers (a reader, a cursor, this
     adapter) never means another message.
     """
-    if wanted.kind == "stream":
+    if not wanted.stream:
         config = wanted.config if wanted.from_one else wanted.config | {"first_seq": time.time_ns() // 1_000_000}
         try:
             await link.api(f"STREAM.CREATE.{wanted.name}", config, timeout_s=15)
@@ -272,10 +275,9 @@ async def create(link: Link, wanted: Wanted) -> None:
             if exc.code != NAME_IN_USE:  # another replica was faster, with another first sequence
                 raise
         return
-    stream = wanted.kind.removeprefix("consumer of ")
-    body = {"stream_name": stream, "config": wanted.config, "action": "create"}
+    body = {"stream_name": wanted.stream, "config": wanted.config, "action": "create"}
     try:
-        await link.api(f"CONSUMER.CREATE.{stream}.{wanted.name}", body, timeout_s=15)
+        await link.api(f"CONSUMER.CREATE.{wanted.stream}.{wanted.name}", body, timeout_s=15)
     except BusRefused as exc:
         if exc.code != CONSUMER_EXISTS:  # another replica was faster
             raise
@@ -310,10 +312,10 @@ async def ensure(link: Link, names: Names, settings: Settings) -> list[Differenc
             await create(link, wanted)
         except BusRefused as exc:
             raise SettingsError("jetstream", f"{wanted.kind} {wanted.name} cannot be created: {exc.detail}") from exc
-        if wanted.kind == "stream":
+        if not wanted.stream:
             log.info("stream.created", stream=wanted.name)
     if broken := [d for d in different if d.critical]:
-        lines = [f"{d.kind} {d.name}: {d.field} is {d.found!r}, must be {d.wanted!r}" for d in broken]
+        lines = [f"stream {d.name}: {d.field} is {d.found!r}, must be {d.wanted!r}" for d in broken]
         raise SettingsError("stream_differs", "; ".join(lines) + ". `wechat-nats doctor --fix` changes it.")
     for difference in different:
         log.warning("stream.differs", stream=difference.name, field=difference.field, found=str(difference.found))

@@ -344,8 +344,8 @@ async def test_what_is_large_is_read_whole_and_never_more_at_once_than_a_server_
     assert await rig.read(NAMES.stream_out, NAMES.out_shard(shard_of("s1"))) == large
 
     name = topology.out_consumer(shard_of("s1"))
-    await topology.create(rig.link, topology.consumer_of(NAMES, name)[1])
-    consumer = Consumer(rig.link, *topology.consumer_of(NAMES, name), room=512, until_acked=False)
+    await topology.create(rig.link, topology.consumer_of(NAMES, name))
+    consumer = Consumer(rig.link, topology.consumer_of(NAMES, name), room=512, until_acked=False)
     got: list[bytes] = []
     rig.spawn(consumer.run(lambda delivery: got.append(delivery.data), nothing))
     await until(lambda: len(got) == len(large), "all are delivered")
@@ -691,7 +691,7 @@ class Reader:
         self.got: list[Delivery] = []
         self.resets = 0
         self.on_reset: Callable[[], None] = lambda: None
-        self.consumer = Consumer(rig.link, *topology.consumer_of(NAMES, name), room=room, check=check)
+        self.consumer = Consumer(rig.link, topology.consumer_of(NAMES, name), room=room, check=check)
         self.task = rig.spawn(self.consumer.run(self.got.append, self._reset))
 
     async def _reset(self) -> None:
@@ -926,7 +926,7 @@ async def test_what_happens_at_a_reset_is_over_before_the_first_delivery(rig: Ri
         await asyncio.sleep(0.05)
         order.append("read")
 
-    consumer = Consumer(rig.link, *topology.consumer_of(NAMES, topology.CONTROL), room=8)
+    consumer = Consumer(rig.link, topology.consumer_of(NAMES, topology.CONTROL), room=8)
     rig.spawn(consumer.run(lambda delivery: order.append(delivery.data.decode()), on_reset))
     await until(lambda: len(order) == 3, "the delivery")
     assert order == ["reset", "read", "0"]
