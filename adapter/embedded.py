@@ -37,7 +37,10 @@ OLDEST_SERVER = (2, 14)
 MAX_CONSUMERS = 100_000
 """A server of 2.15 stops at 1,000 consumers per stream unless told otherwise; each durable binding needs one."""
 
+NAME = "wechat-embedded"
 HOST = "127.0.0.1"
+START_S = 30.0
+"""Until JetStream answers."""
 _PR_SET_PDEATHSIG = 1
 
 
@@ -97,19 +100,10 @@ class EmbeddedNats:
     Start it from the main thread: Linux ends the child together with the *thread* that made it.
     """
 
-    def __init__(
-        self,
-        data_dir: Path | None = None,
-        port: int = 0,
-        *,
-        name: str = "wechat-embedded",
-        start_timeout_s: float = 30.0,
-    ) -> None:
+    def __init__(self, data_dir: Path | None = None, port: int = 0) -> None:
         self._temporary = data_dir is None
         self._data_dir = data_dir
         self._port = port
-        self._name = name
-        self._start_timeout_s = start_timeout_s
         self._process: subprocess.Popen[bytes] | None = None
         self.url = ""
 
@@ -150,11 +144,11 @@ class EmbeddedNats:
         """Returns once JetStream answers. Raises EmbeddedFailed, SettingsError."""
         self._spawn(find_server(), self._write_config())
         try:
-            async with asyncio.timeout(self._start_timeout_s):
+            async with asyncio.timeout(START_S):
                 self.url = await self._listening()
                 await self._jetstream_answers()
         except TimeoutError:
-            raise EmbeddedFailed(f"No JetStream after {self._start_timeout_s:g} s: {self._last_words()}") from None
+            raise EmbeddedFailed(f"No JetStream after {START_S:g} s: {self._last_words()}") from None
 
     async def stop(self, grace_s: float = 30.0) -> None:
         """Ends the server and waits for it; removes the folder if it was a temporary one. May be called again.
@@ -200,7 +194,7 @@ class EmbeddedNats:
             for stale in folder.glob("nats-server_*.ports"):
                 stale.unlink(missing_ok=True)
             config = folder / "nats-server.conf"
-            config.write_text(server_config(self._name, folder, self._port or -1), encoding="utf-8")
+            config.write_text(server_config(folder, self._port or -1), encoding="utf-8")
         except OSError as exc:
             raise EmbeddedFailed(f"Cannot write to {folder}: {exc.strerror}. Set WECHAT_NATS_DATA_DIR.") from exc
         return config
@@ -268,18 +262,18 @@ class EmbeddedNats:
         return "it left no log"
 
 
-def server_config(name: str, folder: Path, port: int) -> str:
+def server_config(folder: Path, port: int) -> str:
     """nats-server's configuration; port -1: a free one."""
-    quoted = {key: json.dumps(str(value)) for key, value in {"name": name, "folder": folder}.items()}
+    quoted = json.dumps(str(folder))
     return f"""\
 # Written by wechat-nats at every start; changes are lost.
-server_name: {quoted["name"]}
+server_name: "{NAME}"
 listen: "{HOST}:{port}"
-ports_file_dir: {quoted["folder"]}
+ports_file_dir: {quoted}
 lame_duck_duration: "30s"
 lame_duck_grace_period: "5s"
 jetstream {{
-  store_dir: {quoted["folder"]}
+  store_dir: {quoted}
   # An acknowledged message is on the disk.
   sync_interval: always
   limits {{ default_max_consumers: {MAX_CONSUMERS} }}

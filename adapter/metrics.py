@@ -8,11 +8,11 @@ from __future__ import annotations
 import itertools
 import platform
 from collections.abc import Iterable, Sequence
-from importlib import metadata
 
 from prometheus_client import CollectorRegistry, Gauge, GCCollector, ProcessCollector
 from prometheus_client.exposition import choose_encoder
 
+from adapter import __version__
 from adapter.contract import FINAL_OUTCOMES, FINAL_STATUSES, SCHEMA_VERSION
 from adapter.tallies import Counter, Histogram
 
@@ -76,7 +76,7 @@ class Metrics:
     Safe to change in the event loop while another thread exposes them.
     """
 
-    def __init__(self, *, version: str = "") -> None:
+    def __init__(self) -> None:
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         GCCollector(registry=self.registry)
@@ -88,8 +88,7 @@ class Metrics:
             namespace=NAMESPACE,
             registry=self.registry,
         )
-        runs = version or _installed_version()
-        self.build_info.labels(runs, platform.python_version(), SCHEMA_VERSION).set(1)
+        self.build_info.labels(__version__, platform.python_version(), SCHEMA_VERSION).set(1)
 
         self._make_ownership()
         self._make_upstream()
@@ -331,10 +330,3 @@ def _help(text: str, labels: dict[str, Sequence[str]]) -> str:
     """`text` with the values of every label."""
     lists = (f" {label}: {', '.join(values)}." for label, values in labels.items())
     return text + "".join(lists)
-
-
-def _installed_version() -> str:
-    try:
-        return metadata.version("wechat-nats")
-    except metadata.PackageNotFoundError:
-        return "unknown"

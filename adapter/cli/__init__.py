@@ -7,11 +7,11 @@ import contextlib
 import logging
 import os
 import sys
-from importlib.metadata import version
 
 import structlog
 from cyclopts import App, CycloptsError
 
+from adapter import __version__
 from adapter.cli import backup, bindings, dead, demo, doctor, login, output, permissions, run, send, tail
 from adapter.cli.exits import EXIT_CODES, INTERRUPTED, NO, OK, USAGE, Failed
 from adapter.embedded import EmbeddedFailed
@@ -29,7 +29,7 @@ def build() -> App:
         name="wechat-nats",
         help=HELP,
         help_epilogue=f"{CONNECTION}\n\n{EXIT_CODES}",
-        version=lambda: version("wechat-nats"),
+        version=__version__,
         help_format="markdown",
         suppress_keyboard_interrupt=False,
         exit_on_error=False,

@@ -118,7 +118,14 @@ class Bus:
 
     async def ask(self, verb: str, request: msgspec.Struct, answer: type[S], timeout_s: float = ANSWER_S) -> S:
         """A request to an adapter. Raises Failed."""
-        reply = await self._reply(self.names.svc(verb), msgspec.json.encode(request), timeout_s)
+        subject = self.names.svc(verb)
+        reply = await self._reply(
+            subject,
+            msgspec.json.encode(request),
+            f"No adapter answered on {subject} within {timeout_s:g} s: run `wechat-nats doctor`.",
+            nobody="No adapter runs on this bus: start one with `wechat-nats run`.",
+            timeout_s=timeout_s,
+        )
         headers = reply.headers or {}
         if code := headers.get(H_ERROR_CODE):
             raise Failed(NO, f"{headers.get(H_ERROR) or 'The adapter refused'} (code {code}).")
@@ -129,40 +136,30 @@ class Bus:
                 NO, f"The adapter's answer to {verb} cannot be read: are both of the same version?"
             ) from None
 
-    async def _reply(self, subject: str, payload: bytes, timeout_s: float) -> Msg:
-        try:
-            with heeding():
-                return await self.nc.request(subject, payload, timeout=timeout_s)
-        except NoRespondersError:
-            raise Failed(UNREACHABLE, "No adapter runs on this bus: start one with `wechat-nats run`.") from None
-        except (NatsError, TimeoutError):
-            self.heed(subject)
-            raise Failed(
-                UNREACHABLE, f"No adapter answered on {subject} within {timeout_s:g} s: run `wechat-nats doctor`."
-            ) from None
-
     async def request(self, subject: str, payload: bytes) -> Msg:
         """A request to the server itself. Raises Failed."""
-        try:
-            with heeding():
-                return await self.nc.request(subject, payload, timeout=ANSWER_S)
-        except (NatsError, TimeoutError):
-            self.heed(subject)
-            raise Failed(UNREACHABLE, f"The server did not answer {subject}: may this user ask?") from None
+        return await self._reply(subject, payload, f"The server did not answer {subject}: may this user ask?")
 
     async def api(self, verb: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         """JetStream's answer to `$JS.API.<verb>`, errors included as {"error": …}. Raises Failed."""
-        try:
-            payload = msgspec.json.encode(body) if body else b""
-            with heeding():
-                reply = await self.nc.request(f"$JS.API.{verb}", payload, timeout=ANSWER_S)
-        except (NatsError, TimeoutError):
-            self.heed(f"$JS.API.{verb}")
-            raise Failed(
-                UNREACHABLE, f"JetStream did not answer {verb}: is it enabled, no leaf node of it, may this user ask?"
-            ) from None
+        payload = msgspec.json.encode(body) if body else b""
+        silent = f"JetStream did not answer {verb}: is it enabled, no leaf node of it, may this user ask?"
+        reply = await self._reply(f"$JS.API.{verb}", payload, silent)
         answer: dict[str, Any] = msgspec.json.decode(reply.data)
         return answer
+
+    async def _reply(
+        self, subject: str, payload: bytes, silent: str, *, nobody: str = "", timeout_s: float = ANSWER_S
+    ) -> Msg:
+        """`silent` is said where no answer comes, `nobody` where nobody listens. Raises Failed."""
+        try:
+            with heeding():
+                return await self.nc.request(subject, payload, timeout=timeout_s)
+        except (NatsError, TimeoutError) as exc:
+            if nobody and isinstance(exc, NoRespondersError):
+                raise Failed(UNREACHABLE, nobody) from None
+            self.heed(subject)
+            raise Failed(UNREACHABLE, silent) from None
 
 
 def settings_from(environ: Mapping[str, str] | None = None) -> Settings:

@@ -7,18 +7,17 @@ import secrets
 import sys
 import tempfile
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 from urllib.parse import urlsplit
 
-from adapter import logs
+from adapter import __version__, logs
 from adapter.cli.bindings import request
 from adapter.cli.bus import Bus, connected
 from adapter.cli.exits import NO, OK, Failed
 from adapter.cli.options import flag
 from adapter.cli.running import adapter_running, unless, until_signalled, while_alive
-from adapter.cli.screen import Screen, stdout_screen
+from adapter.cli.screen import Screen
 from adapter.cli.stdin import lines
 from adapter.contract import Bind
 from adapter.embedded import EmbeddedNats
@@ -43,7 +42,7 @@ async def demo(
     step of a message and of its answer is shown. Lines may also be piped in: at the end of the input it waits for
     the last answers and ends. Exit code 0 then, and after ctrl-C too, which is how a chat ends.
     """
-    screen = stdout_screen(prompting=sys.stdin is not None and sys.stdin.isatty())
+    screen = Screen(sys.stdout, prompting=sys.stdin is not None and sys.stdin.isatty())
     with until_signalled() as stop, _log(screen, verbose):
         code = await unless(stop, _demo(screen))
     if code is None:
@@ -98,13 +97,13 @@ async def _bind(bus: Bus, sandbox: str, bot: BotRecord) -> None:
 def _log(screen: Screen, verbose: bool) -> Iterator[None]:
     """The adapter's log, away from the conversation. The file stays if the demo fails."""
     if verbose:
-        logs.configure("info", sys.stderr.buffer, version=version("wechat-nats"))
+        logs.configure("info", sys.stderr.buffer, version=__version__)
         yield
         return
     handle, name = tempfile.mkstemp(prefix="wechat-nats-demo-", suffix=".log")
     with open(handle, "wb", buffering=0) as file:
         screen.note(f"The adapter logs to {name} (--verbose: to standard error).")
-        logs.configure("info", file, version=version("wechat-nats"))
+        logs.configure("info", file, version=__version__)
         try:
             yield
         except BaseException:

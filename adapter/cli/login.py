@@ -21,6 +21,7 @@ from adapter.cli.exits import INTERRUPTED, NO, OK, UNREACHABLE, USAGE, Failed
 from adapter.cli.options import AutoTyping, Durable, Json, Sandbox, flag
 from adapter.cli.running import unless, until_signalled
 from adapter.contract import CHECKING, FINAL_STATUSES, Login, LoginQuery, LoginStart, LoginVerify, Options
+from adapter.timing import first_of
 
 START_S = 20.0
 LOOK_S = 3.0
@@ -107,9 +108,7 @@ class _Following:
 
     async def _look(self, now: Login) -> Login:
         """How it stands after the next event, or in a while."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(LOOK_S):
-                await self._news.wait()
+        await first_of(self._news, LOOK_S)
         return await self._status(now)
 
     async def _status(self, now: Login) -> Login:

@@ -6,7 +6,6 @@ import base64
 import json
 import os
 import secrets
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
@@ -14,7 +13,7 @@ import msgspec
 import structlog
 from cyclopts import App, Parameter
 
-from adapter import logs
+from adapter import __version__, logs
 from adapter.cli import output
 from adapter.cli.bus import settings_from
 from adapter.cli.exits import OK, USAGE, Failed
@@ -52,7 +51,7 @@ def run(
     With --embedded NATS_URL does not count: the adapter uses the server that it starts.
     """
     settings = settings_from()
-    logs.configure(settings.log, version=version("wechat-nats"), instance=settings.instance)
+    logs.configure(settings.log, version=__version__, instance=settings.instance)
     return run_fast(_run(settings, embedded=embedded, port=port))
 
 

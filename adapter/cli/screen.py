@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TextIO
 
 from rich.cells import cell_len
@@ -63,10 +62,6 @@ class Screen:
     def _write(self, text: str) -> None:
         self._out.write(text)
         self._out.flush()
-
-
-def stdout_screen(*, prompting: bool) -> Screen:
-    return Screen(sys.stdout, prompting=prompting)
 
 
 def _folded(text: str, room: int) -> list[str]:

@@ -134,7 +134,7 @@ async def test_more_consumers_than_the_server_allows_by_itself() -> None:
 
 
 def test_every_acknowledged_message_is_on_the_disk() -> None:
-    assert "sync_interval: always" in server_config("n", Path("/x"), -1)
+    assert "sync_interval: always" in server_config(Path("/x"), -1)
 
 
 def fake_server(folder: Path, version: str) -> Path:
