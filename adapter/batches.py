@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 
 import msgspec
 import structlog
@@ -14,7 +15,7 @@ from adapter.errors import BusRefused, LeaseLost, Unreadable
 from adapter.inbox import Heard, bury, count, publish, raw_message, retry, without_media
 from adapter.names import shard_of, token_of
 from adapter.ports import Polled, Said, Stored
-from adapter.records import Binding, Cursor
+from adapter.records import Binding, Context, Cursor
 from adapter.sessions import Incoming, Place, Session, binding_event
 
 log = structlog.get_logger()
@@ -46,7 +47,7 @@ async def store(session: Session, polled: Polled, place: Place, needs: Incoming)
             await needs.leases.changed.until(lambda: needs.leases.valid)
             ours = await _still_ours(session, place, fenced)
             if attempt < ATTEMPTS and ours is not None:
-                _, seen = await retry(lambda ours=ours: recollect(session.bot, ours, needs), needs)  # type: ignore[misc]
+                _, seen = await retry(partial(recollect, session.bot, ours, needs), needs)
                 place = place._replace(seen=seen)
                 continue
             log.warning("inbound.fenced", bot=session.bot, reason=exc.reason, messages=len(polled.messages))
@@ -93,7 +94,7 @@ async def _pass_media(session: Session, needs: Incoming) -> None:
     until = needs.clock.monotonic() + LATE_S
     while binding is not None and needs.clock.monotonic() < until:
         subject = needs.names.raw(shard_of(binding.sandbox), binding.bot)
-        if await retry(lambda subject=subject: needs.history.last(needs.names.stream_raw, subject), needs) is None:  # type: ignore[misc]
+        if await retry(partial(needs.history.last, needs.names.stream_raw, subject), needs) is None:
             return
         await needs.clock.sleep(0.2)
         binding = await _binding(session, needs)
@@ -225,27 +226,28 @@ async def _remember(session: Session, binding: Binding, fresh: list[Said], needs
     for user in dict.fromkeys(said.user for said in fresh):
         if not binding.user:
             await _learn_user(binding, user, needs)
-        newest = [said for said in fresh if said.user == user][-1]
-        tokens = [said.context_token for said in fresh if said.user == user and said.context_token]
-        peer = await retry(lambda user=user: needs.contexts.peer(binding.bot, user), needs)  # type: ignore[misc]
-        ident, token, now_ms = newest.keys.id_for(binding.bot), (tokens or [""])[-1], needs.clock.now_ms()
-        written_ms = newest.sent_at_ms
-        await retry(
-            lambda peer=peer, ident=ident, token=token, now_ms=now_ms, written_ms=written_ms: needs.contexts.save(  # type: ignore[misc]
-                peer,
-                lambda context: window.heard(
-                    context,
-                    message=ident,
-                    token=token,
-                    now_ms=now_ms,
-                    written_ms=written_ms,
-                    # the shard's new owner may have one request out, of which only its trace in the record is known
-                    in_flight=int(context.hand is not None) if session.lingering else peer.in_flight,
-                ),
-            ),
-            needs,
+        await _remember_user(session, binding, [said for said in fresh if said.user == user], needs)
+
+
+async def _remember_user(session: Session, binding: Binding, said: list[Said], needs: Incoming) -> None:
+    """`said`: by this one user."""
+    peer = await retry(lambda: needs.contexts.peer(binding.bot, said[-1].user), needs)
+    token = next((one.context_token for one in reversed(said) if one.context_token), "")
+    now_ms = needs.clock.now_ms()
+
+    def heard(context: Context) -> Context:
+        return window.heard(
+            context,
+            message=said[-1].keys.id_for(binding.bot),
+            token=token,
+            now_ms=now_ms,
+            written_ms=said[-1].sent_at_ms,
+            # the shard's new owner may have one request out, of which only its trace in the record is known
+            in_flight=int(context.hand is not None) if session.lingering else peer.in_flight,
         )
-        needs.look(peer)
+
+    await retry(lambda: needs.contexts.save(peer, heard), needs)
+    needs.look(peer)
 
 
 async def _learn_user(binding: Binding, user: str, needs: Incoming) -> None:
@@ -258,4 +260,4 @@ async def _learn_user(binding: Binding, user: str, needs: Incoming) -> None:
     for other in needs.bindings.of_sandbox(binding.sandbox):
         if other.user == user and other.bot != binding.bot:  # WeChat has killed it: one user has one bot (1.3)
             await needs.events.binding(binding_event(other, "replaced", "", "The user is served by another bot now."))
-            await retry(lambda other=other: needs.bindings.remove(other.bot), needs)  # type: ignore[misc]
+            await retry(partial(needs.bindings.remove, other.bot), needs)

@@ -97,8 +97,7 @@ class Contexts:
 
     async def stored(self, bot: str, user: str) -> Context:
         """The record as the bucket has it, for who does not work for the peer. Raises Temporary."""
-        entry = await self._bucket.get(peer_key(bot, user))
-        return msgspec.json.decode(entry.value, type=Context) if entry and entry.value else Context()
+        return await stored_context(self._bucket, bot, user)
 
     def forget(self, bot: str) -> None:
         """Drops what is known of a bot's users: another replica may write now."""
@@ -165,3 +164,9 @@ class Contexts:
             return
         peer.revision = entry.revision
         peer.context = peer.stored = msgspec.json.decode(entry.value, type=Context) if entry.value else Context()
+
+
+async def stored_context(bucket: Bucket, bot: str, user: str) -> Context:
+    """A user's record as the bucket has it; an empty one where there is none. Raises Temporary."""
+    entry = await bucket.get(peer_key(bot, user))
+    return msgspec.json.decode(entry.value, type=Context) if entry and entry.value else Context()

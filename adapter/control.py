@@ -266,16 +266,10 @@ class Control:
 
     def _same(self, before: Binding, after: Binding) -> bool:
         """Whether a bind changes nothing, so that the poller is left alone. After a dead token it always does."""
-        if before.state != "active":
-            return False
-        try:
-            tokens = self._sealer.open(before.bot, before.token), self._sealer.open(after.bot, after.token)
-        except Refused:
+        if before.state != "active" or not self._sealer.same(before.bot, before.token, after.token):
             return False
         unimportant = {"token": "", "since_ms": 0, "request": "", "untold": False}
-        return tokens[0] == tokens[1] and structs.replace(before, **unimportant) == structs.replace(
-            after, **unimportant
-        )
+        return structs.replace(before, **unimportant) == structs.replace(after, **unimportant)
 
     async def _tell(self, binding: Binding, change: str, request: str | None, *, reason: str = "") -> None:
         event = BindingEvent(

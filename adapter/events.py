@@ -112,11 +112,11 @@ class Events:
         headers: dict[str, str],
         reason: str,
         detail: str,
-        seq: int,
         msg_id: str,
+        seq: int = 0,
         sandbox: str = "",
     ) -> None:
-        """Keeps the original bytes and headers for a person. `stream`: OUT, IN or CTL."""
+        """Keeps the original bytes and headers for a person. `stream`: OUT, IN or CTL; `seq`: in it, 0: none."""
         kept = {k: v[:MAX_HEADER] for k, v in passed_on(headers).items() if k != H_REPLY_TO}
         kept |= {
             H_MSG_ID: msg_id,

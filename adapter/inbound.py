@@ -281,8 +281,7 @@ async def _retry_here(
                 return None
             raise
 
-    found: Binding | None = await retry(attempt, needs)
-    return found
+    return await retry(attempt, needs)
 
 
 async def _lose_owned(binding: Binding, needs: Incoming) -> Binding | None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any
+from typing import TypeVar
 
 import msgspec
 import structlog
@@ -34,6 +34,8 @@ from adapter.sessions import Incoming
 from adapter.timing import backoff
 
 log = structlog.get_logger()
+
+T = TypeVar("T")
 
 LARGE = 64 * 1024
 """Bytes of a message as iLink sent it: no text of a phone has so many, and no bus refuses fewer."""
@@ -188,13 +190,12 @@ async def bury(bot: str, sandbox: str, raw: bytes, why: str, needs: Incoming, *,
         headers={},
         reason=reason if sandbox else "not_bound",
         detail=why,
-        seq=0,
         msg_id=f"dead:{bot}:{digest(raw)}",
         sandbox=sandbox,
     )
 
 
-async def retry(work: Callable[[], Awaitable[Any]], needs: Incoming) -> Any:
+async def retry(work: Callable[[], Awaitable[T]], needs: Incoming) -> T:
     """What is in hand is tried until it is done. Raises LeaseLost."""
     failures = 0
     while True:

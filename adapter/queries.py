@@ -11,12 +11,13 @@ import msgspec
 
 from adapter import window
 from adapter.bindings import Bindings
+from adapter.contexts import stored_context
 from adapter.contract import BindingsPage, BindingsQuery, Replayed, ReplayPage, ReplayQuery, WindowQuery
 from adapter.errors import Refused
 from adapter.metrics import Metrics
-from adapter.names import MAX_SEQ, Names, check_sandbox, peer_key
+from adapter.names import MAX_SEQ, Names, check_sandbox
 from adapter.ports import Answered, Asked, Bucket, History
-from adapter.records import Binding, Context
+from adapter.records import Binding
 from adapter.svc import read_request
 from adapter.timing import Clock
 
@@ -92,8 +93,7 @@ class Queries:
         if len(found) > 1:
             raise Refused("invalid", "Name the `bot` or `user`: the sandbox has several.")
         user = query.user or found[0].user
-        entry = await self._contexts.get(peer_key(found[0].bot, user))
-        context = msgspec.json.decode(entry.value, type=Context) if entry and entry.value else Context()
+        context = await stored_context(self._contexts, found[0].bot, user)
         return msgspec.json.encode(window.shown(context, self._clock.now_ms(), self._rules))
 
     async def _replay(self, query: ReplayQuery) -> bytes:

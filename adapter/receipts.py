@@ -140,7 +140,6 @@ class Receipts:
                 headers=headers | {H_COMMAND: command.id},
                 reason=ending.reason,
                 detail=ending.detail,
-                seq=0,
                 msg_id=f"dead:{command.client}",
                 sandbox=command.sandbox,
             )

@@ -21,11 +21,12 @@ from adapter.console.view import (
     ShownLogin,
     Wanted,
 )
+from adapter.contexts import stored_context
 from adapter.contract import Login, LoginQuery, LoginStart, LoginVerify, Options
 from adapter.errors import Refused
 from adapter.letters import again, is_command, letter_of, original_subject
 from adapter.logins import LoginBook
-from adapter.names import Names, peer_key
+from adapter.names import Names
 from adapter.ports import Archive, Bucket, Bus, Crowd, Stored
 from adapter.qr import svg
 from adapter.records import Binding, Context
@@ -164,8 +165,7 @@ class Desk:
         if not binding.user:
             return Context()
         async with self._room:
-            entry = await self._needs.contexts.get(peer_key(binding.bot, binding.user))
-        return msgspec.json.decode(entry.value, type=Context) if entry and entry.value else Context()
+            return await stored_context(self._needs.contexts, binding.bot, binding.user)
 
     async def _dead(self) -> int:
         names = self._needs.names
