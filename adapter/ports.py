@@ -160,7 +160,8 @@ class Cdn(Protocol):
     """iLink's store of media. What passes here is plain; it is encrypted and decrypted on the way."""
 
     def download(self, fetch: Fetch) -> AsyncIterator[bytes]:
-        """The plain bytes, piece by piece. Only the end tells that they are right: use nothing before it.
+        """The plain bytes, piece by piece. Only the end tells that they are right: use nothing before it. Who stops
+        early closes it (`contextlib.aclosing`).
 
         Raises Refused with a reason of contract.MediaReason (reference, unavailable, corrupt, too_large), Temporary.
         """
@@ -178,7 +179,7 @@ class Cdn(Protocol):
     ) -> Uploaded:
         """Brings `size` plain bytes to the CDN; `read` starts from their beginning, and again for each attempt.
 
-        Raises Refused("media"), SessionExpired, Temporary (iLink could not be reached at all).
+        Raises Refused("media"), SessionExpired, Temporary (iLink could not be reached at all), what `read` raises.
         """
 
 
@@ -189,7 +190,8 @@ class Objects(Protocol):
         """None where there is none. Raises Temporary."""
 
     def read(self, stored: StoredObject) -> AsyncIterator[bytes]:
-        """Its bytes, piece by piece. Raises Temporary, Unreadable (pieces are gone, or are not what they were)."""
+        """Its bytes, piece by piece. Raises Temporary, Unreadable (pieces are gone, or not what they were), at the
+        latest after the last one."""
 
     async def piece(self, stored: StoredObject, after: int) -> tuple[bytes, int]:
         """The piece after a sequence (0: the first), and its own sequence, 0 on the last.
@@ -210,7 +212,7 @@ class PartialObjects(Objects, Protocol):
     async def append(self, name: str, offset: int, piece: bytes) -> int:
         """Adds a piece; how many bytes there are now. One that is there already changes nothing.
 
-        Raises Refused (a gap, or the object is complete), Temporary, BusRefused.
+        Raises Refused("invalid") (a gap, or the object is complete), Temporary, BusRefused.
         """
 
     async def complete(
@@ -218,7 +220,8 @@ class PartialObjects(Objects, Protocol):
     ) -> tuple[StoredObject, bytes]:
         """Makes an object of what was added, and returns its first bytes too; may be repeated.
 
-        `sha256` "" is not checked; `mime_of` gets the first bytes. Raises Refused, Temporary, BusRefused.
+        `sha256` "" is not checked; `mime_of` gets the first bytes. Raises Refused("invalid") (it differs), Temporary,
+        BusRefused.
         """
 
 
@@ -244,7 +247,7 @@ class Chat(Protocol):
     async def poll(self, account: Account, cursor: str, hold_ms: int) -> Polled | None:
         """Waits for news after `cursor`; None: nobody answered in time.
 
-        Raises Temporary, SessionExpired, Refused (the base URL may not be called).
+        Raises Temporary, SessionExpired, Refused("url") (the base URL may not be called).
         """
 
     async def send_text(
@@ -294,7 +297,7 @@ class Chat(Protocol):
         """Drops the bot's connections; the next call connects anew."""
 
     def check_base_url(self, url: str) -> str:
-        """Raises Refused for a base URL that may not be called."""
+        """Raises Refused("url") for a base URL that may not be called."""
 
 
 class Logins(Protocol):
@@ -428,7 +431,10 @@ class Bucket(Protocol):
         """
 
     async def delete(self, key: str, revision: int | None = None) -> int:
-        """Raises Conflict, Temporary (the bucket is full)."""
+        """Deletes, if the revision still is `revision` where one is given; the new one.
+
+        Raises Conflict, Temporary (the bucket is full).
+        """
 
     async def below(self, first: str) -> list[Entry]:
         """All that is there whose key begins with the token `first` and a dot. Raises Temporary."""
@@ -441,9 +447,10 @@ class Bucket(Protocol):
         on_missing: Callable[[str, bool], Awaitable[bool]] | None = None,
         reload_s: float = 30.0,
     ) -> None:
-        """Calls `on_entry` for all that is there and every change, until cancelled; `on_missing` for each key that is
-        there no more, and was not deleted: somebody purged it, or (the flag) the bucket was lost as a whole and made
-        anew. It is called again until it returns True."""
+        """Calls `on_entry` for all that is there and every change (deleted keys too), until cancelled; `on_loaded`
+        after each complete reading; `on_missing` for each key that is there no more, and was not deleted: somebody
+        purged it, or (the flag) the bucket was lost as a whole and made anew. It is called again until it returns
+        True."""
 
 
 class Written(NamedTuple):

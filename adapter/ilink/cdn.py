@@ -65,10 +65,6 @@ class CdnClient:
         await self._client.aclose()
 
     async def download(self, fetch: Fetch) -> AsyncIterator[bytes]:
-        """The plain bytes, piece by piece; who stops early closes it (`contextlib.aclosing`).
-
-        Raises Refused (reference, unavailable, corrupt, too_large), Temporary.
-        """
         url = self._link_of(fetch)
         async with self._slots:
             with self._transfer("in") as moved:
@@ -83,7 +79,6 @@ class CdnClient:
     async def upload(
         self, account: Account, *, user: str, kind: MediaKind, name: str, size: int, md5: str, read: Read
     ) -> Uploaded:
-        """Raises Refused("media"), SessionExpired, Temporary (iLink could not be reached), and what `read` raises."""
         if size > self._max_bytes:
             raise Refused("media", f"The media exceed {self._max_bytes} bytes.")
         key, filekey = secrets.token_bytes(KEY_BYTES), secrets.token_hex(16)

@@ -61,11 +61,9 @@ class ILink:
         """Bots whose connections seem dead: their next call gets one of its own."""
 
     def check_base_url(self, url: str) -> str:
-        """Raises Refused("url") for a base URL that may not be called."""
         return protocol.check_url(url, self._allowed_hosts)
 
     async def poll(self, account: Account, cursor: str, hold_ms: int) -> Polled | None:
-        """Raises Temporary, SessionExpired, Refused("url"); None: nobody answered in time."""
         request = protocol.updates_request(account.token, cursor, random.getrandbits(32))
         started = time.monotonic()
         try:
@@ -93,7 +91,6 @@ class ILink:
         text: str,
         check: Callable[[], None] | None = None,
     ) -> Accepted:
-        """Raises SessionExpired, Throttled, Refused, Temporary (nothing was taken), Uncertain (perhaps it was)."""
         request = protocol.message_request(
             account.token,
             random.getrandbits(32),
@@ -114,7 +111,6 @@ class ILink:
         media: Uploaded,
         check: Callable[[], None] | None = None,
     ) -> Accepted:
-        """As send_text."""
         request = protocol.message_request(
             account.token,
             random.getrandbits(32),
@@ -169,19 +165,19 @@ class ILink:
         return await self._ask(account, request, read, UPLOAD_URL_S)
 
     async def notify(self, account: Account, *, start: bool) -> None:
-        """notifystart or notifystop. Raises Temporary, SessionExpired; its caller logs and goes on."""
+        """notifystart or notifystop."""
         request = protocol.notify_request(account.token, random.getrandbits(32), start=start)
         await self._ask(account, request, protocol.read_notified)
 
     async def typing_ticket(self, account: Account, user: str, context_token: str) -> str:
-        """getconfig. Raises SessionExpired, Temporary, Refused("typing")."""
+        """getconfig."""
         request = protocol.config_request(
             account.token, random.getrandbits(32), user=user, context_token=context_token
         )
         return await self._ask(account, request, protocol.read_ticket)
 
     async def show_typing(self, account: Account, user: str, ticket: str, *, on: bool) -> bool:
-        """sendtyping. Raises SessionExpired, Temporary, Refused("url")."""
+        """sendtyping."""
         request = protocol.typing_request(account.token, random.getrandbits(32), user=user, ticket=ticket, on=on)
         return await self._ask(account, request, protocol.read_typing)
 
@@ -207,7 +203,7 @@ class ILink:
         return answer
 
     async def fetch_code(self, tokens: Sequence[str]) -> QrCode:
-        """Always from the default base (ilink-protocol 1.4). Raises Temporary."""
+        """Always from the default base (ilink-protocol 1.4)."""
         request = protocol.qrcode_request(random.getrandbits(32), tokens)
         started = time.monotonic()
         try:
@@ -227,7 +223,7 @@ class ILink:
         return code
 
     async def read_code(self, handle: str, base_url: str, verify_code: str) -> Scan | None:
-        """None: a timeout, a network or gateway error, or nothing readable (3.2). Raises Refused("url")."""
+        """None: a timeout, a network or gateway error, or nothing readable (3.2)."""
         request = protocol.qrcode_status_request(handle, verify_code)
         timeout_s = protocol.HOLD_MS / 1000 + self._poll_margin_s
         try:
@@ -243,7 +239,6 @@ class ILink:
         return scan
 
     def redirected(self, host: str, base_url: str) -> str:
-        """Raises Refused("url")."""
         return protocol.redirect_url(host, base_url or self._default_base_url, self._allowed_hosts)
 
     async def recycle(self, bot: str) -> None:

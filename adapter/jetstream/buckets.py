@@ -298,11 +298,9 @@ class KvBucket:
         return None if stored is None else _entry(self.name, stored)
 
     async def update(self, key: str, value: bytes, revision: int) -> int:
-        """Writes if the key's revision still is `revision` (0: if it never was). Raises Conflict, Temporary."""
         return await self._store(key, value, {EXPECTED: str(revision)})
 
     async def delete(self, key: str, revision: int | None = None) -> int:
-        """Deletes, if the revision still is `revision` where one is given. Raises Conflict, Temporary."""
         headers = {OPERATION: "DEL"}
         if revision is not None:
             headers[EXPECTED] = str(revision)
@@ -317,7 +315,6 @@ class KvBucket:
             raise Temporary("bucket_full", f"{self.name}: {exc.detail}") from exc  # an operator has to make room
 
     async def below(self, first: str) -> list[Entry]:
-        """All that is there whose key begins with the token `first` and a dot. Raises Temporary."""
         subject = self.subject(f"{first}.>")
         found = [
             _entry(self.name, stored) async for stored in read_stream(self.link, self.stream, subject, page=PAGE)
@@ -325,12 +322,10 @@ class KvBucket:
         return [entry for entry in found if entry.value is not None]
 
     async def keys(self) -> list[str]:
-        """Every key of which anything is there, be it the mark of its deletion. Raises Temporary."""
         found = await subjects_of(self.link, self.stream, self.subject(">"))
         return [subject.removeprefix(f"$KV.{self.name}.") for subject in found]
 
     async def written(self, key: str) -> Written | None:
-        """The last word on a key. Raises Temporary."""
         message = await _leader_message(self.link, self.stream, {"last_by_subj": self.subject(key)})
         if message is None:
             return None
@@ -338,7 +333,6 @@ class KvBucket:
         return Written(message.seq, int(when.timestamp() * 1000), deleted=_is_gone(message))
 
     async def purge(self, key: str, revision: int) -> None:
-        """Leaves no trace of a key up to a revision. Raises Temporary."""
         try:
             await self.link.api(f"STREAM.PURGE.{self.stream}", {"filter": self.subject(key), "seq": revision + 1})
         except BusRefused as exc:
@@ -352,11 +346,7 @@ class KvBucket:
         on_missing: Callable[[str, bool], Awaitable[bool]] | None = None,
         reload_s: float = 30.0,
     ) -> None:
-        """Calls `on_entry` for every key and every change (deleted keys too), until cancelled; `on_loaded` after
-        each complete reading, `on_missing` for each key that has gone without a trace since it was seen, as in a
-        purge, until it returns True. Its flag says that the whole bucket went: it was made after the key was seen.
-
-        News come from the subject that the server republishes to once a value is stored (the plain subject
+        """News come from the subject that the server republishes to once a value is stored (the plain subject
         would also show writes that were refused). Everything is read again after each connect, and where a look
         every `reload_s` seconds shows that something is missing, so that nothing lost on the way stays lost.
         Entries may come twice, never older than one seen before.

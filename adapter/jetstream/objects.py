@@ -72,14 +72,12 @@ class ObjectStore:
         self._room = asyncio.Semaphore(OUTSTANDING_IN_ALL)
 
     async def info(self, name: str) -> StoredObject | None:
-        """None where there is none, or none any more. Raises Temporary."""
         meta = await self._meta(name)
         if meta is None or meta.deleted or (meta.options or {}).get("link"):
             return None
         return StoredObject(name, meta.nuid, meta.size, _hex(meta.digest))
 
     async def read(self, stored: StoredObject) -> AsyncIterator[bytes]:
-        """Its bytes, piece by piece. Raises Temporary, Unreadable (at the latest after the last one)."""
         digest = hashlib.sha256()
         async with contextlib.aclosing(self._bytes(stored.name, stored.ident, stored.size)) as pieces:
             async for piece in pieces:
@@ -89,7 +87,6 @@ class ObjectStore:
             raise Unreadable("object", f"{stored.name}: the bytes are not those of the digest")
 
     async def piece(self, stored: StoredObject, after: int) -> tuple[bytes, int]:
-        """The piece after a sequence, and its own sequence, 0 on the last one. Raises Temporary, Unreadable."""
         if not stored.size:
             return b"", 0
         subject = self._chunks(stored.ident)
@@ -104,10 +101,6 @@ class ObjectStore:
         return found_late.data, found_late.seq if more else 0
 
     async def put(self, name: str, pieces: AsyncIterator[bytes], *, mime: str = "", title: str = "") -> StoredObject:
-        """Stores bytes as they come; an object of this name is replaced. Nothing stays where `pieces` fails.
-
-        Raises BusRefused, and what `pieces` raises; waits while the bus is away.
-        """
         ident = secrets.token_hex(11)
         try:
             size, chunks, digest = await self._write(ident, pieces)
@@ -126,11 +119,7 @@ class ObjectStore:
     # coming in pieces -------------------------------------------------------------------------------
 
     async def append(self, name: str, offset: int, piece: bytes) -> int:
-        """Adds a piece of an upload; how many bytes there are now. One that is there already changes nothing.
-
-        Each is stored by compare-and-set on the one before, so that any replica may take it, at the same time too.
-        Raises Refused("invalid") for a gap and for an object that is complete, Temporary, BusRefused.
-        """
+        """Each is stored by compare-and-set on the one before: any replica may take it, at the same time too."""
         end = offset + len(piece)
         done = await self.info(name)
         if done is not None and end > done.size:
@@ -158,10 +147,6 @@ class ObjectStore:
     async def complete(
         self, name: str, size: int, *, sha256: str, title: str, mime_of: Callable[[bytes], str]
     ) -> tuple[StoredObject, bytes]:
-        """Makes the object of what was added; also its first bytes. May be repeated.
-
-        Raises Refused("invalid") where `sha256` ("": not checked) differs, Temporary, BusRefused.
-        """
         ident = _upload_ident(name)
         digest, chunks, head = hashlib.sha256(), 0, b""
         try:

@@ -66,8 +66,8 @@ class Publisher:
         self._numbers = itertools.count()
         self._flowing = False
         self._flows = Latch()
-        self._hurdle = "no acknowledgement"
-        """Why the oldest write waits."""
+        self.hurdle = "no acknowledgement"
+        """Why the oldest write waits, in words for an operator."""
         self._stumbled = asyncio.Event()
         self._decode = msgspec.json.Decoder(_Answer)
         self._nc: BusClient | None = None
@@ -85,11 +85,6 @@ class Publisher:
         """How long the oldest write has been waiting for its acknowledgement; 0 where none waits."""
         oldest = next((entry for entry in self._outstanding.values() if not entry.future.done()), None)
         return max(0.0, self._clock.monotonic() - oldest.asked) if oldest else 0.0
-
-    @property
-    def hurdle(self) -> str:
-        """Why it waits, in words for an operator."""
-        return self._hurdle
 
     async def writable(self) -> None:
         """Returns when the bus takes what is written: at once, unless a write waits for longer than it should."""
@@ -196,7 +191,7 @@ class Publisher:
         if told and now - told < REMIND_S:
             return told
         stream = oldest.message.stream
-        log.warning("publish.waits", stream=stream, waited_s=round(waited_s, 1), detail=self._hurdle[:200])
+        log.warning("publish.waits", stream=stream, waited_s=round(waited_s, 1), detail=self.hurdle[:200])
         return now
 
     async def _acked(self, entry: _Outstanding) -> bool:
@@ -209,7 +204,7 @@ class Publisher:
             stumble.cancel()
         if not entry.future.done():
             if not self._stumbled.is_set():
-                self._hurdle = "no acknowledgement"
+                self.hurdle = "no acknowledgement"
             await self._clock.sleep(0.05)
         return entry.future.done()
 
@@ -295,7 +290,7 @@ class Publisher:
         if entry is None or entry.future.done():
             return
         if headers and is_unheard(headers):
-            self._hurdle = "no stream takes it, or none has a leader"
+            self.hurdle = "no stream takes it, or none has a leader"
             self._stumble()
             return
         try:
@@ -308,7 +303,7 @@ class Publisher:
         if ack.error is not None:
             problem = write_refusal(ack.error.err_code, ack.error.code, ack.error.description)
             if isinstance(problem, Temporary):
-                self._hurdle = problem.detail
+                self.hurdle = problem.detail
                 self._stumble()
                 return
             self._metrics.nats_publish.labels(stream=stream, outcome="refused").inc()

@@ -205,7 +205,6 @@ class BusTeller:
         self._link.on_up(subscribe)
 
     async def gather(self, subject: str, payload: bytes, *, count: int, within_s: float) -> list[bytes]:
-        """Implements ports.Crowd."""
         answers: list[bytes] = []
         enough = asyncio.Event()
 
