@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import msgspec
@@ -78,6 +78,24 @@ def tended(bench: Bench, **changes: Any) -> tuple[Session, asyncio.Task[None]]:
     return session, asyncio.get_running_loop().create_task(tend(session, bench.incoming(**changes)))
 
 
+Poller = Callable[..., Session]
+
+
+@pytest.fixture
+async def poller() -> AsyncIterator[Poller]:
+    """As `tended`, told to leave when the test is over."""
+    begun: list[tuple[Session, asyncio.Task[None]]] = []
+
+    def begin(bench: Bench, **changes: Any) -> Session:
+        begun.append(tended(bench, **changes))
+        return begun[-1][0]
+
+    yield begin
+    for session, task in begun:
+        session.leave(now=True)
+        await task
+
+
 def texts(bench: Bench) -> list[str]:
     return [inbound.text for inbound in bench.bus.inbound()]
 
@@ -125,13 +143,11 @@ async def test_who_watches_the_windows_is_asked_to_look_once_the_window_is_store
     assert seen == [f"{USER} True"]
 
 
-async def test_a_bot_that_is_polled_from_now_on_is_announced() -> None:
+async def test_a_bot_that_is_polled_from_now_on_is_announced(poller: Poller) -> None:
     bench = await ready()
-    session, task = tended(bench)
+    poller(bench)
     await asyncio.sleep(1)
     assert bench.adopted == [BOT]
-    session.leave(now=True)
-    await task
 
 
 async def test_the_lanes_are_told_after_the_cursor() -> None:
@@ -206,14 +222,12 @@ async def test_ilinks_own_delay_wins_over_our_backoff() -> None:
     assert again - first >= 90
 
 
-async def test_a_server_that_fails_is_not_hammered() -> None:
+async def test_a_server_that_fails_is_not_hammered(poller: Poller) -> None:
     bench = await ready(*[Temporary("http_5xx")] * 100)
-    session, task = tended(bench)
+    session = poller(bench)
     await asyncio.sleep(600)
     assert len(bench.chat.asked) < 60
     assert session.state == "error"
-    session.leave(now=True)
-    await task
 
 
 MOVES = itertools.count()
@@ -228,13 +242,11 @@ MOVES = itertools.count()
     ],
     ids=["empty", "moving", "repeated"],
 )
-async def test_a_server_that_does_not_hold_is_not_hammered(answer: Callable[[], Polled]) -> None:
+async def test_a_server_that_does_not_hold_is_not_hammered(poller: Poller, answer: Callable[[], Polled]) -> None:
     """At once, for ever: an error code 0, a cursor that moves for nothing, or the same batch."""
-    session, task = tended(bench := await ready(*[answer] * 1000))
+    poller(bench := await ready(*[answer] * 1000))
     await asyncio.sleep(60)
     assert len(bench.chat.asked) <= 60 / 0.25
-    session.leave(now=True)
-    await task
 
 
 async def test_polls_without_an_answer_recycle_the_connection() -> None:
@@ -293,16 +305,14 @@ async def test_a_person_who_says_it_twice_is_heard_twice() -> None:
     assert texts(bench) == ["ok", "ok"]
 
 
-async def test_a_repeat_opens_no_new_window() -> None:
+async def test_a_repeat_opens_no_new_window(poller: Poller) -> None:
     bench = await ready(batch(raw("ok")), batch(raw("ok", message_id=99), cursor="c"))
-    session, task = tended(bench)
+    poller(bench)
     await settle()
     await asyncio.sleep(0.01)
     peer = await bench.contexts.peer(BOT, USER)
     await asyncio.sleep(5)
     assert peer.context.inbound_id == f"in:{BOT}:m7497484083968569001"
-    session.leave(now=True)
-    await task
 
 
 async def test_the_bots_own_words_are_dropped() -> None:
@@ -450,59 +460,51 @@ async def test_a_replay_after_a_crash_gives_no_sends_back() -> None:
     assert heir.context().used == 7
 
 
-async def test_a_new_owner_waits_until_the_old_one_has_stopped() -> None:
+async def test_a_new_owner_waits_until_the_old_one_has_stopped(poller: Poller) -> None:
     bench = await ready()
     bench.cursors.put(KEY, msgspec.json.encode(Cursor(cursor="b", owner="other-1")))
-    session, task = tended(bench)
+    session = poller(bench)
     await asyncio.sleep(30)
     assert bench.chat.asked == []
     bench.cursors.put(KEY, msgspec.json.encode(Cursor(cursor="c")))
     session.freed.set()
     await asyncio.sleep(1)
     assert bench.chat.asked == ["c"]
-    session.leave(now=True)
-    await task
 
 
-async def test_a_new_owner_that_is_not_told_finds_out() -> None:
+async def test_a_new_owner_that_is_not_told_finds_out(poller: Poller) -> None:
     bench = await ready()
     bench.cursors.put(KEY, msgspec.json.encode(Cursor(cursor="b", owner="other-1")))
-    session, task = tended(bench)
+    poller(bench)
     await asyncio.sleep(30)
     bench.cursors.put(KEY, msgspec.json.encode(Cursor(cursor="c")))
     await asyncio.sleep(7)
     assert bench.chat.asked == ["c"]
-    session.leave(now=True)
-    await task
 
 
-async def test_who_wrote_to_the_owner_before_may_be_answered_by_the_new_one() -> None:
+async def test_who_wrote_to_the_owner_before_may_be_answered_by_the_new_one(poller: Poller) -> None:
     """The lanes here looked at the user's window before the other replica stored the last words it waited for."""
     bench = await ready()
     peer = await bench.contexts.peer(BOT, USER)
     bench.contexts_bucket.put(
         peer_key(BOT, USER), msgspec.json.encode(Context(token="t", inbound_ms=5, inbound_id="in:1"))
     )
-    session, task = tended(bench)
+    poller(bench)
     await asyncio.sleep(1)
     assert bench.heard == [("s1", BOT, USER)]
     assert peer.context.token == "t"
-    session.leave(now=True)
-    await task
 
 
-async def test_a_new_owner_takes_over_from_one_that_is_proven_dead() -> None:
+async def test_a_new_owner_takes_over_from_one_that_is_proven_dead(poller: Poller) -> None:
     bench = await ready()
     bench.cursors.put(KEY, msgspec.json.encode(Cursor(cursor="b", owner="other-1")))
-    session, task = tended(bench)
+    session = poller(bench)
     await asyncio.sleep(5)
     bench.leases.proven_dead.add("other-1")
     session.freed.set()
     await asyncio.sleep(1)
     assert bench.chat.asked == ["b"]
     assert bench.cursor().owner == "me-1"
-    session.leave(now=True)
-    await task
 
 
 async def test_who_waits_for_an_owner_holds_up_no_other_bot() -> None:
@@ -799,9 +801,9 @@ async def test_nothing_is_polled_for_a_shard_that_is_not_ours() -> None:
     assert bench.chat.asked == []
 
 
-async def test_a_lease_that_pauses_cuts_the_poll_and_one_that_resumes_polls_on() -> None:
+async def test_a_lease_that_pauses_cuts_the_poll_and_one_that_resumes_polls_on(poller: Poller) -> None:
     bench = await ready(batch(cursor="b"))
-    session, task = tended(bench)
+    session = poller(bench)
     await asyncio.sleep(1)
     assert bench.chat.polling == 1
     bench.leases.is_valid = False
@@ -813,11 +815,9 @@ async def test_a_lease_that_pauses_cuts_the_poll_and_one_that_resumes_polls_on()
     await asyncio.sleep(1)
     assert bench.chat.polling == 1
     assert bench.chat.asked == ["", "b", "b"]
-    session.leave(now=True)
-    await task
 
 
-async def test_after_an_outage_polls_start_spread_over_a_time_that_grows_with_their_number() -> None:
+async def test_after_an_outage_polls_start_spread_over_a_time_that_grows_with_their_number(poller: Poller) -> None:
     """All would start at the same moment: the lease is back for all bots at once."""
 
     class Chance(FakeClock):
@@ -825,7 +825,7 @@ async def test_after_an_outage_polls_start_spread_over_a_time_that_grows_with_th
             return seconds * 0.7
 
     bench = await ready()
-    session, task = tended(bench, clock=Chance(), spread_s=lambda: 10.0)
+    session = poller(bench, clock=Chance(), spread_s=lambda: 10.0)
     await asyncio.sleep(5)
     before = len(bench.chat.polled_at)
     bench.leases.is_valid = False
@@ -837,8 +837,6 @@ async def test_after_an_outage_polls_start_spread_over_a_time_that_grows_with_th
     await asyncio.sleep(30)
     assert len(bench.chat.polled_at) == before + 1
     assert bench.chat.polled_at[-1] - back == pytest.approx(7.0, abs=0.01)
-    session.leave(now=True)
-    await task
 
 
 async def test_an_answer_that_has_arrived_when_its_poll_is_cut_is_stored() -> None:
@@ -853,22 +851,20 @@ async def test_an_answer_that_has_arrived_when_its_poll_is_cut_is_stored() -> No
     assert bench.cursor().cursor == "b"
 
 
-async def test_no_poll_starts_while_the_bus_is_away() -> None:
+async def test_no_poll_starts_while_the_bus_is_away(poller: Poller) -> None:
     bench = await ready()
     bench.bus_up.clear()
-    session, task = tended(bench)
+    poller(bench)
     await asyncio.sleep(60)
     assert bench.chat.asked == []
     bench.bus_up.set()
     await asyncio.sleep(1)
     assert bench.chat.asked == [""]
-    session.leave(now=True)
-    await task
 
 
-async def test_a_batch_in_hand_is_retried_until_the_bus_is_back() -> None:
+async def test_a_batch_in_hand_is_retried_until_the_bus_is_back(poller: Poller) -> None:
     bench = await ready(batch(raw()))
-    session, task = tended(bench)
+    poller(bench)
     failures = 20
 
     async def away(_: str) -> None:
@@ -882,8 +878,6 @@ async def test_a_batch_in_hand_is_retried_until_the_bus_is_back() -> None:
     assert failures == 0
     assert texts(bench) == ["hello"]
     assert bench.chat.asked == ["", "b"]
-    session.leave(now=True)
-    await task
 
 
 # starting and stopping -----------------------------------------------------------------------------------
@@ -917,15 +911,13 @@ async def test_a_start_cursor_that_is_bound_while_the_bot_is_polled_is_used_once
     assert bench.chat.asked[4:] == ["c"]
 
 
-async def test_a_notifystart_without_an_answer_holds_the_first_poll_up_for_a_moment_only() -> None:
+async def test_a_notifystart_without_an_answer_holds_the_first_poll_up_for_a_moment_only(poller: Poller) -> None:
     bench = await ready()
     bench.chat.notify_took_s = 60.0
     began = bench.clock.monotonic()
-    session, task = tended(bench)
+    poller(bench)
     await asyncio.sleep(5)
     assert [at - began <= 2.0 for at in bench.chat.polled_at] == [True]
-    session.leave(now=True)
-    await task
 
 
 async def test_ilink_is_told_of_the_start_and_the_end_and_need_not_answer() -> None:
@@ -1028,25 +1020,21 @@ async def test_a_message_for_a_bot_that_was_bound_anew_is_told_also_where_the_ne
     assert bench.bus.found("DEAD") == []
 
 
-async def test_a_new_token_is_used_at_once() -> None:
+async def test_a_new_token_is_used_at_once(poller: Poller) -> None:
     bench = await ready()
-    session, task = tended(bench)
+    session = poller(bench)
     await asyncio.sleep(1)
     await bench.bind(token="new")
     session.cut_off()  # the supervisor does, when it sees the change
     await asyncio.sleep(1)
     assert bench.chat.tokens == [f"{BOT}:t", "new"]
-    session.leave(now=True)
-    await task
 
 
-async def test_a_url_that_may_not_be_called_is_tried_again_with_backoff_only() -> None:
+async def test_a_url_that_may_not_be_called_is_tried_again_with_backoff_only(poller: Poller) -> None:
     bench = await ready(*[Refused("url", "not on the list")] * 100)
-    session, task = tended(bench)
+    poller(bench)
     await asyncio.sleep(600)
     assert len(bench.chat.asked) < 30
-    session.leave(now=True)
-    await task
 
 
 async def test_a_bug_ends_no_poller() -> None:
@@ -1067,13 +1055,13 @@ def changes(bench: Bench) -> list[str]:
     return [event.change for event in bench.bus.events()]
 
 
-async def test_minus_14_for_ever_ends_in_needs_login_after_four_polls() -> None:
+async def test_minus_14_for_ever_ends_in_needs_login_after_four_polls(poller: Poller) -> None:
     """F9: at once, after 5 s, 30 s and 5 min, each with a notifystart before it; then silence.
 
     The login is told to be lost long before the last try: a person waits.
     """
     bench = await ready(*[STALE] * 100)
-    session, task = tended(bench)
+    session = poller(bench)
     await asyncio.sleep(55)
     assert changes(bench) == ["stale", "needs_login"]
     lost = bench.bus.events()[1]
@@ -1089,8 +1077,6 @@ async def test_minus_14_for_ever_ends_in_needs_login_after_four_polls() -> None:
     binding = bench.bindings.get(BOT)
     assert binding is not None
     assert (binding.state, binding.reason, session.state) == ("needs_login", "stale_token", "needs_login")
-    session.leave(now=True)
-    await task
 
 
 async def test_two_events_at_once_are_two() -> None:
@@ -1107,10 +1093,10 @@ async def test_an_event_of_a_request_is_told_once() -> None:
     assert changes(bench) == ["bound"]
 
 
-async def test_a_token_that_lives_again_after_needs_login_is_active_again() -> None:
+async def test_a_token_that_lives_again_after_needs_login_is_active_again(poller: Poller) -> None:
     """The last try of the schedule runs on quietly; what it brings is told, and the lanes are woken."""
     bench = await ready(STALE, STALE, STALE, batch(raw()))
-    session, task = tended(bench)
+    session = poller(bench)
     await asyncio.sleep(300)
     assert changes(bench) == ["stale", "needs_login"]
     assert bench.heard == []
@@ -1122,8 +1108,6 @@ async def test_a_token_that_lives_again_after_needs_login_is_active_again() -> N
     assert (binding.state, binding.reason) == ("active", "")
     assert (texts(bench), bench.heard[0], session.stale) == (["hello"], ("s1", BOT, USER), False)
     assert session.state == "polling"
-    session.leave(now=True)
-    await task
 
 
 @pytest.mark.parametrize(
@@ -1137,49 +1121,43 @@ async def test_a_token_that_lives_again_after_needs_login_is_active_again() -> N
     ids=["one-late-try", "all-at-once", "many", "none"],
 )
 async def test_needs_login_is_told_within_a_minute_whatever_the_schedule(
-    schedule: tuple[float, ...], polls_at: list[int], told_at: int
+    poller: Poller, schedule: tuple[float, ...], polls_at: list[int], told_at: int
 ) -> None:
     bench = await ready(*[STALE] * 100)
-    session, task = tended(bench, stale_retry_s=schedule)
+    poller(bench, stale_retry_s=schedule)
     await asyncio.sleep(3600)
     assert [round(when - bench.chat.polled_at[0]) for when in bench.chat.polled_at] == polls_at
     assert changes(bench) == ["stale", "needs_login"]
     stale, lost = bench.bus.events()
     assert round((lost.at_ms - stale.at_ms) / 1000) == told_at
-    session.leave(now=True)
-    await task
 
 
-async def test_a_bot_bound_anew_wins_over_the_last_tries() -> None:
+async def test_a_bot_bound_anew_wins_over_the_last_tries(poller: Poller) -> None:
     bench = await ready(STALE, STALE, STALE)
-    session, task = tended(bench)
+    session = poller(bench)
     await asyncio.sleep(100)
     await bench.bind(token="new")
     await asyncio.sleep(2)
     assert bench.chat.tokens[3:] == ["new"]
     assert changes(bench) == ["stale", "needs_login"]
     assert (session.state, session.stale) == ("polling", False)
-    session.leave(now=True)
-    await task
 
 
-async def test_a_binding_that_a_send_found_dead_is_not_tried_by_the_poller_too() -> None:
+async def test_a_binding_that_a_send_found_dead_is_not_tried_by_the_poller_too(poller: Poller) -> None:
     """F10, and then the poll that was out ends with -14: the tries are the lane's."""
     bench = await ready(STALE)
-    session, task = tended(bench)
+    session = poller(bench)
     await bench.bind(state="needs_login")
     session.cut.clear()
     await asyncio.sleep(3600)
     assert len(bench.chat.asked) <= 1
     assert changes(bench) == []
-    session.leave(now=True)
-    await task
 
 
-async def test_minus_14_once_recovers_quickly() -> None:
+async def test_minus_14_once_recovers_quickly(poller: Poller) -> None:
     """F8: nothing is lost and the lanes are woken."""
     bench = await ready(STALE, batch(raw()))
-    session, task = tended(bench)
+    session = poller(bench)
     await asyncio.sleep(1)
     assert session.stale
     await asyncio.sleep(10)
@@ -1187,33 +1165,27 @@ async def test_minus_14_once_recovers_quickly() -> None:
     assert changes(bench) == ["stale", "recovered"]
     assert texts(bench) == ["hello"]
     assert ("s1", BOT, USER) in bench.heard
-    session.leave(now=True)
-    await task
 
 
-async def test_a_server_that_cannot_be_reached_proves_no_login_lost() -> None:
+async def test_a_server_that_cannot_be_reached_proves_no_login_lost(poller: Poller) -> None:
     """Only -14 says so: a scan of a QR code is a lot to ask of a person for an outage."""
     bench = await ready(STALE, *[Temporary("network")] * 100, batch(raw()))
-    session, task = tended(bench)
+    poller(bench)
     await asyncio.sleep(24 * 3600)
     assert changes(bench) == ["stale", "recovered"]
     assert texts(bench) == ["hello"]
-    session.leave(now=True)
-    await task
 
 
-async def test_a_server_that_does_not_answer_proves_no_login_lost() -> None:
+async def test_a_server_that_does_not_answer_proves_no_login_lost(poller: Poller) -> None:
     bench = await ready(STALE, *[None] * 10, batch(raw()))
-    session, task = tended(bench)
+    poller(bench)
     await asyncio.sleep(24 * 3600)
     assert changes(bench) == ["stale", "recovered"]
-    session.leave(now=True)
-    await task
 
 
-async def test_a_new_token_ends_the_recovery_of_the_old_one() -> None:
+async def test_a_new_token_ends_the_recovery_of_the_old_one(poller: Poller) -> None:
     bench = await ready(STALE)
-    session, task = tended(bench)
+    session = poller(bench)
     await asyncio.sleep(1)
     await bench.bind(token="new")
     session.cut_off()
@@ -1221,20 +1193,16 @@ async def test_a_new_token_ends_the_recovery_of_the_old_one() -> None:
     assert bench.chat.tokens[-1] == "new"
     assert changes(bench) == ["stale"]
     assert not session.stale
-    session.leave(now=True)
-    await task
 
 
-async def test_a_token_bound_anew_polls_again_after_needs_login() -> None:
+async def test_a_token_bound_anew_polls_again_after_needs_login(poller: Poller) -> None:
     bench = await ready(state="needs_login")
-    session, task = tended(bench)
+    poller(bench)
     await asyncio.sleep(600)
     assert bench.chat.asked == []
     await bench.bind(token="new")
     await asyncio.sleep(2)
     assert bench.chat.tokens == ["new"]
-    session.leave(now=True)
-    await task
 
 
 async def in_its_last_try(*script: Any) -> tuple[Bench, asyncio.Event, asyncio.Task[None], Session]:
@@ -1365,48 +1333,42 @@ async def test_who_lost_the_bot_while_the_bus_was_away_does_not_end_its_login() 
 
 @pytest.mark.parametrize(("state", "change"), [("needs_login", "needs_login"), ("active", "recovered")])
 async def test_a_crash_between_a_login_s_change_and_its_event_leaves_the_telling_to_the_next_owner(
-    state: BindingState, change: str
+    poller: Poller, state: BindingState, change: str
 ) -> None:
     bench = await ready(state=state, since_ms=7, untold=True)
-    session, task = tended(bench)
+    poller(bench)
     await asyncio.sleep(1)
     assert changes(bench) == [change]
     binding = bench.bindings.get(BOT)
     assert binding is not None
     assert not binding.untold
-    session.leave(now=True)
-    await task
 
 
-async def test_a_login_s_event_that_was_told_before_the_crash_is_one_event() -> None:
+async def test_a_login_s_event_that_was_told_before_the_crash_is_one_event(poller: Poller) -> None:
     bench = await ready(state="needs_login", since_ms=7, untold=True)
     binding = bench.bindings.get(BOT)
     assert binding is not None
     await tell_login(bench.bindings, bench.events, binding)
     await bench.bind(state="needs_login", since_ms=7, untold=True)
-    session, task = tended(bench)
+    poller(bench)
     await asyncio.sleep(1)
     assert changes(bench) == ["needs_login"]
-    session.leave(now=True)
-    await task
 
 
-async def test_what_a_send_found_of_a_login_and_could_not_tell_is_told_by_who_polls() -> None:
+async def test_what_a_send_found_of_a_login_and_could_not_tell_is_told_by_who_polls(poller: Poller) -> None:
     bench = await ready(state="needs_login")
-    session, task = tended(bench)
+    session = poller(bench)
     await asyncio.sleep(1)
     binding = bench.bindings.get(BOT)
     assert binding is not None
     assert await regain_login(bench.bindings, bench.clock, binding) is not None
     await asyncio.sleep(1)
     assert (changes(bench), session.state) == (["recovered"], "polling")
-    session.leave(now=True)
-    await task
 
 
-async def test_no_try_begins_while_the_bus_takes_nothing() -> None:
+async def test_no_try_begins_while_the_bus_takes_nothing(poller: Poller) -> None:
     bench = await ready(STALE, batch(raw()))
-    session, task = tended(bench)
+    poller(bench)
     await asyncio.sleep(1)
     bench.bus_up.clear()
     await asyncio.sleep(60)
@@ -1414,8 +1376,6 @@ async def test_no_try_begins_while_the_bus_takes_nothing() -> None:
     bench.bus_up.set()
     await asyncio.sleep(1)
     assert texts(bench) == ["hello"]
-    session.leave(now=True)
-    await task
 
 
 async def test_a_pause_after_a_failure_is_a_boundary() -> None:
@@ -1446,15 +1406,13 @@ async def test_an_answer_that_was_read_when_the_cut_is_due_is_kept() -> None:
     assert texts(bench) == ["late"]
 
 
-async def test_what_nobody_polls_grows_old_while_its_poller_begins_again_and_again() -> None:
+async def test_what_nobody_polls_grows_old_while_its_poller_begins_again_and_again(poller: Poller) -> None:
     bench = await ready(*[Refused("url", "may not be called")] * 100)
-    session, task = tended(bench)
+    session = poller(bench)
     await asyncio.sleep(1)
     first = session.answered
     await asyncio.sleep(300)
     assert session.answered == first
-    session.leave(now=True)
-    await task
 
 
 async def test_leaving_cuts_a_recovery_short() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
 import msgspec
@@ -202,38 +202,38 @@ class Cluster:
             replica.task.cancel()
 
 
-async def test_one_replica_owns_everything() -> None:
-    cluster = Cluster()
+@pytest.fixture
+async def cluster() -> AsyncIterator[Cluster]:
+    made = Cluster()
+    yield made
+    made.stop()
+
+
+async def test_one_replica_owns_everything(cluster: Cluster) -> None:
     alone = cluster.start()
     await cluster.run(2)
     assert alone.working == set(range(SHARDS))
     alone.leases.check(5)
-    cluster.stop()
 
 
-async def test_a_lease_that_runs_out_before_a_renewal_has_failed_can_be_told_of() -> None:
+async def test_a_lease_that_runs_out_before_a_renewal_has_failed_can_be_told_of(cluster: Cluster) -> None:
     """A request to a bucket without a leader hangs for seconds, and so does a process that was frozen."""
-    cluster = Cluster()
     replica = cluster.start()
     await cluster.run(2)
     replica.life.stop()
     await asyncio.sleep(LEASE_S)
     assert not replica.leases.valid
     assert replica.leases.hurdle
-    cluster.stop()
 
 
-async def test_replicas_that_start_together_share() -> None:
-    cluster = Cluster()
+async def test_replicas_that_start_together_share(cluster: Cluster) -> None:
     replicas = [cluster.start() for _ in range(3)]
     await cluster.run(5)
     assert cluster.worked_for == SHARDS
     assert all(len(replica.working) > SHARDS / 6 for replica in replicas)
-    cluster.stop()
 
 
-async def test_a_replica_that_comes_later_gets_its_share_and_nobody_elses() -> None:
-    cluster = Cluster()
+async def test_a_replica_that_comes_later_gets_its_share_and_nobody_elses(cluster: Cluster) -> None:
     first, second = cluster.start(), cluster.start()
     await cluster.run(5)
     before = set(first.working), set(second.working)
@@ -243,11 +243,9 @@ async def test_a_replica_that_comes_later_gets_its_share_and_nobody_elses() -> N
     assert len(third.working) > SHARDS / 6
     assert first.working <= before[0]
     assert second.working <= before[1]
-    cluster.stop()
 
 
-async def test_a_replica_that_flaps_moves_nothing() -> None:
-    cluster = Cluster()
+async def test_a_replica_that_flaps_moves_nothing(cluster: Cluster) -> None:
     first = cluster.start()
     await cluster.run(5)
     for _ in range(3):
@@ -257,11 +255,9 @@ async def test_a_replica_that_flaps_moves_nothing() -> None:
         await cluster.run(LEASE_S * 2)
     assert first.working == set(range(SHARDS))
     assert first.leases._metrics.value("lease_changes_total", reason="released") == 0
-    cluster.stop()
 
 
-async def test_a_release_that_lands_late_frees_nothing_that_was_claimed_again() -> None:
-    cluster = Cluster()
+async def test_a_release_that_lands_late_frees_nothing_that_was_claimed_again(cluster: Cluster) -> None:
     first = cluster.start()
     await cluster.run(5)
     first.claims.late_s = 3.0
@@ -275,11 +271,9 @@ async def test_a_release_that_lands_late_frees_nothing_that_was_claimed_again() 
     await cluster.run(12)
     assert cluster.worked_for == SHARDS
     assert second.working
-    cluster.stop()
 
 
-async def test_a_release_that_never_landed_is_made_up_for() -> None:
-    cluster = Cluster()
+async def test_a_release_that_never_landed_is_made_up_for(cluster: Cluster) -> None:
     first, second = cluster.start(), cluster.start()
     await cluster.run(5)
     theirs = next(iter(second.working))
@@ -290,23 +284,19 @@ async def test_a_release_that_never_landed_is_made_up_for() -> None:
     first.cut(down=False)
     await cluster.run(12)
     assert cluster.worked_for == SHARDS
-    cluster.stop()
 
 
-async def test_an_idle_replica_writes_one_key_per_quarter_of_a_lease() -> None:
-    cluster = Cluster()
+async def test_an_idle_replica_writes_one_key_per_quarter_of_a_lease(cluster: Cluster) -> None:
     cluster.start()
     await cluster.run(5)
     before = cluster.members.writes, cluster.claims.writes
     await cluster.run(60)
     assert cluster.members.writes - before[0] <= 60
     assert cluster.claims.writes == before[1]
-    cluster.stop()
 
 
-async def test_what_replicas_write_grows_with_their_number_and_not_with_the_shards_they_own() -> None:
+async def test_what_replicas_write_grows_with_their_number_and_not_with_the_shards_they_own(cluster: Cluster) -> None:
     """Nor with the bots: a bot is written when something is said, never to be kept."""
-    cluster = Cluster()
     for _ in range(3):
         cluster.start()
     await cluster.run(12)
@@ -314,11 +304,11 @@ async def test_what_replicas_write_grows_with_their_number_and_not_with_the_shar
     await cluster.run(60)
     assert cluster.members.writes - before[0] <= 3 * 60
     assert cluster.claims.writes == before[1]
-    cluster.stop()
 
 
-async def test_a_dead_replica_is_replaced_within_six_seconds_and_not_before_its_lease_ran_out() -> None:
-    cluster = Cluster()
+async def test_a_dead_replica_is_replaced_within_six_seconds_and_not_before_its_lease_ran_out(
+    cluster: Cluster,
+) -> None:
     first = cluster.start()
     await cluster.run(3)
     heir = cluster.start()
@@ -329,13 +319,11 @@ async def test_a_dead_replica_is_replaced_within_six_seconds_and_not_before_its_
     assert heir.working == set(range(SHARDS)) - owned
     await cluster.run(6.0 - HOLD * LEASE_S + 1.0)
     assert heir.working == set(range(SHARDS))
-    cluster.stop()
 
 
 @pytest.mark.parametrize("write_s", [0.5, 0.7, 0.9])
-async def test_a_dead_replica_is_replaced_also_where_each_write_takes_long(write_s: float) -> None:
+async def test_a_dead_replica_is_replaced_also_where_each_write_takes_long(cluster: Cluster, write_s: float) -> None:
     """A renewal that takes its time was no time in which nobody could renew."""
-    cluster = Cluster()
     replicas = [cluster.start() for _ in range(3)]
     await cluster.run(8)
     for replica in replicas:
@@ -344,14 +332,12 @@ async def test_a_dead_replica_is_replaced_also_where_each_write_takes_long(write
     await replicas[0].kill()
     await cluster.run(8)
     assert cluster.worked_for == SHARDS
-    cluster.stop()
 
 
 @pytest.mark.parametrize("later_s", [0.0, 0.13, 0.27, 0.41])
 async def test_a_dead_replica_is_found_out_when_its_lease_is_over_and_not_at_the_look_after_that(
-    later_s: float,
+    cluster: Cluster, later_s: float
 ) -> None:
-    cluster = Cluster()
     first = cluster.start()
     await cluster.run(3)
     heir = cluster.start()
@@ -363,11 +349,9 @@ async def test_a_dead_replica_is_found_out_when_its_lease_is_over_and_not_at_the
         await cluster.run(0.02)
     passed_s = asyncio.get_running_loop().time() - seen
     assert LEASE_S <= passed_s < LEASE_S + 0.1
-    cluster.stop()
 
 
-async def test_a_replica_that_cannot_renew_stops_before_anybody_takes_over() -> None:
-    cluster = Cluster()
+async def test_a_replica_that_cannot_renew_stops_before_anybody_takes_over(cluster: Cluster) -> None:
     first = cluster.start()
     await cluster.run(3)
     heir = cluster.start()
@@ -382,12 +366,10 @@ async def test_a_replica_that_cannot_renew_stops_before_anybody_takes_over() -> 
     assert "lease.paused" in [line["event"] for line in logs]
     await cluster.run(4)
     assert heir.working == set(range(SHARDS))
-    cluster.stop()
 
 
-async def test_a_lease_counts_from_the_time_at_which_its_renewal_was_sent() -> None:
+async def test_a_lease_counts_from_the_time_at_which_its_renewal_was_sent(cluster: Cluster) -> None:
     """Its answer may wait for a process that is stopped: counted from then on, the lease would outlive itself."""
-    cluster = Cluster()
     first = cluster.start()
     await cluster.run(3)
     heir = cluster.start()
@@ -399,11 +381,9 @@ async def test_a_lease_counts_from_the_time_at_which_its_renewal_was_sent() -> N
     await cluster.run(LEASE_S)
     assert heir.working
     assert cluster.worked_for == SHARDS
-    cluster.stop()
 
 
-async def test_a_revoked_holder_finds_out_and_joins_as_somebody_new() -> None:
-    cluster = Cluster()
+async def test_a_revoked_holder_finds_out_and_joins_as_somebody_new(cluster: Cluster) -> None:
     first = cluster.start()
     await cluster.run(3)
     heir = cluster.start()
@@ -418,12 +398,10 @@ async def test_a_revoked_holder_finds_out_and_joins_as_somebody_new() -> None:
     assert await heir.leases.is_dead(incarnation)
     assert not await heir.leases.is_dead(first.leases.incarnation)
     assert cluster.worked_for == SHARDS
-    cluster.stop()
 
 
-async def test_an_outage_of_everybody_keeps_the_owners() -> None:
+async def test_an_outage_of_everybody_keeps_the_owners(cluster: Cluster) -> None:
     """Eight seconds without NATS: all pause, nobody takes over, all go on."""
-    cluster = Cluster()
     replicas = [cluster.start() for _ in range(3)]
     await cluster.run(5)
     before = [set(replica.working) for replica in replicas]
@@ -435,12 +413,10 @@ async def test_an_outage_of_everybody_keeps_the_owners() -> None:
         replica.cut(down=False)
     await cluster.run(3)
     assert [set(replica.working) for replica in replicas] == before
-    cluster.stop()
 
 
-async def test_eight_seconds_in_which_nobody_can_write_keep_the_owners() -> None:
+async def test_eight_seconds_in_which_nobody_can_write_keep_the_owners(cluster: Cluster) -> None:
     """A bucket without a leader can still be read: that nobody renews there proves nothing of anybody."""
-    cluster = Cluster()
     replicas = [cluster.start() for _ in range(3)]
     await cluster.run(5)
     before = [set(replica.working) for replica in replicas]
@@ -453,12 +429,10 @@ async def test_eight_seconds_in_which_nobody_can_write_keep_the_owners() -> None
         replica.members.writes_fail = replica.claims.writes_fail = False
     await cluster.run(3)
     assert [set(replica.working) for replica in replicas] == before
-    cluster.stop()
 
 
-async def test_a_blind_observer_starts_its_observation_again() -> None:
+async def test_a_blind_observer_starts_its_observation_again(cluster: Cluster) -> None:
     """What it saw before it was blind proves nothing about the time since."""
-    cluster = Cluster()
     first = cluster.start()
     await cluster.run(3)
     observer = cluster.start()
@@ -472,11 +446,9 @@ async def test_a_blind_observer_starts_its_observation_again() -> None:
     assert not await observer.leases.is_dead(first.leases.incarnation)
     await cluster.run(3)
     assert observer.working == set(range(SHARDS))
-    cluster.stop()
 
 
-async def test_a_renewal_whose_answer_got_lost_is_adopted() -> None:
-    cluster = Cluster()
+async def test_a_renewal_whose_answer_got_lost_is_adopted(cluster: Cluster) -> None:
     alone = cluster.start()
     await cluster.run(3)
     incarnation = alone.leases.incarnation
@@ -487,11 +459,9 @@ async def test_a_renewal_whose_answer_got_lost_is_adopted() -> None:
         await cluster.run(2.5)
     assert alone.leases.incarnation == incarnation
     assert alone.working == set(range(SHARDS))
-    cluster.stop()
 
 
-async def test_a_claim_whose_answer_got_lost_is_adopted() -> None:
-    cluster = Cluster()
+async def test_a_claim_whose_answer_got_lost_is_adopted(cluster: Cluster) -> None:
     alone = cluster.start()
     alone.claims.deaf = True
     await cluster.run(5)
@@ -500,11 +470,9 @@ async def test_a_claim_whose_answer_got_lost_is_adopted() -> None:
     alone.claims.deaf = False
     await cluster.run(3)
     assert alone.working == set(range(SHARDS))
-    cluster.stop()
 
 
-async def test_a_write_that_lands_late_makes_nobody_owner_twice() -> None:
-    cluster = Cluster()
+async def test_a_write_that_lands_late_makes_nobody_owner_twice(cluster: Cluster) -> None:
     first, second = cluster.start(), cluster.start()
     await cluster.run(5)
     first.members.late_s = first.claims.late_s = 5.0
@@ -513,11 +481,9 @@ async def test_a_write_that_lands_late_makes_nobody_owner_twice() -> None:
     await cluster.run(10)
     assert cluster.worked_for == SHARDS
     assert second.working
-    cluster.stop()
 
 
-async def test_one_who_drains_claims_nothing_and_hands_over_at_once() -> None:
-    cluster = Cluster()
+async def test_one_who_drains_claims_nothing_and_hands_over_at_once(cluster: Cluster) -> None:
     first = cluster.start()
     await cluster.run(3)
     heir = cluster.start()
@@ -527,11 +493,9 @@ async def test_one_who_drains_claims_nothing_and_hands_over_at_once() -> None:
     await leaving
     assert heir.working == set(range(SHARDS))
     assert first.leases.owned == set()
-    cluster.stop()
 
 
-async def test_one_who_drains_does_not_take_the_shards_of_one_who_dies() -> None:
-    cluster = Cluster()
+async def test_one_who_drains_does_not_take_the_shards_of_one_who_dies(cluster: Cluster) -> None:
     first, second = cluster.start(), cluster.start()
     await cluster.run(5)
     owned = set(first.working)
@@ -539,11 +503,9 @@ async def test_one_who_drains_does_not_take_the_shards_of_one_who_dies() -> None
     await second.kill()
     await cluster.run(10)
     assert first.working == owned
-    cluster.stop()
 
 
-async def test_a_replica_that_cannot_give_back_is_taken_over_when_its_lease_runs_out() -> None:
-    cluster = Cluster()
+async def test_a_replica_that_cannot_give_back_is_taken_over_when_its_lease_runs_out(cluster: Cluster) -> None:
     first = cluster.start()
     await cluster.run(3)
     heir = cluster.start()
@@ -553,11 +515,9 @@ async def test_a_replica_that_cannot_give_back_is_taken_over_when_its_lease_runs
     await cluster.run(10)
     await leaving
     assert heir.working == set(range(SHARDS))
-    cluster.stop()
 
 
-async def test_nobody_is_dead_who_renews() -> None:
-    cluster = Cluster()
+async def test_nobody_is_dead_who_renews(cluster: Cluster) -> None:
     first, second = cluster.start(), cluster.start()
     await cluster.run(30)
     assert not await first.leases.is_dead(second.leases.incarnation)
@@ -565,7 +525,6 @@ async def test_nobody_is_dead_who_renews() -> None:
     assert not await first.leases.is_dead("never-was-1"), "it may have been purged, and live"
     await cluster.run(LEASE_S)
     assert await first.leases.is_dead("never-was-1")
-    cluster.stop()
 
 
 def purge(store: Store) -> None:
@@ -584,8 +543,9 @@ def overwrite(store: Store, value: bytes | None) -> None:
     [purge, lambda claims: overwrite(claims, None), lambda claims: overwrite(claims, b"x")],
     ids=["purged", "deleted", "overwritten"],
 )
-async def test_claims_that_are_gone_are_put_back_and_change_no_owner(meddle: Callable[[Store], None]) -> None:
-    cluster = Cluster()
+async def test_claims_that_are_gone_are_put_back_and_change_no_owner(
+    cluster: Cluster, meddle: Callable[[Store], None]
+) -> None:
     replicas = [cluster.start() for _ in range(3)]
     await cluster.run(10)
     before = [set(replica.working) for replica in replicas]
@@ -598,12 +558,12 @@ async def test_claims_that_are_gone_are_put_back_and_change_no_owner(meddle: Cal
     await cluster.run(30)
     assert cluster.worked_for == SHARDS
     assert late.working
-    cluster.stop()
 
 
 @pytest.mark.parametrize("value", [None, b"x"], ids=["deleted", "overwritten"])
-async def test_claims_that_are_gone_are_claimed_anew_where_no_owner_is_left(value: bytes | None) -> None:
-    cluster = Cluster()
+async def test_claims_that_are_gone_are_claimed_anew_where_no_owner_is_left(
+    cluster: Cluster, value: bytes | None
+) -> None:
     replica = cluster.start()
     await cluster.run(5)
     await replica.kill()
@@ -611,20 +571,16 @@ async def test_claims_that_are_gone_are_claimed_anew_where_no_owner_is_left(valu
     heir = cluster.start()
     await cluster.run(3 * LEASE_S)
     assert heir.working == set(range(SHARDS))
-    cluster.stop()
 
 
-async def test_a_key_that_is_no_member_stops_nobody() -> None:
-    cluster = Cluster()
+async def test_a_key_that_is_no_member_stops_nobody(cluster: Cluster) -> None:
     cluster.members.write("stranger", b"x", 0)
     replica = cluster.start()
     await cluster.run(5)
     assert replica.working == set(range(SHARDS))
-    cluster.stop()
 
 
-async def test_purged_members_cost_a_lease_and_no_shard_has_two_owners() -> None:
-    cluster = Cluster()
+async def test_purged_members_cost_a_lease_and_no_shard_has_two_owners(cluster: Cluster) -> None:
     replicas = [cluster.start() for _ in range(3)]
     await cluster.run(10)
     before = {replica.leases.incarnation for replica in replicas}
@@ -632,11 +588,9 @@ async def test_purged_members_cost_a_lease_and_no_shard_has_two_owners() -> None
     await cluster.run(3 * LEASE_S)
     assert cluster.worked_for == SHARDS
     assert not before & {replica.leases.incarnation for replica in replicas}
-    cluster.stop()
 
 
-async def test_a_claim_that_another_hand_has_changed_is_given_up() -> None:
-    cluster = Cluster()
+async def test_a_claim_that_another_hand_has_changed_is_given_up(cluster: Cluster) -> None:
     replica = cluster.start()
     await cluster.run(5)
     known = cluster.claims.entries["7"]
@@ -647,7 +601,6 @@ async def test_a_claim_that_another_hand_has_changed_is_given_up() -> None:
     await cluster.run(2)
     assert cluster.worked_for == SHARDS
     assert 7 in replica.working
-    cluster.stop()
 
 
 @pytest.mark.parametrize("steps", range(12))
