@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 
 import msgspec
 
-from adapter.contract import Outbound, OutFile, OutImage, OutText, OutVideo, OutVoice
+from adapter.contract import Outbound, OutFile, OutImage, OutText, OutVideo, OutVoice, without_halves
 from adapter.errors import UNDECODABLE, Refused, Unreadable
 from adapter.names import check_sandbox
 from adapter.split import MAX_BYTES, is_open, split, to_plain
@@ -130,6 +130,7 @@ def command_id(body_id: str | None, routed_id: str, msg_id: str, seq: int) -> st
 def peek(data: bytes, limits: Limits) -> Outbound:
     """The message's fields; a `sandbox` of another form than a sandbox's is kept, for the readers to refuse.
 
+    Half an emoji, as programs in JavaScript and Python leave it where they cut a text, costs no more than itself.
     Raises Unreadable for what is too large, no JSON, or otherwise not of the schema.
     """
     if len(data) > limits.command_bytes:
@@ -137,6 +138,8 @@ def peek(data: bytes, limits: Limits) -> Outbound:
     try:
         return msgspec.json.decode(data, type=Outbound)
     except UNDECODABLE as exc:
+        if (whole := without_halves(data)) != data:
+            return peek(whole, limits)
         if body := _misaddressed(data):
             return body
         raise Unreadable("unreadable", _harmless(exc)) from exc

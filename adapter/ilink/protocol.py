@@ -12,6 +12,7 @@ from urllib.parse import quote, urlsplit
 import msgspec
 
 from adapter import __version__
+from adapter.contract import without_halves
 from adapter.errors import Refused, SessionExpired, Temporary, Throttled, Uncertain
 from adapter.ilink import wire
 from adapter.ilink.cipher import cipher_size, write_key
@@ -29,10 +30,6 @@ HOST_SUFFIXES = (".weixin.qq.com", ".wechat.com")
 _URL = re.compile(r"[!-~]+")
 _HOST_PORT = re.compile(r"([A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\])(:\d{1,5})?")
 _HOST = re.compile(r"[a-z0-9-]+(\.[a-z0-9-]+)+")
-_ESCAPE = re.compile(
-    rb"\\(?:u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|(u[dD][89a-fA-F][0-9a-fA-F]{2})|.)", re.DOTALL
-)
-"""An escape in a JSON string; the group: half a surrogate pair."""
 _STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+(?:"|\Z)', re.DOTALL)
 _CONTROLS = re.compile(rb"[\x00-\x1f]")
 _BOM = b"\xef\xbb\xbf"
@@ -460,7 +457,7 @@ def _decode(reply: Reply, kind: type[A]) -> A:
         try:
             answer = msgspec.json.decode(reply.body, type=kind)
         except msgspec.DecodeError:
-            mended = _ESCAPE.sub(lambda found: b"\\ufffd" if found[1] else found[0], reply.body.removeprefix(_BOM))
+            mended = without_halves(reply.body.removeprefix(_BOM))
             if _CONTROLS.search(mended):
                 mended = _STRING.sub(lambda found: _CONTROLS.sub(_escaped, found[0]), mended)
             answer = msgspec.json.decode(mended, type=kind, strict=False)
