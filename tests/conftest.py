@@ -1,4 +1,5 @@
-"""Which loop a test gets (modules that say `VIRTUAL_TIME = True`: one whose clock jumps), and what npm brings.
+"""Which loop a test gets (modules that say `VIRTUAL_TIME = True`: one whose clock jumps; `LOOPS`: each of those in
+turn), and what npm brings.
 
 And no test may print a secret: see tests/canary.py.
 """
@@ -44,9 +45,12 @@ UNREACHABLE = ("ENOTFOUND", "EAI_AGAIN", "ECONNREFUSED", "ETIMEDOUT", "ENETUNREA
 def pytest_asyncio_loop_factories(
     config: pytest.Config, item: pytest.Item
 ) -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
-    if getattr(getattr(item, "module", None), "VIRTUAL_TIME", False):
+    module = getattr(item, "module", None)
+    if getattr(module, "VIRTUAL_TIME", False):
         return {"virtual": VirtualLoop}
-    return {"asyncio": asyncio.new_event_loop}
+    loops: Mapping[str, Callable[[], asyncio.AbstractEventLoop]]
+    loops = getattr(module, "LOOPS", {"asyncio": asyncio.new_event_loop})
+    return loops
 
 
 @pytest.hookimpl(wrapper=True)

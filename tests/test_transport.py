@@ -30,7 +30,8 @@ from tests.e2e.waiting import free_port, until
 from tests.fakes import Wire
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nRetry-After: 7\r\n\r\n{}"
-pytestmark = pytest.mark.filterwarnings("ignore:Overriding the .event_loop_policy.:DeprecationWarning")
+LOOPS = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
+"""The service runs on uvloop; where that is missing, on asyncio's own."""
 
 LARGEST = 100_000
 RESOLVER = CheckedResolver(("127.0.0.1", "localhost"))
@@ -72,14 +73,6 @@ class Server:
                 await self.answer(writer)
         self.open -= 1
         writer.close()
-
-
-@pytest.fixture(
-    scope="module", params=[asyncio.DefaultEventLoopPolicy, uvloop.EventLoopPolicy], ids=["asyncio", "uvloop"]
-)
-def event_loop_policy(request: pytest.FixtureRequest) -> asyncio.AbstractEventLoopPolicy:
-    """The service runs on uvloop; where that is missing, on asyncio's own."""
-    return request.param()  # type: ignore[no-any-return]
 
 
 @pytest.fixture
