@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import hashlib
 import itertools
 import secrets
@@ -37,6 +38,7 @@ HOLD = 0.8
 """The holder stops after this part of the lease; the rest is for clocks that run apart and answers on their way."""
 
 
+@functools.lru_cache(maxsize=8192)  # asked for all shards and members at each look
 def rank(member: str, shard: int) -> bytes:
     """Rendezvous hashing: the live member with the highest rank should own the shard."""
     return hashlib.blake2b(f"{member}|{shard}".encode(), digest_size=8).digest()

@@ -19,8 +19,10 @@ from nats.aio.transport import TcpTransport
 _HEADERS = re.compile(r"(?:[!#$%&'*+\-.^_`|~0-9A-Za-z]+: (?! )[ -~]*(?<! )\r\n)+")
 """Those that need no look: a name and printable ASCII, without spaces around it that nats-py would take away."""
 
-_FIRST = b"NATS/1.0\r\n"
-_PLAIN = re.compile(_FIRST + _HEADERS.pattern.encode() + b"\r\n")
+_PLAIN = re.compile(
+    rb"NATS/1\.0(?: (?P<status>\d{3}) (?P<why>[!-~][ -~]*))?\r\n(?P<lines>(?:%b)?)\r\n" % _HEADERS.pattern.encode()
+)
+"""The server's own word has a status and a reason in the first line."""
 
 _VIOLATION = re.compile(r'permissions violation for (publish|subscription) to "([^"]+)"')
 
@@ -104,11 +106,16 @@ class BusClient(Client):
         return await self._process_headers(raw) or {}
 
     async def _process_headers(self, headers: bytes | None) -> dict[str, str] | None:
-        """nats-py looks at each letter of each name."""
-        if headers and _PLAIN.fullmatch(headers):
-            lines = headers[len(_FIRST) : -4].decode("ascii").split("\r\n")
-            return {name: value for name, _, value in [line.partition(": ") for line in lines]}
-        return await super()._process_headers(headers)
+        """nats-py looks at each letter of each name, and twice where the server says a word of its own."""
+        plain = _PLAIN.fullmatch(headers) if headers else None
+        if plain is None:
+            return await super()._process_headers(headers)
+        status, why, lines = plain.groups()
+        found = {"Status": status.decode("ascii"), "Description": why.decode("ascii")} if status else {}
+        for line in lines.decode("ascii").split("\r\n")[:-1]:
+            name, _, value = line.partition(": ")
+            found[name] = value
+        return found or None
 
     async def _process_msg(self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: Any) -> None:
         take = self._takes.get(sid)

@@ -36,6 +36,8 @@ log = structlog.get_logger()
 EXPIRES_S = 10.0
 """Of a pull; so long the pulls of an owner that is frozen go on taking. The least that such heartbeats allow."""
 HEARTBEAT_S = 5.0
+SILENT_S = 15.0
+"""Without a word, a delivery or a heartbeat, for so long the server is taken to have forgotten the pull."""
 PULL_BYTES = 1024 * 1024
 """What a pull brings at most: a server cuts off who lets 64 MB wait for him, and after the next
 connect all of it would come again, and be cut off again."""
@@ -219,14 +221,15 @@ class Consumer:
                 while self.link.epoch == epoch and self.link.nc is nc:
                     if broken:
                         raise Temporary("consumer_broken", broken)
-                    if asyncio.get_running_loop().time() - heard > 3 * HEARTBEAT_S:
+                    left_s = heard + SILENT_S - asyncio.get_running_loop().time()
+                    if left_s <= 0:
                         raise Temporary("consumer_silent")
                     self._wake.clear()
                     missing = self._room - self._in_hand - self._requested
                     if missing >= max(1, self._room // 4):
                         await self._ask(inbox, missing)
                     if not down.done():
-                        await first_of(self._wake, HEARTBEAT_S)
+                        await first_of(self._wake, left_s)
         finally:
             down.cancel()
 

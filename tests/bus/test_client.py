@@ -68,7 +68,9 @@ LINE = st.one_of(
     st.builds(lambda name, value: f"{name}: {value}".encode(), NAME, WORD),
     st.sampled_from([b"Nats-Sequence: 5", b"a:b", b"a:  b ", b"A: ", b"Status: 409", b" folded", b""]),
 )
-FIRST = st.sampled_from([b"NATS/1.0", b"NATS/1.0 404 Message Not Found", b"NATS/1.0 503", b"NATS/1.0 100 Idle"])
+FIRST = st.sampled_from(
+    [b"NATS/1.0", b"NATS/1.0 404 Message Not Found", b"NATS/1.0 503", b"NATS/1.0 100 Idle", b"NATS/1.0 100  "]
+)
 
 
 async def read(client: Client, raw: bytes) -> dict[str, str] | type[Exception]:
@@ -94,6 +96,13 @@ async def test_the_usual_headers_are_read_the_short_way(monkeypatch: pytest.Monk
     assert await BusClient().headers(raw) == {
         "Nats-Stream": "KV_wechat_cursors",
         "Nats-Time-Stamp": "2026-11-26T12:00:00.5Z",
+    }
+    raw = b"NATS/1.0 408 Request Timeout\r\nNats-Pending-Messages: 40\r\nNats-Pending-Bytes: 0\r\n\r\n"
+    assert await BusClient().headers(raw) == {
+        "Status": "408",
+        "Description": "Request Timeout",
+        "Nats-Pending-Messages": "40",
+        "Nats-Pending-Bytes": "0",
     }
 
 
