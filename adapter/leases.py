@@ -302,6 +302,8 @@ class Leases:
         gone = []
         for shard in sorted(self.owned):
             entry, revision = claims.get(str(shard)), self._claim_revisions[shard]
+            if entry is not None and entry.revision == revision:
+                continue
             if entry is None or _claim_in(entry) is None:
                 gone.append(shard)
             elif entry.revision > revision and _owner(entry) != self.incarnation:
