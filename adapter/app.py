@@ -294,6 +294,7 @@ class Adapter:
                 slots=asyncio.Semaphore(settings.max_sends),
                 attempts=settings.send_attempts,
                 empty_is_success=settings.empty_send_is_success,
+                answer_s=settings.send_timeout_s,
                 continue_text=settings.continue_text,
                 text_chars=settings.text_max_chars,
                 pause=unset,

@@ -132,6 +132,13 @@ class Contexts:
                 peer.context = msgspec.structs.replace(peer.context, hand=before.hand, done=before.done)
         return wrote
 
+    async def reread(self, peer: Peer) -> None:
+        """Reads the record anew, as the owner before may have written. Raises Temporary."""
+        async with peer.lock:
+            before, revision = peer.context, peer.revision
+            await self._load(peer)
+            peer.context = before if peer.revision == revision else window.known_also(peer.context, before)
+
     async def save(self, peer: Peer, make: Callable[[Context], Context]) -> Context:
         """Changes the record and stores it, with whatever was changed only in memory.
 

@@ -220,13 +220,13 @@ class Control:
             if user and other.user == user and other.bot != command.bot
         ]  # fmt: skip
         new = before is None or not self._same(before, binding)
+        if before is not None and before.sandbox != command.sandbox:
+            await self._tell(before, "unbound", command.id, reason="moved")  # after a crash nobody knows it any more
         if new:
             await self._bindings.put(binding)
         if new or (before is not None and command.id and before.request == command.id):
             # told again where a crash may have come before the telling: the stream drops the repeat
             await self._tell(binding, "bound", command.id)
-            if before is not None and before.sandbox != command.sandbox:
-                await self._tell(before, "unbound", command.id, reason="moved")
         for other in replaced:
             await self._tell(other, "replaced", command.id)  # first: a crash in between repeats it, and loses nothing
             await self._bindings.remove(other.bot)

@@ -31,6 +31,11 @@ class Item:
         self.suspect = suspect
         """It was in somebody's hand before: its receipt may be on the bus already."""
 
+    @property
+    def seq(self) -> int:
+        """Its place among the commands as they were stored; 0: it comes from where it was parked."""
+        return self.delivery.seq if self.delivery else 0
+
 
 class Parked(NamedTuple):
     """A command that waits on the bus."""
@@ -66,6 +71,8 @@ class Lane:
         the user by then; `inf`: that was looked at."""
         self.hand: Hand | None = None
         """How far its last command got: one of the bot's next sandbox may take its place in the record."""
+        self.is_left = False
+        """Its bot serves another sandbox now, whose owner waits until nothing is out here: how it ends is stored."""
         self.queue: deque[Item] = deque()
         self.parked: deque[Parked] = deque()
         self.earliest_ms = math.inf
@@ -95,6 +102,8 @@ class Lane:
         """What is parked up to this sequence is not merged: iLink refused it so."""
         self.moved: Lane | None = None
         """The lane that took everything over when the bot's user became known."""
+        self.behind: asyncio.Task[None] | None = None
+        """What works on the lane that was taken over: a command of it may be about to be parked."""
         self.task: asyncio.Task[None] | None = None
         self._account: tuple[Binding, Account] | None = None
 
@@ -112,9 +121,9 @@ class Lane:
 
     def take_over(self, other: Lane) -> None:
         """Moves everything that waits in another lane here."""
-        other.moved = self
+        other.moved, self.behind = self, other.task
         self.parked = deque(sorted({*self.parked, *other.parked}))
-        self.queue.extend(other.queue)
+        self.queue = deque(sorted([*self.queue, *other.queue], key=lambda item: item.seq))
         self.unsure |= other.unsure
         self.told |= other.told
         self.inherited_ms = min(self.inherited_ms, other.inherited_ms)
@@ -124,9 +133,12 @@ class Lane:
         other.wake.set()
 
     def shift(self, item: Item) -> None:
-        """Takes the first command out of the queue, unless the queue went to another lane meanwhile."""
-        if self.queue and self.queue[0] is item:
-            self.queue.popleft()
+        """Takes the first command out of the queue, which another lane may have taken over meanwhile."""
+        queue = self.moved.current().queue if self.moved else self.queue
+        if queue and queue[0] is item:
+            queue.popleft()
+        elif item in queue:
+            queue.remove(item)
 
     def put_first(self, parked: Parked) -> None:
         """Moves a parked command ahead of the others."""

@@ -65,13 +65,15 @@ class LaneWork(Settling):
                 wait_s = min(60.0, 2.0**failures)
             if wait_s:
                 await self._sleep(lane, wait_s)
-        if self._drain.is_set() and not self._lost:
+        if not self._lost and (self._drain.is_set() or lane.is_left):
             await self._store_hand(lane)
 
     async def _store_hand(self, lane: Lane) -> None:
         """Stores how far the command in hand got: the next owner would know only that a request was to leave."""
         peer = self._sender.contexts.loaded(lane.bot, lane.user)
-        if peer is None or peer.context.hand is None or peer.context is peer.stored:
+        if peer is None or peer.context is peer.stored:
+            return
+        if peer.context.hand is None and not lane.is_left:
             return
         try:
             async with asyncio.timeout(NOTE_S):
@@ -93,6 +95,9 @@ class LaneWork(Settling):
 
     async def _turn(self, lane: Lane) -> float:
         """One step for the lane; seconds to wait before the next (0: at once), unless it is woken."""
+        if lane.behind is not None:
+            await asyncio.wait([lane.behind])
+            lane.behind = None
         await self._expire(lane)
         if not (lane.queue or lane.parked):
             return 0.0
@@ -164,7 +169,8 @@ class LaneWork(Settling):
             return found
         for other in self._needs.bindings.of_sandbox(lane.sandbox):
             if other.user == lane.user:
-                lane.former[lane.bot], lane.bot = None, other.bot
+                lane.former[lane.bot] = None
+                lane.bot, lane.is_left = other.bot, False
                 return other
         return found
 
@@ -441,8 +447,7 @@ class LaneWork(Settling):
         for item in late:
             ending = Ending("refused", "expired", "It was not sent in time.")
             told[item.command.client] = await self._end_unsent(lane, item, ending, hand)
-            if item in lane.queue:
-                lane.queue.remove(item)
+            lane.shift(item)
         held = {one.client for one in hand.all} if hand and hand.tried else set()
         together = lane.late_together(held, now_ms)
         for parked in together:
@@ -465,8 +470,9 @@ class LaneWork(Settling):
             await self._end(item, told[item.command.client], None, lane.bot, lane.user)
 
         while lane.queue:
-            await end(lane.queue[0])
-            lane.queue.popleft()
+            item_now = lane.queue[0]
+            await end(item_now)
+            lane.shift(item_now)
         while lane.parked:
             if item := await self._read_parked(lane, lane.parked[0]):
                 await end(item)

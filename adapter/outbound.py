@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, deque
+from collections.abc import Iterable
 
 import structlog
 
@@ -203,7 +204,7 @@ class Shard(LaneWork):
             suspect_ms = [item.command.stored_ms for item in waiting if item.suspect]
             try:
                 await self._needs.bound_yet()
-                hands = await self._hands(sandbox, min(suspect_ms)) if suspect_ms else {}
+                hands = await self._hands(sandbox, waiting, min(suspect_ms)) if suspect_ms else {}
             except Temporary as exc:
                 log.warning("command.waits", sandbox=sandbox, reason=exc.reason)
                 await self._pause(0.5)
@@ -218,14 +219,15 @@ class Shard(LaneWork):
                     await self._end_surely(item, in_doubt(ending, hand, item.command))
         del self._waiting[sandbox]
 
-    async def _hands(self, sandbox: str, since_ms: int) -> dict[str, Hand]:
+    async def _hands(self, sandbox: str, waiting: Iterable[Item], since_ms: int) -> dict[str, Hand]:
         """What a sandbox's bots had in hand, by client, also those that served it since a time: the owner before us
         may have asked for it, and nobody can be found for it now. Raises Temporary."""
+        named = {item.command.user for item in waiting} - {""}
         hands: dict[str, Hand] = {}
         for bot, user in await self._served(sandbox, since_ms):
-            hand = (await self._sender.contexts.stored(bot, user)).hand if user else None
-            if hand is not None and hand.sandbox == sandbox:
-                hands |= {one.client: hand for one in hand.all}
+            for name in {user} if user else named:
+                if hand := (await self._sender.contexts.stored(bot, name)).hand_of(sandbox):
+                    hands |= {one.client: hand for one in hand.all}
         return hands
 
     def _find(self, command: Command) -> Binding:
@@ -284,7 +286,11 @@ class Shard(LaneWork):
         for lane in self._lanes.of(sandbox):
             if anew:
                 lane.stale_tries, lane.stale_until, lane.last_tries = 0, 0.0, False
+            binding = self._needs.bindings.get(lane.bot)
+            lane.is_left = binding is not None and binding.sandbox != sandbox
             self._start(lane)
+            if lane.is_left and (lane.task is None or lane.task.done()):
+                self._tasks.spawn(self._store_hand(lane))
 
     async def drain(self, grace_s: float) -> None:
         """Starts nothing new; requests that are out get `grace_s` seconds to end."""

@@ -127,6 +127,9 @@ class Context(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     blocked_ms: int = 0
     """When the request left to which iLink said -2; 0: not blocked."""
     hand: Hand | None = None
+    left: Hand | None = None
+    """What another sandbox, which the bot served before, still had in hand when this one sent: its owner may die
+    before it tells how that ended."""
     done: list[str] = []
     """Sandbox/id of the last commands that were sent, or may have been, against a second publish with the same id."""
     told: Literal["", "open", "low", "closed"] = ""
@@ -136,6 +139,10 @@ class Context(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     def __repr__(self) -> str:
         return f"Context(used={self.used}, inbound_ms={self.inbound_ms})"
+
+    def hand_of(self, sandbox: str) -> Hand | None:
+        """What was last in hand for one of the sandboxes that the bot has served."""
+        return next((hand for hand in (self.hand, self.left) if hand and hand.sandbox == sandbox), None)
 
 
 class Spoken(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

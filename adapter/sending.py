@@ -89,6 +89,8 @@ class Sender(NamedTuple):
     """Of one request while iLink's answers say that nothing was taken."""
     empty_is_success: bool
     """An answer without a message id is `accepted`."""
+    answer_s: float
+    """A request has its answer within this time, or none."""
     continue_text: str
     """Appended to the text that takes the last send of a window; "" is nothing."""
     text_chars: int
@@ -110,9 +112,13 @@ class Sender(NamedTuple):
 async def send(command: Command, peer: Peer, account: Account, sender: Sender) -> Ending | Wait | Repeat | Apart:
     """Sends what is left of `command`.
 
-    Raises LeaseLost, Draining, Temporary (the bus is away, or part of what is merged expired): the command stays in
-    hand.
+    Raises LeaseLost, Draining, Temporary (the bus is away, part of what is merged expired, or a request of the bot's
+    sandbox before is out): the command stays in hand.
     """
+    if peer.context.hand and peer.context.hand.sandbox != command.sandbox:
+        if _is_out(peer.context, command, sender):
+            await sender.contexts.reread(peer)  # who has it out stores how it went
+        _one_at_a_time(peer.context, command, sender)
     hand = peer.context.hand
     if hand is None or hand.client != command.client:
         if window.is_repeat(peer.context, command.sandbox, command.id, command.client):
@@ -148,6 +154,16 @@ async def send(command: Command, peer: Peer, account: Account, sender: Sender) -
 def _all_taken(hand: Hand) -> Ending:
     ending = _ending("accepted_unconfirmed" if hand.unconfirmed else "accepted", hand)
     return ending._replace(ret=hand.ret, errcode=hand.errcode, errmsg=hand.errmsg)
+
+
+def _is_out(context: Context, command: Command, sender: Sender) -> bool:
+    return window.is_out(context, command.sandbox, sender.clock.now_ms(), sender.answer_s)
+
+
+def _one_at_a_time(context: Context, command: Command, sender: Sender) -> None:
+    """Raises Temporary while a request of the bot's sandbox before may be out."""
+    if _is_out(context, command, sender):
+        raise Temporary("bot_moved", "A request of the sandbox that the bot served before may be out.")
 
 
 def _closed(command: Command, hand: Hand, peer: Peer, sender: Sender) -> Wait | None:
@@ -197,15 +213,18 @@ async def _request(
 ) -> Hand | Ending | Wait | Apart:
     """One request; where the command then stands."""
     hand = msgspec.structs.replace(hand, attempts=hand.attempts + 1, tried=hand.tried + 1)
+
+    def leaving(context: Context) -> Context:
+        if (
+            context.hand and context.hand.sandbox != command.sandbox
+        ):  # news of the bucket: another replica has written
+            _one_at_a_time(context, command, sender)
+        return window.leaving(context, _with_tail(hand, content, context, sender), sender.clock.now_ms())
+
     await sender.pace()
     async with sender.slots:
         sender.check()
-        await sender.contexts.save(
-            peer,
-            lambda context: window.leaving(
-                context, _with_tail(hand, content, context, sender), sender.clock.now_ms()
-            ),
-        )
+        await sender.contexts.save(peer, leaving)
         hand = peer.context.hand or hand  # it now says in which window it counts, and what is appended
         peer.in_flight += 1
         try:

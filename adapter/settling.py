@@ -27,7 +27,7 @@ from adapter.names import Names
 from adapter.ports import Account, Bus, History
 from adapter.presence import Showing
 from adapter.receipts import Receipts
-from adapter.records import Binding, Hand
+from adapter.records import Binding, Context, Hand
 from adapter.sending import MAX_RESENDS, Ending, Sender, in_doubt
 from adapter.tasks import Tasks
 from adapter.uploads import Uploads
@@ -120,7 +120,7 @@ class Settling:
         if lane.former:
             former = [bot for bot in lane.former if bot != lane.bot]
             before = [(await contexts.peer(bot, lane.user)).context for bot in former]
-            hands = [hand for context in before if (hand := _own(lane, context.hand))]
+            hands = [hand for context in before if (hand := _own(lane, context))]
             waiting = {*(item.command.client for item in lane.queue), *(parked.client for parked in lane.parked)}
             hands.sort(key=lambda hand: any(one.client in waiting for one in hand.all))
             hand = hands.pop() if hands else None
@@ -171,7 +171,7 @@ class Settling:
         """What is in hand of the lane. Raises Temporary, LeaseLost."""
         if not lane.user:
             return None
-        return _own(lane, (await self._peer(lane)).context.hand)
+        return _own(lane, (await self._peer(lane)).context)
 
     async def _end_unsent(self, lane: Lane, item: Item, ending: Ending, hand: Hand | None) -> Ending:
         """The same for one of several that may be in hand together; what was told."""
@@ -253,9 +253,10 @@ class Settling:
                 return
 
 
-def _own(lane: Lane, hand: Hand | None) -> Hand | None:
-    """What is in hand of the lane. `hand`: what the record says, where one of the bot's next sandbox may stand."""
-    return hand if hand and hand.sandbox == lane.sandbox else lane.hand
+def _own(lane: Lane, context: Context) -> Hand | None:
+    """What is in hand of the lane; in the record one of the bot's next sandbox may have taken its place."""
+    hand = context.hand
+    return hand if hand and hand.sandbox == lane.sandbox else lane.hand or context.hand_of(lane.sandbox)
 
 
 def _crashed(shard: int, exc: BaseException) -> None:

@@ -22,6 +22,9 @@ Name: TypeAlias = Literal["", "open", "low", "closed"]
 DONE_IDS = 32
 SENT_KEPT = 32
 """Times of sends kept per window: more than the budget."""
+NEWS_MS = 1000
+"""The news that a bot has moved reach its owner within this time, however much later they come where the bus is away:
+nothing can be counted as about to leave then."""
 LATE_MS = 300_000
 """A message that seems older than this when it comes tells of a wrong clock: polls that hang bring it sooner. Else a
 clock that is behind would count the sends of all windows against each new one, for ever."""
@@ -162,9 +165,11 @@ def leaving(context: Context, hand: Hand, now_ms: int) -> Context:
     `hand` was read.
     """
     known = context.hand
-    if known is not None and known.client != hand.client and known.sandbox == hand.sandbox:
-        # an owner before us told how it ended, and could not note it; one of another sandbox may still have to end
-        context = settled(context, known.client, sent=known.is_begun)
+    if known is not None and known.client != hand.client:
+        if known.sandbox == hand.sandbox:  # an owner before us told how it ended, and could not note it
+            context = settled(context, known.client, sent=known.is_begun)
+        elif known.is_begun:  # it may still have to end
+            context = msgspec.structs.replace(context, left=known)
     out = 0 if known is None or (known.client, known.part) != (hand.client, hand.part) else known.tried
     counts = known is None or not out or known.counted_in != context.inbound_id
     hand = msgspec.structs.replace(hand, counted_in=context.inbound_id, tried=max(hand.tried, out + 1))
@@ -204,11 +209,15 @@ def settled(context: Context, client: str, *, sent: bool) -> Context:
     Not `sent`: none of it can be on the phone, or its sender was told that it was refused. With the same id it may be
     tried again.
     """
-    hand = context.hand
-    if hand is None or hand.client != client:
+    hand, left = context.hand, context.left
+    if hand is not None and hand.client == client:
+        over, hand = hand, None
+    elif left is not None and left.client == client:
+        over, left = left, None
+    else:
         return context
-    names = [named(hand.sandbox, one.command) for one in hand.all] if sent else []
-    return msgspec.structs.replace(context, hand=None, done=[*context.done, *names][-DONE_IDS:])
+    names = [named(over.sandbox, one.command) for one in over.all] if sent else []
+    return msgspec.structs.replace(context, hand=hand, left=left, done=[*context.done, *names][-DONE_IDS:])
 
 
 def known_also(stored: Context, before: Context) -> Context:
@@ -226,6 +235,15 @@ def moved(context: Context, hand: Hand | None, done: list[str]) -> Context:
     if hand is None or (context.hand and context.hand.sandbox == hand.sandbox):  # it knows better: it went on here
         hand = context.hand
     return msgspec.structs.replace(context, done=done, hand=hand)
+
+
+def is_out(context: Context, sandbox: str, now_ms: int, answer_s: float) -> bool:
+    """Whether a request of another sandbox may be out, which the bot served until just now: its owner may be another
+    replica. Of one whose clock is far off nothing can be said."""
+    hand = context.hand
+    if hand is None or hand.sandbox == sandbox or not hand.tried or not context.sent_ms:
+        return False  # or the user wrote since: then that is what counts
+    return abs(now_ms - context.sent_ms[-1]) < answer_s * 1000 + NEWS_MS
 
 
 def is_repeat(context: Context, sandbox: str, command: str, client: str) -> bool:

@@ -943,6 +943,7 @@ class Bench:
             slots=asyncio.Semaphore(8),
             attempts=3,
             empty_is_success=False,
+            answer_s=15.0,
             continue_text="",
             text_chars=LIMITS.text_chars,
             pause=asyncio.sleep,

@@ -200,9 +200,29 @@ async def test_a_bot_that_moves_to_another_sandbox_leaves_the_first() -> None:
     await platform.bind(id="r1")
     await platform.bind(sandbox="s2", id="r2")
     assert platform.bound == {BOT: "s2"}
-    assert platform.changes == [("s1", BOT, "bound"), ("s2", BOT, "bound"), ("s1", BOT, "unbound")]
-    assert platform.bench.bus.events()[-1].reason == "moved"
+    assert platform.changes == [("s1", BOT, "bound"), ("s1", BOT, "unbound"), ("s2", BOT, "bound")]
+    assert [event.reason for event in platform.bench.bus.events()] == ["", "moved", ""]
     assert platform.bench.bindings.of_sandbox("s1") == []
+
+
+@pytest.mark.parametrize("breaks_off", ["before", "after"])
+async def test_a_sandbox_is_told_once_that_its_bot_has_moved_also_where_that_breaks_off(breaks_off: str) -> None:
+    platform = Platform()
+    await platform.bind(id="r1")
+    failures, update = [Temporary("bus_down")], platform.bench.bindings_bucket.update
+
+    async def fails_once(key: str, value: bytes, revision: int) -> int:
+        if failures and breaks_off == "before":
+            raise failures.pop()
+        written = await update(key, value, revision)
+        if failures:
+            raise failures.pop()
+        return written
+
+    platform.bench.bindings_bucket.update = fails_once  # type: ignore[method-assign]
+    await platform.bind(sandbox="s2", id="r2")
+    assert not failures
+    assert platform.changes == [("s1", BOT, "bound"), ("s1", BOT, "unbound"), ("s2", BOT, "bound")]
 
 
 async def test_options_and_cursor_are_kept() -> None:

@@ -264,8 +264,6 @@ class Model:
         self.tokens = 0
         self.wrote: dict[str, list[int]] = defaultdict(list)
         self.deaths = 0
-        self.unnamed = 0
-        """How often a bot was bound whose user nobody knew."""
         self.replicas = 0
         self.retired: list[Replica] = []
         self.later: set[asyncio.Task[None]] = set()
@@ -405,7 +403,6 @@ class Model:
                     if not one.user and one.bot.startswith(user):
                         await self._remove(one.bot)
             known = name if named or (before and before.sandbox == sandbox and not anew) else ""
-            self.unnamed += not known
             await self.world.bind(sandbox, bot, known, token=f"{bot}:{self.tokens}")
             if before is not None and before.bot == bot and before.sandbox != sandbox:
                 await self._tell_unbound(before)
@@ -588,7 +585,8 @@ def receipts_are_true(model: Model) -> list[str]:
         if not one.pieces:
             continue
         times = [len(shown[piece]) for piece in one.pieces]
-        if max(times) > 1:
+        to_both = KNOWN and model.deaths and not one.user  # it has no address, and the sandbox another user by then
+        if max(times) > 1 and not to_both:
             wrong.append(f"{one.ident} {one.pieces} was shown {times} times")
         for receipt in finals.get((one.ident, one.stored_ms), []):
             silent = any(asked[piece] & model.chat.unanswered for piece in one.pieces)
@@ -602,7 +600,7 @@ def receipts_are_true(model: Model) -> list[str]:
                     if not silent and not model.deaths:
                         wrong.append(f"{one.ident} is uncertain, and each request had its answer")
                 case _:
-                    if min(times) > 0:
+                    if min(times) > 0 and not to_both:
                         wrong.append(f"{one.ident} is {receipt.outcome} ({receipt.reason}), and was shown {times}")
             known = {ident for piece in one.pieces for ident in ids[piece]} - {""}
             waited = KNOWN and receipt.bot and one.user and receipt.bot[:2] != one.user[:2]  # at another user's bot
@@ -639,8 +637,6 @@ def one_at_a_time_and_in_order(model: Model) -> list[str]:
                 for piece in pieces(sent)
                 if piece.startswith(f"@{sandbox}.") and not (model.settings["reserve"] and piece in passing)
             ]
-            if KNOWN:
-                found = [] if model.unnamed else found
             if any(earlier > later for earlier, later in pairwise(found)):
                 wrong.append(f"{user} got {found} of {sandbox}")
     return wrong

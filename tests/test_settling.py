@@ -14,12 +14,12 @@ from adapter import window
 from adapter.commands import read_command
 from adapter.contract import BindingEvent, Outbound
 from adapter.errors import Refused, SessionExpired, Temporary, Throttled, Uncertain
-from adapter.names import H_COMMAND, peer_key
+from adapter.names import H_COMMAND, peer_key, shard_of
 from adapter.outbound import Shard
 from adapter.parked import item_of
 from adapter.ports import Accepted, Message, Stored
 from adapter.records import Hand
-from tests.fakes import LIMITS, Bench, Sent
+from tests.fakes import GAP_S, LIMITS, Bench, Sent
 from tests.test_outbound import BOT, USER, again, finals, outcomes, parked, ready, user_writes
 
 VIRTUAL_TIME = True
@@ -295,17 +295,19 @@ async def test_a_command_goes_on_over_the_next_bot_also_where_the_one_before_wor
     ids=["asked for", "begun", "all taken", "of the next sandbox"],
 )
 @pytest.mark.parametrize("bind_next", [False, True], ids=["unbound", "replaced"])
+@pytest.mark.parametrize("user", [USER, ""], ids=["of a user", "of nobody known"])
 async def test_what_the_owner_before_had_in_hand_is_not_called_unsent_where_its_bot_is_gone(
-    hand: dict[str, Any], told: tuple[str, str, list[str]], bind_next: bool
+    user: str, hand: dict[str, Any], told: tuple[str, str, list[str]], bind_next: bool
 ) -> None:
     """It died, or was stopped, with a command half sent, and the bot was unbound before anybody took over."""
     bench = Bench()
     body: dict[str, Any] = {"id": "c1", "bot": BOT, "items": [{"kind": "text", "text": text} for text in "ab"]}
+    body["user"] = USER
     delivery = bench.command(suspect=True, **body)
     read = msgspec.convert(body, Outbound)
     command = read_command(read, sandbox="s1", ident="c1", stored_ms=delivery.time_ms, limits=LIMITS)
     bench.hears(hand=Hand(**{"command": "c1", "client": command.client, "sandbox": "s1", "attempts": 1, **hand}))
-    event = BindingEvent(sandbox="s1", bot=BOT, user=USER, change="replaced" if bind_next else "unbound")
+    event = BindingEvent(sandbox="s1", bot=BOT, user=user, change="replaced" if bind_next else "unbound")
     await bench.bus.publish(Message("event", bench.names.event("s1", "binding"), b"somebody else's", {}))
     await bench.events.binding(event)
     if bind_next:
@@ -535,6 +537,124 @@ async def test_what_the_owner_before_sent_over_the_user_s_last_bot_is_known_to_t
     assert [sent.bot[:2] + sent.client_id[-2:] for sent in bench.chat.sent] == over
     receipt = finals(heir)[-1]
     assert (receipt.command, receipt.outcome, len(receipt.message_ids)) == ("c", *told)
+
+
+@pytest.mark.parametrize("answer", [Refused("rejected", "no", ret=-3), FIRST], ids=["refused", "accepted"])
+async def test_what_is_being_parked_when_its_user_becomes_known_is_sent_once_and_in_order(
+    answer: Accepted | Refused,
+) -> None:
+    """What came for nobody known, and what came for the user, become one lane."""
+    bench = Bench()
+    await bench.bind(user="")
+    shard, up = bench.shard(), asyncio.Event()
+
+    async def wait(message: Message) -> None:
+        if message.stream == "parked":
+            await up.wait()
+
+    bench.bus.on_publish = wait
+    bench.chat.sends.append(answer)
+    for number, user in enumerate(("", USER, "")):
+        shard.on_delivery(bench.command(f"t{number}", id=f"c{number}", **({"user": user} if user else {})))
+        await asyncio.sleep(1)
+    await bench.bind()
+    await user_writes(bench, shard)
+    await asyncio.sleep(1)
+    up.set()
+    await asyncio.sleep(60)
+    assert bench.chat.texts == ["t0", "t1", "t2"]
+    assert [receipt.command for receipt in finals(bench)] == ["c0", "c1", "c2"]
+
+
+# a bot that moves ----------------------------------------------------------------------------------------
+
+
+async def two_owners(took_s: float = 3.0) -> tuple[Bench, Shard, Bench, Shard]:
+    """Replicas that own a sandbox's shard each, and the bot of the first one's user."""
+    first = Bench()
+    await first.bind()
+    first.hears()
+    first.chat.took_s = took_s
+    second = Bench(first, incarnation="me-2")
+    for bench, sandbox in ((first, "s1"), (second, "s2")):
+        bench.leases.owned = {shard_of(sandbox)}
+    return first, first.shard("s1"), second, second.shard("s2")
+
+
+async def move(bench: Bench) -> None:
+    """To the second sandbox, as control does it."""
+    await bench.bind(sandbox="s2")
+    await bench.events.binding(BindingEvent(sandbox="s1", bot=BOT, user=USER, change="unbound", reason="moved"))
+
+
+@pytest.mark.parametrize("wait_s", [0.5, 10.0], ids=["while-it-is-out", "after-its-answer"])
+async def test_a_bot_that_moves_to_another_replica_sends_one_at_a_time(wait_s: float) -> None:
+    """Its next sandbox waits until what the first one has out is answered, and not much longer."""
+    first, old, second, new = await two_owners()
+    old.on_delivery(first.command("hi", id="c1"))
+    await asyncio.sleep(wait_s)
+    await move(first)
+    await asyncio.sleep(0.1)
+    moved_at = first.clock.monotonic()
+    new.on_delivery(second.command("hello", sandbox="s2", id="c2"))
+    await asyncio.sleep(30)
+    assert outcomes(first) == [("c1", "accepted", ""), ("c2", "accepted", "")]
+    assert first.chat.overlaps == 0
+    free_at = max(moved_at, first.chat.sent[0].at_s + first.chat.took_s)
+    assert first.chat.sent[1].at_s - free_at < 2 * GAP_S
+
+
+async def test_an_owner_who_does_not_know_yet_that_its_bot_has_moved_sends_nothing_beside_the_next_one() -> None:
+    first, old, second, new = await two_owners()
+    old.on_delivery(first.command("hi", id="c1"))
+    await asyncio.sleep(10)
+    first.bindings_bucket._followers.remove(first.bindings._see)
+    await move(second)
+    new.on_delivery(second.command("hello", sandbox="s2", id="c2"))
+    await asyncio.sleep(17)
+    assert first.chat.texts == ["hi", "hello"]
+    old.on_delivery(first.command("late", id="c3"))
+    await asyncio.sleep(1)
+    first.bindings_bucket._followers.append(first.bindings._see)
+    await move(second)
+    await asyncio.sleep(30)
+    assert first.chat.overlaps == 0
+    assert first.chat.texts == ["hi", "hello"]
+    assert outcomes(first)[-1] == ("c3", "refused", "not_bound")
+
+
+@pytest.mark.parametrize(
+    ("text", "outcome", "ids"), [("pay", "uncertain", 0), (THREE, "refused", 1)], ids=["asked-for", "half-sent"]
+)
+@pytest.mark.parametrize("dies", [True, False], ids=["dies", "drained"])
+async def test_what_was_shown_before_a_bot_moved_is_told_also_where_its_owner_ends(
+    dies: bool, text: str, outcome: str, ids: int
+) -> None:
+    """And where the bot's next sandbox has sent by then, so that the record speaks of what that sent."""
+    first, old, second, new = await two_owners(took_s=0.1)
+    if text == "pay":
+        first.chat.sends.append(TIMEOUT)
+    else:
+        first.chat.sends.extend([FIRST, *[Temporary("network")] * 9])
+    delivery = first.command(text, id="c1", user=USER)
+    old.on_delivery(delivery)
+    await asyncio.sleep(1.0 if text == "pay" else 4.0)
+    if dies:
+        old.stop()
+        await move(first)
+    else:
+        first.leases.is_valid = False  # so that it cannot tell before it ends
+        await move(first)
+        await old.drain(20.0)
+    first.chat.sends.clear()
+    new.on_delivery(second.command("hello", sandbox="s2", id="c2"))
+    await asyncio.sleep(30)
+    assert outcomes(first) == [("c2", "accepted", "")]
+    heir, third = await heir_of(first)
+    third.on_delivery(again(delivery))
+    await asyncio.sleep(30)
+    receipt = finals(heir)[-1]
+    assert (receipt.command, receipt.outcome, len(receipt.message_ids)) == ("c1", outcome, ids)
 
 
 # whom it is for ------------------------------------------------------------------------------------------
