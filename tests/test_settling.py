@@ -554,8 +554,8 @@ async def test_what_is_being_parked_when_its_user_becomes_known_is_sent_once_and
 
     bench.bus.on_publish = wait
     bench.chat.sends.append(answer)
-    for number, user in enumerate(("", USER, "")):
-        shard.on_delivery(bench.command(f"t{number}", id=f"c{number}", **({"user": user} if user else {})))
+    for number, user in enumerate((None, USER, None)):
+        shard.on_delivery(bench.command(f"t{number}", id=f"c{number}", user=user))
         await asyncio.sleep(1)
     await bench.bind()
     await user_writes(bench, shard)
