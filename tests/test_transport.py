@@ -221,6 +221,11 @@ async def test_packed_answers_are_unpacked(server: Server, transport: Transport 
     assert (await post(transport, server.url)).body == b'{"ret":0}'
 
 
+async def test_a_long_header_does_not_cost_the_answer(server: Server, transport: Transport | Proxied) -> None:
+    server.answer = Server.say(b"HTTP/1.1 200 OK\r\nX-Long: %b\r\nContent-Length: 2\r\n\r\n{}" % (b"x" * 40_000))
+    assert (await post(transport, server.url)).body == b"{}"
+
+
 async def test_a_redirect_is_an_answer_and_not_followed(server: Server, transport: Transport | Proxied) -> None:
     server.answer = Server.say(
         b"HTTP/1.1 307 Temporary Redirect\r\nLocation: http://127.0.0.1:1/\r\nContent-Length: 0\r\n\r\n"

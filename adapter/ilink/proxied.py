@@ -17,6 +17,9 @@ from adapter.ilink.protocol import AGENT, Reply
 from adapter.ilink.unpack import PackedBadly, Unpacker
 from adapter.timing import AnsweredWithin
 
+HEAD_BYTES = 65_536
+"""Of a longer line of the head nothing more is read."""
+
 
 class Proxied:
     """In the place of Transport for who has a proxy."""
@@ -86,6 +89,8 @@ class Proxied:
         session = self._sessions[afresh] = aiohttp.ClientSession(
             connector=connector,
             headers=self._headers,
+            max_line_size=HEAD_BYTES,  # as connection does; what aiohttp takes by itself, cookies alone can exceed
+            max_field_size=HEAD_BYTES,
             auto_decompress=False,  # a few bytes can stand for gigabytes: see Unpacker
             cookie_jar=aiohttp.DummyCookieJar(),  # iLink sets none, and bots must not share any
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S),
