@@ -51,8 +51,11 @@ class Keys(msgspec.Struct, frozen=True, gc=False):
         msgspec.structs.force_setattr(self, "hashed", hashed)
 
     def id_for(self, bot: str) -> str:
-        """The message's id on the bus and its Nats-Msg-Id: the first layer that is known, never a random one."""
-        layers = (("m", self.message), ("c", self.client), ("s", self.seq))
+        """The message's id on the bus and its Nats-Msg-Id: the first layer that is known, never a random one.
+
+        A `seq` need not be unique (4.1): other words under the same one are another message.
+        """
+        layers = (("m", self.message), ("c", self.client), ("s", self.seq and f"{self.seq}-{self.hashed[3]}"))
         for letter, value in layers:
             if value and len(value) <= 64 and _is_plain(value):
                 return f"in:{bot}:{letter}{value}"

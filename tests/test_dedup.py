@@ -257,6 +257,14 @@ def test_the_same_record_is_kept_once() -> None:
     assert seen.records() == [record]
 
 
+def test_other_words_under_the_same_seq_are_another_message() -> None:
+    """A server may give each the same; by one id for both the bus would drop the second."""
+    first, again = say(message="", client=""), say(message="", client="", sent_at_ms=NOW + MINUTE)
+    other = say(message="", client="", content="beef")
+    assert first.id_for("b1@im.bot") == again.id_for("b1@im.bot") != other.id_for("b1@im.bot")
+    assert len(say(message="", client="", seq="9" * 1000).id_for("b@im.bot")) < 40
+
+
 def test_ids_that_a_header_would_change_stay_apart() -> None:
     idents = ["a b", "a\rb", "a\tb", " a b", "ab", "é"]
     assert len({say(message=ident).id_for("b1@im.bot") for ident in idents}) == len(idents)
