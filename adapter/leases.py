@@ -15,6 +15,7 @@ import functools
 import hashlib
 import itertools
 import secrets
+from typing import NamedTuple
 
 import msgspec
 import structlog
@@ -34,6 +35,9 @@ LOOK = 1 / 8
 """Pause between two looks at who lives, as a part of the lease."""
 SHORTEST_S = 0.05
 """Shortest pause between two looks: clocks may differ by a hair over when a lease ends."""
+CHANCES = 4
+"""Whose key stood still while this replica renewed its own so often, as often as each does in a lease, could have
+renewed too: a failure here is no reason to wait for them any longer than a lease."""
 HOLD = 0.8
 """The holder stops after this part of the lease; the rest is for clocks that run apart and answers on their way."""
 
@@ -42,6 +46,19 @@ HOLD = 0.8
 def rank(member: str, shard: int) -> bytes:
     """Rendezvous hashing: the live member with the highest rank should own the shard."""
     return hashlib.blake2b(f"{member}|{shard}".encode(), digest_size=8).digest()
+
+
+class Seen(NamedTuple):
+    """A member's key, as this replica observes it."""
+
+    revision: int
+    since: float
+    """Monotonic time at which this revision was first seen, or the observation began again."""
+    renewals: int
+    """Of this replica's own key when the revision was first seen."""
+
+
+NEVER = Seen(0, 0.0, 0)
 
 
 class Leases:
@@ -70,6 +87,8 @@ class Leases:
         """Monotonic time up to which the lease is valid."""
         self._renewed = 0.0
         """When the last good renewal was answered."""
+        self._renewals = 0
+        """How many there were."""
         self.hurdle = "no answer yet"
         """Why the last renewal that failed did, in words for an operator."""
         self._paused = True
@@ -78,8 +97,8 @@ class Leases:
         """Released, but perhaps the write did not land, or lands late: only another write settles it."""
         self.surplus: set[int] = set()
         """Owned shards that another replica should have: to be handed over by `release`."""
-        self._seen: dict[str, tuple[int, float]] = {}
-        """The revision of each member's key, and when this replica first saw it."""
+        self._seen: dict[str, Seen] = {}
+        """Of each member's key."""
         self._since: dict[str, float] = {}
         """When each living member was first seen."""
         self._live: dict[str, Member] = {}
@@ -165,6 +184,7 @@ class Leases:
             self._revision = entry.revision if entry else 0
             raise
         self._renewed, self._deadline = self._clock.monotonic(), sent + self._lease_s * HOLD
+        self._renewals += 1
         if self._paused and self.valid:
             self._paused = False
             log.info("lease.valid", incarnation=self.incarnation, shards=len(self.owned))
@@ -205,7 +225,7 @@ class Leases:
     def _rest_s(self) -> float:
         """Until the next look: at the latest when the lease of a member that keeps silent is over."""
         now = self._clock.monotonic()
-        others = [self._seen[name][1] + self._lease_s - now for name in self._live if name != self.incarnation]
+        others = [self._seen[name].since + self._lease_s - now for name in self._live if name != self.incarnation]
         return max(SHORTEST_S, min([LOOK * self._lease_s, *(left_s for left_s in others if left_s > 0)]))
 
     def look(self) -> None:
@@ -214,19 +234,25 @@ class Leases:
 
     async def _observe(self) -> None:
         """Reads who lives. Blind for a while, it starts every observation again, and so it does when it could not
-        renew: of a bucket without a leader the others still read what nobody can write."""
+        renew: of a bucket without a leader the others still read what nobody can write. That may happen time and
+        again, so not for those who had their `CHANCES`."""
         entries = await self._members.entries()
         now = self._clock.monotonic()
-        if now - min(self._last_read, self._renewed) > self._lease_s / 4 + 1.0:
+        patience_s = self._lease_s / 4 + 1.0
+        if now - self._last_read > patience_s:
             self._seen.clear()
+        elif now - self._renewed > patience_s:
+            for name, seen in self._seen.items():
+                if self._renewals - seen.renewals < CHANCES:
+                    self._seen[name] = seen._replace(since=now)
         self._last_read = now
         live = {}
         for entry in entries:
             if entry.value is None:
                 continue
-            if self._seen.get(entry.key, (0, 0.0))[0] != entry.revision:
-                self._seen[entry.key] = (entry.revision, now)
-            if now - self._seen[entry.key][1] < self._lease_s:
+            if self._seen.get(entry.key, NEVER).revision != entry.revision:
+                self._seen[entry.key] = Seen(entry.revision, now, self._renewals)
+            if now - self._seen[entry.key].since < self._lease_s:
                 with contextlib.suppress(msgspec.MsgspecError):  # somebody else's key is no member
                     live[entry.key] = msgspec.json.decode(entry.value, type=Member)
         if self._live.keys() - live.keys():
@@ -243,7 +269,7 @@ class Leases:
 
     def _find_surplus(self) -> None:
         """What is owned and should be another's, who has lived for a lease: one that flaps moves nothing."""
-        grown = [name for name in self._live if self._seen[name][1] - self._since[name] >= self._lease_s]
+        grown = [name for name in self._live if self._seen[name].since - self._since[name] >= self._lease_s]
         names = [*(name for name in grown if not self._live[name].draining), self.incarnation]
         surplus = {shard for shard in self.owned if self._best(names, shard) != self.incarnation}
         if surplus != self.surplus:
@@ -276,8 +302,8 @@ class Leases:
             if entry is None and not self._long_absent(f"member {incarnation}"):
                 return False  # purged, perhaps: it learns that at its next renewal, or stops at its timer
             if entry is not None and entry.value is not None:
-                revision, since = self._seen.get(incarnation, (0, 0.0))
-                if revision != entry.revision or self._clock.monotonic() - since < self._lease_s:
+                seen = self._seen.get(incarnation, NEVER)
+                if seen.revision != entry.revision or self._clock.monotonic() - seen.since < self._lease_s:
                     return False
                 await self._members.write(incarnation, None, entry.revision)
                 log.warning("lease.expired", incarnation=incarnation)

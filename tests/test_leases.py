@@ -57,12 +57,15 @@ class Line:
         self.reads_fail = False
         self.writes_fail = False
         """As of a stream without a leader, of which any server may still answer what it has."""
+        self.unsteady = False
+        """Every other renewal fails."""
         self.late_s = 0.0
         """How long a write takes to the store."""
         self.on_get: Callable[[], object] = lambda: None
         """Called as a key has been read."""
         self.on_write: Callable[[], object] = lambda: None
         """Called as a key has been written, before the answer is heard."""
+        self._renewals = 0
 
     async def get(self, key: str) -> Entry | None:
         await self._through()
@@ -79,7 +82,8 @@ class Line:
 
     async def write(self, key: str, value: bytes | None, revision: int) -> int:
         await self.life.goes_on()
-        if self.down or self.writes_fail:
+        self._renewals += value is not None
+        if self.down or self.writes_fail or (self.unsteady and value is not None and self._renewals % 2):
             await self._fail()
         if self.late_s > 1.0:
             asyncio.get_running_loop().call_later(self.late_s, self._land, key, value, revision)
@@ -334,6 +338,20 @@ async def test_a_dead_replica_is_replaced_also_where_each_write_takes_long(clust
     assert cluster.worked_for == SHARDS
 
 
+async def test_a_dead_replica_is_replaced_also_where_every_other_renewal_fails(cluster: Cluster) -> None:
+    """Each time it cannot be told whether others could renew; but those who live did, between two failures."""
+    replicas = [cluster.start() for _ in range(3)]
+    await cluster.run(8)
+    for replica in replicas:
+        replica.members.unsteady = True
+    owned = [set(replica.leases.owned) for replica in replicas]
+    await cluster.run(60)
+    assert [replica.leases.owned for replica in replicas] == owned
+    await replicas[0].kill()
+    await cluster.run(22)
+    assert cluster.worked_for == SHARDS
+
+
 @pytest.mark.parametrize("later_s", [0.0, 0.13, 0.27, 0.41])
 async def test_a_dead_replica_is_found_out_when_its_lease_is_over_and_not_at_the_look_after_that(
     cluster: Cluster, later_s: float
@@ -344,7 +362,7 @@ async def test_a_dead_replica_is_found_out_when_its_lease_is_over_and_not_at_the
     await cluster.run(6 + later_s)
     await first.kill()
     await cluster.run(1.0)
-    _, seen = heir.leases._seen[first.leases.incarnation]
+    seen = heir.leases._seen[first.leases.incarnation].since
     while heir.leases.departures == 0:
         await cluster.run(0.02)
     passed_s = asyncio.get_running_loop().time() - seen
@@ -648,6 +666,7 @@ FAULTS: dict[str, tuple[Fault, Fault]] = {
     "blind": (_set("reads_fail", True), _set("reads_fail", False)),
     "slow": (_set("late_s", 0.9), _set("late_s", 0.0)),
     "very-late": (_set("late_s", 4.5), _set("late_s", 0.0)),
+    "unsteady": (_set("unsteady", True), _set("unsteady", False)),
 }
 
 
