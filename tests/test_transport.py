@@ -390,6 +390,30 @@ async def test_a_head_without_end_is_not_read(server: Server, own: Transport) ->
         await post(own, server.url)
 
 
+@pytest.mark.parametrize("more", [b"X-%d: 1\r\n", b"X: " + b"x" * 50_000], ids=["many", "long"])
+async def test_trailers_without_end_are_not_read(server: Server, own: Transport, more: bytes) -> None:
+    sent = 0
+
+    async def pour(writer: asyncio.StreamWriter) -> None:
+        nonlocal sent
+        writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n")
+        while not writer.transport.is_closing():
+            writer.write(more.replace(b"%d", b"%d" % sent))
+            sent += len(more)
+            await asyncio.sleep(0)
+
+    server.answer = pour
+    with pytest.raises(Uncertain):
+        await post(own, server.url, timeout_s=5.0)
+
+
+async def test_a_trailer_changes_nothing_that_the_head_says(server: Server, own: Transport) -> None:
+    chunks = b"2\r\n{}\r\n0\r\nContent-Encoding: gzip\r\nRetry-After: 9\r\n\r\n"
+    server.answer = Server.say(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + chunks)
+    reply = await post(own, server.url)
+    assert (reply.body, "retry-after" in reply.headers) == (b"{}", False)
+
+
 async def test_a_body_without_end_is_not_read(server: Server, own: Transport) -> None:
     async def drip(writer: asyncio.StreamWriter) -> None:
         writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")

@@ -16,7 +16,9 @@ from adapter.ilink.unpack import PackedBadly, Unpacker
 from adapter.timing import Deadline
 
 HEAD_BYTES = 65_536
-"""Of a longer head nothing more is read."""
+"""Of a longer head nothing more is read, nor of trailers."""
+CHUNK_BYTES = 16
+"""A byte of the body may take so many with what says how long a chunk is."""
 LENIENCIES = {
     "lenient_headers": True,
     "lenient_optional_cr_before_lf": True,
@@ -128,8 +130,9 @@ class Connection(asyncio.Protocol):
             self._keeps = False
             if not self._ended:  # else it is what follows the answer that is none
                 self._fail(self._problem or Uncertain("network", type(exc).__name__))
-        if self._problem is None and not self._head_read and self._read > HEAD_BYTES:
-            self._problem = Uncertain("network", f"the head exceeds {HEAD_BYTES} bytes")
+        around = self._read - CHUNK_BYTES * (self._most - self._left)
+        if self._problem is None and not self._ended and around > HEAD_BYTES:
+            self._problem = Uncertain("network", f"what is around the body exceeds {HEAD_BYTES} bytes")
         if self._problem is not None:
             self._fail(self._problem)
         elif self._ended:
@@ -156,8 +159,8 @@ class Connection(asyncio.Protocol):
             self._keeps = False
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """The first of a name counts."""
-        if self._ended:
+        """The first of a name counts. A trailer may not change what the head says (RFC 9110, 6.5.1)."""
+        if self._head_read:
             return
         self._headers.setdefault(name.decode("latin-1").lower(), value.decode("latin-1"))
 
