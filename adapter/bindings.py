@@ -126,10 +126,7 @@ class Bindings:
         try:
             written = await self._bucket.update(token_of(binding.bot), value, revision)
         except Conflict:
-            entry = await self._bucket.get(token_of(binding.bot))
-            if entry is None or entry.value != value:
-                return False  # somebody else wrote: look again
-            written = entry.revision  # it was our own write whose answer got lost
+            return False  # somebody else wrote: look again
         self._see(Entry(token_of(binding.bot), value, written))
         return True
 

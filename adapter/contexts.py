@@ -147,20 +147,15 @@ class Contexts:
         async with peer.lock:
             while True:
                 after = msgspec.structs.replace(make(peer.context), told=peer.told, told_in=peer.told_in)
-                value = msgspec.json.encode(after)
-                key = peer_key(peer.bot, peer.user)
+                key, value = peer_key(peer.bot, peer.user), msgspec.json.encode(after)
                 try:
                     peer.revision = await self._bucket.update(key, value, peer.revision)
                 except Conflict:
-                    entry = await self._bucket.get(key)
-                    if entry is not None and entry.value == value:
-                        peer.revision = entry.revision  # our own write, whose answer got lost
-                    else:
-                        self._fence(peer.bot)
-                        before = peer.context
-                        await self._load(peer)  # an operator's hand, or the owner before us: its word counts
-                        peer.context = window.known_also(peer.context, before)
-                        continue
+                    self._fence(peer.bot)
+                    before = peer.context
+                    await self._load(peer)  # an operator's hand, or the owner before us: its word counts
+                    peer.context = window.known_also(peer.context, before)
+                    continue
                 peer.context = peer.stored = after
                 return after
 

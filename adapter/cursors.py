@@ -92,14 +92,11 @@ async def keep_seen(bot: str, record: Cursor, seen: Seen, needs: Incoming) -> Cu
     """
     needs.check_fence()
     key, everything = apart_key(bot), seen.records()
-    value = msgspec.json.encode(everything)
     try:
-        revision = await needs.cursors.update(key, value, record.apart)
+        revision = await needs.cursors.update(key, msgspec.json.encode(everything), record.apart)
     except Conflict:
         entry = await needs.cursors.get(key)
-        if entry is None or entry.value != value:  # not our own write, whose answer got lost
-            return msgspec.structs.replace(record, seen=everything, apart=entry.revision if entry else 0)
-        revision = entry.revision
+        return msgspec.structs.replace(record, seen=everything, apart=entry.revision if entry else 0)
     seen.keep()
     return msgspec.structs.replace(record, seen=[], apart=revision)
 
@@ -137,8 +134,6 @@ async def write_cursor(bot: str, record: Cursor, revision: int, needs: Incoming)
             return await needs.cursors.update(key, value, revision)
         except Conflict:
             entry = await needs.cursors.get(key)
-        if entry is not None and entry.value == value:
-            return entry.revision  # our own write, whose answer got lost
         found = entry.revision if entry is not None else 0
         if found == revision or (entry is not None and entry.value is not None):
             raise LeaseLost("cursor_taken", bot)

@@ -97,10 +97,7 @@ class LoginBook:
             changed_ms=now_ms,
         )
         value = msgspec.json.encode(record)
-        try:
-            revision = await self._bucket.update(login, value, 0)
-        except Conflict:  # nobody else has this id: it was our own write whose answer got lost
-            revision = (await self._read(login))[1]
+        revision = await self._bucket.update(login, value, 0)
         self._see(Entry(login, value, revision))
         log.info("login.started", login=login[:6], sandbox=record.sandbox)
         return login, record
@@ -118,14 +115,11 @@ class LoginBook:
             value = msgspec.json.encode(after)
             try:
                 written = await self._bucket.update(login, value, revision)
-            except Conflict:
-                entry = await self._bucket.get(login)
-                if entry is None:  # purged
+            except Conflict:  # somebody else wrote: look again
+                if await self._bucket.get(login) is None:  # purged
                     self._records.pop(login, None)
-                if entry is None or entry.value != value:
-                    await self._clock.sleep(PATIENCE_S)  # somebody else wrote: look again
-                    continue
-                written = entry.revision  # it was our own write whose answer got lost
+                await self._clock.sleep(PATIENCE_S)
+                continue
             self._see(Entry(login, value, written))
             if after.over:
                 self._metrics.logins.labels(outcome=after.status).inc()

@@ -425,7 +425,8 @@ class Bucket(Protocol):
         """None if the key never was. Raises Temporary."""
 
     async def update(self, key: str, value: bytes, revision: int) -> int:
-        """Writes if the revision still is `revision` (0: the key never was); the new one.
+        """Writes if the revision still is `revision` (0: the key never was); the new one. A write whose answer got
+        lost is known again where its own repeat meets it.
 
         Raises Conflict, Temporary (the bucket is full).
         """

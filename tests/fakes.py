@@ -301,7 +301,7 @@ class FakeBucket:
         self.journal = [] if journal is None else journal
         self.answers_lost = 0
         """So many more writes are stored and then refused as if somebody else had written: the answer got lost,
-        and the repeat of the publisher met the first one."""
+        and the repeat of the publisher met the first one. The bucket knows its own updates again."""
         self.on_write: Callable[[str], Awaitable[None]] | None = None
         """Awaited before a write."""
         self._revision = 0
@@ -317,7 +317,13 @@ class FakeBucket:
         return [entry for entry in found if entry.value is not None]
 
     async def update(self, key: str, value: bytes, revision: int) -> int:
-        return await self._write(key, value, revision)
+        try:
+            return await self._write(key, value, revision)
+        except Conflict:
+            entry = await self.get(key)
+            if entry is not None and entry.value == value:
+                return entry.revision
+            raise
 
     async def delete(self, key: str, revision: int | None = None) -> int:
         return await self._write(key, None, revision)

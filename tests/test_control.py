@@ -539,13 +539,6 @@ async def test_a_binding_written_by_another_hand_meanwhile_is_overwritten() -> N
     assert platform.bound == {BOT: "s1"}
 
 
-async def test_a_write_whose_answer_got_lost_is_ours() -> None:
-    platform = Platform()
-    platform.bench.bindings_bucket.answers_lost = 1
-    await platform.bind()
-    assert platform.changes == [("s1", BOT, "bound")]
-
-
 # secrets -------------------------------------------------------------------------------------------------
 
 

@@ -779,19 +779,6 @@ async def test_a_fenced_poller_ends_quietly_and_gives_nothing_back() -> None:
     assert bench.cursor().owner == "other-1"
 
 
-async def test_a_cursor_write_whose_answer_got_lost_is_ours() -> None:
-    bench = await ready(batch(raw(), cursor="b"), batch(cursor="c"))
-    session = Session(BOT)
-    needs = bench.incoming()
-    place = await acquire(session, needs)
-    assert place is not None
-    bench.cursors.answers_lost = 2
-    bench.chat.script_ends = True
-    with pytest.raises(EndOfScript):
-        await poll_forever(session, place, needs)
-    assert bench.chat.asked == ["", "b", "c"]
-
-
 async def test_nothing_is_polled_for_a_shard_that_is_not_ours() -> None:
     bench = await ready()
     bench.leases.owned.clear()

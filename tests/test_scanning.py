@@ -625,18 +625,6 @@ async def test_a_cancelled_login_is_left_at_once() -> None:
         await doors.verify(login, "1")
 
 
-async def test_a_write_whose_answer_got_lost_is_not_done_twice() -> None:
-    doors = Doors()
-    doors.bucket.answers_lost = 1
-    login = await doors.start()
-    await asyncio.sleep(1)
-    doors.bucket.answers_lost = 1
-    doors.ilink.happens("q1", "scaned")
-    await asyncio.sleep(2)
-    assert doors.told() == [("wait", 1, ""), ("scanned", 1, "")]
-    assert (await doors.status(login)).status == "scanned"
-
-
 async def test_an_answer_that_cannot_be_stored_waits_for_the_bus() -> None:
     doors = Doors()
     login = await doors.start()

@@ -801,13 +801,6 @@ async def test_a_zombie_is_stopped_by_the_record() -> None:
     assert bench.chat.sent == []
 
 
-async def test_a_write_whose_answer_got_lost_is_ours() -> None:
-    bench, peer = await ready()
-    bench.contexts_bucket.answers_lost = 1
-    assert isinstance(await sent(bench, peer), Ending)
-    assert bench.context().used == 1
-
-
 async def test_a_record_changed_by_an_operator_counts_and_the_send_goes_on() -> None:
     bench, peer = await ready()
     bench.hears(used=5, token="other")

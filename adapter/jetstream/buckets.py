@@ -298,7 +298,13 @@ class KvBucket:
         return None if stored is None else _entry(self.name, stored)
 
     async def update(self, key: str, value: bytes, revision: int) -> int:
-        return await self._store(key, value, {EXPECTED: str(revision)})
+        try:
+            return await self._store(key, value, {EXPECTED: str(revision)})
+        except Conflict:
+            entry = await self.get(key)
+            if entry is not None and entry.value == value:
+                return entry.revision
+            raise
 
     async def delete(self, key: str, revision: int | None = None) -> int:
         headers = {OPERATION: "DEL"}

@@ -432,6 +432,26 @@ async def test_a_bucket_compares_and_sets(rig: Rig) -> None:
     assert await bucket.update(KEY, b"3", gone) > gone
 
 
+class Twice:
+    """A publisher that writes once more, as after an answer that got lost."""
+
+    def __init__(self, publisher: Publisher) -> None:
+        self._publisher = publisher
+
+    async def publish(self, message: Message) -> PubAck:
+        await self._publisher.publish(message)
+        return await self._publisher.publish(message)
+
+
+async def test_a_write_whose_answer_got_lost_is_known_again(rig: Rig) -> None:
+    bucket = KvBucket(rig.link, Twice(rig.publisher), NAMES.context)  # type: ignore[arg-type]
+    written = await bucket.update(KEY, b"1", 0)
+    assert await bucket.get(KEY) == Entry(KEY, b"1", written)
+    await rig.bucket().update(KEY, b"other", written)
+    with pytest.raises(Conflict):
+        await bucket.update(KEY, b"2", written)
+
+
 async def test_of_many_who_write_at_once_one_wins(rig: Rig) -> None:
     bucket = rig.bucket()
     results = await asyncio.gather(
