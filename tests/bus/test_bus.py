@@ -30,20 +30,11 @@ from adapter.names import H_COMMAND, H_ERROR, H_ERROR_CODE, H_MSG_ID, H_SCHEMA, 
 from adapter.ports import Answered, Asked, Entry, Message, PubAck, Stored
 from adapter.settings import Settings
 from adapter.timing import SystemClock
-from tests.e2e.waiting import eventually
+from tests.e2e.waiting import eventually, until
 from tests.growth import census, growing
 
 NAMES = Names()
 PATIENCE_S = 30.0
-
-
-async def until(holds: Callable[[], bool], what: str) -> None:
-    try:
-        async with asyncio.timeout(PATIENCE_S):
-            while not holds():
-                await asyncio.sleep(0.01)
-    except TimeoutError:
-        raise AssertionError(f"never came true: {what}") from None
 
 
 class Bus:

@@ -17,7 +17,8 @@ from adapter.errors import BusRefused, Refused, Temporary, Unreadable
 from adapter.jetstream import topology
 from adapter.jetstream.objects import CHUNK, OUTSTANDING, ObjectStore
 from adapter.ports import Objects, StoredObject
-from tests.bus.test_bus import NAMES, Bus, Rig, bus, rig, rig_on, until  # noqa: F401
+from tests.bus.test_bus import NAMES, Bus, Rig, bus, rig, rig_on  # noqa: F401
+from tests.e2e.waiting import until
 
 STREAM = f"OBJ_{NAMES.media}"
 
