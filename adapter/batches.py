@@ -9,7 +9,7 @@ import msgspec
 import structlog
 
 from adapter import window
-from adapter.cursors import ANSWERS, NEWEST, catch_up, keep_seen, recollect, write_cursor
+from adapter.cursors import ANSWERS, NEWEST, catch_up, cursor_in, keep_seen, recollect, write_cursor
 from adapter.dedup import Batch, Seen
 from adapter.errors import BusRefused, LeaseLost, Unreadable
 from adapter.inbox import Heard, bury, count, publish, raw_message, retry, without_media
@@ -65,7 +65,7 @@ async def _still_ours(session: Session, place: Place, needs: Incoming) -> Cursor
         needs.check_fence()
     except LeaseLost:
         return None
-    return msgspec.json.decode(entry.value, type=Cursor)
+    return cursor_in(entry, session.bot)
 
 
 async def _tell_late(session: Session, messages: list[bytes], needs: Incoming) -> None:
@@ -73,7 +73,7 @@ async def _tell_late(session: Session, messages: list[bytes], needs: Incoming) -
     await _pass_media(session, needs)
     binding = await _binding(session, needs)
     entry = await retry(lambda: needs.cursors.get(token_of(session.bot)), needs)
-    record = msgspec.json.decode(entry.value, type=Cursor) if entry and entry.value else Cursor()
+    record = cursor_in(entry, session.bot) or Cursor()
     record, seen = await retry(lambda: recollect(session.bot, record, needs), needs)
     if binding is not None:
         await retry(lambda: catch_up(binding, record, seen, needs), needs)
@@ -145,7 +145,7 @@ async def _sort(
             log.info("inbound.duplicate", bot=session.bot)
         elif binding is None:
             count(needs, said.kind, "unbound")
-            await bury(session.bot, "", raw, "The bot is not bound any more.", needs)
+            await bury(session.bot, "", raw, f"The bot {session.bot} was not bound as it came.", needs)
         elif said.group and not needs.groups_as_direct:
             # an answer might go to the group, or to one of it who is not the bot's user
             count(needs, said.kind, "dead_lettered")

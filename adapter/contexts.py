@@ -11,12 +11,15 @@ from collections.abc import Callable
 from weakref import WeakValueDictionary
 
 import msgspec
+import structlog
 
 from adapter import window
-from adapter.errors import Conflict
+from adapter.errors import UNDECODABLE, Conflict
 from adapter.names import peer_key
-from adapter.ports import Bucket
+from adapter.ports import Bucket, Entry
 from adapter.records import Context
+
+log = structlog.get_logger()
 
 
 class Peer:
@@ -165,10 +168,21 @@ class Contexts:
             peer.revision = 0  # purged by an operator, if it ever was
             return
         peer.revision = entry.revision
-        peer.context = peer.stored = msgspec.json.decode(entry.value, type=Context) if entry.value else Context()
+        if entry.value is None:
+            peer.context = peer.stored = Context()
+        elif found := _context_in(entry, peer.bot):  # else what is known here is written over it
+            peer.context = peer.stored = found
 
 
 async def stored_context(bucket: Bucket, bot: str, user: str) -> Context:
     """A user's record as the bucket has it; an empty one where there is none. Raises Temporary."""
-    entry = await bucket.get(peer_key(bot, user))
-    return msgspec.json.decode(entry.value, type=Context) if entry and entry.value else Context()
+    return _context_in(await bucket.get(peer_key(bot, user)), bot) or Context()
+
+
+def _context_in(entry: Entry | None, bot: str) -> Context | None:
+    """None also where another hand wrote what cannot be read."""
+    try:
+        return msgspec.json.decode(entry.value, type=Context) if entry and entry.value else None
+    except UNDECODABLE as exc:
+        log.error("context.unreadable", bot=bot, detail=type(exc).__name__)
+        return None

@@ -10,9 +10,10 @@ import msgspec
 import structlog
 
 from adapter.dedup import Seen
-from adapter.errors import Conflict, LeaseLost, Temporary
+from adapter.errors import UNDECODABLE, Conflict, LeaseLost, Temporary
 from adapter.inbox import retry, seen_of
 from adapter.names import H_SANDBOX, token_of
+from adapter.ports import Entry
 from adapter.records import Binding, Cursor
 from adapter.sessions import Incoming, Place, Session, Waiting, check_owned, notify
 from adapter.timing import any_of, backoff
@@ -52,7 +53,7 @@ async def acquire(session: Session, needs: Incoming) -> Place | None:
 async def _acquire_once(session: Session, binding: Binding, needs: Incoming) -> Place | None:
     """None: the poller of another replica has not stopped yet, or the record changed meanwhile. Raises Temporary."""
     entry = await needs.cursors.get(token_of(binding.bot))
-    record = msgspec.json.decode(entry.value, type=Cursor) if entry and entry.value else None
+    record = cursor_in(entry, binding.bot)
     me = needs.leases.incarnation
     if record is None:
         last = await needs.history.last(needs.names.stream_in, needs.names.inbox(binding.sandbox))
@@ -72,6 +73,16 @@ async def _acquire_once(session: Session, binding: Binding, needs: Incoming) -> 
     return Place(msgspec.structs.replace(record, seen=[]), revision, seen)
 
 
+def cursor_in(entry: Entry | None, bot: str) -> Cursor | None:
+    """A bot's record; None also where another hand wrote what cannot be read: it counts as purged, and is written
+    anew."""
+    try:
+        return msgspec.json.decode(entry.value, type=Cursor) if entry and entry.value else None
+    except UNDECODABLE as exc:
+        log.error("cursor.unreadable", bot=bot, detail=type(exc).__name__)
+        return None
+
+
 def apart_key(bot: str) -> str:
     return f"{token_of(bot)}/seen"
 
@@ -79,7 +90,11 @@ def apart_key(bot: str) -> str:
 async def recollect(bot: str, record: Cursor, needs: Incoming) -> tuple[Cursor, Seen]:
     """All that a bot's record says to have been seen, also what is stored apart. Raises Temporary."""
     entry = await needs.cursors.get(apart_key(bot)) if record.apart else None
-    kept = msgspec.json.decode(entry.value, type=list[str]) if entry and entry.value else []
+    try:
+        kept = msgspec.json.decode(entry.value, type=list[str]) if entry and entry.value else []
+    except UNDECODABLE as exc:
+        log.error("cursor.unreadable", bot=bot, detail=f"What was seen: {type(exc).__name__}")
+        kept = []
     seen = Seen(kept, record.seen, skew_ms=needs.skew_ms)
     return msgspec.structs.replace(record, apart=entry.revision if entry else 0), seen
 
@@ -126,7 +141,7 @@ async def catch_up(
 async def write_cursor(bot: str, record: Cursor, revision: int, needs: Incoming) -> int:
     """Raises LeaseLost when another replica wrote since, Temporary.
 
-    A record that an operator purged or deleted is put back: another owner would have left its own.
+    A record that an operator purged, deleted or made unreadable is put back: another owner would have left its own.
     """
     key, value = token_of(bot), msgspec.json.encode(record)
     while True:
@@ -135,9 +150,9 @@ async def write_cursor(bot: str, record: Cursor, revision: int, needs: Incoming)
         except Conflict:
             entry = await needs.cursors.get(key)
         found = entry.revision if entry is not None else 0
-        if found == revision or (entry is not None and entry.value is not None):
+        if found == revision or cursor_in(entry, bot) is not None:
             raise LeaseLost("cursor_taken", bot)
-        log.error("cursor.restored", bot=bot, detail="Its key was purged.")
+        log.error("cursor.restored", bot=bot, detail="Its key was purged, deleted or overwritten.")
         revision = found
 
 
@@ -176,10 +191,8 @@ async def _give_back_once(session: Session, needs: Incoming) -> bool:
     """Whether it was ours to give back. Raises Temporary, Conflict."""
     key = token_of(session.bot)
     entry = await needs.cursors.get(key)
-    if entry is None or entry.value is None:
-        return False
-    record = msgspec.json.decode(entry.value, type=Cursor)
-    if not record.owner or record.owner != needs.leases.incarnation:
+    record = cursor_in(entry, session.bot)
+    if entry is None or record is None or not record.owner or record.owner != needs.leases.incarnation:
         return False
     await needs.cursors.update(key, msgspec.json.encode(msgspec.structs.replace(record, owner="")), entry.revision)
     return True

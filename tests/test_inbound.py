@@ -14,7 +14,7 @@ from structlog.testing import capture_logs
 
 from adapter.batches import store
 from adapter.contract import BindingEvent, BindingState, UnsupportedItem
-from adapter.cursors import NEWEST, acquire, apart_key, put_back
+from adapter.cursors import NEWEST, acquire, apart_key, give_back, put_back
 from adapter.errors import BusRefused, LeaseLost, Refused, SessionExpired, Temporary
 from adapter.inbound import poll_forever, regain_login, tell_login, tend
 from adapter.inbox import LARGE
@@ -670,6 +670,50 @@ async def test_what_stands_apart_may_vanish_or_change_and_nothing_is_forgotten(l
     assert await again(bench) == [f"word {number}" for number in range(MANY)]
 
 
+@pytest.mark.parametrize("value", [b"\xff\xfe", b"garbage", b"[" * 5000], ids=["no text", "no JSON", "too deep"])
+@pytest.mark.parametrize("when", ["before", "while it polls", "with an answer in hand"])
+@pytest.mark.parametrize("what", ["cursor", "seen apart", "context"])
+async def test_what_nobody_can_read_in_a_bot_s_records_is_written_over(what: str, when: str, value: bytes) -> None:
+    """By another hand. It held the bot up for ever, and what had just come for it was dropped."""
+    bench = await ready(*EVERYTHING)
+    await give_back(await polls(bench), bench.incoming())
+    bucket, key = {
+        "cursor": (bench.cursors, KEY),
+        "seen apart": (bench.cursors, apart_key(BOT)),
+        "context": (bench.contexts_bucket, peer_key(BOT, USER)),
+    }[what]
+
+    async def spoil(message: Message) -> None:
+        bench.bus.on_publish = None
+        bucket.put(key, value)
+
+    async def serve() -> None:
+        """As the supervisor does."""
+        while True:
+            await tend(Session(BOT), bench.incoming())
+            await asyncio.sleep(0.2)
+
+    bench.chat.script_ends = False
+    news = [batch(raw(f"word {number}", number), cursor=f"c{number}") for number in (MANY, MANY + 1)]
+    bench.chat.polls.extend([None, news[0], None, news[1], None, *news])
+    with capture_logs() as logs:
+        if when == "before":
+            bucket.put(key, value)
+        task = asyncio.get_running_loop().create_task(serve())
+        await asyncio.sleep(2)
+        if when == "while it polls":
+            bucket.put(key, value)
+        if when == "with an answer in hand":
+            bench.bus.on_publish = spoil
+        await asyncio.sleep(300)
+        task.cancel()
+    assert texts(bench) == [f"word {number}" for number in range(MANY + 2)]
+    assert [line["event"] for line in logs if "crashed" in line["event"]] == []
+    assert what == "seen apart" or bucket.entries[key].value != value
+    if when == "before" or what == "cursor":
+        assert {line["event"] for line in logs} & {"cursor.unreadable", "context.unreadable"}
+
+
 async def test_after_a_purge_everything_seen_is_in_the_record() -> None:
     bench = await ready(*EVERYTHING)
     session = Session(BOT)
@@ -989,6 +1033,7 @@ async def test_a_message_for_a_bot_that_was_unbound_while_it_came_is_a_dead_lett
     assert texts(bench) == []
     (dead,) = bench.bus.found("DEAD")
     assert dead.headers["Wechat-Reason"] == "not_bound"
+    assert BOT in dead.headers["Wechat-Detail"], "nothing else names it"
     assert dead.data == raw("too late")
 
 
