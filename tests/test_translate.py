@@ -349,6 +349,14 @@ def test_the_same_picture_under_another_url_is_the_same_content() -> None:
     assert with_media("image", {"full_url": URL}).keys.content != with_media("image", {"full_url": "x"}).keys.content
 
 
+def test_a_text_that_was_cut_in_the_middle_of_a_character_is_told() -> None:
+    """The official client reads it so: JavaScript's decoder never fails."""
+    raw = sample("text").replace(b'"hello"', b'"hello \xe4\xbd","ref_msg":{"title":"\xe4\xbd"}')
+    found = read_message(raw)
+    assert (found.text, found.items, found.broken) == ("hello \ufffd", [TextItem(text="hello \ufffd")], "")
+    assert found.raw == raw
+
+
 def test_null_is_as_good_as_unset() -> None:
     """iLink's JSON mirrors protobuf's (1.1), where it is."""
     quoted = {"type": None, "msg_id": QUOTED, "text_item": {"text": None}, "file_item": {"file_name": None}}

@@ -450,14 +450,14 @@ def _decode(reply: Reply, kind: type[A]) -> A:
     """An answer, in whose words is nothing of the request's secrets. Raises ValueError for what is none.
 
     What one text or number makes unreadable would cost the whole answer, at every repeat. So half a surrogate pair
-    (an emoji that somebody cut) is read as the replacement character, a control character as if it were escaped, and
-    a number in quotes as a number, as protobuf's JSON writes the long ones.
+    (an emoji that somebody cut), and what is no UTF-8, is read as the replacement character, a control character as
+    if it were escaped, and a number in quotes as a number, as protobuf's JSON writes the long ones.
     """
     try:
         try:
             answer = msgspec.json.decode(reply.body, type=kind)
-        except msgspec.DecodeError:
-            mended = without_halves(reply.body.removeprefix(_BOM))
+        except ValueError:  # UnicodeDecodeError, too
+            mended = without_halves(wire.as_utf8(reply.body.removeprefix(_BOM)))
             if _CONTROLS.search(mended):
                 mended = _STRING.sub(lambda found: _CONTROLS.sub(_escaped, found[0]), mended)
             answer = msgspec.json.decode(mended, type=kind, strict=False)

@@ -62,10 +62,11 @@ def _read_plain(raw: bytes, message: wire.PlainMessage) -> Said:
 
 
 def _read_whole(raw: bytes) -> Said:
+    readable = wire.as_utf8(raw)
     try:
-        message = _WHOLE.decode(raw)
+        message = _WHOLE.decode(readable)
     except UNDECODABLE as exc:
-        return _salvage(raw, str(exc)[:200])
+        return _salvage(raw, readable, str(exc)[:200])
     user = message.from_user_id or ""
     if not 0 < len(user) <= MAX_ID and message.message_type != wire.BOT:
         raise Unreadable("unreadable", "The message names no sender.")
@@ -202,10 +203,10 @@ def _duration(value: object) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53 else None
 
 
-def _salvage(raw: bytes, why: str) -> Said:
+def _salvage(raw: bytes, readable: bytes, why: str) -> Said:
     """A message with a field of a wrong type: told as unsupported, kept whole as a dead letter."""
     try:
-        rest = msgspec.json.decode(raw, type=wire.Envelope)
+        rest = msgspec.json.decode(readable, type=wire.Envelope)
     except UNDECODABLE as exc:
         raise Unreadable("unreadable", why) from exc
     user = rest.from_user_id if isinstance(rest.from_user_id, str) else ""
@@ -213,7 +214,7 @@ def _salvage(raw: bytes, why: str) -> Said:
         raise Unreadable("unreadable", why)
     sent = _time(rest.create_time_ms)
     return Said(
-        keys=keys_of(rest, user, sent, content_of(raw)),
+        keys=keys_of(rest, user, sent, content_of(readable)),
         user=user,
         sent_at_ms=sent,
         context_token=rest.context_token if isinstance(rest.context_token, str) else "",
