@@ -255,10 +255,10 @@ def test_a_stale_token_is_one_also_in_quotes() -> None:
         read_updates(reply(b'{"errcode":"-14"}'), polled_s=1)
 
 
-@pytest.mark.parametrize("secret", ["no-usual-token:0b1c", "0b1c", "any context"])
+@pytest.mark.parametrize("secret", ["no-usual-token:0b1c2d", "0b1c2d", "any context"])
 def test_an_error_message_tells_no_secret_of_its_request_whatever_it_looks_like(secret: str) -> None:
     request = protocol.message_request(
-        "no-usual-token:0b1c", 1, {}, user="u", client_id="c", context_token="any context"
+        "no-usual-token:0b1c2d", 1, {}, user="u", client_id="c", context_token="any context"
     )
     answer = reply({"ret": -1, "errmsg": f"{'x' * 190} {secret} is wrong, {secret}"})._replace(
         secrets=request.secrets
@@ -266,6 +266,14 @@ def test_an_error_message_tells_no_secret_of_its_request_whatever_it_looks_like(
     with pytest.raises(Refused) as caught:
         read_sent(answer)
     assert secret[:4] not in caught.value.detail + caught.value.errmsg
+
+
+def test_a_secret_that_is_none_leaves_the_words_as_they_are() -> None:
+    request = protocol.message_request("b1:e", 1, {}, user="u", client_id="c", context_token="pre")
+    answer = reply({"ret": -2, "errmsg": "prepare failed"})._replace(secrets=request.secrets)
+    with pytest.raises(Throttled) as caught:
+        read_sent(answer)
+    assert caught.value.errmsg == "prepare failed"
 
 
 def test_an_error_message_that_quotes_the_request_tells_no_secret() -> None:

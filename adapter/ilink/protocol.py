@@ -36,6 +36,8 @@ _BOM = b"\xef\xbb\xbf"
 
 A = TypeVar("A", bound=wire.Answer)
 
+SECRET_CHARS = 6
+"""What is shorter guards nothing, and would be found in the middle of words."""
 URL_CHARS = 8192
 """Longest URL that is called; that of an upload holds a long parameter."""
 QR_URL_CHARS = 1500
@@ -463,8 +465,9 @@ def _decode(reply: Reply, kind: type[A]) -> A:
             answer = msgspec.json.decode(mended, type=kind, strict=False)
     except RecursionError as exc:
         raise ValueError("nested too deeply") from exc
-    for secret in filter(None, reply.secrets if answer.errmsg else ()):
-        answer.errmsg = str(answer.errmsg).replace(secret, HIDDEN)
+    for secret in reply.secrets if answer.errmsg else ():
+        if len(secret) >= SECRET_CHARS:
+            answer.errmsg = str(answer.errmsg).replace(secret, HIDDEN)
     return answer
 
 
