@@ -127,20 +127,16 @@ class Contexts:
         wrote = []
         for peer in list(self._peers.get(bot, {}).values()):
             async with peer.lock:
-                before = peer.context
-                await self._load(peer)
-                if peer.context.inbound_id != before.inbound_id:
+                before = peer.context.inbound_id
+                await self._merge(peer)
+                if peer.context.inbound_id != before:
                     wrote.append(peer.user)
-                # what was learned here of the command in hand is newer than what is stored
-                peer.context = msgspec.structs.replace(peer.context, hand=before.hand, done=before.done)
         return wrote
 
     async def reread(self, peer: Peer) -> None:
         """Reads the record anew, as the owner before may have written. Raises Temporary."""
         async with peer.lock:
-            before, revision = peer.context, peer.revision
-            await self._load(peer)
-            peer.context = before if peer.revision == revision else window.known_also(peer.context, before)
+            await self._merge(peer)
 
     async def save(self, peer: Peer, make: Callable[[Context], Context]) -> Context:
         """Changes the record and stores it, with whatever was changed only in memory.
@@ -155,12 +151,16 @@ class Contexts:
                     peer.revision = await self._bucket.update(key, value, peer.revision)
                 except Conflict:
                     self._fence(peer.bot)
-                    before = peer.context
-                    await self._load(peer)  # an operator's hand, or the owner before us: its word counts
-                    peer.context = window.known_also(peer.context, before)
+                    await self._merge(peer)  # an operator's hand, or the owner before us: its word counts
                     continue
                 peer.context = peer.stored = after
                 return after
+
+    async def _merge(self, peer: Peer) -> None:
+        """Reads the record anew; what was learned here of commands since it was stored is newer. Raises Temporary."""
+        known, base, revision = peer.context, peer.stored, peer.revision
+        await self._load(peer)
+        peer.context = known if peer.revision == revision else window.known_also(peer.context, known, base)
 
     async def _load(self, peer: Peer) -> None:
         entry = await self._bucket.get(peer_key(peer.bot, peer.user))

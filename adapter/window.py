@@ -220,13 +220,16 @@ def settled(context: Context, client: str, *, sent: bool) -> Context:
     return msgspec.structs.replace(context, hand=hand, left=left, done=[*context.done, *names][-DONE_IDS:])
 
 
-def known_also(stored: Context, before: Context) -> Context:
-    """A record that somebody else wrote, with what was learned here of commands meanwhile."""
-    done = [*stored.done, *(one for one in before.done if one not in stored.done)][-DONE_IDS:]
-    hand, ours = stored.hand, before.hand
-    if hand and ours and hand.client == ours.client and ours.part > hand.part:
+def known_also(stored: Context, known: Context, base: Context) -> Context:
+    """A record that somebody else wrote, with what was learned here of commands since it was as in `base`."""
+    done = [*stored.done, *(one for one in known.done if one not in stored.done)][-DONE_IDS:]
+    hand, ours = stored.hand, known.hand
+    if hand == base.hand or (
+        hand and ours and hand.client == ours.client and ours.part > hand.part
+    ):  # as we left it: who wrote wrote of something else
         hand = ours
-    return msgspec.structs.replace(stored, done=done, hand=hand)
+    left = known.left if stored.left == base.left else stored.left
+    return msgspec.structs.replace(stored, done=done, hand=hand, left=left)
 
 
 def moved(context: Context, hand: Hand | None, done: list[str]) -> Context:

@@ -218,6 +218,20 @@ async def test_a_record_that_another_replica_wrote_forgets_no_id() -> None:
     assert bench.chat.texts == ["one", "two"]
 
 
+async def test_a_record_that_another_replica_wrote_brings_back_nothing_that_was_refused() -> None:
+    """It holds what was in hand as it was last stored. iLink has refused that since, and it may be tried again."""
+    bench, shard = await ready()
+    bench.chat.sends.append(Refused("rejected", "no"))
+    shard.on_delivery(bench.command("one", id="c1"))
+    await asyncio.sleep(5)
+    heard = window.heard(bench.context(), message="in:2", token="AARz", now_ms=bench.clock.now_ms(), in_flight=0)
+    bench.contexts_bucket.put(peer_key(BOT, USER), msgspec.json.encode(heard))
+    for text, ident in (("two", "c2"), ("one", "c1")):
+        shard.on_delivery(bench.command(text, id=ident))
+        await asyncio.sleep(5)
+    assert bench.chat.texts == ["one", "two", "one"]
+
+
 async def test_what_is_parked_keeps_an_id_that_no_header_can_hold() -> None:
     bench, shard = await ready(is_open=False)
     shard.on_delivery(bench.command("hi", id=" job\n7 "))
