@@ -146,10 +146,12 @@ async def _sort(
         elif binding is None:
             count(needs, said.kind, "unbound")
             await bury(session.bot, "", raw, f"The bot {session.bot} was not bound as it came.", needs)
+            seen.add_all([said.keys], needs.clock.now_ms())  # a repeat is for none of its next sandboxes
         elif said.group and not needs.groups_as_direct:
             # an answer might go to the group, or to one of it who is not the bot's user
             count(needs, said.kind, "dead_lettered")
             await bury(session.bot, binding.sandbox, raw, "It was written in a group.", needs, reason="group")
+            seen.add_all([said.keys], needs.clock.now_ms())
         else:
             if said.broken:
                 await bury(session.bot, binding.sandbox, raw, said.broken, needs)

@@ -352,7 +352,8 @@ async def test_what_was_written_in_a_group_is_kept_and_told_to_nobody() -> None:
     """An answer might be shown to the group, or to a stranger: who speaks there is not who scanned the code."""
     strange = raw("hello all", 1, group_id="7@chatroom", from_user_id="stranger@im.wechat")
     theirs = raw("to all", 2, group_id="7@chatroom")
-    bench = await ready(batch(strange, theirs, raw("to you", 3)), user="")
+    again = raw("to all", 2, group_id="7@chatroom", message_id=5)
+    bench = await ready(batch(strange, theirs, raw("to you", 3)), batch(again, cursor="c"), user="")
     await polls(bench)
     assert texts(bench) == ["to you"]
     assert [dead.data for dead in bench.bus.found("DEAD")] == [strange, theirs]
@@ -1035,6 +1036,20 @@ async def test_a_message_for_a_bot_that_was_unbound_while_it_came_is_a_dead_lett
     assert dead.headers["Wechat-Reason"] == "not_bound"
     assert BOT in dead.headers["Wechat-Detail"], "nothing else names it"
     assert dead.data == raw("too late")
+
+
+async def test_what_came_for_an_unbound_bot_is_a_repeat_when_ilink_gives_it_again_to_its_next_sandbox() -> None:
+    bench = await ready()
+    needs, session = bench.incoming(), Session(BOT)
+    place = await acquire(session, needs)
+    assert place is not None
+    await bench.bindings.remove(BOT)
+    await store(session, batch(raw("to the first")), place, needs)
+    await bench.bind("s2")
+    bench.chat.polls.append(batch(raw("to the first", message_id=5, seq=5), raw("to the second", 2), cursor="c"))
+    await polls(bench)
+    assert texts(bench) == ["to the second"]
+    assert len(bench.bus.found("DEAD")) == 1
 
 
 async def test_a_message_for_a_bot_that_was_bound_anew_is_told_also_where_the_news_of_it_are_late() -> None:
