@@ -224,9 +224,8 @@ def known_also(stored: Context, known: Context, base: Context) -> Context:
     """A record that somebody else wrote, with what was learned here of commands since it was as in `base`."""
     done = [*stored.done, *(one for one in known.done if one not in stored.done)][-DONE_IDS:]
     hand, ours = stored.hand, known.hand
-    if hand == base.hand or (
-        hand and ours and hand.client == ours.client and ours.part > hand.part
-    ):  # as we left it: who wrote wrote of something else
+    as_before = hand == base.hand  # who wrote it wrote of something else
+    if as_before or (hand and ours and hand.client == ours.client and ours.part > hand.part):
         hand = ours
     left = known.left if stored.left == base.left else stored.left
     return msgspec.structs.replace(stored, done=done, hand=hand, left=left)
