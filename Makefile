@@ -28,8 +28,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 NPM := tests/npm
 NPM_STAMP := $(NPM)/node_modules/.installed
-# An environment that is there is kept, whichever Python it has.
-PYTHONS := $(BIN)/python python3 python3.14 python3.13 python3.12 python3.11
+# An environment that is there is kept, whichever Python it has. The last one is the newest, not yet among the tested.
+PYTHONS := $(BIN)/python python3 python3.14 python3.13 python3.12 python3.11 python3.15
 
 .PHONY: demo test check tests slow fuzz audit chaos chaos-short soak bench image-test alerts-test dashboard-picture console-test format generate npm clean install
 .DEFAULT_GOAL := test
