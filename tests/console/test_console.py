@@ -509,12 +509,16 @@ async def test_a_bus_that_is_away_is_said_and_not_waited_for(office: Office) -> 
         assert (answer.status_code, "The bus does not answer" in answer.text) == (503, True)
 
 
-async def test_a_fault_of_ours_is_logged_and_ends_one_page_only(office: Office) -> None:
+async def test_a_fault_of_ours_is_logged_and_ends_one_page_only(
+    office: Office, monkeypatch: pytest.MonkeyPatch
+) -> None:
     await office.sign_in()
     await office.bench.bind("s1")
-    broken = office.needs.contexts
-    assert isinstance(broken, FakeBucket)
-    broken.put("b1=40im=2Ebot/u1=40im=2Ewechat", b"{")
+
+    async def get(key: str) -> None:
+        raise KeyError(key)
+
+    monkeypatch.setattr(office.needs.contexts, "get", get)
     with capture_logs() as logs:
         answer = await office.browser.get("/")
     assert answer.status_code == 500
