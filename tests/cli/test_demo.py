@@ -139,8 +139,8 @@ async def test_a_bus_that_dies_is_a_failure_that_keeps_the_log(temporary: Path) 
         out = await shown(process, STARTED)
         (server,) = children(process.pid)
         os.kill(server, 9)
+        assert await process.wait() == 3  # not `communicate`, which ends its input: that ends it, too, and well
         rest, err = await process.communicate()
-        assert process.returncode == 3
         assert err == b"wechat-nats: The embedded NATS server ended by itself.\n"
     (log,) = os.listdir(temporary)
     assert log.encode() in out
