@@ -19,10 +19,8 @@ from nats.aio.transport import TcpTransport
 _HEADERS = re.compile(r"(?:[!#$%&'*+\-.^_`|~0-9A-Za-z]+: (?! )[ -~]*(?<! )\r\n)+")
 """Those that need no look: a name and printable ASCII, without spaces around it that nats-py would take away."""
 
-_PLAIN = re.compile(
-    rb"NATS/1\.0(?: (?P<status>\d{3}) (?P<why>[!-~][ -~]*))?\r\n(?P<lines>(?:%b)?)\r\n" % _HEADERS.pattern.encode()
-)
-"""The server's own word has a status and a reason in the first line."""
+_PLAIN = re.compile(rb"NATS/1\.0(?: (\d{3}) ([!-~][ -~]*))?\r\n((?:%b)?)\r\n" % _HEADERS.pattern.encode())
+"""Status and reason, where it is the server's own word, and the lines of the headers."""
 
 _VIOLATION = re.compile(r'permissions violation for (publish|subscription) to "([^"]+)"')
 

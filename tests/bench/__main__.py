@@ -131,7 +131,7 @@ class Bench:
         self.number = 0
         self.rows: list[Row] = []
         self._stores: dict[int, Path] = {}
-        """What a server has once so many bots are bound and were polled."""
+        """What a server has once so many bots were bound and polled."""
 
     def add(self, what: str, bots: int, how: str, bridge: str, **figures: float) -> None:
         self.rows.append(Row(what, bots, how, bridge, figures))
