@@ -9,6 +9,7 @@ import heapq
 import os
 from collections import Counter, deque
 from itertools import pairwise
+from types import ModuleType
 from typing import Any, TypeAlias
 
 from adapter.tasks import Tasks
@@ -38,7 +39,7 @@ def census() -> Census:
         found[f"of class {kind.__module__}.{kind.__qualname__}"] += 1
         if isinstance(thing, TABLES):
             found[_table(thing)] = len(thing)
-        for held in gc.get_referents(thing):
+        for held in _referents(thing):
             if type(held) is dict and not gc.is_tracked(held):  # only strings and numbers are in it
                 found[_table(held)] = len(held)
     found["open files"] = len(os.listdir("/proc/self/fd"))
@@ -54,6 +55,13 @@ def _drop_cancelled_timers() -> None:
     loop._scheduled[:] = [timer for timer in loop._scheduled if timer._scheduled]
     heapq.heapify(loop._scheduled)
     loop._timer_cancelled_count = 0
+
+
+def _referents(thing: object) -> list[Any]:
+    """What it refers to; of a module nothing, whose dict is asked by itself. Before Python 3.12.6 the module of
+    asyncio's C code names iterators that are freed: they are freed once more, and the next collection never ends
+    (python/cpython, issue 122695)."""
+    return [] if isinstance(thing, ModuleType) else gc.get_referents(thing)
 
 
 def _table(thing: object) -> str:
@@ -76,7 +84,7 @@ def _plain(name: str) -> str:
     held = [
         (thing, holder)
         for holder in gc.get_objects()
-        for thing in gc.get_referents(holder)
+        for thing in _referents(holder)
         if isinstance(thing, TABLES) and _table(thing) == name
     ]
     if not held:
