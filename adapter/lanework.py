@@ -15,7 +15,7 @@ from adapter import sending, window
 from adapter.commands import MERGED_AT_ONCE, MediaPart, joins, merge, passed_on
 from adapter.contexts import Peer
 from adapter.errors import BusRefused, LeaseLost, Refused, Temporary
-from adapter.lane import Item, Lane, Parked, parked_at
+from adapter.lane import Item, Lane, Lanes, Parked, parked_at
 from adapter.names import H_COMMAND, H_MSG_ID, H_SANDBOX, H_TIME_MS, peer_key
 from adapter.parked import read_behind, read_parked
 from adapter.ports import Account, Message, Uploaded
@@ -25,7 +25,7 @@ from adapter.records import Binding, Context, Hand
 from adapter.sending import Apart, Ending, Repeat, Wait, in_doubt
 from adapter.sessions import needs_login_now
 from adapter.settling import GONE_S, Draining, Outgoing, Settling
-from adapter.timing import finish
+from adapter.timing import any_of, finish
 
 log = structlog.get_logger()
 
@@ -41,6 +41,7 @@ class LaneWork(Settling):
     def __init__(self, number: int, needs: Outgoing) -> None:
         super().__init__(number, needs)
         self.presence = Presence(number, needs.showing)
+        self._lanes = Lanes()
 
     async def _run(self, lane: Lane) -> None:
         """Works until the lane is empty. One unit of work per turn; what fails unexpectedly is tried again."""
@@ -64,7 +65,7 @@ class LaneWork(Settling):
                 log.exception("lane.crashed", sandbox=lane.sandbox, failures=failures)
                 wait_s = min(60.0, 2.0**failures)
             if wait_s:
-                await self._sleep(lane, wait_s)
+                await any_of(lane.wake.wait(), self._drain.wait(), timeout_s=wait_s)
         if not self._lost and (self._drain.is_set() or lane.is_left):
             await self._store_hand(lane)
 
@@ -80,18 +81,6 @@ class LaneWork(Settling):
                 await self._sender.contexts.save(peer, lambda context: context)
         except (Temporary, LeaseLost, TimeoutError) as exc:
             log.warning("lane.unstored", sandbox=lane.sandbox, reason=type(exc).__name__)
-
-    def _parked_of(self, sandbox: str) -> int:
-        """How many commands of all users of a sandbox are parked."""
-        raise NotImplementedError
-
-    async def _sleep(self, lane: Lane, seconds: float) -> None:
-        waits = [asyncio.ensure_future(lane.wake.wait()), asyncio.ensure_future(self._drain.wait())]
-        try:
-            await asyncio.wait(waits, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for wait in waits:
-                wait.cancel()
 
     async def _turn(self, lane: Lane) -> float:
         """One step for the lane; seconds to wait before the next (0: at once), unless it is woken."""
@@ -412,7 +401,7 @@ class LaneWork(Settling):
         if len(lane.parked) >= self._needs.parked_per_user:
             await self._end_in(lane, item, Ending("refused", "backlog", "Too many commands wait for this user."))
             return
-        if self._parked_of(command.sandbox) >= self._needs.parked_per_sandbox:
+        if sum(len(one.parked) for one in self._lanes.of(command.sandbox)) >= self._needs.parked_per_sandbox:
             detail = "Too many commands of this sandbox wait for their users."
             await self._end_in(lane, item, Ending("refused", "backlog", detail))
             return

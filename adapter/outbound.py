@@ -17,7 +17,7 @@ from adapter import contract
 from adapter.backlog import PAGE, Backlog
 from adapter.commands import Command, command_id, peek, read_command, stand_in
 from adapter.errors import AdapterError, Refused, Temporary, Unreadable
-from adapter.lane import Item, Lanes, parked_at
+from adapter.lane import Item, parked_at
 from adapter.lanework import LaneWork
 from adapter.names import H_COMMAND, H_MSG_ID, UNROUTED, peer_of, shard_of
 from adapter.parked import item_of
@@ -41,7 +41,6 @@ class Shard(LaneWork):
 
     def __init__(self, number: int, needs: Outgoing) -> None:
         super().__init__(number, needs)
-        self._lanes = Lanes()
         self._waiting: dict[str, deque[Item]] = {}
         """Per sandbox: commands that nobody could be found for, in order, while a bind may be on its way."""
         self._loaded = False
@@ -255,9 +254,6 @@ class Shard(LaneWork):
             return
         lane.add(item)
         self._start(lane)
-
-    def _parked_of(self, sandbox: str) -> int:
-        return sum(len(lane.parked) for lane in self._lanes.of(sandbox))
 
     def heard(self, sandbox: str, bot: str, user: str, *, wrote: bool = True) -> None:
         """A user wrote, or a bot lives again: what is parked may go. Commands for the bot's user find that user."""

@@ -30,6 +30,7 @@ from adapter.receipts import Receipts
 from adapter.records import Binding, Context, Hand
 from adapter.sending import MAX_RESENDS, Ending, Sender, in_doubt
 from adapter.tasks import Tasks
+from adapter.timing import first_of
 from adapter.uploads import Uploads
 
 log = structlog.get_logger()
@@ -104,12 +105,9 @@ class Settling:
         self._needs.leases.check(self.number)
 
     async def _pause(self, seconds: float) -> None:
-        try:
-            async with asyncio.timeout(seconds):
-                await self._drain.wait()
-        except TimeoutError:
-            return
-        raise Draining
+        """Raises Draining when the service stops meanwhile."""
+        if await first_of(self._drain, seconds):
+            raise Draining
 
     async def _peer(self, lane: Lane) -> Peer:
         """The lane's user, with what was sent to them over the bot before. Raises Temporary, LeaseLost."""
