@@ -141,7 +141,7 @@ class LaneWork(Settling):
         try:
             await taken
         except Refused as exc:
-            ending = Ending("refused", exc.reason, exc.detail, (), 0, exc.ret, exc.errcode, exc.errmsg)
+            ending = Ending("refused", exc.reason, exc.detail).with_answer(exc)
         await self._end_surely(item, ending, lane)
 
     def _hush(self, lane: Lane) -> None:
@@ -342,8 +342,7 @@ class LaneWork(Settling):
                         await self._refused_token(lane, binding, result)
                     if item.command.when_closed == "park":
                         return result
-                    refused = Ending("refused", result.reason, result.detail, (), *result[2:])
-                    result = in_doubt(refused, peer.context.hand, item.command)
+                    result = in_doubt(result.as_ending("refused"), peer.context.hand, item.command)
                 case Ending():
                     await self._settle_token(lane, binding, result)
             await self._end_all(group, result, self._shown(peer), binding.bot, lane.user)
@@ -396,7 +395,7 @@ class LaneWork(Settling):
         """Parks a command of the queue, or refuses it where it does not want to wait or too many do."""
         command = item.command
         if command.when_closed == "refuse":
-            await self._end_in(lane, item, Ending("refused", wait.reason, wait.detail, (), *wait[2:]))
+            await self._end_in(lane, item, wait.as_ending("refused"))
             return
         if len(lane.parked) >= self._needs.parked_per_user:
             await self._end_in(lane, item, Ending("refused", "backlog", "Too many commands wait for this user."))

@@ -99,21 +99,7 @@ class Receipts:
 
     async def parked(self, command: Command, wait: Wait, bot: str, user: str, shown: contract.Window) -> None:
         """Not final: the command waits."""
-        receipt = Receipt(
-            command=command.id,
-            sandbox=command.sandbox,
-            outcome="parked",
-            reason=wait.reason,
-            detail=wait.detail or _ADVICE.get(wait.reason, ""),
-            bot=bot,
-            user=user,
-            ret=wait.ret,
-            errcode=wait.errcode,
-            errmsg=wait.errmsg,
-            window=shown,
-            attempts=wait.attempts,
-            received_at_ms=command.stored_ms,
-        )
+        receipt = _receipt(command, wait.as_ending("parked"), bot, user, shown)
         await self._events.receipt(receipt, msg_id=f"parked:{command.client}")
 
     async def final(
@@ -143,27 +129,31 @@ class Receipts:
                 msg_id=f"dead:{command.client}",
                 sandbox=command.sandbox,
             )
-        receipt = Receipt(
-            command=command.id,
-            sandbox=command.sandbox,
-            outcome=ending.outcome,
-            reason=ending.reason,
-            detail=ending.detail or _ADVICE.get(ending.reason, ""),
-            bot=bot,
-            user=user,
-            message_ids=list(ending.message_ids),
-            ret=ending.ret,
-            errcode=ending.errcode,
-            errmsg=ending.errmsg,
-            window=shown,
-            attempts=ending.attempts,
-            received_at_ms=command.stored_ms,
-        )
+        receipt = _receipt(command, ending, bot, user, shown)
         await self._events.receipt(receipt, msg_id=f"final:{command.client}")
         self._metrics.outbound_messages.of(command.kind, ending.outcome, ending.reason or "none").inc()
         took_s = max(0, self._clock.now_ms() - command.stored_ms - parked_ms) / 1000
         failed = ending.outcome in ("dead_lettered", "uncertain")
         self._metrics.outbound_duration.of("failed" if failed else "settled").observe(took_s)
+
+
+def _receipt(command: Command, ending: Ending, bot: str, user: str, shown: contract.Window) -> Receipt:
+    return Receipt(
+        command=command.id,
+        sandbox=command.sandbox,
+        outcome=ending.outcome,
+        reason=ending.reason,
+        detail=ending.detail or _ADVICE.get(ending.reason, ""),
+        bot=bot,
+        user=user,
+        message_ids=list(ending.message_ids),
+        ret=ending.ret,
+        errcode=ending.errcode,
+        errmsg=ending.errmsg,
+        window=shown,
+        attempts=ending.attempts,
+        received_at_ms=command.stored_ms,
+    )
 
 
 def ending_of(receipt: Receipt) -> Ending:

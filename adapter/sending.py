@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import msgspec
 import structlog
@@ -55,6 +55,10 @@ class Ending(NamedTuple):
         """It may be on the phone."""
         return self.is_sent or self.outcome == "uncertain"
 
+    def with_answer(self, answer: Refused) -> Ending:
+        """The same with iLink's own words."""
+        return self._replace(ret=answer.ret, errcode=answer.errcode, errmsg=answer.errmsg)
+
 
 class Wait(NamedTuple):
     """The command must wait for the user or for a login."""
@@ -65,6 +69,10 @@ class Wait(NamedTuple):
     ret: int | None = None
     errcode: int | None = None
     errmsg: str = ""
+
+    def as_ending(self, outcome: Literal["parked", "refused"]) -> Ending:
+        """What is told of it: it waits, or is refused where it does not want to."""
+        return Ending(outcome, self.reason, self.detail, (), *self[2:])
 
 
 class Repeat(NamedTuple):
@@ -152,8 +160,9 @@ async def send(command: Command, peer: Peer, account: Account, sender: Sender) -
 
 
 def _all_taken(hand: Hand) -> Ending:
-    ending = _ending("accepted_unconfirmed" if hand.unconfirmed else "accepted", hand)
-    return ending._replace(ret=hand.ret, errcode=hand.errcode, errmsg=hand.errmsg)
+    outcome: Outcome = "accepted_unconfirmed" if hand.unconfirmed else "accepted"
+    ids = tuple(hand.message_ids)
+    return Ending(outcome, "", "", ids, hand.attempts, hand.ret, hand.errcode, hand.errmsg)
 
 
 def _is_out(context: Context, command: Command, sender: Sender) -> bool:
@@ -187,14 +196,13 @@ async def _bring(
         except StoreAway:
             raise
         except SessionExpired as exc:
-            return Wait("needs_login", exc.detail, hand.attempts, exc.ret, exc.errcode, exc.errmsg)
+            return _wait("needs_login", hand, exc)
         except Refused as exc:
             log.info("upload.refused", bot=peer.bot, command=command.id, detail=exc.detail[:200])
             _put(peer, peer.context, hand)
             if hand.tried:
                 return _ending("uncertain", hand, "It may have been sent; the media could not be brought again.")
-            ending = _ending("refused", hand, exc.detail)
-            return ending._replace(reason="media", ret=exc.ret, errcode=exc.errcode, errmsg=exc.errmsg)
+            return _ending("refused", hand, exc.detail, reason="media").with_answer(exc)
         except Temporary as exc:
             failures += 1
             given_up = await _again(command, hand, peer, exc, sender, failures)
@@ -204,7 +212,7 @@ async def _bring(
         else:
             if not (hand.part or hand.tried) and sender.clock.now_ms() >= command.expires_ms:
                 _put(peer, peer.context, hand)
-                return _ending("refused", hand, "Its upload took too long.")._replace(reason="expired")
+                return _ending("refused", hand, "Its upload took too long.", reason="expired")
             return ready
 
 
@@ -215,9 +223,8 @@ async def _request(
     hand = msgspec.structs.replace(hand, attempts=hand.attempts + 1, tried=hand.tried + 1)
 
     def leaving(context: Context) -> Context:
-        if (
-            context.hand and context.hand.sandbox != command.sandbox
-        ):  # news of the bucket: another replica has written
+        if context.hand and context.hand.sandbox != command.sandbox:
+            # read anew in the meantime, since another replica had written
             _one_at_a_time(context, command, sender)
         return window.leaving(context, _with_tail(hand, content, context, sender), sender.clock.now_ms())
 
@@ -258,15 +265,14 @@ async def _request(
         case SessionExpired():
             # stored: until the user's next login hours may pass, and the next bot repeats nothing without an answer
             await sender.contexts.save(peer, lambda context: window.returned(context, untouched))
-            return Wait("needs_login", answer.detail, hand.attempts, answer.ret, answer.errcode, answer.errmsg)
+            return _wait("needs_login", hand, answer)
         case Refused():
             apart = bool(hand.merged) and not untouched.tried
             untouched = _alone(untouched) if apart else untouched
             peer.context = window.returned(peer.context, untouched)
             if apart:
                 return Apart()
-            ending = _ending("refused", hand, answer.detail)._replace(reason=answer.reason)
-            ending = ending._replace(ret=answer.ret, errcode=answer.errcode, errmsg=answer.errmsg)
+            ending = _ending("refused", hand, answer.detail, reason=answer.reason).with_answer(answer)
             return in_doubt(ending, untouched, command)
         case Accepted():
             sender.note(command.sandbox, peer.bot, peer.user, answer.message_id, *_words(content))
@@ -323,8 +329,7 @@ async def _again(
     sender.metrics.outbound_retries.labels(reason=problem.reason).inc()
     log.warning("send.failed", bot=peer.bot, command=command.id, reason=problem.reason, attempts=hand.attempts)
     if problem.reason != "network" and failures >= sender.attempts * len(command.parts):
-        ending = _ending("dead_lettered", hand, problem.detail)._replace(reason="unreachable")
-        return in_doubt(ending, hand, command)
+        return in_doubt(_ending("dead_lettered", hand, problem.detail, reason="unreachable"), hand, command)
     expires_ms = sorted(one.expires_ms for one in (command, *command.merged))
     if hand.tried:  # an earlier request may have been taken: nothing of it may be called unsent
         if sender.clock.now_ms() >= expires_ms[-1]:
@@ -332,7 +337,7 @@ async def _again(
     elif sender.clock.now_ms() >= expires_ms[0]:
         if hand.merged:
             raise Temporary("expired", "Some of the merged commands have waited too long.")
-        return _ending("refused", hand, "iLink could not be reached in time.")._replace(reason="expired")
+        return _ending("refused", hand, "iLink could not be reached in time.", reason="expired")
     wait_s = problem.retry_after_s or backoff(failures)
     await sender.pause(wait_s + sender.clock.jitter(wait_s / 4))
     return None
@@ -358,9 +363,9 @@ async def _throttled(command: Command, hand: Hand, peer: Peer, answer: Throttled
         errmsg=answer.errmsg,
     )
     if repeated:
-        ending = _ending("refused", hand, answer.detail)._replace(reason="throttled")
-        return in_doubt(ending._replace(ret=answer.ret, errcode=answer.errcode, errmsg=answer.errmsg), hand, command)
-    return Wait("throttled", answer.detail, hand.attempts, answer.ret, answer.errcode, answer.errmsg)
+        ending = _ending("refused", hand, answer.detail, reason="throttled").with_answer(answer)
+        return in_doubt(ending, hand, command)
+    return _wait("throttled", hand, answer)
 
 
 def in_doubt(ending: Ending, hand: Hand | None, command: Command) -> Ending:
@@ -391,5 +396,9 @@ def _put(peer: Peer, context: Context, hand: Hand) -> None:
     peer.context = msgspec.structs.replace(context, hand=hand)
 
 
-def _ending(outcome: Outcome, hand: Hand, detail: str = "") -> Ending:
-    return Ending(outcome, detail=detail, message_ids=tuple(hand.message_ids), attempts=hand.attempts)
+def _ending(outcome: Outcome, hand: Hand, detail: str = "", *, reason: str = "") -> Ending:
+    return Ending(outcome, reason, detail, tuple(hand.message_ids), hand.attempts)
+
+
+def _wait(reason: str, hand: Hand, answer: Refused) -> Wait:
+    return Wait(reason, answer.detail, hand.attempts, answer.ret, answer.errcode, answer.errmsg)
