@@ -25,8 +25,9 @@ from adapter.ilink.cdn import CdnClient
 from adapter.ilink.client import ILink
 from adapter.ilink.translate import read_message
 from adapter.jetstream import topology
-from adapter.jetstream.buckets import KvBucket, LeaseRegister, StreamHistory
+from adapter.jetstream.buckets import KvBucket, LeaseRegister
 from adapter.jetstream.consumer import all_settled
+from adapter.jetstream.history import StreamHistory
 from adapter.jetstream.link import Link
 from adapter.jetstream.objects import ObjectStore
 from adapter.jetstream.publisher import Publisher

@@ -19,7 +19,8 @@ from adapter.cli.exits import NO, OK, UNREACHABLE, Failed
 from adapter.cli.options import Json, MaybeSandbox, flag
 from adapter.errors import BusRefused, Refused, Temporary
 from adapter.jetstream import topology
-from adapter.jetstream.buckets import LeaseRegister, StreamHistory
+from adapter.jetstream.buckets import LeaseRegister
+from adapter.jetstream.history import StreamHistory
 from adapter.jetstream.link import Link
 from adapter.resealing import seal_all, tokens_at_rest
 from adapter.seal import Sealer, Sealing

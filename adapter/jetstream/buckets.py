@@ -7,12 +7,8 @@ with a revision through our publisher. The data is the same as any KV client's.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import sys
-from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from datetime import UTC, datetime
-from typing import Any
+from collections.abc import Awaitable, Callable
+from datetime import datetime
 
 import msgspec
 import structlog
@@ -21,9 +17,9 @@ from nats.aio.msg import Msg
 from nats.errors import Error as NatsError
 
 from adapter.errors import BusRefused, Conflict, Temporary
-from adapter.jetstream.link import MESSAGE_GONE, NO_STREAM, STORE_FAILED, ApiError, Link, write_refusal
+from adapter.jetstream.history import LeaderMessage, last_of, leader_message, read_stream, subjects_of
+from adapter.jetstream.link import STORE_FAILED, ApiError, Link, write_refusal
 from adapter.jetstream.publisher import Publisher
-from adapter.jetstream.questions import Answer
 from adapter.ports import Entry, Message, Stored, Written
 
 log = structlog.get_logger()
@@ -32,8 +28,6 @@ EXPECTED = "Nats-Expected-Last-Subject-Sequence"
 OPERATION = "KV-Operation"
 MARKER = "Nats-Marker-Reason"
 PAGE = 500
-PAGE_BYTES = 1024 * 1024
-"""As `consumer.PULL_BYTES`."""
 READ_ANEW_S = 5.0
 """A register whose newest entry is known is read no more often: only what was purged would show."""
 FOLLOW_ANEW_S = 300.0
@@ -45,154 +39,12 @@ def news_subject(bucket: str) -> str:
     return f"{bucket.rpartition('_')[0]}.kv.{bucket}"
 
 
-async def read_stream(
-    link: Link,
-    stream: str,
-    subject: str,
-    *,
-    after: int = 0,
-    since_ms: int | None = None,
-    page: int = 200,
-    most: int | None = None,
-    replicated: bool = False,
-) -> AsyncGenerator[Stored, None]:
-    """The messages of `subject` (may hold wildcards), oldest first, after a sequence or since a time; at most `most`.
-
-    Any server of a cluster answers, also one that lags: `replicated` asks the leader at the end whether that was all.
-    Raises Temporary.
-    """
-    where: dict[str, Any] = {"seq": after + 1} if since_ms is None else {"start_time": _rfc3339(since_ms)}
-    left = sys.maxsize if most is None else most
-    while left:
-        found, more, asked = 0, False, min(page, left)
-        query = {**where, "next_by_subj": subject, "batch": asked, "max_bytes": PAGE_BYTES}
-        async for stored in direct_get(link, stream, query):
-            found += 1
-            more = stored.headers.get("Nats-Num-Pending", "0") != "0"  # the server's word: it ends by size, too
-            where = {"seq": stored.seq + 1}
-            yield stored
-        left -= found
-        if more or found == asked:
-            continue
-        if not replicated or await leader_next(link, stream, subject, where) is None:
-            return
-        await asyncio.sleep(0.05)
-
-
-class StreamHistory:
-    """Implements ports.Archive by direct get. `replicated`: the streams lie on several servers."""
-
-    def __init__(self, link: Link, *, replicated: bool = False) -> None:
-        self._link = link
-        self._replicated = replicated
-
-    def read(
-        self, stream: str, subject: str, *, after: int = 0, since_ms: int | None = None, most: int | None = None
-    ) -> AsyncIterator[Stored]:
-        return read_stream(
-            self._link, stream, subject, after=after, since_ms=since_ms, most=most, replicated=self._replicated
-        )
-
-    async def last(self, stream: str, subject: str) -> Stored | None:
-        if self._replicated:
-            return await _leader_msg(self._link, stream, {"last_by_subj": subject})
-        return await last_of(self._link, stream, subject)
-
-    async def counts(self, stream: str, subject: str) -> dict[str, int]:
-        return await subjects_of(self._link, stream, subject)
-
-    async def newest(self, stream: str, subject: str, *, count: int, before: int | None = None) -> list[Stored]:
-        state = (await self._link.api(f"STREAM.INFO.{stream}"))["state"]
-        first, last = int(state["first_seq"]), int(state["last_seq"])
-        end = last + 1 if before is None else min(before, last + 1)
-        width = count
-        while True:
-            start = max(first, end - width)
-            found: deque[Stored] = deque(maxlen=count)
-            async with contextlib.aclosing(
-                read_stream(self._link, stream, subject, after=start - 1, page=count, replicated=self._replicated)
-            ) as messages:
-                async for stored in messages:
-                    if stored.seq >= end:
-                        break
-                    found.append(stored)
-            if found or start <= first:
-                return list(reversed(found))
-            width *= 4  # only what was deleted lay there
-
-    async def get(self, stream: str, seq: int) -> Stored | None:
-        return await direct_one(self._link, stream, {"seq": seq})
-
-    async def delete(self, stream: str, seq: int, *, erase: bool = False) -> None:
-        try:
-            await self._link.api(f"STREAM.MSG.DELETE.{stream}", {"seq": seq, "no_erase": not erase})
-        except BusRefused as exc:
-            if exc.code not in MESSAGE_GONE:
-                raise Temporary("bus_refused", exc.detail) from exc
-
-
-def _rfc3339(time_ms: int) -> str:
-    moment = datetime.fromtimestamp(max(time_ms, 0) / 1000, UTC)
-    return moment.strftime("%Y-%m-%dT%H:%M:%S.%fZ")
-
-
-async def subjects_of(link: Link, stream: str, subject: str) -> dict[str, int]:
-    """Messages per subject under a wildcard. Raises Temporary."""
-    found: dict[str, int] = {}
-    while True:
-        answer = await link.api(f"STREAM.INFO.{stream}", {"subjects_filter": subject, "offset": len(found)})
-        page = (answer["state"].get("subjects") or {}) if answer.get("state") else {}
-        found |= page
-        if not page or len(found) >= int(answer.get("total", 0)):
-            return found
-
-
-async def last_of(link: Link, stream: str, subject: str) -> Stored | None:
-    """The newest message of one subject. Raises Temporary."""
-    return await direct_one(link, stream, {"last_by_subj": subject})
-
-
 async def leader_get(link: Link, stream: str, subject: str) -> Entry | None:
     """The last value of a key as the stream's leader has it, never a follower that lags. Raises Temporary."""
-    message = await _leader_message(link, stream, {"last_by_subj": subject}, timeout_s=2)
+    message = await leader_message(link, stream, {"last_by_subj": subject}, timeout_s=2)
     if message is None:
         return None
     return Entry(subject.split(".", 2)[2], None if _is_gone(message) else (message.data or b""), message.seq)
-
-
-async def leader_next(link: Link, stream: str, subject: str, where: dict[str, Any]) -> Stored | None:
-    """The first message of a subject after a sequence or time, as the stream's leader has it. Raises Temporary."""
-    return await _leader_msg(link, stream, {**where, "next_by_subj": subject})
-
-
-async def _leader_msg(link: Link, stream: str, query: dict[str, Any]) -> Stored | None:
-    """Without its headers. Raises Temporary."""
-    message = await _leader_message(link, stream, query)
-    return None if message is None else Stored(message.subject, message.seq, {}, message.data or b"")
-
-
-async def _leader_message(
-    link: Link, stream: str, query: dict[str, Any], *, timeout_s: float = 5.0
-) -> _Message | None:
-    """Raises Temporary."""
-    msg = await link.request(f"$JS.API.STREAM.MSG.GET.{stream}", msgspec.json.encode(query), timeout_s=timeout_s)
-    answer = msgspec.json.decode(msg.data, type=_MsgGet)
-    if answer.error is not None:
-        _check_nothing(answer.error)
-        return None
-    assert answer.message is not None
-    return answer.message
-
-
-def _is_gone(message: _Message) -> bool:
-    headers = message.hdrs or b""
-    return OPERATION.encode() in headers or MARKER.encode() in headers
-
-
-def _check_nothing(error: ApiError) -> None:
-    """There is no such message. Raises Temporary where there is no such stream, or no leader: that proves nothing."""
-    if error.code != 404 or error.err_code == NO_STREAM:
-        raise Temporary("bus_busy", error.description[:200])
 
 
 class LeaseRegister:
@@ -238,33 +90,6 @@ class LeaseRegister:
         self._known_to = max((stored.seq for stored in found.values()), default=0)
         self._read_at = now
         return self._known
-
-
-async def direct_get(link: Link, stream: str, body: dict[str, Any]) -> AsyncGenerator[Stored, None]:
-    """What any replica answers to a direct get (ADR-31), perhaps less than the leader has. Raises Temporary."""
-    with link.question() as question:
-        await link.publish(f"$JS.API.DIRECT.GET.{stream}", msgspec.json.encode(body), reply=question.reply)
-        while (stored := _read(await link.answer(question))) is not None:
-            yield stored
-
-
-async def direct_one(link: Link, stream: str, body: dict[str, Any]) -> Stored | None:
-    """The same where one message is asked for. Raises Temporary."""
-    return _read(await link.request(f"$JS.API.DIRECT.GET.{stream}", msgspec.json.encode(body)))
-
-
-def _read(answer: Answer) -> Stored | None:
-    """An answer to a direct get; None: there is nothing, or nothing more. Raises Temporary."""
-    headers = answer.headers
-    # A message has the server's word for its sequence; its own headers, of which one may be called Status,
-    # are whatever somebody wrote.
-    status = None if "Nats-Sequence" in headers else headers.get("Status", "none")
-    if status in ("404", "204"):
-        return None
-    if status is not None:
-        raise Temporary("bus_busy", f"{status} {headers.get('Description', '')}")
-    stored_ms = int(datetime.fromisoformat(headers["Nats-Time-Stamp"]).timestamp() * 1000)
-    return Stored(headers["Nats-Subject"], int(headers["Nats-Sequence"]), headers, answer.data, stored_ms)
 
 
 class KvBucket:
@@ -332,7 +157,7 @@ class KvBucket:
         return [subject.removeprefix(f"$KV.{self.name}.") for subject in found]
 
     async def written(self, key: str) -> Written | None:
-        message = await _leader_message(self.link, self.stream, {"last_by_subj": self.subject(key)})
+        message = await leader_message(self.link, self.stream, {"last_by_subj": self.subject(key)})
         if message is None:
             return None
         when = datetime.fromisoformat(message.time)
@@ -441,22 +266,14 @@ class KvBucket:
         await self.link.changed.until(lambda: self._stale or self.link.epoch != epoch, seconds)
 
 
-class _Message(msgspec.Struct):
-    seq: int
-    subject: str = ""
-    data: bytes | None = None
-    hdrs: bytes | None = None
-    time: str = ""
-
-
 class _Ack(msgspec.Struct):
     seq: int = 0
     error: ApiError | None = None
 
 
-class _MsgGet(msgspec.Struct):
-    message: _Message | None = None
-    error: ApiError | None = None
+def _is_gone(message: LeaderMessage) -> bool:
+    headers = message.hdrs or b""
+    return OPERATION.encode() in headers or MARKER.encode() in headers
 
 
 def _entry(bucket: str, stored: Stored) -> Entry:

@@ -21,7 +21,8 @@ import msgspec
 import structlog
 
 from adapter.errors import AdapterError, BusRefused, Conflict, Refused, Temporary, Unreadable
-from adapter.jetstream.buckets import EXPECTED, direct_get, direct_one, last_of, leader_next
+from adapter.jetstream.buckets import EXPECTED
+from adapter.jetstream.history import direct_get, direct_one, last_of, leader_next
 from adapter.jetstream.link import Link
 from adapter.jetstream.publisher import Publisher
 from adapter.media import HEAD

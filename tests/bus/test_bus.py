@@ -20,8 +20,9 @@ from structlog.testing import capture_logs
 from adapter.embedded import EmbeddedNats
 from adapter.errors import BusRefused, Conflict, LeaseLost, Refused, SettingsError, Temporary
 from adapter.jetstream import topology
-from adapter.jetstream.buckets import KvBucket, LeaseRegister, StreamHistory, direct_get
+from adapter.jetstream.buckets import KvBucket, LeaseRegister
 from adapter.jetstream.consumer import Consumer, Delivery, all_settled
+from adapter.jetstream.history import StreamHistory, direct_get
 from adapter.jetstream.link import Link, _is_leaderless
 from adapter.jetstream.publisher import Publisher
 from adapter.jetstream.services import AT_ONCE, OF_ONE, BusTeller, Handler, Services
@@ -574,7 +575,7 @@ async def test_a_follower_reads_again_when_the_server_that_answered_lags(
         async for stored in direct_get(*query):
             yield stored if loaded.is_set() else Stored(stored.subject, first, stored.headers, b"1")
 
-    monkeypatch.setattr("adapter.jetstream.buckets.direct_get", lagging)
+    monkeypatch.setattr("adapter.jetstream.history.direct_get", lagging)
     await bucket.update("k", b"2", first)
     rig.spawn(bucket.follow(lambda entry: seen.append(entry.value), on_loaded=loaded.set, reload_s=0.05))
     await until(lambda: seen == [b"1", b"2"], "it reads again")
@@ -596,7 +597,7 @@ async def test_a_replicated_history_ends_where_the_leader_has_no_more(
             if number == 1:
                 return
 
-    monkeypatch.setattr("adapter.jetstream.buckets.direct_get", lagging)
+    monkeypatch.setattr("adapter.jetstream.history.direct_get", lagging)
     asking = StreamHistory(rig.link, replicated=True)
     found = [stored.data async for stored in asking.read(NAMES.stream_ctl, NAMES.bind)]
     assert (found, asked) == ([b"0", b"1", b"2"], 2)

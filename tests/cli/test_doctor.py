@@ -17,7 +17,7 @@ from adapter.cli.bus import Bus, connected
 from adapter.contract import BindingInfo
 from adapter.embedded import EmbeddedNats
 from adapter.errors import Refused
-from adapter.jetstream.buckets import StreamHistory
+from adapter.jetstream.history import StreamHistory
 from adapter.jetstream.link import Link
 from adapter.names import token_of
 from adapter.records import Binding
