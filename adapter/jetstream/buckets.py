@@ -7,6 +7,7 @@ with a revision through our publisher. The data is the same as any KV client's.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Awaitable, Callable
 from datetime import datetime
 
@@ -32,6 +33,7 @@ READ_ANEW_S = 5.0
 """A register whose newest entry is known is read no more often: only what was purged would show."""
 FOLLOW_ANEW_S = 300.0
 """The same of a bucket that is followed, as long as no news is missing."""
+NEVER = -math.inf
 
 
 def news_subject(bucket: str) -> str:
@@ -59,7 +61,7 @@ class LeaseRegister:
         self._known: list[Entry] = []
         self._known_to = 0
         """The newest sequence when they were read."""
-        self._read_at = -READ_ANEW_S
+        self._read_at = NEVER
 
     async def get(self, key: str) -> Entry | None:
         return await leader_get(self._link, self._stream, f"$KV.{self._name}.{key}")
@@ -182,33 +184,11 @@ class KvBucket:
         every `reload_s` seconds shows that something is missing, so that nothing lost on the way stays lost.
         Entries may come twice, never older than one seen before.
         """
-        revisions: dict[str, int] = {}
-        living: set[str] = set()
-        top, whole, read_at = 0, False, 0.0
-        """Up to which sequence everything is known, if `whole`; when it was last read."""
-
-        def see(entry: Entry) -> None:
-            if entry.revision > revisions.get(entry.key, 0):
-                revisions[entry.key] = entry.revision
-                (living.discard if entry.value is None else living.add)(entry.key)
-                on_entry(entry)
-
-        async def on_message(msg: Msg) -> None:
-            nonlocal top, whole
-            headers = msg.headers or {}
-            gone = OPERATION in headers
-            key, revision = headers["Nats-Subject"].removeprefix(f"$KV.{self.name}."), int(headers["Nats-Sequence"])
-            if revision > top:
-                whole, top = whole and revision == top + 1, revision
-            see(Entry(key, None if gone else msg.data, revision))
-
-        async def subscribe(nc: Client) -> None:
-            await nc.subscribe(self.news + ".>", cb=on_message)
-
-        self.link.on_up(subscribe)
+        follower = _Follower(self, on_entry, on_missing)
+        self.link.on_up(follower.subscribe)
         if self.link.nc is not None:
             try:
-                await subscribe(self.link.nc)
+                await follower.subscribe(self.link.nc)
                 await self.link.nc.flush()
             except NatsError as exc:  # it is going down; the next one subscribes at its start
                 log.info("bucket.unfollowed", bucket=self.name, reason=type(exc).__name__)
@@ -216,43 +196,22 @@ class KvBucket:
         while True:
             try:
                 await self.link.wait_up()
-                anew = self._stale or epoch != self.link.epoch or self._now() - read_at > FOLLOW_ANEW_S
-                epoch = self.link.epoch
-                self._stale = False
-                keys, newest, begins = await self._numbers()
-                if whole and not anew and (keys, newest) == (len(revisions), top):
-                    await self._until_told(epoch, reload_s)
-                    continue
-                top, whole, read_at = max(top, newest), True, self._now()
-                there, read_to = set(), 0
-                async for stored in read_stream(self.link, self.stream, self.subject(">"), page=PAGE):
-                    entry = _entry(self.name, stored)
-                    there.add(entry.key)
-                    read_to = stored.seq
-                    see(entry)
-                whole = whole and (not keys or read_to >= newest)  # else a server answered that lags
-                for key, revision in [item for item in revisions.items() if item[0] not in there]:
-                    # too old, or purged; a follower of the cluster may just lag
-                    if await self.get(key) is not None or revisions[key] != revision:
-                        continue
-                    ask = on_missing if key in living else None
-                    if ask is not None and not await ask(key, revision < begins):
-                        continue
-                    if revisions[key] == revision:
-                        del revisions[key]
-                        living.discard(key)
+                anew = self._stale or epoch != self.link.epoch
+                epoch, self._stale = self.link.epoch, False
+                read = await follower.renew(anew=anew)
             except Temporary as exc:
                 log.warning("bucket.unread", bucket=self.name, reason=exc.reason)
                 await asyncio.sleep(0.2)
                 continue
-            if on_loaded is not None:
+            if read and on_loaded is not None:
                 on_loaded()
-            await self._until_told(epoch, reload_s)
+            await self._until_stale(epoch, reload_s)
 
-    def _now(self) -> float:
-        return asyncio.get_running_loop().time()
+    async def _until_stale(self, epoch: int, seconds: float) -> None:
+        """Until everything is to be read again, there is another client, or the time is over."""
+        await self.link.changed.until(lambda: self._stale or self.link.epoch != epoch, seconds)
 
-    async def _numbers(self) -> tuple[int, int, int]:
+    async def numbers(self) -> tuple[int, int, int]:
         """How many keys there are, deleted ones too, the newest sequence, and the one that it was made with (see
         `topology.create`). Raises Temporary."""
         try:
@@ -261,9 +220,82 @@ class KvBucket:
             raise Temporary("bus_refused", exc.detail) from exc
         return int(info["state"]["messages"]), int(info["state"]["last_seq"]), int(info["config"].get("first_seq", 0))
 
-    async def _until_told(self, epoch: int, seconds: float) -> None:
-        """Until everything is to be read again, there is another client, or the time is over."""
-        await self.link.changed.until(lambda: self._stale or self.link.epoch != epoch, seconds)
+
+class _Follower:
+    """What one follower knows of a bucket."""
+
+    def __init__(
+        self,
+        bucket: KvBucket,
+        on_entry: Callable[[Entry], None],
+        on_missing: Callable[[str, bool], Awaitable[bool]] | None,
+    ) -> None:
+        self._bucket = bucket
+        self._on_entry = on_entry
+        self._on_missing = on_missing
+        self._revisions: dict[str, int] = {}
+        """Of every key, deleted ones too."""
+        self._living: set[str] = set()
+        """Keys that were not deleted."""
+        self._top = 0
+        """The newest sequence that was heard of."""
+        self._whole = False
+        """Nothing up to there is missing, as far as news and the last reading tell."""
+        self._read_at = NEVER
+        """When it was last read to the end."""
+
+    async def subscribe(self, nc: Client) -> None:
+        """For each client: hears the news."""
+        await nc.subscribe(self._bucket.news + ".>", cb=self._on_news)
+
+    async def _on_news(self, msg: Msg) -> None:
+        headers = msg.headers or {}
+        key = headers["Nats-Subject"].removeprefix(self._bucket.subject(""))
+        revision = int(headers["Nats-Sequence"])
+        if revision > self._top:
+            self._whole, self._top = self._whole and revision == self._top + 1, revision
+        self._see(Entry(key, None if OPERATION in headers else msg.data, revision))
+
+    def _see(self, entry: Entry) -> None:
+        if entry.revision > self._revisions.get(entry.key, 0):
+            self._revisions[entry.key] = entry.revision
+            (self._living.discard if entry.value is None else self._living.add)(entry.key)
+            self._on_entry(entry)
+
+    async def renew(self, *, anew: bool) -> bool:
+        """Reads everything, if it must be read `anew`, was not for long, or something is missing; whether it did.
+
+        Raises Temporary.
+        """
+        bucket, now = self._bucket, asyncio.get_running_loop().time()
+        keys, newest, begins = await bucket.numbers()
+        known = self._whole and (keys, newest) == (len(self._revisions), self._top)
+        if known and not anew and now - self._read_at <= FOLLOW_ANEW_S:
+            return False
+        self._top, self._whole, self._read_at = max(self._top, newest), True, NEVER
+        there, read_to = set(), 0
+        async for stored in read_stream(bucket.link, bucket.stream, bucket.subject(">"), page=PAGE):
+            entry = _entry(bucket.name, stored)
+            there.add(entry.key)
+            read_to = stored.seq
+            self._see(entry)
+        self._whole = self._whole and (not keys or read_to >= newest)  # else a server answered that lags
+        for key in [key for key in self._revisions if key not in there]:
+            await self._miss(key, begins)
+        self._read_at = now
+        return True
+
+    async def _miss(self, key: str, begins: int) -> None:
+        """A key was not read: it was purged, or grew too old; or the server that answered lags. Raises Temporary."""
+        revision = self._revisions[key]
+        if await self._bucket.get(key) is not None or self._revisions[key] != revision:
+            return
+        ask = self._on_missing if key in self._living else None
+        if ask is not None and not await ask(key, revision < begins):
+            return
+        if self._revisions[key] == revision:
+            del self._revisions[key]
+            self._living.discard(key)
 
 
 class _Ack(msgspec.Struct):

@@ -581,6 +581,32 @@ async def test_a_follower_reads_again_when_the_server_that_answered_lags(
     await until(lambda: seen == [b"1", b"2"], "it reads again")
 
 
+async def test_a_follower_reads_again_what_it_could_not_read_to_the_end(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has heard of the newest sequence by then, and has as many keys as there are."""
+    bucket = rig.bucket(NAMES.bindings)
+    first = await bucket.update("k", b"1", 0)
+    seen: list[bytes | None] = []
+    failures = 0
+
+    async def failing(*query: Any) -> AsyncIterator[Stored]:
+        nonlocal failures
+        if seen and not failures:
+            failures += 1
+            raise Temporary("bus_busy")
+        async for stored in direct_get(*query):
+            yield stored
+
+    monkeypatch.setattr("adapter.jetstream.history.direct_get", failing)
+    bucket.news = "elsewhere"
+    rig.spawn(bucket.follow(lambda entry: seen.append(entry.value), reload_s=0.05))
+    await until(lambda: seen == [b"1"], "it has read")
+    await bucket.update("k", b"2", first)
+    await until(lambda: seen == [b"1", b"2"], "it reads again")
+    assert failures == 1
+
+
 async def test_a_replicated_history_ends_where_the_leader_has_no_more(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
