@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 import structlog
 
-from adapter import __version__, inbound, media, rollcall, window
+from adapter import __version__, inbound, media, rollcall, stale_token, window
 from adapter.bindings import Bindings
 from adapter.commands import Limits
 from adapter.console.desk import Needs
@@ -278,12 +278,12 @@ class Adapter:
             raise AssertionError("each shard brings its own")
 
         async def stale_on_send(binding: Binding, detail: str) -> None:
-            if lost := await inbound.lose_login(self.bindings, self.clock, binding):
-                await inbound.tell_login(self.bindings, self.events, lost, detail)
+            if lost := await stale_token.lose_login(self.bindings, self.clock, binding):
+                await stale_token.tell_login(self.bindings, self.events, lost, detail)
 
         async def alive_on_send(binding: Binding) -> None:
-            if alive := await inbound.regain_login(self.bindings, self.clock, binding):
-                await inbound.tell_login(self.bindings, self.events, alive)
+            if alive := await stale_token.regain_login(self.bindings, self.clock, binding):
+                await stale_token.tell_login(self.bindings, self.events, alive)
 
         return Outgoing(
             sender=Sender(

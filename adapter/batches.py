@@ -16,7 +16,7 @@ from adapter.inbox import Heard, bury, count, publish, raw_message, retry, witho
 from adapter.names import shard_of, token_of
 from adapter.ports import Polled, Said, Stored
 from adapter.records import Binding, Context, Cursor
-from adapter.sessions import Incoming, Place, Session, binding_event
+from adapter.sessions import Incoming, Place, Session
 
 log = structlog.get_logger()
 
@@ -261,5 +261,5 @@ async def _learn_user(binding: Binding, user: str, needs: Incoming) -> None:
     await retry(lambda: needs.bindings.change(binding.bot, with_user), needs)
     for other in needs.bindings.of_sandbox(binding.sandbox):
         if other.user == user and other.bot != binding.bot:  # WeChat has killed it: one user has one bot (1.3)
-            await needs.events.binding(binding_event(other, "replaced", "", "The user is served by another bot now."))
+            await needs.events.binding(other.event("replaced", detail="The user is served by another bot now."))
             await retry(partial(needs.bindings.remove, other.bot), needs)

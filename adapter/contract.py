@@ -342,13 +342,16 @@ class ControlAnswer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     error: Annotated[str, Meta(description="One sentence that says what to do.")] = ""
 
 
+BindingChange: TypeAlias = Literal["bound", "replaced", "unbound", "refused", "stale", "recovered", "needs_login"]
+
+
 class BindingEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Something happened to a binding. Subject: wechat.event.<sandbox>.binding."""
 
     sandbox: str
     bot: str
     change: Annotated[
-        Literal["bound", "replaced", "unbound", "refused", "stale", "recovered", "needs_login"],
+        BindingChange,
         Meta(
             description="stale: iLink said -14 and the short recovery runs. needs_login: it failed; scan a new QR"
             " code. recovered: iLink takes the token again, also after needs_login."

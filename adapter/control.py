@@ -15,7 +15,7 @@ from msgspec import structs
 
 from adapter import contract
 from adapter.bindings import Bindings
-from adapter.contract import Bind, BindingEvent, ControlAnswer, Unbind
+from adapter.contract import Bind, BindingChange, BindingEvent, ControlAnswer, Unbind
 from adapter.errors import UNDECODABLE, AdapterError, Refused, Temporary, Unreadable
 from adapter.events import Events, told_of_bindings
 from adapter.metrics import Metrics
@@ -271,16 +271,8 @@ class Control:
         unimportant = {"token": "", "since_ms": 0, "request": "", "untold": False}
         return structs.replace(before, **unimportant) == structs.replace(after, **unimportant)
 
-    async def _tell(self, binding: Binding, change: str, request: str | None, *, reason: str = "") -> None:
-        event = BindingEvent(
-            sandbox=binding.sandbox,
-            bot=binding.bot,
-            user=binding.user,
-            change=change,  # type: ignore[arg-type]
-            reason=reason,
-            request=request or "",
-        )
-        await self._events.binding(event)
+    async def _tell(self, binding: Binding, change: BindingChange, request: str | None, *, reason: str = "") -> None:
+        await self._events.binding(binding.event(change, reason=reason, request=request or ""))
         log.info("binding.changed", change=change, sandbox=binding.sandbox, bot=binding.bot)
 
     async def _answer(self, delivery: Delivery, answer: ControlAnswer) -> None:

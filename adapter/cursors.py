@@ -60,8 +60,8 @@ async def _acquire_once(session: Session, binding: Binding, needs: Incoming) -> 
         record = Cursor(last_seq=last.seq if last else 0)
     elif record.owner and record.owner != me and not await needs.leases.is_dead(record.owner):
         return None
-    if binding.start_cursor is not None and binding.start_cursor != record.start:
-        record = msgspec.structs.replace(record, cursor=binding.start_cursor, start=binding.start_cursor)
+    if binding.start_cursor is not None:
+        record = begun_at(binding.start_cursor, record)
     record, seen = await recollect(binding.bot, record, needs)
     record = await catch_up(binding, record, seen, needs, await needs.waiting(binding.sandbox))
     record = msgspec.structs.replace(record, owner=me, seen=seen.newest())
@@ -81,6 +81,11 @@ def cursor_in(entry: Entry | None, bot: str) -> Cursor | None:
     except UNDECODABLE as exc:
         log.error("cursor.unreadable", bot=bot, detail=type(exc).__name__)
         return None
+
+
+def begun_at(start: str, record: Cursor) -> Cursor:
+    """The record at the cursor that a bind request names, once; it is stored with the next write."""
+    return record if record.start == start else msgspec.structs.replace(record, cursor=start, start=start)
 
 
 def apart_key(bot: str) -> str:

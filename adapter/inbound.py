@@ -11,14 +11,11 @@ import contextlib
 from collections.abc import Awaitable, Callable
 from functools import partial
 
-import msgspec
 import structlog
 
 from adapter.batches import says_something, store
-from adapter.bindings import Bindings
-from adapter.cursors import acquire, give_back, put_back
+from adapter.cursors import acquire, begun_at, give_back, put_back
 from adapter.errors import AdapterError, LeaseLost, SessionExpired, Temporary
-from adapter.events import Events
 from adapter.inbox import retry
 from adapter.ports import Polled
 from adapter.records import Binding
@@ -26,14 +23,13 @@ from adapter.sessions import (
     Incoming,
     Place,
     Session,
-    binding_event,
     check_owned,
-    needs_login_now,
     notify,
     rebound,
     wait_until,
 )
-from adapter.timing import Clock, backoff, finish, first_of
+from adapter.stale_token import lose_login, needs_login_now, regain_login, tell_login
+from adapter.timing import backoff, finish, first_of
 
 log = structlog.get_logger()
 
@@ -99,28 +95,12 @@ async def poll_forever(session: Session, place: Place, needs: Incoming) -> Place
     failures = timeouts = instants = 0
     hold_ms = HOLD_MS
     session.answered = session.answered or needs.clock.monotonic()
-    while not session.leaving:
-        await needs.writable()
+    while (binding := await _wait_for_turn(session, needs)) is not None:
         if session.purges != needs.purges():
             session.purges = needs.purges()
             place = await finish(put_back(session, place, needs), needs.grace_s)
-        if not needs.leases.valid:
-            session.state = "paused"
-            await wait_until(session, needs.leases.changed, lambda: needs.leases.valid)
-            await first_of(session.cut, needs.clock.jitter(needs.spread_s()))
-            session.answered = needs.clock.monotonic()
-            continue
-        binding = needs.bindings.get(session.bot)
-        if binding is None or session.must_leave():
-            break
-        if binding.untold:
-            binding = await tell_login(needs.bindings, needs.events, binding)
-        if binding.state == "needs_login":
-            session.state, session.stale, session.served = "needs_login", False, binding
-            await wait_until(session, needs.bindings.changed, rebound(binding, needs))
-            session.answered = needs.clock.monotonic()
-            continue
-        place = _begun(place, binding)
+        if binding.start_cursor is not None:
+            place = place._replace(record=begun_at(binding.start_cursor, place.record))
         session.state, began = "polling" if not failures else "error", needs.clock.monotonic()
         try:
             polled = await _poll_once(session, binding, place, hold_ms, needs)
@@ -164,12 +144,30 @@ async def poll_forever(session: Session, place: Place, needs: Incoming) -> Place
     return place
 
 
-def _begun(place: Place, binding: Binding) -> Place:
-    """Where polling goes on: at the cursor that the binding names, once; it is stored with the next one."""
-    record, start = place.record, binding.start_cursor
-    if start is None or start == record.start:
-        return place
-    return place._replace(record=msgspec.structs.replace(record, cursor=start, start=start))
+async def _wait_for_turn(session: Session, needs: Incoming) -> Binding | None:
+    """What to poll with, once the bus takes what is written, the lease is valid and no login is needed.
+
+    None: the session must leave, or the bot is bound no more. Raises Temporary.
+    """
+    while not session.leaving:
+        await needs.writable()
+        if not needs.leases.valid:
+            session.state = "paused"
+            await wait_until(session, needs.leases.changed, lambda: needs.leases.valid)
+            await first_of(session.cut, needs.clock.jitter(needs.spread_s()))
+            session.answered = needs.clock.monotonic()
+            continue
+        binding = needs.bindings.get(session.bot)
+        if binding is None or session.must_leave():
+            break
+        if binding.untold:
+            binding = await tell_login(needs.bindings, needs.events, binding)
+        if binding.state != "needs_login":
+            return binding
+        session.state, session.stale, session.served = "needs_login", False, binding
+        await wait_until(session, needs.bindings.changed, rebound(binding, needs))
+        session.answered = needs.clock.monotonic()
+    return None
 
 
 async def _poll_once(
@@ -208,22 +206,17 @@ async def recover(
     log.warning("session.stale", bot=session.bot, sandbox=binding.sandbox, detail=exc.detail[:200])
     advice = "iLink refuses the bot's token; it is tried again shortly, then a login is needed."
     since = needs.clock.monotonic()
-    await needs.events.binding(binding_event(binding, "stale", exc.detail, advice))
+    await needs.events.binding(binding.event("stale", reason=exc.detail, detail=advice))
     try:
         refusals = failures = 0
         while True:
             pause_s = needs.stale_retry_s[refusals] if refusals < len(needs.stale_retry_s) else None
             late = not failures and needs_login_now(pause_s, needs.clock.monotonic() - since)
             if late and binding.state == "active":
-                lost = await _retry_here(session, partial(_lose_owned, binding, needs), needs)
+                lost = await _lose(session, binding, exc.detail, needs)
                 if lost is None:
                     return None
-                tell = partial(tell_login, needs.bindings, needs.events, lost, exc.detail)
-                told = await _retry_here(session, tell, needs)
-                if told is None:
-                    return None
-                binding = session.served = told
-                session.state = "needs_login"
+                binding = lost
             if pause_s is None:
                 return None
             with contextlib.suppress(TimeoutError):
@@ -240,19 +233,38 @@ async def recover(
                 failures += 1
                 session.cut.clear()
                 continue
-            log.info("session.recovered", bot=session.bot)
-            session.stale = False
-            if binding.state == "needs_login":
-                alive = await retry(partial(regain_login, needs.bindings, needs.clock, binding), needs)
-                if alive is None:
-                    return polled  # it was bound anew, but iLink may count this as delivered
-                await retry(partial(tell_login, needs.bindings, needs.events, alive), needs)
-            else:
-                await retry(partial(needs.events.binding, binding_event(binding, "recovered", "", "")), needs)
-            needs.revived(binding.sandbox, binding.bot, binding.user)
-            return polled
+            await _regain(session, binding, needs)
+            return polled  # also where it was bound anew meanwhile: iLink may count this as delivered
     finally:
         session.stale = False
+
+
+async def _lose(session: Session, binding: Binding, detail: str, needs: Incoming) -> Binding | None:
+    """The binding once it needs a login, and that was told; None where it is another one, or the session must leave.
+
+    Raises LeaseLost.
+    """
+    lost = await _retry_here(session, partial(_lose_owned, binding, needs), needs)
+    if lost is None:
+        return None
+    told = await _retry_here(session, partial(tell_login, needs.bindings, needs.events, lost, detail), needs)
+    if told is not None:
+        session.served, session.state = told, "needs_login"
+    return told
+
+
+async def _regain(session: Session, binding: Binding, needs: Incoming) -> None:
+    """iLink takes the token again: what waits for the bot may go on, unless it was bound anew. Raises LeaseLost."""
+    log.info("session.recovered", bot=session.bot)
+    session.stale = False
+    if binding.state == "needs_login":
+        alive = await retry(partial(regain_login, needs.bindings, needs.clock, binding), needs)
+        if alive is None:
+            return
+        await retry(partial(tell_login, needs.bindings, needs.events, alive), needs)
+    else:
+        await retry(partial(needs.events.binding, binding.event("recovered")), needs)
+    needs.revived(binding.sandbox, binding.bot, binding.user)
 
 
 async def _try_again(
@@ -288,55 +300,3 @@ async def _lose_owned(binding: Binding, needs: Incoming) -> Binding | None:
     """`lose_login`, unless somebody else may poll by now, who knows better. Raises Temporary, LeaseLost."""
     check_owned(needs, binding)
     return await lose_login(needs.bindings, needs.clock, binding)
-
-
-async def lose_login(bindings: Bindings, clock: Clock, binding: Binding) -> Binding | None:
-    """Marks a binding `needs_login`, which is yet to be told; None where it is so, or was bound anew.
-
-    Raises Temporary.
-    """
-
-    def without_login(now: Binding) -> Binding | None:
-        if now.token != binding.token or now.state == "needs_login":
-            return None
-        since_ms = clock.now_ms()
-        return msgspec.structs.replace(now, state="needs_login", reason="stale_token", since_ms=since_ms, untold=True)
-
-    lost = await bindings.change(binding.bot, without_login)
-    if lost is not None:
-        log.error("session.needs_login", bot=binding.bot, sandbox=binding.sandbox)
-    return lost
-
-
-async def regain_login(bindings: Bindings, clock: Clock, binding: Binding) -> Binding | None:
-    """iLink takes the token again: ends `needs_login`, which is yet to be told; None where it was bound anew.
-
-    Raises Temporary.
-    """
-
-    def with_login(now: Binding) -> Binding | None:
-        if now.token != binding.token or now.state == "active":
-            return None
-        return msgspec.structs.replace(now, state="active", reason="", since_ms=clock.now_ms(), untold=True)
-
-    return await bindings.change(binding.bot, with_login)
-
-
-async def tell_login(bindings: Bindings, events: Events, binding: Binding, detail: str = "") -> Binding:
-    """Tells that a login is lost, or back, where the binding is marked for it; the binding without the mark.
-
-    The mark outlives a crash, and a bus that is away, between the change and its event. Raises Temporary.
-    """
-    if not binding.untold:
-        return binding
-    if binding.state == "needs_login":
-        advice = "Have the user scan a new QR code and bind the new bot; what is parked waits for it."
-        event = binding_event(binding, "needs_login", detail, advice)
-    else:
-        event = binding_event(binding, "recovered", "", "")
-    await events.binding(event, cause=str(binding.since_ms))
-
-    def told(now: Binding) -> Binding | None:
-        return msgspec.structs.replace(now, untold=False) if now == binding else None
-
-    return await bindings.change(binding.bot, told) or binding

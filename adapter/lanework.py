@@ -23,8 +23,8 @@ from adapter.presence import Presence
 from adapter.receipts import Name, ending_of
 from adapter.records import Binding, Context, Hand
 from adapter.sending import Apart, Ending, Repeat, Wait, in_doubt
-from adapter.sessions import needs_login_now
 from adapter.settling import GONE_S, Draining, Outgoing, Settling
+from adapter.stale_token import needs_login_now
 from adapter.timing import any_of, finish
 
 log = structlog.get_logger()

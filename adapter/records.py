@@ -7,7 +7,15 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from adapter.contract import FINAL_STATUSES, BindingInfo, BindingState, LoginStatus, Options
+from adapter.contract import (
+    FINAL_STATUSES,
+    BindingChange,
+    BindingEvent,
+    BindingInfo,
+    BindingState,
+    LoginStatus,
+    Options,
+)
 
 
 class Binding(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -44,6 +52,18 @@ class Binding(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
             reason=self.reason,
             since_ms=self.since_ms,
             options=self.options,
+        )
+
+    def event(self, change: BindingChange, *, reason: str = "", detail: str = "", request: str = "") -> BindingEvent:
+        """Something happened to it."""
+        return BindingEvent(
+            sandbox=self.sandbox,
+            bot=self.bot,
+            user=self.user,
+            change=change,
+            reason=reason[:200],
+            detail=detail,
+            request=request,
         )
 
 

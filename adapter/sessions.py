@@ -11,7 +11,6 @@ import structlog
 from adapter import window
 from adapter.bindings import Bindings
 from adapter.contexts import Contexts, Peer
-from adapter.contract import BindingEvent
 from adapter.dedup import Seen
 from adapter.errors import AdapterError, LeaseLost
 from adapter.events import Events
@@ -29,8 +28,6 @@ log = structlog.get_logger()
 HERE_S = 0.2
 """A poll that is cut gets so long to bring what has arrived already: after a pause of the whole process it may lie in
 the socket, and iLink may count it as delivered."""
-LOGIN_WITHIN_S = 55.0
-"""A token that is refused for so long needs a login, whatever tries are left: people wait for an answer."""
 
 State: TypeAlias = Literal["starting", "polling", "paused", "needs_login", "error", "draining"]
 
@@ -224,17 +221,6 @@ async def notify(session: Session, needs: Incoming, *, start: bool, even_stale: 
         await needs.chat.notify(session.account(binding, needs.sealer), start=start)
     except AdapterError as exc:
         log.info("notify.failed", bot=session.bot, start=start, reason=exc.reason)
-
-
-def needs_login_now(pause_s: float | None, passed_s: float) -> bool:
-    """Whether to say so at a -14 that comes `passed_s` after the first; `pause_s`: until the next try, if any."""
-    return pause_s is None or passed_s + pause_s > LOGIN_WITHIN_S
-
-
-def binding_event(binding: Binding, change: Any, reason: str, detail: str) -> BindingEvent:
-    return BindingEvent(
-        sandbox=binding.sandbox, bot=binding.bot, user=binding.user, change=change, reason=reason[:200], detail=detail
-    )
 
 
 def rebound(binding: Binding, needs: Incoming) -> Callable[[], bool]:

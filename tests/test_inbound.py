@@ -16,12 +16,13 @@ from adapter.batches import store
 from adapter.contract import BindingEvent, BindingState, UnsupportedItem
 from adapter.cursors import NEWEST, acquire, apart_key, give_back, put_back
 from adapter.errors import BusRefused, LeaseLost, Refused, SessionExpired, Temporary
-from adapter.inbound import poll_forever, regain_login, tell_login, tend
+from adapter.inbound import poll_forever, tend
 from adapter.inbox import LARGE
 from adapter.names import H_MSG_ID, H_SEEN, peer_key, token_of
 from adapter.ports import Account, Entry, Message, Polled
 from adapter.records import Context, Cursor
 from adapter.sessions import HERE_S, Session
+from adapter.stale_token import regain_login, tell_login
 from adapter.timing import Pace
 from tests.fakes import EPOCH_MS, Bench, EndOfScript, FakeClock, settle
 
