@@ -7,11 +7,21 @@ import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from itertools import islice
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 
-from adapter.contract import Outbound, OutFile, OutImage, OutText, OutVideo, OutVoice, without_halves
+from adapter.contract import (
+    CommandId,
+    Outbound,
+    OutFile,
+    OutImage,
+    OutText,
+    OutVideo,
+    OutVoice,
+    SandboxId,
+    without_halves,
+)
 from adapter.errors import UNDECODABLE, Refused, Unreadable
 from adapter.names import check_sandbox
 from adapter.split import MAX_BYTES, is_open, split, to_plain
@@ -154,6 +164,26 @@ def _misaddressed(data: bytes) -> Outbound | None:
     except (*UNDECODABLE, KeyError):
         return None
     return msgspec.structs.replace(body, sandbox=sandbox)
+
+
+def remains(data: bytes, limits: Limits) -> Outbound:
+    """What a body that is no command says of itself: `id` and `sandbox`, each where it is one. Under another name its
+    publisher would wait for the receipt in vain."""
+    if len(data) > limits.command_bytes:
+        return Outbound()
+    try:
+        fields = msgspec.json.decode(without_halves(data), type=dict[str, msgspec.Raw])
+    except UNDECODABLE:
+        return Outbound()
+    return Outbound(id=_field(fields, "id", CommandId), sandbox=_field(fields, "sandbox", SandboxId))
+
+
+def _field(fields: Mapping[str, msgspec.Raw], name: str, kind: Any) -> str | None:
+    try:
+        found: str = msgspec.json.decode(fields[name], type=kind)
+    except (*UNDECODABLE, KeyError):
+        return None
+    return found
 
 
 def sandbox_of(body: Outbound) -> str:

@@ -15,7 +15,7 @@ import structlog
 
 from adapter import contract
 from adapter.backlog import PAGE, Backlog
-from adapter.commands import Command, command_id, peek, read_command, stand_in
+from adapter.commands import Command, command_id, peek, read_command, remains, stand_in
 from adapter.errors import AdapterError, Refused, Temporary, Unreadable
 from adapter.lane import Item, parked_at
 from adapter.lanework import LaneWork
@@ -157,9 +157,10 @@ class Shard(LaneWork):
             body = peek(delivery.data, self._needs.limits)
             command = self._read(body, delivery)
         except (Unreadable, Refused) as exc:
+            dead = isinstance(exc, Unreadable)
+            body = remains(delivery.data, self._needs.limits) if dead else body
             item = self._take(_nameless(delivery, body.id), delivery)
             self._needs.sender.metrics.schema_violations.labels(kind="out").inc()
-            dead = isinstance(exc, Unreadable)
             ending = Ending("dead_lettered" if dead else "refused", exc.reason, exc.detail)
             self._tasks.spawn(self._end_surely(item, ending))
             return

@@ -11,7 +11,7 @@ from weakref import WeakValueDictionary
 import structlog
 
 from adapter import contract
-from adapter.commands import Command, Limits, command_id, passed_on, peek, sandbox_of, stand_in
+from adapter.commands import Command, Limits, command_id, passed_on, peek, remains, sandbox_of, stand_in
 from adapter.errors import BusRefused, Refused, Temporary, Unreadable
 from adapter.metrics import Metrics
 from adapter.names import H_COMMAND, H_MSG_ID, UNROUTED, Names
@@ -78,19 +78,19 @@ class Router:
         command. It follows from the words, too: a sandbox that guessed it could use it first, and the copy would be
         dropped as a repeat.
         """
-        ident = ""
+        body = contract.Outbound()
         try:
             body = peek(delivery.data, self._limits)
-            ident = command_id(body.id, "", delivery.headers.get(H_MSG_ID, ""), delivery.seq)
             sandbox = sandbox_of(body)
         except (Unreadable, Refused) as exc:
             self._metrics.schema_violations.labels(kind="out").inc()
-            ident = ident or command_id(None, "", delivery.headers.get(H_MSG_ID, ""), delivery.seq)
             dead = isinstance(exc, Unreadable)
-            await self._end(
-                delivery, UNROUTED, ident, Ending("dead_lettered" if dead else "refused", exc.reason, exc.detail)
-            )
+            body = remains(delivery.data, self._limits) if dead else body
+            told_to = (body.sandbox if dead else None) or UNROUTED
+            ending = Ending("dead_lettered" if dead else "refused", exc.reason, exc.detail)
+            await self._end(delivery, told_to, _ident(delivery, body), ending)
             return
+        ident = _ident(delivery, body)
         words = hashlib.blake2b(delivery.data, digest_size=12).hexdigest()
         headers = passed_on(delivery.headers) | {
             H_MSG_ID: f"routed:{delivery.seq}:{delivery.time_ms}:{words}:{ident}",
@@ -143,6 +143,10 @@ class Router:
             original=(delivery.data, delivery.headers, self._names.out_plain),
         )
         await delivery.ack()
+
+
+def _ident(delivery: Delivery, body: contract.Outbound) -> str:
+    return command_id(body.id, "", delivery.headers.get(H_MSG_ID, ""), delivery.seq)
 
 
 def _named(delivery: Delivery, sandbox: str, ident: str) -> Command:

@@ -304,12 +304,32 @@ async def test_what_is_no_command_is_told_under_the_id_of_its_header(data: bytes
     assert len(bench.bus.found("DEAD")) == (outcome == "dead_lettered")
 
 
-async def test_what_is_refused_for_its_content_is_told_under_its_own_id() -> None:
+@pytest.mark.parametrize(
+    ("data", "outcome", "reason"),
+    [
+        (b'{"text":" ","id":"c1"}', "refused", "invalid"),
+        (b'{"text":5,"id":"c1"}', "dead_lettered", "unreadable"),
+        (b'{"text":"hi","when_closed":"later","id":"c1","sandbox":"S 1"}', "dead_lettered", "unreadable"),
+        (b'{"text":"cut \\ud83d","format":"html","id":"c1"}', "dead_lettered", "unreadable"),
+    ],
+    ids=["blank", "a-number", "unknown-word", "half-an-emoji"],
+)
+async def test_what_is_wrong_in_its_content_is_told_under_its_own_id(data: bytes, outcome: str, reason: str) -> None:
     """The sandbox waits for a receipt with the id that it gave."""
     bench, shard = await ready()
-    shard.on_delivery(bench.command(" ", id="c1", headers={H_MSG_ID: "h1"}))
+    shard.on_delivery(bench.command(data=data, headers={H_MSG_ID: "h1"}))
     await asyncio.sleep(5)
-    assert outcomes(bench) == [("c1", "refused", "invalid")]
+    assert outcomes(bench) == [("c1", outcome, reason)]
+
+
+@pytest.mark.parametrize(
+    "ident", [b'""', b"5", b"null", b'"' + b"x" * 129 + b'"'], ids=["empty", "number", "null", "long"]
+)
+async def test_an_id_that_is_none_leaves_the_headers(ident: bytes) -> None:
+    bench, shard = await ready()
+    shard.on_delivery(bench.command(data=b'{"text":5,"id":' + ident + b"}", headers={H_MSG_ID: "h1"}))
+    await asyncio.sleep(5)
+    assert outcomes(bench) == [("h1", "dead_lettered", "unreadable")]
 
 
 @pytest.mark.parametrize(

@@ -167,7 +167,7 @@ ENDED: list[tuple[str, bytes, str, str, str]] = [
     ("wildcard", b'{"text":"hi","sandbox":">"}', "refused", "invalid", "h1"),
     ("empty-sandbox", b'{"text":"hi","sandbox":""}', "refused", "invalid", "h1"),
     ("no-name-at-all", b'{"text":"hi","sandbox":5}', "dead_lettered", "unreadable", "h1"),
-    ("bad-sandbox-and-more", b'{"text":5,"sandbox":"a.b"}', "dead_lettered", "unreadable", "h1"),
+    ("bad-sandbox-and-more", b'{"text":5,"sandbox":"a.b","id":"c1"}', "dead_lettered", "unreadable", "c1"),
 ]
 
 
@@ -183,6 +183,13 @@ async def test_what_goes_nowhere_has_a_receipt(data: bytes, outcome: str, reason
     assert delivery.acks == 1
     assert bench.bus.found("OUT") == []
     assert len(bench.bus.found("DEAD")) == (outcome == "dead_lettered")
+
+
+async def test_what_cannot_be_read_is_told_to_the_sandbox_that_it_names() -> None:
+    bench = Bench()
+    await router(bench).route(plain(bench, b'{"text":5,"sandbox":"s1","id":"c1"}', headers={H_MSG_ID: "h1"}))
+    (receipt,) = bench.bus.receipts()
+    assert (receipt.sandbox, receipt.command, receipt.outcome) == ("s1", "c1", "dead_lettered")
 
 
 async def test_a_queue_that_is_full_refuses_the_command() -> None:

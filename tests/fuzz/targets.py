@@ -31,6 +31,7 @@ from adapter.commands import (
     passed_on,
     peek,
     read_command,
+    remains,
     sandbox_of,
 )
 from adapter.console import server
@@ -92,8 +93,12 @@ def routed(data: bytes) -> None:
     """Plain wechat.out."""
     try:
         sandbox = sandbox_of(peek(data, LIMITS))
-    except (Unreadable, Refused):
+    except Refused:
         return
+    except Unreadable:
+        left = remains(data, LIMITS)
+        assert len(left.id or "") <= 128
+        sandbox = left.sandbox or "none"
     assert re.fullmatch(r"[a-z0-9_-]{1,64}", sandbox)
 
 
