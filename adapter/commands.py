@@ -35,6 +35,8 @@ _SERVERS = ("nats-", "kv-", "status", "description")
 """How the names of headers begin that are the server's own."""
 HEADERS_KEPT = 32
 HEADER_CHARS = 1024
+ID_CHARS = 128
+"""Characters of a command's id (contract.CommandId)."""
 MAX_NAME = 128
 """Characters of a file name."""
 _UNSEEN = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
@@ -134,7 +136,15 @@ def passed_on(headers: Mapping[str, str]) -> dict[str, str]:
 
 def command_id(body_id: str | None, routed_id: str, msg_id: str, seq: int) -> str:
     """The idempotency key: the body's, else the one that the router found, else Nats-Msg-Id, else the sequence."""
-    return body_id or routed_id[:128] or msg_id[:128] or str(seq)
+    return body_id or _fitting(routed_id) or _fitting(msg_id) or str(seq)
+
+
+def _fitting(ident: str) -> str:
+    """An id as records have room for: cut off alone, two long ones that begin alike would be one, and the second
+    command be dropped as a repeat."""
+    if len(ident) <= ID_CHARS:
+        return ident
+    return f"{ident[: ID_CHARS - 33]}~{hashlib.blake2b(ident.encode(), digest_size=16).hexdigest()}"
 
 
 def peek(data: bytes, limits: Limits) -> Outbound:
