@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 
 import msgspec
 import structlog
@@ -22,6 +22,7 @@ from adapter.names import (
     H_SEQUENCE,
     H_SUBJECT,
     H_TIME_MS,
+    H_TRACEPARENT,
     Names,
 )
 from adapter.ports import Bus, History, Message
@@ -71,15 +72,19 @@ class Events:
         event = msgspec.structs.replace(event, at_ms=self._clock.now_ms())
         await self._store(event.sandbox, "window", msgspec.json.encode(event), msg_id)
 
-    async def receipt(self, receipt: contract.Receipt, *, msg_id: str) -> None:
-        """What became of a command. `msg_id` is the same for the same outcome of the same command."""
+    async def receipt(self, receipt: contract.Receipt, *, msg_id: str, headers: Mapping[str, str]) -> None:
+        """What became of a command. `msg_id` is the same for the same outcome of the same command, `headers` are the
+        command's: its trace goes on in its receipts."""
         receipt = msgspec.structs.replace(receipt, at_ms=self._clock.now_ms())
-        if await self._store(receipt.sandbox, "receipt", msgspec.json.encode(receipt), msg_id):
+        trace = passed_on({H_TRACEPARENT: headers[H_TRACEPARENT]}) if H_TRACEPARENT in headers else {}
+        if await self._store(receipt.sandbox, "receipt", msgspec.json.encode(receipt), msg_id, trace):
             self._metrics.receipts.of(receipt.outcome).inc()
 
-    async def _store(self, sandbox: str, kind: str, payload: bytes, msg_id: str) -> bool:
+    async def _store(
+        self, sandbox: str, kind: str, payload: bytes, msg_id: str, trace: Mapping[str, str] | None = None
+    ) -> bool:
         """Whether the stream took it; what it refuses for good is logged."""
-        headers = {H_MSG_ID: msg_id, H_SCHEMA: contract.SCHEMA_VERSION}
+        headers = {H_MSG_ID: msg_id, H_SCHEMA: contract.SCHEMA_VERSION, **(trace or {})}
         try:
             await self._surely(Message("event", self._names.event(sandbox, kind), payload, headers))
         except BusRefused as exc:

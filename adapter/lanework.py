@@ -416,7 +416,7 @@ class LaneWork(Settling):
         except BusRefused as exc:
             await self._end_in(lane, item, Ending("refused", "backlog", f"It could not be parked: {exc.detail}"))
             return
-        await self._needs.receipts.parked(command, wait, lane.bot, lane.user, await self._window(lane))
+        await self._needs.receipts.parked(command, wait, lane.bot, lane.user, await self._window(lane), item.headers)
         home = lane.current()
         parked = parked_at(ack.seq, subject, command)
         if all(parked.seq != known.seq for known in home.parked):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 import msgspec
@@ -97,10 +97,12 @@ class Receipts:
         if len(told.found) > KNOWN_RECEIPTS and self._told.get(sandbox) is told:
             del self._told[sandbox]
 
-    async def parked(self, command: Command, wait: Wait, bot: str, user: str, shown: contract.Window) -> None:
-        """Not final: the command waits."""
+    async def parked(
+        self, command: Command, wait: Wait, bot: str, user: str, shown: contract.Window, headers: Mapping[str, str]
+    ) -> None:
+        """Not final: the command waits. `headers`: its own."""
         receipt = _receipt(command, wait.as_ending("parked"), bot, user, shown)
-        await self._events.receipt(receipt, msg_id=f"parked:{command.client}")
+        await self._events.receipt(receipt, msg_id=f"parked:{command.client}", headers=headers)
 
     async def final(
         self,
@@ -130,7 +132,7 @@ class Receipts:
                 sandbox=command.sandbox,
             )
         receipt = _receipt(command, ending, bot, user, shown)
-        await self._events.receipt(receipt, msg_id=f"final:{command.client}")
+        await self._events.receipt(receipt, msg_id=f"final:{command.client}", headers=original[1])
         self._metrics.outbound_messages.of(command.kind, ending.outcome, ending.reason or "none").inc()
         took_s = max(0, self._clock.now_ms() - command.stored_ms - parked_ms) / 1000
         failed = ending.outcome in ("dead_lettered", "uncertain")

@@ -249,6 +249,21 @@ async def test_a_receipt_says_what_ilink_said_and_what_is_left() -> None:
     assert receipt.window.remaining == 10
 
 
+async def test_each_receipt_goes_on_with_the_trace_of_its_command() -> None:
+    bench, shard = await ready(is_open=False, merge_chars=100)
+    shard.on_delivery(bench.command("a", headers={"traceparent": "00-a", "b3": "1"}))
+    shard.on_delivery(bench.command("b"))
+    shard.on_delivery(bench.command("c", headers={"traceparent": "00-c"}))
+    shard.on_delivery(bench.command("d", headers={"traceparent": "x" * 1025}))
+    await asyncio.sleep(30)
+    await user_writes(bench, shard)
+    await asyncio.sleep(30)
+    told = [stored.headers.get("traceparent") for stored in bench.bus.found("EVENT") if "receipt" in stored.subject]
+    assert bench.chat.texts == ["a\n\nb\n\nc\n\nd"]
+    assert told == ["00-a", None, "00-c", None] * 2
+    assert not any("b3" in stored.headers for stored in bench.bus.found("EVENT"))
+
+
 async def test_a_dead_letter_holds_the_original_before_its_receipt() -> None:
     bench, shard = await ready()
     bench.chat.sends.extend([Temporary("http_5xx")] * 3)
