@@ -19,11 +19,10 @@ from adapter.contract import (
     OutText,
     OutVideo,
     OutVoice,
-    SandboxId,
     without_halves,
 )
 from adapter.errors import UNDECODABLE, Refused, Unreadable
-from adapter.names import check_sandbox
+from adapter.names import check_sandbox, is_sandbox
 from adapter.split import MAX_BYTES, is_open, split, to_plain
 
 _PEER = re.compile(r"[!-~]{0,128}")
@@ -185,7 +184,8 @@ def remains(data: bytes, limits: Limits) -> Outbound:
         fields = msgspec.json.decode(without_halves(data), type=dict[str, msgspec.Raw])
     except UNDECODABLE:
         return Outbound()
-    return Outbound(id=_field(fields, "id", CommandId), sandbox=_field(fields, "sandbox", SandboxId))
+    sandbox = _field(fields, "sandbox", str)
+    return Outbound(id=_field(fields, "id", CommandId), sandbox=sandbox if is_sandbox(sandbox or "") else None)
 
 
 def _field(fields: Mapping[str, msgspec.Raw], name: str, kind: Any) -> str | None:

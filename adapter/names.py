@@ -48,9 +48,14 @@ H_ERROR = "Nats-Service-Error"
 H_ERROR_CODE = "Nats-Service-Error-Code"
 
 
+def is_sandbox(name: str) -> bool:
+    """Whether it is a legal sandbox id, and thus a token of subjects. To `$` a line end behind it is none."""
+    return _SANDBOX.match(name) is not None and "\n" not in name
+
+
 def check_sandbox(name: str) -> str:
     """`name`, if it is a legal sandbox id. Raises Refused("invalid"): a wrong id is never rewritten."""
-    if not _SANDBOX.match(name) or "\n" in name:
+    if not is_sandbox(name):
         raise Refused("invalid", f"A sandbox id matches {SANDBOX_PATTERN}; lower case, no dots.")
     return name
 

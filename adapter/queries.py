@@ -138,4 +138,5 @@ def _with_sandbox(query: S) -> S:
     """Raises Refused("invalid")."""
     if query.sandbox is None:
         raise Refused("invalid", "Name a `sandbox`, or ask on a subject that ends with it.")
+    check_sandbox(query.sandbox)
     return query

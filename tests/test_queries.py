@@ -121,6 +121,8 @@ REFUSED: list[tuple[str, str, bytes, str]] = [
     ("replay-without-sandbox", "replay", ask(), "invalid"),
     ("replay-of-all", "replay", ask(sandbox="*"), "invalid"),
     ("replay-of-a-wildcard", "replay", ask(sandbox=">"), "invalid"),
+    ("replay-with-a-line-end", "replay", ask(sandbox="s1\n"), "invalid"),
+    ("window-with-a-line-end", "window", ask(sandbox="s1\n"), "invalid"),
     ("replay-after-a-negative", "replay", ask(sandbox="s1", after=-1), "invalid"),
     ("replay-after-no-sequence", "replay", ask(sandbox="s1", after=2**64 - 1), "invalid"),
     ("replay-since-nanoseconds", "replay", ask(sandbox="s1", since_ms=1_790_000_000_000_000_000), "invalid"),

@@ -168,6 +168,7 @@ ENDED: list[tuple[str, bytes, str, str, str]] = [
     ("empty-sandbox", b'{"text":"hi","sandbox":""}', "refused", "invalid", "h1"),
     ("no-name-at-all", b'{"text":"hi","sandbox":5}', "dead_lettered", "unreadable", "h1"),
     ("bad-sandbox-and-more", b'{"text":5,"sandbox":"a.b","id":"c1"}', "dead_lettered", "unreadable", "c1"),
+    ("sandbox-and-a-line-end", b'{"text":5,"sandbox":"s1\\n","id":"c1"}', "dead_lettered", "unreadable", "c1"),
 ]
 
 
