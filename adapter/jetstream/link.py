@@ -20,7 +20,7 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.errors import Error as NatsError
 
-from adapter.errors import BusRefused, Conflict, Temporary
+from adapter.errors import UNDECODABLE, BusRefused, Conflict, Temporary
 from adapter.jetstream.client import BusClient, violation
 from adapter.jetstream.credentials import credentials, tls_context
 from adapter.jetstream.questions import Answer, Question, Questions
@@ -311,9 +311,12 @@ class Link:
         said = await self.request(
             f"$JS.API.{verb}", msgspec.json.encode(body) if body is not None else b"", timeout_s
         )
-        answer: dict[str, Any] = msgspec.json.decode(said.data)
-        if error := answer.get("error"):
-            parsed = msgspec.convert(error, ApiError)
+        try:
+            answer = msgspec.json.decode(said.data, type=dict[str, Any])
+            parsed = msgspec.convert(answer.get("error") or {}, ApiError)
+        except UNDECODABLE as exc:  # a server that could not say it, or a stranger who may answer on this subject
+            raise Temporary("bus_unreadable", f"JetStream's answer to {verb}: {type(exc).__name__}") from exc
+        if answer.get("error"):
             raise refusal(parsed.err_code, parsed.code, parsed.description)
         return answer
 

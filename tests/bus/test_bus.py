@@ -1036,6 +1036,21 @@ def test_a_server_that_knows_no_leader_counts_as_silent(answer: bytes, leaderles
     assert _is_leaderless(answer) == leaderless
 
 
+@pytest.mark.parametrize("said", [b"", b'{"config":', b"[]", b'{"error":5}', b"\xff"])
+async def test_an_answer_that_nobody_can_read_is_an_outage_and_no_end(rig: Rig, said: bytes) -> None:
+    """As a server gives it that cannot put what it knows into words: its clock stood at the year 10,000."""
+    nc = await rig.bus.client()
+
+    async def answer(msg: Msg) -> None:
+        await msg.respond(said)
+
+    await nc.subscribe("$JS.API.STRANGER", cb=answer)
+    await nc.flush()
+    with pytest.raises(Temporary, match="bus_unreadable"):
+        await rig.link.api("STRANGER")
+    await nc.close()
+
+
 # the streams ---------------------------------------------------------------------------------------------
 
 
