@@ -10,7 +10,7 @@ import msgspec
 import structlog
 
 from adapter.dedup import Seen
-from adapter.errors import UNDECODABLE, Conflict, LeaseLost, Temporary
+from adapter.errors import UNDECODABLE, BusRefused, Conflict, LeaseLost, Temporary
 from adapter.inbox import retry, seen_of
 from adapter.names import H_SANDBOX, token_of
 from adapter.ports import Entry
@@ -182,7 +182,7 @@ async def give_back(session: Session, needs: Incoming) -> None:
         try:
             freed = await _give_back_once(session, needs)
             break
-        except (Temporary, Conflict) as exc:  # the bus is away, or a follower knew less than the leader
+        except (Temporary, BusRefused) as exc:  # the bus is away, or a follower knew less than the leader
             failures += 1
             log.warning("cursor.unreleased", bot=session.bot, reason=exc.reason, failures=failures)
             await needs.clock.sleep(backoff(failures, first_s=0.1, longest_s=2.0))

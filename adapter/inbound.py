@@ -15,7 +15,7 @@ import structlog
 
 from adapter.batches import says_something, store
 from adapter.cursors import acquire, begun_at, give_back, put_back
-from adapter.errors import AdapterError, LeaseLost, SessionExpired, Temporary
+from adapter.errors import AdapterError, BusRefused, LeaseLost, SessionExpired, Temporary
 from adapter.inbox import retry
 from adapter.ports import Polled
 from adapter.records import Binding
@@ -288,7 +288,7 @@ async def _retry_here(
     async def attempt() -> Binding | None:
         try:
             return await work()
-        except Temporary:
+        except (Temporary, BusRefused):
             if session.leaving:
                 return None
             raise

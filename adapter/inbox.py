@@ -196,15 +196,18 @@ async def bury(bot: str, sandbox: str, raw: bytes, why: str, needs: Incoming, *,
 
 
 async def retry(work: Callable[[], Awaitable[T]], needs: Incoming) -> T:
-    """What is in hand is tried until it is done. Raises LeaseLost."""
+    """What is in hand is tried until it is done, also where the bus refuses it: iLink may count it as delivered, and
+    whoever had the bucket refuse what is written can have it take that again. Raises LeaseLost.
+    """
     failures = 0
     while True:
         try:
             return await work()
-        except Temporary as exc:
+        except (Temporary, BusRefused) as exc:
             failures += 1
-            log.warning("inbound.waits", reason=exc.reason, failures=failures)
-            await needs.clock.sleep(backoff(failures, first_s=0.05, longest_s=1.0))
+            log.warning("inbound.waits", reason=exc.reason, detail=exc.detail[:200], failures=failures)
+            longest_s = 1.0 if isinstance(exc, Temporary) else 10.0
+            await needs.clock.sleep(backoff(failures, first_s=0.05, longest_s=longest_s))
 
 
 def count(needs: Incoming, kind: str, outcome: str, times: int = 1) -> None:

@@ -15,7 +15,7 @@ from structlog.testing import capture_logs
 from adapter.batches import store
 from adapter.contract import BindingEvent, BindingState, UnsupportedItem
 from adapter.cursors import NEWEST, acquire, apart_key, give_back, put_back
-from adapter.errors import BusRefused, LeaseLost, Refused, SessionExpired, Temporary
+from adapter.errors import AdapterError, BusRefused, LeaseLost, Refused, SessionExpired, Temporary
 from adapter.inbound import poll_forever, tend
 from adapter.inbox import LARGE
 from adapter.names import H_MSG_ID, H_SEEN, peer_key, token_of
@@ -895,22 +895,47 @@ async def test_no_poll_starts_while_the_bus_is_away(poller: Poller) -> None:
     assert bench.chat.asked == [""]
 
 
-async def test_a_batch_in_hand_is_retried_until_the_bus_is_back(poller: Poller) -> None:
+@pytest.mark.parametrize("problem", [Temporary("bus_down"), BusRefused(10054, "too large")], ids=["away", "refuses"])
+@pytest.mark.parametrize("bucket", ["contexts_bucket", "cursors"])
+async def test_a_batch_in_hand_is_retried_until_the_bus_takes_it(
+    poller: Poller, bucket: str, problem: AdapterError
+) -> None:
+    """Its user's record, or its cursor. iLink may count it as delivered, and give it nobody again."""
     bench = await ready(batch(raw()))
     poller(bench)
     failures = 20
 
-    async def away(_: str) -> None:
+    async def fails(_: str) -> None:
         nonlocal failures
-        if failures:
+        if failures and bench.chat.asked:
             failures -= 1
-            raise Temporary("bus_down")
+            raise problem
 
-    bench.contexts_bucket.on_write = away
-    await asyncio.sleep(60)
+    getattr(bench, bucket).on_write = fails
+    await asyncio.sleep(300)
     assert failures == 0
     assert texts(bench) == ["hello"]
     assert bench.chat.asked == ["", "b"]
+
+
+async def test_a_cursor_is_given_back_also_where_the_bus_refuses_it_at_first() -> None:
+    """This replica lives on, so that nobody else could ever take the bot."""
+    bench = await ready()
+    session, task = tended(bench)
+    await settle()
+    failures = 3
+
+    async def refuses(_: str) -> None:
+        nonlocal failures
+        if failures:
+            failures -= 1
+            raise BusRefused(10054, "too large")
+
+    bench.cursors.on_write = refuses
+    session.leave(now=True)
+    await task
+    assert failures == 0
+    assert bench.cursor().owner == ""
 
 
 # starting and stopping -----------------------------------------------------------------------------------

@@ -59,10 +59,15 @@ class LimitedNats(EmbeddedNats):
 
 @contextlib.asynccontextmanager
 async def running(
-    folder: Path, *, bots: int = BOTS, environ: dict[str, str] | None = None, **settings: Any
+    folder: Path,
+    *,
+    bots: int = BOTS,
+    environ: dict[str, str] | None = None,
+    cursor_mode: str = "cursor_replay",
+    **settings: Any,
 ) -> AsyncIterator[tuple[World, Client, AdapterProcess]]:
     """Bots bound, served by one adapter."""
-    async with world(folder, cursor_mode="cursor_replay", environ=environ, **settings) as made:
+    async with world(folder, cursor_mode=cursor_mode, environ=environ, **settings) as made:
         adapter = await made.add_adapter(WECHAT_NATS_HTTP_ADDR=f"127.0.0.1:{free_port()}")
         nc = await made.nc()
         records = [made.sim.add_bot() for _ in range(bots)]
@@ -383,6 +388,21 @@ async def test_a_lease_that_cannot_be_renewed_is_told(tmp_path: Path) -> None:
         await until(lambda: made.sim.stats().parked == 3, "all are polled again")
         await eventually(adapter.is_ready, "it is ready again")
         await loaded(made, nc, 2)
+        await faultless(made, nc)
+
+
+async def test_a_bucket_that_refuses_what_a_bot_writes_holds_it_up_and_loses_nothing(tmp_path: Path) -> None:
+    """iLink gives nothing again: what a poll brought is in hand until the bucket takes its records."""
+    async with running(tmp_path, bots=3, cursor_mode="ack_on_delivery") as (made, nc, adapter):
+        for number, bucket in enumerate((NAMES.context, NAMES.cursors)):
+            await loaded(made, nc, 1, first=number)
+            await change(nc, f"KV_{bucket}", max_msg_size=10)
+            waits = adapter.said("inbound.waits")
+            for sandbox in made.bots:
+                made.say(sandbox, f"while {bucket} refuses")
+            await until(lambda: adapter.said("inbound.waits") > waits + 3, "it says that it waits")  # noqa: B023
+            await change(nc, f"KV_{bucket}", max_msg_size=-1)
+        await loaded(made, nc, 1, first=2)
         await faultless(made, nc)
 
 
