@@ -174,7 +174,7 @@ def ending_of(receipt: Receipt) -> Ending:
 
 _ADVICE = {
     "window_closed": "The user must write first; WeChat lets a bot speak only for a day after that.",
-    "quota": "The sends that follow an inbound message are used up; the user must write again.",
+    "quota": "It needs more sends than are left after the user's last message; they must write again.",
     "throttled": "iLink refuses more messages to this user until they write.",
     "needs_login": "The bot's token is dead; have the user scan a new QR code and bind the new bot.",
     "backlog": "Earlier commands for this user wait; it keeps its place behind them.",

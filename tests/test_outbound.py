@@ -799,6 +799,17 @@ def reports(bench: Bench, shard: Shard, count: int, first: int = 0) -> None:
         shard.on_delivery(bench.command(f"t{number}", id=f"c{number}"))
 
 
+@pytest.mark.parametrize(("when_closed", "outcome"), [("park", "parked"), ("refuse", "refused")])
+async def test_a_command_that_needs_more_sends_than_are_left_is_told_so(when_closed: str, outcome: str) -> None:
+    """It was told that they are used up, beside a window that has some."""
+    bench, shard = await kept_back(0, used=8)
+    shard.on_delivery(bench.command("a" * 9000, id="c1", when_closed=when_closed))
+    await asyncio.sleep(30)
+    (receipt,) = bench.bus.receipts()
+    assert (receipt.outcome, receipt.reason, receipt.window.remaining) == (outcome, "quota", 2)
+    assert receipt.detail == "It needs more sends than are left after the user's last message; they must write again."
+
+
 @pytest.mark.parametrize("when_closed", ["park", "refuse"])
 async def test_a_final_command_goes_ahead_of_those_that_wait_for_sends(when_closed: str) -> None:
     bench, shard = await kept_back(used=6)
