@@ -76,8 +76,9 @@ def identify(head: bytes, name: str = "") -> Kind:
 
 
 def file_name(kind: str, suffix: str) -> str:
-    """A name for media whose sender gave none: `image.jpg`, `voice.silk`."""
-    return f"{kind or 'file'}{suffix}"
+    """A name for media whose sender gave none: `image.jpg`, `voice.silk`. `kind`: an item's, or the first word of a
+    type; those that say little to people (`application`) make a `file`."""
+    return f"{kind if kind in ('image', 'video', 'voice', 'audio') else 'file'}{suffix}"
 
 
 def is_silk(head: bytes) -> bool:

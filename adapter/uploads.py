@@ -71,7 +71,7 @@ class Uploads:
                 account,
                 user=user,
                 kind=kind_of(part, found.mime),
-                name=part.name or file_name(_word(found.mime), found.suffix),
+                name=part.name or file_name(found.mime.partition("/")[0], found.suffix),
                 size=measured.size,
                 md5=measured.md5,
                 read=read,
@@ -118,11 +118,6 @@ class Uploads:
 def kind_of(part: MediaPart, mime: str) -> MediaKind:
     """What a part is sent as: the kind that it names, or a file if its content is no picture or video."""
     return part.kind if mime.startswith(f"{part.kind}/") else "file"
-
-
-def _word(mime: str) -> str:
-    kind = mime.partition("/")[0]
-    return kind if kind in ("image", "video", "audio") else "file"
 
 
 def _watched(read: Read, problems: list[Temporary | Unreadable]) -> Watched:

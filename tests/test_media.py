@@ -67,6 +67,7 @@ def test_no_more_than_the_head_is_read() -> None:
 
 def test_a_name_is_made_of_kind_and_type() -> None:
     assert (file_name("image", ".jpg"), file_name("", "")) == ("image.jpg", "file")
+    assert (file_name("application", ".pdf"), file_name("text", ".txt")) == ("file.pdf", "file.txt")
 
 
 # recordings ----------------------------------------------------------------------------------------------
