@@ -52,6 +52,9 @@ SUSPECT_AFTER_S = 4.0
 """A server that has answered nothing for so long, though asked, is left for another one. An election may take as
 long, and then moving gains nothing and loses little; a server that is cut off from the others never answers."""
 
+DOUBT_S = 10.0
+"""A connection so old may not know that its server takes larger messages again."""
+
 
 class ApiError(msgspec.Struct):
     """JetStream's error: an HTTP-like code, its own (`err_code`), and words."""
@@ -133,6 +136,9 @@ class Link:
         self.nc: BusClient | None = None
         self.down_reason = "not connected yet"
         self.max_payload = 1024 * 1024
+        self._most = 0
+        """The largest `max_payload` of any connection."""
+        self._since = 0.0
         self.changed = Latch()
         self._settings = settings
         self._servers = random.sample(settings.nats_url, len(settings.nats_url))
@@ -188,6 +194,14 @@ class Link:
             self._patience = min(8, self._patience * 2)
             self._lost.set()
 
+    def doubt_limit(self) -> None:
+        """Something is larger than `max_payload`. Where that was more once, a new connection is made to ask again: a
+        server that takes larger messages after a reload says so to new clients only.
+        """
+        if self.max_payload < self._most and self.up and asyncio.get_running_loop().time() - self._since > DOUBT_S:
+            self.down_reason = f"max_payload was {self._most} bytes once and is {self.max_payload}: is it back?"
+            self._lost.set()
+
     async def use(self, nc: BusClient) -> None:
         """Takes a client that somebody else keeps and closes, instead of `run`."""
         for action in self._on_up:
@@ -211,8 +225,9 @@ class Link:
             failures = 0
             try:
                 self.nc, self.epoch = nc, self.epoch + 1
-                self.max_payload = nc.max_payload
-                self._answered, self._unanswered = asyncio.get_running_loop().time(), 0
+                self.max_payload, self._most = nc.max_payload, max(self._most, nc.max_payload)
+                self._since = asyncio.get_running_loop().time()
+                self._answered, self._unanswered = self._since, 0
                 self._servers = _put_last(self._servers, nc)
                 log.info("bus.connected", link=self.name, epoch=self.epoch)
                 self.changed.notify()

@@ -121,14 +121,19 @@ class Publisher:
     def _take(self, message: Message, future: asyncio.Future[PubAck], now: float) -> tuple[int, _Outstanding]:
         """In the order of the calls; what can never be written is refused at once."""
         entry = _Outstanding(message, future, now)
-        most = self._link.max_payload
-        if len(message.payload) > most // 2 and len(message.payload) + _size(message.headers) > most:
-            entry.future.set_exception(BusRefused(0, f"{len(message.payload)} bytes exceed the server's max_payload"))
-        elif len(message.subject) > MAX_SUBJECT // 4 and len(message.subject.encode()) > MAX_SUBJECT:
-            entry.future.set_exception(BusRefused(0, "The subject is too long."))
+        self._measure(entry)
         number = next(self._numbers)
         self._outstanding[number] = entry
         return number, entry
+
+    def _measure(self, entry: _Outstanding) -> None:
+        """Refuses what the server would end the connection for."""
+        message, most = entry.message, self._link.max_payload
+        if len(message.payload) > most // 2 and len(message.payload) + _size(message.headers) > most:
+            entry.future.set_exception(BusRefused(0, f"{len(message.payload)} bytes exceed the server's max_payload"))
+            self._link.doubt_limit()
+        elif len(message.subject) > MAX_SUBJECT // 4 and len(message.subject.encode()) > MAX_SUBJECT:
+            entry.future.set_exception(BusRefused(0, "The subject is too long."))
 
     async def run(self) -> None:
         """Watches the acks and mends the flow, until cancelled."""
@@ -238,7 +243,9 @@ class Publisher:
             posted.write_soon()
 
     async def _write(self, number: int, entry: _Outstanding) -> None:
-        """Writes one, also once more."""
+        """Writes one, also once more: this server may take less than the one before."""
+        if not entry.future.done():
+            self._measure(entry)
         if not entry.future.done() and self._begin(entry, entry.message.fence):
             await self._publish(number, entry)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import os
+import signal
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from pathlib import Path
@@ -31,7 +33,7 @@ from adapter.names import H_COMMAND, H_ERROR, H_ERROR_CODE, H_MSG_ID, H_SCHEMA, 
 from adapter.ports import Answered, Asked, Entry, Message, PubAck, Stored
 from adapter.settings import Settings
 from adapter.timing import SystemClock
-from tests.e2e.waiting import eventually, until
+from tests.e2e.waiting import eventually, free_port, until
 from tests.growth import census, growing
 
 NAMES = Names()
@@ -219,6 +221,56 @@ async def test_headers_count_against_the_largest_message(rig: Rig, over: int) ->
     assert isinstance(ack, PubAck | BusRefused)
     await rig.publisher.publish(event(1))
     assert rig.link.epoch == 1
+
+
+class Reloaded(EmbeddedNats):
+    """A server whose limit for messages an operator changes while it runs, which it tells to new clients only."""
+
+    async def limit(self, most: int) -> None:
+        config = self.folder / "nats-server.conf"
+        lines = [line for line in config.read_text().splitlines() if not line.startswith("max_payload")]
+        config.write_text("\n".join([*lines, f"max_payload: {most}", ""]))
+        os.kill(self.pid, signal.SIGHUP)
+
+        async def told() -> bool:
+            nc = await nats.connect(self.url)
+            try:
+                return nc.max_payload == most
+            finally:
+                await nc.close()
+
+        await eventually(told, "new clients are told")
+
+
+@pytest.fixture
+async def reloaded(tmp_path: Path) -> AsyncIterator[Bus]:
+    made = Bus(tmp_path)
+    made.server = Reloaded(tmp_path, free_port())
+    await made.server.start()
+    made.settings = Settings(nats_url=(made.server.url,))
+    yield made
+    await made.server.stop()
+
+
+async def test_a_limit_for_messages_that_is_lowered_holds_up_nothing_and_is_noticed_when_it_is_back(
+    reloaded: Bus,
+) -> None:
+    assert isinstance(reloaded.server, Reloaded)
+    async with rig_on(reloaded) as rig:
+        largest = rig.link.max_payload
+        message = Message("event", NAMES.event("s1", "receipt"), b"x" * 2000, {H_MSG_ID: "e0" * 100})
+        await reloaded.server.limit(2048)  # with its headers it has more
+        acks = await asyncio.wait_for(rig.publisher.publish_all([event(1), message, event(2)]), PATIENCE_S)
+        assert [isinstance(ack, BusRefused) for ack in acks] == [False, True, False]
+        assert rig.link.epoch == 2, "the server has ended the first connection, and no other"
+        await reloaded.server.limit(largest)
+
+        async def taken() -> bool:
+            (ack,) = await rig.publisher.publish_all([message])
+            return isinstance(ack, PubAck)
+
+        await eventually(taken, "it is taken again")
+        assert rig.link.epoch == 3
 
 
 async def test_what_the_client_will_not_write_is_refused_and_holds_up_nobody(rig: Rig) -> None:
