@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from functools import partial
 
 import msgspec
@@ -40,20 +39,20 @@ async def store(session: Session, polled: Polled, place: Place, needs: Incoming)
     late: iLink may count it as delivered, and give it to nobody else.
     """
     fenced = session.fenced(needs, place.record.owner)
-    for attempt in itertools.count(1):
+    failures = 0
+    while True:
         try:
             return await _store(session, polled, place, fenced)
         except LeaseLost as exc:
+            failures += 1
             await needs.leases.changed.until(lambda: needs.leases.valid)
             ours = await _still_ours(session, place, fenced)
-            if attempt < ATTEMPTS and ours is not None:
-                _, seen = await retry(partial(recollect, session.bot, ours, needs), needs)
-                place = place._replace(seen=seen)
-                continue
-            log.warning("inbound.fenced", bot=session.bot, reason=exc.reason, messages=len(polled.messages))
-            await _tell_late(session, polled.messages, needs)
-            raise
-    raise AssertionError("unreachable")
+            if failures == ATTEMPTS or ours is None:
+                log.warning("inbound.fenced", bot=session.bot, reason=exc.reason, messages=len(polled.messages))
+                await _tell_late(session, polled.messages, needs)
+                raise
+        _, seen = await retry(partial(recollect, session.bot, ours, needs), needs)
+        place = place._replace(seen=seen)
 
 
 async def _still_ours(session: Session, place: Place, needs: Incoming) -> Cursor | None:

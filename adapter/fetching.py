@@ -298,14 +298,15 @@ class Downloads:
 
     async def _attempts(self, waiter: Waiter, fetch: Fetch) -> Got:
         """Raises Missing."""
-        for attempt in range(1, ATTEMPTS + 1):
+        failures = 0
+        while True:
             try:
                 return await self._attempt(waiter.heard, fetch)
             except Missing as exc:
-                if not exc.again or attempt == ATTEMPTS:
+                failures += 1
+                if not exc.again or failures == ATTEMPTS:
                     raise
-                await self._incoming.clock.sleep(backoff(attempt, first_s=0.5))
-        raise AssertionError("unreachable")
+            await self._incoming.clock.sleep(backoff(failures, first_s=0.5))
 
     async def _attempt(self, heard: Heard, fetch: Fetch) -> Got:
         """Raises Missing."""

@@ -43,9 +43,8 @@ def split(text: str, max_chars: int, max_bytes: int = MAX_BYTES) -> list[str]:
         piece, rest = rest[:cut], rest[cut:]
         part = opening + piece.rstrip("\n" if fence else " \n")
         fence = _open_fence(piece, fence)
-        rest = rest.lstrip(
-            "\n" if fence or piece.endswith("\n") else " \n"
-        )  # at a line's start, spaces mean something
+        # at a line's start, spaces mean something
+        rest = rest.lstrip("\n" if fence or piece.endswith("\n") else " \n")
         if fence:
             part += "\n" + _marker(fence)
         if part.strip():

@@ -242,7 +242,7 @@ async def _fix(bus: Bus, settings: Settings, *, quiet: bool) -> None:
         for d in different:
             _announce(f"changing {d.name}: {d.field} from {_short(d.found)} to {_short(d.wanted)}", quiet)
         for d in {d.name: d for d in different}.values():
-            await topology.alter(link, d, settings, bus.names)
+            await topology.alter(link, bus.names, settings, d)
         await _seal(link, bus, settings, quiet=quiet)
     except BusRefused as exc:
         by_hand = "" if exc.code in topology.NO_ROOM else "; this has to be changed by hand"

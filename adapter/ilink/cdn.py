@@ -152,16 +152,17 @@ class CdnClient:
 
     async def _post(self, url: str, key: bytes, size: int, read: Read) -> str:
         """The reference. No pause between the attempts, as the official client (9.1)."""
-        for attempt in range(1, ATTEMPTS + 1):
+        failures = 0
+        while True:
             try:
                 return await self._post_once(url, key, size, read)
             except Temporary as exc:
                 if exc.reason == SOURCE:
                     raise
-                if attempt == ATTEMPTS:
+                failures += 1
+                if failures == ATTEMPTS:
                     detail = f"The upload failed {ATTEMPTS} times, at last: {exc.detail}"
                     raise Refused("media", detail) from exc
-        raise AssertionError("unreachable")
 
     async def _post_once(self, url: str, key: bytes, size: int, read: Read) -> str:
         headers = {

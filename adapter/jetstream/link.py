@@ -254,9 +254,8 @@ class Link:
             lost.set()  # the server asks to move; nats-py would stay until it is cut off
 
         async def on_error(exc: Exception) -> None:
-            self.down_reason = (
-                str(exc)[:200] or type(exc).__name__
-            )  # runs inside the read loop: must not raise or wait
+            # runs inside the read loop: must not raise or wait
+            self.down_reason = str(exc)[:200] or type(exc).__name__
             if does := violation(exc):
                 refused.append(does)
             # while it is away, every attempt fails; that is said elsewhere, as is what forbids the first connection

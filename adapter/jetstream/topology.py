@@ -246,7 +246,7 @@ async def inspect(link: Link, names: Names, settings: Settings) -> tuple[list[Wa
     missing: list[Wanted] = []
     different: list[Difference] = []
     for wanted in streams(names, settings):
-        found = await _found(link, f"STREAM.INFO.{wanted.name}")
+        found = await _config(link, wanted.name)
         if found is None:
             missing.append(wanted)
         else:
@@ -283,9 +283,9 @@ async def create(link: Link, wanted: Wanted) -> None:
             raise
 
 
-async def alter(link: Link, difference: Difference, settings: Settings, names: Names) -> None:
+async def alter(link: Link, names: Names, settings: Settings, difference: Difference) -> None:
     """Makes one stream as it should be (doctor --fix). Raises Temporary, BusRefused."""
-    found = await _found(link, f"STREAM.INFO.{difference.name}") or {}
+    found = await _config(link, difference.name) or {}
     (wanted,) = [w for w in streams(names, settings) if w.name == difference.name]
     await link.api(f"STREAM.UPDATE.{difference.name}", {**found, **wanted.config}, timeout_s=15)
 
@@ -357,9 +357,7 @@ class Inspector:
         """The names of the streams that are missing. Raises Temporary."""
         missing = []
         for name in self._wanted:
-            at_least = (
-                self._at_least[name]() if name in self._at_least else 0
-            )  # before asking: there may be more then
+            at_least = self._at_least.get(name, int)()  # before asking: there may be more then
             try:
                 info = await link.api(f"STREAM.INFO.{name}")
             except BusRefused as exc:
@@ -382,9 +380,10 @@ class Inspector:
             self._on_purge(bucket)
 
 
-async def _found(link: Link, verb: str) -> dict[str, Any] | None:
+async def _config(link: Link, stream: str) -> dict[str, Any] | None:
+    """A stream's configuration; None: it is missing."""
     try:
-        answer = await link.api(verb)
+        answer = await link.api(f"STREAM.INFO.{stream}")
     except BusRefused as exc:
         if exc.code == NO_STREAM:
             return None

@@ -1145,7 +1145,7 @@ async def test_an_operators_own_limits_are_only_told_and_never_changed(bus: Bus)
         info = await rig.link.api(f"STREAM.INFO.{wanted.name}")
         assert info["config"]["max_msgs_per_subject"] == 7
 
-        await topology.alter(rig.link, difference, bus.settings, NAMES)
+        await topology.alter(rig.link, NAMES, bus.settings, difference)
         assert await topology.ensure(rig.link, NAMES, bus.settings) == []
 
 
