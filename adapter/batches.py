@@ -162,7 +162,7 @@ async def _sort(
 async def _tell(binding: Binding, fresh: list[Said], place: Place, needs: Incoming) -> int:
     """Stores messages in their order: in the inbox, or raw from the first one on that has to wait for media.
 
-    The sequence in WECHAT_IN up to which place.seen knows everything.
+    Returns the sequence in WECHAT_IN up to which place.seen knows everything.
     """
     if not binding.options.media:
         fresh = [without_media(said, "off") if said.fetches else said for said in fresh]
@@ -201,7 +201,7 @@ def _heard(binding: Binding, fresh: list[Said], seen: Seen, needs: Incoming) -> 
 async def _store_raw(heard: list[Heard], last_seq: int, needs: Incoming) -> int:
     """Stores messages as iLink sent them, so that the next poll need not wait for a slow CDN.
 
-    `last_seq`: all that is in the inbox up to here is none of these. The new one.
+    `last_seq`: none of these is in the inbox up to here. Returns the new one.
     """
     messages = [raw_message(one, last_seq, needs) for one in heard]
     acks = await needs.bus.publish_all(messages)

@@ -18,7 +18,7 @@ KEEP_LONG = 200
 LATELY_MS = 75 * 60 * 1000
 """What was seen since is remembered beyond these: iLink repeats up to an hour later, a page at a time."""
 KEEP_AT_MOST = 600
-"""Of a user who never rests: bounds the record to about 50 kB."""
+"""Bounds the record of a user who never rests to about 50 kB."""
 HASH = 6
 """Bytes of a hash in a record."""
 _BLANK = hashlib.blake2b(digest_size=HASH)
@@ -130,7 +130,7 @@ class Seen:
         return any(_same(probe, known, self._skew_ms) for known in self._with(probe.said))
 
     def _with(self, said: str) -> Iterator[_Known]:
-        """Those with these words."""
+        """The records with these words, by their hash."""
         mark, at = f"|{said}|", -1
         while (at := self._lines.find(mark, at + 1)) >= 0:
             line = self._lines[self._lines.rindex("\n", 0, at) + 1 : self._lines.index("\n", at)]
@@ -160,7 +160,7 @@ class Seen:
         self._forget_old(now_ms)
 
     def _insert(self, records: Iterable[str]) -> None:
-        """Those that are not there yet."""
+        """Adds the records that are not there yet."""
         hashed = {record: _hashes(record) for record in records}
         self._append({record: hashes for record, hashes in hashed.items() if not self._holds(record, hashes)})
 
@@ -201,7 +201,7 @@ class Seen:
         return end
 
     def _forget(self, count: int, end: int) -> None:
-        """The oldest ones, which end there."""
+        """Drops the oldest `count` records, which end at `end`."""
         self._lines = self._lines[end:]
         self._messages, self._words = self._messages[count * HASH :], self._words[count * HASH :]
         self._count -= count
@@ -264,7 +264,7 @@ def _short(text: str) -> str:
 
 
 def _hashes(record: str) -> tuple[str, str, str, str]:
-    """Those of what is no record would be found later, in the middle of a search. Raises ValueError for it."""
+    """The hashes in a record. Raises ValueError for what is no record: a search would meet it later, halfway."""
     message, client, seq, said, _, _ = _parse(record)
     if len(bytes.fromhex(said)) != HASH or (message and len(bytes.fromhex(message)) != HASH):
         raise ValueError("not a hash")

@@ -25,7 +25,7 @@ after ten looks."""
 LOOKS = 10
 """Looks between two counts of what is allocated, each of which takes 0.1 ms per million objects."""
 EVERYTHING = 10
-"""Of the counts that found growth, every tenth has all objects looked at, not only the younger ones."""
+"""Every tenth count that finds growth has all objects looked at, not only the younger ones."""
 MIDDLE = not (3, 14) <= sys.version_info < (3, 14, 5)
 """Whether those that outlived a look have one of their own. Python 3.14.0 to 3.14.4 collect incrementally: asked for
 it they take a step as large as what is new, which is nothing after a look; only a look at all finds more."""

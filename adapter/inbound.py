@@ -196,8 +196,8 @@ async def recover(
     """-14: everything of this bot rests; a few spaced tries, and in time `needs_login` (ilink-protocol 5.4).
 
     The tries that are left after `needs_login` go on quietly: one that succeeds makes the binding active again.
-    The answer of the poll that went through; None when polling should go on from where it was, since the binding
-    changed or still needs a login. Raises LeaseLost, Refused.
+    Returns the answer of the poll that went through; None when polling should go on from where it was, since the
+    binding changed or still needs a login. Raises LeaseLost, Refused.
     """
     binding = needs.bindings.get(session.bot)
     if binding is None or binding.state == "needs_login":
@@ -283,7 +283,7 @@ async def _try_again(
 async def _retry_here(
     session: Session, work: Callable[[], Awaitable[Binding | None]], needs: Incoming
 ) -> Binding | None:
-    """As `retry`, of what the next owner can do as well: None where the session must leave meanwhile."""
+    """As `retry`, for what the next owner can do as well: None where the session must leave meanwhile."""
 
     async def attempt() -> Binding | None:
         try:

@@ -42,7 +42,7 @@ class Shard(LaneWork):
     def __init__(self, number: int, needs: Outgoing) -> None:
         super().__init__(number, needs)
         self._waiting: dict[str, deque[Item]] = {}
-        """Per sandbox: commands that nobody could be found for, in order, while a bind may be on its way."""
+        """Per sandbox: commands for which no binding was found, in order, while a bind may be on its way."""
         self._loaded = False
         self._backlog = Backlog()
         self._reading: set[str] = set()
@@ -187,7 +187,7 @@ class Shard(LaneWork):
         )
 
     def _place(self, item: Item) -> None:
-        """Puts a command into its lane; the first one that nobody can be found for holds up its sandbox's others."""
+        """Puts a command into its lane; the first one without a binding holds up the others of its sandbox."""
         sandbox = item.command.sandbox
         if sandbox not in self._waiting:
             try:
@@ -220,8 +220,8 @@ class Shard(LaneWork):
         del self._waiting[sandbox]
 
     async def _hands(self, sandbox: str, waiting: Iterable[Item], since_ms: int) -> dict[str, Hand]:
-        """What a sandbox's bots had in hand, by client, also those that served it since a time: the owner before us
-        may have asked for it, and nobody can be found for it now. Raises Temporary."""
+        """What the bots of a sandbox had in hand, by client, also those that have served it since a time: the owner
+        before us may have sent it, and its bot is gone by now. Raises Temporary."""
         named = {item.command.user for item in waiting} - {""}
         hands: dict[str, Hand] = {}
         for bot, user in await self._served(sandbox, since_ms):

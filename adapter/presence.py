@@ -1,4 +1,4 @@
-"""Shows a user that the bot types: from the first status 1 to the last status 2 (ilink-protocol 11.2).
+"""The typing indicator: shows a user that the bot types, from the first status 1 to the last status 2 (11.2).
 
 A task per bot and user, as long as something is shown or to be hidden. Nothing waits for it, so that no send is late
 or lost for it. What may be shown is written down before it is shown: the next owner hides it after a crash.
@@ -414,7 +414,7 @@ class Presence:
             sight.recorded = True
 
     async def _erase(self, sight: Sight) -> None:
-        """It is hidden: the next owner has nothing to do."""
+        """Deletes the record once nothing is shown: the next owner has nothing to hide."""
         if not sight.recorded:
             return
         try:

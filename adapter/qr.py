@@ -11,7 +11,7 @@ import segno
 QUIET = 4
 """Light modules around the code, as the standard asks for."""
 PIXELS = 8
-"""Of a module in the picture."""
+"""Pixels of a module in the picture."""
 DARK_ON_LIGHT, PLAIN = "\x1b[38;5;16;48;5;231m", "\x1b[0m"
 """Black on white whatever the terminal's colours: many scanners do not read a light code on a dark ground."""
 

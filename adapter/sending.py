@@ -56,7 +56,7 @@ class Ending(NamedTuple):
         return self.is_sent or self.outcome == "uncertain"
 
     def with_answer(self, answer: Refused) -> Ending:
-        """The same with iLink's own words."""
+        """With iLink's own words."""
         return self._replace(ret=answer.ret, errcode=answer.errcode, errmsg=answer.errmsg)
 
 
@@ -94,7 +94,7 @@ class Sender(NamedTuple):
     slots: asyncio.Semaphore
     """Bounds the requests that are out, over all users."""
     attempts: int
-    """Of one request while iLink's answers say that nothing was taken."""
+    """How often one request is made while iLink's answers say that nothing was taken."""
     empty_is_success: bool
     """An answer without a message id is `accepted`."""
     answer_s: float
@@ -387,7 +387,7 @@ def in_doubt(ending: Ending, hand: Hand | None, command: Command) -> Ending:
 
 
 def _alone(hand: Hand) -> Hand:
-    """Of merged commands, of which nothing was taken, the first one by itself: another message."""
+    """Merged commands of which nothing was taken: only the first stays in hand, as another message."""
     return msgspec.structs.replace(hand, merged=[], tail=None)
 
 

@@ -148,8 +148,8 @@ class Session:
     def fenced(self, needs: Incoming, owner: str) -> Incoming:
         """What writes for this bot only as long as this replica may, as the `owner` that the cursor names.
 
-        Whom the cursor names may write as long as it lives, also for a shard that it has handed over: nobody takes
-        the cursor before. The fence raises LeaseLost.
+        The replica that the cursor names may write as long as it lives, also for a shard that it has handed over:
+        nobody takes the cursor before. The fence raises LeaseLost.
         """
         if self._fenced is None or self._fenced[0] is not needs or self._fenced[1] != owner:
             bot = self.bot
@@ -180,7 +180,7 @@ class Session:
             loop.call_later(HERE_S, lambda: loop.call_soon(self._end_poll))
 
     def _end_poll(self) -> None:
-        """Whichever waits by now: one that began since is a cut one, too, or `cut` would not be set."""
+        """Ends the poll that waits by now, also one that began after the cut: while `cut` is set, it is meant."""
         if self.polling is not None and self.cut.is_set() and not self._cutting:
             self._cutting = True
             self.polling.cancel()

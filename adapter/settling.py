@@ -172,7 +172,7 @@ class Settling:
         return _own(lane, (await self._peer(lane)).context)
 
     async def _end_unsent(self, lane: Lane, item: Item, ending: Ending, hand: Hand | None) -> Ending:
-        """The same for one of several that may be in hand together; what was told."""
+        """Ends one of several commands that may be in hand together, of which nothing was sent now; what was told."""
         told = in_doubt(ending, hand, item.command)
         await self._end(item, told, await self._window(lane), lane.bot, lane.user)
         return told
@@ -192,9 +192,9 @@ class Settling:
     async def _end_all(
         self, group: Sequence[Item], ending: Ending, shown: contract.Window | None, bot: str = "", user: str = ""
     ) -> None:
-        """The same ending for each. All are told before the first is settled or removed, so that the next owner finds
-        the first one with all that share its fate. Of what was not accepted only the owner may say so: the next one
-        may have more luck. Raises LeaseLost."""
+        """Gives each the same ending. All are told before the first is settled or removed, so that the next owner
+        finds the first one with all that share its fate. Of what was not accepted only the owner may say so: the next
+        one may have more luck. Raises LeaseLost."""
         if not ending.is_sent:
             self._check()
         for item in group:

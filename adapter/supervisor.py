@@ -122,7 +122,7 @@ class Supervisor:
         return session is not None and session.stale
 
     def polls(self, bots: Sequence[str]) -> dict[str, tuple[State, float | None]]:
-        """Of these bots, those that are polled here: how, and seconds since iLink answered (None: not yet)."""
+        """How those of `bots` that are polled here fare, and seconds since iLink answered (None: not yet)."""
         now = self._clock.monotonic()
         found = {bot: session for bot in bots if (session := self.sessions.get(bot)) is not None}
         return {

@@ -68,7 +68,7 @@ class _Tally(Collector, Generic[Child]):
         self._labels = tuple(labels)
         self._children: dict[tuple[str, ...], Child] = {}
         self._found: dict[tuple[tuple[str, str], ...], Child] = {}
-        """The same by the words of `labels`."""
+        """The children by the names and values that `labels` was called with."""
         if not labels:
             self._children[()] = self._make()
         registry.register(self)

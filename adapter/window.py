@@ -199,7 +199,7 @@ def unanswered(context: Context, hand: Hand, now_ms: int) -> Context:
 
 
 def taken(context: Context, hand: Hand, now_ms: int) -> Context:
-    """The same where it went through: whatever -2 meant, it is over."""
+    """iLink took what left last: whatever -2 meant, it is over."""
     return msgspec.structs.replace(context, sent_ms=[*context.sent_ms[:-1], now_ms], blocked_ms=0, hand=hand)
 
 

@@ -105,7 +105,7 @@ class Windows:
         self._taken.set()
 
     def _on_binding(self, bot: str, before: Binding | None, after: Binding | None) -> None:
-        """Of a bot that is gone nothing is told, and nothing remembered."""
+        """Forgets a bot that is bound no more: nothing is told of its user."""
         if after is not None:
             return
         self._throttled.discard(bot)

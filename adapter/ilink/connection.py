@@ -16,7 +16,7 @@ from adapter.ilink.unpack import PackedBadly, Unpacker
 from adapter.timing import Deadline
 
 HEAD_BYTES = 65_536
-"""Of a longer head nothing more is read, nor of trailers."""
+"""Longest head of an answer that is read, trailers included."""
 CHUNK_BYTES = 16
 """A byte of the body may take so many with what says how long a chunk is."""
 LENIENCIES = {
@@ -26,8 +26,8 @@ LENIENCIES = {
     "lenient_chunked_length": True,
 }
 """What a client has to read, or may: folded headers, lines that end in LF, a length beside chunks, which count (RFC
-9112, 5.2, 2.2, 6.3). iLink may count as delivered what is in such an answer. Dangerous is it to who passes it on.
-"""
+9112, 5.2, 2.2, 6.3). iLink may count as delivered what is in such an answer. They are dangerous only to a proxy,
+which passes on what it has read."""
 
 
 class Connection(asyncio.Protocol):

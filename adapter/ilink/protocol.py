@@ -56,7 +56,7 @@ EDGE_TIMEOUT = 524
 GATEWAY_ERRORS = (502, 504)
 """The request may have reached iLink behind the gateway."""
 TRY_AGAIN = (408, 425, 429)
-"""Of the refusals, those of a moment: the request was not looked at (RFC 9110, RFC 8470, RFC 6585)."""
+"""Statuses of refusals that pass: the request was not looked at (RFC 9110, RFC 8470, RFC 6585)."""
 
 
 class Request(NamedTuple):

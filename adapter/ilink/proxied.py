@@ -18,7 +18,7 @@ from adapter.ilink.unpack import PackedBadly, Unpacker
 from adapter.timing import AnsweredWithin
 
 HEAD_BYTES = 65_536
-"""Of a longer line of the head nothing more is read."""
+"""Longest line of an answer's head that is read."""
 
 
 class Proxied:

@@ -61,7 +61,7 @@ class Transport:
         self._most = max_answer_bytes
         self._always = f"User-Agent: {AGENT}\r\nAccept: */*\r\nAccept-Encoding: gzip, deflate\r\n"
         self._idle: dict[Origin, list[Connection]] = {}
-        """Of each origin the one that was used last is used first, so that what is too much grows old."""
+        """The one that was used last is used first, so that those that are not needed grow old and are closed."""
         self._tidying: asyncio.TimerHandle | None = None
         self._found: dict[Origin, tuple[float, asyncio.Task[list[aiohappyeyeballs.AddrInfoType] | Exception]]] = {}
         self._proxied = Proxied(tls=tls, max_answer_bytes=max_answer_bytes, resolver=resolver)
@@ -215,7 +215,7 @@ class Transport:
 
 @functools.lru_cache(maxsize=256)  # the same few at every request
 def _target(url: str) -> Target:
-    """Of a URL that was checked."""
+    """Takes a URL apart that was checked."""
     parts = urlsplit(url)
     scheme, host = parts.scheme, parts.hostname or ""
     port = parts.port or PORTS[scheme]

@@ -32,7 +32,7 @@ PAGE = 500
 READ_ANEW_S = 5.0
 """A register whose newest entry is known is read no more often: only what was purged would show."""
 FOLLOW_ANEW_S = 300.0
-"""The same of a bucket that is followed, as long as no news is missing."""
+"""A bucket that is followed is read no more often, as long as no news is missing."""
 NEVER = -math.inf
 
 

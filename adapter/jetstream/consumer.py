@@ -34,13 +34,13 @@ from adapter.timing import Clock, backoff, first_of
 log = structlog.get_logger()
 
 EXPIRES_S = 10.0
-"""Of a pull; so long the pulls of an owner that is frozen go on taking. The least that such heartbeats allow."""
+"""When a pull ends: so long the pulls of a frozen owner go on taking. The least that such heartbeats allow."""
 HEARTBEAT_S = 5.0
 SILENT_S = 15.0
-"""Without a word, a delivery or a heartbeat, for so long the server is taken to have forgotten the pull."""
+"""After so long without a delivery or a heartbeat the server is taken to have forgotten the pull."""
 PULL_BYTES = 1024 * 1024
-"""What a pull brings at most: a server cuts off who lets 64 MB wait for him, and after the next
-connect all of it would come again, and be cut off again."""
+"""What a pull brings at most: a server cuts off a client that lets 64 MB wait, and after the next connect all of it
+would come again, and the client be cut off again."""
 DELIVERED = "$JS.ACK."
 """How the reply subject of a delivery begins. Its headers are a stranger's, and may say anything: `Status: 409`."""
 

@@ -137,7 +137,7 @@ async def direct_get(link: Link, stream: str, body: dict[str, Any]) -> AsyncGene
 
 
 async def direct_one(link: Link, stream: str, body: dict[str, Any]) -> Stored | None:
-    """The same where one message is asked for. Raises Temporary."""
+    """As direct_get, for one message. Raises Temporary."""
     return _read(await link.request(f"$JS.API.DIRECT.GET.{stream}", msgspec.json.encode(body)))
 
 

@@ -76,7 +76,7 @@ def refusal(err_code: int, code: int, description: str) -> BusRefused | Temporar
 
 
 def write_refusal(err_code: int, code: int, description: str) -> BusRefused | Temporary:
-    """The same for a write: storage that is used up comes back when an operator has made room."""
+    """As refusal, for a write: storage that is used up comes back when an operator has made room."""
     if err_code == ACCOUNT_FULL:
         return Temporary("bus_full", f"{err_code} {description}")
     return refusal(err_code, code, description)

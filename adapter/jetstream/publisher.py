@@ -34,7 +34,7 @@ ACK_TIMEOUT_S = 1.0
 WORRY_S = 2.0
 """A write that waits longer is said to wait, and the server is asked whether it is cut off from the others."""
 REMIND_S = 30.0
-"""As long as it waits, so often."""
+"""How often that is said again."""
 
 MAX_SUBJECT = 3072
 """A server ends the connection over a line of more than 4,096 bytes, and would do so at every repeat."""
@@ -186,7 +186,7 @@ class Publisher:
             log.info("publish.resumed")
 
     async def _worry(self, oldest: _Outstanding, told: float) -> float:
-        """Says that the bus takes nothing, and looks whether another server would. When it was said last."""
+        """Says that the bus takes nothing, and looks whether another server would. Returns when it was said last."""
         waited_s = self.waiting_s
         if waited_s < WORRY_S:
             return told
