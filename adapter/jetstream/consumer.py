@@ -41,6 +41,7 @@ SILENT_S = 15.0
 PULL_BYTES = 1024 * 1024
 """What a pull brings at most: a server cuts off a client that lets 64 MB wait, and after the next connect all of it
 would come again, and the client be cut off again."""
+LOST = "a delivery got lost"
 DELIVERED = "$JS.ACK."
 """How the reply subject of a delivery begins. Its headers are a stranger's, and may say anything: `Status: 409`."""
 
@@ -179,39 +180,11 @@ class Consumer:
         async def on_message(msg: Msg) -> None:
             nonlocal heard, broken
             heard = asyncio.get_running_loop().time()
-            status = None if msg.reply.startswith(DELIVERED) else (msg.headers or {}).get("Status")
             if broken:  # what comes now would overtake what got lost
                 return
-            if status is None:
-                delivery = Delivery(self, msg, self._suspect_to, self._made_ms)
-                if delivery.number != self._number + 1:
-                    broken = "a delivery got lost"
-                    self._wake.set()
-                    return
-                self._number = delivery.number
-                self._requested = max(0, self._requested - 1)
-                self._in_hand += 1
-                self._suspect_to = max(self._suspect_to, delivery.seq)  # a server that is killed may forget it
-                on_delivery(delivery)
-                if not self._until_acked:
-                    self._done()
-            elif status in ("408", "409"):
-                assert msg.headers
-                self._requested = max(0, self._requested - int(msg.headers.get("Nats-Pending-Messages", "0")))
-                said = msg.headers.get("Description", "")
-                if "Exceeds MaxBytes" in said:
-                    if int(msg.headers.get("Nats-Pending-Bytes", "0")) >= self._pull_bytes:
-                        self._pull_bytes *= 2  # not even the first message had room
-                elif status == "409" and "Batch Completed" not in said:
-                    broken = said or "409"
-                self._wake.set()
-            elif status == "100":
-                assert msg.headers
-                if int(msg.headers.get("Nats-Last-Consumer", "0")) > self._number:
-                    broken = "a delivery got lost"
-                    self._wake.set()
-            else:
-                broken = status
+            status = None if msg.reply.startswith(DELIVERED) else (msg.headers or {}).get("Status")
+            broken = self._deliver(msg, on_delivery) if status is None else self._heed(status, msg.headers or {})
+            if broken or status in ("408", "409"):
                 self._wake.set()
 
         down = asyncio.get_running_loop().create_task(self.link.wait_down(epoch))
@@ -232,6 +205,34 @@ class Consumer:
                         await first_of(self._wake, left_s)
         finally:
             down.cancel()
+
+    def _deliver(self, msg: Msg, on_delivery: Callable[[Delivery], None]) -> str:
+        """Hands a delivery on; or why the pull is broken."""
+        delivery = Delivery(self, msg, self._suspect_to, self._made_ms)
+        if delivery.number != self._number + 1:
+            return LOST
+        self._number = delivery.number
+        self._requested = max(0, self._requested - 1)
+        self._in_hand += 1
+        self._suspect_to = max(self._suspect_to, delivery.seq)  # a server that is killed may forget it
+        on_delivery(delivery)
+        if not self._until_acked:
+            self._done()
+        return ""
+
+    def _heed(self, status: str, headers: dict[str, str]) -> str:
+        """Notes what the server says of a pull; why it is broken, or ""."""
+        if status == "100":  # a heartbeat
+            return LOST if int(headers.get("Nats-Last-Consumer", "0")) > self._number else ""
+        if status not in ("408", "409"):
+            return status
+        self._requested = max(0, self._requested - int(headers.get("Nats-Pending-Messages", "0")))
+        said = headers.get("Description", "")
+        if "Exceeds MaxBytes" in said:
+            if int(headers.get("Nats-Pending-Bytes", "0")) >= self._pull_bytes:
+                self._pull_bytes *= 2  # not even the first message had room
+            return ""
+        return said or status if status == "409" and "Batch Completed" not in said else ""
 
     async def _ask(self, inbox: str, batch: int) -> None:
         self._check()
