@@ -39,7 +39,6 @@ from adapter.media_service import MediaService
 from adapter.metrics import Metrics
 from adapter.names import Names, shard_of
 from adapter.ports import Account
-from adapter.presence import Showing
 from adapter.probes import Health, ProbeServer
 from adapter.queries import Queries
 from adapter.recall import Recall
@@ -58,9 +57,10 @@ from adapter.starting import Starting, start
 from adapter.supervisor import Supervisor
 from adapter.tidying import Tidying
 from adapter.timing import Beat, Pace, SystemClock
+from adapter.typing_indicator import Showing
 from adapter.uploads import Uploads
 from adapter.watch import Watch
-from adapter.windows import Windows
+from adapter.window_events import WindowEvents
 
 log = structlog.get_logger()
 
@@ -149,7 +149,7 @@ class Adapter:
         )
         self.contexts = Contexts(self.context_bucket, self._fence)
         self.events = Events(self.bus, names, clock, metrics)
-        self.windows = Windows(
+        self.window_events = WindowEvents(
             contexts=self.contexts,
             bindings=self.bindings,
             leases=self.leases,
@@ -181,7 +181,7 @@ class Adapter:
             leases=self.leases,
             tend=lambda session: inbound.tend(session, self.incoming),
             work=self._shard_loops(),
-            throttled=self.windows.throttled,
+            throttled=self.window_events.throttled,
             tell_freed=self.tell_freed,
             clock=clock,
             metrics=metrics,
@@ -252,8 +252,8 @@ class Adapter:
             names=self.names,
             rules=self.rules,
             recall=self.recall,
-            look=self.windows.look,
-            adopt=self.windows.adopt,
+            look=self.window_events.look,
+            adopt=self.window_events.adopt,
             heard=self._heard,
             revived=self._revived,
             waiting=self._waiting,
@@ -301,7 +301,7 @@ class Adapter:
                 pause=unset,
                 pace=unset,
                 check=unset,
-                look=self.windows.look,
+                look=self.window_events.look,
                 note=self.recall.note,
                 upload=self.uploads.bring,
             ),
@@ -514,7 +514,7 @@ class Adapter:
                         begin(self.bindings.run(), "bindings")
                         begin(self.book.run(), "logins")
                         scanning = begin(self.scanner.run(), "scanning")
-                        begin(self.windows.run(), "windows")
+                        begin(self.window_events.run(), "windows")
                         following = group.create_task(self.supervisor.run(), name="supervisor")
                         self.watch.begin()
                         log.info("adapter.started", instance=self.instance, version=__version__, http=probes.port)
@@ -551,7 +551,7 @@ class Adapter:
     async def _flush_windows(self) -> None:
         try:
             async with asyncio.timeout(1.0):
-                await self.windows.flush()
+                await self.window_events.flush()
         except TimeoutError:
             log.warning("windows.untold", detail="The next owner tells what changed.")
 

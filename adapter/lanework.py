@@ -19,13 +19,13 @@ from adapter.lane import Item, Lane, Lanes, Parked, parked_at
 from adapter.names import H_COMMAND, H_MSG_ID, H_SANDBOX, H_TIME_MS, peer_key
 from adapter.parked import read_behind, read_parked
 from adapter.ports import Account, Message, Uploaded
-from adapter.presence import Presence
 from adapter.receipts import Name, ending_of
 from adapter.records import Binding, Context, Hand
 from adapter.sending import Apart, Ending, Repeat, Wait, in_doubt
 from adapter.settling import GONE_S, Draining, Outgoing, Settling
 from adapter.stale_token import needs_login_now
 from adapter.timing import any_of, finish
+from adapter.typing_indicator import TypingIndicators
 
 log = structlog.get_logger()
 
@@ -40,7 +40,7 @@ class LaneWork(Settling):
 
     def __init__(self, number: int, needs: Outgoing) -> None:
         super().__init__(number, needs)
-        self.presence = Presence(number, needs.showing)
+        self.typing = TypingIndicators(number, needs.showing)
         self._lanes = Lanes()
 
     async def _run(self, lane: Lane) -> None:
@@ -130,9 +130,9 @@ class LaneWork(Settling):
             self._settle(item)
         elif item.command.typing == "on":
             lane.spoke = False
-            self._tasks.spawn(self._typed(lane, item, self.presence.show(binding, lane.user)))
+            self._tasks.spawn(self._typed(lane, item, self.typing.show(binding, lane.user)))
         else:
-            self._tasks.spawn(self._typed(lane, item, self.presence.hide(binding, lane.user)))
+            self._tasks.spawn(self._typed(lane, item, self.typing.hide(binding, lane.user)))
         lane.shift(item)
 
     async def _typed(self, lane: Lane, item: Item, taken: asyncio.Future[None]) -> None:
@@ -147,7 +147,7 @@ class LaneWork(Settling):
     def _hush(self, lane: Lane) -> None:
         """Nothing more can be sent now: the bot does not type any more."""
         if lane.spoke and lane.user and not lane.queue and (lane.reason or not lane.parked):
-            self.presence.hush(lane.bot, lane.user)
+            self.typing.hush(lane.bot, lane.user)
 
     def _binding(self, lane: Lane) -> Binding | None:
         """The bot that serves the lane's user now: its own, or the one that replaced it."""

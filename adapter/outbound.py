@@ -56,7 +56,7 @@ class Shard(LaneWork):
         """
         if not self._loaded:
             self._needs.sender.contexts.forget_where(self._serves)  # of an earlier time, when the shard was ours, too
-            self.presence.open()
+            self.typing.open()
             self._loaded = True
         names = self._needs.names
         found: set[int] = set()
@@ -271,15 +271,15 @@ class Shard(LaneWork):
 
     def _wrote(self, sandbox: str, bot: str, user: str) -> None:
         """The user waits for an answer, and is shown so where the binding says it."""
-        self.presence.heard(bot, user)
+        self.typing.heard(bot, user)
         self._lanes.at(sandbox, bot, user).spoke = False
         binding = self._needs.bindings.get(bot)
         if binding is not None and binding.sandbox == sandbox and binding.options.auto_typing:
-            self.presence.begin(binding, user)
+            self.typing.begin(binding, user)
 
     def rebound(self, sandbox: str, *, anew: bool = True) -> None:
         """A binding of the sandbox changed. Not `anew`: iLink may think of its token as before."""
-        self.presence.rebound(sandbox)
+        self.typing.rebound(sandbox)
         for lane in self._lanes.of(sandbox):
             if anew:
                 lane.stale_tries, lane.stale_until, lane.last_tries = 0, 0.0, False
@@ -292,7 +292,7 @@ class Shard(LaneWork):
     async def drain(self, grace_s: float) -> None:
         """Starts nothing new; requests that are out get `grace_s` seconds to end."""
         self._drain.set()
-        self._tasks.spawn(self.presence.drain(min(grace_s, HIDE_S)))
+        self._tasks.spawn(self.typing.drain(min(grace_s, HIDE_S)))
         if not await self._tasks.ended(grace_s):  # a lane that ends spawns its last ack
             log.warning("lanes.cut", shard=self.number, tasks=len(self._tasks))
             self.stop()
@@ -302,7 +302,7 @@ class Shard(LaneWork):
         """The shard is lost: everything ends now."""
         self._lost = True
         self._drain.set()
-        self.presence.stop()
+        self.typing.stop()
         self._tasks.cancel()
 
     @property
@@ -319,7 +319,7 @@ class Shard(LaneWork):
                 lane.stale_tries = 0  # of a token that is gone
             if not lane.is_needed(now):
                 self._lanes.drop(lane)
-        self.presence.tidy()
+        self.typing.tidy()
 
     def census(self, parked: Counter[str]) -> tuple[int, int | None]:
         """Counts what is parked by reason into `parked`; commands not settled, and when the oldest was stored."""

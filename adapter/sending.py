@@ -110,7 +110,7 @@ class Sender(NamedTuple):
     check: Callable[[], None]
     """Raises LeaseLost when this replica may not send any more; asked again when a request is about to leave."""
     look: Callable[[Peer], None]
-    """Called once it is known whether a request counts; see Windows.look."""
+    """Called once it is known whether a request counts; see WindowEvents.look."""
     note: Callable[[str, str, str, str, str, str], None]
     """Called with sandbox, bot, user, message id, kind and text of what iLink accepted; see Recall.note."""
     upload: Callable[[str, MediaPart, Account, str], Awaitable[Uploaded]]

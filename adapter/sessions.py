@@ -67,9 +67,9 @@ class Incoming(NamedTuple):
     rules: window.Rules
     recall: Recall
     look: Callable[[Peer], None]
-    """Called when the user has written; see Windows.look."""
+    """Called when the user has written; see WindowEvents.look."""
     adopt: Callable[[str], None]
-    """Called with each bot that this replica begins to poll; see Windows.adopt."""
+    """Called with each bot that this replica begins to poll; see WindowEvents.adopt."""
     heard: Callable[[str, str, str], None]
     """Called with sandbox, bot and user once a message of the user is on the bus."""
     revived: Callable[[str, str, str], None]

@@ -25,12 +25,12 @@ from adapter.lane import Item, Lane
 from adapter.leases import Leases
 from adapter.names import Names
 from adapter.ports import Account, Bus, History
-from adapter.presence import Showing
 from adapter.receipts import Receipts
 from adapter.records import Binding, Context, Hand
 from adapter.sending import MAX_RESENDS, Ending, Sender, in_doubt
 from adapter.tasks import Tasks
 from adapter.timing import first_of
+from adapter.typing_indicator import Showing
 from adapter.uploads import Uploads
 
 log = structlog.get_logger()

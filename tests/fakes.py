@@ -46,7 +46,6 @@ from adapter.ports import (
     StoredObject,
     Uploaded,
 )
-from adapter.presence import Showing
 from adapter.recall import Recall
 from adapter.receipts import Receipts
 from adapter.records import Binding, Context, Cursor
@@ -55,6 +54,7 @@ from adapter.sending import Sender
 from adapter.sessions import Incoming, Waiting
 from adapter.settling import Outgoing
 from adapter.timing import Beat, Latch, Pace
+from adapter.typing_indicator import Showing
 from adapter.uploads import Uploads
 
 EPOCH_MS = 1_789_000_000_000

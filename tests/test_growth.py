@@ -20,18 +20,18 @@ from adapter.leases import DEAD_KEPT
 from adapter.names import escaped, text_of, token_of
 from adapter.outbound import Shard
 from adapter.ports import Account
-from adapter.presence import NO_TICKET_S, TICKET_S
 from adapter.recall import quote_key
 from adapter.receipts import KNOWN_S
 from adapter.sessions import Session
+from adapter.typing_indicator import NO_TICKET_S, TICKET_S
 from adapter.uploads import READY_S
-from adapter.windows import LEFT_OVER
+from adapter.window_events import LEFT_OVER
 from tests.fakes import GAP_S, Bench, Wire
 from tests.growth import tables
 from tests.test_leases import LEASE_S, Cluster
 from tests.test_outbound import BOT, USER, again, outcomes, user_writes
-from tests.test_windows import HOUR, watching
-from tests.test_windows import user_writes as user_writes_to_windows
+from tests.test_window_events import HOUR, watching
+from tests.test_window_events import user_writes as user_writes_to_windows
 
 VIRTUAL_TIME = True
 
@@ -80,7 +80,7 @@ async def test_users_who_were_unbound_leave_nothing_behind() -> None:
     bench = Bench()
     shard = bench.shard()
     await talk(bench, shard, 0, unbind=True)
-    things = (shard, shard.presence, bench.contexts, bench.bindings)
+    things = (shard, shard.typing, bench.contexts, bench.bindings)
     before = [tables(thing) for thing in things]
     await talk(bench, shard, USERS, unbind=True)
     after = [tables(thing) for thing in things]
@@ -237,10 +237,10 @@ async def test_tickets_are_kept_as_long_as_they_are_good_or_say_when_to_ask_agai
     shard.on_delivery(bench.command(typing="off"))
     await asyncio.sleep(TICKET_S / 2)
     shard.tidy()
-    assert len(shard.presence._tickets) == 1
+    assert len(shard.typing._tickets) == 1
     await asyncio.sleep(NO_TICKET_S[1] + TICKET_S)
     shard.tidy()
-    assert len(shard.presence._tickets) == 0
+    assert len(shard.typing._tickets) == 0
 
 
 async def test_a_row_of_refused_tickets_is_not_forgotten_while_it_counts() -> None:
@@ -252,7 +252,7 @@ async def test_a_row_of_refused_tickets_is_not_forgotten_while_it_counts() -> No
     shard.on_delivery(bench.command(typing="on"))
     await asyncio.sleep(NO_TICKET_S[1] - 1)
     shard.tidy()
-    ((_, ticket),) = shard.presence._tickets.items()
+    ((_, ticket),) = shard.typing._tickets.items()
     assert ticket.failures == 1
 
 

@@ -14,8 +14,8 @@ from adapter.contract import Options
 from adapter.errors import Refused, SessionExpired, Temporary, Throttled
 from adapter.names import peer_key, shard_of
 from adapter.outbound import Shard
-from adapter.presence import HIDES, RENEW_S, TICKET_S
 from adapter.records import Binding
+from adapter.typing_indicator import HIDES, RENEW_S, TICKET_S
 from tests.fakes import Bench, settle
 from tests.test_outbound import BOT, USER, outcomes, parked, user_writes
 
@@ -237,7 +237,7 @@ async def test_nobody_bound_is_not_bound() -> None:
     assert outcomes(bench) == [("on", "refused", "not_bound")]
 
 
-# failures cost nothing but the sight ---------------------------------------------------------------------
+# failures cost nothing but the indicator ---------------------------------------------------------------------
 
 
 async def test_a_ticket_that_never_comes_delays_no_message() -> None:
@@ -313,9 +313,9 @@ async def test_a_lively_talk_does_not_use_up_the_tries_to_hide() -> None:
     assert binding is not None
     bench.chat.typing_answers.extend([True, *[Temporary("network")] * (HIDES - 1)])
     for _ in range(2 * HIDES):
-        shard.presence.begin(binding, USER)
+        shard.typing.begin(binding, USER)
         await asyncio.sleep(0.05)
-        shard.presence.hush(BOT, USER)
+        shard.typing.hush(BOT, USER)
         await asyncio.sleep(0.05)
     assert shown(bench) == [True, False]
     await asyncio.sleep(60)

@@ -53,8 +53,8 @@ class Showing(NamedTuple):
     longest_s: float
 
 
-class Sight:
-    """What one user sees of one bot, and what they should see."""
+class Indicator:
+    """The typing indicator of a bot as one user sees it, and as they should."""
 
     def __init__(self, bot: str, user: str) -> None:
         self.bot = bot
@@ -107,13 +107,13 @@ class Ticket:
         return now >= max(self.got_at + TICKET_S, self.retry_at + NO_TICKET_S[1], self.used_at + REST_S)
 
 
-class Presence:
-    """The sights of one shard, as long as this replica owns it."""
+class TypingIndicators:
+    """The indicators of one shard, as long as this replica owns it."""
 
     def __init__(self, shard: int, needs: Showing) -> None:
         self._shard = shard
         self._needs = needs
-        self._sights: dict[tuple[str, str], Sight] = {}
+        self._indicators: dict[tuple[str, str], Indicator] = {}
         self._tickets: dict[tuple[str, str], Ticket] = {}
         self._lines: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         """A lock per bot, held during a call: hanging calls must not use up the bot's connections."""
@@ -136,33 +136,33 @@ class Presence:
             taken.cancel()
             return taken
         self.begin(binding, user)
-        self._sights[binding.bot, user].shows.append(taken)
+        self._indicators[binding.bot, user].shows.append(taken)
         return taken
 
     def begin(self, binding: Binding, user: str) -> None:
         """As `show`, for callers who do not need the outcome."""
         if self._draining:
             return
-        sight = self._sight(binding.bot, user)
-        sight.binding, sight.wanted = binding, True
-        sight.until = self._needs.clock.monotonic() + self._needs.longest_s
-        self._stir(sight)
+        indicator = self._indicator(binding.bot, user)
+        indicator.binding, indicator.wanted = binding, True
+        indicator.until = self._needs.clock.monotonic() + self._needs.longest_s
+        self._stir(indicator)
 
     def hide(self, binding: Binding, user: str) -> asyncio.Future[None]:
         """Hides it, whether or not it is shown. The future is that of `show`."""
         taken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        sight = self._sight(binding.bot, user)
-        sight.binding, sight.wanted = binding, False
-        sight.hides.append(taken)
-        self._stir(sight)
+        indicator = self._indicator(binding.bot, user)
+        indicator.binding, indicator.wanted = binding, False
+        indicator.hides.append(taken)
+        self._stir(indicator)
         return taken
 
     def hush(self, bot: str, user: str) -> None:
         """The answer has been sent: hides it if it is shown."""
-        sight = self._sights.get((bot, user))
-        if sight is not None and sight.wanted:
-            sight.wanted = False
-            self._stir(sight)
+        indicator = self._indicators.get((bot, user))
+        if indicator is not None and indicator.wanted:
+            indicator.wanted = False
+            self._stir(indicator)
 
     def heard(self, bot: str, user: str) -> None:
         """The user wrote: iLink may have a ticket for them now where it had none."""
@@ -172,23 +172,23 @@ class Presence:
 
     def rebound(self, sandbox: str) -> None:
         """A binding of the sandbox changed: whatever is shown for it is checked."""
-        for sight in list(self._sights.values()):
-            if sight.binding is None or sight.binding.sandbox == sandbox:
-                self._stir(sight)
+        for indicator in list(self._indicators.values()):
+            if indicator.binding is None or indicator.binding.sandbox == sandbox:
+                self._stir(indicator)
 
     def tidy(self) -> None:
         """Forgets tickets that are of no use any more."""
         now, bound = self._needs.clock.monotonic(), self._needs.bindings.get
-        for bot, user in self._tickets.keys() - self._sights.keys():
+        for bot, user in self._tickets.keys() - self._indicators.keys():
             if bound(bot) is None or self._tickets[bot, user].is_old(now):
                 del self._tickets[bot, user]
 
     async def drain(self, seconds: float) -> None:
         """Hides everything, as far as that can be done in time; the rest is left to the next owner."""
         self._draining = True
-        for sight in list(self._sights.values()):
-            sight.wanted = False
-            self._stir(sight)
+        for indicator in list(self._indicators.values()):
+            indicator.wanted = False
+            self._stir(indicator)
         if tasks := self._tasks():
             await asyncio.wait(tasks, timeout=seconds)
         self.stop()
@@ -201,29 +201,33 @@ class Presence:
         for task in self._tasks():
             task.cancel()
 
-    # one sight --------------------------------------------------------------------------------------
+    # one indicator --------------------------------------------------------------------------------------
 
     def _tasks(self) -> list[asyncio.Task[None]]:
-        return [sight.task for sight in self._sights.values() if sight.task is not None and not sight.task.done()]
+        return [
+            indicator.task
+            for indicator in self._indicators.values()
+            if indicator.task is not None and not indicator.task.done()
+        ]
 
-    def _sight(self, bot: str, user: str) -> Sight:
-        return self._sights.setdefault((bot, user), Sight(bot, user))
+    def _indicator(self, bot: str, user: str) -> Indicator:
+        return self._indicators.setdefault((bot, user), Indicator(bot, user))
 
-    def _stir(self, sight: Sight) -> None:
-        sight.wake.set()
-        if sight.task is None:
-            sight.task = asyncio.get_running_loop().create_task(self._run(sight))
-            sight.task.add_done_callback(lambda task: self._ended(sight, task))
+    def _stir(self, indicator: Indicator) -> None:
+        indicator.wake.set()
+        if indicator.task is None:
+            indicator.task = asyncio.get_running_loop().create_task(self._run(indicator))
+            indicator.task.add_done_callback(lambda task: self._ended(indicator, task))
 
-    def _ended(self, sight: Sight, task: asyncio.Task[None]) -> None:
-        if self._sights.get((sight.bot, sight.user)) is sight:
-            del self._sights[sight.bot, sight.user]
+    def _ended(self, indicator: Indicator, task: asyncio.Task[None]) -> None:
+        if self._indicators.get((indicator.bot, indicator.user)) is indicator:
+            del self._indicators[indicator.bot, indicator.user]
         if task.cancelled():
-            for taken in (*sight.shows, *sight.hides):
+            for taken in (*indicator.shows, *indicator.hides):
                 taken.cancel()
         elif exc := task.exception():
-            log.error("typing.crashed", bot=sight.bot, exc_info=exc)
-            _fail([*sight.shows, *sight.hides], Refused("typing", "The adapter failed on it."))
+            log.error("typing.crashed", bot=indicator.bot, exc_info=exc)
+            _fail([*indicator.shows, *indicator.hides], Refused("typing", "The adapter failed on it."))
 
     async def _load(self) -> None:
         failures = 0
@@ -236,111 +240,111 @@ class Presence:
                 log.warning("typing.unread", shard=self._shard, reason=exc.reason)
                 await self._needs.clock.sleep(backoff(failures, first_s=0.5, longest_s=10.0))
         for entry in entries:
-            sight = self._sight(*peer_of(entry.key.partition(".")[2]))
-            sight.lit = sight.recorded = True
-            self._stir(sight)
+            indicator = self._indicator(*peer_of(entry.key.partition(".")[2]))
+            indicator.lit = indicator.recorded = True
+            self._stir(indicator)
 
-    async def _run(self, sight: Sight) -> None:
-        while sight.is_open():
-            sight.wake.clear()
-            wait_s = await self._turn(sight)
+    async def _run(self, indicator: Indicator) -> None:
+        while indicator.is_open():
+            indicator.wake.clear()
+            wait_s = await self._turn(indicator)
             if wait_s > 0:
-                await first_of(sight.wake, wait_s)
-        del self._sights[sight.bot, sight.user]  # at once: who comes next begins anew
+                await first_of(indicator.wake, wait_s)
+        del self._indicators[indicator.bot, indicator.user]  # at once: who comes next begins anew
 
-    async def _turn(self, sight: Sight) -> float:
+    async def _turn(self, indicator: Indicator) -> float:
         """One step towards what is wanted; seconds until the next, unless it is woken."""
-        if sight.wanted and self._needs.clock.monotonic() >= sight.until:
-            sight.wanted = False
-        if not sight.wanted:
-            _fail(sight.shows, Refused("typing", "It was over before iLink showed it."))
+        if indicator.wanted and self._needs.clock.monotonic() >= indicator.until:
+            indicator.wanted = False
+        if not indicator.wanted:
+            _fail(indicator.shows, Refused("typing", "It was over before iLink showed it."))
         try:
-            account = self._account(sight)
+            account = self._account(indicator)
             if account is None:
                 return RENEW_S
-            return await (self._show(sight, account) if sight.wanted else self._hide(sight, account))
+            return await (self._show(indicator, account) if indicator.wanted else self._hide(indicator, account))
         except LeaseLost:
             return REST_S  # the lease pauses, or is gone; then all of this ends
         except Refused as exc:
             if exc.reason != "typing":
-                return await self._leave(sight, exc)
-            return await self._failed(sight, exc)
+                return await self._leave(indicator, exc)
+            return await self._failed(indicator, exc)
         except Temporary as exc:
-            return await self._failed(sight, Refused("typing", f"iLink could not be asked: {exc.reason}"))
+            return await self._failed(indicator, Refused("typing", f"iLink could not be asked: {exc.reason}"))
 
-    def _account(self, sight: Sight) -> Account | None:
+    def _account(self, indicator: Indicator) -> Account | None:
         """How the bot is called; None: not now. Raises Refused (it can be called no more), LeaseLost."""
-        found = self._needs.bindings.get(sight.bot)
-        if found is not None and (sight.binding is None or found.sandbox == sight.binding.sandbox):
-            sight.binding = found
+        found = self._needs.bindings.get(indicator.bot)
+        if found is not None and (indicator.binding is None or found.sandbox == indicator.binding.sandbox):
+            indicator.binding = found
         else:
-            sight.wanted = False
-        if sight.binding is None:
+            indicator.wanted = False
+        if indicator.binding is None:
             raise Refused("not_bound", "The bot is not bound any more.")
-        if sight.binding.state == "needs_login" or self._needs.stale(sight.bot):
+        if indicator.binding.state == "needs_login" or self._needs.stale(indicator.bot):
             stale = SessionExpired("needs_login", "The bot's token is stale.")
-            if sight.lit and found is not None and not self._draining:
-                _fail(sight.hides, stale)
+            if indicator.lit and found is not None and not self._draining:
+                _fail(indicator.hides, stale)
                 return None  # it may live again, and then it is hidden
             raise stale
         self._needs.check(self._shard)
-        return self._needs.account(sight.binding)
+        return self._needs.account(indicator.binding)
 
-    async def _show(self, sight: Sight, account: Account) -> float:
+    async def _show(self, indicator: Indicator, account: Account) -> float:
         now = self._needs.clock.monotonic()
-        if sight.shown_at is not None and now < sight.shown_at + RENEW_S:
-            _done(sight.shows)
-            return min(sight.shown_at + RENEW_S, sight.until) - now
-        rest_s = self._known(sight).used_at + REST_S - now
-        if not sight.lit and rest_s > 0:
+        if indicator.shown_at is not None and now < indicator.shown_at + RENEW_S:
+            _done(indicator.shows)
+            return min(indicator.shown_at + RENEW_S, indicator.until) - now
+        rest_s = self._known(indicator).used_at + REST_S - now
+        if not indicator.lit and rest_s > 0:
             return rest_s
-        ticket = await self._ticket(sight, account)
-        if sight.wanted:
-            await self._record(sight)
-        if not sight.wanted or self._needs.clock.monotonic() >= sight.until:
+        ticket = await self._ticket(indicator, account)
+        if indicator.wanted:
+            await self._record(indicator)
+        if not indicator.wanted or self._needs.clock.monotonic() >= indicator.until:
             return 0.0  # meanwhile it is over
-        sight.lit = True  # before: it may take effect without an answer
-        await self._call(sight, account, ticket, on=True)
-        sight.shown_at = self._known(sight).used_at
+        indicator.lit = True  # before: it may take effect without an answer
+        await self._call(indicator, account, ticket, on=True)
+        indicator.shown_at = self._known(indicator).used_at
         return 0.0
 
-    async def _hide(self, sight: Sight, account: Account) -> float:
-        known, now = self._known(sight), self._needs.clock.monotonic()
-        if sight.lit and now < sight.hide_at and not self._draining:
-            return sight.hide_at - now
-        if sight.lit or (sight.hides and not (known.hidden and now < known.used_at + REST_S)):
-            ticket = await self._ticket(sight, account)
-            await self._call(sight, account, ticket, on=False)
-            sight.lit, sight.shown_at, sight.failed_hides = False, None, 0
-        await self._erase(sight)
-        _done(sight.hides)
+    async def _hide(self, indicator: Indicator, account: Account) -> float:
+        known, now = self._known(indicator), self._needs.clock.monotonic()
+        if indicator.lit and now < indicator.hide_at and not self._draining:
+            return indicator.hide_at - now
+        if indicator.lit or (indicator.hides and not (known.hidden and now < known.used_at + REST_S)):
+            ticket = await self._ticket(indicator, account)
+            await self._call(indicator, account, ticket, on=False)
+            indicator.lit, indicator.shown_at, indicator.failed_hides = False, None, 0
+        await self._erase(indicator)
+        _done(indicator.hides)
         return 0.0
 
-    async def _call(self, sight: Sight, account: Account, ticket: str, *, on: bool) -> None:
+    async def _call(self, indicator: Indicator, account: Account, ticket: str, *, on: bool) -> None:
         """sendtyping, once more with a fresh ticket where iLink did not like this one. Raises what Chat raises."""
         for attempt in range(2):
             self._needs.check(self._shard)
-            known = self._known(sight)
+            known = self._known(indicator)
             known.used_at, known.hidden = self._needs.clock.monotonic(), False
-            async with self._line(sight.bot):
-                taken = await self._needs.chat.show_typing(account, sight.user, ticket, on=on)
+            async with self._line(indicator.bot):
+                taken = await self._needs.chat.show_typing(account, indicator.user, ticket, on=on)
             if taken or attempt:
                 known.hidden = not on
                 return
             known.value = ""
-            ticket = await self._ticket(sight, account)
+            ticket = await self._ticket(indicator, account)
 
-    async def _ticket(self, sight: Sight, account: Account) -> str:
+    async def _ticket(self, indicator: Indicator, account: Account) -> str:
         """The user's ticket, asked for where there is none yet or it is too old. Raises Refused, Temporary."""
-        clock, ticket = self._needs.clock, self._known(sight)
+        clock, ticket = self._needs.clock, self._known(indicator)
         if ticket.value and ticket.token == account.token and clock.monotonic() < ticket.got_at + TICKET_S:
             return ticket.value
         if clock.monotonic() < ticket.retry_at:
             raise Refused("typing", "iLink gave no ticket; it is asked again later.")
-        peer = await self._needs.contexts.peer(sight.bot, sight.user)
+        peer = await self._needs.contexts.peer(indicator.bot, indicator.user)
         try:
-            async with self._line(sight.bot):
-                value = await self._needs.chat.typing_ticket(account, sight.user, peer.context.token)
+            async with self._line(indicator.bot):
+                value = await self._needs.chat.typing_ticket(account, indicator.user, peer.context.token)
         except SessionExpired:
             raise
         except (Refused, Temporary) as exc:
@@ -353,57 +357,57 @@ class Presence:
         ticket.failures, ticket.unknown = 0, False
         return value
 
-    def _known(self, sight: Sight) -> Ticket:
-        return self._tickets.setdefault((sight.bot, sight.user), Ticket())
+    def _known(self, indicator: Indicator) -> Ticket:
+        return self._tickets.setdefault((indicator.bot, indicator.user), Ticket())
 
     def _line(self, bot: str) -> asyncio.Lock:
         return self._lines.setdefault(bot, asyncio.Lock())
 
     # when it does not work --------------------------------------------------------------------------
 
-    async def _failed(self, sight: Sight, exc: Refused) -> float:
+    async def _failed(self, indicator: Indicator, exc: Refused) -> float:
         """iLink did not do it. Showing is given up, but what is shown must be hidden."""
-        log.info("typing.failed", bot=sight.bot, on=sight.wanted, lit=sight.lit, detail=exc.detail[:200])
-        if sight.wanted:
-            _fail(sight.shows, exc)
-            sight.wanted = sight.shown_at is not None
-            return RENEW_S if sight.wanted else 0.0
-        if not sight.lit:
-            _fail(sight.hides, exc)
+        log.info("typing.failed", bot=indicator.bot, on=indicator.wanted, lit=indicator.lit, detail=exc.detail[:200])
+        if indicator.wanted:
+            _fail(indicator.shows, exc)
+            indicator.wanted = indicator.shown_at is not None
+            return RENEW_S if indicator.wanted else 0.0
+        if not indicator.lit:
+            _fail(indicator.hides, exc)
             return 0.0
-        sight.failed_hides += 1
-        if sight.failed_hides < HIDES:
-            pause_s = backoff(sight.failed_hides, first_s=2.0)
-            sight.hide_at = self._needs.clock.monotonic() + pause_s
+        indicator.failed_hides += 1
+        if indicator.failed_hides < HIDES:
+            pause_s = backoff(indicator.failed_hides, first_s=2.0)
+            indicator.hide_at = self._needs.clock.monotonic() + pause_s
             return pause_s
-        log.warning("typing.stuck", bot=sight.bot, attempts=sight.failed_hides)
-        _fail(sight.hides, exc)
-        sight.lit = sight.recorded = False  # the record stays: the next owner tries again
+        log.warning("typing.stuck", bot=indicator.bot, attempts=indicator.failed_hides)
+        _fail(indicator.hides, exc)
+        indicator.lit = indicator.recorded = False  # the record stays: the next owner tries again
         return 0.0
 
-    async def _leave(self, sight: Sight, exc: AdapterError) -> float:
+    async def _leave(self, indicator: Indicator, exc: AdapterError) -> float:
         """The bot cannot be called any more. What is shown is left to the next owner, unless the bot is gone."""
-        log.info("typing.left", bot=sight.bot, reason=exc.reason, lit=sight.lit)
-        _fail(sight.shows, exc)
-        _fail(sight.hides, exc)
-        if not sight.lit or exc.reason == "not_bound":
-            await self._erase(sight)
-        sight.wanted = sight.lit = sight.recorded = False
+        log.info("typing.left", bot=indicator.bot, reason=exc.reason, lit=indicator.lit)
+        _fail(indicator.shows, exc)
+        _fail(indicator.hides, exc)
+        if not indicator.lit or exc.reason == "not_bound":
+            await self._erase(indicator)
+        indicator.wanted = indicator.lit = indicator.recorded = False
         return 0.0
 
     # the record -------------------------------------------------------------------------------------
 
-    def _key(self, sight: Sight) -> str:
-        return f"{self._shard}.{peer_key(sight.bot, sight.user)}"
+    def _key(self, indicator: Indicator) -> str:
+        return f"{self._shard}.{peer_key(indicator.bot, indicator.user)}"
 
-    async def _record(self, sight: Sight) -> None:
+    async def _record(self, indicator: Indicator) -> None:
         """Writes down that it may be shown, unless that is written. Raises Temporary."""
-        if sight.recorded:
+        if indicator.recorded:
             return
-        sandbox = sight.binding.sandbox if sight.binding else ""
+        sandbox = indicator.binding.sandbox if indicator.binding else ""
         value = msgspec.json.encode(Typing(sandbox=sandbox, since_ms=self._needs.clock.now_ms()))
-        bucket, key = self._needs.bucket, self._key(sight)
-        while not sight.recorded:
+        bucket, key = self._needs.bucket, self._key(indicator)
+        while not indicator.recorded:
             entry = await bucket.get(key)
             try:
                 await bucket.update(key, value, entry.revision if entry else 0)
@@ -411,17 +415,17 @@ class Presence:
                 continue
             except BusRefused as exc:
                 raise Temporary("bus_refused", exc.detail) from exc
-            sight.recorded = True
+            indicator.recorded = True
 
-    async def _erase(self, sight: Sight) -> None:
+    async def _erase(self, indicator: Indicator) -> None:
         """Deletes the record once nothing is shown: the next owner has nothing to hide."""
-        if not sight.recorded:
+        if not indicator.recorded:
             return
         try:
-            await self._needs.bucket.delete(self._key(sight))
+            await self._needs.bucket.delete(self._key(indicator))
         except BusRefused as exc:
-            log.warning("typing.unerased", bot=sight.bot, detail=exc.detail[:200])
-        sight.recorded = False
+            log.warning("typing.unerased", bot=indicator.bot, detail=exc.detail[:200])
+        indicator.recorded = False
 
 
 def _done(waiting: list[asyncio.Future[None]]) -> None:

@@ -38,7 +38,7 @@ KEPT_HOURS = 25
 """No window is open longer, so that no event which still counts is older."""
 
 
-class Windows:
+class WindowEvents:
     """The windows of the users that this replica works for, and what their sandboxes know of them."""
 
     def __init__(

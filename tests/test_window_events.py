@@ -16,7 +16,7 @@ from adapter.errors import BusRefused, Temporary, Throttled, Uncertain
 from adapter.ports import Account, Message
 from adapter.records import Context
 from adapter.sending import send
-from adapter.windows import LOOKS_PER_S, Windows
+from adapter.window_events import LOOKS_PER_S, WindowEvents
 from tests.fakes import LIMITS, RULES, Bench, settle
 
 VIRTUAL_TIME = True
@@ -28,9 +28,9 @@ LOW = RULES._replace(low=3)
 
 
 @asynccontextmanager
-async def watching(bench: Bench, rules: window.Rules = LOW) -> AsyncIterator[Windows]:
+async def watching(bench: Bench, rules: window.Rules = LOW) -> AsyncIterator[WindowEvents]:
     """One replica's windows, until it dies."""
-    windows = Windows(
+    windows = WindowEvents(
         contexts=bench.contexts,
         bindings=bench.bindings,
         leases=bench.leases,
