@@ -226,22 +226,6 @@ async def test_minus_2_waits_for_the_user_after_one_attempt() -> None:
     assert bench.context().used == 0
 
 
-async def test_a_throttled_user_gets_nothing_else() -> None:
-    bench, peer = await ready(blocked_ms=Bench().clock.now_ms())
-    assert await sent(bench, peer) == Wait("throttled")
-    assert bench.chat.sent == []
-
-
-async def test_one_probe_after_the_cool_down_ends_the_block() -> None:
-    bench, peer = await ready()
-    bench.chat.sends.append(THROTTLED)
-    one = command(bench)
-    await sent(bench, peer, one)
-    await bench.clock.sleep(RULES.cooldown_s)
-    assert isinstance(await sent(bench, peer, one), Ending)
-    assert peer.context.blocked_ms == 0
-
-
 async def test_minus_2_in_another_window_is_the_commands_own_fault() -> None:
     """It would block its user in every window to come."""
     bench, peer = await ready()
@@ -251,15 +235,6 @@ async def test_minus_2_in_another_window_is_the_commands_own_fault() -> None:
     await bench.contexts.save(peer, lambda context: replace(context, inbound_id="in:2", blocked_ms=0))
     ending = await sent(bench, peer, one)
     assert ending == Ending("refused", "throttled", "iLink answered -2", (), 2, -2, None, "prepare failed")
-
-
-async def test_minus_2_on_the_probe_of_the_same_window_waits_on() -> None:
-    bench, peer = await ready()
-    one = command(bench)
-    bench.chat.sends.extend([THROTTLED, THROTTLED])
-    await sent(bench, peer, one)
-    await bench.clock.sleep(RULES.cooldown_s)
-    assert isinstance(await sent(bench, peer, one), Wait)
 
 
 async def test_a_user_who_writes_while_minus_2_is_on_its_way_is_not_blocked() -> None:
@@ -299,23 +274,6 @@ async def test_minus_14_waits_for_a_login() -> None:
 
 
 # the window ----------------------------------------------------------------------------------------------
-
-
-async def test_nothing_leaves_a_closed_window() -> None:
-    bench = Bench()
-    await bench.bind()
-    peer = await bench.contexts.peer(BOT, USER)
-    assert await sent(bench, peer) == Wait("window_closed")
-    assert bench.chat.sent == []
-
-
-async def test_the_eleventh_send_waits() -> None:
-    bench, peer = await ready()
-    for number in range(10):
-        assert isinstance(await sent(bench, peer, command(bench, ident=str(number))), Ending)
-        peer.context = replace(peer.context, hand=None)
-    assert await sent(bench, peer, command(bench, ident="10")) == Wait("quota")
-    assert len(bench.chat.sent) == 10
 
 
 async def test_parts_start_only_if_all_fit() -> None:
