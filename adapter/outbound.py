@@ -237,14 +237,14 @@ class Shard(LaneWork):
             bound = [binding for binding in bound if binding.bot == command.bot]
         elif command.user and len(bound) > 1:
             bound = [binding for binding in bound if binding.user == command.user]
-        alive = [binding for binding in bound if binding.state == "active"]
-        if len(bound) > 1 and len(alive) == 1 and {binding.user for binding in bound} == {alive[0].user or None}:
-            return alive[0]  # the others wait for a login of their user, which has taken place with this one
         if not bound:
             raise Refused("not_bound", "No bot is bound to this sandbox (or not the one named): bind it first.")
-        if len(bound) > 1:
-            raise Refused("ambiguous_bot", "The sandbox has several bots: name `bot` or `user`.")
-        return bound[0]
+        if len(bound) == 1:
+            return bound[0]
+        alive = [binding for binding in bound if binding.state == "active"]
+        if len(alive) == 1 and {binding.user for binding in bound} == {alive[0].user or None}:
+            return alive[0]  # the others wait for a login of their user, which has taken place with this one
+        raise Refused("ambiguous_bot", "The sandbox has several bots: name `bot` or `user`.")
 
     def _enqueue(self, item: Item, binding: Binding) -> None:
         lane = self._lanes.at(item.command.sandbox, binding.bot, item.command.user or binding.user)
