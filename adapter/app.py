@@ -56,7 +56,7 @@ from adapter.shardwork import ShardLoops
 from adapter.starting import Starting, start
 from adapter.supervisor import Supervisor
 from adapter.tidying import Tidying
-from adapter.timing import Beat, Pace, SystemClock
+from adapter.timing import Beat, Gate, Pace, SystemClock
 from adapter.typing_indicator import Showing
 from adapter.uploads import Uploads
 from adapter.watch import Watch
@@ -68,6 +68,11 @@ RELEASE_S = 5.0
 """The part of the drain time that is kept for giving the shards back."""
 STARTING = 32
 """Bots that are taken over at the same time."""
+STORING = 100
+"""Answers of iLink that are put on the bus at the same time. Where five thousand came at once to a process with a
+quarter of a core, rounds of the event loop took longer than the lease, which was lost again and again."""
+STORING_S = 1.0
+"""An answer that takes longer waits for something, and counts no more among those."""
 STARTS_PER_S = 3000
 """First polls per second, at most: what iLink sees of a start, and again whenever these polls end together. A dead
 replica's bots must be polled within six seconds, most of which pass before another replica may take them."""
@@ -260,6 +265,7 @@ class Adapter:
             writable=writable,
             purges=lambda: self.inspector.purges(self.names.cursors),
             starting=asyncio.Semaphore(STARTING),
+            storing=Gate(STORING, STORING_S),
             starts=Pace(STARTS_PER_S),
             beat=Beat(BEAT_S),
             spread_s=lambda: len(self.supervisor.sessions) / POLLS_PER_S,

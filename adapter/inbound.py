@@ -133,7 +133,11 @@ async def poll_forever(session: Session, place: Place, needs: Incoming) -> Place
         (needs.metrics.polls_full if polled.messages else needs.metrics.polls_empty).inc()
         before, known = place.record.cursor, place.seen.added
         if says_something(polled, place):
-            place = await store(session, polled, place, needs)
+            await needs.storing.enter(session)
+            try:
+                place = await store(session, polled, place, needs)
+            finally:
+                needs.storing.leave(session)
         else:
             await needs.beat.next()
         went_on = polled.messages and place.record.cursor != before  # a page of repeats

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import random
 import time
+from collections import deque
 from collections.abc import Callable, Coroutine, Iterator
 from types import TracebackType
 from typing import Any, Protocol, TypeVar
@@ -224,6 +225,57 @@ class Pace:
         at = max(now, self._free_at)
         self._free_at = at + self._step_s
         return at - now
+
+
+class Gate:
+    """Lets in so many at a time, in the order in which they come: what thousands do at once would hold up the event
+    loop. Who stays for long waits for something, and takes nobody's place meanwhile."""
+
+    def __init__(self, places: int, stay_s: float) -> None:
+        """`stay_s`: how long one takes a place for, at least, and twice as long at most."""
+        self._places = places
+        self._stay_s = stay_s
+        self._inside: dict[object, int] = {}
+        """Who takes a place, and the period in which they came in."""
+        self._waiters: deque[tuple[object, asyncio.Future[None]]] = deque()
+        self._period = 0
+        self._timer: asyncio.TimerHandle | None = None
+
+    async def enter(self, who: object) -> None:
+        """Returns once `who` may come in; they must `leave` then."""
+        if len(self._inside) < self._places and not self._waiters:
+            self._inside[who] = self._period
+            return
+        loop = asyncio.get_running_loop()
+        admitted = loop.create_future()
+        self._waiters.append((who, admitted))
+        if self._timer is None:
+            self._timer = loop.call_later(self._stay_s, self._pass_by)
+        try:
+            await admitted
+        except asyncio.CancelledError:
+            self.leave(who)
+            raise
+
+    def leave(self, who: object) -> None:
+        self._inside.pop(who, None)
+        if self._waiters:
+            self._admit()
+
+    def _admit(self) -> None:
+        while self._waiters and len(self._inside) < self._places:
+            who, admitted = self._waiters.popleft()
+            if not admitted.done():
+                self._inside[who] = self._period
+                admitted.set_result(None)
+
+    def _pass_by(self) -> None:
+        """Counts those no more who were here before this period."""
+        self._inside = {who: came for who, came in self._inside.items() if came == self._period}
+        self._period += 1
+        self._admit()
+        loop = asyncio.get_running_loop()
+        self._timer = loop.call_later(self._stay_s, self._pass_by) if self._waiters else None
 
 
 class Latch:

@@ -53,7 +53,7 @@ from adapter.seal import Sealer
 from adapter.sending import Sender
 from adapter.sessions import Incoming, Waiting
 from adapter.settling import Outgoing
-from adapter.timing import Beat, Latch, Pace
+from adapter.timing import Beat, Gate, Latch, Pace
 from adapter.typing_indicator import Showing
 from adapter.uploads import Uploads
 
@@ -1072,6 +1072,7 @@ class Bench:
             writable=writable,
             purges=lambda: self.purges,
             starting=asyncio.Semaphore(4),
+            storing=Gate(4, 1.0),
             starts=Pace(2000),
             beat=Beat(0.1),
             spread_s=lambda: 0.0,

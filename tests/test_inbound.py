@@ -23,7 +23,7 @@ from adapter.ports import Account, Entry, Message, Polled
 from adapter.records import Context, Cursor
 from adapter.sessions import HERE_S, Session
 from adapter.stale_token import regain_login, tell_login
-from adapter.timing import Pace
+from adapter.timing import Gate, Pace
 from tests.fakes import EPOCH_MS, Bench, EndOfScript, FakeClock, settle
 
 VIRTUAL_TIME = True
@@ -522,6 +522,60 @@ async def test_who_waits_for_an_owner_holds_up_no_other_bot() -> None:
     for session in sessions:
         session.leave(now=True)
     await asyncio.gather(*tasks)
+
+
+async def test_answers_that_come_at_once_are_stored_a_few_at_a_time() -> None:
+    """Thousands at once would hold up the event loop for longer than the lease, which is lost then."""
+    bench, storing, most = await ready(), set[str](), 0
+
+    async def on_publish(message: Message) -> None:
+        nonlocal most
+        storing.add(message.subject)
+        most = max(most, len(storing))
+        await asyncio.sleep(0.1)
+        storing.discard(message.subject)
+
+    async def poll(account: Account, cursor: str, hold_ms: int) -> Polled | None:
+        if cursor:
+            await asyncio.sleep(hold_ms / 1000)
+            return Polled([], cursor, hold_ms)
+        return batch(raw(from_user_id=account.bot.replace("bot", "wechat")))
+
+    bench.bus.on_publish = on_publish
+    bench.chat.poll = poll  # type: ignore[method-assign]
+    bots = [f"b{number}@im.bot" for number in range(20)]
+    for number, bot in enumerate(bots):
+        await bench.bind(f"s{number}", bot, bot.replace("bot", "wechat"))
+    needs = bench.incoming(storing=Gate(3, 1.0))
+    sessions = [Session(bot) for bot in bots]
+    tasks = [asyncio.create_task(tend(session, needs)) for session in sessions]
+    await asyncio.sleep(5)
+    assert len(bench.bus.inbound()) == len(bots)
+    assert most == 3
+    for session in sessions:
+        session.leave(now=True)
+    await asyncio.wait(tasks)
+
+
+async def test_a_message_that_waits_for_room_holds_up_no_other_bot() -> None:
+    """What is stored at once is bounded; one that cannot be stored must not use up the bound."""
+    full = BusRefused(10077, "maximum messages per subject exceeded")
+    bench = await ready(batch(raw()))
+    await bench.bind("s2", "b2@im.bot", "u2@im.wechat")
+    bench.bus.refuse = lambda message: full if message.subject == "wechat.inbox.s1" else None
+    needs = bench.incoming(storing=Gate(1, 1.0))
+    sessions = [Session(BOT), Session("b2@im.bot")]
+    tasks = [asyncio.create_task(tend(sessions[0], needs))]
+    await asyncio.sleep(0.1)
+    bench.chat.polls.append(batch(raw(from_user_id="u2@im.wechat")))
+    tasks.append(asyncio.create_task(tend(sessions[1], needs)))
+    await asyncio.sleep(10)
+    assert [inbound.sandbox for inbound in bench.bus.inbound()] == ["s2"]
+    bench.bus.refuse = lambda _: None
+    for session in sessions:
+        session.leave(now=True)
+    await asyncio.wait(tasks)
+    assert [inbound.sandbox for inbound in bench.bus.inbound()] == ["s2", "s1"]
 
 
 async def test_a_cursor_that_another_replica_took_ends_the_poller() -> None:
