@@ -49,13 +49,13 @@ H_ERROR_CODE = "Nats-Service-Error-Code"
 
 
 def is_sandbox(name: str) -> bool:
-    """Whether it is a legal sandbox id, and thus a token of subjects. To `$` a line end behind it is none."""
-    return _SANDBOX.match(name) is not None and "\n" not in name
+    """Whether it is a legal sandbox id, and thus a token of subjects."""
+    return _SANDBOX.fullmatch(name) is not None  # to match() with its $, a line end behind it would be none
 
 
 def check_sandbox(name: str) -> str:
     """`name`, if it is a legal sandbox id. Raises Refused("invalid"): a wrong id is never rewritten."""
-    if not is_sandbox(name):
+    if _SANDBOX.fullmatch(name) is None:  # each command passes here
         raise Refused("invalid", f"A sandbox id matches {SANDBOX_PATTERN}; lower case, no dots.")
     return name
 
