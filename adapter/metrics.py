@@ -281,6 +281,9 @@ class Metrics:
         self.nats_streams_missing = self._gauge(
             "nats_streams_missing", "Streams and buckets that should be there and were deleted."
         )
+        self.nats_streams_altered = self._gauge(
+            "nats_streams_altered", "Streams and buckets that somebody changed so that a guarantee is broken."
+        )
         self.nats_purges = self._counter(
             "nats_purges", "Times that a bucket had fewer keys than were surely written: somebody purged it."
         )

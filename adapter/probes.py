@@ -47,6 +47,8 @@ class Health:
         """`clock()` when the connection was lost; None while connected. See `nats_lost` and `nats_back`."""
         self.missing = ""
         """Streams and buckets that are not there any more, in words."""
+        self.altered = ""
+        """Those that are not as they must be any more, with what was changed, in words."""
         self._jetstream_problem = "JetStream does not answer"
         self._born = self._beat = self._awake = self._up = clock()
         self._flags: dict[str, tuple[bool, float]] = dict.fromkeys(
@@ -141,11 +143,14 @@ class Health:
             *self.startup(),
             nats,
             self._check("jetstream", jetstream, jetstream_since, self._jetstream_problem),
-            self._check(
-                "streams", not self.missing, self._born, f"deleted: {self.missing}; `wechat-nats doctor --fix`"
-            ),
+            self._check("streams", not (self.missing or self.altered), self._born, self._streams()),
             self._check("not_draining", not draining, draining_since, "shutting down"),
         ]
+
+    def _streams(self) -> str:
+        """What is wrong with them, in words."""
+        wrong = (("deleted", self.missing), ("altered", self.altered))
+        return "; ".join([*(f"{what}: {which}" for what, which in wrong if which), "`wechat-nats doctor --fix`"])
 
     def _set(self, flag: str, value: bool) -> None:
         if self._flags[flag][0] != value:

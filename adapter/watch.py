@@ -133,7 +133,9 @@ class Watch:
         """Raises Temporary, BusRefused."""
         missing = await self._inspector.look(self._link)
         self._metrics.nats_streams_missing.set(len(missing))
-        self._health.missing = ", ".join(missing)
+        altered = [f"{name} ({', '.join(d.field for d in found)})" for name, found in self._inspector.altered.items()]
+        self._metrics.nats_streams_altered.set(len(altered))
+        self._health.missing, self._health.altered = ", ".join(missing), ", ".join(altered)
         self._looked.notify()
         if self._inspector.lacks(self._names.bindings):  # also those that nobody owned at the last look
             self._bindings.reload()

@@ -9,6 +9,7 @@ from typing import Any, cast
 import pytest
 
 from adapter.errors import BusRefused, Temporary
+from adapter.jetstream.topology import Difference
 from adapter.metrics import Metrics
 from adapter.names import Names
 from adapter.probes import BUS_GRACE_S, Health
@@ -32,6 +33,7 @@ class Replica:
         self.leases = SimpleNamespace(valid=True, hurdle="refused")
         self.silence: Exception | None = None
         self.absent: list[str] = []
+        self.altered: dict[str, list[Difference]] = {}
         self.emptied = False
         self.reloads = 0
         self.looks = 0
@@ -153,6 +155,21 @@ async def test_what_is_gone_is_told_and_what_was_emptied_is_read_again() -> None
     await asyncio.sleep(2 * WATCH_S)
     assert replica.health.missing == ""
     assert complete.done()
+
+
+async def test_what_was_changed_is_told_as_long_as_it_is_so() -> None:
+    """Nothing waits for it: what can be done is done."""
+    replica = Replica()
+    replica.altered = {"WECHAT_IN": [Difference("WECHAT_IN", "republish", {}, None, critical=True)]}
+    await asyncio.sleep(2 * WATCH_S)
+    (check,) = (check for check in replica.health.ready() if check.name == "streams")
+    assert (check.ok, check.detail) == (False, "altered: WECHAT_IN (republish); `wechat-nats doctor --fix`")
+    assert replica.metrics.nats_streams_altered._value.get() == 1
+    await replica.watch.complete()
+    replica.altered = {}
+    await asyncio.sleep(2 * WATCH_S)
+    assert all(check.ok for check in replica.health.ready())
+    assert replica.metrics.nats_streams_altered._value.get() == 0
 
 
 async def test_what_is_back_is_looked_at_at_once() -> None:

@@ -85,6 +85,7 @@ def streams(names: Names, settings: Settings) -> list[Wanted]:
     prefix = names.prefix
 
     def stream(name: str, critical: tuple[str, ...], **config: Any) -> Wanted:
+        critical = (*critical, "allow_direct")  # everything that is stored is read back by it
         return Wanted(name, {"name": name, "duplicate_window": DUPLICATE_WINDOW_NS, **common, **config}, critical)
 
     def bucket(name: str, *, news: bool = False, expires: bool = False, max_age: int = 0) -> Wanted:
@@ -98,6 +99,8 @@ def streams(names: Names, settings: Settings) -> list[Wanted]:
             "max_age": max_age,
         }
         critical = ["subjects", "max_msgs_per_subject"]
+        if not max_age:  # what it holds is nowhere else: tokens, places, windows
+            critical.append("max_age")
         if news:
             config["republish"] = {"src": f"$KV.{name}.>", "dest": f"{news_subject(name)}.>"}
             critical.append("republish")
@@ -106,7 +109,7 @@ def streams(names: Names, settings: Settings) -> list[Wanted]:
     return [
         stream(
             names.stream_in,
-            ("subjects", "retention", "discard", "republish", "allow_direct"),
+            ("subjects", "retention", "discard", "republish"),
             subjects=[f"{prefix}.inbox.*"],
             retention="limits",
             discard="old",
@@ -138,7 +141,7 @@ def streams(names: Names, settings: Settings) -> list[Wanted]:
         ),
         stream(
             names.stream_event,
-            ("subjects", "retention", "discard", "allow_direct"),
+            ("subjects", "retention", "discard"),
             subjects=[f"{prefix}.event.*.*"],
             retention="limits",
             discard="old",
@@ -179,7 +182,7 @@ def streams(names: Names, settings: Settings) -> list[Wanted]:
         bucket(names.quotes, max_age=int(settings.quote_hours * HOUR_NS)),
         stream(
             f"OBJ_{names.media}",
-            ("subjects", "retention", "allow_direct", "allow_rollup_hdrs"),
+            ("subjects", "retention", "allow_rollup_hdrs"),
             subjects=[f"$O.{names.media}.C.>", f"$O.{names.media}.M.>"],
             retention="limits",
             discard="new",
@@ -334,9 +337,11 @@ class Inspector:
         on_purge: Callable[[str], None],
     ) -> None:
         """`at_least` says by bucket how many keys are surely there; `on_purge` gets one where there are fewer."""
-        self._wanted = [wanted.name for wanted in streams(names, settings)]
+        self._wanted = streams(names, settings)
         self._at_least = {f"KV_{bucket}": count for bucket, count in at_least.items()}
         self._on_purge = on_purge
+        self.altered: dict[str, list[Difference]] = {}
+        """What somebody changed, by stream, of what breaks a guarantee, when it was last seen."""
         self._messages: dict[str, int] = {}
         self._purges: Counter[str] = Counter()
         self._fewer: set[str] = set()
@@ -356,7 +361,8 @@ class Inspector:
     async def look(self, link: Link) -> list[str]:
         """The names of the streams that are missing. Raises Temporary."""
         missing = []
-        for name in self._wanted:
+        for wanted in self._wanted:
+            name = wanted.name
             at_least = self._at_least.get(name, int)()  # before asking: there may be more then
             try:
                 info = await link.api(f"STREAM.INFO.{name}")
@@ -366,9 +372,24 @@ class Inspector:
                 log.error("stream.missing", stream=name, detail="`wechat-nats doctor --fix` creates it, empty.")
                 missing.append(name)
                 continue
+            self._compare_config(wanted, info["config"])
             self._messages[name] = int(info["state"]["messages"])
             self._compare(name.removeprefix("KV_"), self._messages[name], at_least)
         return missing
+
+    def _compare_config(self, wanted: Wanted, config: dict[str, Any]) -> None:
+        """What stops a start is told here, once: a service that runs goes on as well as it can."""
+        broken = [difference for difference in compare(wanted, config) if difference.critical]
+        if broken == self.altered.get(wanted.name, []):
+            return
+        for d in broken:
+            said = f"{d.field} is {d.found!r}, must be {d.wanted!r}. `wechat-nats doctor --fix` changes it."
+            log.error("stream.altered", stream=wanted.name, field=d.field, detail=said)
+        if broken:
+            self.altered[wanted.name] = broken
+        else:
+            del self.altered[wanted.name]
+            log.info("stream.mended", stream=wanted.name)
 
     def _compare(self, bucket: str, keys: int, at_least: int) -> None:
         if keys >= at_least:

@@ -1074,6 +1074,27 @@ async def test_an_inspector_names_streams_that_are_gone_and_buckets_that_were_em
     assert await inspector.look(rig.link) == []
 
 
+async def test_an_inspector_tells_what_was_changed_once_and_not_an_operators_own_limits(rig: Rig) -> None:
+    inspector = topology.Inspector(NAMES, rig.bus.settings, at_least={}, on_purge=lambda _: None)
+    config = (await rig.link.api(f"STREAM.INFO.{NAMES.stream_out}"))["config"]
+    changed = {key: value for key, value in config.items() if key != "subject_transform"}
+    await rig.link.api(f"STREAM.UPDATE.{NAMES.stream_out}", changed | {"max_msgs_per_subject": 7})
+    bucket = (await rig.link.api(f"STREAM.INFO.KV_{NAMES.bindings}"))["config"]
+    await rig.link.api(f"STREAM.UPDATE.KV_{NAMES.bindings}", bucket | {"max_age": 3600 * topology.NS})
+    with capture_logs() as logs:
+        for _ in range(2):
+            assert await inspector.look(rig.link) == []
+    assert [(line["stream"], line["field"]) for line in logs if line["event"] == "stream.altered"] == [
+        (NAMES.stream_out, "subject_transform"),
+        (f"KV_{NAMES.bindings}", "max_age"),
+    ]
+    assert list(inspector.altered) == [NAMES.stream_out, f"KV_{NAMES.bindings}"]
+    for name, before in ((NAMES.stream_out, config), (f"KV_{NAMES.bindings}", bucket)):
+        await rig.link.api(f"STREAM.UPDATE.{name}", before)
+    await inspector.look(rig.link)
+    assert inspector.altered == {}
+
+
 @pytest.mark.parametrize(
     ("answer", "leaderless"),
     [

@@ -297,6 +297,28 @@ async def test_a_stream_that_is_deleted_takes_readiness_until_it_is_back(tmp_pat
         assert adapter.said("binding.restored") == BOTS
 
 
+async def test_a_stream_that_is_altered_takes_readiness_until_it_is_mended(tmp_path: Path) -> None:
+    """What users write meanwhile is stored, though their sandboxes do not hear it."""
+    async with running(tmp_path, bots=3) as (made, nc, adapter):
+        config = (await ask(nc, f"STREAM.INFO.{NAMES.stream_in}"))["config"]
+        deaf = {key: value for key, value in config.items() if key != "republish"}
+        assert "error" not in await ask(nc, f"STREAM.UPDATE.{NAMES.stream_in}", deaf)
+
+        async def noticed() -> bool:
+            return await adapter.metric("nats_streams_altered") == 1
+
+        await eventually(noticed, "it is noticed")
+        unready = await adapter.unready()
+        assert unready == {"streams": "altered: WECHAT_IN (republish); `wechat-nats doctor --fix`"}
+        made.say("s0", "while nobody hears it")
+        await until(lambda: made.sim.stats().parked == 3, "it is stored")
+        assert "WECHAT_IN" in await operator(made, "doctor", "--fix")
+        await eventually(adapter.is_ready, "it is ready again")
+        await loaded(made, nc, 2)
+        await faultless(made, nc)
+        assert (adapter.said("stream.altered"), adapter.said("stream.mended")) == (1, 1)
+
+
 async def test_bindings_that_their_owner_never_knew_are_put_back_by_who_did(tmp_path: Path) -> None:
     """A replica that starts on a bucket that was lost owns shards, and knows nobody."""
     async with running(tmp_path) as (made, nc, adapter):
