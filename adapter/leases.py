@@ -183,9 +183,10 @@ class Leases:
                 raise LeaseLost("lease_revoked") from None
             self._revision = entry.revision if entry else 0
             raise
+        ran_out = not self.valid  # on a busy loop also without a pause: this answer was read before the timer's turn
         self._renewed, self._deadline = self._clock.monotonic(), sent + self._lease_s * HOLD
         self._renewals += 1
-        if self._paused and self.valid:
+        if (self._paused or ran_out) and self.valid:
             self._paused = False
             log.info("lease.valid", incarnation=self.incarnation, shards=len(self.owned))
             self.changed.notify()

@@ -125,10 +125,10 @@ class OwnClock(FakeClock):
         super().__init__()
         self._life = life
         self._rate = rate
-        self._ahead_s = ahead_s
+        self.ahead_s = ahead_s
 
     def monotonic(self) -> float:
-        return self._ahead_s + self._rate * super().monotonic()
+        return self.ahead_s + self._rate * super().monotonic()
 
     async def sleep(self, seconds: float) -> None:
         await asyncio.sleep(seconds / self._rate)
@@ -139,8 +139,8 @@ class Replica:
     def __init__(self, cluster: Cluster, name: str, *, rate: float = 1.0, ahead_s: float = 0.0) -> None:
         self.life = Life()
         self.members, self.claims = Line(cluster.members, self.life), Line(cluster.claims, self.life)
-        clock = OwnClock(self.life, rate, ahead_s)
-        self.leases = Leases(self.members, self.claims, clock, Metrics(), instance=name, lease_s=LEASE_S)
+        self.clock = OwnClock(self.life, rate, ahead_s)
+        self.leases = Leases(self.members, self.claims, self.clock, Metrics(), instance=name, lease_s=LEASE_S)
         self.task = asyncio.get_running_loop().create_task(self._run())
 
     async def _run(self) -> None:
@@ -401,6 +401,27 @@ async def test_a_lease_counts_from_the_time_at_which_its_renewal_was_sent(cluste
     await cluster.run(LEASE_S)
     assert heir.working
     assert cluster.worked_for == SHARDS
+
+
+async def test_who_finds_the_lease_run_out_before_its_timer_does_is_told_when_it_is_renewed(cluster: Cluster) -> None:
+    """On a busy loop the answer is read before the timer has its turn, and what came before it has seen the gap."""
+    replica = cluster.start()
+    await cluster.run(2)
+
+    def hold_up() -> None:
+        replica.members.on_write = lambda: None
+        replica.clock.ahead_s += LEASE_S * HOLD - 0.5  # past the old deadline, before the new one; no timer has run
+        replica.life.stop()
+
+    replica.members.on_write = hold_up
+    await cluster.run(1)
+    assert not replica.leases.valid
+    waiting = asyncio.ensure_future(replica.leases.changed.until(lambda: replica.leases.valid))
+    await asyncio.sleep(0)
+    replica.life.go_on()
+    await cluster.run(LEASE_S)
+    assert replica.leases.valid
+    assert waiting.done()
 
 
 async def test_a_revoked_holder_finds_out_and_joins_as_somebody_new(cluster: Cluster) -> None:
