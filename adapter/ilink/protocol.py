@@ -38,6 +38,8 @@ A = TypeVar("A", bound=wire.Answer)
 
 SECRET_CHARS = 6
 """What is shorter guards nothing, and would be found in the middle of words."""
+ID_CHARS = 128
+"""Longest id of a message that counts as one; a uint64 has 20."""
 URL_CHARS = 8192
 """Longest URL that is called; that of an upload holds a long parameter."""
 QR_URL_CHARS = 1500
@@ -318,8 +320,9 @@ def read_updates(reply: Reply, *, polled_s: float) -> Polled:
     match updates.code:
         case 0:
             messages = [bytes(raw) for raw in updates.msgs or []]
-            cursor = updates.get_updates_buf
-            return Polled(messages, str(cursor) if cursor else None, hold_ms(updates.longpolling_timeout_ms))
+            cursor = str(updates.get_updates_buf or "")
+            kept = cursor if 0 < len(cursor) <= wire.OPAQUE_CHARS else None
+            return Polled(messages, kept, hold_ms(updates.longpolling_timeout_ms))
         case wire.STALE_TOKEN:
             raise _expired(updates)
         case -1 if polled_s >= IDLE_S:  # one client's reading: an idle timeout (5.1)
@@ -348,7 +351,8 @@ def read_sent(reply: Reply) -> Accepted:
     match sent.code:
         case 0:
             ident = "" if sent.message_id in (None, "", 0, "0") else str(sent.message_id)
-            return Accepted(ident, sent.ret, sent.errcode, _words(sent))
+            # a longer one is no uint64, and with it a receipt might be larger than a message of the bus
+            return Accepted(ident if len(ident) <= ID_CHARS else "", sent.ret, sent.errcode, _words(sent))
         case wire.STALE_TOKEN:
             raise _expired(sent)
         case wire.THROTTLED | wire.RATE_LIMITED:

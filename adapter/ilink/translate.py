@@ -48,7 +48,7 @@ def _read_plain(raw: bytes, message: wire.PlainMessage) -> Said:
         keys=keys,
         user=user,
         sent_at_ms=sent_at_ms,
-        context_token=message.context_token or "",
+        context_token=_token(message.context_token),
         text=text,
         items=[contract.TextItem(text=text)],
         quote=None,
@@ -96,7 +96,7 @@ def _read_whole(raw: bytes) -> Said:
         keys=keys_of(message, user, sent_at_ms, b",".join(contents).decode()),
         user=user,
         sent_at_ms=sent_at_ms,
-        context_token=message.context_token or "",
+        context_token=_token(message.context_token),
         text="\n".join(texts),
         items=items,
         quote=quoted[0] if quoted else None,
@@ -203,6 +203,11 @@ def _duration(value: object) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53 else None
 
 
+def _token(given: object) -> str:
+    """A context token, as far as there is one that the bus has room for: its bot would wait for ever to store it."""
+    return given if isinstance(given, str) and len(given) <= wire.OPAQUE_CHARS else ""
+
+
 def _salvage(raw: bytes, readable: bytes, why: str) -> Said:
     """A message with a field of a wrong type: told as unsupported, kept whole as a dead letter."""
     try:
@@ -217,7 +222,7 @@ def _salvage(raw: bytes, readable: bytes, why: str) -> Said:
         keys=keys_of(rest, user, sent, content_of(readable)),
         user=user,
         sent_at_ms=sent,
-        context_token=rest.context_token if isinstance(rest.context_token, str) else "",
+        context_token=_token(rest.context_token),
         text="",
         items=[contract.UnsupportedItem(type=0, reason="malformed")],
         quote=None,

@@ -12,6 +12,10 @@ THROTTLED: Final = -2
 RATE_LIMITED: Final = -12
 """One project's report of a second rate limit code (5.1)."""
 
+OPAQUE_CHARS: Final = 65_536
+"""Longest cursor and context token that count: some 130 characters are seen (1.2), and the bus has room for no more
+than a message holds."""
+
 USER: Final = 1
 BOT: Final = 2
 FINISH: Final = 2
