@@ -137,7 +137,9 @@ async def send(command: Command, peer: Peer, account: Account, sender: Sender) -
         if hand.tried > MAX_RESENDS:
             sender.look(peer)
             return _ending(
-                "uncertain", hand, "iLink did not answer, and is not asked again: that might show it twice."
+                "uncertain",
+                hand,
+                "iLink gave no answer that can be read, and is not asked again: that might show it twice.",
             )
         if wait := _closed(command, hand, peer, sender):
             return wait

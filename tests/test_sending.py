@@ -111,12 +111,17 @@ async def test_a_request_without_an_answer_is_repeated_once_with_the_same_client
     assert first.client_id == again.client_id
 
 
-async def test_a_repeat_without_an_answer_is_uncertain() -> None:
+@pytest.mark.parametrize(
+    "silence", [TIMEOUT, Uncertain("http_5xx", "HTTP 524 from a gateway")], ids=["none", "no-use"]
+)
+async def test_a_repeat_without_an_answer_of_use_is_uncertain(silence: Uncertain) -> None:
+    """Also what answered was told not to have."""
     bench, peer = await ready()
-    bench.chat.sends.extend([TIMEOUT, TIMEOUT])
+    bench.chat.sends.extend([silence, silence])
     ending = await sent(bench, peer, command(bench, "one", "two"))
     assert isinstance(ending, Ending)
     assert (ending.outcome, ending.attempts) == ("uncertain", 2)
+    assert ending.detail.startswith("iLink gave no answer that can be read, and is not asked again")
     assert bench.chat.texts == ["one", "one"]
 
 
