@@ -79,6 +79,10 @@ class Uploaded(NamedTuple):
         return f"Uploaded({self.kind!r}, size={self.size})"
 
 
+Content: TypeAlias = str | Uploaded
+"""What one message to a user holds: a text, or media."""
+
+
 class StoredObject(NamedTuple):
     """An object of the object store."""
 
@@ -250,33 +254,23 @@ class Chat(Protocol):
         Raises Temporary, SessionExpired, Refused("url") (the base URL may not be called).
         """
 
-    async def send_text(
+    async def send(
         self,
         account: Account,
         *,
         user: str,
         client_id: str,
         context_token: str,
-        text: str,
+        content: Content,
         check: Callable[[], None] | None = None,
     ) -> Accepted:
-        """`check` is called when the request is about to leave, since connecting takes its time; what it raises is
+        """One message. Media were uploaded for this user.
+
+        `check` is called when the request is about to leave, since connecting takes its time; what it raises is
         raised, and nothing has left.
 
         Raises SessionExpired, Throttled, Refused, Temporary (nothing was taken), Uncertain (perhaps it was).
         """
-
-    async def send_media(
-        self,
-        account: Account,
-        *,
-        user: str,
-        client_id: str,
-        context_token: str,
-        media: Uploaded,
-        check: Callable[[], None] | None = None,
-    ) -> Accepted:
-        """As send_text, with what was uploaded for this user."""
 
     async def typing_ticket(self, account: Account, user: str, context_token: str) -> str:
         """What showing the user that the bot types needs (ilink-protocol 11.2).

@@ -20,7 +20,7 @@ from adapter.contexts import Contexts, Peer
 from adapter.contract import Outcome
 from adapter.errors import LeaseLost, Refused, SessionExpired, Temporary, Throttled, Uncertain
 from adapter.metrics import Metrics
-from adapter.ports import Accepted, Account, Chat, Uploaded
+from adapter.ports import Accepted, Account, Chat, Content, Uploaded
 from adapter.quotes import summary
 from adapter.records import Context, Hand, Merged
 from adapter.split import MAX_BYTES
@@ -219,7 +219,7 @@ async def _bring(
 
 
 async def _request(
-    content: str | Uploaded, command: Command, hand: Hand, peer: Peer, account: Account, sender: Sender
+    content: Content, command: Command, hand: Hand, peer: Peer, account: Account, sender: Sender
 ) -> Hand | Ending | Wait | Apart:
     """One request; where the command then stands."""
     hand = msgspec.structs.replace(hand, attempts=hand.attempts + 1, tried=hand.tried + 1)
@@ -238,7 +238,14 @@ async def _request(
         peer.in_flight += 1
         try:
             content = content + (hand.tail or "") if isinstance(content, str) else content
-            accepted = await _post(content, client_id(command, hand.part, len(hand.merged)), peer, account, sender)
+            accepted = await sender.chat.send(
+                account,
+                user=peer.user,
+                client_id=client_id(command, hand.part, len(hand.merged)),
+                context_token=peer.context.token,
+                content=content,
+                check=sender.check,
+            )
         except Uncertain as exc:
             sender.metrics.outbound_retries.labels(reason=exc.reason).inc()
             log.warning("send.unanswered", bot=peer.bot, command=command.id, reason=exc.reason, tried=hand.tried)
@@ -281,7 +288,7 @@ async def _request(
             return _accepted(hand, peer, answer, sender)
 
 
-def _with_tail(hand: Hand, content: str | Uploaded, context: Context, sender: Sender) -> Hand:
+def _with_tail(hand: Hand, content: Content, context: Context, sender: Sender) -> Hand:
     """Decides before a text's first request what is appended to it; a repeat says the same."""
     if not isinstance(content, str) or not sender.continue_text or hand.tail is not None or hand.tried > 1:
         return hand
@@ -291,7 +298,7 @@ def _with_tail(hand: Hand, content: str | Uploaded, context: Context, sender: Se
     return msgspec.structs.replace(hand, tail=tail)
 
 
-def _words(content: str | Uploaded) -> tuple[str, str]:
+def _words(content: Content) -> tuple[str, str]:
     """Kind and text of what was sent, for later quotes of it."""
     if isinstance(content, str):
         return "text", content
@@ -308,17 +315,6 @@ def _accepted(hand: Hand, peer: Peer, answer: Accepted, sender: Sender) -> Hand:
     )
     peer.context = window.taken(peer.context, hand, sender.clock.now_ms())
     return hand
-
-
-async def _post(content: str | Uploaded, ident: str, peer: Peer, account: Account, sender: Sender) -> Accepted:
-    token = peer.context.token
-    if isinstance(content, str):
-        return await sender.chat.send_text(
-            account, user=peer.user, client_id=ident, context_token=token, text=content, check=sender.check
-        )
-    return await sender.chat.send_media(
-        account, user=peer.user, client_id=ident, context_token=token, media=content, check=sender.check
-    )
 
 
 async def _again(

@@ -33,6 +33,7 @@ from adapter.outbound import Shard
 from adapter.ports import (
     Accepted,
     Account,
+    Content,
     Entry,
     Fetch,
     MediaKind,
@@ -531,34 +532,21 @@ class FakeChat:
         finally:
             self.polling -= 1
 
-    async def send_text(
+    async def send(
         self,
         account: Account,
         *,
         user: str,
         client_id: str,
         context_token: str,
-        text: str,
+        content: Content,
         check: Callable[[], None] | None = None,
     ) -> Accepted:
         if check is not None:
             check()
-        return await self._send(Sent(account.bot, user, text, client_id, context_token, self._clock.monotonic()))
-
-    async def send_media(
-        self,
-        account: Account,
-        *,
-        user: str,
-        client_id: str,
-        context_token: str,
-        media: Uploaded,
-        check: Callable[[], None] | None = None,
-    ) -> Accepted:
-        if check is not None:
-            check()
+        text, media = (content, None) if isinstance(content, str) else ("", content)
         now = self._clock.monotonic()
-        return await self._send(Sent(account.bot, user, "", client_id, context_token, now, media))
+        return await self._send(Sent(account.bot, user, text, client_id, context_token, now, media))
 
     async def _send(self, sent: Sent) -> Accepted:
         user = sent.user

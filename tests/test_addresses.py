@@ -305,7 +305,7 @@ async def test_a_name_that_leads_inside_gets_no_byte(tmp_path: Path, monkeypatch
         with pytest.raises(Temporary):
             await ilink.poll(account, "", 1000)
         with pytest.raises(Temporary):
-            await ilink.send_text(account, user="u", client_id="c", context_token="t", text="hi")
+            await ilink.send(account, user="u", client_id="c", context_token="t", content="hi")
         with pytest.raises(Temporary):
             await ilink.fetch_code([])
         redirected = ilink.redirected(f"{HOST}:{server.port}", account.base_url)
@@ -353,7 +353,7 @@ async def test_an_answer_that_redirects_is_not_followed(tmp_path: Path, monkeypa
         with pytest.raises(Temporary):
             await ilink.poll(account, "", 1000)
         with pytest.raises(Temporary):
-            await ilink.send_text(account, user="u", client_id="c", context_token="t", text="hi")
+            await ilink.send(account, user="u", client_id="c", context_token="t", content="hi")
         await ilink.close()
     assert [request.split()[1] for request in server.requests] == ["/ilink/bot/getupdates", "/ilink/bot/sendmessage"]
 
@@ -462,7 +462,7 @@ async def test_a_base_url_of_a_binding_is_not_called(url: str, untouched: Untouc
     with pytest.raises(Refused):
         await untouched.ilink.poll(account, "", 0)
     with pytest.raises(Refused):
-        await untouched.ilink.send_text(account, user="u", client_id="c", context_token="t", text="hi")
+        await untouched.ilink.send(account, user="u", client_id="c", context_token="t", content="hi")
     untouched.check()
 
 

@@ -336,12 +336,12 @@ async def test_media_of_every_kind_appear_on_the_phone(rig: Rig, kind: MediaKind
     rig.sim.configure(upload_url=upload_url)
     media = await rig.upload(HELLO, kind)
     assert (media.kind, media.size, media.cipher_size) == (kind, 14, 16)
-    accepted = await rig.ilink.send_media(
+    accepted = await rig.ilink.send(
         rig.account,
         user=rig.bot.user,
         client_id="c-1",
         context_token=rig.sim.inbound(rig.bot.bot)[-1].context_token,
-        media=media,
+        content=media,
     )
     assert accepted.message_id
     (shown,) = rig.sim.phone(rig.bot.user)

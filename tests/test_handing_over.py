@@ -20,7 +20,7 @@ from adapter import window
 from adapter.contract import FINAL_OUTCOMES, Receipt
 from adapter.errors import BusRefused, Temporary, Throttled, Uncertain
 from adapter.outbound import Shard
-from adapter.ports import Accepted, Account, Entry, Message, PubAck, Stored, Uploaded
+from adapter.ports import Accepted, Account, Content, Entry, Message, PubAck, Stored
 from tests.fakes import (
     RULES,
     Bench,
@@ -117,37 +117,25 @@ class MortalChat(FakeChat):
         self._chat = chat
         self._life = life
 
-    async def send_text(
+    async def send(
         self,
         account: Account,
         *,
         user: str,
         client_id: str,
         context_token: str,
-        text: str,
+        content: Content,
         check: Callable[[], None] | None = None,
     ) -> Accepted:
         if check is not None:
             check()
         await self._life.goes_on()
         try:
-            return await self._chat.send_text(
-                account, user=user, client_id=client_id, context_token=context_token, text=text
+            return await self._chat.send(
+                account, user=user, client_id=client_id, context_token=context_token, content=content
             )
         finally:
             await self._life.goes_on()
-
-    async def send_media(
-        self,
-        account: Account,
-        *,
-        user: str,
-        client_id: str,
-        context_token: str,
-        media: Uploaded,
-        check: Callable[[], None] | None = None,
-    ) -> Accepted:
-        raise AssertionError("nobody sends media here")
 
 
 class Command(FakeDelivery):

@@ -248,7 +248,7 @@ async def test_what_an_answer_quotes_of_its_request_is_no_secret_any_more(server
     server.answer = Server.say(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
     account = Account("b1@im.bot", "odd token", base)
     with pytest.raises(Refused) as caught:
-        await ilink.send_text(account, user="u", client_id="c", context_token="odd context", text="hi")
+        await ilink.send(account, user="u", client_id="c", context_token="odd context", content="hi")
     await ilink.close()
     assert caught.value.errmsg == "***, ***"
 

@@ -18,7 +18,7 @@ from adapter.ilink.protocol import Reply, Request
 from adapter.ilink.transport import Transport
 from adapter.ilink.wire import THROTTLED
 from adapter.metrics import Metrics
-from adapter.ports import Accepted, Account, MediaKind, Polled, QrCode, Scan, Uploaded
+from adapter.ports import Accepted, Account, Content, MediaKind, Polled, QrCode, Scan
 
 log = structlog.get_logger()
 
@@ -81,47 +81,24 @@ class ILink:
         self._polled.inc()
         return polled
 
-    async def send_text(
+    async def send(
         self,
         account: Account,
         *,
         user: str,
         client_id: str,
         context_token: str,
-        text: str,
+        content: Content,
         check: Callable[[], None] | None = None,
     ) -> Accepted:
         request = protocol.message_request(
             account.token,
             random.getrandbits(32),
-            protocol.text_item(text),
+            protocol.text_item(content) if isinstance(content, str) else protocol.media_item(content),
             user=user,
             client_id=client_id,
             context_token=context_token,
         )
-        return await self._send(account, request, check)
-
-    async def send_media(
-        self,
-        account: Account,
-        *,
-        user: str,
-        client_id: str,
-        context_token: str,
-        media: Uploaded,
-        check: Callable[[], None] | None = None,
-    ) -> Accepted:
-        request = protocol.message_request(
-            account.token,
-            random.getrandbits(32),
-            protocol.media_item(media),
-            user=user,
-            client_id=client_id,
-            context_token=context_token,
-        )
-        return await self._send(account, request, check)
-
-    async def _send(self, account: Account, request: Request, check: Callable[[], None] | None) -> Accepted:
         started = time.monotonic()
         try:
             accepted = protocol.read_sent(await self._post(account, request, self._send_timeout_s, check))
