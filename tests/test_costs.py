@@ -13,14 +13,13 @@ from collections.abc import Awaitable, Coroutine
 from types import FrameType
 from typing import Any, NamedTuple
 
-import msgspec
 import pytest
 
 from adapter.cursors import acquire, give_back
 from adapter.inbound import poll_forever
 from adapter.ports import Polled
 from adapter.sessions import Session
-from tests.fakes import EPOCH_MS, Bench, EndOfScript
+from tests.fakes import Bench, EndOfScript, raw_message
 
 VIRTUAL_TIME = True
 
@@ -70,21 +69,8 @@ async def measured(bench: Bench, work: Awaitable[Any], messages: int) -> Cost:
 
 def batch(number: int, size: int) -> Polled:
     """Messages of one user, none like another."""
-    messages = [
-        msgspec.json.encode(
-            {
-                "message_id": 7497484083968569000 + index,
-                "client_id": f"wx-{index}",
-                "seq": index,
-                "from_user_id": USER,
-                "create_time_ms": EPOCH_MS + index,
-                "message_type": 1,
-                "context_token": f"token-{index}",
-                "item_list": [{"type": 1, "text_item": {"text": f"hello {index}"}}],
-            }
-        )
-        for index in range(number * size, (number + 1) * size)
-    ]
+    numbers = range(number * size, (number + 1) * size)
+    messages = [raw_message(index, {"type": 1, "text_item": {"text": f"hello {index}"}}) for index in numbers]
     return Polled(messages, f"cursor {number}", 35_000)
 
 

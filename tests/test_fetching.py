@@ -24,7 +24,7 @@ from adapter.records import Cursor
 from adapter.sessions import Session
 from adapter.simulator import samples
 from adapter.tasks import Tasks
-from tests.fakes import EPOCH_MS, Bench, settle
+from tests.fakes import EPOCH_MS, Bench, raw_message, settle
 
 VIRTUAL_TIME = True
 
@@ -35,27 +35,13 @@ PNG = samples.png()
 WAIT_S = 60.0
 
 
-def message(number: int, *items: dict[str, Any], **fields: Any) -> bytes:
-    made = {
-        "message_id": 7497484083968569000 + number,
-        "client_id": f"wx-{number}",
-        "seq": number,
-        "from_user_id": USER,
-        "create_time_ms": EPOCH_MS + number,
-        "message_type": 1,
-        "context_token": f"token-{number}",
-        "item_list": list(items),
-    }
-    return msgspec.json.encode(made | fields)
-
-
 def words(number: int, **fields: Any) -> bytes:
-    return message(number, {"type": 1, "text_item": {"text": f"t{number}"}}, **fields)
+    return raw_message(number, {"type": 1, "text_item": {"text": f"t{number}"}}, **fields)
 
 
 def image(number: int, **fields: Any) -> bytes:
     """A picture, whose reference is `p<number>`."""
-    return message(number, {"type": 2, "image_item": {"media": {"encrypt_query_param": f"p{number}"}}}, **fields)
+    return raw_message(number, {"type": 2, "image_item": {"media": {"encrypt_query_param": f"p{number}"}}}, **fields)
 
 
 def batch(*messages: bytes, cursor: str = "b") -> Polled:
@@ -271,7 +257,7 @@ async def test_the_name_of_an_object_is_the_same_at_every_attempt() -> None:
 async def test_a_voice_message_is_told_as_recorded_and_as_wav() -> None:
     silk = samples.silk(2.0)
     voice = {"type": 3, "voice_item": {"media": {"encrypt_query_param": "v"}, "text": "hi", "playtime": 2000}}
-    bench = await ready(batch(message(1, voice)))
+    bench = await ready(batch(raw_message(1, voice)))
     bench.cdn.has("v", silk)
     replica = await run(bench)
     await asyncio.sleep(1)
@@ -292,7 +278,7 @@ async def test_a_voice_message_is_told_as_recorded_and_as_wav() -> None:
 
 async def test_a_recording_that_cannot_be_converted_is_told_as_recorded() -> None:
     voice = {"type": 3, "voice_item": {"media": {"encrypt_query_param": "v"}}}
-    bench = await ready(batch(message(1, voice)))
+    bench = await ready(batch(raw_message(1, voice)))
     bench.cdn.has("v", b"\x02#!SILK_V3" + b"\xff" * 50)
     replica = await run(bench)
     await asyncio.sleep(1)
@@ -306,7 +292,7 @@ async def test_a_recording_that_cannot_be_converted_is_told_as_recorded() -> Non
 async def test_a_file_keeps_the_senders_name_and_a_video_its_length() -> None:
     file = {"type": 4, "file_item": {"media": {"encrypt_query_param": "f"}, "file_name": "报告.pdf"}}
     video = {"type": 5, "video_item": {"media": {"encrypt_query_param": "v"}, "play_length": 1500}}
-    bench = await ready(batch(message(1, file, video)))
+    bench = await ready(batch(raw_message(1, file, video)))
     bench.cdn.has("f", samples.pdf())
     bench.cdn.has("v", samples.mp4())
     replica = await run(bench)
@@ -324,7 +310,7 @@ async def test_a_file_keeps_the_senders_name_and_a_video_its_length() -> None:
 
 async def test_an_empty_file_is_a_file() -> None:
     file = {"type": 4, "file_item": {"media": {"encrypt_query_param": "f"}, "file_name": "empty"}}
-    bench = await ready(batch(message(1, file)))
+    bench = await ready(batch(raw_message(1, file)))
     bench.cdn.has("f", b"")
     replica = await run(bench)
     await asyncio.sleep(1)
@@ -335,7 +321,7 @@ async def test_an_empty_file_is_a_file() -> None:
 
 async def test_what_can_be_had_of_a_message_is_told() -> None:
     items = [{"type": 2, "image_item": {"media": {"encrypt_query_param": name}}} for name in "abc"]
-    bench = await ready(batch(message(1, {"type": 1, "text_item": {"text": "look"}}, *items)))
+    bench = await ready(batch(raw_message(1, {"type": 1, "text_item": {"text": "look"}}, *items)))
     bench.cdn.has("a", PNG)
     bench.cdn.has("b", Refused("corrupt"))
     bench.cdn.has("c", None)
@@ -1048,7 +1034,7 @@ async def test_messages_are_counted_by_what_they_are_once_they_are_told() -> Non
 async def test_no_reference_key_or_text_reaches_the_log_or_the_sandbox() -> None:
     secret = {"encrypt_query_param": "SECRETREF", "aes_key": "ABEiM0RVZneImaq7zN3u/w==", "full_url": "https://SECRET"}
     item = {"type": 2, "image_item": {"media": secret}}
-    bench = await ready(batch(message(1, {"type": 1, "text_item": {"text": "my words"}}, item)))
+    bench = await ready(batch(raw_message(1, {"type": 1, "text_item": {"text": "my words"}}, item)))
     bench.cdn.has("SECRETREF", Temporary("network"), ZeroDivisionError())
     with capture_logs() as logs:
         replica = await run(bench)

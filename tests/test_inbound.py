@@ -24,7 +24,7 @@ from adapter.records import Context, Cursor
 from adapter.sessions import HERE_S, Session
 from adapter.stale_token import regain_login, tell_login
 from adapter.timing import Gate, Pace
-from tests.fakes import EPOCH_MS, Bench, EndOfScript, FakeClock, settle
+from tests.fakes import EPOCH_MS, Bench, EndOfScript, FakeClock, raw_message, settle
 
 VIRTUAL_TIME = True
 
@@ -35,17 +35,7 @@ STALE = SessionExpired("needs_login", "iLink answered -14", errcode=-14, errmsg=
 
 def raw(text: str = "hello", number: int = 1, **fields: Any) -> bytes:
     """A message as iLink sends it."""
-    message = {
-        "message_id": 7497484083968569000 + number,
-        "client_id": f"wx-{number}",
-        "seq": number,
-        "from_user_id": USER,
-        "create_time_ms": EPOCH_MS + number,
-        "message_type": 1,
-        "context_token": f"token-{number}",
-        "item_list": [{"type": 1, "text_item": {"text": text}}],
-    } | fields
-    return msgspec.json.encode({key: value for key, value in message.items() if value is not None})
+    return raw_message(number, {"type": 1, "text_item": {"text": text}}, **fields)
 
 
 def batch(*messages: bytes, cursor: str | None = "b", hold_ms: int = 35_000) -> Polled:
