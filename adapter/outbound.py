@@ -140,16 +140,20 @@ class Shard(LaneWork):
                     if self._drain.is_set() or not backlog.next(subject):
                         break
                     if delivery := backlog.take_back(subject, stored.seq, stored.data, stored.headers):
-                        started = clock.monotonic()
-                        try:
-                            self._accept(delivery)
-                        except Exception:  # a bug: the message stays, unsettled, and the others go on
-                            backlog.settle(delivery.seq)
-                            log.exception("delivery.crashed", shard=self.number, sequence=delivery.seq)
-                        # Reading takes its time (Markdown above all), and all others live in the same loop.
-                        await asyncio.sleep(3 * (clock.monotonic() - started))
+                        await self._accept_gently(delivery)
         finally:
             self._reading.discard(subject)
+
+    async def _accept_gently(self, delivery: Delivery) -> None:
+        """Reading takes its time (Markdown above all), and all others live in the same loop: it rests after each."""
+        clock = self._needs.sender.clock
+        started = clock.monotonic()
+        try:
+            self._accept(delivery)
+        except Exception:  # a bug: the message stays, unsettled, and the others go on
+            self._backlog.settle(delivery.seq)
+            log.exception("delivery.crashed", shard=self.number, sequence=delivery.seq)
+        await asyncio.sleep(3 * (clock.monotonic() - started))
 
     def _accept(self, delivery: Delivery) -> None:
         body = contract.Outbound()

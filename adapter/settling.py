@@ -190,7 +190,7 @@ class Settling:
         await self._end_all([item], ending, shown, bot, user)
 
     async def _end_all(
-        self, group: Sequence[Item], ending: Ending, shown: contract.Window | None, bot: str = "", user: str = ""
+        self, group: Sequence[Item], ending: Ending, shown: contract.Window | None, bot: str, user: str
     ) -> None:
         """Gives each the same ending. All are told before the first is settled or removed, so that the next owner
         finds the first one with all that share its fate. Of what was not accepted only the owner may say so: the next
