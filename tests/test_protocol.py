@@ -743,6 +743,8 @@ QRCODES = [
     ("ret-missing", reply({"qrcode": "qr-1", "qrcode_img_content": QR_URL}), QrCode("qr-1", QR_URL)),
     ("no-handle", reply({"ret": 0, "qrcode_img_content": QR_URL}), (Temporary, "unreadable", None)),
     ("no-url", reply({"ret": 0, "qrcode": "qr-1"}), (Temporary, "unreadable", None)),
+    ("handle-longer-than-any-url", reply({"qrcode": "q" * 8193, "qrcode_img_content": QR_URL}),
+     (Temporary, "unreadable", None)),
     ("url-with-controls", reply({"qrcode": "q", "qrcode_img_content": "https://a\x1b[31m"}),
      (Temporary, "unreadable", None)),
     ("url-too-long", reply({"qrcode": "q", "qrcode_img_content": "https://" + "a" * 1500}),

@@ -421,7 +421,7 @@ def read_qrcode(reply: Reply) -> QrCode:
     """Raises Temporary for everything that is no code."""
     answer = _read_login(reply, wire.QrCode)
     handle, url = answer.qrcode or "", answer.qrcode_img_content or ""
-    if not handle or not _URL.fullmatch(url) or len(url) > QR_URL_CHARS:
+    if not 0 < len(handle) <= URL_CHARS or not _URL.fullmatch(url) or len(url) > QR_URL_CHARS:
         raise Temporary("unreadable", "the answer holds no QR code")
     return QrCode(handle, url)
 
