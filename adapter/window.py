@@ -43,10 +43,6 @@ class Rules(NamedTuple):
     low: int = 0
     """Few are left when so many are, for commands without `final`; 0: never."""
 
-    @property
-    def length_ms(self) -> int:
-        return int(self.hours * 3_600_000)
-
     def budget(self, *, final: bool = False) -> int:
         """Sends of a window for commands with or without `final`."""
         return self.sends if final else max(0, self.sends - self.reserve)
@@ -111,7 +107,7 @@ def takes_last(context: Context, rules: Rules) -> bool:
 
 def closes_at_ms(context: Context, rules: Rules) -> int:
     """When the window closes by time, if it is open."""
-    return context.inbound_ms + rules.length_ms
+    return context.inbound_ms + int(rules.hours * 3_600_000)
 
 
 def _in_time(context: Context, now_ms: int, rules: Rules) -> bool:

@@ -106,7 +106,7 @@ async def test_a_window_opens_runs_low_and_is_used_up() -> None:
         assert told(bench) == [("opened", "", 10), ("low", "", 3), ("closed", "quota", 0)]
         (opened, *_) = events(bench)
         assert (opened.sandbox, opened.bot, opened.user) == ("s1", BOT, USER)
-        assert opened.window.closes_at_ms == bench.context().inbound_ms + RULES.length_ms
+        assert opened.window.closes_at_ms == window.closes_at_ms(bench.context(), RULES)
         await user_writes(bench)
         assert told(bench)[3:] == [("opened", "", 10)]
 
