@@ -231,6 +231,11 @@ class Adapter:
         except Temporary as exc:
             log.info("bot.freed_untold", bot=bot, reason=exc.reason)
 
+    async def _is_idle(self, incarnation: str, bot: str) -> bool:
+        """Raises Temporary."""
+        there = await rollcall.roll(self.teller, self.names.roll(), [bot], self.leases.living)
+        return any(one.incarnation == incarnation and bot not in one.polls for one in there)
+
     # what the loops need ----------------------------------------------------------------------------
 
     def _incoming(self) -> Incoming:
@@ -273,6 +278,7 @@ class Adapter:
             skew_ms=settings.duplicate_skew_ms,
             groups_as_direct=settings.groups_as_direct,
             notify=settings.notify,
+            is_idle=self._is_idle,
             tell_freed=self.tell_freed,
             grace_s=self.grace_s,
         )
@@ -474,6 +480,7 @@ class Adapter:
         }
         return Present(
             instance=self.instance,
+            incarnation=self.leases.incarnation,
             version=__version__,
             shards=len(self.leases.owned),
             bots=len(self.supervisor.sessions),

@@ -25,6 +25,9 @@ ANSWERS = 4
 """With each cursor go the newest 32 records of messages seen, or those of four answers like the last one; when there
 are more, all are written apart. So the record of a single message is short, and few batches wait for that write."""
 
+ASKED_EVERY = 8
+"""Looks at a bot that another replica holds, after which that one is asked: some 20 s, while its poll may end."""
+
 
 async def acquire(session: Session, needs: Incoming) -> Place | None:
     """Writes this replica's name into the bot's cursor, once nobody else can be polling; None if told to leave.
@@ -45,9 +48,29 @@ async def acquire(session: Session, needs: Incoming) -> Place | None:
                 needs.heard(binding.sandbox, session.bot, user)  # they wrote to the owner before
             return place
         looks += 1
+        if looks % ASKED_EVERY == 0 and await _is_outdated(session.bot, needs):
+            continue
         wait_s = backoff(looks, first_s=0.1, longest_s=4.0)
         await any_of(session.cut.wait(), session.freed.wait(), timeout_s=wait_s + needs.clock.jitter(wait_s / 2))
     return None
+
+
+async def _is_outdated(bot: str, needs: Incoming) -> bool:
+    """Asks the owner whether it polls the bot at all, and takes its name out of the record where it does not.
+
+    The name may be old: the bucket was restored, or lost its last writes with a disk. Nobody would give the bot back.
+    An owner that begins to poll as it is asked has written its name anew. Raises Temporary.
+    """
+    entry = await needs.cursors.get(token_of(bot))
+    record = cursor_in(entry, bot)
+    if entry is None or record is None or not record.owner or not await needs.is_idle(record.owner, bot):
+        return False
+    log.error("cursor.outdated", bot=bot, owner=record.owner, detail="It lives and does not poll the bot.")
+    try:
+        await _disown(bot, record, entry.revision, needs)
+    except Conflict:
+        return False
+    return True
 
 
 async def _acquire_once(session: Session, binding: Binding, needs: Incoming) -> Place | None:
@@ -199,5 +222,11 @@ async def _give_back_once(session: Session, needs: Incoming) -> bool:
     record = cursor_in(entry, session.bot)
     if entry is None or record is None or not record.owner or record.owner != needs.leases.incarnation:
         return False
-    await needs.cursors.update(key, msgspec.json.encode(msgspec.structs.replace(record, owner="")), entry.revision)
+    await _disown(session.bot, record, entry.revision, needs)
     return True
+
+
+async def _disown(bot: str, record: Cursor, revision: int, needs: Incoming) -> None:
+    """Raises Temporary, Conflict."""
+    disowned = msgspec.structs.replace(record, owner="")
+    await needs.cursors.update(token_of(bot), msgspec.json.encode(disowned), revision)

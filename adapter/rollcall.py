@@ -29,9 +29,10 @@ class Polling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Present(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What a replica answers. `polls`: by bot, those of the call that it polls."""
+    """What a replica answers. `polls`: by bot, those of the call that it polls, or has yet to give back."""
 
     instance: str
+    incarnation: str = ""
     version: str
     shards: int
     bots: int

@@ -98,6 +98,8 @@ class Incoming(NamedTuple):
     """What was written in a group is told as if it were written to the bot alone."""
     notify: bool
     """Whether iLink is told that polling starts and stops."""
+    is_idle: Callable[[str, str], Awaitable[bool]]
+    """Whether a replica, by incarnation, says that it has no poller of a bot; no answer is a no. Raises Temporary."""
     tell_freed: Callable[[str], Awaitable[None]]
     """Tells the other replicas that a bot was given back; one that misses it finds out by itself. Never raises."""
     grace_s: float

@@ -882,6 +882,8 @@ class Bench:
         self.adopted: list[str] = []
         self.freed: list[str] = []
         """The bots that other replicas were told of."""
+        self.idle: set[tuple[str, str]] = set()
+        """Replicas that say that they have no poller of a bot: incarnation and bot."""
         self.stale: set[str] = set()
         self.lost_logins: list[str] = []
         self.regained_logins: list[str] = []
@@ -1045,6 +1047,9 @@ class Bench:
         async def tell_freed(bot: str) -> None:
             self.freed.append(bot)
 
+        async def is_idle(owner: str, bot: str) -> bool:
+            return (owner, bot) in self.idle
+
         async def writable() -> None:
             await self.bus_up.wait()
 
@@ -1083,6 +1088,7 @@ class Bench:
             skew_ms=0,
             groups_as_direct=False,
             notify=True,
+            is_idle=is_idle,
             tell_freed=tell_freed,
             grace_s=10.0,
         )

@@ -499,6 +499,33 @@ async def test_a_new_owner_takes_over_from_one_that_is_proven_dead(poller: Polle
     assert bench.cursor().owner == "me-1"
 
 
+async def test_a_new_owner_takes_a_bot_whose_record_names_one_that_has_no_poller_of_it(poller: Poller) -> None:
+    """As after a bucket was restored: it lives, and would never give back what it does not have."""
+    bench = await ready()
+    bench.cursors.put(KEY, msgspec.json.encode(Cursor(cursor="b", owner="other-1")))
+    poller(bench)
+    await asyncio.sleep(60)
+    assert bench.chat.asked == []
+    bench.idle.add(("other-1", BOT))
+    await asyncio.sleep(60)
+    assert bench.chat.asked == ["b"]
+    assert bench.cursor().owner == "me-1"
+
+
+async def test_an_owner_that_begins_to_poll_as_it_is_asked_keeps_its_bot(poller: Poller) -> None:
+    bench = await ready()
+    bench.cursors.put(KEY, msgspec.json.encode(Cursor(cursor="b", owner="other-1")))
+
+    async def is_idle(owner: str, bot: str) -> bool:
+        bench.cursors.put(token_of(bot), msgspec.json.encode(Cursor(cursor="b", owner=owner)))
+        return True
+
+    poller(bench, is_idle=is_idle)
+    await asyncio.sleep(120)
+    assert bench.chat.asked == []
+    assert bench.cursor().owner == "other-1"
+
+
 async def test_who_waits_for_an_owner_holds_up_no_other_bot() -> None:
     """Starts are bounded; one that waits for a replica elsewhere must not use up the bound."""
     bench = await ready()

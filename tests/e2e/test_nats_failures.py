@@ -22,7 +22,7 @@ from nats.js.errors import APIError
 
 from adapter.contract import Inbound, Login, LoginQuery, Quote
 from adapter.embedded import EmbeddedNats
-from adapter.names import SHARDS, shard_of
+from adapter.names import SHARDS, shard_of, token_of
 from tests.e2e.test_bindings import ask as service
 from tests.e2e.test_commands import final_of
 from tests.e2e.test_logins import newest, reaches, start
@@ -317,6 +317,37 @@ async def test_a_stream_that_is_altered_takes_readiness_until_it_is_mended(tmp_p
         await loaded(made, nc, 2)
         await faultless(made, nc)
         assert (adapter.said("stream.altered"), adapter.said("stream.mended")) == (1, 1)
+
+
+async def test_bots_whose_restored_cursors_name_a_replica_that_does_not_poll_them_are_polled_again(
+    tmp_path: Path,
+) -> None:
+    """It lives, so that no lease runs out, and cannot give back what it does not have."""
+    async with running(tmp_path, bots=4) as (made, nc, adapter):
+        heir = await made.add_adapter(WECHAT_NATS_HTTP_ADDR=f"127.0.0.1:{free_port()}")
+        js = nc.jetstream()
+        members, cursors = await js.key_value(NAMES.members), await js.key_value(NAMES.cursors)
+
+        await until(lambda: heir.said("shards.claimed") > 0, "it is there")
+
+        async def shared() -> bool:
+            owned = [await replica.metric("shards_owned") for replica in (adapter, heir)]
+            return min(owned) > 0 and sum(owned) == SHARDS
+
+        await eventually(shared, "the other has its share")
+        await loaded(made, nc, 3)
+        replicas = set(await members.keys())
+        for record in made.bots.values():
+            key = token_of(record.bot)
+            cursor = msgspec.json.decode((await cursors.get(key)).value or b"")
+            other = min(replicas - {cursor["owner"]})
+            await cursors.put(key, msgspec.json.encode(cursor | {"owner": other}))
+        for sandbox in made.bots:
+            made.say(sandbox, "heard by one that finds its name gone")
+        asked = (adapter, heir)
+        await until(lambda: sum(one.said("cursor.outdated") for one in asked) == 4, "they are taken from it")
+        await loaded(made, nc, 1, first=3)
+        await faultless(made, nc)
 
 
 async def test_bindings_that_their_owner_never_knew_are_put_back_by_who_did(tmp_path: Path) -> None:
