@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import Awaitable, Callable
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
@@ -28,6 +29,8 @@ log = structlog.get_logger()
 HERE_S = 0.2
 """A poll that is cut gets so long to bring what has arrived already: after a pause of the whole process it may lie in
 the socket, and iLink may count it as delivered."""
+TURN_S = 0.01
+"""Until the loop has looked at its sockets again. Not 0, which uvloop takes for "before that"."""
 
 State: TypeAlias = Literal["starting", "polling", "paused", "needs_login", "error", "draining"]
 
@@ -180,8 +183,10 @@ class Session:
         self.cut.set()
         if self.polling is not None:
             loop = asyncio.get_running_loop()
-            # behind whatever is due by then: an answer that was read but has not woken the poller would be dropped
-            loop.call_later(HERE_S, lambda: loop.call_soon(self._end_poll))
+            # behind whatever is due by then: an answer that was read but has not woken the poller would be dropped,
+            # and one that came while the loop was held up: uvloop calls its timers before it reads
+            end = functools.partial(loop.call_soon, self._end_poll)
+            loop.call_later(HERE_S, lambda: loop.call_later(TURN_S, end))
 
     def _end_poll(self) -> None:
         """Ends the poll that waits by now, also one that began after the cut: while `cut` is set, it is meant."""

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import socket
+import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import msgspec
 import pytest
+import uvloop
 from msgspec.structs import replace
 from structlog.testing import capture_logs
 
@@ -1548,6 +1551,36 @@ async def test_an_answer_that_was_read_when_the_cut_is_due_is_kept() -> None:
     session.leave(now=True)  # its time is over in the same turn of the loop
     await task
     assert texts(bench) == ["late"]
+
+
+@pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
+def test_an_answer_that_came_while_the_loop_was_held_up_is_read_before_the_poll_is_cut(
+    new_loop: Callable[[], asyncio.AbstractEventLoop],
+) -> None:
+    """A busy machine holds a process up between two reads; uvloop calls what is due by then before it reads on."""
+    session = Session("b1")
+    (ours, ilink), (busy, waker) = socket.socketpair(), socket.socketpair()
+
+    def hold_up() -> None:
+        busy.recv(1)
+        ilink.send(b"hi")
+        time.sleep(HERE_S * 2)  # stands for the others, who have the processor
+
+    async def poll() -> bytes:
+        loop = asyncio.get_running_loop()
+        reader, writer = await asyncio.open_connection(sock=ours)
+        loop.add_reader(busy, hold_up)
+        session.polling = asyncio.current_task()
+        session.cut_off()
+        waker.send(b"!")
+        try:
+            return await reader.readexactly(2)
+        finally:
+            loop.remove_reader(busy)
+            writer.close()
+
+    with ilink, busy, waker, asyncio.Runner(loop_factory=new_loop) as runner:
+        assert runner.run(poll()) == b"hi"
 
 
 async def test_what_nobody_polls_grows_old_while_its_poller_begins_again_and_again(poller: Poller) -> None:
