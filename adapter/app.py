@@ -56,7 +56,7 @@ from adapter.shardwork import ShardLoops
 from adapter.starting import Starting, start
 from adapter.supervisor import Supervisor
 from adapter.tidying import Tidying
-from adapter.timing import Beat, Gate, Pace, SystemClock
+from adapter.timing import Beat, Pace, SystemClock, Turns
 from adapter.typing_indicator import Showing
 from adapter.uploads import Uploads
 from adapter.watch import Watch
@@ -68,11 +68,10 @@ RELEASE_S = 5.0
 """The part of the drain time that is kept for giving the shards back."""
 STARTING = 32
 """Bots that are taken over at the same time."""
-STORING = 100
-"""Answers of iLink that are put on the bus at the same time. Where five thousand came at once to a process with a
-quarter of a core, rounds of the event loop took longer than the lease, which was lost again and again."""
-STORING_S = 1.0
-"""An answer that takes longer waits for something, and counts no more among those."""
+PER_ROUND = 32
+"""What goes on in one round of the event loop: answers that bring something, lanes, polls after a pause. Where five
+thousand came at once to a process with a quarter of a core, a round took longer than the lease, which was lost again
+and again."""
 STARTS_PER_S = 3000
 """First polls per second, at most: what iLink sees of a start, and again whenever these polls end together. A dead
 replica's bots must be polled within six seconds, most of which pass before another replica may take them."""
@@ -93,6 +92,7 @@ class Adapter:
         self.metrics = metrics = Metrics()
         self.health = Health()
         self.grace_s = max(1.0, settings.drain_s - RELEASE_S)
+        self.turns = Turns(PER_ROUND)
         # Leases have a connection of their own: a renewal never waits behind bulk data.
         self.link = Link(settings, f"wechat-nats/{__version__} {self.instance}")
         self.lease_link = Link(settings, f"wechat-nats/{__version__} {self.instance} leases")
@@ -270,7 +270,7 @@ class Adapter:
             writable=writable,
             purges=lambda: self.inspector.purges(self.names.cursors),
             starting=asyncio.Semaphore(STARTING),
-            storing=Gate(STORING, STORING_S),
+            turns=self.turns,
             starts=Pace(STARTS_PER_S),
             beat=Beat(BEAT_S),
             spread_s=lambda: len(self.supervisor.sessions) / POLLS_PER_S,
@@ -336,6 +336,7 @@ class Adapter:
             merge_chars=settings.merge_chars,
             stale_retry_s=settings.stale_retry_s,
             grace_s=self.grace_s,
+            turns=self.turns,
             showing=Showing(
                 chat=self.chat,
                 contexts=self.contexts,

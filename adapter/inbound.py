@@ -133,11 +133,8 @@ async def poll_forever(session: Session, place: Place, needs: Incoming) -> Place
         (needs.metrics.polls_full if polled.messages else needs.metrics.polls_empty).inc()
         before, known = place.record.cursor, place.seen.added
         if says_something(polled, place):
-            await needs.storing.enter(session)
-            try:
-                place = await store(session, polled, place, needs)
-            finally:
-                needs.storing.leave(session)
+            await needs.turns.next()
+            place = await store(session, polled, place, needs)
         else:
             await needs.beat.next()
         went_on = polled.messages and place.record.cursor != before  # a page of repeats
@@ -159,6 +156,7 @@ async def _wait_for_turn(session: Session, needs: Incoming) -> Binding | None:
             session.state = "paused"
             await wait_until(session, needs.leases.changed, lambda: needs.leases.valid)
             await first_of(session.cut, needs.clock.jitter(needs.spread_s()))
+            await needs.turns.next()
             session.answered = needs.clock.monotonic()
             continue
         binding = needs.bindings.get(session.bot)

@@ -31,6 +31,8 @@ log = structlog.get_logger()
 
 FOREVER_S = 3600.0
 """How long a lane sleeps that nothing but a wake-up can help; it looks again then all the same."""
+PAUSED_S = 5.0
+"""How long a lane waits for the lease; it looks again then all the same."""
 NOTE_S = 2.0
 """Longest time for which a bus that does not answer holds up the end of a lane."""
 
@@ -46,6 +48,7 @@ class LaneWork(Settling):
     async def _run(self, lane: Lane) -> None:
         """Works until the lane is empty. One unit of work per turn; what fails unexpectedly is tried again."""
         failures = 0
+        await self._needs.turns.next()
         while (lane.queue or lane.parked) and not self._drain.is_set():
             lane.wake.clear()
             try:
@@ -56,6 +59,7 @@ class LaneWork(Settling):
             except Draining:
                 break
             except LeaseLost:  # paused: it may come back; lost: somebody stops us
+                await any_of(self._leased(), self._drain.wait(), timeout_s=PAUSED_S)
                 wait_s = 0.2
             except Temporary as exc:
                 log.warning("lane.waits", sandbox=lane.sandbox, reason=exc.reason)
@@ -66,6 +70,7 @@ class LaneWork(Settling):
                 wait_s = min(60.0, 2.0**failures)
             if wait_s:
                 await any_of(lane.wake.wait(), self._drain.wait(), timeout_s=wait_s)
+                await self._needs.turns.next()
         if not self._lost and (self._drain.is_set() or lane.is_left):
             await self._store_hand(lane)
 

@@ -22,7 +22,7 @@ from adapter.ports import Account, Bucket, Bus, Chat, History, Said, Stored
 from adapter.recall import Recall
 from adapter.records import Binding, Cursor
 from adapter.seal import Sealer
-from adapter.timing import Beat, Clock, Gate, Latch, Pace
+from adapter.timing import Beat, Clock, Latch, Pace, Turns
 
 log = structlog.get_logger()
 
@@ -85,8 +85,8 @@ class Incoming(NamedTuple):
     """How often the bucket of cursors was seen to lack some: each poller puts its own back before the next poll."""
     starting: asyncio.Semaphore
     """Bounds how many bots are taken at once: thousands would hold up the event loop, and with it the lease."""
-    storing: Gate
-    """Bounds how many answers are stored at once, for the same reason."""
+    turns: Turns
+    """Spreads what many bots do once they may go on, or have answers, for the same reason."""
     starts: Pace
     """Spreads the first polls. Those that began together end together, and would begin together for ever."""
     beat: Beat

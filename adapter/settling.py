@@ -29,7 +29,7 @@ from adapter.receipts import Receipts
 from adapter.records import Binding, Context, Hand
 from adapter.sending import MAX_RESENDS, Ending, Sender, in_doubt
 from adapter.tasks import Tasks
-from adapter.timing import first_of
+from adapter.timing import Turns, first_of
 from adapter.typing_indicator import Showing
 from adapter.uploads import Uploads
 
@@ -73,6 +73,8 @@ class Outgoing(NamedTuple):
     """Parked texts are sent as one message up to so many characters; 0: each on its own."""
     stale_retry_s: tuple[float, ...]
     grace_s: float
+    turns: Turns
+    """Spreads what many lanes do once they may go on."""
     showing: Showing
 
 
@@ -103,6 +105,11 @@ class Settling:
         if self._lost:
             raise LeaseLost("lease_lost", f"shard {self.number}")
         self._needs.leases.check(self.number)
+
+    async def _leased(self) -> None:
+        """Returns once this replica may work for the shard, as far as the lease goes."""
+        leases = self._needs.leases
+        await leases.changed.until(lambda: leases.valid and self.number in leases.owned)
 
     async def _pause(self, seconds: float) -> None:
         """Raises Draining when the service stops meanwhile."""

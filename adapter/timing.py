@@ -227,55 +227,36 @@ class Pace:
         return at - now
 
 
-class Gate:
-    """Lets in so many at a time, in the order in which they come: what thousands do at once would hold up the event
-    loop. Who stays for long waits for something, and takes nobody's place meanwhile."""
+class Turns:
+    """Lets so many go on in each round of the event loop, in the order in which they come: what thousands do in one
+    round holds up all others, and with them the lease."""
 
-    def __init__(self, places: int, stay_s: float) -> None:
-        """`stay_s`: how long one takes a place for, at least, and twice as long at most."""
-        self._places = places
-        self._stay_s = stay_s
-        self._inside: dict[object, int] = {}
-        """Who takes a place, and the period in which they came in."""
-        self._waiters: deque[tuple[object, asyncio.Future[None]]] = deque()
-        self._period = 0
-        self._timer: asyncio.TimerHandle | None = None
+    def __init__(self, per_round: int) -> None:
+        self._per_round = per_round
+        self._left = per_round
+        self._waiters: deque[asyncio.Future[None]] = deque()
 
-    async def enter(self, who: object) -> None:
-        """Returns once `who` may come in; they must `leave` then."""
-        if len(self._inside) < self._places and not self._waiters:
-            self._inside[who] = self._period
+    async def next(self) -> None:
+        """Waits for the caller's turn, which is now where few have come in this round."""
+        if self._waiters or not self._left:
+            waiter = asyncio.get_running_loop().create_future()
+            self._waiters.append(waiter)
+            await waiter
             return
-        loop = asyncio.get_running_loop()
-        admitted = loop.create_future()
-        self._waiters.append((who, admitted))
-        if self._timer is None:
-            self._timer = loop.call_later(self._stay_s, self._pass_by)
-        try:
-            await admitted
-        except asyncio.CancelledError:
-            self.leave(who)
-            raise
+        if self._left == self._per_round:
+            asyncio.get_running_loop().call_soon(self._begin)
+        self._left -= 1
 
-    def leave(self, who: object) -> None:
-        self._inside.pop(who, None)
-        if self._waiters:
-            self._admit()
-
-    def _admit(self) -> None:
-        while self._waiters and len(self._inside) < self._places:
-            who, admitted = self._waiters.popleft()
-            if not admitted.done():
-                self._inside[who] = self._period
-                admitted.set_result(None)
-
-    def _pass_by(self) -> None:
-        """Counts those no more who were here before this period."""
-        self._inside = {who: came for who, came in self._inside.items() if came == self._period}
-        self._period += 1
-        self._admit()
-        loop = asyncio.get_running_loop()
-        self._timer = loop.call_later(self._stay_s, self._pass_by) if self._waiters else None
+    def _begin(self) -> None:
+        """Another round."""
+        self._left = self._per_round
+        while self._left and self._waiters:
+            waiter = self._waiters.popleft()
+            if not waiter.done():
+                waiter.set_result(None)
+                self._left -= 1
+        if self._left < self._per_round:
+            asyncio.get_running_loop().call_soon(self._begin)
 
 
 class Latch:

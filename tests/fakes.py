@@ -54,7 +54,7 @@ from adapter.seal import Sealer
 from adapter.sending import Sender
 from adapter.sessions import Incoming, Waiting
 from adapter.settling import Outgoing
-from adapter.timing import Beat, Gate, Latch, Pace
+from adapter.timing import Beat, Latch, Pace, Turns
 from adapter.typing_indicator import Showing
 from adapter.uploads import Uploads
 
@@ -1009,6 +1009,7 @@ class Bench:
             merge_chars=0,  # what is parked goes one by one, unless a test says otherwise
             stale_retry_s=(5.0, 30.0, 300.0),
             grace_s=1.0,
+            turns=Turns(4),
             showing=self.showing(),
         )
         return outgoing._replace(**changes)
@@ -1080,7 +1081,7 @@ class Bench:
             writable=writable,
             purges=lambda: self.purges,
             starting=asyncio.Semaphore(4),
-            storing=Gate(4, 1.0),
+            turns=Turns(4),
             starts=Pace(2000),
             beat=Beat(0.1),
             spread_s=lambda: 0.0,

@@ -1214,6 +1214,26 @@ async def test_who_loses_the_lease_stops_at_once_and_settles_nothing() -> None:
     assert [delivery.acks for delivery in deliveries] == [1, 0, 0]
 
 
+async def test_lanes_that_wait_for_the_lease_hardly_look_at_it() -> None:
+    """Thousands that look several times a second keep a process so busy that it does not get the lease back."""
+    bench, shard = await ready()
+    bench.leases.is_valid, looks = False, 0
+    check = bench.leases.check
+
+    def counted(shard: int) -> None:
+        nonlocal looks
+        looks += 1
+        check(shard)
+
+    bench.leases.check = counted  # type: ignore[method-assign]
+    shard.on_delivery(bench.command("t0"))
+    await asyncio.sleep(60)
+    assert 0 < looks < 15
+    bench.leases.is_valid = True  # a notification that got lost does not matter
+    await asyncio.sleep(6)
+    assert bench.chat.texts == ["t0"]
+
+
 async def test_a_lease_that_was_only_paused_goes_on_without_another_command() -> None:
     """Nothing else would wake the lane: what is in hand is not delivered again before the next break."""
     bench, shard = await ready()
@@ -1223,7 +1243,8 @@ async def test_a_lease_that_was_only_paused_goes_on_without_another_command() ->
     await asyncio.sleep(60)
     assert bench.chat.texts == []
     bench.leases.is_valid = True
-    await asyncio.sleep(5)
+    bench.leases.changed.notify()
+    await asyncio.sleep(1)
     assert bench.chat.texts == ["t0"]
     assert (delivery.acks, outcomes(bench)) == (1, [("c0", "accepted", "")])
 

@@ -6,11 +6,12 @@ import asyncio
 import contextlib
 import socket
 import time
+from collections import Counter
 
 import pytest
 from structlog.testing import capture_logs
 
-from adapter.timing import AnsweredWithin, Beat, Gate, Pace, finish, heed, heeding, restarted
+from adapter.timing import AnsweredWithin, Beat, Pace, Turns, finish, heed, heeding, restarted
 from tests.fakes import FakeClock
 
 VIRTUAL_TIME = True
@@ -210,60 +211,39 @@ async def test_a_pace_holds_back_only_who_comes_too_soon() -> None:
     assert [pace.wait_s() for _ in range(2)] == [0.0, 0.25]
 
 
-class Visitors:
-    """Come to a gate one after the other; each stays inside until it is told to go."""
+async def rounds_of(turns: Turns, count: int, *, cancelled: int | None = None) -> list[int]:
+    """In which round of the event loop each of so many had its turn."""
+    loop, now, had = asyncio.get_running_loop(), 0, dict[int, int]()
 
-    def __init__(self, gate: Gate, count: int) -> None:
-        self.inside: list[int] = []
-        self.gate = gate
-        self.leaves = [asyncio.Event() for _ in range(count)]
-        self.tasks = [asyncio.create_task(self._visit(number)) for number in range(count)]
+    def tick() -> None:
+        nonlocal now
+        now += 1
+        if len(had) + (cancelled is not None) < count:
+            loop.call_soon(tick)
 
-    async def _visit(self, number: int) -> None:
-        await self.gate.enter(number)
-        self.inside.append(number)
-        await self.leaves[number].wait()
-        self.gate.leave(number)
-        self.inside.remove(number)
+    async def take(number: int) -> None:
+        await turns.next()
+        had[number] = now
 
-    async def after(self, seconds: float) -> list[int]:
-        await asyncio.sleep(seconds)
-        return self.inside
-
-    async def go(self) -> None:
-        for leave in self.leaves:
-            leave.set()
-        await asyncio.wait(self.tasks)
-
-
-async def test_a_gate_lets_in_so_many_at_a_time_in_their_order() -> None:
-    visitors = Visitors(Gate(2, 1.0), 5)
-    assert await visitors.after(0.1) == [0, 1]
-    visitors.leaves[1].set()
-    assert await visitors.after(0.1) == [0, 2]
-    visitors.tasks[3].cancel()
-    visitors.leaves[0].set()
-    visitors.leaves[2].set()
-    assert await visitors.after(0.1) == [4]
-    await visitors.go()
-    assert await Visitors(visitors.gate, 3).after(0.1) == [0, 1]  # all places are free again
-
-
-async def test_who_stays_inside_for_long_holds_up_nobody() -> None:
-    visitors = Visitors(Gate(2, 1.0), 5)
-    assert await visitors.after(0.9) == [0, 1]
-    assert await visitors.after(2.0) == [0, 1, 2, 3]
-    visitors.leaves[0].set()  # it takes no place any more, so none gets free
-    assert await visitors.after(0.1) == [1, 2, 3]
-    visitors.leaves[2].set()
-    assert await visitors.after(0.1) == [1, 3, 4]
-    await visitors.go()
-
-
-async def test_who_is_cancelled_as_it_is_let_in_leaves_its_place() -> None:
-    visitors = Visitors(Gate(1, 1.0), 3)
+    tasks = [asyncio.create_task(take(number)) for number in range(count)]
+    loop.call_soon(tick)
     await asyncio.sleep(0)
-    visitors.gate.leave(0)
-    visitors.tasks[1].cancel()
-    assert await visitors.after(0.1) == [0, 2]
-    await visitors.go()
+    if cancelled is not None:
+        tasks[cancelled].cancel()
+    await asyncio.wait(tasks)
+    assert list(had) == [number for number in range(count) if number != cancelled]
+    return list(had.values())
+
+
+async def test_so_many_have_their_turn_in_each_round_and_the_others_in_their_order() -> None:
+    turns = Turns(3)
+    rounds = await rounds_of(turns, 10)
+    assert max(Counter(rounds).values()) == 3
+    assert max(rounds) - min(rounds) <= 4
+    assert len(set(await rounds_of(turns, 3))) == 1  # few need not wait, also not after many
+
+
+async def test_one_that_is_cancelled_as_it_waits_takes_no_turn() -> None:
+    turns = Turns(1)
+    assert max(Counter(await rounds_of(turns, 4, cancelled=2)).values()) == 1
+    await turns.next()
