@@ -127,7 +127,7 @@ async def test_more_consumers_than_the_server_allows_by_itself() -> None:
         for i in range(1001):
             await nc.request(
                 f"$JS.API.CONSUMER.CREATE.s.c{i}",
-                b'{"stream_name":"s","config":{"name":"c%d","mem_storage":true,"ack_policy":"none"}}' % i,
+                b'{"stream_name":"s","config":{"durable_name":"c%d","mem_storage":true,"ack_policy":"none"}}' % i,
                 timeout=10,
             )
         assert (await nc.jetstream().stream_info("s")).state.consumer_count == 1001

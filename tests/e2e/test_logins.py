@@ -338,7 +338,8 @@ async def test_no_secret_of_a_login_is_in_a_log_an_event_or_on_disk(tmp_path: Pa
         await until(lambda: made.sim.polls(bot.bot).total > 0, "the bot is polled, so the token is whole")
         await nc.close()
         secrets_ = [newest(made), bot.token, bot.token.partition(":")[2], "471147114711"]
-        files = [adapter.log, *(path for path in (tmp_path / "nats").rglob("*") if path.is_file())]
+        on_disk = [path for path in (tmp_path / "nats").rglob("*") if path.is_file()]
+        files = [adapter.log, *(path for path in on_disk if path.suffix != ".tmp")]  # the server renames those
         assert any(b"wechat_logins" in path.read_bytes() for path in files)
         for path in files:
             data = path.read_bytes()
