@@ -54,6 +54,8 @@ long, and then moving gains nothing and loses little; a server that is cut off f
 
 DOUBT_S = 10.0
 """A connection so old may not know that its server takes larger messages again."""
+LONGEST_DOUBT_S = 320.0
+"""Where it does not, this is asked less and less: each time costs what any break of the connection does."""
 
 
 class ApiError(msgspec.Struct):
@@ -139,6 +141,7 @@ class Link:
         self._most = 0
         """The largest `max_payload` of any connection."""
         self._since = 0.0
+        self._doubt_s = DOUBT_S
         self.changed = Latch()
         self._settings = settings
         self._servers = random.sample(settings.nats_url, len(settings.nats_url))
@@ -198,7 +201,10 @@ class Link:
         """Something is larger than `max_payload`. Where that was more once, a new connection is made to ask again: a
         server that takes larger messages after a reload says so to new clients only.
         """
-        if self.max_payload < self._most and self.up and asyncio.get_running_loop().time() - self._since > DOUBT_S:
+        if self.max_payload >= self._most or not self.up or self._lost.is_set():
+            return
+        if asyncio.get_running_loop().time() - self._since > self._doubt_s:
+            self._doubt_s = min(LONGEST_DOUBT_S, self._doubt_s * 2)
             self.down_reason = f"max_payload was {self._most} bytes once and is {self.max_payload}: is it back?"
             self._lost.set()
 
@@ -226,6 +232,8 @@ class Link:
             try:
                 self.nc, self.epoch = nc, self.epoch + 1
                 self.max_payload, self._most = nc.max_payload, max(self._most, nc.max_payload)
+                if self.max_payload == self._most:
+                    self._doubt_s = DOUBT_S
                 self._since = asyncio.get_running_loop().time()
                 self._answered, self._unanswered = self._since, 0
                 self._servers = _put_last(self._servers, nc)

@@ -273,6 +273,25 @@ async def test_a_limit_for_messages_that_is_lowered_holds_up_nothing_and_is_noti
         assert rig.link.epoch == 3
 
 
+async def test_a_limit_for_messages_that_stays_low_is_doubted_less_and_less(
+    reloaded: Bus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is too large may be tried for ever, and each new connection holds up everybody."""
+    monkeypatch.setattr("adapter.jetstream.link.DOUBT_S", 0.1)
+    assert isinstance(reloaded.server, Reloaded)
+    async with rig_on(reloaded) as rig:
+        await reloaded.server.limit(2048)
+        message = Message("event", NAMES.event("s1", "receipt"), b"x" * 3000, {H_MSG_ID: "e0"})
+        began = asyncio.get_running_loop().time()
+
+        async def renewed() -> bool:
+            await rig.publisher.publish_all([message])
+            return rig.link.epoch >= 6
+
+        await eventually(renewed, "the limit is doubted four times")
+        assert asyncio.get_running_loop().time() - began > 0.1 + 0.2 + 0.4 + 0.8
+
+
 async def test_what_the_client_will_not_write_is_refused_and_holds_up_nobody(rig: Rig) -> None:
     acks = await rig.publisher.publish_all(
         [event(0), msgspec.structs.replace(event(1), headers={"(odd)": "x"}), event(2)]
