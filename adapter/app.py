@@ -234,7 +234,7 @@ class Adapter:
     async def _is_idle(self, incarnation: str, bot: str) -> bool:
         """Raises Temporary."""
         there = await rollcall.roll(self.teller, self.names.roll(), [bot], self.leases.living)
-        return any(one.incarnation == incarnation and bot not in one.polls for one in there)
+        return rollcall.is_idle(there, incarnation, bot, self.leases.others)
 
     # what the loops need ----------------------------------------------------------------------------
 

@@ -25,8 +25,9 @@ ANSWERS = 4
 """With each cursor go the newest 32 records of messages seen, or those of four answers like the last one; when there
 are more, all are written apart. So the record of a single message is short, and few batches wait for that write."""
 
-ASKED_EVERY = 8
-"""Looks at a bot that another replica holds, after which that one is asked: some 20 s, while its poll may end."""
+ASKED_EVERY = 12
+"""Looks at a bot that another replica holds, after which all are asked: some 30 s, in which most polls of bots that
+are handed over end, so that few of thousands ask."""
 
 
 async def acquire(session: Session, needs: Incoming) -> Place | None:
@@ -56,7 +57,7 @@ async def acquire(session: Session, needs: Incoming) -> Place | None:
 
 
 async def _is_outdated(bot: str, needs: Incoming) -> bool:
-    """Asks the owner whether it polls the bot at all, and takes its name out of the record where it does not.
+    """Asks whether anybody polls the bot at all, and takes the owner's name out of the record where nobody does.
 
     The name may be old: the bucket was restored, or lost its last writes with a disk. Nobody would give the bot back.
     An owner that begins to poll as it is asked has written its name anew. Raises Temporary.

@@ -292,6 +292,11 @@ class Leases:
         """How many replicas live, this one included, as far as is known here."""
         return len(self._live.keys() | {self.incarnation})
 
+    @property
+    def others(self) -> set[str]:
+        """The other incarnations that live, as far as is known here."""
+        return self._live.keys() - {self.incarnation}
+
     async def is_dead(self, incarnation: str) -> bool:
         """Whether it is proven that `incarnation` does nothing any more. Revokes it if its lease ran out."""
         if incarnation in self._dead:

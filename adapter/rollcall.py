@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import msgspec
 import structlog
@@ -48,6 +48,16 @@ def answer(data: bytes, about: Callable[[Sequence[str]], Present]) -> bytes | No
         log.info("rollcall.unreadable", detail=str(exc)[:200])
         return None
     return msgspec.json.encode(about(asked.bots))
+
+
+def is_idle(there: Collection[Present], incarnation: str, bot: str, others: Collection[str]) -> bool:
+    """Whether a replica and all `others` that live, by incarnation, have answered that none of them polls a bot.
+
+    Where the record is wrong the last poll of one that it does not name may still wait. A version that does not say
+    which incarnation it is proves nothing.
+    """
+    asked = {present.incarnation: present for present in there}
+    return all(name in asked and bot not in asked[name].polls for name in {incarnation, *others})
 
 
 async def roll(crowd: Crowd, subject: str, bots: Sequence[str], expected: int) -> list[Present]:

@@ -102,7 +102,8 @@ class Incoming(NamedTuple):
     notify: bool
     """Whether iLink is told that polling starts and stops."""
     is_idle: Callable[[str, str], Awaitable[bool]]
-    """Whether a replica, by incarnation, says that it has no poller of a bot; no answer is a no. Raises Temporary."""
+    """Whether a replica, by incarnation, and all others that live say that they have no poller of a bot; no answer is
+    a no. Raises Temporary."""
     tell_freed: Callable[[str], Awaitable[None]]
     """Tells the other replicas that a bot was given back; one that misses it finds out by itself. Never raises."""
     grace_s: float

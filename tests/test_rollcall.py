@@ -1,0 +1,33 @@
+"""Who is there: what a roll call proves."""
+
+from __future__ import annotations
+
+import pytest
+
+from adapter.rollcall import Polling, Present, is_idle
+
+BOT = "b1@im.bot"
+
+
+def present(incarnation: str, *bots: str) -> Present:
+    polls = {bot: Polling(state="polling") for bot in bots}
+    return Present(instance="some", incarnation=incarnation, version="1", shards=1, bots=1, polls=polls)
+
+
+@pytest.mark.parametrize(
+    ("there", "idle"),
+    [
+        ([present("me", BOT), present("named"), present("third", "b2@im.bot")], True),
+        ([present("me", BOT), present("named", BOT), present("third")], False),
+        ([present("me", BOT), present("third")], False),
+        ([present("me", BOT), present("named"), present("third", BOT)], False),
+        ([present("me", BOT), present("named")], False),
+        ([present("me", BOT), present("named"), present("")], False),
+    ],
+    ids=["idle", "polls", "silent", "another-polls", "another-is-silent", "another-does-not-say-who-it-is"],
+)
+def test_a_bot_is_only_taken_where_all_that_live_say_that_they_do_not_poll_it(
+    there: list[Present], idle: bool
+) -> None:
+    """Also those whom its record does not name: the last poll of one that handed it over may still wait."""
+    assert is_idle(there, "named", BOT, {"named", "third"}) is idle
