@@ -19,7 +19,7 @@ from nats.errors import Error as NatsError
 
 from adapter.errors import BusRefused, Conflict, Temporary
 from adapter.jetstream.history import LeaderMessage, last_of, leader_message, read_stream, subjects_of
-from adapter.jetstream.link import STORE_FAILED, ApiError, Link, write_refusal
+from adapter.jetstream.link import STORE_FAILED, ApiError, Link, read_answer, write_refusal
 from adapter.jetstream.publisher import Publisher
 from adapter.ports import Entry, Message, Stored, Written
 
@@ -73,7 +73,7 @@ class LeaseRegister:
         if value is None:
             headers[OPERATION] = "DEL"
         msg = await self._link.request(f"$KV.{self._name}.{key}", value or b"", timeout_s=1, headers=headers)
-        ack = msgspec.json.decode(msg.data, type=_Ack)
+        ack = read_answer(msg.data, _Ack, f"a write to {self._name}")
         if ack.error is not None:
             problem = write_refusal(ack.error.err_code, ack.error.code, ack.error.description)
             raise problem if isinstance(problem, Temporary | Conflict) else Temporary("bus_refused", problem.detail)

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from adapter.errors import BusRefused, Temporary
-from adapter.jetstream.link import MESSAGE_GONE, NO_STREAM, ApiError, Link
+from adapter.jetstream.link import MESSAGE_GONE, NO_STREAM, ApiError, Link, read_answer
 from adapter.jetstream.questions import Answer
 from adapter.ports import Stored
 
@@ -171,11 +171,9 @@ async def leader_message(
 ) -> LeaderMessage | None:
     """One message as the stream's leader has it; None: there is none. Raises Temporary."""
     msg = await link.request(f"$JS.API.STREAM.MSG.GET.{stream}", msgspec.json.encode(query), timeout_s=timeout_s)
-    answer = msgspec.json.decode(msg.data, type=_MsgGet)
-    if answer.error is not None:
-        _check_nothing(answer.error)
-        return None
-    assert answer.message is not None
+    answer = read_answer(msg.data, _MsgGet, "STREAM.MSG.GET")
+    if answer.message is None:
+        _check_nothing(answer.error or ApiError(description="neither a message nor an error"))
     return answer.message
 
 

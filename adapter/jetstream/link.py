@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import structlog
@@ -28,6 +28,8 @@ from adapter.settings import Settings
 from adapter.timing import Latch, backoff, first_of
 
 log = structlog.get_logger()
+
+T = TypeVar("T")
 
 # JetStream's `err_code` (server/errors.json of nats-server):
 CONFLICT_CODES = (10071, 10164)
@@ -112,6 +114,14 @@ class _Answer(msgspec.Struct):
     """What every answer of JetStream may say."""
 
     error: ApiError | None = None
+
+
+def read_answer(data: bytes, kind: type[T], asked: str) -> T:
+    """What JetStream says to `asked`. Raises Temporary: a server could not say it, or a stranger may answer there."""
+    try:
+        return msgspec.json.decode(data, type=kind)
+    except UNDECODABLE as exc:
+        raise Temporary("bus_unreadable", f"JetStream's answer to {asked}: {type(exc).__name__}") from exc
 
 
 def _is_leaderless(data: bytes) -> bool:
@@ -333,14 +343,9 @@ class Link:
         said = await self.request(
             f"$JS.API.{verb}", msgspec.json.encode(body) if body is not None else b"", timeout_s
         )
-        try:
-            answer = msgspec.json.decode(said.data, type=dict[str, Any])
-            parsed = msgspec.convert(answer.get("error") or {}, ApiError)
-        except UNDECODABLE as exc:  # a server that could not say it, or a stranger who may answer on this subject
-            raise Temporary("bus_unreadable", f"JetStream's answer to {verb}: {type(exc).__name__}") from exc
-        if answer.get("error"):
-            raise refusal(parsed.err_code, parsed.code, parsed.description)
-        return answer
+        if error := read_answer(said.data, _Answer, verb).error:
+            raise refusal(error.err_code, error.code, error.description)
+        return read_answer(said.data, dict[str, Any], verb)
 
     @contextlib.asynccontextmanager
     async def subscribed(self, nc: Client, on_message: Callable[[Msg], Awaitable[None]]) -> AsyncIterator[str]:

@@ -27,6 +27,7 @@ from adapter.jetstream.consumer import Consumer, Delivery, all_settled
 from adapter.jetstream.history import StreamHistory, direct_get
 from adapter.jetstream.link import Link, _is_leaderless
 from adapter.jetstream.publisher import Publisher
+from adapter.jetstream.questions import Answer
 from adapter.jetstream.services import AT_ONCE, OF_ONE, BusTeller, Handler, Services
 from adapter.metrics import Metrics
 from adapter.names import H_COMMAND, H_ERROR, H_ERROR_CODE, H_MSG_ID, H_SCHEMA, SHARDS, Names, peer_key, shard_of
@@ -1141,6 +1142,22 @@ async def test_an_answer_that_nobody_can_read_is_an_outage_and_no_end(rig: Rig, 
     with pytest.raises(Temporary, match="bus_unreadable"):
         await rig.link.api("STRANGER")
     await nc.close()
+
+
+@pytest.mark.parametrize("said", [b"", b"[]", b"{}", b'{"error":5}', b"\xff"])
+async def test_an_answer_about_a_lease_that_nobody_can_read_is_an_outage_and_no_end(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, said: bytes
+) -> None:
+    async def request(*_: Any, **__: Any) -> Answer:
+        return Answer(said, {})
+
+    monkeypatch.setattr(rig.link, "request", request)
+    register = LeaseRegister(rig.link, NAMES.members)
+    with pytest.raises(Temporary):
+        await register.get("me")
+    if said != b"{}":
+        with pytest.raises(Temporary):
+            await register.write("me", b"x", 0)
 
 
 # the streams ---------------------------------------------------------------------------------------------
