@@ -39,6 +39,8 @@ INSTANT_S = 0.5
 """An answer sooner than this that brings nothing new was no long poll: its server is not hammered."""
 NOTIFY_S = 1.5
 """The first poll does not wait longer for iLink's answer to notifystart: it is best effort (ilink-protocol 11.1)."""
+AFTER_CUT_S = 0.2
+"""Between the end of a poll that was cut and the bot's next one."""
 DEAD_PATH_AFTER = 3
 """Client timeouts in a row, without any answer, after which the connection counts as dead (ilink-protocol 3.3)."""
 
@@ -118,6 +120,9 @@ async def poll_forever(session: Session, place: Place, needs: Incoming) -> Place
             continue
         if session.cut.is_set() and polled is None:
             session.cut.clear()
+            # iLink may hear of the new poll before it sees the old connection end, and calls that two at once
+            await first_of(session.cut, AFTER_CUT_S)
+            await needs.turns.next()
             continue
         if polled is None:
             timeouts += 1

@@ -21,7 +21,7 @@ from adapter.contract import BindingEvent, BindingState, UnsupportedItem
 from adapter.cursors import NEWEST, acquire, apart_key, give_back, put_back
 from adapter.errors import AdapterError, BusRefused, LeaseLost, Refused, SessionExpired, Temporary
 from adapter.ilink.translate import read_message
-from adapter.inbound import poll_forever, tend
+from adapter.inbound import AFTER_CUT_S, poll_forever, tend
 from adapter.inbox import LARGE
 from adapter.names import H_MSG_ID, H_SEEN, peer_key, token_of
 from adapter.ports import Account, Entry, Message, Polled, Said
@@ -923,6 +923,19 @@ async def test_a_lease_that_pauses_cuts_the_poll_and_one_that_resumes_polls_on(p
     await asyncio.sleep(1)
     assert bench.chat.polling == 1
     assert bench.chat.asked == ["", "b", "b"]
+
+
+async def test_a_poll_that_was_cut_has_a_moment_to_end_at_ilink_before_the_next(poller: Poller) -> None:
+    """Where the lease is back at once: a busy server would hear of it before it sees the old connection end."""
+    bench = await ready()
+    session = poller(bench)
+    await asyncio.sleep(1)
+    session.cut_off()
+    cut = bench.clock.monotonic()
+    await asyncio.sleep(1)
+    assert bench.chat.polling == 1
+    (_, again) = bench.chat.polled_at
+    assert again - cut >= HERE_S + AFTER_CUT_S
 
 
 async def test_after_an_outage_polls_start_spread_over_a_time_that_grows_with_their_number(poller: Poller) -> None:
