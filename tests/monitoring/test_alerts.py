@@ -289,6 +289,27 @@ CASES = [
     ),
     Case("SchemaViolations", "one, long ago", gauge("schema_violations_total", "1x60", kind="svc"), 40, set()),
     Case(
+        "StreamsDiffer",
+        "altered, as one of two replicas has seen so far",
+        both("0x30", "0x30", "nats_streams_missing") | both("1x30", "0x30", "nats_streams_altered"),
+        3,
+        {"StreamsDiffer"},
+    ),
+    Case(
+        "StreamsDiffer",
+        "deleted",
+        gauge("nats_streams_missing", "2x30") | gauge("nats_streams_altered", "0x30"),
+        3,
+        {"StreamsDiffer"},
+    ),
+    Case(
+        "StreamsDiffer",
+        "made again at once",
+        gauge("nats_streams_missing", "0 1 0x30") | gauge("nats_streams_altered", "0x30"),
+        20,
+        set(),
+    ),
+    Case(
         "EventsRefused",
         "one receipt",
         gauge("nats_publish_total", "0x5 1x30", stream="event", outcome="refused"),

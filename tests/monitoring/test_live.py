@@ -221,17 +221,26 @@ async def full_stream(s: Scene) -> None:
     config = info.config
     await s.says(11)
     async with s.fires("EventsRefused"):
-        await _update(s.nc, discard="new", max_msgs=info.state.messages)
+        await _update(s.nc, NAMES.stream_event, discard="new", max_msgs=info.state.messages)
         await s.sends(11)
-    await _update(s.nc, discard=config.discard, max_msgs=config.max_msgs)
+    await _update(s.nc, NAMES.stream_event, discard=config.discard, max_msgs=config.max_msgs)
 
 
-async def _update(nc: Client, **changes: object) -> None:
+async def _update(nc: Client, stream: str, **changes: object) -> None:
     """Changes the stream's configuration as an operator's tool does."""
-    answer = msgspec.json.decode((await nc.request(f"$JS.API.STREAM.INFO.{NAMES.stream_event}")).data)
+    answer = msgspec.json.decode((await nc.request(f"$JS.API.STREAM.INFO.{stream}")).data)
     body = msgspec.json.encode(answer["config"] | changes)
-    done = msgspec.json.decode((await nc.request(f"$JS.API.STREAM.UPDATE.{NAMES.stream_event}", body)).data)
+    done = msgspec.json.decode((await nc.request(f"$JS.API.STREAM.UPDATE.{stream}", body)).data)
     assert "error" not in done, done
+
+
+async def altered_stream(s: Scene) -> None:
+    """Somebody takes the republish away: no sandbox hears a word."""
+    republish = (await s.nc.jetstream().stream_info(NAMES.stream_in)).config.republish
+    async with s.fires("StreamsDiffer"):
+        await _update(s.nc, NAMES.stream_in, republish=None)
+    assert republish is not None
+    await _update(s.nc, NAMES.stream_in, republish={"src": republish.src, "dest": republish.dest})
 
 
 async def no_bus(s: Scene) -> None:
@@ -261,6 +270,7 @@ FAULTS: list[Callable[[Scene], Awaitable[None]]] = [
     slow_bus,
     frozen,
     full_stream,
+    altered_stream,
     no_bus,
 ]
 
