@@ -48,8 +48,8 @@ class LaneWork(Settling):
     async def _run(self, lane: Lane) -> None:
         """Works until the lane is empty. One unit of work per turn; what fails unexpectedly is tried again."""
         failures = 0
-        await self._needs.turns.next()
         while (lane.queue or lane.parked) and not self._drain.is_set():
+            await self._needs.turns.next()
             lane.wake.clear()
             try:
                 self._check()
@@ -70,7 +70,6 @@ class LaneWork(Settling):
                 wait_s = min(60.0, 2.0**failures)
             if wait_s:
                 await any_of(lane.wake.wait(), self._drain.wait(), timeout_s=wait_s)
-                await self._needs.turns.next()
         if not self._lost and (self._drain.is_set() or lane.is_left):
             await self._store_hand(lane)
 

@@ -29,6 +29,9 @@ log = structlog.get_logger()
 HERE_S = 0.2
 """A poll that is cut gets so long to bring what has arrived already: after a pause of the whole process it may lie in
 the socket, and iLink may count it as delivered."""
+LOOK_S = 30.0
+"""How long a poller waits for a change; it looks again then all the same. Thousands that looked each second took an
+eighth of a core while NATS was away."""
 TURN_S = 0.01
 """Until the loop has looked at its sockets again. Not 0, which uvloop takes for "before that"."""
 
@@ -133,6 +136,8 @@ class Session:
         """The number of purges (Incoming.purges) up to which this bot's cursor is known to be there."""
         self.leaving = False
         """Ends at the next poll boundary."""
+        self.told = Latch()
+        """Notified once it is to leave."""
         self.served: Binding | None = None
         """What was last served: an unbound bot's end is told to iLink with it, unless its token was dead."""
         self.lingering = False
@@ -176,6 +181,7 @@ class Session:
     def leave(self, *, now: bool) -> None:
         """Asks the poller to end: at the next boundary, which a pause is, or `now`, cutting a poll that waits."""
         self.leaving = True
+        self.told.notify()
         if now or self.polling is None:
             self.cut_off()
 
@@ -244,4 +250,4 @@ async def wait_until(
     """Waits until `holds()`, the session must leave, or `timeout_s` seconds have passed."""
     async with asyncio.timeout(timeout_s):
         while not (session.must_leave() or holds()):
-            await latch.until(lambda: session.must_leave() or holds(), 1.0)
+            await latch.until(lambda: session.must_leave() or holds(), LOOK_S, also=session.told)

@@ -97,7 +97,8 @@ class ShardLoops(NamedTuple):
         # a shard bounds by itself what it takes in hand: else one sandbox could fill its consumer
         until_acked, check = label != "out", lambda: self.leases.check(shard)
         wanted = topology.consumer_of(self.names, name)
-        consumer = Consumer(self.link, wanted, room=ROOM, until_acked=until_acked, check=check)
+        turn = self.outgoing.turns.next
+        consumer = Consumer(self.link, wanted, room=ROOM, until_acked=until_acked, check=check, turn=turn)
         await consumer.run(take, on_reset)
 
     def _route(self, delivery: Delivery) -> None:

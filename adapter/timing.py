@@ -272,19 +272,24 @@ class Latch:
                 waiter.set_result(None)
         self._waiters.clear()
 
-    async def until(self, holds: Callable[[], bool], timeout_s: float | None = None) -> bool:
-        """Waits until `holds()` is true at a change; False after `timeout_s` seconds."""
+    async def until(
+        self, holds: Callable[[], bool], timeout_s: float | None = None, *, also: Latch | None = None
+    ) -> bool:
+        """Waits until `holds()` is true at a change, here or at `also`; False after `timeout_s` seconds."""
         if holds():
             return True
         try:
             async with asyncio.timeout(timeout_s):
                 while not holds():
                     waiter = asyncio.get_running_loop().create_future()
-                    self._waiters.add(waiter)
+                    latches = (self,) if also is None else (self, also)
+                    for latch in latches:
+                        latch._waiters.add(waiter)
                     try:
                         await waiter
                     finally:
-                        self._waiters.discard(waiter)
+                        for latch in latches:
+                            latch._waiters.discard(waiter)
         except TimeoutError:
             return holds()
         return True

@@ -29,7 +29,7 @@ from adapter.records import Context, Cursor
 from adapter.sessions import HERE_S, Session
 from adapter.stale_token import regain_login, tell_login
 from adapter.timing import Pace, Turns
-from tests.fakes import EPOCH_MS, Bench, EndOfScript, FakeClock, raw_message, settle
+from tests.fakes import EPOCH_MS, Bench, EndOfScript, FakeClock, FakeLeases, raw_message, settle
 
 VIRTUAL_TIME = True
 
@@ -546,7 +546,36 @@ async def test_who_waits_for_an_owner_holds_up_no_other_bot() -> None:
     await asyncio.gather(*tasks)
 
 
-async def test_answers_that_come_at_once_are_stored_a_few_in_each_round_of_the_event_loop() -> None:
+async def test_a_poller_that_waits_for_the_lease_hardly_looks_at_it_and_leaves_at_once() -> None:
+    """Thousands that look each second take an eighth of a core, where there may be no more than that."""
+    bench, looks = await ready(), 0
+
+    class Counted(FakeLeases):
+        @property
+        def valid(self) -> bool:
+            nonlocal looks
+            looks += 1
+            return self.is_valid
+
+    bench.leases = Counted()
+    session = Session(BOT)
+    task = asyncio.create_task(tend(session, bench.incoming()))
+    await asyncio.sleep(1)
+    bench.leases.is_valid = False
+    session.cut_off()
+    await asyncio.sleep(1)
+    assert session.state == "paused"
+    looks = 0
+    await asyncio.sleep(60)
+    assert looks < 15
+    session.leave(now=False)
+    before = bench.clock.monotonic()
+    await asyncio.wait([task])
+    assert bench.clock.monotonic() - before < 0.1
+
+
+@pytest.mark.parametrize("pause_s", [5.0, HERE_S / 2], ids=["a pause", "over before the polls have ended"])
+async def test_answers_that_come_at_once_are_stored_a_few_in_each_round_of_the_event_loop(pause_s: float) -> None:
     """Thousands in one would take longer than the lease, which is lost then. So would as many polls after a pause."""
     bench, bots = await ready(), [f"b{number}@im.bot" for number in range(20)]
     loop, round_, came = asyncio.get_running_loop(), 0, asyncio.Event()
@@ -583,8 +612,8 @@ async def test_answers_that_come_at_once_are_stored_a_few_in_each_round_of_the_e
     bench.leases.is_valid = False
     for session in sessions:
         session.cut_off()
-    await asyncio.sleep(5)
     began["polls"].clear()
+    await asyncio.sleep(pause_s)
     bench.leases.is_valid = True
     bench.leases.changed.notify()
     await asyncio.sleep(5)

@@ -22,6 +22,7 @@ from adapter.ports import Accepted, Message
 from adapter.receipts import Name, Receipts
 from adapter.records import Hand
 from adapter.settling import GONE_S, SETTLED_KEPT
+from adapter.timing import Turns
 from tests.fakes import GAP_S, LIMITS, RULES, Bench, FakeDelivery, Sent, settle
 
 VIRTUAL_TIME = True
@@ -1232,6 +1233,42 @@ async def test_lanes_that_wait_for_the_lease_hardly_look_at_it() -> None:
     bench.leases.is_valid = True  # a notification that got lost does not matter
     await asyncio.sleep(6)
     assert bench.chat.texts == ["t0"]
+
+
+async def test_commands_that_come_at_once_are_worked_on_a_few_in_each_round_of_the_event_loop() -> None:
+    """Also those behind the first of their lanes: all steps of a round together hold up the renewal of the lease."""
+    bench, bots, each = Bench(), [f"b{number}@im.bot" for number in range(10)], 5
+    for number, bot in enumerate(bots):
+        await bench.bind("s1", bot, f"u{number}@im.wechat")
+    loop, round_, began = asyncio.get_running_loop(), 0, Counter[int]()
+
+    def begin_round() -> None:
+        nonlocal round_
+        round_ += 1
+
+    def stale(_: str) -> bool:
+        """Asked once for each step of a lane: a login is needed, so that each command is parked by itself."""
+        if not began[round_]:
+            loop.call_soon(begin_round)
+        began[round_] += 1
+        return True
+
+    stored = asyncio.Event()
+
+    async def store(_: Message) -> None:
+        await stored.wait()
+
+    bench.bus.on_publish = store
+    shard = bench.shard(stale=stale, turns=Turns(3))
+    for bot in bots:
+        for number in range(each):
+            shard.on_delivery(bench.command(f"t{number}", bot=bot))
+    await asyncio.sleep(5)
+    stored.set()  # all first ones at the same moment, as after a pause of the bus
+    await asyncio.sleep(30)
+    assert [outcome for _, outcome, _ in outcomes(bench)] == ["parked"] * len(bots) * each
+    assert began.total() >= len(bots) * each
+    assert max(began.values()) <= 6  # two of those rounds may fall into one of these
 
 
 async def test_a_lease_that_was_only_paused_goes_on_without_another_command() -> None:

@@ -89,7 +89,8 @@ class Consumer:
     """The pull loop of one durable. `room` bounds what is delivered and not yet acknowledged, or where not
     `until_acked`, what is asked for: whoever takes the deliveries bounds them then.
 
-    `check` raises LeaseLost when this replica may not read it at this moment.
+    `check` raises LeaseLost when this replica may not read it at this moment. `turn` is awaited before each delivery:
+    nats-py hands on all that has come in one round of the event loop.
     """
 
     def __init__(
@@ -100,6 +101,7 @@ class Consumer:
         room: int,
         until_acked: bool = True,
         check: Callable[[], None] = lambda: None,
+        turn: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         self.link = link
         self.name = wanted.name
@@ -107,6 +109,7 @@ class Consumer:
         self._stream = wanted.stream
         self._room = room
         self._check = check
+        self._turn = turn
         self._until_acked = until_acked
         self._in_hand = 0
         self._requested = 0
@@ -183,6 +186,8 @@ class Consumer:
             if broken:  # what comes now would overtake what got lost
                 return
             status = None if msg.reply.startswith(DELIVERED) else (msg.headers or {}).get("Status")
+            if status is None and self._turn is not None:
+                await self._turn()  # a pull that ends meanwhile takes its subscription with it, and this task
             broken = self._deliver(msg, on_delivery) if status is None else self._heed(status, msg.headers or {})
             if broken or status in ("408", "409"):
                 self._wake.set()

@@ -797,11 +797,12 @@ class Reader:
         room: int = 8,
         name: str = topology.CONTROL,
         check: Callable[[], None] = lambda: None,
+        turn: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         self.got: list[Delivery] = []
         self.resets = 0
         self.on_reset: Callable[[], None] = lambda: None
-        self.consumer = Consumer(rig.link, topology.consumer_of(NAMES, name), room=room, check=check)
+        self.consumer = Consumer(rig.link, topology.consumer_of(NAMES, name), room=room, check=check, turn=turn)
         self.task = rig.spawn(self.consumer.run(self.got.append, self._reset))
 
     async def _reset(self) -> None:
@@ -836,6 +837,33 @@ async def test_a_consumer_delivers_in_order_and_no_more_than_there_is_room_for(r
         await reader.got[number].ack()
     assert reader.texts == texts
     assert not any(delivery.suspect for delivery in reader.got)
+
+
+async def test_what_has_come_is_delivered_in_its_turn_and_not_after_the_pull_has_ended(rig: Rig) -> None:
+    """All in one round of the event loop would hold it up. What waits as a pull ends comes again after the reset."""
+    texts = [str(number) for number in range(8)]
+    await control(rig, *texts)
+    asked, turns = 0, asyncio.Semaphore(0)
+
+    async def turn() -> None:
+        nonlocal asked
+        asked += 1
+        await turns.acquire()
+
+    reader = Reader(rig, room=8, turn=turn)
+    await until(lambda: asked == 1, "one waits for its turn")
+    turns.release()
+    await reader.have(1)
+    await until(lambda: asked == 2, "the next one waits")
+    assert reader.texts == ["0"]
+    rig.bus.kill()
+    await until(lambda: not rig.link.up, "the break is noticed")
+    await rig.bus.start()
+    await until(lambda: asked == 3 and reader.resets == 2, "the next pull's first one waits, too")
+    for _ in range(len(texts) + 1):
+        turns.release()
+    await reader.have(1 + len(texts))
+    assert reader.texts == ["0", *texts]
 
 
 async def test_all_is_settled_once_the_last_delivery_is_acknowledged(rig: Rig) -> None:
