@@ -112,11 +112,13 @@ async def poll_forever(session: Session, place: Place, needs: Incoming) -> Place
             if polled is None:
                 continue
         except Temporary as exc:
+            await needs.turns.next()  # iLink may have closed all connections at once
             failures += 1
             needs.metrics.polls.labels(outcome="error").inc()
             wait_s = exc.retry_after_s or backoff(failures, first_s=0.5, longest_s=30.0)
             log.warning("poll.failed", bot=session.bot, reason=exc.reason, detail=exc.detail[:200], failures=failures)
             await first_of(session.cut, wait_s + needs.clock.jitter(wait_s / 2))
+            await needs.turns.next()
             continue
         if session.cut.is_set() and polled is None:
             session.cut.clear()

@@ -628,6 +628,53 @@ async def test_answers_that_come_at_once_are_stored_a_few_in_each_round_of_the_e
     await asyncio.wait(tasks)
 
 
+async def test_polls_that_fail_at_once_fail_and_begin_again_a_few_in_each_round_of_the_event_loop() -> None:
+    """As where iLink closes all connections: thousands in one round cost the lease."""
+    bench, bots = await ready(), [f"b{number}@im.bot" for number in range(20)]
+    loop, round_, gone, polled = asyncio.get_running_loop(), 0, asyncio.Event(), Counter[str]()
+    seen: dict[str, Counter[int]] = {"failed": Counter(), "again": Counter()}
+
+    def begin_round() -> None:
+        nonlocal round_
+        round_ += 1
+
+    def note(what: str) -> None:
+        if not seen[what][round_]:
+            loop.call_soon(begin_round)
+        seen[what][round_] += 1
+
+    async def poll(account: Account, cursor: str, hold_ms: int) -> Polled | None:
+        polled[account.bot] += 1
+        if polled[account.bot] == 1:
+            await gone.wait()
+            raise Temporary("network", "closed")
+        note("again")
+        await asyncio.sleep(hold_ms / 1000)
+        return Polled([], cursor, hold_ms)
+
+    def jitter(_: float) -> float:
+        """Drawn for each failure."""
+        note("failed")
+        return 0.0
+
+    bench.chat.poll = poll  # type: ignore[method-assign]
+    for number, bot in enumerate(bots):
+        await bench.bind(f"s{number}", bot, bot.replace("bot", "wechat"))
+    needs = bench.incoming(turns=Turns(3))
+    sessions = [Session(bot) for bot in bots]
+    tasks = [asyncio.create_task(tend(session, needs)) for session in sessions]
+    await asyncio.sleep(5)
+    bench.clock.jitter = jitter  # type: ignore[assignment, method-assign]
+    gone.set()
+    await asyncio.sleep(5)
+    for what in seen.values():
+        assert what.total() == len(bots)
+        assert max(what.values()) <= 6  # two of those rounds may fall into one of these
+    for session in sessions:
+        session.leave(now=True)
+    await asyncio.wait(tasks)
+
+
 async def test_a_cursor_that_another_replica_took_ends_the_poller() -> None:
     """A zombie's batch may be on the bus (the stream drops repeats), but never its cursor."""
     bench = await ready(batch(raw(), cursor="zombie"))
