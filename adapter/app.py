@@ -68,7 +68,7 @@ RELEASE_S = 5.0
 """The part of the drain time that is kept for giving the shards back."""
 STARTING = 32
 """Bots that are taken over at the same time."""
-PER_ROUND = 32
+PER_ROUND = 64
 """What goes on in one round of the event loop: answers that bring something, lanes, polls after a pause. Where five
 thousand came at once to a process with a quarter of a core, a round took longer than the lease, which was lost again
 and again."""

@@ -116,7 +116,9 @@ async def poll_forever(session: Session, place: Place, needs: Incoming) -> Place
             failures += 1
             needs.metrics.polls.labels(outcome="error").inc()
             wait_s = exc.retry_after_s or backoff(failures, first_s=0.5, longest_s=30.0)
-            log.warning("poll.failed", bot=session.bot, reason=exc.reason, detail=exc.detail[:200], failures=failures)
+            if failures.bit_count() == 1:  # at 1, 2, 4 …: thousands fail together where iLink is away
+                detail = exc.detail[:200]
+                log.warning("poll.failed", bot=session.bot, reason=exc.reason, detail=detail, failures=failures)
             await first_of(session.cut, wait_s + needs.clock.jitter(wait_s / 2))
             await needs.turns.next()
             continue

@@ -1267,6 +1267,16 @@ async def test_a_new_token_is_used_at_once(poller: Poller) -> None:
     assert bench.chat.tokens == [f"{BOT}:t", "new"]
 
 
+async def test_polls_that_go_on_failing_are_told_less_and_less_often(poller: Poller) -> None:
+    """Thousands fail together where iLink is away; the metric counts each."""
+    bench = await ready(*[Temporary("network")] * 20)
+    with capture_logs() as logs:
+        poller(bench)
+        await asyncio.sleep(1200)
+    assert [entry["failures"] for entry in logs if entry["event"] == "poll.failed"] == [1, 2, 4, 8, 16]
+    assert bench.metrics.value("polls_total", outcome="error") == 20
+
+
 async def test_a_url_that_may_not_be_called_is_tried_again_with_backoff_only(poller: Poller) -> None:
     bench = await ready(*[Refused("url", "not on the list")] * 100)
     poller(bench)
