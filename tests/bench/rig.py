@@ -34,11 +34,6 @@ from adapter.records import Binding, Claim, Cursor
 from adapter.seal import Sealer
 from tests.e2e.waiting import eventually, free_port
 
-OWN_COLLECTOR = (
-    "import gc, sys; gc.freeze = gc.collect = gc.set_threshold = lambda *_: None; sys.argv = ['wechat-nats', 'run'];"
-    "from adapter.__main__ import main; main()"
-)
-"""An adapter that leaves Python's garbage collector as it is."""
 STAYS_S = 6.0
 """Longer than a lease: a new replica is given its share after one."""
 TOKEN_KEY = bytes(32)
@@ -181,11 +176,8 @@ class Rig:
         await eventually(up, "the server listens")
         return await nats.connect(self.nats_url, pending_size=64 * 1024 * 1024)
 
-    def adapter(self, *, own_collector: bool = False) -> Process:
-        """The real one, as it is deployed; limits that would stop the load are lifted, guarantees are not.
-
-        `own_collector`: Python's garbage collector works as it does by itself.
-        """
+    def adapter(self) -> Process:
+        """The real one, as it is deployed; limits that would stop the load are lifted, guarantees are not."""
         environ = {
             "NATS_URL": self.nats_url,
             "WECHAT_NATS_ILINK_BASE_URL": self.base_url,
@@ -203,8 +195,6 @@ class Rig:
         if self.tls:
             environ["SSL_CERT_FILE"] = str(self.folder / "cert.pem")
         command = [str(Path(sys.executable).with_name("wechat-nats")), "run"]
-        if own_collector:
-            command = [sys.executable, "-c", OWN_COLLECTOR]
         self.bridges.append(Process(command, self.folder / f"adapter{len(self.bridges)}.log", environ))
         return self.bridges[-1]
 
