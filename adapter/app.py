@@ -69,8 +69,8 @@ RELEASE_S = 5.0
 STARTING = 32
 """Bots that are taken over at the same time."""
 PER_ROUND = 64
-"""What goes on in one round of the event loop: answers that bring something, commands as they come and at each step of
-a lane, polls after a pause or a failure. Where five thousand answers came at once to a process with a quarter of a
+"""What goes on in one round of the event loop: answers that bring something, commands as they come and at each step
+of a lane, polls after a pause or a failure. Where five thousand answers came at once to a process with a quarter of a
 core, a round took longer than the lease, which was lost again and again."""
 STARTS_PER_S = 3000
 """First polls per second, at most: what iLink sees of a start, and again whenever these polls end together. A dead
