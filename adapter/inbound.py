@@ -94,7 +94,7 @@ async def _serve(session: Session, needs: Incoming) -> None:
 
 async def poll_forever(session: Session, place: Place, needs: Incoming) -> Place:
     """Polls until told to leave or the binding is gone; where it then stands. Raises LeaseLost, Refused."""
-    failures = timeouts = instants = 0
+    failures = timeouts = instants = overlong = 0
     hold_ms = HOLD_MS
     session.answered = session.answered or needs.clock.monotonic()
     while (binding := await _wait_for_turn(session, needs)) is not None:
@@ -103,7 +103,7 @@ async def poll_forever(session: Session, place: Place, needs: Incoming) -> Place
             place = await finish(put_back(session, place, needs), needs.grace_s)
         if binding.start_cursor is not None:
             place = place._replace(record=begun_at(binding.start_cursor, place.record))
-        session.state, began = "polling" if not failures else "error", needs.clock.monotonic()
+        session.state, began = "error" if failures or overlong else "polling", needs.clock.monotonic()
         try:
             polled = await _poll_once(session, binding, place, hold_ms, needs)
         except SessionExpired as exc:
@@ -140,6 +140,10 @@ async def poll_forever(session: Session, place: Place, needs: Incoming) -> Place
         hold_ms = polled.hold_ms
         session.answered = needs.clock.monotonic()
         (needs.metrics.polls_full if polled.messages else needs.metrics.polls_empty).inc()
+        if polled.overlong and not overlong:  # iLink may give the same messages at each poll, and none after them
+            log.error("poll.cursor_too_long", bot=session.bot, characters=polled.overlong)
+        if polled.overlong or polled.cursor:
+            overlong = polled.overlong
         before, known = place.record.cursor, place.seen.added
         if says_something(polled, place):
             await needs.turns.next()

@@ -30,6 +30,8 @@ class Polled(NamedTuple):
     messages: list[bytes]
     cursor: str | None
     hold_ms: int
+    overlong: int = 0
+    """Characters of a new cursor that is too long to be kept, 0: there was none like that."""
 
 
 class Accepted(NamedTuple):

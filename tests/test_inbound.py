@@ -1277,6 +1277,30 @@ async def test_polls_that_go_on_failing_are_told_less_and_less_often(poller: Pol
     assert bench.metrics.value("polls_total", outcome="error") == 20
 
 
+async def test_a_cursor_too_long_to_keep_is_told_once_until_one_is_kept(poller: Poller) -> None:
+    """iLink gives the same again for the old one; told apart as repeats, nothing else would show it."""
+    long = Polled([raw()], None, 35_000, overlong=70_000)
+    idle = batch(cursor=None)
+    bench = await ready(long, idle, long)
+    with capture_logs() as logs:
+        session = poller(bench)
+        await asyncio.sleep(10)
+        assert session.state == "error"
+        bench.chat.polls.extend([batch(cursor="c"), long])
+        session.cut_off()
+        await asyncio.sleep(10)
+    told = [entry for entry in logs if entry["event"] == "poll.cursor_too_long"]
+    assert told == [{"event": "poll.cursor_too_long", "log_level": "error", "bot": BOT, "characters": 70_000}] * 2
+    assert texts(bench) == ["hello"]
+
+
+async def test_a_bot_polls_as_ever_once_its_cursor_is_kept_again(poller: Poller) -> None:
+    bench = await ready(Polled([], None, 35_000, overlong=70_000), batch(cursor="c"))
+    session = poller(bench)
+    await asyncio.sleep(10)
+    assert session.state == "polling"
+
+
 async def test_a_url_that_may_not_be_called_is_tried_again_with_backoff_only(poller: Poller) -> None:
     bench = await ready(*[Refused("url", "not on the list")] * 100)
     poller(bench)

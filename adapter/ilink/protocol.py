@@ -321,8 +321,9 @@ def read_updates(reply: Reply, *, polled_s: float) -> Polled:
         case 0:
             messages = [bytes(raw) for raw in updates.msgs or []]
             cursor = str(updates.get_updates_buf or "")
-            kept = cursor if 0 < len(cursor) <= wire.OPAQUE_CHARS else None
-            return Polled(messages, kept, hold_ms(updates.longpolling_timeout_ms))
+            overlong = len(cursor) if len(cursor) > wire.OPAQUE_CHARS else 0
+            kept = None if overlong else cursor or None
+            return Polled(messages, kept, hold_ms(updates.longpolling_timeout_ms), overlong)
         case wire.STALE_TOKEN:
             raise _expired(updates)
         case -1 if polled_s >= IDLE_S:  # one client's reading: an idle timeout (5.1)
