@@ -7,7 +7,7 @@ import contextlib
 import resource
 import socket
 from collections.abc import Callable, Coroutine, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import structlog
 
@@ -48,7 +48,7 @@ from adapter.rollcall import Polling, Present
 from adapter.router import Router
 from adapter.scanning import Scanner, Scanning
 from adapter.seal import Sealer
-from adapter.sending import Sender
+from adapter.sending import Sending
 from adapter.sessions import Incoming, Waiting, account_of
 from adapter.settings import Settings
 from adapter.settling import Outgoing
@@ -286,9 +286,6 @@ class Adapter:
     def _outgoing(self) -> Outgoing:
         settings = self.settings
 
-        def unset(*_: float) -> NoReturn:
-            raise AssertionError("each shard brings its own")
-
         async def stale_on_send(binding: Binding, detail: str) -> None:
             if lost := await stale_token.lose_login(self.bindings, self.clock, binding):
                 await stale_token.tell_login(self.bindings, self.events, lost, detail)
@@ -298,7 +295,7 @@ class Adapter:
                 await stale_token.tell_login(self.bindings, self.events, alive)
 
         return Outgoing(
-            sender=Sender(
+            sending=Sending(
                 chat=self.chat,
                 contexts=self.contexts,
                 clock=self.clock,
@@ -310,12 +307,8 @@ class Adapter:
                 answer_s=settings.send_timeout_s,
                 continue_text=settings.continue_text,
                 text_chars=settings.text_max_chars,
-                pause=unset,
-                pace=unset,
-                check=unset,
                 look=self.window_events.look,
                 note=self.recall.note,
-                upload=self.uploads.bring,
             ),
             uploads=self.uploads,
             bus=self.bus,

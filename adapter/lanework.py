@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from functools import partial
 
 import structlog
 
-from adapter import sending, window
+from adapter import window
 from adapter.commands import MERGED_AT_ONCE, MediaPart, joins, merge, passed_on
 from adapter.contexts import Peer
 from adapter.errors import BusRefused, LeaseLost, Refused, Temporary
@@ -21,7 +22,7 @@ from adapter.parked import read_behind, read_parked
 from adapter.ports import Account, Message, Uploaded
 from adapter.receipts import Name, ending_of
 from adapter.records import Binding, Context, Hand
-from adapter.sending import Apart, Ending, Repeat, Wait, in_doubt
+from adapter.sending import Apart, Ending, Repeat, Send, Wait, in_doubt
 from adapter.settling import GONE_S, Draining, Outgoing, Settling
 from adapter.stale_token import needs_login_now
 from adapter.timing import any_of, finish
@@ -75,14 +76,14 @@ class LaneWork(Settling):
 
     async def _store_hand(self, lane: Lane) -> None:
         """Stores how far the command in hand got: the next owner would know only that a request was to leave."""
-        peer = self._sender.contexts.loaded(lane.bot, lane.user)
+        peer = self._sending.contexts.loaded(lane.bot, lane.user)
         if peer is None or peer.context is peer.stored:
             return
         if peer.context.hand is None and not lane.is_left:
             return
         try:
             async with asyncio.timeout(NOTE_S):
-                await self._sender.contexts.save(peer, lambda context: context)
+                await self._sending.contexts.save(peer, lambda context: context)
         except (Temporary, LeaseLost, TimeoutError) as exc:
             log.warning("lane.unstored", sandbox=lane.sandbox, reason=type(exc).__name__)
 
@@ -171,16 +172,16 @@ class LaneWork(Settling):
         """Why nothing may be sent, whatever the window says, as a receipt's reason; "" if nothing is in the way."""
         if binding.state == "needs_login" and not lane.last_tries:
             return "needs_login"
-        if self._needs.stale(binding.bot) or self._sender.clock.monotonic() < lane.stale_until:
+        if self._needs.stale(binding.bot) or self._sending.clock.monotonic() < lane.stale_until:
             return "needs_login"
         return "" if lane.user else "window_closed"
 
     def _patience(self, lane: Lane) -> float:
         """How long the lane may sleep when nobody wakes it."""
-        now_ms = self._sender.clock.now_ms()
+        now_ms = self._sending.clock.now_ms()
         waits = [FOREVER_S, *((parked.expires_ms - now_ms) / 1000 for parked in lane.parked)]
-        if lane.stale_until > self._sender.clock.monotonic():
-            waits.append(lane.stale_until - self._sender.clock.monotonic())
+        if lane.stale_until > self._sending.clock.monotonic():
+            waits.append(lane.stale_until - self._sending.clock.monotonic())
         return max(0.05, min(waits))
 
     async def _flush(self, lane: Lane, binding: Binding) -> float:
@@ -220,7 +221,7 @@ class LaneWork(Settling):
 
     async def _read_parked(self, lane: Lane, parked: Parked) -> Item | None:
         """A parked command; None: it is gone. Raises Temporary, also as long as it may only not be shown."""
-        item, missed, now = await read_parked(parked, self._needs), lane.missed, self._sender.clock.monotonic()
+        item, missed, now = await read_parked(parked, self._needs), lane.missed, self._sending.clock.monotonic()
         if item is not None and missed and parked.seq >= missed[0]:
             lane.missed = None
         if item is not None or parked.seq in lane.told:
@@ -259,18 +260,18 @@ class LaneWork(Settling):
                 await self._hold_back(lane, behind, result)
             lane.shift(behind)
             return 0.0
-        opens_ms = window.opens_at_ms(peer.context, self._sender.rules)
-        left_s = (opens_ms - self._sender.clock.now_ms()) / 1000 if opens_ms else FOREVER_S
+        opens_ms = window.opens_at_ms(peer.context, self._sending.rules)
+        left_s = (opens_ms - self._sending.clock.now_ms()) / 1000 if opens_ms else FOREVER_S
         return max(0.05, min(self._patience(lane), left_s))
 
     def _may_pass(self, lane: Lane, peer: Peer) -> bool:
         """Whether a final command may go ahead of those that wait for sends: only sends are left that are kept back
         for it, and no other command is half sent. (What nobody waits for was told by the owner before us.)"""
-        context, rules = peer.context, self._sender.rules
+        context, rules = peer.context, self._sending.rules
         hand = context.hand
         if not rules.reserve or (hand and hand.is_begun and any(one.client == hand.client for one in lane.parked)):
             return False
-        return not window.verdict(context, self._sender.clock.now_ms(), rules, final=True)
+        return not window.verdict(context, self._sending.clock.now_ms(), rules, final=True)
 
     async def _group(self, lane: Lane, first: Item, peer: Peer) -> list[Item]:
         """The first parked command and those whose texts go in the same message.
@@ -283,7 +284,7 @@ class LaneWork(Settling):
         longest = self._needs.merge_chars
         alone = first.parked_seq <= lane.apart_until or _is_repeat(context, first)
         alone = alone or first.parked_seq != min(lane.parked).seq  # it went ahead of those behind it
-        closed = window.verdict(context, self._sender.clock.now_ms(), self._sender.rules, final=True)
+        closed = window.verdict(context, self._sending.clock.now_ms(), self._sending.rules, final=True)
         if alone or closed or not longest or not joins([], first.command, longest):
             return [first]
         group = [first]
@@ -326,12 +327,19 @@ class LaneWork(Settling):
             if now is None or now.sandbox != lane.sandbox:
                 raise LeaseLost("not_bound", binding.bot)
 
-        sender = self._sender._replace(
-            pace=lambda: self._pace(lane), pause=self._pause, check=check, upload=self._upload
+        send = Send(
+            self._sending,
+            merge([one.command for one in group]),
+            peer,
+            account,
+            pause=self._pause,
+            pace=partial(self._pace, lane),
+            check=check,
+            upload=self._upload,
         )
         async with peer.sending:
             try:
-                result = await sending.send(merge([one.command for one in group]), peer, account, sender)
+                result = await send.run()
             finally:
                 lane.hand = peer.context.hand
             match result:
@@ -368,16 +376,16 @@ class LaneWork(Settling):
             stop.cancel()
 
     async def _pace(self, lane: Lane) -> None:
-        wait_s = lane.next_send - self._sender.clock.monotonic()
+        wait_s = lane.next_send - self._sending.clock.monotonic()
         if wait_s > 0:
             await self._pause(wait_s)
-        lane.next_send = self._sender.clock.monotonic() + self._needs.gap_s
+        lane.next_send = self._sending.clock.monotonic() + self._needs.gap_s
 
     async def _refused_token(self, lane: Lane, binding: Binding, result: Wait) -> None:
         """-14 on a send while polling may be fine (F10): a few spaced tries, and in time a login is needed."""
         if result.errcode is None and result.ret is None:
             return
-        now = self._sender.clock.monotonic()
+        now = self._sending.clock.monotonic()
         if not lane.stale_tries:
             lane.stale_since = now
         pauses = self._needs.stale_retry_s[lane.stale_tries :]
@@ -430,7 +438,7 @@ class LaneWork(Settling):
 
     async def _expire(self, lane: Lane) -> None:
         """Ends what waited too long: as refused, or as uncertain where it may have been sent."""
-        now_ms = self._sender.clock.now_ms()
+        now_ms = self._sending.clock.now_ms()
         late, late_parked = lane.late(now_ms)
         if not late and not late_parked:
             return

@@ -55,7 +55,9 @@ class Shard(LaneWork):
         again: what was settled before a reset is found here after it.
         """
         if not self._loaded:
-            self._needs.sender.contexts.forget_where(self._serves)  # of an earlier time, when the shard was ours, too
+            self._needs.sending.contexts.forget_where(
+                self._serves
+            )  # of an earlier time, when the shard was ours, too
             self.typing.open()
             self._loaded = True
         names = self._needs.names
@@ -101,7 +103,7 @@ class Shard(LaneWork):
         if self._backlog.came_again(delivery):
             return
         if not delivery.suspect:
-            self._needs.sender.metrics.outbound_taken.inc()
+            self._needs.sending.metrics.outbound_taken.inc()
         if self._backlog.takes(delivery):
             self._accept(delivery)
         elif self._backlog.next(delivery.subject) is not None:
@@ -115,7 +117,7 @@ class Shard(LaneWork):
 
     async def _catch_up(self, subject: str) -> None:
         """Takes in hand what had to wait on the bus, in order, as far as there is room."""
-        stream, backlog, clock = self._needs.names.stream_out, self._backlog, self._needs.sender.clock
+        stream, backlog, clock = self._needs.names.stream_out, self._backlog, self._needs.sending.clock
         missed: float | None = None
         try:
             while (first := backlog.next(subject)) and not self._drain.is_set():
@@ -146,7 +148,7 @@ class Shard(LaneWork):
 
     async def _accept_gently(self, delivery: Delivery) -> None:
         """Reading takes its time (Markdown above all), and all others live in the same loop: it rests after each."""
-        clock = self._needs.sender.clock
+        clock = self._needs.sending.clock
         started = clock.monotonic()
         try:
             self._accept(delivery)
@@ -164,7 +166,7 @@ class Shard(LaneWork):
             dead = isinstance(exc, Unreadable)
             body = remains(delivery.data, self._needs.limits) if dead else body
             item = self._take(_nameless(delivery, body.id), delivery)
-            self._needs.sender.metrics.schema_violations.labels(kind="out").inc()
+            self._needs.sending.metrics.schema_violations.labels(kind="out").inc()
             ending = Ending("dead_lettered" if dead else "refused", exc.reason, exc.detail)
             self._tasks.spawn(self._end_surely(item, ending))
             return
@@ -230,7 +232,7 @@ class Shard(LaneWork):
         hands: dict[str, Hand] = {}
         for bot, user in await self._served(sandbox, since_ms):
             for name in {user} if user else named:
-                if hand := (await self._sender.contexts.stored(bot, name)).hand_of(sandbox):
+                if hand := (await self._sending.contexts.stored(bot, name)).hand_of(sandbox):
                     hands |= {one.client: hand for one in hand.all}
         return hands
 
@@ -316,7 +318,7 @@ class Shard(LaneWork):
 
     def tidy(self) -> None:
         """Forgets the lanes of users whom nothing waits for; the next command, or their next word, makes another."""
-        now = self._needs.sender.clock.monotonic()
+        now = self._needs.sending.clock.monotonic()
         bound = self._needs.bindings.get
         for lane in self._lanes:
             if bound(lane.bot) is None:

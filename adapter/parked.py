@@ -48,5 +48,5 @@ def item_of(stored: Stored, needs: Outgoing) -> Item:
     )
     item = Item(command, stored.data, headers, suspect=True)
     item.parked_seq = stored.seq
-    item.parked_ms = max(0, needs.sender.clock.now_ms() - stored.time_ms) if stored.time_ms else 0
+    item.parked_ms = max(0, needs.sending.clock.now_ms() - stored.time_ms) if stored.time_ms else 0
     return item

@@ -83,8 +83,8 @@ class Apart(NamedTuple):
     """iLink refused texts that were merged, and took none: each must be sent by itself."""
 
 
-class Sender(NamedTuple):
-    """What a send needs."""
+class Sending(NamedTuple):
+    """What every send needs."""
 
     chat: Chat
     contexts: Contexts
@@ -103,62 +103,267 @@ class Sender(NamedTuple):
     """Appended to the text that takes the last send of a window; "" is nothing."""
     text_chars: int
     """Longest text, in characters."""
+    look: Callable[[Peer], None]
+    """Called once it is known whether a request counts; see WindowEvents.look."""
+    note: Callable[[str, str, str, str, str, str], None]
+    """Called with sandbox, bot, user, message id, kind and text of what iLink accepted; see Recall.note."""
+
+
+class Send(NamedTuple):
+    """One command on its way to its user."""
+
+    needs: Sending
+    command: Command
+    peer: Peer
+    account: Account
     pause: Callable[[float], Awaitable[None]]
     """Waits; raises Draining when the service stops meanwhile."""
     pace: Callable[[], Awaitable[None]]
     """Waits until the user may be sent something again; raises Draining."""
     check: Callable[[], None]
     """Raises LeaseLost when this replica may not send any more; asked again when a request is about to leave."""
-    look: Callable[[Peer], None]
-    """Called once it is known whether a request counts; see WindowEvents.look."""
-    note: Callable[[str, str, str, str, str, str], None]
-    """Called with sandbox, bot, user, message id, kind and text of what iLink accepted; see Recall.note."""
     upload: Callable[[str, MediaPart, Account, str], Awaitable[Uploaded]]
     """Uploads.bring; raises Draining, too."""
 
+    async def run(self) -> Ending | Wait | Repeat | Apart:
+        """Sends what is left of the command.
 
-async def send(command: Command, peer: Peer, account: Account, sender: Sender) -> Ending | Wait | Repeat | Apart:
-    """Sends what is left of `command`.
+        Raises LeaseLost, Draining, Temporary (the bus is away, part of what is merged expired, or a request of the
+        bot's sandbox before is out): the command stays in hand.
+        """
+        needs, command, peer = self.needs, self.command, self.peer
+        if peer.context.hand and peer.context.hand.sandbox != command.sandbox:
+            if self._is_other_out(peer.context):
+                await needs.contexts.reread(peer)  # who has it out stores how it went
+            self._one_at_a_time(peer.context)
+        hand = peer.context.hand
+        if hand is None or hand.client != command.client:
+            if window.is_repeat(peer.context, command.sandbox, command.id, command.client):
+                return Repeat()
+            merged = [Merged(command=other.id, client=other.client) for other in command.merged]
+            hand = Hand(command=command.id, client=command.client, sandbox=command.sandbox, merged=merged)
+        while hand.part < len(command.parts):
+            if hand.tried > MAX_RESENDS:
+                needs.look(peer)
+                return _ending(
+                    "uncertain",
+                    hand,
+                    "iLink gave no answer that can be read, and is not asked again: that might show it twice.",
+                )
+            if wait := self._closed(hand):
+                return wait
+            part = command.parts[hand.part]
+            content = part if isinstance(part, str) else await self._bring(part, hand)
+            if not isinstance(content, str | Uploaded):
+                needs.look(peer)
+                return content
+            if content is not part and (wait := self._closed(hand)):
+                return wait  # the upload took long
+            step = await self._request(content, hand)
+            if not isinstance(step, Hand) or not step.tried:
+                needs.look(peer)
+            if not isinstance(step, Hand):
+                return step
+            if hand.part < step.part < len(command.parts):
+                await needs.contexts.save(peer, lambda context: context)  # the pause before the next is long
+            hand = step
+        return _all_taken(hand)
 
-    Raises LeaseLost, Draining, Temporary (the bus is away, part of what is merged expired, or a request of the bot's
-    sandbox before is out): the command stays in hand.
-    """
-    if peer.context.hand and peer.context.hand.sandbox != command.sandbox:
-        if _is_out(peer.context, command, sender):
-            await sender.contexts.reread(peer)  # who has it out stores how it went
-        _one_at_a_time(peer.context, command, sender)
-    hand = peer.context.hand
-    if hand is None or hand.client != command.client:
-        if window.is_repeat(peer.context, command.sandbox, command.id, command.client):
-            return Repeat()
-        merged = [Merged(command=other.id, client=other.client) for other in command.merged]
-        hand = Hand(command=command.id, client=command.client, sandbox=command.sandbox, merged=merged)
-    while hand.part < len(command.parts):
-        if hand.tried > MAX_RESENDS:
-            sender.look(peer)
-            return _ending(
-                "uncertain",
-                hand,
-                "iLink gave no answer that can be read, and is not asked again: that might show it twice.",
-            )
-        if wait := _closed(command, hand, peer, sender):
-            return wait
-        part = command.parts[hand.part]
-        content = part if isinstance(part, str) else await _bring(part, command, hand, peer, account, sender)
-        if not isinstance(content, str | Uploaded):
-            sender.look(peer)
-            return content
-        if content is not part and (wait := _closed(command, hand, peer, sender)):
-            return wait  # the upload took long
-        step = await _request(content, command, hand, peer, account, sender)
-        if not isinstance(step, Hand) or not step.tried:
-            sender.look(peer)
-        if not isinstance(step, Hand):
-            return step
-        if hand.part < step.part < len(command.parts):
-            await sender.contexts.save(peer, lambda context: context)  # the pause before the next is long
-        hand = step
-    return _all_taken(hand)
+    def _is_other_out(self, context: Context) -> bool:
+        """Whether a request of the bot's sandbox before may be out."""
+        return window.is_out(context, self.command.sandbox, self.needs.clock.now_ms(), self.needs.answer_s)
+
+    def _one_at_a_time(self, context: Context) -> None:
+        """Raises Temporary while a request of the bot's sandbox before may be out."""
+        if self._is_other_out(context):
+            raise Temporary("bot_moved", "A request of the sandbox that the bot served before may be out.")
+
+    def _closed(self, hand: Hand) -> Wait | None:
+        """Why the next request may not leave now. Before the first, all parts must fit; a repeat was counted
+        already."""
+        command, context = self.command, self.peer.context
+        first = hand.part == 0 and not hand.tried
+        counted = hand.tried and hand.counted_in == context.inbound_id
+        needed = 0 if counted else len(command.parts) if first else 1
+        now_ms = self.needs.clock.now_ms()
+        closed = window.verdict(context, now_ms, self.needs.rules, needed=needed, final=command.final)
+        return Wait(closed, attempts=hand.attempts) if closed else None
+
+    async def _bring(self, part: MediaPart, hand: Hand) -> Uploaded | Ending | Wait:
+        """The part's media on the CDN. Nothing of it counts, or blocks another user, before it is named in a
+        message."""
+        command, peer = self.command, self.peer
+        failures = 0
+        while True:
+            try:
+                ready = await self.upload(client_id(command, hand.part), part, self.account, peer.user)
+            except StoreAway:
+                raise
+            except SessionExpired as exc:
+                return _wait("needs_login", hand, exc)
+            except Refused as exc:
+                log.info("upload.refused", bot=peer.bot, command=command.id, detail=exc.detail[:200])
+                _put(peer, hand)
+                if hand.tried:
+                    return _ending("uncertain", hand, "It may have been sent; the media could not be brought again.")
+                return _ending("refused", hand, exc.detail, reason="media").with_answer(exc)
+            except Temporary as exc:
+                failures += 1
+                if given_up := await self._again(hand, exc, failures):
+                    _put(peer, hand)
+                    return given_up
+            else:
+                if not (hand.part or hand.tried) and self.needs.clock.now_ms() >= command.expires_ms:
+                    _put(peer, hand)
+                    return _ending("refused", hand, "Its upload took too long.", reason="expired")
+                return ready
+
+    async def _request(self, content: Content, hand: Hand) -> Hand | Ending | Wait | Apart:
+        """One request; where the command then stands."""
+        needs, command, peer = self.needs, self.command, self.peer
+        hand = msgspec.structs.replace(hand, attempts=hand.attempts + 1, tried=hand.tried + 1)
+
+        def leaving(context: Context) -> Context:
+            if context.hand and context.hand.sandbox != command.sandbox:
+                # read anew in the meantime, since another replica had written
+                self._one_at_a_time(context)
+            return window.leaving(context, self._with_tail(hand, content, context), needs.clock.now_ms())
+
+        await self.pace()
+        async with needs.slots:
+            self.check()
+            await needs.contexts.save(peer, leaving)
+            hand = peer.context.hand or hand  # it now says in which window it counts, and what is appended
+            peer.in_flight += 1
+            try:
+                content = content + (hand.tail or "") if isinstance(content, str) else content
+                accepted = await needs.chat.send(
+                    self.account,
+                    user=peer.user,
+                    client_id=client_id(command, hand.part, len(hand.merged)),
+                    context_token=peer.context.token,
+                    content=content,
+                    check=self.check,
+                )
+            except Uncertain as exc:
+                needs.metrics.outbound_retries.labels(reason=exc.reason).inc()
+                log.warning("send.unanswered", bot=peer.bot, command=command.id, reason=exc.reason, tried=hand.tried)
+                peer.context = window.unanswered(peer.context, hand, needs.clock.now_ms())
+                answer: Accepted | Temporary | Refused | None = None
+            except (Temporary, Refused) as exc:
+                answer = exc
+            except LeaseLost:  # it has not left
+                unsent = msgspec.structs.replace(hand, attempts=hand.attempts - 1, tried=hand.tried - 1)
+                peer.context = window.returned(peer.context, unsent)
+                raise
+            else:
+                answer = accepted
+            finally:
+                peer.in_flight -= 1
+        if isinstance(answer, Accepted):
+            needs.note(command.sandbox, peer.bot, peer.user, answer.message_id, *_words(content))
+            return self._accepted(hand, answer)
+        if answer is None:
+            await self.pause(1.0)
+            return hand
+        return await self._not_taken(hand, answer)
+
+    async def _not_taken(self, hand: Hand, answer: Temporary | Refused) -> Hand | Ending | Wait | Apart:
+        """Where the command stands after an answer that says that nothing of the request was taken."""
+        peer = self.peer
+        untouched = msgspec.structs.replace(hand, tried=hand.tried - 1)
+        match answer:
+            case Temporary():
+                peer.context = window.returned(peer.context, untouched)
+                return await self._again(untouched, answer, untouched.attempts) or untouched
+            case Throttled():
+                return await self._throttled(untouched, answer)
+            case SessionExpired():
+                # stored: until the user's next login hours may pass, and the next bot repeats nothing unanswered
+                await self.needs.contexts.save(peer, lambda context: window.returned(context, untouched))
+                return _wait("needs_login", hand, answer)
+            case Refused():
+                apart = bool(hand.merged) and not untouched.tried
+                untouched = _alone(untouched) if apart else untouched
+                peer.context = window.returned(peer.context, untouched)
+                if apart:
+                    return Apart()
+                ending = _ending("refused", hand, answer.detail, reason=answer.reason).with_answer(answer)
+                return in_doubt(ending, untouched, self.command)
+
+    def _with_tail(self, hand: Hand, content: Content, context: Context) -> Hand:
+        """Decides before a text's first request what is appended to it; a repeat says the same."""
+        needs = self.needs
+        if not isinstance(content, str) or not needs.continue_text or hand.tail is not None or hand.tried > 1:
+            return hand
+        whole = f"{content}\n\n{needs.continue_text}"
+        fits = len(whole) <= needs.text_chars and len(whole.encode()) <= MAX_BYTES
+        tail = whole[len(content) :] if fits and window.takes_last(context, needs.rules) else ""
+        return msgspec.structs.replace(hand, tail=tail)
+
+    def _accepted(self, hand: Hand, answer: Accepted) -> Hand:
+        ids = [*hand.message_ids, answer.message_id] if answer.message_id else hand.message_ids
+        confirmed = bool(answer.message_id) or self.needs.empty_is_success
+        if not hand.unconfirmed:
+            hand = msgspec.structs.replace(hand, ret=answer.ret, errcode=answer.errcode, errmsg=answer.errmsg)
+        hand = msgspec.structs.replace(
+            hand,
+            part=hand.part + 1,
+            tried=0,
+            tail=None,
+            message_ids=ids,
+            unconfirmed=hand.unconfirmed or not confirmed,
+        )
+        self.peer.context = window.taken(self.peer.context, hand, self.needs.clock.now_ms())
+        return hand
+
+    async def _again(self, hand: Hand, problem: Temporary, failures: int) -> Ending | None:
+        """iLink took nothing. What did not even leave waits as long as it takes; else a number of attempts.
+
+        Returns None after a pause. Raises Temporary where only part of what is merged expired.
+        """
+        needs, command = self.needs, self.command
+        needs.metrics.outbound_retries.labels(reason=problem.reason).inc()
+        log.warning(
+            "send.failed", bot=self.peer.bot, command=command.id, reason=problem.reason, attempts=hand.attempts
+        )
+        if problem.reason != "network" and failures >= needs.attempts * len(command.parts):
+            return in_doubt(_ending("dead_lettered", hand, problem.detail, reason="unreachable"), hand, command)
+        expires_ms = sorted(one.expires_ms for one in (command, *command.merged))
+        if hand.tried:  # an earlier request may have been taken: nothing of it may be called unsent
+            if needs.clock.now_ms() >= expires_ms[-1]:
+                return _ending("uncertain", hand, "It may have been sent; iLink could not be asked again in time.")
+        elif needs.clock.now_ms() >= expires_ms[0]:
+            if hand.merged:
+                raise Temporary("expired", "Some of the merged commands have waited too long.")
+            return _ending("refused", hand, "iLink could not be reached in time.", reason="expired")
+        wait_s = problem.retry_after_s or backoff(failures)
+        await self.pause(wait_s + needs.clock.jitter(wait_s / 4))
+        return None
+
+    async def _throttled(self, hand: Hand, answer: Throttled) -> Wait | Ending:
+        """-2: quiet until the user writes. Refused again in another window, the command itself is at fault.
+
+        Of merged commands the first goes alone the next time, so that each fault is found.
+        """
+        this_window = hand.counted_in
+        repeated = hand.throttled_in not in ("", this_window)
+        hand = msgspec.structs.replace(hand, throttled_in=this_window)
+        hand = _alone(hand) if hand.merged and not hand.tried else hand
+        now_ms = self.needs.clock.now_ms()
+        await self.needs.contexts.save(self.peer, lambda context: window.throttled(context, hand, now_ms))
+        log.info(
+            "send.throttled",
+            bot=self.peer.bot,
+            command=hand.command,
+            ret=answer.ret,
+            errcode=answer.errcode,
+            errmsg=answer.errmsg,
+        )
+        if repeated:
+            ending = _ending("refused", hand, answer.detail, reason="throttled").with_answer(answer)
+            return in_doubt(ending, hand, self.command)
+        return _wait("throttled", hand, answer)
 
 
 def _all_taken(hand: Hand) -> Ending:
@@ -167,203 +372,11 @@ def _all_taken(hand: Hand) -> Ending:
     return Ending(outcome, "", "", ids, hand.attempts, hand.ret, hand.errcode, hand.errmsg)
 
 
-def _is_out(context: Context, command: Command, sender: Sender) -> bool:
-    return window.is_out(context, command.sandbox, sender.clock.now_ms(), sender.answer_s)
-
-
-def _one_at_a_time(context: Context, command: Command, sender: Sender) -> None:
-    """Raises Temporary while a request of the bot's sandbox before may be out."""
-    if _is_out(context, command, sender):
-        raise Temporary("bot_moved", "A request of the sandbox that the bot served before may be out.")
-
-
-def _closed(command: Command, hand: Hand, peer: Peer, sender: Sender) -> Wait | None:
-    """Why the next request may not leave now. Before the first, all parts must fit; a repeat was counted already."""
-    first = hand.part == 0 and not hand.tried
-    counted = hand.tried and hand.counted_in == peer.context.inbound_id
-    needed = 0 if counted else len(command.parts) if first else 1
-    now_ms = sender.clock.now_ms()
-    closed = window.verdict(peer.context, now_ms, sender.rules, needed=needed, final=command.final)
-    return Wait(closed, attempts=hand.attempts) if closed else None
-
-
-async def _bring(
-    part: MediaPart, command: Command, hand: Hand, peer: Peer, account: Account, sender: Sender
-) -> Uploaded | Ending | Wait:
-    """The part's media on the CDN. Nothing of it counts, or blocks another user, before it is named in a message."""
-    failures = 0
-    while True:
-        try:
-            ready = await sender.upload(client_id(command, hand.part), part, account, peer.user)
-        except StoreAway:
-            raise
-        except SessionExpired as exc:
-            return _wait("needs_login", hand, exc)
-        except Refused as exc:
-            log.info("upload.refused", bot=peer.bot, command=command.id, detail=exc.detail[:200])
-            _put(peer, peer.context, hand)
-            if hand.tried:
-                return _ending("uncertain", hand, "It may have been sent; the media could not be brought again.")
-            return _ending("refused", hand, exc.detail, reason="media").with_answer(exc)
-        except Temporary as exc:
-            failures += 1
-            given_up = await _again(command, hand, peer, exc, sender, failures)
-            if given_up:
-                _put(peer, peer.context, hand)
-                return given_up
-        else:
-            if not (hand.part or hand.tried) and sender.clock.now_ms() >= command.expires_ms:
-                _put(peer, peer.context, hand)
-                return _ending("refused", hand, "Its upload took too long.", reason="expired")
-            return ready
-
-
-async def _request(
-    content: Content, command: Command, hand: Hand, peer: Peer, account: Account, sender: Sender
-) -> Hand | Ending | Wait | Apart:
-    """One request; where the command then stands."""
-    hand = msgspec.structs.replace(hand, attempts=hand.attempts + 1, tried=hand.tried + 1)
-
-    def leaving(context: Context) -> Context:
-        if context.hand and context.hand.sandbox != command.sandbox:
-            # read anew in the meantime, since another replica had written
-            _one_at_a_time(context, command, sender)
-        return window.leaving(context, _with_tail(hand, content, context, sender), sender.clock.now_ms())
-
-    await sender.pace()
-    async with sender.slots:
-        sender.check()
-        await sender.contexts.save(peer, leaving)
-        hand = peer.context.hand or hand  # it now says in which window it counts, and what is appended
-        peer.in_flight += 1
-        try:
-            content = content + (hand.tail or "") if isinstance(content, str) else content
-            accepted = await sender.chat.send(
-                account,
-                user=peer.user,
-                client_id=client_id(command, hand.part, len(hand.merged)),
-                context_token=peer.context.token,
-                content=content,
-                check=sender.check,
-            )
-        except Uncertain as exc:
-            sender.metrics.outbound_retries.labels(reason=exc.reason).inc()
-            log.warning("send.unanswered", bot=peer.bot, command=command.id, reason=exc.reason, tried=hand.tried)
-            peer.context = window.unanswered(peer.context, hand, sender.clock.now_ms())
-            answer: Accepted | Temporary | Refused | None = None
-        except (Temporary, Refused) as exc:
-            answer = exc
-        except LeaseLost:  # it has not left
-            unsent = msgspec.structs.replace(hand, attempts=hand.attempts - 1, tried=hand.tried - 1)
-            peer.context = window.returned(peer.context, unsent)
-            raise
-        else:
-            answer = accepted
-        finally:
-            peer.in_flight -= 1
-    untouched = msgspec.structs.replace(hand, tried=hand.tried - 1)
-    match answer:
-        case None:
-            await sender.pause(1.0)
-            return hand
-        case Temporary():
-            peer.context = window.returned(peer.context, untouched)
-            return await _again(command, untouched, peer, answer, sender, untouched.attempts) or untouched
-        case Throttled():
-            return await _throttled(command, untouched, peer, answer, sender)
-        case SessionExpired():
-            # stored: until the user's next login hours may pass, and the next bot repeats nothing without an answer
-            await sender.contexts.save(peer, lambda context: window.returned(context, untouched))
-            return _wait("needs_login", hand, answer)
-        case Refused():
-            apart = bool(hand.merged) and not untouched.tried
-            untouched = _alone(untouched) if apart else untouched
-            peer.context = window.returned(peer.context, untouched)
-            if apart:
-                return Apart()
-            ending = _ending("refused", hand, answer.detail, reason=answer.reason).with_answer(answer)
-            return in_doubt(ending, untouched, command)
-        case Accepted():
-            sender.note(command.sandbox, peer.bot, peer.user, answer.message_id, *_words(content))
-            return _accepted(hand, peer, answer, sender)
-
-
-def _with_tail(hand: Hand, content: Content, context: Context, sender: Sender) -> Hand:
-    """Decides before a text's first request what is appended to it; a repeat says the same."""
-    if not isinstance(content, str) or not sender.continue_text or hand.tail is not None or hand.tried > 1:
-        return hand
-    whole = f"{content}\n\n{sender.continue_text}"
-    fits = len(whole) <= sender.text_chars and len(whole.encode()) <= MAX_BYTES
-    tail = whole[len(content) :] if fits and window.takes_last(context, sender.rules) else ""
-    return msgspec.structs.replace(hand, tail=tail)
-
-
 def _words(content: Content) -> tuple[str, str]:
     """Kind and text of what was sent, for later quotes of it."""
     if isinstance(content, str):
         return "text", content
     return content.kind, summary(content.kind, content.name if content.kind == "file" else "")
-
-
-def _accepted(hand: Hand, peer: Peer, answer: Accepted, sender: Sender) -> Hand:
-    ids = [*hand.message_ids, answer.message_id] if answer.message_id else hand.message_ids
-    confirmed = bool(answer.message_id) or sender.empty_is_success
-    if not hand.unconfirmed:
-        hand = msgspec.structs.replace(hand, ret=answer.ret, errcode=answer.errcode, errmsg=answer.errmsg)
-    hand = msgspec.structs.replace(
-        hand, part=hand.part + 1, tried=0, tail=None, message_ids=ids, unconfirmed=hand.unconfirmed or not confirmed
-    )
-    peer.context = window.taken(peer.context, hand, sender.clock.now_ms())
-    return hand
-
-
-async def _again(
-    command: Command, hand: Hand, peer: Peer, problem: Temporary, sender: Sender, failures: int
-) -> Ending | None:
-    """iLink took nothing. What did not even leave waits as long as it takes; else a number of attempts.
-
-    Returns None after a pause. Raises Temporary where only part of what is merged expired.
-    """
-    sender.metrics.outbound_retries.labels(reason=problem.reason).inc()
-    log.warning("send.failed", bot=peer.bot, command=command.id, reason=problem.reason, attempts=hand.attempts)
-    if problem.reason != "network" and failures >= sender.attempts * len(command.parts):
-        return in_doubt(_ending("dead_lettered", hand, problem.detail, reason="unreachable"), hand, command)
-    expires_ms = sorted(one.expires_ms for one in (command, *command.merged))
-    if hand.tried:  # an earlier request may have been taken: nothing of it may be called unsent
-        if sender.clock.now_ms() >= expires_ms[-1]:
-            return _ending("uncertain", hand, "It may have been sent; iLink could not be asked again in time.")
-    elif sender.clock.now_ms() >= expires_ms[0]:
-        if hand.merged:
-            raise Temporary("expired", "Some of the merged commands have waited too long.")
-        return _ending("refused", hand, "iLink could not be reached in time.", reason="expired")
-    wait_s = problem.retry_after_s or backoff(failures)
-    await sender.pause(wait_s + sender.clock.jitter(wait_s / 4))
-    return None
-
-
-async def _throttled(command: Command, hand: Hand, peer: Peer, answer: Throttled, sender: Sender) -> Wait | Ending:
-    """-2: quiet until the user writes. Refused again in another window, the command itself is at fault.
-
-    Of merged commands the first goes alone the next time, so that each fault is found.
-    """
-    this_window = hand.counted_in
-    repeated = hand.throttled_in not in ("", this_window)
-    hand = msgspec.structs.replace(hand, throttled_in=this_window)
-    hand = _alone(hand) if hand.merged and not hand.tried else hand
-    now_ms = sender.clock.now_ms()
-    await sender.contexts.save(peer, lambda context: window.throttled(context, hand, now_ms))
-    log.info(
-        "send.throttled",
-        bot=peer.bot,
-        command=hand.command,
-        ret=answer.ret,
-        errcode=answer.errcode,
-        errmsg=answer.errmsg,
-    )
-    if repeated:
-        ending = _ending("refused", hand, answer.detail, reason="throttled").with_answer(answer)
-        return in_doubt(ending, hand, command)
-    return _wait("throttled", hand, answer)
 
 
 def in_doubt(ending: Ending, hand: Hand | None, command: Command) -> Ending:
@@ -389,9 +402,9 @@ def _alone(hand: Hand) -> Hand:
     return msgspec.structs.replace(hand, merged=[], tail=None)
 
 
-def _put(peer: Peer, context: Context, hand: Hand) -> None:
+def _put(peer: Peer, hand: Hand) -> None:
     """Changes the record in memory; stored with the next request, since the bucket errs on the safe side."""
-    peer.context = msgspec.structs.replace(context, hand=hand)
+    peer.context = msgspec.structs.replace(peer.context, hand=hand)
 
 
 def _ending(outcome: Outcome, hand: Hand, detail: str = "", *, reason: str = "") -> Ending:

@@ -27,7 +27,7 @@ from adapter.names import Names
 from adapter.ports import Account, Bus, History
 from adapter.receipts import Receipts
 from adapter.records import Binding, Context, Hand
-from adapter.sending import MAX_RESENDS, Ending, Sender, in_doubt
+from adapter.sending import MAX_RESENDS, Ending, Sending, in_doubt
 from adapter.tasks import Tasks
 from adapter.timing import Turns, first_of
 from adapter.typing_indicator import Showing
@@ -46,8 +46,7 @@ all that it has, and what is taken for gone is overtaken."""
 class Outgoing(NamedTuple):
     """What the lanes need."""
 
-    sender: Sender
-    """Without `pause`, `check` and `upload`, which each shard brings, and `pace`, which each lane brings."""
+    sending: Sending
     uploads: Uploads
     bus: Bus
     history: History
@@ -88,7 +87,7 @@ class Settling:
     def __init__(self, number: int, needs: Outgoing) -> None:
         self.number = number
         self._needs = needs
-        self._sender = needs.sender
+        self._sending = needs.sending
         self._in_hand: dict[int, Item] = {}
         """By sequence: delivered, and neither parked nor settled."""
         self._settled: OrderedDict[int, int] = OrderedDict()
@@ -118,7 +117,7 @@ class Settling:
 
     async def _peer(self, lane: Lane) -> Peer:
         """The lane's user, with what was sent to them over the bot before. Raises Temporary, LeaseLost."""
-        contexts = self._sender.contexts
+        contexts = self._sending.contexts
         peer = await contexts.peer(lane.bot, lane.user)
         if lane.inherited_ms < math.inf:
             await self._find_former(lane)
@@ -157,12 +156,12 @@ class Settling:
         return self._shown(await self._peer(lane)) if lane.user else contract.Window(remaining=0)
 
     def _shown(self, peer: Peer) -> contract.Window:
-        return window.shown(peer.context, self._sender.clock.now_ms(), self._sender.rules)
+        return window.shown(peer.context, self._sending.clock.now_ms(), self._sending.rules)
 
     def _repeated(self, item: Item) -> None:
         """A second publish of a command that has its receipt, or will have it."""
         log.info("command.repeated", sandbox=item.command.sandbox, command=item.command.id)
-        self._sender.metrics.outbound_messages.labels(
+        self._sending.metrics.outbound_messages.labels(
             kind=item.command.kind, outcome="duplicate", reason="none"
         ).inc()
 

@@ -18,7 +18,7 @@ import msgspec
 
 from adapter import media, window
 from adapter.bindings import Bindings, is_anew
-from adapter.commands import Limits
+from adapter.commands import Command, Limits
 from adapter.contexts import Contexts, Peer
 from adapter.contract import BindingEvent, Inbound, Receipt
 from adapter.errors import BusRefused, Conflict, LeaseLost, Temporary, Uncertain
@@ -51,7 +51,7 @@ from adapter.recall import Recall
 from adapter.receipts import Receipts
 from adapter.records import Binding, Context, Cursor
 from adapter.seal import Sealer
-from adapter.sending import Sender
+from adapter.sending import Send, Sending
 from adapter.sessions import Incoming, Waiting
 from adapter.settling import Outgoing
 from adapter.timing import Beat, Latch, Pace, Turns
@@ -941,11 +941,8 @@ class Bench:
         self.bus.kept.append(Kept(stream, Stored(subject, seq, headers or {}, payload), now_ms))
         return FakeDelivery(subject, payload, seq=seq, time_ms=now_ms, headers=headers, suspect=suspect)
 
-    def sender(self, **changes: Any) -> Sender:
-        async def nothing(_: float = 0.0) -> None:
-            return None
-
-        sender = Sender(
+    def sending(self, **changes: Any) -> Sending:
+        sending = Sending(
             chat=self.chat,
             contexts=self.contexts,
             clock=self.clock,
@@ -957,14 +954,27 @@ class Bench:
             answer_s=15.0,
             continue_text="",
             text_chars=LIMITS.text_chars,
-            pause=asyncio.sleep,
-            pace=nothing,
-            check=lambda: None,
             look=self.look,
             note=self.recall.note,
+        )
+        return sending._replace(**changes)
+
+    def send(self, command: Command, peer: Peer, *, check: Callable[[], None] = lambda: None, **changes: Any) -> Send:
+        """A send as a lane makes it, without its pauses between two; `changes` are those of `sending`."""
+
+        async def pace() -> None:
+            return None
+
+        return Send(
+            self.sending(**changes),
+            command,
+            peer,
+            Account(peer.bot, "secret", ""),
+            pause=asyncio.sleep,
+            pace=pace,
+            check=check,
             upload=self.uploads.bring,
         )
-        return sender._replace(**changes)
 
     def outgoing(self, **changes: Any) -> Outgoing:
         async def stale_on_send(binding: Binding, detail: str) -> None:
@@ -989,7 +999,7 @@ class Bench:
                 await self.bound_yet()
 
         outgoing = Outgoing(
-            sender=self.sender(),
+            sending=self.sending(),
             uploads=self.uploads,
             bus=self.bus,
             history=self.bus,

@@ -191,7 +191,7 @@ class Replica:
     def __init__(self, world: Bench, number: int) -> None:
         self.life = Life()
         self.bench = mortal(world, number, self.life)
-        self.shard: Shard = self.bench.shard(sender=self.bench.sender(rules=LIMITED), merge_chars=40)
+        self.shard: Shard = self.bench.shard(sending=self.bench.sending(rules=LIMITED), merge_chars=40)
         self.stolen: list[FakeDelivery] = []
         """What its old pulls took out of the stream; it reads them when it goes on."""
 

@@ -202,7 +202,7 @@ async def test_a_last_word_takes_along_what_waits_before_it() -> None:
     """It may take the send that is kept back, and must not overtake."""
     bench, shard = await ready(merge_chars=CHARS)
     bench.hears(used=9)
-    shard = bench.shard(merge_chars=CHARS, sender=bench.sender(rules=RULES._replace(reserve=1)))
+    shard = bench.shard(merge_chars=CHARS, sending=bench.sending(rules=RULES._replace(reserve=1)))
     shard.on_delivery(bench.command("a"))
     await asyncio.sleep(5)
     assert parked(bench) != []
@@ -215,7 +215,7 @@ async def test_a_last_word_that_goes_ahead_takes_along_nothing_that_came_before_
     """What is too long stands between them: in one message with it, the first would come after the last."""
     bench, shard = await ready()
     bench.hears(used=9)
-    shard = bench.shard(merge_chars=CHARS, sender=bench.sender(rules=RULES._replace(reserve=1)))
+    shard = bench.shard(merge_chars=CHARS, sending=bench.sending(rules=RULES._replace(reserve=1)))
     for text in ("a", "b" * CHARS):
         shard.on_delivery(bench.command(text))
     await asyncio.sleep(5)
@@ -228,7 +228,7 @@ async def test_a_last_word_that_goes_ahead_takes_along_nothing_that_came_before_
 async def test_what_is_appended_to_a_message_is_repeated_with_it() -> None:
     bench, _ = await ready(is_open=False)
     rules = RULES._replace(sends=1)
-    shard = bench.shard(merge_chars=CHARS, sender=bench.sender(rules=rules, continue_text="Reply to continue."))
+    shard = bench.shard(merge_chars=CHARS, sending=bench.sending(rules=rules, continue_text="Reply to continue."))
     for text in ("a", "b"):
         shard.on_delivery(bench.command(text))
     await asyncio.sleep(5)

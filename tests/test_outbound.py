@@ -791,7 +791,7 @@ async def kept_back(reserve: int = 2, *, used: int = 0, **changes: Any) -> tuple
     bench = Bench()
     await bench.bind()
     bench.hears(used=used)
-    return bench, bench.shard(sender=bench.sender(rules=RULES._replace(reserve=reserve)), **changes)
+    return bench, bench.shard(sending=bench.sending(rules=RULES._replace(reserve=reserve)), **changes)
 
 
 def reports(bench: Bench, shard: Shard, count: int, first: int = 0) -> None:
@@ -886,7 +886,7 @@ async def test_a_final_command_that_is_half_sent_comes_first_also_for_the_next_o
     shard.stop()
 
     after = Bench(bench, incarnation="me-2")
-    shard = after.shard(sender=after.sender(rules=RULES._replace(reserve=2)))
+    shard = after.shard(sending=after.sending(rules=RULES._replace(reserve=2)))
     await shard.load()
     await user_writes(after, shard)
     await asyncio.sleep(60)

@@ -225,9 +225,9 @@ class Replica:
         rules = RULES._replace(sends=settings["sends"], reserve=settings["reserve"])
         self.bench.leases.is_valid = True
         self.bench.leases.owned = set(range(128))
-        sender = self.bench.sender(rules=rules, continue_text="(more)" if settings["tail"] else "")
+        sending = self.bench.sending(rules=rules, continue_text="(more)" if settings["tail"] else "")
         self.shards: dict[int, Shard] = {
-            shard_of(name): self.bench.shard(name, sender=sender, merge_chars=settings["merge_chars"])
+            shard_of(name): self.bench.shard(name, sending=sending, merge_chars=settings["merge_chars"])
             for name in SANDBOXES
         }
 

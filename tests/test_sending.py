@@ -15,7 +15,7 @@ from adapter.contract import Media, Outbound, OutImage, OutText
 from adapter.errors import LeaseLost, Refused, SessionExpired, Temporary, Throttled, Uncertain
 from adapter.ports import Accepted, Account, Uploaded
 from adapter.records import Hand, Merged
-from adapter.sending import Apart, Ending, Repeat, Sender, Wait, send
+from adapter.sending import Apart, Ending, Repeat, Wait
 from tests.fakes import LIMITS, RULES, Bench, Sent
 
 VIRTUAL_TIME = True
@@ -41,9 +41,9 @@ async def ready(**context: Any) -> tuple[Bench, Peer]:
 
 
 async def sent(
-    bench: Bench, peer: Peer, what: Command | None = None, sender: Sender | None = None
+    bench: Bench, peer: Peer, what: Command | None = None, **changes: Any
 ) -> Ending | Wait | Repeat | Apart:
-    return await send(what or command(bench), peer, ACCOUNT, sender or bench.sender())
+    return await bench.send(what or command(bench), peer, **changes).run()
 
 
 # endings -------------------------------------------------------------------------------------------------
@@ -66,9 +66,7 @@ async def test_an_answer_without_an_id_is_unconfirmed_and_never_resent() -> None
 async def test_an_answer_without_an_id_counts_for_servers_older_than_ids() -> None:
     bench, peer = await ready()
     bench.chat.sends.append(NO_ID)
-    assert (await sent(bench, peer, sender=bench.sender(empty_is_success=True))) == Ending(
-        "accepted", attempts=1, ret=0
-    )
+    assert (await sent(bench, peer, empty_is_success=True)) == Ending("accepted", attempts=1, ret=0)
 
 
 async def test_parts_go_one_after_another_under_ids_of_their_own() -> None:
@@ -163,7 +161,7 @@ async def test_a_request_that_was_stopped_as_it_was_about_to_leave_does_not_coun
             raise problem
 
     with pytest.raises(LeaseLost):
-        await sent(bench, peer, sender=bench.sender(check=check))
+        await sent(bench, peer, check=check)
     assert (bench.chat.sent, peer.context.used, peer.in_flight) == ([], 0, 0)
     bench.chat.sends.extend([TIMEOUT, Accepted("1", 0, None, "")])
     assert await sent(bench, peer) == Ending("accepted", message_ids=("1",), attempts=2, ret=0)
@@ -289,13 +287,11 @@ async def test_parts_start_only_if_all_fit() -> None:
 
 async def test_some_sends_are_kept_back_for_the_last_word() -> None:
     bench, peer = await ready(used=7)
-    sender = bench.sender(rules=RULES._replace(reserve=2))
-    assert isinstance(await sent(bench, peer, command(bench, ident="a"), sender=sender), Ending)
-    assert await sent(bench, peer, command(bench, ident="b"), sender=sender) == Wait("quota")
-    assert await sent(bench, peer, command(bench, "x", "y", "z", ident="c", final=True), sender=sender) == Wait(
-        "quota"
-    )
-    assert isinstance(await sent(bench, peer, command(bench, "x", "y", ident="d", final=True), sender=sender), Ending)
+    rules = RULES._replace(reserve=2)
+    assert isinstance(await sent(bench, peer, command(bench, ident="a"), rules=rules), Ending)
+    assert await sent(bench, peer, command(bench, ident="b"), rules=rules) == Wait("quota")
+    assert await sent(bench, peer, command(bench, "x", "y", "z", ident="c", final=True), rules=rules) == Wait("quota")
+    assert isinstance(await sent(bench, peer, command(bench, "x", "y", ident="d", final=True), rules=rules), Ending)
     assert bench.chat.texts == ["hi", "x", "y"]
 
 
@@ -306,14 +302,13 @@ MORE = "Reply to continue."
 
 async def test_the_text_that_takes_the_last_send_says_how_to_go_on() -> None:
     bench, peer = await ready(used=7)
-    await sent(bench, peer, command(bench, "a", "b", "c"), sender=bench.sender(continue_text=MORE))
+    await sent(bench, peer, command(bench, "a", "b", "c"), continue_text=MORE)
     assert bench.chat.texts == ["a", "b", "c\n\nReply to continue."]
 
 
 async def test_nothing_is_appended_where_nothing_is_counted() -> None:
     bench, peer = await ready(used=100)
-    sender = bench.sender(continue_text=MORE, rules=RULES._replace(sends=0))
-    await sent(bench, peer, sender=sender)
+    await sent(bench, peer, continue_text=MORE, rules=RULES._replace(sends=0))
     assert bench.chat.texts == ["hi"]
 
 
@@ -325,14 +320,13 @@ async def test_nothing_is_appended_where_nothing_is_counted() -> None:
 async def test_nothing_is_appended_where_it_does_not_fit(text: str, chars: int, fits: bool) -> None:
     bench, peer = await ready(used=9)
     body = command(bench)._replace(parts=[text])
-    await sent(bench, peer, body, sender=bench.sender(continue_text=MORE, text_chars=chars))
+    await sent(bench, peer, body, continue_text=MORE, text_chars=chars)
     assert bench.chat.texts == [text + "\n\nReply to continue." * fits if fits else text]
 
 
 async def test_a_repeat_says_the_same() -> None:
     """Under the same client_id, whatever the window has become; and the next part is another matter."""
     bench, peer = await ready(used=8)
-    sender = bench.sender(continue_text=MORE)
     bench.chat.sends.extend([Accepted("m1", 0, None, ""), TIMEOUT])
 
     async def write_again(what: Sent) -> None:
@@ -343,10 +337,10 @@ async def test_a_repeat_says_the_same() -> None:
             )
 
     bench.chat.on_send = write_again
-    await sent(bench, peer, command(bench, "a", "b"), sender=sender)
+    await sent(bench, peer, command(bench, "a", "b"), continue_text=MORE)
     assert bench.chat.texts == ["a", "b\n\nReply to continue.", "b\n\nReply to continue."]
     assert bench.chat.sent[1].client_id == bench.chat.sent[2].client_id
-    await sent(bench, peer, command(bench, "c", ident="c2"), sender=sender)
+    await sent(bench, peer, command(bench, "c", ident="c2"), continue_text=MORE)
     assert bench.chat.texts[3:] == ["c"]
 
 
@@ -356,7 +350,7 @@ async def test_after_a_crash_a_repeat_says_the_same(tail: str | None, text: str)
     one = command(bench)
     bench.hears(used=10, hand=in_hand(one, tail=tail))
     peer = await Bench(bench).contexts.peer(BOT, USER)
-    await sent(bench, peer, one, sender=bench.sender(continue_text=MORE))
+    await sent(bench, peer, one, continue_text=MORE)
     assert bench.chat.texts == [text]
 
 
@@ -442,7 +436,7 @@ async def test_an_upload_occupies_no_slot_of_the_sends() -> None:
         assert not slots.locked()
 
     bench.cdn.on_upload = look
-    assert isinstance(await sent(bench, peer, picture(bench), bench.sender(slots=slots)), Ending)
+    assert isinstance(await sent(bench, peer, picture(bench), slots=slots), Ending)
     assert bench.cdn.asked == 1
 
 
@@ -460,7 +454,7 @@ async def test_who_loses_the_shard_during_an_upload_sends_nothing() -> None:
 
     bench.cdn.on_upload = lose
     with pytest.raises(LeaseLost):
-        await sent(bench, peer, picture(bench), bench.sender(check=check))
+        await sent(bench, peer, picture(bench), check=check)
     assert (bench.cdn.asked, bench.chat.sent) == (1, [])
 
 
@@ -554,8 +548,7 @@ async def test_media_that_may_have_been_sent_and_cannot_be_brought_again_are_unc
 async def test_what_is_sent_is_kept_for_quotes_of_it() -> None:
     bench, peer = await ready()
     noted: list[tuple[str, ...]] = []
-    sender = bench.sender(note=lambda *words: noted.append(words))
-    await sent(bench, peer, picture(bench, caption="look"), sender)
+    await sent(bench, peer, picture(bench, caption="look"), note=lambda *words: noted.append(words))
     assert noted == [("s1", BOT, USER, "m1", "text", "look"), ("s1", BOT, USER, "m2", "image", "[image]")]
 
 
@@ -732,7 +725,7 @@ async def test_who_lost_the_shard_sends_nothing() -> None:
         raise LeaseLost("lease_lost")
 
     with pytest.raises(LeaseLost):
-        await sent(bench, peer, sender=bench.sender(check=check))
+        await sent(bench, peer, check=check)
     assert bench.chat.sent == []
 
 
@@ -750,7 +743,7 @@ async def test_who_loses_the_shard_while_counting_sends_nothing() -> None:
 
     bench.contexts_bucket.on_write = lose
     with pytest.raises(LeaseLost):
-        await sent(bench, peer, sender=bench.sender(check=check))
+        await sent(bench, peer, check=check)
     assert bench.chat.sent == []
 
 

@@ -34,7 +34,7 @@ THREE = ("A" * 3000 + "\n\n") * 3
 
 def keeping_back(bench: Bench) -> Shard:
     """A shard that keeps two sends of each window back for last words."""
-    return bench.shard(sender=bench.sender(rules=bench.sender().rules._replace(reserve=2)))
+    return bench.shard(sending=bench.sending(rules=bench.sending().rules._replace(reserve=2)))
 
 
 # what can be told ----------------------------------------------------------------------------------------
@@ -157,7 +157,7 @@ async def test_hiding_that_has_to_wait_for_a_login_is_told_so_at_once() -> None:
 
 async def test_a_dead_letter_may_be_tried_again_under_its_id() -> None:
     bench, shard = await ready()
-    bench.chat.sends.extend([Temporary("http_5xx")] * bench.sender().attempts)
+    bench.chat.sends.extend([Temporary("http_5xx")] * bench.sending().attempts)
     shard.on_delivery(bench.command("hi", id="c"))
     await asyncio.sleep(300)
     assert outcomes(bench) == [("c", "dead_lettered", "unreachable")]

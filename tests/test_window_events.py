@@ -13,9 +13,8 @@ from adapter import window
 from adapter.commands import read_command
 from adapter.contract import Outbound, OutText, WindowEvent
 from adapter.errors import BusRefused, Temporary, Throttled, Uncertain
-from adapter.ports import Account, Message
+from adapter.ports import Message
 from adapter.records import Context
-from adapter.sending import send
 from adapter.window_events import LOOKS_PER_S, WindowEvents
 from tests.fakes import LIMITS, RULES, Bench, settle
 
@@ -78,7 +77,7 @@ async def sends(bench: Bench, count: int = 1, rules: window.Rules = LOW, **body:
         command = read_command(
             Outbound(text="hi", **body), sandbox="s1", ident=ident, stored_ms=bench.clock.now_ms(), limits=LIMITS
         )
-        await send(command, peer, Account(BOT, "t", ""), bench.sender(rules=rules))
+        await bench.send(command, peer, rules=rules).run()
         peer.context = window.settled(peer.context, command.client, sent=True)
         await settle()
 
@@ -179,7 +178,7 @@ async def test_each_part_of_a_long_answer_is_told() -> None:
         peer = await bench.contexts.peer(BOT, USER)
         body = Outbound(items=[OutText(text="part")] * 10)
         command = read_command(body, sandbox="s1", ident="c", stored_ms=bench.clock.now_ms(), limits=LIMITS)
-        await send(command, peer, Account(BOT, "t", ""), bench.sender())
+        await bench.send(command, peer).run()
         await settle()
         assert [change for change, *_ in told(bench)] == ["opened", "low", "closed"]
 
