@@ -11,6 +11,7 @@ import itertools
 import socket
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -23,9 +24,11 @@ from adapter.ilink.connection import Connection
 from adapter.ilink.network import CheckedResolver
 from adapter.ilink.protocol import AGENT, Reply
 from adapter.ilink.proxied import Proxied
+from adapter.ilink.tls import ResumingContext
 from adapter.ilink.transport import Transport, _target
 from adapter.metrics import Metrics
 from adapter.ports import Account
+from tests.authority import Authority
 from tests.e2e.waiting import free_port, until
 from tests.fakes import Wire
 
@@ -88,14 +91,14 @@ async def server() -> AsyncIterator[Server]:
 @pytest.fixture(params=[Transport, Proxied])
 async def transport(request: pytest.FixtureRequest) -> AsyncIterator[Transport | Proxied]:
     """That of a proxy's users reads the same answers in the same way."""
-    made = request.param(tls=ssl.create_default_context(), max_answer_bytes=LARGEST, resolver=RESOLVER)
+    made = request.param(tls=ResumingContext(), max_answer_bytes=LARGEST, resolver=RESOLVER)
     yield made
     await made.close()
 
 
 @pytest.fixture
 async def own() -> AsyncIterator[Transport]:
-    made = Transport(tls=ssl.create_default_context(), max_answer_bytes=LARGEST, resolver=RESOLVER)
+    made = Transport(tls=ResumingContext(), max_answer_bytes=LARGEST, resolver=RESOLVER)
     yield made
     await made.close()
 
@@ -449,7 +452,7 @@ async def test_what_may_not_be_sent_any_more_does_not_leave(server: Server, kept
         raise LeaseLost("lease_lost")
 
     resolver = CheckedResolver(("one.example",), look_up=look_up)
-    made = Transport(tls=ssl.create_default_context(), max_answer_bytes=LARGEST, resolver=resolver)
+    made = Transport(tls=ResumingContext(), max_answer_bytes=LARGEST, resolver=resolver)
     url = server.url.replace("127.0.0.1", "one.example")
     try:
         if kept:
@@ -474,7 +477,7 @@ async def test_the_next_address_is_tried_where_one_does_not_take_the_connection(
         return ["::1", "127.0.0.1"]
 
     resolver = CheckedResolver(("two.example",), look_up=look_up)
-    made = Transport(tls=ssl.create_default_context(), max_answer_bytes=LARGEST, resolver=resolver)
+    made = Transport(tls=ResumingContext(), max_answer_bytes=LARGEST, resolver=resolver)
     try:
         assert (await post(made, server.url.replace("127.0.0.1", "two.example"))).status == 200
     finally:
@@ -493,7 +496,7 @@ async def test_a_name_is_asked_for_once_by_many_and_again_after_a_failure(server
         return ["127.0.0.1"]
 
     resolver = CheckedResolver(("one.example",), look_up=look_up)
-    made = Transport(tls=ssl.create_default_context(), max_answer_bytes=LARGEST, resolver=resolver)
+    made = Transport(tls=ResumingContext(), max_answer_bytes=LARGEST, resolver=resolver)
     url = server.url.replace("127.0.0.1", "one.example")
     try:
         failed = await asyncio.gather(*(post(made, url) for _ in range(5)), return_exceptions=True)
@@ -515,7 +518,7 @@ async def test_a_server_that_does_not_take_the_connection_is_given_up(monkeypatc
         listening.bind(("127.0.0.1", 0))
         listening.listen(0)
         port = listening.getsockname()[1]
-        made = Transport(tls=ssl.create_default_context(), max_answer_bytes=LARGEST, resolver=RESOLVER)
+        made = Transport(tls=ResumingContext(), max_answer_bytes=LARGEST, resolver=RESOLVER)
         fillers = [socket.socket() for _ in range(4)]
         for filler in fillers:
             filler.setblocking(False)
@@ -548,7 +551,7 @@ async def test_a_proxy_is_asked_where_the_environment_names_one(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     _target.cache_clear()
-    made = Transport(tls=ssl.create_default_context(), max_answer_bytes=LARGEST, resolver=RESOLVER)
+    made = Transport(tls=ResumingContext(), max_answer_bytes=LARGEST, resolver=RESOLVER)
     try:
         if by_proxy:  # at which nobody listens
             with pytest.raises(Temporary):
@@ -626,3 +629,47 @@ def test_an_answer_may_come_in_any_pieces(cuts: list[int]) -> None:
     reply, usable = asyncio.run(ask())
     assert (reply.status, reply.body, reply.headers["x"]) == (200, b"hello world", "1")
     assert usable
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("newest", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+@pytest.mark.parametrize("closes", [b"", b"Connection: close\r\n"])
+def test_who_was_spoken_with_need_not_show_its_certificates_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loop: str, newest: ssl.TLSVersion, closes: bytes
+) -> None:
+    """Over TLS: the first connection, one that resumes it, one that fails, and one more, which begins afresh."""
+    authority = Authority(tmp_path)
+    monkeypatch.setenv("SSL_CERT_FILE", str(authority.file))
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.maximum_version = newest
+    tls.load_cert_chain(*authority.issue("ilink"))
+    resumed: list[bool] = []
+    answer = OK.replace(b"\r\n\r\n", b"\r\n" + closes + b"\r\n")
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        resumed.append(writer.get_extra_info("ssl_object").session_reused)
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(answer)
+        writer.close()
+
+    async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(1)
+        writer.close()
+
+    async def talk() -> None:
+        transport = Transport(tls=ResumingContext(), max_answer_bytes=LARGEST, resolver=RESOLVER)
+        port = free_port()
+        url = f"https://127.0.0.1:{port}/"
+        async with await asyncio.start_server(serve, "127.0.0.1", port, ssl=tls):
+            for _ in range(2):
+                await post(transport, url, afresh=not closes)
+        async with await asyncio.start_server(refuse, "127.0.0.1", port):
+            with pytest.raises(Temporary):
+                await post(transport, url, afresh=not closes)
+        async with await asyncio.start_server(serve, "127.0.0.1", port, ssl=tls):
+            await post(transport, url, afresh=not closes)
+        await transport.close()
+
+    with asyncio.Runner(loop_factory=LOOPS[loop]) as runner:
+        runner.run(talk())
+    assert resumed == [False, True, False]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import ssl
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -15,6 +14,7 @@ from adapter.errors import AdapterError, LeaseLost, Refused, SessionExpired, Tem
 from adapter.ilink import protocol
 from adapter.ilink.network import CheckedResolver, Lookup, lookup
 from adapter.ilink.protocol import Reply, Request
+from adapter.ilink.tls import ResumingContext
 from adapter.ilink.transport import Transport
 from adapter.ilink.wire import THROTTLED
 from adapter.metrics import Metrics
@@ -53,7 +53,7 @@ class ILink:
         self._poll_margin_s = poll_margin_s
         self._send_timeout_s = send_timeout_s
         self._transport = Transport(
-            tls=ssl.create_default_context(),
+            tls=ResumingContext(),
             max_answer_bytes=max_answer_bytes,
             resolver=CheckedResolver(allowed_hosts, look_up=look_up),
         )

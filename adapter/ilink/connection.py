@@ -6,6 +6,7 @@ It knows nothing of names, TLS or pools (`transport`), and follows nothing, stor
 from __future__ import annotations
 
 import asyncio
+import ssl
 from typing import cast
 
 import httptools
@@ -50,6 +51,7 @@ class Connection(asyncio.Protocol):
         "_status",
         "_transport",
         "idle_since",
+        "tls",
     )
 
     def __init__(self, most: int) -> None:
@@ -61,6 +63,7 @@ class Connection(asyncio.Protocol):
         self._keeps = True
         self.idle_since = 0.0
         """When its last answer ended, by the loop's clock."""
+        self.tls: ssl.SSLObject | None = None
         self._headers: dict[str, str]
         self._body: list[bytes]
         self._problem: AdapterError | None
@@ -117,6 +120,7 @@ class Connection(asyncio.Protocol):
         self._parser = httptools.HttpResponseParser(self)
         self._parser.set_dangerous_leniencies(**LENIENCIES)
         self._transport = cast(asyncio.Transport, transport)  # uvloop's are of no class of asyncio's
+        self.tls = transport.get_extra_info("ssl_object")
 
     def data_received(self, data: bytes) -> None:
         """A piece of the answer; what comes unasked ends the connection, since nobody knows what it answers."""

@@ -24,6 +24,7 @@ from adapter.ilink.connection import Connection
 from adapter.ilink.network import CONNECT_S, KEPT_S, CheckedResolver
 from adapter.ilink.protocol import AGENT, Reply
 from adapter.ilink.proxied import Proxied
+from adapter.ilink.tls import ResumingContext
 
 TLS_S = 30.0
 """Longer than CONNECT_S, since a process that starts with thousands of bots is busy with as many handshakes."""
@@ -55,7 +56,7 @@ class Target(NamedTuple):
 class Transport:
     """One request for one answer, whatever the bot, without following redirects."""
 
-    def __init__(self, *, tls: ssl.SSLContext, max_answer_bytes: int, resolver: CheckedResolver) -> None:
+    def __init__(self, *, tls: ResumingContext, max_answer_bytes: int, resolver: CheckedResolver) -> None:
         self._tls = tls
         self._resolver = resolver
         self._most = max_answer_bytes
@@ -101,6 +102,8 @@ class Transport:
             if kept is not None:  # what lay idle beside it may be as dead, and a repeat is to meet another (10.4)
                 self._close_idle(target.origin, began)
             raise
+        if kept is None and connection.tls is not None:
+            self._tls.keep(target.origin.host, connection.tls)
         if afresh:
             connection.close()
         elif connection.usable:
@@ -184,6 +187,7 @@ class Transport:
         except (OSError, ssl.CertificateError) as exc:  # also TimeoutError
             if connected is not None:
                 connected.close()
+            self._tls.forget(origin.host)
             exc.__traceback__ = None  # in it is who keeps it: both would wait for the garbage collector
             raise Temporary("network", type(exc).__name__) from exc
         return connection
