@@ -285,7 +285,7 @@ class Metrics:
             "nats_streams_altered", "Streams and buckets that somebody changed so that a guarantee is broken."
         )
         self.nats_purges = self._counter(
-            "nats_purges", "Times that a bucket had fewer keys than were surely written: somebody purged it."
+            "nats_purges", "Times that a bucket had fewer keys than were surely written, or older ones than before."
         )
         self.nats_publish_duration = self._histogram(
             "nats_publish_duration_seconds", "From a write to its acknowledgement.", _FAST_S, stream=streams

@@ -531,6 +531,22 @@ async def test_an_owner_that_begins_to_poll_as_it_is_asked_keeps_its_bot(poller:
     assert bench.cursor().owner == "other-1"
 
 
+async def test_a_record_that_was_set_back_names_its_owner_again_with_the_next_poll() -> None:
+    """Else whom the shard is handed to takes the bot from one that is dead, while this one's last poll waits."""
+    bench = await ready(None)
+    _, task = tended(bench)
+    await asyncio.sleep(1)
+    bench.cursors.put(KEY, msgspec.json.encode(Cursor(cursor="old", owner="dead-1")))
+    bench.leases.proven_dead.add("dead-1")
+    bench.purges += 1
+    await task  # the supervisor begins another one, as long as the shard is its own
+    session, task = tended(bench)
+    await asyncio.sleep(1)
+    assert (bench.cursor().owner, bench.chat.asked) == ("me-1", ["", "old"])
+    session.leave(now=True)
+    await task
+
+
 async def test_who_waits_for_an_owner_holds_up_no_other_bot() -> None:
     """Starts are bounded; one that waits for a replica elsewhere must not use up the bound."""
     bench = await ready()

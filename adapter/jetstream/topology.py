@@ -336,13 +336,15 @@ class Inspector:
         at_least: Mapping[str, Callable[[], int]],
         on_purge: Callable[[str], None],
     ) -> None:
-        """`at_least` says by bucket how many keys are surely there; `on_purge` gets one where there are fewer."""
+        """`at_least` says by bucket how many keys are surely there; `on_purge` gets one that has fewer, or
+        older ones than before."""
         self._wanted = streams(names, settings)
         self._at_least = {f"KV_{bucket}": count for bucket, count in at_least.items()}
         self._on_purge = on_purge
         self.altered: dict[str, list[Difference]] = {}
         """What somebody changed, by stream, of what breaks a guarantee, when it was last seen."""
         self._messages: dict[str, int] = {}
+        self._last_seq: dict[str, int] = {}
         self._purges: Counter[str] = Counter()
         self._fewer: set[str] = set()
 
@@ -355,7 +357,7 @@ class Inspector:
         return bucket in self._fewer
 
     def purges(self, bucket: str) -> int:
-        """How often keys of a bucket were seen to have vanished."""
+        """How often keys of a bucket were seen to have vanished, or the bucket to have been set back."""
         return self._purges[bucket]
 
     async def look(self, link: Link) -> list[str]:
@@ -375,6 +377,7 @@ class Inspector:
             self._compare_config(wanted, info["config"])
             self._messages[name] = int(info["state"]["messages"])
             self._compare(name.removeprefix("KV_"), self._messages[name], at_least)
+            self._compare_age(name, int(info["state"]["last_seq"]))
         return missing
 
     def _compare_config(self, wanted: Wanted, config: dict[str, Any]) -> None:
@@ -390,6 +393,14 @@ class Inspector:
         else:
             del self.altered[wanted.name]
             log.info("stream.mended", stream=wanted.name)
+
+    def _compare_age(self, stream: str, last_seq: int) -> None:
+        """A bucket that was restored, or lost its last writes with a disk, has all its keys: old ones."""
+        before, self._last_seq[stream] = self._last_seq.get(stream, 0), last_seq
+        if last_seq < before and (bucket := stream.removeprefix("KV_")) != stream:
+            self._purges[bucket] += 1
+            log.error("bucket.set_back", bucket=bucket, last_seq=last_seq, before=before)
+            self._on_purge(bucket)
 
     def _compare(self, bucket: str, keys: int, at_least: int) -> None:
         if keys >= at_least:

@@ -1122,6 +1122,26 @@ async def test_an_inspector_names_streams_that_are_gone_and_buckets_that_were_em
     assert await inspector.look(rig.link) == []
 
 
+async def test_an_inspector_notices_a_bucket_that_was_set_back_with_all_its_keys(rig: Rig) -> None:
+    """As after a restore, or on a disk that forgot: no key is missing, and whose bots are idle write none anew."""
+    purged: list[str] = []
+    bucket = rig.bucket(NAMES.cursors)
+    inspector = topology.Inspector(NAMES, rig.bus.settings, at_least={}, on_purge=purged.append)
+    revision = await bucket.update("a", b"old", 0)
+    await bucket.update("a", b"new", revision)
+    await inspector.look(rig.link)
+    config = (await rig.link.api(f"STREAM.INFO.{bucket.stream}"))["config"]
+    await rig.link.api(f"STREAM.DELETE.{bucket.stream}")
+    await inspector.look(rig.link)
+    assert purged == []
+    await rig.link.api(f"STREAM.CREATE.{bucket.stream}", config | {"first_seq": revision})
+    await bucket.update("a", b"old", 0)
+    for _ in range(2):
+        await inspector.look(rig.link)
+    assert (purged, inspector.purges(NAMES.cursors)) == ([NAMES.cursors], 1)
+    assert not inspector.lacks(NAMES.cursors)
+
+
 async def test_an_inspector_tells_what_was_changed_once_and_not_an_operators_own_limits(rig: Rig) -> None:
     inspector = topology.Inspector(NAMES, rig.bus.settings, at_least={}, on_purge=lambda _: None)
     config = (await rig.link.api(f"STREAM.INFO.{NAMES.stream_out}"))["config"]
