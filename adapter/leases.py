@@ -82,6 +82,7 @@ class Leases:
         self._lease_s = lease_s
         self._revision = 0
         """Of this incarnation's key among the members."""
+        self._renewing = asyncio.Lock()
         self._look = asyncio.Event()
         self._deadline = 0.0
         """Monotonic time up to which the lease is valid."""
@@ -171,6 +172,10 @@ class Leases:
 
     async def _renew(self) -> None:
         """Raises Temporary, LeaseLost when another replica revoked this incarnation."""
+        async with self._renewing:  # who leaves renews once more, perhaps as a renewal is out
+            await self._renew_once()
+
+    async def _renew_once(self) -> None:
         sent = self._clock.monotonic()
         value = msgspec.json.encode(Member(instance=self._instance, draining=self.draining))
         try:

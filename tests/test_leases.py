@@ -536,6 +536,18 @@ async def test_one_who_drains_claims_nothing_and_hands_over_at_once(cluster: Clu
     assert first.leases.owned == set()
 
 
+async def test_one_who_drains_as_it_renews_is_known_to_drain_at_once(cluster: Cluster) -> None:
+    """Two renewals of one revision: the second would fail, and the others would hear a second later."""
+    first = cluster.start()
+    await cluster.run(3)
+    first.members.late_s = 0.5
+    with capture_logs() as logs:
+        for _ in range(5):  # in a renewal, and before one
+            await cluster.run(0.3)
+            await first.leases.drain()
+    assert [line["event"] for line in logs] == []
+
+
 async def test_one_who_drains_does_not_take_the_shards_of_one_who_dies(cluster: Cluster) -> None:
     first, second = cluster.start(), cluster.start()
     await cluster.run(5)
