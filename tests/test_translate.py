@@ -21,6 +21,7 @@ from adapter.contract import (
     VoiceItem,
 )
 from adapter.errors import Unreadable
+from adapter.ilink import wire
 from adapter.ilink.translate import content_of, read_message
 from adapter.ports import Fetch, Said
 
@@ -193,6 +194,39 @@ def test_the_same_words_have_the_same_content_whatever_their_ids() -> None:
     items[0] |= {"msg_id": 5, "create_time_ms": 7, "update_time_ms": 8, "is_completed": False}
     again = read_message(changed("text", message_id=1, seq=2, client_id="other", context_token="x", item_list=items))
     assert again.keys.content == said("text").keys.content
+
+
+AS_CAPTURED: dict[str, Any] = {
+    "type": 1,
+    "create_time_ms": 1789000000000,
+    "update_time_ms": 1789000000000,
+    "is_completed": True,
+    "msg_id": "v1:14778023042603769070",
+    "button_item_list": [],
+    "at_bot_username_list": [],
+    "text_item": {"text": "hello"},
+}
+"""An item as several projects have captured it from iLink, from summer 2026 on."""
+
+
+def test_a_text_with_the_fields_that_ilink_sends_takes_the_short_way() -> None:
+    raw = changed(
+        "text", item_list=[AS_CAPTURED], root_id=0, parent_id=0, delete_time_ms=0, group_id="", session_id=""
+    )
+    assert msgspec.json.decode(raw, type=wire.PlainMessage).item_list[0].text_item.text == "hello"
+    again, before = read_message(raw), said("text")
+    assert again.items == before.items
+    assert again.keys == before.keys, "with these fields or without, it is the same message"
+    assert again.item_ids == ("v1:14778023042603769070",)
+    assert not again.group
+
+
+@pytest.mark.parametrize("name", ["button_item_list", "at_bot_username_list"])
+def test_a_list_that_was_always_empty_counts_once_it_is_not(name: str) -> None:
+    item = AS_CAPTURED | {name: [{"something": 1}]}
+    told = read_message(changed("text", item_list=[item]))
+    assert told.text == "hello"
+    assert told.keys.content != said("text").keys.content
 
 
 @given(st.text())

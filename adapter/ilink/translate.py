@@ -24,6 +24,10 @@ ROOM = "@chatroom"
 """How the ids of groups end."""
 MAX_FILE_NAME = 255
 """Characters; no phone's file system allows longer ones."""
+PASSING = frozenset({"create_time_ms", "update_time_ms", "msg_id", "is_completed"})
+"""What may differ when iLink says an item again."""
+IDLE = frozenset({"button_item_list", "at_bot_username_list"})
+"""Lists of an item that say nothing as long as they are empty, as they have always been (4.2)."""
 
 
 def read_message(raw: bytes) -> Said:
@@ -273,7 +277,7 @@ def _bare(item: object) -> object:
     """An item without what may differ when iLink says it again; a ready-made URL holds the id of a task (4.4)."""
     if not isinstance(item, dict):
         return item
-    bare = {k: v for k, v in item.items() if k not in ("create_time_ms", "update_time_ms", "msg_id", "is_completed")}
+    bare = {k: v for k, v in item.items() if k not in PASSING and (v or k not in IDLE)}
     for name, payload in bare.items():
         media = payload.get("media") if isinstance(payload, dict) else None
         if isinstance(media, dict) and media.get("encrypt_query_param"):

@@ -3,7 +3,7 @@ unset fields and adds unknown ones."""
 
 from __future__ import annotations
 
-from typing import Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, TypeAlias
 
 import msgspec
 
@@ -164,12 +164,17 @@ class Item(msgspec.Struct):
     ref_msg: msgspec.Raw = msgspec.Raw(b"null")
 
 
+Nothing: TypeAlias = Annotated[list[Any], msgspec.Meta(max_length=0)] | None
+"""A list that has never been seen with anything in it."""
+
+
 class PlainText(msgspec.Struct, forbid_unknown_fields=True):
     text: str
 
 
 class PlainItem(msgspec.Struct, forbid_unknown_fields=True):
-    """An item that is text and nothing else, as nearly all are."""
+    """An item that is text and nothing else, as nearly all are; with both lists, and an id such as
+    `v1:14778023042603769070`, in what several projects have captured from summer 2026 on."""
 
     type: Literal[1]
     text_item: PlainText
@@ -177,6 +182,8 @@ class PlainItem(msgspec.Struct, forbid_unknown_fields=True):
     create_time_ms: Any = None
     update_time_ms: Any = None
     is_completed: Any = None
+    button_item_list: Nothing = None
+    at_bot_username_list: Nothing = None
 
 
 class Head(msgspec.Struct, kw_only=True):
