@@ -22,6 +22,8 @@ _HEADERS = re.compile(r"(?:[!#$%&'*+\-.^_`|~0-9A-Za-z]+: (?! )[ -~]*(?<! )\r\n)+
 _PLAIN = re.compile(rb"NATS/1\.0(?: (\d{3}) ([!-~][ -~]*))?\r\n((?:%b)?)\r\n" % _HEADERS.pattern.encode())
 """Status and reason, where it is the server's own word, and the lines of the headers."""
 
+_IDS = re.compile(rb"\r\nNats-Msg-Id:([^\r]*)")
+
 _VIOLATION = re.compile(r'permissions violation for (publish|subscription) to "([^"]+)"')
 
 Take = Callable[[str, bytes, bytes], None]
@@ -104,6 +106,13 @@ class BusClient(Client):
         return await self._process_headers(raw) or {}
 
     async def _process_headers(self, headers: bytes | None) -> dict[str, str] | None:
+        """Of several ids the first: by that the server drops repeats."""
+        found = await self._read_headers(headers)
+        if found and headers and headers.count(b"Nats-Msg-Id") > 1 and (first := _IDS.search(headers)):
+            found["Nats-Msg-Id"] = first[1].decode(errors="replace").strip()
+        return found
+
+    async def _read_headers(self, headers: bytes | None) -> dict[str, str] | None:
         """nats-py looks at each letter of each name, and twice where the server says a word of its own."""
         plain = _PLAIN.fullmatch(headers) if headers else None
         if plain is None:
