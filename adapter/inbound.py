@@ -103,7 +103,8 @@ async def poll_forever(session: Session, place: Place, needs: Incoming) -> Place
             place = await finish(put_back(session, place, needs), needs.grace_s)
         if binding.start_cursor is not None:
             place = place._replace(record=begun_at(binding.start_cursor, place.record))
-        session.state, began = "error" if failures or overlong else "polling", needs.clock.monotonic()
+        unheard = failures or overlong or timeouts >= DEAD_PATH_AFTER
+        session.state, began = "error" if unheard else "polling", needs.clock.monotonic()
         try:
             polled = await _poll_once(session, binding, place, hold_ms, needs)
         except SessionExpired as exc:
@@ -132,7 +133,6 @@ async def poll_forever(session: Session, place: Place, needs: Incoming) -> Place
             timeouts += 1
             needs.metrics.polls.labels(outcome="client_timeout").inc()
             if timeouts >= DEAD_PATH_AFTER:
-                session.state = "error"
                 log.warning("poll.dead_path", bot=session.bot, timeouts=timeouts)
                 await needs.chat.recycle(session.bot)
             continue
@@ -164,9 +164,9 @@ async def _wait_for_turn(session: Session, needs: Incoming) -> Binding | None:
     None: the session must leave, or the bot is bound no more. Raises Temporary.
     """
     while not session.leaving:
+        session.state = "paused"  # seen only where something has to be waited for
         await needs.writable()
         if not needs.leases.valid:
-            session.state = "paused"
             await wait_until(session, needs.leases.changed, lambda: needs.leases.valid)
             await first_of(session.cut, needs.clock.jitter(needs.spread_s()))
             await needs.turns.next()

@@ -21,7 +21,7 @@ from adapter.contract import BindingEvent, BindingState, UnsupportedItem
 from adapter.cursors import NEWEST, acquire, apart_key, give_back, put_back
 from adapter.errors import AdapterError, BusRefused, LeaseLost, Refused, SessionExpired, Temporary
 from adapter.ilink.translate import read_message
-from adapter.inbound import AFTER_CUT_S, poll_forever, tend
+from adapter.inbound import AFTER_CUT_S, HOLD_MS, poll_forever, tend
 from adapter.inbox import LARGE
 from adapter.names import H_MSG_ID, H_SEEN, peer_key, token_of
 from adapter.ports import Account, Entry, Message, Polled, Said
@@ -251,6 +251,18 @@ async def test_polls_without_an_answer_recycle_the_connection() -> None:
     await polls(bench)
     assert bench.chat.recycled == 2
     assert bench.chat.asked == [""] * 5
+
+
+async def test_a_bot_on_a_dead_path_does_not_count_as_polled_until_ilink_answers(poller: Poller) -> None:
+    """Only an answer proves that a poll lives: one that nobody ever answered looked healthy for ever."""
+    bench = await ready(None, None, None, None, batch(cursor="b"))
+    session = poller(bench)
+    await asyncio.sleep(2.5 * HOLD_MS / 1000)
+    assert (len(bench.chat.asked), session.state) == (3, "polling")
+    await asyncio.sleep(HOLD_MS / 1000)
+    assert (len(bench.chat.asked), session.state) == (4, "error")
+    await asyncio.sleep(HOLD_MS / 1000)
+    assert (len(bench.chat.asked), session.state) == (6, "polling")
 
 
 async def test_an_answer_ends_the_count_of_polls_without_one() -> None:
@@ -1062,6 +1074,22 @@ async def test_an_answer_that_has_arrived_when_its_poll_is_cut_is_stored() -> No
     await task
     assert texts(bench) == ["hello"]
     assert bench.cursor().cursor == "b"
+
+
+async def test_a_bot_that_waits_for_the_bus_does_not_count_as_polled(poller: Poller) -> None:
+    """Through an outage of NATS every bot counted as polled, though nobody polled any: nothing looks at the lease
+    before the bus is back.
+    """
+    bench = await ready(batch(cursor="b"))
+    session = poller(bench)
+    while not bench.chat.polling:
+        await asyncio.sleep(0)
+    bench.bus_up.clear()
+    await asyncio.sleep(5)
+    assert (bench.chat.asked, session.state) == ([""], "paused")
+    bench.bus_up.set()
+    await asyncio.sleep(1)
+    assert (bench.chat.asked, session.state) == (["", "b"], "polling")
 
 
 async def test_no_poll_starts_while_the_bus_is_away(poller: Poller) -> None:
