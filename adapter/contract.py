@@ -298,7 +298,13 @@ class Bind(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     user: (
         Annotated[str, Meta(max_length=128, description="The WeChat user, …@im.wechat; learned if absent.")] | None
     ) = None
-    cursor: Annotated[str | None, Meta(description="Where to poll from; default: where it was, or the start.")] = None
+    cursor: Annotated[
+        str | None,
+        Meta(
+            description="Where to poll from; default: where it was, or the start."
+            " A secret: the bot's token stands in iLink's cursors."
+        ),
+    ] = None
     options: Options = Options()
 
     def __repr__(self) -> str:

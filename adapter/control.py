@@ -22,7 +22,7 @@ from adapter.metrics import Metrics
 from adapter.names import H_ERROR, H_ERROR_CODE, H_MSG_ID, H_REPLY_TO, H_SCHEMA, Names, check_sandbox, is_inbox
 from adapter.ports import Chat, Delivery, History, Teller
 from adapter.records import Binding
-from adapter.seal import Sealer, bind_context
+from adapter.seal import Sealer, bind_context, cursor_context
 from adapter.timing import Clock, backoff
 
 log = structlog.get_logger()
@@ -212,7 +212,7 @@ class Control:
             options=command.options,
             since_ms=self._clock.now_ms(),
             request=command.id or "",
-            start_cursor=command.cursor,
+            start_cursor=self._start_cursor(command, before),
         )
         await self._refresh(command.sandbox)
         replaced = [
@@ -263,6 +263,15 @@ class Control:
     async def _current(self, bot: str) -> Binding | None:
         await self._bindings.refresh(bot)
         return self._bindings.get(bot)
+
+    def _start_cursor(self, command: Bind, before: Binding | None) -> str | None:
+        """Sealed; but the text of the binding before where it names the same cursor, which counts once."""
+        context, bound = cursor_context(command.bot), before.start_cursor if before is not None else None
+        if not command.cursor:
+            return command.cursor
+        if bound is not None and self._sealer.same(context, bound, command.cursor):
+            return bound
+        return self._sealer.seal(context, command.cursor)
 
     def _same(self, before: Binding, after: Binding) -> bool:
         """Whether a bind changes nothing, so that the poller is left alone. After a dead token it always does."""

@@ -10,11 +10,12 @@ import msgspec
 import structlog
 
 from adapter.dedup import Seen
-from adapter.errors import UNDECODABLE, BusRefused, Conflict, LeaseLost, Temporary
+from adapter.errors import UNDECODABLE, BusRefused, Conflict, LeaseLost, Refused, Temporary
 from adapter.inbox import retry, seen_of
 from adapter.names import H_SANDBOX, token_of
 from adapter.ports import Entry
 from adapter.records import Binding, Cursor
+from adapter.seal import Sealer, cursor_context
 from adapter.sessions import Incoming, Place, Session, Waiting, check_owned, notify
 from adapter.timing import any_of, backoff
 
@@ -33,7 +34,7 @@ are handed over end, so that few of thousands ask."""
 async def acquire(session: Session, needs: Incoming) -> Place | None:
     """Writes this replica's name into the bot's cursor, once nobody else can be polling; None if told to leave.
 
-    Raises Temporary, LeaseLost.
+    Raises Temporary, LeaseLost, Refused.
     """
     looks = 0
     while not session.leaving:
@@ -75,7 +76,10 @@ async def _is_outdated(bot: str, needs: Incoming) -> bool:
 
 
 async def _acquire_once(session: Session, binding: Binding, needs: Incoming) -> Place | None:
-    """None: the poller of another replica has not stopped yet, or the record changed meanwhile. Raises Temporary."""
+    """None: the poller of another replica has not stopped yet, or the record changed meanwhile.
+
+    Raises Temporary, Refused("token_key"): who cannot open the bot's token leaves its cursor as it is.
+    """
     entry = await needs.cursors.get(token_of(binding.bot))
     record = cursor_in(entry, binding.bot)
     me = needs.leases.incarnation
@@ -84,8 +88,10 @@ async def _acquire_once(session: Session, binding: Binding, needs: Incoming) -> 
         record = Cursor(last_seq=last.seq if last else 0)
     elif record.owner and record.owner != me and not await needs.leases.is_dead(record.owner):
         return None
+    session.account(binding, needs.sealer)
+    record = msgspec.structs.replace(record, cursor=_opened(binding.bot, record.cursor, needs.sealer))
     if binding.start_cursor is not None:
-        record = begun_at(binding.start_cursor, record)
+        record = begun_at(binding.bot, binding.start_cursor, record, needs.sealer)
     record, seen = await recollect(binding.bot, record, needs)
     record = await catch_up(binding, record, seen, needs, await needs.waiting(binding.sandbox))
     record = msgspec.structs.replace(record, owner=me, seen=seen.newest())
@@ -107,9 +113,20 @@ def cursor_in(entry: Entry | None, bot: str) -> Cursor | None:
         return None
 
 
-def begun_at(start: str, record: Cursor) -> Cursor:
+def begun_at(bot: str, start: str, record: Cursor, sealer: Sealer) -> Cursor:
     """The record at the cursor that a bind request names, once; it is stored with the next write."""
-    return record if record.start == start else msgspec.structs.replace(record, cursor=start, start=start)
+    if record.start == start:
+        return record
+    return msgspec.structs.replace(record, cursor=_opened(bot, start, sealer), start=start)
+
+
+def _opened(bot: str, cursor: str, sealer: Sealer) -> str:
+    """As iLink knows it; the start, if the key with which it was sealed is gone."""
+    try:
+        return sealer.open(cursor_context(bot), cursor)
+    except Refused as exc:
+        log.error("cursor.unopenable", bot=bot, detail=exc.detail)
+        return ""
 
 
 def apart_key(bot: str) -> str:
@@ -168,11 +185,12 @@ async def catch_up(
 
 
 async def write_cursor(bot: str, record: Cursor, revision: int, needs: Incoming) -> int:
-    """Raises LeaseLost when another replica wrote since, Temporary.
+    """Raises LeaseLost when another replica wrote since, Temporary. What is written is sealed.
 
     A record that an operator purged, deleted or made unreadable is put back: another owner would have left its own.
     """
-    key, value = token_of(bot), msgspec.json.encode(record)
+    sealed = needs.sealer.seal(cursor_context(bot), record.cursor) if record.cursor else ""
+    key, value = token_of(bot), msgspec.json.encode(msgspec.structs.replace(record, cursor=sealed))
     while True:
         try:
             return await needs.cursors.update(key, value, revision)

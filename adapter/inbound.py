@@ -102,7 +102,8 @@ async def poll_forever(session: Session, place: Place, needs: Incoming) -> Place
             session.purges = needs.purges()
             place = await finish(put_back(session, place, needs), needs.grace_s)
         if binding.start_cursor is not None:
-            place = place._replace(record=begun_at(binding.start_cursor, place.record))
+            begun = begun_at(session.bot, binding.start_cursor, place.record, needs.sealer)
+            place = place._replace(record=begun)
         unheard = failures or overlong or timeouts >= DEAD_PATH_AFTER
         session.state, began = "error" if unheard else "polling", needs.clock.monotonic()
         try:

@@ -32,7 +32,7 @@ class Binding(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     since_ms: int = 0
     request: str = ""
     start_cursor: str | None = None
-    """A cursor given by the bind request, to be used once."""
+    """A cursor given by the bind request, to be used once; sealed."""
     untold: bool = False
     """The event of its login's loss, or return, may not be stored yet: whoever polls the bot tells it."""
 
@@ -71,6 +71,7 @@ class Cursor(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Bucket `cursors`, key: the bot. Where to poll from, what was seen, and who polls."""
 
     cursor: str = ""
+    """iLink's; sealed, where it is stored."""
     seen: list[str] = []
     """Records of adapter.dedup, oldest first: the newest ones, as far as they are not stored apart."""
     apart: int = 0
@@ -82,7 +83,7 @@ class Cursor(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Incarnation of the replica that polls; "" when nobody does. The epoch of the compare-and-set: writing one's
     own name raises the revision, so that every write of the owner before is refused."""
     start: str | None = None
-    """The bind request's start cursor that was applied, so that it is applied once."""
+    """The bind request's start cursor that was applied, as the binding has it, so that it is applied once."""
 
 
 class Merged(msgspec.Struct, frozen=True, kw_only=True):

@@ -77,6 +77,11 @@ def bind_context(sandbox: str, bot: str) -> str:
     return f"bind {sandbox} {bot}"
 
 
+def cursor_context(bot: str) -> str:
+    """What iLink's cursor of a bot belongs to. It is sealed, too: the bot's token stands in it, in base64."""
+    return f"cursor {bot}"
+
+
 def login_context(login: str, what: str) -> str:
     """What a secret in a login's record belongs to."""
     return f"login {login} {what}"

@@ -1,5 +1,5 @@
 /* Messages of the bus, generated from the JSON Schemas here by `make generate`; do not edit.
-   Of: 4c95200015d529046e8290ab1d27b86a42627d766015c8ebd78e4099a76a1e1f */
+   Of: 2d1fa63b14766df4d701e87363650bae77c5f68bb1945e1b0cf09d295e962570 */
 
 /**
  * How a binding behaves.
@@ -44,7 +44,7 @@ export interface Bind {
   base_url?: string | null;
   user?: string | null;
   /**
-   * Where to poll from; default: where it was, or the start.
+   * Where to poll from; default: where it was, or the start. A secret: the bot's token stands in iLink's cursors.
    */
   cursor?: string | null;
   options?: Options;

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import functools
 import random
 import re
 from collections.abc import Iterable, Mapping
@@ -33,6 +34,8 @@ AT_REST = ("a bot's token", "a ticket", "a QR code")
 TOLD = ("WECHAT_IN", "WECHAT_EVENT", "OBJ_wechat_media")
 """Streams that sandboxes and platforms read: there, no secret of any kind may be."""
 
+WELL_KNOWN = 12
+"""What is shorter may stand in base64 by chance."""
 RAFT = "_js_"
 """Folder of a server's Raft logs."""
 
@@ -85,7 +88,17 @@ def keys_of(sim: Simulator) -> dict[str, str]:
 
 def leaks(where: str, data: bytes, secrets: Iterable[tuple[str, str]]) -> list[str]:
     """What of `secrets` (the text, what it is) stands in `data`, as sentences that do not repeat it."""
-    return [f"{what} is in {where}" for secret, what in secrets if secret.encode() in data]
+    return [f"{what} is in {where}" for secret, what in secrets if any(form in data for form in forms_of(secret))]
+
+
+@functools.cache
+def forms_of(secret: str) -> tuple[bytes, ...]:
+    """It, and what of it is to be seen in the base64 of a text in which it stands, as in iLink's cursors."""
+    forms = [secret.encode()]
+    for before in range(3) if len(secret) >= WELL_KNOWN else ():
+        packed = base64.b64encode(bytes(before) + secret.encode())
+        forms.append(packed[-(-before * 8 // 6) : (before + len(secret.encode())) * 8 // 6])
+    return tuple(forms)
 
 
 def arguments(pid: int) -> bytes:

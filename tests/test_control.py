@@ -17,7 +17,7 @@ from adapter.errors import BusRefused, Refused, Temporary
 from adapter.names import H_ERROR, H_ERROR_CODE, H_MSG_ID, H_REPLY_TO
 from adapter.ports import Message
 from adapter.records import Binding
-from adapter.seal import Sealer
+from adapter.seal import Sealer, cursor_context
 from tests.fakes import Bench, FakeDelivery
 
 VIRTUAL_TIME = True
@@ -232,6 +232,19 @@ async def test_options_and_cursor_are_kept() -> None:
     assert (binding.options.durable, binding.start_cursor) == (True, "CAES")
     assert binding.base_url == "https://ilinkai.wechat.com"
     assert platform.bench.teller.durables == ["s1"]
+
+
+async def test_a_cursor_is_sealed_since_the_token_stands_in_it_and_is_the_same_one_when_it_is_bound_again() -> None:
+    sealer = Sealer((bytes(32),))
+    platform = Platform(sealer=sealer)
+    await platform.bind(cursor="CAES")
+    first = platform.binding().start_cursor or ""
+    assert "CAES" not in first
+    assert sealer.open(cursor_context(BOT), first) == "CAES"
+    await platform.bind(cursor="CAES", options={"auto_typing": True}, id="r2")
+    assert platform.binding().start_cursor == first
+    await platform.bind(cursor="CAEX", id="r3")
+    assert sealer.open(cursor_context(BOT), platform.binding().start_cursor or "") == "CAEX"
 
 
 async def test_an_unbind_of_one_bot_leaves_the_others() -> None:

@@ -26,6 +26,7 @@ from adapter.inbox import LARGE
 from adapter.names import H_MSG_ID, H_SEEN, peer_key, token_of
 from adapter.ports import Account, Entry, Message, Polled, Said
 from adapter.records import Context, Cursor
+from adapter.seal import Sealer, cursor_context
 from adapter.sessions import HERE_S, Session
 from adapter.stale_token import regain_login, tell_login
 from adapter.timing import Pace, Turns
@@ -1144,6 +1145,55 @@ async def test_a_cursor_is_given_back_also_where_the_bus_refuses_it_at_first() -
     await task
     assert failures == 0
     assert bench.cursor().owner == ""
+
+
+@pytest.mark.parametrize("given", [None, "given"], ids=["polled", "bound"])
+async def test_a_cursor_is_sealed_where_it_is_stored_since_the_token_stands_in_it(given: str | None) -> None:
+    sealer = Sealer((bytes(32),))
+    start = sealer.seal(cursor_context(BOT), given) if given else None
+    bench = await ready(batch(cursor="b"), start_cursor=start)
+    bench.sealer = sealer
+    with capture_logs() as logs:
+        await polls(bench)
+        heir = Bench(bench, incarnation="heir-1")
+        heir.sealer = Sealer((b"\1" * 32, bytes(32)))
+        heir.leases.proven_dead.add("me-1")
+        before = bench.cursor().cursor
+        await polls(heir)
+    assert bench.chat.asked == [given or "", "b", "b"]
+    assert sealer.how(before) == "sealed"
+    assert sealer.open(cursor_context(BOT), before) == "b"
+    assert heir.sealer.how(bench.cursor().cursor) == "sealed", "it follows the first key"
+    assert not [entry for entry in logs if entry["log_level"] == "error"]
+
+
+async def test_a_cursor_of_which_the_key_is_gone_is_told_and_begun_anew() -> None:
+    bench = await ready(batch(raw("one", 1), cursor="b"))
+    bench.sealer = Sealer((bytes(32),))
+    await polls(bench)
+    heir = Bench(bench, incarnation="heir-1")
+    heir.leases.proven_dead.add("me-1")
+    heir.sealer = Sealer((b"\1" * 32,))
+    bench.chat.polls.append(batch(raw("one", 1), cursor="b"))
+    with capture_logs() as logs:
+        await polls(heir)
+    assert bench.chat.asked == ["", "b", "", "b"]
+    assert texts(bench) == ["one"], "what was seen is still known"
+    assert [entry["event"] for entry in logs if entry["log_level"] == "error"] == ["cursor.unopenable"]
+
+
+async def test_who_cannot_open_the_token_leaves_the_cursor_as_it_is() -> None:
+    bench = await ready()
+    bench.sealer = Sealer((bytes(32),))
+    await bench.bind(token=bench.sealer.seal(BOT, "secret"))
+    await polls(bench)
+    before = bench.cursor()
+    stranger = Bench(bench, incarnation="other-1")
+    stranger.leases.proven_dead.add("me-1")
+    stranger.sealer = Sealer((b"\1" * 32,))
+    with pytest.raises(Refused):
+        await acquire(Session(BOT), stranger.incoming())
+    assert bench.cursor() == before
 
 
 # starting and stopping -----------------------------------------------------------------------------------

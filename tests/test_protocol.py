@@ -272,6 +272,16 @@ def test_an_error_message_tells_no_secret_of_its_request_whatever_it_looks_like(
     assert secret[:4] not in caught.value.detail + caught.value.errmsg
 
 
+def test_an_error_message_that_quotes_the_cursor_tells_no_token() -> None:
+    """It stands in there, in base64."""
+    cursor = base64.b64encode(b"\n\x02\x08\x01\x12\x16b1@im.bot:060000secret").decode()
+    request = protocol.updates_request("b1@im.bot:060000secret", cursor, 1)
+    answer = reply({"ret": -2, "errmsg": f"bad get_updates_buf {cursor}"})._replace(secrets=request.secrets)
+    with pytest.raises(Temporary) as caught:
+        read_updates(answer, polled_s=1)
+    assert cursor[:20] not in caught.value.detail
+
+
 def test_a_secret_that_is_none_leaves_the_words_as_they_are() -> None:
     request = protocol.message_request("b1:e", 1, {}, user="u", client_id="c", context_token="pre")
     answer = reply({"ret": -2, "errmsg": "prepare failed"})._replace(secrets=request.secrets)

@@ -45,7 +45,10 @@ async def bind(
     token_file: Annotated[Path | None, Parameter(help="Read the bot's token from this file.")] = None,
     user: Annotated[str | None, Parameter(help="The WeChat user, …@im.wechat; learned if absent.")] = None,
     base_url: Annotated[str | None, Parameter(help="iLink API base of this bot; default: the service's.")] = None,
-    cursor: Annotated[str | None, Parameter(help="Where to poll from; default: where it was, or the start.")] = None,
+    cursor: Annotated[
+        str | None, Parameter(help='Only `""`: poll from the start; default: from where it was.')
+    ] = None,
+    cursor_file: Annotated[Path | None, Parameter(help="Poll from iLink's cursor in this file.")] = None,
     durable: Durable = False,
     auto_typing: AutoTyping = False,
     request_id: RequestId = None,
@@ -55,7 +58,8 @@ async def bind(
     """Let a bot serve a sandbox.
 
     The bot's token comes from a file, from standard input, or is asked for without echo; it is never an argument,
-    since every user of a machine can read those. The request is stored even while no adapter runs (exit code 4 then).
+    since every user of a machine can read those. Nor is a cursor of iLink's, in which the token stands. The request
+    is stored even while no adapter runs (exit code 4 then).
     """
     asked = Bind(
         sandbox=sandbox,
@@ -64,7 +68,7 @@ async def bind(
         id=request_id or new_id(),
         base_url=base_url,
         user=user,
-        cursor=cursor,
+        cursor=_read_cursor(cursor, cursor_file),
         options=Options(durable=durable, auto_typing=auto_typing),
     )
     async with connected() as bus:
@@ -119,10 +123,7 @@ def _read_token(token: str | None, token_file: Path | None) -> str:
     if token not in (None, "-"):
         raise Failed(USAGE, "A token on the command line can be read by others: use --token - or --token-file.")
     if token_file is not None:
-        try:
-            text = token_file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as exc:
-            raise Failed(USAGE, f"Cannot read the token from {token_file}: {_reason(exc)}.") from None
+        text = _read_file("token", token_file)
     elif token == "-":
         text = sys.stdin.readline()
     elif sys.stdin.isatty():
@@ -132,6 +133,25 @@ def _read_token(token: str | None, token_file: Path | None) -> str:
     if not text.strip() or len(text.split()) > 1 or len(text) > 1026:
         raise Failed(USAGE, "The token is empty, too long, or more than one word.")
     return text.strip()
+
+
+def _read_cursor(cursor: str | None, cursor_file: Path | None) -> str | None:
+    """Raises Failed, whose text never repeats what has a token in it."""
+    if cursor is not None and cursor_file is not None:
+        raise Failed(USAGE, 'Give --cursor "" or --cursor-file, not both.')
+    if cursor:
+        raise Failed(
+            USAGE, "A cursor on the command line can be read by others, and a token in it: use --cursor-file."
+        )
+    return cursor if cursor_file is None else _read_file("cursor", cursor_file).strip()
+
+
+def _read_file(what: str, path: Path) -> str:
+    """Raises Failed."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as exc:
+        raise Failed(USAGE, f"Cannot read the {what} from {path}: {_reason(exc)}.") from None
 
 
 def _reason(exc: OSError | UnicodeDecodeError) -> str:

@@ -161,8 +161,8 @@ def _request(name: str, token: str, number: int, body: dict[str, Any], *, secret
 
 
 def updates_request(token: str, cursor: str, number: int) -> Request:
-    """getupdates; `cursor` is "" at the start (3.3)."""
-    return _request("getupdates", token, number, {"get_updates_buf": cursor})
+    """getupdates; `cursor` is "" at the start (3.3). iLink's have the bot's token in them, in base64."""
+    return _request("getupdates", token, number, {"get_updates_buf": cursor}, secret=cursor)
 
 
 def message_request(

@@ -14,6 +14,8 @@ BASE64 = string.ascii_letters + string.digits + "+/"
 PRODUCT = r"[A-Za-z0-9_.-]{1,32}/[A-Za-z0-9_.+-]{1,32}( \([ -'*-~]{1,64}\))?"
 BOT_AGENT = re.compile(f"{PRODUCT}( {PRODUCT})*")
 DEFAULT_BOT_AGENT = "OpenClaw"
+SEAL = 16
+"""Bytes that show who has issued a cursor."""
 FIRST_MESSAGE_ID = 7497484083968569737
 """Odd, and so is every later one: a client that reads ids as doubles gets every one of them wrong (2.5)."""
 
@@ -59,14 +61,15 @@ def written(message_id: int | str, style: str, turn: int) -> int | str:
 
 
 class Cursors:
-    """Opaque text of 96 characters that only the server that issued it can read (section 7)."""
+    """Opaque text of some 120 characters that only the server that issued it can read (section 7). The bot's token
+    stands in it, as in those of iLink that others have captured: whoever keeps or logs one keeps a secret."""
 
     def __init__(self, rng: random.Random) -> None:
         self._key = rng.randbytes(32)
 
-    def write(self, bot: str, position: int, salt: int = 0) -> str:
+    def write(self, bot: str, token: str, position: int, salt: int = 0) -> str:
         """`position` counts the bot's messages so far; another `salt` gives other text of the same meaning."""
-        body = struct.pack(">QQ", position, salt)
+        body = struct.pack(">QQ", position, salt) + token.encode()
         return base64.b64encode(body + self._seal(bot, body)).decode()
 
     def read(self, bot: str, cursor: str) -> int | None:
@@ -75,12 +78,12 @@ class Cursors:
             raw = base64.b64decode(cursor, validate=True)
         except (binascii.Error, ValueError):
             return None
-        if len(raw) != 72 or raw[16:] != self._seal(bot, raw[:16]):
+        if len(raw) < 16 + SEAL or raw[-SEAL:] != self._seal(bot, raw[:-SEAL]):
             return None
         return int(struct.unpack(">QQ", raw[:16])[0])
 
     def _seal(self, bot: str, body: bytes) -> bytes:
-        return hashlib.blake2b(bot.encode() + b"\0" + body, digest_size=56, key=self._key).digest()
+        return hashlib.blake2b(bot.encode() + b"\0" + body, digest_size=SEAL, key=self._key).digest()
 
 
 def read_uin(header: str) -> int | None:

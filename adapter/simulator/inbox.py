@@ -155,7 +155,7 @@ class Inbox:
             position = bot.delivered_position
         if settings.idle_cursor_changes:
             bot.cursor_salt += 1
-        return self._world.cursors.write(bot.id, position, bot.cursor_salt)
+        return self._world.cursors.write(bot.id, bot.token, position, bot.cursor_salt)
 
     def _template(self, bot: Bot) -> Json:
         now_ms = self._world.clock.now_ms()

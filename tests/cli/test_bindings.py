@@ -40,7 +40,9 @@ async def test_bind_without_an_adapter_is_stored_and_says_so(cli: Command, bus: 
     assert (stored.headers or {})[H_REPLY_TO].startswith("_INBOX.")
 
 
-async def test_bind_shows_what_is_bound_now(cli: Command, bus: Bus, token_file: str) -> None:
+async def test_bind_shows_what_is_bound_now(cli: Command, bus: Bus, token_file: str, tmp_path: Path) -> None:
+    cursor_file = tmp_path / "cursor"
+    cursor_file.write_text("c\n")
     async with answering(bus) as adapter:
         adapter.control = ControlAnswer(ok=True, bindings=[BOUND], replaced=["bot0@im.bot"])
         options = (
@@ -48,8 +50,8 @@ async def test_bind_shows_what_is_bound_now(cli: Command, bus: Bus, token_file: 
             "user1@im.wechat",
             "--base-url",
             "https://x.weixin.qq.com",
-            "--cursor",
-            "c",
+            "--cursor-file",
+            str(cursor_file),
             "--durable",
             "--auto-typing",
         )
@@ -62,6 +64,29 @@ async def test_bind_shows_what_is_bound_now(cli: Command, bus: Bus, token_file: 
     assert isinstance(asked, Bind)
     assert (asked.user, asked.cursor, asked.options.durable) == ("user1@im.wechat", "c", True)
     assert asked.options.auto_typing
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--cursor", "ChAIARCd"), "use --cursor-file"),
+        (("--cursor", "", "--cursor-file", "no-such-file"), "not both"),
+        (("--cursor-file", "no-such-file"), "Cannot read the cursor"),
+    ],
+)
+async def test_a_cursor_is_no_argument_since_a_token_stands_in_it(
+    cli: Command, token_file: str, options: tuple[str, ...], said: str
+) -> None:
+    result = await cli("bind", "s1", "bot1@im.bot", "--token-file", token_file, *options)
+    assert result.code == 2
+    assert said in result.err
+    assert "ChAIARCd" not in result.out + result.err
+
+
+async def test_a_bot_is_bound_from_the_start_by_an_empty_cursor(cli: Command, bus: Bus, token_file: str) -> None:
+    await cli("bind", "s1", "bot1@im.bot", "--token-file", token_file, "--cursor", "", "--timeout", "0.1")
+    stored = await bus.js.get_last_msg(bus.names.stream_ctl, ">")
+    assert msgspec.json.decode(stored.data or b"", type=Bind).cursor == ""
 
 
 async def test_a_refused_bind_is_1_with_the_adapters_sentence(cli: Command, bus: Bus, token_file: str) -> None:

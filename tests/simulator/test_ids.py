@@ -68,12 +68,12 @@ def test_s3_version_numbers(header: str, version: tuple[int, int, int] | None) -
 @given(st.integers(0, 2**64 - 1), st.integers(0, 2**64 - 1))
 def test_s7_a_cursor_means_something_to_its_bot_and_its_server_only(position: int, salt: int) -> None:
     cursors = ids.Cursors(random.Random(1))
-    cursor = cursors.write("a@im.bot", position, salt)
+    cursor = cursors.write("a@im.bot", "a@im.bot:06secret", position, salt)
 
     assert cursors.read("a@im.bot", cursor) == position
     assert cursors.read("b@im.bot", cursor) is None
     assert ids.Cursors(random.Random(2)).read("a@im.bot", cursor) is None
-    assert len(cursor) == 96
+    assert b"a@im.bot:06secret" in base64.b64decode(cursor)
 
 
 @given(st.text())
