@@ -27,7 +27,9 @@ NEWS_MS = 1000
 nothing can be counted as about to leave then."""
 LATE_MS = 300_000
 """A message that seems older than this when it comes tells of a wrong clock: polls that hang bring it sooner. Else a
-clock that is behind would count the sends of all windows against each new one, for ever."""
+clock that is behind would count the sends of all windows against each new one, for ever. A send that seems to leave
+so much later than now tells of one that was ahead.
+"""
 
 
 class Rules(NamedTuple):
@@ -135,10 +137,11 @@ def heard(context: Context, *, message: str, token: str, now_ms: int, in_flight:
     """
     if now_ms - written_ms > LATE_MS:
         written_ms = 0
+    until_ms = now_ms + LATE_MS  # what is later was noted before the clock was set right
     token = token or context.token
     if message == context.inbound_id:
         return msgspec.structs.replace(context, token=token)
-    since = [sent_ms for sent_ms in context.sent_ms if 0 < written_ms <= sent_ms]
+    since = [sent_ms for sent_ms in context.sent_ms if 0 < written_ms <= sent_ms <= until_ms]
     latest_ms = written_ms + 999 if written_ms % 1000 == 0 else written_ms
     return msgspec.structs.replace(
         context,
@@ -147,7 +150,7 @@ def heard(context: Context, *, message: str, token: str, now_ms: int, in_flight:
         inbound_id=message,
         used=max(in_flight, len(since)),
         sent_ms=since,
-        blocked_ms=context.blocked_ms if written_ms and latest_ms <= context.blocked_ms else 0,
+        blocked_ms=context.blocked_ms if written_ms and latest_ms <= context.blocked_ms <= until_ms else 0,
     )
 
 

@@ -114,6 +114,14 @@ def test_a_clock_that_is_behind_does_not_keep_a_window_closed(written_ms: int) -
     assert (opened.used, opened.sent_ms, opened.blocked_ms) == (1, [], 0)
 
 
+def test_a_clock_that_was_an_hour_ahead_and_is_set_right_does_not_keep_a_window_closed() -> None:
+    """Each message would have opened it only to find its sends used up, for an hour."""
+    ahead = NOW + HOUR
+    state = context(used=10, blocked_ms=ahead + 20, sent_ms=[ahead, ahead + 10, ahead + 20])
+    opened = window.heard(state, message="m2", token="t", now_ms=NOW + 60, in_flight=1, written_ms=NOW + 30)
+    assert (opened.used, opened.sent_ms, opened.blocked_ms) == (1, [], 0)
+
+
 @pytest.mark.parametrize(
     ("written_ms", "blocked"),
     [(NOW + 399, True), (NOW + 401, False), (NOW, False), (NOW - 1000, True)],
