@@ -37,6 +37,17 @@ def new_context_token(rng: random.Random) -> str:
     return f"AARzJW{chars(rng, BASE64, 130)}"
 
 
+def new_client_id(rng: random.Random, user: str, position: int, at_ms: int) -> str:
+    """As WeChat names what a user sends: some 110 characters."""
+    name = user.partition("@")[0]
+    return f"mmassistant_bypmsg_inbox_{rng.getrandbits(128):032x}mm{name}@weclaw_{position}_{at_ms // 1000}"
+
+
+def new_item_id(rng: random.Random) -> str:
+    """Of an item, and of nothing else: no other id is like it."""
+    return f"v1:{rng.getrandbits(64)}"
+
+
 def new_ticket(rng: random.Random) -> str:
     return base64.b64encode(rng.randbytes(33)).decode()
 

@@ -6,6 +6,7 @@ import itertools
 import msgspec
 
 from adapter.simulator import ids
+from adapter.simulator.kinds import IDLE
 from adapter.simulator.parameters import CHANGES
 from adapter.simulator.records import InboundRecord, Json, PollRecord, SimulatorError
 from adapter.simulator.world import Bot, Entry, Poll, World
@@ -22,7 +23,7 @@ class Inbox:
         """Queues a message. With `fill`, what it and its items lack is added in iLink's form (4.6), and a key
         whose value is None is left out; without, it goes out exactly as it is."""
         if fill:
-            message = with_times(self._template(bot) | message)
+            message = self._filled(self._template(bot) | message)
         if message.get("message_type", 1) == 1:
             self._open_window(bot, message)
         entry = self._append(bot, message)
@@ -164,15 +165,31 @@ class Inbox:
             "message_id": self._world.inbound_id(next(self._world.message_ids), bot),
             "from_user_id": bot.user,
             "to_user_id": bot.id,
-            "client_id": f"wx-{self._world.rng.getrandbits(64):016x}",
+            "client_id": ids.new_client_id(self._world.rng, bot.user, bot.last_position + 1, now_ms),
             "create_time_ms": now_ms,
             "update_time_ms": now_ms,
+            "delete_time_ms": 0,
             "session_id": f"{bot.user}#{bot.id}",
+            "group_id": "",
             "message_type": 1,
             "message_state": 2,
             "context_token": ids.new_context_token(self._world.rng),
             "item_list": [],
+            "root_id": 0,
+            "parent_id": 0,
         }
+
+    def _filled(self, message: Json) -> Json:
+        """Without the keys that are None, and with what each item has: the times of the message, an id of its own,
+        and two lists that are empty."""
+        message = {key: value for key, value in message.items() if value is not None}
+        times = {key: message[key] for key in ("create_time_ms", "update_time_ms") if key in message}
+        if isinstance(items := message.get("item_list"), list):
+            message["item_list"] = [
+                times | {"msg_id": ids.new_item_id(self._world.rng)} | IDLE | item if isinstance(item, dict) else item
+                for item in items
+            ]
+        return message
 
     def _open_window(self, bot: Bot, message: Json) -> None:
         """The user spoke: 24 hours and ten sends from now on, whether or not a context token came along."""
@@ -228,8 +245,11 @@ class Inbox:
             message["context_token"] = fresh["context_token"]
             self._world.issue(bot, str(message.get("from_user_id") or bot.user), fresh["context_token"])
         if change == "all":
-            for written in (message, *(item for item in message.get("item_list") or [] if isinstance(item, dict))):
+            for written in (message, *items_of(message)):
                 written["create_time_ms"] = written["update_time_ms"] = self._world.clock.now_ms()
+        if change in ("ids", "all"):
+            for item in items_of(message):
+                item["msg_id"] = ids.new_item_id(self._world.rng)
         if change == "no_message_id":
             message.pop("message_id", None)
         if change in ("zero_message_id", "empty_message_id"):
@@ -306,13 +326,8 @@ class Inbox:
         asyncio.get_running_loop().call_later(grace_s, confirm)
 
 
-def with_times(message: Json) -> Json:
-    """Without the keys that are None, and with the times of the message at its items."""
-    message = {key: value for key, value in message.items() if value is not None}
-    times = {key: message[key] for key in ("create_time_ms", "update_time_ms") if key in message}
-    if isinstance(items := message.get("item_list"), list):
-        message["item_list"] = [times | item if isinstance(item, dict) else item for item in items]
-    return message
+def items_of(message: Json) -> list[Json]:
+    return [item for item in message.get("item_list") or [] if isinstance(item, dict)]
 
 
 def record(bot: Bot, entry: Entry) -> InboundRecord:

@@ -8,6 +8,8 @@ from typing import NamedTuple
 from adapter.simulator.records import Json, SimulatorError
 
 QUOTED_ID = 7497484083968569737
+IDLE: Json = {"button_item_list": [], "at_bot_username_list": []}
+"""Two lists that every item has, and that nobody has seen with anything in them (4.2)."""
 EDGE = 8
 """Characters at each end by which a part of a text is told."""
 TITLES = {2: "[Image]", 3: "[Voice]", 4: "[File]", 5: "[Video]"}
@@ -17,6 +19,9 @@ class Quoted(NamedTuple):
     """An earlier message, of the user or of the bot, as a quote refers to it."""
 
     id: int | str
+    """As `svr_id` names it."""
+    msg_id: int | str
+    """The same, as the quoted item has it."""
     item: Json
     at_ms: int
 
@@ -87,18 +92,18 @@ def nested_transcript(m: Makings) -> Json:
 
 def full(m: Makings) -> Json:
     """Until April 2026: all that the quoted message said."""
-    return {"title": m.quoted.title, "message_item": m.quoted.item | {"msg_id": m.quoted.id}}
+    return {"title": m.quoted.title, "message_item": m.quoted.item | {"msg_id": m.quoted.msg_id}}
 
 
 def type_8(m: Makings) -> Json:
     """From April 2026 for messages of bots: an id and no text (T #23)."""
-    return {"title": "", "message_item": {"type": 8, "msg_id": m.quoted.id, "is_completed": True}}
+    return {"title": "", "message_item": {"type": 8, "msg_id": m.quoted.msg_id, "is_completed": True}}
 
 
 def type_0(m: Makings) -> Json:
     """By July 2026: times, an id and no text (T #222)."""
     times = {"create_time_ms": m.quoted.at_ms, "update_time_ms": m.quoted.at_ms}
-    return {"message_item": {"type": 0, **times, "msg_id": m.quoted.id, "button_item_list": []}}
+    return {"message_item": {"type": 0, **times, "msg_id": m.quoted.msg_id, "is_completed": True} | IDLE}
 
 
 def svr_id(m: Makings) -> Json:
@@ -168,7 +173,7 @@ KINDS: dict[str, Callable[[Makings], Json]] = {
     "quote_empty": quoting(lambda m: {}),
 }
 """By name."""
-NEVER_SAID = Quoted(QUOTED_ID, text_item("hello world"), 1_789_000_000_000)
+NEVER_SAID = Quoted(QUOTED_ID, str(QUOTED_ID), text_item("hello world"), 1_789_000_000_000)
 """What a quote refers to that names no message."""
 
 

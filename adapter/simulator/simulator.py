@@ -264,12 +264,13 @@ class Simulator:
         """A message that the phone shows, of the bot or of the user."""
         for shown in reversed(self.world.phones.get(bot.user, ())):
             if message_id in (shown.message_id, shown.client_id) and shown.message_id:
-                return kinds.Quoted(self.world.inbound_id(shown.message_id, bot), shown.items[0], int(shown.at_ms))
+                own_ids = self.world.quoted_ids(shown.message_id, bot)
+                return kinds.Quoted(*own_ids, shown.items[0], int(shown.at_ms))
         message = self.inbox.find(bot, message_id)
         if not message.get("message_id") or not message.get("item_list"):
             raise SimulatorError("a message without an id or without items cannot be quoted")
-        own_id = self.world.inbound_id(message["message_id"], bot)
-        return kinds.Quoted(own_id, message["item_list"][0], int(message.get("create_time_ms") or 0))
+        own_ids = self.world.quoted_ids(message["message_id"], bot)
+        return kinds.Quoted(*own_ids, message["item_list"][0], int(message.get("create_time_ms") or 0))
 
     # What the bots did
 

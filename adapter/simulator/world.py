@@ -235,6 +235,11 @@ class World:
         """An id for the bot's next inbound message, after `inbound_id_style`."""
         return ids.written(message_id, self.settings_of(bot).inbound_id_style, bot.last_position + 1)
 
+    def quoted_ids(self, message_id: int | str, bot: Bot) -> tuple[int | str, int | str]:
+        """The id of a quoted message as `svr_id`, and as the `msg_id` of the quoted item."""
+        style = self.settings_of(bot).quoted_id_style
+        return self.inbound_id(message_id, bot), ids.written(message_id, style, bot.last_position)
+
     def violate(self, kind: str, endpoint: str, bot: Bot | None, detail: str = "") -> None:
         """Notes bad manners of a client. `detail` must hold no token and no text."""
         self.violation_counts[kind] += 1
