@@ -68,10 +68,10 @@ class SimulatorSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields
     stale_style: Literal["errcode", "ret", "both"] = "errcode"
     """Which field carries -14 (S2)."""
     inbound_id_style: Literal["number", "string", "alternate"] = "number"
-    """How ids stand in inbound messages, and `svr_id` in quotes: JSON number above 2^53 (4.6), string, or by turns."""
+    """How ids stand in inbound messages, and `svr_id` in quotes: JSON number above 2^53 (4.6), string, or in turn."""
     quoted_id_style: Literal["string", "number"] = "string"
-    """How the `msg_id` of a quoted message stands (4.5): a string in all captures of others, and as a string Tencent's
-    client declares it; or a JSON number, which breaks clients in Go, Rust and C#, and may come (2.5)."""
+    """How the `msg_id` of a quoted message stands (4.5): a string in all captures of others, and as a string the
+    official client declares it; or a JSON number, which may come (2.5) and breaks clients in Go, Rust and C#."""
     id_style: Literal["alternate", "number", "string"] = "alternate"
     """How the answers of `sendmessage` write theirs (S10); by turns for each bot."""
     batch_max: NotNegative = 100
