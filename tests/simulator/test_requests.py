@@ -44,6 +44,16 @@ async def test_s1_a_qr_code_comes_by_get_and_by_post(client: Client, method: str
     assert answer["qrcode_img_content"].startswith("https://")
 
 
+@pytest.mark.parametrize("path", ["getupdates", "get_bot_qrcode?bot_type=3"])
+async def test_s1_json_does_not_say_that_it_is_json(client: Client, path: str) -> None:
+    """Clients that ask for `application/json` understand no answer of iLink."""
+    url = f"{client.sim.url}/ilink/bot/{path}"
+    response = await client.http.post(url, json={"base_info": BASE_INFO}, headers=headers(client.bot.token))
+
+    assert response.headers["content-type"] == "application/octet-stream"
+    assert response.json()
+
+
 async def test_s1_other_paths_are_404(client: Client) -> None:
     for path in ("/", "/ilink/bot/nonsense", "/ilink/bot", "/getupdates"):
         assert (await client.http.post(client.sim.url + path, json={})).status_code == 404
