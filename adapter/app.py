@@ -68,6 +68,9 @@ RELEASE_S = 5.0
 """The part of the drain time that is kept for giving the shards back."""
 STARTING = 32
 """Bots that are taken over at the same time."""
+LOADING = 8
+"""Shards that read at once what is parked. With 500 commands parked in each of 128, a tenth of a core took more than
+the five seconds that an answer may take for a page of each, and they all began anew, for minutes."""
 PER_ROUND = 64
 """What goes on in one round of the event loop: answers that bring something, commands as they come and at each step
 of a lane, polls after a pause or a failure. Where five thousand answers came at once to a process with a quarter of a
@@ -330,6 +333,7 @@ class Adapter:
             stale_retry_s=settings.stale_retry_s,
             grace_s=self.grace_s,
             turns=self.turns,
+            loading=asyncio.Semaphore(LOADING),
             showing=Showing(
                 chat=self.chat,
                 contexts=self.contexts,

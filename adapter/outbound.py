@@ -60,6 +60,15 @@ class Shard(LaneWork):
             )  # of an earlier time, when the shard was ours, too
             self.typing.open()
             self._loaded = True
+        async with self._needs.loading:
+            found = await self._find_parked()
+        for lane in self._lanes:
+            if not lane.unsure.isdisjoint(found):
+                lane.sort()
+            self._start(lane)
+
+    async def _find_parked(self) -> set[int]:
+        """The sequences of what was not known to be parked. Raises Temporary."""
         names = self._needs.names
         found: set[int] = set()
         in_hand = {item.command.client for item in self._in_hand.values()}
@@ -83,10 +92,7 @@ class Shard(LaneWork):
             lane.unsure.add(stored.seq)
             lane.inherited_ms = min(lane.inherited_ms, command.stored_ms)
             lane.park(parked_at(stored.seq, stored.subject, command))
-        for lane in self._lanes:
-            if not lane.unsure.isdisjoint(found):
-                lane.sort()
-            self._start(lane)
+        return found
 
     def _serves(self, bot: str) -> bool:
         binding = self._needs.bindings.get(bot)

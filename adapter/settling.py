@@ -74,6 +74,8 @@ class Outgoing(NamedTuple):
     grace_s: float
     turns: Turns
     """Spreads what many lanes do once they may go on."""
+    loading: asyncio.Semaphore
+    """Bounds how many shards read at once what is parked: after a reconnect all do."""
     showing: Showing
 
 

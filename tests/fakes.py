@@ -1020,6 +1020,7 @@ class Bench:
             stale_retry_s=(5.0, 30.0, 300.0),
             grace_s=1.0,
             turns=Turns(4),
+            loading=asyncio.Semaphore(2),
             showing=self.showing(),
         )
         return outgoing._replace(**changes)

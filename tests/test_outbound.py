@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from itertools import pairwise
 from typing import Any
 
@@ -18,12 +18,12 @@ from adapter.contract import FINAL_OUTCOMES, Outbound, Receipt
 from adapter.errors import BusRefused, Refused, SessionExpired, Temporary, Throttled, Uncertain
 from adapter.names import H_COMMAND, H_MSG_ID, H_SANDBOX, H_TIME_MS, UNROUTED, peer_key, shard_of
 from adapter.outbound import Shard
-from adapter.ports import Accepted, Message
+from adapter.ports import Accepted, Message, Stored
 from adapter.receipts import Name, Receipts
 from adapter.records import Hand
 from adapter.settling import GONE_S, SETTLED_KEPT
 from adapter.timing import Turns
-from tests.fakes import GAP_S, LIMITS, RULES, Bench, FakeDelivery, Sent, settle
+from tests.fakes import GAP_S, LIMITS, RULES, Bench, FakeBus, FakeDelivery, Sent, settle
 
 VIRTUAL_TIME = True
 
@@ -1330,6 +1330,27 @@ async def late_copy(bench: Bench, delivery: FakeDelivery, ident: str) -> None:
     headers = {H_MSG_ID: f"late:{ident}", H_SANDBOX: "s1", H_COMMAND: ident, H_TIME_MS: str(delivery.time_ms)}
     subject = bench.names.parked(shard_of("s1"), peer_key(BOT, USER))
     await bench.bus.publish(Message("parked", subject, delivery.data, headers))
+
+
+async def test_a_few_shards_at_a_time_read_what_is_parked() -> None:
+    """All do after a reconnect, and where each answer waits behind all others' none may come in time."""
+    bench = Bench()
+    reading = most = 0
+
+    class Slow(FakeBus):
+        async def read(self, stream: str, subject: str, **where: Any) -> AsyncIterator[Stored]:
+            nonlocal reading, most
+            reading += 1
+            most = max(most, reading)
+            await asyncio.sleep(1)
+            reading -= 1
+            async for stored in super().read(stream, subject, **where):
+                yield stored
+
+    needs = bench.outgoing(history=Slow(bench.names, bench.clock), loading=asyncio.Semaphore(2))
+    shards = [Shard(number, needs) for number in range(5)]
+    await asyncio.gather(*(shard.load() for shard in shards))
+    assert most == 2
 
 
 async def test_what_the_owner_before_parked_late_is_found_at_the_next_reset_and_keeps_its_place() -> None:
