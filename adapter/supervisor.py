@@ -90,7 +90,8 @@ class Supervisor:
         self._handing = asyncio.Semaphore(HANDED_AT_ONCE)
         self._departures = 0
         self._draining = False
-        self._was_valid = False
+        self._valid_as = ""
+        """The incarnation whose lease was valid at the last look, "" where none was."""
         bindings.listen(self._on_binding)
 
     # what others ask --------------------------------------------------------------------------------
@@ -184,11 +185,8 @@ class Supervisor:
         )
 
     def _follow_leases(self) -> None:
-        valid, owned = self._leases.valid, set(self._leases.owned)
-        if self._was_valid and not valid:
-            for session in self.sessions.values():
-                session.cut_off()  # stop before anybody else may start; what was learned is kept
-        self._was_valid = valid
+        owned = set(self._leases.owned)
+        self._follow_validity()
         if self._departures != self._leases.departures:
             self._departures = self._leases.departures
             for session in self.sessions.values():
@@ -205,6 +203,18 @@ class Supervisor:
             changed = owned ^ self._owned
             self._owned = owned
             self._dirty.update(b.bot for b in self._bindings if shard_of(b.sandbox) in changed)
+
+    def _follow_validity(self) -> None:
+        now_as = self._leases.incarnation if self._leases.valid else ""
+        if self._valid_as not in ("", now_as):
+            for session in self.sessions.values():
+                session.cut_off()  # stop before anybody else may start; what was learned is kept
+        self._valid_as = now_as
+
+    async def _follow_validity_forever(self) -> None:
+        while True:
+            self._follow_validity()
+            await self._leases.changed.until(lambda: self._leases.valid != bool(self._valid_as), 1.0)
 
     def _wanted(self, bot: str) -> bool:
         binding = self._bindings.get(bot)
@@ -332,6 +342,13 @@ class Supervisor:
     async def drain(self, seconds: float) -> None:
         """Ends everything in order: no new commands, sends in flight end, polls end at their boundary or are cut."""
         self._draining = True
+        following = asyncio.get_running_loop().create_task(self._follow_validity_forever())
+        try:
+            await self._drain(seconds)
+        finally:
+            following.cancel()
+
+    async def _drain(self, seconds: float) -> None:
         deadline = self._clock.monotonic() + seconds
         if leaving := list(self._leaving.values()):
             for task in leaving:

@@ -10,10 +10,11 @@ import msgspec
 import pytest
 
 from adapter.bindings import Bindings
+from adapter.inbound import tend
 from adapter.names import SHARDS, shard_of
 from adapter.ports import Entry
 from adapter.records import Binding
-from adapter.sessions import Session, State
+from adapter.sessions import HERE_S, Session, State
 from adapter.supervisor import Supervisor
 from tests.fakes import Bench, FakeLeases, settle
 
@@ -174,6 +175,39 @@ async def test_every_poll_is_cut_when_the_lease_runs_out(bench: Bench) -> None:
     made._follow_leases()
     assert not any(session.cut.is_set() for session in made.sessions.values())
     leases.is_valid = False
+    made._follow_leases()
+    assert all(session.cut.is_set() for session in made.sessions.values())
+
+
+async def test_polls_that_still_wait_are_cut_when_the_lease_runs_out_also_while_the_replica_leaves() -> None:
+    """They may wait for half a minute, and who takes over a dead replica's bots waits for none of them."""
+    bench = Bench()
+    await bench.bind()
+    leases = bench.leases
+    made = supervisor(bench, leases=leases)
+    made._owned = set(leases.owned)
+    made._follow_leases()
+    session = made.sessions["b1@im.bot"] = Session("b1@im.bot")
+    made._pollers["b1@im.bot"] = asyncio.create_task(tend(session, bench.incoming()))
+    await asyncio.sleep(1)
+    leases.owned.clear()
+    leaving = asyncio.create_task(made.drain(60.0))
+    await asyncio.sleep(5)
+    assert bench.chat.polling == 1
+    leases.is_valid = False
+    leases.changed.notify()
+    await asyncio.sleep(HERE_S * 2)
+    assert bench.chat.polling == 0
+    await leaving
+
+
+async def test_every_poll_is_cut_where_the_lease_is_another_incarnations_since(bench: Bench) -> None:
+    """It was revoked, and the loop was held up meanwhile: others may poll."""
+    leases = FakeLeases(owned=())
+    made = supervisor(bench, leases=leases)
+    poll(made, bench)
+    made._follow_leases()
+    leases.incarnation = "me-2"
     made._follow_leases()
     assert all(session.cut.is_set() for session in made.sessions.values())
 
