@@ -149,6 +149,8 @@ class Session:
         self.polling: asyncio.Task[Any] | None = None
         """The poller, while its poll waits."""
         self._cutting = False
+        self._for_lease = False
+        """It is cut since the lease was lost, and for nothing else."""
         self._account: tuple[Binding, Account] | None = None
         self._fenced: tuple[Incoming, str, Incoming] | None = None
 
@@ -185,8 +187,9 @@ class Session:
         if now or self.polling is None:
             self.cut_off()
 
-    def cut_off(self) -> None:
+    def cut_off(self, *, for_lease: bool = False) -> None:
         """Ends a pause that waits, and a poll, which gets a moment (`HERE_S`)."""
+        self._for_lease = for_lease and (self._for_lease or not self.cut.is_set())
         self.cut.set()
         if self.polling is not None:
             loop = asyncio.get_running_loop()
@@ -194,6 +197,12 @@ class Session:
             # and one that came while the loop was held up: uvloop calls its timers before it reads
             end = functools.partial(loop.call_soon, self._end_poll)
             loop.call_later(HERE_S, lambda: loop.call_later(TURN_S, end))
+
+    def spare(self) -> None:
+        """The lease is valid again, and was nobody else's: a poll that was to be cut for it alone, and was not yet,
+        goes on."""
+        if self._for_lease and not self._cutting:
+            self.cut.clear()
 
     def _end_poll(self) -> None:
         """Ends the poll that waits by now, also one that began after the cut: while `cut` is set, it is meant."""

@@ -92,6 +92,8 @@ class Supervisor:
         self._draining = False
         self._valid_as = ""
         """The incarnation whose lease was valid at the last look, "" where none was."""
+        self._paused_as = ""
+        """The incarnation whose lease was lost last."""
         bindings.listen(self._on_binding)
 
     # what others ask --------------------------------------------------------------------------------
@@ -207,8 +209,12 @@ class Supervisor:
     def _follow_validity(self) -> None:
         now_as = self._leases.incarnation if self._leases.valid else ""
         if self._valid_as not in ("", now_as):
+            self._paused_as = self._valid_as
             for session in self.sessions.values():
-                session.cut_off()  # stop before anybody else may start; what was learned is kept
+                session.cut_off(for_lease=True)  # stop before anybody else may start; what was learned is kept
+        elif now_as not in ("", self._valid_as) and now_as == self._paused_as:
+            for session in self.sessions.values():
+                session.spare()  # nobody has taken anything: they revoke the incarnation first
         self._valid_as = now_as
 
     async def _follow_validity_forever(self) -> None:

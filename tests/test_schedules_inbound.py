@@ -255,11 +255,13 @@ class Model:
         leases.is_valid = False
         leases.changed.notify()
         if session is not None:
-            session.cut_off()
+            session.cut_off(for_lease=True)
 
         def back() -> None:
             leases.is_valid = bool(leases.owned)
             leases.changed.notify()
+            if session is not None and leases.is_valid:
+                session.spare()
 
         self._later(seconds, back)
 

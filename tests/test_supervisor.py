@@ -179,6 +179,43 @@ async def test_every_poll_is_cut_when_the_lease_runs_out(bench: Bench) -> None:
     assert all(session.cut.is_set() for session in made.sessions.values())
 
 
+@pytest.mark.parametrize(
+    ("back_s", "incarnation", "asked"),
+    [
+        pytest.param(HERE_S / 2, "me-1", 1, id="at-once"),
+        pytest.param(HERE_S * 2, "me-1", 2, id="later"),
+        pytest.param(HERE_S / 2, "me-2", 2, id="as-another"),
+    ],
+)
+async def test_a_lease_that_is_back_before_its_polls_were_cut_costs_none(
+    back_s: float, incarnation: str, asked: int
+) -> None:
+    """As where a process was held up for longer than its lease, and the answer to its renewal lay there. Another
+    incarnation's is not the one that was lost, which was revoked."""
+    bench = Bench()
+    await bench.bind()
+    leases = bench.leases
+    made = supervisor(bench, leases=leases)
+    made._owned = set(leases.owned)
+    made._follow_leases()
+    session = made.sessions["b1@im.bot"] = Session("b1@im.bot")
+    task = asyncio.create_task(tend(session, bench.incoming()))
+    await asyncio.sleep(5)
+    leases.is_valid = False
+    made._follow_leases()
+    await asyncio.sleep(back_s)
+    leases.is_valid, leases.incarnation = True, incarnation
+    leases.changed.notify()
+    made._follow_leases()
+    await asyncio.sleep(5)
+    assert len(bench.chat.asked) == asked
+    session.cut_off()
+    await asyncio.sleep(5)
+    assert len(bench.chat.asked) == asked + 1
+    session.leave(now=True)
+    await task
+
+
 async def test_polls_that_still_wait_are_cut_when_the_lease_runs_out_also_while_the_replica_leaves() -> None:
     """They may wait for half a minute, and who takes over a dead replica's bots waits for none of them."""
     bench = Bench()
