@@ -11,7 +11,7 @@ from cyclopts import Parameter
 from nats.aio.msg import Msg
 from nats.errors import Error as NatsError
 
-from adapter.cli import output, permitted
+from adapter.cli import astray, output, permitted
 from adapter.cli.bindings import all_bindings
 from adapter.cli.bus import Bus, connected, settings_from
 from adapter.cli.checks import Check, State
@@ -145,7 +145,17 @@ async def _topology(bus: Bus, settings: Settings) -> list[Check]:
             "." if d.critical else ", or leave it if it is meant."
         )
         checks.append(Check(d.name, "fail" if d.critical else "warn", said))
+    checks += await _astray(bus, settings)
     return checks or [Check("streams", "ok", "all streams, buckets and consumers are as they should be")]
+
+
+async def _astray(bus: Bus, settings: Settings) -> list[Check]:
+    try:
+        count = await astray.count(await _link(bus, settings), bus.names)
+    except (BusRefused, Temporary):
+        return []  # there is no such stream, which is told
+    said = f"{count} were stored where no adapter looks, without the subject transform: use --fix."
+    return [Check("commands astray", "fail", said)] if count else []
 
 
 async def _tokens(bus: Bus, settings: Settings) -> Check:
@@ -243,6 +253,9 @@ async def _fix(bus: Bus, settings: Settings, *, quiet: bool) -> None:
             _announce(f"changing {d.name}: {d.field} from {_short(d.found)} to {_short(d.wanted)}", quiet)
         for d in {d.name: d for d in different}.values():
             await topology.alter(link, bus.names, settings, d)
+        if count := await astray.count(link, bus.names):
+            _announce(f"publishing {count} commands again that were stored where no adapter looks", quiet)
+            await astray.bring_back(link, bus, count)
         await _seal(link, bus, settings, quiet=quiet)
     except BusRefused as exc:
         by_hand = "" if exc.code in topology.NO_ROOM else "; this has to be changed by hand"

@@ -19,7 +19,7 @@ from adapter.embedded import EmbeddedNats
 from adapter.errors import Refused
 from adapter.jetstream.history import StreamHistory
 from adapter.jetstream.link import Link
-from adapter.names import token_of
+from adapter.names import shard_of, token_of
 from adapter.records import Binding
 from adapter.seal import Sealer
 from adapter.settings import read_settings
@@ -88,6 +88,34 @@ async def test_a_difference_that_breaks_a_guarantee_fails_until_fixed(cli: Comma
         result = await cli("doctor", "--json")
         assert (result.code, states(result)["WECHAT_IN"]) == (1, "fail")
         assert (await cli("doctor", "--fix")).code == 0
+
+
+async def test_commands_that_were_stored_without_the_transform_are_brought_to_their_shards(
+    cli: Command, bus: Bus
+) -> None:
+    """Where no consumer looks they would wait for ever, and their senders for a receipt."""
+    names = bus.names
+    config = (await bus.api(f"STREAM.INFO.{names.stream_out}"))["config"]
+    await bus.api(f"STREAM.UPDATE.{names.stream_out}", config | {"subject_transform": None})
+    first = await bus.store(names.out("s1"), b"one", {})
+    await bus.store(names.out("s2"), b"two", {"Nats-Msg-Id": "mine", "traceparent": "00-1"})
+    await bus.store(names.out("s1"), b"three", {"Wechat-Command": "routed"})
+    result = await cli("doctor", "--json")
+    assert (states(result)["WECHAT_OUT"], states(result)["commands astray"]) == ("fail", "fail")
+    assert "publishing 3 commands again" in (await cli("doctor", "--fix")).out
+    result = await cli("doctor", "--json")
+    assert (states(result)["streams"], "commands astray" in states(result)) == ("ok", False)
+    link = Link(bus.settings, "test")
+    await link.use(bus.nc)
+    found = [
+        (stored.subject, stored.data, stored.headers["Wechat-Command"], stored.headers.get("traceparent"))
+        async for stored in StreamHistory(link).read(names.stream_out, names.out(">"))
+    ]
+    assert found == [
+        (f"wechat.out.{shard_of('s1')}.s1", b"one", str(first.seq), None),
+        (f"wechat.out.{shard_of('s2')}.s2", b"two", "mine", "00-1"),
+        (f"wechat.out.{shard_of('s1')}.s1", b"three", "routed", None),
+    ]
 
 
 async def test_what_the_server_will_not_change_is_left_to_people(cli: Command, bus: Bus) -> None:

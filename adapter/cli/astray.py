@@ -1,0 +1,67 @@
+"""Commands stored while WECHAT_OUT had no subject transform: where no adapter looks, under `wechat.out.*`."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+
+from adapter.cli.bus import ANSWER_S, Bus
+from adapter.cli.exits import UNREACHABLE, Failed
+from adapter.commands import passed_on
+from adapter.jetstream import topology
+from adapter.jetstream.consumer import Consumer, Delivery
+from adapter.jetstream.history import subjects_of
+from adapter.jetstream.link import Link
+from adapter.names import H_COMMAND, H_MSG_ID, Names
+
+SECOND_NS = 1_000_000_000
+
+
+async def count(link: Link, names: Names) -> int:
+    """How many there are. Raises Temporary, BusRefused."""
+    return sum((await subjects_of(link, names.stream_out, names.out("*"))).values())
+
+
+async def bring_back(link: Link, bus: Bus, most: int) -> None:
+    """Publishes `most` of them again, oldest first, which the transform takes to their shard; then they are settled.
+
+    The id of a copy follows from the original, so that one that is repeated is stored once; it names the command as
+    it was called before. Raises Failed, Temporary, BusRefused.
+    """
+    names = bus.names
+    config = {
+        "durable_name": "astray",
+        "name": "astray",
+        "filter_subject": names.out("*"),
+        "ack_policy": "explicit",
+        "ack_wait": 60 * SECOND_NS,
+        "inactive_threshold": 60 * SECOND_NS,
+    }
+    wanted = topology.Wanted("astray", config, stream=names.stream_out)
+    await topology.create(link, wanted)
+    found: asyncio.Queue[Delivery] = asyncio.Queue()
+    reading = asyncio.get_running_loop().create_task(Consumer(link, wanted, room=100).run(found.put_nowait, _nothing))
+    try:
+        for _ in range(most):
+            async with asyncio.timeout(ANSWER_S):
+                delivery = await found.get()
+            await bus.store(delivery.subject, delivery.data, _headers(delivery))
+            await delivery.ack()
+        await bus.nc.flush()
+    except TimeoutError:
+        raise Failed(UNREACHABLE, "The commands were not all published again: use --fix once more.") from None
+    finally:
+        reading.cancel()
+
+
+def _headers(delivery: Delivery) -> dict[str, str]:
+    words = hashlib.blake2b(delivery.data, digest_size=12).hexdigest()
+    ident = delivery.headers.get(H_COMMAND) or delivery.headers.get(H_MSG_ID) or str(delivery.seq)
+    return passed_on(delivery.headers) | {
+        H_MSG_ID: f"astray:{delivery.seq}:{delivery.time_ms}:{words}",
+        H_COMMAND: ident,
+    }
+
+
+async def _nothing() -> None:
+    return None
