@@ -66,6 +66,8 @@ class Watch:
         self._good = clock.monotonic()
         """When JetStream was last in order."""
         self._looked = Latch()
+        self._paused: set[str] = set()
+        """Consumers that an operator has paused, of those that are looked at."""
 
     async def complete(self) -> None:
         """Returns when every stream is there."""
@@ -134,6 +136,7 @@ class Watch:
         missing = await self._inspector.look(self._link)
         self._metrics.nats_streams_missing.set(len(missing))
         altered = [f"{name} ({', '.join(d.field for d in found)})" for name, found in self._inspector.altered.items()]
+        altered += [f"consumer {consumer} (paused: `nats consumer resume`)" for consumer in sorted(self._paused)]
         self._metrics.nats_streams_altered.set(len(altered))
         self._health.missing, self._health.altered = ", ".join(missing), ", ".join(altered)
         self._looked.notify()
@@ -152,8 +155,17 @@ class Watch:
             except BusRefused as exc:  # deleted by an operator; its owner makes it again
                 log.warning("consumer.missing", consumer=consumer, detail=exc.detail[:200])
                 continue
+            self._heed_pause(consumer, bool(info.get("paused")))
             metrics.nats_consumer_pending.labels(consumer=label).set(info["num_pending"])
             metrics.nats_consumer_ack_pending.labels(consumer=label).set(info["num_ack_pending"])
         waiting, in_hand = self._inspector.messages(names.stream_out), self._supervisor.in_hand
         metrics.nats_consumer_pending.labels(consumer="out").set(max(0, waiting - in_hand))
         metrics.nats_consumer_ack_pending.labels(consumer="out").set(in_hand)
+
+    def _heed_pause(self, consumer: str, paused: bool) -> None:
+        if paused and consumer not in self._paused:
+            log.error("consumer.paused", consumer=consumer, detail="It delivers nothing until it is resumed.")
+            self._paused.add(consumer)
+        elif not paused and consumer in self._paused:
+            log.info("consumer.resumed", consumer=consumer)
+            self._paused.discard(consumer)

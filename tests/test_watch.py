@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+from structlog.testing import capture_logs
 
 from adapter.errors import BusRefused, Temporary
 from adapter.jetstream.topology import Difference
@@ -34,7 +35,7 @@ class Replica:
         self.silence: Exception | None = None
         self.absent: list[str] = []
         self.altered: dict[str, list[Difference]] = {}
-        self.emptied = False
+        self.emptied = self.paused = False
         self.reloads = 0
         self.looks = 0
         self.watch = Watch(
@@ -64,10 +65,10 @@ class Replica:
         if self.silence is not None:
             raise self.silence
 
-    async def _api(self, verb: str) -> dict[str, int]:
+    async def _api(self, verb: str) -> dict[str, Any]:
         if verb.startswith("CONSUMER.INFO.WECHAT_CTL"):
             raise BusRefused(10014, "consumer not found")
-        return NUMBERS
+        return NUMBERS | ({"paused": True} if self.paused else {})
 
     # as the inspector -------------------------------------------------------------------------------
 
@@ -183,3 +184,20 @@ async def test_what_is_back_is_looked_at_at_once() -> None:
     assert replica.looks == 1
     await asyncio.sleep(10 * WATCH_S)
     assert replica.looks == 6
+
+
+async def test_a_consumer_that_is_paused_is_told_once_until_it_is_not() -> None:
+    """It holds back what services have sent, and everything else looks well."""
+    replica = Replica()
+    replica.paused = True
+    with capture_logs() as logs:
+        await asyncio.sleep(10 * WATCH_S)
+        assert replica.health.altered == "consumer router (paused: `nats consumer resume`)"
+        assert replica.metrics.value("nats_streams_altered") == 1
+        replica.paused = False
+        await asyncio.sleep(4 * WATCH_S)
+    assert (replica.health.altered, replica.metrics.value("nats_streams_altered")) == ("", 0)
+    assert [line["event"] for line in logs if line.get("consumer") == "router"] == [
+        "consumer.paused",
+        "consumer.resumed",
+    ]

@@ -148,6 +148,10 @@ class Consumer:
                 self._check()
                 info = await self._found()
                 self._made_ms = _unix_ms(info["created"])
+                if info.get("paused"):
+                    log.error(
+                        "consumer.paused", consumer=self.name, detail="It delivers nothing until it is resumed."
+                    )
                 self._check()
                 self._suspect_to = max(self._suspect_to, int(info["delivered"]["stream_seq"]))
                 info = await self.link.api(f"CONSUMER.RESET.{self._stream}.{self.name}")

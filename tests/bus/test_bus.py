@@ -1101,6 +1101,18 @@ async def test_a_consumer_that_is_deleted_is_made_again_and_takes_nothing_for_ne
     assert [(delivery.data, delivery.suspect) for delivery in heir.got] == [(b"1", True), (b"2", False)]
 
 
+async def test_a_consumer_that_is_paused_is_told_when_it_is_read(rig: Rig) -> None:
+    await control(rig, "0")
+    pause = f"CONSUMER.PAUSE.{NAMES.stream_ctl}.{topology.CONTROL}"
+    await rig.link.api(pause, {"pause_until": "2999-01-01T00:00:00Z"})
+    with capture_logs() as logs:
+        reader = Reader(rig)
+        await until(lambda: reader.resets > 0, "it is read")
+    assert [line["event"] for line in logs] == ["consumer.paused"]
+    await rig.link.api(pause, {})
+    await reader.have(1)
+
+
 async def test_a_stream_made_again_goes_on_above_its_old_sequences(rig: Rig) -> None:
     await control(rig, "0", "1")
     last = await rig.history.last(NAMES.stream_ctl, NAMES.bind)
