@@ -25,7 +25,7 @@ from adapter.jetstream import topology
 from adapter.jetstream.buckets import KvBucket, LeaseRegister
 from adapter.jetstream.consumer import Consumer, Delivery, all_settled
 from adapter.jetstream.history import StreamHistory, direct_get
-from adapter.jetstream.link import Link, _is_leaderless
+from adapter.jetstream.link import NO_STREAM, Link, _is_leaderless
 from adapter.jetstream.publisher import Publisher
 from adapter.jetstream.questions import Answer
 from adapter.jetstream.services import AT_ONCE, OF_ONE, BusTeller, Handler, Services
@@ -1006,6 +1006,7 @@ async def test_what_a_pull_of_another_takes_before_the_reset_is_answered_comes_a
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A server under load delivers first, and then says in its answer how much it has delivered."""
+    monkeypatch.setattr("adapter.jetstream.consumer.HEARTBEAT_S", 0.2)
     await control(rig, "0", "1")
     thief = await rig.link.client().subscribe(rig.link.client().new_inbox())
     pull = f"$JS.API.CONSUMER.MSG.NEXT.{NAMES.stream_ctl}.{topology.CONTROL}"
@@ -1253,6 +1254,61 @@ async def test_replicas_that_start_at_once_do_not_hinder_each_other(bus: Bus) ->
         assert results == [[], [], []]
 
 
+class OldServer(Link):
+    """A server that takes newer options without a word and ignores them."""
+
+    def __init__(self, level: int | None) -> None:
+        self.level = level
+
+    async def api(self, verb: str, body: dict[str, Any] | None = None, timeout_s: float = 5.0) -> dict[str, Any]:
+        assert verb == "INFO", "nothing is created on it"
+        return {} if self.level is None else {"api": {"level": self.level}}
+
+
+class NewServer(OldServer):
+    """One that has nothing yet, takes some time for each wish, and refuses what it is told to."""
+
+    def __init__(self, *refused: str) -> None:
+        super().__init__(topology.API_LEVEL)
+        self.refused = refused
+        self.created: list[str] = []
+        self.at_once = self.most = 0
+
+    async def api(self, verb: str, body: dict[str, Any] | None = None, timeout_s: float = 5.0) -> dict[str, Any]:
+        if verb == "INFO":
+            return await super().api(verb)
+        if ".CREATE." not in verb:
+            raise BusRefused(NO_STREAM, "stream not found")
+        self.at_once += 1
+        self.most = max(self.most, self.at_once)
+        await asyncio.sleep(0)
+        self.at_once -= 1
+        self.created.append(verb)
+        if verb.rpartition(".")[2] in self.refused:
+            raise BusRefused(10047, "insufficient storage resources available")
+        return {}
+
+
+async def test_what_is_missing_is_created_some_at_a_time_and_streams_first() -> None:
+    """Each waits for a disk, in a cluster for those of a majority: one after the other took half a minute there."""
+    server = NewServer()
+    await topology.ensure(server, NAMES, Settings())
+    streams, consumers = topology.streams(NAMES, Settings()), topology.consumers(NAMES)
+    kinds = [verb.partition(".")[0] for verb in server.created]
+    assert kinds == ["STREAM"] * len(streams) + ["CONSUMER"] * len(consumers)
+    assert {verb.rpartition(".")[2] for verb in server.created} == {each.name for each in [*streams, *consumers]}
+    assert server.most == topology.CREATED_AT_ONCE
+
+
+async def test_the_first_that_cannot_be_created_is_named_and_none_is_left_on_its_way() -> None:
+    media = f"OBJ_{NAMES.media}"
+    server = NewServer(media, NAMES.stream_out)
+    with pytest.raises(SettingsError, match=rf"stream {NAMES.stream_out} cannot be created: 10047 .*MAX_BYTES"):
+        await topology.ensure(server, NAMES, Settings())
+    assert server.at_once == 0
+    assert not [verb for verb in server.created if verb.startswith("CONSUMER")]
+
+
 async def test_a_stream_that_would_break_a_guarantee_stops_the_start_with_a_sentence(bus: Bus) -> None:
     async with rig_on(bus, streams=False) as rig:
         config = {"name": NAMES.stream_out, "subjects": ["wechat.out", "wechat.out.*"], "retention": "limits"}
@@ -1278,17 +1334,6 @@ async def test_an_operators_own_limits_are_only_told_and_never_changed(bus: Bus)
 
         await topology.alter(rig.link, NAMES, bus.settings, difference)
         assert await topology.ensure(rig.link, NAMES, bus.settings) == []
-
-
-class OldServer(Link):
-    """A server that takes newer options without a word and ignores them."""
-
-    def __init__(self, level: int | None) -> None:
-        self.level = level
-
-    async def api(self, verb: str, body: dict[str, Any] | None = None, timeout_s: float = 5.0) -> dict[str, Any]:
-        assert verb == "INFO", "nothing is created on it"
-        return {} if self.level is None else {"api": {"level": self.level}}
 
 
 @pytest.mark.parametrize("level", [None, 0, 3])
