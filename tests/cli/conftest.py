@@ -63,12 +63,16 @@ def settings(server: EmbeddedNats) -> Settings:
 
 
 @pytest.fixture
-async def bus(settings: Settings) -> AsyncIterator[Bus]:
-    """A connection to a NATS with all streams and consumers, and no adapter."""
+async def bus(settings: Settings, request: pytest.FixtureRequest) -> AsyncIterator[Bus]:
+    """A connection to a NATS with all streams, and no adapter. Its 130 consumers are there for modules that say
+    `CONSUMERS = True`: most commands have nothing to do with them, and the server takes a second to make them."""
     async with connected(settings) as found:
         link = Link(settings, "test")
         await link.use(found.nc)
-        await topology.ensure(link, found.names, settings)
+        if getattr(request.module, "CONSUMERS", False):
+            await topology.ensure(link, found.names, settings)
+        else:
+            await asyncio.gather(*(topology.create(link, each) for each in topology.streams(found.names, settings)))
         yield found
 
 

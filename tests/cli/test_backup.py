@@ -15,6 +15,7 @@ from adapter.settings import Settings
 from tests.bus.guarded import guarded
 from tests.cli.conftest import Command
 
+CONSUMERS = True
 LEFT_OUT = {"KV_wechat_members", "KV_wechat_claims", "KV_wechat_logins"}
 
 

@@ -28,6 +28,8 @@ from tests.cli.conftest import Command, Result
 from tests.cli.process import started
 from tests.cli.standin import answering
 
+CONSUMERS = True
+
 
 def states(result: Result) -> dict[str, str]:
     return {row["check"]: row["state"] for row in result.rows}
