@@ -16,6 +16,7 @@ from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 
 import pytest
+import structlog
 from hypothesis import HealthCheck, settings
 from nats.aio.client import Client
 
@@ -24,6 +25,9 @@ from tests import canary
 from tests.fakes import VirtualLoop
 
 canary.mark()
+
+# What the code says of a bug: rich would draw it with every variable of every frame, which takes a second.
+structlog.dev.ConsoleRenderer.get_active().exception_formatter = structlog.dev.plain_traceback
 
 # How long an example takes says nothing about the code where others have the cores.
 settings.register_profile("here", deadline=None, suppress_health_check=[HealthCheck.too_slow])
