@@ -265,6 +265,7 @@ async def test_a_limit_for_messages_that_is_lowered_holds_up_nothing_and_is_noti
         assert [isinstance(ack, BusRefused) for ack in acks] == [False, True, False]
         assert rig.link.epoch == 2, "the server has ended the first connection, and no other"
         await reloaded.server.limit(largest)
+        rig.link._doubt_s = 0.1  # the next test shows how long that is
 
         async def taken() -> bool:
             (ack,) = await rig.publisher.publish_all([message])
@@ -728,7 +729,9 @@ async def test_many_members_are_read_whole(rig: Rig) -> None:
     assert len(await register.entries()) == SHARDS
 
 
-async def test_a_register_is_read_anew_when_it_has_changed_and_now_and_then(rig: Rig) -> None:
+async def test_a_register_is_read_anew_when_it_has_changed_and_now_and_then(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     register, other = LeaseRegister(rig.link, NAMES.claims), LeaseRegister(rig.link, NAMES.claims)
     first = await other.write("1", b"x", 0)
     second = await other.write("2", b"y", 0)
@@ -738,6 +741,7 @@ async def test_a_register_is_read_anew_when_it_has_changed_and_now_and_then(rig:
     third = await other.write("1", b"z", first)
     assert sorted(await register.entries()) == [Entry("1", b"z", third), Entry("2", b"y", second)]
     await rig.link.api(f"STREAM.PURGE.KV_{NAMES.claims}", {"filter": f"$KV.{NAMES.claims}.2"})
+    monkeypatch.setattr("adapter.jetstream.buckets.READ_ANEW_S", 0.1)
 
     async def noticed() -> bool:
         return await register.entries() == [Entry("1", b"z", third)]
@@ -978,8 +982,12 @@ async def test_a_kill_of_the_server_brings_what_is_unsettled_again_in_order(rig:
 
 
 @pytest.mark.parametrize("more", [True, False], ids=["seen at the next delivery", "seen at a heartbeat"])
-async def test_a_delivery_that_got_lost_on_its_way_comes_again_before_what_is_after_it(rig: Rig, more: bool) -> None:
+async def test_a_delivery_that_got_lost_on_its_way_comes_again_before_what_is_after_it(
+    rig: Rig, more: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As when the consumer's leader dies with it: here somebody else gets it."""
+    if not more:
+        monkeypatch.setattr("adapter.jetstream.consumer.HEARTBEAT_S", 0.2)
     await control(rig, "0")
     reader = Reader(rig, room=1)
     await reader.have(1)
