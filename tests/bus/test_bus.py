@@ -34,6 +34,7 @@ from adapter.names import H_COMMAND, H_ERROR, H_ERROR_CODE, H_MSG_ID, H_SCHEMA, 
 from adapter.ports import Answered, Asked, Entry, Message, PubAck, Stored
 from adapter.settings import Settings
 from adapter.timing import SystemClock
+from tests.e2e.memory import in_memory
 from tests.e2e.waiting import eventually, free_port, until
 from tests.growth import census, growing
 
@@ -54,7 +55,7 @@ class Bus:
         self.server = EmbeddedNats(self._folder, port=self._port)
         await self.server.start()
         self._port = int(self.server.url.rpartition(":")[2])
-        self.settings = Settings(nats_url=(self.server.url,))
+        self.settings = Settings(nats_url=(self.server.url,), in_max_bytes=1 << 30, media_store_bytes=1 << 30)
 
     def kill(self) -> None:
         self.server.kill()
@@ -106,10 +107,11 @@ class Rig:
 
 @pytest.fixture
 async def bus(tmp_path: Path) -> AsyncIterator[Bus]:
-    made = Bus(tmp_path)
-    await made.start()
-    yield made
-    await made.server.stop()
+    with in_memory(tmp_path / "nats"):
+        made = Bus(tmp_path / "nats")
+        await made.start()
+        yield made
+        made.kill()
 
 
 @contextlib.asynccontextmanager
@@ -121,8 +123,7 @@ async def rig_on(bus: Bus, *, streams: bool = True) -> AsyncIterator[Rig]:
         rig.spawn(rig.publisher.run())
         await link.wait_up(PATIENCE_S)
         if streams:
-            for wanted in topology.streams(NAMES, bus.settings):
-                await topology.create(link, wanted)
+            await asyncio.gather(*(topology.create(link, wanted) for wanted in topology.streams(NAMES, bus.settings)))
         yield rig
         rig.stop()
 
@@ -442,7 +443,7 @@ async def test_what_is_erased_is_not_on_the_disk_any_more(rig: Rig, erase: bool,
     await rig.history.delete(NAMES.stream_event, ack.seq, erase=erase)
     assert await rig.read(NAMES.stream_event, NAMES.event("s1", "*")) == [b"secret 1"]
     rig.bus.kill()
-    disk = on_disk(tmp_path)
+    disk = on_disk(tmp_path / "nats")
     assert b"secret 1" in disk
     assert (b"secret 0" in disk) is not erase
     await rig.bus.start()
@@ -1397,7 +1398,7 @@ async def test_what_is_stored_inbound_reaches_a_plain_subscriber_with_its_sequen
 
 
 async def test_a_sandbox_whose_queue_is_full_is_refused_and_others_are_not(bus: Bus) -> None:
-    bus.settings = Settings(nats_url=bus.settings.nats_url, out_max_per_sandbox=2)
+    bus.settings = msgspec.structs.replace(bus.settings, out_max_per_sandbox=2)
     async with rig_on(bus) as rig:
         for _ in range(2):
             await rig.publisher.publish(Message("out", NAMES.out("s1"), b"x", {}))

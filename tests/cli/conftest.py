@@ -17,8 +17,9 @@ from adapter.cli.bus import Bus, connected
 from adapter.embedded import EmbeddedNats
 from adapter.jetstream import topology
 from adapter.jetstream.link import Link
-from adapter.settings import Settings
+from adapter.settings import Settings, read_settings
 from tests import canary
+from tests.e2e.memory import SMALL, in_memory
 
 
 class Result(NamedTuple):
@@ -50,16 +51,23 @@ def _environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.fixture
-async def server(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[EmbeddedNats]:
+async def server(
+    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[EmbeddedNats]:
     """An empty NATS, which is what NATS_URL says."""
-    async with EmbeddedNats() as nats:
-        monkeypatch.setenv("NATS_URL", nats.url)
-        yield nats
+    folder = tmp_path_factory.mktemp("bus") / "nats"
+    with in_memory(folder):
+        async with EmbeddedNats(folder) as nats:
+            for name, value in {**SMALL, "NATS_URL": nats.url}.items():
+                monkeypatch.setenv(name, value)
+            yield nats
+            nats.kill()
 
 
 @pytest.fixture
 def settings(server: EmbeddedNats) -> Settings:
-    return Settings(nats_url=(server.url,))
+    """Those of the environment."""
+    return read_settings(os.environ)
 
 
 @pytest.fixture

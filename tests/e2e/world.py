@@ -35,6 +35,7 @@ from tests import canary
 from tests.e2e.audit import Audit
 from tests.e2e.audit import audit as audit  # noqa: PLC0414
 from tests.e2e.cluster import NatsCluster
+from tests.e2e.memory import SMALL, in_memory
 from tests.e2e.reading import stream as stream  # noqa: PLC0414
 from tests.e2e.waiting import eventually as eventually  # noqa: PLC0414
 from tests.e2e.waiting import free_port as free_port  # noqa: PLC0414
@@ -337,11 +338,13 @@ async def world(
     """A server or a cluster of three (or `bus`, not entered yet), a simulator (with `settings`), no adapter yet."""
     async with contextlib.AsyncExitStack() as stack:
         sim = await stack.enter_async_context(Simulator(fast(**settings)))
+        if bus is None:
+            stack.enter_context(in_memory(folder / "nats"))
         server = bus or (NatsCluster(folder / "nats") if clustered else EmbeddedNats(folder / "nats", free_port()))
         await stack.enter_async_context(server)
         replicas = {"WECHAT_NATS_REPLICAS": "3" if isinstance(server, NatsCluster) else "1"}
         settings_of_adapter = environ_of(server.url, sim) | replicas
-        made = World(folder, sim, server.url, settings_of_adapter | (environ or {}))
+        made = World(folder, sim, server.url, settings_of_adapter | SMALL | (environ or {}))
         if isinstance(server, NatsCluster):
             made.nodes = server
         else:
