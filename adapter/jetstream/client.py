@@ -85,6 +85,23 @@ class BusClient(Client):
         self._pending = []
         self._pending_data_size = 0
 
+    async def _process_connect_init(self) -> None:
+        """Logs in. Raises ConnectionResetError, too, where uvloop has a word of its own for a socket that broke."""
+        try:
+            await super()._process_connect_init()
+        except RuntimeError as exc:
+            raise ConnectionResetError(str(exc)) from exc
+
+    async def _close(self, status: int, do_cbs: bool = True) -> None:
+        """Closes also what broke with something left to write: nats-py fails there, before it has ended its tasks."""
+        try:
+            await super()._close(status, do_cbs)
+        except (OSError, RuntimeError):  # the latter is uvloop's
+            self._pending = []
+            self._pending_data_size = 0
+            self._status = self.DISCONNECTED  # else nothing seems left to do
+            await super()._close(status, do_cbs)
+
     async def _send_ping(self, future: asyncio.Future[bool] | None = None) -> None:
         """Behind what is to be written: nats-py's own overtakes it, so that a subscription may not be there after a
         `flush`, and what another client publishes then passes it by."""

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import socket
+import struct
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
+import uvloop
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from nats.aio.client import Client
+from nats.aio.msg import Msg
+from nats.aio.transport import TcpTransport
 from nats.errors import Error as NatsError
 from nats.errors import MaxPayloadError
 
@@ -162,6 +167,76 @@ async def test_a_flush_is_answered_after_what_was_subscribed_before() -> None:
     await client.close()
     listening.close()
     assert said[:4] == [b"CONNECT", b"PING", b"SUB", b"PING"]
+
+
+@pytest.mark.parametrize("loop", [asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
+def test_a_connection_that_broke_with_something_to_write_is_closed_all_the_same(
+    loop: Callable[[], asyncio.AbstractEventLoop],
+) -> None:
+    """nats-py fails to write the rest, by an error of uvloop's own, which ended the whole adapter; and what waits for
+    messages was left behind.
+    """
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b'INFO {"server_id":"s","version":"2.14.0","max_payload":1048576,"headers":true}\r\n')
+        while line := await reader.readline():
+            if line == b"PING\r\n":
+                writer.write(b"PONG\r\n")
+        writer.close()
+
+    async def hear(_: Msg) -> None:
+        raise AssertionError("nothing was said")
+
+    async def broken() -> set[str]:
+        listening = await asyncio.start_server(serve, "127.0.0.1", 0)
+        port = listening.sockets[0].getsockname()[1]
+        before = asyncio.all_tasks()
+        client = BusClient()
+        await client.connect(f"nats://127.0.0.1:{port}", allow_reconnect=False)
+        await client.subscribe("news", cb=hear)
+        await client.flush()
+        assert isinstance(client._transport, TcpTransport)
+        assert client._transport._io_writer is not None
+        assert client.post("s", b"the rest", "", None)
+        client._transport._io_writer.transport.abort()
+        await client.close()
+        assert client.is_closed
+        listening.close()
+        await asyncio.sleep(0)
+        return {repr(task) for task in asyncio.all_tasks() - before if "serve" not in repr(task)}
+
+    with asyncio.Runner(loop_factory=loop) as runner:
+        assert not runner.run(broken())
+
+
+@pytest.mark.parametrize("loop", [asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
+def test_a_server_that_breaks_off_behind_its_first_word_is_a_break_like_any_other(
+    loop: Callable[[], asyncio.AbstractEventLoop],
+) -> None:
+    """uvloop's error for it ended the whole adapter."""
+
+    async def refused() -> None:
+        with socket.create_server(("127.0.0.1", 0)) as listening:
+            listening.setblocking(False)
+            client = BusClient()
+            url = f"nats://127.0.0.1:{listening.getsockname()[1]}"
+            connecting = asyncio.create_task(client.connect(url, allow_reconnect=False))
+            accepted, _ = await asyncio.get_running_loop().sock_accept(listening)
+            while not (isinstance(client._transport, TcpTransport) and _listens(client._transport)):
+                await asyncio.sleep(0)
+            accepted.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            accepted.send(b'INFO {"server_id":"s","version":"2.14.0","max_payload":1048576,"headers":true}\r\n')
+            accepted.close()
+            with pytest.raises(ConnectionError):
+                await connecting
+
+    with asyncio.Runner(loop_factory=loop) as runner:
+        runner.run(refused())
+
+
+def _listens(transport: TcpTransport) -> bool:
+    """Whether it waits for the server's first word."""
+    return transport._io_reader is not None and getattr(transport._io_reader, "_waiter", None) is not None
 
 
 async def test_without_a_connection_nothing_is_posted_and_writing_is_no_error(server: EmbeddedNats) -> None:
