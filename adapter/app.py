@@ -18,20 +18,15 @@ from adapter.console.desk import Needs
 from adapter.console.server import Console
 from adapter.contexts import Contexts
 from adapter.control import Control
+from adapter.edges import Edges
 from adapter.errors import LeaseLost, SettingsError, Temporary
 from adapter.events import Events
 from adapter.fetching import Fetching
-from adapter.ilink.cdn import CdnClient
-from adapter.ilink.client import ILink
 from adapter.ilink.translate import read_message
 from adapter.jetstream import topology
 from adapter.jetstream.buckets import KvBucket, LeaseRegister
 from adapter.jetstream.consumer import all_settled
-from adapter.jetstream.history import StreamHistory
-from adapter.jetstream.link import Link
-from adapter.jetstream.objects import ObjectStore
-from adapter.jetstream.publisher import Publisher
-from adapter.jetstream.services import BusTeller, Handler, Services
+from adapter.jetstream.services import Handler, Services
 from adapter.leases import Leases
 from adapter.login_service import LoginService
 from adapter.logins import LoginBook
@@ -96,93 +91,44 @@ class Adapter:
         self.health = Health()
         self.grace_s = max(1.0, settings.drain_s - RELEASE_S)
         self.turns = Turns(PER_ROUND)
-        # Leases have a connection of their own: a renewal never waits behind bulk data.
-        self.link = Link(settings, f"wechat-nats/{__version__} {self.instance}")
-        self.lease_link = Link(settings, f"wechat-nats/{__version__} {self.instance} leases")
-        # Media have one too: no message waits behind their megabytes.
-        self.media_link = Link(settings, f"wechat-nats/{__version__} {self.instance} media")
-        self.bus = Publisher(self.link, clock, metrics)
-        self.media_bus = Publisher(self.media_link, clock, metrics)
-        self.history = StreamHistory(self.link, replicated=settings.replicas > 1)
+        self.edges = edges = Edges(settings, names, self.instance, clock, metrics)
         self.inspector = topology.Inspector(
             names,
             settings,
             at_least={names.bindings: lambda: len(self.bindings), names.cursors: lambda: self.supervisor.cursor_keys},
             on_purge=lambda _: metrics.nats_purges.inc(),
         )
-        self.teller = BusTeller(self.link, names)
-        self.objects = ObjectStore(self.media_link, self.media_bus, names.media)
-        self.rules = window.Rules(
-            sends=settings.sends_per_window,
-            hours=settings.window_hours,
-            cooldown_s=settings.cooldown_s,
-            reserve=settings.reserve_sends,
-            low=settings.window_low,
-        )
-        self.limits = Limits(
-            settings.max_command_bytes,
-            settings.text_max_chars,
-            settings.max_parts,
-            int(settings.park_hours * 3_600_000),
-            int(settings.typing_max_s * 1000),
-        )
+        self.rules = _rules(settings)
+        self.limits = _limits(settings)
         self.sealer = Sealer(settings.token_key)
-        self.chat = ILink(
-            metrics,
-            default_base_url=settings.ilink_base_url,
-            allowed_hosts=settings.allowed_hosts,
-            poll_margin_s=settings.poll_margin_ms / 1000,
-            send_timeout_s=settings.send_timeout_s,
-            max_answer_bytes=settings.max_answer_bytes,
-        )
-        self.cdn = CdnClient(
-            self.chat,
-            metrics,
-            base_url=settings.cdn_base_url,
-            allowed_hosts=settings.allowed_hosts,
-            max_bytes=settings.media_max_bytes,
-            transfers=settings.media_transfers,
-        )
-        self.uploads = Uploads(self.cdn, self.objects, clock, max_bytes=settings.media_max_bytes)
-        self.binding_bucket = self._bucket(names.bindings)
+        self.uploads = Uploads(edges.cdn, edges.objects, clock, max_bytes=settings.media_max_bytes)
+        self.binding_bucket = edges.bucket(names.bindings)
         self.bindings = Bindings(self.binding_bucket, self._owns, self.sealer.same)
-        self.context_bucket = self._bucket(names.context)
+        self.context_bucket = edges.bucket(names.context)
         self.leases = Leases(
-            LeaseRegister(self.lease_link, names.members, ttl_s=max(60, int(settings.lease_s * 15))),
-            LeaseRegister(self.lease_link, names.claims),
+            LeaseRegister(edges.lease_link, names.members, ttl_s=max(60, int(settings.lease_s * 15))),
+            LeaseRegister(edges.lease_link, names.claims),
             clock,
             metrics,
             instance=self.instance,
             lease_s=settings.lease_s,
         )
         self.contexts = Contexts(self.context_bucket, self._fence)
-        self.events = Events(self.bus, names, clock, metrics)
-        self.window_events = WindowEvents(
-            contexts=self.contexts,
-            bindings=self.bindings,
-            leases=self.leases,
-            events=self.events,
-            history=self.history,
-            names=names,
-            clock=clock,
-            rules=self.rules,
-        )
-        self.receipts = Receipts(self.events, self.history, names, clock, metrics)
-        self.router = Router(self.bus, self.receipts, names, self.limits, clock, metrics)
-        self.control = Control(
-            bindings=self.bindings,
-            events=self.events,
-            chat=self.chat,
-            sealer=self.sealer,
-            teller=self.teller,
-            history=self.history,
-            names=names,
-            clock=clock,
-            metrics=metrics,
-        )
-        self.recall = Recall(KvBucket(self.link, self.bus, names.quotes), self.history, names, metrics)
+        self.events = Events(edges.bus, names, clock, metrics)
+        self.window_events = self._window_events()
+        self.receipts = Receipts(self.events, edges.history, names, clock, metrics)
+        self.router = Router(edges.bus, self.receipts, names, self.limits, clock, metrics)
+        self.control = self._control()
+        quotes = KvBucket(edges.link, edges.bus, names.quotes)  # any server may answer: a quote may be missing
+        self.recall = Recall(quotes, edges.history, names, metrics)
         self.incoming = self._incoming()
-        self.fetching = Fetching(self.incoming, self.cdn, self.objects, _to_wav, settings.media_wait_s)
+        self.fetching = Fetching(
+            self.incoming,
+            edges.cdn,
+            edges.objects,
+            to_wav=lambda silk: asyncio.to_thread(media.silk_to_wav, silk),
+            wait_s=settings.media_wait_s,
+        )
         self.outgoing = self._outgoing()
         self.supervisor = Supervisor(
             bindings=self.bindings,
@@ -195,66 +141,50 @@ class Adapter:
             metrics=metrics,
             capacity=settings.capacity,
         )
-        self.watch = Watch(
-            link=self.link,
-            bus=self.bus,
-            media_bus=self.media_bus,
-            inspector=self.inspector,
-            bindings=self.binding_bucket,
-            leases=self.leases,
-            supervisor=self.supervisor,
-            tidy=self._tidy,
-            names=names,
-            health=self.health,
-            clock=clock,
-            metrics=metrics,
-        )
-        self.book = LoginBook(self._bucket(names.logins), self.sealer, clock, metrics)
+        self.watch = self._watch()
+        self.book = LoginBook(edges.bucket(names.logins), self.sealer, clock, metrics)
         self.scanner = Scanner(self._scanning())
         self.handlers = self._serve()
         metrics.bindings_capacity.set(settings.capacity)
-        self.link.on_up(self._count_connect)
-        self.teller.reply(self.names.roll(), lambda data: rollcall.answer(data, self._present))
-        self.teller.hear(self.names.freed(), lambda data: self.supervisor.released(data.decode("utf-8", "replace")))
+        edges.link.on_up(self._count_connect)
+        edges.teller.reply(self.names.roll(), lambda data: rollcall.answer(data, self._present))
+        edges.teller.hear(self.names.freed(), lambda data: self.supervisor.released(data.decode("utf-8", "replace")))
 
     def _owns(self, binding: Binding) -> bool:
         return self.leases.valid and shard_of(binding.sandbox) in self.leases.owned
 
     async def _count_connect(self, _: object) -> None:
-        if self.link.epoch:
+        if self.edges.link.epoch:
             self.metrics.nats_reconnects.inc()
-
-    def _bucket(self, name: str) -> KvBucket:
-        return KvBucket(self.link, self.bus, name, replicated=self.settings.replicas > 1)
 
     async def tell_freed(self, bot: str = "") -> None:
         """Tells every replica, at most once."""
         try:
-            await self.teller.tell(self.names.freed(), bot.encode(), {})
+            await self.edges.teller.tell(self.names.freed(), bot.encode(), {})
         except Temporary as exc:
             log.info("bot.freed_untold", bot=bot, reason=exc.reason)
 
     async def _is_idle(self, incarnation: str, bot: str) -> bool:
         """Raises Temporary."""
-        there = await rollcall.roll(self.teller, self.names.roll(), [bot], self.leases.living)
+        there = await rollcall.roll(self.edges.teller, self.names.roll(), [bot], self.leases.living)
         return rollcall.is_idle(there, incarnation, bot, self.leases.others)
 
-    # what the loops need ----------------------------------------------------------------------------
+    # what has many parts ----------------------------------------------------------------------------
 
     def _incoming(self) -> Incoming:
         settings = self.settings
 
         async def writable() -> None:
-            await self.link.wait_up()
-            await self.bus.writable()
+            await self.edges.link.wait_up()
+            await self.edges.bus.writable()
             await self.watch.complete()
 
         return Incoming(
-            chat=self.chat,
+            chat=self.edges.chat,
             read_message=read_message,
-            bus=self.bus,
-            history=self.history,
-            cursors=self._bucket(self.names.cursors),
+            bus=self.edges.bus,
+            history=self.edges.history,
+            cursors=self.edges.bucket(self.names.cursors),
             contexts=self.contexts,
             bindings=self.bindings,
             leases=self.leases,
@@ -268,7 +198,7 @@ class Adapter:
             look=self.window_events.look,
             adopt=self.window_events.adopt,
             heard=self._heard,
-            revived=self._revived,
+            revived=lambda sandbox, bot, user: self.supervisor.heard(sandbox, bot, user, wrote=False),
             waiting=self._waiting,
             writable=writable,
             purges=lambda: self.inspector.purges(self.names.cursors),
@@ -299,7 +229,7 @@ class Adapter:
 
         return Outgoing(
             sending=Sending(
-                chat=self.chat,
+                chat=self.edges.chat,
                 contexts=self.contexts,
                 clock=self.clock,
                 metrics=self.metrics,
@@ -314,8 +244,8 @@ class Adapter:
                 note=self.recall.note,
             ),
             uploads=self.uploads,
-            bus=self.bus,
-            history=self.history,
+            bus=self.edges.bus,
+            history=self.edges.history,
             bindings=self.bindings,
             leases=self.leases,
             receipts=self.receipts,
@@ -335,10 +265,10 @@ class Adapter:
             turns=self.turns,
             loading=asyncio.Semaphore(LOADING),
             showing=Showing(
-                chat=self.chat,
+                chat=self.edges.chat,
                 contexts=self.contexts,
                 bindings=self.bindings,
-                bucket=self._bucket(self.names.typing),
+                bucket=self.edges.bucket(self.names.typing),
                 clock=self.clock,
                 account=self._account,
                 stale=self._stale,
@@ -347,9 +277,50 @@ class Adapter:
             ),
         )
 
+    def _window_events(self) -> WindowEvents:
+        return WindowEvents(
+            contexts=self.contexts,
+            bindings=self.bindings,
+            leases=self.leases,
+            events=self.events,
+            history=self.edges.history,
+            names=self.names,
+            clock=self.clock,
+            rules=self.rules,
+        )
+
+    def _control(self) -> Control:
+        return Control(
+            bindings=self.bindings,
+            events=self.events,
+            chat=self.edges.chat,
+            sealer=self.sealer,
+            teller=self.edges.teller,
+            history=self.edges.history,
+            names=self.names,
+            clock=self.clock,
+            metrics=self.metrics,
+        )
+
+    def _watch(self) -> Watch:
+        return Watch(
+            link=self.edges.link,
+            bus=self.edges.bus,
+            media_bus=self.edges.media_bus,
+            inspector=self.inspector,
+            bindings=self.binding_bucket,
+            leases=self.leases,
+            supervisor=self.supervisor,
+            tidy=self._tidy,
+            names=self.names,
+            health=self.health,
+            clock=self.clock,
+            metrics=self.metrics,
+        )
+
     def _shard_loops(self) -> ShardLoops:
         return ShardLoops(
-            link=self.link,
+            link=self.edges.link,
             outgoing=self.outgoing,
             fetching=self.fetching,
             router=self.router,
@@ -365,10 +336,10 @@ class Adapter:
 
     def _serve(self) -> dict[str, Handler]:
         """Answers `wechat.svc.*`; the handlers of what is asked of no single sandbox."""
-        settings, names, metrics = self.settings, self.names, self.metrics
-        login = LoginService(self.chat, self.book, self.bindings, self.sealer, metrics, login_s=settings.login_s)
-        queries = Queries(self.bindings, self.context_bucket, self.history, names, self.rules, self.clock, metrics)
-        store = MediaService(self.objects, metrics, max_bytes=settings.media_max_bytes)
+        settings, edges, names, metrics = self.settings, self.edges, self.names, self.metrics
+        login = LoginService(edges.chat, self.book, self.bindings, self.sealer, metrics, login_s=settings.login_s)
+        queries = Queries(self.bindings, self.context_bucket, edges.history, names, self.rules, self.clock, metrics)
+        store = MediaService(edges.objects, metrics, max_bytes=settings.media_max_bytes)
         handlers: dict[str, Handler] = {
             "bindings.list": queries.bindings_list,
             "bindings.get": queries.bindings_get,
@@ -385,17 +356,17 @@ class Adapter:
             "replay": queries.replay_of,
             "window": queries.window_of,
         }
-        Services(self.link, names, handlers, version=__version__, instance=self.instance, of_sandbox=of_sandbox)
+        Services(edges.link, names, handlers, version=__version__, instance=self.instance, of_sandbox=of_sandbox)
         return handlers
 
     def _scanning(self) -> Scanning:
         return Scanning(
-            logins=self.chat,
+            logins=self.edges.chat,
             book=self.book,
             bindings=self.bindings,
             leases=self.leases,
-            bus=self.bus,
-            history=self.history,
+            bus=self.edges.bus,
+            history=self.edges.history,
             events=self.events,
             sealer=self.sealer,
             clock=self.clock,
@@ -409,7 +380,7 @@ class Adapter:
         return Tidying(
             bindings=self.bindings,
             bound=self.binding_bucket,
-            known=(self._bucket(self.names.cursors), self.context_bucket),
+            known=(self.edges.bucket(self.names.cursors), self.context_bucket),
             check=lambda: self.leases.check(shard),
             clock=self.clock,
             keep_s=self.settings.unbound_hours * 3600,
@@ -432,9 +403,6 @@ class Adapter:
     def _heard(self, sandbox: str, bot: str, user: str) -> None:
         self.supervisor.heard(sandbox, bot, user)
 
-    def _revived(self, sandbox: str, bot: str, user: str) -> None:
-        self.supervisor.heard(sandbox, bot, user, wrote=False)
-
     async def _waiting(self, sandbox: str) -> Waiting | None:
         return await self.supervisor.waiting(sandbox)
 
@@ -447,7 +415,7 @@ class Adapter:
 
     async def _bound_yet(self) -> None:
         """Returns once the control commands stored so far have taken effect. Raises Temporary: it takes too long."""
-        await all_settled(self.link, self.names.stream_ctl, topology.CONTROL, self.clock)
+        await all_settled(self.edges.link, self.names.stream_ctl, topology.CONTROL, self.clock)
         await self.clock.sleep(0.05)  # the news of the last one are on their way
 
     # for people -------------------------------------------------------------------------------------
@@ -459,9 +427,9 @@ class Adapter:
         needs = Needs(
             bindings=self.bindings,
             contexts=self.context_bucket,
-            history=self.history,
-            bus=self.bus,
-            crowd=self.teller,
+            history=self.edges.history,
+            bus=self.edges.bus,
+            crowd=self.edges.teller,
             book=self.book,
             services=self.handlers,
             names=self.names,
@@ -492,8 +460,8 @@ class Adapter:
         """Runs until `stop` is set, then drains. Raises SettingsError when it cannot start."""
         starting = Starting(
             settings=self.settings,
-            link=self.link,
-            history=self.history,
+            link=self.edges.link,
+            history=self.edges.history,
             names=self.names,
             sealer=self.sealer,
             health=self.health,
@@ -514,11 +482,8 @@ class Adapter:
 
                 begin(self.watch.beat(), "heartbeat")
                 begin(self.watch.ask(), "jetstream")
-                begin(self.link.run(), "link")
-                begin(self.lease_link.run(), "lease_link")
-                begin(self.media_link.run(), "media_link")
-                begin(self.bus.run(), "publisher")
-                begin(self.media_bus.run(), "media_publisher")
+                for name, loop in self.edges.loops():
+                    begin(loop, name)
                 try:
                     if await start(starting, stop):
                         leasing = begin(self.leases.run(), "leases")
@@ -536,8 +501,7 @@ class Adapter:
                 finally:
                     for task in background:
                         task.cancel()
-                    await self.chat.close()
-                    await self.cdn.close()
+                    await self.edges.close()
         log.info("adapter.stopped", instance=self.instance)
 
     async def _drain(
@@ -567,8 +531,24 @@ class Adapter:
             log.warning("windows.untold", detail="The next owner tells what changed.")
 
 
-async def _to_wav(silk: bytes) -> bytes | None:
-    return await asyncio.to_thread(media.silk_to_wav, silk)
+def _rules(settings: Settings) -> window.Rules:
+    return window.Rules(
+        sends=settings.sends_per_window,
+        hours=settings.window_hours,
+        cooldown_s=settings.cooldown_s,
+        reserve=settings.reserve_sends,
+        low=settings.window_low,
+    )
+
+
+def _limits(settings: Settings) -> Limits:
+    return Limits(
+        settings.max_command_bytes,
+        settings.text_max_chars,
+        settings.max_parts,
+        int(settings.park_hours * 3_600_000),
+        int(settings.typing_max_s * 1000),
+    )
 
 
 def _raise_file_limit(capacity: int) -> None:

@@ -124,7 +124,7 @@ class Visitors:
 
 def subscriptions(adapter: Adapter) -> int:
     """0 while there is no connection. Each reading of a stream has one for as long as it lasts."""
-    return len(adapter.link.nc._subs) if adapter.link.nc is not None else 0
+    return len(adapter.edges.link.nc._subs) if adapter.edges.link.nc is not None else 0
 
 
 def forget_the_last(adapter: Adapter) -> None:

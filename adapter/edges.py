@@ -1,0 +1,70 @@
+"""What a replica speaks with the world by: its connections to NATS and to iLink, and what is built on each alone."""
+
+from __future__ import annotations
+
+from collections.abc import Coroutine, Iterator
+from typing import Any
+
+from adapter import __version__
+from adapter.ilink.cdn import CdnClient
+from adapter.ilink.client import ILink
+from adapter.jetstream.buckets import KvBucket
+from adapter.jetstream.history import StreamHistory
+from adapter.jetstream.link import Link
+from adapter.jetstream.objects import ObjectStore
+from adapter.jetstream.publisher import Publisher
+from adapter.jetstream.services import BusTeller
+from adapter.metrics import Metrics
+from adapter.names import Names
+from adapter.settings import Settings
+from adapter.timing import Clock
+
+
+class Edges:
+    """Nothing is connected before the `loops` run."""
+
+    def __init__(self, settings: Settings, names: Names, instance: str, clock: Clock, metrics: Metrics) -> None:
+        client = f"wechat-nats/{__version__} {instance}"
+        self.link = Link(settings, client)
+        # Leases have a connection of their own: a renewal never waits behind bulk data.
+        self.lease_link = Link(settings, f"{client} leases")
+        # Media have one too: no message waits behind their megabytes.
+        self.media_link = Link(settings, f"{client} media")
+        self.bus = Publisher(self.link, clock, metrics)
+        self.media_bus = Publisher(self.media_link, clock, metrics)
+        self._replicated = settings.replicas > 1
+        self.history = StreamHistory(self.link, replicated=self._replicated)
+        self.teller = BusTeller(self.link, names)
+        self.objects = ObjectStore(self.media_link, self.media_bus, names.media)
+        self.chat = ILink(
+            metrics,
+            default_base_url=settings.ilink_base_url,
+            allowed_hosts=settings.allowed_hosts,
+            poll_margin_s=settings.poll_margin_ms / 1000,
+            send_timeout_s=settings.send_timeout_s,
+            max_answer_bytes=settings.max_answer_bytes,
+        )
+        self.cdn = CdnClient(
+            self.chat,
+            metrics,
+            base_url=settings.cdn_base_url,
+            allowed_hosts=settings.allowed_hosts,
+            max_bytes=settings.media_max_bytes,
+            transfers=settings.media_transfers,
+        )
+
+    def bucket(self, name: str) -> KvBucket:
+        return KvBucket(self.link, self.bus, name, replicated=self._replicated)
+
+    def loops(self) -> Iterator[tuple[str, Coroutine[Any, Any, None]]]:
+        """What keeps the connections to NATS, and what is written over them, by name."""
+        yield "link", self.link.run()
+        yield "lease_link", self.lease_link.run()
+        yield "media_link", self.media_link.run()
+        yield "publisher", self.bus.run()
+        yield "media_publisher", self.media_bus.run()
+
+    async def close(self) -> None:
+        """Closes the connections to iLink."""
+        await self.chat.close()
+        await self.cdn.close()
