@@ -18,6 +18,7 @@ from adapter.console.desk import Needs
 from adapter.console.server import Console
 from adapter.contexts import Contexts
 from adapter.control import Control
+from adapter.download import Downloading
 from adapter.edges import Edges
 from adapter.errors import LeaseLost, SettingsError, Temporary
 from adapter.events import Events
@@ -122,13 +123,10 @@ class Adapter:
         quotes = KvBucket(edges.link, edges.bus, names.quotes)  # any server may answer: a quote may be missing
         self.recall = Recall(quotes, edges.history, names, metrics)
         self.incoming = self._incoming()
-        self.fetching = Fetching(
-            self.incoming,
-            edges.cdn,
-            edges.objects,
-            to_wav=lambda silk: asyncio.to_thread(media.silk_to_wav, silk),
-            wait_s=settings.media_wait_s,
+        downloading = Downloading(
+            edges.cdn, edges.objects, lambda silk: asyncio.to_thread(media.silk_to_wav, silk), clock
         )
+        self.fetching = Fetching(self.incoming, downloading, settings.media_wait_s)
         self.outgoing = self._outgoing()
         self.supervisor = Supervisor(
             bindings=self.bindings,

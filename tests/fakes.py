@@ -21,6 +21,7 @@ from adapter.bindings import Bindings, is_anew
 from adapter.commands import Command, Limits
 from adapter.contexts import Contexts, Peer
 from adapter.contract import BindingEvent, Inbound, Receipt
+from adapter.download import Downloading
 from adapter.errors import BusRefused, Conflict, LeaseLost, Temporary, Uncertain
 from adapter.events import Events
 from adapter.fetching import Downloads, Fetching
@@ -1112,8 +1113,8 @@ class Bench:
         async def to_wav(silk: bytes) -> bytes | None:
             return media.silk_to_wav(silk)  # no thread: time must not jump meanwhile
 
-        fetching = Fetching(self.incoming(**changes), self.cdn, self.objects, to_wav, wait_s)
-        made = Downloads(shard_of(sandbox), fetching)
+        downloading = Downloading(self.cdn, self.objects, to_wav, self.clock)
+        made = Downloads(shard_of(sandbox), Fetching(self.incoming(**changes), downloading, wait_s))
         await made.load()
         self.opened[shard_of(sandbox)] = made
         return made
