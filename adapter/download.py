@@ -83,7 +83,7 @@ async def _download_once(heard: Heard, fetch: Fetch, needs: Downloading) -> Got:
         except BusRefused as exc:
             log.error("media.refused", code=exc.code, detail=exc.detail[:200])
             raise Missing("store", again=False) from exc
-    got = Got(_described(stored, kind, title, _duration_of(item)))
+    got = Got(described(stored, kind, title, _duration_of(item)))
     if recording is None or not media.is_silk(recording.data):
         return got
     return await _with_wav(f"{name}.wav", recording.data, got, needs)
@@ -104,7 +104,7 @@ async def _with_wav(name: str, silk: bytes, got: Got, needs: Downloading) -> Got
     except (Temporary, BusRefused) as exc:
         log.warning("media.wav_unstored", reason=exc.reason)
         return got
-    return got._replace(wav=_described(stored, kind, title, media.wav_duration_ms(wav)))
+    return got._replace(wav=described(stored, kind, title, media.wav_duration_ms(wav)))
 
 
 class _Copy:
@@ -164,7 +164,8 @@ def _duration_of(item: InboundItem) -> int | None:
     return item.duration_ms if isinstance(item, contract.VoiceItem | contract.VideoItem) else None
 
 
-def _described(stored: StoredObject, kind: media.Kind, name: str, duration_ms: int | None) -> contract.Media:
+def described(stored: StoredObject, kind: media.Kind, name: str, duration_ms: int | None) -> contract.Media:
+    """An object as messages name it."""
     return contract.Media(
         object=stored.name,
         name=name,

@@ -13,10 +13,11 @@ import msgspec
 
 from adapter import media
 from adapter.contract import Media, MediaPiece, MediaQuery
+from adapter.download import described
 from adapter.errors import BusRefused, Refused, Unreadable
 from adapter.metrics import Metrics
 from adapter.names import H_NEXT, H_SHA256, H_SIZE, MAX_SEQ, check_sandbox
-from adapter.ports import Answered, Asked, PartialObjects, StoredObject
+from adapter.ports import Answered, Asked, PartialObjects
 from adapter.svc import invalid, read_request
 
 PIECE_MIN, PIECE_MAX = 16 * 1024, 512 * 1024
@@ -85,28 +86,15 @@ class MediaService:
                 title=title,
                 mime_of=lambda head: media.identify(head, title).mime,
             )
-        return described(stored, head, title)
+        kind = media.identify(head, title)
+        name = title or media.file_name(kind.mime.partition("/")[0], kind.suffix)
+        return described(stored, kind, name, media.wav_duration_ms(head))
 
     def _check_size(self, piece: MediaPiece, size: int, end: int) -> None:
         if end > self._max_bytes:
             raise Refused("invalid", f"The media exceed {self._max_bytes} bytes.")
         if size > PIECE_MAX or (size < PIECE_MIN and not piece.last):
             raise Refused("invalid", f"A piece has {PIECE_MIN} to {PIECE_MAX} bytes, the last one may have less.")
-
-
-def described(stored: StoredObject, head: bytes, title: str) -> Media:
-    """An object as messages name it; `head` are its first bytes."""
-    kind = media.identify(head, title)
-    return Media(
-        object=stored.name,
-        name=title or media.file_name(kind.mime.partition("/")[0], kind.suffix),
-        mime=kind.mime,
-        size=stored.size,
-        sha256=stored.sha256,
-        width=kind.width,
-        height=kind.height,
-        duration_ms=media.wav_duration_ms(head),
-    )
 
 
 def _file_name(encoded: str) -> str:

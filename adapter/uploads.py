@@ -6,12 +6,13 @@ import contextlib
 import hashlib
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from functools import partial
 from typing import NamedTuple
 
 from adapter.commands import MediaPart
 from adapter.errors import AdapterError, Refused, Temporary, Unreadable
 from adapter.media import HEAD, file_name, identify
-from adapter.ports import Account, Cdn, MediaKind, Objects, StoredObject, Uploaded
+from adapter.ports import Account, Cdn, MediaKind, Objects, Uploaded
 from adapter.timing import Clock
 
 READY_KEPT = 1000
@@ -96,7 +97,7 @@ class Uploads:
         if stored is None:
             raise Refused("media", "There is no such object: it was never stored, or is too old.")
         self._check_size(stored.size)
-        return _reader(self._objects, stored)
+        return partial(self._objects.read, stored)
 
     async def _measure(self, read: Watched) -> _Measured:
         """One pass over the bytes. Raises Refused("media"), Temporary, Unreadable."""
@@ -137,10 +138,6 @@ def _watched(read: Read, problems: list[Temporary | Unreadable]) -> Watched:
                 await pieces.aclose()
 
     return watched
-
-
-def _reader(objects: Objects, stored: StoredObject) -> Read:
-    return lambda: objects.read(stored)
 
 
 async def _pieces(data: bytes) -> AsyncIterator[bytes]:

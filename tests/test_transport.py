@@ -22,7 +22,7 @@ from adapter.errors import LeaseLost, Refused, Temporary, Uncertain
 from adapter.ilink.client import ILink
 from adapter.ilink.connection import Connection
 from adapter.ilink.network import CheckedResolver
-from adapter.ilink.protocol import AGENT, Reply
+from adapter.ilink.protocol import AGENT, Reply, Request
 from adapter.ilink.proxied import Proxied
 from adapter.ilink.tls import ResumingContext
 from adapter.ilink.transport import Transport, _target
@@ -104,7 +104,8 @@ async def own() -> AsyncIterator[Transport]:
 
 
 async def post(transport: Transport | Proxied, url: str, *, timeout_s: float = 30.0, afresh: bool = False) -> Reply:
-    return await transport.exchange("POST", url, {"X-One": "1"}, b"{}", timeout_s, afresh=afresh)
+    request = Request("x", "", {"X-One": "1"}, b"{}")
+    return await transport.exchange(url, request, timeout_s, afresh=afresh)
 
 
 async def test_an_answer_is_read_whole_with_its_headers(server: Server, transport: Transport | Proxied) -> None:
@@ -434,7 +435,7 @@ async def test_a_body_without_end_is_not_read(server: Server, own: Transport) ->
 @pytest.mark.parametrize("value", ["a\r\nX-Evil: 1", "a\nX-Evil: 1", "a\rb", "a\0b"])
 async def test_a_header_cannot_become_two(server: Server, own: Transport, value: str) -> None:
     with pytest.raises(Temporary):
-        await own.exchange("POST", server.url, {"Authorization": value}, b"{}", 5)
+        await own.exchange(server.url, Request("x", "", {"Authorization": value}, b"{}"), 5)
     assert server.heads == []
 
 
@@ -458,7 +459,7 @@ async def test_what_may_not_be_sent_any_more_does_not_leave(server: Server, kept
         if kept:
             await post(made, url)
         with pytest.raises(LeaseLost):
-            await made.exchange("POST", url, {}, b"{}", 5, check=check)
+            await made.exchange(url, Request("x", "", {}, b"{}"), 5, check=check)
     finally:
         await made.close()
     assert asked == ["address", "check"]
@@ -466,7 +467,7 @@ async def test_what_may_not_be_sent_any_more_does_not_leave(server: Server, kept
 
 
 async def test_a_query_is_sent_as_it_is_and_a_get_has_no_body(server: Server, own: Transport) -> None:
-    await own.exchange("GET", server.url + "?qrcode=a%2Fb&x=1?2", {}, b"", 5)
+    await own.exchange(server.url, Request("x", "?qrcode=a%2Fb&x=1?2", {}, b"", "GET"), 5)
     (head,) = server.heads
     assert head.startswith(b"GET /ilink/bot/x?qrcode=a%2Fb&x=1?2 HTTP/1.1\r\nHost: 127.0.0.1:")
     assert b"Content-" not in head

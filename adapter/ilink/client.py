@@ -244,10 +244,8 @@ class ILink:
         afresh: bool = False,
         check: Callable[[], None] | None = None,
     ) -> Reply:
-        url = self.check_base_url(base_url or self._default_base_url) + request.path
-        return await self._transport.exchange(
-            request.method, url, request.headers, request.body, timeout_s, afresh=afresh, check=check
-        )
+        checked = self.check_base_url(base_url or self._default_base_url)
+        return await self._transport.exchange(checked, request, timeout_s, afresh=afresh, check=check)
 
     def _count(self, endpoint: str, outcome: str) -> None:
         self._metrics.upstream_requests.of(endpoint, outcome).inc()

@@ -13,7 +13,7 @@ from yarl import URL
 
 from adapter.errors import Temporary, Uncertain
 from adapter.ilink.network import CONNECT_S, KEPT_S, CheckedResolver
-from adapter.ilink.protocol import AGENT, Reply
+from adapter.ilink.protocol import AGENT, Reply, Request
 from adapter.ilink.unpack import PackedBadly, Unpacker
 from adapter.timing import AnsweredWithin
 
@@ -33,10 +33,8 @@ class Proxied:
 
     async def exchange(
         self,
-        method: str,
-        url: str,
-        headers: dict[str, str],
-        body: bytes,
+        base_url: str,
+        request: Request,
         timeout_s: float,
         *,
         afresh: bool = False,
@@ -50,7 +48,11 @@ class Proxied:
             async with (
                 AnsweredWithin(timeout_s),
                 session.request(
-                    method, URL(url, encoded=True), headers=headers, data=body or None, allow_redirects=False
+                    request.method,
+                    URL(base_url + request.path, encoded=True),
+                    headers=request.headers,
+                    data=request.body or None,
+                    allow_redirects=False,
                 ) as response,
             ):
                 read = await self._read(response)

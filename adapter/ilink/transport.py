@@ -22,7 +22,7 @@ import aiohappyeyeballs
 from adapter.errors import Temporary, Uncertain
 from adapter.ilink.connection import Connection
 from adapter.ilink.network import CONNECT_S, KEPT_S, CheckedResolver
-from adapter.ilink.protocol import AGENT, Reply
+from adapter.ilink.protocol import AGENT, Reply, Request
 from adapter.ilink.proxied import Proxied
 from adapter.ilink.tls import ResumingContext
 
@@ -69,10 +69,8 @@ class Transport:
 
     async def exchange(
         self,
-        method: str,
-        url: str,
-        headers: dict[str, str],
-        body: bytes,
+        base_url: str,
+        request: Request,
         timeout_s: float,
         *,
         afresh: bool = False,
@@ -82,11 +80,11 @@ class Transport:
 
         Raises TimeoutError, Temporary("network") (it did not leave), Uncertain (it left, or may have).
         """
-        plain, mark, query = url.partition("?")
-        target = _target(plain)
+        path, mark, query = request.path.partition("?")
+        target = _target(base_url + path)
         if target.by_proxy:
-            return await self._proxied.exchange(method, url, headers, body, timeout_s, afresh=afresh, check=check)
-        request = self._request(method, target, mark + query, headers, body, close=afresh)
+            return await self._proxied.exchange(base_url, request, timeout_s, afresh=afresh, check=check)
+        written = self._written(request, target, mark + query, close=afresh)
         began = asyncio.get_running_loop().time()
         kept = None if afresh else self._kept(target.origin)
         connection = kept or await self._connect(target.origin, timeout_s, afresh=afresh)
@@ -97,7 +95,7 @@ class Transport:
             connection.close()
             raise
         try:
-            reply = await connection.ask(request, timeout_s)
+            reply = await connection.ask(written, timeout_s)
         except (TimeoutError, Uncertain):
             if kept is not None:  # what lay idle beside it may be as dead, and a repeat is to meet another (10.4)
                 self._close_idle(target.origin, began)
@@ -121,17 +119,16 @@ class Transport:
         self._idle.clear()
         await self._proxied.close()
 
-    def _request(
-        self, method: str, target: Target, query: str, headers: dict[str, str], body: bytes, *, close: bool
-    ) -> bytes:
+    def _written(self, request: Request, target: Target, query: str, *, close: bool) -> bytes:
         """Raises Temporary for what would be another request than is meant."""
+        headers, body = request.headers, request.body
         lines = "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
         if lines.count("\n") != len(headers) or lines.count("\r") != len(headers) or "\0" in lines:
             raise Temporary("network", "a header has a line break in it")
-        first = f"{method} {target.path}{query} HTTP/1.1\r\nHost: {target.host}\r\n{self._always}"
+        first = f"{request.method} {target.path}{query} HTTP/1.1\r\nHost: {target.host}\r\n{self._always}"
         if close:
             lines += "Connection: close\r\n"
-        if body or method != "GET":
+        if body or request.method != "GET":
             lines += f"Content-Length: {len(body)}\r\n"
         return f"{first}{lines}\r\n".encode() + body
 
