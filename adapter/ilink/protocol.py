@@ -137,19 +137,12 @@ def uin(number: int) -> str:
     return base64.b64encode(str(number).encode()).decode()
 
 
-def _app_headers() -> dict[str, str]:
-    return {"iLink-App-Id": "bot", "iLink-App-ClientVersion": APP_CLIENT_VERSION}
-
-
+_APP_HEADERS = {"iLink-App-Id": "bot", "iLink-App-ClientVersion": APP_CLIENT_VERSION}
 _POST_HEADERS = {
     "Content-Type": "application/json",
     "AuthorizationType": "ilink_bot_token",
-    **_app_headers(),
+    **_APP_HEADERS,
 }
-
-
-def _post_headers(number: int) -> dict[str, str]:
-    return {**_POST_HEADERS, "X-WECHAT-UIN": uin(number)}
 
 
 def _request(name: str, token: str, number: int, body: dict[str, Any], *, secret: str = "") -> Request:
@@ -225,10 +218,7 @@ def read_upload_url(reply: Reply, *, cdn_base_url: str, filekey: str) -> str:
     if 400 <= reply.status < 500 and reply.status not in TRY_AGAIN:
         raise Refused("media", f"HTTP {reply.status}")
     _check_status(reply)
-    try:
-        answer = _decode(reply, wire.UploadUrl)
-    except ValueError as exc:
-        raise Temporary("unreadable", str(exc)[:200]) from exc
+    answer = _read(reply, wire.UploadUrl)
     if answer.code == wire.STALE_TOKEN:
         raise _expired(answer)
     if answer.code:
@@ -279,7 +269,8 @@ def notify_request(token: str, number: int, *, start: bool) -> Request:
 def qrcode_request(number: int, tokens: Sequence[str]) -> Request:
     """get_bot_qrcode: without authorization and base_info (3.1). `tokens`: newest first; the first ten count."""
     body = msgspec.json.encode({"local_token_list": list(tokens[:TOKENS_LISTED])})
-    return Request("get_bot_qrcode", "/ilink/bot/get_bot_qrcode?bot_type=3", _post_headers(number), body)
+    headers = {**_POST_HEADERS, "X-WECHAT-UIN": uin(number)}
+    return Request("get_bot_qrcode", "/ilink/bot/get_bot_qrcode?bot_type=3", headers, body)
 
 
 def qrcode_status_request(handle: str, verify_code: str) -> Request:
@@ -287,7 +278,7 @@ def qrcode_status_request(handle: str, verify_code: str) -> Request:
     path = f"/ilink/bot/get_qrcode_status?qrcode={quote(handle, safe='')}"
     if verify_code:
         path += f"&verify_code={quote(verify_code, safe='')}"
-    return Request("get_qrcode_status", path, _app_headers(), b"", "GET")
+    return Request("get_qrcode_status", path, _APP_HEADERS, b"", "GET")
 
 
 def hold_ms(hint: object) -> int:
@@ -313,10 +304,7 @@ def read_updates(reply: Reply, *, polled_s: float) -> Polled:
     _check_status(reply)
     if not reply.body.strip():
         raise Temporary("unreadable", "empty answer")
-    try:
-        updates = _decode(reply, wire.Updates)
-    except ValueError as exc:
-        raise Temporary("unreadable", str(exc)[:200]) from exc
+    updates = _read(reply, wire.Updates)
     match updates.code:
         case 0:
             messages = [bytes(raw) for raw in updates.msgs or []]
@@ -370,10 +358,7 @@ def read_notified(reply: Reply) -> None:
     _check_status(reply)
     if not reply.body.strip():
         return
-    try:
-        answer = _decode(reply, wire.Answer)
-    except ValueError as exc:
-        raise Temporary("unreadable", str(exc)[:200]) from exc
+    answer = _read(reply, wire.Answer)
     if answer.code == wire.STALE_TOKEN:
         raise _expired(answer)
     if answer.code:
@@ -387,10 +372,7 @@ def read_ticket(reply: Reply) -> str:
     """
     _check_words(reply)
     _check_status(reply)
-    try:
-        config = _decode(reply, wire.Config)
-    except ValueError as exc:
-        raise Temporary("unreadable", str(exc)[:200]) from exc
+    config = _read(reply, wire.Config)
     match config.code:
         case 0 if config.ret == 0 and config.typing_ticket:
             return config.typing_ticket
@@ -451,6 +433,14 @@ def _read_login(reply: Reply, kind: type[A]) -> A:
     if answer.code:
         raise Temporary("ret_other", f"iLink answered {answer.code}")
     return answer
+
+
+def _read(reply: Reply, kind: type[A]) -> A:
+    """As `_decode`, of what may be asked again. Raises Temporary for what is no answer."""
+    try:
+        return _decode(reply, kind)
+    except ValueError as exc:
+        raise Temporary("unreadable", str(exc)[:200]) from exc
 
 
 def _decode(reply: Reply, kind: type[A]) -> A:
