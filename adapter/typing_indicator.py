@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from typing import NamedTuple
-from weakref import WeakValueDictionary
 
 import msgspec
 import structlog
@@ -21,17 +20,12 @@ from adapter.names import peer_key, peer_of
 from adapter.ports import Account, Bucket, Chat
 from adapter.records import Binding, Typing
 from adapter.timing import Clock, backoff, first_of
+from adapter.typing_tickets import REST_S, Ticket, Tickets
 
 log = structlog.get_logger()
 
-TICKET_S = 600.0
-"""How long a ticket is used, as by two other clients; the official one uses it for up to a day (11.2)."""
-NO_TICKET_S = (2.0, 3600.0)
-"""Pause after a failed getconfig, doubling from the first to the second (11.2)."""
 RENEW_S = 5.0
 """The official client's pace (11.2)."""
-REST_S = 1.0
-"""Shortest pause before it is shown again: fast switching flickers, and may be throttled (11.2)."""
 HIDES = 5
 """Attempts to hide before it is left to the next owner."""
 
@@ -84,29 +78,6 @@ class Indicator:
         return bool(self.wanted or self.lit or self.recorded or self.shows or self.hides)
 
 
-class Ticket:
-    """A user's typing ticket, how asking for one goes, and what it was used for last."""
-
-    __slots__ = ("failures", "got_at", "hidden", "retry_at", "token", "unknown", "used_at", "value")
-
-    def __init__(self) -> None:
-        self.value = ""
-        self.token = ""
-        """The bot's token that it was got with."""
-        self.got_at = 0.0
-        self.failures = 0
-        self.retry_at = 0.0
-        self.unknown = False
-        """iLink has none for this user; it is asked again when the user writes (5.1, -4)."""
-        self.used_at = -REST_S
-        self.hidden = False
-        """iLink took a status 2 last."""
-
-    def is_old(self, now: float) -> bool:
-        """Whether nothing in it, not even its failures, matters to the next caller."""
-        return now >= max(self.got_at + TICKET_S, self.retry_at + NO_TICKET_S[1], self.used_at + REST_S)
-
-
 class TypingIndicators:
     """The indicators of one shard, as long as this replica owns it."""
 
@@ -114,9 +85,7 @@ class TypingIndicators:
         self._shard = shard
         self._needs = needs
         self._indicators: dict[tuple[str, str], Indicator] = {}
-        self._tickets: dict[tuple[str, str], Ticket] = {}
-        self._lines: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
-        """A lock per bot, held during a call: hanging calls must not use up the bot's connections."""
+        self._tickets = Tickets(needs.chat, needs.contexts, needs.clock)
         self._loading: asyncio.Task[None] | None = None
         self._draining = False
 
@@ -166,9 +135,7 @@ class TypingIndicators:
 
     def heard(self, bot: str, user: str) -> None:
         """The user wrote: iLink may have a ticket for them now where it had none."""
-        ticket = self._tickets.get((bot, user))
-        if ticket is not None and ticket.unknown:
-            ticket.retry_at = 0.0
+        self._tickets.heard(bot, user)
 
     def rebound(self, sandbox: str) -> None:
         """A binding of the sandbox changed: whatever is shown for it is checked."""
@@ -178,10 +145,7 @@ class TypingIndicators:
 
     def tidy(self) -> None:
         """Forgets tickets that are of no use any more."""
-        now, bound = self._needs.clock.monotonic(), self._needs.bindings.get
-        for bot, user in self._tickets.keys() - self._indicators.keys():
-            if bound(bot) is None or self._tickets[bot, user].is_old(now):
-                del self._tickets[bot, user]
+        self._tickets.tidy(self._indicators.keys(), self._needs.bindings.get)
 
     async def drain(self, seconds: float) -> None:
         """Hides everything, as far as that can be done in time; the rest is left to the next owner."""
@@ -287,8 +251,15 @@ class TypingIndicators:
                 _fail(indicator.hides, stale)
                 return None  # it may live again, and then it is hidden
             raise stale
-        self._needs.check(self._shard)
+        self._check()
         return self._needs.account(indicator.binding)
+
+    def _check(self) -> None:
+        """Raises LeaseLost."""
+        self._needs.check(self._shard)
+
+    def _known(self, indicator: Indicator) -> Ticket:
+        return self._tickets.of(indicator.bot, indicator.user)
 
     async def _show(self, indicator: Indicator, account: Account) -> float:
         now = self._needs.clock.monotonic()
@@ -298,13 +269,13 @@ class TypingIndicators:
         rest_s = self._known(indicator).used_at + REST_S - now
         if not indicator.lit and rest_s > 0:
             return rest_s
-        ticket = await self._ticket(indicator, account)
+        ticket = await self._tickets.get(account, indicator.user)
         if indicator.wanted:
             await self._record(indicator)
         if not indicator.wanted or self._needs.clock.monotonic() >= indicator.until:
             return 0.0  # meanwhile it is over
         indicator.lit = True  # before: it may take effect without an answer
-        await self._call(indicator, account, ticket, on=True)
+        await self._tickets.use(account, indicator.user, ticket, on=True, check=self._check)
         indicator.shown_at = self._known(indicator).used_at
         return 0.0
 
@@ -313,55 +284,12 @@ class TypingIndicators:
         if indicator.lit and now < indicator.hide_at and not self._draining:
             return indicator.hide_at - now
         if indicator.lit or (indicator.hides and not (known.hidden and now < known.used_at + REST_S)):
-            ticket = await self._ticket(indicator, account)
-            await self._call(indicator, account, ticket, on=False)
+            ticket = await self._tickets.get(account, indicator.user)
+            await self._tickets.use(account, indicator.user, ticket, on=False, check=self._check)
             indicator.lit, indicator.shown_at, indicator.failed_hides = False, None, 0
         await self._erase(indicator)
         _done(indicator.hides)
         return 0.0
-
-    async def _call(self, indicator: Indicator, account: Account, ticket: str, *, on: bool) -> None:
-        """sendtyping, once more with a fresh ticket where iLink did not like this one. Raises what Chat raises."""
-        for attempt in range(2):
-            self._needs.check(self._shard)
-            known = self._known(indicator)
-            known.used_at, known.hidden = self._needs.clock.monotonic(), False
-            async with self._line(indicator.bot):
-                taken = await self._needs.chat.show_typing(account, indicator.user, ticket, on=on)
-            if taken or attempt:
-                known.hidden = not on
-                return
-            known.value = ""
-            ticket = await self._ticket(indicator, account)
-
-    async def _ticket(self, indicator: Indicator, account: Account) -> str:
-        """The user's ticket, asked for where there is none yet or it is too old. Raises Refused, Temporary."""
-        clock, ticket = self._needs.clock, self._known(indicator)
-        if ticket.value and ticket.token == account.token and clock.monotonic() < ticket.got_at + TICKET_S:
-            return ticket.value
-        if clock.monotonic() < ticket.retry_at:
-            raise Refused("typing", "iLink gave no ticket; it is asked again later.")
-        peer = await self._needs.contexts.peer(indicator.bot, indicator.user)
-        try:
-            async with self._line(indicator.bot):
-                value = await self._needs.chat.typing_ticket(account, indicator.user, peer.context.token)
-        except SessionExpired:
-            raise
-        except (Refused, Temporary) as exc:
-            ticket.failures += 1
-            first_s, longest_s = NO_TICKET_S
-            pause_s = backoff(ticket.failures, first_s=first_s, longest_s=longest_s)
-            ticket.retry_at, ticket.unknown = clock.monotonic() + pause_s, isinstance(exc, Refused)
-            raise
-        ticket.value, ticket.token, ticket.got_at = value, account.token, clock.monotonic()
-        ticket.failures, ticket.unknown = 0, False
-        return value
-
-    def _known(self, indicator: Indicator) -> Ticket:
-        return self._tickets.setdefault((indicator.bot, indicator.user), Ticket())
-
-    def _line(self, bot: str) -> asyncio.Lock:
-        return self._lines.setdefault(bot, asyncio.Lock())
 
     # when it does not work --------------------------------------------------------------------------
 

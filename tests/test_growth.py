@@ -23,7 +23,7 @@ from adapter.ports import Account
 from adapter.recall import quote_key
 from adapter.receipts import KNOWN_S
 from adapter.sessions import Session
-from adapter.typing_indicator import NO_TICKET_S, TICKET_S
+from adapter.typing_tickets import NO_TICKET_S, TICKET_S
 from adapter.uploads import READY_S
 from adapter.window_events import LEFT_OVER
 from tests.fakes import GAP_S, Bench, Wire
@@ -237,10 +237,10 @@ async def test_tickets_are_kept_as_long_as_they_are_good_or_say_when_to_ask_agai
     shard.on_delivery(bench.command(typing="off"))
     await asyncio.sleep(TICKET_S / 2)
     shard.tidy()
-    assert len(shard.typing._tickets) == 1
+    assert len(shard.typing._tickets._known) == 1
     await asyncio.sleep(NO_TICKET_S[1] + TICKET_S)
     shard.tidy()
-    assert len(shard.typing._tickets) == 0
+    assert len(shard.typing._tickets._known) == 0
 
 
 async def test_a_row_of_refused_tickets_is_not_forgotten_while_it_counts() -> None:
@@ -252,7 +252,7 @@ async def test_a_row_of_refused_tickets_is_not_forgotten_while_it_counts() -> No
     shard.on_delivery(bench.command(typing="on"))
     await asyncio.sleep(NO_TICKET_S[1] - 1)
     shard.tidy()
-    ((_, ticket),) = shard.typing._tickets.items()
+    ((_, ticket),) = shard.typing._tickets._known.items()
     assert ticket.failures == 1
 
 

@@ -15,7 +15,8 @@ from adapter.errors import Refused, SessionExpired, Temporary, Throttled
 from adapter.names import peer_key, shard_of
 from adapter.outbound import Shard
 from adapter.records import Binding
-from adapter.typing_indicator import HIDES, RENEW_S, TICKET_S
+from adapter.typing_indicator import HIDES, RENEW_S
+from adapter.typing_tickets import TICKET_S
 from tests.fakes import Bench, settle
 from tests.test_outbound import BOT, USER, outcomes, parked, user_writes
 

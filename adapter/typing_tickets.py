@@ -1,0 +1,113 @@
+"""The tickets that iLink wants with each sendtyping, one per user, and the calls that are made with them (11.2)."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Collection
+from weakref import WeakValueDictionary
+
+from adapter.contexts import Contexts
+from adapter.errors import Refused, SessionExpired, Temporary
+from adapter.ports import Account, Chat
+from adapter.timing import Clock, backoff
+
+TICKET_S = 600.0
+"""How long a ticket is used, as by two other clients; the official one uses it for up to a day (11.2)."""
+NO_TICKET_S = (2.0, 3600.0)
+"""Pause after a failed getconfig, doubling from the first to the second (11.2)."""
+REST_S = 1.0
+"""Shortest pause before it is shown again: fast switching flickers, and may be throttled (11.2)."""
+
+
+class Ticket:
+    """A user's typing ticket, how asking for one goes, and what it was used for last."""
+
+    __slots__ = ("failures", "got_at", "hidden", "retry_at", "token", "unknown", "used_at", "value")
+
+    def __init__(self) -> None:
+        self.value = ""
+        self.token = ""
+        """The bot's token that it was got with."""
+        self.got_at = 0.0
+        self.failures = 0
+        self.retry_at = 0.0
+        self.unknown = False
+        """iLink has none for this user; it is asked again when the user writes (5.1, -4)."""
+        self.used_at = -REST_S
+        self.hidden = False
+        """iLink took a status 2 last."""
+
+    def is_old(self, now: float) -> bool:
+        """Whether nothing in it, not even its failures, matters to the next caller."""
+        return now >= max(self.got_at + TICKET_S, self.retry_at + NO_TICKET_S[1], self.used_at + REST_S)
+
+
+class Tickets:
+    """Those of one shard's bots and users."""
+
+    def __init__(self, chat: Chat, contexts: Contexts, clock: Clock) -> None:
+        self._chat = chat
+        self._contexts = contexts
+        self._clock = clock
+        self._known: dict[tuple[str, str], Ticket] = {}
+        self._lines: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        """A lock per bot, held during a call: hanging calls must not use up the bot's connections."""
+
+    def of(self, bot: str, user: str) -> Ticket:
+        return self._known.setdefault((bot, user), Ticket())
+
+    def heard(self, bot: str, user: str) -> None:
+        """The user wrote: iLink may have a ticket for them now where it had none."""
+        ticket = self._known.get((bot, user))
+        if ticket is not None and ticket.unknown:
+            ticket.retry_at = 0.0
+
+    def tidy(self, used: Collection[tuple[str, str]], bound: Callable[[str], object]) -> None:
+        """Forgets those that are of no use any more. `used`: bots and users whose indicators are at work."""
+        now = self._clock.monotonic()
+        for bot, user in self._known.keys() - used:
+            if bound(bot) is None or self._known[bot, user].is_old(now):
+                del self._known[bot, user]
+
+    async def get(self, account: Account, user: str) -> str:
+        """The user's ticket, asked for where there is none yet or it is too old. Raises Refused, Temporary."""
+        clock, ticket = self._clock, self.of(account.bot, user)
+        if ticket.value and ticket.token == account.token and clock.monotonic() < ticket.got_at + TICKET_S:
+            return ticket.value
+        if clock.monotonic() < ticket.retry_at:
+            raise Refused("typing", "iLink gave no ticket; it is asked again later.")
+        peer = await self._contexts.peer(account.bot, user)
+        try:
+            async with self._line(account.bot):
+                value = await self._chat.typing_ticket(account, user, peer.context.token)
+        except SessionExpired:
+            raise
+        except (Refused, Temporary) as exc:
+            ticket.failures += 1
+            first_s, longest_s = NO_TICKET_S
+            pause_s = backoff(ticket.failures, first_s=first_s, longest_s=longest_s)
+            ticket.retry_at, ticket.unknown = clock.monotonic() + pause_s, isinstance(exc, Refused)
+            raise
+        ticket.value, ticket.token, ticket.got_at = value, account.token, clock.monotonic()
+        ticket.failures, ticket.unknown = 0, False
+        return value
+
+    async def use(self, account: Account, user: str, value: str, *, on: bool, check: Callable[[], None]) -> None:
+        """sendtyping, once more with a fresh ticket where iLink did not like this one. `check` is called before each.
+
+        Raises what `check`, Chat and `get` raise.
+        """
+        for attempt in range(2):
+            check()
+            ticket = self.of(account.bot, user)
+            ticket.used_at, ticket.hidden = self._clock.monotonic(), False
+            async with self._line(account.bot):
+                taken = await self._chat.show_typing(account, user, value, on=on)
+            if taken or attempt:
+                ticket.hidden = not on
+                return
+            ticket.value = ""
+            value = await self.get(account, user)
+
+    def _line(self, bot: str) -> asyncio.Lock:
+        return self._lines.setdefault(bot, asyncio.Lock())
