@@ -27,6 +27,7 @@ from adapter.ilink.translate import read_message
 from adapter.jetstream import topology
 from adapter.jetstream.buckets import KvBucket, LeaseRegister
 from adapter.jetstream.consumer import all_settled
+from adapter.jetstream.inspector import Inspector
 from adapter.jetstream.services import Handler, Services
 from adapter.leases import Leases
 from adapter.login_service import LoginService
@@ -93,11 +94,11 @@ class Adapter:
         self.grace_s = max(1.0, settings.drain_s - RELEASE_S)
         self.turns = Turns(PER_ROUND)
         self.edges = edges = Edges(settings, names, self.instance, clock, metrics)
-        self.inspector = topology.Inspector(
+        self.inspector = Inspector(
             names,
             settings,
+            metrics,
             at_least={names.bindings: lambda: len(self.bindings), names.cursors: lambda: self.supervisor.cursor_keys},
-            on_purge=lambda _: metrics.nats_purges.inc(),
         )
         self.rules = _rules(settings)
         self.limits = _limits(settings)

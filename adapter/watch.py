@@ -10,6 +10,7 @@ import structlog
 from adapter.errors import BusRefused, Temporary
 from adapter.jetstream import topology
 from adapter.jetstream.buckets import KvBucket
+from adapter.jetstream.inspector import Inspector
 from adapter.jetstream.link import Link
 from adapter.jetstream.publisher import Publisher
 from adapter.leases import Leases
@@ -40,7 +41,7 @@ class Watch:
         link: Link,
         bus: Publisher,
         media_bus: Publisher,
-        inspector: topology.Inspector,
+        inspector: Inspector,
         bindings: KvBucket,
         leases: Leases,
         supervisor: Supervisor,

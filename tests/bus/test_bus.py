@@ -25,6 +25,7 @@ from adapter.jetstream import topology
 from adapter.jetstream.buckets import KvBucket, LeaseRegister
 from adapter.jetstream.consumer import Consumer, Delivery, all_settled
 from adapter.jetstream.history import StreamHistory, direct_get
+from adapter.jetstream.inspector import Inspector
 from adapter.jetstream.link import NO_STREAM, Link, _is_leaderless
 from adapter.jetstream.publisher import Publisher
 from adapter.jetstream.questions import Answer
@@ -1133,20 +1134,17 @@ async def test_a_stream_made_again_goes_on_above_its_old_sequences(rig: Rig) -> 
 
 
 async def test_an_inspector_names_streams_that_are_gone_and_buckets_that_were_emptied(rig: Rig) -> None:
-    purged: list[str] = []
     bucket, written = rig.bucket(NAMES.cursors), 0
-    inspector = topology.Inspector(
-        NAMES, rig.bus.settings, at_least={NAMES.cursors: lambda: written}, on_purge=purged.append
-    )
+    inspector = Inspector(NAMES, rig.bus.settings, rig.metrics, at_least={NAMES.cursors: lambda: written})
     for key in ("a", "b"):
         await bucket.update(key, b"x", 0)
         written += 1
     assert await inspector.look(rig.link) == []
-    assert (purged, inspector.messages(bucket.stream)) == ([], 2)
+    assert (inspector.purges(NAMES.cursors), inspector.messages(bucket.stream)) == (0, 2)
     await rig.link.api(f"STREAM.PURGE.{bucket.stream}")
     for _ in range(2):
         assert await inspector.look(rig.link) == []
-    assert (purged, inspector.purges(NAMES.cursors)) == ([NAMES.cursors], 1)
+    assert (inspector.purges(NAMES.cursors), rig.metrics.value("nats_purges_total")) == (1, 1)
     assert inspector.lacks(NAMES.cursors)
     for key in ("a", "b"):
         await bucket.update(key, b"x", 0)
@@ -1160,26 +1158,25 @@ async def test_an_inspector_names_streams_that_are_gone_and_buckets_that_were_em
 
 async def test_an_inspector_notices_a_bucket_that_was_set_back_with_all_its_keys(rig: Rig) -> None:
     """As after a restore, or on a disk that forgot: no key is missing, and whose bots are idle write none anew."""
-    purged: list[str] = []
     bucket = rig.bucket(NAMES.cursors)
-    inspector = topology.Inspector(NAMES, rig.bus.settings, at_least={}, on_purge=purged.append)
+    inspector = Inspector(NAMES, rig.bus.settings, rig.metrics, at_least={})
     revision = await bucket.update("a", b"old", 0)
     await bucket.update("a", b"new", revision)
     await inspector.look(rig.link)
     config = (await rig.link.api(f"STREAM.INFO.{bucket.stream}"))["config"]
     await rig.link.api(f"STREAM.DELETE.{bucket.stream}")
     await inspector.look(rig.link)
-    assert purged == []
+    assert inspector.purges(NAMES.cursors) == 0
     await rig.link.api(f"STREAM.CREATE.{bucket.stream}", config | {"first_seq": revision})
     await bucket.update("a", b"old", 0)
     for _ in range(2):
         await inspector.look(rig.link)
-    assert (purged, inspector.purges(NAMES.cursors)) == ([NAMES.cursors], 1)
+    assert (inspector.purges(NAMES.cursors), rig.metrics.value("nats_purges_total")) == (1, 1)
     assert not inspector.lacks(NAMES.cursors)
 
 
 async def test_an_inspector_tells_what_was_changed_once_and_not_an_operators_own_limits(rig: Rig) -> None:
-    inspector = topology.Inspector(NAMES, rig.bus.settings, at_least={}, on_purge=lambda _: None)
+    inspector = Inspector(NAMES, rig.bus.settings, rig.metrics, at_least={})
     config = (await rig.link.api(f"STREAM.INFO.{NAMES.stream_out}"))["config"]
     changed = {key: value for key, value in config.items() if key != "subject_transform"}
     await rig.link.api(f"STREAM.UPDATE.{NAMES.stream_out}", changed | {"max_msgs_per_subject": 7})
