@@ -203,7 +203,7 @@ class LaneWork(Settling):
             hand = peer.context.hand if told.reason != "expired" else None
             group = [item, *await self._named(lane, hand, item)]
             ending = ending_of(told)
-            await self._end_all(group, ending, self._shown(peer), binding.bot, lane.user)
+            await self._end(group, ending, self._shown(peer), binding.bot, lane.user)
             peer.context = window.settled(peer.context, item.command.client, sent=ending.may_be_sent)
             lane.drop([one.parked_seq for one in group])
             return 0.0
@@ -357,7 +357,7 @@ class LaneWork(Settling):
                     result = in_doubt(result.as_ending("refused"), peer.context.hand, item.command)
                 case Ending():
                     await self._settle_token(lane, binding, result)
-            await self._end_all(group, result, self._shown(peer), binding.bot, lane.user)
+            await self._end(group, result, self._shown(peer), binding.bot, lane.user)
             peer.context = window.settled(peer.context, item.command.client, sent=result.may_be_sent)
             lane.hand = peer.context.hand
             return None
@@ -467,7 +467,7 @@ class LaneWork(Settling):
 
         async def end(item: Item) -> None:
             told[item.command.client] = in_doubt(ending, hand, item.command)
-            await self._end(item, told[item.command.client], None, lane.bot, lane.user)
+            await self._end([item], told[item.command.client], None, lane.bot, lane.user)
 
         while lane.queue:
             item_now = lane.queue[0]

@@ -84,7 +84,11 @@ class Draining(Exception):
 
 
 class Settling:
-    """What is in hand for one shard, and how it ends; `LaneWork` adds how it is sent, `Shard` how it arrives."""
+    """What is in hand for one shard, and how it ends; `LaneWork` adds how it is sent, `Shard` how it arrives.
+
+    One object, in three files: what ends makes room for what waits. Three would hold each other, and outlive their
+    shard until the garbage collector comes.
+    """
 
     def __init__(self, number: int, needs: Outgoing) -> None:
         self.number = number
@@ -182,7 +186,7 @@ class Settling:
     async def _end_unsent(self, lane: Lane, item: Item, ending: Ending, hand: Hand | None) -> Ending:
         """Ends one of several commands that may be in hand together, of which nothing was sent now; what was told."""
         told = in_doubt(ending, hand, item.command)
-        await self._end(item, told, await self._window(lane), lane.bot, lane.user)
+        await self._end([item], told, await self._window(lane), lane.bot, lane.user)
         return told
 
     async def _let_go(self, lane: Lane, hand: Hand | None, told: Mapping[str, Ending]) -> None:
@@ -192,17 +196,14 @@ class Settling:
             peer.context, lane.hand = window.settled(peer.context, hand.client, sent=ending.may_be_sent), None
 
     async def _end(
-        self, item: Item, ending: Ending, shown: contract.Window | None, bot: str = "", user: str = ""
+        self, group: Sequence[Item], ending: Ending, shown: contract.Window | None, bot: str = "", user: str = ""
     ) -> None:
-        """The final receipt, and what belongs to it; then the command is settled."""
-        await self._end_all([item], ending, shown, bot, user)
+        """Gives each its final receipt, the same, and what belongs to it; then they are settled.
 
-    async def _end_all(
-        self, group: Sequence[Item], ending: Ending, shown: contract.Window | None, bot: str, user: str
-    ) -> None:
-        """Gives each the same ending. All are told before the first is settled or removed, so that the next owner
-        finds the first one with all that share its fate. Of what was not accepted only the owner may say so: the next
-        one may have more luck. Raises LeaseLost."""
+        All are told before the first is settled or removed, so that the next owner finds the first one with all that
+        share its fate. Of what was not accepted only the owner may say so: the next one may have more luck. Raises
+        LeaseLost.
+        """
         if not ending.is_sent:
             self._check()
         for item in group:
@@ -225,7 +226,7 @@ class Settling:
         """Ends a command that is in no lane, or not any more. Raises Draining."""
         while True:
             try:
-                await (self._end_in(lane, item, ending) if lane else self._end(item, ending, None))
+                await (self._end_in(lane, item, ending) if lane else self._end([item], ending, None))
             except (Temporary, LeaseLost) as exc:
                 log.warning("command.waits", sandbox=item.command.sandbox, reason=exc.reason)
                 await self._pause(0.5)
