@@ -10,7 +10,7 @@ import asyncio
 import hashlib
 import itertools
 import selectors
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -76,6 +76,11 @@ def raw_message(number: int, *items: dict[str, Any], **fields: Any) -> bytes:
         "item_list": list(items),
     } | fields
     return msgspec.json.encode({key: value for key, value in made.items() if value is not None})
+
+
+def batch(*messages: bytes, cursor: str | None = "b", hold_ms: int = 35_000) -> Polled:
+    """An answer to a poll."""
+    return Polled(list(messages), cursor, hold_ms)
 
 
 class EndOfScript(Exception):
@@ -156,6 +161,35 @@ class Life:
 
     async def goes_on(self) -> None:
         await self._going.wait()
+
+
+class Rounds:
+    """What happened in each round of the event loop, or in two of them: counted by name."""
+
+    def __init__(self) -> None:
+        self.seen: dict[str, Counter[int]] = defaultdict(Counter)
+        self._round = 0
+
+    def note(self, what: str) -> None:
+        if not self.seen[what][self._round]:
+            asyncio.get_running_loop().call_soon(self._begin)
+        self.seen[what][self._round] += 1
+
+    def _begin(self) -> None:
+        self._round += 1
+
+
+class Failing:
+    """Raises `problem` so many times, and does nothing from then on: for the `on_…` of a fake."""
+
+    def __init__(self, times: int, problem: Exception) -> None:
+        self.left = times
+        self._problem = problem
+
+    async def __call__(self, *_: object) -> None:
+        if self.left:
+            self.left -= 1
+            raise self._problem
 
 
 async def settle() -> None:
@@ -407,6 +441,12 @@ class FakeDelivery:
     async def ack(self) -> None:
         await asyncio.sleep(0)
         self.acks += 1
+
+    def again(self) -> FakeDelivery:
+        """The same, once more: its ack got lost, or its consumer was reset."""
+        return FakeDelivery(
+            self.subject, self.data, seq=self.seq, time_ms=self.time_ms, headers=self.headers, suspect=True
+        )
 
 
 class FakeTeller:
@@ -911,6 +951,16 @@ class Bench:
         context = Context(**{"token": "AARz", "inbound_ms": self.clock.now_ms(), "inbound_id": "in:1", **fields})
         self.contexts_bucket.put(peer_key(bot, user), msgspec.json.encode(context))
 
+    async def wrote(self, bot: str, user: str, ident: str) -> None:
+        """What a poller stores of a user's message before it is on the bus: another window."""
+        peer = await self.contexts.peer(bot, user)
+        await self.contexts.save(
+            peer,
+            lambda context: window.heard(
+                context, message=ident, token="AARz", now_ms=self.clock.now_ms(), in_flight=peer.in_flight
+            ),
+        )
+
     def context(self, bot: str = "b1@im.bot", user: str = "u1@im.wechat") -> Context:
         """The record as the bucket has it."""
         entry = self.contexts_bucket.entries[peer_key(bot, user)]
@@ -1118,6 +1168,15 @@ class Bench:
         await made.load()
         self.opened[shard_of(sandbox)] = made
         return made
+
+
+async def ready(*script: Any, **binding: Any) -> Bench:
+    """A bound bot, whose polls will bring the script."""
+    bench = Bench()
+    await bench.bind(**binding)
+    bench.bus.writes.clear()
+    bench.chat.polls.extend(script)
+    return bench
 
 
 class Wire(asyncio.Transport):

@@ -18,7 +18,7 @@ from adapter.names import H_ERROR, H_ERROR_CODE, H_MSG_ID, H_REPLY_TO
 from adapter.ports import Message
 from adapter.records import Binding
 from adapter.seal import Sealer, cursor_context
-from tests.fakes import Bench, FakeDelivery
+from tests.fakes import Bench, Failing, FakeDelivery
 
 VIRTUAL_TIME = True
 
@@ -449,20 +449,13 @@ async def test_commands_take_effect_in_the_order_in_which_they_were_stored() -> 
     assert platform.bound == {}
 
 
-def again(delivery: FakeDelivery) -> FakeDelivery:
-    return FakeDelivery(
-        delivery.subject, delivery.data, seq=delivery.seq, time_ms=delivery.time_ms, headers=delivery.headers,
-        suspect=True,
-    )  # fmt: skip
-
-
 async def test_an_old_bind_that_comes_again_does_not_undo_the_unbind_after_it() -> None:
     """Its ack got lost with the connection, and everything unsettled comes again."""
     platform = Platform()
     bind = platform.publish("bind", msgspec.json.encode({"sandbox": "s1", "bot": BOT, "bot_token": TOKEN}))
     platform.publish("unbind", b'{"sandbox":"s1"}')
     await asyncio.sleep(1)
-    repeated = again(bind)
+    repeated = bind.again()
     platform.control.offer(repeated)
     await asyncio.sleep(1)
     assert platform.bound == {}
@@ -472,7 +465,7 @@ async def test_an_old_bind_that_comes_again_does_not_undo_the_unbind_after_it() 
 async def test_a_command_that_comes_again_while_it_waits_is_settled_by_its_newest_delivery() -> None:
     platform = Platform()
     bind = platform.publish("bind", msgspec.json.encode({"sandbox": "s1", "bot": BOT, "bot_token": TOKEN}))
-    repeated = again(bind)
+    repeated = bind.again()
     platform.control.offer(repeated)
     await asyncio.sleep(1)
     assert (bind.acks, repeated.acks) == (0, 1)
@@ -481,15 +474,7 @@ async def test_a_command_that_comes_again_while_it_waits_is_settled_by_its_newes
 
 async def test_a_bus_that_is_away_delays_a_command() -> None:
     platform = Platform()
-    failures = 20
-
-    async def away(_: str) -> None:
-        nonlocal failures
-        if failures:
-            failures -= 1
-            raise Temporary("bus_down")
-
-    platform.bench.bindings_bucket.on_write = away
+    platform.bench.bindings_bucket.on_write = Failing(20, Temporary("bus_down"))
     delivery = platform.publish("bind", msgspec.json.encode({"sandbox": "s1", "bot": BOT, "bot_token": TOKEN}))
     await asyncio.sleep(300)
     assert delivery.acks == 1

@@ -19,12 +19,12 @@ from adapter.errors import BusRefused, LeaseLost, Refused, Temporary
 from adapter.fetching import DONE_KEPT, SWEEP_S, Downloads
 from adapter.inbound import tend
 from adapter.names import H_MSG_ID, H_SANDBOX, H_SEEN, H_TIME_MS, shard_of, token_of
-from adapter.ports import Message, Polled
+from adapter.ports import Message
 from adapter.records import Cursor
 from adapter.sessions import Session
 from adapter.simulator import samples
 from adapter.tasks import Tasks
-from tests.fakes import EPOCH_MS, Bench, raw_message, settle
+from tests.fakes import EPOCH_MS, Bench, batch, raw_message, ready, settle
 
 VIRTUAL_TIME = True
 
@@ -42,18 +42,6 @@ def words(number: int, **fields: Any) -> bytes:
 def image(number: int, **fields: Any) -> bytes:
     """A picture, whose reference is `p<number>`."""
     return raw_message(number, {"type": 2, "image_item": {"media": {"encrypt_query_param": f"p{number}"}}}, **fields)
-
-
-def batch(*messages: bytes, cursor: str = "b") -> Polled:
-    return Polled(list(messages), cursor, 35_000)
-
-
-async def ready(*script: Any, **binding: Any) -> Bench:
-    bench = Bench()
-    await bench.bind(**binding)
-    bench.bus.writes.clear()
-    bench.chat.polls.extend(script)
-    return bench
 
 
 class Replica:

@@ -29,7 +29,7 @@ from adapter.window_events import LEFT_OVER
 from tests.fakes import GAP_S, Bench, Wire
 from tests.growth import tables
 from tests.test_leases import LEASE_S, Cluster
-from tests.test_outbound import BOT, USER, again, outcomes, user_writes
+from tests.test_outbound import BOT, USER, outcomes, user_writes
 from tests.test_window_events import HOUR, watching
 from tests.test_window_events import user_writes as user_writes_to_windows
 
@@ -341,7 +341,7 @@ async def test_receipts_that_were_looked_up_are_kept_for_a_moment() -> None:
     shard.on_delivery(delivery)
     await asyncio.sleep(5)
     heir = bench.shard()
-    heir.on_delivery(again(delivery))
+    heir.on_delivery(delivery.again())
     await asyncio.sleep(KNOWN_S / 2)
     bench.receipts.tidy()
     assert tables(bench.receipts)["_told"] == 1

@@ -30,7 +30,19 @@ from adapter.seal import Sealer, cursor_context
 from adapter.sessions import HERE_S, Session
 from adapter.stale_token import regain_login, tell_login
 from adapter.timing import Pace, Turns
-from tests.fakes import EPOCH_MS, Bench, EndOfScript, FakeClock, FakeLeases, raw_message, settle
+from tests.fakes import (
+    EPOCH_MS,
+    Bench,
+    EndOfScript,
+    Failing,
+    FakeClock,
+    FakeLeases,
+    Rounds,
+    batch,
+    raw_message,
+    ready,
+    settle,
+)
 
 VIRTUAL_TIME = True
 
@@ -42,18 +54,6 @@ STALE = SessionExpired("needs_login", "iLink answered -14", errcode=-14, errmsg=
 def raw(text: str = "hello", number: int = 1, **fields: Any) -> bytes:
     """A message as iLink sends it."""
     return raw_message(number, {"type": 1, "text_item": {"text": text}}, **fields)
-
-
-def batch(*messages: bytes, cursor: str | None = "b", hold_ms: int = 35_000) -> Polled:
-    return Polled(list(messages), cursor, hold_ms)
-
-
-async def ready(*script: Any, **binding: Any) -> Bench:
-    bench = Bench()
-    await bench.bind(**binding)
-    bench.bus.writes.clear()
-    bench.chat.polls.extend(script)
-    return bench
 
 
 async def polls(bench: Bench, **changes: Any) -> Session:
@@ -607,28 +607,18 @@ async def test_a_poller_that_waits_for_the_lease_hardly_looks_at_it_and_leaves_a
 async def test_answers_that_come_at_once_are_stored_a_few_in_each_round_of_the_event_loop(pause_s: float) -> None:
     """Thousands in one would take longer than the lease, which is lost then. So would as many polls after a pause."""
     bench, bots = await ready(), [f"b{number}@im.bot" for number in range(20)]
-    loop, round_, came = asyncio.get_running_loop(), 0, asyncio.Event()
-    began: dict[str, Counter[int]] = {"polls": Counter(), "stored": Counter()}
-
-    def begin_round() -> None:
-        nonlocal round_
-        round_ += 1
-
-    def note(what: str) -> None:
-        if not began[what][round_]:
-            loop.call_soon(begin_round)
-        began[what][round_] += 1
+    rounds, came = Rounds(), asyncio.Event()
 
     async def poll(account: Account, cursor: str, hold_ms: int) -> Polled | None:
         if cursor:
             await asyncio.sleep(hold_ms / 1000)
             return Polled([], cursor, hold_ms)
-        note("polls")
+        rounds.note("polls")
         await came.wait()
         return batch(raw(from_user_id=account.bot.replace("bot", "wechat")))
 
     def read(message: bytes) -> Said:
-        note("stored")
+        rounds.note("stored")
         return read_message(message)
 
     bench.chat.poll = poll  # type: ignore[method-assign]
@@ -641,7 +631,7 @@ async def test_answers_that_come_at_once_are_stored_a_few_in_each_round_of_the_e
     bench.leases.is_valid = False
     for session in sessions:
         session.cut_off()
-    began["polls"].clear()
+    rounds.seen["polls"].clear()
     await asyncio.sleep(pause_s)
     bench.leases.is_valid = True
     bench.leases.changed.notify()
@@ -649,9 +639,9 @@ async def test_answers_that_come_at_once_are_stored_a_few_in_each_round_of_the_e
     came.set()
     await asyncio.sleep(5)
     assert len(bench.bus.inbound()) == len(bots)
-    for what in began.values():
-        assert what.total() == len(bots)
-        assert max(what.values()) <= 6  # two of those rounds may fall into one of these
+    for what in ("polls", "stored"):
+        assert rounds.seen[what].total() == len(bots)
+        assert max(rounds.seen[what].values()) <= 6  # two of those rounds may fall into one of these
     for session in sessions:
         session.leave(now=True)
     await asyncio.wait(tasks)
@@ -660,30 +650,20 @@ async def test_answers_that_come_at_once_are_stored_a_few_in_each_round_of_the_e
 async def test_polls_that_fail_at_once_fail_and_begin_again_a_few_in_each_round_of_the_event_loop() -> None:
     """As where iLink closes all connections: thousands in one round cost the lease."""
     bench, bots = await ready(), [f"b{number}@im.bot" for number in range(20)]
-    loop, round_, gone, polled = asyncio.get_running_loop(), 0, asyncio.Event(), Counter[str]()
-    seen: dict[str, Counter[int]] = {"failed": Counter(), "again": Counter()}
-
-    def begin_round() -> None:
-        nonlocal round_
-        round_ += 1
-
-    def note(what: str) -> None:
-        if not seen[what][round_]:
-            loop.call_soon(begin_round)
-        seen[what][round_] += 1
+    rounds, gone, polled = Rounds(), asyncio.Event(), Counter[str]()
 
     async def poll(account: Account, cursor: str, hold_ms: int) -> Polled | None:
         polled[account.bot] += 1
         if polled[account.bot] == 1:
             await gone.wait()
             raise Temporary("network", "closed")
-        note("again")
+        rounds.note("again")
         await asyncio.sleep(hold_ms / 1000)
         return Polled([], cursor, hold_ms)
 
     def jitter(_: float) -> float:
         """Drawn for each failure."""
-        note("failed")
+        rounds.note("failed")
         return 0.0
 
     bench.chat.poll = poll  # type: ignore[method-assign]
@@ -696,9 +676,9 @@ async def test_polls_that_fail_at_once_fail_and_begin_again_a_few_in_each_round_
     bench.clock.jitter = jitter  # type: ignore[assignment, method-assign]
     gone.set()
     await asyncio.sleep(5)
-    for what in seen.values():
-        assert what.total() == len(bots)
-        assert max(what.values()) <= 6  # two of those rounds may fall into one of these
+    for what in ("failed", "again"):
+        assert rounds.seen[what].total() == len(bots)
+        assert max(rounds.seen[what].values()) <= 6  # two of those rounds may fall into one of these
     for session in sessions:
         session.leave(now=True)
     await asyncio.wait(tasks)
@@ -1132,18 +1112,10 @@ async def test_a_cursor_is_given_back_also_where_the_bus_refuses_it_at_first() -
     bench = await ready()
     session, task = tended(bench)
     await settle()
-    failures = 3
-
-    async def refuses(_: str) -> None:
-        nonlocal failures
-        if failures:
-            failures -= 1
-            raise BusRefused(10054, "too large")
-
-    bench.cursors.on_write = refuses
+    bench.cursors.on_write = refuses = Failing(3, BusRefused(10054, "too large"))
     session.leave(now=True)
     await task
-    assert failures == 0
+    assert refuses.left == 0
     assert bench.cursor().owner == ""
 
 

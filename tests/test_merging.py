@@ -14,7 +14,7 @@ from adapter.errors import Refused, SessionExpired, Temporary, Throttled, Uncert
 from adapter.outbound import Shard
 from adapter.ports import Accepted
 from adapter.settling import GONE_S
-from tests.fakes import GAP_S, RULES, Bench, FakeDelivery, VirtualLoop
+from tests.fakes import GAP_S, RULES, Bench, Failing, FakeDelivery, VirtualLoop
 from tests.test_outbound import BOT, USER, finals, outcomes, parked, ready, user_writes
 
 VIRTUAL_TIME = True
@@ -510,15 +510,7 @@ async def test_who_dies_after_telling_that_one_expired_does_not_take_the_others_
 
 async def test_a_bus_that_will_not_delete_costs_nothing_twice() -> None:
     bench, shard = await waiting("a", "b")
-    failures = 3
-
-    async def fail() -> None:
-        nonlocal failures
-        if failures:
-            failures -= 1
-            raise Temporary("bus_down")
-
-    bench.bus.on_delete = fail
+    bench.bus.on_delete = Failing(3, Temporary("bus_down"))
     await user_writes(bench, shard)
     await asyncio.sleep(30)
     assert (parked(bench), len(finals(bench))) == ([], 2)

@@ -12,7 +12,6 @@ import msgspec
 import pytest
 from structlog.testing import capture_logs
 
-from adapter import window
 from adapter.commands import read_command
 from adapter.contract import FINAL_OUTCOMES, Outbound, Receipt
 from adapter.errors import BusRefused, Refused, SessionExpired, Temporary, Throttled, Uncertain
@@ -23,7 +22,7 @@ from adapter.receipts import Name, Receipts
 from adapter.records import Hand
 from adapter.settling import GONE_S, SETTLED_KEPT
 from adapter.timing import Turns
-from tests.fakes import GAP_S, LIMITS, RULES, Bench, FakeBus, FakeDelivery, Sent, settle
+from tests.fakes import GAP_S, LIMITS, RULES, Bench, Failing, FakeBus, FakeDelivery, Rounds, settle
 
 VIRTUAL_TIME = True
 
@@ -44,14 +43,7 @@ async def ready(*, is_open: bool = True, **changes: Any) -> tuple[Bench, Shard]:
 
 async def user_writes(bench: Bench, shard: Shard, *, bot: str = BOT, user: str = USER, sandbox: str = "s1") -> None:
     """What a poller does with a message: a new window, then the news for the lanes."""
-    peer = await bench.contexts.peer(bot, user)
-    ident = f"in:{bench.clock.now_ms()}"
-    await bench.contexts.save(
-        peer,
-        lambda context: window.heard(
-            context, message=ident, token="AARz", now_ms=bench.clock.now_ms(), in_flight=peer.in_flight
-        ),
-    )
+    await bench.wrote(bot, user, f"in:{bench.clock.now_ms()}")
     shard.heard(sandbox, bot, user)
 
 
@@ -192,7 +184,7 @@ async def test_what_was_settled_long_ago_is_looked_up_and_not_remembered() -> No
         await asyncio.sleep(2)
     assert len(shard._settled) == SETTLED_KEPT
     for delivery in (first, *deliveries):
-        shard.on_delivery(again(delivery))
+        shard.on_delivery(delivery.again())
     await asyncio.sleep(60)
     assert bench.chat.texts == ["hi"]
     assert len(finals(bench)) == 1 + SETTLED_KEPT
@@ -681,15 +673,7 @@ async def test_a_bind_that_was_stored_before_takes_effect_first() -> None:
 async def test_a_bus_that_is_away_meanwhile_does_not_strand_the_sandbox() -> None:
     bench = Bench()
     shard = bench.shard()
-    failures = 3
-
-    async def away() -> None:
-        nonlocal failures
-        if failures:
-            failures -= 1
-            raise Temporary("bus_down")
-
-    bench.bound_yet = away
+    bench.bound_yet = Failing(3, Temporary("bus_down"))
     shard.on_delivery(bench.command("hi", id="c1"))
     await asyncio.sleep(10)
     shard.on_delivery(bench.command("hi", id="c2"))
@@ -1063,13 +1047,6 @@ def in_hand(bench: Bench, delivery: FakeDelivery, **fields: Any) -> Hand:
     return Hand(**{**known, "attempts": 1, "tried": 1, **fields})
 
 
-def again(delivery: FakeDelivery) -> FakeDelivery:
-    return FakeDelivery(
-        delivery.subject, delivery.data, seq=delivery.seq, time_ms=delivery.time_ms, headers=delivery.headers,
-        suspect=True,
-    )  # fmt: skip
-
-
 async def test_the_next_owner_resumes_what_the_dead_one_had_in_hand() -> None:
     bench, shard = await ready()
     parts = [{"kind": "text", "text": text} for text in ("a", "b", "c")]
@@ -1085,7 +1062,7 @@ async def test_the_next_owner_resumes_what_the_dead_one_had_in_hand() -> None:
     bench.chat.hold_sends.clear()
     second = heir.shard()
     await second.load()
-    redelivered = again(delivery)
+    redelivered = delivery.again()
     second.on_delivery(redelivered)
     await asyncio.sleep(30)
     assert bench.chat.texts == ["a", "a", "b", "c"]
@@ -1103,7 +1080,7 @@ async def test_a_command_that_had_its_final_receipt_is_only_acked() -> None:
     shard.stop()
 
     second = Bench(bench, incarnation="heir-1").shard()
-    redelivered = again(delivery)
+    redelivered = delivery.again()
     second.on_delivery(redelivered)
     await asyncio.sleep(5)
     assert redelivered.acks == 1
@@ -1118,7 +1095,7 @@ async def test_a_broken_command_that_had_its_final_receipt_is_only_acked(data: b
     shard.on_delivery(delivery)
     await asyncio.sleep(5)
     second = Bench(bench, incarnation="heir-1").shard()
-    redelivered = again(delivery)
+    redelivered = delivery.again()
     second.on_delivery(redelivered)
     await asyncio.sleep(5)
     assert redelivered.acks == 1
@@ -1193,7 +1170,7 @@ async def test_a_parked_command_without_its_ack_is_not_parked_twice() -> None:
     heir = Bench(bench, incarnation="heir-1")
     second = heir.shard()
     await second.load()
-    redelivered = again(delivery)
+    redelivered = delivery.again()
     second.on_delivery(redelivered)
     await asyncio.sleep(5)
     assert redelivered.acks == 1
@@ -1240,20 +1217,12 @@ async def test_commands_that_come_at_once_are_worked_on_a_few_in_each_round_of_t
     bench, bots, each = Bench(), [f"b{number}@im.bot" for number in range(10)], 5
     for number, bot in enumerate(bots):
         await bench.bind("s1", bot, f"u{number}@im.wechat")
-    loop, round_, began = asyncio.get_running_loop(), 0, Counter[int]()
-
-    def begin_round() -> None:
-        nonlocal round_
-        round_ += 1
+    rounds, stored = Rounds(), asyncio.Event()
 
     def stale(_: str) -> bool:
         """Asked once for each step of a lane: a login is needed, so that each command is parked by itself."""
-        if not began[round_]:
-            loop.call_soon(begin_round)
-        began[round_] += 1
+        rounds.note("step")
         return True
-
-    stored = asyncio.Event()
 
     async def store(_: Message) -> None:
         await stored.wait()
@@ -1267,8 +1236,8 @@ async def test_commands_that_come_at_once_are_worked_on_a_few_in_each_round_of_t
     stored.set()  # all first ones at the same moment, as after a pause of the bus
     await asyncio.sleep(30)
     assert [outcome for _, outcome, _ in outcomes(bench)] == ["parked"] * len(bots) * each
-    assert began.total() >= len(bots) * each
-    assert max(began.values()) <= 6  # two of those rounds may fall into one of these
+    assert rounds.seen["step"].total() >= len(bots) * each
+    assert max(rounds.seen["step"].values()) <= 6  # two of those rounds may fall into one of these
 
 
 async def test_a_lease_that_was_only_paused_goes_on_without_another_command() -> None:
@@ -1523,15 +1492,7 @@ async def test_a_bus_that_is_away_delays_and_loses_nothing() -> None:
 
 async def test_a_bug_in_one_lane_is_logged_and_tried_again() -> None:
     bench, shard = await ready()
-    failures = 2
-
-    async def fail(_: Sent) -> None:
-        nonlocal failures
-        if failures:
-            failures -= 1
-            raise RuntimeError("a bug")
-
-    bench.chat.on_send = fail
+    bench.chat.on_send = Failing(2, RuntimeError("a bug"))
     with capture_logs() as logs:
         shard.on_delivery(bench.command("hi", id="c1"))
         await asyncio.sleep(60)

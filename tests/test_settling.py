@@ -20,7 +20,7 @@ from adapter.parked import item_of
 from adapter.ports import Accepted, Message, Stored
 from adapter.records import Hand
 from tests.fakes import GAP_S, LIMITS, Bench, Sent
-from tests.test_outbound import BOT, USER, again, finals, outcomes, parked, ready, user_writes
+from tests.test_outbound import BOT, USER, finals, outcomes, parked, ready, user_writes
 
 VIRTUAL_TIME = True
 
@@ -372,7 +372,7 @@ async def test_a_part_that_ilink_has_answered_is_not_asked_for_again_after_a_res
     if dies:
         shard.stop()
     heir, second = await heir_of(bench, drained=None if dies else shard)
-    second.on_delivery(again(delivery))
+    second.on_delivery(delivery.again())
     await asyncio.sleep(30)
     assert [sent.client_id[-2:] for sent in bench.chat.sent] == ["-0", "-1", "-2"]
     (receipt,) = finals(heir)
@@ -387,7 +387,7 @@ async def test_who_takes_a_shard_over_knows_that_a_request_was_not_taken() -> No
     await asyncio.sleep(2)
     heir, second = await heir_of(bench, drained=shard)
     await asyncio.sleep(100)
-    second.on_delivery(again(delivery))
+    second.on_delivery(delivery.again())
     await asyncio.sleep(5)
     assert outcomes(heir) == [("c", "refused", "expired")]
 
@@ -547,7 +547,7 @@ async def test_what_the_owner_before_sent_over_the_user_s_last_bot_is_known_to_t
     if behind:
         second.on_delivery(heir.command(typing="on", user=USER, id="t"))
         await asyncio.sleep(5)
-    second.on_delivery(again(delivery))
+    second.on_delivery(delivery.again())
     await asyncio.sleep(30)
     assert [sent.bot[:2] + sent.client_id[-2:] for sent in bench.chat.sent] == over
     receipt = finals(heir)[-1]
@@ -666,7 +666,7 @@ async def test_what_was_shown_before_a_bot_moved_is_told_also_where_its_owner_en
     await asyncio.sleep(30)
     assert outcomes(first) == [("c2", "accepted", "")]
     heir, third = await heir_of(first)
-    third.on_delivery(again(delivery))
+    third.on_delivery(delivery.again())
     await asyncio.sleep(30)
     receipt = finals(heir)[-1]
     assert (receipt.command, receipt.outcome, len(receipt.message_ids)) == ("c1", outcome, ids)

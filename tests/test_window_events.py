@@ -57,15 +57,8 @@ async def ready() -> Bench:
 
 async def user_writes(bench: Bench, *, bot: str = BOT, user: str = USER) -> None:
     """What a poller does with a message."""
-    peer = await bench.contexts.peer(bot, user)
-    ident = f"in:{next(bench.numbers)}"
-    await bench.contexts.save(
-        peer,
-        lambda context: window.heard(
-            context, message=ident, token="AARz", now_ms=bench.clock.now_ms(), in_flight=peer.in_flight
-        ),
-    )
-    bench.look(peer)
+    await bench.wrote(bot, user, f"in:{next(bench.numbers)}")
+    bench.look(await bench.contexts.peer(bot, user))
     await settle()
 
 
