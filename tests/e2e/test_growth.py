@@ -131,6 +131,7 @@ def forget_the_last(adapter: Adapter) -> None:
     """Empties what is bounded by a number that is higher than what happens here: the last so many of a kind."""
     adapter.uploads._ready.clear()
     adapter.control._settled.clear()
+    adapter.control._read.clear()
     for shard in adapter.supervisor._shards.values():
         shard._settled.clear()
     for downloads in adapter.supervisor._downloads.values():
