@@ -44,8 +44,13 @@ class Rig:
             send_timeout_s=10.0,
             max_answer_bytes=1_000_000,
         )
-        options: dict[str, Any] = {"allowed_hosts": (host,), "transfers": 2, "max_bytes": LARGEST} | changes
-        self.cdn = CdnClient(self.ilink, self.metrics, base_url=sim.cdn_url, **options)
+        options: dict[str, Any] = {
+            "base_url": sim.cdn_url,
+            "allowed_hosts": (host,),
+            "transfers": 2,
+            "max_bytes": LARGEST,
+        } | changes
+        self.cdn = CdnClient(self.ilink, self.metrics, **options)
 
     async def close(self) -> None:
         await self.ilink.close()
@@ -462,15 +467,7 @@ async def test_the_body_has_its_length_and_no_chunks(rig: Rig) -> None:
 
     async with server(serve) as host:
         rig.sim.configure(upload_url="param")
-        other = Rig(rig.sim, allowed_hosts=(host,))
-        other.cdn = CdnClient(
-            other.ilink,
-            other.metrics,
-            base_url=f"http://{host}/c2c",
-            allowed_hosts=(host,),
-            max_bytes=LARGEST,
-            transfers=1,
-        )
+        other = Rig(rig.sim, allowed_hosts=(host,), base_url=f"http://{host}/c2c")
         rig.sim.say(other.bot.user, "hello")
         media = await other.upload(content)
         await other.close()
@@ -497,16 +494,7 @@ async def test_an_upload_is_read_as_fast_as_it_is_sent(rig: Rig) -> None:
 
     async with server(answering("", then=asyncio.Event().wait)) as host:
         rig.sim.configure(upload_url="param")
-        other = Rig(rig.sim, allowed_hosts=(host,))
-        other.cdn = CdnClient(
-            other.ilink,
-            other.metrics,
-            base_url=f"http://{host}/c2c",
-            allowed_hosts=(host,),
-            max_bytes=size,
-            transfers=1,
-            stall_s=0.2,
-        )
+        other = Rig(rig.sim, allowed_hosts=(host,), base_url=f"http://{host}/c2c", max_bytes=size, stall_s=0.2)
         rig.sim.say(other.bot.user, "hello")
         assert await failure(other.upload(b"", size=size, read=read)) == (Refused, "media")
         await other.close()
