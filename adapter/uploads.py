@@ -71,7 +71,7 @@ class Uploads:
             return await self._cdn.upload(
                 account,
                 user=user,
-                kind=kind_of(part, found.mime),
+                kind=_sent_as(part, found.mime),
                 name=part.name or file_name(found.mime.partition("/")[0], found.suffix),
                 size=measured.size,
                 md5=measured.md5,
@@ -116,7 +116,7 @@ class Uploads:
             raise Refused("media", f"too_large: more than {self._max_bytes} bytes are not sent.")
 
 
-def kind_of(part: MediaPart, mime: str) -> MediaKind:
+def _sent_as(part: MediaPart, mime: str) -> MediaKind:
     """What a part is sent as: the kind that it names, or a file if its content is no picture or video."""
     return part.kind if mime.startswith(f"{part.kind}/") else "file"
 
