@@ -6,6 +6,9 @@ import msgspec
 
 UNDECODABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 """What msgspec raises for a stranger's bytes: no such type or no JSON, no UTF-8, nested too deep."""
+STORE_FAILED = 10077
+"""JetStream's `err_code` where a stream did not take a message: it is full (which JetStream calls 503 too), or the
+disk fails."""
 
 
 class AdapterError(Exception):
@@ -80,8 +83,8 @@ class BusRefused(AdapterError):
 
     @property
     def full(self) -> bool:
-        """The stream has no room, for this subject or at all (err 10077): there may be some later."""
-        return self.code == 10077
+        """The stream has no room, for this subject or at all: there may be some later."""
+        return self.code == STORE_FAILED
 
 
 class Conflict(BusRefused):

@@ -22,9 +22,9 @@ from nats.js import JetStreamContext, api
 from nats.js.errors import APIError, NoStreamResponseError, NotFoundError, ServiceUnavailableError
 
 from adapter.cli.exits import NO, UNREACHABLE, Failed
-from adapter.errors import Temporary
+from adapter.errors import STORE_FAILED, Temporary
 from adapter.jetstream.client import BusClient, violation
-from adapter.jetstream.link import STORE_FAILED, connect_options
+from adapter.jetstream.link import connect_options
 from adapter.names import H_ERROR, H_ERROR_CODE, Names
 from adapter.settings import Settings, read_settings
 from adapter.timing import heeding

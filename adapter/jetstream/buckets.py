@@ -19,7 +19,7 @@ from nats.errors import Error as NatsError
 
 from adapter.errors import BusRefused, Conflict, Temporary
 from adapter.jetstream.history import LeaderMessage, last_of, leader_message, read_stream, subjects_of
-from adapter.jetstream.link import STORE_FAILED, ApiError, Link, read_answer, write_refusal
+from adapter.jetstream.link import ApiError, Link, read_answer, write_refusal
 from adapter.jetstream.publisher import Publisher
 from adapter.ports import Entry, Message, Stored, Written
 
@@ -143,7 +143,7 @@ class KvBucket:
         try:
             return (await self._publisher.publish(Message("kv", self.subject(key), value, headers))).seq
         except BusRefused as exc:
-            if exc.code != STORE_FAILED:
+            if not exc.full:
                 raise
             raise Temporary("bucket_full", f"{self.name}: {exc.detail}") from exc  # an operator has to make room
 

@@ -20,7 +20,7 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.errors import Error as NatsError
 
-from adapter.errors import UNDECODABLE, BusRefused, Conflict, Temporary
+from adapter.errors import STORE_FAILED, UNDECODABLE, BusRefused, Conflict, Temporary
 from adapter.jetstream.client import BusClient, violation
 from adapter.jetstream.credentials import credentials, tls_context
 from adapter.jetstream.questions import Answer, Question, Questions
@@ -38,8 +38,6 @@ BUSY_CODES = (10008, 10009, 10023, 10158)
 """JetStream, or the cluster, is not available for a moment; a duplicate is in process."""
 LEADERLESS_CODES = (10008, 10009)
 """What a server says that is cut off from the others."""
-STORE_FAILED = 10077
-"""The stream did not take a message: it is full (which JetStream calls 503 too), or the disk fails."""
 ACCOUNT_FULL = 10002
 """The account has used up its storage: no stream of it takes anything before something is removed."""
 NO_STREAM = 10059
