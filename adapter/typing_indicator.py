@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import msgspec
@@ -20,7 +21,7 @@ from adapter.names import peer_key, peer_of
 from adapter.ports import Account, Bucket, Chat
 from adapter.records import Binding, Typing
 from adapter.timing import Clock, backoff, first_of
-from adapter.typing_tickets import REST_S, Ticket, Tickets
+from adapter.typing_tickets import REST_S, Tickets
 
 log = structlog.get_logger()
 
@@ -85,6 +86,7 @@ class TypingIndicators:
         self._shard = shard
         self._needs = needs
         self._indicators: dict[tuple[str, str], Indicator] = {}
+        self._check = partial(needs.check, shard)
         self._tickets = Tickets(needs.chat, needs.contexts, needs.clock)
         self._loading: asyncio.Task[None] | None = None
         self._draining = False
@@ -254,38 +256,32 @@ class TypingIndicators:
         self._check()
         return self._needs.account(indicator.binding)
 
-    def _check(self) -> None:
-        """Raises LeaseLost."""
-        self._needs.check(self._shard)
-
-    def _known(self, indicator: Indicator) -> Ticket:
-        return self._tickets.of(indicator.bot, indicator.user)
-
     async def _show(self, indicator: Indicator, account: Account) -> float:
         now = self._needs.clock.monotonic()
         if indicator.shown_at is not None and now < indicator.shown_at + RENEW_S:
             _done(indicator.shows)
             return min(indicator.shown_at + RENEW_S, indicator.until) - now
-        rest_s = self._known(indicator).used_at + REST_S - now
+        ticket = self._tickets.of(indicator.bot, indicator.user)
+        rest_s = ticket.used_at + REST_S - now
         if not indicator.lit and rest_s > 0:
             return rest_s
-        ticket = await self._tickets.get(account, indicator.user)
+        value = await self._tickets.get(account, indicator.user)
         if indicator.wanted:
             await self._record(indicator)
         if not indicator.wanted or self._needs.clock.monotonic() >= indicator.until:
             return 0.0  # meanwhile it is over
         indicator.lit = True  # before: it may take effect without an answer
-        await self._tickets.use(account, indicator.user, ticket, on=True, check=self._check)
-        indicator.shown_at = self._known(indicator).used_at
+        await self._tickets.use(account, indicator.user, value, on=True, check=self._check)
+        indicator.shown_at = ticket.used_at
         return 0.0
 
     async def _hide(self, indicator: Indicator, account: Account) -> float:
-        known, now = self._known(indicator), self._needs.clock.monotonic()
+        ticket, now = self._tickets.of(indicator.bot, indicator.user), self._needs.clock.monotonic()
         if indicator.lit and now < indicator.hide_at and not self._draining:
             return indicator.hide_at - now
-        if indicator.lit or (indicator.hides and not (known.hidden and now < known.used_at + REST_S)):
-            ticket = await self._tickets.get(account, indicator.user)
-            await self._tickets.use(account, indicator.user, ticket, on=False, check=self._check)
+        if indicator.lit or (indicator.hides and not (ticket.hidden and now < ticket.used_at + REST_S)):
+            value = await self._tickets.get(account, indicator.user)
+            await self._tickets.use(account, indicator.user, value, on=False, check=self._check)
             indicator.lit, indicator.shown_at, indicator.failed_hides = False, None, 0
         await self._erase(indicator)
         _done(indicator.hides)
