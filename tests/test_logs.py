@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import logging
@@ -121,6 +122,16 @@ def test_what_looks_like_a_secret_is_hidden_in_any_text(
     assert len(captured.lines()) == 5
     assert b"CANARY" not in captured.getvalue()
     assert b"RuntimeError" in captured.getvalue()
+
+
+@pytest.mark.parametrize("before", ["", "x", "xx"])
+@pytest.mark.parametrize("words", ["{}", "invalid get_updates_buf {} for this bot"])
+def test_a_token_in_base64_is_hidden_as_it_stands_in_cursors(captured: Capture, before: str, words: str) -> None:
+    cursor = base64.b64encode(f"{before}b@im.bot:06secret".encode()).decode()
+    structlog.get_logger().info("x.happened", detail=words.format(cursor))
+    (line,) = captured.lines()
+    assert cursor[-12:].encode() not in captured.getvalue()
+    assert "***" in line["detail"]
 
 
 def test_a_chained_exception_is_redacted_too(captured: Capture) -> None:
