@@ -55,9 +55,8 @@ class Shard(LaneWork):
         again: what was settled before a reset is found here after it.
         """
         if not self._loaded:
-            self._needs.sending.contexts.forget_where(
-                self._serves
-            )  # of an earlier time, when the shard was ours, too
+            # what is known of an earlier time, when the shard was ours, too
+            self._needs.sending.contexts.forget_where(self._serves)
             self.typing.open()
             self._loaded = True
         async with self._needs.loading:

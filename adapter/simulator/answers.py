@@ -14,8 +14,6 @@ from adapter.simulator.clock import Clock
 from adapter.simulator.faults import FaultRule
 from adapter.simulator.parameters import GARBLED
 
-JSON_TYPE = "application/octet-stream"
-"""What iLink calls its JSON, as six clients in Python, Go and C# found that had believed in `application/json`."""
 HTML = b"<html><head><title>%d</title></head><body><h1>%d</h1><hr>nginx</body></html>"
 
 
@@ -28,7 +26,8 @@ class Answer(Struct, kw_only=True):
 
     body: bytes
     status: int = 200
-    content_type: str = JSON_TYPE
+    content_type: str = ""
+    """Empty: what `json_type` says."""
     outcome: str = "answered"
     cut: bool = False
     """Reset the connection instead of writing."""

@@ -235,6 +235,7 @@ class Server:
     async def _deliver(self, visit: Visit, answer: Answer) -> web.StreamResponse:
         """Writes the answer, or what a late fault leaves of it, and tells its maker which."""
         rule, request = visit.late, visit.request
+        answer.content_type = answer.content_type or self._world.settings_of(visit.bot).json_type
         try:
             if rule is not None and rule.fault == "F5":
                 await answers.hang(rule, self._world.clock)

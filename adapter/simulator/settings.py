@@ -59,6 +59,9 @@ class SimulatorSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """Above 0: each hold is drawn between this and `hold_ms`, as was observed (15 to 35 s)."""
     hint_ms: int | None = 35_000
     """`longpolling_timeout_ms` of the answers; null leaves it out."""
+    json_type: Literal["application/json", "application/octet-stream"] = "application/json"
+    """What answers call themselves. The second is what clients in Python, Go and C# report of iLink: one that
+    asks for `application/json` understands no answer then."""
     ret_style: Literal["absent", "zero", "alternate"] = "absent"
     """Whether successful polls carry `ret` (2.5)."""
     send_ret_style: Literal["zero", "absent", "alternate"] = "zero"

@@ -45,12 +45,13 @@ async def test_s1_a_qr_code_comes_by_get_and_by_post(client: Client, method: str
 
 
 @pytest.mark.parametrize("path", ["getupdates", "get_bot_qrcode?bot_type=3"])
-async def test_s1_json_does_not_say_that_it_is_json(client: Client, path: str) -> None:
-    """Clients that ask for `application/json` understand no answer of iLink."""
+@pytest.mark.parametrize("json_type", ["application/json", "application/octet-stream"])
+async def test_s1_answers_call_themselves_what_is_set(client: Client, path: str, json_type: str) -> None:
+    client.sim.configure(json_type=json_type)
     url = f"{client.sim.url}/ilink/bot/{path}"
     response = await client.http.post(url, json={"base_info": BASE_INFO}, headers=headers(client.bot.token))
 
-    assert response.headers["content-type"] == "application/octet-stream"
+    assert response.headers["content-type"].partition(";")[0] == json_type
     assert response.json()
 
 
