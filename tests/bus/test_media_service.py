@@ -7,6 +7,7 @@ import base64
 import contextlib
 import hashlib
 import json
+import random
 import subprocess
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -213,7 +214,7 @@ async def one(data: bytes) -> AsyncIterator[bytes]:
     yield data
 
 
-BYTES = bytes((i * 7 + i // 251) % 256 for i in range(700_001))
+BYTES = random.Random(1).randbytes(700_001)
 SECRET = b"nobody's business" * 20_000
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ QUIET = {"Polled by nobody", "Burn of the error budgets"}
 """They may show zeros: nothing is late here, and everything is polled."""
 
 
+@cache
 def schema(npm: Path, types: str, name: str) -> Draft7Validator:
-    """JSON Schema of one of Grafana's own TypeScript types."""
+    """JSON Schema of one of Grafana's own TypeScript types. Once: it takes seconds."""
     place = npm / "node_modules/@grafana/schema/dist/types/raw" / types / "x/types.gen.d.ts"
     command = npm / "node_modules/.bin/ts-json-schema-generator"
     done = subprocess.run(
