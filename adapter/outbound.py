@@ -8,6 +8,7 @@ before the user writes is moved to WECHAT_PARKED at once; what is more than a sa
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import Counter, deque
 from collections.abc import Iterable
 
@@ -30,6 +31,8 @@ log = structlog.get_logger()
 
 MAX_NAME = 64
 """Characters of a sandbox's name (names.SANDBOX_PATTERN)."""
+SKEW_MS = 60_000
+"""By how much the clock by which a binding was made may be behind that by which a command was stored."""
 HIDE_S = 12.0
 """At the end typing is hidden in this time, in which one call may hang, or by the next owner."""
 CUT_S = 1.0
@@ -201,12 +204,13 @@ class Shard(LaneWork):
         """Puts a command into its lane; the first one without a binding holds up the others of its sandbox."""
         sandbox = item.command.sandbox
         if sandbox not in self._waiting:
-            try:
-                self._enqueue(item, self._find(item.command))
-                return
-            except Refused:
-                self._waiting[sandbox] = deque()
-                self._tasks.spawn(self._place_late(sandbox))
+            with contextlib.suppress(Refused):
+                binding = self._find(item.command)
+                if not _is_perhaps_anothers(item, binding):
+                    self._enqueue(item, binding)
+                    return
+            self._waiting[sandbox] = deque()
+            self._tasks.spawn(self._place_late(sandbox))
         self._waiting[sandbox].append(item)
 
     async def _place_late(self, sandbox: str) -> None:
@@ -222,23 +226,32 @@ class Shard(LaneWork):
                 continue
             for _ in range(len(waiting)):
                 item = waiting.popleft()
+                user, hand = hands.get(item.command.client, ("", None))
                 try:
-                    self._enqueue(item, self._find(item.command))
+                    self._enqueue(item, self._find_again(item, user, hand))
                 except Refused as exc:
                     ending = Ending("refused", exc.reason, exc.detail)
-                    hand = hands.get(item.command.client)
                     await self._end_surely(item, in_doubt(ending, hand, item.command))
         del self._waiting[sandbox]
 
-    async def _hands(self, sandbox: str, waiting: Iterable[Item], since_ms: int) -> dict[str, Hand]:
-        """What the bots of a sandbox had in hand, by client, also those that have served it since a time: the owner
-        before us may have sent it, and its bot is gone by now. Raises Temporary."""
+    def _find_again(self, item: Item, user: str, hand: Hand | None) -> Binding:
+        """As `_find`; `hand` was for `user`. Raises Refused, also where another user than now may have got a part of
+        it: each would see what was meant for the other."""
+        binding = self._find(item.command)
+        now = item.command.user or binding.user
+        if hand is not None and hand.is_begun and user and now and user != now:
+            raise Refused("not_bound", "The user to whom it was being sent is served by no bot of this sandbox now.")
+        return binding
+
+    async def _hands(self, sandbox: str, waiting: Iterable[Item], since_ms: int) -> dict[str, tuple[str, Hand]]:
+        """What the bots of a sandbox had in hand, by client, and for which user, also those that have served it since
+        a time: the owner before us may have sent it, and its bot is gone by now. Raises Temporary."""
         named = {item.command.user for item in waiting} - {""}
-        hands: dict[str, Hand] = {}
+        hands: dict[str, tuple[str, Hand]] = {}
         for bot, user in await self._served(sandbox, since_ms):
             for name in {user} if user else named:
                 if hand := (await self._sending.contexts.stored(bot, name)).hand_of(sandbox):
-                    hands |= {one.client: hand for one in hand.all}
+                    hands |= {one.client: (name, hand) for one in hand.all}
         return hands
 
     def _find(self, command: Command) -> Binding:
@@ -341,6 +354,12 @@ class Shard(LaneWork):
         if (left_ms := self._backlog.oldest_ms()) is not None:
             stored_ms.append(left_ms)
         return len(self._in_hand) + self._backlog.waiting, min(stored_ms, default=None)
+
+
+def _is_perhaps_anothers(item: Item, binding: Binding) -> bool:
+    """Whether a command that names nobody may have been sent to whom the sandbox served before this binding."""
+    command = item.command
+    return item.suspect and not (command.user or command.bot) and binding.since_ms > command.stored_ms - SKEW_MS
 
 
 def _ident(delivery: Delivery, body_id: str | None) -> str:

@@ -942,7 +942,9 @@ class Bench:
         self, sandbox: str = "s1", bot: str = "b1@im.bot", user: str = "u1@im.wechat", **fields: Any
     ) -> Binding:
         """A binding, as control writes it."""
-        binding = Binding(sandbox=sandbox, bot=bot, user=user, **{"token": f"{bot}:t", **fields})
+        binding = Binding(
+            sandbox=sandbox, bot=bot, user=user, **{"token": f"{bot}:t", "since_ms": self.clock.now_ms(), **fields}
+        )
         await self.bindings.put(binding)
         return binding
 

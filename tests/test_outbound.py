@@ -697,6 +697,32 @@ async def test_several_bots_need_a_name() -> None:
     assert {(sent.bot, sent.text) for sent in bench.chat.sent} == {("b2@im.bot", "by bot"), (BOT, "by user")}
 
 
+async def test_what_was_being_sent_to_one_user_goes_to_no_other_after_a_crash() -> None:
+    """It names nobody, and the sandbox serves another user by now, who would read what was meant for the first."""
+    bench, shard = await ready()
+    command = bench.command(id="c1", items=[{"kind": "text", "text": text} for text in ("one", "two")])
+    shard.on_delivery(command)
+    await asyncio.sleep(GAP_S / 2)
+    assert bench.chat.texts == ["one"]
+    shard.stop()
+    binding = bench.bindings.get(BOT)
+    assert binding is not None
+    await bench.events.binding(binding.event("unbound"))
+    await bench.bindings.remove(BOT)
+
+    heir = Bench(bench, incarnation="me-2")
+    await heir.bind(bot="b2@im.bot", user="u2@im.wechat")
+    heir.hears("b2@im.bot", "u2@im.wechat")
+    second = heir.shard()
+    command.suspect = True
+    second.on_delivery(command)
+    after = heir.command("to the new one", id="c2")
+    second.on_delivery(after)
+    await asyncio.sleep(30)
+    assert [(sent.bot, sent.text) for sent in bench.chat.sent] == [(BOT, "one"), ("b2@im.bot", "to the new one")]
+    assert outcomes(heir) == [("c1", "refused", "not_bound"), ("c2", "accepted", "")]
+
+
 async def test_an_unbind_refuses_what_waits() -> None:
     bench, shard = await ready(is_open=False)
     for number in range(2):
