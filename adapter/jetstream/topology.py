@@ -275,7 +275,9 @@ async def create(link: Link, wanted: Wanted) -> None:
         try:
             await link.api(f"STREAM.CREATE.{wanted.name}", config, timeout_s=15)
         except BusRefused as exc:
-            if exc.code in NO_ROOM:
+            if exc.code in NO_ROOM:  # also said of one that another replica was faster to create
+                if await _config(link, wanted.name) is not None:
+                    return
                 raise BusRefused(exc.code, f"{exc.detail.partition(' ')[2]}: {MORE_ROOM}") from exc
             if exc.code != NAME_IN_USE:  # another replica was faster, with another first sequence
                 raise

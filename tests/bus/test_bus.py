@@ -1260,6 +1260,33 @@ async def test_replicas_that_start_at_once_do_not_hinder_each_other(bus: Bus) ->
         assert results == [[], [], []]
 
 
+class TightNats(EmbeddedNats):
+    """A server that has room for the two streams that reserve some, and no more."""
+
+    def _write_config(self) -> Path:
+        config = super()._write_config()
+        config.write_text(config.read_text().replace("jetstream {", f"jetstream {{ max_file: {2 << 30}", 1))
+        return config
+
+
+async def test_a_stream_that_another_replica_was_faster_to_create_needs_no_room_of_its_own(tmp_path: Path) -> None:
+    """Of replicas that started together some ended, and asked for more storage."""
+    server = TightNats(tmp_path)
+    await server.start()
+    settings = Settings(nats_url=(server.url,), in_max_bytes=1 << 30, media_store_bytes=1 << 30)
+    link = Link(settings, "test")
+    running = asyncio.create_task(link.run())
+    try:
+        await link.wait_up(PATIENCE_S)
+        await topology.ensure(link, NAMES, settings)
+        for wanted in topology.streams(NAMES, settings):
+            await topology.create(link, wanted)  # by whoever has looked before they were there
+    finally:
+        running.cancel()
+        await asyncio.wait([running])
+        server.kill()
+
+
 class OldServer(Link):
     """A server that takes newer options without a word and ignores them."""
 
