@@ -6,6 +6,8 @@ the owner before is refused.
 
 from __future__ import annotations
 
+import hashlib
+
 import msgspec
 import structlog
 
@@ -54,6 +56,7 @@ async def acquire(session: Session, needs: Incoming) -> Place | None:
             continue
         wait_s = backoff(looks, first_s=0.1, longest_s=4.0)
         await any_of(session.cut.wait(), session.freed.wait(), timeout_s=wait_s + needs.clock.jitter(wait_s / 2))
+        session.cut.clear()  # what it was set for is looked at again
     return None
 
 
@@ -89,9 +92,9 @@ async def _acquire_once(session: Session, binding: Binding, needs: Incoming) -> 
     elif record.owner and record.owner != me and not await needs.leases.is_dead(record.owner):
         return None
     session.account(binding, needs.sealer)
-    record = msgspec.structs.replace(record, cursor=_opened(binding.bot, record.cursor, needs.sealer))
-    if binding.start_cursor is not None:
-        record = begun_at(binding.bot, binding.start_cursor, record, needs.sealer)
+    record = msgspec.structs.replace(record, cursor=_opened(binding.bot, record.cursor, needs.sealer) or "")
+    record = begun_at(binding, record, needs.sealer)
+    session.begun_at = binding.start_cursor
     record, seen = await recollect(binding.bot, record, needs)
     record = await catch_up(binding, record, seen, needs, await needs.waiting(binding.sandbox))
     record = msgspec.structs.replace(record, owner=me, seen=seen.newest())
@@ -113,20 +116,23 @@ def cursor_in(entry: Entry | None, bot: str) -> Cursor | None:
         return None
 
 
-def begun_at(bot: str, start: str, record: Cursor, sealer: Sealer) -> Cursor:
+def begun_at(binding: Binding, record: Cursor, sealer: Sealer) -> Cursor:
     """The record at the cursor that a bind request names, once; it is stored with the next write."""
-    if record.start == start:
+    if binding.start_cursor is None or (start := _opened(binding.bot, binding.start_cursor, sealer)) is None:
         return record
-    return msgspec.structs.replace(record, cursor=_opened(bot, start, sealer), start=start)
+    mark = hashlib.blake2b(start.encode(), digest_size=12).hexdigest() if start else ""
+    if record.start == mark:
+        return record
+    return msgspec.structs.replace(record, cursor=start, start=mark)
 
 
-def _opened(bot: str, cursor: str, sealer: Sealer) -> str:
-    """As iLink knows it; the start, if the key with which it was sealed is gone."""
+def _opened(bot: str, cursor: str, sealer: Sealer) -> str | None:
+    """As iLink knows it; None if the key with which it was sealed is gone."""
     try:
         return sealer.open(cursor_context(bot), cursor)
     except Refused as exc:
         log.error("cursor.unopenable", bot=bot, detail=exc.detail)
-        return ""
+        return None
 
 
 def apart_key(bot: str) -> str:
@@ -196,11 +202,19 @@ async def write_cursor(bot: str, record: Cursor, revision: int, needs: Incoming)
             return await needs.cursors.update(key, value, revision)
         except Conflict:
             entry = await needs.cursors.get(key)
-        found = entry.revision if entry is not None else 0
-        if found == revision or cursor_in(entry, bot) is not None:
+        found, stored = entry.revision if entry is not None else 0, cursor_in(entry, bot)
+        if found > revision and stored is not None and _is_sealed_copy(stored, record, bot, needs.sealer):
+            return found  # ours, of which nothing was heard
+        if found == revision or stored is not None:
             raise LeaseLost("cursor_taken", bot)
         log.error("cursor.restored", bot=bot, detail="Its key was purged, deleted or overwritten.")
         revision = found
+
+
+def _is_sealed_copy(stored: Cursor, record: Cursor, bot: str, sealer: Sealer) -> bool:
+    """Whether they differ in the seal alone, which is another each time."""
+    bare = msgspec.structs.replace(stored, cursor=record.cursor) == record
+    return bare and sealer.same(cursor_context(bot), stored.cursor, record.cursor)
 
 
 async def put_back(session: Session, place: Place, needs: Incoming) -> Place:

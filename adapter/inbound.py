@@ -73,6 +73,7 @@ async def tend(session: Session, needs: Incoming) -> None:
             return
         if failures:
             await first_of(session.cut, backoff(failures, first_s=0.5) + needs.clock.jitter(0.5))
+            session.cut.clear()
 
 
 async def _serve(session: Session, needs: Incoming) -> None:
@@ -101,9 +102,9 @@ async def poll_forever(session: Session, place: Place, needs: Incoming) -> Place
         if session.purges != needs.purges():
             session.purges = needs.purges()
             place = await finish(put_back(session, place, needs), needs.grace_s)
-        if binding.start_cursor is not None:
-            begun = begun_at(session.bot, binding.start_cursor, place.record, needs.sealer)
-            place = place._replace(record=begun)
+        if session.begun_at != binding.start_cursor:
+            session.begun_at = binding.start_cursor
+            place = place._replace(record=begun_at(binding, place.record, needs.sealer))
         unheard = failures or overlong or timeouts >= DEAD_PATH_AFTER
         session.state, began = "error" if unheard else "polling", needs.clock.monotonic()
         try:

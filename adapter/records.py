@@ -83,7 +83,7 @@ class Cursor(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Incarnation of the replica that polls; "" when nobody does. The epoch of the compare-and-set: writing one's
     own name raises the revision, so that every write of the owner before is refused."""
     start: str | None = None
-    """The bind request's start cursor that was applied, as the binding has it, so that it is applied once."""
+    """A digest of the bind request's start cursor that was applied, so that it is applied once; "" is the start."""
 
 
 class Merged(msgspec.Struct, frozen=True, kw_only=True):

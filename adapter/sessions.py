@@ -140,6 +140,8 @@ class Session:
         """Notified once it is to leave."""
         self.served: Binding | None = None
         """What was last served: an unbound bot's end is told to iLink with it, unless its token was dead."""
+        self.begun_at: str | None = None
+        """The start cursor, as the binding has it, that was looked at last."""
         self.lingering = False
         """The shard was handed over while a poll waits: what it brings is stored here, then the bot is given back."""
         self.freed = asyncio.Event()

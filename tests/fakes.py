@@ -476,6 +476,8 @@ class FakeLeases(Leases):
         self.orphans = set()
         self.departures = 0
         self.proven_dead: set[str] = set()
+        self.asked_dead = 0
+        """How often somebody asked whether an incarnation is dead."""
 
     @property
     def valid(self) -> bool:
@@ -491,6 +493,7 @@ class FakeLeases(Leases):
 
     async def is_dead(self, incarnation: str) -> bool:
         await asyncio.sleep(0)
+        self.asked_dead += 1
         return incarnation in self.proven_dead
 
 

@@ -18,7 +18,7 @@ from structlog.testing import capture_logs
 
 from adapter.batches import store
 from adapter.contract import BindingEvent, BindingState, UnsupportedItem
-from adapter.cursors import NEWEST, acquire, apart_key, give_back, put_back
+from adapter.cursors import NEWEST, acquire, apart_key, give_back, put_back, write_cursor
 from adapter.errors import AdapterError, BusRefused, LeaseLost, Refused, SessionExpired, Temporary
 from adapter.ilink.translate import read_message
 from adapter.inbound import AFTER_CUT_S, HOLD_MS, poll_forever, tend
@@ -515,6 +515,17 @@ async def test_a_new_owner_takes_over_from_one_that_is_proven_dead(poller: Polle
     await asyncio.sleep(1)
     assert bench.chat.asked == ["b"]
     assert bench.cursor().owner == "me-1"
+
+
+async def test_a_bot_that_is_bound_anew_while_another_has_it_is_not_asked_for_without_a_pause(poller: Poller) -> None:
+    bench = await ready()
+    bench.cursors.put(KEY, msgspec.json.encode(Cursor(cursor="b", owner="other-1")))
+    session = poller(bench)
+    await asyncio.sleep(5)
+    asked = bench.leases.asked_dead
+    session.cut_off()
+    await asyncio.sleep(60)
+    assert 5 < bench.leases.asked_dead - asked < 60
 
 
 async def test_a_new_owner_takes_a_bot_whose_record_names_one_that_has_no_poller_of_it(poller: Poller) -> None:
@@ -1168,6 +1179,20 @@ async def test_who_cannot_open_the_token_leaves_the_cursor_as_it_is() -> None:
     assert bench.cursor() == before
 
 
+async def test_a_cursor_that_was_written_without_a_word_is_known_again_whatever_its_seal() -> None:
+    """The answer was lost: the repeat meets the first, which is sealed in another way, and is no other replica's."""
+    bench = await ready()
+    bench.sealer = Sealer((bytes(32),))
+    needs = bench.incoming()
+    place = await acquire(Session(BOT), needs)
+    assert place is not None
+    record = msgspec.structs.replace(place.record, cursor="b")
+    first = await write_cursor(BOT, record, place.revision, needs)
+    assert await write_cursor(BOT, record, place.revision, needs) == first
+    with pytest.raises(LeaseLost):
+        await write_cursor(BOT, msgspec.structs.replace(record, cursor="c"), place.revision, needs)
+
+
 # starting and stopping -----------------------------------------------------------------------------------
 
 
@@ -1179,6 +1204,31 @@ async def test_a_start_cursor_is_used_once() -> None:
     heir.leases.proven_dead.add("me-1")
     await polls(heir)
     assert bench.chat.asked == ["given", "b", "b"]
+
+
+async def test_a_start_cursor_counts_once_however_often_it_is_sealed() -> None:
+    """A bot that is bound anew with it, perhaps to another sandbox, told everything since to that one."""
+    sealer = Sealer((bytes(32),))
+    bench = await ready(batch(cursor="b"), start_cursor=sealer.seal(cursor_context(BOT), "given"))
+    bench.sealer = sealer
+    await polls(bench)
+    await bench.bindings.remove(BOT)
+    await bench.bind("s2", start_cursor=sealer.seal(cursor_context(BOT), "given"))
+    await polls(bench)
+    assert bench.chat.asked == ["given", "b", "b"]
+    await bench.bind("s2", start_cursor=sealer.seal(cursor_context(BOT), "another"))
+    await polls(bench)
+    assert bench.chat.asked[3:] == ["another"]
+
+
+async def test_a_start_cursor_of_which_the_key_is_gone_leaves_the_bot_where_it_is() -> None:
+    bench = await ready(batch(cursor="b"))
+    await polls(bench)
+    await bench.bind(start_cursor=Sealer((b"\1" * 32,)).seal(cursor_context(BOT), "given"))
+    with capture_logs() as logs:
+        await polls(bench)
+    assert bench.chat.asked == ["", "b", "b"]
+    assert [entry["event"] for entry in logs if entry["log_level"] == "error"] == ["cursor.unopenable"]
 
 
 async def test_a_start_cursor_that_is_bound_while_the_bot_is_polled_is_used_once_and_at_once() -> None:
