@@ -46,6 +46,10 @@ _BETWEEN = "\n\n"
 """Between merged texts: a blank line, which ends a paragraph and a list in Markdown and reads well without it."""
 
 
+TYPING_MS = 300_000
+"""Age at which a command to show that the bot types has expired."""
+
+
 class Limits(NamedTuple):
     """The settings that bound a command."""
 
@@ -53,8 +57,7 @@ class Limits(NamedTuple):
     text_chars: int
     parts: int
     park_ms: int
-    typing_ms: int = 300_000
-    """Age at which a command to show that the bot types has expired."""
+    typing_ms: int = TYPING_MS
 
 
 class MediaPart(NamedTuple):

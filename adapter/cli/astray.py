@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import time
+
+import msgspec
 
 from adapter.cli.bus import ANSWER_S, Bus
-from adapter.cli.exits import UNREACHABLE, Failed
-from adapter.commands import passed_on
+from adapter.cli.exits import NO, UNREACHABLE, Failed
+from adapter.commands import TYPING_MS, passed_on
+from adapter.errors import UNDECODABLE
 from adapter.jetstream import topology
 from adapter.jetstream.consumer import Consumer, Delivery
 from adapter.jetstream.history import subjects_of
@@ -22,11 +26,13 @@ async def count(link: Link, names: Names) -> int:
     return sum((await subjects_of(link, names.stream_out, names.out("*"))).values())
 
 
-async def bring_back(link: Link, bus: Bus, most: int) -> None:
+async def bring_back(link: Link, bus: Bus, most: int, *, park_s: float) -> None:
     """Publishes `most` of them again, oldest first, which the transform takes to their shard; then they are settled.
 
     The id of a copy follows from the original, so that one that is repeated is stored once; it names the command as
-    it was called before. Raises Failed, Temporary, BusRefused.
+    it was called before, and expires when that would have, if after `park_s` it names no time. Where the server does
+    not take one, it stays with those that came behind it to its sandbox. Raises Failed (also then, in the end),
+    Temporary, BusRefused.
     """
     names = bus.names
     config = {
@@ -40,18 +46,42 @@ async def bring_back(link: Link, bus: Bus, most: int) -> None:
     wanted = topology.Wanted("astray", config, stream=names.stream_out)
     await topology.create(link, wanted)
     found: asyncio.Queue[Delivery] = asyncio.Queue()
+    left: dict[str, str] = {}
     reading = asyncio.get_running_loop().create_task(Consumer(link, wanted, room=100).run(found.put_nowait, _nothing))
     try:
         for _ in range(most):
             async with asyncio.timeout(ANSWER_S):
                 delivery = await found.get()
-            await bus.store(delivery.subject, delivery.data, _headers(delivery))
-            await delivery.ack()
+            if delivery.subject in left:
+                continue
+            try:
+                await bus.store(delivery.subject, _aged(delivery, park_s), _headers(delivery))
+            except Failed as exc:
+                if exc.code != NO:
+                    raise
+                left[delivery.subject] = str(exc)
+            else:
+                await delivery.ack()
         await bus.nc.flush()
     except TimeoutError:
         raise Failed(UNREACHABLE, "The commands were not all published again: use --fix once more.") from None
     finally:
         reading.cancel()
+    if left:
+        raise Failed(NO, "; ".join(f"{subject}: {why}" for subject, why in left.items()))
+
+
+def _aged(delivery: Delivery, park_s: float) -> bytes:
+    """The command, that has waited already; as it was where no adapter will read it either."""
+    try:
+        body = msgspec.json.decode(delivery.data, type=dict[str, msgspec.Raw])
+        expires_s = msgspec.json.decode(body.get("expires_in_s", b"null"), type=float | None)
+    except UNDECODABLE:
+        return delivery.data
+    bounds = [park_s, *([expires_s] if expires_s is not None else [])]
+    bounds += [TYPING_MS / 1000] if bytes(body.get("typing", b"")) == b'"on"' else []
+    left_s = min(bounds) - max(0.0, time.time() - delivery.time_ms / 1000)
+    return msgspec.json.encode(body | {"expires_in_s": max(0.001, left_s)})
 
 
 def _headers(delivery: Delivery) -> dict[str, str]:

@@ -253,10 +253,10 @@ async def _fix(bus: Bus, settings: Settings, *, quiet: bool) -> None:
             _announce(f"changing {d.name}: {d.field} from {_short(d.found)} to {_short(d.wanted)}", quiet)
         for d in {d.name: d for d in different}.values():
             await topology.alter(link, bus.names, settings, d)
+        await _seal(link, bus, settings, quiet=quiet)
         if count := await astray.count(link, bus.names):
             _announce(f"publishing {count} commands again that were stored where no adapter looks", quiet)
-            await astray.bring_back(link, bus, count)
-        await _seal(link, bus, settings, quiet=quiet)
+            await astray.bring_back(link, bus, count, park_s=settings.park_hours * 3600)
     except BusRefused as exc:
         by_hand = "" if exc.code in topology.NO_ROOM else "; this has to be changed by hand"
         raise Failed(NO, f"The server refused: {exc.detail}{by_hand}.") from exc

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import contextlib
 import itertools
@@ -21,7 +22,7 @@ from adapter.jetstream.history import StreamHistory
 from adapter.jetstream.link import Link
 from adapter.names import shard_of, token_of
 from adapter.records import Binding
-from adapter.seal import Sealer
+from adapter.seal import Sealer, cursor_context
 from adapter.settings import read_settings
 from tests.bus.guarded import Guarded, guarded
 from tests.cli.conftest import Command, Result
@@ -118,6 +119,41 @@ async def test_commands_that_were_stored_without_the_transform_are_brought_to_th
         (f"wechat.out.{shard_of('s2')}.s2", b"two", "mine", "00-1"),
         (f"wechat.out.{shard_of('s1')}.s1", b"three", "routed", None),
     ]
+
+
+async def test_commands_brought_back_expire_when_they_would_have(cli: Command, bus: Bus) -> None:
+    names = bus.names
+    config = (await bus.api(f"STREAM.INFO.{names.stream_out}"))["config"]
+    await bus.api(f"STREAM.UPDATE.{names.stream_out}", config | {"subject_transform": None})
+    for body in (b'{"text":"now or never","expires_in_s":0.5}', b'{"text":"in time","expires_in_s":500,"more":1}'):
+        await bus.store(names.out("s1"), body, {})
+    await bus.store(names.out("s1"), b'{"typing":"on"}', {})
+    await bus.store(names.out("s1"), b'{"text":"one day"}', {})
+    await asyncio.sleep(0.5)
+    assert "publishing 4 commands again" in (await cli("doctor", "--fix")).out
+    link = Link(bus.settings, "test")
+    await link.use(bus.nc)
+    bodies = [msgspec.json.decode(s.data) async for s in StreamHistory(link).read(names.stream_out, names.out(">"))]
+    assert [body.get("text") for body in bodies] == ["now or never", "in time", None, "one day"]
+    left_s = [body["expires_in_s"] for body in bodies]
+    assert left_s[0] == 0.001
+    assert 0.001 < left_s[1] <= 499.5
+    assert 0.001 < left_s[2] <= 299.5
+    assert 300 < left_s[3] <= 72 * 3600 - 0.5
+    assert bodies[1]["more"] == 1
+
+
+async def test_a_command_that_cannot_be_brought_back_holds_up_none_of_other_sandboxes(cli: Command, bus: Bus) -> None:
+    """It fits as it was stored, and not with what a copy says of it; what came behind it keeps its place."""
+    names = bus.names
+    config = (await bus.api(f"STREAM.INFO.{names.stream_out}"))["config"]
+    await bus.api(f"STREAM.UPDATE.{names.stream_out}", config | {"subject_transform": None})
+    for sandbox, size in (("s1", bus.nc.max_payload - 50), ("s2", 10), ("s1", 10)):
+        await bus.nc.jetstream().publish(names.out(sandbox), b"x" * size)
+    result = await cli("doctor", "--fix")
+    assert (result.code, names.out("s1") in result.err, names.out("s2") in result.err) == (1, True, False)
+    state = (await bus.api(f"STREAM.INFO.{names.stream_out}", {"subjects_filter": ">"}))["state"]["subjects"]
+    assert state == {names.out("s1"): 2, f"wechat.out.{shard_of('s2')}.s2": 1}
 
 
 async def test_what_the_server_will_not_change_is_left_to_people(cli: Command, bus: Bus) -> None:
@@ -324,10 +360,10 @@ async def test_the_credentials_of_a_sandbox_can_be_checked(
 OLD, NEW, OTHER = (base64.b64encode(bytes([number]) * 32).decode() for number in (1, 2, 3))
 
 
-async def bound(bus: Bus, *tokens: str) -> None:
+async def bound(bus: Bus, *tokens: str, start_cursor: str | None = None) -> None:
     """Bindings as they lie in the bucket."""
     for number, token in enumerate(tokens):
-        binding = Binding(sandbox=f"s{number}", bot=f"b{number}@im.bot", token=token)
+        binding = Binding(sandbox=f"s{number}", bot=f"b{number}@im.bot", token=token, start_cursor=start_cursor)
         key = f"$KV.{bus.names.bindings}.{token_of(binding.bot)}"
         await bus.js.publish(key, msgspec.json.encode(binding))
 
@@ -394,6 +430,16 @@ async def test_fix_seals_what_is_open_or_under_an_older_key(
         "TOKEN-2",
     ]
     assert "sealing" not in (await cli("doctor", "--fix")).out
+
+
+async def test_fix_seals_the_cursor_to_begin_at_too(cli: Command, bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The token stands in it."""
+    await bound(bus, sealer(NEW).seal("b0@im.bot", "TOKEN-0"), start_cursor="TOKEN-0 and more")
+    monkeypatch.setenv("WECHAT_NATS_TOKEN_KEY", NEW)
+    assert "sealing 1 bot tokens" in (await cli("doctor", "--fix")).out
+    (binding,) = await stored_bindings(bus)
+    assert sealer(NEW).how(binding.start_cursor or "") == "sealed"
+    assert sealer(NEW).open(cursor_context("b0@im.bot"), binding.start_cursor or "") == "TOKEN-0 and more"
 
 
 ROTATION = [(OLD,), (OLD, NEW), (NEW, OLD), (NEW,)]
