@@ -218,7 +218,8 @@ class Shard(LaneWork):
         while waiting:
             suspect_ms = [item.command.stored_ms for item in waiting if item.suspect]
             try:
-                await self._needs.bound_yet()
+                if not all(self._is_bound(item.command) for item in waiting):
+                    await self._needs.bound_yet()  # which may take as long as a thousand binds before it
                 hands = await self._hands(sandbox, waiting, min(suspect_ms)) if suspect_ms else {}
             except Temporary as exc:
                 log.warning("command.waits", sandbox=sandbox, reason=exc.reason)
@@ -253,6 +254,13 @@ class Shard(LaneWork):
                 if hand := (await self._sending.contexts.stored(bot, name)).hand_of(sandbox):
                     hands |= {one.client: (name, hand) for one in hand.all}
         return hands
+
+    def _is_bound(self, command: Command) -> bool:
+        try:
+            self._find(command)
+        except Refused:
+            return False
+        return True
 
     def _find(self, command: Command) -> Binding:
         """The binding that a command is meant for. Raises Refused("not_bound"), Refused("ambiguous_bot")."""

@@ -723,6 +723,19 @@ async def test_what_was_being_sent_to_one_user_goes_to_no_other_after_a_crash() 
     assert outcomes(heir) == [("c1", "refused", "not_bound"), ("c2", "accepted", "")]
 
 
+async def test_what_comes_again_waits_for_no_control_command_where_its_bot_is_bound() -> None:
+    """Others may be bound for minutes, or control be paused."""
+    bench = Bench()
+    await bench.bind()
+    bench.hears()
+    shard = bench.shard()
+    bench.bound_yet = Failing(1000, Temporary("control_busy"))
+    shard.on_delivery(bench.command("one", id="c1", suspect=True))
+    shard.on_delivery(bench.command("two", id="c2"))
+    await asyncio.sleep(30)
+    assert bench.chat.texts == ["one", "two"]
+
+
 async def test_an_unbind_refuses_what_waits() -> None:
     bench, shard = await ready(is_open=False)
     for number in range(2):
