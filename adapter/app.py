@@ -508,10 +508,12 @@ class Adapter:
     ) -> None:
         self.health.draining = True
         log.info("adapter.draining", polls=len(self.supervisor.sessions))
-        following.cancel()
         try:
             async with asyncio.timeout(max(1.0, self.settings.drain_s - 1.0)):
-                await self.leases.drain()
+                try:
+                    await self.leases.drain()  # the lease may run out meanwhile, and polls are cut then
+                finally:
+                    following.cancel()
                 await self.supervisor.drain(max(0.5, self.settings.drain_s - RELEASE_S))
                 scanning.cancel()  # logins go on until another replica may take them
                 await asyncio.wait([scanning])

@@ -170,7 +170,7 @@ class Supervisor:
             await self._wait()
 
     async def _wait(self) -> None:
-        owned, valid = set(self._leases.owned), self._leases.valid
+        owned, valid = set(self._leases.owned), bool(self._valid_as)
 
         def leases_changed() -> bool:
             return (
