@@ -638,7 +638,7 @@ def test_an_answer_may_come_in_any_pieces(cuts: list[int]) -> None:
 def test_who_was_spoken_with_need_not_show_its_certificates_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loop: str, newest: ssl.TLSVersion, closes: bytes
 ) -> None:
-    """Over TLS: the first connection, one that resumes it, one that fails, and one more, which begins afresh."""
+    """Over TLS: the first connection, one that resumes it, and after each that fails one that begins afresh."""
     authority = Authority(tmp_path)
     monkeypatch.setenv("SSL_CERT_FILE", str(authority.file))
     tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -657,6 +657,9 @@ def test_who_was_spoken_with_need_not_show_its_certificates_again(
         await reader.read(1)
         writer.close()
 
+    failing = [(None, Temporary), (tls, Uncertain)]
+    """Of connections that fail, one in its handshake, one after it."""
+
     async def talk() -> None:
         transport = Transport(tls=ResumingContext(), max_answer_bytes=LARGEST, resolver=RESOLVER)
         port = free_port()
@@ -664,13 +667,14 @@ def test_who_was_spoken_with_need_not_show_its_certificates_again(
         async with await asyncio.start_server(serve, "127.0.0.1", port, ssl=tls):
             for _ in range(2):
                 await post(transport, url, afresh=not closes)
-        async with await asyncio.start_server(refuse, "127.0.0.1", port):
-            with pytest.raises(Temporary):
+        for context, error in failing:
+            async with await asyncio.start_server(refuse, "127.0.0.1", port, ssl=context):
+                with pytest.raises(error):
+                    await post(transport, url, afresh=not closes)
+            async with await asyncio.start_server(serve, "127.0.0.1", port, ssl=tls):
                 await post(transport, url, afresh=not closes)
-        async with await asyncio.start_server(serve, "127.0.0.1", port, ssl=tls):
-            await post(transport, url, afresh=not closes)
         await transport.close()
 
     with asyncio.Runner(loop_factory=LOOPS[loop]) as runner:
         runner.run(talk())
-    assert resumed == [False, True, False]
+    assert resumed == [False, True, False, False]

@@ -99,6 +99,8 @@ class Transport:
         except (TimeoutError, Uncertain):
             if kept is not None:  # what lay idle beside it may be as dead, and a repeat is to meet another (10.4)
                 self._close_idle(target.origin, began)
+            else:
+                self._tls.forget(target.origin.host)
             raise
         if kept is None and connection.tls is not None:
             self._tls.keep(target.origin.host, connection.tls)
