@@ -282,7 +282,8 @@ class Metrics:
             "nats_streams_missing", "Streams and buckets that should be there and were deleted."
         )
         self.nats_streams_altered = self._gauge(
-            "nats_streams_altered", "Streams and buckets that somebody changed so that a guarantee is broken."
+            "nats_streams_altered",
+            "Streams and buckets changed so that a guarantee is broken, and consumers that were paused.",
         )
         self.nats_purges = self._counter(
             "nats_purges", "Times that a bucket had fewer keys than were surely written, or older ones than before."

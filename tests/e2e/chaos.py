@@ -234,7 +234,7 @@ def main() -> int:
     folder = Path(tempfile.mkdtemp(prefix="chaos-"))
     command = f"python -m tests.e2e.chaos --minutes {given.minutes:g} --seed {given.seed} --bots {given.bots}"
     command += f" --mode {given.mode}"
-    print(f"{command}\neverything is in {folder}", file=sys.stderr)
+    print(f"{command}\nthe adapters' logs are in {folder}", file=sys.stderr)
     report = asyncio.run(
         run(folder, command=command, mode=given.mode, seed=given.seed, minutes=given.minutes, bots=given.bots)
     )

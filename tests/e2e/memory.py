@@ -31,5 +31,7 @@ def in_memory(place: Path) -> Iterator[None]:
         return
     with tempfile.TemporaryDirectory(prefix="wechat-nats-", dir=MEMORY, ignore_cleanup_errors=True) as made:
         place.symlink_to(made, target_is_directory=True)
-        yield
-        place.unlink()
+        try:
+            yield
+        finally:
+            place.unlink()
