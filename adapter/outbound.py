@@ -62,17 +62,20 @@ class Shard(LaneWork):
             self._needs.sending.contexts.forget_where(self._serves)
             self.typing.open()
             self._loaded = True
-        async with self._needs.loading:
-            found = await self._find_parked()
+        found: set[int] = set()
+        try:
+            async with self._needs.loading:
+                await self._find_parked(found)
+        finally:  # the next look takes for known what this one has found
+            for lane in self._lanes:
+                if not lane.unsure.isdisjoint(found):
+                    lane.sort()
         for lane in self._lanes:
-            if not lane.unsure.isdisjoint(found):
-                lane.sort()
             self._start(lane)
 
-    async def _find_parked(self) -> set[int]:
-        """The sequences of what was not known to be parked. Raises Temporary."""
+    async def _find_parked(self, found: set[int]) -> None:
+        """Adds to `found` the sequences of what was not known to be parked. Raises Temporary."""
         names = self._needs.names
-        found: set[int] = set()
         in_hand = {item.command.client for item in self._in_hand.values()}
         async for stored in self._needs.history.read(names.stream_parked, names.parked(self.number, "*")):
             if stored.seq in self._removed:
@@ -94,7 +97,6 @@ class Shard(LaneWork):
             lane.unsure.add(stored.seq)
             lane.inherited_ms = min(lane.inherited_ms, command.stored_ms)
             lane.park(parked_at(stored.seq, stored.subject, command))
-        return found
 
     def _serves(self, bot: str) -> bool:
         binding = self._needs.bindings.get(bot)

@@ -1377,6 +1377,32 @@ async def test_what_the_owner_before_parked_late_is_found_at_the_next_reset_and_
     assert parked(bench) == []
 
 
+async def test_what_was_found_before_a_read_broke_off_keeps_its_place() -> None:
+    """The next read finds it known, and put nothing in order."""
+    bench = Bench()
+    await bench.bind()
+    heir = bench.shard()
+    await heir.load()
+    await late_copy(bench, bench.command("t0", id="c0"), "c0")
+    heir.on_delivery(bench.command("t1", id="c1"))
+    await asyncio.sleep(30)
+    read = bench.bus.read
+
+    async def breaks_off(*where: Any, **how: Any) -> AsyncIterator[Stored]:
+        async for stored in read(*where, **how):
+            yield stored
+        raise Temporary("bus_down")
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(bench.bus, "read", breaks_off)
+        with pytest.raises(Temporary):
+            await heir.load()
+    await heir.load()
+    await user_writes(bench, heir)
+    await asyncio.sleep(30)
+    assert bench.chat.texts == ["t0", "t1"]
+
+
 class Interrupted:
     """Receipts during whose first look the consumer is reset."""
 
