@@ -74,7 +74,9 @@ def main(argv: list[str] | None = None) -> int:
         return NO
     except (KeyboardInterrupt, asyncio.CancelledError):
         return INTERRUPTED
-    except SystemExit as exc:  # the simulator's own parser
+    except SystemExit as exc:  # the simulator's own parser, and rich where nobody reads its tables
+        if isinstance(exc.__context__, BrokenPipeError):
+            return _nobody_reads()
         return exc.code if isinstance(exc.code, int) else USAGE
     except BrokenPipeError:
         return _nobody_reads()

@@ -195,7 +195,8 @@ def _show(answer: ControlAnswer, done: str, json: bool) -> int:
         _table(answer.bindings, empty="Nothing was bound.")
         for bot in answer.replaced:
             output.say(f"replaced  {output.printable(bot)}")
-        output.say(f"{done}.")
+        if answer.bindings:
+            output.say(f"{done}.")
     else:
         output.complain(output.printable(answer.error or "The adapter refused without a reason."))
     return OK if answer.ok else NO

@@ -19,7 +19,6 @@ from adapter.cli.bus import settings_from
 from adapter.cli.exits import OK, USAGE, Failed
 from adapter.cli.options import flag
 from adapter.cli.running import beside_server, until_signalled
-from adapter.contract import MESSAGES
 from adapter.embedded import EmbeddedNats
 from adapter.eventloop import run_fast
 from adapter.settings import Settings, read_settings
@@ -112,7 +111,7 @@ def schema(
     from adapter import schema as made  # noqa: PLC0415 -- other commands start faster without it
 
     if message is not None:
-        names = [*MESSAGES, "asyncapi"]
+        names = [*made.DOCUMENTED, "asyncapi"]
         if message not in names:
             raise Failed(USAGE, f"There is no message {message!r}; there are {', '.join(names)}.")
         document = made.asyncapi() if message == "asyncapi" else made.json_schema(message)

@@ -133,6 +133,13 @@ async def test_the_token_may_come_from_standard_input(bus: Bus) -> None:
     assert asked.bot_token == TOKEN
 
 
+async def test_an_unbind_of_what_is_not_bound_does_not_say_that_it_unbound(cli: Command, bus: Bus) -> None:
+    async with answering(bus) as adapter:
+        assert (await cli("unbind", "s1")).out == "Nothing was bound.\n"
+        adapter.control = ControlAnswer(ok=True, bindings=[BOUND])
+        assert (await cli("unbind", "s1")).out.endswith("\nunbound.\n")
+
+
 async def test_without_a_terminal_nobody_is_asked_for_the_token(bus: Bus) -> None:
     async with started("bind", "s1", "bot1@im.bot") as process:
         _, err = await process.communicate(b"")

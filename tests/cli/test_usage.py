@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 import sys
 from pathlib import Path
@@ -11,8 +12,8 @@ import pytest
 
 from adapter.cli.bus import connected
 from adapter.cli.exits import UNREACHABLE, Failed
-from adapter.contract import MESSAGES
 from adapter.embedded import EmbeddedNats
+from adapter.schema import DOCUMENTED
 from adapter.settings import Settings
 from tests.cli.conftest import Command
 from tests.cli.process import started
@@ -179,11 +180,23 @@ async def test_the_simulators_own_parser_answers_for_it(cli: Command) -> None:
     assert (await cli("simulator", "--nonsense")).code == 2
 
 
-@pytest.mark.parametrize("name", [*MESSAGES, "asyncapi"])
+@pytest.mark.parametrize("name", [*DOCUMENTED, "asyncapi"])
 async def test_schema_prints_one_document(cli: Command, name: str) -> None:
     result = await cli("schema", name)
     assert result.code == 0
     assert result.out.startswith("{\n")
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ("send", "--help"), ("schema", "inbound")], ids=" ".join)
+async def test_a_reader_who_has_read_enough_is_no_failure(arguments: tuple[str, ...]) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        async with started(*arguments, stdout=writer) as process:
+            _, err = await process.communicate()
+    finally:
+        os.close(writer)
+    assert (process.returncode, err) == (0, b"")
 
 
 BUG = """
