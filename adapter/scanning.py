@@ -66,7 +66,7 @@ class Scanner:
         self._needs = needs
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._told: dict[str, int] = {}
-        """The step of each login that was told last."""
+        """The step of each login that was told last. The courses write it, so it stays the same dict."""
 
     async def run(self) -> None:
         """Until cancelled; then what is in hand is stored."""
@@ -84,7 +84,8 @@ class Scanner:
         book.prune()
         mine = leases.owned if leases.valid else set()
         known = dict(book)
-        self._told = {login: step for login, step in self._told.items() if login in known}
+        for login in self._told.keys() - known.keys():
+            del self._told[login]
         for login, record in known.items():
             due = not record.over or self._told.get(login) != record.step
             if due and shard_of(record.sandbox) in mine and login not in self._tasks:

@@ -16,7 +16,7 @@ from adapter.control import Control
 from adapter.errors import BusRefused, Refused, Temporary
 from adapter.login_service import OPEN_PER_SANDBOX, LoginService
 from adapter.logins import LoginBook
-from adapter.names import shard_of
+from adapter.names import H_MSG_ID, shard_of
 from adapter.ports import Entry, Message, QrCode, Scan
 from adapter.records import LoginRecord
 from adapter.scanning import Scanner, Scanning
@@ -623,6 +623,24 @@ async def test_a_cancelled_login_is_left_at_once() -> None:
     assert doors.counted("cancelled") == 1
     with pytest.raises(Refused, match="over"):
         await doors.verify(login, "1")
+
+
+async def test_each_step_is_told_once_to_those_who_only_listen() -> None:
+    doors = Doors()
+    steps: list[str] = []
+
+    async def listen(message: Message) -> None:
+        if message.subject == "wechat.event.s1.login":
+            steps.append(message.headers[H_MSG_ID])
+
+    doors.bench.bus.on_publish = listen
+    cancelled = await doors.start()
+    await asyncio.sleep(5)
+    await doors.ask("cancel", LoginQuery(login=cancelled.login))
+    bound = await doors.start()
+    doors.ilink.happens("q2", CONFIRMED)
+    await asyncio.sleep(20)
+    assert steps == [f"login:{login.login}:{step}" for login in (cancelled, bound) for step in (1, 2)]
 
 
 async def test_an_answer_that_cannot_be_stored_waits_for_the_bus() -> None:
