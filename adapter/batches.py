@@ -27,11 +27,6 @@ LATE_S = 10.0
 """What is told late waits so long for what came before it and waits for media, which is another owner's to tell."""
 
 
-def says_something(polled: Polled, place: Place) -> bool:
-    """Whether an answer holds more than that nothing has come."""
-    return bool(polled.messages) or polled.cursor not in (None, place.record.cursor)
-
-
 async def store(session: Session, polled: Polled, place: Place, needs: Incoming) -> Place:
     """Puts a batch on the bus. Raises LeaseLost.
 

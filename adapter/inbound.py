@@ -13,7 +13,7 @@ from functools import partial
 
 import structlog
 
-from adapter.batches import says_something, store
+from adapter.batches import store
 from adapter.cursors import acquire, begun_at, give_back, put_back
 from adapter.errors import AdapterError, BusRefused, LeaseLost, SessionExpired, Temporary
 from adapter.inbox import retry
@@ -93,10 +93,24 @@ async def _serve(session: Session, needs: Incoming) -> None:
         await finish(give_back(session, needs), needs.grace_s)
 
 
+class _Lately:
+    """How a bot's polls have gone since the last one that went otherwise."""
+
+    __slots__ = ("failures", "instants", "overlong", "timeouts")
+
+    def __init__(self) -> None:
+        self.failures = 0
+        self.timeouts = 0
+        """Without any answer."""
+        self.instants = 0
+        """Answered at once, with nothing new."""
+        self.overlong = 0
+        """Characters of the cursor, too long to be kept, that the last answer with a cursor had; 0: it was kept."""
+
+
 async def poll_forever(session: Session, place: Place, needs: Incoming) -> Place:
     """Polls until told to leave or the binding is gone; where it then stands. Raises LeaseLost, Refused."""
-    failures = timeouts = instants = overlong = 0
-    hold_ms = HOLD_MS
+    lately, hold_ms = _Lately(), HOLD_MS
     session.answered = session.answered or needs.clock.monotonic()
     while (binding := await _wait_for_turn(session, needs)) is not None:
         if session.purges != needs.purges():
@@ -105,7 +119,7 @@ async def poll_forever(session: Session, place: Place, needs: Incoming) -> Place
         if session.begun_at != binding.start_cursor:
             session.begun_at = binding.start_cursor
             place = place._replace(record=begun_at(binding, place.record, needs.sealer))
-        unheard = failures or overlong or timeouts >= DEAD_PATH_AFTER
+        unheard = lately.failures or lately.overlong or lately.timeouts >= DEAD_PATH_AFTER
         session.state, began = "error" if unheard else "polling", needs.clock.monotonic()
         try:
             polled = await _poll_once(session, binding, place, hold_ms, needs)
@@ -115,49 +129,64 @@ async def poll_forever(session: Session, place: Place, needs: Incoming) -> Place
             if polled is None:
                 continue
         except Temporary as exc:
-            await needs.turns.next()  # iLink may have closed all connections at once
-            failures += 1
-            needs.metrics.polls.labels(outcome="error").inc()
-            wait_s = exc.retry_after_s or backoff(failures, first_s=0.5, longest_s=30.0)
-            if failures.bit_count() == 1:  # at 1, 2, 4 …: thousands fail together where iLink is away
-                detail = exc.detail[:200]
-                log.warning("poll.failed", bot=session.bot, reason=exc.reason, detail=detail, failures=failures)
-            await first_of(session.cut, wait_s + needs.clock.jitter(wait_s / 2))
-            await needs.turns.next()
-            continue
-        if session.cut.is_set() and polled is None:
-            session.cut.clear()
-            # iLink may hear of the new poll before it sees the old connection end, and calls that two at once
-            await first_of(session.cut, AFTER_CUT_S)
-            await needs.turns.next()
+            await _failed(session, exc, lately, needs)
             continue
         if polled is None:
-            timeouts += 1
-            needs.metrics.polls.labels(outcome="client_timeout").inc()
-            if timeouts >= DEAD_PATH_AFTER:
-                log.warning("poll.dead_path", bot=session.bot, timeouts=timeouts)
-                await needs.chat.recycle(session.bot)
+            await _unanswered(session, lately, needs)
             continue
-        failures = timeouts = 0
         hold_ms = polled.hold_ms
-        session.answered = needs.clock.monotonic()
-        (needs.metrics.polls_full if polled.messages else needs.metrics.polls_empty).inc()
-        if polled.overlong and not overlong:  # iLink may give the same messages at each poll, and none after them
-            log.error("poll.cursor_too_long", bot=session.bot, characters=polled.overlong)
-        if polled.overlong or polled.cursor:
-            overlong = polled.overlong
+        _heard(session, polled, lately, needs)
         before, known = place.record.cursor, place.seen.added
-        if says_something(polled, place):
+        if polled.messages or polled.cursor not in (None, before):
             await needs.turns.next()
             place = await store(session, polled, place, needs)
         else:
             await needs.beat.next()
         went_on = polled.messages and place.record.cursor != before  # a page of repeats
         is_instant = session.answered - began < INSTANT_S and place.seen.added == known and not went_on
-        instants = instants + 1 if is_instant else 0
-        if instants > 1:
+        lately.instants = lately.instants + 1 if is_instant else 0
+        if lately.instants > 1:
             await first_of(session.cut, 0.25 + needs.clock.jitter(0.25))
     return place
+
+
+async def _failed(session: Session, exc: Temporary, lately: _Lately, needs: Incoming) -> None:
+    """A poll failed: waits before the next one."""
+    await needs.turns.next()  # iLink may have closed all connections at once
+    lately.failures += 1
+    needs.metrics.polls.labels(outcome="error").inc()
+    wait_s = exc.retry_after_s or backoff(lately.failures, first_s=0.5, longest_s=30.0)
+    if lately.failures.bit_count() == 1:  # at 1, 2, 4 …: thousands fail together where iLink is away
+        detail = exc.detail[:200]
+        log.warning("poll.failed", bot=session.bot, reason=exc.reason, detail=detail, failures=lately.failures)
+    await first_of(session.cut, wait_s + needs.clock.jitter(wait_s / 2))
+    await needs.turns.next()
+
+
+async def _unanswered(session: Session, lately: _Lately, needs: Incoming) -> None:
+    """A poll was cut, or had no answer in time."""
+    if session.cut.is_set():
+        session.cut.clear()
+        # iLink may hear of the new poll before it sees the old connection end, and calls that two at once
+        await first_of(session.cut, AFTER_CUT_S)
+        await needs.turns.next()
+        return
+    lately.timeouts += 1
+    needs.metrics.polls.labels(outcome="client_timeout").inc()
+    if lately.timeouts >= DEAD_PATH_AFTER:
+        log.warning("poll.dead_path", bot=session.bot, timeouts=lately.timeouts)
+        await needs.chat.recycle(session.bot)
+
+
+def _heard(session: Session, polled: Polled, lately: _Lately, needs: Incoming) -> None:
+    """Notes that iLink has answered."""
+    lately.failures = lately.timeouts = 0
+    session.answered = needs.clock.monotonic()
+    (needs.metrics.polls_full if polled.messages else needs.metrics.polls_empty).inc()
+    if polled.overlong and not lately.overlong:  # iLink may give the same messages at each poll, and none after them
+        log.error("poll.cursor_too_long", bot=session.bot, characters=polled.overlong)
+    if polled.overlong or polled.cursor:
+        lately.overlong = polled.overlong
 
 
 async def _wait_for_turn(session: Session, needs: Incoming) -> Binding | None:
