@@ -187,38 +187,19 @@ class Control:
             return ControlAnswer(ok=False, id=command.id or "", error=exc.detail)
 
     async def bind(self, command: Bind) -> ControlAnswer:
-        """Binds a bot to a sandbox; another bot of the same user there is replaced. Raises Refused, Temporary.
-
-        A bind that a login has stored holds its token sealed, for this bot and sandbox.
-        """
+        """Binds a bot to a sandbox; another bot of the same user there is replaced. Raises Refused, Temporary."""
         check_sandbox(command.sandbox)
-        token = self._sealer.open(bind_context(command.sandbox, command.bot), command.bot_token)
-        if any(ord(c) < 33 or ord(c) > 126 for c in command.bot + token + (command.user or "")):
-            raise Refused("invalid", "Bot, token and user are printable ASCII without spaces.")
+        token = self._token(command)
         if command.base_url:
             self._chat.check_base_url(command.base_url)
         if command.options.durable:
             await self._teller.make_durable(command.sandbox)
-        before = await self._current(command.bot)
-        user = command.user or ""
-        if before is not None and before.sandbox == command.sandbox:
-            user = user or before.user
-        binding = Binding(
-            sandbox=command.sandbox,
-            bot=command.bot,
-            token=self._sealer.seal(command.bot, token),
-            user=user,
-            base_url=(command.base_url or "").rstrip("/"),
-            options=command.options,
-            since_ms=self._clock.now_ms(),
-            request=command.id or "",
-            start_cursor=self._start_cursor(command, before),
-        )
+        await self._bindings.refresh(command.bot)
+        before = self._bindings.get(command.bot)
+        binding = self._made(command, token, before)
         await self._refresh(command.sandbox)
-        replaced = [
-            other for other in self._bindings.of_sandbox(command.sandbox)
-            if user and other.user == user and other.bot != command.bot
-        ]  # fmt: skip
+        bound = self._bindings.of_sandbox(command.sandbox)
+        replaced = [b for b in bound if binding.user and b.user == binding.user and b.bot != command.bot]
         new = before is None or not self._same(before, binding)
         if before is not None and before.sandbox != command.sandbox:
             await self._tell(before, "unbound", command.id, reason="moved")  # after a crash nobody knows it any more
@@ -232,6 +213,31 @@ class Control:
             await self._bindings.remove(other.bot)
         return ControlAnswer(
             ok=True, id=command.id or "", bindings=[binding.info()], replaced=[other.bot for other in replaced]
+        )
+
+    def _token(self, command: Bind) -> str:
+        """The bot's token; a bind that a login has stored holds it sealed, for this bot and sandbox.
+
+        Raises Refused, also for a bot or user that nobody could be called by.
+        """
+        token = self._sealer.open(bind_context(command.sandbox, command.bot), command.bot_token)
+        if any(ord(c) < 33 or ord(c) > 126 for c in command.bot + token + (command.user or "")):
+            raise Refused("invalid", "Bot, token and user are printable ASCII without spaces.")
+        return token
+
+    def _made(self, command: Bind, token: str, before: Binding | None) -> Binding:
+        """What a bind makes of the bot's binding `before`."""
+        known = before.user if before is not None and before.sandbox == command.sandbox else ""
+        return Binding(
+            sandbox=command.sandbox,
+            bot=command.bot,
+            token=self._sealer.seal(command.bot, token),
+            user=command.user or known,
+            base_url=(command.base_url or "").rstrip("/"),
+            options=command.options,
+            since_ms=self._clock.now_ms(),
+            request=command.id or "",
+            start_cursor=self._start_cursor(command, before),
         )
 
     async def unbind(self, command: Unbind) -> ControlAnswer:
@@ -259,10 +265,6 @@ class Control:
         if len(self._read) >= READ_KEPT:
             self._read.clear()
         self._read.add(sandbox)
-
-    async def _current(self, bot: str) -> Binding | None:
-        await self._bindings.refresh(bot)
-        return self._bindings.get(bot)
 
     def _start_cursor(self, command: Bind, before: Binding | None) -> str | None:
         """Sealed; but the text of the binding before where it names the same cursor, which counts once."""
