@@ -123,25 +123,28 @@ class Settling:
 
     async def _peer(self, lane: Lane) -> Peer:
         """The lane's user, with what was sent to them over the bot before. Raises Temporary, LeaseLost."""
-        contexts = self._sending.contexts
-        peer = await contexts.peer(lane.bot, lane.user)
+        peer = await self._sending.contexts.peer(lane.bot, lane.user)
         if lane.inherited_ms < math.inf:
             await self._find_former(lane)
         if lane.former:
-            former = [bot for bot in lane.former if bot != lane.bot]
-            before = [(await contexts.peer(bot, lane.user)).context for bot in former]
-            hands = [hand for context in before if (hand := _own(lane, context))]
-            waiting = {*(item.command.client for item in lane.queue), *(parked.client for parked in lane.parked)}
-            hands.sort(key=lambda hand: any(one.client in waiting for one in hand.all))
-            hand = hands.pop() if hands else None
-            if hand and hand.tried:  # another bot's message is another one on the phone: it is not repeated there
-                hand = msgspec.structs.replace(hand, tried=hand.tried + MAX_RESENDS)
-            done = [name for context in before for name in context.done]
-            done += [window.named(one.sandbox, other.command) for one in hands if one.is_begun for other in one.all]
-            if hand or done:
-                await contexts.save(peer, lambda context: window.moved(context, hand, done))
-            lane.former.clear()
+            await self._follow_user(lane, peer)
         return peer
+
+    async def _follow_user(self, lane: Lane, peer: Peer) -> None:
+        """Stores with the user's bot of now what was sent to them over those before. Raises Temporary, LeaseLost."""
+        contexts, former = self._sending.contexts, [bot for bot in lane.former if bot != lane.bot]
+        before = [(await contexts.peer(bot, lane.user)).context for bot in former]
+        hands = [hand for context in before if (hand := _own(lane, context))]
+        waiting = {*(item.command.client for item in lane.queue), *(parked.client for parked in lane.parked)}
+        hands.sort(key=lambda hand: any(one.client in waiting for one in hand.all))
+        hand = hands.pop() if hands else None
+        if hand and hand.tried:  # another bot's message is another one on the phone: it is not repeated there
+            hand = msgspec.structs.replace(hand, tried=hand.tried + MAX_RESENDS)
+        done = [name for context in before for name in context.done]
+        done += [window.named(one.sandbox, other.command) for one in hands if one.is_begun for other in one.all]
+        if hand or done:
+            await contexts.save(peer, lambda context: window.moved(context, hand, done))
+        lane.former.clear()
 
     async def _find_former(self, lane: Lane) -> None:
         """Which bots may have served the user when the owner before us had the lane. Raises Temporary."""
