@@ -168,7 +168,7 @@ class Rig:
     async def connect(self) -> Client:
         async def up() -> bool:
             with contextlib.suppress(OSError, nats.errors.Error):
-                nc = await nats.connect(self.nats_url, connect_timeout=1, allow_reconnect=False)
+                nc = await nats.connect(self.nats_url, connect_timeout=1, allow_reconnect=False, error_cb=_unheard)
                 await nc.close()
                 return True
             return False
@@ -315,3 +315,7 @@ def make_certificate(folder: Path) -> None:
     (folder / "key.pem").write_bytes(
         key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     )
+
+
+async def _unheard(_: Exception) -> None:
+    """A server that does not listen yet is no news."""

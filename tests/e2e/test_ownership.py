@@ -19,6 +19,7 @@ from adapter.leases import rank
 from adapter.names import SHARDS
 from adapter.records import Claim, Cursor
 from tests.e2e.audit import Said, audit
+from tests.e2e.hole import Hole
 from tests.e2e.reading import NAMES, stream
 from tests.e2e.world import AdapterProcess, World, eventually, time_ms, until, world
 
@@ -36,10 +37,10 @@ class Two(NamedTuple):
     second_host: str
 
 
-async def two_replicas(made: World, nc: Client) -> Two:
+async def two_replicas(made: World, nc: Client, **first_environ: str) -> Two:
     """Both serve some of the bots."""
     second_url = await made.sim.open_second_host()
-    first = await made.add_adapter(WECHAT_NATS_LEASE_S=LEASE_S)
+    first = await made.add_adapter(WECHAT_NATS_LEASE_S=LEASE_S, **first_environ)
     second = await made.add_adapter(WECHAT_NATS_LEASE_S=LEASE_S, WECHAT_NATS_ILINK_BASE_URL=second_url)
     two = Two(first, second, made.sim.url.rpartition("/")[2], second_url.rpartition("/")[2])
     for number in range(BOTS):
@@ -181,6 +182,27 @@ async def test_after_a_kill_9_the_others_poll_all_bots_and_no_bot_is_polled_twic
         )
         assert set(pollers(made, since_ms=killed_ms).values()) == {two.second_host}
         assert made.sim.violations(kind="concurrent_polls") == []
+        await nc.close()
+
+
+async def test_one_that_leaves_while_nats_answers_it_nothing_stops_polling_before_the_other_takes_over(
+    tmp_path: Path,
+) -> None:
+    """To say that it leaves takes longer there than its lease lasts."""
+    async with world(tmp_path, hold_ms=15_000, cursor_mode="cursor_replay") as made:
+        nc = await made.nc()
+        async with Hole(made.url) as hole:
+            two = await two_replicas(made, nc, NATS_URL=hole.url)
+            hole.swallow()
+            await until(lambda: NAMES.members.encode() in hole.swallowed, "a renewal gets no answer")
+            two.first.signal(signal.SIGTERM)
+            since_ms, bots = made.sim.now_ms, {one.bot for one in made.bots.values()}
+            theirs = {bot for bot, host in pollers(made).items() if host == two.first_host}
+            await until(lambda: theirs <= set(pollers(made, since_ms=since_ms)), "the other polls them")
+            assert set(pollers(made, since_ms=since_ms).values()) == {two.second_host}
+            await until(lambda: made.sim.stats().parked == len(bots), "all are polled")
+            assert made.sim.violations(kind="concurrent_polls") == []
+            await two.first.kill()
         await nc.close()
 
 
