@@ -113,11 +113,7 @@ class LaneWork(Settling):
         if not lane.queue:
             return self._patience(lane)
         item = lane.queue[0]
-        if (lane.parked and not begun) or lane.reason:
-            await self._hold_back(lane, item, Wait(lane.reason or "backlog"))
-            lane.shift(item)
-            return 0.0
-        result = await self._send(lane, [item], binding)
+        result = Wait(lane.reason) if lane.reason else await self._send(lane, [item], binding)
         if isinstance(result, Wait):
             await self._hold_back(lane, item, result)
             lane.reason = result.reason
