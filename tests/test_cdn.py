@@ -244,6 +244,14 @@ async def test_a_length_that_is_not_told_is_counted(rig: Rig) -> None:
     assert sent < 100 * LARGEST, "it hung up"
 
 
+async def test_a_length_beside_chunks_does_not_count(rig: Rig) -> None:
+    """What packs answers on the way may leave the length of another body there."""
+    cipher = encrypt(b"hello", KEY)
+    chunk = b"%x\r\n%s\r\n0\r\n\r\n" % (len(cipher), cipher)
+    serve = answering("HTTP/1.1 200 OK\nContent-Length: 23\nTransfer-Encoding: chunked", chunk)
+    assert await fetch_from(rig, serve, key=KEY) == b"hello"
+
+
 async def test_a_body_that_breaks_off_is_tried_again_by_the_caller(rig: Rig) -> None:
     serve = answering("HTTP/1.1 200 OK\nContent-Length: 64", bytes(32))
     assert await failure(fetch_from(rig, serve)) == (Temporary, "network")

@@ -133,7 +133,8 @@ class CdnClient:
                     raise Temporary(reason, f"HTTP {response.status_code} from the CDN")
                 if response.status_code != 200 or "content-encoding" in response.headers:
                     raise Refused("unavailable", f"HTTP {response.status_code} from the CDN")
-                self._check_length(response.headers.get("content-length", ""), encrypted=encrypted)
+                if "transfer-encoding" not in response.headers:  # beside chunks it does not count (RFC 9112, 6.3)
+                    self._check_length(response.headers.get("content-length", ""), encrypted=encrypted)
                 async for piece in response.aiter_raw(PIECE):
                     yield piece
 
