@@ -55,6 +55,17 @@ def parked_at(seq: int, subject: str, command: Command) -> Parked:
     return Parked(seq, subject, command.id, command.client, command.expires_ms, command.stored_ms, command.final)
 
 
+class Stale(NamedTuple):
+    """Sends in a row that iLink refused with -14. Times are monotonic."""
+
+    tries: int
+    since: float
+    until: float
+    """None is tried again before this."""
+    last_tries: bool
+    """The binding needs a login by this lane's word, and tries are left that may prove it wrong."""
+
+
 class Lane:
     """Everything for one user of one sandbox, in order: first what is parked, then the queue."""
 
@@ -82,14 +93,8 @@ class Lane:
         self.wake = asyncio.Event()
         self.next_send = 0.0
         """Monotonic time before which nothing is sent to the user."""
-        self.stale_tries = 0
-        """Sends in a row that iLink refused with -14."""
-        self.stale_since = 0.0
-        """Monotonic time of the first of them."""
-        self.stale_until = 0.0
-        """Monotonic time before which none is tried again."""
-        self.last_tries = False
-        """The binding needs a login by this lane's word, and tries are left that may prove it wrong."""
+        self.stale: Stale | None = None
+        """iLink has refused the token of the last sends."""
         self.unsure: set[int] = set()
         """Sequences of what was found parked: whether it was told already is not known yet."""
         self.told: dict[int, contract.Receipt] = {}
@@ -188,7 +193,7 @@ class Lane:
     def is_needed(self, now: float) -> bool:
         """Whether something waits, or is known that the next command has to heed. `now`: monotonic."""
         works = self.task is not None and not self.task.done()
-        return bool(works or self.queue or self.parked or self.stale_tries or now < self.next_send)
+        return bool(works or self.queue or self.parked or self.stale or now < self.next_send)
 
 
 class Lanes:

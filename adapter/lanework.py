@@ -16,7 +16,7 @@ from adapter import window
 from adapter.commands import MERGED_AT_ONCE, MediaPart, joins, merge, passed_on
 from adapter.contexts import Peer
 from adapter.errors import BusRefused, LeaseLost, Refused, Temporary
-from adapter.lane import Item, Lane, Lanes, Parked, parked_at
+from adapter.lane import Item, Lane, Lanes, Parked, Stale, parked_at
 from adapter.names import H_COMMAND, H_MSG_ID, H_SANDBOX, H_TIME_MS, peer_key
 from adapter.parked import read_behind, read_parked
 from adapter.ports import Account, Message, Uploaded
@@ -166,9 +166,10 @@ class LaneWork(Settling):
 
     def _hindrance(self, lane: Lane, binding: Binding) -> str:
         """Why nothing may be sent, whatever the window says, as a receipt's reason; "" if nothing is in the way."""
-        if binding.state == "needs_login" and not lane.last_tries:
+        stale = lane.stale
+        if binding.state == "needs_login" and not (stale and stale.last_tries):
             return "needs_login"
-        if self._needs.stale(binding.bot) or self._sending.clock.monotonic() < lane.stale_until:
+        if self._needs.stale(binding.bot) or (stale and self._sending.clock.monotonic() < stale.until):
             return "needs_login"
         return "" if lane.user else "window_closed"
 
@@ -176,8 +177,8 @@ class LaneWork(Settling):
         """How long the lane may sleep when nobody wakes it."""
         now_ms = self._sending.clock.now_ms()
         waits = [FOREVER_S, *((parked.expires_ms - now_ms) / 1000 for parked in lane.parked)]
-        if lane.stale_until > self._sending.clock.monotonic():
-            waits.append(lane.stale_until - self._sending.clock.monotonic())
+        if lane.stale and (left_s := lane.stale.until - self._sending.clock.monotonic()) > 0:
+            waits.append(left_s)
         return max(0.05, min(waits))
 
     async def _flush(self, lane: Lane, binding: Binding) -> float:
@@ -382,20 +383,18 @@ class LaneWork(Settling):
         if result.errcode is None and result.ret is None:
             return
         now = self._sending.clock.monotonic()
-        if not lane.stale_tries:
-            lane.stale_since = now
-        pauses = self._needs.stale_retry_s[lane.stale_tries :]
-        lane.stale_tries += 1
-        log.warning("send.stale", bot=binding.bot, tries=lane.stale_tries)
-        if pauses:
-            lane.stale_until = now + pauses[0]
-        lane.last_tries = bool(pauses) and (lane.last_tries or needs_login_now(pauses[0], now - lane.stale_since))
-        if binding.state == "active" and (lane.last_tries or not pauses):
+        before = lane.stale or Stale(0, now, now, last_tries=False)
+        pauses = self._needs.stale_retry_s[before.tries :]
+        pause_s = pauses[0] if pauses else None
+        lost = before.last_tries or needs_login_now(pause_s, now - before.since)
+        lane.stale = Stale(before.tries + 1, before.since, now + (pause_s or 0.0), last_tries=lost and bool(pauses))
+        log.warning("send.stale", bot=binding.bot, tries=lane.stale.tries)
+        if lost and binding.state == "active":
             await self._needs.stale_on_send(binding, result.detail)
 
     async def _settle_token(self, lane: Lane, binding: Binding, ending: Ending) -> None:
         """A send has ended: unless nobody answered, iLink takes the token."""
-        lane.stale_tries, lane.last_tries = 0, False
+        lane.stale = None
         if binding.state == "needs_login" and ending.is_sent:
             await self._needs.alive_on_send(binding)
 

@@ -316,7 +316,7 @@ class Shard(LaneWork):
         self.typing.rebound(sandbox)
         for lane in self._lanes.of(sandbox):
             if anew:
-                lane.stale_tries, lane.stale_until, lane.last_tries = 0, 0.0, False
+                lane.stale = None
             binding = self._needs.bindings.get(lane.bot)
             lane.is_left = binding is not None and binding.sandbox != sandbox
             self._start(lane)
@@ -350,7 +350,7 @@ class Shard(LaneWork):
         bound = self._needs.bindings.get
         for lane in self._lanes:
             if bound(lane.bot) is None:
-                lane.stale_tries = 0  # of a token that is gone
+                lane.stale = None  # of a token that is gone
             if not lane.is_needed(now):
                 self._lanes.drop(lane)
         self.typing.tidy()
