@@ -177,5 +177,4 @@ _ADVICE = {
     "quota": "It needs more sends than are left after the user's last message; they must write again.",
     "throttled": "iLink refuses more messages to this user until they write.",
     "needs_login": "The bot's token is dead; have the user scan a new QR code and bind the new bot.",
-    "backlog": "Earlier commands for this user wait; it keeps its place behind them.",
 }
