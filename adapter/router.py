@@ -15,7 +15,7 @@ from adapter.commands import Command, Limits, command_id, passed_on, peek, remai
 from adapter.errors import BusRefused, Refused, Temporary, Unreadable
 from adapter.metrics import Metrics
 from adapter.names import H_COMMAND, H_MSG_ID, UNROUTED, Names
-from adapter.ports import Bus, Delivery, Message, PubAck
+from adapter.ports import Bus, Delivery, Message
 from adapter.receipts import Receipts
 from adapter.sending import Ending
 from adapter.timing import Clock
@@ -108,15 +108,17 @@ class Router:
                 await copy.delivery.ack()
             else:
                 new.append(copy)
-        answers = await self._bus.publish_all([copy.message for copy in new])
-        await asyncio.gather(*(self._settle(copy, sandbox, one) for copy, one in zip(new, answers, strict=True)))
+        refused = []
+        for copy, answer in zip(new, await self._bus.publish_all([copy.message for copy in new]), strict=True):
+            if isinstance(answer, BusRefused):
+                refused.append(self._refuse(copy, sandbox, answer))
+            else:
+                await copy.delivery.ack()
+        await asyncio.gather(*refused)
 
-    async def _settle(self, copy: _Copy, sandbox: str, answer: PubAck | BusRefused) -> None:
-        if isinstance(answer, BusRefused):
-            detail = f"The sandbox's queue does not take it: {answer.detail}"
-            await self._end(copy.delivery, sandbox, copy.ident, Ending("refused", "backlog", detail))
-        else:
-            await copy.delivery.ack()
+    async def _refuse(self, copy: _Copy, sandbox: str, answer: BusRefused) -> None:
+        detail = f"The sandbox's queue does not take it: {answer.detail}"
+        await self._end(copy.delivery, sandbox, copy.ident, Ending("refused", "backlog", detail))
 
     async def _has_ended(self, delivery: Delivery, sandbox: str, ident: str) -> bool:
         """Whether a command that was delivered before has had its receipt from here."""

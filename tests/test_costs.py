@@ -18,13 +18,20 @@ import pytest
 from adapter.cursors import acquire, give_back
 from adapter.inbound import poll_forever
 from adapter.ports import Polled
+from adapter.router import Router
 from adapter.sessions import Session
-from tests.fakes import Bench, EndOfScript, raw_message
+from tests.fakes import LIMITS as TAKEN
+from tests.fakes import Bench, EndOfScript, FakeDelivery, raw_message
 
 VIRTUAL_TIME = True
 
 BOT, USER = "b1@im.bot", "u1@im.wechat"
-LIMITS = {"a message by itself": 138, "a message in a batch": 37, "a command": 151}
+LIMITS = {
+    "a message by itself": 138,
+    "a message in a batch": 37,
+    "a command": 151,
+    "a command on plain wechat.out": 23,
+}
 """Calls: a little above what they were when this was last looked at."""
 
 
@@ -197,3 +204,18 @@ async def test_a_command_costs_the_same_whatever_waits_for_others(state: dict[st
     alone, among_many = await outbound(), await outbound(**state)
     assert among_many.calls <= alone.calls * dearer
     assert among_many.writes == alone.writes
+
+
+async def test_a_command_on_plain_wechat_out_costs_a_copy_more_and_no_task() -> None:
+    bench = Bench()
+    router = Router(bench.bus, bench.receipts, bench.names, TAKEN, bench.clock, bench.metrics)
+
+    async def route() -> None:
+        for number in range(40):
+            body = b'{"sandbox":"s1","text":"hi %d"}' % number
+            await router.route(FakeDelivery("wechat.out", body, seq=number + 1, time_ms=bench.clock.now_ms()))
+
+    cost = await measured(bench, route(), 40)
+    assert cost.writes == {"out": 40}
+    assert cost.tasks == 0
+    assert cost.calls <= LIMITS["a command on plain wechat.out"]
