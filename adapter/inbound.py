@@ -11,6 +11,7 @@ import contextlib
 from collections.abc import Awaitable, Callable
 from functools import partial
 
+import msgspec
 import structlog
 
 from adapter.batches import store
@@ -93,19 +94,16 @@ async def _serve(session: Session, needs: Incoming) -> None:
         await finish(give_back(session, needs), needs.grace_s)
 
 
-class _Lately:
+class _Lately(msgspec.Struct):
     """How a bot's polls have gone since the last one that went otherwise."""
 
-    __slots__ = ("failures", "instants", "overlong", "timeouts")
-
-    def __init__(self) -> None:
-        self.failures = 0
-        self.timeouts = 0
-        """Without any answer."""
-        self.instants = 0
-        """Answered at once, with nothing new."""
-        self.overlong = 0
-        """Characters of the cursor, too long to be kept, that the last answer with a cursor had; 0: it was kept."""
+    failures: int = 0
+    timeouts: int = 0
+    """Without any answer."""
+    instants: int = 0
+    """Answered at once, with nothing new."""
+    overlong: int = 0
+    """Characters of the cursor, too long to be kept, that the last answer with a cursor had; 0: it was kept."""
 
 
 async def poll_forever(session: Session, place: Place, needs: Incoming) -> Place:
