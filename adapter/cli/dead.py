@@ -17,7 +17,7 @@ from adapter.cli import output
 from adapter.cli.bus import Bus, JetStreamGone, connected, no_stream, stored_from
 from adapter.cli.exits import NO, OK, UNREACHABLE, USAGE, Failed
 from adapter.cli.options import Json
-from adapter.jetstream.link import NO_STREAM
+from adapter.jetstream.answers import NO_STREAM
 from adapter.letters import Letter, again, letter_of
 from adapter.names import H_MSG_ID, Names
 

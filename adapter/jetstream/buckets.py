@@ -11,15 +11,15 @@ import math
 from collections.abc import Awaitable, Callable
 from datetime import datetime
 
-import msgspec
 import structlog
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.errors import Error as NatsError
 
 from adapter.errors import BusRefused, Conflict, Temporary
+from adapter.jetstream.answers import Answered, read_answer, write_refusal
 from adapter.jetstream.history import LeaderMessage, last_of, leader_message, read_stream, subjects_of
-from adapter.jetstream.link import ApiError, Link, read_answer, write_refusal
+from adapter.jetstream.link import Link
 from adapter.jetstream.publisher import Publisher
 from adapter.ports import Entry, Message, Stored, Written
 
@@ -75,7 +75,7 @@ class LeaseRegister:
         msg = await self._link.request(f"$KV.{self._name}.{key}", value or b"", timeout_s=1, headers=headers)
         ack = read_answer(msg.data, _Ack, f"a write to {self._name}")
         if ack.error is not None:
-            problem = write_refusal(ack.error.err_code, ack.error.code, ack.error.description)
+            problem = write_refusal(ack.error)
             raise problem if isinstance(problem, Temporary | Conflict) else Temporary("bus_refused", problem.detail)
         return ack.seq
 
@@ -298,9 +298,8 @@ class _Follower:
             self._living.discard(key)
 
 
-class _Ack(msgspec.Struct):
+class _Ack(Answered):
     seq: int = 0
-    error: ApiError | None = None
 
 
 def _is_gone(message: LeaderMessage) -> bool:

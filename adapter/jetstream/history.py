@@ -13,7 +13,8 @@ from typing import Any
 import msgspec
 
 from adapter.errors import BusRefused, Temporary
-from adapter.jetstream.link import MESSAGE_GONE, NO_STREAM, ApiError, Link, read_answer
+from adapter.jetstream.answers import MESSAGE_GONE, NO_STREAM, Answered, ApiError, read_answer
+from adapter.jetstream.link import Link
 from adapter.jetstream.questions import Answer
 from adapter.ports import Stored
 
@@ -193,6 +194,5 @@ class LeaderMessage(msgspec.Struct):
     time: str = ""
 
 
-class _MsgGet(msgspec.Struct):
+class _MsgGet(Answered):
     message: LeaderMessage | None = None
-    error: ApiError | None = None

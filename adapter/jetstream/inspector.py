@@ -9,7 +9,8 @@ from typing import Any
 import structlog
 
 from adapter.errors import BusRefused, Temporary
-from adapter.jetstream.link import NO_STREAM, Link
+from adapter.jetstream.answers import NO_STREAM
+from adapter.jetstream.link import Link
 from adapter.jetstream.topology import Difference, Wanted, compare, streams
 from adapter.metrics import Metrics
 from adapter.names import Names

@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 import structlog
@@ -20,7 +20,8 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.errors import Error as NatsError
 
-from adapter.errors import STORE_FAILED, UNDECODABLE, BusRefused, Conflict, Temporary
+from adapter.errors import Temporary
+from adapter.jetstream.answers import Answered, is_leaderless, read_answer, refusal
 from adapter.jetstream.client import BusClient, violation
 from adapter.jetstream.credentials import credentials, tls_context
 from adapter.jetstream.questions import Answer, Question, Questions
@@ -28,25 +29,6 @@ from adapter.settings import Settings
 from adapter.timing import Latch, backoff, first_of
 
 log = structlog.get_logger()
-
-T = TypeVar("T")
-
-# JetStream's `err_code` (server/errors.json of nats-server):
-CONFLICT_CODES = (10071, 10164)
-"""Wrong last sequence; another compare-and-set on this subject is in process."""
-BUSY_CODES = (10008, 10009, 10023, 10158)
-"""JetStream, or the cluster, is not available for a moment; a duplicate is in process."""
-LEADERLESS_CODES = (10008, 10009)
-"""What a server says that is cut off from the others."""
-ACCOUNT_FULL = 10002
-"""The account has used up its storage: no stream of it takes anything before something is removed."""
-NO_STREAM = 10059
-NO_CONSUMER = 10014
-"""An operator deleted what was there at the start."""
-MESSAGE_GONE = (10037, 10043, 10057)
-"""Answers to a deletion. The last one, a deletion that failed, is said of a sequence that the stream never had."""
-CONSUMER_EXISTS = 10148
-"""With another configuration; the same one is no error."""
 
 SUSPECT_AFTER_S = 4.0
 """A server that has answered nothing for so long, though asked, is left for another one. An election may take as
@@ -56,32 +38,6 @@ DOUBT_S = 10.0
 """A connection so old may not know that its server takes larger messages again."""
 LONGEST_DOUBT_S = 320.0
 """Where it does not, this is asked less and less: each time costs what any break of the connection does."""
-
-
-class ApiError(msgspec.Struct):
-    """JetStream's error: an HTTP-like code, its own (`err_code`), and words."""
-
-    code: int = 0
-    err_code: int = 0
-    description: str = ""
-
-
-def refusal(err_code: int, code: int, description: str) -> BusRefused | Temporary:
-    """What JetStream's error means for the caller."""
-    if err_code in CONFLICT_CODES:
-        return Conflict(err_code, description)
-    if err_code == STORE_FAILED and description.startswith("maximum"):
-        return BusRefused(err_code, description)  # waiting for room would hold up every other message
-    if err_code in BUSY_CODES or code == 503:
-        return Temporary("bus_busy", f"{err_code} {description}")
-    return BusRefused(err_code, description)
-
-
-def write_refusal(err_code: int, code: int, description: str) -> BusRefused | Temporary:
-    """As refusal, for a write: storage that is used up comes back when an operator has made room."""
-    if err_code == ACCOUNT_FULL:
-        return Temporary("bus_full", f"{err_code} {description}")
-    return refusal(err_code, code, description)
 
 
 def connect_options(settings: Settings, name: str, servers: list[str]) -> dict[str, Any]:
@@ -106,29 +62,6 @@ def connect_options(settings: Settings, name: str, servers: list[str]) -> dict[s
     if encrypted or any(url.startswith("tls:") for url in settings.nats_url):
         options |= {"tls": tls_context(settings), "tls_handshake_first": settings.nats_tls_first}
     return options
-
-
-class _Answer(msgspec.Struct):
-    """What every answer of JetStream may say."""
-
-    error: ApiError | None = None
-
-
-def read_answer(data: bytes, kind: type[T], asked: str) -> T:
-    """What JetStream says to `asked`. Raises Temporary: a server could not say it, or a stranger may answer there."""
-    try:
-        return msgspec.json.decode(data, type=kind)
-    except UNDECODABLE as exc:
-        raise Temporary("bus_unreadable", f"JetStream's answer to {asked}: {type(exc).__name__}") from exc
-
-
-def _is_leaderless(data: bytes) -> bool:
-    """Whether this is the answer of a server that knows of no leader: it lives, and is good for nothing."""
-    try:
-        error = msgspec.json.decode(data, type=_Answer).error
-    except msgspec.MsgspecError:  # not JetStream's
-        return False
-    return error is not None and error.err_code in LEADERLESS_CODES
 
 
 def _told_to_end() -> bool:
@@ -333,7 +266,7 @@ class Link:
         if answer.unheard:
             self._note(False)
             raise Temporary("bus_busy", "no responders")
-        self._note(bool(answer.headers) or not _is_leaderless(answer.data))  # a stored message has headers, at least
+        self._note(bool(answer.headers) or not is_leaderless(answer.data))  # a stored message has headers, at least
         return answer
 
     async def api(self, verb: str, body: dict[str, Any] | None = None, timeout_s: float = 5.0) -> dict[str, Any]:
@@ -341,8 +274,8 @@ class Link:
         said = await self.request(
             f"$JS.API.{verb}", msgspec.json.encode(body) if body is not None else b"", timeout_s
         )
-        if error := read_answer(said.data, _Answer, verb).error:
-            raise refusal(error.err_code, error.code, error.description)
+        if error := read_answer(said.data, Answered, verb).error:
+            raise refusal(error)
         return read_answer(said.data, dict[str, Any], verb)
 
     @contextlib.asynccontextmanager

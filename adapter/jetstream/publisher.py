@@ -20,8 +20,9 @@ from nats.errors import BadHeaderError, BadSubjectError, MaxPayloadError
 from nats.errors import Error as NatsError
 
 from adapter.errors import BusRefused, LeaseLost, Temporary
+from adapter.jetstream.answers import ApiError, write_refusal
 from adapter.jetstream.client import BusClient, is_unheard
-from adapter.jetstream.link import ApiError, Link, write_refusal
+from adapter.jetstream.link import Link
 from adapter.metrics import Metrics
 from adapter.ports import Message, PubAck
 from adapter.tallies import Count, Distribution
@@ -308,7 +309,7 @@ class Publisher:
             return
         stream = entry.message.stream
         if ack.error is not None:
-            problem = write_refusal(ack.error.err_code, ack.error.code, ack.error.description)
+            problem = write_refusal(ack.error)
             if isinstance(problem, Temporary):
                 self.hurdle = problem.detail
                 self._stumble()

@@ -18,7 +18,8 @@ from nats.micro.service import EndpointConfig
 
 from adapter.contract import SCHEMA_VERSION
 from adapter.errors import AdapterError, BusRefused, Refused, Temporary
-from adapter.jetstream.link import CONSUMER_EXISTS, Link
+from adapter.jetstream.answers import CONSUMER_EXISTS
+from adapter.jetstream.link import Link
 from adapter.names import H_SCHEMA, Names, is_inbox
 from adapter.ports import Answered, Asked
 from adapter.timing import first_of

@@ -15,8 +15,9 @@ import msgspec
 import structlog
 
 from adapter.errors import BusRefused, SettingsError, Temporary
+from adapter.jetstream.answers import ACCOUNT_FULL, CONSUMER_EXISTS, NO_STREAM
 from adapter.jetstream.buckets import news_subject
-from adapter.jetstream.link import ACCOUNT_FULL, CONSUMER_EXISTS, NO_STREAM, Link
+from adapter.jetstream.link import Link
 from adapter.names import SHARDS, Names
 from adapter.settings import Settings
 

@@ -22,11 +22,12 @@ from structlog.testing import capture_logs
 from adapter.embedded import EmbeddedNats
 from adapter.errors import BusRefused, Conflict, LeaseLost, Refused, SettingsError, Temporary
 from adapter.jetstream import topology
+from adapter.jetstream.answers import NO_STREAM, is_leaderless
 from adapter.jetstream.buckets import KvBucket, LeaseRegister
 from adapter.jetstream.consumer import Consumer, Delivery, all_settled
 from adapter.jetstream.history import StreamHistory, direct_get
 from adapter.jetstream.inspector import Inspector
-from adapter.jetstream.link import NO_STREAM, Link, _is_leaderless
+from adapter.jetstream.link import Link
 from adapter.jetstream.publisher import Publisher
 from adapter.jetstream.questions import Answer
 from adapter.jetstream.services import AT_ONCE, OF_ONE, BusTeller, Handler, Services
@@ -1207,7 +1208,7 @@ async def test_an_inspector_tells_what_was_changed_once_and_not_an_operators_own
     ],
 )
 def test_a_server_that_knows_no_leader_counts_as_silent(answer: bytes, leaderless: bool) -> None:
-    assert _is_leaderless(answer) == leaderless
+    assert is_leaderless(answer) == leaderless
 
 
 @pytest.mark.parametrize("said", [b"", b'{"config":', b"[]", b'{"error":5}', b"\xff"])
