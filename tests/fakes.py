@@ -25,7 +25,7 @@ from adapter.download import Downloading
 from adapter.errors import BusRefused, Conflict, LeaseLost, Temporary, Uncertain
 from adapter.events import Events
 from adapter.fetching import Downloads, Fetching
-from adapter.ilink import protocol
+from adapter.ilink import urls
 from adapter.ilink.translate import read_message
 from adapter.leases import Leases
 from adapter.metrics import Metrics
@@ -658,7 +658,7 @@ class FakeChat:
         self.recycled += 1
 
     def check_base_url(self, url: str) -> str:
-        return protocol.check_url(url, ("127.0.0.1:8080",))
+        return urls.check_url(url, ("127.0.0.1:8080",))
 
     @property
     def texts(self) -> list[str]:
@@ -724,10 +724,10 @@ class FakeLogins:
         return answer
 
     def redirected(self, host: str, base_url: str) -> str:
-        return protocol.redirect_url(host, base_url, ())
+        return urls.redirect_url(host, base_url, ())
 
     def check_base_url(self, url: str) -> str:
-        return protocol.check_url(url, ())
+        return urls.check_url(url, ())
 
 
 # media ---------------------------------------------------------------------------------------------------

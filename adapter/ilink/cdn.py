@@ -12,7 +12,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 import httpx
 
 from adapter.errors import AdapterError, Refused, Temporary, Unreadable
-from adapter.ilink import protocol
+from adapter.ilink import protocol, urls
 from adapter.ilink.cipher import BLOCK, KEY_BYTES, Decryption, Encryption, cipher_size
 from adapter.ilink.client import ILink
 from adapter.ilink.network import CONNECT_S, KEPT_S, CheckedNetwork, checked
@@ -95,7 +95,7 @@ class CdnClient:
                     cdn_base_url=self._base_url,
                 )
                 try:
-                    protocol.check_link(url, self._allowed_hosts)
+                    urls.check_link(url, self._allowed_hosts)
                 except Refused as exc:
                     raise Refused("media", f"iLink named a place that may not be called. {exc.detail}") from None
                 reference = await self._post(url, key, size, read)
@@ -110,7 +110,7 @@ class CdnClient:
             raise Refused("reference", "iLink gave neither a URL nor a reference.")
         try:
             url = fetch.url or protocol.download_url(self._base_url, fetch.reference)
-            return protocol.check_link(url, self._allowed_hosts)
+            return urls.check_link(url, self._allowed_hosts)
         except Refused as exc:
             raise Refused("reference", exc.detail) from None
 

@@ -11,7 +11,7 @@ from typing import TypeVar
 import structlog
 
 from adapter.errors import AdapterError, LeaseLost, Refused, SessionExpired, Temporary, Throttled, Uncertain
-from adapter.ilink import protocol
+from adapter.ilink import protocol, urls
 from adapter.ilink.network import CheckedResolver, Lookup, lookup
 from adapter.ilink.protocol import Reply, Request
 from adapter.ilink.tls import ResumingContext
@@ -61,7 +61,7 @@ class ILink:
         """Bots whose connections seem dead: their next call gets one of its own."""
 
     def check_base_url(self, url: str) -> str:
-        return protocol.check_url(url, self._allowed_hosts)
+        return urls.check_url(url, self._allowed_hosts)
 
     async def poll(self, account: Account, cursor: str, hold_ms: int) -> Polled | None:
         request = protocol.updates_request(account.token, cursor, random.getrandbits(32))
@@ -216,7 +216,7 @@ class ILink:
         return scan
 
     def redirected(self, host: str, base_url: str) -> str:
-        return protocol.redirect_url(host, base_url or self._default_base_url, self._allowed_hosts)
+        return urls.redirect_url(host, base_url or self._default_base_url, self._allowed_hosts)
 
     async def recycle(self, bot: str) -> None:
         """The bot's next call resolves and connects anew (10.4)."""

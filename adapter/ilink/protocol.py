@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import base64
-import functools
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar, get_args
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 import msgspec
 
@@ -16,6 +15,7 @@ from adapter.contract import without_halves
 from adapter.errors import Refused, SessionExpired, Temporary, Throttled, Uncertain
 from adapter.ilink import wire
 from adapter.ilink.cipher import cipher_size, write_key
+from adapter.ilink.urls import PLAIN_URL, URL_CHARS
 from adapter.logs import HIDDEN, hide_secrets
 from adapter.ports import Accepted, MediaKind, Polled, QrCode, Scan, ScanStatus, Uploaded
 
@@ -24,12 +24,6 @@ CHANNEL_VERSION = "2.4.9"
 """The official client whose behaviour this one follows."""
 APP_CLIENT_VERSION = str(2 << 16 | 4 << 8 | 9)
 
-HOST_SUFFIXES = (".weixin.qq.com", ".wechat.com")
-"""Hosts that may be called beside the configured ones (1.4)."""
-
-_URL = re.compile(r"[!-~]+")
-_HOST_PORT = re.compile(r"([A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\])(:\d{1,5})?")
-_HOST = re.compile(r"[a-z0-9-]+(\.[a-z0-9-]+)+")
 _STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+(?:"|\Z)', re.DOTALL)
 _CONTROLS = re.compile(rb"[\x00-\x1f]")
 _BOM = b"\xef\xbb\xbf"
@@ -40,8 +34,6 @@ SECRET_CHARS = 6
 """What is shorter guards nothing, and would be found in the middle of words."""
 ID_CHARS = 128
 """Longest id of a message that counts as one; a uint64 has 20."""
-URL_CHARS = 8192
-"""Longest URL that is called; that of an upload holds a long parameter."""
 QR_URL_CHARS = 1500
 """Longest text that is taken for the content of a QR code."""
 TOKENS_LISTED = 10
@@ -82,54 +74,6 @@ class Reply(NamedTuple):
     body: bytes
     secrets: tuple[str, ...] = ()
     """Those of its request."""
-
-
-@functools.lru_cache(maxsize=1024)  # the same few at every request
-def check_url(url: str, allowed_hosts: tuple[str, ...]) -> str:
-    """`url` without a trailing slash, if it may be called. Raises Refused("url").
-
-    https and a host under HOST_SUFFIXES; `allowed_hosts` (host or host:port) may be anything, also plain http.
-    """
-    if any(c in url for c in "@?#\\"):
-        raise Refused("url", "A base URL is https://host[/path], without credentials or a query.")
-    _check_host(url, allowed_hosts)
-    return url.rstrip("/")
-
-
-def check_link(url: str, allowed_hosts: tuple[str, ...]) -> str:
-    """`url` as it is, with its query, if it may be called: the same rules. Raises Refused("url")."""
-    if any(c in url.partition("?")[0] for c in "@\\") or "#" in url:
-        raise Refused("url", "A link is https://host/path, without credentials.")
-    _check_host(url, allowed_hosts)
-    return url
-
-
-def _check_host(url: str, allowed_hosts: tuple[str, ...]) -> None:
-    try:
-        parts = urlsplit(url)
-        host, port = parts.hostname or "", parts.port
-    except ValueError:
-        raise Refused("url", "The URL's host or port cannot be read.") from None
-    if not _URL.fullmatch(url) or len(url) > URL_CHARS or not host or "@" in parts.netloc or port == 0:
-        raise Refused("url", "A URL is https://host[/path], in plain ASCII, without credentials.")
-    named = {host, parts.netloc} if port else {host}
-    if parts.scheme in ("http", "https") and not named.isdisjoint(allowed_hosts):
-        return
-    if parts.scheme != "https" or not host.endswith(HOST_SUFFIXES) or not _HOST.fullmatch(host):
-        raise Refused("url", f"Host {host[:80]!r} is not on the allow-list; it must be https and end in "
-                      + " or ".join(HOST_SUFFIXES) + ", or be named in WECHAT_NATS_ALLOWED_HOSTS.")  # fmt: skip
-
-
-def redirect_url(host: str, base_url: str, allowed_hosts: tuple[str, ...]) -> str:
-    """Where a redirected login goes on: by https (8), or as `base_url` where that is a simulator.
-
-    Raises Refused("url").
-    """
-    if not _HOST_PORT.fullmatch(host):
-        raise Refused("url", "The host of a redirect is host or host:port.")
-    configured = not {host, host.rpartition(":")[0]}.isdisjoint(allowed_hosts)
-    plain = configured and base_url.startswith("http://")
-    return check_url(f"{'http' if plain else 'https'}://{host}", allowed_hosts)
 
 
 def uin(number: int) -> str:
@@ -404,7 +348,7 @@ def read_qrcode(reply: Reply) -> QrCode:
     """Raises Temporary for everything that is no code."""
     answer = _read_login(reply, wire.QrCode)
     handle, url = answer.qrcode or "", answer.qrcode_img_content or ""
-    if not 0 < len(handle) <= URL_CHARS or not _URL.fullmatch(url) or len(url) > QR_URL_CHARS:
+    if not 0 < len(handle) <= URL_CHARS or not PLAIN_URL.fullmatch(url) or len(url) > QR_URL_CHARS:
         raise Temporary("unreadable", "the answer holds no QR code")
     return QrCode(handle, url)
 

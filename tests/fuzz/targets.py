@@ -38,7 +38,7 @@ from adapter.console import server
 from adapter.contract import Bind, Inbound, MediaPiece, MediaQuery, Unbind
 from adapter.dedup import Seen
 from adapter.errors import AdapterError, Refused, Uncertain, Unreadable
-from adapter.ilink import protocol
+from adapter.ilink import protocol, urls
 from adapter.ilink.addresses import is_public
 from adapter.ilink.cipher import Decryption, read_key
 from adapter.ilink.connection import Connection
@@ -216,9 +216,9 @@ def url(data: bytes) -> None:
 def _url(text: str) -> None:
     allowed: list[str] = []
     checks: list[Callable[[], str]] = [
-        lambda: protocol.check_url(text, ()),
-        lambda: protocol.check_link(text, ()),
-        lambda: protocol.redirect_url(text, "https://ilinkai.weixin.qq.com", ()),
+        lambda: urls.check_url(text, ()),
+        lambda: urls.check_link(text, ()),
+        lambda: urls.redirect_url(text, "https://ilinkai.weixin.qq.com", ()),
     ]
     for check in checks:
         try:

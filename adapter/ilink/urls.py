@@ -1,0 +1,68 @@
+"""Which URLs may be called: iLink's own hosts by https, and what an operator allowed (ilink-protocol 1.4). No I/O.
+
+Whoever answers a poll, a login or an upload names URLs. Where a name leads is looked at later, see `addresses`.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from urllib.parse import urlsplit
+
+from adapter.errors import Refused
+
+HOST_SUFFIXES = (".weixin.qq.com", ".wechat.com")
+"""Hosts that may be called beside the configured ones (1.4)."""
+URL_CHARS = 8192
+"""Longest URL that is called; that of an upload holds a long parameter."""
+PLAIN_URL = re.compile(r"[!-~]+")
+_HOST_PORT = re.compile(r"([A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\])(:\d{1,5})?")
+_HOST = re.compile(r"[a-z0-9-]+(\.[a-z0-9-]+)+")
+
+
+@functools.lru_cache(maxsize=1024)  # the same few at every request
+def check_url(url: str, allowed_hosts: tuple[str, ...]) -> str:
+    """`url` without a trailing slash, if it may be called. Raises Refused("url").
+
+    https and a host under HOST_SUFFIXES; `allowed_hosts` (host or host:port) may be anything, also plain http.
+    """
+    if any(c in url for c in "@?#\\"):
+        raise Refused("url", "A base URL is https://host[/path], without credentials or a query.")
+    _check_host(url, allowed_hosts)
+    return url.rstrip("/")
+
+
+def check_link(url: str, allowed_hosts: tuple[str, ...]) -> str:
+    """`url` as it is, with its query, if it may be called: the same rules. Raises Refused("url")."""
+    if any(c in url.partition("?")[0] for c in "@\\") or "#" in url:
+        raise Refused("url", "A link is https://host/path, without credentials.")
+    _check_host(url, allowed_hosts)
+    return url
+
+
+def _check_host(url: str, allowed_hosts: tuple[str, ...]) -> None:
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname or "", parts.port
+    except ValueError:
+        raise Refused("url", "The URL's host or port cannot be read.") from None
+    if not PLAIN_URL.fullmatch(url) or len(url) > URL_CHARS or not host or "@" in parts.netloc or port == 0:
+        raise Refused("url", "A URL is https://host[/path], in plain ASCII, without credentials.")
+    named = {host, parts.netloc} if port else {host}
+    if parts.scheme in ("http", "https") and not named.isdisjoint(allowed_hosts):
+        return
+    if parts.scheme != "https" or not host.endswith(HOST_SUFFIXES) or not _HOST.fullmatch(host):
+        raise Refused("url", f"Host {host[:80]!r} is not on the allow-list; it must be https and end in "
+                      + " or ".join(HOST_SUFFIXES) + ", or be named in WECHAT_NATS_ALLOWED_HOSTS.")  # fmt: skip
+
+
+def redirect_url(host: str, base_url: str, allowed_hosts: tuple[str, ...]) -> str:
+    """Where a redirected login goes on: by https (8), or as `base_url` where that is a simulator.
+
+    Raises Refused("url").
+    """
+    if not _HOST_PORT.fullmatch(host):
+        raise Refused("url", "The host of a redirect is host or host:port.")
+    configured = not {host, host.rpartition(":")[0]}.isdisjoint(allowed_hosts)
+    plain = configured and base_url.startswith("http://")
+    return check_url(f"{'http' if plain else 'https'}://{host}", allowed_hosts)
