@@ -27,10 +27,11 @@ from adapter.jetstream.client import BusClient, violation
 from adapter.jetstream.link import connect_options
 from adapter.names import H_ERROR, H_ERROR_CODE, Names
 from adapter.settings import Settings, read_settings
-from adapter.timing import heeding
 
 CONNECT_S = 5.0
 ANSWER_S = 5.0
+HEED_S = 0.1
+"""How long after it was said a complaint of the server is heeded, at most."""
 ASKED_S = 2.0
 """Patience with a question that only betters a sentence."""
 BROKE = "The connection to NATS broke: try again."
@@ -40,6 +41,7 @@ KEPT = 1000
 """Complaints that are kept: a connection may last for weeks."""
 
 S = TypeVar("S", bound=msgspec.Struct)
+T = TypeVar("T")
 
 
 class Bus:
@@ -67,7 +69,8 @@ class Bus:
         self.heed(*subjects)
 
     def heed(self, *subjects: str) -> None:
-        """Raises Failed where the server has said that this user may not have one of `subjects`, or no answers."""
+        """Raises Failed where the server has said that this user may not have one of `subjects`, one below it, or
+        answers."""
         prefix = self.settings.nats_inbox_prefix
         for does, subject in forbidden(self.heard):
             if does == "subscription" and subject.startswith(f"{prefix.lower()}."):
@@ -77,9 +80,22 @@ class Bus:
                     " (_INBOX_adapter, _INBOX_operator, …).",
                 )
             for wanted in subjects:
-                if subject == wanted.lower():
+                if f"{subject}.".startswith(f"{wanted.lower()}."):
                     verb = "publish to" if does == "publish" else "hear"
                     raise Failed(NO, f"This user may not {verb} {wanted}: use an operator's credentials.")
+
+    async def unless_forbidden(self, subject: str, asking: Coroutine[Any, Any, T]) -> T:
+        """What `asking` gives. What is forbidden gets no answer but a complaint on the side: then nobody waits.
+
+        Raises Failed, and what `asking` raises.
+        """
+        task = asyncio.ensure_future(asking)
+        try:
+            while not (await asyncio.wait({task}, timeout=HEED_S))[0]:
+                self.heed(subject)
+            return await task
+        finally:
+            task.cancel()
 
     async def store(self, subject: str, payload: bytes, headers: dict[str, str]) -> api.PubAck:
         """Publishes into a stream. Raises Failed where nothing stored it."""
@@ -88,8 +104,8 @@ class Bus:
                 NO, f"The message is larger than the {self.nc.max_payload} bytes that this NATS server takes."
             )
         try:
-            with heeding():
-                return await self.js.publish(subject, payload, headers=headers, timeout=ANSWER_S)
+            publish = self.js.publish(subject, payload, headers=headers, timeout=ANSWER_S)
+            return await self.unless_forbidden(subject, publish)
         except (NoStreamResponseError, NoRespondersError):
             await self._check_jetstream()
             raise Failed(
@@ -153,8 +169,7 @@ class Bus:
     ) -> Msg:
         """`silent` is said where no answer comes, `nobody` where nobody listens. Raises Failed."""
         try:
-            with heeding():
-                return await self.nc.request(subject, payload, timeout=timeout_s)
+            return await self.unless_forbidden(subject, self.nc.request(subject, payload, timeout=timeout_s))
         except (NatsError, TimeoutError) as exc:
             if nobody and isinstance(exc, NoRespondersError):
                 raise Failed(UNREACHABLE, nobody) from None
@@ -280,7 +295,8 @@ async def replay(
         config.deliver_policy = api.DeliverPolicy.BY_START_TIME
         config.opt_start_time = datetime.fromtimestamp(since_ms / 1000, UTC)
     try:
-        return await bus.js.subscribe(subject, stream=stream, ordered_consumer=True, config=config)
+        reading = bus.js.subscribe(subject, stream=stream, ordered_consumer=True, config=config)
+        return await bus.unless_forbidden(f"$JS.API.CONSUMER.CREATE.{stream}", reading)
     except NotFoundError:
         raise Failed(UNREACHABLE, no_stream(stream)) from None
     except JetStreamGone:
@@ -288,7 +304,7 @@ async def replay(
     except APIError as exc:
         raise Failed(NO, f"Cannot read {stream}: {exc.description or exc}.") from None
     except (NatsError, TimeoutError):
-        raise Failed(UNREACHABLE, f"Cannot read {stream}: is JetStream enabled, and may this user read it?") from None
+        raise Failed(UNREACHABLE, f"Cannot read {stream}: is JetStream enabled?") from None
 
 
 def no_stream(stream: str) -> str:

@@ -119,7 +119,7 @@ async def _get(bus: Bus, seq: int) -> api.RawStreamMsg | None:
     """None, and a complaint, where there is no such letter. Raises Failed."""
     stream = bus.names.stream_dead
     try:
-        return await bus.js.get_msg(stream, seq)
+        return await bus.unless_forbidden(f"$JS.API.STREAM.MSG.GET.{stream}", bus.js.get_msg(stream, seq))
     except JetStreamGone:
         raise
     except NotFoundError as exc:
@@ -128,22 +128,23 @@ async def _get(bus: Bus, seq: int) -> api.RawStreamMsg | None:
         output.complain(f"There is no dead letter {seq}.")
         return None
     except (NatsError, TimeoutError):
-        raise Failed(UNREACHABLE, f"Cannot read the dead letters: may this user read {stream}?") from None
+        raise Failed(UNREACHABLE, f"Cannot read the dead letters: {stream} did not answer.") from None
 
 
 async def _delete(bus: Bus, seq: int) -> bool:
     """False, and a complaint, where there is no such letter. Raises Failed."""
+    stream = bus.names.stream_dead
     try:
-        await bus.js.delete_msg(bus.names.stream_dead, seq)
+        await bus.unless_forbidden(f"$JS.API.STREAM.MSG.DELETE.{stream}", bus.js.delete_msg(stream, seq))
     except JetStreamGone:
         raise
     except APIError as exc:
         if exc.err_code == NO_STREAM:
-            raise Failed(UNREACHABLE, no_stream(bus.names.stream_dead)) from None
+            raise Failed(UNREACHABLE, no_stream(stream)) from None
         output.complain(f"There is no dead letter {seq}.")
         return False
     except (NatsError, TimeoutError):
-        raise Failed(UNREACHABLE, f"Cannot delete dead letter {seq}: may this user do that?") from None
+        raise Failed(UNREACHABLE, f"Cannot delete dead letter {seq}: {stream} did not answer.") from None
     return True
 
 

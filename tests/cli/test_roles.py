@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from adapter.cli.bus import connected
+from adapter.cli.exits import Failed
+from adapter.contract import BindingsPage, BindingsQuery
 from adapter.jetstream import topology
 from adapter.jetstream.link import Link
 from adapter.settings import Settings
@@ -68,12 +71,31 @@ async def test_what_it_may_is_done(cli: Command, scene: Scene) -> None:
     assert await scene.stored(NAMES.stream_out) == 1
 
 
+FORBIDDEN = {
+    "bindings": "wechat.svc.bindings.list",
+    "send s2 hello --no-wait": "wechat.out.s2",
+    "login s1": "wechat.svc.login.start",
+    "unbind s1": "wechat.ctl.unbind",
+    "dead ls": "$JS.API.CONSUMER.CREATE.WECHAT_DEAD",
+    "dead show 1": "$JS.API.STREAM.MSG.GET.WECHAT_DEAD",
+    "dead drop 1": "$JS.API.STREAM.MSG.DELETE.WECHAT_DEAD",
+    "tail --since 1h": "$JS.API.CONSUMER.CREATE.WECHAT_IN",
+}
+
+
 async def test_what_it_may_not_ask_or_store_is_told(cli: Command, scene: Scene) -> None:
     scene.enter("s1")
-    result = await cli("bindings")
-    assert (result.code, "may not publish to wechat.svc.bindings.list" in result.err) == (1, True), result.err
-    result = await cli("send", "s2", "hello", "--no-wait")
-    assert (result.code, "may not publish to wechat.out.s2" in result.err) == (1, True), result.err
+    for arguments, subject in FORBIDDEN.items():
+        result = await cli(*arguments.split())
+        assert (result.code, result.out) == (1, ""), arguments
+        assert f"This user may not publish to {subject}: use an operator's credentials." in result.err
+
+
+async def test_for_an_answer_that_is_forbidden_nobody_waits(scene: Scene) -> None:
+    scene.enter("s1")
+    async with connected() as bus:
+        with pytest.raises(Failed, match=r"may not publish to wechat\.svc\.bindings\.list"):
+            await bus.ask("bindings.list", BindingsQuery(), BindingsPage, timeout_s=3600.0)
 
 
 @pytest.mark.parametrize("arguments", [["send", "s1", "hello"], ["bindings"], ["tail"]], ids=" ".join)
