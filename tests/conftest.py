@@ -1,5 +1,5 @@
 """Which loop a test gets (modules that say `VIRTUAL_TIME = True`: one whose clock jumps; `LOOPS`: each of those in
-turn), and what npm brings.
+turn), pollers that end with their test, and what npm brings.
 
 And no test may print a secret: see tests/canary.py.
 """
@@ -12,8 +12,9 @@ import os
 import shutil
 import signal
 import subprocess
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import AsyncIterator, Callable, Generator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import structlog
@@ -21,8 +22,10 @@ from hypothesis import HealthCheck, settings
 from nats.aio.client import Client
 
 from adapter.jetstream.client import BusClient
+from adapter.sessions import Session
 from tests import canary
-from tests.fakes import VirtualLoop
+from tests.fakes import Bench, VirtualLoop
+from tests.pollers import Poller, tended
 
 canary.mark()
 
@@ -68,6 +71,21 @@ def pytest_runtest_makereport(
                 report.outcome = "failed"
                 report.longrepr = f"{item.nodeid}: {where} holds a secret: {secret}…"
     return report
+
+
+@pytest.fixture
+async def poller() -> AsyncIterator[Poller]:
+    """As `tended`, told to leave when the test is over."""
+    begun: list[tuple[Session, asyncio.Task[None]]] = []
+
+    def begin(bench: Bench, **changes: Any) -> Session:
+        begun.append(tended(bench, **changes))
+        return begun[-1][0]
+
+    yield begin
+    for session, task in begun:
+        session.leave(now=True)
+        await task
 
 
 @pytest.fixture(scope="session")

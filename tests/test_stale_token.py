@@ -1,0 +1,355 @@
+"""iLink refuses a bot's token (-14): the tries, the login that is lost, and the one that lives again."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from adapter.contract import BindingEvent, BindingState
+from adapter.errors import Temporary
+from adapter.ports import Account, Entry, Polled
+from adapter.sessions import Session
+from adapter.stale_token import regain_login, tell_login
+from tests.fakes import Bench, batch, ready
+from tests.pollers import BOT, STALE, USER, Poller, raw, tended, texts
+
+VIRTUAL_TIME = True
+
+
+def changes(bench: Bench) -> list[str]:
+    return [event.change for event in bench.bus.events()]
+
+
+async def test_minus_14_for_ever_ends_in_needs_login_after_four_polls(poller: Poller) -> None:
+    """F9: at once, after 5 s, 30 s and 5 min, each with a notifystart before it; then silence.
+
+    The login is told to be lost long before the last try: a person waits.
+    """
+    bench = await ready(*[STALE] * 100)
+    session = poller(bench)
+    await asyncio.sleep(55)
+    assert changes(bench) == ["stale", "needs_login"]
+    lost = bench.bus.events()[1]
+    assert (lost.reason, lost.user) == ("iLink answered -14", USER)
+    assert "QR code" in lost.detail
+    assert (bench.bus.events()[1].at_ms - bench.bus.events()[0].at_ms) < 55_000
+    assert session.state == "needs_login"
+    await asyncio.sleep(3600)
+    at = [when - bench.chat.polled_at[0] for when in bench.chat.polled_at]
+    assert [round(when) for when in at] == [0, 5, 35, 335]
+    assert bench.chat.notified == [True] * 4
+    assert changes(bench) == ["stale", "needs_login"]
+    binding = bench.bindings.get(BOT)
+    assert binding is not None
+    assert (binding.state, binding.reason, session.state) == ("needs_login", "stale_token", "needs_login")
+
+
+async def test_two_events_at_once_are_two() -> None:
+    bench = await ready()
+    for _ in range(2):
+        await bench.events.binding(BindingEvent(sandbox="s1", bot=BOT, change="stale"))
+    assert changes(bench) == ["stale", "stale"]
+
+
+async def test_an_event_of_a_request_is_told_once() -> None:
+    bench = await ready()
+    for _ in range(2):
+        await bench.events.binding(BindingEvent(sandbox="s1", bot=BOT, change="bound", request="r1"))
+    assert changes(bench) == ["bound"]
+
+
+async def test_a_token_that_lives_again_after_needs_login_is_active_again(poller: Poller) -> None:
+    """The last try of the schedule runs on quietly; what it brings is told, and the lanes are woken."""
+    bench = await ready(STALE, STALE, STALE, batch(raw()))
+    session = poller(bench)
+    await asyncio.sleep(300)
+    assert changes(bench) == ["stale", "needs_login"]
+    assert bench.heard == []
+    assert session.stale
+    await asyncio.sleep(60)
+    assert changes(bench) == ["stale", "needs_login", "recovered"]
+    binding = bench.bindings.get(BOT)
+    assert binding is not None
+    assert (binding.state, binding.reason) == ("active", "")
+    assert (texts(bench), bench.heard[0], session.stale) == (["hello"], ("s1", BOT, USER), False)
+    assert session.state == "polling"
+
+
+@pytest.mark.parametrize(
+    ("schedule", "polls_at", "told_at"),
+    [
+        ((300.0,), [0, 300], 0),
+        ((0.2, 0.4, 0.6), [0, 0, 1, 1], 1),
+        ((20.0, 20.0, 20.0, 20.0), [0, 20, 40, 60, 80], 40),
+        ((), [0], 0),
+    ],
+    ids=["one-late-try", "all-at-once", "many", "none"],
+)
+async def test_needs_login_is_told_within_a_minute_whatever_the_schedule(
+    poller: Poller, schedule: tuple[float, ...], polls_at: list[int], told_at: int
+) -> None:
+    bench = await ready(*[STALE] * 100)
+    poller(bench, stale_retry_s=schedule)
+    await asyncio.sleep(3600)
+    assert [round(when - bench.chat.polled_at[0]) for when in bench.chat.polled_at] == polls_at
+    assert changes(bench) == ["stale", "needs_login"]
+    stale, lost = bench.bus.events()
+    assert round((lost.at_ms - stale.at_ms) / 1000) == told_at
+
+
+async def test_a_bot_bound_anew_wins_over_the_last_tries(poller: Poller) -> None:
+    bench = await ready(STALE, STALE, STALE)
+    session = poller(bench)
+    await asyncio.sleep(100)
+    await bench.bind(token="new")
+    await asyncio.sleep(2)
+    assert bench.chat.tokens[3:] == ["new"]
+    assert changes(bench) == ["stale", "needs_login"]
+    assert (session.state, session.stale) == ("polling", False)
+
+
+async def test_a_binding_that_a_send_found_dead_is_not_tried_by_the_poller_too(poller: Poller) -> None:
+    """F10, and then the poll that was out ends with -14: the tries are the lane's."""
+    bench = await ready(STALE)
+    session = poller(bench)
+    await bench.bind(state="needs_login")
+    session.cut.clear()
+    await asyncio.sleep(3600)
+    assert len(bench.chat.asked) <= 1
+    assert changes(bench) == []
+
+
+async def test_minus_14_once_recovers_quickly(poller: Poller) -> None:
+    """F8: nothing is lost and the lanes are woken."""
+    bench = await ready(STALE, batch(raw()))
+    session = poller(bench)
+    await asyncio.sleep(1)
+    assert session.stale
+    await asyncio.sleep(10)
+    assert not session.stale
+    assert changes(bench) == ["stale", "recovered"]
+    assert texts(bench) == ["hello"]
+    assert ("s1", BOT, USER) in bench.heard
+
+
+async def test_a_server_that_cannot_be_reached_proves_no_login_lost(poller: Poller) -> None:
+    """Only -14 says so: a scan of a QR code is a lot to ask of a person for an outage."""
+    bench = await ready(STALE, *[Temporary("network")] * 100, batch(raw()))
+    poller(bench)
+    await asyncio.sleep(24 * 3600)
+    assert changes(bench) == ["stale", "recovered"]
+    assert texts(bench) == ["hello"]
+
+
+async def test_a_server_that_does_not_answer_proves_no_login_lost(poller: Poller) -> None:
+    bench = await ready(STALE, *[None] * 10, batch(raw()))
+    poller(bench)
+    await asyncio.sleep(24 * 3600)
+    assert changes(bench) == ["stale", "recovered"]
+
+
+async def test_a_new_token_ends_the_recovery_of_the_old_one(poller: Poller) -> None:
+    bench = await ready(STALE)
+    session = poller(bench)
+    await asyncio.sleep(1)
+    await bench.bind(token="new")
+    session.cut_off()
+    await asyncio.sleep(1)
+    assert bench.chat.tokens[-1] == "new"
+    assert changes(bench) == ["stale"]
+    assert not session.stale
+
+
+async def test_a_token_bound_anew_polls_again_after_needs_login(poller: Poller) -> None:
+    bench = await ready(state="needs_login")
+    poller(bench)
+    await asyncio.sleep(600)
+    assert bench.chat.asked == []
+    await bench.bind(token="new")
+    await asyncio.sleep(2)
+    assert bench.chat.tokens == ["new"]
+
+
+async def in_its_last_try(*script: Any) -> tuple[Bench, asyncio.Event, asyncio.Task[None], Session]:
+    """A bot that needs a login by our word, and whose last poll with the old token waits for what is set."""
+    bench, answered = await ready(STALE, STALE, STALE), asyncio.Event()
+    poll = bench.chat.poll
+
+    async def asked(account: Account, cursor: str, hold_ms: int) -> Polled | None:
+        if len(bench.chat.asked) == 3:
+            bench.chat.asked.append(cursor)
+            await answered.wait()
+            return batch(raw("late"), cursor="c")
+        return await poll(account, cursor, hold_ms)
+
+    bench.chat.poll = asked  # type: ignore[method-assign]
+    session, task = tended(bench)
+    await asyncio.sleep(345)
+    assert (len(bench.chat.asked), changes(bench)) == (4, ["stale", "needs_login"])
+    return bench, answered, task, session
+
+
+async def test_what_the_last_try_brings_is_told_also_where_the_bot_was_bound_anew_meanwhile() -> None:
+    bench, answered, task, session = await in_its_last_try()
+    await bench.bind()
+    answered.set()
+    await asyncio.sleep(5)
+    session.leave(now=True)
+    await task
+    assert texts(bench) == ["late"]
+
+
+async def test_what_the_last_try_brings_is_told_also_where_the_bus_is_away_for_a_moment() -> None:
+    bench, answered, task, session = await in_its_last_try()
+    get, failures = bench.bindings_bucket.get, [Temporary("bus_timeout")]
+
+    async def read(key: str) -> Entry | None:
+        if failures:
+            raise failures.pop()
+        return await get(key)
+
+    bench.bindings_bucket.get = read  # type: ignore[method-assign]
+    answered.set()
+    await asyncio.sleep(5)
+    session.leave(now=True)
+    await task
+    assert texts(bench) == ["late"]
+    assert changes(bench)[2:] == ["recovered"]
+
+
+def untellable(bench: Bench, change: str) -> None:
+    """The bus is away as a change of a login is to be told for the first time."""
+    tell, failures = bench.events.binding, [Temporary("bus_timeout")]
+
+    async def binding(event: BindingEvent, *, cause: str = "") -> None:
+        if failures and event.change == change:
+            raise failures.pop()
+        await tell(event, cause=cause)
+
+    bench.events.binding = binding  # type: ignore[method-assign]
+
+
+async def test_that_a_login_lives_again_is_told_also_where_the_bus_is_away_for_a_moment() -> None:
+    bench, answered, task, session = await in_its_last_try()
+    untellable(bench, "recovered")
+    answered.set()
+    await asyncio.sleep(5)
+    session.leave(now=True)
+    await task
+    assert changes(bench)[2:] == ["recovered"]
+
+
+async def test_that_a_login_is_lost_is_told_and_tried_on_also_where_the_bus_is_away_for_a_moment() -> None:
+    bench = await ready(STALE, STALE, STALE, batch(raw()))
+    untellable(bench, "needs_login")
+    session, task = tended(bench)
+    await asyncio.sleep(360)
+    session.leave(now=True)
+    await task
+    assert changes(bench) == ["stale", "needs_login", "recovered"]
+    assert texts(bench) == ["hello"]
+
+
+@pytest.mark.parametrize("away", ["binding", "event"])
+async def test_a_login_that_cannot_be_called_lost_does_not_hold_up_who_leaves(away: str) -> None:
+    """Nothing is in hand: the next owner hears of the dead token, too, or finds the mark."""
+    bench = await ready(STALE, STALE, STALE)
+    session, task = tended(bench)
+    await asyncio.sleep(20)
+
+    async def fail(*_: object) -> None:
+        raise Temporary("bus_timeout")
+
+    if away == "binding":
+        bench.bindings_bucket.on_write = fail
+    else:
+        bench.bus.on_publish = fail
+    await asyncio.sleep(100)
+    session.leave(now=True)
+    await asyncio.sleep(2)
+    assert task.done()
+    assert changes(bench) == ["stale"]
+
+
+async def test_who_lost_the_bot_while_the_bus_was_away_does_not_end_its_login() -> None:
+    bench = await ready(STALE, STALE, STALE)
+    session, task = tended(bench)
+    await asyncio.sleep(20)
+    away = [True]
+
+    async def write(key: str) -> None:
+        if away:
+            raise Temporary("bus_timeout")
+
+    bench.bindings_bucket.on_write = write
+    await asyncio.sleep(340)
+    bench.leases.owned.clear()
+    session.leave(now=True)
+    heir = Bench(bench, incarnation="heir-1")
+    heir.leases.proven_dead.add("me-1")
+    second, next_task = tended(heir)
+    await asyncio.sleep(5)
+    away.clear()
+    await asyncio.sleep(5)
+    assert (task.done(), second.state, changes(bench)) == (True, "polling", ["stale"])
+    second.leave(now=True)
+    await next_task
+
+
+@pytest.mark.parametrize(("state", "change"), [("needs_login", "needs_login"), ("active", "recovered")])
+async def test_a_crash_between_a_login_s_change_and_its_event_leaves_the_telling_to_the_next_owner(
+    poller: Poller, state: BindingState, change: str
+) -> None:
+    bench = await ready(state=state, since_ms=7, untold=True)
+    poller(bench)
+    await asyncio.sleep(1)
+    assert changes(bench) == [change]
+    binding = bench.bindings.get(BOT)
+    assert binding is not None
+    assert not binding.untold
+
+
+async def test_a_login_s_event_that_was_told_before_the_crash_is_one_event(poller: Poller) -> None:
+    bench = await ready(state="needs_login", since_ms=7, untold=True)
+    binding = bench.bindings.get(BOT)
+    assert binding is not None
+    await tell_login(bench.bindings, bench.events, binding)
+    await bench.bind(state="needs_login", since_ms=7, untold=True)
+    poller(bench)
+    await asyncio.sleep(1)
+    assert changes(bench) == ["needs_login"]
+
+
+async def test_what_a_send_found_of_a_login_and_could_not_tell_is_told_by_who_polls(poller: Poller) -> None:
+    bench = await ready(state="needs_login")
+    session = poller(bench)
+    await asyncio.sleep(1)
+    binding = bench.bindings.get(BOT)
+    assert binding is not None
+    assert await regain_login(bench.bindings, bench.clock, binding) is not None
+    await asyncio.sleep(1)
+    assert (changes(bench), session.state) == (["recovered"], "polling")
+
+
+async def test_no_try_begins_while_the_bus_takes_nothing(poller: Poller) -> None:
+    bench = await ready(STALE, batch(raw()))
+    poller(bench)
+    await asyncio.sleep(1)
+    bench.bus_up.clear()
+    await asyncio.sleep(60)
+    assert len(bench.chat.asked) == 1
+    bench.bus_up.set()
+    await asyncio.sleep(1)
+    assert texts(bench) == ["hello"]
+
+
+async def test_leaving_cuts_a_recovery_short() -> None:
+    bench = await ready(*[STALE] * 10)
+    session, task = tended(bench)
+    await asyncio.sleep(20)
+    session.leave(now=True)
+    await asyncio.sleep(5)
+    assert task.done()
+    assert changes(bench) == ["stale"]
