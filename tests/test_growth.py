@@ -16,7 +16,7 @@ from adapter.contract import Options
 from adapter.errors import Refused, SessionExpired
 from adapter.ilink.connection import Connection
 from adapter.lane import Lane, Parked
-from adapter.leases import DEAD_KEPT
+from adapter.membership import DEAD_KEPT
 from adapter.names import escaped, text_of, token_of
 from adapter.outbound import Shard
 from adapter.ports import Account

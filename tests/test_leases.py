@@ -14,7 +14,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from structlog.testing import capture_logs
 
 from adapter.errors import Conflict, LeaseLost, Temporary
-from adapter.leases import HOLD, Leases
+from adapter.leases import Leases
+from adapter.membership import HOLD
 from adapter.metrics import Metrics
 from adapter.names import SHARDS
 from adapter.ports import Entry

@@ -1,0 +1,256 @@
+"""Who lives: this replica's own key, which it renews, and those of the others, as they are seen from here.
+
+No wall clocks are compared: an observer calls a member dead when its key kept one revision for `lease_s` seconds
+on the observer's own monotonic clock while reads, and its own renewals, worked all along; it then revokes that key
+by compare-and-set, and only then takes the shards (`leases`). The holder stops on a timer of its own well before
+that, counted from the time at which it *sent* its last good renewal.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import secrets
+from typing import NamedTuple
+
+import msgspec
+import structlog
+
+from adapter.errors import Conflict, LeaseLost, Temporary
+from adapter.metrics import Metrics
+from adapter.ports import Register
+from adapter.records import Member
+from adapter.timing import Clock, Latch
+
+log = structlog.get_logger()
+
+DEAD_KEPT = 1000
+"""Members known to be dead, and keys known to be absent, that are remembered."""
+LOOK = 1 / 8
+"""Pause between two looks at who lives, as a part of the lease."""
+SHORTEST_S = 0.05
+"""Shortest pause between two looks: clocks may differ by a hair over when a lease ends."""
+CHANCES = 4
+"""Whose key stood still while this replica renewed its own so often, as often as each does in a lease, could have
+renewed too: a failure here is no reason to wait for them any longer than a lease."""
+HOLD = 0.8
+"""The holder stops after this part of the lease; the rest is for clocks that run apart and answers on their way."""
+
+
+class Seen(NamedTuple):
+    """A member's key, as this replica observes it."""
+
+    revision: int
+    since: float
+    """Monotonic time at which this revision was first seen, or the observation began again."""
+    renewals: int
+    """Of this replica's own key when the revision was first seen."""
+
+
+NEVER = Seen(0, 0.0, 0)
+
+
+class Membership:
+    """This replica, one incarnation after the other, and what it knows of the others; `Leases` adds the shards."""
+
+    def __init__(self, members: Register, clock: Clock, metrics: Metrics, *, instance: str, lease_s: float) -> None:
+        self.owned: set[int] = set()
+        """This replica's shards, as long as it is `valid`."""
+        self.changed = Latch()
+        """Notified when shards come or go, and when the lease pauses or resumes."""
+        self.incarnation = ""
+        self.departures = 0
+        """Counts members that went or fell silent: who waits for something of theirs looks again."""
+        self.draining = False
+        self.hurdle = "no answer yet"
+        """Why the last renewal that failed did, in words for an operator."""
+        self._members = members
+        self._clock = clock
+        self._metrics = metrics
+        self._instance = instance
+        self._lease_s = lease_s
+        self._revision = 0
+        """Of this incarnation's key among the members."""
+        self._renewing = asyncio.Lock()
+        self._deadline = 0.0
+        """Monotonic time up to which the lease is valid."""
+        self._renewed = 0.0
+        """When the last good renewal was answered."""
+        self._renewals = 0
+        """How many there were."""
+        self._paused = True
+        self._seen: dict[str, Seen] = {}
+        """Of each member's key."""
+        self._since: dict[str, float] = {}
+        """When each living member was first seen."""
+        self._live: dict[str, Member] = {}
+        self._last_read = 0.0
+        self._dead: set[str] = set()
+        self._absent: dict[str, float] = {}
+        """Members and claims without a trace, and since when: they may have been purged while their owner lives."""
+
+    @property
+    def valid(self) -> bool:
+        """Whether what is owned may be used right now."""
+        return self._clock.monotonic() < self._deadline
+
+    async def _join(self) -> None:
+        self.incarnation = f"{self._instance}-{secrets.token_hex(4)}"
+        self._revision = 0
+        for failures in itertools.count(1):
+            try:
+                await self._renew()
+                break
+            except (Temporary, Conflict) as exc:
+                self._failed(exc, failures)
+                await self._clock.sleep(0.2)
+        log.info("lease.joined", incarnation=self.incarnation)
+
+    # my own key -----------------------------------------------------------------------------------
+
+    async def _renew_forever(self) -> None:
+        failures = 0
+        while True:
+            try:
+                await self._renew()
+                failures = 0
+            except (Temporary, Conflict) as exc:  # Conflict: a write landed of which we did not hear in time
+                failures += 1
+                self._failed(exc, failures)
+            await self._clock.sleep(self._lease_s / 4 if self.valid else 0.1)
+
+    def _failed(self, exc: Temporary | Conflict, failures: int) -> None:
+        self.hurdle = exc.detail or exc.reason
+        if failures == 1:
+            log.warning("lease.unrenewed", reason=exc.reason, detail=exc.detail[:200])
+
+    async def _renew(self) -> None:
+        """Raises Temporary, LeaseLost when another replica revoked this incarnation."""
+        async with self._renewing:  # who leaves renews once more, perhaps as a renewal is out
+            await self._renew_once()
+
+    async def _renew_once(self) -> None:
+        sent = self._clock.monotonic()
+        value = msgspec.json.encode(Member(instance=self._instance, draining=self.draining))
+        try:
+            self._revision = await self._members.write(self.incarnation, value, self._revision)
+        except (Temporary, Conflict):
+            # A lost answer is ambiguous: the write may have landed. The key is ours alone, so its revision is
+            # ours if it is still there; a tombstone means that we were revoked.
+            entry = await self._members.get(self.incarnation)
+            if self._revision and (entry is None or entry.value is None):
+                raise LeaseLost("lease_revoked") from None
+            self._revision = entry.revision if entry else 0
+            raise
+        ran_out = not self.valid  # on a busy loop also without a pause: this answer was read before the timer's turn
+        self._renewed, self._deadline = self._clock.monotonic(), sent + self._lease_s * HOLD
+        self._renewals += 1
+        if (self._paused or ran_out) and self.valid:
+            self._paused = False
+            log.info("lease.valid", incarnation=self.incarnation, shards=len(self.owned))
+            self.changed.notify()
+
+    async def _watch_forever(self) -> None:
+        """Tells everybody at the moment when the lease runs out, on its own timer: a renewal may hang."""
+        while True:
+            left_s = self._deadline - self._clock.monotonic()
+            if left_s > 0:
+                await self._clock.sleep(left_s)
+                continue
+            if not self._paused:
+                self._paused = True
+                log.warning("lease.paused", incarnation=self.incarnation, shards=len(self.owned))
+                self.changed.notify()
+            await self._clock.sleep(0.05)
+
+    # the others -----------------------------------------------------------------------------------
+
+    def _rest_s(self) -> float:
+        """Until the next look: at the latest when the lease of a member that keeps silent is over."""
+        now = self._clock.monotonic()
+        others = [self._seen[name].since + self._lease_s - now for name in self._live if name != self.incarnation]
+        return max(SHORTEST_S, min([LOOK * self._lease_s, *(left_s for left_s in others if left_s > 0)]))
+
+    async def _observe(self) -> None:
+        """Reads who lives. Blind for a while, it starts every observation again, and so it does when it could not
+        renew: of a bucket without a leader the others still read what nobody can write. That may happen time and
+        again, so not for those who had their `CHANCES`."""
+        entries = await self._members.entries()
+        now = self._clock.monotonic()
+        patience_s = self._lease_s / 4 + 1.0
+        if now - self._last_read > patience_s:
+            self._seen.clear()
+        elif now - self._renewed > patience_s:
+            for name, seen in self._seen.items():
+                if self._renewals - seen.renewals < CHANCES:
+                    self._seen[name] = seen._replace(since=now)
+        self._last_read = now
+        live = {}
+        for entry in entries:
+            if entry.value is None:
+                continue
+            if self._seen.get(entry.key, NEVER).revision != entry.revision:
+                self._seen[entry.key] = Seen(entry.revision, now, self._renewals)
+            if now - self._seen[entry.key].since < self._lease_s:
+                with contextlib.suppress(msgspec.MsgspecError):  # somebody else's key is no member
+                    live[entry.key] = msgspec.json.decode(entry.value, type=Member)
+        if self._live.keys() - live.keys():
+            self.departures += 1
+            self.changed.notify()
+        self._live = live
+        self._seen = {
+            entry.key: self._seen[entry.key] for entry in entries if entry.value and entry.key in self._seen
+        }
+        self._since = {name: self._since.get(name, now) for name in live}
+
+    @property
+    def _alone_so_far(self) -> bool:
+        """Whether no other incarnation is known to live: nobody can own what is unclaimed."""
+        return self._live.keys() <= {self.incarnation}
+
+    @property
+    def alone(self) -> bool:
+        """Whether no other replica is there to take over."""
+        return not any(name != self.incarnation and not member.draining for name, member in self._live.items())
+
+    @property
+    def living(self) -> int:
+        """How many replicas live, this one included, as far as is known here."""
+        return len(self._live.keys() | {self.incarnation})
+
+    @property
+    def others(self) -> set[str]:
+        """The other incarnations that live, as far as is known here."""
+        return self._live.keys() - {self.incarnation}
+
+    async def is_dead(self, incarnation: str) -> bool:
+        """Whether it is proven that `incarnation` does nothing any more. Revokes it if its lease ran out."""
+        if incarnation in self._dead:
+            return True
+        if incarnation == self.incarnation or incarnation in self._live:
+            return False
+        try:
+            entry = await self._members.get(incarnation)
+            if entry is None and not self._long_absent(f"member {incarnation}"):
+                return False  # purged, perhaps: it learns that at its next renewal, or stops at its timer
+            if entry is not None and entry.value is not None:
+                seen = self._seen.get(incarnation, NEVER)
+                if seen.revision != entry.revision or self._clock.monotonic() - seen.since < self._lease_s:
+                    return False
+                await self._members.write(incarnation, None, entry.revision)
+                log.warning("lease.expired", incarnation=incarnation)
+        except (Temporary, Conflict):
+            return False  # it renewed meanwhile, another one revoked it, or we do not know: look again later
+        if len(self._dead) >= DEAD_KEPT:
+            self._dead.clear()  # they are found dead again
+        self._dead.add(incarnation)
+        self._absent.pop(f"member {incarnation}", None)
+        return True
+
+    def _long_absent(self, what: str) -> bool:
+        """Whether it has been absent for a lease, which is as long as an owner that lives may take to notice."""
+        now = self._clock.monotonic()
+        if len(self._absent) > DEAD_KEPT:
+            self._absent.clear()  # they are missed again
+        return now - self._absent.setdefault(what, now) >= self._lease_s
