@@ -509,6 +509,30 @@ async def test_an_upload_is_read_as_fast_as_it_is_sent(rig: Rig) -> None:
     assert given < size
 
 
+async def test_an_upload_that_is_answered_byte_by_byte_ends(rig: Rig) -> None:
+    """No pause is a stall, and the answer has no end in sight."""
+    told, bytes_told = 0, 300
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal told
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\nx-slow: ")
+        for _ in range(bytes_told):
+            writer.write(b"a")
+            await writer.drain()
+            told += 1
+            await asyncio.sleep(0.01)
+
+    async with server(serve) as host:
+        rig.sim.configure(upload_url="param")
+        other = Rig(rig.sim, allowed_hosts=(host,), base_url=f"http://{host}/c2c", stall_s=0.2)
+        rig.sim.say(other.bot.user, "hello")
+        assert await failure(other.upload(HELLO)) == (Refused, "media")
+        assert other.requests("cdn_upload", "timeout") == 3
+        await other.close()
+    assert told < bytes_told
+
+
 async def failure(work: Awaitable[object]) -> tuple[type[AdapterError], str]:
     try:
         await work

@@ -21,6 +21,9 @@ from adapter.ports import Account, Fetch, MediaKind, Uploaded
 
 STALL_S = 30.0
 """A transfer ends when no byte has moved for so long."""
+SLOWEST = 4096
+"""Bytes a second. An upload that takes longer in all, beyond STALL_S, ends, too: its user waits for it, and others
+for its place. (How long a message waits for a download is a setting.)"""
 ATTEMPTS = 3
 PIECE = 64 * 1024
 PARAM = "x-encrypted-param"
@@ -48,6 +51,7 @@ class CdnClient:
         self._base_url = base_url
         self._allowed_hosts = allowed_hosts
         self._max_bytes = max_bytes
+        self._stall_s = stall_s
         self._slots = asyncio.Semaphore(transfers)
         client = httpx.AsyncClient(
             verify=ssl.create_default_context(),
@@ -174,6 +178,7 @@ class CdnClient:
         with self._request("cdn_upload"):
             body = _encrypted(read, key, size)
             async with (
+                asyncio.timeout(self._stall_s + size / SLOWEST),
                 contextlib.aclosing(body),
                 self._client.stream("POST", url, headers=headers, content=body) as response,
             ):
@@ -211,6 +216,9 @@ class CdnClient:
         except httpx.TimeoutException as exc:
             outcome = "timeout"
             raise Temporary("timeout", f"{type(exc).__name__}: nothing moved") from exc
+        except TimeoutError as exc:
+            outcome = "timeout"
+            raise Temporary("timeout", "it took too long") from exc
         except (httpx.TransportError, httpx.InvalidURL, httpx.DecodingError) as exc:
             raise Temporary("network", type(exc).__name__) from exc
         except AdapterError as exc:
