@@ -28,8 +28,8 @@ from adapter.uploads import READY_S
 from adapter.window_events import LEFT_OVER
 from tests.fakes import GAP_S, Bench, Wire
 from tests.growth import tables
+from tests.shards import BOT, USER, outcomes, user_writes
 from tests.test_leases import LEASE_S, Cluster
-from tests.test_outbound import BOT, USER, outcomes, user_writes
 from tests.test_window_events import HOUR, watching
 from tests.test_window_events import user_writes as user_writes_to_windows
 

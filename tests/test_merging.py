@@ -15,7 +15,7 @@ from adapter.outbound import Shard
 from adapter.ports import Accepted
 from adapter.settling import GONE_S
 from tests.fakes import GAP_S, RULES, Bench, Failing, FakeDelivery, VirtualLoop
-from tests.test_outbound import BOT, USER, finals, outcomes, parked, ready, user_writes
+from tests.shards import BOT, USER, finals, outcomes, parked, ready, user_writes
 
 VIRTUAL_TIME = True
 

@@ -1,11 +1,10 @@
-"""The lanes: per user in order and one at a time, nobody waits for anybody else, one final receipt per command."""
+"""A shard's commands: taken, told to a user, each ended once, also across crashes and other owners."""
 
 from __future__ import annotations
 
 import asyncio
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
-from itertools import pairwise
 from typing import Any
 
 import msgspec
@@ -13,137 +12,19 @@ import pytest
 from structlog.testing import capture_logs
 
 from adapter.commands import read_command
-from adapter.contract import FINAL_OUTCOMES, Outbound, Receipt
-from adapter.errors import BusRefused, Refused, SessionExpired, Temporary, Throttled, Uncertain
+from adapter.contract import Outbound, Receipt
+from adapter.errors import BusRefused, Refused, Temporary
 from adapter.names import H_COMMAND, H_MSG_ID, H_SANDBOX, H_TIME_MS, UNROUTED, peer_key, shard_of
 from adapter.outbound import Shard
 from adapter.ports import Accepted, Message, Stored
 from adapter.receipts import Name, Receipts
 from adapter.records import Hand
-from adapter.settling import GONE_S, SETTLED_KEPT
+from adapter.settling import SETTLED_KEPT
 from adapter.timing import Turns
-from tests.fakes import GAP_S, LIMITS, RULES, Bench, Failing, FakeBus, FakeDelivery, Rounds, settle
+from tests.fakes import GAP_S, LIMITS, Bench, Failing, FakeBus, FakeDelivery, Rounds, settle
+from tests.shards import BOT, THROTTLED, TIMEOUT, USER, finals, outcomes, parked, ready, user_writes
 
 VIRTUAL_TIME = True
-
-BOT, USER = "b1@im.bot", "u1@im.wechat"
-THROTTLED = Throttled("throttled", "iLink answered -2", ret=-2, errmsg="prepare failed")
-STALE = SessionExpired("needs_login", "iLink answered -14", errcode=-14, errmsg="session timeout")
-TIMEOUT = Uncertain("timeout", "no answer")
-
-
-async def ready(*, is_open: bool = True, **changes: Any) -> tuple[Bench, Shard]:
-    """One bound user; by default with an open window."""
-    bench = Bench()
-    await bench.bind()
-    if is_open:
-        bench.hears()
-    return bench, bench.shard(**changes)
-
-
-async def user_writes(bench: Bench, shard: Shard, *, bot: str = BOT, user: str = USER, sandbox: str = "s1") -> None:
-    """What a poller does with a message: a new window, then the news for the lanes."""
-    await bench.wrote(bot, user, f"in:{bench.clock.now_ms()}")
-    shard.heard(sandbox, bot, user)
-
-
-def finals(bench: Bench) -> list[Receipt]:
-    return [receipt for receipt in bench.bus.receipts() if receipt.outcome in FINAL_OUTCOMES]
-
-
-def outcomes(bench: Bench) -> list[tuple[str, str, str]]:
-    return [(receipt.command, receipt.outcome, receipt.reason) for receipt in bench.bus.receipts()]
-
-
-def parked(bench: Bench) -> list[str]:
-    return [stored.headers[H_COMMAND] for stored in bench.bus.found("PARKED")]
-
-
-# order and pace ------------------------------------------------------------------------------------------
-
-
-async def test_commands_of_one_user_go_in_order_one_at_a_time() -> None:
-    bench, shard = await ready()
-    bench.chat.took_s = 3.0
-    deliveries = [bench.command(f"t{number}", id=f"c{number}") for number in range(5)]
-    for delivery in deliveries:
-        shard.on_delivery(delivery)
-    await asyncio.sleep(60)
-
-    assert bench.chat.texts == ["t0", "t1", "t2", "t3", "t4"]
-    assert bench.chat.overlaps == 0
-    assert outcomes(bench) == [(f"c{number}", "accepted", "") for number in range(5)]
-    assert [delivery.acks for delivery in deliveries] == [1] * 5
-
-
-async def test_two_sends_to_one_user_keep_their_distance() -> None:
-    bench, shard = await ready()
-    shard.on_delivery(bench.command(items=[{"kind": "text", "text": "a"}, {"kind": "text", "text": "b"}]))
-    shard.on_delivery(bench.command("c"))
-    await asyncio.sleep(60)
-    at = [sent.at_s for sent in bench.chat.sent]
-    assert [later - earlier for earlier, later in pairwise(at)] == [GAP_S, GAP_S]
-
-
-async def test_the_distance_is_kept_also_where_nobody_answers() -> None:
-    bench, shard = await ready()
-    bench.chat.sends.extend([TIMEOUT, Temporary("http_5xx")])
-    shard.on_delivery(bench.command("a"))
-    await asyncio.sleep(60)
-    at = [sent.at_s for sent in bench.chat.sent]
-    assert len(at) == 3
-    assert all(later - earlier >= GAP_S for earlier, later in pairwise(at))
-
-
-async def test_no_lane_waits_for_another() -> None:
-    """One user gets no answer, one is throttled, one has a closed window; the fourth notices nothing."""
-    bench = Bench()
-    for number in range(1, 5):
-        await bench.bind(bot=f"b{number}@im.bot", user=f"u{number}@im.wechat")
-        if number != 3:
-            bench.hears(f"b{number}@im.bot", f"u{number}@im.wechat")
-    shard = bench.shard()
-    bench.chat.hold_sends["u1@im.wechat"] = asyncio.Event()
-    bench.chat.sends_to["u2@im.wechat"] = deque([THROTTLED])
-    for text in ("one", "two"):
-        for number in range(1, 5):
-            shard.on_delivery(bench.command(text, bot=f"b{number}@im.bot", id=f"{text}-{number}"))
-    await asyncio.sleep(5)
-
-    assert [(sent.user, sent.text) for sent in bench.chat.sent] == [
-        ("u1@im.wechat", "one"),
-        ("u2@im.wechat", "one"),
-        ("u4@im.wechat", "one"),
-        ("u4@im.wechat", "two"),
-    ]
-    assert sorted(parked(bench)) == ["one-2", "one-3", "two-2", "two-3"]
-    shard.stop()
-
-
-@pytest.mark.parametrize("users", [300, pytest.param(10_000, marks=pytest.mark.slow)])
-async def test_a_user_whose_request_hangs_holds_up_none_of_many_others(users: int) -> None:
-    """Over all shards, the hanging one first: the commands of all others are sent, and theirs once it is answered."""
-    bench = Bench()
-    for number in range(users):
-        await bench.bind(sandbox=f"s{number}", bot=f"b{number}@im.bot", user=f"u{number}@im.wechat")
-        bench.hears(f"b{number}@im.bot", f"u{number}@im.wechat")
-    names = {shard_of(f"s{number}"): f"s{number}" for number in range(users)}
-    shards = {number: bench.shard(sandbox) for number, sandbox in names.items()}
-    bench.chat.hold_sends["u0@im.wechat"] = asyncio.Event()
-    for number in range(users):
-        for text in ("one", "two"):
-            shards[shard_of(f"s{number}")].on_delivery(
-                bench.command(text, sandbox=f"s{number}", id=f"{text}-{number}")
-            )
-    await asyncio.sleep(60)
-    assert Counter(sent.user for sent in bench.chat.sent) == {
-        f"u{number}@im.wechat": 2 if number else 1 for number in range(users)
-    }
-    assert bench.chat.overlaps == 0
-    bench.chat.hold_sends["u0@im.wechat"].set()
-    await asyncio.sleep(10)
-    assert [sent.text for sent in bench.chat.sent if sent.user == "u0@im.wechat"] == ["one", "two"]
-    assert len(finals(bench)) == 2 * users
 
 
 async def test_a_command_that_comes_again_while_in_hand_is_sent_once() -> None:
@@ -203,9 +84,6 @@ async def test_a_stream_that_was_made_anew_begins_again() -> None:
         shard.on_delivery(FakeDelivery(old.subject, data, seq=old.seq, time_ms=bench.clock.now_ms()))
     await asyncio.sleep(60)
     assert bench.chat.texts == ["a", "b", "c", "d"]
-
-
-# one final receipt each ----------------------------------------------------------------------------------
 
 
 ENDINGS: list[tuple[str, list[Any], str, str]] = [
@@ -387,67 +265,6 @@ async def test_a_repeated_id_of_a_parked_command_is_dropped() -> None:
     assert outcomes(bench) == [("c1", "parked", "window_closed"), ("c1", "accepted", "")]
 
 
-# parking -------------------------------------------------------------------------------------------------
-
-
-async def test_what_must_wait_is_parked_and_flushed_in_order() -> None:
-    bench, shard = await ready(is_open=False)
-    deliveries = [bench.command(f"t{number}", id=f"c{number}") for number in range(3)]
-    for delivery in deliveries:
-        shard.on_delivery(delivery)
-    await asyncio.sleep(5)
-    assert parked(bench) == ["c0", "c1", "c2"]
-    assert [delivery.acks for delivery in deliveries] == [1, 1, 1]
-    assert [outcome for _, outcome, _ in outcomes(bench)] == ["parked"] * 3
-
-    await user_writes(bench, shard)
-    shard.on_delivery(bench.command("t3", id="c3"))
-    await asyncio.sleep(60)
-    assert bench.chat.texts == ["t0", "t1", "t2", "t3"]
-    assert [receipt.command for receipt in finals(bench)] == ["c0", "c1", "c2", "c3"]
-    assert parked(bench) == []
-
-
-async def test_what_is_parked_and_not_shown_for_a_moment_is_not_overtaken() -> None:
-    """By a cluster that is losing its leaders. What an operator removed is not waited for for ever."""
-    bench, shard = await ready(is_open=False)
-    for number in range(3):
-        shard.on_delivery(bench.command(f"t{number}", id=f"c{number}"))
-    await asyncio.sleep(5)
-    hidden = [kept for kept in bench.bus.kept if kept.stored in bench.bus.found("PARKED")][:2]
-    bench.bus.kept = [kept for kept in bench.bus.kept if kept not in hidden]
-    await user_writes(bench, shard)
-    await asyncio.sleep(GONE_S / 2)
-    assert bench.chat.texts == []
-    bench.bus.kept.insert(0, hidden[0])
-    await asyncio.sleep(60)
-    assert bench.chat.texts == ["t0", "t2"]
-
-
-async def test_many_that_are_gone_hold_up_what_is_behind_them_once() -> None:
-    """An operator has purged what is parked."""
-    bench, shard = await ready(is_open=False)
-    for number in range(30):
-        shard.on_delivery(bench.command(f"t{number}"))
-    await asyncio.sleep(5)
-    bench.bus.kept = [kept for kept in bench.bus.kept if kept.stored not in bench.bus.found("PARKED")]
-    await user_writes(bench, shard)
-    shard.on_delivery(bench.command("hi"))
-    await asyncio.sleep(2 * GONE_S)
-    assert bench.chat.texts == ["hi"]
-
-
-async def test_the_time_that_a_command_is_parked_is_not_counted_as_ours() -> None:
-    bench, shard = await ready(is_open=False)
-    shard.on_delivery(bench.command("hi", id="c1"))
-    await asyncio.sleep(3600)
-    await user_writes(bench, shard)
-    await asyncio.sleep(60)
-    assert [receipt.outcome for receipt in finals(bench)] == ["accepted"]
-    assert bench.metrics.value("outbound_duration_seconds_count", outcome="settled") == 1
-    assert bench.metrics.value("outbound_duration_seconds_sum", outcome="settled") < 10
-
-
 async def test_outcomes_are_counted_by_what_was_sent() -> None:
     bench, shard = await ready()
     for delivery in (
@@ -487,160 +304,6 @@ async def test_a_receipt_waits_for_room_and_its_command_with_it() -> None:
     bench.bus.refuse = lambda message: None
     await asyncio.sleep(60)
     assert (len(bench.chat.sent), delivery.acks, outcomes(bench)) == (1, 1, [("c1", "accepted", "")])
-
-
-async def test_a_parked_receipt_says_why() -> None:
-    bench, shard = await ready(is_open=False)
-    shard.on_delivery(bench.command("hi", id="c1"))
-    await asyncio.sleep(5)
-    (receipt,) = bench.bus.receipts()
-    assert (receipt.outcome, receipt.reason) == ("parked", "window_closed")
-    assert receipt.detail
-
-
-async def test_minus_2_parks_this_and_everything_after_it() -> None:
-    bench, shard = await ready()
-    bench.chat.sends.append(THROTTLED)
-    for number in range(3):
-        shard.on_delivery(bench.command(f"t{number}", id=f"c{number}"))
-    await asyncio.sleep(30)
-    assert bench.chat.texts == ["t0"]
-    assert [(command, outcome) for command, outcome, _ in outcomes(bench)] == [
-        ("c0", "parked"),
-        ("c1", "parked"),
-        ("c2", "parked"),
-    ]
-
-    await user_writes(bench, shard)
-    await asyncio.sleep(60)
-    assert bench.chat.texts == ["t0", "t0", "t1", "t2"]
-    assert bench.chat.sent[0].client_id == bench.chat.sent[1].client_id
-    assert [receipt.command for receipt in finals(bench)] == ["c0", "c1", "c2"]
-
-
-async def test_minus_2_costs_one_attempt() -> None:
-    """F11: no retry storm, also with more commands to come."""
-    bench, shard = await ready()
-    bench.chat.sends.extend([THROTTLED] * 50)
-    for number in range(20):
-        shard.on_delivery(bench.command(f"t{number}"))
-        await asyncio.sleep(60)
-    assert len(bench.chat.sent) == 1
-    assert bench.bus.receipts()[0].errmsg == THROTTLED.errmsg
-
-
-async def test_after_the_cool_down_one_probe_goes_out() -> None:
-    """F12: what fails then waits a whole cool-down more."""
-    bench, shard = await ready()
-    bench.chat.sends.extend([THROTTLED] * 3)
-    shard.on_delivery(bench.command("hi", id="c1"))
-    await asyncio.sleep(2 * RULES.cooldown_s + 60)
-    at = [sent.at_s for sent in bench.chat.sent]
-    assert [round(later - at[0]) for later in at] == [0, 3600, 7200]
-    await asyncio.sleep(RULES.cooldown_s)
-    assert [outcome for _, outcome, _ in outcomes(bench)] == ["parked", "accepted"]
-
-
-async def test_minus_2_in_a_second_window_refuses_the_command_and_the_others_go() -> None:
-    bench, shard = await ready()
-    bench.chat.sends.extend([THROTTLED, THROTTLED])
-    shard.on_delivery(bench.command("poison", id="c0"))
-    shard.on_delivery(bench.command("fine", id="c1"))
-    await asyncio.sleep(10)
-    await user_writes(bench, shard)
-    await asyncio.sleep(10)
-    assert outcomes(bench)[-1] == ("c0", "refused", "throttled")
-    assert bench.chat.texts == ["poison", "poison"]
-    await user_writes(bench, shard)
-    await asyncio.sleep(10)
-    assert bench.chat.texts == ["poison", "poison", "fine"]
-    assert [receipt.command for receipt in finals(bench)] == ["c0", "c1"]
-
-
-async def test_ten_sends_per_window_and_the_rest_at_the_next_message() -> None:
-    bench, shard = await ready()
-    for number in range(25):
-        shard.on_delivery(bench.command(f"t{number}", id=f"c{number}"))
-    await asyncio.sleep(120)
-    assert len(bench.chat.sent) == 10
-    assert [reason for _, outcome, reason in outcomes(bench) if outcome == "parked"] == ["quota"] + ["quota"] * 14
-    await user_writes(bench, shard)
-    await asyncio.sleep(120)
-    assert len(bench.chat.sent) == 20
-    await user_writes(bench, shard)
-    await asyncio.sleep(120)
-    assert bench.chat.texts == [f"t{number}" for number in range(25)]
-    assert len(finals(bench)) == 25
-
-
-async def test_what_does_not_want_to_wait_is_refused_at_once() -> None:
-    bench, shard = await ready(is_open=False)
-    delivery = bench.command("hi", id="c1", when_closed="refuse")
-    shard.on_delivery(delivery)
-    await asyncio.sleep(5)
-    assert outcomes(bench) == [("c1", "refused", "window_closed")]
-    assert delivery.acks == 1
-    assert bench.chat.sent == []
-
-
-async def test_what_does_not_want_to_wait_is_refused_behind_others_that_do() -> None:
-    bench, shard = await ready(is_open=False)
-    shard.on_delivery(bench.command("hi", id="c1"))
-    shard.on_delivery(bench.command("hi", id="c2", when_closed="refuse"))
-    await asyncio.sleep(5)
-    assert outcomes(bench) == [("c1", "parked", "window_closed"), ("c2", "refused", "window_closed")]
-
-
-async def test_what_does_not_want_to_wait_is_refused_at_minus_2_with_what_ilink_said() -> None:
-    bench, shard = await ready()
-    bench.chat.sends.append(THROTTLED)
-    shard.on_delivery(bench.command("hi", id="c1", when_closed="refuse"))
-    await asyncio.sleep(5)
-    (receipt,) = bench.bus.receipts()
-    assert (receipt.outcome, receipt.reason, receipt.ret, receipt.attempts) == ("refused", "throttled", -2, 1)
-
-
-async def test_too_many_parked_commands_are_refused() -> None:
-    bench, shard = await ready(is_open=False, parked_per_user=2)
-    for number in range(3):
-        shard.on_delivery(bench.command("hi", id=f"c{number}"))
-    await asyncio.sleep(5)
-    assert outcomes(bench)[-1] == ("c2", "refused", "backlog")
-    assert parked(bench) == ["c0", "c1"]
-
-
-async def test_what_the_bus_will_not_park_is_refused() -> None:
-    bench, shard = await ready(is_open=False)
-    bench.bus.refuse = lambda message: BusRefused(10047, "no space") if message.stream == "parked" else None
-    shard.on_delivery(bench.command("hi", id="c1"))
-    await asyncio.sleep(5)
-    assert outcomes(bench) == [("c1", "refused", "backlog")]
-
-
-async def test_what_waits_too_long_expires_where_it_waits() -> None:
-    bench, shard = await ready(is_open=False)
-    shard.on_delivery(bench.command("hi", id="c1", expires_in_s=600))
-    shard.on_delivery(bench.command("hi", id="c2"))
-    await asyncio.sleep(599)
-    assert finals(bench) == []
-    await asyncio.sleep(10)
-    assert [(receipt.command, receipt.reason) for receipt in finals(bench)] == [("c1", "expired")]
-    assert parked(bench) == ["c2"]
-    await asyncio.sleep(LIMITS.park_ms / 1000)
-    assert [(receipt.command, receipt.reason) for receipt in finals(bench)] == [("c1", "expired"), ("c2", "expired")]
-
-
-async def test_what_expires_in_the_queue_is_not_sent() -> None:
-    bench, shard = await ready()
-    bench.chat.took_s = 20.0
-    shard.on_delivery(bench.command("slow", id="c1"))
-    shard.on_delivery(bench.command("late", id="c2", expires_in_s=5))
-    await asyncio.sleep(60)
-    assert bench.chat.texts == ["slow"]
-    assert outcomes(bench) == [("c1", "accepted", ""), ("c2", "refused", "expired")]
-
-
-# nobody to send to, or not yet ---------------------------------------------------------------------------
 
 
 async def test_a_sandbox_without_a_bot_is_told_so() -> None:
@@ -806,278 +469,6 @@ async def test_a_user_who_is_learned_while_a_command_is_being_parked() -> None:
     assert "lane.crashed" not in [line["event"] for line in logs]
 
 
-# the last word -------------------------------------------------------------------------------------------
-
-
-async def kept_back(reserve: int = 2, *, used: int = 0, **changes: Any) -> tuple[Bench, Shard]:
-    """A user with a window of which sends are kept back."""
-    bench = Bench()
-    await bench.bind()
-    bench.hears(used=used)
-    return bench, bench.shard(sending=bench.sending(rules=RULES._replace(reserve=reserve)), **changes)
-
-
-def reports(bench: Bench, shard: Shard, count: int, first: int = 0) -> None:
-    for number in range(first, first + count):
-        shard.on_delivery(bench.command(f"t{number}", id=f"c{number}"))
-
-
-@pytest.mark.parametrize(("when_closed", "outcome"), [("park", "parked"), ("refuse", "refused")])
-async def test_a_command_that_needs_more_sends_than_are_left_is_told_so(when_closed: str, outcome: str) -> None:
-    """It was told that they are used up, beside a window that has some."""
-    bench, shard = await kept_back(0, used=8)
-    shard.on_delivery(bench.command("a" * 9000, id="c1", when_closed=when_closed))
-    await asyncio.sleep(30)
-    (receipt,) = bench.bus.receipts()
-    assert (receipt.outcome, receipt.reason, receipt.window.remaining) == (outcome, "quota", 2)
-    assert receipt.detail == "It needs more sends than are left after the user's last message; they must write again."
-
-
-@pytest.mark.parametrize("when_closed", ["park", "refuse"])
-async def test_a_final_command_goes_ahead_of_those_that_wait_for_sends(when_closed: str) -> None:
-    bench, shard = await kept_back(used=6)
-    reports(bench, shard, 4)
-    shard.on_delivery(bench.command("done", id="last", final=True, when_closed=when_closed))
-    reports(bench, shard, 1, first=4)
-    await asyncio.sleep(60)
-    assert bench.chat.texts == ["t0", "t1", "done"]
-    assert parked(bench) == ["c2", "c3", "c4"]
-    assert [receipt.command for receipt in finals(bench)] == ["c0", "c1", "last"]
-
-    await user_writes(bench, shard)
-    await asyncio.sleep(60)
-    assert bench.chat.texts == ["t0", "t1", "done", "t2", "t3", "t4"]
-    assert {receipt.outcome for receipt in finals(bench)} == {"accepted"}
-
-
-async def test_two_final_commands_keep_their_order_and_a_third_waits() -> None:
-    bench, shard = await kept_back(used=8)
-    reports(bench, shard, 2)
-    for number in range(3):
-        shard.on_delivery(bench.command(f"done {number}", id=f"last{number}", final=True))
-    await asyncio.sleep(60)
-    assert bench.chat.texts == ["done 0", "done 1"]
-    assert parked(bench) == ["c0", "c1", "last2"]
-    await user_writes(bench, shard)
-    await asyncio.sleep(60)
-    assert bench.chat.texts[2:] == ["t0", "t1", "done 2"]
-
-
-async def test_a_final_command_that_does_not_fit_waits_in_its_place() -> None:
-    bench, shard = await kept_back(used=8)
-    reports(bench, shard, 1)
-    items = [{"kind": "text", "text": text} for text in "abc"]
-    shard.on_delivery(bench.command(id="last", items=items, final=True))
-    shard.on_delivery(bench.command("short", id="short", final=True))
-    await asyncio.sleep(60)
-    assert bench.chat.texts == []
-    assert parked(bench) == ["c0", "last", "short"]
-    await user_writes(bench, shard)
-    await asyncio.sleep(60)
-    assert bench.chat.texts == ["t0", "a", "b", "c", "short"]
-
-
-async def test_where_nothing_is_kept_back_a_final_command_keeps_its_place() -> None:
-    bench, shard = await kept_back(0, used=9)
-    three = [{"kind": "text", "text": text} for text in "abc"]
-    shard.on_delivery(bench.command(id="c0", items=three))
-    shard.on_delivery(bench.command("done", id="last", final=True))
-    await asyncio.sleep(60)
-    assert bench.chat.texts == []
-    assert parked(bench) == ["c0", "last"]
-
-
-async def test_a_final_command_does_not_split_another_in_two() -> None:
-    """One longer than a window is half sent: what is known of it is kept in the place of what is in hand."""
-    bench, shard = await kept_back(used=0)
-    shard.on_delivery(bench.command(id="long", items=[{"kind": "text", "text": f"t{n}"} for n in range(9)]))
-    shard.on_delivery(bench.command("done", id="last", final=True))
-    await asyncio.sleep(60)
-    assert bench.chat.texts == [f"t{n}" for n in range(8)]
-    await user_writes(bench, shard)
-    await asyncio.sleep(60)
-    assert bench.chat.texts == [*(f"t{n}" for n in range(9)), "done"]
-
-
-async def test_a_final_command_that_is_half_sent_comes_first_also_for_the_next_owner() -> None:
-    bench, shard = await kept_back(used=8)
-    reports(bench, shard, 2)
-    bench.chat.sends.extend([Accepted("1", 0, None, ""), THROTTLED])
-    shard.on_delivery(bench.command(id="last", items=[{"kind": "text", "text": text} for text in "ab"], final=True))
-    await asyncio.sleep(60)
-    assert bench.chat.texts == ["a", "b"]
-    shard.stop()
-
-    after = Bench(bench, incarnation="me-2")
-    shard = after.shard(sending=after.sending(rules=RULES._replace(reserve=2)))
-    await shard.load()
-    await user_writes(after, shard)
-    await asyncio.sleep(60)
-    assert bench.chat.texts == ["a", "b", "b", "t0", "t1"]
-    assert [receipt.command for receipt in finals(after)] == ["last", "c0", "c1"]
-
-
-async def test_a_final_command_is_not_merged_with_those_it_went_ahead_of() -> None:
-    bench, shard = await kept_back(used=8, merge_chars=20)
-    for number in range(2):
-        shard.on_delivery(bench.command(f"t{number}" + "x" * 8, id=f"c{number}"))
-    shard.on_delivery(bench.command("done", id="last", final=True))
-    await asyncio.sleep(60)
-    assert bench.chat.texts == ["done"]
-    assert parked(bench) == ["c0", "c1"]
-
-
-# -14 -----------------------------------------------------------------------------------------------------
-
-
-async def test_minus_14_on_sends_alone_is_tried_a_few_times_and_then_needs_a_login() -> None:
-    """F9, F10: polling may be fine. Four calls in all, spaced, and none after that."""
-    bench, shard = await ready()
-    bench.chat.sends.extend([STALE] * 100)
-    for number in range(5):
-        shard.on_delivery(bench.command(f"t{number}", id=f"c{number}"))
-    await asyncio.sleep(3600)
-    at = [sent.at_s for sent in bench.chat.sent]
-    assert [round(later - at[0]) for later in at] == [0, 5, 35, 335]
-    assert bench.lost_logins == [BOT]
-    assert finals(bench) == []
-    assert {reason for *_, reason in outcomes(bench)} == {"needs_login"}
-
-
-async def test_minus_14_on_sends_needs_a_login_within_a_minute() -> None:
-    bench, shard = await ready()
-    bench.chat.sends.extend([STALE] * 100)
-    shard.on_delivery(bench.command("hi"))
-    await asyncio.sleep(34)
-    assert bench.lost_logins == []
-    await asyncio.sleep(20)
-    assert bench.lost_logins == [BOT]
-    shard.stop()
-
-
-async def test_a_send_that_goes_through_after_needs_login_makes_the_binding_active_again() -> None:
-    """The last try of the schedule: what is parked flows from then on, in order."""
-    bench, shard = await ready()
-    bench.chat.sends.extend([STALE] * 3)
-    for number in range(3):
-        shard.on_delivery(bench.command(f"t{number}", id=f"c{number}"))
-    await asyncio.sleep(300)
-    assert (bench.lost_logins, bench.regained_logins) == ([BOT], [])
-    await asyncio.sleep(100)
-    assert bench.regained_logins == [BOT]
-    assert bench.chat.texts == ["t0"] * 4 + ["t1", "t2"]
-    assert [receipt.command for receipt in finals(bench)] == ["c0", "c1", "c2"]
-
-
-async def test_a_token_bound_anew_wins_over_the_last_tries_of_a_send() -> None:
-    bench, shard = await ready()
-    bench.chat.sends.extend([STALE] * 3)
-    shard.on_delivery(bench.command("hi", id="c1"))
-    await asyncio.sleep(100)
-    await bench.bind(token="new")
-    await asyncio.sleep(5)
-    assert len(bench.chat.sent) == 4
-    assert [receipt.command for receipt in finals(bench)] == ["c1"]
-    assert bench.regained_logins == []
-
-
-async def test_a_login_that_the_poller_lost_is_not_tried_by_sends() -> None:
-    """F9: a send that was out when the token died is the last one."""
-    bench, shard = await ready()
-    bench.chat.sends.extend([STALE] * 100)
-    shard.on_delivery(bench.command("hi"))
-    await asyncio.sleep(1)
-    bench.stale.add(BOT)
-    await asyncio.sleep(34)
-    await bench.bind(state="needs_login")
-    await asyncio.sleep(300)
-    bench.stale.clear()
-    shard.heard("s1", BOT, USER)
-    await asyncio.sleep(3600)
-    assert len(bench.chat.sent) == 1
-
-
-async def test_a_user_who_writes_does_not_make_minus_14_a_storm() -> None:
-    """Nor does what else happens: the tries are those of the schedule."""
-    bench, shard = await ready()
-    bench.chat.sends.extend([STALE] * 100)
-    shard.on_delivery(bench.command("hi"))
-    for number in range(20):
-        await asyncio.sleep(1)
-        await user_writes(bench, shard)
-        shard.on_delivery(bench.command("more", when_closed="refuse" if number % 2 else "park"))
-    await asyncio.sleep(3600)
-    at = [sent.at_s for sent in bench.chat.sent]
-    assert [round(later - at[0]) for later in at] == [0, 5, 35, 335]
-
-
-async def test_who_refuses_to_wait_is_told_of_a_lost_login_too() -> None:
-    """Nothing is parked that could be tried: the next command is the next try, and four are all."""
-    bench, shard = await ready()
-    bench.chat.sends.extend([STALE] * 100)
-    for number in range(20):
-        shard.on_delivery(bench.command("hi", when_closed="refuse"))
-        await asyncio.sleep(60)
-        assert bench.lost_logins == [BOT] * (number > 0)
-    assert len(bench.chat.sent) == 4
-    assert {(outcome, reason) for _, outcome, reason in outcomes(bench)} == {("refused", "needs_login")}
-
-
-async def test_minus_14_that_heals_by_itself_loses_nothing() -> None:
-    """F8."""
-    bench, shard = await ready()
-    bench.chat.sends.append(STALE)
-    shard.on_delivery(bench.command("t0", id="c0"))
-    shard.on_delivery(bench.command("t1", id="c1"))
-    await asyncio.sleep(60)
-    assert bench.chat.texts == ["t0", "t0", "t1"]
-    assert [receipt.command for receipt in finals(bench)] == ["c0", "c1"]
-    assert bench.lost_logins == []
-
-
-async def test_nothing_is_sent_while_the_poller_tries_a_stale_token() -> None:
-    bench, shard = await ready()
-    bench.stale.add(BOT)
-    shard.on_delivery(bench.command("hi", id="c1"))
-    await asyncio.sleep(60)
-    assert bench.chat.sent == []
-    assert outcomes(bench) == [("c1", "parked", "needs_login")]
-    bench.stale.clear()
-    shard.heard("s1", BOT, USER)
-    await asyncio.sleep(5)
-    assert bench.chat.texts == ["hi"]
-
-
-async def test_what_waits_for_a_login_goes_to_the_bot_that_is_bound_then() -> None:
-    bench, shard = await ready()
-    await bench.bind(state="needs_login")
-    shard.on_delivery(bench.command("hi", id="c1"))
-    await asyncio.sleep(60)
-    assert outcomes(bench) == [("c1", "parked", "needs_login")]
-
-    await bench.bind(bot="b9@im.bot")
-    await bench.bindings.remove(BOT)
-    await user_writes(bench, shard, bot="b9@im.bot")
-    await asyncio.sleep(5)
-    assert [sent.bot for sent in bench.chat.sent] == ["b9@im.bot"]
-
-
-async def test_a_refusal_for_want_of_a_login_tells_of_the_parts_that_were_sent() -> None:
-    bench, shard = await ready()
-    bench.chat.sends.extend([Accepted("1", 0, None, ""), STALE])
-    shard.on_delivery(
-        bench.command(
-            id="c1", when_closed="refuse", items=[{"kind": "text", "text": "a"}, {"kind": "text", "text": "b"}]
-        )
-    )
-    await asyncio.sleep(10)
-    (receipt,) = bench.bus.receipts()
-    assert (receipt.outcome, receipt.reason, receipt.message_ids) == ("refused", "needs_login", ["1"])
-
-
-# crashes and other owners --------------------------------------------------------------------------------
-
-
 def in_hand(bench: Bench, delivery: FakeDelivery, **fields: Any) -> Hand:
     """The record as an owner leaves it who dies with this command in hand."""
     body = msgspec.json.decode(delivery.data, type=Outbound)
@@ -1229,26 +620,6 @@ async def test_who_loses_the_lease_stops_at_once_and_settles_nothing() -> None:
     await asyncio.sleep(60)
     assert bench.chat.texts == ["t0"]
     assert [delivery.acks for delivery in deliveries] == [1, 0, 0]
-
-
-async def test_lanes_that_wait_for_the_lease_hardly_look_at_it() -> None:
-    """Thousands that look several times a second keep a process so busy that it does not get the lease back."""
-    bench, shard = await ready()
-    bench.leases.is_valid, looks = False, 0
-    check = bench.leases.check
-
-    def counted(shard: int) -> None:
-        nonlocal looks
-        looks += 1
-        check(shard)
-
-    bench.leases.check = counted  # type: ignore[method-assign]
-    shard.on_delivery(bench.command("t0"))
-    await asyncio.sleep(60)
-    assert 0 < looks < 15
-    bench.leases.is_valid = True  # a notification that got lost does not matter
-    await asyncio.sleep(6)
-    assert bench.chat.texts == ["t0"]
 
 
 async def test_commands_that_come_at_once_are_worked_on_a_few_in_each_round_of_the_event_loop() -> None:
@@ -1535,9 +906,6 @@ async def test_draining_waits_no_longer_than_it_may() -> None:
     assert bench.clock.monotonic() - began <= 12.0
 
 
-# the bus in trouble --------------------------------------------------------------------------------------
-
-
 async def test_a_bus_that_is_away_delays_and_loses_nothing() -> None:
     bench, shard = await ready()
     shard.on_delivery(bench.command("t0", id="c0"))
@@ -1553,16 +921,6 @@ async def test_a_bus_that_is_away_delays_and_loses_nothing() -> None:
     await asyncio.sleep(30)
     assert bench.chat.texts == ["t0", "t1"]
     assert delivery.acks == 1
-
-
-async def test_a_bug_in_one_lane_is_logged_and_tried_again() -> None:
-    bench, shard = await ready()
-    bench.chat.on_send = Failing(2, RuntimeError("a bug"))
-    with capture_logs() as logs:
-        shard.on_delivery(bench.command("hi", id="c1"))
-        await asyncio.sleep(60)
-    assert [line["event"] for line in logs].count("lane.crashed") >= 1
-    assert len(finals(bench)) == 1
 
 
 async def test_a_message_in_the_parked_stream_that_nobody_can_read_stops_nothing() -> None:

@@ -20,7 +20,7 @@ from adapter.parked import item_of
 from adapter.ports import Accepted, Message, Stored
 from adapter.records import Hand
 from tests.fakes import GAP_S, LIMITS, Bench, Sent
-from tests.test_outbound import BOT, USER, finals, outcomes, parked, ready, user_writes
+from tests.shards import BOT, USER, finals, outcomes, parked, ready, user_writes
 
 VIRTUAL_TIME = True
 

@@ -18,7 +18,7 @@ from adapter.records import Binding
 from adapter.typing_indicator import HIDES, RENEW_S
 from adapter.typing_tickets import TICKET_S
 from tests.fakes import Bench, settle
-from tests.test_outbound import BOT, USER, outcomes, parked, user_writes
+from tests.shards import BOT, USER, outcomes, parked, user_writes
 
 VIRTUAL_TIME = True
 

@@ -1,0 +1,221 @@
+"""What must wait for the user: parked, told, and sent in order when they write; or refused, or expired."""
+
+from __future__ import annotations
+
+import asyncio
+
+from adapter.errors import BusRefused
+from adapter.settling import GONE_S
+from tests.fakes import LIMITS, RULES
+from tests.shards import THROTTLED, finals, outcomes, parked, ready, user_writes
+
+VIRTUAL_TIME = True
+
+
+async def test_what_must_wait_is_parked_and_flushed_in_order() -> None:
+    bench, shard = await ready(is_open=False)
+    deliveries = [bench.command(f"t{number}", id=f"c{number}") for number in range(3)]
+    for delivery in deliveries:
+        shard.on_delivery(delivery)
+    await asyncio.sleep(5)
+    assert parked(bench) == ["c0", "c1", "c2"]
+    assert [delivery.acks for delivery in deliveries] == [1, 1, 1]
+    assert [outcome for _, outcome, _ in outcomes(bench)] == ["parked"] * 3
+
+    await user_writes(bench, shard)
+    shard.on_delivery(bench.command("t3", id="c3"))
+    await asyncio.sleep(60)
+    assert bench.chat.texts == ["t0", "t1", "t2", "t3"]
+    assert [receipt.command for receipt in finals(bench)] == ["c0", "c1", "c2", "c3"]
+    assert parked(bench) == []
+
+
+async def test_what_is_parked_and_not_shown_for_a_moment_is_not_overtaken() -> None:
+    """By a cluster that is losing its leaders. What an operator removed is not waited for for ever."""
+    bench, shard = await ready(is_open=False)
+    for number in range(3):
+        shard.on_delivery(bench.command(f"t{number}", id=f"c{number}"))
+    await asyncio.sleep(5)
+    hidden = [kept for kept in bench.bus.kept if kept.stored in bench.bus.found("PARKED")][:2]
+    bench.bus.kept = [kept for kept in bench.bus.kept if kept not in hidden]
+    await user_writes(bench, shard)
+    await asyncio.sleep(GONE_S / 2)
+    assert bench.chat.texts == []
+    bench.bus.kept.insert(0, hidden[0])
+    await asyncio.sleep(60)
+    assert bench.chat.texts == ["t0", "t2"]
+
+
+async def test_many_that_are_gone_hold_up_what_is_behind_them_once() -> None:
+    """An operator has purged what is parked."""
+    bench, shard = await ready(is_open=False)
+    for number in range(30):
+        shard.on_delivery(bench.command(f"t{number}"))
+    await asyncio.sleep(5)
+    bench.bus.kept = [kept for kept in bench.bus.kept if kept.stored not in bench.bus.found("PARKED")]
+    await user_writes(bench, shard)
+    shard.on_delivery(bench.command("hi"))
+    await asyncio.sleep(2 * GONE_S)
+    assert bench.chat.texts == ["hi"]
+
+
+async def test_the_time_that_a_command_is_parked_is_not_counted_as_ours() -> None:
+    bench, shard = await ready(is_open=False)
+    shard.on_delivery(bench.command("hi", id="c1"))
+    await asyncio.sleep(3600)
+    await user_writes(bench, shard)
+    await asyncio.sleep(60)
+    assert [receipt.outcome for receipt in finals(bench)] == ["accepted"]
+    assert bench.metrics.value("outbound_duration_seconds_count", outcome="settled") == 1
+    assert bench.metrics.value("outbound_duration_seconds_sum", outcome="settled") < 10
+
+
+async def test_a_parked_receipt_says_why() -> None:
+    bench, shard = await ready(is_open=False)
+    shard.on_delivery(bench.command("hi", id="c1"))
+    await asyncio.sleep(5)
+    (receipt,) = bench.bus.receipts()
+    assert (receipt.outcome, receipt.reason) == ("parked", "window_closed")
+    assert receipt.detail
+
+
+async def test_minus_2_parks_this_and_everything_after_it() -> None:
+    bench, shard = await ready()
+    bench.chat.sends.append(THROTTLED)
+    for number in range(3):
+        shard.on_delivery(bench.command(f"t{number}", id=f"c{number}"))
+    await asyncio.sleep(30)
+    assert bench.chat.texts == ["t0"]
+    assert [(command, outcome) for command, outcome, _ in outcomes(bench)] == [
+        ("c0", "parked"),
+        ("c1", "parked"),
+        ("c2", "parked"),
+    ]
+
+    await user_writes(bench, shard)
+    await asyncio.sleep(60)
+    assert bench.chat.texts == ["t0", "t0", "t1", "t2"]
+    assert bench.chat.sent[0].client_id == bench.chat.sent[1].client_id
+    assert [receipt.command for receipt in finals(bench)] == ["c0", "c1", "c2"]
+
+
+async def test_minus_2_costs_one_attempt() -> None:
+    """F11: no retry storm, also with more commands to come."""
+    bench, shard = await ready()
+    bench.chat.sends.extend([THROTTLED] * 50)
+    for number in range(20):
+        shard.on_delivery(bench.command(f"t{number}"))
+        await asyncio.sleep(60)
+    assert len(bench.chat.sent) == 1
+    assert bench.bus.receipts()[0].errmsg == THROTTLED.errmsg
+
+
+async def test_after_the_cool_down_one_probe_goes_out() -> None:
+    """F12: what fails then waits a whole cool-down more."""
+    bench, shard = await ready()
+    bench.chat.sends.extend([THROTTLED] * 3)
+    shard.on_delivery(bench.command("hi", id="c1"))
+    await asyncio.sleep(2 * RULES.cooldown_s + 60)
+    at = [sent.at_s for sent in bench.chat.sent]
+    assert [round(later - at[0]) for later in at] == [0, 3600, 7200]
+    await asyncio.sleep(RULES.cooldown_s)
+    assert [outcome for _, outcome, _ in outcomes(bench)] == ["parked", "accepted"]
+
+
+async def test_minus_2_in_a_second_window_refuses_the_command_and_the_others_go() -> None:
+    bench, shard = await ready()
+    bench.chat.sends.extend([THROTTLED, THROTTLED])
+    shard.on_delivery(bench.command("poison", id="c0"))
+    shard.on_delivery(bench.command("fine", id="c1"))
+    await asyncio.sleep(10)
+    await user_writes(bench, shard)
+    await asyncio.sleep(10)
+    assert outcomes(bench)[-1] == ("c0", "refused", "throttled")
+    assert bench.chat.texts == ["poison", "poison"]
+    await user_writes(bench, shard)
+    await asyncio.sleep(10)
+    assert bench.chat.texts == ["poison", "poison", "fine"]
+    assert [receipt.command for receipt in finals(bench)] == ["c0", "c1"]
+
+
+async def test_ten_sends_per_window_and_the_rest_at_the_next_message() -> None:
+    bench, shard = await ready()
+    for number in range(25):
+        shard.on_delivery(bench.command(f"t{number}", id=f"c{number}"))
+    await asyncio.sleep(120)
+    assert len(bench.chat.sent) == 10
+    assert [reason for _, outcome, reason in outcomes(bench) if outcome == "parked"] == ["quota"] + ["quota"] * 14
+    await user_writes(bench, shard)
+    await asyncio.sleep(120)
+    assert len(bench.chat.sent) == 20
+    await user_writes(bench, shard)
+    await asyncio.sleep(120)
+    assert bench.chat.texts == [f"t{number}" for number in range(25)]
+    assert len(finals(bench)) == 25
+
+
+async def test_what_does_not_want_to_wait_is_refused_at_once() -> None:
+    bench, shard = await ready(is_open=False)
+    delivery = bench.command("hi", id="c1", when_closed="refuse")
+    shard.on_delivery(delivery)
+    await asyncio.sleep(5)
+    assert outcomes(bench) == [("c1", "refused", "window_closed")]
+    assert delivery.acks == 1
+    assert bench.chat.sent == []
+
+
+async def test_what_does_not_want_to_wait_is_refused_behind_others_that_do() -> None:
+    bench, shard = await ready(is_open=False)
+    shard.on_delivery(bench.command("hi", id="c1"))
+    shard.on_delivery(bench.command("hi", id="c2", when_closed="refuse"))
+    await asyncio.sleep(5)
+    assert outcomes(bench) == [("c1", "parked", "window_closed"), ("c2", "refused", "window_closed")]
+
+
+async def test_what_does_not_want_to_wait_is_refused_at_minus_2_with_what_ilink_said() -> None:
+    bench, shard = await ready()
+    bench.chat.sends.append(THROTTLED)
+    shard.on_delivery(bench.command("hi", id="c1", when_closed="refuse"))
+    await asyncio.sleep(5)
+    (receipt,) = bench.bus.receipts()
+    assert (receipt.outcome, receipt.reason, receipt.ret, receipt.attempts) == ("refused", "throttled", -2, 1)
+
+
+async def test_too_many_parked_commands_are_refused() -> None:
+    bench, shard = await ready(is_open=False, parked_per_user=2)
+    for number in range(3):
+        shard.on_delivery(bench.command("hi", id=f"c{number}"))
+    await asyncio.sleep(5)
+    assert outcomes(bench)[-1] == ("c2", "refused", "backlog")
+    assert parked(bench) == ["c0", "c1"]
+
+
+async def test_what_the_bus_will_not_park_is_refused() -> None:
+    bench, shard = await ready(is_open=False)
+    bench.bus.refuse = lambda message: BusRefused(10047, "no space") if message.stream == "parked" else None
+    shard.on_delivery(bench.command("hi", id="c1"))
+    await asyncio.sleep(5)
+    assert outcomes(bench) == [("c1", "refused", "backlog")]
+
+
+async def test_what_waits_too_long_expires_where_it_waits() -> None:
+    bench, shard = await ready(is_open=False)
+    shard.on_delivery(bench.command("hi", id="c1", expires_in_s=600))
+    shard.on_delivery(bench.command("hi", id="c2"))
+    await asyncio.sleep(599)
+    assert finals(bench) == []
+    await asyncio.sleep(10)
+    assert [(receipt.command, receipt.reason) for receipt in finals(bench)] == [("c1", "expired")]
+    assert parked(bench) == ["c2"]
+    await asyncio.sleep(LIMITS.park_ms / 1000)
+    assert [(receipt.command, receipt.reason) for receipt in finals(bench)] == [("c1", "expired"), ("c2", "expired")]
+
+
+async def test_what_expires_in_the_queue_is_not_sent() -> None:
+    bench, shard = await ready()
+    bench.chat.took_s = 20.0
+    shard.on_delivery(bench.command("slow", id="c1"))
+    shard.on_delivery(bench.command("late", id="c2", expires_in_s=5))
+    await asyncio.sleep(60)
+    assert bench.chat.texts == ["slow"]
+    assert outcomes(bench) == [("c1", "accepted", ""), ("c2", "refused", "expired")]
