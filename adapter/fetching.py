@@ -152,7 +152,7 @@ class Downloads:
                 failures = 0
                 continue
             except LeaseLost:  # it may come back; where it does not, `stop` follows
-                await self._leased()
+                await self._incoming.leases.held(self.number, 1.0)
                 continue
             except Temporary as exc:
                 failures += 1
@@ -163,10 +163,6 @@ class Downloads:
             await self._incoming.clock.sleep(backoff(failures, first_s=0.2, longest_s=30.0))
         del self._queues[sandbox, bot]
         self._changed.notify()
-
-    async def _leased(self) -> None:
-        leases = self._incoming.leases
-        await leases.changed.until(lambda: leases.valid and self.number in leases.owned, 1.0)
 
     async def _turn(self, queue: Queue) -> None:
         """One step for a bot. Raises Temporary, LeaseLost."""

@@ -60,7 +60,7 @@ class LaneWork(Settling):
             except Draining:
                 break
             except LeaseLost:  # paused: it may come back; lost: somebody stops us
-                await any_of(self._leased(), self._drain.wait(), timeout_s=PAUSED_S)
+                await any_of(self._needs.leases.held(self.number), self._drain.wait(), timeout_s=PAUSED_S)
                 wait_s = 0.2
             except Temporary as exc:
                 log.warning("lane.waits", sandbox=lane.sandbox, reason=exc.reason)

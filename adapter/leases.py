@@ -52,6 +52,10 @@ class Leases(Membership):
         if shard not in self.owned or not self.valid:
             raise LeaseLost("lease_lost", f"shard {shard}")
 
+    async def held(self, shard: int, timeout_s: float | None = None) -> None:
+        """Returns once `check` would let it pass, or after `timeout_s` seconds."""
+        await self.changed.until(lambda: self.valid and shard in self.owned, timeout_s)
+
     async def run(self) -> None:
         """Joins, renews, claims, until cancelled. Joins anew, as another incarnation, when it was revoked."""
         while True:

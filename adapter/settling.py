@@ -111,11 +111,6 @@ class Settling:
             raise LeaseLost("lease_lost", f"shard {self.number}")
         self._needs.leases.check(self.number)
 
-    async def _leased(self) -> None:
-        """Returns once this replica may work for the shard, as far as the lease goes."""
-        leases = self._needs.leases
-        await leases.changed.until(lambda: leases.valid and self.number in leases.owned)
-
     async def _pause(self, seconds: float) -> None:
         """Raises Draining when the service stops meanwhile."""
         if await first_of(self._drain, seconds):
