@@ -89,7 +89,7 @@ async def read(client: Client, raw: bytes) -> dict[str, str] | type[Exception]:
 @example(b"NATS/1.0", [b"A: 1", b"A: 2"])
 async def test_it_reads_the_headers_that_nats_py_reads(first: bytes, lines: list[bytes]) -> None:
     raw = b"".join(line + b"\r\n" for line in [first, *lines, b""])
-    assume(raw.count(b"Nats-Msg-Id") < 2)  # of those the server's own counts: test_bus
+    assume(raw.count(b"Nats-Msg-Id") < 2)  # of those the server's own counts: test_consumer
     assert await read(BusClient(), raw) == await read(Client(), raw)
 
 

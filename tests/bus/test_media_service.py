@@ -37,7 +37,7 @@ from adapter.settings import Settings
 from adapter.simulator import samples
 from adapter.timing import SystemClock
 from tests.bus.guarded import ports_of
-from tests.bus.test_bus import PATIENCE_S
+from tests.bus.rig import PATIENCE_S
 from tests.e2e.waiting import until
 
 NAMES = Names()

@@ -17,7 +17,7 @@ from adapter.errors import BusRefused, Refused, Temporary, Unreadable
 from adapter.jetstream import topology
 from adapter.jetstream.objects import CHUNK, OUTSTANDING, ObjectStore
 from adapter.ports import Objects, StoredObject
-from tests.bus.test_bus import NAMES, Bus, Rig, bus, rig, rig_on  # noqa: F401
+from tests.bus.rig import NAMES, Bus, Rig, rig_on
 from tests.e2e.waiting import until
 
 STREAM = f"OBJ_{NAMES.media}"
@@ -37,17 +37,17 @@ async def whole(store: Objects, stored: StoredObject) -> bytes:
 
 
 @pytest.fixture
-def store(rig: Rig) -> ObjectStore:  # noqa: F811
+def store(rig: Rig) -> ObjectStore:
     return ObjectStore(rig.link, rig.publisher, NAMES.media)
 
 
-async def theirs(rig: Rig) -> TheirStore:  # noqa: F811
+async def theirs(rig: Rig) -> TheirStore:
     client = rig.link.nc
     assert client is not None
     return await client.jetstream().object_store(NAMES.media)
 
 
-async def count(rig: Rig, subject: str) -> int:  # noqa: F811
+async def count(rig: Rig, subject: str) -> int:
     return sum((await rig.history.counts(STREAM, subject)).values())
 
 
@@ -55,7 +55,7 @@ SIZES = [0, 1, CHUNK - 1, CHUNK, CHUNK + 1, 30 * CHUNK + 5]
 
 
 @pytest.mark.parametrize("size", SIZES)
-async def test_what_we_store_is_read_by_nats_py_and_by_us(rig: Rig, store: ObjectStore, size: int) -> None:  # noqa: F811
+async def test_what_we_store_is_read_by_nats_py_and_by_us(rig: Rig, store: ObjectStore, size: int) -> None:
     data = content(size)
     stored = await store.put("s1/in/a b.png", pieces_of(data), mime="image/png", title="a b.png")
     assert (stored.size, stored.sha256) == (size, hashlib.sha256(data).hexdigest())
@@ -72,7 +72,7 @@ async def test_what_we_store_is_read_by_nats_py_and_by_us(rig: Rig, store: Objec
 
 
 @pytest.mark.parametrize("size", SIZES)
-async def test_what_nats_py_stores_is_read_by_us(rig: Rig, store: ObjectStore, size: int) -> None:  # noqa: F811
+async def test_what_nats_py_stores_is_read_by_us(rig: Rig, store: ObjectStore, size: int) -> None:
     data = content(size)
     await (await theirs(rig)).put("s1/x", data)
     stored = await store.info("s1/x")
@@ -82,7 +82,7 @@ async def test_what_nats_py_stores_is_read_by_us(rig: Rig, store: ObjectStore, s
     assert await by_pieces(store, stored) == data
 
 
-async def test_their_pieces_may_be_of_any_size(rig: Rig, store: ObjectStore) -> None:  # noqa: F811
+async def test_their_pieces_may_be_of_any_size(rig: Rig, store: ObjectStore) -> None:
     meta = ObjectMeta(name="s1/x")
     meta.options = ObjectMetaOptions(max_chunk_size=1000)
     await (await theirs(rig)).put("s1/x", content(25_500), meta)
@@ -107,7 +107,7 @@ async def test_an_object_is_read_piece_by_piece(store: ObjectStore, size: int) -
     assert await by_pieces(store, stored) == content(size)
 
 
-async def test_a_new_object_replaces_the_old_one_and_its_pieces(rig: Rig, store: ObjectStore) -> None:  # noqa: F811
+async def test_a_new_object_replaces_the_old_one_and_its_pieces(rig: Rig, store: ObjectStore) -> None:
     old = await store.put("s1/x", pieces_of(content(300_000)))
     new = await store.put("s1/x", pieces_of(b"new"))
     assert await store.info("s1/x") == new
@@ -120,7 +120,7 @@ async def test_a_new_object_replaces_the_old_one_and_its_pieces(rig: Rig, store:
         await store.piece(old, 0)
 
 
-async def test_there_is_none_where_it_is_deleted_or_never_was(rig: Rig, store: ObjectStore) -> None:  # noqa: F811
+async def test_there_is_none_where_it_is_deleted_or_never_was(rig: Rig, store: ObjectStore) -> None:
     other = await theirs(rig)
     assert await store.info("s1/x") is None
     await store.put("s1/x", pieces_of(b"abc"))
@@ -130,7 +130,7 @@ async def test_there_is_none_where_it_is_deleted_or_never_was(rig: Rig, store: O
     assert (await other.get("s1/x")).data == b"again"
 
 
-async def test_a_link_to_elsewhere_is_no_object(rig: Rig, store: ObjectStore) -> None:  # noqa: F811
+async def test_a_link_to_elsewhere_is_no_object(rig: Rig, store: ObjectStore) -> None:
     """Others may make links in a store; who reads one by us must not get what it points to."""
     await store.put("s2/secret", pieces_of(b"abc"))
     assert rig.link.nc is not None
@@ -142,7 +142,7 @@ async def test_a_link_to_elsewhere_is_no_object(rig: Rig, store: ObjectStore) ->
 
 
 @pytest.mark.parametrize("after", [0, 1, 20])
-async def test_nothing_stays_where_the_source_fails(rig: Rig, store: ObjectStore, after: int) -> None:  # noqa: F811
+async def test_nothing_stays_where_the_source_fails(rig: Rig, store: ObjectStore, after: int) -> None:
     closed = False
 
     async def source() -> AsyncIterator[bytes]:
@@ -162,7 +162,7 @@ async def test_nothing_stays_where_the_source_fails(rig: Rig, store: ObjectStore
     assert await count(rig, f"$O.{NAMES.media}.C.>") == 1
 
 
-async def test_nothing_stays_where_it_is_cancelled(rig: Rig, store: ObjectStore) -> None:  # noqa: F811
+async def test_nothing_stays_where_it_is_cancelled(rig: Rig, store: ObjectStore) -> None:
     reached, closed = asyncio.Event(), asyncio.Event()
 
     async def source() -> AsyncIterator[bytes]:
@@ -184,7 +184,7 @@ async def test_nothing_stays_where_it_is_cancelled(rig: Rig, store: ObjectStore)
     assert await count(rig, f"$O.{NAMES.media}.>") == 0
 
 
-async def test_a_source_is_asked_no_faster_than_the_bus_takes(rig: Rig, store: ObjectStore) -> None:  # noqa: F811
+async def test_a_source_is_asked_no_faster_than_the_bus_takes(rig: Rig, store: ObjectStore) -> None:
     """While the bus is away, what is in memory is bounded; then it goes on, and nothing is there twice."""
     given = 0
 
@@ -206,13 +206,13 @@ async def test_a_source_is_asked_no_faster_than_the_bus_takes(rig: Rig, store: O
     assert await count(rig, f"$O.{NAMES.media}.C.>") == 60
 
 
-async def test_many_objects_at_once(rig: Rig, store: ObjectStore) -> None:  # noqa: F811
+async def test_many_objects_at_once(rig: Rig, store: ObjectStore) -> None:
     made = await asyncio.gather(*(store.put(f"s1/{n}", pieces_of(content(500_000, n))) for n in range(10)))
     found = await asyncio.gather(*(whole(store, stored) for stored in made))
     assert found == [content(500_000, n) for n in range(10)]
 
 
-async def test_missing_or_other_bytes_are_told(rig: Rig, store: ObjectStore) -> None:  # noqa: F811
+async def test_missing_or_other_bytes_are_told(rig: Rig, store: ObjectStore) -> None:
     stored = await store.put("s1/x", pieces_of(content(3 * CHUNK)))
     with pytest.raises(Unreadable):
         await whole(store, stored._replace(sha256="0" * 64))
@@ -234,8 +234,8 @@ async def test_an_empty_object_with_a_wrong_digest_is_told_too(store: ObjectStor
         await whole(store, stored._replace(sha256="0" * 64))
 
 
-async def test_a_full_store_refuses_and_keeps_nothing(bus: Bus) -> None:  # noqa: F811
-    async with rig_on(bus, streams=False) as rig:  # noqa: F811
+async def test_a_full_store_refuses_and_keeps_nothing(bus: Bus) -> None:
+    async with rig_on(bus, streams=False) as rig:
         settings = bus.settings
         (wanted,) = [w for w in topology.streams(NAMES, settings) if w.name == STREAM]
         await topology.create(rig.link, wanted._replace(config=wanted.config | {"max_bytes": 5 * CHUNK}))
@@ -246,7 +246,7 @@ async def test_a_full_store_refuses_and_keeps_nothing(bus: Bus) -> None:  # noqa
         assert await whole(store, stored) == content(CHUNK)
 
 
-async def test_a_bus_that_is_away_is_temporary_for_readers(rig: Rig, store: ObjectStore) -> None:  # noqa: F811
+async def test_a_bus_that_is_away_is_temporary_for_readers(rig: Rig, store: ObjectStore) -> None:
     stored = await store.put("s1/x", pieces_of(content(CHUNK)))
     rig.bus.kill()
     await until(lambda: not rig.link.up, "the bus is away")
@@ -255,7 +255,7 @@ async def test_a_bus_that_is_away_is_temporary_for_readers(rig: Rig, store: Obje
             await work
 
 
-async def test_the_store_is_as_nats_py_expects_it(rig: Rig, store: ObjectStore) -> None:  # noqa: F811
+async def test_the_store_is_as_nats_py_expects_it(rig: Rig, store: ObjectStore) -> None:
     status = await (await theirs(rig)).status()
     assert status.bucket == NAMES.media
     assert status.ttl == rig.bus.settings.media_hours * 3600

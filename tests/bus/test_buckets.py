@@ -1,0 +1,326 @@
+"""Buckets: compare-and-set, news and what they miss, and who may say what a lease is worth."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import msgspec
+import pytest
+from nats.aio.msg import Msg
+
+from adapter.errors import Conflict, Temporary
+from adapter.jetstream.buckets import KvBucket, LeaseRegister
+from adapter.jetstream.history import direct_get
+from adapter.jetstream.publisher import Publisher
+from adapter.names import SHARDS, peer_key
+from adapter.ports import Entry, Message, PubAck, Stored
+from adapter.timing import SystemClock
+from tests.bus.rig import NAMES, STATUS, Rig, event
+from tests.e2e.waiting import eventually, until
+from tests.growth import census, growing
+
+KEY = peer_key("b1@im.bot", "u1@im.wechat")
+
+
+async def test_a_stored_message_with_a_status_among_its_headers_is_read_as_any_other(rig: Rig) -> None:
+    for number, headers in enumerate(STATUS):
+        await rig.publisher.publish(msgspec.structs.replace(event(number), headers=headers))
+    assert await rig.read(NAMES.stream_event, NAMES.event("s1", "*")) == [b"0", b"1", b"2", b"3", b"4"]
+
+
+async def test_a_bucket_tells_what_is_there_below_a_token(rig: Rig) -> None:
+    bucket = rig.bucket(NAMES.typing)
+    assert await bucket.below("7") == []
+    first = await bucket.update(f"7.{KEY}", b"1", 0)
+    await bucket.update(f"7.{peer_key('gone@im.bot', 'u')}", b"2", 0)
+    await bucket.delete(f"7.{peer_key('gone@im.bot', 'u')}")
+    await bucket.update(f"77.{KEY}", b"3", 0)
+    assert await bucket.below("7") == [Entry(f"7.{KEY}", b"1", first)]
+
+
+async def test_a_bucket_compares_and_sets(rig: Rig) -> None:
+    bucket = rig.bucket()
+    assert await bucket.get(KEY) is None
+    first = await bucket.update(KEY, b"1", 0)
+    with pytest.raises(Conflict):
+        await bucket.update(KEY, b"x", 0)
+    second = await bucket.update(KEY, b"2", first)
+    with pytest.raises(Conflict):
+        await bucket.update(KEY, b"x", first)
+    assert await bucket.get(KEY) == Entry(KEY, b"2", second)
+    with pytest.raises(Conflict):
+        await bucket.delete(KEY, first)
+    gone = await bucket.delete(KEY, second)
+    assert await bucket.get(KEY) == Entry(KEY, None, gone)
+    assert await bucket.update(KEY, b"3", gone) > gone
+
+
+class Twice:
+    """A publisher that writes once more, as after an answer that got lost."""
+
+    def __init__(self, publisher: Publisher) -> None:
+        self._publisher = publisher
+
+    async def publish(self, message: Message) -> PubAck:
+        await self._publisher.publish(message)
+        return await self._publisher.publish(message)
+
+
+async def test_a_write_whose_answer_got_lost_is_known_again(rig: Rig) -> None:
+    bucket = KvBucket(rig.link, Twice(rig.publisher), NAMES.context)  # type: ignore[arg-type]
+    written = await bucket.update(KEY, b"1", 0)
+    assert await bucket.get(KEY) == Entry(KEY, b"1", written)
+    await rig.bucket().update(KEY, b"other", written)
+    with pytest.raises(Conflict):
+        await bucket.update(KEY, b"2", written)
+
+
+async def test_of_many_who_write_at_once_one_wins(rig: Rig) -> None:
+    bucket = rig.bucket()
+    results = await asyncio.gather(
+        *(bucket.update(KEY, str(number).encode(), 0) for number in range(20)), return_exceptions=True
+    )
+    assert [isinstance(result, Conflict) for result in results].count(False) == 1
+
+
+async def test_a_follower_sees_what_is_stored_and_never_what_was_refused(rig: Rig) -> None:
+    """A plain subscription to the bucket's subjects would show both."""
+    bucket = rig.bucket(NAMES.bindings)
+    revision = await bucket.update("a", b"1", 0)
+    seen: list[Entry] = []
+    loaded = asyncio.Event()
+    rig.spawn(bucket.follow(seen.append, on_loaded=loaded.set))
+    await loaded.wait()
+    assert seen == [Entry("a", b"1", revision)]
+    with contextlib.suppress(Conflict):
+        await bucket.update("a", b"refused", 99)
+    second = await bucket.update("a", b"2", revision)
+    third = await bucket.delete("a")
+    await until(lambda: len(seen) == 3, "both changes are seen")
+    assert seen[1:] == [Entry("a", b"2", second), Entry("a", None, third)]
+
+
+async def test_a_follower_misses_nothing_across_a_kill(rig: Rig) -> None:
+    """It hears of what others wrote while it could not listen."""
+    bucket = rig.bucket(NAMES.bindings)
+    seen: dict[str, Entry] = {}
+    order: list[int] = []
+
+    def see(entry: Entry) -> None:
+        seen[entry.key] = entry
+        order.append(entry.revision)
+
+    rig.spawn(bucket.follow(see))
+    for number in range(50):
+        await bucket.update(f"k{number}", b"before", 0)
+    rig.bus.kill()
+    await rig.bus.start()
+    for number in range(50, 60):
+        await bucket.update(f"k{number}", b"after", 0)
+    await bucket.delete("k0")
+    await until(lambda: len(seen) == 60 and seen["k0"].value is None, "everything is seen")
+    assert len(order) == len(set(order)), "no entry twice, none older than one before"
+
+
+async def looks(rig: Rig, bucket: KvBucket) -> Callable[[int], Awaitable[None]]:
+    """Waits until a follower of the bucket has looked that often more whether something is missing."""
+    found = 0
+
+    async def on_message(_: Msg) -> None:
+        nonlocal found
+        found += 1
+
+    assert rig.link.nc is not None
+    await rig.link.nc.subscribe(f"$JS.API.STREAM.INFO.{bucket.stream}", cb=on_message)
+
+    async def more(count: int) -> None:
+        wanted = found + count
+        await until(lambda: found >= wanted, "it looks again")
+
+    return more
+
+
+@pytest.mark.parametrize("lost", ["every news", "one in the middle", "the last"])
+async def test_a_follower_finds_what_no_news_told_it(rig: Rig, lost: str) -> None:
+    """News are at most once."""
+    bucket = rig.bucket(NAMES.bindings)
+    seen: dict[str, Entry] = {}
+    loaded = asyncio.Event()
+    news, bucket.news = bucket.news, "elsewhere" if lost == "every news" else bucket.news
+    assert rig.link.nc is not None
+    subscribe = rig.link.nc.subscribe
+
+    async def but_some(subject: str, *, cb: Callable[[Msg], Awaitable[None]], **options: Any) -> Any:
+        numbers = itertools.count(1)
+        wanted = {"one in the middle": {3}, "the last": {4}}.get(lost, set())
+
+        async def on_message(msg: Msg) -> None:
+            if next(numbers) not in wanted:
+                await cb(msg)
+
+        return await subscribe(subject, cb=on_message if subject.startswith(news) else cb, **options)
+
+    rig.link.nc.subscribe = but_some  # type: ignore[assignment,method-assign]
+    rig.spawn(bucket.follow(lambda entry: seen.update({entry.key: entry}), on_loaded=loaded.set, reload_s=0.05))
+    await until(loaded.is_set, "it has read")
+    first = {key: await bucket.update(key, b"1", 0) for key in ("a", "b")}
+    second = {key: await bucket.update(key, b"2", first[key]) for key in ("a", "b")}
+    await until(lambda: seen == {key: Entry(key, b"2", second[key]) for key in second}, "all is seen")
+
+
+async def test_a_follower_that_misses_nothing_does_not_read_again(rig: Rig) -> None:
+    """Ten thousand bindings cost as much as that many messages, every half minute."""
+    bucket = rig.bucket(NAMES.bindings)
+    loads = 0
+
+    def count() -> None:
+        nonlocal loads
+        loads += 1
+
+    seen: list[Entry] = []
+    more = await looks(rig, bucket)
+    rig.spawn(bucket.follow(seen.append, on_loaded=count, reload_s=0.05))
+    await until(lambda: loads == 1, "it has read")
+    for number in range(20):
+        await bucket.update(f"k{number}", b"x", 0)
+    await bucket.delete("k0")
+    await until(lambda: len(seen) == 21, "all is seen")
+    await more(2)
+    before = loads
+    await more(5)
+    assert loads == before
+    await bucket.purge("k5", seen[5].revision)
+    await until(lambda: loads > before, "a purge is noticed")
+
+
+async def test_a_follower_reads_again_when_the_server_that_answered_lags(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has seen as many keys as there are, and one of them in an older value."""
+    bucket = rig.bucket(NAMES.bindings)
+    first = await bucket.update("k", b"1", 0)
+    seen: list[bytes | None] = []
+    loaded = asyncio.Event()
+
+    async def lagging(*query: Any) -> AsyncIterator[Stored]:
+        async for stored in direct_get(*query):
+            yield stored if loaded.is_set() else Stored(stored.subject, first, stored.headers, b"1")
+
+    monkeypatch.setattr("adapter.jetstream.history.direct_get", lagging)
+    await bucket.update("k", b"2", first)
+    rig.spawn(bucket.follow(lambda entry: seen.append(entry.value), on_loaded=loaded.set, reload_s=0.05))
+    await until(lambda: seen == [b"1", b"2"], "it reads again")
+
+
+async def test_a_follower_reads_again_what_it_could_not_read_to_the_end(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has heard of the newest sequence by then, and has as many keys as there are."""
+    bucket = rig.bucket(NAMES.bindings)
+    first = await bucket.update("k", b"1", 0)
+    seen: list[bytes | None] = []
+    failures = 0
+
+    async def failing(*query: Any) -> AsyncIterator[Stored]:
+        nonlocal failures
+        if seen and not failures:
+            failures += 1
+            raise Temporary("bus_busy")
+        async for stored in direct_get(*query):
+            yield stored
+
+    monkeypatch.setattr("adapter.jetstream.history.direct_get", failing)
+    bucket.news = "elsewhere"
+    rig.spawn(bucket.follow(lambda entry: seen.append(entry.value), reload_s=0.05))
+    await until(lambda: seen == [b"1"], "it has read")
+    await bucket.update("k", b"2", first)
+    await until(lambda: seen == [b"1", b"2"], "it reads again")
+    assert failures == 1
+
+
+async def test_a_lease_register_answers_from_the_leader_and_fails_in_time(rig: Rig) -> None:
+    register = LeaseRegister(rig.link, NAMES.members, ttl_s=60)
+    assert await register.get("r1") is None
+    first = await register.write("r1", b"1", 0)
+    with pytest.raises(Conflict):
+        await register.write("r1", b"x", 0)
+    assert await register.get("r1") == Entry("r1", b"1", first)
+    assert await register.entries() == [Entry("r1", b"1", first)]
+    gone = await register.write("r1", None, first)
+    assert await register.get("r1") == Entry("r1", None, gone)
+    assert await register.entries() == [Entry("r1", None, gone)]
+    with pytest.raises(Conflict):
+        await register.write("r1", b"back", first)
+
+    rig.bus.kill()
+    began = asyncio.get_running_loop().time()
+    with pytest.raises(Temporary):
+        await register.write("r1", b"x", gone)
+    assert asyncio.get_running_loop().time() - began < 2.0
+
+
+async def test_many_members_are_read_whole(rig: Rig) -> None:
+    register = LeaseRegister(rig.link, NAMES.claims)
+    await asyncio.gather(*(register.write(str(number), b"x", 0) for number in range(SHARDS)))
+    assert len(await register.entries()) == SHARDS
+
+
+async def test_a_register_is_read_anew_when_it_has_changed_and_now_and_then(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    register, other = LeaseRegister(rig.link, NAMES.claims), LeaseRegister(rig.link, NAMES.claims)
+    first = await other.write("1", b"x", 0)
+    second = await other.write("2", b"y", 0)
+    known = await register.entries()
+    assert known == [Entry("1", b"x", first), Entry("2", b"y", second)]
+    assert await register.entries() is known, "nothing has changed"
+    third = await other.write("1", b"z", first)
+    assert sorted(await register.entries()) == [Entry("1", b"z", third), Entry("2", b"y", second)]
+    await rig.link.api(f"STREAM.PURGE.KV_{NAMES.claims}", {"filter": f"$KV.{NAMES.claims}.2"})
+    monkeypatch.setattr("adapter.jetstream.buckets.READ_ANEW_S", 0.1)
+
+    async def noticed() -> bool:
+        return await register.entries() == [Entry("1", b"z", third)]
+
+    await eventually(noticed, "the purge is seen")
+
+
+async def test_a_key_can_be_removed_without_a_trace_unless_it_was_written_again(rig: Rig) -> None:
+    bucket = rig.bucket()
+    before_ms = SystemClock().now_ms()
+    first = await bucket.update("a", b"1", 0)
+    other = await bucket.update("b", b"1", 0)
+    gone = await bucket.delete("b", other)
+    assert sorted(await bucket.keys()) == ["a", "b"]
+    found = {key: await bucket.written(key) for key in ("a", "b", "c")}
+    assert found["c"] is None
+    assert found["a"] is not None
+    assert found["b"] is not None
+    assert [(one.revision, one.deleted) for one in (found["a"], found["b"])] == [(first, False), (gone, True)]
+    assert all(before_ms - 1000 <= one.time_ms <= SystemClock().now_ms() + 1000 for one in found.values() if one)
+    second = await bucket.update("a", b"2", first)
+    await bucket.purge("a", first)
+    await bucket.purge("b", gone)
+    assert await bucket.keys() == ["a"]
+    assert await bucket.get("a") == Entry("a", b"2", second)
+    assert await bucket.update("b", b"3", 0) > second  # as if it had never been
+
+
+async def test_a_follower_forgets_what_is_there_no_more(rig: Rig) -> None:
+    """Logins come and go, each under a name of its own."""
+    bucket = rig.bucket(NAMES.logins)
+    more = await looks(rig, bucket)
+    rig.spawn(bucket.follow(lambda entry: None, reload_s=0.05))
+    counts = []
+    for round_ in range(3):
+        keys = [f"k{round_}-{number}" for number in range(50)]
+        revisions = await asyncio.gather(*(bucket.update(key, b"x", 0) for key in keys))
+        for key, revision in zip(keys, revisions, strict=True):
+            await bucket.purge(key, revision)
+        await more(3)
+        counts.append(census())
+    assert growing(*counts, by=45) == []

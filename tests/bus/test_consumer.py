@@ -1,0 +1,365 @@
+"""Consumers: order, resets, and who owns what was delivered."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+from structlog.testing import capture_logs
+
+from adapter.errors import Temporary
+from adapter.jetstream import topology
+from adapter.jetstream.consumer import Consumer, Delivery, all_settled
+from adapter.jetstream.services import BusTeller
+from adapter.names import H_MSG_ID
+from adapter.ports import Message
+from adapter.timing import SystemClock
+from tests.bus.rig import NAMES, PATIENCE_S, STATUS, Fence, Rig, control
+from tests.e2e.waiting import eventually, until
+
+
+class Reader:
+    """What a shard's consumer delivers."""
+
+    def __init__(
+        self,
+        rig: Rig,
+        *,
+        room: int = 8,
+        name: str = topology.CONTROL,
+        check: Callable[[], None] = lambda: None,
+        turn: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:
+        self.got: list[Delivery] = []
+        self.resets = 0
+        self.on_reset: Callable[[], None] = lambda: None
+        self.consumer = Consumer(rig.link, topology.consumer_of(NAMES, name), room=room, check=check, turn=turn)
+        self.task = rig.spawn(self.consumer.run(self.got.append, self._reset))
+
+    async def _reset(self) -> None:
+        self.resets += 1
+        self.on_reset()
+
+    @property
+    def texts(self) -> list[str]:
+        return [delivery.data.decode() for delivery in self.got]
+
+    async def have(self, count: int) -> None:
+        await until(lambda: len(self.got) >= count, f"{count} deliveries")
+
+
+@pytest.mark.parametrize("more", ["", "Unusual:  1\r\n"], ids=["short-way", "nats-pys-way"])
+async def test_of_two_message_ids_the_one_by_which_the_server_drops_repeats_counts(rig: Rig, more: str) -> None:
+    """Else a receipt would bear an id under which a repeat is another command."""
+    await control(rig)
+    nc = rig.link.client()
+    for other in ("b", "c"):
+        head = f"NATS/1.0\r\n{more}Nats-Msg-Id: a\r\nNats-Msg-Id: {other}\r\n\r\n".encode()
+        await nc._send_command(b"HPUB %s %d %d\r\n%s\r\n" % (NAMES.bind.encode(), len(head), len(head), head))
+    await control(rig, "the end")
+    reader = Reader(rig)
+    await reader.have(2)
+    assert [delivery.headers.get(H_MSG_ID) for delivery in reader.got] == ["a", None]
+
+
+async def test_a_consumer_delivers_in_order_and_no_more_than_there_is_room_for(rig: Rig) -> None:
+    texts = [str(number) for number in range(30)]
+    await control(rig, *texts)
+    reader = Reader(rig, room=8)
+    await reader.have(8)
+    await asyncio.sleep(0.1)
+    assert reader.texts == texts[:8]
+    for number in range(30):
+        await reader.have(number + 1)
+        await reader.got[number].ack()
+    assert reader.texts == texts
+    assert not any(delivery.suspect for delivery in reader.got)
+
+
+async def test_what_has_come_is_delivered_in_its_turn_and_not_after_the_pull_has_ended(rig: Rig) -> None:
+    """All in one round of the event loop would hold it up. What waits as a pull ends comes again after the reset."""
+    texts = [str(number) for number in range(8)]
+    await control(rig, *texts)
+    asked, turns = 0, asyncio.Semaphore(0)
+
+    async def turn() -> None:
+        nonlocal asked
+        asked += 1
+        await turns.acquire()
+
+    reader = Reader(rig, room=8, turn=turn)
+    await until(lambda: asked == 1, "one waits for its turn")
+    turns.release()
+    await reader.have(1)
+    await until(lambda: asked == 2, "the next one waits")
+    assert reader.texts == ["0"]
+    rig.bus.kill()
+    await until(lambda: not rig.link.up, "the break is noticed")
+    await rig.bus.start()
+    await until(lambda: asked == 3 and reader.resets == 2, "the next pull's first one waits, too")
+    for _ in range(len(texts) + 1):
+        turns.release()
+    await reader.have(1 + len(texts))
+    assert reader.texts == ["0", *texts]
+
+
+async def test_all_is_settled_once_the_last_delivery_is_acknowledged(rig: Rig) -> None:
+    await control(rig, "0", "1")
+    clock = SystemClock()
+    waiting = asyncio.create_task(all_settled(rig.link, NAMES.stream_ctl, topology.CONTROL, clock))
+    reader = Reader(rig)
+    await reader.have(2)
+    await reader.got[0].ack()
+    await asyncio.sleep(0.3)
+    assert not waiting.done()
+    await reader.got[1].ack()
+    await waiting
+    with pytest.raises(Temporary, match="router_missing"):
+        await all_settled(rig.link, NAMES.stream_out, topology.ROUTER, clock)
+
+
+async def test_a_delivery_with_a_status_among_its_headers_is_one_as_any_other(rig: Rig) -> None:
+    await control(rig)
+    for number, headers in enumerate(STATUS):
+        await rig.publisher.publish(Message("ctl", NAMES.bind, str(number).encode(), headers))
+    reader = Reader(rig)
+    await reader.have(len(STATUS))
+    assert (reader.texts, reader.resets) == (["0", "1", "2", "3", "4"], 1)
+
+
+async def test_a_delivery_knows_when_and_where_it_was_stored(rig: Rig) -> None:
+    await control(rig, "x")
+    reader = Reader(rig)
+    await reader.have(1)
+    (delivery,) = reader.got
+    assert (delivery.subject, delivery.seq) == (NAMES.bind, await rig.first(NAMES.stream_ctl))
+    assert abs(delivery.time_ms - SystemClock().now_ms()) < 10_000
+
+
+async def test_the_next_owner_gets_what_is_unsettled_in_order_and_is_told_so(rig: Rig) -> None:
+    texts = [str(number) for number in range(6)]
+    await control(rig, *texts)
+    first = Reader(rig)
+    await first.have(6)
+    for number in (0, 2):
+        await first.got[number].ack()
+
+    async def settled() -> bool:  # the server may answer others before it has looked at an acknowledgement
+        return bool((await first.consumer.info())["num_ack_pending"] == 4)
+
+    await eventually(settled, "both are acknowledged")
+    first.task.cancel()
+    await asyncio.wait([first.task])
+    await rig.publisher.publish(Message("ctl", NAMES.bind, b"new", {}))
+
+    heir = Reader(rig)
+    await heir.have(5)
+    assert heir.texts == ["1", "3", "4", "5", "new"]
+    assert [delivery.suspect for delivery in heir.got] == [True] * 4 + [False]
+
+
+async def test_an_owner_that_is_cut_off_before_it_reads_still_knows_what_was_in_hand_before(rig: Rig) -> None:
+    """The reset takes the server's memory of what was delivered; ours must outlast it."""
+    await control(rig, "0", "1")
+    first = Reader(rig)
+    await first.have(2)
+    first.task.cancel()
+    await asyncio.wait([first.task])
+
+    heir = Reader(rig)
+
+    def cut() -> None:
+        if heir.resets == 1:
+            rig.bus.kill()
+            rig.spawn(rig.bus.start())
+
+    heir.on_reset = cut
+    await heir.have(2)
+    assert heir.resets == 2
+    assert [(delivery.data, delivery.suspect) for delivery in heir.got] == [(b"0", True), (b"1", True)]
+
+
+async def test_a_kill_of_the_server_brings_what_is_unsettled_again_in_order(rig: Rig) -> None:
+    """And what was acknowledged just before: the server writes that to its disk up to a tenth of a second later."""
+    await control(rig, "0", "1", "2")
+    reader = Reader(rig)
+    await reader.have(3)
+    await reader.got[0].ack()
+    async with asyncio.timeout(60):
+        while (await reader.consumer.info())["num_ack_pending"] != 2:  # the ack has no answer of its own
+            await asyncio.sleep(0.01)
+    rig.bus.kill()
+    await rig.bus.start()
+    await until(lambda: reader.texts[3:][-1:] == ["2"], "what is unsettled")
+    assert reader.texts[3:] in (["1", "2"], ["0", "1", "2"])
+    assert reader.resets == 2
+    assert all(delivery.suspect for delivery in reader.got[3:])
+    count = len(reader.got)
+    await rig.publisher.publish(Message("ctl", NAMES.bind, b"3", {}))
+    await reader.have(count + 1)
+    assert reader.texts[count:] == ["3"]
+
+
+@pytest.mark.parametrize("more", [True, False], ids=["seen at the next delivery", "seen at a heartbeat"])
+async def test_a_delivery_that_got_lost_on_its_way_comes_again_before_what_is_after_it(
+    rig: Rig, more: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when the consumer's leader dies with it: here somebody else gets it."""
+    if not more:
+        monkeypatch.setattr("adapter.jetstream.consumer.HEARTBEAT_S", 0.2)
+    await control(rig, "0")
+    reader = Reader(rig, room=1)
+    await reader.have(1)
+    stolen = rig.link.client().new_inbox()
+    thief = await rig.link.client().subscribe(stolen)
+    await rig.publisher.publish(Message("ctl", NAMES.bind, b"1", {}))
+    await rig.link.publish(
+        f"$JS.API.CONSUMER.MSG.NEXT.{NAMES.stream_ctl}.{topology.CONTROL}", b'{"batch":1}', reply=stolen
+    )
+    assert (await thief.next_msg(timeout=30)).data == b"1"
+    if more:
+        await rig.publisher.publish(Message("ctl", NAMES.bind, b"2", {}))
+    await reader.got[0].ack()
+    await reader.have(2)
+    await reader.got[1].ack()
+    assert reader.texts == ["0", "1"]
+    assert reader.resets == 2
+    if more:
+        await reader.have(3)
+        assert reader.texts == ["0", "1", "2"]
+
+
+async def test_what_a_pull_of_another_takes_before_the_reset_is_answered_comes_again(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server under load delivers first, and then says in its answer how much it has delivered."""
+    monkeypatch.setattr("adapter.jetstream.consumer.HEARTBEAT_S", 0.2)
+    await control(rig, "0", "1")
+    thief = await rig.link.client().subscribe(rig.link.client().new_inbox())
+    pull = f"$JS.API.CONSUMER.MSG.NEXT.{NAMES.stream_ctl}.{topology.CONTROL}"
+    api, resets = rig.link.api, 0
+
+    async def slow(verb: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        nonlocal resets
+        answer = await api(verb, *args, **kwargs)
+        resets += verb.startswith("CONSUMER.RESET")
+        if resets == 1 and verb.startswith("CONSUMER.RESET"):
+            await rig.link.publish(pull, b'{"batch":2}', reply=thief.subject)
+            assert [(await thief.next_msg(timeout=30)).data for _ in range(2)] == [b"0", b"1"]
+            return await api(verb.replace("RESET", "INFO"))
+        return answer
+
+    monkeypatch.setattr(rig.link, "api", slow)
+    reader = Reader(rig)
+    await reader.have(2)
+    assert reader.texts == ["0", "1"]
+    assert resets == 2
+
+
+async def test_an_owner_that_was_frozen_takes_nothing_from_the_one_after_it(rig: Rig) -> None:
+    """It thaws, finds its consumer silent or its connection gone, and would reset it: what it then took would be
+    missing for the new owner, and its numbers would fit, as it takes just as many as the new owner has had."""
+    texts = [str(number) for number in range(8)]
+    await control(rig, *texts)
+    heir = Reader(rig, room=8)
+    await heir.have(8)
+    await heir.got[0].ack()
+    await rig.publisher.publish(Message("ctl", NAMES.bind, b"8", {}))
+    async with asyncio.timeout(PATIENCE_S):
+        while (await heir.consumer.info())["num_ack_pending"] != 7:  # the ack has no answer of its own
+            await asyncio.sleep(0.01)
+
+    fence = Fence(lost_from=1)
+    thawed = Reader(rig, room=8, check=fence)
+    await until(lambda: fence.asked > 3 or len(thawed.got) == 8, "it tried")
+    thawed.task.cancel()
+    await asyncio.wait([thawed.task])
+    await heir.got[1].ack()
+    await rig.publisher.publish(Message("ctl", NAMES.bind, b"9", {}))
+    await heir.have(10)
+    assert heir.texts == [*texts, "8", "9"]
+    assert thawed.got == []
+
+
+@pytest.mark.parametrize("before", [1, 2, 3], ids=["before it looks", "before its reset", "before its pull"])
+async def test_an_owner_that_loses_its_lease_on_the_way_stops_there(rig: Rig, before: int) -> None:
+    await control(rig, "0")
+    heir = Reader(rig)
+    await heir.have(1)
+    fence = Fence(lost_from=before)
+    loser = Reader(rig, check=fence)
+    await until(lambda: fence.asked > before + 2, "it tried again")
+    assert loser.got == []
+    assert loser.resets == (before == 3)
+    fence.lost_from = float("inf")  # it was only paused
+    await loser.have(1)
+    assert loser.texts == ["0"]
+
+
+async def test_what_happens_at_a_reset_is_over_before_the_first_delivery(rig: Rig) -> None:
+    """What the owner before settled late is read then: it is not delivered any more."""
+    await control(rig, "0")
+    order: list[str] = []
+
+    async def on_reset() -> None:
+        order.append("reset")
+        await asyncio.sleep(0.05)
+        order.append("read")
+
+    consumer = Consumer(rig.link, topology.consumer_of(NAMES, topology.CONTROL), room=8)
+    rig.spawn(consumer.run(lambda delivery: order.append(delivery.data.decode()), on_reset))
+    await until(lambda: len(order) == 3, "the delivery")
+    assert order == ["reset", "read", "0"]
+
+
+async def test_a_consumer_that_is_deleted_is_made_again_and_takes_nothing_for_new(rig: Rig) -> None:
+    """The one before it may have delivered what is still there; what comes later is new."""
+    await control(rig, "0", "1")
+    first = Reader(rig)
+    await first.have(2)
+    await first.got[0].ack()
+    while len(await rig.read(NAMES.stream_ctl, NAMES.bind)) > 1:
+        await asyncio.sleep(0.01)
+    first.task.cancel()
+    await rig.link.api(f"CONSUMER.DELETE.{NAMES.stream_ctl}.{topology.CONTROL}")
+    heir = Reader(rig)
+    await heir.have(1)
+    await control(rig, "2")
+    await heir.have(2)
+    assert [(delivery.data, delivery.suspect) for delivery in heir.got] == [(b"1", True), (b"2", False)]
+
+
+async def test_a_consumer_that_is_paused_is_told_when_it_is_read(rig: Rig) -> None:
+    await control(rig, "0")
+    pause = f"CONSUMER.PAUSE.{NAMES.stream_ctl}.{topology.CONTROL}"
+    await rig.link.api(pause, {"pause_until": "2999-01-01T00:00:00Z"})
+    with capture_logs() as logs:
+        reader = Reader(rig)
+        await until(lambda: reader.resets > 0, "it is read")
+    assert [line["event"] for line in logs] == ["consumer.paused"]
+    await rig.link.api(pause, {})
+    await reader.have(1)
+
+
+async def test_a_stream_made_again_goes_on_above_its_old_sequences(rig: Rig) -> None:
+    await control(rig, "0", "1")
+    last = await rig.history.last(NAMES.stream_ctl, NAMES.bind)
+    await rig.link.api(f"STREAM.DELETE.{NAMES.stream_ctl}")
+    await topology.ensure(rig.link, NAMES, rig.bus.settings)
+    assert last is not None
+    assert await rig.first(NAMES.stream_ctl) > last.seq
+
+
+async def test_a_durable_is_made_once_and_left_as_its_reader_has_it(rig: Rig) -> None:
+    teller = BusTeller(rig.link, NAMES)
+    await teller.make_durable("s1")
+    await teller.make_durable("s1")
+    verb = f"CONSUMER.INFO.{NAMES.stream_in}.s1"
+    info = await rig.link.api(verb)
+    assert (info["config"]["filter_subject"], info["config"]["ack_policy"]) == (NAMES.inbox("s1"), "explicit")
+    changed = {"stream_name": NAMES.stream_in, "action": "update", "config": {**info["config"], "max_ack_pending": 7}}
+    await rig.link.api(f"CONSUMER.CREATE.{NAMES.stream_in}.s1.{NAMES.inbox('s1')}", changed)
+    await teller.make_durable("s1")
+    assert (await rig.link.api(verb))["config"]["max_ack_pending"] == 7

@@ -1,0 +1,166 @@
+"""Reading streams back, from any server and from the leader."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from nats.aio.msg import Msg
+
+from adapter.jetstream import topology
+from adapter.jetstream.consumer import Consumer
+from adapter.jetstream.history import StreamHistory, direct_get
+from adapter.names import peer_key, shard_of
+from adapter.ports import Message, PubAck, Stored
+from adapter.timing import SystemClock
+from tests.bus.rig import NAMES, Rig, control, event
+from tests.e2e.waiting import until
+
+
+async def test_a_stream_is_read_from_a_sequence_or_a_time(rig: Rig) -> None:
+    subject = NAMES.event("s1", "receipt")
+    await rig.publisher.publish_all([event(number, f"s{number % 2}") for number in range(600)])
+    odd = [str(number).encode() for number in range(1, 600, 2)]
+    first = await rig.first(NAMES.stream_event)
+    assert await rig.read(NAMES.stream_event, subject) == odd
+    assert await rig.read(NAMES.stream_event, subject, after=first + 595) == odd[-2:]
+    assert await rig.read(NAMES.stream_event, subject, after=first + 10_000) == []
+    assert await rig.read(NAMES.stream_event, subject, since_ms=0) == odd
+    assert await rig.read(NAMES.stream_event, subject, since_ms=SystemClock().now_ms() + 60_000) == []
+    assert len(await rig.read(NAMES.stream_event, NAMES.event("*", "receipt"))) == 600
+    last = await rig.history.last(NAMES.stream_event, subject)
+    assert last is not None
+    assert (last.data, last.seq) == (b"599", first + 599)
+    assert await rig.history.last(NAMES.stream_event, NAMES.event("nobody", "receipt")) is None
+    assert await rig.history.counts(NAMES.stream_event, NAMES.event("*", "receipt")) == {
+        NAMES.event("s0", "receipt"): 300,
+        subject: 300,
+    }
+
+
+async def test_what_is_large_is_read_whole_and_never_more_at_once_than_a_server_lets_wait(rig: Rig) -> None:
+    """It cuts off who lets too much wait, and after the next connect all of it would come again."""
+    large = [bytes([number]) * 700_000 for number in range(12)]
+    large.append(b"x" * (rig.link.max_payload - 12))  # with what belongs to it more than a pull brings
+    await rig.publisher.publish_all([Message("out", NAMES.out("s1"), data, {}) for data in large])
+    asked: list[Msg] = []
+
+    async def on_message(msg: Msg) -> None:
+        asked.append(msg)
+
+    async def nothing() -> None:
+        return None
+
+    assert rig.link.nc is not None
+    for verb in (f"DIRECT.GET.{NAMES.stream_out}", f"CONSUMER.MSG.NEXT.{NAMES.stream_out}.*"):
+        await rig.link.nc.subscribe(f"$JS.API.{verb}", cb=on_message)
+    assert await rig.read(NAMES.stream_out, NAMES.out_shard(shard_of("s1"))) == large
+
+    name = topology.out_consumer(shard_of("s1"))
+    await topology.create(rig.link, topology.consumer_of(NAMES, name))
+    consumer = Consumer(rig.link, topology.consumer_of(NAMES, name), room=512, until_acked=False)
+    got: list[bytes] = []
+    rig.spawn(consumer.run(lambda delivery: got.append(delivery.data), nothing))
+    await until(lambda: len(got) == len(large), "all are delivered")
+    assert got == large
+    bounds = [msgspec.json.decode(msg.data)["max_bytes"] for msg in asked]
+    assert len(bounds) >= len(large)
+    assert (min(bounds), max(bounds)) == (1024 * 1024, 2 * 1024 * 1024)
+
+
+async def test_a_message_is_deleted_once_and_deleting_it_again_is_no_error(rig: Rig) -> None:
+    subject = NAMES.parked(3, peer_key("b1@im.bot", "u1@im.wechat"))
+    acks = [await rig.publisher.publish(Message("parked", subject, str(n).encode(), {})) for n in range(3)]
+    for _ in range(2):
+        await rig.history.delete(NAMES.stream_parked, acks[1].seq)
+    assert await rig.read(NAMES.stream_parked, NAMES.parked(3, "*")) == [b"0", b"2"]
+    await rig.history.delete(NAMES.stream_parked, 999)
+
+
+def on_disk(folder: Path) -> bytes:
+    return b"".join(path.read_bytes() for path in folder.rglob("*.blk"))
+
+
+@pytest.mark.parametrize("erase", [True, False])
+async def test_what_is_erased_is_not_on_the_disk_any_more(rig: Rig, erase: bool, tmp_path: Path) -> None:
+    """As a bind with its token; a mere deletion leaves it there as long as a later message shares its block."""
+    (ack, _) = await rig.publisher.publish_all([msgspec.structs.replace(event(number), payload=b"secret %d" % number)
+                                                for number in range(2)])  # fmt: skip
+    assert isinstance(ack, PubAck)
+    await rig.history.delete(NAMES.stream_event, ack.seq, erase=erase)
+    assert await rig.read(NAMES.stream_event, NAMES.event("s1", "*")) == [b"secret 1"]
+    rig.bus.kill()
+    disk = on_disk(tmp_path / "nats")
+    assert b"secret 1" in disk
+    assert (b"secret 0" in disk) is not erase
+    await rig.bus.start()
+
+
+async def test_a_replicated_history_ends_where_the_leader_has_no_more(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that lags knows of the first message only."""
+    await control(rig, "0", "1", "2")
+    asked = 0
+
+    async def lagging(*query: Any) -> AsyncIterator[Stored]:
+        nonlocal asked
+        asked += 1
+        number = asked
+        async for stored in direct_get(*query):
+            yield stored
+            if number == 1:
+                return
+
+    monkeypatch.setattr("adapter.jetstream.history.direct_get", lagging)
+    asking = StreamHistory(rig.link, replicated=True)
+    found = [stored.data async for stored in asking.read(NAMES.stream_ctl, NAMES.bind)]
+    assert (found, asked) == ([b"0", b"1", b"2"], 2)
+
+
+async def test_a_history_that_asks_the_leader_ends_as_one_that_does_not(rig: Rig) -> None:
+    asking = StreamHistory(rig.link, replicated=True)
+    await control(rig, *(str(number) for number in range(450)))
+    first = await rig.first(NAMES.stream_ctl)
+    moment_ms = SystemClock().now_ms() + 1000
+    for stream, subject, bounds in (
+        (NAMES.stream_ctl, NAMES.bind, {}),
+        (NAMES.stream_ctl, NAMES.bind, {"after": first + 448}),
+        (NAMES.stream_ctl, NAMES.bind, {"after": first + 449}),
+        (NAMES.stream_ctl, NAMES.bind, {"since_ms": 1}),
+        (NAMES.stream_ctl, NAMES.bind, {"since_ms": moment_ms}),
+        (NAMES.stream_ctl, NAMES.unbind, {}),
+    ):
+        found = [stored.seq async for stored in asking.read(stream, subject, **bounds)]
+        assert found == [stored.seq async for stored in rig.history.read(stream, subject, **bounds)]
+    last = await asking.last(NAMES.stream_ctl, NAMES.bind)
+    assert last is not None
+    assert (last.seq, last.data) == (first + 449, b"449")
+    assert await asking.last(NAMES.stream_ctl, NAMES.unbind) is None
+
+
+async def test_the_newest_messages_are_found_behind_what_was_deleted(rig: Rig) -> None:
+    stream, subject = NAMES.stream_dead, NAMES.dead("*")
+    assert await rig.history.newest(stream, subject, count=3) == []
+    for number in range(1, 41):
+        await rig.publisher.publish(Message("dead", NAMES.dead(f"X{number % 2}"), b"%d" % number, {}))
+
+    async def newest(**where: Any) -> list[int]:
+        return [stored.seq for stored in await rig.history.newest(stream, subject, **where)]
+
+    assert await newest(count=3) == [40, 39, 38]
+    assert await newest(count=3, before=38) == [37, 36, 35]
+    assert await newest(count=3, before=1) == []
+    for seq in range(5, 39):
+        await rig.history.delete(stream, seq)
+    assert await newest(count=3) == [40, 39]
+    assert await newest(count=3, before=39) == [4, 3, 2]
+    assert await newest(count=3, before=2) == [1]
+    found = await rig.history.get(stream, 40)
+    assert found is not None
+    assert (found.subject, found.data) == (NAMES.dead("X0"), b"40")
+    assert await rig.history.get(stream, 20) is None
+    assert await rig.history.get(stream, 99) is None

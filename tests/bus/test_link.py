@@ -1,0 +1,100 @@
+"""Connections that break as they are made, and answers that nobody can read."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from typing import Any
+
+import pytest
+from nats.aio.client import Client
+from nats.aio.msg import Msg
+
+from adapter.errors import Temporary
+from adapter.jetstream.answers import is_leaderless
+from adapter.jetstream.buckets import LeaseRegister
+from adapter.jetstream.link import Link
+from adapter.jetstream.questions import Answer
+from tests.bus.rig import NAMES, PATIENCE_S, Bus, Rig
+from tests.e2e.waiting import until
+
+
+async def test_a_cancellation_that_is_swallowed_while_it_connects_still_ends_the_link(bus: Bus) -> None:
+    """nats-py does so in places; the link ran on, and the process that should end waited for it."""
+    link, connecting = Link(bus.settings, "test"), asyncio.Event()
+
+    async def swallow(_: Client) -> None:
+        connecting.set()
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+
+    link.on_up(swallow)
+    running = asyncio.get_running_loop().create_task(link.run())
+    await connecting.wait()
+    running.cancel()
+    done, _ = await asyncio.wait([running], timeout=PATIENCE_S)
+    assert done, "it ends"
+    assert not link.up
+
+
+@pytest.mark.parametrize(
+    ("answer", "leaderless"),
+    [
+        (b'{"error":{"code":503,"err_code":10008,"description":"JetStream system temporarily unavailable"}}', True),
+        (b'{"error":{"code":404,"err_code":10059,"description":"stream not found"}}', False),
+        (b'{"stream":"WECHAT_IN","seq":1}', False),
+        (b"no JSON", False),
+        (b"", False),
+    ],
+)
+def test_a_server_that_knows_no_leader_counts_as_silent(answer: bytes, leaderless: bool) -> None:
+    assert is_leaderless(answer) == leaderless
+
+
+@pytest.mark.parametrize("said", [b"", b'{"config":', b"[]", b'{"error":5}', b"\xff"])
+async def test_an_answer_that_nobody_can_read_is_an_outage_and_no_end(rig: Rig, said: bytes) -> None:
+    """As a server gives it that cannot put what it knows into words: its clock stood at the year 10,000."""
+    nc = await rig.bus.client()
+
+    async def answer(msg: Msg) -> None:
+        await msg.respond(said)
+
+    await nc.subscribe("$JS.API.STRANGER", cb=answer)
+    await nc.flush()
+    with pytest.raises(Temporary, match="bus_unreadable"):
+        await rig.link.api("STRANGER")
+    await nc.close()
+
+
+@pytest.mark.parametrize("said", [b"", b"[]", b"{}", b'{"error":5}', b"\xff"])
+async def test_an_answer_about_a_lease_that_nobody_can_read_is_an_outage_and_no_end(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, said: bytes
+) -> None:
+    async def request(*_: Any, **__: Any) -> Answer:
+        return Answer(said, {})
+
+    monkeypatch.setattr(rig.link, "request", request)
+    register = LeaseRegister(rig.link, NAMES.members)
+    with pytest.raises(Temporary):
+        await register.get("me")
+    if said != b"{}":
+        with pytest.raises(Temporary):
+            await register.write("me", b"x", 0)
+
+
+async def test_who_asks_for_a_connection_that_is_being_made_does_not_spoil_it(rig: Rig) -> None:
+    rig.bus.kill()
+    await until(lambda: not rig.link.up, "the connection is gone")
+
+    async def ask() -> None:
+        while True:
+            with contextlib.suppress(Temporary):
+                rig.link.client()
+            await asyncio.sleep(0)
+
+    rig.spawn(ask())
+    await rig.bus.start()
+    await rig.link.wait_up(PATIENCE_S)
+    for _ in range(20):
+        await rig.link.api("INFO")
+    assert rig.link.epoch == 2

@@ -1,0 +1,235 @@
+"""Publishing: order and loss across kills, and what no stream will take."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import signal
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import msgspec
+import nats
+import pytest
+
+from adapter.embedded import EmbeddedNats
+from adapter.errors import BusRefused, LeaseLost
+from adapter.names import H_MSG_ID
+from adapter.ports import Message, PubAck
+from adapter.settings import Settings
+from tests.bus.rig import NAMES, PATIENCE_S, Bus, Fence, Rig, event, rig_on
+from tests.e2e.waiting import eventually, free_port, until
+
+
+async def test_messages_keep_the_order_of_their_calls(rig: Rig) -> None:
+    acks = await asyncio.gather(*(rig.publisher.publish(event(number)) for number in range(500)))
+    assert [ack.seq - acks[0].seq for ack in acks] == list(range(500))
+    assert await rig.read(NAMES.stream_event, NAMES.event("s1", "receipt")) == [
+        str(number).encode() for number in range(500)
+    ]
+
+
+async def test_a_repeat_is_acknowledged_as_one(rig: Rig) -> None:
+    first = await rig.publisher.publish(event(1))
+    again = await rig.publisher.publish(event(1))
+    assert (first.duplicate, again.duplicate, again.seq) == (False, True, first.seq)
+
+
+async def test_kills_of_the_server_cost_neither_a_message_nor_the_order(rig: Rig) -> None:
+    """kill -9 three times while hundreds are on their way: each caller waits, and is answered once."""
+    numbers = itertools.count()
+    acks: dict[int, PubAck] = {}
+    stop = False
+
+    async def produce() -> None:
+        while not stop:
+            batch = [next(numbers) for _ in range(20)]
+            for number, ack in zip(batch, await rig.publisher.publish_all([event(n) for n in batch]), strict=True):
+                assert isinstance(ack, PubAck)
+                acks[number] = ack
+
+    producers = [asyncio.create_task(produce()) for _ in range(5)]
+    for _ in range(3):
+        reached = len(acks) + 100
+        await until(lambda reached=reached: len(acks) > reached, "some are stored")  # type: ignore[misc]
+        rig.bus.kill()
+        await asyncio.sleep(0.2)
+        await rig.bus.start()
+    reached = len(acks) + 100
+    await until(lambda: len(acks) > reached, "it goes on after the last kill")
+    stop = True
+    await asyncio.gather(*producers)
+
+    stored = [int(data) for data in await rig.read(NAMES.stream_event, NAMES.event("s1", "receipt"))]
+    assert stored == sorted(set(stored)), "in order, none twice"
+    assert set(stored) == set(acks), "none lost"
+
+
+async def test_one_too_large_is_refused_and_the_others_of_its_batch_are_stored(rig: Rig) -> None:
+    large = Message("event", NAMES.event("s1", "receipt"), b"x" * (rig.link.max_payload + 1), {})
+    acks = await rig.publisher.publish_all([event(0), large, event(1)])
+    assert [isinstance(ack, BusRefused) for ack in acks] == [False, True, False]
+    with pytest.raises(BusRefused):
+        await rig.publisher.publish(large)
+    assert rig.link.epoch == 1, "the connection was not spent on it"
+
+
+async def test_a_subject_that_would_break_the_connection_is_refused(rig: Rig) -> None:
+    with pytest.raises(BusRefused):
+        await rig.publisher.publish(Message("event", NAMES.event("x" * 4000, "receipt"), b"x", {}))
+    await rig.publisher.publish(Message("event", NAMES.event("x" * 3000, "receipt"), b"x", {}))
+    assert rig.link.epoch == 1
+
+
+@pytest.mark.parametrize("over", [-2000, -200, -20, 0, 20])
+async def test_headers_count_against_the_largest_message(rig: Rig, over: int) -> None:
+    """Refused here or stored there, never a connection broken by the server."""
+    headers = {H_MSG_ID: "x" * 100, "traceparent": "é" * 50}
+    message = Message("event", NAMES.event("s1", "receipt"), b"x" * (rig.link.max_payload + over), headers)
+    (ack,) = await rig.publisher.publish_all([message])
+    assert isinstance(ack, PubAck | BusRefused)
+    await rig.publisher.publish(event(1))
+    assert rig.link.epoch == 1
+
+
+class Reloaded(EmbeddedNats):
+    """A server whose limit for messages an operator changes while it runs, which it tells to new clients only."""
+
+    async def limit(self, most: int) -> None:
+        config = self.folder / "nats-server.conf"
+        lines = [line for line in config.read_text().splitlines() if not line.startswith("max_payload")]
+        config.write_text("\n".join([*lines, f"max_payload: {most}", ""]))
+        os.kill(self.pid, signal.SIGHUP)
+
+        async def told() -> bool:
+            nc = await nats.connect(self.url)
+            try:
+                return nc.max_payload == most
+            finally:
+                await nc.close()
+
+        await eventually(told, "new clients are told")
+
+
+@pytest.fixture
+async def reloaded(tmp_path: Path) -> AsyncIterator[Bus]:
+    made = Bus(tmp_path)
+    made.server = Reloaded(tmp_path, free_port())
+    await made.server.start()
+    made.settings = Settings(nats_url=(made.server.url,))
+    yield made
+    await made.server.stop()
+
+
+async def test_a_limit_for_messages_that_is_lowered_holds_up_nothing_and_is_noticed_when_it_is_back(
+    reloaded: Bus,
+) -> None:
+    assert isinstance(reloaded.server, Reloaded)
+    async with rig_on(reloaded) as rig:
+        largest = rig.link.max_payload
+        message = Message("event", NAMES.event("s1", "receipt"), b"x" * 2000, {H_MSG_ID: "e0" * 100})
+        await reloaded.server.limit(2048)  # with its headers it has more
+        acks = await asyncio.wait_for(rig.publisher.publish_all([event(1), message, event(2)]), PATIENCE_S)
+        assert [isinstance(ack, BusRefused) for ack in acks] == [False, True, False]
+        assert rig.link.epoch == 2, "the server has ended the first connection, and no other"
+        await reloaded.server.limit(largest)
+        rig.link._doubt_s = 0.1  # the next test shows how long that is
+
+        async def taken() -> bool:
+            (ack,) = await rig.publisher.publish_all([message])
+            return isinstance(ack, PubAck)
+
+        await eventually(taken, "it is taken again")
+        assert rig.link.epoch == 3
+
+
+async def test_a_limit_for_messages_that_stays_low_is_doubted_less_and_less(
+    reloaded: Bus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is too large may be tried for ever, and each new connection holds up everybody."""
+    monkeypatch.setattr("adapter.jetstream.link.DOUBT_S", 0.1)
+    assert isinstance(reloaded.server, Reloaded)
+    async with rig_on(reloaded) as rig:
+        await reloaded.server.limit(2048)
+        message = Message("event", NAMES.event("s1", "receipt"), b"x" * 3000, {H_MSG_ID: "e0"})
+        began = asyncio.get_running_loop().time()
+
+        async def renewed() -> bool:
+            await rig.publisher.publish_all([message])
+            return rig.link.epoch >= 6
+
+        await eventually(renewed, "the limit is doubted four times")
+        assert asyncio.get_running_loop().time() - began > 0.1 + 0.2 + 0.4 + 0.8
+
+
+async def test_what_the_client_will_not_write_is_refused_and_holds_up_nobody(rig: Rig) -> None:
+    acks = await rig.publisher.publish_all(
+        [event(0), msgspec.structs.replace(event(1), headers={"(odd)": "x"}), event(2)]
+    )
+    first = await rig.first(NAMES.stream_event)
+    assert [ack.seq if isinstance(ack, PubAck) else type(ack) for ack in acks] == [first, BusRefused, first + 1]
+    rig.publisher._stumble()  # as after a break: what is outstanding goes one by one
+    acks = await rig.publisher.publish_all([msgspec.structs.replace(event(3), headers={"(odd)": "x"}), event(4)])
+    assert [ack.seq if isinstance(ack, PubAck) else type(ack) for ack in acks] == [BusRefused, first + 2]
+
+
+async def test_headers_that_speak_as_the_server_does_hide_nothing(rig: Rig) -> None:
+    """Anybody may write a status into a message, and it must not end every reading of the stream."""
+    nc, subject, stream = await rig.bus.client(), NAMES.event("s1", "receipt"), NAMES.stream_event
+    for status in (b"503", b"404", b"204 EOB", b"100 Idle"):
+        head = b"NATS/1.0 " + status + b"\r\n\r\n"
+        await nc._send_command(b"HPUB %s %d %d\r\n%sx\r\n" % (subject.encode(), len(head), len(head) + 1, head))
+    await nc.jetstream().publish(subject, b"the last")
+    await nc.close()
+    first = await rig.first(stream)
+    assert await rig.read(stream, subject) == [b"x"] * 4 + [b"the last"]
+    found = [await rig.history.get(stream, first + number) for number in range(5)]
+    assert [stored and stored.data for stored in found] == [b"x"] * 4 + [b"the last"]
+
+
+async def test_a_message_for_no_stream_waits_for_one(rig: Rig) -> None:
+    """No responders: the stream is being made, or moves. Nothing is lost, and others follow."""
+    waiting = asyncio.create_task(rig.publisher.publish(Message("event", "late.1", b"x", {})))
+    await asyncio.sleep(0.3)
+    assert not waiting.done()
+    await rig.link.api("STREAM.CREATE.LATE", {"name": "LATE", "subjects": ["late.*"]})
+    async with asyncio.timeout(PATIENCE_S):
+        assert (await waiting).seq == 1
+
+
+async def test_a_caller_who_is_cancelled_leaves_nothing_behind(rig: Rig) -> None:
+    rig.bus.kill()
+    await until(lambda: not rig.link.up, "the break is noticed")
+    waiting = asyncio.create_task(rig.publisher.publish(event(1)))
+    await asyncio.sleep(0.1)
+    waiting.cancel()
+    await asyncio.wait([waiting])
+    assert rig.publisher.outstanding == 0
+    await rig.bus.start()
+    async with asyncio.timeout(PATIENCE_S):
+        await rig.publisher.publish(event(2))
+    assert await rig.read(NAMES.stream_event, NAMES.event("s1", "receipt")) == [b"2"]
+
+
+async def test_what_waits_for_the_bus_is_not_written_after_its_writer_lost_the_right(rig: Rig) -> None:
+    """The fence is asked at each attempt: a writer that was frozen finds out before anything of its own leaves."""
+    fence = Fence(lost_from=float("inf"))
+    await rig.publisher.publish(msgspec.structs.replace(event(0), fence=fence))
+    rig.bus.kill()
+    await until(lambda: not rig.link.up, "the break is noticed")
+    waiting = asyncio.create_task(
+        rig.publisher.publish_all([msgspec.structs.replace(event(1), fence=fence), event(2)])
+    )
+    others = asyncio.create_task(rig.publisher.publish(event(3)))
+    await asyncio.sleep(0.1)
+    fence.lost_from = 0
+    await rig.bus.start()
+    async with asyncio.timeout(PATIENCE_S):
+        with pytest.raises(LeaseLost):
+            await waiting
+        await others
+    stored = await rig.read(NAMES.stream_event, NAMES.event("s1", "receipt"))
+    assert stored[0] == b"0"
+    assert b"1" not in stored
+    assert stored[-1] == b"3"

@@ -1,0 +1,195 @@
+"""Services: who answers, what an error says, and that nobody takes all the room."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from typing import Any
+
+import msgspec
+import nats
+import pytest
+from structlog.testing import capture_logs
+
+from adapter.errors import Refused, Temporary
+from adapter.jetstream.link import Link
+from adapter.jetstream.services import AT_ONCE, OF_ONE, BusTeller, Handler, Services
+from adapter.names import H_ERROR, H_ERROR_CODE, H_SCHEMA
+from adapter.ports import Answered, Asked
+from tests.bus.rig import NAMES, PATIENCE_S, Bus, Rig
+from tests.e2e.waiting import until
+
+
+async def answer_of(bus: Bus, verb: str, payload: bytes = b"") -> tuple[bytes, dict[str, str]]:
+    nc = await bus.client()
+    msg = await nc.request(NAMES.svc(verb), payload, timeout=5)
+    await nc.close()
+    return msg.data, msg.headers or {}
+
+
+async def serve(bus: Bus, group: asyncio.TaskGroup) -> tuple[Link, asyncio.Task[None]]:
+    async def echo(data: bytes) -> bytes:
+        return data
+
+    async def not_bound(data: bytes) -> bytes:
+        raise Refused("not_bound", "Nothing is bound\nunder that näme.")
+
+    async def invalid(data: bytes) -> bytes:
+        raise Refused("invalid", "Name a `bot`.")
+
+    async def away(data: bytes) -> bytes:
+        raise Temporary("bus_down")
+
+    async def bug(data: bytes) -> bytes:
+        raise RuntimeError("SECRET")
+
+    link = Link(bus.settings, "service")
+    handlers: dict[str, Handler] = {
+        "echo": echo,
+        "not.bound": not_bound,
+        "invalid": invalid,
+        "away": away,
+        "bug": bug,
+    }
+    Services(link, NAMES, handlers, version="1.2.3", instance="r1")
+    task = group.create_task(link.run())
+    await link.wait_up(PATIENCE_S)
+    return link, task
+
+
+async def test_services_answer_and_errors_say_what_to_do_in_headers(bus: Bus) -> None:
+    async with asyncio.TaskGroup() as group:
+        _, task = await serve(bus, group)
+        data, headers = await answer_of(bus, "echo", b"hello")
+        assert (data, headers[H_SCHEMA]) == (b"hello", "1")
+        found = {}
+        for verb in ("not.bound", "invalid", "away", "bug"):
+            data, headers = await answer_of(bus, verb)
+            found[verb] = headers[H_ERROR_CODE]
+            assert headers[H_ERROR]
+            assert "SECRET" not in str(headers) + data.decode()
+        assert found == {"not.bound": "404", "invalid": "400", "away": "503", "bug": "500"}
+        task.cancel()
+
+
+async def test_services_are_there_again_after_a_kill(bus: Bus) -> None:
+    async with asyncio.TaskGroup() as group:
+        link, task = await serve(bus, group)
+        bus.kill()
+        await bus.start()
+        await until(lambda: link.epoch == 2, "it is connected again")
+        assert (await answer_of(bus, "echo", b"again"))[0] == b"again"
+        task.cancel()
+
+
+async def test_an_answer_that_comes_after_its_connection_is_no_crash(bus: Bus) -> None:
+    held = asyncio.Event()
+
+    async def slow(_: bytes) -> bytes:
+        held.set()
+        await gone.wait()
+        return b"late"
+
+    gone = asyncio.Event()
+    async with asyncio.TaskGroup() as group:
+        link = Link(bus.settings, "service")
+        Services(link, NAMES, {"slow": slow}, version="1.0.0", instance="r1")
+        task = group.create_task(link.run())
+        await link.wait_up(PATIENCE_S)
+        nc = await bus.client()
+        await nc.publish(NAMES.svc("slow"), b"", reply=nc.new_inbox())
+        await held.wait()
+        bus.kill()
+        await bus.start()
+        await until(lambda: link.epoch == 2, "it is connected again")
+        with capture_logs() as logs:
+            gone.set()
+            await until(lambda: any(one["event"] == "service.unanswered" for one in logs), "it is said")
+        assert not [one for one in logs if one["log_level"] == "error"]
+        task.cancel()
+
+
+async def test_of_two_replicas_one_answers(bus: Bus) -> None:
+    async with asyncio.TaskGroup() as group:
+        tasks = [(await serve(bus, group))[1] for _ in range(2)]
+        nc = await bus.client()
+        inbox = nc.new_inbox()
+        answers = await nc.subscribe(inbox)
+        await nc.publish(NAMES.svc("echo"), b"x", reply=inbox)
+        await answers.next_msg(5)
+        with pytest.raises(nats.errors.TimeoutError):
+            await answers.next_msg(0.1)
+        await nc.close()
+        for task in tasks:
+            task.cancel()
+
+
+async def test_what_is_told_needs_no_stream(rig: Rig) -> None:
+    nc = await rig.bus.client()
+    inbox = nc.new_inbox()
+    answers = await nc.subscribe(inbox)
+    await nc.flush()
+    await BusTeller(rig.link, NAMES).tell(inbox, msgspec.json.encode({"ok": True}), {H_SCHEMA: "1"})
+    assert (await answers.next_msg(5)).data == b'{"ok":true}'
+    await nc.close()
+
+
+async def test_all_replicas_are_asked_at_once_and_waited_for_no_longer_than_needed(rig: Rig) -> None:
+    """One that says nothing costs the time, not the answers of the others."""
+    subject, teller = NAMES.roll(), BusTeller(rig.link, NAMES)
+    assert await teller.gather(subject, b"?", count=1, within_s=PATIENCE_S) == []  # nobody listens
+    async with asyncio.TaskGroup() as group:
+        links = [Link(rig.bus.settings, f"replica {number}") for number in range(3)]
+        for number, link in enumerate(links):
+            answer = f"{number}".encode() if number < 2 else None
+            BusTeller(link, NAMES).reply(subject, lambda data, answer=answer: answer and data + answer)  # type: ignore[misc]
+        tasks = [group.create_task(link.run()) for link in links]
+        for link in links:
+            await link.wait_up(PATIENCE_S)
+        assert sorted(await teller.gather(subject, b"?", count=2, within_s=PATIENCE_S)) == [b"?0", b"?1"]
+        assert sorted(await teller.gather(subject, b"?", count=3, within_s=0.3)) == [b"?0", b"?1"]
+        nc = await rig.bus.client()
+        await nc.subscribe("elsewhere", cb=_forbidden)
+        await nc.publish(subject, b"?", reply="elsewhere")  # only an inbox is answered
+        assert sorted(await teller.gather(subject, b"?", count=2, within_s=PATIENCE_S)) == [b"?0", b"?1"]
+        await nc.flush()
+        await nc.close()
+        for task in tasks:
+            task.cancel()
+
+
+async def _forbidden(msg: Any) -> None:
+    raise AssertionError(msg)
+
+
+async def test_a_sandbox_that_asks_without_end_leaves_room_for_the_others(bus: Bus) -> None:
+    """It is told so at once; when its requests are answered it may ask again."""
+    held = asyncio.Event()
+    served: list[str] = []
+
+    async def slow(asked: Asked) -> Answered:
+        served.append(asked.sandbox)
+        if asked.sandbox == "bad":
+            await held.wait()
+        return Answered(b"done", {})
+
+    async with asyncio.TaskGroup() as group:
+        link = Link(bus.settings, "service")
+        Services(link, NAMES, {}, version="1.0.0", instance="r1", of_sandbox={"slow": slow})
+        task = group.create_task(link.run())
+        await link.wait_up(PATIENCE_S)
+        nc = await bus.client()
+        flood = [
+            group.create_task(nc.request(f"{NAMES.svc('slow')}.bad", b"", timeout=PATIENCE_S))
+            for _ in range(AT_ONCE + 100)
+        ]
+        answer = await nc.request(f"{NAMES.svc('slow')}.good", b"", timeout=PATIENCE_S)
+        assert answer.data == b"done"
+        await until(lambda: sum(one.done() for one in flood) == AT_ONCE + 100 - OF_ONE, "the others are refused")
+        held.set()
+        codes = Counter([((await one).headers or {}).get(H_ERROR_CODE, "") for one in flood])
+        assert codes == {"": OF_ONE, "429": AT_ONCE + 100 - OF_ONE}
+        assert (await nc.request(f"{NAMES.svc('slow')}.bad", b"", timeout=PATIENCE_S)).data == b"done"
+        assert Counter(served) == {"bad": OF_ONE + 1, "good": 1}
+        await nc.close()
+        task.cancel()

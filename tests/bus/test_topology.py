@@ -1,0 +1,209 @@
+"""The streams: created once, compared, never altered; and what they do with what comes in."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import nats
+import pytest
+from structlog.testing import capture_logs
+
+from adapter.embedded import EmbeddedNats
+from adapter.errors import BusRefused, SettingsError
+from adapter.jetstream import topology
+from adapter.jetstream.answers import NO_STREAM
+from adapter.jetstream.link import Link
+from adapter.names import H_COMMAND, H_MSG_ID, SHARDS, shard_of
+from adapter.ports import Message
+from adapter.settings import Settings
+from tests.bus.rig import NAMES, PATIENCE_S, Bus, Rig, rig_on
+
+
+async def test_what_is_missing_is_created_and_then_nothing_differs(bus: Bus) -> None:
+    async with rig_on(bus, streams=False) as rig:
+        assert await topology.ensure(rig.link, NAMES, bus.settings) == []
+        missing, different = await topology.inspect(rig.link, NAMES, bus.settings)
+        assert (missing, different) == ([], [])
+        revision = await rig.link.api(f"STREAM.INFO.{NAMES.stream_out}")
+        assert await topology.ensure(rig.link, NAMES, bus.settings) == []
+        assert (await rig.link.api(f"STREAM.INFO.{NAMES.stream_out}"))["created"] == revision["created"]
+
+
+async def test_replicas_that_start_at_once_do_not_hinder_each_other(bus: Bus) -> None:
+    async with rig_on(bus, streams=False) as rig:
+        results = await asyncio.gather(*(topology.ensure(rig.link, NAMES, bus.settings) for _ in range(3)))
+        assert results == [[], [], []]
+
+
+class TightNats(EmbeddedNats):
+    """A server that has room for the two streams that reserve some, and no more."""
+
+    def _write_config(self) -> Path:
+        config = super()._write_config()
+        config.write_text(config.read_text().replace("jetstream {", f"jetstream {{ max_file: {2 << 30}", 1))
+        return config
+
+
+async def test_a_stream_that_another_replica_was_faster_to_create_needs_no_room_of_its_own(tmp_path: Path) -> None:
+    """Of replicas that started together some ended, and asked for more storage."""
+    server = TightNats(tmp_path)
+    await server.start()
+    settings = Settings(nats_url=(server.url,), in_max_bytes=1 << 30, media_store_bytes=1 << 30)
+    link = Link(settings, "test")
+    running = asyncio.create_task(link.run())
+    try:
+        await link.wait_up(PATIENCE_S)
+        await topology.ensure(link, NAMES, settings)
+        for wanted in topology.streams(NAMES, settings):
+            await topology.create(link, wanted)  # by whoever has looked before they were there
+    finally:
+        running.cancel()
+        await asyncio.wait([running])
+        server.kill()
+
+
+class OldServer(Link):
+    """A server that takes newer options without a word and ignores them."""
+
+    def __init__(self, level: int | None) -> None:
+        self.level = level
+
+    async def api(self, verb: str, body: dict[str, Any] | None = None, timeout_s: float = 5.0) -> dict[str, Any]:
+        assert verb == "INFO", "nothing is created on it"
+        return {} if self.level is None else {"api": {"level": self.level}}
+
+
+class NewServer(OldServer):
+    """One that has nothing yet, takes some time for each wish, and refuses what it is told to."""
+
+    def __init__(self, *refused: str) -> None:
+        super().__init__(topology.API_LEVEL)
+        self.refused = refused
+        self.created: list[str] = []
+        self.at_once = self.most = 0
+
+    async def api(self, verb: str, body: dict[str, Any] | None = None, timeout_s: float = 5.0) -> dict[str, Any]:
+        if verb == "INFO":
+            return await super().api(verb)
+        if ".CREATE." not in verb:
+            raise BusRefused(NO_STREAM, "stream not found")
+        self.at_once += 1
+        self.most = max(self.most, self.at_once)
+        await asyncio.sleep(0)
+        self.at_once -= 1
+        self.created.append(verb)
+        if verb.rpartition(".")[2] in self.refused:
+            raise BusRefused(10047, "insufficient storage resources available")
+        return {}
+
+
+async def test_what_is_missing_is_created_some_at_a_time_and_streams_first() -> None:
+    """Each waits for a disk, in a cluster for those of a majority: one after the other took half a minute there."""
+    server = NewServer()
+    await topology.ensure(server, NAMES, Settings())
+    streams, consumers = topology.streams(NAMES, Settings()), topology.consumers(NAMES)
+    kinds = [verb.partition(".")[0] for verb in server.created]
+    assert kinds == ["STREAM"] * len(streams) + ["CONSUMER"] * len(consumers)
+    assert {verb.rpartition(".")[2] for verb in server.created} == {each.name for each in [*streams, *consumers]}
+    assert server.most == topology.CREATED_AT_ONCE
+
+
+async def test_the_first_that_cannot_be_created_is_named_and_none_is_left_on_its_way() -> None:
+    media = f"OBJ_{NAMES.media}"
+    server = NewServer(media, NAMES.stream_out)
+    with pytest.raises(SettingsError, match=rf"stream {NAMES.stream_out} cannot be created: 10047 .*MAX_BYTES"):
+        await topology.ensure(server, NAMES, Settings())
+    assert server.at_once == 0
+    assert not [verb for verb in server.created if verb.startswith("CONSUMER")]
+
+
+async def test_a_stream_that_would_break_a_guarantee_stops_the_start_with_a_sentence(bus: Bus) -> None:
+    async with rig_on(bus, streams=False) as rig:
+        config = {"name": NAMES.stream_out, "subjects": ["wechat.out", "wechat.out.*"], "retention": "limits"}
+        await rig.link.api(f"STREAM.CREATE.{NAMES.stream_out}", config)
+        with pytest.raises(SettingsError) as caught:
+            await topology.ensure(rig.link, NAMES, bus.settings)
+        assert caught.value.reason == "stream_differs"
+        for word in (NAMES.stream_out, "retention", "workqueue", "doctor --fix"):
+            assert word in caught.value.detail
+        assert (await rig.link.api(f"STREAM.INFO.{NAMES.stream_out}"))["config"]["retention"] == "limits"
+
+
+async def test_an_operators_own_limits_are_only_told_and_never_changed(bus: Bus) -> None:
+    async with rig_on(bus, streams=False) as rig:
+        (wanted,) = [w for w in topology.streams(NAMES, bus.settings) if w.name == NAMES.stream_in]
+        await rig.link.api(f"STREAM.CREATE.{wanted.name}", {**wanted.config, "max_msgs_per_subject": 7})
+        with capture_logs() as logs:
+            (difference,) = await topology.ensure(rig.link, NAMES, bus.settings)
+        assert (difference.field, difference.found, difference.critical) == ("max_msgs_per_subject", 7, False)
+        assert "stream.differs" in [line["event"] for line in logs]
+        info = await rig.link.api(f"STREAM.INFO.{wanted.name}")
+        assert info["config"]["max_msgs_per_subject"] == 7
+
+        await topology.alter(rig.link, NAMES, bus.settings, difference)
+        assert await topology.ensure(rig.link, NAMES, bus.settings) == []
+
+
+@pytest.mark.parametrize("level", [None, 0, 3])
+async def test_a_server_that_is_too_old_is_refused(level: int | None) -> None:
+    with pytest.raises(SettingsError) as caught:
+        await topology.ensure(OldServer(level), NAMES, Settings())
+    assert caught.value.reason == "server_too_old"
+    assert "2.14" in caught.value.detail
+
+
+async def test_a_user_without_jetstream_is_told_so() -> None:
+    class Forbidden(OldServer):
+        async def api(self, verb: str, body: dict[str, Any] | None = None, timeout_s: float = 5.0) -> dict[str, Any]:
+            raise BusRefused(10039, "jetstream not enabled for account")
+
+    with pytest.raises(SettingsError, match="JetStream"):
+        await topology.ensure(Forbidden(0), NAMES, Settings())
+
+
+async def test_a_sandboxs_shard_is_the_servers(rig: Rig) -> None:
+    """The transform's partition() and ours, for 300 names; and plain wechat.out stays as it is."""
+    names = [f"sandbox-{number}" for number in range(290)]
+    names += ["a", "_", "-", "0", "z" * 64, "a_b-c", "s1", "s2", "00000000", "x-y_z"]
+    await rig.publisher.publish_all([Message("out", NAMES.out(name), name.encode(), {}) for name in names])
+    await rig.publisher.publish(Message("out", NAMES.out_plain, b"plain", {}))
+    nc = await rig.bus.client()
+    stored = {}
+    first = await rig.first(NAMES.stream_out)
+    for seq in range(first, first + len(names) + 1):
+        msg = await nc.jetstream().get_msg(NAMES.stream_out, seq)
+        stored[(msg.data or b"").decode()] = msg.subject
+    await nc.close()
+    assert stored.pop("plain") == NAMES.out_plain
+    assert stored == {name: f"wechat.out.{shard_of(name)}.{name}" for name in names}
+    assert len({shard_of(name) for name in names}) > SHARDS / 2
+
+
+async def test_what_is_stored_inbound_reaches_a_plain_subscriber_with_its_sequence(rig: Rig) -> None:
+    nc = await rig.bus.client()
+    heard = await nc.subscribe(NAMES.live("s1"))
+    await nc.flush()
+    for number in range(2):
+        await rig.publisher.publish(Message("in", NAMES.inbox("s1"), str(number).encode(), {H_MSG_ID: f"i{number}"}))
+    await rig.publisher.publish(Message("in", NAMES.inbox("s1"), b"1", {H_MSG_ID: "i1"}))
+    first, second = await heard.next_msg(5), await heard.next_msg(5)
+    assert (first.data, second.data) == (b"0", b"1")
+    assert second.headers is not None
+    seq = await rig.first(NAMES.stream_in)
+    assert (second.headers["Nats-Sequence"], second.headers["Nats-Last-Sequence"]) == (str(seq + 1), str(seq))
+    with pytest.raises(nats.errors.TimeoutError):
+        await heard.next_msg(0.1)
+    await nc.close()
+
+
+async def test_a_sandbox_whose_queue_is_full_is_refused_and_others_are_not(bus: Bus) -> None:
+    bus.settings = msgspec.structs.replace(bus.settings, out_max_per_sandbox=2)
+    async with rig_on(bus) as rig:
+        for _ in range(2):
+            await rig.publisher.publish(Message("out", NAMES.out("s1"), b"x", {}))
+        with pytest.raises(BusRefused):
+            await rig.publisher.publish(Message("out", NAMES.out("s1"), b"x", {}))
+        await rig.publisher.publish(Message("out", NAMES.out("s2"), b"x", {H_COMMAND: "c1"}))
