@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 
 import structlog
 from nats import micro
@@ -14,7 +15,7 @@ from nats.aio.msg import Msg
 from nats.errors import ConnectionClosedError
 from nats.errors import Error as NatsError
 from nats.micro.request import Request
-from nats.micro.service import EndpointConfig
+from nats.micro.service import EndpointConfig, Service
 
 from adapter.contract import SCHEMA_VERSION
 from adapter.errors import AdapterError, BusRefused, Refused, Temporary
@@ -74,77 +75,67 @@ class Services:
             description="The bridge between WeChat and NATS",
             metadata={"instance": self._instance, "prefix": self._names.prefix},
         )
-        endpoints = [
-            (verb, self._names.svc(verb), self._answering(_plainly(handler)))
-            for verb, handler in self._handlers.items()
-        ]
+        for verb, handler in self._handlers.items():
+            await _add(service, verb, self._names.svc(verb), partial(self._take, _plainly(handler)))
         for verb, of_sandbox in self._of_sandbox.items():
             name = f"{verb}.own" if verb in self._handlers else verb
-            answering = self._fairly(self._answering(_by_sandbox(of_sandbox)))
-            endpoints.append((name, f"{self._names.svc(verb)}.*", answering))
-        for name, subject, handle in endpoints:
-            config = EndpointConfig(name=name.replace(".", "-"), subject=subject, handler=handle)
-            await service.add_endpoint(config)
+            handle = partial(self._take_fairly, _by_sandbox(of_sandbox))
+            await _add(service, name, f"{self._names.svc(verb)}.*", handle)
 
-    def _fairly(self, handle: Handle) -> Handle:
-        """Refuses (429) what a sandbox asks beyond its share."""
+    async def _take_fairly(self, handler: Answering, request: Request) -> None:
+        """As `_take`; refuses (429) what a sandbox asks beyond its share."""
+        if self._of_one[_sandbox_of(request)] < OF_ONE:
+            await self._take(handler, request)
+        elif _may_reply(request):
+            said = f"This sandbox has {OF_ONE} requests out: wait for their answers."
+            with contextlib.suppress(NatsError):  # the connection broke: nobody waits for it any more
+                await request.respond_error("429", said)
 
-        async def take(request: Request) -> None:
-            sandbox = _sandbox_of(request)
-            if self._of_one[sandbox] < OF_ONE:
-                await handle(request)
-            elif _may_reply(request):
-                said = f"This sandbox has {OF_ONE} requests out: wait for their answers."
-                with contextlib.suppress(NatsError):  # the connection broke: nobody waits for it any more
-                    await request.respond_error("429", said)
+    async def _take(self, handler: Answering, request: Request) -> None:
+        """Answers beside the others of its verb: one that waits for iLink must not hold up the next.
 
-        return take
+        Only to an inbox: the server does not check the reply subject of a publisher, who could make the adapter write
+        where they themselves may not.
+        """
+        if not _may_reply(request):
+            log.info("service.reply_refused")
+            return
+        sandbox = _sandbox_of(request)
+        self._of_one[sandbox] += 1
+        await self._room.acquire()
+        task = asyncio.get_running_loop().create_task(_answer(handler, request))
+        self._answers.add(task)
+        task.add_done_callback(partial(self._ended, sandbox))
 
-    def _answering(self, handler: Answering) -> Handle:
-        async def answer(request: Request) -> None:
-            try:
-                answered = await handler(request)
-                await request.respond(answered.data, headers={H_SCHEMA: SCHEMA_VERSION, **answered.headers})
-            except Temporary as exc:
-                await request.respond_error("503", _plain(exc.detail or exc.reason))
-            except Refused as exc:
-                await request.respond_error(
-                    "404" if exc.reason in ("not_bound", "not_found") else "400", _plain(exc.detail)
-                )
-            except AdapterError as exc:
-                await request.respond_error("500", _plain(exc.detail or exc.reason))
-            except ConnectionClosedError:  # nobody waits for it any more, see `ended`
-                raise
-            except Exception:  # nats-py would send the exception's repr to the caller
-                log.exception("service.crashed")
-                await request.respond_error("500", "The adapter failed; its log says why.")
+    def _ended(self, sandbox: str, task: asyncio.Task[None]) -> None:
+        self._answers.discard(task)
+        self._room.release()
+        self._of_one[sandbox] -= 1
+        if not self._of_one[sandbox]:
+            del self._of_one[sandbox]
+        if not task.cancelled() and (exc := task.exception()):  # the connection broke before the answer
+            log.info("service.unanswered", reason=type(exc).__name__)
 
-        async def take(request: Request) -> None:
-            """Answers beside the others of its verb: one that waits for iLink must not hold up the next.
 
-            Only to an inbox: the server does not check the reply subject of a publisher, who could make the adapter
-            write where they themselves may not.
-            """
-            if not _may_reply(request):
-                log.info("service.reply_refused")
-                return
-            sandbox = _sandbox_of(request)
-            self._of_one[sandbox] += 1
-            await self._room.acquire()
-            task = asyncio.get_running_loop().create_task(answer(request))
-            self._answers.add(task)
-            task.add_done_callback(lambda task: ended(task, sandbox))
+async def _add(service: Service, name: str, subject: str, handle: Handle) -> None:
+    await service.add_endpoint(EndpointConfig(name=name.replace(".", "-"), subject=subject, handler=handle))
 
-        def ended(task: asyncio.Task[None], sandbox: str) -> None:
-            self._answers.discard(task)
-            self._room.release()
-            self._of_one[sandbox] -= 1
-            if not self._of_one[sandbox]:
-                del self._of_one[sandbox]
-            if not task.cancelled() and (exc := task.exception()):  # the connection broke before the answer
-                log.info("service.unanswered", reason=type(exc).__name__)
 
-        return take
+async def _answer(handler: Answering, request: Request) -> None:
+    try:
+        answered = await handler(request)
+        await request.respond(answered.data, headers={H_SCHEMA: SCHEMA_VERSION, **answered.headers})
+    except Temporary as exc:
+        await request.respond_error("503", _plain(exc.detail or exc.reason))
+    except Refused as exc:
+        await request.respond_error("404" if exc.reason in ("not_bound", "not_found") else "400", _plain(exc.detail))
+    except AdapterError as exc:
+        await request.respond_error("500", _plain(exc.detail or exc.reason))
+    except ConnectionClosedError:  # nobody waits for it any more, see `_ended`
+        raise
+    except Exception:  # nats-py would send the exception's repr to the caller
+        log.exception("service.crashed")
+        await request.respond_error("500", "The adapter failed; its log says why.")
 
 
 def _sandbox_of(request: Request) -> str:
@@ -187,10 +178,7 @@ class BusTeller:
         async def receive(msg: Msg) -> None:
             on_message(msg.data)
 
-        async def subscribe(nc: Client) -> None:
-            await nc.subscribe(subject, cb=receive)
-
-        self._link.on_up(subscribe)
+        self._subscribe(subject, receive)
 
     def reply(self, subject: str, make: Callable[[bytes], bytes | None]) -> None:
         """Answers what is asked of all replicas there, to inboxes only; None: not at all."""
@@ -200,6 +188,9 @@ class BusTeller:
             if made is not None:
                 await msg.respond(made)
 
+        self._subscribe(subject, receive)
+
+    def _subscribe(self, subject: str, receive: Callable[[Msg], Awaitable[None]]) -> None:
         async def subscribe(nc: Client) -> None:
             await nc.subscribe(subject, cb=receive)
 
