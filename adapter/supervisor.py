@@ -393,6 +393,13 @@ class Supervisor:
 
     def observe(self, tasks: int) -> None:
         """Sets the gauges that are counted rather than kept. `tasks`: of the whole event loop."""
+        self._observe_polls()
+        self._observe_commands()
+        pollers, lanes = len(self._pollers), sum(shard.tasks for shard in self._shards.values())
+        for kind, count in (("poller", pollers), ("lane", lanes), ("other", tasks - pollers - lanes)):
+            self._metrics.tasks.labels(kind=kind).set(count)
+
+    def _observe_polls(self) -> None:
         metrics, now = self._metrics, self._clock.monotonic()
         states = Counter(
             "throttled" if session.state == "polling" and self._throttled(session.bot) else str(session.state)
@@ -409,26 +416,17 @@ class Supervisor:
         unpolled = (binding for binding in self._bindings if binding.bot not in self.sessions)
         unowned = sum(1 for binding in unpolled if everything or shard_of(binding.sandbox) in open_to_us)
         metrics.bindings_unowned.set(unowned)
+
+    def _observe_commands(self) -> None:
+        metrics, now_ms = self._metrics, self._clock.now_ms()
         parked: Counter[str] = Counter()
-        in_hand, oldest_ms, lanes = 0, None, 0
-        for shard in self._shards.values():
-            lanes += shard.tasks
-            count, stored_ms = shard.census(parked)
-            in_hand += count
-            if stored_ms is not None:
-                oldest_ms = stored_ms if oldest_ms is None else min(oldest_ms, stored_ms)
+        counted = [shard.census(parked) for shard in self._shards.values()]
         for reason in PARKED:
             metrics.outbound_parked.labels(reason=reason).set(parked[reason])
-        self.in_hand = in_hand
-        metrics.outbound_in_flight.set(in_hand)
-        age_s = (self._clock.now_ms() - oldest_ms) / 1000 if oldest_ms is not None else 0.0
-        metrics.outbound_oldest_pending.set(max(0.0, age_s))
-        for kind, count in (
-            ("poller", len(self._pollers)),
-            ("lane", lanes),
-            ("other", tasks - len(self._pollers) - lanes),
-        ):
-            metrics.tasks.labels(kind=kind).set(count)
+        self.in_hand = sum(in_hand for in_hand, _ in counted)
+        metrics.outbound_in_flight.set(self.in_hand)
+        oldest_ms = min((stored_ms for _, stored_ms in counted if stored_ms is not None), default=now_ms)
+        metrics.outbound_oldest_pending.set(max(0.0, (now_ms - oldest_ms) / 1000))
 
     def _report(self, task: asyncio.Task[None]) -> None:
         """A shard that cannot be opened, worked or given away is nobody's until the process is another one."""
