@@ -311,8 +311,7 @@ class Metrics:
     ) -> Counter:
         made = Counter(f"{NAMESPACE}_{name}", _help(text, labels), list(labels), self.registry)
         for values in itertools.product(*labels.values()) if children is None else children:
-            if values:
-                made.labels(**dict(zip(labels, values, strict=True)))
+            made.of(*values)
         return made
 
     def _gauge(self, name: str, text: str, **labels: Sequence[str]) -> Gauge:
@@ -325,8 +324,7 @@ class Metrics:
     def _histogram(self, name: str, text: str, buckets: Sequence[float], **labels: Sequence[str]) -> Histogram:
         made = Histogram(f"{NAMESPACE}_{name}", _help(text, labels), list(labels), self.registry, buckets)
         for values in itertools.product(*labels.values()):
-            if values:
-                made.labels(**dict(zip(labels, values, strict=True)))
+            made.of(*values)
         return made
 
 

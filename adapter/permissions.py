@@ -334,17 +334,13 @@ def _accounts(names: Names, sandboxes: Sequence[str], own_accounts: bool) -> str
     ]
     inside = [_user(role, grants(names, role)) for role in ("adapter", "operator")]
     accounts.append(_account(WECHAT, inside, exports=shared, jetstream=True))
-    for role in ("platform", "service"):
-        taken = [_import(share) for share in imports(names, role)]
-        accounts.append(_account(ACCOUNT_OF[role], [_user(role, grants(names, role))], imports=taken))
+    outside = [(ACCOUNT_OF[r], [_user(r, grants(names, r))], imports(names, r)) for r in ("platform", "service")]
     users = {sandbox: _user(sandbox, grants(names, "sandbox", sandbox), sandbox) for sandbox in sandboxes}
     if own_accounts:
-        for sandbox, user in users.items():
-            taken = [_import(share) for share in imports(names, "sandbox", sandbox)]
-            accounts.append(_account(sandbox, [user], imports=taken))
+        outside += [(sandbox, [user], imports(names, "sandbox", sandbox)) for sandbox, user in users.items()]
     else:
-        taken = [_import(share) for share in imports(names, "sandbox")]
-        accounts.append(_account(SANDBOX, list(users.values()), imports=taken))
+        outside.append((SANDBOX, list(users.values()), imports(names, "sandbox")))
+    accounts += [_account(name, who, imports=map(_import, shares)) for name, who, shares in outside]
     return "\n".join(["system_account: SYS", "", "accounts {", *accounts, "}", ""])
 
 
