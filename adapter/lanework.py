@@ -12,7 +12,7 @@ from functools import partial
 
 import structlog
 
-from adapter import window
+from adapter import contract, window
 from adapter.commands import MERGED_AT_ONCE, MediaPart, joins, merge, passed_on
 from adapter.contexts import Peer
 from adapter.errors import BusRefused, LeaseLost, Refused, Temporary
@@ -195,14 +195,7 @@ class LaneWork(Settling):
             lane.drop([parked.seq])
             return 0.0
         if told := lane.told.get(parked.seq):
-            # The owner before us told it, and perhaps not yet all that were in the same message. (What expired by
-            # itself had not been sent: it left the others.)
-            hand = peer.context.hand if told.reason != "expired" else None
-            group = [item, *await self._named(lane, hand, item)]
-            ending = ending_of(told)
-            await self._end(group, ending, self._shown(peer), binding.bot, lane.user)
-            peer.context = window.settled(peer.context, item.command.client, sent=ending.may_be_sent)
-            lane.drop([one.parked_seq for one in group])
+            await self._end_as_told(lane, item, peer, told, binding)
             return 0.0
         group = await self._group(lane, item, peer)
         for one in group:
@@ -215,6 +208,18 @@ class LaneWork(Settling):
             return 0.0
         lane.drop([one.parked_seq for one in group])
         return 0.0
+
+    async def _end_as_told(
+        self, lane: Lane, item: Item, peer: Peer, told: contract.Receipt, binding: Binding
+    ) -> None:
+        """Ends what the owner before us told, who perhaps had not yet told all that were in the same message."""
+        # what expired by itself had not been sent: it left the others
+        hand = peer.context.hand if told.reason != "expired" else None
+        group = [item, *await self._named(lane, hand, item)]
+        ending = ending_of(told)
+        await self._end(group, ending, self._shown(peer), binding.bot, lane.user)
+        peer.context = window.settled(peer.context, item.command.client, sent=ending.may_be_sent)
+        lane.drop([one.parked_seq for one in group])
 
     async def _read_parked(self, lane: Lane, parked: Parked) -> Item | None:
         """A parked command; None: it is gone. Raises Temporary, also as long as it may only not be shown."""
