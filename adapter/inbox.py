@@ -223,8 +223,8 @@ def raw_message(one: Heard, last_seq: int, needs: Incoming) -> Message:
         H_TIME_MS: str(one.received_ms),
         H_SEQUENCE: str(last_seq),
     }
-    if reasons := {item.reason for item in one.said.items if isinstance(item, _MEDIA)} & {"off"}:
-        headers[H_REASON] = reasons.pop()
+    if any(isinstance(item, _MEDIA) and item.reason == "off" for item in one.said.items):
+        headers[H_REASON] = "off"
     return Message("raw", needs.names.raw(shard_of(one.sandbox), one.bot), one.said.raw, headers, needs.fence)
 
 

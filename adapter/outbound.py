@@ -171,7 +171,13 @@ class Shard(LaneWork):
         body = contract.Outbound()
         try:
             body = peek(delivery.data, self._needs.limits)
-            command = self._read(body, delivery)
+            command = read_command(
+                body,
+                sandbox=delivery.subject.rpartition(".")[2],
+                ident=_ident(delivery, body.id),
+                stored_ms=delivery.time_ms,
+                limits=self._needs.limits,
+            )
         except (Unreadable, Refused) as exc:
             dead = isinstance(exc, Unreadable)
             body = remains(delivery.data, self._needs.limits) if dead else body
@@ -192,15 +198,6 @@ class Shard(LaneWork):
         item.delivery = delivery
         self._in_hand[delivery.seq] = item
         return item
-
-    def _read(self, body: contract.Outbound, delivery: Delivery) -> Command:
-        return read_command(
-            body,
-            sandbox=delivery.subject.rpartition(".")[2],
-            ident=_ident(delivery, body.id),
-            stored_ms=delivery.time_ms,
-            limits=self._needs.limits,
-        )
 
     def _place(self, item: Item) -> None:
         """Puts a command into its lane; the first one without a binding holds up the others of its sandbox."""

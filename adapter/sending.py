@@ -136,12 +136,9 @@ class Send(NamedTuple):
             if self._is_other_out(peer.context):
                 await needs.contexts.reread(peer)  # who has it out stores how it went
             self._one_at_a_time(peer.context)
-        hand = peer.context.hand
-        if hand is None or hand.client != command.client:
-            if window.is_repeat(peer.context, command.sandbox, command.id, command.client):
-                return Repeat()
-            merged = [Merged(command=other.id, client=other.client) for other in command.merged]
-            hand = Hand(command=command.id, client=command.client, sandbox=command.sandbox, merged=merged)
+        hand = self._taken_up()
+        if hand is None:
+            return Repeat()
         while hand.part < len(command.parts):
             if hand.tried > MAX_RESENDS:
                 needs.look(peer)
@@ -168,6 +165,16 @@ class Send(NamedTuple):
                 await needs.contexts.save(peer, lambda context: context)  # the pause before the next is long
             hand = step
         return _all_taken(hand)
+
+    def _taken_up(self) -> Hand | None:
+        """The command in hand, as far as it was sent; None: it was sent, by another message."""
+        command, context = self.command, self.peer.context
+        if context.hand and context.hand.client == command.client:
+            return context.hand
+        if window.is_repeat(context, command.sandbox, command.id, command.client):
+            return None
+        merged = [Merged(command=other.id, client=other.client) for other in command.merged]
+        return Hand(command=command.id, client=command.client, sandbox=command.sandbox, merged=merged)
 
     def _is_other_out(self, context: Context) -> bool:
         """Whether a request of the bot's sandbox before may be out."""
