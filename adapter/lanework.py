@@ -15,6 +15,7 @@ import structlog
 from adapter import contract, window
 from adapter.commands import MERGED_AT_ONCE, MediaPart, joins, merge, passed_on
 from adapter.contexts import Peer
+from adapter.endings import Apart, Ending, Repeat, Wait, in_doubt
 from adapter.errors import BusRefused, LeaseLost, Refused, Temporary
 from adapter.lane import Item, Lane, Lanes, Parked, Stale, parked_at
 from adapter.names import H_COMMAND, H_MSG_ID, H_SANDBOX, H_TIME_MS, peer_key
@@ -22,7 +23,7 @@ from adapter.parked import read_behind, read_parked
 from adapter.ports import Account, Message, Uploaded
 from adapter.receipts import Name, ending_of
 from adapter.records import Binding, Context, Hand
-from adapter.sending import Apart, Ending, Repeat, Send, Wait, in_doubt
+from adapter.sending import Send
 from adapter.settling import GONE_S, Draining, Outgoing, Settling
 from adapter.stale_token import needs_login_now
 from adapter.timing import any_of, finish

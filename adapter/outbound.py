@@ -17,6 +17,7 @@ import structlog
 from adapter import contract
 from adapter.backlog import PAGE, Backlog
 from adapter.commands import Command, command_id, peek, read_command, remains, stand_in
+from adapter.endings import Ending, in_doubt
 from adapter.errors import AdapterError, Refused, Temporary, Unreadable
 from adapter.lane import Item, parked_at
 from adapter.lanework import LaneWork
@@ -24,7 +25,6 @@ from adapter.names import H_COMMAND, H_MSG_ID, UNROUTED, peer_of, shard_of
 from adapter.parked import item_of
 from adapter.ports import Delivery
 from adapter.records import Binding, Hand
-from adapter.sending import Ending, in_doubt
 from adapter.settling import GONE_S, Outgoing
 
 log = structlog.get_logger()

@@ -11,12 +11,12 @@ import msgspec
 from adapter import contract
 from adapter.commands import Command
 from adapter.contract import Receipt
+from adapter.endings import Ending, Wait
 from adapter.errors import UNDECODABLE
 from adapter.events import Events
 from adapter.metrics import Metrics
 from adapter.names import H_COMMAND, Names
 from adapter.ports import History
-from adapter.sending import Ending, Wait
 from adapter.timing import Clock
 
 KNOWN_SANDBOXES = 64

@@ -12,12 +12,12 @@ import structlog
 
 from adapter import contract
 from adapter.commands import Command, Limits, command_id, passed_on, peek, remains, sandbox_of, stand_in
+from adapter.endings import Ending
 from adapter.errors import BusRefused, Refused, Temporary, Unreadable
 from adapter.metrics import Metrics
 from adapter.names import H_COMMAND, H_MSG_ID, UNROUTED, Names
 from adapter.ports import Bus, Delivery, Message
 from adapter.receipts import Receipts
-from adapter.sending import Ending
 from adapter.timing import Clock
 
 log = structlog.get_logger()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import msgspec
 import structlog
@@ -18,6 +18,7 @@ from adapter import window
 from adapter.commands import Command, MediaPart, client_id
 from adapter.contexts import Contexts, Peer
 from adapter.contract import Outcome
+from adapter.endings import Apart, Ending, Repeat, Wait, all_taken, in_doubt
 from adapter.errors import LeaseLost, Refused, SessionExpired, Temporary, Throttled, Uncertain
 from adapter.metrics import Metrics
 from adapter.ports import Accepted, Account, Chat, Content, Uploaded
@@ -31,56 +32,6 @@ log = structlog.get_logger()
 
 MAX_RESENDS = 1
 """A request without an answer is repeated so often, with the same client_id (ilink-protocol 14, Q6)."""
-
-
-class Ending(NamedTuple):
-    """The final outcome of a command."""
-
-    outcome: Outcome
-    reason: str = ""
-    detail: str = ""
-    message_ids: tuple[str, ...] = ()
-    attempts: int = 0
-    ret: int | None = None
-    errcode: int | None = None
-    errmsg: str = ""
-
-    @property
-    def is_sent(self) -> bool:
-        """iLink took all of it."""
-        return self.outcome in ("accepted", "accepted_unconfirmed")
-
-    @property
-    def may_be_sent(self) -> bool:
-        """It may be on the phone."""
-        return self.is_sent or self.outcome == "uncertain"
-
-    def with_answer(self, answer: Refused) -> Ending:
-        """With iLink's own words."""
-        return self._replace(ret=answer.ret, errcode=answer.errcode, errmsg=answer.errmsg)
-
-
-class Wait(NamedTuple):
-    """The command must wait for the user or for a login."""
-
-    reason: str
-    detail: str = ""
-    attempts: int = 0
-    ret: int | None = None
-    errcode: int | None = None
-    errmsg: str = ""
-
-    def as_ending(self, outcome: Literal["parked", "refused"]) -> Ending:
-        """What is told of it: it waits, or is refused where it does not want to."""
-        return Ending(outcome, self.reason, self.detail, (), *self[2:])
-
-
-class Repeat(NamedTuple):
-    """A command with this id was sent before, by another message: nothing is sent and nothing said."""
-
-
-class Apart(NamedTuple):
-    """iLink refused texts that were merged, and took none: each must be sent by itself."""
 
 
 class Sending(NamedTuple):
@@ -164,7 +115,7 @@ class Send(NamedTuple):
             if hand.part < step.part < len(command.parts):
                 await needs.contexts.save(peer, lambda context: context)  # the pause before the next is long
             hand = step
-        return _all_taken(hand)
+        return all_taken(hand)
 
     def _taken_up(self) -> Hand | None:
         """The command in hand, as far as it was sent; None: it was sent, by another message."""
@@ -373,35 +324,11 @@ class Send(NamedTuple):
         return _wait("throttled", hand, answer)
 
 
-def _all_taken(hand: Hand) -> Ending:
-    outcome: Outcome = "accepted_unconfirmed" if hand.unconfirmed else "accepted"
-    ids = tuple(hand.message_ids)
-    return Ending(outcome, "", "", ids, hand.attempts, hand.ret, hand.errcode, hand.errmsg)
-
-
 def _words(content: Content) -> tuple[str, str]:
     """Kind and text of what was sent, for later quotes of it."""
     if isinstance(content, str):
         return "text", content
     return content.kind, summary(content.kind, content.name if content.kind == "file" else "")
-
-
-def in_doubt(ending: Ending, hand: Hand | None, command: Command) -> Ending:
-    """What is told of a command that ends unsent, where the hand says what was tried of it before.
-
-    A request that got no answer may have been taken: then it cannot be called refused. And all may have been taken,
-    only that nobody could be told of it in time.
-    """
-    if hand is None or not hand.holds(command.client):
-        return ending
-    if hand.part >= len(command.parts):
-        return _all_taken(hand)
-    attempts = max(ending.attempts, hand.attempts)
-    ending = ending._replace(message_ids=tuple(hand.message_ids), attempts=attempts)
-    if not hand.tried:
-        return ending
-    detail = f"It may have been sent: an earlier request got no answer. Later: {ending.detail}"
-    return ending._replace(outcome="uncertain", reason="", detail=detail)
 
 
 def _alone(hand: Hand) -> Hand:

@@ -19,6 +19,7 @@ from adapter import contract, window
 from adapter.bindings import Bindings
 from adapter.commands import Limits
 from adapter.contexts import Peer
+from adapter.endings import Ending, in_doubt
 from adapter.errors import LeaseLost, Temporary
 from adapter.events import told_of_bindings
 from adapter.lane import Item, Lane
@@ -27,7 +28,7 @@ from adapter.names import Names
 from adapter.ports import Account, Bus, History
 from adapter.receipts import Receipts
 from adapter.records import Binding, Context, Hand
-from adapter.sending import MAX_RESENDS, Ending, Sending, in_doubt
+from adapter.sending import MAX_RESENDS, Sending
 from adapter.tasks import Tasks
 from adapter.timing import Turns, first_of
 from adapter.typing_indicator import Showing

@@ -9,9 +9,9 @@ import pytest
 from adapter import receipts
 from adapter.commands import Command, read_command
 from adapter.contract import Outbound, Window
+from adapter.endings import Ending
 from adapter.ports import Message
 from adapter.receipts import KNOWN_SANDBOXES, Name
-from adapter.sending import Ending
 from tests.fakes import LIMITS, Bench
 
 VIRTUAL_TIME = True

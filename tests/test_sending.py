@@ -12,10 +12,10 @@ from adapter import window
 from adapter.commands import Command, client_id, merge, read_command
 from adapter.contexts import Peer
 from adapter.contract import Media, Outbound, OutImage, OutText
+from adapter.endings import Apart, Ending, Repeat, Wait
 from adapter.errors import LeaseLost, Refused, SessionExpired, Temporary, Throttled, Uncertain
 from adapter.ports import Accepted, Account, Uploaded
 from adapter.records import Hand, Merged
-from adapter.sending import Apart, Ending, Repeat, Wait
 from tests.fakes import LIMITS, RULES, Bench, Sent
 
 VIRTUAL_TIME = True
