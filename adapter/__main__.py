@@ -67,9 +67,9 @@ def _tell_no_secrets() -> None:
 
 def _run_alone() -> int:
     from adapter import __version__, logs  # noqa: PLC0415 -- these take a second on a busy machine: see _obey_at_once
+    from adapter.environment import read_settings  # noqa: PLC0415
     from adapter.errors import SettingsError  # noqa: PLC0415
     from adapter.eventloop import run_fast  # noqa: PLC0415
-    from adapter.settings import read_settings  # noqa: PLC0415
 
     try:
         settings = read_settings(os.environ)

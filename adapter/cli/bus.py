@@ -22,11 +22,12 @@ from nats.js import JetStreamContext, api
 from nats.js.errors import APIError, NoStreamResponseError, NotFoundError, ServiceUnavailableError
 
 from adapter.cli.exits import NO, UNREACHABLE, Failed
+from adapter.environment import read_settings
 from adapter.errors import STORE_FAILED, Temporary
 from adapter.jetstream.client import BusClient, violation
 from adapter.jetstream.link import connect_options
 from adapter.names import H_ERROR, H_ERROR_CODE, Names
-from adapter.settings import Settings, read_settings
+from adapter.settings import Settings
 
 CONNECT_S = 5.0
 ANSWER_S = 5.0

@@ -20,8 +20,9 @@ from adapter.cli.exits import OK, USAGE, Failed
 from adapter.cli.options import flag
 from adapter.cli.running import beside_server, until_signalled
 from adapter.embedded import EmbeddedNats
+from adapter.environment import read_settings
 from adapter.eventloop import run_fast
-from adapter.settings import Settings, read_settings
+from adapter.settings import Settings
 
 log = structlog.get_logger()
 

@@ -15,11 +15,12 @@ import pytest
 from nats.aio.msg import Msg
 from structlog.testing import capture_logs
 
+from adapter.environment import read_settings
 from adapter.jetstream import topology
 from adapter.jetstream.link import Link
 from adapter.permissions import ROLES, covers, grants, streams
 from adapter.schema import channels
-from adapter.settings import Settings, read_settings
+from adapter.settings import Settings
 from tests.bus import roles
 from tests.bus.guarded import NAMES, TEMPLATES, WITNESS, Guarded, Player, guarded
 from tests.bus.roles import COLUMNS, ROWS, SANDBOX, Row

@@ -16,9 +16,10 @@ import msgspec
 import pytest
 import yaml
 
+from adapter.environment import read_settings
 from adapter.jetstream import topology
 from adapter.names import Names
-from adapter.settings import Settings, read_settings, variable_of
+from adapter.settings import Settings, variable_of
 from tests.chart import generate
 from tests.chart.helm import CHART, ROOT, Loader, Object, Refused, helm, merged, none, one, rendered, tools
 from tests.monitoring.tools import need

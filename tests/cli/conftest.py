@@ -15,9 +15,10 @@ import structlog
 from adapter.cli import main
 from adapter.cli.bus import Bus, connected
 from adapter.embedded import EmbeddedNats
+from adapter.environment import read_settings
 from adapter.jetstream import topology
 from adapter.jetstream.link import Link
-from adapter.settings import Settings, read_settings
+from adapter.settings import Settings
 from tests import canary
 from tests.e2e.memory import SMALL, in_memory
 

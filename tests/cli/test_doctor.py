@@ -16,13 +16,13 @@ from adapter.cli import permitted
 from adapter.cli.bus import Bus, connected
 from adapter.contract import BindingInfo
 from adapter.embedded import EmbeddedNats
+from adapter.environment import read_settings
 from adapter.errors import Refused
 from adapter.jetstream.history import StreamHistory
 from adapter.jetstream.link import Link
 from adapter.names import shard_of, token_of
 from adapter.records import Binding
 from adapter.seal import Sealer, cursor_context
-from adapter.settings import read_settings
 from tests.bus.guarded import Guarded, guarded
 from tests.cli.conftest import Command, Result
 from tests.cli.process import started

@@ -17,8 +17,8 @@ import pytest
 
 from adapter.app import Adapter
 from adapter.embedded import EmbeddedNats
+from adapter.environment import read_settings
 from adapter.probes import STUCK_S
-from adapter.settings import read_settings
 from adapter.simulator import FaultRule, Simulator
 from tests.e2e.waiting import eventually, free_port
 from tests.e2e.world import AdapterProcess
