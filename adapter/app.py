@@ -30,6 +30,7 @@ from adapter.jetstream.consumer import all_settled
 from adapter.jetstream.inspector import Inspector
 from adapter.jetstream.services import Handler, Services
 from adapter.leases import Leases
+from adapter.login_course import Scanning
 from adapter.login_service import LoginService
 from adapter.logins import LoginBook
 from adapter.media_service import MediaService
@@ -43,7 +44,7 @@ from adapter.receipts import Receipts
 from adapter.records import Binding
 from adapter.rollcall import Polling, Present
 from adapter.router import Router
-from adapter.scanning import Scanner, Scanning
+from adapter.scanning import Scanner
 from adapter.seal import Sealer
 from adapter.sending import Sending
 from adapter.sessions import Incoming, Waiting, account_of

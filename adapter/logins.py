@@ -1,7 +1,7 @@
 """QR logins: the bucket in memory, how a login may change (ilink-protocol 8), and what is said about it.
 
 Every change is a compare-and-set on the login's record, so any replica may answer; the owner of the sandbox's shard
-asks iLink (adapter/scanning.py) and tells each step.
+asks iLink (adapter/login_course.py) and tells each step.
 """
 
 from __future__ import annotations
