@@ -117,9 +117,10 @@ class Leases(Membership):
             entry, revision = claims.get(str(shard)), self._claim_revisions[shard]
             if entry is not None and entry.revision == revision:
                 continue
-            if entry is None or _claim_in(entry) is None:
+            claim = _claim_in(entry)
+            if entry is None or claim is None:
                 gone.append(shard)
-            elif entry.revision > revision and _owner(entry) != self.incarnation:
+            elif entry.revision > revision and claim.owner != self.incarnation:
                 self._lose(shard)
         await asyncio.gather(*(self._put_back(shard) for shard in gone))
 
@@ -142,11 +143,15 @@ class Leases(Membership):
         """Another replica has the claim: this one stops at once."""
         log.error("claim.lost", shard=shard)
         self._metrics.lease_changes.labels(reason="lost").inc()
+        self._drop(shard)
+
+    def _drop(self, shard: int) -> int:
+        """It is this replica's no more; the revision of its claim."""
         self.owned.discard(shard)
         self.surplus.discard(shard)
-        self._claim_revisions.pop(shard, None)
         self._metrics.shards_owned.set(len(self.owned))
         self.changed.notify()
+        return self._claim_revisions.pop(shard)
 
     async def _claim_free(self, claims: dict[str, Entry]) -> None:
         eligible = [name for name, member in self._live.items() if not member.draining]
@@ -155,19 +160,19 @@ class Leases(Membership):
             if shard in self.owned:
                 continue
             entry = claims.get(str(shard))
-            owner = _owner(entry)
+            claim, revision = _claim_in(entry), entry.revision if entry else 0
+            owner = claim.owner if claim else ""
             if owner not in self._live:
                 orphans.add(shard)
-            if _claim_in(entry) is not None:
+            if claim is not None:
                 self._absent.pop(f"claim {shard}", None)
-            elif not self._alone_so_far and not self._long_absent(f"claim {shard}"):
+            elif self.others and not self._long_absent(f"claim {shard}"):
                 continue  # purged or deleted, perhaps: its owner puts it back
-            if self._best(eligible, shard) != self.incarnation:
-                if entry is not None and owner == self.incarnation:  # of a claim, or a release, that landed late
-                    await self._free(shard, entry.revision)
-                continue
-            if not owner or owner == self.incarnation or await self.is_dead(owner):
-                wanted.append((shard, owner, entry.revision if entry else 0))
+            if self._best(eligible, shard) == self.incarnation:
+                if not owner or owner == self.incarnation or await self.is_dead(owner):
+                    wanted.append((shard, owner, revision))
+            elif owner == self.incarnation:  # of a claim, or a release, that landed late
+                await self._free(shard, revision)
         results = await asyncio.gather(*(self._claim(*item) for item in wanted))
         self.orphans = orphans - self.owned
         if any(results):
@@ -207,13 +212,8 @@ class Leases(Membership):
         """Gives one shard back, after nothing is sent for it any more; polls that wait end at their boundary."""
         if shard not in self.owned:
             return
-        self.owned.discard(shard)
-        self.surplus.discard(shard)
         self._unsure.add(shard)  # before the write leaves: until it has an answer the claim may still name us
-        revision = self._claim_revisions.pop(shard)
-        self._metrics.shards_owned.set(len(self.owned))
-        self.changed.notify()
-        await self._free(shard, revision)
+        await self._free(shard, self._drop(shard))
 
     async def _free(self, shard: int, revision: int) -> None:
         try:
@@ -252,9 +252,3 @@ def _claim_in(entry: Entry | None) -> Claim | None:
         return msgspec.json.decode(entry.value, type=Claim) if entry and entry.value else None
     except msgspec.MsgspecError:
         return None
-
-
-def _owner(entry: Entry | None) -> str:
-    """The incarnation that a claim names, "" if none."""
-    claim = _claim_in(entry)
-    return claim.owner if claim else ""

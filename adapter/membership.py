@@ -205,11 +205,6 @@ class Membership:
         self._since = {name: self._since.get(name, now) for name in live}
 
     @property
-    def _alone_so_far(self) -> bool:
-        """Whether no other incarnation is known to live: nobody can own what is unclaimed."""
-        return self._live.keys() <= {self.incarnation}
-
-    @property
     def alone(self) -> bool:
         """Whether no other replica is there to take over."""
         return not any(name != self.incarnation and not member.draining for name, member in self._live.items())
