@@ -15,7 +15,7 @@ from nats.errors import Error as NatsError
 
 from adapter.cli import output
 from adapter.cli.bus import Bus, connected
-from adapter.cli.doctor import adapters_there
+from adapter.cli.doctor import adapters_there, unheard
 from adapter.cli.exits import NO, OK, UNREACHABLE, USAGE, Failed
 from adapter.cli.options import Json, flag
 
@@ -72,8 +72,11 @@ async def restore(
     if not saved:
         raise Failed(USAGE, f"{folder} holds no backup.")
     async with connected() as bus:
-        if found := (await adapters_there(bus, LISTEN_S))[0]:
-            raise Failed(NO, f"{len(found)} adapters are running on this bus: stop them first.")
+        adapters = await adapters_there(bus, LISTEN_S)
+        if adapters.ids:
+            raise Failed(NO, f"{len(adapters.ids)} adapters are running on this bus: stop them first.")
+        if adapters.silent:
+            raise Failed(NO, unheard(bus))
         there = set(await _streams(bus)) & {place.name for place in saved}
         if there and not replace:
             raise Failed(NO, f"It is there already: {', '.join(sorted(there))}. With --replace it is deleted first.")

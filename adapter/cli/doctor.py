@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
 from cyclopts import Parameter
@@ -187,18 +187,32 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else text[:79] + "…"
 
 
-async def adapters_there(bus: Bus, wait_s: float = PING_S) -> tuple[set[str], set[str]]:
-    """Asks every adapter at once; the ids and versions of those that answer in time. Raises Failed, NatsError."""
+class Present(NamedTuple):
+    """Adapters that have answered."""
+
+    ids: set[str]
+    versions: set[str]
+    silent: bool
+    """None has answered, and somebody hears the question: an adapter may be forbidden to answer on this inbox."""
+
+
+async def adapters_there(bus: Bus, wait_s: float = PING_S) -> Present:
+    """Asks every adapter at once; those that answer in time. Raises Failed, NatsError."""
     ping = f"$SRV.PING.{SERVICE}"
     inbox = bus.nc.new_inbox()
     ids: set[str] = set()
     versions: set[str] = set()
+    nobody = False
 
     async def heard(msg: Msg) -> None:
+        nonlocal nobody
+        if (msg.headers or {}).get("Status") == "503":
+            nobody = True  # the server's word that nobody has subscribed
+            return
         try:
             pong = msgspec.json.decode(msg.data, type=dict[str, Any])
         except msgspec.DecodeError:
-            return  # "no responders" has no body
+            return
         ids.add(str(pong.get("id")))
         versions.add(str(pong.get("version")))
 
@@ -206,19 +220,27 @@ async def adapters_there(bus: Bus, wait_s: float = PING_S) -> tuple[set[str], se
     await bus.nc.publish(ping, b"", reply=inbox)
     await asyncio.sleep(wait_s)
     bus.heed(ping)
-    return ids, versions
+    return Present(ids, versions, silent=not ids and not nobody)
+
+
+def unheard(bus: Bus) -> str:
+    """What to do where adapters are silent."""
+    inbox = bus.settings.nats_inbox_prefix
+    return f"Adapters run, and none answers on {inbox}.>: set NATS_INBOX_PREFIX to _INBOX_operator, or do they hang?"
 
 
 async def _adapters(bus: Bus) -> Check:
     try:
-        ids, versions = await adapters_there(bus)
+        there = await adapters_there(bus)
     except Failed as exc:
         return Check("adapters", "fail", str(exc))
     except NatsError as exc:
         return Check("adapters", "fail", f"Cannot ask for them: {exc}.")
-    if not ids:
+    if there.silent:
+        return Check("adapters", "fail", unheard(bus))
+    if not there.ids:
         return Check("adapters", "fail", "None answers: start one with `wechat-nats run`.")
-    return Check("adapters", "ok", f"{len(ids)} running, version {', '.join(sorted(versions))}")
+    return Check("adapters", "ok", f"{len(there.ids)} running, version {', '.join(sorted(there.versions))}")
 
 
 async def _bindings(bus: Bus) -> Check:

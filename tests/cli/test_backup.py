@@ -88,6 +88,22 @@ async def test_a_running_adapter_forbids_it(cli: Command, bus: Bus, settings: Se
     await adapter
 
 
+async def test_an_adapter_that_cannot_answer_forbids_it_too(cli: Command, bus: Bus, tmp_path: Path) -> None:
+    """As with permissions, where an administrator keeps the default inbox."""
+    await fill(bus)
+    assert (await cli("backup", str(tmp_path / "saved"))).code == 0
+    before = await states(bus)
+    adapter = await bus.nc.subscribe("$SRV.PING.wechat-nats")
+    await bus.nc.flush()
+    refused = await cli("restore", str(tmp_path / "saved"), "--replace")
+    assert (refused.code, "none answers on _INBOX.>" in refused.err) == (1, True), refused.err
+    assert await states(bus) == before
+    assert "none answers on _INBOX.>" in (await cli("doctor")).out
+    await adapter.unsubscribe()
+    await bus.nc.flush()
+    assert (await cli("restore", str(tmp_path / "saved"), "--replace")).code == 0
+
+
 async def test_who_may_not_ask_for_adapters_cannot_restore(
     cli: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
