@@ -27,6 +27,7 @@ from adapter.errors import STORE_FAILED, Temporary
 from adapter.jetstream.client import BusClient, violation
 from adapter.jetstream.link import connect_options
 from adapter.names import H_ERROR, H_ERROR_CODE, Names
+from adapter.permissions import grants, overlaps
 from adapter.settings import Settings
 
 CONNECT_S = 5.0
@@ -83,7 +84,9 @@ class Bus:
             for wanted in subjects:
                 if f"{subject}.".startswith(f"{wanted.lower()}."):
                     verb = "publish to" if does == "publish" else "hear"
-                    raise Failed(NO, f"This user may not {verb} {wanted}: use an operator's credentials.")
+                    open_to = grants(self.names, "operator").publish if does == "publish" else (">",)
+                    who = "an operator's" if any(overlaps(one, wanted) for one in open_to) else "an administrator's"
+                    raise Failed(NO, f"This user may not {verb} {wanted}: use {who} credentials.")
 
     async def unless_forbidden(self, subject: str, asking: Coroutine[Any, Any, T]) -> T:
         """What `asking` gives. What is forbidden gets no answer but a complaint on the side: then nobody waits.

@@ -24,6 +24,7 @@ NO_LIMITS = {"subs": -1, "data": -1, "payload": -1}
 ACCOUNT_LIMITS = NO_LIMITS | {"imports": -1, "exports": -1, "wildcards": True, "conn": -1, "leaf": -1}
 STORAGE = {"mem_storage": -1, "disk_storage": -1, "streams": -1, "consumer": -1}
 WATCHES = Grants(("$SYS.REQ.>",), ("$SYS.>", "_INBOX.>"))
+EVERYTHING = Grants((">",), (">",))
 NOTHING = {"pub": {"deny": [">"]}, "sub": {"deny": [">"]}}
 
 
@@ -108,6 +109,11 @@ def user_jwt(signer: Key, user: str, names: Names, role: Role | None) -> str:
     """A user of a role; None: one of the system account, who watches servers and changes accounts."""
     may = permissions(grants(names, role) if role else WATCHES)
     return encode(signer, user, role or "sys", {"type": "user"} | may | NO_LIMITS)
+
+
+def admin_jwt(signer: Key, user: str, *, days: float) -> str:
+    """A user who may do everything in the account whose key `signer` is. `days` until it expires; 0: never."""
+    return encode(signer, user, "admin", {"type": "user"} | permissions(EVERYTHING) | NO_LIMITS, days=days)
 
 
 def sandbox_jwt(signing: Key, account: str, user: str, sandbox: str, *, days: float = 0) -> str:

@@ -17,7 +17,7 @@ from adapter.cli.jwts import Key
 from adapter.cli.options import Sandbox, flag
 from adapter.errors import Refused
 from adapter.names import Names
-from adapter.permissions import ACCOUNT_OF, OWN_ACCOUNTS, ROLES, SANDBOX, SYSTEM, Role, server_config
+from adapter.permissions import ACCOUNT_OF, OWN_ACCOUNTS, ROLES, SANDBOX, SYSTEM, WECHAT, Role, server_config
 
 app = App(name="permissions", help="Make the NATS users of adapter, platform, services, operators and sandboxes.")
 
@@ -107,6 +107,25 @@ def sandbox(
     file = folder / "creds" / "sandboxes" / f"{name}.creds"
     with _private(folder / "issued" / name, append=True) as issued:
         issued.write(key.public + "\n")
+    _write(file, jwts.creds(jwt, key))
+    output.say(str(file))
+    return OK
+
+
+@app.command
+def admin(
+    folder: Folder,
+    /,
+    *,
+    days: Annotated[float, Parameter(help="Days until the credentials expire; 0: never.")] = 1,
+) -> int:
+    """Make credentials that may do everything in the account of the bus; prints their file.
+
+    For `backup`, `restore` and the `nats` tool, where a role may not do what has to be done.
+    """
+    key = Key.new(jwts.USER)
+    jwt = jwts.admin_jwt(Kept(folder).accounts.keys[WECHAT], key.public, days=days)
+    file = folder / "creds" / "admin.creds"
     _write(file, jwts.creds(jwt, key))
     output.say(str(file))
     return OK

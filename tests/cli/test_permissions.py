@@ -193,6 +193,26 @@ async def test_credentials_that_have_expired_do_not_count(cli: Command, tmp_path
             assert await gets_in(server, "s1", file) is counts
 
 
+async def test_an_administrator_backs_up_what_no_role_may(
+    cli: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with guarded(tmp_path, "jwt") as server:
+        monkeypatch.setenv("NATS_URL", server.url)
+        folder = tmp_path / "jwt"
+        result = await cli("permissions", "admin", str(folder))
+        assert (result.code, result.out) == (0, f"{folder}/creds/admin.creds\n")
+        found = claims(folder / "creds/admin.creds")
+        assert found["exp"] - found["iat"] == 86_400
+        monkeypatch.setenv("NATS_CREDS", result.out.strip())
+        assert "creating stream WECHAT_IN" in (await cli("doctor", "--fix")).out
+        saved = await cli("backup", str(tmp_path / "saved"))
+        assert (saved.code, saved.err) == (0, "")
+        monkeypatch.setenv("NATS_CREDS", str(folder / "creds/operator.creds"))
+        monkeypatch.setenv("NATS_INBOX_PREFIX", "_INBOX_operator")
+        refused = await cli("backup", str(tmp_path / "other"))
+        assert (refused.code, "use an administrator's credentials" in refused.err) == (1, True), refused.err
+
+
 @pytest.mark.parametrize("tags", [[], ["other:s1"], ["sandbox:"]])
 async def test_a_user_without_a_sandbox_gets_nothing(tmp_path: Path, tags: list[str]) -> None:
     """The template of the signing key has nothing to put in, and opens nothing instead."""
