@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import TypeVar
 
 import msgspec
@@ -67,6 +68,11 @@ def read_answer(data: bytes, kind: type[T], asked: str) -> T:
         return msgspec.json.decode(data, type=kind)
     except UNDECODABLE as exc:
         raise Temporary("bus_unreadable", f"JetStream's answer to {asked}: {type(exc).__name__}") from exc
+
+
+def unix_ms(rfc3339: str) -> int:
+    """A time as JetStream writes it, in Unix milliseconds."""
+    return int(datetime.fromisoformat(rfc3339).timestamp() * 1000)
 
 
 def is_leaderless(data: bytes) -> bool:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Awaitable, Callable
-from datetime import datetime
 
 import structlog
 from nats.aio.client import Client
@@ -17,7 +16,7 @@ from nats.aio.msg import Msg
 from nats.errors import Error as NatsError
 
 from adapter.errors import BusRefused, Conflict, Temporary
-from adapter.jetstream.answers import Answered, read_answer, write_refusal
+from adapter.jetstream.answers import Answered, read_answer, unix_ms, write_refusal
 from adapter.jetstream.history import LeaderMessage, last_of, leader_message, read_stream, subjects_of
 from adapter.jetstream.link import Link
 from adapter.jetstream.publisher import Publisher
@@ -162,8 +161,7 @@ class KvBucket:
         message = await leader_message(self.link, self.stream, {"last_by_subj": self.subject(key)})
         if message is None:
             return None
-        when = datetime.fromisoformat(message.time)
-        return Written(message.seq, int(when.timestamp() * 1000), deleted=_is_gone(message))
+        return Written(message.seq, unix_ms(message.time), deleted=_is_gone(message))
 
     async def purge(self, key: str, revision: int) -> None:
         try:

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from datetime import datetime
 from typing import Any
 
 import msgspec
@@ -27,7 +26,7 @@ from nats.aio.msg import Msg
 
 from adapter.errors import BusRefused, LeaseLost, Temporary
 from adapter.jetstream import topology
-from adapter.jetstream.answers import NO_CONSUMER
+from adapter.jetstream.answers import NO_CONSUMER, unix_ms
 from adapter.jetstream.link import Link
 from adapter.jetstream.topology import Wanted
 from adapter.timing import Clock, backoff, first_of
@@ -148,7 +147,7 @@ class Consumer:
                 nc = self.link.client()
                 self._check()
                 info = await self._found()
-                self._made_ms = _unix_ms(info["created"])
+                self._made_ms = unix_ms(info["created"])
                 if info.get("paused"):
                     log.error(
                         "consumer.paused", consumer=self.name, detail="It delivers nothing until it is resumed."
@@ -272,7 +271,3 @@ async def all_settled(link: Link, stream: str, name: str, clock: Clock) -> None:
             return
         await clock.sleep(0.1)
     raise Temporary(f"{name}_behind")
-
-
-def _unix_ms(rfc3339: str) -> int:
-    return int(datetime.fromisoformat(rfc3339).timestamp() * 1000)

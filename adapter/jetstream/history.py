@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from adapter.errors import BusRefused, Temporary
-from adapter.jetstream.answers import MESSAGE_GONE, NO_STREAM, Answered, ApiError, read_answer
+from adapter.jetstream.answers import MESSAGE_GONE, NO_STREAM, Answered, ApiError, read_answer, unix_ms
 from adapter.jetstream.link import Link
 from adapter.jetstream.questions import Answer
 from adapter.ports import Stored
@@ -152,7 +152,7 @@ def _read(answer: Answer) -> Stored | None:
         return None
     if status is not None:
         raise Temporary("bus_busy", f"{status} {headers.get('Description', '')}")
-    stored_ms = int(datetime.fromisoformat(headers["Nats-Time-Stamp"]).timestamp() * 1000)
+    stored_ms = unix_ms(headers["Nats-Time-Stamp"])
     return Stored(headers["Nats-Subject"], int(headers["Nats-Sequence"]), headers, answer.data, stored_ms)
 
 
