@@ -442,7 +442,6 @@ class Bucket(Protocol):
         *,
         on_loaded: Callable[[], None] | None = None,
         on_missing: Callable[[str, bool], Awaitable[bool]] | None = None,
-        reload_s: float = 30.0,
     ) -> None:
         """Calls `on_entry` for all that is there and every change (deleted keys too), until cancelled; `on_loaded`
         after each complete reading; `on_missing` for each key that is there no more, and was not deleted: somebody

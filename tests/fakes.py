@@ -407,7 +407,6 @@ class FakeBucket:
         *,
         on_loaded: Callable[[], None] | None = None,
         on_missing: Callable[[str, bool], Awaitable[bool]] | None = None,
-        reload_s: float = 30.0,
     ) -> None:
         self._followers.append(on_entry)
         for entry in list(self.entries.values()):

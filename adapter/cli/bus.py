@@ -10,7 +10,7 @@ import contextlib
 import os
 import ssl
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
@@ -181,15 +181,15 @@ class Bus:
             raise Failed(UNREACHABLE, silent) from None
 
 
-def settings_from(environ: Mapping[str, str] | None = None) -> Settings:
+def settings_here() -> Settings:
     """The settings of this process. Raises SettingsError."""
-    return read_settings(os.environ if environ is None else environ)
+    return read_settings(os.environ)
 
 
 @contextlib.asynccontextmanager
 async def connected(settings: Settings | None = None, *, lasting: bool = False) -> AsyncIterator[Bus]:
     """A bus for the time of the block; a `lasting` one comes back after a break. Raises Failed, SettingsError."""
-    settings = settings or settings_from()
+    settings = settings or settings_here()
     heard: deque[Exception] = deque(maxlen=KEPT)
     nc = await _connect(settings, lasting, heard)
     bus = Bus(nc, settings)

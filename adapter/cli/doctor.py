@@ -13,7 +13,7 @@ from nats.errors import Error as NatsError
 
 from adapter.cli import astray, output, permitted
 from adapter.cli.bindings import all_bindings
-from adapter.cli.bus import Bus, connected, settings_from
+from adapter.cli.bus import Bus, connected, settings_here
 from adapter.cli.checks import Check, State
 from adapter.cli.exits import NO, OK, UNREACHABLE, Failed
 from adapter.cli.options import Json, MaybeSandbox, flag
@@ -50,7 +50,7 @@ async def doctor(
     Run it with the adapter's credentials, or an operator's. --fix needs the adapter's.
     Exit code 0: nothing fails (warnings do not count); 1: something fails; 3: NATS is not reachable.
     """
-    settings = settings_from()
+    settings = settings_here()
     try:
         async with connected(settings) as bus:
             checks = await _unheard(bus)

@@ -11,7 +11,7 @@ import msgspec
 from cyclopts import App, Parameter
 
 from adapter.cli import jwts, output
-from adapter.cli.bus import Bus, connected, settings_from
+from adapter.cli.bus import Bus, connected, settings_here
 from adapter.cli.exits import NO, OK, USAGE, Failed
 from adapter.cli.jwts import Key
 from adapter.cli.options import Sandbox, flag
@@ -154,7 +154,7 @@ async def push(folder: Folder, /) -> int:
     kept = Kept(folder)
     creds = str(folder / "creds" / "sys.creds")
     settings = msgspec.structs.replace(
-        settings_from(), nats_creds=creds, nats_user="", nats_password="", nats_nkey="", nats_inbox_prefix="_INBOX"
+        settings_here(), nats_creds=creds, nats_user="", nats_password="", nats_nkey="", nats_inbox_prefix="_INBOX"
     )
     async with connected(settings) as bus:
         for name in kept.accounts.keys:
@@ -229,7 +229,7 @@ def _account_file(account: str) -> Path:
 
 
 def _names() -> Names:
-    return Names(settings_from().prefix)
+    return Names(settings_here().prefix)
 
 
 def _read(file: Path) -> str:

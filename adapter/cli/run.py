@@ -15,7 +15,7 @@ from cyclopts import App, Parameter
 
 from adapter import __version__, logs
 from adapter.cli import output
-from adapter.cli.bus import settings_from
+from adapter.cli.bus import settings_here
 from adapter.cli.exits import OK, USAGE, Failed
 from adapter.cli.options import flag
 from adapter.cli.running import beside_server, until_signalled
@@ -50,7 +50,7 @@ def run(
     Exit code 0 after a clean drain, also when it was ended by ctrl-C. A second signal does not wait for the drain.
     With --embedded NATS_URL does not count: the adapter uses the server that it starts.
     """
-    settings = settings_from()
+    settings = settings_here()
     logs.configure(settings.log, version=__version__, instance=settings.instance)
     return run_fast(_run(settings, embedded=embedded, port=port))
 

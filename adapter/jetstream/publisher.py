@@ -78,10 +78,6 @@ class Publisher:
         link.on_up(self._subscribe)
 
     @property
-    def outstanding(self) -> int:
-        return len(self._outstanding)
-
-    @property
     def waiting_s(self) -> float:
         """How long the oldest write has been waiting for its acknowledgement; 0 where none waits."""
         oldest = next((entry for entry in self._outstanding.values() if not entry.future.done()), None)

@@ -198,7 +198,7 @@ async def test_a_source_is_asked_no_faster_than_the_bus_takes(rig: Rig, store: O
 
     task = asyncio.create_task(store.put("s1/x", source()))
     await until(lambda: not rig.link.up, "the bus is away")
-    await until(lambda: rig.publisher.outstanding == OUTSTANDING, "the room is full")
+    await until(lambda: len(rig.publisher._outstanding) == OUTSTANDING, "the room is full")
     assert 20 < given <= 20 + OUTSTANDING + 2
     await rig.bus.start()
     stored = await task
