@@ -71,6 +71,11 @@ class Wanted(NamedTuple):
         """In words."""
         return f"consumer of {self.stream}" if self.stream else "stream"
 
+    @property
+    def reserves(self) -> bool:
+        """Whether the server sets room aside for it."""
+        return int(self.config.get("max_bytes", -1)) > 0
+
 
 class Difference(NamedTuple):
     """A field of a stream that is not as it should be."""
@@ -315,7 +320,10 @@ async def ensure(link: Link, names: Names, settings: Settings) -> list[Differenc
     if level < API_LEVEL:
         raise SettingsError("server_too_old", f"JetStream API level {level}; nats-server 2.14 or newer is needed.")
     missing, different = await inspect(link, names, settings)
-    await _create_all(link, [wanted for wanted in missing if not wanted.stream])
+    made = [wanted for wanted in missing if not wanted.stream]
+    # a server without a byte left creates nothing, so what reserves its room comes after all that reserves none
+    await _create_all(link, [wanted for wanted in made if not wanted.reserves])
+    await _create_all(link, [wanted for wanted in made if wanted.reserves])
     await _create_all(link, [wanted for wanted in missing if wanted.stream])
     if broken := [d for d in different if d.critical]:
         lines = [f"stream {d.name}: {d.field} is {d.found!r}, must be {d.wanted!r}" for d in broken]

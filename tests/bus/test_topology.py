@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -47,22 +49,56 @@ class TightNats(EmbeddedNats):
         return config
 
 
-async def test_a_stream_that_another_replica_was_faster_to_create_needs_no_room_of_its_own(tmp_path: Path) -> None:
-    """Of replicas that started together some ended, and asked for more storage."""
-    server = TightNats(tmp_path)
+class Watched(Link):
+    """A link that knows how many streams are being created while one is asked for that reserves its room."""
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings, "test")
+        self.out = 0
+        self.beside: list[int] = []
+
+    async def api(self, verb: str, body: dict[str, Any] | None = None, timeout_s: float = 5.0) -> dict[str, Any]:
+        if not verb.startswith("STREAM.CREATE.") or body is None:
+            return await super().api(verb, body, timeout_s)
+        if body.get("max_bytes", -1) > 0:
+            self.beside.append(self.out)
+            return await super().api(verb, body, timeout_s)
+        self.out += 1
+        try:
+            return await super().api(verb, body, timeout_s)
+        finally:
+            self.out -= 1
+
+
+@contextlib.asynccontextmanager
+async def tight_link(data_dir: Path) -> AsyncIterator[tuple[Watched, Settings]]:
+    server = TightNats(data_dir)
     await server.start()
     settings = Settings(nats_url=(server.url,), in_max_bytes=1 << 30, media_store_bytes=1 << 30)
-    link = Link(settings, "test")
+    link = Watched(settings)
     running = asyncio.create_task(link.run())
     try:
         await link.wait_up(PATIENCE_S)
-        await topology.ensure(link, NAMES, settings)
-        for wanted in topology.streams(NAMES, settings):
-            await topology.create(link, wanted)  # by whoever has looked before they were there
+        yield link, settings
     finally:
         running.cancel()
         await asyncio.wait([running])
         server.kill()
+
+
+async def test_a_stream_that_another_replica_was_faster_to_create_needs_no_room_of_its_own(tmp_path: Path) -> None:
+    """Of replicas that started together some ended, and asked for more storage."""
+    async with tight_link(tmp_path) as (link, settings):
+        await topology.ensure(link, NAMES, settings)
+        for wanted in topology.streams(NAMES, settings):
+            await topology.create(link, wanted)  # by whoever has looked before they were there
+
+
+async def test_what_reserves_its_room_is_created_after_all_that_does_not(tmp_path: Path) -> None:
+    """A server without a byte left creates no stream, be it empty: whether it had room depended on who was faster."""
+    async with tight_link(tmp_path) as (link, settings):
+        await topology.ensure(link, NAMES, settings)
+        assert link.beside == [0, 0]
 
 
 class OldServer(Link):
