@@ -145,13 +145,20 @@ class Bindings:
         before, revision = self._by_bot.get(bot, (None, 0))
         if entry.revision <= revision:
             return
-        after = None
-        if entry.value is not None:
-            try:
-                after = msgspec.json.decode(entry.value, type=Binding)
-            except msgspec.MsgspecError as exc:
-                log.error("binding.unreadable", bot=bot, detail=str(exc)[:200])
-                return
+        try:
+            after = None if entry.value is None else msgspec.json.decode(entry.value, type=Binding)
+        except msgspec.MsgspecError as exc:
+            log.error("binding.unreadable", bot=bot, detail=str(exc)[:200])
+            return
+        self._replace(bot, before, after, entry.revision)
+        if before and after and before.token != after.token and self._same_token(bot, before.token, after.token):
+            before = msgspec.structs.replace(before, token=after.token)
+        if before != after:
+            for listener in self._listeners:
+                listener(bot, before, after)
+            self.changed.notify()
+
+    def _replace(self, bot: str, before: Binding | None, after: Binding | None, revision: int) -> None:
         if before is not None:
             self._by_sandbox[before.sandbox].pop(bot, None)
             if not self._by_sandbox[before.sandbox]:
@@ -159,14 +166,8 @@ class Bindings:
         if after is None:
             self._by_bot.pop(bot, None)
         else:
-            self._by_bot[bot] = (after, entry.revision)
+            self._by_bot[bot] = (after, revision)
             self._by_sandbox.setdefault(after.sandbox, {})[bot] = after
-        if before and after and before.token != after.token and self._same_token(bot, before.token, after.token):
-            before = msgspec.structs.replace(before, token=after.token)
-        if before != after:
-            for listener in self._listeners:
-                listener(bot, before, after)
-            self.changed.notify()
 
 
 def is_anew(before: Binding | None, after: Binding | None) -> bool:

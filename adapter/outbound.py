@@ -59,7 +59,7 @@ class Shard(LaneWork):
         """
         if not self._loaded:
             # what is known of an earlier time, when the shard was ours, too
-            self._needs.sending.contexts.forget_where(self._serves)
+            self._sending.contexts.forget_where(self._serves)
             self.typing.open()
             self._loaded = True
         found: set[int] = set()
@@ -113,7 +113,7 @@ class Shard(LaneWork):
         if self._backlog.came_again(delivery):
             return
         if not delivery.suspect:
-            self._needs.sending.metrics.outbound_taken.inc()
+            self._sending.metrics.outbound_taken.inc()
         if self._backlog.takes(delivery):
             self._accept(delivery)
         elif self._backlog.next(delivery.subject) is not None:
@@ -127,7 +127,7 @@ class Shard(LaneWork):
 
     async def _catch_up(self, subject: str) -> None:
         """Takes in hand what had to wait on the bus, in order, as far as there is room."""
-        stream, backlog, clock = self._needs.names.stream_out, self._backlog, self._needs.sending.clock
+        stream, backlog, clock = self._needs.names.stream_out, self._backlog, self._sending.clock
         missed: float | None = None
         try:
             while (first := backlog.next(subject)) and not self._drain.is_set():
@@ -158,7 +158,7 @@ class Shard(LaneWork):
 
     async def _accept_gently(self, delivery: Delivery) -> None:
         """Reading takes its time (Markdown above all), and all others live in the same loop: it rests after each."""
-        clock = self._needs.sending.clock
+        clock = self._sending.clock
         started = clock.monotonic()
         try:
             self._accept(delivery)
@@ -182,7 +182,7 @@ class Shard(LaneWork):
             dead = isinstance(exc, Unreadable)
             body = remains(delivery.data, self._needs.limits) if dead else body
             item = self._take(_nameless(delivery, body.id), delivery)
-            self._needs.sending.metrics.schema_violations.labels(kind="out").inc()
+            self._sending.metrics.schema_violations.labels(kind="out").inc()
             ending = Ending("dead_lettered" if dead else "refused", exc.reason, exc.detail)
             self._tasks.spawn(self._end_surely(item, ending))
             return
@@ -343,7 +343,7 @@ class Shard(LaneWork):
 
     def tidy(self) -> None:
         """Forgets the lanes of users whom nothing waits for; the next command, or their next word, makes another."""
-        now = self._needs.sending.clock.monotonic()
+        now = self._sending.clock.monotonic()
         bound = self._needs.bindings.get
         for lane in self._lanes:
             if bound(lane.bot) is None:

@@ -298,11 +298,15 @@ class Supervisor:
         for task in self._consumers[shard]:
             task.add_done_callback(self._report)
 
-    def _drop(self, shard: int) -> None:
+    def _close(self, shard: int) -> None:
+        """Nothing more comes in for it."""
         if load := self._loads.pop(shard, None):
             load.cancel()
         for task in self._consumers.pop(shard, []):
             task.cancel()
+
+    def _drop(self, shard: int) -> None:
+        self._close(shard)
         if downloads := self._downloads.pop(shard, None):
             downloads.stop()
         if sender := self._shards.pop(shard, None):
@@ -319,10 +323,7 @@ class Supervisor:
                 self._changed.notify()
 
     async def _give_away(self, shard: int, grace_s: float) -> None:
-        if load := self._loads.pop(shard, None):
-            load.cancel()
-        for task in self._consumers.pop(shard, []):
-            task.cancel()
+        self._close(shard)
         if downloads := self._downloads.pop(shard, None):
             try:
                 await downloads.drain(DOWNLOADS_S)
