@@ -19,9 +19,9 @@ from adapter.contract import (
     OutText,
     OutVideo,
     OutVoice,
-    without_halves,
 )
 from adapter.errors import UNDECODABLE, Refused, Unreadable
+from adapter.mending import without_halves
 from adapter.names import check_sandbox, is_sandbox
 from adapter.split import MAX_BYTES, is_open, split, to_plain
 

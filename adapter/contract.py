@@ -7,7 +7,6 @@ version, told by the header `Wechat-Schema`.
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Literal, TypeAlias
 
 import msgspec
@@ -27,18 +26,8 @@ _HEADERS = {
     "next": H_NEXT,
 }
 
-_ESCAPE = re.compile(
-    rb"\\(?:u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|(u[dD][89a-fA-F][0-9a-fA-F]{2})|.)", re.DOTALL
-)
-"""An escape in a JSON string; the group: half a surrogate pair."""
-
 SandboxId = Annotated[str, Meta(pattern=SANDBOX_PATTERN, description="Name of a sandbox.")]
 CommandId = Annotated[str, Meta(min_length=1, max_length=128, description="Idempotency key of a command.")]
-
-
-def without_halves(text: bytes) -> bytes:
-    """JSON with the replacement character for each escaped half of a surrogate pair: an emoji that somebody cut."""
-    return _ESCAPE.sub(lambda found: b"\\ufffd" if found[1] else found[0], text)
 
 
 class Window(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

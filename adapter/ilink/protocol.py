@@ -11,12 +11,12 @@ from urllib.parse import quote
 import msgspec
 
 from adapter import __version__
-from adapter.contract import without_halves
 from adapter.errors import Refused, SessionExpired, Temporary, Throttled, Uncertain
 from adapter.ilink import wire
 from adapter.ilink.cipher import cipher_size, write_key
 from adapter.ilink.urls import PLAIN_URL, URL_CHARS
 from adapter.logs import HIDDEN, hide_secrets
+from adapter.mending import as_utf8, without_controls, without_halves
 from adapter.ports import Accepted, MediaKind, Polled, QrCode, Scan, ScanStatus, Uploaded
 
 AGENT = f"wechat-nats/{__version__}"
@@ -24,8 +24,6 @@ CHANNEL_VERSION = "2.4.9"
 """The official client whose behaviour this one follows."""
 APP_CLIENT_VERSION = str(2 << 16 | 4 << 8 | 9)
 
-_STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+(?:"|\Z)', re.DOTALL)
-_CONTROLS = re.compile(rb"[\x00-\x1f]")
 _BOM = b"\xef\xbb\xbf"
 
 A = TypeVar("A", bound=wire.Answer)
@@ -398,9 +396,7 @@ def _decode(reply: Reply, kind: type[A]) -> A:
         try:
             answer = msgspec.json.decode(reply.body, type=kind)
         except ValueError:  # UnicodeDecodeError, too
-            mended = without_halves(wire.as_utf8(reply.body.removeprefix(_BOM)))
-            if _CONTROLS.search(mended):
-                mended = _STRING.sub(lambda found: _CONTROLS.sub(_escaped, found[0]), mended)
+            mended = without_controls(without_halves(as_utf8(reply.body.removeprefix(_BOM))))
             answer = msgspec.json.decode(mended, type=kind, strict=False)
     except RecursionError as exc:
         raise ValueError("nested too deeply") from exc
@@ -408,10 +404,6 @@ def _decode(reply: Reply, kind: type[A]) -> A:
         if len(secret) >= SECRET_CHARS:
             answer.errmsg = str(answer.errmsg).replace(secret, HIDDEN)
     return answer
-
-
-def _escaped(control: re.Match[bytes]) -> bytes:
-    return b"\\u%04x" % control[0][0]
 
 
 def _check_words(reply: Reply, *, sent: bool = False) -> None:

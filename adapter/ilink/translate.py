@@ -12,6 +12,7 @@ from adapter.errors import UNDECODABLE, Refused, Unreadable
 from adapter.ilink import wire
 from adapter.ilink.cipher import read_key
 from adapter.ilink.references import Quoted, ident_of, read_reference, transcript
+from adapter.mending import as_utf8
 from adapter.ports import Fetch, Said
 from adapter.quotes import as_id, kind_of
 
@@ -66,7 +67,7 @@ def _read_plain(raw: bytes, message: wire.PlainMessage) -> Said:
 
 
 def _read_whole(raw: bytes) -> Said:
-    readable = wire.as_utf8(raw)
+    readable = as_utf8(raw)
     try:
         message = _WHOLE.decode(readable)
     except UNDECODABLE as exc:

@@ -27,14 +27,6 @@ FILE: Final = 4
 VIDEO: Final = 5
 
 
-def as_utf8(raw: bytes) -> bytes:
-    """`raw` with the replacement character for what is no UTF-8: a character that somebody cut, words in GBK.
-
-    JavaScript reads so, and with it the official client: no code and no message gets lost by such words.
-    """
-    return raw.decode("utf-8", "replace").encode()
-
-
 class Answer(msgspec.Struct, kw_only=True):
     """What every answer may carry. Either of `ret` and `errcode` may hold the code (2.5)."""
 
