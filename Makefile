@@ -7,7 +7,7 @@
 # make fuzz    foreign bytes into every reader, guided by coverage, for FUZZ_S seconds each; installs the fuzzer
 # make audit   known vulnerabilities in what is locked; needs an index that has advisories
 # make image-test  the image, built and run: needs root and Debian, and installs buildah and podman
-# make alerts-test  every alert, fired by a real fault in a real Prometheus; takes two minutes
+# make alerts-test  every alert, fired by a real fault in a real Prometheus; takes two to five minutes
 # make dashboard-picture  helm/dashboard.png, from what a real Prometheus answers under load
 # make format  the code as `make check` wants it
 # make generate  schemas/, helm/nats/ and the README's table, from the code
