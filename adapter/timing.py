@@ -7,7 +7,7 @@ import contextlib
 import random
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine
 from types import TracebackType
 from typing import Any, Protocol, TypeVar
 
@@ -85,19 +85,6 @@ def heed() -> None:
     task = asyncio.current_task()
     if task is not None and task.cancelling():
         raise asyncio.CancelledError
-
-
-@contextlib.contextmanager
-def heeding() -> Iterator[None]:
-    """Raises CancelledError at the end of the block if the task was cancelled in it, however the block ended: Python
-    3.11's wait_for, which nats-py uses for requests, forgets a cancellation that comes together with the answer."""
-    task = asyncio.current_task()
-    cancels = task.cancelling() if task else 0
-    try:
-        yield
-    finally:
-        if task and task.cancelling() > cancels:
-            raise asyncio.CancelledError
 
 
 async def finish(work: Coroutine[Any, Any, T], grace_s: float) -> T:

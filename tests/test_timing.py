@@ -11,7 +11,7 @@ from collections import Counter
 import pytest
 from structlog.testing import capture_logs
 
-from adapter.timing import AnsweredWithin, Beat, Pace, Turns, finish, heed, heeding, restarted
+from adapter.timing import AnsweredWithin, Beat, Pace, Turns, finish, heed, restarted
 from tests.fakes import FakeClock
 
 VIRTUAL_TIME = True
@@ -103,29 +103,6 @@ async def test_a_cancellation_that_was_swallowed_is_heeded_all_the_same() -> Non
     with pytest.raises(asyncio.CancelledError):
         await task
     heed()  # of a task that nobody cancelled it takes no notice
-
-
-@pytest.mark.parametrize("ends_in", ["the answer", KeyError("no answer")])
-async def test_a_cancellation_that_meets_the_answer_is_heeded(ends_in: str | Exception) -> None:
-    async def forget() -> str:
-        with contextlib.suppress(asyncio.CancelledError):
-            await asyncio.Event().wait()
-        if isinstance(ends_in, Exception):
-            raise ends_in
-        return ends_in
-
-    async def ask() -> None:
-        with contextlib.suppress(KeyError), heeding():
-            await forget()
-        raise AssertionError("it went on")
-
-    task = asyncio.get_running_loop().create_task(ask())
-    await asyncio.sleep(0)
-    task.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await task
-    with heeding():  # of a task that nobody cancels it takes no notice
-        await asyncio.sleep(0)
 
 
 async def test_at_a_beat_all_go_on_together_and_one_that_is_cancelled_holds_nobody_up() -> None:
