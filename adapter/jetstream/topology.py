@@ -253,7 +253,7 @@ async def server_level(link: Link) -> int:
 
 
 async def inspect(link: Link, names: Names, settings: Settings) -> tuple[list[Wanted], list[Difference]]:
-    """What is missing and what differs, streams first. Raises Temporary, BusRefused."""
+    """What is missing, in the order in which it is to be created, and what differs. Raises Temporary, BusRefused."""
     missing: list[Wanted] = []
     different: list[Difference] = []
     for wanted in streams(names, settings):
@@ -262,6 +262,7 @@ async def inspect(link: Link, names: Names, settings: Settings) -> tuple[list[Wa
             missing.append(wanted)
         else:
             different += compare(wanted, found)
+    missing.sort(key=lambda wanted: wanted.reserves)  # a server without a byte left creates nothing more
     present = {
         (stream, name) for stream in (names.stream_out, names.stream_ctl) for name in await _names(link, stream)
     }
@@ -321,7 +322,7 @@ async def ensure(link: Link, names: Names, settings: Settings) -> list[Differenc
         raise SettingsError("server_too_old", f"JetStream API level {level}; nats-server 2.14 or newer is needed.")
     missing, different = await inspect(link, names, settings)
     made = [wanted for wanted in missing if not wanted.stream]
-    # a server without a byte left creates nothing, so what reserves its room comes after all that reserves none
+    # apart, since what is created at once is not created in order
     await _create_all(link, [wanted for wanted in made if not wanted.reserves])
     await _create_all(link, [wanted for wanted in made if wanted.reserves])
     await _create_all(link, [wanted for wanted in missing if wanted.stream])

@@ -147,6 +147,14 @@ async def test_what_is_missing_is_created_some_at_a_time_and_streams_first() -> 
     assert server.most == topology.CREATED_AT_ONCE
 
 
+async def test_what_is_created_one_after_the_other_reserves_its_room_last_too() -> None:
+    """So does `doctor --fix`, which could not create the others where the inbound stream alone took all the room."""
+    missing, _ = await topology.inspect(NewServer(), NAMES, Settings())
+    made = [wanted for wanted in missing if not wanted.stream]
+    assert missing[: len(made)] == made
+    assert [wanted.name for wanted in made if wanted.reserves] == [wanted.name for wanted in made[-2:]]
+
+
 async def test_the_first_that_cannot_be_created_is_named_and_none_is_left_on_its_way() -> None:
     media = f"OBJ_{NAMES.media}"
     server = NewServer(media, NAMES.stream_out)
