@@ -56,6 +56,7 @@ def build() -> App:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command and returns its exit code (`exits.EXIT_CODES`)."""
+    _have_streams()
     _quiet()
     try:
         result = build()(sys.argv[1:] if argv is None else argv)
@@ -86,6 +87,14 @@ def main(argv: list[str] | None = None) -> int:
 def _sentence(exc: CycloptsError) -> str:
     """Cyclopts' own words, on one line."""
     return " ".join(str(exc).split())
+
+
+def _have_streams() -> None:
+    """Stands in for standard streams that were closed (`<&-`, `>&-`), which Python has as None: nothing is read, and
+    what is said is lost. Their numbers are taken, too, so that no connection gets them."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 -- as long as the process
 
 
 def _quiet() -> None:

@@ -199,6 +199,22 @@ async def test_a_reader_who_has_read_enough_is_no_failure(arguments: tuple[str, 
     assert (process.returncode, err) == (0, b"")
 
 
+async def test_closed_streams_are_empty_ones() -> None:
+    """As `<&-` and `>&-` leave them."""
+
+    async def ends(*arguments: str, closed: int) -> tuple[int | None, bytes]:
+        async with started(*arguments, preexec_fn=lambda: os.close(closed)) as process:
+            _, err = await process.communicate()
+            return process.returncode, err
+
+    assert await ends("send", "s1", "-", closed=0) == (2, b"wechat-nats: There is no text to send.\n")
+    assert await ends("schema", "inbound", closed=1) == (0, b"")
+    assert await ends("bind", "s1", "b1@im.bot", closed=0) == (
+        2,
+        b"wechat-nats: No token: use --token - to read it from standard input, or --token-file.\n",
+    )
+
+
 BUG = """
 import gc, sys, threading
 import adapter.cli
