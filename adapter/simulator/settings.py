@@ -51,7 +51,8 @@ class SimulatorSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields
     seed: int | None = None
     """Seeds ids, tokens and chance; null: different in every run."""
     frozen_at_ms: int | None = None
-    """Business time stands at this Unix millisecond and moves by `advance` only; null: real time."""
+    """Business time stands at this Unix millisecond and moves by `advance` only, and with it all lifetimes and what
+    faults delay by seconds; null: real time."""
 
     hold_ms: NotNegative = 35_000
     """How long `getupdates` waits for a message (S6)."""

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adapter.simulator import Shown, Simulator
+from adapter.simulator import FaultRule, Shown, Simulator
 from tests.simulator.client import FAST, Client, headers, texts
 from tests.simulator.conftest import MakeClient
 
@@ -273,6 +273,40 @@ async def test_business_time_can_be_frozen(make: MakeClient) -> None:
     client.sim.advance(1.5)
 
     assert client.sim.now_ms == 1_789_000_001_500
+
+
+async def test_what_becomes_due_on_the_way_happens_at_its_own_time(make: MakeClient) -> None:
+    client = await make(frozen_at_ms=1_789_000_000_000, token_death_delay_s=29)
+    client.sim.say(client.bot.user, "hello")
+    await client.call("msg/notifystart")
+    for delay_s in (120, 60):
+        client.sim.set_fault(FaultRule(fault="F15", count=1, params={"delay_s": delay_s}))
+        await client.send(f"after {delay_s} s")
+    client.sim.add_bot(client.bot.user)
+
+    client.sim.advance(600)
+
+    shown = [(shown.text, shown.at_ms) for shown in client.sim.phone(client.bot.user)]
+    assert shown == [("after 60 s", 1_789_000_060_000), ("after 120 s", 1_789_000_120_000)]
+    assert client.sim.online(client.bot.bot).timeline[-1] == (1_789_000_029_000, False)
+    assert client.sim.now_ms == 1_789_000_600_000
+
+
+async def test_with_frozen_time_lifetimes_end_by_advance_only(make: MakeClient) -> None:
+    client = await make(frozen_at_ms=1_789_000_000_000, token_death_delay_s=0.03, qr_ttl_s=0.03)
+    message = client.sim.say(client.bot.user, "hello")
+    client.sim.repeat(client.bot.bot, message.message_id, delay_s=0.03)
+    await client.call("get_bot_qrcode")
+    client.sim.add_bot(client.bot.user)
+    await asyncio.sleep(0.05)
+
+    def states() -> tuple[int, int, str]:
+        return client.sim.stats().dead, len(client.sim.inbound(client.bot.bot)), client.sim.qrcodes()[0].status
+
+    assert states() == (0, 1, "wait")
+    for _ in range(3):
+        client.sim.advance(0.01)
+    assert states() == (1, 2, "expired")
 
 
 async def test_the_same_seed_makes_the_same_ids(make: MakeClient) -> None:
