@@ -17,6 +17,7 @@ from adapter.console.desk import Needs
 from adapter.console.server import Console
 from adapter.contexts import Contexts
 from adapter.control import Control
+from adapter.cursors import raw_bots
 from adapter.download import Downloading
 from adapter.edges import Edges
 from adapter.errors import LeaseLost, Temporary
@@ -201,6 +202,7 @@ class Parts:
             heard=self._heard,
             revived=lambda sandbox, bot, user: self.supervisor.heard(sandbox, bot, user, wrote=False),
             waiting=self._waiting,
+            raw_bots=raw_bots(self.edges.history, self.names),
             writable=writable,
             purges=lambda: self.inspector.purges(self.names.cursors),
             starting=asyncio.Semaphore(STARTING),

@@ -22,6 +22,7 @@ from adapter.ports import Account, Bucket, Bus, Chat, History, Said, Stored
 from adapter.recall import Recall
 from adapter.records import Binding, Cursor
 from adapter.seal import Sealer
+from adapter.tasks import Shared
 from adapter.timing import Beat, Clock, Latch, Pace, Turns
 
 log = structlog.get_logger()
@@ -82,6 +83,8 @@ class Incoming(NamedTuple):
     """Called in the same way once iLink takes the bot's token again."""
     waiting: Callable[[str], Awaitable[Waiting | None]]
     """Those of a sandbox's shard, once they are loaded; None where the shard is not this replica's."""
+    raw_bots: Shared[set[str]]
+    """The keys (`names.token_of`) of all bots of whom a message waits in WECHAT_RAW."""
     writable: Callable[[], Awaitable[None]]
     """Returns when the bus takes what is written; no poll starts before."""
     purges: Callable[[], int]

@@ -1,10 +1,13 @@
-"""The tasks that an object starts: asyncio forgets those that nobody holds, and reports their failures late."""
+"""The tasks that an object starts: asyncio forgets those that nobody holds, and reports their failures late. And one
+task for all who want the same."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
-from typing import Any
+from typing import Any, Generic, TypeVar
+
+T = TypeVar("T")
 
 
 class Tasks:
@@ -44,3 +47,32 @@ class Tasks:
         self._running.discard(task)
         if not task.cancelled() and (exc := task.exception()) is not None:
             self._on_failure(exc)
+
+
+class Shared(Generic[T]):
+    """One question for all who ask at about the same time. It is asked after each of them wanted to know: who comes
+    while one is out waits for the next."""
+
+    def __init__(self, ask: Callable[[], Coroutine[Any, Any, T]]) -> None:
+        self._ask = ask
+        self._out: asyncio.Task[T] | None = None
+        self._next: asyncio.Task[T] | None = None
+
+    async def answer(self) -> T:
+        """Raises what the question raised."""
+        if self._next is None:
+            self._next = asyncio.get_running_loop().create_task(self._turn(self._out))
+            self._next.add_done_callback(_heard)
+        return await asyncio.shield(self._next)
+
+    async def _turn(self, before: asyncio.Task[T] | None) -> T:
+        if before is not None:
+            await asyncio.wait((before,))
+        self._out, self._next = self._next, None
+        return await self._ask()
+
+
+def _heard(task: asyncio.Task[Any]) -> None:
+    """Those who asked have its failure; where all have gone, nobody wants it."""
+    if not task.cancelled():
+        task.exception()

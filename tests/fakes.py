@@ -21,6 +21,7 @@ from adapter.bindings import Bindings, is_anew
 from adapter.commands import Command, Limits
 from adapter.contexts import Contexts, Peer
 from adapter.contract import BindingEvent, Inbound, Receipt
+from adapter.cursors import raw_bots
 from adapter.download import Downloading
 from adapter.errors import BusRefused, Conflict, LeaseLost, Temporary, Uncertain
 from adapter.events import Events
@@ -1144,6 +1145,7 @@ class Bench:
             heard=lambda sandbox, bot, user: self.heard.append((sandbox, bot, user)),
             revived=lambda sandbox, bot, user: self.heard.append((sandbox, bot, user)),
             waiting=waiting,
+            raw_bots=raw_bots(self.bus, self.names),
             writable=writable,
             purges=lambda: self.purges,
             starting=asyncio.Semaphore(4),

@@ -1,4 +1,4 @@
-"""Tasks of one owner: held until they end, and heard of when they crash."""
+"""Tasks of one owner: held until they end, and heard of when they crash; and questions that many share."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import asyncio
 import gc
 import weakref
 
-from adapter.tasks import Tasks
+import pytest
+
+from adapter.tasks import Shared, Tasks
 
 VIRTUAL_TIME = True
 
@@ -66,3 +68,52 @@ async def test_a_crash_is_told_and_a_cancellation_is_none() -> None:
     found.cancel()
     assert await found.ended()
     assert len(failures) == 1
+
+
+class Asked:
+    """A question whose answer is how often it was asked; it takes a second."""
+
+    def __init__(self) -> None:
+        self.times = 0
+        self.fails = False
+        self.shared = Shared(self._ask)
+
+    async def _ask(self) -> int:
+        self.times += 1
+        number = self.times
+        await asyncio.sleep(1)
+        if self.fails:
+            raise OSError
+        return number
+
+
+async def test_who_asks_at_about_the_same_time_shares_an_answer_that_is_no_older_than_the_question() -> None:
+    asked = Asked()
+    async with asyncio.TaskGroup() as group:
+        first = [group.create_task(asked.shared.answer()) for _ in range(3)]
+        await asyncio.sleep(0.5)
+        later = [group.create_task(asked.shared.answer()) for _ in range(3)]
+    assert [task.result() for task in (*first, *later)] == [1, 1, 1, 2, 2, 2]
+    assert await asked.shared.answer() == 3
+
+
+async def test_a_question_that_fails_fails_for_those_who_shared_it_and_is_asked_again() -> None:
+    asked = Asked()
+    asked.fails = True
+    assert all(
+        isinstance(answer, OSError)
+        for answer in await asyncio.gather(*(asked.shared.answer() for _ in range(2)), return_exceptions=True)
+    )
+    assert asked.times == 1
+    asked.fails = False
+    assert await asked.shared.answer() == 2
+
+
+async def test_who_goes_takes_no_answer_from_the_others() -> None:
+    asked = Asked()
+    gone, stays = (asyncio.ensure_future(asked.shared.answer()) for _ in range(2))
+    await asyncio.sleep(0.5)
+    gone.cancel()
+    assert await stays == 1
+    with pytest.raises(asyncio.CancelledError):
+        await gone
