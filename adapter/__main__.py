@@ -26,6 +26,8 @@ def main() -> None:
             sys.exit(_run_alone())
         sys.stderr.write(f"{exc.name} is not installed: install wechat-nats[cli]. (`run` works without it.)\n")
         sys.exit(2)
+    except KeyboardInterrupt:  # the import takes a second on a busy machine
+        sys.exit(130)
     sys.exit(cli())
 
 

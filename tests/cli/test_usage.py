@@ -215,6 +215,27 @@ async def test_closed_streams_are_empty_ones() -> None:
     )
 
 
+IMPATIENT = """
+import sys
+from adapter.__main__ import main
+
+class Impatient:
+    def find_spec(self, name, path=None, target=None):
+        if name == "adapter.cli":
+            raise KeyboardInterrupt
+
+sys.meta_path.insert(0, Impatient())
+main()
+"""
+"""Ctrl-C while the command is imported."""
+
+
+async def test_a_ctrl_c_at_once_is_130_too() -> None:
+    process = await asyncio.create_subprocess_exec(sys.executable, "-c", IMPATIENT, stderr=asyncio.subprocess.PIPE)
+    _, err = await process.communicate()
+    assert (process.returncode, err) == (130, b"")
+
+
 BUG = """
 import gc, sys, threading
 import adapter.cli
