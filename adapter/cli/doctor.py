@@ -193,7 +193,8 @@ class Present(NamedTuple):
     ids: set[str]
     versions: set[str]
     silent: bool
-    """None has answered, and somebody hears the question: an adapter may be forbidden to answer on this inbox."""
+    """None has answered, and somebody hears the question: an adapter that is forbidden to answer on this inbox, or
+    who listens to all subjects."""
 
 
 async def adapters_there(bus: Bus, wait_s: float = PING_S) -> Present:
@@ -225,8 +226,10 @@ async def adapters_there(bus: Bus, wait_s: float = PING_S) -> Present:
 
 def unheard(bus: Bus) -> str:
     """What to do where adapters are silent."""
-    inbox = bus.settings.nats_inbox_prefix
-    return f"Adapters run, and none answers on {inbox}.>: set NATS_INBOX_PREFIX to _INBOX_operator, or do they hang?"
+    return (
+        f"Somebody hears the question for adapters, and none answers on {bus.settings.nats_inbox_prefix}.>: set"
+        " NATS_INBOX_PREFIX to _INBOX_operator; or an adapter hangs, or something else listens to all subjects."
+    )
 
 
 async def _adapters(bus: Bus) -> Check:

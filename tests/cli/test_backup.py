@@ -88,18 +88,23 @@ async def test_a_running_adapter_forbids_it(cli: Command, bus: Bus, settings: Se
     await adapter
 
 
-async def test_an_adapter_that_cannot_answer_forbids_it_too(cli: Command, bus: Bus, tmp_path: Path) -> None:
-    """As with permissions, where an administrator keeps the default inbox."""
+@pytest.mark.parametrize("heard", ["$SRV.PING.wechat-nats", ">"], ids=["an adapter", "a listener to everything"])
+async def test_who_hears_the_question_and_does_not_answer_forbids_it_too(
+    cli: Command, bus: Bus, tmp_path: Path, heard: str
+) -> None:
+    """As an adapter does with permissions, where an administrator keeps the default inbox. Of who only listens it
+    cannot be told, so that adapters run is not said."""
     await fill(bus)
     assert (await cli("backup", str(tmp_path / "saved"))).code == 0
     before = await states(bus)
-    adapter = await bus.nc.subscribe("$SRV.PING.wechat-nats")
+    listener = await bus.nc.subscribe(heard)
     await bus.nc.flush()
     refused = await cli("restore", str(tmp_path / "saved"), "--replace")
     assert (refused.code, "none answers on _INBOX.>" in refused.err) == (1, True), refused.err
+    assert ("listens to all subjects" in refused.err, "dapters run" in refused.err) == (True, False)
     assert await states(bus) == before
     assert "none answers on _INBOX.>" in (await cli("doctor")).out
-    await adapter.unsubscribe()
+    await listener.unsubscribe()
     await bus.nc.flush()
     assert (await cli("restore", str(tmp_path / "saved"), "--replace")).code == 0
 
