@@ -30,11 +30,11 @@ class Call(Struct):
 Endpoint = Callable[[Call], Awaitable[Answer]]
 
 
-def malformed(world: World, bot: Bot | None, errmsg: str) -> Answer:
-    """The answer to a request that cannot be read (F29)."""
-    if world.settings_of(bot).malformed == "http400":
-        return json_answer({"ret": -2, "errmsg": errmsg}, status=400)
-    return json_answer({"ret": -2, "errmsg": errmsg})
+def malformed(world: World, endpoint: str, bot: Bot | None, reason: str) -> Answer:
+    """The answer to a request that cannot be read (F29). The reason is among the violations: no text of iLink's is
+    known for it."""
+    world.violate("malformed", endpoint, bot, reason)
+    return json_answer({"ret": -2}, status=400 if world.settings_of(bot).malformed == "http400" else 200)
 
 
 def no_ticket(ret: int, params: Json | None = None) -> Answer:
@@ -77,7 +77,7 @@ class Endpoints:
             self._inbox.replay(bot, int(rule.params.get("last", 1)))
         start = self._inbox.start(bot, cursor)
         if start is None:
-            answer = json_answer({"ret": -2, "errmsg": "invalid get_updates_buf"})
+            answer = json_answer({"ret": -2})
             self._inbox.refuse_poll(bot, cursor, "refused")
             return answer
         poll = self._inbox.open_poll(bot, cursor, start)
@@ -133,12 +133,12 @@ class Endpoints:
         issued_ms = window.tickets.get(ticket) if window else None
         if window is None or issued_ms is None:
             world.violate("unknown_ticket", call.endpoint, bot)
-            return json_answer({"ret": -2, "errmsg": "invalid typing_ticket"})
+            return self._bad_ticket(bot)
         if world.clock.now_ms() - issued_ms > world.settings_of(bot).ticket_ttl_s * 1000:
             world.violate("expired_ticket", call.endpoint, bot)
-            return json_answer({"ret": -2, "errmsg": "typing_ticket expired"})
+            return self._bad_ticket(bot)
         if status not in (1, 2):
-            return json_answer({"ret": -2, "errmsg": "invalid status"})
+            return json_answer({"ret": -2})
         if status == 1:
             window.typing_on_calls += 1
             window.typing_since_ms = world.clock.now_ms()
@@ -153,13 +153,13 @@ class Endpoints:
     async def notifystop(self, call: Call) -> Answer:
         return self._notify(call.bot, online=False)
 
-    def malformed(self, call: Call, errmsg: str) -> Answer:
+    def malformed(self, call: Call, reason: str) -> Answer:
         """As the function of this name, and noted with the bot."""
-        answer = malformed(self._world, call.bot, errmsg)
+        answer = malformed(self._world, call.endpoint, call.bot, reason)
         if call.endpoint == "getupdates":
             self._inbox.refuse_poll(call.bot, "", "malformed")
         else:
-            self.record_unprocessed(call, answer, "malformed", errmsg)
+            self.record_unprocessed(call, answer, "malformed")
         return answer
 
     def open_send(self, call: Call) -> SendRecord:
@@ -199,11 +199,11 @@ class Endpoints:
         record.end_ms = self._world.clock.exact_ms()
         record.status = answer.status if answer is not None and written else 0
 
-    def record_unprocessed(self, call: Call, answer: Answer, why: str, errmsg: str | None = None) -> None:
+    def record_unprocessed(self, call: Call, answer: Answer, why: str) -> None:
         """Has an attempt recorded that is answered with `answer` without having been processed."""
         if call.endpoint == "sendmessage":
             record = self.open_send(call)
-            record.why, record.errmsg = why, errmsg
+            record.why = why
             record.ret = {"stale": -14, "malformed": -2}.get(why)
             answer.settle = lambda written, outcome: self.close_send(record, answer, written=written)
         elif call.endpoint == "getupdates":
@@ -283,6 +283,9 @@ class Endpoints:
         if rule := faults.take("F21", "getupdates", bot.id, bot.user):
             body["longpolling_timeout_ms"] = rule.params.get("hint", 0)
         return body
+
+    def _bad_ticket(self, bot: Bot) -> Answer:
+        return json_answer({"ret": -2 if self._world.settings_of(bot).bad_ticket == "refuse" else 0})
 
     def _notify(self, bot: Bot, *, online: bool) -> Answer:
         self._world.turn(bot, online=online)

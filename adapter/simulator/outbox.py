@@ -153,10 +153,10 @@ class Outbox:
     def _malformed(self, bot: Bot, message: Json) -> Verdict | None:
         items = message.get("item_list")
         if not isinstance(items, list) or not items:
-            return refusal(-2, "empty_item_list", "item_list required")
+            return refusal(-2, "empty_item_list", "unknown error")
         for item in items:
             kind = item.get("type") if isinstance(item, dict) else None
-            payload = PAYLOADS.get(kind) if isinstance(kind, int) else None
+            payload = PAYLOADS.get(kind) if type(kind) is int else None
             if payload is None or not _is_object(item, payload):
                 return refusal(-2, "malformed_item", "unknown error")
             if kind == 1 and not isinstance(item["text_item"].get("text"), str):

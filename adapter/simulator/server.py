@@ -129,7 +129,7 @@ class Server:
         """What a sound server does with a request."""
         endpoint, bot = visit.endpoint, visit.bot
         if visit.request.method not in LOGIN_METHODS.get(endpoint, ("POST",)):
-            answer = malformed(self._world, bot, "wrong method")
+            answer = malformed(self._world, endpoint, bot, "wrong method")
             answer.status = 405 if answer.status == 400 else answer.status
             return answer
         if endpoint in LOGIN_METHODS:
@@ -144,12 +144,12 @@ class Server:
     async def _login(self, visit: Visit) -> Answer:
         query = visit.request.query
         if visit.body is None:
-            return malformed(self._world, visit.bot, "invalid json")
+            return malformed(self._world, visit.endpoint, visit.bot, "invalid json")
         if visit.endpoint == "get_bot_qrcode":
             tokens = visit.body.get("local_token_list")
             return json_answer(self._logins.create(list(tokens) if isinstance(tokens, list) else []))
         if not (code := query.get("qrcode")):
-            return json_answer({"ret": -2, "errmsg": "qrcode required"})
+            return malformed(self._world, visit.endpoint, visit.bot, "qrcode required")
         verify_code = query.get("verify_code", "")
         return await self._logins.status(code, verify_code, self.urls, second=visit.second, edge=visit.edge)
 

@@ -126,6 +126,9 @@ class SimulatorSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """How long a superseded bot's token lives on (S5)."""
     ticket_ttl_s: Duration = 86_400.0
     """Life of a typing ticket (S14)."""
+    bad_ticket: Literal["refuse", "accept"] = "refuse"
+    """`sendtyping` with a ticket that is unknown or expired is answered with -2, or with success; it switches
+    nothing in either case. No source tells what iLink does."""
     typing_timeout_s: Duration = 0.0
     """Typing ends by itself after this time; 0: never (S15)."""
 

@@ -63,9 +63,12 @@ async def test_s10_an_accepted_send_comes_with_and_without_ret(
 @pytest.mark.parametrize(
     ("changes", "ret", "errmsg"),
     [
-        pytest.param({"item_list": []}, -2, "item_list required", id="no items"),
-        pytest.param({"item_list": None}, -2, "item_list required", id="no item list"),
+        pytest.param({"item_list": []}, -2, "unknown error", id="no items"),
+        pytest.param({"item_list": None}, -2, "unknown error", id="no item list"),
         pytest.param({"item_list": [{"type": 1}]}, -2, "unknown error", id="item without payload"),
+        pytest.param(
+            {"item_list": [{"type": True, "text_item": {"text": "x"}}]}, -2, "unknown error", id="type is no number"
+        ),
         pytest.param(
             {"item_list": [{"type": 1, "text_item": {"text": "x" * 16_385}}]}, -2, "prepare failed", id="long"
         ),
@@ -329,6 +332,15 @@ async def test_s14_a_ticket_expires(make: MakeClient) -> None:
     assert await typing(client, old, 1) == -2
     assert await typing(client, "made up", 1) == -2
     assert await typing(client, await ticket(client), 1) == 0
+
+
+async def test_s15_a_bad_ticket_may_be_accepted_and_switches_nothing(make: MakeClient) -> None:
+    client = await make(bad_ticket="accept")
+    client.sim.say(client.bot.user, "hello")
+
+    assert await typing(client, "made up", 1) == 0
+    assert not client.sim.typing(client.bot.user).on
+    assert client.sim.stats().violations["unknown_ticket"] == 1
 
 
 async def test_s14_old_tickets_are_forgotten_in_the_end(talking: Client) -> None:

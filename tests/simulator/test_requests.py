@@ -311,12 +311,12 @@ async def test_f29_a_body_that_is_no_object(make: MakeClient, content: bytes, mo
         response = await client.http.post(
             f"{client.sim.url}/ilink/bot/{endpoint}", content=content, headers=headers(client.bot.token)
         )
-        assert (response.status_code, response.json()["ret"]) == (status, -2)
+        assert (response.status_code, response.json()) == (status, {"ret": -2})
 
 
 @pytest.mark.parametrize("body", [{}, {"msg": None}, {"msg": []}, {"message": {}}])
 async def test_f29_a_send_without_msg(client: Client, body: dict[str, Any]) -> None:
-    assert (await client.call("sendmessage", body))["ret"] == -2
+    assert await client.call("sendmessage", body) == {"ret": -2}
 
 
 @pytest.mark.parametrize(("mode", "status"), [("ret", 200), ("http400", 400)])
@@ -332,8 +332,14 @@ async def test_f29_what_cannot_be_read_is_among_the_attempts(make: MakeClient, m
 
     sends = client.sim.sends(client.bot.bot)
     assert [(send.why, send.ret, send.errmsg, send.status) for send in sends] == [
-        ("malformed", -2, "invalid json", status),
-        ("malformed", -2, "msg required", status),
+        ("malformed", -2, None, status),
+        ("malformed", -2, None, status),
+    ]
+    assert [violation.detail for violation in client.sim.violations("malformed")] == [
+        "invalid json",
+        "invalid json",
+        "msg required",
+        "get_updates_buf must be a string",
     ]
     assert all(send.end_ms for send in sends)
     polls = client.sim.polls(client.bot.bot).records
