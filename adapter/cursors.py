@@ -171,7 +171,7 @@ async def keep_seen(bot: str, record: Cursor, seen: Seen, needs: Incoming) -> Cu
 
 def raw_bots(history: History, names: Names) -> Shared[set[str]]:
     """As `Incoming` has it. Of thousands of bots that are taken over hardly one waits for media: a read for each
-    was a fourth of what they ask of the bus, of a replicated one a third. `answer` raises Temporary."""
+    was a fourth of what they ask of the bus, of a replicated one a third. `answer` raises Temporary, BusRefused."""
 
     async def ask() -> set[str]:
         subjects = await history.counts(names.stream_raw, names.raw("*", "*"))
@@ -183,7 +183,8 @@ def raw_bots(history: History, names: Names) -> Shared[set[str]]:
 async def catch_up(
     binding: Binding, record: Cursor, seen: Seen, needs: Incoming, waiting: Waiting | None = None
 ) -> Cursor:
-    """Adds what was stored on the bus after the cursor's last write: a crash came between the two. Raises Temporary.
+    """Adds what was stored on the bus after the cursor's last write: a crash came between the two. Raises Temporary,
+    BusRefused.
 
     What waits for media first (and is given to `waiting`): it is in the inbox before it is gone from there.
     """

@@ -389,7 +389,7 @@ class History(Protocol):
         """The newest message of one subject. Raises Temporary."""
 
     async def counts(self, stream: str, subject: str) -> dict[str, int]:
-        """Messages per subject under a wildcard. Raises Temporary."""
+        """Messages per subject under a wildcard. Raises Temporary, BusRefused where there is no such stream."""
 
     async def delete(self, stream: str, seq: int, *, erase: bool = False) -> None:
         """Deletes one message, with `erase` so that the disk does not hold it any more; one that is gone already is

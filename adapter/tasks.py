@@ -68,6 +68,7 @@ class Shared(Generic[T]):
     async def _turn(self, before: asyncio.Task[T] | None) -> T:
         if before is not None:
             await asyncio.wait((before,))
+            del before  # its failure would be held by that of this one, and so on for as long as all fail
         self._out, self._next = self._next, None
         return await self._ask()
 

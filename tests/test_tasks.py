@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import weakref
 
@@ -107,6 +108,29 @@ async def test_a_question_that_fails_fails_for_those_who_shared_it_and_is_asked_
     assert asked.times == 1
     asked.fails = False
     assert await asked.shared.answer() == 2
+
+
+class Failure(Exception):
+    """Of a question; the tests count how many are still held."""
+
+
+async def test_of_questions_that_go_on_failing_only_the_last_failure_is_held() -> None:
+    """In an outage of hours each would hold the one before, with its traceback."""
+    failures: weakref.WeakSet[Failure] = weakref.WeakSet()
+
+    def failure() -> Failure:
+        failures.add(made := Failure())
+        return made
+
+    async def ask() -> None:
+        raise failure()
+
+    shared = Shared(ask)
+    for _ in range(5):
+        with contextlib.suppress(Failure):
+            await shared.answer()
+    gc.collect()
+    assert len(failures) == 1
 
 
 async def test_who_goes_takes_no_answer_from_the_others() -> None:

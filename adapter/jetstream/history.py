@@ -114,7 +114,7 @@ def _rfc3339(time_ms: int) -> str:
 
 
 async def subjects_of(link: Link, stream: str, subject: str) -> dict[str, int]:
-    """Messages per subject under a wildcard. Raises Temporary."""
+    """Messages per subject under a wildcard. Raises Temporary, BusRefused where there is no such stream."""
     found: dict[str, int] = {}
     while True:
         answer = await link.api(f"STREAM.INFO.{stream}", {"subjects_filter": subject, "offset": len(found)})
