@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Annotated, Literal
 
 import msgspec
@@ -132,6 +133,10 @@ class Hand(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     def holds(self, client: str) -> bool:
         """Whether a command is in hand, alone or with others."""
         return any(one.client == client for one in self.all)
+
+    def is_any(self, clients: Collection[str]) -> bool:
+        """Whether it holds one of them."""
+        return any(one.client in clients for one in self.all)
 
 
 class Context(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

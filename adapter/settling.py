@@ -132,14 +132,14 @@ class Settling:
         before = [(await contexts.peer(bot, lane.user)).context for bot in former]
         hands = [hand for context in before if (hand := _own(lane, context))]
         waiting = {*(item.command.client for item in lane.queue), *(parked.client for parked in lane.parked)}
-        hands.sort(key=lambda hand: any(one.client in waiting for one in hand.all))
+        hands.sort(key=lambda hand: hand.is_any(waiting))
         hand = hands.pop() if hands else None
         if hand and hand.tried:  # another bot's message is another one on the phone: it is not repeated there
             hand = msgspec.structs.replace(hand, tried=hand.tried + MAX_RESENDS)
         done = [name for context in before for name in context.done]
         done += [window.named(one.sandbox, other.command) for one in hands if one.is_begun for other in one.all]
         if hand or done:
-            await contexts.save(peer, lambda context: window.moved(context, hand, done))
+            await contexts.save(peer, lambda context: window.moved(context, hand, done, waiting))
         lane.former.clear()
 
     async def _find_former(self, lane: Lane) -> None:

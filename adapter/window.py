@@ -230,11 +230,13 @@ def known_also(stored: Context, known: Context, base: Context) -> Context:
     return msgspec.structs.replace(stored, done=done, hand=hand, left=left)
 
 
-def moved(context: Context, hand: Hand | None, done: list[str]) -> Context:
-    """The record of a user and their new bot, with what was sent to them over the one before."""
+def moved(context: Context, hand: Hand | None, done: list[str], waiting: set[str]) -> Context:
+    """The record of a user and their bot, with what was sent to them over others. `waiting`: what may still have to
+    end, by client."""
     done = [*done, *(one for one in context.done if one not in done)][-DONE_IDS:]
-    if hand is None or (context.hand and context.hand.sandbox == hand.sandbox):  # it knows better: it went on here
-        hand = context.hand
+    own = context.hand
+    if hand is None or (own and own.sandbox == hand.sandbox and (own.is_any(waiting) or not hand.is_any(waiting))):
+        hand = own  # it knows better: it went on here
     return msgspec.structs.replace(context, done=done, hand=hand)
 
 

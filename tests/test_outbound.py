@@ -501,6 +501,38 @@ async def test_the_next_owner_resumes_what_the_dead_one_had_in_hand() -> None:
     assert redelivered.acks == 1
 
 
+@pytest.mark.parametrize("is_bound", [True, False], ids=["bound", "unbound"])
+async def test_the_next_owner_ends_late_what_a_newer_bot_had_begun_to_send(is_bound: bool) -> None:
+    """It lies parked under the bot before, whose record still names the command that it sent last."""
+    bench = Bench()
+    await bench.bind()
+    bench.hears(used=10, hand=Hand(command="c0", client="c0", sandbox="s1", attempts=1, tried=1))
+    shard = bench.shard()
+    parts = [{"kind": "text", "text": text} for text in ("a", "b")]
+    shard.on_delivery(bench.command(id="c1", items=parts, expires_in_s=60))
+    await asyncio.sleep(5)
+    assert parked(bench) == ["c1"]
+    await bench.bind(bot="b9@im.bot")
+    await bench.bindings.remove(BOT)
+    bench.chat.sends.extend([Accepted("m1", 0, None, ""), TIMEOUT])
+    await user_writes(bench, shard, bot="b9@im.bot")
+    await asyncio.sleep(GAP_S + 0.5)
+    assert bench.chat.texts == ["a", "b"]
+    bench.leases.owned.clear()
+    shard.stop()
+
+    heir = Bench(bench, incarnation="heir-1")
+    if not is_bound:
+        await heir.events.binding((await heir.bind(bot="b9@im.bot")).event("bound"))
+        await heir.bindings.remove("b9@im.bot")
+    await asyncio.sleep(60)
+    second = heir.shard()
+    await second.load()
+    await asyncio.sleep(30)
+    (receipt,) = finals(bench)
+    assert (receipt.outcome, receipt.message_ids, receipt.attempts) == ("uncertain", ["m1"], 2)
+
+
 async def test_a_command_that_had_its_final_receipt_is_only_acked() -> None:
     """The owner died between the receipt and the ack."""
     bench, shard = await ready()
