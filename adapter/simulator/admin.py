@@ -28,6 +28,8 @@ ACTS = (
 KeyForm = Literal["usual", "hex", "raw_base64", "hex_base64", "none"]
 Url = Literal["both", "full", "param"]
 NotNegative = Annotated[int, Meta(ge=0)]
+Count = Annotated[int, Meta(ge=0, le=1_000_000)]
+"""Of what is made in one call, during which nothing else is served."""
 
 
 class Admin:
@@ -50,7 +52,7 @@ class Admin:
             result = reading.call(self._methods[name], await self._arguments(request))
             if inspect.isawaitable(result):
                 result = await result
-        except (SimulatorError, ValueError, TypeError) as exc:
+        except (SimulatorError, ValueError, TypeError, RecursionError) as exc:
             return reply({"error": str(exc)}, status=400)
         if isinstance(result, web.Response):
             return result
@@ -65,7 +67,7 @@ class Admin:
             raise SimulatorError("the arguments must be a JSON object")
         return arguments
 
-    def _add_bots(self, count: NotNegative) -> Any:
+    def _add_bots(self, count: Count) -> Any:
         return self._simulator.add_bots(count)
 
     def _say(self, to: str, text: str, overrides: Json | None = None) -> Any:
@@ -138,7 +140,7 @@ class Admin:
     def _replay(self, bot: str, last: NotNegative = 1) -> Json:
         return self._counted("replayed", self._simulator.replay(bot, last))
 
-    def _flood(self, to: str, messages: NotNegative = 1000, size: NotNegative = 10_000) -> Json:
+    def _flood(self, to: str, messages: Count = 1000, size: Count = 10_000) -> Json:
         return self._counted("bytes", self._simulator.flood(to, messages, size))
 
 

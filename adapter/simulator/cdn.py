@@ -44,7 +44,7 @@ class Cdn:
         if upload is None or request.query.get("filekey") != upload.filekey:
             return failure(400, "invalid encrypted_param")
         bot = self._world.bots[upload.bot]
-        if rule := self._world.faults.take("F24", "cdn/upload", bot.id, bot.user):
+        if rule := self._world.faults.take("F24", "cdn/upload", bot.id, upload.user):
             return broken_upload(request, rule)
         if request.content_type != "application/octet-stream":
             self._world.violate("wrong_content_type", "cdn/upload", bot)

@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+from typing import Any
 
 import msgspec
 
@@ -207,8 +208,8 @@ class Inbox:
             position=bot.last_position,
             message_id=str(message.get("message_id") or ""),
             client_id=str(message.get("client_id") or ""),
-            seq=int(message.get("seq") or 0),
-            create_time_ms=int(message.get("create_time_ms") or 0),
+            seq=number(message.get("seq")),
+            create_time_ms=number(message.get("create_time_ms")),
             context_token=str(message.get("context_token") or ""),
             user=str(message.get("from_user_id") or bot.user),
             raw=msgspec.json.encode(message),
@@ -328,6 +329,14 @@ class Inbox:
 
 def items_of(message: Json) -> list[Json]:
     return [item for item in message.get("item_list") or [] if isinstance(item, dict)]
+
+
+def number(value: Any) -> int:
+    """0 for what is none: a message may have anything in its fields."""
+    try:
+        return int(value or 0)
+    except (ValueError, TypeError, OverflowError):
+        return 0
 
 
 def record(bot: Bot, entry: Entry) -> InboundRecord:

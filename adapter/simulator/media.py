@@ -31,6 +31,7 @@ class Upload(Struct, kw_only=True):
     """What `getuploadurl` was told."""
 
     bot: str
+    user: str
     filekey: str
     media_type: int
     size: int
@@ -255,6 +256,7 @@ def read_upload(bot: Bot, body: Json) -> Upload | None:
     filekey, md5, key = (str(text) for text in texts)
     return Upload(
         bot=bot.id,
+        user=str(body["to_user_id"]),
         filekey=filekey,
         media_type=media_type,
         size=size,
@@ -273,6 +275,7 @@ def read_thumb(upload: Upload, body: Json) -> Upload | None:
         return None
     return Upload(
         bot=upload.bot,
+        user=upload.user,
         filekey=upload.filekey,
         media_type=upload.media_type,
         size=size,

@@ -122,7 +122,8 @@ class Server:
             return self._logins.user(visit.request.query.get("qrcode", ""))
         body = visit.body or {}
         message = body.get("msg")
-        named = message.get("to_user_id") if isinstance(message, dict) else body.get("ilink_user_id")
+        place = message if isinstance(message, dict) else body
+        named = place.get("to_user_id") or body.get("ilink_user_id")
         return str(named or (visit.bot.user if visit.bot else ""))
 
     async def _process(self, visit: Visit) -> Answer:

@@ -599,6 +599,20 @@ async def test_a_rule_strikes_by_chance_alike_for_the_same_seed(make: MakeClient
     assert first == await outcomes()
 
 
+@pytest.mark.parametrize("endpoint", ["sendmessage", "getconfig", "sendtyping", "getuploadurl"])
+async def test_a_rule_strikes_what_is_meant_for_one_user(talking: Client, endpoint: str) -> None:
+    other = "o9cq80Other@im.wechat"
+    talking.sim.set_fault(FaultRule(fault="F1", endpoint=endpoint, user=other))
+
+    async def status(user: str) -> int:
+        named = {"msg": {"to_user_id": user}} if endpoint == "sendmessage" else {}
+        name = "to_user_id" if endpoint == "getuploadurl" else "ilink_user_id"
+        return (await talking.post(endpoint, named or {name: user})).status_code
+
+    assert await status(talking.bot.user) == 200
+    assert await status(other) >= 500
+
+
 async def test_a_rule_strikes_one_endpoint(talking: Client) -> None:
     strike(talking, "F1", endpoint="getconfig")
 

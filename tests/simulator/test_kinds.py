@@ -252,6 +252,14 @@ async def test_raw_messages_go_out_exactly_as_they_are(client: Client) -> None:
     assert (await client.poll())["msgs"] == [raw]
 
 
+@pytest.mark.parametrize("value", ["soon", [1], {"a": 1}, "", -1, 2**70, 1.5, True])
+async def test_what_should_be_a_number_may_be_anything(client: Client, value: object) -> None:
+    raw = {"seq": value, "create_time_ms": value}
+    client.sim.inject(client.bot.bot, raw, fill=False)
+
+    assert (await client.poll())["msgs"] == [raw]
+
+
 async def test_messages_are_filled_up_and_null_leaves_a_field_out(client: Client) -> None:
     client.sim.inject(client.bot.bot, {"seq": 77, "session_id": None, "extra": json.loads("1e3")})
 

@@ -185,7 +185,15 @@ async def test_what_cannot_be_is_answered_with_400(client: Client) -> None:
         response = await client.http.post(f"{client.sim.admin_url}/{call}", json=arguments)
         assert response.status_code == 400, call
         assert response.json()["error"]
-    assert (await client.http.post(f"{client.sim.admin_url}/say", content=b"{")).status_code == 400
+    too_many = 1_000_001
+    for call, arguments in (
+        ("flood", {"to": client.bot.bot, "messages": too_many}),
+        ("add_bots", {"count": too_many}),
+    ):
+        response = await client.http.post(f"{client.sim.admin_url}/{call}", json=arguments)
+        assert response.status_code == 400, call
+    for content in (b"{", b"[" * 100_000):
+        assert (await client.http.post(f"{client.sim.admin_url}/say", content=content)).status_code == 400
 
 
 @pytest.mark.parametrize(
