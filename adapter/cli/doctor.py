@@ -145,8 +145,18 @@ async def _topology(bus: Bus, settings: Settings) -> list[Check]:
             "." if d.critical else ", or leave it if it is meant."
         )
         checks.append(Check(d.name, "fail" if d.critical else "warn", said))
+    checks += await _paused(bus, settings)
     checks += await _astray(bus, settings)
     return checks or [Check("streams", "ok", "all streams, buckets and consumers are as they should be")]
+
+
+async def _paused(bus: Bus, settings: Settings) -> list[Check]:
+    try:
+        found = await topology.paused(await _link(bus, settings), bus.names)
+    except Temporary as exc:
+        return [Check("consumers paused", "fail", f"Cannot be told ({exc.detail}): try again.")]
+    said = f"{', '.join(found)}: delivers nothing until `nats consumer resume`, by an administrator."
+    return [Check("consumers paused", "fail", said)] if found else []
 
 
 async def _astray(bus: Bus, settings: Settings) -> list[Check]:

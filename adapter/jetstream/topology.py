@@ -270,6 +270,20 @@ async def inspect(link: Link, names: Names, settings: Settings) -> tuple[list[Wa
     return missing, different
 
 
+async def paused(link: Link, names: Names) -> list[str]:
+    """The adapter's consumers that somebody has paused. Raises Temporary."""
+    wanted = consumers(names)
+
+    async def info(consumer: Wanted) -> dict[str, Any]:
+        try:
+            return await link.api(f"CONSUMER.INFO.{consumer.stream}.{consumer.name}")
+        except BusRefused:  # it is missing, which is told as such
+            return {}
+
+    found = await asyncio.gather(*(info(consumer) for consumer in wanted))
+    return [consumer.name for consumer, its in zip(wanted, found, strict=True) if its.get("paused")]
+
+
 async def create(link: Link, wanted: Wanted) -> None:
     """Creates a stream or a consumer. Raises Temporary, BusRefused.
 

@@ -92,6 +92,18 @@ async def test_a_difference_that_breaks_a_guarantee_fails_until_fixed(cli: Comma
         assert (await cli("doctor", "--fix")).code == 0
 
 
+async def test_a_consumer_that_is_paused_is_told(cli: Command, bus: Bus) -> None:
+    for consumer in ("WECHAT_CTL.control", "WECHAT_OUT.out-007"):
+        await bus.api(f"CONSUMER.PAUSE.{consumer}", {"pause_until": "2100-01-01T00:00:00Z"})
+    result = await cli("doctor", "--json")
+    (told,) = [row["say"] for row in result.rows if row["check"] == "consumers paused"]
+    assert told.startswith("out-007, control: ")
+    assert result.code == 1
+    for consumer in ("WECHAT_CTL.control", "WECHAT_OUT.out-007"):
+        await bus.api(f"CONSUMER.PAUSE.{consumer}", {})
+    assert states(await cli("doctor", "--json"))["streams"] == "ok"
+
+
 async def test_commands_that_were_stored_without_the_transform_are_brought_to_their_shards(
     cli: Command, bus: Bus
 ) -> None:
