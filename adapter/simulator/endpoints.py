@@ -139,6 +139,7 @@ class Endpoints:
             return self._bad_ticket(bot)
         if status not in (1, 2):
             return json_answer({"ret": -2})
+        window.sent += world.settings_of(bot).typing_counts
         if status == 1:
             window.typing_on_calls += 1
             window.typing_since_ms = world.clock.now_ms()

@@ -151,9 +151,11 @@ class Outbox:
         return refusal(-2, "F12", rule.params.get("errmsg", "rate limited"))
 
     def _malformed(self, bot: Bot, message: Json) -> Verdict | None:
-        items = message.get("item_list")
+        items, settings = message.get("item_list"), self._world.settings_of(bot)
         if not isinstance(items, list) or not items:
             return refusal(-2, "empty_item_list", "unknown error")
+        if len(items) > 1 and settings.several_items == "refused":
+            return refusal(-2, "several_items", "unknown error")
         for item in items:
             kind = item.get("type") if isinstance(item, dict) else None
             payload = PAYLOADS.get(kind) if type(kind) is int else None
@@ -161,7 +163,7 @@ class Outbox:
                 return refusal(-2, "malformed_item", "unknown error")
             if kind == 1 and not isinstance(item["text_item"].get("text"), str):
                 return refusal(-2, "malformed_item", "unknown error")
-        if len(text_of(items).encode()) > self._world.settings_of(bot).max_text_bytes:
+        if len(text_of(items).encode()) > settings.max_text_bytes:
             return refusal(-2, "text_too_long", "prepare failed")
         return None
 
@@ -231,7 +233,8 @@ class Outbox:
         window, settings = bot.window(user), self._world.settings_of(bot)
         window.sent += 1
         message_id = str(next(self._world.message_ids))
-        if any(item["type"] in TOOL_CALLS for item in message["item_list"]):
+        hidden = TOOL_CALLS if settings.tool_calls == "hidden" else ()
+        if any(item["type"] in hidden for item in message["item_list"]):
             return Verdict(body=None, why="tool_call")
         if any(item["type"] == 3 for item in message["item_list"]) and settings.voice_sends != "shown":
             self._remember(window, message, message_id)

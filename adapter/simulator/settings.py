@@ -115,6 +115,12 @@ class SimulatorSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """A repeated `client_id` meets the quota and uses it up; else it is answered with success in any case."""
     strict_client_id: bool = False
     """After a send without `client_id`, later sends under the same context token disappear (S11)."""
+    tool_calls: Literal["hidden", "shown"] = "hidden"
+    """Items of types 11 and 12: an empty answer and nothing on the phone, as one project saw; or like others (4.3)."""
+    several_items: Literal["shown", "refused"] = "shown"
+    """A message with more than one item, which the official client never sends (3.4): as any other, or -2."""
+    typing_counts: bool = False
+    """Each `sendtyping` that is accepted uses up one send of the window (Q17)."""
     max_text_bytes: NotNegative = 16_384
     """Longest text in UTF-8 bytes (S10)."""
     require_notifystart: bool = False

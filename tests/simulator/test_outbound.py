@@ -284,6 +284,35 @@ async def test_s14_getconfig_needs_the_user(client: Client) -> None:
     assert await client.call("getconfig", {"user_id": client.bot.user}) == expected
 
 
+async def test_s10_tool_call_items_may_be_shown(make: MakeClient) -> None:
+    client = await make(tool_calls="shown")
+    client.sim.say(client.bot.user, "hello")
+    item = {"type": 11, "is_completed": False, "tool_call_start_item": {"tool_name": "x", "tool_call_id": "1"}}
+
+    assert "message_id" in await client.send(item_list=[item])
+    assert client.sim.phone(client.bot.user)[0].items == [item]
+
+
+@pytest.mark.parametrize(("style", "ret", "shown"), [("shown", 0, ["ab"]), ("refused", -2, [])])
+async def test_s10_several_items_may_be_refused(make: MakeClient, style: str, ret: int, shown: list[str]) -> None:
+    client = await make(several_items=style)
+    client.sim.say(client.bot.user, "hello")
+    items = [{"type": 1, "text_item": {"text": text}} for text in "ab"]
+
+    assert (await client.send(item_list=items))["ret"] == ret
+    assert client.phone() == shown
+
+
+@pytest.mark.parametrize(("counts", "ret"), [(False, 0), (True, -2)])
+async def test_s15_typing_may_use_up_the_quota(make: MakeClient, counts: bool, ret: int) -> None:
+    client = await make(typing_counts=counts, quota=2)
+    client.sim.say(client.bot.user, "hello")
+    valid = await ticket(client)
+    assert [await typing(client, valid, status) for status in (1, 2)] == [0, 0]
+
+    assert (await client.send())["ret"] == ret
+
+
 async def test_s14_getconfig_before_any_inbound_is_minus_4(client: Client) -> None:
     answer = await client.call("getconfig", {"ilink_user_id": client.bot.user})
 
