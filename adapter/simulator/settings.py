@@ -116,7 +116,7 @@ class SimulatorSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields
     strict_client_id: bool = False
     """After a send without `client_id`, later sends under the same context token disappear (S11)."""
     tool_calls: Literal["hidden", "shown"] = "hidden"
-    """Items of types 11 and 12: an empty answer and nothing on the phone, as one project saw; or like others (4.3)."""
+    """Items of types 11 and 12 (4.3): answered empty and not shown, as one project saw; or like others."""
     several_items: Literal["shown", "refused"] = "shown"
     """A message with more than one item, which the official client never sends (3.4): as any other, or -2."""
     typing_counts: bool = False
