@@ -206,8 +206,21 @@ def sandbox_of(body: Outbound) -> str:
     return check_sandbox(body.sandbox)
 
 
-def read_command(body: Outbound, *, sandbox: str, ident: str, stored_ms: int, limits: Limits) -> Command:
-    """The command, addressed to `sandbox` by its subject. Raises Refused("invalid"), Refused("too_long")."""
+def since_ms(since: str, stored_ms: int) -> int:
+    """Since when a command waits: a copy of the router's, which may come late, as long as the one that was copied.
+
+    `since`: the header. Only what is earlier counts: a sandbox writes headers as it likes.
+    """
+    return min(stored_ms, int(since)) if since.isascii() and since.isdecimal() and len(since) < 16 else stored_ms
+
+
+def read_command(
+    body: Outbound, *, sandbox: str, ident: str, stored_ms: int, limits: Limits, since: str = ""
+) -> Command:
+    """The command, addressed to `sandbox` by its subject. `since`: the header of a copy.
+
+    Raises Refused("invalid"), Refused("too_long").
+    """
     check_sandbox(sandbox)
     if body.sandbox is not None and body.sandbox != sandbox:
         raise Refused("invalid", f"The body names sandbox {body.sandbox[:64]!r}, the subject {sandbox!r}.")
@@ -228,7 +241,7 @@ def read_command(body: Outbound, *, sandbox: str, ident: str, stored_ms: int, li
         parts=parts,
         when_closed="refuse" if body.typing else body.when_closed,  # it is never parked
         stored_ms=stored_ms,
-        expires_ms=stored_ms + patience_ms,
+        expires_ms=(since_ms(since, stored_ms) if since else stored_ms) + patience_ms,
         typing=body.typing or "",
         final=body.final,
     )

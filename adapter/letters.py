@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import msgspec
 
-from adapter.names import H_DETAIL, H_MSG_ID, H_REASON, H_SEQUENCE, H_SUBJECT, H_TIME_MS, Names
+from adapter.names import H_DETAIL, H_MSG_ID, H_REASON, H_SEQUENCE, H_SINCE_MS, H_SUBJECT, H_TIME_MS, Names
 from adapter.ports import Message
 
 OF_THE_LETTER = frozenset({H_SUBJECT, H_REASON, H_DETAIL, H_SEQUENCE, H_TIME_MS})
@@ -59,7 +59,8 @@ def again(names: Names, seq: int, headers: Mapping[str, str], data: bytes) -> Me
     subject = original_subject(names, headers.get(H_SUBJECT, ""))
     if not is_command(names, subject):
         return None
-    kept = {k: v for k, v in headers.items() if k not in OF_THE_LETTER and not k.startswith("Nats-")}
+    gone = {*OF_THE_LETTER, H_SINCE_MS}  # it has its time once more
+    kept = {k: v for k, v in headers.items() if k not in gone and not k.startswith("Nats-")}
     msg_id = f"retry-{seq}-{headers.get(H_TIME_MS) or '0'}"
     return Message("out", subject, data, kept | {H_MSG_ID: msg_id})
 

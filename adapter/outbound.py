@@ -21,7 +21,7 @@ from adapter.endings import Ending, in_doubt
 from adapter.errors import AdapterError, Refused, Temporary, Unreadable
 from adapter.lane import Item, parked_at
 from adapter.lanework import LaneWork
-from adapter.names import H_COMMAND, H_MSG_ID, UNROUTED, peer_of, shard_of
+from adapter.names import H_COMMAND, H_MSG_ID, H_SINCE_MS, UNROUTED, peer_of, shard_of
 from adapter.parked import item_of
 from adapter.ports import Delivery
 from adapter.records import Binding, Hand
@@ -177,6 +177,7 @@ class Shard(LaneWork):
                 ident=_ident(delivery, body.id),
                 stored_ms=delivery.time_ms,
                 limits=self._needs.limits,
+                since=delivery.headers.get(H_SINCE_MS, ""),
             )
         except (Unreadable, Refused) as exc:
             dead = isinstance(exc, Unreadable)

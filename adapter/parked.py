@@ -6,7 +6,7 @@ from itertools import islice, takewhile
 
 from adapter.commands import peek, read_command
 from adapter.lane import Item, Lane, Parked
-from adapter.names import H_COMMAND, H_SANDBOX, H_TIME_MS
+from adapter.names import H_COMMAND, H_SANDBOX, H_SINCE_MS, H_TIME_MS
 from adapter.ports import Stored
 from adapter.settling import Outgoing
 
@@ -45,6 +45,7 @@ def item_of(stored: Stored, needs: Outgoing) -> Item:
         ident=body.id or headers.get(H_COMMAND, ""),  # a header loses the spaces around it, and its lines
         stored_ms=int(headers.get(H_TIME_MS, "0")),
         limits=needs.limits,
+        since=headers.get(H_SINCE_MS, ""),
     )
     item = Item(command, stored.data, headers, suspect=True)
     item.parked_seq = stored.seq

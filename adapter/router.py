@@ -15,7 +15,7 @@ from adapter.commands import Command, Limits, command_id, passed_on, peek, remai
 from adapter.endings import Ending
 from adapter.errors import BusRefused, Refused, Temporary, Unreadable
 from adapter.metrics import Metrics
-from adapter.names import H_COMMAND, H_MSG_ID, UNROUTED, Names
+from adapter.names import H_COMMAND, H_MSG_ID, H_SINCE_MS, UNROUTED, Names
 from adapter.ports import Bus, Delivery, Message
 from adapter.receipts import Receipts
 from adapter.timing import Clock
@@ -95,6 +95,7 @@ class Router:
         headers = passed_on(delivery.headers) | {
             H_MSG_ID: f"routed:{delivery.seq}:{delivery.time_ms}:{words}:{ident}",
             H_COMMAND: ident,
+            H_SINCE_MS: str(delivery.time_ms),
         }
         turn = self._turns.setdefault(sandbox, _Turn())
         turn.add(_Copy(delivery, ident, Message("out", self._names.out(sandbox), delivery.data, headers)))

@@ -20,6 +20,7 @@ from adapter.commands import (
     peek,
     read_command,
     sandbox_of,
+    since_ms,
 )
 from adapter.contract import Outbound
 from adapter.errors import Refused, Unreadable
@@ -49,6 +50,16 @@ KEPT: list[tuple[str, dict[str, str], dict[str, str]]] = [
     ("too-long", {"a" * 65: "x", "b": "x" * 1025, "c": "x" * 1024}, {"c": "x" * 1024}),
     ("too-many", {f"h{n}": "x" for n in range(40)}, {f"h{n}": "x" for n in range(32)}),
 ]
+
+
+@pytest.mark.parametrize(
+    ("since", "found"),
+    [("", 5000), ("4000", 4000), ("6000", 5000), ("-1", 5000), ("soon", 5000), ("9" * 20, 5000), ("٤", 5000)],
+    ids=["none", "earlier", "later", "negative", "words", "too-long", "other-digits"],
+)
+def test_a_command_waits_since_its_copy_says_but_not_from_the_future(since: str, found: int) -> None:
+    """A sandbox writes headers as it likes."""
+    assert since_ms(since, 5000) == found
 
 
 @pytest.mark.parametrize(("headers", "kept"), [row[1:] for row in KEPT], ids=[row[0] for row in KEPT])

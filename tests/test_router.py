@@ -11,7 +11,7 @@ import pytest
 
 from adapter.contract import Receipt
 from adapter.errors import BusRefused
-from adapter.names import H_COMMAND, H_MSG_ID, UNROUTED
+from adapter.names import H_COMMAND, H_MSG_ID, H_SINCE_MS, UNROUTED
 from adapter.ports import Message, PubAck
 from adapter.router import Router
 from tests.fakes import LIMITS, Bench, FakeBus, FakeDelivery
@@ -99,6 +99,28 @@ async def test_the_id_of_a_copy_cannot_be_foretold_without_its_words() -> None:
         await router(bench).route(delivery)
         ids.add(bench.bus.found("OUT")[0].headers[H_MSG_ID])
     assert len(ids) == 2
+
+
+@pytest.mark.parametrize("with_heir", [False, True], ids=["here", "by the next owner"])
+async def test_a_copy_that_comes_late_expires_as_if_it_had_not(with_heir: bool) -> None:
+    """While no adapter ran it waited on plain wechat.out, and its time began anew with the copy."""
+    bench = Bench()
+    await bench.bind()
+    bench.hears()
+    late = plain(bench, sandbox="s1", id="c1", text="now or never", expires_in_s=60)
+    await asyncio.sleep(50)
+    await router(bench).route(late)
+    (copy,) = bench.bus.found("OUT")
+    assert copy.headers[H_SINCE_MS] == str(late.time_ms)
+    shard = bench.shard(stale=lambda bot: True)
+    shard.on_delivery(bench.command(data=copy.data, headers=copy.headers))
+    await asyncio.sleep(9)
+    assert [receipt.outcome for receipt in bench.bus.receipts()] == ["parked"]
+    if with_heir:
+        shard.stop()
+        await Bench(bench, incarnation="heir-1").shard(stale=lambda bot: True).load()
+    await asyncio.sleep(2)
+    assert [receipt.reason for receipt in bench.bus.receipts()] == ["needs_login", "expired"]
 
 
 async def test_two_commands_with_the_same_words_are_two() -> None:

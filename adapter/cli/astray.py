@@ -10,13 +10,13 @@ import msgspec
 
 from adapter.cli.bus import ANSWER_S, Bus
 from adapter.cli.exits import NO, UNREACHABLE, Failed
-from adapter.commands import TYPING_MS, passed_on
+from adapter.commands import TYPING_MS, passed_on, since_ms
 from adapter.errors import UNDECODABLE
 from adapter.jetstream import topology
 from adapter.jetstream.consumer import Consumer, Delivery
 from adapter.jetstream.history import subjects_of
 from adapter.jetstream.link import Link
-from adapter.names import H_COMMAND, H_MSG_ID, Names
+from adapter.names import H_COMMAND, H_MSG_ID, H_SINCE_MS, Names
 
 SECOND_NS = 1_000_000_000
 
@@ -80,14 +80,18 @@ def _aged(delivery: Delivery, park_s: float) -> bytes:
         return delivery.data
     bounds = [park_s, *([expires_s] if expires_s is not None else [])]
     bounds += [TYPING_MS / 1000] if bytes(body.get("typing", b"")) == b'"on"' else []
-    left_s = min(bounds) - max(0.0, time.time() - delivery.time_ms / 1000)
+    left_s = min(bounds) - max(
+        0.0, time.time() - since_ms(delivery.headers.get(H_SINCE_MS, ""), delivery.time_ms) / 1000
+    )
     return msgspec.json.encode(body | {"expires_in_s": max(0.001, left_s)})
 
 
 def _headers(delivery: Delivery) -> dict[str, str]:
     words = hashlib.blake2b(delivery.data, digest_size=12).hexdigest()
     ident = delivery.headers.get(H_COMMAND) or delivery.headers.get(H_MSG_ID) or str(delivery.seq)
-    return passed_on(delivery.headers) | {
+    kept = passed_on(delivery.headers)
+    kept.pop(H_SINCE_MS, None)  # its time is in the body
+    return kept | {
         H_MSG_ID: f"astray:{delivery.seq}:{delivery.time_ms}:{words}",
         H_COMMAND: ident,
     }

@@ -13,6 +13,7 @@ from adapter.names import (
     H_MSG_ID,
     H_REASON,
     H_SEQUENCE,
+    H_SINCE_MS,
     H_SUBJECT,
     H_TIME_MS,
     H_TRACEPARENT,
@@ -113,7 +114,7 @@ async def test_several_of_which_one_is_not_there(cli: Command, bus: Bus) -> None
 
 
 async def test_retry_stores_the_command_again_and_deletes_the_letter(cli: Command, bus: Bus) -> None:
-    await die(bus, OUT, "wechat.out.17.s1", b'{"text":"hi"}', **{H_COMMAND: "c1"})
+    await die(bus, OUT, "wechat.out.17.s1", b'{"text":"hi"}', **{H_COMMAND: "c1", H_SINCE_MS: "1"})
     result = await cli("dead", "retry", "1")
     assert result.code == 0
     assert "stored again on wechat.out.s1" in result.out

@@ -6,6 +6,7 @@ import base64
 import contextlib
 import itertools
 import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from adapter.environment import read_settings
 from adapter.errors import Refused
 from adapter.jetstream.history import StreamHistory
 from adapter.jetstream.link import Link
-from adapter.names import shard_of, token_of
+from adapter.names import H_SINCE_MS, shard_of, token_of
 from adapter.records import Binding
 from adapter.seal import Sealer, cursor_context
 from tests.bus.guarded import Guarded, guarded
@@ -140,16 +141,21 @@ async def test_commands_brought_back_expire_when_they_would_have(cli: Command, b
         await bus.store(names.out("s1"), body, {})
     await bus.store(names.out("s1"), b'{"typing":"on"}', {})
     await bus.store(names.out("s1"), b'{"text":"one day"}', {})
-    assert "publishing 4 commands again" in (await cli("doctor", "--fix")).out
+    since_ms = int(time.time() * 1000) - 200_000
+    await bus.store(names.out("s1"), b'{"text":"a copy","expires_in_s":500}', {H_SINCE_MS: str(since_ms)})
+    assert "publishing 5 commands again" in (await cli("doctor", "--fix")).out
     link = Link(bus.settings, "test")
     await link.use(bus.nc)
-    bodies = [msgspec.json.decode(s.data) async for s in StreamHistory(link).read(names.stream_out, names.out(">"))]
-    assert [body.get("text") for body in bodies] == ["now or never", "in time", None, "one day"]
+    stored = [s async for s in StreamHistory(link).read(names.stream_out, names.out(">"))]
+    bodies = [msgspec.json.decode(one.data) for one in stored]
+    assert [body.get("text") for body in bodies] == ["now or never", "in time", None, "one day", "a copy"]
     left_s = [body["expires_in_s"] for body in bodies]
     assert 0.001 <= left_s[0] < 0.5
     assert 0.5 < left_s[1] < 500
     assert 0.5 < left_s[2] < 300
     assert 500 < left_s[3] < 72 * 3600
+    assert 0.5 < left_s[4] <= 300
+    assert H_SINCE_MS not in stored[4].headers
     assert bodies[1]["more"] == 1
 
 
