@@ -235,9 +235,10 @@ def moved(context: Context, hand: Hand | None, done: list[str], waiting: set[str
     end, by client."""
     done = [*done, *(one for one in context.done if one not in done)][-DONE_IDS:]
     own = context.hand
-    if hand is None or (own and own.sandbox == hand.sandbox and (own.is_any(waiting) or not hand.is_any(waiting))):
-        hand = own  # it knows better: it went on here
-    return msgspec.structs.replace(context, done=done, hand=hand)
+    if own and hand and own.sandbox == hand.sandbox:  # the own one knows better: it went on here
+        is_over = not own.is_any(waiting) and (hand.is_begun or not own.is_begun)  # what was begun may come again yet
+        hand = hand if is_over and hand.is_any(waiting) else own
+    return msgspec.structs.replace(context, done=done, hand=hand or own)
 
 
 def is_out(context: Context, sandbox: str, now_ms: int, answer_s: float) -> bool:

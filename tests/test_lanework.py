@@ -7,6 +7,7 @@ from collections import Counter, deque
 from itertools import pairwise
 from typing import Any
 
+import msgspec
 import pytest
 from structlog.testing import capture_logs
 
@@ -210,6 +211,43 @@ async def test_a_final_command_that_is_half_sent_comes_first_also_for_the_next_o
     await asyncio.sleep(60)
     assert bench.chat.texts == ["a", "b", "b", "t0", "t1"]
     assert [receipt.command for receipt in finals(after)] == ["last", "c0", "c1"]
+
+
+@pytest.mark.parametrize("is_rebound", [False, True], ids=["same bot", "newer bot"])
+async def test_a_final_command_that_was_half_sent_goes_on_where_another_had_been_refused(is_rebound: bool) -> None:
+    """What waits was refused with -2, perhaps over the bot before, and is found before the other one comes again."""
+    bench, shard = await kept_back()
+    bench.chat.sends.extend([THROTTLED, Accepted("m1", 0, None, "")])
+    reports(bench, shard, 1)
+    await asyncio.sleep(10)
+    bot = "b9@im.bot" if is_rebound else BOT
+    if is_rebound:
+        await bench.bind(bot=bot)
+        await bench.bindings.remove(BOT)
+        await asyncio.sleep(5)
+    await bench.wrote(bot, USER, "in:2")
+    peer = await bench.contexts.peer(bot, USER)
+    await bench.contexts.save(peer, lambda context: msgspec.structs.replace(context, used=8))
+    shard.heard("s1", bot, USER)
+    await asyncio.sleep(5)
+    last = bench.command(
+        id="last", items=[{"kind": "text", "text": text} for text in "ab"], final=True, when_closed="refuse"
+    )
+    shard.on_delivery(last)
+    await asyncio.sleep(0.5)
+    assert (bench.chat.texts, parked(bench)) == (["t0", "a"], ["c0"])
+    bench.leases.owned.clear()
+    shard.stop()
+    await asyncio.sleep(60)
+
+    after = Bench(bench, incarnation="me-2")
+    shard = after.shard(sending=after.sending(rules=RULES._replace(reserve=2)))
+    await shard.load()
+    await asyncio.sleep(0.5)
+    shard.on_delivery(last.again())
+    await asyncio.sleep(30)
+    assert bench.chat.texts == ["t0", "a", "b"]
+    assert [(receipt.command, receipt.outcome) for receipt in finals(after)] == [("last", "accepted")]
 
 
 async def test_a_final_command_is_not_merged_with_those_it_went_ahead_of() -> None:
