@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import re
 from collections.abc import Awaitable, Callable
 from typing import Annotated, Any
@@ -17,6 +18,7 @@ from adapter.cli import output
 from adapter.cli.bus import Bus, JetStreamGone, connected, no_stream, stored_from
 from adapter.cli.exits import NO, OK, UNREACHABLE, USAGE, Failed
 from adapter.cli.options import Json
+from adapter.errors import UNDECODABLE
 from adapter.jetstream.answers import NO_STREAM
 from adapter.letters import Letter, again, letter_of
 from adapter.names import H_MSG_ID, Names
@@ -26,7 +28,7 @@ app = App(name="dead", help="Messages that could not be handled: list, show, try
 COLUMNS = ("seq", "stream", "subject", "reason", "time", "size")
 _SECRET = r"token|secret|authorization|aes_?key"
 _SECRET_NAME = re.compile(_SECRET, re.IGNORECASE)
-_SECRET_TEXT = re.compile(rf'("[^"]*(?:{_SECRET})[^"]*"\s*:\s*)"[^"]*"?', re.IGNORECASE)
+_SECRET_TEXT = re.compile(rf"""(?:{_SECRET})[^"']*["']\s*:""", re.IGNORECASE)
 MASK = "***"
 
 Seqs = Annotated[int, Parameter(help="Numbers, as `dead ls` shows them.")]
@@ -119,7 +121,10 @@ async def _get(bus: Bus, seq: int) -> api.RawStreamMsg | None:
     """None, and a complaint, where there is no such letter. Raises Failed."""
     stream = bus.names.stream_dead
     try:
-        return await bus.unless_forbidden(f"$JS.API.STREAM.MSG.GET.{stream}", bus.js.get_msg(stream, seq))
+        raw = await bus.unless_forbidden(f"$JS.API.STREAM.MSG.GET.{stream}", bus.js.get_msg(stream, seq))
+        # nats-py makes an object of a value that is not ASCII, here alone
+        raw.headers = await bus.nc.headers(base64.b64decode(raw.hdrs or ""))
+        return raw
     except JetStreamGone:
         raise
     except NotFoundError as exc:
@@ -175,15 +180,17 @@ def _as_json(names: Names, raw: api.RawStreamMsg) -> dict[str, Any]:
 
 
 def masked(names: Names, raw: api.RawStreamMsg) -> str:
-    """The body without what opens something."""
+    """The body without what opens something; of one that cannot be read nothing after the name of a secret."""
     data = raw.data or b""
     try:
         return msgspec.json.encode(_mask(msgspec.json.decode(data))).decode()
-    except msgspec.DecodeError:
+    except UNDECODABLE:
         pass
     if (raw.subject or "").endswith(f".{names.stream_ctl}"):
         return "(withheld: a control message that cannot be read may hold a token anywhere)"
-    return _SECRET_TEXT.sub(rf'\1"{MASK}"', data.decode(errors="backslashreplace"))
+    text = data.decode(errors="backslashreplace")
+    secret = _SECRET_TEXT.search(text)
+    return f"{text[: secret.end()]}{MASK}" if secret else text
 
 
 def _mask(value: Any) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+
 import pytest
 
 from adapter.cli.bus import Bus, connected, stored_from
@@ -94,6 +96,10 @@ async def test_show_prints_headers_and_body(cli: Command, bus: Bus) -> None:
         (IN, b'{"msgs":[{"context_token":"sesame", "text":"\xff'),
         (IN, b'{"msgs":[{"media":{"aes_key":"sesame"}}]}'),
         (OUT, b'{"Authorization":"sesame'),
+        (OUT, rb'{"token":"a\"sesame'),
+        (OUT, b'{"token":["sesame"'),
+        (OUT, b"{'token':'sesame'}"),
+        (OUT, b'{"token":"sesame","x":' + b"[" * 5000),
     ],
 )
 @pytest.mark.parametrize("options", [(), ("--json",)], ids=["text", "json"])
@@ -104,6 +110,30 @@ async def test_show_masks_what_opens_something(
     result = await cli("dead", "show", "1", *options)
     assert result.code == 0
     assert "sesame" not in result.out
+
+
+@pytest.mark.parametrize(
+    "body", [b'{"text":"\xff"}', b"[" * 5000, b"[" * 5000 + b"]" * 5000, b"[" * 970 + b"]" * 970], ids=range(4)
+)
+@pytest.mark.parametrize("options", [(), ("--json",)], ids=["text", "json"])
+async def test_show_prints_whatever_a_sandbox_made_a_dead_letter(
+    cli: Command, bus: Bus, body: bytes, options: tuple[str, ...]
+) -> None:
+    await die(bus, OUT, "wechat.out.17.s1", body)
+    result = await cli("dead", "show", "1", *options)
+    assert result.code == 0
+    assert body.decode(errors="backslashreplace") in result.out.replace("\\\\", "\\").replace('\\"', '"')
+
+
+async def test_headers_that_are_not_ascii_are_shown_and_kept_by_a_retry(cli: Command, bus: Bus) -> None:
+    await die(bus, OUT, "wechat.out.17.s1", b"{}", kind="Gr\u00fc\u00dfe \u4f60")
+    (row,) = (await cli("dead", "show", "1", "--json")).rows
+    assert row["headers"]["kind"] == "Gr\u00fc\u00dfe \u4f60"
+    assert "kind: Gr\u00fc\u00dfe \u4f60" in (await cli("dead", "show", "1")).out
+    assert (await cli("dead", "retry", "1")).code == 0
+    stored = await bus.js.get_last_msg(OUT, "wechat.out.*.s1")
+    assert stored.hdrs is not None
+    assert (await bus.nc.headers(base64.b64decode(stored.hdrs)))["kind"] == "Gr\u00fc\u00dfe \u4f60"
 
 
 async def test_several_of_which_one_is_not_there(cli: Command, bus: Bus) -> None:
