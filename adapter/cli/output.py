@@ -18,6 +18,8 @@ from rich.table import Table
 from rich.text import Text
 
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+_UNPRINTABLE_IN_JSON = re.compile("[\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+"""What JSON may hold as it is; some of it moves the cursor, or ends a line for those who read lines."""
 _NAMED = {"\n": "⏎", "\t": " ", "\r": ""}
 
 
@@ -36,9 +38,10 @@ def clock(ms: int) -> str:
 
 
 def json_line(value: object) -> None:
-    """One JSON object on a line of its own, at once; bytes are JSON already."""
+    """One JSON object on a line of its own, at once; bytes are JSON already. Controls in its texts are escaped."""
     raw = value if isinstance(value, bytes) else msgspec.json.encode(full(value))
-    print(raw.decode(errors="replace").replace("\n", " "), flush=True)
+    text = raw.decode(errors="replace").replace("\n", " ")
+    print(_UNPRINTABLE_IN_JSON.sub(lambda m: f"\\u{ord(m[0]):04x}", text), flush=True)
 
 
 def say(text: str = "") -> None:

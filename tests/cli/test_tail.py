@@ -79,6 +79,14 @@ async def test_lines_for_people(cli: Command, bus: Bus) -> None:
     assert second.endswith("  s1  o9cq80…user  [unsupported]")
 
 
+async def test_lines_of_json_move_no_cursor_and_stay_lines(cli: Command, bus: Bus) -> None:
+    said = "\x9b2J\x1b[2J\x7f\x85\u2028\u2029\u202e\u200f\u4f60\n"
+    await arrive(bus, inbound(1, said))
+    result = await cli("tail", "--all", "--count", "1", "--json")
+    assert result.out.removesuffix("\n").isprintable()
+    assert texts(result) == [said]
+
+
 async def test_events_too(cli: Command, bus: Bus) -> None:
     receipt = Receipt(command="c1", sandbox="s1", outcome="refused", reason="expired", user="u@im.wechat", at_ms=1)
     change = BindingEvent(sandbox="s1", bot="b", change="bound", at_ms=2)
