@@ -56,7 +56,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
 def make_parser() -> argparse.ArgumentParser:
     """One option per setting, of the same name."""
     parser = argparse.ArgumentParser(
-        prog="simulator",
+        prog="wechat-nats simulator",
         usage="%(prog)s [--option VALUE ...]",
         description="A server that behaves as iLink does. Prints where it listens as a line of JSON.",
         epilog="Bots, phones and faults are driven by POST <url>/_sim/<call>: see README.md beside this code, "
