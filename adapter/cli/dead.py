@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import re
 from collections.abc import Awaitable, Callable
+from itertools import pairwise
 from typing import Annotated, Any
 
 import msgspec
@@ -26,9 +27,8 @@ from adapter.names import H_MSG_ID, Names
 app = App(name="dead", help="Messages that could not be handled: list, show, try again, delete.")
 
 COLUMNS = ("seq", "stream", "subject", "reason", "time", "size")
-_SECRET = r"token|secret|authorization|aes_?key"
-_SECRET_NAME = re.compile(_SECRET, re.IGNORECASE)
-_SECRET_TEXT = re.compile(rf"""(?:{_SECRET})[^"']*["']\s*:""", re.IGNORECASE)
+_SECRET_NAME = re.compile(r"token|secret|authorization|aes_?key", re.IGNORECASE)
+_QUOTE = re.compile("[\"']")
 MASK = "***"
 
 Seqs = Annotated[int, Parameter(help="Numbers, as `dead ls` shows them.")]
@@ -188,9 +188,18 @@ def masked(names: Names, raw: api.RawStreamMsg) -> str:
         pass
     if (raw.subject or "").endswith(f".{names.stream_ctl}"):
         return "(withheld: a control message that cannot be read may hold a token anywhere)"
-    text = data.decode(errors="backslashreplace")
-    secret = _SECRET_TEXT.search(text)
-    return f"{text[: secret.end()]}{MASK}" if secret else text
+    return _up_to_secret(data.decode(errors="backslashreplace"))
+
+
+def _up_to_secret(text: str) -> str:
+    """`text` as far as the first name of a secret. Piece by piece: a search for one would begin anew at each word
+    that may be one, of which a sandbox can write thousands."""
+    end = 0
+    for piece, behind in pairwise(_QUOTE.split(text)):
+        end += len(piece) + 1
+        if _SECRET_NAME.search(piece) and (value := behind.lstrip()).startswith(":"):
+            return f"{text[: end + len(behind) - len(value) + 1]}{MASK}"
+    return text
 
 
 def _mask(value: Any) -> Any:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import base64
 
 import pytest
+from nats.js import api
 
 from adapter.cli.bus import Bus, connected, stored_from
+from adapter.cli.dead import masked
 from adapter.cli.exits import UNREACHABLE, Failed
 from adapter.letters import original_subject
 from adapter.names import (
@@ -110,6 +112,13 @@ async def test_show_masks_what_opens_something(
     result = await cli("dead", "show", "1", *options)
     assert result.code == 0
     assert "sesame" not in result.out
+
+
+def test_a_letter_full_of_what_may_name_a_secret_is_shown_too() -> None:
+    """The longest that a server takes by default: to look behind each for a value took half an hour."""
+    words = "token" * 200_000
+    raw = api.RawStreamMsg(subject="wechat.dead.WECHAT_OUT", data=words.encode())
+    assert masked(Names(), raw) == words
 
 
 @pytest.mark.parametrize(
