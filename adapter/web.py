@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import socketserver
 import threading
@@ -18,6 +19,11 @@ from adapter.settings import split_addr, variable_of
 log = structlog.get_logger()
 
 
+AT_ONCE = 128
+"""Connections. For one more the oldest is closed: who sends a byte now and then must not keep others out, nor take a
+thread for each of thousands."""
+
+
 class _Request(WSGIRequestHandler):
     timeout = 10  # seconds that a silent client may hold a thread
 
@@ -30,12 +36,32 @@ class _Server(socketserver.ThreadingMixIn, WSGIServer):
 
     daemon_threads = True
     block_on_close = False
+    request_queue_size = AT_ONCE
+
+    def __init__(self, *args: Any) -> None:
+        self._open: dict[socket.socket, None] = {}
+        super().__init__(*args)
 
     def server_bind(self) -> None:
         """Without the DNS look-up of HTTPServer, which may take seconds."""
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
         self.setup_environ()
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """In a thread; makes room for it first."""
+        if len(self._open) >= AT_ONCE:
+            oldest, *_ = list(self._open)  # a copy: threads take theirs out
+            self._open.pop(oldest, None)
+            with contextlib.suppress(OSError):  # it has just ended by itself
+                oldest.shutdown(socket.SHUT_RDWR)
+        self._open[request] = None
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        """It is over, in its thread."""
+        self._open.pop(request, None)
+        super().shutdown_request(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         log.debug("request.failed", exc_info=True)

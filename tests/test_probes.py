@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import urllib.error
@@ -14,6 +15,7 @@ import pytest
 from adapter.errors import SettingsError
 from adapter.metrics import Metrics
 from adapter.probes import Health, ProbeServer
+from adapter.web import AT_ONCE
 
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
@@ -165,6 +167,20 @@ def test_other_requests_are_answered_plainly(server: ProbeServer, method: str, p
 def test_a_client_that_says_nothing_holds_nobody_up(server: ProbeServer) -> None:
     with socket.create_connection(("127.0.0.1", server.port)):
         assert ask(server, "/livez")[0] == 200
+
+
+def test_clients_by_the_hundred_that_say_little_hold_nobody_up(server: ProbeServer) -> None:
+    clients = list[socket.socket]()
+    with contextlib.ExitStack() as opened:
+        for _ in range(3 * AT_ONCE):
+            client = opened.enter_context(socket.create_connection(("127.0.0.1", server.port)))
+            client.sendall(b"GET /livez HTTP/1.1\r\n")
+            clients.append(client)
+        assert ask(server, "/livez")[0] == 200
+        assert len(server._server._open) <= AT_ONCE
+        for client in clients[: 2 * AT_ONCE]:  # closed for those that came later
+            with contextlib.suppress(ConnectionResetError):
+                assert client.recv(1024) == b""
 
 
 def test_a_port_in_use_names_the_setting(server: ProbeServer, health: Health) -> None:

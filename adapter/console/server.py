@@ -93,17 +93,12 @@ class Console(Listener):
 
     def _serve(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         nonce = secrets.token_urlsafe(16)
-        if not self._room.acquire(blocking=False):
-            answer = Answer("503 Service Unavailable", b"too many requests at once\n")
-        else:
-            try:
-                request = read_request(environ, nonce)
-                answer = self._answer(request) if isinstance(request, Request) else request
-            except Exception:  # a bug: the page says so, and the others go on
-                log.exception("console.crashed")
-                answer = Answer("500 Internal Server Error", b"The console failed; the adapter's log says why.\n")
-            finally:
-                self._room.release()
+        try:
+            request = read_request(environ, nonce)  # before it takes room: a stranger may send slowly
+            answer = self._in_turn(request) if isinstance(request, Request) else request
+        except Exception:  # a bug: the page says so, and the others go on
+            log.exception("console.crashed")
+            answer = Answer("500 Internal Server Error", b"The console failed; the adapter's log says why.\n")
         kind = "text/html" if answer.body.startswith(b"<!doctype") else "text/plain"
         start_response(
             answer.status,
@@ -115,6 +110,14 @@ class Console(Listener):
             ],
         )
         return [] if environ.get("REQUEST_METHOD") == "HEAD" else [answer.body]
+
+    def _in_turn(self, request: Request) -> Answer:
+        if not self._room.acquire(blocking=False):
+            return Answer("503 Service Unavailable", b"too many requests at once\n")
+        try:
+            return self._answer(request)
+        finally:
+            self._room.release()
 
     def _answer(self, request: Request) -> Answer:
         if request.method not in ("GET", "HEAD", "POST"):
@@ -255,8 +258,13 @@ def read_request(environ: dict[str, Any], nonce: str) -> Request | Answer:
             length = environ.get("CONTENT_LENGTH") or "0"
             if not length.isdigit() or int(length) > MAX_BODY:
                 return Answer("413 Content Too Large", f"A form has at most {MAX_BODY} bytes.\n".encode())
-            form = _fields(environ["wsgi.input"].read(int(length)).decode("utf-8", "replace"))
+            body = environ["wsgi.input"].read(int(length))
+            if len(body) < int(length):
+                return Answer("400 Bad Request", b"This form was cut.\n")
+            form = _fields(body.decode("utf-8", "replace"))
         query = _fields(environ.get("QUERY_STRING", ""))
+    except OSError:  # it stopped, or was closed for another
+        return Answer("408 Request Timeout", b"This form was cut.\n")
     except ValueError:  # too many fields
         return Answer("400 Bad Request", b"This is no form of ours.\n")
     return Request(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import re
 import socket
 import time
@@ -15,7 +17,7 @@ from structlog.testing import capture_logs
 
 from adapter.console.desk import Needs
 from adapter.console.guard import SESSION_S, Guard
-from adapter.console.server import MAX_BODY, Console, is_loopback
+from adapter.console.server import AT_ONCE, MAX_BODY, Console, is_loopback
 from adapter.errors import BusRefused, SettingsError, Temporary
 from adapter.login_service import LoginService
 from adapter.logins import LoginBook
@@ -239,6 +241,30 @@ async def test_what_the_script_fetches_has_no_script_and_no_style(office: Office
     assert "<style" not in page
     assert "<script" not in page
     assert "<style" in (await office.browser.get("/")).text
+
+
+async def test_strangers_who_send_slowly_take_nobodys_room(office: Office) -> None:
+    async with contextlib.AsyncExitStack() as opened:
+        for _ in range(AT_ONCE + 1):
+            _, writer = await asyncio.open_connection("127.0.0.1", office.browser.base_url.port)
+            opened.callback(writer.close)
+            writer.write(b"POST /signin HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\ntoken=")
+            await writer.drain()
+        await office.sign_in()
+
+
+async def test_a_form_that_was_cut_does_nothing(office: Office) -> None:
+    """Half a name is the name of another sandbox."""
+    await office.sign_in()
+    form = f"proof={await office.proof()}&sandbox=s1"
+    session = office.browser.cookies["wechat_nats_console"]
+    reader, writer = await asyncio.open_connection("127.0.0.1", office.browser.base_url.port)
+    head = f"POST /logins HTTP/1.1\r\nHost: x\r\nCookie: wechat_nats_console={session}\r\n"
+    writer.write(f"{head}Content-Length: {len(form) + 1}\r\n\r\n{form}".encode())
+    writer.write_eof()
+    assert b" 400 Bad Request" in await reader.readline()
+    writer.close()
+    assert list(office.book) == []
 
 
 async def test_nonsense_is_refused(office: Office) -> None:
