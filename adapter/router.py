@@ -76,7 +76,8 @@ class Router:
 
         The copy's Nats-Msg-Id is derived: ids are stream-wide, and a copy after a crash must not become a second
         command. It follows from the words, too: a sandbox that guessed it could use it first, and the copy would be
-        dropped as a repeat.
+        dropped as a repeat. Nothing of the command stands in it: the server tells a stream's last id to every
+        publisher who expects another (Nats-Expected-Last-Msg-Id).
         """
         body = contract.Outbound()
         try:
@@ -91,9 +92,10 @@ class Router:
             await self._end(delivery, told_to, _ident(delivery, body), ending)
             return
         ident = _ident(delivery, body)
-        words = hashlib.blake2b(delivery.data, digest_size=12).hexdigest()
+        which = f"{delivery.seq}:{delivery.time_ms}:{ident}:".encode()
+        words = hashlib.blake2b(which + delivery.data, digest_size=16).hexdigest()
         headers = passed_on(delivery.headers) | {
-            H_MSG_ID: f"routed:{delivery.seq}:{delivery.time_ms}:{words}:{ident}",
+            H_MSG_ID: f"routed:{words}",
             H_COMMAND: ident,
             H_SINCE_MS: str(delivery.time_ms),
         }

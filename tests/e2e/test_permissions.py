@@ -215,6 +215,13 @@ async def test_a_sandbox_learns_nothing_of_others_whatever_it_asks(scene: Scene)
     codes = [(await s1.ask("window", json.dumps({"bot": bot}).encode())).headers for bot in (other, "no@im.bot")]
     assert codes[0] == codes[1]
     assert (codes[0] or {})[H_ERROR_CODE] == "404"
+    # the server tells the last Nats-Msg-Id of all to who expects another: in a copy's is nothing of its command
+    spoken = b'{"id":"private","sandbox":"s2","text":"from the service"}'
+    await scene.service.nc.jetstream().publish(NAMES.out_plain, spoken)
+    await until(lambda: ("private", "accepted") in scene.s2.outcomes(), "it is sent")
+    expecting = {"Nats-Expected-Last-Msg-Id": "another"}
+    told = (await s1.nc.request(NAMES.out("s1"), b'{"text":"hi"}', timeout=10, headers=expecting)).data
+    assert re.search(rb"wrong last msg ID: routed:[0-9a-f]{32}\W", told), told
     assert s1.refusals == []
 
 
