@@ -51,6 +51,8 @@ _SECRET_TEXT = tuple(
         (r"\beyJ[0-9a-z_-]{10,}(?:\.[0-9a-z_-]+)*", HIDDEN),
     )
 )
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+"""What moves a terminal's cursor; a traceback keeps its lines."""
 _HARMLESS = re.compile(rf"(?!.*(?:AARzJW|eyJ|{_PACKED}))[a-z0-9_.@-]{{0,40}}\Z", re.IGNORECASE | re.ASCII)
 """Names, ids and words: most of what is logged, and nothing that a pattern above could match."""
 
@@ -104,13 +106,13 @@ def redact(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
 
 
 def redacted_text(text: str, longest: int = FOREIGN_CHARS) -> str:
-    """`text` without what looks like a secret, at most `longest` characters of it."""
+    """`text` without what looks like a secret, at most `longest` characters of it, its controls made visible."""
     if _HARMLESS.match(text):
         return text
     text = text[: 2 * TRACEBACK_CHARS]  # bounds the work, not the result
     if not text.isascii():
         text = text.encode("utf-8", "backslashreplace").decode()  # lone surrogates cannot be written
-    text = hide_secrets(text)
+    text = _CONTROLS.sub(lambda m: f"\\x{ord(m[0]):02x}", hide_secrets(text))
     return text if len(text) <= longest else text[:longest] + "…"
 
 

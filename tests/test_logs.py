@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import logging
+import re
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -209,3 +210,19 @@ def test_a_terminal_gets_lines_for_people_without_secrets(captured: Capture) -> 
     assert "x.failed" in text
     assert "RuntimeError" in text
     assert "CANARY" not in text
+
+
+@pytest.mark.parametrize("console", [True, False])
+def test_what_others_write_moves_no_cursor(captured: Capture, console: bool) -> None:
+    """iLink's words, for one, may reach the terminal of who runs the adapter or reads its log."""
+    said = "s\x1b]0;t\x07\x9b2J\u202e\u2028"
+    out = Capture()
+    logs.configure("info", out, console=console)
+    structlog.get_logger().info("x.y", detail=said, worse=f"{said} {said}")
+    try:
+        raise ValueError(said)
+    except ValueError:
+        structlog.get_logger().exception("x.crashed")
+    ours = re.sub(r"\x1b\[\d+m", "", out.getvalue().decode())
+    assert ours.count(r"2J") == 4
+    assert ours.replace("\n", "").isprintable()
