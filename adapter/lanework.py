@@ -123,8 +123,9 @@ class LaneWork(Settling):
 
     async def _is_begun(self, lane: Lane, item: Item) -> bool:
         """Whether a command is half sent: what is parked was found, or its user became known, only after that."""
-        hand = (await self._peer(lane)).context.hand
-        return hand is not None and hand.is_begun and hand.client == item.command.client
+        context = (await self._peer(lane)).context
+        known = [hand for hand in (context.hand, context.left) if hand and hand.client == item.command.client]
+        return any(hand.is_begun for hand in known)
 
     async def _type(self, lane: Lane, item: Item, binding: Binding) -> None:
         """Hands a typing command over: what is behind it does not wait for iLink's answer. Raises Temporary."""

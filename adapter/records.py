@@ -154,8 +154,8 @@ class Context(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """When the request left to which iLink said -2; 0: not blocked."""
     hand: Hand | None = None
     left: Hand | None = None
-    """What another sandbox, which the bot served before, still had in hand when this one sent: its owner may die
-    before it tells how that ended."""
+    """What was begun as another command took its place, and may still have to end: its owner may die before it tells
+    how that ended. Of another sandbox, which the bot served before; or one that is not delivered again yet."""
     done: list[str] = []
     """Sandbox/id of the last commands that were sent, or may have been, against a second publish with the same id."""
     told: Literal["", "open", "low", "closed"] = ""

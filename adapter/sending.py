@@ -120,8 +120,9 @@ class Send(NamedTuple):
     def _taken_up(self) -> Hand | None:
         """The command in hand, as far as it was sent; None: it was sent, by another message."""
         command, context = self.command, self.peer.context
-        if context.hand and context.hand.client == command.client:
-            return context.hand
+        for hand in (context.hand, context.left):
+            if hand and hand.client == command.client:
+                return hand
         if window.is_repeat(context, command.sandbox, command.id, command.client):
             return None
         merged = [Merged(command=other.id, client=other.client) for other in command.merged]

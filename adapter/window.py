@@ -164,10 +164,12 @@ def leaving(context: Context, hand: Hand, now_ms: int) -> Context:
     `hand` was read.
     """
     known = context.hand
+    if context.left is not None and context.left.client == hand.client:
+        context = msgspec.structs.replace(context, left=None)
     if known is not None and known.client != hand.client:
-        if known.sandbox == hand.sandbox:  # an owner before us told how it ended, and could not note it
+        if known.sandbox == hand.sandbox:  # an owner before us may have told how it ended, and could not note it
             context = settled(context, known.client, sent=known.is_begun)
-        elif known.is_begun:  # it may still have to end
+        if known.is_begun:  # or it may still have to end
             context = msgspec.structs.replace(context, left=known)
     out = 0 if known is None or (known.client, known.part) != (hand.client, hand.part) else known.tried
     counts = known is None or not out or known.counted_in != context.inbound_id

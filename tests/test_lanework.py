@@ -213,6 +213,34 @@ async def test_a_final_command_that_is_half_sent_comes_first_also_for_the_next_o
     assert [receipt.command for receipt in finals(after)] == ["last", "c0", "c1"]
 
 
+async def test_a_half_sent_command_that_comes_again_only_after_another_was_sent_is_sent_to_its_end() -> None:
+    """What is parked is found before it comes again, and the user has written: it took its place in the record."""
+    bench, shard = await kept_back(used=8)
+    reports(bench, shard, 1)
+    texts = [{"kind": "text", "text": text} for text in "ab"]
+    last = bench.command(id="last", items=texts, final=True, when_closed="refuse")
+    shard.on_delivery(last)
+    await asyncio.sleep(GAP_S / 2)
+    assert bench.chat.texts == ["a"]
+    bench.leases.owned.clear()
+    shard.stop()
+
+    after = Bench(bench, incarnation="me-2")
+    await after.wrote(BOT, USER, "in:2")
+    shard = after.shard(sending=after.sending(rules=RULES._replace(reserve=2)))
+    await shard.load()
+    await asyncio.sleep(GAP_S)
+    assert bench.chat.texts == ["a", "t0"]
+    shard.on_delivery(last.again())
+    shard.on_delivery(bench.command(id="last", items=texts))
+    await asyncio.sleep(60)
+    assert bench.chat.texts == ["a", "t0", "b"]
+    assert [(receipt.command, receipt.outcome) for receipt in finals(after)] == [
+        ("c0", "accepted"),
+        ("last", "accepted"),
+    ]
+
+
 @pytest.mark.parametrize("is_rebound", [False, True], ids=["same bot", "newer bot"])
 async def test_a_final_command_that_was_half_sent_goes_on_where_another_had_been_refused(is_rebound: bool) -> None:
     """What waits was refused with -2, perhaps over the bot before, and is found before the other one comes again."""
