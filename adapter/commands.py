@@ -22,7 +22,7 @@ from adapter.contract import (
 )
 from adapter.errors import UNDECODABLE, Refused, Unreadable
 from adapter.mending import without_halves
-from adapter.names import check_sandbox, is_sandbox
+from adapter.names import H_SINCE_MS, check_sandbox, is_sandbox
 from adapter.split import MAX_BYTES, is_open, split, to_plain
 
 _PEER = re.compile(r"[!-~]{0,128}")
@@ -133,6 +133,8 @@ def passed_on(headers: Mapping[str, str]) -> dict[str, str]:
         for name, value in headers.items()
         if _HEADER.fullmatch(name) and not name.lower().startswith(_SERVERS) and len(value) <= HEADER_CHARS
     }
+    if len(kept) > HEADERS_KEPT and H_SINCE_MS in kept:  # the router's, behind all of theirs
+        kept = {H_SINCE_MS: kept[H_SINCE_MS], **kept}
     return dict(islice(kept.items(), HEADERS_KEPT))
 
 

@@ -8,6 +8,7 @@ import msgspec
 import pytest
 
 from adapter.commands import (
+    HEADERS_KEPT,
     MERGED_AT_ONCE,
     Command,
     Limits,
@@ -24,6 +25,7 @@ from adapter.commands import (
 )
 from adapter.contract import Outbound
 from adapter.errors import Refused, Unreadable
+from adapter.names import H_SINCE_MS
 
 NOW = 1_789_000_000_000
 HOUR = 3_600_000
@@ -65,6 +67,13 @@ def test_a_command_waits_since_its_copy_says_but_not_from_the_future(since: str,
 @pytest.mark.parametrize(("headers", "kept"), [row[1:] for row in KEPT], ids=[row[0] for row in KEPT])
 def test_of_a_strangers_headers_only_harmless_ones_are_copied(headers: dict[str, str], kept: dict[str, str]) -> None:
     assert passed_on(headers) == kept
+
+
+def test_since_when_a_command_waits_is_passed_on_whatever_else_its_headers_hold() -> None:
+    """It stands behind them all."""
+    headers = {f"Theirs-{number}": "x" for number in range(100)} | {H_SINCE_MS: "1"}
+    assert passed_on(headers)[H_SINCE_MS] == "1"
+    assert len(passed_on(headers)) == HEADERS_KEPT
 
 
 PARTS: list[tuple[str, dict[str, Any], list[str]]] = [
