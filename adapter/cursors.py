@@ -6,6 +6,7 @@ the owner before is refused.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 
 import msgspec
@@ -32,6 +33,9 @@ are more, all are written apart. So the record of a single message is short, and
 ASKED_EVERY = 12
 """Looks at a bot that another replica holds, after which all are asked: some 30 s, in which most polls of bots that
 are handed over end, so that few of thousands ask."""
+
+RAW_S = 2.0
+"""How long all who start wait for whose messages wait for media, before they ask again: a question may get lost."""
 
 
 async def acquire(session: Session, needs: Incoming) -> Place | None:
@@ -174,7 +178,11 @@ def raw_bots(history: History, names: Names) -> Shared[set[str]]:
     was a fourth of what they ask of the bus, of a replicated one a third. `answer` raises Temporary, BusRefused."""
 
     async def ask() -> set[str]:
-        subjects = await history.counts(names.stream_raw, names.raw("*", "*"))
+        try:
+            async with asyncio.timeout(RAW_S):
+                subjects = await history.counts(names.stream_raw, names.raw("*", "*"))
+        except TimeoutError:
+            raise Temporary("bus_timeout", f"{names.stream_raw} does not answer") from None
         return {subject.rpartition(".")[2] for subject in subjects}
 
     return Shared(ask)

@@ -10,15 +10,15 @@ from msgspec.structs import replace
 from structlog.testing import capture_logs
 
 from adapter.batches import store
-from adapter.cursors import NEWEST, acquire, apart_key, give_back, put_back, write_cursor
-from adapter.errors import BusRefused, LeaseLost, Refused
+from adapter.cursors import NEWEST, acquire, apart_key, give_back, put_back, raw_bots, write_cursor
+from adapter.errors import BusRefused, LeaseLost, Refused, Temporary
 from adapter.inbound import poll_forever, tend
 from adapter.names import peer_key, token_of
 from adapter.ports import Entry, Message
 from adapter.records import Context, Cursor
 from adapter.seal import Sealer, cursor_context
 from adapter.sessions import Session
-from tests.fakes import Bench, EndOfScript, Failing, FakeLeases, batch, ready, settle
+from tests.fakes import Bench, EndOfScript, Failing, FakeBus, FakeLeases, batch, ready, settle
 from tests.pollers import BOT, KEY, USER, Poller, polls, raw, tended, texts
 
 VIRTUAL_TIME = True
@@ -509,3 +509,23 @@ async def test_a_start_cursor_that_is_bound_while_the_bot_is_polled_is_used_once
     heir.leave(now=True)
     await task
     assert bench.chat.asked[4:] == ["c"]
+
+
+class Lossy(FakeBus):
+    """What is asked of it gets lost."""
+
+    asked = 0
+
+    async def counts(self, stream: str, subject: str) -> dict[str, int]:
+        self.asked += 1
+        await asyncio.Event().wait()
+        raise AssertionError
+
+
+async def test_a_question_that_gets_lost_holds_up_those_who_share_it_for_a_moment_only() -> None:
+    bench = Bench()
+    bus = Lossy(bench.names, bench.clock)
+    shared = raw_bots(bus, bench.names)
+    answers = await asyncio.gather(*(shared.answer() for _ in range(3)), return_exceptions=True)
+    assert [type(answer) for answer in answers] == [Temporary] * 3
+    assert bus.asked == 1
