@@ -12,7 +12,7 @@ import msgspec
 from nats.aio.client import Client
 
 from adapter.contract import FINAL_OUTCOMES, Inbound, Receipt
-from tests.e2e.reading import NAMES, Listener, stream
+from tests.e2e.reading import NAMES, Listener, Live, stream
 
 if TYPE_CHECKING:
     from tests.e2e.world import World
@@ -52,6 +52,8 @@ class Audit(msgspec.Struct):
     """Messages on the bus."""
     live: int = 0
     """Messages that live subscribers got."""
+    told_again: int = 0
+    """How many of these they had: the server publishes what it has stored once more where it stood still."""
     shown: int = 0
     """Texts on the phones."""
     outcomes: dict[str, int] = {}
@@ -143,9 +145,13 @@ def misplaced(there: Sequence[str], wanted: Sequence[str]) -> int:
 def _live(made: World, listener: Listener, found: Audit) -> None:
     for sandbox, heard in listener.heard.items():
         found.live += len(heard)
-        times = Counter(live.inbound.id for live in heard)
+        first: dict[int, Live] = {}
+        for live in heard:
+            first.setdefault(live.seq, live)  # one sequence was stored once: the next copy is the server's
+        found.told_again += len(heard) - len(first)
+        times = Counter(live.inbound.id for live in first.values())
         found.doubled += [f"{sandbox} was told {ident} {n} times" for ident, n in times.items() if n > 1]
-        if any(later.seq < earlier.seq for earlier, later in pairwise(heard)):
+        if any(later.seq < earlier.seq for earlier, later in pairwise(first.values())):
             found.disordered.append(f"{sandbox} was told messages out of order")
         for live in heard:
             _whose(made, sandbox, live.inbound, f"what {sandbox} was told", found)
