@@ -699,7 +699,7 @@ async def test_what_is_told_while_the_next_owner_reads_is_not_missed() -> None:
         async def found() -> Any:
             async for stored in read(stream, subject, **where):
                 yield stored
-            await asyncio.sleep(5)  # meanwhile it is fetched and told
+            await asyncio.sleep(1)  # meanwhile it is fetched and told
 
         return found()
 
