@@ -96,7 +96,7 @@ class BusClient(Client):
         """Closes also what broke with something left to write: nats-py fails there, before it has ended its tasks."""
         try:
             await super()._close(status, do_cbs)
-        except (OSError, RuntimeError, TypeError):  # the second is uvloop's, the last asyncio's in Python 3.13.5
+        except (OSError, RuntimeError, TypeError, AttributeError):  # uvloop's; asyncio's in Python 3.13, and 3.12
             self._pending = []
             self._pending_data_size = 0
             self._status = self.DISCONNECTED  # else nothing seems left to do
