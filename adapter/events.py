@@ -9,8 +9,8 @@ import msgspec
 import structlog
 
 from adapter import contract
-from adapter.commands import passed_on
 from adapter.errors import UNDECODABLE, BusRefused
+from adapter.headers import passed_on
 from adapter.metrics import Metrics
 from adapter.names import (
     H_DETAIL,

@@ -10,54 +10,57 @@ from typing import Any
 
 import structlog
 
-from adapter import __version__, inbound, media, rollcall, stale_token, window
-from adapter.bindings import Bindings
-from adapter.commands import Limits
+from adapter import __version__, media, window
+from adapter.bindings import stale_token
+from adapter.bindings.book import Bindings
+from adapter.bindings.control import Control
+from adapter.bindings.tidying import Tidying
 from adapter.console.desk import Needs
 from adapter.console.server import Console
 from adapter.contexts import Contexts
-from adapter.control import Control
-from adapter.cursors import raw_bots
-from adapter.download import Downloading
 from adapter.edges import Edges
 from adapter.errors import LeaseLost, Temporary
 from adapter.events import Events
-from adapter.fetching import Fetching
 from adapter.ilink.translate import read_message
+from adapter.inbound import poller
+from adapter.inbound.cursors import raw_bots
+from adapter.inbound.download import Downloading
+from adapter.inbound.fetching import Fetching
+from adapter.inbound.recall import Recall
+from adapter.inbound.sessions import Incoming, Waiting, account_of
 from adapter.jetstream import topology
 from adapter.jetstream.buckets import KvBucket, LeaseRegister
 from adapter.jetstream.consumer import all_settled
 from adapter.jetstream.inspector import Inspector
 from adapter.jetstream.services import Handler, Services
-from adapter.leases import Leases
-from adapter.login_course import Scanning
-from adapter.login_service import LoginService
-from adapter.logins import LoginBook
-from adapter.media_service import MediaService
+from adapter.logins.book import LoginBook
+from adapter.logins.course import Scanning
+from adapter.logins.scanning import Scanner
+from adapter.logins.service import LoginService
 from adapter.metrics import Metrics
 from adapter.names import Names, shard_of
+from adapter.outbound.commands import Limits
+from adapter.outbound.receipts import Receipts
+from adapter.outbound.router import Router
+from adapter.outbound.sending import Sending
+from adapter.outbound.settling import Outgoing
+from adapter.outbound.typing_indicator import Showing
+from adapter.outbound.uploads import Uploads
+from adapter.outbound.window_events import WindowEvents
 from adapter.ports import Account
 from adapter.probes import Health
-from adapter.queries import Queries
-from adapter.recall import Recall
-from adapter.receipts import Receipts
 from adapter.records import Binding
-from adapter.rollcall import Polling, Present
-from adapter.router import Router
-from adapter.scanning import Scanner
+from adapter.replicas import rollcall
+from adapter.replicas.leases import Leases
+from adapter.replicas.rollcall import Polling, Present
 from adapter.seal import Sealer
-from adapter.sending import Sending
-from adapter.sessions import Incoming, Waiting, account_of
+from adapter.services.media import MediaService
+from adapter.services.queries import Queries
 from adapter.settings import Settings
-from adapter.settling import Outgoing
 from adapter.shardwork import ShardLoops
 from adapter.supervisor import Supervisor
-from adapter.tidying import Tidying
 from adapter.timing import Beat, Pace, SystemClock, Turns
-from adapter.typing_indicator import Showing
-from adapter.uploads import Uploads
 from adapter.watch import Watch
-from adapter.window_events import WindowEvents
 
 log = structlog.get_logger()
 
@@ -135,7 +138,7 @@ class Parts:
         self.supervisor = Supervisor(
             bindings=self.bindings,
             leases=self.leases,
-            tend=lambda session: inbound.tend(session, self.incoming),
+            tend=lambda session: poller.tend(session, self.incoming),
             work=self._shard_loops(),
             throttled=self.window_events.throttled,
             tell_freed=self.tell_freed,

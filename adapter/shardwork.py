@@ -8,20 +8,20 @@ from typing import Any, NamedTuple
 
 import structlog
 
-from adapter.control import Control
-from adapter.fetching import Downloads, Fetching
+from adapter.bindings.control import Control
+from adapter.bindings.tidying import Tidying, tidy_forever
+from adapter.inbound.fetching import Downloads, Fetching
 from adapter.jetstream import topology
 from adapter.jetstream.consumer import Consumer
 from adapter.jetstream.link import Link
-from adapter.leases import Leases
 from adapter.metrics import Metrics
 from adapter.names import Names
-from adapter.outbound import Shard
+from adapter.outbound.router import Router
+from adapter.outbound.settling import Outgoing
+from adapter.outbound.shard import Shard
 from adapter.ports import Delivery
 from adapter.probes import Health
-from adapter.router import Router
-from adapter.settling import Outgoing
-from adapter.tidying import Tidying, tidy_forever
+from adapter.replicas.leases import Leases
 from adapter.timing import Clock, restarted
 
 log = structlog.get_logger()

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import msgspec
 import structlog
 
+from adapter.bindings.resealing import tokens_at_rest
 from adapter.errors import SettingsError, Temporary
 from adapter.jetstream import topology
 from adapter.jetstream.link import Link
@@ -16,7 +17,6 @@ from adapter.names import Names
 from adapter.permissions import USER_INFO, required, user_of
 from adapter.ports import History
 from adapter.probes import Health
-from adapter.resealing import tokens_at_rest
 from adapter.seal import Sealer
 from adapter.settings import Settings
 from adapter.timing import Clock

@@ -9,15 +9,15 @@ from typing import Any, Protocol
 
 import structlog
 
-from adapter.bindings import Bindings, is_anew
+from adapter.bindings.book import Bindings, is_anew
 from adapter.errors import Temporary
-from adapter.fetching import Downloads
-from adapter.leases import Leases
+from adapter.inbound.fetching import Downloads
+from adapter.inbound.sessions import Session, State
 from adapter.metrics import PARKED, STATES, Metrics
 from adapter.names import SHARDS, shard_of
-from adapter.outbound import Shard
+from adapter.outbound.shard import Shard
 from adapter.records import Binding
-from adapter.sessions import Session, State
+from adapter.replicas.leases import Leases
 from adapter.timing import Clock, Latch, any_of
 
 log = structlog.get_logger()

@@ -13,10 +13,10 @@ from adapter.jetstream.buckets import KvBucket
 from adapter.jetstream.inspector import Inspector
 from adapter.jetstream.link import Link
 from adapter.jetstream.publisher import Publisher
-from adapter.leases import Leases
 from adapter.metrics import Metrics
 from adapter.names import Names
 from adapter.probes import BUS_GRACE_S, Health
+from adapter.replicas.leases import Leases
 from adapter.supervisor import Supervisor
 from adapter.timing import Clock, Latch
 

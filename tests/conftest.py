@@ -21,8 +21,8 @@ import structlog
 from hypothesis import HealthCheck, settings
 from nats.aio.client import Client
 
+from adapter.inbound.sessions import Session
 from adapter.jetstream.client import BusClient
-from adapter.sessions import Session
 from tests import canary
 from tests.fakes import Bench, VirtualLoop
 from tests.pollers import Poller, tended

@@ -17,21 +17,27 @@ from typing import Any, NamedTuple, TypeAlias
 import msgspec
 
 from adapter import media, window
-from adapter.bindings import Bindings, is_anew
-from adapter.commands import Command, Limits
+from adapter.bindings.book import Bindings, is_anew
 from adapter.contexts import Contexts, Peer
 from adapter.contract import BindingEvent, Inbound, Receipt
-from adapter.cursors import raw_bots
-from adapter.download import Downloading
 from adapter.errors import BusRefused, Conflict, LeaseLost, Temporary, Uncertain
 from adapter.events import Events
-from adapter.fetching import Downloads, Fetching
 from adapter.ilink import urls
 from adapter.ilink.translate import read_message
-from adapter.leases import Leases
+from adapter.inbound.cursors import raw_bots
+from adapter.inbound.download import Downloading
+from adapter.inbound.fetching import Downloads, Fetching
+from adapter.inbound.recall import Recall
+from adapter.inbound.sessions import Incoming, Waiting
 from adapter.metrics import Metrics
 from adapter.names import H_MSG_ID, SHARDS, Names, peer_key, shard_of, token_of
-from adapter.outbound import Shard
+from adapter.outbound.commands import Command, Limits
+from adapter.outbound.receipts import Receipts
+from adapter.outbound.sending import Send, Sending
+from adapter.outbound.settling import Outgoing
+from adapter.outbound.shard import Shard
+from adapter.outbound.typing_indicator import Showing
+from adapter.outbound.uploads import Uploads
 from adapter.ports import (
     Accepted,
     Account,
@@ -49,16 +55,10 @@ from adapter.ports import (
     StoredObject,
     Uploaded,
 )
-from adapter.recall import Recall
-from adapter.receipts import Receipts
 from adapter.records import Binding, Context, Cursor
+from adapter.replicas.leases import Leases
 from adapter.seal import Sealer
-from adapter.sending import Send, Sending
-from adapter.sessions import Incoming, Waiting
-from adapter.settling import Outgoing
 from adapter.timing import Beat, Latch, Pace, Turns
-from adapter.typing_indicator import Showing
-from adapter.uploads import Uploads
 
 EPOCH_MS = 1_789_000_000_000
 """Wall clock when a test begins."""

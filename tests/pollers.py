@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from adapter.cursors import acquire
 from adapter.errors import SessionExpired
-from adapter.inbound import poll_forever, tend
+from adapter.inbound.cursors import acquire
+from adapter.inbound.poller import poll_forever, tend
+from adapter.inbound.sessions import Session
 from adapter.names import token_of
-from adapter.sessions import Session
 from tests.fakes import Bench, EndOfScript, raw_message
 
 BOT, USER = "b1@im.bot", "u1@im.wechat"

@@ -7,7 +7,7 @@ from typing import Any
 from adapter.contract import FINAL_OUTCOMES, Receipt
 from adapter.errors import SessionExpired, Throttled, Uncertain
 from adapter.names import H_COMMAND
-from adapter.outbound import Shard
+from adapter.outbound.shard import Shard
 from tests.fakes import Bench
 
 BOT, USER = "b1@im.bot", "u1@im.wechat"

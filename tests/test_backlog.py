@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from adapter.backlog import ROOM, SHARE, SHARE_BYTES, Backlog
 from adapter.names import H_MSG_ID, shard_of
-from adapter.outbound import Shard
-from adapter.settling import GONE_S
+from adapter.outbound.backlog import ROOM, SHARE, SHARE_BYTES, Backlog
+from adapter.outbound.settling import GONE_S
+from adapter.outbound.shard import Shard
 from tests.fakes import Bench, FakeDelivery, settle
 
 VIRTUAL_TIME = True

@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-from adapter.batches import store
 from adapter.contract import UnsupportedItem
-from adapter.cursors import acquire
 from adapter.errors import AdapterError, BusRefused, Temporary
-from adapter.inbox import LARGE
+from adapter.inbound.batches import store
+from adapter.inbound.cursors import acquire
+from adapter.inbound.inbox import LARGE
+from adapter.inbound.sessions import Session
 from adapter.names import H_MSG_ID, peer_key
 from adapter.ports import Message, Polled
-from adapter.sessions import Session
 from tests.fakes import EPOCH_MS, Bench, batch, ready, settle
 from tests.pollers import BOT, USER, Poller, polls, raw, tended, texts
 

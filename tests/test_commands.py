@@ -7,8 +7,11 @@ from typing import Any
 import msgspec
 import pytest
 
-from adapter.commands import (
-    HEADERS_KEPT,
+from adapter.contract import Outbound
+from adapter.errors import Refused, Unreadable
+from adapter.headers import HEADERS_KEPT, passed_on
+from adapter.names import H_SINCE_MS
+from adapter.outbound.commands import (
     MERGED_AT_ONCE,
     Command,
     Limits,
@@ -17,15 +20,11 @@ from adapter.commands import (
     command_id,
     joins,
     merge,
-    passed_on,
     peek,
     read_command,
     sandbox_of,
     since_ms,
 )
-from adapter.contract import Outbound
-from adapter.errors import Refused, Unreadable
-from adapter.names import H_SINCE_MS
 
 NOW = 1_789_000_000_000
 HOUR = 3_600_000

@@ -10,9 +10,9 @@ import msgspec
 import pytest
 from structlog.testing import capture_logs
 
-from adapter.bindings import Bindings
+from adapter.bindings.book import Bindings
+from adapter.bindings.control import ERASE_TRIES, Control
 from adapter.contract import Bind, ControlAnswer
-from adapter.control import ERASE_TRIES, Control
 from adapter.errors import BusRefused, Refused, Temporary
 from adapter.names import H_ERROR, H_ERROR_CODE, H_MSG_ID, H_REPLY_TO
 from adapter.ports import Message

@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from adapter.cursors import acquire, give_back
-from adapter.inbound import poll_forever
+from adapter.inbound.cursors import acquire, give_back
+from adapter.inbound.poller import poll_forever
+from adapter.inbound.sessions import Session
+from adapter.outbound.router import Router
 from adapter.ports import Polled
-from adapter.router import Router
-from adapter.sessions import Session
 from tests.fakes import LIMITS as TAKEN
 from tests.fakes import Bench, EndOfScript, FakeDelivery, raw_message
 

@@ -9,15 +9,15 @@ import pytest
 from msgspec.structs import replace
 from structlog.testing import capture_logs
 
-from adapter.batches import store
-from adapter.cursors import NEWEST, acquire, apart_key, give_back, put_back, raw_bots, write_cursor
 from adapter.errors import BusRefused, LeaseLost, Refused, Temporary
-from adapter.inbound import poll_forever, tend
+from adapter.inbound.batches import store
+from adapter.inbound.cursors import NEWEST, acquire, apart_key, give_back, put_back, raw_bots, write_cursor
+from adapter.inbound.poller import poll_forever, tend
+from adapter.inbound.sessions import Session
 from adapter.names import peer_key, token_of
 from adapter.ports import Entry, Message
 from adapter.records import Context, Cursor
 from adapter.seal import Sealer, cursor_context
-from adapter.sessions import Session
 from tests.fakes import Bench, EndOfScript, Failing, FakeBus, FakeLeases, batch, ready, settle
 from tests.pollers import BOT, KEY, USER, Poller, polls, raw, tended, texts
 

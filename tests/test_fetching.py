@@ -14,14 +14,14 @@ from structlog.testing import capture_logs
 
 from adapter import contract
 from adapter.contract import FileItem, ImageItem, Inbound, Options, TextItem, VideoItem, VoiceItem
-from adapter.cursors import acquire
 from adapter.errors import BusRefused, LeaseLost, Refused, Temporary
-from adapter.fetching import DONE_KEPT, SWEEP_S, Downloads
-from adapter.inbound import tend
+from adapter.inbound.cursors import acquire
+from adapter.inbound.fetching import DONE_KEPT, SWEEP_S, Downloads
+from adapter.inbound.poller import tend
+from adapter.inbound.sessions import Session
 from adapter.names import H_MSG_ID, H_SANDBOX, H_SEEN, H_TIME_MS, shard_of, token_of
 from adapter.ports import Message
 from adapter.records import Cursor
-from adapter.sessions import Session
 from adapter.simulator import samples
 from adapter.tasks import Tasks
 from tests.fakes import EPOCH_MS, Bench, batch, raw_message, ready, settle

@@ -10,22 +10,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adapter.commands import MediaPart
 from adapter.contexts import Contexts
 from adapter.contract import Options
 from adapter.errors import Refused, SessionExpired
 from adapter.ilink.connection import Connection
-from adapter.lane import Lane, Parked
-from adapter.membership import DEAD_KEPT
+from adapter.inbound.recall import quote_key
+from adapter.inbound.sessions import Session
 from adapter.names import escaped, text_of, token_of
-from adapter.outbound import Shard
+from adapter.outbound.commands import MediaPart
+from adapter.outbound.lane import Lane, Parked
+from adapter.outbound.receipts import KNOWN_S
+from adapter.outbound.shard import Shard
+from adapter.outbound.typing_tickets import NO_TICKET_S, TICKET_S
+from adapter.outbound.uploads import READY_S
+from adapter.outbound.window_events import LEFT_OVER
 from adapter.ports import Account
-from adapter.recall import quote_key
-from adapter.receipts import KNOWN_S
-from adapter.sessions import Session
-from adapter.typing_tickets import NO_TICKET_S, TICKET_S
-from adapter.uploads import READY_S
-from adapter.window_events import LEFT_OVER
+from adapter.replicas.membership import DEAD_KEPT
 from tests.fakes import GAP_S, Bench, Wire
 from tests.growth import tables
 from tests.shards import BOT, USER, outcomes, user_writes

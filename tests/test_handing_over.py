@@ -19,7 +19,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from adapter import window
 from adapter.contract import FINAL_OUTCOMES, Receipt
 from adapter.errors import BusRefused, Temporary, Throttled, Uncertain
-from adapter.outbound import Shard
+from adapter.outbound.shard import Shard
 from adapter.ports import Accepted, Account, Content, Entry, Message, PubAck, Stored
 from tests.fakes import (
     RULES,

@@ -17,11 +17,11 @@ from structlog.testing import capture_logs
 
 from adapter.errors import Refused, Temporary
 from adapter.ilink.translate import read_message
-from adapter.inbound import AFTER_CUT_S, HOLD_MS, tend
+from adapter.inbound.poller import AFTER_CUT_S, HOLD_MS, tend
+from adapter.inbound.sessions import HERE_S, Session
 from adapter.names import H_SEEN
 from adapter.ports import Account, Message, Polled, Said
 from adapter.records import Cursor
-from adapter.sessions import HERE_S, Session
 from adapter.timing import Pace, Turns
 from tests.fakes import FakeClock, Rounds, batch, ready, settle
 from tests.pollers import BOT, KEY, STALE, Poller, polls, raw, tended, texts

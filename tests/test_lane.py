@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from adapter.commands import Command
-from adapter.lane import Item, Lane, Lanes, Parked
+from adapter.outbound.commands import Command
+from adapter.outbound.lane import Item, Lane, Lanes, Parked
 from adapter.ports import Account
 from adapter.records import Binding
 

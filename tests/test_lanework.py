@@ -13,7 +13,7 @@ from structlog.testing import capture_logs
 
 from adapter.errors import Temporary
 from adapter.names import shard_of
-from adapter.outbound import Shard
+from adapter.outbound.shard import Shard
 from adapter.ports import Accepted
 from tests.fakes import GAP_S, RULES, Bench, Failing
 from tests.shards import BOT, STALE, THROTTLED, TIMEOUT, USER, finals, outcomes, parked, ready, user_writes

@@ -14,12 +14,12 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from structlog.testing import capture_logs
 
 from adapter.errors import Conflict, LeaseLost, Temporary
-from adapter.leases import Leases
-from adapter.membership import HOLD
 from adapter.metrics import Metrics
 from adapter.names import SHARDS
 from adapter.ports import Entry
 from adapter.records import Claim
+from adapter.replicas.leases import Leases
+from adapter.replicas.membership import HOLD
 from tests.fakes import FakeClock, Life, VirtualLoop
 
 VIRTUAL_TIME = True

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adapter.errors import Refused, SessionExpired, Temporary, Throttled, Uncertain
-from adapter.outbound import Shard
+from adapter.outbound.settling import GONE_S
+from adapter.outbound.shard import Shard
 from adapter.ports import Accepted
-from adapter.settling import GONE_S
 from tests.fakes import GAP_S, RULES, Bench, Failing, FakeDelivery, VirtualLoop
 from tests.shards import BOT, USER, finals, outcomes, parked, ready, user_writes
 

@@ -11,15 +11,15 @@ import msgspec
 import pytest
 from structlog.testing import capture_logs
 
-from adapter.commands import read_command
 from adapter.contract import Outbound, Receipt
 from adapter.errors import BusRefused, Refused, Temporary
 from adapter.names import H_COMMAND, H_MSG_ID, H_SANDBOX, H_TIME_MS, UNROUTED, peer_key, shard_of
-from adapter.outbound import Shard
+from adapter.outbound.commands import read_command
+from adapter.outbound.receipts import Name, Receipts
+from adapter.outbound.settling import SETTLED_KEPT
+from adapter.outbound.shard import Shard
 from adapter.ports import Accepted, Message, Stored
-from adapter.receipts import Name, Receipts
 from adapter.records import Hand
-from adapter.settling import SETTLED_KEPT
 from adapter.timing import Turns
 from tests.fakes import GAP_S, LIMITS, Bench, Failing, FakeBus, FakeDelivery, Rounds, settle
 from tests.shards import BOT, THROTTLED, TIMEOUT, USER, finals, outcomes, parked, ready, user_writes

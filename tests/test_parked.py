@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from adapter.errors import BusRefused
-from adapter.settling import GONE_S
+from adapter.outbound.settling import GONE_S
 from tests.fakes import LIMITS, RULES
 from tests.shards import THROTTLED, finals, outcomes, parked, ready, user_writes
 

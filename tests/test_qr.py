@@ -9,7 +9,7 @@ import zlib
 import pytest
 import segno
 
-from adapter.qr import DARK_ON_LIGHT, PIXELS, PLAIN, QUIET, png, terminal_text
+from adapter.logins.qr import DARK_ON_LIGHT, PIXELS, PLAIN, QUIET, png, terminal_text
 
 TEXTS = ["https://liteapp.weixin.qq.com/q/7GiQu1?qrcode=abcdef0123456789&bot_type=3", "x", "https://a/" + "y" * 1490]
 HALVES = {" ": (0, 0), "▀": (1, 0), "▄": (0, 1), "█": (1, 1)}

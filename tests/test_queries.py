@@ -10,7 +10,7 @@ import pytest
 from adapter.contract import BindingsPage, ReplayPage, Window
 from adapter.errors import Refused, Temporary
 from adapter.ports import Asked
-from adapter.queries import REPLAY_BYTES, Queries
+from adapter.services.queries import REPLAY_BYTES, Queries
 from tests.fakes import RULES, Bench
 
 VIRTUAL_TIME = True

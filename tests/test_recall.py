@@ -9,18 +9,18 @@ import msgspec
 import pytest
 from structlog.testing import capture_logs
 
-from adapter.batches import store
 from adapter.contract import FileItem, ImageItem, Inbound, Quote, TextItem
-from adapter.cursors import acquire
 from adapter.dedup import Keys
 from adapter.errors import BusRefused, Temporary
-from adapter.inbox import Heard, publish
+from adapter.inbound.batches import store
+from adapter.inbound.cursors import acquire
+from adapter.inbound.inbox import Heard, publish
+from adapter.inbound.recall import NOTE_BYTES, NOTES, cut, quote_key
+from adapter.inbound.sessions import Session
 from adapter.names import H_IDS, H_MSG_ID
 from adapter.ports import Accepted, Polled, Said
 from adapter.quotes import Part, Reference
-from adapter.recall import NOTE_BYTES, NOTES, cut, quote_key
 from adapter.records import Spoken
-from adapter.sessions import Session
 from tests.fakes import Bench, settle
 
 VIRTUAL_TIME = True

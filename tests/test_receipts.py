@@ -6,12 +6,12 @@ import asyncio
 
 import pytest
 
-from adapter import receipts
-from adapter.commands import Command, read_command
 from adapter.contract import Outbound, Window
-from adapter.endings import Ending
+from adapter.outbound import receipts
+from adapter.outbound.commands import Command, read_command
+from adapter.outbound.endings import Ending
+from adapter.outbound.receipts import KNOWN_SANDBOXES, Name
 from adapter.ports import Message
-from adapter.receipts import KNOWN_SANDBOXES, Name
 from tests.fakes import LIMITS, Bench
 
 VIRTUAL_TIME = True

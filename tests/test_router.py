@@ -12,8 +12,8 @@ import pytest
 from adapter.contract import Receipt
 from adapter.errors import BusRefused
 from adapter.names import H_COMMAND, H_MSG_ID, H_SINCE_MS, UNROUTED
+from adapter.outbound.router import Router
 from adapter.ports import Message, PubAck
-from adapter.router import Router
 from tests.fakes import LIMITS, Bench, FakeBus, FakeDelivery
 
 VIRTUAL_TIME = True

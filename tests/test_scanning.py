@@ -11,16 +11,16 @@ import msgspec
 import pytest
 from structlog.testing import capture_logs
 
+from adapter.bindings.control import Control
 from adapter.contract import Bind, Login, LoginEvent, LoginQuery, LoginStart, LoginVerify
-from adapter.control import Control
 from adapter.errors import BusRefused, Refused, Temporary
-from adapter.login_course import Scanning
-from adapter.login_service import OPEN_PER_SANDBOX, LoginService
-from adapter.logins import LoginBook
+from adapter.logins.book import LoginBook
+from adapter.logins.course import Scanning
+from adapter.logins.scanning import Scanner
+from adapter.logins.service import OPEN_PER_SANDBOX, LoginService
 from adapter.names import H_MSG_ID, shard_of
 from adapter.ports import Entry, Message, QrCode, Scan
 from adapter.records import LoginRecord
-from adapter.scanning import Scanner
 from adapter.seal import Sealer
 from tests.fakes import Bench, FakeBucket, FakeDelivery, FakeLogins
 

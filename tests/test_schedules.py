@@ -23,7 +23,7 @@ from adapter import window
 from adapter.contract import FINAL_OUTCOMES, BindingEvent, Receipt
 from adapter.errors import LeaseLost, Refused, SessionExpired, Temporary, Throttled, Uncertain
 from adapter.names import shard_of
-from adapter.outbound import Shard
+from adapter.outbound.shard import Shard
 from adapter.ports import Accepted, Entry
 from adapter.records import Binding, Context
 from tests.fakes import LIMITS, RULES, Bench, FakeBucket, FakeChat, FakeDelivery, Life, Sent, VirtualLoop

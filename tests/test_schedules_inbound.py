@@ -17,10 +17,10 @@ import msgspec
 import pytest
 
 from adapter.errors import SessionExpired, Temporary
-from adapter.inbound import tend
+from adapter.inbound.poller import tend
+from adapter.inbound.sessions import Session
 from adapter.names import token_of
 from adapter.ports import Account, Polled
-from adapter.sessions import Session
 from adapter.simulator import samples
 from tests.fakes import EPOCH_MS, Bench, FakeChat, VirtualLoop, settle
 

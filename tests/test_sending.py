@@ -9,11 +9,11 @@ import pytest
 from msgspec.structs import replace
 
 from adapter import window
-from adapter.commands import Command, client_id, merge, read_command
 from adapter.contexts import Peer
 from adapter.contract import Media, Outbound, OutImage, OutText
-from adapter.endings import Apart, Ending, Repeat, Wait
 from adapter.errors import LeaseLost, Refused, SessionExpired, Temporary, Throttled, Uncertain
+from adapter.outbound.commands import Command, client_id, merge, read_command
+from adapter.outbound.endings import Apart, Ending, Repeat, Wait
 from adapter.ports import Accepted, Account, Uploaded
 from adapter.records import Hand, Merged
 from tests.fakes import LIMITS, RULES, Bench, Sent

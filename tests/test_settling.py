@@ -11,12 +11,12 @@ import pytest
 from structlog.testing import capture_logs
 
 from adapter import window
-from adapter.commands import read_command
 from adapter.contract import BindingEvent, Outbound
 from adapter.errors import Refused, SessionExpired, Temporary, Throttled, Uncertain
 from adapter.names import H_COMMAND, peer_key, shard_of
-from adapter.outbound import Shard
-from adapter.parked import item_of
+from adapter.outbound.commands import read_command
+from adapter.outbound.parked import item_of
+from adapter.outbound.shard import Shard
 from adapter.ports import Accepted, Message, Stored
 from adapter.records import Hand
 from tests.fakes import GAP_S, LIMITS, Bench, Sent

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
+from adapter.bindings.stale_token import regain_login, tell_login
 from adapter.contract import BindingEvent, BindingState
 from adapter.errors import Temporary
+from adapter.inbound.sessions import Session
 from adapter.ports import Account, Entry, Polled
-from adapter.sessions import Session
-from adapter.stale_token import regain_login, tell_login
 from tests.fakes import Bench, batch, ready
 from tests.pollers import BOT, STALE, USER, Poller, raw, tended, texts
 

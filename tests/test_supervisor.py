@@ -9,12 +9,12 @@ from typing import Any, get_args
 import msgspec
 import pytest
 
-from adapter.bindings import Bindings
-from adapter.inbound import tend
+from adapter.bindings.book import Bindings
+from adapter.inbound.poller import tend
+from adapter.inbound.sessions import HERE_S, Session, State
 from adapter.names import SHARDS, shard_of
 from adapter.ports import Entry
 from adapter.records import Binding
-from adapter.sessions import HERE_S, Session, State
 from adapter.supervisor import Supervisor
 from tests.fakes import Bench, FakeLeases, settle
 

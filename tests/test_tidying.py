@@ -7,11 +7,11 @@ import asyncio
 import pytest
 from structlog.testing import capture_logs
 
-from adapter.cursors import apart_key
+from adapter.bindings.tidying import RETRY_S, Tidying, tidy_forever, tidy_once
 from adapter.errors import BusRefused, LeaseLost, Temporary
+from adapter.inbound.cursors import apart_key
 from adapter.names import token_of
 from adapter.ports import Written
-from adapter.tidying import RETRY_S, Tidying, tidy_forever, tidy_once
 from tests.fakes import Bench, FakeBucket, FakeClock
 
 VIRTUAL_TIME = True

@@ -13,10 +13,10 @@ from structlog.testing import capture_logs
 from adapter.contract import Options
 from adapter.errors import Refused, SessionExpired, Temporary, Throttled
 from adapter.names import peer_key, shard_of
-from adapter.outbound import Shard
+from adapter.outbound.shard import Shard
+from adapter.outbound.typing_indicator import HIDES, RENEW_S
+from adapter.outbound.typing_tickets import TICKET_S
 from adapter.records import Binding
-from adapter.typing_indicator import HIDES, RENEW_S
-from adapter.typing_tickets import TICKET_S
 from tests.fakes import Bench, settle
 from tests.shards import BOT, USER, outcomes, parked, user_writes
 

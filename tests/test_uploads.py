@@ -7,10 +7,10 @@ from typing import Literal
 
 import pytest
 
-from adapter.commands import MediaPart
 from adapter.errors import Refused, SessionExpired, Temporary, Unreadable
+from adapter.outbound.commands import MediaPart
+from adapter.outbound.uploads import READY_S, StoreAway
 from adapter.ports import Account
-from adapter.uploads import READY_S, StoreAway
 from tests.fakes import MEDIA_BYTES, Bench, Carried
 
 VIRTUAL_TIME = True

@@ -10,12 +10,12 @@ from typing import Any
 import msgspec
 
 from adapter import window
-from adapter.commands import read_command
 from adapter.contract import Outbound, OutText, WindowEvent
 from adapter.errors import BusRefused, Temporary, Throttled, Uncertain
+from adapter.outbound.commands import read_command
+from adapter.outbound.window_events import LOOKS_PER_S, WindowEvents
 from adapter.ports import Message
 from adapter.records import Context
-from adapter.window_events import LOOKS_PER_S, WindowEvents
 from tests.fakes import LIMITS, RULES, Bench, settle
 
 VIRTUAL_TIME = True

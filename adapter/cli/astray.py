@@ -10,13 +10,14 @@ import msgspec
 
 from adapter.cli.bus import ANSWER_S, Bus
 from adapter.cli.exits import NO, UNREACHABLE, Failed
-from adapter.commands import TYPING_MS, passed_on, since_ms
 from adapter.errors import UNDECODABLE
+from adapter.headers import passed_on
 from adapter.jetstream import topology
 from adapter.jetstream.consumer import Consumer, Delivery
 from adapter.jetstream.history import subjects_of
 from adapter.jetstream.link import Link
 from adapter.names import H_COMMAND, H_MSG_ID, H_SINCE_MS, Names
+from adapter.outbound.commands import TYPING_MS, since_ms
 
 SECOND_NS = 1_000_000_000
 

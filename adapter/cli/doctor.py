@@ -11,6 +11,7 @@ from cyclopts import Parameter
 from nats.aio.msg import Msg
 from nats.errors import Error as NatsError
 
+from adapter.bindings.resealing import seal_all, tokens_at_rest
 from adapter.cli import astray, output, permitted
 from adapter.cli.bindings import all_bindings
 from adapter.cli.bus import Bus, connected, settings_here
@@ -22,7 +23,6 @@ from adapter.jetstream import topology
 from adapter.jetstream.buckets import LeaseRegister
 from adapter.jetstream.history import StreamHistory
 from adapter.jetstream.link import Link
-from adapter.resealing import seal_all, tokens_at_rest
 from adapter.seal import Sealer, Sealing
 from adapter.settings import Settings
 

@@ -8,8 +8,8 @@ from typing import NamedTuple, TypeVar
 
 import msgspec
 
-from adapter import rollcall, window
-from adapter.bindings import Bindings
+from adapter import window
+from adapter.bindings.book import Bindings
 from adapter.console.guard import Guard
 from adapter.console.view import (
     PAGE,
@@ -25,11 +25,12 @@ from adapter.contexts import stored_context
 from adapter.contract import Login, LoginQuery, LoginStart, LoginVerify, Options
 from adapter.errors import Refused
 from adapter.letters import again, is_command, letter_of, original_subject
-from adapter.logins import LoginBook
+from adapter.logins.book import LoginBook
+from adapter.logins.qr import svg
 from adapter.names import Names
 from adapter.ports import Archive, Bucket, Bus, Crowd, Stored
-from adapter.qr import svg
 from adapter.records import Binding, Context
+from adapter.replicas import rollcall
 from adapter.timing import Clock
 
 S = TypeVar("S", bound=msgspec.Struct)

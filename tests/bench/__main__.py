@@ -23,8 +23,8 @@ import msgspec
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 
-from adapter.inbound import INSTANT_S
-from adapter.window_events import LOOKS_PER_S
+from adapter.inbound.poller import INSTANT_S
+from adapter.outbound.window_events import LOOKS_PER_S
 from tests.bench.plot import bars
 from tests.bench.rig import Process, Received, Rig, rig
 

@@ -30,9 +30,9 @@ from adapter.jetstream.link import Link
 from adapter.jetstream.objects import ObjectStore
 from adapter.jetstream.publisher import Publisher
 from adapter.jetstream.services import Services
-from adapter.media_service import PIECE_MAX, PIECE_MIN, MediaService
 from adapter.metrics import Metrics
 from adapter.names import H_ERROR_CODE, H_LAST, H_NAME, H_NEXT, H_OFFSET, H_SHA256, H_SIZE, H_UPLOAD, Names
+from adapter.services.media import PIECE_MAX, PIECE_MIN, MediaService
 from adapter.settings import Settings
 from adapter.simulator import samples
 from adapter.timing import SystemClock

@@ -18,7 +18,7 @@ import pytest
 from adapter.cli.demo import demo_settings
 from adapter.cli.running import adapter_running
 from adapter.embedded import EmbeddedNats
-from adapter.qr import DARK_ON_LIGHT, PLAIN, terminal_text
+from adapter.logins.qr import DARK_ON_LIGHT, PLAIN, terminal_text
 from adapter.simulator import FaultRule, Simulator, SimulatorSettings
 from tests.cli.conftest import Command
 from tests.cli.process import started, until

@@ -15,9 +15,9 @@ import pytest
 from msgspec.structs import replace
 from nats.aio.client import Client
 
-from adapter.leases import rank
 from adapter.names import SHARDS
 from adapter.records import Claim, Cursor
+from adapter.replicas.leases import rank
 from tests.e2e.audit import Said, audit
 from tests.e2e.hole import Hole
 from tests.e2e.reading import NAMES, stream

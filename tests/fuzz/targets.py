@@ -20,24 +20,11 @@ import msgspec
 from yarl import URL
 
 from adapter import contract, logs, media
-from adapter.commands import (
-    HEADER_CHARS,
-    HEADERS_KEPT,
-    Limits,
-    client_id,
-    command_id,
-    joins,
-    merge,
-    passed_on,
-    peek,
-    read_command,
-    remains,
-    sandbox_of,
-)
 from adapter.console import server
 from adapter.contract import Bind, Inbound, MediaPiece, MediaQuery, Unbind
 from adapter.dedup import Seen
 from adapter.errors import AdapterError, Refused, Uncertain, Unreadable
+from adapter.headers import HEADER_CHARS, HEADERS_KEPT, passed_on
 from adapter.ilink import protocol, urls
 from adapter.ilink.addresses import is_public
 from adapter.ilink.cipher import Decryption, read_key
@@ -46,9 +33,20 @@ from adapter.ilink.protocol import Reply
 from adapter.ilink.translate import read_message
 from adapter.ilink.unpack import PackedBadly, Unpacker
 from adapter.names import Names, is_inbox, peer_key, peer_of, text_of, token_of
+from adapter.outbound.commands import (
+    Limits,
+    client_id,
+    command_id,
+    joins,
+    merge,
+    peek,
+    read_command,
+    remains,
+    sandbox_of,
+)
+from adapter.outbound.split import MAX_BYTES, is_open, split, to_plain
 from adapter.ports import Scan
 from adapter.seal import Sealer
-from adapter.split import MAX_BYTES, is_open, split, to_plain
 from tests.fakes import Wire
 
 ROOT = Path(__file__).parents[2]

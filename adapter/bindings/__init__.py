@@ -1,0 +1,1 @@
+"""Which bot serves which sandbox."""

@@ -1,0 +1,303 @@
+"""Commands about bindings: read, applied to the bucket, told as events, answered. Never calls the supervisor.
+
+One consumer on WECHAT_CTL, owned with shard 0, so commands take effect in the order in which they were stored.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Awaitable
+
+import msgspec
+import structlog
+from msgspec import structs
+
+from adapter import contract
+from adapter.bindings.book import Bindings
+from adapter.contract import Bind, BindingChange, BindingEvent, ControlAnswer, Unbind
+from adapter.errors import UNDECODABLE, AdapterError, Refused, Temporary, Unreadable
+from adapter.events import Events, told_of_bindings
+from adapter.metrics import Metrics
+from adapter.names import H_ERROR, H_ERROR_CODE, H_MSG_ID, H_REPLY_TO, H_SCHEMA, Names, check_sandbox, is_inbox
+from adapter.ports import Chat, Delivery, History, Teller
+from adapter.records import Binding
+from adapter.seal import Sealer, bind_context, cursor_context
+from adapter.timing import Clock, backoff
+
+log = structlog.get_logger()
+
+MAX_BYTES = 65_536
+"""A larger command is put aside."""
+MAX_BUGS = 5
+"""A command on which the adapter has crashed so often is put aside."""
+ERASE_TRIES = 5
+SETTLED_KEPT = 1000
+"""Sequences of commands that are carried out, remembered in case they are delivered again."""
+READ_KEPT = 1000
+"""Sandboxes whose bots are known for sure; of others they are read again."""
+
+
+class Control:
+    """Applies bind and unbind."""
+
+    def __init__(
+        self,
+        *,
+        bindings: Bindings,
+        events: Events,
+        chat: Chat,
+        sealer: Sealer,
+        teller: Teller,
+        history: History,
+        names: Names,
+        clock: Clock,
+        metrics: Metrics,
+    ) -> None:
+        self._bindings = bindings
+        self._events = events
+        self._chat = chat
+        self._sealer = sealer
+        self._teller = teller
+        self._history = history
+        self._names = names
+        self._clock = clock
+        self._metrics = metrics
+        self._numbers: asyncio.Queue[int] = asyncio.Queue()
+        self._queued: dict[int, Delivery] = {}
+        """The newest delivery of each command in the queue: the one whose ack counts."""
+        self._settled: deque[int] = deque(maxlen=SETTLED_KEPT)
+        self._can_erase = True
+        """Whether the last bind could be erased."""
+        self._read: set[str] = set()
+        """Sandboxes whose bots were read since this replica carries commands out: what is bound since, it binds."""
+
+    def offer(self, delivery: Delivery) -> None:
+        """Queues a command, once: it is delivered again after each connect until its ack has arrived."""
+        if delivery.seq not in self._queued:
+            self._numbers.put_nowait(delivery.seq)
+        self._queued[delivery.seq] = delivery
+
+    async def run(self) -> None:
+        """Carries out one command after another, until cancelled."""
+        self._read.clear()
+        while True:
+            number = await self._numbers.get()
+            if number not in self._settled:  # carried out again, an old bind would undo the unbind after it
+                await self._carry_out(number)
+            await self._erase(self._queued[number])
+            self._settled.append(number)
+            await self._queued.pop(number).ack()
+
+    async def _carry_out(self, number: int) -> None:
+        """One unit of work. A command that the adapter crashes on is put aside; an absent bus is waited for."""
+        failures = bugs = 0
+        while True:
+            delivery = self._queued[number]
+            try:
+                if bugs < MAX_BUGS:
+                    await self._take(delivery)
+                else:
+                    await self._put_aside(delivery, Unreadable("unreadable", "The adapter fails on this command."))
+            except Temporary as exc:
+                log.warning("control.waits", reason=exc.reason)
+            except Exception:
+                bugs += 1
+                log.exception("control.crashed", sequence=number, bugs=bugs)
+            else:
+                return
+            failures += 1
+            await self._clock.sleep(backoff(failures, first_s=0.2, longest_s=5.0))
+
+    async def _take(self, delivery: Delivery) -> None:
+        """One command: applied and answered. Raises Temporary."""
+        request = delivery.headers.get(H_MSG_ID, "")[:128]
+        try:
+            if len(delivery.data) > MAX_BYTES:
+                raise Unreadable("too_large", f"At most {MAX_BYTES} bytes are read.")
+            answer = await self._apply(delivery, request)
+        except Unreadable as exc:
+            self._metrics.schema_violations.labels(kind="ctl").inc()
+            await self._put_aside(delivery, exc)
+            return
+        await self._answer(delivery, answer)
+
+    async def _erase(self, delivery: Delivery) -> None:
+        """A bind holds a token, which a mere ack would leave on the server's disk.
+
+        A stream without a leader is waited for. What fails may also not be permitted: after a bind that could not be
+        erased there is one try each, so that the commands behind it do not wait.
+        """
+        if delivery.subject != self._names.bind:
+            return
+        tries = ERASE_TRIES if self._can_erase else 1
+        for failures in range(1, tries + 1):
+            try:
+                await self._history.delete(self._names.stream_ctl, delivery.seq, erase=True)
+            except Temporary as exc:
+                self._can_erase, reason = False, exc.reason
+            else:
+                self._can_erase = True
+                return
+            if failures < tries:
+                await self._clock.sleep(backoff(failures, first_s=0.2))
+        log.warning("control.unerased", sequence=delivery.seq, reason=reason)
+
+    async def _put_aside(self, delivery: Delivery, exc: Unreadable) -> None:
+        request = delivery.headers.get(H_MSG_ID, "")[:128]
+        await self._events.dead_letter(
+            "CTL",
+            b"" if delivery.subject == self._names.bind else delivery.data,  # a bind holds a secret
+            subject=delivery.subject,
+            headers=delivery.headers,
+            reason=exc.reason,
+            detail=exc.detail,
+            seq=delivery.seq,
+            msg_id=f"dead:ctl:{delivery.seq}:{delivery.time_ms}",
+        )
+        await self._answer(delivery, ControlAnswer(ok=False, id=request, error=exc.detail))
+
+    async def _apply(self, delivery: Delivery, request: str) -> ControlAnswer:
+        """Raises Unreadable, Temporary."""
+        try:
+            if delivery.subject == self._names.bind:
+                bind = msgspec.json.decode(delivery.data, type=Bind)
+                bind = structs.replace(bind, id=bind.id or request or None)
+                return await self._or_refuse(self.bind(bind), bind)
+            unbind = msgspec.json.decode(delivery.data, type=Unbind)
+            unbind = structs.replace(unbind, id=unbind.id or request or None)
+            return await self._or_refuse(self.unbind(unbind), unbind)
+        except UNDECODABLE as exc:
+            raise Unreadable("unreadable", str(exc)[:200]) from exc
+
+    async def _or_refuse(self, work: Awaitable[ControlAnswer], command: Bind | Unbind) -> ControlAnswer:
+        try:
+            return await work
+        except Refused as exc:
+            event = BindingEvent(
+                sandbox=command.sandbox,
+                bot=command.bot or "",
+                change="refused",
+                reason=exc.reason,
+                detail=exc.detail,
+                request=command.id or "",
+            )
+            await self._events.binding(event)
+            log.warning("binding.refused", sandbox=command.sandbox, bot=command.bot, reason=exc.reason)
+            return ControlAnswer(ok=False, id=command.id or "", error=exc.detail)
+
+    async def bind(self, command: Bind) -> ControlAnswer:
+        """Binds a bot to a sandbox; another bot of the same user there is replaced. Raises Refused, Temporary."""
+        check_sandbox(command.sandbox)
+        token = self._token(command)
+        if command.base_url:
+            self._chat.check_base_url(command.base_url)
+        if command.options.durable:
+            await self._teller.make_durable(command.sandbox)
+        await self._bindings.refresh(command.bot)
+        before = self._bindings.get(command.bot)
+        binding = self._made(command, token, before)
+        await self._refresh(command.sandbox)
+        bound = self._bindings.of_sandbox(command.sandbox)
+        replaced = [b for b in bound if binding.user and b.user == binding.user and b.bot != command.bot]
+        new = before is None or not self._same(before, binding)
+        if before is not None and before.sandbox != command.sandbox:
+            await self._tell(before, "unbound", command.id, reason="moved")  # after a crash nobody knows it any more
+        if new:
+            await self._bindings.put(binding)
+        if new or (before is not None and command.id and before.request == command.id):
+            # told again where a crash may have come before the telling: the stream drops the repeat
+            await self._tell(binding, "bound", command.id)
+        for other in replaced:
+            await self._tell(other, "replaced", command.id)  # first: a crash in between repeats it, and loses nothing
+            await self._bindings.remove(other.bot)
+        return ControlAnswer(
+            ok=True, id=command.id or "", bindings=[binding.info()], replaced=[other.bot for other in replaced]
+        )
+
+    def _token(self, command: Bind) -> str:
+        """The bot's token; a bind that a login has stored holds it sealed, for this bot and sandbox.
+
+        Raises Refused, also for a bot or user that nobody could be called by.
+        """
+        token = self._sealer.open(bind_context(command.sandbox, command.bot), command.bot_token)
+        if any(ord(c) < 33 or ord(c) > 126 for c in command.bot + token + (command.user or "")):
+            raise Refused("invalid", "Bot, token and user are printable ASCII without spaces.")
+        return token
+
+    def _made(self, command: Bind, token: str, before: Binding | None) -> Binding:
+        """What a bind makes of the bot's binding `before`."""
+        known = before.user if before is not None and before.sandbox == command.sandbox else ""
+        return Binding(
+            sandbox=command.sandbox,
+            bot=command.bot,
+            token=self._sealer.seal(command.bot, token),
+            user=command.user or known,
+            base_url=(command.base_url or "").rstrip("/"),
+            options=command.options,
+            since_ms=self._clock.now_ms(),
+            request=command.id or "",
+            start_cursor=self._start_cursor(command, before),
+        )
+
+    async def unbind(self, command: Unbind) -> ControlAnswer:
+        """Unbinds a bot, or all bots of a sandbox; none bound is no error. Raises Refused, Temporary."""
+        check_sandbox(command.sandbox)
+        if command.bot:
+            await self._bindings.refresh(command.bot)
+        else:
+            await self._refresh(command.sandbox)
+        bound = [b for b in self._bindings.of_sandbox(command.sandbox) if command.bot in (None, "", b.bot)]
+        for binding in bound:
+            await self._tell(binding, "unbound", command.id)
+            await self._bindings.remove(binding.bot)
+        return ControlAnswer(ok=True, id=command.id or "", bindings=[binding.info() for binding in bound])
+
+    async def _refresh(self, sandbox: str) -> None:
+        """Reads a sandbox's bots anew, once: who had the control commands before may have bound one of which this
+        replica has not heard. Raises Temporary."""
+        if sandbox in self._read:
+            return
+        events = [event async for event in told_of_bindings(self._history, self._names, sandbox)]
+        known = {binding.bot for binding in self._bindings.of_sandbox(sandbox)}
+        for bot in {event.bot for event in events if event.change == "bound"} - known:
+            await self._bindings.refresh(bot)
+        if len(self._read) >= READ_KEPT:
+            self._read.clear()
+        self._read.add(sandbox)
+
+    def _start_cursor(self, command: Bind, before: Binding | None) -> str | None:
+        """Sealed; but the text of the binding before where it names the same cursor, which counts once."""
+        context, bound = cursor_context(command.bot), before.start_cursor if before is not None else None
+        if not command.cursor:
+            return command.cursor
+        if bound is not None and self._sealer.same(context, bound, command.cursor):
+            return bound
+        return self._sealer.seal(context, command.cursor)
+
+    def _same(self, before: Binding, after: Binding) -> bool:
+        """Whether a bind changes nothing, so that the poller is left alone. After a dead token it always does."""
+        if before.state != "active" or not self._sealer.same(before.bot, before.token, after.token):
+            return False
+        unimportant = {"token": "", "since_ms": 0, "request": "", "untold": False}
+        return structs.replace(before, **unimportant) == structs.replace(after, **unimportant)
+
+    async def _tell(self, binding: Binding, change: BindingChange, request: str | None, *, reason: str = "") -> None:
+        await self._events.binding(binding.event(change, reason=reason, request=request or ""))
+        log.info("binding.changed", change=change, sandbox=binding.sandbox, bot=binding.bot)
+
+    async def _answer(self, delivery: Delivery, answer: ControlAnswer) -> None:
+        """To the header Reply-To, which must be an inbox: the adapter writes nowhere else for a stranger."""
+        reply_to = delivery.headers.get(H_REPLY_TO, "")
+        if not is_inbox(reply_to):
+            return
+        headers = {H_SCHEMA: contract.SCHEMA_VERSION}
+        if not answer.ok:
+            headers |= {
+                H_ERROR: answer.error.encode("ascii", "replace").decode(),
+                H_ERROR_CODE: "400",
+            }
+        try:
+            await self._teller.tell(reply_to, msgspec.json.encode(answer), headers)
+        except AdapterError as exc:
+            log.info("control.unanswered", reason=exc.reason)

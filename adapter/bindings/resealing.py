@@ -1,0 +1,63 @@
+"""How the tokens in the bucket of bindings are stored, and sealing anew those that are open or under an older key."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import AsyncIterator
+
+import msgspec
+
+from adapter.errors import Conflict, Refused
+from adapter.names import Names
+from adapter.ports import History, Register, Stored
+from adapter.records import Binding
+from adapter.seal import Sealer, Sealing, cursor_context
+
+
+async def tokens_at_rest(history: History, names: Names, sealer: Sealer) -> Counter[Sealing]:
+    """How many tokens are stored in each way. Raises Temporary."""
+    return Counter([sealer.how(text) async for _, binding in _bindings(history, names) for text in _secrets(binding)])
+
+
+async def seal_all(history: History, bucket: Register, names: Names, sealer: Sealer) -> int:
+    """Seals with the first key what is not; how many. What somebody else writes meanwhile is left as it is.
+
+    Raises Temporary, Refused (no key is set, or a token cannot be opened).
+    """
+    if not sealer.seals:
+        raise Refused("token_key", "No key is set: WECHAT_NATS_TOKEN_KEY.")
+    sealed = 0
+    async for stored, binding in _bindings(history, names):
+        if not {sealer.how(text) for text in _secrets(binding)} & {"open", "older"}:
+            continue
+        token = sealer.seal(binding.bot, sealer.open(binding.bot, binding.token))
+        start, context = binding.start_cursor, cursor_context(binding.bot)
+        if start and sealer.how(start) in ("open", "older"):
+            start = sealer.seal(context, sealer.open(context, start))
+        value = msgspec.json.encode(msgspec.structs.replace(binding, token=token, start_cursor=start))
+        try:
+            await bucket.write(_key(stored, names), value, stored.seq)
+        except Conflict:
+            continue
+        sealed += 1
+    return sealed
+
+
+async def _bindings(history: History, names: Names) -> AsyncIterator[tuple[Stored, Binding]]:
+    async for stored in history.read(f"KV_{names.bindings}", f"$KV.{names.bindings}.>"):
+        if not stored.data:
+            continue  # it was deleted
+        try:
+            binding = msgspec.json.decode(stored.data, type=Binding)
+        except msgspec.MsgspecError:
+            continue  # nobody is served by it: adapter/bindings/book.py says so, and goes on
+        yield stored, binding
+
+
+def _secrets(binding: Binding) -> list[str]:
+    """The bot's token, and the cursor to begin at, in which it stands as well."""
+    return [binding.token, *([binding.start_cursor] if binding.start_cursor else [])]
+
+
+def _key(stored: Stored, names: Names) -> str:
+    return stored.subject.removeprefix(f"$KV.{names.bindings}.")

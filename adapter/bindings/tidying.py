@@ -1,0 +1,101 @@
+"""Clears up behind bots that are bound no more: their cursors and records, and at last the mark of the unbinding.
+
+A bot may be bound again, and iLink repeats messages for an hour: for a time all stays as it was. What was said, what
+was sent and what waits is in streams, and goes by their ages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import structlog
+
+from adapter.bindings.book import Bindings
+from adapter.errors import AdapterError
+from adapter.names import text_of
+from adapter.ports import Shelf
+from adapter.timing import Clock
+
+log = structlog.get_logger()
+
+ROUND_S = 3600.0
+"""Between two rounds, or a quarter of the time for which things are kept, whichever is shorter."""
+RETRY_S = 60.0
+"""Pause after a round that failed."""
+
+
+class Tidying(NamedTuple):
+    """What a round needs."""
+
+    bindings: Bindings
+    bound: Shelf
+    """The bucket of the bindings."""
+    known: tuple[Shelf, ...]
+    """Buckets whose keys are, or begin with, a bot: `<bot>` or `<bot>/…`."""
+    check: Callable[[], None]
+    """Raises LeaseLost where this replica may not do it."""
+    clock: Clock
+    keep_s: float
+    """How long a bot is remembered after its last message, or its unbinding if that came later."""
+
+
+async def tidy_forever(needs: Tidying) -> None:
+    """Until cancelled."""
+    pause_s = min(ROUND_S, needs.keep_s / 4)
+    await needs.bindings.changed.until(lambda: needs.bindings.loaded)
+    while True:
+        try:
+            removed = await tidy_once(needs)
+        except AdapterError as exc:  # nobody waits for it
+            log.info("tidying.waits", reason=exc.reason, detail=exc.detail[:200])
+            await needs.clock.sleep(min(RETRY_S, pause_s))
+            continue
+        if removed:
+            log.info("tidying.done", keys=removed)
+        await needs.clock.sleep(pause_s)
+
+
+async def tidy_once(needs: Tidying) -> int:
+    """How many keys were removed. Raises Temporary, BusRefused (there is no such bucket any more), LeaseLost.
+
+    What is written meanwhile stays, since only what was looked at is removed. The mark of the unbinding goes last:
+    as long as it is there, the rest is found again after a crash.
+    """
+    horizon_ms = needs.clock.now_ms() - int(needs.keep_s * 1000)
+    marks: list[tuple[str, int]] = []
+    resting: set[str] = set()
+    for key in await needs.bound.keys():
+        if _stays(key, needs):
+            continue
+        mark = await needs.bound.written(key)
+        if mark is None:
+            continue
+        if mark.deleted and mark.time_ms < horizon_ms:
+            marks.append((key, mark.revision))
+        else:  # unbound not long ago, or bound a moment ago
+            resting.add(key)
+    removed = 0
+    for shelf in needs.known:
+        for key in await shelf.keys():
+            bot = key.partition("/")[0]
+            if bot in resting or _stays(bot, needs):
+                continue
+            last = await shelf.written(key)
+            if last is not None and last.time_ms < horizon_ms:
+                needs.check()
+                await shelf.purge(key, last.revision)
+                removed += 1
+    for key, revision in marks:
+        needs.check()
+        await needs.bound.purge(key, revision)
+        removed += 1
+    return removed
+
+
+def _stays(token: str, needs: Tidying) -> bool:
+    """Whether a bot is bound, or this is none: a key that the adapter never made is not its to remove."""
+    try:
+        return needs.bindings.get(text_of(token)) is not None
+    except ValueError:
+        return True

@@ -1,0 +1,1 @@
+"""Messages of users, from iLink to the inboxes of sandboxes."""

@@ -1,0 +1,186 @@
+"""One item's media from iLink's CDN into the object store: as they come, with what they are, and a voice as WAV."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from typing import NamedTuple
+
+import msgspec
+import structlog
+
+from adapter import contract, media
+from adapter.contract import InboundItem
+from adapter.dedup import digest
+from adapter.errors import BusRefused, Refused, Temporary
+from adapter.inbound.inbox import Heard
+from adapter.ports import Cdn, Fetch, Objects, StoredObject
+from adapter.quotes import kind_of
+from adapter.timing import Clock, backoff
+
+log = structlog.get_logger()
+
+ATTEMPTS = 3
+
+
+class Downloading(NamedTuple):
+    """What a download needs."""
+
+    cdn: Cdn
+    objects: Objects
+    to_wav: Callable[[bytes], Awaitable[bytes | None]]
+    """A SILK recording as WAV, made in a thread; None where it cannot be converted."""
+    clock: Clock
+
+
+class Missing(Exception):
+    """The bytes cannot be had now. `reason` is one of contract.MediaReason."""
+
+    def __init__(self, reason: str, *, again: bool) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.again = again
+        """Another attempt may succeed."""
+
+
+class Got(NamedTuple):
+    """What became of one item's media."""
+
+    media: contract.Media | None = None
+    wav: contract.Media | None = None
+    reason: str = ""
+
+
+async def download(heard: Heard, fetch: Fetch, needs: Downloading) -> Got:
+    """An item's media, tried a few times. Raises Missing."""
+    failures = 0
+    while True:
+        try:
+            return await _download_once(heard, fetch, needs)
+        except Missing as exc:
+            failures += 1
+            if not exc.again or failures == ATTEMPTS:
+                raise
+        await needs.clock.sleep(backoff(failures, first_s=0.5))
+
+
+async def _download_once(heard: Heard, fetch: Fetch, needs: Downloading) -> Got:
+    """Raises Missing."""
+    item = heard.said.items[fetch.item]
+    name = f"{heard.sandbox}/in/{digest(heard.id.encode())}-{fetch.item}"
+    recording = _Copy(media.SILK_MAX_BYTES) if isinstance(item, contract.VoiceItem) else None
+    async with contextlib.aclosing(_pieces(needs.cdn, fetch)) as pieces:
+        head = await _head(pieces)
+        kind = media.identify(head, fetch.name)
+        title = fetch.name or media.file_name(kind_of(item), kind.suffix)
+        whole = _joined(head, pieces)
+        try:
+            stored = await needs.objects.put(
+                name, recording.of(whole) if recording else whole, mime=kind.mime, title=title
+            )
+        except Temporary as exc:
+            raise Missing("store", again=True) from exc
+        except BusRefused as exc:
+            log.error("media.refused", code=exc.code, detail=exc.detail[:200])
+            raise Missing("store", again=False) from exc
+    got = Got(described(stored, kind, title, _duration_of(item)))
+    if recording is None or not media.is_silk(recording.data):
+        return got
+    return await _with_wav(f"{name}.wav", recording.data, got, needs)
+
+
+async def _with_wav(name: str, silk: bytes, got: Got, needs: Downloading) -> Got:
+    """With the recording as others can play it, where it can be converted and stored."""
+    assert got.media is not None
+    length_ms = got.media.duration_ms or media.silk_duration_ms(silk)
+    got = got._replace(media=msgspec.structs.replace(got.media, duration_ms=length_ms))
+    wav = await needs.to_wav(silk)
+    if wav is None:
+        return got
+    kind = media.identify(wav)
+    title = media.file_name("voice", ".wav")
+    try:
+        stored = await needs.objects.put(name, _once(wav), mime=kind.mime, title=title)
+    except (Temporary, BusRefused) as exc:
+        log.warning("media.wav_unstored", reason=exc.reason)
+        return got
+    return got._replace(wav=described(stored, kind, title, media.wav_duration_ms(wav)))
+
+
+class _Copy:
+    """A copy of bytes that pass; empty where they are more than `most`."""
+
+    def __init__(self, most: int) -> None:
+        self.data = b""
+        """Set once all have passed."""
+        self._most = most
+
+    async def of(self, pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+        kept, size = bytearray(), 0
+        async for piece in pieces:
+            size += len(piece)
+            if size <= self._most:
+                kept += piece
+            yield piece
+        self.data = bytes(kept) if size <= self._most else b""
+
+
+async def _pieces(cdn: Cdn, fetch: Fetch) -> AsyncGenerator[bytes, None]:
+    """The plain bytes. Raises Missing: whatever else comes out of storing them is the object store's."""
+    plain = cdn.download(fetch)
+    try:
+        async for piece in plain:
+            yield piece
+    except Refused as exc:
+        raise Missing(exc.reason, again=exc.reason == "unavailable") from exc
+    except Temporary as exc:
+        raise Missing("unavailable", again=True) from exc
+    finally:
+        if isinstance(plain, AsyncGenerator):
+            await plain.aclose()
+
+
+async def _head(pieces: AsyncIterator[bytes]) -> bytes:
+    head = bytearray()
+    async for piece in pieces:
+        head += piece
+        if len(head) >= media.HEAD:
+            break
+    return bytes(head)
+
+
+async def _joined(head: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    if head:
+        yield head
+    async for piece in rest:
+        yield piece
+
+
+async def _once(data: bytes) -> AsyncIterator[bytes]:
+    yield data
+
+
+def _duration_of(item: InboundItem) -> int | None:
+    return item.duration_ms if isinstance(item, contract.VoiceItem | contract.VideoItem) else None
+
+
+def described(stored: StoredObject, kind: media.Kind, name: str, duration_ms: int | None) -> contract.Media:
+    """An object as messages name it."""
+    return contract.Media(
+        object=stored.name,
+        name=name,
+        mime=kind.mime,
+        size=stored.size,
+        sha256=stored.sha256,
+        width=kind.width,
+        height=kind.height,
+        duration_ms=duration_ms,
+    )
+
+
+def filled(item: InboundItem, got: Got) -> InboundItem:
+    """The item with what became of its media."""
+    if isinstance(item, contract.VoiceItem):
+        length_ms = item.duration_ms if item.duration_ms or got.media is None else got.media.duration_ms
+        return msgspec.structs.replace(item, media=got.media, wav=got.wav, reason=got.reason, duration_ms=length_ms)
+    return msgspec.structs.replace(item, media=got.media, reason=got.reason)

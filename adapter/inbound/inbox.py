@@ -1,0 +1,248 @@
+"""Messages of users into the inboxes of sandboxes: what a message says on the bus, and what is done when it refuses.
+
+Whatever was heard, something of it is on the bus in the end: the message, a stub of it, or a dead letter.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TypeVar
+
+import msgspec
+import structlog
+
+from adapter import contract, window
+from adapter.contract import Inbound
+from adapter.dedup import digest
+from adapter.errors import BusRefused, Temporary
+from adapter.inbound.recall import ids_header
+from adapter.inbound.sessions import Incoming
+from adapter.names import (
+    H_MSG_ID,
+    H_REASON,
+    H_SANDBOX,
+    H_SCHEMA,
+    H_SEEN,
+    H_SEQUENCE,
+    H_TIME_MS,
+    shard_of,
+    text_of,
+    token_of,
+)
+from adapter.ports import Message, PubAck, Said, Stored
+from adapter.timing import backoff
+
+log = structlog.get_logger()
+
+T = TypeVar("T")
+
+LARGE = 64 * 1024
+"""Bytes of a message as iLink sent it: no text of a phone has so many, and no bus refuses fewer."""
+_MEDIA = (contract.ImageItem, contract.VoiceItem, contract.FileItem, contract.VideoItem)
+
+
+class Heard(msgspec.Struct, frozen=True, gc=False):
+    """A message of a user for the sandbox that it was said to."""
+
+    said: Said
+    sandbox: str
+    bot: str
+    received_ms: int
+    seen: str
+    """Its record among the messages seen (adapter.dedup)."""
+
+    @property
+    def id(self) -> str:
+        return self.said.keys.id_for(self.bot)
+
+
+def without_media(said: Said, reason: str) -> Said:
+    """The message as it is told when nobody fetches its media; `reason` is one of contract.MediaReason."""
+    items = list(said.items)
+    for fetch in said.fetches:
+        items[fetch.item] = msgspec.structs.replace(items[fetch.item], reason=reason)
+    return msgspec.structs.replace(said, items=items, fetches=())
+
+
+async def publish(heard: Sequence[Heard], needs: Incoming) -> int:
+    """Stores messages in this order, pipelined; the sequence of the newest.
+
+    A large one by itself: the bus may refuse it for its size, and its stub is to have its place.
+    """
+    heard, last = list(heard), 0
+    for number, one in enumerate(heard):
+        if one.said.reference is not None:  # looked up only now: a quote is rare
+            heard[number] = await _with_quote(one, heard[:number], needs)
+    start = 0
+    for number, one in enumerate(heard):
+        if len(one.said.raw) > LARGE:
+            for part in (heard[start:number], [one]):
+                last = max(last, await _publish_part(part, needs))
+            start = number + 1
+    return max(last, await _publish_part(heard[start:], needs))
+
+
+async def _publish_part(heard: Sequence[Heard], needs: Incoming) -> int:
+    """Messages that the bus is asked to store at once; those that it refuses come last, as stubs."""
+    if not heard:
+        return 0
+    shown: dict[tuple[str, str, str], contract.Window] = {}
+    messages = []
+    for one in heard:
+        to = one.sandbox, one.bot, one.said.user
+        if to not in shown:
+            shown[to] = await _window(*to, needs)
+        messages.append(_message(one, shown[to], needs))
+    acks = await _publish_all(messages, needs)
+    last, now_ms = 0, needs.clock.now_ms()
+    stored: Counter[tuple[str, bool]] = Counter()
+    refused: list[tuple[Heard, Message, BusRefused]] = []
+    for one, message, ack in zip(heard, messages, acks, strict=True):
+        if isinstance(ack, BusRefused):
+            refused.append((one, message, ack))
+            continue
+        last = max(last, ack.seq)
+        stored[one.said.kind, ack.duplicate] += 1
+        if one.said.sent_at_ms:
+            needs.metrics.inbound_age.observe(max(0, now_ms - one.said.sent_at_ms) / 1000)
+    for (kind, duplicate), times in stored.items():
+        count(needs, kind, "duplicate" if duplicate else "published", times)
+    for one, message, refusal in refused:
+        count(needs, one.said.kind, "publish_failed")
+        log.error("inbound.refused", bot=one.bot, code=refusal.code, detail=refusal.detail[:200])
+        last = max(last, await _publish_stub(one, message, needs))
+    return last
+
+
+async def _publish_all(messages: Sequence[Message], needs: Incoming) -> list[PubAck | BusRefused]:
+    """Stores them, and waits where the stream is full, which it is only if somebody changed what it discards."""
+    acks = await needs.bus.publish_all(messages)
+    failures = 0
+    while full := [number for number, ack in enumerate(acks) if isinstance(ack, BusRefused) and ack.full]:
+        failures += 1
+        log.error("inbound.full", waiting=len(full), failures=failures)
+        await needs.clock.sleep(backoff(failures, first_s=0.5, longest_s=10.0))
+        again = await needs.bus.publish_all([messages[number] for number in full])
+        for number, ack in zip(full, again, strict=True):
+            acks[number] = ack
+    return acks
+
+
+async def _with_quote(one: Heard, before: Sequence[Heard], needs: Incoming) -> Heard:
+    """`before`: what came in the same answer, and is on no bus yet."""
+    earlier = [other.said for other in before if other.sandbox == one.sandbox]
+    said = await retry(lambda: needs.recall.resolve(one.sandbox, one.bot, one.said, earlier), needs)
+    return msgspec.structs.replace(one, said=said)
+
+
+def _message(one: Heard, shown: contract.Window, needs: Incoming) -> Message:
+    inbound = Inbound(
+        id=one.id,
+        sandbox=one.sandbox,
+        bot=one.bot,
+        user=one.said.user,
+        sent_at_ms=one.said.sent_at_ms,
+        received_at_ms=one.received_ms,
+        text=one.said.text,
+        items=one.said.items,
+        quote=one.said.quote,
+        window=shown,
+    )
+    headers = {
+        H_MSG_ID: inbound.id,
+        H_SCHEMA: contract.SCHEMA_VERSION,
+        H_SEEN: seen_header(one.bot, one.seen),
+        **ids_header(one.said),
+    }
+    return Message("in", needs.names.inbox(one.sandbox), msgspec.json.encode(inbound), headers, needs.fence)
+
+
+async def _window(sandbox: str, bot: str, user: str, needs: Incoming) -> contract.Window:
+    """What the sandbox may still send to the user: nothing once the bot serves it no longer."""
+    binding = needs.bindings.get(bot)
+    if binding is None or binding.sandbox != sandbox:
+        return contract.Window(remaining=0)
+    peer = await retry(lambda: needs.contexts.peer(bot, user), needs)
+    return window.shown(peer.context, needs.clock.now_ms(), needs.rules)
+
+
+async def _publish_stub(one: Heard, message: Message, needs: Incoming) -> int:
+    """The bus refuses this message for its size: the reader learns of it, the bytes go to the dead letters."""
+    await bury(one.bot, one.sandbox, one.said.raw, "The bus refuses a message of this size.", needs)
+    whole = msgspec.json.decode(message.payload, type=Inbound)
+    stub = msgspec.structs.replace(
+        whole, text="", quote=None, items=[contract.UnsupportedItem(type=0, reason="too_large")]
+    )
+    try:
+        return (await needs.bus.publish(msgspec.structs.replace(message, payload=msgspec.json.encode(stub)))).seq
+    except BusRefused as exc:
+        log.error("inbound.lost_to_dead_letters", bot=one.bot, detail=exc.detail[:200])
+        return 0
+
+
+async def bury(bot: str, sandbox: str, raw: bytes, why: str, needs: Incoming, *, reason: str = "unreadable") -> None:
+    """Keeps what iLink sent as a dead letter. `sandbox` "": the bot is bound to none."""
+    await needs.events.dead_letter(
+        "IN",
+        raw,
+        subject=needs.names.inbox(sandbox) if sandbox else "",
+        headers={},
+        reason=reason if sandbox else "not_bound",
+        detail=why,
+        msg_id=f"dead:{bot}:{digest(raw)}",
+        sandbox=sandbox,
+    )
+
+
+async def retry(work: Callable[[], Awaitable[T]], needs: Incoming) -> T:
+    """What is in hand is tried until it is done, also where the bus refuses it: iLink may count it as delivered, and
+    whoever had the bucket refuse what is written can have it take that again. Raises LeaseLost.
+    """
+    failures = 0
+    while True:
+        try:
+            return await work()
+        except (Temporary, BusRefused) as exc:
+            failures += 1
+            log.warning("inbound.waits", reason=exc.reason, detail=exc.detail[:200], failures=failures)
+            longest_s = 1.0 if isinstance(exc, Temporary) else 10.0
+            await needs.clock.sleep(backoff(failures, first_s=0.05, longest_s=longest_s))
+
+
+def count(needs: Incoming, kind: str, outcome: str, times: int = 1) -> None:
+    needs.metrics.inbound_messages.of(kind, outcome).inc(times)
+
+
+def raw_message(one: Heard, last_seq: int, needs: Incoming) -> Message:
+    """A message for WECHAT_RAW, with all that it takes to tell it later. See `read_raw`."""
+    headers = {
+        H_MSG_ID: one.id,
+        H_SANDBOX: one.sandbox,
+        H_SEEN: seen_header(one.bot, one.seen),
+        H_TIME_MS: str(one.received_ms),
+        H_SEQUENCE: str(last_seq),
+    }
+    if any(isinstance(item, _MEDIA) and item.reason == "off" for item in one.said.items):
+        headers[H_REASON] = "off"
+    return Message("raw", needs.names.raw(shard_of(one.sandbox), one.bot), one.said.raw, headers, needs.fence)
+
+
+def read_raw(stored: Stored, read_message: Callable[[bytes], Said]) -> Heard:
+    """What `raw_message` made. Raises Unreadable."""
+    bot = text_of(stored.subject.rpartition(".")[2])
+    said = read_message(stored.data)
+    if reason := stored.headers.get(H_REASON):
+        said = without_media(said, reason)
+    received_ms = int(stored.headers.get(H_TIME_MS, "0"))
+    return Heard(said, stored.headers.get(H_SANDBOX, ""), bot, received_ms, seen_of(stored.headers, bot))
+
+
+def seen_header(bot: str, record: str) -> str:
+    return f"{token_of(bot)} {record}"
+
+
+def seen_of(headers: dict[str, str], bot: str) -> str:
+    """The record of a stored message among those that `bot` has seen; "" if it is none of this bot's."""
+    owner, _, record = headers.get(H_SEEN, "").partition(" ")
+    return record if owner == token_of(bot) else ""

@@ -1,0 +1,346 @@
+"""One bot's messages from iLink to the bus. Knows neither HTTP nor NATS.
+
+Per batch, in this order: context token and window stored, messages stored (pipelined), cursor stored; only then
+the next poll. What arrived is stored even while the service stops.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable
+from functools import partial
+
+import msgspec
+import structlog
+
+from adapter.bindings.stale_token import lose_login, needs_login_now, regain_login, tell_login
+from adapter.errors import AdapterError, BusRefused, LeaseLost, SessionExpired, Temporary
+from adapter.inbound.batches import store
+from adapter.inbound.cursors import acquire, begun_at, give_back, put_back
+from adapter.inbound.inbox import retry
+from adapter.inbound.sessions import (
+    Incoming,
+    Place,
+    Session,
+    check_owned,
+    notify,
+    rebound,
+    wait_until,
+)
+from adapter.ports import Polled
+from adapter.records import Binding
+from adapter.timing import backoff, finish, first_of
+
+log = structlog.get_logger()
+
+HOLD_MS = 35_000
+"""How long the server is taken to hold a poll, as long as it gives no hint; the client waits a margin longer."""
+INSTANT_S = 0.5
+"""An answer sooner than this that brings nothing new was no long poll: its server is not hammered."""
+NOTIFY_S = 1.5
+"""The first poll does not wait longer for iLink's answer to notifystart: it is best effort (ilink-protocol 11.1)."""
+AFTER_CUT_S = 0.2
+"""Between the end of a poll that was cut and the bot's next one."""
+DEAD_PATH_AFTER = 3
+"""Client timeouts in a row, without any answer, after which the connection counts as dead (ilink-protocol 3.3)."""
+
+
+async def tend(session: Session, needs: Incoming) -> None:
+    """Serves one bot until it is told to leave, or its binding or shard is gone. One unit of work: never raises.
+
+    Whoever ends it says so to the session and waits: cancelled, it drops the batch in hand, which iLink may count as
+    delivered.
+    """
+    failures = 0
+    while not session.leaving:
+        try:
+            await _serve(session, needs)
+            failures = 0
+        except LeaseLost as exc:
+            log.info("poller.fenced", bot=session.bot, reason=exc.reason)
+            return
+        except AdapterError as exc:
+            failures += 1
+            session.state = "error"
+            log.warning(
+                "poller.failed", bot=session.bot, reason=exc.reason, detail=exc.detail[:200], failures=failures
+            )
+        except Exception:
+            failures += 1
+            session.state = "error"
+            log.exception("poller.crashed", bot=session.bot, failures=failures)
+        if needs.bindings.get(session.bot) is None:
+            return
+        if failures:
+            await first_of(session.cut, backoff(failures, first_s=0.5) + needs.clock.jitter(0.5))
+            session.cut.clear()
+
+
+async def _serve(session: Session, needs: Incoming) -> None:
+    session.purges = needs.purges()
+    place = await acquire(session, needs)
+    if place is None:
+        return
+    needs.adopt(session.bot)
+    try:
+        await first_of(session.cut, needs.starts.wait_s())
+        if not session.leaving:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(NOTIFY_S):
+                    await notify(session, needs, start=True)
+        place = await poll_forever(session, place, needs)
+    finally:
+        await finish(give_back(session, needs), needs.grace_s)
+
+
+class _Lately(msgspec.Struct):
+    """How a bot's polls have gone since the last one that went otherwise."""
+
+    failures: int = 0
+    timeouts: int = 0
+    """Without any answer."""
+    instants: int = 0
+    """Answered at once, with nothing new."""
+    overlong: int = 0
+    """Characters of the cursor, too long to be kept, that the last answer with a cursor had; 0: it was kept."""
+
+
+async def poll_forever(session: Session, place: Place, needs: Incoming) -> Place:
+    """Polls until told to leave or the binding is gone; where it then stands. Raises LeaseLost, Refused."""
+    lately, hold_ms = _Lately(), HOLD_MS
+    session.answered = session.answered or needs.clock.monotonic()
+    while (binding := await _wait_for_turn(session, needs)) is not None:
+        if session.purges != needs.purges():
+            session.purges = needs.purges()
+            place = await finish(put_back(session, place, needs), needs.grace_s)
+        if session.begun_at != binding.start_cursor:
+            session.begun_at = binding.start_cursor
+            place = place._replace(record=begun_at(binding, place.record, needs.sealer))
+        unheard = lately.failures or lately.overlong or lately.timeouts >= DEAD_PATH_AFTER
+        session.state, began = "error" if unheard else "polling", needs.clock.monotonic()
+        try:
+            polled = await _poll_once(session, binding, place, hold_ms, needs)
+        except SessionExpired as exc:
+            needs.metrics.polls.labels(outcome="stale_token").inc()
+            polled = await recover(session, exc, place, hold_ms, needs)
+            if polled is None:
+                continue
+        except Temporary as exc:
+            await _failed(session, exc, lately, needs)
+            continue
+        if polled is None:
+            await _unanswered(session, lately, needs)
+            continue
+        hold_ms = polled.hold_ms
+        _heard(session, polled, lately, needs)
+        before, known = place.record.cursor, place.seen.added
+        if polled.messages or polled.cursor not in (None, before):
+            await needs.turns.next()
+            place = await store(session, polled, place, needs)
+        else:
+            await needs.beat.next()
+        went_on = polled.messages and place.record.cursor != before  # a page of repeats
+        is_instant = session.answered - began < INSTANT_S and place.seen.added == known and not went_on
+        lately.instants = lately.instants + 1 if is_instant else 0
+        if lately.instants > 1:
+            await first_of(session.cut, 0.25 + needs.clock.jitter(0.25))
+    return place
+
+
+async def _failed(session: Session, exc: Temporary, lately: _Lately, needs: Incoming) -> None:
+    """A poll failed: waits before the next one."""
+    await needs.turns.next()  # iLink may have closed all connections at once
+    lately.failures += 1
+    needs.metrics.polls.labels(outcome="error").inc()
+    wait_s = exc.retry_after_s or backoff(lately.failures, first_s=0.5, longest_s=30.0)
+    if lately.failures.bit_count() == 1:  # at 1, 2, 4 …: thousands fail together where iLink is away
+        detail = exc.detail[:200]
+        log.warning("poll.failed", bot=session.bot, reason=exc.reason, detail=detail, failures=lately.failures)
+    await first_of(session.cut, wait_s + needs.clock.jitter(wait_s / 2))
+    await needs.turns.next()
+
+
+async def _unanswered(session: Session, lately: _Lately, needs: Incoming) -> None:
+    """A poll was cut, or had no answer in time."""
+    if session.cut.is_set():
+        session.cut.clear()
+        # iLink may hear of the new poll before it sees the old connection end, and calls that two at once
+        await first_of(session.cut, AFTER_CUT_S)
+        await needs.turns.next()
+        return
+    lately.timeouts += 1
+    needs.metrics.polls.labels(outcome="client_timeout").inc()
+    if lately.timeouts >= DEAD_PATH_AFTER:
+        log.warning("poll.dead_path", bot=session.bot, timeouts=lately.timeouts)
+        await needs.chat.recycle(session.bot)
+
+
+def _heard(session: Session, polled: Polled, lately: _Lately, needs: Incoming) -> None:
+    """Notes that iLink has answered."""
+    lately.failures = lately.timeouts = 0
+    session.answered = needs.clock.monotonic()
+    (needs.metrics.polls_full if polled.messages else needs.metrics.polls_empty).inc()
+    if polled.overlong and not lately.overlong:  # iLink may give the same messages at each poll, and none after them
+        log.error("poll.cursor_too_long", bot=session.bot, characters=polled.overlong)
+    if polled.overlong or polled.cursor:
+        lately.overlong = polled.overlong
+
+
+async def _wait_for_turn(session: Session, needs: Incoming) -> Binding | None:
+    """What to poll with, once the bus takes what is written, the lease is valid and no login is needed.
+
+    None: the session must leave, or the bot is bound no more. Raises Temporary.
+    """
+    while not session.leaving:
+        session.state = "paused"  # seen only where something has to be waited for
+        await needs.writable()
+        if not needs.leases.valid:
+            await wait_until(session, needs.leases.changed, lambda: needs.leases.valid)
+            await first_of(session.cut, needs.clock.jitter(needs.spread_s()))
+            await needs.turns.next()
+            session.answered = needs.clock.monotonic()
+            continue
+        binding = needs.bindings.get(session.bot)
+        if binding is None or session.must_leave():
+            break
+        if binding.untold:
+            binding = await tell_login(needs.bindings, needs.events, binding)
+        if binding.state != "needs_login":
+            return binding
+        session.state, session.stale, session.served = "needs_login", False, binding
+        await wait_until(session, needs.bindings.changed, rebound(binding, needs))
+        session.answered = needs.clock.monotonic()
+    return None
+
+
+async def _poll_once(
+    session: Session, binding: Binding, place: Place, hold_ms: int, needs: Incoming
+) -> Polled | None:
+    """One long poll; None: no answer in time, or it was cut. Raises SessionExpired, Temporary, LeaseLost, Refused."""
+    check_owned(needs, binding)
+    session.served = binding
+    account = session.account(binding, needs.sealer)
+    if session.cut.is_set():
+        return None
+    session.polling = asyncio.current_task()
+    try:
+        return await needs.chat.poll(account, place.record.cursor, hold_ms)
+    except asyncio.CancelledError:
+        if not session.was_cut():
+            raise
+        return None
+    finally:
+        session.polling = None
+
+
+async def recover(
+    session: Session, exc: SessionExpired, place: Place, hold_ms: int, needs: Incoming
+) -> Polled | None:
+    """-14: everything of this bot rests; a few spaced tries, and in time `needs_login` (ilink-protocol 5.4).
+
+    The tries that are left after `needs_login` go on quietly: one that succeeds makes the binding active again.
+    Returns the answer of the poll that went through; None when polling should go on from where it was, since the
+    binding changed or still needs a login. Raises LeaseLost, Refused.
+    """
+    binding = needs.bindings.get(session.bot)
+    if binding is None or binding.state == "needs_login":
+        return None
+    session.stale, session.state = True, "error"
+    log.warning("session.stale", bot=session.bot, sandbox=binding.sandbox, detail=exc.detail[:200])
+    advice = "iLink refuses the bot's token; it is tried again shortly, then a login is needed."
+    since = needs.clock.monotonic()
+    await needs.events.binding(binding.event("stale", reason=exc.detail, detail=advice))
+    try:
+        refusals = failures = 0
+        while True:
+            pause_s = needs.stale_retry_s[refusals] if refusals < len(needs.stale_retry_s) else None
+            late = not failures and needs_login_now(pause_s, needs.clock.monotonic() - since)
+            if late and binding.state == "active":
+                lost = await _lose(session, binding, exc.detail, needs)
+                if lost is None:
+                    return None
+                binding = lost
+            if pause_s is None:
+                return None
+            with contextlib.suppress(TimeoutError):
+                pause_s = max(pause_s, backoff(failures) if failures else 0.0)
+                await wait_until(session, needs.bindings.changed, rebound(binding, needs), pause_s)
+            if session.leaving or needs.bindings.get(session.bot) != binding:
+                return None
+            try:
+                polled = await _try_again(session, binding, place, hold_ms, needs)
+            except SessionExpired:
+                refusals, failures = refusals + 1, 0
+                continue
+            if polled is None:  # an outage says nothing about the token
+                failures += 1
+                session.cut.clear()
+                continue
+            await _regain(session, binding, needs)
+            return polled  # also where it was bound anew meanwhile: iLink may count this as delivered
+    finally:
+        session.stale = False
+
+
+async def _lose(session: Session, binding: Binding, detail: str, needs: Incoming) -> Binding | None:
+    """The binding once it needs a login, and that was told; None where it is another one, or the session must leave.
+
+    Raises LeaseLost.
+    """
+    lost = await _retry_here(session, partial(_lose_owned, binding, needs), needs)
+    if lost is None:
+        return None
+    told = await _retry_here(session, partial(tell_login, needs.bindings, needs.events, lost, detail), needs)
+    if told is not None:
+        session.served, session.state = told, "needs_login"
+    return told
+
+
+async def _regain(session: Session, binding: Binding, needs: Incoming) -> None:
+    """iLink takes the token again: what waits for the bot may go on, unless it was bound anew. Raises LeaseLost."""
+    log.info("session.recovered", bot=session.bot)
+    session.stale = False
+    if binding.state == "needs_login":
+        alive = await retry(partial(regain_login, needs.bindings, needs.clock, binding), needs)
+        if alive is None:
+            return
+        await retry(partial(tell_login, needs.bindings, needs.events, alive), needs)
+    else:
+        await retry(partial(needs.events.binding, binding.event("recovered")), needs)
+    needs.revived(binding.sandbox, binding.bot, binding.user)
+
+
+async def _try_again(
+    session: Session, binding: Binding, place: Place, hold_ms: int, needs: Incoming
+) -> Polled | None:
+    """notifystart, then one poll; None where nobody answers. Raises SessionExpired, LeaseLost, Refused."""
+    await needs.writable()
+    await notify(session, needs, start=True, even_stale=True)
+    try:
+        return await _poll_once(session, binding, place, hold_ms, needs)
+    except Temporary as problem:
+        log.info("session.unreachable", bot=session.bot, reason=problem.reason)
+        return None
+
+
+async def _retry_here(
+    session: Session, work: Callable[[], Awaitable[Binding | None]], needs: Incoming
+) -> Binding | None:
+    """As `retry`, for what the next owner can do as well: None where the session must leave meanwhile."""
+
+    async def attempt() -> Binding | None:
+        try:
+            return await work()
+        except (Temporary, BusRefused):
+            if session.leaving:
+                return None
+            raise
+
+    return await retry(attempt, needs)
+
+
+async def _lose_owned(binding: Binding, needs: Incoming) -> Binding | None:
+    """`lose_login`, unless somebody else may poll by now, who knows better. Raises Temporary, LeaseLost."""
+    check_owned(needs, binding)
+    return await lose_login(needs.bindings, needs.clock, binding)

@@ -1,0 +1,267 @@
+"""A bot's poller: what it needs, what others may know of it, and where it stands."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import Awaitable, Callable
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
+
+import structlog
+
+from adapter import window
+from adapter.bindings.book import Bindings
+from adapter.contexts import Contexts, Peer
+from adapter.dedup import Seen
+from adapter.errors import AdapterError, LeaseLost
+from adapter.events import Events
+from adapter.inbound.recall import Recall
+from adapter.metrics import Metrics
+from adapter.names import Names, shard_of
+from adapter.ports import Account, Bucket, Bus, Chat, History, Said, Stored
+from adapter.records import Binding, Cursor
+from adapter.replicas.leases import Leases
+from adapter.seal import Sealer
+from adapter.tasks import Shared
+from adapter.timing import Beat, Clock, Latch, Pace, Turns
+
+log = structlog.get_logger()
+
+HERE_S = 0.2
+"""A poll that is cut gets so long to bring what has arrived already: after a pause of the whole process it may lie in
+the socket, and iLink may count it as delivered."""
+LOOK_S = 30.0
+"""How long a poller waits for a change; it looks again then all the same. Thousands that looked each second took an
+eighth of a core while NATS was away."""
+TURN_S = 0.01
+"""Until the loop has looked at its sockets again. Not 0, which uvloop takes for "before that"."""
+
+State: TypeAlias = Literal["starting", "polling", "paused", "needs_login", "error", "draining"]
+
+
+class Waiting(Protocol):
+    """Messages of one shard that wait in WECHAT_RAW for their media, or behind one that does."""
+
+    def holds(self, sandbox: str, bot: str) -> bool:
+        """Whether one of this bot waits: what comes after it has to wait behind it."""
+
+    def add(self, stored: Stored, *, suspect: bool = False) -> None:
+        """Another one, behind all others of its bot; one that is known is left alone.
+
+        `suspect`: it may be in its inbox already.
+        """
+
+    async def passed(self, sandbox: str, bot: str) -> None:
+        """Returns when none of this bot waits here any more."""
+
+
+class Incoming(NamedTuple):
+    """What a poller needs."""
+
+    chat: Chat
+    read_message: Callable[[bytes], Said]
+    bus: Bus
+    history: History
+    cursors: Bucket
+    contexts: Contexts
+    bindings: Bindings
+    leases: Leases
+    events: Events
+    sealer: Sealer
+    clock: Clock
+    metrics: Metrics
+    names: Names
+    rules: window.Rules
+    recall: Recall
+    look: Callable[[Peer], None]
+    """Called when the user has written; see WindowEvents.look."""
+    adopt: Callable[[str], None]
+    """Called with each bot that this replica begins to poll; see WindowEvents.adopt."""
+    heard: Callable[[str, str, str], None]
+    """Called with sandbox, bot and user once a message of the user is on the bus."""
+    revived: Callable[[str, str, str], None]
+    """Called in the same way once iLink takes the bot's token again."""
+    waiting: Callable[[str], Awaitable[Waiting | None]]
+    """Those of a sandbox's shard, once they are loaded; None where the shard is not this replica's."""
+    raw_bots: Shared[set[str]]
+    """The keys (`names.token_of`) of all bots of whom a message waits in WECHAT_RAW."""
+    writable: Callable[[], Awaitable[None]]
+    """Returns when the bus takes what is written; no poll starts before."""
+    purges: Callable[[], int]
+    """How often the bucket of cursors was seen to lack some: each poller puts its own back before the next poll."""
+    starting: asyncio.Semaphore
+    """Bounds how many bots are taken at once: thousands would hold up the event loop, and with it the lease."""
+    turns: Turns
+    """Spreads what many bots do once they may go on, or have answers, for the same reason."""
+    starts: Pace
+    """Spreads the first polls. Those that began together end together, and would begin together for ever."""
+    beat: Beat
+    """Bots for which nothing has come poll again together."""
+    spread_s: Callable[[], float]
+    """Over how long polls are spread that could all start again at the same moment."""
+    stale_retry_s: tuple[float, ...]
+    """Pauses between the tries of a token that iLink has refused (-14)."""
+    skew_ms: int
+    """By how much the times of two copies of a message may differ."""
+    groups_as_direct: bool
+    """What was written in a group is told as if it were written to the bot alone."""
+    notify: bool
+    """Whether iLink is told that polling starts and stops."""
+    is_idle: Callable[[str, str], Awaitable[bool]]
+    """Whether a replica, by incarnation, and all others that live say that they have no poller of a bot; no answer is
+    a no. Raises Temporary."""
+    tell_freed: Callable[[str], Awaitable[None]]
+    """Tells the other replicas that a bot was given back; one that misses it finds out by itself. Never raises."""
+    grace_s: float
+    """How long what is in hand may take to be stored once the service stops."""
+    fence: Callable[[], None] | None = None
+    """Asked before each write of what a bot has heard; see Session.fenced."""
+
+    def check_fence(self) -> None:
+        """Raises LeaseLost where this replica may not write any more."""
+        if self.fence is not None:
+            self.fence()
+
+
+class Session:
+    """The state of one bot's poller, for the supervisor, the sender and the metrics."""
+
+    def __init__(self, bot: str) -> None:
+        self.bot = bot
+        self.state: State = "starting"
+        self.stale = False
+        """iLink said -14 and the recovery runs: nothing may be sent."""
+        self.answered = 0.0
+        """Monotonic time of the last answer of iLink to a poll."""
+        self.apart = False
+        """What was seen stands in a second key of the cursors, too."""
+        self.purges = 0
+        """The number of purges (Incoming.purges) up to which this bot's cursor is known to be there."""
+        self.leaving = False
+        """Ends at the next poll boundary."""
+        self.told = Latch()
+        """Notified once it is to leave."""
+        self.served: Binding | None = None
+        """What was last served: an unbound bot's end is told to iLink with it, unless its token was dead."""
+        self.begun_at: str | None = None
+        """The start cursor, as the binding has it, that was looked at last."""
+        self.lingering = False
+        """The shard was handed over while a poll waits: what it brings is stored here, then the bot is given back."""
+        self.freed = asyncio.Event()
+        """The replica that had the bot says that it has given it back."""
+        self.cut = asyncio.Event()
+        """Set by `cut_off`."""
+        self.polling: asyncio.Task[Any] | None = None
+        """The poller, while its poll waits."""
+        self._cutting = False
+        self._for_lease = False
+        """It is cut since the lease was lost, and for nothing else."""
+        self._account: tuple[Binding, Account] | None = None
+        self._fenced: tuple[Incoming, str, Incoming] | None = None
+
+    def account(self, binding: Binding, sealer: Sealer) -> Account:
+        """As account_of, and a token is opened once, not for each poll. Raises Refused("token_key")."""
+        if self._account is None or self._account[0] is not binding:
+            self._account = binding, account_of(binding, sealer)
+        return self._account[1]
+
+    def fenced(self, needs: Incoming, owner: str) -> Incoming:
+        """What writes for this bot only as long as this replica may, as the `owner` that the cursor names.
+
+        The replica that the cursor names may write as long as it lives, also for a shard that it has handed over:
+        nobody takes the cursor before. The fence raises LeaseLost.
+        """
+        if self._fenced is None or self._fenced[0] is not needs or self._fenced[1] != owner:
+            bot = self.bot
+
+            def fence() -> None:
+                if not needs.leases.valid or needs.leases.incarnation != owner:
+                    raise LeaseLost("lease_lost", bot)
+
+            self._fenced = needs, owner, needs._replace(fence=fence)
+        return self._fenced[2]
+
+    def must_leave(self) -> bool:
+        """`leaving`, for a look after an await: a type checker holds the attribute to be what it was before."""
+        return self.leaving
+
+    def leave(self, *, now: bool) -> None:
+        """Asks the poller to end: at the next boundary, which a pause is, or `now`, cutting a poll that waits."""
+        self.leaving = True
+        self.told.notify()
+        if now or self.polling is None:
+            self.cut_off()
+
+    def cut_off(self, *, for_lease: bool = False) -> None:
+        """Ends a pause that waits, and a poll, which gets a moment (`HERE_S`)."""
+        self._for_lease = for_lease and (self._for_lease or not self.cut.is_set())
+        self.cut.set()
+        if self.polling is not None:
+            loop = asyncio.get_running_loop()
+            # behind whatever is due by then: an answer that was read but has not woken the poller would be dropped,
+            # and one that came while the loop was held up: uvloop calls its timers before it reads
+            end = functools.partial(loop.call_soon, self._end_poll)
+            loop.call_later(HERE_S, lambda: loop.call_later(TURN_S, end))
+
+    def spare(self) -> None:
+        """The lease is valid again, and was nobody else's: a poll that was to be cut for it alone, and was not yet,
+        goes on."""
+        if self._for_lease and not self._cutting:
+            self.cut.clear()
+
+    def _end_poll(self) -> None:
+        """Ends the poll that waits by now, also one that began after the cut: while `cut` is set, it is meant."""
+        if self.polling is not None and self.cut.is_set() and not self._cutting:
+            self._cutting = True
+            self.polling.cancel()
+
+    def was_cut(self) -> bool:
+        """Whether the poller was cancelled by `cut_off` alone, for its poll; it goes on then."""
+        if not self._cutting or self.polling is None:
+            return False
+        self._cutting = False
+        return self.polling.uncancel() == 0
+
+
+class Place(NamedTuple):
+    """Where a poller stands: what its cursor's record says, and the revision that fences it."""
+
+    record: Cursor
+    """Without `seen`, which is kept once."""
+    revision: int
+    seen: Seen
+
+
+def check_owned(needs: Incoming, binding: Binding) -> None:
+    """Raises LeaseLost unless this replica owns the shard of the bot's sandbox."""
+    needs.leases.check(shard_of(binding.sandbox))
+
+
+def account_of(binding: Binding, sealer: Sealer) -> Account:
+    """How a bot is called. Raises Refused("token_key")."""
+    return Account(binding.bot, sealer.open(binding.bot, binding.token), binding.base_url)
+
+
+async def notify(session: Session, needs: Incoming, *, start: bool, even_stale: bool = False) -> None:
+    """Best effort: iLink tracks who is online (ilink-protocol 11.1). Not for a token that is known to be dead."""
+    binding = needs.bindings.get(session.bot) or session.served
+    if not needs.notify or binding is None or not (even_stale or binding.state == "active"):
+        return
+    try:
+        await needs.chat.notify(session.account(binding, needs.sealer), start=start)
+    except AdapterError as exc:
+        log.info("notify.failed", bot=session.bot, start=start, reason=exc.reason)
+
+
+def rebound(binding: Binding, needs: Incoming) -> Callable[[], bool]:
+    """Whether the bot's binding is another than `binding` by now."""
+    return lambda: needs.bindings.get(binding.bot) != binding
+
+
+async def wait_until(
+    session: Session, latch: Latch, holds: Callable[[], bool], timeout_s: float | None = None
+) -> None:
+    """Waits until `holds()`, the session must leave, or `timeout_s` seconds have passed."""
+    async with asyncio.timeout(timeout_s):
+        while not (session.must_leave() or holds()):
+            await latch.until(lambda: session.must_leave() or holds(), LOOK_S, also=session.told)

@@ -1,0 +1,1 @@
+"""QR logins over the bus."""

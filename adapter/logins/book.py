@@ -1,0 +1,301 @@
+"""QR logins: the bucket in memory, how a login may change (ilink-protocol 8), and what is said about it.
+
+Every change is a compare-and-set on the login's record, so any replica may answer; the owner of the sandbox's shard
+asks iLink (adapter/logins/course.py) and tells each step.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Callable, Iterable, Iterator
+
+import msgspec
+import structlog
+from msgspec import structs
+
+from adapter.contract import CHECKING, Login, LoginEvent, LoginStart
+from adapter.errors import Conflict, Refused
+from adapter.logins.qr import png, terminal_text
+from adapter.metrics import Metrics
+from adapter.ports import Bucket, Entry, QrCode, Scan
+from adapter.records import Binding, LoginCode, LoginRecord
+from adapter.seal import Sealer, login_context
+from adapter.timing import Clock, Latch
+
+log = structlog.get_logger()
+
+TELL_MS = 240_000
+"""A login that is over is told once more by a new owner only while the stream would drop the repeat."""
+CODES = 2
+"""Codes of a login that iLink is asked about: the newest, and the previous one, which somebody may be scanning."""
+PATIENCE_S = 0.05
+LAG_S = 0.3
+"""A login that was started a moment ago may not yet be in every copy of the bucket."""
+_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
+
+ADVICE = {
+    "wait": "Scan the code with WeChat.",
+    "scanned": "Confirm on the phone.",
+    "need_verify_code": "Send the digits shown on the phone by login.verify.",
+    "confirmed": "The bot is bound. The user must write a first message before anything can be sent to them.",
+    "already_bound": "A bot of this sandbox serves this user already; nothing has changed.",
+    "expired": "No code was scanned and confirmed in time; start another login.",
+    "failed": "The login failed; start another one.",
+    "cancelled": "The login was cancelled.",
+}
+
+
+class LoginBook:
+    """Every login that is not over, and those that ended a moment ago; each replica holds them all."""
+
+    def __init__(self, bucket: Bucket, sealer: Sealer, clock: Clock, metrics: Metrics) -> None:
+        self.changed = Latch()
+        self.version = 0
+        """Rises with every change that `changed` announces."""
+        self._bucket = bucket
+        self._sealer = sealer
+        self._clock = clock
+        self._metrics = metrics
+        self._records: dict[str, tuple[LoginRecord, int]] = {}
+
+    async def run(self) -> None:
+        """Keeps in step with the bucket, until cancelled."""
+        await self._bucket.follow(self._see, on_loaded=self._notify)
+
+    def get(self, login: str) -> LoginRecord | None:
+        found = self._records.get(login)
+        return found[0] if found else None
+
+    def __iter__(self) -> Iterator[tuple[str, LoginRecord]]:
+        return iter([(login, record) for login, (record, _) in self._records.items()])
+
+    def open_of(self, sandbox: str) -> int:
+        """How many logins of a sandbox are not over."""
+        return sum(1 for _, record in self if record.sandbox == sandbox and not record.over)
+
+    def prune(self) -> None:
+        """Forgets what ended long enough ago."""
+        horizon_ms = self._clock.now_ms() - TELL_MS
+        gone = [login for login, record in self if record.over and record.changed_ms < horizon_ms]
+        for login in gone:
+            del self._records[login]
+
+    async def read(self, login: str) -> LoginRecord:
+        """The newest record. Raises Refused("not_found"), Temporary."""
+        return (await self._read(login))[0]
+
+    async def open(self, start: LoginStart, code: QrCode, *, login_s: float) -> tuple[str, LoginRecord]:
+        """Begins a login; returns its id and record. Raises BusRefused."""
+        login, now_ms = secrets.token_urlsafe(18), self._clock.now_ms()
+        record = LoginRecord(
+            sandbox=start.sandbox,
+            options=start.options,
+            number=1,
+            codes=[self._sealed(login, 1, code)],
+            until_ms=now_ms + int(login_s * 1000),
+            changed_ms=now_ms,
+        )
+        value = msgspec.json.encode(record)
+        revision = await self._bucket.update(login, value, 0)
+        self._see(Entry(login, value, revision))
+        log.info("login.started", login=login[:6], sandbox=record.sandbox)
+        return login, record
+
+    async def change(self, login: str, make: Callable[[LoginRecord], LoginRecord | None]) -> LoginRecord:
+        """Changes a login; `make` sees the newest record and may return None for "leave it". The record that holds.
+
+        Raises Refused("not_found"), what `make` raises, Temporary.
+        """
+        while True:
+            before, revision = await self._read(login)
+            after = make(before)
+            if after is None:
+                return before
+            value = msgspec.json.encode(after)
+            try:
+                written = await self._bucket.update(login, value, revision)
+            except Conflict:  # somebody else wrote: look again
+                if await self._bucket.get(login) is None:  # purged
+                    self._records.pop(login, None)
+                await self._clock.sleep(PATIENCE_S)
+                continue
+            self._see(Entry(login, value, written))
+            if after.over:
+                self._metrics.logins.labels(outcome=after.status).inc()
+            if after.step != before.step:
+                log.info("login.changed", login=login[:6], sandbox=after.sandbox, status=after.status,
+                         reason=after.reason, code=after.number)  # fmt: skip
+            return after
+
+    async def _read(self, login: str) -> tuple[LoginRecord, int]:
+        """What is known here may be newer than the copy of the bucket that was asked, and the other way round."""
+        if not _ID.fullmatch(login):
+            raise _not_found()
+        for pause_s in (LAG_S, 0.0):
+            if entry := await self._bucket.get(login):
+                self._see(entry)
+                if entry.value is None:
+                    break
+            known = self._records.get(login)
+            if known is not None and (entry is None or known[1] >= entry.revision):
+                return known
+            if entry is not None and entry.value is not None:  # over for long: not kept here
+                return msgspec.json.decode(entry.value, type=LoginRecord), entry.revision
+            await self._clock.sleep(pause_s)
+        raise _not_found()
+
+    def _see(self, entry: Entry) -> None:
+        known = self._records.get(entry.key)
+        if known is not None and entry.revision <= known[1]:
+            return
+        if entry.value is None:
+            self._records.pop(entry.key, None)
+            self._notify()
+            return
+        try:
+            record = msgspec.json.decode(entry.value, type=LoginRecord)
+        except msgspec.MsgspecError:
+            log.error("login.unreadable", login=entry.key[:6])
+            return
+        if known is None and record.over and self._clock.now_ms() - record.changed_ms > TELL_MS:
+            return
+        self._records[entry.key] = (record, entry.revision)
+        self._notify()
+
+    def _notify(self) -> None:
+        self.version += 1
+        self.changed.notify()
+
+    # secrets ----------------------------------------------------------------------------------------
+
+    def _sealed(self, login: str, number: int, code: QrCode) -> LoginCode:
+        return LoginCode(
+            number=number,
+            handle=self._sealer.seal(login_context(login, "handle"), code.handle),
+            url=self._sealer.seal(login_context(login, "url"), code.url),
+            made_ms=self._clock.now_ms(),
+        )
+
+    def handle(self, login: str, code: LoginCode) -> str:
+        """Raises Refused("token_key")."""
+        return self._sealer.open(login_context(login, "handle"), code.handle)
+
+    def seal_digits(self, login: str, digits: str) -> str:
+        return self._sealer.seal(login_context(login, "digits"), digits)
+
+    def digits(self, login: str, record: LoginRecord) -> str:
+        """Raises Refused("token_key")."""
+        return self._sealer.open(login_context(login, "digits"), record.digits) if record.digits else ""
+
+    # steps ------------------------------------------------------------------------------------------
+
+    def step(self, record: LoginRecord, **changes: object) -> LoginRecord:
+        """The record after a step that is told as an event. The last step removes the secrets."""
+        fields = {"reason": "", "detail": "", **changes, "step": record.step + 1, "changed_ms": self._clock.now_ms()}
+        after = structs.replace(record, **fields)
+        return structs.replace(after, codes=[], digits="", token="") if after.over else after
+
+    def with_code(self, login: str, record: LoginRecord, code: QrCode) -> LoginRecord:
+        """The record with a new code; this one and the previous one may be scanned."""
+        number = record.number + 1
+        codes = [*record.codes, self._sealed(login, number, code)][-CODES:]
+        return self.step(record, status="wait", number=number, codes=codes, digits="")
+
+    def after(self, record: LoginRecord, number: int, sent: str, scan: Scan, *, limit: int) -> LoginRecord | None:
+        """What an answer about code `number` makes of a login; None: nothing. `sent`: the digits sent, as sealed.
+
+        What ends a login well and where it goes on is not decided here. `limit`: so many codes may expire or be
+        blocked.
+        """
+        code = code_of(record, number)
+        if code is None:
+            return None
+        match scan.status:
+            case "scaned" if record.status != "scanned" and record.digits == sent:
+                return self.step(record, status="scanned", codes=[code], digits="")
+            case "need_verifycode" if sent:
+                if record.digits != sent:
+                    return None  # other digits are on their way
+                return self.step(record, status="need_verify_code", codes=[code], digits="", reason="wrong_code",
+                                 detail="These were not the digits shown on the phone; send them again.")  # fmt: skip
+            case "need_verifycode" if record.status != "need_verify_code":
+                return self.step(record, status="need_verify_code", codes=[code])
+            case "expired" | "verify_code_blocked":
+                return self._without(record, code, blocked=scan.status == "verify_code_blocked", limit=limit)
+            case _:
+                return None
+
+    def _without(self, record: LoginRecord, code: LoginCode, *, blocked: bool, limit: int) -> LoginRecord:
+        """A code is dead. Only the end of the newest one counts: the one before it was replaced already."""
+        codes = [other for other in record.codes if other.number != code.number]
+        if codes and code.number != record.number:
+            return structs.replace(record, codes=codes)
+        ended = record.ended + 1
+        if ended < limit:
+            return structs.replace(record, status="wait", codes=codes, ended=ended, digits="", reason="", detail="")
+        if blocked:
+            return self.step(record, status="failed", ended=ended, reason="blocked",
+                             detail="Too many wrong digits; start another login.")  # fmt: skip
+        return self.step(record, status="expired", ended=ended, reason="codes",
+                         detail=f"{ended} codes expired without being confirmed; start another login.")  # fmt: skip
+
+    # what is said -----------------------------------------------------------------------------------
+
+    def answer(self, login: str, record: LoginRecord, *, with_png: bool) -> Login:
+        """Raises Refused("token_key")."""
+        newest = record.codes[-1] if record.codes and not record.token else None
+        url = self._sealer.open(login_context(login, "url"), newest.url) if newest else ""
+        return Login(
+            login=login,
+            sandbox=record.sandbox,
+            status=record.status,
+            code=max(1, record.number),
+            qrcode_url=url,
+            qrcode_text=terminal_text(url) if url else "",
+            qrcode_png=png(url) if url and with_png else "",
+            expires_at_ms=record.until_ms,
+            bot=record.bot if record.over else "",
+            user=record.user if record.over else "",
+            reason=CHECKING if record.digits else record.reason,
+            detail="The digits are being checked." if record.digits else record.detail or ADVICE[record.status],
+        )
+
+
+def _not_found() -> Refused:
+    return Refused("not_found", "There is no such login, or it ended more than a day ago.")
+
+
+def code_of(record: LoginRecord, number: int) -> LoginCode | None:
+    """The code `number`, if it still counts."""
+    return next((code for code in record.codes if code.number == number), None)
+
+
+def event_of(login: str, record: LoginRecord) -> LoginEvent:
+    """The event of a step: what everybody may know of it."""
+    return LoginEvent(
+        login=login,
+        sandbox=record.sandbox,
+        status=record.status,
+        code=max(1, record.number),
+        bot=record.bot if record.over else "",
+        user=record.user if record.over else "",
+        reason=record.reason,
+        detail=record.detail or ADVICE[record.status],
+        at_ms=record.changed_ms,
+    )
+
+
+def tokens_of(bound: Iterable[Binding], sealer: Sealer) -> list[str]:
+    """Tokens of the bots that a scanning user should keep, newest first (ilink-protocol 3.1).
+
+    A dead one is none of them: its user needs a new bot, not the word that they have one.
+    """
+    tokens = []
+    for binding in sorted(bound, key=lambda binding: binding.since_ms, reverse=True):
+        if binding.state == "active":
+            try:
+                tokens.append(sealer.open(binding.bot, binding.token))
+            except Refused as exc:
+                log.warning("login.token_unread", bot=binding.bot, reason=exc.reason)
+    return tokens

@@ -1,0 +1,86 @@
+"""Which QR logins are this replica's: those of its shards, a task each, until they are over.
+
+The owner of the shard alone asks iLink (`course`), so that exactly one takes a confirmation.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+import structlog
+
+from adapter.errors import LeaseLost, Refused
+from adapter.logins.course import Course, Scanning, end_all
+from adapter.names import shard_of
+from adapter.timing import any_of
+
+log = structlog.get_logger()
+
+
+class Scanner:
+    """Keeps a task per login of an owned shard."""
+
+    def __init__(self, needs: Scanning) -> None:
+        self._needs = needs
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._told: dict[str, int] = {}
+        """The step of each login that was told last. The courses write it, so it stays the same dict."""
+
+    async def run(self) -> None:
+        """Until cancelled; then what is in hand is stored."""
+        bindings = self._needs.bindings
+        try:
+            await bindings.changed.until(lambda: bindings.loaded)
+            while True:
+                self._follow()
+                await self._wait()
+        finally:
+            await end_all(list(self._tasks.values()))
+
+    def _follow(self) -> None:
+        book, leases = self._needs.book, self._needs.leases
+        book.prune()
+        mine = leases.owned if leases.valid else set()
+        known = dict(book)
+        for login in self._told.keys() - known.keys():
+            del self._told[login]
+        for login, record in known.items():
+            due = not record.over or self._told.get(login) != record.step
+            if due and shard_of(record.sandbox) in mine and login not in self._tasks:
+                self._start(login)
+        for login, task in self._tasks.items():
+            gone = known.get(login)
+            if (gone is None or shard_of(gone.sandbox) not in mine) and not task.cancelling():
+                task.cancel()
+
+    def _start(self, login: str) -> None:
+        task = asyncio.get_running_loop().create_task(self._tend(login), name=f"login.{login[:6]}")
+        self._tasks[login] = task
+
+        def ended(done: asyncio.Task[None]) -> None:
+            if self._tasks.get(login) is done:
+                del self._tasks[login]
+
+        task.add_done_callback(ended)
+
+    async def _tend(self, login: str) -> None:
+        while True:
+            try:
+                await Course(login, self._needs, self._told).run()
+                return
+            except (LeaseLost, Refused) as exc:  # Refused: somebody has deleted the record
+                log.info("login.left", login=login[:6], reason=exc.reason)
+                return
+            except Exception:  # a bug: this login rests, and the others go on
+                log.exception("login.crashed", login=login[:6])
+            await self._needs.clock.sleep(5.0)
+
+    async def _wait(self) -> None:
+        """Until something may have to start or end."""
+        book, leases = self._needs.book, self._needs.leases
+        version, owned, valid = book.version, set(leases.owned), leases.valid
+        await any_of(
+            book.changed.until(lambda: book.version != version),
+            leases.changed.until(lambda: (leases.owned, leases.valid) != (owned, valid)),
+            timeout_s=1.0,
+        )

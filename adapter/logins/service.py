@@ -1,0 +1,92 @@
+"""`wechat.svc.login.*`: starts QR logins, says how they stand, takes digits, ends them. Any replica answers."""
+
+from __future__ import annotations
+
+import msgspec
+from msgspec import structs
+
+from adapter.bindings.book import Bindings
+from adapter.contract import LoginQuery, LoginStart, LoginVerify
+from adapter.errors import Refused, Temporary
+from adapter.logins.book import LoginBook, tokens_of
+from adapter.metrics import Metrics
+from adapter.names import check_sandbox
+from adapter.ports import Logins
+from adapter.records import LoginRecord
+from adapter.seal import Sealer
+from adapter.services.requests import read_request
+
+START_S = 5.0
+"""How long a replica that has just started is waited for."""
+OPEN_PER_SANDBOX = 20
+"""Each login that is open costs long polls; more than this is a platform that starts them in a loop."""
+
+
+class LoginService:
+    """The handlers. Each raises Refused (400, 404) or Temporary (503) with a sentence."""
+
+    def __init__(
+        self,
+        logins: Logins,
+        book: LoginBook,
+        bindings: Bindings,
+        sealer: Sealer,
+        metrics: Metrics,
+        *,
+        login_s: float,
+    ) -> None:
+        self._logins = logins
+        self._book = book
+        self._bindings = bindings
+        self._sealer = sealer
+        self._metrics = metrics
+        self._login_s = login_s
+
+    async def start(self, data: bytes) -> bytes:
+        """Fetches the first code and stores the login; its shard's owner goes on from there."""
+        asked = read_request(data, LoginStart, self._metrics)
+        check_sandbox(asked.sandbox)
+        if not await self._bindings.changed.until(lambda: self._bindings.loaded, START_S):
+            raise Temporary("starting", "The adapter is starting; ask again in a moment.")
+        if self._book.open_of(asked.sandbox) >= OPEN_PER_SANDBOX:
+            raise Refused(
+                "invalid", f"{OPEN_PER_SANDBOX} logins of this sandbox are open; cancel some by login.cancel."
+            )
+        code = await self._logins.fetch_code(tokens_of(self._bindings.of_sandbox(asked.sandbox), self._sealer))
+        login, record = await self._book.open(asked, code, login_s=self._login_s)
+        return self._answer(login, record, with_png=asked.png)
+
+    async def status(self, data: bytes) -> bytes:
+        """How a login stands; also for a day after its end."""
+        asked = read_request(data, LoginQuery, self._metrics)
+        return self._answer(asked.login, await self._book.read(asked.login), with_png=asked.png)
+
+    async def verify(self, data: bytes) -> bytes:
+        """Takes the digits that the phone shows, where they are asked for."""
+        asked = read_request(data, LoginVerify, self._metrics)
+        digits = self._book.seal_digits(asked.login, asked.code)
+
+        def take(record: LoginRecord) -> LoginRecord:
+            if record.over:
+                raise Refused("invalid", f"This login is over: {record.status}.")
+            if record.status != "need_verify_code":
+                raise Refused("invalid", "No digits are asked for: wait until the status is need_verify_code.")
+            return structs.replace(record, digits=digits)
+
+        return self._answer(asked.login, await self._book.change(asked.login, take), with_png=False)
+
+    async def cancel(self, data: bytes) -> bytes:
+        """Ends a login. One that is over stays as it ended."""
+        asked = read_request(data, LoginQuery, self._metrics)
+
+        def end(record: LoginRecord) -> LoginRecord | None:
+            if record.over:
+                return None
+            if record.token:
+                raise Refused("invalid", "The user has confirmed already and the bot is being bound; unbind it.")
+            return self._book.step(record, status="cancelled")
+
+        return self._answer(asked.login, await self._book.change(asked.login, end), with_png=False)
+
+    def _answer(self, login: str, record: LoginRecord, *, with_png: bool) -> bytes:
+        return msgspec.json.encode(self._book.answer(login, record, with_png=with_png))

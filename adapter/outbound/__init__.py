@@ -1,0 +1,1 @@
+"""Commands of sandboxes, from the bus to iLink."""

@@ -1,0 +1,276 @@
+"""How a command of a shard ends: it gets its final receipt, then it is settled on the bus, and parked no more.
+
+Until both have happened it comes again, to this owner or the next one, who looks whether it has its receipt.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import msgspec
+import structlog
+
+from adapter import contract, window
+from adapter.bindings.book import Bindings
+from adapter.contexts import Peer
+from adapter.errors import LeaseLost, Temporary
+from adapter.events import told_of_bindings
+from adapter.names import Names
+from adapter.outbound.commands import Limits
+from adapter.outbound.endings import Ending, in_doubt
+from adapter.outbound.lane import Item, Lane
+from adapter.outbound.receipts import Receipts
+from adapter.outbound.sending import MAX_RESENDS, Sending
+from adapter.outbound.typing_indicator import Showing
+from adapter.outbound.uploads import Uploads
+from adapter.ports import Account, Bus, History
+from adapter.records import Binding, Context, Hand
+from adapter.replicas.leases import Leases
+from adapter.tasks import Tasks
+from adapter.timing import Turns, first_of
+
+log = structlog.get_logger()
+
+SETTLED_KEPT = 256
+"""Commands per shard remembered as settled, or as not parked any more: what comes again of the last moment needs no
+look at the receipts, as all that is older does."""
+GONE_S = 10.0
+"""What waits on the bus and is missing there for so long is gone. A cluster that is losing its leaders may not show
+all that it has, and what is taken for gone is overtaken."""
+
+
+class Outgoing(NamedTuple):
+    """What the lanes need."""
+
+    sending: Sending
+    uploads: Uploads
+    bus: Bus
+    history: History
+    bindings: Bindings
+    leases: Leases
+    receipts: Receipts
+    names: Names
+    limits: Limits
+    account: Callable[[Binding], Account]
+    """Raises Refused("token_key")."""
+    stale: Callable[[str], bool]
+    """Whether a bot's token is being tried again: nothing may be sent for it."""
+    stale_on_send: Callable[[Binding, str], Awaitable[None]]
+    """iLink refused the token on every send for too long: the binding needs a login."""
+    alive_on_send: Callable[[Binding], Awaitable[None]]
+    """iLink took a send of a binding that needs a login: it is active again."""
+    bound_yet: Callable[[], Awaitable[None]]
+    """Returns once every bind command stored before the call has taken effect."""
+    gap_s: float
+    parked_per_user: int
+    parked_per_sandbox: int
+    merge_chars: int
+    """Parked texts are sent as one message up to so many characters; 0: each on its own."""
+    stale_retry_s: tuple[float, ...]
+    grace_s: float
+    turns: Turns
+    """Spreads what many lanes do once they may go on."""
+    loading: asyncio.Semaphore
+    """Bounds how many shards read at once what is parked: after a reconnect all do."""
+    showing: Showing
+
+
+class Draining(Exception):
+    """The service stops: what is in hand stays unsettled, and comes again to the next owner."""
+
+
+class Settling:
+    """What is in hand for one shard, and how it ends; `LaneWork` adds how it is sent, `Shard` how it arrives.
+
+    One object, in three files: what ends makes room for what waits. Three would hold each other, and outlive their
+    shard until the garbage collector comes.
+    """
+
+    def __init__(self, number: int, needs: Outgoing) -> None:
+        self.number = number
+        self._needs = needs
+        self._sending = needs.sending
+        self._in_hand: dict[int, Item] = {}
+        """By sequence: delivered, and neither parked nor settled."""
+        self._settled: OrderedDict[int, int] = OrderedDict()
+        """Sequences, and when each was stored: one without the other is a command of a stream that was made anew."""
+        self._removed: OrderedDict[int, int] = OrderedDict()
+        """Sequences of what is not parked any more, although the bus may still show it."""
+        self._tasks = Tasks(partial(_crashed, number))
+        self._drain = asyncio.Event()
+        self._lost = False
+        """The shard was taken away: also where this replica gets it back, another Shard works for it then."""
+
+    def _check(self) -> None:
+        """Raises LeaseLost unless this very object may work for the shard at this moment."""
+        if self._lost:
+            raise LeaseLost("lease_lost", f"shard {self.number}")
+        self._needs.leases.check(self.number)
+
+    async def _pause(self, seconds: float) -> None:
+        """Raises Draining when the service stops meanwhile."""
+        if await first_of(self._drain, seconds):
+            raise Draining
+
+    async def _peer(self, lane: Lane) -> Peer:
+        """The lane's user, with what was sent to them over the bot before. Raises Temporary, LeaseLost."""
+        peer = await self._sending.contexts.peer(lane.bot, lane.user)
+        if lane.inherited_ms < math.inf:
+            await self._find_former(lane)
+        if lane.former:
+            await self._follow_user(lane, peer)
+        return peer
+
+    async def _follow_user(self, lane: Lane, peer: Peer) -> None:
+        """Stores with the user's bot of now what was sent to them over those before. Raises Temporary, LeaseLost."""
+        contexts, former = self._sending.contexts, [bot for bot in lane.former if bot != lane.bot]
+        before = [(await contexts.peer(bot, lane.user)).context for bot in former]
+        hands = [hand for context in before if (hand := _own(lane, context))]
+        waiting = {*(item.command.client for item in lane.queue), *(parked.client for parked in lane.parked)}
+        hands.sort(key=lambda hand: hand.is_any(waiting))
+        hand = hands.pop() if hands else None
+        if hand and hand.tried:  # another bot's message is another one on the phone: it is not repeated there
+            hand = msgspec.structs.replace(hand, tried=hand.tried + MAX_RESENDS)
+        done = [name for context in before for name in context.done]
+        done += [window.named(one.sandbox, other.command) for one in hands if one.is_begun for other in one.all]
+        if hand or done:
+            await contexts.save(peer, lambda context: window.moved(context, hand, done, waiting))
+        lane.former.clear()
+
+    async def _find_former(self, lane: Lane) -> None:
+        """Which bots may have served the user when the owner before us had the lane. Raises Temporary."""
+        since_ms = lane.inherited_ms
+        served = await self._served(lane.sandbox, int(since_ms))
+        lane.former |= {bot: None for bot, user in served if user in ("", lane.user)}
+        if lane.inherited_ms == since_ms:
+            lane.inherited_ms = math.inf
+
+    async def _served(self, sandbox: str, since_ms: int) -> list[tuple[str, str]]:
+        """Bots and users of a sandbox, also of those bots that served it since a time. Raises Temporary."""
+        told = told_of_bindings(self._needs.history, self._needs.names, sandbox, since_ms=since_ms - 1000)
+        before = [(event.bot, event.user) async for event in told]
+        now = [(binding.bot, binding.user) for binding in self._needs.bindings.of_sandbox(sandbox)]
+        return list(dict.fromkeys([*before, *now]))
+
+    async def _window(self, lane: Lane) -> contract.Window:
+        return self._shown(await self._peer(lane)) if lane.user else contract.Window(remaining=0)
+
+    def _shown(self, peer: Peer) -> contract.Window:
+        return window.shown(peer.context, self._sending.clock.now_ms(), self._sending.rules)
+
+    def _repeated(self, item: Item) -> None:
+        """A second publish of a command that has its receipt, or will have it."""
+        log.info("command.repeated", sandbox=item.command.sandbox, command=item.command.id)
+        self._sending.metrics.outbound_messages.labels(
+            kind=item.command.kind, outcome="duplicate", reason="none"
+        ).inc()
+
+    async def _end_in(self, lane: Lane, item: Item, ending: Ending) -> None:
+        """Ends a command of which nothing was sent now. Raises Temporary, LeaseLost."""
+        hand = await self._hand(lane)
+        told = await self._end_unsent(lane, item, ending, hand)
+        await self._let_go(lane, hand, {item.command.client: told})
+
+    async def _hand(self, lane: Lane) -> Hand | None:
+        """What is in hand of the lane. Raises Temporary, LeaseLost."""
+        if not lane.user:
+            return None
+        return _own(lane, (await self._peer(lane)).context)
+
+    async def _end_unsent(self, lane: Lane, item: Item, ending: Ending, hand: Hand | None) -> Ending:
+        """Ends one of several commands that may be in hand together, of which nothing was sent now; what was told."""
+        told = in_doubt(ending, hand, item.command)
+        await self._end([item], told, await self._window(lane), lane.bot, lane.user)
+        return told
+
+    async def _let_go(self, lane: Lane, hand: Hand | None, told: Mapping[str, Ending]) -> None:
+        """Forgets what is in hand if it was told (by client) how it ended."""
+        if hand and (ending := told.get(hand.client)):
+            peer = await self._peer(lane)
+            peer.context, lane.hand = window.settled(peer.context, hand.client, sent=ending.may_be_sent), None
+
+    async def _end(
+        self, group: Sequence[Item], ending: Ending, shown: contract.Window | None, bot: str = "", user: str = ""
+    ) -> None:
+        """Gives each its final receipt, the same, and what belongs to it; then they are settled.
+
+        All are told before the first is settled or removed, so that the next owner finds the first one with all that
+        share its fate. Of what was not accepted only the owner may say so: the next one may have more luck. Raises
+        LeaseLost.
+        """
+        if not ending.is_sent:
+            self._check()
+        for item in group:
+            command = item.command
+            if item.suspect and await self._needs.receipts.has_final(command):
+                continue
+            await self._needs.receipts.final(
+                command,
+                ending,
+                bot=bot or command.bot,
+                user=user or command.user,
+                shown=shown or contract.Window(),
+                original=(item.data, item.headers, self._needs.names.out(command.sandbox)),
+                parked_ms=item.parked_ms,
+            )
+        for item in group:
+            self._done_with(item)
+
+    async def _end_surely(self, item: Item, ending: Ending, lane: Lane | None = None) -> None:
+        """Ends a command that is in no lane, or not any more. Raises Draining."""
+        while True:
+            try:
+                await (self._end_in(lane, item, ending) if lane else self._end([item], ending, None))
+            except (Temporary, LeaseLost) as exc:
+                log.warning("command.waits", sandbox=item.command.sandbox, reason=exc.reason)
+                await self._pause(0.5)
+            else:
+                return
+
+    def _done_with(self, item: Item) -> None:
+        """Settles a command that was told, or need not be, wherever it came from."""
+        self._settle(item)
+        if item.parked_seq:
+            _remember(self._removed, item.parked_seq, item.command.stored_ms)
+            self._tasks.spawn(self._unpark(item.parked_seq))
+
+    def _settle(self, item: Item) -> None:
+        delivery = item.delivery
+        if delivery is None:
+            return
+        self._in_hand.pop(delivery.seq, None)
+        _remember(self._settled, delivery.seq, delivery.time_ms)
+        self._tasks.spawn(delivery.ack())
+
+    async def _unpark(self, seq: int) -> None:
+        """Removes a parked command; what a crash leaves there has its final receipt. Raises Draining."""
+        while True:
+            try:
+                await self._needs.history.delete(self._needs.names.stream_parked, seq)
+            except Temporary as exc:
+                log.warning("unparking.waits", shard=self.number, reason=exc.reason)
+                await self._pause(0.5)
+            else:
+                return
+
+
+def _own(lane: Lane, context: Context) -> Hand | None:
+    """What is in hand of the lane; in the record one of the bot's next sandbox may have taken its place."""
+    hand = context.hand
+    return hand if hand and hand.sandbox == lane.sandbox else lane.hand or context.hand_of(lane.sandbox)
+
+
+def _crashed(shard: int, exc: BaseException) -> None:
+    if not isinstance(exc, Draining):
+        log.error("task.crashed", shard=shard, exc_info=exc)
+
+
+def _remember(known: OrderedDict[int, int], seq: int, stored_ms: int) -> None:
+    known[seq] = stored_ms
+    if len(known) > SETTLED_KEPT:
+        known.popitem(last=False)

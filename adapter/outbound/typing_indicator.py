@@ -1,0 +1,366 @@
+"""The typing indicator: shows a user that the bot types, from the first status 1 to the last status 2 (11.2).
+
+A task per bot and user, as long as something is shown or to be hidden. Nothing waits for it, so that no send is late
+or lost for it. What may be shown is written down before it is shown: the next owner hides it after a crash.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import msgspec
+import structlog
+
+from adapter.bindings.book import Bindings
+from adapter.contexts import Contexts
+from adapter.errors import AdapterError, BusRefused, Conflict, LeaseLost, Refused, SessionExpired, Temporary
+from adapter.names import peer_key, peer_of
+from adapter.outbound.typing_tickets import REST_S, Tickets
+from adapter.ports import Account, Bucket, Chat
+from adapter.records import Binding, Typing
+from adapter.timing import Clock, backoff, first_of
+
+log = structlog.get_logger()
+
+RENEW_S = 5.0
+"""The official client's pace (11.2)."""
+HIDES = 5
+"""Attempts to hide before it is left to the next owner."""
+
+
+class Showing(NamedTuple):
+    """What showing needs."""
+
+    chat: Chat
+    contexts: Contexts
+    bindings: Bindings
+    bucket: Bucket
+    clock: Clock
+    account: Callable[[Binding], Account]
+    """Raises Refused("token_key")."""
+    stale: Callable[[str], bool]
+    """Whether a bot's token is being tried again; meanwhile nothing may be called with it."""
+    check: Callable[[int], None]
+    """Raises LeaseLost when this replica may not work for the shard."""
+    longest_s: float
+
+
+class Indicator:
+    """The typing indicator of a bot as one user sees it, and as they should."""
+
+    def __init__(self, bot: str, user: str) -> None:
+        self.bot = bot
+        self.user = user
+        self.binding: Binding | None = None
+        """The binding of the last call: with it typing is hidden after the bot was unbound."""
+        self.wanted = False
+        self.until = 0.0
+        """Monotonic time at which it is hidden at the latest."""
+        self.lit = False
+        """Status 1 may have taken effect, and nothing has hidden it."""
+        self.shown_at: float | None = None
+        """When iLink last took a status 1; None: it is not known to be shown."""
+        self.recorded = False
+        """The bucket says that it may be shown."""
+        self.failed_hides = 0
+        self.hide_at = 0.0
+        """Monotonic time before which no other try to hide it is made, whatever wakes this."""
+        self.shows: list[asyncio.Future[None]] = []
+        """Commands that wait until it is shown, or hidden."""
+        self.hides: list[asyncio.Future[None]] = []
+        self.wake = asyncio.Event()
+        self.task: asyncio.Task[None] | None = None
+
+    def is_open(self) -> bool:
+        """Whether anything is left to do."""
+        return bool(self.wanted or self.lit or self.recorded or self.shows or self.hides)
+
+
+class TypingIndicators:
+    """The indicators of one shard, as long as this replica owns it."""
+
+    def __init__(self, shard: int, needs: Showing) -> None:
+        self._shard = shard
+        self._needs = needs
+        self._indicators: dict[tuple[str, str], Indicator] = {}
+        self._check = partial(needs.check, shard)
+        self._tickets = Tickets(needs.chat, needs.contexts, needs.clock)
+        self._loading: asyncio.Task[None] | None = None
+        self._draining = False
+
+    # what the lanes ask -----------------------------------------------------------------------------
+
+    def open(self) -> None:
+        """Begins to hide what the previous owner left shown."""
+        self._loading = asyncio.get_running_loop().create_task(self._load())
+
+    def show(self, binding: Binding, user: str) -> asyncio.Future[None]:
+        """Shows it, for the time of the setting. The future is done once iLink took it.
+
+        Fails with Refused, Temporary; cancelled where the service stops.
+        """
+        taken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        if self._draining:
+            taken.cancel()
+            return taken
+        self.begin(binding, user)
+        self._indicators[binding.bot, user].shows.append(taken)
+        return taken
+
+    def begin(self, binding: Binding, user: str) -> None:
+        """As `show`, for callers who do not need the outcome."""
+        if self._draining:
+            return
+        indicator = self._indicator(binding.bot, user)
+        indicator.binding, indicator.wanted = binding, True
+        indicator.until = self._needs.clock.monotonic() + self._needs.longest_s
+        self._stir(indicator)
+
+    def hide(self, binding: Binding, user: str) -> asyncio.Future[None]:
+        """Hides it, whether or not it is shown. The future is that of `show`."""
+        taken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        indicator = self._indicator(binding.bot, user)
+        indicator.binding, indicator.wanted = binding, False
+        indicator.hides.append(taken)
+        self._stir(indicator)
+        return taken
+
+    def hush(self, bot: str, user: str) -> None:
+        """The answer has been sent: hides it if it is shown."""
+        indicator = self._indicators.get((bot, user))
+        if indicator is not None and indicator.wanted:
+            indicator.wanted = False
+            self._stir(indicator)
+
+    def heard(self, bot: str, user: str) -> None:
+        """The user wrote: iLink may have a ticket for them now where it had none."""
+        self._tickets.heard(bot, user)
+
+    def rebound(self, sandbox: str) -> None:
+        """A binding of the sandbox changed: whatever is shown for it is checked."""
+        for indicator in list(self._indicators.values()):
+            if indicator.binding is None or indicator.binding.sandbox == sandbox:
+                self._stir(indicator)
+
+    def tidy(self) -> None:
+        """Forgets tickets that are of no use any more."""
+        self._tickets.tidy(self._indicators.keys(), self._needs.bindings.get)
+
+    async def drain(self, seconds: float) -> None:
+        """Hides everything, as far as that can be done in time; the rest is left to the next owner."""
+        self._draining = True
+        for indicator in list(self._indicators.values()):
+            indicator.wanted = False
+            self._stir(indicator)
+        if tasks := self._tasks():
+            await asyncio.wait(tasks, timeout=seconds)
+        self.stop()
+
+    def stop(self) -> None:
+        """Ends everything now; the next owner hides what is shown."""
+        self._draining = True
+        if self._loading is not None:
+            self._loading.cancel()
+        for task in self._tasks():
+            task.cancel()
+
+    # one indicator --------------------------------------------------------------------------------------
+
+    def _tasks(self) -> list[asyncio.Task[None]]:
+        return [
+            indicator.task
+            for indicator in self._indicators.values()
+            if indicator.task is not None and not indicator.task.done()
+        ]
+
+    def _indicator(self, bot: str, user: str) -> Indicator:
+        return self._indicators.setdefault((bot, user), Indicator(bot, user))
+
+    def _stir(self, indicator: Indicator) -> None:
+        indicator.wake.set()
+        if indicator.task is None:
+            indicator.task = asyncio.get_running_loop().create_task(self._run(indicator))
+            indicator.task.add_done_callback(lambda task: self._ended(indicator, task))
+
+    def _ended(self, indicator: Indicator, task: asyncio.Task[None]) -> None:
+        if self._indicators.get((indicator.bot, indicator.user)) is indicator:
+            del self._indicators[indicator.bot, indicator.user]
+        if task.cancelled():
+            for taken in (*indicator.shows, *indicator.hides):
+                taken.cancel()
+        elif exc := task.exception():
+            log.error("typing.crashed", bot=indicator.bot, exc_info=exc)
+            _fail([*indicator.shows, *indicator.hides], Refused("typing", "The adapter failed on it."))
+
+    async def _load(self) -> None:
+        failures = 0
+        while True:
+            try:
+                entries = await self._needs.bucket.below(str(self._shard))
+                break
+            except Temporary as exc:
+                failures += 1
+                log.warning("typing.unread", shard=self._shard, reason=exc.reason)
+                await self._needs.clock.sleep(backoff(failures, first_s=0.5, longest_s=10.0))
+        for entry in entries:
+            indicator = self._indicator(*peer_of(entry.key.partition(".")[2]))
+            indicator.lit = indicator.recorded = True
+            self._stir(indicator)
+
+    async def _run(self, indicator: Indicator) -> None:
+        while indicator.is_open():
+            indicator.wake.clear()
+            wait_s = await self._turn(indicator)
+            if wait_s > 0:
+                await first_of(indicator.wake, wait_s)
+        del self._indicators[indicator.bot, indicator.user]  # at once: who comes next begins anew
+
+    async def _turn(self, indicator: Indicator) -> float:
+        """One step towards what is wanted; seconds until the next, unless it is woken."""
+        if indicator.wanted and self._needs.clock.monotonic() >= indicator.until:
+            indicator.wanted = False
+        if not indicator.wanted:
+            _fail(indicator.shows, Refused("typing", "It was over before iLink showed it."))
+        try:
+            account = self._account(indicator)
+            if account is None:
+                return RENEW_S
+            return await (self._show(indicator, account) if indicator.wanted else self._hide(indicator, account))
+        except LeaseLost:
+            return REST_S  # the lease pauses, or is gone; then all of this ends
+        except Refused as exc:
+            if exc.reason != "typing":
+                return await self._leave(indicator, exc)
+            return await self._failed(indicator, exc)
+        except Temporary as exc:
+            return await self._failed(indicator, Refused("typing", f"iLink could not be asked: {exc.reason}"))
+
+    def _account(self, indicator: Indicator) -> Account | None:
+        """How the bot is called; None: not now. Raises Refused (it can be called no more), LeaseLost."""
+        found = self._needs.bindings.get(indicator.bot)
+        if found is not None and (indicator.binding is None or found.sandbox == indicator.binding.sandbox):
+            indicator.binding = found
+        else:
+            indicator.wanted = False
+        if indicator.binding is None:
+            raise Refused("not_bound", "The bot is not bound any more.")
+        if indicator.binding.state == "needs_login" or self._needs.stale(indicator.bot):
+            stale = SessionExpired("needs_login", "The bot's token is stale.")
+            if indicator.lit and found is not None and not self._draining:
+                _fail(indicator.hides, stale)
+                return None  # it may live again, and then it is hidden
+            raise stale
+        self._check()
+        return self._needs.account(indicator.binding)
+
+    async def _show(self, indicator: Indicator, account: Account) -> float:
+        now = self._needs.clock.monotonic()
+        if indicator.shown_at is not None and now < indicator.shown_at + RENEW_S:
+            _done(indicator.shows)
+            return min(indicator.shown_at + RENEW_S, indicator.until) - now
+        ticket = self._tickets.of(indicator.bot, indicator.user)
+        rest_s = ticket.used_at + REST_S - now
+        if not indicator.lit and rest_s > 0:
+            return rest_s
+        value = await self._tickets.get(account, indicator.user)
+        if indicator.wanted:
+            await self._record(indicator)
+        if not indicator.wanted or self._needs.clock.monotonic() >= indicator.until:
+            return 0.0  # meanwhile it is over
+        indicator.lit = True  # before: it may take effect without an answer
+        await self._tickets.use(account, indicator.user, value, on=True, check=self._check)
+        indicator.shown_at = ticket.used_at
+        return 0.0
+
+    async def _hide(self, indicator: Indicator, account: Account) -> float:
+        ticket, now = self._tickets.of(indicator.bot, indicator.user), self._needs.clock.monotonic()
+        if indicator.lit and now < indicator.hide_at and not self._draining:
+            return indicator.hide_at - now
+        if indicator.lit or (indicator.hides and not (ticket.hidden and now < ticket.used_at + REST_S)):
+            value = await self._tickets.get(account, indicator.user)
+            await self._tickets.use(account, indicator.user, value, on=False, check=self._check)
+            indicator.lit, indicator.shown_at, indicator.failed_hides = False, None, 0
+        await self._erase(indicator)
+        _done(indicator.hides)
+        return 0.0
+
+    # when it does not work --------------------------------------------------------------------------
+
+    async def _failed(self, indicator: Indicator, exc: Refused) -> float:
+        """iLink did not do it. Showing is given up, but what is shown must be hidden."""
+        log.info("typing.failed", bot=indicator.bot, on=indicator.wanted, lit=indicator.lit, detail=exc.detail[:200])
+        if indicator.wanted:
+            _fail(indicator.shows, exc)
+            indicator.wanted = indicator.shown_at is not None
+            return RENEW_S if indicator.wanted else 0.0
+        if not indicator.lit:
+            _fail(indicator.hides, exc)
+            return 0.0
+        indicator.failed_hides += 1
+        if indicator.failed_hides < HIDES:
+            pause_s = backoff(indicator.failed_hides, first_s=2.0)
+            indicator.hide_at = self._needs.clock.monotonic() + pause_s
+            return pause_s
+        log.warning("typing.stuck", bot=indicator.bot, attempts=indicator.failed_hides)
+        _fail(indicator.hides, exc)
+        indicator.lit = indicator.recorded = False  # the record stays: the next owner tries again
+        return 0.0
+
+    async def _leave(self, indicator: Indicator, exc: AdapterError) -> float:
+        """The bot cannot be called any more. What is shown is left to the next owner, unless the bot is gone."""
+        log.info("typing.left", bot=indicator.bot, reason=exc.reason, lit=indicator.lit)
+        _fail(indicator.shows, exc)
+        _fail(indicator.hides, exc)
+        if not indicator.lit or exc.reason == "not_bound":
+            await self._erase(indicator)
+        indicator.wanted = indicator.lit = indicator.recorded = False
+        return 0.0
+
+    # the record -------------------------------------------------------------------------------------
+
+    def _key(self, indicator: Indicator) -> str:
+        return f"{self._shard}.{peer_key(indicator.bot, indicator.user)}"
+
+    async def _record(self, indicator: Indicator) -> None:
+        """Writes down that it may be shown, unless that is written. Raises Temporary."""
+        if indicator.recorded:
+            return
+        sandbox = indicator.binding.sandbox if indicator.binding else ""
+        value = msgspec.json.encode(Typing(sandbox=sandbox, since_ms=self._needs.clock.now_ms()))
+        bucket, key = self._needs.bucket, self._key(indicator)
+        while not indicator.recorded:
+            entry = await bucket.get(key)
+            try:
+                await bucket.update(key, value, entry.revision if entry else 0)
+            except Conflict:
+                continue
+            except BusRefused as exc:
+                raise Temporary("bus_refused", exc.detail) from exc
+            indicator.recorded = True
+
+    async def _erase(self, indicator: Indicator) -> None:
+        """Deletes the record once nothing is shown: the next owner has nothing to hide."""
+        if not indicator.recorded:
+            return
+        try:
+            await self._needs.bucket.delete(self._key(indicator))
+        except BusRefused as exc:
+            log.warning("typing.unerased", bot=indicator.bot, detail=exc.detail[:200])
+        indicator.recorded = False
+
+
+def _done(waiting: list[asyncio.Future[None]]) -> None:
+    for taken in waiting:
+        if not taken.done():
+            taken.set_result(None)
+    waiting.clear()
+
+
+def _fail(waiting: list[asyncio.Future[None]], exc: AdapterError) -> None:
+    for taken in waiting:
+        if not taken.done():
+            taken.set_exception(exc)
+    waiting.clear()

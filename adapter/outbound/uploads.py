@@ -1,0 +1,145 @@
+"""Media of a command on their way to the CDN: from the object store or the command itself, measured, then sent."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections import OrderedDict
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from functools import partial
+from typing import NamedTuple
+
+from adapter.errors import AdapterError, Refused, Temporary, Unreadable
+from adapter.media import HEAD, file_name, identify
+from adapter.outbound.commands import MediaPart
+from adapter.ports import Account, Cdn, MediaKind, Objects, Uploaded
+from adapter.timing import Clock
+
+READY_KEPT = 1000
+"""Uploads that are remembered for a repeat of their request."""
+READY_S = 3600.0
+"""How long an upload is good for a repeat of its request: how long iLink's references live is not known (9.1)."""
+PIECE = 64 * 1024
+
+Read = Callable[[], AsyncIterator[bytes]]
+Watched = Callable[[], AsyncGenerator[bytes, None]]
+
+
+class StoreAway(Temporary):
+    """The object store cannot be read now; the CDN is not at fault."""
+
+
+class _Measured(NamedTuple):
+    size: int
+    md5: str
+    head: bytes
+
+
+class Uploads:
+    """Brings the media of parts to the CDN, each once per request as long as this process lives."""
+
+    def __init__(self, cdn: Cdn, objects: Objects, clock: Clock, *, max_bytes: int) -> None:
+        self._cdn = cdn
+        self._objects = objects
+        self._clock = clock
+        self._max_bytes = max_bytes
+        self._ready: OrderedDict[tuple[str, str], tuple[float, Uploaded]] = OrderedDict()
+
+    async def bring(self, ident: str, part: MediaPart, account: Account, user: str) -> Uploaded:
+        """The part's media, ready to be named in a message. `ident`: the request's client_id.
+
+        Raises Refused("media"), SessionExpired, StoreAway, Temporary (iLink could not be reached).
+        """
+        key = (account.bot, ident)
+        known = self._ready.get(key)
+        if known is not None and self._clock.monotonic() < known[0] + READY_S:
+            return known[1]
+        uploaded = await self._upload(part, account, user)
+        now = self._clock.monotonic()
+        self._ready.pop(key, None)
+        self._ready[key] = (now, uploaded)
+        while len(self._ready) > READY_KEPT or next(iter(self._ready.values()))[0] + READY_S <= now:
+            self._ready.popitem(last=False)
+        return uploaded
+
+    async def _upload(self, part: MediaPart, account: Account, user: str) -> Uploaded:
+        problems: list[Temporary | Unreadable] = []
+        read = _watched(await self._source(part), problems)
+        try:
+            measured = await self._measure(read)
+            found = identify(measured.head, part.name)
+            return await self._cdn.upload(
+                account,
+                user=user,
+                kind=_sent_as(part, found.mime),
+                name=part.name or file_name(found.mime.partition("/")[0], found.suffix),
+                size=measured.size,
+                md5=measured.md5,
+                read=read,
+            )
+        except AdapterError as exc:
+            match problems:
+                case [Temporary() as problem, *_]:
+                    raise StoreAway(problem.reason, problem.detail) from exc
+                case [Unreadable(), *_]:
+                    raise Refused("media", "The object changed or got damaged while it was read.") from exc
+            raise
+
+    async def _source(self, part: MediaPart) -> Read:
+        """Raises Refused("media"), StoreAway."""
+        if not part.object:
+            self._check_size(len(part.data))
+            return lambda: _pieces(part.data)
+        try:
+            stored = await self._objects.info(part.object)
+        except Temporary as exc:
+            raise StoreAway(exc.reason, exc.detail) from exc
+        if stored is None:
+            raise Refused("media", "There is no such object: it was never stored, or is too old.")
+        self._check_size(stored.size)
+        return partial(self._objects.read, stored)
+
+    async def _measure(self, read: Watched) -> _Measured:
+        """One pass over the bytes. Raises Refused("media"), Temporary, Unreadable."""
+        digest, size, head = hashlib.md5(usedforsecurity=False), 0, b""
+        async with contextlib.aclosing(read()) as pieces:
+            async for piece in pieces:
+                digest.update(piece)
+                size += len(piece)
+                self._check_size(size)
+                if len(head) < HEAD:
+                    head += piece[: HEAD - len(head)]
+        return _Measured(size, digest.hexdigest(), head)
+
+    def _check_size(self, size: int) -> None:
+        if size > self._max_bytes:
+            raise Refused("media", f"too_large: more than {self._max_bytes} bytes are not sent.")
+
+
+def _sent_as(part: MediaPart, mime: str) -> MediaKind:
+    """What a part is sent as: the kind that it names, or a file if its content is no picture or video."""
+    return part.kind if mime.startswith(f"{part.kind}/") else "file"
+
+
+def _watched(read: Read, problems: list[Temporary | Unreadable]) -> Watched:
+    """`read`, its failures noted (who uploads may wrap them), and closed with what reads it."""
+
+    async def watched() -> AsyncGenerator[bytes, None]:
+        problems.clear()
+        pieces = read()
+        try:
+            async for piece in pieces:
+                yield piece
+        except (Temporary, Unreadable) as exc:
+            problems.append(exc)
+            raise
+        finally:
+            if isinstance(pieces, AsyncGenerator):
+                await pieces.aclose()
+
+    return watched
+
+
+async def _pieces(data: bytes) -> AsyncIterator[bytes]:
+    for start in range(0, len(data), PIECE):
+        yield data[start : start + PIECE]

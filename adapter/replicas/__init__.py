@@ -1,0 +1,1 @@
+"""Which replicas live, and what each of them owns."""

@@ -1,0 +1,254 @@
+"""Which shards this replica owns: exactly one owner each, always (design 4; the nine traps of nats.md 4.3).
+
+One renewed key per incarnation of a replica (`membership`), one claim per shard that is written only when the owner
+changes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import hashlib
+
+import msgspec
+import structlog
+
+from adapter.errors import Conflict, LeaseLost, Temporary
+from adapter.metrics import Metrics
+from adapter.names import SHARDS
+from adapter.ports import Entry, Register
+from adapter.records import Claim
+from adapter.replicas.membership import Membership
+from adapter.timing import Clock, first_of, heed
+
+log = structlog.get_logger()
+
+
+@functools.lru_cache(maxsize=8192)  # asked for all shards and members at each look
+def rank(member: str, shard: int) -> bytes:
+    """Rendezvous hashing: the live member with the highest rank should own the shard."""
+    return hashlib.blake2b(f"{member}|{shard}".encode(), digest_size=8).digest()
+
+
+class Leases(Membership):
+    """The shards in `owned` are this replica's while `valid` is true."""
+
+    def __init__(
+        self, members: Register, claims: Register, clock: Clock, metrics: Metrics, *, instance: str, lease_s: float
+    ) -> None:
+        super().__init__(members, clock, metrics, instance=instance, lease_s=lease_s)
+        self.surplus: set[int] = set()
+        """Owned shards that another replica should have: to be handed over by `release`."""
+        self.orphans: set[int] = set()
+        """Shards that no living replica owned when this one last looked."""
+        self._claims = claims
+        self._claim_revisions: dict[int, int] = {}
+        self._unsure: set[int] = set()
+        """Released, but perhaps the write did not land, or lands late: only another write settles it."""
+        self._look = asyncio.Event()
+
+    def check(self, shard: int) -> None:
+        """Raises LeaseLost unless this replica may poll and send for `shard` at this moment."""
+        if shard not in self.owned or not self.valid:
+            raise LeaseLost("lease_lost", f"shard {shard}")
+
+    async def held(self, shard: int, timeout_s: float | None = None) -> None:
+        """Returns once `check` would let it pass, or after `timeout_s` seconds."""
+        await self.changed.until(lambda: self.valid and shard in self.owned, timeout_s)
+
+    async def run(self) -> None:
+        """Joins, renews, claims, until cancelled. Joins anew, as another incarnation, when it was revoked."""
+        while True:
+            await self._join()
+            try:
+                # a task of its own: before Python 3.13 a group that fails as it is cancelled forgets that it was
+                await asyncio.get_running_loop().create_task(self._hold(), name="leases.hold")
+            except* LeaseLost:
+                log.error("lease.revoked", incarnation=self.incarnation, shards=len(self.owned))
+                self._metrics.lease_changes.labels(reason="lost").inc(len(self.owned))
+                self._forget_all()
+            heed()
+
+    async def _hold(self) -> None:
+        """Renews and claims as one incarnation. Raises LeaseLost, in a group."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._renew_forever(), name="leases.renew")
+            group.create_task(self._watch_forever(), name="leases.watch")
+            group.create_task(self._claim_forever(), name="leases.claim")
+
+    def look(self) -> None:
+        """Another replica says that it has given shards back: no need to wait for the next round."""
+        self._look.set()
+
+    async def _claim_forever(self) -> None:
+        while True:
+            try:
+                await self._observe()
+                if self.valid and not self.draining:
+                    self._find_surplus()
+                    claims = {entry.key: entry for entry in await self._claims.entries()}
+                    await self._check_claims(claims)
+                    if len(self.owned) < SHARDS:
+                        await self._claim_free(claims)
+                    else:
+                        self.orphans = set()
+            except Temporary as exc:
+                log.debug("lease.unread", reason=exc.reason)
+            await first_of(self._look, self._rest_s())
+            self._look.clear()
+
+    def _best(self, names: list[str], shard: int) -> str:
+        return max(names, key=lambda name: rank(name, shard), default="")
+
+    def _find_surplus(self) -> None:
+        """What is owned and should be another's, who has lived for a lease: one that flaps moves nothing."""
+        grown = [name for name in self._live if self._seen[name].since - self._since[name] >= self._lease_s]
+        names = [*(name for name in grown if not self._live[name].draining), self.incarnation]
+        surplus = {shard for shard in self.owned if self._best(names, shard) != self.incarnation}
+        if surplus != self.surplus:
+            self.surplus = surplus
+            self.changed.notify()
+
+    async def _check_claims(self, claims: dict[str, Entry]) -> None:
+        """An operator may purge or delete claims, or another hand change them: what is owned is put back, or given
+        up."""
+        gone = []
+        for shard in sorted(self.owned):
+            entry, revision = claims.get(str(shard)), self._claim_revisions[shard]
+            if entry is not None and entry.revision == revision:
+                continue
+            claim = _claim_in(entry)
+            if entry is None or claim is None:
+                gone.append(shard)
+            elif entry.revision > revision and claim.owner != self.incarnation:
+                self._lose(shard)
+        await asyncio.gather(*(self._put_back(shard) for shard in gone))
+
+    async def _put_back(self, shard: int) -> None:
+        mine = msgspec.json.encode(Claim(owner=self.incarnation))
+        try:
+            entry = await self._claims.get(str(shard))  # the reading may be older than our claim
+            if _claim_in(entry) is not None or shard not in self.owned:
+                return
+            revision = await self._claims.write(str(shard), mine, entry.revision if entry else 0)
+        except (Temporary, Conflict):
+            return  # the next round sees whose it is now
+        log.error("claim.restored", shard=shard, detail="Its key was purged, deleted or overwritten.")
+        if shard in self.owned:
+            self._claim_revisions[shard] = revision
+        else:  # given back meanwhile, at a revision that was no more
+            self._unsure.add(shard)
+
+    def _lose(self, shard: int) -> None:
+        """Another replica has the claim: this one stops at once."""
+        log.error("claim.lost", shard=shard)
+        self._metrics.lease_changes.labels(reason="lost").inc()
+        self._drop(shard)
+
+    def _drop(self, shard: int) -> int:
+        """It is this replica's no more; the revision of its claim."""
+        self.owned.discard(shard)
+        self.surplus.discard(shard)
+        self._metrics.shards_owned.set(len(self.owned))
+        self.changed.notify()
+        return self._claim_revisions.pop(shard)
+
+    async def _claim_free(self, claims: dict[str, Entry]) -> None:
+        eligible = [name for name, member in self._live.items() if not member.draining]
+        wanted, orphans = [], set()
+        for shard in range(SHARDS):
+            if shard in self.owned:
+                continue
+            entry = claims.get(str(shard))
+            claim, revision = _claim_in(entry), entry.revision if entry else 0
+            owner = claim.owner if claim else ""
+            if owner not in self._live:
+                orphans.add(shard)
+            if claim is not None:
+                self._absent.pop(f"claim {shard}", None)
+            elif self.others and not self._long_absent(f"claim {shard}"):
+                continue  # purged or deleted, perhaps: its owner puts it back
+            if self._best(eligible, shard) == self.incarnation:
+                if not owner or owner == self.incarnation or await self.is_dead(owner):
+                    wanted.append((shard, owner, revision))
+            elif owner == self.incarnation:  # of a claim, or a release, that landed late
+                await self._free(shard, revision)
+        results = await asyncio.gather(*(self._claim(*item) for item in wanted))
+        self.orphans = orphans - self.owned
+        if any(results):
+            log.info("shards.claimed", claimed=sum(results), owned=len(self.owned))
+            self._metrics.shards_owned.set(len(self.owned))
+            self.changed.notify()
+
+    async def _claim(self, shard: int, owner: str, revision: int) -> bool:
+        if self.draining:
+            return False
+        mine = msgspec.json.encode(Claim(owner=self.incarnation))
+        if owner == self.incarnation and shard not in self._unsure:
+            self._claim_revisions[shard] = revision  # a claim of ours whose answer was lost
+        else:
+            try:
+                self._claim_revisions[shard] = await self._claims.write(str(shard), mine, revision)
+            except (Temporary, Conflict):
+                return False  # somebody was faster, or the answer got lost: the next round sees which
+        self.owned.add(shard)
+        self._unsure.discard(shard)
+        self._metrics.lease_changes.labels(
+            reason="taken" if owner and owner != self.incarnation else "acquired"
+        ).inc()
+        return True
+
+    # leaving --------------------------------------------------------------------------------------
+
+    async def drain(self) -> None:
+        """Tells the others that this replica claims nothing any more."""
+        self.draining = True
+        try:
+            await self._renew()
+        except (Temporary, Conflict, LeaseLost) as exc:
+            log.warning("lease.unrenewed", reason=exc.reason)
+
+    async def release(self, shard: int) -> None:
+        """Gives one shard back, after nothing is sent for it any more; polls that wait end at their boundary."""
+        if shard not in self.owned:
+            return
+        self._unsure.add(shard)  # before the write leaves: until it has an answer the claim may still name us
+        await self._free(shard, self._drop(shard))
+
+    async def _free(self, shard: int, revision: int) -> None:
+        try:
+            await self._claims.write(str(shard), msgspec.json.encode(Claim()), revision)
+        except Conflict:
+            self._unsure.discard(shard)  # an earlier write of ours, or another owner: not ours in any case
+        except Temporary as exc:
+            log.warning("shard.unreleased", shard=shard, reason=exc.reason)
+        else:
+            self._unsure.discard(shard)
+            self._metrics.lease_changes.labels(reason="released").inc()
+
+    async def leave(self) -> None:
+        """Gives the shards that are left and the membership back, after nothing is polled or sent any more."""
+        await asyncio.gather(*(self.release(shard) for shard in sorted(self.owned)))
+        self._forget_all()
+        try:
+            await self._members.write(self.incarnation, None, self._revision)
+        except (Temporary, Conflict) as exc:
+            log.warning("lease.unreleased", reason=exc.reason)
+
+    def _forget_all(self) -> None:
+        self.owned.clear()
+        self.surplus.clear()
+        self._claim_revisions.clear()
+        self._unsure.clear()
+        self._deadline = 0.0
+        self._paused = True
+        self._metrics.shards_owned.set(0)
+        self.changed.notify()
+
+
+def _claim_in(entry: Entry | None) -> Claim | None:
+    """None where there is no claim, not even of nobody: this program deletes none, and writes nothing else there."""
+    try:
+        return msgspec.json.decode(entry.value, type=Claim) if entry and entry.value else None
+    except msgspec.MsgspecError:
+        return None

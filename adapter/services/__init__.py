@@ -1,0 +1,1 @@
+"""What is answered on `wechat.svc`, logins apart."""

@@ -1,0 +1,112 @@
+"""How sandboxes read and bring media: `wechat.svc.media.get.<sandbox>` and `wechat.svc.media.put.<sandbox>`.
+
+Who may publish on the subject of a sandbox may ask for its objects: those whose names begin with `<sandbox>/`. Each
+request stands for itself, so that any replica answers any piece.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from urllib.parse import unquote
+
+import msgspec
+
+from adapter import media
+from adapter.contract import Media, MediaPiece, MediaQuery
+from adapter.errors import BusRefused, Refused, Unreadable
+from adapter.inbound.download import described
+from adapter.metrics import Metrics
+from adapter.names import H_NEXT, H_SHA256, H_SIZE, MAX_SEQ, check_sandbox
+from adapter.ports import Answered, Asked, PartialObjects
+from adapter.services.requests import invalid, read_request
+
+PIECE_MIN, PIECE_MAX = 16 * 1024, 512 * 1024
+"""Pieces of an upload; the last may be shorter. Well below a message's usual limit of 1 MiB."""
+COMPLETING = 4
+"""Uploads that are read back for their digest at once."""
+NAME_MAX = 255
+
+
+class MediaService:
+    """The handlers of media.get and media.put."""
+
+    def __init__(self, objects: PartialObjects, metrics: Metrics, *, max_bytes: int) -> None:
+        self._objects = objects
+        self._metrics = metrics
+        self._max_bytes = max_bytes
+        self._completing = asyncio.Semaphore(COMPLETING)
+
+    async def get(self, asked: Asked) -> Answered:
+        """media.get: a piece of an object. Raises Refused (invalid, not_found), Temporary."""
+        sandbox = check_sandbox(asked.sandbox)
+        query = read_request(asked.data, MediaQuery, self._metrics)
+        if query.after > MAX_SEQ:
+            raise invalid(ValueError("`after` is the header Wechat-Next of the answer before."), self._metrics)
+        if not query.object.startswith(f"{sandbox}/"):
+            raise _absent()
+        stored = await self._objects.info(query.object)
+        if stored is None:
+            raise _absent()
+        try:
+            piece, after = await self._objects.piece(stored, query.after)
+        except Unreadable as exc:
+            raise _absent() from exc
+        headers = {H_SIZE: str(stored.size), H_SHA256: stored.sha256}
+        if after:
+            headers[H_NEXT] = str(after)
+        return Answered(piece, headers)
+
+    async def put(self, asked: Asked) -> Answered:
+        """media.put: takes a piece. Raises Refused("invalid"), Temporary, BusRefused (the store is full)."""
+        sandbox = check_sandbox(asked.sandbox)
+        try:
+            piece = msgspec.convert(asked.headers, MediaPiece, strict=False)
+        except msgspec.ValidationError as exc:
+            raise invalid(exc, self._metrics) from exc
+        name = f"{sandbox}/out/{piece.upload}"
+        end = piece.offset + len(asked.data)
+        self._check_size(piece, len(asked.data), end)
+        try:
+            size = await self._objects.append(name, piece.offset, asked.data)
+            if not piece.last:
+                return _answer(Media(object=name, size=size))
+            if size != end:
+                raise Refused("invalid", "More bytes are there under this id: take another one.")
+            return _answer(await self._complete(name, size, piece))
+        except BusRefused as exc:
+            raise BusRefused(exc.code, f"The media are not stored: {exc.detail}") from exc
+
+    async def _complete(self, name: str, size: int, piece: MediaPiece) -> Media:
+        title = _file_name(piece.name)
+        async with self._completing:
+            stored, head = await self._objects.complete(
+                name,
+                size,
+                sha256=piece.sha256,
+                title=title,
+                mime_of=lambda head: media.identify(head, title).mime,
+            )
+        kind = media.identify(head, title)
+        name = title or media.file_name(kind.mime.partition("/")[0], kind.suffix)
+        return described(stored, kind, name, media.wav_duration_ms(head))
+
+    def _check_size(self, piece: MediaPiece, size: int, end: int) -> None:
+        if end > self._max_bytes:
+            raise Refused("invalid", f"The media exceed {self._max_bytes} bytes.")
+        if size > PIECE_MAX or (size < PIECE_MIN and not piece.last):
+            raise Refused("invalid", f"A piece has {PIECE_MIN} to {PIECE_MAX} bytes, the last one may have less.")
+
+
+def _file_name(encoded: str) -> str:
+    """A file name out of a header: no folders, nothing that cannot be printed."""
+    name = unquote(encoded).replace("\\", "/").rpartition("/")[2]
+    return "".join(c for c in name if c.isprintable())[:NAME_MAX]
+
+
+def _answer(answer: Media) -> Answered:
+    return Answered(msgspec.json.encode(answer), {})
+
+
+def _absent() -> Refused:
+    """The same for what is not there and what belongs to others."""
+    return Refused("not_found", "There is no such object of this sandbox.")

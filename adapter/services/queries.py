@@ -1,0 +1,142 @@
+"""What can be asked over `wechat.svc.*`. Reads, never changes; never answers with a token.
+
+A sandbox asks on a subject of its own, so that the server decides who may; the platform names one in the body.
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import msgspec
+
+from adapter import window
+from adapter.bindings.book import Bindings
+from adapter.contexts import stored_context
+from adapter.contract import BindingsPage, BindingsQuery, Replayed, ReplayPage, ReplayQuery, WindowQuery
+from adapter.errors import Refused
+from adapter.metrics import Metrics
+from adapter.names import MAX_SEQ, Names, check_sandbox
+from adapter.ports import Answered, Asked, Bucket, History
+from adapter.records import Binding
+from adapter.services.requests import read_request
+from adapter.timing import Clock
+
+S = TypeVar("S", WindowQuery, ReplayQuery)
+REPLAY_BYTES = 512 * 1024
+"""A page of a replay stays well below a message's usual limit of 1 MiB."""
+MAX_TIME_MS = 253_402_300_799_999
+"""The last one that has a date: 9999-12-31."""
+
+
+class Queries:
+    """The handlers of the service, by verb."""
+
+    def __init__(
+        self,
+        bindings: Bindings,
+        contexts: Bucket,
+        history: History,
+        names: Names,
+        rules: window.Rules,
+        clock: Clock,
+        metrics: Metrics,
+    ) -> None:
+        self._bindings = bindings
+        self._contexts = contexts
+        self._history = history
+        self._names = names
+        self._rules = rules
+        self._clock = clock
+        self._metrics = metrics
+
+    async def bindings_list(self, data: bytes) -> bytes:
+        """bindings.list"""
+        query = read_request(data, BindingsQuery, self._metrics)
+        found = sorted(
+            (b for b in self._bindings if query.sandbox in (None, b.sandbox) and query.bot in (None, b.bot)),
+            key=lambda binding: binding.bot,
+        )
+        page = [binding for binding in found if binding.bot > query.after][: query.limit]
+        more = bool(page) and page[-1].bot != found[-1].bot
+        return msgspec.json.encode(
+            BindingsPage(bindings=[binding.info() for binding in page], next=page[-1].bot if more else "")
+        )
+
+    async def bindings_get(self, data: bytes) -> bytes:
+        """bindings.get: by bot, or all of a sandbox. Raises Refused("not_bound")."""
+        query = read_request(data, BindingsQuery, self._metrics)
+        if query.bot is None and query.sandbox is None:
+            raise Refused("invalid", "Name a `bot` or a `sandbox`.")
+        found = self._of(query.sandbox, query.bot)
+        return msgspec.json.encode(BindingsPage(bindings=[binding.info() for binding in found]))
+
+    async def window(self, data: bytes) -> bytes:
+        """window: what may be sent to a user now. Raises Refused, Temporary."""
+        return await self._window(_with_sandbox(read_request(data, WindowQuery, self._metrics)))
+
+    async def window_of(self, asked: Asked) -> Answered:
+        """window.<sandbox>: the same, of a user of this sandbox. Raises Refused, Temporary."""
+        return Answered(await self._window(self._read_of(asked, WindowQuery)), {})
+
+    async def replay(self, data: bytes) -> bytes:
+        """replay: a sandbox's inbound messages again, from a sequence or a time. Raises Refused, Temporary."""
+        return await self._replay(_with_sandbox(read_request(data, ReplayQuery, self._metrics)))
+
+    async def replay_of(self, asked: Asked) -> Answered:
+        """replay.<sandbox>: the same, of this sandbox. Raises Refused, Temporary."""
+        return Answered(await self._replay(self._read_of(asked, ReplayQuery)), {})
+
+    async def _window(self, query: WindowQuery) -> bytes:
+        found = [b for b in self._of(query.sandbox, query.bot) if query.user in (None, b.user) or query.bot]
+        if not found:
+            raise _unbound()
+        if len(found) > 1:
+            raise Refused("invalid", "Name the `bot` or `user`: the sandbox has several.")
+        user = query.user or found[0].user
+        context = await stored_context(self._contexts, found[0].bot, user)
+        return msgspec.json.encode(window.shown(context, self._clock.now_ms(), self._rules))
+
+    async def _replay(self, query: ReplayQuery) -> bytes:
+        if query.after > MAX_SEQ or (query.since_ms or 0) > MAX_TIME_MS:
+            raise Refused("invalid", "`after` is a sequence of the stream, `since_ms` a time in milliseconds.")
+        messages: list[Replayed] = []
+        size, more = 0, False
+        inbox = self._names.inbox(query.sandbox or "")
+        async for stored in self._history.read(
+            self._names.stream_in, inbox, after=query.after, since_ms=None if query.after else query.since_ms
+        ):
+            size += len(stored.data)
+            if len(messages) == query.limit or (messages and size > REPLAY_BYTES):
+                more = True
+                break
+            messages.append(Replayed(seq=stored.seq, message=msgspec.Raw(stored.data)))
+        return msgspec.json.encode(ReplayPage(messages=messages, next=messages[-1].seq if more else 0))
+
+    def _of(self, sandbox: str | None, bot: str | None) -> list[Binding]:
+        """What is bound under these names, all that are given. Raises Refused("not_bound")."""
+        one = self._bindings.get(bot) if bot is not None else None
+        found = self._bindings.of_sandbox(sandbox or "") if bot is None else [one] if one else []
+        found = [binding for binding in found if sandbox in (None, binding.sandbox)]
+        if not found:
+            raise _unbound()
+        return found
+
+    def _read_of(self, asked: Asked, kind: type[S]) -> S:
+        """The question, of the sandbox in its subject. Raises Refused("invalid")."""
+        sandbox = check_sandbox(asked.sandbox)
+        query = read_request(asked.data, kind, self._metrics)
+        if query.sandbox not in (None, sandbox):
+            raise Refused("invalid", "The body names another sandbox than the subject.")
+        return msgspec.structs.replace(query, sandbox=sandbox)
+
+
+def _unbound() -> Refused:
+    return Refused("not_bound", "Nothing is bound under that name.")
+
+
+def _with_sandbox(query: S) -> S:
+    """Raises Refused("invalid")."""
+    if query.sandbox is None:
+        raise Refused("invalid", "Name a `sandbox`, or ask on a subject that ends with it.")
+    check_sandbox(query.sandbox)
+    return query
