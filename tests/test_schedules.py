@@ -27,7 +27,7 @@ from adapter.outbound.shard import Shard
 from adapter.ports import Accepted, Entry
 from adapter.records import Binding, Context
 from tests.fakes import LIMITS, RULES, Bench, FakeBucket, FakeChat, FakeDelivery, Life, Sent, VirtualLoop
-from tests.test_handing_over import Command, mortal
+from tests.outbound.test_handing_over import Command, mortal
 
 SCHEDULES = int(os.environ.get("SCHEDULES", "150"))
 SANDBOXES = ["s1", "s2"]

@@ -25,7 +25,7 @@ from adapter.ilink import wire
 from adapter.ilink.translate import content_of, read_message
 from adapter.ports import Fetch, Said
 
-SAMPLES = Path(__file__).parent / "samples"
+SAMPLES = Path(__file__).parents[1] / "samples"
 USER = "o9cq80demoUser@im.wechat"
 BIG = 7497484083968569736
 HELLO = TextItem(text="hello")
