@@ -99,7 +99,7 @@ class Supervisor:
     # what others ask --------------------------------------------------------------------------------
 
     def heard(self, sandbox: str, bot: str, user: str, *, wrote: bool = True) -> None:
-        """A user's message is on the bus (or, not `wrote`, their bot lives again): their lane may go on."""
+        """A user wrote (or, not `wrote`, their bot lives again): their lane may go on."""
         if shard := self._shards.get(shard_of(sandbox)):
             shard.heard(sandbox, bot, user, wrote=wrote)
 

@@ -101,6 +101,8 @@ async def _store(session: Session, polled: Polled, place: Place, needs: Incoming
     last_seq = place.record.last_seq
     if binding is not None and fresh:
         await _remember(session, binding, fresh, needs)
+        for user in dict.fromkeys(said.user for said in fresh):  # also of what waits for media: their window is open
+            needs.heard(binding.sandbox, binding.bot, user)
         last_seq = await _tell(binding, fresh, place, needs)
         took_s = needs.clock.monotonic() - session.answered
         # the objective is about messages, not about batches
@@ -111,9 +113,6 @@ async def _store(session: Session, polled: Polled, place: Place, needs: Incoming
     if place.seen.unkept > max(NEWEST, ANSWERS * len(fresh)):
         record = await retry(lambda: keep_seen(session.bot, record, place.seen, needs), needs)
     revision = await retry(lambda: write_cursor(session.bot, record, place.revision, needs), needs)
-    if binding is not None:
-        for user in dict.fromkeys(said.user for said in fresh):  # also of what waits for media: their window is open
-            needs.heard(binding.sandbox, binding.bot, user)
     session.apart = bool(record.apart)
     return Place(msgspec.structs.replace(record, seen=[]), revision, place.seen)
 
@@ -209,10 +208,10 @@ async def _store_raw(heard: list[Heard], last_seq: int, needs: Incoming) -> int:
         log.error("inbound.raw_refused", bot=one.bot, code=ack.code, detail=ack.detail[:200])
         if waiting is not None:
             await waiting.passed(one.sandbox, one.bot)
+        needs.heard(one.sandbox, one.bot, one.said.user)
         last_seq = max(
             last_seq, await publish([msgspec.structs.replace(one, said=without_media(one.said, "store"))], needs)
         )
-        needs.heard(one.sandbox, one.bot, one.said.user)
     return last_seq
 
 

@@ -180,6 +180,7 @@ class Downloads:
                 heard = msgspec.structs.replace(heard, said=said)
             fenced = self._incoming._replace(fence=partial(self._incoming.leases.check, self.number))
             fenced.check_fence()
+            self._incoming.heard(heard.sandbox, heard.bot, heard.said.user)
             try:
                 await inbox.publish([heard], fenced)
             except LeaseLost:
@@ -188,7 +189,6 @@ class Downloads:
             first.told = True
         await self._forget(first)
         queue.waiters.popleft()
-        self._incoming.heard(first.heard.sandbox, first.heard.bot, first.heard.said.user)
 
     async def _clear(self, queue: Queue) -> None:
         """Drops what is in the inbox already: a crash came between telling it and forgetting it."""

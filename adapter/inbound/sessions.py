@@ -78,7 +78,8 @@ class Incoming(NamedTuple):
     adopt: Callable[[str], None]
     """Called with each bot that this replica begins to poll; see WindowEvents.adopt."""
     heard: Callable[[str, str, str], None]
-    """Called with sandbox, bot and user once a message of the user is on the bus."""
+    """Called with sandbox, bot and user when the user has written, before their message is on the bus: its answer may
+    come at once, and ends what this begins."""
     revived: Callable[[str, str, str], None]
     """Called in the same way once iLink takes the bot's token again."""
     waiting: Callable[[str], Awaitable[Waiting | None]]

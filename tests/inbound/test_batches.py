@@ -54,19 +54,24 @@ async def test_the_newest_token_is_there_before_the_sandbox_can_answer() -> None
     assert len(bench.bus.inbound()) == 3
 
 
+async def test_the_lane_knows_that_the_user_wrote_before_the_sandbox_can_answer() -> None:
+    """Else typing that begins with the message would be shown after an answer that came at once."""
+    bench = await ready(batch(raw()))
+
+    async def look(message: Message) -> None:
+        assert bench.heard == [("s1", BOT, USER)]
+
+    bench.bus.on_publish = look
+    await polls(bench)
+    assert texts(bench) == ["hello"]
+
+
 async def test_who_watches_the_windows_is_asked_to_look_once_the_window_is_stored() -> None:
     bench = await ready(batch(raw(), raw("more", 2)))
     seen: list[str] = []
     bench.look = lambda peer: seen.append(f"{peer.user} {bench.context().inbound_id == peer.context.inbound_id}")
     await polls(bench)
     assert seen == [f"{USER} True"]
-
-
-async def test_the_lanes_are_told_after_the_cursor() -> None:
-    bench = await ready(batch(raw()))
-    heard: list[str] = []
-    await polls(bench, heard=lambda *who: heard.append(bench.cursor().cursor))
-    assert heard == ["b"]
 
 
 async def test_the_order_in_a_batch_is_ilinks_whatever_seq_and_time_say() -> None:
