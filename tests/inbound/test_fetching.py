@@ -181,8 +181,8 @@ async def test_once_nothing_waits_messages_go_the_short_way_again() -> None:
 
 
 async def test_the_lanes_are_told_at_once_and_again_before_the_message_is_on_the_bus() -> None:
-    """What is parked need not wait for a picture; typing is shown when the sandbox reads, and ends with an answer that
-    comes at once."""
+    """What is parked need not wait for a picture; typing is shown when the sandbox reads, and ends with an
+    answer that comes at once."""
     bench = await ready(batch(image(1), words(2)))
     gate = asyncio.Event()
     bench.cdn.has("p1", gate, PNG)
