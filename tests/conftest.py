@@ -25,7 +25,7 @@ from adapter.inbound.sessions import Session
 from adapter.jetstream.client import BusClient
 from tests import canary
 from tests.fakes import Bench, VirtualLoop
-from tests.pollers import Poller, tended
+from tests.inbound.pollers import Poller, tended
 
 canary.mark()
 

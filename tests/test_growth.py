@@ -28,10 +28,10 @@ from adapter.ports import Account
 from adapter.replicas.membership import DEAD_KEPT
 from tests.fakes import GAP_S, Bench, Wire
 from tests.growth import tables
+from tests.outbound.shards import BOT, USER, outcomes, user_writes
 from tests.outbound.test_window_events import HOUR, watching
 from tests.outbound.test_window_events import user_writes as user_writes_to_windows
 from tests.replicas.test_leases import LEASE_S, Cluster
-from tests.shards import BOT, USER, outcomes, user_writes
 
 VIRTUAL_TIME = True
 

@@ -13,7 +13,7 @@ from adapter.errors import Temporary
 from adapter.inbound.sessions import Session
 from adapter.ports import Account, Entry, Polled
 from tests.fakes import Bench, batch, ready
-from tests.pollers import BOT, STALE, USER, Poller, raw, tended, texts
+from tests.inbound.pollers import BOT, STALE, USER, Poller, raw, tended, texts
 
 VIRTUAL_TIME = True
 

@@ -17,7 +17,7 @@ from adapter.inbound.sessions import Session
 from adapter.names import H_MSG_ID, peer_key
 from adapter.ports import Message, Polled
 from tests.fakes import EPOCH_MS, Bench, batch, ready, settle
-from tests.pollers import BOT, USER, Poller, polls, raw, tended, texts
+from tests.inbound.pollers import BOT, USER, Poller, polls, raw, tended, texts
 
 VIRTUAL_TIME = True
 

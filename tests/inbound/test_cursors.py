@@ -19,7 +19,7 @@ from adapter.ports import Entry, Message
 from adapter.records import Context, Cursor
 from adapter.seal import Sealer, cursor_context
 from tests.fakes import Bench, EndOfScript, Failing, FakeBus, FakeLeases, batch, ready, settle
-from tests.pollers import BOT, KEY, USER, Poller, polls, raw, tended, texts
+from tests.inbound.pollers import BOT, KEY, USER, Poller, polls, raw, tended, texts
 
 VIRTUAL_TIME = True
 

@@ -24,7 +24,7 @@ from adapter.ports import Account, Message, Polled, Said
 from adapter.records import Cursor
 from adapter.timing import Pace, Turns
 from tests.fakes import FakeClock, Rounds, batch, ready, settle
-from tests.pollers import BOT, KEY, STALE, Poller, polls, raw, tended, texts
+from tests.inbound.pollers import BOT, KEY, STALE, Poller, polls, raw, tended, texts
 
 VIRTUAL_TIME = True
 

@@ -16,7 +16,7 @@ from adapter.names import shard_of
 from adapter.outbound.shard import Shard
 from adapter.ports import Accepted
 from tests.fakes import GAP_S, RULES, Bench, Failing
-from tests.shards import BOT, STALE, THROTTLED, TIMEOUT, USER, finals, outcomes, parked, ready, user_writes
+from tests.outbound.shards import BOT, STALE, THROTTLED, TIMEOUT, USER, finals, outcomes, parked, ready, user_writes
 
 VIRTUAL_TIME = True
 

@@ -15,7 +15,7 @@ from adapter.outbound.settling import GONE_S
 from adapter.outbound.shard import Shard
 from adapter.ports import Accepted
 from tests.fakes import GAP_S, RULES, Bench, Failing, FakeDelivery, VirtualLoop
-from tests.shards import BOT, USER, finals, outcomes, parked, ready, user_writes
+from tests.outbound.shards import BOT, USER, finals, outcomes, parked, ready, user_writes
 
 VIRTUAL_TIME = True
 

@@ -7,7 +7,7 @@ import asyncio
 from adapter.errors import BusRefused
 from adapter.outbound.settling import GONE_S
 from tests.fakes import LIMITS, RULES
-from tests.shards import THROTTLED, finals, outcomes, parked, ready, user_writes
+from tests.outbound.shards import THROTTLED, finals, outcomes, parked, ready, user_writes
 
 VIRTUAL_TIME = True
 

@@ -20,7 +20,7 @@ from adapter.outbound.shard import Shard
 from adapter.ports import Accepted, Message, Stored
 from adapter.records import Hand
 from tests.fakes import GAP_S, LIMITS, Bench, Sent
-from tests.shards import BOT, USER, finals, outcomes, parked, ready, user_writes
+from tests.outbound.shards import BOT, USER, finals, outcomes, parked, ready, user_writes
 
 VIRTUAL_TIME = True
 

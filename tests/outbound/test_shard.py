@@ -22,7 +22,7 @@ from adapter.ports import Accepted, Message, Stored
 from adapter.records import Hand
 from adapter.timing import Turns
 from tests.fakes import GAP_S, LIMITS, Bench, Failing, FakeBus, FakeDelivery, Rounds, settle
-from tests.shards import BOT, THROTTLED, TIMEOUT, USER, finals, outcomes, parked, ready, user_writes
+from tests.outbound.shards import BOT, THROTTLED, TIMEOUT, USER, finals, outcomes, parked, ready, user_writes
 
 VIRTUAL_TIME = True
 

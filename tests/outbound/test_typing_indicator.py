@@ -18,7 +18,7 @@ from adapter.outbound.typing_indicator import HIDES, RENEW_S
 from adapter.outbound.typing_tickets import TICKET_S
 from adapter.records import Binding
 from tests.fakes import Bench, settle
-from tests.shards import BOT, USER, outcomes, parked, user_writes
+from tests.outbound.shards import BOT, USER, outcomes, parked, user_writes
 
 VIRTUAL_TIME = True
 

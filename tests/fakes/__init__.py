@@ -1,0 +1,38 @@
+"""The ports in memory, by what they stand for, and a replica's core around them. Tests import them from here."""
+
+from tests.fakes.bench import GAP_S, LIMITS, MEDIA_BYTES, RULES, Bench, ready
+from tests.fakes.bus import Failing, FakeBucket, FakeBus, FakeDelivery
+from tests.fakes.clock import EPOCH_MS, FakeClock, Rounds, VirtualLoop, settle
+from tests.fakes.ilink import EndOfScript, FakeChat, FakeLogins, Sent, Wire, batch, raw_message
+from tests.fakes.media import Carried, FakeCdn, FakeObjects
+from tests.fakes.replicas import FakeLeases, Life
+
+__all__ = [
+    "EPOCH_MS",
+    "GAP_S",
+    "LIMITS",
+    "MEDIA_BYTES",
+    "RULES",
+    "Bench",
+    "Carried",
+    "EndOfScript",
+    "Failing",
+    "FakeBucket",
+    "FakeBus",
+    "FakeCdn",
+    "FakeChat",
+    "FakeClock",
+    "FakeDelivery",
+    "FakeLeases",
+    "FakeLogins",
+    "FakeObjects",
+    "Life",
+    "Rounds",
+    "Sent",
+    "VirtualLoop",
+    "Wire",
+    "batch",
+    "raw_message",
+    "ready",
+    "settle",
+]

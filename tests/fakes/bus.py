@@ -1,0 +1,289 @@
+"""The bus in memory: streams, buckets, what a consumer delivers, and what is told without storage."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import NamedTuple
+
+import msgspec
+
+from adapter.contract import BindingEvent, Inbound, Receipt
+from adapter.errors import BusRefused, Conflict, Temporary
+from adapter.names import H_MSG_ID, Names
+from adapter.ports import Entry, Message, PubAck, Stored
+from tests.fakes.clock import FakeClock
+
+
+class Kept(NamedTuple):
+    """A message in a stream of FakeBus."""
+
+    stream: str
+    stored: Stored
+    time_ms: int
+
+
+class FakeBus:
+    """Implements Bus and History: streams in memory, with the server's rules about ids and order."""
+
+    def __init__(self, names: Names, clock: FakeClock) -> None:
+        self.kept: list[Kept] = []
+        self.writes: list[str] = []
+        """What was stored, in order: labels of streams and buckets."""
+        self.refuse: Callable[[Message], BusRefused | None] = lambda message: None
+        self.on_publish: Callable[[Message], Awaitable[None]] | None = None
+        """Awaited before a message is stored: to let something happen meanwhile, or to fail."""
+        self.on_delete: Callable[[], Awaitable[None]] | None = None
+        """Awaited before a message is deleted."""
+        self.erased: list[tuple[str, int]] = []
+        """Stream and sequence of what was deleted so that the disk does not hold it."""
+        self.unreadable = 0
+        """So many more reads fail."""
+        self.read_back = 0
+        """Messages read since the start."""
+        self._names = names
+        self._clock = clock
+        self._ids: dict[tuple[str, str], int] = {}
+        self._seqs: dict[str, int] = {}
+
+    # Bus
+
+    async def publish(self, message: Message) -> PubAck:
+        (ack,) = await self.publish_all([message])
+        if isinstance(ack, BusRefused):
+            raise ack
+        return ack
+
+    async def publish_all(self, messages: Sequence[Message]) -> list[PubAck | BusRefused]:
+        await asyncio.sleep(0)
+        acks: list[PubAck | BusRefused] = []
+        for message in messages:
+            if self.on_publish is not None:
+                await self.on_publish(message)
+            if message.fence is not None:
+                message.fence()
+            acks.append(self.refuse(message) or self._store(message))
+        return acks
+
+    def _store(self, message: Message) -> PubAck:
+        stream = self.stream_of(message.subject)
+        ident = message.headers.get(H_MSG_ID, "")
+        if ident and (known := self._ids.get((stream, ident))):
+            return PubAck(stream=stream, seq=known, duplicate=True)
+        return PubAck(stream=stream, seq=self.put(message.subject, message.payload, message.headers, message.stream))
+
+    def put(self, subject: str, payload: bytes, headers: dict[str, str], label: str = "") -> int:
+        """Stores a message as the server would; its sequence."""
+        stream = self.stream_of(subject)
+        seq = self._seqs[stream] = self._seqs.get(stream, 0) + 1
+        if ident := headers.get(H_MSG_ID, ""):
+            self._ids[stream, ident] = seq
+        now_ms = self._clock.now_ms()
+        self.kept.append(Kept(stream, Stored(subject, seq, headers, payload, now_ms), now_ms))
+        self.writes.append(label)
+        return seq
+
+    def stream_of(self, subject: str) -> str:
+        kind = subject.removeprefix(f"{self._names.prefix}.").partition(".")[0]
+        return f"{self._names.prefix.upper()}_{'IN' if kind == 'inbox' else kind.upper()}"
+
+    # History
+
+    async def read(
+        self, stream: str, subject: str, *, after: int = 0, since_ms: int | None = None, most: int | None = None
+    ) -> AsyncIterator[Stored]:
+        await asyncio.sleep(0)
+        left = len(self.kept) if most is None else most
+        if self.unreadable:
+            self.unreadable -= 1
+            raise Temporary("bus_down")
+        for kept in list(self.kept):
+            found = kept.stored
+            late = kept.time_ms >= since_ms if since_ms is not None else found.seq > after
+            if left and kept.stream == stream and late and matches(subject, found.subject):
+                left -= 1
+                self.read_back += 1
+                yield found
+
+    async def last(self, stream: str, subject: str) -> Stored | None:
+        found = [stored async for stored in self.read(stream, subject)]
+        return found[-1] if found else None
+
+    async def counts(self, stream: str, subject: str) -> dict[str, int]:
+        found: dict[str, int] = {}
+        async for stored in self.read(stream, subject):
+            found[stored.subject] = found.get(stored.subject, 0) + 1
+        return found
+
+    async def delete(self, stream: str, seq: int, *, erase: bool = False) -> None:
+        await asyncio.sleep(0)
+        if erase:
+            self.erased.append((stream, seq))
+        if self.on_delete is not None:
+            await self.on_delete()
+        self.kept = [kept for kept in self.kept if (kept.stream, kept.stored.seq) != (stream, seq)]
+
+    # for tests
+
+    def forget_ids(self) -> None:
+        """The window against duplicates has passed."""
+        self._ids.clear()
+
+    def found(self, kind: str) -> list[Stored]:
+        """What a stream holds: IN, EVENT, PARKED, DEAD, OUT."""
+        stream = f"{self._names.prefix.upper()}_{kind}"
+        return [kept.stored for kept in self.kept if kept.stream == stream]
+
+    def inbound(self) -> list[Inbound]:
+        return [msgspec.json.decode(stored.data, type=Inbound) for stored in self.found("IN")]
+
+    def receipts(self) -> list[Receipt]:
+        return [
+            msgspec.json.decode(stored.data, type=Receipt)
+            for stored in self.found("EVENT")
+            if stored.subject.endswith(".receipt")
+        ]
+
+    def events(self) -> list[BindingEvent]:
+        return [
+            msgspec.json.decode(stored.data, type=BindingEvent)
+            for stored in self.found("EVENT")
+            if stored.subject.endswith(".binding")
+        ]
+
+
+def matches(pattern: str, subject: str) -> bool:
+    wanted, found = pattern.split("."), subject.split(".")
+    return len(wanted) == len(found) and all(a in ("*", b) for a, b in zip(wanted, found, strict=True))
+
+
+class FakeBucket:
+    """Implements Bucket. `label` is what it writes into the bus's journal."""
+
+    def __init__(self, label: str = "", journal: list[str] | None = None) -> None:
+        self.entries: dict[str, Entry] = {}
+        self.label = label
+        self.journal = [] if journal is None else journal
+        self.answers_lost = 0
+        """So many more writes are stored and then refused as if somebody else had written: the answer got lost,
+        and the repeat of the publisher met the first one. The bucket knows its own updates again."""
+        self.on_write: Callable[[str], Awaitable[None]] | None = None
+        """Awaited before a write."""
+        self._revision = 0
+        self._followers: list[Callable[[Entry], None]] = []
+
+    async def get(self, key: str) -> Entry | None:
+        await asyncio.sleep(0)
+        return self.entries.get(key)
+
+    async def below(self, first: str) -> list[Entry]:
+        await asyncio.sleep(0)
+        found = [entry for key, entry in self.entries.items() if key.startswith(f"{first}.")]
+        return [entry for entry in found if entry.value is not None]
+
+    async def update(self, key: str, value: bytes, revision: int) -> int:
+        try:
+            return await self._write(key, value, revision)
+        except Conflict:
+            entry = await self.get(key)
+            if entry is not None and entry.value == value:
+                return entry.revision
+            raise
+
+    async def delete(self, key: str, revision: int | None = None) -> int:
+        return await self._write(key, None, revision)
+
+    async def _write(self, key: str, value: bytes | None, revision: int | None) -> int:
+        await asyncio.sleep(0)
+        if self.on_write is not None:
+            await self.on_write(key)
+        known = self.entries.get(key)
+        if revision is not None and revision != (known.revision if known else 0):
+            raise Conflict(10071, "wrong last sequence")
+        written = self.put(key, value)
+        if self.answers_lost:
+            self.answers_lost -= 1
+            raise Conflict(10071, "wrong last sequence")
+        return written
+
+    def put(self, key: str, value: bytes | None) -> int:
+        """Writes as somebody else would; the revision."""
+        self._revision += 1
+        entry = self.entries[key] = Entry(key, value, self._revision)
+        self.journal.append(self.label)
+        for follower in self._followers:
+            follower(entry)
+        return self._revision
+
+    async def follow(
+        self,
+        on_entry: Callable[[Entry], None],
+        *,
+        on_loaded: Callable[[], None] | None = None,
+        on_missing: Callable[[str, bool], Awaitable[bool]] | None = None,
+    ) -> None:
+        self._followers.append(on_entry)
+        for entry in list(self.entries.values()):
+            on_entry(entry)
+        if on_loaded is not None:
+            on_loaded()
+        await asyncio.Event().wait()
+
+
+class FakeDelivery:
+    """Implements Delivery."""
+
+    def __init__(
+        self,
+        subject: str,
+        data: bytes,
+        *,
+        seq: int,
+        time_ms: int,
+        headers: dict[str, str] | None = None,
+        suspect: bool = False,
+    ) -> None:
+        self.subject = subject
+        self.data = data
+        self.headers = headers or {}
+        self.seq = seq
+        self.time_ms = time_ms
+        self.suspect = suspect
+        self.acks = 0
+
+    async def ack(self) -> None:
+        await asyncio.sleep(0)
+        self.acks += 1
+
+    def again(self) -> FakeDelivery:
+        """The same, once more: its ack got lost, or its consumer was reset."""
+        return FakeDelivery(
+            self.subject, self.data, seq=self.seq, time_ms=self.time_ms, headers=self.headers, suspect=True
+        )
+
+
+class FakeTeller:
+    """Implements Teller."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[str, bytes, dict[str, str]]] = []
+        self.durables: list[str] = []
+
+    async def tell(self, subject: str, payload: bytes, headers: dict[str, str]) -> None:
+        self.told.append((subject, payload, headers))
+
+    async def make_durable(self, sandbox: str) -> None:
+        self.durables.append(sandbox)
+
+
+class Failing:
+    """Raises `problem` so many times, and does nothing from then on: for the `on_…` of a fake."""
+
+    def __init__(self, times: int, problem: Exception) -> None:
+        self.left = times
+        self._problem = problem
+
+    async def __call__(self, *_: object) -> None:
+        if self.left:
+            self.left -= 1
+            raise self._problem

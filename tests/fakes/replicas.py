@@ -1,0 +1,69 @@
+"""Replicas: what one is told to own, and whether it goes on."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+
+from adapter.errors import LeaseLost
+from adapter.names import SHARDS
+from adapter.replicas.leases import Leases
+from adapter.timing import Latch
+
+
+class FakeLeases(Leases):
+    """A replica that owns what it is told to own."""
+
+    def __init__(self, incarnation: str = "me-1", owned: Iterable[int] = range(SHARDS)) -> None:
+        self.owned = set(owned)
+        self.changed = Latch()
+        self.incarnation = incarnation
+        self.is_valid = True
+        self.is_alone = True
+        self.surplus = set()
+        self.orphans = set()
+        self.departures = 0
+        self.proven_dead: set[str] = set()
+        self.asked_dead = 0
+        """How often somebody asked whether an incarnation is dead."""
+
+    @property
+    def valid(self) -> bool:
+        return self.is_valid
+
+    @property
+    def alone(self) -> bool:
+        return self.is_alone
+
+    def check(self, shard: int) -> None:
+        if shard not in self.owned or not self.valid:
+            raise LeaseLost("lease_lost", f"shard {shard}")
+
+    async def is_dead(self, incarnation: str) -> bool:
+        await asyncio.sleep(0)
+        self.asked_dead += 1
+        return incarnation in self.proven_dead
+
+
+class Life:
+    """Whether a replica goes on: what it asks of the world gets through, and answers reach it, only then.
+
+    Its clock goes on, too, as that of a process that is stopped.
+    """
+
+    def __init__(self) -> None:
+        self._going = asyncio.Event()
+        self._going.set()
+
+    def stop(self) -> None:
+        self._going.clear()
+
+    def go_on(self) -> None:
+        self._going.set()
+
+    @property
+    def is_going(self) -> bool:
+        return self._going.is_set()
+
+    async def goes_on(self) -> None:
+        await self._going.wait()
