@@ -16,6 +16,7 @@ from adapter.ilink import protocol, urls
 from adapter.ilink.cipher import BLOCK, KEY_BYTES, Decryption, Encryption, cipher_size
 from adapter.ilink.client import ILink
 from adapter.ilink.network import CONNECT_S, KEPT_S, CheckedNetwork, checked
+from adapter.ilink.unpack import PLAIN
 from adapter.metrics import Metrics
 from adapter.ports import Account, Fetch, MediaKind, Uploaded
 
@@ -135,7 +136,8 @@ class CdnClient:
                 if response.status_code == 429 or response.status_code >= 500:
                     reason = "http_5xx" if response.status_code >= 500 else "http_4xx"
                     raise Temporary(reason, f"HTTP {response.status_code} from the CDN")
-                if response.status_code != 200 or "content-encoding" in response.headers:
+                packed = response.headers.get("content-encoding", "").strip().lower() not in PLAIN
+                if response.status_code != 200 or packed:
                     raise Refused("unavailable", f"HTTP {response.status_code} from the CDN")
                 if "transfer-encoding" not in response.headers:  # beside chunks it does not count (RFC 9112, 6.3)
                     self._check_length(response.headers.get("content-length", ""), encrypted=encrypted)

@@ -16,6 +16,7 @@ from adapter.errors import Refused
 
 BLOCK = 16
 KEY_BYTES = 16
+_URL_SAFE = str.maketrans("-_", "+/")
 _HEX_KEY = re.compile(r"[0-9a-fA-F]{32}")
 
 
@@ -61,7 +62,8 @@ def read_key(aes_key: str | None, hex_key: str | None = None) -> bytes | None:
     """The key of inbound media; None where there is none, so that the bytes are plain.
 
     `hex_key` is `image_item.aeskey`, preferred; `aes_key` is `media.aes_key`: base64 of the 16 bytes or of their hex
-    text. Raises Refused("corrupt") where no form fits.
+    text, in either alphabet and with or without padding, as Node takes it, on which the official client runs. Raises
+    Refused("corrupt") where no form fits.
     """
     if hex_key and _HEX_KEY.fullmatch(hex_key):
         return bytes.fromhex(hex_key)
@@ -70,7 +72,8 @@ def read_key(aes_key: str | None, hex_key: str | None = None) -> bytes | None:
             return None
         raise _unreadable()
     try:
-        raw = base64.b64decode(aes_key.strip(), validate=True)
+        text = aes_key.strip().translate(_URL_SAFE).rstrip("=")
+        raw = base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
         key = raw if len(raw) == KEY_BYTES else bytes.fromhex(_hex_text(raw))
     except (binascii.Error, ValueError):
         raise _unreadable() from None

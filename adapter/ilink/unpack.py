@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 
 _GZIP, _ZLIB, _BARE = 31, 15, -15
-_PLAIN = ("", "identity", "none", "utf-8")
+PLAIN = ("", "identity", "none", "utf-8")
 """Not packed. The last two are no encodings, but servers are seen to say so, and browsers to overlook it."""
 
 
@@ -23,14 +23,14 @@ class Unpacker:
         self._raw = b""
         """The first bytes of a deflate, as long as nobody knows whether it has zlib's head (RFC 9110, 8.4.1.2)."""
         self._encoding = encoding.strip().lower()
-        if self._encoding not in (*_PLAIN, "gzip", "x-gzip", "deflate"):
+        if self._encoding not in (*PLAIN, "gzip", "x-gzip", "deflate"):
             raise PackedBadly("The answer is packed in a way that was not asked for.")
         self._work = zlib.decompressobj(_GZIP) if "gzip" in self._encoding else None
 
     def feed(self, piece: bytes) -> bytes:
         """What these bytes stand for."""
         self._begun = self._begun or bool(piece)
-        if self._encoding in _PLAIN:
+        if self._encoding in PLAIN:
             return self._counted(piece)
         if self._work is None:
             self._raw += piece
@@ -48,7 +48,7 @@ class Unpacker:
 
     def finish(self) -> None:
         """The answer has ended: what is packed in it must have, too."""
-        packed = self._begun and self._encoding not in _PLAIN
+        packed = self._begun and self._encoding not in PLAIN
         if packed and (self._work is None or not self._work.eof):
             raise PackedBadly("The packed answer ends early.")
 

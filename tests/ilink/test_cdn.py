@@ -269,6 +269,11 @@ async def test_a_redirect_is_not_followed(rig: Rig) -> None:
     assert not followed.is_set()
 
 
+async def test_bytes_that_are_said_not_to_be_packed_are_taken(rig: Rig) -> None:
+    serve = answering("HTTP/1.1 200 OK\nContent-Encoding: Identity\nContent-Length: 5", b"plain")
+    assert await fetch_from(rig, serve) == b"plain"
+
+
 async def test_packed_bytes_are_not_unpacked(rig: Rig) -> None:
     packed = gzip.compress(bytes(100 * LARGEST))
     serve = answering(f"HTTP/1.1 200 OK\nContent-Encoding: gzip\nContent-Length: {len(packed)}", packed)

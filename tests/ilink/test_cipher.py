@@ -13,6 +13,7 @@ from adapter.ilink.cipher import Decryption, Encryption, cipher_size, read_key, 
 from tests.simulator.plain_aes import encrypt
 
 KEY = bytes.fromhex("00112233445566778899aabbccddeeff")
+ODD = b"\xfb\xff" * 8
 RAW = "ABEiM0RVZneImaq7zN3u/w=="
 LONG = "MDAxMTIyMzM0NDU1NjY3Nzg4OTlhYWJiY2NkZGVlZmY="
 VECTORS = [
@@ -76,6 +77,9 @@ def test_what_cannot_be_decrypted_is_corrupt(data: bytes) -> None:
         pytest.param(None, KEY.hex().upper(), KEY, id="upper"),
         pytest.param(RAW, None, KEY, id="raw"),
         pytest.param(LONG, "", KEY, id="long"),
+        pytest.param(RAW.rstrip("="), None, KEY, id="raw_unpadded"),
+        pytest.param(LONG.rstrip("="), None, KEY, id="long_unpadded"),
+        pytest.param(base64.urlsafe_b64encode(ODD).decode(), None, ODD, id="other_alphabet"),
         pytest.param(base64.b64encode(bytes(16)).decode(), KEY.hex(), KEY, id="hex_preferred"),
         pytest.param(LONG, "not hex", KEY, id="the_other_one"),
         pytest.param(None, None, None, id="none"),
