@@ -18,6 +18,7 @@ from adapter.ilink.urls import PLAIN_URL, URL_CHARS
 from adapter.logs import HIDDEN, hide_secrets
 from adapter.mending import as_utf8, without_controls, without_halves
 from adapter.ports import Accepted, MediaKind, Polled, QrCode, Scan, ScanStatus, Uploaded
+from adapter.quotes import as_id
 
 AGENT = f"wechat-nats/{__version__}"
 CHANNEL_VERSION = "2.4.9"
@@ -44,6 +45,8 @@ HOLD_RANGE_MS = (5_000, 60_000)
 
 IDLE_S = 1.0
 """What is answered sooner was not idle."""
+LATE_S = 10.0
+"""An answer without content that comes later in a poll says that there was nothing to tell."""
 EDGE_TIMEOUT = 524
 GATEWAY_ERRORS = (502, 504)
 """The request may have reached iLink behind the gateway."""
@@ -236,15 +239,18 @@ def hold_ms(hint: object) -> int:
 def read_updates(reply: Reply, *, polled_s: float) -> Polled:
     """Raises SessionExpired (-14), and Temporary for the rest: a poll may always be repeated.
 
-    524 late in a poll is the edge's way to say "nothing yet" (10.4): an empty answer. `polled_s`: its length.
+    524 late in a poll is the edge's way to say "nothing yet" (10.4), and so is an empty body, which all clients
+    tolerate (2.5): an empty answer. `polled_s`: its length.
     """
     _check_words(reply)
     if reply.status == EDGE_TIMEOUT:
-        if polled_s >= 10:
+        if polled_s >= LATE_S:
             return Polled([], None, HOLD_MS)
         raise Temporary("http_5xx", "524 from the edge")
     _check_status(reply)
     if not reply.body.strip():
+        if polled_s >= LATE_S:
+            return Polled([], None, HOLD_MS)
         raise Temporary("unreadable", "empty answer")
     updates = _read(reply, wire.Updates)
     match updates.code:
@@ -281,7 +287,7 @@ def read_sent(reply: Reply) -> Accepted:
         raise Uncertain("unreadable", str(exc)[:200]) from exc
     match sent.code:
         case 0:
-            ident = "" if sent.message_id in (None, "", 0, "0") else str(sent.message_id)
+            ident = as_id(sent.message_id)
             # a longer one is no uint64, and with it a receipt might be larger than a message of the bus
             return Accepted(ident if len(ident) <= ID_CHARS else "", sent.ret, sent.errcode, _words(sent))
         case wire.STALE_TOKEN:

@@ -12,9 +12,10 @@ THROTTLED: Final = -2
 RATE_LIMITED: Final = -12
 """One project's report of a second rate limit code (5.1)."""
 
-OPAQUE_CHARS: Final = 65_536
+OPAQUE_CHARS: Final = 131_072
 """Longest cursor and context token that count: some 130 characters are seen (1.2), and the bus has room for no more
-than a message holds."""
+than a message holds, which is 1 MiB: a character may take six bytes of a record, and four of what is sealed a third
+more."""
 
 USER: Final = 1
 BOT: Final = 2
@@ -51,9 +52,10 @@ class Updates(Answer, kw_only=True):
 
 
 class Sent(Answer, kw_only=True):
-    """Answer of sendmessage. `message_id` is a uint64 as number or string."""
+    """Answer of sendmessage. `message_id` is a uint64 as number or string. Any: in another form it is none, and not
+    a reason to send again what was taken."""
 
-    message_id: int | str | None = None
+    message_id: Any = None
 
 
 class UploadUrl(Answer, kw_only=True):
