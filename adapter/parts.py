@@ -36,7 +36,6 @@ from adapter.jetstream.services import Handler, Services
 from adapter.logins.book import LoginBook
 from adapter.logins.course import Scanning
 from adapter.logins.scanning import Scanner
-from adapter.logins.service import LoginService
 from adapter.metrics import Metrics
 from adapter.names import Names, shard_of
 from adapter.outbound.commands import Limits
@@ -54,6 +53,7 @@ from adapter.replicas import rollcall
 from adapter.replicas.leases import Leases
 from adapter.replicas.rollcall import Polling, Present
 from adapter.seal import Sealer
+from adapter.services.logins import LoginService
 from adapter.services.media import MediaService
 from adapter.services.queries import Queries
 from adapter.settings import Settings

@@ -1,1 +1,1 @@
-"""What is answered on `wechat.svc`, logins apart."""
+"""What is answered on `wechat.svc`."""

@@ -20,11 +20,11 @@ from adapter.console.guard import SESSION_S, Guard
 from adapter.console.server import AT_ONCE, MAX_BODY, Console, is_loopback
 from adapter.errors import BusRefused, SettingsError, Temporary
 from adapter.logins.book import LoginBook
-from adapter.logins.service import LoginService
 from adapter.names import H_DETAIL, H_MSG_ID, H_REASON, H_SUBJECT, H_TIME_MS
 from adapter.ports import Stored
 from adapter.replicas.rollcall import Call, Polling, Present
 from adapter.seal import Sealer
+from adapter.services.logins import LoginService
 from tests.fakes import RULES, Bench, FakeBucket, FakeBus, FakeClock, FakeLogins
 
 TOKEN = "the token of the console"

@@ -17,11 +17,11 @@ from adapter.errors import BusRefused, Refused, Temporary
 from adapter.logins.book import LoginBook
 from adapter.logins.course import Scanning
 from adapter.logins.scanning import Scanner
-from adapter.logins.service import OPEN_PER_SANDBOX, LoginService
 from adapter.names import H_MSG_ID, shard_of
 from adapter.ports import Entry, Message, QrCode, Scan
 from adapter.records import LoginRecord
 from adapter.seal import Sealer
+from adapter.services.logins import OPEN_PER_SANDBOX, LoginService
 from tests.fakes import Bench, FakeBucket, FakeDelivery, FakeLogins
 
 VIRTUAL_TIME = True
