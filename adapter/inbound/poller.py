@@ -34,6 +34,9 @@ from adapter.timing import backoff, finish, first_of
 
 log = structlog.get_logger()
 
+LONGEST_HOLD_MS = 60_000
+"""A server whose poll was not answered in time is taken to hold for so long, whatever it hints: cut again and again,
+a poll may lose what is just being written into it (ilink-protocol 7.3)."""
 HOLD_MS = 35_000
 """How long the server is taken to hold a poll, as long as it gives no hint; the client waits a margin longer."""
 INSTANT_S = 0.5
@@ -100,6 +103,8 @@ class _Lately(msgspec.Struct):
     failures: int = 0
     timeouts: int = 0
     """Without any answer."""
+    hold_ms: int = 0
+    """How long the server may hold a poll at least, by what was not answered; kept when one is answered."""
     instants: int = 0
     """Answered at once, with nothing new."""
     overlong: int = 0
@@ -120,7 +125,7 @@ async def poll_forever(session: Session, place: Place, needs: Incoming) -> Place
         unheard = lately.failures or lately.overlong or lately.timeouts >= DEAD_PATH_AFTER
         session.state, began = "error" if unheard else "polling", needs.clock.monotonic()
         try:
-            polled = await _poll_once(session, binding, place, hold_ms, needs)
+            polled = await _poll_once(session, binding, place, max(hold_ms, lately.hold_ms), needs)
         except SessionExpired as exc:
             needs.metrics.polls.labels(outcome="stale_token").inc()
             polled = await recover(session, exc, place, hold_ms, needs)
@@ -170,6 +175,7 @@ async def _unanswered(session: Session, lately: _Lately, needs: Incoming) -> Non
         await needs.turns.next()
         return
     lately.timeouts += 1
+    lately.hold_ms = LONGEST_HOLD_MS
     needs.metrics.polls.labels(outcome="client_timeout").inc()
     if lately.timeouts >= DEAD_PATH_AFTER:
         log.warning("poll.dead_path", bot=session.bot, timeouts=lately.timeouts)

@@ -17,7 +17,7 @@ from structlog.testing import capture_logs
 
 from adapter.errors import Refused, Temporary
 from adapter.ilink.translate import read_message
-from adapter.inbound.poller import AFTER_CUT_S, HOLD_MS, tend
+from adapter.inbound.poller import AFTER_CUT_S, HOLD_MS, LONGEST_HOLD_MS, tend
 from adapter.inbound.sessions import HERE_S, Session
 from adapter.names import H_SEEN
 from adapter.ports import Account, Message, Polled, Said
@@ -116,12 +116,19 @@ async def test_a_bot_on_a_dead_path_does_not_count_as_polled_until_ilink_answers
     """Only an answer proves that a poll lives: one that nobody ever answered looked healthy for ever."""
     bench = await ready(None, None, None, None, batch(cursor="b"))
     session = poller(bench)
-    await asyncio.sleep(2.5 * HOLD_MS / 1000)
+    await asyncio.sleep((HOLD_MS + 1.5 * LONGEST_HOLD_MS) / 1000)
     assert (len(bench.chat.asked), session.state) == (3, "polling")
-    await asyncio.sleep(HOLD_MS / 1000)
+    await asyncio.sleep(LONGEST_HOLD_MS / 1000)
     assert (len(bench.chat.asked), session.state) == (4, "error")
-    await asyncio.sleep(HOLD_MS / 1000)
+    await asyncio.sleep(LONGEST_HOLD_MS / 1000)
     assert (len(bench.chat.asked), session.state) == (6, "polling")
+
+
+async def test_a_server_that_holds_longer_than_it_says_is_waited_for() -> None:
+    """Its polls were all cut, and what it was writing into one may have been lost (7.3)."""
+    bench = await ready(Polled([], "a", 5_000), None, Polled([], "b", 5_000), Polled([], "c", 5_000))
+    await polls(bench)
+    assert bench.chat.holds == [HOLD_MS, 5_000, LONGEST_HOLD_MS, LONGEST_HOLD_MS, LONGEST_HOLD_MS]
 
 
 async def test_an_answer_ends_the_count_of_polls_without_one() -> None:
