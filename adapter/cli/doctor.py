@@ -197,7 +197,7 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else text[:79] + "…"
 
 
-class Present(NamedTuple):
+class Adapters(NamedTuple):
     """Adapters that have answered."""
 
     ids: set[str]
@@ -207,7 +207,7 @@ class Present(NamedTuple):
     who listens to all subjects."""
 
 
-async def adapters_there(bus: Bus, wait_s: float = PING_S) -> Present:
+async def adapters_there(bus: Bus, wait_s: float = PING_S) -> Adapters:
     """Asks every adapter at once; those that answer in time. Raises Failed, NatsError."""
     ping = f"$SRV.PING.{SERVICE}"
     inbox = bus.nc.new_inbox()
@@ -231,7 +231,7 @@ async def adapters_there(bus: Bus, wait_s: float = PING_S) -> Present:
     await bus.nc.publish(ping, b"", reply=inbox)
     await asyncio.sleep(wait_s)
     bus.heed(ping)
-    return Present(ids, versions, silent=not ids and not nobody)
+    return Adapters(ids, versions, silent=not ids and not nobody)
 
 
 def unheard(bus: Bus) -> str:

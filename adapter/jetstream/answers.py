@@ -37,7 +37,7 @@ class ApiError(msgspec.Struct):
     description: str = ""
 
 
-class Answered(msgspec.Struct):
+class ApiAnswer(msgspec.Struct):
     """What every answer of JetStream may say."""
 
     error: ApiError | None = None
@@ -78,7 +78,7 @@ def unix_ms(rfc3339: str) -> int:
 def is_leaderless(data: bytes) -> bool:
     """Whether this is the answer of a server that knows of no leader: it lives, and is good for nothing."""
     try:
-        error = msgspec.json.decode(data, type=Answered).error
+        error = msgspec.json.decode(data, type=ApiAnswer).error
     except msgspec.MsgspecError:  # not JetStream's
         return False
     return error is not None and error.err_code in LEADERLESS_CODES

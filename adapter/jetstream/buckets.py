@@ -16,7 +16,7 @@ from nats.aio.msg import Msg
 from nats.errors import Error as NatsError
 
 from adapter.errors import BusRefused, Conflict, Temporary
-from adapter.jetstream.answers import Answered, read_answer, unix_ms, write_refusal
+from adapter.jetstream.answers import ApiAnswer, read_answer, unix_ms, write_refusal
 from adapter.jetstream.history import LeaderMessage, last_of, leader_message, read_stream, subjects_of
 from adapter.jetstream.link import Link
 from adapter.jetstream.publisher import Publisher
@@ -296,7 +296,7 @@ class _Follower:
             self._living.discard(key)
 
 
-class _Ack(Answered):
+class _Ack(ApiAnswer):
     seq: int = 0
 
 

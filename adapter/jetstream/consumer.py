@@ -47,7 +47,7 @@ DELIVERED = "$JS.ACK."
 
 
 class Delivery:
-    """One message of a consumer. Give it back with `ack`."""
+    """Implements ports.Delivery."""
 
     __slots__ = (
         "_consumer",

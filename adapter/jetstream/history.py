@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from adapter.errors import BusRefused, Temporary
-from adapter.jetstream.answers import MESSAGE_GONE, NO_STREAM, Answered, ApiError, read_answer, unix_ms
+from adapter.jetstream.answers import MESSAGE_GONE, NO_STREAM, ApiAnswer, ApiError, read_answer, unix_ms
 from adapter.jetstream.link import Link
 from adapter.jetstream.questions import Answer
 from adapter.ports import Stored
@@ -194,5 +194,5 @@ class LeaderMessage(msgspec.Struct):
     time: str = ""
 
 
-class _MsgGet(Answered):
+class _MsgGet(ApiAnswer):
     message: LeaderMessage | None = None

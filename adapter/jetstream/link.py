@@ -21,7 +21,7 @@ from nats.aio.msg import Msg
 from nats.errors import Error as NatsError
 
 from adapter.errors import Temporary
-from adapter.jetstream.answers import Answered, is_leaderless, read_answer, refusal
+from adapter.jetstream.answers import ApiAnswer, is_leaderless, read_answer, refusal
 from adapter.jetstream.client import BusClient, violation
 from adapter.jetstream.credentials import credentials, tls_context
 from adapter.jetstream.questions import Answer, Question, Questions
@@ -274,7 +274,7 @@ class Link:
         said = await self.request(
             f"$JS.API.{verb}", msgspec.json.encode(body) if body is not None else b"", timeout_s
         )
-        if error := read_answer(said.data, Answered, verb).error:
+        if error := read_answer(said.data, ApiAnswer, verb).error:
             raise refusal(error)
         return read_answer(said.data, dict[str, Any], verb)
 

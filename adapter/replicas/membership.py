@@ -38,7 +38,7 @@ HOLD = 0.8
 """The holder stops after this part of the lease; the rest is for clocks that run apart and answers on their way."""
 
 
-class Seen(NamedTuple):
+class Sighting(NamedTuple):
     """A member's key, as this replica observes it."""
 
     revision: int
@@ -48,7 +48,7 @@ class Seen(NamedTuple):
     """Of this replica's own key when the revision was first seen."""
 
 
-NEVER = Seen(0, 0.0, 0)
+NEVER = Sighting(0, 0.0, 0)
 
 
 class Membership:
@@ -80,7 +80,7 @@ class Membership:
         self._renewals = 0
         """How many there were."""
         self._paused = True
-        self._seen: dict[str, Seen] = {}
+        self._seen: dict[str, Sighting] = {}
         """Of each member's key."""
         self._since: dict[str, float] = {}
         """When each living member was first seen."""
@@ -191,7 +191,7 @@ class Membership:
             if entry.value is None:
                 continue
             if self._seen.get(entry.key, NEVER).revision != entry.revision:
-                self._seen[entry.key] = Seen(entry.revision, now, self._renewals)
+                self._seen[entry.key] = Sighting(entry.revision, now, self._renewals)
             if now - self._seen[entry.key].since < self._lease_s:
                 with contextlib.suppress(msgspec.MsgspecError):  # somebody else's key is no member
                     live[entry.key] = msgspec.json.decode(entry.value, type=Member)
