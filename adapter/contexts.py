@@ -87,7 +87,7 @@ class Contexts:
             found = self._peers.get(bot, {}).get(user)
             if found is None:
                 found = Peer(bot, user)
-                await self._load(found)
+                _read(found, await self._bucket.get(peer_key(bot, user)))
                 found.told = found.telling = found.context.told
                 found.told_in = found.context.told_in
                 found.told_sure = not found.revision
@@ -145,7 +145,8 @@ class Contexts:
         """
         async with peer.lock:
             while True:
-                after = msgspec.structs.replace(make(peer.context), told=peer.told, told_in=peer.told_in)
+                before = peer.context
+                after = msgspec.structs.replace(make(before), told=peer.told, told_in=peer.told_in)
                 key, value = peer_key(peer.bot, peer.user), msgspec.json.encode(after)
                 try:
                     peer.revision = await self._bucket.update(key, value, peer.revision)
@@ -153,25 +154,29 @@ class Contexts:
                     self._fence(peer.bot)
                     await self._merge(peer)  # an operator's hand, or the owner before us: its word counts
                     continue
-                peer.context = peer.stored = after
-                return after
+                peer.stored = after
+                # what iLink has answered meanwhile is known here alone
+                peer.context = after if peer.context is before else window.known_also(after, peer.context, before)
+                return peer.context
 
     async def _merge(self, peer: Peer) -> None:
         """Reads the record anew; what was learned here of commands since it was stored is newer. Raises Temporary."""
+        entry = await self._bucket.get(peer_key(peer.bot, peer.user))
         known, base, revision = peer.context, peer.stored, peer.revision
-        await self._load(peer)
+        _read(peer, entry)
         peer.context = known if peer.revision == revision else window.known_also(peer.context, known, base)
 
-    async def _load(self, peer: Peer) -> None:
-        entry = await self._bucket.get(peer_key(peer.bot, peer.user))
-        if entry is None:
-            peer.revision = 0  # purged by an operator, if it ever was
-            return
-        peer.revision = entry.revision
-        if entry.value is None:
-            peer.context = peer.stored = Context()
-        elif found := _context_in(entry, peer.bot):  # else what is known here is written over it
-            peer.context = peer.stored = found
+
+def _read(peer: Peer, entry: Entry | None) -> None:
+    """Takes over what the bucket has."""
+    if entry is None:
+        peer.revision = 0  # purged by an operator, if it ever was
+        return
+    peer.revision = entry.revision
+    if entry.value is None:
+        peer.context = peer.stored = Context()
+    elif found := _context_in(entry, peer.bot):  # else what is known here is written over it
+        peer.context = peer.stored = found
 
 
 async def stored_context(bucket: Bucket, bot: str, user: str) -> Context:

@@ -239,7 +239,7 @@ class Send(NamedTuple):
                 return await self._throttled(untouched, answer)
             case SessionExpired():
                 # stored: until the user's next login hours may pass, and the next bot repeats nothing unanswered
-                await self.needs.contexts.save(peer, lambda context: window.returned(context, untouched))
+                await self._store(lambda context: window.returned(context, untouched))
                 return _wait("needs_login", hand, answer)
             case Refused():
                 apart = bool(hand.merged) and not untouched.tried
@@ -249,6 +249,14 @@ class Send(NamedTuple):
                     return Apart()
                 ending = _ending("refused", hand, answer.detail, reason=answer.reason).with_answer(answer)
                 return in_doubt(ending, untouched, self.command)
+
+    async def _store(self, make: Callable[[Context], Context]) -> None:
+        """Stores what an answer says; it is known here also where that fails. Raises Temporary, LeaseLost."""
+        try:
+            await self.needs.contexts.save(self.peer, make)
+        except (Temporary, LeaseLost):
+            self.peer.context = make(self.peer.context)
+            raise
 
     def _with_tail(self, hand: Hand, content: Content, context: Context) -> Hand:
         """Decides before a text's first request what is appended to it; a repeat says the same."""
@@ -310,7 +318,7 @@ class Send(NamedTuple):
         hand = msgspec.structs.replace(hand, throttled_in=this_window)
         hand = _alone(hand) if hand.merged and not hand.tried else hand
         now_ms = self.needs.clock.now_ms()
-        await self.needs.contexts.save(self.peer, lambda context: window.throttled(context, hand, now_ms))
+        await self._store(lambda context: window.throttled(context, hand, now_ms))
         log.info(
             "send.throttled",
             bot=self.peer.bot,

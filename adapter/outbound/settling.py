@@ -261,8 +261,11 @@ class Settling:
 
 def _own(lane: Lane, context: Context) -> Hand | None:
     """What is in hand of the lane; in the record one of the bot's next sandbox may have taken its place."""
-    hand = context.hand
-    return hand if hand and hand.sandbox == lane.sandbox else lane.hand or context.hand_of(lane.sandbox)
+    hand, known = context.hand, lane.hand
+    if hand is None or hand.sandbox != lane.sandbox:
+        return known or context.hand_of(lane.sandbox)
+    # of the same command the lane knows what was answered since the record was written
+    return known if known and known.client == hand.client else hand
 
 
 def _crashed(shard: int, exc: BaseException) -> None:

@@ -765,6 +765,44 @@ async def test_a_record_changed_by_an_operator_counts_and_the_send_goes_on() -> 
     assert bench.chat.sent[0].context_token == "other"
 
 
+async def test_an_answer_that_comes_while_the_users_next_word_is_stored_is_not_forgotten() -> None:
+    bench, peer = await ready()
+    stored = asyncio.Event()
+
+    async def slow(_: str) -> None:
+        if bench.chat.sent:
+            stored.set()
+            await asyncio.sleep(5)
+
+    bench.contexts_bucket.on_write = slow
+    bench.chat.took_s = 2.0
+    sending = asyncio.create_task(sent(bench, peer))
+    await asyncio.sleep(1)
+    await bench.wrote(BOT, USER, "in:2")
+    assert stored.is_set()
+    assert isinstance(await sending, Ending)
+    hand = peer.context.hand
+    assert hand is not None
+    assert (peer.context.inbound_id, peer.context.used, hand.part, hand.tried) == ("in:2", 1, 1, 0)
+
+
+@pytest.mark.parametrize("answer", [SessionExpired("needs_login", "-14", errcode=-14), THROTTLED], ids=["-14", "-2"])
+async def test_an_answer_that_cannot_be_stored_is_known_all_the_same(answer: Refused) -> None:
+    """The bot's next owner has written. Nothing was taken: that is no uncertain ending."""
+    bench, peer = await ready()
+
+    async def move(_: Sent) -> None:
+        bench.hears(used=3)
+        bench.leases.owned.clear()
+
+    bench.chat.on_send = move
+    bench.chat.sends.append(answer)
+    with pytest.raises(LeaseLost):
+        await sent(bench, peer)
+    assert peer.context.hand is not None
+    assert (peer.context.hand.tried, peer.context.used) == (0, 0)
+
+
 async def test_a_record_that_was_purged_is_written_anew() -> None:
     bench, peer = await ready()
     bench.contexts_bucket.entries.clear()

@@ -95,6 +95,20 @@ async def test_what_had_no_answer_when_the_bot_was_unbound_is_uncertain() -> Non
     assert receipt.detail.endswith("The bot was unbound.")
 
 
+async def test_what_had_its_answer_when_the_bot_was_unbound_is_not_uncertain() -> None:
+    """The record says that a request was to leave; what became of it, only the lane knows."""
+    bench, shard = await ready()
+    bench.chat.sends.extend([FIRST, *[Temporary("http_5xx")] * 8])
+    shard.on_delivery(bench.command(THREE))
+    await asyncio.sleep(8)
+    await bench.bindings.remove(BOT)
+    shard.rebound("s1")
+    bench.contexts.forget(BOT)
+    await asyncio.sleep(20)
+    (receipt,) = finals(bench)
+    assert (receipt.outcome, receipt.reason, receipt.message_ids) == ("refused", "not_bound", ["m1"])
+
+
 AFTER_SILENCE = {
     "stale": STALE,
     "throttled": THROTTLED,
