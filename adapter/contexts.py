@@ -103,13 +103,16 @@ class Contexts:
         return await stored_context(self._bucket, bot, user)
 
     def forget(self, bot: str) -> None:
-        """Drops what is known of a bot's users: another replica may write now."""
-        self._peers.pop(bot, None)
+        """Drops what is known of a bot's users: another replica may write now, or has written. What is in use stays,
+        and is read anew when it is found to be old."""
+        used = {user: peer for user, peer in self._peers.pop(bot, {}).items() if peer.in_use}
+        if used:
+            self._peers[bot] = used
 
     def forget_where(self, gone: Callable[[str], bool]) -> None:
         """Drops what is known of the users of all bots that `gone` names: another replica may have written."""
         for bot in [bot for bot in self._peers if gone(bot)]:
-            del self._peers[bot]
+            self.forget(bot)
 
     def tidy(self, is_ours: Callable[[str], bool]) -> None:
         """Drops the users of bots that are not `is_ours` any more, and those of whom nothing is known: a sandbox may
@@ -138,8 +141,11 @@ class Contexts:
         async with peer.lock:
             await self._merge(peer)
 
-    async def save(self, peer: Peer, make: Callable[[Context], Context]) -> Context:
-        """Changes the record and stores it, with whatever was changed only in memory.
+    async def save(
+        self, peer: Peer, make: Callable[[Context], Context], *, fence: Callable[[], None] | None = None
+    ) -> Context:
+        """Changes the record and stores it, with whatever was changed only in memory. `fence`: in place of that of
+        the bot, which serves another sandbox by now; it raises LeaseLost.
 
         Raises Temporary, LeaseLost.
         """
@@ -151,7 +157,7 @@ class Contexts:
                 try:
                     peer.revision = await self._bucket.update(key, value, peer.revision)
                 except Conflict:
-                    self._fence(peer.bot)
+                    fence() if fence else self._fence(peer.bot)
                     await self._merge(peer)  # an operator's hand, or the owner before us: its word counts
                     continue
                 peer.stored = after

@@ -141,6 +141,7 @@ class Parts:
             tend=lambda session: poller.tend(session, self.incoming),
             work=self._shard_loops(),
             throttled=self.window_events.throttled,
+            forget=self.contexts.forget,
             tell_freed=self.tell_freed,
             clock=clock,
             metrics=metrics,

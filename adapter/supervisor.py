@@ -55,6 +55,7 @@ class Supervisor:
         tend: Callable[[Session], Coroutine[Any, Any, None]],
         work: ShardWork,
         throttled: Callable[[str], bool],
+        forget: Callable[[str], None],
         tell_freed: Callable[[], Awaitable[None]],
         clock: Clock,
         metrics: Metrics,
@@ -69,6 +70,8 @@ class Supervisor:
         self._work = work
         self._throttled = throttled
         """Whether iLink takes no messages to a bot's user (-2)."""
+        self._forget = forget
+        """Drops what is known of a bot's users; see Contexts.forget."""
         self._tell_freed = tell_freed
         """Tells the other replicas that a shard was given back. Never raises."""
         self._clock = clock
@@ -147,6 +150,8 @@ class Supervisor:
 
     def _on_binding(self, bot: str, before: Binding | None, after: Binding | None) -> None:
         self._dirty.add(bot)
+        if before is None or shard_of(before.sandbox) not in self._owned:
+            self._forget(bot)  # another replica has written to its user, and the lanes go on at once
         for sandbox in {binding.sandbox for binding in (before, after) if binding is not None}:
             if shard := self._shards.get(shard_of(sandbox)):
                 shard.rebound(sandbox, anew=is_anew(before, after))

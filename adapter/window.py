@@ -247,9 +247,10 @@ def is_out(context: Context, sandbox: str, now_ms: int, answer_s: float) -> bool
     """Whether a request of another sandbox may be out, which the bot served until just now: its owner may be another
     replica. Of one whose clock is far off nothing can be said."""
     hand = context.hand
-    if hand is None or hand.sandbox == sandbox or not hand.tried or not context.sent_ms:
-        return False  # or the user wrote since: then that is what counts
-    return abs(now_ms - context.sent_ms[-1]) < answer_s * 1000 + NEWS_MS
+    if hand is None or hand.sandbox == sandbox or not hand.tried:
+        return False
+    left_ms = context.sent_ms[-1] if context.sent_ms else context.inbound_ms  # at the latest: the user wrote since
+    return abs(now_ms - left_ms) < answer_s * 1000 + NEWS_MS
 
 
 def is_repeat(context: Context, sandbox: str, command: str, client: str) -> bool:

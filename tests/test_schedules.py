@@ -9,10 +9,12 @@ user, or goes out over a bot that serves another sandbox by then; and nothing is
 from __future__ import annotations
 
 import asyncio
+import inspect
 import os
 import random
 from collections import Counter, defaultdict, deque
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple, TypeAlias
 
@@ -77,6 +79,7 @@ def schedule(seed: int) -> Script:
         "reserve": chance.choice([0, 0, 1]),
         "took_ms": chance.choice([0, 300, 3000]),
         "tail": chance.choice([0, 1]),
+        "split": chance.choice([0, 0, 1]),
     }
     weights = {
         "command": 30, "typing": 3, "write": 14, "answers": 12, "sleep": 22, "reset": 2, "bind": 4, "unbind": 2,
@@ -210,32 +213,55 @@ class Bucket(FakeBucket):
 
 
 class Replica:
-    """One that owns all shards, or owned them."""
+    """One that owns all shards, or owned them; or, "split", one for each sandbox, which fare alike."""
 
     def __init__(self, model: Model, number: int) -> None:
         self.life, world = Life(), model.world
-        self.bench = mortal(world, number, self.life)
-        self.bench.bound_yet = model.bound_yet
         self._model = model
+        parts = [mortal(world, number, self.life) for _ in range(len(SANDBOXES) if model.settings["split"] else 1)]
+        self.benches = {name: parts[at % len(parts)] for at, name in enumerate(SANDBOXES)}
+        for bench in parts:
+            bench.bound_yet = model.bound_yet
+            bench.bindings.listen(partial(self._on_binding, bench))
         self.open()
 
     def open(self) -> None:
         """Owns all shards from now on, perhaps again."""
         settings = self._model.settings
         rules = RULES._replace(sends=settings["sends"], reserve=settings["reserve"])
-        self.bench.leases.is_valid = True
-        self.bench.leases.owned = set(range(128))
-        sending = self.bench.sending(rules=rules, continue_text="(more)" if settings["tail"] else "")
-        self.shards: dict[int, Shard] = {
-            shard_of(name): self.bench.shard(name, sending=sending, merge_chars=settings["merge_chars"])
-            for name in SANDBOXES
-        }
+        self.shards: dict[int, Shard] = {}
+        for bench in self.benches.values():
+            bench.leases.is_valid = True
+            bench.leases.owned = {shard_of(name) for name, one in self.benches.items() if one is bench}
+        for name, bench in self.benches.items():
+            sending = bench.sending(rules=rules, continue_text="(more)" if settings["tail"] else "")
+            self.shards[shard_of(name)] = bench.shard(name, sending=sending, merge_chars=settings["merge_chars"])
 
     def lose(self) -> None:
-        self.bench.leases.is_valid = False
-        self.bench.leases.owned.clear()
+        for bench in self.benches.values():
+            bench.leases.is_valid = False
+            bench.leases.owned.clear()
         for shard in self.shards.values():
             shard.stop()
+
+    def _on_binding(self, bench: Bench, bot: str, before: Binding | None, after: Binding | None) -> None:
+        """As the supervisor does it; then the poller of the sandbox before ends, and the next one begins."""
+        if before is None or shard_of(before.sandbox) not in bench.leases.owned:
+            bench.contexts.forget(bot)
+        if before is None or after is None or before.sandbox != after.sandbox:
+            self._model.call_later(1.0, partial(self._poll_elsewhere, bench, bot))
+
+    async def _poll_elsewhere(self, bench: Bench, bot: str) -> None:
+        binding = self._model.world.bindings.get(bot)
+        if binding is None or shard_of(binding.sandbox) not in bench.leases.owned:
+            bench.contexts.forget(bot)
+            return
+        try:
+            wrote = await bench.contexts.refresh(bot)
+        except Temporary:
+            return
+        for user in wrote:
+            self.shards[shard_of(binding.sandbox)].heard(binding.sandbox, bot, user)
 
 
 class Model:
@@ -286,10 +312,11 @@ class Model:
         async with self.binding:
             pass
 
-    def _later(self, seconds: float, then: Callable[[], object]) -> None:
+    def call_later(self, seconds: float, then: Callable[[], object]) -> None:
         async def wait() -> None:
             await asyncio.sleep(seconds)
-            then()
+            if inspect.isawaitable(under_way := then()):
+                await under_way
 
         self.later.add(asyncio.get_running_loop().create_task(wait()))
 
@@ -357,7 +384,10 @@ class Model:
         """What a poller does with a message."""
         bot, replica = self.bots[user], self.owner
         binding = self.world.bindings.get(bot)
-        if binding is None or not replica.bench.leases.valid or not self.hold.up.is_set():
+        if binding is None:
+            return
+        bench = replica.benches[binding.sandbox]
+        if not bench.leases.valid or not self.hold.up.is_set():
             return
         await asyncio.sleep(0.001)
         name = f"{user}@im.wechat"
@@ -368,8 +398,8 @@ class Model:
         self.wrote[bot].append(len(self.chat.sent))
         now_ms = self.world.clock.now_ms()
         try:
-            peer = await replica.bench.contexts.peer(bot, name)
-            await replica.bench.contexts.save(
+            peer = await bench.contexts.peer(bot, name)
+            await bench.contexts.save(
                 peer,
                 lambda context: window.heard(
                     context, message=f"in:{now_ms}", token="AARz", now_ms=now_ms, written_ms=now_ms,
@@ -445,28 +475,32 @@ class Model:
 
     async def stale(self, *, user: str, seconds: float) -> None:
         bot, replica = self.bots[user], self.owner
-        replica.bench.stale.add(bot)
+        for bench in replica.benches.values():
+            bench.stale.add(bot)
 
         def over() -> None:
-            replica.bench.stale.discard(bot)
+            for bench in replica.benches.values():
+                bench.stale.discard(bot)
             binding = self.world.bindings.get(bot)
             if binding is not None and replica is self.owner:
                 replica.shards[shard_of(binding.sandbox)].heard(binding.sandbox, bot, binding.user, wrote=False)
 
-        self._later(seconds, over)
+        self.call_later(seconds, over)
 
     async def lease(self, *, user: str, seconds: float) -> None:
-        replica = self.owner
-        replica.bench.leases.is_valid = False
+        benches = self.owner.benches.values()
+        for bench in benches:
+            bench.leases.is_valid = False
 
         def back() -> None:
-            replica.bench.leases.is_valid = bool(replica.bench.leases.owned)
+            for bench in benches:
+                bench.leases.is_valid = bool(bench.leases.owned)
 
-        self._later(seconds, back)
+        self.call_later(seconds, back)
 
     async def bus(self, *, seconds: float) -> None:
         self.hold.up.clear()
-        self._later(seconds, self.hold.up.set)
+        self.call_later(seconds, self.hold.up.set)
 
     async def reads(self, *, times: int) -> None:
         self.world.bus.unreadable += times
@@ -509,8 +543,9 @@ class Model:
         self.hold.up.set()
         self.world.bus.unreadable = self.world.contexts_bucket.answers_lost = 0
         self.chat.sends_to.clear()
-        self.owner.bench.leases.is_valid = True
-        self.owner.bench.stale.clear()
+        for bench in self.owner.benches.values():
+            bench.leases.is_valid = True
+            bench.stale.clear()
         for binding in list(self.world.bindings):
             if binding.state != "active":
                 await self.world.bind(binding.sandbox, binding.bot, binding.user, token=f"{binding.bot}:last")

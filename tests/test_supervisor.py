@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
+from itertools import pairwise
 from typing import Any, get_args
 
 import msgspec
@@ -53,6 +54,7 @@ def supervisor(
         tend=tend,
         work=NoWork(),
         throttled=lambda bot: int(bot.partition("@")[0]) < throttled,
+        forget=bench.contexts.forget,
         tell_freed=tell_freed,
         clock=bench.clock,
         metrics=bench.metrics,
@@ -165,6 +167,19 @@ async def test_who_is_polled_elsewhere_from_now_on_waits_for_no_pause(fields: di
     session = made.sessions["b1@im.bot"] = Session("b1@im.bot")
     await bench.bind(**fields)
     assert session.cut.is_set()
+
+
+async def test_what_is_known_of_a_user_is_forgotten_where_their_bot_comes_from_another_replica() -> None:
+    """It has sent to the user, and what waits here goes on at once: before the bot is polled here."""
+    bench = Bench()
+    bench.leases.owned = {shard_of(name) for name in ("s1", "s2")}
+    made = supervisor(bench)
+    made._owned = set(bench.leases.owned)
+    known = []
+    for sandbox in ("s1", "s2", "s3", "s1"):
+        await bench.bind(sandbox)
+        known.append(await bench.contexts.peer("b1@im.bot", "u1@im.wechat"))
+    assert [one is after for one, after in pairwise(known)] == [True, True, False]
 
 
 async def test_every_poll_is_cut_when_the_lease_runs_out(bench: Bench) -> None:

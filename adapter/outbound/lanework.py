@@ -85,7 +85,8 @@ class LaneWork(Settling):
             return
         try:
             async with asyncio.timeout(NOTE_S):
-                await self._sending.contexts.save(peer, lambda context: context)
+                fence = self._check if lane.is_left else None  # the command was ours, whosever the bot is
+                await self._sending.contexts.save(peer, lambda context: context, fence=fence)
         except (Temporary, LeaseLost, TimeoutError) as exc:
             log.warning("lane.unstored", sandbox=lane.sandbox, reason=type(exc).__name__)
 

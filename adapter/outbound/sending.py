@@ -98,14 +98,14 @@ class Send(NamedTuple):
                     hand,
                     "iLink gave no answer that can be read, and is not asked again: that might show it twice.",
                 )
-            if wait := self._closed(hand):
+            if wait := self._closed(hand, peer.context):
                 return wait
             part = command.parts[hand.part]
             content = part if isinstance(part, str) else await self._bring(part, hand)
             if not isinstance(content, str | Uploaded):
                 needs.look(peer)
                 return content
-            if content is not part and (wait := self._closed(hand)):
+            if content is not part and (wait := self._closed(hand, peer.context)):
                 return wait  # the upload took long
             step = await self._request(content, hand)
             if not isinstance(step, Hand) or not step.tried:
@@ -137,10 +137,10 @@ class Send(NamedTuple):
         if self._is_other_out(context):
             raise Temporary("bot_moved", "A request of the sandbox that the bot served before may be out.")
 
-    def _closed(self, hand: Hand) -> Wait | None:
+    def _closed(self, hand: Hand, context: Context) -> Wait | None:
         """Why the next request may not leave now. Before the first, all parts must fit; a repeat was counted
         already."""
-        command, context = self.command, self.peer.context
+        command = self.command
         first = hand.part == 0 and not hand.tried
         counted = hand.tried and hand.counted_in == context.inbound_id
         needed = 0 if counted else len(command.parts) if first else 1
@@ -180,13 +180,17 @@ class Send(NamedTuple):
     async def _request(self, content: Content, hand: Hand) -> Hand | Ending | Wait | Apart:
         """One request; where the command then stands."""
         needs, command, peer = self.needs, self.command, self.peer
+        before, known = hand, peer.context
         hand = msgspec.structs.replace(hand, attempts=hand.attempts + 1, tried=hand.tried + 1)
 
         def leaving(context: Context) -> Context:
+            # it may have been read anew in the meantime, since another replica had written
             if context.hand and context.hand.sandbox != command.sandbox:
-                # read anew in the meantime, since another replica had written
                 self._one_at_a_time(context)
-            return window.leaving(context, self._with_tail(hand, content, context), needs.clock.now_ms())
+            after = window.leaving(context, self._with_tail(hand, content, context), needs.clock.now_ms())
+            if context is not known and after.used > context.used and self._closed(before, context):
+                raise Temporary("window_changed", "Another replica has used up what was left of the window.")
+            return after
 
         await self.pace()
         async with needs.slots:

@@ -765,6 +765,19 @@ async def test_a_record_changed_by_an_operator_counts_and_the_send_goes_on() -> 
     assert bench.chat.sent[0].context_token == "other"
 
 
+@pytest.mark.parametrize(("used", "reason"), [(10, "quota"), (8, "quota"), (1, "throttled")])
+async def test_a_window_that_another_replica_has_used_up_is_not_overdrawn(used: int, reason: str) -> None:
+    """The bot served another sandbox in between, and what is known here is older than that."""
+    bench, peer = await ready()
+    bench.hears(used=used, blocked_ms=bench.clock.now_ms() if reason == "throttled" else 0)
+    three = command(bench, "one", "two", "three")
+    with pytest.raises(Temporary, match="window_changed"):
+        await sent(bench, peer, three)
+    assert await sent(bench, peer, three) == Wait(reason)
+    assert bench.chat.sent == []
+    assert bench.context().used == used
+
+
 async def test_an_answer_that_comes_while_the_users_next_word_is_stored_is_not_forgotten() -> None:
     bench, peer = await ready()
     stored = asyncio.Event()
@@ -801,6 +814,20 @@ async def test_an_answer_that_cannot_be_stored_is_known_all_the_same(answer: Ref
         await sent(bench, peer)
     assert peer.context.hand is not None
     assert (peer.context.hand.tried, peer.context.used) == (0, 0)
+
+
+async def test_a_request_that_is_out_counts_though_its_bot_moves_meanwhile() -> None:
+    """The poller of the sandbox before has ended, and that of the next one, here as well, hears the user."""
+    bench, peer = await ready()
+    bench.chat.took_s = 5.0
+    sending = asyncio.create_task(sent(bench, peer))
+    await asyncio.sleep(1)
+    bench.contexts.forget(BOT)
+    await bench.wrote(BOT, USER, "in:2")
+    assert bench.context().used == 1
+    await sending
+    bench.contexts.forget(BOT)
+    assert await bench.contexts.peer(BOT, USER) is not peer
 
 
 async def test_a_record_that_was_purged_is_written_anew() -> None:

@@ -616,14 +616,17 @@ async def move(bench: Bench) -> None:
     await bench.events.binding(BindingEvent(sandbox="s1", bot=BOT, user=USER, change="unbound", reason="moved"))
 
 
+@pytest.mark.parametrize("writes", [False, True], ids=["", "and-the-user-writes"])
 @pytest.mark.parametrize("wait_s", [0.5, 10.0], ids=["while-it-is-out", "after-its-answer"])
-async def test_a_bot_that_moves_to_another_replica_sends_one_at_a_time(wait_s: float) -> None:
+async def test_a_bot_that_moves_to_another_replica_sends_one_at_a_time(wait_s: float, *, writes: bool) -> None:
     """Its next sandbox waits until what the first one has out is answered, and not much longer."""
     first, old, second, new = await two_owners()
     old.on_delivery(first.command("hi", id="c1"))
     await asyncio.sleep(wait_s)
     await move(first)
     await asyncio.sleep(0.1)
+    if writes:
+        await user_writes(second, new, sandbox="s2")
     moved_at = first.clock.monotonic()
     new.on_delivery(second.command("hello", sandbox="s2", id="c2"))
     await asyncio.sleep(30)
@@ -631,6 +634,26 @@ async def test_a_bot_that_moves_to_another_replica_sends_one_at_a_time(wait_s: f
     assert first.chat.overlaps == 0
     free_at = max(moved_at, first.chat.sent[0].at_s + first.chat.took_s)
     assert first.chat.sent[1].at_s - free_at < 2 * GAP_S
+
+
+async def test_what_another_replica_has_sent_counts_when_the_bot_comes_back() -> None:
+    """The first one has told what it knew of the window as the bot left, and knows nothing newer."""
+    first, old, second, new = await two_owners(took_s=0.0)
+    old.on_delivery(first.command("one", id="c0"))
+    await asyncio.sleep(3)
+    await move(first)
+    for number in range(9):
+        new.on_delivery(second.command(f"t{number}", sandbox="s2", id=f"c{number + 1}"))
+    await asyncio.sleep(60)
+    assert first.context().used == 10
+    await first.bind(sandbox="s1")
+    old.on_delivery(first.command("ten", id="c10"))
+    await asyncio.sleep(30)
+    assert len(first.chat.sent) == 10
+    assert outcomes(first)[-1] == ("c10", "parked", "quota")
+    await user_writes(first, old)
+    await asyncio.sleep(30)
+    assert outcomes(first)[-1] == ("c10", "accepted", "")
 
 
 async def test_an_owner_who_does_not_know_yet_that_its_bot_has_moved_sends_nothing_beside_the_next_one() -> None:
