@@ -35,8 +35,10 @@ from adapter.timing import backoff, finish, first_of
 log = structlog.get_logger()
 
 LONGEST_HOLD_MS = 60_000
-"""A server whose poll was not answered in time is taken to hold for so long, whatever it hints: cut again and again,
-a poll may lose what is just being written into it (ilink-protocol 7.3)."""
+"""Up to here a server whose poll was not answered in time is given twice the time, whatever it hints: cut again and
+again, a poll may lose what is just being written into it (ilink-protocol 7.3)."""
+ON_TIME_MS = 5_000
+"""An idle poll that is answered no later than this behind the hold that was hinted at shows: the hint is right."""
 HOLD_MS = 35_000
 """How long the server is taken to hold a poll, as long as it gives no hint; the client waits a margin longer."""
 INSTANT_S = 0.5
@@ -104,7 +106,7 @@ class _Lately(msgspec.Struct):
     timeouts: int = 0
     """Without any answer."""
     hold_ms: int = 0
-    """How long the server may hold a poll at least, by what was not answered; kept when one is answered."""
+    """How long the server may hold a poll at least, by what was not answered; 0: as long as it hints."""
     instants: int = 0
     """Answered at once, with nothing new."""
     overlong: int = 0
@@ -124,8 +126,9 @@ async def poll_forever(session: Session, place: Place, needs: Incoming) -> Place
             place = place._replace(record=begun_at(binding, place.record, needs.sealer))
         unheard = lately.failures or lately.overlong or lately.timeouts >= DEAD_PATH_AFTER
         session.state, began = "error" if unheard else "polling", needs.clock.monotonic()
+        waits_ms = max(hold_ms, lately.hold_ms)
         try:
-            polled = await _poll_once(session, binding, place, max(hold_ms, lately.hold_ms), needs)
+            polled = await _poll_once(session, binding, place, waits_ms, needs)
         except SessionExpired as exc:
             needs.metrics.polls.labels(outcome="stale_token").inc()
             polled = await recover(session, exc, place, hold_ms, needs)
@@ -135,10 +138,12 @@ async def poll_forever(session: Session, place: Place, needs: Incoming) -> Place
             await _failed(session, exc, lately, needs)
             continue
         if polled is None:
-            await _unanswered(session, lately, needs)
+            await _unanswered(session, lately, waits_ms, needs)
             continue
-        hold_ms = polled.hold_ms
         _heard(session, polled, lately, needs)
+        if not polled.messages and (session.answered - began) * 1000 <= hold_ms + ON_TIME_MS:
+            lately.hold_ms = 0
+        hold_ms = polled.hold_ms
         before, known = place.record.cursor, place.seen.added
         if polled.messages or polled.cursor not in (None, before):
             await needs.turns.next()
@@ -166,8 +171,8 @@ async def _failed(session: Session, exc: Temporary, lately: _Lately, needs: Inco
     await needs.turns.next()
 
 
-async def _unanswered(session: Session, lately: _Lately, needs: Incoming) -> None:
-    """A poll was cut, or had no answer in time."""
+async def _unanswered(session: Session, lately: _Lately, waited_ms: int, needs: Incoming) -> None:
+    """A poll was cut, or had no answer in time, `waited_ms` and the client's margin."""
     if session.cut.is_set():
         session.cut.clear()
         # iLink may hear of the new poll before it sees the old connection end, and calls that two at once
@@ -175,7 +180,7 @@ async def _unanswered(session: Session, lately: _Lately, needs: Incoming) -> Non
         await needs.turns.next()
         return
     lately.timeouts += 1
-    lately.hold_ms = LONGEST_HOLD_MS
+    lately.hold_ms = min(LONGEST_HOLD_MS, 2 * waited_ms)
     needs.metrics.polls.labels(outcome="client_timeout").inc()
     if lately.timeouts >= DEAD_PATH_AFTER:
         log.warning("poll.dead_path", bot=session.bot, timeouts=lately.timeouts)

@@ -124,11 +124,25 @@ async def test_a_bot_on_a_dead_path_does_not_count_as_polled_until_ilink_answers
     assert (len(bench.chat.asked), session.state) == (6, "polling")
 
 
-async def test_a_server_that_holds_longer_than_it_says_is_waited_for() -> None:
+async def test_a_server_that_holds_longer_than_it_says_is_waited_for(poller: Poller) -> None:
     """Its polls were all cut, and what it was writing into one may have been lost (7.3)."""
+    bench = await ready()
+
+    async def poll(account: Account, cursor: str, hold_ms: int) -> Polled | None:
+        bench.chat.holds.append(hold_ms)
+        await asyncio.sleep(min(20, hold_ms / 1000 + 7))
+        return Polled([], "a", 5_000) if hold_ms / 1000 + 7 > 20 else None
+
+    bench.chat.poll = poll  # type: ignore[method-assign]
+    poller(bench)
+    await asyncio.sleep(100)
+    assert bench.chat.holds == [HOLD_MS, 5_000, 10_000, 20_000, 20_000, 20_000]
+
+
+async def test_a_server_that_holds_as_long_as_it_says_is_waited_for_no_longer_after_a_poll_that_got_lost() -> None:
     bench = await ready(Polled([], "a", 5_000), None, Polled([], "b", 5_000), Polled([], "c", 5_000))
     await polls(bench)
-    assert bench.chat.holds == [HOLD_MS, 5_000, LONGEST_HOLD_MS, LONGEST_HOLD_MS, LONGEST_HOLD_MS]
+    assert bench.chat.holds == [HOLD_MS, 5_000, 10_000, 5_000, 5_000]
 
 
 async def test_an_answer_ends_the_count_of_polls_without_one() -> None:
