@@ -20,84 +20,94 @@ from adapter.starting import Starting, start
 log = structlog.get_logger()
 
 
-class Adapter(Parts):
-    """One replica. `run` is all that there is to do with it."""
+async def run(
+    settings: Settings, *, stop: asyncio.Event | None = None, on_ready: Callable[[], None] | None = None
+) -> None:
+    """Runs one replica until `stop` is set (or it is cancelled), then drains. Raises SettingsError."""
+    _raise_file_limit(settings.capacity)
+    try:
+        await run_parts(Parts(settings), stop or asyncio.Event(), on_ready)
+    except BaseExceptionGroup as group:
+        wrong = group.subgroup(SettingsError)
+        if wrong is not None:
+            raise _first(wrong) from None
+        raise
 
-    async def run(self, stop: asyncio.Event, on_ready: Callable[[], None] | None = None) -> None:
-        """Runs until `stop` is set, then drains. Raises SettingsError when it cannot start."""
-        starting = Starting(
-            settings=self.settings,
-            link=self.edges.link,
-            history=self.edges.history,
-            names=self.names,
-            sealer=self.sealer,
-            health=self.health,
-            clock=self.clock,
-            metrics=self.metrics,
-        )
-        with (
-            ProbeServer(self.settings.http_addr, self.health, self.metrics) as probes,
-            self._console(),
-        ):
-            async with asyncio.TaskGroup() as group:
-                self.group = group
-                background: list[asyncio.Task[None]] = []
 
-                def begin(loop: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
-                    background.append(group.create_task(loop, name=name))
-                    return background[-1]
+async def run_parts(parts: Parts, stop: asyncio.Event, on_ready: Callable[[], None] | None = None) -> None:
+    """As `run`. Raises SettingsError, in a group, too."""
+    starting = Starting(
+        settings=parts.settings,
+        link=parts.edges.link,
+        history=parts.edges.history,
+        names=parts.names,
+        sealer=parts.sealer,
+        health=parts.health,
+        clock=parts.clock,
+        metrics=parts.metrics,
+    )
+    with ProbeServer(parts.settings.http_addr, parts.health, parts.metrics) as probes, parts.console():
+        async with asyncio.TaskGroup() as group:
+            parts.group = group
+            background: list[asyncio.Task[None]] = []
 
-                begin(self.watch.beat(), "heartbeat")
-                begin(self.watch.ask(), "jetstream")
-                for name, loop in self.edges.loops():
-                    begin(loop, name)
-                try:
-                    if await start(starting, stop):
-                        leasing = begin(self.leases.run(), "leases")
-                        begin(self.bindings.run(), "bindings")
-                        begin(self.book.run(), "logins")
-                        scanning = begin(self.scanner.run(), "scanning")
-                        begin(self.window_events.run(), "windows")
-                        following = group.create_task(self.supervisor.run(), name="supervisor")
-                        self.watch.begin()
-                        log.info("adapter.started", instance=self.instance, version=__version__, http=probes.port)
-                        if on_ready is not None:
-                            on_ready()
-                        await stop.wait()
-                        await self._drain(following, scanning, leasing)
-                finally:
-                    for task in background:
-                        task.cancel()
-                    await self.edges.close()
-        log.info("adapter.stopped", instance=self.instance)
+            def begin(loop: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
+                background.append(group.create_task(loop, name=name))
+                return background[-1]
 
-    async def _drain(
-        self, following: asyncio.Task[None], scanning: asyncio.Task[None], leasing: asyncio.Task[None]
-    ) -> None:
-        self.health.draining = True
-        log.info("adapter.draining", polls=len(self.supervisor.sessions))
-        try:
-            async with asyncio.timeout(max(1.0, self.settings.drain_s - 1.0)):
-                try:
-                    await self.leases.drain()  # the lease may run out meanwhile, and polls are cut then
-                finally:
-                    following.cancel()
-                await self.supervisor.drain(max(0.5, self.settings.drain_s - RELEASE_S))
-                scanning.cancel()  # logins go on until another replica may take them
-                await asyncio.wait([scanning])
-                await self._flush_windows()
-                leasing.cancel()  # a renewal after this would write the key that is given back
-                await asyncio.wait([leasing])
-                await self.leases.leave()
-        except TimeoutError:
-            log.warning("drain.late", drain_s=self.settings.drain_s)
+            begin(parts.watch.beat(), "heartbeat")
+            begin(parts.watch.ask(), "jetstream")
+            for name, loop in parts.edges.loops():
+                begin(loop, name)
+            try:
+                if await start(starting, stop):
+                    leasing = begin(parts.leases.run(), "leases")
+                    begin(parts.bindings.run(), "bindings")
+                    begin(parts.book.run(), "logins")
+                    scanning = begin(parts.scanner.run(), "scanning")
+                    begin(parts.window_events.run(), "windows")
+                    following = group.create_task(parts.supervisor.run(), name="supervisor")
+                    parts.watch.begin()
+                    log.info("adapter.started", instance=parts.instance, version=__version__, http=probes.port)
+                    if on_ready is not None:
+                        on_ready()
+                    await stop.wait()
+                    await _drain(parts, following, scanning, leasing)
+            finally:
+                for task in background:
+                    task.cancel()
+                await parts.edges.close()
+    log.info("adapter.stopped", instance=parts.instance)
 
-    async def _flush_windows(self) -> None:
-        try:
-            async with asyncio.timeout(1.0):
-                await self.window_events.flush()
-        except TimeoutError:
-            log.warning("windows.untold", detail="The next owner tells what changed.")
+
+async def _drain(
+    parts: Parts, following: asyncio.Task[None], scanning: asyncio.Task[None], leasing: asyncio.Task[None]
+) -> None:
+    parts.health.draining = True
+    log.info("adapter.draining", polls=len(parts.supervisor.sessions))
+    try:
+        async with asyncio.timeout(max(1.0, parts.settings.drain_s - 1.0)):
+            try:
+                await parts.leases.drain()  # the lease may run out meanwhile, and polls are cut then
+            finally:
+                following.cancel()
+            await parts.supervisor.drain(max(0.5, parts.settings.drain_s - RELEASE_S))
+            scanning.cancel()  # logins go on until another replica may take them
+            await asyncio.wait([scanning])
+            await _flush_windows(parts)
+            leasing.cancel()  # a renewal after this would write the key that is given back
+            await asyncio.wait([leasing])
+            await parts.leases.leave()
+    except TimeoutError:
+        log.warning("drain.late", drain_s=parts.settings.drain_s)
+
+
+async def _flush_windows(parts: Parts) -> None:
+    try:
+        async with asyncio.timeout(1.0):
+            await parts.window_events.flush()
+    except TimeoutError:
+        log.warning("windows.untold", detail="The next owner tells what changed.")
 
 
 def _raise_file_limit(capacity: int) -> None:
@@ -108,21 +118,6 @@ def _raise_file_limit(capacity: int) -> None:
         soft = hard
     if soft != resource.RLIM_INFINITY and soft < 2 * capacity + 100:
         log.warning("files.few", limit=soft, detail=f"Open files suffice for about {max(0, soft - 100) // 2} bots.")
-
-
-async def run(
-    settings: Settings, *, stop: asyncio.Event | None = None, on_ready: Callable[[], None] | None = None
-) -> None:
-    """Runs one replica until `stop` is set (or it is cancelled), then drains. Raises SettingsError."""
-    _raise_file_limit(settings.capacity)
-    adapter = Adapter(settings)
-    try:
-        await adapter.run(stop or asyncio.Event(), on_ready)
-    except BaseExceptionGroup as group:
-        wrong = group.subgroup(SettingsError)
-        if wrong is not None:
-            raise _first(wrong) from None
-        raise
 
 
 def _first(group: BaseExceptionGroup[SettingsError]) -> SettingsError:

@@ -427,7 +427,8 @@ class Parts:
 
     # for people -------------------------------------------------------------------------------------
 
-    def _console(self) -> contextlib.AbstractContextManager[object]:
+    def console(self) -> contextlib.AbstractContextManager[object]:
+        """Serves operators while entered; nothing where the settings do not ask for it."""
         settings = self.settings
         if not settings.console_addr:
             return contextlib.nullcontext()

@@ -15,9 +15,10 @@ import httpx
 import nats
 import pytest
 
-from adapter.app import Adapter
+from adapter.app import run_parts
 from adapter.embedded import EmbeddedNats
 from adapter.environment import read_settings
+from adapter.parts import Parts
 from adapter.probes import STUCK_S
 from adapter.simulator import FaultRule, Simulator
 from tests.e2e.waiting import eventually, free_port
@@ -141,17 +142,17 @@ class Loop:
         self.ready = threading.Event()
         self._stop = asyncio.Event()
         settings = read_settings({"NATS_URL": url, "WECHAT_NATS_HTTP_ADDR": f"127.0.0.1:{self.port}"})
-        self.adapter = Adapter(settings)
+        self.parts = Parts(settings)
         self.late_s = 0.0
         """How far the probes' clock was put forward."""
-        self.adapter.health.clock = lambda: time.monotonic() + self.late_s
+        self.parts.health.clock = lambda: time.monotonic() + self.late_s
         self.loop = asyncio.new_event_loop()
         self.thread = threading.Thread(target=self._run, name="adapter")
         self.thread.start()
 
     def _run(self) -> None:
         asyncio.set_event_loop(self.loop)
-        self.loop.run_until_complete(self.adapter.run(self._stop, self.ready.set))
+        self.loop.run_until_complete(run_parts(self.parts, self._stop, self.ready.set))
         self.loop.close()
 
     def stop(self) -> None:
