@@ -79,11 +79,16 @@ async def restarted(
         await clock.sleep(backoff(crashes))
 
 
-def heed() -> None:
-    """Raises CancelledError if this task was cancelled and what it awaited swallowed that, as nats-py does while it
-    connects and flushes: whoever cancelled it would wait in vain."""
+def told_to_end() -> bool:
+    """Whether this task was cancelled, also where what it awaited has swallowed that, as nats-py does while it connects
+    and flushes: whoever cancelled it would wait in vain."""
     task = asyncio.current_task()
-    if task is not None and task.cancelling():
+    return task is not None and task.cancelling() > 0
+
+
+def heed() -> None:
+    """Raises CancelledError in a task that is told to end."""
+    if told_to_end():
         raise asyncio.CancelledError
 
 

@@ -26,7 +26,7 @@ from adapter.jetstream.client import BusClient, violation
 from adapter.jetstream.credentials import credentials, tls_context
 from adapter.jetstream.questions import Answer, Question, Questions
 from adapter.settings import Settings
-from adapter.timing import Latch, backoff, first_of
+from adapter.timing import Latch, backoff, first_of, told_to_end
 
 log = structlog.get_logger()
 
@@ -62,12 +62,6 @@ def connect_options(settings: Settings, name: str, servers: list[str]) -> dict[s
     if encrypted or any(url.startswith("tls:") for url in settings.nats_url):
         options |= {"tls": tls_context(settings), "tls_handshake_first": settings.nats_tls_first}
     return options
-
-
-def _told_to_end() -> bool:
-    """Whether this task was cancelled, also where nats-py has swallowed that: it does so while it connects."""
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0
 
 
 class Link:
@@ -158,7 +152,7 @@ class Link:
     async def run(self) -> None:
         """Connects, again and again, until cancelled; closes the client then."""
         failures = 0
-        while not _told_to_end():
+        while not told_to_end():
             try:
                 nc = await self._connect()
             except (Temporary, NatsError, OSError, TimeoutError) as exc:
@@ -181,7 +175,7 @@ class Link:
                 log.info("bus.connected", link=self.name, epoch=self.epoch)
                 self.changed.notify()
                 # nats-py does not always call closed_cb: when its own closing fails, it only stays closed
-                while not (nc.is_closed or _told_to_end() or await first_of(self._lost, 0.2)):
+                while not (nc.is_closed or told_to_end() or await first_of(self._lost, 0.2)):
                     pass
             finally:
                 self.nc = None
