@@ -80,8 +80,8 @@ async def restarted(
 
 
 def told_to_end() -> bool:
-    """Whether this task was cancelled, also where what it awaited has swallowed that, as nats-py does while it connects
-    and flushes: whoever cancelled it would wait in vain."""
+    """Whether this task was cancelled, also where what it awaited has swallowed that: nats-py does while it connects
+    and flushes, and whoever cancelled it would wait in vain."""
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0
 
