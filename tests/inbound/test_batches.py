@@ -16,6 +16,7 @@ from adapter.inbound.inbox import LARGE
 from adapter.inbound.sessions import Session
 from adapter.names import H_MSG_ID, peer_key
 from adapter.ports import Message, Polled
+from adapter.records import Hand
 from tests.fakes import EPOCH_MS, Bench, batch, ready, settle
 from tests.inbound.pollers import BOT, USER, Poller, polls, raw, tended, texts
 
@@ -324,6 +325,22 @@ async def test_a_batch_in_hand_is_retried_until_the_bus_takes_it(
     assert failures == 0
     assert texts(bench) == ["hello"]
     assert bench.chat.asked == ["", "b"]
+
+
+@pytest.mark.parametrize(("lingering", "used"), [(True, 1), (False, 0)], ids=["given away", "own"])
+async def test_a_request_that_a_shards_next_owner_may_have_out_counts_in_the_new_window(
+    lingering: bool, used: int
+) -> None:
+    """Its last poll is told here, and its commands are sent there already: an eleventh would leave."""
+    bench = await ready()
+    bench.hears(used=3, hand=Hand(command="c1", client="c1", sandbox="s1", tried=1, counted_in="in:1"))
+    session = Session(BOT)
+    needs = bench.incoming()
+    place = await acquire(session, needs)
+    assert place is not None
+    session.lingering = lingering
+    await store(session, batch(raw("one more")), place, needs)
+    assert bench.context().used == used
 
 
 async def test_a_message_for_a_bot_that_was_unbound_while_it_came_is_a_dead_letter() -> None:
