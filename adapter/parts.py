@@ -470,6 +470,7 @@ def _rules(settings: Settings) -> window.Rules:
         cooldown_s=settings.cooldown_s,
         reserve=settings.reserve_sends,
         low=settings.window_low,
+        tokenless=settings.send_without_token,
     )
 
 

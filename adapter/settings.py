@@ -138,6 +138,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     Else it becomes a dead letter: iLink is not known to put bots in groups, nor where an answer would go.
     """
 
+    send_without_token: bool = False
+    """Send also where iLink gave no context token for the user, as the official client does; else commands wait.
+
+    Such sends are seen to arrive, to get lost without a word, and to be refused (-2, -14).
+    """
+
     empty_send_is_success: bool = False
     """Count answers to a send without a message id as `accepted`: for servers older than those ids."""
 

@@ -44,6 +44,8 @@ class Rules(NamedTuple):
     """How many of `sends` are kept back for commands with `final`."""
     low: int = 0
     """Few are left when so many are, for commands without `final`; 0: never."""
+    tokenless: bool = False
+    """Whether a window is open although iLink gave no context token with what the user wrote."""
 
     def budget(self, *, final: bool = False) -> int:
         """Sends of a window for commands with or without `final`."""
@@ -113,7 +115,8 @@ def closes_at_ms(context: Context, rules: Rules) -> int:
 
 
 def _in_time(context: Context, now_ms: int, rules: Rules) -> bool:
-    return bool(context.inbound_ms and context.token) and now_ms < closes_at_ms(context, rules)
+    begun = bool(context.inbound_ms and (context.token or rules.tokenless))
+    return begun and now_ms < closes_at_ms(context, rules)
 
 
 def _may_probe(context: Context, now_ms: int, rules: Rules) -> bool:

@@ -53,6 +53,13 @@ def test_a_verdict_names_what_hinders(state: Context, now_ms: int, needed: int, 
     assert verdict(state, now_ms, RULES, needed=needed) == expected
 
 
+def test_a_window_without_a_token_is_open_where_the_setting_says_so() -> None:
+    rules = RULES._replace(tokenless=True)
+    assert verdict(context(token=""), NOW, rules) == ""
+    assert verdict(context(token=""), NOW + 23 * HOUR, rules) == "window_closed"
+    assert verdict(Context(), NOW, rules) == "window_closed"
+
+
 def test_a_budget_of_0_is_not_counted() -> None:
     assert verdict(context(used=1000), NOW, RULES._replace(sends=0)) == ""
     assert window.shown(context(used=1000), NOW, RULES._replace(sends=0)) == Window(closes_at_ms=NOW + 23 * HOUR)

@@ -106,16 +106,17 @@ def updates_request(token: str, cursor: str, number: int) -> Request:
 def message_request(
     token: str, number: int, item: dict[str, Any], *, user: str, client_id: str, context_token: str
 ) -> Request:
-    """sendmessage with one item, in the official shape (3.4)."""
-    msg = {
+    """sendmessage with one item, in the official shape (3.4). `context_token`: "" is left out."""
+    msg: dict[str, Any] = {
         "from_user_id": "",
         "to_user_id": user,
         "client_id": client_id,
         "message_type": wire.BOT,
         "message_state": wire.FINISH,
         "item_list": [item],
-        "context_token": context_token,
     }
+    if context_token:
+        msg["context_token"] = context_token
     return _request("sendmessage", token, number, {"msg": msg}, secret=context_token)
 
 

@@ -425,6 +425,11 @@ def send_request() -> protocol.Request:
     )  # fmt: skip
 
 
+def test_a_send_without_a_context_token_leaves_it_out() -> None:
+    request = protocol.message_request("bot:secret", 1, {}, user="u", client_id="c", context_token="")
+    assert "context_token" not in msgspec.json.decode(request.body)["msg"]
+
+
 @pytest.mark.parametrize(
     ("number", "header"), [(305419896, "MzA1NDE5ODk2"), (0, "MA=="), (4294967295, "NDI5NDk2NzI5NQ==")]
 )
