@@ -32,12 +32,33 @@ class Check(msgspec.Struct, frozen=True, kw_only=True):
     detail: str = ""
 
 
+class _Flag:
+    """An attribute of Health that is true or false, and since when."""
+
+    def __set_name__(self, owner: type[Health], name: str) -> None:
+        self._name = name
+
+    def __get__(self, health: Health, owner: type[Health]) -> bool:
+        return health.flags[self._name][0]
+
+    def __set__(self, health: Health, value: bool) -> None:
+        if health.flags[self._name][0] != value:
+            health.flags[self._name] = (value, health.clock())
+
+
 class Health:
     """What the event loop says about itself; the probe thread reads it. All attributes may be set at any time.
 
     `clock` gives monotonic seconds. NATS and iLink never decide about life: restarting thousands of long polls heals
     neither. Nothing here knows single bindings.
     """
+
+    started = _Flag()
+    """Connected once, nothing forbidden of what it hears, streams and buckets verified, loops running."""
+    draining = _Flag()
+    """SIGTERM was received: take nothing new."""
+    jetstream_ok = _Flag()
+    """JetStream answered when it was last asked."""
 
     def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
         self.clock = clock
@@ -51,9 +72,8 @@ class Health:
         """Those that are not as they must be any more, with what was changed, in words."""
         self._jetstream_problem = "JetStream does not answer"
         self._born = self._beat = self._awake = self._up = clock()
-        self._flags: dict[str, tuple[bool, float]] = dict.fromkeys(
-            ("started", "draining", "jetstream"), (False, self._born)
-        )
+        self.flags = dict.fromkeys(("started", "draining", "jetstream_ok"), (False, self._born))
+        """Each of them, and `clock()` when it changed last."""
         self._failed: dict[str, tuple[str, float]] = {}
 
     def beat(self) -> None:
@@ -79,33 +99,6 @@ class Health:
                 self._up = self.clock()
             self.nats_down_since = None
 
-    @property
-    def started(self) -> bool:
-        """Connected once, nothing forbidden of what it hears, streams and buckets verified, loops running."""
-        return self._flags["started"][0]
-
-    @started.setter
-    def started(self, value: bool) -> None:
-        self._set("started", value)
-
-    @property
-    def draining(self) -> bool:
-        """SIGTERM was received: take nothing new."""
-        return self._flags["draining"][0]
-
-    @draining.setter
-    def draining(self, value: bool) -> None:
-        self._set("draining", value)
-
-    @property
-    def jetstream_ok(self) -> bool:
-        """JetStream answered when it was last asked."""
-        return self._flags["jetstream"][0]
-
-    @jetstream_ok.setter
-    def jetstream_ok(self, value: bool) -> None:
-        self._set("jetstream", value)
-
     def tell_jetstream(self, problem: str) -> None:
         """What is wrong with JetStream, in words; "": nothing."""
         self._jetstream_problem = problem or self._jetstream_problem
@@ -113,7 +106,7 @@ class Health:
 
     def startup(self) -> list[Check]:
         """/startupz: once true, true for good."""
-        started, since = self._flags["started"]
+        started, since = self.flags["started"]
         return [self._check("started", started, since, self.phase)]
 
     def live(self) -> list[Check]:
@@ -130,8 +123,8 @@ class Health:
     def ready(self) -> list[Check]:
         """/readyz: whether this replica can take over bindings."""
         down_since = self.nats_down_since
-        draining, draining_since = self._flags["draining"]
-        jetstream, jetstream_since = self._flags["jetstream"]
+        draining, draining_since = self.flags["draining"]
+        jetstream, jetstream_since = self.flags["jetstream_ok"]
         if down_since is None:
             nats = self._check("nats", True, self._up)
         else:
@@ -151,10 +144,6 @@ class Health:
         """What is wrong with them, in words."""
         wrong = (("deleted", self.missing), ("altered", self.altered))
         return "; ".join([*(f"{what}: {which}" for what, which in wrong if which), "`wechat-nats doctor --fix`"])
-
-    def _set(self, flag: str, value: bool) -> None:
-        if self._flags[flag][0] != value:
-            self._flags[flag] = (value, self.clock())
 
     def _check(self, name: str, ok: bool, since: float, detail: str = "", *, always: bool = False) -> Check:
         """`since` on our clock. The detail explains a failure; `always` shows it with success too."""
