@@ -12,7 +12,7 @@ import structlog
 
 from adapter import __version__, media, window
 from adapter.bindings import stale_token
-from adapter.bindings.book import Bindings
+from adapter.bindings.book import Bindings, account_of
 from adapter.bindings.control import Control
 from adapter.bindings.tidying import Tidying
 from adapter.console.desk import Needs
@@ -27,7 +27,7 @@ from adapter.inbound.cursors import raw_bots
 from adapter.inbound.download import Downloading
 from adapter.inbound.fetching import Fetching
 from adapter.inbound.recall import Recall
-from adapter.inbound.sessions import Incoming, Waiting, account_of
+from adapter.inbound.sessions import Incoming, Waiting
 from adapter.jetstream import topology
 from adapter.jetstream.buckets import KvBucket, LeaseRegister
 from adapter.jetstream.consumer import all_settled

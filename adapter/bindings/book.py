@@ -9,8 +9,9 @@ import structlog
 
 from adapter.errors import Conflict
 from adapter.names import text_of, token_of
-from adapter.ports import Bucket, Entry
+from adapter.ports import Account, Bucket, Entry
 from adapter.records import Binding
+from adapter.seal import Sealer
 from adapter.timing import Latch
 
 log = structlog.get_logger()
@@ -168,6 +169,11 @@ class Bindings:
         else:
             self._by_bot[bot] = (after, revision)
             self._by_sandbox.setdefault(after.sandbox, {})[bot] = after
+
+
+def account_of(binding: Binding, sealer: Sealer) -> Account:
+    """How a bot is called. Raises Refused("token_key")."""
+    return Account(binding.bot, sealer.open(binding.bot, binding.token), binding.base_url)
 
 
 def is_anew(before: Binding | None, after: Binding | None) -> bool:

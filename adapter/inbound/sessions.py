@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 import structlog
 
 from adapter import window
-from adapter.bindings.book import Bindings
+from adapter.bindings.book import Bindings, account_of
 from adapter.contexts import Contexts, Peer
 from adapter.dedup import Seen
 from adapter.errors import AdapterError, LeaseLost
@@ -236,11 +236,6 @@ class Place(NamedTuple):
 def check_owned(needs: Incoming, binding: Binding) -> None:
     """Raises LeaseLost unless this replica owns the shard of the bot's sandbox."""
     needs.leases.check(shard_of(binding.sandbox))
-
-
-def account_of(binding: Binding, sealer: Sealer) -> Account:
-    """How a bot is called. Raises Refused("token_key")."""
-    return Account(binding.bot, sealer.open(binding.bot, binding.token), binding.base_url)
 
 
 async def notify(session: Session, needs: Incoming, *, start: bool, even_stale: bool = False) -> None:
