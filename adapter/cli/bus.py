@@ -266,11 +266,9 @@ def forbidden(heard: Iterable[Exception]) -> list[tuple[str, str]]:
     return [found for exc in heard if (found := violation(exc))]
 
 
-async def stored_from(
-    bus: Bus, stream: str, subject: str, *, since_ms: int | None = None, headers_only: bool = False
-) -> AsyncIterator[Msg]:
+async def stored_from(bus: Bus, stream: str, subject: str, *, headers_only: bool = False) -> AsyncIterator[Msg]:
     """The messages that `stream` holds under `subject` right now, oldest first. Raises Failed."""
-    subscription = await replay(bus, stream, subject, since_ms=since_ms, headers_only=headers_only)
+    subscription = await replay(bus, stream, subject, headers_only=headers_only)
     try:
         if not await _any_waiting(subscription):
             return

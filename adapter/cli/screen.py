@@ -8,20 +8,20 @@ from rich.cells import cell_len
 
 from adapter.cli.output import pad, printable
 
-LABEL = 18
+WIDTH, LABEL = 80, 18
+"""Columns of a line, and of its label."""
 COLOURS = {"you": "36", "echo agent": "35", "receipt": "32", "phone": "1;36", "problem": "1;31"}
 OTHER = "2"
 
 
 class Screen:
-    """Writes lines of at most `width` columns. On a terminal it has colours and keeps a prompt below."""
+    """Writes lines of at most WIDTH columns. On a terminal it has colours and keeps a prompt below."""
 
-    def __init__(self, out: TextIO, *, prompting: bool, width: int = 80) -> None:
+    def __init__(self, out: TextIO, *, prompting: bool) -> None:
         self._out = out
         self._colours = out.isatty()
         self._may_prompt = prompting and self._colours
         self._prompted = False
-        self._width = width
 
     @property
     def prompting(self) -> bool:
@@ -41,8 +41,7 @@ class Screen:
     def show(self, label: str, text: str) -> None:
         """One entry, over several lines if it is long."""
         self._clear_prompt()
-        room = self._width - LABEL
-        first, *more = _folded(printable(text), room) or [""]
+        first, *more = _folded(printable(text), WIDTH - LABEL) or [""]
         self._write(f"{self._label(label)}{first}\n" + "".join(f"{' ' * LABEL}{line}\n" for line in more))
 
     def note(self, text: str) -> None:
