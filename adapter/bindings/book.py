@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import msgspec
 import structlog
 
-from adapter.errors import Conflict
+from adapter.errors import UNDECODABLE, Conflict
 from adapter.names import text_of, token_of
 from adapter.ports import Account, Bucket, Entry
 from adapter.records import Binding
@@ -76,7 +76,7 @@ class Bindings:
             self._see(entry)
             try:
                 before = msgspec.json.decode(entry.value, type=Binding)
-            except msgspec.MsgspecError:
+            except UNDECODABLE:
                 return None  # as if there were none: a bind overwrites it
             after = make(before)
             if after is None:
@@ -148,7 +148,7 @@ class Bindings:
             return
         try:
             after = None if entry.value is None else msgspec.json.decode(entry.value, type=Binding)
-        except msgspec.MsgspecError as exc:
+        except UNDECODABLE as exc:
             log.error("binding.unreadable", bot=bot, detail=str(exc)[:200])
             return
         self._replace(bot, before, after, entry.revision)

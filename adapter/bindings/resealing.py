@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 
 import msgspec
 
-from adapter.errors import Conflict, Refused
+from adapter.errors import UNDECODABLE, Conflict, Refused
 from adapter.names import Names
 from adapter.ports import History, Register, Stored
 from adapter.records import Binding
@@ -49,7 +49,7 @@ async def _bindings(history: History, names: Names) -> AsyncIterator[tuple[Store
             continue  # it was deleted
         try:
             binding = msgspec.json.decode(stored.data, type=Binding)
-        except msgspec.MsgspecError:
+        except UNDECODABLE:
             continue  # nobody is served by it: adapter/bindings/book.py says so, and goes on
         yield stored, binding
 

@@ -14,7 +14,7 @@ import structlog
 
 from adapter.contract import Inbound
 from adapter.dedup import Keys
-from adapter.errors import BusRefused, Conflict
+from adapter.errors import UNDECODABLE, BusRefused, Conflict
 from adapter.metrics import Metrics
 from adapter.names import H_IDS, H_MSG_ID, Names, escaped, token_of
 from adapter.ports import Bucket, History, Said, Stored
@@ -94,7 +94,7 @@ class Recall:
                 continue
             try:
                 spoken = msgspec.json.decode(entry.value, type=Spoken)
-            except msgspec.MsgspecError as exc:
+            except UNDECODABLE as exc:
                 log.error("quote.unreadable", bot=bot, detail=str(exc)[:200])
                 continue
             if (spoken.sandbox, spoken.user) == (sandbox, user):
@@ -112,7 +112,7 @@ class Recall:
                     continue
                 try:
                     inbound = msgspec.json.decode(stored.data, type=Inbound)
-                except msgspec.MsgspecError as exc:
+                except UNDECODABLE as exc:
                     log.error("quote.unreadable", sequence=stored.seq, detail=str(exc)[:200])
                     continue
                 if inbound.user == user and inbound.sandbox == sandbox:

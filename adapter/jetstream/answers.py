@@ -79,6 +79,6 @@ def is_leaderless(data: bytes) -> bool:
     """Whether this is the answer of a server that knows of no leader: it lives, and is good for nothing."""
     try:
         error = msgspec.json.decode(data, type=ApiAnswer).error
-    except msgspec.MsgspecError:  # not JetStream's
+    except UNDECODABLE:  # not JetStream's
         return False
     return error is not None and error.err_code in LEADERLESS_CODES

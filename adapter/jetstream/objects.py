@@ -20,7 +20,7 @@ from typing import Any
 import msgspec
 import structlog
 
-from adapter.errors import AdapterError, BusRefused, Conflict, Refused, Temporary, Unreadable
+from adapter.errors import UNDECODABLE, AdapterError, BusRefused, Conflict, Refused, Temporary, Unreadable
 from adapter.jetstream.buckets import EXPECTED
 from adapter.jetstream.history import direct_get, direct_one, last_of, leader_next
 from adapter.jetstream.link import Link
@@ -267,7 +267,7 @@ class ObjectStore:
             return None
         try:
             return msgspec.json.decode(stored.data, type=_Meta)
-        except msgspec.MsgspecError:
+        except UNDECODABLE:
             log.warning("media.unreadable", detail="The description of an object cannot be read.")
             return None
 

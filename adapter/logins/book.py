@@ -15,7 +15,7 @@ import structlog
 from msgspec import structs
 
 from adapter.contract import CHECKING, Login, LoginEvent, LoginStart
-from adapter.errors import Conflict, Refused
+from adapter.errors import UNDECODABLE, Conflict, Refused
 from adapter.logins.qr import png, terminal_text
 from adapter.metrics import Metrics
 from adapter.ports import Bucket, Entry, QrCode, Scan
@@ -155,7 +155,7 @@ class LoginBook:
             return
         try:
             record = msgspec.json.decode(entry.value, type=LoginRecord)
-        except msgspec.MsgspecError:
+        except UNDECODABLE:
             log.error("login.unreadable", login=entry.key[:6])
             return
         if known is None and record.over and self._clock.now_ms() - record.changed_ms > TELL_MS:

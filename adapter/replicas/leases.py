@@ -13,7 +13,7 @@ import hashlib
 import msgspec
 import structlog
 
-from adapter.errors import Conflict, LeaseLost, Temporary
+from adapter.errors import UNDECODABLE, Conflict, LeaseLost, Temporary
 from adapter.metrics import Metrics
 from adapter.names import SHARDS
 from adapter.ports import Entry, Register
@@ -250,5 +250,5 @@ def _claim_in(entry: Entry | None) -> Claim | None:
     """None where there is no claim, not even of nobody: this program deletes none, and writes nothing else there."""
     try:
         return msgspec.json.decode(entry.value, type=Claim) if entry and entry.value else None
-    except msgspec.MsgspecError:
+    except UNDECODABLE:
         return None

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import msgspec
 import structlog
 
-from adapter.errors import Conflict, LeaseLost, Temporary
+from adapter.errors import UNDECODABLE, Conflict, LeaseLost, Temporary
 from adapter.metrics import Metrics
 from adapter.ports import Register
 from adapter.records import Member
@@ -193,7 +193,7 @@ class Membership:
             if self._seen.get(entry.key, NEVER).revision != entry.revision:
                 self._seen[entry.key] = Sighting(entry.revision, now, self._renewals)
             if now - self._seen[entry.key].since < self._lease_s:
-                with contextlib.suppress(msgspec.MsgspecError):  # somebody else's key is no member
+                with contextlib.suppress(*UNDECODABLE):  # somebody else's key is no member
                     live[entry.key] = msgspec.json.decode(entry.value, type=Member)
         if self._live.keys() - live.keys():
             self.departures += 1

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Sequence
 import msgspec
 import structlog
 
+from adapter.errors import UNDECODABLE
 from adapter.ports import Crowd
 
 log = structlog.get_logger()
@@ -44,7 +45,7 @@ def answer(data: bytes, about: Callable[[Sequence[str]], Present]) -> bytes | No
     """A replica's answer to a call; None for one that cannot be read."""
     try:
         asked = msgspec.json.decode(data, type=Call)
-    except msgspec.MsgspecError as exc:
+    except UNDECODABLE as exc:
         log.info("rollcall.unreadable", detail=str(exc)[:200])
         return None
     return msgspec.json.encode(about(asked.bots))

@@ -85,10 +85,11 @@ async def test_a_binding_that_is_unbound_before_a_purge_was_noticed_is_not_put_b
 async def test_what_cannot_be_read_changes_nothing_and_is_said() -> None:
     bindings, bucket = await following()
     with capture_logs() as logs:
-        bucket.put(token_of(BOT), b"no binding")
+        for text in (b"no binding", b'{"sandbox":"\xff"}', b'{"sandbox":' + b"[" * 100_000):
+            bucket.put(token_of(BOT), text)
         bucket.put("=zz", b"somebody else's key")
     assert bindings.get(BOT) == BOUND
-    assert [line["event"] for line in logs] == ["binding.unreadable"] * 2
+    assert [line["event"] for line in logs] == ["binding.unreadable"] * 4
 
 
 async def test_a_token_that_was_sealed_anew_is_no_change() -> None:

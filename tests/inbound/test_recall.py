@@ -248,10 +248,11 @@ async def test_what_cannot_be_read_now_is_asked_again() -> None:
     assert (await quote_of(bench, says(message="43", quotes="41"))).text == "hello"
 
 
-async def test_odd_records_cost_a_quote_its_words_and_nothing_else() -> None:
+@pytest.mark.parametrize("nonsense", [b"nonsense", b'{"sandbox":"\xff"}'])
+async def test_odd_records_cost_a_quote_its_words_and_nothing_else(nonsense: bytes) -> None:
     bench = Bench()
-    bench.quotes.put(quote_key(BOT, "51"), b"nonsense")
-    bench.bus.put("wechat.inbox.s1", b"nonsense", {H_MSG_ID: f"in:{BOT}:m51"}, "in")
+    bench.quotes.put(quote_key(BOT, "51"), nonsense)
+    bench.bus.put("wechat.inbox.s1", nonsense, {H_MSG_ID: f"in:{BOT}:m51"}, "in")
     heard = Heard(says(message="43", quotes="51"), "s1", BOT, 1, "r")
     await publish([heard], bench.incoming())
     quote = msgspec.json.decode(bench.bus.found("IN")[-1].data, type=Inbound).quote

@@ -762,3 +762,11 @@ async def test_a_bind_that_was_sealed_for_a_login_is_good_for_nothing_else() -> 
         with pytest.raises(Refused) as caught:
             await doors.control.bind(msgspec.structs.replace(bind, **changes))
         assert caught.value.reason == "token_key"
+
+
+async def test_a_record_that_cannot_be_read_ends_no_other_login() -> None:
+    doors = Doors()
+    await asyncio.sleep(0.1)
+    for key, text in (("x" * 24, b"no login"), ("y" * 24, b'{"sandbox":"\xff"}')):
+        doors.bucket.put(key, text)
+    assert (await doors.status(await doors.start())).status == "wait"

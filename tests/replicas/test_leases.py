@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -594,8 +595,12 @@ def overwrite(store: Store, value: bytes | None) -> None:
 
 @pytest.mark.parametrize(
     "meddle",
-    [purge, lambda claims: overwrite(claims, None), lambda claims: overwrite(claims, b"x")],
-    ids=["purged", "deleted", "overwritten"],
+    [
+        purge,
+        partial(overwrite, value=None),
+        *(partial(overwrite, value=text) for text in (b"x", b'{"owner":"\xff"}')),
+    ],
+    ids=["purged", "deleted", "overwritten", "no-text"],
 )
 async def test_claims_that_are_gone_are_put_back_and_change_no_owner(
     cluster: Cluster, meddle: Callable[[Store], None]
@@ -614,7 +619,7 @@ async def test_claims_that_are_gone_are_put_back_and_change_no_owner(
     assert late.working
 
 
-@pytest.mark.parametrize("value", [None, b"x"], ids=["deleted", "overwritten"])
+@pytest.mark.parametrize("value", [None, b"x", b'{"owner":"\xff"}'], ids=["deleted", "overwritten", "no-text"])
 async def test_claims_that_are_gone_are_claimed_anew_where_no_owner_is_left(
     cluster: Cluster, value: bytes | None
 ) -> None:
@@ -628,7 +633,8 @@ async def test_claims_that_are_gone_are_claimed_anew_where_no_owner_is_left(
 
 
 async def test_a_key_that_is_no_member_stops_nobody(cluster: Cluster) -> None:
-    cluster.members.write("stranger", b"x", 0)
+    for name, text in (("stranger", b"x"), ("another", b'{"instance":"\xff"}')):
+        cluster.members.write(name, text, 0)
     replica = cluster.start()
     await cluster.run(5)
     assert replica.working == set(range(SHARDS))
