@@ -131,7 +131,7 @@ async def poll_forever(session: Session, place: Place, needs: Incoming) -> Place
             polled = await _poll_once(session, binding, place, waits_ms, needs)
         except SessionExpired as exc:
             needs.metrics.polls.labels(outcome="stale_token").inc()
-            polled = await recover(session, exc, place, hold_ms, needs)
+            polled = await recover(session, exc, place, waits_ms, needs)
             if polled is None:
                 continue
         except Temporary as exc:
@@ -286,6 +286,7 @@ async def recover(
                 continue
             if polled is None:  # an outage says nothing about the token
                 failures += 1
+                hold_ms = min(LONGEST_HOLD_MS, 2 * hold_ms)  # or the server may hold longer
                 session.cut.clear()
                 continue
             await _regain(session, binding, needs)

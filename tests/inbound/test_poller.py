@@ -64,6 +64,18 @@ async def test_the_hold_that_ilink_named_is_also_that_of_a_dead_tokens_tries() -
     assert bench.chat.holds == [35_000, 60_000, 60_000, 60_000]
 
 
+async def test_what_a_server_is_given_beyond_its_word_is_also_that_of_a_dead_tokens_tries() -> None:
+    bench = await ready(batch(hold_ms=20_000), None, batch(raw(), hold_ms=20_000), STALE, batch(hold_ms=20_000))
+    await polls(bench)
+    assert bench.chat.holds == [35_000, 20_000, 40_000, 40_000, 40_000, 20_000]
+
+
+async def test_a_dead_tokens_try_that_is_not_answered_in_time_is_given_more_the_next_time() -> None:
+    bench = await ready(batch(hold_ms=20_000), STALE, None, None, batch(hold_ms=20_000))
+    await polls(bench)
+    assert bench.chat.holds == [35_000, 20_000, 20_000, 40_000, 60_000, 20_000]
+
+
 async def test_a_failed_poll_is_repeated_from_the_same_cursor() -> None:
     bench = await ready(batch(raw(), cursor="b"), Temporary("http_5xx"), Temporary("unreadable"), batch(cursor="c"))
     await polls(bench)
