@@ -109,11 +109,6 @@ class Contexts:
         if used:
             self._peers[bot] = used
 
-    def forget_where(self, gone: Callable[[str], bool]) -> None:
-        """Drops what is known of the users of all bots that `gone` names: another replica may have written."""
-        for bot in [bot for bot in self._peers if gone(bot)]:
-            self.forget(bot)
-
     def tidy(self, is_ours: Callable[[str], bool]) -> None:
         """Drops the users of bots that are not `is_ours` any more, and those of whom nothing is known: a sandbox may
         name any user."""

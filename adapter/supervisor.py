@@ -209,7 +209,8 @@ class Supervisor:
         if owned != self._owned:
             changed = owned ^ self._owned
             self._owned = owned
-            self._dirty.update(b.bot for b in self._bindings if shard_of(b.sandbox) in changed)
+            for shard in changed:
+                self._dirty.update(binding.bot for binding in self._bindings.of_shard(shard))
 
     def _follow_validity(self) -> None:
         now_as = self._leases.incarnation if self._leases.valid else ""
@@ -324,7 +325,7 @@ class Supervisor:
                 await self._give_away(shard, SEND_GRACE_S)
             finally:
                 del self._leaving[shard]
-                self._dirty.update(b.bot for b in self._bindings if shard_of(b.sandbox) == shard)
+                self._dirty.update(binding.bot for binding in self._bindings.of_shard(shard))
                 self._changed.notify()
 
     async def _give_away(self, shard: int, grace_s: float) -> None:
@@ -341,9 +342,8 @@ class Supervisor:
                 self._shards[shard] = sender  # `drain` waits for its requests before it gives the shard away
                 raise
         if not self._draining:  # else all have been told already: thousands of bots, and a shard after the other
-            for bot, session in self.sessions.items():
-                binding = self._bindings.get(bot)
-                if binding is not None and shard_of(binding.sandbox) == shard:
+            for binding in self._bindings.of_shard(shard):
+                if session := self.sessions.get(binding.bot):
                     session.lingering = True
                     session.leave(now=False)
         await self._leases.release(shard)

@@ -161,10 +161,9 @@ async def test_a_message_costs_the_same_whoever_else_there_is() -> None:
     assert among_many == alone
 
 
-async def handed_on(others: int) -> int:
-    """Lines of adapter/ that run as a bot is taken over and given back. A loop counts, though it calls nothing."""
-    bench, lines = await among(others), 0
-    session, needs = Session(BOT), bench.incoming()
+async def lines_of(work: Awaitable[object]) -> int:
+    """Lines of adapter/ that run. A loop counts, though it calls nothing."""
+    lines = 0
 
     def see(frame: FrameType, event: str, _: Any) -> Any:
         nonlocal lines
@@ -175,10 +174,33 @@ async def handed_on(others: int) -> int:
 
     sys.settrace(see)
     try:
-        assert await acquire(session, needs) is not None
-        await give_back(session, needs)
+        await work
     finally:
         sys.settrace(None)
+    return lines
+
+
+async def handed_on(others: int) -> int:
+    """Lines that run as a bot is taken over and given back."""
+    bench = await among(others)
+    session, needs = Session(BOT), bench.incoming()
+
+    async def hand_on() -> None:
+        assert await acquire(session, needs) is not None
+        await give_back(session, needs)
+
+    return await lines_of(hand_on())
+
+
+async def loaded(others: int) -> int:
+    """Lines that run as a shard is taken over, of which a user is known from the last time."""
+    bench = await among(others)
+    bench.hears()
+    await bench.contexts.peer(BOT, USER)
+    shard = bench.shard()
+    lines = await lines_of(shard.load())
+    assert bench.contexts.loaded(BOT, USER) is None
+    shard.stop()
     return lines
 
 
@@ -186,6 +208,13 @@ async def test_a_bot_is_taken_over_at_the_same_cost_whoever_else_there_is() -> N
     """Or ten thousand at once cost a hundred times what a thousand do."""
     alone, among_many = await handed_on(0), await handed_on(500)
     assert alone > 50
+    assert among_many <= alone + 50
+
+
+async def test_a_shard_is_taken_over_at_the_same_cost_whoever_else_there_is() -> None:
+    """Or those of a replica that was killed look at all its bots for each of them, before they poll any."""
+    alone, among_many = await loaded(0), await loaded(500)
+    assert alone > 20
     assert among_many <= alone + 50
 
 

@@ -8,7 +8,7 @@ import msgspec
 import structlog
 
 from adapter.errors import UNDECODABLE, Conflict
-from adapter.names import text_of, token_of
+from adapter.names import SHARDS, shard_of, text_of, token_of
 from adapter.ports import Account, Bucket, Entry
 from adapter.records import Binding
 from adapter.seal import Sealer
@@ -35,7 +35,8 @@ class Bindings:
         self._same_token = same_token
         """Whether two stored tokens of a bot are the same token, perhaps sealed again: then nothing has changed."""
         self._by_bot: dict[str, tuple[Binding, int]] = {}
-        self._by_sandbox: dict[str, dict[str, Binding]] = {}
+        self._by_shard: list[dict[str, dict[str, Binding]]] = [{} for _ in range(SHARDS)]
+        """By sandbox and bot."""
         self._listeners: list[Callable[[str, Binding | None, Binding | None], None]] = []
 
     def listen(self, on_change: Callable[[str, Binding | None, Binding | None], None]) -> None:
@@ -52,7 +53,11 @@ class Bindings:
 
     def of_sandbox(self, sandbox: str) -> list[Binding]:
         """In the order of bot ids."""
-        return [binding for _, binding in sorted(self._by_sandbox.get(sandbox, {}).items())]
+        return [binding for _, binding in sorted(self._by_shard[shard_of(sandbox)].get(sandbox, {}).items())]
+
+    def of_shard(self, shard: int) -> list[Binding]:
+        """Those of its sandboxes."""
+        return [binding for of_sandbox in self._by_shard[shard].values() for binding in of_sandbox.values()]
 
     def __iter__(self) -> Iterator[Binding]:
         return iter([binding for binding, _ in self._by_bot.values()])
@@ -161,14 +166,15 @@ class Bindings:
 
     def _replace(self, bot: str, before: Binding | None, after: Binding | None, revision: int) -> None:
         if before is not None:
-            self._by_sandbox[before.sandbox].pop(bot, None)
-            if not self._by_sandbox[before.sandbox]:
-                del self._by_sandbox[before.sandbox]
+            sandboxes = self._by_shard[shard_of(before.sandbox)]
+            sandboxes[before.sandbox].pop(bot, None)
+            if not sandboxes[before.sandbox]:
+                del sandboxes[before.sandbox]
         if after is None:
             self._by_bot.pop(bot, None)
         else:
             self._by_bot[bot] = (after, revision)
-            self._by_sandbox.setdefault(after.sandbox, {})[bot] = after
+            self._by_shard[shard_of(after.sandbox)].setdefault(after.sandbox, {})[bot] = after
 
 
 def account_of(binding: Binding, sealer: Sealer) -> Account:

@@ -16,7 +16,7 @@ import structlog
 
 from adapter import contract
 from adapter.errors import AdapterError, Refused, Temporary, Unreadable
-from adapter.names import H_COMMAND, H_MSG_ID, H_SINCE_MS, UNROUTED, peer_of, shard_of
+from adapter.names import H_COMMAND, H_MSG_ID, H_SINCE_MS, UNROUTED, peer_of
 from adapter.outbound.backlog import PAGE, Backlog
 from adapter.outbound.commands import Command, command_id, peek, read_command, remains, stand_in
 from adapter.outbound.endings import Ending, in_doubt
@@ -58,8 +58,8 @@ class Shard(LaneWork):
         again: what was settled before a reset is found here after it.
         """
         if not self._loaded:
-            # what is known of an earlier time, when the shard was ours, too
-            self._sending.contexts.forget_where(self._serves)
+            for binding in self._needs.bindings.of_shard(self.number):
+                self._sending.contexts.forget(binding.bot)  # it is of an earlier time, when the shard was ours, too
             self.typing.open()
             self._loaded = True
         found: set[int] = set()
@@ -97,10 +97,6 @@ class Shard(LaneWork):
             lane.unsure.add(stored.seq)
             lane.inherited_ms = min(lane.inherited_ms, command.stored_ms)
             lane.park(parked_at(stored.seq, stored.subject, command))
-
-    def _serves(self, bot: str) -> bool:
-        binding = self._needs.bindings.get(bot)
-        return binding is not None and shard_of(binding.sandbox) == self.number
 
     def on_delivery(self, delivery: Delivery) -> None:
         """A command of this shard arrived, or arrived again."""
