@@ -168,24 +168,23 @@ class Transport:
 
     async def _connect(self, origin: Origin, timeout_s: float, *, afresh: bool) -> Connection:
         """Raises Temporary("network")."""
-        loop = asyncio.get_running_loop()
-        tls = self._tls if origin.scheme == "https" else None
-        connected = None
+        connection, transport = Connection(self._most), None
         try:
             async with asyncio.timeout(min(CONNECT_S, timeout_s)):
-                addresses = await self._addresses(origin, afresh=afresh)
-                connected = await aiohappyeyeballs.start_connection(addresses, happy_eyeballs_delay=STAGGER_S)
-            connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            async with asyncio.timeout(min(TLS_S, timeout_s)):
-                _, connection = await loop.create_connection(
-                    lambda: Connection(self._most),
-                    sock=connected,
-                    ssl=tls,
-                    server_hostname=origin.host if tls else None,
-                )
-        except (OSError, ssl.CertificateError) as exc:  # also TimeoutError
-            if connected is not None:
-                connected.close()
+                transport = await _reach(await self._addresses(origin, afresh=afresh))
+            if transport.is_closing():
+                raise ConnectionResetError
+            if origin.scheme == "https":
+                async with asyncio.timeout(min(TLS_S, timeout_s)):
+                    connection.connection_made(await _encrypted(transport, connection, self._tls, origin.host))
+            else:
+                transport.set_protocol(connection)
+                connection.connection_made(transport)
+        except BaseException as exc:
+            if transport is not None:
+                transport.abort()
+            if not isinstance(exc, OSError | ssl.CertificateError):  # also TimeoutError
+                raise
             self._tls.forget(origin.host)
             exc.__traceback__ = None  # in it is who keeps it: both would wait for the garbage collector
             raise Temporary("network", type(exc).__name__) from exc
@@ -214,6 +213,33 @@ class Transport:
             ]
         except (OSError, UnicodeError) as exc:
             return exc
+
+
+async def _reach(addresses: list[aiohappyeyeballs.AddrInfoType]) -> asyncio.Transport:
+    """A connection to whichever of the addresses answers first. Raises OSError.
+
+    Nobody listens to it yet: uvloop does not tell a protocol whose task is cancelled meanwhile, which would know its
+    transport, as that knows it, and wait for the garbage collector.
+    """
+    loop = asyncio.get_running_loop()
+    if len(addresses) == 1:  # no race: the loop's own way takes half of the CPU
+        host, port = addresses[0][4][:2]
+        transport, _ = await loop.create_connection(asyncio.Protocol, host, port)
+    else:
+        reached = await aiohappyeyeballs.start_connection(addresses, happy_eyeballs_delay=STAGGER_S)
+        transport, _ = await loop.create_connection(asyncio.Protocol, sock=reached)
+    transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    return transport
+
+
+async def _encrypted(
+    transport: asyncio.Transport, protocol: asyncio.Protocol, tls: ssl.SSLContext, host: str
+) -> asyncio.Transport:
+    """What speaks TLS over a connection, for `protocol` from now on. Raises OSError, ssl.CertificateError."""
+    encrypted = await asyncio.get_running_loop().start_tls(transport, protocol, tls, server_hostname=host)
+    if encrypted is None:  # it was lost meanwhile
+        raise ConnectionResetError
+    return encrypted
 
 
 @functools.lru_cache(maxsize=256)  # the same few at every request
