@@ -1,12 +1,13 @@
 """One address that is listened on, with TLS if wanted; the files' limit; what a URL calls an address."""
 
 import asyncio
+import logging
 import resource
 import ssl
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 
-from aiohttp import web
+from aiohttp import http_exceptions, web
 
 from adapter.simulator.records import SimulatorError
 
@@ -15,7 +16,19 @@ BACKLOG = 4096
 KEEPALIVE_S = 3600.0
 """Long, so that a request hardly ever meets a connection that is just being closed for idleness."""
 
+BAD_REQUESTS = (web.RequestPayloadError, http_exceptions.HttpProcessingError)
+"""What a request is to blame for; its client is told."""
+
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+def is_ours(record: logging.LogRecord) -> bool:
+    """Whether what aiohttp logs says something of the simulator, not of a request that nobody could read."""
+    return not (record.exc_info and isinstance(record.exc_info[1], BAD_REQUESTS))
+
+
+log = logging.getLogger(__name__)
+log.addFilter(is_ours)
 
 
 class Site:
@@ -39,7 +52,12 @@ class Site:
             for path, handler in self._handlers.items():
                 app.router.add_route("*", path, handler)
             self._runner = web.AppRunner(
-                app, access_log=None, handler_cancellation=True, shutdown_timeout=1.0, keepalive_timeout=KEEPALIVE_S
+                app,
+                logger=log,
+                access_log=None,
+                handler_cancellation=True,
+                shutdown_timeout=1.0,
+                keepalive_timeout=KEEPALIVE_S,
             )
             await self._runner.setup()
             await web.TCPSite(self._runner, host, port, backlog=BACKLOG, ssl_context=tls).start()
