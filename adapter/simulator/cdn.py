@@ -1,4 +1,6 @@
-"""The CDN over HTTP: `/c2c/upload`, `/c2c/download` (3.9, S18, S20), with F24 and F25; F4 to F6 strike downloads."""
+"""The CDN over HTTP: `/c2c/upload`, `/c2c/download` (3.9, S18, S20), with F24 and F25.
+
+F4 to F6 strike downloads, F5 and F6 uploads."""
 
 import asyncio
 
@@ -53,12 +55,21 @@ class Cdn:
         limit = self._world.settings_of(bot).param_upload_limit
         if limit and len(data) > limit and "taskid" not in request.query:
             return web.Response(status=500)
-        plain = await asyncio.to_thread(look_inside, data, upload.key)
-        return web.Response(headers={"x-encrypted-param": self._media.receive(upload, data, plain)})
+        faults = self._world.faults
+        if rule := faults.take("F5", "cdn/upload", bot.id, upload.user):
+            await answers.hang(rule, self._world.clock)
+        reset = faults.take("F6", "cdn/upload", bot.id, upload.user)
+        if reset is None or reset.params.get("when") == "after":
+            plain = await asyncio.to_thread(look_inside, data, upload.key)
+            reference = self._media.receive(upload, data, plain)
+        if reset is not None:
+            answers.cut(request)
+            return web.Response()
+        return web.Response(headers={"x-encrypted-param": reference})
 
     async def _download(self, request: web.Request, param: str) -> web.StreamResponse:
         blob = self._media.blobs.get(param)
-        if blob is None or not blob.downloadable:
+        if blob is None or not self._is_served(blob):
             return web.Response(status=400, text="invalid encrypted_param")
         if rule := self._take("F25", blob):
             return broken_download(blob, rule)
@@ -71,6 +82,11 @@ class Cdn:
             answers.cut(request)
             return web.Response()
         return await stream(request, blob.data)
+
+    def _is_served(self, blob: Blob) -> bool:
+        """Of what a bot has uploaded its own download may be refused (9.1)."""
+        settings = self._world.settings_of(self._world.bots[blob.bot])
+        return blob.downloadable or settings.own_download == "served"
 
     def _take(self, fault: str, blob: Blob) -> FaultRule | None:
         """A fault that strikes a download."""

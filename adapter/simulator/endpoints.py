@@ -238,6 +238,8 @@ class Endpoints:
 
     def _hold_s(self, call: Call) -> float:
         settings = self._world.settings_of(call.bot)
+        if settings.zero_timeout == "instant" and call.body.get("timeout") == 0:
+            return 0.0
         longest = settings.hold_ms / 1000
         if call.edge is not None:
             longest = min(longest, edge_s(call.edge))

@@ -16,13 +16,14 @@ API = frozenset(
     }
 )
 DOWNLOAD = frozenset({"cdn/download"})
+CDN = DOWNLOAD | {"cdn/upload"}
 FAULTS: dict[str, tuple[frozenset[str], int | None]] = {
     "F1": (API | LOGIN, None),
     "F2": (frozenset({"getupdates", "get_qrcode_status"}), None),
     "F3": (API | LOGIN, None),
     "F4": (API | LOGIN | DOWNLOAD, None),
-    "F5": (API | LOGIN | DOWNLOAD, None),
-    "F6": (API | LOGIN | DOWNLOAD, None),
+    "F5": (API | LOGIN | CDN, None),
+    "F6": (API | LOGIN | CDN, None),
     "F8": (API, 1),
     "F9": (API, None),
     "F10": (frozenset({"sendmessage"}), None),

@@ -195,6 +195,7 @@ class Inbox:
     def _open_window(self, bot: Bot, message: Json) -> None:
         """The user spoke: 24 hours and ten sends from now on, whether or not a context token came along."""
         user = str(message.get("from_user_id") or bot.user)
+        bot.heard_ms = self._world.clock.now_ms()
         if not bot.superseded:
             window = bot.window(user)
             window.opened_ms = self._world.clock.now_ms()

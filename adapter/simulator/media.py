@@ -94,7 +94,8 @@ class Media:
         """The answer of `getuploadurl` (3.5, S17)."""
         settings = self._world.settings_of(bot)
         peer = body.get("to_user_id")
-        if not isinstance(peer, str) or (peer != bot.user and peer not in bot.windows):
+        known = isinstance(peer, str) and (peer == bot.user or peer in bot.windows)
+        if not known and (settings.stranger_upload == "refused" or not isinstance(peer, str)):
             return {"ret": -1}
         upload = read_upload(bot, body)
         if upload is None:

@@ -232,7 +232,7 @@ class Outbox:
         """Uses up one send of the window, and decides whether the phone gets it."""
         window, settings = bot.window(user), self._world.settings_of(bot)
         window.sent += 1
-        message_id = str(next(self._world.message_ids))
+        message_id = self._message_id(bot, message)
         hidden = TOOL_CALLS if settings.tool_calls == "hidden" else ()
         if any(item["type"] in hidden for item in message["item_list"]):
             return Verdict(body=None, why="tool_call")
@@ -250,6 +250,13 @@ class Outbox:
             return self._success(bot, "F15", message_id)
         self.release(bot, user, message, message_id)
         return self._success(bot, "shown", message_id)
+
+    def _message_id(self, bot: Bot, message: Json) -> str:
+        """A new one, or the client's own (4.1)."""
+        own = str(message.get("message_id") or "")
+        if self._world.settings_of(bot).client_message_id == "kept" and own.isascii() and own.isdigit():
+            return own
+        return str(next(self._world.message_ids))
 
     def _success(self, bot: Bot, why: str, message_id: str) -> Verdict:
         body: Json = {"message_id": self._world.answered_id(message_id, bot)}

@@ -157,6 +157,7 @@ class Server:
     def _is_stale(self, visit: Visit, bot: Bot) -> bool:
         """Dead, without the headers that authenticate, or struck by F8 to F10."""
         world, headers = self._world, visit.request.headers
+        world.bury_idle(bot)
         if bot.dead:
             return True
         if headers.get("AuthorizationType") != "ilink_bot_token":

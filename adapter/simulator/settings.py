@@ -78,6 +78,8 @@ class SimulatorSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields
     official client declares it; or a JSON number, which may come (2.5) and breaks clients in Go, Rust and C#."""
     id_style: Literal["alternate", "number", "string"] = "alternate"
     """How the answers of `sendmessage` write theirs (S10); by turns for each bot."""
+    zero_timeout: Literal["held", "instant"] = "held"
+    """A poll with `timeout` 0, by which one client hopes for an answer at once (3.3): held as any other, or not."""
     batch_max: NotNegative = 100
     """Messages per answer at most; 0: all there are."""
 
@@ -111,6 +113,9 @@ class SimulatorSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """How long after a user's message the bot may send."""
     quota: NotNegative = 10
     """Accepted sends per window; 0: unlimited."""
+    client_message_id: Literal["ignored", "kept"] = "ignored"
+    """The `message_id` that a send brings along: another one is given to it, or it is kept, as one project saw, so
+    that answers and quotes name it (4.1)."""
     duplicate_counts: bool = False
     """A repeated `client_id` meets the quota and uses it up; else it is answered with success in any case."""
     strict_client_id: bool = False
@@ -130,6 +135,8 @@ class SimulatorSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
     token_death_delay_s: Duration = 29.0
     """How long a superseded bot's token lives on (S5)."""
+    idle_death_hours: Duration = 0.0
+    """Above 0: a token dies once its bot's user has not written for so long (5.4, Q12); a login counts as a word."""
     ticket_ttl_s: Duration = 86_400.0
     """Life of a typing ticket (S14)."""
     bad_ticket: Literal["refuse", "accept"] = "refuse"
@@ -142,6 +149,10 @@ class SimulatorSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """What `getuploadurl` answers with (S17)."""
     upload_ret: int = 0
     """Other than 0: what `getuploadurl` answers in `ret`, as for accounts that may send no media (5.1, Q16)."""
+    stranger_upload: Literal["refused", "taken"] = "refused"
+    """`getuploadurl` for somebody who is no peer of the bot: -1, as one project saw (3.5), or as for any other."""
+    own_download: Literal["refused", "served"] = "refused"
+    """What a bot has uploaded, asked for by its reference: 400, as one project saw (9.1), or the bytes."""
     param_upload_limit: NotNegative = 0
     """Above 0: a larger upload is answered with 500, unless it goes to the `upload_full_url` (5.1)."""
     voice_sends: Literal["hidden", "shown", "refused"] = "hidden"

@@ -160,7 +160,7 @@ class Simulator:
 
     def revive_token(self, bot: str) -> None:
         found = self.world.find(bot)
-        found.dead, found.stale_answers = False, 0
+        found.dead, found.stale_answers, found.heard_ms = False, 0, self.world.clock.now_ms()
 
     def configure(self, bot: str | None = None, **changes: Any) -> SimulatorSettings:
         """Changes settings while running, for all bots or for one."""

@@ -84,6 +84,8 @@ class Bot:
     dead: bool = False
     superseded: bool = False
     stale_answers: int = 0
+    heard_ms: int = 0
+    """When its user last wrote, or logged in."""
     settings: SimulatorSettings | None = None
     last_position: int = 0
     delivered_position: int = 0
@@ -169,6 +171,7 @@ class World:
             raise SimulatorError("this token is in use")
         if old := self.by_user.get(new.user):
             self.supersede(old)
+        new.heard_ms = self.clock.now_ms()
         self.bots[new.id] = self.by_token[new.token] = self.by_user[new.user] = new
         return new
 
@@ -205,6 +208,12 @@ class World:
 
     def is_void(self, token: str) -> bool:
         return token in self._void_tokens
+
+    def bury_idle(self, bot: Bot) -> None:
+        """A token dies of its user's silence, where the settings say so (5.4)."""
+        longest_ms = self.settings_of(bot).idle_death_hours * 3_600_000
+        if longest_ms and not bot.dead and self.clock.now_ms() - bot.heard_ms > longest_ms:
+            self.kill(bot)
 
     def kill(self, bot: Bot) -> None:
         """From now on its token is answered with -14, parked polls included."""

@@ -509,7 +509,7 @@ async def test_f28_a_batch_of_a_thousand_messages_and_ten_megabytes(make: MakeCl
         FaultRule(fault="F1", endpoint=""),
         FaultRule(fault="F1", bot="nobody"),
         FaultRule(fault="F1", endpoint="cdn/upload"),
-        FaultRule(fault="F6", endpoint="cdn/upload"),
+        FaultRule(fault="F4", endpoint="cdn/upload"),
         FaultRule(fault="F9", endpoint="get_bot_qrcode"),
         FaultRule(fault="F23", bot="b0f5860fdecb@im.bot"),
         FaultRule(fault="F27", bot="b0f5860fdecb@im.bot", params={"kind": "expired"}),

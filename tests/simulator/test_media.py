@@ -219,6 +219,23 @@ async def test_s19_a_bot_cannot_download_its_own_upload(talking: Client) -> None
     assert (response.status_code, response.text) == (400, "invalid encrypted_param")
 
 
+async def test_s19_a_setting_lets_a_bot_download_its_own_upload(make: MakeClient) -> None:
+    client = await make(own_download="served")
+    params = {"encrypted_query_param": await put(client)}
+    response = await client.http.get(f"{client.sim.cdn_url}/download", params=params)
+
+    assert (response.status_code, response.content) == (200, encrypt(HELLO, KEY))
+
+
+async def test_s17_a_setting_lets_a_bot_upload_for_a_stranger(make: MakeClient) -> None:
+    client = await make(stranger_upload="taken")
+
+    answer = await client.call("getuploadurl", upload(client, to_user_id="o9cq80nobody@im.wechat"))
+
+    assert set(answer) == {"upload_full_url"}
+    assert await client.call("getuploadurl", upload(client, to_user_id=[])) == {"ret": -1}
+
+
 @pytest.mark.parametrize("kind", ["image", "voice", "file", "video"])
 @pytest.mark.parametrize("key_form", ["usual", "hex", "raw_base64", "hex_base64", "none"])
 async def test_s20_inbound_media_with_every_form_of_key(client: Client, kind: str, key_form: str) -> None:
@@ -325,6 +342,20 @@ async def test_f4_to_f6_strike_downloads_too(client: Client) -> None:
     with pytest.raises(httpx.TransportError):
         await download(client)
     assert [rule.struck for rule in client.sim.faults()] == [1, 1, 1]
+
+
+async def test_f5_and_f6_strike_uploads_too(talking: Client) -> None:
+    """After F6 `before` nothing is stored, `after` the reference is merely not told."""
+    talking.sim.set_fault(FaultRule(fault="F5", endpoint="cdn/upload", count=1, params={"hang_ms": 20}))
+    assert await put(talking)
+    stored = len(talking.sim.media.blobs)
+
+    for when, more in (("before", 0), ("after", 1)):
+        talking.sim.set_fault(FaultRule(fault="F6", endpoint="cdn/upload", count=1, params={"when": when}))
+        with pytest.raises(httpx.TransportError):
+            await put(talking)
+        assert len(talking.sim.media.blobs) == stored + more
+    assert [rule.struck for rule in talking.sim.faults()] == [1, 1, 1]
 
 
 async def download(client: Client) -> httpx.Response:

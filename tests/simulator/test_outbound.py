@@ -293,6 +293,17 @@ async def test_s10_tool_call_items_may_be_shown(make: MakeClient) -> None:
     assert client.sim.phone(client.bot.user)[0].items == [item]
 
 
+@pytest.mark.parametrize("style", ["ignored", "kept"])
+async def test_s10_a_setting_keeps_the_message_id_of_the_client(make: MakeClient, style: str) -> None:
+    client = await make(client_message_id=style)
+    client.sim.say(client.bot.user, "hello")
+
+    answer = await client.send("hi", message_id=str(2**63))
+
+    (shown,) = client.sim.phone(client.bot.user)
+    assert (shown.message_id == str(answer["message_id"]), shown.message_id == str(2**63)) == (True, style == "kept")
+
+
 @pytest.mark.parametrize(("style", "ret", "shown"), [("shown", 0, ["ab"]), ("refused", -2, [])])
 async def test_s10_several_items_may_be_refused(make: MakeClient, style: str, ret: int, shown: list[str]) -> None:
     client = await make(several_items=style)

@@ -292,6 +292,23 @@ async def test_s5_a_minus_14_that_was_cured_does_not_count_against_a_token_that_
     assert client.sim.violations() == []
 
 
+async def test_s5_a_setting_lets_a_token_die_of_its_users_silence(make: MakeClient) -> None:
+    """One project saw it after 24 to 30 hours (5.4)."""
+    client = await make(idle_death_hours=24, frozen_at_ms=1_789_000_000_000)
+    client.sim.advance(23 * 3600)
+    client.sim.say(client.bot.user, "hello")
+    client.sim.advance(24 * 3600)
+    assert len((await client.poll())["msgs"]) == 1
+
+    client.sim.advance(1)
+    assert (await client.poll())["errcode"] == -14
+    client.sim.say(client.bot.user, "anybody there?")
+    assert (await client.poll())["errcode"] == -14
+
+    client.sim.revive_token(client.bot.bot)
+    assert len((await client.poll())["msgs"]) == 1
+
+
 async def test_a_token_can_be_revived(client: Client) -> None:
     client.sim.kill_token(client.bot.bot)
     assert await client.poll() == STALE
