@@ -27,8 +27,8 @@ from adapter.timing import Clock, backoff
 
 log = structlog.get_logger()
 
-MAX_BYTES = 65_536
-"""A larger command is put aside."""
+MAX_BYTES = 262_144
+"""A larger command is put aside. A bind names a cursor, which may be as long as any that a poll brings."""
 MAX_BUGS = 5
 """A command on which the adapter has crashed so often is put aside."""
 ERASE_TRIES = 5

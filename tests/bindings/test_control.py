@@ -14,6 +14,7 @@ from adapter.bindings.book import Bindings
 from adapter.bindings.control import ERASE_TRIES, Control
 from adapter.contract import Bind, ControlAnswer
 from adapter.errors import BusRefused, Refused, Temporary
+from adapter.ilink.wire import OPAQUE_CHARS
 from adapter.names import H_ERROR, H_ERROR_CODE, H_MSG_ID, H_REPLY_TO
 from adapter.ports import Message
 from adapter.records import Binding
@@ -234,6 +235,12 @@ async def test_options_and_cursor_are_kept() -> None:
     assert platform.bench.teller.durables == ["s1"]
 
 
+async def test_a_bind_may_name_the_longest_cursor_that_is_kept() -> None:
+    platform = Platform()
+    await platform.bind(cursor="C" * OPAQUE_CHARS)
+    assert platform.binding().start_cursor == "C" * OPAQUE_CHARS
+
+
 async def test_a_cursor_is_sealed_since_the_token_stands_in_it_and_is_the_same_one_when_it_is_bound_again() -> None:
     sealer = Sealer((bytes(32),))
     platform = Platform(sealer=sealer)
@@ -365,7 +372,7 @@ UNREADABLE = [
     ("sandbox-empty", b'{"sandbox":"","bot":"b","bot_token":"SECRET"}'),
     ("bot-too-long", msgspec.json.encode({"sandbox": "s1", "bot": "b" * 129, "bot_token": "SECRET"})),
     ("nested-without-end", b'{"sandbox":' + b"[" * 5000),
-    ("too-large", b'{"sandbox":"s1","bot":"b","bot_token":"' + b"x" * 70_000 + b'"}'),
+    ("too-large", b'{"sandbox":"s1","bot":"b","bot_token":"' + b"x" * 263_000 + b'"}'),
 ]
 
 
