@@ -269,8 +269,3 @@ def _hashes(record: str) -> tuple[str, str, str, str]:
     if len(bytes.fromhex(said)) != HASH or (message and len(bytes.fromhex(message)) != HASH):
         raise ValueError("not a hash")
     return message, client, seq, said
-
-
-def digest(data: bytes) -> str:
-    """A short name for bytes, the same wherever they are seen."""
-    return hashlib.blake2b(data, digest_size=12).hexdigest()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import re
 from urllib.parse import unquote_to_bytes
 
@@ -102,6 +103,11 @@ def text_of(token: str) -> str:
     if token_of(text) != token:
         raise ValueError("not a name that was escaped")
     return text
+
+
+def digest(data: bytes) -> str:
+    """A short name for bytes, the same wherever they are seen."""
+    return hashlib.blake2b(data, digest_size=12).hexdigest()
 
 
 def peer_key(bot: str, user: str) -> str:

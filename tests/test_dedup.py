@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adapter.dedup import KEEP_AT_MOST, KEEP_LONG, KEEP_MS, LATELY_MS, NEAR_MS, Batch, Keys, Seen, digest
+from adapter.dedup import KEEP_AT_MOST, KEEP_LONG, KEEP_MS, LATELY_MS, NEAR_MS, Batch, Keys, Seen
+from adapter.names import digest
 
 NOW = 1_789_000_000_000
 MINUTE = 60_000

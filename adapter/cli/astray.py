@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import time
 
 import msgspec
@@ -16,7 +15,7 @@ from adapter.jetstream import topology
 from adapter.jetstream.consumer import Consumer, Delivery
 from adapter.jetstream.history import subjects_of
 from adapter.jetstream.link import Link
-from adapter.names import H_COMMAND, H_MSG_ID, H_SINCE_MS, Names
+from adapter.names import H_COMMAND, H_MSG_ID, H_SINCE_MS, Names, digest
 from adapter.outbound.commands import TYPING_MS, since_ms
 
 SECOND_NS = 1_000_000_000
@@ -88,12 +87,11 @@ def _aged(delivery: Delivery, park_s: float) -> bytes:
 
 
 def _headers(delivery: Delivery) -> dict[str, str]:
-    words = hashlib.blake2b(delivery.data, digest_size=12).hexdigest()
     ident = delivery.headers.get(H_COMMAND) or delivery.headers.get(H_MSG_ID) or str(delivery.seq)
     kept = passed_on(delivery.headers)
     kept.pop(H_SINCE_MS, None)  # its time is in the body
     return kept | {
-        H_MSG_ID: f"astray:{delivery.seq}:{delivery.time_ms}:{words}",
+        H_MSG_ID: f"astray:{delivery.seq}:{delivery.time_ms}:{digest(delivery.data)}",
         H_COMMAND: ident,
     }
 

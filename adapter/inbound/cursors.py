@@ -7,7 +7,6 @@ the owner before is refused.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 
 import msgspec
 import structlog
@@ -16,7 +15,7 @@ from adapter.dedup import Seen
 from adapter.errors import UNDECODABLE, BusRefused, Conflict, LeaseLost, Refused, Temporary
 from adapter.inbound.inbox import retry, seen_of
 from adapter.inbound.sessions import Incoming, Place, Session, Waiting, check_owned, notify
-from adapter.names import H_SANDBOX, Names, token_of
+from adapter.names import H_SANDBOX, Names, digest, token_of
 from adapter.ports import Entry, History
 from adapter.records import Binding, Cursor
 from adapter.seal import Sealer, cursor_context
@@ -125,7 +124,7 @@ def begun_at(binding: Binding, record: Cursor, sealer: Sealer) -> Cursor:
     """The record at the cursor that a bind request names, once; it is stored with the next write."""
     if binding.start_cursor is None or (start := _opened(binding.bot, binding.start_cursor, sealer)) is None:
         return record
-    mark = hashlib.blake2b(start.encode(), digest_size=12).hexdigest() if start else ""
+    mark = digest(start.encode()) if start else ""
     if record.start == mark:
         return record
     return msgspec.structs.replace(record, cursor=start, start=mark)

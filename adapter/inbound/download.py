@@ -11,9 +11,9 @@ import structlog
 
 from adapter import contract, media
 from adapter.contract import InboundItem
-from adapter.dedup import digest
 from adapter.errors import BusRefused, Refused, Temporary
 from adapter.inbound.inbox import Heard
+from adapter.names import digest
 from adapter.ports import Cdn, Fetch, Objects, StoredObject
 from adapter.quotes import kind_of
 from adapter.timing import Clock, backoff

@@ -14,7 +14,6 @@ import structlog
 
 from adapter import contract, window
 from adapter.contract import Inbound
-from adapter.dedup import digest
 from adapter.errors import BusRefused, Temporary
 from adapter.inbound.recall import ids_header
 from adapter.inbound.sessions import Incoming
@@ -26,6 +25,7 @@ from adapter.names import (
     H_SEEN,
     H_SEQUENCE,
     H_TIME_MS,
+    digest,
     shard_of,
     text_of,
     token_of,

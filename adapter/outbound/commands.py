@@ -21,7 +21,7 @@ from adapter.contract import (
 )
 from adapter.errors import UNDECODABLE, Refused, Unreadable
 from adapter.mending import without_halves
-from adapter.names import check_sandbox, is_sandbox
+from adapter.names import check_sandbox, digest, is_sandbox
 from adapter.outbound.split import MAX_BYTES, is_open, split, to_plain
 
 _PEER = re.compile(r"[!-~]{0,128}")
@@ -214,7 +214,7 @@ def read_command(
         patience_ms = int(min(body.expires_in_s * 1000, patience_ms))
     return Command(
         id=ident,
-        client=hashlib.blake2b(f"{sandbox}|{ident}|{stored_ms}".encode(), digest_size=12).hexdigest(),
+        client=digest(f"{sandbox}|{ident}|{stored_ms}".encode()),
         sandbox=sandbox,
         bot=body.bot or "",
         user=body.user or "",
