@@ -12,6 +12,8 @@ from adapter.dedup import Keys
 from adapter.errors import BusRefused
 from adapter.quotes import Reference
 
+# iLink ----------------------------------------------------------------------------------------------
+
 
 class Account(NamedTuple):
     """How one bot is called. `token` is the secret, opened; `base_url` "" means the service's default."""
@@ -85,17 +87,6 @@ Content: TypeAlias = str | Uploaded
 """What one message to a user holds: a text, or media."""
 
 
-class StoredObject(NamedTuple):
-    """An object of the object store."""
-
-    name: str
-    ident: str
-    """Names its chunks."""
-    size: int
-    sha256: str
-    """Lower-case hex."""
-
-
 class Said(msgspec.Struct, frozen=True, gc=False):
     """One inbound message, translated into the words of the bus."""
 
@@ -160,91 +151,6 @@ class Scan(NamedTuple):
 
     def __repr__(self) -> str:
         return f"Scan({self.status!r})"
-
-
-class Cdn(Protocol):
-    """iLink's store of media. What passes here is plain; it is encrypted and decrypted on the way."""
-
-    def download(self, fetch: Fetch) -> AsyncIterator[bytes]:
-        """The plain bytes, piece by piece. Only the end tells that they are right: use nothing before it. Who stops
-        early closes it (`contextlib.aclosing`).
-
-        Raises Refused with a reason of contract.MediaReason (reference, unavailable, corrupt, too_large), Temporary.
-        """
-
-    async def upload(
-        self,
-        account: Account,
-        *,
-        user: str,
-        kind: MediaKind,
-        name: str,
-        size: int,
-        md5: str,
-        read: Callable[[], AsyncIterator[bytes]],
-    ) -> Uploaded:
-        """Brings `size` plain bytes to the CDN; `read` starts from their beginning, and again for each attempt.
-
-        Raises Refused("media"), SessionExpired, Temporary (iLink could not be reached at all), what `read` raises.
-        """
-
-
-class Objects(Protocol):
-    """The object store `wechat_media`, readable by every NATS client."""
-
-    async def info(self, name: str) -> StoredObject | None:
-        """None where there is none. Raises Temporary."""
-
-    def read(self, stored: StoredObject) -> AsyncIterator[bytes]:
-        """Its bytes, piece by piece. Raises Temporary, Unreadable (pieces are gone, or not what they were), at the
-        latest after the last one."""
-
-    async def piece(self, stored: StoredObject, after: int) -> tuple[bytes, int]:
-        """The piece after a sequence (0: the first), and its own sequence, 0 on the last.
-
-        Raises Temporary, Unreadable (there is none).
-        """
-
-    async def put(self, name: str, pieces: AsyncIterator[bytes], *, mime: str = "", title: str = "") -> StoredObject:
-        """Stores bytes as they come; an object of this name is replaced. Nothing stays where `pieces` fails.
-
-        Waits while the bus is away; closes `pieces` in the end. Raises BusRefused, and what `pieces` raises.
-        """
-
-
-class PartialObjects(Objects, Protocol):
-    """Objects that come in pieces, each perhaps at another replica."""
-
-    async def append(self, name: str, offset: int, piece: bytes) -> int:
-        """Adds a piece; how many bytes there are now. One that is there already changes nothing.
-
-        Raises Refused("invalid") (a gap, or the object is complete), Temporary, BusRefused.
-        """
-
-    async def complete(
-        self, name: str, size: int, *, sha256: str, title: str, mime_of: Callable[[bytes], str]
-    ) -> tuple[StoredObject, bytes]:
-        """Makes an object of what was added, and returns its first bytes too; may be repeated.
-
-        `sha256` "" is not checked; `mime_of` gets the first bytes. Raises Refused("invalid") (it differs), Temporary,
-        BusRefused.
-        """
-
-
-class Asked(NamedTuple):
-    """A request on a subject of one sandbox: who may publish there may ask for it."""
-
-    sandbox: str
-    """As in the subject, not checked yet."""
-    headers: dict[str, str]
-    data: bytes
-
-
-class Answered(NamedTuple):
-    """The answer to it."""
-
-    data: bytes
-    headers: dict[str, str]
 
 
 class Chat(Protocol):
@@ -313,6 +219,36 @@ class Logins(Protocol):
 
     def check_base_url(self, url: str) -> str:
         """Raises Refused("url") for a base URL that may not be called."""
+
+
+class Cdn(Protocol):
+    """iLink's store of media. What passes here is plain; it is encrypted and decrypted on the way."""
+
+    def download(self, fetch: Fetch) -> AsyncIterator[bytes]:
+        """The plain bytes, piece by piece. Only the end tells that they are right: use nothing before it. Who stops
+        early closes it (`contextlib.aclosing`).
+
+        Raises Refused with a reason of contract.MediaReason (reference, unavailable, corrupt, too_large), Temporary.
+        """
+
+    async def upload(
+        self,
+        account: Account,
+        *,
+        user: str,
+        kind: MediaKind,
+        name: str,
+        size: int,
+        md5: str,
+        read: Callable[[], AsyncIterator[bytes]],
+    ) -> Uploaded:
+        """Brings `size` plain bytes to the CDN; `read` starts from their beginning, and again for each attempt.
+
+        Raises Refused("media"), SessionExpired, Temporary (iLink could not be reached at all), what `read` raises.
+        """
+
+
+# The bus: streams -----------------------------------------------------------------------------------
 
 
 class Message(msgspec.Struct, frozen=True):
@@ -406,6 +342,9 @@ class Archive(History, Protocol):
         """One message; None where there is none. Raises Temporary."""
 
 
+# The bus: buckets -----------------------------------------------------------------------------------
+
+
 class Entry(NamedTuple):
     """A key's last value. `value` is None where the key was deleted (its revision still counts)."""
 
@@ -482,6 +421,81 @@ class Register(Protocol):
 
     async def entries(self) -> list[Entry]:
         """All that is there, marks of deletions too. Raises Temporary."""
+
+
+# The bus: objects -----------------------------------------------------------------------------------
+
+
+class StoredObject(NamedTuple):
+    """An object of the object store."""
+
+    name: str
+    ident: str
+    """Names its chunks."""
+    size: int
+    sha256: str
+    """Lower-case hex."""
+
+
+class Objects(Protocol):
+    """The object store `wechat_media`, readable by every NATS client."""
+
+    async def info(self, name: str) -> StoredObject | None:
+        """None where there is none. Raises Temporary."""
+
+    def read(self, stored: StoredObject) -> AsyncIterator[bytes]:
+        """Its bytes, piece by piece. Raises Temporary, Unreadable (pieces are gone, or not what they were), at the
+        latest after the last one."""
+
+    async def piece(self, stored: StoredObject, after: int) -> tuple[bytes, int]:
+        """The piece after a sequence (0: the first), and its own sequence, 0 on the last.
+
+        Raises Temporary, Unreadable (there is none).
+        """
+
+    async def put(self, name: str, pieces: AsyncIterator[bytes], *, mime: str = "", title: str = "") -> StoredObject:
+        """Stores bytes as they come; an object of this name is replaced. Nothing stays where `pieces` fails.
+
+        Waits while the bus is away; closes `pieces` in the end. Raises BusRefused, and what `pieces` raises.
+        """
+
+
+class PartialObjects(Objects, Protocol):
+    """Objects that come in pieces, each perhaps at another replica."""
+
+    async def append(self, name: str, offset: int, piece: bytes) -> int:
+        """Adds a piece; how many bytes there are now. One that is there already changes nothing.
+
+        Raises Refused("invalid") (a gap, or the object is complete), Temporary, BusRefused.
+        """
+
+    async def complete(
+        self, name: str, size: int, *, sha256: str, title: str, mime_of: Callable[[bytes], str]
+    ) -> tuple[StoredObject, bytes]:
+        """Makes an object of what was added, and returns its first bytes too; may be repeated.
+
+        `sha256` "" is not checked; `mime_of` gets the first bytes. Raises Refused("invalid") (it differs), Temporary,
+        BusRefused.
+        """
+
+
+# The bus: what is not stored ------------------------------------------------------------------------
+
+
+class Asked(NamedTuple):
+    """A request on a subject of one sandbox: who may publish there may ask for it."""
+
+    sandbox: str
+    """As in the subject, not checked yet."""
+    headers: dict[str, str]
+    data: bytes
+
+
+class Answered(NamedTuple):
+    """The answer to it."""
+
+    data: bytes
+    headers: dict[str, str]
 
 
 class Crowd(Protocol):
