@@ -305,6 +305,7 @@ class Parts:
             teller=self.edges.teller,
             history=self.edges.history,
             names=self.names,
+            check=lambda: self.leases.check(0),
             clock=self.clock,
             metrics=self.metrics,
         )

@@ -65,9 +65,10 @@ class Bindings:
     def __len__(self) -> int:
         return len(self._by_bot)
 
-    async def put(self, binding: Binding) -> None:
-        """Writes a binding, whatever was there."""
+    async def put(self, binding: Binding, fence: Callable[[], None] = lambda: None) -> None:
+        """Writes a binding, whatever was there. `fence`: asked before each look at what is there."""
         while True:
+            fence()
             entry = await self._bucket.get(token_of(binding.bot))
             if await self._write(binding, entry.revision if entry else 0):
                 return
@@ -89,10 +90,11 @@ class Bindings:
             if await self._write(after, entry.revision):
                 return after
 
-    async def remove(self, bot: str) -> None:
+    async def remove(self, bot: str, fence: Callable[[], None] = lambda: None) -> None:
         """Deletes a binding; one that is not there is no error. One that was purged leaves its mark all the same: who
-        remembers it would put it back."""
+        remembers it would put it back. `fence`: as of `put`."""
         while True:
+            fence()
             entry = await self._bucket.get(token_of(bot))
             gone = entry.value is None if entry else self.get(bot) is None
             if gone:

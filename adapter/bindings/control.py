@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 
 import msgspec
 import structlog
@@ -16,7 +16,7 @@ from msgspec import structs
 from adapter import contract
 from adapter.bindings.book import Bindings
 from adapter.contract import Bind, BindingChange, BindingEvent, ControlAnswer, Unbind
-from adapter.errors import UNDECODABLE, AdapterError, Refused, Temporary, Unreadable
+from adapter.errors import UNDECODABLE, AdapterError, LeaseLost, Refused, Temporary, Unreadable
 from adapter.events import Events, told_of_bindings
 from adapter.metrics import Metrics
 from adapter.names import H_ERROR, H_ERROR_CODE, H_MSG_ID, H_REPLY_TO, H_SCHEMA, Names, check_sandbox, is_inbox
@@ -51,6 +51,7 @@ class Control:
         teller: Teller,
         history: History,
         names: Names,
+        check: Callable[[], None],
         clock: Clock,
         metrics: Metrics,
     ) -> None:
@@ -61,6 +62,9 @@ class Control:
         self._teller = teller
         self._history = history
         self._names = names
+        self._check = check
+        """Raises LeaseLost where this replica may not carry commands out at this moment: one that was stopped, or cut
+        off, has commands in hand that another has carried out since, and later ones with them."""
         self._clock = clock
         self._metrics = metrics
         self._numbers: asyncio.Queue[int] = asyncio.Queue()
@@ -79,15 +83,20 @@ class Control:
         self._queued[delivery.seq] = delivery
 
     async def run(self) -> None:
-        """Carries out one command after another, until cancelled."""
+        """Carries out one command after another, until cancelled. What is left then comes to the next owner, and to
+        this one, should it be that again."""
         self._read.clear()
-        while True:
-            number = await self._numbers.get()
-            if number not in self._settled:  # carried out again, an old bind would undo the unbind after it
-                await self._carry_out(number)
-            await self._erase(self._queued[number])
-            self._settled.append(number)
-            await self._queued.pop(number).ack()
+        try:
+            while True:
+                number = await self._numbers.get()
+                if number not in self._settled:  # carried out again, an old bind would undo the unbind after it
+                    await self._carry_out(number)
+                await self._erase(self._queued[number])
+                self._settled.append(number)
+                await self._queued.pop(number).ack()
+        finally:
+            self._numbers = asyncio.Queue()
+            self._queued.clear()
 
     async def _carry_out(self, number: int) -> None:
         """One unit of work. A command that the adapter crashes on is put aside; an absent bus is waited for."""
@@ -95,11 +104,12 @@ class Control:
         while True:
             delivery = self._queued[number]
             try:
+                self._check()
                 if bugs < MAX_BUGS:
                     await self._take(delivery)
                 else:
                     await self._put_aside(delivery, Unreadable("unreadable", "The adapter fails on this command."))
-            except Temporary as exc:
+            except (Temporary, LeaseLost) as exc:
                 log.warning("control.waits", reason=exc.reason)
             except Exception:
                 bugs += 1
@@ -110,7 +120,7 @@ class Control:
             await self._clock.sleep(backoff(failures, first_s=0.2, longest_s=5.0))
 
     async def _take(self, delivery: Delivery) -> None:
-        """One command: applied and answered. Raises Temporary."""
+        """One command: applied and answered. Raises Temporary, LeaseLost."""
         request = delivery.headers.get(H_MSG_ID, "")[:128]
         try:
             if len(delivery.data) > MAX_BYTES:
@@ -158,7 +168,7 @@ class Control:
         await self._answer(delivery, ControlAnswer(ok=False, id=request, error=exc.detail))
 
     async def _apply(self, delivery: Delivery, request: str) -> ControlAnswer:
-        """Raises Unreadable, Temporary."""
+        """Raises Unreadable, Temporary, LeaseLost."""
         try:
             if delivery.subject == self._names.bind:
                 bind = msgspec.json.decode(delivery.data, type=Bind)
@@ -187,7 +197,10 @@ class Control:
             return ControlAnswer(ok=False, id=command.id or "", error=exc.detail)
 
     async def bind(self, command: Bind) -> ControlAnswer:
-        """Binds a bot to a sandbox; another bot of the same user there is replaced. Raises Refused, Temporary."""
+        """Binds a bot to a sandbox; another bot of the same user there is replaced.
+
+        Raises Refused, Temporary, LeaseLost.
+        """
         check_sandbox(command.sandbox)
         token = self._token(command)
         if command.base_url:
@@ -204,13 +217,13 @@ class Control:
         if before is not None and before.sandbox != command.sandbox:
             await self._tell(before, "unbound", command.id, reason="moved")  # after a crash nobody knows it any more
         if new:
-            await self._bindings.put(binding)
+            await self._bindings.put(binding, self._check)
         if new or (before is not None and command.id and before.request == command.id):
             # told again where a crash may have come before the telling: the stream drops the repeat
             await self._tell(binding, "bound", command.id)
         for other in replaced:
             await self._tell(other, "replaced", command.id)  # first: a crash in between repeats it, and loses nothing
-            await self._bindings.remove(other.bot)
+            await self._bindings.remove(other.bot, self._check)
         return ControlAnswer(
             ok=True, id=command.id or "", bindings=[binding.info()], replaced=[other.bot for other in replaced]
         )
@@ -241,7 +254,7 @@ class Control:
         )
 
     async def unbind(self, command: Unbind) -> ControlAnswer:
-        """Unbinds a bot, or all bots of a sandbox; none bound is no error. Raises Refused, Temporary."""
+        """Unbinds a bot, or all bots of a sandbox; none bound is no error. Raises Refused, Temporary, LeaseLost."""
         check_sandbox(command.sandbox)
         if command.bot:
             await self._bindings.refresh(command.bot)
@@ -250,7 +263,7 @@ class Control:
         bound = [b for b in self._bindings.of_sandbox(command.sandbox) if command.bot in (None, "", b.bot)]
         for binding in bound:
             await self._tell(binding, "unbound", command.id)
-            await self._bindings.remove(binding.bot)
+            await self._bindings.remove(binding.bot, self._check)
         return ControlAnswer(ok=True, id=command.id or "", bindings=[binding.info() for binding in bound])
 
     async def _refresh(self, sandbox: str) -> None:

@@ -41,10 +41,17 @@ class Platform:
             teller=self.bench.teller,
             history=self.bench.bus,
             names=self.bench.names,
+            check=lambda: self.bench.leases.check(0),
             clock=self.bench.clock,
             metrics=self.bench.metrics,
         )
         self.deliveries: list[FakeDelivery] = []
+        self.task = asyncio.get_running_loop().create_task(self.control.run())
+
+    async def starts_again(self) -> None:
+        """Loses the commands, and has them again."""
+        self.task.cancel()
+        await asyncio.wait([self.task])
         self.task = asyncio.get_running_loop().create_task(self.control.run())
 
     def publish(
@@ -298,10 +305,42 @@ async def test_who_had_the_control_commands_before_and_has_them_again_knows_what
     platform = heir(other)
     await platform.bind(bot="b2@im.bot", user="u2@im.wechat")
     await other.bind(bot="b3@im.bot", user="u3@im.wechat")
-    platform.task.cancel()
-    platform.task = asyncio.get_running_loop().create_task(platform.control.run())
+    await platform.starts_again()
     answer = await platform.say("unbind", sandbox="s1")
     assert [info.bot for info in answer.bindings] == [BOT, "b2@im.bot", "b3@im.bot"]
+
+
+async def test_what_another_has_carried_out_meanwhile_is_not_carried_out_when_one_has_the_commands_again() -> None:
+    """It was stopped with an unbind in hand; then the bot was unbound and bound again."""
+    platform = Platform()
+    await platform.bind()
+    platform.bench.leases.is_valid = False
+    unbind = platform.publish("unbind", b'{"sandbox":"s1"}')
+    await asyncio.sleep(30)
+    assert (platform.bound, unbind.acks) == ({BOT: "s1"}, 0)
+    other = heir(platform)
+    await other.say("unbind", sandbox="s1")
+    await other.bind()
+    platform.bench.leases.is_valid = True
+    await platform.starts_again()
+    await asyncio.sleep(30)
+    assert (other.bound, unbind.acks) == ({BOT: "s1"}, 0)
+
+
+@pytest.mark.parametrize("verb", ["bind", "unbind"])
+async def test_one_that_was_cut_off_as_it_wrote_changes_nothing_that_another_has_written_since(verb: str) -> None:
+    platform = Platform()
+    await platform.bind()
+
+    async def cut_off(_: str) -> None:
+        platform.bench.bindings_bucket.on_write = None
+        platform.bench.leases.is_valid = False
+        await heir(platform).bind(sandbox="s9")
+
+    platform.bench.bindings_bucket.on_write = cut_off
+    platform.publish(verb, msgspec.json.encode({"sandbox": "s1", "bot": BOT, "bot_token": f"{TOKEN}2"}))
+    await asyncio.sleep(30)
+    assert platform.bound == {BOT: "s9"}
 
 
 async def test_what_a_bind_reads_does_not_grow_with_the_bots_of_its_sandbox() -> None:

@@ -69,6 +69,7 @@ class Doors:
             teller=self.bench.teller,
             history=self.bench.bus,
             names=self.bench.names,
+            check=lambda: None,
             clock=self.clock,
             metrics=self.bench.metrics,
         )
