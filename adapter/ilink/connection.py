@@ -148,6 +148,8 @@ class Connection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """An answer of unknown length ends with its connection; any other is lost with it."""
         self._keeps = False
+        if self._transport is None:  # TLS never stood
+            return
         if exc is None and self._head_read and not self._framed:
             self._succeed()
         else:

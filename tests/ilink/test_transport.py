@@ -680,3 +680,34 @@ def test_who_was_spoken_with_need_not_show_its_certificates_again(
     with asyncio.Runner(loop_factory=LOOPS[loop]) as runner:
         runner.run(talk())
     assert resumed == [False, True, False, False]
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("begins", [b"", b"HTTP/1.1 400 Bad Request\r\n\r\n"], ids=["nothing", "no TLS"])
+@pytest.mark.parametrize("hangs_up", [True, False])
+def test_tls_that_does_not_come_about_is_one_failure_and_no_crash(
+    loop: str, begins: bytes, *, hangs_up: bool
+) -> None:
+    """The loop logs what a callback raises: in an outage, for each of thousands of bots."""
+    crashes: list[str] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(1)
+        writer.write(begins)
+        if not hangs_up:
+            await reader.read()
+        writer.close()
+
+    async def talk() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, what: crashes.append(str(what["exception"])))
+        transport = Transport(tls=ResumingContext(), max_answer_bytes=LARGEST, resolver=RESOLVER)
+        async with await asyncio.start_server(serve, "127.0.0.1", 0) as listening:
+            with pytest.raises(Temporary):
+                await post(transport, f"https://127.0.0.1:{listening.sockets[0].getsockname()[1]}/", timeout_s=0.1)
+            for _ in range(10):  # rounds, in which the connection's end is told
+                await asyncio.sleep(0)
+        await transport.close()
+
+    with asyncio.Runner(loop_factory=LOOPS[loop]) as runner:
+        runner.run(talk())
+    assert crashes == []
