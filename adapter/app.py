@@ -15,7 +15,7 @@ from adapter.errors import SettingsError
 from adapter.parts import RELEASE_S, Parts
 from adapter.probes import ProbeServer
 from adapter.settings import Settings
-from adapter.starting import Starting, start
+from adapter.starting import start
 
 log = structlog.get_logger()
 
@@ -36,16 +36,6 @@ async def run(
 
 async def run_parts(parts: Parts, stop: asyncio.Event, on_ready: Callable[[], None] | None = None) -> None:
     """As `run`. Raises SettingsError, in a group, too."""
-    starting = Starting(
-        settings=parts.settings,
-        link=parts.edges.link,
-        history=parts.edges.history,
-        names=parts.names,
-        sealer=parts.sealer,
-        health=parts.health,
-        clock=parts.clock,
-        metrics=parts.metrics,
-    )
     with ProbeServer(parts.settings.http_addr, parts.health, parts.metrics) as probes, parts.console():
         async with asyncio.TaskGroup() as group:
             parts.group = group
@@ -60,7 +50,7 @@ async def run_parts(parts: Parts, stop: asyncio.Event, on_ready: Callable[[], No
             for name, loop in parts.edges.loops():
                 begin(loop, name)
             try:
-                if await start(starting, stop):
+                if await start(parts, stop):
                     leasing = begin(parts.leases.run(), "leases")
                     begin(parts.bindings.run(), "bindings")
                     begin(parts.book.run(), "logins")
