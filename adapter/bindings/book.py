@@ -66,10 +66,11 @@ class Bindings:
         return len(self._by_bot)
 
     async def put(self, binding: Binding, fence: Callable[[], None] = lambda: None) -> None:
-        """Writes a binding, whatever was there. `fence`: asked before each look at what is there."""
+        """Writes a binding, whatever was there. `fence`: asked after each look at what is there; what is written
+        after it is refused by the revision if somebody else has written since."""
         while True:
-            fence()
             entry = await self._bucket.get(token_of(binding.bot))
+            fence()
             if await self._write(binding, entry.revision if entry else 0):
                 return
 
@@ -94,8 +95,8 @@ class Bindings:
         """Deletes a binding; one that is not there is no error. One that was purged leaves its mark all the same: who
         remembers it would put it back. `fence`: as of `put`."""
         while True:
-            fence()
             entry = await self._bucket.get(token_of(bot))
+            fence()
             gone = entry.value is None if entry else self.get(bot) is None
             if gone:
                 return

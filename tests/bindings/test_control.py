@@ -15,8 +15,8 @@ from adapter.bindings.control import ERASE_TRIES, Control
 from adapter.contract import Bind, ControlAnswer
 from adapter.errors import BusRefused, Refused, Temporary
 from adapter.ilink.wire import OPAQUE_CHARS
-from adapter.names import H_ERROR, H_ERROR_CODE, H_MSG_ID, H_REPLY_TO
-from adapter.ports import Message
+from adapter.names import H_ERROR, H_ERROR_CODE, H_MSG_ID, H_REPLY_TO, token_of
+from adapter.ports import Entry, Message
 from adapter.records import Binding
 from adapter.seal import Sealer, cursor_context
 from tests.fakes import Bench, Failing, FakeDelivery
@@ -340,6 +340,30 @@ async def test_one_that_was_cut_off_as_it_wrote_changes_nothing_that_another_has
     platform.bench.bindings_bucket.on_write = cut_off
     platform.publish(verb, msgspec.json.encode({"sandbox": "s1", "bot": BOT, "bot_token": f"{TOKEN}2"}))
     await asyncio.sleep(30)
+    assert platform.bound == {BOT: "s9"}
+
+
+@pytest.mark.parametrize("verb", ["bind", "unbind"])
+async def test_one_that_was_cut_off_as_it_read_changes_nothing_that_another_has_written_since(verb: str) -> None:
+    """What it asked comes to the server once the path is there again, and is answered with what is new."""
+    platform = Platform()
+    await platform.bind()
+    bucket, looks = platform.bench.bindings_bucket, 0
+    read = bucket.get
+
+    async def cut_off(key: str) -> Entry | None:
+        nonlocal looks
+        looks += key == token_of(BOT)
+        if looks == 2:  # the one before it writes
+            bucket.get = read  # type: ignore[method-assign]
+            platform.bench.leases.is_valid = False
+            await heir(platform).bind(sandbox="s9")
+        return await read(key)
+
+    bucket.get = cut_off  # type: ignore[method-assign]
+    platform.publish(verb, msgspec.json.encode({"sandbox": "s1", "bot": BOT, "bot_token": f"{TOKEN}2"}))
+    await asyncio.sleep(30)
+    assert looks == 2
     assert platform.bound == {BOT: "s9"}
 
 
