@@ -257,7 +257,9 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     errmsg: Annotated[str, Meta(description="As iLink answered.")] = ""
     window: Window = Window()
     attempts: Annotated[int, Meta(description="Requests to sendmessage for this command.")] = 0
-    received_at_ms: Annotated[int, Meta(description="When the command was stored.")] = 0
+    received_at_ms: Annotated[
+        int, Meta(description="When the command was stored, on `wechat.out` or its sandbox's subject.")
+    ] = 0
     at_ms: Annotated[int, Meta(description="When this receipt was made.")] = 0
 
 

@@ -1,5 +1,5 @@
 /* Messages of the bus, generated from the JSON Schemas here by `make generate`; do not edit.
-   Of: 2d1fa63b14766df4d701e87363650bae77c5f68bb1945e1b0cf09d295e962570 */
+   Of: 15a4e2dcd6cabdc4351268cbf788e1543dfbbd6a2aaee76322cabb258bfe93d5 */
 
 /**
  * How a binding behaves.
@@ -652,7 +652,7 @@ export interface Receipt {
    */
   attempts?: number;
   /**
-   * When the command was stored.
+   * When the command was stored, on `wechat.out` or its sandbox's subject.
    */
   received_at_ms?: number;
   /**

@@ -82,12 +82,15 @@ class Command(NamedTuple):
     parts: list[str | MediaPart]
     when_closed: Literal["park", "refuse"]
     stored_ms: int
+    """When it was stored first: of a copy of the router's, when what was copied was."""
     expires_ms: int
     """Unsent by then, it is refused."""
     typing: Literal["", "on", "off"] = ""
     """Instead of parts: show or hide that the bot types."""
     final: bool = False
     """It may take the sends that are kept back."""
+    time_ms: int = 0
+    """When this copy of it was stored, from which `client` follows."""
     merged: tuple[Command, ...] = ()
     """Later commands whose texts are in this one's only part, and which share its fate."""
 
@@ -186,18 +189,18 @@ def sandbox_of(body: Outbound) -> str:
     return check_sandbox(body.sandbox)
 
 
-def since_ms(since: str, stored_ms: int) -> int:
-    """Since when a command waits: a copy of the router's, which may come late, as long as the one that was copied.
+def since_ms(since: str, time_ms: int) -> int:
+    """When a command was stored first: a copy of the router's, which may come late, when the one that was copied was.
 
     `since`: the header. Only what is earlier counts: a sandbox writes headers as it likes.
     """
-    return min(stored_ms, int(since)) if since.isascii() and since.isdecimal() and len(since) < 16 else stored_ms
+    return min(time_ms, int(since)) if since.isascii() and since.isdecimal() and len(since) < 16 else time_ms
 
 
 def read_command(
-    body: Outbound, *, sandbox: str, ident: str, stored_ms: int, limits: Limits, since: str = ""
+    body: Outbound, *, sandbox: str, ident: str, time_ms: int, limits: Limits, since: str = ""
 ) -> Command:
-    """The command, addressed to `sandbox` by its subject. `since`: the header of a copy.
+    """The command, addressed to `sandbox` by its subject, and stored at `time_ms`. `since`: the header of a copy.
 
     Raises Refused("invalid"), Refused("too_long").
     """
@@ -212,18 +215,20 @@ def read_command(
     patience_ms = limits.park_ms if body.typing != "on" else min(limits.park_ms, limits.typing_ms)
     if body.expires_in_s is not None:
         patience_ms = int(min(body.expires_in_s * 1000, patience_ms))
+    stored_ms = since_ms(since, time_ms) if since else time_ms
     return Command(
         id=ident,
-        client=digest(f"{sandbox}|{ident}|{stored_ms}".encode()),
+        client=digest(f"{sandbox}|{ident}|{time_ms}".encode()),
         sandbox=sandbox,
         bot=body.bot or "",
         user=body.user or "",
         parts=parts,
         when_closed="refuse" if body.typing else body.when_closed,  # it is never parked
         stored_ms=stored_ms,
-        expires_ms=(since_ms(since, stored_ms) if since else stored_ms) + patience_ms,
+        expires_ms=stored_ms + patience_ms,
         typing=body.typing or "",
         final=body.final,
+        time_ms=time_ms,
     )
 
 

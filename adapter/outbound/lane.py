@@ -46,7 +46,7 @@ class Parked(NamedTuple):
     client: str
     expires_ms: int
     stored_ms: int
-    """When the command itself was stored."""
+    """As the command's."""
     final: bool = False
 
 

@@ -424,7 +424,7 @@ class LaneWork(Settling):
             H_MSG_ID: f"parked:{command.client}",
             H_SANDBOX: command.sandbox,
             H_COMMAND: command.id,
-            H_TIME_MS: str(command.stored_ms),
+            H_TIME_MS: str(command.time_ms),
         }
         subject = self._needs.names.parked(self.number, peer_key(lane.bot, lane.user))
         try:

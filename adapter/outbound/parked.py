@@ -43,7 +43,7 @@ def item_of(stored: Stored, needs: Outgoing) -> Item:
         body,
         sandbox=headers.get(H_SANDBOX, ""),
         ident=body.id or headers.get(H_COMMAND, ""),  # a header loses the spaces around it, and its lines
-        stored_ms=int(headers.get(H_TIME_MS, "0")),
+        time_ms=int(headers.get(H_TIME_MS, "0")),
         limits=needs.limits,
         since=headers.get(H_SINCE_MS, ""),
     )

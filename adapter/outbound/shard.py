@@ -18,7 +18,7 @@ from adapter import contract
 from adapter.errors import AdapterError, Refused, Temporary, Unreadable
 from adapter.names import H_COMMAND, H_MSG_ID, H_SINCE_MS, UNROUTED, peer_of
 from adapter.outbound.backlog import PAGE, Backlog
-from adapter.outbound.commands import Command, command_id, peek, read_command, remains, stand_in
+from adapter.outbound.commands import Command, command_id, peek, read_command, remains, since_ms, stand_in
 from adapter.outbound.endings import Ending, in_doubt
 from adapter.outbound.lane import Item, parked_at
 from adapter.outbound.lanework import LaneWork
@@ -171,7 +171,7 @@ class Shard(LaneWork):
                 body,
                 sandbox=delivery.subject.rpartition(".")[2],
                 ident=_ident(delivery, body.id),
-                stored_ms=delivery.time_ms,
+                time_ms=delivery.time_ms,
                 limits=self._needs.limits,
                 since=delivery.headers.get(H_SINCE_MS, ""),
             )
@@ -377,4 +377,5 @@ def _nameless(delivery: Delivery, body_id: str | None) -> Command:
     sandbox = delivery.subject.rpartition(".")[2]
     if len(sandbox) > MAX_NAME:
         sandbox = UNROUTED  # the subject of its receipts would break the connection
-    return stand_in(ident, f"out-{delivery.seq}-{delivery.time_ms}", sandbox, delivery.time_ms)
+    stored_ms = since_ms(delivery.headers.get(H_SINCE_MS, ""), delivery.time_ms)
+    return stand_in(ident, f"out-{delivery.seq}-{delivery.time_ms}", sandbox, stored_ms)

@@ -71,7 +71,7 @@ def command(data: bytes) -> None:
     """wechat.out.<sandbox>, and what is parked: read, cut, merged; its parts fit into one request each."""
     try:
         body = peek(data, LIMITS)
-        read = read_command(body, sandbox="s1", ident=command_id(body.id, "", "", 7), stored_ms=1, limits=LIMITS)
+        read = read_command(body, sandbox="s1", ident=command_id(body.id, "", "", 7), time_ms=1, limits=LIMITS)
     except (Unreadable, Refused) as exc:
         assert len(exc.detail) < 1000
         contract.Receipt(command="c", sandbox="s1", outcome="refused", reason=exc.reason, detail=exc.detail)

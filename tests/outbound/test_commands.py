@@ -35,7 +35,7 @@ def read(
     *, sandbox: str = "s1", ident: str = "c1", stored_ms: int = NOW, limits: Limits = LIMITS, **body: Any
 ) -> Command:
     outbound = peek(msgspec.json.encode(body), limits)
-    return read_command(outbound, sandbox=sandbox, ident=ident, stored_ms=stored_ms, limits=limits)
+    return read_command(outbound, sandbox=sandbox, ident=ident, time_ms=stored_ms, limits=limits)
 
 
 def items(*texts: str) -> list[dict[str, str]]:
@@ -153,9 +153,9 @@ def test_what_cannot_be_sent_is_refused(body: dict[str, Any], reason: str) -> No
 def test_a_body_for_another_sandbox_is_refused() -> None:
     body = Outbound(sandbox="s2", text="hi")
     with pytest.raises(Refused, match="invalid"):
-        read_command(body, sandbox="s1", ident="c", stored_ms=NOW, limits=LIMITS)
+        read_command(body, sandbox="s1", ident="c", time_ms=NOW, limits=LIMITS)
     assert read_command(
-        Outbound(sandbox="s1", text="hi"), sandbox="s1", ident="c", stored_ms=NOW, limits=LIMITS
+        Outbound(sandbox="s1", text="hi"), sandbox="s1", ident="c", time_ms=NOW, limits=LIMITS
     ).parts == ["hi"]
 
 

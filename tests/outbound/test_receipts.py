@@ -19,7 +19,7 @@ VIRTUAL_TIME = True
 
 def command(bench: Bench, ident: str, sandbox: str = "s1") -> Command:
     body = Outbound(text="hi")
-    return read_command(body, sandbox=sandbox, ident=ident, stored_ms=bench.clock.now_ms(), limits=LIMITS)
+    return read_command(body, sandbox=sandbox, ident=ident, time_ms=bench.clock.now_ms(), limits=LIMITS)
 
 
 async def tell(bench: Bench, ident: str, sandbox: str = "s1") -> None:

@@ -121,6 +121,31 @@ async def test_a_copy_that_comes_late_expires_as_if_it_had_not(with_heir: bool) 
         await Bench(bench, incarnation="heir-1").shard(stale=lambda bot: True).load()
     await asyncio.sleep(2)
     assert [receipt.reason for receipt in bench.bus.receipts()] == ["needs_login", "expired"]
+    assert {receipt.received_at_ms for receipt in bench.bus.receipts()} == {late.time_ms}
+
+
+@pytest.mark.parametrize(
+    ("body", "outcome"),
+    [({"text": "hi"}, "accepted"), ({"text": "hi", "typing": "on"}, "refused")],
+    ids=["sent", "invalid"],
+)
+async def test_a_receipt_tells_when_the_command_was_stored_and_not_its_copy(body: Any, outcome: str) -> None:
+    bench = Bench()
+    await bench.bind()
+    bench.hears()
+    late = plain(bench, sandbox="s1", id="c1", **body)
+    await asyncio.sleep(50)
+    await router(bench).route(late)
+    (copy,) = bench.bus.found("OUT")
+    delivery = bench.command(data=copy.data, headers=copy.headers)
+    bench.shard().on_delivery(delivery)
+    await asyncio.sleep(2)
+    (receipt,) = bench.bus.receipts()
+    assert (receipt.outcome, receipt.received_at_ms) == (outcome, late.time_ms)
+    delivery.suspect = True
+    Bench(bench, incarnation="heir-1").shard().on_delivery(delivery)
+    await asyncio.sleep(2)
+    assert bench.bus.receipts() == [receipt], "it is found by it"
 
 
 async def test_two_commands_with_the_same_words_are_two() -> None:

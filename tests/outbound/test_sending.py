@@ -29,7 +29,7 @@ NO_ID = Accepted("", 0, None, "")
 
 def command(bench: Bench, *texts: str, ident: str = "c1", **fields: Any) -> Command:
     body = Outbound(items=[OutText(text=text) for text in texts or ("hi",)], **fields)
-    return read_command(body, sandbox="s1", ident=ident, stored_ms=bench.clock.now_ms(), limits=LIMITS)
+    return read_command(body, sandbox="s1", ident=ident, time_ms=bench.clock.now_ms(), limits=LIMITS)
 
 
 async def ready(**context: Any) -> tuple[Bench, Peer]:
@@ -386,7 +386,7 @@ async def test_a_send_is_counted_before_it_leaves() -> None:
 def picture(bench: Bench, *, ident: str = "c1", caption: str = "", **fields: Any) -> Command:
     """A command with a picture, and perhaps a caption."""
     body = Outbound(items=[OutImage(data=PNG, caption=caption)], **fields)
-    return read_command(body, sandbox="s1", ident=ident, stored_ms=bench.clock.now_ms(), limits=LIMITS)
+    return read_command(body, sandbox="s1", ident=ident, time_ms=bench.clock.now_ms(), limits=LIMITS)
 
 
 async def test_media_are_brought_first_and_then_named_in_a_message() -> None:
@@ -508,7 +508,7 @@ async def test_a_bus_that_is_away_leaves_the_command_in_hand() -> None:
     bench, peer = await ready()
     bench.objects.away = 1
     body = Outbound(items=[OutImage(media=Media(object="s1/x"))])
-    look = read_command(body, sandbox="s1", ident="c1", stored_ms=bench.clock.now_ms(), limits=LIMITS)
+    look = read_command(body, sandbox="s1", ident="c1", time_ms=bench.clock.now_ms(), limits=LIMITS)
     bench.objects.stored["s1/x"] = PNG
     with pytest.raises(Temporary):
         await sent(bench, peer, look)

@@ -334,7 +334,7 @@ async def test_what_the_owner_before_had_in_hand_is_not_called_unsent_where_its_
     body["user"] = USER
     delivery = bench.command(suspect=True, **body)
     read = msgspec.convert(body, Outbound)
-    command = read_command(read, sandbox="s1", ident="c1", stored_ms=delivery.time_ms, limits=LIMITS)
+    command = read_command(read, sandbox="s1", ident="c1", time_ms=delivery.time_ms, limits=LIMITS)
     bench.hears(hand=Hand(**{"command": "c1", "client": command.client, "sandbox": "s1", "attempts": 1, **hand}))
     event = BindingEvent(sandbox="s1", bot=BOT, user=user, change="replaced" if bind_next else "unbound")
     await bench.bus.publish(Message("event", bench.names.event("s1", "binding"), b"somebody else's", {}))

@@ -472,7 +472,7 @@ async def test_a_user_who_is_learned_while_a_command_is_being_parked() -> None:
 def in_hand(bench: Bench, delivery: FakeDelivery, **fields: Any) -> Hand:
     """The record as an owner leaves it who dies with this command in hand."""
     body = msgspec.json.decode(delivery.data, type=Outbound)
-    command = read_command(body, sandbox="s1", ident=body.id or "", stored_ms=delivery.time_ms, limits=LIMITS)
+    command = read_command(body, sandbox="s1", ident=body.id or "", time_ms=delivery.time_ms, limits=LIMITS)
     known = {"command": command.id, "client": command.client, "sandbox": command.sandbox}
     return Hand(**{**known, "attempts": 1, "tried": 1, **fields})
 

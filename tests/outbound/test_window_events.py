@@ -68,7 +68,7 @@ async def sends(bench: Bench, count: int = 1, rules: window.Rules = LOW, **body:
     for _ in range(count):
         ident = str(next(bench.numbers))
         command = read_command(
-            Outbound(text="hi", **body), sandbox="s1", ident=ident, stored_ms=bench.clock.now_ms(), limits=LIMITS
+            Outbound(text="hi", **body), sandbox="s1", ident=ident, time_ms=bench.clock.now_ms(), limits=LIMITS
         )
         await bench.send(command, peer, rules=rules).run()
         peer.context = window.settled(peer.context, command.client, sent=True)
@@ -170,7 +170,7 @@ async def test_each_part_of_a_long_answer_is_told() -> None:
         await user_writes(bench)
         peer = await bench.contexts.peer(BOT, USER)
         body = Outbound(items=[OutText(text="part")] * 10)
-        command = read_command(body, sandbox="s1", ident="c", stored_ms=bench.clock.now_ms(), limits=LIMITS)
+        command = read_command(body, sandbox="s1", ident="c", time_ms=bench.clock.now_ms(), limits=LIMITS)
         await bench.send(command, peer).run()
         await settle()
         assert [change for change, *_ in told(bench)] == ["opened", "low", "closed"]
