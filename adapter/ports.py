@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from typing import Literal, NamedTuple, Protocol, TypeAlias
 
 import msgspec
@@ -85,6 +85,9 @@ class Uploaded(NamedTuple):
 
 Content: TypeAlias = str | Uploaded
 """What one message to a user holds: a text, or media."""
+
+Pieces: TypeAlias = AsyncGenerator[bytes, None]
+"""Bytes as they come. Who stops early closes them (`contextlib.aclosing`)."""
 
 
 class Said(msgspec.Struct, frozen=True, gc=False):
@@ -224,9 +227,8 @@ class Logins(Protocol):
 class Cdn(Protocol):
     """iLink's store of media. What passes here is plain; it is encrypted and decrypted on the way."""
 
-    def download(self, fetch: Fetch) -> AsyncIterator[bytes]:
-        """The plain bytes, piece by piece. Only the end tells that they are right: use nothing before it. Who stops
-        early closes it (`contextlib.aclosing`).
+    def download(self, fetch: Fetch) -> Pieces:
+        """The plain bytes. Only the end tells that they are right: use nothing before it.
 
         Raises Refused with a reason of contract.MediaReason (reference, unavailable, corrupt, too_large), Temporary.
         """
@@ -240,7 +242,7 @@ class Cdn(Protocol):
         name: str,
         size: int,
         md5: str,
-        read: Callable[[], AsyncIterator[bytes]],
+        read: Callable[[], Pieces],
     ) -> Uploaded:
         """Brings `size` plain bytes to the CDN; `read` starts from their beginning, and again for each attempt.
 
@@ -443,8 +445,8 @@ class Objects(Protocol):
     async def info(self, name: str) -> StoredObject | None:
         """None where there is none. Raises Temporary."""
 
-    def read(self, stored: StoredObject) -> AsyncIterator[bytes]:
-        """Its bytes, piece by piece. Raises Temporary, Unreadable (pieces are gone, or not what they were), at the
+    def read(self, stored: StoredObject) -> Pieces:
+        """Its bytes. Raises Temporary, Unreadable (pieces are gone, or not what they were), at the
         latest after the last one."""
 
     async def piece(self, stored: StoredObject, after: int) -> tuple[bytes, int]:
@@ -453,7 +455,7 @@ class Objects(Protocol):
         Raises Temporary, Unreadable (there is none).
         """
 
-    async def put(self, name: str, pieces: AsyncIterator[bytes], *, mime: str = "", title: str = "") -> StoredObject:
+    async def put(self, name: str, pieces: Pieces, *, mime: str = "", title: str = "") -> StoredObject:
         """Stores bytes as they come; an object of this name is replaced. Nothing stays where `pieces` fails.
 
         Waits while the bus is away; closes `pieces` in the end. Raises BusRefused, and what `pieces` raises.

@@ -7,7 +7,7 @@ import contextlib
 import secrets
 import ssl
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 
 import httpx
 
@@ -18,7 +18,7 @@ from adapter.ilink.client import ILink
 from adapter.ilink.network import CONNECT_S, KEPT_S, CheckedNetwork, checked
 from adapter.ilink.unpack import PLAIN
 from adapter.metrics import Metrics
-from adapter.ports import Account, Fetch, MediaKind, Uploaded
+from adapter.ports import Account, Fetch, MediaKind, Pieces, Uploaded
 
 STALL_S = 30.0
 """A transfer ends when no byte has moved for so long."""
@@ -29,7 +29,7 @@ ATTEMPTS = 3
 PIECE = 64 * 1024
 PARAM = "x-encrypted-param"
 
-Read = Callable[[], AsyncIterator[bytes]]
+Read = Callable[[], Pieces]
 
 
 class CdnClient:
@@ -69,7 +69,7 @@ class CdnClient:
         """Closes all connections."""
         await self._client.aclose()
 
-    async def download(self, fetch: Fetch) -> AsyncIterator[bytes]:
+    async def download(self, fetch: Fetch) -> Pieces:
         url = self._link_of(fetch)
         async with self._slots:
             with self._transfer("in") as moved:
@@ -119,7 +119,7 @@ class CdnClient:
         except Refused as exc:
             raise Refused("reference", exc.detail) from None
 
-    async def _decrypted(self, url: str, key: bytes | None) -> AsyncGenerator[bytes, None]:
+    async def _decrypted(self, url: str, key: bytes | None) -> Pieces:
         async with contextlib.aclosing(self._get(url, encrypted=key is not None)) as pieces:
             if key is None:
                 async for piece in pieces:
@@ -130,7 +130,7 @@ class CdnClient:
                 yield work.update(piece)
             yield work.finish()
 
-    async def _get(self, url: str, *, encrypted: bool) -> AsyncGenerator[bytes, None]:
+    async def _get(self, url: str, *, encrypted: bool) -> Pieces:
         with self._request("cdn_download"):
             async with self._client.stream("GET", url) as response:
                 if response.status_code == 429 or response.status_code >= 500:
@@ -236,17 +236,17 @@ SOURCE = "source"
 """Reason of a failure of what is uploaded, not of the CDN."""
 
 
-async def _encrypted(read: Read, key: bytes, size: int) -> AsyncGenerator[bytes, None]:
+async def _encrypted(read: Read, key: bytes, size: int) -> Pieces:
     """The body of an upload. Raises Temporary("source"), Refused("media") for a source that is not as announced."""
     work, left = Encryption(key), size
-    pieces = read()
     try:
-        async for piece in pieces:
-            left -= len(piece)
-            if left < 0:
-                break
-            if cipher := work.update(piece):
-                yield cipher
+        async with contextlib.aclosing(read()) as pieces:
+            async for piece in pieces:
+                left -= len(piece)
+                if left < 0:
+                    break
+                if cipher := work.update(piece):
+                    yield cipher
     except Temporary as exc:
         raise Temporary(SOURCE, exc.detail or exc.reason) from exc
     except Unreadable as exc:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from typing import NamedTuple
 
 import msgspec
@@ -14,7 +14,7 @@ from adapter.contract import InboundItem
 from adapter.errors import BusRefused, Refused, Temporary
 from adapter.inbound.inbox import Heard
 from adapter.names import digest
-from adapter.ports import Cdn, Fetch, Objects, StoredObject
+from adapter.ports import Cdn, Fetch, Objects, Pieces, StoredObject
 from adapter.quotes import kind_of
 from adapter.timing import Clock, backoff
 
@@ -115,7 +115,7 @@ class _Copy:
         """Set once all have passed."""
         self._most = most
 
-    async def of(self, pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    async def of(self, pieces: Pieces) -> Pieces:
         kept, size = bytearray(), 0
         async for piece in pieces:
             size += len(piece)
@@ -125,22 +125,19 @@ class _Copy:
         self.data = bytes(kept) if size <= self._most else b""
 
 
-async def _pieces(cdn: Cdn, fetch: Fetch) -> AsyncGenerator[bytes, None]:
+async def _pieces(cdn: Cdn, fetch: Fetch) -> Pieces:
     """The plain bytes. Raises Missing: whatever else comes out of storing them is the object store's."""
-    plain = cdn.download(fetch)
     try:
-        async for piece in plain:
-            yield piece
+        async with contextlib.aclosing(cdn.download(fetch)) as plain:
+            async for piece in plain:
+                yield piece
     except Refused as exc:
         raise Missing(exc.reason, again=exc.reason == "unavailable") from exc
     except Temporary as exc:
         raise Missing("unavailable", again=True) from exc
-    finally:
-        if isinstance(plain, AsyncGenerator):
-            await plain.aclose()
 
 
-async def _head(pieces: AsyncIterator[bytes]) -> bytes:
+async def _head(pieces: Pieces) -> bytes:
     head = bytearray()
     async for piece in pieces:
         head += piece
@@ -149,14 +146,14 @@ async def _head(pieces: AsyncIterator[bytes]) -> bytes:
     return bytes(head)
 
 
-async def _joined(head: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+async def _joined(head: bytes, rest: Pieces) -> Pieces:
     if head:
         yield head
     async for piece in rest:
         yield piece
 
 
-async def _once(data: bytes) -> AsyncIterator[bytes]:
+async def _once(data: bytes) -> Pieces:
     yield data
 
 

@@ -14,7 +14,7 @@ import contextlib
 import hashlib
 import secrets
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 import msgspec
@@ -27,7 +27,7 @@ from adapter.jetstream.link import Link
 from adapter.jetstream.publisher import Publisher
 from adapter.media import HEAD
 from adapter.names import H_MSG_ID, H_OFFSET
-from adapter.ports import Message, PubAck, Stored, StoredObject
+from adapter.ports import Message, Pieces, PubAck, Stored, StoredObject
 
 log = structlog.get_logger()
 
@@ -78,7 +78,7 @@ class ObjectStore:
             return None
         return StoredObject(name, meta.nuid, meta.size, _hex(meta.digest))
 
-    async def read(self, stored: StoredObject) -> AsyncIterator[bytes]:
+    async def read(self, stored: StoredObject) -> Pieces:
         digest = hashlib.sha256()
         async with contextlib.aclosing(self._bytes(stored.name, stored.ident, stored.size)) as pieces:
             async for piece in pieces:
@@ -101,16 +101,14 @@ class ObjectStore:
         more = await leader_next(self._link, self._stream, subject, {"seq": found_late.seq + 1})
         return found_late.data, found_late.seq if more else 0
 
-    async def put(self, name: str, pieces: AsyncIterator[bytes], *, mime: str = "", title: str = "") -> StoredObject:
+    async def put(self, name: str, pieces: Pieces, *, mime: str = "", title: str = "") -> StoredObject:
         ident = secrets.token_hex(11)
         try:
-            size, chunks, digest = await self._write(ident, pieces)
+            async with contextlib.aclosing(pieces):
+                size, chunks, digest = await self._write(ident, pieces)
         except BaseException:
             await self._discard(ident)
             raise
-        finally:
-            if isinstance(pieces, AsyncGenerator):
-                await pieces.aclose()
         try:
             return await self._name(name, ident, size=size, chunks=chunks, digest=digest, mime=mime, title=title)
         except BusRefused:  # cancelled, it may have its name: then the pieces must stay
@@ -169,7 +167,7 @@ class ObjectStore:
 
     # writing ----------------------------------------------------------------------------------------
 
-    async def _write(self, ident: str, pieces: AsyncIterator[bytes]) -> tuple[int, int, bytes]:
+    async def _write(self, ident: str, pieces: Pieces) -> tuple[int, int, bytes]:
         """Size, number of chunks and digest of what was stored."""
         digest, size, chunks = hashlib.sha256(), 0, 0
         waiting: deque[asyncio.Task[PubAck]] = deque()
@@ -228,7 +226,7 @@ class ObjectStore:
 
     # reading ----------------------------------------------------------------------------------------
 
-    async def _bytes(self, name: str, ident: str, size: int) -> AsyncGenerator[bytes, None]:
+    async def _bytes(self, name: str, ident: str, size: int) -> Pieces:
         """The first `size` bytes of the pieces of `ident`. Raises Temporary, Unreadable."""
         left, after = size, 0
         while left > 0:
@@ -291,7 +289,7 @@ def _upload_ident(name: str) -> str:
     return hashlib.blake2b(name.encode(), digest_size=11).hexdigest()
 
 
-async def _even(pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+async def _even(pieces: Pieces) -> Pieces:
     """The same bytes in chunks of CHUNK, the last one shorter."""
     rest = bytearray()
     async for piece in pieces:

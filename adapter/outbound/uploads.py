@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
 from adapter.errors import AdapterError, Refused, Temporary, Unreadable
 from adapter.media import HEAD, file_name, identify
 from adapter.outbound.commands import MediaPart
-from adapter.ports import Account, Cdn, MediaKind, Objects, Uploaded
+from adapter.ports import Account, Cdn, MediaKind, Objects, Pieces, Uploaded
 from adapter.timing import Clock
 
 READY_KEPT = 1000
@@ -21,8 +21,7 @@ READY_S = 3600.0
 """How long an upload is good for a repeat of its request: how long iLink's references live is not known (9.1)."""
 PIECE = 64 * 1024
 
-Read = Callable[[], AsyncIterator[bytes]]
-Watched = Callable[[], AsyncGenerator[bytes, None]]
+Read = Callable[[], Pieces]
 
 
 class StoreAway(Temporary):
@@ -99,7 +98,7 @@ class Uploads:
         self._check_size(stored.size)
         return partial(self._objects.read, stored)
 
-    async def _measure(self, read: Watched) -> _Measured:
+    async def _measure(self, read: Read) -> _Measured:
         """One pass over the bytes. Raises Refused("media"), Temporary, Unreadable."""
         digest, size, head = hashlib.md5(usedforsecurity=False), 0, b""
         async with contextlib.aclosing(read()) as pieces:
@@ -121,25 +120,22 @@ def _sent_as(part: MediaPart, mime: str) -> MediaKind:
     return part.kind if mime.startswith(f"{part.kind}/") else "file"
 
 
-def _watched(read: Read, problems: list[Temporary | Unreadable]) -> Watched:
+def _watched(read: Read, problems: list[Temporary | Unreadable]) -> Read:
     """`read`, its failures noted (who uploads may wrap them), and closed with what reads it."""
 
-    async def watched() -> AsyncGenerator[bytes, None]:
+    async def watched() -> Pieces:
         problems.clear()
-        pieces = read()
         try:
-            async for piece in pieces:
-                yield piece
+            async with contextlib.aclosing(read()) as pieces:
+                async for piece in pieces:
+                    yield piece
         except (Temporary, Unreadable) as exc:
             problems.append(exc)
             raise
-        finally:
-            if isinstance(pieces, AsyncGenerator):
-                await pieces.aclose()
 
     return watched
 
 
-async def _pieces(data: bytes) -> AsyncIterator[bytes]:
+async def _pieces(data: bytes) -> Pieces:
     for start in range(0, len(data), PIECE):
         yield data[start : start + PIECE]

@@ -32,6 +32,7 @@ from adapter.jetstream.publisher import Publisher
 from adapter.jetstream.services import Services
 from adapter.metrics import Metrics
 from adapter.names import H_ERROR_CODE, H_LAST, H_NAME, H_NEXT, H_OFFSET, H_SHA256, H_SIZE, H_UPLOAD, Names
+from adapter.ports import Pieces
 from adapter.services.media import PIECE_MAX, PIECE_MIN, MediaService
 from adapter.settings import Settings
 from adapter.simulator import samples
@@ -210,7 +211,7 @@ async def s1(place: Place) -> AsyncIterator[Sandbox]:
     await made.nc.close()
 
 
-async def one(data: bytes) -> AsyncIterator[bytes]:
+async def one(data: bytes) -> Pieces:
     yield data
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import hashlib
-from collections.abc import AsyncIterator
 
 import msgspec
 import pytest
@@ -16,7 +15,7 @@ from nats.js.object_store import ObjectStore as TheirStore
 from adapter.errors import BusRefused, Refused, Temporary, Unreadable
 from adapter.jetstream import topology
 from adapter.jetstream.objects import CHUNK, OUTSTANDING, ObjectStore
-from adapter.ports import Objects, StoredObject
+from adapter.ports import Objects, Pieces, StoredObject
 from tests.bus.rig import NAMES, Bus, Rig, rig_on
 from tests.e2e.waiting import until
 
@@ -27,7 +26,7 @@ def content(size: int, seed: int = 7) -> bytes:
     return bytes((i * seed + i // 251) % 256 for i in range(size))
 
 
-async def pieces_of(data: bytes, cut: int = 50_000) -> AsyncIterator[bytes]:
+async def pieces_of(data: bytes, cut: int = 50_000) -> Pieces:
     for start in range(0, len(data), cut):
         yield data[start : start + cut]
 
@@ -145,7 +144,7 @@ async def test_a_link_to_elsewhere_is_no_object(rig: Rig, store: ObjectStore) ->
 async def test_nothing_stays_where_the_source_fails(rig: Rig, store: ObjectStore, after: int) -> None:
     closed = False
 
-    async def source() -> AsyncIterator[bytes]:
+    async def source() -> Pieces:
         nonlocal closed
         try:
             for _ in range(after):
@@ -165,7 +164,7 @@ async def test_nothing_stays_where_the_source_fails(rig: Rig, store: ObjectStore
 async def test_nothing_stays_where_it_is_cancelled(rig: Rig, store: ObjectStore) -> None:
     reached, closed = asyncio.Event(), asyncio.Event()
 
-    async def source() -> AsyncIterator[bytes]:
+    async def source() -> Pieces:
         try:
             for _ in range(5):
                 yield content(CHUNK)
@@ -188,7 +187,7 @@ async def test_a_source_is_asked_no_faster_than_the_bus_takes(rig: Rig, store: O
     """While the bus is away, what is in memory is bounded; then it goes on, and nothing is there twice."""
     given = 0
 
-    async def source() -> AsyncIterator[bytes]:
+    async def source() -> Pieces:
         nonlocal given
         for number in range(60):
             given += 1

@@ -8,7 +8,6 @@ import contextlib
 import hashlib
 import random
 import signal
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from adapter.jetstream.objects import ObjectStore
 from adapter.jetstream.publisher import Publisher
 from adapter.metrics import Metrics
 from adapter.names import peer_key
+from adapter.ports import Pieces
 from adapter.records import Context
 from adapter.settings import Settings
 from adapter.simulator import BotRecord, FaultRule, samples
@@ -66,7 +66,7 @@ async def put(nc: Client, name: str, data: bytes) -> None:
 async def put_by_us(made: World, name: str, data: bytes) -> None:
     """As the adapter stores what a user sent."""
 
-    async def pieces() -> AsyncIterator[bytes]:
+    async def pieces() -> Pieces:
         yield data
 
     link = Link(Settings(nats_url=(made.server.url,)), "test")

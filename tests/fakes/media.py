@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from typing import NamedTuple, TypeAlias
 
 from adapter.errors import Temporary
-from adapter.ports import Account, Fetch, MediaKind, StoredObject, Uploaded
+from adapter.ports import Account, Fetch, MediaKind, Pieces, StoredObject, Uploaded
 
 Piece: TypeAlias = bytes | Exception | asyncio.Event | None
 
@@ -49,7 +49,7 @@ class FakeCdn:
     def has(self, reference: str, *answers: Piece) -> None:
         self.answers[reference] = deque(answers)
 
-    async def download(self, fetch: Fetch) -> AsyncIterator[bytes]:
+    async def download(self, fetch: Fetch) -> Pieces:
         self.fetched.append(fetch.reference)
         self.running += 1
         self.most = max(self.most, self.running)
@@ -81,7 +81,7 @@ class FakeCdn:
         name: str,
         size: int,
         md5: str,
-        read: Callable[[], AsyncIterator[bytes]],
+        read: Callable[[], Pieces],
     ) -> Uploaded:
         self.asked += 1
         if self.on_upload is not None:
@@ -124,7 +124,7 @@ class FakeObjects:
         data = self.stored.get(name)
         return None if data is None else StoredObject(name, "chunks", len(data), hashlib.sha256(data).hexdigest())
 
-    async def read(self, stored: StoredObject) -> AsyncIterator[bytes]:
+    async def read(self, stored: StoredObject) -> Pieces:
         self.reads += 1
         data = self.stored[stored.name]
         problem = self.unreadable.popleft() if self.unreadable else None
@@ -134,7 +134,7 @@ class FakeObjects:
                 raise problem
             yield data[start : start + self.piece_bytes]
 
-    async def put(self, name: str, pieces: AsyncIterator[bytes], *, mime: str = "", title: str = "") -> StoredObject:
+    async def put(self, name: str, pieces: Pieces, *, mime: str = "", title: str = "") -> StoredObject:
         data = b"".join([piece async for piece in pieces])
         self.puts.append(name)
         if self.on_put is not None:

@@ -26,7 +26,7 @@ from adapter.ilink.cdn import CdnClient
 from adapter.ilink.client import ILink
 from adapter.ilink.network import CheckedNetwork, CheckedResolver, Lookup, NotPublic, addresses_of, checked, lookup
 from adapter.metrics import Metrics
-from adapter.ports import Account, Fetch
+from adapter.ports import Account, Fetch, Pieces
 from tests.e2e.waiting import free_port
 
 HOST = "ilinkai.weixin.qq.com"
@@ -486,7 +486,7 @@ async def test_media_are_fetched_from_and_brought_to_no_such_place(
     async def place(*_: Any, **__: Any) -> str:
         return url
 
-    async def read() -> AsyncIterator[bytes]:
+    async def read() -> Pieces:
         yield b"x"
 
     with pytest.raises(Refused):

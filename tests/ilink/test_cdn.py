@@ -17,7 +17,7 @@ from adapter.ilink.cdn import CdnClient
 from adapter.ilink.cipher import cipher_size, read_key
 from adapter.ilink.client import ILink
 from adapter.metrics import Metrics
-from adapter.ports import Account, Fetch, MediaKind, Uploaded
+from adapter.ports import Account, Fetch, MediaKind, Pieces, Uploaded
 from adapter.simulator import BotRecord, FaultRule, Simulator, SimulatorSettings
 from adapter.simulator.aes import encrypt
 
@@ -84,15 +84,15 @@ class Rig:
         return self.metrics.value("media_transfers_total", direction=direction, outcome=outcome)
 
 
-def source(content: bytes, piece: int = 70_001) -> Callable[[], AsyncIterator[bytes]]:
-    async def read() -> AsyncIterator[bytes]:
+def source(content: bytes, piece: int = 70_001) -> Callable[[], Pieces]:
+    async def read() -> Pieces:
         for start in range(0, len(content), piece):
             yield content[start : start + piece]
 
     return read
 
 
-async def whole(pieces: AsyncIterator[bytes]) -> bytes:
+async def whole(pieces: Pieces) -> bytes:
     return b"".join([piece async for piece in pieces])
 
 
@@ -447,7 +447,7 @@ async def test_a_source_that_fails_is_not_the_cdns_fault(
 ) -> None:
     reads = 0
 
-    async def read() -> AsyncIterator[bytes]:
+    async def read() -> Pieces:
         nonlocal reads
         reads += 1
         yield HELLO[:5]
@@ -499,7 +499,7 @@ async def test_an_upload_is_read_as_fast_as_it_is_sent(rig: Rig) -> None:
     given = 0
     size = 64_000_000
 
-    async def read() -> AsyncIterator[bytes]:
+    async def read() -> Pieces:
         nonlocal given
         while given < size:
             given += 64_000
