@@ -27,6 +27,8 @@ log = structlog.get_logger()
 
 RENEW_S = 5.0
 """The official client's pace (11.2)."""
+DOUBT_S = 45.0
+"""After -14 to a call it is hidden so much later, unless the bot's poll, which ends before, has said the same."""
 HIDES = 5
 """Attempts to hide before it is left to the next owner."""
 
@@ -231,6 +233,13 @@ class TypingIndicators:
             return await (self._show(indicator, account) if indicator.wanted else self._hide(indicator, account))
         except LeaseLost:
             return REST_S  # the lease pauses, or is gone; then all of this ends
+        except SessionExpired as exc:
+            if not indicator.lit or self._draining or self._needs.bindings.get(indicator.bot) is None:
+                return await self._leave(indicator, exc)
+            indicator.wanted = False
+            _fail(indicator.shows, exc)
+            _fail(indicator.hides, exc)
+            return await self._failed(indicator, exc, least_s=DOUBT_S)
         except Refused as exc:
             if exc.reason != "typing":
                 return await self._leave(indicator, exc)
@@ -289,8 +298,8 @@ class TypingIndicators:
 
     # when it does not work --------------------------------------------------------------------------
 
-    async def _failed(self, indicator: Indicator, exc: Refused) -> float:
-        """iLink did not do it. Showing is given up, but what is shown must be hidden."""
+    async def _failed(self, indicator: Indicator, exc: Refused, *, least_s: float = 0.0) -> float:
+        """iLink did not do it. Showing is given up, but what is shown must be hidden, `least_s` later or more."""
         log.info("typing.failed", bot=indicator.bot, on=indicator.wanted, lit=indicator.lit, detail=exc.detail[:200])
         if indicator.wanted:
             _fail(indicator.shows, exc)
@@ -301,7 +310,7 @@ class TypingIndicators:
             return 0.0
         indicator.failed_hides += 1
         if indicator.failed_hides < HIDES:
-            pause_s = backoff(indicator.failed_hides, first_s=2.0)
+            pause_s = max(least_s, backoff(indicator.failed_hides, first_s=2.0))
             indicator.hide_at = self._needs.clock.monotonic() + pause_s
             return pause_s
         log.warning("typing.stuck", bot=indicator.bot, attempts=indicator.failed_hides)

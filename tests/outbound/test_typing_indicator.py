@@ -14,7 +14,7 @@ from adapter.contract import Options
 from adapter.errors import Refused, SessionExpired, Temporary, Throttled
 from adapter.names import peer_key, shard_of
 from adapter.outbound.shard import Shard
-from adapter.outbound.typing_indicator import HIDES, RENEW_S
+from adapter.outbound.typing_indicator import DOUBT_S, HIDES, RENEW_S
 from adapter.outbound.typing_tickets import TICKET_S
 from adapter.records import Binding
 from tests.fakes import Bench, settle
@@ -352,13 +352,32 @@ async def test_a_ticket_that_ilink_does_not_like_is_replaced_at_once() -> None:
     shard.stop()
 
 
-async def test_a_stale_token_ends_it_quietly() -> None:
+@pytest.mark.parametrize("dead", [True, False])
+async def test_a_stale_token_ends_it_quietly_and_it_is_hidden_where_only_typing_was_told_so(dead: bool) -> None:
+    """By then the bot's poll has ended, too (F8, F9)."""
     bench, shard = await ready()
     bench.chat.typing_answers.extend([True, STALE])
     shard.on_delivery(bench.command(typing="on"))
-    await asyncio.sleep(100)
+    await asyncio.sleep(RENEW_S + DOUBT_S - 1)
     assert shown(bench) == [True, True]
     assert recorded(bench)  # perhaps it is still shown
+    if dead:
+        bench.stale.add(BOT)
+    await asyncio.sleep(300)
+    assert (shown(bench), recorded(bench)) == ([True, True] if dead else [True, True, False], dead)
+    shard.stop()
+
+
+async def test_a_stale_token_is_told_at_once_to_whoever_hides_it() -> None:
+    bench, shard = await ready()
+    bench.chat.typing_answers.extend([True, STALE])
+    shard.on_delivery(bench.command(typing="on", id="on"))
+    await asyncio.sleep(2)
+    shard.on_delivery(bench.command(typing="off", id="off"))
+    await asyncio.sleep(1)
+    assert outcomes(bench) == [("on", "accepted", ""), ("off", "refused", "needs_login")]
+    await asyncio.sleep(DOUBT_S)
+    assert shown(bench) == [True, False, False]
 
 
 async def test_nothing_is_called_while_the_token_is_tried_again_and_it_is_hidden_after() -> None:
