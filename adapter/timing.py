@@ -100,7 +100,8 @@ async def finish(work: Coroutine[Any, Any, T], grace_s: float) -> T:
     # asyncio.shield costs as much again as the task: what is in hand is finished with every message
     task.add_done_callback(lambda _: None if done.done() else done.set_result(None))
     try:
-        heed()  # nobody cancels a task again that is ending
+        if told_to_end():  # nobody cancels a task again that is ending
+            raise asyncio.CancelledError
         await done
     except asyncio.CancelledError:
         if not task.done():

@@ -21,7 +21,7 @@ from adapter.contract import (
 )
 from adapter.errors import UNDECODABLE, Refused, Unreadable
 from adapter.mending import without_halves
-from adapter.names import check_sandbox, digest, is_sandbox
+from adapter.names import check_sandbox, is_sandbox
 from adapter.outbound.split import MAX_BYTES, is_open, split, to_plain
 
 _PEER = re.compile(r"[!-~]{0,128}")
@@ -218,7 +218,7 @@ def read_command(
     stored_ms = since_ms(since, time_ms) if since else time_ms
     return Command(
         id=ident,
-        client=digest(f"{sandbox}|{ident}|{time_ms}".encode()),
+        client=hashlib.blake2b(f"{sandbox}|{ident}|{time_ms}".encode(), digest_size=12).hexdigest(),
         sandbox=sandbox,
         bot=body.bot or "",
         user=body.user or "",
