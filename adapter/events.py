@@ -88,7 +88,7 @@ class Events:
         try:
             await self._surely(Message("event", self._names.event(sandbox, kind), payload, headers))
         except BusRefused as exc:
-            log.error("event.refused", sandbox=sandbox, kind=kind, detail=exc.detail[:200])
+            log.error("event.refused", sandbox=sandbox, kind=kind, detail=exc.detail)
             return False
         return True
 
@@ -103,7 +103,7 @@ class Events:
                 if not exc.full:
                     raise
                 failures += 1
-                log.error("event.waits", stream=message.stream, detail=exc.detail[:200], failures=failures)
+                log.error("event.waits", stream=message.stream, detail=exc.detail, failures=failures)
                 await self._clock.sleep(backoff(failures, first_s=0.5, longest_s=10.0))
             else:
                 return
@@ -143,4 +143,4 @@ class Events:
             try:
                 await self._bus.publish(Message("dead", subject_to, data[:65536], kept))
             except BusRefused as exc:  # full, perhaps: what comes after it must not suffer
-                log.error("dead_letter.refused", stream=stream, sandbox=sandbox, detail=exc.detail[:200])
+                log.error("dead_letter.refused", stream=stream, sandbox=sandbox, detail=exc.detail)

@@ -39,7 +39,7 @@ async def start(parts: Parts, stop: asyncio.Event) -> bool:
                 await topology.ensure(parts.edges.link, parts.names, parts.settings)
                 await _check_tokens(parts)
             except Temporary as exc:
-                log.warning("streams.unverified", reason=exc.reason, detail=exc.detail[:200])
+                log.warning("streams.unverified", reason=exc.reason, detail=exc.detail)
                 await parts.clock.sleep(0.5)
             else:
                 return True

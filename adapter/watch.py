@@ -154,7 +154,7 @@ class Watch:
             try:
                 info = await self._link.api(f"CONSUMER.INFO.{stream}.{consumer}")
             except BusRefused as exc:  # deleted by an operator; its owner makes it again
-                log.warning("consumer.missing", consumer=consumer, detail=exc.detail[:200])
+                log.warning("consumer.missing", consumer=consumer, detail=exc.detail)
                 continue
             self._heed_pause(consumer, bool(info.get("paused")))
             metrics.nats_consumer_pending.labels(consumer=label).set(info["num_pending"])

@@ -157,7 +157,7 @@ class Bindings:
         try:
             after = None if entry.value is None else msgspec.json.decode(entry.value, type=Binding)
         except UNDECODABLE as exc:
-            log.error("binding.unreadable", bot=bot, detail=str(exc)[:200])
+            log.error("binding.unreadable", bot=bot, detail=str(exc))
             return
         self._replace(bot, before, after, entry.revision)
         if before and after and before.token != after.token and self._same_token(bot, before.token, after.token):

@@ -48,7 +48,7 @@ async def tidy_forever(needs: Tidying) -> None:
         try:
             removed = await tidy_once(needs)
         except AdapterError as exc:  # nobody waits for it
-            log.info("tidying.waits", reason=exc.reason, detail=exc.detail[:200])
+            log.info("tidying.waits", reason=exc.reason, detail=exc.detail)
             await needs.clock.sleep(min(RETRY_S, pause_s))
             continue
         if removed:

@@ -205,7 +205,7 @@ async def _store_raw(heard: list[Heard], last_seq: int, needs: Incoming) -> int:
                 stored = Stored(message.subject, ack.seq, message.headers, message.payload)
                 waiting.add(stored, suspect=ack.duplicate)
             continue
-        log.error("inbound.raw_refused", bot=one.bot, code=ack.code, detail=ack.detail[:200])
+        log.error("inbound.raw_refused", bot=one.bot, code=ack.code, detail=ack.detail)
         if waiting is not None:
             await waiting.passed(one.sandbox, one.bot)
         needs.heard(one.sandbox, one.bot, one.said.user)

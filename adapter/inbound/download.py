@@ -81,7 +81,7 @@ async def _download_once(heard: Heard, fetch: Fetch, needs: Downloading) -> Got:
         except Temporary as exc:
             raise Missing("store", again=True) from exc
         except BusRefused as exc:
-            log.error("media.refused", code=exc.code, detail=exc.detail[:200])
+            log.error("media.refused", code=exc.code, detail=exc.detail)
             raise Missing("store", again=False) from exc
     got = Got(described(stored, kind, title, _duration_of(item)))
     if recording is None or not media.is_silk(recording.data):

@@ -110,7 +110,7 @@ async def _publish_part(heard: Sequence[Heard], needs: Incoming) -> int:
         count(needs, kind, "duplicate" if duplicate else "published", times)
     for one, message, refusal in refused:
         count(needs, one.said.kind, "publish_failed")
-        log.error("inbound.refused", bot=one.bot, code=refusal.code, detail=refusal.detail[:200])
+        log.error("inbound.refused", bot=one.bot, code=refusal.code, detail=refusal.detail)
         last = max(last, await _publish_stub(one, message, needs))
     return last
 
@@ -177,7 +177,7 @@ async def _publish_stub(one: Heard, message: Message, needs: Incoming) -> int:
     try:
         return (await needs.bus.publish(msgspec.structs.replace(message, payload=msgspec.json.encode(stub)))).seq
     except BusRefused as exc:
-        log.error("inbound.lost_to_dead_letters", bot=one.bot, detail=exc.detail[:200])
+        log.error("inbound.lost_to_dead_letters", bot=one.bot, detail=exc.detail)
         return 0
 
 
@@ -205,7 +205,7 @@ async def retry(work: Callable[[], Awaitable[T]], needs: Incoming) -> T:
             return await work()
         except (Temporary, BusRefused) as exc:
             failures += 1
-            log.warning("inbound.waits", reason=exc.reason, detail=exc.detail[:200], failures=failures)
+            log.warning("inbound.waits", reason=exc.reason, detail=exc.detail, failures=failures)
             longest_s = 1.0 if isinstance(exc, Temporary) else 10.0
             await needs.clock.sleep(backoff(failures, first_s=0.05, longest_s=longest_s))
 

@@ -68,9 +68,7 @@ async def tend(session: Session, needs: Incoming) -> None:
         except AdapterError as exc:
             failures += 1
             session.state = "error"
-            log.warning(
-                "poller.failed", bot=session.bot, reason=exc.reason, detail=exc.detail[:200], failures=failures
-            )
+            log.warning("poller.failed", bot=session.bot, reason=exc.reason, detail=exc.detail, failures=failures)
         except Exception:
             failures += 1
             session.state = "error"
@@ -165,8 +163,7 @@ async def _failed(session: Session, exc: Temporary, lately: _Lately, needs: Inco
     needs.metrics.polls.labels(outcome="error").inc()
     wait_s = exc.retry_after_s or backoff(lately.failures, first_s=0.5, longest_s=30.0)
     if lately.failures.bit_count() == 1:  # at 1, 2, 4 …: thousands fail together where iLink is away
-        detail = exc.detail[:200]
-        log.warning("poll.failed", bot=session.bot, reason=exc.reason, detail=detail, failures=lately.failures)
+        log.warning("poll.failed", bot=session.bot, reason=exc.reason, detail=exc.detail, failures=lately.failures)
     await first_of(session.cut, wait_s + needs.clock.jitter(wait_s / 2))
     await needs.turns.next()
 
@@ -258,7 +255,7 @@ async def recover(
     if binding is None or binding.state == "needs_login":
         return None
     session.stale, session.state = True, "error"
-    log.warning("session.stale", bot=session.bot, sandbox=binding.sandbox, detail=exc.detail[:200])
+    log.warning("session.stale", bot=session.bot, sandbox=binding.sandbox, detail=exc.detail)
     advice = "iLink refuses the bot's token; it is tried again shortly, then a login is needed."
     since = needs.clock.monotonic()
     await needs.events.binding(binding.event("stale", reason=exc.detail, detail=advice))

@@ -63,7 +63,7 @@ class Recall:
         except Conflict:
             pass  # noted before a crash, and sent again under the same client_id
         except BusRefused as exc:
-            log.warning("quote.unnoted", sandbox=spoken.sandbox, detail=exc.detail[:200])
+            log.warning("quote.unnoted", sandbox=spoken.sandbox, detail=exc.detail)
             self._metrics.quote_notes.labels(outcome="failed").inc()
             return
         self._stored.inc()
@@ -95,7 +95,7 @@ class Recall:
             try:
                 spoken = msgspec.json.decode(entry.value, type=Spoken)
             except UNDECODABLE as exc:
-                log.error("quote.unreadable", bot=bot, detail=str(exc)[:200])
+                log.error("quote.unreadable", bot=bot, detail=str(exc))
                 continue
             if (spoken.sandbox, spoken.user) == (sandbox, user):
                 return Words(spoken.text, spoken.kind, "bot")
@@ -113,7 +113,7 @@ class Recall:
                 try:
                     inbound = msgspec.json.decode(stored.data, type=Inbound)
                 except UNDECODABLE as exc:
-                    log.error("quote.unreadable", sequence=stored.seq, detail=str(exc)[:200])
+                    log.error("quote.unreadable", sequence=stored.seq, detail=str(exc))
                     continue
                 if inbound.user == user and inbound.sandbox == sandbox:
                     found = words_of(inbound.text, inbound.items, item)

@@ -166,7 +166,7 @@ class Consumer:
                 await asyncio.sleep(0.1)
             except (Temporary, BusRefused) as exc:
                 failures += 1
-                log.warning("consumer.interrupted", consumer=self.name, reason=exc.reason, detail=exc.detail[:200])
+                log.warning("consumer.interrupted", consumer=self.name, reason=exc.reason, detail=exc.detail)
                 await asyncio.sleep(backoff(failures, first_s=0.2, longest_s=3.0))
 
     async def _found(self) -> dict[str, Any]:

@@ -193,7 +193,7 @@ class Publisher:
         if told and now - told < REMIND_S:
             return told
         stream = oldest.message.stream
-        log.warning("publish.waits", stream=stream, waited_s=round(waited_s, 1), detail=self.hurdle[:200])
+        log.warning("publish.waits", stream=stream, waited_s=round(waited_s, 1), detail=self.hurdle)
         return now
 
     async def _acked(self, entry: _Outstanding) -> bool:

@@ -327,7 +327,7 @@ class Course:
             try:
                 await needs.bus.publish(Message("ctl", needs.names.bind, msgspec.json.encode(bind), headers))
             except BusRefused as exc:
-                log.error("login.unbound", login=self._login[:6], sandbox=record.sandbox, detail=exc.detail[:200])
+                log.error("login.unbound", login=self._login[:6], sandbox=record.sandbox, detail=exc.detail)
                 await self._fail("bus", "The bus did not take the bind command; start another login.")
                 return
         deadline = needs.clock.monotonic() + BOUND_S

@@ -161,7 +161,7 @@ class Send(NamedTuple):
             except SessionExpired as exc:
                 return _wait("needs_login", hand, exc)
             except Refused as exc:
-                log.info("upload.refused", bot=peer.bot, command=command.id, detail=exc.detail[:200])
+                log.info("upload.refused", bot=peer.bot, command=command.id, detail=exc.detail)
                 _put(peer, hand)
                 if hand.tried:
                     return _ending("uncertain", hand, "It may have been sent; the media could not be brought again.")

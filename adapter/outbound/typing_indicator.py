@@ -300,7 +300,7 @@ class TypingIndicators:
 
     async def _failed(self, indicator: Indicator, exc: Refused, *, least_s: float = 0.0) -> float:
         """iLink did not do it. Showing is given up, but what is shown must be hidden, `least_s` later or more."""
-        log.info("typing.failed", bot=indicator.bot, on=indicator.wanted, lit=indicator.lit, detail=exc.detail[:200])
+        log.info("typing.failed", bot=indicator.bot, on=indicator.wanted, lit=indicator.lit, detail=exc.detail)
         if indicator.wanted:
             _fail(indicator.shows, exc)
             indicator.wanted = indicator.shown_at is not None
@@ -357,7 +357,7 @@ class TypingIndicators:
         try:
             await self._needs.bucket.delete(self._key(indicator))
         except BusRefused as exc:
-            log.warning("typing.unerased", bot=indicator.bot, detail=exc.detail[:200])
+            log.warning("typing.unerased", bot=indicator.bot, detail=exc.detail)
         indicator.recorded = False
 
 

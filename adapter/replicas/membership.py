@@ -123,7 +123,7 @@ class Membership:
     def _failed(self, exc: Temporary | Conflict, failures: int) -> None:
         self.hurdle = exc.detail or exc.reason
         if failures == 1:
-            log.warning("lease.unrenewed", reason=exc.reason, detail=exc.detail[:200])
+            log.warning("lease.unrenewed", reason=exc.reason, detail=exc.detail)
 
     async def _renew(self) -> None:
         """Raises Temporary, LeaseLost when another replica revoked this incarnation."""

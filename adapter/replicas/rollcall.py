@@ -46,7 +46,7 @@ def answer(data: bytes, about: Callable[[Sequence[str]], Present]) -> bytes | No
     try:
         asked = msgspec.json.decode(data, type=Call)
     except UNDECODABLE as exc:
-        log.info("rollcall.unreadable", detail=str(exc)[:200])
+        log.info("rollcall.unreadable", detail=str(exc))
         return None
     return msgspec.json.encode(about(asked.bots))
 
