@@ -66,7 +66,7 @@ log = structlog.get_logger()
 
 RELEASE_S = 5.0
 """The part of the drain time that is kept for giving the shards back."""
-STARTING = 32
+TAKING = 32
 """Bots that are taken over at the same time."""
 LOADING = 8
 """Shards that read at once what is parked. With 500 commands parked in each of 128, a tenth of a core took more than
@@ -209,7 +209,7 @@ class Parts:
             raw_bots=raw_bots(self.edges.history, self.names),
             writable=writable,
             purges=lambda: self.inspector.purges(self.names.cursors),
-            starting=asyncio.Semaphore(STARTING),
+            taking=asyncio.Semaphore(TAKING),
             turns=self.turns,
             starts=Pace(STARTS_PER_S),
             beat=Beat(BEAT_S),

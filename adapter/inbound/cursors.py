@@ -49,7 +49,7 @@ async def acquire(session: Session, needs: Incoming) -> Place | None:
             return None
         check_owned(needs, binding)
         session.freed.clear()
-        async with needs.starting:
+        async with needs.taking:
             place = await _acquire_once(session, binding, needs)
         if place is not None:
             for user in await needs.contexts.refresh(session.bot):

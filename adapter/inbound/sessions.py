@@ -90,7 +90,7 @@ class Incoming(NamedTuple):
     """Returns when the bus takes what is written; no poll starts before."""
     purges: Callable[[], int]
     """How often the bucket of cursors was seen to lack some: each poller puts its own back before the next poll."""
-    starting: asyncio.Semaphore
+    taking: asyncio.Semaphore
     """Bounds how many bots are taken at once: thousands would hold up the event loop, and with it the lease."""
     turns: Turns
     """Spreads what many bots do once they may go on, or have answers, for the same reason."""

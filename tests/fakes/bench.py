@@ -315,7 +315,7 @@ class Bench:
             raw_bots=raw_bots(self.bus, self.names),
             writable=writable,
             purges=lambda: self.purges,
-            starting=asyncio.Semaphore(4),
+            taking=asyncio.Semaphore(4),
             turns=Turns(4),
             starts=Pace(2000),
             beat=Beat(0.1),

@@ -169,7 +169,7 @@ async def test_who_waits_for_an_owner_holds_up_no_other_bot() -> None:
     bench = await ready()
     bench.cursors.put(KEY, msgspec.json.encode(Cursor(owner="other-1")))
     await bench.bind(sandbox="s2", bot="b2@im.bot", user="u2@im.wechat")
-    needs = bench.incoming(starting=asyncio.Semaphore(1))
+    needs = bench.incoming(taking=asyncio.Semaphore(1))
     sessions = [Session(BOT), Session("b2@im.bot")]
     tasks = [asyncio.get_running_loop().create_task(tend(session, needs)) for session in sessions]
     await asyncio.sleep(5)
