@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from functools import partial
 from weakref import WeakValueDictionary
 
 import msgspec
@@ -144,6 +145,7 @@ class Contexts:
 
         Raises Temporary, LeaseLost.
         """
+        fence = fence or partial(self._fence, peer.bot)
         async with peer.lock:
             while True:
                 before = peer.context
@@ -152,8 +154,9 @@ class Contexts:
                 try:
                     peer.revision = await self._bucket.update(key, value, peer.revision)
                 except Conflict:
-                    fence() if fence else self._fence(peer.bot)
+                    fence()
                     await self._merge(peer)  # an operator's hand, or the owner before us: its word counts
+                    fence()  # the answer may be late, and the word that of an owner after us
                     continue
                 peer.stored = after
                 # what iLink has answered meanwhile is known here alone

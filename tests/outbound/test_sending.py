@@ -14,7 +14,7 @@ from adapter.contract import Media, Outbound, OutImage, OutText
 from adapter.errors import LeaseLost, Refused, SessionExpired, Temporary, Throttled, Uncertain
 from adapter.outbound.commands import Command, client_id, merge, read_command
 from adapter.outbound.endings import Apart, Ending, Repeat, Wait
-from adapter.ports import Accepted, Account, Uploaded
+from adapter.ports import Accepted, Account, Entry, Uploaded
 from adapter.records import Hand, Merged
 from tests.fakes import LIMITS, RULES, Bench, Sent
 
@@ -797,6 +797,49 @@ async def test_an_answer_that_comes_while_the_users_next_word_is_stored_is_not_f
     hand = peer.context.hand
     assert hand is not None
     assert (peer.context.inbound_id, peer.context.used, hand.part, hand.tried) == ("in:2", 1, 1, 0)
+
+
+async def test_an_answer_that_comes_while_the_record_is_read_anew_is_not_forgotten() -> None:
+    """As it is when a bot begins to be polled here."""
+    bench, peer = await ready()
+    bucket = bench.contexts_bucket
+    read = bucket.get
+
+    async def slow(key: str) -> Entry | None:
+        found = await read(key)
+        await asyncio.sleep(5)
+        return found
+
+    bench.chat.took_s = 2.0
+    sending = asyncio.create_task(sent(bench, peer))
+    await asyncio.sleep(1)
+    bucket.get = slow  # type: ignore[method-assign]
+    await bench.contexts.refresh(BOT)
+    assert isinstance(await sending, Ending)
+    hand = peer.context.hand
+    assert hand is not None
+    assert (hand.part, hand.tried) == (1, 0)
+
+
+async def test_one_that_was_cut_off_as_it_read_the_record_anew_writes_nothing() -> None:
+    """What it asked is answered late, with what the bot's next owner has written."""
+    bench, peer = await ready()
+    bench.hears(used=3)
+    bucket, looks = bench.contexts_bucket, 0
+    read = bucket.get
+
+    async def cut_off(key: str) -> Entry | None:
+        nonlocal looks
+        looks += 1
+        if looks == 2:  # at the first the bucket asks whether it was its own write
+            bench.leases.owned.clear()
+            bench.hears(used=5)
+        return await read(key)
+
+    bucket.get = cut_off  # type: ignore[method-assign]
+    with pytest.raises(LeaseLost):
+        await sent(bench, peer)
+    assert (bench.context().used, bench.chat.sent) == (5, [])
 
 
 @pytest.mark.parametrize("answer", [SessionExpired("needs_login", "-14", errcode=-14), THROTTLED], ids=["-14", "-2"])
