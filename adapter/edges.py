@@ -13,7 +13,7 @@ from adapter.jetstream.history import StreamHistory
 from adapter.jetstream.link import Link
 from adapter.jetstream.objects import ObjectStore
 from adapter.jetstream.publisher import Publisher
-from adapter.jetstream.services import BusTeller
+from adapter.jetstream.teller import BusTeller
 from adapter.metrics import Metrics
 from adapter.names import Names
 from adapter.settings import Settings

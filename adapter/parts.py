@@ -32,10 +32,10 @@ from adapter.jetstream import topology
 from adapter.jetstream.buckets import KvBucket, LeaseRegister
 from adapter.jetstream.consumer import all_settled
 from adapter.jetstream.inspector import Inspector
-from adapter.jetstream.services import Handler, Services
+from adapter.jetstream.microservice import Handler, Services
 from adapter.logins.book import LoginBook
 from adapter.logins.course import Scanning
-from adapter.logins.scanning import Scanner
+from adapter.logins.scanner import Scanner
 from adapter.metrics import Metrics
 from adapter.names import Names, shard_of
 from adapter.outbound.commands import Limits

@@ -12,7 +12,7 @@ from structlog.testing import capture_logs
 from adapter.errors import Temporary
 from adapter.jetstream import topology
 from adapter.jetstream.consumer import Consumer, Delivery, all_settled
-from adapter.jetstream.services import BusTeller
+from adapter.jetstream.teller import BusTeller
 from adapter.names import H_MSG_ID
 from adapter.ports import Message
 from adapter.timing import SystemClock

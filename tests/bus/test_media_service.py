@@ -27,9 +27,9 @@ from adapter.contract import Media
 from adapter.embedded import find_server
 from adapter.jetstream import topology
 from adapter.jetstream.link import Link
+from adapter.jetstream.microservice import Services
 from adapter.jetstream.objects import ObjectStore
 from adapter.jetstream.publisher import Publisher
-from adapter.jetstream.services import Services
 from adapter.metrics import Metrics
 from adapter.names import H_ERROR_CODE, H_LAST, H_NAME, H_NEXT, H_OFFSET, H_SHA256, H_SIZE, H_UPLOAD, Names
 from adapter.ports import Pieces

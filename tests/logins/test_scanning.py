@@ -16,7 +16,7 @@ from adapter.contract import Bind, Login, LoginEvent, LoginQuery, LoginStart, Lo
 from adapter.errors import BusRefused, Refused, Temporary
 from adapter.logins.book import LoginBook
 from adapter.logins.course import Scanning
-from adapter.logins.scanning import Scanner
+from adapter.logins.scanner import Scanner
 from adapter.names import H_MSG_ID, shard_of
 from adapter.ports import Entry, Message, QrCode, Scan
 from adapter.records import LoginRecord

@@ -1,0 +1,86 @@
+"""What is told, and asked of all replicas, without storage; and the consumers of others."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+from nats.aio.client import Client
+from nats.aio.msg import Msg
+
+from adapter.errors import BusRefused, Refused
+from adapter.jetstream.answers import CONSUMER_EXISTS
+from adapter.jetstream.link import Link
+from adapter.names import Names, is_inbox
+from adapter.timing import first_of
+
+
+class BusTeller:
+    """Implements ports.Teller and ports.Crowd."""
+
+    def __init__(self, link: Link, names: Names) -> None:
+        self._link = link
+        self._names = names
+
+    async def tell(self, subject: str, payload: bytes, headers: dict[str, str]) -> None:
+        await self._link.publish(subject, payload, headers=headers)
+
+    def hear(self, subject: str, on_message: Callable[[bytes], None]) -> None:
+        """Subscribes, on each connection anew; what is told while there is none is missed."""
+
+        async def receive(msg: Msg) -> None:
+            on_message(msg.data)
+
+        self._subscribe(subject, receive)
+
+    def reply(self, subject: str, make: Callable[[bytes], bytes | None]) -> None:
+        """Answers what is asked of all replicas there, to inboxes only; None: not at all."""
+
+        async def receive(msg: Msg) -> None:
+            made = make(msg.data) if is_inbox(msg.reply) else None
+            if made is not None:
+                await msg.respond(made)
+
+        self._subscribe(subject, receive)
+
+    def _subscribe(self, subject: str, receive: Callable[[Msg], Awaitable[None]]) -> None:
+        async def subscribe(nc: Client) -> None:
+            await nc.subscribe(subject, cb=receive)
+
+        self._link.on_up(subscribe)
+
+    async def gather(self, subject: str, payload: bytes, *, count: int, within_s: float) -> list[bytes]:
+        answers: list[bytes] = []
+        enough = asyncio.Event()
+
+        async def receive(msg: Msg) -> None:
+            if "Status" not in (msg.headers or {}):  # else the server says that nobody listens
+                answers.append(msg.data)
+            if len(answers) >= count or "Status" in (msg.headers or {}):
+                enough.set()
+
+        async with self._link.subscribed(self._link.client(), receive) as inbox:
+            await self._link.publish(subject, payload, reply=inbox)
+            await first_of(enough, within_s)
+        return answers
+
+    async def make_durable(self, sandbox: str) -> None:
+        stream = self._names.stream_in
+        body = {
+            "stream_name": stream,
+            "action": "create",
+            "config": {
+                "name": sandbox,
+                "durable_name": sandbox,
+                "filter_subject": self._names.inbox(sandbox),
+                "ack_policy": "explicit",
+                "deliver_policy": "all",
+                "replay_policy": "instant",
+                "num_replicas": 1,
+            },
+        }
+        try:
+            await self._link.api(f"CONSUMER.CREATE.{stream}.{sandbox}.{self._names.inbox(sandbox)}", body)
+        except BusRefused as exc:
+            if exc.code != CONSUMER_EXISTS:  # perhaps as its reader has changed it: theirs
+                raise Refused("invalid", f"The durable consumer cannot be made: {exc.detail}") from exc
