@@ -89,12 +89,17 @@ async def _serve(session: Session, needs: Incoming) -> None:
     try:
         await first_of(session.cut, needs.starts.wait_s())
         if not session.leaving:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(NOTIFY_S):
-                    await notify(session, needs, start=True)
+            await _announce(session, needs)
         place = await poll_forever(session, place, needs)
     finally:
         await finish(give_back(session, needs), needs.grace_s)
+
+
+async def _announce(session: Session, needs: Incoming) -> None:
+    """Tells iLink that polling begins."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(NOTIFY_S):
+            await notify(session, needs, start=True)
 
 
 class _Lately(msgspec.Struct):
@@ -105,6 +110,8 @@ class _Lately(msgspec.Struct):
     """Without any answer."""
     hold_ms: int = 0
     """How long the server may hold a poll at least, by what was not answered; 0: as long as it hints."""
+    unannounced: int = 0
+    """Answered, while iLink has not answered that it knows of the polls."""
     instants: int = 0
     """Answered at once, with nothing new."""
     overlong: int = 0
@@ -153,6 +160,11 @@ async def poll_forever(session: Session, place: Place, needs: Incoming) -> Place
         lately.instants = lately.instants + 1 if is_instant else 0
         if lately.instants > 1:
             await first_of(session.cut, 0.25 + needs.clock.jitter(0.25))
+        if not session.announced and not session.leaving:
+            # one project had its sends refused until iLink knew (11.1), and others never tell it: ever more seldom
+            lately.unannounced += 1
+            if lately.unannounced.bit_count() == 1:
+                await _announce(session, needs)
     return place
 
 

@@ -134,6 +134,8 @@ class Session:
         """iLink said -14 and the recovery runs: nothing may be sent."""
         self.answered = 0.0
         """Monotonic time of the last answer of iLink to a poll."""
+        self.announced = False
+        """iLink has answered that it knows that the bot is polled."""
         self.apart = False
         """What was seen stands in a second key of the cursors, too."""
         self.purges = 0
@@ -245,6 +247,7 @@ async def notify(session: Session, needs: Incoming, *, start: bool, even_stale: 
         return
     try:
         await needs.chat.notify(session.account(binding, needs.sealer), start=start)
+        session.announced = start
     except AdapterError as exc:
         log.info("notify.failed", bot=session.bot, start=start, reason=exc.reason)
 

@@ -8,6 +8,7 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 
 import msgspec
 import pytest
@@ -413,6 +414,23 @@ async def test_a_notifystart_without_an_answer_holds_the_first_poll_up_for_a_mom
     poller(bench)
     await asyncio.sleep(5)
     assert [at - began <= 2.0 for at in bench.chat.polled_at] == [True]
+
+
+async def test_ilink_is_told_of_the_start_again_ever_more_seldom_until_it_answers() -> None:
+    """Sends may be refused until it knows (11.1)."""
+    bench = await ready()
+    bench.chat.notify_fails = Temporary("http_5xx")
+    told: list[int] = []
+
+    def answered(number: int) -> Polled:
+        told.append(len(bench.chat.notified))
+        if number == 6:
+            bench.chat.notify_fails = None
+        return Polled([], f"c{number}", 35_000)
+
+    bench.chat.polls.extend([partial(answered, number) for number in range(1, 20)])
+    await polls(bench)
+    assert told == [0, 1, 2, 2, 3, 3, 3, 3, *[4] * 11]
 
 
 async def test_ilink_is_told_of_the_start_and_the_end_and_need_not_answer() -> None:
