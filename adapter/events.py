@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 
 import msgspec
 import structlog
@@ -72,21 +72,34 @@ class Events:
         event = msgspec.structs.replace(event, at_ms=self._clock.now_ms())
         await self._store(event.sandbox, "window", msgspec.json.encode(event), msg_id)
 
-    async def receipt(self, receipt: contract.Receipt, *, msg_id: str, headers: Mapping[str, str]) -> None:
+    async def receipt(
+        self,
+        receipt: contract.Receipt,
+        *,
+        msg_id: str,
+        headers: Mapping[str, str],
+        late: Callable[[], None] | None = None,
+    ) -> None:
         """What became of a command. `msg_id` is the same for the same outcome of the same command, `headers` are the
-        command's: its trace goes on in its receipts."""
+        command's: its trace goes on in its receipts. `late`: see Message; it may raise LeaseLost."""
         receipt = msgspec.structs.replace(receipt, at_ms=self._clock.now_ms())
         trace = passed_on({H_TRACEPARENT: headers[H_TRACEPARENT]}) if H_TRACEPARENT in headers else {}
-        if await self._store(receipt.sandbox, "receipt", msgspec.json.encode(receipt), msg_id, trace):
+        if await self._store(receipt.sandbox, "receipt", msgspec.json.encode(receipt), msg_id, trace, late):
             self._metrics.receipts.of(receipt.outcome).inc()
 
     async def _store(
-        self, sandbox: str, kind: str, payload: bytes, msg_id: str, trace: Mapping[str, str] | None = None
+        self,
+        sandbox: str,
+        kind: str,
+        payload: bytes,
+        msg_id: str,
+        trace: Mapping[str, str] | None = None,
+        late: Callable[[], None] | None = None,
     ) -> bool:
         """Whether the stream took it; what it refuses for good is logged."""
         headers = {H_MSG_ID: msg_id, H_SCHEMA: contract.SCHEMA_VERSION, **(trace or {})}
         try:
-            await self._surely(Message("event", self._names.event(sandbox, kind), payload, headers))
+            await self._surely(Message("event", self._names.event(sandbox, kind), payload, headers, late=late))
         except BusRefused as exc:
             log.error("event.refused", sandbox=sandbox, kind=kind, detail=exc.detail)
             return False

@@ -125,7 +125,9 @@ class Parts:
         self.events = Events(edges.bus, names, clock, metrics)
         self.window_events = self._window_events()
         self.receipts = Receipts(self.events, edges.history, names, clock, metrics)
-        self.router = Router(edges.bus, self.receipts, names, self.limits, clock, metrics)
+        self.router = Router(
+            edges.bus, self.receipts, names, self.limits, lambda: self.leases.check(0), clock, metrics
+        )
         self.control = self._control()
         quotes = KvBucket(edges.link, edges.bus, names.quotes)  # any server may answer: a quote may be missing
         self.recall = Recall(quotes, edges.history, names, metrics)

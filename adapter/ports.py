@@ -262,6 +262,8 @@ class Message(msgspec.Struct, frozen=True):
     headers: dict[str, str]
     fence: Callable[[], None] | None = None
     """Asked before each attempt to write it. Raises LeaseLost where this replica may not write it any more."""
+    late: Callable[[], None] | None = None
+    """As `fence`, of attempts so late that the stream may have forgotten what another replica stored under its id."""
 
 
 class PubAck(msgspec.Struct):

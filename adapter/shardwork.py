@@ -10,6 +10,7 @@ import structlog
 
 from adapter.bindings.control import Control
 from adapter.bindings.tidying import Tidying, tidy_forever
+from adapter.errors import LeaseLost
 from adapter.inbound.fetching import Downloads, Fetching
 from adapter.jetstream import topology
 from adapter.jetstream.consumer import Consumer
@@ -107,6 +108,8 @@ class ShardLoops(NamedTuple):
     async def _route_one(self, delivery: Delivery) -> None:
         try:
             await self.router.route(delivery)
+        except LeaseLost as exc:
+            log.info("routing.fenced", reason=exc.reason)
         except Exception:  # a bug: the message stays, unsettled, and the others go on
             log.exception("delivery.crashed", consumer=topology.ROUTER, sequence=delivery.seq)
 

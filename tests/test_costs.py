@@ -237,7 +237,7 @@ async def test_a_command_costs_the_same_whatever_waits_for_others(state: dict[st
 
 async def test_a_command_on_plain_wechat_out_costs_a_copy_more_and_no_task() -> None:
     bench = Bench()
-    router = Router(bench.bus, bench.receipts, bench.names, TAKEN, bench.clock, bench.metrics)
+    router = Router(bench.bus, bench.receipts, bench.names, TAKEN, lambda: None, bench.clock, bench.metrics)
 
     async def route() -> None:
         for number in range(40):

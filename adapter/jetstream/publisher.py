@@ -37,6 +37,8 @@ WORRY_S = 2.0
 REMIND_S = 30.0
 """How often that is said again."""
 
+LATE_S = 240.0
+"""A write that waits longer is late: less than a stream's window for ids (topology.DUPLICATE_WINDOW_NS)."""
 MAX_SUBJECT = 3072
 """A server ends the connection over a line of more than 4,096 bytes, and would do so at every repeat."""
 
@@ -248,13 +250,16 @@ class Publisher:
 
     def _begin(self, entry: _Outstanding, fence: Callable[[], None] | None) -> bool:
         """Whether it may be written, which then counts as done."""
+        now, late = self._clock.monotonic(), entry.message.late
         try:
             if fence is not None:
                 fence()
+            if late is not None and now - entry.asked > LATE_S:
+                late()
         except LeaseLost as exc:
             entry.future.set_exception(exc)
             return False
-        entry.sent = self._clock.monotonic()
+        entry.sent = now
         if entry.writes == 0:
             entry.first_sent = entry.sent
         else:

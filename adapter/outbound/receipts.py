@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import NamedTuple
 
 import msgspec
@@ -114,8 +114,10 @@ class Receipts:
         shown: contract.Window,
         original: tuple[bytes, dict[str, str], str],
         parked_ms: int = 0,
+        late: Callable[[], None] | None = None,
     ) -> None:
-        """The last word on a command. A dead letter is stored before its receipt.
+        """The last word on a command. A dead letter is stored before its receipt. `late`: see Message; the next owner
+        tells of the command, too, if this takes long.
 
         `parked_ms`: how long it was parked, which the metrics do not count as our delay.
         """
@@ -132,7 +134,7 @@ class Receipts:
                 sandbox=command.sandbox,
             )
         receipt = _receipt(command, ending, bot, user, shown)
-        await self._events.receipt(receipt, msg_id=f"final:{command.client}", headers=original[1])
+        await self._events.receipt(receipt, msg_id=f"final:{command.client}", headers=original[1], late=late)
         self._metrics.outbound_messages.of(command.kind, ending.outcome, ending.reason or "none").inc()
         took_s = max(0, self._clock.now_ms() - command.stored_ms - parked_ms) / 1000
         failed = ending.outcome in ("dead_lettered", "uncertain")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections import deque
+from collections.abc import Callable
 from typing import NamedTuple
 from weakref import WeakValueDictionary
 
@@ -61,12 +62,21 @@ class Router:
     get lost on its way, and another that was written later be stored by the next leader."""
 
     def __init__(
-        self, bus: Bus, receipts: Receipts, names: Names, limits: Limits, clock: Clock, metrics: Metrics
+        self,
+        bus: Bus,
+        receipts: Receipts,
+        names: Names,
+        limits: Limits,
+        check: Callable[[], None],
+        clock: Clock,
+        metrics: Metrics,
     ) -> None:
         self._bus = bus
         self._receipts = receipts
         self._names = names
         self._limits = limits
+        self._check = check
+        """Raises LeaseLost where another replica may route at this moment."""
         self._clock = clock
         self._metrics = metrics
         self._turns: WeakValueDictionary[str, _Turn] = WeakValueDictionary()
@@ -74,6 +84,8 @@ class Router:
 
     async def route(self, delivery: Delivery) -> None:
         """Copies a command to its sandbox's subject, or ends it with a receipt; then settles it.
+
+        Raises LeaseLost where that took so long that the stream may have forgotten the next owner's copy.
 
         The copy's Nats-Msg-Id is derived: ids are stream-wide, and a copy after a crash must not become a second
         command. It follows from the words, too: a sandbox that guessed it could use it first, and the copy would be
@@ -100,8 +112,9 @@ class Router:
             H_COMMAND: ident,
             H_SINCE_MS: str(delivery.time_ms),
         }
+        message = Message("out", self._names.out(sandbox), delivery.data, headers, late=self._check)
         turn = self._turns.setdefault(sandbox, _Turn())
-        turn.add(_Copy(delivery, ident, Message("out", self._names.out(sandbox), delivery.data, headers)))
+        turn.add(_Copy(delivery, ident, message))
         async with turn.lock:
             await self._copy(sandbox, turn.piece())
 
@@ -147,6 +160,7 @@ class Router:
             user="",
             shown=contract.Window(),
             original=(delivery.data, delivery.headers, self._names.out_plain),
+            late=self._check,
         )
         await delivery.ack()
 

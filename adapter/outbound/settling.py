@@ -217,6 +217,7 @@ class Settling:
                 shown=shown or contract.Window(),
                 original=(item.data, item.headers, self._needs.names.out(command.sandbox)),
                 parked_ms=item.parked_ms,
+                late=self._check,
             )
         for item in group:
             self._done_with(item)

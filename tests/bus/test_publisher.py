@@ -15,9 +15,11 @@ import pytest
 
 from adapter.embedded import EmbeddedNats
 from adapter.errors import BusRefused, LeaseLost
+from adapter.jetstream.publisher import LATE_S, Publisher
 from adapter.names import H_MSG_ID
 from adapter.ports import Message, PubAck
 from adapter.settings import Settings
+from adapter.timing import SystemClock
 from tests.bus.rig import NAMES, PATIENCE_S, Bus, Fence, Rig, event, rig_on
 from tests.e2e.waiting import eventually, free_port, until
 
@@ -233,3 +235,36 @@ async def test_what_waits_for_the_bus_is_not_written_after_its_writer_lost_the_r
     assert stored[0] == b"0"
     assert b"1" not in stored
     assert stored[-1] == b"3"
+
+
+@pytest.mark.parametrize("waits_s", [LATE_S - 10, LATE_S + 10], ids=["in-time", "late"])
+async def test_what_waited_so_long_that_a_repeat_of_it_may_be_forgotten_is_written_by_its_owner_alone(
+    rig: Rig, waits_s: float
+) -> None:
+    """Another replica has stored the same by then, and the stream drops an id for five minutes."""
+    ahead, fence = Ahead(), Fence(lost_from=0)
+    publisher = Publisher(rig.link, ahead, rig.metrics)
+    running = asyncio.create_task(publisher.run())
+    rig.bus.kill()
+    await until(lambda: not rig.link.up, "the break is noticed")
+    waiting = asyncio.create_task(publisher.publish(msgspec.structs.replace(event(0), late=fence)))
+    await asyncio.sleep(0.1)
+    ahead.by_s = waits_s
+    await rig.bus.start()
+    async with asyncio.timeout(PATIENCE_S):
+        if waits_s > LATE_S:
+            with pytest.raises(LeaseLost):
+                await waiting
+        else:
+            await waiting
+    assert len(await rig.read(NAMES.stream_event, NAMES.event("s1", "receipt"))) == (waits_s < LATE_S)
+    running.cancel()
+
+
+class Ahead(SystemClock):
+    """Time that may be ahead."""
+
+    by_s = 0.0
+
+    def monotonic(self) -> float:
+        return super().monotonic() + self.by_s

@@ -10,6 +10,7 @@ import msgspec
 
 from adapter.contract import BindingEvent, Inbound, Receipt
 from adapter.errors import BusRefused, Conflict, Temporary
+from adapter.jetstream.publisher import LATE_S
 from adapter.names import H_MSG_ID, Names
 from adapter.ports import Entry, Message, PubAck, Stored
 from tests.fakes.clock import FakeClock
@@ -57,11 +58,14 @@ class FakeBus:
     async def publish_all(self, messages: Sequence[Message]) -> list[PubAck | BusRefused]:
         await asyncio.sleep(0)
         acks: list[PubAck | BusRefused] = []
+        began = self._clock.monotonic()
         for message in messages:
             if self.on_publish is not None:
                 await self.on_publish(message)
             if message.fence is not None:
                 message.fence()
+            if message.late is not None and self._clock.monotonic() - began > LATE_S:
+                message.late()
             acks.append(self.refuse(message) or self._store(message))
         return acks
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ import msgspec
 import pytest
 
 from adapter.contract import Receipt
-from adapter.errors import BusRefused
+from adapter.errors import BusRefused, LeaseLost
 from adapter.names import H_COMMAND, H_MSG_ID, H_SINCE_MS, UNROUTED
 from adapter.outbound.router import Router
 from adapter.ports import Message, PubAck
@@ -20,7 +21,9 @@ VIRTUAL_TIME = True
 
 
 def router(bench: Bench) -> Router:
-    return Router(bench.bus, bench.receipts, bench.names, LIMITS, bench.clock, bench.metrics)
+    return Router(
+        bench.bus, bench.receipts, bench.names, LIMITS, lambda: bench.leases.check(0), bench.clock, bench.metrics
+    )
 
 
 class InPieces(FakeBus):
@@ -290,3 +293,19 @@ async def test_what_ends_here_is_counted_as_taken_and_what_is_copied_is_not() ->
     dead = {"kind": "unreadable", "outcome": "dead_lettered", "reason": "unreadable"}
     assert bench.metrics.value("outbound_messages_total", **dead) == 1
     assert bench.metrics.value("outbound_taken_total") == 1
+
+
+@pytest.mark.parametrize("waits_s", [200.0, 400.0], ids=["in-time", "late"])
+async def test_one_that_was_cut_off_for_long_makes_no_second_copy(waits_s: float) -> None:
+    """The next owner has made one, and the stream does not know its id any more."""
+    bench = Bench()
+
+    async def cut_off(_: Message) -> None:
+        bench.leases.is_valid = False
+        await asyncio.sleep(waits_s)
+
+    bench.bus.on_publish = cut_off
+    delivery = plain(bench, sandbox="s1", text="hi")
+    with pytest.raises(LeaseLost) if waits_s > 300 else contextlib.nullcontext():
+        await router(bench).route(delivery)
+    assert delivery.acks == len(copied(bench, "s1")) == (waits_s < 300)

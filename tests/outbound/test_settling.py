@@ -82,6 +82,23 @@ async def test_who_loses_the_shard_meanwhile_tells_only_of_what_was_sent(
     assert bool(delivery.acks) == bool(told)
 
 
+@pytest.mark.parametrize("waits_s", [200.0, 400.0], ids=["in-time", "late"])
+async def test_one_that_was_cut_off_for_long_tells_of_no_command_a_second_time(waits_s: float) -> None:
+    """The next owner has told of it, and the stream does not know the receipt's id any more."""
+    bench, shard = await ready()
+
+    async def cut_off(message: Message) -> None:
+        if message.stream == "event":
+            bench.leases.is_valid = False
+            await asyncio.sleep(waits_s)
+
+    bench.bus.on_publish = cut_off
+    delivery = bench.command("hi")
+    shard.on_delivery(delivery)
+    await asyncio.sleep(600)
+    assert len(finals(bench)) == delivery.acks == (waits_s < 300)
+
+
 async def test_what_had_no_answer_when_the_bot_was_unbound_is_uncertain() -> None:
     bench, shard = await ready()
     bench.chat.sends.extend([TIMEOUT, *[STALE] * 4])
