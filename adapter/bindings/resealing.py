@@ -36,7 +36,7 @@ async def seal_all(history: History, bucket: Register, names: Names, sealer: Sea
             start = sealer.seal(context, sealer.open(context, start))
         value = msgspec.json.encode(msgspec.structs.replace(binding, token=token, start_cursor=start))
         try:
-            await bucket.write(_key(stored, names), value, stored.seq)
+            await bucket.write(stored.subject.removeprefix(f"$KV.{names.bindings}."), value, stored.seq)
         except Conflict:
             continue
         sealed += 1
@@ -57,7 +57,3 @@ async def _bindings(history: History, names: Names) -> AsyncIterator[tuple[Store
 def _secrets(binding: Binding) -> list[str]:
     """The bot's token, and the cursor to begin at, in which it stands as well."""
     return [binding.token, *([binding.start_cursor] if binding.start_cursor else [])]
-
-
-def _key(stored: Stored, names: Names) -> str:
-    return stored.subject.removeprefix(f"$KV.{names.bindings}.")

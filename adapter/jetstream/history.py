@@ -174,14 +174,10 @@ async def leader_message(
     msg = await link.request(f"$JS.API.STREAM.MSG.GET.{stream}", msgspec.json.encode(query), timeout_s=timeout_s)
     answer = read_answer(msg.data, _MsgGet, "STREAM.MSG.GET")
     if answer.message is None:
-        _check_nothing(answer.error or ApiError(description="neither a message nor an error"))
+        error = answer.error or ApiError(description="neither a message nor an error")
+        if error.code != 404 or error.err_code == NO_STREAM:  # where there is no stream, or no leader: no proof
+            raise Temporary("bus_busy", error.description[:200])
     return answer.message
-
-
-def _check_nothing(error: ApiError) -> None:
-    """There is no such message. Raises Temporary where there is no such stream, or no leader: that proves nothing."""
-    if error.code != 404 or error.err_code == NO_STREAM:
-        raise Temporary("bus_busy", error.description[:200])
 
 
 class LeaderMessage(msgspec.Struct):
