@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from operator import attrgetter
 from typing import NamedTuple
 
 import msgspec
@@ -30,6 +31,7 @@ from adapter.timing import Clock, backoff
 
 log = structlog.get_logger()
 
+_EXPIRES = attrgetter("expires_ms")
 MAX_RESENDS = 1
 """A request without an answer is repeated so often, with the same client_id (ilink-protocol 14, Q6)."""
 
@@ -181,6 +183,7 @@ class Send(NamedTuple):
         """One request; where the command then stands."""
         needs, command, peer = self.needs, self.command, self.peer
         before, known = hand, peer.context
+        expires_ms = min(map(_EXPIRES, (command, *command.merged)))
         hand = msgspec.structs.replace(hand, attempts=hand.attempts + 1, tried=hand.tried + 1)
 
         def leaving(context: Context) -> Context:
@@ -197,6 +200,8 @@ class Send(NamedTuple):
             self.check()
             await needs.contexts.save(peer, leaving)
             hand = peer.context.hand or hand  # it now says in which window it counts, and what is appended
+            if hand.part == 0 and hand.tried == 1 and needs.clock.now_ms() >= expires_ms:
+                return self._expired(hand)
             peer.in_flight += 1
             try:
                 content = content + (hand.tail or "") if isinstance(content, str) else content
@@ -215,9 +220,8 @@ class Send(NamedTuple):
                 answer: Accepted | Temporary | Refused | None = None
             except (Temporary, Refused) as exc:
                 answer = exc
-            except LeaseLost:  # it has not left
-                unsent = msgspec.structs.replace(hand, attempts=hand.attempts - 1, tried=hand.tried - 1)
-                peer.context = window.returned(peer.context, unsent)
+            except LeaseLost:
+                self._unsent(hand)
                 raise
             else:
                 answer = accepted
@@ -230,6 +234,22 @@ class Send(NamedTuple):
             await self.pause(1.0)
             return hand
         return await self._not_taken(hand, answer)
+
+    def _unsent(self, hand: Hand) -> Hand:
+        """A request that was counted and has not left does not count."""
+        unsent = msgspec.structs.replace(hand, attempts=hand.attempts - 1, tried=hand.tried - 1)
+        self.peer.context = window.returned(self.peer.context, unsent)
+        return unsent
+
+    def _expired(self, hand: Hand) -> Ending:
+        """How a command ends that expired as its first request was counted: the bus may have been away for long.
+
+        Raises Temporary where it may only be a part of what is merged.
+        """
+        unsent = self._unsent(hand)
+        if hand.merged:
+            raise Temporary("expired", "Some of the merged commands have waited too long.")
+        return _ending("refused", unsent, "It was not sent in time.", reason="expired")
 
     async def _not_taken(self, hand: Hand, answer: Temporary | Refused) -> Hand | Ending | Wait | Apart:
         """Where the command stands after an answer that says that nothing of the request was taken."""

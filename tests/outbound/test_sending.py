@@ -626,6 +626,38 @@ async def test_merged_texts_of_which_one_expires_while_nothing_is_taken_are_give
     assert bench.clock.now_ms() >= short.expires_ms
 
 
+async def test_what_expires_while_the_bus_hangs_is_not_sent_and_costs_no_send() -> None:
+    """It was looked at before it was counted, which may take as long as the bus is away."""
+    bench, peer = await ready()
+    bench.contexts_bucket.on_write = hangs
+    short = command(bench, "one", "two", expires_in_s=10.0)
+    assert await sent(bench, peer, short) == Ending("refused", "expired", "It was not sent in time.")
+    assert (bench.chat.sent, peer.context.used, peer.context.sent_ms) == ([], 0, [])
+    late = command(bench, "late", ident="c2", expires_in_s=30.0)
+    assert (await sent(bench, peer, late), peer.context.used) == (Ending("accepted", "", "", ("m1",), 1, 0), 1)
+
+
+async def test_merged_texts_of_which_one_expires_while_the_bus_hangs_are_given_back() -> None:
+    bench, peer = await ready()
+    bench.contexts_bucket.on_write = hangs
+    short = command(bench, "b", ident="c1", expires_in_s=10.0)
+    with pytest.raises(Temporary, match="expired"):
+        await sent(bench, peer, merge([command(bench, "a", ident="c0"), short]))
+    assert (bench.chat.sent, peer.context.used) == ([], 0)
+
+
+async def test_what_was_begun_in_time_is_sent_to_its_end() -> None:
+    bench, peer = await ready()
+    bench.chat.sends.append(TIMEOUT)
+    asyncio.get_running_loop().call_later(0.5, setattr, bench.contexts_bucket, "on_write", hangs)
+    await sent(bench, peer, command(bench, "one", "two", expires_in_s=10.0))
+    assert bench.chat.texts == ["one", "one", "two"]
+
+
+async def hangs(_: str) -> None:
+    await asyncio.sleep(20)
+
+
 async def test_what_may_have_been_sent_does_not_expire() -> None:
     bench, peer = await ready()
     bench.chat.sends.extend([TIMEOUT, *[Temporary("network")] * 20])
