@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import os
 import sys
@@ -21,6 +22,9 @@ HELP = "The bridge between WeChat (iLink bots) and NATS."
 CONNECTION = """\
 The bus is found by NATS_URL (default nats://127.0.0.1:4222), NATS_CREDS, NATS_NKEY, NATS_USER, NATS_PASSWORD,
 NATS_TOKEN, NATS_CA, NATS_CERT, NATS_KEY, NATS_TLS_FIRST, NATS_INBOX_PREFIX and WECHAT_NATS_PREFIX."""
+
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+"""Of a file that takes nothing more."""
 
 
 def build() -> App:
@@ -81,6 +85,13 @@ def main(argv: list[str] | None = None) -> int:
         return exc.code if isinstance(exc.code, int) else USAGE
     except BrokenPipeError:
         return _nobody_reads()
+    except OSError as exc:
+        if exc.errno not in NO_ROOM:
+            raise
+        _nobody_reads()
+        with contextlib.suppress(OSError):  # that may be the same file
+            output.complain(f"What it says cannot be written: {exc.strerror}.")
+        return NO
     return result if isinstance(result, int) else OK
 
 

@@ -199,6 +199,20 @@ async def test_a_reader_who_has_read_enough_is_no_failure(arguments: tuple[str, 
     assert (process.returncode, err) == (0, b"")
 
 
+@pytest.mark.parametrize("arguments", [("--help",), ("schema", "inbound")], ids=" ".join)
+async def test_what_a_full_disk_does_not_take_is_told_in_a_line(arguments: tuple[str, ...]) -> None:
+    full = os.open("/dev/full", os.O_WRONLY)
+    try:
+        async with started(*arguments, stdout=full) as process:
+            _, err = await process.communicate()
+        async with started(*arguments, stdout=full, stderr=full) as silent:
+            await silent.wait()
+    finally:
+        os.close(full)
+    said = b"wechat-nats: What it says cannot be written: No space left on device.\n"
+    assert (process.returncode, err, silent.returncode) == (1, said, 1)
+
+
 async def test_closed_streams_are_empty_ones() -> None:
     """As `<&-` and `>&-` leave them."""
 
