@@ -70,6 +70,8 @@ class Health:
         """Streams and buckets that are not there any more, in words."""
         self.altered = ""
         """Those that are not as they must be any more, with what was changed, in words."""
+        self.paused: list[str] = []
+        """Consumers that deliver nothing, each behind its stream."""
         self._jetstream_problem = "JetStream does not answer"
         self._born = self._beat = self._awake = self._up = clock()
         self.flags = dict.fromkeys(("started", "draining", "jetstream_ok"), (False, self._born))
@@ -136,14 +138,18 @@ class Health:
             *self.startup(),
             nats,
             self._check("jetstream", jetstream, jetstream_since, self._jetstream_problem),
-            self._check("streams", not (self.missing or self.altered), self._born, self._streams()),
+            self._check("streams", not self._streams(), self._born, self._streams()),
             self._check("not_draining", not draining, draining_since, "shutting down"),
         ]
 
     def _streams(self) -> str:
-        """What is wrong with them, in words."""
-        wrong = (("deleted", self.missing), ("altered", self.altered))
-        return "; ".join([*(f"{what}: {which}" for what, which in wrong if which), "`wechat-nats doctor --fix`"])
+        """What is wrong with them, and what helps, in words; "": nothing."""
+        wrong = [
+            f"{what}: {which}" for what, which in (("deleted", self.missing), ("altered", self.altered)) if which
+        ]
+        said = [*wrong, "`wechat-nats doctor --fix`"] if wrong else []
+        said += [f"paused: `nats consumer resume {consumer}`" for consumer in self.paused]
+        return "; ".join(said)
 
     def _check(self, name: str, ok: bool, since: float, detail: str = "", *, always: bool = False) -> Check:
         """`since` on our clock. The detail explains a failure; `always` shows it with success too."""

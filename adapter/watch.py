@@ -67,8 +67,8 @@ class Watch:
         self._good = clock.monotonic()
         """When JetStream was last in order."""
         self._looked = Latch()
-        self._paused: set[str] = set()
-        """Consumers that an operator has paused, of those that are looked at."""
+        self._paused: dict[str, str] = {}
+        """Consumers that an operator has paused, of those that are looked at, and their streams."""
 
     async def complete(self) -> None:
         """Returns when every stream is there."""
@@ -137,9 +137,9 @@ class Watch:
         missing = await self._inspector.look(self._link)
         self._metrics.nats_streams_missing.set(len(missing))
         altered = [f"{name} ({', '.join(d.field for d in found)})" for name, found in self._inspector.altered.items()]
-        altered += [f"consumer {consumer} (paused: `nats consumer resume`)" for consumer in sorted(self._paused)]
-        self._metrics.nats_streams_altered.set(len(altered))
+        self._metrics.nats_streams_altered.set(len(altered) + len(self._paused))
         self._health.missing, self._health.altered = ", ".join(missing), ", ".join(altered)
+        self._health.paused = [f"{stream} {consumer}" for consumer, stream in sorted(self._paused.items())]
         self._looked.notify()
         if self._inspector.lacks(self._names.bindings):  # also those that nobody owned at the last look
             self._bindings.reload()
@@ -156,17 +156,17 @@ class Watch:
             except BusRefused as exc:  # deleted by an operator; its owner makes it again
                 log.warning("consumer.missing", consumer=consumer, detail=exc.detail)
                 continue
-            self._heed_pause(consumer, bool(info.get("paused")))
+            self._heed_pause(consumer, stream, paused=bool(info.get("paused")))
             metrics.nats_consumer_pending.labels(consumer=label).set(info["num_pending"])
             metrics.nats_consumer_ack_pending.labels(consumer=label).set(info["num_ack_pending"])
         waiting, in_hand = self._inspector.messages(names.stream_out), self._supervisor.in_hand
         metrics.nats_consumer_pending.labels(consumer="out").set(max(0, waiting - in_hand))
         metrics.nats_consumer_ack_pending.labels(consumer="out").set(in_hand)
 
-    def _heed_pause(self, consumer: str, paused: bool) -> None:
+    def _heed_pause(self, consumer: str, stream: str, *, paused: bool) -> None:
         if paused and consumer not in self._paused:
             log.error("consumer.paused", consumer=consumer, detail="It delivers nothing until it is resumed.")
-            self._paused.add(consumer)
+            self._paused[consumer] = stream
         elif not paused and consumer in self._paused:
             log.info("consumer.resumed", consumer=consumer)
-            self._paused.discard(consumer)
+            del self._paused[consumer]

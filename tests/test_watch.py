@@ -192,11 +192,12 @@ async def test_a_consumer_that_is_paused_is_told_once_until_it_is_not() -> None:
     replica.paused = True
     with capture_logs() as logs:
         await asyncio.sleep(10 * WATCH_S)
-        assert replica.health.altered == "consumer router (paused: `nats consumer resume`)"
+        (check,) = [check for check in replica.health.ready() if check.name == "streams"]
+        assert (check.ok, check.detail) == (False, "paused: `nats consumer resume WECHAT_OUT router`")
         assert replica.metrics.value("nats_streams_altered") == 1
         replica.paused = False
         await asyncio.sleep(4 * WATCH_S)
-    assert (replica.health.altered, replica.metrics.value("nats_streams_altered")) == ("", 0)
+    assert (replica.health.paused, replica.metrics.value("nats_streams_altered")) == ([], 0)
     assert [line["event"] for line in logs if line.get("consumer") == "router"] == [
         "consumer.paused",
         "consumer.resumed",
