@@ -276,7 +276,7 @@ class _Info(msgspec.Struct):
 
 
 def user_of(answer: bytes) -> User:
-    """Reads the answer to USER_INFO. Raises msgspec.DecodeError."""
+    """Reads the answer to USER_INFO. Raises errors.UNDECODABLE."""
     return msgspec.json.decode(answer, type=_Info).data
 
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import asyncio
 
-import msgspec
 import structlog
 
 from adapter.bindings.resealing import tokens_at_rest
-from adapter.errors import SettingsError, Temporary
+from adapter.errors import UNDECODABLE, SettingsError, Temporary
 from adapter.jetstream import topology
 from adapter.parts import Parts
 from adapter.permissions import USER_INFO, required, user_of
@@ -53,7 +52,7 @@ async def _look_at_permissions(parts: Parts) -> None:
     try:
         answer = await parts.edges.link.request(USER_INFO, b"", timeout_s=2.0)
         may = user_of(answer.data).may
-    except (Temporary, msgspec.DecodeError):
+    except (Temporary, *UNDECODABLE):
         return  # a user who may not ask: what is missing is told when it is tried
     if lacks := may.missing(required(parts.names, parts.settings.nats_inbox_prefix)):
         said = ", ".join(lacks[:8])

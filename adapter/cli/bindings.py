@@ -27,6 +27,7 @@ from adapter.contract import (
     Options,
     Unbind,
 )
+from adapter.errors import UNDECODABLE
 from adapter.names import H_MSG_ID, H_REPLY_TO, H_SCHEMA
 
 COLUMNS = ("sandbox", "bot", "user", "state", "since", "reason")
@@ -184,7 +185,7 @@ async def _answer(answers: Subscription, timeout_s: float) -> ControlAnswer:
         ) from None
     try:
         return msgspec.json.decode(msg.data, type=ControlAnswer)
-    except msgspec.DecodeError:
+    except UNDECODABLE:
         raise Failed(NO, "The adapter's answer cannot be read: are both of the same version?") from None
 
 

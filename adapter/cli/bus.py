@@ -23,7 +23,7 @@ from nats.js.errors import APIError, NoStreamResponseError, NotFoundError, Servi
 
 from adapter.cli.exits import NO, UNREACHABLE, Failed
 from adapter.environment import read_settings
-from adapter.errors import STORE_FAILED, Temporary
+from adapter.errors import STORE_FAILED, UNDECODABLE, Temporary
 from adapter.jetstream.client import BusClient, violation
 from adapter.jetstream.link import connect_options
 from adapter.names import H_ERROR, H_ERROR_CODE, Names
@@ -128,7 +128,7 @@ class Bus:
 
     async def _check_jetstream(self) -> None:
         """Raises Failed where JetStream itself is not there; a user who may not ask gets the benefit of the doubt."""
-        with contextlib.suppress(NatsError, TimeoutError, msgspec.DecodeError):
+        with contextlib.suppress(NatsError, TimeoutError, *UNDECODABLE):
             try:
                 answer = await self.nc.request("$JS.API.INFO", b"", timeout=ASKED_S)
             except NoRespondersError:
@@ -151,7 +151,7 @@ class Bus:
             raise Failed(NO, f"{headers.get(H_ERROR) or 'The adapter refused'} (code {code}).")
         try:
             return msgspec.json.decode(reply.data, type=answer)
-        except msgspec.DecodeError:
+        except UNDECODABLE:
             raise Failed(
                 NO, f"The adapter's answer to {verb} cannot be read: are both of the same version?"
             ) from None

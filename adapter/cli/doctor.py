@@ -18,7 +18,7 @@ from adapter.cli.bus import Bus, connected, settings_here
 from adapter.cli.checks import Check, State
 from adapter.cli.exits import NO, OK, UNREACHABLE, Failed
 from adapter.cli.options import Json, MaybeSandbox, flag
-from adapter.errors import BusRefused, Refused, Temporary
+from adapter.errors import UNDECODABLE, BusRefused, Refused, Temporary
 from adapter.jetstream import topology
 from adapter.jetstream.buckets import LeaseRegister
 from adapter.jetstream.history import StreamHistory
@@ -222,7 +222,7 @@ async def adapters_there(bus: Bus, wait_s: float = PING_S) -> Adapters:
             return
         try:
             pong = msgspec.json.decode(msg.data, type=dict[str, Any])
-        except msgspec.DecodeError:
+        except UNDECODABLE:
             return
         ids.add(str(pong.get("id")))
         versions.add(str(pong.get("version")))

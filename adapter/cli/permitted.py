@@ -11,6 +11,7 @@ from nats.errors import Error as NatsError
 from adapter.cli.bus import Bus, connected, forbidden
 from adapter.cli.checks import Check
 from adapter.cli.exits import NO, Failed
+from adapter.errors import UNDECODABLE
 from adapter.names import Names
 from adapter.permissions import USER_INFO, Grants, User, grants, required, streams, user_of
 from adapter.settings import Settings
@@ -29,7 +30,7 @@ async def check(bus: Bus, settings: Settings) -> list[Check]:
 
 async def _user(bus: Bus) -> User | None:
     """What the server says of the user of this connection; None if it does not."""
-    with contextlib.suppress(NatsError, TimeoutError, msgspec.DecodeError):
+    with contextlib.suppress(NatsError, TimeoutError, *UNDECODABLE):
         reply = await bus.nc.request(USER_INFO, b"", timeout=ASK_S)
         return user_of(reply.data)
     return None

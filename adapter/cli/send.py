@@ -17,6 +17,7 @@ from adapter.cli.bus import Bus, connected, stored_from
 from adapter.cli.exits import NO, OK, TIMEOUT, UNREACHABLE, USAGE, Failed
 from adapter.cli.options import Json, RequestId, Sandbox, Timeout, flag, new_id
 from adapter.contract import FINAL_OUTCOMES, SCHEMA_VERSION, Outbound, Receipt
+from adapter.errors import UNDECODABLE
 from adapter.names import H_MSG_ID, H_SCHEMA
 
 _OPTION = re.compile(r"--[a-z][a-z-]*")
@@ -114,7 +115,7 @@ async def _outcome(receipts: Subscription, command: Outbound, timeout_s: float, 
 def _receipt(data: bytes) -> Receipt | None:
     try:
         return msgspec.json.decode(data, type=Receipt)
-    except msgspec.DecodeError:
+    except UNDECODABLE:
         return None  # an event of a later version
 
 

@@ -17,6 +17,7 @@ from adapter.cli.exits import OK, TIMEOUT, USAGE, Failed
 from adapter.cli.options import Age, Json, MaybeSandbox, flag, moment
 from adapter.cli.send import describe
 from adapter.contract import Inbound, Receipt
+from adapter.errors import UNDECODABLE
 from adapter.quotes import kind_of
 
 Arrivals = asyncio.Queue[tuple[str, Msg]]
@@ -117,7 +118,7 @@ def _line(kind: str, msg: Msg) -> str:
     """One message for people; what cannot be read is named, not hidden."""
     try:
         return _inbound(msg.data) if kind == INBOUND else _event(msg.subject, msg.data)
-    except msgspec.DecodeError:
+    except UNDECODABLE:
         return f"unreadable: {len(msg.data)} bytes on {output.printable(msg.subject)}"
 
 

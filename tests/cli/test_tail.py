@@ -92,11 +92,12 @@ async def test_events_too(cli: Command, bus: Bus) -> None:
     change = BindingEvent(sandbox="s1", bot="b", change="bound", at_ms=2)
     await bus.js.publish(bus.names.event("s1", "receipt"), msgspec.json.encode(receipt))
     await bus.js.publish(bus.names.event("s1", "binding"), msgspec.json.encode(change))
-    await bus.js.publish(bus.names.event("s1", "later"), b"[]")
-    one, two, three = (await cli("tail", "s1", "--events", "--all", "--count", "3")).out.splitlines()
+    for odd in (b"[]", b'{"at_ms":"\xff"}'):
+        await bus.js.publish(bus.names.event("s1", "later"), odd)
+    one, two, *odd_ones = (await cli("tail", "s1", "--events", "--all", "--count", "4")).out.splitlines()
     assert one.endswith("  s1  u  receipt: c1: refused  (expired)")
     assert two.endswith("binding: bot=b change=bound")
-    assert three == "unreadable: 2 bytes on wechat.event.s1.later"
+    assert odd_ones == [f"unreadable: {size} bytes on wechat.event.s1.later" for size in (2, 13)]
 
 
 async def test_too_few_in_time_is_4(cli: Command, bus: Bus) -> None:
