@@ -31,6 +31,7 @@ class Peer:
         "context",
         "in_flight",
         "lock",
+        "outdated",
         "revision",
         "sending",
         "stored",
@@ -49,6 +50,8 @@ class Peer:
         self.revision = 0
         self.in_flight = 0
         """Requests to sendmessage that have no answer yet."""
+        self.outdated = False
+        """Another replica may have written since it was read: to be read anew when it is asked for again."""
         self.lock = asyncio.Lock()
         self.sending = asyncio.Lock()
         """Held while a command is being sent: one at a time to one user (ilink-protocol 10.3)."""
@@ -83,6 +86,8 @@ class Contexts:
         """The peer, read from the bucket the first time. Raises Temporary."""
         found = self._peers.get(bot, {}).get(user)
         if found is not None:
+            if found.outdated:
+                await self.reread(found)
             return found
         async with self._loading.setdefault((bot, user), asyncio.Lock()):
             found = self._peers.get(bot, {}).get(user)
@@ -105,10 +110,12 @@ class Contexts:
 
     def forget(self, bot: str) -> None:
         """Drops what is known of a bot's users: another replica may write now, or has written. What is in use stays,
-        and is read anew when it is found to be old."""
+        and is read anew before it is used again."""
         used = {user: peer for user, peer in self._peers.pop(bot, {}).items() if peer.in_use}
         if used:
             self._peers[bot] = used
+        for peer in used.values():
+            peer.outdated = True
 
     def tidy(self, is_ours: Callable[[str], bool]) -> None:
         """Drops the users of bots that are not `is_ours` any more, and those of whom nothing is known: a sandbox may
@@ -168,6 +175,7 @@ class Contexts:
         entry = await self._bucket.get(peer_key(peer.bot, peer.user))
         known, base, revision = peer.context, peer.stored, peer.revision
         _read(peer, entry)
+        peer.outdated = False
         peer.context = known if peer.revision == revision else window.known_also(peer.context, known, base)
 
 

@@ -905,6 +905,20 @@ async def test_a_request_that_is_out_counts_though_its_bot_moves_meanwhile() -> 
     assert await bench.contexts.peer(BOT, USER) is not peer
 
 
+async def test_a_second_publish_of_what_another_replica_has_sent_is_known_though_a_request_was_out_here() -> None:
+    """The shard was lost and is ours again, and the one that is out belongs to the time before."""
+    bench, peer = await ready()
+    bench.chat.took_s = 5.0
+    sending = asyncio.create_task(sent(bench, peer))
+    await asyncio.sleep(1)
+    bench.hears(used=3, done=["s1/c2"])
+    bench.contexts.forget(BOT)
+    assert await bench.contexts.peer(BOT, USER) is peer
+    await sending
+    assert await sent(bench, peer, command(bench, ident="c2")) == Repeat()
+    assert len(bench.chat.sent) == 1
+
+
 async def test_a_record_that_was_purged_is_written_anew() -> None:
     bench, peer = await ready()
     bench.contexts_bucket.entries.clear()
