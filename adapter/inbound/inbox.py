@@ -107,7 +107,7 @@ async def _publish_part(heard: Sequence[Heard], needs: Incoming) -> int:
         if one.said.sent_at_ms:
             needs.metrics.inbound_age.observe(max(0, now_ms - one.said.sent_at_ms) / 1000)
     for (kind, duplicate), times in stored.items():
-        count(needs, kind, "duplicate" if duplicate else "published", times)
+        needs.metrics.inbound_messages.of(kind, "duplicate" if duplicate else "published").inc(times)
     for one, message, refusal in refused:
         count(needs, one.said.kind, "publish_failed")
         log.error("inbound.refused", bot=one.bot, code=refusal.code, detail=refusal.detail)
@@ -210,8 +210,8 @@ async def retry(work: Callable[[], Awaitable[T]], needs: Incoming) -> T:
             await needs.clock.sleep(backoff(failures, first_s=0.05, longest_s=longest_s))
 
 
-def count(needs: Incoming, kind: str, outcome: str, times: int = 1) -> None:
-    needs.metrics.inbound_messages.of(kind, outcome).inc(times)
+def count(needs: Incoming, kind: str, outcome: str) -> None:
+    needs.metrics.inbound_messages.of(kind, outcome).inc()
 
 
 def raw_message(one: Heard, last_seq: int, needs: Incoming) -> Message:
