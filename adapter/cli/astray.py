@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import time
-
-import msgspec
 
 from adapter.cli.bus import ANSWER_S, Bus
 from adapter.cli.exits import NO, UNREACHABLE, Failed
-from adapter.errors import UNDECODABLE
 from adapter.headers import passed_on
 from adapter.jetstream import topology
 from adapter.jetstream.consumer import Consumer, Delivery
 from adapter.jetstream.history import subjects_of
 from adapter.jetstream.link import Link
 from adapter.names import H_COMMAND, H_MSG_ID, H_SINCE_MS, Names, digest
-from adapter.outbound.commands import TYPING_MS, since_ms
+from adapter.outbound.commands import since_ms
 
 SECOND_NS = 1_000_000_000
 
@@ -26,11 +22,11 @@ async def count(link: Link, names: Names) -> int:
     return sum((await subjects_of(link, names.stream_out, names.out("*"))).values())
 
 
-async def bring_back(link: Link, bus: Bus, most: int, *, park_s: float) -> None:
+async def bring_back(link: Link, bus: Bus, most: int) -> None:
     """Publishes `most` of them again, oldest first, which the transform takes to their shard; then they are settled.
 
     The id of a copy follows from the original, so that one that is repeated is stored once; it names the command as
-    it was called before, and expires when that would have, if after `park_s` it names no time. Where the server does
+    it was called before, and says since when it waits, so that it expires when that would have. Where the server does
     not take one, it stays with those that came behind it to its sandbox. Raises Failed (also then, in the end),
     Temporary, BusRefused.
     """
@@ -55,7 +51,7 @@ async def bring_back(link: Link, bus: Bus, most: int, *, park_s: float) -> None:
             if delivery.subject in left:
                 continue
             try:
-                await bus.store(delivery.subject, _aged(delivery, park_s), _headers(delivery))
+                await bus.store(delivery.subject, delivery.data, _headers(delivery))
             except Failed as exc:
                 if exc.code != NO:
                     raise
@@ -71,28 +67,12 @@ async def bring_back(link: Link, bus: Bus, most: int, *, park_s: float) -> None:
         raise Failed(NO, "; ".join(f"{subject}: {why}" for subject, why in left.items()))
 
 
-def _aged(delivery: Delivery, park_s: float) -> bytes:
-    """The command, that has waited already; as it was where no adapter will read it either."""
-    try:
-        body = msgspec.json.decode(delivery.data, type=dict[str, msgspec.Raw])
-        expires_s = msgspec.json.decode(body.get("expires_in_s", b"null"), type=float | None)
-    except UNDECODABLE:
-        return delivery.data
-    bounds = [park_s, *([expires_s] if expires_s is not None else [])]
-    bounds += [TYPING_MS / 1000] if bytes(body.get("typing", b"")) == b'"on"' else []
-    left_s = min(bounds) - max(
-        0.0, time.time() - since_ms(delivery.headers.get(H_SINCE_MS, ""), delivery.time_ms) / 1000
-    )
-    return msgspec.json.encode(body | {"expires_in_s": max(0.001, left_s)})
-
-
 def _headers(delivery: Delivery) -> dict[str, str]:
     ident = delivery.headers.get(H_COMMAND) or delivery.headers.get(H_MSG_ID) or str(delivery.seq)
-    kept = passed_on(delivery.headers)
-    kept.pop(H_SINCE_MS, None)  # its time is in the body
-    return kept | {
+    return passed_on(delivery.headers) | {
         H_MSG_ID: f"astray:{delivery.seq}:{delivery.time_ms}:{digest(delivery.data)}",
         H_COMMAND: ident,
+        H_SINCE_MS: str(since_ms(delivery.headers.get(H_SINCE_MS, ""), delivery.time_ms)),
     }
 
 

@@ -291,7 +291,7 @@ async def _fix(bus: Bus, settings: Settings, *, quiet: bool) -> None:
         await _seal(link, bus, settings, quiet=quiet)
         if count := await astray.count(link, bus.names):
             _announce(f"publishing {count} commands again that were stored where no adapter looks", quiet)
-            await astray.bring_back(link, bus, count, park_s=settings.park_hours * 3600)
+            await astray.bring_back(link, bus, count)
     except BusRefused as exc:
         by_hand = "" if exc.code in topology.NO_ROOM else "; this has to be changed by hand"
         raise Failed(NO, f"The server refused: {exc.detail}{by_hand}.") from exc
