@@ -122,12 +122,13 @@ class Send(NamedTuple):
     def _taken_up(self) -> Hand | None:
         """The command in hand, as far as it was sent; None: it was sent, by another message."""
         command, context = self.command, self.peer.context
+        merged = [Merged(command=other.id, client=other.client) for other in command.merged]
         for hand in (context.hand, context.left):
             if hand and hand.client == command.client:
-                return hand
+                # of those that it named some may have expired, as long as nothing was taken
+                return hand if hand.is_begun else msgspec.structs.replace(hand, merged=merged)
         if window.is_repeat(context, command.sandbox, command.id, command.client):
             return None
-        merged = [Merged(command=other.id, client=other.client) for other in command.merged]
         return Hand(command=command.id, client=command.client, sandbox=command.sandbox, merged=merged)
 
     def _is_other_out(self, context: Context) -> bool:

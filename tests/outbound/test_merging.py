@@ -371,6 +371,19 @@ async def test_one_that_expires_while_nothing_is_taken_leaves_the_others(expires
     assert bench.chat.texts[-1] == f"t{1 - late}"
 
 
+async def test_one_that_has_expired_beside_others_may_be_tried_again() -> None:
+    """Its sender was told that it was not sent."""
+    bench, shard = await ready(is_open=False, merge_chars=CHARS)
+    await impatient(bench, shard, 900.0, 60.0)
+    bench.chat.sends.extend([Temporary("network")] * 12)
+    await user_writes(bench, shard)
+    await asyncio.sleep(800)
+    assert outcomes(bench)[2:] == [("c1", "refused", "expired"), ("c0", "accepted", "")]
+    shard.on_delivery(bench.command("again", id="c1"))
+    await asyncio.sleep(30)
+    assert bench.chat.texts[-1] == "again"
+
+
 async def test_one_that_expires_after_a_silence_stays_in_the_message() -> None:
     """It may be on the phone: to refuse it as unsent could be a lie, and without it the repeat is another message."""
     bench, shard = await ready(is_open=False, merge_chars=CHARS)
