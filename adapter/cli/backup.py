@@ -48,7 +48,10 @@ async def backup(folder: Folder, /, *, json: Json = False) -> int:
     """
     if folder.exists() and any(folder.iterdir()):
         raise Failed(USAGE, f"{folder} is not empty.")
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as exc:
+        raise _unwritten(folder, exc) from None
     async with connected() as bus:
         copied = [await _save(bus, stream, folder / stream) for stream in await _streams(bus)]
     if not copied:
@@ -104,6 +107,10 @@ async def _streams(bus: Bus) -> list[str]:
     return sorted(name for name in found if name.startswith(ours) and name not in left_out)
 
 
+def _unwritten(folder: Path, exc: OSError) -> Failed:
+    return Failed(NO, f"{folder} cannot be written: {exc.strerror}.")
+
+
 async def _save(bus: Bus, stream: str, folder: Path) -> Copied:
     inbox = bus.nc.new_inbox()
     chunks = await bus.nc.subscribe(inbox)
@@ -119,12 +126,14 @@ async def _save(bus: Bus, stream: str, folder: Path) -> Copied:
                     await bus.nc.publish(chunk.reply)  # the server sends more once it hears this
         if (chunk.headers or {}).get("Status", "204") not in ("200", "204"):
             raise Failed(UNREACHABLE, f"Copying {stream} stopped half-way: {chunk.headers}.")
+        meta = {"config": answer["config"], "state": answer["state"]}
+        (folder / META).write_bytes(msgspec.json.encode(meta))
     except (NatsError, TimeoutError):
         raise Failed(UNREACHABLE, f"Copying {stream} stopped half-way: try again.") from None
+    except OSError as exc:
+        raise _unwritten(folder, exc) from None
     finally:
         await chunks.unsubscribe()
-    meta = {"config": answer["config"], "state": answer["state"]}
-    (folder / META).write_bytes(msgspec.json.encode(meta))
     return Copied(stream, answer["state"]["messages"], (folder / DATA).stat().st_size)
 
 

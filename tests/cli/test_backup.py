@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -132,3 +134,20 @@ async def test_an_empty_folder_or_server_is_said(cli: Command, server: EmbeddedN
     assert (nothing.code, "holds no backup" in nothing.err) == (2, True)
     empty = await cli("backup", str(tmp_path / "saved"))
     assert (empty.code, "nothing of ours" in empty.err) == (1, True)
+
+
+async def test_a_folder_that_takes_no_more_is_named(cli: Command, bus: Bus, tmp_path: Path) -> None:
+    """It was told that what the command says cannot be written, as if the backup were there."""
+    for _ in range(3):
+        await bus.js.publish("wechat.inbox.s1", os.urandom(900_000))
+    full, (soft, hard) = tmp_path / "full", resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, hard))
+    try:
+        result = await cli("backup", str(full))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (result.code, result.out) == (1, "")
+    assert result.err == f"wechat-nats: {full}/WECHAT_IN cannot be written: File too large.\n"
+    (tmp_path / "file").touch()
+    result = await cli("backup", str(tmp_path / "file" / "folder"))
+    assert (result.code, "cannot be written: Not a directory." in result.err) == (1, True)
