@@ -56,12 +56,15 @@ class Events:
         self._metrics = metrics
         self._numbers = itertools.count()
 
-    async def binding(self, event: contract.BindingEvent, *, cause: str = "") -> None:
-        """Something happened to a binding. The same again of the same cause, or request, is one event."""
+    async def binding(
+        self, event: contract.BindingEvent, *, cause: str = "", late: Callable[[], None] | None = None
+    ) -> None:
+        """Something happened to a binding. The same again of the same cause, or request, is one event. `late`: see
+        Message; it may raise LeaseLost."""
         event = msgspec.structs.replace(event, at_ms=self._clock.now_ms())
         cause = cause or event.request or f"{event.at_ms}.{next(self._numbers)}"
         msg_id = f"binding:{event.bot}:{event.change}:{cause}"
-        await self._store(event.sandbox, "binding", msgspec.json.encode(event), msg_id)
+        await self._store(event.sandbox, "binding", msgspec.json.encode(event), msg_id, late=late)
 
     async def login(self, event: contract.LoginEvent, *, step: int) -> None:
         """A step of a QR login, once: the same step again is dropped by the stream."""

@@ -192,7 +192,7 @@ class Control:
                 detail=exc.detail,
                 request=command.id or "",
             )
-            await self._events.binding(event)
+            await self._events.binding(event, late=self._check)
             log.warning("binding.refused", sandbox=command.sandbox, bot=command.bot, reason=exc.reason)
             return ControlAnswer(ok=False, id=command.id or "", error=exc.detail)
 
@@ -296,7 +296,8 @@ class Control:
         return structs.replace(before, **unimportant) == structs.replace(after, **unimportant)
 
     async def _tell(self, binding: Binding, change: BindingChange, request: str | None, *, reason: str = "") -> None:
-        await self._events.binding(binding.event(change, reason=reason, request=request or ""))
+        event = binding.event(change, reason=reason, request=request or "")
+        await self._events.binding(event, late=self._check)
         log.info("binding.changed", change=change, sandbox=binding.sandbox, bot=binding.bot)
 
     async def _answer(self, delivery: Delivery, answer: ControlAnswer) -> None:

@@ -343,6 +343,25 @@ async def test_one_that_was_cut_off_as_it_wrote_changes_nothing_that_another_has
     assert platform.bound == {BOT: "s9"}
 
 
+async def test_one_that_was_cut_off_for_long_tells_nothing_that_is_over() -> None:
+    """Another has told it, and the stream does not know that event's id any more."""
+    platform = Platform()
+    await platform.bind()
+
+    async def cut_off(_: Message) -> None:
+        bus = platform.bench.bus
+        bus.on_publish, platform.bench.leases.is_valid = None, False
+        other = heir(platform)
+        await other.say("unbind", sandbox="s1")
+        await other.bind(id="again")
+        await asyncio.sleep(400)
+
+    platform.bench.bus.on_publish = cut_off
+    platform.publish("unbind", b'{"sandbox":"s1"}')
+    await asyncio.sleep(600)
+    assert [change for _, _, change in platform.changes] == ["bound", "unbound", "bound"]
+
+
 @pytest.mark.parametrize("verb", ["bind", "unbind"])
 async def test_one_that_was_cut_off_as_it_read_changes_nothing_that_another_has_written_since(verb: str) -> None:
     """What it asked comes to the server once the path is there again, and is answered with what is new."""

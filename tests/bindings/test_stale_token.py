@@ -223,10 +223,10 @@ def untellable(bench: Bench, change: str) -> None:
     """The bus is away as a change of a login is to be told for the first time."""
     tell, failures = bench.events.binding, [Temporary("bus_timeout")]
 
-    async def binding(event: BindingEvent, *, cause: str = "") -> None:
+    async def binding(event: BindingEvent, **more: Any) -> None:
         if failures and event.change == change:
             raise failures.pop()
-        await tell(event, cause=cause)
+        await tell(event, **more)
 
     bench.events.binding = binding  # type: ignore[method-assign]
 
