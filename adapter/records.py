@@ -162,6 +162,8 @@ class Context(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What the sandbox had been told of a window before this write; later events may be on the bus."""
     told_in: str = ""
     """That window: its inbound message."""
+    followed_ms: int = 0
+    """The binding's `since_ms` when it was last looked what was sent to the user over the bots before."""
 
     def __repr__(self) -> str:
         return f"Context(used={self.used}, inbound_ms={self.inbound_ms})"

@@ -80,6 +80,9 @@ class Lane:
         self.inherited_ms = math.inf
         """When the oldest of its commands was stored that an owner before us may have sent, over whichever bot served
         the user by then; `inf`: that was looked at."""
+        self.looked_back = False
+        """Whether the record of the bot has what was sent to the user over those before, also before this replica's
+        time."""
         self.hand: Hand | None = None
         """How far its last command got: one of the bot's next sandbox may take its place in the record."""
         self.is_left = False

@@ -105,6 +105,8 @@ class LaneWork(Settling):
         if binding is None:
             await self._give_up(lane)
             return 0.0
+        if lane.user and not lane.looked_back:
+            await self._peer(lane)  # before it is decided what is next: another lane's commands may come meanwhile
         lane.reason = self._hindrance(lane, binding)
         if lane.queue and lane.queue[0].command.typing and not lane.parked and not lane.reason:
             await self._type(lane, lane.queue[0], binding)
@@ -164,7 +166,7 @@ class LaneWork(Settling):
         for other in self._needs.bindings.of_sandbox(lane.sandbox):
             if other.user == lane.user:
                 lane.former[lane.bot] = None
-                lane.bot, lane.is_left = other.bot, False
+                lane.bot, lane.is_left, lane.looked_back = other.bot, False, False
                 return other
         return found
 

@@ -120,17 +120,23 @@ class Settling:
     async def _peer(self, lane: Lane) -> Peer:
         """The lane's user, with what was sent to them over the bot before. Raises Temporary, LeaseLost."""
         peer = await self._sending.contexts.peer(lane.bot, lane.user)
+        binding = None if lane.looked_back else self._needs.bindings.get(lane.bot)
+        if binding is not None and binding.since_ms != peer.context.followed_ms:
+            lane.inherited_ms = 0  # a command of any time may be published again
         if lane.inherited_ms < math.inf:
             await self._find_former(lane)
         if lane.former:
             await self._follow_user(lane, peer)
+        if binding is not None:
+            peer.context = msgspec.structs.replace(peer.context, followed_ms=binding.since_ms)
+            lane.looked_back = True
         return peer
 
     async def _follow_user(self, lane: Lane, peer: Peer) -> None:
         """Stores with the user's bot of now what was sent to them over those before. Raises Temporary, LeaseLost."""
         contexts, former = self._sending.contexts, [bot for bot in lane.former if bot != lane.bot]
         before = [(await contexts.peer(bot, lane.user)).context for bot in former]
-        hands = [hand for context in before if (hand := _own(lane, context))]
+        hands = [hand for context in before if (hand := _own(lane, context)) and not _is_over(hand, peer.context)]
         waiting = {*(item.command.client for item in lane.queue), *(parked.client for parked in lane.parked)}
         hands.sort(key=lambda hand: hand.is_any(waiting))
         hand = hands.pop() if hands else None
@@ -152,7 +158,7 @@ class Settling:
 
     async def _served(self, sandbox: str, since_ms: int) -> list[tuple[str, str]]:
         """Bots and users of a sandbox, also of those bots that served it since a time. Raises Temporary."""
-        told = told_of_bindings(self._needs.history, self._needs.names, sandbox, since_ms=since_ms - 1000)
+        told = told_of_bindings(self._needs.history, self._needs.names, sandbox, since_ms=max(0, since_ms - 1000))
         before = [(event.bot, event.user) async for event in told]
         now = [(binding.bot, binding.user) for binding in self._needs.bindings.of_sandbox(sandbox)]
         return list(dict.fromkeys([*before, *now]))
@@ -267,6 +273,11 @@ def _own(lane: Lane, context: Context) -> Hand | None:
         return known or context.hand_of(lane.sandbox)
     # of the same command the lane knows what was answered since the record was written
     return known if known and known.client == hand.client else hand
+
+
+def _is_over(hand: Hand, context: Context) -> bool:
+    """Whether a record knows that what was in hand over another bot has ended."""
+    return window.named(hand.sandbox, hand.command) in context.done
 
 
 def _crashed(shard: int, exc: BaseException) -> None:

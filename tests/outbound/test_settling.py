@@ -589,6 +589,33 @@ async def test_what_the_owner_before_sent_over_the_user_s_last_bot_is_known_to_t
     assert (receipt.command, receipt.outcome, len(receipt.message_ids)) == ("c", *told)
 
 
+@pytest.mark.parametrize("owner", ["the-same", "the-next"])
+@pytest.mark.parametrize("since", ["", "sends-another-first"])
+async def test_what_was_sent_over_the_user_s_last_bot_is_not_sent_again_over_the_next_one(
+    owner: str, since: str
+) -> None:
+    """The user logged in anew, and the service publishes again what it does not remember having sent."""
+    bench, shard = await ready()
+    shard.on_delivery(bench.command("pay", id="c", user=USER))
+    await asyncio.sleep(5)
+    await bench.events.binding(BindingEvent(sandbox="s1", bot=BOT, user=USER, change="replaced"))
+    await asyncio.sleep(1)
+    await bench.bind(bot="b2@im.bot")
+    await bench.bindings.remove(BOT)
+    bench.hears("b2@im.bot", inbound_id="in:2")
+    shard.stop()
+    heir, second = (bench, bench.shard()) if owner == "the-same" else await heir_of(bench)
+    if since:
+        second.on_delivery(heir.command("hello", id="d", user=USER))
+        await asyncio.sleep(5)
+        third = heir.shard()
+        second.stop()
+        second = third
+    second.on_delivery(heir.command("pay", id="c", user=USER))
+    await asyncio.sleep(30)
+    assert bench.chat.texts == (["pay", "hello"] if since else ["pay"])
+
+
 @pytest.mark.parametrize("answer", [Refused("rejected", "no", ret=-3), FIRST], ids=["refused", "accepted"])
 async def test_what_is_being_parked_when_its_user_becomes_known_is_sent_once_and_in_order(
     answer: Accepted | Refused,
