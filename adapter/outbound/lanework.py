@@ -107,7 +107,8 @@ class LaneWork(Settling):
             return 0.0
         if lane.user and not lane.looked_back:
             await self._peer(lane)  # before it is decided what is next: another lane's commands may come meanwhile
-        lane.reason = self._hindrance(lane, binding)
+        now = self._sending.clock.monotonic()
+        lane.reason = self._hindrance(lane, binding, now)
         if lane.queue and lane.queue[0].command.typing and not lane.parked and not lane.reason:
             await self._type(lane, lane.queue[0], binding)
             return 0.0
@@ -116,7 +117,7 @@ class LaneWork(Settling):
         if lane.parked and not lane.reason and not begun:
             return await self._flush(lane, binding)
         if not lane.queue:
-            return self._patience(lane)
+            return self._patience(lane, now)
         item = lane.queue[0]
         result = Wait(lane.reason) if lane.reason else await self._send(lane, [item], binding)
         if isinstance(result, Wait):
@@ -170,20 +171,21 @@ class LaneWork(Settling):
                 return other
         return found
 
-    def _hindrance(self, lane: Lane, binding: Binding) -> str:
+    def _hindrance(self, lane: Lane, binding: Binding, now: float) -> str:
         """Why nothing may be sent, whatever the window says, as a receipt's reason; "" if nothing is in the way."""
         stale = lane.stale
         if binding.state == "needs_login" and not (stale and stale.last_tries):
             return "needs_login"
-        if self._needs.stale(binding.bot) or (stale and self._sending.clock.monotonic() < stale.until):
+        if self._needs.stale(binding.bot) or (stale and now < stale.until):
             return "needs_login"
         return "" if lane.user else "window_closed"
 
-    def _patience(self, lane: Lane) -> float:
-        """How long the lane may sleep when nobody wakes it."""
+    def _patience(self, lane: Lane, now: float) -> float:
+        """How long the lane may sleep when nobody wakes it. `now`: when it was looked what hinders it, since a try
+        that became due just after that look has yet to be made."""
         now_ms = self._sending.clock.now_ms()
         waits = [FOREVER_S, *((parked.expires_ms - now_ms) / 1000 for parked in lane.parked)]
-        if lane.stale and (left_s := lane.stale.until - self._sending.clock.monotonic()) > 0:
+        if lane.stale and (left_s := lane.stale.until - now) > 0:
             waits.append(left_s)
         return max(0.05, min(waits))
 
@@ -270,7 +272,7 @@ class LaneWork(Settling):
             return 0.0
         opens_ms = window.opens_at_ms(peer.context, self._sending.rules)
         left_s = (opens_ms - self._sending.clock.now_ms()) / 1000 if opens_ms else FOREVER_S
-        return max(0.05, min(self._patience(lane), left_s))
+        return max(0.05, min(self._patience(lane, self._sending.clock.monotonic()), left_s))
 
     def _may_pass(self, lane: Lane, peer: Peer) -> bool:
         """Whether a final command may go ahead of those that wait for sends: only sends are left that are kept back
