@@ -224,7 +224,9 @@ class TypingIndicators:
         """One step towards what is wanted; seconds until the next, unless it is woken."""
         if indicator.wanted and self._needs.clock.monotonic() >= indicator.until:
             indicator.wanted = False
-        if not indicator.wanted:
+        if indicator.wanted:
+            _fail(indicator.hides, Refused("typing", "It was shown again before iLink hid it."))
+        else:
             _fail(indicator.shows, Refused("typing", "It was over before iLink showed it."))
         try:
             account = self._account(indicator)

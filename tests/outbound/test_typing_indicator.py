@@ -380,6 +380,20 @@ async def test_a_stale_token_is_told_at_once_to_whoever_hides_it() -> None:
     assert shown(bench) == [True, False, False]
 
 
+async def test_an_off_that_could_not_be_done_before_the_user_wrote_again_is_refused() -> None:
+    """Each message shows it anew, and so its receipt came only once nobody wrote any more."""
+    bench, shard = await ready(auto=True)
+    bench.chat.typing_answers.extend([True, STALE])
+    shard.heard("s1", BOT, USER)
+    await asyncio.sleep(RENEW_S + 1)
+    shard.on_delivery(bench.command(typing="off", id="off"))
+    for _ in range(20):
+        await asyncio.sleep(DOUBT_S / 9)
+        shard.heard("s1", BOT, USER)
+    assert outcomes(bench) == [("off", "refused", "typing")]
+    shard.stop()
+
+
 async def test_nothing_is_called_while_the_token_is_tried_again_and_it_is_hidden_after() -> None:
     bench, shard = await ready()
     shard.on_delivery(bench.command(typing="on"))
