@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import socket
 from collections.abc import Coroutine, Sequence
+from functools import partial
 from typing import Any
 
 import structlog
@@ -46,7 +47,6 @@ from adapter.outbound.settling import Outgoing
 from adapter.outbound.typing_indicator import Showing
 from adapter.outbound.uploads import Uploads
 from adapter.outbound.window_events import WindowEvents
-from adapter.ports import Account
 from adapter.probes import Health
 from adapter.records import Binding
 from adapter.replicas import rollcall
@@ -205,7 +205,7 @@ class Parts:
             recall=self.recall,
             look=self.window_events.look,
             adopt=self.window_events.adopt,
-            heard=self._heard,
+            heard=lambda sandbox, bot, user: self.supervisor.heard(sandbox, bot, user, wrote=True),
             revived=lambda sandbox, bot, user: self.supervisor.heard(sandbox, bot, user, wrote=False),
             waiting=self._waiting,
             raw_bots=raw_bots(self.edges.history, self.names),
@@ -226,7 +226,7 @@ class Parts:
         )
 
     def _outgoing(self) -> Outgoing:
-        settings = self.settings
+        settings, account = self.settings, partial(account_of, sealer=self.sealer)
 
         async def stale_on_send(binding: Binding, detail: str) -> None:
             if lost := await stale_token.lose_login(self.bindings, self.clock, binding):
@@ -260,8 +260,8 @@ class Parts:
             receipts=self.receipts,
             names=self.names,
             limits=self.limits,
-            account=self._account,
-            stale=self._stale,
+            account=account,
+            stale=self._is_stale,
             stale_on_send=stale_on_send,
             alive_on_send=alive_on_send,
             bound_yet=self._bound_yet,
@@ -279,8 +279,8 @@ class Parts:
                 bindings=self.bindings,
                 bucket=self.edges.bucket(self.names.typing),
                 clock=self.clock,
-                account=self._account,
-                stale=self._stale,
+                account=account,
+                stale=self._is_stale,
                 check=self.leases.check,
                 longest_s=settings.typing_max_s,
             ),
@@ -396,25 +396,19 @@ class Parts:
             keep_s=self.settings.unbound_hours * 3600,
         )
 
-    def _account(self, binding: Binding) -> Account:
-        return account_of(binding, self.sealer)
-
-    def _stale(self, bot: str) -> bool:
+    def _is_stale(self, bot: str) -> bool:
         return self.supervisor.stale(bot)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         self.group.create_task(work)
 
+    async def _waiting(self, sandbox: str) -> Waiting | None:
+        return await self.supervisor.waiting(sandbox)
+
     def _tidy(self) -> None:
         self.supervisor.tidy()
         self.contexts.tidy(self.supervisor.is_served)
         self.receipts.tidy()
-
-    def _heard(self, sandbox: str, bot: str, user: str) -> None:
-        self.supervisor.heard(sandbox, bot, user)
-
-    async def _waiting(self, sandbox: str) -> Waiting | None:
-        return await self.supervisor.waiting(sandbox)
 
     def _fence(self, bot: str) -> None:
         binding = self.bindings.get(bot)
