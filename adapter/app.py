@@ -47,7 +47,7 @@ async def run_parts(parts: Parts, stop: asyncio.Event, on_ready: Callable[[], No
 
             begin(parts.watch.beat(), "heartbeat")
             begin(parts.watch.ask(), "jetstream")
-            for name, loop in parts.edges.loops():
+            for name, loop in parts.connections.loops():
                 begin(loop, name)
             try:
                 if await start(parts, stop):
@@ -66,7 +66,7 @@ async def run_parts(parts: Parts, stop: asyncio.Event, on_ready: Callable[[], No
             finally:
                 for task in background:
                     task.cancel()
-                await parts.edges.close()
+                await parts.connections.close()
     log.info("adapter.stopped", instance=parts.instance)
 
 

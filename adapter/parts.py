@@ -1,4 +1,4 @@
-"""The composition root: what each loop needs, built once. Here alone loops and edges meet."""
+"""The composition root: builds what each loop needs. The only module that knows both the loops and NATS and iLink."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from adapter.bindings import stale_token
 from adapter.bindings.book import Bindings, account_of
 from adapter.bindings.control import Control
 from adapter.bindings.tidying import Tidying
+from adapter.connections import Connections
 from adapter.console.desk import Needs
 from adapter.console.server import Console
 from adapter.contexts import Contexts
-from adapter.edges import Edges
 from adapter.errors import LeaseLost, Temporary
 from adapter.events import Events
 from adapter.ilink.translate import read_message
@@ -99,7 +99,7 @@ class Parts:
         self.health = Health()
         self.grace_s = max(1.0, settings.drain_s - RELEASE_S)
         self.turns = Turns(PER_ROUND)
-        self.edges = edges = Edges(settings, names, self.instance, clock, metrics)
+        self.connections = connections = Connections(settings, names, self.instance, clock, metrics)
         self.inspector = Inspector(
             names,
             settings,
@@ -109,31 +109,32 @@ class Parts:
         self.rules = _rules(settings)
         self.limits = _limits(settings)
         self.sealer = Sealer(settings.token_key)
-        self.uploads = Uploads(edges.cdn, edges.objects, clock, max_bytes=settings.media_max_bytes)
-        self.binding_bucket = edges.bucket(names.bindings)
+        self.uploads = Uploads(connections.cdn, connections.objects, clock, max_bytes=settings.media_max_bytes)
+        self.binding_bucket = connections.bucket(names.bindings)
         self.bindings = Bindings(self.binding_bucket, self._owns, self.sealer.same)
-        self.context_bucket = edges.bucket(names.context)
+        self.context_bucket = connections.bucket(names.context)
         self.leases = Leases(
-            LeaseRegister(edges.lease_link, names.members, ttl_s=max(60, int(settings.lease_s * 15))),
-            LeaseRegister(edges.lease_link, names.claims),
+            LeaseRegister(connections.lease_link, names.members, ttl_s=max(60, int(settings.lease_s * 15))),
+            LeaseRegister(connections.lease_link, names.claims),
             clock,
             metrics,
             instance=self.instance,
             lease_s=settings.lease_s,
         )
         self.contexts = Contexts(self.context_bucket, self._fence)
-        self.events = Events(edges.bus, names, clock, metrics)
+        self.events = Events(connections.bus, names, clock, metrics)
         self.window_events = self._window_events()
-        self.receipts = Receipts(self.events, edges.history, names, clock, metrics)
+        self.receipts = Receipts(self.events, connections.history, names, clock, metrics)
         self.router = Router(
-            edges.bus, self.receipts, names, self.limits, lambda: self.leases.check(0), clock, metrics
+            connections.bus, self.receipts, names, self.limits, lambda: self.leases.check(0), clock, metrics
         )
         self.control = self._control()
-        quotes = KvBucket(edges.link, edges.bus, names.quotes)  # any server may answer: a quote may be missing
-        self.recall = Recall(quotes, edges.history, names, metrics)
+        # any server may answer: a quote may be missing
+        quotes = KvBucket(connections.link, connections.bus, names.quotes)
+        self.recall = Recall(quotes, connections.history, names, metrics)
         self.incoming = self._incoming()
         downloading = Downloading(
-            edges.cdn, edges.objects, lambda silk: asyncio.to_thread(media.silk_to_wav, silk), clock
+            connections.cdn, connections.objects, lambda silk: asyncio.to_thread(media.silk_to_wav, silk), clock
         )
         self.fetching = Fetching(self.incoming, downloading, settings.media_wait_s)
         self.outgoing = self._outgoing()
@@ -150,31 +151,33 @@ class Parts:
             capacity=settings.capacity,
         )
         self.watch = self._watch()
-        self.book = LoginBook(edges.bucket(names.logins), self.sealer, clock, metrics)
+        self.book = LoginBook(connections.bucket(names.logins), self.sealer, clock, metrics)
         self.scanner = Scanner(self._scanning())
         self.handlers = self._serve()
         metrics.bindings_capacity.set(settings.capacity)
-        edges.link.on_up(self._count_connect)
-        edges.teller.reply(self.names.roll(), lambda data: rollcall.answer(data, self._present))
-        edges.teller.hear(self.names.freed(), lambda data: self.supervisor.released(data.decode("utf-8", "replace")))
+        connections.link.on_up(self._count_connect)
+        connections.teller.reply(self.names.roll(), lambda data: rollcall.answer(data, self._present))
+        connections.teller.hear(
+            self.names.freed(), lambda data: self.supervisor.released(data.decode("utf-8", "replace"))
+        )
 
     def _owns(self, binding: Binding) -> bool:
         return self.leases.valid and shard_of(binding.sandbox) in self.leases.owned
 
     async def _count_connect(self, _: object) -> None:
-        if self.edges.link.epoch:
+        if self.connections.link.epoch:
             self.metrics.nats_reconnects.inc()
 
     async def tell_freed(self, bot: str = "") -> None:
         """Tells every replica, at most once."""
         try:
-            await self.edges.teller.tell(self.names.freed(), bot.encode(), {})
+            await self.connections.teller.tell(self.names.freed(), bot.encode(), {})
         except Temporary as exc:
             log.info("bot.freed_untold", bot=bot, reason=exc.reason)
 
     async def _is_idle(self, incarnation: str, bot: str) -> bool:
         """Raises Temporary."""
-        there = await rollcall.roll(self.edges.teller, self.names.roll(), [bot], self.leases.living)
+        there = await rollcall.roll(self.connections.teller, self.names.roll(), [bot], self.leases.living)
         return rollcall.is_idle(there, incarnation, bot, self.leases.others)
 
     # what has many parts ----------------------------------------------------------------------------
@@ -183,16 +186,16 @@ class Parts:
         settings = self.settings
 
         async def writable() -> None:
-            await self.edges.link.wait_up()
-            await self.edges.bus.writable()
+            await self.connections.link.wait_up()
+            await self.connections.bus.writable()
             await self.watch.complete()
 
         return Incoming(
-            chat=self.edges.chat,
+            chat=self.connections.chat,
             read_message=read_message,
-            bus=self.edges.bus,
-            history=self.edges.history,
-            cursors=self.edges.bucket(self.names.cursors),
+            bus=self.connections.bus,
+            history=self.connections.history,
+            cursors=self.connections.bucket(self.names.cursors),
             contexts=self.contexts,
             bindings=self.bindings,
             leases=self.leases,
@@ -208,7 +211,7 @@ class Parts:
             heard=lambda sandbox, bot, user: self.supervisor.heard(sandbox, bot, user, wrote=True),
             revived=lambda sandbox, bot, user: self.supervisor.heard(sandbox, bot, user, wrote=False),
             waiting=self._waiting,
-            raw_bots=raw_bots(self.edges.history, self.names),
+            raw_bots=raw_bots(self.connections.history, self.names),
             writable=writable,
             purges=lambda: self.inspector.purges(self.names.cursors),
             taking=asyncio.Semaphore(TAKING),
@@ -238,7 +241,7 @@ class Parts:
 
         return Outgoing(
             sending=Sending(
-                chat=self.edges.chat,
+                chat=self.connections.chat,
                 contexts=self.contexts,
                 clock=self.clock,
                 metrics=self.metrics,
@@ -253,8 +256,8 @@ class Parts:
                 note=self.recall.note,
             ),
             uploads=self.uploads,
-            bus=self.edges.bus,
-            history=self.edges.history,
+            bus=self.connections.bus,
+            history=self.connections.history,
             bindings=self.bindings,
             leases=self.leases,
             receipts=self.receipts,
@@ -274,10 +277,10 @@ class Parts:
             turns=self.turns,
             loading=asyncio.Semaphore(LOADING),
             showing=Showing(
-                chat=self.edges.chat,
+                chat=self.connections.chat,
                 contexts=self.contexts,
                 bindings=self.bindings,
-                bucket=self.edges.bucket(self.names.typing),
+                bucket=self.connections.bucket(self.names.typing),
                 clock=self.clock,
                 account=account,
                 stale=self._is_stale,
@@ -292,7 +295,7 @@ class Parts:
             bindings=self.bindings,
             leases=self.leases,
             events=self.events,
-            history=self.edges.history,
+            history=self.connections.history,
             names=self.names,
             clock=self.clock,
             rules=self.rules,
@@ -302,10 +305,10 @@ class Parts:
         return Control(
             bindings=self.bindings,
             events=self.events,
-            chat=self.edges.chat,
+            chat=self.connections.chat,
             sealer=self.sealer,
-            teller=self.edges.teller,
-            history=self.edges.history,
+            teller=self.connections.teller,
+            history=self.connections.history,
             names=self.names,
             check=lambda: self.leases.check(0),
             clock=self.clock,
@@ -314,9 +317,9 @@ class Parts:
 
     def _watch(self) -> Watch:
         return Watch(
-            link=self.edges.link,
-            bus=self.edges.bus,
-            media_bus=self.edges.media_bus,
+            link=self.connections.link,
+            bus=self.connections.bus,
+            media_bus=self.connections.media_bus,
             inspector=self.inspector,
             bindings=self.binding_bucket,
             leases=self.leases,
@@ -330,7 +333,7 @@ class Parts:
 
     def _shard_loops(self) -> ShardLoops:
         return ShardLoops(
-            link=self.edges.link,
+            link=self.connections.link,
             outgoing=self.outgoing,
             fetching=self.fetching,
             router=self.router,
@@ -346,10 +349,14 @@ class Parts:
 
     def _serve(self) -> dict[str, Handler]:
         """Answers `wechat.svc.*`; the handlers of what is asked of no single sandbox."""
-        settings, edges, names, metrics = self.settings, self.edges, self.names, self.metrics
-        login = LoginService(edges.chat, self.book, self.bindings, self.sealer, metrics, login_s=settings.login_s)
-        queries = Queries(self.bindings, self.context_bucket, edges.history, names, self.rules, self.clock, metrics)
-        store = MediaService(edges.objects, metrics, max_bytes=settings.media_max_bytes)
+        settings, connections, names, metrics = self.settings, self.connections, self.names, self.metrics
+        login = LoginService(
+            connections.chat, self.book, self.bindings, self.sealer, metrics, login_s=settings.login_s
+        )
+        queries = Queries(
+            self.bindings, self.context_bucket, connections.history, names, self.rules, self.clock, metrics
+        )
+        store = MediaService(connections.objects, metrics, max_bytes=settings.media_max_bytes)
         handlers: dict[str, Handler] = {
             "bindings.list": queries.bindings_list,
             "bindings.get": queries.bindings_get,
@@ -366,17 +373,19 @@ class Parts:
             "replay": queries.replay_of,
             "window": queries.window_of,
         }
-        Services(edges.link, names, handlers, version=__version__, instance=self.instance, of_sandbox=of_sandbox)
+        Services(
+            connections.link, names, handlers, version=__version__, instance=self.instance, of_sandbox=of_sandbox
+        )
         return handlers
 
     def _scanning(self) -> Scanning:
         return Scanning(
-            logins=self.edges.chat,
+            logins=self.connections.chat,
             book=self.book,
             bindings=self.bindings,
             leases=self.leases,
-            bus=self.edges.bus,
-            history=self.edges.history,
+            bus=self.connections.bus,
+            history=self.connections.history,
             events=self.events,
             sealer=self.sealer,
             clock=self.clock,
@@ -390,7 +399,7 @@ class Parts:
         return Tidying(
             bindings=self.bindings,
             bound=self.binding_bucket,
-            known=(self.edges.bucket(self.names.cursors), self.context_bucket),
+            known=(self.connections.bucket(self.names.cursors), self.context_bucket),
             check=lambda: self.leases.check(shard),
             clock=self.clock,
             keep_s=self.settings.unbound_hours * 3600,
@@ -419,7 +428,7 @@ class Parts:
 
     async def _bound_yet(self) -> None:
         """Returns once the control commands stored so far have taken effect. Raises Temporary: it takes too long."""
-        await all_settled(self.edges.link, self.names.stream_ctl, topology.CONTROL, self.clock)
+        await all_settled(self.connections.link, self.names.stream_ctl, topology.CONTROL, self.clock)
         await self.clock.sleep(0.05)  # the news of the last one are on their way
 
     # for people -------------------------------------------------------------------------------------
@@ -432,9 +441,9 @@ class Parts:
         needs = Needs(
             bindings=self.bindings,
             contexts=self.context_bucket,
-            history=self.edges.history,
-            bus=self.edges.bus,
-            crowd=self.edges.teller,
+            history=self.connections.history,
+            bus=self.connections.bus,
+            crowd=self.connections.teller,
             book=self.book,
             services=self.handlers,
             names=self.names,

@@ -25,17 +25,17 @@ async def start(parts: Parts, stop: asyncio.Event) -> bool:
     epoch = 0
     try:
         while not stop.is_set():
-            up = asyncio.ensure_future(parts.edges.link.wait_up())
+            up = asyncio.ensure_future(parts.connections.link.wait_up())
             await asyncio.wait([up, stopping], return_when=asyncio.FIRST_COMPLETED)
             up.cancel()
             if stop.is_set():
                 break
-            if epoch != parts.edges.link.epoch:
-                epoch = parts.edges.link.epoch
+            if epoch != parts.connections.link.epoch:
+                epoch = parts.connections.link.epoch
                 await _look_at_permissions(parts)
             parts.health.phase = "verifying streams"
             try:
-                await topology.ensure(parts.edges.link, parts.names, parts.settings)
+                await topology.ensure(parts.connections.link, parts.names, parts.settings)
                 await _check_tokens(parts)
             except Temporary as exc:
                 log.warning("streams.unverified", reason=exc.reason, detail=exc.detail)
@@ -50,7 +50,7 @@ async def start(parts: Parts, stop: asyncio.Event) -> bool:
 async def _look_at_permissions(parts: Parts) -> None:
     """Logs what the server says that this user lacks. A missing right to subscribe has held up the connection."""
     try:
-        answer = await parts.edges.link.request(USER_INFO, b"", timeout_s=2.0)
+        answer = await parts.connections.link.request(USER_INFO, b"", timeout_s=2.0)
         may = user_of(answer.data).may
     except (Temporary, *UNDECODABLE):
         return  # a user who may not ask: what is missing is told when it is tried
@@ -61,7 +61,7 @@ async def _look_at_permissions(parts: Parts) -> None:
 
 async def _check_tokens(parts: Parts) -> None:
     """Raises SettingsError where tokens lie open although there is a key, Temporary."""
-    found = await tokens_at_rest(parts.edges.history, parts.names, parts.sealer)
+    found = await tokens_at_rest(parts.connections.history, parts.names, parts.sealer)
     if found["open"] and parts.sealer.seals and not parts.settings.allow_unsealed:
         raise SettingsError(
             "tokens_unsealed",

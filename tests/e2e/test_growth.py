@@ -125,7 +125,7 @@ class Visitors:
 
 def subscriptions(adapter: Parts) -> int:
     """0 while there is no connection. Each reading of a stream has one for as long as it lasts."""
-    return len(adapter.edges.link.nc._subs) if adapter.edges.link.nc is not None else 0
+    return len(adapter.connections.link.nc._subs) if adapter.connections.link.nc is not None else 0
 
 
 def forget_the_last(adapter: Parts) -> None:

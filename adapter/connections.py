@@ -1,4 +1,4 @@
-"""What a replica speaks with the world by: its connections to NATS and to iLink, and what is built on each alone."""
+"""A replica's connections to NATS and iLink, and the clients that need nothing but these."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from adapter.settings import Settings
 from adapter.timing import Clock
 
 
-class Edges:
+class Connections:
     """Nothing is connected before the `loops` run."""
 
     def __init__(self, settings: Settings, names: Names, instance: str, clock: Clock, metrics: Metrics) -> None:
