@@ -9,11 +9,11 @@ from adapter import __version__
 from adapter.ilink.cdn import CdnClient
 from adapter.ilink.client import ILink
 from adapter.jetstream.buckets import KvBucket
+from adapter.jetstream.core import CoreNats
 from adapter.jetstream.history import StreamHistory
 from adapter.jetstream.link import Link
 from adapter.jetstream.objects import ObjectStore
 from adapter.jetstream.publisher import Publisher
-from adapter.jetstream.teller import BusTeller
 from adapter.metrics import Metrics
 from adapter.names import Names
 from adapter.settings import Settings
@@ -34,7 +34,7 @@ class Connections:
         self.media_bus = Publisher(self.media_link, clock, metrics)
         self._replicated = settings.replicas > 1
         self.history = StreamHistory(self.link, replicated=self._replicated)
-        self.teller = BusTeller(self.link, names)
+        self.core = CoreNats(self.link, names)
         self.objects = ObjectStore(self.media_link, self.media_bus, names.media)
         self.chat = ILink(
             metrics,

@@ -156,8 +156,8 @@ class Parts:
         self.handlers = self._serve()
         metrics.bindings_capacity.set(settings.capacity)
         connections.link.on_up(self._count_connect)
-        connections.teller.reply(self.names.roll(), lambda data: rollcall.answer(data, self._present))
-        connections.teller.hear(
+        connections.core.respond(self.names.roll(), lambda data: rollcall.answer(data, self._present))
+        connections.core.subscribe(
             self.names.freed(), lambda data: self.supervisor.released(data.decode("utf-8", "replace"))
         )
 
@@ -171,13 +171,13 @@ class Parts:
     async def tell_freed(self, bot: str = "") -> None:
         """Tells every replica, at most once."""
         try:
-            await self.connections.teller.tell(self.names.freed(), bot.encode(), {})
+            await self.connections.core.publish(self.names.freed(), bot.encode(), {})
         except Temporary as exc:
             log.info("bot.freed_untold", bot=bot, reason=exc.reason)
 
     async def _is_idle(self, incarnation: str, bot: str) -> bool:
         """Raises Temporary."""
-        there = await rollcall.roll(self.connections.teller, self.names.roll(), [bot], self.leases.living)
+        there = await rollcall.roll(self.connections.core, self.names.roll(), [bot], self.leases.living)
         return rollcall.is_idle(there, incarnation, bot, self.leases.others)
 
     # what has many parts ----------------------------------------------------------------------------
@@ -307,7 +307,7 @@ class Parts:
             events=self.events,
             chat=self.connections.chat,
             sealer=self.sealer,
-            teller=self.connections.teller,
+            core=self.connections.core,
             history=self.connections.history,
             names=self.names,
             check=lambda: self.leases.check(0),
@@ -443,7 +443,7 @@ class Parts:
             contexts=self.context_bucket,
             history=self.connections.history,
             bus=self.connections.bus,
-            crowd=self.connections.teller,
+            replicas=self.connections.core,
             book=self.book,
             services=self.handlers,
             names=self.names,

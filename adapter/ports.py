@@ -502,17 +502,17 @@ class Answered(NamedTuple):
     headers: dict[str, str]
 
 
-class Crowd(Protocol):
-    """All replicas at once, this one included."""
+class AllReplicas(Protocol):
+    """Asks all replicas at once, this one included."""
 
     async def gather(self, subject: str, payload: bytes, *, count: int, within_s: float) -> list[bytes]:
         """Asks, and takes what is answered until there are `count` answers or the time is over. Raises Temporary."""
 
 
-class Teller(Protocol):
-    """The bus without storage, and the consumers of others."""
+class CoreBus(Protocol):
+    """Core NATS, without storage; and the durable consumers of sandboxes."""
 
-    async def tell(self, subject: str, payload: bytes, headers: dict[str, str]) -> None:
+    async def publish(self, subject: str, payload: bytes, headers: dict[str, str]) -> None:
         """Publishes at most once. Raises Temporary."""
 
     async def make_durable(self, sandbox: str) -> None:

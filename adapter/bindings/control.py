@@ -20,7 +20,7 @@ from adapter.errors import UNDECODABLE, AdapterError, LeaseLost, Refused, Tempor
 from adapter.events import Events, told_of_bindings
 from adapter.metrics import Metrics
 from adapter.names import H_ERROR, H_ERROR_CODE, H_MSG_ID, H_REPLY_TO, H_SCHEMA, Names, check_sandbox, is_inbox
-from adapter.ports import Chat, Delivery, History, Teller
+from adapter.ports import Chat, CoreBus, Delivery, History
 from adapter.records import Binding
 from adapter.seal import Sealer, bind_context, cursor_context
 from adapter.timing import Clock, backoff
@@ -48,7 +48,7 @@ class Control:
         events: Events,
         chat: Chat,
         sealer: Sealer,
-        teller: Teller,
+        core: CoreBus,
         history: History,
         names: Names,
         check: Callable[[], None],
@@ -59,7 +59,7 @@ class Control:
         self._events = events
         self._chat = chat
         self._sealer = sealer
-        self._teller = teller
+        self._core = core
         self._history = history
         self._names = names
         self._check = check
@@ -206,7 +206,7 @@ class Control:
         if command.base_url:
             self._chat.check_base_url(command.base_url)
         if command.options.durable:
-            await self._teller.make_durable(command.sandbox)
+            await self._core.make_durable(command.sandbox)
         await self._bindings.refresh(command.bot)
         before = self._bindings.get(command.bot)
         binding = self._made(command, token, before)
@@ -312,6 +312,6 @@ class Control:
                 H_ERROR_CODE: "400",
             }
         try:
-            await self._teller.tell(reply_to, msgspec.json.encode(answer), headers)
+            await self._core.publish(reply_to, msgspec.json.encode(answer), headers)
         except AdapterError as exc:
             log.info("control.unanswered", reason=exc.reason)

@@ -28,7 +28,7 @@ from adapter.letters import again, is_command, letter_of, original_subject
 from adapter.logins.book import LoginBook
 from adapter.logins.qr import svg
 from adapter.names import Names
-from adapter.ports import Archive, Bucket, Bus, Crowd, Stored
+from adapter.ports import AllReplicas, Archive, Bucket, Bus, Stored
 from adapter.records import Binding, Context
 from adapter.replicas import rollcall
 from adapter.timing import Clock
@@ -47,7 +47,7 @@ class Needs(NamedTuple):
     contexts: Bucket
     history: Archive
     bus: Bus
-    crowd: Crowd
+    replicas: AllReplicas
     book: LoginBook
     services: Mapping[str, Callable[[bytes], Awaitable[bytes]]]
     """The handlers of `wechat.svc.*`, by verb: a login is asked for as anybody asks."""
@@ -69,7 +69,7 @@ class Desk:
     async def platform(self) -> Platform:
         needs = self._needs
         expected = needs.living()
-        replicas = await rollcall.roll(needs.crowd, needs.names.roll(), [], expected)
+        replicas = await rollcall.roll(needs.replicas, needs.names.roll(), [], expected)
         return Platform(replicas, expected, await self._dead(), sum(1 for _, record in needs.book if not record.over))
 
     async def bindings(self, wanted: Wanted) -> Found:
@@ -143,7 +143,7 @@ class Desk:
         needs = self._needs
         bots = [binding.bot for binding in bindings]
         contexts = await asyncio.gather(*(self._context(binding) for binding in bindings))
-        replicas = await rollcall.roll(needs.crowd, needs.names.roll(), bots, needs.living())
+        replicas = await rollcall.roll(needs.replicas, needs.names.roll(), bots, needs.living())
         polls = {bot: polling for present in replicas for bot, polling in present.polls.items()}
         now_ms = needs.clock.now_ms()
         rows = []

@@ -8,7 +8,7 @@ import msgspec
 import structlog
 
 from adapter.errors import UNDECODABLE
-from adapter.ports import Crowd
+from adapter.ports import AllReplicas
 
 log = structlog.get_logger()
 
@@ -61,8 +61,8 @@ def is_idle(there: Collection[Present], incarnation: str, bot: str, others: Coll
     return all(name in asked and bot not in asked[name].polls for name in {incarnation, *others})
 
 
-async def roll(crowd: Crowd, subject: str, bots: Sequence[str], expected: int) -> list[Present]:
+async def roll(replicas: AllReplicas, subject: str, bots: Sequence[str], expected: int) -> list[Present]:
     """The replicas that answer in time, by name; does not wait once `expected` have. Raises Temporary."""
     payload = msgspec.json.encode(Call(bots=list(bots)))
-    answers = await crowd.gather(subject, payload, count=expected, within_s=WITHIN_S)
+    answers = await replicas.gather(subject, payload, count=expected, within_s=WITHIN_S)
     return sorted((msgspec.json.decode(data, type=Present) for data in answers), key=lambda present: present.instance)

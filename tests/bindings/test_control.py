@@ -38,7 +38,7 @@ class Platform:
             events=self.bench.events,
             chat=self.bench.chat,
             sealer=sealer or self.bench.sealer,
-            teller=self.bench.teller,
+            core=self.bench.core,
             history=self.bench.bus,
             names=self.bench.names,
             check=lambda: self.bench.leases.check(0),
@@ -70,12 +70,12 @@ class Platform:
 
     async def say(self, verb: str, *, headers: dict[str, str] | None = None, **body: Any) -> ControlAnswer:
         """Publishes a command and waits for its answer."""
-        told = len(self.bench.teller.told)
+        told = len(self.bench.core.published)
         delivery = self.publish(verb, msgspec.json.encode(body), headers=headers)
         await asyncio.sleep(1)
         assert delivery.acks == 1
-        assert len(self.bench.teller.told) == told + 1
-        subject, payload, _ = self.bench.teller.told[-1]
+        assert len(self.bench.core.published) == told + 1
+        subject, payload, _ = self.bench.core.published[-1]
         assert subject == INBOX
         return msgspec.json.decode(payload, type=ControlAnswer)
 
@@ -239,7 +239,7 @@ async def test_options_and_cursor_are_kept() -> None:
     binding = platform.binding()
     assert (binding.options.durable, binding.start_cursor) == (True, "CAES")
     assert binding.base_url == "https://ilinkai.wechat.com"
-    assert platform.bench.teller.durables == ["s1"]
+    assert platform.bench.core.durables == ["s1"]
 
 
 async def test_a_bind_may_name_the_longest_cursor_that_is_kept() -> None:
@@ -441,7 +441,7 @@ async def test_a_bind_that_cannot_be_is_refused_with_an_event_and_an_answer(
     (event,) = platform.bench.bus.events()
     assert (event.sandbox, event.change, event.reason, event.request) == ("s1", "refused", reason, "h1")
     assert platform.bound == {}
-    headers = platform.bench.teller.told[-1][2]
+    headers = platform.bench.core.published[-1][2]
     assert (headers[H_ERROR], headers[H_ERROR_CODE]) == (answer.error.encode("ascii", "replace").decode(), "400")
 
 
@@ -466,7 +466,7 @@ async def test_what_is_no_bind_is_put_aside_without_its_secret_and_answered(body
     assert delivery.acks == 1
     (dead,) = platform.bench.bus.found("DEAD")
     assert (dead.subject, dead.data) == ("wechat.dead.WECHAT_CTL", b"")
-    answer = msgspec.json.decode(platform.bench.teller.told[-1][1], type=ControlAnswer)
+    answer = msgspec.json.decode(platform.bench.core.published[-1][1], type=ControlAnswer)
     assert not answer.ok
     assert "SECRET" not in answer.error
     assert H_REPLY_TO not in dead.headers
@@ -486,7 +486,7 @@ async def test_a_consumer_that_cannot_be_made_refuses_the_bind() -> None:
     async def refuse(sandbox: str) -> None:
         raise Refused("invalid", "The durable consumer cannot be made.")
 
-    platform.bench.teller.make_durable = refuse  # type: ignore[method-assign]
+    platform.bench.core.make_durable = refuse  # type: ignore[method-assign]
     answer = await platform.bind(options={"durable": True})
     assert not answer.ok
     assert platform.bound == {}
@@ -507,7 +507,7 @@ async def test_an_answer_goes_to_an_inbox_or_nowhere(reply_to: str) -> None:
     body = msgspec.json.encode({"sandbox": "s1", "bot": BOT, "bot_token": TOKEN})
     delivery = platform.publish("bind", body, reply_to=reply_to)
     await asyncio.sleep(1)
-    assert platform.bench.teller.told == []
+    assert platform.bench.core.published == []
     assert delivery.acks == 1
     assert platform.bound == {BOT: "s1"}
 
@@ -518,7 +518,7 @@ async def test_an_answer_that_nobody_can_hear_is_no_failure() -> None:
     async def fail(subject: str, payload: bytes, headers: dict[str, str]) -> None:
         raise Temporary("bus_down")
 
-    platform.bench.teller.tell = fail  # type: ignore[method-assign]
+    platform.bench.core.publish = fail  # type: ignore[method-assign]
     delivery = platform.publish("unbind", b'{"sandbox":"s1"}')
     await asyncio.sleep(1)
     assert delivery.acks == 1
@@ -639,7 +639,7 @@ async def test_no_token_is_in_an_answer_an_event_a_log_or_a_repr() -> None:
         platform.publish("bind", msgspec.json.encode({"sandbox": "S1", "bot": BOT, "bot_token": TOKEN}))
         await asyncio.sleep(1)
         await platform.say("unbind", sandbox="s1")
-    said = [payload for _, payload, _ in platform.bench.teller.told]
+    said = [payload for _, payload, _ in platform.bench.core.published]
     stored = [kept.stored.data + str(kept.stored.headers).encode() for kept in platform.bench.bus.kept]
     sealed = [entry.value or b"" for entry in platform.bench.bindings_bucket.entries.values()]
     for data in (*said, *stored, *sealed, str(logs).encode(), repr(list(platform.bench.bindings)).encode()):

@@ -12,7 +12,7 @@ from structlog.testing import capture_logs
 from adapter.errors import Temporary
 from adapter.jetstream import topology
 from adapter.jetstream.consumer import Consumer, Delivery, all_settled
-from adapter.jetstream.teller import BusTeller
+from adapter.jetstream.core import CoreNats
 from adapter.names import H_MSG_ID
 from adapter.ports import Message
 from adapter.timing import SystemClock
@@ -353,13 +353,13 @@ async def test_a_stream_made_again_goes_on_above_its_old_sequences(rig: Rig) -> 
 
 
 async def test_a_durable_is_made_once_and_left_as_its_reader_has_it(rig: Rig) -> None:
-    teller = BusTeller(rig.link, NAMES)
-    await teller.make_durable("s1")
-    await teller.make_durable("s1")
+    core = CoreNats(rig.link, NAMES)
+    await core.make_durable("s1")
+    await core.make_durable("s1")
     verb = f"CONSUMER.INFO.{NAMES.stream_in}.s1"
     info = await rig.link.api(verb)
     assert (info["config"]["filter_subject"], info["config"]["ack_policy"]) == (NAMES.inbox("s1"), "explicit")
     changed = {"stream_name": NAMES.stream_in, "action": "update", "config": {**info["config"], "max_ack_pending": 7}}
     await rig.link.api(f"CONSUMER.CREATE.{NAMES.stream_in}.s1.{NAMES.inbox('s1')}", changed)
-    await teller.make_durable("s1")
+    await core.make_durable("s1")
     assert (await rig.link.api(verb))["config"]["max_ack_pending"] == 7

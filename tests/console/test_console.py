@@ -53,8 +53,8 @@ class FakeArchive:
         return next((stored for stored in self._bus.found("DEAD") if stored.seq == seq), None)
 
 
-class FakeCrowd:
-    """Implements Crowd: replicas that answer with what the test says."""
+class FakeReplicas:
+    """Implements AllReplicas: replicas that answer with what the test says."""
 
     def __init__(self) -> None:
         self.polls: dict[str, Polling] = {}
@@ -74,7 +74,7 @@ class Office:
     def __init__(self, browser: httpx.AsyncClient) -> None:
         self.browser = browser
         self.bench = Bench()
-        self.crowd = FakeCrowd()
+        self.replicas = FakeReplicas()
         self.ilink = FakeLogins(self.bench.clock)
         sealer = Sealer(())
         self.book = LoginBook(FakeBucket("login"), sealer, self.bench.clock, self.bench.metrics)
@@ -85,7 +85,7 @@ class Office:
             contexts=self.bench.contexts_bucket,
             history=FakeArchive(self.bench.bus),
             bus=self.bench.bus,
-            crowd=self.crowd,
+            replicas=self.replicas,
             book=self.book,
             services={
                 "login.start": service.start,
@@ -309,7 +309,7 @@ async def test_a_binding_with_all_that_is_known_of_it(office: Office) -> None:
     await office.bench.bind("s1", "b1@im.bot", "u1@im.wechat", token="b1@im.bot:SECRET")
     heard_ms = office.bench.clock.now_ms() - 60_000
     office.bench.hears(used=2, inbound_ms=heard_ms, sent_ms=[heard_ms])
-    office.crowd.polls["b1@im.bot"] = Polling(state="polling", ago_ms=4000)
+    office.replicas.polls["b1@im.bot"] = Polling(state="polling", ago_ms=4000)
     page = (await office.browser.get("/")).text
     for words in ("s1", "b1@im.bot", "u1@im.wechat", ">active<", "8 sends left", "closes in 22 h", "4 s ago", "r1"):
         assert words in page
@@ -333,7 +333,7 @@ async def test_what_is_wrong_with_a_binding_is_said(
     await office.sign_in()
     await office.bench.bind("s1", **fields)
     if polling is not None:
-        office.crowd.polls["b1@im.bot"] = polling
+        office.replicas.polls["b1@im.bot"] = polling
     page = (await office.browser.get("/")).text
     assert all(word in page for word in words)
 
@@ -529,7 +529,7 @@ async def test_any_replica_finds_a_login_by_its_address(office: Office) -> None:
 async def test_a_bus_that_is_away_is_said_and_not_waited_for(office: Office) -> None:
     await office.sign_in()
     await office.bench.bind("s1")
-    office.crowd.away = True
+    office.replicas.away = True
     for path in ("/", "/dead", "/logins"):
         answer = await office.browser.get(path)
         assert (answer.status_code, "The bus does not answer" in answer.text) == (503, True)

@@ -33,7 +33,7 @@ from adapter.ports import Account, Stored
 from adapter.records import Binding, Context, Cursor
 from adapter.seal import Sealer
 from adapter.timing import Beat, Pace, Turns
-from tests.fakes.bus import FakeBucket, FakeBus, FakeDelivery, FakeTeller, Kept
+from tests.fakes.bus import FakeBucket, FakeBus, FakeCoreBus, FakeDelivery, Kept
 from tests.fakes.clock import FakeClock
 from tests.fakes.ilink import FakeChat
 from tests.fakes.media import FakeCdn, FakeObjects
@@ -70,7 +70,7 @@ class Bench:
         self.uploads = Uploads(self.cdn, self.objects, self.clock, max_bytes=MEDIA_BYTES)
         self.opened: dict[int, Downloads] = {}
         """By shard: what waits for media. A shard that has none counts as not this replica's."""
-        self.teller = FakeTeller()
+        self.core = FakeCoreBus()
         self.metrics = metrics or Metrics()
         self.recall = Recall(self.quotes, self.bus, self.names, self.metrics)
         self.leases = FakeLeases(incarnation)

@@ -267,15 +267,15 @@ class FakeDelivery:
         )
 
 
-class FakeTeller:
-    """Implements Teller."""
+class FakeCoreBus:
+    """Implements CoreBus."""
 
     def __init__(self) -> None:
-        self.told: list[tuple[str, bytes, dict[str, str]]] = []
+        self.published: list[tuple[str, bytes, dict[str, str]]] = []
         self.durables: list[str] = []
 
-    async def tell(self, subject: str, payload: bytes, headers: dict[str, str]) -> None:
-        self.told.append((subject, payload, headers))
+    async def publish(self, subject: str, payload: bytes, headers: dict[str, str]) -> None:
+        self.published.append((subject, payload, headers))
 
     async def make_durable(self, sandbox: str) -> None:
         self.durables.append(sandbox)

@@ -66,7 +66,7 @@ class Doors:
             events=self.bench.events,
             chat=self.bench.chat,
             sealer=self.sealer,
-            teller=self.bench.teller,
+            core=self.bench.core,
             history=self.bench.bus,
             names=self.bench.names,
             check=lambda: None,
@@ -585,7 +585,7 @@ async def test_a_bind_that_is_refused_fails_the_login() -> None:
     async def refuse(sandbox: str) -> None:
         raise Refused("invalid", "The durable consumer cannot be made: full")
 
-    doors.bench.teller.make_durable = refuse  # type: ignore[method-assign]
+    doors.bench.core.make_durable = refuse  # type: ignore[method-assign]
     login = await doors.start(options={"durable": True})
     doors.ilink.happens("q1", CONFIRMED)
     await asyncio.sleep(10)

@@ -1,4 +1,4 @@
-"""What is told, and asked of all replicas, without storage; and the consumers of others."""
+"""Core NATS: publishing without storage and asking all replicas. Also makes the durable consumers of sandboxes."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from adapter.names import Names, is_inbox
 from adapter.timing import first_of
 
 
-class BusTeller:
-    """Implements ports.Teller and ports.Crowd."""
+class CoreNats:
+    """Implements ports.CoreBus and ports.AllReplicas."""
 
     def __init__(self, link: Link, names: Names) -> None:
         self._link = link
         self._names = names
 
-    async def tell(self, subject: str, payload: bytes, headers: dict[str, str]) -> None:
+    async def publish(self, subject: str, payload: bytes, headers: dict[str, str]) -> None:
         await self._link.publish(subject, payload, headers=headers)
 
-    def hear(self, subject: str, on_message: Callable[[bytes], None]) -> None:
-        """Subscribes, on each connection anew; what is told while there is none is missed."""
+    def subscribe(self, subject: str, on_message: Callable[[bytes], None]) -> None:
+        """Subscribes, on each connection anew; what is published while there is none is missed."""
 
         async def receive(msg: Msg) -> None:
             on_message(msg.data)
 
-        self._subscribe(subject, receive)
+        self._on_each(subject, receive)
 
-    def reply(self, subject: str, make: Callable[[bytes], bytes | None]) -> None:
+    def respond(self, subject: str, make: Callable[[bytes], bytes | None]) -> None:
         """Answers what is asked of all replicas there, to inboxes only; None: not at all."""
 
         async def receive(msg: Msg) -> None:
@@ -41,9 +41,9 @@ class BusTeller:
             if made is not None:
                 await msg.respond(made)
 
-        self._subscribe(subject, receive)
+        self._on_each(subject, receive)
 
-    def _subscribe(self, subject: str, receive: Callable[[Msg], Awaitable[None]]) -> None:
+    def _on_each(self, subject: str, receive: Callable[[Msg], Awaitable[None]]) -> None:
         async def subscribe(nc: Client) -> None:
             await nc.subscribe(subject, cb=receive)
 

@@ -1,4 +1,4 @@
-"""What is told without storage, and asked of all replicas at once."""
+"""Publishing without storage, and asking all replicas at once."""
 
 from __future__ import annotations
 
@@ -7,40 +7,40 @@ from typing import Any
 
 import msgspec
 
+from adapter.jetstream.core import CoreNats
 from adapter.jetstream.link import Link
-from adapter.jetstream.teller import BusTeller
 from adapter.names import H_SCHEMA
 from tests.bus.rig import NAMES, PATIENCE_S, Rig
 
 
-async def test_what_is_told_needs_no_stream(rig: Rig) -> None:
+async def test_what_is_published_needs_no_stream(rig: Rig) -> None:
     nc = await rig.bus.client()
     inbox = nc.new_inbox()
     answers = await nc.subscribe(inbox)
     await nc.flush()
-    await BusTeller(rig.link, NAMES).tell(inbox, msgspec.json.encode({"ok": True}), {H_SCHEMA: "1"})
+    await CoreNats(rig.link, NAMES).publish(inbox, msgspec.json.encode({"ok": True}), {H_SCHEMA: "1"})
     assert (await answers.next_msg(5)).data == b'{"ok":true}'
     await nc.close()
 
 
 async def test_all_replicas_are_asked_at_once_and_waited_for_no_longer_than_needed(rig: Rig) -> None:
     """One that says nothing costs the time, not the answers of the others."""
-    subject, teller = NAMES.roll(), BusTeller(rig.link, NAMES)
-    assert await teller.gather(subject, b"?", count=1, within_s=PATIENCE_S) == []  # nobody listens
+    subject, core = NAMES.roll(), CoreNats(rig.link, NAMES)
+    assert await core.gather(subject, b"?", count=1, within_s=PATIENCE_S) == []  # nobody listens
     async with asyncio.TaskGroup() as group:
         links = [Link(rig.bus.settings, f"replica {number}") for number in range(3)]
         for number, link in enumerate(links):
             answer = f"{number}".encode() if number < 2 else None
-            BusTeller(link, NAMES).reply(subject, lambda data, answer=answer: answer and data + answer)  # type: ignore[misc]
+            CoreNats(link, NAMES).respond(subject, lambda data, answer=answer: answer and data + answer)  # type: ignore[misc]
         tasks = [group.create_task(link.run()) for link in links]
         for link in links:
             await link.wait_up(PATIENCE_S)
-        assert sorted(await teller.gather(subject, b"?", count=2, within_s=PATIENCE_S)) == [b"?0", b"?1"]
-        assert sorted(await teller.gather(subject, b"?", count=3, within_s=0.3)) == [b"?0", b"?1"]
+        assert sorted(await core.gather(subject, b"?", count=2, within_s=PATIENCE_S)) == [b"?0", b"?1"]
+        assert sorted(await core.gather(subject, b"?", count=3, within_s=0.3)) == [b"?0", b"?1"]
         nc = await rig.bus.client()
         await nc.subscribe("elsewhere", cb=_forbidden)
         await nc.publish(subject, b"?", reply="elsewhere")  # only an inbox is answered
-        assert sorted(await teller.gather(subject, b"?", count=2, within_s=PATIENCE_S)) == [b"?0", b"?1"]
+        assert sorted(await core.gather(subject, b"?", count=2, within_s=PATIENCE_S)) == [b"?0", b"?1"]
         await nc.flush()
         await nc.close()
         for task in tasks:
