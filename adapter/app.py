@@ -53,8 +53,8 @@ async def run_parts(parts: Parts, stop: asyncio.Event, on_ready: Callable[[], No
                 if await start(parts, stop):
                     leasing = begin(parts.leases.run(), "leases")
                     begin(parts.bindings.run(), "bindings")
-                    begin(parts.book.run(), "logins")
-                    scanning = begin(parts.scanner.run(), "scanning")
+                    begin(parts.logins.run(), "logins")
+                    running_logins = begin(parts.login_runner.run(), "logins.run")
                     begin(parts.window_events.run(), "windows")
                     following = group.create_task(parts.supervisor.run(), name="supervisor")
                     parts.watch.begin()
@@ -62,7 +62,7 @@ async def run_parts(parts: Parts, stop: asyncio.Event, on_ready: Callable[[], No
                     if on_ready is not None:
                         on_ready()
                     await stop.wait()
-                    await _drain(parts, following, scanning, leasing)
+                    await _drain(parts, following, running_logins, leasing)
             finally:
                 for task in background:
                     task.cancel()
@@ -71,7 +71,7 @@ async def run_parts(parts: Parts, stop: asyncio.Event, on_ready: Callable[[], No
 
 
 async def _drain(
-    parts: Parts, following: asyncio.Task[None], scanning: asyncio.Task[None], leasing: asyncio.Task[None]
+    parts: Parts, following: asyncio.Task[None], running_logins: asyncio.Task[None], leasing: asyncio.Task[None]
 ) -> None:
     parts.health.draining = True
     log.info("adapter.draining", polls=len(parts.supervisor.sessions))
@@ -82,8 +82,8 @@ async def _drain(
             finally:
                 following.cancel()
             await parts.supervisor.drain(max(0.5, parts.settings.drain_s - RELEASE_S))
-            scanning.cancel()  # logins go on until another replica may take them
-            await asyncio.wait([scanning])
+            running_logins.cancel()  # logins go on until another replica may take them
+            await asyncio.wait([running_logins])
             await _flush_windows(parts)
             leasing.cancel()  # a renewal after this would write the key that is given back
             await asyncio.wait([leasing])

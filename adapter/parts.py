@@ -13,8 +13,8 @@ import structlog
 
 from adapter import __version__, media, window
 from adapter.bindings import stale_token
-from adapter.bindings.book import Bindings, account_of
 from adapter.bindings.control import Control
+from adapter.bindings.registry import Bindings, account_of
 from adapter.bindings.tidying import Tidying
 from adapter.connections import Connections
 from adapter.console.desk import Needs
@@ -34,9 +34,9 @@ from adapter.jetstream.buckets import KvBucket, LeaseRegister
 from adapter.jetstream.consumer import all_settled
 from adapter.jetstream.inspector import Inspector
 from adapter.jetstream.microservice import Handler, Services
-from adapter.logins.book import LoginBook
-from adapter.logins.course import Scanning
-from adapter.logins.scanner import Scanner
+from adapter.logins.flow import LoginNeeds
+from adapter.logins.registry import LoginRegistry
+from adapter.logins.runner import LoginRunner
 from adapter.metrics import Metrics
 from adapter.names import Names, shard_of
 from adapter.outbound.commands import Limits
@@ -151,8 +151,8 @@ class Parts:
             capacity=settings.capacity,
         )
         self.watch = self._watch()
-        self.book = LoginBook(connections.bucket(names.logins), self.sealer, clock, metrics)
-        self.scanner = Scanner(self._scanning())
+        self.logins = LoginRegistry(connections.bucket(names.logins), self.sealer, clock, metrics)
+        self.login_runner = LoginRunner(self._login_needs())
         self.handlers = self._serve()
         metrics.bindings_capacity.set(settings.capacity)
         connections.link.on_up(self._count_connect)
@@ -351,7 +351,7 @@ class Parts:
         """Answers `wechat.svc.*`; the handlers of what is asked of no single sandbox."""
         settings, connections, names, metrics = self.settings, self.connections, self.names, self.metrics
         login = LoginService(
-            connections.chat, self.book, self.bindings, self.sealer, metrics, login_s=settings.login_s
+            connections.chat, self.logins, self.bindings, self.sealer, metrics, login_s=settings.login_s
         )
         queries = Queries(
             self.bindings, self.context_bucket, connections.history, names, self.rules, self.clock, metrics
@@ -378,10 +378,10 @@ class Parts:
         )
         return handlers
 
-    def _scanning(self) -> Scanning:
-        return Scanning(
+    def _login_needs(self) -> LoginNeeds:
+        return LoginNeeds(
             logins=self.connections.chat,
-            book=self.book,
+            registry=self.logins,
             bindings=self.bindings,
             leases=self.leases,
             bus=self.connections.bus,
@@ -444,7 +444,7 @@ class Parts:
             history=self.connections.history,
             bus=self.connections.bus,
             replicas=self.connections.core,
-            book=self.book,
+            registry=self.logins,
             services=self.handlers,
             names=self.names,
             rules=self.rules,

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import structlog
 
-from adapter.bindings.book import Bindings, is_anew
+from adapter.bindings.registry import Bindings, is_anew
 from adapter.errors import Temporary
 from adapter.inbound.fetching import Downloads
 from adapter.inbound.sessions import Session, State

@@ -10,7 +10,7 @@ from typing import Any, get_args
 import msgspec
 import pytest
 
-from adapter.bindings.book import Bindings
+from adapter.bindings.registry import Bindings
 from adapter.inbound.poller import tend
 from adapter.inbound.sessions import HERE_S, Session, State
 from adapter.names import SHARDS, shard_of

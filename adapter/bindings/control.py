@@ -14,7 +14,7 @@ import structlog
 from msgspec import structs
 
 from adapter import contract
-from adapter.bindings.book import Bindings
+from adapter.bindings.registry import Bindings
 from adapter.contract import Bind, BindingChange, BindingEvent, ControlAnswer, Unbind
 from adapter.errors import UNDECODABLE, AdapterError, LeaseLost, Refused, Temporary, Unreadable
 from adapter.events import Events, told_of_bindings

@@ -50,7 +50,7 @@ async def _bindings(history: History, names: Names) -> AsyncIterator[tuple[Store
         try:
             binding = msgspec.json.decode(stored.data, type=Binding)
         except UNDECODABLE:
-            continue  # nobody is served by it: adapter/bindings/book.py says so, and goes on
+            continue  # nobody is served by it: adapter/bindings/registry.py says so, and goes on
         yield stored, binding
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import msgspec
 import structlog
 
-from adapter.bindings.book import Bindings
+from adapter.bindings.registry import Bindings
 from adapter.events import Events
 from adapter.records import Binding
 from adapter.timing import Clock

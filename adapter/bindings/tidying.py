@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import structlog
 
-from adapter.bindings.book import Bindings
+from adapter.bindings.registry import Bindings
 from adapter.errors import AdapterError
 from adapter.names import text_of
 from adapter.ports import Shelf

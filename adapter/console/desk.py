@@ -9,7 +9,7 @@ from typing import NamedTuple, TypeVar
 import msgspec
 
 from adapter import window
-from adapter.bindings.book import Bindings
+from adapter.bindings.registry import Bindings
 from adapter.console.guard import Guard
 from adapter.console.view import (
     PAGE,
@@ -25,8 +25,8 @@ from adapter.contexts import stored_context
 from adapter.contract import Login, LoginQuery, LoginStart, LoginVerify, Options
 from adapter.errors import Refused
 from adapter.letters import again, is_command, letter_of, original_subject
-from adapter.logins.book import LoginBook
 from adapter.logins.qr import svg
+from adapter.logins.registry import LoginRegistry
 from adapter.names import Names
 from adapter.ports import AllReplicas, Archive, Bucket, Bus, Stored
 from adapter.records import Binding, Context
@@ -48,7 +48,7 @@ class Needs(NamedTuple):
     history: Archive
     bus: Bus
     replicas: AllReplicas
-    book: LoginBook
+    registry: LoginRegistry
     services: Mapping[str, Callable[[bytes], Awaitable[bytes]]]
     """The handlers of `wechat.svc.*`, by verb: a login is asked for as anybody asks."""
     names: Names
@@ -70,7 +70,9 @@ class Desk:
         needs = self._needs
         expected = needs.living()
         replicas = await rollcall.roll(needs.replicas, needs.names.roll(), [], expected)
-        return Platform(replicas, expected, await self._dead(), sum(1 for _, record in needs.book if not record.over))
+        return Platform(
+            replicas, expected, await self._dead(), sum(1 for _, record in needs.registry if not record.over)
+        )
 
     async def bindings(self, wanted: Wanted) -> Found:
         """Those that need a login first, then by sandbox."""
@@ -117,7 +119,7 @@ class Desk:
         """Those that are not over, the newest first."""
         found = [
             OpenLogin(self._guard.handle(login), record.sandbox, record.status, record.changed_ms, record.until_ms)
-            for login, record in self._needs.book
+            for login, record in self._needs.registry
             if not record.over
         ]
         return sorted(found, key=lambda one: -one.until_ms)
@@ -180,7 +182,7 @@ class Desk:
 
     def _login(self, handle: str) -> str:
         """The id of a login. Raises Refused("not_found")."""
-        for login, _ in self._needs.book:
+        for login, _ in self._needs.registry:
             if self._guard.handle(login) == handle:
                 return login
         raise Refused("not_found", "There is no such login, or it has been over for a while.")

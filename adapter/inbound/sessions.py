@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 import structlog
 
 from adapter import window
-from adapter.bindings.book import Bindings, account_of
+from adapter.bindings.registry import Bindings, account_of
 from adapter.contexts import Contexts, Peer
 from adapter.dedup import Seen
 from adapter.errors import AdapterError, LeaseLost

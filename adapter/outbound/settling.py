@@ -16,7 +16,7 @@ import msgspec
 import structlog
 
 from adapter import contract, window
-from adapter.bindings.book import Bindings
+from adapter.bindings.registry import Bindings
 from adapter.contexts import Peer
 from adapter.errors import LeaseLost, Temporary
 from adapter.events import told_of_bindings

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import msgspec
 import structlog
 
-from adapter.bindings.book import Bindings
+from adapter.bindings.registry import Bindings
 from adapter.contexts import Contexts
 from adapter.errors import AdapterError, BusRefused, Conflict, LeaseLost, Refused, SessionExpired, Temporary
 from adapter.names import peer_key, peer_of

@@ -14,7 +14,7 @@ import msgspec
 import structlog
 
 from adapter import window
-from adapter.bindings.book import Bindings
+from adapter.bindings.registry import Bindings
 from adapter.contexts import Contexts, Peer
 from adapter.contract import WindowEvent
 from adapter.errors import UNDECODABLE, AdapterError, LeaseLost, Temporary

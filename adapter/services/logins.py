@@ -5,10 +5,10 @@ from __future__ import annotations
 import msgspec
 from msgspec import structs
 
-from adapter.bindings.book import Bindings
+from adapter.bindings.registry import Bindings
 from adapter.contract import LoginQuery, LoginStart, LoginVerify
 from adapter.errors import Refused, Temporary
-from adapter.logins.book import LoginBook, tokens_of
+from adapter.logins.registry import LoginRegistry, tokens_of
 from adapter.metrics import Metrics
 from adapter.names import check_sandbox
 from adapter.ports import Logins
@@ -28,7 +28,7 @@ class LoginService:
     def __init__(
         self,
         logins: Logins,
-        book: LoginBook,
+        registry: LoginRegistry,
         bindings: Bindings,
         sealer: Sealer,
         metrics: Metrics,
@@ -36,7 +36,7 @@ class LoginService:
         login_s: float,
     ) -> None:
         self._logins = logins
-        self._book = book
+        self._registry = registry
         self._bindings = bindings
         self._sealer = sealer
         self._metrics = metrics
@@ -48,23 +48,23 @@ class LoginService:
         check_sandbox(asked.sandbox)
         if not await self._bindings.changed.until(lambda: self._bindings.loaded, START_S):
             raise Temporary("starting", "The adapter is starting; ask again in a moment.")
-        if self._book.open_of(asked.sandbox) >= OPEN_PER_SANDBOX:
+        if self._registry.open_of(asked.sandbox) >= OPEN_PER_SANDBOX:
             raise Refused(
                 "invalid", f"{OPEN_PER_SANDBOX} logins of this sandbox are open; cancel some by login.cancel."
             )
         code = await self._logins.fetch_code(tokens_of(self._bindings.of_sandbox(asked.sandbox), self._sealer))
-        login, record = await self._book.open(asked, code, login_s=self._login_s)
+        login, record = await self._registry.open(asked, code, login_s=self._login_s)
         return self._answer(login, record, with_png=asked.png)
 
     async def status(self, data: bytes) -> bytes:
         """How a login stands; also for a day after its end."""
         asked = read_request(data, LoginQuery, self._metrics)
-        return self._answer(asked.login, await self._book.read(asked.login), with_png=asked.png)
+        return self._answer(asked.login, await self._registry.read(asked.login), with_png=asked.png)
 
     async def verify(self, data: bytes) -> bytes:
         """Takes the digits that the phone shows, where they are asked for."""
         asked = read_request(data, LoginVerify, self._metrics)
-        digits = self._book.seal_digits(asked.login, asked.code)
+        digits = self._registry.seal_digits(asked.login, asked.code)
 
         def take(record: LoginRecord) -> LoginRecord:
             if record.over:
@@ -73,7 +73,7 @@ class LoginService:
                 raise Refused("invalid", "No digits are asked for: wait until the status is need_verify_code.")
             return structs.replace(record, digits=digits)
 
-        return self._answer(asked.login, await self._book.change(asked.login, take), with_png=False)
+        return self._answer(asked.login, await self._registry.change(asked.login, take), with_png=False)
 
     async def cancel(self, data: bytes) -> bytes:
         """Ends a login. One that is over stays as it ended."""
@@ -84,9 +84,9 @@ class LoginService:
                 return None
             if record.token:
                 raise Refused("invalid", "The user has confirmed already and the bot is being bound; unbind it.")
-            return self._book.step(record, status="cancelled")
+            return self._registry.step(record, status="cancelled")
 
-        return self._answer(asked.login, await self._book.change(asked.login, end), with_png=False)
+        return self._answer(asked.login, await self._registry.change(asked.login, end), with_png=False)
 
     def _answer(self, login: str, record: LoginRecord, *, with_png: bool) -> bytes:
-        return msgspec.json.encode(self._book.answer(login, record, with_png=with_png))
+        return msgspec.json.encode(self._registry.answer(login, record, with_png=with_png))

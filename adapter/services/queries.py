@@ -10,7 +10,7 @@ from typing import TypeVar
 import msgspec
 
 from adapter import window
-from adapter.bindings.book import Bindings
+from adapter.bindings.registry import Bindings
 from adapter.contexts import stored_context
 from adapter.contract import BindingsPage, BindingsQuery, Replayed, ReplayPage, ReplayQuery, WindowQuery
 from adapter.errors import Refused

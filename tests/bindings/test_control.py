@@ -10,8 +10,8 @@ import msgspec
 import pytest
 from structlog.testing import capture_logs
 
-from adapter.bindings.book import Bindings
 from adapter.bindings.control import ERASE_TRIES, Control
+from adapter.bindings.registry import Bindings
 from adapter.contract import Bind, ControlAnswer
 from adapter.errors import BusRefused, Refused, Temporary
 from adapter.ilink.wire import OPAQUE_CHARS

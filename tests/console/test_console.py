@@ -19,7 +19,7 @@ from adapter.console.desk import Needs
 from adapter.console.guard import SESSION_S, Guard
 from adapter.console.server import AT_ONCE, MAX_BODY, Console, is_loopback
 from adapter.errors import BusRefused, SettingsError, Temporary
-from adapter.logins.book import LoginBook
+from adapter.logins.registry import LoginRegistry
 from adapter.names import H_DETAIL, H_MSG_ID, H_REASON, H_SUBJECT, H_TIME_MS
 from adapter.ports import Stored
 from adapter.replicas.rollcall import Call, Polling, Present
@@ -77,8 +77,10 @@ class Office:
         self.replicas = FakeReplicas()
         self.ilink = FakeLogins(self.bench.clock)
         sealer = Sealer(())
-        self.book = LoginBook(FakeBucket("login"), sealer, self.bench.clock, self.bench.metrics)
-        service = LoginService(self.ilink, self.book, self.bench.bindings, sealer, self.bench.metrics, login_s=480.0)
+        self.registry = LoginRegistry(FakeBucket("login"), sealer, self.bench.clock, self.bench.metrics)
+        service = LoginService(
+            self.ilink, self.registry, self.bench.bindings, sealer, self.bench.metrics, login_s=480.0
+        )
         self.living = 1
         self.needs = Needs(
             bindings=self.bench.bindings,
@@ -86,7 +88,7 @@ class Office:
             history=FakeArchive(self.bench.bus),
             bus=self.bench.bus,
             replicas=self.replicas,
-            book=self.book,
+            registry=self.registry,
             services={
                 "login.start": service.start,
                 "login.status": service.status,
@@ -145,7 +147,7 @@ async def test_without_the_token_nothing_can_be_done(office: Office, path: str) 
     answer = await office.browser.post(path, data={"sandbox": "s1", "do": "drop", "proof": Guard(TOKEN).form("")})
     assert answer.status_code == 403
     assert len(office.bench.bus.found("DEAD")) == 1
-    assert list(office.book) == []
+    assert list(office.registry) == []
 
 
 async def test_a_wrong_token_is_refused_and_logged_without_it(office: Office) -> None:
@@ -264,7 +266,7 @@ async def test_a_form_that_was_cut_does_nothing(office: Office) -> None:
     writer.write_eof()
     assert b" 400 Bad Request" in await reader.readline()
     writer.close()
-    assert list(office.book) == []
+    assert list(office.registry) == []
 
 
 async def test_nonsense_is_refused(office: Office) -> None:
@@ -469,7 +471,7 @@ async def test_a_login_shows_its_code_and_no_secret_in_the_address(office: Offic
     await office.sign_in()
     answer = await office.post("/logins", sandbox="s1", durable="on")
     assert answer.status_code == 303
-    ((login, record),) = list(office.book)
+    ((login, record),) = list(office.registry)
     assert (record.sandbox, record.options.durable, record.options.auto_typing) == ("s1", True, False)
     place = answer.headers["Location"]
     assert login not in place
@@ -499,17 +501,17 @@ async def test_digits_are_handed_on_as_they_are_typed(office: Office) -> None:
     place = (await office.post("/logins", sandbox="s1")).headers["Location"]
     answer = await office.post(f"{place}/verify", digits="4711")
     assert (answer.status_code, "No digits are asked for" in answer.text) == (400, True)
-    ((login, record),) = list(office.book)
-    await office.book.change(login, lambda now: office.book.step(now, status="need_verify_code"))
+    ((login, record),) = list(office.registry)
+    await office.registry.change(login, lambda now: office.registry.step(now, status="need_verify_code"))
     page = (await office.browser.get(place)).text
     assert "Type the digits that the phone shows." in page
     assert (await office.post(f"{place}/verify", digits=" 47 11 ")).status_code == 303
-    ((_, record),) = list(office.book)
-    assert office.book.digits(login, record) == "4711"
+    ((_, record),) = list(office.registry)
+    assert office.registry.digits(login, record) == "4711"
     assert "The digits are being checked." in (await office.browser.get(place)).text
     assert 'class="digits"' not in (await office.browser.get(place)).text
-    await office.book.change(
-        login, lambda now: office.book.step(now, status="need_verify_code", reason="wrong_code", digits="")
+    await office.registry.change(
+        login, lambda now: office.registry.step(now, status="need_verify_code", reason="wrong_code", digits="")
     )
     assert "type them once more" in (await office.browser.get(place)).text
 

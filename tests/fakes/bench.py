@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from adapter import media, window
-from adapter.bindings.book import Bindings, is_anew
+from adapter.bindings.registry import Bindings, is_anew
 from adapter.contexts import Contexts, Peer
 from adapter.errors import LeaseLost
 from adapter.events import Events

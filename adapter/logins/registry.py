@@ -1,7 +1,7 @@
-"""QR logins: the bucket in memory, how a login may change (ilink-protocol 8), and what is said about it.
+"""QR logins: the bucket in memory, how a login may change (ilink-protocol 8), and what answers and events say of it.
 
-Every change is a compare-and-set on the login's record, so any replica may answer; the owner of the sandbox's shard
-asks iLink (adapter/logins/course.py) and tells each step.
+Every change is a compare-and-set on the login's record, so any replica may answer; only the owner of the sandbox's
+shard asks iLink and publishes each step (`flow`).
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ ADVICE = {
 }
 
 
-class LoginBook:
+class LoginRegistry:
     """Every login that is not over, and those that ended a moment ago; each replica holds them all."""
 
     def __init__(self, bucket: Bucket, sealer: Sealer, clock: Clock, metrics: Metrics) -> None:

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 from structlog.testing import capture_logs
 
-from adapter.bindings.book import Bindings
+from adapter.bindings.registry import Bindings
 from adapter.names import token_of
 from adapter.records import Binding
 from tests.fakes import FakeBucket, settle

@@ -1,6 +1,6 @@
-"""The course of one QR login: what iLink is asked about its codes, what the answers make of its record, and its bot.
+"""One QR login from its first code to its bot: asks iLink about the codes and carries the answers into the record.
 
-Where it stands is in the record: another owner goes on from there.
+All state is in the record, so another owner goes on from there.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import structlog
 from msgspec import structs
 
 from adapter import contract
-from adapter.bindings.book import Bindings
+from adapter.bindings.registry import Bindings
 from adapter.contract import Bind, BindingEvent
 from adapter.errors import BusRefused, Refused, Temporary
 from adapter.events import Events, told_of_bindings
-from adapter.logins.book import TELL_MS, LoginBook, code_of, event_of, tokens_of
+from adapter.logins.registry import TELL_MS, LoginRegistry, code_of, event_of, tokens_of
 from adapter.metrics import Metrics
 from adapter.names import H_MSG_ID, H_SCHEMA, Names, shard_of
 from adapter.ports import Bus, History, Logins, Message, QrCode, Scan
@@ -38,11 +38,11 @@ GRACE_S = 5.0
 LONGEST_ID, LONGEST_TOKEN = 128, 1024
 
 
-class Scanning(NamedTuple):
+class LoginNeeds(NamedTuple):
     """What the loop needs."""
 
     logins: Logins
-    book: LoginBook
+    registry: LoginRegistry
     bindings: Bindings
     leases: Leases
     bus: Bus
@@ -67,10 +67,10 @@ class _Asked(NamedTuple):
     task: asyncio.Task[Scan | None]
 
 
-class Course:
-    """The course of one login, from where its record stands to its end."""
+class LoginFlow:
+    """Drives one login from where its record stands to its end."""
 
-    def __init__(self, login: str, needs: Scanning, told: dict[str, int]) -> None:
+    def __init__(self, login: str, needs: LoginNeeds, told: dict[str, int]) -> None:
         self._login = login
         self._needs = needs
         self._told = told
@@ -85,9 +85,9 @@ class Course:
 
     async def run(self) -> None:
         """Raises LeaseLost."""
-        book, clock = self._needs.book, self._needs.clock
+        registry, clock = self._needs.registry, self._needs.clock
         try:
-            while (record := book.get(self._login)) is not None:
+            while (record := registry.get(self._login)) is not None:
                 await self._tell(record)
                 if record.over:
                     return
@@ -117,7 +117,7 @@ class Course:
     async def _change(self, make: Callable[[LoginRecord], LoginRecord | None]) -> None:
         while True:
             try:
-                await self._needs.book.change(self._login, make)
+                await self._needs.registry.change(self._login, make)
                 return
             except Temporary as exc:
                 log.warning("login.waits", login=self._login[:6], reason=exc.reason)
@@ -125,7 +125,7 @@ class Course:
 
     async def _fail(self, reason: str, detail: str) -> None:
         def failed(record: LoginRecord) -> LoginRecord | None:
-            step = self._needs.book.step
+            step = self._needs.registry.step
             return None if record.over else step(record, status="failed", reason=reason, detail=detail)
 
         await self._change(failed)
@@ -133,7 +133,7 @@ class Course:
     def _outlived(self, record: LoginRecord) -> LoginRecord | None:
         if record.over or record.token:
             return None
-        return self._needs.book.step(record, status="expired", reason="time")
+        return self._needs.registry.step(record, status="expired", reason="time")
 
     # requests ---------------------------------------------------------------------------------------
 
@@ -173,7 +173,7 @@ class Course:
         needs = self._needs
         await needs.clock.sleep(pause_s)
         needs.leases.check(shard_of(record.sandbox))
-        handle, digits = needs.book.handle(self._login, code), needs.book.digits(self._login, record)
+        handle, digits = needs.registry.handle(self._login, code), needs.registry.digits(self._login, record)
         return await needs.logins.read_code(handle, record.base_url, digits)
 
     async def _fetched(self, sandbox: str) -> QrCode:
@@ -193,10 +193,10 @@ class Course:
 
     async def _wait(self, record: LoginRecord) -> None:
         """Until an answer is there, the record has changed, or it is time for something."""
-        book, clock = self._needs.book, self._needs.clock
+        registry, clock = self._needs.registry, self._needs.clock
         due_s = self._fetch_due_s(record) if self._fetch is None else None
         left_s = max(0.0, (record.until_ms - clock.now_ms()) / 1000)
-        changed = asyncio.ensure_future(book.changed.until(lambda: book.get(self._login) != record))
+        changed = asyncio.ensure_future(registry.changed.until(lambda: registry.get(self._login) != record))
         tasks: set[asyncio.Future[Any]] = {changed, *(asked.task for asked in self._out.values())}
         if self._fetch is not None:
             tasks.add(self._fetch)
@@ -225,7 +225,7 @@ class Course:
             await self._take_code(fetch)
 
     async def _take_code(self, fetch: asyncio.Task[QrCode]) -> None:
-        book, clock = self._needs.book, self._needs.clock
+        registry, clock = self._needs.registry, self._needs.clock
         try:
             code = fetch.result()
         except Temporary as exc:
@@ -240,14 +240,14 @@ class Course:
         def replace(record: LoginRecord) -> LoginRecord | None:
             nonlocal replaced
             replaced = record.status == "wait" and not record.token  # nobody scanned meanwhile
-            return book.with_code(self._login, record, code) if replaced else None
+            return registry.with_code(self._login, record, code) if replaced else None
 
         await self._change(replace)
         if replaced:
             self._needs.metrics.qr_refreshes.inc()
 
     async def _answered(self, asked: _Asked, scan: Scan) -> None:
-        book, number = self._needs.book, asked.code.number
+        registry, number = self._needs.registry, asked.code.number
         match scan.status:
             case "wait":
                 pass
@@ -259,7 +259,7 @@ class Course:
                 await self._change(lambda record: self._already_bound(record, number))
             case _:
                 await self._change(
-                    lambda record: book.after(record, number, asked.digits, scan, limit=self._needs.codes)
+                    lambda record: registry.after(record, number, asked.digits, scan, limit=self._needs.codes)
                 )
 
     async def _redirected(self, asked: _Asked, host: str) -> None:
@@ -277,7 +277,7 @@ class Course:
             if code is None or record.token:
                 return None
             if record.status == "wait":
-                return self._needs.book.step(record, status="scanned", codes=[code], base_url=base_url)
+                return self._needs.registry.step(record, status="scanned", codes=[code], base_url=base_url)
             return structs.replace(record, base_url=base_url) if record.base_url != base_url else None
 
         await self._change(move)
@@ -288,7 +288,7 @@ class Course:
             return None
         bound = [b for b in self._needs.bindings.of_sandbox(record.sandbox) if b.state == "active"]
         bot, user = (bound[0].bot, bound[0].user) if len(bound) == 1 else ("", "")
-        return self._needs.book.step(record, status="already_bound", bot=bot, user=user)
+        return self._needs.registry.step(record, status="already_bound", bot=bot, user=user)
 
     async def _confirmed(self, number: int, scan: Scan) -> None:
         """The credentials are stored first: iLink may not give them a second time."""
@@ -341,7 +341,7 @@ class Course:
         bound = {"bot": binding.bot, "user": binding.user} if binding else _PENDING
 
         def confirmed(now: LoginRecord) -> LoginRecord | None:
-            return None if now.over else needs.book.step(now, status="confirmed", **bound)
+            return None if now.over else needs.registry.step(now, status="confirmed", **bound)
 
         await self._change(confirmed)
 

@@ -14,9 +14,9 @@ from structlog.testing import capture_logs
 from adapter.bindings.control import Control
 from adapter.contract import Bind, Login, LoginEvent, LoginQuery, LoginStart, LoginVerify
 from adapter.errors import BusRefused, Refused, Temporary
-from adapter.logins.book import LoginBook
-from adapter.logins.course import Scanning
-from adapter.logins.scanner import Scanner
+from adapter.logins.flow import LoginNeeds
+from adapter.logins.registry import LoginRegistry
+from adapter.logins.runner import LoginRunner
 from adapter.names import H_MSG_ID, shard_of
 from adapter.ports import Entry, Message, QrCode, Scan
 from adapter.records import LoginRecord
@@ -40,11 +40,11 @@ class Doors:
         self.bucket: FakeBucket = world.bucket if world else FakeBucket("login", self.bench.bus.writes)
         self.sealer: Sealer = world.sealer if world else Sealer((b"k" * 32,) if sealed else ())
         self.ilink: FakeLogins = world.ilink if world else FakeLogins(self.clock)
-        self.book = LoginBook(self.bucket, self.sealer, self.clock, self.bench.metrics)
-        self.scanner = Scanner(
-            Scanning(
+        self.registry = LoginRegistry(self.bucket, self.sealer, self.clock, self.bench.metrics)
+        self.runner = LoginRunner(
+            LoginNeeds(
                 logins=self.ilink,
-                book=self.book,
+                registry=self.registry,
                 bindings=self.bench.bindings,
                 leases=self.bench.leases,
                 bus=self.bench.bus,
@@ -59,7 +59,7 @@ class Doors:
             )
         )
         self.service = LoginService(
-            self.ilink, self.book, self.bench.bindings, self.sealer, self.bench.metrics, login_s=LOGIN_S
+            self.ilink, self.registry, self.bench.bindings, self.sealer, self.bench.metrics, login_s=LOGIN_S
         )
         self.control = Control(
             bindings=self.bench.bindings,
@@ -76,7 +76,7 @@ class Doors:
         self.controlled = True
         """Whether stored binds are carried out."""
         loop = asyncio.get_running_loop()
-        self.tasks = [loop.create_task(work) for work in (self.book.run(), self.scanner.run(), self._control())]
+        self.tasks = [loop.create_task(work) for work in (self.registry.run(), self.runner.run(), self._control())]
 
     async def _control(self) -> None:
         done = 0
@@ -327,8 +327,8 @@ async def test_the_verdict_on_digits_is_not_that_on_those_sent_after_them() -> N
     await doors.verify(login, "2")
     record = doors.record(login)
     for late in ("need_verifycode", "scaned"):
-        assert doors.book.after(record, 1, "1", Scan(late), limit=CODES) is None
-    told = doors.book.after(record, 1, "2", Scan("need_verifycode"), limit=CODES)
+        assert doors.registry.after(record, 1, "1", Scan(late), limit=CODES) is None
+    told = doors.registry.after(record, 1, "2", Scan("need_verifycode"), limit=CODES)
     assert told is not None
     assert (told.reason, told.digits) == ("wrong_code", "")
 
@@ -712,7 +712,7 @@ async def test_what_is_no_id_is_no_key_of_the_bucket(login: str) -> None:
 
     doors.bucket.get = never  # type: ignore[method-assign]
     with pytest.raises(Refused):
-        await doors.book.read(login)
+        await doors.registry.read(login)
 
 
 async def test_logins_of_one_sandbox_are_bounded() -> None:

@@ -1,6 +1,6 @@
-"""Which QR logins are this replica's: those of its shards, a task each, until they are over.
+"""Runs the QR logins of this replica's shards, a task each, until they are over.
 
-The owner of the shard alone asks iLink (`course`), so that exactly one takes a confirmation.
+Only the owner of the shard asks iLink (`flow`), so that exactly one takes a confirmation.
 """
 
 from __future__ import annotations
@@ -10,21 +10,21 @@ import asyncio
 import structlog
 
 from adapter.errors import LeaseLost, Refused
-from adapter.logins.course import Course, Scanning, end_all
+from adapter.logins.flow import LoginFlow, LoginNeeds, end_all
 from adapter.names import shard_of
 from adapter.timing import any_of
 
 log = structlog.get_logger()
 
 
-class Scanner:
+class LoginRunner:
     """Keeps a task per login of an owned shard."""
 
-    def __init__(self, needs: Scanning) -> None:
+    def __init__(self, needs: LoginNeeds) -> None:
         self._needs = needs
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._told: dict[str, int] = {}
-        """The step of each login that was told last. The courses write it, so it stays the same dict."""
+        """The step of each login that was told last. The flows write it, so it stays the same dict."""
 
     async def run(self) -> None:
         """Until cancelled; then what is in hand is stored."""
@@ -38,10 +38,10 @@ class Scanner:
             await end_all(list(self._tasks.values()))
 
     def _follow(self) -> None:
-        book, leases = self._needs.book, self._needs.leases
-        book.prune()
+        registry, leases = self._needs.registry, self._needs.leases
+        registry.prune()
         mine = leases.owned if leases.valid else set()
-        known = dict(book)
+        known = dict(registry)
         for login in self._told.keys() - known.keys():
             del self._told[login]
         for login, record in known.items():
@@ -66,7 +66,7 @@ class Scanner:
     async def _tend(self, login: str) -> None:
         while True:
             try:
-                await Course(login, self._needs, self._told).run()
+                await LoginFlow(login, self._needs, self._told).run()
                 return
             except (LeaseLost, Refused) as exc:  # Refused: somebody has deleted the record
                 log.info("login.left", login=login[:6], reason=exc.reason)
@@ -77,10 +77,10 @@ class Scanner:
 
     async def _wait(self) -> None:
         """Until something may have to start or end."""
-        book, leases = self._needs.book, self._needs.leases
-        version, owned, valid = book.version, set(leases.owned), leases.valid
+        registry, leases = self._needs.registry, self._needs.leases
+        version, owned, valid = registry.version, set(leases.owned), leases.valid
         await any_of(
-            book.changed.until(lambda: book.version != version),
+            registry.changed.until(lambda: registry.version != version),
             leases.changed.until(lambda: (leases.owned, leases.valid) != (owned, valid)),
             timeout_s=1.0,
         )
