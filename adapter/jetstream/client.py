@@ -37,6 +37,15 @@ class BusClient(Client):
         super().__init__()
         self._takes: dict[int, Take] = {}
 
+    async def _process_info(self, info: dict[str, Any], initial_connection: bool = False) -> None:
+        """Encrypts where we were told to: nats-py asks the greeting alone, which whoever is in between may write.
+
+        With a server that has no TLS the handshake fails, before it is told who we are.
+        """
+        if initial_connection and "tls" in self.options and not self.options["tls_handshake_first"]:
+            info["tls_required"] = True
+        await super()._process_info(info, initial_connection)
+
     async def publish(
         self, subject: str, payload: bytes = b"", reply: str = "", headers: dict[str, str] | None = None
     ) -> None:

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from adapter.embedded import find_server
 from adapter.jetstream.link import Link
@@ -18,14 +19,14 @@ from tests.e2e.waiting import eventually, until
 
 
 @contextlib.asynccontextmanager
-async def server(folder: Path, authority: Authority, *, first: bool) -> AsyncIterator[str]:
+async def server(folder: Path, authority: Authority, *, first: bool, more: str = "") -> AsyncIterator[str]:
     """The URL of a nats-server that asks for a certificate of the authority."""
     cert, key = authority.issue("server")
     config = folder / "nats.conf"
     config.write_text(
         f'listen: "127.0.0.1:-1"\nports_file_dir: "{folder}"\n'
         f'tls {{ cert_file: "{cert}", key_file: "{key}", ca_file: "{authority.file}", verify: true,'
-        f" handshake_first: {str(first).lower()} }}\n"
+        f" handshake_first: {str(first).lower()} }}\n{more}\n"
     )
     process = await asyncio.create_subprocess_exec(find_server(), "-c", config, stderr=asyncio.subprocess.DEVNULL)
     ports = folder / f"nats-server_{process.pid}.ports"
@@ -81,6 +82,45 @@ async def test_a_server_of_another_authority_is_not_believed(tmp_path: Path) -> 
         async with linked(settings) as link:
             await until(lambda: link.down_reason != "not connected yet", "it has tried")
             assert not link.up
+
+
+@pytest.mark.parametrize("by", ["the URL", "the authority"])
+async def test_who_asks_for_tls_tells_nothing_to_a_server_that_does_not_offer_it(tmp_path: Path, by: str) -> None:
+    """The greeting is not encrypted, and may be another's than the server's: nats-py would send the password then."""
+    heard = bytearray()
+
+    async def greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b'INFO {"server_id":"x","version":"2.14.0","max_payload":1048576,"headers":true}\r\n')
+        while data := await reader.read(4096):
+            heard.extend(data)
+            if b"PING\r\n" in data:
+                writer.write(b"PONG\r\n")
+            elif not data.startswith(b"CONNECT"):  # a handshake, which nats-server ends so
+                writer.write(b"-ERR 'Unknown Protocol Operation'\r\n")
+        writer.close()
+
+    async with await asyncio.start_server(greet, "127.0.0.1") as attacker:
+        address = f"127.0.0.1:{attacker.sockets[0].getsockname()[1]}"
+        if by == "the URL":
+            settings = Settings(nats_url=(f"tls://{address}",))
+        else:
+            settings = Settings(nats_url=(f"nats://{address}",), nats_ca=str(Authority(tmp_path).file))
+        async with linked(replace(settings, nats_user="me", nats_password="not to be heard")) as link:
+            await until(lambda: link.up or "SSL" in link.down_reason, "it has tried")
+            assert not link.up
+    assert heard
+    assert b"not to be heard" not in heard
+
+
+async def test_who_asks_for_tls_has_it_of_a_server_that_leaves_it_open(tmp_path: Path) -> None:
+    authority = Authority(tmp_path)
+    cert, key = authority.issue("adapter")
+    async with server(tmp_path, authority, first=False, more="allow_non_tls: true") as url:
+        settings = Settings(nats_url=(url,), nats_ca=str(authority.file), nats_cert=str(cert), nats_key=str(key))
+        async with linked(settings) as link:
+            nc = await link.wait_up(30)
+            assert nc._transport is not None
+            assert nc._transport._io_writer.get_extra_info("ssl_object") is not None  # type: ignore[attr-defined]
 
 
 async def test_certificates_that_are_exchanged_serve_at_the_next_connection(tmp_path: Path) -> None:
