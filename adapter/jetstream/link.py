@@ -189,6 +189,7 @@ class Link:
     async def _connect(self) -> BusClient:
         self._lost = lost = asyncio.Event()
         refused: list[tuple[str, str]] = []
+        heard = ""
 
         async def on_closed() -> None:
             lost.set()
@@ -198,7 +199,8 @@ class Link:
 
         async def on_error(exc: Exception) -> None:
             # runs inside the read loop: must not raise or wait
-            self.down_reason = str(exc)[:200] or type(exc).__name__
+            nonlocal heard
+            heard = self.down_reason = str(exc)[:200] or type(exc).__name__
             if does := violation(exc):
                 refused.append(does)
             # while it is away, every attempt fails; that is said elsewhere, as is what forbids the first connection
@@ -206,13 +208,16 @@ class Link:
             say("bus.error", link=self.name, reason=type(exc).__name__, detail=self.down_reason)
 
         nc = BusClient()
-        async with asyncio.timeout(6):  # a wrong password would keep connect() for ever
-            await nc.connect(
-                **connect_options(self._settings, self.name, self._servers),
-                closed_cb=on_closed,
-                lame_duck_mode_cb=on_lame_duck,
-                error_cb=on_error,
-            )
+        try:
+            async with asyncio.timeout(6):  # connect() tries for ever where nobody listens
+                await nc.connect(
+                    **connect_options(self._settings, self.name, self._servers),
+                    closed_cb=on_closed,
+                    lame_duck_mode_cb=on_lame_duck,
+                    error_cb=on_error,
+                )
+        except TimeoutError:
+            raise Temporary("bus_timeout", heard) from None
         try:
             for action in self._on_up:
                 await action(nc)

@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 from nats.aio.client import Client
 from nats.aio.msg import Msg
+from structlog.testing import capture_logs
 
 from adapter.errors import Temporary
 from adapter.jetstream.answers import is_leaderless
 from adapter.jetstream.buckets import LeaseRegister
 from adapter.jetstream.link import Link
 from adapter.jetstream.questions import Answer
+from adapter.settings import Settings
 from tests.bus.rig import NAMES, PATIENCE_S, Bus, Rig
 from tests.e2e.waiting import until
 
@@ -35,6 +37,20 @@ async def test_a_cancellation_that_is_swallowed_while_it_connects_still_ends_the
     done, _ = await asyncio.wait([running], timeout=PATIENCE_S)
     assert done, "it ends"
     assert not link.up
+
+
+async def test_why_there_is_no_connection_is_told() -> None:
+    """Where nobody listened the log said TimeoutError, of our own patience."""
+    with capture_logs() as logs:
+        running = asyncio.get_running_loop().create_task(
+            Link(Settings(nats_url=("nats://127.0.0.1:1",)), "test").run()
+        )
+        await until(lambda: any(line["event"] == "bus.unreachable" for line in logs), "it has given up once")
+        running.cancel()
+        await asyncio.wait([running])
+    assert [line["reason"] for line in logs if line["event"] == "bus.unreachable"] == [
+        "[Errno 111] Connect call failed ('127.0.0.1', 1)"
+    ]
 
 
 @pytest.mark.parametrize(
