@@ -121,6 +121,8 @@ class Settling:
         """The lane's user, with what was sent to them over the bot before. Raises Temporary, LeaseLost."""
         peer = await self._sending.contexts.peer(lane.bot, lane.user)
         binding = None if lane.looked_back else self._needs.bindings.get(lane.bot)
+        if binding is not None and binding.sandbox != lane.sandbox:
+            binding = None  # what is noted in the record is for that sandbox's lane, which has yet to look
         if binding is not None and binding.since_ms != peer.context.followed_ms:
             lane.inherited_ms = 0  # a command of any time may be published again
         if lane.inherited_ms < math.inf:

@@ -616,6 +616,27 @@ async def test_what_was_sent_over_the_user_s_last_bot_is_not_sent_again_over_the
     assert bench.chat.texts == (["pay", "hello"] if since else ["pay"])
 
 
+async def test_what_was_sent_over_the_last_bot_is_known_over_one_that_was_another_sandbox_s_before() -> None:
+    """Something is still parked there for the user, and is given up first."""
+    bench, shard = await ready()
+    shard.on_delivery(bench.command("pay", id="c", user=USER))
+    await bench.bind("s2", bot="b2@im.bot")
+    shard.on_delivery(bench.command("hello", sandbox="s2", user=USER))
+    await asyncio.sleep(5)
+    shard.stop()
+    await bench.events.binding(BindingEvent(sandbox="s1", bot=BOT, user=USER, change="replaced"))
+    await bench.bind(bot="b2@im.bot")
+    await bench.bindings.remove(BOT)
+    bench.hears("b2@im.bot", inbound_id="in:2")
+    heir, second = await heir_of(bench)
+    await second.load()
+    await asyncio.sleep(5)
+    assert outcomes(heir)[-1][1:] == ("refused", "not_bound")
+    second.on_delivery(heir.command("pay", id="c", user=USER))
+    await asyncio.sleep(5)
+    assert bench.chat.texts == ["pay"]
+
+
 @pytest.mark.parametrize("answer", [Refused("rejected", "no", ret=-3), FIRST], ids=["refused", "accepted"])
 async def test_what_is_being_parked_when_its_user_becomes_known_is_sent_once_and_in_order(
     answer: Accepted | Refused,
