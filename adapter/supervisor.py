@@ -18,7 +18,7 @@ from adapter.names import SHARDS, shard_of
 from adapter.outbound.shard import Shard
 from adapter.records import Binding
 from adapter.replicas.leases import Leases
-from adapter.timing import Clock, Latch, any_of
+from adapter.timing import Clock, Condition, any_of
 
 log = structlog.get_logger()
 
@@ -80,14 +80,14 @@ class Supervisor:
         self._pollers: dict[str, asyncio.Task[None]] = {}
         self._shards: dict[int, Shard] = {}
         self._downloads: dict[int, Downloads] = {}
-        self._opened = Latch()
+        self._opened = Condition()
         self._consumers: dict[int, list[asyncio.Task[None]]] = {}
         self._loads: dict[int, asyncio.Task[None]] = {}
         self._dirty: set[str] = set()
         self._crowded: set[str] = set()
         """Bots that found no room here: looked at again when a poller ends."""
         self._owned: set[int] = set()
-        self._changed = Latch()
+        self._changed = Condition()
         self._leaving: dict[int, asyncio.Task[None]] = {}
         """Shards that are being handed over."""
         self._handing = asyncio.Semaphore(HANDED_AT_ONCE)

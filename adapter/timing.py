@@ -1,4 +1,4 @@
-"""Time and chance, so that a test owns both. Imports nothing of ours."""
+"""Clock, backoff, timeouts, and what tasks wait for. A test replaces the clock. Imports nothing of ours."""
 
 from __future__ import annotations
 
@@ -79,16 +79,16 @@ async def restarted(
         await clock.sleep(backoff(crashes))
 
 
-def told_to_end() -> bool:
-    """Whether this task was cancelled, also where what it awaited has swallowed that: nats-py does while it connects
-    and flushes, and whoever cancelled it would wait in vain."""
+def is_cancelled() -> bool:
+    """Whether this task was cancelled, even if what it awaited swallowed the CancelledError, as nats-py does while it
+    connects and flushes."""
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0
 
 
-def heed() -> None:
-    """Raises CancelledError in a task that is told to end."""
-    if told_to_end():
+def raise_if_cancelled() -> None:
+    """Raises CancelledError if this task was cancelled; see `is_cancelled`."""
+    if is_cancelled():
         raise asyncio.CancelledError
 
 
@@ -100,7 +100,7 @@ async def finish(work: Coroutine[Any, Any, T], grace_s: float) -> T:
     # asyncio.shield costs as much again as the task: what is in hand is finished with every message
     task.add_done_callback(lambda _: None if done.done() else done.set_result(None))
     try:
-        if told_to_end():  # nobody cancels a task again that is ending
+        if is_cancelled():  # nobody cancels a task again that is ending
             raise asyncio.CancelledError
         await done
     except asyncio.CancelledError:
@@ -252,8 +252,8 @@ class Turns:
             asyncio.get_running_loop().call_soon(self._begin)
 
 
-class Latch:
-    """A state of the world that tasks wait for: any number of waiters, woken at every change."""
+class Condition:
+    """A condition variable; one event loop needs no lock for it. `notify` wakes all that wait in `until`."""
 
     def __init__(self) -> None:
         self._waiters: set[asyncio.Future[None]] = set()
@@ -266,7 +266,7 @@ class Latch:
         self._waiters.clear()
 
     async def until(
-        self, holds: Callable[[], bool], timeout_s: float | None = None, *, also: Latch | None = None
+        self, holds: Callable[[], bool], timeout_s: float | None = None, *, also: Condition | None = None
     ) -> bool:
         """Waits until `holds()` is true at a change, here or at `also`; False after `timeout_s` seconds."""
         if holds():
@@ -275,14 +275,14 @@ class Latch:
             async with asyncio.timeout(timeout_s):
                 while not holds():
                     waiter = asyncio.get_running_loop().create_future()
-                    latches = (self,) if also is None else (self, also)
-                    for latch in latches:
-                        latch._waiters.add(waiter)
+                    conditions = (self,) if also is None else (self, also)
+                    for condition in conditions:
+                        condition._waiters.add(waiter)
                     try:
                         await waiter
                     finally:
-                        for latch in latches:
-                            latch._waiters.discard(waiter)
+                        for condition in conditions:
+                            condition._waiters.discard(waiter)
         except TimeoutError:
             return holds()
         return True

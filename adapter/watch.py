@@ -18,7 +18,7 @@ from adapter.names import Names
 from adapter.probes import BUS_GRACE_S, Health
 from adapter.replicas.leases import Leases
 from adapter.supervisor import Supervisor
-from adapter.timing import Clock, Latch
+from adapter.timing import Clock, Condition
 
 log = structlog.get_logger()
 
@@ -66,7 +66,7 @@ class Watch:
         self._metrics = metrics
         self._good = clock.monotonic()
         """When JetStream was last in order."""
-        self._looked = Latch()
+        self._looked = Condition()
         self._paused: dict[str, str] = {}
         """Consumers that an operator has paused, of those that are looked at, and their streams."""
 

@@ -11,7 +11,7 @@ from collections import Counter
 import pytest
 from structlog.testing import capture_logs
 
-from adapter.timing import AnsweredWithin, Beat, Pace, Turns, finish, heed, restarted
+from adapter.timing import AnsweredWithin, Beat, Pace, Turns, finish, raise_if_cancelled, restarted
 from tests.fakes import FakeClock
 
 VIRTUAL_TIME = True
@@ -94,7 +94,7 @@ async def test_a_cancellation_that_was_swallowed_is_heeded_all_the_same() -> Non
     async def swallow() -> str:
         with contextlib.suppress(asyncio.CancelledError):
             await asyncio.Event().wait()
-        heed()
+        raise_if_cancelled()
         return "went on"
 
     task = asyncio.get_running_loop().create_task(swallow())
@@ -102,7 +102,7 @@ async def test_a_cancellation_that_was_swallowed_is_heeded_all_the_same() -> Non
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    heed()  # of a task that nobody cancelled it takes no notice
+    raise_if_cancelled()  # of a task that nobody cancelled it takes no notice
 
 
 async def test_at_a_beat_all_go_on_together_and_one_that_is_cancelled_holds_nobody_up() -> None:

@@ -12,7 +12,7 @@ from adapter.names import SHARDS, shard_of, text_of, token_of
 from adapter.ports import Account, Bucket, Entry
 from adapter.records import Binding
 from adapter.seal import Sealer
-from adapter.timing import Latch
+from adapter.timing import Condition
 
 log = structlog.get_logger()
 
@@ -26,7 +26,7 @@ class Bindings:
         mine: Callable[[Binding], bool] = lambda _: False,
         same_token: Callable[[str, str, str], bool] = lambda _, one, other: one == other,
     ) -> None:
-        self.changed = Latch()
+        self.changed = Condition()
         self.loaded = False
         """False until the bucket was read once; before that, a missing binding means nothing."""
         self._bucket = bucket

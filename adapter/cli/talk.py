@@ -17,7 +17,7 @@ from adapter.cli.send import describe
 from adapter.contract import FINAL_OUTCOMES, Inbound, Outbound, Receipt
 from adapter.names import H_MSG_ID
 from adapter.simulator import BotRecord, Simulator
-from adapter.timing import heed
+from adapter.timing import raise_if_cancelled
 
 SANDBOX = "demo"
 UNANSWERED = 5
@@ -102,7 +102,7 @@ class Conversation:
         await self._stage.bus.nc.subscribe(names.live(SANDBOX), cb=self._on_inbound)
         await self._stage.bus.nc.subscribe(names.event(SANDBOX, "receipt"), cb=self._on_receipt)
         await self._stage.bus.nc.flush()
-        heed()
+        raise_if_cancelled()
 
     async def _on_inbound(self, msg: Msg) -> None:
         self._inbound.put_nowait(msgspec.json.decode(msg.data, type=Inbound))

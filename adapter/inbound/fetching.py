@@ -25,7 +25,7 @@ from adapter.inbound.sessions import Incoming
 from adapter.names import H_MSG_ID, H_SANDBOX, H_SEQUENCE, text_of
 from adapter.ports import Fetch, Stored
 from adapter.tasks import Tasks
-from adapter.timing import Latch, backoff
+from adapter.timing import Condition, backoff
 
 log = structlog.get_logger()
 
@@ -86,7 +86,7 @@ class Downloads:
         """Sequences in the queues."""
         self._done: deque[int] = deque(maxlen=DONE_KEPT)
         self._swept_to = 0
-        self._changed = Latch()
+        self._changed = Condition()
         self._tasks = Tasks(partial(_crashed, number))
         self._stopped = False
 

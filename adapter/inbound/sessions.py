@@ -23,7 +23,7 @@ from adapter.records import Binding, Cursor
 from adapter.replicas.leases import Leases
 from adapter.seal import Sealer
 from adapter.tasks import Shared
-from adapter.timing import Beat, Clock, Latch, Pace, Turns
+from adapter.timing import Beat, Clock, Condition, Pace, Turns
 
 log = structlog.get_logger()
 
@@ -142,7 +142,7 @@ class Session:
         """The number of purges (Incoming.purges) up to which this bot's cursor is known to be there."""
         self.leaving = False
         """Ends at the next poll boundary."""
-        self.told = Latch()
+        self.told = Condition()
         """Notified once it is to leave."""
         self.served: Binding | None = None
         """What was last served: an unbound bot's end is told to iLink with it, unless its token was dead."""
@@ -258,9 +258,9 @@ def rebound(binding: Binding, needs: Incoming) -> Callable[[], bool]:
 
 
 async def wait_until(
-    session: Session, latch: Latch, holds: Callable[[], bool], timeout_s: float | None = None
+    session: Session, condition: Condition, holds: Callable[[], bool], timeout_s: float | None = None
 ) -> None:
     """Waits until `holds()`, the session must leave, or `timeout_s` seconds have passed."""
     async with asyncio.timeout(timeout_s):
         while not (session.must_leave() or holds()):
-            await latch.until(lambda: session.must_leave() or holds(), LOOK_S, also=session.told)
+            await condition.until(lambda: session.must_leave() or holds(), LOOK_S, also=session.told)

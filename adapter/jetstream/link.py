@@ -26,7 +26,7 @@ from adapter.jetstream.client import BusClient, violation
 from adapter.jetstream.credentials import credentials, tls_context
 from adapter.jetstream.questions import Answer, Question, Questions
 from adapter.settings import Settings
-from adapter.timing import Latch, backoff, first_of, told_to_end
+from adapter.timing import Condition, backoff, first_of, is_cancelled
 
 log = structlog.get_logger()
 
@@ -77,7 +77,7 @@ class Link:
         """The largest `max_payload` of any connection."""
         self._since = 0.0
         self._doubt_s = DOUBT_S
-        self.changed = Latch()
+        self.changed = Condition()
         self._settings = settings
         self._servers = random.sample(settings.nats_url, len(settings.nats_url))
         self._answered = 0.0
@@ -152,7 +152,7 @@ class Link:
     async def run(self) -> None:
         """Connects, again and again, until cancelled; closes the client then."""
         failures = 0
-        while not told_to_end():
+        while not is_cancelled():
             try:
                 nc = await self._connect()
             except (Temporary, NatsError, OSError, TimeoutError) as exc:
@@ -175,7 +175,7 @@ class Link:
                 log.info("bus.connected", link=self.name, epoch=self.epoch)
                 self.changed.notify()
                 # nats-py does not always call closed_cb: when its own closing fails, it only stays closed
-                while not (nc.is_closed or told_to_end() or await first_of(self._lost, 0.2)):
+                while not (nc.is_closed or is_cancelled() or await first_of(self._lost, 0.2)):
                     pass
             finally:
                 self.nc = None

@@ -26,7 +26,7 @@ from adapter.jetstream.link import Link
 from adapter.metrics import Metrics
 from adapter.ports import Message, PubAck
 from adapter.tallies import Count, Distribution
-from adapter.timing import Clock, Latch, first_of
+from adapter.timing import Clock, Condition, first_of
 
 log = structlog.get_logger()
 
@@ -68,7 +68,7 @@ class Publisher:
         self._outstanding: dict[int, _Outstanding] = {}
         self._numbers = itertools.count()
         self._flowing = False
-        self._flows = Latch()
+        self._flows = Condition()
         self.hurdle = "no acknowledgement"
         """Why the oldest write waits, in words for an operator."""
         self._stumbled = asyncio.Event()

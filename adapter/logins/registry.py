@@ -21,7 +21,7 @@ from adapter.metrics import Metrics
 from adapter.ports import Bucket, Entry, QrCode, Scan
 from adapter.records import Binding, LoginCode, LoginRecord
 from adapter.seal import Sealer, login_context
-from adapter.timing import Clock, Latch
+from adapter.timing import Clock, Condition
 
 log = structlog.get_logger()
 
@@ -50,7 +50,7 @@ class LoginRegistry:
     """Every login that is not over, and those that ended a moment ago; each replica holds them all."""
 
     def __init__(self, bucket: Bucket, sealer: Sealer, clock: Clock, metrics: Metrics) -> None:
-        self.changed = Latch()
+        self.changed = Condition()
         self.version = 0
         """Rises with every change that `changed` announces."""
         self._bucket = bucket

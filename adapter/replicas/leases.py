@@ -19,7 +19,7 @@ from adapter.names import SHARDS
 from adapter.ports import Entry, Register
 from adapter.records import Claim
 from adapter.replicas.membership import Membership
-from adapter.timing import Clock, first_of, heed
+from adapter.timing import Clock, first_of, raise_if_cancelled
 
 log = structlog.get_logger()
 
@@ -67,7 +67,7 @@ class Leases(Membership):
                 log.error("lease.revoked", incarnation=self.incarnation, shards=len(self.owned))
                 self._metrics.lease_changes.labels(reason="lost").inc(len(self.owned))
                 self._forget_all()
-            heed()
+            raise_if_cancelled()
 
     async def _hold(self) -> None:
         """Renews and claims as one incarnation. Raises LeaseLost, in a group."""

@@ -21,7 +21,7 @@ from adapter.errors import UNDECODABLE, Conflict, LeaseLost, Temporary
 from adapter.metrics import Metrics
 from adapter.ports import Register
 from adapter.records import Member
-from adapter.timing import Clock, Latch
+from adapter.timing import Clock, Condition
 
 log = structlog.get_logger()
 
@@ -57,7 +57,7 @@ class Membership:
     def __init__(self, members: Register, clock: Clock, metrics: Metrics, *, instance: str, lease_s: float) -> None:
         self.owned: set[int] = set()
         """This replica's shards, as long as it is `valid`."""
-        self.changed = Latch()
+        self.changed = Condition()
         """Notified when shards come or go, and when the lease pauses or resumes."""
         self.incarnation = ""
         self.departures = 0

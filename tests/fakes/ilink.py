@@ -13,7 +13,7 @@ import msgspec
 from adapter.errors import Uncertain
 from adapter.ilink import urls
 from adapter.ports import Accepted, Account, Content, Polled, QrCode, Scan, ScanStatus, Uploaded
-from adapter.timing import Latch
+from adapter.timing import Condition
 from tests.fakes.clock import EPOCH_MS, FakeClock
 
 
@@ -232,7 +232,7 @@ class FakeLogins:
         self.fetch_s = 0.01
         self._clock = clock
         self._numbers = itertools.count(1)
-        self._news = Latch()
+        self._news = Condition()
 
     def happens(self, handle: str, *answers: Scan | ScanStatus | Exception | None) -> None:
         """The next answers about a code; None: nobody answers, at once."""
