@@ -302,6 +302,8 @@ async def recover(
             return polled  # also where it was bound anew meanwhile: iLink may count this as delivered
     finally:
         session.stale = False
+        if now := needs.bindings.get(session.bot):  # however it ended: its lanes sleep until they are woken
+            needs.revived(now.sandbox, now.bot, now.user)
 
 
 async def _lose(session: Session, binding: Binding, detail: str, needs: Incoming) -> Binding | None:
@@ -319,7 +321,7 @@ async def _lose(session: Session, binding: Binding, detail: str, needs: Incoming
 
 
 async def _regain(session: Session, binding: Binding, needs: Incoming) -> None:
-    """iLink takes the token again: what waits for the bot may go on, unless it was bound anew. Raises LeaseLost."""
+    """iLink takes the token again: the binding says so, unless it was made anew. Raises LeaseLost."""
     log.info("session.recovered", bot=session.bot)
     session.stale = False
     if binding.state == "needs_login":
@@ -329,7 +331,6 @@ async def _regain(session: Session, binding: Binding, needs: Incoming) -> None:
         await retry(partial(tell_login, needs.bindings, needs.events, alive), needs)
     else:
         await retry(partial(needs.events.binding, binding.event("recovered")), needs)
-    needs.revived(binding.sandbox, binding.bot, binding.user)
 
 
 async def _try_again(

@@ -81,7 +81,7 @@ class Incoming(NamedTuple):
     """Called with sandbox, bot and user when the user has written, before their message is on the bus: its answer may
     come at once, and ends what this begins."""
     revived: Callable[[str, str, str], None]
-    """Called in the same way once iLink takes the bot's token again."""
+    """Called in the same way once the bot's token is not tried any more (Session.stale): its lanes look again."""
     waiting: Callable[[str], Awaitable[Waiting | None]]
     """Those of a sandbox's shard, once they are loaded; None where the shard is not this replica's."""
     raw_bots: Shared[set[str]]

@@ -345,6 +345,32 @@ async def test_no_try_begins_while_the_bus_takes_nothing(poller: Poller) -> None
     assert texts(bench) == ["hello"]
 
 
+@pytest.mark.parametrize("end", ["bound anew", "moved", "lease lost"])
+async def test_however_a_recovery_ends_the_lanes_look_again(end: str) -> None:
+    """They slept for an hour where a new token was bound as a try's poll waited, the bot's next sandbox had sent
+    while the old one was tried, or the lease paused."""
+    bench, told = await ready(STALE), list[tuple[str, bool]]()
+
+    def revived(sandbox: str, bot: str, user: str) -> None:
+        told.append((sandbox, session.stale))
+
+    session, task = tended(bench, revived=revived)
+    await asyncio.sleep(6 if end == "bound anew" else 1)
+    assert (session.stale, len(bench.chat.asked)) == (True, 2 if end == "bound anew" else 1)
+    if end == "bound anew":
+        await bench.bind(token="new")
+        session.cut_off()
+    elif end == "moved":
+        await bench.bind("s2")
+        session.leave(now=False)
+    else:
+        bench.leases.is_valid = False
+    await asyncio.sleep(10)
+    assert told == [("s2" if end == "moved" else "s1", False)]
+    session.leave(now=True)
+    await task
+
+
 async def test_leaving_cuts_a_recovery_short() -> None:
     bench = await ready(*[STALE] * 10)
     session, task = tended(bench)
