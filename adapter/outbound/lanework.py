@@ -75,6 +75,8 @@ class LaneWork(Settling):
                 await any_of(lane.wake.wait(), self._drain.wait(), timeout_s=wait_s)
         if not self._lost and (self._drain.is_set() or lane.is_left):
             await self._store_hand(lane)
+            lane.task = None
+            self._start(lane)  # what came meanwhile found a task at work
 
     async def _store_hand(self, lane: Lane) -> None:
         """Stores how far the command in hand got: the next owner would know only that a request was to leave."""

@@ -827,3 +827,28 @@ async def test_a_user_who_logs_in_anew_is_answered_by_their_own_bot() -> None:
     await user_writes(bench, shard, bot="b3@im.bot")
     await asyncio.sleep(20)
     assert [(sent.bot, sent.user) for sent in bench.chat.sent] == [("b3@im.bot", USER)]
+
+
+async def test_a_command_that_comes_as_its_lane_stores_how_far_the_last_one_got_is_sent() -> None:
+    """The bot went to another sandbox, and came back while the bus was slow: the lane took itself for at work, and
+    the command lay there until the next one, or the user's next word."""
+    bench, shard = await ready()
+    answered, stored = bench.chat.hold_sends.setdefault(USER, asyncio.Event()), asyncio.Event()
+    shard.on_delivery(bench.command("one", id="one"))
+    await asyncio.sleep(1)
+    await bench.bind("s2")
+
+    async def slow(_: str) -> None:
+        await stored.wait()
+
+    bench.contexts_bucket.on_write = slow
+    answered.set()
+    await asyncio.sleep(1)
+    bench.contexts_bucket.on_write = None
+    await bench.bind("s1")
+    shard.on_delivery(bench.command("two", id="two"))
+    await asyncio.sleep(0.5)
+    stored.set()
+    await asyncio.sleep(30)
+    assert outcomes(bench) == [("one", "accepted", ""), ("two", "accepted", "")]
+    shard.stop()
