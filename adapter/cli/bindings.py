@@ -163,7 +163,7 @@ async def request(bus: Bus, subject: str, asked: Bind | Unbind, timeout_s: float
     """Stores the request and waits for the adapter's answer. Raises Failed."""
     inbox = bus.nc.new_inbox()
     answers = await bus.nc.subscribe(inbox)
-    await bus.hears(inbox)
+    await bus.check_subscribed(inbox)
     headers = {H_MSG_ID: asked.id or "", H_REPLY_TO: inbox, H_SCHEMA: SCHEMA_VERSION}
     ack = await bus.store(subject, msgspec.json.encode(asked), headers)
     if ack.duplicate:

@@ -33,7 +33,7 @@ from adapter.settings import Settings
 CONNECT_S = 5.0
 ANSWER_S = 5.0
 HEED_S = 0.1
-"""How long after it was said a complaint of the server is heeded, at most."""
+"""How often complaints of the server are looked for while an answer is awaited."""
 ASKED_S = 2.0
 """Patience with a question that only betters a sentence."""
 BROKE = "The connection to NATS broke: try again."
@@ -57,20 +57,18 @@ class Bus:
         self.heard: deque[Exception] = deque(maxlen=KEPT)
         """The server's complaints, such as what it forbids."""
 
-    async def hears(self, *subjects: str) -> None:
-        """Returns once what was subscribed is in force. Raises Failed where the server forbids one of `subjects`.
-
-        Or answers: whoever stores something has to hear that it is stored.
-        """
+    async def check_subscribed(self, *subjects: str) -> None:
+        """Returns once what was subscribed is in force. Raises Failed where the server forbids one of `subjects`, or
+        to hear answers, which whoever stores something needs."""
         try:
             answers = await self.nc.subscribe(self.nc.new_inbox())
             await self.nc.flush()
             await answers.unsubscribe()
         except (NatsError, TimeoutError):
             raise Failed(UNREACHABLE, BROKE) from None
-        self.heed(*subjects)
+        self.raise_if_forbidden(*subjects)
 
-    def heed(self, *subjects: str) -> None:
+    def raise_if_forbidden(self, *subjects: str) -> None:
         """Raises Failed where the server has said that this user may not have one of `subjects`, one below it, or
         answers."""
         prefix = self.settings.nats_inbox_prefix
@@ -96,7 +94,7 @@ class Bus:
         task = asyncio.ensure_future(asking)
         try:
             while not (await asyncio.wait({task}, timeout=HEED_S))[0]:
-                self.heed(subject)
+                self.raise_if_forbidden(subject)
             return await task
         finally:
             task.cancel()
@@ -120,7 +118,7 @@ class Bus:
                 raise Failed(NO, f"Not stored: too many messages wait on {subject}; try later.") from None
             raise Failed(NO, f"Not stored: {exc.description or exc} (error {exc.err_code}).") from None
         except (NatsError, TimeoutError):
-            self.heed(subject)
+            self.raise_if_forbidden(subject)
             raise Failed(
                 UNREACHABLE,
                 f"The bus did not confirm {subject}: unclear whether it is stored, repeat with the same id.",
@@ -177,7 +175,7 @@ class Bus:
         except (NatsError, TimeoutError) as exc:
             if nobody and isinstance(exc, NoRespondersError):
                 raise Failed(UNREACHABLE, nobody) from None
-            self.heed(subject)
+            self.raise_if_forbidden(subject)
             raise Failed(UNREACHABLE, silent) from None
 
 

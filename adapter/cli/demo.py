@@ -65,7 +65,7 @@ async def _demo(screen: Screen) -> int:
         await _bind(bus, SANDBOX, bot)
         screen.note(f"NATS at {nats.url}, sandbox {SANDBOX}. You are a WeChat user: write. ctrl-C ends.\n")
         talk = Conversation(Stage(bus, simulator, bot, screen, PATIENCE_S))
-        return await while_alive(talk.run(lines()), adapter, nats)
+        return await while_alive(talk.run(lines()), nats, adapter)
 
 
 def demo_settings(nats_url: str, ilink_url: str) -> Settings:

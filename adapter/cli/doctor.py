@@ -69,7 +69,7 @@ async def doctor(
 async def _unheard(bus: Bus) -> list[Check]:
     """Why no answer can be heard, without which nothing else can be told. Raises Failed if the connection breaks."""
     try:
-        await bus.hears()
+        await bus.check_subscribed()
     except Failed as exc:
         if exc.code == UNREACHABLE:
             raise
@@ -230,7 +230,7 @@ async def adapters_there(bus: Bus, wait_s: float = PING_S) -> Adapters:
     await bus.nc.subscribe(inbox, cb=heard)
     await bus.nc.publish(ping, b"", reply=inbox)
     await asyncio.sleep(wait_s)
-    bus.heed(ping)
+    bus.raise_if_forbidden(ping)
     return Adapters(ids, versions, silent=not ids and not nobody)
 
 

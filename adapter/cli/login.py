@@ -63,7 +63,7 @@ async def login(
     async with connected(lasting=True) as bus:
         told = bus.names.event(asked.sandbox, "login")
         await bus.nc.subscribe(told, cb=heard)
-        await bus.hears(told)
+        await bus.check_subscribed(told)
         first = await bus.ask("login.start", asked, Login, START_S)
         with until_signalled() as stop:
             code = await unless(stop, _run(_Following(bus, view, news, png=asked.png), first, bus))

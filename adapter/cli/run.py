@@ -18,7 +18,7 @@ from adapter.cli import output
 from adapter.cli.bus import settings_here
 from adapter.cli.exits import OK, USAGE, Failed
 from adapter.cli.options import flag
-from adapter.cli.running import beside_server, until_signalled
+from adapter.cli.running import until_signalled, while_alive
 from adapter.embedded import EmbeddedNats
 from adapter.environment import read_settings
 from adapter.eventloop import run_fast
@@ -66,7 +66,7 @@ async def _run(settings: Settings, *, embedded: bool, port: int) -> int:
         async with EmbeddedNats(Path(settings.data_dir) / "nats", port) as server:
             log.info("nats.started", url=server.url, folder=str(server.folder))
             beside = msgspec.structs.replace(settings, nats_url=(server.url,))
-            await beside_server(app.run(beside, stop=stop), server)
+            await while_alive(app.run(beside, stop=stop), server)
     return OK
 
 

@@ -6,11 +6,13 @@ import asyncio
 import contextlib
 import signal
 from collections.abc import AsyncIterator, Coroutine, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 from adapter.cli.exits import NO, TIMEOUT, UNREACHABLE, Failed
 from adapter.embedded import EmbeddedNats
 from adapter.settings import Settings
+
+T = TypeVar("T")
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -56,22 +58,6 @@ async def unless(stop: asyncio.Event, work: Coroutine[Any, Any, int]) -> int | N
             await asyncio.wait({task})
 
 
-async def beside_server(work: Coroutine[Any, Any, None], server: EmbeddedNats) -> None:
-    """Runs `work` to its end. Raises Failed if the server ends first: nothing can be stored any more then."""
-    task = asyncio.create_task(work)
-    ended = asyncio.create_task(server.ended())
-    try:
-        await asyncio.wait({task, ended}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise Failed(UNREACHABLE, f"The embedded NATS server ended by itself: see {server.log_file}.")
-        task.result()
-    finally:
-        ended.cancel()
-        if not task.done():
-            task.cancel()
-            await asyncio.wait({task})
-
-
 @contextlib.asynccontextmanager
 async def adapter_running(settings: Settings, *, start_s: float, drain_s: float) -> AsyncIterator[asyncio.Task[None]]:
     """The adapter in this process, ready; drained at the end of the block. Raises Failed if it does not start."""
@@ -96,18 +82,22 @@ async def adapter_running(settings: Settings, *, start_s: float, drain_s: float)
         await asyncio.wait({task})
 
 
-async def while_alive(work: Coroutine[Any, Any, int], adapter: asyncio.Task[None], server: EmbeddedNats) -> int:
-    """What `work` returns. Raises Failed if the adapter or the server ends before it."""
+async def while_alive(
+    work: Coroutine[Any, Any, T], server: EmbeddedNats, adapter: asyncio.Task[None] | None = None
+) -> T:
+    """What `work` returns. Raises Failed if the server, or the adapter where it is not `work` itself, ends first."""
     task = asyncio.create_task(work)
     ended = asyncio.create_task(server.ended())
     try:
-        await asyncio.wait({task, adapter, ended}, return_when=asyncio.FIRST_COMPLETED)
+        waits: set[asyncio.Task[Any]] = {task, ended} | ({adapter} if adapter else set())
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             return task.result()
-        if ended.done():
-            raise Failed(UNREACHABLE, "The embedded NATS server ended by itself.")
-        adapter.result()  # its own error says more
-        raise Failed(NO, "The adapter ended by itself.")
+        if adapter is not None and adapter.done() and not ended.done():
+            adapter.result()  # its own error says more
+            raise Failed(NO, "The adapter ended by itself.")
+        where = "" if adapter else f": see {server.log_file}"  # the log of a demo goes with its server
+        raise Failed(UNREACHABLE, f"The embedded NATS server ended by itself{where}.")
     finally:
         ended.cancel()
         task.cancel()

@@ -60,7 +60,7 @@ async def send(
     async with connected() as bus:
         told = bus.names.event(sandbox, "receipt")
         receipts = await bus.nc.subscribe(told)
-        await bus.hears(*() if no_wait else (told,))  # before anything can happen to the command
+        await bus.check_subscribed(*() if no_wait else (told,))  # before anything can happen to the command
         before = await _store(bus, sandbox, command)
         if no_wait:
             return _stored(command, json)

@@ -75,7 +75,7 @@ async def _listen(bus: Bus, arrivals: Arrivals, sandbox: str, events: bool, sinc
             await _live(bus, arrivals, source)
         else:
             await _stored(bus, arrivals, source, since_ms)
-    await bus.hears(*(source.live for source in sources))
+    await bus.check_subscribed(*(source.live for source in sources))
 
 
 async def _live(bus: Bus, arrivals: Arrivals, source: Source) -> None:
