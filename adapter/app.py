@@ -101,7 +101,7 @@ async def _flush_windows(parts: Parts) -> None:
 
 
 def _raise_file_limit(capacity: int) -> None:
-    """Each bot needs a connection for its poll, now and then one for a send: as many files as the system allows."""
+    """Raises the limit of open files as far as it goes: a bot needs one for its poll, and one for a send."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(OSError, ValueError):  # not ours to raise: the warning below says what that means
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -1,7 +1,7 @@
 """The context record of each bot and user: one copy in memory per replica, every change by compare-and-set.
 
-Inbound (a new token, a new window) and outbound (a send counted) change the same record; a lock per peer puts
-them in a row, and a write of a replica that lost the peer is refused by the revision.
+Inbound (a new token, a new window) and outbound (a send counted) change the same record. A lock per peer serialises
+them, and the revision refuses a write of a replica that lost the peer.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ log = structlog.get_logger()
 
 
 class Peer:
-    """One bot and one user. `context` may be ahead of the bucket until the next `save`."""
+    """One bot and one user. `context` may be newer than the bucket until the next `save`."""
 
     __slots__ = (
         "bot",

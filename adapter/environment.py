@@ -1,4 +1,4 @@
-"""Settings out of a mapping such as the environment: all faults at once, by variable. `os.environ` is never read."""
+"""Reads Settings from a mapping such as the environment, reporting all faults at once. Never reads `os.environ`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The event loop of a service: uvloop's where there is one, and with it a garbage collector that looks at little.
+"""Starts the event loop: uvloop's where it is installed, and a garbage collector that is run in small steps.
 
-What a poll that waits is made of lives on, and is no garbage: thousands of bots have half a million objects, and a
-look at all of them stops everything for a tenth of a second or more (CONTRIBUTING.md, 61). Imports nothing of ours.
+The state of thousands of waiting polls is half a million objects that live on; a full collection stops everything
+for a tenth of a second or more (CONTRIBUTING.md, 61). Imports nothing of ours.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the adapter tells the world: events, among them receipts, and dead letters. Each counts once it is stored."""
+"""Publishes events, receipts among them, and dead letters. Each method returns once the stream has stored it."""
 
 from __future__ import annotations
 

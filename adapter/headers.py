@@ -1,4 +1,4 @@
-"""What is kept of a message's headers where it is copied. Pure."""
+"""Which headers of a command are kept when it is copied. Pure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Dead letters: what their headers tell, and what trying one again means. No I/O."""
+"""Dead letters: reading their headers, and making the message that tries one again. No I/O."""
 
 from __future__ import annotations
 

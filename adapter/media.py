@@ -1,4 +1,4 @@
-"""What bytes are: type, size of a picture, length of a recording; and WeChat's voice format as WAV. No I/O."""
+"""Identifies media: type, size of a picture, length of a recording; converts WeChat's voice format to WAV. No I/O."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""JSON of strangers that is nearly right: what one text makes unreadable would cost the whole message. Pure."""
+"""Repairs invalid JSON of others (cut surrogate pairs, control characters, broken UTF-8): one text must not cost the
+whole message. Pure.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The composition root: builds what each loop needs. The only module that knows both the loops and NATS and iLink."""
+"""The composition root: builds the loops of a replica on its connections. Nothing below knows both."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""Who may do what on the bus: the roles, what each may publish and subscribe, and what accounts lend each other.
+"""Who may do what on the bus: the roles, what each may publish and subscribe, and the exports between accounts.
 
 The source of the configurations in `helm/nats/`, of the JWTs that `wechat-nats permissions` makes, and of what
 `doctor` misses. No I/O.
 
 Streams, buckets, adapter and operators are in one account. Everybody else is in another and reaches only what is
-imported there: in a shared account the server can be made to write anywhere by the reply subject of a request, which
-it does not check against permissions; between accounts a reply goes back to the asker's account.
+imported there: within an account the server does not check the reply subject of a request against permissions, so
+that it could be made to write anywhere; between accounts a reply goes back to the asker's account.
 """
 
 from __future__ import annotations

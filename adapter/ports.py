@@ -1,4 +1,4 @@
-"""What the loops ask of the world, each with the errors it may raise. Holds no code that does anything."""
+"""The interfaces between the loops and the edges (iLink, NATS), each with the errors it may raise. No code."""
 
 from __future__ import annotations
 
@@ -275,7 +275,7 @@ class PubAck(msgspec.Struct):
 
 
 class Bus(Protocol):
-    """Storing messages. Waits as long as the bus is away; what is given first is stored first."""
+    """Publishing to streams, in the order of the calls. Waits as long as the bus is away."""
 
     async def publish(self, message: Message) -> PubAck:
         """Raises Conflict, BusRefused, and what the message's fence raises."""
@@ -300,7 +300,7 @@ class Delivery(Protocol):
     """It was delivered before, so that its outcome may be on the bus already."""
 
     async def ack(self) -> None:
-        """Settles it; a lost ack comes back as another delivery."""
+        """Acknowledges it; if the ack is lost, it is delivered again."""
 
 
 class Stored(NamedTuple):
@@ -337,7 +337,7 @@ class History(Protocol):
 
 
 class Archive(History, Protocol):
-    """The same, for people, who begin at the end."""
+    """The same, with paging from the newest on."""
 
     async def newest(self, stream: str, subject: str, *, count: int, before: int | None = None) -> list[Stored]:
         """At most `count` messages, newest first; `before`: older than this sequence. Raises Temporary."""
@@ -393,7 +393,7 @@ class Bucket(Protocol):
 
 
 class Written(NamedTuple):
-    """The last word on a key."""
+    """The last write of a key."""
 
     revision: int
     time_ms: int
@@ -402,7 +402,7 @@ class Written(NamedTuple):
 
 
 class Shelf(Protocol):
-    """A bucket as who clears it up sees it."""
+    """A bucket for garbage collection: what is there, when it was written, and removing it without a trace."""
 
     async def keys(self) -> list[str]:
         """Every key of which anything is there, be it the mark of its deletion. Raises Temporary."""
@@ -411,11 +411,11 @@ class Shelf(Protocol):
         """None: nothing is there. Raises Temporary."""
 
     async def purge(self, key: str, revision: int) -> None:
-        """Leaves no trace of a key up to a revision; what was written later stays. Raises Temporary."""
+        """Removes a key, its marks too, up to a revision; what was written later stays. Raises Temporary."""
 
 
 class Register(Protocol):
-    """A bucket for leases: answers from the leader, and never waits longer than about a second."""
+    """A bucket for leases: reads from the stream's leader, and waits for about a second at most."""
 
     async def get(self, key: str) -> Entry | None:
         """Raises Temporary."""

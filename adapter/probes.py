@@ -1,6 +1,5 @@
-"""Answers /metrics, /livez, /readyz and /startupz from a thread of its own; reads, never changes.
-
-Of its own, since a stuck event loop is the very thing that /livez has to report.
+"""Serves /metrics, /livez, /readyz and /startupz, from a thread of its own: a stuck event loop is the very thing that
+/livez has to report. Reads, never changes.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ class _Flag:
 
 
 class Health:
-    """What the event loop says about itself; the probe thread reads it. All attributes may be set at any time.
+    """The health of this replica: set by the event loop at any time, read by the probe thread.
 
     `clock` gives monotonic seconds. NATS and iLink never decide about life: restarting thousands of long polls heals
     neither. Nothing here knows single bindings.

@@ -1,4 +1,4 @@
-"""What a user quotes, pure: which message is meant, which part of it, and what stands for what has no text (4.5)."""
+"""What a user quotes: which message is meant, which part of it, and what stands for media (4.5). Pure."""
 
 from __future__ import annotations
 

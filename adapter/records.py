@@ -1,4 +1,4 @@
-"""What the adapter keeps in its buckets, for itself: not part of the contract, read by nobody else."""
+"""What the adapter keeps in its buckets: private, not part of the contract."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ class Merged(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Hand(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """The command that is being sent: written before each request, so that a crash leaves a trace."""
+    """The progress of the command that is being sent: written before each request, so that a crash leaves a trace."""
 
     command: str
     client: str

@@ -1,7 +1,7 @@
-"""Secrets at rest, above all bot tokens: AES-256-GCM with a key from the settings, or plain where no key is set.
+"""Encryption of secrets at rest, above all bot tokens: AES-256-GCM with a key from the settings; plain without one.
 
-Form: `s1.<key id>.<base64url of nonce and ciphertext>`; the bot's id is bound in, so that a sealed token cannot be
-moved to another bot. Several keys may be given: the first seals, all open, which is how a key is rotated.
+Form: `s1.<key id>.<base64url of nonce and ciphertext>`; the bot's id is authenticated with it, so that a sealed token
+cannot be moved to another bot. Of several keys the first seals and all open, which is how a key is rotated.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What is built and run for each shard that this replica owns."""
+"""What runs for each shard that this replica owns: consumers, the router, control commands, cleanup."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class ShardLoops(NamedTuple):
         return work
 
     async def _lasting(self, name: str, run: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        """Restarts a loop that crashed; one that goes on crashing costs the replica its life (/livez)."""
+        """Restarts a loop that crashed; one that goes on crashing fails /livez."""
         last = await restarted(run, name, self.clock, restarts=RESTARTS, steady_s=STEADY_S)
         self.failed(name, f"crashed {RESTARTS + 1} times in a row: {type(last).__name__}")
 

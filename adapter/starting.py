@@ -1,4 +1,4 @@
-"""What a replica looks at before it serves: what its NATS user may do, its streams, how tokens are stored."""
+"""Checks before a replica serves: permissions of its NATS user, its streams, how tokens are stored."""
 
 from __future__ import annotations
 

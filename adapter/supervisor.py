@@ -1,4 +1,4 @@
-"""Keeps what runs equal to what should run: a poller per binding of an owned shard, a sender per owned shard."""
+"""Reconciles what runs with what should run: a poller per binding of an owned shard, a sender per owned shard."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class ShardWork(Protocol):
 
 
 class Supervisor:
-    """Follows the leases and the bindings."""
+    """Starts and stops pollers and shards as leases and bindings change."""
 
     def __init__(
         self,
@@ -435,7 +435,7 @@ class Supervisor:
         metrics.outbound_oldest_pending.set(max(0.0, (now_ms - oldest_ms) / 1000))
 
     def _report(self, task: asyncio.Task[None]) -> None:
-        """A shard that cannot be opened, worked or given away is nobody's until the process is another one."""
+        """A shard that cannot be opened, worked or handed over needs a restart of the process: /livez fails."""
         if not task.cancelled() and (exc := task.exception()):
             log.error("task.crashed", task=task.get_name(), exc_info=exc)
             self._work.failed(task.get_name(), f"crashed: {type(exc).__name__}")

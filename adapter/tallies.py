@@ -1,7 +1,7 @@
-"""Counters and histograms for what happens with every message, in prometheus_client's registry and formats.
+"""Fast counters and histograms in prometheus_client's registry and formats, for what happens with every message.
 
-Its own take a lock and look at labels and amounts at each step, which a message takes a dozen of: 25 µs, and here 5.
-Counted is by the event loop alone; another thread may collect, and finds numbers of nearly the same moment.
+The library's own take a lock and check labels and amounts at each step, of which a message takes a dozen: 25 µs, and
+here 5. Only the event loop counts; another thread may collect, and finds numbers of nearly the same moment.
 """
 
 from __future__ import annotations

@@ -1,5 +1,4 @@
-"""The tasks that an object starts: asyncio forgets those that nobody holds, and reports their failures late. And one
-task for all who want the same."""
+"""The background tasks of an owner, and requests that several callers share."""
 
 from __future__ import annotations
 
@@ -11,7 +10,7 @@ T = TypeVar("T")
 
 
 class Tasks:
-    """The running tasks of one owner."""
+    """The running tasks of one owner. asyncio itself holds tasks weakly, and reports their failures late."""
 
     def __init__(self, on_failure: Callable[[BaseException], None]) -> None:
         """`on_failure` is told what a task raised, unless it was cancelled. No method of the owner, which would then
@@ -50,8 +49,8 @@ class Tasks:
 
 
 class Shared(Generic[T]):
-    """One question for all who ask at about the same time. It is asked after each of them wanted to know: who comes
-    while one is out waits for the next."""
+    """Coalesces requests: callers that come at about the same time share one, which starts after each of them called.
+    Who comes while one is out shares the next."""
 
     def __init__(self, ask: Callable[[], Coroutine[Any, Any, T]]) -> None:
         self._ask = ask

@@ -24,7 +24,7 @@ log = structlog.get_logger()
 
 
 class Clock(Protocol):
-    """What the loops know of time."""
+    """Time and chance, so that a test owns both."""
 
     def now_ms(self) -> int:
         """Wall clock, Unix milliseconds: for time stamps and the user's window, never for leases."""
@@ -182,15 +182,15 @@ async def any_of(*waits: Coroutine[Any, Any, object], timeout_s: float) -> None:
 
 
 class Beat:
-    """Gathers what need not be done at once, so that it is done together: thousands of small steps cost less in a row
-    than one by one, where each wakes the process with cold caches."""
+    """Batches waiters into common wake-ups: thousands of small steps cost less in a row than one by one, where each
+    wakes the process with cold caches."""
 
     def __init__(self, period_s: float) -> None:
         self._period_s = period_s
         self._waiters: list[asyncio.Future[None]] = []
 
     async def next(self) -> None:
-        """Waits for the next beat, a period away at most, with all others that wait for it."""
+        """Waits for the next wake-up, a period away at most."""
         loop = asyncio.get_running_loop()
         if not self._waiters:
             loop.call_later(self._period_s, self._strike)
@@ -206,7 +206,7 @@ class Beat:
 
 
 class Pace:
-    """Spreads what comes at once: at most so many per second, one after the other."""
+    """A rate limit without bursts: at most `per_s` a second, evenly spread."""
 
     def __init__(self, per_s: float) -> None:
         self._step_s = 1 / per_s
@@ -221,8 +221,8 @@ class Pace:
 
 
 class Turns:
-    """Lets so many go on in each round of the event loop, in the order in which they come: what thousands do in one
-    round holds up all others, and with them the lease."""
+    """Lets at most `per_round` tasks go on in each iteration of the event loop, first come, first served: what
+    thousands do in one iteration holds up all others, and with them the lease."""
 
     def __init__(self, per_round: int) -> None:
         self._per_round = per_round
@@ -241,7 +241,7 @@ class Turns:
         self._left -= 1
 
     def _begin(self) -> None:
-        """Another round."""
+        """The next iteration of the loop."""
         self._left = self._per_round
         while self._left and self._waiters:
             waiter = self._waiters.popleft()

@@ -1,4 +1,4 @@
-"""Watches this replica and its bus, and tells the probes and the metrics."""
+"""Health checks of this replica and its bus, for the probes and the metrics."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An HTTP server of the standard library, with a thread for each request: for what must answer beside the loop."""
+"""A threaded HTTP server of the standard library, for what must answer while the event loop is stuck."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""May something be sent to this user now? The window of iLink as a pure state machine (ilink-protocol 5.2, 6, 10.1).
+"""iLink's window as a pure state machine: may something be sent to this user now (ilink-protocol 5.2, 6, 10.1)?
 
 `open` for so many sends and hours after each inbound message; after -2 `throttled` until the next one, or until one
 probe after a long cool-down.

@@ -1,4 +1,4 @@
-"""Commands about bindings: read, applied to the bucket, told as events, answered. Never calls the supervisor.
+"""Control commands (bind, unbind): applied to the bucket, published as events, answered. Never calls the supervisor.
 
 One consumer on WECHAT_CTL, owned with shard 0, so commands take effect in the order in which they were stored.
 """

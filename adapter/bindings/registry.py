@@ -1,4 +1,4 @@
-"""Which bot serves which sandbox: the bucket in memory, kept in step, and the changes made to it."""
+"""Which bot serves which sandbox: the bucket of bindings cached in memory, and compare-and-set changes to it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How the tokens in the bucket of bindings are stored, and sealing anew those that are open or under an older key."""
+"""Counts how the tokens of bindings are stored, and seals those that are open or sealed with an old key."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""A bot whose token iLink refuses (-14) needs a login: how its binding says so, whether a poll or a send found out.
+"""A binding whose token iLink refuses (-14): marking it `needs_login`, taking that back, and the events of both.
 
-Each change is marked in the binding until its event is on the bus. The tries before it are the poller's
-and the lane's (`lanework`).
+Each change is marked in the binding until its event is on the bus. The retries before it are the poller's and the
+lane's (`lanework`).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Clears up behind bots that are bound no more: their cursors and records, and at last the mark of the unbinding.
+"""Garbage collection after an unbind: removes the bot's cursor and records, and at last the binding's deletion mark.
 
-A bot may be bound again, and iLink repeats messages for an hour: for a time all stays as it was. What was said, what
-was sent and what waits is in streams, and goes by their ages.
+All is kept for a time, since a bot may be bound again, and iLink repeats messages for an hour. What is in streams
+goes by their ages.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ RETRY_S = 60.0
 
 
 class Tidying(NamedTuple):
-    """What a round needs."""
+    """The dependencies of a round."""
 
     bindings: Bindings
     bound: Shelf

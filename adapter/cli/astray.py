@@ -1,4 +1,4 @@
-"""Commands stored while WECHAT_OUT had no subject transform: where no adapter looks, under `wechat.out.*`."""
+"""Commands stored while WECHAT_OUT had no subject transform, which no consumer sees; `doctor --fix` moves them."""
 
 from __future__ import annotations
 

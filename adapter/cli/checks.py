@@ -1,4 +1,4 @@
-"""One line of what `doctor` finds."""
+"""The result of one check of `doctor`."""
 
 from __future__ import annotations
 

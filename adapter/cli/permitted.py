@@ -1,4 +1,4 @@
-"""What `doctor` says of permissions: whether the user at hand may do an adapter's work, and who else gets in."""
+"""The permission checks of `doctor`: whether this user may do an adapter's work, and whether strangers get in."""
 
 from __future__ import annotations
 

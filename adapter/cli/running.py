@@ -1,4 +1,4 @@
-"""Starting and stopping what runs for a while: signals, the adapter in this process, a server beside it."""
+"""Running something until a signal: the adapter in this process, an embedded server beside it."""
 
 from __future__ import annotations
 

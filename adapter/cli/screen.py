@@ -1,4 +1,4 @@
-"""How `demo` shows a conversation: a label, and beside it what was said."""
+"""How `demo` prints a conversation: a label and a text per entry, with a prompt on a terminal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the console asks and does. Runs in the event loop; knows the bus by its ports, and logins as their service."""
+"""What the console reads and does, in the event loop: the bus by its ports, logins by their service."""
 
 from __future__ import annotations
 

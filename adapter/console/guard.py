@@ -1,6 +1,6 @@
-"""Who may use the console: the token, sessions made of it, and proof that a form is ours. No I/O, no clock.
+"""Authentication of the console: its token, signed sessions, CSRF proofs of forms. No I/O, no clock.
 
-Everything follows from the token: any replica takes what another has given, and a new token ends all sessions.
+Everything is derived from the token: any replica accepts the sessions of another, and a new token ends all of them.
 """
 
 from __future__ import annotations

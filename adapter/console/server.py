@@ -1,4 +1,4 @@
-"""The console over HTTP: sign in, look, act. Threads of their own talk to the browser, the event loop to the bus."""
+"""The console over HTTP. Threads of their own talk to the browser; the event loop talks to the bus."""
 
 from __future__ import annotations
 

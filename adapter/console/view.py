@@ -1,4 +1,4 @@
-"""What the console's pages are made of. Data only, without secrets but the code of the login that is shown."""
+"""The data that the console's pages show, without secrets but the QR code of the login that is shown."""
 
 from __future__ import annotations
 

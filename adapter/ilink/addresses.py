@@ -1,4 +1,4 @@
-"""Which addresses a host of iLink may have: public ones, and no way around. No I/O.
+"""Which IP addresses iLink's hosts may resolve to: public ones only, against SSRF. No I/O.
 
 A name on the allow-list says nothing about where it leads: whoever answers for it in DNS, or stands between us and
 DNS, could make the adapter talk to its neighbours, such as a cloud's metadata service (169.254.169.254).

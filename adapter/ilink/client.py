@@ -1,4 +1,4 @@
-"""iLink's calls over HTTP. No parsing beyond handing bytes on, and no connections: those are `transport`'s."""
+"""iLink's API calls: builds requests and reads answers by `protocol`, sends by `transport`, counts both."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class ILink:
             resolver=CheckedResolver(allowed_hosts, look_up=look_up),
         )
         self._doubtful: set[str] = set()
-        """Bots whose connections seem dead: their next call gets one of its own."""
+        """Bots whose connections seem dead: their next call gets a new one."""
 
     def check_base_url(self, url: str) -> str:
         return urls.check_url(url, self._allowed_hosts)

@@ -1,6 +1,6 @@
-"""One HTTP/1.1 connection: a request, its whole answer, and only then the next request. httptools reads the answer.
+"""One HTTP/1.1 connection without pipelining: a request, its whole answer, the next request. httptools parses.
 
-It knows nothing of names, TLS or pools (`transport`), and follows nothing, stores nothing, repeats nothing.
+Names, TLS and pooling are `transport`'s. No redirects, no cookies, no retries.
 """
 
 from __future__ import annotations

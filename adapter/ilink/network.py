@@ -1,4 +1,4 @@
-"""Connections to hosts of iLink: a name is resolved once, each address is checked, and one of these is connected to.
+"""Connections to iLink's hosts: resolves a name once, checks each address, and connects to one of these.
 
 Whatever speaks HTTP connects through `addresses_of`: a check of the name before the request would be worth nothing,
 since the name may lead elsewhere a moment later (DNS rebinding). The name itself stays in SNI, in the check of the

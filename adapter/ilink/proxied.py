@@ -1,6 +1,6 @@
-"""iLink's calls through a proxy, by aiohttp: it knows how to ask one for a tunnel.
+"""iLink's calls through an HTTP proxy, by aiohttp, which can ask one for a tunnel.
 
-It costs three times as much per call as `transport`'s own connections, which is what a proxy's users pay.
+Three times the cost per call of `transport`'s own connections, which only users of a proxy pay.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ HEAD_BYTES = 65_536
 
 
 class Proxied:
-    """In the place of Transport for who has a proxy."""
+    """As Transport, through a proxy."""
 
     def __init__(self, *, tls: ssl.SSLContext, max_answer_bytes: int, resolver: CheckedResolver) -> None:
         self._tls = tls

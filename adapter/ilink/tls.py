@@ -1,4 +1,4 @@
-"""TLS that resumes sessions (RFC 8446, 2.2): who was spoken with before need not show its certificates again.
+"""A TLS context that resumes sessions (RFC 8446, 2.2).
 
 Thousands of bots talk to one host. With a chain of three certificates a resumed session takes half of a handshake's
 CPU, a third of the host's, and 20 KiB less memory for as long as the connection stands.

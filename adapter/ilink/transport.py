@@ -1,9 +1,8 @@
-"""Requests to iLink by the thousand: connections for all bots, of which a parked poll needs one and little else.
+"""HTTP requests to iLink, over a pool of connections that is cheap with thousands of parked polls.
 
-A bot costs a poll every half minute, a message a poll and a send: what one request costs decides what a platform
-pays, so the two hot calls go past every HTTP client (`CONTRIBUTING.md`, 59, has the figures). Names, addresses and
-answers are read by libraries; ours is which connection a request goes over. Through a proxy it is aiohttp's
-(`proxied`), which knows how to speak with one.
+A bot costs a poll every half minute, a message a poll and a send, so the cost of one request decides that of a
+platform: these calls use no HTTP client library (`CONTRIBUTING.md`, 59, has the figures). Libraries resolve, connect
+and parse; ours is the choice of the connection. A proxy is spoken with by aiohttp (`proxied`).
 """
 
 from __future__ import annotations
@@ -54,7 +53,7 @@ class Target(NamedTuple):
 
 
 class Transport:
-    """One request for one answer, whatever the bot, without following redirects."""
+    """Exchanges a request for its answer over pooled connections, shared by all bots. Follows no redirects."""
 
     def __init__(self, *, tls: ResumingContext, max_answer_bytes: int, resolver: CheckedResolver) -> None:
         self._tls = tls

@@ -1,4 +1,4 @@
-"""Packed answers (Content-Encoding), unpacked piece by piece: a few bytes can stand for gigabytes. No I/O."""
+"""Decompresses answers (Content-Encoding) with a bound on their size: a few bytes can stand for gigabytes. No I/O."""
 
 from __future__ import annotations
 

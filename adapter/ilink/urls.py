@@ -1,6 +1,6 @@
 """Which URLs may be called: iLink's own hosts by https, and what an operator allowed (ilink-protocol 1.4). No I/O.
 
-Whoever answers a poll, a login or an upload names URLs. Where a name leads is looked at later, see `addresses`.
+Answers to polls, logins and uploads hold URLs. Where a name resolves to is checked later, see `addresses`.
 """
 
 from __future__ import annotations

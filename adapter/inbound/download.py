@@ -1,4 +1,4 @@
-"""One item's media from iLink's CDN into the object store: as they come, with what they are, and a voice as WAV."""
+"""Downloads one item's media from iLink's CDN into the object store, finds its type, and converts a voice to WAV."""
 
 from __future__ import annotations
 

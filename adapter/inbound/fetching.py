@@ -1,8 +1,8 @@
-"""Media of users from iLink's CDN into the object store, and then their messages into the inboxes.
+"""Messages with media: they wait in WECHAT_RAW until their media are downloaded, then go to their inboxes.
 
-A message with media waits in WECHAT_RAW, so that a slow CDN costs neither safety nor the next poll. Per bot in
-order: downloads run ahead, messages are told one after the other, and none waits longer than a bounded time.
-A shard's owner does it; what it leaves undone is in the stream, for the next one.
+So a slow CDN costs neither safety nor the next poll. Per bot, downloads run ahead, messages are published one after
+the other, and none waits longer than a bounded time. The shard's owner does it; what it leaves undone is in the
+stream, for the next one.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Waiter:
 
 
 class Queue:
-    """What waits of one bot for one sandbox, in order."""
+    """The waiting messages of one bot for one sandbox, in order."""
 
     def __init__(self) -> None:
         self.waiters: deque[Waiter] = deque()
@@ -191,7 +191,7 @@ class Downloads:
         queue.waiters.popleft()
 
     async def _clear(self, queue: Queue) -> None:
-        """Drops what is in the inbox already: a crash came between telling it and forgetting it."""
+        """Drops what is in the inbox already: a crash came between publishing it and deleting it from WECHAT_RAW."""
         suspects = {waiter.heard.id: waiter for waiter in queue.waiters if waiter.suspect}
         names = self._incoming.names
         (subject,) = {names.inbox(waiter.heard.sandbox) for waiter in suspects.values()}
@@ -224,7 +224,7 @@ class Downloads:
     # downloads --------------------------------------------------------------------------------------
 
     def _ahead(self, queue: Queue) -> None:
-        """Lets downloads begin, the oldest messages first."""
+        """Starts downloads, the oldest messages first."""
         busy = sum(1 for waiter in queue.waiters if waiter.work is not None and not waiter.work.done())
         for waiter in queue.waiters:
             if busy >= AHEAD or waiter.suspect:
@@ -271,7 +271,7 @@ class Downloads:
     # ending -----------------------------------------------------------------------------------------
 
     async def drain(self, seconds: float) -> None:
-        """What is nearly done may end; the rest stays in the stream."""
+        """Waits a little for what is nearly done; the rest stays in the stream."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._changed.until(lambda: not self._queues)

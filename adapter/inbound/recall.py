@@ -1,7 +1,7 @@
-"""What was said before, for quotes that name only an id: inbound read back from the inbox, outbound kept in a bucket.
+"""Finds the words of a quote that names only an id: inbound ones in the inbox, outbound ones in a bucket.
 
-Nothing is written for inbound messages. What was sent is noted behind the sender's back: a note that cannot be
-stored costs a quote its words, never a send its time.
+Nothing is written for inbound messages. What was sent is noted in the background: a note that cannot be stored costs
+a quote its words, never a send its time.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A bot's poller: what it needs, what others may know of it, and where it stands."""
+"""A poller's dependencies (`Incoming`), its state as others see it (`Session`), and its checkpoint (`Place`)."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ State: TypeAlias = Literal["starting", "polling", "paused", "needs_login", "erro
 
 
 class Waiting(Protocol):
-    """Messages of one shard that wait in WECHAT_RAW for their media, or behind one that does."""
+    """The messages of one shard that wait in WECHAT_RAW for their media, or behind one that does."""
 
     def holds(self, sandbox: str, bot: str) -> bool:
         """Whether one of this bot waits: what comes after it has to wait behind it."""
@@ -125,7 +125,7 @@ class Incoming(NamedTuple):
 
 
 class Session:
-    """The state of one bot's poller, for the supervisor, the sender and the metrics."""
+    """The state of one bot's poller, shared with the supervisor, the sender and the metrics."""
 
     def __init__(self, bot: str) -> None:
         self.bot = bot
@@ -227,7 +227,7 @@ class Session:
 
 
 class Place(NamedTuple):
-    """Where a poller stands: what its cursor's record says, and the revision that fences it."""
+    """A poller's checkpoint: its cursor's record, the revision that fences writes to it, and the messages seen."""
 
     record: Cursor
     """Without `seen`, which is kept once."""

@@ -1,4 +1,4 @@
-"""What JetStream's answers mean: its errors by what the caller does next, and what is no answer at all. No I/O."""
+"""JetStream's answers: decoding them, and its error codes as our errors. No I/O."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Key-value buckets, read and written raw: direct get, compare-and-set by the key's last sequence.
+"""Key-value buckets by direct get, and compare-and-set on the key's last sequence.
 
 nats-py's own bucket is not used: its watch is deaf for 15 s after a server restart, and it cannot write
 with a revision through our publisher. The data is the same as any KV client's.

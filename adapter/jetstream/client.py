@@ -1,8 +1,8 @@
-"""nats-py's client, with a short way for what each message of the bridge passes: a publish and its acknowledgement.
+"""nats-py's client with a fast path for what each message of the bridge passes: a publish and its acknowledgement.
 
-nats-py takes four coroutines for a publish, and for each header a look for what may not stand there; for an
-acknowledgement a message, a queue and a task. Together that is a quarter of what a message in a batch costs. Whatever
-is unusual goes nats-py's own way. The parts of it that are used here are not public: `pyproject.toml` bounds it.
+nats-py takes four coroutines and a check of each header for a publish, and a message, a queue and a task for an
+acknowledgement: a quarter of what a message in a batch costs. Whatever is unusual takes nats-py's own path. The parts
+of it that are used here are not public: `pyproject.toml` bounds its version.
 """
 
 from __future__ import annotations

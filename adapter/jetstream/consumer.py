@@ -1,16 +1,17 @@
-"""Pulling from a durable consumer that has one owner at a time.
+"""The pull loop of a durable consumer that has one owner at a time.
 
-At each start and after each connect the consumer is reset: everything unacknowledged comes again, at once and
-in stream order, so nothing that was lost on its way can overtake or hide. In a cluster a delivery can get lost
-without a break, when the consumer's leader goes: the numbers of deliveries and heartbeats tell, and it is reset, too.
+At each start and after each connect the consumer is reset: everything unacknowledged comes again, at once and in
+stream order, so that nothing lost on its way can overtake or hide. In a cluster a delivery can get lost without a
+break, when the consumer's leader dies: the sequence numbers of deliveries and heartbeats show the gap, and the
+consumer is reset, too.
 
-The numbers say nothing about a reset by somebody else: one who resets and then takes as much as the owner had taken
-hides what it took. So whoever is not sure to be the owner neither resets nor pulls, and looks again between the two:
-a reset that reached the server late is then followed by no pull. Pulls that an owner before left, who is frozen or
-cut off without a trace, take deliveries until they expire, also from a consumer that is reset.
+They do not show a reset by somebody else, who then takes as much as the owner had taken. So a replica that is not
+sure to be the owner neither resets nor pulls, and checks again between the two: a reset that reached the server late
+is then followed by no pull. Pulls that a former owner left, frozen or cut off without a trace, take deliveries until
+they expire, also from a consumer that is reset.
 
-A consumer that an operator has deleted is made again. What was stored before it was made may have been delivered by
-the one that is gone, which took that knowledge with it.
+A consumer that an operator has deleted is made again. What was stored before that may have been delivered by the one
+that is gone, which took that knowledge with it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The files that a connection is authorised by, read anew for each: they may be exchanged while the service runs.
+"""Reads the files of credentials and certificates for each connection: they may be exchanged while the service runs.
 
-nats-py reads them in the midst of its handshake, raises there whatever its parsers raise, and looks for the JWT in a
-file without one for ever. So they are read here, and it gets what was looked at.
+nats-py would read them in the midst of its handshake, raise whatever its parsers raise, and look for the JWT in a
+file without one for ever. So they are read and checked here.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Looks again and again at the streams while the service runs: are they there, as they must be, and not emptied?"""
+"""Checks the streams while the service runs: deleted, changed, purged or set back?"""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ log = structlog.get_logger()
 
 
 class Inspector:
-    """What it found when it looked last."""
+    """The state of the streams when they were last checked."""
 
     def __init__(
         self, names: Names, settings: Settings, metrics: Metrics, *, at_least: Mapping[str, Callable[[], int]]

@@ -1,4 +1,4 @@
-"""The NATS micro service `wechat-nats`, made anew with each connection."""
+"""The NATS micro service `wechat-nats`, registered anew with each connection."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Questions, each with an answer or many, through one inbox of a client.
+"""Requests over one inbox of a client, each with one answer or many.
 
 nats-py's own ways cost a subscription with a task for each, or know of one answer only and take a stranger's header
-`Status` for the server's word. A start asks thousands.
+`Status` for the server's word. A start makes thousands.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class Question:
 
 
 class Questions:
-    """Those of one connection."""
+    """The open requests of one connection, told apart by the last token of the reply subject."""
 
     def __init__(self) -> None:
         self.open: dict[str, Question] = {}

@@ -1,7 +1,7 @@
-"""Which of a shard's commands are taken in hand, and which stay on the bus for now: each sandbox gets its share.
+"""Fair shares: which of a shard's commands are taken into memory, and which stay on the bus for now.
 
 All are delivered, so that none waits behind a sandbox that has sent thousands. Of those beyond a share only the
-number is kept; they are read back in their order as those before them are settled.
+sequence is kept; they are read back in order as those before them are settled.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class _Held(NamedTuple):
 
 
 class Backlog:
-    """What waits and what is in hand for one shard. A sandbox is known by the subject of its commands, as stored."""
+    """What waits and what is in hand for one shard. Sandboxes are keyed by the subject of their stored commands."""
 
     def __init__(self) -> None:
         self._held: dict[int, _Held] = {}

@@ -1,4 +1,4 @@
-"""What a message on `wechat.out` asks for, pure: read, checked, cut into parts."""
+"""Reads commands: validates a message of `wechat.out`, splits it into parts, merges texts. Pure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a command ends, or waits: what became of it, in the words of its receipt. No I/O."""
+"""The outcome of a send attempt: an ending, in the terms of the receipt, or a reason to wait. No I/O."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What waits to be sent to one user of a sandbox, in order, and what is known of it. `lanework` works it off."""
+"""The queue of one user of a sandbox and what is known of it. `lanework` works it off."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from adapter.records import Binding, Hand
 
 
 class Item:
-    """One command on its way through a lane."""
+    """A command in a lane."""
 
     __slots__ = ("command", "data", "delivery", "headers", "parked_ms", "parked_seq", "suspect")
 
@@ -67,7 +67,7 @@ class Stale(NamedTuple):
 
 
 class Lane:
-    """Everything for one user of one sandbox, in order: first what is parked, then the queue."""
+    """The commands for one user of one sandbox, in order: first what is parked, then the queue."""
 
     def __init__(self, sandbox: str, bot: str, user: str) -> None:
         self.sandbox = sandbox
@@ -200,7 +200,7 @@ class Lane:
 
 
 class Lanes:
-    """The lanes of a shard, found by their sandbox: what happens to one user costs nothing for all others."""
+    """The lanes of a shard, indexed by sandbox: what happens to one user costs nothing for all others."""
 
     def __init__(self) -> None:
         self._of: dict[str, dict[tuple[str, str], Lane]] = {}

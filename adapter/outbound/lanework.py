@@ -1,7 +1,7 @@
-"""How a user's lane is worked off: turn by turn, what is parked before what is queued.
+"""Works off the lanes of a shard, one step per turn: what is parked before what is queued.
 
-A lane never has two requests out at once, and no lane waits for another. What cannot be sent before the user writes
-is moved to WECHAT_PARKED at once, so that it does not fill the consumer's window.
+What cannot be sent before the user writes is moved to WECHAT_PARKED at once, so that it does not fill the consumer's
+window.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class LaneWork(Settling):
         self._lanes = Lanes()
 
     async def _run(self, lane: Lane) -> None:
-        """Works until the lane is empty. One unit of work per turn; what fails unexpectedly is tried again."""
+        """Works until the lane is empty, one step per turn; retries what fails unexpectedly."""
         failures = 0
         while (lane.queue or lane.parked) and not self._drain.is_set():
             await self._needs.turns.next()

@@ -1,4 +1,4 @@
-"""What is parked on the bus, read back."""
+"""Reads parked commands back from the bus."""
 
 from __future__ import annotations
 

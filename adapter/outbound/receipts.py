@@ -1,4 +1,4 @@
-"""Receipts: each command's fate, published once, and looked up where a crash may have come after it."""
+"""Publishes receipts, and looks final ones up where a crash may have come after them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ KNOWN_S = 60.0
 
 
 class Name(NamedTuple):
-    """What tells a command from all others, also from a later one with the same id."""
+    """Identifies a command, also among later ones with the same id."""
 
     id: str
     stored_ms: int

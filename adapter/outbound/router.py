@@ -1,4 +1,4 @@
-"""Moves what services publish on plain `wechat.out` to `wechat.out.<sandbox>`, in order. Owned with shard 0."""
+"""Copies what services publish on plain `wechat.out` to `wechat.out.<sandbox>`, in order. Owned with shard 0."""
 
 from __future__ import annotations
 

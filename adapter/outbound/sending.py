@@ -1,4 +1,4 @@
-"""One command to one user: its parts in order, each request counted before it leaves, until an ending or a wait.
+"""Sends one command to one user: its parts in order, each request counted before it leaves.
 
 A request is written into the user's context record before it leaves, with the command and part in hand; so after a
 crash the next owner knows what may have been sent, and sends it again under the same client_id. Media are on the CDN

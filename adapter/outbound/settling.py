@@ -1,6 +1,6 @@
-"""How a command of a shard ends: it gets its final receipt, then it is settled on the bus, and parked no more.
+"""Ends the commands of a shard: final receipt first, then the ack, and what was parked is deleted.
 
-Until both have happened it comes again, to this owner or the next one, who looks whether it has its receipt.
+Until all of that has happened a command is delivered again, to this owner or the next one, who looks its receipt up.
 """
 
 from __future__ import annotations
@@ -85,10 +85,10 @@ class Draining(Exception):
 
 
 class Settling:
-    """What is in hand for one shard, and how it ends; `LaneWork` adds how it is sent, `Shard` how it arrives.
+    """The base of a shard's worker: what is in hand, and how it ends. `LaneWork` adds sending, `Shard` adds arrival.
 
-    One object, in three files: what ends makes room for what waits. Three would hold each other, and outlive their
-    shard until the garbage collector comes.
+    One object in three files, since they call each other: what ends makes room for what waits. Three objects would be
+    a reference cycle, which outlives its shard until the garbage collector runs.
     """
 
     def __init__(self, number: int, needs: Outgoing) -> None:

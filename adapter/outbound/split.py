@@ -1,4 +1,4 @@
-"""Long texts in parts, and Markdown as plain text. Pure."""
+"""Splits long texts into parts, and turns Markdown into plain text. Pure."""
 
 from __future__ import annotations
 

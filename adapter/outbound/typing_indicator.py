@@ -1,7 +1,7 @@
-"""The typing indicator: shows a user that the bot types, from the first status 1 to the last status 2 (11.2).
+"""The typing indicator: shows a user that the bot types, and hides it (sendtyping, 11.2).
 
-A task per bot and user, as long as something is shown or to be hidden. Nothing waits for it, so that no send is late
-or lost for it. What may be shown is written down before it is shown: the next owner hides it after a crash.
+A task per bot and user, as long as something is shown or to be hidden. No send waits for it. A record is written
+before it is shown, so that after a crash the next owner hides it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The tickets that iLink wants with each sendtyping, one per user, and the calls that are made with them (11.2)."""
+"""The tickets that iLink wants with each sendtyping, cached per user, and the calls made with them (11.2)."""
 
 from __future__ import annotations
 

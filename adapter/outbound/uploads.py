@@ -1,4 +1,4 @@
-"""Media of a command on their way to the CDN: from the object store or the command itself, measured, then sent."""
+"""Uploads the media of a command to the CDN, from the object store or from the command itself."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class _Measured(NamedTuple):
 
 
 class Uploads:
-    """Brings the media of parts to the CDN, each once per request as long as this process lives."""
+    """Uploads the media of parts; a repeat of a request in the same process reuses the upload."""
 
     def __init__(self, cdn: Cdn, objects: Objects, clock: Clock, *, max_bytes: int) -> None:
         self._cdn = cdn

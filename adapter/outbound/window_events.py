@@ -1,7 +1,7 @@
-"""Tells sandboxes when something can be sent to a user, when little is left, when nothing is. No send waits for it.
+"""Publishes window events: something can be sent to a user, little is left, or nothing. No send waits for it.
 
-What was told is kept in the user's record, written with whatever is written next: after a crash the newest event on
-the bus says what was told last. Time closes a window while nothing happens, so open windows lie in a heap.
+What was told is kept in the user's record, written with whatever is written next; after a crash the newest event on
+the bus says what was told last. Time closes windows while nothing happens, so open ones lie in a heap.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Which shards this replica owns: exactly one owner each, always (design 4; the nine traps of nats.md 4.3).
 
-One renewed key per incarnation of a replica (`membership`), one claim per shard that is written only when the owner
-changes.
+One renewed key per incarnation of a replica (`membership`), and one claim per shard that is written only when its
+owner changes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Who lives: this replica's own key, which it renews, and those of the others, as they are seen from here.
+"""Which replicas live: this one's key, which it renews, and the keys of the others, as they are observed from here.
 
 No wall clocks are compared: an observer calls a member dead when its key kept one revision for `lease_s` seconds
 on the observer's own monotonic clock while reads, and its own renewals, worked all along; it then revokes that key

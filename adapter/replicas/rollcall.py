@@ -1,4 +1,4 @@
-"""Who is there and what each replica polls: asked of all at once, since no bucket is written at each poll."""
+"""Asks all replicas at once who they are and what they poll, since no bucket is written at each poll."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""How sandboxes read and bring media: `wechat.svc.media.get.<sandbox>` and `wechat.svc.media.put.<sandbox>`.
+"""Media for sandboxes, in pieces: `wechat.svc.media.get.<sandbox>` and `wechat.svc.media.put.<sandbox>`.
 
-Who may publish on the subject of a sandbox may ask for its objects: those whose names begin with `<sandbox>/`. Each
-request stands for itself, so that any replica answers any piece.
+Who may publish on the subject of a sandbox may ask for its objects: those whose names begin with `<sandbox>/`. A
+request needs none before it, so any replica answers any piece.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What can be asked over `wechat.svc.*`. Reads, never changes; never answers with a token.
+"""Read-only requests of `wechat.svc.*`: bindings, windows, replay. Never answers with a token.
 
 A sandbox asks on a subject of its own, so that the server decides who may; the platform names one in the body.
 """

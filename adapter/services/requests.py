@@ -1,4 +1,4 @@
-"""Requests of `wechat.svc.*`, as strangers write them."""
+"""Decodes the requests of `wechat.svc.*`."""
 
 from __future__ import annotations
 
