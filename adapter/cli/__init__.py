@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import io
 import logging
 import os
 import sys
@@ -77,6 +78,9 @@ def main(argv: list[str] | None = None) -> int:
     except (EmbeddedFailed, AdapterError) as exc:
         output.complain(exc.detail or exc.reason)
         return NO
+    except UnicodeError:  # of standard input, or of an argument, whose wrong bytes Python has as surrogates
+        output.complain("What it was given is not UTF-8.")
+        return USAGE
     except (KeyboardInterrupt, asyncio.CancelledError):
         return INTERRUPTED
     except SystemExit as exc:  # the simulator's own parser, and rich where nobody reads its tables
@@ -102,10 +106,13 @@ def _sentence(exc: CycloptsError) -> str:
 
 def _have_streams() -> None:
     """Stands in for standard streams that were closed (`<&-`, `>&-`), which Python has as None: nothing is read, and
-    what is said is lost. Their numbers are taken, too, so that no connection gets them."""
+    what is said is lost. Their numbers are taken, too, so that no connection gets them. In any locale they are UTF-8,
+    as what people write is."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 -- as long as the process
+        elif isinstance(stream := getattr(sys, name), io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors="strict" if mode == "r" else "backslashreplace")
 
 
 def _quiet() -> None:

@@ -48,8 +48,9 @@ async def send(
     Exit code 0: accepted by WeChat, or parked until the user writes; 1: refused, uncertain, unconfirmed or
     dead-lettered; 4: stored, but no receipt in time.
     """
+    command_id = request_id or new_id()
     command = Outbound(
-        id=request_id or new_id(),
+        id=command_id,
         text=_text(text),
         user=user,
         bot=bot,
@@ -57,11 +58,16 @@ async def send(
         format=format,
         expires_in_s=expires_in,
     )
+    body = msgspec.json.encode(command)
+    try:
+        msgspec.json.decode(body, type=Outbound)
+    except msgspec.ValidationError as exc:  # an adapter would make a dead letter of it
+        raise Failed(USAGE, f"{exc}.") from None
     async with connected() as bus:
         told = bus.names.event(sandbox, "receipt")
         receipts = await bus.nc.subscribe(told)
         await bus.check_subscribed(*() if no_wait else (told,))  # before anything can happen to the command
-        before = await _store(bus, sandbox, command)
+        before = await _store(bus, sandbox, command_id, body)
         if no_wait:
             return _stored(command, json)
         last = before or await _outcome(receipts, command, timeout, wait_final)
@@ -78,15 +84,15 @@ def _text(text: str) -> str:
     return text
 
 
-async def _store(bus: Bus, sandbox: str, command: Outbound) -> Receipt | None:
-    """Stores it. Returns the final receipt of an earlier command with the same id, where there is one."""
-    headers = {H_MSG_ID: command.id or "", H_SCHEMA: SCHEMA_VERSION}
-    ack = await bus.store(bus.names.out(sandbox), msgspec.json.encode(command), headers)
+async def _store(bus: Bus, sandbox: str, command: str, body: bytes) -> Receipt | None:
+    """Stores it under its id. Returns the final receipt of an earlier one with that id, where there is one."""
+    headers = {H_MSG_ID: command, H_SCHEMA: SCHEMA_VERSION}
+    ack = await bus.store(bus.names.out(sandbox), body, headers)
     if not ack.duplicate:
         return None
     async for msg in stored_from(bus, bus.names.stream_event, bus.names.event(sandbox, "receipt")):
         receipt = _receipt(msg.data)
-        if receipt and receipt.command == command.id and receipt.outcome in FINAL_OUTCOMES:
+        if receipt and receipt.command == command and receipt.outcome in FINAL_OUTCOMES:
             return receipt
     return None
 

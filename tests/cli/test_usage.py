@@ -75,6 +75,8 @@ async def test_every_command_explains_itself(cli: Command, name: str) -> None:
         ("send", "S1", "hi"),
         ("send", "a.b", "hi"),
         ("send", "s1", "hi", "--timeout", "0"),
+        ("send", "s1", "hi", "--expires-in", "-3"),
+        ("send", "s1", "hi", "--id", 129 * "x"),
         ("send", "s1", "hi", "--format", "html"),
         ("send", "s1", "  "),
         ("tail", "--since", "yesterday"),
@@ -227,6 +229,22 @@ async def test_closed_streams_are_empty_ones() -> None:
         2,
         b"wechat-nats: No token: use --token - to read it from standard input, or --token-file.\n",
     )
+
+
+async def test_it_speaks_utf_8_in_every_locale() -> None:
+    async with started("schema", "bind", env={"PYTHONIOENCODING": "latin-1"}) as process:
+        out, err = await process.communicate()
+    assert (process.returncode, err) == (0, b"")
+    assert "…@im.bot" in out.decode()
+
+
+async def test_what_is_not_utf_8_is_told_in_a_line() -> None:
+    async with started("send", "s1", "-", stdin=asyncio.subprocess.PIPE) as process:
+        _, err = await process.communicate(b"caf\xe9")
+    async with started("send", "s1", os.fsdecode(b"caf\xe9")) as other:
+        _, said = await other.communicate()
+    assert (process.returncode, other.returncode) == (2, 2)
+    assert err == said == b"wechat-nats: What it was given is not UTF-8.\n"
 
 
 IMPATIENT = """
