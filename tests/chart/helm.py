@@ -129,3 +129,19 @@ def merged(*parts: Mapping[str, Any]) -> Object:
             old = out.get(key)
             out[key] = merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
     return out
+
+
+def pod_of(objects: list[Object], kind: str = "Deployment") -> Object:
+    """The pod's spec of the adapter's Deployment, or of another kind."""
+    made = one(objects, kind)
+    found: Object = made["spec"] if kind == "Pod" else made["spec"]["template"]["spec"]
+    return found
+
+
+def adapter_of(objects: list[Object]) -> Object:
+    found: Object = next(each for each in pod_of(objects)["containers"] if each["name"] == "adapter")
+    return found
+
+
+def env_of(container: Object) -> dict[str, str]:
+    return {each["name"]: each.get("value", "") for each in container["env"]}
