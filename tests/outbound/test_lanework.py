@@ -415,6 +415,16 @@ async def test_minus_14_that_heals_by_itself_loses_nothing() -> None:
     assert bench.lost_logins == []
 
 
+async def test_minus_14_after_one_that_healed_by_itself_is_tried_as_the_first_one_was() -> None:
+    bench, shard = await ready()
+    for number in range(2):
+        bench.chat.sends.append(STALE)
+        shard.on_delivery(bench.command(f"t{number}"))
+        await asyncio.sleep(100)
+    assert bench.chat.texts == ["t0", "t0", "t1", "t1"]
+    assert bench.lost_logins == []
+
+
 async def test_nothing_is_sent_while_the_poller_tries_a_stale_token() -> None:
     bench, shard = await ready()
     bench.stale.add(BOT)

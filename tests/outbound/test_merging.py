@@ -56,6 +56,25 @@ async def test_what_was_parked_arrives_in_one_message_and_each_has_its_receipt()
     assert bench.context().used == 1
 
 
+@pytest.mark.parametrize("place", [0, 1], ids=["first", "in-between"])
+async def test_one_that_was_sent_and_is_published_again_takes_no_other_with_it(place: int) -> None:
+    bench, shard = await ready(merge_chars=CHARS)
+    shard.on_delivery(bench.command("pay", id="c"))
+    await asyncio.sleep(5)
+    bench.stale.add(BOT)
+    idents = ["a", "b"]
+    idents.insert(place, "c")
+    for ident in idents:
+        shard.on_delivery(bench.command("pay" if ident == "c" else ident, id=ident))
+    await asyncio.sleep(5)
+    assert parked(bench) == idents
+    bench.stale.clear()
+    await user_writes(bench, shard)
+    await asyncio.sleep(30)
+    assert shown(bench) == ["pay", "a", "b"]
+    assert [receipt.command for receipt in finals(bench)] == ["c", "a", "b"]
+
+
 def hide(bench: Bench, number: int) -> Callable[[], None]:
     """One that is parked is not shown, as by a cluster that is losing its leaders, until the answer is called."""
     stored = bench.bus.found("PARKED")[number]

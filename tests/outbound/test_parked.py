@@ -7,7 +7,7 @@ import asyncio
 from adapter.errors import BusRefused
 from adapter.outbound.settling import GONE_S
 from tests.fakes import LIMITS, RULES
-from tests.outbound.shards import THROTTLED, finals, outcomes, parked, ready, user_writes
+from tests.outbound.shards import BOT, THROTTLED, finals, outcomes, parked, ready, user_writes
 
 VIRTUAL_TIME = True
 
@@ -56,6 +56,26 @@ async def test_many_that_are_gone_hold_up_what_is_behind_them_once() -> None:
     await user_writes(bench, shard)
     shard.on_delivery(bench.command("hi"))
     await asyncio.sleep(2 * GONE_S)
+    assert bench.chat.texts == ["hi"]
+
+
+async def test_what_is_not_shown_for_a_moment_is_waited_for_also_where_another_one_is_gone_since_long() -> None:
+    bench, shard = await ready(is_open=False)
+    shard.on_delivery(bench.command("gone"))
+    await asyncio.sleep(5)
+    bench.bus.kept.remove(next(kept for kept in bench.bus.kept if kept.stored in bench.bus.found("PARKED")))
+    await user_writes(bench, shard)
+    await asyncio.sleep(60)
+    bench.stale.add(BOT)
+    shard.on_delivery(bench.command("hi"))
+    await asyncio.sleep(5)
+    hidden = next(kept for kept in bench.bus.kept if kept.stored in bench.bus.found("PARKED"))
+    bench.bus.kept.remove(hidden)
+    bench.stale.clear()
+    await user_writes(bench, shard)
+    await asyncio.sleep(GONE_S / 2)
+    bench.bus.kept.append(hidden)
+    await asyncio.sleep(GONE_S)
     assert bench.chat.texts == ["hi"]
 
 

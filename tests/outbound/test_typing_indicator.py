@@ -185,6 +185,16 @@ async def test_a_command_that_comes_again_after_its_receipt_shows_nothing() -> N
     assert len(outcomes(bench)) == 1
 
 
+async def test_a_command_that_comes_again_without_a_receipt_is_carried_out() -> None:
+    """Whoever had it in hand died before that."""
+    bench, shard = await ready()
+    shard.on_delivery(bench.command(typing="on", id="on", suspect=True))
+    await asyncio.sleep(1)
+    assert shown(bench) == [True]
+    assert outcomes(bench) == [("on", "accepted", "")]
+    shard.stop()
+
+
 # what refuses it -----------------------------------------------------------------------------------------
 
 

@@ -224,6 +224,14 @@ async def test_one_replica_owns_everything(cluster: Cluster) -> None:
     alone.leases.check(5)
 
 
+async def test_who_waits_for_a_shard_is_told_when_it_is_there(cluster: Cluster) -> None:
+    alone = cluster.start()
+    waiting = asyncio.create_task(alone.leases.held(5))
+    await cluster.run(2)
+    assert waiting.done()
+    assert alone.leases._metrics.value("shards_owned") == SHARDS
+
+
 async def test_a_lease_that_runs_out_before_a_renewal_has_failed_can_be_told_of(cluster: Cluster) -> None:
     """A request to a bucket without a leader hangs for seconds, and so does a process that was frozen."""
     replica = cluster.start()
@@ -521,6 +529,20 @@ async def test_a_write_that_lands_late_makes_nobody_owner_twice(cluster: Cluster
     first.members.late_s = first.claims.late_s = 5.0
     await cluster.run(20)
     first.members.late_s = first.claims.late_s = 0.0
+    await cluster.run(10)
+    assert cluster.worked_for == SHARDS
+    assert second.working
+
+
+async def test_a_claim_that_lands_late_is_given_back_where_the_shard_should_be_another_s(cluster: Cluster) -> None:
+    first = cluster.start()
+    first.claims.late_s = 3.0
+    await cluster.run(1)
+    second = cluster.start()
+    second.claims.down = True
+    await cluster.run(3)
+    assert len(cluster.claims.entries) == SHARDS
+    first.claims.late_s, second.claims.down = 0.0, False
     await cluster.run(10)
     assert cluster.worked_for == SHARDS
     assert second.working
