@@ -31,7 +31,7 @@ from tests.growth import tables
 from tests.outbound.shards import BOT, USER, outcomes, user_writes
 from tests.outbound.test_window_events import HOUR, watching
 from tests.outbound.test_window_events import user_writes as user_writes_to_windows
-from tests.replicas.test_leases import LEASE_S, Cluster
+from tests.replicas.cluster import LEASE_S, Cluster
 
 VIRTUAL_TIME = True
 
