@@ -350,12 +350,19 @@ class BindingEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     change: Annotated[
         BindingChange,
         Meta(
-            description="stale: iLink said -14 and the short recovery runs. needs_login: it failed; scan a new QR"
-            " code. recovered: iLink takes the token again, also after needs_login."
+            description="replaced: another bot of the same user took its place. refused: a bind was not carried out."
+            " stale: iLink said -14 and the short recovery runs. needs_login: it failed; scan a new QR code."
+            " recovered: iLink takes the token again, also after needs_login."
         ),
     ]
     user: str = ""
-    reason: str = ""
+    reason: Annotated[
+        str,
+        Meta(
+            description="refused: a word for why. unbound: moved, where the bot went to another sandbox. stale and"
+            " needs_login: iLink's words, if any."
+        ),
+    ] = ""
     detail: Annotated[str, Meta(description="One sentence that says what to do.")] = ""
     request: Annotated[str, Meta(description="Id of the bind or unbind that caused it.")] = ""
     at_ms: int = 0
@@ -388,6 +395,16 @@ FINAL_STATUSES = ("confirmed", "already_bound", "expired", "failed", "cancelled"
 """Of a login that is over."""
 
 
+LoginReason = Annotated[
+    str,
+    Meta(
+        description="need_verify_code: wrong_code; in an answer also checking, while digits are not judged yet."
+        " expired: time, or codes (too many expired). failed: blocked (too many wrong digits), bus, url, or why the"
+        " bind was refused."
+    ),
+]
+
+
 class LoginEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A step of a QR login. Subject: wechat.event.<sandbox>.login. Never holds the code: it is a secret."""
 
@@ -407,7 +424,7 @@ class LoginEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     ] = 1
     bot: str = ""
     user: str = ""
-    reason: str = ""
+    reason: LoginReason = ""
     detail: Annotated[str, Meta(description="One sentence that says what to do.")] = ""
     at_ms: int = 0
 
@@ -427,7 +444,7 @@ class LoginQuery(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Request of wechat.svc.login.status and .cancel."""
 
     login: Annotated[str, Meta(min_length=1, max_length=64)]
-    png: bool = False
+    png: Annotated[bool, Meta(description="Answer with the code as PNG, too.")] = False
 
 
 class LoginVerify(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -440,7 +457,7 @@ class LoginVerify(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
 class Login(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Answer of wechat.svc.login.*: a QR login and its code, which is a secret until the login is over."""
 
-    login: str
+    login: Annotated[str, Meta(description="Its id, for login.status, .verify and .cancel.")]
     sandbox: str
     status: LoginStatus
     code: Annotated[int, Meta(description="Number of the QR code, from 1.")] = 1
@@ -452,14 +469,14 @@ class Login(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     expires_at_ms: Annotated[int, Meta(description="When the whole login ends.")] = 0
     bot: str = ""
     user: str = ""
-    reason: str = ""
+    reason: LoginReason = ""
     detail: Annotated[str, Meta(description="One sentence that says what to do.")] = ""
 
 
 class MediaQuery(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Request of wechat.svc.media.get.<sandbox>: the next piece of an object. The answer's payload are its bytes."""
 
-    object: Annotated[str, Meta(min_length=1, max_length=200)]
+    object: Annotated[str, Meta(min_length=1, max_length=200, description="`media.object` of an item.")]
     after: Annotated[int, Meta(ge=0, description="0, then the header Wechat-Next of the answer before.")] = 0
 
 
@@ -492,7 +509,7 @@ class BindingsQuery(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     sandbox: str | None = None
     bot: str | None = None
     after: Annotated[str, Meta(description="Continue after this bot: `next` of the page before.")] = ""
-    limit: Annotated[int, Meta(ge=1, le=1000)] = 500
+    limit: Annotated[int, Meta(ge=1, le=1000, description="Most bindings of a page.")] = 500
 
 
 class BindingsPage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -512,8 +529,8 @@ class WindowQuery(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     """Request of wechat.svc.window.<sandbox>, and for the platform of wechat.svc.window."""
 
     sandbox: SandboxAsked = None
-    bot: str | None = None
-    user: str | None = None
+    bot: Annotated[str | None, Meta(description="Needed only where the sandbox has several bots.")] = None
+    user: Annotated[str | None, Meta(description="Default: the bot's user.")] = None
 
 
 class ReplayQuery(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -524,14 +541,14 @@ class ReplayQuery(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     since_ms: Annotated[
         int | None, Meta(description="Messages stored since then, in milliseconds; only where `after` is 0.")
     ] = None
-    limit: Annotated[int, Meta(ge=1, le=500)] = 100
+    limit: Annotated[int, Meta(ge=1, le=500, description="Most messages of a page.")] = 100
 
 
 class Replayed(msgspec.Struct, frozen=True, kw_only=True):
     """One message of a replay."""
 
-    seq: int
-    message: msgspec.Raw
+    seq: Annotated[int, Meta(description="Stream sequence: the header Nats-Sequence of the live message.")]
+    message: Annotated[msgspec.Raw, Meta(description="An inbound message, as it was.")]
 
 
 class ReplayPage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -1,5 +1,5 @@
 /* Messages of the bus, generated from the JSON Schemas here by `make generate`; do not edit.
-   Of: 15a4e2dcd6cabdc4351268cbf788e1543dfbbd6a2aaee76322cabb258bfe93d5 */
+   Of: b0a706d810cdab7b719ceeeedacd294c77c52cac8485cd0c6655392319630e75 */
 
 /**
  * How a binding behaves.
@@ -56,10 +56,13 @@ export interface BindingEvent {
   sandbox: string;
   bot: string;
   /**
-   * stale: iLink said -14 and the short recovery runs. needs_login: it failed; scan a new QR code. recovered: iLink takes the token again, also after needs_login.
+   * replaced: another bot of the same user took its place. refused: a bind was not carried out. stale: iLink said -14 and the short recovery runs. needs_login: it failed; scan a new QR code. recovered: iLink takes the token again, also after needs_login.
    */
   change: "bound" | "needs_login" | "recovered" | "refused" | "replaced" | "stale" | "unbound";
   user?: string;
+  /**
+   * refused: a word for why. unbound: moved, where the bot went to another sandbox. stale and needs_login: iLink's words, if any.
+   */
   reason?: string;
   /**
    * One sentence that says what to do.
@@ -110,6 +113,9 @@ export interface BindingsQuery {
    * Continue after this bot: `next` of the page before.
    */
   after?: string;
+  /**
+   * Most bindings of a page.
+   */
   limit?: number;
 }
 /**
@@ -322,6 +328,9 @@ export interface Inbound {
  * Answer of wechat.svc.login.*: a QR login and its code, which is a secret until the login is over.
  */
 export interface Login {
+  /**
+   * Its id, for login.status, .verify and .cancel.
+   */
   login: string;
   sandbox: string;
   status: "already_bound" | "cancelled" | "confirmed" | "expired" | "failed" | "need_verify_code" | "scanned" | "wait";
@@ -347,6 +356,9 @@ export interface Login {
   expires_at_ms?: number;
   bot?: string;
   user?: string;
+  /**
+   * need_verify_code: wrong_code; in an answer also checking, while digits are not judged yet. expired: time, or codes (too many expired). failed: blocked (too many wrong digits), bus, url, or why the bind was refused.
+   */
   reason?: string;
   /**
    * One sentence that says what to do.
@@ -369,6 +381,9 @@ export interface LoginEvent {
   code?: number;
   bot?: string;
   user?: string;
+  /**
+   * need_verify_code: wrong_code; in an answer also checking, while digits are not judged yet. expired: time, or codes (too many expired). failed: blocked (too many wrong digits), bus, url, or why the bind was refused.
+   */
   reason?: string;
   /**
    * One sentence that says what to do.
@@ -381,6 +396,9 @@ export interface LoginEvent {
  */
 export interface LoginQuery {
   login: string;
+  /**
+   * Answer with the code as PNG, too.
+   */
   png?: boolean;
 }
 /**
@@ -454,6 +472,9 @@ export interface MediaPiece {
  * Request of wechat.svc.media.get.<sandbox>: the next piece of an object. The answer's payload are its bytes.
  */
 export interface MediaQuery {
+  /**
+   * `media.object` of an item.
+   */
   object: string;
   /**
    * 0, then the header Wechat-Next of the answer before.
@@ -664,8 +685,16 @@ export interface Receipt {
  * One message of a replay.
  */
 export interface Replayed {
+  /**
+   * Stream sequence: the header Nats-Sequence of the live message.
+   */
   seq: number;
-  message: unknown;
+  /**
+   * An inbound message, as it was.
+   */
+  message: {
+    [k: string]: unknown;
+  };
 }
 /**
  * Answer of wechat.svc.replay.<sandbox>, oldest first.
@@ -693,6 +722,9 @@ export interface ReplayQuery {
    * Messages stored since then, in milliseconds; only where `after` is 0.
    */
   since_ms?: number | null;
+  /**
+   * Most messages of a page.
+   */
   limit?: number;
 }
 /**
@@ -735,6 +767,12 @@ export interface WindowQuery {
    * Needed where the subject names none; one that differs from the subject's is refused.
    */
   sandbox?: string | null;
+  /**
+   * Needed only where the sandbox has several bots.
+   */
   bot?: string | null;
+  /**
+   * Default: the bot's user.
+   */
   user?: string | null;
 }
