@@ -22,7 +22,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """How one replica runs. Made by `read_settings`; a test may build it directly."""
 
     nats_url: tuple[str, ...] = ("nats://127.0.0.1:4222",)
-    """NATS servers, separated by commas."""
+    """NATS servers, separated by commas; `tls://` in one turns TLS on for all."""
 
     nats_creds: str = ""
     """Credentials file (JWT and seed) for NATS."""
