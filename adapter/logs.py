@@ -51,7 +51,7 @@ _SECRET_TEXT = tuple(
         (r"\beyJ[0-9a-z_-]{10,}(?:\.[0-9a-z_-]+)*", HIDDEN),
     )
 )
-_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 """What moves a terminal's cursor; a traceback keeps its lines."""
 _HARMLESS = re.compile(rf"(?!.*(?:AARzJW|eyJ|{_PACKED}))[a-z0-9_.@-]{{0,40}}\Z", re.IGNORECASE | re.ASCII)
 """Names, ids and words: most of what is logged, and nothing that a pattern above could match."""

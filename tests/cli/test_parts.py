@@ -86,7 +86,7 @@ async def test_a_closed_standard_input_is_an_end() -> None:
 
 
 def test_nothing_of_others_moves_the_cursor() -> None:
-    assert printable("a\x1b[2J\nb\tc\x9b\u202e") == "a\\x1b[2J⏎b c\\x9b\\x202e"
+    assert printable("a\x1b[2J\nb\tc\x9b\u202e\u061c") == "a\\x1b[2J⏎b c\\x9b\\x202e\\x61c"
 
 
 def test_json_for_scripts_has_every_field() -> None:
