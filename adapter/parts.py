@@ -30,7 +30,7 @@ from adapter.inbound.fetching import Fetching
 from adapter.inbound.recall import Recall
 from adapter.inbound.sessions import Incoming, Waiting
 from adapter.jetstream import topology
-from adapter.jetstream.buckets import KvBucket, LeaseRegister
+from adapter.jetstream.buckets import KvBucket, LeaderKvBucket
 from adapter.jetstream.consumer import all_settled
 from adapter.jetstream.inspector import Inspector
 from adapter.jetstream.microservice import Handler, Services
@@ -114,8 +114,8 @@ class Parts:
         self.bindings = Bindings(self.binding_bucket, self._owns, self.sealer.same)
         self.context_bucket = connections.bucket(names.context)
         self.leases = Leases(
-            LeaseRegister(connections.lease_link, names.members, ttl_s=max(60, int(settings.lease_s * 15))),
-            LeaseRegister(connections.lease_link, names.claims),
+            LeaderKvBucket(connections.lease_link, names.members, ttl_s=max(60, int(settings.lease_s * 15))),
+            LeaderKvBucket(connections.lease_link, names.claims),
             clock,
             metrics,
             instance=self.instance,

@@ -401,7 +401,7 @@ class Written(NamedTuple):
     deleted: bool
 
 
-class Shelf(Protocol):
+class PurgeableBucket(Protocol):
     """A bucket for garbage collection: what is there, when it was written, and removing it without a trace."""
 
     async def keys(self) -> list[str]:
@@ -414,7 +414,7 @@ class Shelf(Protocol):
         """Removes a key, its marks too, up to a revision; what was written later stays. Raises Temporary."""
 
 
-class Register(Protocol):
+class LeaderBucket(Protocol):
     """A bucket for leases: reads from the stream's leader, and waits for about a second at most."""
 
     async def get(self, key: str) -> Entry | None:

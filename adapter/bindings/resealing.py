@@ -9,7 +9,7 @@ import msgspec
 
 from adapter.errors import UNDECODABLE, Conflict, Refused
 from adapter.names import Names
-from adapter.ports import History, Register, Stored
+from adapter.ports import History, LeaderBucket, Stored
 from adapter.records import Binding
 from adapter.seal import Sealer, Sealing, cursor_context
 
@@ -19,7 +19,7 @@ async def tokens_at_rest(history: History, names: Names, sealer: Sealer) -> Coun
     return Counter([sealer.how(text) async for _, binding in _bindings(history, names) for text in _secrets(binding)])
 
 
-async def seal_all(history: History, bucket: Register, names: Names, sealer: Sealer) -> int:
+async def seal_all(history: History, bucket: LeaderBucket, names: Names, sealer: Sealer) -> int:
     """Seals with the first key what is not; how many. What somebody else writes meanwhile is left as it is.
 
     Raises Temporary, Refused (no key is set, or a token cannot be opened).

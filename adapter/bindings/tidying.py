@@ -14,7 +14,7 @@ import structlog
 from adapter.bindings.registry import Bindings
 from adapter.errors import AdapterError
 from adapter.names import text_of
-from adapter.ports import Shelf
+from adapter.ports import PurgeableBucket
 from adapter.timing import Clock
 
 log = structlog.get_logger()
@@ -29,9 +29,9 @@ class Tidying(NamedTuple):
     """The dependencies of a round."""
 
     bindings: Bindings
-    bound: Shelf
+    bound: PurgeableBucket
     """The bucket of the bindings."""
-    known: tuple[Shelf, ...]
+    known: tuple[PurgeableBucket, ...]
     """Buckets whose keys are, or begin with, a bot: `<bot>` or `<bot>/…`."""
     check: Callable[[], None]
     """Raises LeaseLost where this replica may not do it."""
@@ -76,15 +76,15 @@ async def tidy_once(needs: Tidying) -> int:
         else:  # unbound not long ago, or bound a moment ago
             resting.add(key)
     removed = 0
-    for shelf in needs.known:
-        for key in await shelf.keys():
+    for bucket in needs.known:
+        for key in await bucket.keys():
             bot = key.partition("/")[0]
             if bot in resting or _stays(bot, needs):
                 continue
-            last = await shelf.written(key)
+            last = await bucket.written(key)
             if last is not None and last.time_ms < horizon_ms:
                 needs.check()
-                await shelf.purge(key, last.revision)
+                await bucket.purge(key, last.revision)
                 removed += 1
     for key, revision in marks:
         needs.check()

@@ -19,9 +19,9 @@ from adapter.cli import output
 from adapter.cli.bus import Bus, JetStreamGone, connected, no_stream, stored_from
 from adapter.cli.exits import NO, OK, UNREACHABLE, USAGE, Failed
 from adapter.cli.options import Json
+from adapter.dead_letters import Letter, again, letter_of
 from adapter.errors import UNDECODABLE
 from adapter.jetstream.answers import NO_STREAM
-from adapter.letters import Letter, again, letter_of
 from adapter.names import H_MSG_ID, Names
 
 app = App(name="dead", help="Messages that could not be handled: list, show, try again, delete.")

@@ -20,7 +20,7 @@ from adapter.cli.exits import NO, OK, UNREACHABLE, Failed
 from adapter.cli.options import Json, MaybeSandbox, flag
 from adapter.errors import UNDECODABLE, BusRefused, Refused, Temporary
 from adapter.jetstream import topology
-from adapter.jetstream.buckets import LeaseRegister
+from adapter.jetstream.buckets import LeaderKvBucket
 from adapter.jetstream.history import StreamHistory
 from adapter.jetstream.link import Link
 from adapter.seal import Sealer, Sealing
@@ -307,7 +307,7 @@ async def _seal(link: Link, bus: Bus, settings: Settings, *, quiet: bool) -> Non
         return
     _announce(f"sealing {count} bot tokens with the first key", quiet)
     try:
-        await seal_all(history, LeaseRegister(link, bus.names.bindings), bus.names, sealer)
+        await seal_all(history, LeaderKvBucket(link, bus.names.bindings), bus.names, sealer)
     except Refused as exc:
         raise Failed(NO, exc.detail) from exc
 

@@ -23,8 +23,8 @@ from adapter.console.view import (
 )
 from adapter.contexts import stored_context
 from adapter.contract import Login, LoginQuery, LoginStart, LoginVerify, Options
+from adapter.dead_letters import again, is_command, letter_of, original_subject
 from adapter.errors import Refused
-from adapter.letters import again, is_command, letter_of, original_subject
 from adapter.logins.qr import svg
 from adapter.logins.registry import LoginRegistry
 from adapter.names import Names

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from adapter.contract import BindingInfo, Login, Window
-from adapter.letters import Letter
+from adapter.dead_letters import Letter
 from adapter.replicas.rollcall import Present
 
 PAGE = 50

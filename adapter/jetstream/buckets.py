@@ -29,7 +29,7 @@ OPERATION = "KV-Operation"
 MARKER = "Nats-Marker-Reason"
 PAGE = 500
 READ_ANEW_S = 5.0
-"""A register whose newest entry is known is read no more often: only what was purged would show."""
+"""A bucket of leases whose newest entry is known is read no more often: only what was purged would show."""
 FOLLOW_ANEW_S = 300.0
 """A bucket that is followed is read no more often, as long as no news is missing."""
 NEVER = -math.inf
@@ -48,8 +48,8 @@ async def leader_get(link: Link, stream: str, subject: str) -> Entry | None:
     return Entry(subject.split(".", 2)[2], None if _is_gone(message) else (message.data or b""), message.seq)
 
 
-class LeaseRegister:
-    """Implements ports.Register."""
+class LeaderKvBucket:
+    """Implements ports.LeaderBucket."""
 
     def __init__(self, link: Link, name: str, *, ttl_s: int | None = None) -> None:
         self._link = link
@@ -94,7 +94,7 @@ class LeaseRegister:
 
 
 class KvBucket:
-    """Implements ports.Bucket and ports.Shelf. Keys are made by `names.token_of` and `names.peer_key`.
+    """Implements ports.Bucket and ports.PurgeableBucket. Keys are made by `names.token_of` and `names.peer_key`.
 
     `replicated`: it lies on several servers, any of which answers a direct get, also one that lags; what decides
     who may do something is asked of the leader then.

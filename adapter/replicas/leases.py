@@ -16,7 +16,7 @@ import structlog
 from adapter.errors import UNDECODABLE, Conflict, LeaseLost, Temporary
 from adapter.metrics import Metrics
 from adapter.names import SHARDS
-from adapter.ports import Entry, Register
+from adapter.ports import Entry, LeaderBucket
 from adapter.records import Claim
 from adapter.replicas.membership import Membership
 from adapter.timing import Clock, first_of, raise_if_cancelled
@@ -34,7 +34,14 @@ class Leases(Membership):
     """The shards in `owned` are this replica's while `valid` is true."""
 
     def __init__(
-        self, members: Register, claims: Register, clock: Clock, metrics: Metrics, *, instance: str, lease_s: float
+        self,
+        members: LeaderBucket,
+        claims: LeaderBucket,
+        clock: Clock,
+        metrics: Metrics,
+        *,
+        instance: str,
+        lease_s: float,
     ) -> None:
         super().__init__(members, clock, metrics, instance=instance, lease_s=lease_s)
         self.surplus: set[int] = set()

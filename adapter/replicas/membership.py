@@ -19,7 +19,7 @@ import structlog
 
 from adapter.errors import UNDECODABLE, Conflict, LeaseLost, Temporary
 from adapter.metrics import Metrics
-from adapter.ports import Register
+from adapter.ports import LeaderBucket
 from adapter.records import Member
 from adapter.timing import Clock, Condition
 
@@ -54,7 +54,9 @@ NEVER = Sighting(0, 0.0, 0)
 class Membership:
     """This replica, one incarnation after the other, and what it knows of the others; `Leases` adds the shards."""
 
-    def __init__(self, members: Register, clock: Clock, metrics: Metrics, *, instance: str, lease_s: float) -> None:
+    def __init__(
+        self, members: LeaderBucket, clock: Clock, metrics: Metrics, *, instance: str, lease_s: float
+    ) -> None:
         self.owned: set[int] = set()
         """This replica's shards, as long as it is `valid`."""
         self.changed = Condition()

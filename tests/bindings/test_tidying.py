@@ -22,7 +22,7 @@ BOT, USER = "b1@im.bot", "u1@im.wechat"
 
 
 class Shelf:
-    """Implements Shelf over a fake bucket, which it watches for the time of each write."""
+    """Implements PurgeableBucket over a fake bucket, which it watches for the time of each write."""
 
     def __init__(self, bucket: FakeBucket, clock: FakeClock) -> None:
         self.bucket = bucket

@@ -13,7 +13,7 @@ import pytest
 from nats.aio.msg import Msg
 
 from adapter.errors import Conflict, Temporary
-from adapter.jetstream.buckets import KvBucket, LeaseRegister
+from adapter.jetstream.buckets import KvBucket, LeaderKvBucket
 from adapter.jetstream.history import direct_get
 from adapter.jetstream.publisher import Publisher
 from adapter.names import SHARDS, peer_key
@@ -243,7 +243,7 @@ async def test_a_follower_reads_again_what_it_could_not_read_to_the_end(
 
 
 async def test_a_lease_register_answers_from_the_leader_and_fails_in_time(rig: Rig) -> None:
-    register = LeaseRegister(rig.link, NAMES.members, ttl_s=60)
+    register = LeaderKvBucket(rig.link, NAMES.members, ttl_s=60)
     assert await register.get("r1") is None
     first = await register.write("r1", b"1", 0)
     with pytest.raises(Conflict):
@@ -264,7 +264,7 @@ async def test_a_lease_register_answers_from_the_leader_and_fails_in_time(rig: R
 
 
 async def test_many_members_are_read_whole(rig: Rig) -> None:
-    register = LeaseRegister(rig.link, NAMES.claims)
+    register = LeaderKvBucket(rig.link, NAMES.claims)
     await asyncio.gather(*(register.write(str(number), b"x", 0) for number in range(SHARDS)))
     assert len(await register.entries()) == SHARDS
 
@@ -272,7 +272,7 @@ async def test_many_members_are_read_whole(rig: Rig) -> None:
 async def test_a_register_is_read_anew_when_it_has_changed_and_now_and_then(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    register, other = LeaseRegister(rig.link, NAMES.claims), LeaseRegister(rig.link, NAMES.claims)
+    register, other = LeaderKvBucket(rig.link, NAMES.claims), LeaderKvBucket(rig.link, NAMES.claims)
     first = await other.write("1", b"x", 0)
     second = await other.write("2", b"y", 0)
     known = await register.entries()

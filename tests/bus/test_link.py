@@ -13,7 +13,7 @@ from structlog.testing import capture_logs
 
 from adapter.errors import Temporary
 from adapter.jetstream.answers import is_leaderless
-from adapter.jetstream.buckets import LeaseRegister
+from adapter.jetstream.buckets import LeaderKvBucket
 from adapter.jetstream.link import Link
 from adapter.jetstream.questions import Answer
 from adapter.settings import Settings
@@ -90,7 +90,7 @@ async def test_an_answer_about_a_lease_that_nobody_can_read_is_an_outage_and_no_
         return Answer(said, {})
 
     monkeypatch.setattr(rig.link, "request", request)
-    register = LeaseRegister(rig.link, NAMES.members)
+    register = LeaderKvBucket(rig.link, NAMES.members)
     with pytest.raises(Temporary):
         await register.get("me")
     if said != b"{}":

@@ -33,7 +33,7 @@ class Store:
 
 
 class Line:
-    """Implements Register: one replica's connection to a store, which may be cut in every way."""
+    """Implements LeaderBucket: one replica's connection to a store, which may be cut in every way."""
 
     def __init__(self, store: Store, life: Life) -> None:
         self.store = store
