@@ -77,6 +77,11 @@ class Connection(asyncio.Protocol):
         """Whether the next request may go over it."""
         return self._keeps and self._transport is not None and not self._transport.is_closing()
 
+    @property
+    def silent(self) -> bool:
+        """Whether nothing has come in answer to the last request."""
+        return self._read == 0
+
     async def ask(self, request: bytes, timeout_s: float) -> Reply:
         """Sends the request and reads its answer. Cancelled, or without a good answer, the connection is closed.
 

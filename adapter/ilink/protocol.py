@@ -64,6 +64,8 @@ class Request(NamedTuple):
     method: str = "POST"
     secrets: tuple[str, ...] = ()
     """What no word of its answer may tell: see `_decode`."""
+    repeatable: bool = True
+    """Whether it does no harm to ask it twice."""
 
 
 class Reply(NamedTuple):
@@ -117,7 +119,8 @@ def message_request(
     }
     if context_token:
         msg["context_token"] = context_token
-    return _request("sendmessage", token, number, {"msg": msg}, secret=context_token)
+    request = _request("sendmessage", token, number, {"msg": msg}, secret=context_token)
+    return request._replace(repeatable=False)
 
 
 def text_item(text: str) -> dict[str, Any]:

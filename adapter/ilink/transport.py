@@ -29,6 +29,9 @@ TLS_S = 30.0
 """Longer than CONNECT_S, since a process that starts with thousands of bots is busy with as many handshakes."""
 RESOLVED_S = 10.0
 """A name is asked for again after so long."""
+STALE_S = 1.0
+"""What ends sooner without a byte of an answer, over a connection that was kept: the server had closed it when the
+request came. Some close after each answer, and announce it in none."""
 STAGGER_S = 0.25
 """The next address of a name is tried after so long without an answer of the one before (RFC 8305, 5)."""
 PORTS = {"http": 80, "https": 443}
@@ -77,6 +80,7 @@ class Transport:
     ) -> Reply:
         """`afresh`: over a connection of its own, to a name that is resolved anew. `check`: see ports.Chat.
 
+        A repeatable request that met a stale connection is asked once more, afresh.
         Raises TimeoutError, Temporary("network") (it did not leave), Uncertain (it left, or may have).
         """
         path, mark, query = request.path.partition("?")
@@ -84,7 +88,8 @@ class Transport:
         if target.by_proxy:
             return await self._proxied.exchange(base_url, request, timeout_s, afresh=afresh, check=check)
         written = self._written(request, target, mark + query, close=afresh)
-        began = asyncio.get_running_loop().time()
+        clock = asyncio.get_running_loop().time
+        began = clock()
         kept = None if afresh else self._kept(target.origin)
         connection = kept or await self._connect(target.origin, timeout_s, afresh=afresh)
         try:
@@ -93,14 +98,19 @@ class Transport:
         except BaseException:
             connection.close()
             raise
+        reply = None
         try:
             reply = await connection.ask(written, timeout_s)
-        except (TimeoutError, Uncertain):
-            if kept is not None:  # what lay idle beside it may be as dead, and a repeat is to meet another (10.4)
-                self._close_idle(target.origin, began)
-            else:
+        except (TimeoutError, Uncertain) as exc:
+            if kept is None:
                 self._tls.forget(target.origin.host)
-            raise
+                raise
+            self._close_idle(target.origin, began)  # it may be as dead, and a repeat is to meet another (10.4)
+            closed = isinstance(exc, Uncertain) and connection.silent and clock() - began < STALE_S
+            if not (closed and request.repeatable):
+                raise
+        if reply is None:
+            return await self.exchange(base_url, request, timeout_s, afresh=True, check=check)
         if kept is None and connection.tls is not None:
             self._tls.keep(target.origin.host, connection.tls)
         if afresh:

@@ -352,6 +352,38 @@ async def test_a_kept_connection_that_the_server_closed_is_not_used(server: Serv
         assert server.connections == number
 
 
+@pytest.mark.parametrize("repeatable", [True, False])
+async def test_what_meets_a_connection_that_closes_is_asked_once_more(
+    server: Server, own: Transport, repeatable: bool
+) -> None:
+    """A server may close after each answer and say so in none. Polls failed then, and the tries of a dead token, of
+    which each begins with a notifystart, for ever. A send may count twice: it is the sender's to repeat it."""
+
+    async def answer(writer: asyncio.StreamWriter) -> None:
+        if len(server.heads) == 2:
+            writer.close()
+        else:
+            await Server.say(OK)(writer)
+
+    server.answer = answer
+    request = Request("x", "", {}, b"{}", repeatable=repeatable)
+    await own.exchange(server.url, request, 5)
+    if repeatable:
+        assert (await own.exchange(server.url, request, 5)).status == 200
+    else:
+        with pytest.raises(Uncertain):
+            await own.exchange(server.url, request, 5)
+    assert server.connections == 1 + repeatable
+
+
+async def test_what_meets_nothing_but_closed_doors_is_not_asked_for_ever(server: Server, own: Transport) -> None:
+    await post(own, server.url)
+    server.answer = hang_up
+    with pytest.raises(Uncertain):
+        await post(own, server.url)
+    assert len(server.heads) == 3
+
+
 async def test_a_kept_connection_without_an_answer_makes_those_doubtful_that_lay_idle_with_it(
     server: Server, own: Transport
 ) -> None:
