@@ -353,7 +353,10 @@ class LaneWork(Settling):
             try:
                 result = await send.run()
             finally:
-                lane.hand = peer.context.hand
+                hand = peer.context.hand
+                if hand is not None and hand.sandbox != lane.sandbox:  # it has taken the place of ours
+                    hand = peer.context.hand_of(lane.sandbox)
+                lane.hand = hand
             match result:
                 case Repeat():
                     self._repeated(item)
@@ -366,12 +369,12 @@ class LaneWork(Settling):
                         await self._refused_token(lane, binding, result)
                     if item.command.when_closed == "park":
                         return result
-                    result = in_doubt(result.as_ending("refused"), peer.context.hand, item.command)
+                    result = in_doubt(result.as_ending("refused"), lane.hand, item.command)
                 case Ending():
                     await self._settle_token(lane, binding, result)
             await self._end(group, result, self._shown(peer), binding.bot, lane.user)
             peer.context = window.settled(peer.context, item.command.client, sent=result.may_be_sent)
-            lane.hand = peer.context.hand
+            lane.hand = None
             return None
 
     async def _upload(self, ident: str, part: MediaPart, account: Account, user: str) -> Uploaded:
@@ -416,6 +419,8 @@ class LaneWork(Settling):
     async def _hold_back(self, lane: Lane, item: Item, wait: Wait) -> None:
         """Parks a command of the queue, or refuses it where it does not want to wait or too many do."""
         command = item.command
+        if await self._drop_repeat(lane, item):
+            return
         if command.when_closed == "refuse":
             await self._end_in(lane, item, wait.as_ending("refused"))
             return
@@ -446,6 +451,15 @@ class LaneWork(Settling):
         self._start(home)
         self._settle(item)
 
+    async def _drop_repeat(self, lane: Lane, item: Item) -> bool:
+        """Whether a command was sent before, by another message: that one's receipt is all that is told then,
+        whatever keeps this one from being sent. Raises Temporary."""
+        if not lane.user or not _is_repeat((await self._peer(lane)).context, item):
+            return False
+        self._repeated(item)
+        self._done_with(item)
+        return True
+
     async def _expire(self, lane: Lane) -> None:
         """Ends what waited too long: as refused, or as uncertain where it may have been sent."""
         now_ms = self._sending.clock.now_ms()
@@ -455,8 +469,9 @@ class LaneWork(Settling):
         hand = await self._hand(lane)
         told: dict[str, Ending] = {}
         for item in late:
-            ending = Ending("refused", "expired", "It was not sent in time.")
-            told[item.command.client] = await self._end_unsent(lane, item, ending, hand)
+            if not await self._drop_repeat(lane, item):
+                ending = Ending("refused", "expired", "It was not sent in time.")
+                told[item.command.client] = await self._end_unsent(lane, item, ending, hand)
             lane.shift(item)
         held = {one.client for one in hand.all} if hand and hand.tried else set()
         together = lane.late_together(held, now_ms)

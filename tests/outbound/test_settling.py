@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -312,6 +313,29 @@ async def test_what_had_no_answer_is_uncertain_also_after_a_command_of_the_bot_s
     new.on_delivery(bench.command("hi", sandbox="s9", id="c2"))
     await asyncio.sleep(30)
     assert sorted(outcomes(bench)) == [("c1", "uncertain", ""), ("c2", "accepted", "")]
+
+
+async def test_what_was_half_sent_is_told_so_where_another_replica_sent_for_the_bot_s_next_sandbox_meanwhile() -> (
+    None
+):
+    """Its next part waited for its upload, and its trace in the record was read back only behind the other's."""
+    bench, old = await ready()
+    other = Bench(bench, incarnation="me-2")
+    new, uploaded = other.shard("s9"), bench.cdn.hold.setdefault(USER, asyncio.Event())
+    bench.chat.sends.append(FIRST)
+    picture = {"kind": "file", "name": "a.txt", "data": base64.b64encode(b"see").decode()}
+    old.on_delivery(bench.command(id="c1", items=[{"kind": "text", "text": "see"}, picture]))
+    await asyncio.sleep(2 * GAP_S)
+    await bench.bind(sandbox="s9")
+    new.on_delivery(other.command("hi", sandbox="s9", id="c2"))
+    await asyncio.sleep(2 * GAP_S)
+    bench.contexts.forget(BOT)  # its poll has ended here
+    await bench.contexts.peer(BOT, USER)
+    uploaded.set()
+    await asyncio.sleep(30)
+    assert sorted(outcomes(bench)) == [("c1", "refused", "not_bound"), ("c2", "accepted", "")]
+    (refused,) = [receipt for receipt in bench.bus.receipts() if receipt.command == "c1"]
+    assert (refused.message_ids, refused.attempts) == (["m1"], 1)
 
 
 @pytest.mark.parametrize(

@@ -236,6 +236,29 @@ async def test_a_repeated_id_sends_nothing_and_says_nothing() -> None:
     assert outcomes(bench) == [("c1", "accepted", "")]
 
 
+@pytest.mark.parametrize("hindrance", ["window", "login", "expired"])
+@pytest.mark.parametrize("when_closed", ["park", "refuse"])
+async def test_a_repeated_id_says_nothing_also_where_nothing_could_be_sent(hindrance: str, when_closed: str) -> None:
+    """Its sender was told that it is parked, or refused, although it was sent."""
+    bench, shard = await ready()
+    shard.on_delivery(bench.command("hi", id="a"))
+    await asyncio.sleep(5)
+    again = bench.command("hi", id="a", when_closed=when_closed, expires_in_s=60)
+    if hindrance == "window":
+        bench.chat.sends.append(THROTTLED)
+        shard.on_delivery(bench.command("ho", id="b", when_closed="refuse"))
+        await asyncio.sleep(5)
+    elif hindrance == "login":
+        await bench.bind(state="needs_login")
+    else:
+        await asyncio.sleep(60)
+    shard.on_delivery(again)
+    await asyncio.sleep(5)
+    assert [receipt.outcome for receipt in bench.bus.receipts() if receipt.command == "a"] == ["accepted"]
+    assert again.acks == 1
+    shard.stop()
+
+
 async def test_a_repeated_id_in_the_same_queue_sends_nothing() -> None:
     bench, shard = await ready()
     for text in ("hi", "hi again", "bye"):
