@@ -14,7 +14,7 @@ from nats.errors import Error as NatsError
 from adapter.bindings.resealing import seal_all, tokens_at_rest
 from adapter.cli import astray, output, permitted
 from adapter.cli.bindings import all_bindings
-from adapter.cli.bus import Bus, connected, settings_here
+from adapter.cli.bus import Bus, connected, forbidden, settings_here
 from adapter.cli.checks import Check, State
 from adapter.cli.exits import NO, OK, UNREACHABLE, Failed
 from adapter.cli.options import Json, MaybeSandbox, flag
@@ -296,6 +296,8 @@ async def _fix(bus: Bus, settings: Settings, *, quiet: bool) -> None:
         by_hand = "" if exc.code in topology.NO_ROOM else "; this has to be changed by hand"
         raise Failed(NO, f"The server refused: {exc.detail}{by_hand}.") from exc
     except Temporary as exc:
+        if forbidden(bus.heard):
+            raise Failed(NO, "This user may not do what --fix does: use the adapter's credentials.") from exc
         raise Failed(UNREACHABLE, f"JetStream did not answer ({exc.detail}): try again.") from exc
 
 

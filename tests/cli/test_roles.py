@@ -98,6 +98,14 @@ async def test_for_an_answer_that_is_forbidden_nobody_waits(scene: Scene) -> Non
             await bus.ask("bindings.list", BindingsQuery(), BindingsPage, timeout_s=3600.0)
 
 
+async def test_who_may_fix_is_told_to_an_operator(cli: Command, scene: Scene) -> None:
+    """It was told that JetStream did not answer."""
+    scene.enter("operator")
+    result = await cli("doctor", "--fix")
+    assert result.code == 1
+    assert "This user may not do what --fix does: use the adapter's credentials." in result.err
+
+
 @pytest.mark.parametrize("arguments", [["send", "s1", "hello"], ["bindings"], ["tail"]], ids=" ".join)
 async def test_a_foreign_inbox_prefix_is_told_by_its_setting(
     cli: Command, scene: Scene, arguments: list[str]
