@@ -325,10 +325,7 @@ async def _regain(session: Session, binding: Binding, needs: Incoming) -> None:
     log.info("session.recovered", bot=session.bot)
     session.stale = False
     if binding.state == "needs_login":
-        alive = await retry(partial(regain_login, needs.bindings, needs.clock, binding), needs)
-        if alive is None:
-            return
-        await retry(partial(tell_login, needs.bindings, needs.events, alive), needs)
+        await retry(partial(regain_login, needs.bindings, needs.clock, binding), needs)  # the next turn tells it
     else:
         await retry(partial(needs.events.binding, binding.event("recovered")), needs)
 

@@ -117,6 +117,13 @@ async def test_a_server_that_does_not_hold_is_not_hammered(poller: Poller, answe
     assert len(bench.chat.asked) <= 60 / 0.25
 
 
+async def test_pages_of_repeats_are_fetched_one_right_after_the_other(poller: Poller) -> None:
+    """As iLink sends them after an outage of its own: what is new comes behind them."""
+    poller(bench := await ready(*[lambda: Polled([raw()], f"c{next(MOVES)}", 35_000)] * 100))
+    await asyncio.sleep(15)
+    assert len(bench.chat.asked) > 100
+
+
 async def test_polls_without_an_answer_recycle_the_connection() -> None:
     """F5, a dead path: not at the first, which is only a lost race with the hold."""
     bench = await ready(None, None, None, None)
@@ -550,9 +557,10 @@ async def test_a_bot_polls_as_ever_once_its_cursor_is_kept_again(poller: Poller)
 
 async def test_a_url_that_may_not_be_called_is_tried_again_with_backoff_only(poller: Poller) -> None:
     bench = await ready(*[Refused("url", "not on the list")] * 100)
-    poller(bench)
+    session = poller(bench)
     await asyncio.sleep(600)
     assert len(bench.chat.asked) < 30
+    assert session.state == "error"
 
 
 async def test_a_bug_ends_no_poller() -> None:
