@@ -95,10 +95,7 @@ class Leases(Membership):
                     self._find_surplus()
                     claims = {entry.key: entry for entry in await self._claims.entries()}
                     await self._check_claims(claims)
-                    if len(self.owned) < SHARDS:
-                        await self._claim_free(claims)
-                    else:
-                        self.orphans = set()
+                    await self._claim_free(claims)
             except Temporary as exc:
                 log.debug("lease.unread", reason=exc.reason)
             await first_of(self._look, self._rest_s())

@@ -39,6 +39,51 @@ async def test_who_waits_for_a_shard_is_told_when_it_is_there(cluster: Cluster) 
     assert alone.leases._metrics.value("shards_owned") == SHARDS
 
 
+async def test_shards_that_nobody_could_claim_are_orphans_until_somebody_can(cluster: Cluster) -> None:
+    alone = cluster.start()
+    alone.claims.writes_fail = True
+    await cluster.run(5)
+    assert alone.leases.orphans == set(range(SHARDS))
+    alone.claims.writes_fail = False
+    await cluster.run(3)
+    assert alone.leases.orphans == set()
+
+
+async def test_a_word_of_another_replica_makes_it_look_once(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = cluster.start()
+    await cluster.run(5)
+    looks, entries = 0, alone.claims.entries
+
+    async def counted() -> list[Entry]:
+        nonlocal looks
+        looks += 1
+        return await entries()
+
+    monkeypatch.setattr(alone.claims, "entries", counted)
+    alone.leases.look()
+    await cluster.run(1)
+    assert looks <= 4
+
+
+async def test_a_claim_that_an_answer_lacks_since_it_is_older_is_not_written_again(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Any server of a cluster may answer, also one that is behind."""
+    alone = cluster.start()
+    await cluster.run(5)
+    written = cluster.claims.writes
+
+    async def behind() -> list[Entry]:
+        return []
+
+    monkeypatch.setattr(alone.claims, "entries", behind)
+    await cluster.run(2)
+    assert alone.working == set(range(SHARDS))
+    assert cluster.claims.writes == written
+
+
 async def test_a_lease_that_runs_out_before_a_renewal_has_failed_can_be_told_of(cluster: Cluster) -> None:
     """A request to a bucket without a leader hangs for seconds, and so does a process that was frozen."""
     replica = cluster.start()
@@ -203,6 +248,15 @@ async def test_a_replica_that_cannot_renew_stops_before_anybody_takes_over(clust
     assert "lease.paused" in [line["event"] for line in logs]
     await cluster.run(4)
     assert heir.working == set(range(SHARDS))
+
+
+async def test_whoever_works_is_told_when_the_lease_runs_out(cluster: Cluster) -> None:
+    replica = cluster.start()
+    await cluster.run(5)
+    told = asyncio.create_task(replica.leases.changed.until(lambda: not replica.leases.valid))
+    replica.cut()
+    await cluster.run(HOLD * LEASE_S + 0.1)
+    assert told.done()
 
 
 async def test_a_lease_counts_from_the_time_at_which_its_renewal_was_sent(cluster: Cluster) -> None:
@@ -409,6 +463,28 @@ async def test_nobody_is_dead_who_renews(cluster: Cluster) -> None:
     assert not await first.leases.is_dead("never-was-1"), "it may have been purged, and live"
     await cluster.run(LEASE_S)
     assert await first.leases.is_dead("never-was-1")
+
+
+async def test_who_renews_as_its_lease_is_looked_at_once_more_is_not_revoked(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would work on until its next renewal, beside whoever takes its shards."""
+    first, second = cluster.start(), cluster.start()
+    await cluster.run(10)
+    name, get = second.leases.incarnation, first.members.get
+
+    async def renewed(key: str) -> Entry | None:
+        if key == name:
+            known = cluster.members.entries[name]
+            cluster.members.write(name, known.value, known.revision)
+        return await get(key)
+
+    monkeypatch.setattr(first.members, "get", renewed)
+    second.life.stop()
+    departed = first.leases.departures
+    await cluster.run(2 * LEASE_S)
+    assert first.leases.departures > departed
+    assert cluster.members.entries[name].value
 
 
 def purge(store: Store) -> None:
