@@ -292,6 +292,14 @@ def test_a_secret_that_is_none_leaves_the_words_as_they_are() -> None:
     assert caught.value.errmsg == "prepare failed"
 
 
+def test_where_ilink_says_no_words_there_are_none() -> None:
+    request = protocol.message_request("b1:secret", 1, {}, user="u", client_id="c", context_token="secret-token")
+    with pytest.raises(Throttled) as caught:
+        read_sent(reply({"ret": -2})._replace(secrets=request.secrets))
+    assert caught.value.errmsg == ""
+    assert caught.value.detail == "iLink answered -2"
+
+
 def test_an_error_message_that_quotes_the_request_tells_no_secret() -> None:
     with pytest.raises(SessionExpired) as caught:
         read_updates(reply({"errcode": -14, "errmsg": "token b1@im.bot:060000secret is dead"}), polled_s=1)
@@ -351,6 +359,7 @@ NOTIFIED = [
     ("empty-body", reply(b""), None),
     ("ret-and-errmsg", reply({"ret": 3, "errmsg": "no"}), (Temporary, "ret_other", None)),
     ("-14", reply({"errcode": -14}), (SessionExpired, "needs_login")),
+    ("-14-beside-401", reply({"errcode": -14}, 401), (SessionExpired, "needs_login")),
     ("html", reply(HTML), (Temporary, "unreadable", None)),
     ("nested-without-end", reply(b'{"a":' * 5000), (Temporary, "unreadable", None)),
     ("500", reply(b"", 500), (Temporary, "http_5xx", None)),
@@ -388,6 +397,12 @@ def test_a_ticket_is_there_only_where_ilink_says_so(answer: Reply, expected: obj
     assert outcome(lambda: protocol.read_ticket(answer)) == expected
 
 
+def test_a_ticket_that_is_refused_for_a_user_who_never_wrote_says_so() -> None:
+    with pytest.raises(Refused) as caught:
+        protocol.read_ticket(reply({"ret": -4, "errmsg": "GetTypingTicket rpc failed"}))
+    assert "has not written" in caught.value.detail
+
+
 TYPED = [
     ("success", reply({"ret": 0}), True),
     ("ret-missing", reply({}), True),
@@ -395,6 +410,7 @@ TYPED = [
     ("-2", reply({"ret": -2, "errmsg": "typing_ticket expired"}), False),
     ("html", reply(HTML), False),
     ("-14", reply({"errcode": -14}), (SessionExpired, "needs_login")),
+    ("-14-beside-401", reply({"errcode": -14}, 401), (SessionExpired, "needs_login")),
     ("500", reply(HTML, 500), (Temporary, "http_5xx", None)),
 ]
 

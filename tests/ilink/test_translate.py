@@ -358,13 +358,18 @@ def test_media_that_nobody_can_find_have_no_reference(kind: str, media: Any) -> 
 @pytest.mark.parametrize("kind", PAYLOADS)
 def test_a_media_item_without_its_payload_is_unsupported(kind: str) -> None:
     number, _ = PAYLOADS[kind]
-    found = read_message(changed("text", item_list=[{"type": number}]))
-    assert (found.items, found.kind) == ([UnsupportedItem(type=number)], "unsupported")
+    for beside in ({}, {"text_item": {"text": "hi"}}):
+        found = read_message(changed("text", item_list=[{"type": number, **beside}]))
+        assert (found.items, found.kind) == ([UnsupportedItem(type=number)], "unsupported")
 
 
 @pytest.mark.parametrize(
     ("value", "duration_ms"),
-    [(1500, 1500), ("1500", 1500), (0, 0), (-1, None), ("soon", None), ([1], None), (True, None), (2**60, None)],
+    [
+        *[(1500, 1500), ("1500", 1500), (0, 0), (-1, None), ("soon", None), ([1], None), (True, None), (2**60, None)],
+        pytest.param("²", None, id="superscript"),
+        pytest.param("9" * 5000, None, id="more digits than Python reads"),
+    ],
     ids=str,
 )
 def test_a_duration_is_what_can_be_one(value: Any, duration_ms: int | None) -> None:
