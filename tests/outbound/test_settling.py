@@ -19,7 +19,7 @@ from adapter.outbound.parked import item_of
 from adapter.outbound.shard import Shard
 from adapter.ports import Accepted, Message, Stored
 from adapter.records import Hand
-from tests.fakes import LIMITS, Bench, Sent
+from tests.fakes import GAP_S, LIMITS, Bench, Sent
 from tests.outbound.shards import (
     BOT,
     FIRST,

@@ -15,7 +15,7 @@ from adapter.names import H_COMMAND, H_MSG_ID, H_TIME_MS, UNROUTED, peer_key
 from adapter.outbound.settling import SETTLED_KEPT
 from adapter.ports import Accepted, Message
 from tests.fakes import GAP_S, Bench, Failing, FakeDelivery, settle
-from tests.outbound.shards import BOT, TIMEOUT, USER, finals, outcomes, parked, ready, user_writes
+from tests.outbound.shards import BOT, THROTTLED, TIMEOUT, USER, finals, outcomes, parked, ready, user_writes
 
 VIRTUAL_TIME = True
 
