@@ -11,6 +11,7 @@ from structlog.testing import capture_logs
 
 from adapter.errors import LeaseLost
 from adapter.names import SHARDS
+from adapter.ports import Entry
 from adapter.replicas.membership import HOLD
 from tests.replicas.cluster import LEASE_S, Cluster, Store
 
