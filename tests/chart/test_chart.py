@@ -263,6 +263,11 @@ REFUSALS: list[tuple[str, Object, str]] = [
         "networkPolicy.natsPorts: add 4222,",
     ),
     (
+        "the port of a WebSocket",
+        {"networkPolicy": {"enabled": True}, "nats": {"url": "wss://b"}},
+        "networkPolicy.natsPorts: add 443,",
+    ),
+    (
         "two servers on one port",
         {"console": {"existingSecret": "s", "port": 9464}},
         "console.port: set another one than http.port, which is 9464 too.",

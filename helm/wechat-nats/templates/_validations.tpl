@@ -54,7 +54,8 @@
 {{- $open = append $open (int .) }}
 {{- end }}
 {{- range $url := splitList "," (include "wechat-nats.natsUrl" .) }}
-{{- $port := regexFind ":[0-9]+$" (trimSuffix "/" $url) | trimPrefix ":" | default "4222" | int }}
+{{- $usual := get (dict "ws" "80" "wss" "443") (splitList ":" $url | first) | default "4222" }}
+{{- $port := regexFind ":[0-9]+$" (trimSuffix "/" $url) | trimPrefix ":" | default $usual | int }}
 {{- if not (has $port $open) }}
 {{- $faults = append $faults (printf "networkPolicy.natsPorts: add %d, the port of %s in nats.url, or allow it in extraEgress." $port $url) }}
 {{- end }}
