@@ -119,3 +119,14 @@ def test_dead_letters_are_kept_as_long_as_is_said() -> None:
     days = f"kept for {dead.config['max_age'] // (24 * 3600 * 10**9)} days"
     assert days in sections()["Read and retry dead letters"]
     assert days in (ROOT / "adapter/console/templates/dead.html").read_text()
+
+
+def test_every_warning_in_the_log_is_explained() -> None:
+    """By its name, or by the end of it."""
+    sources = "".join(file.read_text() for file in (ROOT / "adapter").rglob("*.py") if "simulator" not in file.parts)
+    events = set(re.findall(r'log\.(?:warning|error|exception)\(\s*"([a-z_]+\.[a-z_]+)"', sources))
+    assert len(events) > 50
+    text = RUNBOOK.read_text()
+    ends = [word for row in re.findall(r"(?m)^\| (`.*?) \|", sections()["Read the log"]) for word in row.split(", ")]
+    known = tuple(word.strip("`") for word in ends)
+    assert not [event for event in events if f"`{event}`" not in text and not event.endswith(known)]
