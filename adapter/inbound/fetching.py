@@ -126,7 +126,6 @@ class Downloads:
             after = int(stored.headers.get(H_SEQUENCE, "0"))
         except (Unreadable, ValueError) as exc:
             log.error("raw.unreadable", shard=self.number, sequence=stored.seq, reason=type(exc).__name__)
-            self._done.append(stored.seq)
             self._tasks.spawn(self._bury(stored))
             return
         self._waiting.add(stored.seq)

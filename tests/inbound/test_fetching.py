@@ -545,10 +545,14 @@ async def test_a_lost_shard_stops_at_once() -> None:
     bench.cdn.has("p1", gate, PNG)
     replica = await run(bench)
     await asyncio.sleep(1)
+    behind = asyncio.create_task(replica.downloads.passed("s1", BOT))
     replica.downloads.stop()
+    (stored,) = bench.bus.found("RAW")
+    replica.downloads.add(stored._replace(seq=stored.seq + 1))  # by a poller that has yet to hear of it
     gate.set()
     await asyncio.sleep(100)
     assert (said(bench), waiting(bench), bench.cdn.running) == ([], 1, 0)
+    assert behind.done()
     await replica.leave()
 
 
