@@ -10,6 +10,7 @@ import inspect
 import itertools
 import socket
 import ssl
+import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
@@ -173,6 +174,30 @@ async def test_what_was_taken_and_not_answered_well_may_have_been_done(
     assert len(server.heads) == 1, "it is not repeated by itself"
 
 
+async def test_an_answer_that_is_packed_and_not_whole_is_none(server: Server, own: Transport) -> None:
+    body = gzip.compress(b'{"ret":0}')[:-4]
+    head = b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: %d\r\n\r\n" % len(body)
+    server.answer = Server.say(head + body)
+    with pytest.raises(Uncertain) as caught:
+        await post(own, server.url)
+    assert caught.value.reason == "unreadable"
+
+
+async def test_an_answer_of_unknown_length_whose_connection_breaks_is_not_whole(
+    server: Server, own: Transport
+) -> None:
+    async def answer(writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\n\r\n{")
+        await writer.drain()
+        await asyncio.sleep(0.05)  # what was written is read before the reset
+        writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        writer.transport.abort()
+
+    server.answer = answer
+    with pytest.raises(Uncertain):
+        await post(own, server.url)
+
+
 async def test_a_silent_server_is_a_timeout_and_costs_the_connection(
     server: Server, transport: Transport | Proxied
 ) -> None:
@@ -322,9 +347,14 @@ async def test_after_some_answers_the_connection_is_not_used_again(
     await until(lambda: server.open == 0, "nothing stays open")
 
 
-async def test_what_comes_unasked_answers_nothing(server: Server, own: Transport) -> None:
+async def test_what_comes_unasked_answers_nothing(
+    server: Server, own: Transport, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A server that closes an idle connection may say so (408); no request must take that for its answer."""
+    monkeypatch.setattr("adapter.ilink.transport.KEPT_S", 3600.0)
     writers: list[asyncio.StreamWriter] = []
+    crashes: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: crashes.append(context))
 
     async def answer(writer: asyncio.StreamWriter) -> None:
         writers.append(writer)
@@ -335,6 +365,7 @@ async def test_what_comes_unasked_answers_nothing(server: Server, own: Transport
     writers[0].write(b"HTTP/1.1 408 Request Timeout\r\nContent-Length: 0\r\n\r\n")
     await until(lambda: server.open == 0, "the connection is closed")
     assert (await post(own, server.url)).status == 200
+    assert crashes == []
 
 
 async def test_a_kept_connection_that_the_server_closed_is_not_used(server: Server, own: Transport) -> None:

@@ -1,0 +1,125 @@
+"""iLink's calls: how long each waits, and by what outcome it is counted, which alerts and the runbook ask for."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import msgspec
+import pytest
+
+from adapter.errors import AdapterError, Temporary, Uncertain
+from adapter.ilink.client import ILink
+from adapter.ilink.protocol import HOLD_MS, Reply
+from adapter.metrics import Metrics
+from adapter.ports import Account
+
+BASE = "https://ilinkai.weixin.qq.com"
+ACCOUNT = Account("b1@im.bot", "token", BASE)
+CALLS: dict[str, Callable[[ILink], Awaitable[object]]] = {
+    "getupdates": lambda ilink: ilink.poll(ACCOUNT, "", 20_000),
+    "sendmessage": lambda ilink: ilink.send(ACCOUNT, user="u", client_id="c", context_token="t", content="hi"),
+    "getconfig": lambda ilink: ilink.typing_ticket(ACCOUNT, "u", "t"),
+    "get_bot_qrcode": lambda ilink: ilink.fetch_code(()),
+    "get_qrcode_status": lambda ilink: ilink.read_code("handle", BASE, ""),
+}
+
+
+class Answering:
+    """An `ILink` whose every request gets the same answer."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, answer: Reply | Exception) -> None:
+        self.metrics = Metrics()
+        self.ilink = ILink(
+            self.metrics,
+            default_base_url=BASE,
+            allowed_hosts=(),
+            poll_margin_s=7.0,
+            send_timeout_s=15.0,
+            max_answer_bytes=1000,
+        )
+        self.timeout_s = 0.0
+        self.afresh: list[bool] = []
+        """Of each call: whether it got a connection of its own."""
+
+        async def exchange(_url: str, _request: object, timeout_s: float, *, afresh: bool, **_: object) -> Reply:
+            self.timeout_s = timeout_s
+            self.afresh.append(afresh)
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
+
+        monkeypatch.setattr(self.ilink._transport, "exchange", exchange)
+
+
+def reply(body: Any, status: int = 200, **headers: str) -> Reply:
+    return Reply(status, headers, msgspec.json.encode(body))
+
+
+@pytest.mark.parametrize("endpoint", CALLS)
+@pytest.mark.parametrize(
+    ("answer", "outcome"),
+    [
+        (TimeoutError(), "timeout"),
+        (Uncertain("network", "cut"), "network"),
+        (Temporary("network", "not there"), "network"),
+        (reply({}, 502), "http_5xx"),
+        (reply({}, 404), "http_4xx"),
+        (reply({"ret": -9}), "ret_other"),
+    ],
+    ids=["no answer", "cut", "not there", "502", "404", "refused"],
+)
+async def test_each_call_that_fails_is_counted_by_how(
+    monkeypatch: pytest.MonkeyPatch, endpoint: str, answer: Reply | Exception, outcome: str
+) -> None:
+    answering = Answering(monkeypatch, answer)
+    with contextlib.suppress(AdapterError):
+        await CALLS[endpoint](answering.ilink)
+    assert answering.metrics.value("upstream_requests_total", endpoint=endpoint, outcome=outcome) == 1
+
+
+@pytest.mark.parametrize("endpoint", ["getupdates", "sendmessage", "getconfig"])
+async def test_dead_tokens_are_counted_apart(monkeypatch: pytest.MonkeyPatch, endpoint: str) -> None:
+    answering = Answering(monkeypatch, reply({"ret": -14}))
+    with pytest.raises(AdapterError):
+        await CALLS[endpoint](answering.ilink)
+    assert answering.metrics.value("upstream_requests_total", endpoint=endpoint, outcome="ret_14") == 1
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "timeout_s"),
+    [("getupdates", 27.0), ("sendmessage", 15.0), ("get_qrcode_status", HOLD_MS / 1000 + 7.0)],
+)
+async def test_a_call_that_ilink_holds_is_given_longer_than_that(
+    monkeypatch: pytest.MonkeyPatch, endpoint: str, timeout_s: float
+) -> None:
+    answering = Answering(monkeypatch, TimeoutError())
+    with contextlib.suppress(AdapterError):
+        await CALLS[endpoint](answering.ilink)
+    assert answering.timeout_s == timeout_s
+
+
+async def test_when_ilink_wants_to_be_asked_for_a_code_again_is_handed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    answering = Answering(monkeypatch, reply({}, 503, **{"retry-after": "7"}))
+    with pytest.raises(Temporary) as caught:
+        await answering.ilink.fetch_code(())
+    assert caught.value.retry_after_s == 7
+
+
+async def test_a_code_is_what_ilink_gave(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {"ret": 0, "qrcode": "handle", "qrcode_img_content": "https://example.com/qr"}
+    answering = Answering(monkeypatch, reply(given))
+    code = await answering.ilink.fetch_code(())
+    assert (code.handle, code.url) == ("handle", "https://example.com/qr")
+    assert answering.metrics.value("upstream_requests_total", endpoint="get_bot_qrcode", outcome="ok") == 1
+
+
+async def test_one_call_goes_over_a_new_connection_where_those_of_a_bot_seem_dead(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    answering = Answering(monkeypatch, TimeoutError())
+    await answering.ilink.recycle(ACCOUNT.bot)
+    for _ in range(2):
+        await CALLS["getupdates"](answering.ilink)
+    assert answering.afresh == [True, False]
