@@ -538,6 +538,54 @@ async def test_a_message_in_the_parked_stream_that_nobody_can_read_stops_nothing
     assert bench.chat.texts == ["hi"]
 
 
+async def test_a_look_after_each_reset_finds_what_is_known_once() -> None:
+    bench, shard = await ready(is_open=False)
+    for number in range(2):
+        shard.on_delivery(bench.command(f"t{number}"))
+    await asyncio.sleep(5)
+    for _ in range(2):
+        await shard.load()
+    found: Counter[str] = Counter()
+    shard.census(found)
+    assert found.total() == 2
+
+
+async def test_what_was_refused_may_be_published_again_also_after_a_reset() -> None:
+    """Only the memory says that nothing of it was taken."""
+    bench, shard = await ready()
+    await shard.load()
+    bench.chat.sends.append(Refused("rejected", "no", ret=-3))
+    shard.on_delivery(bench.command("hi", id="c1"))
+    await asyncio.sleep(5)
+    await shard.load()
+    shard.on_delivery(bench.command("hi", id="c1"))
+    await asyncio.sleep(5)
+    assert [receipt.outcome for receipt in finals(bench)] == ["refused", "accepted"]
+
+
+async def test_when_a_bot_lives_again_what_is_for_any_of_its_users_goes() -> None:
+    bench, shard = await ready()
+    bench.hears(user="u2@im.wechat")
+    bench.stale.add(BOT)
+    for user in (USER, "u2@im.wechat"):
+        shard.on_delivery(bench.command(user, user=user))
+    await asyncio.sleep(60)
+    assert bench.chat.texts == []
+    bench.stale.clear()
+    shard.heard("s1", BOT, USER, wrote=False)
+    await asyncio.sleep(5)
+    assert sorted(bench.chat.texts) == [USER, "u2@im.wechat"]
+
+
+async def test_a_bot_may_move_whose_user_has_only_written() -> None:
+    bench, shard = await ready()
+    await user_writes(bench, shard)
+    await bench.bind("s2")
+    shard.on_delivery(bench.command("hi", user=USER))
+    await asyncio.sleep(5)
+    assert [(outcome, reason) for _, outcome, reason in outcomes(bench)] == [("refused", "not_bound")]
+
+
 async def test_the_census_counts_what_is_in_hand_and_what_waits() -> None:
     bench, shard = await ready()
     bench.chat.hold_sends[USER] = asyncio.Event()
