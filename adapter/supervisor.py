@@ -284,7 +284,7 @@ class Supervisor:
         load.add_done_callback(self._report)
 
     async def _open(self, shard: int) -> None:
-        """What waits for media is known before a poller stores anything; the consumer loads what is parked."""
+        """Starts a shard: loads what waits for media, before a poller stores more, then starts its consumers."""
         while True:
             sender, downloads = self._work.sender(shard), self._work.downloads(shard)
             try:
@@ -305,7 +305,7 @@ class Supervisor:
             task.add_done_callback(self._report)
 
     def _close(self, shard: int) -> None:
-        """Nothing more comes in for it."""
+        """Stops the consumers of a shard."""
         if load := self._loads.pop(shard, None):
             load.cancel()
         for task in self._consumers.pop(shard, []):

@@ -58,7 +58,7 @@ class LaneWork(Settling):
                 self._check()
                 wait_s = await finish(self._turn(lane), self._needs.grace_s)
                 failures = 0
-                self._hush(lane)
+                self._hide_typing(lane)
             except Draining:
                 break
             except LeaseLost:  # paused: it may come back; lost: somebody stops us
@@ -105,25 +105,25 @@ class LaneWork(Settling):
             await self._needs.bound_yet()
             binding = self._binding(lane)
         if binding is None:
-            await self._give_up(lane)
+            await self._end_unbound(lane)
             return 0.0
         if lane.user and not lane.looked_back:
             await self._peer(lane)  # before it is decided what is next: another lane's commands may come meanwhile
         now = self._sending.clock.monotonic()
-        lane.reason = self._hindrance(lane, binding, now)
+        lane.reason = self._blocked_by(lane, binding, now)
         if lane.queue and lane.queue[0].command.typing and not lane.parked and not lane.reason:
             await self._type(lane, lane.queue[0], binding)
             return 0.0
         lane.spoke = True
         begun = lane.parked and lane.queue and not lane.reason and await self._is_begun(lane, lane.queue[0])
         if lane.parked and not lane.reason and not begun:
-            return await self._flush(lane, binding)
+            return await self._send_parked(lane, binding)
         if not lane.queue:
-            return self._patience(lane, now)
+            return self._sleep_s(lane, now)
         item = lane.queue[0]
         result = Wait(lane.reason) if lane.reason else await self._send(lane, [item], binding)
         if isinstance(result, Wait):
-            await self._hold_back(lane, item, result)
+            await self._park(lane, item, result)
             lane.reason = result.reason
         lane.shift(item)
         return 0.0
@@ -135,7 +135,7 @@ class LaneWork(Settling):
         return any(hand.is_begun for hand in known)
 
     async def _type(self, lane: Lane, item: Item, binding: Binding) -> None:
-        """Hands a typing command over: what is behind it does not wait for iLink's answer. Raises Temporary."""
+        """Starts a typing command; what is behind it does not wait for iLink's answer. Raises Temporary."""
         if item.suspect and await self._needs.receipts.has_final(item.command):
             self._settle(item)
         elif item.command.typing == "on":
@@ -154,8 +154,8 @@ class LaneWork(Settling):
             ending = Ending("refused", exc.reason, exc.detail).with_answer(exc)
         await self._end_surely(item, ending, lane)
 
-    def _hush(self, lane: Lane) -> None:
-        """Nothing more can be sent now: the bot does not type any more."""
+    def _hide_typing(self, lane: Lane) -> None:
+        """Hides that the bot types once nothing more can be sent now."""
         if lane.spoke and lane.user and not lane.queue and (lane.reason or not lane.parked):
             self.typing.hush(lane.bot, lane.user)
 
@@ -173,8 +173,8 @@ class LaneWork(Settling):
                 return other
         return found
 
-    def _hindrance(self, lane: Lane, binding: Binding, now: float) -> str:
-        """Why nothing may be sent, whatever the window says, as a receipt's reason; "" if nothing is in the way."""
+    def _blocked_by(self, lane: Lane, binding: Binding, now: float) -> str:
+        """What forbids sending, whatever the window says, as a receipt's reason; "" if nothing does."""
         stale = lane.stale
         if binding.state == "needs_login" and not (stale and stale.last_tries):
             return "needs_login"
@@ -182,18 +182,18 @@ class LaneWork(Settling):
             return "needs_login"
         return "" if lane.user else "window_closed"
 
-    def _patience(self, lane: Lane, now: float) -> float:
-        """How long the lane may sleep when nobody wakes it. `now`: when it was looked what hinders it, since a try
-        that became due just after that look has yet to be made."""
+    def _sleep_s(self, lane: Lane, now: float) -> float:
+        """Seconds that the lane may sleep when nobody wakes it. `now`: when obstacles were looked for, since a try
+        that became due just after that has yet to be made."""
         now_ms = self._sending.clock.now_ms()
         waits = [FOREVER_S, *((parked.expires_ms - now_ms) / 1000 for parked in lane.parked)]
         if lane.stale and (left_s := lane.stale.until - now) > 0:
             waits.append(left_s)
         return max(0.05, min(waits))
 
-    async def _flush(self, lane: Lane, binding: Binding) -> float:
+    async def _send_parked(self, lane: Lane, binding: Binding) -> float:
         """Sends the oldest parked command, and what goes with it in one message, if it may go now."""
-        await self._look_up(lane)
+        await self._look_up_receipts(lane)
         peer = await self._peer(lane)
         if (hand := peer.context.hand) and hand.is_begun:  # its rest comes before anything else
             lane.put_first(next((one for one in lane.parked if one.client == hand.client), lane.parked[0]))
@@ -212,7 +212,7 @@ class LaneWork(Settling):
             one.suspect = False  # looked up above
         result = await self._send(lane, group, binding)
         if isinstance(result, Wait):
-            return await self._stay(lane, peer, result, binding)
+            return await self._stay_parked(lane, peer, result, binding)
         if isinstance(result, Apart):
             lane.apart_until = group[-1].parked_seq
             return 0.0
@@ -225,7 +225,7 @@ class LaneWork(Settling):
         """Ends what the owner before us told, who perhaps had not yet told all that were in the same message."""
         # what expired by itself had not been sent: it left the others
         hand = peer.context.hand if told.reason != "expired" else None
-        group = [item, *await self._named(lane, hand, item)]
+        group = [item, *await self._merged_with(lane, hand, item)]
         ending = ending_of(told)
         await self._end(group, ending, self._shown(peer), binding.bot, lane.user)
         peer.context = window.settled(peer.context, item.command.client, sent=ending.may_be_sent)
@@ -246,16 +246,16 @@ class LaneWork(Settling):
         log.warning("parked.gone", shard=self.number, sequence=parked.seq)
         return None
 
-    async def _look_up(self, lane: Lane) -> None:
-        """Finds out which of the parked commands that others left have their final receipts. Raises Temporary."""
+    async def _look_up_receipts(self, lane: Lane) -> None:
+        """Finds which parked commands of the owners before have their final receipts. Raises Temporary."""
         names = {one.seq: Name(one.command, one.stored_ms) for one in lane.parked if one.seq in lane.unsure}
         if names:
             found = await self._needs.receipts.find_finals(lane.sandbox, set(names.values()))
             lane.told |= {seq: found[name] for seq, name in names.items() if name in found}
         lane.unsure -= names.keys()
 
-    async def _stay(self, lane: Lane, peer: Peer, wait: Wait, binding: Binding) -> float:
-        """What is parked stays so, and what came behind it joins it; seconds until that may change."""
+    async def _stay_parked(self, lane: Lane, peer: Peer, wait: Wait, binding: Binding) -> float:
+        """Nothing parked can go: parks what came behind it, or lets a final command pass; seconds to sleep."""
         lane.reason = wait.reason
         may_pass = wait.reason == "quota" and self._may_pass(lane, peer)
         final = min((one for one in lane.parked if one.final), default=None)
@@ -269,12 +269,12 @@ class LaneWork(Settling):
             if may_pass and behind.command.final and behind.command.when_closed == "refuse" and behind.command.parts:
                 result = await self._send(lane, [behind], binding)
             if isinstance(result, Wait):
-                await self._hold_back(lane, behind, result)
+                await self._park(lane, behind, result)
             lane.shift(behind)
             return 0.0
         opens_ms = window.opens_at_ms(peer.context, self._sending.rules)
         left_s = (opens_ms - self._sending.clock.now_ms()) / 1000 if opens_ms else FOREVER_S
-        return max(0.05, min(self._patience(lane, self._sending.clock.monotonic()), left_s))
+        return max(0.05, min(self._sleep_s(lane, self._sending.clock.monotonic()), left_s))
 
     def _may_pass(self, lane: Lane, peer: Peer) -> bool:
         """Whether a final command may go ahead of those that wait for sends: only sends are left that are kept back
@@ -292,7 +292,7 @@ class LaneWork(Settling):
         """
         hand, context = peer.context.hand, peer.context
         if hand is not None and hand.client == first.command.client:
-            return [first, *await self._named(lane, hand, first)]
+            return [first, *await self._merged_with(lane, hand, first)]
         longest = self._needs.merge_chars
         alone = first.parked_seq <= lane.apart_until or _is_repeat(context, first)
         alone = alone or first.parked_seq != min(lane.parked).seq  # it went ahead of those behind it
@@ -307,8 +307,8 @@ class LaneWork(Settling):
             group.append(item)
         return group
 
-    async def _named(self, lane: Lane, hand: Hand | None, first: Item) -> list[Item]:
-        """What the record says to be in one message with `first`, as far as it is still parked. Raises Temporary."""
+    async def _merged_with(self, lane: Lane, hand: Hand | None, first: Item) -> list[Item]:
+        """The commands that the record names as merged with `first`, as far as they are parked. Raises Temporary."""
         if hand is None or hand.client != first.command.client or not hand.merged:
             return []
         names = {other.client for other in hand.merged}
@@ -416,7 +416,7 @@ class LaneWork(Settling):
         if binding.state == "needs_login" and ending.is_sent:
             await self._needs.alive_on_send(binding)
 
-    async def _hold_back(self, lane: Lane, item: Item, wait: Wait) -> None:
+    async def _park(self, lane: Lane, item: Item, wait: Wait) -> None:
         """Parks a command of the queue, or refuses it where it does not want to wait or too many do."""
         command = item.command
         if await self._drop_repeat(lane, item):
@@ -481,11 +481,11 @@ class LaneWork(Settling):
                 told[parked.client] = await self._end_unsent(lane, item_now, ending, hand)
             lane.drop([parked.seq])
             if hand and not any(hand.holds(one.client) for one in lane.parked):
-                await self._let_go(lane, hand, told)  # at once: the next one may not be there to be read
-        await self._let_go(lane, hand, told)
+                await self._clear_hand(lane, hand, told)  # at once: the next one may not be there to be read
+        await self._clear_hand(lane, hand, told)
 
-    async def _give_up(self, lane: Lane) -> None:
-        """The user's bot was unbound: nothing more of theirs will be sent."""
+    async def _end_unbound(self, lane: Lane) -> None:
+        """Ends all commands of the lane, since the user's bot was unbound."""
         hand = await self._hand(lane)
         ending = Ending("refused", "not_bound", "The bot was unbound.")
         told: dict[str, Ending] = {}
@@ -502,7 +502,7 @@ class LaneWork(Settling):
             if item := await self._read_parked(lane, lane.parked[0]):
                 await end(item)
             lane.parked.popleft()
-        await self._let_go(lane, hand, told)
+        await self._clear_hand(lane, hand, told)
 
     def _start(self, lane: Lane) -> None:
         lane.wake.set()

@@ -182,7 +182,7 @@ class Settling:
         """Ends a command of which nothing was sent now. Raises Temporary, LeaseLost."""
         hand = await self._hand(lane)
         told = await self._end_unsent(lane, item, ending, hand)
-        await self._let_go(lane, hand, {item.command.client: told})
+        await self._clear_hand(lane, hand, {item.command.client: told})
 
     async def _hand(self, lane: Lane) -> Hand | None:
         """What is in hand of the lane. Raises Temporary, LeaseLost."""
@@ -196,8 +196,8 @@ class Settling:
         await self._end([item], told, await self._window(lane), lane.bot, lane.user)
         return told
 
-    async def _let_go(self, lane: Lane, hand: Hand | None, told: Mapping[str, Ending]) -> None:
-        """Forgets what is in hand if it was told (by client) how it ended."""
+    async def _clear_hand(self, lane: Lane, hand: Hand | None, told: Mapping[str, Ending]) -> None:
+        """Clears the hand in the record, if its outcome is among those that were `told`, by client."""
         if hand and (ending := told.get(hand.client)):
             peer = await self._peer(lane)
             peer.context, lane.hand = window.settled(peer.context, hand.client, sent=ending.may_be_sent), None

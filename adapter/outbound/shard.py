@@ -298,7 +298,7 @@ class Shard(LaneWork):
                 self._start(one)
 
     def _wrote(self, sandbox: str, bot: str, user: str) -> None:
-        """The user waits for an answer, and is shown so where the binding says it."""
+        """A user wrote: shows that the bot types, where the binding says so."""
         self.typing.heard(bot, user)
         self._lanes.at(sandbox, bot, user).spoke = False
         binding = self._needs.bindings.get(bot)

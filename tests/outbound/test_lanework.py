@@ -317,7 +317,7 @@ async def test_a_try_that_becomes_due_while_the_lane_looks_is_made(monkeypatch: 
     """Hindered still at one look, the lane slept for an hour, as it had nothing to wait for at the next, and nobody
     heard of the lost login. uvloop's timers end up to some milliseconds early."""
     bench, shard = await ready()
-    look, early_s = shard._hindrance, 0.0
+    look, early_s = shard._blocked_by, 0.0
 
     def looking(*what: Any) -> str:
         nonlocal early_s
@@ -326,7 +326,7 @@ async def test_a_try_that_becomes_due_while_the_lane_looks_is_made(monkeypatch: 
         early_s = 0.0
         return reason
 
-    monkeypatch.setattr(shard, "_hindrance", looking)
+    monkeypatch.setattr(shard, "_blocked_by", looking)
     monkeypatch.setattr(bench.clock, "monotonic", lambda: asyncio.get_running_loop().time() - early_s)
     bench.chat.sends.extend([STALE] * 100)
     shard.on_delivery(bench.command("hi"))
