@@ -219,7 +219,7 @@ class Batch:
     def has(self, keys: Keys) -> bool:
         """As Seen.has."""
         message, _, _, said = keys.hashed
-        if message and message in self._messages:
+        if message in self._messages:
             return True
         alike = self._by_said.get(said)
         if alike is None:

@@ -54,6 +54,7 @@ ROWS = [
     Row("only-the-seq-is-left", OK, say(message="", client="", sent_at_ms=0), repeat=True),
     Row("same-message-id-other-words", OK, say(client="wx-9", content="beef"), repeat=True),
     Row("no-ids-time-near", say(**NAMELESS), say(**NAMELESS, sent_at_ms=NOW + NEAR_MS - 1), repeat=True),
+    Row("ids-are-gone-time-near", OK, say(**NAMELESS, sent_at_ms=NOW + NEAR_MS - 1), repeat=True),
     Row("within-the-skew", OK, say(**OTHER_IDS, sent_at_ms=NOW + 1500), repeat=True, skew_ms=2000),
     Row("twice-by-a-person", OK, say(**OTHER_IDS, sent_at_ms=NOW + 1), repeat=False),
     Row("twice-by-a-person-a-minute-later", OK, say(**OTHER_IDS, sent_at_ms=NOW + MINUTE), repeat=False),
