@@ -146,7 +146,7 @@ class Contexts:
 
     async def save(
         self, peer: Peer, make: Callable[[Context], Context], *, fence: Callable[[], None] | None = None
-    ) -> Context:
+    ) -> None:
         """Changes the record and stores it, with whatever was changed only in memory. `fence`: in place of that of
         the bot, which serves another sandbox by now; it raises LeaseLost.
 
@@ -168,7 +168,7 @@ class Contexts:
                 peer.stored = after
                 # what iLink has answered meanwhile is known here alone
                 peer.context = after if peer.context is before else window.known_also(after, peer.context, before)
-                return peer.context
+                return
 
     async def _merge(self, peer: Peer) -> None:
         """Reads the record anew; what was learned here of commands since it was stored is newer. Raises Temporary."""

@@ -448,6 +448,7 @@ async def test_idle_connections_are_closed_in_time(
     await asyncio.gather(*(post(own, server.url) for _ in range(5)))
     assert 1 <= server.connections <= 5
     await until(lambda: server.open == 0, "they are closed")
+    assert not own._idle, "of what they led to nothing is kept"
     assert (await post(own, server.url)).status == 200
 
 
