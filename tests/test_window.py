@@ -143,6 +143,13 @@ def test_a_refusal_blocks_the_window_that_the_request_left_into(written_ms: int,
     assert bool(opened.blocked_ms) is blocked
 
 
+def test_what_is_taken_up_again_is_left_no_more() -> None:
+    begun, other = replace(HAND, tried=1), replace(HAND, client="x2")
+    displaced = window.leaving(window.leaving(OPEN, begun, NOW), other, NOW)
+    assert displaced.left == replace(begun, counted_in="m1")
+    assert window.leaving(window.returned(displaced, other), begun, NOW).left is None
+
+
 def test_a_send_counts_before_it_leaves_and_not_again_when_repeated() -> None:
     first = window.leaving(OPEN, replace(HAND, tried=1), NOW)
     assert first.used == 1

@@ -78,6 +78,14 @@ async def test_a_message_of_the_same_batch_is_found() -> None:
     assert quote == Quote(id="41", text="hello", said_by="user", kind="text")
 
 
+async def test_an_item_of_the_same_batch_is_found_behind_another_message() -> None:
+    bench = Bench()
+    picture = says("", "41", items=[FileItem(name="a.pdf")], item_ids=("77",))
+    other = says("hello", "42", item_ids=("78",))
+    quote = (await hear(bench, picture, other, says(message="43", quotes="77")))[-1].quote
+    assert quote == Quote(id="77", text="[file] a.pdf", said_by="user", kind="file")
+
+
 async def test_a_message_of_another_user_in_the_same_batch_is_not_shown() -> None:
     bench = Bench()
     quote = (await hear(bench, says("secret", "41", user=OTHER), says(message="43", quotes="41")))[-1].quote

@@ -12,7 +12,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from adapter.bindings.control import Control
-from adapter.contract import Bind, Login, LoginEvent, LoginQuery, LoginStart, LoginVerify
+from adapter.contract import Bind, BindingEvent, Login, LoginEvent, LoginQuery, LoginStart, LoginVerify
 from adapter.errors import BusRefused, Refused, Temporary
 from adapter.logins.flow import LoginNeeds
 from adapter.logins.registry import LoginRegistry
@@ -592,6 +592,25 @@ async def test_a_bind_that_is_refused_fails_the_login() -> None:
     now = await doors.status(login)
     assert (now.status, now.reason) == ("failed", "invalid")
     assert "durable" in now.detail
+
+
+async def test_a_bind_that_is_refused_fails_the_login_also_of_a_bot_that_is_bound() -> None:
+    """With its token of before, which iLink may take no more. Others' binds were refused, too."""
+    doors = Doors()
+    await doors.bench.bind(bot=BOT, user=USER, token="of-before")
+
+    async def refuse(sandbox: str) -> None:
+        raise Refused("invalid", "The durable consumer cannot be made: full")
+
+    doors.bench.core.make_durable = refuse  # type: ignore[method-assign]
+    login = await doors.start(options={"durable": True})
+    await doors.bench.events.binding(
+        BindingEvent(sandbox="s1", bot="other@im.bot", change="refused", request="another", reason="capacity")
+    )
+    doors.ilink.happens("q1", CONFIRMED)
+    await asyncio.sleep(10)
+    now = await doors.status(login)
+    assert (now.status, now.reason) == ("failed", "invalid")
 
 
 async def test_a_bus_that_does_not_take_the_bind_fails_the_login() -> None:

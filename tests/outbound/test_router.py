@@ -234,6 +234,7 @@ async def test_what_goes_nowhere_has_a_receipt(data: bytes, outcome: str, reason
     assert delivery.acks == 1
     assert bench.bus.found("OUT") == []
     assert len(bench.bus.found("DEAD")) == (outcome == "dead_lettered")
+    assert bench.metrics.value("schema_violations_total", kind="out") == 1
 
 
 async def test_what_cannot_be_read_is_told_to_the_sandbox_that_it_names() -> None:
