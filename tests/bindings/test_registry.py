@@ -10,7 +10,7 @@ import msgspec
 import pytest
 from structlog.testing import capture_logs
 
-from adapter.bindings.registry import Bindings
+from adapter.bindings.registry import Bindings, is_anew
 from adapter.names import token_of
 from adapter.records import Binding
 from tests.fakes import FakeBucket, settle
@@ -102,3 +102,40 @@ async def test_a_token_that_was_sealed_anew_is_no_change() -> None:
     await bindings.put(sealed)
     assert heard == [(BOT, None, BOUND)]
     assert bindings.get(BOT) == sealed
+
+
+async def test_an_unbind_that_meets_another_write_removes_what_that_one_wrote() -> None:
+    bindings, bucket = await following()
+    others = [msgspec.json.encode(msgspec.structs.replace(BOUND, sandbox="s2"))]
+
+    async def write(key: str) -> None:
+        if others:
+            bucket.put(key, others.pop())
+
+    bucket.on_write = write
+    await bindings.remove(BOT)
+    assert others == []
+    assert bindings.get(BOT) is None
+    assert bucket.entries[token_of(BOT)].value is None
+
+
+LOST = msgspec.structs.replace(BOUND, state="needs_login")
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "anew"),
+    [
+        (None, BOUND, True),
+        (BOUND, None, True),
+        (BOUND, msgspec.structs.replace(BOUND, token="new"), True),
+        (LOST, msgspec.structs.replace(LOST, token="new"), True),
+        (LOST, BOUND, True),
+        (BOUND, LOST, False),
+        (BOUND, msgspec.structs.replace(BOUND, request="another"), False),
+    ],
+    ids=["bound", "unbound", "new-token", "new-token-of-a-lost-login", "found-alive", "found-dead", "said-again"],
+)
+def test_a_token_is_judged_anew_where_ilink_may_think_of_it_differently(
+    before: Binding | None, after: Binding | None, anew: bool
+) -> None:
+    assert is_anew(before, after) is anew
