@@ -198,6 +198,8 @@ async def test_a_message_for_no_stream_waits_for_one(rig: Rig) -> None:
     await rig.link.api("STREAM.CREATE.LATE", {"name": "LATE", "subjects": ["late.*"]})
     async with asyncio.timeout(PATIENCE_S):
         assert (await waiting).seq == 1
+    assert rig.metrics.value("nats_publish_total", stream="event", outcome="retried") >= 1
+    assert rig.metrics.value("nats_publish_duration_seconds_sum", stream="event") > 0.2, "since it was first written"
 
 
 async def test_a_caller_who_is_cancelled_leaves_nothing_behind(rig: Rig) -> None:
