@@ -38,7 +38,6 @@ async def run_parts(parts: Parts, stop: asyncio.Event, on_ready: Callable[[], No
     """As `run`. Raises SettingsError, in a group, too."""
     with ProbeServer(parts.settings.http_addr, parts.health, parts.metrics) as probes, parts.console():
         async with asyncio.TaskGroup() as group:
-            parts.group = group
             background: list[asyncio.Task[None]] = []
 
             def begin(loop: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
@@ -66,6 +65,7 @@ async def run_parts(parts: Parts, stop: asyncio.Event, on_ready: Callable[[], No
             finally:
                 for task in background:
                     task.cancel()
+                parts.routing.cancel()
                 await parts.connections.close()
     log.info("adapter.stopped", instance=parts.instance)
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import Coroutine, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import structlog
 
@@ -59,6 +58,7 @@ from adapter.services.queries import Queries
 from adapter.settings import Settings
 from adapter.shardwork import ShardLoops
 from adapter.supervisor import Supervisor
+from adapter.tasks import Tasks
 from adapter.timing import Beat, Pace, SystemClock, Turns
 from adapter.watch import Watch
 
@@ -87,9 +87,6 @@ BEAT_S = 0.1
 class Parts:
     """All of one replica, put together. `app` runs it."""
 
-    group: asyncio.TaskGroup
-    """In which it runs."""
-
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.instance = settings.instance or socket.gethostname()
@@ -99,6 +96,8 @@ class Parts:
         self.health = Health()
         self.grace_s = max(1.0, settings.drain_s - RELEASE_S)
         self.turns = Turns(PER_ROUND)
+        self.routing = Tasks(_crashed)
+        """Commands on plain `wechat.out` in hand; what is cut at the end comes to the next owner."""
         self.connections = connections = Connections(settings, names, self.instance, clock, metrics)
         self.inspector = Inspector(
             names,
@@ -339,7 +338,7 @@ class Parts:
             router=self.router,
             control=self.control,
             tidying=self._tidying,
-            spawn=self._spawn,
+            spawn=self.routing.spawn,
             leases=self.leases,
             names=self.names,
             health=self.health,
@@ -408,9 +407,6 @@ class Parts:
     def _is_stale(self, bot: str) -> bool:
         return self.supervisor.stale(bot)
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        self.group.create_task(work)
-
     async def _waiting(self, sandbox: str) -> Waiting | None:
         return await self.supervisor.waiting(sandbox)
 
@@ -467,6 +463,10 @@ class Parts:
             draining=self.health.draining,
             polls=polls,
         )
+
+
+def _crashed(exc: BaseException) -> None:
+    log.error("task.crashed", task="routing", exc_info=exc)
 
 
 def _rules(settings: Settings) -> window.Rules:

@@ -19,6 +19,7 @@ from adapter.app import run_parts
 from adapter.embedded import EmbeddedNats
 from adapter.environment import read_settings
 from adapter.parts import Parts
+from adapter.ports import Message
 from adapter.probes import STUCK_S
 from adapter.simulator import FaultRule, Simulator
 from tests.e2e.waiting import eventually, free_port
@@ -112,6 +113,19 @@ async def test_an_adapters_probes_from_its_start_to_its_end(tmp_path: Path) -> N
         finally:
             if adapter.running:
                 await adapter.kill()
+
+
+async def test_a_command_that_the_bus_does_not_let_route_holds_up_no_end(tmp_path: Path) -> None:
+    """Its copy is written until a stream takes it: the replica had given everything back, and never ended."""
+    async with EmbeddedNats(tmp_path / "nats", free_port()) as server:
+        variables = {"NATS_URL": server.url, "WECHAT_NATS_HTTP_ADDR": f"127.0.0.1:{free_port()}"}
+        parts, stop, ready = Parts(read_settings(variables)), asyncio.Event(), asyncio.Event()
+        running = asyncio.create_task(run_parts(parts, stop, ready.set))
+        await ready.wait()
+        copy = parts.routing.spawn(parts.connections.bus.publish(Message("out", "of.no.stream", b"", {})))
+        stop.set()
+        await running
+        assert copy.cancelled()
 
 
 async def _bind(url: str, bot: str, token: str, user: str) -> None:
