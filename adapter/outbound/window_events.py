@@ -109,7 +109,6 @@ class WindowEvents:
         if after is not None:
             return
         self._throttled.discard(bot)
-        self._unseen.pop(bot, None)
         if before is not None:
             self._watched.pop(peer_key(bot, before.user), None)
         if len(self._due) > 2 * len(self._watched) + LEFT_OVER:
