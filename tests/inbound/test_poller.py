@@ -375,6 +375,16 @@ async def test_after_an_outage_polls_start_spread_over_a_time_that_grows_with_th
     assert bench.chat.polled_at[-1] - back == pytest.approx(7.0, abs=0.01)
 
 
+async def test_a_poller_that_is_cancelled_outright_ends() -> None:
+    """A poll that is cut is cancelled, too, and goes on."""
+    _, task = tended(bench := await ready())
+    await asyncio.sleep(1)
+    assert bench.chat.polling
+    task.cancel()
+    await asyncio.sleep(1)
+    assert task.cancelled()
+
+
 async def test_an_answer_that_has_arrived_when_its_poll_is_cut_is_stored() -> None:
     """As after a pause of the whole process: the timer of the lease and the answer are there at the same moment."""
     bench = await ready(batch(raw()))
