@@ -34,16 +34,17 @@ MAX_HEADER = 512
 
 
 async def told_of_bindings(
-    history: History, names: Names, sandbox: str, *, since_ms: int | None = None
-) -> AsyncIterator[contract.BindingEvent]:
-    """What was told of a sandbox's bindings, all or since a time, without what others have written there. Raises
-    Temporary."""
-    async for stored in history.read(names.stream_event, names.event(sandbox, "binding"), since_ms=since_ms):
+    history: History, names: Names, sandbox: str, *, after: int = 0, since_ms: int | None = None
+) -> AsyncIterator[tuple[int, contract.BindingEvent]]:
+    """What was told of a sandbox's bindings, and its sequence: after a sequence or since a time, without what others
+    have written there. Raises Temporary."""
+    told = history.read(names.stream_event, names.event(sandbox, "binding"), after=after, since_ms=since_ms)
+    async for stored in told:
         try:
             event = msgspec.json.decode(stored.data, type=contract.BindingEvent)
         except UNDECODABLE:
             continue
-        yield event
+        yield stored.seq, event
 
 
 class Events:

@@ -39,6 +39,7 @@ from adapter.logins.runner import LoginRunner
 from adapter.metrics import Metrics
 from adapter.names import Names, shard_of
 from adapter.outbound.commands import Limits
+from adapter.outbound.former_bots import FormerBots
 from adapter.outbound.receipts import Receipts
 from adapter.outbound.router import Router
 from adapter.outbound.sending import Sending
@@ -258,6 +259,7 @@ class Parts:
             bus=self.connections.bus,
             history=self.connections.history,
             bindings=self.bindings,
+            former=FormerBots(self.connections.history, self.names, self.clock),
             leases=self.leases,
             receipts=self.receipts,
             names=self.names,

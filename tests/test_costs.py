@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from adapter.contract import BindingEvent
 from adapter.inbound.cursors import acquire, give_back
 from adapter.inbound.poller import poll_forever
 from adapter.inbound.sessions import Session
@@ -233,6 +234,23 @@ async def test_a_command_costs_the_same_whatever_waits_for_others(state: dict[st
     alone, among_many = await outbound(), await outbound(**state)
     assert among_many.calls <= alone.calls * dearer
     assert among_many.writes == alone.writes
+
+
+async def test_the_first_commands_of_many_users_of_a_sandbox_read_its_events_once() -> None:
+    """Whether the user had another bot before is in the events of the sandbox's bindings."""
+    users, bench = 200, Bench()
+    for number in range(users):
+        bot, user = f"b{number}@im.bot", f"u{number}@im.wechat"
+        await bench.bind("s1", bot, user)
+        bench.hears(bot, user)
+        await bench.events.binding(BindingEvent(sandbox="s1", bot=bot, change="bound", user=user))
+    shard = bench.shard()
+    for number in range(users):
+        shard.on_delivery(bench.command("hi", bot=f"b{number}@im.bot", id=f"c{number}"))
+    await asyncio.sleep(60)
+    assert len(bench.chat.sent) == users
+    assert bench.bus.read_back <= 2 * users, "each event, and each command that waited for room, once"
+    shard.stop()
 
 
 async def test_a_command_on_plain_wechat_out_costs_a_copy_more_and_no_task() -> None:

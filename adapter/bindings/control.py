@@ -271,7 +271,7 @@ class Control:
         replica has not heard. Raises Temporary."""
         if sandbox in self._read:
             return
-        events = [event async for event in told_of_bindings(self._history, self._names, sandbox)]
+        events = [event async for _, event in told_of_bindings(self._history, self._names, sandbox)]
         known = {binding.bot for binding in self._bindings.of_sandbox(sandbox)}
         for bot in {event.bot for event in events if event.change == "bound"} - known:
             await self._bindings.refresh(bot)

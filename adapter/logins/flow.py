@@ -363,7 +363,7 @@ class LoginFlow:
         """The event that says that the bind command was refused."""
         needs, since_ms = self._needs, record.changed_ms - 60_000
         try:
-            async for event in told_of_bindings(needs.history, needs.names, record.sandbox, since_ms=since_ms):
+            async for _, event in told_of_bindings(needs.history, needs.names, record.sandbox, since_ms=since_ms):
                 if event.request == request and event.change == "refused":
                     return event
         except Temporary as exc:

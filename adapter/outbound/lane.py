@@ -77,9 +77,9 @@ class Lane:
         """"" as long as nobody knows the bot's user."""
         self.former: dict[str, None] = {}
         """The bots that served the user before, in order, while what was sent over them has not been looked at."""
-        self.inherited_ms = math.inf
-        """When the oldest of its commands was stored that an owner before us may have sent, over whichever bot served
-        the user by then; `inf`: that was looked at."""
+        self.inherits = False
+        """Whether an owner before us may have sent some of its commands, over whichever bot served the user by then,
+        and nobody has looked at that yet."""
         self.looked_back = False
         """Whether the record of the bot has what was sent to the user over those before, also before this replica's
         time."""
@@ -119,7 +119,7 @@ class Lane:
         """Puts a command at the end of the queue."""
         self.queue.append(item)
         if item.suspect:
-            self.inherited_ms = min(self.inherited_ms, item.command.stored_ms)
+            self.inherits = True
         self.earliest_ms = min(self.earliest_ms, item.command.expires_ms)
 
     def park(self, parked: Parked) -> None:
@@ -134,7 +134,7 @@ class Lane:
         self.queue = deque(sorted([*self.queue, *other.queue], key=lambda item: item.seq))
         self.unsure |= other.unsure
         self.told |= other.told
-        self.inherited_ms = min(self.inherited_ms, other.inherited_ms)
+        self.inherits |= other.inherits
         self.earliest_ms = min(self.earliest_ms, other.earliest_ms)
         other.parked.clear()
         other.queue.clear()

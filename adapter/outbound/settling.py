@@ -6,7 +6,6 @@ Until all of that has happened a command is delivered again, to this owner or th
 from __future__ import annotations
 
 import asyncio
-import math
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
@@ -19,10 +18,10 @@ from adapter import contract, window
 from adapter.bindings.registry import Bindings
 from adapter.contexts import Peer
 from adapter.errors import LeaseLost, Temporary
-from adapter.events import told_of_bindings
 from adapter.names import Names
 from adapter.outbound.commands import Limits
 from adapter.outbound.endings import Ending, in_doubt
+from adapter.outbound.former_bots import FormerBots
 from adapter.outbound.lane import Item, Lane
 from adapter.outbound.receipts import Receipts
 from adapter.outbound.sending import MAX_RESENDS, Sending
@@ -52,6 +51,7 @@ class Outgoing(NamedTuple):
     bus: Bus
     history: History
     bindings: Bindings
+    former: FormerBots
     leases: Leases
     receipts: Receipts
     names: Names
@@ -124,9 +124,11 @@ class Settling:
         if binding is not None and binding.sandbox != lane.sandbox:
             binding = None  # what is noted in the record is for that sandbox's lane, which has yet to look
         if binding is not None and binding.since_ms != peer.context.followed_ms:
-            lane.inherited_ms = 0  # a command of any time may be published again
-        if lane.inherited_ms < math.inf:
-            await self._find_former(lane)
+            lane.inherits = True  # a command of any time may be published again
+        if lane.inherits:
+            served = await self._served(lane.sandbox)
+            lane.former |= {bot: None for bot, user in served if user in ("", lane.user)}
+            lane.inherits = False
         if lane.former:
             await self._follow_user(lane, peer)
         if binding is not None:
@@ -150,20 +152,10 @@ class Settling:
             await contexts.save(peer, lambda context: window.moved(context, hand, done, waiting))
         lane.former.clear()
 
-    async def _find_former(self, lane: Lane) -> None:
-        """Which bots may have served the user when the owner before us had the lane. Raises Temporary."""
-        since_ms = lane.inherited_ms
-        served = await self._served(lane.sandbox, int(since_ms))
-        lane.former |= {bot: None for bot, user in served if user in ("", lane.user)}
-        if lane.inherited_ms == since_ms:
-            lane.inherited_ms = math.inf
-
-    async def _served(self, sandbox: str, since_ms: int) -> list[tuple[str, str]]:
-        """Bots and users of a sandbox, also of those bots that served it since a time. Raises Temporary."""
-        told = told_of_bindings(self._needs.history, self._needs.names, sandbox, since_ms=max(0, since_ms - 1000))
-        before = [(event.bot, event.user) async for event in told]
-        now = [(binding.bot, binding.user) for binding in self._needs.bindings.of_sandbox(sandbox)]
-        return list(dict.fromkeys([*before, *now]))
+    async def _served(self, sandbox: str) -> list[tuple[str, str]]:
+        """Bots and users of a sandbox, also of those bots that served it before. Raises Temporary."""
+        now = ((binding.bot, binding.user) for binding in self._needs.bindings.of_sandbox(sandbox))
+        return list(dict.fromkeys([*await self._needs.former.of(sandbox), *now]))
 
     async def _window(self, lane: Lane) -> contract.Window:
         return self._shown(await self._peer(lane)) if lane.user else contract.Window(remaining=0)

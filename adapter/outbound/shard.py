@@ -95,7 +95,7 @@ class Shard(LaneWork):
                 continue
             found.add(stored.seq)
             lane.unsure.add(stored.seq)
-            lane.inherited_ms = min(lane.inherited_ms, command.stored_ms)
+            lane.inherits = True
             lane.park(parked_at(stored.seq, stored.subject, command))
 
     def on_delivery(self, delivery: Delivery) -> None:
@@ -212,11 +212,10 @@ class Shard(LaneWork):
     async def _place_late(self, sandbox: str) -> None:
         waiting = self._waiting[sandbox]
         while waiting:
-            suspect_ms = [item.command.stored_ms for item in waiting if item.suspect]
             try:
                 if not all(self._is_bound(item.command) for item in waiting):
                     await self._needs.bound_yet()  # which may take as long as a thousand binds before it
-                hands = await self._hands(sandbox, waiting, min(suspect_ms)) if suspect_ms else {}
+                hands = await self._hands(sandbox, waiting) if any(item.suspect for item in waiting) else {}
             except Temporary as exc:
                 log.warning("command.waits", sandbox=sandbox, reason=exc.reason)
                 await self._pause(0.5)
@@ -240,12 +239,12 @@ class Shard(LaneWork):
             raise Refused("not_bound", "The user to whom it was being sent is served by no bot of this sandbox now.")
         return binding
 
-    async def _hands(self, sandbox: str, waiting: Iterable[Item], since_ms: int) -> dict[str, tuple[str, Hand]]:
-        """What the bots of a sandbox had in hand, by client, and for which user, also those that have served it since
-        a time: the owner before us may have sent it, and its bot is gone by now. Raises Temporary."""
+    async def _hands(self, sandbox: str, waiting: Iterable[Item]) -> dict[str, tuple[str, Hand]]:
+        """What the bots of a sandbox, also those of before, had in hand, by client, and for which user: the owner
+        before us may have sent it, and its bot is gone by now. Raises Temporary."""
         named = {item.command.user for item in waiting} - {""}
         hands: dict[str, tuple[str, Hand]] = {}
-        for bot, user in await self._served(sandbox, since_ms):
+        for bot, user in await self._served(sandbox):
             for name in {user} if user else named:
                 if hand := (await self._sending.contexts.stored(bot, name)).hand_of(sandbox):
                     hands |= {one.client: (name, hand) for one in hand.all}

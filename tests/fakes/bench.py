@@ -23,6 +23,7 @@ from adapter.inbound.sessions import Incoming, Waiting
 from adapter.metrics import Metrics
 from adapter.names import Names, peer_key, shard_of, token_of
 from adapter.outbound.commands import Command, Limits
+from adapter.outbound.former_bots import FormerBots
 from adapter.outbound.receipts import Receipts
 from adapter.outbound.sending import Send, Sending
 from adapter.outbound.settling import Outgoing
@@ -227,6 +228,7 @@ class Bench:
             bus=self.bus,
             history=self.bus,
             bindings=self.bindings,
+            former=FormerBots(self.bus, self.names, self.clock),
             leases=self.leases,
             receipts=self.receipts,
             names=self.names,
