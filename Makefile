@@ -39,9 +39,9 @@ demo: install
 
 test: check tests
 
-# Two at a time: most of them wait.
+# More at a time than a small machine has cores: most of them wait.
 tests: install
-	@$(BIN)/pytest -n 2 --dist worksteal -m 'not slow' </dev/null
+	@$(BIN)/pytest -n 3 --dist worksteal -m 'not slow' </dev/null
 
 # 15 minutes in all. SEED, MODE (cursor_replay, or ack_on_delivery: iLink forgets what it has delivered).
 chaos: install
