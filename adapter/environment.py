@@ -159,6 +159,9 @@ def _contradictions(settings: Settings, environ: Mapping[str, str]) -> Iterator[
     for one, other in (("NATS_CERT", "NATS_KEY"), ("NATS_KEY", "NATS_CERT"), ("NATS_PASSWORD", "NATS_USER")):
         if one in given and other not in given:
             yield f"{other}: expected a value, since {one} has one"
+    asks = next((field for field in ("nats_ca", "nats_cert", "nats_tls_first") if getattr(settings, field)), "")
+    if asks and any(url.startswith("ws:") for url in settings.nats_url):
+        yield f"NATS_URL: expected wss:// instead of ws://, which has no TLS, since {variable_of(asks)} asks for it"
 
 
 _SERVICE_LINK = re.compile(r".*_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)")

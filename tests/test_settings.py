@@ -141,6 +141,16 @@ def test_a_client_certificate_needs_its_key_and_a_password_its_user(tmp_path: Pa
     ]
 
 
+def test_who_asks_for_tls_gets_no_open_websocket(tmp_path: Path) -> None:
+    """The password went over it in plain text."""
+    ca = tmp_path / "ca.pem"
+    ca.touch()
+    asked = {"NATS_URL": "wss://a,ws://b", "NATS_CA": str(ca)}
+    assert refusal(asked) == "NATS_URL: expected wss:// instead of ws://, which has no TLS, since NATS_CA asks for it"
+    assert read_settings(asked | {"NATS_URL": "wss://a"}).nats_ca
+    assert read_settings(asked | {"NATS_CA": ""}).nats_url == ("wss://a", "ws://b")
+
+
 def test_what_is_kept_back_leaves_something() -> None:
     variable = "WECHAT_NATS_RESERVE_SENDS"
     assert refusal({variable: "10"}).startswith(f"{variable}: expected fewer than WECHAT_NATS_SENDS_PER_WINDOW (10)")
