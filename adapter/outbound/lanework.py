@@ -456,6 +456,8 @@ class LaneWork(Settling):
         whatever keeps this one from being sent. Raises Temporary."""
         if not lane.user or not _is_repeat((await self._peer(lane)).context, item):
             return False
+        if await self._is_begun(lane, item):
+            return False  # another command took its place in the record, which noted its id then
         self._repeated(item)
         self._done_with(item)
         return True

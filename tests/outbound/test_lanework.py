@@ -16,7 +16,20 @@ from adapter.names import shard_of
 from adapter.outbound.shard import Shard
 from adapter.ports import Accepted
 from tests.fakes import GAP_S, RULES, Bench, Failing
-from tests.outbound.shards import BOT, STALE, THROTTLED, TIMEOUT, USER, finals, outcomes, parked, ready, user_writes
+from tests.outbound.shards import (
+    BOT,
+    FIRST,
+    STALE,
+    THREE,
+    THROTTLED,
+    TIMEOUT,
+    USER,
+    finals,
+    outcomes,
+    parked,
+    ready,
+    user_writes,
+)
 
 VIRTUAL_TIME = True
 
@@ -239,6 +252,45 @@ async def test_a_half_sent_command_that_comes_again_only_after_another_was_sent_
         ("c0", "accepted"),
         ("last", "accepted"),
     ]
+
+
+@pytest.mark.parametrize("hindrance", ["parked", "refused", "expired"])
+async def test_a_half_sent_command_that_comes_again_after_another_is_told_of_also_where_it_cannot_go_on(
+    hindrance: str,
+) -> None:
+    """What took its place in the record noted its id as that of one that may be sent; yet it is no repeat."""
+    bench, shard = await ready()
+    when_closed = "refuse" if hindrance == "refused" else "park"
+    long = bench.command(THREE, id="long", when_closed=when_closed, expires_in_s=60)
+    bench.chat.sends.append(FIRST)
+    shard.on_delivery(long)
+    await asyncio.sleep(GAP_S / 2)
+    bench.leases.owned.clear()
+    shard.stop()
+
+    after = Bench(bench, incarnation="me-2")
+    shard = after.shard()
+    shard.on_delivery(after.command("hi", id="c1"))
+    await asyncio.sleep(10)
+    if hindrance == "expired":
+        await asyncio.sleep(60)
+    else:
+        await after.bind(state="needs_login")
+    shard.on_delivery(long.again())
+    await asyncio.sleep(10)
+    told = [receipt for receipt in after.bus.receipts() if receipt.command == "long"]
+    assert [(receipt.outcome, receipt.reason, receipt.message_ids) for receipt in told] == {
+        "parked": [("parked", "needs_login", [])],
+        "refused": [("refused", "needs_login", ["m1"])],
+        "expired": [("refused", "expired", ["m1"])],
+    }[hindrance]
+    if hindrance == "parked":
+        await after.bind()
+        shard.rebound("s1")
+        await asyncio.sleep(20)
+        assert [receipt.outcome for receipt in finals(after)] == ["accepted", "accepted"]
+        assert len(after.chat.texts) == 4
+    shard.stop()
 
 
 @pytest.mark.parametrize("is_rebound", [False, True], ids=["same bot", "newer bot"])
