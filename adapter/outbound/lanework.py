@@ -419,6 +419,9 @@ class LaneWork(Settling):
     async def _park(self, lane: Lane, item: Item, wait: Wait) -> None:
         """Parks a command of the queue, or refuses it where it does not want to wait or too many do."""
         command = item.command
+        if item.suspect and await self._needs.receipts.has_final(command):
+            self._done_with(item)
+            return
         if await self._drop_repeat(lane, item):
             return
         if command.when_closed == "refuse":

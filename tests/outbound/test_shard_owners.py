@@ -88,7 +88,8 @@ async def test_the_next_owner_ends_late_what_a_newer_bot_had_begun_to_send(is_bo
     assert (receipt.outcome, receipt.message_ids, receipt.attempts) == ("uncertain", ["m1"], 2)
 
 
-async def test_a_command_that_had_its_final_receipt_is_only_acked() -> None:
+@pytest.mark.parametrize("state", ["active", "needs_login"])
+async def test_a_command_that_had_its_final_receipt_is_only_acked(state: str) -> None:
     """The owner died between the receipt and the ack."""
     bench, shard = await ready()
     delivery = bench.command("hi", id="c1")
@@ -96,7 +97,9 @@ async def test_a_command_that_had_its_final_receipt_is_only_acked() -> None:
     await asyncio.sleep(5)
     shard.stop()
 
-    second = Bench(bench, incarnation="heir-1").shard()
+    heir = Bench(bench, incarnation="heir-1")
+    await heir.bind(state=state)
+    second = heir.shard()
     redelivered = delivery.again()
     second.on_delivery(redelivered)
     await asyncio.sleep(5)
