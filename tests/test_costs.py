@@ -236,20 +236,24 @@ async def test_a_command_costs_the_same_whatever_waits_for_others(state: dict[st
     assert among_many.writes == alone.writes
 
 
-async def test_the_first_commands_of_many_users_of_a_sandbox_read_its_events_once() -> None:
-    """Whether the user had another bot before is in the events of the sandbox's bindings."""
+@pytest.mark.parametrize("is_named", [True, False], ids=["users named", "users learned"])
+async def test_the_first_commands_of_many_users_of_a_sandbox_read_what_is_theirs_once(is_named: bool) -> None:
+    """Whether the user had another bot before is in the events of the sandbox's bindings, which name no user that was
+    learned only after that."""
     users, bench = 200, Bench()
     for number in range(users):
         bot, user = f"b{number}@im.bot", f"u{number}@im.wechat"
         await bench.bind("s1", bot, user)
         bench.hears(bot, user)
-        await bench.events.binding(BindingEvent(sandbox="s1", bot=bot, change="bound", user=user))
+        told = BindingEvent(sandbox="s1", bot=bot, change="bound", user=user if is_named else "")
+        await bench.events.binding(told)
     shard = bench.shard()
     for number in range(users):
         shard.on_delivery(bench.command("hi", bot=f"b{number}@im.bot", id=f"c{number}"))
     await asyncio.sleep(60)
     assert len(bench.chat.sent) == users
     assert bench.bus.read_back <= 2 * users, "each event, and each command that waited for room, once"
+    assert bench.contexts_bucket.reads == users, "of each user one record"
     shard.stop()
 
 

@@ -127,7 +127,8 @@ class Settling:
             lane.inherits = True  # a command of any time may be published again
         if lane.inherits:
             served = await self._served(lane.sandbox)
-            lane.former |= {bot: None for bot, user in served if user in ("", lane.user)}
+            known = {bot for bot, user in served if user}  # the others may have been anybody's
+            lane.former |= {bot: None for bot, user in served if user == lane.user or bot not in known}
             lane.inherits = False
         if lane.former:
             await self._follow_user(lane, peer)

@@ -169,6 +169,8 @@ class FakeBucket:
         self.entries: dict[str, Entry] = {}
         self.label = label
         self.journal = [] if journal is None else journal
+        self.reads = 0
+        """Keys read since the start."""
         self.answers_lost = 0
         """So many more writes are stored and then refused as if somebody else had written: the answer got lost,
         and the repeat of the publisher met the first one. The bucket knows its own updates again."""
@@ -178,6 +180,7 @@ class FakeBucket:
         self._followers: list[Callable[[Entry], None]] = []
 
     async def get(self, key: str) -> Entry | None:
+        self.reads += 1
         await asyncio.sleep(0)
         return self.entries.get(key)
 
