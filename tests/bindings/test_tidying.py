@@ -21,7 +21,7 @@ KEEP_S = 72 * HOUR
 BOT, USER = "b1@im.bot", "u1@im.wechat"
 
 
-class Shelf:
+class WatchedBucket:
     """Implements PurgeableBucket over a fake bucket, which it watches for the time of each write."""
 
     def __init__(self, bucket: FakeBucket, clock: FakeClock) -> None:
@@ -54,7 +54,7 @@ class Room:
     def __init__(self) -> None:
         self.bench = Bench()
         self.bindings, self.cursors, self.contexts = (
-            Shelf(bucket, self.bench.clock)
+            WatchedBucket(bucket, self.bench.clock)
             for bucket in (self.bench.bindings_bucket, self.bench.cursors, self.bench.contexts_bucket)
         )
         self.lost = False
@@ -85,7 +85,7 @@ class Room:
     @property
     def keys(self) -> list[int]:
         """How many bindings (and marks of unbinding), cursors and records there are."""
-        return [len(shelf.bucket.entries) for shelf in (self.bindings, self.cursors, self.contexts)]
+        return [len(one.bucket.entries) for one in (self.bindings, self.cursors, self.contexts)]
 
 
 async def test_of_an_unbound_bot_nothing_is_left_in_the_end() -> None:
@@ -215,7 +215,7 @@ async def test_who_is_bound_costs_a_round_no_question() -> None:
         await room.bind(f"b{number}@im.bot", f"u{number}@im.wechat")
     await asyncio.sleep(10 * KEEP_S)
     assert await tidy_once(room.needs()) == 0
-    assert [shelf.asked for shelf in (room.bindings, room.cursors, room.contexts)] == [0, 0, 0]
+    assert [one.asked for one in (room.bindings, room.cursors, room.contexts)] == [0, 0, 0]
 
 
 async def test_rounds_go_on_whatever_happens_to_the_bus() -> None:

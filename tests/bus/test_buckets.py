@@ -242,49 +242,49 @@ async def test_a_follower_reads_again_what_it_could_not_read_to_the_end(
     assert failures == 1
 
 
-async def test_a_lease_register_answers_from_the_leader_and_fails_in_time(rig: Rig) -> None:
-    register = LeaderKvBucket(rig.link, NAMES.members, ttl_s=60)
-    assert await register.get("r1") is None
-    first = await register.write("r1", b"1", 0)
+async def test_a_bucket_of_leases_answers_from_the_leader_and_fails_in_time(rig: Rig) -> None:
+    bucket = LeaderKvBucket(rig.link, NAMES.members, ttl_s=60)
+    assert await bucket.get("r1") is None
+    first = await bucket.write("r1", b"1", 0)
     with pytest.raises(Conflict):
-        await register.write("r1", b"x", 0)
-    assert await register.get("r1") == Entry("r1", b"1", first)
-    assert await register.entries() == [Entry("r1", b"1", first)]
-    gone = await register.write("r1", None, first)
-    assert await register.get("r1") == Entry("r1", None, gone)
-    assert await register.entries() == [Entry("r1", None, gone)]
+        await bucket.write("r1", b"x", 0)
+    assert await bucket.get("r1") == Entry("r1", b"1", first)
+    assert await bucket.entries() == [Entry("r1", b"1", first)]
+    gone = await bucket.write("r1", None, first)
+    assert await bucket.get("r1") == Entry("r1", None, gone)
+    assert await bucket.entries() == [Entry("r1", None, gone)]
     with pytest.raises(Conflict):
-        await register.write("r1", b"back", first)
+        await bucket.write("r1", b"back", first)
 
     rig.bus.kill()
     began = asyncio.get_running_loop().time()
     with pytest.raises(Temporary):
-        await register.write("r1", b"x", gone)
+        await bucket.write("r1", b"x", gone)
     assert asyncio.get_running_loop().time() - began < 2.0
 
 
 async def test_many_members_are_read_whole(rig: Rig) -> None:
-    register = LeaderKvBucket(rig.link, NAMES.claims)
-    await asyncio.gather(*(register.write(str(number), b"x", 0) for number in range(SHARDS)))
-    assert len(await register.entries()) == SHARDS
+    bucket = LeaderKvBucket(rig.link, NAMES.claims)
+    await asyncio.gather(*(bucket.write(str(number), b"x", 0) for number in range(SHARDS)))
+    assert len(await bucket.entries()) == SHARDS
 
 
 async def test_a_register_is_read_anew_when_it_has_changed_and_now_and_then(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    register, other = LeaderKvBucket(rig.link, NAMES.claims), LeaderKvBucket(rig.link, NAMES.claims)
+    bucket, other = LeaderKvBucket(rig.link, NAMES.claims), LeaderKvBucket(rig.link, NAMES.claims)
     first = await other.write("1", b"x", 0)
     second = await other.write("2", b"y", 0)
-    known = await register.entries()
+    known = await bucket.entries()
     assert known == [Entry("1", b"x", first), Entry("2", b"y", second)]
-    assert await register.entries() is known, "nothing has changed"
+    assert await bucket.entries() is known, "nothing has changed"
     third = await other.write("1", b"z", first)
-    assert sorted(await register.entries()) == [Entry("1", b"z", third), Entry("2", b"y", second)]
+    assert sorted(await bucket.entries()) == [Entry("1", b"z", third), Entry("2", b"y", second)]
     await rig.link.api(f"STREAM.PURGE.KV_{NAMES.claims}", {"filter": f"$KV.{NAMES.claims}.2"})
     monkeypatch.setattr("adapter.jetstream.buckets.READ_ANEW_S", 0.1)
 
     async def noticed() -> bool:
-        return await register.entries() == [Entry("1", b"z", third)]
+        return await bucket.entries() == [Entry("1", b"z", third)]
 
     await eventually(noticed, "the purge is seen")
 

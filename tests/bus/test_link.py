@@ -90,12 +90,12 @@ async def test_an_answer_about_a_lease_that_nobody_can_read_is_an_outage_and_no_
         return Answer(said, {})
 
     monkeypatch.setattr(rig.link, "request", request)
-    register = LeaderKvBucket(rig.link, NAMES.members)
+    bucket = LeaderKvBucket(rig.link, NAMES.members)
     with pytest.raises(Temporary):
-        await register.get("me")
+        await bucket.get("me")
     if said != b"{}":
         with pytest.raises(Temporary):
-            await register.write("me", b"x", 0)
+            await bucket.write("me", b"x", 0)
 
 
 async def test_who_asks_for_a_connection_that_is_being_made_does_not_spoil_it(rig: Rig) -> None:

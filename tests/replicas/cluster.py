@@ -1,4 +1,4 @@
-"""Replicas on one register in memory, and everything that may go wrong between them."""
+"""Replicas on one bucket in memory, and everything that may go wrong between them."""
 
 from __future__ import annotations
 

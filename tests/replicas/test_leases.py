@@ -1,4 +1,4 @@
-"""Exactly one owner per shard, always: replicas on one register, with everything that may go wrong between."""
+"""Exactly one owner per shard, always: replicas on one bucket, with everything that may go wrong between."""
 
 from __future__ import annotations
 
