@@ -11,7 +11,7 @@ import pytest
 
 from adapter.errors import AdapterError, Temporary, Uncertain
 from adapter.ilink.client import ILink
-from adapter.ilink.protocol import HOLD_MS, Reply
+from adapter.ilink.protocol import HOLD_MS, Reply, Request
 from adapter.metrics import Metrics
 from adapter.ports import Account
 
@@ -39,11 +39,13 @@ class Answering:
             send_timeout_s=15.0,
             max_answer_bytes=1000,
         )
+        self.repeatable = False
         self.timeout_s = 0.0
         self.afresh: list[bool] = []
         """Of each call: whether it got a connection of its own."""
 
-        async def exchange(_url: str, _request: object, timeout_s: float, *, afresh: bool, **_: object) -> Reply:
+        async def exchange(_url: str, request: Request, timeout_s: float, *, afresh: bool, **_: object) -> Reply:
+            self.repeatable = request.repeatable
             self.timeout_s = timeout_s
             self.afresh.append(afresh)
             if isinstance(answer, Exception):
@@ -123,3 +125,12 @@ async def test_one_call_goes_over_a_new_connection_where_those_of_a_bot_seem_dea
     for _ in range(2):
         await CALLS["getupdates"](answering.ilink)
     assert answering.afresh == [True, False]
+
+
+@pytest.mark.parametrize("endpoint", CALLS)
+async def test_a_send_alone_may_not_be_asked_twice(monkeypatch: pytest.MonkeyPatch, endpoint: str) -> None:
+    """It may count twice in the user's window, and be shown twice."""
+    answering = Answering(monkeypatch, Temporary("network", "not there"))
+    with contextlib.suppress(AdapterError):
+        await CALLS[endpoint](answering.ilink)
+    assert answering.repeatable == (endpoint != "sendmessage")

@@ -415,6 +415,22 @@ async def test_what_meets_nothing_but_closed_doors_is_not_asked_for_ever(server:
     assert len(server.heads) == 3
 
 
+@pytest.mark.parametrize("how", ["late", "half answered"])
+async def test_what_was_being_answered_is_not_asked_once_more(
+    monkeypatch: pytest.MonkeyPatch, server: Server, own: Transport, how: str
+) -> None:
+    """A poll that is cut in its hold was no stale connection's: it fails, and the next one waits for its turn."""
+    await post(own, server.url)
+    if how == "late":
+        monkeypatch.setattr("adapter.ilink.transport.STALE_S", 0.0)
+        server.answer = hang_up
+    else:
+        server.answer = Server.say(b"HTTP/1.1 200", close=True)
+    with pytest.raises(Uncertain):
+        await post(own, server.url)
+    assert len(server.heads) == 2
+
+
 async def test_a_kept_connection_without_an_answer_makes_those_doubtful_that_lay_idle_with_it(
     server: Server, own: Transport
 ) -> None:
