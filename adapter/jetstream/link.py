@@ -30,6 +30,7 @@ from adapter.timing import Condition, backoff, first_of, is_cancelled
 
 log = structlog.get_logger()
 
+CONNECT_S = 6.0
 SUSPECT_AFTER_S = 4.0
 """A server that has answered nothing for so long, though asked, is left for another one. An election may take as
 long, and then moving gains nothing and loses little; a server that is cut off from the others never answers."""
@@ -209,7 +210,7 @@ class Link:
 
         nc = BusClient()
         try:
-            async with asyncio.timeout(6):  # connect() tries for ever where nobody listens
+            async with asyncio.timeout(CONNECT_S):  # connect() tries for ever where nobody listens
                 await nc.connect(
                     **connect_options(self._settings, self.name, self._servers),
                     closed_cb=on_closed,
@@ -217,7 +218,7 @@ class Link:
                     error_cb=on_error,
                 )
         except TimeoutError:
-            raise Temporary("bus_timeout", heard) from None
+            raise Temporary("bus_timeout", heard or f"no answer within {CONNECT_S:g} s") from None
         try:
             for action in self._on_up:
                 await action(nc)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 from typing import Any
 
 import pytest
@@ -39,18 +40,25 @@ async def test_a_cancellation_that_is_swallowed_while_it_connects_still_ends_the
     assert not link.up
 
 
-async def test_why_there_is_no_connection_is_told() -> None:
-    """Where nobody listened the log said TimeoutError, of our own patience."""
+async def why_not(url: str) -> list[str]:
+    """What the log says until it has given up once."""
     with capture_logs() as logs:
-        running = asyncio.get_running_loop().create_task(
-            Link(Settings(nats_url=("nats://127.0.0.1:1",)), "test").run()
-        )
+        running = asyncio.get_running_loop().create_task(Link(Settings(nats_url=(url,)), "test").run())
         await until(lambda: any(line["event"] == "bus.unreachable" for line in logs), "it has given up once")
         running.cancel()
         await asyncio.wait([running])
-    assert [line["reason"] for line in logs if line["event"] == "bus.unreachable"] == [
-        "[Errno 111] Connect call failed ('127.0.0.1', 1)"
-    ]
+    return [line["reason"] for line in logs if line["event"] == "bus.unreachable"]
+
+
+async def test_why_there_is_no_connection_is_told() -> None:
+    """Where nobody listened the log said TimeoutError, of our own patience."""
+    assert await why_not("nats://127.0.0.1:1") == ["[Errno 111] Connect call failed ('127.0.0.1', 1)"]
+
+
+async def test_a_websocket_that_nobody_answers_is_told_as_such() -> None:
+    """nats-py waits for its upgrade without a word, and for ever."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        assert await why_not(f"ws://127.0.0.1:{silent.getsockname()[1]}") == ["no answer within 6 s"]
 
 
 @pytest.mark.parametrize(
