@@ -125,6 +125,7 @@ class Parts:
         self.events = Events(connections.bus, names, clock, metrics)
         self.window_events = self._window_events()
         self.receipts = Receipts(self.events, connections.history, names, clock, metrics)
+        self.former_bots = FormerBots(connections.history, names, clock)
         self.router = Router(
             connections.bus, self.receipts, names, self.limits, lambda: self.leases.check(0), clock, metrics
         )
@@ -259,7 +260,7 @@ class Parts:
             bus=self.connections.bus,
             history=self.connections.history,
             bindings=self.bindings,
-            former=FormerBots(self.connections.history, self.names, self.clock),
+            former=self.former_bots,
             leases=self.leases,
             receipts=self.receipts,
             names=self.names,
@@ -416,6 +417,7 @@ class Parts:
         self.supervisor.tidy()
         self.contexts.tidy(self.supervisor.is_served)
         self.receipts.tidy()
+        self.former_bots.tidy()
 
     def _fence(self, bot: str) -> None:
         binding = self.bindings.get(bot)

@@ -351,6 +351,21 @@ async def test_receipts_that_were_looked_up_are_kept_for_a_moment() -> None:
     assert len(bench.chat.sent) == 1
 
 
+async def test_what_was_read_of_the_bots_of_a_sandbox_is_kept_for_a_moment() -> None:
+    """Thousands of its users may have a bot each; nobody asks once all their lanes have looked back."""
+    bench = Bench()
+    await bench.bind()
+    bench.hears()
+    shard = bench.shard()
+    shard.on_delivery(bench.command("hi"))
+    await asyncio.sleep(KNOWN_S / 2)
+    bench.former_bots.tidy()
+    assert tables(bench.former_bots)["_known"] == 1
+    await asyncio.sleep(KNOWN_S)
+    bench.former_bots.tidy()
+    assert tables(bench.former_bots)["_known"] == 0
+
+
 # without the collector -----------------------------------------------------------------------------------
 
 

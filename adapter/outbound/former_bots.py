@@ -39,10 +39,8 @@ class FormerBots:
 
     async def of(self, sandbox: str) -> list[tuple[str, str]]:
         """Bots and their users ("": not known then), the oldest first, those of now among them. Raises Temporary."""
-        now, known = self._clock.monotonic(), self._known.get(sandbox)
-        if known is None or now - known.asked > KNOWN_S:
-            known = self._known[sandbox] = _Known()
-        known.asked = now
+        known = self._known.setdefault(sandbox, _Known())
+        known.asked = self._clock.monotonic()
         self._known.move_to_end(sandbox)
         if len(self._known) > KNOWN_SANDBOXES:
             self._known.popitem(last=False)
@@ -51,3 +49,9 @@ class FormerBots:
                 known.seq = seq
                 known.bots[event.bot, event.user] = None
         return list(known.bots)
+
+    def tidy(self) -> None:
+        """Forgets what nobody has asked for lately."""
+        horizon = self._clock.monotonic() - KNOWN_S
+        while self._known and (oldest := next(iter(self._known.items())))[1].asked <= horizon:
+            del self._known[oldest[0]]

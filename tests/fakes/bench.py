@@ -83,6 +83,7 @@ class Bench:
         self.contexts = Contexts(self.contexts_bucket, self._fence)
         self.events = Events(self.bus, self.names, self.clock, self.metrics)
         self.receipts = Receipts(self.events, self.bus, self.names, self.clock, self.metrics)
+        self.former_bots = FormerBots(self.bus, self.names, self.clock)
         self.sealer = Sealer(())
         self.limits = limits
         self.bus_up = asyncio.Event()
@@ -228,7 +229,7 @@ class Bench:
             bus=self.bus,
             history=self.bus,
             bindings=self.bindings,
-            former=FormerBots(self.bus, self.names, self.clock),
+            former=self.former_bots,
             leases=self.leases,
             receipts=self.receipts,
             names=self.names,
