@@ -55,6 +55,7 @@ async def test_why_there_is_no_connection_is_told() -> None:
     assert await why_not("nats://127.0.0.1:1") == ["[Errno 111] Connect call failed ('127.0.0.1', 1)"]
 
 
+@pytest.mark.filterwarnings("ignore:parameter .timeout.:DeprecationWarning")  # of aiohttp, which nats-py calls so
 async def test_a_websocket_that_nobody_answers_is_told_as_such() -> None:
     """nats-py waits for its upgrade without a word, and for ever."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
