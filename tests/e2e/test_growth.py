@@ -133,6 +133,7 @@ def forget_the_last(adapter: Parts) -> None:
     adapter.uploads._ready.clear()
     adapter.control._settled.clear()
     adapter.control._read.clear()
+    adapter.former_bots._known.clear()
     for shard in adapter.supervisor._shards.values():
         shard._settled.clear()
     for downloads in adapter.supervisor._downloads.values():
