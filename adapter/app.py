@@ -54,7 +54,6 @@ async def run_parts(parts: Parts, stop: asyncio.Event, on_ready: Callable[[], No
                     begin(parts.bindings.run(), "bindings")
                     begin(parts.logins.run(), "logins")
                     running_logins = begin(parts.login_runner.run(), "logins.run")
-                    begin(parts.window_events.run(), "windows")
                     following = group.create_task(parts.supervisor.run(), name="supervisor")
                     parts.watch.begin()
                     log.info("adapter.started", instance=parts.instance, version=__version__, http=probes.port)
@@ -84,20 +83,11 @@ async def _drain(
             await parts.supervisor.drain(max(0.5, parts.settings.drain_s - RELEASE_S))
             running_logins.cancel()  # logins go on until another replica may take them
             await asyncio.wait([running_logins])
-            await _flush_windows(parts)
             leasing.cancel()  # a renewal after this would write the key that is given back
             await asyncio.wait([leasing])
             await parts.leases.leave()
     except TimeoutError:
         log.warning("drain.late", drain_s=parts.settings.drain_s)
-
-
-async def _flush_windows(parts: Parts) -> None:
-    try:
-        async with asyncio.timeout(1.0):
-            await parts.window_events.flush()
-    except TimeoutError:
-        log.warning("windows.untold", detail="The next owner tells what changed.")
 
 
 def _raise_file_limit(capacity: int) -> None:

@@ -36,12 +36,13 @@ class Window(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     remaining: Annotated[
         int | None,
         Meta(
-            description="Sends left for any command; 0 also when time is over or WeChat takes no more; null: sends"
+            description="Sends left; 0 also when time is over or WeChat takes no more; null: sends"
             " are not counted. Each part of a long text, each media item and each caption is one."
         ),
     ] = None
     reserved: Annotated[
-        int, Meta(description="Sends left beyond `remaining`, kept back for commands with `final`.")
+        int,
+        Meta(description="How many of `remaining` are kept back for answers: no command with `optional` takes them."),
     ] = 0
     closes_at_ms: Annotated[int | None, Meta(description="When the window closes; null: no window is open.")] = None
 
@@ -212,8 +213,12 @@ class Outbound(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     format: Annotated[
         Literal["markdown", "plain"], Meta(description="plain: Markdown is turned into plain text.")
     ] = "markdown"
-    final: Annotated[
-        bool, Meta(description="The last word of an answer: may take the sends that are kept back (`reserved`).")
+    optional: Annotated[
+        bool,
+        Meta(
+            description="A progress report: refused at once where it would take one of the sends that are kept back"
+            " for answers (`reserved`), or where none is left."
+        ),
     ] = False
     typing: Annotated[
         Literal["on", "off"] | None, Meta(description="Instead of text and items: show or hide that the bot types.")
@@ -227,11 +232,16 @@ FINAL_OUTCOMES = ("accepted", "accepted_unconfirmed", "refused", "uncertain", "d
 class Receipt(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What became of a command. Exactly one final receipt each; `parked` is not final.
 
-    Subject: wechat.event.<sandbox>.receipt.
+    Subject: wechat.event.<sandbox>.receipt.<command>, where `<command>` is its id: letters, digits, `-` and `_` stay,
+    each other byte becomes =XX (upper-case hex).
     """
 
     command: Annotated[str, Meta(description="The command's id.")]
     sandbox: Annotated[str, Meta(description="UNROUTED where the command named none.")]
+    sequence: Annotated[
+        int,
+        Meta(description="The command's sequence in WECHAT_OUT, as its publisher was told: an id may come again."),
+    ] = 0
     outcome: Annotated[
         Outcome,
         Meta(
@@ -244,8 +254,9 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     reason: Annotated[
         str,
         Meta(
-            description="invalid, not_bound, ambiguous_bot, window_closed, quota, throttled, needs_login, too_long,"
-            " expired, rejected, unreadable, too_large, unreachable, backlog, media, typing; empty when accepted."
+            description="invalid, not_bound, ambiguous_bot, window_closed, quota, reserved, throttled, needs_login,"
+            " too_long, expired, rejected, unreadable, too_large, unreachable, crashed, backlog, media, typing; empty"
+            " when accepted."
         ),
     ] = ""
     detail: Annotated[str, Meta(description="One sentence for people.")] = ""
@@ -533,6 +544,13 @@ class WindowQuery(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     user: Annotated[str | None, Meta(description="Default: the bot's user.")] = None
 
 
+class ReceiptQuery(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Request of wechat.svc.receipt.<sandbox>, and for the platform of wechat.svc.receipt: the last of a command."""
+
+    sandbox: SandboxAsked = None
+    command: CommandId
+
+
 class ReplayQuery(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Request of wechat.svc.replay.<sandbox>, and for the platform of wechat.svc.replay: inbound messages again."""
 
@@ -579,6 +597,7 @@ MESSAGES: dict[str, type[msgspec.Struct]] = {
     "media_bytes": MediaBytes,
     "media_piece": MediaPiece,
     "window_query": WindowQuery,
+    "receipt_query": ReceiptQuery,
     "window": Window,
 }
 """What goes over the bus, by the name of its file in `schemas/`."""

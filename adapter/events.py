@@ -9,11 +9,12 @@ import msgspec
 import structlog
 
 from adapter import contract
-from adapter.errors import UNDECODABLE, BusRefused
+from adapter.errors import UNDECODABLE, BusRefused, Conflict
 from adapter.headers import passed_on
 from adapter.metrics import Metrics
 from adapter.names import (
     H_DETAIL,
+    H_EXPECTED,
     H_MSG_ID,
     H_REASON,
     H_REPLY_TO,
@@ -25,7 +26,7 @@ from adapter.names import (
     H_TRACEPARENT,
     Names,
 )
-from adapter.ports import Bus, History, Message
+from adapter.ports import Bus, History, Message, PubAck
 from adapter.timing import Clock, backoff
 
 log = structlog.get_logger()
@@ -76,20 +77,24 @@ class Events:
         event = msgspec.structs.replace(event, at_ms=self._clock.now_ms())
         await self._store(event.sandbox, "window", msgspec.json.encode(event), msg_id)
 
-    async def receipt(
-        self,
-        receipt: contract.Receipt,
-        *,
-        msg_id: str,
-        headers: Mapping[str, str],
-        late: Callable[[], None] | None = None,
-    ) -> None:
-        """What became of a command. `msg_id` is the same for the same outcome of the same command, `headers` are the
-        command's: its trace goes on in its receipts. `late`: see Message; it may raise LeaseLost."""
+    async def receipt(self, receipt: contract.Receipt, *, headers: Mapping[str, str], expected: int) -> int:
+        """What became of a command; its sequence. `headers` are the command's: its trace goes on in its receipts.
+
+        `expected` is the sequence of the subject's last receipt, 0: there is none. Raises Conflict.
+        """
         receipt = msgspec.structs.replace(receipt, at_ms=self._clock.now_ms())
         trace = passed_on({H_TRACEPARENT: headers[H_TRACEPARENT]}) if H_TRACEPARENT in headers else {}
-        if await self._store(receipt.sandbox, "receipt", msgspec.json.encode(receipt), msg_id, trace, late):
-            self._metrics.receipts.of(receipt.outcome).inc()
+        kept = {H_SCHEMA: contract.SCHEMA_VERSION, H_EXPECTED: str(expected), **trace}
+        subject = self._names.receipt(receipt.sandbox, receipt.command)
+        try:
+            ack = await self._surely(Message("event", subject, msgspec.json.encode(receipt), kept))
+        except Conflict:
+            raise
+        except BusRefused as exc:
+            log.error("event.refused", sandbox=receipt.sandbox, kind="receipt", detail=exc.detail)
+            return 0
+        self._metrics.receipts.of(receipt.outcome).inc()
+        return ack.seq
 
     async def _store(
         self,
@@ -97,33 +102,28 @@ class Events:
         kind: str,
         payload: bytes,
         msg_id: str,
-        trace: Mapping[str, str] | None = None,
         late: Callable[[], None] | None = None,
-    ) -> bool:
-        """Whether the stream took it; what it refuses for good is logged."""
-        headers = {H_MSG_ID: msg_id, H_SCHEMA: contract.SCHEMA_VERSION, **(trace or {})}
+    ) -> None:
+        """What the stream refuses for good is logged."""
+        headers = {H_MSG_ID: msg_id, H_SCHEMA: contract.SCHEMA_VERSION}
         try:
             await self._surely(Message("event", self._names.event(sandbox, kind), payload, headers, late=late))
         except BusRefused as exc:
             log.error("event.refused", sandbox=sandbox, kind=kind, detail=exc.detail)
-            return False
-        return True
 
-    async def _surely(self, message: Message) -> None:
+    async def _surely(self, message: Message) -> PubAck:
         """Waits where the stream is full, which only an operator's own limits can make it: a command that ends
         without a receipt is one that got lost. Raises BusRefused."""
         failures = 0
         while True:
             try:
-                await self._bus.publish(message)
+                return await self._bus.publish(message)
             except BusRefused as exc:
                 if not exc.full:
                     raise
                 failures += 1
                 log.error("event.waits", stream=message.stream, detail=exc.detail, failures=failures)
                 await self._clock.sleep(backoff(failures, first_s=0.5, longest_s=10.0))
-            else:
-                return
 
     async def dead_letter(
         self,

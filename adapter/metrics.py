@@ -24,6 +24,7 @@ REFUSED = (
     "ambiguous_bot",
     "window_closed",
     "quota",
+    "reserved",
     "throttled",
     "needs_login",
     "too_long",
@@ -33,11 +34,11 @@ REFUSED = (
     "media",
     "typing",
 )
-DEAD = ("unreadable", "too_large", "unreachable")
+DEAD = ("unreadable", "too_large", "unreachable", "crashed")
 STATES = ("starting", "polling", "throttled", "paused", "needs_login", "error", "draining")
-PARKED = ("window_closed", "quota", "throttled", "needs_login", "backlog")
+PARKED = ("window_closed", "quota", "throttled", "needs_login")
 KINDS = ("text", "media", "typing", "unreadable")
-TASKS = ("poller", "lane", "other")
+TASKS = ("poller", "conversation", "other")
 ENDPOINTS = (
     "getupdates",
     "sendmessage",
@@ -171,11 +172,6 @@ class Metrics:
             "quotes",
             "Quotes in inbound messages, by whose words were found; unknown: nobody's.",
             outcome=["user", "bot", "unknown"],
-        )
-        self.quote_notes = self._counter(
-            "quote_notes",
-            "Sent texts noted for later quotes; failed: the bus refused it, dropped: too many were on their way.",
-            outcome=["stored", "failed", "dropped"],
         )
         self.inbound_publish_duration = self._histogram(
             "inbound_publish_duration_seconds",

@@ -22,6 +22,8 @@ _SANDBOX = re.compile(SANDBOX_PATTERN)
 H_SCHEMA = "Wechat-Schema"
 H_MSG_ID = "Nats-Msg-Id"
 H_REPLY_TO = "Reply-To"
+H_EXPECTED = "Nats-Expected-Last-Subject-Sequence"
+"""Compare-and-set: the stream refuses a message if its subject's last one has another sequence (0: there is none)."""
 H_TRACEPARENT = "traceparent"
 H_COMMAND = "Wechat-Command"
 """Set by the router on its copy: the id of the command on plain `wechat.out`."""
@@ -110,15 +112,14 @@ def digest(data: bytes) -> str:
     return hashlib.blake2b(data, digest_size=12).hexdigest()
 
 
-def peer_key(bot: str, user: str) -> str:
-    """Key of one bot and one user. `user` may be empty: not known yet."""
-    return f"{token_of(bot)}/{token_of(user)}"
+def conversation_key(sandbox: str, user: str) -> str:
+    """Key of one sandbox and one user."""
+    return f"{sandbox}.{token_of(user)}"
 
 
-def peer_of(key: str) -> tuple[str, str]:
-    """The inverse of `peer_key`."""
-    bot, _, user = key.partition("/")
-    return text_of(bot), text_of(user)
+def user_of_key(key: str) -> str:
+    """The user of a `conversation_key`."""
+    return text_of(key.partition(".")[2])
 
 
 class Names:
@@ -131,17 +132,14 @@ class Names:
         self.stream_out = f"{upper}_OUT"
         self.stream_ctl = f"{upper}_CTL"
         self.stream_event = f"{upper}_EVENT"
-        self.stream_parked = f"{upper}_PARKED"
         self.stream_dead = f"{upper}_DEAD"
         self.stream_raw = f"{upper}_RAW"
         self.bindings = f"{prefix}_bindings"
         self.cursors = f"{prefix}_cursors"
-        self.context = f"{prefix}_context"
+        self.conversations = f"{prefix}_conversations"
         self.members = f"{prefix}_members"
         self.claims = f"{prefix}_claims"
         self.logins = f"{prefix}_logins"
-        self.quotes = f"{prefix}_quotes"
-        self.typing = f"{prefix}_typing"
         self.media = f"{prefix}_media"
         self.bind = f"{prefix}.ctl.bind"
         self.unbind = f"{prefix}.ctl.unbind"
@@ -166,8 +164,9 @@ class Names:
     def event(self, sandbox: str, kind: str) -> str:
         return f"{self.prefix}.event.{sandbox}.{kind}"
 
-    def parked(self, shard: int, key: str) -> str:
-        return f"{self.prefix}.parked.{shard}.{key}"
+    def receipt(self, sandbox: str, command: str) -> str:
+        """Where the receipts of one command are stored. Either may be `*`."""
+        return f"{self.prefix}.event.{sandbox}.receipt.{command if command == '*' else escaped(command)}"
 
     def raw(self, shard: int | str, bot: str) -> str:
         """Where a message waits for its media, as iLink sent it. `shard`: the sandbox's, or `*`."""

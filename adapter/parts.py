@@ -10,15 +10,21 @@ from functools import partial
 
 import structlog
 
-from adapter import __version__, media, window
-from adapter.bindings import stale_token
+from adapter import __version__, media
 from adapter.bindings.control import Control
 from adapter.bindings.registry import Bindings, account_of
 from adapter.bindings.tidying import Tidying
 from adapter.connections import Connections
 from adapter.console.desk import Needs
 from adapter.console.server import Console
-from adapter.contexts import Contexts
+from adapter.conversation.actor import ConversationDeps
+from adapter.conversation.commands import Limits
+from adapter.conversation.conversations import Conversations, ConversationShard
+from adapter.conversation.rules import SendPolicy
+from adapter.conversation.slots import SendSlots
+from adapter.conversation.store import ConversationStore
+from adapter.conversation.uploads import Uploads
+from adapter.conversation.window import WindowPolicy
 from adapter.errors import LeaseLost, Temporary
 from adapter.events import Events
 from adapter.ilink.translate import read_message
@@ -29,7 +35,7 @@ from adapter.inbound.fetching import Fetching
 from adapter.inbound.recall import Recall
 from adapter.inbound.sessions import Incoming, Waiting
 from adapter.jetstream import topology
-from adapter.jetstream.buckets import KvBucket, LeaderKvBucket
+from adapter.jetstream.buckets import LeaderKvBucket
 from adapter.jetstream.consumer import all_settled
 from adapter.jetstream.inspector import Inspector
 from adapter.jetstream.microservice import Handler, Services
@@ -38,15 +44,11 @@ from adapter.logins.registry import LoginRegistry
 from adapter.logins.runner import LoginRunner
 from adapter.metrics import Metrics
 from adapter.names import Names, shard_of
-from adapter.outbound.commands import Limits
-from adapter.outbound.former_bots import FormerBots
+from adapter.outbound.processor import OutboundDeps
 from adapter.outbound.receipts import Receipts
 from adapter.outbound.router import Router
-from adapter.outbound.sending import Sending
-from adapter.outbound.settling import Outgoing
-from adapter.outbound.typing_indicator import Showing
-from adapter.outbound.uploads import Uploads
-from adapter.outbound.window_events import WindowEvents
+from adapter.outbound.sessions import BotSessions, Pollers
+from adapter.outbound.typing_indicator import TypingDeps
 from adapter.probes import Health
 from adapter.records import Binding
 from adapter.replicas import rollcall
@@ -69,9 +71,8 @@ RELEASE_S = 5.0
 """The part of the drain time that is kept for giving the shards back."""
 TAKING = 32
 """Bots that are taken over at the same time."""
-LOADING = 8
-"""Shards that read at once what is parked. With 500 commands parked in each of 128, a tenth of a core took more than
-the five seconds that an answer may take for a page of each, and they all began anew, for minutes."""
+SLOT_SHARES = 8
+"""Into how many shares the requests are divided that may be out at once; a sandbox has one of them."""
 PER_ROUND = 64
 """What goes on in one round of the event loop: answers that bring something, commands as they come and at each step
 of a lane, polls after a pause or a failure. Where five thousand answers came at once to a process with a quarter of a
@@ -106,13 +107,14 @@ class Parts:
             metrics,
             at_least={names.bindings: lambda: len(self.bindings), names.cursors: lambda: self.supervisor.cursor_keys},
         )
-        self.rules = _rules(settings)
+        self.policy = _policy(settings)
         self.limits = _limits(settings)
         self.sealer = Sealer(settings.token_key)
         self.uploads = Uploads(connections.cdn, connections.objects, clock, max_bytes=settings.media_max_bytes)
         self.binding_bucket = connections.bucket(names.bindings)
         self.bindings = Bindings(self.binding_bucket, self._owns, self.sealer.same)
-        self.context_bucket = connections.bucket(names.context)
+        self.conversation_bucket = connections.bucket(names.conversations)
+        self.conversation_store = ConversationStore(self.conversation_bucket)
         self.leases = Leases(
             LeaderKvBucket(connections.lease_link, names.members, ttl_s=max(60, int(settings.lease_s * 15))),
             LeaderKvBucket(connections.lease_link, names.claims),
@@ -121,31 +123,38 @@ class Parts:
             instance=self.instance,
             lease_s=settings.lease_s,
         )
-        self.contexts = Contexts(self.context_bucket, self._fence)
         self.events = Events(connections.bus, names, clock, metrics)
-        self.window_events = self._window_events()
-        self.receipts = Receipts(self.events, connections.history, names, clock, metrics)
-        self.former_bots = FormerBots(connections.history, names, clock)
+        self.receipts = Receipts(self.events, connections.history, names)
+        self.conversations = Conversations(
+            self.conversation_store,
+            self._open_shard,
+            self._ensure_served,
+            clock,
+            self.policy,
+        )
         self.router = Router(
-            connections.bus, self.receipts, names, self.limits, lambda: self.leases.check(0), clock, metrics
+            connections.bus,
+            self.receipts,
+            self.events,
+            names,
+            self.limits,
+            lambda: self.leases.check(0),
+            clock,
+            metrics,
         )
         self.control = self._control()
-        # any server may answer: a quote may be missing
-        quotes = KvBucket(connections.link, connections.bus, names.quotes)
-        self.recall = Recall(quotes, connections.history, names, metrics)
+        self.recall = Recall(self.conversations, connections.history, names, metrics)
         self.incoming = self._incoming()
         downloading = Downloading(
             connections.cdn, connections.objects, lambda silk: asyncio.to_thread(media.silk_to_wav, silk), clock
         )
         self.fetching = Fetching(self.incoming, downloading, settings.media_wait_s)
-        self.outgoing = self._outgoing()
+        self.outbound = self._outbound()
         self.supervisor = Supervisor(
             bindings=self.bindings,
             leases=self.leases,
             tend=lambda session: poller.tend(session, self.incoming),
             work=self._shard_loops(),
-            throttled=self.window_events.throttled,
-            forget=self.contexts.forget,
             tell_freed=self.tell_freed,
             clock=clock,
             metrics=metrics,
@@ -197,7 +206,7 @@ class Parts:
             bus=self.connections.bus,
             history=self.connections.history,
             cursors=self.connections.bucket(self.names.cursors),
-            contexts=self.contexts,
+            conversations=self.conversations,
             bindings=self.bindings,
             leases=self.leases,
             events=self.events,
@@ -205,12 +214,8 @@ class Parts:
             clock=self.clock,
             metrics=self.metrics,
             names=self.names,
-            rules=self.rules,
             recall=self.recall,
-            look=self.window_events.look,
-            adopt=self.window_events.adopt,
-            heard=lambda sandbox, bot, user: self.supervisor.heard(sandbox, bot, user, wrote=True),
-            revived=lambda sandbox, bot, user: self.supervisor.heard(sandbox, bot, user, wrote=False),
+            session_changed=self._session_changed,
             waiting=self._waiting,
             raw_bots=raw_bots(self.connections.history, self.names),
             writable=writable,
@@ -229,78 +234,39 @@ class Parts:
             grace_s=self.grace_s,
         )
 
-    def _outgoing(self) -> Outgoing:
-        settings, account = self.settings, partial(account_of, sealer=self.sealer)
-
-        async def stale_on_send(binding: Binding, detail: str) -> None:
-            if lost := await stale_token.lose_login(self.bindings, self.clock, binding):
-                await stale_token.tell_login(self.bindings, self.events, lost, detail)
-
-        async def alive_on_send(binding: Binding) -> None:
-            if alive := await stale_token.regain_login(self.bindings, self.clock, binding):
-                await stale_token.tell_login(self.bindings, self.events, alive)
-
-        return Outgoing(
-            sending=Sending(
-                chat=self.connections.chat,
-                contexts=self.contexts,
+    def _outbound(self) -> OutboundDeps:
+        settings, connections = self.settings, self.connections
+        account = partial(account_of, sealer=self.sealer)
+        return OutboundDeps(
+            conversation=ConversationDeps(
+                store=self.conversation_store,
+                chat=connections.chat,
+                uploads=self.uploads,
+                slots=SendSlots(settings.max_sends, share=max(1, settings.max_sends // SLOT_SHARES)),
+                policy=self.policy,
                 clock=self.clock,
                 metrics=self.metrics,
-                rules=self.rules,
-                slots=asyncio.Semaphore(settings.max_sends),
-                attempts=settings.send_attempts,
-                empty_is_success=settings.empty_send_is_success,
-                answer_s=settings.send_timeout_s,
-                continue_text=settings.continue_text,
-                text_chars=settings.text_max_chars,
-                look=self.window_events.look,
-                note=self.recall.note,
+                turns=self.turns,
             ),
-            uploads=self.uploads,
-            bus=self.connections.bus,
-            history=self.connections.history,
             bindings=self.bindings,
-            former=self.former_bots,
             leases=self.leases,
             receipts=self.receipts,
-            names=self.names,
-            limits=self.limits,
-            account=account,
-            stale=self._is_stale,
-            stale_on_send=stale_on_send,
-            alive_on_send=alive_on_send,
-            bound_yet=self._bound_yet,
-            gap_s=settings.send_gap_ms / 1000,
-            parked_per_user=settings.parked_per_user,
-            parked_per_sandbox=settings.parked_per_sandbox,
-            merge_chars=settings.merge_chars,
-            stale_retry_s=settings.stale_retry_s,
-            grace_s=self.grace_s,
-            turns=self.turns,
-            loading=asyncio.Semaphore(LOADING),
-            showing=Showing(
-                chat=self.connections.chat,
-                contexts=self.contexts,
+            events=self.events,
+            history=connections.history,
+            sessions=BotSessions(self.bindings, connections.chat, account, self._pollers),
+            typing=TypingDeps(
+                chat=connections.chat,
                 bindings=self.bindings,
-                bucket=self.connections.bucket(self.names.typing),
                 clock=self.clock,
                 account=account,
                 stale=self._is_stale,
                 check=self.leases.check,
                 longest_s=settings.typing_max_s,
             ),
-        )
-
-    def _window_events(self) -> WindowEvents:
-        return WindowEvents(
-            contexts=self.contexts,
-            bindings=self.bindings,
-            leases=self.leases,
-            events=self.events,
-            history=self.connections.history,
             names=self.names,
-            clock=self.clock,
-            rules=self.rules,
+            limits=self.limits,
+            account=account,
+            wait_for_pending_binds=self._wait_for_pending_binds,
         )
 
     def _control(self) -> Control:
@@ -336,7 +302,7 @@ class Parts:
     def _shard_loops(self) -> ShardLoops:
         return ShardLoops(
             link=self.connections.link,
-            outgoing=self.outgoing,
+            outbound=self.outbound,
             fetching=self.fetching,
             router=self.router,
             control=self.control,
@@ -356,12 +322,20 @@ class Parts:
             connections.chat, self.logins, self.bindings, self.sealer, metrics, login_s=settings.login_s
         )
         queries = Queries(
-            self.bindings, self.context_bucket, connections.history, names, self.rules, self.clock, metrics
+            self.bindings,
+            self.conversation_store,
+            self.receipts,
+            connections.history,
+            names,
+            self.policy.window,
+            self.clock,
+            metrics,
         )
         store = MediaService(connections.objects, metrics, max_bytes=settings.media_max_bytes)
         handlers: dict[str, Handler] = {
             "bindings.list": queries.bindings_list,
             "bindings.get": queries.bindings_get,
+            "receipt": queries.receipt,
             "window": queries.window,
             "replay": queries.replay,
             "login.start": login.start,
@@ -372,6 +346,7 @@ class Parts:
         of_sandbox = {
             "media.get": store.get,
             "media.put": store.put,
+            "receipt": queries.receipt_of,
             "replay": queries.replay_of,
             "window": queries.window_of,
         }
@@ -401,32 +376,39 @@ class Parts:
         return Tidying(
             bindings=self.bindings,
             bound=self.binding_bucket,
-            known=(self.connections.bucket(self.names.cursors), self.context_bucket),
+            cursors=self.connections.bucket(self.names.cursors),
+            conversations=self.conversation_bucket,
             check=lambda: self.leases.check(shard),
             clock=self.clock,
             keep_s=self.settings.unbound_hours * 3600,
         )
 
+    async def _open_shard(self, sandbox: str) -> ConversationShard | None:
+        return await self.supervisor.open_shard(sandbox)
+
+    def _session_changed(self, sandbox: str) -> None:
+        self.supervisor.session_changed(sandbox)
+
+    def _pollers(self) -> Pollers:
+        return self.supervisor
+
     def _is_stale(self, bot: str) -> bool:
-        return self.supervisor.stale(bot)
+        return self.supervisor.is_stale(bot)
 
     async def _waiting(self, sandbox: str) -> Waiting | None:
         return await self.supervisor.waiting(sandbox)
 
     def _tidy(self) -> None:
         self.supervisor.tidy()
-        self.contexts.tidy(self.supervisor.is_served)
-        self.receipts.tidy()
-        self.former_bots.tidy()
 
-    def _fence(self, bot: str) -> None:
+    def _ensure_served(self, bot: str) -> None:
         binding = self.bindings.get(bot)
         if binding is None:
             raise LeaseLost("not_bound", bot)
         if not (self.supervisor.lingers(bot) and self.leases.valid):
             self.leases.check(shard_of(binding.sandbox))
 
-    async def _bound_yet(self) -> None:
+    async def _wait_for_pending_binds(self) -> None:
         """Returns once the control commands stored so far have taken effect. Raises Temporary: it takes too long."""
         await all_settled(self.connections.link, self.names.stream_ctl, topology.CONTROL, self.clock)
         await self.clock.sleep(0.05)  # the news of the last one are on their way
@@ -440,14 +422,14 @@ class Parts:
             return contextlib.nullcontext()
         needs = Needs(
             bindings=self.bindings,
-            contexts=self.context_bucket,
+            conversations=self.conversation_store,
             history=self.connections.history,
             bus=self.connections.bus,
             replicas=self.connections.core,
             registry=self.logins,
             services=self.handlers,
             names=self.names,
-            rules=self.rules,
+            policy=self.policy.window,
             clock=self.clock,
             living=lambda: self.leases.living,
         )
@@ -473,14 +455,17 @@ def _crashed(exc: BaseException) -> None:
     log.error("task.crashed", task="routing", exc_info=exc)
 
 
-def _rules(settings: Settings) -> window.Rules:
-    return window.Rules(
-        sends=settings.sends_per_window,
-        hours=settings.window_hours,
-        cooldown_s=settings.cooldown_s,
-        reserve=settings.reserve_sends,
-        low=settings.window_low,
-        tokenless=settings.send_without_token,
+def _policy(settings: Settings) -> SendPolicy:
+    return SendPolicy(
+        window=WindowPolicy(
+            sends=settings.sends_per_window,
+            hours=settings.window_hours,
+            cooldown_s=settings.cooldown_s,
+            reserve=settings.reserve_sends,
+        ),
+        gap_ms=settings.send_gap_ms,
+        attempts=settings.send_attempts,
+        merge_chars=settings.merge_chars,
     )
 
 

@@ -65,13 +65,13 @@ def grants(names: Names, role: Role, sandbox: str = TAG) -> Grants:
         case "adapter":
             return Grants(_adapter_publishes(names), _adapter_subscribes(names))
         case "operator":
-            return Grants(_operator_publishes(names), (names.live("*"), names.event("*", "*"), _inboxes("operator")))
+            return Grants(_operator_publishes(names), (names.live("*"), names.event("*", ">"), _inboxes("operator")))
         case "platform":
-            asks = (names.svc("bindings.*"), names.svc("login.*"), names.svc("window"))
-            return Grants((names.bind, names.unbind, *asks), (names.event("*", "*"), _inboxes("platform")))
+            asks = (names.svc("bindings.*"), names.svc("login.*"), names.svc("window"), names.svc("receipt"))
+            return Grants((names.bind, names.unbind, *asks), (names.event("*", ">"), _inboxes("platform")))
         case "service":
-            publish = (names.out_plain, names.svc("window"), names.svc("media.put.*"))
-            return Grants(publish, (names.event("*", "receipt"), _inboxes("service")))
+            publish = (names.out_plain, names.svc("window"), names.svc("receipt"), names.svc("media.put.*"))
+            return Grants(publish, (names.receipt("*", "*"), _inboxes("service")))
         case "sandbox":
             shares = imports(names, role, sandbox)
             heard = [share.subject for share in shares if share.kind == "stream"]
@@ -84,10 +84,10 @@ def imports(names: Names, role: Role, sandbox: str = "*") -> list[Share]:
     if role == "sandbox":
         # an acknowledgement has just so many tokens; with more, these could be domain and account of another's
         pull = f"$JS.API.CONSUMER.MSG.NEXT.{names.stream_in}.{sandbox}"
-        verbs = ("media.get", "media.put", "replay", "window")
+        verbs = ("media.get", "media.put", "receipt", "replay", "window")
         return [
             Share("stream", names.live(sandbox)),
-            Share("stream", names.event(sandbox, "*")),
+            Share("stream", names.event(sandbox, ">")),
             Share("service", names.out(sandbox)),
             *(Share("service", names.svc(f"{verb}.{sandbox}")) for verb in verbs),
             Share("service", pull, many=True),
@@ -121,15 +121,15 @@ def streams(names: Names) -> tuple[str, ...]:
 def buckets(names: Names) -> tuple[str, ...]:
     """Every key-value bucket."""
     return (
-        *(names.bindings, names.cursors, names.context, names.members),
-        *(names.claims, names.logins, names.quotes, names.typing),
+        *(names.bindings, names.cursors, names.conversations, names.members),
+        *(names.claims, names.logins),
     )
 
 
 def _plain_streams(names: Names) -> tuple[str, ...]:
     return (
         *(names.stream_in, names.stream_out, names.stream_ctl, names.stream_event),
-        *(names.stream_parked, names.stream_dead, names.stream_raw),
+        *(names.stream_dead, names.stream_raw),
     )
 
 
@@ -143,15 +143,15 @@ def _api(*verbs: str) -> tuple[str, ...]:
 
 def _emptied(names: Names) -> tuple[str, ...]:
     """Streams of which the adapter deletes single messages."""
-    return names.stream_ctl, names.stream_parked, names.stream_raw, names.stream_dead
+    return names.stream_ctl, names.stream_raw, names.stream_dead
 
 
 def _adapter_publishes(names: Names) -> tuple[str, ...]:
     prefix, media = names.prefix, f"OBJ_{names.media}"
     return (
-        *(names.inbox("*"), names.out("*"), names.bind, names.event("*", "*"), names.freed()),
+        *(names.inbox("*"), names.out("*"), names.bind, names.event("*", ">"), names.freed()),
         *(names.roll(), names.out_plain, names.unbind),  # for the console: who is there, and dead commands again
-        *(f"{prefix}.parked.>", f"{prefix}.raw.>", names.dead("*")),
+        *(f"{prefix}.raw.>", names.dead("*")),
         *(f"$KV.{bucket}.>" for bucket in buckets(names)),
         f"$O.{names.media}.>",
         *_api("INFO", "STREAM.INFO.*", "STREAM.MSG.GET.*", "DIRECT.GET.>"),
@@ -160,7 +160,7 @@ def _adapter_publishes(names: Names) -> tuple[str, ...]:
         *_api(*(f"STREAM.MSG.DELETE.{stream}" for stream in _emptied(names))),
         *_api(f"STREAM.PURGE.{media}", f"CONSUMER.CREATE.{names.stream_in}.*.{names.inbox('*')}"),
         # of bots that are bound no more
-        *_api(*(f"STREAM.PURGE.KV_{bucket}" for bucket in (names.bindings, names.cursors, names.context))),
+        *_api(*(f"STREAM.PURGE.KV_{bucket}" for bucket in (names.bindings, names.cursors, names.conversations))),
         *_api(*(f"CONSUMER.{verb}.{s}.*" for s in _pulled(names) for verb in ("CREATE", "RESET", "MSG.NEXT"))),
         *(f"$JS.ACK.{stream}.>" for stream in _pulled(names)),
         *(_inboxes("operator"), _inboxes("platform"), "_R_.>"),

@@ -328,6 +328,9 @@ class History(Protocol):
     async def last(self, stream: str, subject: str) -> Stored | None:
         """The newest message of one subject. Raises Temporary."""
 
+    async def last_of_each(self, stream: str, subjects: Sequence[str]) -> list[Stored]:
+        """The newest message of each subject that has one, as new as the stream's leader has it. Raises Temporary."""
+
     async def counts(self, stream: str, subject: str) -> dict[str, int]:
         """Messages per subject under a wildcard. Raises Temporary, BusRefused where there is no such stream."""
 

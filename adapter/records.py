@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import Annotated, Literal
+from typing import Annotated
 
 import msgspec
 from msgspec import Meta
@@ -85,111 +84,6 @@ class Cursor(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     own name raises the revision, so that every write of the owner before is refused."""
     start: str | None = None
     """A digest of the bind request's start cursor that was applied, so that it is applied once; "" is the start."""
-
-
-class Merged(msgspec.Struct, frozen=True, kw_only=True):
-    """A command whose text goes out in the message of another."""
-
-    command: str
-    client: str
-
-
-class Hand(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """The progress of the command that is being sent: written before each request, so that a crash leaves a trace."""
-
-    command: str
-    client: str
-    """Base of the client_ids of its parts."""
-    sandbox: str = ""
-    part: int = 0
-    attempts: int = 0
-    tried: int = 0
-    """Requests for this part that may have left and have no answer, the one that is leaving now included."""
-    counted_in: str = ""
-    """The window (its inbound message) in which the request for this part counts."""
-    message_ids: list[str] = []
-    unconfirmed: bool = False
-    ret: int | None = None
-    errcode: int | None = None
-    errmsg: str = ""
-    """As iLink last answered; of the first answer without an id, if there was one."""
-    throttled_in: str = ""
-    """The window (its inbound message) in which iLink last refused it with -2."""
-    tail: str | None = None
-    """What is appended to this part, so that a repeat says the same; None: not decided yet."""
-    merged: list[Merged] = []
-    """The commands behind it whose texts are in its only part: a repeat must hold the very same ones."""
-
-    @property
-    def is_begun(self) -> bool:
-        """Part of it may have been sent."""
-        return bool(self.part or self.tried)
-
-    @property
-    def all(self) -> list[Merged]:
-        """Every command in hand, the first one first."""
-        return [Merged(command=self.command, client=self.client), *self.merged]
-
-    def holds(self, client: str) -> bool:
-        """Whether a command is in hand, alone or with others."""
-        return any(one.client == client for one in self.all)
-
-    def is_any(self, clients: Collection[str]) -> bool:
-        """Whether it holds one of them."""
-        return any(one.client in clients for one in self.all)
-
-
-class Context(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Bucket `context`, key: bot and user. The newest context token and the user's window."""
-
-    token: str = ""
-    inbound_ms: int = 0
-    """When the user's newest message arrived here; 0: never."""
-    inbound_id: str = ""
-    used: int = 0
-    """Sends since then, counted before they leave."""
-    sent_ms: list[int] = []
-    """When each of these left."""
-    blocked_ms: int = 0
-    """When the request left to which iLink said -2; 0: not blocked."""
-    hand: Hand | None = None
-    left: Hand | None = None
-    """What was begun as another command took its place, and may still have to end: its owner may die before it tells
-    how that ended. Of another sandbox, which the bot served before; or one that is not delivered again yet."""
-    done: list[str] = []
-    """Sandbox/id of the last commands that were sent, or may have been, against a second publish with the same id."""
-    told: Literal["", "open", "low", "closed"] = ""
-    """What the sandbox had been told of a window before this write; later events may be on the bus."""
-    told_in: str = ""
-    """That window: its inbound message."""
-    followed_ms: int = 0
-    """The binding's `since_ms` when it was last looked what was sent to the user over the bots before."""
-
-    def __repr__(self) -> str:
-        return f"Context(used={self.used}, inbound_ms={self.inbound_ms})"
-
-    def hand_of(self, sandbox: str) -> Hand | None:
-        """What was last in hand for one of the sandboxes that the bot has served."""
-        return next((hand for hand in (self.hand, self.left) if hand and hand.sandbox == sandbox), None)
-
-
-class Spoken(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Bucket `quotes`, key: bot and iLink's message id. What was sent to a user, so that a quote of it has words."""
-
-    sandbox: str
-    user: str
-    kind: str
-    text: str
-
-    def __repr__(self) -> str:
-        return f"Spoken({self.sandbox!r}, {self.kind!r})"  # a text never gets into a log or traceback
-
-
-class Typing(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Bucket `typing`, key: shard, then bot and user. The bot may be shown typing; who takes the shard hides it."""
-
-    sandbox: str = ""
-    since_ms: int = 0
 
 
 class LoginCode(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -70,7 +70,13 @@ def channels(names: Names) -> list[Channel]:
         Channel("inbox", names.inbox(sandbox), "inbound", "send", f"The same, as {names.stream_in} keeps it."),
         Channel("out", names.out(sandbox), "outbound", "receive", "A sandbox says something to its user."),
         Channel("out_any", names.out_plain, "outbound", "receive", "A service says it; the body names the sandbox."),
-        Channel("receipt", names.event(sandbox, "receipt"), "receipt", "send", "What became of a command."),
+        Channel(
+            "receipt",
+            names.receipt(sandbox, "*").replace("*", "{command}"),
+            "receipt",
+            "send",
+            "What became of a command.",
+        ),
         Channel("binding", names.event(sandbox, "binding"), "binding_event", "send", "A binding changed."),
         Channel("window_change", names.event(sandbox, "window"), "window_event", "send", "The window changed."),
         Channel("login", names.event(sandbox, "login"), "login_event", "send", "A step of a QR login."),
@@ -95,11 +101,19 @@ def channels(names: Names) -> list[Channel]:
         service("login_verify", "login.verify", "login_verify", "The digits that the phone shows.", "login"),
         service("login_cancel", "login.cancel", "login_query", "End a login.", "login"),
         service("window", f"window.{sandbox}", "window_query", "What the sandbox may still send.", "window"),
+        service("last_receipt", f"receipt.{sandbox}", "receipt_query", "The last receipt of a command.", "receipt"),
         service(
             "replay", f"replay.{sandbox}", "replay_query", "The sandbox's own inbound messages again.", "replay_page"
         ),
         service(
             "window_any", "window", "window_query", "What may still be sent; the body names the sandbox.", "window"
+        ),
+        service(
+            "last_receipt_any",
+            "receipt",
+            "receipt_query",
+            "The last receipt of a command of the sandbox that the body names.",
+            "receipt",
         ),
         service(
             "replay_any",

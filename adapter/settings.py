@@ -117,12 +117,6 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     park_hours: Annotated[float, Meta(gt=0)] = 72.0
     """Hours that a parked command may wait for its user; longer: refused as `expired`."""
 
-    parked_per_user: AtLeast0 = 1000
-    """Parked commands kept for one user; one more is refused as `backlog`."""
-
-    parked_per_sandbox: AtLeast0 = 10000
-    """Parked commands kept for all users of one sandbox; one more is refused as `backlog`."""
-
     cooldown_s: Seconds = 3600.0
     """Seconds without an inbound message after which one probe is sent to a throttled user (-2); 0: never."""
 
@@ -137,15 +131,6 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     Else it becomes a dead letter: iLink is not known to put bots in groups, nor where an answer would go.
     """
-
-    send_without_token: bool = False
-    """Send also where iLink gave no context token for the user, as the official client does; else commands wait.
-
-    Such sends are seen to arrive, to get lost without a word, and to be refused (-2, -14).
-    """
-
-    empty_send_is_success: bool = False
-    """Count answers to a send without a message id as `accepted`: for servers older than those ids."""
 
     duplicate_skew_ms: AtLeast0 = 0
     """Milliseconds by which the times of two copies of one message may differ. Too many swallow a repeated "ok"."""
@@ -163,13 +148,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """Parked texts of one user are sent as one message up to so many characters; 0: each on its own."""
 
     reserve_sends: AtLeast0 = 0
-    """Sends of each window kept back for commands with `final`; the others are parked before them."""
-
-    continue_text: Annotated[str, Meta(max_length=200)] = ""
-    """Appended to the text that takes the last send of a window, such as "Reply to continue."; empty: nothing is."""
-
-    window_low: AtLeast0 = 3
-    """A `window` event tells when so few sends are left, once per window; 0, or the whole budget: never."""
+    """Sends of each window kept back for answers: a command with `optional` is refused before it takes one."""
 
     media_max_bytes: Annotated[int, Meta(ge=1)] = 104857600
     """Largest media, in bytes, both ways. A larger one is announced without its bytes, or refused."""
@@ -185,9 +164,6 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     media_store_bytes: Annotated[int, Meta(ge=-1)] = 10737418240
     """Size of the object store in bytes. -1: as large as the server allows."""
-
-    quote_hours: Annotated[float, Meta(ge=1)] = 72.0
-    """Hours that sent texts are kept, so that a quote of them can be resolved."""
 
     unbound_hours: Annotated[float, Meta(gt=0)] = 72.0
     """Hours for which a bot's place and window are kept after it was unbound: bound again in time, it goes on there.

@@ -17,9 +17,8 @@ from adapter.jetstream.consumer import Consumer
 from adapter.jetstream.link import Link
 from adapter.metrics import Metrics
 from adapter.names import Names
+from adapter.outbound.processor import OutboundDeps, ShardCommandProcessor
 from adapter.outbound.router import Router
-from adapter.outbound.settling import Outgoing
-from adapter.outbound.shard import Shard
 from adapter.ports import Delivery
 from adapter.probes import Health
 from adapter.replicas.leases import Leases
@@ -41,7 +40,7 @@ class ShardLoops(NamedTuple):
     """Implements supervisor.ShardWork."""
 
     link: Link
-    outgoing: Outgoing
+    outbound: OutboundDeps
     fetching: Fetching
     router: Router
     control: Control
@@ -54,8 +53,8 @@ class ShardLoops(NamedTuple):
     clock: Clock
     metrics: Metrics
 
-    def sender(self, shard: int) -> Shard:
-        return Shard(shard, self.outgoing)
+    def processor(self, shard: int) -> ShardCommandProcessor:
+        return ShardCommandProcessor(shard, self.outbound)
 
     def downloads(self, shard: int) -> Downloads:
         return Downloads(shard, self.fetching)
@@ -63,9 +62,9 @@ class ShardLoops(NamedTuple):
     def failed(self, name: str, detail: str) -> None:
         self.health.fail(name, detail)
 
-    def consume(self, shard: int, sender: Shard) -> list[Coroutine[Any, Any, None]]:
+    def consume(self, shard: int, processor: ShardCommandProcessor) -> list[Coroutine[Any, Any, None]]:
         out = topology.out_consumer(shard)
-        work = [self._lasting(out, lambda: self._consume(shard, out, "out", sender.on_delivery, sender.load))]
+        work = [self._lasting(out, lambda: self._consume(shard, out, "out", processor.intake.on_delivery))]
         if shard == 0:  # the router and the control commands go with it: one owner each
             work += [
                 self._lasting("router", lambda: self._consume(shard, topology.ROUTER, "router", self._route)),
@@ -98,7 +97,7 @@ class ShardLoops(NamedTuple):
         # a shard bounds by itself what it takes in hand: else one sandbox could fill its consumer
         until_acked, check = label != "out", lambda: self.leases.check(shard)
         wanted = topology.consumer_of(self.names, name)
-        turn = self.outgoing.turns.next
+        turn = self.outbound.conversation.turns.next
         consumer = Consumer(self.link, wanted, room=ROOM, until_acked=until_acked, check=check, turn=turn)
         await consumer.run(take, on_reset)
 

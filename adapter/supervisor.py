@@ -9,13 +9,13 @@ from typing import Any, Protocol
 
 import structlog
 
-from adapter.bindings.registry import Bindings, is_anew
+from adapter.bindings.registry import Bindings
 from adapter.errors import Temporary
 from adapter.inbound.fetching import Downloads
 from adapter.inbound.sessions import Session, State
 from adapter.metrics import PARKED, STATES, Metrics
 from adapter.names import SHARDS, shard_of
-from adapter.outbound.shard import Shard
+from adapter.outbound.processor import ShardCommandProcessor
 from adapter.records import Binding
 from adapter.replicas.leases import Leases
 from adapter.timing import Clock, Condition, any_of
@@ -33,14 +33,14 @@ SEND_GRACE_S = 20.0
 class ShardWork(Protocol):
     """What the composition root builds for an owned shard."""
 
-    def sender(self, shard: int) -> Shard: ...
+    def processor(self, shard: int) -> ShardCommandProcessor: ...
 
     def downloads(self, shard: int) -> Downloads: ...
 
     def failed(self, name: str, detail: str) -> None:
         """Something that must run died for good: only a restart of the process helps."""
 
-    def consume(self, shard: int, sender: Shard) -> list[Coroutine[Any, Any, None]]:
+    def consume(self, shard: int, processor: ShardCommandProcessor) -> list[Coroutine[Any, Any, None]]:
         """The pull loops that belong to a shard. What is parked is loaded before the first delivery."""
 
 
@@ -54,8 +54,6 @@ class Supervisor:
         leases: Leases,
         tend: Callable[[Session], Coroutine[Any, Any, None]],
         work: ShardWork,
-        throttled: Callable[[str], bool],
-        forget: Callable[[str], None],
         tell_freed: Callable[[], Awaitable[None]],
         clock: Clock,
         metrics: Metrics,
@@ -68,17 +66,13 @@ class Supervisor:
         self._leases = leases
         self._tend = tend
         self._work = work
-        self._throttled = throttled
-        """Whether iLink takes no messages to a bot's user (-2)."""
-        self._forget = forget
-        """Drops what is known of a bot's users; see Contexts.forget."""
         self._tell_freed = tell_freed
         """Tells the other replicas that a shard was given back. Never raises."""
         self._clock = clock
         self._metrics = metrics
         self._capacity = capacity
         self._pollers: dict[str, asyncio.Task[None]] = {}
-        self._shards: dict[int, Shard] = {}
+        self._shards: dict[int, ShardCommandProcessor] = {}
         self._downloads: dict[int, Downloads] = {}
         self._opened = Condition()
         self._consumers: dict[int, list[asyncio.Task[None]]] = {}
@@ -101,10 +95,19 @@ class Supervisor:
 
     # what others ask --------------------------------------------------------------------------------
 
-    def heard(self, sandbox: str, bot: str, user: str, *, wrote: bool = True) -> None:
-        """A user wrote (or, not `wrote`, their bot lives again): their lane may go on."""
+    def session_changed(self, sandbox: str) -> None:
+        """The token of a bot of the sandbox is tried again, or not any more: its conversations may have to wait."""
         if shard := self._shards.get(shard_of(sandbox)):
-            shard.heard(sandbox, bot, user, wrote=wrote)
+            shard.on_binding(sandbox)
+
+    async def open_shard(self, sandbox: str) -> ShardCommandProcessor | None:
+        """The shard of a sandbox, once it works; None where it is not this replica's (any more)."""
+        shard = shard_of(sandbox)
+        while shard not in self._shards:
+            if shard not in self._leases.owned or shard in self._leaving or self._draining:
+                return None
+            await self._opened.until(lambda: shard in self._shards or shard not in self._leases.owned, 0.5)
+        return self._shards[shard]
 
     @property
     def cursor_keys(self) -> int:
@@ -123,9 +126,14 @@ class Supervisor:
         if session := self.sessions.get(bot):
             session.freed.set()
 
-    def stale(self, bot: str) -> bool:
+    def is_stale(self, bot: str) -> bool:
         session = self.sessions.get(bot)
         return session is not None and session.stale
+
+    def poll_now(self, bot: str) -> None:
+        """Ends the bot's long poll, so that the next one shows what iLink thinks of its token."""
+        if session := self.sessions.get(bot):
+            session.cut_off()
 
     def polls(self, bots: Sequence[str]) -> dict[str, tuple[State, float | None]]:
         """How those of `bots` that are polled here fare, and seconds since iLink answered (None: not yet)."""
@@ -150,11 +158,9 @@ class Supervisor:
 
     def _on_binding(self, bot: str, before: Binding | None, after: Binding | None) -> None:
         self._dirty.add(bot)
-        if before is None or shard_of(before.sandbox) not in self._owned:
-            self._forget(bot)  # another replica has written to its user, and the lanes go on at once
         for sandbox in {binding.sandbox for binding in (before, after) if binding is not None}:
             if shard := self._shards.get(shard_of(sandbox)):
-                shard.rebound(sandbox, anew=is_anew(before, after))
+                shard.on_binding(sandbox)
         session = self.sessions.get(bot)
         if session is not None and (after is None or (before is not None and _is_elsewhere(before, after))):
             session.cut_off()  # what it polls with is worth nothing any more
@@ -286,7 +292,7 @@ class Supervisor:
     async def _open(self, shard: int) -> None:
         """Starts a shard: loads what waits for media, before a poller stores more, then starts its consumers."""
         while True:
-            sender, downloads = self._work.sender(shard), self._work.downloads(shard)
+            processor, downloads = self._work.processor(shard), self._work.downloads(shard)
             try:
                 await downloads.load()
                 break
@@ -297,10 +303,10 @@ class Supervisor:
             except BaseException:  # the shard is lost again
                 downloads.stop()
                 raise
-        self._shards[shard], self._downloads[shard] = sender, downloads
+        self._shards[shard], self._downloads[shard] = processor, downloads
         self._opened.notify()
         loop = asyncio.get_running_loop()
-        self._consumers[shard] = [loop.create_task(work) for work in self._work.consume(shard, sender)]
+        self._consumers[shard] = [loop.create_task(work) for work in self._work.consume(shard, processor)]
         for task in self._consumers[shard]:
             task.add_done_callback(self._report)
 
@@ -315,8 +321,8 @@ class Supervisor:
         self._close(shard)
         if downloads := self._downloads.pop(shard, None):
             downloads.stop()
-        if sender := self._shards.pop(shard, None):
-            sender.stop()
+        if processor := self._shards.pop(shard, None):
+            processor.stop()
 
     async def _hand_over(self, shard: int) -> None:
         """To a replica that should have the shard. Sends first, then the claim; polls end at their boundaries."""
@@ -335,11 +341,11 @@ class Supervisor:
                 await downloads.drain(DOWNLOADS_S)
             finally:
                 downloads.stop()
-        if sender := self._shards.pop(shard, None):
+        if processor := self._shards.pop(shard, None):
             try:
-                await sender.drain(grace_s)
+                await processor.drain(grace_s)
             except asyncio.CancelledError:
-                self._shards[shard] = sender  # `drain` waits for its requests before it gives the shard away
+                self._shards[shard] = processor  # `drain` waits for its requests before it gives the shard away
                 raise
         if not self._draining:  # else all have been told already: thousands of bots, and a shard after the other
             for binding in self._bindings.of_shard(shard):
@@ -395,20 +401,25 @@ class Supervisor:
     def tidy(self) -> None:
         """Lets go of what is known of users whom nothing waits for."""
         for shard in self._shards.values():
-            shard.tidy()
+            shard.evict_idle()
 
     def observe(self, tasks: int) -> None:
         """Sets the gauges that are counted rather than kept. `tasks`: of the whole event loop."""
         self._observe_polls()
         self._observe_commands()
-        pollers, lanes = len(self._pollers), sum(shard.tasks for shard in self._shards.values())
-        for kind, count in (("poller", pollers), ("lane", lanes), ("other", tasks - pollers - lanes)):
+        pollers, conversations = len(self._pollers), sum(shard.tasks for shard in self._shards.values())
+        for kind, count in (
+            ("poller", pollers),
+            ("conversation", conversations),
+            ("other", tasks - pollers - conversations),
+        ):
             self._metrics.tasks.labels(kind=kind).set(count)
 
     def _observe_polls(self) -> None:
         metrics, now = self._metrics, self._clock.monotonic()
+        throttled = {bot for shard in self._shards.values() for bot in shard.throttled_bots}
         states = Counter(
-            "throttled" if session.state == "polling" and self._throttled(session.bot) else str(session.state)
+            "throttled" if session.state == "polling" and session.bot in throttled else str(session.state)
             for session in self.sessions.values()
         )
         for state in STATES:
@@ -426,7 +437,7 @@ class Supervisor:
     def _observe_commands(self) -> None:
         metrics, now_ms = self._metrics, self._clock.now_ms()
         parked: Counter[str] = Counter()
-        counted = [shard.census(parked) for shard in self._shards.values()]
+        counted = [shard.queue_depths(parked) for shard in self._shards.values()]
         for reason in PARKED:
             metrics.outbound_parked.labels(reason=reason).set(parked[reason])
         self.in_hand = sum(in_hand for in_hand, _ in counted)

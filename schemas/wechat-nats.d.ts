@@ -1,5 +1,5 @@
 /* Messages of the bus, generated from the JSON Schemas here by `make generate`; do not edit.
-   Of: b0a706d810cdab7b719ceeeedacd294c77c52cac8485cd0c6655392319630e75 */
+   Of: fec48de286f42663e4b87a3e603d39bf4f481c745af364df8e361ce5bdbe8647 */
 
 /**
  * How a binding behaves.
@@ -282,11 +282,11 @@ export interface VoiceItem {
  */
 export interface Window {
   /**
-   * Sends left for any command; 0 also when time is over or WeChat takes no more; null: sends are not counted. Each part of a long text, each media item and each caption is one.
+   * Sends left; 0 also when time is over or WeChat takes no more; null: sends are not counted. Each part of a long text, each media item and each caption is one.
    */
   remaining?: number | null;
   /**
-   * Sends left beyond `remaining`, kept back for commands with `final`.
+   * How many of `remaining` are kept back for answers: no command with `optional` takes them.
    */
   reserved?: number;
   /**
@@ -615,9 +615,9 @@ export interface Outbound {
    */
   format?: "markdown" | "plain";
   /**
-   * The last word of an answer: may take the sends that are kept back (`reserved`).
+   * A progress report: refused at once where it would take one of the sends that are kept back for answers (`reserved`), or where none is left.
    */
-  final?: boolean;
+  optional?: boolean;
   /**
    * Instead of text and items: show or hide that the bot types.
    */
@@ -626,7 +626,8 @@ export interface Outbound {
 /**
  * What became of a command. Exactly one final receipt each; `parked` is not final.
  *
- * Subject: wechat.event.<sandbox>.receipt.
+ * Subject: wechat.event.<sandbox>.receipt.<command>, where `<command>` is its id: letters, digits, `-` and `_` stay,
+ * each other byte becomes =XX (upper-case hex).
  */
 export interface Receipt {
   /**
@@ -638,11 +639,15 @@ export interface Receipt {
    */
   sandbox: string;
   /**
+   * The command's sequence in WECHAT_OUT, as its publisher was told: an id may come again.
+   */
+  sequence?: number;
+  /**
    * accepted: iLink answered with a message id. accepted_unconfirmed: success without an id, often dropped, never resent. refused: will not be sent. uncertain: it left and no answer came, also after one repeat with the same id. dead_lettered: unreadable, or every attempt failed; see WECHAT_DEAD. parked (not final): waits for the user or the login.
    */
   outcome: "accepted" | "accepted_unconfirmed" | "dead_lettered" | "parked" | "refused" | "uncertain";
   /**
-   * invalid, not_bound, ambiguous_bot, window_closed, quota, throttled, needs_login, too_long, expired, rejected, unreadable, too_large, unreachable, backlog, media, typing; empty when accepted.
+   * invalid, not_bound, ambiguous_bot, window_closed, quota, reserved, throttled, needs_login, too_long, expired, rejected, unreadable, too_large, unreachable, crashed, backlog, media, typing; empty when accepted.
    */
   reason?: string;
   /**
@@ -680,6 +685,19 @@ export interface Receipt {
    * When this receipt was made.
    */
   at_ms?: number;
+}
+/**
+ * Request of wechat.svc.receipt.<sandbox>, and for the platform of wechat.svc.receipt: the last of a command.
+ */
+export interface ReceiptQuery {
+  /**
+   * Needed where the subject names none; one that differs from the subject's is refused.
+   */
+  sandbox?: string | null;
+  /**
+   * Idempotency key of a command.
+   */
+  command: string;
 }
 /**
  * One message of a replay.

@@ -47,7 +47,7 @@ NAMES = st.sampled_from(
         "data",
         "name",
         "caption",
-        "final",
+        "optional",
         "typing",
         "format",
         "expires_in_s",

@@ -21,15 +21,15 @@ from typing import Any, NamedTuple, TypeAlias
 import msgspec
 import pytest
 
-from adapter import window
 from adapter.contract import FINAL_OUTCOMES, BindingEvent, Receipt
+from adapter.conversation.record import ConversationRecord
 from adapter.errors import LeaseLost, Refused, SessionExpired, Temporary, Throttled, Uncertain
 from adapter.names import shard_of
-from adapter.outbound.shard import Shard
+from adapter.outbound.processor import ShardCommandProcessor
 from adapter.ports import Accepted, Entry
-from adapter.records import Binding, Context
-from tests.fakes import LIMITS, RULES, Bench, FakeBucket, FakeChat, FakeDelivery, Life, Sent, VirtualLoop
-from tests.outbound.test_handing_over import Command, mortal
+from adapter.records import Binding
+from tests.fakes import LIMITS, Bench, FakeBucket, FakeChat, FakeDelivery, Life, Sent, VirtualLoop
+from tests.fakes.mortal import Command, mortal
 
 SCHEDULES = int(os.environ.get("SCHEDULES", "150"))
 SANDBOXES = ["s1", "s2"]
@@ -78,7 +78,6 @@ def schedule(seed: int) -> Script:
         "sends": chance.choice([3, 4, 10]),
         "reserve": chance.choice([0, 0, 1]),
         "took_ms": chance.choice([0, 300, 3000]),
-        "tail": chance.choice([0, 1]),
         "split": chance.choice([0, 0, 1]),
     }
     weights = {
@@ -105,7 +104,7 @@ def _arguments(kind: str, number: int, chance: random.Random) -> dict[str, Any]:
                 "to": chance.choice(["user", "bot", "nobody"]),
                 "parts": chance.choice([1, 1, 1, 1, 2, 3]),
                 "when_closed": chance.choice(["park", "park", "park", "refuse"]),
-                "final": chance.random() < 0.15,
+                "optional": chance.random() < 0.15,
                 "expires_in_s": chance.choice([None, None, None, 5, 60, 700]),
             }
         case "typing":
@@ -148,6 +147,10 @@ class Phone(FakeChat):
         self.shown: list[Sent] = []
         self.moved_at: dict[str, float] = {}
         self._seen: set[tuple[str, str]] = set()
+
+    def conversation_of(self, sent: Sent) -> tuple[str, ...]:
+        """A bot that moves while a request is out is in two conversations for as long."""
+        return *super().conversation_of(sent), *(piece.split(".")[0] for piece in pieces(sent)[:1])
 
     async def _send(self, sent: Sent) -> Accepted:
         binding = self.bound(sent.bot)
@@ -221,21 +224,20 @@ class Replica:
         parts = [mortal(world, number, self.life) for _ in range(len(SANDBOXES) if model.settings["split"] else 1)]
         self.benches = {name: parts[at % len(parts)] for at, name in enumerate(SANDBOXES)}
         for bench in parts:
-            bench.bound_yet = model.bound_yet
+            bench.wait_for_pending_binds = model.wait_for_pending_binds
             bench.bindings.listen(partial(self._on_binding, bench))
         self.open()
 
     def open(self) -> None:
         """Owns all shards from now on, perhaps again."""
         settings = self._model.settings
-        rules = RULES._replace(sends=settings["sends"], reserve=settings["reserve"])
-        self.shards: dict[int, Shard] = {}
+        rules = {name: settings[name] for name in ("sends", "reserve", "merge_chars")}
+        self.shards: dict[int, ShardCommandProcessor] = {}
         for bench in self.benches.values():
             bench.leases.is_valid = True
             bench.leases.owned = {shard_of(name) for name, one in self.benches.items() if one is bench}
         for name, bench in self.benches.items():
-            sending = bench.sending(rules=rules, continue_text="(more)" if settings["tail"] else "")
-            self.shards[shard_of(name)] = bench.shard(name, sending=sending, merge_chars=settings["merge_chars"])
+            self.shards[shard_of(name)] = bench.processor(name, **rules)
 
     def lose(self) -> None:
         for bench in self.benches.values():
@@ -246,22 +248,13 @@ class Replica:
 
     def _on_binding(self, bench: Bench, bot: str, before: Binding | None, after: Binding | None) -> None:
         """As the supervisor does it; then the poller of the sandbox before ends, and the next one begins."""
-        if before is None or shard_of(before.sandbox) not in bench.leases.owned:
-            bench.contexts.forget(bot)
         if before is None or after is None or before.sandbox != after.sandbox:
             self._model.call_later(1.0, partial(self._poll_elsewhere, bench, bot))
 
     async def _poll_elsewhere(self, bench: Bench, bot: str) -> None:
         binding = self._model.world.bindings.get(bot)
-        if binding is None or shard_of(binding.sandbox) not in bench.leases.owned:
-            bench.contexts.forget(bot)
-            return
-        try:
-            wrote = await bench.contexts.refresh(bot)
-        except Temporary:
-            return
-        for user in wrote:
-            self.shards[shard_of(binding.sandbox)].heard(binding.sandbox, bot, user)
+        if binding is not None and shard_of(binding.sandbox) in bench.leases.owned:
+            bench.conversations.wake_soon(binding)
 
 
 class Model:
@@ -280,7 +273,7 @@ class Model:
 
         self.world.bindings.listen(moved)
         self.hold = Hold()
-        self.world.contexts_bucket = Bucket(self.hold)
+        self.world.conversation_bucket = Bucket(self.hold)
         self.world.bus.on_publish = self.hold.wait
         self.told: list[Told] = []
         self.commands: dict[int, FakeDelivery] = {}
@@ -290,6 +283,8 @@ class Model:
         self.tokens = 0
         self.wrote: dict[str, list[int]] = defaultdict(list)
         self.deaths = 0
+        self.unsaved = 0
+        """How often a replica ended while nobody could write down what it knew."""
         self.ever = set(self.bots.values())
         """Bots that were bound at some time."""
         self.forgot = 0
@@ -308,7 +303,7 @@ class Model:
             await self.world.bind(bot=self.bots[user], user=f"{user}@im.wechat")
         await self.take_over(self.owner)
 
-    async def bound_yet(self) -> None:
+    async def wait_for_pending_binds(self) -> None:
         async with self.binding:
             pass
 
@@ -327,14 +322,7 @@ class Model:
         await self.reset()
 
     async def reset(self) -> None:
-        """As the consumers do it: what is parked is read, then all that is not settled comes, in order."""
-        for shard in self.owner.shards.values():
-            while True:
-                try:
-                    await shard.load()
-                    break
-                except Temporary:
-                    await asyncio.sleep(0.5)
+        """As the consumers do it: all that is not acknowledged comes, in order."""
         for stored in self.world.bus.found("OUT"):
             self._deliver(self.commands[stored.seq])
 
@@ -342,7 +330,7 @@ class Model:
         suspect = command.seq in self.delivered
         self.delivered.add(command.seq)
         again = Command(self.world.bus, command, suspect=suspect, life=self.owner.life)
-        self.owner.shards[int(command.subject.split(".")[2])].on_delivery(again)
+        self.owner.shards[int(command.subject.split(".")[2])].intake.on_delivery(again)
 
     def _store(self, told: Callable[[int], Told], sandbox: str, **body: Any) -> None:
         fields = {name: value for name, value in body.items() if value is not None}
@@ -398,18 +386,10 @@ class Model:
         self.wrote[bot].append(len(self.chat.sent))
         now_ms = self.world.clock.now_ms()
         try:
-            peer = await bench.contexts.peer(bot, name)
-            await bench.contexts.save(
-                peer,
-                lambda context: window.heard(
-                    context, message=f"in:{now_ms}", token="AARz", now_ms=now_ms, written_ms=now_ms,
-                    in_flight=peer.in_flight,
-                ),
-            )  # fmt: skip
+            now = self.world.bindings.get(bot) or binding
+            await bench.conversations.hear(now, name, message=f"in:{now_ms}", token="AARz", written_ms=now_ms)
         except (Temporary, LeaseLost):
             return
-        if shard := replica.shards.get(shard_of(binding.sandbox)):
-            shard.heard(binding.sandbox, bot, name)
 
     async def answers(self, *, user: str, answers: Sequence[str]) -> None:
         script = self.chat.sends_to.setdefault(f"{user}@im.wechat", deque())
@@ -447,9 +427,9 @@ class Model:
 
     def _sending(self) -> bool:
         """Whether something is half sent, or may have been."""
-        entries = self.world.contexts_bucket.entries.values()
-        records = [msgspec.json.decode(entry.value, type=Context) for entry in entries if entry.value]
-        return any(record.hand is not None for record in records)
+        entries = self.world.conversation_bucket.entries.values()
+        records = [msgspec.json.decode(entry.value, type=ConversationRecord) for entry in entries if entry.value]
+        return any(record.head is not None for record in records)
 
     async def _replace(self, sandbox: str, bot: str, user: str) -> None:
         for other in self.world.bindings.of_sandbox(sandbox):
@@ -483,7 +463,7 @@ class Model:
                 bench.stale.discard(bot)
             binding = self.world.bindings.get(bot)
             if binding is not None and replica is self.owner:
-                replica.shards[shard_of(binding.sandbox)].heard(binding.sandbox, bot, binding.user, wrote=False)
+                replica.shards[shard_of(binding.sandbox)].on_binding(binding.sandbox)
 
         self.call_later(seconds, over)
 
@@ -506,7 +486,7 @@ class Model:
         self.world.bus.unreadable += times
 
     async def late_ack(self) -> None:
-        self.world.contexts_bucket.answers_lost += 1
+        self.world.conversation_bucket.answers_lost += 1
 
     async def die(self) -> None:
         dead = self.owner
@@ -522,6 +502,7 @@ class Model:
         before = self.owner
         await asyncio.gather(*(shard.drain(20.0) for shard in before.shards.values()))
         if not self.hold.up.is_set():  # nobody could write down what was heard
+            self.unsaved += 1
             self.chat.unanswered |= {sent.client_id for sent in self.chat.sent if sent.at_s > self._now() - 60}
         before.lose()
         if again and self.retired:
@@ -541,7 +522,7 @@ class Model:
         """All is well again, and the users write until nothing waits."""
         await asyncio.sleep(60)
         self.hold.up.set()
-        self.world.bus.unreadable = self.world.contexts_bucket.answers_lost = 0
+        self.world.bus.unreadable = self.world.conversation_bucket.answers_lost = 0
         self.chat.sends_to.clear()
         for bench in self.owner.benches.values():
             bench.leases.is_valid = True
@@ -554,7 +535,7 @@ class Model:
             for user in USERS:
                 await self.write(user=user)
             await asyncio.sleep(60)
-            if not self.world.bus.found("OUT") and not self.world.bus.found("PARKED"):
+            if not self.world.bus.found("OUT"):
                 return
         await asyncio.sleep(LIMITS.park_ms / 1000)  # for users whom nobody serves any more
 
@@ -574,19 +555,18 @@ class Model:
 
 
 def nothing_is_left(model: Model) -> list[str]:
-    left = [f"{kind} holds {len(found)}" for kind in ("OUT", "PARKED") if (found := model.world.bus.found(kind))]
+    found = model.world.bus.found("OUT")
+    left = [f"OUT holds {len(found)}"] if found else []
     for number, shard in model.owner.shards.items():
-        if shard._in_hand or shard._waiting:
-            left.append(f"shard {number} has {len(shard._in_hand)} in hand, {len(shard._waiting)} waiting")
+        if depth := shard.commands.depth()[0]:
+            left.append(f"shard {number} has {depth} in flight")
         left += [
-            f"lane {lane.sandbox} {lane.bot} {lane.user}: {len(lane.queue)} queued, {len(lane.parked)} parked"
-            for lane in shard._lanes
-            if lane.queue or lane.parked
+            f"{actor.state.sandbox} {actor.state.user}: {len(actor.state.queue)} queued"
+            for actor in shard
+            if actor.state.queue
         ]
         if shard.tasks:
             left.append(f"shard {number} has {shard.tasks} tasks")
-        if shard._backlog._held or shard._backlog._left:
-            left.append("backlog")
     return left
 
 
@@ -638,7 +618,7 @@ def receipts_are_true(model: Model) -> list[str]:
                     if not silent and (receipt.outcome == "accepted") != idless.isdisjoint(one.pieces):
                         wrong.append(f"{one.ident} is {receipt.outcome}: {[ids[piece] for piece in one.pieces]}")
                 case "uncertain":
-                    if not silent and not model.deaths:
+                    if not silent and not model.deaths and not model.unsaved:
                         wrong.append(f"{one.ident} is uncertain, and each request had its answer")
                 case _:
                     if min(times) > 0 and not to_both:
@@ -668,7 +648,6 @@ def what_was_answered_is_not_asked_again(model: Model) -> list[str]:
 
 def one_at_a_time_and_in_order(model: Model) -> list[str]:
     wrong = [f"{model.chat.overlaps} overlaps"] if model.chat.overlaps else []
-    passing = {piece for one in model.told if one.fields.get("final") for piece in one.pieces}
     for user in USERS:
         for sandbox in SANDBOXES:
             found = [
@@ -676,7 +655,7 @@ def one_at_a_time_and_in_order(model: Model) -> list[str]:
                 for sent in model.chat.shown
                 if sent.user == f"{user}@im.wechat"
                 for piece in pieces(sent)
-                if piece.startswith(f"@{sandbox}.") and not (model.settings["reserve"] and piece in passing)
+                if piece.startswith(f"@{sandbox}.")
             ]
             mixed = any(earlier > later for earlier, later in pairwise(found))
             if mixed and not (KNOWN and model.forgot):

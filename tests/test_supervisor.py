@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Coroutine
-from itertools import pairwise
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import msgspec
 import pytest
@@ -39,13 +39,10 @@ async def no_poll(session: Session) -> None:
 def supervisor(
     bench: Bench,
     *,
-    throttled: int = 0,
     leases: FakeLeases | None = None,
     tend: Callable[[Session], Coroutine[Any, Any, None]] = no_poll,
     capacity: int = BOTS,
 ) -> Supervisor:
-    """The first so many bots are throttled."""
-
     async def tell_freed() -> None: ...
 
     return Supervisor(
@@ -53,13 +50,21 @@ def supervisor(
         leases=leases or bench.leases,
         tend=tend,
         work=NoWork(),
-        throttled=lambda bot: int(bot.partition("@")[0]) < throttled,
-        forget=bench.contexts.forget,
         tell_freed=tell_freed,
         clock=bench.clock,
         metrics=bench.metrics,
         capacity=capacity,
     )
+
+
+class Throttled(NamedTuple):
+    """A shard of which the metrics ask."""
+
+    throttled_bots: set[str]
+    tasks: int = 0
+
+    def queue_depths(self, parked: Counter[str]) -> tuple[int, int | None]:
+        return 0, None
 
 
 def bind(bindings: Bindings, count: int) -> None:
@@ -85,7 +90,8 @@ def poll(made: Supervisor, bench: Bench, *, every_state: bool = True) -> None:
 
 
 async def test_ten_thousand_bindings_are_a_scrape_of_the_same_size(bench: Bench) -> None:
-    made = supervisor(bench, throttled=60)
+    made = supervisor(bench)
+    made._shards[0] = Throttled({f"{number:06}@im.bot" for number in range(60)})  # type: ignore[assignment]
     empty = bench.metrics.expose()[0]
     poll(made, bench)
     made.observe(30_000)
@@ -167,19 +173,6 @@ async def test_who_is_polled_elsewhere_from_now_on_waits_for_no_pause(fields: di
     session = made.sessions["b1@im.bot"] = Session("b1@im.bot")
     await bench.bind(**fields)
     assert session.cut.is_set()
-
-
-async def test_what_is_known_of_a_user_is_forgotten_where_their_bot_comes_from_another_replica() -> None:
-    """It has sent to the user, and what waits here goes on at once: before the bot is polled here."""
-    bench = Bench()
-    bench.leases.owned = {shard_of(name) for name in ("s1", "s2")}
-    made = supervisor(bench)
-    made._owned = set(bench.leases.owned)
-    known = []
-    for sandbox in ("s1", "s2", "s3", "s1"):
-        await bench.bind(sandbox)
-        known.append(await bench.contexts.peer("b1@im.bot", "u1@im.wechat"))
-    assert [one is after for one, after in pairwise(known)] == [True, True, False]
 
 
 async def test_every_poll_is_cut_when_the_lease_runs_out(bench: Bench) -> None:

@@ -13,7 +13,7 @@ import structlog
 
 from adapter.bindings.registry import Bindings
 from adapter.errors import AdapterError
-from adapter.names import text_of
+from adapter.names import text_of, user_of_key
 from adapter.ports import PurgeableBucket
 from adapter.timing import Clock
 
@@ -31,8 +31,10 @@ class Tidying(NamedTuple):
     bindings: Bindings
     bound: PurgeableBucket
     """The bucket of the bindings."""
-    known: tuple[PurgeableBucket, ...]
-    """Buckets whose keys are, or begin with, a bot: `<bot>` or `<bot>/…`."""
+    cursors: PurgeableBucket
+    """Its keys are, or begin with, a bot: `<bot>` or `<bot>/…`."""
+    conversations: PurgeableBucket
+    """Its keys are `<sandbox>.<user>`."""
     check: Callable[[], None]
     """Raises LeaseLost where this replica may not do it."""
     clock: Clock
@@ -75,22 +77,40 @@ async def tidy_once(needs: Tidying) -> int:
             marks.append((key, mark.revision))
         else:  # unbound not long ago, or bound a moment ago
             resting.add(key)
-    removed = 0
-    for bucket in needs.known:
-        for key in await bucket.keys():
-            bot = key.partition("/")[0]
-            if bot in resting or _stays(bot, needs):
-                continue
-            last = await bucket.written(key)
-            if last is not None and last.time_ms < horizon_ms:
-                needs.check()
-                await bucket.purge(key, last.revision)
-                removed += 1
+    cursors = [key for key in await needs.cursors.keys() if key.partition("/")[0] not in resting]
+    cursors = [key for key in cursors if not _stays(key.partition("/")[0], needs)]
+    removed = await _purge_old(needs.cursors, cursors, horizon_ms, needs)
+    conversations = [key for key in await needs.conversations.keys() if not _is_served(key, needs)]
+    removed += await _purge_old(needs.conversations, conversations, horizon_ms, needs)
     for key, revision in marks:
         needs.check()
         await needs.bound.purge(key, revision)
         removed += 1
     return removed
+
+
+async def _purge_old(bucket: PurgeableBucket, keys: list[str], horizon_ms: int, needs: Tidying) -> int:
+    """How many of `keys` were removed: those last written before the horizon. Raises Temporary, LeaseLost."""
+    removed = 0
+    for key in keys:
+        last = await bucket.written(key)
+        if last is not None and last.time_ms < horizon_ms:
+            needs.check()
+            await bucket.purge(key, last.revision)
+            removed += 1
+    return removed
+
+
+def _is_served(key: str, needs: Tidying) -> bool:
+    """Whether the user of a conversation is the one of a bot of its sandbox."""
+    sandbox = key.partition(".")[0]
+    try:
+        user = user_of_key(key)
+    except ValueError:
+        user = ""
+    if not user:
+        return True  # a key that the adapter never made is not its to remove
+    return any(binding.user == user for binding in needs.bindings.of_sandbox(sandbox))
 
 
 def _stays(token: str, needs: Tidying) -> bool:

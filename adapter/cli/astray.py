@@ -6,13 +6,13 @@ import asyncio
 
 from adapter.cli.bus import ANSWER_S, Bus
 from adapter.cli.exits import NO, UNREACHABLE, Failed
+from adapter.conversation.commands import original
 from adapter.headers import passed_on
 from adapter.jetstream import topology
 from adapter.jetstream.consumer import Consumer, Delivery
 from adapter.jetstream.history import subjects_of
 from adapter.jetstream.link import Link
-from adapter.names import H_COMMAND, H_MSG_ID, H_SINCE_MS, Names, digest
-from adapter.outbound.commands import since_ms
+from adapter.names import H_COMMAND, H_MSG_ID, H_SEQUENCE, H_SINCE_MS, Names, digest
 
 SECOND_NS = 1_000_000_000
 
@@ -69,10 +69,12 @@ async def bring_back(link: Link, bus: Bus, most: int) -> None:
 
 def _headers(delivery: Delivery) -> dict[str, str]:
     ident = delivery.headers.get(H_COMMAND) or delivery.headers.get(H_MSG_ID) or str(delivery.seq)
+    sequence, stored_ms = original(delivery.headers, delivery.seq, delivery.time_ms)
     return passed_on(delivery.headers) | {
         H_MSG_ID: f"astray:{delivery.seq}:{delivery.time_ms}:{digest(delivery.data)}",
         H_COMMAND: ident,
-        H_SINCE_MS: str(since_ms(delivery.headers.get(H_SINCE_MS, ""), delivery.time_ms)),
+        H_SEQUENCE: str(sequence),
+        H_SINCE_MS: str(stored_ms),
     }
 
 

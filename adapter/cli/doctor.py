@@ -91,8 +91,9 @@ async def examine(bus: Bus, settings: Settings) -> list[Check]:
         checks.append(await _bindings(bus))
     checks += [
         await _waiting(bus, "dead letters", bus.names.stream_dead, "warn", "see `wechat-nats dead ls`"),
-        await _waiting(bus, "parked", bus.names.stream_parked, "ok", "they wait for their users to write"),
-        await _waiting(bus, "commands waiting", bus.names.stream_out, "ok", "an adapter takes them in turn"),
+        await _waiting(
+            bus, "commands waiting", bus.names.stream_out, "ok", "in turn, for their users to write, or for a login"
+        ),
     ]
     return checks
 

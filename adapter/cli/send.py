@@ -64,7 +64,7 @@ async def send(
     except msgspec.ValidationError as exc:  # an adapter would make a dead letter of it
         raise Failed(USAGE, f"{exc}.") from None
     async with connected() as bus:
-        told = bus.names.event(sandbox, "receipt")
+        told = bus.names.receipt(sandbox, command_id)
         receipts = await bus.nc.subscribe(told)
         await bus.check_subscribed(*() if no_wait else (told,))  # before anything can happen to the command
         before = await _store(bus, sandbox, command_id, body)
@@ -90,7 +90,7 @@ async def _store(bus: Bus, sandbox: str, command: str, body: bytes) -> Receipt |
     ack = await bus.store(bus.names.out(sandbox), body, headers)
     if not ack.duplicate:
         return None
-    async for msg in stored_from(bus, bus.names.stream_event, bus.names.event(sandbox, "receipt")):
+    async for msg in stored_from(bus, bus.names.stream_event, bus.names.receipt(sandbox, command)):
         receipt = _receipt(msg.data)
         if receipt and receipt.command == command and receipt.outcome in FINAL_OUTCOMES:
             return receipt

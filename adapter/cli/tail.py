@@ -68,7 +68,7 @@ async def _listen(bus: Bus, arrivals: Arrivals, sandbox: str, events: bool, sinc
     names = bus.names
     sources = [Source(INBOUND, names.live(sandbox), names.stream_in, names.inbox(sandbox))]
     if events:
-        subject = names.event(sandbox, "*")
+        subject = names.event(sandbox, ">")
         sources.append(Source(EVENT, subject, names.stream_event, subject))
     for source in sources:
         if since_ms is None:
@@ -130,7 +130,7 @@ def _inbound(data: bytes) -> str:
 
 
 def _event(subject: str, data: bytes) -> str:
-    sandbox, kind = subject.split(".")[-2:]
+    sandbox, kind = subject.partition(".event.")[2].split(".")[:2]
     if kind == "receipt":
         receipt = msgspec.json.decode(data, type=Receipt)
         said, at_ms, user = f"{receipt.command}: {describe(receipt)}", receipt.at_ms, receipt.user

@@ -8,7 +8,6 @@ from typing import NamedTuple, TypeVar
 
 import msgspec
 
-from adapter import window
 from adapter.bindings.registry import Bindings
 from adapter.console.guard import Guard
 from adapter.console.view import (
@@ -21,15 +20,17 @@ from adapter.console.view import (
     ShownLogin,
     Wanted,
 )
-from adapter.contexts import stored_context
 from adapter.contract import Login, LoginQuery, LoginStart, LoginVerify, Options
+from adapter.conversation import window
+from adapter.conversation.record import ConversationRecord
+from adapter.conversation.store import ConversationStore
 from adapter.dead_letters import again, is_command, letter_of, original_subject
 from adapter.errors import Refused
 from adapter.logins.qr import svg
 from adapter.logins.registry import LoginRegistry
 from adapter.names import Names
-from adapter.ports import AllReplicas, Archive, Bucket, Bus, Stored
-from adapter.records import Binding, Context
+from adapter.ports import AllReplicas, Archive, Bus, Stored
+from adapter.records import Binding
 from adapter.replicas import rollcall
 from adapter.timing import Clock
 
@@ -44,7 +45,7 @@ class Needs(NamedTuple):
     """What the console is given."""
 
     bindings: Bindings
-    contexts: Bucket
+    conversations: ConversationStore
     history: Archive
     bus: Bus
     replicas: AllReplicas
@@ -52,7 +53,7 @@ class Needs(NamedTuple):
     services: Mapping[str, Callable[[bytes], Awaitable[bytes]]]
     """The handlers of `wechat.svc.*`, by verb: a login is asked for as anybody asks."""
     names: Names
-    rules: window.Rules
+    policy: window.WindowPolicy
     clock: Clock
     living: Callable[[], int]
     """How many replicas live."""
@@ -144,31 +145,32 @@ class Desk:
     async def _rows(self, bindings: list[Binding]) -> list[Row]:
         needs = self._needs
         bots = [binding.bot for binding in bindings]
-        contexts = await asyncio.gather(*(self._context(binding) for binding in bindings))
+        records = await asyncio.gather(*(self._record(binding) for binding in bindings))
         replicas = await rollcall.roll(needs.replicas, needs.names.roll(), bots, needs.living())
         polls = {bot: polling for present in replicas for bot, polling in present.polls.items()}
         now_ms = needs.clock.now_ms()
         rows = []
-        for binding, context in zip(bindings, contexts, strict=True):
+        for binding, record in zip(bindings, records, strict=True):
             polling = polls.get(binding.bot)
             ago_ms = polling.ago_ms if polling else None
             rows.append(
                 Row(
                     binding=binding.info(),
-                    window=window.shown(context, now_ms, needs.rules) if context.inbound_ms else None,
-                    heard_ms=context.inbound_ms,
-                    sent_ms=context.sent_ms[-1] if context.sent_ms else 0,
+                    window=window.shown(record, now_ms, needs.policy) if record.window.opened_ms else None,
+                    heard_ms=record.window.opened_ms,
+                    sent_ms=record.window.sent_at_ms[-1] if record.window.sent_at_ms else 0,
                     polling=polling.state if polling else "",
                     polled_ms=now_ms - ago_ms if ago_ms is not None else None,
                 )
             )
         return rows
 
-    async def _context(self, binding: Binding) -> Context:
+    async def _record(self, binding: Binding) -> ConversationRecord:
         if not binding.user:
-            return Context()
+            return ConversationRecord()
         async with self._room:
-            return await stored_context(self._needs.contexts, binding.bot, binding.user)
+            record, _ = await self._needs.conversations.load(binding.sandbox, binding.user)
+            return record
 
     async def _dead(self) -> int:
         names = self._needs.names

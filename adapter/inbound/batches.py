@@ -7,7 +7,6 @@ from functools import partial
 import msgspec
 import structlog
 
-from adapter import window
 from adapter.dedup import Batch, Seen
 from adapter.errors import BusRefused, LeaseLost, Unreadable
 from adapter.inbound.cursors import ANSWERS, NEWEST, catch_up, cursor_in, keep_seen, recollect, write_cursor
@@ -15,7 +14,7 @@ from adapter.inbound.inbox import Heard, bury, count, publish, raw_message, retr
 from adapter.inbound.sessions import Incoming, Place, Session
 from adapter.names import shard_of, token_of
 from adapter.ports import Polled, Said, Stored
-from adapter.records import Binding, Context, Cursor
+from adapter.records import Binding, Cursor
 
 log = structlog.get_logger()
 
@@ -100,9 +99,7 @@ async def _store(session: Session, polled: Polled, place: Place, needs: Incoming
     fresh = await _sort(session, binding, polled.messages, place.seen, needs)
     last_seq = place.record.last_seq
     if binding is not None and fresh:
-        await _remember(session, binding, fresh, needs)
-        for user in dict.fromkeys(said.user for said in fresh):  # also of what waits for media: their window is open
-            needs.heard(binding.sandbox, binding.bot, user)
+        await _update_conversations(binding, fresh, needs)
         last_seq = await _tell(binding, fresh, place, needs)
         took_s = needs.clock.monotonic() - session.answered
         # the objective is about messages, not about batches
@@ -208,40 +205,28 @@ async def _store_raw(heard: list[Heard], last_seq: int, needs: Incoming) -> int:
         log.error("inbound.raw_refused", bot=one.bot, code=ack.code, detail=ack.detail)
         if waiting is not None:
             await waiting.passed(one.sandbox, one.bot)
-        needs.heard(one.sandbox, one.bot, one.said.user)
         last_seq = max(
             last_seq, await publish([msgspec.structs.replace(one, said=without_media(one.said, "store"))], needs)
         )
     return last_seq
 
 
-async def _remember(session: Session, binding: Binding, fresh: list[Said], needs: Incoming) -> None:
+async def _update_conversations(binding: Binding, fresh: list[Said], needs: Incoming) -> None:
     """Context token and window of each user in the batch, so that a fast answer finds them."""
     for user in dict.fromkeys(said.user for said in fresh):
         if not binding.user:
             await _learn_user(binding, user, needs)
-        await _remember_user(session, binding, [said for said in fresh if said.user == user], needs)
-
-
-async def _remember_user(session: Session, binding: Binding, said: list[Said], needs: Incoming) -> None:
-    """`said`: by this one user."""
-    peer = await retry(lambda: needs.contexts.peer(binding.bot, said[-1].user), needs)
-    token = next((one.context_token for one in reversed(said) if one.context_token), "")
-    now_ms = needs.clock.now_ms()
-
-    def heard(context: Context) -> Context:
-        return window.heard(
-            context,
+        said = [one for one in fresh if one.user == user]
+        token = next((one.context_token for one in reversed(said) if one.context_token), "")
+        hear = partial(
+            needs.conversations.hear,
+            needs.bindings.get(binding.bot) or binding,
+            user,
             message=said[-1].keys.id_for(binding.bot),
             token=token,
-            now_ms=now_ms,
             written_ms=said[-1].sent_at_ms,
-            # the shard's new owner may have one request out, of which only its trace in the record is known
-            in_flight=int(context.hand is not None) if session.lingering else peer.in_flight,
         )
-
-    await retry(lambda: needs.contexts.save(peer, heard), needs)
-    needs.look(peer)
+        await retry(hear, needs)
 
 
 async def _learn_user(binding: Binding, user: str, needs: Incoming) -> None:

@@ -52,8 +52,7 @@ async def acquire(session: Session, needs: Incoming) -> Place | None:
         async with needs.taking:
             place = await _acquire_once(session, binding, needs)
         if place is not None:
-            for user in await needs.contexts.refresh(session.bot):
-                needs.heard(binding.sandbox, session.bot, user)  # they wrote to the owner before
+            needs.conversations.wake_soon(binding)
             return place
         looks += 1
         if looks % ASKED_EVERY == 0 and await _is_outdated(session.bot, needs):
@@ -253,7 +252,6 @@ async def give_back(session: Session, needs: Incoming) -> None:
     As long as this replica lives nobody else may take it: it tries until it is done.
     """
     session.state = "draining"
-    needs.contexts.forget(session.bot)
     failures = 0
     while True:
         try:

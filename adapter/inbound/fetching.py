@@ -179,7 +179,6 @@ class Downloads:
                 heard = msgspec.structs.replace(heard, said=said)
             fenced = self._incoming._replace(fence=partial(self._incoming.leases.check, self.number))
             fenced.check_fence()
-            self._incoming.heard(heard.sandbox, heard.bot, heard.said.user)
             try:
                 await inbox.publish([heard], fenced)
             except LeaseLost:

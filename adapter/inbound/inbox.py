@@ -12,7 +12,7 @@ from typing import TypeVar
 import msgspec
 import structlog
 
-from adapter import contract, window
+from adapter import contract
 from adapter.contract import Inbound
 from adapter.errors import BusRefused, Temporary
 from adapter.inbound.recall import ids_header
@@ -163,8 +163,7 @@ async def _window(sandbox: str, bot: str, user: str, needs: Incoming) -> contrac
     binding = needs.bindings.get(bot)
     if binding is None or binding.sandbox != sandbox:
         return contract.Window(remaining=0)
-    peer = await retry(lambda: needs.contexts.peer(bot, user), needs)
-    return window.shown(peer.context, needs.clock.now_ms(), needs.rules)
+    return await retry(lambda: needs.conversations.shown_window(sandbox, bot, user), needs)
 
 
 async def _publish_stub(one: Heard, message: Message, needs: Incoming) -> int:

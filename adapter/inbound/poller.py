@@ -85,7 +85,6 @@ async def _serve(session: Session, needs: Incoming) -> None:
     place = await acquire(session, needs)
     if place is None:
         return
-    needs.adopt(session.bot)
     try:
         await first_of(session.cut, needs.starts.wait_s())
         if not session.leaving:
@@ -267,6 +266,7 @@ async def recover(
     if binding is None or binding.state == "needs_login":
         return None
     session.stale, session.state = True, "error"
+    needs.session_changed(binding.sandbox)
     log.warning("session.stale", bot=session.bot, sandbox=binding.sandbox, detail=exc.detail)
     advice = "iLink refuses the bot's token; it is tried again shortly, then a login is needed."
     since = needs.clock.monotonic()
@@ -302,8 +302,8 @@ async def recover(
             return polled  # also where it was bound anew meanwhile: iLink may count this as delivered
     finally:
         session.stale = False
-        if now := needs.bindings.get(session.bot):  # however it ended: its lanes sleep until they are woken
-            needs.revived(now.sandbox, now.bot, now.user)
+        if now := needs.bindings.get(session.bot):
+            needs.session_changed(now.sandbox)
 
 
 async def _lose(session: Session, binding: Binding, detail: str, needs: Incoming) -> Binding | None:

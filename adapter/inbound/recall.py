@@ -1,8 +1,4 @@
-"""Finds the words of a quote that names only an id: inbound ones in the inbox, outbound ones in a bucket.
-
-Nothing is written for inbound messages. What was sent is noted in the background: a note that cannot be stored costs
-a quote its words, never a send its time.
-"""
+"""Finds the words of a quote that names only an id: the user's own in the inbox, the bot's in the conversation."""
 
 from __future__ import annotations
 
@@ -13,20 +9,16 @@ import msgspec
 import structlog
 
 from adapter.contract import Inbound
+from adapter.conversation.conversations import Conversations
 from adapter.dedup import Keys
-from adapter.errors import UNDECODABLE, BusRefused, Conflict
+from adapter.errors import UNDECODABLE
 from adapter.metrics import Metrics
-from adapter.names import H_IDS, H_MSG_ID, Names, escaped, token_of
-from adapter.ports import Bucket, History, Said, Stored
+from adapter.names import H_IDS, H_MSG_ID, Names, escaped
+from adapter.ports import History, Said, Stored
 from adapter.quotes import Words, resolved, words_of
-from adapter.records import Spoken
 
 log = structlog.get_logger()
 
-NOTE_BYTES = 4096
-"""Bytes of a sent text that are kept."""
-NOTES = 1000
-"""Notes on their way to the bus; one more is dropped, so that a bus that is away does not fill the memory."""
 READINGS = 2
 """Inboxes that are read back at once: one of 10,000 messages costs a third of a second of this machine's time."""
 MAX_IDS = 32
@@ -34,39 +26,14 @@ MAX_IDS = 32
 
 
 class Recall:
-    """Notes what is sent, and finds what is quoted."""
+    """Finds what is quoted."""
 
-    def __init__(self, bucket: Bucket, history: History, names: Names, metrics: Metrics) -> None:
-        self._bucket = bucket
+    def __init__(self, conversations: Conversations, history: History, names: Names, metrics: Metrics) -> None:
+        self._conversations = conversations
         self._history = history
         self._names = names
         self._metrics = metrics
-        self._stored = metrics.quote_notes.labels(outcome="stored")
-        self._notes: set[asyncio.Task[None]] = set()
         self._readings = asyncio.Semaphore(READINGS)
-
-    def note(self, sandbox: str, bot: str, user: str, message_id: str, kind: str, text: str) -> None:
-        """Keeps what was sent under iLink's id, in the background. Without an id there is nothing to keep."""
-        if not message_id:
-            return
-        if len(self._notes) >= NOTES:
-            self._metrics.quote_notes.labels(outcome="dropped").inc()
-            return
-        spoken = Spoken(sandbox=sandbox, user=user, kind=kind, text=cut(text, NOTE_BYTES))
-        task = asyncio.get_running_loop().create_task(self._store(quote_key(bot, message_id), spoken))
-        self._notes.add(task)
-        task.add_done_callback(self._notes.discard)
-
-    async def _store(self, key: str, spoken: Spoken) -> None:
-        try:
-            await self._bucket.update(key, msgspec.json.encode(spoken), 0)
-        except Conflict:
-            pass  # noted before a crash, and sent again under the same client_id
-        except BusRefused as exc:
-            log.warning("quote.unnoted", sandbox=spoken.sandbox, detail=exc.detail)
-            self._metrics.quote_notes.labels(outcome="failed").inc()
-            return
-        self._stored.inc()
 
     async def resolve(self, sandbox: str, bot: str, said: Said, before: Sequence[Said] = ()) -> Said:
         """`said` with the words that it quotes, as far as they can be found. Raises Temporary.
@@ -81,25 +48,15 @@ class Recall:
         if reference.ids:
             words = (
                 _find_said(reference.ids, said.user, before)
-                or await self._find_sent(reference.ids, sandbox, bot, said.user)
+                or await self._find_sent(reference.ids, sandbox, said.user)
                 or await self._find_heard(reference.ids, sandbox, said.user)
             )
         self._metrics.quotes.labels(outcome=words.said_by if words else "unknown").inc()
         return msgspec.structs.replace(said, quote=resolved(said.quote, reference, words), reference=None)
 
-    async def _find_sent(self, ids: Sequence[str], sandbox: str, bot: str, user: str) -> Words | None:
-        for ident in ids:
-            entry = await self._bucket.get(quote_key(bot, ident))
-            if entry is None or entry.value is None:
-                continue
-            try:
-                spoken = msgspec.json.decode(entry.value, type=Spoken)
-            except UNDECODABLE as exc:
-                log.error("quote.unreadable", bot=bot, detail=str(exc))
-                continue
-            if (spoken.sandbox, spoken.user) == (sandbox, user):
-                return Words(spoken.text, spoken.kind, "bot")
-        return None
+    async def _find_sent(self, ids: Sequence[str], sandbox: str, user: str) -> Words | None:
+        sent = await self._conversations.find_sent(sandbox, user, ids)
+        return Words(sent.text, sent.kind, "bot") if sent else None
 
     async def _find_heard(self, ids: Sequence[str], sandbox: str, user: str) -> Words | None:
         """The newest message in the sandbox's inbox that has one of the ids, or an item with it."""
@@ -120,22 +77,12 @@ class Recall:
         return found
 
 
-def quote_key(bot: str, message_id: str) -> str:
-    """Key of a sent message in the bucket `quotes`."""
-    return f"{token_of(bot)}/{escaped(message_id[:64])}"
-
-
 def ids_header(said: Said) -> dict[str, str]:
     """The header that lets an item be found by its id; none where no item has one of its own."""
     if not any(said.item_ids):
         return {}
     named = [f"{n}:{escaped(ident)}" for n, ident in enumerate(said.item_ids[:MAX_IDS]) if 0 < len(ident) <= 64]
     return {H_IDS: " ".join(named)} if named else {}
-
-
-def cut(text: str, size: int) -> str:
-    """The beginning of a text, at most so many bytes of UTF-8."""
-    return text.encode()[:size].decode(errors="ignore")
 
 
 def _ending(ident: str) -> str:

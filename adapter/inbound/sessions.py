@@ -9,9 +9,8 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
 import structlog
 
-from adapter import window
 from adapter.bindings.registry import Bindings, account_of
-from adapter.contexts import Contexts, Peer
+from adapter.conversation.conversations import Conversations
 from adapter.dedup import Seen
 from adapter.errors import AdapterError, LeaseLost
 from adapter.events import Events
@@ -63,7 +62,7 @@ class Incoming(NamedTuple):
     bus: Bus
     history: History
     cursors: Bucket
-    contexts: Contexts
+    conversations: Conversations
     bindings: Bindings
     leases: Leases
     events: Events
@@ -71,17 +70,9 @@ class Incoming(NamedTuple):
     clock: Clock
     metrics: Metrics
     names: Names
-    rules: window.Rules
     recall: Recall
-    look: Callable[[Peer], None]
-    """Called when the user has written; see WindowEvents.look."""
-    adopt: Callable[[str], None]
-    """Called with each bot that this replica begins to poll; see WindowEvents.adopt."""
-    heard: Callable[[str, str, str], None]
-    """Called with sandbox, bot and user when the user has written, before their message is on the bus: its answer may
-    come at once, and ends what this begins."""
-    revived: Callable[[str, str, str], None]
-    """Called in the same way once the bot's token is not tried any more (Session.stale): its lanes look again."""
+    session_changed: Callable[[str], None]
+    """Called with a sandbox once the token of its bot is tried again, or not any more (Session.stale)."""
     waiting: Callable[[str], Awaitable[Waiting | None]]
     """Those of a sandbox's shard, once they are loaded; None where the shard is not this replica's."""
     raw_bots: Shared[set[str]]

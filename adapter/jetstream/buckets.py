@@ -20,11 +20,11 @@ from adapter.jetstream.answers import ApiAnswer, read_answer, unix_ms, write_ref
 from adapter.jetstream.history import LeaderMessage, last_of, leader_message, read_stream, subjects_of
 from adapter.jetstream.link import Link
 from adapter.jetstream.publisher import Publisher
+from adapter.names import H_EXPECTED
 from adapter.ports import Entry, Message, Stored, Written
 
 log = structlog.get_logger()
 
-EXPECTED = "Nats-Expected-Last-Subject-Sequence"
 OPERATION = "KV-Operation"
 MARKER = "Nats-Marker-Reason"
 PAGE = 500
@@ -66,7 +66,7 @@ class LeaderKvBucket:
         return await leader_get(self._link, self._stream, f"$KV.{self._name}.{key}")
 
     async def write(self, key: str, value: bytes | None, revision: int) -> int:
-        headers = {EXPECTED: str(revision)}
+        headers = {H_EXPECTED: str(revision)}
         if self._ttl_s:
             headers["Nats-TTL"] = f"{self._ttl_s}s"
         if value is None:
@@ -125,7 +125,7 @@ class KvBucket:
 
     async def update(self, key: str, value: bytes, revision: int) -> int:
         try:
-            return await self._store(key, value, {EXPECTED: str(revision)})
+            return await self._store(key, value, {H_EXPECTED: str(revision)})
         except Conflict:
             entry = await self.get(key)
             if entry is not None and entry.value == value:
@@ -135,7 +135,7 @@ class KvBucket:
     async def delete(self, key: str, revision: int | None = None) -> int:
         headers = {OPERATION: "DEL"}
         if revision is not None:
-            headers[EXPECTED] = str(revision)
+            headers[H_EXPECTED] = str(revision)
         return await self._store(key, b"", headers)
 
     async def _store(self, key: str, value: bytes, headers: dict[str, str]) -> int:

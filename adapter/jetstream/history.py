@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import sys
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -20,6 +20,8 @@ from adapter.ports import Stored
 
 PAGE_BYTES = 1024 * 1024
 """As `consumer.PULL_BYTES`."""
+SUBJECTS_AT_ONCE = 256
+"""Of which the newest messages are asked for in one request; a server takes 1,024 (ADR-31)."""
 
 
 async def read_stream(
@@ -74,6 +76,23 @@ class StreamHistory:
         if self._replicated:
             return await _from_leader(self._link, stream, {"last_by_subj": subject})
         return await last_of(self._link, stream, subject)
+
+    async def last_of_each(self, stream: str, subjects: Sequence[str]) -> list[Stored]:
+        found: list[Stored] = []
+        for start in range(0, len(subjects), SUBJECTS_AT_ONCE):
+            page = subjects[start : start + SUBJECTS_AT_ONCE]
+            while True:
+                newest = await self._newest_sequence(stream) if self._replicated else 0
+                messages, up_to = await multi_last(self._link, stream, page)
+                if up_to >= newest:
+                    break
+                await asyncio.sleep(0.05)  # a server that lags answered
+            found += messages
+        return found
+
+    async def _newest_sequence(self, stream: str) -> int:
+        newest = await _from_leader(self._link, stream, {"last_by_subj": ">"})
+        return newest.seq if newest else 0
 
     async def counts(self, stream: str, subject: str) -> dict[str, int]:
         return await subjects_of(self._link, stream, subject)
@@ -135,6 +154,27 @@ async def direct_get(link: Link, stream: str, body: dict[str, Any]) -> AsyncGene
         await link.publish(f"$JS.API.DIRECT.GET.{stream}", msgspec.json.encode(body), reply=question.reply)
         while (stored := _read(await link.answer(question))) is not None:
             yield stored
+
+
+async def multi_last(link: Link, stream: str, subjects: Sequence[str]) -> tuple[list[Stored], int]:
+    """The newest message of each subject that has one, and the sequence up to which the server that answered knows
+    the stream. Raises Temporary."""
+    found: list[Stored] = []
+    with link.question() as question:
+        body = msgspec.json.encode({"multi_last": subjects, "batch": len(subjects)})
+        await link.publish(f"$JS.API.DIRECT.GET.{stream}", body, reply=question.reply)
+        while True:
+            answer = await link.answer(question)
+            stored = _read(answer)
+            if stored is None:
+                break
+            found.append(stored)
+    if "Nats-UpTo-Sequence" in answer.headers:
+        return found, int(answer.headers["Nats-UpTo-Sequence"])
+    if found:
+        return found, max(stored.seq for stored in found)
+    newest = await last_of(link, stream, ">")  # nothing was found: how much does this server know?
+    return found, newest.seq if newest else 0
 
 
 async def direct_one(link: Link, stream: str, body: dict[str, Any]) -> Stored | None:

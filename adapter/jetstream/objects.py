@@ -21,12 +21,11 @@ import msgspec
 import structlog
 
 from adapter.errors import UNDECODABLE, AdapterError, BusRefused, Conflict, Refused, Temporary, Unreadable
-from adapter.jetstream.buckets import EXPECTED
 from adapter.jetstream.history import direct_get, direct_one, last_of, leader_next
 from adapter.jetstream.link import Link
 from adapter.jetstream.publisher import Publisher
 from adapter.media import HEAD
-from adapter.names import H_MSG_ID, H_OFFSET
+from adapter.names import H_EXPECTED, H_MSG_ID, H_OFFSET
 from adapter.ports import Message, Pieces, PubAck, Stored, StoredObject
 
 log = structlog.get_logger()
@@ -130,7 +129,7 @@ class ObjectStore:
             if end <= size:
                 return size
             if offset == size:
-                headers = {H_OFFSET: str(offset), EXPECTED: str(before.seq if before else 0)}
+                headers = {H_OFFSET: str(offset), H_EXPECTED: str(before.seq if before else 0)}
                 try:
                     async with asyncio.timeout(APPEND_S):
                         await self._publisher.publish(Message("media", subject, piece, headers))

@@ -129,13 +129,13 @@ def streams(names: Names, settings: Settings) -> list[Wanted]:
         ),
         stream(
             names.stream_out,
-            ("subjects", "retention", "discard", "subject_transform"),
+            ("subjects", "retention", "discard", "subject_transform", "max_age"),
             subjects=[f"{prefix}.out", f"{prefix}.out.*"],
             retention="workqueue",
             discard="new",
             discard_new_per_subject=True,
             max_msgs_per_subject=settings.out_max_per_sandbox,
-            max_age=7 * 24 * HOUR_NS,
+            max_age=0,  # a command waits here until it has its final receipt; only the adapter expires it
             subject_transform={
                 "src": f"{prefix}.out.*",
                 "dest": f"{prefix}.out.{{{{partition({SHARDS},1)}}}}.{{{{wildcard(1)}}}}",
@@ -150,19 +150,11 @@ def streams(names: Names, settings: Settings) -> list[Wanted]:
         stream(
             names.stream_event,
             ("subjects", "retention", "discard"),
-            subjects=[f"{prefix}.event.*.*"],
+            subjects=[f"{prefix}.event.*.*", f"{prefix}.event.*.receipt.*"],
             retention="limits",
             discard="old",
-            max_age=7 * 24 * HOUR_NS,
+            max_age=72 * HOUR_NS,
             max_msgs_per_subject=EVENTS_KEPT,
-        ),
-        stream(
-            names.stream_parked,
-            ("subjects", "retention", "discard", "max_age"),
-            subjects=[f"{prefix}.parked.*.*"],
-            retention="limits",
-            discard="new",
-            max_age=0,
         ),
         stream(
             names.stream_dead,
@@ -182,12 +174,10 @@ def streams(names: Names, settings: Settings) -> list[Wanted]:
         ),
         bucket(names.bindings, news=True),
         bucket(names.cursors),
-        bucket(names.context),
+        bucket(names.conversations),
         bucket(names.members, expires=True),
         bucket(names.claims),
         bucket(names.logins, news=True, max_age=24 * HOUR_NS),
-        bucket(names.typing, max_age=24 * HOUR_NS),
-        bucket(names.quotes, max_age=int(settings.quote_hours * HOUR_NS)),
         stream(
             f"OBJ_{names.media}",
             ("subjects", "retention", "allow_rollup_hdrs"),

@@ -1,168 +1,96 @@
-"""Publishes receipts, and looks final ones up where a crash may have come after them."""
+"""Stores receipts, each on its command's own subject, and finds those that the owner before stored.
+
+A receipt is written by compare-and-set on its subject: two owners of a command cannot tell two final ones. A final
+receipt of the same command that is there already counts as one's own.
+"""
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import msgspec
 
 from adapter import contract
 from adapter.contract import Receipt
-from adapter.errors import UNDECODABLE
+from adapter.conversation.record import CommandRef
+from adapter.conversation.rules import CommandResult
+from adapter.errors import UNDECODABLE, Conflict
 from adapter.events import Events
-from adapter.metrics import Metrics
-from adapter.names import H_COMMAND, Names
-from adapter.outbound.commands import Command
-from adapter.outbound.endings import Ending, Wait
-from adapter.ports import History
-from adapter.timing import Clock
-
-KNOWN_SANDBOXES = 64
-"""Whose receipts are kept in memory once they were read back: after a crash many commands ask for them in a row."""
-KNOWN_RECEIPTS = 20_000
-"""Most receipts kept of one sandbox; of one that has more they are read again each time."""
-KNOWN_S = 60.0
-"""Seconds for which they are kept after the last question."""
+from adapter.names import Names
+from adapter.ports import History, Stored
 
 
-class Name(NamedTuple):
-    """Identifies a command, also among later ones with the same id."""
+class Address(NamedTuple):
+    """Whose command it is, and whom it is for."""
 
-    id: str
-    stored_ms: int
-
-
-class _Told:
-    """The final receipts of a sandbox since a time, as far as they were read."""
-
-    def __init__(self, since_ms: int) -> None:
-        self.since_ms = since_ms
-        self.asked = 0.0
-        """Monotonic time of the last question."""
-        self.seq = 0
-        """The newest sequence in WECHAT_EVENT that was read; 0: none yet."""
-        self.found: dict[Name, Receipt] = {}
+    sandbox: str
+    bot: str = ""
+    user: str = ""
 
 
 class Receipts:
     """Publishes receipts through Events and reads them back from WECHAT_EVENT."""
 
-    def __init__(self, events: Events, history: History, names: Names, clock: Clock, metrics: Metrics) -> None:
+    def __init__(self, events: Events, history: History, names: Names) -> None:
         self._events = events
         self._history = history
         self._names = names
-        self._clock = clock
-        self._metrics = metrics
-        self._told: OrderedDict[str, _Told] = OrderedDict()
 
-    async def has_final(self, command: Command) -> bool:
-        """Whether this very command has its final receipt. Raises Temporary."""
-        return bool(await self.find_finals(command.sandbox, {Name(command.id, command.stored_ms)}))
-
-    async def find_finals(self, sandbox: str, wanted: Collection[Name]) -> dict[Name, Receipt]:
-        """The final receipts of those commands of one sandbox that have one. Raises Temporary."""
-        told, since_ms = self._told.get(sandbox), min(name.stored_ms for name in wanted) - 1000
-        if told is None or told.since_ms > since_ms:
-            told = self._told[sandbox] = _Told(since_ms)
-        told.asked = self._clock.monotonic()
-        self._told.move_to_end(sandbox)
-        if len(self._told) > KNOWN_SANDBOXES:
-            self._told.popitem(last=False)
-        if any(name not in told.found for name in wanted):
-            await self._read_on(sandbox, told)
-        return {name: told.found[name] for name in wanted if name in told.found}
-
-    def tidy(self) -> None:
-        """Forgets what nobody has asked for lately: the questions of a take-over come in a row."""
-        horizon = self._clock.monotonic() - KNOWN_S
-        while self._told and (oldest := next(iter(self._told.items())))[1].asked <= horizon:
-            del self._told[oldest[0]]
-
-    async def _read_on(self, sandbox: str, told: _Told) -> None:
-        stream, subject = self._names.stream_event, self._names.event(sandbox, "receipt")
-        if told.seq:
-            read = self._history.read(stream, subject, after=told.seq)
-        else:
-            read = self._history.read(stream, subject, since_ms=told.since_ms)
-        async for stored in read:
-            told.seq = max(told.seq, stored.seq)
-            try:
-                receipt = msgspec.json.decode(stored.data, type=Receipt)
-            except UNDECODABLE:  # somebody else's
-                continue
-            if receipt.outcome in contract.FINAL_OUTCOMES:
-                told.found.setdefault(Name(receipt.command, receipt.received_at_ms), receipt)
-        if len(told.found) > KNOWN_RECEIPTS and self._told.get(sandbox) is told:
-            del self._told[sandbox]
-
-    async def parked(
-        self, command: Command, wait: Wait, bot: str, user: str, shown: contract.Window, headers: Mapping[str, str]
-    ) -> None:
-        """Not final: the command waits. `headers`: its own."""
-        receipt = _receipt(command, wait.as_ending("parked"), bot, user, shown)
-        await self._events.receipt(receipt, msg_id=f"parked:{command.client}", headers=headers)
-
-    async def final(
+    async def publish(
         self,
-        command: Command,
-        ending: Ending,
-        *,
-        bot: str,
-        user: str,
+        ref: CommandRef,
+        result: CommandResult,
+        address: Address,
         shown: contract.Window,
-        original: tuple[bytes, dict[str, str], str],
-        parked_ms: int = 0,
-        late: Callable[[], None] | None = None,
-    ) -> None:
-        """The last word on a command. A dead letter is stored before its receipt. `late`: see Message; the next owner
-        tells of the command, too, if this takes long.
+        headers: Mapping[str, str],
+        *,
+        expected: int = 0,
+    ) -> int:
+        """Stores a receipt; its sequence in WECHAT_EVENT. `headers`: the command's, whose trace goes on.
 
-        `parked_ms`: how long it was parked, which the metrics do not count as our delay.
+        `expected`: the sequence of the receipt before it, 0: there is none. Raises Temporary.
         """
-        if ending.outcome == "dead_lettered":
-            data, headers, subject = original
-            await self._events.dead_letter(
-                "OUT",
-                data,
-                subject=subject,
-                headers=headers | {H_COMMAND: command.id},
-                reason=ending.reason,
-                detail=ending.detail,
-                msg_id=f"dead:{command.client}",
-                sandbox=command.sandbox,
-            )
-        receipt = _receipt(command, ending, bot, user, shown)
-        await self._events.receipt(receipt, msg_id=f"final:{command.client}", headers=original[1], late=late)
-        self._metrics.outbound_messages.of(command.kind, ending.outcome, ending.reason or "none").inc()
-        took_s = max(0, self._clock.now_ms() - command.stored_ms - parked_ms) / 1000
-        failed = ending.outcome in ("dead_lettered", "uncertain")
-        self._metrics.outbound_duration.of("failed" if failed else "settled").observe(took_s)
+        receipt = _receipt(ref, result, address, shown)
+        while True:
+            try:
+                return await self._events.receipt(receipt, headers=headers, expected=expected)
+            except Conflict:
+                last = await self._history.last(self._names.stream_event, self._subject(address.sandbox, ref.id))
+            found = _read(last)
+            if last is None:
+                expected = 0
+            elif found is not None and _is_of(found, ref) and (_is_final(found) or not _is_final(receipt)):
+                return last.seq
+            else:
+                expected = last.seq
+
+    async def find_finals(self, sandbox: str, refs: Iterable[CommandRef]) -> dict[int, Receipt]:
+        """The final receipts of those commands that have one, by the commands' sequences. Raises Temporary."""
+        wanted = {self._subject(sandbox, ref.id): ref for ref in refs}
+        finals: dict[int, Receipt] = {}
+        for stored in await self._history.last_of_each(self._names.stream_event, list(wanted)):
+            ref, receipt = wanted[stored.subject], _read(stored)
+            if receipt is not None and _is_of(receipt, ref) and _is_final(receipt):
+                finals[ref.sequence] = receipt
+            elif receipt is None or not _is_of(receipt, ref):  # a later command has the same id
+                async for earlier in self._history.read(self._names.stream_event, stored.subject):
+                    receipt = _read(earlier)
+                    if receipt is not None and _is_of(receipt, ref) and _is_final(receipt):
+                        finals[ref.sequence] = receipt
+        return finals
+
+    async def last(self, sandbox: str, command: str) -> Receipt | None:
+        """The newest receipt of the command with this id. Raises Temporary."""
+        return _read(await self._history.last(self._names.stream_event, self._subject(sandbox, command)))
+
+    def _subject(self, sandbox: str, command: str) -> str:
+        return self._names.receipt(sandbox, command)
 
 
-def _receipt(command: Command, ending: Ending, bot: str, user: str, shown: contract.Window) -> Receipt:
-    return Receipt(
-        command=command.id,
-        sandbox=command.sandbox,
-        outcome=ending.outcome,
-        reason=ending.reason,
-        detail=ending.detail or _ADVICE.get(ending.reason, ""),
-        bot=bot,
-        user=user,
-        message_ids=list(ending.message_ids),
-        ret=ending.ret,
-        errcode=ending.errcode,
-        errmsg=ending.errmsg,
-        window=shown,
-        attempts=ending.attempts,
-        received_at_ms=command.stored_ms,
-    )
-
-
-def ending_of(receipt: Receipt) -> Ending:
-    """What a final receipt tells, as the ending of others that shared its message."""
-    return Ending(
+def result_of(receipt: Receipt) -> CommandResult:
+    """What a receipt tells, as the result of others that shared its message."""
+    return CommandResult(
         receipt.outcome,
         receipt.reason,
         receipt.detail,
@@ -174,9 +102,46 @@ def ending_of(receipt: Receipt) -> Ending:
     )
 
 
+def _receipt(ref: CommandRef, result: CommandResult, address: Address, shown: contract.Window) -> Receipt:
+    return Receipt(
+        command=ref.id,
+        sequence=ref.sequence,
+        sandbox=address.sandbox,
+        outcome=result.outcome,
+        reason=result.reason,
+        detail=result.detail or _ADVICE.get(result.reason, ""),
+        bot=address.bot,
+        user=address.user,
+        message_ids=list(result.message_ids),
+        ret=result.ret,
+        errcode=result.errcode,
+        errmsg=result.errmsg,
+        window=shown,
+        attempts=result.attempts,
+        received_at_ms=ref.stored_ms,
+    )
+
+
+def _read(stored: Stored | None) -> Receipt | None:
+    """None also for what somebody else wrote there."""
+    try:
+        return msgspec.json.decode(stored.data, type=Receipt) if stored else None
+    except UNDECODABLE:
+        return None
+
+
+def _is_of(receipt: Receipt, ref: CommandRef) -> bool:
+    return (receipt.sequence, receipt.received_at_ms) == (ref.sequence, ref.stored_ms)
+
+
+def _is_final(receipt: Receipt) -> bool:
+    return receipt.outcome in contract.FINAL_OUTCOMES
+
+
 _ADVICE = {
     "window_closed": "The user must write first; WeChat lets a bot speak only for a day after that.",
     "quota": "It needs more sends than are left after the user's last message; they must write again.",
+    "reserved": "It is optional, and the sends that are left are kept back for answers.",
     "throttled": "iLink refuses more messages to this user until they write.",
     "needs_login": "The bot's token is dead; have the user scan a new QR code and bind the new bot.",
 }

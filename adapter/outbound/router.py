@@ -12,13 +12,15 @@ from weakref import WeakValueDictionary
 import structlog
 
 from adapter import contract
+from adapter.conversation.commands import Limits, command_id, decode_command, salvage_ids, sandbox_of
+from adapter.conversation.record import CommandRef
+from adapter.conversation.rules import CommandResult
 from adapter.errors import BusRefused, Refused, Temporary, Unreadable
+from adapter.events import Events
 from adapter.headers import passed_on
 from adapter.metrics import Metrics
-from adapter.names import H_COMMAND, H_MSG_ID, H_SINCE_MS, UNROUTED, Names
-from adapter.outbound.commands import Command, Limits, command_id, peek, remains, sandbox_of, stand_in
-from adapter.outbound.endings import Ending
-from adapter.outbound.receipts import Receipts
+from adapter.names import H_COMMAND, H_MSG_ID, H_SEQUENCE, H_SINCE_MS, UNROUTED, Names
+from adapter.outbound.receipts import Address, Receipts
 from adapter.ports import Bus, Delivery, Message
 from adapter.timing import Clock
 
@@ -65,6 +67,7 @@ class Router:
         self,
         bus: Bus,
         receipts: Receipts,
+        events: Events,
         names: Names,
         limits: Limits,
         check: Callable[[], None],
@@ -73,6 +76,7 @@ class Router:
     ) -> None:
         self._bus = bus
         self._receipts = receipts
+        self._events = events
         self._names = names
         self._limits = limits
         self._check = check
@@ -94,22 +98,23 @@ class Router:
         """
         body = contract.Outbound()
         try:
-            body = peek(delivery.data, self._limits)
+            body = decode_command(delivery.data, self._limits)
             sandbox = sandbox_of(body)
         except (Unreadable, Refused) as exc:
             self._metrics.schema_violations.labels(kind="out").inc()
             dead = isinstance(exc, Unreadable)
-            body = remains(delivery.data, self._limits) if dead else body
+            body = salvage_ids(delivery.data, self._limits) if dead else body
             told_to = (body.sandbox if dead else None) or UNROUTED
-            ending = Ending("dead_lettered" if dead else "refused", exc.reason, exc.detail)
-            await self._end(delivery, told_to, _ident(delivery, body), ending)
+            result = CommandResult("dead_lettered" if dead else "refused", exc.reason, exc.detail)
+            await self._end(delivery, told_to, _command_id(delivery, body), result)
             return
-        ident = _ident(delivery, body)
+        ident = _command_id(delivery, body)
         which = f"{delivery.seq}:{delivery.time_ms}:{ident}:".encode()
         words = hashlib.blake2b(which + delivery.data, digest_size=16).hexdigest()
         headers = passed_on(delivery.headers) | {
             H_MSG_ID: f"routed:{words}",
             H_COMMAND: ident,
+            H_SEQUENCE: str(delivery.seq),
             H_SINCE_MS: str(delivery.time_ms),
         }
         message = Message("out", self._names.out(sandbox), delivery.data, headers, late=self._check)
@@ -135,40 +140,44 @@ class Router:
 
     async def _refuse(self, copy: _Copy, sandbox: str, answer: BusRefused) -> None:
         detail = f"The sandbox's queue does not take it: {answer.detail}"
-        await self._end(copy.delivery, sandbox, copy.ident, Ending("refused", "backlog", detail))
+        await self._end(copy.delivery, sandbox, copy.ident, CommandResult("refused", "backlog", detail))
 
     async def _has_ended(self, delivery: Delivery, sandbox: str, ident: str) -> bool:
         """Whether a command that was delivered before has had its receipt from here."""
         while delivery.suspect:
             try:
-                return await self._receipts.has_final(_named(delivery, sandbox, ident))
+                return bool(await self._receipts.find_finals(sandbox, [_ref(delivery, ident)]))
             except Temporary as exc:
-                log.warning("router.waits", reason=exc.reason)
+                log.warning("router.retrying", reason=exc.reason)
                 await self._clock.sleep(0.5)
         return False
 
-    async def _end(self, delivery: Delivery, sandbox: str, ident: str, ending: Ending) -> None:
+    async def _end(self, delivery: Delivery, sandbox: str, ident: str, result: CommandResult) -> None:
         if await self._has_ended(delivery, sandbox, ident):
             await delivery.ack()
             return
         if not delivery.suspect:
             self._metrics.outbound_taken.inc()  # a copy is counted where it arrives, what ends here is here
-        await self._receipts.final(
-            _named(delivery, sandbox, ident),
-            ending,
-            bot="",
-            user="",
-            shown=contract.Window(),
-            original=(delivery.data, delivery.headers, self._names.out_plain),
-            late=self._check,
-        )
+        if result.outcome == "dead_lettered":
+            await self._events.dead_letter(
+                "OUT",
+                delivery.data,
+                subject=self._names.out_plain,
+                headers=delivery.headers | {H_COMMAND: ident},
+                reason=result.reason,
+                detail=result.detail,
+                msg_id=f"dead:routed-{delivery.seq}-{delivery.time_ms}",
+                sandbox=sandbox,
+            )
+        address = Address(sandbox)
+        await self._receipts.publish(_ref(delivery, ident), result, address, contract.Window(), delivery.headers)
+        self._metrics.outbound_messages.of("unreadable", result.outcome, result.reason or "none").inc()
         await delivery.ack()
 
 
-def _ident(delivery: Delivery, body: contract.Outbound) -> str:
+def _ref(delivery: Delivery, ident: str) -> CommandRef:
+    return CommandRef(sequence=delivery.seq, stored_ms=delivery.time_ms, id=ident)
+
+
+def _command_id(delivery: Delivery, body: contract.Outbound) -> str:
     return command_id(body.id, "", delivery.headers.get(H_MSG_ID, ""), delivery.seq)
-
-
-def _named(delivery: Delivery, sandbox: str, ident: str) -> Command:
-    """A command that ends here."""
-    return stand_in(ident, f"routed-{delivery.seq}-{delivery.time_ms}", sandbox, delivery.time_ms)

@@ -1,7 +1,7 @@
 """The typing indicator: shows a user that the bot types, and hides it (sendtyping, 11.2).
 
-A task per bot and user, as long as something is shown or to be hidden. No send waits for it. A record is written
-before it is shown, so that after a crash the next owner hides it.
+A task per bot and user, as long as something is shown or to be hidden. No send waits for it. What is shown is known
+in memory alone: after a take-over it is hidden once more with the first answer (`hide_if_visible`).
 """
 
 from __future__ import annotations
@@ -11,16 +11,13 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
-import msgspec
 import structlog
 
 from adapter.bindings.registry import Bindings
-from adapter.contexts import Contexts
-from adapter.errors import AdapterError, BusRefused, Conflict, LeaseLost, Refused, SessionExpired, Temporary
-from adapter.names import peer_key, peer_of
+from adapter.errors import AdapterError, LeaseLost, Refused, SessionExpired, Temporary
 from adapter.outbound.typing_tickets import REST_S, Tickets
-from adapter.ports import Account, Bucket, Chat
-from adapter.records import Binding, Typing
+from adapter.ports import Account, Chat
+from adapter.records import Binding
 from adapter.timing import Clock, backoff, first_of
 
 log = structlog.get_logger()
@@ -33,13 +30,11 @@ HIDES = 5
 """Attempts to hide before it is left to the next owner."""
 
 
-class Showing(NamedTuple):
-    """What showing needs."""
+class TypingDeps(NamedTuple):
+    """What the indicators need."""
 
     chat: Chat
-    contexts: Contexts
     bindings: Bindings
-    bucket: Bucket
     clock: Clock
     account: Callable[[Binding], Account]
     """Raises Refused("token_key")."""
@@ -61,12 +56,11 @@ class Indicator:
         self.wanted = False
         self.until = 0.0
         """Monotonic time at which it is hidden at the latest."""
-        self.lit = False
+        self.context_token = ""
+        self.maybe_visible = False
         """Status 1 may have taken effect, and nothing has hidden it."""
         self.shown_at: float | None = None
         """When iLink last took a status 1; None: it is not known to be shown."""
-        self.recorded = False
-        """The bucket says that it may be shown."""
         self.failed_hides = 0
         self.hide_at = 0.0
         """Monotonic time before which no other try to hide it is made, whatever wakes this."""
@@ -78,28 +72,24 @@ class Indicator:
 
     def is_open(self) -> bool:
         """Whether anything is left to do."""
-        return bool(self.wanted or self.lit or self.recorded or self.shows or self.hides)
+        return bool(self.wanted or self.maybe_visible or self.shows or self.hides)
 
 
 class TypingIndicators:
     """The indicators of one shard, as long as this replica owns it."""
 
-    def __init__(self, shard: int, needs: Showing) -> None:
-        self._shard = shard
-        self._needs = needs
+    def __init__(self, shard: int, deps: TypingDeps) -> None:
+        self._deps = deps
         self._indicators: dict[tuple[str, str], Indicator] = {}
-        self._check = partial(needs.check, shard)
-        self._tickets = Tickets(needs.chat, needs.contexts, needs.clock)
-        self._loading: asyncio.Task[None] | None = None
+        self._known: set[tuple[str, str]] = set()
+        """Bots and users to whom it was shown or hidden here: nothing of an owner before is left on their phones."""
+        self._check = partial(deps.check, shard)
+        self._tickets = Tickets(deps.chat, deps.clock)
         self._draining = False
 
-    # what the lanes ask -----------------------------------------------------------------------------
+    # what the conversations ask ---------------------------------------------------------------------
 
-    def open(self) -> None:
-        """Begins to hide what the previous owner left shown."""
-        self._loading = asyncio.get_running_loop().create_task(self._load())
-
-    def show(self, binding: Binding, user: str) -> asyncio.Future[None]:
+    def show(self, binding: Binding, user: str, context_token: str) -> asyncio.Future[None]:
         """Shows it, for the time of the setting. The future is done once iLink took it.
 
         Fails with Refused, Temporary; cancelled where the service stops.
@@ -108,55 +98,60 @@ class TypingIndicators:
         if self._draining:
             taken.cancel()
             return taken
-        self.begin(binding, user)
+        self.begin(binding, user, context_token)
         self._indicators[binding.bot, user].shows.append(taken)
         return taken
 
-    def begin(self, binding: Binding, user: str) -> None:
+    def begin(self, binding: Binding, user: str, context_token: str) -> None:
         """As `show`, for callers who do not need the outcome."""
         if self._draining:
             return
-        indicator = self._indicator(binding.bot, user)
-        indicator.binding, indicator.wanted = binding, True
-        indicator.until = self._needs.clock.monotonic() + self._needs.longest_s
-        self._stir(indicator)
+        indicator = self._indicator(binding, user, context_token)
+        indicator.wanted = True
+        indicator.until = self._deps.clock.monotonic() + self._deps.longest_s
+        self._wake_or_start(indicator)
 
-    def hide(self, binding: Binding, user: str) -> asyncio.Future[None]:
+    def hide(self, binding: Binding, user: str, context_token: str) -> asyncio.Future[None]:
         """Hides it, whether or not it is shown. The future is that of `show`."""
         taken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        indicator = self._indicator(binding.bot, user)
-        indicator.binding, indicator.wanted = binding, False
+        indicator = self._indicator(binding, user, context_token)
+        indicator.wanted = False
         indicator.hides.append(taken)
-        self._stir(indicator)
+        self._wake_or_start(indicator)
         return taken
 
-    def hush(self, bot: str, user: str) -> None:
-        """The answer has been sent: hides it if it is shown."""
-        indicator = self._indicators.get((bot, user))
+    def hide_if_visible(self, binding: Binding, user: str, context_token: str, *, shown_before: bool) -> None:
+        """The answer was sent: hides it if it is shown. `shown_before`: an owner before may have left it shown."""
+        indicator = self._indicators.get((binding.bot, user))
         if indicator is not None and indicator.wanted:
             indicator.wanted = False
-            self._stir(indicator)
+            self._wake_or_start(indicator)
+        elif shown_before and (binding.bot, user) not in self._known and not self._draining:
+            indicator = self._indicator(binding, user, context_token)
+            indicator.maybe_visible = True
+            self._wake_or_start(indicator)
 
-    def heard(self, bot: str, user: str) -> None:
+    def retry_ticket(self, bot: str, user: str) -> None:
         """The user wrote: iLink may have a ticket for them now where it had none."""
-        self._tickets.heard(bot, user)
+        self._tickets.retry(bot, user)
 
     def rebound(self, sandbox: str) -> None:
         """A binding of the sandbox changed: whatever is shown for it is checked."""
         for indicator in list(self._indicators.values()):
             if indicator.binding is None or indicator.binding.sandbox == sandbox:
-                self._stir(indicator)
+                self._wake_or_start(indicator)
 
-    def tidy(self) -> None:
-        """Forgets tickets that are of no use any more."""
-        self._tickets.tidy(self._indicators.keys(), self._needs.bindings.get)
+    def evict_idle(self) -> None:
+        """Forgets what is of no use any more."""
+        self._known = {key for key in self._known if self._deps.bindings.get(key[0]) is not None}
+        self._tickets.evict(self._indicators.keys(), self._deps.bindings.get)
 
     async def drain(self, seconds: float) -> None:
         """Hides everything, as far as that can be done in time; the rest is left to the next owner."""
         self._draining = True
         for indicator in list(self._indicators.values()):
             indicator.wanted = False
-            self._stir(indicator)
+            self._wake_or_start(indicator)
         if tasks := self._tasks():
             await asyncio.wait(tasks, timeout=seconds)
         self.stop()
@@ -164,8 +159,6 @@ class TypingIndicators:
     def stop(self) -> None:
         """Ends everything now; the next owner hides what is shown."""
         self._draining = True
-        if self._loading is not None:
-            self._loading.cancel()
         for task in self._tasks():
             task.cancel()
 
@@ -178,10 +171,14 @@ class TypingIndicators:
             if indicator.task is not None and not indicator.task.done()
         ]
 
-    def _indicator(self, bot: str, user: str) -> Indicator:
-        return self._indicators.setdefault((bot, user), Indicator(bot, user))
+    def _indicator(self, binding: Binding, user: str, context_token: str) -> Indicator:
+        key = binding.bot, user
+        self._known.add(key)
+        indicator = self._indicators.setdefault(key, Indicator(*key))
+        indicator.binding, indicator.context_token = binding, context_token
+        return indicator
 
-    def _stir(self, indicator: Indicator) -> None:
+    def _wake_or_start(self, indicator: Indicator) -> None:
         indicator.wake.set()
         if indicator.task is None:
             indicator.task = asyncio.get_running_loop().create_task(self._run(indicator))
@@ -197,21 +194,6 @@ class TypingIndicators:
             log.error("typing.crashed", bot=indicator.bot, exc_info=exc)
             _fail([*indicator.shows, *indicator.hides], Refused("typing", "The adapter failed on it."))
 
-    async def _load(self) -> None:
-        failures = 0
-        while True:
-            try:
-                entries = await self._needs.bucket.below(str(self._shard))
-                break
-            except Temporary as exc:
-                failures += 1
-                log.warning("typing.unread", shard=self._shard, reason=exc.reason)
-                await self._needs.clock.sleep(backoff(failures, first_s=0.5, longest_s=10.0))
-        for entry in entries:
-            indicator = self._indicator(*peer_of(entry.key.partition(".")[2]))
-            indicator.lit = indicator.recorded = True
-            self._stir(indicator)
-
     async def _run(self, indicator: Indicator) -> None:
         while indicator.is_open():
             indicator.wake.clear()
@@ -222,7 +204,7 @@ class TypingIndicators:
 
     async def _turn(self, indicator: Indicator) -> float:
         """One step towards what is wanted; seconds until the next, unless it is woken."""
-        if indicator.wanted and self._needs.clock.monotonic() >= indicator.until:
+        if indicator.wanted and self._deps.clock.monotonic() >= indicator.until:
             indicator.wanted = False
         if indicator.wanted:
             _fail(indicator.hides, Refused("typing", "It was shown again before iLink hid it."))
@@ -236,131 +218,102 @@ class TypingIndicators:
         except LeaseLost:
             return REST_S  # the lease pauses, or is gone; then all of this ends
         except SessionExpired as exc:
-            if not indicator.lit or self._draining or self._needs.bindings.get(indicator.bot) is None:
-                return await self._leave(indicator, exc)
+            if not indicator.maybe_visible or self._draining or self._deps.bindings.get(indicator.bot) is None:
+                return await self._abandon(indicator, exc)
             indicator.wanted = False
             _fail(indicator.shows, exc)
             _fail(indicator.hides, exc)
             return await self._failed(indicator, exc, least_s=DOUBT_S)
         except Refused as exc:
             if exc.reason != "typing":
-                return await self._leave(indicator, exc)
+                return await self._abandon(indicator, exc)
             return await self._failed(indicator, exc)
         except Temporary as exc:
             return await self._failed(indicator, Refused("typing", f"iLink could not be asked: {exc.reason}"))
 
     def _account(self, indicator: Indicator) -> Account | None:
         """How the bot is called; None: not now. Raises Refused (it can be called no more), LeaseLost."""
-        found = self._needs.bindings.get(indicator.bot)
+        found = self._deps.bindings.get(indicator.bot)
         if found is not None and (indicator.binding is None or found.sandbox == indicator.binding.sandbox):
             indicator.binding = found
         else:
             indicator.wanted = False
         if indicator.binding is None:
             raise Refused("not_bound", "The bot is not bound any more.")
-        if indicator.binding.state == "needs_login" or self._needs.stale(indicator.bot):
+        if indicator.binding.state == "needs_login" or self._deps.stale(indicator.bot):
             stale = SessionExpired("needs_login", "The bot's token is stale.")
-            if indicator.lit and found is not None and not self._draining:
+            if indicator.maybe_visible and found is not None and not self._draining:
                 _fail(indicator.hides, stale)
                 return None  # it may live again, and then it is hidden
             raise stale
         self._check()
-        return self._needs.account(indicator.binding)
+        return self._deps.account(indicator.binding)
 
     async def _show(self, indicator: Indicator, account: Account) -> float:
-        now = self._needs.clock.monotonic()
+        now = self._deps.clock.monotonic()
         if indicator.shown_at is not None and now < indicator.shown_at + RENEW_S:
             _done(indicator.shows)
             return min(indicator.shown_at + RENEW_S, indicator.until) - now
         ticket = self._tickets.of(indicator.bot, indicator.user)
         rest_s = ticket.used_at + REST_S - now
-        if not indicator.lit and rest_s > 0:
+        if not indicator.maybe_visible and rest_s > 0:
             return rest_s
-        value = await self._tickets.get(account, indicator.user)
-        if indicator.wanted:
-            await self._record(indicator)
-        if not indicator.wanted or self._needs.clock.monotonic() >= indicator.until:
+        value = await self._tickets.get(account, indicator.user, indicator.context_token)
+        if not indicator.wanted or self._deps.clock.monotonic() >= indicator.until:
             return 0.0  # meanwhile it is over
-        indicator.lit = True  # before: it may take effect without an answer
-        await self._tickets.use(account, indicator.user, value, on=True, check=self._check)
+        indicator.maybe_visible = True  # before: it may take effect without an answer
+        await self._tickets.use(account, indicator.user, value, indicator.context_token, on=True, check=self._check)
         indicator.shown_at = ticket.used_at
         return 0.0
 
     async def _hide(self, indicator: Indicator, account: Account) -> float:
-        ticket, now = self._tickets.of(indicator.bot, indicator.user), self._needs.clock.monotonic()
-        if indicator.lit and now < indicator.hide_at and not self._draining:
+        ticket, now = self._tickets.of(indicator.bot, indicator.user), self._deps.clock.monotonic()
+        if indicator.maybe_visible and now < indicator.hide_at and not self._draining:
             return indicator.hide_at - now
-        if indicator.lit or (indicator.hides and not (ticket.hidden and now < ticket.used_at + REST_S)):
-            value = await self._tickets.get(account, indicator.user)
-            await self._tickets.use(account, indicator.user, value, on=False, check=self._check)
-            indicator.lit, indicator.shown_at, indicator.failed_hides = False, None, 0
-        await self._erase(indicator)
+        if indicator.maybe_visible or (indicator.hides and not (ticket.hidden and now < ticket.used_at + REST_S)):
+            value = await self._tickets.get(account, indicator.user, indicator.context_token)
+            await self._tickets.use(
+                account, indicator.user, value, indicator.context_token, on=False, check=self._check
+            )
+            indicator.maybe_visible, indicator.shown_at, indicator.failed_hides = False, None, 0
         _done(indicator.hides)
         return 0.0
 
     # when it does not work --------------------------------------------------------------------------
 
     async def _failed(self, indicator: Indicator, exc: Refused, *, least_s: float = 0.0) -> float:
-        """iLink did not do it. Showing is given up, but what is shown must be hidden, `least_s` later or more."""
-        log.info("typing.failed", bot=indicator.bot, on=indicator.wanted, lit=indicator.lit, detail=exc.detail)
+        """iLink did not do it. TypingDeps is given up, but what is shown must be hidden, `least_s` later or more."""
+        log.info(
+            "typing.failed",
+            bot=indicator.bot,
+            on=indicator.wanted,
+            maybe_visible=indicator.maybe_visible,
+            detail=exc.detail,
+        )
         if indicator.wanted:
             _fail(indicator.shows, exc)
             indicator.wanted = indicator.shown_at is not None
             return RENEW_S if indicator.wanted else 0.0
-        if not indicator.lit:
+        if not indicator.maybe_visible:
             _fail(indicator.hides, exc)
             return 0.0
         indicator.failed_hides += 1
         if indicator.failed_hides < HIDES:
             pause_s = max(least_s, backoff(indicator.failed_hides, first_s=2.0))
-            indicator.hide_at = self._needs.clock.monotonic() + pause_s
+            indicator.hide_at = self._deps.clock.monotonic() + pause_s
             return pause_s
         log.warning("typing.stuck", bot=indicator.bot, attempts=indicator.failed_hides)
         _fail(indicator.hides, exc)
-        indicator.lit = indicator.recorded = False  # the record stays: the next owner tries again
+        indicator.maybe_visible = False
         return 0.0
 
-    async def _leave(self, indicator: Indicator, exc: AdapterError) -> float:
+    async def _abandon(self, indicator: Indicator, exc: AdapterError) -> float:
         """The bot cannot be called any more. What is shown is left to the next owner, unless the bot is gone."""
-        log.info("typing.left", bot=indicator.bot, reason=exc.reason, lit=indicator.lit)
+        log.info("typing.abandoned", bot=indicator.bot, reason=exc.reason, maybe_visible=indicator.maybe_visible)
         _fail(indicator.shows, exc)
         _fail(indicator.hides, exc)
-        if not indicator.lit or exc.reason == "not_bound":
-            await self._erase(indicator)
-        indicator.wanted = indicator.lit = indicator.recorded = False
+        indicator.wanted = indicator.maybe_visible = False
         return 0.0
-
-    # the record -------------------------------------------------------------------------------------
-
-    def _key(self, indicator: Indicator) -> str:
-        return f"{self._shard}.{peer_key(indicator.bot, indicator.user)}"
-
-    async def _record(self, indicator: Indicator) -> None:
-        """Writes down that it may be shown, unless that is written. Raises Temporary."""
-        if indicator.recorded:
-            return
-        sandbox = indicator.binding.sandbox if indicator.binding else ""
-        value = msgspec.json.encode(Typing(sandbox=sandbox, since_ms=self._needs.clock.now_ms()))
-        bucket, key = self._needs.bucket, self._key(indicator)
-        while not indicator.recorded:
-            entry = await bucket.get(key)
-            try:
-                await bucket.update(key, value, entry.revision if entry else 0)
-            except Conflict:
-                continue
-            except BusRefused as exc:
-                raise Temporary("bus_refused", exc.detail) from exc
-            indicator.recorded = True
-
-    async def _erase(self, indicator: Indicator) -> None:
-        """Deletes the record once nothing is shown: the next owner has nothing to hide."""
-        if not indicator.recorded:
-            return
-        try:
-            await self._needs.bucket.delete(self._key(indicator))
-        except BusRefused as exc:
-            log.warning("typing.unerased", bot=indicator.bot, detail=exc.detail)
-        indicator.recorded = False
 
 
 def _done(waiting: list[asyncio.Future[None]]) -> None:

@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import Callable, Collection
 from weakref import WeakValueDictionary
 
-from adapter.contexts import Contexts
 from adapter.errors import Refused, SessionExpired, Temporary
 from adapter.ports import Account, Chat
 from adapter.timing import Clock, backoff
@@ -45,9 +44,8 @@ class Ticket:
 class Tickets:
     """Those of one shard's bots and users."""
 
-    def __init__(self, chat: Chat, contexts: Contexts, clock: Clock) -> None:
+    def __init__(self, chat: Chat, clock: Clock) -> None:
         self._chat = chat
-        self._contexts = contexts
         self._clock = clock
         self._known: dict[tuple[str, str], Ticket] = {}
         self._lines: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
@@ -56,30 +54,29 @@ class Tickets:
     def of(self, bot: str, user: str) -> Ticket:
         return self._known.setdefault((bot, user), Ticket())
 
-    def heard(self, bot: str, user: str) -> None:
+    def retry(self, bot: str, user: str) -> None:
         """The user wrote: iLink may have a ticket for them now where it had none."""
         ticket = self._known.get((bot, user))
         if ticket is not None and ticket.unknown:
             ticket.retry_at = 0.0
 
-    def tidy(self, used: Collection[tuple[str, str]], bound: Callable[[str], object]) -> None:
+    def evict(self, used: Collection[tuple[str, str]], bound: Callable[[str], object]) -> None:
         """Forgets those that are of no use any more. `used`: bots and users whose indicators are at work."""
         now = self._clock.monotonic()
         for bot, user in self._known.keys() - used:
             if bound(bot) is None or self._known[bot, user].is_old(now):
                 del self._known[bot, user]
 
-    async def get(self, account: Account, user: str) -> str:
+    async def get(self, account: Account, user: str, context_token: str) -> str:
         """The user's ticket, asked for where there is none yet or it is too old. Raises Refused, Temporary."""
         clock, ticket = self._clock, self.of(account.bot, user)
         if ticket.value and ticket.token == account.token and clock.monotonic() < ticket.got_at + TICKET_S:
             return ticket.value
         if clock.monotonic() < ticket.retry_at:
             raise Refused("typing", "iLink gave no ticket; it is asked again later.")
-        peer = await self._contexts.peer(account.bot, user)
         try:
             async with self._line(account.bot):
-                value = await self._chat.typing_ticket(account, user, peer.context.token)
+                value = await self._chat.typing_ticket(account, user, context_token)
         except SessionExpired:
             raise
         except (Refused, Temporary) as exc:
@@ -92,7 +89,9 @@ class Tickets:
         ticket.failures, ticket.unknown = 0, False
         return value
 
-    async def use(self, account: Account, user: str, value: str, *, on: bool, check: Callable[[], None]) -> None:
+    async def use(
+        self, account: Account, user: str, value: str, context_token: str, *, on: bool, check: Callable[[], None]
+    ) -> None:
         """sendtyping, once more with a fresh ticket where iLink did not like this one. `check` is called before each.
 
         Raises what `check`, Chat and `get` raise.
@@ -107,7 +106,7 @@ class Tickets:
                 ticket.hidden = not on
                 return
             ticket.value = ""
-            value = await self.get(account, user)
+            value = await self.get(account, user, context_token)
 
     def _line(self, bot: str) -> asyncio.Lock:
         return self._lines.setdefault(bot, asyncio.Lock())

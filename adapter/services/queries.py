@@ -9,19 +9,28 @@ from typing import TypeVar
 
 import msgspec
 
-from adapter import window
 from adapter.bindings.registry import Bindings
-from adapter.contexts import stored_context
-from adapter.contract import BindingsPage, BindingsQuery, Replayed, ReplayPage, ReplayQuery, WindowQuery
+from adapter.contract import (
+    BindingsPage,
+    BindingsQuery,
+    ReceiptQuery,
+    Replayed,
+    ReplayPage,
+    ReplayQuery,
+    WindowQuery,
+)
+from adapter.conversation import window
+from adapter.conversation.store import ConversationStore
 from adapter.errors import Refused
 from adapter.metrics import Metrics
 from adapter.names import MAX_SEQ, Names, check_sandbox
-from adapter.ports import Answered, Asked, Bucket, History
+from adapter.outbound.receipts import Receipts
+from adapter.ports import Answered, Asked, History
 from adapter.records import Binding
 from adapter.services.requests import read_request
 from adapter.timing import Clock
 
-S = TypeVar("S", WindowQuery, ReplayQuery)
+S = TypeVar("S", WindowQuery, ReceiptQuery, ReplayQuery)
 REPLAY_BYTES = 512 * 1024
 """A page of a replay stays well below a message's usual limit of 1 MiB."""
 MAX_TIME_MS = 253_402_300_799_999
@@ -34,18 +43,20 @@ class Queries:
     def __init__(
         self,
         bindings: Bindings,
-        contexts: Bucket,
+        conversations: ConversationStore,
+        receipts: Receipts,
         history: History,
         names: Names,
-        rules: window.Rules,
+        policy: window.WindowPolicy,
         clock: Clock,
         metrics: Metrics,
     ) -> None:
         self._bindings = bindings
-        self._contexts = contexts
+        self._conversations = conversations
+        self._receipts = receipts
         self._history = history
         self._names = names
-        self._rules = rules
+        self._policy = policy
         self._clock = clock
         self._metrics = metrics
 
@@ -78,6 +89,14 @@ class Queries:
         """window.<sandbox>: the same, of a user of this sandbox. Raises Refused, Temporary."""
         return Answered(await self._window(self._read_of(asked, WindowQuery)), {})
 
+    async def receipt(self, data: bytes) -> bytes:
+        """receipt: the last receipt of a command. Raises Refused, Temporary."""
+        return await self._receipt(_with_sandbox(read_request(data, ReceiptQuery, self._metrics)))
+
+    async def receipt_of(self, asked: Asked) -> Answered:
+        """receipt.<sandbox>: the same, of a command of this sandbox. Raises Refused, Temporary."""
+        return Answered(await self._receipt(self._read_of(asked, ReceiptQuery)), {})
+
     async def replay(self, data: bytes) -> bytes:
         """replay: a sandbox's inbound messages again, from a sequence or a time. Raises Refused, Temporary."""
         return await self._replay(_with_sandbox(read_request(data, ReplayQuery, self._metrics)))
@@ -93,8 +112,14 @@ class Queries:
         if len(found) > 1:
             raise Refused("invalid", "Name the `bot` or `user`: the sandbox has several.")
         user = query.user or found[0].user
-        context = await stored_context(self._contexts, found[0].bot, user)
-        return msgspec.json.encode(window.shown(context, self._clock.now_ms(), self._rules))
+        record, _ = await self._conversations.load(found[0].sandbox, user)
+        return msgspec.json.encode(window.shown(record, self._clock.now_ms(), self._policy))
+
+    async def _receipt(self, query: ReceiptQuery) -> bytes:
+        receipt = await self._receipts.last(query.sandbox or "", query.command)
+        if receipt is None:
+            raise Refused("not_found", "No receipt of this command is kept: it has none yet, or it is too old.")
+        return msgspec.json.encode(receipt)
 
     async def _replay(self, query: ReplayQuery) -> bytes:
         if query.after > MAX_SEQ or (query.since_ms or 0) > MAX_TIME_MS:

@@ -24,7 +24,6 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 
 from adapter.inbound.poller import INSTANT_S
-from adapter.outbound.window_events import LOOKS_PER_S
 from tests.bench.plot import bars
 from tests.bench.rig import Process, Received, Rig, rig
 
@@ -200,7 +199,9 @@ async def heard(nc: Client, *, timed: bool = False) -> Received:
 
 async def told(nc: Client) -> Received:
     received = Received()
-    await nc.subscribe("wechat.event.*.receipt", cb=received.on_message, pending_msgs_limit=0, pending_bytes_limit=0)
+    await nc.subscribe(
+        "wechat.event.*.receipt.*", cb=received.on_message, pending_msgs_limit=0, pending_bytes_limit=0
+    )
     await nc.flush()
     return received
 
@@ -308,7 +309,7 @@ async def asked(nc: Client, bots: int, *, count: int, per_s: float) -> list[floa
         if len(ages) == count:
             done.set()
 
-    await nc.subscribe("wechat.event.*.receipt", cb=on_receipt)
+    await nc.subscribe("wechat.event.*.receipt.*", cb=on_receipt)
     await nc.flush()
     began = time.monotonic()
     for number in range(count):
@@ -426,7 +427,7 @@ async def idle(bench: Bench) -> None:
             process = await bridge_in(made, kind, bots)
             figures = {"polled_s": time.monotonic() - began, "busiest": (await made.ask("busiest"))["requests"]}
             rigs.append((made, process, figures))
-            settled = max(settled, time.monotonic() + SETTLE_S + (bots / LOOKS_PER_S if kind == "adapter" else 0))
+            settled = max(settled, time.monotonic() + SETTLE_S)
         await asyncio.sleep(settled - time.monotonic())
         before = [(await made.ask("stats"), process.cpu_s(), time.monotonic()) for made, process, _ in rigs]
         await asyncio.sleep(HOLD_S + 1)  # so that each bot polls again

@@ -31,7 +31,7 @@ def median_ms(work: Callable[[], object]) -> float:
 async def main() -> None:
     bench = Bench()
     bind(bench.bindings, BOTS)
-    made = supervisor(bench, throttled=60)
+    made = supervisor(bench)
     poll(made, bench)
     made.observe(3 * BOTS)
     body = bench.metrics.expose()[0]

@@ -66,14 +66,14 @@ async def test_a_token_that_lives_again_after_needs_login_is_active_again(poller
     session = poller(bench)
     await asyncio.sleep(300)
     assert changes(bench) == ["stale", "needs_login"]
-    assert bench.heard == []
+    assert bench.changed_sessions == ["s1"]
     assert session.stale
     await asyncio.sleep(60)
     assert changes(bench) == ["stale", "needs_login", "recovered"]
     binding = bench.bindings.get(BOT)
     assert binding is not None
     assert (binding.state, binding.reason) == ("active", "")
-    assert (texts(bench), bench.heard[0], session.stale) == (["hello"], ("s1", BOT, USER), False)
+    assert (texts(bench), bench.changed_sessions, session.stale) == (["hello"], ["s1", "s1"], False)
     assert session.state == "polling"
 
 
@@ -131,7 +131,7 @@ async def test_minus_14_once_recovers_quickly(poller: Poller) -> None:
     assert not session.stale
     assert changes(bench) == ["stale", "recovered"]
     assert texts(bench) == ["hello"]
-    assert ("s1", BOT, USER) in bench.heard
+    assert bench.changed_sessions == ["s1", "s1"]
 
 
 async def test_a_server_that_cannot_be_reached_proves_no_login_lost(poller: Poller) -> None:
@@ -351,10 +351,10 @@ async def test_however_a_recovery_ends_the_lanes_look_again(end: str) -> None:
     while the old one was tried, or the lease paused."""
     bench, told = await ready(STALE), list[tuple[str, bool]]()
 
-    def revived(sandbox: str, bot: str, user: str) -> None:
+    def session_changed(sandbox: str) -> None:
         told.append((sandbox, session.stale))
 
-    session, task = tended(bench, revived=revived)
+    session, task = tended(bench, session_changed=session_changed)
     await asyncio.sleep(6 if end == "bound anew" else 1)
     assert (session.stale, len(bench.chat.asked)) == (True, 2 if end == "bound anew" else 1)
     if end == "bound anew":
@@ -366,7 +366,7 @@ async def test_however_a_recovery_ends_the_lanes_look_again(end: str) -> None:
     else:
         bench.leases.is_valid = False
     await asyncio.sleep(10)
-    assert told == [("s2" if end == "moved" else "s1", False)]
+    assert told == [("s1", True), ("s2" if end == "moved" else "s1", False)]
     session.leave(now=True)
     await task
 

@@ -79,7 +79,7 @@ class Rig:
         for task in self._tasks:
             task.cancel()
 
-    def bucket(self, name: str = NAMES.context) -> KvBucket:
+    def bucket(self, name: str = NAMES.conversations) -> KvBucket:
         return KvBucket(self.link, self.publisher, name)
 
     async def first(self, stream: str) -> int:

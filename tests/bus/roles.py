@@ -20,9 +20,9 @@ COLUMNS = ("adapter", "operator", "platform", "service", "own", "other")
 HEADS = ("adapter", "operator", "platform", "service", "sandbox: its own", "sandbox: another's")
 
 STREAMS = (
-    *("WECHAT_IN", "WECHAT_OUT", "WECHAT_CTL", "WECHAT_EVENT", "WECHAT_PARKED", "WECHAT_DEAD", "WECHAT_RAW"),
-    *("KV_wechat_bindings", "KV_wechat_cursors", "KV_wechat_context", "KV_wechat_members", "KV_wechat_claims"),
-    *("KV_wechat_logins", "KV_wechat_quotes", "KV_wechat_typing", "OBJ_wechat_media"),
+    *("WECHAT_IN", "WECHAT_OUT", "WECHAT_CTL", "WECHAT_EVENT", "WECHAT_DEAD", "WECHAT_RAW"),
+    *("KV_wechat_bindings", "KV_wechat_cursors", "KV_wechat_conversations", "KV_wechat_members", "KV_wechat_claims"),
+    *("KV_wechat_logins", "OBJ_wechat_media"),
 )
 BUCKETS = tuple(stream.removeprefix("KV_") for stream in STREAMS if stream.startswith("KV_"))
 SANDBOX = "<sandbox>"
@@ -55,8 +55,7 @@ SUBJECTS = [
         ("wechat.out.<sandbox>", "adapter operator own"),
         ("wechat.ctl.bind", "adapter operator platform"),
         ("wechat.ctl.unbind", "adapter operator platform"),
-        *((f"wechat.event.<sandbox>.{kind}", "adapter") for kind in ("receipt", "binding", "login", "window")),
-        ("wechat.parked.7.b/u", "adapter"),
+        *((f"wechat.event.<sandbox>.{kind}", "adapter") for kind in ("receipt.c", "binding", "login", "window")),
         ("wechat.raw.7.b", "adapter"),
         ("wechat.dead.WECHAT_OUT", "adapter"),
         ("wechat.kv.freed", "adapter"),
@@ -67,6 +66,8 @@ SUBJECTS = [
         *((f"wechat.svc.login.{verb}", "operator platform") for verb in ("start", "status", "verify", "cancel")),
         ("wechat.svc.media.get.<sandbox>", "operator own"),
         ("wechat.svc.media.put.<sandbox>", "operator service own"),
+        ("wechat.svc.receipt", "operator platform service"),
+        ("wechat.svc.receipt.<sandbox>", "operator own"),
         ("wechat.svc.replay", "operator"),
         ("wechat.svc.replay.<sandbox>", "operator own"),
         ("wechat.svc.window", "operator platform service"),
@@ -98,11 +99,11 @@ SUBJECTS = [
         ("wechat.out", ""),
         ("wechat.out.<sandbox>", ""),
         ("wechat.ctl.*", ""),
-        ("wechat.event.<sandbox>.receipt", "operator platform service own"),
+        ("wechat.event.<sandbox>.receipt.c", "operator platform service own"),
+        ("wechat.event.<sandbox>.receipt.*", "operator platform service own"),
         *((f"wechat.event.<sandbox>.{kind}", "operator platform own") for kind in ("binding", "login", "window")),
-        ("wechat.event.*.*", "operator platform"),
-        ("wechat.event.*.receipt", "operator platform service"),
-        ("wechat.parked.>", ""),
+        ("wechat.event.*.>", "operator platform"),
+        ("wechat.event.*.receipt.*", "operator platform service"),
         ("wechat.raw.>", ""),
         ("wechat.dead.>", ""),
         ("wechat.kv.>", "adapter"),
@@ -133,7 +134,7 @@ SUBJECTS = [
 ALL, PULLED, PURGED, READ, OWN = (
     "all",
     "WECHAT_OUT WECHAT_CTL",
-    "KV_wechat_bindings KV_wechat_cursors KV_wechat_context OBJ_wechat_media",
+    "KV_wechat_bindings KV_wechat_cursors KV_wechat_conversations OBJ_wechat_media",
     "WECHAT_IN WECHAT_EVENT WECHAT_DEAD OBJ_wechat_media",
     "WECHAT_IN",
 )
@@ -150,7 +151,7 @@ API: list[tuple[str, dict[str, str]]] = [
     ("$JS.API.STREAM.MSG.GET.<stream>", {"adapter": ALL, "operator": READ}),
     (
         "$JS.API.STREAM.MSG.DELETE.<stream>",
-        {"adapter": "WECHAT_CTL WECHAT_PARKED WECHAT_RAW WECHAT_DEAD", "operator": "WECHAT_DEAD"},
+        {"adapter": "WECHAT_CTL WECHAT_RAW WECHAT_DEAD", "operator": "WECHAT_DEAD"},
     ),
     ("$JS.API.STREAM.SNAPSHOT.<stream>", {}),
     ("$JS.API.STREAM.RESTORE.<stream>", {}),

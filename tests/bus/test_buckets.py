@@ -16,14 +16,14 @@ from adapter.errors import Conflict, Temporary
 from adapter.jetstream.buckets import KvBucket, LeaderKvBucket
 from adapter.jetstream.history import direct_get
 from adapter.jetstream.publisher import Publisher
-from adapter.names import SHARDS, peer_key
+from adapter.names import SHARDS, conversation_key
 from adapter.ports import Entry, Message, PubAck, Stored
 from adapter.timing import SystemClock
 from tests.bus.rig import NAMES, STATUS, Rig, event
 from tests.e2e.waiting import eventually, until
 from tests.growth import census, growing
 
-KEY = peer_key("b1@im.bot", "u1@im.wechat")
+KEY = conversation_key("s1", "u1@im.wechat")
 
 
 async def test_a_stored_message_with_a_status_among_its_headers_is_read_as_any_other(rig: Rig) -> None:
@@ -33,13 +33,13 @@ async def test_a_stored_message_with_a_status_among_its_headers_is_read_as_any_o
 
 
 async def test_a_bucket_tells_what_is_there_below_a_token(rig: Rig) -> None:
-    bucket = rig.bucket(NAMES.typing)
-    assert await bucket.below("7") == []
-    first = await bucket.update(f"7.{KEY}", b"1", 0)
-    await bucket.update(f"7.{peer_key('gone@im.bot', 'u')}", b"2", 0)
-    await bucket.delete(f"7.{peer_key('gone@im.bot', 'u')}")
-    await bucket.update(f"77.{KEY}", b"3", 0)
-    assert await bucket.below("7") == [Entry(f"7.{KEY}", b"1", first)]
+    bucket = rig.bucket(NAMES.conversations)
+    assert await bucket.below("s1") == []
+    first = await bucket.update(KEY, b"1", 0)
+    await bucket.update(conversation_key("s1", "gone"), b"2", 0)
+    await bucket.delete(conversation_key("s1", "gone"))
+    await bucket.update(conversation_key("s11", "u1@im.wechat"), b"3", 0)
+    assert await bucket.below("s1") == [Entry(KEY, b"1", first)]
 
 
 async def test_a_bucket_compares_and_sets(rig: Rig) -> None:
@@ -71,7 +71,7 @@ class Twice:
 
 
 async def test_a_write_whose_answer_got_lost_is_known_again(rig: Rig) -> None:
-    bucket = KvBucket(rig.link, Twice(rig.publisher), NAMES.context)  # type: ignore[arg-type]
+    bucket = KvBucket(rig.link, Twice(rig.publisher), NAMES.conversations)  # type: ignore[arg-type]
     written = await bucket.update(KEY, b"1", 0)
     assert await bucket.get(KEY) == Entry(KEY, b"1", written)
     await rig.bucket().update(KEY, b"other", written)

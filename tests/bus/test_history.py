@@ -13,7 +13,7 @@ from nats.aio.msg import Msg
 from adapter.jetstream import topology
 from adapter.jetstream.consumer import Consumer
 from adapter.jetstream.history import StreamHistory, direct_get
-from adapter.names import peer_key, shard_of
+from adapter.names import shard_of
 from adapter.ports import Message, PubAck, Stored
 from adapter.timing import SystemClock
 from tests.bus.rig import NAMES, Rig, control, event
@@ -72,12 +72,12 @@ async def test_what_is_large_is_read_whole_and_never_more_at_once_than_a_server_
 
 
 async def test_a_message_is_deleted_once_and_deleting_it_again_is_no_error(rig: Rig) -> None:
-    subject = NAMES.parked(3, peer_key("b1@im.bot", "u1@im.wechat"))
-    acks = [await rig.publisher.publish(Message("parked", subject, str(n).encode(), {})) for n in range(3)]
+    subject = NAMES.raw(3, "b1@im.bot")
+    acks = [await rig.publisher.publish(Message("raw", subject, str(n).encode(), {})) for n in range(3)]
     for _ in range(2):
-        await rig.history.delete(NAMES.stream_parked, acks[1].seq)
-    assert await rig.read(NAMES.stream_parked, NAMES.parked(3, "*")) == [b"0", b"2"]
-    await rig.history.delete(NAMES.stream_parked, 999)
+        await rig.history.delete(NAMES.stream_raw, acks[1].seq)
+    assert await rig.read(NAMES.stream_raw, NAMES.raw(3, "*")) == [b"0", b"2"]
+    await rig.history.delete(NAMES.stream_raw, 999)
 
 
 def on_disk(folder: Path) -> bytes:

@@ -171,7 +171,6 @@ def test_settings_reach_the_program_as_they_are_written(tmp_path: Path) -> None:
         "WECHAT_NATS_WINDOW_HOURS": 22.5,
         "WECHAT_NATS_STALE_RETRY_S": "1,2.5",
         "WECHAT_NATS_NOTIFY": False,
-        "WECHAT_NATS_CONTINUE_TEXT": 'Say "more": 100 % {{ . }}',
         "WECHAT_NATS_LOG": "debug",
     }
     read = read_settings(env_of(adapter_of(rendered({"settings": settings, "drainSeconds": 90.5}))))
@@ -180,7 +179,6 @@ def test_settings_reach_the_program_as_they_are_written(tmp_path: Path) -> None:
     assert read.window_hours == 22.5
     assert read.stale_retry_s == (1.0, 2.5)
     assert read.notify is False
-    assert read.continue_text == 'Say "more": 100 % {{ . }}'
     assert (read.log, read.drain_s, read.http_addr) == ("debug", 90.5, ":9464")
 
 

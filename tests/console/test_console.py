@@ -21,11 +21,10 @@ from adapter.console.server import AT_ONCE, MAX_BODY, Console, is_loopback
 from adapter.errors import BusRefused, SettingsError, Temporary
 from adapter.logins.registry import LoginRegistry
 from adapter.names import H_DETAIL, H_MSG_ID, H_REASON, H_SUBJECT, H_TIME_MS
-from adapter.ports import Stored
 from adapter.replicas.rollcall import Call, Polling, Present
 from adapter.seal import Sealer
 from adapter.services.logins import LoginService
-from tests.fakes import RULES, Bench, FakeBucket, FakeBus, FakeClock, FakeLogins
+from tests.fakes import WINDOW, Bench, FakeBucket, FakeClock, FakeLogins
 
 TOKEN = "the token of the console"
 NASTY = "<script>alert(1)</script>\"'&"
@@ -36,21 +35,6 @@ class AnyThreadsClock(FakeClock):
 
     def monotonic(self) -> float:
         return time.monotonic()
-
-
-class FakeArchive:
-    """Implements Archive on a FakeBus."""
-
-    def __init__(self, bus: FakeBus) -> None:
-        self._bus = bus
-        self.read, self.last, self.counts, self.delete = bus.read, bus.last, bus.counts, bus.delete
-
-    async def newest(self, stream: str, subject: str, *, count: int, before: int | None = None) -> list[Stored]:
-        found = [stored async for stored in self._bus.read(stream, subject) if before is None or stored.seq < before]
-        return found[::-1][:count]
-
-    async def get(self, stream: str, seq: int) -> Stored | None:
-        return next((stored for stored in self._bus.found("DEAD") if stored.seq == seq), None)
 
 
 class FakeReplicas:
@@ -84,8 +68,8 @@ class Office:
         self.living = 1
         self.needs = Needs(
             bindings=self.bench.bindings,
-            contexts=self.bench.contexts_bucket,
-            history=FakeArchive(self.bench.bus),
+            conversations=self.bench.store,
+            history=self.bench.bus,
             bus=self.bench.bus,
             replicas=self.replicas,
             registry=self.registry,
@@ -96,7 +80,7 @@ class Office:
                 "login.cancel": service.cancel,
             },
             names=self.bench.names,
-            rules=RULES,
+            policy=WINDOW,
             clock=AnyThreadsClock(),
             living=lambda: self.living,
         )
@@ -310,7 +294,7 @@ async def test_a_binding_with_all_that_is_known_of_it(office: Office) -> None:
     await office.sign_in()
     await office.bench.bind("s1", "b1@im.bot", "u1@im.wechat", token="b1@im.bot:SECRET")
     heard_ms = office.bench.clock.now_ms() - 60_000
-    office.bench.hears(used=2, inbound_ms=heard_ms, sent_ms=[heard_ms])
+    office.bench.hears(sends_used=2, opened_ms=heard_ms, sent_at_ms=[heard_ms])
     office.replicas.polls["b1@im.bot"] = Polling(state="polling", ago_ms=4000)
     page = (await office.browser.get("/")).text
     for words in ("s1", "b1@im.bot", "u1@im.wechat", ">active<", "8 sends left", "closes in 22 h", "4 s ago", "r1"):
@@ -343,11 +327,11 @@ async def test_what_is_wrong_with_a_binding_is_said(
 @pytest.mark.parametrize(
     ("context", "words"),
     [
-        ({"inbound_ms": 0}, "never open"),
-        ({"inbound_ms": 1}, "closed"),
-        ({"used": 10}, "used up"),
-        ({"blocked_ms": 5}, "used up"),
-        ({"used": 9}, "1 send left"),
+        ({"opened_ms": 0}, "never open"),
+        ({"opened_ms": 1}, "closed"),
+        ({"sends_used": 10}, "used up"),
+        ({"throttled_at_ms": 5}, "used up"),
+        ({"sends_used": 9}, "1 send left"),
     ],
 )
 async def test_the_window_in_words(office: Office, context: dict[str, Any], words: str) -> None:
@@ -543,10 +527,10 @@ async def test_a_fault_of_ours_is_logged_and_ends_one_page_only(
     await office.sign_in()
     await office.bench.bind("s1")
 
-    async def get(key: str) -> None:
-        raise KeyError(key)
+    async def load(sandbox: str, user: str) -> None:
+        raise KeyError(user)
 
-    monkeypatch.setattr(office.needs.contexts, "get", get)
+    monkeypatch.setattr(office.needs.conversations, "load", load)
     with capture_logs() as logs:
         answer = await office.browser.get("/")
     assert answer.status_code == 500

@@ -72,7 +72,6 @@ BOUNDS = (
         0.2,
         "Go gives memory back late, and asks for more before it cleans",
     ),
-    Bound(re.compile("WECHAT_PARKED keys"), 60, 0.0, "whose window is closed, and for how long, is chance"),
     Bound(re.compile(r"\S+ keys"), 10, 0.1, "visitors come and go by chance"),
     Bound(re.compile(r"\S+ bytes"), 0.125 * MIB, 0.1, "visitors come and go by chance"),
 )
@@ -204,7 +203,7 @@ class Soak:
     async def listen(self) -> None:
         await self.nc.subscribe(NAMES.live("*"), cb=self._on_inbound, pending_msgs_limit=0, pending_bytes_limit=0)
         await self.nc.subscribe(
-            NAMES.event("*", "receipt"), cb=self._on_receipt, pending_msgs_limit=0, pending_bytes_limit=0
+            NAMES.receipt("*", "*"), cb=self._on_receipt, pending_msgs_limit=0, pending_bytes_limit=0
         )
         await self.nc.flush()
 
@@ -270,7 +269,7 @@ class Soak:
             sandbox = self.rng.choice(names)
             bot = residents[sandbox]
             await self.say(bot)
-            await self.command(sandbox, plain=turn % 7 == 0, final=turn % 11 == 0)
+            await self.command(sandbox, plain=turn % 7 == 0, optional=turn % 11 == 0)
             match turn % 8:
                 case 1:
                     await self.say(bot, "image")

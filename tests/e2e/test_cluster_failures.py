@@ -18,7 +18,7 @@ LEADERS = (
     NAMES.stream_out,
     NAMES.stream_event,
     f"KV_{NAMES.cursors}",
-    f"KV_{NAMES.context}",
+    f"KV_{NAMES.conversations}",
     f"KV_{NAMES.members}",
     f"KV_{NAMES.claims}",
     f"KV_{NAMES.bindings}",

@@ -95,7 +95,7 @@ class Visitors:
                 assert receipt.outcome == "accepted" or receipt.reason == "typing", receipt
                 open_.discard(receipt.command)
 
-        await nc.subscribe(NAMES.event("*", "receipt"), cb=on_receipt)
+        await nc.subscribe(NAMES.receipt("*", "*"), cb=on_receipt)
         heard = await nc.subscribe(NAMES.live("*"))
         for sandbox in sandboxes:
             bot = (await http.post("add_bot", json={})).json()
@@ -118,9 +118,7 @@ class Visitors:
     async def _is_empty(self) -> bool:
         adapter = self.adapter
         adapter.supervisor.tidy()
-        adapter.contexts.tidy(adapter.supervisor.is_served)
-        keys = [*await adapter.binding_bucket.keys(), *await adapter.context_bucket.keys()]
-        return not (keys or adapter.supervisor.sessions)
+        return not (await adapter.binding_bucket.keys() or adapter.supervisor.sessions)
 
 
 def subscriptions(adapter: Parts) -> int:
@@ -133,9 +131,8 @@ def forget_the_last(adapter: Parts) -> None:
     adapter.uploads._ready.clear()
     adapter.control._settled.clear()
     adapter.control._read.clear()
-    adapter.former_bots._known.clear()
     for shard in adapter.supervisor._shards.values():
-        shard._settled.clear()
+        shard.commands._ended.clear()
     for downloads in adapter.supervisor._downloads.values():
         downloads._done.clear()
 

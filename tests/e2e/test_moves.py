@@ -53,7 +53,7 @@ async def test_a_bus_moves_to_another_nats_with_all_that_waits(tmp_path: Path) -
         assert await adapter.ended() == 0
         await nc.close()
 
-        assert "WECHAT_PARKED" in await command(made.url, "backup", str(tmp_path / "saved"))
+        assert "WECHAT_OUT" in await command(made.url, "backup", str(tmp_path / "saved"))
         made.say("s1", "meanwhile")
         async with EmbeddedNats(tmp_path / "other", free_port()) as other:
             await command(other.url, "restore", str(tmp_path / "saved"))

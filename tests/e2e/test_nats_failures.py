@@ -20,13 +20,11 @@ from nats.aio.client import Client
 from nats.js import JetStreamContext
 from nats.js.errors import APIError
 
-from adapter.contract import Inbound, Login, LoginQuery, Quote
+from adapter.contract import Inbound, Login, LoginQuery
 from adapter.embedded import EmbeddedNats
 from adapter.names import SHARDS, shard_of, token_of
 from tests.e2e.test_bindings import ask as service
-from tests.e2e.test_commands import final_of
 from tests.e2e.test_logins import newest, reaches, start
-from tests.e2e.test_quotes import quote_in, say_quote
 from tests.e2e.waiting import call
 from tests.e2e.world import NAMES, AdapterProcess, World, audit, eventually, free_port, load, stream, until, world
 
@@ -148,8 +146,8 @@ async def test_buckets_that_are_purged_are_filled_again(tmp_path: Path) -> None:
         await loaded(made, nc, 3)
         await made.settle(nc)
         loading = asyncio.create_task(loaded(made, nc, 12, first=3, pause_s=0.3))
-        kept = (NAMES.bindings, NAMES.cursors, NAMES.context, NAMES.claims)
-        others = (NAMES.members, NAMES.logins, NAMES.typing, NAMES.quotes)
+        kept = (NAMES.bindings, NAMES.cursors, NAMES.conversations, NAMES.claims)
+        others = (NAMES.members, NAMES.logins)
         for bucket in (*kept, *others):
             assert (await ask(nc, f"STREAM.PURGE.KV_{bucket}")).get("success")
 
@@ -193,22 +191,11 @@ async def holds(nc: Client, bucket: str) -> bool:
 
 
 async def test_what_a_purge_takes_for_good_is_begun_anew(tmp_path: Path) -> None:
-    """Logins under way, and the words of what was sent; that a bot types is noted again when it begins anew."""
+    """Logins under way."""
     async with running(tmp_path, bots=1, qr_hold_ms=300) as (made, nc, adapter):
-        made.say("s0", "hello")
-        await made.command(nc, "s0", "c")
-        (ident,) = (await final_of(made, "c")).message_ids
-        await nc.jetstream().publish(NAMES.out("s0"), b'{"typing":"on"}')
         lost = await start(nc, "s1")
-        for bucket in (NAMES.quotes, NAMES.typing, NAMES.logins):
-            await eventually(lambda bucket=bucket: holds(nc, bucket), f"{bucket} holds something")  # type: ignore[misc]
-            assert (await ask(nc, f"STREAM.PURGE.KV_{bucket}")).get("success")
-
-        say_quote(made, made.bots["s0"].bot, "what was that", ident)
-        assert await quote_in(made, nc, "s0", "what was that") == Quote(id=ident)
-        for switch in (b"off", b"on"):
-            await nc.jetstream().publish(NAMES.out("s0"), b'{"typing":"%s"}' % switch)
-        await eventually(lambda: holds(nc, NAMES.typing), "it is noted again")
+        await eventually(lambda: holds(nc, NAMES.logins), "the bucket holds the login")
+        assert (await ask(nc, f"STREAM.PURGE.KV_{NAMES.logins}")).get("success")
 
         async def not_found() -> bool:
             return bool(await service(nc, "login.status", LoginQuery(login=lost.login), Login) == "404")
@@ -250,7 +237,7 @@ async def test_a_stream_that_is_restored_under_a_running_adapter_goes_on(tmp_pat
 
         await eventually(unread, "the message is there")
         await operator(made, "backup", str(tmp_path / "saved"))
-        gone = (NAMES.stream_in, NAMES.stream_out, NAMES.stream_parked, f"KV_{NAMES.bindings}")
+        gone = (NAMES.stream_in, NAMES.stream_out, f"KV_{NAMES.bindings}")
         for name in gone:
             assert (await ask(nc, f"STREAM.DELETE.{name}")).get("success")
 
@@ -377,18 +364,12 @@ async def test_a_stream_that_is_full_loses_its_oldest_or_refuses_or_holds_up_as_
     few = {"WECHAT_NATS_OUT_MAX_PER_SANDBOX": "5"}
     async with running(tmp_path, bots=3, environ=few) as (made, nc, adapter):
         js = nc.jetstream()
-        await change(nc, NAMES.stream_parked, max_msgs=1)  # nobody has written yet: commands are parked
-        for ident in ("parked", "too many"):
-            await made.command(nc, "s0", ident)
+        await made.command(nc, "s0", "parked")  # nobody has written yet
 
         async def told(ident: str, outcome: str) -> bool:
             return any((r.command, r.outcome) == (ident, outcome) for r in await made.receipts(nc))
 
         await eventually(lambda: told("parked", "parked"), "the first is parked")
-        await eventually(lambda: told("too many", "refused"), "the second is refused")
-        (refused,) = [receipt for receipt in await made.receipts(nc) if receipt.command == "too many"]
-        assert refused.reason == "backlog"
-        await change(nc, NAMES.stream_parked, max_msgs=-1)
 
         messages = (await ask(nc, f"STREAM.INFO.{NAMES.stream_event}"))["state"]["messages"]
         await change(nc, NAMES.stream_event, discard="new", max_msgs=messages)
@@ -452,7 +433,7 @@ async def test_a_lease_that_cannot_be_renewed_is_told(tmp_path: Path) -> None:
 async def test_a_bucket_that_refuses_what_a_bot_writes_holds_it_up_and_loses_nothing(tmp_path: Path) -> None:
     """iLink gives nothing again: what a poll brought is in hand until the bucket takes its records."""
     async with running(tmp_path, bots=3, cursor_mode="ack_on_delivery") as (made, nc, adapter):
-        for number, bucket in enumerate((NAMES.context, NAMES.cursors)):
+        for number, bucket in enumerate((NAMES.conversations, NAMES.cursors)):
             await loaded(made, nc, 1, first=number)
             await change(nc, f"KV_{bucket}", max_msg_size=10)
             waits = adapter.said("inbound.waits")

@@ -60,7 +60,7 @@ class Sandbox:
 
     def outcomes(self) -> list[tuple[str, str]]:
         """Command and outcome of each receipt."""
-        receipts = [json.loads(m.data) for m in self.genuine() if m.subject == NAMES.event(self.name, "receipt")]
+        receipts = [json.loads(m.data) for m in self.genuine() if m.subject == NAMES.receipt(self.name, "*")]
         return [(receipt["command"], receipt["outcome"]) for receipt in receipts]
 
     async def ask(self, verb: str, body: bytes = b"", **headers: str) -> Msg:
@@ -154,7 +154,7 @@ async def test_every_role_can_do_its_work(scene: Scene) -> None:
     await s1.nc.jetstream().publish(NAMES.out("s1"), json.dumps(command).encode())
     await until(lambda: ("c1", "accepted") in s1.outcomes(), "the file is sent")
     # a service: a command for any sandbox, and its receipt
-    receipts = await scene.service.nc.subscribe(NAMES.event("*", "receipt"))
+    receipts = await scene.service.nc.subscribe(NAMES.receipt("*", "*"))
     spoken = b'{"id":"c2","sandbox":"s2","text":"from the service"}'
     await scene.service.nc.jetstream().publish(NAMES.out_plain, spoken)
     assert json.loads((await receipts.next_msg(timeout=30)).data)["command"] == "c2"
@@ -294,8 +294,8 @@ async def test_no_reply_subject_makes_others_write_where_a_sandbox_may_not(scene
 async def _state(nc: Client) -> dict[str, Any]:
     """What no sandbox may change: all but its own commands, and what the adapter notes of them and of itself."""
     found: dict[str, Any] = {}
-    own = {NAMES.stream_out, NAMES.stream_event, NAMES.stream_in, NAMES.stream_parked}
-    ours = {f"KV_{bucket}" for bucket in (NAMES.members, NAMES.context, NAMES.quotes, NAMES.claims)}
+    own = {NAMES.stream_out, NAMES.stream_event, NAMES.stream_in}
+    ours = {f"KV_{bucket}" for bucket in (NAMES.members, NAMES.conversations, NAMES.claims)}
     names = json.loads((await nc.request("$JS.API.STREAM.NAMES", timeout=10)).data)["streams"]
     assert set(names) == set(streams(NAMES))
     for name in names:
@@ -304,8 +304,7 @@ async def _state(nc: Client) -> dict[str, Any]:
             found[name] = (info["state"]["last_seq"], info["state"]["messages"], info["config"])
     for name, subject in (
         (NAMES.stream_in, NAMES.inbox("*")),
-        (NAMES.stream_event, NAMES.event("s2", "*")),
-        (NAMES.stream_parked, f"{NAMES.prefix}.parked.>"),
+        (NAMES.stream_event, NAMES.event("s2", ">")),
         (f"KV_{NAMES.claims}", f"$KV.{NAMES.claims}.>"),
         (f"KV_{NAMES.bindings}", f"$KV.{NAMES.bindings}.>"),
     ):

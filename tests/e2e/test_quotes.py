@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -66,12 +67,8 @@ async def test_a_quote_of_an_answer_is_told_also_after_a_restart_and_to_no_other
             idents += (await final_of(made, f"c{number}")).message_ids
         assert len(idents) == 2
         assert all(int(ident) > 2**53 for ident in idents)
-
-        async def noted() -> bool:
-            return len(await stream(nc, f"KV_{NAMES.quotes}", f"$KV.{NAMES.quotes}.>")) == 2
-
-        await eventually(noted, "both answers are noted")
-        await first.kill()
+        first.signal(signal.SIGTERM)
+        await first.ended()
         await made.add_adapter()
         for number, ident in enumerate(idents):
             say_quote(made, bot.bot, f"see c{number}", int(ident) if number else ident)

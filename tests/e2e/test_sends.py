@@ -15,13 +15,13 @@ import msgspec
 import pytest
 from nats.aio.client import Client
 
+from adapter.conversation.record import ConversationRecord
 from adapter.jetstream.link import Link
 from adapter.jetstream.objects import ObjectStore
 from adapter.jetstream.publisher import Publisher
 from adapter.metrics import Metrics
-from adapter.names import peer_key
+from adapter.names import conversation_key
 from adapter.ports import Pieces
-from adapter.records import Context
 from adapter.settings import Settings
 from adapter.simulator import BotRecord, FaultRule, samples
 from adapter.timing import SystemClock
@@ -193,9 +193,9 @@ async def test_a_restart_between_two_parts_asks_for_neither_again(tmp_path: Path
         await send(made, nc, "c", *({"kind": "text", "text": text} for text in ("one", "two", "three")))
 
         async def one_is_noted() -> bool:
-            record = await (await nc.jetstream().key_value(NAMES.context)).get(peer_key(bot.bot, bot.user))
-            hand = msgspec.json.decode(record.value or b"", type=Context).hand
-            return hand is not None and (hand.part, hand.tried) == (1, 0)
+            record = await (await nc.jetstream().key_value(NAMES.conversations)).get(conversation_key("s1", bot.user))
+            head = msgspec.json.decode(record.value or b"", type=ConversationRecord).head
+            return head is not None and (head.part, head.unanswered_attempts) == (1, 0)
 
         await eventually(one_is_noted, "the first part is noted as sent")
         (adapter,) = made.adapters

@@ -122,28 +122,25 @@ async def test_time_that_passes_while_nobody_runs_is_told(tmp_path: Path) -> Non
         await nc.close()
 
 
-async def test_some_sends_are_kept_back_and_the_last_one_says_how_to_go_on(tmp_path: Path) -> None:
-    """The last words go ahead of reports that wait, also where nothing is merged."""
-    environ = {"WECHAT_NATS_RESERVE_SENDS": "2", "WECHAT_NATS_CONTINUE_TEXT": "Reply to continue."}
-    environ["WECHAT_NATS_MERGE_CHARS"] = "0"
-    async with world(tmp_path, environ=environ) as made:
+async def test_a_progress_report_takes_no_send_that_is_kept_back_for_answers(tmp_path: Path) -> None:
+    async with world(tmp_path, environ={"WECHAT_NATS_RESERVE_SENDS": "2"}) as made:
         nc, bot = await made.begun()
-        await comes(nc, ("opened", "", 8))
-        for number in range(10):
-            await made.command(nc, "s1", f"c{number}")
-        await comes(nc, ("opened", "", 8), LOW, QUOTA)
+        await comes(nc, ("opened", "", 10))
         assert (await shown(nc)).reserved == 2
-        for number in range(2):
-            body = msgspec.json.encode({"text": f"last {number}", "final": True, "id": f"last{number}"})
+        for number in range(10):
+            body = msgspec.json.encode({"text": f"report {number}", "optional": True, "id": f"r{number}"})
             await nc.jetstream().publish(NAMES.out("s1"), body)
 
-        async def are_shown() -> bool:
-            return len(made.sim.phone(bot.user)) == 10
+        async def are_told() -> bool:
+            return len(await made.receipts(nc)) == 10
 
-        await eventually(are_shown, "ten are shown")
-        texts = [shown.text for shown in made.sim.phone(bot.user)]
-        assert texts[7:] == ["answer c7", "last 0", "last 1\n\nReply to continue."]
-        made.say("s1", "go on")
+        await eventually(are_told, "each report has its receipt")
+        told = {receipt.command: receipt.reason for receipt in await made.receipts(nc)}
+        assert [told[f"r{number}"] for number in range(10)] == [""] * 8 + ["reserved"] * 2
+        for number in range(2):
+            await made.command(nc, "s1", f"c{number}")
         await made.settle(nc)
-        assert [shown.text for shown in made.sim.phone(bot.user)][10:] == ["answer c8", "answer c9"]
+        texts = [shown.text for shown in made.sim.phone(bot.user)]
+        assert texts[-3:] == ["report 7", "answer c0", "answer c1"]
+        await comes(nc, ("opened", "", 10), LOW, QUOTA)
         await nc.close()

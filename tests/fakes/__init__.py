@@ -1,6 +1,6 @@
 """The ports in memory, by what they stand for, and a replica's core around them. Tests import them from here."""
 
-from tests.fakes.bench import GAP_S, LIMITS, MEDIA_BYTES, RULES, Bench, ready
+from tests.fakes.bench import GAP_S, LIMITS, MEDIA_BYTES, POLICY, WINDOW, Bench, ready
 from tests.fakes.bus import Failing, FakeBucket, FakeBus, FakeDelivery
 from tests.fakes.clock import EPOCH_MS, FakeClock, Rounds, VirtualLoop, settle
 from tests.fakes.ilink import EndOfScript, FakeChat, FakeLogins, Sent, Wire, batch, raw_message
@@ -12,7 +12,8 @@ __all__ = [
     "GAP_S",
     "LIMITS",
     "MEDIA_BYTES",
-    "RULES",
+    "POLICY",
+    "WINDOW",
     "Bench",
     "Carried",
     "EndOfScript",

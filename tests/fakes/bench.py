@@ -9,9 +9,17 @@ from typing import Any
 
 import msgspec
 
-from adapter import media, window
-from adapter.bindings.registry import Bindings, is_anew
-from adapter.contexts import Contexts, Peer
+from adapter import media
+from adapter.bindings.registry import Bindings
+from adapter.conversation.actor import ConversationDeps
+from adapter.conversation.commands import Limits
+from adapter.conversation.conversations import Conversations
+from adapter.conversation.record import ConversationRecord, SendWindow
+from adapter.conversation.rules import SendPolicy
+from adapter.conversation.slots import SendSlots
+from adapter.conversation.store import ConversationStore
+from adapter.conversation.uploads import Uploads
+from adapter.conversation.window import WindowPolicy
 from adapter.errors import LeaseLost
 from adapter.events import Events
 from adapter.ilink.translate import read_message
@@ -21,17 +29,13 @@ from adapter.inbound.fetching import Downloads, Fetching
 from adapter.inbound.recall import Recall
 from adapter.inbound.sessions import Incoming, Waiting
 from adapter.metrics import Metrics
-from adapter.names import Names, peer_key, shard_of, token_of
-from adapter.outbound.commands import Command, Limits
-from adapter.outbound.former_bots import FormerBots
+from adapter.names import Names, conversation_key, shard_of, token_of
+from adapter.outbound.processor import OutboundDeps, ShardCommandProcessor
 from adapter.outbound.receipts import Receipts
-from adapter.outbound.sending import Send, Sending
-from adapter.outbound.settling import Outgoing
-from adapter.outbound.shard import Shard
-from adapter.outbound.typing_indicator import Showing
-from adapter.outbound.uploads import Uploads
+from adapter.outbound.sessions import BotSessions
+from adapter.outbound.typing_indicator import TypingDeps
 from adapter.ports import Account, Stored
-from adapter.records import Binding, Context, Cursor
+from adapter.records import Binding, Cursor
 from adapter.seal import Sealer
 from adapter.timing import Beat, Pace, Turns
 from tests.fakes.bus import FakeBucket, FakeBus, FakeCoreBus, FakeDelivery, Kept
@@ -41,8 +45,9 @@ from tests.fakes.media import FakeCdn, FakeObjects
 from tests.fakes.replicas import FakeLeases
 
 LIMITS = Limits(command_bytes=262_144, text_chars=4000, parts=10, park_ms=72 * 3_600_000)
-RULES = window.Rules(sends=10, hours=23.0, cooldown_s=3600.0)
+WINDOW = WindowPolicy(sends=10, hours=23.0, cooldown_s=3600.0, low=0)
 GAP_S = 1.5
+POLICY = SendPolicy(window=WINDOW, gap_ms=int(GAP_S * 1000), attempts=3, merge_chars=0)
 MEDIA_BYTES = 100_000
 
 
@@ -62,10 +67,10 @@ class Bench:
         self.bus: FakeBus = world.bus if world else FakeBus(self.names, self.clock)
         self.chat: FakeChat = world.chat if world else FakeChat(self.clock)
         self.cursors: FakeBucket = world.cursors if world else FakeBucket("cursor", self.bus.writes)
-        self.contexts_bucket: FakeBucket = world.contexts_bucket if world else FakeBucket("token", self.bus.writes)
+        self.conversation_bucket: FakeBucket = (
+            world.conversation_bucket if world else FakeBucket("conversation", self.bus.writes)
+        )
         self.bindings_bucket: FakeBucket = world.bindings_bucket if world else FakeBucket("binding", self.bus.writes)
-        self.quotes: FakeBucket = world.quotes if world else FakeBucket("quote", self.bus.writes)
-        self.typing: FakeBucket = world.typing if world else FakeBucket("typing", self.bus.writes)
         self.cdn: FakeCdn = world.cdn if world else FakeCdn()
         self.objects: FakeObjects = world.objects if world else FakeObjects(self.bus.writes)
         self.uploads = Uploads(self.cdn, self.objects, self.clock, max_bytes=MEDIA_BYTES)
@@ -73,38 +78,39 @@ class Bench:
         """By shard: what waits for media. A shard that has none counts as not this replica's."""
         self.core = FakeCoreBus()
         self.metrics = metrics or Metrics()
-        self.recall = Recall(self.quotes, self.bus, self.names, self.metrics)
         self.leases = FakeLeases(incarnation)
         self.bindings = Bindings(self.bindings_bucket)
         for entry in self.bindings_bucket.entries.values():
             self.bindings._see(entry)
         self.bindings_bucket._followers.append(self.bindings._see)
         self.bindings.loaded = True
-        self.contexts = Contexts(self.contexts_bucket, self._fence)
+        self.store = ConversationStore(self.conversation_bucket)
+        self.processors: dict[int, ShardCommandProcessor] = {}
+        """By shard: those that work here."""
+        self.conversations = Conversations(self.store, self.open_shard, self._ensure_served, self.clock, POLICY)
+        self.recall = Recall(self.conversations, self.bus, self.names, self.metrics)
         self.events = Events(self.bus, self.names, self.clock, self.metrics)
-        self.receipts = Receipts(self.events, self.bus, self.names, self.clock, self.metrics)
-        self.former_bots = FormerBots(self.bus, self.names, self.clock)
+        self.receipts = Receipts(self.events, self.bus, self.names)
         self.sealer = Sealer(())
         self.limits = limits
         self.bus_up = asyncio.Event()
         self.bus_up.set()
-        self.heard: list[tuple[str, str, str]] = []
-        """What the lanes were told."""
-        self.look: Callable[[Peer], None] = lambda peer: None
-        """What watches the windows."""
-        self.adopted: list[str] = []
+        self.changed_sessions: list[str] = []
+        """Sandboxes whose bot's token was tried again, or not any more."""
+        self.polled_now: list[str] = []
+        """Bots whose long poll was to end."""
         self.freed: list[str] = []
         """The bots that other replicas were told of."""
         self.idle: set[tuple[str, str]] = set()
         """Replicas that say that they have no poller of a bot: incarnation and bot."""
         self.stale: set[str] = set()
-        self.lost_logins: list[str] = []
-        self.regained_logins: list[str] = []
+        """Bots whose tokens are being tried again."""
         self.asked_bound = 0
-        self.bound_yet: Callable[[], Awaitable[None]] | None = None
+        self.wait_for_pending_binds: Callable[[], Awaitable[None]] | None = None
         self.numbers: Iterator[int] = world.numbers if world else itertools.count(1)
+        self.deliveries: list[FakeDelivery] = world.deliveries if world else []
 
-    def _fence(self, bot: str) -> None:
+    def _ensure_served(self, bot: str) -> None:
         binding = self.bindings.get(bot)
         if binding is None:
             raise LeaseLost("not_bound", bot)
@@ -120,26 +126,24 @@ class Bench:
         await self.bindings.put(binding)
         return binding
 
-    def hears(self, bot: str = "b1@im.bot", user: str = "u1@im.wechat", **fields: Any) -> None:
-        """The user has just written: their window is open."""
-        context = Context(**{"token": "AARz", "inbound_ms": self.clock.now_ms(), "inbound_id": "in:1", **fields})
-        self.contexts_bucket.put(peer_key(bot, user), msgspec.json.encode(context))
+    def hears(self, sandbox: str = "s1", user: str = "u1@im.wechat", **fields: Any) -> None:
+        """The user has just written: their window is open. `fields`: of the window, or of the record."""
+        opened: dict[str, Any] = {"id": "in:1", "opened_ms": self.clock.now_ms()}
+        opened |= {name: fields.pop(name) for name in list(fields) if name in SendWindow.__struct_fields__}
+        record = ConversationRecord(**{"token": "AARz", "bot": "b1@im.bot", "window": SendWindow(**opened), **fields})
+        self.conversation_bucket.put(conversation_key(sandbox, user), msgspec.json.encode(record))
 
-    async def wrote(self, bot: str, user: str, ident: str) -> None:
-        """What a poller stores of a user's message before it is on the bus: another window."""
-        peer = await self.contexts.peer(bot, user)
-        await self.contexts.save(
-            peer,
-            lambda context: window.heard(
-                context, message=ident, token="AARz", now_ms=self.clock.now_ms(), in_flight=peer.in_flight
-            ),
-        )
-
-    def context(self, bot: str = "b1@im.bot", user: str = "u1@im.wechat") -> Context:
+    def record(self, sandbox: str = "s1", user: str = "u1@im.wechat") -> ConversationRecord:
         """The record as the bucket has it."""
-        entry = self.contexts_bucket.entries[peer_key(bot, user)]
+        entry = self.conversation_bucket.entries[conversation_key(sandbox, user)]
         assert entry.value is not None
-        return msgspec.json.decode(entry.value, type=Context)
+        return msgspec.json.decode(entry.value, type=ConversationRecord)
+
+    async def wrote(self, ident: str, *, bot: str = "b1@im.bot", user: str = "u1@im.wechat") -> None:
+        """What a poller tells the conversation of a user's message before it is on the bus: another window."""
+        binding = self.bindings.get(bot)
+        assert binding is not None
+        await self.conversations.hear(binding, user, message=ident, token="AARz", written_ms=0)
 
     def cursor(self, bot: str = "b1@im.bot") -> Cursor:
         entry = self.cursors.entries[token_of(bot)]
@@ -163,120 +167,100 @@ class Bench:
         payload = msgspec.json.encode(body) if data is None else data
         seq, now_ms = next(self.numbers), self.clock.now_ms()
         stream = self.bus.stream_of(subject)
-        self.bus.kept.append(Kept(stream, Stored(subject, seq, headers or {}, payload), now_ms))
-        return FakeDelivery(subject, payload, seq=seq, time_ms=now_ms, headers=headers, suspect=suspect)
+        self.bus.kept.append(Kept(stream, Stored(subject, seq, headers or {}, payload, now_ms), now_ms))
+        delivery = FakeDelivery(subject, payload, seq=seq, time_ms=now_ms, headers=headers, suspect=suspect)
+        self.deliveries.append(delivery)
+        return delivery
 
-    def sending(self, **changes: Any) -> Sending:
-        sending = Sending(
-            chat=self.chat,
-            contexts=self.contexts,
-            clock=self.clock,
-            metrics=self.metrics,
-            rules=RULES,
-            slots=asyncio.Semaphore(8),
-            attempts=3,
-            empty_is_success=False,
-            answer_s=15.0,
-            continue_text="",
-            text_chars=LIMITS.text_chars,
-            look=self.look,
-            note=self.recall.note,
-        )
-        return sending._replace(**changes)
+    def redeliver(self, processor: ShardCommandProcessor) -> None:
+        """What was not acknowledged comes again, to the next owner, as the bus has it."""
+        for delivery in [one for one in self.deliveries if not one.acks]:
+            stored = next(one for one in self.bus.found("OUT") if one.seq == delivery.seq)
+            again = FakeDelivery(
+                stored.subject,
+                stored.data,
+                seq=stored.seq,
+                time_ms=delivery.time_ms,
+                headers=dict(stored.headers),
+                suspect=True,
+            )
+            self.deliveries.append(again)
+            self.deliveries.remove(delivery)
+            processor.intake.on_delivery(again)
 
-    def send(self, command: Command, peer: Peer, *, check: Callable[[], None] = lambda: None, **changes: Any) -> Send:
-        """A send as a lane makes it, without its pauses between two; `changes` are those of `sending`."""
+    def outbound(self, **changes: Any) -> OutboundDeps:
+        """`changes`: of the dependencies, of the send policy, or of the window's."""
 
-        async def pace() -> None:
-            return None
-
-        return Send(
-            self.sending(**changes),
-            command,
-            peer,
-            Account(peer.bot, "secret", ""),
-            pause=asyncio.sleep,
-            pace=pace,
-            check=check,
-            upload=self.uploads.bring,
-        )
-
-    def outgoing(self, **changes: Any) -> Outgoing:
-        async def stale_on_send(binding: Binding, detail: str) -> None:
-            self.lost_logins.append(binding.bot)
-
-            def dead(now: Binding) -> Binding:
-                return msgspec.structs.replace(now, state="needs_login")
-
-            await self.bindings.change(binding.bot, dead)
-
-        async def alive_on_send(binding: Binding) -> None:
-            self.regained_logins.append(binding.bot)
-
-            def alive(now: Binding) -> Binding:
-                return msgspec.structs.replace(now, state="active")
-
-            await self.bindings.change(binding.bot, alive)
-
-        async def bound_yet() -> None:
+        async def wait_for_pending_binds() -> None:
             self.asked_bound += 1
-            if self.bound_yet is not None:
-                await self.bound_yet()
+            if self.wait_for_pending_binds is not None:
+                await self.wait_for_pending_binds()
 
-        outgoing = Outgoing(
-            sending=self.sending(),
-            uploads=self.uploads,
-            bus=self.bus,
-            history=self.bus,
+        window = WINDOW._replace(**{k: changes.pop(k) for k in list(changes) if k in WindowPolicy._fields})
+        policy = POLICY._replace(window=window)
+        policy = policy._replace(**{k: changes.pop(k) for k in list(changes) if k in SendPolicy._fields})
+        deps = OutboundDeps(
+            conversation=ConversationDeps(
+                store=self.store,
+                chat=self.chat,
+                uploads=self.uploads,
+                slots=SendSlots(8, share=8),
+                policy=policy,
+                clock=self.clock,
+                metrics=self.metrics,
+                turns=Turns(4),
+            ),
             bindings=self.bindings,
-            former=self.former_bots,
             leases=self.leases,
             receipts=self.receipts,
+            events=self.events,
+            history=self.bus,
+            sessions=BotSessions(self.bindings, self.chat, self._account, lambda: self),
+            typing=self.typing(),
             names=self.names,
             limits=self.limits,
-            account=lambda binding: Account(binding.bot, binding.token, binding.base_url),
-            stale=lambda bot: bot in self.stale,
-            stale_on_send=stale_on_send,
-            alive_on_send=alive_on_send,
-            bound_yet=bound_yet,
-            gap_s=GAP_S,
-            parked_per_user=100,
-            parked_per_sandbox=150,
-            merge_chars=0,  # what is parked goes one by one, unless a test says otherwise
-            stale_retry_s=(5.0, 30.0, 300.0),
-            grace_s=1.0,
-            turns=Turns(4),
-            loading=asyncio.Semaphore(2),
-            showing=self.showing(),
+            account=self._account,
+            wait_for_pending_binds=wait_for_pending_binds,
         )
-        return outgoing._replace(**changes)
+        return deps._replace(**changes)
 
-    def showing(self, **changes: Any) -> Showing:
-        showing = Showing(
+    def typing(self, **changes: Any) -> TypingDeps:
+        deps = TypingDeps(
             chat=self.chat,
-            contexts=self.contexts,
             bindings=self.bindings,
-            bucket=self.typing,
             clock=self.clock,
-            account=lambda binding: Account(binding.bot, binding.token, binding.base_url),
-            stale=lambda bot: bot in self.stale,
+            account=self._account,
+            stale=self.is_stale,
             check=self.leases.check,
             longest_s=300.0,
         )
-        return showing._replace(**changes)
+        return deps._replace(**changes)
 
-    def shard(self, sandbox: str = "s1", **changes: Any) -> Shard:
-        """The lanes of a sandbox's shard, told of changed bindings as the supervisor tells them."""
+    @staticmethod
+    def _account(binding: Binding) -> Account:
+        return Account(binding.bot, binding.token, binding.base_url)
+
+    def is_stale(self, bot: str) -> bool:
+        return bot in self.stale
+
+    def poll_now(self, bot: str) -> None:
+        self.polled_now.append(bot)
+
+    def processor(self, sandbox: str = "s1", **changes: Any) -> ShardCommandProcessor:
+        """The processor of a sandbox's shard, told of changed bindings as the supervisor tells it."""
         number = shard_of(sandbox)
-        shard = Shard(number, self.outgoing(**changes))
+        processor = self.processors[number] = ShardCommandProcessor(number, self.outbound(**changes))
 
         def on_change(bot: str, before: Binding | None, after: Binding | None) -> None:
             for name in {binding.sandbox for binding in (before, after) if binding is not None}:
                 if shard_of(name) == number:
-                    shard.rebound(name, anew=is_anew(before, after))
+                    processor.on_binding(name)
 
         self.bindings.listen(on_change)
-        return shard
+        return processor
+
+    async def open_shard(self, sandbox: str) -> ShardCommandProcessor | None:
+        return self.processors.get(shard_of(sandbox))
 
     purges = 0
     """How often cursors were seen to have vanished."""
@@ -300,7 +284,7 @@ class Bench:
             bus=self.bus,
             history=self.bus,
             cursors=self.cursors,
-            contexts=self.contexts,
+            conversations=self.conversations,
             bindings=self.bindings,
             leases=self.leases,
             events=self.events,
@@ -308,12 +292,8 @@ class Bench:
             clock=self.clock,
             metrics=self.metrics,
             names=self.names,
-            rules=RULES,
             recall=self.recall,
-            look=self.look,
-            adopt=self.adopted.append,
-            heard=lambda sandbox, bot, user: self.heard.append((sandbox, bot, user)),
-            revived=lambda sandbox, bot, user: self.heard.append((sandbox, bot, user)),
+            session_changed=self.changed_sessions.append,
             waiting=waiting,
             raw_bots=raw_bots(self.bus, self.names),
             writable=writable,

@@ -11,7 +11,7 @@ import msgspec
 from adapter.contract import BindingEvent, Inbound, Receipt
 from adapter.errors import BusRefused, Conflict, Temporary
 from adapter.jetstream.publisher import LATE_S
-from adapter.names import H_MSG_ID, Names
+from adapter.names import H_EXPECTED, H_MSG_ID, Names
 from adapter.ports import Entry, Message, PubAck, Stored
 from tests.fakes.clock import FakeClock
 
@@ -25,7 +25,7 @@ class Kept(NamedTuple):
 
 
 class FakeBus:
-    """Implements Bus and History: streams in memory, with the server's rules about ids and order."""
+    """Implements Bus and Archive: streams in memory, with the server's rules about ids and order."""
 
     def __init__(self, names: Names, clock: FakeClock) -> None:
         self.kept: list[Kept] = []
@@ -66,8 +66,14 @@ class FakeBus:
                 message.fence()
             if message.late is not None and self._clock.monotonic() - began > LATE_S:
                 message.late()
-            acks.append(self.refuse(message) or self._store(message))
+            acks.append(self.refuse(message) or self._conflict(message) or self._store(message))
         return acks
+
+    def _conflict(self, message: Message) -> Conflict | None:
+        if (expected := message.headers.get(H_EXPECTED)) is None:
+            return None
+        last = [kept.stored.seq for kept in self.kept if kept.stored.subject == message.subject]
+        return None if int(expected) == (last[-1] if last else 0) else Conflict(10071, "wrong last sequence")
 
     def _store(self, message: Message) -> PubAck:
         stream = self.stream_of(message.subject)
@@ -114,6 +120,21 @@ class FakeBus:
         found = [stored async for stored in self.read(stream, subject)]
         return found[-1] if found else None
 
+    async def last_of_each(self, stream: str, subjects: Sequence[str]) -> list[Stored]:
+        found = [await self.last(stream, subject) for subject in subjects]
+        return [stored for stored in found if stored is not None]
+
+    async def newest(self, stream: str, subject: str, *, count: int, before: int | None = None) -> list[Stored]:
+        found = [stored async for stored in self.read(stream, subject) if before is None or stored.seq < before]
+        return found[::-1][:count]
+
+    async def get(self, stream: str, seq: int) -> Stored | None:
+        await asyncio.sleep(0)
+        if self.unreadable:
+            self.unreadable -= 1
+            raise Temporary("bus_down")
+        return next((k.stored for k in self.kept if (k.stream, k.stored.seq) == (stream, seq)), None)
+
     async def counts(self, stream: str, subject: str) -> dict[str, int]:
         found: dict[str, int] = {}
         async for stored in self.read(stream, subject):
@@ -135,7 +156,7 @@ class FakeBus:
         self._ids.clear()
 
     def found(self, kind: str) -> list[Stored]:
-        """What a stream holds: IN, EVENT, PARKED, DEAD, OUT."""
+        """What a stream holds: IN, EVENT, DEAD, OUT."""
         stream = f"{self._names.prefix.upper()}_{kind}"
         return [kept.stored for kept in self.kept if kept.stream == stream]
 
@@ -146,7 +167,7 @@ class FakeBus:
         return [
             msgspec.json.decode(stored.data, type=Receipt)
             for stored in self.found("EVENT")
-            if stored.subject.endswith(".receipt")
+            if ".receipt." in stored.subject
         ]
 
     def events(self) -> list[BindingEvent]:

@@ -93,7 +93,7 @@ class FakeChat:
         self.hold_sends: dict[str, asyncio.Event] = {}
         """Sends to these users get no answer before the event."""
         self.overlaps = 0
-        """Sends to one user that were out at once: must stay 0."""
+        """Sends of one conversation that were out at once: must stay 0."""
         self.taken: dict[str, Sent] = {}
         """What the phone shows, or may show where there was no answer: each client_id once."""
         self.on_send: Callable[[Sent], Awaitable[None]] | None = None
@@ -106,7 +106,7 @@ class FakeChat:
         self.typing_answers: deque[Exception | bool] = deque()
         """Answers to sendtyping; without one it is done."""
         self._clock = clock
-        self._out: set[str] = set()
+        self._out: set[tuple[str, ...]] = set()
 
     async def poll(self, account: Account, cursor: str, hold_ms: int) -> Polled | None:
         assert not self.polling, "two polls at once"
@@ -148,10 +148,14 @@ class FakeChat:
         now = self._clock.monotonic()
         return await self._send(Sent(account.bot, user, text, client_id, context_token, now, media))
 
+    def conversation_of(self, sent: Sent) -> tuple[str, ...]:
+        """Within which no two sends may be out at once."""
+        return sent.bot, sent.user
+
     async def _send(self, sent: Sent) -> Accepted:
-        user = sent.user
-        self.overlaps += user in self._out
-        self._out.add(user)
+        user, chat = sent.user, self.conversation_of(sent)
+        self.overlaps += chat in self._out
+        self._out.add(chat)
         self.sent.append(sent)
         try:
             if self.on_send is not None:
@@ -163,7 +167,7 @@ class FakeChat:
             self.taken.setdefault(sent.client_id, sent)
             raise
         finally:
-            self._out.discard(user)
+            self._out.discard(chat)
         script = self.sends_to.get(user) or self.sends
         answer = script.popleft() if script else Accepted(f"m{len(self.sent)}", 0, None, "")
         if not isinstance(answer, Exception) or isinstance(answer, Uncertain):

@@ -22,6 +22,16 @@ from yarl import URL
 from adapter import contract, logs, media
 from adapter.console import server
 from adapter.contract import Bind, Inbound, MediaPiece, MediaQuery, Unbind
+from adapter.conversation.commands import (
+    Limits,
+    client_id,
+    command_id,
+    decode_command,
+    read_command,
+    salvage_ids,
+    sandbox_of,
+)
+from adapter.conversation.split import MAX_BYTES, is_open, split, to_plain
 from adapter.dedup import Seen
 from adapter.errors import AdapterError, Refused, Uncertain, Unreadable
 from adapter.headers import HEADER_CHARS, HEADERS_KEPT, passed_on
@@ -32,19 +42,7 @@ from adapter.ilink.connection import Connection
 from adapter.ilink.protocol import Reply
 from adapter.ilink.translate import read_message
 from adapter.ilink.unpack import PackedBadly, Unpacker
-from adapter.names import Names, is_inbox, peer_key, peer_of, text_of, token_of
-from adapter.outbound.commands import (
-    Limits,
-    client_id,
-    command_id,
-    joins,
-    merge,
-    peek,
-    read_command,
-    remains,
-    sandbox_of,
-)
-from adapter.outbound.split import MAX_BYTES, is_open, split, to_plain
+from adapter.names import Names, conversation_key, is_inbox, text_of, token_of, user_of_key
 from adapter.ports import Scan
 from adapter.seal import Sealer
 from tests.fakes import Wire
@@ -70,8 +68,10 @@ class Target(NamedTuple):
 def command(data: bytes) -> None:
     """wechat.out.<sandbox>, and what is parked: read, cut, merged; its parts fit into one request each."""
     try:
-        body = peek(data, LIMITS)
-        read = read_command(body, sandbox="s1", ident=command_id(body.id, "", "", 7), time_ms=1, limits=LIMITS)
+        body = decode_command(data, LIMITS)
+        read = read_command(
+            body, sandbox="s1", ident=command_id(body.id, "", "", 7), sequence=7, time_ms=1, limits=LIMITS
+        )
     except (Unreadable, Refused) as exc:
         assert len(exc.detail) < 1000
         contract.Receipt(command="c", sandbox="s1", outcome="refused", reason=exc.reason, detail=exc.detail)
@@ -81,20 +81,19 @@ def command(data: bytes) -> None:
     assert len(texts) <= LIMITS.parts
     assert read.expires_ms - read.stored_ms <= LIMITS.park_ms
     item = protocol.text_item("".join(texts))
-    protocol.message_request("t", 1, item, user=read.user, client_id=client_id(read, 0), context_token="c")
-    if joins([], read, 3000):
-        assert merge([read]) == read
-    NAMES.parked(1, peer_key(read.bot, read.user)).encode("ascii")
+    protocol.message_request("t", 1, item, user=read.user, client_id=client_id(read.client, 0), context_token="c")
+    conversation_key(read.sandbox, read.user).encode("ascii")
+    NAMES.receipt(read.sandbox, read.id).encode("ascii")
 
 
 def routed(data: bytes) -> None:
     """Plain wechat.out."""
     try:
-        sandbox = sandbox_of(peek(data, LIMITS))
+        sandbox = sandbox_of(decode_command(data, LIMITS))
     except Refused:
         return
     except Unreadable:
-        left = remains(data, LIMITS)
+        left = salvage_ids(data, LIMITS)
         assert len(left.id or "") <= 128
         sandbox = left.sandbox or "none"
     assert re.fullmatch(r"[a-z0-9_-]{1,64}", sandbox)
@@ -318,8 +317,7 @@ def names(data: bytes) -> None:
     """Subjects, keys and tokens."""
     text = data.decode("utf-8", "replace")
     assert text_of(token_of(text)) == text
-    bot, _, user = text.partition("/")
-    assert peer_of(peer_key(bot, user)) == (bot, user)
+    assert user_of_key(conversation_key("s1", text)) == text
     if is_inbox(text):
         assert text.startswith("_INBOX")
         assert not set(text) & set(" \t\r\n*>\x00")

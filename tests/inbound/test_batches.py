@@ -9,14 +9,14 @@ import pytest
 from structlog.testing import capture_logs
 
 from adapter.contract import UnsupportedItem
+from adapter.conversation.record import CommandRef, SendProgress
 from adapter.errors import AdapterError, BusRefused, Temporary
 from adapter.inbound.batches import store
 from adapter.inbound.cursors import acquire
 from adapter.inbound.inbox import LARGE
 from adapter.inbound.sessions import Session
-from adapter.names import H_MSG_ID, peer_key
+from adapter.names import H_MSG_ID, conversation_key
 from adapter.ports import Message, Polled
-from adapter.records import Hand
 from tests.fakes import EPOCH_MS, Bench, batch, ready, settle
 from tests.inbound.pollers import BOT, USER, Poller, polls, raw, tended, texts
 
@@ -26,7 +26,7 @@ VIRTUAL_TIME = True
 async def test_a_batch_is_stored_in_order_before_the_next_poll() -> None:
     bench = await ready(batch(raw("one", 1), raw("two", 2), cursor="b"), batch(raw("three", 3), cursor="c"))
     await polls(bench)
-    assert bench.bus.writes == ["token", "in", "in", "cursor", "token", "in", "cursor"]
+    assert bench.bus.writes == ["conversation", "in", "in", "cursor", "conversation", "in", "cursor"]
     assert bench.chat.asked == ["", "b", "c"]
     assert texts(bench) == ["one", "two", "three"]
 
@@ -41,38 +41,18 @@ async def test_a_message_says_who_what_when_and_what_may_be_answered() -> None:
     assert (inbound.sandbox, inbound.bot, inbound.user, inbound.text) == ("s1", BOT, USER, "hello")
     assert inbound.sent_at_ms == EPOCH_MS + 1
     assert inbound.window.remaining == 10
-    assert inbound.window.closes_at_ms == bench.context().inbound_ms + 23 * 3_600_000
+    assert inbound.window.closes_at_ms == bench.record().window.opened_ms + 23 * 3_600_000
 
 
 async def test_the_newest_token_is_there_before_the_sandbox_can_answer() -> None:
     bench = await ready(batch(raw(number=1), raw(number=2), raw(number=3, context_token=None)))
 
     async def look(message: Message) -> None:
-        assert bench.context().token == "token-2"
+        assert bench.record().token == "token-2"
 
     bench.bus.on_publish = look
     await polls(bench)
     assert len(bench.bus.inbound()) == 3
-
-
-async def test_the_lane_knows_that_the_user_wrote_before_the_sandbox_can_answer() -> None:
-    """Else typing that begins with the message would be shown after an answer that came at once."""
-    bench = await ready(batch(raw()))
-
-    async def look(message: Message) -> None:
-        assert bench.heard == [("s1", BOT, USER)]
-
-    bench.bus.on_publish = look
-    await polls(bench)
-    assert texts(bench) == ["hello"]
-
-
-async def test_who_watches_the_windows_is_asked_to_look_once_the_window_is_stored() -> None:
-    bench = await ready(batch(raw(), raw("more", 2)))
-    seen: list[str] = []
-    bench.look = lambda peer: seen.append(f"{peer.user} {bench.context().inbound_id == peer.context.inbound_id}")
-    await polls(bench)
-    assert seen == [f"{USER} True"]
 
 
 async def test_the_order_in_a_batch_is_ilinks_whatever_seq_and_time_say() -> None:
@@ -140,9 +120,8 @@ async def test_a_repeat_opens_no_new_window(poller: Poller) -> None:
     poller(bench)
     await settle()
     await asyncio.sleep(0.01)
-    peer = await bench.contexts.peer(BOT, USER)
     await asyncio.sleep(5)
-    assert peer.context.inbound_id == f"in:{BOT}:m7497484083968569001"
+    assert bench.record().window.id == f"in:{BOT}:m7497484083968569001"
 
 
 async def test_the_bots_own_words_are_dropped() -> None:
@@ -186,7 +165,10 @@ async def test_what_was_written_in_a_group_is_kept_and_told_to_nobody() -> None:
     assert [dead.data for dead in bench.bus.found("DEAD")] == [strange, theirs]
     assert {dead.headers["Wechat-Reason"] for dead in bench.bus.found("DEAD")} == {"group"}
     assert [binding.user for binding in bench.bindings] == [USER]
-    assert (bench.context().token, list(bench.contexts_bucket.entries)) == ("token-3", [peer_key(BOT, USER)])
+    assert (bench.record().token, list(bench.conversation_bucket.entries)) == (
+        "token-3",
+        [conversation_key("s1", USER)],
+    )
 
 
 async def test_what_was_written_in_a_group_is_told_where_a_setting_says_so() -> None:
@@ -233,14 +215,12 @@ async def test_a_bots_user_is_learned_from_their_first_message() -> None:
     binding = bench.bindings.get(BOT)
     assert binding is not None
     assert binding.user == USER
-    assert bench.heard == [("s1", BOT, USER)]
 
 
 async def test_two_users_of_a_bot_have_windows_of_their_own() -> None:
     bench = await ready(batch(raw(), raw("hi", 2, from_user_id="u2@im.wechat", context_token="theirs")))
     await polls(bench)
-    assert (bench.context().token, bench.context(user="u2@im.wechat").token) == ("token-1", "theirs")
-    assert bench.heard == [("s1", BOT, USER), ("s1", BOT, "u2@im.wechat")]
+    assert (bench.record().token, bench.record(user="u2@im.wechat").token) == ("token-1", "theirs")
 
 
 async def frozen_with(bench: Bench, *batches: Polled, other: Bench | None, given: tuple[bytes, ...] = ()) -> None:
@@ -305,7 +285,7 @@ async def test_who_was_frozen_for_a_moment_goes_on_where_it_was() -> None:
 
 
 @pytest.mark.parametrize("problem", [Temporary("bus_down"), BusRefused(10054, "too large")], ids=["away", "refuses"])
-@pytest.mark.parametrize("bucket", ["contexts_bucket", "cursors"])
+@pytest.mark.parametrize("bucket", ["conversation_bucket", "cursors"])
 async def test_a_batch_in_hand_is_retried_until_the_bus_takes_it(
     poller: Poller, bucket: str, problem: AdapterError
 ) -> None:
@@ -327,20 +307,19 @@ async def test_a_batch_in_hand_is_retried_until_the_bus_takes_it(
     assert bench.chat.asked == ["", "b"]
 
 
-@pytest.mark.parametrize(("lingering", "used"), [(True, 1), (False, 0)], ids=["given away", "own"])
-async def test_a_request_that_a_shards_next_owner_may_have_out_counts_in_the_new_window(
-    lingering: bool, used: int
-) -> None:
+async def test_a_request_that_a_shards_next_owner_may_have_out_counts_in_the_new_window() -> None:
     """Its last poll is told here, and its commands are sent there already: an eleventh would leave."""
     bench = await ready()
-    bench.hears(used=3, hand=Hand(command="c1", client="c1", sandbox="s1", tried=1, counted_in="in:1"))
+    head = SendProgress(
+        commands=[CommandRef(sequence=1, stored_ms=1, id="c1")], client_id_base="c1", bot=BOT, unanswered_attempts=1
+    )
+    bench.hears(sends_used=3, head=head)
     session = Session(BOT)
     needs = bench.incoming()
     place = await acquire(session, needs)
     assert place is not None
-    session.lingering = lingering
     await store(session, batch(raw("one more")), place, needs)
-    assert bench.context().used == used
+    assert bench.record().window.sends_used == 1
 
 
 async def test_a_message_for_a_bot_that_was_unbound_while_it_came_is_a_dead_letter() -> None:

@@ -14,9 +14,9 @@ from adapter.inbound.batches import store
 from adapter.inbound.cursors import NEWEST, acquire, apart_key, give_back, put_back, raw_bots, write_cursor
 from adapter.inbound.poller import poll_forever, tend
 from adapter.inbound.sessions import Session
-from adapter.names import peer_key, token_of
+from adapter.names import conversation_key, token_of
 from adapter.ports import Entry, Message
-from adapter.records import Context, Cursor
+from adapter.records import Cursor
 from adapter.seal import Sealer, cursor_context
 from tests.fakes import Bench, EndOfScript, Failing, FakeBus, FakeLeases, batch, ready, settle
 from tests.inbound.pollers import BOT, KEY, USER, Poller, polls, raw, tended, texts
@@ -53,14 +53,17 @@ async def test_a_replay_after_a_crash_before_the_cursor_is_told_once() -> None:
 async def test_a_replay_after_a_crash_gives_no_sends_back() -> None:
     bench = await ready(batch(raw("ok")))
     await polls(bench)
-    used = replace(bench.context(), used=7)
-    bench.contexts_bucket.put(peer_key(BOT, USER), msgspec.json.encode(used))
+    record = bench.record()
+    bench.conversation_bucket.put(
+        conversation_key("s1", USER),
+        msgspec.json.encode(replace(record, window=replace(record.window, sends_used=7))),
+    )
     bench.cursors.put(KEY, msgspec.json.encode(Cursor()))
 
     heir = Bench(bench, incarnation="heir-1")
     bench.chat.polls.append(batch(raw("ok")))
     await polls(heir)
-    assert heir.context().used == 7
+    assert heir.record().window.sends_used == 7
 
 
 async def test_a_new_owner_waits_until_the_old_one_has_stopped(poller: Poller) -> None:
@@ -86,16 +89,13 @@ async def test_a_new_owner_that_is_not_told_finds_out(poller: Poller) -> None:
 
 
 async def test_who_wrote_to_the_owner_before_may_be_answered_by_the_new_one(poller: Poller) -> None:
-    """The lanes here looked at the user's window before the other replica stored the last words it waited for."""
+    """The conversation here read the record before the other replica stored the last words that it waited for."""
     bench = await ready()
-    peer = await bench.contexts.peer(BOT, USER)
-    bench.contexts_bucket.put(
-        peer_key(BOT, USER), msgspec.json.encode(Context(token="t", inbound_ms=5, inbound_id="in:1"))
-    )
+    actor = await bench.processor().conversation(bench.bindings.of_sandbox("s1")[0], USER)
+    bench.hears(token="t", id="in:2")
     poller(bench)
     await asyncio.sleep(1)
-    assert bench.heard == [("s1", BOT, USER)]
-    assert peer.context.token == "t"
+    assert (actor.state.record.token, actor.state.record.window.id) == ("t", "in:2")
 
 
 async def test_a_new_owner_takes_over_from_one_that_is_proven_dead(poller: Poller) -> None:
@@ -303,7 +303,7 @@ async def test_what_stands_apart_may_vanish_or_change_and_nothing_is_forgotten(l
 
 @pytest.mark.parametrize("value", [b"\xff\xfe", b"garbage", b"[" * 5000], ids=["no text", "no JSON", "too deep"])
 @pytest.mark.parametrize("when", ["before", "while it polls", "with an answer in hand"])
-@pytest.mark.parametrize("what", ["cursor", "seen apart", "context"])
+@pytest.mark.parametrize("what", ["cursor", "seen apart", "conversation"])
 async def test_what_nobody_can_read_in_a_bot_s_records_is_written_over(what: str, when: str, value: bytes) -> None:
     """By another hand. It held the bot up for ever, and what had just come for it was dropped."""
     bench = await ready(*EVERYTHING)
@@ -311,7 +311,7 @@ async def test_what_nobody_can_read_in_a_bot_s_records_is_written_over(what: str
     bucket, key = {
         "cursor": (bench.cursors, KEY),
         "seen apart": (bench.cursors, apart_key(BOT)),
-        "context": (bench.contexts_bucket, peer_key(BOT, USER)),
+        "conversation": (bench.conversation_bucket, conversation_key("s1", USER)),
     }[what]
 
     async def spoil(message: Message) -> None:
@@ -342,7 +342,7 @@ async def test_what_nobody_can_read_in_a_bot_s_records_is_written_over(what: str
     assert [line["event"] for line in logs if "crashed" in line["event"]] == []
     assert what == "seen apart" or bucket.entries[key].value != value
     if when == "before" or what == "cursor":
-        assert {line["event"] for line in logs} & {"cursor.unreadable", "context.unreadable"}
+        assert {line["event"] for line in logs} & {"cursor.unreadable", "conversation.unreadable"}
 
 
 async def test_after_a_purge_everything_seen_is_in_the_record() -> None:

@@ -6,7 +6,6 @@ import asyncio
 import hashlib
 from typing import Any
 
-import msgspec
 import pytest
 from structlog.testing import capture_logs
 
@@ -73,7 +72,7 @@ async def test_the_raw_message_is_stored_before_the_cursor_and_gone_after_it_is_
     bench.cdn.has("p1", gate, PNG)
     replica = await run(bench)
     await asyncio.sleep(1)
-    assert bench.bus.writes[-3:] == ["token", "raw", "cursor"]
+    assert bench.bus.writes[-3:] == ["conversation", "raw", "cursor"]
     assert (said(bench), waiting(bench), bench.chat.asked) == ([], 1, ["", "b"])
     gate.set()
     await asyncio.sleep(1)
@@ -86,7 +85,7 @@ async def test_messages_without_media_wait_for_nothing_and_cost_no_more_than_bef
     bench = await ready(batch(words(1), words(2)))
     replica = await run(bench)
     await asyncio.sleep(1)
-    assert bench.bus.writes[-4:] == ["token", "in", "in", "cursor"]
+    assert bench.bus.writes[-4:] == ["conversation", "in", "in", "cursor"]
     assert "raw" not in bench.bus.writes
     await replica.leave()
 
@@ -114,29 +113,13 @@ async def test_once_nothing_waits_messages_go_the_short_way_again() -> None:
     await replica.leave()
 
 
-async def test_the_lanes_are_told_at_once_and_again_before_the_message_is_on_the_bus() -> None:
-    """What is parked need not wait for a picture; typing is shown when the sandbox reads, and ends with an
-    answer that comes at once."""
-    bench = await ready(batch(image(1), words(2)))
-    gate = asyncio.Event()
-    bench.cdn.has("p1", gate, PNG)
-    heard: list[int] = []
-    replica = await run(bench, heard=lambda *who: heard.append(len(said(bench))))
-    await asyncio.sleep(1)
-    assert heard == [0]
-    gate.set()
-    await asyncio.sleep(1)
-    assert heard == [0, 0, 1]
-    await replica.leave()
-
-
 async def test_token_and_window_are_there_while_the_picture_is_still_on_its_way() -> None:
     """So that the agent can go on talking, and commands that are parked may go."""
     bench = await ready(batch(image(1)))
     bench.cdn.has("p1", None)
     replica = await run(bench)
     await asyncio.sleep(1)
-    assert (bench.context().token, bench.context().inbound_id) == ("token-1", f"in:{BOT}:m7497484083968569001")
+    assert (bench.record().token, bench.record().window.id) == ("token-1", f"in:{BOT}:m7497484083968569001")
     await replica.leave()
 
 
@@ -146,8 +129,7 @@ async def test_the_window_shown_is_that_of_the_time_of_telling() -> None:
     bench.cdn.has("p1", gate, PNG)
     replica = await run(bench)
     await asyncio.sleep(1)
-    peer = await bench.contexts.peer(BOT, USER)
-    await bench.contexts.save(peer, lambda context: msgspec.structs.replace(context, used=4))
+    bench.hears(sends_used=4)
     gate.set()
     await asyncio.sleep(1)
     (told,) = bench.bus.inbound()

@@ -30,13 +30,6 @@ from tests.inbound.pollers import BOT, KEY, STALE, Poller, polls, raw, tended, t
 VIRTUAL_TIME = True
 
 
-async def test_a_bot_that_is_polled_from_now_on_is_announced(poller: Poller) -> None:
-    bench = await ready()
-    poller(bench)
-    await asyncio.sleep(1)
-    assert bench.adopted == [BOT]
-
-
 async def test_an_empty_answer_with_a_new_cursor_moves_it() -> None:
     bench = await ready(batch(cursor="b"), batch(cursor="b"))
     await polls(bench)

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
 import msgspec
 import pytest
-from structlog.testing import capture_logs
 
 from adapter.contract import FileItem, ImageItem, Inbound, Quote, TextItem
+from adapter.conversation.record import SentText
 from adapter.dedup import Keys
-from adapter.errors import BusRefused, Temporary
 from adapter.inbound.batches import store
 from adapter.inbound.cursors import acquire
 from adapter.inbound.inbox import Heard, publish
-from adapter.inbound.recall import NOTE_BYTES, NOTES, cut, quote_key
 from adapter.inbound.sessions import Session
-from adapter.names import H_IDS, H_MSG_ID
-from adapter.ports import Accepted, Polled, Said
+from adapter.names import H_IDS
+from adapter.ports import Polled, Said
 from adapter.quotes import Part, Reference
-from adapter.records import Spoken
 from tests.fakes import Bench, settle
 
 VIRTUAL_TIME = True
@@ -152,101 +148,26 @@ async def test_an_id_that_is_the_end_of_another_is_none_of_it() -> None:
 
 async def test_what_was_sent_is_found() -> None:
     bench = Bench()
-    bench.recall.note("s1", BOT, USER, "51", "text", "an answer")
+    bench.hears("s1", USER, sent=[SentText(id="51", kind="text", text="an answer")])
     await settle()
     assert await quote_of(bench, says(message="43", quotes="51")) == Quote(
         id="51", text="an answer", said_by="bot", kind="text"
     )
-    assert bench.metrics.value("quote_notes_total", outcome="stored") == 1
 
 
 @pytest.mark.parametrize(("sandbox", "user"), [("s2", USER), ("s1", OTHER)])
 async def test_what_was_sent_from_another_sandbox_or_to_another_user_is_not_shown(sandbox: str, user: str) -> None:
     bench = Bench()
-    bench.recall.note(sandbox, BOT, user, "51", "text", "secret")
+    bench.hears(sandbox, user, sent=[SentText(id="51", kind="text", text="secret")])
     await settle()
     assert await quote_of(bench, says(message="43", quotes="51")) == Quote(id="51")
 
 
 async def test_a_part_of_what_was_sent_is_shown() -> None:
     bench = Bench()
-    bench.recall.note("s1", BOT, USER, "51", "text", "hello hello")
+    bench.hears("s1", USER, sent=[SentText(id="51", kind="text", text="hello hello")])
     await settle()
     assert (await quote_of(bench, says(message="43", quotes="51", part=Part("ello", "h", 0, 1, "")))).text == "ello h"
-
-
-async def test_only_the_beginning_of_a_long_text_is_kept() -> None:
-    bench = Bench()
-    bench.recall.note("s1", BOT, USER, "51", "text", "好" * 4000)
-    await settle()
-    value = bench.quotes.entries[quote_key(BOT, "51")].value
-    assert value is not None
-    kept = msgspec.json.decode(value, type=Spoken).text
-    assert kept == "好" * (NOTE_BYTES // 3)
-    assert "好" not in repr(msgspec.json.decode(value, type=Spoken))
-
-
-def test_a_cut_never_splits_a_character() -> None:
-    assert [cut("a好", size) for size in range(5)] == ["", "a", "a", "a", "a好"]
-
-
-async def test_a_send_that_ilink_took_is_noted_and_one_without_an_id_is_not() -> None:
-    bench = Bench()
-    await bench.bind()
-    bench.hears()
-    shard = bench.shard()
-    bench.chat.sends.extend([Accepted("7497484083968569737", 0, None, ""), Accepted("", 0, None, "")])
-    shard.on_delivery(bench.command(items=[{"kind": "text", "text": "one"}, {"kind": "text", "text": "two"}]))
-    await asyncio.sleep(10)
-    assert list(bench.quotes.entries) == [quote_key(BOT, "7497484083968569737")]
-    assert (await quote_of(bench, says(message="43", quotes="7497484083968569737"))).text == "one"
-
-
-async def test_a_note_that_waits_holds_up_no_send_and_no_more_than_so_many_wait() -> None:
-    bench = Bench()
-    await bench.bind()
-    bench.hears()
-    shard = bench.shard()
-    away = asyncio.Event()
-
-    async def wait(_: str) -> None:
-        await away.wait()
-
-    bench.quotes.on_write = wait
-    for number in range(NOTES + 3):
-        bench.recall.note("s1", BOT, USER, str(number), "text", "t")
-    assert bench.metrics.value("quote_notes_total", outcome="dropped") == 3
-    shard.on_delivery(bench.command("hi", id="c1"))
-    await asyncio.sleep(5)
-    assert [receipt.outcome for receipt in bench.bus.receipts()] == ["accepted"]
-    assert bench.metrics.value("quote_notes_total", outcome="dropped") == 4
-    away.set()
-    await settle()
-    assert bench.metrics.value("quote_notes_total", outcome="stored") == NOTES
-
-
-async def test_a_note_that_is_refused_is_logged_without_its_text() -> None:
-    bench = Bench()
-
-    async def refuse(_: str) -> None:
-        raise BusRefused(10077, "maximum bytes exceeded")
-
-    bench.quotes.on_write = refuse
-    with capture_logs() as logs:
-        bench.recall.note("s1", BOT, USER, "51", "text", "canary")
-        await settle()
-    assert [entry["event"] for entry in logs] == ["quote.unnoted"]
-    assert "canary" not in str(logs)
-    assert bench.metrics.value("quote_notes_total", outcome="failed") == 1
-
-
-async def test_the_same_note_twice_is_one() -> None:
-    """A send that is repeated after a crash gets the same answer."""
-    bench = Bench()
-    for _ in range(2):
-        bench.recall.note("s1", BOT, USER, "51", "text", "an answer")
-        await settle()
-    assert bench.metrics.value("quote_notes_total", outcome="stored") == 2
 
 
 async def test_what_cannot_be_read_now_is_asked_again() -> None:
@@ -254,17 +175,6 @@ async def test_what_cannot_be_read_now_is_asked_again() -> None:
     await hear(bench, says("hello", "41"))
     bench.bus.unreadable = 2
     assert (await quote_of(bench, says(message="43", quotes="41"))).text == "hello"
-
-
-@pytest.mark.parametrize("nonsense", [b"nonsense", b'{"sandbox":"\xff"}'])
-async def test_odd_records_cost_a_quote_its_words_and_nothing_else(nonsense: bytes) -> None:
-    bench = Bench()
-    bench.quotes.put(quote_key(BOT, "51"), nonsense)
-    bench.bus.put("wechat.inbox.s1", nonsense, {H_MSG_ID: f"in:{BOT}:m51"}, "in")
-    heard = Heard(says(message="43", quotes="51"), "s1", BOT, 1, "r")
-    await publish([heard], bench.incoming())
-    quote = msgspec.json.decode(bench.bus.found("IN")[-1].data, type=Inbound).quote
-    assert quote == Quote(id="51")
 
 
 async def test_a_quote_goes_through_a_poll() -> None:
@@ -285,19 +195,3 @@ async def test_a_quote_goes_through_a_poll() -> None:
     by_item = raw(42, "this", ref_msg={"message_item": {"type": 0, "msg_id": 141}})
     await store(session, Polled([by_item], "c", 1), place, needs)
     assert bench.bus.inbound()[-1].quote == Quote(id="141", text="hello", said_by="user", kind="text")
-
-
-async def test_a_bucket_that_cannot_be_read_is_asked_again() -> None:
-    bench = Bench()
-    bench.recall.note("s1", BOT, USER, "51", "text", "an answer")
-    await settle()
-    failures = [Temporary("bus_down"), Temporary("bus_down")]
-    get = bench.quotes.get
-
-    async def fail(key: str) -> Any:
-        if failures:
-            raise failures.pop()
-        return await get(key)
-
-    bench.quotes.get = fail  # type: ignore[method-assign]
-    assert (await quote_of(bench, says(message="43", quotes="51"))).text == "an answer"

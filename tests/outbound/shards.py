@@ -6,8 +6,7 @@ from typing import Any
 
 from adapter.contract import FINAL_OUTCOMES, Receipt
 from adapter.errors import SessionExpired, Throttled, Uncertain
-from adapter.names import H_COMMAND
-from adapter.outbound.shard import Shard
+from adapter.outbound.processor import ShardCommandProcessor
 from adapter.ports import Accepted
 from tests.fakes import Bench
 
@@ -20,24 +19,18 @@ THREE = ("A" * 3000 + "\n\n") * 3
 """A text of three parts."""
 
 
-async def ready(*, is_open: bool = True, **changes: Any) -> tuple[Bench, Shard]:
+async def ready(*, is_open: bool = True, **changes: Any) -> tuple[Bench, ShardCommandProcessor]:
     """One bound user; by default with an open window."""
     bench = Bench()
     await bench.bind()
     if is_open:
         bench.hears()
-    return bench, bench.shard(**changes)
+    return bench, bench.processor(**changes)
 
 
-def keeping_back(bench: Bench) -> Shard:
-    """A shard that keeps two sends of each window back for last words."""
-    return bench.shard(sending=bench.sending(rules=bench.sending().rules._replace(reserve=2)))
-
-
-async def user_writes(bench: Bench, shard: Shard, *, bot: str = BOT, user: str = USER, sandbox: str = "s1") -> None:
-    """What a poller does with a message: a new window, then the news for the lanes."""
-    await bench.wrote(bot, user, f"in:{bench.clock.now_ms()}")
-    shard.heard(sandbox, bot, user)
+async def user_writes(bench: Bench, *, bot: str = BOT, user: str = USER) -> None:
+    """What a poller tells the conversation of a message."""
+    await bench.wrote(f"in:{bench.clock.now_ms()}", bot=bot, user=user)
 
 
 def finals(bench: Bench) -> list[Receipt]:
@@ -49,4 +42,6 @@ def outcomes(bench: Bench) -> list[tuple[str, str, str]]:
 
 
 def parked(bench: Bench) -> list[str]:
-    return [stored.headers[H_COMMAND] for stored in bench.bus.found("PARKED")]
+    """Commands that were parked and have no final receipt yet."""
+    over = {receipt.command for receipt in finals(bench)}
+    return [r.command for r in bench.bus.receipts() if r.outcome == "parked" and r.command not in over]

@@ -10,8 +10,8 @@ import pytest
 
 from adapter.names import H_MSG_ID, shard_of
 from adapter.outbound.backlog import ROOM, SHARE, SHARE_BYTES, Backlog
-from adapter.outbound.settling import GONE_S
-from adapter.outbound.shard import Shard
+from adapter.outbound.ledger import MISSING_CONFIRM_S
+from adapter.outbound.processor import ShardCommandProcessor
 from tests.fakes import Bench, FakeDelivery, settle
 
 VIRTUAL_TIME = True
@@ -109,23 +109,23 @@ def test_what_the_stream_has_no_more_is_forgotten() -> None:
 # in a shard ----------------------------------------------------------------------------------------------
 
 
-async def two_users(**changes: Any) -> tuple[Bench, Shard]:
+async def two_users(**changes: Any) -> tuple[Bench, ShardCommandProcessor]:
     bench = Bench()
     for number, sandbox in ((1, "s1"), (2, OTHER)):
         await bench.bind(bot=f"b{number}@im.bot", user=f"u{number}@im.wechat", sandbox=sandbox)
-        bench.hears(f"b{number}@im.bot", f"u{number}@im.wechat")
-    return bench, bench.shard(**changes)
+        bench.hears(sandbox, f"u{number}@im.wechat", bot=f"b{number}@im.bot")
+    return bench, bench.processor(**changes)
 
 
 async def test_a_user_whose_sends_hang_leaves_room_for_the_others() -> None:
     bench, shard = await two_users()
     bench.chat.hold_sends["u1@im.wechat"] = asyncio.Event()
     for number in range(2000):
-        shard.on_delivery(bench.command(f"t{number}"))
-    shard.on_delivery(bench.command("hi", sandbox=OTHER))
+        shard.intake.on_delivery(bench.command(f"t{number}"))
+    shard.intake.on_delivery(bench.command("hi", sandbox=OTHER))
     await asyncio.sleep(5)
     assert "hi" in bench.chat.texts
-    assert len(shard._in_hand) <= ROOM + SHARE
+    assert sum(bool(one.parts) for actor in shard for one in actor.state.queue) <= ROOM + SHARE
     shard.stop()
 
 
@@ -133,21 +133,21 @@ async def test_a_user_whose_sends_hang_leaves_room_for_the_others() -> None:
 async def test_a_user_whose_sends_hang_leaves_room_for_others_of_the_same_sandbox(queued: int) -> None:
     bench, shard = await two_users()
     await bench.bind(bot="b3@im.bot", user="u3@im.wechat")
-    bench.hears("b3@im.bot", "u3@im.wechat")
+    bench.hears("s1", "u3@im.wechat", bot="b3@im.bot")
     bench.chat.hold_sends["u1@im.wechat"] = asyncio.Event()
     for number in range(queued):
-        shard.on_delivery(bench.command(f"t{number}", user="u1@im.wechat"))
+        shard.intake.on_delivery(bench.command(f"t{number}", user="u1@im.wechat"))
     await asyncio.sleep(5)
-    shard.on_delivery(bench.command("hi", user="u3@im.wechat"))
+    shard.intake.on_delivery(bench.command("hi", user="u3@im.wechat"))
     await asyncio.sleep(5)
     assert "hi" in bench.chat.texts
     shard.stop()
 
 
 async def test_all_of_a_flood_is_worked_off_in_order_also_while_the_bus_stumbles() -> None:
-    bench, shard = await two_users(parked_per_user=2000, parked_per_sandbox=2000)
+    bench, shard = await two_users()
     for number in range(1000):
-        shard.on_delivery(bench.command(f"t{number}", headers={H_MSG_ID: f"c{number}"}))
+        shard.intake.on_delivery(bench.command(f"t{number}", headers={H_MSG_ID: f"c{number}"}))
         if number % 300 == 0:
             bench.bus.unreadable = 2
     await asyncio.sleep(600)
@@ -161,25 +161,25 @@ async def test_commands_that_an_operator_purged_are_not_waited_for() -> None:
     bench.chat.took_s = 1.0
     deliveries = [bench.command(f"t{number}") for number in range(SHARE + 10)]
     for one in deliveries:
-        shard.on_delivery(one)
+        shard.intake.on_delivery(one)
     purged = {one.seq for one in deliveries[SHARE : SHARE + 5]}
     bench.bus.kept = [kept for kept in bench.bus.kept if kept.stored.seq not in purged]
     await asyncio.sleep(600)
     assert len(bench.bus.receipts()) == SHARE + 5
-    assert shard.census(Counter()) == (0, None)
+    assert shard.queue_depths(Counter()) == (0, None)
 
 
 async def test_a_command_that_the_bus_does_not_show_for_a_moment_is_not_overtaken() -> None:
     """As a cluster may do that is losing its leaders."""
-    bench, shard = await two_users(parked_per_user=100)
+    bench, shard = await two_users()
     bench.chat.took_s = 0.1
     deliveries = [bench.command(f"t{number}", headers={H_MSG_ID: f"c{number}"}) for number in range(SHARE + 10)]
     for one in deliveries:
-        shard.on_delivery(one)
+        shard.intake.on_delivery(one)
     (late,) = [kept for kept in bench.bus.kept if kept.stored.seq == deliveries[SHARE].seq]
     place = bench.bus.kept.index(late)
     bench.bus.kept.remove(late)
-    await asyncio.sleep(GONE_S / 2)
+    await asyncio.sleep(MISSING_CONFIRM_S / 2)
     bench.bus.kept.insert(place, late)
     await asyncio.sleep(600)
     assert [receipt.command for receipt in bench.bus.receipts()] == [f"c{number}" for number in range(SHARE + 10)]
@@ -188,7 +188,7 @@ async def test_a_command_that_the_bus_does_not_show_for_a_moment_is_not_overtake
 async def test_commands_that_cannot_be_read_are_told_also_when_they_had_to_wait() -> None:
     bench, shard = await two_users()
     for number in range(200):
-        shard.on_delivery(bench.command(data=b"nonsense", headers={H_MSG_ID: f"c{number}"}))
+        shard.intake.on_delivery(bench.command(data=b"nonsense", headers={H_MSG_ID: f"c{number}"}))
     await asyncio.sleep(60)
     assert sorted(receipt.command for receipt in bench.bus.receipts()) == sorted(f"c{n}" for n in range(200))
 
@@ -197,22 +197,9 @@ async def test_stopping_leaves_what_waits_to_the_next_owner() -> None:
     bench, shard = await two_users()
     bench.chat.hold_sends["u1@im.wechat"] = asyncio.Event()
     for number in range(1000):
-        shard.on_delivery(bench.command(f"t{number}"))
+        shard.intake.on_delivery(bench.command(f"t{number}"))
     await settle()
     bench.chat.hold_sends["u1@im.wechat"].set()
     await shard.drain(5.0)
     assert len(bench.bus.receipts()) <= 1
     assert not shard._tasks
-
-
-async def test_a_sandbox_cannot_park_without_end_by_naming_users() -> None:
-    bench, shard = await two_users()
-    for number in range(200):
-        shard.on_delivery(bench.command("hi", id=f"c{number}", user=f"stranger{number}@im.wechat"))
-    await asyncio.sleep(60)
-    refused = [receipt for receipt in bench.bus.receipts() if receipt.outcome == "refused"]
-    assert 50 - SHARE <= len(refused) <= 50  # a few that were looked at in the same moment
-    assert {receipt.reason for receipt in refused} == {"backlog"}
-    shard.on_delivery(bench.command("hi", sandbox=OTHER, user="stranger@im.wechat", id="other"))
-    await asyncio.sleep(5)
-    assert bench.bus.receipts()[-1].outcome == "parked"

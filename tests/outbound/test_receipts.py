@@ -1,116 +1,80 @@
-"""Receipts that are looked up after a crash: found whoever told them, and each read once, however many ask."""
+"""Receipts on their commands' subjects: one final for each, whoever tells it, and found again after a take-over."""
 
 from __future__ import annotations
 
-import asyncio
-
-import pytest
-
-from adapter.contract import Outbound, Window
-from adapter.outbound import receipts
-from adapter.outbound.commands import Command, read_command
-from adapter.outbound.endings import Ending
-from adapter.outbound.receipts import KNOWN_SANDBOXES, Name
+from adapter.contract import Receipt, Window
+from adapter.conversation.record import CommandRef
+from adapter.conversation.rules import CommandResult
+from adapter.outbound.receipts import Address
 from adapter.ports import Message
-from tests.fakes import LIMITS, Bench
+from tests.fakes import Bench
 
 VIRTUAL_TIME = True
 
-
-def command(bench: Bench, ident: str, sandbox: str = "s1") -> Command:
-    body = Outbound(text="hi")
-    return read_command(body, sandbox=sandbox, ident=ident, time_ms=bench.clock.now_ms(), limits=LIMITS)
+TO = Address("s1", "b1@im.bot", "u1@im.wechat")
 
 
-async def tell(bench: Bench, ident: str, sandbox: str = "s1") -> None:
-    await bench.receipts.final(
-        command(bench, ident, sandbox),
-        Ending("accepted"),
-        bot="b",
-        user="u",
-        shown=Window(),
-        original=(b"", {}, "out"),
-    )
+def ref(number: int, ident: str = "") -> CommandRef:
+    return CommandRef(sequence=number, stored_ms=1000 + number, id=ident or f"c{number}")
 
 
-async def test_of_many_lookups_in_a_row_each_reads_only_what_is_new() -> None:
-    """After a crash thousands may ask, and all receipts since may be as many."""
+async def tell(bench: Bench, which: CommandRef, outcome: str = "accepted", *, expected: int = 0) -> int:
+    result = CommandResult(outcome)  # type: ignore[arg-type]
+    return await bench.receipts.publish(which, result, TO, Window(), {}, expected=expected)
+
+
+def told(bench: Bench) -> list[tuple[int, str]]:
+    return [(receipt.sequence, receipt.outcome) for receipt in bench.bus.receipts()]
+
+
+async def test_a_receipt_has_a_subject_of_its_own() -> None:
     bench = Bench()
-    for number in range(100):
-        await tell(bench, f"c{number}")
-    read = 0
-    history = bench.bus.read
-
-    async def counted(*args, **kwargs):  # type: ignore[no-untyped-def]
-        nonlocal read
-        async for stored in history(*args, **kwargs):
-            read += 1
-            yield stored
-
-    bench.bus.read = counted  # type: ignore[method-assign]
-    for number in range(100):
-        assert await bench.receipts.has_final(command(bench, f"c{number}"))
-        assert not await bench.receipts.has_final(command(bench, f"none{number}"))
-    assert read == 100
+    await tell(bench, ref(1, "a/b c"))
+    (stored,) = bench.bus.found("EVENT")
+    assert stored.subject == "wechat.event.s1.receipt.a=2Fb=20c"
 
 
-async def test_what_was_told_since_the_last_look_is_found() -> None:
+async def test_two_owners_cannot_tell_two_finals() -> None:
     bench = Bench()
-    await tell(bench, "c1")
-    assert not await bench.receipts.has_final(command(bench, "c2"))
-    await tell(bench, "c2")
-    assert await bench.receipts.has_final(command(bench, "c2"))
-    bench.clock.set_back_ms = 60_000  # and one of an earlier command
-    await tell(bench, "c0")
-    assert await bench.receipts.has_final(command(bench, "c0"))
+    await tell(bench, ref(1), "accepted")
+    await tell(bench, ref(1), "uncertain")
+    await tell(bench, ref(1), "parked")  # late, behind the final one
+    assert told(bench) == [(1, "accepted")]
 
 
-async def test_what_others_have_written_among_the_receipts_is_passed_over() -> None:
+async def test_a_final_follows_parked_also_where_its_sequence_is_not_known_any_more() -> None:
     bench = Bench()
-    await tell(bench, "c1")
-    await bench.bus.publish(Message("event", bench.names.event("s1", "receipt"), b"\xff", {}))
-    await tell(bench, "c2")
-    assert [await bench.receipts.has_final(command(bench, ident)) for ident in ("c1", "c2", "c3")] == [
-        True,
-        True,
-        False,
-    ]
+    parked = await tell(bench, ref(1), "parked")
+    await tell(bench, ref(2), "parked")
+    await tell(bench, ref(1), "accepted", expected=parked)
+    await tell(bench, ref(2), "accepted")
+    assert told(bench) == [(1, "parked"), (2, "parked"), (1, "accepted"), (2, "accepted")]
 
 
-async def test_an_older_command_is_found_although_only_newer_ones_were_asked_for() -> None:
-    """Else it would be sent once more."""
+async def test_an_id_that_is_used_again_has_a_final_receipt_for_each_command() -> None:
     bench = Bench()
-    older = command(bench, "c1")
-    await tell(bench, "c1")
-    await asyncio.sleep(600)
-    assert not await bench.receipts.has_final(command(bench, "c2"))
-    assert await bench.receipts.has_final(older)
+    await tell(bench, ref(1, "same"), "refused")
+    await tell(bench, ref(2, "same"), "accepted")
+    assert told(bench) == [(1, "refused"), (2, "accepted")]
+    finals = await bench.receipts.find_finals("s1", [ref(1, "same")])
+    assert {sequence: receipt.outcome for sequence, receipt in finals.items()} == {1: "refused"}
+    assert (await bench.receipts.find_finals("s1", [ref(3, "same")])) == {}
 
 
-async def test_several_are_found_at_once_and_a_later_one_of_the_same_id_is_another() -> None:
+async def test_finals_are_found_and_nothing_else() -> None:
     bench = Bench()
-    await tell(bench, "c1")
-    first_ms = bench.clock.now_ms()
-    await asyncio.sleep(5)
-    names = {Name("c1", first_ms), Name("c1", bench.clock.now_ms())}
-    assert set(await bench.receipts.find_finals("s1", names)) == {Name("c1", first_ms)}
+    await tell(bench, ref(1), "accepted")
+    await tell(bench, ref(2), "parked")
+    await bench.bus.publish(Message("event", bench.names.receipt("s1", "c3"), b"\xff", {}))
+    finals = await bench.receipts.find_finals("s1", [ref(number) for number in range(1, 5)])
+    assert list(finals) == [1]
 
 
-async def test_what_is_known_of_sandboxes_does_not_grow_without_end() -> None:
+async def test_the_last_receipt_of_a_command_can_be_asked_for() -> None:
     bench = Bench()
-    for number in range(KNOWN_SANDBOXES + 10):
-        await tell(bench, "c1", sandbox=f"s{number}")
-        assert await bench.receipts.has_final(command(bench, "c1", f"s{number}"))
-    assert len(bench.receipts._told) == KNOWN_SANDBOXES
-    assert await bench.receipts.has_final(command(bench, "c1", "s0"))
-
-
-async def test_a_sandbox_with_more_receipts_than_are_kept_is_read_anew_each_time(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(receipts, "KNOWN_RECEIPTS", 2)
-    bench = Bench()
-    for number in range(3):
-        await tell(bench, f"c{number}")
-        assert await bench.receipts.has_final(command(bench, f"c{number}"))
-        assert len(bench.receipts._told) == (number < 2)
+    assert await bench.receipts.last("s1", "c1") is None
+    await tell(bench, ref(1), "parked")
+    await tell(bench, ref(1), "accepted")
+    last = await bench.receipts.last("s1", "c1")
+    assert isinstance(last, Receipt)
+    assert last.outcome == "accepted"

@@ -22,7 +22,14 @@ VIRTUAL_TIME = True
 
 def router(bench: Bench) -> Router:
     return Router(
-        bench.bus, bench.receipts, bench.names, LIMITS, lambda: bench.leases.check(0), bench.clock, bench.metrics
+        bench.bus,
+        bench.receipts,
+        bench.events,
+        bench.names,
+        LIMITS,
+        lambda: bench.leases.check(0),
+        bench.clock,
+        bench.metrics,
     )
 
 
@@ -115,13 +122,17 @@ async def test_a_copy_that_comes_late_expires_as_if_it_had_not(with_heir: bool) 
     await router(bench).route(late)
     (copy,) = bench.bus.found("OUT")
     assert copy.headers[H_SINCE_MS] == str(late.time_ms)
-    shard = bench.shard(stale=lambda bot: True)
-    shard.on_delivery(bench.command(data=copy.data, headers=copy.headers))
+    bench.stale.add("b1@im.bot")
+    shard = bench.processor()
+    shard.intake.on_delivery(bench.command(data=copy.data, headers=copy.headers))
     await asyncio.sleep(9)
     assert [receipt.outcome for receipt in bench.bus.receipts()] == ["parked"]
     if with_heir:
         shard.stop()
-        await Bench(bench, incarnation="heir-1").shard(stale=lambda bot: True).load()
+        heir = Bench(bench, incarnation="heir-1")
+        heir.stale.add("b1@im.bot")
+        again = bench.command(data=copy.data, headers=copy.headers, suspect=True)
+        heir.processor().intake.on_delivery(again)
     await asyncio.sleep(2)
     assert [receipt.reason for receipt in bench.bus.receipts()] == ["needs_login", "expired"]
     assert {receipt.received_at_ms for receipt in bench.bus.receipts()} == {late.time_ms}
@@ -141,12 +152,12 @@ async def test_a_receipt_tells_when_the_command_was_stored_and_not_its_copy(body
     await router(bench).route(late)
     (copy,) = bench.bus.found("OUT")
     delivery = bench.command(data=copy.data, headers=copy.headers)
-    bench.shard().on_delivery(delivery)
+    bench.processor().intake.on_delivery(delivery)
     await asyncio.sleep(2)
     (receipt,) = bench.bus.receipts()
     assert (receipt.outcome, receipt.received_at_ms) == (outcome, late.time_ms)
     delivery.suspect = True
-    Bench(bench, incarnation="heir-1").shard().on_delivery(delivery)
+    Bench(bench, incarnation="heir-1").processor().intake.on_delivery(delivery)
     await asyncio.sleep(2)
     assert bench.bus.receipts() == [receipt], "it is found by it"
 

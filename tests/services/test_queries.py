@@ -11,7 +11,7 @@ from adapter.contract import BindingsPage, ReplayPage, Window
 from adapter.errors import Refused, Temporary
 from adapter.ports import Asked
 from adapter.services.queries import REPLAY_BYTES, Queries
-from tests.fakes import RULES, Bench
+from tests.fakes import WINDOW, Bench
 
 VIRTUAL_TIME = True
 
@@ -19,7 +19,9 @@ BOT, USER = "b1@im.bot", "u1@im.wechat"
 
 
 def queries(bench: Bench) -> Queries:
-    return Queries(bench.bindings, bench.contexts_bucket, bench.bus, bench.names, RULES, bench.clock, bench.metrics)
+    return Queries(
+        bench.bindings, bench.store, bench.receipts, bench.bus, bench.names, WINDOW, bench.clock, bench.metrics
+    )
 
 
 def ask(**body: Any) -> bytes:
@@ -153,7 +155,7 @@ async def test_the_subject_says_whose_window_and_messages_are_asked_for(body: di
     bench = Bench()
     await bench.bind()
     await bench.bind(sandbox="s2", bot="b2@im.bot", user="u2@im.wechat")
-    bench.hears(used=4)
+    bench.hears(sends_used=4)
     fill(bench, 2)
     answer = await queries(bench).window_of(asked_as("s1", **body))
     assert msgspec.json.decode(answer.data, type=Window).remaining == 6
@@ -198,14 +200,14 @@ async def test_what_is_absent_and_what_is_others_look_the_same() -> None:
 async def test_the_window_of_the_only_bot_needs_no_name() -> None:
     bench = Bench()
     await bench.bind()
-    bench.hears(used=4)
+    bench.hears(sends_used=4)
     answer = await queries(bench).window(ask(sandbox="s1"))
     assert msgspec.json.decode(answer, type=Window).remaining == 6
 
 
 async def test_the_window_of_one_of_several_is_named_by_bot_or_user() -> None:
     bench = await crowd(9)
-    bench.hears("b004@im.bot", "u4@im.wechat", used=4)
+    bench.hears("s1", "u4@im.wechat", bot="b004@im.bot", sends_used=4)
     asked = queries(bench)
     by_bot = await asked.window(ask(sandbox="s1", bot="b004@im.bot"))
     by_user = await asked.window(ask(sandbox="s1", user="u4@im.wechat"))

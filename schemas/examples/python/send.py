@@ -25,7 +25,7 @@ async def main(sandbox: str, text: str) -> int:
         max_reconnect_attempts=-1,
     )
     js = nc.jetstream()
-    receipts = await nc.subscribe(f"wechat.event.{sandbox}.receipt")
+    receipts = await nc.subscribe(f"wechat.event.{sandbox}.receipt.*")
     await nc.flush()  # listen before you speak
     command = {"id": f"{sandbox}.send.{uuid.uuid4()}", "sandbox": sandbox, "text": text}
     while True:

@@ -18,7 +18,7 @@ const nc = await connect({
   inboxPrefix: process.env.NATS_INBOX_PREFIX ?? "_INBOX",
   maxReconnectAttempts: -1,
 });
-const receipts = nc.subscribe(`wechat.event.${sandbox}.receipt`);
+const receipts = nc.subscribe(`wechat.event.${sandbox}.receipt.*`);
 await nc.flush(); // listen before you speak
 
 const command: Outbound = { id: ident, sandbox, text };

@@ -38,7 +38,7 @@ func main() {
 	if err != nil {
 		log.Fatal(err)
 	}
-	receipts, err := nc.SubscribeSync("wechat.event." + sandbox + ".receipt")
+	receipts, err := nc.SubscribeSync("wechat.event." + sandbox + ".receipt.*")
 	if err != nil {
 		log.Fatal(err)
 	}

@@ -11,8 +11,8 @@ import pytest
 from structlog.testing import capture_logs
 
 from adapter.errors import BusRefused, Refused, Temporary
-from adapter.names import H_COMMAND, H_MSG_ID, H_TIME_MS, UNROUTED, peer_key
-from adapter.outbound.settling import SETTLED_KEPT
+from adapter.names import H_MSG_ID, UNROUTED
+from adapter.outbound.ledger import ENDED_KEPT
 from adapter.ports import Accepted, Message
 from tests.fakes import GAP_S, Bench, Failing, FakeDelivery, settle
 from tests.outbound.shards import BOT, THROTTLED, TIMEOUT, USER, finals, outcomes, parked, ready, user_writes
@@ -25,10 +25,10 @@ async def test_a_command_that_comes_again_while_in_hand_is_sent_once() -> None:
     bench, shard = await ready()
     bench.chat.took_s = 5.0
     first = bench.command("hi", id="c1")
-    shard.on_delivery(first)
+    shard.intake.on_delivery(first)
     await asyncio.sleep(1)
     again = FakeDelivery(first.subject, first.data, seq=first.seq, time_ms=first.time_ms, suspect=True)
-    shard.on_delivery(again)
+    shard.intake.on_delivery(again)
     await asyncio.sleep(30)
     assert bench.chat.texts == ["hi"]
     assert (first.acks, again.acks) == (0, 1)
@@ -38,10 +38,10 @@ async def test_a_command_that_comes_again_while_in_hand_is_sent_once() -> None:
 async def test_a_command_whose_ack_got_lost_is_only_acked_again() -> None:
     bench, shard = await ready()
     first = bench.command("hi")
-    shard.on_delivery(first)
+    shard.intake.on_delivery(first)
     await asyncio.sleep(5)
     again = FakeDelivery(first.subject, first.data, seq=first.seq, time_ms=first.time_ms, suspect=True)
-    shard.on_delivery(again)
+    shard.intake.on_delivery(again)
     await settle()
     assert again.acks == 1
     assert bench.chat.texts == ["hi"]
@@ -50,18 +50,18 @@ async def test_a_command_whose_ack_got_lost_is_only_acked_again() -> None:
 
 async def test_what_was_settled_long_ago_is_looked_up_and_not_remembered() -> None:
     """A list of all of them would be as long as the shard has had commands."""
-    bench, shard = await ready(gap_s=0.0)
-    deliveries = [bench.command(typing="off", id=f"c{number}") for number in range(SETTLED_KEPT)]
+    bench, shard = await ready(gap_ms=0.0)
+    deliveries = [bench.command(typing="off", id=f"c{number}") for number in range(ENDED_KEPT)]
     first = bench.command("hi", id="first")
     for delivery in (first, *deliveries):
-        shard.on_delivery(delivery)
+        shard.intake.on_delivery(delivery)
         await asyncio.sleep(2)
-    assert len(shard._settled) == SETTLED_KEPT
+    assert len(shard.commands._ended) == ENDED_KEPT
     for delivery in (first, *deliveries):
-        shard.on_delivery(delivery.again())
+        shard.intake.on_delivery(delivery.again())
     await asyncio.sleep(60)
     assert bench.chat.texts == ["hi"]
-    assert len(finals(bench)) == 1 + SETTLED_KEPT
+    assert len(finals(bench)) == 1 + ENDED_KEPT
 
 
 async def test_a_stream_that_was_made_anew_begins_again() -> None:
@@ -69,12 +69,12 @@ async def test_a_stream_that_was_made_anew_begins_again() -> None:
     bench, shard = await ready()
     first = bench.command("a", id="a")
     later = bench.command("b", id="b")
-    shard.on_delivery(first)
-    shard.on_delivery(later)
+    shard.intake.on_delivery(first)
+    shard.intake.on_delivery(later)
     await asyncio.sleep(60)
     for old, text in ((first, "c"), (later, "d")):
         data = msgspec.json.encode({"text": text})
-        shard.on_delivery(FakeDelivery(old.subject, data, seq=old.seq, time_ms=bench.clock.now_ms()))
+        shard.intake.on_delivery(FakeDelivery(old.subject, data, seq=old.seq, time_ms=bench.clock.now_ms()))
     await asyncio.sleep(60)
     assert bench.chat.texts == ["a", "b", "c", "d"]
 
@@ -95,7 +95,7 @@ async def test_each_ending_is_told_once_and_settles_the_command(script: list[Any
     bench, shard = await ready()
     bench.chat.sends.extend(script)
     delivery = bench.command("hi", id="c1")
-    shard.on_delivery(delivery)
+    shard.intake.on_delivery(delivery)
     await asyncio.sleep(120)
     assert outcomes(bench) == [("c1", outcome, reason)]
     assert delivery.acks == 1
@@ -105,7 +105,7 @@ async def test_each_ending_is_told_once_and_settles_the_command(script: list[Any
 async def test_a_receipt_says_what_ilink_said_and_what_is_left() -> None:
     bench, shard = await ready()
     bench.chat.sends.append(Refused("rejected", "iLink answered -7", ret=-7, errcode=1, errmsg="nope"))
-    shard.on_delivery(bench.command("hi", id="c1"))
+    shard.intake.on_delivery(bench.command("hi", id="c1"))
     await asyncio.sleep(5)
     (receipt,) = bench.bus.receipts()
     assert (receipt.ret, receipt.errcode, receipt.errmsg) == (-7, 1, "nope")
@@ -115,12 +115,12 @@ async def test_a_receipt_says_what_ilink_said_and_what_is_left() -> None:
 
 async def test_each_receipt_goes_on_with_the_trace_of_its_command() -> None:
     bench, shard = await ready(is_open=False, merge_chars=100)
-    shard.on_delivery(bench.command("a", headers={"traceparent": "00-a", "b3": "1"}))
-    shard.on_delivery(bench.command("b"))
-    shard.on_delivery(bench.command("c", headers={"traceparent": "00-c"}))
-    shard.on_delivery(bench.command("d", headers={"traceparent": "x" * 1025}))
+    shard.intake.on_delivery(bench.command("a", headers={"traceparent": "00-a", "b3": "1"}))
+    shard.intake.on_delivery(bench.command("b"))
+    shard.intake.on_delivery(bench.command("c", headers={"traceparent": "00-c"}))
+    shard.intake.on_delivery(bench.command("d", headers={"traceparent": "x" * 1025}))
     await asyncio.sleep(30)
-    await user_writes(bench, shard)
+    await user_writes(bench)
     await asyncio.sleep(30)
     told = [stored.headers.get("traceparent") for stored in bench.bus.found("EVENT") if "receipt" in stored.subject]
     assert bench.chat.texts == ["a\n\nb\n\nc\n\nd"]
@@ -131,19 +131,19 @@ async def test_each_receipt_goes_on_with_the_trace_of_its_command() -> None:
 async def test_a_dead_letter_holds_the_original_before_its_receipt() -> None:
     bench, shard = await ready()
     bench.chat.sends.extend([Temporary("http_5xx")] * 3)
-    shard.on_delivery(bench.command("hi", id="c1", headers={"traceparent": "00-1"}))
+    shard.intake.on_delivery(bench.command("hi", id="c1", headers={"traceparent": "00-1"}))
     await asyncio.sleep(60)
     (dead,) = bench.bus.found("DEAD")
     assert msgspec.json.decode(dead.data) == {"text": "hi", "id": "c1"}
     assert dead.headers["traceparent"] == "00-1"
-    assert bench.bus.writes.index("dead") < bench.bus.writes.index("event")
+    assert bench.bus.writes[-2:] == ["dead", "event"]
 
 
 async def test_a_dead_letter_that_its_stream_refuses_costs_nobody_a_receipt() -> None:
     bench, shard = await ready()
     bench.bus.refuse = lambda message: BusRefused(10077, "full") if message.stream == "dead" else None
     delivery = bench.command(data=b"hello", headers={H_MSG_ID: "h1"})
-    shard.on_delivery(delivery)
+    shard.intake.on_delivery(delivery)
     await asyncio.sleep(5)
     assert outcomes(bench) == [("h1", "dead_lettered", "unreadable")]
     assert delivery.acks == 1
@@ -151,9 +151,9 @@ async def test_a_dead_letter_that_its_stream_refuses_costs_nobody_a_receipt() ->
 
 async def test_a_receipt_of_what_was_never_sent_says_whose_it_is() -> None:
     bench, shard = await ready(is_open=False)
-    shard.on_delivery(bench.command("a", when_closed="refuse"))
-    shard.on_delivery(bench.command("b", expires_in_s=10))
-    shard.on_delivery(bench.command("c"))
+    shard.intake.on_delivery(bench.command("a", when_closed="refuse"))
+    shard.intake.on_delivery(bench.command("b", expires_in_s=10))
+    shard.intake.on_delivery(bench.command("c"))
     await asyncio.sleep(60)
     await bench.bindings.remove(BOT)
     await asyncio.sleep(5)
@@ -176,7 +176,7 @@ BROKEN: list[tuple[str, bytes, str, str]] = [
 async def test_what_is_no_command_is_told_under_the_id_of_its_header(data: bytes, outcome: str, reason: str) -> None:
     bench, shard = await ready()
     delivery = bench.command(data=data, headers={H_MSG_ID: "h1"})
-    shard.on_delivery(delivery)
+    shard.intake.on_delivery(delivery)
     await asyncio.sleep(5)
     assert outcomes(bench) == [("h1", outcome, reason)]
     assert delivery.acks == 1
@@ -196,7 +196,7 @@ async def test_what_is_no_command_is_told_under_the_id_of_its_header(data: bytes
 async def test_what_is_wrong_in_its_content_is_told_under_its_own_id(data: bytes, outcome: str, reason: str) -> None:
     """The sandbox waits for a receipt with the id that it gave."""
     bench, shard = await ready()
-    shard.on_delivery(bench.command(data=data, headers={H_MSG_ID: "h1"}))
+    shard.intake.on_delivery(bench.command(data=data, headers={H_MSG_ID: "h1"}))
     await asyncio.sleep(5)
     assert outcomes(bench) == [("c1", outcome, reason)]
 
@@ -206,7 +206,7 @@ async def test_what_is_wrong_in_its_content_is_told_under_its_own_id(data: bytes
 )
 async def test_an_id_that_is_none_leaves_the_headers(ident: bytes) -> None:
     bench, shard = await ready()
-    shard.on_delivery(bench.command(data=b'{"text":5,"id":' + ident + b"}", headers={H_MSG_ID: "h1"}))
+    shard.intake.on_delivery(bench.command(data=b'{"text":5,"id":' + ident + b"}", headers={H_MSG_ID: "h1"}))
     await asyncio.sleep(5)
     assert outcomes(bench) == [("h1", "dead_lettered", "unreadable")]
 
@@ -218,7 +218,7 @@ async def test_a_name_that_no_sandbox_can_have_is_refused(name: str, told_as: st
     """Where its receipt would need a subject longer than a server takes, it is told as one of nobody."""
     bench, shard = await ready()
     delivery = bench.command("hi", sandbox=name, id="c1")
-    shard.on_delivery(delivery)
+    shard.intake.on_delivery(delivery)
     await asyncio.sleep(5)
     (receipt,) = bench.bus.receipts()
     assert (receipt.sandbox, receipt.outcome, receipt.reason) == (told_as, "refused", "invalid")
@@ -229,7 +229,7 @@ async def test_a_repeated_id_sends_nothing_and_says_nothing() -> None:
     bench, shard = await ready()
     for text in ("hi", "hi again", "and again"):
         delivery = bench.command(text, id="c1")
-        shard.on_delivery(delivery)
+        shard.intake.on_delivery(delivery)
         await asyncio.sleep(5)
         assert delivery.acks == 1
     assert bench.chat.texts == ["hi"]
@@ -241,18 +241,18 @@ async def test_a_repeated_id_sends_nothing_and_says_nothing() -> None:
 async def test_a_repeated_id_says_nothing_also_where_nothing_could_be_sent(hindrance: str, when_closed: str) -> None:
     """Its sender was told that it is parked, or refused, although it was sent."""
     bench, shard = await ready()
-    shard.on_delivery(bench.command("hi", id="a"))
+    shard.intake.on_delivery(bench.command("hi", id="a"))
     await asyncio.sleep(5)
     again = bench.command("hi", id="a", when_closed=when_closed, expires_in_s=60)
     if hindrance == "window":
         bench.chat.sends.append(THROTTLED)
-        shard.on_delivery(bench.command("ho", id="b", when_closed="refuse"))
+        shard.intake.on_delivery(bench.command("ho", id="b", when_closed="refuse"))
         await asyncio.sleep(5)
     elif hindrance == "login":
         await bench.bind(state="needs_login")
     else:
         await asyncio.sleep(60)
-    shard.on_delivery(again)
+    shard.intake.on_delivery(again)
     await asyncio.sleep(5)
     assert [receipt.outcome for receipt in bench.bus.receipts() if receipt.command == "a"] == ["accepted"]
     assert again.acks == 1
@@ -262,7 +262,7 @@ async def test_a_repeated_id_says_nothing_also_where_nothing_could_be_sent(hindr
 async def test_a_repeated_id_in_the_same_queue_sends_nothing() -> None:
     bench, shard = await ready()
     for text in ("hi", "hi again", "bye"):
-        shard.on_delivery(bench.command(text, id="c2" if text == "bye" else "c1"))
+        shard.intake.on_delivery(bench.command(text, id="c2" if text == "bye" else "c1"))
     await asyncio.sleep(30)
     assert bench.chat.texts == ["hi", "bye"]
     assert outcomes(bench) == [("c1", "accepted", ""), ("c2", "accepted", "")]
@@ -272,13 +272,13 @@ async def test_a_repeated_id_of_a_parked_command_is_dropped() -> None:
     bench, shard = await ready(is_open=False)
     for _ in range(2):
         delivery = bench.command("hi", id="c1")
-        shard.on_delivery(delivery)
+        shard.intake.on_delivery(delivery)
         await asyncio.sleep(5)
-        assert delivery.acks == 1
-    await user_writes(bench, shard)
+    await user_writes(bench)
     await asyncio.sleep(30)
+    assert delivery.acks == 1
     assert bench.chat.texts == ["hi"]
-    assert outcomes(bench) == [("c1", "parked", "window_closed"), ("c1", "accepted", "")]
+    assert outcomes(bench) == [*[("c1", "parked", "window_closed")] * 2, ("c1", "accepted", "")]
 
 
 async def test_outcomes_are_counted_by_what_was_sent() -> None:
@@ -289,7 +289,7 @@ async def test_outcomes_are_counted_by_what_was_sent() -> None:
         bench.command(id="c2", typing="on"),
         bench.command(id="c3", items=[]),
     ):
-        shard.on_delivery(delivery)
+        shard.intake.on_delivery(delivery)
     await asyncio.sleep(60)
     for kind, outcome, reason in (
         ("text", "accepted", "none"),
@@ -303,7 +303,7 @@ async def test_outcomes_are_counted_by_what_was_sent() -> None:
 async def test_a_receipt_that_the_stream_refuses_is_not_counted_as_given() -> None:
     bench, shard = await ready()
     bench.bus.refuse = lambda message: BusRefused(10054, "too large") if message.stream == "event" else None
-    shard.on_delivery(bench.command("hi", id="c1"))
+    shard.intake.on_delivery(bench.command("hi", id="c1"))
     await asyncio.sleep(60)
     assert bench.metrics.value("outbound_messages_total", kind="text", outcome="accepted", reason="none") == 1
     assert bench.metrics.value("receipts_total", outcome="accepted") == 0
@@ -314,7 +314,7 @@ async def test_a_receipt_waits_for_room_and_its_command_with_it() -> None:
     full = BusRefused(10077, "maximum bytes exceeded")
     bench.bus.refuse = lambda message: full if message.stream == "event" else None
     delivery = bench.command("hi", id="c1")
-    shard.on_delivery(delivery)
+    shard.intake.on_delivery(delivery)
     await asyncio.sleep(60)
     assert (len(bench.chat.sent), delivery.acks, outcomes(bench)) == (1, 0, [])
     bench.bus.refuse = lambda message: None
@@ -324,8 +324,8 @@ async def test_a_receipt_waits_for_room_and_its_command_with_it() -> None:
 
 async def test_a_sandbox_without_a_bot_is_told_so() -> None:
     bench = Bench()
-    shard = bench.shard()
-    shard.on_delivery(bench.command("hi", id="c1"))
+    shard = bench.processor()
+    shard.intake.on_delivery(bench.command("hi", id="c1"))
     await asyncio.sleep(5)
     assert outcomes(bench) == [("c1", "refused", "not_bound")]
     assert bench.asked_bound == 1
@@ -334,28 +334,28 @@ async def test_a_sandbox_without_a_bot_is_told_so() -> None:
 async def test_a_bind_that_was_stored_before_takes_effect_first() -> None:
     """Bind, then send, without waiting for an answer: in that order they count. What follows waits its turn."""
     bench = Bench()
-    shard = bench.shard()
+    shard = bench.processor()
     bench.hears()
 
     async def bound() -> None:
         await asyncio.sleep(1)
         await bench.bind()
 
-    bench.bound_yet = bound
-    shard.on_delivery(bench.command("one", id="c1"))
+    bench.wait_for_pending_binds = bound
+    shard.intake.on_delivery(bench.command("one", id="c1"))
     await asyncio.sleep(0.5)
-    shard.on_delivery(bench.command("two", id="c2"))
+    shard.intake.on_delivery(bench.command("two", id="c2"))
     await asyncio.sleep(30)
     assert bench.chat.texts == ["one", "two"]
 
 
 async def test_a_bus_that_is_away_meanwhile_does_not_strand_the_sandbox() -> None:
     bench = Bench()
-    shard = bench.shard()
-    bench.bound_yet = Failing(3, Temporary("bus_down"))
-    shard.on_delivery(bench.command("hi", id="c1"))
+    shard = bench.processor()
+    bench.wait_for_pending_binds = Failing(3, Temporary("bus_down"))
+    shard.intake.on_delivery(bench.command("hi", id="c1"))
     await asyncio.sleep(10)
-    shard.on_delivery(bench.command("hi", id="c2"))
+    shard.intake.on_delivery(bench.command("hi", id="c2"))
     await asyncio.sleep(10)
     assert outcomes(bench) == [("c1", "refused", "not_bound"), ("c2", "refused", "not_bound")]
 
@@ -363,10 +363,10 @@ async def test_a_bus_that_is_away_meanwhile_does_not_strand_the_sandbox() -> Non
 async def test_several_bots_need_a_name() -> None:
     bench, shard = await ready()
     await bench.bind(bot="b2@im.bot", user="u2@im.wechat")
-    bench.hears("b2@im.bot", "u2@im.wechat")
-    shard.on_delivery(bench.command("hi", id="c1"))
-    shard.on_delivery(bench.command("by bot", id="c2", bot="b2@im.bot"))
-    shard.on_delivery(bench.command("by user", id="c3", user=USER))
+    bench.hears("s1", "u2@im.wechat", bot="b2@im.bot")
+    shard.intake.on_delivery(bench.command("hi", id="c1"))
+    shard.intake.on_delivery(bench.command("by bot", id="c2", bot="b2@im.bot"))
+    shard.intake.on_delivery(bench.command("by user", id="c3", user=USER))
     await asyncio.sleep(10)
     assert sorted(outcomes(bench)) == [
         ("c1", "refused", "ambiguous_bot"),
@@ -380,7 +380,7 @@ async def test_what_was_being_sent_to_one_user_goes_to_no_other_after_a_crash() 
     """It names nobody, and the sandbox serves another user by now, who would read what was meant for the first."""
     bench, shard = await ready()
     command = bench.command(id="c1", items=[{"kind": "text", "text": text} for text in ("one", "two")])
-    shard.on_delivery(command)
+    shard.intake.on_delivery(command)
     await asyncio.sleep(GAP_S / 2)
     assert bench.chat.texts == ["one"]
     shard.stop()
@@ -391,12 +391,12 @@ async def test_what_was_being_sent_to_one_user_goes_to_no_other_after_a_crash() 
 
     heir = Bench(bench, incarnation="me-2")
     await heir.bind(bot="b2@im.bot", user="u2@im.wechat")
-    heir.hears("b2@im.bot", "u2@im.wechat")
-    second = heir.shard()
+    heir.hears("s1", "u2@im.wechat", bot="b2@im.bot")
+    second = heir.processor()
     command.suspect = True
-    second.on_delivery(command)
+    second.intake.on_delivery(command)
     after = heir.command("to the new one", id="c2")
-    second.on_delivery(after)
+    second.intake.on_delivery(after)
     await asyncio.sleep(30)
     assert [(sent.bot, sent.text) for sent in bench.chat.sent] == [(BOT, "one"), ("b2@im.bot", "to the new one")]
     assert outcomes(heir) == [("c1", "refused", "not_bound"), ("c2", "accepted", "")]
@@ -407,10 +407,10 @@ async def test_what_comes_again_waits_for_no_control_command_where_its_bot_is_bo
     bench = Bench()
     await bench.bind()
     bench.hears()
-    shard = bench.shard()
-    bench.bound_yet = Failing(1000, Temporary("control_busy"))
-    shard.on_delivery(bench.command("one", id="c1", suspect=True))
-    shard.on_delivery(bench.command("two", id="c2"))
+    shard = bench.processor()
+    bench.wait_for_pending_binds = Failing(1000, Temporary("control_busy"))
+    shard.intake.on_delivery(bench.command("one", id="c1", suspect=True))
+    shard.intake.on_delivery(bench.command("two", id="c2"))
     await asyncio.sleep(30)
     assert bench.chat.texts == ["one", "two"]
 
@@ -418,7 +418,7 @@ async def test_what_comes_again_waits_for_no_control_command_where_its_bot_is_bo
 async def test_an_unbind_refuses_what_waits() -> None:
     bench, shard = await ready(is_open=False)
     for number in range(2):
-        shard.on_delivery(bench.command("hi", id=f"c{number}"))
+        shard.intake.on_delivery(bench.command("hi", id=f"c{number}"))
     await asyncio.sleep(5)
     await bench.bindings.remove(BOT)
     await asyncio.sleep(5)
@@ -429,14 +429,14 @@ async def test_an_unbind_refuses_what_waits() -> None:
 async def test_a_new_bot_of_the_same_user_gets_what_was_parked() -> None:
     bench, shard = await ready(is_open=False)
     for number in range(2):
-        shard.on_delivery(bench.command(f"t{number}", id=f"c{number}"))
+        shard.intake.on_delivery(bench.command(f"t{number}", id=f"c{number}"))
     await asyncio.sleep(5)
     await bench.bind(bot="b9@im.bot")
     await bench.bindings.remove(BOT)
     await asyncio.sleep(5)
     assert finals(bench) == []
 
-    await user_writes(bench, shard, bot="b9@im.bot")
+    await user_writes(bench, bot="b9@im.bot")
     await asyncio.sleep(30)
     assert [(sent.bot, sent.text) for sent in bench.chat.sent] == [("b9@im.bot", "t0"), ("b9@im.bot", "t1")]
     assert [receipt.bot for receipt in finals(bench)] == ["b9@im.bot", "b9@im.bot"]
@@ -446,16 +446,16 @@ async def test_the_lane_of_a_user_who_is_learned_later_keeps_its_order() -> None
     """Before a bot's first message nobody knows whom it serves."""
     bench = Bench()
     await bench.bind(user="")
-    shard = bench.shard()
+    shard = bench.processor()
     for number in range(3):
-        shard.on_delivery(bench.command(f"t{number}", id=f"c{number}"))
+        shard.intake.on_delivery(bench.command(f"t{number}", id=f"c{number}"))
     await asyncio.sleep(5)
     assert [reason for *_, reason in outcomes(bench)] == ["window_closed"] * 3
 
     await bench.bind()
-    shard.on_delivery(bench.command("t3", id="c3"))
-    await user_writes(bench, shard)
-    shard.on_delivery(bench.command("t4", id="c4"))
+    shard.intake.on_delivery(bench.command("t3", id="c3"))
+    await user_writes(bench)
+    shard.intake.on_delivery(bench.command("t4", id="c4"))
     await asyncio.sleep(60)
     assert bench.chat.texts == [f"t{number}" for number in range(5)]
     assert [receipt.command for receipt in finals(bench)] == [f"c{number}" for number in range(5)]
@@ -464,25 +464,25 @@ async def test_the_lane_of_a_user_who_is_learned_later_keeps_its_order() -> None
 async def test_a_user_who_is_learned_while_a_command_is_being_parked() -> None:
     bench = Bench()
     await bench.bind(user="")
-    shard = bench.shard()
+    shard = bench.processor()
     learned = False
 
     async def learn(message: Message) -> None:
         nonlocal learned
-        if message.stream == "parked" and not learned:
+        if message.stream == "event" and not learned:
             learned = True
             await bench.bind()
-            await user_writes(bench, shard)
+            await user_writes(bench)
             await asyncio.sleep(0.5)
 
     bench.bus.on_publish = learn
     with capture_logs() as logs:
         for number in range(3):
-            shard.on_delivery(bench.command(f"t{number}", id=f"c{number}"))
+            shard.intake.on_delivery(bench.command(f"t{number}", id=f"c{number}"))
         await asyncio.sleep(60)
     assert bench.chat.texts == ["t0", "t1", "t2"]
     assert [receipt.command for receipt in finals(bench)] == ["c0", "c1", "c2"]
-    assert "lane.crashed" not in [line["event"] for line in logs]
+    assert "conversation.crashed" not in [line["event"] for line in logs]
 
 
 async def test_draining_ends_what_is_out_and_starts_nothing() -> None:
@@ -490,7 +490,7 @@ async def test_draining_ends_what_is_out_and_starts_nothing() -> None:
     bench.chat.took_s = 2.0
     deliveries = [bench.command(f"t{number}", id=f"c{number}") for number in range(3)]
     for delivery in deliveries:
-        shard.on_delivery(delivery)
+        shard.intake.on_delivery(delivery)
     await asyncio.sleep(1)
     await shard.drain(10.0)
     assert bench.chat.texts == ["t0"]
@@ -501,7 +501,7 @@ async def test_draining_ends_what_is_out_and_starts_nothing() -> None:
 async def test_draining_waits_no_longer_than_it_may() -> None:
     bench, shard = await ready()
     bench.chat.hold_sends[USER] = asyncio.Event()
-    shard.on_delivery(bench.command("hi"))
+    shard.intake.on_delivery(bench.command("hi"))
     await asyncio.sleep(1)
     began = bench.clock.monotonic()
     await shard.drain(10.0)
@@ -510,55 +510,26 @@ async def test_draining_waits_no_longer_than_it_may() -> None:
 
 async def test_a_bus_that_is_away_delays_and_loses_nothing() -> None:
     bench, shard = await ready()
-    shard.on_delivery(bench.command("t0", id="c0"))
+    shard.intake.on_delivery(bench.command("t0", id="c0"))
     await asyncio.sleep(5)
     shard.stop()
     heir = Bench(bench, incarnation="heir-1")
-    second = heir.shard()
+    second = heir.processor()
     bench.bus.unreadable = 5
-    with pytest.raises(Temporary):
-        await second.load()
     delivery = heir.command("t1", id="c1", suspect=True)
-    second.on_delivery(delivery)
+    second.intake.on_delivery(delivery)
     await asyncio.sleep(30)
     assert bench.chat.texts == ["t0", "t1"]
     assert delivery.acks == 1
 
 
-async def test_a_message_in_the_parked_stream_that_nobody_can_read_stops_nothing() -> None:
-    bench, shard = await ready(is_open=False)
-    subject = bench.names.parked(shard.number, peer_key(BOT, USER))
-    bench.bus.put(subject, b"hello", {H_COMMAND: "x", H_TIME_MS: "1"})
-    shard.on_delivery(bench.command("hi", id="c1"))
-    await asyncio.sleep(5)
-    second = Bench(bench, incarnation="heir-1").shard()
-    await second.load()
-    await user_writes(bench, second)
-    await asyncio.sleep(10)
-    assert bench.chat.texts == ["hi"]
-
-
-async def test_a_look_after_each_reset_finds_what_is_known_once() -> None:
-    bench, shard = await ready(is_open=False)
-    for number in range(2):
-        shard.on_delivery(bench.command(f"t{number}"))
-    await asyncio.sleep(5)
-    for _ in range(2):
-        await shard.load()
-    found: Counter[str] = Counter()
-    shard.census(found)
-    assert found.total() == 2
-
-
 async def test_what_was_refused_may_be_published_again_also_after_a_reset() -> None:
     """Only the memory says that nothing of it was taken."""
     bench, shard = await ready()
-    await shard.load()
     bench.chat.sends.append(Refused("rejected", "no", ret=-3))
-    shard.on_delivery(bench.command("hi", id="c1"))
+    shard.intake.on_delivery(bench.command("hi", id="c1"))
     await asyncio.sleep(5)
-    await shard.load()
-    shard.on_delivery(bench.command("hi", id="c1"))
+    shard.intake.on_delivery(bench.command("hi", id="c1"))
     await asyncio.sleep(5)
     assert [receipt.outcome for receipt in finals(bench)] == ["refused", "accepted"]
 
@@ -568,20 +539,20 @@ async def test_when_a_bot_lives_again_what_is_for_any_of_its_users_goes() -> Non
     bench.hears(user="u2@im.wechat")
     bench.stale.add(BOT)
     for user in (USER, "u2@im.wechat"):
-        shard.on_delivery(bench.command(user, user=user))
+        shard.intake.on_delivery(bench.command(user, user=user))
     await asyncio.sleep(60)
     assert bench.chat.texts == []
     bench.stale.clear()
-    shard.heard("s1", BOT, USER, wrote=False)
+    shard.on_binding("s1")
     await asyncio.sleep(5)
     assert sorted(bench.chat.texts) == [USER, "u2@im.wechat"]
 
 
 async def test_a_bot_may_move_whose_user_has_only_written() -> None:
     bench, shard = await ready()
-    await user_writes(bench, shard)
+    await user_writes(bench)
     await bench.bind("s2")
-    shard.on_delivery(bench.command("hi", user=USER))
+    shard.intake.on_delivery(bench.command("hi", user=USER))
     await asyncio.sleep(5)
     assert [(outcome, reason) for _, outcome, reason in outcomes(bench)] == [("refused", "not_bound")]
 
@@ -590,10 +561,10 @@ async def test_the_census_counts_what_is_in_hand_and_what_waits() -> None:
     bench, shard = await ready()
     bench.chat.hold_sends[USER] = asyncio.Event()
     first = bench.command("t0")
-    shard.on_delivery(first)
-    shard.on_delivery(bench.command("t1"))
+    shard.intake.on_delivery(first)
+    shard.intake.on_delivery(bench.command("t1"))
     await asyncio.sleep(1)
     found: Counter[str] = Counter()
-    assert shard.census(found) == (2, first.time_ms)
-    assert not found
+    assert shard.queue_depths(found) == (2, first.time_ms)
+    assert not found.total()
     shard.stop()

@@ -7,9 +7,9 @@ from typing import Literal
 
 import pytest
 
+from adapter.conversation.commands import MediaPart
+from adapter.conversation.uploads import READY_S, StoreAway
 from adapter.errors import Refused, SessionExpired, Temporary, Unreadable
-from adapter.outbound.commands import MediaPart
-from adapter.outbound.uploads import READY_S, StoreAway
 from adapter.ports import Account
 from tests.fakes import MEDIA_BYTES, Bench, Carried
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import msgspec
 
@@ -19,10 +19,10 @@ from adapter.contract import (
     OutVideo,
     OutVoice,
 )
+from adapter.conversation.split import split, to_plain
 from adapter.errors import UNDECODABLE, Refused, Unreadable
 from adapter.mending import without_halves
-from adapter.names import check_sandbox, is_sandbox
-from adapter.outbound.split import MAX_BYTES, is_open, split, to_plain
+from adapter.names import H_SEQUENCE, H_SINCE_MS, check_sandbox, is_sandbox
 
 _PEER = re.compile(r"[!-~]{0,128}")
 """A bot's or user's id: it becomes part of a subject."""
@@ -34,9 +34,7 @@ MAX_NAME = 128
 """Characters of a file name."""
 _UNSEEN = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
 """Unicode categories that a file name is rid of."""
-MERGED_AT_ONCE = 32
-"""Texts in one merged message, at most: as many ids as a user's record remembers (window.DONE_IDS)."""
-_BETWEEN = "\n\n"
+MERGE_SEPARATOR = "\n\n"
 """Between merged texts: a blank line, which ends a paragraph and a list in Markdown and reads well without it."""
 
 
@@ -68,6 +66,10 @@ class MediaPart(NamedTuple):
         return f"MediaPart({self.kind!r})"  # what is in it never gets into a log or traceback
 
 
+Part: TypeAlias = str | MediaPart
+"""What one request sends: a text or media."""
+
+
 class Command(NamedTuple):
     """A command that can be carried out. `parts`: the texts and media to send, one request each."""
 
@@ -79,20 +81,18 @@ class Command(NamedTuple):
     """"" where the sandbox's only bot is meant."""
     user: str
     """"" where the bot's user is meant."""
-    parts: list[str | MediaPart]
+    parts: list[Part]
     when_closed: Literal["park", "refuse"]
+    sequence: int
+    """As it was stored first: of a router's copy, the original's."""
     stored_ms: int
-    """When it was stored first: of a copy of the router's, when what was copied was."""
+    """When it was stored first, likewise."""
     expires_ms: int
     """Unsent by then, it is refused."""
     typing: Literal["", "on", "off"] = ""
     """Instead of parts: show or hide that the bot types."""
-    final: bool = False
-    """It may take the sends that are kept back."""
-    time_ms: int = 0
-    """When this copy of it was stored, from which `client` follows."""
-    merged: tuple[Command, ...] = ()
-    """Later commands whose texts are in this one's only part, and which share its fate."""
+    optional: bool = False
+    """It takes none of the sends that are kept back."""
 
     @property
     def kind(self) -> Literal["text", "media", "typing", "unreadable"]:
@@ -102,21 +102,6 @@ class Command(NamedTuple):
         if any(isinstance(part, MediaPart) for part in self.parts):
             return "media"
         return "text" if self.parts else "unreadable"
-
-
-def stand_in(ident: str, client: str, sandbox: str, stored_ms: int) -> Command:
-    """Stands for a command that cannot be carried out, so that it can have its receipt."""
-    return Command(
-        id=ident,
-        client=client,
-        sandbox=sandbox,
-        bot="",
-        user="",
-        parts=[],
-        when_closed="refuse",
-        stored_ms=stored_ms,
-        expires_ms=0,
-    )
 
 
 def command_id(body_id: str | None, routed_id: str, msg_id: str, seq: int) -> str:
@@ -132,7 +117,7 @@ def _fitting(ident: str) -> str:
     return f"{ident[: ID_CHARS - 33]}~{hashlib.blake2b(ident.encode(), digest_size=16).hexdigest()}"
 
 
-def peek(data: bytes, limits: Limits) -> Outbound:
+def decode_command(data: bytes, limits: Limits) -> Outbound:
     """The message's fields; a `sandbox` of another form than a sandbox's is kept, for the readers to refuse.
 
     Half an emoji, as programs in JavaScript and Python leave it where they cut a text, costs no more than itself.
@@ -144,7 +129,7 @@ def peek(data: bytes, limits: Limits) -> Outbound:
         return msgspec.json.decode(data, type=Outbound)
     except UNDECODABLE as exc:
         if (whole := without_halves(data)) != data:
-            return peek(whole, limits)
+            return decode_command(whole, limits)
         if body := _misaddressed(data):
             return body
         raise Unreadable("unreadable", _harmless(exc)) from exc
@@ -161,7 +146,7 @@ def _misaddressed(data: bytes) -> Outbound | None:
     return msgspec.structs.replace(body, sandbox=sandbox)
 
 
-def remains(data: bytes, limits: Limits) -> Outbound:
+def salvage_ids(data: bytes, limits: Limits) -> Outbound:
     """What a body that is no command says of itself: `id` and `sandbox`, each where it is one. Under another name its
     publisher would wait for the receipt in vain."""
     if len(data) > limits.command_bytes:
@@ -189,18 +174,20 @@ def sandbox_of(body: Outbound) -> str:
     return check_sandbox(body.sandbox)
 
 
-def since_ms(since: str, time_ms: int) -> int:
-    """When a command was stored first: a copy of the router's, which may come late, when the one that was copied was.
+def original(headers: Mapping[str, str], sequence: int, time_ms: int) -> tuple[int, int]:
+    """Sequence and time under which a command was stored first: of a router's copy, those of the original.
 
-    `since`: the header. Only what is earlier counts: a sandbox writes headers as it likes.
+    Only what is earlier counts: a sandbox writes headers as it likes, and harms its own commands alone.
     """
-    return min(time_ms, int(since)) if since.isascii() and since.isdecimal() and len(since) < 16 else time_ms
+    return _earlier(headers.get(H_SEQUENCE, ""), sequence), _earlier(headers.get(H_SINCE_MS, ""), time_ms)
 
 
-def read_command(
-    body: Outbound, *, sandbox: str, ident: str, time_ms: int, limits: Limits, since: str = ""
-) -> Command:
-    """The command, addressed to `sandbox` by its subject, and stored at `time_ms`. `since`: the header of a copy.
+def _earlier(header: str, own: int) -> int:
+    return min(own, int(header)) if header.isascii() and header.isdecimal() and len(header) < 19 else own
+
+
+def read_command(body: Outbound, *, sandbox: str, ident: str, sequence: int, time_ms: int, limits: Limits) -> Command:
+    """The command, addressed to `sandbox` by its subject; `sequence` and `time_ms` are those of the original.
 
     Raises Refused("invalid"), Refused("too_long").
     """
@@ -215,26 +202,25 @@ def read_command(
     patience_ms = limits.park_ms if body.typing != "on" else min(limits.park_ms, limits.typing_ms)
     if body.expires_in_s is not None:
         patience_ms = int(min(body.expires_in_s * 1000, patience_ms))
-    stored_ms = since_ms(since, time_ms) if since else time_ms
     return Command(
         id=ident,
-        client=hashlib.blake2b(f"{sandbox}|{ident}|{time_ms}".encode(), digest_size=12).hexdigest(),
+        client=client_id_base(sandbox, sequence, time_ms),
         sandbox=sandbox,
         bot=body.bot or "",
         user=body.user or "",
         parts=parts,
         when_closed="refuse" if body.typing else body.when_closed,  # it is never parked
-        stored_ms=stored_ms,
-        expires_ms=stored_ms + patience_ms,
+        sequence=sequence,
+        stored_ms=time_ms,
+        expires_ms=time_ms + patience_ms,
         typing=body.typing or "",
-        final=body.final,
-        time_ms=time_ms,
+        optional=body.optional,
     )
 
 
-def _parts(body: Outbound, sandbox: str, limits: Limits) -> list[str | MediaPart]:
+def _parts(body: Outbound, sandbox: str, limits: Limits) -> list[Part]:
     """Raises Refused("invalid"), Refused("too_long")."""
-    parts: list[str | MediaPart] = []
+    parts: list[Part] = []
     chars = sum(len(item.text if isinstance(item, OutText) else item.caption) for item in body.items or ())
     if chars > limits.parts * limits.text_chars * 2:
         raise _too_long(limits)
@@ -290,33 +276,17 @@ def _clean(name: str) -> str:
     return f"{stem[: MAX_NAME - len(ending) - 1]}.{ending}" if dot and len(ending) < 16 else name[:MAX_NAME]
 
 
-def client_id(command: Command, part: int, merged: int = 0) -> str:
+def client_id_base(sandbox: str, sequence: int, stored_ms: int) -> str:
+    """The base of a command's client_ids, from what identifies it."""
+    return hashlib.blake2b(f"{sandbox}|{sequence}|{stored_ms}".encode(), digest_size=12).hexdigest()
+
+
+def client_id(base: str, part: int, merged: int = 0) -> str:
     """The client_id of one part: a repeat after a crash or a lost answer is the same message to WeChat (S11, Q6).
 
     `merged`: how many later commands are in it. Sent alone, the same command is another message.
     """
-    return f"wechat-nats:{command.client}-{part}" + (f"+{merged}" if merged else "")
-
-
-def joins(group: Sequence[Command], command: Command, longest_chars: int) -> bool:
-    """Whether `command` may be sent in one message with those before it: all are single texts, and they fit."""
-    texts = [one.parts[0] for one in (*group, command) if len(one.parts) == 1]
-    plain = [text for text in texts if isinstance(text, str)]
-    if len(plain) != len(group) + 1 or len(plain) > MERGED_AT_ONCE or command.id in {one.id for one in group}:
-        return False
-    if any(is_open(text) for text in plain[:-1]):  # the next text would become part of its code
-        return False
-    whole = _BETWEEN.join(plain)
-    return len(whole) <= longest_chars and len(whole.encode()) <= MAX_BYTES
-
-
-def merge(group: Sequence[Command]) -> Command:
-    """Single texts as one command, the first of them; `final` if one is. One alone stays what it is."""
-    first, *rest = group
-    if not rest:
-        return first
-    text = _BETWEEN.join(str(command.parts[0]) for command in group)
-    return first._replace(parts=[text], merged=tuple(rest), final=any(command.final for command in group))
+    return f"wechat-nats:{base}-{part}" + (f"+{merged}" if merged else "")
 
 
 def _harmless(exc: Exception) -> str:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adapter.outbound.split import MAX_BYTES, split, to_plain
+from adapter.conversation.split import MAX_BYTES, split, to_plain
 
 FENCED = "```py\n" + "\n".join(f"    line({number})" for number in range(12)) + "\n```"
 

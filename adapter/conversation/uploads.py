@@ -9,9 +9,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
+from adapter.conversation.commands import MediaPart
 from adapter.errors import AdapterError, Refused, Temporary, Unreadable
 from adapter.media import HEAD, file_name, identify
-from adapter.outbound.commands import MediaPart
 from adapter.ports import Account, Cdn, MediaKind, Objects, Pieces, Uploaded
 from adapter.timing import Clock
 

@@ -8,23 +8,20 @@ import msgspec
 import pytest
 
 from adapter.contract import Outbound
-from adapter.errors import Refused, Unreadable
-from adapter.headers import HEADERS_KEPT, passed_on
-from adapter.names import H_SINCE_MS
-from adapter.outbound.commands import (
-    MERGED_AT_ONCE,
+from adapter.conversation.commands import (
     Command,
     Limits,
     MediaPart,
     client_id,
     command_id,
-    joins,
-    merge,
-    peek,
+    decode_command,
+    original,
     read_command,
     sandbox_of,
-    since_ms,
 )
+from adapter.errors import Refused, Unreadable
+from adapter.headers import HEADERS_KEPT, passed_on
+from adapter.names import H_SEQUENCE, H_SINCE_MS
 
 NOW = 1_789_000_000_000
 HOUR = 3_600_000
@@ -32,10 +29,16 @@ LIMITS = Limits(command_bytes=262_144, text_chars=4000, parts=10, park_ms=72 * H
 
 
 def read(
-    *, sandbox: str = "s1", ident: str = "c1", stored_ms: int = NOW, limits: Limits = LIMITS, **body: Any
+    *,
+    sandbox: str = "s1",
+    ident: str = "c1",
+    sequence: int = 7,
+    stored_ms: int = NOW,
+    limits: Limits = LIMITS,
+    **body: Any,
 ) -> Command:
-    outbound = peek(msgspec.json.encode(body), limits)
-    return read_command(outbound, sandbox=sandbox, ident=ident, time_ms=stored_ms, limits=limits)
+    outbound = decode_command(msgspec.json.encode(body), limits)
+    return read_command(outbound, sandbox=sandbox, ident=ident, sequence=sequence, time_ms=stored_ms, limits=limits)
 
 
 def items(*texts: str) -> list[dict[str, str]]:
@@ -60,7 +63,7 @@ KEPT: list[tuple[str, dict[str, str], dict[str, str]]] = [
 )
 def test_a_command_waits_since_its_copy_says_but_not_from_the_future(since: str, found: int) -> None:
     """A sandbox writes headers as it likes."""
-    assert since_ms(since, 5000) == found
+    assert original({H_SINCE_MS: since, H_SEQUENCE: since}, 5000, 5000) == (found, found)
 
 
 @pytest.mark.parametrize(("headers", "kept"), [row[1:] for row in KEPT], ids=[row[0] for row in KEPT])
@@ -96,7 +99,7 @@ def test_a_command_becomes_its_messages(body: dict[str, Any], parts: list[str]) 
 @pytest.mark.parametrize("half", [rb"\ud83d", rb"\uDE00", rb"\ud83d\ud83d"])
 def test_half_an_emoji_at_the_end_of_a_cut_text_costs_only_itself(half: bytes) -> None:
     """`text.slice(0, n)` in JavaScript, and json.dumps of the like in Python: one answer in thousands."""
-    body = peek(rb'{"id":"c1","text":"\ud83d\ude00 \\ud83d hi' + half + rb'"}', LIMITS)
+    body = decode_command(rb'{"id":"c1","text":"\ud83d\ude00 \\ud83d hi' + half + rb'"}', LIMITS)
     assert body.id == "c1"
     assert body.text == "\U0001f600 \\ud83d hi" + "\ufffd" * (len(half) // 6)
 
@@ -153,9 +156,9 @@ def test_what_cannot_be_sent_is_refused(body: dict[str, Any], reason: str) -> No
 def test_a_body_for_another_sandbox_is_refused() -> None:
     body = Outbound(sandbox="s2", text="hi")
     with pytest.raises(Refused, match="invalid"):
-        read_command(body, sandbox="s1", ident="c", time_ms=NOW, limits=LIMITS)
+        read_command(body, sandbox="s1", ident="c", sequence=7, time_ms=NOW, limits=LIMITS)
     assert read_command(
-        Outbound(sandbox="s1", text="hi"), sandbox="s1", ident="c", time_ms=NOW, limits=LIMITS
+        Outbound(sandbox="s1", text="hi"), sandbox="s1", ident="c", sequence=7, time_ms=NOW, limits=LIMITS
     ).parts == ["hi"]
 
 
@@ -164,7 +167,7 @@ def test_a_sandbox_that_is_none_is_refused_and_never_rewritten(name: str) -> Non
     with pytest.raises(Refused, match="invalid"):
         read(sandbox=name, text="hi")
     with pytest.raises((Refused, Unreadable)):
-        sandbox_of(peek(msgspec.json.encode({"sandbox": name, "text": "hi"}), LIMITS))
+        sandbox_of(decode_command(msgspec.json.encode({"sandbox": name, "text": "hi"}), LIMITS))
 
 
 def test_plain_wechat_out_needs_the_sandbox_in_the_body() -> None:
@@ -196,14 +199,14 @@ UNREADABLE = [
 @pytest.mark.parametrize(("data", "reason"), [row[1:] for row in UNREADABLE], ids=[row[0] for row in UNREADABLE])
 def test_what_is_no_command_is_unreadable(data: bytes, reason: str) -> None:
     with pytest.raises(Unreadable) as caught:
-        peek(data, LIMITS)
+        decode_command(data, LIMITS)
     assert caught.value.reason == reason
 
 
 def test_the_complaint_never_repeats_the_text() -> None:
     for data in (b'{"text":"hi","when_closed":"my \'secret\'"}', b'{"items":[{"kind":"my secret"}]}'):
         with pytest.raises(Unreadable) as caught:
-            peek(data, LIMITS)
+            decode_command(data, LIMITS)
         assert "secret" not in str(caught.value)
         assert "at `$." in str(caught.value)
 
@@ -238,9 +241,9 @@ def test_a_client_id_is_the_same_for_the_same_command_and_another_for_any_other(
     """WeChat shows a client_id once: the same after a redelivery, never shared by two messages."""
     command = read(items=items("one", "two"))
     again = read(items=items("one", "two"))
-    assert client_id(command, 0) == client_id(again, 0)
-    others = [read(text="x", ident="c2"), read(text="x", sandbox="s2"), read(text="x", stored_ms=NOW + 1)]
-    ids = [client_id(command, 0), client_id(command, 1), *(client_id(other, 0) for other in others)]
+    assert client_id(command.client, 0) == client_id(again.client, 0)
+    others = [read(text="x", sequence=8), read(text="x", sandbox="s2"), read(text="x", stored_ms=NOW + 1)]
+    ids = [client_id(command.client, part) for part in range(2)] + [client_id(other.client, 0) for other in others]
     assert len(set(ids)) == len(ids)
     assert all(len(ident) <= 64 and ident.isascii() for ident in ids)
 
@@ -373,45 +376,6 @@ def test_neither_name_nor_bytes_of_media_are_in_a_repr() -> None:
     assert "secret" not in repr(command)
 
 
-# merging -------------------------------------------------------------------------------------------------
-
-
-def texts(*words: str) -> list[Command]:
-    return [read(ident=f"c{number}", text=word) for number, word in enumerate(words)]
-
-
-JOINS: list[tuple[str, list[Command], int, bool]] = [
-    ("two", texts("a", "b"), 3000, True),
-    ("one-alone", texts("a"), 3000, True),
-    ("just-fit", texts("a" * 10, "b" * 10), 22, True),
-    ("one-too-many", texts("a" * 10, "b" * 10), 21, False),
-    ("too-many-bytes", texts("好" * 3000, "好" * 3000), 10_000, False),
-    ("several-parts", [*texts("a"), read(ident="c1", items=items("b", "c"))], 3000, False),
-    ("several-parts-first", [read(ident="c1", items=items("b", "c")), *texts("a")], 3000, False),
-    ("media", [*texts("a"), read(ident="c1", items=one(kind="file", data=""))], 3000, False),
-    ("same-id", [*texts("a"), *texts("b")], 3000, False),
-    ("open-fence-first", texts("```\ncode", "b"), 3000, False),
-    ("open-fence-last", texts("b", "```\ncode"), 3000, True),
-    ("closed-fence", texts("```\ncode\n```", "b"), 3000, True),
-    ("most", texts(*"a" * MERGED_AT_ONCE), 3000, True),
-    ("more-than-most", texts(*"a" * (MERGED_AT_ONCE + 1)), 3000, False),
-]
-
-
-@pytest.mark.parametrize(("group", "chars", "do"), [row[1:] for row in JOINS], ids=[row[0] for row in JOINS])
-def test_single_texts_join_as_long_as_they_fit(group: list[Command], chars: int, do: bool) -> None:
-    assert joins(group[:-1], group[-1], chars) is do
-
-
-def test_merged_texts_are_one_message_with_a_blank_line_between() -> None:
-    first, second, third = texts("a", "b", "c")
-    merged = merge([first, second, third])
-    assert merged.parts == ["a\n\nb\n\nc"]
-    assert (merged.id, merged.client, merged.merged) == (first.id, first.client, (second, third))
-    assert merge([first]) == first
-
-
 def test_a_merged_message_has_a_client_id_of_its_own() -> None:
     """Alone, or with fewer others, the same command is another message; iLink shows each id once."""
-    (command,) = texts("a")
-    assert len({client_id(command, 0), client_id(command, 0, 1), client_id(command, 0, 2)}) == 3
+    assert len({client_id("k", 0, merged) for merged in range(3)}) == 3

@@ -1,0 +1,65 @@
+"""Bounds the requests to sendmessage that are out at once, with a fair share for each sandbox."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter, OrderedDict, deque
+
+
+class SendSlots:
+    """As many slots as may be used; a sandbox that waits takes its turn after the other sandboxes that do."""
+
+    def __init__(self, slots: int, *, share: int) -> None:
+        """`share`: how many a sandbox may have."""
+        self._free = slots
+        self._share = share
+        self._used: Counter[str] = Counter()
+        self._waiting: OrderedDict[str, deque[asyncio.Future[None]]] = OrderedDict()
+
+    def try_acquire(self, sandbox: str) -> bool:
+        """Takes a slot where there is one and nobody else waits for it."""
+        if self._free and self._used[sandbox] < self._share and sandbox not in self._waiting:
+            self._take(sandbox)
+            return True
+        return False
+
+    async def acquire(self, sandbox: str) -> None:
+        """Waits for a slot."""
+        if self.try_acquire(sandbox):
+            return
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.setdefault(sandbox, deque()).append(waiter)
+        try:
+            await waiter
+        except asyncio.CancelledError:
+            if waiter.done() and not waiter.cancelled():
+                self.release(sandbox)
+            raise
+
+    def release(self, sandbox: str) -> None:
+        """Gives a slot back."""
+        self._free += 1
+        self._used[sandbox] -= 1
+        if not self._used[sandbox]:
+            del self._used[sandbox]
+        self._grant()
+
+    def _take(self, sandbox: str) -> None:
+        self._free -= 1
+        self._used[sandbox] += 1
+
+    def _grant(self) -> None:
+        """Hands free slots to those who wait, one sandbox after the other."""
+        for _ in range(len(self._waiting)):
+            if not self._free:
+                return
+            sandbox, waiters = next(iter(self._waiting.items()))
+            while waiters and waiters[0].done():
+                waiters.popleft()
+            if waiters and self._used[sandbox] < self._share:
+                self._take(sandbox)
+                waiters.popleft().set_result(None)
+            if waiters:
+                self._waiting.move_to_end(sandbox)
+            else:
+                del self._waiting[sandbox]

@@ -1,0 +1,48 @@
+"""Reads and writes the records of conversations."""
+
+from __future__ import annotations
+
+import msgspec
+import structlog
+
+from adapter.conversation.record import VERSION, ConversationRecord
+from adapter.errors import UNDECODABLE, Temporary
+from adapter.names import conversation_key, user_of_key
+from adapter.ports import Bucket, Entry
+
+log = structlog.get_logger()
+
+
+class ConversationStore:
+    """The bucket `wechat_conversations`."""
+
+    def __init__(self, bucket: Bucket) -> None:
+        self._bucket = bucket
+
+    async def load(self, sandbox: str, user: str) -> tuple[ConversationRecord, int]:
+        """The record and its revision; an empty one and 0 where there is none. Raises Temporary."""
+        entry = await self._bucket.get(conversation_key(sandbox, user))
+        return _record_in(entry), entry.revision if entry else 0
+
+    async def load_sandbox(self, sandbox: str) -> dict[str, tuple[ConversationRecord, int]]:
+        """The records of all users of a sandbox, and their revisions, by user. Raises Temporary."""
+        entries = await self._bucket.below(sandbox)
+        return {user_of_key(entry.key): (_record_in(entry), entry.revision) for entry in entries}
+
+    async def save(self, sandbox: str, user: str, record: ConversationRecord, revision: int) -> int:
+        """Writes the record if its revision still is `revision`; the new one. Raises Conflict, Temporary."""
+        return await self._bucket.update(conversation_key(sandbox, user), msgspec.json.encode(record), revision)
+
+
+def _record_in(entry: Entry | None) -> ConversationRecord:
+    """Raises Temporary for a record of a later version: the replica that wrote it knows better."""
+    if entry is None or entry.value is None:
+        return ConversationRecord()
+    try:
+        record = msgspec.json.decode(entry.value, type=ConversationRecord)
+    except UNDECODABLE as exc:  # another hand wrote it: what is known here is written over it
+        log.error("conversation.unreadable", key=entry.key.partition(".")[0], detail=type(exc).__name__)
+        return ConversationRecord()
+    if record.v > VERSION:
+        raise Temporary("record_too_new", f"A record has version {record.v}, this replica knows {VERSION}.")
+    return record

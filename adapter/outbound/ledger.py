@@ -1,0 +1,191 @@
+"""The commands of one shard that are delivered and have not ended: their bodies, receipts and acknowledgements.
+
+A command stays in WECHAT_OUT, unacknowledged, until its final receipt is stored. Bodies are held up to a share per
+sandbox (`Backlog`); what waits for its user gives its body back, and is read anew when its turn comes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+
+from adapter import contract
+from adapter.conversation.commands import Limits, Part, decode_command, read_command
+from adapter.conversation.rules import CommandResult, QueuedCommand
+from adapter.errors import Temporary
+from adapter.events import Events
+from adapter.metrics import Metrics
+from adapter.names import H_COMMAND, H_TRACEPARENT, Names
+from adapter.outbound.backlog import Backlog
+from adapter.outbound.receipts import Address, Receipts
+from adapter.ports import Archive, Delivery
+from adapter.timing import Clock
+
+MISSING_CONFIRM_S = 10.0
+"""What waits on the bus and is missing there for so long is gone. A cluster that is losing its leaders may not show
+all that it has, and what is taken for gone is overtaken."""
+ENDED_KEPT = 256
+"""Commands remembered as ended: what comes again of the last moment needs no look at the receipts."""
+
+
+class _Entry:
+    """A command that is delivered and has not ended."""
+
+    __slots__ = ("delivery", "headers", "parked_at_ms", "parked_ms", "receipt")
+
+    def __init__(self, delivery: Delivery) -> None:
+        self.delivery = delivery
+        trace = delivery.headers.get(H_TRACEPARENT)
+        self.headers = {H_TRACEPARENT: trace} if trace else {}
+        self.receipt = 0
+        """Sequence of its last receipt."""
+        self.parked_at_ms = 0
+        self.parked_ms = 0
+        """How long it was parked before its body was read back."""
+
+    def end_parking(self, now_ms: int) -> int:
+        """It waits for its user no more; how long it has, in all."""
+        if self.parked_at_ms:
+            self.parked_ms += max(0, now_ms - self.parked_at_ms)
+            self.parked_at_ms = 0
+        return self.parked_ms
+
+
+class CommandLedger:
+    """What is in flight of one shard."""
+
+    def __init__(
+        self,
+        receipts: Receipts,
+        events: Events,
+        history: Archive,
+        names: Names,
+        limits: Limits,
+        clock: Clock,
+        metrics: Metrics,
+    ) -> None:
+        self.backlog = Backlog()
+        self.on_room: Callable[[str], None] = lambda subject: None
+        """Called with a subject of which more may be read back."""
+        self._receipts = receipts
+        self._events = events
+        self._history = history
+        self._names = names
+        self._limits = limits
+        self._clock = clock
+        self._metrics = metrics
+        self._entries: dict[int, _Entry] = {}
+        """By sequence."""
+        self._missing = (-math.inf, -math.inf)
+        """Monotonic times between which commands were missing on the bus: of many that are gone only the first one
+        takes long."""
+        self._ended: OrderedDict[int, int] = OrderedDict()
+        """Sequences, and when each was stored: one without the other is a command of a stream that was made anew."""
+
+    def add(self, delivery: Delivery) -> None:
+        """A command is worked on from now on."""
+        self._entries[delivery.seq] = _Entry(delivery)
+
+    def has_ended(self, delivery: Delivery) -> bool:
+        """Whether it ended a moment ago, and only its acknowledgement got lost."""
+        return self._ended.get(delivery.seq) == delivery.time_ms
+
+    def renew(self, delivery: Delivery) -> bool:
+        """Whether the command is known; its newest delivery is the one that counts."""
+        if (entry := self._entries.get(delivery.seq)) is None:
+            return False
+        delivery.data, delivery.headers = entry.delivery.data, entry.delivery.headers
+        entry.delivery = delivery
+        return True
+
+    async def acknowledge(self, command: QueuedCommand) -> None:
+        """The command has ended."""
+        if (entry := self._entries.pop(command.sequence, None)) is None:
+            return
+        self._ended[command.sequence] = entry.delivery.time_ms
+        if len(self._ended) > ENDED_KEPT:
+            self._ended.popitem(last=False)
+        self._settle(command.sequence)
+        await entry.delivery.ack()
+
+    def release_body(self, command: QueuedCommand) -> None:
+        """Its body is not held in memory any more."""
+        if entry := self._entries.get(command.sequence):
+            entry.delivery.data, entry.delivery.headers = b"", {}
+            entry.parked_at_ms = entry.parked_at_ms or self._clock.now_ms()
+        self._settle(command.sequence)
+
+    def _settle(self, sequence: int) -> None:
+        if subject := self.backlog.settle(sequence):
+            self.on_room(subject)
+
+    async def load_bodies(self, sandbox: str, sequences: Sequence[int]) -> dict[int, list[Part] | None]:
+        """Parts of commands, read back from the bus; None: it has the command no more.
+
+        Raises Temporary, also as long as one may only not be shown.
+        """
+        parts: dict[int, list[Part] | None] = {}
+        now = self._clock.monotonic()
+        for sequence in sequences:
+            entry = self._entries.get(sequence)
+            stored = await self._history.get(self._names.stream_out, sequence)
+            if stored is None:
+                parts[sequence] = None
+                continue
+            body = decode_command(stored.data, self._limits)
+            command = read_command(body, sandbox=sandbox, ident="", sequence=0, time_ms=0, limits=self._limits)
+            parts[sequence] = command.parts
+            if entry:
+                entry.end_parking(self._clock.now_ms())
+        if None in parts.values():
+            since, last = self._missing
+            self._missing = since if now - last < MISSING_CONFIRM_S else now, now
+            if now - self._missing[0] < MISSING_CONFIRM_S:
+                raise Temporary("command_missing")
+        return parts
+
+    async def publish_receipt(
+        self, command: QueuedCommand, result: CommandResult, address: Address, shown: contract.Window
+    ) -> None:
+        """Stores a receipt; of a dead letter, that first. Raises Temporary."""
+        entry = self._entries.get(command.sequence)
+        if result.outcome == "dead_lettered":
+            await self._publish_dead_letter(command, result, address.sandbox, entry)
+        headers, expected = (entry.headers, entry.receipt) if entry else ({}, 0)
+        receipt = await self._receipts.publish(command.ref, result, address, shown, headers, expected=expected)
+        if result.outcome == "parked":
+            if entry:
+                entry.receipt = receipt
+            return
+        metrics = self._metrics
+        metrics.outbound_messages.of(command.kind, result.outcome, result.reason or "none").inc()
+        now_ms = self._clock.now_ms()
+        parked_ms = entry.end_parking(now_ms) if entry else 0
+        failed = result.outcome in ("dead_lettered", "uncertain")
+        took_s = max(0, now_ms - command.ref.stored_ms - parked_ms) / 1000
+        metrics.outbound_duration.of("failed" if failed else "settled").observe(took_s)
+
+    async def _publish_dead_letter(
+        self, command: QueuedCommand, result: CommandResult, sandbox: str, entry: _Entry | None
+    ) -> None:
+        data, headers = (entry.delivery.data, entry.delivery.headers) if entry else (b"", {})
+        if not data and (stored := await self._history.get(self._names.stream_out, command.sequence)):
+            data, headers = stored.data, stored.headers
+        await self._events.dead_letter(
+            "OUT",
+            data,
+            subject=self._names.out(sandbox),
+            headers=headers | {H_COMMAND: command.ref.id},
+            reason=result.reason,
+            detail=result.detail,
+            msg_id=f"dead:{command.client_id_base}",
+            sandbox=sandbox,
+        )
+
+    def depth(self) -> tuple[int, int | None]:
+        """How many commands are in flight, and when the oldest was stored that is not parked."""
+        stored_ms = [entry.delivery.time_ms for entry in self._entries.values() if not entry.parked_at_ms]
+        if (waiting_ms := self.backlog.oldest_ms()) is not None:
+            stored_ms.append(waiting_ms)
+        return len(self._entries) + self.backlog.waiting, min(stored_ms, default=None)
