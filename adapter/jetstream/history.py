@@ -130,10 +130,19 @@ async def last_of(link: Link, stream: str, subject: str) -> Stored | None:
 
 
 async def direct_get(link: Link, stream: str, body: dict[str, Any]) -> AsyncGenerator[Stored, None]:
-    """What any replica answers to a direct get (ADR-31), perhaps less than the leader has. Raises Temporary."""
+    """What any replica answers to a direct get (ADR-31), perhaps less than the leader has. Raises Temporary, also
+    where one of the answers is missing: each names the one before."""
     with link.question() as question:
         await link.publish(f"$JS.API.DIRECT.GET.{stream}", msgspec.json.encode(body), reply=question.reply)
-        while (stored := _read(await link.answer(question))) is not None:
+        last_seq = "0"
+        while True:
+            answer = await link.answer(question)
+            stored = _read(answer)
+            if answer.headers.get("Nats-Last-Sequence", last_seq) != last_seq:
+                raise Temporary("bus_gap", "an answer got lost")
+            if stored is None:
+                return
+            last_seq = str(stored.seq)
             yield stored
 
 
