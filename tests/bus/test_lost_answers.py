@@ -9,9 +9,14 @@ import msgspec
 import pytest
 
 from adapter.errors import Temporary
+from adapter.jetstream import topology
 from adapter.jetstream.buckets import LeaderKvBucket
-from tests.bus.rig import NAMES, PATIENCE_S, Bus, Rig, event, rig_on
+from adapter.jetstream.consumer import all_settled
+from adapter.timing import SystemClock
+from tests.bus.rig import NAMES, PATIENCE_S, Bus, Rig, control, event, rig_on
+from tests.bus.test_consumer import Reader
 from tests.e2e.lossy import Loss, Lossy
+from tests.e2e.waiting import until
 
 BATCH = 5
 
@@ -44,6 +49,38 @@ async def test_a_write_to_a_lease_fails_in_time_and_has_taken_place(rig: Rig, lo
     assert found is not None
     assert found.value == b"me"
     await bucket.write("1", b"me still", found.revision)
+
+
+@pytest.mark.parametrize("part", [b"PUB $JS.ACK.", b"MSG"], ids=["on-its-way", "its-answer"])
+async def test_a_settled_control_command_counts_as_settled(rig: Rig, lossy: Lossy, part: bytes) -> None:
+    """Commands that wait for binds would wait for its redelivery, an hour; and nobody carries it out again."""
+    await control(rig, "first", "second")
+    reader = Reader(rig, confirm_acks=True)
+    await reader.have(2)
+    losses = [lossy.lose(part, *([] if part.startswith(b"PUB") else [b" 0\r\n"])) for _ in range(2)]
+    for delivery in reader.got:
+        await delivery.ack()
+    async with asyncio.timeout(PATIENCE_S):
+        await all_settled(rig.link, NAMES.stream_ctl, topology.CONTROL, SystemClock())
+    assert all(loss.has_happened for loss in losses)
+    assert reader.texts == ["first", "second"]
+
+
+async def test_a_pull_that_gets_lost_is_made_again(rig: Rig, lossy: Lossy) -> None:
+    await control(rig, "first")
+    loss = lossy.lose(b"PUB $JS.API.CONSUMER.MSG.NEXT.")
+    reader = Reader(rig)
+    await reader.have(1)
+    assert (loss.has_happened, reader.texts) == (True, ["first"])
+
+
+@pytest.mark.parametrize("skip", [0, 1])
+async def test_a_delivery_that_gets_lost_comes_again_in_its_place(rig: Rig, lossy: Lossy, skip: int) -> None:
+    await control(rig, "0", "1")
+    loss = lossy.lose(b"MSG", b"$JS.ACK.", skip=skip)
+    reader = Reader(rig)
+    await until(lambda: reader.texts[-2:] == ["0", "1"], "both are delivered")
+    assert loss.has_happened
 
 
 @pytest.mark.parametrize("lost", [b"PUB $JS.API.", b"MSG _INBOX"], ids=["on-its-way", "its-answer"])
