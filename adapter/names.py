@@ -121,6 +121,15 @@ def peer_of(key: str) -> tuple[str, str]:
     return text_of(bot), text_of(user)
 
 
+def stream_of(subject: str) -> str:
+    """The stream that stores a subject, also those of buckets and of the object store."""
+    first, _, rest = subject.partition(".")
+    second = rest.partition(".")[0]
+    if first in ("$KV", "$O"):
+        return f"{'KV' if first == '$KV' else 'OBJ'}_{second}"
+    return f"{first}_{'in' if second == 'inbox' else second}".upper()
+
+
 class Names:
     """Every subject, stream and bucket under one prefix (setting WECHAT_NATS_PREFIX)."""
 

@@ -12,13 +12,27 @@ from adapter.errors import Temporary
 from adapter.jetstream import topology
 from adapter.jetstream.buckets import LeaderKvBucket
 from adapter.jetstream.consumer import all_settled
+from adapter.jetstream.objects import CHUNK, ObjectStore
+from adapter.names import H_MSG_ID
+from adapter.ports import Entry, Message, PubAck
 from adapter.timing import SystemClock
 from tests.bus.rig import NAMES, PATIENCE_S, Bus, Rig, control, event, rig_on
 from tests.bus.test_consumer import Reader
+from tests.bus.test_objects import content, count, pieces_of, whole
 from tests.e2e.lossy import Loss, Lossy
 from tests.e2e.waiting import until
 
-BATCH = 5
+BATCH = 3
+SUBJECTS = {
+    NAMES.stream_in: NAMES.inbox("s1"),
+    NAMES.stream_raw: NAMES.raw(0, "b1"),
+    NAMES.stream_event: NAMES.event("s1", "receipt"),
+    NAMES.stream_parked: NAMES.parked(0, "k"),
+    NAMES.stream_dead: NAMES.dead(NAMES.stream_in),
+    NAMES.stream_out: NAMES.out("s1"),
+    NAMES.stream_ctl: NAMES.unbind,
+}
+"""One of each stream that the adapter publishes to."""
 
 
 @pytest.fixture
@@ -39,6 +53,42 @@ def lose_ack(lossy: Lossy, stream: str, *, skip: int = 0) -> Loss:
     return lossy.lose(b"MSG", b'{"stream":"%b"' % stream.encode(), skip=skip)
 
 
+@pytest.mark.parametrize("place", range(BATCH))
+async def test_a_batch_is_stored_once_and_in_order(rig: Rig, lossy: Lossy, place: int) -> None:
+    """Of every stream at once, at each place of the batch; and again, since the first must not hide the next."""
+    for begin in (0, BATCH):
+        losses = [lose_ack(lossy, stream, skip=place) for stream in SUBJECTS]
+        batches = [
+            [Message("event", subject, b"%d" % n, {H_MSG_ID: f"{subject}.{n}"}) for n in range(begin, begin + BATCH)]
+            for subject in SUBJECTS.values()
+        ]
+        async with asyncio.timeout(PATIENCE_S):
+            answers = await asyncio.gather(*(rig.publisher.publish_all(batch) for batch in batches))
+        assert all(loss.has_happened for loss in losses)
+        for acks in answers:
+            assert all(isinstance(ack, PubAck) for ack in acks)
+    for stream in SUBJECTS:
+        stored = await rig.read(stream, ">")
+        assert stored == [b"%d" % number for number in range(2 * BATCH)], stream
+    assert rig.link.epoch == 1
+
+
+@pytest.mark.parametrize("place", range(BATCH))
+async def test_a_key_is_made_changed_and_deleted_once(rig: Rig, lossy: Lossy, place: int) -> None:
+    """Its repeat meets the first write."""
+    bucket, keys = rig.bucket(), [f"k{number}" for number in range(BATCH)]
+    async with asyncio.timeout(PATIENCE_S):
+        losses = [lose_ack(lossy, bucket.stream, skip=place)]
+        made = await asyncio.gather(*(bucket.update(key, b"1", 0) for key in keys))
+        losses.append(lose_ack(lossy, bucket.stream, skip=place))
+        changed = await asyncio.gather(*(bucket.update(k, b"2", at) for k, at in zip(keys, made, strict=True)))
+        losses.append(lose_ack(lossy, bucket.stream, skip=place))
+        await asyncio.gather(*(bucket.delete(key) for key in keys))
+        assert [loss.has_happened for loss in losses] == [True] * 3
+        assert changed == [revision + BATCH for revision in made], "none was written twice"
+        assert [(await bucket.get(key) or Entry(key, b"", 0)).value for key in keys] == [None] * BATCH
+
+
 async def test_a_write_to_a_lease_fails_in_time_and_has_taken_place(rig: Rig, lossy: Lossy) -> None:
     bucket = LeaderKvBucket(rig.link, NAMES.claims)
     loss = lose_ack(lossy, f"KV_{NAMES.claims}")
@@ -49,6 +99,18 @@ async def test_a_write_to_a_lease_fails_in_time_and_has_taken_place(rig: Rig, lo
     assert found is not None
     assert found.value == b"me"
     await bucket.write("1", b"me still", found.revision)
+
+
+@pytest.mark.parametrize("place", [0, 2, 5])
+async def test_an_object_is_stored_once(rig: Rig, lossy: Lossy, place: int) -> None:
+    """At a piece, and at its description, which comes last."""
+    data, store = content(5 * CHUNK), ObjectStore(rig.link, rig.publisher, NAMES.media)
+    loss = lose_ack(lossy, f"OBJ_{NAMES.media}", skip=place)
+    async with asyncio.timeout(PATIENCE_S):
+        stored = await store.put("s1/in/a", pieces_of(data))
+        assert await whole(store, stored) == data
+    assert loss.has_happened
+    assert await count(rig, f"$O.{NAMES.media}.C.>") == 5
 
 
 @pytest.mark.parametrize("part", [b"PUB $JS.ACK.", b"MSG"], ids=["on-its-way", "its-answer"])
