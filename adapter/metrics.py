@@ -272,7 +272,7 @@ class Metrics:
         )
         self.nats_publish_oldest = self._gauge(
             "nats_publish_oldest_seconds",
-            "Age of the oldest write that JetStream has not acknowledged, 0 if none. While it grows no poll starts.",
+            "Age of the oldest write that its stream has not acknowledged, 0 if none. What writes there waits too.",
         )
         self.nats_streams_missing = self._gauge(
             "nats_streams_missing", "Streams and buckets that should be there and were deleted."

@@ -122,6 +122,15 @@ def user_of_key(key: str) -> str:
     return text_of(key.partition(".")[2])
 
 
+def stream_of(subject: str) -> str:
+    """The stream that stores a subject, also those of buckets and of the object store."""
+    first, _, rest = subject.partition(".")
+    second = rest.partition(".")[0]
+    if first in ("$KV", "$O"):
+        return f"{'KV' if first == '$KV' else 'OBJ'}_{second}"
+    return f"{first}_{'in' if second == 'inbox' else second}".upper()
+
+
 class Names:
     """Every subject, stream and bucket under one prefix (setting WECHAT_NATS_PREFIX)."""
 

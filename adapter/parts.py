@@ -148,7 +148,9 @@ class Parts:
         downloading = Downloading(
             connections.cdn, connections.objects, lambda silk: asyncio.to_thread(media.silk_to_wav, silk), clock
         )
-        self.fetching = Fetching(self.incoming, downloading, settings.media_wait_s)
+        self.fetching = Fetching(
+            self.incoming._replace(writable=self._wait_media_writable), downloading, settings.media_wait_s
+        )
         self.outbound = self._outbound()
         self.supervisor = Supervisor(
             bindings=self.bindings,
@@ -190,15 +192,21 @@ class Parts:
         there = await rollcall.roll(self.connections.core, self.names.roll(), [bot], self.leases.living)
         return rollcall.is_idle(there, incarnation, bot, self.leases.others)
 
+    async def _wait_media_writable(self) -> None:
+        """As `Incoming.writable`, for what is to be stored with its media."""
+        await self.incoming.writable()
+        await self.watch.complete([f"OBJ_{self.names.media}"])
+
     # what has many parts ----------------------------------------------------------------------------
 
     def _incoming(self) -> Incoming:
-        settings = self.settings
+        settings, names = self.settings, self.names
+        poll_streams = (names.stream_in, names.stream_raw, f"KV_{names.cursors}", f"KV_{names.conversations}")
 
         async def writable() -> None:
             await self.connections.link.wait_up()
-            await self.connections.bus.writable()
-            await self.watch.complete()
+            await self.connections.bus.writable(poll_streams)
+            await self.watch.complete(poll_streams)
 
         return Incoming(
             chat=self.connections.chat,

@@ -275,13 +275,13 @@ class PubAck(msgspec.Struct):
 
 
 class Bus(Protocol):
-    """Publishing to streams, in the order of the calls. Waits as long as the bus is away."""
+    """Publishing to streams, to each in the order of the calls. Waits as long as the bus is away, or the stream."""
 
     async def publish(self, message: Message) -> PubAck:
         """Raises Conflict, BusRefused, and what the message's fence raises."""
 
     async def publish_all(self, messages: Sequence[Message]) -> list[PubAck | BusRefused]:
-        """Stores all in this order, pipelined; a refusal stands in the place of its ack.
+        """Stores all, those of a stream in this order, pipelined; a refusal stands in the place of its ack.
 
         Raises what a message's fence raises: any part of the others is stored then.
         """

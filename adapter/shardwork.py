@@ -98,7 +98,10 @@ class ShardLoops(NamedTuple):
         until_acked, check = label != "out", lambda: self.leases.check(shard)
         wanted = topology.consumer_of(self.names, name)
         turn = self.outbound.conversation.turns.next
-        consumer = Consumer(self.link, wanted, room=ROOM, until_acked=until_acked, check=check, turn=turn)
+        confirm_acks = label == "control"  # `bound_yet` waits for it
+        consumer = Consumer(
+            self.link, wanted, room=ROOM, until_acked=until_acked, confirm_acks=confirm_acks, check=check, turn=turn
+        )
         await consumer.run(take, on_reset)
 
     def _route(self, delivery: Delivery) -> None:

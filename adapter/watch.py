@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import structlog
 
@@ -66,13 +66,15 @@ class Watch:
         self._metrics = metrics
         self._good = clock.monotonic()
         """When JetStream was last in order."""
+        self._missing: set[str] = set()
+        """Streams that were deleted, when it was last looked."""
         self._looked = Condition()
         self._paused: dict[str, str] = {}
         """Consumers that an operator has paused, of those that are looked at, and their streams."""
 
-    async def complete(self) -> None:
-        """Returns when every stream is there."""
-        await self._looked.until(lambda: not self._health.missing)
+    async def complete(self, streams: Iterable[str]) -> None:
+        """Returns when these are there."""
+        await self._looked.until(lambda: self._missing.isdisjoint(streams))
 
     def begin(self) -> None:
         """Called once the service has started, on streams that were found in order."""
@@ -122,7 +124,7 @@ class Watch:
     def _hurdle(self) -> str:
         """What keeps this replica from work although JetStream answers, in words; "": nothing."""
         if self._bus.waiting_s > BUS_GRACE_S:
-            return f"JetStream takes nothing: {self._bus.hurdle}"
+            return f"JetStream takes nothing for {self._bus.hurdle}"
         return "" if self._leases.valid else f"the lease cannot be renewed: {self._leases.hurdle}"
 
     def _hear(self, problem: str) -> None:
@@ -135,6 +137,7 @@ class Watch:
     async def _ask_streams(self) -> None:
         """Raises Temporary, BusRefused."""
         missing = await self._inspector.look(self._link)
+        self._missing = set(missing)
         self._metrics.nats_streams_missing.set(len(missing))
         altered = [f"{name} ({', '.join(d.field for d in found)})" for name, found in self._inspector.altered.items()]
         self._metrics.nats_streams_altered.set(len(altered) + len(self._paused))

@@ -499,9 +499,9 @@ class Model:
         await self.take_over(self._replica())
 
     async def drain(self, *, again: bool) -> None:
-        before = self.owner
+        before, was_away = self.owner, not self.hold.up.is_set()
         await asyncio.gather(*(shard.drain(20.0) for shard in before.shards.values()))
-        if not self.hold.up.is_set():  # nobody could write down what was heard
+        if was_away or not self.hold.up.is_set():  # nobody could write down what was heard
             self.unsaved += 1
             self.chat.unanswered |= {sent.client_id for sent in self.chat.sent if sent.at_s > self._now() - 60}
         before.lose()

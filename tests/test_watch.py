@@ -30,7 +30,7 @@ class Replica:
         self.health = Health(clock=self.clock.monotonic)
         self.metrics = Metrics()
         self.link = SimpleNamespace(up=True, probe=self._probe, api=self._api)
-        self.publisher = SimpleNamespace(waiting_s=0.0, hurdle="full")
+        self.publisher = SimpleNamespace(waiting_s=0.0, hurdle="WECHAT_IN: full")
         self.leases = SimpleNamespace(valid=True, hurdle="refused")
         self.silence: Exception | None = None
         self.absent: list[str] = []
@@ -113,7 +113,7 @@ def well(replica: Replica) -> None:
     [
         (no_answer, "JetStream does not answer: timeout"),
         (refusal, "JetStream does not answer: 10039 JetStream is not enabled"),
-        (nothing_stored, "JetStream takes nothing: full"),
+        (nothing_stored, "JetStream takes nothing for WECHAT_IN: full"),
         (no_lease, "the lease cannot be renewed: refused"),
     ],
 )
@@ -146,9 +146,11 @@ async def test_a_lost_connection_is_no_problem_of_jetstream() -> None:
 async def test_what_is_gone_is_told_and_what_was_emptied_is_read_again() -> None:
     replica = Replica()
     replica.absent, replica.emptied = ["WECHAT_IN"], True
-    complete = asyncio.create_task(replica.watch.complete())
     await asyncio.sleep(2 * WATCH_S)
     assert replica.health.missing == "WECHAT_IN"
+    complete = asyncio.create_task(replica.watch.complete(["WECHAT_RAW", "WECHAT_IN"]))
+    await replica.watch.complete(["WECHAT_RAW"])
+    assert not complete.done()
     assert replica.reloads == 1
     assert replica.metrics.nats_streams_missing._value.get() == 1
     assert replica.metrics.nats_consumer_pending.labels(consumer="out")._value.get() == 6  # 10 stored, 4 in hand
@@ -166,7 +168,7 @@ async def test_what_was_changed_is_told_as_long_as_it_is_so() -> None:
     (check,) = (check for check in replica.health.ready() if check.name == "streams")
     assert (check.ok, check.detail) == (False, "altered: WECHAT_IN (republish); `wechat-nats doctor --fix`")
     assert replica.metrics.nats_streams_altered._value.get() == 1
-    await replica.watch.complete()
+    await replica.watch.complete(["WECHAT_IN"])
     replica.altered = {}
     await asyncio.sleep(2 * WATCH_S)
     assert all(check.ok for check in replica.health.ready())

@@ -78,7 +78,7 @@ class Incoming(NamedTuple):
     raw_bots: Shared[set[str]]
     """The keys (`names.token_of`) of all bots of whom a message waits in WECHAT_RAW."""
     writable: Callable[[], Awaitable[None]]
-    """Returns when the bus takes what is written; no poll starts before."""
+    """Returns when the bus takes what a poll may bring; none starts before."""
     purges: Callable[[], int]
     """How often the bucket of cursors was seen to lack some: each poller puts its own back before the next poll."""
     taking: asyncio.Semaphore

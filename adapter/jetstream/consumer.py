@@ -42,6 +42,8 @@ SILENT_S = 15.0
 PULL_BYTES = 1024 * 1024
 """What a pull brings at most: a server cuts off a client that lets 64 MB wait, and after the next connect all of it
 would come again, and the client be cut off again."""
+CONFIRM_S = 1.0
+"""An acknowledgement that is not confirmed so soon is repeated."""
 LOST = "a delivery got lost"
 DELIVERED = "$JS.ACK."
 """How the reply subject of a delivery begins. Its headers are a stranger's, and may say anything: `Status: 409`."""
@@ -81,14 +83,15 @@ class Delivery:
         """Settles it. An ack that gets lost comes back as a delivery after the next connect."""
         self._consumer.acked()
         try:
-            await self._consumer.link.publish(self._reply, b"+ACK")
+            await self._consumer.settle(self._reply)
         except Temporary:
             log.debug("ack.lost", consumer=self._consumer.name, seq=self.seq)
 
 
 class Consumer:
     """The pull loop of one durable. `room` bounds what is delivered and not yet acknowledged, or where not
-    `until_acked`, what is asked for: whoever takes the deliveries bounds them then.
+    `until_acked`, what is asked for: whoever takes the deliveries bounds them then. `confirm_acks`: each is repeated
+    until the server confirms it, for who asks whether all is settled.
 
     `check` raises LeaseLost when this replica may not read it at this moment. `turn` is awaited before each delivery:
     nats-py hands on all that has come in one round of the event loop.
@@ -101,6 +104,7 @@ class Consumer:
         *,
         room: int,
         until_acked: bool = True,
+        confirm_acks: bool = False,
         check: Callable[[], None] = lambda: None,
         turn: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
@@ -112,6 +116,7 @@ class Consumer:
         self._check = check
         self._turn = turn
         self._until_acked = until_acked
+        self._confirm_acks = confirm_acks
         self._in_hand = 0
         self._requested = 0
         self._pull_bytes = PULL_BYTES
@@ -127,6 +132,20 @@ class Consumer:
         """One message is settled."""
         if self._until_acked:
             self._done()
+
+    async def settle(self, reply: str) -> None:
+        """Acknowledges a delivery. Raises Temporary."""
+        if not self._confirm_acks:
+            await self.link.publish(reply, b"+ACK")
+            return
+        while True:
+            try:
+                await self.link.request(reply, b"+ACK", CONFIRM_S)
+            except Temporary as exc:
+                if exc.reason != "bus_timeout":
+                    raise
+            else:
+                return
 
     def _done(self) -> None:
         self._in_hand = max(0, self._in_hand - 1)

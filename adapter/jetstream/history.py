@@ -149,25 +149,26 @@ async def last_of(link: Link, stream: str, subject: str) -> Stored | None:
 
 
 async def direct_get(link: Link, stream: str, body: dict[str, Any]) -> AsyncGenerator[Stored, None]:
-    """What any replica answers to a direct get (ADR-31), perhaps less than the leader has. Raises Temporary."""
+    """What any replica answers to a direct get (ADR-31), perhaps less than the leader has. Raises Temporary, also
+    where one of the answers is missing: each names the one before."""
     with link.question() as question:
         await link.publish(f"$JS.API.DIRECT.GET.{stream}", msgspec.json.encode(body), reply=question.reply)
-        while (stored := _read(await link.answer(question))) is not None:
+        last_seq = 0
+        while (stored := _read_after(last_seq, await link.answer(question))) is not None:
+            last_seq = stored.seq
             yield stored
 
 
 async def multi_last(link: Link, stream: str, subjects: Sequence[str]) -> tuple[list[Stored], int]:
     """The newest message of each subject that has one, and the sequence up to which the server that answered knows
-    the stream. Raises Temporary."""
+    the stream. Raises Temporary, also where one of the answers is missing."""
     found: list[Stored] = []
     with link.question() as question:
         body = msgspec.json.encode({"multi_last": subjects, "batch": len(subjects)})
         await link.publish(f"$JS.API.DIRECT.GET.{stream}", body, reply=question.reply)
-        while True:
-            answer = await link.answer(question)
-            stored = _read(answer)
-            if stored is None:
-                break
+        last_seq = 0
+        while (stored := _read_after(last_seq, answer := await link.answer(question))) is not None:
+            last_seq = stored.seq
             found.append(stored)
     if "Nats-UpTo-Sequence" in answer.headers:
         return found, int(answer.headers["Nats-UpTo-Sequence"])
@@ -180,6 +181,14 @@ async def multi_last(link: Link, stream: str, subjects: Sequence[str]) -> tuple[
 async def direct_one(link: Link, stream: str, body: dict[str, Any]) -> Stored | None:
     """As direct_get, for one message. Raises Temporary."""
     return _read(await link.request(f"$JS.API.DIRECT.GET.{stream}", msgspec.json.encode(body)))
+
+
+def _read_after(last_seq: int, answer: Answer) -> Stored | None:
+    """As `_read`, of one answer of several. Raises Temporary, also where the one before is not that with `last_seq`."""
+    stored = _read(answer)
+    if answer.headers.get("Nats-Last-Sequence", str(last_seq)) != str(last_seq):
+        raise Temporary("bus_gap", "an answer got lost")
+    return stored
 
 
 def _read(answer: Answer) -> Stored | None:

@@ -1,9 +1,9 @@
 """Publishing to streams: pipelined, acknowledged, and in order even when the connection breaks.
 
-What is outstanding is kept in the order of the calls. Normally everything is written at once and the acks
-come back in any order. After a break, a missing ack or "no responders", the flow stops: the oldest
-outstanding message is sent alone until it is acknowledged, and only then the others follow in order.
-So a message never overtakes an earlier one of the same caller, and the stream drops repeats by Nats-Msg-Id.
+What is outstanding is kept by stream, in the order of the calls. Normally everything is written at once. After a
+break, a missing ack or "no responders", the flow to that stream stops: its oldest outstanding message is sent alone
+until it is answered, and only then the stream's others follow in order. So a message never overtakes an earlier one
+for the same stream, the stream drops repeats by Nats-Msg-Id, and a stream that takes nothing holds up no other.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import msgspec
@@ -19,11 +19,12 @@ import structlog
 from nats.errors import BadHeaderError, BadSubjectError, MaxPayloadError
 from nats.errors import Error as NatsError
 
-from adapter.errors import BusRefused, LeaseLost, Temporary
+from adapter.errors import AdapterError, BusRefused, LeaseLost, Temporary
 from adapter.jetstream.answers import ApiError, write_refusal
 from adapter.jetstream.client import BusClient, is_unheard
 from adapter.jetstream.link import Link
 from adapter.metrics import Metrics
+from adapter.names import stream_of
 from adapter.ports import Message, PubAck
 from adapter.tallies import Count, Distribution
 from adapter.timing import Clock, Condition, first_of
@@ -39,6 +40,7 @@ REMIND_S = 30.0
 
 LATE_S = 240.0
 """A write that waits longer is late: less than a stream's window for ids (topology.DUPLICATE_WINDOW_NS)."""
+NO_ACK = "no acknowledgement"
 MAX_SUBJECT = 3072
 """A server ends the connection over a line of more than 4,096 bytes, and would do so at every repeat."""
 
@@ -50,7 +52,9 @@ class _Answer(PubAck):
 
 
 class _Outstanding(msgspec.Struct):
+    number: int
     message: Message
+    stream: _Stream
     future: asyncio.Future[PubAck]
     asked: float
     sent: float = 0.0
@@ -58,19 +62,36 @@ class _Outstanding(msgspec.Struct):
     writes: int = 0
 
 
+class _Stream:
+    """What is written to one stream and not answered yet."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.outstanding: dict[int, _Outstanding] = {}
+        """By number, which is the order of the calls."""
+        self.hurdle = NO_ACK
+        """Why its oldest write waits, in words for an operator."""
+        self.interruption = asyncio.Event()
+        self.recovery: asyncio.Task[None] | None = None
+        self.warned_at = 0.0
+        """When the log last said that it waits; 0: not since it flowed."""
+
+
 class Publisher:
-    """Stores messages through one link; waits, also for hours, until the stream has them."""
+    """Stores messages through one link; waits, also for hours, until their streams have them."""
 
     def __init__(self, link: Link, clock: Clock, metrics: Metrics) -> None:
         self._link = link
         self._clock = clock
         self._metrics = metrics
+        self._streams: dict[str, _Stream] = {}
+        """By the beginning of their subjects, see `_stream_of`."""
         self._outstanding: dict[int, _Outstanding] = {}
+        """Those of all streams."""
         self._numbers = itertools.count()
-        self._flowing = False
+        self._interrupted_streams: set[str] = set()
+        """The streams to which `_recover` alone writes."""
         self._flows = Condition()
-        self.hurdle = "no acknowledgement"
-        """Why the oldest write waits, in words for an operator."""
         self._stumbled = asyncio.Event()
         self._decode = msgspec.json.Decoder(_Answer)
         self._nc: BusClient | None = None
@@ -82,146 +103,183 @@ class Publisher:
     @property
     def waiting_s(self) -> float:
         """How long the oldest write has been waiting for its acknowledgement; 0 where none waits."""
-        oldest = next((entry for entry in self._outstanding.values() if not entry.future.done()), None)
-        return max(0.0, self._clock.monotonic() - oldest.asked) if oldest else 0.0
+        return self._waited_s(self._outstanding)
 
-    async def writable(self) -> None:
-        """Returns when the bus takes what is written: at once, unless a write waits for longer than it should."""
-        await self._flows.until(lambda: self._flowing)
+    @property
+    def hurdle(self) -> str:
+        """Which stream the oldest write waits for, and why, in words for an operator."""
+        oldest = next(iter(self._outstanding.values()), None)
+        return f"{oldest.stream.name}: {oldest.stream.hurdle}" if oldest else ""
+
+    async def writable(self, streams: Iterable[str]) -> None:
+        """Returns when these take what is written: at once, unless a write to one waits for longer than it should."""
+        await self._flows.until(lambda: self._interrupted_streams.isdisjoint(streams))
 
     async def publish(self, message: Message) -> PubAck:
         """Returns once the stream has it, however long the bus is away. Raises Conflict, BusRefused, LeaseLost."""
         alone = not self._outstanding
-        taken = self._take(message, asyncio.get_running_loop().create_future(), self._clock.monotonic())
-        number, entry = taken
+        future, now = asyncio.get_running_loop().create_future(), self._clock.monotonic()
+        entry = self._take(message, self._stream_of(message.subject), future, now)
         try:
-            await self._write_all([taken], alone=alone)
+            await self._write_all([entry], alone=alone)
             return await entry.future
         finally:
-            del self._outstanding[number]
+            self._forget(entry)
 
     async def publish_all(self, messages: Sequence[Message]) -> list[PubAck | BusRefused]:
-        """Stores all of them in this order, pipelined; a refusal stands in the place of its ack. Raises LeaseLost."""
+        """Stores all of them, those of a stream in this order, pipelined; a refusal stands in the place of its ack.
+
+        Raises LeaseLost.
+        """
         loop, now, alone = asyncio.get_running_loop(), self._clock.monotonic(), not self._outstanding
-        taken = [self._take(message, loop.create_future(), now) for message in messages]
+        taken, subject = [], ""
+        for message in messages:
+            if message.subject != subject:  # those of a batch have mostly the same
+                subject, stream = message.subject, self._stream_of(message.subject)
+            taken.append(self._take(message, stream, loop.create_future(), now))
         try:
             await self._write_all(taken, alone=alone)
             acks: list[PubAck | BusRefused] = []
-            for _, entry in taken:
+            for entry in taken:
                 try:
                     acks.append(await entry.future)
                 except BusRefused as exc:
                     acks.append(exc)
             return acks
         finally:
-            for number, _ in taken:
-                del self._outstanding[number]
+            for entry in taken:
+                if entry.number in self._outstanding:
+                    self._forget(entry)
 
-    def _take(self, message: Message, future: asyncio.Future[PubAck], now: float) -> tuple[int, _Outstanding]:
+    def _take(self, message: Message, stream: _Stream, future: asyncio.Future[PubAck], now: float) -> _Outstanding:
         """In the order of the calls; what can never be written is refused at once."""
-        entry = _Outstanding(message, future, now)
-        self._measure(entry)
         number = next(self._numbers)
-        self._outstanding[number] = entry
-        return number, entry
+        entry = _Outstanding(number, message, stream, future, now)
+        self._outstanding[number] = stream.outstanding[number] = entry
+        self._measure(entry)
+        return entry
+
+    def _stream_of(self, subject: str) -> _Stream:
+        """The stream of a subject, told by its first two tokens."""
+        end = subject.find(".", subject.find(".") + 1)
+        key = subject if end < 0 else subject[:end]
+        found = self._streams.get(key)
+        if found is None:
+            found = self._streams[key] = _Stream(stream_of(subject))
+        return found
+
+    def _forget(self, entry: _Outstanding) -> None:
+        """It has its answer, or nobody wants it any more."""
+        if self._outstanding.pop(entry.number, None) is not None:
+            del entry.stream.outstanding[entry.number]
+
+    def _refuse(self, entry: _Outstanding, problem: AdapterError) -> None:
+        self._forget(entry)
+        if not entry.future.done():  # else its caller was cancelled
+            entry.future.set_exception(problem)
+
+    def _waited_s(self, outstanding: dict[int, _Outstanding]) -> float:
+        """How long the oldest has been waiting; 0 where there is none."""
+        oldest = next(iter(outstanding.values()), None)
+        return max(0.0, self._clock.monotonic() - oldest.asked) if oldest else 0.0
 
     def _measure(self, entry: _Outstanding) -> None:
         """Refuses what the server would end the connection for."""
         message, most = entry.message, self._link.max_payload
         if len(message.payload) > most // 2 and len(message.payload) + _size(message.headers) > most:
-            entry.future.set_exception(BusRefused(0, f"{len(message.payload)} bytes exceed the server's max_payload"))
+            self._refuse(entry, BusRefused(0, f"{len(message.payload)} bytes exceed the server's max_payload"))
             self._link.doubt_limit()
         elif len(message.subject) > MAX_SUBJECT // 4 and len(message.subject.encode()) > MAX_SUBJECT:
-            entry.future.set_exception(BusRefused(0, "The subject is too long."))
+            self._refuse(entry, BusRefused(0, "The subject is too long."))
 
     async def run(self) -> None:
-        """Watches the acks and mends the flow, until cancelled."""
-        while True:
-            self._stumbled.clear()
-            if not self._flowing or self._is_late():
-                self._flowing = False
-                await self._recover()
-            await first_of(self._stumbled, ACK_TIMEOUT_S / 2)
+        """Watches the acks and mends the flow to each stream, until cancelled."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._warn_forever())
+            while True:
+                self._stumbled.clear()
+                for stream in self._streams.values():
+                    if self._is_late(stream):
+                        self._interrupted_streams.add(stream.name)
+                    if stream.name in self._interrupted_streams and (
+                        stream.recovery is None or stream.recovery.done()
+                    ):
+                        stream.recovery = group.create_task(self._recover(stream))
+                await first_of(self._stumbled, ACK_TIMEOUT_S / 2)
 
-    def _is_late(self) -> bool:
-        """Tells whether an ack is overdue: only the oldest message needs a look, acks come nearly in order."""
-        for entry in itertools.islice(self._outstanding.values(), 1):
-            if entry.writes and not entry.future.done():
-                return self._clock.monotonic() - entry.sent > ACK_TIMEOUT_S
-        return False
+    def _is_late(self, stream: _Stream) -> bool:
+        """Tells whether an ack is overdue: what has its ack is outstanding no more, so the oldest write shows it."""
+        oldest = next((entry for entry in stream.outstanding.values() if entry.writes), None)
+        return oldest is not None and self._clock.monotonic() - oldest.sent > ACK_TIMEOUT_S
 
-    async def _recover(self) -> None:
-        """Sends the oldest message alone until it is acknowledged, then all others in order."""
-        await self._link.wait_up()
-        told = 0.0
-        while True:
-            pending = [(n, e) for n, e in self._outstanding.items() if not e.future.done()]
-            if not pending:
-                self._resume(told)
-                return
-            number, oldest = pending[0]
-            oldest.sent = 0.0
-            await self._write(number, oldest)
-            if not await self._acked(oldest):
-                told = await self._worry(oldest, told)
-                await self._link.wait_up()
+    async def _recover(self, stream: _Stream) -> None:
+        """Sends the oldest message alone until it is answered, then all others in order."""
+        while stream.name in self._interrupted_streams:
+            await self._link.wait_up()
+            stream.interruption.clear()
+            oldest = next(iter(stream.outstanding.values()), None)
+            if oldest is not None:
+                await self._write(oldest)
+                if not await self._answered(oldest):
+                    continue
+            # what is added while this is written comes after it: written here too, so that numbers stay in order
+            last = -1
+            while fresh := [entry for number, entry in stream.outstanding.items() if number > last]:
+                for entry in fresh:
+                    await self._write(entry)
+                last = fresh[-1].number
+            if stream.interruption.is_set():
                 continue
-            for number, entry in pending[1:]:
-                await self._write(number, entry)
-            # what was added while we wrote comes after: written here too, so that numbers stay in order
-            last = pending[-1][0]
-            while fresh := [(n, e) for n, e in self._outstanding.items() if n > last and not e.writes]:
-                for number, entry in fresh:
-                    if not entry.future.done():
-                        await self._write(number, entry)
-                last = fresh[-1][0]
-            self._resume(told)
-            return
+            self._interrupted_streams.discard(stream.name)
+            self._flows.notify()
+            if stream.warned_at:
+                stream.warned_at = 0.0
+                log.info("publish.resumed", stream=stream.name)
 
-    def _resume(self, told: float) -> None:
-        self._flowing = True
-        self._flows.notify()
-        if told:
-            log.info("publish.resumed")
+    async def _warn_forever(self) -> None:
+        """Says which streams take nothing, and looks whether another server would take it."""
+        while True:
+            await asyncio.sleep(ACK_TIMEOUT_S / 2)
+            waiting = [s for s in self._streams.values() if self._waited_s(s.outstanding) >= WORRY_S]
+            if not waiting or not self._link.up:
+                continue
+            with contextlib.suppress(Temporary, BusRefused):
+                await self._link.probe()
+            now = self._clock.monotonic()
+            for stream in waiting:
+                if stream.name not in self._interrupted_streams or (
+                    stream.warned_at and now - stream.warned_at < REMIND_S
+                ):
+                    continue
+                waited_s = round(self._waited_s(stream.outstanding), 1)
+                log.warning("publish.waits", stream=stream.name, waited_s=waited_s, detail=stream.hurdle)
+                stream.warned_at = now
 
-    async def _worry(self, oldest: _Outstanding, told: float) -> float:
-        """Says that the bus takes nothing, and looks whether another server would. Returns when it was said last."""
-        waited_s = self.waiting_s
-        if waited_s < WORRY_S:
-            return told
-        with contextlib.suppress(Temporary, BusRefused):
-            await self._link.probe()
-        now = self._clock.monotonic()
-        if told and now - told < REMIND_S:
-            return told
-        stream = oldest.message.stream
-        log.warning("publish.waits", stream=stream, waited_s=round(waited_s, 1), detail=self.hurdle)
-        return now
-
-    async def _acked(self, entry: _Outstanding) -> bool:
-        self._stumbled.clear()
-        stumble = asyncio.ensure_future(self._stumbled.wait())
+    async def _answered(self, entry: _Outstanding) -> bool:
+        """Waits for the answer to a message that was sent alone; False where it does not come."""
+        stream = entry.stream
+        stumble = asyncio.ensure_future(stream.interruption.wait())
         waiting: set[asyncio.Future[Any]] = {entry.future, stumble}
         try:
             await asyncio.wait(waiting, timeout=ACK_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED)
         finally:
             stumble.cancel()
         if not entry.future.done():
-            if not self._stumbled.is_set():
-                self.hurdle = "no acknowledgement"
+            if not stream.interruption.is_set():
+                stream.hurdle = NO_ACK
             await self._clock.sleep(0.05)
         return entry.future.done()
 
-    async def _write_all(self, taken: Sequence[tuple[int, _Outstanding]], *, alone: bool) -> None:
-        """Writes them in this order; where the flow stops, they follow once it is mended.
+    async def _write_all(self, taken: Sequence[_Outstanding], *, alone: bool) -> None:
+        """Writes them in this order; where a stream's flow stops, its others follow once it is mended.
 
         `alone`: nothing else is on its way, so that there is nothing to wait for that could be written with them.
         """
         passed: Callable[[], None] | None = None
         """The fence that let the one before through, and nothing else has run since."""
         posted: BusClient | None = None
-        for number, entry in taken:
-            if not self._flowing or entry.writes or entry.future.done():
+        for entry in taken:
+            if entry.stream.name in self._interrupted_streams or entry.writes or entry.future.done():
                 continue
             fence = entry.message.fence
             if not self._begin(entry, None if fence is passed else fence):
@@ -230,23 +288,23 @@ class Publisher:
             if (
                 nc is not None
                 and nc is self._link.nc
-                and nc.post(*_as_sent(entry.message, f"{self._prefix}{number}"))
+                and nc.post(*_as_sent(entry.message, f"{self._prefix}{entry.number}"))
             ):
                 posted = nc
             else:
-                await self._publish(number, entry)
+                await self._publish(entry)
                 passed = None
         if posted is not None and alone:
             posted.write_now()
         elif posted is not None:
             posted.write_soon()
 
-    async def _write(self, number: int, entry: _Outstanding) -> None:
+    async def _write(self, entry: _Outstanding) -> None:
         """Writes one, also once more: this server may take less than the one before."""
         if not entry.future.done():
             self._measure(entry)
         if not entry.future.done() and self._begin(entry, entry.message.fence):
-            await self._publish(number, entry)
+            await self._publish(entry)
 
     def _begin(self, entry: _Outstanding, fence: Callable[[], None] | None) -> bool:
         """Whether it may be written, which then counts as done."""
@@ -257,7 +315,7 @@ class Publisher:
             if late is not None and now - entry.asked > LATE_S:
                 late()
         except LeaseLost as exc:
-            entry.future.set_exception(exc)
+            self._refuse(entry, exc)
             return False
         entry.sent = now
         if entry.writes == 0:
@@ -267,59 +325,62 @@ class Publisher:
         entry.writes += 1
         return True
 
-    async def _publish(self, number: int, entry: _Outstanding) -> None:
+    async def _publish(self, entry: _Outstanding) -> None:
         nc = self._link.nc
         if nc is None:
-            self._stumble()
+            self._stumble(entry.stream)
             return
         try:
-            await nc.publish(*_as_sent(entry.message, f"{self._prefix}{number}"))
+            await nc.publish(*_as_sent(entry.message, f"{self._prefix}{entry.number}"))
         except (BadHeaderError, BadSubjectError, MaxPayloadError, UnicodeError) as exc:
             # It can never be written, and what waits behind it must not wait for ever.
             self._metrics.nats_publish.labels(stream=entry.message.stream, outcome="refused").inc()
-            entry.future.set_exception(BusRefused(0, f"The client refuses it: {type(exc).__name__}"))
+            self._refuse(entry, BusRefused(0, f"The client refuses it: {type(exc).__name__}"))
         except NatsError as exc:
             log.warning("publish.interrupted", reason=type(exc).__name__)
-            self._stumble()
+            self._stumble(entry.stream)
 
-    def _stumble(self) -> None:
-        self._flowing = False
+    def _stumble(self, stream: _Stream) -> None:
+        self._interrupted_streams.add(stream.name)
+        stream.interruption.set()
         self._stumbled.set()
 
     async def _subscribe(self, nc: BusClient) -> None:
-        self._flowing = False
+        for stream in self._streams.values():
+            self._stumble(stream)
         self._nc = nc
         self._prefix = nc.new_inbox() + "."
         await nc.hear(self._prefix + "*", self._on_ack)
-        self._stumbled.set()
 
     def _on_ack(self, subject: str, data: bytes, headers: bytes) -> None:
         number = subject[len(self._prefix) :]
         entry = self._outstanding.get(int(number)) if number.isdecimal() else None
         if entry is None or entry.future.done():
             return
+        stream = entry.stream
         if headers and is_unheard(headers):
-            self.hurdle = "no stream takes it, or none has a leader"
-            self._stumble()
+            stream.hurdle = "no stream takes it, or none has a leader"
+            self._stumble(stream)
             return
         try:
             ack = self._decode.decode(data)
         except (msgspec.MsgspecError, UnicodeDecodeError):
-            log.warning("publish.ack_unreadable", stream=entry.message.stream)
-            self._stumble()
+            log.warning("publish.ack_unreadable", stream=stream.name)
+            self._stumble(stream)
             return
-        stream = entry.message.stream
+        label = entry.message.stream
         if ack.error is not None:
             problem = write_refusal(ack.error)
             if isinstance(problem, Temporary):
-                self.hurdle = problem.detail
-                self._stumble()
+                stream.hurdle = problem.detail
+                self._stumble(stream)
                 return
-            self._metrics.nats_publish.labels(stream=stream, outcome="refused").inc()
-            entry.future.set_exception(problem)
+            self._metrics.nats_publish.labels(stream=label, outcome="refused").inc()
+            self._refuse(entry, problem)
             return
+        self._forget(entry)
         entry.future.set_result(ack)
-        ok, took = self._tallies(stream)
+        ok, took = self._tallies(label)
         ok.inc()
         took.observe(self._clock.monotonic() - entry.first_sent)
 

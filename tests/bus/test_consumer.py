@@ -29,13 +29,15 @@ class Reader:
         *,
         room: int = 8,
         name: str = topology.CONTROL,
+        confirm_acks: bool = False,
         check: Callable[[], None] = lambda: None,
         turn: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         self.got: list[Delivery] = []
         self.resets = 0
         self.on_reset: Callable[[], None] = lambda: None
-        self.consumer = Consumer(rig.link, topology.consumer_of(NAMES, name), room=room, check=check, turn=turn)
+        wanted = topology.consumer_of(NAMES, name)
+        self.consumer = Consumer(rig.link, wanted, room=room, confirm_acks=confirm_acks, check=check, turn=turn)
         self.task = rig.spawn(self.consumer.run(self.got.append, self._reset))
 
     async def _reset(self) -> None:

@@ -12,15 +12,19 @@ from pathlib import Path
 import msgspec
 import nats
 import pytest
+from structlog.testing import capture_logs
 
 from adapter.embedded import EmbeddedNats
 from adapter.errors import BusRefused, LeaseLost
+from adapter.jetstream import topology
 from adapter.jetstream.publisher import LATE_S, Publisher
 from adapter.names import H_MSG_ID
 from adapter.ports import Message, PubAck
 from adapter.settings import Settings
 from adapter.timing import SystemClock
 from tests.bus.rig import NAMES, PATIENCE_S, Bus, Fence, Rig, event, rig_on
+from tests.e2e.cluster import NatsCluster
+from tests.e2e.memory import in_memory
 from tests.e2e.waiting import eventually, free_port, until
 
 
@@ -171,7 +175,8 @@ async def test_what_the_client_will_not_write_is_refused_and_holds_up_nobody(rig
     )
     first = await rig.first(NAMES.stream_event)
     assert [ack.seq if isinstance(ack, PubAck) else type(ack) for ack in acks] == [first, BusRefused, first + 1]
-    rig.publisher._stumble()  # as after a break: what is outstanding goes one by one
+    stream = rig.publisher._stream_of(event(3).subject)
+    rig.publisher._stumble(stream)  # as after a break: what is outstanding goes one by one
     acks = await rig.publisher.publish_all([msgspec.structs.replace(event(3), headers={"(odd)": "x"}), event(4)])
     assert [ack.seq if isinstance(ack, PubAck) else type(ack) for ack in acks] == [BusRefused, first + 2]
 
@@ -200,6 +205,82 @@ async def test_a_message_for_no_stream_waits_for_one(rig: Rig) -> None:
         assert (await waiting).seq == 1
     assert rig.metrics.value("nats_publish_total", stream="event", outcome="retried") >= 1
     assert rig.metrics.value("nats_publish_duration_seconds_sum", stream="event") > 0.2, "since it was first written"
+
+
+OTHERS = (NAMES.stream_in, f"KV_{NAMES.context}")
+
+
+async def others_go_on(rig: Rig, first: int = 0) -> None:
+    """What is written to other streams than that of events is stored, and who asks is told that it can be."""
+    inbox, numbers = NAMES.inbox("s1"), range(first, first + 20)
+    async with asyncio.timeout(PATIENCE_S):
+        await rig.publisher.publish_all([Message("in", inbox, b"%d" % n, {H_MSG_ID: f"i{n}"}) for n in numbers])
+        await asyncio.gather(*(rig.bucket().update(f"k{number}", b"1", 0) for number in numbers))
+        await rig.publisher.writable(OTHERS)
+    assert await rig.read(NAMES.stream_in, inbox) == [b"%d" % number for number in range(first + 20)]
+
+
+async def test_a_stream_that_is_deleted_holds_up_what_is_written_to_it_and_nothing_else(rig: Rig) -> None:
+    (wanted,) = [w for w in topology.streams(NAMES, rig.bus.settings) if w.name == NAMES.stream_event]
+    await others_go_on(rig)
+    await rig.link.api(f"STREAM.DELETE.{NAMES.stream_event}")
+    waiting = asyncio.create_task(rig.publisher.publish_all([event(0), event(1)]))
+    with capture_logs() as logs:
+        await until(lambda: any(line["event"] == "publish.waits" for line in logs), "it says that it waits")
+        later = asyncio.create_task(rig.publisher.publish(event(2)))
+        writable = asyncio.create_task(rig.publisher.writable([*OTHERS, NAMES.stream_event]))
+        await others_go_on(rig, 20)
+        assert [task.done() for task in (waiting, later, writable)] == [False] * 3
+        assert rig.publisher.hurdle == "WECHAT_EVENT: no stream takes it, or none has a leader"
+        await topology.create(rig.link, wanted)
+        async with asyncio.timeout(PATIENCE_S):
+            await asyncio.gather(waiting, later, writable)
+    assert await rig.read(NAMES.stream_event, ">") == [b"0", b"1", b"2"]
+    told = [(line["event"], line["stream"]) for line in logs if line["event"].startswith("publish.")]
+    assert told == [("publish.waits", "WECHAT_EVENT"), ("publish.resumed", "WECHAT_EVENT")]
+
+
+async def test_a_stream_that_is_full_refuses_and_the_others_go_on(rig: Rig) -> None:
+    config = (await rig.link.api(f"STREAM.INFO.{NAMES.stream_event}"))["config"]
+    await rig.publisher.publish(event(0))
+    await rig.link.api(f"STREAM.UPDATE.{NAMES.stream_event}", config | {"discard": "new", "max_bytes": 200})
+    large = msgspec.structs.replace(event(1), payload=b"x" * 200)
+    (refused,) = await rig.publisher.publish_all([large])
+    assert isinstance(refused, BusRefused)
+    assert refused.full
+    await others_go_on(rig)
+    await rig.link.api(f"STREAM.UPDATE.{NAMES.stream_event}", config)
+    await rig.publisher.publish(large)
+
+
+async def test_a_stream_without_a_leader_holds_up_what_is_written_to_it_and_nothing_else(tmp_path: Path) -> None:
+    """It lies on one server of three, which dies; the others have a leader again after some seconds."""
+    with in_memory(tmp_path / "nats"):
+        async with NatsCluster(tmp_path / "nats") as cluster:
+            bus = Bus(tmp_path)
+            bus.settings = Settings(nats_url=(cluster.nodes[0].url,), replicas=3, in_max_bytes=1 << 30)
+            async with rig_on(bus, streams=False) as rig:
+                for wanted in topology.streams(NAMES, bus.settings):
+                    if wanted.name in OTHERS:
+                        await topology.create(rig.link, wanted)
+                    elif wanted.name == NAMES.stream_event:
+                        await topology.create(rig.link, wanted._replace(config=wanted.config | {"num_replicas": 1}))
+            dying = await cluster.leader(NAMES.stream_event)
+            bus.settings = msgspec.structs.replace(
+                bus.settings, nats_url=tuple(node.url for node in cluster.nodes if node is not dying)
+            )
+            async with rig_on(bus, streams=False) as rig:
+                await rig.publisher.publish(event(0))
+                dying.kill()
+                waiting = asyncio.create_task(rig.publisher.publish_all([event(1), event(2)]))
+                await others_go_on(rig)
+                assert not waiting.done()
+                assert rig.publisher.hurdle.startswith("WECHAT_EVENT: ")
+                await others_go_on(rig, 20)
+                dying.start()
+                async with asyncio.timeout(PATIENCE_S):
+                    await waiting
+                assert await rig.read(NAMES.stream_event, ">") == [b"0", b"1", b"2"]
 
 
 async def test_a_caller_who_is_cancelled_leaves_nothing_behind(rig: Rig) -> None:

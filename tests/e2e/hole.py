@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from types import TracebackType
+from typing import Self
 from urllib.parse import urlsplit
 
 
@@ -26,7 +27,7 @@ class Hole:
         """From now on nothing gets through, and nobody is told."""
         self._swallows = True
 
-    async def __aenter__(self) -> Hole:
+    async def __aenter__(self) -> Self:
         self._server = await asyncio.start_server(self._carry, "127.0.0.1", 0)
         return self
 

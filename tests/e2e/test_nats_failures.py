@@ -20,9 +20,10 @@ from nats.aio.client import Client
 from nats.js import JetStreamContext
 from nats.js.errors import APIError
 
-from adapter.contract import Inbound, Login, LoginQuery
+from adapter.contract import ImageItem, Inbound, Login, LoginQuery
 from adapter.embedded import EmbeddedNats
 from adapter.names import SHARDS, shard_of, token_of
+from tests.e2e.lossy import Lossy
 from tests.e2e.test_bindings import ask as service
 from tests.e2e.test_logins import newest, reaches, start
 from tests.e2e.waiting import call
@@ -285,6 +286,113 @@ async def test_a_stream_that_is_deleted_takes_readiness_until_it_is_back(tmp_pat
         await faultless(made, nc)
         assert (await made.bind(nc, "later", made.sim.add_bot())).ok
         assert adapter.said("binding.restored") == BOTS
+
+
+async def test_streams_that_no_poll_writes_to_stop_none(tmp_path: Path) -> None:
+    """Deleted, they take readiness; what waits for them goes on once they are back, and nothing else has waited."""
+    async with running(tmp_path, bots=3, environ={"WECHAT_NATS_MEDIA_WAIT_S": "0.5"}) as (made, nc, adapter):
+        await loaded(made, nc, 1)
+        await made.settle(nc)
+        gone = (NAMES.stream_event, NAMES.stream_dead, f"OBJ_{NAMES.media}")
+        for name in gone:
+            assert (await ask(nc, f"STREAM.DELETE.{name}")).get("success")
+
+        async def noticed() -> bool:
+            return await adapter.metric("nats_streams_missing") == len(gone)
+
+        await eventually(noticed, "it is noticed")
+        await made.command(nc, "s0", "while it is gone")
+        await until(lambda: adapter.said("publish.waits") > 0, "its receipt waits")
+        assert "streams" in await adapter.unready()
+        made.sim.say_media(made.bots["s2"].bot, "image")
+        for number in range(3):
+            for sandbox in ("s0", "s1"):
+                made.say(sandbox, f"while it is gone {number}")
+            polls = made.sim.stats().polls
+            await until(lambda: made.sim.stats().polls >= polls + 6, "all are polled")  # noqa: B023
+
+        async def stored() -> bool:
+            return len(await stream(nc, *INBOXES)) == 9
+
+        await eventually(stored, "all is stored but the picture")
+        await operator(made, "doctor", "--fix")
+        await eventually(adapter.is_ready, "it is ready again")
+        made.sent["s0"], made.sent["s1"], made.sent["s2"] = made.sent["s0"][1:], [], []  # their receipts are gone
+        await loaded(made, nc, 1, first=1)
+        await made.settle(nc)
+        messages = [msgspec.json.decode(data, type=Inbound) for _, data in await stream(nc, *INBOXES)]
+        (picture,) = [item for message in messages for item in message.items if isinstance(item, ImageItem)]
+        assert picture.media is not None
+
+
+async def test_events_without_room_hold_up_receipts_and_no_message(tmp_path: Path) -> None:
+    async with running(tmp_path, bots=3) as (made, nc, adapter):
+        await loaded(made, nc, 1)
+        await made.settle(nc)
+        await change(nc, NAMES.stream_event, discard="new", max_bytes=1)
+        for sandbox in made.bots:
+            await made.command(nc, sandbox, f"{sandbox} while it is full")
+        await until(lambda: adapter.said("event.waits") > 0, "receipts wait")
+        for sandbox in made.bots:
+            made.say(sandbox, "while it is full")
+
+        async def stored() -> bool:
+            return len(await stream(nc, *INBOXES)) == 6
+
+        await eventually(stored, "all is stored")
+        polls = made.sim.stats().polls
+        await until(lambda: made.sim.stats().polls >= polls + 6, "all are polled")
+        await change(nc, NAMES.stream_event, discard="old", max_bytes=-1)
+        await faultless(made, nc)
+
+
+@pytest.mark.parametrize(
+    ("name", "skip"),
+    [
+        pytest.param(NAMES.stream_in, 1, id="of-a-batch"),
+        pytest.param(f"KV_{NAMES.conversations}", 0, id="of-a-conversation"),
+        pytest.param(f"KV_{NAMES.cursors}", 1, id="of-a-cursor"),  # the first takes the bot
+    ],
+)
+async def test_a_bot_whose_acknowledgement_gets_lost_is_polled_again(tmp_path: Path, name: str, skip: int) -> None:
+    """The connection stays, and nothing else tells."""
+    async with world(tmp_path, cursor_mode="ack_on_delivery") as made, Lossy(made.url) as lossy:
+        await made.add_adapter(NATS_URL=lossy.url)
+        nc, bot = await made.nc(), made.sim.add_bot()
+        made.bots["s0"] = bot
+        loss = lossy.lose(b"MSG", b'{"stream":"%b"' % name.encode(), skip=skip)
+        for number in range(4):  # one answer
+            made.say("s0", f"before {number}")
+        await made.bind(nc, "s0", bot)
+        await until(lambda: loss.has_happened, "it is lost")
+        for number in range(4):
+            made.say("s0", f"then {number}")
+            await made.command(nc, "s0", f"c{number}")
+        await faultless(made, nc)
+        await nc.close()
+
+
+async def test_a_command_whose_acknowledgement_gets_lost_is_sent_once(tmp_path: Path) -> None:
+    """It stays in its queue, holds up none behind it, and the next owner finds its receipt."""
+    async with world(tmp_path, cursor_mode="cursor_replay") as made, Lossy(made.url) as lossy:
+        adapter = await made.add_adapter(NATS_URL=lossy.url)
+        nc = await made.nc()
+        await made.bind(nc, "s0", made.sim.add_bot())
+        made.say("s0", "hello")
+        loss = lossy.lose(b"PUB $JS.ACK.WECHAT_OUT.")
+        for number in range(3):
+            await made.command(nc, "s0", f"c{number}")
+        await faultless(made, nc)
+        assert loss.has_happened
+        await adapter.kill()
+        await adapter.start()
+
+        async def empty() -> bool:
+            return not await stream(nc, NAMES.stream_out, ">")
+
+        await eventually(empty, "it is settled")
+        await faultless(made, nc)
+        await nc.close()
 
 
 async def test_a_stream_that_is_altered_takes_readiness_until_it_is_mended(tmp_path: Path) -> None:

@@ -1,0 +1,53 @@
+"""A way to a server on which single messages of the NATS protocol get lost, while the connection stays."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+
+from tests.e2e.hole import Hole
+
+CARRIERS = (b"PUB", b"HPUB", b"MSG", b"HMSG")
+"""Their lines end with the number of bytes that follow."""
+
+
+class Loss:
+    """One message that is to get lost: of those that hold all `parts`, the one behind `skip` others."""
+
+    def __init__(self, parts: tuple[bytes, ...], skip: int) -> None:
+        self.has_happened = False
+        self._parts = parts
+        self._skip = skip
+
+    def matches(self, message: bytes) -> bool:
+        if self.has_happened or not all(part in message for part in self._parts):
+            return False
+        self.has_happened = self._skip == 0
+        self._skip -= 1
+        return self.has_happened
+
+
+class Lossy(Hole):
+    """`async with Lossy(url) as lossy`: what comes to `lossy.url` goes there and back, but for what `lose` names."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        self._losses: list[Loss] = []
+
+    def lose(self, *parts: bytes, skip: int = 0) -> Loss:
+        """Loses one message to come, in either direction: line and payload hold all `parts`."""
+        loss = Loss(parts, skip)
+        self._losses.append(loss)
+        return loss
+
+    async def _pump(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError, asyncio.IncompleteReadError), contextlib.closing(sink):
+            while line := await source.readline():
+                verb, *rest = line.split()
+                message = line
+                if verb in CARRIERS:
+                    message += await source.readexactly(int(rest[-1]) + 2)
+                if any(loss.matches(message) for loss in self._losses):
+                    continue
+                sink.write(message)
+                await sink.drain()
