@@ -47,6 +47,7 @@ from adapter.outbound.settling import Outgoing
 from adapter.outbound.typing_indicator import Showing
 from adapter.outbound.uploads import Uploads
 from adapter.outbound.window_events import WindowEvents
+from adapter.ports import Account
 from adapter.probes import Health
 from adapter.records import Binding
 from adapter.replicas import rollcall
@@ -232,6 +233,12 @@ class Parts:
     def _outgoing(self) -> Outgoing:
         settings, account = self.settings, partial(account_of, sealer=self.sealer)
 
+        async def is_token_alive(binding: Binding, account: Account, since: float) -> bool:
+            polled, chat = self.supervisor.token_seen(binding, since), self.connections.chat
+            return await stale_token.is_token_alive(
+                self.bindings, chat, binding, account, polled, ask=settings.notify
+            )
+
         async def stale_on_send(binding: Binding, detail: str) -> None:
             if lost := await stale_token.lose_login(self.bindings, self.clock, binding):
                 await stale_token.tell_login(self.bindings, self.events, lost, detail)
@@ -267,6 +274,7 @@ class Parts:
             limits=self.limits,
             account=account,
             stale=self._is_stale,
+            is_token_alive=is_token_alive,
             stale_on_send=stale_on_send,
             alive_on_send=alive_on_send,
             bound_yet=self._bound_yet,

@@ -127,6 +127,16 @@ class Supervisor:
         session = self.sessions.get(bot)
         return session is not None and session.stale
 
+    def token_seen(self, binding: Binding, since: float) -> bool | None:
+        """Whether iLink has taken a bot's token in a poll that was answered after the monotonic time `since`, or
+        refuses it in polls; None: neither is known."""
+        session = self.sessions.get(binding.bot)
+        if session is None or session.served is None or session.served.token != binding.token:
+            return None
+        if session.stale:
+            return False
+        return True if session.answered > since else None
+
     def polls(self, bots: Sequence[str]) -> dict[str, tuple[State, float | None]]:
         """How those of `bots` that are polled here fare, and seconds since iLink answered (None: not yet)."""
         now = self._clock.monotonic()

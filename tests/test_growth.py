@@ -141,6 +141,7 @@ async def test_refusals_of_a_token_are_counted_on_until_it_is_another() -> None:
     bench.hears()
     shard = bench.shard()
     bench.chat.sends.extend([STALE] * 3)
+    bench.chat.notify_fails = STALE
     for number in range(3):
         shard.on_delivery(bench.command(f"t{number}", when_closed="refuse"))
         await asyncio.sleep(40)

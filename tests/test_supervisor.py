@@ -99,6 +99,21 @@ async def test_ten_thousand_bindings_are_a_scrape_of_the_same_size(bench: Bench)
     assert bench.metrics.value("tasks", kind="other") == 30_000
 
 
+async def test_what_the_polls_of_a_bot_show_of_its_token(bench: Bench) -> None:
+    """Only what was answered since counts, and only of the same token."""
+    made = supervisor(bench)
+    binding = next(iter(bench.bindings))
+    assert made.token_seen(binding, 0.0) is None
+    session = made.sessions[binding.bot] = Session(binding.bot)
+    session.answered = 10.0
+    assert made.token_seen(binding, 5.0) is None
+    session.served = binding
+    assert [made.token_seen(binding, since) for since in (5.0, 10.0, 15.0)] == [True, None, None]
+    session.stale = True
+    assert made.token_seen(binding, 15.0) is False
+    assert made.token_seen(msgspec.structs.replace(binding, token="other"), 5.0) is None
+
+
 async def test_the_bot_that_was_answered_longest_ago_is_seen_among_ten_thousand(bench: Bench) -> None:
     made = supervisor(bench)
     poll(made, bench, every_state=False)

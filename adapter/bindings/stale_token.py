@@ -10,7 +10,9 @@ import msgspec
 import structlog
 
 from adapter.bindings.registry import Bindings
+from adapter.errors import SessionExpired, Temporary
 from adapter.events import Events
+from adapter.ports import Account, Chat
 from adapter.records import Binding
 from adapter.timing import Clock
 
@@ -23,6 +25,28 @@ LOGIN_WITHIN_S = 55.0
 def needs_login_now(pause_s: float | None, passed_s: float) -> bool:
     """Whether to say so at a -14 that comes `passed_s` after the first; `pause_s`: until the next try, if any."""
     return pause_s is None or passed_s + pause_s > LOGIN_WITHIN_S
+
+
+async def is_token_alive(
+    bindings: Bindings, chat: Chat, binding: Binding, account: Account, polled: bool | None, *, ask: bool
+) -> bool:
+    """Whether iLink takes the token of a bot for which it has answered -14 to a send.
+
+    `polled`: what the bot's polls show since then. Where they show nothing (None), notifystart is asked, unless iLink
+    is not to be told of polls (not `ask`). Raises Temporary, Refused: iLink did not say.
+    """
+    now = bindings.get(binding.bot)
+    if now is None or now.state != "active" or now.token != binding.token:
+        return False
+    if polled is not None:
+        return polled
+    if not ask:
+        raise Temporary("network", "The bot's poll has not been answered yet.")
+    try:
+        await chat.notify(account, start=True)
+    except SessionExpired:
+        return False
+    return True
 
 
 async def lose_login(bindings: Bindings, clock: Clock, binding: Binding) -> Binding | None:

@@ -348,6 +348,7 @@ class LaneWork(Settling):
             pace=partial(self._pace, lane),
             check=check,
             upload=self._upload,
+            is_token_alive=partial(self._needs.is_token_alive, binding, account),
         )
         async with peer.sending:
             try:
@@ -397,7 +398,8 @@ class LaneWork(Settling):
         lane.next_send = self._sending.clock.monotonic() + self._needs.gap_s
 
     async def _refused_token(self, lane: Lane, binding: Binding, result: Wait) -> None:
-        """-14 on a send while polling may be fine (F10): a few spaced tries, and in time a login is needed."""
+        """-14 on a send and where iLink was asked about the session: a few spaced tries, and in time a login is
+        needed."""
         if result.errcode is None and result.ret is None:
             return
         now = self._sending.clock.monotonic()

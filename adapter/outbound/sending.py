@@ -77,6 +77,11 @@ class Send(NamedTuple):
     """Raises LeaseLost when this replica may not send any more; asked again when a request is about to leave."""
     upload: Callable[[str, MediaPart, Account, str], Awaitable[Uploaded]]
     """Uploads.bring; raises Draining, too."""
+    is_token_alive: Callable[[float], Awaitable[bool]]
+    """Whether iLink has taken the bot's token, in another call than a send, since a monotonic time.
+
+    Raises Temporary, Refused: iLink did not say.
+    """
 
     async def run(self) -> Ending | Wait | Repeat | Apart:
         """Sends what is left of the command.
@@ -92,6 +97,7 @@ class Send(NamedTuple):
         hand = self._taken_up()
         if hand is None:
             return Repeat()
+        doubted: set[int] = set()
         while hand.part < len(command.parts):
             if hand.tried > MAX_RESENDS:
                 needs.look(peer)
@@ -104,14 +110,19 @@ class Send(NamedTuple):
                 return wait
             part = command.parts[hand.part]
             content = part if isinstance(part, str) else await self._bring(part, hand)
+            step: Hand | Ending | Wait | Apart
             if not isinstance(content, str | Uploaded):
-                needs.look(peer)
-                return content
-            if content is not part and (wait := self._closed(hand, peer.context)):
+                step = content
+            elif content is not part and (wait := self._closed(hand, peer.context)):
                 return wait  # the upload took long
-            step = await self._request(content, hand)
+            else:
+                step = await self._request(content, hand)
             if not isinstance(step, Hand) or not step.tried:
                 needs.look(peer)
+            if isinstance(step, Wait) and step.reason == "needs_login":
+                hand = self._taken_up() or hand
+                step = await self._check_token(step, hand, again=hand.part in doubted)
+                doubted.add(hand.part)
             if not isinstance(step, Hand):
                 return step
             if hand.part < step.part < len(command.parts):
@@ -274,6 +285,30 @@ class Send(NamedTuple):
                     return Apart()
                 ending = _ending("refused", hand, answer.detail, reason=answer.reason).with_answer(answer)
                 return in_doubt(ending, untouched, self.command)
+
+    async def _check_token(self, refusal: Wait, hand: Hand, *, again: bool) -> Hand | Wait | Ending | Apart:
+        """Where a command stands after -14, which iLink also answers to a message that it does not like
+        (ilink-protocol 15.3). While the session lives, the part is tried once more (`again`: that was it), and then
+        the command is refused."""
+        since, failures = self.needs.clock.monotonic(), 0
+        while True:
+            try:
+                if not await self.is_token_alive(since):
+                    return refusal
+                break
+            except (Temporary, Refused) as exc:
+                failures += 1
+                if given_up := await self._again(hand, Temporary("network", exc.detail), failures):
+                    return given_up
+        log.warning("send.refused", bot=self.peer.bot, command=hand.command, detail=refusal.detail, again=again)
+        if not again:
+            return hand
+        if hand.merged and not hand.tried:
+            _put(self.peer, _alone(hand))
+            return Apart()
+        detail = f"{refusal.detail}, to this command alone: the bot's session lives."
+        ending = refusal._replace(reason="rejected", detail=detail).as_ending("refused")
+        return in_doubt(ending, hand, self.command)
 
     async def _store(self, make: Callable[[Context], Context]) -> None:
         """Stores what an answer says; it is known here also where that fails. Raises Temporary, LeaseLost."""

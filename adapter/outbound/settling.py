@@ -60,6 +60,11 @@ class Outgoing(NamedTuple):
     """Raises Refused("token_key")."""
     stale: Callable[[str], bool]
     """Whether a bot's token is being tried again: nothing may be sent for it."""
+    is_token_alive: Callable[[Binding, Account, float], Awaitable[bool]]
+    """Whether iLink has taken a bot's token since a monotonic time, as its polls or notifystart show.
+
+    Raises Temporary, Refused: iLink did not say.
+    """
     stale_on_send: Callable[[Binding, str], Awaitable[None]]
     """iLink refused the token on every send for too long: the binding needs a login."""
     alive_on_send: Callable[[Binding], Awaitable[None]]

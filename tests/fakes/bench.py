@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 
 from adapter import media, window
+from adapter.bindings import stale_token
 from adapter.bindings.registry import Bindings, is_anew
 from adapter.contexts import Contexts, Peer
 from adapter.errors import LeaseLost
@@ -98,6 +99,8 @@ class Bench:
         self.idle: set[tuple[str, str]] = set()
         """Replicas that say that they have no poller of a bot: incarnation and bot."""
         self.stale: set[str] = set()
+        self.polled: dict[str, float] = {}
+        """When a poll of a bot was last answered."""
         self.lost_logins: list[str] = []
         self.regained_logins: list[str] = []
         self.asked_bound = 0
@@ -190,6 +193,9 @@ class Bench:
         async def pace() -> None:
             return None
 
+        async def is_token_alive(since: float) -> bool:
+            return peer.bot not in self.stale
+
         return Send(
             self.sending(**changes),
             command,
@@ -199,9 +205,14 @@ class Bench:
             pace=pace,
             check=check,
             upload=self.uploads.bring,
+            is_token_alive=is_token_alive,
         )
 
     def outgoing(self, **changes: Any) -> Outgoing:
+        async def is_token_alive(binding: Binding, account: Account, since: float) -> bool:
+            polled = False if binding.bot in self.stale else self.polled.get(binding.bot, since) > since or None
+            return await stale_token.is_token_alive(self.bindings, self.chat, binding, account, polled, ask=True)
+
         async def stale_on_send(binding: Binding, detail: str) -> None:
             self.lost_logins.append(binding.bot)
 
@@ -236,6 +247,7 @@ class Bench:
             limits=self.limits,
             account=lambda binding: Account(binding.bot, binding.token, binding.base_url),
             stale=lambda bot: bot in self.stale,
+            is_token_alive=is_token_alive,
             stale_on_send=stale_on_send,
             alive_on_send=alive_on_send,
             bound_yet=bound_yet,

@@ -15,7 +15,7 @@ from adapter.errors import Temporary
 from adapter.names import shard_of
 from adapter.outbound.shard import Shard
 from adapter.ports import Accepted
-from tests.fakes import GAP_S, RULES, Bench, Failing
+from tests.fakes import GAP_S, RULES, Bench, Failing, Sent
 from tests.outbound.shards import (
     BOT,
     FIRST,
@@ -340,10 +340,11 @@ async def test_a_final_command_is_not_merged_with_those_it_went_ahead_of() -> No
     assert parked(bench) == ["c0", "c1"]
 
 
-async def test_minus_14_on_sends_alone_is_tried_a_few_times_and_then_needs_a_login() -> None:
+async def test_minus_14_on_sends_and_from_notifystart_is_tried_a_few_times_and_then_needs_a_login() -> None:
     """F9, F10: polling may be fine. Four calls in all, spaced, and none after that."""
     bench, shard = await ready()
     bench.chat.sends.extend([STALE] * 100)
+    bench.chat.notify_fails = STALE
     for number in range(5):
         shard.on_delivery(bench.command(f"t{number}", id=f"c{number}"))
     await asyncio.sleep(3600)
@@ -352,11 +353,13 @@ async def test_minus_14_on_sends_alone_is_tried_a_few_times_and_then_needs_a_log
     assert bench.lost_logins == [BOT]
     assert finals(bench) == []
     assert {reason for *_, reason in outcomes(bench)} == {"needs_login"}
+    assert bench.chat.notified == [True] * 3, "one that needs a login is not asked about"
 
 
 async def test_minus_14_on_sends_needs_a_login_within_a_minute() -> None:
     bench, shard = await ready()
     bench.chat.sends.extend([STALE] * 100)
+    bench.chat.notify_fails = STALE
     shard.on_delivery(bench.command("hi"))
     await asyncio.sleep(34)
     assert bench.lost_logins == []
@@ -381,6 +384,7 @@ async def test_a_try_that_becomes_due_while_the_lane_looks_is_made(monkeypatch: 
     monkeypatch.setattr(shard, "_blocked_by", looking)
     monkeypatch.setattr(bench.clock, "monotonic", lambda: asyncio.get_running_loop().time() - early_s)
     bench.chat.sends.extend([STALE] * 100)
+    bench.chat.notify_fails = STALE
     shard.on_delivery(bench.command("hi"))
     await asyncio.sleep(60)
     assert bench.lost_logins == [BOT]
@@ -391,6 +395,7 @@ async def test_a_send_that_goes_through_after_needs_login_makes_the_binding_acti
     """The last try of the schedule: what is parked flows from then on, in order."""
     bench, shard = await ready()
     bench.chat.sends.extend([STALE] * 3)
+    bench.chat.notify_fails = STALE
     for number in range(3):
         shard.on_delivery(bench.command(f"t{number}", id=f"c{number}"))
     await asyncio.sleep(300)
@@ -404,6 +409,7 @@ async def test_a_send_that_goes_through_after_needs_login_makes_the_binding_acti
 async def test_a_token_bound_anew_wins_over_the_last_tries_of_a_send() -> None:
     bench, shard = await ready()
     bench.chat.sends.extend([STALE] * 3)
+    bench.chat.notify_fails = STALE
     shard.on_delivery(bench.command("hi", id="c1"))
     await asyncio.sleep(100)
     await bench.bind(token="new")
@@ -417,6 +423,7 @@ async def test_a_login_that_the_poller_lost_is_not_tried_by_sends() -> None:
     """F9: a send that was out when the token died is the last one."""
     bench, shard = await ready()
     bench.chat.sends.extend([STALE] * 100)
+    bench.chat.notify_fails = STALE
     shard.on_delivery(bench.command("hi"))
     await asyncio.sleep(1)
     bench.stale.add(BOT)
@@ -433,6 +440,7 @@ async def test_a_user_who_writes_does_not_make_minus_14_a_storm() -> None:
     """Nor does what else happens: the tries are those of the schedule."""
     bench, shard = await ready()
     bench.chat.sends.extend([STALE] * 100)
+    bench.chat.notify_fails = STALE
     shard.on_delivery(bench.command("hi"))
     for number in range(20):
         await asyncio.sleep(1)
@@ -447,6 +455,7 @@ async def test_who_refuses_to_wait_is_told_of_a_lost_login_too() -> None:
     """Nothing is parked that could be tried: the next command is the next try, and four are all."""
     bench, shard = await ready()
     bench.chat.sends.extend([STALE] * 100)
+    bench.chat.notify_fails = STALE
     for number in range(20):
         shard.on_delivery(bench.command("hi", when_closed="refuse"))
         await asyncio.sleep(60)
@@ -459,6 +468,7 @@ async def test_minus_14_that_heals_by_itself_loses_nothing() -> None:
     """F8."""
     bench, shard = await ready()
     bench.chat.sends.append(STALE)
+    bench.chat.notify_fails = STALE
     shard.on_delivery(bench.command("t0", id="c0"))
     shard.on_delivery(bench.command("t1", id="c1"))
     await asyncio.sleep(60)
@@ -475,6 +485,116 @@ async def test_minus_14_after_one_that_healed_by_itself_is_tried_as_the_first_on
         await asyncio.sleep(100)
     assert bench.chat.texts == ["t0", "t0", "t1", "t1"]
     assert bench.lost_logins == []
+
+
+@pytest.mark.parametrize("when_closed", ["park", "refuse"])
+async def test_minus_14_while_the_session_lives_refuses_that_command_alone(when_closed: str) -> None:
+    """ilink-protocol 15.3: -14 is also the answer to a message that iLink does not like."""
+    bench, shard = await ready()
+    bench.chat.sends.extend([STALE] * 2)
+    shard.on_delivery(bench.command("bad", id="c0", when_closed=when_closed))
+    shard.on_delivery(bench.command("good", id="c1"))
+    await asyncio.sleep(60)
+    assert outcomes(bench) == [("c0", "refused", "rejected"), ("c1", "accepted", "")]
+    refused = bench.bus.receipts()[0]
+    assert (refused.ret, refused.errcode, refused.errmsg, refused.attempts) == (None, -14, "session timeout", 2)
+    assert (bench.lost_logins, bench.context().used, bench.chat.notified) == ([], 1, [True] * 2)
+    binding = bench.bindings.get(BOT)
+    assert binding is not None
+    assert binding.state == "active"
+
+
+async def test_minus_14_once_while_the_session_lives_is_no_reason_to_wait() -> None:
+    bench, shard = await ready()
+    bench.chat.sends.append(STALE)
+    shard.on_delivery(bench.command("t0", id="c0"))
+    await asyncio.sleep(GAP_S + 0.1)
+    assert outcomes(bench) == [("c0", "accepted", "")]
+    assert len({sent.client_id for sent in bench.chat.sent}) == 1
+
+
+async def test_each_part_that_meets_minus_14_is_tried_once_more() -> None:
+    bench, shard = await ready()
+    bench.chat.sends.extend([STALE, FIRST, STALE, STALE])
+    shard.on_delivery(bench.command(THREE, id="c0"))
+    await asyncio.sleep(60)
+    assert outcomes(bench) == [("c0", "refused", "rejected")]
+    assert bench.bus.receipts()[0].message_ids == ["m1"]
+    assert len(bench.chat.sent) == 4
+
+
+async def test_of_merged_texts_minus_14_refuses_only_the_one_at_fault() -> None:
+    bench, shard = await ready(is_open=False, merge_chars=3000)
+    for text in ("a", "bad", "c"):
+        shard.on_delivery(bench.command(text, id=text))
+    await asyncio.sleep(5)
+
+    async def judge(sent: Sent) -> None:
+        bench.chat.sends.extend([STALE] * ("bad" in sent.text))
+
+    bench.chat.on_send = judge
+    await user_writes(bench, shard)
+    await asyncio.sleep(60)
+    assert outcomes(bench)[3:] == [("a", "accepted", ""), ("bad", "refused", "rejected"), ("c", "accepted", "")]
+
+
+async def test_minus_14_after_a_request_without_an_answer_leaves_the_command_uncertain() -> None:
+    bench, shard = await ready()
+    bench.chat.sends.extend([TIMEOUT, STALE, STALE])
+    shard.on_delivery(bench.command("t0", id="c0"))
+    await asyncio.sleep(60)
+    assert outcomes(bench) == [("c0", "uncertain", "")]
+    assert bench.lost_logins == []
+
+
+@pytest.mark.parametrize("says", ["answered", "stale"])
+async def test_where_notifystart_is_not_answered_the_poll_decides_what_minus_14_means(says: str) -> None:
+    """Until then nothing is sent: neither a refusal nor a lost login would be true."""
+    bench, shard = await ready()
+    bench.chat.notify_fails = Temporary("timeout")
+    bench.chat.sends.extend([STALE] * 2)
+    shard.on_delivery(bench.command("t0", id="c0"))
+    await asyncio.sleep(40)
+    assert (len(bench.chat.sent), outcomes(bench)) == (1, [])
+    if says == "stale":
+        bench.stale.add(BOT)
+    else:
+        bench.polled[BOT] = bench.clock.monotonic()
+    await asyncio.sleep(70)
+    assert len(bench.chat.sent) == (1 if says == "stale" else 2)
+    assert outcomes(bench) == ([("c0", "parked", "needs_login")] if says == "stale" else [])
+    bench.polled[BOT] = bench.clock.monotonic()
+    await asyncio.sleep(100)
+    assert outcomes(bench)[-1][1:] == (("parked", "needs_login") if says == "stale" else ("refused", "rejected"))
+    assert bench.lost_logins == []
+
+
+async def test_a_token_that_the_poller_tries_again_is_not_asked_about() -> None:
+    bench, shard = await ready()
+    bench.chat.sends.append(STALE)
+
+    async def lose(_: Sent) -> None:
+        bench.stale.add(BOT)
+
+    bench.chat.on_send = lose
+    shard.on_delivery(bench.command("t0", id="c0"))
+    await asyncio.sleep(60)
+    assert (outcomes(bench), bench.chat.notified) == ([("c0", "parked", "needs_login")], [])
+
+
+async def test_minus_14_to_a_token_that_was_replaced_meanwhile_refuses_nothing() -> None:
+    bench, shard = await ready()
+    bench.chat.sends.append(STALE)
+
+    async def replace(_: Sent) -> None:
+        bench.chat.on_send = None
+        await bench.bind(token="new")
+
+    bench.chat.on_send = replace
+    shard.on_delivery(bench.command("t0", id="c0"))
+    await asyncio.sleep(60)
+    assert [receipt.outcome for receipt in finals(bench)] == ["accepted"]
+    assert bench.chat.notified == []
 
 
 async def test_nothing_is_sent_while_the_poller_tries_a_stale_token() -> None:
@@ -507,6 +627,7 @@ async def test_what_waits_for_a_login_goes_to_the_bot_that_is_bound_then() -> No
 async def test_a_refusal_for_want_of_a_login_tells_of_the_parts_that_were_sent() -> None:
     bench, shard = await ready()
     bench.chat.sends.extend([Accepted("1", 0, None, ""), STALE])
+    bench.chat.notify_fails = STALE
     shard.on_delivery(
         bench.command(
             id="c1", when_closed="refuse", items=[{"kind": "text", "text": "a"}, {"kind": "text", "text": "b"}]

@@ -245,6 +245,7 @@ async def test_what_was_out_as_the_user_wrote_counts_against_their_new_window(
 async def test_minus_14_waits_for_a_login() -> None:
     bench, peer = await ready()
     bench.chat.sends.append(SessionExpired("needs_login", "stale", ret=None, errcode=-14, errmsg="session timeout"))
+    bench.stale.add(BOT)
     assert await sent(bench, peer) == Wait("needs_login", "stale", 1, None, -14, "session timeout")
     assert peer.context.used == 0
 

@@ -117,9 +117,22 @@ async def test_an_upload_never_counts() -> None:
 async def test_minus_14_on_an_upload_waits_for_a_login() -> None:
     bench, peer = await ready()
     bench.cdn.script.append(SessionExpired("needs_login", "stale", errcode=-14, errmsg="session timeout"))
+    bench.stale.add(BOT)
     look = picture(bench)
     assert await sent(bench, peer, look) == Wait("needs_login", "stale", 0, None, -14, "session timeout")
     assert isinstance(await sent(bench, peer, look), Ending)
+
+
+async def test_minus_14_on_an_upload_while_the_session_lives_refuses_the_command() -> None:
+    bench, peer = await ready()
+    stale = SessionExpired("needs_login", "stale", errcode=-14, errmsg="session timeout")
+    bench.cdn.script.extend([stale] * 3)
+    refused = await sent(bench, peer, picture(bench))
+    assert isinstance(refused, Ending)
+    assert (refused.outcome, refused.reason, refused.errcode) == ("refused", "rejected", -14)
+    assert bench.cdn.asked == 2
+    assert isinstance(await sent(bench, peer, picture(bench, ident="c2")), Ending)
+    assert (bench.cdn.asked, len(bench.chat.sent)) == (4, 1)
 
 
 async def test_a_cdn_that_cannot_be_reached_is_waited_for() -> None:

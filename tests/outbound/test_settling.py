@@ -104,6 +104,7 @@ async def test_one_that_was_cut_off_for_long_tells_of_no_command_a_second_time(w
 async def test_what_had_no_answer_when_the_bot_was_unbound_is_uncertain() -> None:
     bench, shard = await ready()
     bench.chat.sends.extend([TIMEOUT, *[STALE] * 4])
+    bench.chat.notify_fails = STALE
     shard.on_delivery(bench.command("pay"))
     await asyncio.sleep(8)
     await bench.bindings.remove(BOT)
@@ -143,6 +144,7 @@ AFTER_SILENCE = {
 async def test_a_refusal_of_the_repeat_says_nothing_of_the_request_before(second: Refused) -> None:
     bench, shard = await ready()
     bench.chat.sends.extend([TIMEOUT, second])
+    bench.chat.notify_fails = STALE
     shard.on_delivery(bench.command("pay", when_closed="refuse"))
     await asyncio.sleep(20)
     (receipt,) = finals(bench)
@@ -215,6 +217,7 @@ async def test_what_ilink_refused_may_be_tried_again_under_its_id() -> None:
 async def test_what_expired_leaves_nothing_behind_for_its_id_and_for_what_follows() -> None:
     bench, shard = await ready(merge_chars=3000)
     bench.chat.sends.extend([STALE] * 4)
+    bench.chat.notify_fails = STALE
     shard.on_delivery(bench.command("a", id="a", expires_in_s=600))
     await asyncio.sleep(700)
     assert outcomes(bench)[-1] == ("a", "refused", "expired")

@@ -134,6 +134,7 @@ async def test_a_last_word_goes_ahead_also_after_a_restart() -> None:
 async def test_a_new_bot_of_the_user_goes_on_where_the_one_before_had_got_to(dies: bool) -> None:
     bench, shard = await ready()
     bench.chat.sends.extend([FIRST, *[STALE] * 4])
+    bench.chat.notify_fails = STALE
     shard.on_delivery(bench.command("before", id="c0"))
     await asyncio.sleep(2)
     bench.chat.sends.extendleft([FIRST])
@@ -190,6 +191,7 @@ async def test_only_what_surely_was_not_taken_goes_over_the_next_bot(
     stored: hours may pass until the user logs in, and the old bot's poller has ended."""
     bench, shard = await ready()
     bench.chat.sends.extend(answers)
+    bench.chat.notify_fails = STALE
     shard.on_delivery(bench.command("hi", id="c"))
     await asyncio.sleep(4)
     if dies:
