@@ -281,8 +281,13 @@ class TypingIndicators:
             await self._record(indicator)
         if not indicator.wanted or self._needs.clock.monotonic() >= indicator.until:
             return 0.0  # meanwhile it is over
-        indicator.lit = True  # before: it may take effect without an answer
-        await self._tickets.use(account, indicator.user, value, on=True, check=self._check)
+        was_lit, indicator.lit = indicator.lit, True  # before: it may take effect without an answer
+        try:
+            await self._tickets.use(account, indicator.user, value, on=True, check=self._check)
+        except Refused as exc:
+            if exc.reason == "typing":
+                indicator.lit = was_lit
+            raise
         indicator.shown_at = ticket.used_at
         return 0.0
 
