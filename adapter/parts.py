@@ -261,7 +261,9 @@ class Parts:
             receipts=self.receipts,
             events=self.events,
             history=connections.history,
-            sessions=BotSessions(self.bindings, connections.chat, account, self._pollers),
+            sessions=BotSessions(
+                self.bindings, connections.chat, account, self._pollers, self.clock, ask=settings.notify
+            ),
             typing=TypingDeps(
                 chat=connections.chat,
                 bindings=self.bindings,

@@ -189,10 +189,10 @@ class Chat(Protocol):
         Raises SessionExpired, Temporary, Refused("typing") (there is none for this user now).
         """
 
-    async def show_typing(self, account: Account, user: str, ticket: str, *, on: bool) -> bool:
-        """Shows or hides that the bot types. False: iLink did not say that it did, perhaps the ticket is too old.
+    async def show_typing(self, account: Account, user: str, ticket: str, *, on: bool) -> None:
+        """Shows or hides that the bot types.
 
-        Raises SessionExpired, Temporary.
+        Raises SessionExpired, Temporary, Refused("typing") (perhaps the ticket is too old).
         """
 
     async def notify(self, account: Account, *, start: bool) -> None:

@@ -135,6 +135,11 @@ class Supervisor:
         if session := self.sessions.get(bot):
             session.cut_off()
 
+    def has_polled_since(self, bot: str, since: float) -> bool:
+        """Whether a poll of the bot was answered after the monotonic time `since`."""
+        session = self.sessions.get(bot)
+        return session is not None and not session.stale and session.answered > since
+
     def polls(self, bots: Sequence[str]) -> dict[str, tuple[State, float | None]]:
         """How those of `bots` that are polled here fare, and seconds since iLink answered (None: not yet)."""
         now = self._clock.monotonic()

@@ -48,11 +48,17 @@ class Lost(Uncertain):
     """No answer, and iLink never saw the request."""
 
 
+class Dead(SessionExpired):
+    """iLink refuses the token at notifystart, too, until it takes a send."""
+
+
 ANSWERS: dict[str, Callable[[int], Accepted | Exception]] = {
     "ok": lambda number: Accepted(f"m{number}", 0, None, ""),
     "no id": lambda number: Accepted("", 0, None, ""),
     "throttled": lambda number: Throttled("throttled", "iLink answered -2", ret=-2),
-    "stale": lambda number: STALE,
+    "stale": lambda number: (Dead if number % 2 else SessionExpired)(
+        "needs_login", "iLink answered -14", errcode=-14
+    ),
     "refused": lambda number: Refused("rejected", "iLink answered -3", ret=-3),
     "busy": lambda number: Temporary("http_5xx"),
     "unreachable": lambda number: Temporary("network"),
@@ -146,6 +152,8 @@ class Phone(FakeChat):
         """What went out over a bot that did not serve its sandbox any more."""
         self.shown: list[Sent] = []
         self.moved_at: dict[str, float] = {}
+        self.dead: set[str] = set()
+        """Bots whose token is refused."""
         self._seen: set[tuple[str, str]] = set()
 
     def conversation_of(self, sent: Sent) -> tuple[str, ...]:
@@ -161,6 +169,9 @@ class Phone(FakeChat):
         known = sent.client_id in self.taken
         try:
             answer = await super()._send(sent)
+        except Dead:
+            self.dead.add(sent.bot)
+            raise
         except Lost:
             if not known:
                 del self.taken[sent.client_id]
@@ -173,6 +184,7 @@ class Phone(FakeChat):
             if sent.client_id in self.taken and (sent.bot, sent.client_id) not in self._seen:
                 self._seen.add((sent.bot, sent.client_id))
                 self.shown.append(sent)
+        self.dead.discard(sent.bot)
         self.answers.append((sent, answer))
         return answer
 

@@ -105,6 +105,18 @@ async def test_ten_thousand_bindings_are_a_scrape_of_the_same_size(bench: Bench)
     assert bench.metrics.value("tasks", kind="other") == 30_000
 
 
+async def test_what_the_polls_of_a_bot_show_of_its_token(bench: Bench) -> None:
+    """Only what was answered since counts."""
+    made = supervisor(bench)
+    binding = next(iter(bench.bindings))
+    assert not made.has_polled_since(binding.bot, 0.0)
+    session = made.sessions[binding.bot] = Session(binding.bot)
+    session.answered = 10.0
+    assert [made.has_polled_since(binding.bot, since) for since in (5.0, 10.0, 15.0)] == [True, False, False]
+    session.stale = True
+    assert not made.has_polled_since(binding.bot, 5.0)
+
+
 async def test_the_bot_that_was_answered_longest_ago_is_seen_among_ten_thousand(bench: Bench) -> None:
     made = supervisor(bench)
     poll(made, bench, every_state=False)

@@ -153,10 +153,10 @@ class ILink:
         )
         return await self._ask(account, request, protocol.read_ticket)
 
-    async def show_typing(self, account: Account, user: str, ticket: str, *, on: bool) -> bool:
+    async def show_typing(self, account: Account, user: str, ticket: str, *, on: bool) -> None:
         """sendtyping."""
         request = protocol.typing_request(account.token, random.getrandbits(32), user=user, ticket=ticket, on=on)
-        return await self._ask(account, request, protocol.read_typing)
+        await self._ask(account, request, protocol.read_typing)
 
     async def _ask(
         self, account: Account, request: Request, read: Callable[[Reply], T], timeout_s: float = ASK_S

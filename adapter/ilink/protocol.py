@@ -318,16 +318,15 @@ def read_notified(reply: Reply) -> None:
 
 
 def read_ticket(reply: Reply) -> str:
-    """Raises SessionExpired (-14), Refused("typing") for other codes, Temporary where nobody answered usefully.
-
-    Success is only what says so: `ret` must be there and 0 (2.5).
-    """
+    """Raises SessionExpired (-14), Refused("typing") for other codes, Temporary where nobody answered usefully."""
     _check_words(reply)
     _check_status(reply)
     config = _read(reply, wire.Config)
     match config.code:
-        case 0 if config.ret == 0 and config.typing_ticket:
+        case 0 if config.typing_ticket:
             return config.typing_ticket
+        case 0:
+            raise Refused("typing", "iLink gave no typing ticket.", **_raw(config))
         case wire.STALE_TOKEN:
             raise _expired(config)
         case -4:
@@ -336,20 +335,15 @@ def read_ticket(reply: Reply) -> str:
             raise Refused("typing", _said(config), **_raw(config))
 
 
-def read_typing(reply: Reply) -> bool:
-    """Whether iLink says that it did it; the official client does not even ask (3.7).
-
-    Raises SessionExpired, Temporary.
-    """
+def read_typing(reply: Reply) -> None:
+    """Raises SessionExpired (-14), Refused("typing") for other codes, Temporary where nobody answered usefully."""
     _check_words(reply)
     _check_status(reply)
-    try:
-        answer = _decode(reply if reply.body else reply._replace(body=b"{}"), wire.Answer)
-    except ValueError:
-        return False
+    answer = _read(reply if reply.body else reply._replace(body=b"{}"), wire.Answer)
     if answer.code == wire.STALE_TOKEN:
         raise _expired(answer)
-    return answer.code == 0
+    if answer.code:
+        raise Refused("typing", _said(answer), **_raw(answer))
 
 
 def read_qrcode(reply: Reply) -> QrCode:

@@ -184,7 +184,7 @@ async def direct_one(link: Link, stream: str, body: dict[str, Any]) -> Stored | 
 
 
 def _read_after(last_seq: int, answer: Answer) -> Stored | None:
-    """As `_read`, of one answer of several. Raises Temporary, also where the one before is not that with `last_seq`."""
+    """As `_read`, of one answer of several. Raises Temporary, also where one between it and `last_seq` is missing."""
     stored = _read(answer)
     if answer.headers.get("Nats-Last-Sequence", str(last_seq)) != str(last_seq):
         raise Temporary("bus_gap", "an answer got lost")

@@ -317,6 +317,9 @@ class ShardCommandProcessor:
     def set_typing(self, state: Conversation, command: QueuedCommand | None, *, is_on: bool) -> None:
         binding = self._deps.bindings.get(state.bot.id) if state.bot else None
         if binding is None:
+            if command is not None:
+                gone = CommandResult("refused", "not_bound", "The bot serves this sandbox no more.")
+                self._end_soon(command, gone, Address(state.sandbox, state.record.bot, state.user))
             return
         user, token = state.user, state.record.token
         if command is not None:

@@ -9,6 +9,9 @@ from adapter.bindings.registry import Bindings
 from adapter.errors import Refused, SessionExpired
 from adapter.ports import Account, Chat
 from adapter.records import Binding
+from adapter.timing import Clock
+
+LOOK_S = 0.2
 
 
 class Pollers(Protocol):
@@ -20,6 +23,9 @@ class Pollers(Protocol):
     def poll_now(self, bot: str) -> None:
         """Ends the bot's long poll, so that the next one shows what iLink thinks of its token."""
 
+    def has_polled_since(self, bot: str, since: float) -> bool:
+        """Whether a poll of the bot was answered after the monotonic time `since`."""
+
 
 class BotSessions:
     """Implements processor.Sessions."""
@@ -30,21 +36,29 @@ class BotSessions:
         chat: Chat,
         account: Callable[[Binding], Account],
         pollers: Callable[[], Pollers],
+        clock: Clock,
+        *,
+        ask: bool,
     ) -> None:
+        """`ask`: iLink may be asked by notifystart."""
         self._bindings = bindings
         self._chat = chat
         self._account = account
         self._pollers = pollers
+        self._clock = clock
+        self._ask = ask
 
     def is_recovering(self, bot: str) -> bool:
         return self._pollers().is_stale(bot)
 
     async def is_alive(self, bot: str) -> bool:
         """-14 to one send is no proof (ilink-protocol 15.3). Where `notifystart` says it, too, the poller is asked to
-        look at once, and begins the recovery. Raises Temporary."""
+        look at once, and begins the recovery. A poll that was out before is none either. Raises Temporary."""
         binding = self._bindings.get(bot)
         if binding is None or binding.state == "needs_login" or self.is_recovering(bot):
             return False
+        if not self._ask:
+            return await self._polls(bot)
         try:
             await self._chat.notify(self._account(binding), start=True)
         except SessionExpired:
@@ -52,4 +66,14 @@ class BotSessions:
             return False
         except Refused:
             pass  # an answer all the same: iLink did not say -14
+        return True
+
+    async def _polls(self, bot: str) -> bool:
+        """Whether the token is taken in a poll that begins now."""
+        pollers, since = self._pollers(), self._clock.monotonic()
+        pollers.poll_now(bot)
+        while not pollers.has_polled_since(bot, since):
+            if pollers.is_stale(bot):
+                return False
+            await self._clock.sleep(LOOK_S)
         return True

@@ -261,8 +261,15 @@ class TypingIndicators:
         value = await self._tickets.get(account, indicator.user, indicator.context_token)
         if not indicator.wanted or self._deps.clock.monotonic() >= indicator.until:
             return 0.0  # meanwhile it is over
-        indicator.maybe_visible = True  # before: it may take effect without an answer
-        await self._tickets.use(account, indicator.user, value, indicator.context_token, on=True, check=self._check)
+        was_visible, indicator.maybe_visible = indicator.maybe_visible, True  # it may take effect without an answer
+        try:
+            await self._tickets.use(
+                account, indicator.user, value, indicator.context_token, on=True, check=self._check
+            )
+        except Refused as exc:
+            if exc.reason == "typing":
+                indicator.maybe_visible = was_visible
+            raise
         indicator.shown_at = ticket.used_at
         return 0.0
 

@@ -100,13 +100,17 @@ class Tickets:
             check()
             ticket = self.of(account.bot, user)
             ticket.used_at, ticket.hidden = self._clock.monotonic(), False
-            async with self._line(account.bot):
-                taken = await self._chat.show_typing(account, user, value, on=on)
-            if taken or attempt:
+            try:
+                async with self._line(account.bot):
+                    await self._chat.show_typing(account, user, value, on=on)
+            except Refused as exc:
+                if attempt or exc.reason != "typing":
+                    raise
+                ticket.value = ""
+                value = await self.get(account, user, context_token)
+            else:
                 ticket.hidden = not on
                 return
-            ticket.value = ""
-            value = await self.get(account, user, context_token)
 
     def _line(self, bot: str) -> asyncio.Lock:
         return self._lines.setdefault(bot, asyncio.Lock())

@@ -12,7 +12,7 @@ from adapter.simulator.answers import Answer, gateway_timeout, json_answer
 from adapter.simulator.faults import FaultRule, edge_s
 from adapter.simulator.inbox import Inbox
 from adapter.simulator.media import Media
-from adapter.simulator.outbox import Outbox, text_of
+from adapter.simulator.outbox import Outbox, stale_body, text_of
 from adapter.simulator.records import Json, SendRecord
 from adapter.simulator.world import TICKETS_KEPT, Bot, Entry, Poll, World
 
@@ -41,13 +41,6 @@ def no_ticket(ret: int, params: Json | None = None) -> Answer:
     """The answer of a getconfig that fails, with the text that the code was seen with (5.1), or `errmsg` of F26."""
     errmsg = (params or {}).get("errmsg", {-2: "ilink_user_id required", -4: "GetTypingTicket rpc failed"}.get(ret))
     return json_answer({"ret": ret} if errmsg is None else {"ret": ret, "errmsg": errmsg})
-
-
-def stale_body(world: World, bot: Bot | None) -> Json:
-    """The answer to a token that is unknown, missing or dead (S2)."""
-    style = world.settings_of(bot).stale_style
-    code = {"errcode": {"errcode": -14}, "ret": {"ret": -14}, "both": {"ret": -14, "errcode": -14}}[style]
-    return {**code, "errmsg": "session timeout"}
 
 
 class Endpoints:

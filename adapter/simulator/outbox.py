@@ -49,6 +49,13 @@ def refusal(code: int, why: str, errmsg: str | None = None, field: str = "ret") 
     return Verdict(body=body, why=why)
 
 
+def stale_body(world: World, bot: Bot | None) -> Json:
+    """The answer to a token that is unknown, missing or dead (S2)."""
+    style = world.settings_of(bot).stale_style
+    code = {"errcode": {"errcode": -14}, "ret": {"ret": -14}, "both": {"ret": -14, "errcode": -14}}[style]
+    return {**code, "errmsg": "session timeout"}
+
+
 def text_of(items: Any) -> str:
     """The texts of all items of a message, joined; "" for anything that has none."""
     if not isinstance(items, list):
@@ -153,19 +160,26 @@ class Outbox:
     def _malformed(self, bot: Bot, message: Json) -> Verdict | None:
         items, settings = message.get("item_list"), self._world.settings_of(bot)
         if not isinstance(items, list) or not items:
-            return refusal(-2, "empty_item_list", "unknown error")
+            return self._incomplete(bot, "empty_item_list")
         if len(items) > 1 and settings.several_items == "refused":
             return refusal(-2, "several_items", "unknown error")
         for item in items:
             kind = item.get("type") if isinstance(item, dict) else None
             payload = PAYLOADS.get(kind) if type(kind) is int else None
             if payload is None or not _is_object(item, payload):
-                return refusal(-2, "malformed_item", "unknown error")
-            if kind == 1 and not isinstance(item["text_item"].get("text"), str):
-                return refusal(-2, "malformed_item", "unknown error")
+                return self._incomplete(bot, "malformed_item")
+            text = item["text_item"].get("text") if kind == 1 else None
+            if kind == 1 and (not isinstance(text, str) or (not text and settings.incomplete_sends == "-14")):
+                return self._incomplete(bot, "malformed_item")
         if len(text_of(items).encode()) > settings.max_text_bytes:
             return refusal(-2, "text_too_long", "prepare failed")
         return None
+
+    def _incomplete(self, bot: Bot, why: str) -> Verdict:
+        """-2, or what one project saw: the answer to a dead token, although the session lives (15.3)."""
+        if self._world.settings_of(bot).incomplete_sends == "-14":
+            return Verdict(body=stale_body(self._world, bot), why=why)
+        return refusal(-2, why, "unknown error")
 
     def _unknown_peer(self, bot: Bot, user: str) -> Verdict | None:
         """-3 for what is no user id in exactly this spelling (S10); a stranger has merely no window."""

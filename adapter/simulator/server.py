@@ -9,9 +9,10 @@ from msgspec import Struct
 
 from adapter.simulator import answers
 from adapter.simulator.answers import Answer, json_answer
-from adapter.simulator.endpoints import Call, Endpoints, malformed, stale_body
+from adapter.simulator.endpoints import Call, Endpoints, malformed
 from adapter.simulator.faults import FaultRule
 from adapter.simulator.login import Logins
+from adapter.simulator.outbox import stale_body, text_of
 from adapter.simulator.parameters import GARBLED
 from adapter.simulator.records import Json
 from adapter.simulator.watch import Watch
@@ -167,8 +168,14 @@ class Server:
         app_headers = "iLink-App-Id" in headers and "iLink-App-ClientVersion" in headers
         if world.settings_of(bot).strict_headers and not app_headers:
             return True
+
+        def fits(rule: FaultRule) -> bool:
+            message = (visit.body or {}).get("msg")
+            said = text_of(message.get("item_list")) if isinstance(message, dict) else ""
+            return str(rule.params.get("text", "")) in said
+
         faults = ("F8", "F9", "F10")
-        return any(world.faults.take(fault, visit.endpoint, bot.id, visit.user) for fault in faults)
+        return any(world.faults.take(fault, visit.endpoint, bot.id, visit.user, fits) for fault in faults)
 
     def _stale(self, visit: Visit) -> Answer:
         """-14, noted with the bot; a client that goes on calling after the first one is noted too."""

@@ -124,6 +124,9 @@ class SimulatorSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """Items of types 11 and 12 (4.3): answered empty and not shown, as one project saw; or like others."""
     several_items: Literal["shown", "refused"] = "shown"
     """A message with more than one item, which the official client never sends (3.4): as any other, or -2."""
+    incomplete_sends: Literal["-2", "-14"] = "-2"
+    """The code that refuses a send without items, or with an item that lacks its content (3.4). With -14, as one
+    project saw while the session lived (15.3), an empty text is refused, too."""
     typing_counts: bool = False
     """Each `sendtyping` that is accepted uses up one send of the window (Q17)."""
     max_text_bytes: NotNegative = 16_384

@@ -207,7 +207,7 @@ async def test_a_message_for_no_stream_waits_for_one(rig: Rig) -> None:
     assert rig.metrics.value("nats_publish_duration_seconds_sum", stream="event") > 0.2, "since it was first written"
 
 
-OTHERS = (NAMES.stream_in, f"KV_{NAMES.context}")
+OTHERS = (NAMES.stream_in, f"KV_{NAMES.conversations}")
 
 
 async def others_go_on(rig: Rig, first: int = 0) -> None:

@@ -79,10 +79,41 @@ async def test_f9_costs_exactly_the_scheduled_calls_on_every_endpoint(tmp_path: 
         await nc.close()
 
 
+def _refuse_sends(made: World, bot: BotRecord) -> None:
+    """iLink refuses the token at each send (F10) and at notifystart; polls go on."""
+    made.sim.set_fault(FaultRule(fault="F10", bot=bot.bot))
+    made.sim.set_fault(FaultRule(fault="F9", endpoint="msg/notifystart", bot=bot.bot))
+
+
+@pytest.mark.parametrize("evidence", ["notifystart", "poll", "poll-alone"])
+async def test_minus_14_on_one_message_refuses_it_and_nothing_else(tmp_path: Path, evidence: str) -> None:
+    """15.3: so iLink answers to a message that it does not like, too, while the session lives."""
+    environ = SCHEDULE | {"WECHAT_NATS_NOTIFY": "false" if evidence == "poll-alone" else "true"}
+    async with world(tmp_path, environ=environ) as made:
+        nc, bot = await made.begun()
+        made.sim.set_fault(FaultRule(fault="F10", params={"text": "cursed"}))
+        if evidence == "poll":
+            made.sim.set_fault(FaultRule(fault="F1", endpoint="msg/notifystart"))
+        for ident in ("c0", "cursed", "c1"):
+            await made.command(nc, "s1", ident)
+        await made.settle(nc)
+        receipts = await made.receipts(nc)
+        assert [(receipt.command, receipt.outcome, receipt.reason) for receipt in receipts] == [
+            ("c0", "accepted", ""),
+            ("cursed", "refused", "rejected"),
+            ("c1", "accepted", ""),
+        ]
+        refused = receipts[1]
+        assert (refused.ret, refused.errcode, refused.errmsg, refused.attempts) == (None, -14, "session timeout", 2)
+        assert texts(made, bot.user) == ["answer c0", "answer c1"]
+        assert [event.change for event in await changes(nc)] == ["bound"]
+        await nc.close()
+
+
 async def test_f10_costs_exactly_the_scheduled_sends(tmp_path: Path) -> None:
     async with world(tmp_path, environ=SCHEDULE) as made:
         nc, bot = await made.begun()
-        made.sim.set_fault(FaultRule(fault="F10", bot=bot.bot))
+        _refuse_sends(made, bot)
         for number in range(3):
             await made.command(nc, "s1", f"c{number}")
         await told(nc, "needs_login")
@@ -125,7 +156,7 @@ async def test_the_same_bot_with_a_new_token_gets_what_was_parked_too(tmp_path: 
 
 
 async def _both_lost(made: World) -> tuple[Client, BotRecord, BotRecord]:
-    """The token of s1's bot is dead (F9), sends over that of s2 say so (F10); a command waits for each."""
+    """The token of s1's bot is dead (F9), only polls of that of s2 do not say so (F10); a command waits for each."""
     await made.add_adapter()
     nc, dead, mute = await made.nc(), made.sim.add_bot(), made.sim.add_bot()
     await made.bind(nc, "s1", dead)
@@ -133,7 +164,7 @@ async def _both_lost(made: World) -> tuple[Client, BotRecord, BotRecord]:
     for sandbox in ("s1", "s2"):
         made.say(sandbox, "hello")
     await made.settle(nc)
-    made.sim.set_fault(FaultRule(fault="F10", bot=mute.bot))
+    _refuse_sends(made, mute)
     made.sim.kill_token(dead.bot)
     for sandbox in ("s1", "s2"):
         await made.command(nc, sandbox, f"{sandbox}-c")

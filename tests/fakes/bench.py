@@ -105,6 +105,10 @@ class Bench:
         """Replicas that say that they have no poller of a bot: incarnation and bot."""
         self.stale: set[str] = set()
         """Bots whose tokens are being tried again."""
+        self.asks_sessions = True
+        """Whether notifystart is asked after -14 to a send."""
+        self.polled_at: dict[str, float] = {}
+        """When a poll of a bot was last answered."""
         self.asked_bound = 0
         self.wait_for_pending_binds: Callable[[], Awaitable[None]] | None = None
         self.numbers: Iterator[int] = world.numbers if world else itertools.count(1)
@@ -215,7 +219,9 @@ class Bench:
             receipts=self.receipts,
             events=self.events,
             history=self.bus,
-            sessions=BotSessions(self.bindings, self.chat, self._account, lambda: self),
+            sessions=BotSessions(
+                self.bindings, self.chat, self._account, lambda: self, self.clock, ask=self.asks_sessions
+            ),
             typing=self.typing(),
             names=self.names,
             limits=self.limits,
@@ -245,6 +251,9 @@ class Bench:
 
     def poll_now(self, bot: str) -> None:
         self.polled_now.append(bot)
+
+    def has_polled_since(self, bot: str, since: float) -> bool:
+        return self.polled_at.get(bot, 0.0) > since
 
     def processor(self, sandbox: str = "s1", **changes: Any) -> ShardCommandProcessor:
         """The processor of a sandbox's shard, told of changed bindings as the supervisor tells it."""

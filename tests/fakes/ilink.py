@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from adapter.errors import Uncertain
+from adapter.errors import Refused, Uncertain
 from adapter.ilink import urls
 from adapter.ports import Accepted, Account, Content, Polled, QrCode, Scan, ScanStatus, Uploaded
 from adapter.timing import Condition
@@ -104,7 +104,7 @@ class FakeChat:
         self.ticket_took_s = 0.0
         self.typing: list[Shown] = []
         self.typing_answers: deque[Exception | bool] = deque()
-        """Answers to sendtyping; without one it is done."""
+        """Answers to sendtyping, False: -2; without one it is done."""
         self._clock = clock
         self._out: set[tuple[str, ...]] = set()
 
@@ -185,13 +185,14 @@ class FakeChat:
             raise answer
         return answer
 
-    async def show_typing(self, account: Account, user: str, ticket: str, *, on: bool) -> bool:
+    async def show_typing(self, account: Account, user: str, ticket: str, *, on: bool) -> None:
         self.typing.append(Shown(user, on, ticket, self._clock.monotonic()))
         await asyncio.sleep(0)
         answer = self.typing_answers.popleft() if self.typing_answers else True
         if isinstance(answer, Exception):
             raise answer
-        return answer
+        if not answer:
+            raise Refused("typing", "iLink answered -2", ret=-2)
 
     async def notify(self, account: Account, *, start: bool) -> None:
         self.notified.append(start)

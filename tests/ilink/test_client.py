@@ -21,6 +21,7 @@ CALLS: dict[str, Callable[[ILink], Awaitable[object]]] = {
     "getupdates": lambda ilink: ilink.poll(ACCOUNT, "", 20_000),
     "sendmessage": lambda ilink: ilink.send(ACCOUNT, user="u", client_id="c", context_token="t", content="hi"),
     "getconfig": lambda ilink: ilink.typing_ticket(ACCOUNT, "u", "t"),
+    "sendtyping": lambda ilink: ilink.show_typing(ACCOUNT, "u", "t", on=True),
     "get_bot_qrcode": lambda ilink: ilink.fetch_code(()),
     "get_qrcode_status": lambda ilink: ilink.read_code("handle", BASE, ""),
 }

@@ -377,7 +377,9 @@ def test_an_answer_to_a_notification_has_one_meaning(answer: Reply, expected: ob
 
 TICKETS = [
     ("success", reply({"ret": 0, "typing_ticket": "AART=="}), "AART=="),
-    ("ret-missing-is-no-success", reply({"typing_ticket": "AART=="}), (Refused, "typing")),
+    ("ret-missing", reply({"typing_ticket": "AART=="}), "AART=="),
+    ("errcode-beside-a-ticket", reply({"ret": 0, "errcode": 7, "typing_ticket": "AART=="}), (Refused, "typing")),
+    ("empty-object", reply({}), (Refused, "typing")),
     ("no-ticket", reply({"ret": 0}), (Refused, "typing")),
     ("empty-ticket", reply({"ret": 0, "typing_ticket": ""}), (Refused, "typing")),
     ("-4", reply({"ret": -4, "errmsg": "GetTypingTicket rpc failed"}), (Refused, "typing")),
@@ -397,18 +399,28 @@ def test_a_ticket_is_there_only_where_ilink_says_so(answer: Reply, expected: obj
     assert outcome(lambda: protocol.read_ticket(answer)) == expected
 
 
-def test_a_ticket_that_is_refused_for_a_user_who_never_wrote_says_so() -> None:
+REFUSED_TICKETS = [
+    ({"ret": -4, "errmsg": "GetTypingTicket rpc failed"}, "The user has not written to this bot yet."),
+    ({"ret": 0, "errcode": 7, "errmsg": "no"}, "iLink answered 7 no"),
+    ({"ret": 0}, "iLink gave no typing ticket."),
+    ({"typing_ticket": ""}, "iLink gave no typing ticket."),
+]
+
+
+@pytest.mark.parametrize(("body", "detail"), REFUSED_TICKETS)
+def test_why_there_is_no_ticket_is_said(body: dict[str, Any], detail: str) -> None:
     with pytest.raises(Refused) as caught:
-        protocol.read_ticket(reply({"ret": -4, "errmsg": "GetTypingTicket rpc failed"}))
-    assert "has not written" in caught.value.detail
+        protocol.read_ticket(reply(body))
+    assert caught.value.detail == detail
 
 
 TYPED = [
-    ("success", reply({"ret": 0}), True),
-    ("ret-missing", reply({}), True),
-    ("empty-body", reply(b""), True),
-    ("-2", reply({"ret": -2, "errmsg": "typing_ticket expired"}), False),
-    ("html", reply(HTML), False),
+    ("success", reply({"ret": 0}), None),
+    ("ret-missing", reply({}), None),
+    ("empty-body", reply(b""), None),
+    ("-2", reply({"ret": -2, "errmsg": "typing_ticket expired"}), (Refused, "typing")),
+    ("errcode-beside-ret-0", reply({"ret": 0, "errcode": 7}), (Refused, "typing")),
+    ("html", reply(HTML), (Temporary, "unreadable", None)),
     ("-14", reply({"errcode": -14}), (SessionExpired, "needs_login")),
     ("-14-beside-401", reply({"errcode": -14}, 401), (SessionExpired, "needs_login")),
     ("500", reply(HTML, 500), (Temporary, "http_5xx", None)),
@@ -416,8 +428,14 @@ TYPED = [
 
 
 @pytest.mark.parametrize(("answer", "expected"), [row[1:] for row in TYPED], ids=[row[0] for row in TYPED])
-def test_an_answer_to_typing_says_only_whether_it_was_done(answer: Reply, expected: object) -> None:
+def test_an_answer_to_typing_says_whether_it_was_done(answer: Reply, expected: object) -> None:
     assert outcome(lambda: protocol.read_typing(answer)) == expected
+
+
+def test_a_refusal_of_typing_says_which_code_it_was() -> None:
+    with pytest.raises(Refused) as caught:
+        protocol.read_typing(reply({"ret": 0, "errcode": 7, "errmsg": "no"}))
+    assert (caught.value.detail, caught.value.ret, caught.value.errcode) == ("iLink answered 7 no", 0, 7)
 
 
 # what goes out -------------------------------------------------------------------------------------------

@@ -589,15 +589,16 @@ STEPS: dict[str, Exception] = {
 
 
 @settings(max_examples=60)
-@given(lengths=LENGTHS, answers=ANSWERS, crash=st.integers(0, 60))
+@given(lengths=LENGTHS, answers=ANSWERS, crash=st.integers(0, 60), dead=st.booleans())
 def test_whatever_happens_each_is_told_once_and_seen_at_most_once(
-    lengths: list[int], answers: list[str], crash: int
+    lengths: list[int], answers: list[str], crash: int, dead: bool
 ) -> None:
     """Texts of any length, any answers, a crash anywhere: what is told as accepted is on the phone once, in order."""
 
     async def run() -> None:
         texts = [f"{number}:".ljust(length, "x") for number, length in enumerate(lengths)]
         bench, shard = await waiting(*texts)
+        bench.chat.notify_fails = STEPS["stale"] if dead else None
         for answer in answers:
             bench.chat.sends.append(STEPS.get(answer) or Accepted("m", 0, None, ""))
         await crash_and_take_over(bench, shard, crash)

@@ -156,6 +156,28 @@ async def test_minus_14_on_a_send_and_on_notifystart_waits_for_the_login() -> No
     assert (bench.chat.texts, outcomes(bench)[-1]) == (["hi", "hi"], ("c1", "accepted", ""))
 
 
+@pytest.mark.parametrize(
+    ("is_dead", "outcome"), [(False, ("refused", "rejected")), (True, ("parked", "needs_login"))]
+)
+async def test_where_notifystart_is_not_asked_the_next_poll_decides(is_dead: bool, outcome: tuple[str, str]) -> None:
+    bench = Bench()
+    bench.asks_sessions = False
+    await bench.bind()
+    bench.hears()
+    shard = bench.processor()
+    bench.chat.sends.extend([STALE] * 2)
+    shard.intake.on_delivery(bench.command("hi", id="c1"))
+    await asyncio.sleep(5)
+    assert (outcomes(bench), bench.polled_now) == ([], [BOT])
+    if is_dead:
+        bench.stale.add(BOT)
+    else:
+        bench.polled_at[BOT] = bench.clock.monotonic()
+    await asyncio.sleep(5)
+    assert outcomes(bench) == [("c1", *outcome)]
+    assert bench.chat.notified == []
+
+
 async def test_nothing_is_sent_while_the_poller_tries_a_stale_token() -> None:
     bench, shard = await ready()
     bench.stale.add(BOT)

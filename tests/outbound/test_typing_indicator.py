@@ -350,6 +350,30 @@ async def test_a_ticket_that_ilink_does_not_like_is_replaced_at_once() -> None:
     shard.stop()
 
 
+@pytest.mark.parametrize("switch", ["on", "off"])
+async def test_what_ilink_refuses_with_a_fresh_ticket_too_is_refused(switch: str) -> None:
+    """It was told as accepted. Nothing is shown then, so that nothing has to be hidden."""
+    bench, shard = await ready()
+    bench.chat.typing_answers.extend([False] * 2)
+    shard.intake.on_delivery(bench.command(typing=switch, id="c"))
+    await asyncio.sleep(60)
+    (receipt,) = bench.bus.receipts()
+    assert (receipt.outcome, receipt.reason, receipt.ret) == ("refused", "typing", -2)
+    assert receipt.detail == "iLink answered -2"
+    assert shown(bench) == [switch == "on"] * 2
+
+
+async def test_a_renewal_that_ilink_refuses_is_tried_again_and_hidden_in_the_end() -> None:
+    bench, shard = await ready()
+    bench.chat.typing_answers.extend([True, False, False])
+    shard.intake.on_delivery(bench.command(typing="on", id="on"))
+    await asyncio.sleep(2 * RENEW_S + 1)
+    shard.intake.on_delivery(bench.command("hi"))
+    await asyncio.sleep(5)
+    assert shown(bench) == [True, True, True, True, False]
+    assert outcomes(bench)[0] == ("on", "accepted", "")
+
+
 @pytest.mark.parametrize("dead", [True, False])
 async def test_a_stale_token_ends_it_quietly_and_it_is_hidden_where_only_typing_was_told_so(dead: bool) -> None:
     """By then the bot's poll has ended, too (F8, F9)."""

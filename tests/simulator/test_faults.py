@@ -232,6 +232,15 @@ async def test_f10_minus_14_on_sends_only(talking: Client) -> None:
     assert (whys(talking), talking.sim.sends(talking.bot.bot)[0].ret) == (["stale"], -14)
 
 
+async def test_f10_minus_14_on_one_message_only(talking: Client) -> None:
+    strike(talking, "F10", text="cursed")
+
+    assert [await talking.send("cursed one") for _ in range(2)] == [STALE] * 2
+    assert (await talking.send("fine"))["ret"] == 0
+    assert [(await talking.poll())["msgs"], await talking.call("msg/notifystart")] == [[], {"ret": 0}]
+    assert (whys(talking), talking.phone()) == (["stale", "stale", "shown"], ["fine"])
+
+
 async def test_f11_minus_2_with_every_text_and_with_none(talking: Client) -> None:
     strike(talking, "F11", errmsgs=["prepare failed", "unknown error", "rate limited", "", None])
 

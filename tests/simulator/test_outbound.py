@@ -314,6 +314,33 @@ async def test_s10_several_items_may_be_refused(make: MakeClient, style: str, re
     assert client.phone() == shown
 
 
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        pytest.param({"item_list": None}, "empty_item_list", id="no item list"),
+        pytest.param({"item_list": [{"type": 1}]}, "malformed_item", id="item without payload"),
+        pytest.param({"item_list": [{"type": 1, "text_item": {"text": ""}}]}, "malformed_item", id="empty text"),
+    ],
+)
+async def test_incomplete_sends_may_be_answered_like_a_dead_token(
+    make: MakeClient, changes: dict[str, Any], why: str
+) -> None:
+    """15.3: their structure is checked before the context token, and the session lives."""
+    client = await make(incomplete_sends="-14", stale_style="both")
+    client.sim.say(client.bot.user, "hello")
+
+    answer = await client.send(context_token=None, **changes)
+
+    assert answer == {"ret": -14, "errcode": -14, "errmsg": "session timeout"}
+    assert [(send.why, send.ret) for send in client.sim.sends(client.bot.bot)] == [(why, -14)]
+    assert (await client.send())["ret"] == 0
+    assert (await client.call("msg/notifystart"), client.phone()) == ({"ret": 0}, ["hi"])
+
+
+async def test_an_empty_text_is_sent_by_default(talking: Client) -> None:
+    assert (await talking.send(""))["ret"] == 0
+
+
 @pytest.mark.parametrize(("counts", "ret"), [(False, 0), (True, -2)])
 async def test_s15_typing_may_use_up_the_quota(make: MakeClient, counts: bool, ret: int) -> None:
     client = await make(typing_counts=counts, quota=2)
