@@ -66,6 +66,10 @@ class Recall:
             log.warning("quote.unnoted", sandbox=spoken.sandbox, detail=exc.detail)
             self._metrics.quote_notes.labels(outcome="failed").inc()
             return
+        except Exception:  # the send is over: nobody waits for this
+            log.exception("quote.crashed", sandbox=spoken.sandbox)
+            self._metrics.quote_notes.labels(outcome="failed").inc()
+            return
         self._stored.inc()
 
     async def resolve(self, sandbox: str, bot: str, said: Said, before: Sequence[Said] = ()) -> Said:
