@@ -30,7 +30,7 @@ BOT, USER = "b1@im.bot", "u1@im.wechat"
 LIMITS = {
     "a message by itself": 138,
     "a message in a batch": 37,
-    "a command": 151,
+    "a command": 152,
     "a command on plain wechat.out": 23,
 }
 """Calls: a little above what they were when this was last looked at."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 from adapter.contract import Outcome
-from adapter.errors import Refused
+from adapter.errors import Crashed, Refused
 from adapter.outbound.commands import Command
 from adapter.records import Hand
 
@@ -35,6 +35,12 @@ class Ending(NamedTuple):
     def with_answer(self, answer: Refused) -> Ending:
         """With iLink's own words."""
         return self._replace(ret=answer.ret, errcode=answer.errcode, errmsg=answer.errmsg)
+
+
+CRASHED = Ending("dead_lettered", Crashed().reason, Crashed().detail)
+"""Of a command on which the code raised at every try."""
+PERHAPS = Ending("uncertain", "", f"Whether it was sent cannot be looked up. {CRASHED.detail}")
+"""The same, where an owner before may have sent it."""
 
 
 class Wait(NamedTuple):
@@ -75,11 +81,11 @@ def in_doubt(ending: Ending, hand: Hand | None, command: Command) -> Ending:
     """
     if hand is None or not hand.holds(command.client):
         return ending
-    if hand.part >= len(command.parts):
+    if command.parts and hand.part >= len(command.parts):
         return all_taken(hand)
     attempts = max(ending.attempts, hand.attempts)
     ending = ending._replace(message_ids=tuple(hand.message_ids), attempts=attempts)
-    if not hand.tried:
-        return ending
+    if not hand.tried and (command.parts or not hand.part):
+        return ending  # where the command cannot be read, nobody knows whether the parts that were taken are all
     detail = f"It may have been sent: an earlier request got no answer. Later: {ending.detail}"
     return ending._replace(outcome="uncertain", reason="", detail=detail)

@@ -100,6 +100,8 @@ class Lane:
         """iLink has refused the token of the last sends."""
         self.unsure: set[int] = set()
         """Sequences of what was found parked: whether it was told already is not known yet."""
+        self.at_work: Sequence[Item | Parked] = ()
+        """What the step that was begun last works on."""
         self.told: dict[int, contract.Receipt] = {}
         """Sequences of what is parked although it has its final receipt."""
         self.missed: tuple[int, float, float] | None = None
@@ -163,6 +165,22 @@ class Lane:
             self.parked.remove(parked)
             self.unsure.discard(parked.seq)
             self.told.pop(parked.seq, None)
+
+    def at_fault(self) -> list[Item | Parked]:
+        """What to end where a step raises at every try: what it works on, or else what is first."""
+        waiting: list[Item | Parked] = [*self.parked, *self.queue]
+        if not self.at_work:
+            return waiting[:1]
+        seqs = {parked.seq for parked in self.parked}
+        return [one for one in self.at_work if _parked_seq(one) in seqs or one in self.queue]
+
+    def doubt(self) -> None:
+        """A step raised: what it worked on may have its receipt."""
+        for one in self.at_work:
+            if isinstance(one, Item):
+                one.suspect = True
+        seqs = {parked.seq for parked in self.parked}
+        self.unsure |= seqs & {_parked_seq(one) for one in self.at_work}
 
     def late_together(self, held: set[str], now_ms: int) -> list[Parked]:
         """What is parked and expired. Those whose clients are `held` may have gone out in one message, and expire
@@ -231,6 +249,10 @@ class Lanes:
         del lanes[_key(lane.bot, lane.user)]
         if not lanes:
             del self._of[lane.sandbox]
+
+
+def _parked_seq(one: Item | Parked) -> int:
+    return one.parked_seq if isinstance(one, Item) else one.seq
 
 
 def _key(bot: str, user: str) -> tuple[str, str]:

@@ -10,25 +10,27 @@ import asyncio
 from collections.abc import Sequence
 from functools import partial
 
+import msgspec
 import structlog
 
 from adapter import contract, window
 from adapter.bindings.stale_token import needs_login_now
 from adapter.contexts import Peer
-from adapter.errors import BusRefused, LeaseLost, Refused, Temporary
+from adapter.crashes import PAUSE_S, TRIES
+from adapter.errors import AdapterError, BusRefused, Crashed, LeaseLost, Refused, Temporary
 from adapter.headers import passed_on
 from adapter.names import H_COMMAND, H_MSG_ID, H_SANDBOX, H_TIME_MS, peer_key
 from adapter.outbound.commands import MERGED_AT_ONCE, MediaPart, joins, merge
-from adapter.outbound.endings import Apart, Ending, Repeat, Wait, in_doubt
+from adapter.outbound.endings import CRASHED, PERHAPS, Apart, Ending, Repeat, Wait, in_doubt
 from adapter.outbound.lane import Item, Lane, Lanes, Parked, Stale, parked_at
-from adapter.outbound.parked import read_behind, read_parked
+from adapter.outbound.parked import read_behind, read_parked, read_raw
 from adapter.outbound.receipts import Name, ending_of
-from adapter.outbound.sending import Send
+from adapter.outbound.sending import Send, alone
 from adapter.outbound.settling import GONE_S, Draining, Outgoing, Settling
 from adapter.outbound.typing_indicator import TypingIndicators
 from adapter.ports import Account, Message, Uploaded
 from adapter.records import Binding, Context, Hand
-from adapter.timing import any_of, finish
+from adapter.timing import any_of, finish, first_of
 
 log = structlog.get_logger()
 
@@ -49,14 +51,16 @@ class LaneWork(Settling):
         self._lanes = Lanes()
 
     async def _run(self, lane: Lane) -> None:
-        """Works until the lane is empty, one step per turn; retries what fails unexpectedly."""
+        """Works until the lane is empty, one step per turn. A command on which the code raises at every try is
+        ended; if even that raises, it is left on the bus."""
         failures = 0
         while (lane.queue or lane.parked) and not self._drain.is_set():
             await self._needs.turns.next()
             lane.wake.clear()
             try:
                 self._check()
-                wait_s = await finish(self._turn(lane), self._needs.grace_s)
+                step = self._turn if failures < TRIES else self._end_crashed
+                wait_s = await finish(step(lane), self._needs.grace_s)
                 failures = 0
                 self._hide_typing(lane)
             except Draining:
@@ -70,13 +74,69 @@ class LaneWork(Settling):
             except Exception:
                 failures += 1
                 log.exception("lane.crashed", sandbox=lane.sandbox, failures=failures)
-                wait_s = min(60.0, 2.0**failures)
+                lane.doubt()
+                await first_of(self._drain, PAUSE_S)
+                wait_s = 0.0
+                if failures == 2 * TRIES:
+                    failures = 0
+                    self._abandon_first(lane)
             if wait_s:
                 await any_of(lane.wake.wait(), self._drain.wait(), timeout_s=wait_s)
         if not self._lost and (self._drain.is_set() or lane.is_left):
             await self._store_hand(lane)
             lane.task = None
             self._start(lane)  # what came meanwhile found a task at work
+
+    async def _end_crashed(self, lane: Lane) -> float:
+        """Ends the commands on which the code raises at every try. Raises Temporary, LeaseLost.
+
+        Of texts that are merged, and of which nothing has left, only one is at fault: they go one by one.
+        """
+        lane.at_work = at_fault = lane.at_fault()
+        peer = self._sending.contexts.loaded(lane.bot, lane.user)
+        shown: contract.Window | None = None
+        is_known = True
+        try:
+            hand, shown = await self._hand(lane), await self._window(lane)
+        except AdapterError:
+            raise
+        except Exception:  # the record may be what makes it raise
+            log.exception("lane.crashed", sandbox=lane.sandbox)
+            hand = lane.hand or (peer.context.hand_of(lane.sandbox) if peer else None)
+            is_known = bool(hand or not lane.user)
+        items = [one if isinstance(one, Item) else await read_raw(one, lane.sandbox, self._needs) for one in at_fault]
+        found = [item for item in items if item is not None]
+        if len(found) > 1 and not (hand and hand.is_begun and hand.holds(found[0].command.client)):
+            lane.apart_until = max(item.parked_seq for item in found)
+            if peer and hand and peer.context.hand == hand:
+                peer.context = msgspec.structs.replace(peer.context, hand=alone(hand))
+            return 0.0
+        if found:
+            unsure = not is_known and (found[0].delivery is None or found[0].delivery.suspect)
+            ending = PERHAPS if unsure else in_doubt(CRASHED, hand, found[0].command)
+            await self._end(found, ending, shown, lane.bot, lane.user)
+            if peer is not None:
+                peer.context = window.settled(peer.context, found[0].command.client, sent=ending.may_be_sent)
+        for one in at_fault:
+            self._take_out(lane, one)
+        lane.hand = None
+        return 0.0
+
+    def _abandon_first(self, lane: Lane) -> None:
+        """Leaves a command on the bus, since not even its end can be told: it comes again to this owner or the
+        next."""
+        for one in lane.at_fault():
+            self._take_out(lane, one)
+            if isinstance(one, Item):
+                self._abandon(one)
+
+    def _take_out(self, lane: Lane, one: Item | Parked) -> None:
+        """Removes a command from the lane."""
+        seq = one.parked_seq if isinstance(one, Item) else one.seq
+        if isinstance(one, Item) and not seq:
+            lane.shift(one)
+        else:
+            lane.drop([seq])
 
     async def _store_hand(self, lane: Lane) -> None:
         """Stores how far the command in hand got: the next owner would know only that a request was to leave."""
@@ -94,6 +154,7 @@ class LaneWork(Settling):
 
     async def _turn(self, lane: Lane) -> float:
         """One step for the lane; seconds to wait before the next (0: at once), unless it is woken."""
+        lane.at_work = ()
         if lane.behind is not None:
             await asyncio.wait([lane.behind])
             lane.behind = None
@@ -136,6 +197,7 @@ class LaneWork(Settling):
 
     async def _type(self, lane: Lane, item: Item, binding: Binding) -> None:
         """Starts a typing command; what is behind it does not wait for iLink's answer. Raises Temporary."""
+        lane.at_work = (item,)
         if item.suspect and await self._needs.receipts.has_final(item.command):
             self._settle(item)
         elif item.command.typing == "on":
@@ -152,6 +214,8 @@ class LaneWork(Settling):
             await taken
         except Refused as exc:
             ending = Ending("refused", exc.reason, exc.detail).with_answer(exc)
+        except Crashed:
+            ending = CRASHED
         await self._end_surely(item, ending, lane)
 
     def _hide_typing(self, lane: Lane) -> None:
@@ -233,6 +297,7 @@ class LaneWork(Settling):
 
     async def _read_parked(self, lane: Lane, parked: Parked) -> Item | None:
         """A parked command; None: it is gone. Raises Temporary, also as long as it may only not be shown."""
+        lane.at_work = (parked,)
         item, missed, now = await read_parked(parked, self._needs), lane.missed, self._sending.clock.monotonic()
         if item is not None and missed and parked.seq >= missed[0]:
             lane.missed = None
@@ -323,6 +388,7 @@ class LaneWork(Settling):
 
     async def _send(self, lane: Lane, group: Sequence[Item], binding: Binding) -> Wait | Apart | None:
         """Sends and settles; a Wait or Apart leaves the commands where they are. Several: as one message."""
+        lane.at_work = group
         item = group[0]
         if item.suspect and await self._needs.receipts.has_final(item.command):
             self._done_with(item)
@@ -418,6 +484,7 @@ class LaneWork(Settling):
 
     async def _park(self, lane: Lane, item: Item, wait: Wait) -> None:
         """Parks a command of the queue, or refuses it where it does not want to wait or too many do."""
+        lane.at_work = (item,)
         command = item.command
         if item.suspect and await self._needs.receipts.has_final(command):
             self._done_with(item)
@@ -474,6 +541,7 @@ class LaneWork(Settling):
         hand = await self._hand(lane)
         told: dict[str, Ending] = {}
         for item in late:
+            lane.at_work = (item,)
             if not await self._drop_repeat(lane, item):
                 ending = Ending("refused", "expired", "It was not sent in time.")
                 told[item.command.client] = await self._end_unsent(lane, item, ending, hand)
@@ -496,6 +564,7 @@ class LaneWork(Settling):
         told: dict[str, Ending] = {}
 
         async def end(item: Item) -> None:
+            lane.at_work = (item,)
             told[item.command.client] = in_doubt(ending, hand, item.command)
             await self._end([item], told[item.command.client], None, lane.bot, lane.user)
 

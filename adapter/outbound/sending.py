@@ -204,6 +204,13 @@ class Send(NamedTuple):
             if hand.part == 0 and hand.tried == 1 and needs.clock.now_ms() >= expires_ms:
                 return self._expired(hand)
             peer.in_flight += 1
+            has_left = False
+
+            def check() -> None:
+                nonlocal has_left
+                self.check()
+                has_left = True
+
             try:
                 content = content + (hand.tail or "") if isinstance(content, str) else content
                 accepted = await needs.chat.send(
@@ -212,7 +219,7 @@ class Send(NamedTuple):
                     client_id=client_id(command, hand.part, len(hand.merged)),
                     context_token=peer.context.token,
                     content=content,
-                    check=self.check,
+                    check=check,
                 )
             except Uncertain as exc:
                 needs.metrics.outbound_retries.labels(reason=exc.reason).inc()
@@ -224,13 +231,20 @@ class Send(NamedTuple):
             except LeaseLost:
                 self._unsent(hand)
                 raise
+            except Exception:  # a bug
+                if has_left:
+                    peer.context = window.unanswered(peer.context, hand, needs.clock.now_ms())
+                else:
+                    self._unsent(hand)
+                raise
             else:
                 answer = accepted
             finally:
                 peer.in_flight -= 1
         if isinstance(answer, Accepted):
+            hand = self._accepted(hand, answer)  # first: it is not sent again, whatever fails from here on
             needs.note(command.sandbox, peer.bot, peer.user, answer.message_id, *_words(content))
-            return self._accepted(hand, answer)
+            return hand
         if answer is None:
             await self.pause(1.0)
             return hand
@@ -268,7 +282,7 @@ class Send(NamedTuple):
                 return _wait("needs_login", hand, answer)
             case Refused():
                 apart = bool(hand.merged) and not untouched.tried
-                untouched = _alone(untouched) if apart else untouched
+                untouched = alone(untouched) if apart else untouched
                 peer.context = window.returned(peer.context, untouched)
                 if apart:
                     return Apart()
@@ -279,7 +293,7 @@ class Send(NamedTuple):
         """Stores what an answer says; it is known here also where that fails. Raises Temporary, LeaseLost."""
         try:
             await self.needs.contexts.save(self.peer, make)
-        except (Temporary, LeaseLost):
+        except Exception:
             self.peer.context = make(self.peer.context)
             raise
 
@@ -341,7 +355,7 @@ class Send(NamedTuple):
         this_window = hand.counted_in
         repeated = hand.throttled_in not in ("", this_window)
         hand = msgspec.structs.replace(hand, throttled_in=this_window)
-        hand = _alone(hand) if hand.merged and not hand.tried else hand
+        hand = alone(hand) if hand.merged and not hand.tried else hand
         now_ms = self.needs.clock.now_ms()
         await self._store(lambda context: window.throttled(context, hand, now_ms))
         log.info(
@@ -365,7 +379,7 @@ def _words(content: Content) -> tuple[str, str]:
     return content.kind, summary(content.kind, content.name if content.kind == "file" else "")
 
 
-def _alone(hand: Hand) -> Hand:
+def alone(hand: Hand) -> Hand:
     """Merged commands of which nothing was taken: only the first stays in hand, as another message."""
     return msgspec.structs.replace(hand, merged=[], tail=None)
 

@@ -17,6 +17,7 @@ import structlog
 from adapter import contract, window
 from adapter.bindings.registry import Bindings
 from adapter.contexts import Peer
+from adapter.crashes import PAUSE_S, TRIES
 from adapter.errors import LeaseLost, Temporary
 from adapter.names import Names
 from adapter.outbound.commands import Limits
@@ -224,15 +225,35 @@ class Settling:
             self._done_with(item)
 
     async def _end_surely(self, item: Item, ending: Ending, lane: Lane | None = None) -> None:
-        """Ends a command that is in no lane, or not any more. Raises Draining."""
+        """Ends a command that is in no lane, or not any more. Raises Draining.
+
+        Where that raises at every try, it is ended without what the lane knows, or left on the bus.
+        """
+        crashes = 0
         while True:
             try:
                 await (self._end_in(lane, item, ending) if lane else self._end([item], ending, None))
             except (Temporary, LeaseLost) as exc:
                 log.warning("command.waits", sandbox=item.command.sandbox, reason=exc.reason)
                 await self._pause(0.5)
+            except Exception:
+                log.exception("command.crashed", sandbox=item.command.sandbox)
+                crashes += 1
+                item.suspect = True  # it may have its receipt
+                if crashes == TRIES:
+                    if lane is None:
+                        self._abandon(item)
+                        return
+                    lane, crashes = None, 0
+                await self._pause(PAUSE_S)
             else:
                 return
+
+    def _abandon(self, item: Item) -> None:
+        """Lets go of a command whose end cannot be told. It stays on the bus, unsettled, and comes again."""
+        log.error("command.abandoned", sandbox=item.command.sandbox)
+        if item.delivery is not None:
+            self._in_hand.pop(item.delivery.seq, None)
 
     def _done_with(self, item: Item) -> None:
         """Settles a command that was told, or need not be, wherever it came from."""

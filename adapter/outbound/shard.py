@@ -8,24 +8,26 @@ before the user writes is moved to WECHAT_PARKED at once; what is more than a sa
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from functools import partial
 
 import structlog
 
 from adapter import contract
-from adapter.errors import AdapterError, Refused, Temporary, Unreadable
+from adapter.crashes import PAUSE_S, TRIES, attempt, attempt_now
+from adapter.errors import AdapterError, Crashed, Refused, Temporary, Unreadable
 from adapter.names import H_COMMAND, H_MSG_ID, H_SINCE_MS, UNROUTED, peer_of
 from adapter.outbound.backlog import PAGE, Backlog
 from adapter.outbound.commands import Command, command_id, peek, read_command, remains, since_ms, stand_in
-from adapter.outbound.endings import Ending, in_doubt
-from adapter.outbound.lane import Item, parked_at
+from adapter.outbound.endings import CRASHED, PERHAPS, Ending, in_doubt
+from adapter.outbound.lane import Item, Parked, parked_at
 from adapter.outbound.lanework import LaneWork
-from adapter.outbound.parked import item_of
+from adapter.outbound.parked import item_of, unread
 from adapter.outbound.settling import GONE_S, Outgoing
-from adapter.ports import Delivery
+from adapter.ports import Delivery, Stored
 from adapter.records import Binding, Hand
+from adapter.timing import backoff
 
 log = structlog.get_logger()
 
@@ -81,22 +83,35 @@ class Shard(LaneWork):
             if stored.seq in self._removed:
                 continue
             try:
-                item = item_of(stored, self._needs)
+                sandbox, parked = self._parked_in(stored)
             except AdapterError as exc:
                 log.error("parked.unreadable", sequence=stored.seq, reason=exc.reason)
                 continue
             bot, user = peer_of(stored.subject.rpartition(".")[2])
             binding = self._needs.bindings.get(bot)
-            if not user and binding is not None and binding.sandbox == item.command.sandbox:
+            if not user and binding is not None and binding.sandbox == sandbox:
                 user = binding.user  # learned since it was parked
-            lane = self._lanes.at(item.command.sandbox, bot, user)
-            command = item.command
-            if command.client in in_hand or any(known.seq == stored.seq for known in lane.parked):
+            lane = self._lanes.at(sandbox, bot, user)
+            if parked.client in in_hand or any(known.seq == stored.seq for known in lane.parked):
                 continue
             found.add(stored.seq)
             lane.unsure.add(stored.seq)
             lane.inherits = True
-            lane.park(parked_at(stored.seq, stored.subject, command))
+            lane.park(parked)
+
+    def _parked_in(self, stored: Stored) -> tuple[str, Parked]:
+        """The sandbox of a parked command, and its place in a lane, which ends it where it cannot be read.
+
+        Raises Unreadable, Refused.
+        """
+        try:
+            command = item_of(stored, self._needs).command
+        except AdapterError:
+            raise
+        except Exception:
+            log.exception("parked.crashed", shard=self.number, sequence=stored.seq)
+            return unread(stored, self._needs)
+        return command.sandbox, parked_at(stored.seq, stored.subject, command)
 
     def on_delivery(self, delivery: Delivery) -> None:
         """A command of this shard arrived, or arrived again."""
@@ -125,6 +140,7 @@ class Shard(LaneWork):
         """Takes in hand what had to wait on the bus, in order, as far as there is room."""
         stream, backlog, clock = self._needs.names.stream_out, self._backlog, self._sending.clock
         missed: float | None = None
+        crashes = 0
         try:
             while (first := backlog.next(subject)) and not self._drain.is_set():
                 last = backlog.last(subject)
@@ -134,6 +150,11 @@ class Shard(LaneWork):
                 except Temporary as exc:
                     log.warning("command.waits", shard=self.number, reason=exc.reason)
                     await self._pause(0.5)
+                    continue
+                except Exception:
+                    crashes += 1
+                    log.exception("command.crashed", shard=self.number)
+                    await self._pause(backoff(crashes, first_s=PAUSE_S))
                     continue
                 up_to = page[-1].seq if len(page) == PAGE else last
                 if gone := backlog.missing(subject, {stored.seq for stored in page}, up_to):
@@ -156,21 +177,49 @@ class Shard(LaneWork):
         """Reading takes its time (Markdown above all), and all others live in the same loop: it rests after each."""
         clock = self._sending.clock
         started = clock.monotonic()
-        try:
-            self._accept(delivery)
-        except Exception:  # a bug: the message stays, unsettled, and the others go on
-            self._backlog.settle(delivery.seq)
-            log.exception("delivery.crashed", shard=self.number, sequence=delivery.seq)
+        self._accept(delivery)
         await asyncio.sleep(3 * (clock.monotonic() - started))
 
     def _accept(self, delivery: Delivery) -> None:
+        """Takes a command in hand: into its lane, or to its end."""
+        try:
+            command, ending = self._read(delivery)
+        except Exception:
+            log.exception("delivery.crashed", shard=self.number, sequence=delivery.seq)
+            command, ending = self._read_again(delivery)
+        item = Item(command, delivery.data, delivery.headers, suspect=delivery.suspect)
+        item.delivery = delivery
+        self._in_hand[delivery.seq] = item
+        if ending is None:
+            self._place(item)
+        else:
+            self._tasks.spawn(self._end_surely(item, ending))
+
+    def _read_again(self, delivery: Delivery) -> tuple[Command, Ending | None]:
+        """As `_read`, once that has raised; it ends a command on which it goes on raising, under the command's own id
+        where that can be told."""
+        ident: str | None = None
+        try:
+            read = partial(self._read, delivery)
+            return attempt_now(read, "delivery.crashed", tries=TRIES - 1, shard=self.number, sequence=delivery.seq)
+        except Crashed:
+            pass  # logged
+        try:
+            ident = remains(delivery.data, self._needs.limits).id
+            return _nameless(delivery, delivery.headers, ident), CRASHED
+        except Exception:
+            log.exception("delivery.crashed", shard=self.number, sequence=delivery.seq)
+            return _nameless(delivery, {}, ident), CRASHED
+
+    def _read(self, delivery: Delivery) -> tuple[Command, Ending | None]:
+        """A command, and how it ends where it cannot be carried out."""
         body = contract.Outbound()
         try:
             body = peek(delivery.data, self._needs.limits)
             command = read_command(
                 body,
                 sandbox=delivery.subject.rpartition(".")[2],
-                ident=_ident(delivery, body.id),
+                ident=_ident(delivery.headers, body.id, delivery.seq),
                 time_ms=delivery.time_ms,
                 limits=self._needs.limits,
                 since=delivery.headers.get(H_SINCE_MS, ""),
@@ -178,40 +227,42 @@ class Shard(LaneWork):
         except (Unreadable, Refused) as exc:
             dead = isinstance(exc, Unreadable)
             body = remains(delivery.data, self._needs.limits) if dead else body
-            item = self._take(_nameless(delivery, body.id), delivery)
+            command = _nameless(delivery, delivery.headers, body.id)
             self._sending.metrics.schema_violations.labels(kind="out").inc()
-            ending = Ending("dead_lettered" if dead else "refused", exc.reason, exc.detail)
-            self._tasks.spawn(self._end_surely(item, ending))
-            return
-        self._place(self._take(command, delivery))
+            return command, Ending("dead_lettered" if dead else "refused", exc.reason, exc.detail)
+        return command, None
 
     def _settle(self, item: Item) -> None:
         super()._settle(item)
         if item.delivery is not None and (subject := self._backlog.settle(item.delivery.seq)):
             self._read_back(subject)
 
-    def _take(self, command: Command, delivery: Delivery) -> Item:
-        item = Item(command, delivery.data, delivery.headers, suspect=delivery.suspect)
-        item.delivery = delivery
-        self._in_hand[delivery.seq] = item
-        return item
+    def _abandon(self, item: Item) -> None:
+        super()._abandon(item)
+        if item.delivery is not None and (subject := self._backlog.settle(item.delivery.seq)):
+            self._read_back(subject)
 
     def _place(self, item: Item) -> None:
         """Puts a command into its lane; the first one without a binding holds up the others of its sandbox."""
         sandbox = item.command.sandbox
         if sandbox not in self._waiting:
-            with contextlib.suppress(Refused):
+            try:
                 binding = self._find(item.command)
                 if not _is_perhaps_anothers(item, binding):
                     self._enqueue(item, binding)
                     return
+            except Refused:
+                pass  # a bind may be on its way
+            except Exception:  # tried again with those that wait
+                log.exception("command.crashed", sandbox=sandbox)
             self._waiting[sandbox] = deque()
             self._tasks.spawn(self._place_late(sandbox))
         self._waiting[sandbox].append(item)
 
     async def _place_late(self, sandbox: str) -> None:
-        waiting = self._waiting[sandbox]
+        waiting, crashes = self._waiting[sandbox], 0
         while waiting:
+            hands: dict[str, tuple[str, Hand]] | None = None
             try:
                 if not all(self._is_bound(item.command) for item in waiting):
                     await self._needs.bound_yet()  # which may take as long as a thousand binds before it
@@ -220,15 +271,32 @@ class Shard(LaneWork):
                 log.warning("command.waits", sandbox=sandbox, reason=exc.reason)
                 await self._pause(0.5)
                 continue
+            except Exception:
+                crashes += 1
+                log.exception("command.crashed", sandbox=sandbox)
+                if crashes < TRIES:
+                    await self._pause(PAUSE_S)
+                    continue
+            crashes = 0
             for _ in range(len(waiting)):
-                item = waiting.popleft()
-                user, hand = hands.get(item.command.client, ("", None))
-                try:
-                    self._enqueue(item, self._find_again(item, user, hand))
-                except Refused as exc:
-                    ending = Ending("refused", exc.reason, exc.detail)
-                    await self._end_surely(item, in_doubt(ending, hand, item.command))
+                await self._place_again(waiting.popleft(), hands)
         del self._waiting[sandbox]
+
+    async def _place_again(self, item: Item, hands: Mapping[str, tuple[str, Hand]] | None) -> None:
+        """Puts a command into its lane, or ends it. `hands`: see `_hands`; None: they cannot be read."""
+        if hands is None and item.suspect:
+            await self._end_surely(item, PERHAPS)
+            return
+        user, hand = (hands or {}).get(item.command.client, ("", None))
+
+        async def enqueue() -> None:
+            self._enqueue(item, self._find_again(item, user, hand))
+
+        try:
+            await attempt(enqueue, self._pause, "command.crashed", sandbox=item.command.sandbox)
+        except (Refused, Crashed) as exc:
+            ending = CRASHED if isinstance(exc, Crashed) else Ending("refused", exc.reason, exc.detail)
+            await self._end_surely(item, in_doubt(ending, hand, item.command))
 
     def _find_again(self, item: Item, user: str, hand: Hand | None) -> Binding:
         """As `_find`; `hand` was for `user`. Raises Refused, also where another user than now may have got a part of
@@ -365,16 +433,15 @@ def _is_perhaps_anothers(item: Item, binding: Binding) -> bool:
     return item.suspect and not (command.user or command.bot) and binding.since_ms > command.stored_ms - SKEW_MS
 
 
-def _ident(delivery: Delivery, body_id: str | None) -> str:
-    routed, msg_id = delivery.headers.get(H_COMMAND, ""), delivery.headers.get(H_MSG_ID, "")
-    return command_id(body_id, routed, msg_id, delivery.seq)
+def _ident(headers: Mapping[str, str], body_id: str | None, seq: int) -> str:
+    return command_id(body_id, headers.get(H_COMMAND, ""), headers.get(H_MSG_ID, ""), seq)
 
 
-def _nameless(delivery: Delivery, body_id: str | None) -> Command:
+def _nameless(delivery: Delivery, headers: Mapping[str, str], body_id: str | None) -> Command:
     """A command that was not read."""
-    ident = _ident(delivery, body_id)
+    ident = _ident(headers, body_id, delivery.seq)
     sandbox = delivery.subject.rpartition(".")[2]
     if len(sandbox) > MAX_NAME:
         sandbox = UNROUTED  # the subject of its receipts would break the connection
-    stored_ms = since_ms(delivery.headers.get(H_SINCE_MS, ""), delivery.time_ms)
+    stored_ms = since_ms(headers.get(H_SINCE_MS, ""), delivery.time_ms)
     return stand_in(ident, f"out-{delivery.seq}-{delivery.time_ms}", sandbox, stored_ms)

@@ -16,7 +16,8 @@ import structlog
 
 from adapter.bindings.registry import Bindings
 from adapter.contexts import Contexts
-from adapter.errors import AdapterError, BusRefused, Conflict, LeaseLost, Refused, SessionExpired, Temporary
+from adapter.crashes import PAUSE_S, TRIES
+from adapter.errors import AdapterError, BusRefused, Conflict, Crashed, LeaseLost, Refused, SessionExpired, Temporary
 from adapter.names import peer_key, peer_of
 from adapter.outbound.typing_tickets import REST_S, Tickets
 from adapter.ports import Account, Bucket, Chat
@@ -102,7 +103,7 @@ class TypingIndicators:
     def show(self, binding: Binding, user: str) -> asyncio.Future[None]:
         """Shows it, for the time of the setting. The future is done once iLink took it.
 
-        Fails with Refused, Temporary; cancelled where the service stops.
+        Fails with Refused, Crashed; cancelled where the service stops.
         """
         taken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         if self._draining:
@@ -195,7 +196,7 @@ class TypingIndicators:
                 taken.cancel()
         elif exc := task.exception():
             log.error("typing.crashed", bot=indicator.bot, exc_info=exc)
-            _fail([*indicator.shows, *indicator.hides], Refused("typing", "The adapter failed on it."))
+            _fail([*indicator.shows, *indicator.hides], Crashed())
 
     async def _load(self) -> None:
         failures = 0
@@ -213,9 +214,18 @@ class TypingIndicators:
             self._stir(indicator)
 
     async def _run(self, indicator: Indicator) -> None:
+        crashes = 0
         while indicator.is_open():
             indicator.wake.clear()
-            wait_s = await self._turn(indicator)
+            try:
+                wait_s = await self._turn(indicator)
+                crashes = 0
+            except Exception:
+                crashes += 1
+                if crashes == TRIES:
+                    raise  # what is shown is left to the next owner
+                log.exception("typing.crashed", bot=indicator.bot)
+                wait_s = PAUSE_S
             if wait_s > 0:
                 await first_of(indicator.wake, wait_s)
         del self._indicators[indicator.bot, indicator.user]  # at once: who comes next begins anew
