@@ -66,6 +66,13 @@ class Unreadable(AdapterError):
     """The bytes are not what they should be: keep them for a person (dead letter) and go on."""
 
 
+class Crashed(AdapterError):
+    """The code raised at every try: keep the message or command as a dead letter and go on."""
+
+    def __init__(self) -> None:
+        super().__init__("crashed", "The adapter failed on it at every try; the traceback is in its log.")
+
+
 class LeaseLost(AdapterError):
     """Another replica owns this now, or may own it: stop polling and sending at once."""
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import re
 import sys
+import traceback
 from collections.abc import Mapping
 from typing import Any, BinaryIO
 
@@ -82,6 +83,7 @@ def configure(
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             structlog.processors.StackInfoRenderer(),
+            _without_words,
             structlog.processors.format_exc_info,
             *render,
         ],
@@ -95,6 +97,21 @@ def configure(
     root.addHandler(_Forward(logging.WARNING))
     root.setLevel(logging.WARNING)
     logging.captureWarnings(True)
+
+
+def _without_words(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+    """Shows where and of which types an exception and its causes were raised, the first cause first. What exceptions
+    say is left out where the event tells of a bug (`….crashed`): it may be the text of the message in hand."""
+    if not str(event.get("event")).endswith(".crashed") or not (info := event.pop("exc_info", None)):
+        return event
+    exc = info if isinstance(info, BaseException) else sys.exc_info()[1]
+    found: list[str] = []
+    chain: list[BaseException] = []
+    while exc is not None and exc not in chain:
+        chain.append(exc)
+        found.append("".join(traceback.format_tb(exc.__traceback__)) + type(exc).__qualname__)
+        exc = exc.__cause__ or (None if exc.__suppress_context__ else exc.__context__)
+    return {**event, "exception": "\n\n".join(reversed(found))}
 
 
 def redact(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:

@@ -213,6 +213,28 @@ def test_a_terminal_gets_lines_for_people_without_secrets(captured: Capture) -> 
 
 
 @pytest.mark.parametrize("console", [True, False])
+def test_what_a_bug_says_is_left_out_and_where_it_is_shown(captured: Capture, console: bool) -> None:
+    """It may be the text of the message in hand."""
+    out = Capture()
+    logs.configure("info", out, console=console)
+    words = "".join(["hel", "lo"])  # the traceback shows this line
+    try:
+        try:
+            raise KeyError(words)
+        except KeyError as exc:
+            raise ValueError(words) from exc
+    except ValueError as exc:
+        structlog.get_logger().exception("x.crashed", bot="b1")
+        structlog.get_logger().error("y.crashed", exc_info=exc)
+    text = out.getvalue().decode()
+    assert words not in text
+    assert text.count("test_logs.py") == 4
+    assert text.index("raise KeyError") < text.index("raise ValueError")
+    for one in ("KeyError", "ValueError"):
+        assert text.count(one) == 4  # each by its line and by its type, twice
+
+
+@pytest.mark.parametrize("console", [True, False])
 def test_what_others_write_moves_no_cursor(captured: Capture, console: bool) -> None:
     """iLink's words, for one, may reach the terminal of who runs the adapter or reads its log."""
     said = "s\x1b]0;t\x07\x9b2J\u202e\u2028"
@@ -222,7 +244,7 @@ def test_what_others_write_moves_no_cursor(captured: Capture, console: bool) -> 
     try:
         raise ValueError(said)
     except ValueError:
-        structlog.get_logger().exception("x.crashed")
+        structlog.get_logger().exception("x.failed")
     ours = re.sub(r"\x1b\[\d+m", "", out.getvalue().decode())
     assert ours.count(r"2J") == 4
     assert ours.replace("\n", "").isprintable()

@@ -22,6 +22,7 @@ from adapter.conversation.rules import Activity, Bot, CommandResult, Conversatio
 from adapter.conversation.slots import SendSlots
 from adapter.conversation.store import ConversationStore
 from adapter.conversation.uploads import StoreAway, Uploads
+from adapter.crashes import TRIES
 from adapter.errors import (
     AdapterError,
     BusRefused,
@@ -40,8 +41,6 @@ from adapter.timing import Clock, Turns, backoff
 
 log = structlog.get_logger()
 
-TRIES = 3
-"""At what raises what nobody expects; then its command ends as a dead letter."""
 LONGEST_TIMER_S = 3600.0
 """The clock is looked at again after so long: it may be set, and the machine may sleep."""
 SHORTEST_TIMER_S = 0.01

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from functools import partial
 
 import msgspec
 import structlog
 
+from adapter.crashes import PAUSE_S, TRIES, attempt
 from adapter.dedup import Batch, Seen
-from adapter.errors import BusRefused, LeaseLost, Unreadable
+from adapter.errors import AdapterError, BusRefused, Crashed, LeaseLost, Unreadable
 from adapter.inbound.cursors import ANSWERS, NEWEST, catch_up, cursor_in, keep_seen, recollect, write_cursor
 from adapter.inbound.inbox import Heard, bury, count, publish, raw_message, retry, without_media
 from adapter.inbound.sessions import Incoming, Place, Session
@@ -36,7 +38,21 @@ async def store(session: Session, polled: Polled, place: Place, needs: Incoming)
     failures = 0
     while True:
         try:
-            return await _store(session, polled, place, fenced)
+            try:
+                told, fresh = await _tell_new(session, polled.messages, place, fenced)
+            except AdapterError:
+                raise
+            except Exception:
+                log.exception("inbound.crashed", bot=session.bot, messages=len(polled.messages))
+                told, fresh = await _tell_each(session, polled.messages, place, fenced)
+            record = msgspec.structs.replace(
+                told.record, cursor=polled.cursor or told.record.cursor, seen=told.seen.newest()
+            )
+            if told.seen.unkept > max(NEWEST, ANSWERS * fresh):
+                record = await retry(partial(keep_seen, session.bot, record, told.seen, fenced), needs)
+            revision = await retry(partial(write_cursor, session.bot, record, place.revision, fenced), needs)
+            session.apart = bool(record.apart)
+            return Place(msgspec.structs.replace(record, seen=[]), revision, told.seen)
         except LeaseLost as exc:
             failures += 1
             await needs.leases.changed.until(lambda: needs.leases.valid)
@@ -61,8 +77,37 @@ async def _still_ours(session: Session, place: Place, needs: Incoming) -> Cursor
     return cursor_in(entry, session.bot)
 
 
+async def _tell_apart(
+    session: Session, messages: list[bytes], tell: Callable[[list[bytes]], Awaitable[None]], needs: Incoming
+) -> None:
+    """Tells messages one after the other, since one of them made the code raise: the message that does so at every
+    try becomes a dead letter. `tell` may be repeated. Raises what `tell` is expected to raise."""
+    await needs.clock.sleep(PAUSE_S)
+    for raw in messages:
+        try:
+            work = partial(tell, [raw])
+            await attempt(work, needs.clock.sleep, "inbound.crashed", tries=TRIES - 1, bot=session.bot)
+        except Crashed as exc:
+            count(needs, "unsupported", "dead_lettered")
+            binding = needs.bindings.get(session.bot)
+            sandbox = binding.sandbox if binding else ""
+            await bury(session.bot, sandbox, raw, exc.detail, needs, reason=exc.reason)
+
+
 async def _tell_late(session: Session, messages: list[bytes], needs: Incoming) -> None:
     """What another owner of the bot has neither stored nor seen. Its window and its media are not for us to touch."""
+    tell = partial(_tell_rest, session, needs=needs)
+    try:
+        await tell(messages)
+    except AdapterError:
+        raise
+    except Exception:
+        log.exception("inbound.crashed", bot=session.bot, messages=len(messages))
+        await _tell_apart(session, messages, tell, needs)
+
+
+async def _tell_rest(session: Session, messages: list[bytes], needs: Incoming) -> None:
+    """See `_tell_late`."""
     await _pass_media(session, needs)
     binding = await _binding(session, needs)
     entry = await retry(lambda: needs.cursors.get(token_of(session.bot)), needs)
@@ -93,10 +138,10 @@ async def _pass_media(session: Session, needs: Incoming) -> None:
         binding = await _binding(session, needs)
 
 
-async def _store(session: Session, polled: Polled, place: Place, needs: Incoming) -> Place:
-    """Raises LeaseLost."""
+async def _tell_new(session: Session, messages: list[bytes], place: Place, needs: Incoming) -> tuple[Place, int]:
+    """Stores what is new among the messages; where it then stands, and how many they were. Raises LeaseLost."""
     binding = await _binding(session, needs)
-    fresh = await _sort(session, binding, polled.messages, place.seen, needs)
+    fresh = await _sort(session, binding, messages, place.seen, needs)
     last_seq = place.record.last_seq
     if binding is not None and fresh:
         await _update_conversations(binding, fresh, needs)
@@ -104,14 +149,36 @@ async def _store(session: Session, polled: Polled, place: Place, needs: Incoming
         took_s = needs.clock.monotonic() - session.answered
         # the objective is about messages, not about batches
         needs.metrics.inbound_publish_duration.observe(took_s, len(fresh))
-    record = msgspec.structs.replace(
-        place.record, cursor=polled.cursor or place.record.cursor, last_seq=last_seq, seen=place.seen.newest()
-    )
-    if place.seen.unkept > max(NEWEST, ANSWERS * len(fresh)):
-        record = await retry(lambda: keep_seen(session.bot, record, place.seen, needs), needs)
-    revision = await retry(lambda: write_cursor(session.bot, record, place.revision, needs), needs)
-    session.apart = bool(record.apart)
-    return Place(msgspec.structs.replace(record, seen=[]), revision, place.seen)
+    record = msgspec.structs.replace(place.record, last_seq=last_seq)
+    return Place(record, place.revision, place.seen), len(fresh)
+
+
+async def _tell_each(session: Session, messages: list[bytes], place: Place, needs: Incoming) -> tuple[Place, int]:
+    """As `_tell_new`, once that has raised what nobody expects; see `_tell_apart`."""
+    told, tried = 0, [b""]
+
+    async def tell(messages: list[bytes]) -> None:
+        nonlocal told, place, tried
+        if tried in ([b""], messages):  # what counts as seen since the last try may not be on the bus
+            place = place._replace(seen=await _reread_seen(session, place, needs))
+        tried = messages
+        place, fresh = await _tell_new(session, messages, place, needs)
+        told += fresh
+
+    await _tell_apart(session, messages, tell, needs)
+    return place, told
+
+
+async def _reread_seen(session: Session, place: Place, needs: Incoming) -> Seen:
+    """The messages that are on the bus, or were seen before. Raises LeaseLost."""
+    ours = await _still_ours(session, place, needs)
+    if ours is None:
+        raise LeaseLost("cursor_taken", session.bot)
+    record, seen = await retry(partial(recollect, session.bot, ours, needs), needs)
+    if binding := await _binding(session, needs):
+        waiting = await needs.waiting(binding.sandbox)
+        await retry(lambda: catch_up(binding, record, seen, needs, waiting), needs)
+    return seen
 
 
 async def _sort(

@@ -61,6 +61,11 @@ async def download(heard: Heard, fetch: Fetch, needs: Downloading) -> Got:
             failures += 1
             if not exc.again or failures == ATTEMPTS:
                 raise
+        except Exception as exc:
+            failures += 1
+            log.exception("media.crashed", bot=heard.bot)
+            if failures == ATTEMPTS:
+                raise Missing("unavailable", again=False) from exc
         await needs.clock.sleep(backoff(failures, first_s=0.5))
 
 

@@ -17,7 +17,8 @@ import msgspec
 import structlog
 
 from adapter.contract import InboundItem
-from adapter.errors import LeaseLost, Temporary, Unreadable
+from adapter.crashes import TRIES, attempt_now
+from adapter.errors import Crashed, LeaseLost, Temporary, Unreadable
 from adapter.inbound import inbox
 from adapter.inbound.download import Downloading, Got, Missing, download, filled
 from adapter.inbound.inbox import Heard
@@ -50,7 +51,7 @@ class Fetching(NamedTuple):
 class Waiter:
     """A message that waits for its media, or behind one that does."""
 
-    __slots__ = ("after", "heard", "seq", "suspect", "told", "until", "work")
+    __slots__ = ("after", "crashes", "heard", "seq", "suspect", "told", "until", "work")
 
     def __init__(self, seq: int, heard: Heard, after: int, until: float, *, suspect: bool) -> None:
         self.seq = seq
@@ -63,6 +64,8 @@ class Waiter:
         self.suspect = suspect
         """It may be in its inbox already."""
         self.told = False
+        self.crashes = 0
+        """How often the code has raised on it as the first one of its queue."""
         self.work: asyncio.Task[list[InboundItem]] | None = None
 
 
@@ -122,11 +125,15 @@ class Downloads:
         if stored.seq in self._waiting or stored.seq in self._done or self._stopped:
             return
         try:
-            heard = inbox.read_raw(stored, self._incoming.read_message)
             after = int(stored.headers.get(H_SEQUENCE, "0"))
+            read = partial(inbox.read_raw, stored, self._incoming.read_message)
+            heard = attempt_now(read, "raw.crashed", shard=self.number, sequence=stored.seq)
+        except Crashed as exc:
+            self._tasks.spawn(self._bury(stored, exc.detail, reason=exc.reason))
+            return
         except (Unreadable, ValueError) as exc:
             log.error("raw.unreadable", shard=self.number, sequence=stored.seq, reason=type(exc).__name__)
-            self._tasks.spawn(self._bury(stored))
+            self._tasks.spawn(self._bury(stored, "It cannot be read back from WECHAT_RAW."))
             return
         self._waiting.add(stored.seq)
         until = self._incoming.clock.monotonic() + self._needs.wait_s
@@ -143,11 +150,12 @@ class Downloads:
     # one bot ----------------------------------------------------------------------------------------
 
     async def _run(self, queue: Queue, sandbox: str, bot: str) -> None:
-        """Works until nothing waits. One unit of work per turn; what fails unexpectedly is tried again."""
+        """Works until nothing waits. One unit of work per turn; what fails unexpectedly is tried a few times."""
         failures = 0
         while queue.waiters:
+            first = queue.waiters[0]
             try:
-                await self._turn(queue)
+                await (self._turn(queue) if first.crashes < TRIES else self._set_aside(queue))
                 failures = 0
                 continue
             except LeaseLost:  # it may come back; where it does not, `stop` follows
@@ -158,6 +166,9 @@ class Downloads:
                 log.warning("raw.waits", sandbox=sandbox, reason=exc.reason, failures=failures)
             except Exception:
                 failures += 1
+                first.crashes += 1
+                if first.work is not None and first.work.done():
+                    first.work = None  # it may be what raised
                 log.exception("raw.crashed", sandbox=sandbox, failures=failures)
             await self._incoming.clock.sleep(backoff(failures, first_s=0.2, longest_s=30.0))
         del self._queues[sandbox, bot]
@@ -206,18 +217,40 @@ class Downloads:
                 queue.waiters.remove(waiter)
             waiter.suspect = False
 
+    async def _set_aside(self, queue: Queue) -> None:
+        """The first message raises at every try: it becomes a dead letter, unless it is in the inbox. Raises
+        LeaseLost."""
+        first, crashed = queue.waiters[0], Crashed()
+        if not first.told:
+            self._incoming.leases.check(self.number)
+            heard = first.heard
+            inbox.count(self._incoming, heard.said.kind, "dead_lettered")
+            await inbox.bury(
+                heard.bot, heard.sandbox, heard.said.raw, crashed.detail, self._incoming, reason=crashed.reason
+            )
+            first.told = True
+        queue.waiters.popleft()
+        self._done_with(first)
+        self._tasks.spawn(self._delete(first.seq))
+
     async def _forget(self, waiter: Waiter) -> None:
         await self._incoming.history.delete(self._incoming.names.stream_raw, waiter.seq)
+        self._done_with(waiter)
+
+    def _done_with(self, waiter: Waiter) -> None:
         self._done.append(waiter.seq)
         self._waiting.discard(waiter.seq)
 
-    async def _bury(self, stored: Stored) -> None:
+    async def _bury(self, stored: Stored, why: str, *, reason: str = "unreadable") -> None:
         """Nobody can read it, also not at the next start."""
         bot = text_of(stored.subject.rpartition(".")[2])
         sandbox = stored.headers.get(H_SANDBOX, "")
-        await inbox.bury(bot, sandbox, stored.data, "It cannot be read back from WECHAT_RAW.", self._incoming)
+        await inbox.bury(bot, sandbox, stored.data, why, self._incoming, reason=reason)
+        await self._delete(stored.seq)
+
+    async def _delete(self, seq: int) -> None:
         stream = self._incoming.names.stream_raw
-        await inbox.retry(lambda: self._incoming.history.delete(stream, stored.seq), self._incoming)
+        await inbox.retry(lambda: self._incoming.history.delete(stream, seq), self._incoming)
 
     # downloads --------------------------------------------------------------------------------------
 
@@ -252,9 +285,6 @@ class Downloads:
                 missing = Missing("timeout", again=True)
             except Missing as exc:
                 missing = exc
-            except Exception:
-                log.exception("media.crashed", shard=self.number)
-                missing = Missing("unavailable", again=False)
             if missing.reason not in ("timeout", "store") or not missing.again or not await self._bus_was_away():
                 log.info("media.missing", bot=waiter.heard.bot, reason=missing.reason)
                 return Got(reason=missing.reason)

@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 from weakref import WeakValueDictionary
 
@@ -15,7 +16,8 @@ from adapter import contract
 from adapter.conversation.commands import Limits, command_id, decode_command, salvage_ids, sandbox_of
 from adapter.conversation.record import CommandRef
 from adapter.conversation.rules import CommandResult
-from adapter.errors import BusRefused, Refused, Temporary, Unreadable
+from adapter.crashes import PAUSE_S, TRIES, attempt, attempt_now
+from adapter.errors import AdapterError, BusRefused, Crashed, Refused, Temporary, Unreadable
 from adapter.events import Events
 from adapter.headers import passed_on
 from adapter.metrics import Metrics
@@ -31,10 +33,21 @@ PIECE, PIECE_BYTES = 32, 32 * 1024
 """Copies written in one piece, and bytes of them (one is taken, however large it is): what a server reads at once."""
 
 
+_CRASHED = CommandResult("dead_lettered", "crashed", Crashed().detail)
+
+
 class _Copy(NamedTuple):
     delivery: Delivery
     ident: str
     message: Message
+
+
+class _Dead(NamedTuple):
+    """How a command ends that is not copied."""
+
+    sandbox: str
+    ident: str
+    result: CommandResult
 
 
 class _Turn:
@@ -96,6 +109,46 @@ class Router:
         dropped as a repeat. Nothing of the command stands in it: the server tells a stream's last id to every
         publisher who expects another (Nats-Expected-Last-Msg-Id).
         """
+        try:
+            read = self._read(delivery)
+        except Exception:
+            log.exception("delivery.crashed", sequence=delivery.seq)
+            read = self._read_again(delivery)
+        if isinstance(read, _Dead):
+            await self._end_surely(delivery, *read)
+            return
+        sandbox, copy = read
+        turn = self._turns.setdefault(sandbox, _Turn())
+        turn.add(copy)
+        async with turn.lock:
+            piece = turn.piece()
+            try:
+                await self._copy(sandbox, piece)
+            except AdapterError:
+                raise
+            except Exception:
+                log.exception("routing.crashed", sandbox=sandbox)
+                await self._copy_apart(sandbox, piece)
+
+    def _read_again(self, delivery: Delivery) -> tuple[str, _Copy] | _Dead:
+        """As `_read`, once that has raised; it ends a command on which it goes on raising, under the command's own id
+        where that can be told."""
+        try:
+            read = partial(self._read, delivery)
+            return attempt_now(read, "delivery.crashed", tries=TRIES - 1, sequence=delivery.seq)
+        except Crashed:
+            pass  # logged
+        body = contract.Outbound()
+        try:
+            body = salvage_ids(delivery.data, self._limits)
+            ident = _command_id(delivery, body)
+        except Exception:
+            log.exception("delivery.crashed", sequence=delivery.seq)
+            ident = body.id or str(delivery.seq)
+        return _Dead(body.sandbox or UNROUTED, ident, _CRASHED)
+
+    def _read(self, delivery: Delivery) -> tuple[str, _Copy] | _Dead:
+        """A command's sandbox and its copy, or how it ends."""
         body = contract.Outbound()
         try:
             body = decode_command(delivery.data, self._limits)
@@ -106,8 +159,7 @@ class Router:
             body = salvage_ids(delivery.data, self._limits) if dead else body
             told_to = (body.sandbox if dead else None) or UNROUTED
             result = CommandResult("dead_lettered" if dead else "refused", exc.reason, exc.detail)
-            await self._end(delivery, told_to, _command_id(delivery, body), result)
-            return
+            return _Dead(told_to, _command_id(delivery, body), result)
         ident = _command_id(delivery, body)
         which = f"{delivery.seq}:{delivery.time_ms}:{ident}:".encode()
         words = hashlib.blake2b(which + delivery.data, digest_size=16).hexdigest()
@@ -118,29 +170,40 @@ class Router:
             H_SINCE_MS: str(delivery.time_ms),
         }
         message = Message("out", self._names.out(sandbox), delivery.data, headers, late=self._check)
-        turn = self._turns.setdefault(sandbox, _Turn())
-        turn.add(_Copy(delivery, ident, message))
-        async with turn.lock:
-            await self._copy(sandbox, turn.piece())
+        return sandbox, _Copy(delivery, ident, message)
 
-    async def _copy(self, sandbox: str, piece: list[_Copy]) -> None:
-        new = []
-        for copy in piece:
+    async def _copy_apart(self, sandbox: str, piece: list[_Copy]) -> None:
+        """Copies what is left one after the other, since one of them made the code raise: one that does so at every
+        try ends."""
+        await self._clock.sleep(PAUSE_S)
+        for copy in piece.copy():
+            try:
+                alone = partial(self._copy, sandbox, [copy])
+                await attempt(alone, self._clock.sleep, "routing.crashed", tries=TRIES - 1, sandbox=sandbox)
+            except Crashed:
+                await self._end_surely(copy.delivery, sandbox, copy.ident, _CRASHED)
+
+    async def _copy(self, sandbox: str, left: list[_Copy]) -> None:
+        """Copies what is left, and takes out of it what need not be copied any more."""
+        for copy in left.copy():
             if await self._has_ended(copy.delivery, sandbox, copy.ident):  # refused; now there may be room
+                left.remove(copy)
                 await copy.delivery.ack()
-            else:
-                new.append(copy)
+        answers = await self._bus.publish_all([copy.message for copy in left])
         refused = []
-        for copy, answer in zip(new, await self._bus.publish_all([copy.message for copy in new]), strict=True):
+        for copy, answer in zip(left.copy(), answers, strict=True):
             if isinstance(answer, BusRefused):
-                refused.append(self._refuse(copy, sandbox, answer))
+                refused.append((copy, answer))
             else:
+                left.remove(copy)
                 await copy.delivery.ack()
-        await asyncio.gather(*refused)
+        if refused:
+            await asyncio.gather(*(self._refuse(copy, sandbox, answer, left) for copy, answer in refused))
 
-    async def _refuse(self, copy: _Copy, sandbox: str, answer: BusRefused) -> None:
+    async def _refuse(self, copy: _Copy, sandbox: str, answer: BusRefused, left: list[_Copy]) -> None:
+        left.remove(copy)
         detail = f"The sandbox's queue does not take it: {answer.detail}"
-        await self._end(copy.delivery, sandbox, copy.ident, CommandResult("refused", "backlog", detail))
+        await self._end_surely(copy.delivery, sandbox, copy.ident, CommandResult("refused", "backlog", detail))
 
     async def _has_ended(self, delivery: Delivery, sandbox: str, ident: str) -> bool:
         """Whether a command that was delivered before has had its receipt from here."""
@@ -151,6 +214,14 @@ class Router:
                 log.warning("router.retrying", reason=exc.reason)
                 await self._clock.sleep(0.5)
         return False
+
+    async def _end_surely(self, delivery: Delivery, sandbox: str, ident: str, result: CommandResult) -> None:
+        """Ends a command. Where that raises at every try, it stays on the bus, unsettled, and comes again."""
+        work = partial(self._end, delivery, sandbox, ident, result)
+        try:
+            await attempt(work, self._clock.sleep, "routing.crashed", sandbox=sandbox)
+        except Crashed:
+            log.error("command.abandoned", sandbox=sandbox)
 
     async def _end(self, delivery: Delivery, sandbox: str, ident: str, result: CommandResult) -> None:
         if await self._has_ended(delivery, sandbox, ident):

@@ -14,7 +14,8 @@ from typing import NamedTuple
 import structlog
 
 from adapter.bindings.registry import Bindings
-from adapter.errors import AdapterError, LeaseLost, Refused, SessionExpired, Temporary
+from adapter.crashes import PAUSE_S, TRIES
+from adapter.errors import AdapterError, Crashed, LeaseLost, Refused, SessionExpired, Temporary
 from adapter.outbound.typing_tickets import REST_S, Tickets
 from adapter.ports import Account, Chat
 from adapter.records import Binding
@@ -92,7 +93,7 @@ class TypingIndicators:
     def show(self, binding: Binding, user: str, context_token: str) -> asyncio.Future[None]:
         """Shows it, for the time of the setting. The future is done once iLink took it.
 
-        Fails with Refused, Temporary; cancelled where the service stops.
+        Fails with Refused, Crashed; cancelled where the service stops.
         """
         taken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         if self._draining:
@@ -192,12 +193,21 @@ class TypingIndicators:
                 taken.cancel()
         elif exc := task.exception():
             log.error("typing.crashed", bot=indicator.bot, exc_info=exc)
-            _fail([*indicator.shows, *indicator.hides], Refused("typing", "The adapter failed on it."))
+            _fail([*indicator.shows, *indicator.hides], Crashed())
 
     async def _run(self, indicator: Indicator) -> None:
+        crashes = 0
         while indicator.is_open():
             indicator.wake.clear()
-            wait_s = await self._turn(indicator)
+            try:
+                wait_s = await self._turn(indicator)
+                crashes = 0
+            except Exception:
+                crashes += 1
+                if crashes == TRIES:
+                    raise  # what is shown is left to the next owner
+                log.exception("typing.crashed", bot=indicator.bot)
+                wait_s = PAUSE_S
             if wait_s > 0:
                 await first_of(indicator.wake, wait_s)
         del self._indicators[indicator.bot, indicator.user]  # at once: who comes next begins anew

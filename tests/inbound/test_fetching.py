@@ -246,7 +246,7 @@ FAILURES: list[tuple[str, Exception, str, int]] = [
     ("404", Refused("unavailable", "HTTP 404"), "unavailable", 3),
     ("500", Temporary("http_5xx"), "unavailable", 3),
     ("network", Temporary("network"), "unavailable", 3),
-    ("a-bug", ZeroDivisionError(), "unavailable", 1),
+    ("a-bug", ZeroDivisionError(), "unavailable", 3),
 ]
 
 

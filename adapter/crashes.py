@@ -1,0 +1,54 @@
+"""Handles bugs that one message or command brings out: a few tries, the traceback in the log, then `Crashed`.
+
+An exception that is no AdapterError is a bug. The message that causes it must end, and the next one go on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+import structlog
+
+from adapter.errors import AdapterError, Crashed
+
+log = structlog.get_logger()
+
+T = TypeVar("T")
+
+TRIES = 3
+PAUSE_S = 1.0
+"""Between two tries."""
+
+
+async def attempt(
+    work: Callable[[], Awaitable[T]],
+    sleep: Callable[[float], Awaitable[None]],
+    event: str,
+    *,
+    tries: int = TRIES,
+    **fields: Any,
+) -> T:
+    """The result of `work`. Raises Crashed, and the AdapterErrors of `work`. `event` and `fields` are logged."""
+    for tried in range(1, tries + 1):
+        try:
+            return await work()
+        except AdapterError:
+            raise
+        except Exception:
+            log.exception(event, **fields)
+        if tried < tries:
+            await sleep(PAUSE_S)
+    raise Crashed
+
+
+def attempt_now(work: Callable[[], T], event: str, *, tries: int = TRIES, **fields: Any) -> T:
+    """As `attempt`, without a pause: what comes behind must not overtake."""
+    for _ in range(tries):
+        try:
+            return work()
+        except AdapterError:
+            raise
+        except Exception:
+            log.exception(event, **fields)
+    raise Crashed

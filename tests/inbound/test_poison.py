@@ -1,0 +1,339 @@
+"""A message that makes the code raise: it alone becomes a dead letter, and the others go on in order."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import msgspec
+import pytest
+import structlog
+
+from adapter import logs
+from adapter.contract import TextItem
+from adapter.errors import LeaseLost
+from adapter.ilink.translate import read_message
+from adapter.inbound.poller import tend
+from adapter.inbound.sessions import Session
+from adapter.names import H_REASON, H_SUBJECT
+from adapter.ports import Message, Polled, PubAck, Said
+from tests.fakes import Bench, Failing, FakeChat, batch, raw_message, ready, settle
+from tests.inbound.downloads import PNG, image, run, said, waiting
+from tests.inbound.pollers import BOT, KEY, Poller, raw, tended, texts
+
+VIRTUAL_TIME = True
+
+WORDS = "poison-words"
+"""The text of the message at fault. What is raised says it, and no log may."""
+BAD = raw(WORDS, 2)
+ALWAYS = 10**6
+
+Fault = Callable[[Bench, int], dict[str, Any]]
+"""Makes a port raise so many times for the message at fault, and returns changes of `Bench.incoming`."""
+
+
+class Bugs:
+    """Raises so many times, in the words of the message at fault."""
+
+    def __init__(self, times: int) -> None:
+        self.left = times
+
+    def strike(self) -> None:
+        if self.left > 0:
+            self.left -= 1
+            raise RuntimeError(f"a bug over {WORDS}")
+
+
+def is_bad(payload: bytes) -> bool:
+    return WORDS.encode() in payload
+
+
+def reading(bench: Bench, times: int) -> dict[str, Any]:
+    bugs = Bugs(times)
+
+    def read(data: bytes) -> Said:
+        if is_bad(data):
+            bugs.strike()
+        return read_message(data)
+
+    return {"read_message": read}
+
+
+def window_record(bench: Bench, times: int) -> dict[str, Any]:
+    """Of another user of the bot, so that the fault is this message's alone."""
+    bugs = Bugs(times)
+
+    async def fails(key: str) -> None:
+        if "u2" in key:
+            bugs.strike()
+
+    bench.conversation_bucket.on_write = fails
+    return {}
+
+
+def telling_the_lanes(bench: Bench, times: int) -> dict[str, Any]:
+    bugs = Bugs(times)
+
+    def heard(sandbox: str, bot: str, user: str) -> None:
+        if user.startswith("u2"):
+            bugs.strike()
+
+    return {"heard": heard}
+
+
+def preparing(bench: Bench, times: int) -> dict[str, Any]:
+    """Its words are what no encoder takes."""
+    bugs = Bugs(times)
+
+    def read(data: bytes) -> Said:
+        found = read_message(data)
+        if is_bad(data) and bugs.left > 0:
+            bugs.left -= 1
+            return msgspec.structs.replace(found, items=[TextItem(text=f"{WORDS}\ud83d")])
+        return found
+
+    return {"read_message": read}
+
+
+def publishing(bench: Bench, times: int) -> dict[str, Any]:
+    bugs = Bugs(times)
+
+    async def fails(message: Message) -> None:
+        if message.stream == "in" and is_bad(message.payload):
+            bugs.strike()
+
+    bench.bus.on_publish = fails
+    return {}
+
+
+FAULTS: list[Fault] = [reading, window_record, telling_the_lanes, preparing, publishing]
+
+
+def bad_of(fault: Fault) -> bytes:
+    own = fault in (window_record, telling_the_lanes)
+    return raw(WORDS, 2, from_user_id="u2@im.wechat") if own else BAD
+
+
+def dead(bench: Bench) -> list[tuple[str, str, bytes]]:
+    return [(stored.headers[H_REASON], stored.headers[H_SUBJECT], stored.data) for stored in bench.bus.found("DEAD")]
+
+
+@pytest.fixture
+def captured() -> Iterator[io.BytesIO]:
+    """Everything that is logged, as it is written."""
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    out = io.BytesIO()
+    logs.configure("debug", out)
+    yield out
+    structlog.reset_defaults()
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    logging.captureWarnings(False)
+
+
+def crashes(captured: io.BytesIO) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in captured.getvalue().splitlines()]
+    return [line for line in lines if "exception" in line]
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+async def test_the_message_at_fault_alone_becomes_a_dead_letter(
+    fault: Fault, poller: Poller, captured: io.BytesIO
+) -> None:
+    bad = bad_of(fault)
+    bench = await ready(batch(raw("one", 1), bad, raw("three", 3), cursor="b"), batch(raw("four", 4), cursor="c"))
+    poller(bench, **fault(bench, ALWAYS))
+    await asyncio.sleep(60)
+    assert texts(bench) == ["one", "three", "four"]
+    assert dead(bench) == [("crashed", "wechat.inbox.s1", bad)]
+    assert bench.chat.asked == ["", "b", "c"]
+    assert bench.cursor().cursor == "c"
+    assert bench.metrics.value("inbound_messages_total", kind="unsupported", outcome="dead_lettered") == 1
+    assert len(crashes(captured)) == 3
+    assert all(".py" in line["exception"] for line in crashes(captured))
+    assert WORDS.encode() not in captured.getvalue()
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+async def test_what_goes_through_at_the_second_try_is_told_once_and_in_its_place(
+    fault: Fault, poller: Poller
+) -> None:
+    bench = await ready(batch(raw("one", 1), bad_of(fault), raw("three", 3), cursor="b"))
+    poller(bench, **fault(bench, 1))
+    await asyncio.sleep(60)
+    assert texts(bench) == ["one", WORDS, "three"]
+    assert dead(bench) == []
+    assert bench.chat.asked == ["", "b"]
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+async def test_ilinks_repeats_of_the_others_are_still_known(fault: Fault, poller: Poller) -> None:
+    """And the server has forgotten their ids."""
+    bench = await ready(batch(raw("one", 1), bad_of(fault), raw("three", 3), cursor="b"))
+
+    def repeats() -> Polled:
+        bench.bus.forget_ids()
+        return batch(raw("one", 1), raw("three", 3), cursor="c")
+
+    bench.chat.polls.append(repeats)
+    poller(bench, **fault(bench, ALWAYS))
+    await asyncio.sleep(60)
+    assert texts(bench) == ["one", "three"]
+    assert bench.cursor().cursor == "c"
+
+
+async def test_a_fault_after_the_message_is_on_the_bus_makes_no_dead_letter_of_it(poller: Poller) -> None:
+    bench = await ready(batch(raw("one", 1), BAD, raw("three", 3), cursor="b"))
+    store, bugs = bench.bus._store, Bugs(ALWAYS)
+
+    def stored_all_the_same(message: Message) -> PubAck:
+        ack = store(message)
+        if message.stream == "in" and is_bad(message.payload):
+            bugs.strike()
+        return ack
+
+    bench.bus._store = stored_all_the_same  # type: ignore[method-assign]
+    poller(bench)
+    await asyncio.sleep(60)
+    assert texts(bench) == ["one", WORDS, "three"]
+    assert dead(bench) == []
+    assert bench.chat.asked == ["", "b"]
+
+
+async def test_another_bot_is_not_held_up_meanwhile() -> None:
+    bench = Bench()
+    await bench.bind()
+    await bench.bind("s2", "b2@im.bot", "u2@im.wechat")
+    bench.chat.polls.append(batch(BAD, cursor="b"))
+    session, task = tended(bench, **reading(bench, ALWAYS))
+    await settle()
+    while not bench.chat.polls and not bench.clock.slept:
+        await asyncio.sleep(0.01)  # until the first pause between two tries
+    began = bench.clock.monotonic()
+    other = Bench(bench)
+    other.chat = FakeChat(bench.clock)
+    other.chat.polls.append(batch(raw("hello", 7, from_user_id="u2@im.wechat"), cursor="b"))
+    second = Session("b2@im.bot")
+    twin = asyncio.get_running_loop().create_task(tend(second, other.incoming()))
+    while not texts(bench):
+        await asyncio.sleep(0.01)
+    assert bench.clock.monotonic() - began < 0.5
+    assert dead(bench) == []
+    await asyncio.sleep(10)
+    assert [reason for reason, _, _ in dead(bench)] == ["crashed"]
+    for one, ended in ((session, task), (second, twin)):
+        one.leave(now=True)
+        await ended
+
+
+async def test_what_another_owner_does_not_have_is_told_late_around_the_one_at_fault(poller: Poller) -> None:
+    """The bot was lost while its answer was in hand."""
+    bench = await ready(batch(raw("one", 1), BAD, raw("three", 3), cursor="b"))
+
+    async def taken(key: str) -> None:
+        bench.conversation_bucket.on_write = None
+        record = msgspec.structs.replace(bench.cursor(), owner="other-1")
+        bench.cursors.put(KEY, msgspec.json.encode(record))
+        raise LeaseLost("lease_lost", BOT)
+
+    bench.conversation_bucket.on_write = taken
+    poller(bench, **publishing(bench, ALWAYS))
+    await asyncio.sleep(60)
+    assert texts(bench) == ["one", "three"]
+    assert dead(bench) == [("crashed", "wechat.inbox.s1", BAD)]
+
+
+# what waits for media ------------------------------------------------------------------------------------
+
+
+def bad_image(number: int) -> bytes:
+    item = {"type": 2, "image_item": {"media": {"encrypt_query_param": f"p{number}"}}}
+    return raw_message(number, item, {"type": 1, "text_item": {"text": WORDS}})
+
+
+def reading_back(bench: Bench, times: int) -> dict[str, Any]:
+    """It is read well as iLink gives it, and not as it comes back."""
+    bugs, seen = Bugs(times), 0
+
+    def read(data: bytes) -> Said:
+        nonlocal seen
+        if is_bad(data):
+            seen += 1
+            if seen > 1:
+                bugs.strike()
+        return read_message(data)
+
+    return {"read_message": read}
+
+
+def publishing_with_media(bench: Bench, times: int) -> dict[str, Any]:
+    return publishing(bench, times)
+
+
+def storing_raw(bench: Bench, times: int) -> dict[str, Any]:
+    bugs = Bugs(times)
+
+    async def fails(message: Message) -> None:
+        if message.stream == "raw" and is_bad(message.payload):
+            bugs.strike()
+
+    bench.bus.on_publish = fails
+    return {}
+
+
+MEDIA_FAULTS: list[Fault] = [reading_back, publishing_with_media, storing_raw]
+
+
+@pytest.mark.parametrize("fault", MEDIA_FAULTS, ids=lambda fault: fault.__name__)
+async def test_a_message_with_media_at_fault_alone_becomes_a_dead_letter(fault: Fault, captured: io.BytesIO) -> None:
+    bench = await ready(batch(image(1), bad_image(2), image(3), raw("four", 4), cursor="b"))
+    for number in (1, 2, 3):
+        bench.cdn.has(f"p{number}", PNG)
+    replica = await run(bench, **fault(bench, ALWAYS))
+    await asyncio.sleep(60)
+    assert said(bench) == ["+", "+", "four"]
+    assert dead(bench) == [("crashed", "wechat.inbox.s1", bad_image(2))]
+    assert waiting(bench) == 0
+    assert len(crashes(captured)) == 3
+    assert WORDS.encode() not in captured.getvalue()
+    await replica.leave()
+
+
+@pytest.mark.parametrize("fault", MEDIA_FAULTS, ids=lambda fault: fault.__name__)
+async def test_a_message_with_media_that_goes_through_at_the_second_try_is_told(fault: Fault) -> None:
+    bench = await ready(batch(image(1), bad_image(2), image(3), cursor="b"))
+    for number in (1, 2, 3):
+        bench.cdn.has(f"p{number}", PNG)
+    replica = await run(bench, **fault(bench, 1))
+    await asyncio.sleep(60)
+    assert said(bench) == ["+", f"+ {WORDS}", "+"]
+    assert dead(bench) == []
+    assert waiting(bench) == 0
+    await replica.leave()
+
+
+async def test_a_download_that_crashes_once_is_tried_again() -> None:
+    bench = await ready(batch(image(1), cursor="b"))
+    bench.cdn.has("p1", PNG)
+    bench.objects.on_put = Failing(1, RuntimeError("a bug"))
+    replica = await run(bench)
+    await asyncio.sleep(60)
+    assert said(bench) == ["+"]
+    await replica.leave()
+
+
+async def test_a_message_in_the_inbox_that_cannot_be_removed_from_those_that_wait_holds_up_nobody() -> None:
+    bench = await ready(batch(image(1), image(2), raw("three", 3), cursor="b"))
+    for number in (1, 2):
+        bench.cdn.has(f"p{number}", PNG)
+    bench.bus.on_delete = Failing(3, RuntimeError("a bug"))
+    replica = await run(bench)
+    await asyncio.sleep(60)
+    assert said(bench) == ["+", "+", "three"]
+    assert dead(bench) == []
+    await replica.leave()
