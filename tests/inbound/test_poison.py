@@ -75,16 +75,6 @@ def window_record(bench: Bench, times: int) -> dict[str, Any]:
     return {}
 
 
-def telling_the_lanes(bench: Bench, times: int) -> dict[str, Any]:
-    bugs = Bugs(times)
-
-    def heard(sandbox: str, bot: str, user: str) -> None:
-        if user.startswith("u2"):
-            bugs.strike()
-
-    return {"heard": heard}
-
-
 def preparing(bench: Bench, times: int) -> dict[str, Any]:
     """Its words are what no encoder takes."""
     bugs = Bugs(times)
@@ -110,11 +100,11 @@ def publishing(bench: Bench, times: int) -> dict[str, Any]:
     return {}
 
 
-FAULTS: list[Fault] = [reading, window_record, telling_the_lanes, preparing, publishing]
+FAULTS: list[Fault] = [reading, window_record, preparing, publishing]
 
 
 def bad_of(fault: Fault) -> bytes:
-    own = fault in (window_record, telling_the_lanes)
+    own = fault in (window_record,)
     return raw(WORDS, 2, from_user_id="u2@im.wechat") if own else BAD
 
 
