@@ -164,8 +164,17 @@ async def test_what_the_bot_itself_sent_is_dropped_also_where_its_type_does_not_
     assert binding.user == USER
 
 
+async def test_a_field_of_a_wrong_type_costs_no_words() -> None:
+    """What was lost is kept whole for a person."""
+    lossy = raw("two", 2, context_token=[1])
+    bench = await ready(batch(raw("one", 1, create_time_ms=1789000000000.0), lossy, raw("three", 3, group_id=True)))
+    await polls(bench)
+    assert texts(bench) == ["one", "two", "three"]
+    assert [dead.data for dead in bench.bus.found("DEAD")][:1] == [lossy]
+
+
 async def test_a_broken_message_is_told_as_unsupported_and_kept_whole() -> None:
-    broken = raw("x", 2, create_time_ms="yesterday")
+    broken = raw("x", 2, item_list="nothing")
     bench = await ready(batch(raw("one", 1), broken, raw("three", 3)))
     await polls(bench)
     assert texts(bench) == ["one", "", "three"]
