@@ -44,7 +44,7 @@ async def store(session: Session, polled: Polled, place: Place, needs: Incoming)
             ours = await _still_ours(session, place, fenced)
             if failures == ATTEMPTS or ours is None:
                 log.warning("inbound.fenced", bot=session.bot, reason=exc.reason, messages=len(polled.messages))
-                await _tell_late(session, polled.messages, needs)
+                await _tell_late(session, polled, needs)
                 raise
         _, seen = await retry(partial(recollect, session.bot, ours, needs), needs)
         place = place._replace(seen=seen)
@@ -62,7 +62,7 @@ async def _still_ours(session: Session, place: Place, needs: Incoming) -> Cursor
     return cursor_in(entry, session.bot)
 
 
-async def _tell_late(session: Session, messages: list[bytes], needs: Incoming) -> None:
+async def _tell_late(session: Session, polled: Polled, needs: Incoming) -> None:
     """What another owner of the bot has neither stored nor seen. Its window and its media are not for us to touch."""
     await _pass_media(session, needs)
     binding = await _binding(session, needs)
@@ -71,7 +71,7 @@ async def _tell_late(session: Session, messages: list[bytes], needs: Incoming) -
     record, seen = await retry(lambda: recollect(session.bot, record, needs), needs)
     if binding is not None:
         await retry(lambda: catch_up(binding, record, seen, needs), needs)
-    fresh = [without_media(said, "store") for said in await _sort(session, binding, messages, seen, needs)]
+    fresh = [without_media(said, "store") for said in await _sort(session, binding, polled, seen, needs)]
     if binding is not None and fresh:
         await publish(_heard(binding, fresh, seen, needs), needs)
 
@@ -97,7 +97,7 @@ async def _pass_media(session: Session, needs: Incoming) -> None:
 async def _store(session: Session, polled: Polled, place: Place, needs: Incoming) -> Place:
     """Raises LeaseLost."""
     binding = await _binding(session, needs)
-    fresh = await _sort(session, binding, polled.messages, place.seen, needs)
+    fresh = await _sort(session, binding, polled, place.seen, needs)
     last_seq = place.record.last_seq
     if binding is not None and fresh:
         await _remember(session, binding, fresh, needs)
@@ -117,19 +117,19 @@ async def _store(session: Session, polled: Polled, place: Place, needs: Incoming
     return Place(msgspec.structs.replace(record, seen=[]), revision, place.seen)
 
 
-async def _sort(
-    session: Session, binding: Binding | None, messages: list[bytes], seen: Seen, needs: Incoming
-) -> list[Said]:
+async def _sort(session: Session, binding: Binding | None, polled: Polled, seen: Seen, needs: Incoming) -> list[Said]:
     """The messages that are new and the user's own, in order; the others are counted, or kept as dead letters."""
     fresh: list[Said] = []
     batch = Batch(skew_ms=needs.skew_ms)
-    for raw in messages:
+    for number, raw in enumerate(polled.messages):
         try:
             said = needs.read_message(raw)
         except Unreadable as exc:
             count(needs, "unsupported", "dead_lettered")
             await bury(session.bot, binding.sandbox if binding else "", raw, exc.detail, needs)
             continue
+        if not said.keys.message and polled.cursor:
+            said = msgspec.structs.replace(said, keys=said.keys.with_place(polled.cursor, number))
         if said.echo or said.user == session.bot:  # some echoes name no type (4.1)
             count(needs, said.kind, "rejected")
         elif seen.has(said.keys) or batch.has(said.keys):
@@ -187,7 +187,8 @@ def _heard(binding: Binding, fresh: list[Said], seen: Seen, needs: Incoming) -> 
     now_ms = needs.clock.now_ms()
     records = seen.add_all([said.keys for said in fresh], now_ms)
     return [
-        Heard(said, binding.sandbox, binding.bot, now_ms, record) for said, record in zip(fresh, records, strict=True)
+        Heard(said, binding.sandbox, binding.bot, now_ms, record, said.keys.id_for(binding.bot))
+        for said, record in zip(fresh, records, strict=True)
     ]
 
 

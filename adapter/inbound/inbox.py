@@ -51,10 +51,8 @@ class Heard(msgspec.Struct, frozen=True, gc=False):
     received_ms: int
     seen: str
     """Its record among the messages seen (adapter.dedup)."""
-
-    @property
-    def id(self) -> str:
-        return self.said.keys.id_for(self.bot)
+    id: str
+    """Its id on the bus."""
 
 
 def without_media(said: Said, reason: str) -> Said:
@@ -235,7 +233,8 @@ def read_raw(stored: Stored, read_message: Callable[[bytes], Said]) -> Heard:
     if reason := stored.headers.get(H_REASON):
         said = without_media(said, reason)
     received_ms = int(stored.headers.get(H_TIME_MS, "0"))
-    return Heard(said, stored.headers.get(H_SANDBOX, ""), bot, received_ms, seen_of(stored.headers, bot))
+    ident = stored.headers.get(H_MSG_ID) or said.keys.id_for(bot)
+    return Heard(said, stored.headers.get(H_SANDBOX, ""), bot, received_ms, seen_of(stored.headers, bot), ident)
 
 
 def seen_header(bot: str, record: str) -> str:

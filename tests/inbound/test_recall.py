@@ -51,7 +51,9 @@ def says(
 
 async def hear(bench: Bench, *saids: Said, sandbox: str = "s1", bot: str = BOT) -> list[Inbound]:
     """Puts messages on the bus; all that are there."""
-    heard = [Heard(said, sandbox, bot, bench.clock.now_ms(), said.keys.record(0)) for said in saids]
+    heard = [
+        Heard(said, sandbox, bot, bench.clock.now_ms(), said.keys.record(0), said.keys.id_for(bot)) for said in saids
+    ]
     await publish(heard, bench.incoming())
     return bench.bus.inbound()
 
@@ -261,7 +263,7 @@ async def test_odd_records_cost_a_quote_its_words_and_nothing_else(nonsense: byt
     bench = Bench()
     bench.quotes.put(quote_key(BOT, "51"), nonsense)
     bench.bus.put("wechat.inbox.s1", nonsense, {H_MSG_ID: f"in:{BOT}:m51"}, "in")
-    heard = Heard(says(message="43", quotes="51"), "s1", BOT, 1, "r")
+    heard = Heard(says(message="43", quotes="51"), "s1", BOT, 1, "r", "i")
     await publish([heard], bench.incoming())
     quote = msgspec.json.decode(bench.bus.found("IN")[-1].data, type=Inbound).quote
     assert quote == Quote(id="51")
