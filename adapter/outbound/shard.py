@@ -344,6 +344,8 @@ class Shard(LaneWork):
         for lane in self._lanes:
             if bound(lane.bot) is None:
                 lane.stale = None  # of a token that is gone
+            if lane.unsure or any(item.suspect for item in lane.queue):
+                self._needs.receipts.keep(lane.sandbox)
             if not lane.is_needed(now):
                 self._lanes.drop(lane)
         self.typing.tidy()
