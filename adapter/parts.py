@@ -132,7 +132,7 @@ class Parts:
         self.control = self._control()
         # any server may answer: a quote may be missing
         quotes = KvBucket(connections.link, connections.bus, names.quotes)
-        self.recall = Recall(quotes, connections.history, names, metrics)
+        self.recall = Recall(quotes, connections.history, names, clock, metrics)
         self.incoming = self._incoming()
         downloading = Downloading(
             connections.cdn, connections.objects, lambda silk: asyncio.to_thread(media.silk_to_wav, silk), clock

@@ -73,7 +73,7 @@ class Bench:
         """By shard: what waits for media. A shard that has none counts as not this replica's."""
         self.core = FakeCoreBus()
         self.metrics = metrics or Metrics()
-        self.recall = Recall(self.quotes, self.bus, self.names, self.metrics)
+        self.recall = Recall(self.quotes, self.bus, self.names, self.clock, self.metrics)
         self.leases = FakeLeases(incarnation)
         self.bindings = Bindings(self.bindings_bucket)
         for entry in self.bindings_bucket.entries.values():
