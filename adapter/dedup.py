@@ -63,6 +63,15 @@ class Keys(msgspec.Struct, frozen=True, gc=False):
                 return f"in:{bot}:{letter}{_short(value)}"
         return f"in:{bot}:f{_short(f'{self.user}|{self.sent_at_ms}|{self.content}')}"
 
+    def with_place(self, cursor: str, number: int) -> Keys:
+        """With its place among iLink's answers for an id, where it has neither an id nor a time.
+
+        `cursor`: the answer's, which comes again with the same page. `number`: where it stands in there.
+        """
+        if self.message or self.client or self.seq or self.sent_at_ms:
+            return self
+        return msgspec.structs.replace(self, client=f"place-{_short(f'{number}|{cursor}')}")
+
     def record(self, seen_at_ms: int) -> str:
         """One line of the state: times in base 10, ids hashed to bound the size."""
         message, client, seq, said = self.hashed

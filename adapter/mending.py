@@ -1,10 +1,17 @@
-"""Repairs invalid JSON of others (cut surrogate pairs, control characters, broken UTF-8): one text must not cost the
-whole message. Pure.
+"""Repairs invalid JSON of others (cut surrogate pairs, control characters, broken UTF-8, fields of a wrong type): one
+text must not cost the whole message. Pure.
 """
 
 from __future__ import annotations
 
 import re
+from typing import Any, TypeVar, get_args
+
+import msgspec
+
+from adapter.errors import UNDECODABLE
+
+S = TypeVar("S", bound=msgspec.Struct)
 
 _ESCAPE = re.compile(
     rb"\\(?:u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|(u[dD][89a-fA-F][0-9a-fA-F]{2})|.)", re.DOTALL
@@ -12,6 +19,8 @@ _ESCAPE = re.compile(
 """An escape in a JSON string; the group: half a surrogate pair."""
 _STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+(?:"|\Z)', re.DOTALL)
 _CONTROLS = re.compile(rb"[\x00-\x1f]")
+_WHOLE = re.compile(rb"(-?\d+)\.0+")
+"""A whole number that is written as a fraction."""
 
 
 def as_utf8(raw: bytes) -> bytes:
@@ -36,3 +45,39 @@ def without_controls(text: bytes) -> bytes:
 
 def _escaped(control: re.Match[bytes]) -> bytes:
     return b"\\u%04x" % control[0][0]
+
+
+def decode_fields(raw: bytes, kind: type[S]) -> tuple[S, list[str]]:
+    """Decodes a JSON object field by field; also the paths of the fields whose values do not fit, and are not set.
+
+    A number fits a text as it is written. Raises UNDECODABLE for what is no object.
+    """
+    given = msgspec.json.decode(raw, type=dict[str, msgspec.Raw])
+    values: dict[str, Any] = {}
+    misfits: list[str] = []
+    for field in msgspec.structs.fields(kind):
+        if field.encode_name not in given:
+            continue
+        value = bytes(given[field.encode_name])
+        try:
+            values[field.name], inner = _decode_value(value, field.type)
+            misfits += [f"{field.encode_name}.{path}" for path in inner]
+        except UNDECODABLE:
+            misfits.append(field.encode_name)
+    return kind(**values), misfits
+
+
+def _decode_value(value: bytes, kind: Any) -> tuple[Any, list[str]]:
+    """A value of a field, and the paths in it as of `decode_fields`. Raises UNDECODABLE."""
+    kinds = get_args(kind)
+    if int in kinds and (whole := _WHOLE.fullmatch(value)):
+        value = whole[1]  # not by way of a float, which has 53 bits
+    try:
+        return msgspec.json.decode(value, type=kind, strict=False), []
+    except msgspec.ValidationError:
+        for inner in kinds:
+            if isinstance(inner, type) and issubclass(inner, msgspec.Struct):
+                return decode_fields(value, inner)
+        if value[:1] in b"-0123456789" and str in kinds and int not in kinds:
+            return value.decode(), []
+        raise

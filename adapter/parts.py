@@ -143,7 +143,7 @@ class Parts:
             metrics,
         )
         self.control = self._control()
-        self.recall = Recall(self.conversations, connections.history, names, metrics)
+        self.recall = Recall(self.conversations, connections.history, names, clock, metrics)
         self.incoming = self._incoming()
         downloading = Downloading(
             connections.cdn, connections.objects, lambda silk: asyncio.to_thread(media.silk_to_wav, silk), clock

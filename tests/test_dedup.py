@@ -92,6 +92,38 @@ def test_what_nobody_said_is_no_repeat() -> None:
     assert not Seen().has(OK)
 
 
+NOTHING = say(**NAMELESS, sent_at_ms=0)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "repeat"),
+    [
+        (("b", 0), ("b", 0), True),
+        (("b", 0), ("c", 0), False),
+        (("b", 0), ("b", 1), False),
+        (("b", 1), ("b1", 0), False),
+    ],
+    ids=["the same place", "another answer", "another place", "no mix-up"],
+)
+def test_where_there_is_neither_an_id_nor_a_time_the_place_tells(
+    before: tuple[str, int], after: tuple[str, int], repeat: bool
+) -> None:
+    seen, batch = Seen(), Batch()
+    seen.add(NOTHING.with_place(*before), NOW)
+    batch.add(NOTHING.with_place(*before))
+    found = NOTHING.with_place(*after)
+    assert Seen(seen.records()).has(found) is batch.has(found) is repeat
+    assert not seen.has(say(**NAMELESS, sent_at_ms=0, content="beef").with_place(*before)), "other words"
+    ids = {NOTHING.with_place(*place).id_for("b@im.bot") for place in (before, after)}
+    assert len(ids) == len({before, after})
+
+
+@pytest.mark.parametrize("field", ["message", "client", "seq", "sent_at_ms"])
+def test_the_place_of_what_has_an_id_or_a_time_does_not_count(field: str) -> None:
+    keys = msgspec.structs.replace(NOTHING, **{field: getattr(OK, field)})
+    assert keys.with_place("b", 0) is keys
+
+
 def test_ids_longer_than_a_header_should_be_are_hashed() -> None:
     assert len(say(message="9" * 1000).id_for("b@im.bot")) < 40
     assert len(say(**NAMELESS).id_for("b@im.bot")) < 40

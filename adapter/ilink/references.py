@@ -77,7 +77,13 @@ def _text_of(item: _Quoted) -> str:
 def transcript(voice: wire.VoicePayload) -> str:
     """WeChat's speech-to-text, in either place where it may stand (4.3); "" if none."""
     nested = voice.text_item.get("text") if isinstance(voice.text_item, dict) else ""
-    return next((text for text in (voice.text, nested) if isinstance(text, str) and text), "")
+    return next((text for text in map(_words, (voice.text, nested)) if text), "")
+
+
+def _words(value: object) -> str:
+    """A text, which may have been written as a number; "" for what is neither."""
+    is_text = isinstance(value, (str, int, float)) and not isinstance(value, bool)
+    return str(value) if is_text else ""
 
 
 def _part(partial: wire.PartialText | None) -> Part | None:

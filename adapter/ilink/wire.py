@@ -189,7 +189,7 @@ class Head(msgspec.Struct, kw_only=True):
     create_time_ms: int | None = None
     message_type: int | None = None
     context_token: str | None = None
-    group_id: Any = None
+    group_id: int | str | None = None
     """Empty for a direct chat."""
 
 
@@ -205,16 +205,3 @@ class Message(Head, kw_only=True):
 
     from_user_id: str | None = None
     item_list: list[msgspec.Raw] | None = None
-
-
-class Envelope(msgspec.Struct):
-    """The least of a message that can be told when the whole cannot be read."""
-
-    message_id: Any = None
-    client_id: Any = None
-    seq: Any = None
-    from_user_id: Any = None
-    create_time_ms: Any = None
-    message_type: Any = None
-    context_token: Any = None
-    group_id: Any = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from functools import partial
+from typing import NamedTuple
 
 import msgspec
 import structlog
@@ -28,6 +29,13 @@ LATE_S = 10.0
 """What is told late waits so long for what came before it and waits for media, which is another owner's to tell."""
 
 
+class _Page(NamedTuple):
+    """Messages of one answer, or some of them, each with its place in there."""
+
+    cursor: str | None
+    messages: list[tuple[int, bytes]]
+
+
 async def store(session: Session, polled: Polled, place: Place, needs: Incoming) -> Place:
     """Puts a batch on the bus. Raises LeaseLost.
 
@@ -35,16 +43,16 @@ async def store(session: Session, polled: Polled, place: Place, needs: Incoming)
     late: iLink may count it as delivered, and give it to nobody else.
     """
     fenced = session.fenced(needs, place.record.owner)
-    failures = 0
+    page, failures = _Page(polled.cursor, list(enumerate(polled.messages))), 0
     while True:
         try:
             try:
-                told, fresh = await _tell_new(session, polled.messages, place, fenced)
+                told, fresh = await _tell_new(session, page, place, fenced)
             except AdapterError:
                 raise
             except Exception:
                 log.exception("inbound.crashed", bot=session.bot, messages=len(polled.messages))
-                told, fresh = await _tell_each(session, polled.messages, place, fenced)
+                told, fresh = await _tell_each(session, page, place, fenced)
             record = msgspec.structs.replace(
                 told.record, cursor=polled.cursor or told.record.cursor, seen=told.seen.newest()
             )
@@ -59,7 +67,7 @@ async def store(session: Session, polled: Polled, place: Place, needs: Incoming)
             ours = await _still_ours(session, place, fenced)
             if failures == ATTEMPTS or ours is None:
                 log.warning("inbound.fenced", bot=session.bot, reason=exc.reason, messages=len(polled.messages))
-                await _tell_late(session, polled.messages, needs)
+                await _tell_late(session, page, needs)
                 raise
         _, seen = await retry(partial(recollect, session.bot, ours, needs), needs)
         place = place._replace(seen=seen)
@@ -78,14 +86,14 @@ async def _still_ours(session: Session, place: Place, needs: Incoming) -> Cursor
 
 
 async def _tell_apart(
-    session: Session, messages: list[bytes], tell: Callable[[list[bytes]], Awaitable[None]], needs: Incoming
+    session: Session, page: _Page, tell: Callable[[_Page], Awaitable[None]], needs: Incoming
 ) -> None:
     """Tells messages one after the other, since one of them made the code raise: the message that does so at every
     try becomes a dead letter. `tell` may be repeated. Raises what `tell` is expected to raise."""
     await needs.clock.sleep(PAUSE_S)
-    for raw in messages:
+    for number, raw in page.messages:
         try:
-            work = partial(tell, [raw])
+            work = partial(tell, _Page(page.cursor, [(number, raw)]))
             await attempt(work, needs.clock.sleep, "inbound.crashed", tries=TRIES - 1, bot=session.bot)
         except Crashed as exc:
             count(needs, "unsupported", "dead_lettered")
@@ -94,19 +102,19 @@ async def _tell_apart(
             await bury(session.bot, sandbox, raw, exc.detail, needs, reason=exc.reason)
 
 
-async def _tell_late(session: Session, messages: list[bytes], needs: Incoming) -> None:
+async def _tell_late(session: Session, page: _Page, needs: Incoming) -> None:
     """What another owner of the bot has neither stored nor seen. Its window and its media are not for us to touch."""
     tell = partial(_tell_rest, session, needs=needs)
     try:
-        await tell(messages)
+        await tell(page)
     except AdapterError:
         raise
     except Exception:
-        log.exception("inbound.crashed", bot=session.bot, messages=len(messages))
-        await _tell_apart(session, messages, tell, needs)
+        log.exception("inbound.crashed", bot=session.bot, messages=len(page.messages))
+        await _tell_apart(session, page, tell, needs)
 
 
-async def _tell_rest(session: Session, messages: list[bytes], needs: Incoming) -> None:
+async def _tell_rest(session: Session, page: _Page, needs: Incoming) -> None:
     """See `_tell_late`."""
     await _pass_media(session, needs)
     binding = await _binding(session, needs)
@@ -115,7 +123,7 @@ async def _tell_rest(session: Session, messages: list[bytes], needs: Incoming) -
     record, seen = await retry(lambda: recollect(session.bot, record, needs), needs)
     if binding is not None:
         await retry(lambda: catch_up(binding, record, seen, needs), needs)
-    fresh = [without_media(said, "store") for said in await _sort(session, binding, messages, seen, needs)]
+    fresh = [without_media(said, "store") for said in await _sort(session, binding, page, seen, needs)]
     if binding is not None and fresh:
         await publish(_heard(binding, fresh, seen, needs), needs)
 
@@ -138,10 +146,10 @@ async def _pass_media(session: Session, needs: Incoming) -> None:
         binding = await _binding(session, needs)
 
 
-async def _tell_new(session: Session, messages: list[bytes], place: Place, needs: Incoming) -> tuple[Place, int]:
+async def _tell_new(session: Session, page: _Page, place: Place, needs: Incoming) -> tuple[Place, int]:
     """Stores what is new among the messages; where it then stands, and how many they were. Raises LeaseLost."""
     binding = await _binding(session, needs)
-    fresh = await _sort(session, binding, messages, place.seen, needs)
+    fresh = await _sort(session, binding, page, place.seen, needs)
     last_seq = place.record.last_seq
     if binding is not None and fresh:
         await _update_conversations(binding, fresh, needs)
@@ -153,19 +161,20 @@ async def _tell_new(session: Session, messages: list[bytes], place: Place, needs
     return Place(record, place.revision, place.seen), len(fresh)
 
 
-async def _tell_each(session: Session, messages: list[bytes], place: Place, needs: Incoming) -> tuple[Place, int]:
+async def _tell_each(session: Session, page: _Page, place: Place, needs: Incoming) -> tuple[Place, int]:
     """As `_tell_new`, once that has raised what nobody expects; see `_tell_apart`."""
-    told, tried = 0, [b""]
+    told = 0
+    tried: _Page | None = None
 
-    async def tell(messages: list[bytes]) -> None:
+    async def tell(page: _Page) -> None:
         nonlocal told, place, tried
-        if tried in ([b""], messages):  # what counts as seen since the last try may not be on the bus
+        if tried is None or tried == page:  # what counts as seen since the last try may not be on the bus
             place = place._replace(seen=await _reread_seen(session, place, needs))
-        tried = messages
-        place, fresh = await _tell_new(session, messages, place, needs)
+        tried = page
+        place, fresh = await _tell_new(session, page, place, needs)
         told += fresh
 
-    await _tell_apart(session, messages, tell, needs)
+    await _tell_apart(session, page, tell, needs)
     return place, told
 
 
@@ -181,19 +190,19 @@ async def _reread_seen(session: Session, place: Place, needs: Incoming) -> Seen:
     return seen
 
 
-async def _sort(
-    session: Session, binding: Binding | None, messages: list[bytes], seen: Seen, needs: Incoming
-) -> list[Said]:
+async def _sort(session: Session, binding: Binding | None, page: _Page, seen: Seen, needs: Incoming) -> list[Said]:
     """The messages that are new and the user's own, in order; the others are counted, or kept as dead letters."""
     fresh: list[Said] = []
     batch = Batch(skew_ms=needs.skew_ms)
-    for raw in messages:
+    for number, raw in page.messages:
         try:
             said = needs.read_message(raw)
         except Unreadable as exc:
             count(needs, "unsupported", "dead_lettered")
             await bury(session.bot, binding.sandbox if binding else "", raw, exc.detail, needs)
             continue
+        if not said.keys.message and page.cursor:
+            said = msgspec.structs.replace(said, keys=said.keys.with_place(page.cursor, number))
         if said.echo or said.user == session.bot:  # some echoes name no type (4.1)
             count(needs, said.kind, "rejected")
         elif seen.has(said.keys) or batch.has(said.keys):
@@ -251,7 +260,8 @@ def _heard(binding: Binding, fresh: list[Said], seen: Seen, needs: Incoming) -> 
     now_ms = needs.clock.now_ms()
     records = seen.add_all([said.keys for said in fresh], now_ms)
     return [
-        Heard(said, binding.sandbox, binding.bot, now_ms, record) for said, record in zip(fresh, records, strict=True)
+        Heard(said, binding.sandbox, binding.bot, now_ms, record, said.keys.id_for(binding.bot))
+        for said, record in zip(fresh, records, strict=True)
     ]
 
 

@@ -5,6 +5,7 @@ Whatever was heard, something of it is on the bus in the end: the message, a stu
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
@@ -37,6 +38,8 @@ log = structlog.get_logger()
 
 T = TypeVar("T")
 
+QUOTES_S = 2.0
+"""How long the quotes of messages that are stored together are looked up; then they are told without their words."""
 LARGE = 64 * 1024
 """Bytes of a message as iLink sent it: no text of a phone has so many, and no bus refuses fewer."""
 _MEDIA = (contract.ImageItem, contract.VoiceItem, contract.FileItem, contract.VideoItem)
@@ -51,10 +54,8 @@ class Heard(msgspec.Struct, frozen=True, gc=False):
     received_ms: int
     seen: str
     """Its record among the messages seen (adapter.dedup)."""
-
-    @property
-    def id(self) -> str:
-        return self.said.keys.id_for(self.bot)
+    id: str
+    """Its id on the bus."""
 
 
 def without_media(said: Said, reason: str) -> Said:
@@ -70,10 +71,10 @@ async def publish(heard: Sequence[Heard], needs: Incoming) -> int:
 
     A large one by itself: the bus may refuse it for its size, and its stub is to have its place.
     """
-    heard, last = list(heard), 0
+    heard, last, until = list(heard), 0, asyncio.get_running_loop().time() + QUOTES_S
     for number, one in enumerate(heard):
         if one.said.reference is not None:  # looked up only now: a quote is rare
-            heard[number] = await _with_quote(one, heard[:number], needs)
+            heard[number] = await _with_quote(one, heard[:number], until, needs)
     start = 0
     for number, one in enumerate(heard):
         if len(one.said.raw) > LARGE:
@@ -129,10 +130,15 @@ async def _publish_all(messages: Sequence[Message], needs: Incoming) -> list[Pub
     return acks
 
 
-async def _with_quote(one: Heard, before: Sequence[Heard], needs: Incoming) -> Heard:
-    """`before`: what came in the same answer, and is on no bus yet."""
+async def _with_quote(one: Heard, before: Sequence[Heard], until: float, needs: Incoming) -> Heard:
+    """`before`: what came in the same answer, and is on no bus yet. `until`: the time of the loop."""
     earlier = [other.said for other in before if other.sandbox == one.sandbox]
-    said = await retry(lambda: needs.recall.resolve(one.sandbox, one.bot, one.said, earlier), needs)
+    try:
+        async with asyncio.timeout_at(until):
+            said = await retry(lambda: needs.recall.resolve(one.sandbox, one.bot, one.said, earlier), needs)
+    except TimeoutError:
+        log.info("quote.unfound", bot=one.bot)
+        said = needs.recall.leave(one.said)
     return msgspec.structs.replace(one, said=said)
 
 
@@ -234,7 +240,8 @@ def read_raw(stored: Stored, read_message: Callable[[bytes], Said]) -> Heard:
     if reason := stored.headers.get(H_REASON):
         said = without_media(said, reason)
     received_ms = int(stored.headers.get(H_TIME_MS, "0"))
-    return Heard(said, stored.headers.get(H_SANDBOX, ""), bot, received_ms, seen_of(stored.headers, bot))
+    ident = stored.headers.get(H_MSG_ID) or said.keys.id_for(bot)
+    return Heard(said, stored.headers.get(H_SANDBOX, ""), bot, received_ms, seen_of(stored.headers, bot), ident)
 
 
 def seen_header(bot: str, record: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Sequence
 
 import msgspec
@@ -16,11 +17,16 @@ from adapter.metrics import Metrics
 from adapter.names import H_IDS, H_MSG_ID, Names, escaped
 from adapter.ports import History, Said, Stored
 from adapter.quotes import Words, resolved, words_of
+from adapter.timing import Clock
 
 log = structlog.get_logger()
 
 READINGS = 2
-"""Inboxes that are read back at once: one of 10,000 messages costs a third of a second of this machine's time."""
+"""Inboxes that are read back at once: 10,000 messages cost a third of a second of this machine's time."""
+SPANS_MS = tuple(minutes * 60_000 for minutes in (5, 60, 6 * 60, 36 * 60, 365 * 24 * 60))
+"""How far back a quoted message is looked for, one span after the other: most are of the last minutes."""
+SEARCHED = 2000
+"""Messages of an inbox among which it is looked for."""
 MAX_IDS = 32
 """Items of one message whose ids are kept: a header has an end."""
 
@@ -28,10 +34,13 @@ MAX_IDS = 32
 class Recall:
     """Finds what is quoted."""
 
-    def __init__(self, conversations: Conversations, history: History, names: Names, metrics: Metrics) -> None:
+    def __init__(
+        self, conversations: Conversations, history: History, names: Names, clock: Clock, metrics: Metrics
+    ) -> None:
         self._conversations = conversations
         self._history = history
         self._names = names
+        self._clock = clock
         self._metrics = metrics
         self._readings = asyncio.Semaphore(READINGS)
 
@@ -51,8 +60,17 @@ class Recall:
                 or await self._find_sent(reference.ids, sandbox, said.user)
                 or await self._find_heard(reference.ids, sandbox, said.user)
             )
+        return self._with_words(said, words)
+
+    def leave(self, said: Said) -> Said:
+        """`said` with what iLink tells of the words that it quotes."""
+        return self._with_words(said, None)
+
+    def _with_words(self, said: Said, words: Words | None) -> Said:
+        assert said.quote is not None
+        assert said.reference is not None
         self._metrics.quotes.labels(outcome=words.said_by if words else "unknown").inc()
-        return msgspec.structs.replace(said, quote=resolved(said.quote, reference, words), reference=None)
+        return msgspec.structs.replace(said, quote=resolved(said.quote, said.reference, words), reference=None)
 
     async def _find_sent(self, ids: Sequence[str], sandbox: str, user: str) -> Words | None:
         sent = await self._conversations.find_sent(sandbox, user, ids)
@@ -60,21 +78,35 @@ class Recall:
 
     async def _find_heard(self, ids: Sequence[str], sandbox: str, user: str) -> Words | None:
         """The newest message in the sandbox's inbox that has one of the ids, or an item with it."""
-        found: Words | None = None
-        endings = tuple(_ending(ident) for ident in ids)
+        left, read_from, endings = SEARCHED, sys.maxsize, tuple(map(_ending, ids))
         async with self._readings:
-            async for stored in self._history.read(self._names.stream_in, self._names.inbox(sandbox)):
-                item = _item_named(ids, stored)
-                if item is None and not stored.headers.get(H_MSG_ID, "").endswith(endings):
-                    continue
-                try:
-                    inbound = msgspec.json.decode(stored.data, type=Inbound)
-                except UNDECODABLE as exc:
-                    log.error("quote.unreadable", sequence=stored.seq, detail=str(exc))
-                    continue
-                if inbound.user == user and inbound.sandbox == sandbox:
-                    found = words_of(inbound.text, inbound.items, item)
-        return found
+            for span_ms in SPANS_MS:
+                found, first = None, read_from
+                since_ms = self._clock.now_ms() - span_ms
+                inbox = self._names.inbox(sandbox)
+                async for stored in self._history.read(self._names.stream_in, inbox, since_ms=since_ms, most=left):
+                    if stored.seq >= read_from:
+                        break
+                    first, left = min(first, stored.seq), left - 1
+                    item = _item_named(ids, stored)
+                    if item is not None or stored.headers.get(H_MSG_ID, "").endswith(endings):
+                        found = _words_in(stored, item, sandbox, user) or found
+                if found is not None or not left:
+                    return found
+                read_from = first
+        return None
+
+
+def _words_in(stored: Stored, item: int | None, sandbox: str, user: str) -> Words | None:
+    """What a stored message says, or one of its items, if it is the user's."""
+    try:
+        inbound = msgspec.json.decode(stored.data, type=Inbound)
+    except UNDECODABLE as exc:
+        log.error("quote.unreadable", sequence=stored.seq, detail=str(exc))
+        return None
+    if inbound.user != user or inbound.sandbox != sandbox:
+        return None
+    return words_of(inbound.text, inbound.items, item)
 
 
 def ids_header(said: Said) -> dict[str, str]:

@@ -88,7 +88,7 @@ class Bench:
         self.processors: dict[int, ShardCommandProcessor] = {}
         """By shard: those that work here."""
         self.conversations = Conversations(self.store, self.open_shard, self._ensure_served, self.clock, POLICY)
-        self.recall = Recall(self.conversations, self.bus, self.names, self.metrics)
+        self.recall = Recall(self.conversations, self.bus, self.names, self.clock, self.metrics)
         self.events = Events(self.bus, self.names, self.clock, self.metrics)
         self.receipts = Receipts(self.events, self.bus, self.names)
         self.sealer = Sealer(())

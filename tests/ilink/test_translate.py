@@ -235,16 +235,16 @@ def test_a_plain_text_has_the_content_of_any_item(text: str) -> None:
     assert read_message(raw).keys.content == content_of(raw)
 
 
-ID = st.one_of(st.none(), st.integers(0, 2**64 - 1), st.text(max_size=8))
+IDS = st.one_of(st.none(), st.integers(0, 2**64 - 1), st.text(max_size=8))
 
 
 @given(
     st.fixed_dictionaries(
         {"from_user_id": st.one_of(st.text(max_size=8), st.just("u" * 200))},
         optional={
-            "message_id": ID,
+            "message_id": IDS,
             "client_id": st.one_of(st.none(), st.text(max_size=8)),
-            "seq": ID,
+            "seq": IDS,
             "create_time_ms": st.one_of(st.none(), st.integers(-1, 2**60)),
             "message_type": st.one_of(st.none(), st.integers(0, 3)),
             "context_token": st.one_of(st.none(), st.text(max_size=8)),
@@ -252,7 +252,7 @@ ID = st.one_of(st.none(), st.integers(0, 2**64 - 1), st.text(max_size=8))
         },
     ),
     st.text(max_size=8),
-    ID,
+    IDS,
 )
 def test_a_plain_text_is_read_as_any_message(message: dict[str, Any], text: str, ident: object) -> None:
     """Plain ones take a short way; an item with one more field takes the long one."""
@@ -421,30 +421,142 @@ def test_null_is_as_good_as_unset() -> None:
 def test_a_malformed_item_does_not_take_the_others_with_it() -> None:
     found = said("malformed-item")
     broken = UnsupportedItem(type=0, reason="malformed")
-    assert found.items == [TextItem(text="before"), broken, broken, TextItem(text="after")]
-    assert found.text == "before\nafter"
-    assert found.broken
+    assert found.items == [TextItem(text="before"), broken, TextItem(text="7"), TextItem(text="after")]
+    assert found.text == "before\n7\nafter"
+    assert found.broken == "Of a wrong type: item_list.1"
+
+
+VALUES = {
+    "number": b"5",
+    "beyond-53-bits": b"7497484083968569737",
+    "whole-float": b"5.0",
+    "fraction": b"1.5",
+    "endless": b"1e400",
+    "string": b'"word"',
+    "digits": b'"5"',
+    "null": b"null",
+    "true": b"true",
+    "list": b'["x"]',
+    "object": b'{"low":1}',
+}
+NUMBERS = ("number", "beyond-53-bits", "whole-float", "digits")
+HEAD = ["message_id", "client_id", "seq", "create_time_ms", "update_time_ms", "delete_time_ms", "to_user_id",
+        "session_id", "group_id", "message_type", "message_state", "context_token", "run_id"]  # fmt: skip
+ITEM = ["type", "msg_id", "create_time_ms", "update_time_ms", "is_completed", "ref_msg", "button_item_list",
+        "at_bot_username_list", "image_item", "voice_item", "file_item", "video_item",
+        "tool_call_start_item"]  # fmt: skip
+SPOILT = [
+    *((field, False, value) for field in HEAD for value in VALUES),
+    *((field, True, value) for field in ITEM for value in VALUES if field != "type" or value not in NUMBERS),
+]
+
+
+def spoilt(field: str, value: bytes, *, of_item: bool = False) -> bytes:
+    """The message "hello" with another value in a field of the message, or of its only item."""
+    message = msgspec.json.decode(sample("text"))
+    (message["item_list"][0] if of_item else message)[field] = msgspec.Raw(value)
+    return msgspec.json.encode(message)
+
+
+@pytest.mark.parametrize(("field", "of_item", "value"), SPOILT)
+def test_a_field_of_a_wrong_type_costs_no_words(field: str, of_item: bool, value: str) -> None:
+    raw = spoilt(field, VALUES[value], of_item=of_item)
+    found = read_message(raw)
+    assert (found.user, found.text, found.items, found.echo) == (USER, "hello", [HELLO], False)
+    assert found.raw == raw
+
+
+def value_of(field: str, found: Said) -> Any:
+    read = {
+        "message_id": found.keys.message,
+        "client_id": found.keys.client,
+        "seq": found.keys.seq,
+        "create_time_ms": found.sent_at_ms,
+        "context_token": found.context_token,
+        "group_id": found.group,
+    }
+    return read[field]
+
+
+ID = {"number": "5", "beyond-53-bits": "7497484083968569737", "whole-float": "5", "string": "word", "digits": "5"}
+AS_WRITTEN = ID | {"whole-float": "5.0", "fraction": "1.5", "endless": "1e400"}
+TAKEN: dict[str, tuple[dict[str, Any], Any]] = {
+    "message_id": (ID, ""),
+    "client_id": (ID, ""),
+    "seq": (ID, ""),
+    "create_time_ms": ({"number": 5, "whole-float": 5, "digits": 5}, 0),
+    "context_token": (AS_WRITTEN, ""),
+    "group_id": (dict.fromkeys(ID, True), False),
+}
+
+
+@pytest.mark.parametrize(("field", "value"), [(field, value) for field in TAKEN for value in VALUES])
+def test_a_field_of_a_wrong_type_takes_its_obvious_value_or_none(field: str, value: str) -> None:
+    """Ids of 64 bits are kept exactly, also as a float."""
+    values, default = TAKEN[field]
+    assert value_of(field, read_message(spoilt(field, VALUES[value]))) == values.get(value, default)
+
+
+@pytest.mark.parametrize("value", VALUES)
+def test_a_sender_of_a_wrong_type_is_who_it_says_or_nobody(value: str) -> None:
+    raw = spoilt("from_user_id", VALUES[value])
+    if value in AS_WRITTEN:
+        assert (read_message(raw).user, read_message(raw).text) == (AS_WRITTEN[value], "hello")
+    else:
+        with pytest.raises(Unreadable):
+            read_message(raw)
+
+
+@pytest.mark.parametrize("value", VALUES)
+def test_a_text_of_a_wrong_type_is_told_as_it_is_written(value: str) -> None:
+    """Words that cannot be read are told as such, and kept whole for a person."""
+    payload = b'{"text":%b}' % VALUES[value]
+    found = read_message(spoilt("text_item", payload, of_item=True))
+    if value in ("true", "list", "object"):
+        assert found.items == [UnsupportedItem(type=0, reason="malformed")]
+        assert (found.text, found.broken) == ("", "Of a wrong type: item_list.0.text_item.text")
+    else:
+        assert found.items == [TextItem(text=AS_WRITTEN.get(value, ""))]
+        assert (found.text, found.broken) == (AS_WRITTEN.get(value, ""), "")
+
+
+@pytest.mark.parametrize("value", VALUES)
+def test_a_payload_of_a_wrong_type_costs_no_other_item(value: str) -> None:
+    (item,) = msgspec.json.decode(sample("text"))["item_list"]
+    other = item | {"text_item": msgspec.Raw(VALUES[value])}
+    found = read_message(changed("text", item_list=[other, item, msgspec.Raw(VALUES[value])]))
+    assert (found.text, found.items[1], len(found.items)) == ("hello", HELLO, 3)
+
+
+@pytest.mark.parametrize("value", [value for value in VALUES if value not in ("null", "list")])
+def test_items_of_a_wrong_type_are_told_as_something(value: str) -> None:
+    found = read_message(spoilt("item_list", VALUES[value]))
+    assert (found.user, found.text, found.kind) == (USER, "", "unsupported")
+    assert found.items == [UnsupportedItem(type=0, reason="malformed")]
+    assert found.broken == "Of a wrong type: item_list"
 
 
 @pytest.mark.parametrize(
-    "raw",
+    ("number", "payload", "expected"),
     [
-        sample("malformed-field"),
-        sample("fractional-time"),
-        sample("malformed-items"),
-        changed("text", context_token=5),
-        changed("text", message_id=[1]),
-        changed("text", message_type="user"),
+        (1, {"text_item": {"text": "hello"}}, HELLO),
+        (3, {"voice_item": {"text": 5}}, VoiceItem(transcript="5", reason="reference")),
+        (4, {"file_item": {"file_name": "a.txt"}}, FileItem(name="a.txt", reason="reference")),
     ],
-    ids=["time-a-text", "time-a-fraction", "items-no-list", "token-a-number", "id-a-list", "type-a-text"],
+    ids=["text", "voice", "file"],
 )
-def test_a_malformed_field_makes_the_message_unsupported(raw: bytes) -> None:
-    """Told to the sandbox, and kept whole for a person: it never blocks the bot."""
-    found = read_message(raw)
-    assert found.items == [UnsupportedItem(type=0, reason="malformed")]
-    assert (found.user, found.text, found.kind, found.echo) == (USER, "", "unsupported", False)
-    assert found.broken
-    assert found.raw == raw
+def test_an_item_of_no_type_is_what_it_holds(number: int, payload: dict[str, Any], expected: InboundItem) -> None:
+    for named in (number, None, 0, "new", [number]):
+        assert read_message(changed("text", item_list=[payload | {"type": named}])).items == [expected]
+
+
+def test_what_was_lost_of_a_message_is_named() -> None:
+    """It is kept whole for a person; what could be taken is no loss."""
+    items = [{"type": "new", "msg_id": [1], "text_item": {"text": "hello"}}]
+    found = read_message(changed("text", seq=5.0, create_time_ms="yesterday", context_token=[1], item_list=items))
+    lost = ["create_time_ms", "context_token", "item_list.0.type", "item_list.0.msg_id"]
+    assert found.broken == f"Of a wrong type: {', '.join(lost)}"
+    assert read_message(changed("text", seq=5.0, context_token=5, client_id=7)).broken == ""
 
 
 def test_a_malformed_message_keeps_the_ids_that_are_sound() -> None:
@@ -454,7 +566,7 @@ def test_a_malformed_message_keeps_the_ids_that_are_sound() -> None:
 
 
 UNREADABLE = [
-    *(sample(name) for name in ("no-sender", "empty-sender", "sender-a-number", "sender-too-long")),
+    *(sample(name) for name in ("no-sender", "empty-sender", "sender-too-long")),
     *(sample(name) for name in ("a-list", "a-string", "a-null")),
     b"",
     b"{",

@@ -115,6 +115,36 @@ async def test_a_person_who_says_it_twice_is_heard_twice() -> None:
     assert texts(bench) == ["ok", "ok"]
 
 
+NOTHING: dict[str, Any] = {"message_id": None, "client_id": None, "seq": None, "create_time_ms": None}
+"""Neither an id nor a time."""
+
+
+async def test_the_same_words_without_ids_and_times_are_heard_as_often_as_they_are_said() -> None:
+    """In one answer or in two; also where the bus would take them for one by their ids."""
+    ok = raw("ok", **NOTHING)
+    bench = await ready(batch(ok, ok), batch(ok, cursor="c"))
+    await polls(bench)
+    assert texts(bench) == ["ok", "ok", "ok"]
+    assert len({inbound.id for inbound in bench.bus.inbound()}) == 3
+
+
+async def test_what_has_neither_an_id_nor_a_time_nor_a_cursor_is_told() -> None:
+    bench = await ready(batch(raw("ok", **NOTHING), cursor=None))
+    await polls(bench)
+    assert texts(bench) == ["ok"]
+
+
+async def test_a_page_without_ids_and_times_that_comes_again_is_told_once() -> None:
+    """With the same cursor, also much later, and behind others."""
+    page = batch(raw("ok", **NOTHING), raw("ok", **NOTHING))
+    bench = await ready(page, batch(raw("more", **NOTHING), cursor="c"), page)
+    await polls(bench)
+    bench.bus.forget_ids()
+    bench.chat.polls.append(page)
+    await polls(bench)
+    assert texts(bench) == ["ok", "ok", "more"]
+
+
 async def test_a_repeat_opens_no_new_window(poller: Poller) -> None:
     bench = await ready(batch(raw("ok")), batch(raw("ok", message_id=99), cursor="c"))
     poller(bench)
@@ -143,8 +173,17 @@ async def test_what_the_bot_itself_sent_is_dropped_also_where_its_type_does_not_
     assert binding.user == USER
 
 
+async def test_a_field_of_a_wrong_type_costs_no_words() -> None:
+    """What was lost is kept whole for a person."""
+    lossy = raw("two", 2, context_token=[1])
+    bench = await ready(batch(raw("one", 1, create_time_ms=1789000000000.0), lossy, raw("three", 3, group_id=True)))
+    await polls(bench)
+    assert texts(bench) == ["one", "two", "three"]
+    assert [dead.data for dead in bench.bus.found("DEAD")][:1] == [lossy]
+
+
 async def test_a_broken_message_is_told_as_unsupported_and_kept_whole() -> None:
-    broken = raw("x", 2, create_time_ms="yesterday")
+    broken = raw("x", 2, item_list="nothing")
     bench = await ready(batch(raw("one", 1), broken, raw("three", 3)))
     await polls(bench)
     assert texts(bench) == ["one", "", "three"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import msgspec
 import pytest
@@ -24,9 +25,19 @@ from tests.inbound.pollers import BOT, KEY, USER, Poller, polls, raw, tended, te
 VIRTUAL_TIME = True
 
 
-async def test_a_replay_after_a_crash_before_the_cursor_is_told_once() -> None:
+NOTHING: dict[str, Any] = {"message_id": None, "client_id": None, "seq": None, "create_time_ms": None}
+
+
+@pytest.mark.parametrize(
+    ("first", "again"),
+    [({}, {"message_id": 99, "client_id": "wx-99", "seq": 99}), (NOTHING, NOTHING)],
+    ids=["other ids", "no ids and no time"],
+)
+async def test_a_replay_after_a_crash_before_the_cursor_is_told_once(
+    first: dict[str, Any], again: dict[str, Any]
+) -> None:
     """F18, and F16 at its worst: stored, not remembered, and repeated with other ids to the next owner."""
-    bench = await ready(batch(raw("ok")))
+    bench = await ready(batch(raw("ok", **first)))
 
     async def dies(key: str) -> None:
         if bench.bus.found("IN"):
@@ -44,7 +55,8 @@ async def test_a_replay_after_a_crash_before_the_cursor_is_told_once() -> None:
 
     heir = Bench(bench, incarnation="heir-1")
     heir.leases.proven_dead.add("me-1")
-    bench.chat.polls.append(batch(raw("ok", message_id=99, client_id="wx-99", seq=99)))
+    bench.bus.forget_ids()
+    bench.chat.polls.append(batch(raw("ok", **again)))
     await polls(heir)
     assert texts(bench) == ["ok"]
     assert bench.cursor().owner == "heir-1"

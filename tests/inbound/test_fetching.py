@@ -138,6 +138,22 @@ async def test_the_window_shown_is_that_of_the_time_of_telling() -> None:
     await replica.leave()
 
 
+async def test_the_same_words_without_ids_and_times_wait_behind_a_picture_as_often_as_they_were_said() -> None:
+    """Also where another replica tells them."""
+    nothing = {"message_id": None, "client_id": None, "seq": None, "create_time_ms": None}
+    bench = await ready(batch(image(1), words(2, **nothing), words(2, **nothing)))
+    bench.cdn.has("p1", None)
+    replica = await run(bench)
+    await asyncio.sleep(1)
+    assert waiting(bench) == 3
+    await replica.die()
+    bench.cdn.has("p1", PNG)
+    heir = await heir_of(bench)
+    await asyncio.sleep(1)
+    assert said(bench) == ["+", "t2", "t2"]
+    await heir.leave()
+
+
 async def test_the_name_of_an_object_is_the_same_at_every_attempt() -> None:
     bench = await ready(batch(image(1)))
     bench.cdn.has("p1", PNG)

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import AsyncIterator
 from typing import Any
 
 import msgspec
 import pytest
 
-from adapter.contract import FileItem, ImageItem, Inbound, Quote, TextItem
+from adapter.contract import FileItem, ImageItem, Inbound, Quote, TextItem, Window
 from adapter.conversation.record import SentText
 from adapter.dedup import Keys
 from adapter.inbound.batches import store
 from adapter.inbound.cursors import acquire
-from adapter.inbound.inbox import Heard, publish
+from adapter.inbound.inbox import QUOTES_S, Heard, publish
+from adapter.inbound.recall import SEARCHED
 from adapter.inbound.sessions import Session
-from adapter.names import H_IDS
-from adapter.ports import Polled, Said
+from adapter.names import H_IDS, H_MSG_ID
+from adapter.ports import Polled, Said, Stored
 from adapter.quotes import Part, Reference
 from tests.fakes import Bench, settle
 
@@ -47,7 +50,9 @@ def says(
 
 async def hear(bench: Bench, *saids: Said, sandbox: str = "s1", bot: str = BOT) -> list[Inbound]:
     """Puts messages on the bus; all that are there."""
-    heard = [Heard(said, sandbox, bot, bench.clock.now_ms(), said.keys.record(0)) for said in saids]
+    heard = [
+        Heard(said, sandbox, bot, bench.clock.now_ms(), said.keys.record(0), said.keys.id_for(bot)) for said in saids
+    ]
     await publish(heard, bench.incoming())
     return bench.bus.inbound()
 
@@ -177,6 +182,16 @@ async def test_what_cannot_be_read_now_is_asked_again() -> None:
     assert (await quote_of(bench, says(message="43", quotes="41"))).text == "hello"
 
 
+@pytest.mark.parametrize("nonsense", [b"nonsense", b'{"sandbox":"\xff"}'])
+async def test_odd_records_cost_a_quote_its_words_and_nothing_else(nonsense: bytes) -> None:
+    bench = Bench()
+    bench.bus.put("wechat.inbox.s1", nonsense, {H_MSG_ID: f"in:{BOT}:m51"}, "in")
+    heard = Heard(says(message="43", quotes="51"), "s1", BOT, 1, "r", "i")
+    await publish([heard], bench.incoming())
+    quote = msgspec.json.decode(bench.bus.found("IN")[-1].data, type=Inbound).quote
+    assert quote == Quote(id="51")
+
+
 async def test_a_quote_goes_through_a_poll() -> None:
     """From iLink's bytes to the bus, as the poller does it."""
     bench = Bench()
@@ -195,3 +210,98 @@ async def test_a_quote_goes_through_a_poll() -> None:
     by_item = raw(42, "this", ref_msg={"message_item": {"type": 0, "msg_id": 141}})
     await store(session, Polled([by_item], "c", 1), place, needs)
     assert bench.bus.inbound()[-1].quote == Quote(id="141", text="hello", said_by="user", kind="text")
+
+
+# bounds --------------------------------------------------------------------------------------------------
+
+
+def fill(bench: Bench, count: int, sandbox: str = "s1") -> None:
+    """Messages of the user that nobody quotes."""
+    for number in range(count):
+        inbound = Inbound(
+            id=f"in:{BOT}:mx{number}", sandbox=sandbox, bot=BOT, user=USER, sent_at_ms=1, received_at_ms=1, text="x",
+            items=[TextItem(text="x")], window=Window(),
+        )  # fmt: skip
+        bench.bus.put(f"wechat.inbox.{sandbox}", msgspec.json.encode(inbound), {H_MSG_ID: inbound.id}, "in")
+
+
+async def test_a_quote_reads_no_more_than_so_many_messages() -> None:
+    """The newest hours first, so that what was said lately is found in any inbox."""
+    bench = Bench()
+    fill(bench, 10_000)
+    await asyncio.sleep(2 * 3600)
+    await hear(bench, says("hello", "41"))
+    read = bench.bus.read_back
+    assert (await quote_of(bench, says(message="43", quotes="41"))).text == "hello"
+    assert bench.bus.read_back - read < 10
+    assert await quote_of(bench, says(message="44", quotes="40")) == Quote(id="40")
+    assert bench.bus.read_back - read <= SEARCHED + 20
+
+
+@pytest.mark.parametrize("hours", [0, 2, 12, 60])
+async def test_a_quote_of_any_age_is_found_in_an_inbox_of_a_usual_size(hours: int) -> None:
+    bench = Bench()
+    for _ in range(3):
+        fill(bench, 100)
+        await asyncio.sleep(4 * 3600)
+    await hear(bench, says("hello", "41"))
+    for _ in range(3):
+        await asyncio.sleep(hours * 1200)
+        fill(bench, 100)
+    assert (await quote_of(bench, says(message="43", quotes="41"))).text == "hello"
+
+
+def hang_reads(bench: Bench, subject: str) -> None:
+    """The history never answers for one subject."""
+    read = bench.bus.read
+
+    async def hanging(stream: str, of: str, **where: Any) -> AsyncIterator[Stored]:
+        if of == subject:
+            await asyncio.Event().wait()
+        async for stored in read(stream, of, **where):
+            yield stored
+
+    bench.bus.read = hanging  # type: ignore[method-assign, assignment]
+
+
+async def test_a_slow_history_costs_a_quote_its_words_and_its_bot_a_moment() -> None:
+    """All quotes of an answer together; each says what iLink tells."""
+    bench = Bench()
+    hang_reads(bench, "wechat.inbox.s1")
+    began = asyncio.get_running_loop().time()
+    quoting = [says(f"t{number}", str(number + 1), quotes="999") for number in range(20)]
+    told = await hear(bench, *quoting, says("last", "50"))
+    assert [one.text for one in told] == [*(f"t{number}" for number in range(20)), "last"]
+    assert {one.quote for one in told[:20]} == {Quote(id="999")}
+    assert asyncio.get_running_loop().time() - began <= QUOTES_S + 1
+    assert bench.metrics.value("quotes_total", outcome="unknown") == 20
+
+
+async def test_a_slow_history_of_one_sandbox_holds_up_no_other_bots() -> None:
+    bench = Bench()
+    hang_reads(bench, "wechat.inbox.s1")
+    slow = [asyncio.create_task(hear(bench, says(message=str(number), quotes="999"))) for number in range(1, 10)]
+    await settle()
+    await hear(bench, says("other", "60"), sandbox="s2", bot="b2@im.bot")
+    assert [one.text for one in bench.bus.inbound()] == ["other"], "who quotes nothing does not wait"
+    began = asyncio.get_running_loop().time()
+    (quote,) = [
+        one.quote
+        for one in await hear(bench, says("this", "61", quotes="60"), sandbox="s2", bot="b2@im.bot")
+        if one.id.endswith("61")
+    ]
+    assert asyncio.get_running_loop().time() - began <= QUOTES_S + 1
+    assert quote is not None
+    await asyncio.gather(*slow)
+    assert len(bench.bus.inbound()) == 11
+
+
+async def test_an_outage_of_the_history_holds_up_a_quote_for_a_moment() -> None:
+    bench = Bench()
+    await hear(bench, says("hello", "41"))
+    bench.bus.unreadable = 10**6
+    began = asyncio.get_running_loop().time()
+    await hear(bench, says(message="43", quotes="41"))
+    assert asyncio.get_running_loop().time() - began <= QUOTES_S + 1
+    bench.bus.unreadable = 0
+    assert bench.bus.inbound()[-1].quote == Quote(id="41")
