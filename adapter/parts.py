@@ -32,7 +32,7 @@ from adapter.jetstream import topology
 from adapter.jetstream.buckets import KvBucket, LeaderKvBucket
 from adapter.jetstream.consumer import all_settled
 from adapter.jetstream.inspector import Inspector
-from adapter.jetstream.microservice import Handler, Services
+from adapter.jetstream.microservice import UPLOADS, UPLOADS_OF_ONE, Handler, Services
 from adapter.logins.flow import LoginNeeds
 from adapter.logins.registry import LoginRegistry
 from adapter.logins.runner import LoginRunner
@@ -355,9 +355,8 @@ class Parts:
         login = LoginService(
             connections.chat, self.logins, self.bindings, self.sealer, metrics, login_s=settings.login_s
         )
-        queries = Queries(
-            self.bindings, self.context_bucket, connections.history, names, self.rules, self.clock, metrics
-        )
+        contexts, history = connections.bulk_bucket(names.context), connections.bulk_history
+        queries = Queries(self.bindings, contexts, history, names, self.rules, self.clock, metrics)
         store = MediaService(connections.objects, metrics, max_bytes=settings.media_max_bytes)
         handlers: dict[str, Handler] = {
             "bindings.list": queries.bindings_list,
@@ -371,13 +370,13 @@ class Parts:
         }
         of_sandbox = {
             "media.get": store.get,
-            "media.put": store.put,
             "replay": queries.replay_of,
             "window": queries.window_of,
         }
-        Services(
-            connections.link, names, handlers, version=__version__, instance=self.instance, of_sandbox=of_sandbox
-        )
+        serve = partial(Services, names=names, metrics=metrics, version=__version__, instance=self.instance)
+        serve(connections.service_link, handlers=handlers, of_sandbox=of_sandbox)
+        uploads = {"media.put": store.put}
+        serve(connections.upload_link, handlers={}, of_sandbox=uploads, service=UPLOADS, of_one=UPLOADS_OF_ONE)
         return handlers
 
     def _login_needs(self) -> LoginNeeds:

@@ -1,9 +1,10 @@
 """The rig of the attacks: one whole bridge, a victim whose latencies are measured, and an attacker beside it.
 
 A module of this package is an attack: its docstring says what the attacker does and what must hold, and its
-coroutine `attack(rig)` does it for `rig.seconds`. It may state what it needs as constants: `REPLICAS` (adapters),
-`ATTACKERS` (sandboxes of the attacker), `ENVIRON` (settings of the adapters), `SIMULATOR` (settings of the
-simulator), `JETSTREAM` (options of the server's JetStream).
+coroutine `attack(rig)` does it for `rig.seconds`; `prepare(rig)`, where there is one, comes before the victim is
+measured. It may state what it needs as constants: `REPLICAS` (adapters), `ATTACKERS` (sandboxes of the attacker),
+`ENVIRON` (settings of the adapters), `SIMULATOR` (settings of the simulator), `JETSTREAM` (options of the server's
+JetStream).
 """
 
 from __future__ import annotations
@@ -368,6 +369,8 @@ async def run(name: str, folder: Path, *, seconds: float, seed: int = 1) -> Outc
         for sandbox in attackers:
             world.say(sandbox, "hello")
         rig = Rig(seconds, seed, server, world, attackers)
+        if hasattr(module, "prepare"):
+            await module.prepare(rig)
         return await _measure(name, rig, module.attack, witness)
 
 
@@ -389,6 +392,8 @@ async def _measure(
         await attacking
         await victim.settled()
     phase = victim.phase(*during)
+    if cut := sum(adapter.said("bus.lost") for adapter in rig.world.adapters):
+        rig.note(f"{cut} connections to NATS lost")
     return Outcome(
         attack=name,
         quiet=before,
