@@ -35,7 +35,8 @@ from adapter.contract import FINAL_OUTCOMES, Inbound, Receipt
 from adapter.names import H_MSG_ID
 from adapter.simulator import Simulator
 from tests.bus.guarded import NAMES as NAMES  # noqa: PLC0414
-from tests.bus.guarded import WITNESS, Guarded, Player, guarded
+from tests.bus.guarded import WITNESS as WITNESS  # noqa: PLC0414
+from tests.bus.guarded import Guarded, Player, guarded
 from tests.e2e.memory import SMALL
 from tests.e2e.reading import stream
 from tests.e2e.world import AdapterProcess, World, environ_of, fast, until
