@@ -292,7 +292,7 @@ def _headers() -> dict[str, Any]:
             H_SCHEMA: {"type": "string", "description": f"Major version of the contract: {SCHEMA_VERSION}."},
             H_MSG_ID: {
                 "type": "string",
-                "description": "Id; JetStream drops a repeat within five minutes, of a command within half a minute.",
+                "description": "Id; JetStream drops a repeat within five minutes, of a command within 15 s.",
             },
             H_REPLY_TO: {"type": "string", "description": "Inbox for the answer to bind and unbind."},
             H_TRACEPARENT: {"type": "string", "description": "W3C trace context, passed through."},

@@ -35,9 +35,10 @@ API_LEVEL = 4
 NS = 1_000_000_000
 HOUR_NS = 3600 * NS
 DUPLICATE_WINDOW_NS = 300 * NS
-OUT_DUPLICATE_WINDOW_NS = 30 * NS
-"""Of commands: the server keeps their ids in memory, and a sandbox may make each of them as long as all headers may
-be. It covers a publisher who repeats what was not acknowledged; later repeats are the adapter's to drop."""
+OUT_DUPLICATE_WINDOW_NS = 15 * NS
+"""Of commands: the server keeps their ids in memory, for up to three windows, and a sandbox may make each as long as
+all headers may be. It covers a publisher who repeats what was not acknowledged, and a router that takes over; later
+repeats are the adapter's to drop."""
 HEADER_BYTES = 64 * 1024
 """The longest headers of a message that a server stores."""
 OUT_PART, DEAD_PART = 2, 10
