@@ -3,6 +3,7 @@
 # make slow    the slow ones
 # make chaos   a quarter of an hour in which everything goes wrong, and a table of what came of it
 # make soak    half an hour of steady traffic: nothing may grow; a table and a plot
+# make attacks  what one sandbox can do to another, attack by attack: a table
 # make bench   what the bridge costs, beside one that promises nothing
 # make fuzz    foreign bytes into every reader, guided by coverage, for FUZZ_S seconds each; installs the fuzzer
 # make audit   known vulnerabilities in what is locked; needs an index that has advisories
@@ -31,7 +32,7 @@ NPM_STAMP := $(NPM)/node_modules/.installed
 # An environment that is there is kept, whichever Python it has. The last one is the newest, not yet among the tested.
 PYTHONS := $(BIN)/python python3 python3.14 python3.13 python3.12 python3.11 python3.15
 
-.PHONY: demo test check tests slow fuzz audit chaos chaos-short soak bench image-test alerts-test dashboard-picture console-test format generate npm clean install
+.PHONY: demo test check tests slow fuzz audit chaos chaos-short soak attacks bench image-test alerts-test dashboard-picture console-test format generate npm clean install
 .DEFAULT_GOAL := test
 
 demo: install
@@ -54,6 +55,10 @@ chaos-short: install
 # SOAK_MINUTES, SEED. Less than about 20 minutes judge nothing that is kept by its age.
 soak: install
 	@$(BIN)/python -m tests.e2e.soak --minutes $(or $(SOAK_MINUTES),30) --seed $(or $(SEED),1)
+
+# ATTACKS: some of them by name; ATTACK_S: seconds of each; SEED.
+attacks: install
+	@$(BIN)/python -m tests.attacks --seconds $(or $(ATTACK_S),15) --seed $(or $(SEED),1) $(ATTACKS)
 
 slow: install
 	@$(BIN)/pytest -n 2 --dist loadfile --timeout 900 -m slow </dev/null || [ $$? = 5 ] # 5: there is none

@@ -9,6 +9,7 @@ from adapter import __version__
 from adapter.ilink.cdn import CdnClient
 from adapter.ilink.client import ILink
 from adapter.jetstream.buckets import KvBucket
+from adapter.jetstream.client import BusClient
 from adapter.jetstream.core import CoreNats
 from adapter.jetstream.history import StreamHistory
 from adapter.jetstream.link import Link
@@ -28,12 +29,17 @@ class Connections:
         self.link = Link(settings, client)
         # Leases have a connection of their own: a renewal never waits behind bulk data.
         self.lease_link = Link(settings, f"{client} leases")
-        # Media have one too: no message waits behind their megabytes.
+        # Media and what sandboxes read again have one too: no message waits behind their megabytes.
         self.media_link = Link(settings, f"{client} media")
+        self.media_link.on_up(_pause)
+        # What sandboxes ask comes over others: whatever they send, and however much, JetStream's are not cut for it.
+        self.service_link = Link(settings, f"{client} services")
+        self.upload_link = Link(settings, f"{client} uploads")
         self.bus = Publisher(self.link, clock, metrics)
         self.media_bus = Publisher(self.media_link, clock, metrics)
         self._replicated = settings.replicas > 1
         self.history = StreamHistory(self.link, replicated=self._replicated)
+        self.bulk_history = StreamHistory(self.media_link, replicated=self._replicated)
         self.core = CoreNats(self.link, names)
         self.objects = ObjectStore(self.media_link, self.media_bus, names.media)
         self.chat = ILink(
@@ -56,11 +62,22 @@ class Connections:
     def bucket(self, name: str) -> KvBucket:
         return KvBucket(self.link, self.bus, name, replicated=self._replicated)
 
+    def bulk_bucket(self, name: str) -> KvBucket:
+        """The same, over the connection of media."""
+        return KvBucket(self.media_link, self.media_bus, name, replicated=self._replicated)
+
+    async def up(self) -> None:
+        """Returns once JetStream's connection is there, and those over which sandboxes ask."""
+        for link in (self.service_link, self.upload_link, self.link):
+            await link.wait_up()
+
     def loops(self) -> Iterator[tuple[str, Coroutine[Any, Any, None]]]:
         """What keeps the connections to NATS, and what is written over them, by name."""
         yield "link", self.link.run()
         yield "lease_link", self.lease_link.run()
         yield "media_link", self.media_link.run()
+        yield "service_link", self.service_link.run()
+        yield "upload_link", self.upload_link.run()
         yield "publisher", self.bus.run()
         yield "media_publisher", self.media_bus.run()
 
@@ -68,3 +85,7 @@ class Connections:
         """Closes the connections to iLink."""
         await self.chat.close()
         await self.cdn.close()
+
+
+async def _pause(nc: BusClient) -> None:
+    nc.pauses = True

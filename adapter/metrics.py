@@ -96,6 +96,7 @@ class Metrics:
         self._make_inbound()
         self._make_outbound()
         self._make_bus()
+        self._make_services()
         self._make_media()
         self._make_logins()
 
@@ -259,6 +260,14 @@ class Metrics:
             outcome=FINAL_STATUSES,
         )
         self.qr_refreshes = self._counter("qr_refreshes", "QR codes replaced by a new one during a login.")
+
+    def _make_services(self) -> None:
+        self.service_refusals = self._counter(
+            "service_refusals",
+            "Requests of sandboxes that were not looked at; busy: too many of one sandbox at once, full: too many"
+            " bytes of all, reply: they ask for an answer elsewhere than in an inbox.",
+            reason=["busy", "full", "reply"],
+        )
 
     def _make_bus(self) -> None:
         streams = ["in", "event", "parked", "dead", "out", "kv", "raw", "media", "ctl"]

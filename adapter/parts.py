@@ -38,7 +38,7 @@ from adapter.jetstream import topology
 from adapter.jetstream.buckets import LeaderKvBucket
 from adapter.jetstream.consumer import all_settled
 from adapter.jetstream.inspector import Inspector
-from adapter.jetstream.microservice import Handler, Services
+from adapter.jetstream.microservice import UPLOADS, UPLOADS_OF_ONE, Handler, Services
 from adapter.logins.flow import LoginNeeds
 from adapter.logins.registry import LoginRegistry
 from adapter.logins.runner import LoginRunner
@@ -331,11 +331,12 @@ class Parts:
         login = LoginService(
             connections.chat, self.logins, self.bindings, self.sealer, metrics, login_s=settings.login_s
         )
+        # any server may answer: what is asked for changes little, and a flood of questions slows no command
         queries = Queries(
             self.bindings,
-            self.conversation_store,
-            self.receipts,
-            connections.history,
+            ConversationStore(connections.bulk_bucket(names.conversations)),
+            Receipts(self.events, connections.bulk_history, names),
+            connections.bulk_history,
             names,
             self.policy.window,
             self.clock,
@@ -355,14 +356,14 @@ class Parts:
         }
         of_sandbox = {
             "media.get": store.get,
-            "media.put": store.put,
             "receipt": queries.receipt_of,
             "replay": queries.replay_of,
             "window": queries.window_of,
         }
-        Services(
-            connections.link, names, handlers, version=__version__, instance=self.instance, of_sandbox=of_sandbox
-        )
+        serve = partial(Services, names=names, metrics=metrics, version=__version__, instance=self.instance)
+        serve(connections.service_link, handlers=handlers, of_sandbox=of_sandbox)
+        uploads = {"media.put": store.put}
+        serve(connections.upload_link, handlers={}, of_sandbox=uploads, service=UPLOADS, of_one=UPLOADS_OF_ONE)
         return handlers
 
     def _login_needs(self) -> LoginNeeds:

@@ -37,6 +37,10 @@ USER_INFO = "$SYS.REQ.USER.INFO"
 """Where the server says what a user may do."""
 
 
+SANDBOX_PAYLOAD = 528 * 1024
+"""Bytes of a message of a sandbox, headers included: a whole piece of media, and none of a server's full megabyte."""
+
+
 class Grants(NamedTuple):
     """Subjects that a role may publish and subscribe. All else is closed."""
 
@@ -337,10 +341,14 @@ def _accounts(names: Names, sandboxes: Sequence[str], own_accounts: bool) -> str
     outside = [(ACCOUNT_OF[r], [_user(r, grants(names, r))], imports(names, r)) for r in ("platform", "service")]
     users = {sandbox: _user(sandbox, grants(names, "sandbox", sandbox), sandbox) for sandbox in sandboxes}
     if own_accounts:
-        outside += [(sandbox, [user], imports(names, "sandbox", sandbox)) for sandbox, user in users.items()]
+        of_sandboxes = [(sandbox, [user], imports(names, "sandbox", sandbox)) for sandbox, user in users.items()]
     else:
-        outside.append((SANDBOX, list(users.values()), imports(names, "sandbox")))
+        of_sandboxes = [(SANDBOX, list(users.values()), imports(names, "sandbox"))]
     accounts += [_account(name, who, imports=map(_import, shares)) for name, who, shares in outside]
+    accounts += [
+        _account(name, who, imports=map(_import, shares), max_payload=SANDBOX_PAYLOAD)
+        for name, who, shares in of_sandboxes
+    ]
     return "\n".join(["system_account: SYS", "", "accounts {", *accounts, "}", ""])
 
 
@@ -351,10 +359,13 @@ def _account(
     exports: Iterable[str] = (),
     imports: Iterable[str] = (),
     jetstream: bool = False,
+    max_payload: int = 0,
 ) -> str:
     lines = [f'  "{name}" {{']
     if jetstream:
         lines.append("    jetstream: enabled")
+    if max_payload:
+        lines.append(f"    limits: {{ max_payload: {max_payload} }}")
     for key, parts in (("users", users), ("exports", exports), ("imports", imports)):
         if found := list(parts):
             lines += [f"    {key}: [", *found, "    ]"]

@@ -304,7 +304,10 @@ def _headers() -> dict[str, Any]:
         "type": "object",
         "properties": {
             H_SCHEMA: {"type": "string", "description": f"Major version of the contract: {SCHEMA_VERSION}."},
-            H_MSG_ID: {"type": "string", "description": "Id; JetStream drops a repeat within five minutes."},
+            H_MSG_ID: {
+                "type": "string",
+                "description": "Id; JetStream drops a repeat within five minutes, of a command within 15 s.",
+            },
             H_REPLY_TO: {"type": "string", "description": "Inbox for the answer to bind and unbind."},
             H_TRACEPARENT: {"type": "string", "description": "W3C trace context, passed through."},
         },

@@ -187,7 +187,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """Inbound messages kept per sandbox; the oldest go first."""
 
     in_max_bytes: Annotated[int, Meta(ge=-1)] = 10737418240
-    """Size of the inbound stream in bytes; the oldest messages go first. -1: as large as the server allows."""
+    """Size of the inbound stream in bytes; the oldest messages go first. -1: as large as the server allows.
+
+    Commands have half of it in a stream of their own, dead letters a tenth.
+    """
 
     in_max_age_h: Annotated[float, Meta(gt=0)] = 72.0
     """Hours that inbound messages are kept for durable readers and replay."""

@@ -25,7 +25,7 @@ async def start(parts: Parts, stop: asyncio.Event) -> bool:
     epoch = 0
     try:
         while not stop.is_set():
-            up = asyncio.ensure_future(parts.connections.link.wait_up())
+            up = asyncio.ensure_future(parts.connections.up())
             await asyncio.wait([up, stopping], return_when=asyncio.FIRST_COMPLETED)
             up.cancel()
             if stop.is_set():

@@ -28,6 +28,9 @@ from adapter.settings import Settings
 
 SERVICE = "wechat-nats"
 PING_S = 1.0
+GIB = 1 << 30
+UNRESERVED = GIB
+"""Bytes for what reserves nothing: buckets, events, parked commands."""
 _SEALED: dict[Sealing, str] = {
     "sealed": "sealed",
     "older": "sealed with an older key",
@@ -84,6 +87,7 @@ async def examine(bus: Bus, settings: Settings) -> list[Check]:
     checks.append(await _level(bus, settings))
     if checks[-1].state == "ok":
         checks += await _topology(bus, settings)
+        checks.append(await _storage(bus, settings))
         checks.append(await _tokens(bus, settings))
     adapters = await _adapters(bus)
     checks.append(adapters)
@@ -149,6 +153,21 @@ async def _topology(bus: Bus, settings: Settings) -> list[Check]:
     checks += await _paused(bus, settings)
     checks += await _astray(bus, settings)
     return checks or [Check("streams", "ok", "all streams, buckets and consumers are as they should be")]
+
+
+async def _storage(bus: Bus, settings: Settings) -> Check:
+    """Whether the account's limit has room for what streams reserve, and some for the others."""
+    need = topology.reserved_bytes(bus.names, settings) * settings.replicas
+    try:
+        limit = int(((await (await _link(bus, settings)).api("INFO")).get("limits") or {}).get("max_storage", -1))
+    except (BusRefused, Temporary) as exc:
+        return Check("storage", "fail", f"Cannot be told ({exc.detail}): try again.")
+    said = f"streams reserve {need / GIB:.1f} GiB"
+    if limit < 0:
+        return Check("storage", "ok", f"{said}; max_file_store of the servers has to be larger by what buckets take")
+    if limit - need < UNRESERVED:
+        return Check("storage", "warn", f"{said} of the account's {limit / GIB:.1f}: {topology.MORE_ROOM}.")
+    return Check("storage", "ok", f"{said} of the account's {limit / GIB:.1f}")
 
 
 async def _paused(bus: Bus, settings: Settings) -> list[Check]:

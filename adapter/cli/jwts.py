@@ -16,7 +16,7 @@ import nkeys
 
 from adapter.errors import Refused
 from adapter.names import Names
-from adapter.permissions import ACCOUNT_OF, WECHAT, Grants, Role, Share, exports, grants, imports
+from adapter.permissions import ACCOUNT_OF, SANDBOX_PAYLOAD, WECHAT, Grants, Role, Share, exports, grants, imports
 
 OPERATOR, ACCOUNT, USER = nkeys.PREFIX_BYTE_OPERATOR, nkeys.PREFIX_BYTE_ACCOUNT, nkeys.PREFIX_BYTE_USER
 DAY_S = 86_400
@@ -101,7 +101,7 @@ def account_jwt(
 
 def scope(signing: str, names: Names) -> dict[str, Any]:
     """A signing key that makes users of sandboxes only: the tag `sandbox` of the user fills the template."""
-    template = permissions(grants(names, "sandbox")) | NO_LIMITS
+    template = permissions(grants(names, "sandbox")) | NO_LIMITS | {"payload": SANDBOX_PAYLOAD}
     return {"kind": "user_scope", "key": signing, "role": "sandbox", "template": template}
 
 

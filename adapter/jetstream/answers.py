@@ -14,8 +14,9 @@ T = TypeVar("T")
 # JetStream's `err_code` (server/errors.json of nats-server):
 CONFLICT_CODES = (10071, 10164)
 """Wrong last sequence; another compare-and-set on this subject is in process."""
-BUSY_CODES = (10008, 10009, 10023, 10158)
-"""JetStream, or the cluster, is not available for a moment; a duplicate is in process."""
+BUSY_CODES = (10008, 10009, 10023, 10158, 10167)
+"""JetStream, or the cluster, is not available for a moment; a duplicate is in process; the stream has more to write
+than it takes in (somebody floods it)."""
 LEADERLESS_CODES = (10008, 10009)
 """What a server says that is cut off from the others."""
 ACCOUNT_FULL = 10002

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import re
+import time
 from collections.abc import Callable
 from typing import Any
 
 from nats.aio.client import PING_PROTO, Client
 from nats.aio.msg import Msg
 from nats.aio.transport import TcpTransport
+from nats.protocol.parser import Parser
 
 _HEADERS = re.compile(r"(?:[!#$%&'*+\-.^_`|~0-9A-Za-z]+: (?! )[ -~]*(?<! )\r\n)+")
 """Those that need no look: a name and printable ASCII, without spaces around it that nats-py would take away."""
@@ -28,6 +30,32 @@ _VIOLATION = re.compile(r'permissions violation for (publish|subscription) to "(
 
 Take = Callable[[str, bytes, bytes], None]
 """Subject, payload and headers, as they are written, of a message that came; see `is_unheard` and `headers`."""
+Admit = Callable[[str, str, int], bool]
+"""Whether a message is wanted, by its subject, its reply subject and the size of its payload."""
+
+
+PIECE = 8 * 1024
+"""Bytes that are parsed at once on a connection that pauses."""
+WORK_S = 0.001
+"""After so much parsing it pauses, four times as long: a flood takes a fifth of the event loop's time, not all."""
+
+
+class _Parser(Parser):
+    """May pause, so that others have their turn: nats-py parses all that has come, whatever else there is to do."""
+
+    _worked_s = 0.0
+
+    async def parse(self, data: bytes = b"") -> None:
+        if not self.nc.pauses:
+            await super().parse(data)
+            return
+        for first in range(0, len(data), PIECE):
+            began = time.perf_counter()
+            await super().parse(data[first : first + PIECE])
+            self._worked_s += time.perf_counter() - began
+            if self._worked_s > WORK_S:
+                await asyncio.sleep(4 * self._worked_s)
+                self._worked_s = 0.0
 
 
 class BusClient(Client):
@@ -35,7 +63,17 @@ class BusClient(Client):
 
     def __init__(self) -> None:
         super().__init__()
+        self._ps = _Parser(self)
         self._takes: dict[int, Take] = {}
+        self._admit: Admit | None = None
+        self.pauses = False
+        """Whether what comes may take a part of the event loop's time only."""
+
+    def guard(self, admit: Admit) -> None:
+        """For a connection on which strangers write: it pauses, and asks `admit` about each message that is not for
+        `hear`, before anything is done with it."""
+        self._admit = admit
+        self.pauses = True
 
     async def _process_info(self, info: dict[str, Any], initial_connection: bool = False) -> None:
         """Encrypts where we were told to: nats-py asks the greeting alone, which whoever is in between may write.
@@ -153,7 +191,10 @@ class BusClient(Client):
     async def _process_msg(self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: Any) -> None:
         take = self._takes.get(sid)
         if take is None:
-            await super()._process_msg(sid, subject, reply, data, headers)
+            if self._admit is None or self._admit(
+                subject.decode(errors="replace"), reply.decode(errors="replace"), len(data)
+            ):
+                await super()._process_msg(sid, subject, reply, data, headers)
             return
         self.stats["in_msgs"] += 1
         self.stats["in_bytes"] += len(data)

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Container, Coroutine, Mapping
 from functools import partial
+from typing import Any
 
 import structlog
 from nats import micro
-from nats.aio.client import Client
 from nats.errors import ConnectionClosedError
-from nats.errors import Error as NatsError
 from nats.micro.request import Request
 from nats.micro.service import EndpointConfig, Service
 
 from adapter.contract import SCHEMA_VERSION
 from adapter.errors import AdapterError, Refused, Temporary
+from adapter.jetstream.client import BusClient
 from adapter.jetstream.link import Link
-from adapter.names import H_SCHEMA, Names, is_inbox
+from adapter.jetstream.shares import Shares
+from adapter.metrics import Metrics
+from adapter.names import H_ERROR, H_ERROR_CODE, H_SCHEMA, Names, is_inbox
 from adapter.ports import Answered, Asked
 
 log = structlog.get_logger()
@@ -34,13 +34,20 @@ IMPORTED_REPLY = "_R_."
 AT_ONCE = 256
 """Requests that are being answered; more wait."""
 OF_ONE = 32
-"""Of these, on the subjects of one sandbox; more are refused, so that it does not take the room of all others."""
+"""Requests on the subjects of one sandbox in hand; more are refused."""
+COSTS = {"replay": 32, "media.get": 2, "media.put": 8}
+"""What a request takes of a sandbox's share in a second, as so many of the others: their time, roughly."""
+UPLOADS, UPLOADS_OF_ONE = f"{SERVICE}-uploads", 8
+"""The service whose requests have half a megabyte, and how many of one sandbox are in hand."""
+BUSY = "{count} requests of this sandbox, or too many bytes of all, are in hand: ask again after their answers."
 
 
 class Services:
     """Answers `wechat.svc.<verb>` as one of a queue group, and `wechat.svc.<verb>.<sandbox>` for `of_sandbox`.
 
-    Handlers raise Refused (400, 404) or Temporary (503); 429: too many at once. Answers go to inboxes only.
+    Handlers raise Refused (400, 404) or Temporary (503); 429: too many at once. Answers go to inboxes only: the
+    server does not check the reply subject of a publisher, who could make the adapter write where they themselves
+    may not.
     """
 
     def __init__(
@@ -48,26 +55,32 @@ class Services:
         link: Link,
         names: Names,
         handlers: Mapping[str, Handler],
+        metrics: Metrics,
         *,
         version: str,
         instance: str,
         of_sandbox: Mapping[str, SandboxHandler] | None = None,
+        service: str = SERVICE,
+        of_one: int = OF_ONE,
     ) -> None:
         self._names = names
         self._handlers = handlers
         self._of_sandbox = of_sandbox or {}
+        self._metrics = metrics
         self._version = version
         self._instance = instance
+        self._service = service
+        self._of_one = of_one
         self._room = asyncio.Semaphore(AT_ONCE)
         self._answers: set[asyncio.Task[None]] = set()
-        self._of_one: Counter[str] = Counter()
-        """Requests of each sandbox that are being answered."""
         link.on_up(self._start)
 
-    async def _start(self, nc: Client) -> None:
+    async def _start(self, nc: BusClient) -> None:
+        shares = Shares(self._of_one)
+        nc.guard(partial(self._admit, nc, shares, {self._names.svc(verb) for verb in self._of_sandbox}))
         service = await micro.add_service(
             nc,
-            name=SERVICE,
+            name=self._service,
             version=self._version,
             description="The bridge between WeChat and NATS",
             metadata={"instance": self._instance, "prefix": self._names.prefix},
@@ -76,40 +89,65 @@ class Services:
             await _add(service, verb, self._names.svc(verb), partial(self._take, _plainly(handler)))
         for verb, of_sandbox in self._of_sandbox.items():
             name = f"{verb}.own" if verb in self._handlers else verb
-            handle = partial(self._take_fairly, _by_sandbox(of_sandbox))
+            handle = partial(self._take_fairly, shares, COSTS.get(verb, 1), _by_sandbox(of_sandbox))
             await _add(service, name, f"{self._names.svc(verb)}.*", handle)
 
-    async def _take_fairly(self, handler: Answering, request: Request) -> None:
-        """As `_take`; refuses (429) what a sandbox asks beyond its share."""
-        if self._of_one[_sandbox_of(request)] < OF_ONE:
-            await self._take(handler, request)
-        elif _may_reply(request):
-            said = f"This sandbox has {OF_ONE} requests out: wait for their answers."
-            with contextlib.suppress(NatsError):  # the connection broke: nobody waits for it any more
-                await request.respond_error("429", said)
+    def _admit(
+        self, nc: BusClient, shares: Shares, shared: Container[str], subject: str, reply: str, size: int
+    ) -> bool:
+        """Judges a message before it is read. Those on subjects of sandboxes have their share; see Shares."""
+        verb, _, sandbox = subject.rpartition(".")
+        if verb not in shared:
+            return True
+        if not _is_reply(reply):
+            self._metrics.service_refusals.labels(reason="reply").inc()
+            return False
+        verdict = shares.take(sandbox, size)
+        if verdict == "taken":
+            return True
+        self._metrics.service_refusals.labels(reason=verdict).inc()
+        if shares.may_refuse(sandbox):
+            headers = {H_ERROR: BUSY.format(count=self._of_one), H_ERROR_CODE: "429"}
+            if nc.post(reply, b"", "", headers):
+                nc.write_soon()
+        return False
 
     async def _take(self, handler: Answering, request: Request) -> None:
-        """Answers beside the others of its verb: one that waits for iLink must not hold up the next.
-
-        Only to an inbox: the server does not check the reply subject of a publisher, who could make the adapter write
-        where they themselves may not.
-        """
-        if not _may_reply(request):
+        """Answers beside the others of its verb: one that waits for iLink must not hold up the next."""
+        if not _is_reply(request._msg.reply):  # not offered otherwise
             log.info("service.reply_refused")
             return
-        sandbox = _sandbox_of(request)
-        self._of_one[sandbox] += 1
         await self._room.acquire()
-        task = asyncio.get_running_loop().create_task(_answer(handler, request))
-        self._answers.add(task)
-        task.add_done_callback(partial(self._ended, sandbox))
+        self._spawn(self._answer_there(handler, request))
 
-    def _ended(self, sandbox: str, task: asyncio.Task[None]) -> None:
+    async def _take_fairly(self, shares: Shares, cost: int, handler: Answering, request: Request) -> None:
+        """As `_take`, of a request that was admitted; nothing waits here, so that nothing piles up before it."""
+
+        async def answer() -> None:
+            sandbox = _sandbox_of(request)
+            try:
+                await shares.turn(sandbox, cost)
+                await self._room.acquire()
+                await self._answer_there(handler, request)
+            finally:
+                shares.give_back(sandbox, len(request.data))
+
+        self._spawn(answer())
+
+    async def _answer_there(self, handler: Answering, request: Request) -> None:
+        """Gives the room back."""
+        try:
+            await _answer(handler, request)
+        finally:
+            self._room.release()
+
+    def _spawn(self, answering: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(answering)
+        self._answers.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
         self._answers.discard(task)
-        self._room.release()
-        self._of_one[sandbox] -= 1
-        if not self._of_one[sandbox]:
-            del self._of_one[sandbox]
         if not task.cancelled() and (exc := task.exception()):  # the connection broke before the answer
             log.info("service.unanswered", reason=type(exc).__name__)
 
@@ -140,8 +178,7 @@ def _sandbox_of(request: Request) -> str:
     return request.subject.rpartition(".")[2]
 
 
-def _may_reply(request: Request) -> bool:
-    reply = request._msg.reply  # not offered otherwise
+def _is_reply(reply: str) -> bool:
     return is_inbox(reply) or reply.startswith(IMPORTED_REPLY)
 
 

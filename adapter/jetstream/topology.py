@@ -27,14 +27,23 @@ NAME_IN_USE = 10058
 NO_ROOM = (ACCOUNT_FULL, 10047)
 """What a stream reserves is more than the account, or the server, has left."""
 MORE_ROOM = (
-    "lower WECHAT_NATS_IN_MAX_BYTES and WECHAT_NATS_MEDIA_STORE_BYTES, which streams reserve when they are made,"
-    " or give JetStream more storage (max_file_store, or the account's limit)"
+    "lower WECHAT_NATS_IN_MAX_BYTES (of which streams reserve 1.6 times as much when they are made) and"
+    " WECHAT_NATS_MEDIA_STORE_BYTES (once), or give JetStream more storage (max_file_store, or the account's limit)"
 )
 API_LEVEL = 4
 """nats-server 2.14: consumer reset. Older servers accept newer options silently, so it is asked at the start."""
 NS = 1_000_000_000
 HOUR_NS = 3600 * NS
 DUPLICATE_WINDOW_NS = 300 * NS
+OUT_DUPLICATE_WINDOW_NS = 15 * NS
+"""Of commands: the server keeps their ids in memory, for up to three windows, and a sandbox may make each as long as
+all headers may be. It covers a publisher who repeats what was not acknowledged, and a router that takes over; later
+repeats are the adapter's to drop."""
+HEADER_BYTES = 64 * 1024
+"""The longest headers of a message that a server stores."""
+OUT_PART, DEAD_PART = 2, 10
+"""Commands have half of what inbound messages have, dead letters a tenth. One sandbox cannot have all of the former:
+its share is `out_max_per_sandbox` of the largest commands, 3 GiB of 5 by default."""
 OUT_ACK_WAIT_NS = 3600 * NS
 """Long on purpose: what is unacknowledged comes back by a consumer reset, at take-over and after each connect."""
 
@@ -136,6 +145,9 @@ def streams(names: Names, settings: Settings) -> list[Wanted]:
             discard_new_per_subject=True,
             max_msgs_per_subject=settings.out_max_per_sandbox,
             max_age=0,  # a command waits here until it has its final receipt; only the adapter expires it
+            max_msg_size=settings.max_command_bytes + HEADER_BYTES,
+            max_bytes=_part(settings, OUT_PART),
+            duplicate_window=OUT_DUPLICATE_WINDOW_NS,
             subject_transform={
                 "src": f"{prefix}.out.*",
                 "dest": f"{prefix}.out.{{{{partition({SHARDS},1)}}}}.{{{{wildcard(1)}}}}",
@@ -163,6 +175,7 @@ def streams(names: Names, settings: Settings) -> list[Wanted]:
             retention="limits",
             discard="old",
             max_age=30 * 24 * HOUR_NS,
+            max_bytes=_part(settings, DEAD_PART),
         )._replace(from_one=True),  # operators type them, and nothing remembers them
         stream(
             names.stream_raw,
@@ -189,6 +202,16 @@ def streams(names: Names, settings: Settings) -> list[Wanted]:
             max_bytes=settings.media_store_bytes,
         ),
     ]
+
+
+def _part(settings: Settings, part: int) -> int:
+    """Bytes of a stream that has a part of what inbound messages have; -1: as many as the server allows."""
+    return settings.in_max_bytes // part if settings.in_max_bytes > 0 else -1
+
+
+def reserved_bytes(names: Names, settings: Settings) -> int:
+    """What the streams reserve of a server's storage when they are made, on each server that has a copy."""
+    return sum(wanted.config["max_bytes"] for wanted in streams(names, settings) if wanted.reserves)
 
 
 def consumers(names: Names) -> list[Wanted]:
@@ -252,7 +275,8 @@ async def inspect(link: Link, names: Names, settings: Settings) -> tuple[list[Wa
             missing.append(wanted)
         else:
             different += compare(wanted, found)
-    missing.sort(key=lambda wanted: wanted.reserves)  # a server without a byte left creates nothing more
+    # A server without a byte left creates nothing more; where what is largest does not fit, nothing is reserved.
+    missing.sort(key=lambda wanted: (wanted.reserves, -wanted.config.get("max_bytes", 0)))
     present = {
         (stream, name) for stream in (names.stream_out, names.stream_ctl) for name in await _names(link, stream)
     }
@@ -328,7 +352,9 @@ async def ensure(link: Link, names: Names, settings: Settings) -> list[Differenc
     made = [wanted for wanted in missing if not wanted.stream]
     # apart, since what is created at once is not created in order
     await _create_all(link, [wanted for wanted in made if not wanted.reserves])
-    await _create_all(link, [wanted for wanted in made if wanted.reserves])
+    for wanted in made:
+        if wanted.reserves:
+            await _create_all(link, [wanted])
     await _create_all(link, [wanted for wanted in missing if wanted.stream])
     if broken := [d for d in different if d.critical]:
         lines = [f"stream {d.name}: {d.field} is {d.found!r}, must be {d.wanted!r}" for d in broken]

@@ -102,7 +102,7 @@ class Router:
     async def route(self, delivery: Delivery) -> None:
         """Copies a command to its sandbox's subject, or ends it with a receipt; then settles it.
 
-        Raises LeaseLost where that took so long that the stream may have forgotten the next owner's copy.
+        Raises LeaseLost where another replica has become the owner: the stream may have forgotten its copy.
 
         The copy's Nats-Msg-Id is derived: ids are stream-wide, and a copy after a crash must not become a second
         command. It follows from the words, too: a sandbox that guessed it could use it first, and the copy would be
@@ -169,7 +169,7 @@ class Router:
             H_SEQUENCE: str(delivery.seq),
             H_SINCE_MS: str(delivery.time_ms),
         }
-        message = Message("out", self._names.out(sandbox), delivery.data, headers, late=self._check)
+        message = Message("out", self._names.out(sandbox), delivery.data, headers, fence=self._check)
         return sandbox, _Copy(delivery, ident, message)
 
     async def _copy_apart(self, sandbox: str, piece: list[_Copy]) -> None:

@@ -8,7 +8,7 @@ import json
 import os
 import signal
 import subprocess
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,9 +51,19 @@ class Player:
 class Guarded:
     """The server. Made by `guarded`."""
 
-    def __init__(self, folder: Path, template: str, edit: Callable[[str], str] = lambda text: text) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        template: str,
+        edit: Callable[[str], str] = lambda text: text,
+        *,
+        sandboxes: Sequence[str] = SANDBOXES,
+        jetstream: str = "",
+    ) -> None:
         self.folder = folder
         self._edit = edit
+        self._sandboxes = sandboxes
+        self._jetstream = jetstream
         self.jwt, self.each = template.startswith("jwt"), template.endswith("-each")
         self.url = ""
         self.users: dict[str, User] = {}
@@ -92,14 +102,14 @@ class Guarded:
     def write(self) -> tuple[Path, dict[str, str]]:
         """The server's configuration and environment."""
         who = [*((role, inbox(role)) for role in ACCOUNT_OF if role != "sandbox"), (WITNESS, "_INBOX_witness")]
-        who += [(sandbox, inbox("sandbox", sandbox)) for sandbox in SANDBOXES]
+        who += [(sandbox, inbox("sandbox", sandbox)) for sandbox in self._sandboxes]
         environ = self._with_jwts() if self.jwt else self._with_passwords([name for name, _ in who])
         for name, prefix in who:
             self.users[name] = User({**self.users[name].environ, "NATS_INBOX_PREFIX": prefix})
         config = self.folder / "server.conf"
         config.write_text(
             f'listen: "127.0.0.1:-1"\nports_file_dir: "{self.folder}"\n'
-            f'jetstream {{ store_dir: "{self.folder}/data" }}\n'
+            f'jetstream {{ store_dir: "{self.folder}/data"{self._jetstream} }}\n'
             f"include {'jwt/server.conf' if self.jwt else 'accounts.conf'}\n"
         )
         return config, environ
@@ -119,7 +129,7 @@ class Guarded:
         folder = self.folder / "jwt"
         resolver = str(self.folder / "resolver")
         assert permissions.init(folder, resolver_dir=resolver) == 0
-        for sandbox in SANDBOXES:
+        for sandbox in self._sandboxes:
             assert permissions.sandbox(folder, sandbox, own_account=self.each) == 0
         account = jwts.Key((folder / f"keys/{WECHAT}.nk").read_text().strip())
         key = jwts.Key.new(jwts.USER)
@@ -136,10 +146,18 @@ class Guarded:
 
 @contextlib.asynccontextmanager
 async def guarded(
-    folder: Path, template: str = "passwords", edit: Callable[[str], str] = lambda text: text
+    folder: Path,
+    template: str = "passwords",
+    edit: Callable[[str], str] = lambda text: text,
+    *,
+    sandboxes: Sequence[str] = SANDBOXES,
+    jetstream: str = "",
 ) -> AsyncIterator[Guarded]:
-    """A server with one of TEMPLATES; `edit` changes the configuration with passwords, as an operator may."""
-    made = Guarded(folder, template, edit)
+    """A server with one of TEMPLATES; `edit` changes the configuration with passwords, as an operator may.
+
+    `sandboxes`: others than the shipped examples, with JWTs only. `jetstream`: more of the server's options.
+    """
+    made = Guarded(folder, template, edit, sandboxes=sandboxes, jetstream=jetstream)
     config, environ = await asyncio.to_thread(made.write)
     with (folder / "server.log").open("wb") as log:
         process = await asyncio.create_subprocess_exec(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import struct
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
@@ -292,3 +293,26 @@ async def test_what_comes_is_heard_in_order_and_a_bad_ear_ends_nothing(server: E
     numbers = [(f"{inbox}.{number}", b"%d" % number, False) for number in range(100)]
     assert heard == [(f"{inbox}.bad", b"bad", False), *numbers, (f"{inbox}.asked", b"", True)]
     assert [type(exc) for exc in errors] == [ValueError]
+
+
+async def test_a_flood_on_a_guarded_connection_leaves_others_their_turn() -> None:
+    """nats-py parses all that has come without a pause; and what is not admitted is not even read."""
+    nc, seen, turns = BusClient(), Counter[str](), 0
+
+    def admit(subject: str, reply: str, size: int) -> bool:
+        seen[f"{subject} {reply} {size}"] += 1
+        return False
+
+    async def take_turns() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    nc.guard(admit)
+    flood = b"MSG wechat.svc.window.bad 1 _R_.x 2\r\n{}\r\n" * 20_000
+    other = asyncio.create_task(take_turns())
+    await nc._ps.parse(flood)
+    other.cancel()
+    assert seen == {"wechat.svc.window.bad _R_.x 2": 20_000}
+    assert turns > 10

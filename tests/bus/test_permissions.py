@@ -18,8 +18,10 @@ from structlog.testing import capture_logs
 from adapter.environment import read_settings
 from adapter.jetstream import topology
 from adapter.jetstream.link import Link
+from adapter.names import H_NAME, H_UPLOAD
 from adapter.permissions import ROLES, covers, grants, streams
 from adapter.schema import channels
+from adapter.services.media import PIECE_MAX
 from adapter.settings import Settings
 from tests.bus import roles
 from tests.bus.guarded import NAMES, TEMPLATES, WITNESS, Guarded, Player, guarded
@@ -186,3 +188,17 @@ async def test_what_the_server_forbids_is_a_warning_in_the_log(tmp_path: Path) -
                 await until(lambda: any("not.ours" in str(line.get("detail")) for line in logs), "it is told")
         told = {(line["event"], line["log_level"]) for line in logs if line["log_level"] != "info"}
         assert told >= {("bus.unreachable", "warning"), ("bus.error", "warning")}
+
+
+async def test_a_message_of_a_sandbox_is_no_larger_than_a_piece_of_media(server: Guarded) -> None:
+    """The others have what the server allows: a page of a replay, an inbound message."""
+    headers = {H_UPLOAD: "u" * 64, H_NAME: "n" * 1000, "traceparent": "t" * 4000}
+    sandbox, adapter = [await server.connect(who) for who in (OWN, "adapter")]
+    for size, allowed in ((PIECE_MAX, True), (PIECE_MAX + 64 * 1024, False)):
+        await sandbox.nc.publish(NAMES.svc(f"media.put.{OWN}"), bytes(size), headers=headers)
+        if allowed:
+            await sandbox.nc.flush()
+        else:
+            await until(lambda: sandbox.nc.is_closed, "the server ends the connection")
+        await adapter.nc.publish(NAMES.inbox(OWN), bytes(size), headers=headers)
+        await adapter.nc.flush()

@@ -14,13 +14,16 @@ import pytest
 from structlog.testing import capture_logs
 
 from adapter.embedded import EmbeddedNats
-from adapter.errors import BusRefused, SettingsError
+from adapter.errors import STORE_FAILED, BusRefused, SettingsError
 from adapter.jetstream import topology
 from adapter.jetstream.answers import NO_STREAM
 from adapter.jetstream.link import Link
+from adapter.jetstream.publisher import Publisher
+from adapter.metrics import Metrics
 from adapter.names import H_COMMAND, H_MSG_ID, SHARDS, shard_of
 from adapter.ports import Message
 from adapter.settings import Settings
+from adapter.timing import SystemClock
 from tests.bus.rig import NAMES, PATIENCE_S, Bus, Rig, rig_on
 
 
@@ -40,12 +43,15 @@ async def test_replicas_that_start_at_once_do_not_hinder_each_other(bus: Bus) ->
         assert results == [[], [], []]
 
 
+TIGHT = topology.reserved_bytes(NAMES, Settings(in_max_bytes=1 << 30, media_store_bytes=1 << 30))
+
+
 class TightNats(EmbeddedNats):
-    """A server that has room for the two streams that reserve some, and no more."""
+    """A server that has room for the streams that reserve some, and no more."""
 
     def _write_config(self) -> Path:
         config = super()._write_config()
-        config.write_text(config.read_text().replace("jetstream {", f"jetstream {{ max_file: {2 << 30}", 1))
+        config.write_text(config.read_text().replace("jetstream {", f"jetstream {{ max_file: {TIGHT}", 1))
         return config
 
 
@@ -98,7 +104,7 @@ async def test_what_reserves_its_room_is_created_after_all_that_does_not(tmp_pat
     """A server without a byte left creates no stream, be it empty: whether it had room depended on who was faster."""
     async with tight_link(tmp_path) as (link, settings):
         await topology.ensure(link, NAMES, settings)
-        assert link.beside == [0, 0]
+        assert link.beside == [0, 0, 0, 0]
 
 
 class OldServer(Link):
@@ -152,13 +158,13 @@ async def test_what_is_created_one_after_the_other_reserves_its_room_last_too() 
     missing, _ = await topology.inspect(NewServer(), NAMES, Settings())
     made = [wanted for wanted in missing if not wanted.stream]
     assert missing[: len(made)] == made
-    assert [wanted.name for wanted in made if wanted.reserves] == [wanted.name for wanted in made[-2:]]
+    assert [wanted.name for wanted in made if wanted.reserves] == [wanted.name for wanted in made[-4:]]
 
 
 async def test_the_first_that_cannot_be_created_is_named_and_none_is_left_on_its_way() -> None:
     media = f"OBJ_{NAMES.media}"
-    server = NewServer(media, NAMES.stream_out)
-    with pytest.raises(SettingsError, match=rf"stream {NAMES.stream_out} cannot be created: 10047 .*MAX_BYTES"):
+    server = NewServer(media, NAMES.stream_event)
+    with pytest.raises(SettingsError, match=rf"stream {NAMES.stream_event} cannot be created: 10047 .*MAX_BYTES"):
         await topology.ensure(server, NAMES, Settings())
     assert server.at_once == 0
     assert not [verb for verb in server.created if verb.startswith("CONSUMER")]
@@ -251,3 +257,61 @@ async def test_a_sandbox_whose_queue_is_full_is_refused_and_others_are_not(bus: 
         with pytest.raises(BusRefused):
             await rig.publisher.publish(Message("out", NAMES.out("s1"), b"x", {}))
         await rig.publisher.publish(Message("out", NAMES.out("s2"), b"x", {H_COMMAND: "c1"}))
+
+
+async def test_what_is_too_large_to_be_a_command_is_refused_to_its_publisher(bus: Bus) -> None:
+    """A command as large as the setting says, with headers as long as the server takes, is stored."""
+    settings = msgspec.structs.replace(bus.settings, max_command_bytes=1024)
+    async with rig_on(bus, streams=False) as rig:
+        await topology.ensure(rig.link, NAMES, settings)
+        headers = {"long": "x" * (topology.HEADER_BYTES - 64)}
+        largest = Message("out", NAMES.out("s1"), b"x" * 1024, headers)
+        await rig.publisher.publish(largest)
+        with pytest.raises(BusRefused, match="message size exceeds maximum allowed"):
+            await rig.publisher.publish(msgspec.structs.replace(largest, payload=bytes(1024 + topology.HEADER_BYTES)))
+
+
+async def test_commands_and_dead_letters_end_at_their_size_and_leave_room_for_the_rest(bus: Bus) -> None:
+    """Commands are refused then, and of dead letters the oldest go."""
+    settings = msgspec.structs.replace(bus.settings, in_max_bytes=10 << 20)
+    payload = bytes(256 * 1024)
+    async with rig_on(bus, streams=False) as rig:
+        await topology.ensure(rig.link, NAMES, settings)
+        dead = [await rig.publisher.publish(Message("dead", NAMES.dead("X"), payload, {})) for _ in range(10)]
+        assert await rig.first(NAMES.stream_dead) > dead[0].seq
+        out = [Message("out", NAMES.out(f"s{number}"), payload, {}) for number in range(25)]
+        answers = await rig.publisher.publish_all(out)
+        refused = [answer for answer in answers if isinstance(answer, BusRefused)]
+        assert refused == answers[-len(refused) :]
+        assert {answer.code for answer in refused} == {STORE_FAILED}
+        for name, most in ((NAMES.stream_out, 5 << 20), (NAMES.stream_dead, 1 << 20)):
+            state = (await rig.link.api(f"STREAM.INFO.{name}"))["state"]
+            assert most - 2 * len(payload) < state["bytes"] <= most
+        await rig.publisher.publish(Message("in", NAMES.inbox("s1"), b"x", {}))
+
+
+class Hurried(EmbeddedNats):
+    """A server that takes in no more than it writes at once: it says 10167 as one does that is flooded."""
+
+    def _write_config(self) -> Path:
+        config = super()._write_config()
+        config.write_text(config.read_text().replace("jetstream {", "jetstream {\n  max_buffered_msgs: 1", 1))
+        return config
+
+
+async def test_what_a_flooded_stream_does_not_take_in_is_written_again(tmp_path: Path) -> None:
+    """A copy by the router was refused for good, and its service told that the sandbox's queue was full."""
+    async with Hurried(tmp_path / "nats") as server, asyncio.TaskGroup() as group:
+        settings = Settings(nats_url=(server.url,), in_max_bytes=-1, media_store_bytes=-1)
+        link, metrics = Link(settings, "test"), Metrics()
+        publisher = Publisher(link, SystemClock(), metrics)
+        running = [group.create_task(loop) for loop in (link.run(), publisher.run())]
+        await link.wait_up(PATIENCE_S)
+        (wanted,) = [w for w in topology.streams(NAMES, settings) if w.name == NAMES.stream_out]
+        await topology.create(link, wanted)
+        copies = [Message("out", NAMES.out("s1"), b"x", {H_MSG_ID: str(number)}) for number in range(500)]
+        answers = await publisher.publish_all(copies)
+        assert not [answer for answer in answers if isinstance(answer, BusRefused)]
+        assert metrics.value("nats_publish_total", stream="out", outcome="retried") > 0
+        for task in running:
+            task.cancel()

@@ -12,6 +12,8 @@ import pytest
 import yaml
 
 from adapter.environment import read_settings
+from adapter.jetstream.topology import reserved_bytes
+from adapter.names import Names
 from adapter.settings import Settings
 from tests.chart.helm import (
     CHART,
@@ -257,9 +259,7 @@ def test_the_server_for_evaluation_keeps_what_it_acknowledges() -> None:
     (claim,) = stateful["spec"]["volumeClaimTemplates"]
     assert claim["spec"]["resources"]["requests"]["storage"] == "4Gi"
     read = read_settings(env_of(adapter_of(objects)))
-    assert read.in_max_bytes + read.media_store_bytes <= 3 * 2**30, (
-        "JetStream reserves it, of three quarters of 4 GiB"
-    )
+    assert reserved_bytes(Names(), read) <= 3 * 2**30, "JetStream reserves it, of three quarters of 4 GiB"
     other = rendered(CHART / "ci" / "evaluation-without-volume-values.yaml")
     assert "volumeClaimTemplates" not in one(other, "StatefulSet")["spec"]
     assert read_settings(env_of(adapter_of(other))).media_store_bytes == 2**31

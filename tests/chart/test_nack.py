@@ -19,7 +19,8 @@ SAME_AS = {
     "maxMsgsPerSubject": "max_msgs_per_subject", "maxBytes": "max_bytes", "maxConsumers": "max_consumers",
     "discardPerSubject": "discard_new_per_subject", "allowDirect": "allow_direct",
     "allowRollup": "allow_rollup_hdrs", "denyDelete": "deny_delete", "allowMsgTtl": "allow_msg_ttl",
-    "duplicateWindow": "duplicate_window", "replicas": "num_replicas", "storage": "storage", "name": "name",
+    "duplicateWindow": "duplicate_window", "maxMsgSize": "max_msg_size", "replicas": "num_replicas",
+    "storage": "storage", "name": "name",
 }  # fmt: skip
 """Fields of NACK's Stream (jetstream.nats.io/v1beta2) and of JetStream's configuration."""
 SECONDS = {"s": 1, "m": 60, "h": 3600}
@@ -46,12 +47,17 @@ def as_jetstream(spec: Object) -> Object:
 VARIED = {
     "WECHAT_NATS_PREFIX": "we-2", "WECHAT_NATS_REPLICAS": 3, "WECHAT_NATS_STORAGE": "memory",
     "WECHAT_NATS_IN_MAX_AGE_H": 1.5, "WECHAT_NATS_IN_MAX_PER_SANDBOX": 11, "WECHAT_NATS_IN_MAX_BYTES": 2**40,
-    "WECHAT_NATS_OUT_MAX_PER_SANDBOX": 12, "WECHAT_NATS_MEDIA_HOURS": 2.5, "WECHAT_NATS_MEDIA_STORE_BYTES": -1,
-    "WECHAT_NATS_QUOTE_HOURS": 3,
+    "WECHAT_NATS_OUT_MAX_PER_SANDBOX": 12, "WECHAT_NATS_MAX_COMMAND_BYTES": 2048, "WECHAT_NATS_MEDIA_HOURS": 2.5,
+    "WECHAT_NATS_MEDIA_STORE_BYTES": -1, "WECHAT_NATS_QUOTE_HOURS": 3,
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("settings", [{}, VARIED], ids=["defaults", "every setting that counts"])
+UNBOUNDED = {"WECHAT_NATS_IN_MAX_BYTES": -1}
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, VARIED, UNBOUNDED], ids=["defaults", "every setting that counts", "no bound"]
+)
 def test_the_objects_of_nack_are_what_the_adapter_would_make(settings: Object) -> None:
     """What is not said has JetStream's default in both: compared as the adapter compares a stream that it finds."""
     read = read_settings({name: str(value) for name, value in settings.items()})

@@ -154,7 +154,7 @@ async def test_a_command_that_cannot_be_brought_back_holds_up_none_of_other_sand
     names = bus.names
     config = (await bus.api(f"STREAM.INFO.{names.stream_out}"))["config"]
     await bus.api(f"STREAM.UPDATE.{names.stream_out}", config | {"subject_transform": None})
-    for sandbox, size in (("s1", bus.nc.max_payload - 50), ("s2", 10), ("s1", 10)):
+    for sandbox, size in (("s1", config["max_msg_size"] - 50), ("s2", 10), ("s1", 10)):
         await bus.nc.jetstream().publish(names.out(sandbox), b"x" * size)
     result = await cli("doctor", "--fix")
     assert (result.code, names.out("s1") in result.err, names.out("s2") in result.err) == (1, True, False)
@@ -233,9 +233,24 @@ async def test_streams_that_reserve_more_than_there_is_name_the_settings(
         for name in ("WECHAT_NATS_IN_MAX_BYTES", "WECHAT_NATS_MEDIA_STORE_BYTES", "max_file_store"):
             assert name in fixed.err
             assert name in ended.decode().splitlines()[-1]
-        monkeypatch.setenv("WECHAT_NATS_IN_MAX_BYTES", "1000000000")
+        monkeypatch.setenv("WECHAT_NATS_IN_MAX_BYTES", "600000000")
         monkeypatch.setenv("WECHAT_NATS_MEDIA_STORE_BYTES", "1000000000")
         assert (await cli("doctor", "--fix")).err == ""
+
+
+@pytest.mark.parametrize(("limit_gib", "state"), [(0, "ok"), (30, "ok"), (26, "warn")])
+async def test_what_streams_reserve_is_compared_with_what_the_account_may_have(
+    cli: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, limit_gib: int, state: str
+) -> None:
+    """By default 10 GiB of inbound messages, 5 of commands, 1 of dead letters and 10 of media. 0: no limit."""
+    bound = f"{{ max_file: {limit_gib}GB }}" if limit_gib else "enabled"
+    account = f'{{ jetstream: {bound}\n users: [ {{ user: adapter, password: "adapter-secret" }} ] }}'
+    async with guarded(tmp_path, edit=lambda _: f"accounts {{ WECHAT {account} }}\n") as server:
+        enter(monkeypatch, server, "adapter")
+        row = said(await cli("doctor", "--json"), "storage")
+    assert row[0] == state
+    assert "26.0 GiB" in row[1]
+    assert ("WECHAT_NATS_IN_MAX_BYTES" in row[1]) == (state == "warn")
 
 
 # permissions ---------------------------------------------------------------------------------------------

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import NamedTuple
 
+import nats
 import pytest
 import pytest_asyncio
+from nats.aio.msg import Msg
 
 from adapter.simulator import Simulator
 from tests.bus.guarded import guarded
+from tests.cli.test_doctor import WithoutJetStream
 from tests.clients import examples
 from tests.clients.examples import ROOT, Language
 from tests.e2e.world import World, environ_of, eventually, fast, until, world
@@ -111,6 +115,7 @@ async def converse(bridge: World, language: Language, cast: Cast | None = None) 
     await answers(bridge, language, cast, user)
     await sends(bridge, language, cast, user)
     await binds(bridge, language, cast)
+    await repeats(language, bridge.folder / f"{cast.sandbox}-repeats")
     assert bridge.sim.violations() == []
 
 
@@ -156,6 +161,40 @@ async def sends(bridge: World, language: Language, cast: Cast, user: str) -> Non
     async with language.run("send", f"{cast.sandbox}-nobody", "hello?", **cast.service) as send:
         assert await send.ended() == 1
         assert send.said.startswith("refused not_bound")
+
+
+async def repeats(language: Language, folder: Path) -> None:
+    """A stream that is flooded by others refuses a publish (10167): it is made again, with the same id."""
+    published: dict[str, list[str]] = {}
+
+    async def on_publish(msg: Msg) -> None:
+        tries = published.setdefault(msg.subject, [])
+        tries.append(json.loads(msg.data)["id"])
+        if len(tries) == 1:
+            await msg.respond(b'{"error":{"code":429,"err_code":10167,"description":"too many requests"}}')
+            return
+        await msg.respond(b'{"stream":"WECHAT_OUT","seq":1}')
+        receipt = {"command": tries[0], "outcome": "accepted"}
+        await nc.publish("wechat.event.s1.receipt", json.dumps(receipt).encode())
+
+    async def on_pull(msg: Msg) -> None:
+        said = {"id": "in-1", "text": "hello", "items": [{"kind": "text", "text": "hello"}]}
+        if not published.get("wechat.out.s1"):
+            await nc.publish(msg.reply, json.dumps(said).encode(), reply="acks")
+
+    async with WithoutJetStream(folder) as server:
+        nc = await nats.connect(server.url)
+        await nc.subscribe("wechat.out", cb=on_publish)
+        await nc.subscribe("wechat.out.s1", cb=on_publish)
+        await nc.subscribe("$JS.API.CONSUMER.MSG.NEXT.WECHAT_IN.s1", cb=on_pull)
+        await nc.flush()
+        async with language.run("send", "s1", "hello", NATS_URL=server.url) as send:
+            assert await send.ended() == 0, send.said
+        async with language.run("echo", "s1", NATS_URL=server.url) as echo:
+            await echo.says("answered in-1")
+        await nc.close()
+    assert [len(tries) for tries in published.values()] == [2, 2]
+    assert all(first == second for first, second in published.values())
 
 
 async def binds(bridge: World, language: Language, cast: Cast) -> None:

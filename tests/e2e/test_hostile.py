@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from pathlib import Path
 
+import nats
 import pytest
 from nats.aio.client import Client
 
 from adapter.contract import FINAL_OUTCOMES
-from adapter.names import shard_of
-from tests.e2e.world import NAMES, World, audit, eventually, until, world
+from adapter.names import H_LAST, H_UPLOAD, shard_of
+from adapter.simulator import Simulator
+from tests.bus.guarded import guarded
+from tests.e2e.world import NAMES, World, audit, environ_of, eventually, fast, free_port, until, world
 
 BAD = "bad"
 GOOD = next(name for name in (f"good{number}" for number in range(10_000)) if shard_of(name) == shard_of(BAD))
@@ -157,3 +161,48 @@ async def test_a_flood_keeps_its_order_and_its_receipts_whatever_breaks(tmp_path
         await nc.close()
     assert result.faults() == []
     assert result.outcomes == {"accepted": 601}
+
+
+async def test_who_has_the_connections_of_the_services_cut_cuts_nothing_else(tmp_path: Path) -> None:
+    """As a server does where somebody sends more than is read: polls go on, and the services answer again."""
+    async with guarded(tmp_path) as server, Simulator(fast()) as sim:
+        environ = environ_of(server.url, sim) | server.users["adapter"].environ
+        made = World(tmp_path, sim, server.url, environ | {"WECHAT_NATS_HTTP_ADDR": f"127.0.0.1:{free_port()}"})
+        adapter = await made.add_adapter()
+        try:
+            platform, s1 = [await server.connect(who) for who in ("platform", "s1")]
+            await made.bind(platform.nc, "s1", sim.add_bot())
+            heard = await s1.nc.subscribe(NAMES.live("s1"))
+            await s1.nc.flush()
+            await kick(server.url, ("services", "uploads"))
+            await until(lambda: len(adapter.lines("bus.lost")) == 2, "both are lost")
+            assert await adapter.unready() == {}
+            made.say("s1", "hello")
+            assert b"hello" in (await heard.next_msg(timeout=30)).data
+
+            async def both_answer() -> bool:
+                put = {H_UPLOAD: "x", H_LAST: "true"}
+                answers = await asyncio.gather(
+                    s1.nc.request(NAMES.svc("window.s1"), timeout=2),
+                    s1.nc.request(NAMES.svc("media.put.s1"), b"x", timeout=2, headers=put),
+                    return_exceptions=True,
+                )
+                return not any(isinstance(one, BaseException) for one in answers)
+
+            await eventually(both_answer, "both services answer")
+            lost = {line["link"].rpartition(" ")[2] for line in adapter.lines("bus.lost")}
+            assert lost == {"services", "uploads"}
+        finally:
+            await made.close()
+
+
+async def kick(url: str, links: tuple[str, ...]) -> None:
+    """Ends connections of adapters, by the last word of their names."""
+    sys = await nats.connect(url, user="sys", password="sys-secret")
+    found = json.loads((await sys.request("$SYS.REQ.SERVER.PING.CONNZ", b"{}", timeout=10)).data)
+    cids = [one["cid"] for one in found["data"]["connections"] if one.get("name", "").endswith(links)]
+    assert len(cids) == len(links)
+    for cid in cids:
+        subject = f"$SYS.REQ.SERVER.{found['server']['id']}.KICK"
+        await sys.request(subject, json.dumps({"cid": cid}).encode(), timeout=10)
+    await sys.close()

@@ -92,8 +92,12 @@ class _Process:
 class Prometheus(_Process):
     """Scrapes targets once a second, and evaluates the shortened rules as often."""
 
-    def __init__(self, folder: Path, targets: list[int], *, alertmanager: str = "", rules: Path = RULES) -> None:
+    def __init__(
+        self, folder: Path, targets: list[int], *, alertmanager: str = "", rules: Path = RULES, nats: int = 0
+    ) -> None:
+        """`nats`: where something tells of nats-server; 0: nowhere."""
         super().__init__(folder, "prometheus")
+        self._nats = nats
         (folder / "rules.yaml").write_text(shortened(rules.read_text()))
         self.watch(targets)
         config: dict[str, Any] = {
@@ -113,6 +117,8 @@ class Prometheus(_Process):
     def watch(self, ports: list[int]) -> None:
         """From now on these are scraped, and no others."""
         targets = [{"targets": [f"127.0.0.1:{port}" for port in ports], "labels": {"namespace": "wechat"}}]
+        if self._nats:
+            targets.append({"targets": [f"127.0.0.1:{self._nats}"], "labels": {"namespace": "nats", "job": "nats"}})
         (self.folder / "targets.new").write_text(json.dumps(targets))
         (self.folder / "targets.new").rename(self.folder / "targets.json")
 

@@ -88,6 +88,10 @@ def started(minute: float) -> dict[str, str]:
     return {f"process_start_time_seconds{{{FIRST}}}": f"{60 * minute - 30:g}x100"}
 
 
+def server_memory(prefix: str, values: str) -> dict[str, str]:
+    return {f'{prefix}_varz_mem{{namespace="nats",job="nats",instance="nats-0"}}': values}
+
+
 OTHER = 'namespace="wechat",job="database",instance="x"'
 FOREIGN = 'namespace="wechat",job="chat",instance="x"'
 BURNS = {"InboundBudgetBurnFast", "InboundBudgetBurnSlow"}
@@ -337,6 +341,9 @@ CASES = [
         20,
         set(),
     ),
+    Case("NatsMemoryHigh", "as NATS's chart names it", server_memory("nats", "1e8x5 2e9x20"), 7, {"NatsMemoryHigh"}),
+    Case("NatsMemoryHigh", "as the exporter names it", server_memory("gnatsd", "2e9x20"), 7, {"NatsMemoryHigh"}),
+    Case("NatsMemoryHigh", "less than a gibibyte", server_memory("nats", "1e9x20"), 7, set()),
 ]
 
 

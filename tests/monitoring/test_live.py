@@ -17,6 +17,7 @@ from pathlib import Path
 import msgspec
 import pytest
 from nats.aio.client import Client
+from prometheus_client import CollectorRegistry, Gauge, start_http_server
 
 from adapter.simulator import FaultRule
 from tests.e2e.scrape import scrape
@@ -243,6 +244,23 @@ async def altered_stream(s: Scene) -> None:
     await _update(s.nc, NAMES.stream_in, republish={"src": republish.src, "dest": republish.dest})
 
 
+async def full_memory(s: Scene) -> None:
+    """A stream remembers ids as long as headers may be; a restart forgets those of messages that are gone."""
+    js = s.nc.jetstream()
+    await js.add_stream(name="LONG", subjects=["long"], max_msgs=1, duplicate_window=120)
+    async with s.fires("NatsMemoryHigh"):
+        for number in range(20_000):
+            await s.nc.publish("long", b"", headers={"Nats-Msg-Id": f"{number}".ljust(60_000, "x")})
+            if number % 100 == 0:
+                await s.nc.flush()
+    await js.delete_stream("LONG")
+
+
+def memory_bytes(pid: int) -> float:
+    """As `mem` of nats-server's /varz."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * 4096.0
+
+
 async def no_bus(s: Scene) -> None:
     """nats-server dies, and comes back."""
     async with s.fires("AdapterBusDisconnected"):
@@ -271,6 +289,7 @@ FAULTS: list[Callable[[Scene], Awaitable[None]]] = [
     frozen,
     full_stream,
     altered_stream,
+    full_memory,
     no_bus,
 ]
 
@@ -287,7 +306,12 @@ async def test_every_alert_fires_from_a_real_fault_and_is_told_and_ends(tmp_path
         await made.add_adapter(WECHAT_NATS_HTTP_ADDR=f"127.0.0.1:{ports[0]}")
         nc = await made.nc()
         stack.push_async_callback(nc.close)
-        targets = Prometheus(tmp_path / "prometheus", ports[:1], alertmanager=alertmanager.address)
+        told, told_at = CollectorRegistry(), free_port()
+        memory = Gauge("gnatsd_varz_mem", "As prometheus-nats-exporter tells it.", registry=told)
+        memory.set_function(lambda: memory_bytes(made.server.pid) if made.server.running else 0.0)
+        exporter, _ = start_http_server(told_at, "127.0.0.1", told)
+        stack.callback(exporter.shutdown)
+        targets = Prometheus(tmp_path / "prometheus", ports[:1], alertmanager=alertmanager.address, nats=told_at)
         prometheus = await stack.enter_async_context(targets)
         scene = Scene(made, nc, prometheus, webhook, ports)
         for number in range(BOTS):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -307,17 +306,15 @@ async def test_what_ends_here_is_counted_as_taken_and_what_is_copied_is_not() ->
     assert bench.metrics.value("outbound_taken_total") == 1
 
 
-@pytest.mark.parametrize("waits_s", [200.0, 400.0], ids=["in-time", "late"])
-async def test_one_that_was_cut_off_for_long_makes_no_second_copy(waits_s: float) -> None:
-    """The next owner has made one, and the stream does not know its id any more."""
+async def test_one_that_was_cut_off_makes_no_second_copy() -> None:
+    """The next owner has made one, and the stream may not know its id any more."""
     bench = Bench()
 
     async def cut_off(_: Message) -> None:
         bench.leases.is_valid = False
-        await asyncio.sleep(waits_s)
 
     bench.bus.on_publish = cut_off
     delivery = plain(bench, sandbox="s1", text="hi")
-    with pytest.raises(LeaseLost) if waits_s > 300 else contextlib.nullcontext():
+    with pytest.raises(LeaseLost):
         await router(bench).route(delivery)
-    assert delivery.acks == len(copied(bench, "s1")) == (waits_s < 300)
+    assert delivery.acks == len(copied(bench, "s1")) == 0

@@ -17,7 +17,9 @@ from typing import Any
 import nats
 from nats.errors import TimeoutError as NatsTimeoutError
 from nats.js import JetStreamContext
-from nats.js.errors import NoStreamResponseError, ServiceUnavailableError
+from nats.js.errors import APIError, NoStreamResponseError, ServiceUnavailableError
+
+TOO_MANY_REQUESTS = 10167
 
 
 async def main(sandbox: str) -> None:
@@ -65,6 +67,10 @@ async def store(js: JetStreamContext, subject: str, command: dict[str, Any]) -> 
             return
         except (NatsTimeoutError, NoStreamResponseError, ServiceUnavailableError):
             await asyncio.sleep(1)
+        except APIError as error:
+            if error.err_code != TOO_MANY_REQUESTS:
+                raise
+            await asyncio.sleep(1)  # others send more than the stream takes in
 
 
 if __name__ == "__main__":

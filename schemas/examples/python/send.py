@@ -15,7 +15,9 @@ import uuid
 
 import nats
 from nats.errors import TimeoutError as NatsTimeoutError
-from nats.js.errors import NoStreamResponseError, ServiceUnavailableError
+from nats.js.errors import APIError, NoStreamResponseError, ServiceUnavailableError
+
+TOO_MANY_REQUESTS = 10167
 
 
 async def main(sandbox: str, text: str) -> int:
@@ -34,6 +36,10 @@ async def main(sandbox: str, text: str) -> int:
             break
         except (NatsTimeoutError, NoStreamResponseError, ServiceUnavailableError):
             await asyncio.sleep(1)  # not confirmed: once more, with the same id
+        except APIError as error:
+            if error.err_code != TOO_MANY_REQUESTS:
+                raise
+            await asyncio.sleep(1)  # not stored, since others send more than the stream takes in: the same
     async for msg in receipts.messages:
         receipt = json.loads(msg.data)
         if receipt["command"] != command["id"]:

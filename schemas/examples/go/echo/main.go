@@ -15,6 +15,8 @@ import (
 	"github.com/nats-io/nats.go"
 )
 
+const tooManyRequests = 10167
+
 type inbound struct {
 	ID    string `json:"id"`
 	Text  string `json:"text"`
@@ -105,11 +107,21 @@ func store(js nats.JetStreamContext, subject string, command outbound) {
 		if err == nil {
 			return
 		}
-		if !errors.Is(err, nats.ErrTimeout) && !errors.Is(err, nats.ErrNoStreamResponse) && !errors.Is(err, nats.ErrNoResponders) {
+		if !passes(err) {
 			log.Fatal(err)
 		}
 		time.Sleep(time.Second)
 	}
+}
+
+// passes says whether a publish may be repeated, with the same id: it was not confirmed, or not stored since others send
+// more than the stream takes in.
+func passes(err error) bool {
+	var refused *nats.APIError
+	if errors.As(err, &refused) {
+		return refused.ErrorCode == tooManyRequests
+	}
+	return errors.Is(err, nats.ErrTimeout) || errors.Is(err, nats.ErrNoStreamResponse) || errors.Is(err, nats.ErrNoResponders)
 }
 
 // inboxPrefix says where answers come back. With permissions each role has a place of its own.

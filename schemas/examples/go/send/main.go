@@ -14,6 +14,8 @@ import (
 	"github.com/nats-io/nats.go"
 )
 
+const tooManyRequests = 10167
+
 type outbound struct {
 	ID      string `json:"id"`
 	Sandbox string `json:"sandbox"`
@@ -58,7 +60,7 @@ func main() {
 		if err == nil {
 			break
 		}
-		if !errors.Is(err, nats.ErrTimeout) && !errors.Is(err, nats.ErrNoStreamResponse) && !errors.Is(err, nats.ErrNoResponders) {
+		if !passes(err) {
 			log.Fatal(err)
 		}
 		time.Sleep(time.Second) // not confirmed: once more, with the same id
@@ -87,6 +89,16 @@ func main() {
 			os.Exit(1)
 		}
 	}
+}
+
+// passes says whether a publish may be repeated, with the same id: it was not confirmed, or not stored since others send
+// more than the stream takes in.
+func passes(err error) bool {
+	var refused *nats.APIError
+	if errors.As(err, &refused) {
+		return refused.ErrorCode == tooManyRequests
+	}
+	return errors.Is(err, nats.ErrTimeout) || errors.Is(err, nats.ErrNoStreamResponse) || errors.Is(err, nats.ErrNoResponders)
 }
 
 // inboxPrefix says where answers come back. With permissions each role has a place of its own.

@@ -1,0 +1,80 @@
+"""What each sandbox may ask of the services, so that one that asks without end takes no room and no time from others.
+
+The server hands on whatever a sandbox publishes, at any rate. So a request is judged by its subject before anything
+else is done with it: so many of a sandbox are in hand at once, and begun in a second. One beyond is refused, and
+where refusals would cost too much, dropped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from typing import Literal, TypeAlias
+
+import structlog
+
+log = structlog.get_logger()
+
+PER_S = 256
+"""Requests of one sandbox that are begun in a second, or fewer that cost more; the others wait for the next."""
+REFUSALS_PER_S = 64
+"""Requests of one sandbox that are answered with 429 in a second; beyond that nothing is said."""
+HELD_BYTES = 64 * 1024 * 1024
+"""Of all requests in hand."""
+
+Verdict: TypeAlias = Literal["taken", "busy", "full"]
+
+
+class Shares:
+    """The requests in hand of one connection; it ends with it. All times are those of the running loop."""
+
+    def __init__(self, of_one: int) -> None:
+        self._of_one = of_one
+        self._in_hand: Counter[str] = Counter()
+        self._held = 0
+        self._second = 0.0
+        """When the counts below end."""
+        self._begun: Counter[str] = Counter()
+        self._refused: Counter[str] = Counter()
+
+    def take(self, sandbox: str, size: int) -> Verdict:
+        """Whether a request of so many bytes may come in; one that is taken has to be given back."""
+        if self._in_hand[sandbox] >= self._of_one:
+            return "busy"
+        if self._held + size > HELD_BYTES:
+            return "full"
+        self._in_hand[sandbox] += 1
+        self._held += size
+        return "taken"
+
+    def give_back(self, sandbox: str, size: int) -> None:
+        """A request has its answer."""
+        self._held -= size
+        self._in_hand[sandbox] -= 1
+        if not self._in_hand[sandbox]:
+            del self._in_hand[sandbox]
+
+    def may_refuse(self, sandbox: str) -> bool:
+        """Whether this sandbox is still told that it asks too much; counts it."""
+        self._renew()
+        self._refused[sandbox] += 1
+        return self._refused[sandbox] <= REFUSALS_PER_S
+
+    async def turn(self, sandbox: str, cost: int = 1) -> None:
+        """Returns when the next request of a sandbox may begin."""
+        while True:
+            self._renew()
+            if self._begun[sandbox] < PER_S:
+                self._begun[sandbox] += cost
+                return
+            await asyncio.sleep(self._second - asyncio.get_running_loop().time())
+
+    def _renew(self) -> None:
+        now = asyncio.get_running_loop().time()
+        if now >= self._second:
+            for sandbox, count in self._refused.most_common(1):
+                if count > REFUSALS_PER_S:
+                    log.warning("service.flooded", sandbox=sandbox, refused=count)
+            self._second = now + 1
+            self._begun.clear()
+            self._refused.clear()
