@@ -26,8 +26,8 @@ from adapter.outbound.split import MAX_BYTES, is_open, split, to_plain
 
 _PEER = re.compile(r"[!-~]{0,128}")
 """A bot's or user's id: it becomes part of a subject."""
-_VALUE = re.compile(r"""value (['"]).*\1(?= - at |$)""", re.DOTALL)
-"""What msgspec quotes of a text that it does not take."""
+_VALUE = re.compile(r"""value ['"]""")
+"""Behind it msgspec quotes a text that it does not take, to the end or to the path in backquotes."""
 ID_CHARS = 128
 """Characters of a command's id (contract.CommandId)."""
 MAX_NAME = 128
@@ -321,4 +321,8 @@ def merge(group: Sequence[Command]) -> Command:
 
 def _harmless(exc: Exception) -> str:
     """The decoder's words without any of the text: types and paths, no values."""
-    return _VALUE.sub("value", str(exc))[:200]
+    said = str(exc)
+    if value := _VALUE.search(said):
+        path = f" - at {said.rpartition(' - at ')[2]}" if said.endswith("`") else ""
+        said = f"{said[: value.start()]}value{path}"
+    return said[:200]
