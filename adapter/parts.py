@@ -44,6 +44,7 @@ from adapter.outbound.receipts import Receipts
 from adapter.outbound.router import Router
 from adapter.outbound.sending import Sending
 from adapter.outbound.settling import Outgoing
+from adapter.outbound.text_worker import TextWorker
 from adapter.outbound.typing_indicator import Showing
 from adapter.outbound.uploads import Uploads
 from adapter.outbound.window_events import WindowEvents
@@ -109,6 +110,7 @@ class Parts:
         self.rules = _rules(settings)
         self.limits = _limits(settings)
         self.sealer = Sealer(settings.token_key)
+        self.texts = TextWorker()
         self.uploads = Uploads(connections.cdn, connections.objects, clock, max_bytes=settings.media_max_bytes)
         self.binding_bucket = connections.bucket(names.bindings)
         self.bindings = Bindings(self.binding_bucket, self._owns, self.sealer.same)
@@ -257,6 +259,7 @@ class Parts:
                 note=self.recall.note,
             ),
             uploads=self.uploads,
+            texts=self.texts,
             bus=self.connections.bus,
             history=self.connections.history,
             bindings=self.bindings,

@@ -25,6 +25,7 @@ from adapter.ilink import cipher, protocol, urls
 from adapter.jetstream import client
 from adapter.logins import registry
 from adapter.outbound import commands
+from adapter.outbound import split as split_rules
 from adapter.outbound.commands import Limits
 from adapter.outbound.split import is_open, split, to_plain
 from tests.hostile import TEXTS
@@ -64,6 +65,10 @@ def name(text: str) -> None:
 RULES: dict[str, Callable[[str], object]] = {
     "Markdown as plain text": to_plain,
     "a text in parts": lambda text: split(text.encode("utf-8", "replace").decode(), 4000),
+    "whether Markdown is read at once": lambda text: (
+        split_rules._NAME.search(text),
+        split_rules._STOP.findall(text),
+    ),
     "an open fence": is_open,
     "the name of a file": commands._clean,
     "a command that is none": unreadable,
@@ -110,7 +115,7 @@ TRIED = {
     "mending.py": 3,
     "names.py": 3,
     "outbound/commands.py": 3,
-    "outbound/split.py": 6,
+    "outbound/split.py": 8,
 }
 """Regular expressions by file of `adapter/`, which RULES try."""
 OPERATORS = {"cli/options.py": 1, "cli/send.py": 1, "embedded.py": 2, "environment.py": 3, "settings.py": 2}

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import msgspec
+from msgspec.structs import replace
 
 from adapter.contract import (
     CommandId,
@@ -22,7 +23,8 @@ from adapter.contract import (
 from adapter.errors import UNDECODABLE, Refused, Unreadable
 from adapter.mending import without_halves
 from adapter.names import check_sandbox, is_sandbox
-from adapter.outbound.split import MAX_BYTES, is_open, split, to_plain
+from adapter.outbound import split
+from adapter.outbound.split import MAX_BYTES, is_open
 
 _PEER = re.compile(r"[!-~]{0,128}")
 """A bot's or user's id: it becomes part of a subject."""
@@ -158,7 +160,7 @@ def _misaddressed(data: bytes) -> Outbound | None:
         body = msgspec.json.decode(msgspec.json.encode(fields), type=Outbound)
     except (*UNDECODABLE, KeyError):
         return None
-    return msgspec.structs.replace(body, sandbox=sandbox)
+    return replace(body, sandbox=sandbox)
 
 
 def remains(data: bytes, limits: Limits) -> Outbound:
@@ -197,12 +199,47 @@ def since_ms(since: str, time_ms: int) -> int:
     return min(time_ms, int(since)) if since.isascii() and since.isdecimal() and len(since) < 16 else time_ms
 
 
+def is_quick(body: Outbound, limits: Limits) -> bool:
+    """Whether its plain texts are read in a few milliseconds (split.is_quick), or not at all."""
+    return _is_longer(body, limits) or split.is_quick("\n".join(texts_of(body)))
+
+
+def texts_of(body: Outbound) -> list[str]:
+    """Its text, or the texts and captions of its items."""
+    items = body.items or [OutText(text=body.text or "")]
+    return [item.text if isinstance(item, OutText) else item.caption for item in items]
+
+
+def shown(body: Outbound, texts: Sequence[str]) -> Outbound:
+    """The same command, which says `texts` (as `texts_of` names them) as they are."""
+    if body.items is None:
+        return replace(body, text=texts[0] if body.text is not None else None, format="markdown")
+    items = [
+        replace(item, text=text) if isinstance(item, OutText) else replace(item, caption=text)
+        for item, text in zip(body.items, texts, strict=True)
+    ]
+    return replace(body, items=items, format="markdown")
+
+
+def rendered(body: Outbound, limits: Limits) -> Outbound:
+    """A command with plain texts as one that says what they say. Raises Refused("too_long")."""
+    if _is_longer(body, limits):  # known before anything is read: reading Markdown takes its time
+        raise _too_long(limits)
+    return shown(body, [split.to_plain(text) for text in texts_of(body)])
+
+
+def _is_longer(body: Outbound, limits: Limits) -> bool:
+    """Whether its texts are longer than what could be sent of them, Markdown's marks included."""
+    return sum(map(len, texts_of(body))) > limits.parts * limits.text_chars * 2
+
+
 def read_command(
     body: Outbound, *, sandbox: str, ident: str, time_ms: int, limits: Limits, since: str = ""
 ) -> Command:
     """The command, addressed to `sandbox` by its subject, and stored at `time_ms`. `since`: the header of a copy.
 
-    Raises Refused("invalid"), Refused("too_long").
+    Plain texts are read as Markdown here, unless they were before (`rendered`). Raises Refused("invalid"),
+    Refused("too_long").
     """
     check_sandbox(sandbox)
     if body.sandbox is not None and body.sandbox != sandbox:
@@ -235,29 +272,29 @@ def read_command(
 def _parts(body: Outbound, sandbox: str, limits: Limits) -> list[str | MediaPart]:
     """Raises Refused("invalid"), Refused("too_long")."""
     parts: list[str | MediaPart] = []
-    chars = sum(len(item.text if isinstance(item, OutText) else item.caption) for item in body.items or ())
-    if chars > limits.parts * limits.text_chars * 2:
+    if body.format == "plain":
+        body = rendered(body, limits)
+    elif body.items and _is_longer(body, limits):
         raise _too_long(limits)
     for item in body.items or [OutText(text=body.text or "")]:
         if isinstance(item, OutText):
-            parts += _texts(item.text, body.format, limits)
+            parts += _texts(item.text, limits)
         else:
             if item.caption.strip():
-                parts += _texts(item.caption, body.format, limits)
+                parts += _texts(item.caption, limits)
             parts.append(_media(item, sandbox))
         if sum(isinstance(part, str) for part in parts) > limits.parts:
             raise _too_long(limits)
     return parts
 
 
-def _texts(text: str, form: Literal["markdown", "plain"], limits: Limits) -> list[str]:
+def _texts(text: str, limits: Limits) -> list[str]:
     """One text, cut. Raises Refused("invalid"), Refused("too_long")."""
-    if len(text) > limits.parts * limits.text_chars * (2 if form == "plain" else 1):
-        raise _too_long(limits)  # known before anything is read: reading Markdown takes its time
-    shown = to_plain(text) if form == "plain" else text
-    if not shown.strip():
+    if len(text) > limits.parts * limits.text_chars:
+        raise _too_long(limits)
+    if not text.strip():
         raise Refused("invalid", "The text is empty.")
-    return split(shown, limits.text_chars)
+    return split.split(text, limits.text_chars)
 
 
 def _too_long(limits: Limits) -> Refused:

@@ -17,13 +17,15 @@ from adapter.records import Binding, Hand
 class Item:
     """A command in a lane."""
 
-    __slots__ = ("command", "data", "delivery", "headers", "parked_ms", "parked_seq", "suspect")
+    __slots__ = ("command", "data", "delivery", "headers", "parked_ms", "parked_seq", "said", "suspect")
 
     def __init__(self, command: Command, data: bytes, headers: dict[str, str], *, suspect: bool) -> None:
         self.command = command
         self.data = data
         self.headers = headers
         self.delivery: Delivery | None = None
+        self.said: contract.Outbound | None = None
+        """Its body as it is parked, where that is not as it came: what Markdown said needs no second reading."""
         self.parked_seq = 0
         """Its sequence in WECHAT_PARKED, if it comes from there."""
         self.parked_ms = 0

@@ -10,6 +10,7 @@ import asyncio
 from collections.abc import Sequence
 from functools import partial
 
+import msgspec
 import structlog
 
 from adapter import contract, window
@@ -442,7 +443,9 @@ class LaneWork(Settling):
         }
         subject = self._needs.names.parked(self.number, peer_key(lane.bot, lane.user))
         try:
-            ack = await self._needs.bus.publish(Message("parked", subject, item.data, headers, self._check))
+            ack = await self._needs.bus.publish(
+                Message("parked", subject, self._parked_data(item), headers, self._check)
+            )
         except BusRefused as exc:
             await self._end_in(lane, item, Ending("refused", "backlog", f"It could not be parked: {exc.detail}"))
             return
@@ -453,6 +456,10 @@ class LaneWork(Settling):
             home.park(parked)
         self._start(home)
         self._settle(item)
+
+    def _parked_data(self, item: Item) -> bytes:
+        data = item.data if item.said is None else msgspec.json.encode(item.said)
+        return data if len(data) <= self._needs.limits.command_bytes else item.data
 
     async def _drop_repeat(self, lane: Lane, item: Item) -> bool:
         """Whether a command was sent before, by another message: that one's receipt is all that is told then,

@@ -27,7 +27,7 @@ from adapter.outbound.receipts import Receipts
 from adapter.outbound.sending import MAX_RESENDS, Sending
 from adapter.outbound.typing_indicator import Showing
 from adapter.outbound.uploads import Uploads
-from adapter.ports import Account, Bus, History
+from adapter.ports import Account, Bus, History, TextReader
 from adapter.records import Binding, Context, Hand
 from adapter.replicas.leases import Leases
 from adapter.tasks import Tasks
@@ -48,6 +48,7 @@ class Outgoing(NamedTuple):
 
     sending: Sending
     uploads: Uploads
+    texts: TextReader
     bus: Bus
     history: History
     bindings: Bindings

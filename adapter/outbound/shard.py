@@ -18,7 +18,19 @@ from adapter import contract
 from adapter.errors import AdapterError, Refused, Temporary, Unreadable
 from adapter.names import H_COMMAND, H_MSG_ID, H_SINCE_MS, UNROUTED, peer_of
 from adapter.outbound.backlog import PAGE, Backlog
-from adapter.outbound.commands import Command, command_id, peek, read_command, remains, since_ms, stand_in
+from adapter.outbound.commands import (
+    Command,
+    command_id,
+    is_quick,
+    peek,
+    read_command,
+    remains,
+    rendered,
+    shown,
+    since_ms,
+    stand_in,
+    texts_of,
+)
 from adapter.outbound.endings import Ending, in_doubt
 from adapter.outbound.lane import Item, parked_at
 from adapter.outbound.lanework import LaneWork
@@ -50,6 +62,8 @@ class Shard(LaneWork):
         self._backlog = Backlog()
         self._reading: set[str] = set()
         """Subjects of which commands are being read back."""
+        self._unread: dict[str, dict[int, Delivery]] = {}
+        """Taken in hand, and read one after the other: by subject and sequence, in order."""
 
     async def load(self) -> None:
         """Finds what is parked; again after each reset of the consumer. Raises Temporary.
@@ -105,6 +119,9 @@ class Shard(LaneWork):
             return
         if item := self._in_hand.get(delivery.seq):
             item.delivery = delivery
+            return
+        if delivery.seq in (unread := self._unread.get(delivery.subject, {})):
+            unread[delivery.seq] = delivery
             return
         if self._backlog.came_again(delivery):
             return
@@ -164,11 +181,26 @@ class Shard(LaneWork):
         await asyncio.sleep(3 * (clock.monotonic() - started))
 
     def _accept(self, delivery: Delivery) -> None:
+        """Reads a command, behind those of its sandbox that are being read."""
+        if delivery.subject in self._unread:
+            self._read_later(delivery)
+        else:
+            self._take_up(delivery)
+
+    def _take_up(self, delivery: Delivery, said: contract.Outbound | Refused | None = None) -> None:
+        """`said`: the body with what its Markdown says, or why nobody can tell; None: that was not read yet."""
         body = contract.Outbound()
         try:
             body = peek(delivery.data, self._needs.limits)
+            if isinstance(said, Refused):
+                raise said
+            if body.format == "plain" and said is None:
+                if not is_quick(body, self._needs.limits):
+                    self._read_later(delivery)
+                    return
+                said = rendered(body, self._needs.limits)
             command = read_command(
-                body,
+                said or body,
                 sandbox=delivery.subject.rpartition(".")[2],
                 ident=_ident(delivery, body.id),
                 time_ms=delivery.time_ms,
@@ -183,16 +215,57 @@ class Shard(LaneWork):
             ending = Ending("dead_lettered" if dead else "refused", exc.reason, exc.detail)
             self._tasks.spawn(self._end_surely(item, ending))
             return
-        self._place(self._take(command, delivery))
+        self._place(self._take(command, delivery, said))
+
+    # what takes its time ----------------------------------------------------------------------------
+
+    def _read_later(self, delivery: Delivery) -> None:
+        """Reads a command behind those of its sandbox that are being read; others do not wait for it."""
+        if delivery.subject in self._unread:
+            self._unread[delivery.subject][delivery.seq] = delivery
+            return
+        self._unread[delivery.subject] = {delivery.seq: delivery}
+        self._tasks.spawn(self._read_in_order(delivery.subject))
+
+    async def _read_in_order(self, subject: str) -> None:
+        """Raises Draining."""
+        unread = self._unread[subject]
+        while unread and not self._drain.is_set():
+            seq = next(iter(unread))
+            try:
+                await self._read_next(unread, seq)
+            except Temporary as exc:
+                log.warning("command.waits", shard=self.number, reason=exc.reason)
+                await self._pause(0.5)
+            except Exception:  # a bug: the message stays, unsettled, and the others go on
+                log.exception("delivery.crashed", shard=self.number, sequence=seq)
+                self._backlog.settle(seq)
+                unread.pop(seq, None)
+        del self._unread[subject]
+
+    async def _read_next(self, unread: dict[int, Delivery], seq: int) -> None:
+        """Raises Temporary, as long as the command is not read."""
+        said: contract.Outbound | Refused | None = None
+        with contextlib.suppress(Unreadable):  # which is told below
+            body = peek(unread[seq].data, self._needs.limits)
+            if body.format == "plain" and not is_quick(body, self._needs.limits):
+                try:
+                    said = shown(body, await self._needs.texts.render(texts_of(body)))
+                except Refused as exc:
+                    said = exc
+        self._take_up(unread.pop(seq), said)
+
+    # ------------------------------------------------------------------------------------------------
 
     def _settle(self, item: Item) -> None:
         super()._settle(item)
         if item.delivery is not None and (subject := self._backlog.settle(item.delivery.seq)):
             self._read_back(subject)
 
-    def _take(self, command: Command, delivery: Delivery) -> Item:
+    def _take(self, command: Command, delivery: Delivery, said: contract.Outbound | None = None) -> Item:
         item = Item(command, delivery.data, delivery.headers, suspect=delivery.suspect)
         item.delivery = delivery
+        item.said = said
         self._in_hand[delivery.seq] = item
         return item
 
@@ -353,10 +426,12 @@ class Shard(LaneWork):
         for lane in self._lanes:
             if lane.parked:
                 parked[lane.reason or "backlog"] += len(lane.parked)
+        unread = [delivery for unread in self._unread.values() for delivery in unread.values()]
         stored_ms = [item.command.stored_ms for item in self._in_hand.values()]
+        stored_ms += [delivery.time_ms for delivery in unread]
         if (left_ms := self._backlog.oldest_ms()) is not None:
             stored_ms.append(left_ms)
-        return len(self._in_hand) + self._backlog.waiting, min(stored_ms, default=None)
+        return len(self._in_hand) + len(unread) + self._backlog.waiting, min(stored_ms, default=None)
 
 
 def _is_perhaps_anothers(item: Item, binding: Binding) -> bool:

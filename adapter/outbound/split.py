@@ -113,6 +113,23 @@ _GROWTH = 8
 """By how much a text may grow: an address is repeated wherever its name stands."""
 
 
+_STOP = re.compile(r"[\n!#$%&*+\-:<=>@\[\]\\^_`{}~]")
+"""Where the parser stops to look."""
+_NAME = re.compile(r"(?://|mailto:)[^\s/:]*[^\x00-\x7F]", re.IGNORECASE)
+"""A host that is no ASCII: it is encoded, which takes the square of its length."""
+_QUICK_CHARS, _QUICK_STOPS, _QUICK_CELLS = 8000, 600, 1000
+
+
+def is_quick(text: str) -> bool:
+    """Whether `to_plain` takes a few milliseconds, twenty at the worst: as most answers of agents do."""
+    return (
+        len(text) <= _QUICK_CHARS
+        and len(_STOP.findall(text)) <= _QUICK_STOPS
+        and _cells(text) <= _QUICK_CELLS
+        and not _NAME.search(text)
+    )
+
+
 def to_plain(text: str) -> str:
     """Markdown as plain text: what a reader would see, without the marks; links keep their address.
 

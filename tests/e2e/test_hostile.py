@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
+import msgspec
 import pytest
 from nats.aio.client import Client
 
@@ -157,3 +158,30 @@ async def test_a_flood_keeps_its_order_and_its_receipts_whatever_breaks(tmp_path
         await nc.close()
     assert result.faults() == []
     assert result.outcomes == {"accepted": 601}
+
+
+MEAN = {
+    "tabs": "a" + "\t" * 79_990 + "a",
+    "quotes": ">" * 19 + "a\n" + "b\n" * 39_990,
+    "fewer-tabs": "a" + "\t" * 39_990 + "a",
+    "brackets": "[" * 99 + "-+" * 39_900,
+    "table": "|a" * 100 + "\n" + "|-" * 100 + "\n" + "a\n" * 39_000,
+}
+LOST = ("lease.paused", "lease.revoked", "claim.lost")
+
+
+async def test_a_text_that_takes_long_to_read_holds_up_nobody(tmp_path: Path) -> None:
+    """Some were read for minutes, by one replica after the other: the lease had run out meanwhile."""
+    async with world(tmp_path, quota=0) as made:
+        adapter = await made.add_adapter()
+        nc = await both(made)
+        made.say(BAD, "hello")
+        for name, text in MEAN.items():
+            body = msgspec.json.encode({"text": text, "format": "plain", "id": name})
+            await nc.jetstream().publish(NAMES.out(BAD), body)
+        await is_served(made, nc, "meanwhile")
+        await is_told(made, nc, set(MEAN), FINAL_OUTCOMES)
+        assert [adapter.said(event) for event in LOST] == [0, 0, 0]
+        await made.command(nc, BAD, "after all")
+        await until(lambda: "answer after all" in made.phone_texts(BAD), "the bad one goes on")
+        await nc.close()

@@ -39,6 +39,7 @@ from tests.fakes.clock import FakeClock
 from tests.fakes.ilink import FakeChat
 from tests.fakes.media import FakeCdn, FakeObjects
 from tests.fakes.replicas import FakeLeases
+from tests.fakes.texts import FakeTexts
 
 LIMITS = Limits(command_bytes=262_144, text_chars=4000, parts=10, park_ms=72 * 3_600_000)
 RULES = window.Rules(sends=10, hours=23.0, cooldown_s=3600.0)
@@ -68,6 +69,7 @@ class Bench:
         self.typing: FakeBucket = world.typing if world else FakeBucket("typing", self.bus.writes)
         self.cdn: FakeCdn = world.cdn if world else FakeCdn()
         self.objects: FakeObjects = world.objects if world else FakeObjects(self.bus.writes)
+        self.texts = FakeTexts()
         self.uploads = Uploads(self.cdn, self.objects, self.clock, max_bytes=MEDIA_BYTES)
         self.opened: dict[int, Downloads] = {}
         """By shard: what waits for media. A shard that has none counts as not this replica's."""
@@ -226,6 +228,7 @@ class Bench:
         outgoing = Outgoing(
             sending=self.sending(),
             uploads=self.uploads,
+            texts=self.texts,
             bus=self.bus,
             history=self.bus,
             bindings=self.bindings,

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adapter.outbound.split import MAX_BYTES, split, to_plain
+from adapter.outbound.split import MAX_BYTES, is_quick, split, to_plain
+from tests.hostile import TEXTS, repeated
 
 FENCED = "```py\n" + "\n".join(f"    line({number})" for number in range(12)) + "\n```"
 
@@ -273,3 +274,30 @@ def test_what_people_write_is_read() -> None:
     plain = to_plain("\n".join(steps) + "\n\n" + table)
     assert "300. step 300: x = 300\n  - see docs (https://e.x/300)" in plain
     assert "**" not in plain
+
+
+SHAPES = {**TEXTS, "an answer": repeated("Some **words** and `code`, see [here](https://e.x/a).\n- one\n- two\n\n")}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_what_is_read_at_once_takes_few_steps(shape: str) -> None:
+    """Whatever it holds: all others wait meanwhile. The longest of each kind that counts as quick."""
+    make = SHAPES[shape]
+    text = next((text for size in (8000, 4000, 2000, 1000, 500, 200, 50) if is_quick(text := make(size))), "")
+    calls = 0
+
+    def count(*_: object) -> None:
+        nonlocal calls
+        calls += 1
+
+    sys.setprofile(count)
+    try:
+        to_plain(text)
+    finally:
+        sys.setprofile(None)
+    assert calls < 400_000
+
+
+def test_an_answer_of_an_agent_is_read_at_once() -> None:
+    assert is_quick(SHAPES["an answer"](2000))
+    assert not is_quick("a\t" * 40_000)
