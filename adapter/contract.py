@@ -245,7 +245,8 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         str,
         Meta(
             description="invalid, not_bound, ambiguous_bot, window_closed, quota, throttled, needs_login, too_long,"
-            " expired, rejected, unreadable, too_large, unreachable, backlog, media, typing; empty when accepted."
+            " expired, rejected, unreadable, too_large, unreachable, crashed, backlog, media, typing; empty when"
+            " accepted."
         ),
     ] = ""
     detail: Annotated[str, Meta(description="One sentence for people.")] = ""

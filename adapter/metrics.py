@@ -33,7 +33,7 @@ REFUSED = (
     "media",
     "typing",
 )
-DEAD = ("unreadable", "too_large", "unreachable")
+DEAD = ("unreadable", "too_large", "unreachable", "crashed")
 STATES = ("starting", "polling", "throttled", "paused", "needs_login", "error", "draining")
 PARKED = ("window_closed", "quota", "throttled", "needs_login", "backlog")
 KINDS = ("text", "media", "typing", "unreadable")

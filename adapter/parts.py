@@ -260,6 +260,7 @@ class Parts:
             ),
             uploads=self.uploads,
             texts=self.texts,
+            claims=self.connections.bucket(self.names.claims),
             bus=self.connections.bus,
             history=self.connections.history,
             bindings=self.bindings,

@@ -1,5 +1,5 @@
 /* Messages of the bus, generated from the JSON Schemas here by `make generate`; do not edit.
-   Of: b0a706d810cdab7b719ceeeedacd294c77c52cac8485cd0c6655392319630e75 */
+   Of: 7a66a8d426884d316b8db031d625fd43181c5e90cae9919ed5b3da439175109a */
 
 /**
  * How a binding behaves.
@@ -642,7 +642,7 @@ export interface Receipt {
    */
   outcome: "accepted" | "accepted_unconfirmed" | "dead_lettered" | "parked" | "refused" | "uncertain";
   /**
-   * invalid, not_bound, ambiguous_bot, window_closed, quota, throttled, needs_login, too_long, expired, rejected, unreadable, too_large, unreachable, backlog, media, typing; empty when accepted.
+   * invalid, not_bound, ambiguous_bot, window_closed, quota, throttled, needs_login, too_long, expired, rejected, unreadable, too_large, unreachable, crashed, backlog, media, typing; empty when accepted.
    */
   reason?: string;
   /**

@@ -27,7 +27,7 @@ from adapter.outbound.receipts import Receipts
 from adapter.outbound.sending import MAX_RESENDS, Sending
 from adapter.outbound.typing_indicator import Showing
 from adapter.outbound.uploads import Uploads
-from adapter.ports import Account, Bus, History, TextReader
+from adapter.ports import Account, Bucket, Bus, History, TextReader
 from adapter.records import Binding, Context, Hand
 from adapter.replicas.leases import Leases
 from adapter.tasks import Tasks
@@ -49,6 +49,8 @@ class Outgoing(NamedTuple):
     sending: Sending
     uploads: Uploads
     texts: TextReader
+    claims: Bucket
+    """Where it is noted what an owner is reading, see Trials."""
     bus: Bus
     history: History
     bindings: Bindings

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 import structlog
 
 from adapter import contract
-from adapter.errors import AdapterError, Refused, Temporary, Unreadable
+from adapter.errors import AdapterError, LeaseLost, Refused, Temporary, Unreadable
 from adapter.names import H_COMMAND, H_MSG_ID, H_SINCE_MS, UNROUTED, peer_of
 from adapter.outbound.backlog import PAGE, Backlog
 from adapter.outbound.commands import (
@@ -36,6 +36,7 @@ from adapter.outbound.lane import Item, parked_at
 from adapter.outbound.lanework import LaneWork
 from adapter.outbound.parked import item_of
 from adapter.outbound.settling import GONE_S, Outgoing
+from adapter.outbound.trials import OWNERS, Trials
 from adapter.ports import Delivery
 from adapter.records import Binding, Hand
 
@@ -64,6 +65,12 @@ class Shard(LaneWork):
         """Subjects of which commands are being read back."""
         self._unread: dict[str, dict[int, Delivery]] = {}
         """Taken in hand, and read one after the other: by subject and sequence, in order."""
+        self._trials = Trials(needs.claims, number)
+        self._trying = asyncio.Lock()
+        self._untried: set[int] = set()
+        """Sequences of what waits for its trial."""
+        self._is_inherited = False
+        """The owner before died, perhaps of a command that was delivered to it."""
 
     async def load(self) -> None:
         """Finds what is parked; again after each reset of the consumer. Raises Temporary.
@@ -75,6 +82,7 @@ class Shard(LaneWork):
             for binding in self._needs.bindings.of_shard(self.number):
                 self._sending.contexts.forget(binding.bot)  # it is of an earlier time, when the shard was ours, too
             self.typing.open()
+            self._is_inherited = self.number in self._needs.leases.inherited
             self._loaded = True
         found: set[int] = set()
         try:
@@ -182,7 +190,7 @@ class Shard(LaneWork):
 
     def _accept(self, delivery: Delivery) -> None:
         """Reads a command, behind those of its sandbox that are being read."""
-        if delivery.subject in self._unread:
+        if delivery.subject in self._unread or (self._is_inherited and delivery.suspect):
             self._read_later(delivery)
         else:
             self._take_up(delivery)
@@ -221,6 +229,8 @@ class Shard(LaneWork):
 
     def _read_later(self, delivery: Delivery) -> None:
         """Reads a command behind those of its sandbox that are being read; others do not wait for it."""
+        if self._is_inherited and delivery.suspect:
+            self._untried.add(delivery.seq)
         if delivery.subject in self._unread:
             self._unread[delivery.subject][delivery.seq] = delivery
             return
@@ -233,15 +243,34 @@ class Shard(LaneWork):
         while unread and not self._drain.is_set():
             seq = next(iter(unread))
             try:
-                await self._read_next(unread, seq)
-            except Temporary as exc:
+                await (self._try(unread, seq) if seq in self._untried else self._read_next(unread, seq))
+            except (Temporary, LeaseLost) as exc:
                 log.warning("command.waits", shard=self.number, reason=exc.reason)
                 await self._pause(0.5)
             except Exception:  # a bug: the message stays, unsettled, and the others go on
                 log.exception("delivery.crashed", shard=self.number, sequence=seq)
                 self._backlog.settle(seq)
+                self._untried.discard(seq)
                 unread.pop(seq, None)
         del self._unread[subject]
+
+    async def _try(self, unread: dict[int, Delivery], seq: int) -> None:
+        """Reads a command that the owner before may have died of. Raises Temporary, LeaseLost, Draining."""
+        async with self._trying:
+            self._check()
+            if await self._trials.begin(unread[seq]):
+                await self._read_next(unread, seq)
+            else:
+                await self._bury(unread, seq)
+            self._untried.discard(seq)
+            while not self._untried:
+                try:
+                    self._check()
+                    await self._trials.end()
+                    return
+                except (Temporary, LeaseLost) as exc:
+                    log.warning("command.waits", shard=self.number, reason=exc.reason)
+                    await self._pause(0.5)
 
     async def _read_next(self, unread: dict[int, Delivery], seq: int) -> None:
         """Raises Temporary, as long as the command is not read."""
@@ -254,6 +283,15 @@ class Shard(LaneWork):
                 except Refused as exc:
                     said = exc
         self._take_up(unread.pop(seq), said)
+
+    async def _bury(self, unread: dict[int, Delivery], seq: int) -> None:
+        """Ends a command that nobody can read; also its id is looked for elsewhere. Raises Temporary."""
+        ident = await self._needs.texts.find_id(unread[seq].data)
+        delivery = unread.pop(seq)
+        log.error("command.buried", shard=self.number, sequence=seq, owners=OWNERS)
+        item = self._take(_nameless(delivery, ident or None), delivery)
+        detail = f"Whoever read it ended before it was read, {OWNERS} times in a row."
+        self._tasks.spawn(self._end_surely(item, Ending("dead_lettered", "crashed", detail)))
 
     # ------------------------------------------------------------------------------------------------
 

@@ -69,6 +69,7 @@ class Bench:
         self.typing: FakeBucket = world.typing if world else FakeBucket("typing", self.bus.writes)
         self.cdn: FakeCdn = world.cdn if world else FakeCdn()
         self.objects: FakeObjects = world.objects if world else FakeObjects(self.bus.writes)
+        self.claims_bucket: FakeBucket = world.claims_bucket if world else FakeBucket("claim", self.bus.writes)
         self.texts = FakeTexts()
         self.uploads = Uploads(self.cdn, self.objects, self.clock, max_bytes=MEDIA_BYTES)
         self.opened: dict[int, Downloads] = {}
@@ -229,6 +230,7 @@ class Bench:
             sending=self.sending(),
             uploads=self.uploads,
             texts=self.texts,
+            claims=self.claims_bucket,
             bus=self.bus,
             history=self.bus,
             bindings=self.bindings,

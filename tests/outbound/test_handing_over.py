@@ -162,6 +162,7 @@ class World(NamedTuple):
     bindings_bucket: FakeBucket
     quotes: FakeBucket
     typing: FakeBucket
+    claims_bucket: FakeBucket
     cdn: FakeCdn
     objects: FakeObjects
     numbers: Iterator[int]
@@ -178,6 +179,7 @@ def mortal(world: Bench, number: int, life: Life) -> Bench:
         bindings_bucket=world.bindings_bucket,
         quotes=world.quotes,
         typing=world.typing,
+        claims_bucket=world.claims_bucket,
         cdn=world.cdn,
         objects=world.objects,
         numbers=world.numbers,
