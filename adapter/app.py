@@ -65,6 +65,7 @@ async def run_parts(parts: Parts, stop: asyncio.Event, on_ready: Callable[[], No
                 for task in background:
                     task.cancel()
                 parts.routing.cancel()
+                await parts.texts.close()
                 await parts.connections.close()
     log.info("adapter.stopped", instance=parts.instance)
 

@@ -46,7 +46,8 @@ _SECRET_TEXT = tuple(
             r"(?:\\*\"(?:\\.|[^\"\\])*\"?|'(?:\\.|[^'\\])*'?)",
             rf"\1{HIDDEN}",
         ),
-        (r"\b(https?://[^\s?\"'<>]+)\?[^\s\"'<>]+", rf"\1?{HIDDEN}"),
+        # also one without a query: else each that begins within it would be read to its end
+        (r"\b(https?://[^\s?\"'<>]+)(?:\?[^\s\"'<>]+)?", lambda m: m[1] + (f"?{HIDDEN}" if m[0] != m[1] else "")),
         (r"//[^\s/@\"']+@", f"//{HIDDEN}@"),
         (r"\bS[ACNOUX][A-Z2-7]{56}\b", HIDDEN),
         (r"\beyJ[0-9a-z_-]{10,}(?:\.[0-9a-z_-]+)*", HIDDEN),

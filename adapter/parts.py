@@ -48,6 +48,7 @@ from adapter.outbound.processor import OutboundDeps
 from adapter.outbound.receipts import Receipts
 from adapter.outbound.router import Router
 from adapter.outbound.sessions import BotSessions, Pollers
+from adapter.outbound.text_worker import TextWorker
 from adapter.outbound.typing_indicator import TypingDeps
 from adapter.probes import Health
 from adapter.records import Binding
@@ -110,6 +111,7 @@ class Parts:
         self.policy = _policy(settings)
         self.limits = _limits(settings)
         self.sealer = Sealer(settings.token_key)
+        self.texts = TextWorker()
         self.uploads = Uploads(connections.cdn, connections.objects, clock, max_bytes=settings.media_max_bytes)
         self.binding_bucket = connections.bucket(names.bindings)
         self.bindings = Bindings(self.binding_bucket, self._owns, self.sealer.same)
@@ -256,6 +258,8 @@ class Parts:
                 metrics=self.metrics,
                 turns=self.turns,
             ),
+            texts=self.texts,
+            claims=connections.bucket(self.names.claims),
             bindings=self.bindings,
             leases=self.leases,
             receipts=self.receipts,

@@ -192,7 +192,9 @@ def _operator_publishes(names: Names) -> tuple[str, ...]:
         *_api(*(f"CONSUMER.CREATE.{stream}{rest}" for stream in readable for rest in ("", ".>"))),
         *_api(*(f"DIRECT.GET.{stream}{rest}" for stream in readable for rest in ("", ".>"))),
         *_api(*(f"STREAM.MSG.GET.{stream}" for stream in readable)),
-        *_api(f"STREAM.MSG.DELETE.{names.stream_dead}", f"STREAM.PURGE.{media}"),
+        *_api(f"DIRECT.GET.{names.stream_out}"),  # of a work queue there may be no other consumer
+        *_api(*(f"STREAM.MSG.DELETE.{stream}" for stream in (names.stream_dead, names.stream_out))),
+        *_api(f"STREAM.PURGE.{media}"),
         *(f"$JS.FC.{stream}.>" for stream in readable),
         f"$O.{names.media}.>",
         USER_INFO,

@@ -430,6 +430,19 @@ class LeaderBucket(Protocol):
         """All that is there, marks of deletions too. Raises Temporary."""
 
 
+# Texts ----------------------------------------------------------------------------------------------
+
+
+class TextReader(Protocol):
+    """Reads what would hold up all others, first come, first served."""
+
+    async def render(self, texts: Sequence[str]) -> list[str]:
+        """Markdown as plain text (split.to_plain). Raises Refused("too_long") for what takes too long, Temporary."""
+
+    async def find_id(self, body: bytes) -> str:
+        """The id that the body of a command names; "": it names none, or cannot be read. Raises Temporary."""
+
+
 # The bus: objects -----------------------------------------------------------------------------------
 
 

@@ -142,6 +142,18 @@ class Claim(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     owner: str = ""
 
 
+class Reading(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Bucket `claims`, key: `reading.` and the shard. The command that the shard's owner is reading, noted by owners
+    whose predecessor died, of commands that were delivered to it."""
+
+    seq: int = 0
+    """Of WECHAT_OUT; 0: none."""
+    time_ms: int = 0
+    """When it was stored: sequences of a stream that was made anew may be the same."""
+    owners: int = 0
+    """How many have begun to read it."""
+
+
 class Member(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Bucket `members`, key: the incarnation. Renewed as long as it lives."""
 

@@ -14,7 +14,7 @@ import structlog
 from cyclopts import App, CycloptsError
 
 from adapter import __version__
-from adapter.cli import backup, bindings, dead, demo, doctor, login, output, permissions, run, send, tail
+from adapter.cli import backup, bindings, dead, demo, doctor, login, output, permissions, queued, run, send, tail
 from adapter.cli.exits import EXIT_CODES, INTERRUPTED, NO, OK, USAGE, Failed
 from adapter.embedded import EmbeddedFailed
 from adapter.errors import AdapterError, SettingsError
@@ -49,6 +49,7 @@ def build() -> App:
     app.command(bindings.bindings)
     app.command(send.send)
     app.command(tail.tail)
+    app.command(queued.app)
     app.command(dead.app)
     app.command(doctor.doctor)
     app.command(backup.backup)

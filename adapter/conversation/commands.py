@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import re
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import msgspec
+from msgspec.structs import replace
 
 from adapter.contract import (
     CommandId,
@@ -19,15 +20,15 @@ from adapter.contract import (
     OutVideo,
     OutVoice,
 )
-from adapter.conversation.split import split, to_plain
+from adapter.conversation import split
 from adapter.errors import UNDECODABLE, Refused, Unreadable
 from adapter.mending import without_halves
 from adapter.names import H_SEQUENCE, H_SINCE_MS, check_sandbox, is_sandbox
 
 _PEER = re.compile(r"[!-~]{0,128}")
 """A bot's or user's id: it becomes part of a subject."""
-_VALUE = re.compile(r"""value (['"]).*\1(?= - at |$)""", re.DOTALL)
-"""What msgspec quotes of a text that it does not take."""
+_VALUE = re.compile(r"""value ['"]""")
+"""Behind it msgspec quotes a text that it does not take, to the end or to the path in backquotes."""
 ID_CHARS = 128
 """Characters of a command's id (contract.CommandId)."""
 MAX_NAME = 128
@@ -143,7 +144,7 @@ def _misaddressed(data: bytes) -> Outbound | None:
         body = msgspec.json.decode(msgspec.json.encode(fields), type=Outbound)
     except (*UNDECODABLE, KeyError):
         return None
-    return msgspec.structs.replace(body, sandbox=sandbox)
+    return replace(body, sandbox=sandbox)
 
 
 def salvage_ids(data: bytes, limits: Limits) -> Outbound:
@@ -186,10 +187,47 @@ def _earlier(header: str, own: int) -> int:
     return min(own, int(header)) if header.isascii() and header.isdecimal() and len(header) < 19 else own
 
 
+def is_slow(body: Outbound, limits: Limits) -> bool:
+    """Whether it is Markdown to be read, which takes more than a few milliseconds (split.is_quick)."""
+    if body.format != "plain" or _is_longer(body, limits):  # the latter is refused unread
+        return False
+    return not split.is_quick("\n".join(texts_of(body)))
+
+
+def texts_of(body: Outbound) -> list[str]:
+    """Its text, or the texts and captions of its items."""
+    items = body.items or [OutText(text=body.text or "")]
+    return [item.text if isinstance(item, OutText) else item.caption for item in items]
+
+
+def shown(body: Outbound, texts: Sequence[str]) -> Outbound:
+    """The same command, which says `texts` (as `texts_of` names them) as they are."""
+    if body.items is None:
+        return replace(body, text=texts[0] if body.text is not None else None, format="markdown")
+    items = [
+        replace(item, text=text) if isinstance(item, OutText) else replace(item, caption=text)
+        for item, text in zip(body.items, texts, strict=True)
+    ]
+    return replace(body, items=items, format="markdown")
+
+
+def rendered(body: Outbound, limits: Limits) -> Outbound:
+    """A command with plain texts as one that says what they say. Raises Refused("too_long")."""
+    if _is_longer(body, limits):  # known before anything is read: reading Markdown takes its time
+        raise _too_long(limits)
+    return shown(body, [split.to_plain(text) for text in texts_of(body)])
+
+
+def _is_longer(body: Outbound, limits: Limits) -> bool:
+    """Whether its texts are longer than what could be sent of them, Markdown's marks included."""
+    return sum(map(len, texts_of(body))) > limits.parts * limits.text_chars * 2
+
+
 def read_command(body: Outbound, *, sandbox: str, ident: str, sequence: int, time_ms: int, limits: Limits) -> Command:
     """The command, addressed to `sandbox` by its subject; `sequence` and `time_ms` are those of the original.
 
-    Raises Refused("invalid"), Refused("too_long").
+    Plain texts are read as Markdown here, unless they were before (`rendered`). Raises Refused("invalid"),
+    Refused("too_long").
     """
     check_sandbox(sandbox)
     if body.sandbox is not None and body.sandbox != sandbox:
@@ -221,29 +259,29 @@ def read_command(body: Outbound, *, sandbox: str, ident: str, sequence: int, tim
 def _parts(body: Outbound, sandbox: str, limits: Limits) -> list[Part]:
     """Raises Refused("invalid"), Refused("too_long")."""
     parts: list[Part] = []
-    chars = sum(len(item.text if isinstance(item, OutText) else item.caption) for item in body.items or ())
-    if chars > limits.parts * limits.text_chars * 2:
+    if body.format == "plain":
+        body = rendered(body, limits)
+    elif body.items and _is_longer(body, limits):
         raise _too_long(limits)
     for item in body.items or [OutText(text=body.text or "")]:
         if isinstance(item, OutText):
-            parts += _texts(item.text, body.format, limits)
+            parts += _texts(item.text, limits)
         else:
             if item.caption.strip():
-                parts += _texts(item.caption, body.format, limits)
+                parts += _texts(item.caption, limits)
             parts.append(_media(item, sandbox))
         if sum(isinstance(part, str) for part in parts) > limits.parts:
             raise _too_long(limits)
     return parts
 
 
-def _texts(text: str, form: Literal["markdown", "plain"], limits: Limits) -> list[str]:
+def _texts(text: str, limits: Limits) -> list[str]:
     """One text, cut. Raises Refused("invalid"), Refused("too_long")."""
-    if len(text) > limits.parts * limits.text_chars * (2 if form == "plain" else 1):
-        raise _too_long(limits)  # known before anything is read: reading Markdown takes its time
-    shown = to_plain(text) if form == "plain" else text
-    if not shown.strip():
+    if len(text) > limits.parts * limits.text_chars:
+        raise _too_long(limits)
+    if not text.strip():
         raise Refused("invalid", "The text is empty.")
-    return split(shown, limits.text_chars)
+    return split.split(text, limits.text_chars)
 
 
 def _too_long(limits: Limits) -> Refused:
@@ -291,4 +329,8 @@ def client_id(base: str, part: int, merged: int = 0) -> str:
 
 def _harmless(exc: Exception) -> str:
     """The decoder's words without any of the text: types and paths, no values."""
-    return _VALUE.sub("value", str(exc))[:200]
+    said = str(exc)
+    if value := _VALUE.search(said):
+        path = f" - at {said.rpartition(' - at ')[2]}" if said.endswith("`") else ""
+        said = f"{said[: value.start()]}value{path}"
+    return said[:200]

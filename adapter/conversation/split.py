@@ -103,19 +103,54 @@ _MARKS_READ = 5000
 _MARKS_AT_ONCE = re.compile(r"(?:[^\[\]!*_~`<&\\]*[\[\]!*_~`<&\\]){100}")
 """A hundred marks, the most of a paragraph that are read at once: unmatched brackets and stars cost the square of
 their number."""
+_HEAD = re.compile(r"[\s>*+\-0-9.)]*+")
+"""What nests a line, as far as it may."""
+_NESTED: int = _MARKDOWN.options["maxNesting"]
+"""Containers in each other that are read; the parser drops what lies deeper."""
+_CELLS_READ = 50_000
+"""Lines of a text times what may nest each, or divide it into cells: about a second of work."""
+_GROWTH = 8
+"""By how much a text may grow: an address is repeated wherever its name stands."""
+
+
+_STOP = re.compile(r"[\n!#$%&*+\-:<=>@\[\]\\^_`{}~]")
+"""Where the parser stops to look."""
+_NAME = re.compile(r"(?://|mailto:)[^\s/:]*[^\x00-\x7F]", re.IGNORECASE)
+"""A host that is no ASCII: it is encoded, which takes the square of its length."""
+_QUICK_CHARS, _QUICK_STOPS, _QUICK_CELLS = 8000, 600, 1000
+
+
+def is_quick(text: str) -> bool:
+    """Whether `to_plain` takes a few milliseconds, twenty at the worst: as most answers of agents do."""
+    return (
+        len(text) <= _QUICK_CHARS
+        and len(_STOP.findall(text)) <= _QUICK_STOPS
+        and _cells(text) <= _QUICK_CELLS
+        and not _NAME.search(text)
+    )
 
 
 def to_plain(text: str) -> str:
-    """Markdown as plain text: what a reader would see, without the marks; links keep their address."""
+    """Markdown as plain text: what a reader would see, without the marks; links keep their address.
+
+    A text that costs more to read than anybody writes, or is nested deeper than is read, stays as it is.
+    """
+    if _cells(text) > _CELLS_READ:
+        return text
     out: list[str] = []
+    room = _GROWTH * len(text) + 1000
     numbers: list[int | None] = []
     env: dict[str, Any] = {}
     marks = 0
     for token in _BLOCKS.parse(text, env):
+        if room < 0 or (token.nesting == 1 and token.level >= _NESTED - 1):
+            return text
         match token.type:
             case "inline":
                 marks += 1 + len(_MARK.findall(token.content))
-                out += _read(token.content, env) if marks <= _MARKS_READ else [token.content]
+                said = list(_read(token.content, env)) if marks <= _MARKS_READ else [token.content]
+                room -= sum(map(len, said))
+                out += said
             case "fence" | "code_block" | "html_block":
                 out.append(token.content.rstrip("\n") + "\n\n")
             case "hr":
@@ -141,8 +176,15 @@ def to_plain(text: str) -> str:
                 out.append("\n")
             case _:
                 pass
-    plain = re.sub(r"[ \t]+\n", "\n", "".join(out))
+    plain = "\n".join(line.rstrip(" \t") for line in "".join(out).split("\n"))
     return re.sub(r"\n{3,}", "\n\n", plain).strip() or text
+
+
+def _cells(text: str) -> int:
+    """What a text may hold at most of lines in containers, and of cells of tables."""
+    lines = text.replace("\r", "\n").split("\n")
+    nested = max(len(head[0]) for line in lines if (head := _HEAD.match(line)))
+    return len(lines) * (1 + min(nested, _NESTED) + max(line.count("|") for line in lines))
 
 
 def _read(text: str, env: dict[str, Any]) -> Iterator[str]:

@@ -7,6 +7,8 @@ per sandbox only the sequence is kept; the command is read back when those befor
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -19,19 +21,23 @@ from adapter.conversation.commands import (
     client_id_base,
     command_id,
     decode_command,
+    is_slow,
     original,
     read_command,
     salvage_ids,
+    shown,
+    texts_of,
 )
 from adapter.conversation.record import CommandRef
 from adapter.conversation.rules import CommandResult, QueuedCommand
-from adapter.errors import Refused, Temporary, Unreadable
+from adapter.errors import LeaseLost, Refused, Temporary, Unreadable
 from adapter.metrics import Metrics
 from adapter.names import H_COMMAND, H_MSG_ID, UNROUTED, Names
 from adapter.outbound.backlog import PAGE
 from adapter.outbound.ledger import MISSING_CONFIRM_S, CommandLedger
 from adapter.outbound.receipts import Address
-from adapter.ports import Archive, Delivery
+from adapter.outbound.trials import OWNERS, Trials
+from adapter.ports import Archive, Delivery, TextReader
 from adapter.tasks import Tasks
 from adapter.timing import Clock, first_of
 
@@ -61,9 +67,13 @@ class CommandIntake:
         limits: Limits,
         clock: Clock,
         metrics: Metrics,
+        texts: TextReader,
+        trials: Trials | None,
+        ensure_owner: Callable[[], None],
         draining: asyncio.Event,
         tasks: Tasks,
     ) -> None:
+        """`trials`: the owner before died, perhaps of a command that was delivered to it."""
         self.on_command: Callable[[ReadCommand], None] = _ignore
         self.on_unreadable: Callable[[QueuedCommand, CommandResult, Address], None] = _ignore
         """Called with what cannot be carried out, and how it ends."""
@@ -73,6 +83,14 @@ class CommandIntake:
         self._limits = limits
         self._clock = clock
         self._metrics = metrics
+        self._texts = texts
+        self._trials = trials
+        self._ensure_owner = ensure_owner
+        self._trying = asyncio.Lock()
+        self._untried: set[int] = set()
+        """Sequences of what waits for its trial."""
+        self._unread: dict[str, deque[Delivery]] = {}
+        """By subject, in order: commands of which one takes its time to be read, and those behind it."""
         self._draining = draining
         self._tasks = tasks
         self._reading: set[str] = set()
@@ -135,15 +153,30 @@ class CommandIntake:
             self._reading.discard(subject)
 
     def _accept(self, delivery: Delivery) -> None:
-        """Reads a command. What cannot be carried out ends, whatever reading it raises."""
+        """Reads a command, behind those of its sandbox that are being read."""
         self._ledger.add(delivery)
+        if delivery.subject in self._unread or (self._trials and delivery.suspect):
+            self._read_later(delivery)
+        else:
+            self._read(delivery)
+
+    def _read(self, delivery: Delivery, said: contract.Outbound | Refused | None = None) -> None:
+        """Reads a command. What cannot be carried out ends, whatever reading it raises.
+
+        `said`: the body with what its Markdown says, or why nobody can tell; None: that was not read yet.
+        """
         sandbox = delivery.subject.rpartition(".")[2]
         sequence, stored_ms = original(delivery.headers, delivery.seq, delivery.time_ms)
         body = contract.Outbound()
         try:
             body = decode_command(delivery.data, self._limits)
+            if isinstance(said, Refused):
+                raise said
+            if said is None and is_slow(body, self._limits):
+                self._read_later(delivery)
+                return
             command = read_command(
-                body,
+                said or body,
                 sandbox=sandbox,
                 ident=_command_id(delivery, body),
                 sequence=sequence,
@@ -161,6 +194,12 @@ class CommandIntake:
         else:
             self.on_command(ReadCommand(command, _queued(command, delivery.seq), delivery.suspect))
             return
+        self._end_unread(delivery, body, result)
+
+    def _end_unread(self, delivery: Delivery, body: contract.Outbound, result: CommandResult) -> None:
+        """Ends what cannot be carried out. `body`: what is known of it."""
+        sandbox = delivery.subject.rpartition(".")[2]
+        sequence, stored_ms = original(delivery.headers, delivery.seq, delivery.time_ms)
         self._metrics.schema_violations.labels(kind="out").inc()
         ref = CommandRef(sequence=sequence, stored_ms=stored_ms, id=_command_id(delivery, body))
         placeholder = QueuedCommand(
@@ -168,6 +207,78 @@ class CommandIntake:
         )
         # the subject of a receipt of a longer name would break the connection
         self.on_unreadable(placeholder, result, Address(sandbox if len(sandbox) <= MAX_NAME else UNROUTED))
+
+    # what takes its time, or ends whoever reads it -----------------------------------------------------
+
+    def _read_later(self, delivery: Delivery) -> None:
+        if self._trials and delivery.suspect:
+            self._untried.add(delivery.seq)
+        if delivery.subject in self._unread:
+            self._unread[delivery.subject].append(delivery)
+            return
+        self._unread[delivery.subject] = deque([delivery])
+        self._tasks.spawn(self._read_in_order(delivery.subject))
+
+    async def _read_in_order(self, subject: str) -> None:
+        """Others do not wait for it."""
+        unread = self._unread[subject]
+        while unread and not self._draining.is_set():
+            try:
+                if unread[0].seq in self._untried:
+                    assert self._trials is not None
+                    await self._try(unread, self._trials)
+                else:
+                    await self._read_slowly(unread)
+            except (Temporary, LeaseLost) as exc:
+                log.warning("command.retrying", subject=subject, reason=exc.reason)
+                await first_of(self._draining, 0.5)
+            except Exception as exc:  # a bug: the others go on
+                log.exception("command.crashed", subject=subject, sequence=unread[0].seq)
+                self._untried.discard(unread[0].seq)
+                result = CommandResult("dead_lettered", "crashed", type(exc).__name__)
+                self._end_unread(unread.popleft(), contract.Outbound(), result)
+        del self._unread[subject]
+
+    async def _read_slowly(self, unread: deque[Delivery]) -> None:
+        """Reads the first one. Raises Temporary, as long as it is not read."""
+        said: contract.Outbound | Refused | None = None
+        with contextlib.suppress(Unreadable):  # which is told below
+            body = decode_command(unread[0].data, self._limits)
+            if is_slow(body, self._limits):
+                try:
+                    said = shown(body, await self._texts.render(texts_of(body)))
+                except Refused as exc:
+                    said = exc
+        self._read(unread.popleft(), said)
+
+    async def _try(self, unread: deque[Delivery], trials: Trials) -> None:
+        """Reads the first one, of which the owner before may have died. Raises Temporary, LeaseLost."""
+        async with self._trying:
+            sequence = unread[0].seq
+            self._ensure_owner()
+            if await trials.begin(unread[0]):
+                await self._read_slowly(unread)
+            else:
+                await self._bury(unread)
+            self._untried.discard(sequence)
+            while not self._untried and not self._draining.is_set():
+                try:
+                    self._ensure_owner()
+                    await trials.end()
+                    return
+                except (Temporary, LeaseLost) as exc:
+                    log.warning("command.retrying", sequence=sequence, reason=exc.reason)
+                    await first_of(self._draining, 0.5)
+
+    async def _bury(self, unread: deque[Delivery]) -> None:
+        """Ends the first one, which nobody can read; also its id is looked for elsewhere. Raises Temporary."""
+        ident = await self._texts.find_id(unread[0].data)
+        delivery = unread.popleft()
+        log.error("command.buried", subject=delivery.subject, sequence=delivery.seq, owners=OWNERS)
+        detail = f"Whoever read it ended before it was read, {OWNERS} times in a row."
+        self._end_unread(
+            delivery, contract.Outbound(id=ident or None), CommandResult("dead_lettered", "crashed", detail)
+        )
 
 
 def _ignore(*_: object) -> None: ...

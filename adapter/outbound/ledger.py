@@ -11,15 +11,15 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
 from adapter import contract
-from adapter.conversation.commands import Limits, Part, decode_command, read_command
+from adapter.conversation.commands import Limits, Part, decode_command, is_slow, read_command, shown, texts_of
 from adapter.conversation.rules import CommandResult, QueuedCommand
-from adapter.errors import Temporary
+from adapter.errors import Refused, Temporary
 from adapter.events import Events
 from adapter.metrics import Metrics
 from adapter.names import H_COMMAND, H_TRACEPARENT, Names
 from adapter.outbound.backlog import Backlog
 from adapter.outbound.receipts import Address, Receipts
-from adapter.ports import Archive, Delivery
+from adapter.ports import Archive, Delivery, TextReader
 from adapter.timing import Clock
 
 MISSING_CONFIRM_S = 10.0
@@ -62,6 +62,7 @@ class CommandLedger:
         history: Archive,
         names: Names,
         limits: Limits,
+        texts: TextReader,
         clock: Clock,
         metrics: Metrics,
     ) -> None:
@@ -73,6 +74,7 @@ class CommandLedger:
         self._history = history
         self._names = names
         self._limits = limits
+        self._texts = texts
         self._clock = clock
         self._metrics = metrics
         self._entries: dict[int, _Entry] = {}
@@ -134,6 +136,12 @@ class CommandLedger:
                 parts[sequence] = None
                 continue
             body = decode_command(stored.data, self._limits)
+            if is_slow(body, self._limits):
+                try:
+                    body = shown(body, await self._texts.render(texts_of(body)))
+                except Refused:  # it was read once
+                    parts[sequence] = None
+                    continue
             command = read_command(body, sandbox=sandbox, ident="", sequence=0, time_ms=0, limits=self._limits)
             parts[sequence] = command.parts
             if entry:

@@ -28,8 +28,9 @@ from adapter.names import Names
 from adapter.outbound.intake import CommandIntake, ReadCommand
 from adapter.outbound.ledger import CommandLedger
 from adapter.outbound.receipts import Address, Receipts, result_of
+from adapter.outbound.trials import Trials
 from adapter.outbound.typing_indicator import TypingDeps, TypingIndicators
-from adapter.ports import Account, Archive
+from adapter.ports import Account, Archive, Bucket, TextReader
 from adapter.records import Binding
 from adapter.replicas.leases import Leases
 from adapter.tasks import Tasks
@@ -66,6 +67,9 @@ class OutboundDeps(NamedTuple):
     receipts: Receipts
     events: Events
     history: Archive
+    texts: TextReader
+    claims: Bucket
+    """Where it is noted what an owner is reading, see Trials."""
     sessions: Sessions
     typing: TypingDeps
     names: Names
@@ -114,10 +118,20 @@ class ShardCommandProcessor:
         self.typing = TypingIndicators(shard, deps.typing)
         clock, metrics = deps.conversation.clock, deps.conversation.metrics
         self.commands = CommandLedger(
-            deps.receipts, deps.events, deps.history, deps.names, deps.limits, clock, metrics
+            deps.receipts, deps.events, deps.history, deps.names, deps.limits, deps.texts, clock, metrics
         )
         self.intake = CommandIntake(
-            self.commands, deps.history, deps.names, deps.limits, clock, metrics, self._draining, self._tasks
+            self.commands,
+            deps.history,
+            deps.names,
+            deps.limits,
+            clock,
+            metrics,
+            deps.texts,
+            Trials(deps.claims, shard) if shard in deps.leases.inherited else None,
+            self.ensure_owner,
+            self._draining,
+            self._tasks,
         )
         self.intake.on_command = self._place_or_queue
         self.intake.on_unreadable = self._end_soon

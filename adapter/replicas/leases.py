@@ -48,6 +48,8 @@ class Leases(Membership):
         """Owned shards that another replica should have: to be handed over by `release`."""
         self.orphans: set[int] = set()
         """Shards that no living replica owned when this one last looked."""
+        self.inherited: set[int] = set()
+        """Owned shards whose owner before died, or was cut off."""
         self._claims = claims
         self._claim_revisions: dict[int, int] = {}
         self._unsure: set[int] = set()
@@ -153,6 +155,7 @@ class Leases(Membership):
         """It is this replica's no more; the revision of its claim."""
         self.owned.discard(shard)
         self.surplus.discard(shard)
+        self.inherited.discard(shard)
         self._metrics.shards_owned.set(len(self.owned))
         self.changed.notify()
         return self._claim_revisions.pop(shard)
@@ -188,6 +191,8 @@ class Leases(Membership):
         if self.draining:
             return False
         mine = msgspec.json.encode(Claim(owner=self.incarnation))
+        if owner != self.incarnation:  # else the try whose answer was lost has seen it
+            (self.inherited.add if owner else self.inherited.discard)(shard)
         if owner == self.incarnation and shard not in self._unsure:
             self._claim_revisions[shard] = revision  # a claim of ours whose answer was lost
         else:
@@ -242,6 +247,7 @@ class Leases(Membership):
     def _forget_all(self) -> None:
         self.owned.clear()
         self.surplus.clear()
+        self.inherited.clear()
         self._claim_revisions.clear()
         self._unsure.clear()
         self._deadline = 0.0

@@ -151,7 +151,7 @@ API: list[tuple[str, dict[str, str]]] = [
     ("$JS.API.STREAM.MSG.GET.<stream>", {"adapter": ALL, "operator": READ}),
     (
         "$JS.API.STREAM.MSG.DELETE.<stream>",
-        {"adapter": "WECHAT_CTL WECHAT_RAW WECHAT_DEAD", "operator": "WECHAT_DEAD"},
+        {"adapter": "WECHAT_CTL WECHAT_RAW WECHAT_DEAD", "operator": "WECHAT_DEAD WECHAT_OUT"},
     ),
     ("$JS.API.STREAM.SNAPSHOT.<stream>", {}),
     ("$JS.API.STREAM.RESTORE.<stream>", {}),
@@ -159,7 +159,7 @@ API: list[tuple[str, dict[str, str]]] = [
     ("$JS.API.STREAM.PEER.REMOVE.<stream>", {}),
     ("$JS.API.STREAM.PEER.EVACUATE.<stream>", {}),
     ("$JS.API.STREAM.CANCEL_MOVE.<stream>", {}),
-    ("$JS.API.DIRECT.GET.<stream>", {"adapter": ALL, "operator": READ}),
+    ("$JS.API.DIRECT.GET.<stream>", {"adapter": ALL, "operator": f"{READ} WECHAT_OUT"}),
     ("$JS.API.DIRECT.GET.<stream>.wechat.x", {"adapter": ALL, "operator": READ}),
     ("$JS.API.CONSUMER.NAMES.<stream>", {"adapter": ALL, "operator": ALL}),
     ("$JS.API.CONSUMER.LIST.<stream>", {"operator": ALL}),

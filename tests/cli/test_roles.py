@@ -76,6 +76,8 @@ FORBIDDEN = {
     "send s2 hello --no-wait": "wechat.out.s2",
     "login s1": "wechat.svc.login.start",
     "unbind s1": "wechat.ctl.unbind",
+    "queue ls": "$JS.API.STREAM.INFO.WECHAT_OUT",
+    "queue drop 1": "$JS.API.STREAM.MSG.DELETE.WECHAT_OUT",
     "dead ls": "$JS.API.CONSUMER.CREATE.WECHAT_DEAD",
     "dead show 1": "$JS.API.STREAM.MSG.GET.WECHAT_DEAD",
     "dead drop 1": "$JS.API.STREAM.MSG.DELETE.WECHAT_DEAD",
@@ -89,6 +91,15 @@ async def test_what_it_may_not_ask_or_store_is_told(cli: Command, scene: Scene) 
         result = await cli(*arguments.split())
         assert (result.code, result.out) == (1, ""), arguments
         assert f"This user may not publish to {subject}: use an operator's credentials." in result.err
+
+
+async def test_an_operator_lists_and_drops_what_is_queued(cli: Command, scene: Scene) -> None:
+    scene.enter("operator")
+    assert (await cli("send", "s1", "hello", "--no-wait", "--id", "c1")).code == 0
+    (row,) = (await cli("queue", "ls", "--json")).rows
+    assert (row["sandbox"], row["id"]) == ("s1", "c1")
+    assert (await cli("queue", "drop", str(row["seq"]))).code == 0
+    assert await scene.stored(NAMES.stream_out) == 0
 
 
 async def test_for_an_answer_that_is_forbidden_nobody_waits(scene: Scene) -> None:

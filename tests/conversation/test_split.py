@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adapter.conversation.split import MAX_BYTES, split, to_plain
+from adapter.conversation.split import MAX_BYTES, is_quick, split, to_plain
+from tests.hostile import TEXTS, repeated
 
 FENCED = "```py\n" + "\n".join(f"    line({number})" for number in range(12)) + "\n```"
 
@@ -229,3 +230,74 @@ def test_many_marks_in_one_paragraph_are_read_as_in_several() -> None:
 def test_more_marks_than_anybody_writes_are_shown_as_they_are() -> None:
     text = "**b** " * 2000
     assert to_plain(text) == text.strip()
+
+
+DEEP = {
+    "lists": "".join("  " * depth + f"- item {depth}\n" for depth in range(15)),
+    "quotes": "".join("> " * depth + f"quote {depth}\n\n" for depth in range(30)),
+    "both": "> - " * 12 + "the end",
+}
+
+
+@pytest.mark.parametrize("markdown", DEEP.values(), ids=DEEP)
+def test_nothing_is_lost_however_deep_it_lies(markdown: str) -> None:
+    """The parser drops what is nested deeper than it goes."""
+    plain = to_plain(markdown)
+    assert all(word in plain.split() for word in re.findall(r"\w+", markdown))
+
+
+@pytest.mark.parametrize(
+    "markdown",
+    [
+        ">" * 19 + "a\n" + "b\n" * 39_990,
+        "- " * 9 + "a\r" + "b\r" * 39_990,
+        "|a" * 100 + "\n" + "|-" * 100 + "\n" + "a\n" * 30_000,
+    ],
+    ids=["quotes", "lists", "table"],
+)
+def test_more_lines_in_more_containers_than_anybody_writes_are_shown_as_they_are(markdown: str) -> None:
+    """Each line costs as much as it has containers or cells."""
+    assert to_plain(markdown) == markdown
+
+
+def test_an_address_is_not_repeated_without_end() -> None:
+    """A thousand names of one long address were fifty million characters."""
+    markdown = f"[a]: http://x/{'y' * 40_000}\n\n{'[a] ' * 1250}"
+    assert to_plain(markdown) == markdown
+    assert to_plain("[a]: http://x/y\n\n[a] and [a]") == "a (http://x/y) and a (http://x/y)"
+
+
+def test_what_people_write_is_read() -> None:
+    """The bounds are far above it."""
+    steps = [f"{n}. **step {n}**: `x = {n}`\n     - see [docs](https://e.x/{n})" for n in range(1, 301)]
+    table = "| a | b | c | d |\n|---|---|---|---|\n" + "| **1** | 2 | 3 | 4 |\n" * 60
+    plain = to_plain("\n".join(steps) + "\n\n" + table)
+    assert "300. step 300: x = 300\n  - see docs (https://e.x/300)" in plain
+    assert "**" not in plain
+
+
+SHAPES = {**TEXTS, "an answer": repeated("Some **words** and `code`, see [here](https://e.x/a).\n- one\n- two\n\n")}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_what_is_read_at_once_takes_few_steps(shape: str) -> None:
+    """Whatever it holds: all others wait meanwhile. The longest of each kind that counts as quick."""
+    make = SHAPES[shape]
+    text = next((text for size in (8000, 4000, 2000, 1000, 500, 200, 50) if is_quick(text := make(size))), "")
+    calls = 0
+
+    def count(*_: object) -> None:
+        nonlocal calls
+        calls += 1
+
+    sys.setprofile(count)
+    try:
+        to_plain(text)
+    finally:
+        sys.setprofile(None)
+    assert calls < 400_000
+
+
+def test_an_answer_of_an_agent_is_read_at_once() -> None:
+    assert is_quick(SHAPES["an answer"](2000))
+    assert not is_quick("a\t" * 40_000)

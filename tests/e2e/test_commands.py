@@ -9,6 +9,7 @@ import httpx
 import msgspec
 
 from adapter.contract import FINAL_OUTCOMES, Receipt
+from adapter.names import shard_of
 from adapter.simulator import FaultRule
 from tests.e2e.world import NAMES, World, eventually, free_port, stream, until, world
 
@@ -189,3 +190,39 @@ def _sums(text: str) -> dict[str, float]:
         if match := re.match(r"wechat_adapter_(\w+)(?:\{.*\})? ([0-9.e+-]+)$", line):
             out[match[1]] = out.get(match[1], 0) + float(match[2])
     return out
+
+
+async def test_a_command_that_an_operator_drops_holds_up_nobody(tmp_path: Path) -> None:
+    """One that an adapter has in hand is sent all the same; after a crash it is gone. Those behind it go on."""
+    async with world(tmp_path, environ={"WECHAT_NATS_SEND_GAP_MS": "2000"}, quota=0) as made:
+        nc, _ = await made.begun()
+        js = nc.jetstream()
+
+        async def settled() -> bool:
+            info = await js.consumer_info(NAMES.stream_out, f"out-{shard_of('s1'):03d}")
+            return not info.num_pending and not info.num_ack_pending
+
+        async def queue(*idents: str) -> int:
+            """The sequence of the second one, once all are in the adapter's hand."""
+            seqs = []
+            for ident in idents:
+                await made.command(nc, "s1", ident)
+                seqs.append((await js.stream_info(NAMES.stream_out)).state.last_seq)
+            await until(lambda: f"answer {idents[0]}" in made.phone_texts("s1"), "the first one is sent")
+            return seqs[1]
+
+        await js.delete_msg(NAMES.stream_out, await queue("a", "b", "c"))
+        await until(lambda: "answer c" in made.phone_texts("s1"), "the last one is sent")
+        await eventually(settled, "nothing is left")
+        assert "answer b" in made.phone_texts("s1")
+
+        seq = await queue("d", "e", "f")
+        await made.adapters[0].kill()
+        await js.delete_msg(NAMES.stream_out, seq)
+        await made.adapters[0].start()
+        await until(lambda: "answer f" in made.phone_texts("s1"), "the last one is sent")
+        await eventually(settled, "nothing is left")
+        assert "answer e" not in made.phone_texts("s1")
+        finals = [receipt.command for receipt in await made.receipts(nc) if receipt.outcome in FINAL_OUTCOMES]
+        assert sorted(finals) == ["a", "b", "c", "d", "f"]
+        await nc.close()

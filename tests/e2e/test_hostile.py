@@ -6,15 +6,17 @@ import asyncio
 import json
 from pathlib import Path
 
+import msgspec
 import nats
 import pytest
 from nats.aio.client import Client
 
 from adapter.contract import FINAL_OUTCOMES
 from adapter.names import H_LAST, H_UPLOAD, shard_of
+from adapter.records import Reading
 from adapter.simulator import Simulator
 from tests.bus.guarded import guarded
-from tests.e2e.world import NAMES, World, audit, environ_of, eventually, fast, free_port, until, world
+from tests.e2e.world import NAMES, World, audit, environ_of, eventually, fast, free_port, stream, until, world
 
 BAD = "bad"
 GOOD = next(name for name in (f"good{number}" for number in range(10_000)) if shard_of(name) == shard_of(BAD))
@@ -206,3 +208,70 @@ async def kick(url: str, links: tuple[str, ...]) -> None:
         subject = f"$SYS.REQ.SERVER.{found['server']['id']}.KICK"
         await sys.request(subject, json.dumps({"cid": cid}).encode(), timeout=10)
     await sys.close()
+
+
+MEAN = {
+    "tabs": "a" + "\t" * 79_990 + "a",
+    "quotes": ">" * 19 + "a\n" + "b\n" * 39_990,
+    "fewer-tabs": "a" + "\t" * 39_990 + "a",
+    "brackets": "[" * 99 + "-+" * 39_900,
+    "table": "|a" * 100 + "\n" + "|-" * 100 + "\n" + "a\n" * 39_000,
+}
+LOST = ("lease.paused", "lease.revoked", "claim.lost")
+
+
+async def test_a_text_that_takes_long_to_read_holds_up_nobody(tmp_path: Path) -> None:
+    """Some were read for minutes, by one replica after the other: the lease had run out meanwhile."""
+    async with world(tmp_path, quota=0) as made:
+        adapter = await made.add_adapter()
+        nc = await both(made)
+        made.say(BAD, "hello")
+        for name, text in MEAN.items():
+            body = msgspec.json.encode({"text": text, "format": "plain", "id": name})
+            await nc.jetstream().publish(NAMES.out(BAD), body)
+        await is_served(made, nc, "meanwhile")
+        await is_told(made, nc, set(MEAN), FINAL_OUTCOMES)
+        assert [adapter.said(event) for event in LOST] == [0, 0, 0]
+        await made.command(nc, BAD, "after all")
+        await until(lambda: "answer after all" in made.phone_texts(BAD), "the bad one goes on")
+        await nc.close()
+
+
+async def test_a_command_that_ends_three_replicas_is_given_to_no_fourth(tmp_path: Path) -> None:
+    """Each is killed while it reads it. What is behind it goes on."""
+    async with world(tmp_path, quota=0) as made:
+        adapter = await made.add_adapter()
+        nc = await both(made)
+        made.say(BAD, "hello")
+        shard = shard_of(BAD)
+        text = MEAN["brackets"]
+        ack = await nc.jetstream().publish(
+            NAMES.out(BAD), msgspec.json.encode({"text": text, "format": "plain", "id": "killer"})
+        )
+        await made.command(nc, BAD, "behind it")
+
+        async def is_delivered() -> bool:
+            info = await nc.jetstream().consumer_info(NAMES.stream_out, f"out-{shard:03d}")
+            return bool(info.num_ack_pending)
+
+        await eventually(is_delivered, "it is delivered")
+        await adapter.kill()
+        for owners in (2, 3):
+            adapter = await made.add_adapter()
+
+            async def is_read(owners: int = owners) -> bool:
+                found = await stream(nc, f"KV_{NAMES.claims}", f"$KV.{NAMES.claims}.reading.{shard}")
+                noted = [msgspec.json.decode(data, type=Reading) for _, data in found]
+                return (ack.seq, owners) in [(reading.seq, reading.owners) for reading in noted]
+
+            await eventually(is_read, f"{owners} owners have begun to read it")
+            await adapter.kill()
+        await made.add_adapter()
+        await is_told(made, nc, {"killer"}, ("dead_lettered",))
+        await until(lambda: "answer behind it" in made.phone_texts(BAD), "what is behind it is sent")
+        await is_served(made, nc, "after all")
+        (letter,) = [data for _, data in await stream(nc, NAMES.stream_dead, NAMES.dead("*"))]
+        assert msgspec.json.decode(letter)["text"] == text
+        finals = [r for r in await made.receipts(nc) if r.command == "killer" and r.outcome in FINAL_OUTCOMES]
+        assert [(receipt.outcome, receipt.reason) for receipt in finals] == [("dead_lettered", "crashed")]
+        await nc.close()

@@ -43,6 +43,7 @@ from tests.fakes.clock import FakeClock
 from tests.fakes.ilink import FakeChat
 from tests.fakes.media import FakeCdn, FakeObjects
 from tests.fakes.replicas import FakeLeases
+from tests.fakes.texts import FakeTexts
 
 LIMITS = Limits(command_bytes=262_144, text_chars=4000, parts=10, park_ms=72 * 3_600_000)
 WINDOW = WindowPolicy(sends=10, hours=23.0, cooldown_s=3600.0, low=0)
@@ -73,6 +74,8 @@ class Bench:
         self.bindings_bucket: FakeBucket = world.bindings_bucket if world else FakeBucket("binding", self.bus.writes)
         self.cdn: FakeCdn = world.cdn if world else FakeCdn()
         self.objects: FakeObjects = world.objects if world else FakeObjects(self.bus.writes)
+        self.claims_bucket: FakeBucket = world.claims_bucket if world else FakeBucket("claim", self.bus.writes)
+        self.texts = FakeTexts()
         self.uploads = Uploads(self.cdn, self.objects, self.clock, max_bytes=MEDIA_BYTES)
         self.opened: dict[int, Downloads] = {}
         """By shard: what waits for media. A shard that has none counts as not this replica's."""
@@ -219,6 +222,8 @@ class Bench:
             receipts=self.receipts,
             events=self.events,
             history=self.bus,
+            texts=self.texts,
+            claims=self.claims_bucket,
             sessions=BotSessions(
                 self.bindings, self.chat, self._account, lambda: self, self.clock, ask=self.asks_sessions
             ),

@@ -145,6 +145,7 @@ class World(NamedTuple):
     objects: FakeObjects
     numbers: Iterator[int]
     deliveries: list[FakeDelivery]
+    claims_bucket: FakeBucket
 
 
 def mortal(world: Bench, number: int, life: Life) -> Bench:
@@ -160,5 +161,6 @@ def mortal(world: Bench, number: int, life: Life) -> Bench:
         objects=world.objects,
         numbers=world.numbers,
         deliveries=world.deliveries,
+        claims_bucket=world.claims_bucket,
     )
     return Bench(reached, incarnation=f"r{number}", metrics=world.metrics)  # type: ignore[arg-type]

@@ -21,6 +21,7 @@ class FakeLeases(Leases):
         self.is_valid = True
         self.is_alone = True
         self.surplus = set()
+        self.inherited = set()
         self.orphans = set()
         self.departures = 0
         self.proven_dead: set[str] = set()

@@ -1,0 +1,139 @@
+"""Reads what may take long, or end whoever reads it, in a process of its own.
+
+A call that does not come back would hold the event loop, and every lease with it. Run as a module, it is that
+process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from asyncio.subprocess import DEVNULL, PIPE, Process
+from collections.abc import Sequence
+from typing import BinaryIO
+
+import msgspec
+import structlog
+
+from adapter.conversation.commands import Limits, salvage_ids
+from adapter.conversation.split import to_plain
+from adapter.errors import Refused, Temporary
+
+log = structlog.get_logger()
+
+LIMIT_S = 10.0
+"""For one job. All texts that a command may hold take a second or two, of which a busy machine makes more."""
+ATTEMPTS = 2
+"""A process may be killed by somebody who means another; one that ends twice is ended by what it reads."""
+_SIZE = 4
+"""Bytes before each message, which say its length."""
+
+
+class Job(msgspec.Struct, frozen=True, kw_only=True):
+    """What the process is to do: render texts, or else find the id in the body of a command."""
+
+    texts: list[str] | None = None
+    body: bytes = b""
+
+
+class _Failed(Exception):
+    """The job did not end in time, or ended the process."""
+
+
+class TextWorker:
+    """Implements ports.TextReader: one process, started at the first job, for one job at a time, first come, first
+    served. It is killed at the limit, and started anew for the next job.
+    """
+
+    def __init__(self) -> None:
+        self.limit_s = LIMIT_S
+        self._turn = asyncio.Lock()
+        self._process: Process | None = None
+
+    async def render(self, texts: Sequence[str]) -> list[str]:
+        try:
+            return await self._do(Job(texts=list(texts)))
+        except _Failed:
+            detail = "Reading it as Markdown does not end: send it with format markdown, or as a file."
+            raise Refused("too_long", detail) from None
+
+    async def find_id(self, body: bytes) -> str:
+        try:
+            (ident,) = await self._do(Job(body=body))
+        except _Failed:
+            return ""
+        return ident
+
+    async def close(self) -> None:
+        """Ends the process."""
+        if process := self._process:
+            self._kill()
+            await process.wait()
+
+    async def _do(self, job: Job) -> list[str]:
+        """Raises _Failed, Temporary."""
+        message = msgspec.msgpack.encode(job)
+        async with self._turn:
+            for _ in range(ATTEMPTS):
+                try:
+                    async with asyncio.timeout(self.limit_s):
+                        return await self._exchange(message)
+                except TimeoutError:
+                    log.warning("text.late", seconds=self.limit_s, bytes=len(message))
+                    break
+                except (EOFError, ConnectionError):
+                    log.warning("text.died", bytes=len(message))
+        raise _Failed
+
+    async def _exchange(self, message: bytes) -> list[str]:
+        """Raises EOFError, ConnectionError (the process has ended), Temporary (it cannot be started)."""
+        if self._process is None:
+            self._process = await _started()
+        try:
+            source, sink = self._process.stdout, self._process.stdin
+            assert source is not None
+            assert sink is not None
+            sink.write(len(message).to_bytes(_SIZE) + message)
+            await sink.drain()
+            size = int.from_bytes(await source.readexactly(_SIZE))
+            return msgspec.msgpack.decode(await source.readexactly(size), type=list[str])
+        except BaseException:  # it is in the midst of something
+            self._kill()
+            raise
+
+    def _kill(self) -> None:
+        process, self._process = self._process, None
+        if process is not None and process.returncode is None:
+            process.kill()
+
+
+async def _started() -> Process:
+    """Without our secrets, and out of reach of a terminal's ctrl-C. It ends when nobody writes to it any more."""
+    environ = {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = (sys.executable, "-P", "-m", __name__)
+    try:
+        return await asyncio.create_subprocess_exec(
+            *command, stdin=PIPE, stdout=PIPE, stderr=DEVNULL, env=environ, start_new_session=True
+        )
+    except OSError as exc:
+        raise Temporary("text_worker", f"The process that reads texts cannot be started: {exc.strerror}") from exc
+
+
+def serve(source: BinaryIO, sink: BinaryIO) -> None:
+    """Does jobs until there are no more."""
+    while head := source.read(_SIZE):
+        job = msgspec.msgpack.decode(source.read(int.from_bytes(head)), type=Job)
+        message = msgspec.msgpack.encode(_do(job))
+        sink.write(len(message).to_bytes(_SIZE) + message)
+        sink.flush()
+
+
+def _do(job: Job) -> list[str]:
+    if job.texts is not None:
+        return [to_plain(text) for text in job.texts]
+    return [salvage_ids(job.body, Limits(len(job.body), text_chars=0, parts=0, park_ms=0)).id or ""]
+
+
+if __name__ == "__main__":
+    serve(sys.stdin.buffer, sys.stdout.buffer)

@@ -1,0 +1,53 @@
+"""A sandbox sends commands with `"format": "plain"` whose Markdown takes long to read: tabs, quotes in quotes,
+brackets, tables, and every other text of `tests/hostile.py`, as long as they may be, and short.
+
+No lease may be lost, and the victim must not wait: what takes its time is read in a process of its own, one text of
+each sandbox at a time.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+
+from adapter.contract import FINAL_OUTCOMES
+from adapter.names import Names
+from tests.hostile import TEXTS
+
+NAMES = Names()
+SIZES = (79_990, 8000, 1000)
+FIRST = ("tabs between two letters", "quotes in quotes, and lazy lines")
+"""Each held a replica for longer than a lease, and the next one after it."""
+BYTES_PER_S = 1_500_000
+"""Ten times of what can be read. A flood of bytes alone is another attack."""
+LONGEST = 250_000
+"""Bytes of a command that is read."""
+
+
+def commands(rng: random.Random, sandbox: str) -> Iterator[bytes]:
+    """As they are published, for ever."""
+    texts = [make(size) for make in TEXTS.values() for size in SIZES]
+    bodies = [msgspec.json.encode({"text": text, "format": "plain"}) for text in texts if "\ud83d" not in text]
+    bodies = [body for body in bodies if len(body) <= LONGEST]
+    rng.shuffle(bodies)
+    bodies[:0] = [msgspec.json.encode({"text": TEXTS[name](SIZES[0]), "format": "plain"}) for name in FIRST]
+    subject = NAMES.out(sandbox)
+    return itertools.cycle(f"PUB {subject} {len(body)}\r\n".encode() + body + b"\r\n" for body in bodies)
+
+
+async def attack(rig: Any) -> None:
+    """`rig`: tests.attacks.rig.Rig."""
+    (attacker,) = rig.attackers
+    done = await rig.flood(commands(rig.rng, attacker), bytes_per_s=BYTES_PER_S)
+    witness = await rig.server.connect("witness")
+    told = Counter(
+        receipt.outcome
+        for receipt in await rig.world.receipts(witness.nc)
+        if receipt.sandbox == attacker and receipt.outcome in FINAL_OUTCOMES
+    )
+    rig.note(f"{done.chunks / rig.seconds:,.0f} commands/s, of which {sum(told.values())} have ended: {dict(told)}")

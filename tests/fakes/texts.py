@@ -1,0 +1,30 @@
+"""What reads texts that take their time: here at once, as they say, or never."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+
+from adapter.conversation.commands import Limits, salvage_ids
+from adapter.conversation.split import to_plain
+
+
+class FakeTexts:
+    """Implements TextReader."""
+
+    def __init__(self) -> None:
+        self.rendered: list[str] = []
+        self.on_render: Callable[[str], Awaitable[None]] | None = None
+        """Awaited before a text is read."""
+
+    async def render(self, texts: Sequence[str]) -> list[str]:
+        await asyncio.sleep(0)
+        for text in texts:
+            if self.on_render is not None:
+                await self.on_render(text)
+            self.rendered.append(text)
+        return [to_plain(text) for text in texts]
+
+    async def find_id(self, body: bytes) -> str:
+        await asyncio.sleep(0)
+        return salvage_ids(body, Limits(len(body), text_chars=0, parts=0, park_ms=0)).id or ""

@@ -1,0 +1,195 @@
+"""What others write is read in time that grows with its length, not with the square of it: whatever they write.
+
+A square of 160,000 characters held the service up for minutes, and the next replica after it.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import msgspec
+import pytest
+
+import adapter
+from adapter import headers, logs, mending, names
+from adapter.cli import dead, login, output
+from adapter.console import server
+from adapter.conversation import commands
+from adapter.conversation import split as split_rules
+from adapter.conversation.commands import Limits
+from adapter.conversation.split import is_open, split, to_plain
+from adapter.errors import Refused, Unreadable
+from adapter.ilink import cipher, protocol, urls
+from adapter.jetstream import client
+from adapter.logins import registry
+from tests.hostile import TEXTS
+
+ROOT = Path(adapter.__file__).parent
+LIMITS = Limits(command_bytes=10**7, text_chars=4000, parts=10, park_ms=1000)
+
+
+def raw(text: str) -> bytes:
+    return text.encode("utf-8", "replace")
+
+
+def unreadable(text: str) -> None:
+    """A command in whose fields the text stands where it may not."""
+    for field in ("when_closed", "format", "typing", "id", "sandbox"):
+        with contextlib.suppress(Unreadable):
+            commands.decode_command(
+                msgspec.json.encode({"text": "a", field: text.encode("utf-8", "replace").decode()}), LIMITS
+            )
+
+
+def url(text: str) -> None:
+    for check in (urls.check_url, urls.check_link):
+        for start in ("", "https://"):
+            try:
+                check(start + text[: urls.URL_CHARS], ())
+            except Refused:
+                continue
+    urls._HOST_PORT.fullmatch(text)
+    urls._HOST.fullmatch(text)
+
+
+def name(text: str) -> None:
+    names.is_sandbox(text)
+    names._INBOX.fullmatch(text)
+    names.escaped(text.encode("utf-8", "replace").decode())
+
+
+RULES: dict[str, Callable[[str], object]] = {
+    "Markdown as plain text": to_plain,
+    "a text in parts": lambda text: split(text.encode("utf-8", "replace").decode(), 4000),
+    "whether Markdown is read at once": lambda text: (
+        split_rules._NAME.search(text),
+        split_rules._STOP.findall(text),
+    ),
+    "an open fence": is_open,
+    "the name of a file": commands._clean,
+    "a command that is none": unreadable,
+    "what a decoder says": lambda text: commands._harmless(ValueError(text)),
+    "whom a command names": commands._PEER.fullmatch,
+    "secrets in a log": logs.hide_secrets,
+    "a line of a log": lambda text: logs.redacted_text(text, 10**9),
+    "a field of a log": lambda text: logs.redact(None, "", {text: "1"}),
+    "halves of emoji": lambda text: mending.without_halves(raw(text)),
+    "halves of emoji in a string": lambda text: mending.without_halves(b'"' + raw(text) + b'"'),
+    "controls in JSON": lambda text: mending.without_controls(raw(text)),
+    "controls in a string": lambda text: mending.without_controls(b'{"a":"' + raw(text)),
+    "words of the CDN": lambda text: protocol.cdn_refusal(400, {"x-error-message": text}),
+    "a URL": url,
+    "a URL of a code": urls.PLAIN_URL.fullmatch,
+    "a key": cipher._HEX_KEY.fullmatch,
+    "a name": name,
+    "the id of a login": registry._ID.fullmatch,
+    "a header of a command": lambda text: headers.passed_on({text: text}),
+    "headers of a message": lambda text: client._PLAIN.fullmatch(b"NATS/1.0\r\n" + raw(text) + b"\r\n"),
+    "headers to write": lambda text: client._command("a", "", {"a": text, text: "a"}, b""),
+    "ids among headers": lambda text: client._IDS.search(b"NATS/1.0" + raw(text)),
+    "a complaint of the server": lambda text: client.violation(Exception(text)),
+    "a dead letter": dead._up_to_secret,
+    "a name that may be a secret's": dead._SECRET_NAME.search,
+    "what a command prints": output.printable,
+    "JSON that a command prints": lambda text: output._UNPRINTABLE_IN_JSON.sub("", text),
+    "a code on a terminal": lambda text: login._COLOURS.sub("", text),
+    "a path of the console": lambda text: (server._LOGIN.fullmatch(text), server._LETTER.fullmatch(text)),
+}
+
+TRIED = {
+    "cli/dead.py": 2,
+    "cli/login.py": 2,  # one reads what an operator types
+    "cli/output.py": 2,
+    "console/server.py": 3,
+    "headers.py": 1,
+    "ilink/cipher.py": 1,
+    "ilink/protocol.py": 2,
+    "ilink/urls.py": 3,
+    "jetstream/client.py": 4,
+    "logins/registry.py": 1,
+    "logs.py": 4,
+    "mending.py": 3,
+    "names.py": 3,
+    "conversation/commands.py": 3,
+    "conversation/split.py": 8,
+}
+"""Regular expressions by file of `adapter/`, which RULES try."""
+OPERATORS = {"cli/options.py": 1, "cli/send.py": 1, "embedded.py": 2, "environment.py": 3, "settings.py": 2}
+"""Those that see nothing but what an operator typed or set, and what the server beside us says of itself."""
+
+
+def regexes() -> dict[str, int]:
+    """How many regular expressions each file makes or uses, the simulator's apart."""
+    found: dict[str, int] = {}
+    for path in sorted(ROOT.rglob("*.py")):
+        where = path.relative_to(ROOT).as_posix()
+        if where.startswith("simulator/"):
+            continue
+        calls = [node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+        made = [
+            call
+            for call in calls
+            if isinstance(call, ast.Attribute) and isinstance(call.value, ast.Name) and call.value.id == "re"
+        ]
+        if made:
+            found[where] = len(made)
+    return found
+
+
+def test_every_regular_expression_is_looked_at() -> None:
+    """A new one gets a rule above, or sees no words but an operator's."""
+    assert regexes() == TRIED | OPERATORS
+
+
+def seconds(rule: Callable[[str], object], text: str) -> float:
+    best = 10.0
+    for _ in range(2):
+        began = time.process_time()
+        rule(text)
+        best = min(best, time.process_time() - began)
+    return best
+
+
+@pytest.mark.parametrize("what", RULES)
+def test_eight_times_the_text_takes_about_eight_times_as_long(what: str) -> None:
+    """The square would take sixty-four times as long. Generous, since machines are busy."""
+    slow = {}
+    for text, make in TEXTS.items():
+        once, eight = seconds(RULES[what], make(1500)), seconds(RULES[what], make(12_000))
+        if eight > 24 * max(once, 0.001):
+            slow[text] = f"{once * 1000:.1f} ms, {eight * 1000:.1f} ms"
+    assert slow == {}
+
+
+def steps(rule: Callable[[str], object], text: str) -> int:
+    """Functions called, those written in C included."""
+    calls = 0
+
+    def count(*_: object) -> None:
+        nonlocal calls
+        calls += 1
+
+    sys.setprofile(count)
+    try:
+        rule(text)
+    finally:
+        sys.setprofile(None)
+    return calls
+
+
+@pytest.mark.parametrize("rule", [to_plain, is_open, partial(split, max_chars=400)], ids=["plain", "fence", "parts"])
+def test_twice_the_text_takes_about_twice_the_steps(rule: Callable[[str], object]) -> None:
+    many = {}
+    for text, make in TEXTS.items():
+        if rule is not to_plain and "half" in text:
+            continue  # no decoder lets it pass, and it cannot be encoded
+        once, twice = steps(rule, make(1500)), steps(rule, make(3000))
+        if twice > 2.5 * once + 1000:
+            many[text] = (once, twice)
+    assert many == {}
