@@ -198,10 +198,22 @@ class Outbound(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         Meta(description="Needed on plain wechat.out; elsewhere it must equal the subject's."),
     ] = None
     bot: Annotated[str | None, Meta(description="Needed only where the sandbox has several bots.")] = None
-    user: Annotated[str | None, Meta(description="Default: the bot's user.")] = None
+    user: Annotated[
+        str | None,
+        Meta(
+            description="Default: the bot's user. An answer names the `user` of the message that it answers: another"
+            " person may be bound by then."
+        ),
+    ] = None
     text: Annotated[str | None, Meta(description="Short form of one text item.")] = None
     items: Annotated[list[OutItem], Meta(min_length=1, max_length=20)] | None = None
-    reply_to: Annotated[str | None, Meta(description="Id of the inbound message that this answers.")] = None
+    reply_to: Annotated[
+        str | None,
+        Meta(
+            description="Id of the inbound message that this answers. One of another person than the command goes to"
+            " has it refused (other_user)."
+        ),
+    ] = None
     when_closed: Annotated[
         Literal["park", "refuse"],
         Meta(description="While nothing may be sent: wait for the user's next message, or refuse at once."),
@@ -244,8 +256,9 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     reason: Annotated[
         str,
         Meta(
-            description="invalid, not_bound, ambiguous_bot, window_closed, quota, throttled, needs_login, too_long,"
-            " expired, rejected, unreadable, too_large, unreachable, backlog, media, typing; empty when accepted."
+            description="invalid, not_bound, ambiguous_bot, other_user, window_closed, quota, throttled, needs_login,"
+            " too_long, expired, rejected, unreadable, too_large, unreachable, backlog, media, typing; empty when"
+            " accepted."
         ),
     ] = ""
     detail: Annotated[str, Meta(description="One sentence for people.")] = ""

@@ -1,5 +1,5 @@
 /* Messages of the bus, generated from the JSON Schemas here by `make generate`; do not edit.
-   Of: b0a706d810cdab7b719ceeeedacd294c77c52cac8485cd0c6655392319630e75 */
+   Of: fc56b661e7c45a9d29618da9f3778978f5bdd9d089f049793617eeb1cd4ade1d */
 
 /**
  * How a binding behaves.
@@ -593,7 +593,7 @@ export interface Outbound {
    */
   bot?: string | null;
   /**
-   * Default: the bot's user.
+   * Default: the bot's user. An answer names the `user` of the message that it answers: another person may be bound by then.
    */
   user?: string | null;
   /**
@@ -602,7 +602,7 @@ export interface Outbound {
   text?: string | null;
   items?: (OutText | OutImage | OutVideo | OutFile | OutVoice)[] | null;
   /**
-   * Id of the inbound message that this answers.
+   * Id of the inbound message that this answers. One of another person than the command goes to has it refused (other_user).
    */
   reply_to?: string | null;
   /**
@@ -642,7 +642,7 @@ export interface Receipt {
    */
   outcome: "accepted" | "accepted_unconfirmed" | "dead_lettered" | "parked" | "refused" | "uncertain";
   /**
-   * invalid, not_bound, ambiguous_bot, window_closed, quota, throttled, needs_login, too_long, expired, rejected, unreadable, too_large, unreachable, backlog, media, typing; empty when accepted.
+   * invalid, not_bound, ambiguous_bot, other_user, window_closed, quota, throttled, needs_login, too_long, expired, rejected, unreadable, too_large, unreachable, backlog, media, typing; empty when accepted.
    */
   reason?: string;
   /**

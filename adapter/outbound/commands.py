@@ -89,6 +89,8 @@ class Command(NamedTuple):
     """Instead of parts: show or hide that the bot types."""
     final: bool = False
     """It may take the sends that are kept back."""
+    reply_to: str = ""
+    """The inbound message that it answers."""
     time_ms: int = 0
     """When this copy of it was stored, from which `client` follows."""
     merged: tuple[Command, ...] = ()
@@ -228,6 +230,7 @@ def read_command(
         expires_ms=stored_ms + patience_ms,
         typing=body.typing or "",
         final=body.final,
+        reply_to=body.reply_to or "",
         time_ms=time_ms,
     )
 

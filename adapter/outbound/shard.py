@@ -10,11 +10,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import structlog
 
 from adapter import contract
+from adapter.dedup import bot_of
 from adapter.errors import AdapterError, Refused, Temporary, Unreadable
 from adapter.names import H_COMMAND, H_MSG_ID, H_SINCE_MS, UNROUTED, peer_of
 from adapter.outbound.backlog import PAGE, Backlog
@@ -202,7 +203,7 @@ class Shard(LaneWork):
         if sandbox not in self._waiting:
             with contextlib.suppress(Refused):
                 binding = self._find(item.command)
-                if not _is_perhaps_anothers(item, binding):
+                if _is_surely_for(item, binding):
                     self._enqueue(item, binding)
                     return
             self._waiting[sandbox] = deque()
@@ -212,29 +213,33 @@ class Shard(LaneWork):
     async def _place_late(self, sandbox: str) -> None:
         waiting = self._waiting[sandbox]
         while waiting:
+            first = list(waiting)
             try:
-                if not all(self._is_bound(item.command) for item in waiting):
+                if not all(self._is_bound(item.command) for item in first):
                     await self._needs.bound_yet()  # which may take as long as a thousand binds before it
-                hands = await self._hands(sandbox, waiting) if any(item.suspect for item in waiting) else {}
+                hands = await self._hands(sandbox, first) if any(item.suspect for item in first) else {}
+                authors = [await self._authors(item.command) for item in first]
             except Temporary as exc:
                 log.warning("command.waits", sandbox=sandbox, reason=exc.reason)
                 await self._pause(0.5)
                 continue
-            for _ in range(len(waiting)):
-                item = waiting.popleft()
+            for item, wrote in zip(first, authors, strict=True):
+                waiting.popleft()
                 user, hand = hands.get(item.command.client, ("", None))
                 try:
-                    self._enqueue(item, self._find_again(item, user, hand))
+                    self._enqueue(item, self._find_again(item, user, hand, wrote))
                 except Refused as exc:
                     ending = Ending("refused", exc.reason, exc.detail)
                     await self._end_surely(item, in_doubt(ending, hand, item.command))
         del self._waiting[sandbox]
 
-    def _find_again(self, item: Item, user: str, hand: Hand | None) -> Binding:
-        """As `_find`; `hand` was for `user`. Raises Refused, also where another user than now may have got a part of
-        it: each would see what was meant for the other."""
+    def _find_again(self, item: Item, user: str, hand: Hand | None, authors: Collection[str]) -> Binding:
+        """As `_find`; `hand` was for `user`, and one of `authors` wrote what it answers. Raises Refused, also where
+        another user than now was meant, or may have got a part of it: each would see what was meant for the other."""
         binding = self._find(item.command)
         now = item.command.user or binding.user
+        if authors and now not in authors and not _is_answer_to(item.command, binding):
+            raise Refused("other_user", "It answers another person than it goes to: name the `user` of the message.")
         if hand is not None and hand.is_begun and user and now and user != now:
             raise Refused("not_bound", "The user to whom it was being sent is served by no bot of this sandbox now.")
         return binding
@@ -249,6 +254,19 @@ class Shard(LaneWork):
                 if hand := (await self._sending.contexts.stored(bot, name)).hand_of(sandbox):
                     hands |= {one.client: (name, hand) for one in hand.all}
         return hands
+
+    async def _authors(self, command: Command) -> set[str]:
+        """Who may have written the message that a command answers; none: that is not known. Raises Temporary."""
+        bot = bot_of(command.reply_to)
+        if not bot:
+            return set()
+        authors = {user for served, user in await self._served(command.sandbox) if served == bot}
+        if (binding := self._needs.bindings.get(bot)) is not None:  # it may serve another sandbox
+            authors.add(binding.user)
+        authors.discard("")
+        if authors and command.user and (await self._sending.contexts.stored(bot, command.user)).inbound_ms:
+            authors.add(command.user)  # in a group several write to one bot
+        return authors
 
     def _is_bound(self, command: Command) -> bool:
         try:
@@ -359,10 +377,21 @@ class Shard(LaneWork):
         return len(self._in_hand) + self._backlog.waiting, min(stored_ms, default=None)
 
 
-def _is_perhaps_anothers(item: Item, binding: Binding) -> bool:
-    """Whether a command that names nobody may have been sent to whom the sandbox served before this binding."""
+def _is_surely_for(item: Item, binding: Binding) -> bool:
+    """Whether a command is meant for the person of this binding, without a look at whom the sandbox served before."""
     command = item.command
-    return item.suspect and not (command.user or command.bot) and binding.since_ms > command.stored_ms - SKEW_MS
+    if command.reply_to and not _is_answer_to(command, binding):
+        return False
+    if command.user or command.bot:
+        return True
+    # else it may have been sent to another
+    return not item.suspect or binding.since_ms <= command.stored_ms - SKEW_MS
+
+
+def _is_answer_to(command: Command, binding: Binding) -> bool:
+    """Whether a command answers nothing, or what the person of this binding wrote to its bot."""
+    bot = bot_of(command.reply_to)
+    return not bot or (bot == binding.bot and command.user in ("", binding.user))
 
 
 def _ident(delivery: Delivery, body_id: str | None) -> str:
