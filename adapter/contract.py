@@ -291,6 +291,16 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     media: Annotated[bool, Meta(description="Download what the user sends; false: only say that it came.")] = True
 
 
+KeepUndelivered = Annotated[
+    bool,
+    Meta(
+        description="What the person before wrote, and the sandbox has not read, is delivered all the same. Default:"
+        " an unbind of the last person, and a bind of another one, move the durable consumer, and the beginning of a"
+        " replay, past it."
+    ),
+]
+
+
 class Bind(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Let a bot serve a sandbox. Subject: wechat.ctl.bind. Idempotent by `id`."""
 
@@ -310,6 +320,7 @@ class Bind(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         ),
     ] = None
     options: Options = Options()
+    keep_undelivered: KeepUndelivered = False
 
     def __repr__(self) -> str:
         # a token never gets into a log or traceback
@@ -322,6 +333,7 @@ class Unbind(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     sandbox: SandboxId
     bot: Annotated[str | None, Meta(description="Default: all bots of the sandbox.")] = None
     id: CommandId | None = None
+    keep_undelivered: KeepUndelivered = False
 
 
 BindingState: TypeAlias = Literal["active", "needs_login"]
@@ -378,6 +390,13 @@ class BindingEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     ] = ""
     detail: Annotated[str, Meta(description="One sentence that says what to do.")] = ""
     request: Annotated[str, Meta(description="Id of the bind or unbind that caused it.")] = ""
+    replay_after: Annotated[
+        int | None,
+        Meta(
+            description="bound, unbound: replay begins after this sequence. Absent: nothing is replayed, since nobody"
+            " is bound now."
+        ),
+    ] = None
     at_ms: int = 0
 
 
@@ -554,6 +573,9 @@ class ReplayQuery(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     since_ms: Annotated[
         int | None, Meta(description="Messages stored since then, in milliseconds; only where `after` is 0.")
     ] = None
+    former: Annotated[
+        bool, Meta(description="Also what persons wrote who were bound before those of now; else it is passed over.")
+    ] = False
     limit: Annotated[int, Meta(ge=1, le=500, description="Most messages of a page.")] = 100
 
 

@@ -1,5 +1,5 @@
 /* Messages of the bus, generated from the JSON Schemas here by `make generate`; do not edit.
-   Of: fc56b661e7c45a9d29618da9f3778978f5bdd9d089f049793617eeb1cd4ade1d */
+   Of: 540177f266567b73e992bbd530a87b4e257bcd1f55a318d181d612903904f23c */
 
 /**
  * How a binding behaves.
@@ -48,6 +48,10 @@ export interface Bind {
    */
   cursor?: string | null;
   options?: Options;
+  /**
+   * What the person before wrote, and the sandbox has not read, is delivered all the same. Default: an unbind of the last person, and a bind of another one, move the durable consumer, and the beginning of a replay, past it.
+   */
+  keep_undelivered?: boolean;
 }
 /**
  * Something happened to a binding. Subject: wechat.event.<sandbox>.binding.
@@ -72,6 +76,10 @@ export interface BindingEvent {
    * Id of the bind or unbind that caused it.
    */
   request?: string;
+  /**
+   * bound, unbound: replay begins after this sequence. Absent: nothing is replayed, since nobody is bound now.
+   */
+  replay_after?: number | null;
   at_ms?: number;
 }
 /**
@@ -723,6 +731,10 @@ export interface ReplayQuery {
    */
   since_ms?: number | null;
   /**
+   * Also what persons wrote who were bound before those of now; else it is passed over.
+   */
+  former?: boolean;
+  /**
    * Most messages of a page.
    */
   limit?: number;
@@ -740,6 +752,10 @@ export interface Unbind {
    */
   bot?: string | null;
   id?: string | null;
+  /**
+   * What the person before wrote, and the sandbox has not read, is delivered all the same. Default: an unbind of the last person, and a bind of another one, move the durable consumer, and the beginning of a replay, past it.
+   */
+  keep_undelivered?: boolean;
 }
 /**
  * What may be sent to a user changed. Subject: wechat.event.<sandbox>.window.

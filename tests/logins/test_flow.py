@@ -582,7 +582,7 @@ async def test_a_bind_that_nobody_carries_out_is_told_as_such() -> None:
 async def test_a_bind_that_is_refused_fails_the_login() -> None:
     doors = Doors()
 
-    async def refuse(sandbox: str) -> None:
+    async def refuse(sandbox: str, after: int) -> None:
         raise Refused("invalid", "The durable consumer cannot be made: full")
 
     doors.bench.core.make_durable = refuse  # type: ignore[method-assign]
@@ -599,7 +599,7 @@ async def test_a_bind_that_is_refused_fails_the_login_also_of_a_bot_that_is_boun
     doors = Doors()
     await doors.bench.bind(bot=BOT, user=USER, token="of-before")
 
-    async def refuse(sandbox: str) -> None:
+    async def refuse(sandbox: str, after: int) -> None:
         raise Refused("invalid", "The durable consumer cannot be made: full")
 
     doors.bench.core.make_durable = refuse  # type: ignore[method-assign]
