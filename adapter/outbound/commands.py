@@ -199,6 +199,12 @@ def since_ms(since: str, time_ms: int) -> int:
     return min(time_ms, int(since)) if since.isascii() and since.isdecimal() and len(since) < 16 else time_ms
 
 
+def first_seq(copied: str, seq: int) -> int:
+    """The sequence under which a command was stored first. `copied`: the header, as of `since_ms`."""
+    earlier = copied.isascii() and copied.isdecimal() and 0 < len(copied) < 20
+    return min(seq, int(copied)) if earlier else seq
+
+
 def read_command(
     body: Outbound, *, sandbox: str, ident: str, time_ms: int, limits: Limits, since: str = ""
 ) -> Command:

@@ -15,7 +15,7 @@ from adapter import contract
 from adapter.errors import BusRefused, Refused, Temporary, Unreadable
 from adapter.headers import passed_on
 from adapter.metrics import Metrics
-from adapter.names import H_COMMAND, H_MSG_ID, H_SINCE_MS, UNROUTED, Names
+from adapter.names import H_COMMAND, H_MSG_ID, H_SEQUENCE, H_SINCE_MS, UNROUTED, Names
 from adapter.outbound.commands import Command, Limits, command_id, peek, remains, sandbox_of, stand_in
 from adapter.outbound.endings import Ending
 from adapter.outbound.receipts import Receipts
@@ -111,6 +111,7 @@ class Router:
             H_MSG_ID: f"routed:{words}",
             H_COMMAND: ident,
             H_SINCE_MS: str(delivery.time_ms),
+            H_SEQUENCE: str(delivery.seq),
         }
         message = Message("out", self._names.out(sandbox), delivery.data, headers, late=self._check)
         turn = self._turns.setdefault(sandbox, _Turn())

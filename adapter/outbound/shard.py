@@ -17,9 +17,9 @@ import structlog
 from adapter import contract
 from adapter.dedup import bot_of
 from adapter.errors import AdapterError, Refused, Temporary, Unreadable
-from adapter.names import H_COMMAND, H_MSG_ID, H_SINCE_MS, UNROUTED, peer_of
+from adapter.names import H_COMMAND, H_MSG_ID, H_SEQUENCE, H_SINCE_MS, UNROUTED, peer_of
 from adapter.outbound.backlog import PAGE, Backlog
-from adapter.outbound.commands import Command, command_id, peek, read_command, remains, since_ms, stand_in
+from adapter.outbound.commands import Command, command_id, first_seq, peek, read_command, remains, since_ms, stand_in
 from adapter.outbound.endings import Ending, in_doubt
 from adapter.outbound.lane import Item, parked_at
 from adapter.outbound.lanework import LaneWork
@@ -238,6 +238,8 @@ class Shard(LaneWork):
         another user than now was meant, or may have got a part of it: each would see what was meant for the other."""
         binding = self._find(item.command)
         now = item.command.user or binding.user
+        if _is_older(item, binding):
+            raise Refused("not_bound", "The person who was bound as it was stored is not bound now: name the `user`.")
         if authors and now not in authors and not _is_answer_to(item.command, binding):
             raise Refused("other_user", "It answers another person than it goes to: name the `user` of the message.")
         if hand is not None and hand.is_begun and user and now and user != now:
@@ -384,8 +386,17 @@ def _is_surely_for(item: Item, binding: Binding) -> bool:
         return False
     if command.user or command.bot:
         return True
-    # else it may have been sent to another
-    return not item.suspect or binding.since_ms <= command.stored_ms - SKEW_MS
+    if item.suspect and binding.since_ms > command.stored_ms - SKEW_MS:  # it may have been sent to another
+        return False
+    return not (binding.out_after and _is_older(item, binding))
+
+
+def _is_older(item: Item, binding: Binding) -> bool:
+    """Whether a command that names nobody was stored when another person was bound."""
+    command, delivery = item.command, item.delivery
+    if delivery is None or command.user or command.bot:
+        return False
+    return first_seq(delivery.headers.get(H_SEQUENCE, ""), delivery.seq) <= binding.out_after
 
 
 def _is_answer_to(command: Command, binding: Binding) -> bool:

@@ -11,7 +11,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from adapter.errors import BusRefused, Refused, Temporary
-from adapter.names import H_COMMAND, H_MSG_ID, H_TIME_MS, UNROUTED, peer_key
+from adapter.names import H_COMMAND, H_MSG_ID, H_SEQUENCE, H_TIME_MS, UNROUTED, peer_key
 from adapter.outbound.settling import SETTLED_KEPT
 from adapter.outbound.shard import Shard
 from adapter.ports import Accepted, Message
@@ -524,6 +524,29 @@ async def test_a_bus_that_is_away_decides_nothing_about_an_answer() -> None:
     shard.on_delivery(bench.command("hello", id="c2"))
     await asyncio.sleep(30)
     assert outcomes(bench) == [("c1", "refused", "other_user"), ("c2", "accepted", "")]
+
+
+async def test_what_was_stored_for_the_one_before_and_names_nobody_goes_to_nobody_else() -> None:
+    bench, shard = await ready()
+    old = [bench.command("old", id="c1"), bench.command("by name", id="c2", user=USER)]
+    old += [bench.command("by bot", id="c3", bot=BOT)]
+    await bench.bind(out_after=old[-1].seq)
+    for delivery in (*old, bench.command("new", id="c4")):
+        shard.on_delivery(delivery)
+    await asyncio.sleep(30)
+    assert outcomes(bench)[0] == ("c1", "refused", "not_bound")
+    assert bench.chat.texts == ["by name", "by bot", "new"]
+
+
+async def test_a_copy_of_the_routers_is_as_old_as_what_was_copied() -> None:
+    bench, shard = await ready()
+    await bench.bind(out_after=7)
+    for _ in range(10):
+        next(bench.numbers)
+    for ident, seq in (("c1", "7"), ("c2", "8"), ("c3", "none"), ("c4", "")):
+        shard.on_delivery(bench.command("hi", id=ident, headers={H_SEQUENCE: seq}))
+    await asyncio.sleep(30)
+    assert [reason for _, _, reason in sorted(outcomes(bench))] == ["not_bound", "", "", ""]
 
 
 async def test_an_unbind_refuses_what_waits() -> None:
