@@ -437,6 +437,12 @@ LoginReason = Annotated[
 ]
 
 
+FormerUser = Annotated[
+    str,
+    Meta(description="confirmed: who was bound to the sandbox before, if that is another person than who scanned."),
+]
+
+
 class LoginEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A step of a QR login. Subject: wechat.event.<sandbox>.login. Never holds the code: it is a secret."""
 
@@ -456,6 +462,7 @@ class LoginEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     ] = 1
     bot: str = ""
     user: str = ""
+    former_user: FormerUser = ""
     reason: LoginReason = ""
     detail: Annotated[str, Meta(description="One sentence that says what to do.")] = ""
     at_ms: int = 0
@@ -501,6 +508,7 @@ class Login(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     expires_at_ms: Annotated[int, Meta(description="When the whole login ends.")] = 0
     bot: str = ""
     user: str = ""
+    former_user: FormerUser = ""
     reason: LoginReason = ""
     detail: Annotated[str, Meta(description="One sentence that says what to do.")] = ""
 

@@ -244,6 +244,8 @@ class LoginRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     token: str = ""
     """Of a bot that was confirmed and is to be bound: sealed for the bind command."""
     bot_base_url: str = ""
+    former_user: str = ""
+    """Who was bound to the sandbox before that bot, if it was another person than `user`."""
     reason: str = ""
     detail: str = ""
 

@@ -1,5 +1,5 @@
 /* Messages of the bus, generated from the JSON Schemas here by `make generate`; do not edit.
-   Of: 540177f266567b73e992bbd530a87b4e257bcd1f55a318d181d612903904f23c */
+   Of: 9a83157489c1bb7402a4621d03f7afa3ef970365f43b035a1be8a4cadd56d3fc */
 
 /**
  * How a binding behaves.
@@ -365,6 +365,10 @@ export interface Login {
   bot?: string;
   user?: string;
   /**
+   * confirmed: who was bound to the sandbox before, if that is another person than who scanned.
+   */
+  former_user?: string;
+  /**
    * need_verify_code: wrong_code; in an answer also checking, while digits are not judged yet. expired: time, or codes (too many expired). failed: blocked (too many wrong digits), bus, url, or why the bind was refused.
    */
   reason?: string;
@@ -389,6 +393,10 @@ export interface LoginEvent {
   code?: number;
   bot?: string;
   user?: string;
+  /**
+   * confirmed: who was bound to the sandbox before, if that is another person than who scanned.
+   */
+  former_user?: string;
   /**
    * need_verify_code: wrong_code; in an answer also checking, while digits are not judged yet. expired: time, or codes (too many expired). failed: blocked (too many wrong digits), bus, url, or why the bind was refused.
    */
