@@ -17,6 +17,7 @@ import (
 
 type inbound struct {
 	ID    string `json:"id"`
+	User  string `json:"user"`
 	Text  string `json:"text"`
 	Items []struct {
 		Kind string `json:"kind"`
@@ -25,6 +26,7 @@ type inbound struct {
 
 type outbound struct {
 	ID      string `json:"id"`
+	User    string `json:"user"`
 	Text    string `json:"text"`
 	ReplyTo string `json:"reply_to"`
 }
@@ -81,7 +83,7 @@ func main() {
 	}
 }
 
-// answer makes the command. Its id follows from what caused it.
+// answer makes the command. Its id follows from what caused it; it names the user, since another may be bound by now.
 func answer(sandbox string, said inbound) outbound {
 	text := "You said: " + said.Text
 	if said.Text == "" {
@@ -91,7 +93,7 @@ func answer(sandbox string, said inbound) outbound {
 		}
 		text = "You sent: " + strings.Join(kinds, ", ")
 	}
-	return outbound{ID: sandbox + ".echo." + said.ID, Text: text, ReplyTo: said.ID}
+	return outbound{ID: sandbox + ".echo." + said.ID, User: said.User, Text: text, ReplyTo: said.ID}
 }
 
 // store publishes until the stream has confirmed. The id makes the repeats one.
