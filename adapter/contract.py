@@ -199,10 +199,22 @@ class Outbound(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         Meta(description="Needed on plain wechat.out; elsewhere it must equal the subject's."),
     ] = None
     bot: Annotated[str | None, Meta(description="Needed only where the sandbox has several bots.")] = None
-    user: Annotated[str | None, Meta(description="Default: the bot's user.")] = None
+    user: Annotated[
+        str | None,
+        Meta(
+            description="Default: the bot's user. An answer names the `user` of the message that it answers: another"
+            " person may be bound by then."
+        ),
+    ] = None
     text: Annotated[str | None, Meta(description="Short form of one text item.")] = None
     items: Annotated[list[OutItem], Meta(min_length=1, max_length=20)] | None = None
-    reply_to: Annotated[str | None, Meta(description="Id of the inbound message that this answers.")] = None
+    reply_to: Annotated[
+        str | None,
+        Meta(
+            description="Id of the inbound message that this answers. One of another person than the command goes to"
+            " has it refused (other_user)."
+        ),
+    ] = None
     when_closed: Annotated[
         Literal["park", "refuse"],
         Meta(description="While nothing may be sent: wait for the user's next message, or refuse at once."),
@@ -254,9 +266,9 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     reason: Annotated[
         str,
         Meta(
-            description="invalid, not_bound, ambiguous_bot, window_closed, quota, reserved, throttled, needs_login,"
-            " too_long, expired, rejected, unreadable, too_large, unreachable, crashed, backlog, media, typing; empty"
-            " when accepted."
+            description="invalid, not_bound, ambiguous_bot, other_user, window_closed, quota, reserved, throttled,"
+            " needs_login, too_long, expired, rejected, unreadable, too_large, unreachable, crashed, backlog, media,"
+            " typing; empty when accepted."
         ),
     ] = ""
     detail: Annotated[str, Meta(description="One sentence for people.")] = ""
@@ -289,6 +301,16 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     media: Annotated[bool, Meta(description="Download what the user sends; false: only say that it came.")] = True
 
 
+KeepUndelivered = Annotated[
+    bool,
+    Meta(
+        description="What the person before wrote, and the sandbox has not read, is delivered all the same. Default:"
+        " an unbind of the last person, and a bind of another one, move the durable consumer, and the beginning of a"
+        " replay, past it."
+    ),
+]
+
+
 class Bind(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Let a bot serve a sandbox. Subject: wechat.ctl.bind. Idempotent by `id`."""
 
@@ -308,6 +330,7 @@ class Bind(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         ),
     ] = None
     options: Options = Options()
+    keep_undelivered: KeepUndelivered = False
 
     def __repr__(self) -> str:
         # a token never gets into a log or traceback
@@ -320,6 +343,7 @@ class Unbind(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     sandbox: SandboxId
     bot: Annotated[str | None, Meta(description="Default: all bots of the sandbox.")] = None
     id: CommandId | None = None
+    keep_undelivered: KeepUndelivered = False
 
 
 BindingState: TypeAlias = Literal["active", "needs_login"]
@@ -376,6 +400,13 @@ class BindingEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     ] = ""
     detail: Annotated[str, Meta(description="One sentence that says what to do.")] = ""
     request: Annotated[str, Meta(description="Id of the bind or unbind that caused it.")] = ""
+    replay_after: Annotated[
+        int | None,
+        Meta(
+            description="bound, unbound: replay begins after this sequence. Absent: nothing is replayed, since nobody"
+            " is bound now."
+        ),
+    ] = None
     at_ms: int = 0
 
 
@@ -416,6 +447,12 @@ LoginReason = Annotated[
 ]
 
 
+FormerUser = Annotated[
+    str,
+    Meta(description="confirmed: who was bound to the sandbox before, if that is another person than who scanned."),
+]
+
+
 class LoginEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A step of a QR login. Subject: wechat.event.<sandbox>.login. Never holds the code: it is a secret."""
 
@@ -435,6 +472,7 @@ class LoginEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     ] = 1
     bot: str = ""
     user: str = ""
+    former_user: FormerUser = ""
     reason: LoginReason = ""
     detail: Annotated[str, Meta(description="One sentence that says what to do.")] = ""
     at_ms: int = 0
@@ -480,6 +518,7 @@ class Login(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     expires_at_ms: Annotated[int, Meta(description="When the whole login ends.")] = 0
     bot: str = ""
     user: str = ""
+    former_user: FormerUser = ""
     reason: LoginReason = ""
     detail: Annotated[str, Meta(description="One sentence that says what to do.")] = ""
 
@@ -559,6 +598,9 @@ class ReplayQuery(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     since_ms: Annotated[
         int | None, Meta(description="Messages stored since then, in milliseconds; only where `after` is 0.")
     ] = None
+    former: Annotated[
+        bool, Meta(description="Also what persons wrote who were bound before those of now; else it is passed over.")
+    ] = False
     limit: Annotated[int, Meta(ge=1, le=500, description="Most messages of a page.")] = 100
 
 

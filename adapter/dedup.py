@@ -78,6 +78,13 @@ class Keys(msgspec.Struct, frozen=True, gc=False):
         return f"{message}|{client}|{seq}|{said}|{self.sent_at_ms}|{seen_at_ms}"
 
 
+def bot_of(ident: str) -> str:
+    """The bot to which an inbound message was said, by the message's id on the bus; "" for another id."""
+    kind, _, rest = ident.partition(":")
+    bot, colon, _ = rest.partition(":")
+    return bot if kind == "in" and colon else ""
+
+
 class _Known(NamedTuple):
     message: str
     client: str

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 
 import msgspec
 import structlog
@@ -32,6 +32,8 @@ from adapter.timing import Clock, backoff
 log = structlog.get_logger()
 
 MAX_HEADER = 512
+PERSON_CHANGES = ("bound", "unbound")
+"""Changes of a binding by which a person comes or goes."""
 
 
 async def told_of_bindings(
@@ -46,6 +48,16 @@ async def told_of_bindings(
         except UNDECODABLE:
             continue
         yield stored.seq, event
+
+
+def last_of_person(events: Iterable[contract.BindingEvent]) -> contract.BindingEvent | None:
+    """The last one, the oldest coming first, by which a person was bound or unbound."""
+    return next((event for event in reversed([*events]) if event.change in PERSON_CHANGES), None)
+
+
+async def read_last_of_person(history: History, names: Names, sandbox: str) -> contract.BindingEvent | None:
+    """As `last_of_person`, of a sandbox. Raises Temporary."""
+    return last_of_person([event async for _, event in told_of_bindings(history, names, sandbox)])
 
 
 class Events:

@@ -22,6 +22,7 @@ REFUSED = (
     "invalid",
     "not_bound",
     "ambiguous_bot",
+    "other_user",
     "window_closed",
     "quota",
     "reserved",

@@ -170,6 +170,10 @@ class Names:
         """Filter of the commands of one shard, as stored (after the stream's subject transform)."""
         return f"{self.prefix}.out.{shard}.*"
 
+    def out_stored(self, sandbox: str) -> str:
+        """The commands of one sandbox, as stored."""
+        return f"{self.prefix}.out.{shard_of(sandbox)}.{sandbox}"
+
     def event(self, sandbox: str, kind: str) -> str:
         return f"{self.prefix}.event.{sandbox}.{kind}"
 

@@ -531,5 +531,9 @@ class CoreBus(Protocol):
     async def publish(self, subject: str, payload: bytes, headers: dict[str, str]) -> None:
         """Publishes at most once. Raises Temporary."""
 
-    async def make_durable(self, sandbox: str) -> None:
-        """Creates the sandbox's durable pull consumer where it is missing. Raises Temporary, Refused."""
+    async def make_durable(self, sandbox: str, after: int) -> None:
+        """Creates the sandbox's durable pull consumer where it is missing, behind a sequence. Raises Temporary,
+        Refused."""
+
+    async def move_durable(self, sandbox: str, after: int) -> None:
+        """Moves the sandbox's durable pull consumer, where there is one, behind a sequence. Raises Temporary."""

@@ -33,6 +33,10 @@ class Binding(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     request: str = ""
     start_cursor: str | None = None
     """A cursor given by the bind request, to be used once; sealed."""
+    in_after: int = 0
+    """Sequence in WECHAT_IN up to which the sandbox's messages are of persons who were bound before."""
+    out_after: int = 0
+    """Sequence in WECHAT_OUT up to which commands that name nobody were meant for those; 0: there were none."""
     untold: bool = False
     """The event of its login's loss, or return, may not be stored yet: whoever polls the bot tells it."""
 
@@ -54,7 +58,15 @@ class Binding(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
             options=self.options,
         )
 
-    def event(self, change: BindingChange, *, reason: str = "", detail: str = "", request: str = "") -> BindingEvent:
+    def event(
+        self,
+        change: BindingChange,
+        *,
+        reason: str = "",
+        detail: str = "",
+        request: str = "",
+        replay_after: int | None = None,
+    ) -> BindingEvent:
         """Something happened to it."""
         return BindingEvent(
             sandbox=self.sandbox,
@@ -64,6 +76,7 @@ class Binding(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
             reason=reason[:200],
             detail=detail,
             request=request,
+            replay_after=replay_after,
         )
 
 
@@ -125,6 +138,8 @@ class LoginRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     token: str = ""
     """Of a bot that was confirmed and is to be bound: sealed for the bind command."""
     bot_base_url: str = ""
+    former_user: str = ""
+    """Who was bound to the sandbox before that bot, if it was another person than `user`."""
     reason: str = ""
     detail: str = ""
 

@@ -1,5 +1,5 @@
 /* Messages of the bus, generated from the JSON Schemas here by `make generate`; do not edit.
-   Of: fec48de286f42663e4b87a3e603d39bf4f481c745af364df8e361ce5bdbe8647 */
+   Of: a73e02bfd5dcab9a682d0ed9718c9813f0451bce705f44b2d0b4defc661c117c */
 
 /**
  * How a binding behaves.
@@ -48,6 +48,10 @@ export interface Bind {
    */
   cursor?: string | null;
   options?: Options;
+  /**
+   * What the person before wrote, and the sandbox has not read, is delivered all the same. Default: an unbind of the last person, and a bind of another one, move the durable consumer, and the beginning of a replay, past it.
+   */
+  keep_undelivered?: boolean;
 }
 /**
  * Something happened to a binding. Subject: wechat.event.<sandbox>.binding.
@@ -72,6 +76,10 @@ export interface BindingEvent {
    * Id of the bind or unbind that caused it.
    */
   request?: string;
+  /**
+   * bound, unbound: replay begins after this sequence. Absent: nothing is replayed, since nobody is bound now.
+   */
+  replay_after?: number | null;
   at_ms?: number;
 }
 /**
@@ -357,6 +365,10 @@ export interface Login {
   bot?: string;
   user?: string;
   /**
+   * confirmed: who was bound to the sandbox before, if that is another person than who scanned.
+   */
+  former_user?: string;
+  /**
    * need_verify_code: wrong_code; in an answer also checking, while digits are not judged yet. expired: time, or codes (too many expired). failed: blocked (too many wrong digits), bus, url, or why the bind was refused.
    */
   reason?: string;
@@ -381,6 +393,10 @@ export interface LoginEvent {
   code?: number;
   bot?: string;
   user?: string;
+  /**
+   * confirmed: who was bound to the sandbox before, if that is another person than who scanned.
+   */
+  former_user?: string;
   /**
    * need_verify_code: wrong_code; in an answer also checking, while digits are not judged yet. expired: time, or codes (too many expired). failed: blocked (too many wrong digits), bus, url, or why the bind was refused.
    */
@@ -593,7 +609,7 @@ export interface Outbound {
    */
   bot?: string | null;
   /**
-   * Default: the bot's user.
+   * Default: the bot's user. An answer names the `user` of the message that it answers: another person may be bound by then.
    */
   user?: string | null;
   /**
@@ -602,7 +618,7 @@ export interface Outbound {
   text?: string | null;
   items?: (OutText | OutImage | OutVideo | OutFile | OutVoice)[] | null;
   /**
-   * Id of the inbound message that this answers.
+   * Id of the inbound message that this answers. One of another person than the command goes to has it refused (other_user).
    */
   reply_to?: string | null;
   /**
@@ -647,7 +663,7 @@ export interface Receipt {
    */
   outcome: "accepted" | "accepted_unconfirmed" | "dead_lettered" | "parked" | "refused" | "uncertain";
   /**
-   * invalid, not_bound, ambiguous_bot, window_closed, quota, reserved, throttled, needs_login, too_long, expired, rejected, unreadable, too_large, unreachable, crashed, backlog, media, typing; empty when accepted.
+   * invalid, not_bound, ambiguous_bot, other_user, window_closed, quota, reserved, throttled, needs_login, too_long, expired, rejected, unreadable, too_large, unreachable, crashed, backlog, media, typing; empty when accepted.
    */
   reason?: string;
   /**
@@ -741,6 +757,10 @@ export interface ReplayQuery {
    */
   since_ms?: number | null;
   /**
+   * Also what persons wrote who were bound before those of now; else it is passed over.
+   */
+  former?: boolean;
+  /**
    * Most messages of a page.
    */
   limit?: number;
@@ -758,6 +778,10 @@ export interface Unbind {
    */
   bot?: string | null;
   id?: string | null;
+  /**
+   * What the person before wrote, and the sandbox has not read, is delivered all the same. Default: an unbind of the last person, and a bind of another one, move the durable consumer, and the beginning of a replay, past it.
+   */
+  keep_undelivered?: boolean;
 }
 /**
  * What may be sent to a user changed. Subject: wechat.event.<sandbox>.window.

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adapter.dedup import KEEP_AT_MOST, KEEP_LONG, KEEP_MS, LATELY_MS, NEAR_MS, Batch, Keys, Seen
+from adapter.dedup import KEEP_AT_MOST, KEEP_LONG, KEEP_MS, LATELY_MS, NEAR_MS, Batch, Keys, Seen, bot_of
 from adapter.names import digest
 
 NOW = 1_789_000_000_000
@@ -305,3 +305,15 @@ def test_ids_that_a_header_would_change_stay_apart() -> None:
     assert all(
         " " not in made and made.isascii() for ident in idents if (made := say(message=ident).id_for("b1@im.bot"))
     )
+
+
+@pytest.mark.parametrize(
+    "keys", [OK, say(message=""), say(message="", client=""), say(**NAMELESS), say(message="a:b", client="c:d")]
+)
+def test_the_id_of_a_message_tells_its_bot(keys: Keys) -> None:
+    assert bot_of(keys.id_for("b1@im.bot")) == "b1@im.bot"
+
+
+@pytest.mark.parametrize("ident", ["", "in", "in:", "in:b1@im.bot", "out:b1@im.bot:m1", "42", "::", "\n"])
+def test_another_id_tells_none(ident: str) -> None:
+    assert bot_of(ident) == ""

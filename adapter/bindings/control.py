@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 
 import msgspec
 import structlog
@@ -17,7 +17,7 @@ from adapter import contract
 from adapter.bindings.registry import Bindings
 from adapter.contract import Bind, BindingChange, BindingEvent, ControlAnswer, Unbind
 from adapter.errors import UNDECODABLE, AdapterError, LeaseLost, Refused, Temporary, Unreadable
-from adapter.events import Events, told_of_bindings
+from adapter.events import PERSON_CHANGES, Events, last_of_person, told_of_bindings
 from adapter.metrics import Metrics
 from adapter.names import H_ERROR, H_ERROR_CODE, H_MSG_ID, H_REPLY_TO, H_SCHEMA, Names, check_sandbox, is_inbox
 from adapter.ports import Chat, CoreBus, Delivery, History
@@ -73,8 +73,9 @@ class Control:
         self._settled: deque[int] = deque(maxlen=SETTLED_KEPT)
         self._can_erase = True
         """Whether the last bind could be erased."""
-        self._read: set[str] = set()
-        """Sandboxes whose bots were read since this replica carries commands out: what is bound since, it binds."""
+        self._read: dict[str, BindingEvent | None] = {}
+        """Sandboxes whose bots were read since this replica carries commands out: what is bound since, it binds. The
+        last event of a person who was bound or unbound there."""
 
     def offer(self, delivery: Delivery) -> None:
         """Queues a command, once: it is delivered again after each connect until its ack has arrived."""
@@ -205,22 +206,25 @@ class Control:
         token = self._token(command)
         if command.base_url:
             self._chat.check_base_url(command.base_url)
-        if command.options.durable:
-            await self._core.make_durable(command.sandbox)
         await self._bindings.refresh(command.bot)
         before = self._bindings.get(command.bot)
-        binding = self._made(command, token, before)
         await self._refresh(command.sandbox)
         bound = self._bindings.of_sandbox(command.sandbox)
+        binding = await self._begun(self._made(command, token, before), bound, keep=command.keep_undelivered)
+        if command.options.durable:
+            await self._core.make_durable(command.sandbox, binding.in_after)
         replaced = [b for b in bound if binding.user and b.user == binding.user and b.bot != command.bot]
         new = before is None or not self._same(before, binding)
-        if before is not None and before.sandbox != command.sandbox:
-            await self._tell(before, "unbound", command.id, reason="moved")  # after a crash nobody knows it any more
+        if before is not None and before.sandbox != command.sandbox:  # after a crash nobody knows it any more
+            await self._refresh(before.sandbox)
+            replay_after = self._replay_after(before.sandbox, [before])
+            await self._tell(before, "unbound", command.id, reason="moved", replay_after=replay_after)
+            await self._pass_undelivered(before.sandbox, [before])
         if new:
             await self._bindings.put(binding, self._check)
         if new or (before is not None and command.id and before.request == command.id):
             # told again where a crash may have come before the telling: the stream drops the repeat
-            await self._tell(binding, "bound", command.id)
+            await self._tell(binding, "bound", command.id, replay_after=binding.in_after)
         for other in replaced:
             await self._tell(other, "replaced", command.id)  # first: a crash in between repeats it, and loses nothing
             await self._bindings.remove(other.bot, self._check)
@@ -253,17 +257,63 @@ class Control:
             start_cursor=self._start_cursor(command, before),
         )
 
+    async def _begun(self, binding: Binding, bound: list[Binding], *, keep: bool) -> Binding:
+        """`binding` with the sequences behind which its person's messages and commands begin. Where no other bot is
+        `bound` to the sandbox, its durable consumer goes on behind what persons before have written.
+
+        Raises Temporary.
+        """
+        for known in bound:
+            if _is_same_person(known, binding):
+                return structs.replace(binding, in_after=known.in_after, out_after=known.out_after)
+        sandbox, last, names = binding.sandbox, self._read[binding.sandbox], self._names
+        is_alone = all(other.bot == binding.bot for other in bound)
+        is_again = last is not None and _is_same_person(last, binding)
+        in_after = out_after = 0
+        if bound or (last is not None and not is_again):
+            for subject in (names.out_plain, names.out_stored(sandbox)):  # in the order in which the router copies
+                out_after = max(out_after, await self._last_seq(names.stream_out, subject))
+        kept_after = last.replay_after if last is not None else 0
+        if is_alone and (keep or is_again) and kept_after is not None:
+            in_after = kept_after
+        else:
+            in_after = await self._last_seq(names.stream_in, names.inbox(sandbox))
+            if in_after and is_alone and not keep:
+                await self._core.move_durable(sandbox, in_after)
+        return structs.replace(binding, in_after=in_after, out_after=out_after)
+
+    def _replay_after(self, sandbox: str, gone: Collection[Binding] = ()) -> int | None:
+        """Where a replay begins once `gone` are bound no more; None: nobody is then."""
+        stays = [binding for binding in self._bindings.of_sandbox(sandbox) if binding not in gone]
+        return min((binding.in_after for binding in stays), default=None)
+
+    async def _pass_undelivered(self, sandbox: str, gone: Collection[Binding] = ()) -> None:
+        """Moves the sandbox's durable consumer behind all that was written, where nobody but `gone` is bound.
+
+        Raises Temporary.
+        """
+        after = await self._last_seq(self._names.stream_in, self._names.inbox(sandbox))
+        if after and self._replay_after(sandbox, gone) is None:
+            await self._core.move_durable(sandbox, after)
+
+    async def _last_seq(self, stream: str, subject: str) -> int:
+        """Raises Temporary."""
+        last = await self._history.last(stream, subject)
+        return last.seq if last is not None else 0
+
     async def unbind(self, command: Unbind) -> ControlAnswer:
         """Unbinds a bot, or all bots of a sandbox; none bound is no error. Raises Refused, Temporary, LeaseLost."""
         check_sandbox(command.sandbox)
         if command.bot:
             await self._bindings.refresh(command.bot)
-        else:
-            await self._refresh(command.sandbox)
+        await self._refresh(command.sandbox)
         bound = [b for b in self._bindings.of_sandbox(command.sandbox) if command.bot in (None, "", b.bot)]
+        replay_after = self._replay_after(command.sandbox, [] if command.keep_undelivered else bound)
         for binding in bound:
-            await self._tell(binding, "unbound", command.id)
+            await self._tell(binding, "unbound", command.id, replay_after=replay_after)
             await self._bindings.remove(binding.bot, self._check)
+        if not command.keep_undelivered:
+            await self._pass_undelivered(command.sandbox)
         return ControlAnswer(ok=True, id=command.id or "", bindings=[binding.info() for binding in bound])
 
     async def _refresh(self, sandbox: str) -> None:
@@ -277,7 +327,7 @@ class Control:
             await self._bindings.refresh(bot)
         if len(self._read) >= READ_KEPT:
             self._read.clear()
-        self._read.add(sandbox)
+        self._read[sandbox] = last_of_person(events)
 
     def _start_cursor(self, command: Bind, before: Binding | None) -> str | None:
         """Sealed; but the text of the binding before where it names the same cursor, which counts once."""
@@ -295,9 +345,19 @@ class Control:
         unimportant = {"token": "", "since_ms": 0, "request": "", "untold": False}
         return structs.replace(before, **unimportant) == structs.replace(after, **unimportant)
 
-    async def _tell(self, binding: Binding, change: BindingChange, request: str | None, *, reason: str = "") -> None:
-        event = binding.event(change, reason=reason, request=request or "")
+    async def _tell(
+        self,
+        binding: Binding,
+        change: BindingChange,
+        request: str | None,
+        *,
+        reason: str = "",
+        replay_after: int | None = None,
+    ) -> None:
+        event = binding.event(change, reason=reason, request=request or "", replay_after=replay_after)
         await self._events.binding(event, late=self._check)
+        if change in PERSON_CHANGES and event.sandbox in self._read:
+            self._read[event.sandbox] = event
         log.info("binding.changed", change=change, sandbox=binding.sandbox, bot=binding.bot)
 
     async def _answer(self, delivery: Delivery, answer: ControlAnswer) -> None:
@@ -315,3 +375,8 @@ class Control:
             await self._core.publish(reply_to, msgspec.json.encode(answer), headers)
         except AdapterError as exc:
             log.info("control.unanswered", reason=exc.reason)
+
+
+def _is_same_person(one: Binding | BindingEvent, other: Binding) -> bool:
+    """Whether both are of the same person. A bot serves one person, whose name may not be known yet."""
+    return one.user == other.user if one.user and other.user else one.bot == other.bot

@@ -16,7 +16,7 @@ from nats.errors import Error as NatsError
 from adapter.cli import output
 from adapter.cli.bus import Bus, connected
 from adapter.cli.exits import NO, OK, TIMEOUT, UNREACHABLE, USAGE, Failed
-from adapter.cli.options import AutoTyping, Durable, Json, MaybeSandbox, RequestId, Sandbox, Timeout, new_id
+from adapter.cli.options import AutoTyping, Durable, Json, Keep, MaybeSandbox, RequestId, Sandbox, Timeout, new_id
 from adapter.contract import (
     SCHEMA_VERSION,
     Bind,
@@ -52,6 +52,7 @@ async def bind(
     cursor_file: Annotated[Path | None, Parameter(help="Poll from iLink's cursor in this file.")] = None,
     durable: Durable = False,
     auto_typing: AutoTyping = False,
+    keep: Keep = False,
     request_id: RequestId = None,
     timeout: Timeout = 10.0,
     json: Json = False,
@@ -71,6 +72,7 @@ async def bind(
         user=user,
         cursor=_read_cursor(cursor, cursor_file),
         options=Options(durable=durable, auto_typing=auto_typing),
+        keep_undelivered=keep,
     )
     async with connected() as bus:
         answer = await request(bus, bus.names.bind, asked, timeout)
@@ -82,12 +84,16 @@ async def unbind(
     bot: Annotated[str | None, Parameter(help="Bot to unbind; default: every bot of the sandbox.")] = None,
     /,
     *,
+    keep: Keep = False,
     request_id: RequestId = None,
     timeout: Timeout = 10.0,
     json: Json = False,
 ) -> int:
-    """Let a bot, or every bot of a sandbox, serve it no longer."""
-    asked = Unbind(sandbox=sandbox, bot=bot, id=request_id or new_id())
+    """Let a bot, or every bot of a sandbox, serve it no longer.
+
+    What its person wrote and the sandbox has not read is passed over then, by its durable consumer and by replay.
+    """
+    asked = Unbind(sandbox=sandbox, bot=bot, id=request_id or new_id(), keep_undelivered=keep)
     async with connected() as bus:
         answer = await request(bus, bus.names.unbind, asked, timeout)
     return _show(answer, "unbound", json)

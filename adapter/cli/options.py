@@ -44,6 +44,7 @@ MaybeSandbox = Annotated[str | None, Parameter(validator=_legal_sandbox, help="I
 Json = Annotated[bool, flag("One JSON object per line.", name="--json")]
 Durable = Annotated[bool, flag("Create a durable consumer for the sandbox.")]
 AutoTyping = Annotated[bool, flag("Show that the bot types from each message to the answer.")]
+Keep = Annotated[bool, flag("Leave to the sandbox what the person before wrote and it has not read yet.")]
 Timeout = Annotated[float, Parameter(validator=_positive, help="Seconds to wait for the outcome.")]
 Age = Annotated[str | None, Parameter(validator=_legal_age, help="Start this long ago: 30s, 10m, 2h, 3d.")]
 RequestId = Annotated[

@@ -118,7 +118,8 @@ class Conversation:
             left = message.window.remaining
             budget = "" if left is None else f", {left} sends left"
             screen.show(names.live(SANDBOX), f'"{message.text}"  (id {message.id[-12:]}{budget})')
-            reply = Outbound(id=f"echo-{message.id}", text=f"You said: {message.text}"[:REPLY_CHARS])
+            text = f"You said: {message.text}"[:REPLY_CHARS]
+            reply = Outbound(id=f"echo-{message.id}", user=message.user, text=text, reply_to=message.id)
             screen.show("echo agent", f'"{reply.text}"')
             await self._send(reply)
             screen.show(names.out(SANDBOX), "→ stored")

@@ -94,6 +94,8 @@ class Command(NamedTuple):
     """Instead of parts: show or hide that the bot types."""
     optional: bool = False
     """It takes none of the sends that are kept back."""
+    reply_to: str = ""
+    """The inbound message that it answers."""
 
     @property
     def kind(self) -> Literal["text", "media", "typing", "unreadable"]:
@@ -253,6 +255,7 @@ def read_command(body: Outbound, *, sandbox: str, ident: str, sequence: int, tim
         expires_ms=time_ms + patience_ms,
         typing=body.typing or "",
         optional=body.optional,
+        reply_to=body.reply_to or "",
     )
 
 

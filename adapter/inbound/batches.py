@@ -308,12 +308,16 @@ async def _update_conversations(binding: Binding, fresh: list[Said], needs: Inco
 
 async def _learn_user(binding: Binding, user: str, needs: Incoming) -> None:
     """The binding named no user: this is who they are. An older bot of theirs in the sandbox is replaced."""
+    bound = needs.bindings.of_sandbox(binding.sandbox)
+    older = [other for other in bound if other.user == user and other.bot != binding.bot]
 
     def with_user(now: Binding) -> Binding | None:
-        return None if now.user else msgspec.structs.replace(now, user=user)
+        if now.user:
+            return None
+        known = older[0] if older else now
+        return msgspec.structs.replace(now, user=user, in_after=known.in_after, out_after=known.out_after)
 
     await retry(lambda: needs.bindings.change(binding.bot, with_user), needs)
-    for other in needs.bindings.of_sandbox(binding.sandbox):
-        if other.user == user and other.bot != binding.bot:  # WeChat has killed it: one user has one bot (1.3)
-            await needs.events.binding(other.event("replaced", detail="The user is served by another bot now."))
-            await retry(partial(needs.bindings.remove, other.bot), needs)
+    for other in older:  # WeChat has killed it: one user has one bot (1.3)
+        await needs.events.binding(other.event("replaced", detail="The user is served by another bot now."))
+        await retry(partial(needs.bindings.remove, other.bot), needs)

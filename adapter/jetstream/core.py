@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 
+import structlog
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 
 from adapter.errors import BusRefused, Refused
-from adapter.jetstream.answers import CONSUMER_EXISTS
+from adapter.jetstream.answers import CONSUMER_EXISTS, NO_CONSUMER
 from adapter.jetstream.link import Link
 from adapter.names import Names, is_inbox
 from adapter.timing import first_of
+
+log = structlog.get_logger()
 
 
 class CoreNats:
@@ -64,8 +67,9 @@ class CoreNats:
             await first_of(enough, within_s)
         return answers
 
-    async def make_durable(self, sandbox: str) -> None:
+    async def make_durable(self, sandbox: str, after: int) -> None:
         stream = self._names.stream_in
+        start = {"deliver_policy": "by_start_sequence", "opt_start_seq": after + 1} if after else {}
         body = {
             "stream_name": stream,
             "action": "create",
@@ -77,6 +81,7 @@ class CoreNats:
                 "deliver_policy": "all",
                 "replay_policy": "instant",
                 "num_replicas": 1,
+                **start,
             },
         }
         try:
@@ -84,3 +89,12 @@ class CoreNats:
         except BusRefused as exc:
             if exc.code != CONSUMER_EXISTS:  # perhaps as its reader has changed it: theirs
                 raise Refused("invalid", f"The durable consumer cannot be made: {exc.detail}") from exc
+
+    async def move_durable(self, sandbox: str, after: int) -> None:
+        consumer = f"{self._names.stream_in}.{sandbox}"
+        try:
+            await self._link.api(f"CONSUMER.INFO.{consumer}")  # a reset of none is not answered
+            await self._link.api(f"CONSUMER.RESET.{consumer}", {"seq": after + 1})
+        except BusRefused as exc:
+            if exc.code != NO_CONSUMER:  # a reader has made it deliver only what is new: nobody may move that
+                log.warning("durable.unmoved", sandbox=sandbox, detail=exc.detail)

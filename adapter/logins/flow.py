@@ -17,8 +17,8 @@ from adapter import contract
 from adapter.bindings.registry import Bindings
 from adapter.contract import Bind, BindingEvent
 from adapter.errors import BusRefused, Refused, Temporary
-from adapter.events import Events, told_of_bindings
-from adapter.logins.registry import TELL_MS, LoginRegistry, code_of, event_of, tokens_of
+from adapter.events import Events, read_last_of_person, told_of_bindings
+from adapter.logins.registry import ADVICE, TELL_MS, LoginRegistry, code_of, event_of, tokens_of
 from adapter.metrics import Metrics
 from adapter.names import H_MSG_ID, H_SCHEMA, Names, shard_of
 from adapter.ports import Bus, History, Logins, Message, QrCode, Scan
@@ -314,6 +314,7 @@ class LoginFlow:
         """Hands the bot to the control commands, which alone write bindings, and waits for the outcome."""
         needs, request = self._needs, f"login:{self._login}"
         if self._bound(record, request) is None:
+            await self._note_former_user(record)
             bind = Bind(
                 sandbox=record.sandbox,
                 bot=record.bot,
@@ -341,9 +342,27 @@ class LoginFlow:
         bound = {"bot": binding.bot, "user": binding.user} if binding else _PENDING
 
         def confirmed(now: LoginRecord) -> LoginRecord | None:
-            return None if now.over else needs.registry.step(now, status="confirmed", **bound)
+            if now.over:
+                return None
+            warning = {"detail": _WARNING.format(now.former_user)} if now.former_user else {}
+            return needs.registry.step(now, status="confirmed", **{**warning, **bound})
 
         await self._change(confirmed)
+
+    async def _note_former_user(self, record: LoginRecord) -> None:
+        """Stores who is bound to the sandbox, or was last, if that is another person: once the bind is carried out
+        nobody can tell."""
+        needs, user = self._needs, record.user
+        users = {binding.user for binding in needs.bindings.of_sandbox(record.sandbox)}
+        while not users:
+            try:
+                last = await read_last_of_person(needs.history, needs.names, record.sandbox)
+                users = {last.user if last is not None else ""}
+            except Temporary as exc:
+                log.warning("login.waits", login=self._login[:6], reason=exc.reason)
+                await needs.clock.sleep(0.5)
+        if user and user not in users and (others := users - {""}):
+            await self._change(lambda now: structs.replace(now, former_user=min(others)))
 
     def _bound(self, record: LoginRecord, request: str) -> Binding | None:
         """What the bind command has made, also where it said nothing new."""
@@ -375,6 +394,7 @@ _PENDING = {
     "reason": "bind_pending",
     "detail": "The bind command is stored and takes effect once the adapter gets to it; a binding event tells.",
 }
+_WARNING = f"{ADVICE['confirmed']} Another person than before has scanned the code: {{}} was bound to this sandbox."
 
 
 def _check(scan: Scan) -> None:

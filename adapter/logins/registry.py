@@ -257,6 +257,7 @@ class LoginRegistry:
             expires_at_ms=record.until_ms,
             bot=record.bot if record.over else "",
             user=record.user if record.over else "",
+            former_user=record.former_user if record.status == "confirmed" else "",
             reason=CHECKING if record.digits else record.reason,
             detail="The digits are being checked." if record.digits else record.detail or ADVICE[record.status],
         )
@@ -280,6 +281,7 @@ def event_of(login: str, record: LoginRecord) -> LoginEvent:
         code=max(1, record.number),
         bot=record.bot if record.over else "",
         user=record.user if record.over else "",
+        former_user=record.former_user if record.status == "confirmed" else "",
         reason=record.reason,
         detail=record.detail or ADVICE[record.status],
         at_ms=record.changed_ms,

@@ -22,6 +22,7 @@ from adapter.conversation.actor import ConversationActor, ConversationDeps
 from adapter.conversation.commands import Command, Limits, Part
 from adapter.conversation.record import ConversationRecord
 from adapter.conversation.rules import Bot, CommandResult, Conversation, QueuedCommand
+from adapter.dedup import bot_of
 from adapter.errors import AdapterError, LeaseLost, Refused
 from adapter.events import Events
 from adapter.names import Names
@@ -146,7 +147,8 @@ class ShardCommandProcessor:
                 with contextlib.suppress(Refused):
                     binding = _find_binding(read.command, self._deps.bindings)
                     user = read.command.user or binding.user or _unknown_user(binding.bot)
-                    if actor := self._conversations.get(sandbox, {}).get(user):
+                    actor = self._conversations.get(sandbox, {}).get(user)
+                    if actor and _is_surely_for(read.command, binding):
                         actor.put(rules.Stored((read.queued,)))
                         return
             self._unplaced[sandbox] = deque()
@@ -193,18 +195,41 @@ class ShardCommandProcessor:
             actor = await self._conversation(command.sandbox, sent_to, known=before.records.get(sent_to))
         else:
             try:
-                binding = _find_binding(command, self._deps.bindings)
-            except Refused:
-                await self._deps.wait_for_pending_binds()
-                try:
-                    binding = _find_binding(command, self._deps.bindings)
-                except Refused as exc:
-                    result = CommandResult("refused", exc.reason, exc.detail)
-                    await self._end(queued, result, Address(command.sandbox, command.bot, command.user))
-                    return
+                binding = await self._find_person(command)
+            except Refused as exc:
+                result = CommandResult("refused", exc.reason, exc.detail)
+                await self._end(queued, result, Address(command.sandbox, command.bot, command.user))
+                return
             user = command.user or binding.user
             actor = await self._conversation(command.sandbox, user, binding.bot, known=before.records.get(user))
         actor.put(rules.Stored((queued,)))
+
+    async def _find_person(self, command: Command) -> Binding:
+        """The binding that a command is meant for. Raises Temporary; Refused also where another person was meant:
+        each would see what was meant for the other."""
+        try:
+            binding = _find_binding(command, self._deps.bindings)
+        except Refused:
+            await self._deps.wait_for_pending_binds()
+            binding = _find_binding(command, self._deps.bindings)
+        if _is_older(command, binding):
+            raise Refused("not_bound", "The person who was bound as it was stored is not bound now: name the `user`.")
+        if not _is_answer_to(command, binding):
+            authors = await self._find_authors(command)
+            if authors and (command.user or binding.user) not in authors:
+                raise Refused(
+                    "other_user", "It answers another person than it goes to: name the `user` of the message."
+                )
+        return binding
+
+    async def _find_authors(self, command: Command) -> set[str]:
+        """Who may have written the message that a command answers; none: that is not known. Raises Temporary."""
+        bot = bot_of(command.reply_to)
+        records = await self._deps.conversation.store.load_sandbox(command.sandbox)
+        authors = {user for user, (record, _) in records.items() if record.bot == bot}
+        if binding := self._deps.bindings.get(bot):  # it may serve another sandbox
+            authors.add(binding.user)
+        return authors - {""}
 
     # conversations ----------------------------------------------------------------------------------
 
@@ -484,6 +509,22 @@ def _find_binding(command: Command, bindings: Bindings) -> Binding:
     if len(alive) == 1 and {binding.user for binding in bound} == {alive[0].user or None}:
         return alive[0]  # the others wait for a login of their user, which has taken place with this one
     raise Refused("ambiguous_bot", "The sandbox has several bots: name `bot` or `user`.")
+
+
+def _is_surely_for(command: Command, binding: Binding) -> bool:
+    """Whether a command is meant for the person of this binding, without a look at whom the sandbox served before."""
+    return _is_answer_to(command, binding) and not _is_older(command, binding)
+
+
+def _is_older(command: Command, binding: Binding) -> bool:
+    """Whether a command that names nobody was stored when another person was bound."""
+    return not (command.user or command.bot) and command.sequence <= binding.out_after
+
+
+def _is_answer_to(command: Command, binding: Binding) -> bool:
+    """Whether a command answers nothing, or what the person of this binding wrote to its bot."""
+    bot = bot_of(command.reply_to)
+    return not bot or (bot == binding.bot and command.user in ("", binding.user))
 
 
 def _report(shard: int, exc: BaseException) -> None:

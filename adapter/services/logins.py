@@ -14,10 +14,8 @@ from adapter.names import check_sandbox
 from adapter.ports import Logins
 from adapter.records import LoginRecord
 from adapter.seal import Sealer
-from adapter.services.requests import read_request
+from adapter.services.requests import START_S, read_request
 
-START_S = 5.0
-"""How long a replica that has just started is waited for."""
 OPEN_PER_SANDBOX = 20
 """Each login that is open costs long polls; more than this is a platform that starts them in a loop."""
 

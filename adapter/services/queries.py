@@ -21,13 +21,14 @@ from adapter.contract import (
 )
 from adapter.conversation import window
 from adapter.conversation.store import ConversationStore
-from adapter.errors import Refused
+from adapter.errors import Refused, Temporary
+from adapter.events import read_last_of_person
 from adapter.metrics import Metrics
 from adapter.names import MAX_SEQ, Names, check_sandbox
 from adapter.outbound.receipts import Receipts
 from adapter.ports import Answered, Asked, History
 from adapter.records import Binding
-from adapter.services.requests import read_request
+from adapter.services.requests import START_S, read_request
 from adapter.timing import Clock
 
 S = TypeVar("S", WindowQuery, ReceiptQuery, ReplayQuery)
@@ -126,16 +127,34 @@ class Queries:
             raise Refused("invalid", "`after` is a sequence of the stream, `since_ms` a time in milliseconds.")
         messages: list[Replayed] = []
         size, more = 0, False
-        inbox = self._names.inbox(query.sandbox or "")
+        sandbox = query.sandbox or ""
+        begins_after = 0 if query.former else await self._begins_after(sandbox)
+        if begins_after is None:
+            return msgspec.json.encode(ReplayPage(messages=messages))
+        after, since_ms = max(query.after, begins_after), None if query.after else query.since_ms
         async for stored in self._history.read(
-            self._names.stream_in, inbox, after=query.after, since_ms=None if query.after else query.since_ms
+            self._names.stream_in, self._names.inbox(sandbox), after=after, since_ms=since_ms
         ):
+            if stored.seq <= begins_after:  # since a time
+                continue
             size += len(stored.data)
             if len(messages) == query.limit or (messages and size > REPLAY_BYTES):
                 more = True
                 break
             messages.append(Replayed(seq=stored.seq, message=msgspec.Raw(stored.data)))
         return msgspec.json.encode(ReplayPage(messages=messages, next=messages[-1].seq if more else 0))
+
+    async def _begins_after(self, sandbox: str) -> int | None:
+        """The sequence in WECHAT_IN up to which the sandbox's messages are of former persons; None: all are.
+
+        Raises Temporary.
+        """
+        if not await self._bindings.changed.until(lambda: self._bindings.loaded, START_S):
+            raise Temporary("starting", "The adapter is starting; ask again in a moment.")
+        if bound := self._bindings.of_sandbox(sandbox):
+            return min(binding.in_after for binding in bound)
+        last = await read_last_of_person(self._history, self._names, sandbox)
+        return last.replay_after if last is not None else 0
 
     def _of(self, sandbox: str | None, bot: str | None) -> list[Binding]:
         """What is bound under these names, all that are given. Raises Refused("not_bound")."""

@@ -11,6 +11,9 @@ from adapter.metrics import Metrics
 
 Q = TypeVar("Q", bound=msgspec.Struct)
 
+START_S = 5.0
+"""How long a replica that has just started is waited for."""
+
 
 def read_request(data: bytes, kind: type[Q], metrics: Metrics) -> Q:
     """An empty request has no fields. Raises Refused("invalid"), which is counted."""

@@ -418,6 +418,194 @@ async def test_an_unbind_leaves_a_bot_that_serves_another_sandbox() -> None:
     assert platform.bound == {BOT: "s2"}
 
 
+# another person ------------------------------------------------------------------------------------------
+
+
+B2: dict[str, Any] = {"bot": "b2@im.bot", "bot_token": "b2@im.bot:x"}
+OTHER: dict[str, Any] = {**B2, "user": "u2@im.wechat"}
+
+
+def writes(platform: Platform, count: int = 1) -> int:
+    """Somebody writes to s1; the last sequence."""
+    for _ in range(count):
+        last = platform.bench.bus.put("wechat.inbox.s1", b"{}", {})
+    platform.bench.bus.put("wechat.inbox.s2", b"{}", {})
+    return last
+
+
+def orders(platform: Platform) -> int:
+    """A command of s1 is stored, and one of another sandbox; the sequence."""
+    stored = platform.bench.bus.put(platform.bench.names.out_stored("s1"), b"{}", {})
+    platform.bench.bus.put(platform.bench.names.out_stored("s2"), b"{}", {})
+    return stored
+
+
+def kept_after(platform: Platform) -> list[int | None]:
+    return [event.replay_after for event in platform.bench.bus.events()]
+
+
+async def test_an_unbind_moves_the_durable_consumer_on_and_leaves_nothing_to_replay() -> None:
+    platform = Platform()
+    await platform.bind()
+    last = writes(platform, 3)
+    await platform.say("unbind", sandbox="s1")
+    assert platform.bench.core.moved == [("s1", last)]
+    assert kept_after(platform) == [0, None]
+
+
+async def test_an_unbind_that_keeps_moves_nothing() -> None:
+    platform = Platform()
+    await platform.bind()
+    writes(platform)
+    await platform.say("unbind", sandbox="s1", keep_undelivered=True)
+    assert platform.bench.core.moved == []
+    assert kept_after(platform) == [0, 0]
+
+
+async def test_an_unbind_of_one_of_two_persons_costs_the_other_nothing() -> None:
+    platform = Platform()
+    await platform.bind()
+    await platform.bind(**OTHER)
+    last = writes(platform)
+    await platform.say("unbind", sandbox="s1", bot=BOT)
+    assert platform.bench.core.moved == []
+    await platform.say("unbind", sandbox="s1")
+    assert platform.bench.core.moved == [("s1", last)]
+    assert kept_after(platform) == [0, 0, 0, None]
+
+
+async def test_an_unbind_that_was_carried_out_up_to_its_last_step_is_carried_on() -> None:
+    platform = Platform()
+    await platform.bind()
+    last = writes(platform)
+    move, failures = platform.bench.core.move_durable, [Temporary("bus_down")]
+
+    async def fails_once(sandbox: str, after: int) -> None:
+        if failures:
+            raise failures.pop()
+        await move(sandbox, after)
+
+    platform.bench.core.move_durable = fails_once  # type: ignore[method-assign]
+    await platform.say("unbind", sandbox="s1")
+    assert platform.bench.core.moved == [("s1", last)]
+
+
+async def test_a_bot_that_moves_away_leaves_nothing_undelivered_behind() -> None:
+    platform = Platform()
+    await platform.bind()
+    last = writes(platform)
+    await platform.bind(sandbox="s2")
+    assert platform.bench.core.moved == [("s2", last + 1), ("s1", last)]
+    assert [event.replay_after for event in platform.bench.bus.events() if event.change == "unbound"] == [None]
+
+
+async def test_another_person_begins_behind_what_was_kept_of_the_one_before() -> None:
+    platform = Platform()
+    await platform.bind()
+    command, last = orders(platform), writes(platform)
+    await platform.say("unbind", sandbox="s1", keep_undelivered=True)
+    await platform.bind(**OTHER, options={"durable": True})
+    assert platform.bench.core.moved == [("s1", last)]
+    assert platform.bench.core.made_after == [last]
+    binding = platform.binding("b2@im.bot")
+    assert (binding.in_after, binding.out_after) == (last, command)
+    assert kept_after(platform) == [0, 0, last]
+
+
+async def test_another_person_gets_what_was_kept_where_the_bind_says_so_but_no_command() -> None:
+    platform = Platform()
+    await platform.bind()
+    command = orders(platform)
+    writes(platform)
+    await platform.say("unbind", sandbox="s1", keep_undelivered=True)
+    await platform.bind(**OTHER, keep_undelivered=True)
+    binding = platform.binding("b2@im.bot")
+    assert (binding.in_after, binding.out_after, platform.bench.core.moved) == (0, command, [])
+
+
+async def test_what_was_not_kept_does_not_come_back_with_a_bind_that_keeps() -> None:
+    platform = Platform()
+    await platform.bind()
+    writes(platform)
+    await platform.say("unbind", sandbox="s1")
+    last = writes(platform)
+    await platform.bind(**OTHER, keep_undelivered=True)
+    assert platform.binding("b2@im.bot").in_after == last
+
+
+AGAIN: list[tuple[str, dict[str, Any]]] = [
+    ("the-same-bot", {}),
+    ("the-same-bot-without-its-user", {"user": None}),
+    ("another-bot", {"bot": "b2@im.bot", "bot_token": "b2@im.bot:x"}),
+]
+
+
+@pytest.mark.parametrize("fields", [row[1] for row in AGAIN], ids=[row[0] for row in AGAIN])
+@pytest.mark.parametrize("taken_over", [False, True])
+async def test_the_same_person_again_goes_on_after_an_unbind_that_keeps(
+    fields: dict[str, Any], taken_over: bool
+) -> None:
+    platform = Platform()
+    writes(platform)  # of nobody of whom anything is known
+    first = writes(platform)
+    await platform.bind(options={"durable": True})
+    orders(platform)
+    writes(platform)
+    await platform.say("unbind", sandbox="s1", keep_undelivered=True)
+    later = heir(platform) if taken_over else platform
+    await later.bind(**fields)
+    (binding,) = later.bench.bindings.of_sandbox("s1")
+    assert (binding.in_after, binding.out_after) == (first, 0)
+    assert [*platform.bench.core.moved, *(later.bench.core.moved if taken_over else [])] == [("s1", first)]
+
+
+async def test_a_person_who_is_bound_by_a_new_bot_keeps_everything() -> None:
+    platform = Platform()
+    first = writes(platform)
+    await platform.bind()
+    orders(platform)
+    writes(platform)
+    await platform.bind(**B2, options={"durable": True})
+    assert (platform.binding("b2@im.bot").in_after, platform.binding("b2@im.bot").out_after) == (first, 0)
+    assert platform.bench.core.made_after == [first]
+    assert platform.bench.core.moved == [("s1", first)]
+
+
+async def test_a_person_beside_another_disturbs_nothing_and_gets_no_command_of_before() -> None:
+    platform = Platform()
+    await platform.bind()
+    command, last = orders(platform), writes(platform)
+    await platform.bind(**OTHER)
+    assert platform.bench.core.moved == []
+    assert (platform.binding("b2@im.bot").in_after, platform.binding("b2@im.bot").out_after) == (last, command)
+    assert (platform.binding().in_after, platform.binding().out_after) == (0, 0)
+
+
+async def test_a_bot_that_turns_out_to_be_of_another_person_begins_anew() -> None:
+    platform = Platform()
+    await platform.bind()
+    command, last = orders(platform), writes(platform)
+    await platform.bind(user="u2@im.wechat")
+    assert (platform.binding().in_after, platform.binding().out_after) == (last, command)
+    assert platform.bench.core.moved == [("s1", last)]
+
+
+async def test_a_command_on_its_way_over_plain_wechat_out_is_of_the_person_before_too() -> None:
+    platform = Platform()
+    await platform.bind()
+    await platform.say("unbind", sandbox="s1")
+    command = platform.bench.bus.put(platform.bench.names.out_plain, b"{}", {})
+    await platform.bind(**OTHER)
+    assert platform.binding("b2@im.bot").out_after == command
+
+
+async def test_the_first_person_of_a_sandbox_gets_what_was_stored_before_the_bind() -> None:
+    platform = Platform()
+    orders(platform)
+    await platform.bind()
+    assert platform.binding().out_after == 0
+
+
 # refused -------------------------------------------------------------------------------------------------
 
 
@@ -483,7 +671,7 @@ async def test_an_unbind_that_nobody_can_read_is_kept_whole() -> None:
 async def test_a_consumer_that_cannot_be_made_refuses_the_bind() -> None:
     platform = Platform()
 
-    async def refuse(sandbox: str) -> None:
+    async def refuse(sandbox: str, after: int) -> None:
         raise Refused("invalid", "The durable consumer cannot be made.")
 
     platform.bench.core.make_durable = refuse  # type: ignore[method-assign]

@@ -173,7 +173,7 @@ API: list[tuple[str, dict[str, str]]] = [
     ("$JS.API.CONSUMER.DURABLE.CREATE.<stream>.<sandbox>", {}),
     ("$JS.API.CONSUMER.DELETE.<stream>.<sandbox>", {}),
     ("$JS.API.CONSUMER.MSG.NEXT.<stream>.<sandbox>", {"adapter": PULLED, "own": OWN}),
-    ("$JS.API.CONSUMER.RESET.<stream>.<sandbox>", {"adapter": PULLED}),
+    ("$JS.API.CONSUMER.RESET.<stream>.<sandbox>", {"adapter": f"{PULLED} WECHAT_IN"}),
     ("$JS.API.CONSUMER.PAUSE.<stream>.<sandbox>", {}),
     ("$JS.API.CONSUMER.UNPIN.<stream>.<sandbox>", {}),
     ("$JS.API.CONSUMER.LEADER.STEPDOWN.<stream>.<sandbox>", {}),

@@ -113,6 +113,20 @@ async def test_a_user_who_has_a_bot_is_told_so(sim: Simulator) -> None:
     assert b"serves this user already" in out
 
 
+async def test_another_person_than_before_is_noticed(sim: Simulator) -> None:
+    async with started("login", "s1") as process:
+        sim.confirm(await code_of(sim))
+        out, _ = await process.communicate()
+    (first,) = sim.bots()
+    assert b"Another person" not in out
+    async with started("login", "s1") as process:
+        await until(lambda: len(sim.qrcodes()) == 2)
+        sim.confirm(await code_of(sim))
+        out, err = await process.communicate()
+        assert (process.returncode, err) == (0, b"")
+    assert f"Another person than before has scanned the code: {first.user} ".encode() in out
+
+
 @pytest.mark.parametrize("refresh_s", [1.0])
 async def test_the_url_alone_for_a_program_that_draws_it(sim: Simulator, refresh_s: float) -> None:
     """Also of the next code."""

@@ -10,17 +10,20 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import NamedTuple
 
+import msgspec
 import nats
 import pytest
 import pytest_asyncio
+from nats.aio.client import Client
 from nats.aio.msg import Msg
 
+from adapter.contract import Outbound
 from adapter.simulator import Simulator
 from tests.bus.guarded import guarded
 from tests.cli.test_doctor import WithoutJetStream
 from tests.clients import examples
 from tests.clients.examples import ROOT, Language
-from tests.e2e.world import World, environ_of, eventually, fast, until, world
+from tests.e2e.world import NAMES, World, environ_of, eventually, fast, until, world
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -66,6 +69,7 @@ async def test_the_agent_on_a_page_answers(bridge: World, tmp_path: Path, page: 
     nc = await bridge.nc()
     bot = bridge.sim.add_bot()
     await bridge.bind(nc, sandbox, bot)
+    commands = await listening(nc, sandbox)
     async with Language(page, tmp_path, {"agent": (sys.executable, str(tmp_path / "agent.py"))}).run("agent"):
 
         async def answered() -> bool:
@@ -74,7 +78,20 @@ async def test_the_agent_on_a_page_answers(bridge: World, tmp_path: Path, page: 
             return "You said: hello" in [shown.text for shown in bridge.sim.phone(bot.user)]
 
         await eventually(answered, "it answers")
+    assert {command.user for command in commands} == {bot.user}
     await nc.close()
+
+
+async def listening(nc: Client, sandbox: str) -> list[Outbound]:
+    """The commands that the sandbox sends from now on."""
+    commands: list[Outbound] = []
+
+    async def heard(msg: Msg) -> None:
+        commands.append(msgspec.json.decode(msg.data, type=Outbound))
+
+    await nc.subscribe(NAMES.out(sandbox), cb=heard)
+    await nc.flush()
+    return commands
 
 
 async def test_typescript(bridge: World, tmp_path: Path, npm: Path) -> None:
@@ -110,9 +127,16 @@ async def test_go(bridge: World, tmp_path: Path) -> None:
 
 async def converse(bridge: World, language: Language, cast: Cast | None = None) -> None:
     """From the QR code to the phone, and everything that an example says of itself."""
-    cast = cast or Cast(language.name, f"{language.name}-2", *([{"NATS_URL": bridge.url}] * 3))
-    user = await logs_in(bridge, language, cast)
-    await answers(bridge, language, cast, user)
+    if cast is None:
+        cast, nc = Cast(language.name, f"{language.name}-2", *([{"NATS_URL": bridge.url}] * 3)), await bridge.nc()
+        commands = await listening(nc, language.name)
+        user = await logs_in(bridge, language, cast)
+        await answers(bridge, language, cast, user)
+        assert {command.user for command in commands} == {user}  # another person may be bound by then
+        await nc.close()
+    else:
+        user = await logs_in(bridge, language, cast)
+        await answers(bridge, language, cast, user)
     await sends(bridge, language, cast, user)
     await binds(bridge, language, cast)
     await repeats(language, bridge.folder / f"{cast.sandbox}-repeats")

@@ -500,6 +500,16 @@ async def test_digits_are_handed_on_as_they_are_typed(office: Office) -> None:
     assert "type them once more" in (await office.browser.get(place)).text
 
 
+async def test_a_login_that_another_person_took_than_was_bound_before_says_so(office: Office) -> None:
+    await office.sign_in()
+    place = (await office.post("/logins", sandbox="s1")).headers["Location"]
+    ((login, _),) = list(office.registry)
+    step = office.registry.step
+    words = {"former_user": "u0@im.wechat", "detail": "Another person than before."}
+    await office.registry.change(login, lambda now: step(now, status="confirmed", **words))
+    assert '<p role="status" class="warn">Another person than before.' in (await office.browser.get(place)).text
+
+
 async def test_any_replica_finds_a_login_by_its_address(office: Office) -> None:
     await office.sign_in()
     place = (await office.post("/logins", sandbox="s1")).headers["Location"]

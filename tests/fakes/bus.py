@@ -297,12 +297,20 @@ class FakeCoreBus:
     def __init__(self) -> None:
         self.published: list[tuple[str, bytes, dict[str, str]]] = []
         self.durables: list[str] = []
+        self.made_after: list[int] = []
+        """Behind which sequence each was made."""
+        self.moved: list[tuple[str, int]] = []
+        """Durable consumers that were moved on, and behind which sequence."""
 
     async def publish(self, subject: str, payload: bytes, headers: dict[str, str]) -> None:
         self.published.append((subject, payload, headers))
 
-    async def make_durable(self, sandbox: str) -> None:
+    async def make_durable(self, sandbox: str, after: int) -> None:
         self.durables.append(sandbox)
+        self.made_after.append(after)
+
+    async def move_durable(self, sandbox: str, after: int) -> None:
+        self.moved.append((sandbox, after))
 
 
 class Failing:

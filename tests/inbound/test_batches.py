@@ -256,6 +256,16 @@ async def test_a_bots_user_is_learned_from_their_first_message() -> None:
     assert binding.user == USER
 
 
+async def test_a_new_bot_of_which_it_is_learned_whose_it_is_goes_on_where_their_old_one_was() -> None:
+    bench = await ready(batch(raw()), user="", in_after=9, out_after=8)
+    await bench.bind(bot="b0@im.bot", in_after=3, out_after=2)
+    await polls(bench)
+    binding = bench.bindings.get(BOT)
+    assert binding is not None
+    assert (binding.user, binding.in_after, binding.out_after) == (USER, 3, 2)
+    assert bench.bindings.get("b0@im.bot") is None
+
+
 async def test_two_users_of_a_bot_have_windows_of_their_own() -> None:
     bench = await ready(batch(raw(), raw("hi", 2, from_user_id="u2@im.wechat", context_token="theirs")))
     await polls(bench)

@@ -491,6 +491,53 @@ async def test_who_does_not_own_the_shard_does_not_ask(loss: str) -> None:
     assert len(doors.ilink.asked) == asked
 
 
+@pytest.mark.parametrize("crash", [False, True])
+@pytest.mark.parametrize("still_bound", [False, True])
+async def test_who_scans_in_the_place_of_another_person_is_told_as_such(still_bound: bool, crash: bool) -> None:
+    doors = Doors()
+    before = await doors.bench.bind(bot="b0@im.bot", user="u0@im.wechat")
+    await doors.bench.events.binding(before.event("bound"))
+    if not still_bound:
+        await doors.bench.events.binding(before.event("unbound"))
+        await doors.bench.bindings.remove("b0@im.bot")
+    login = await doors.start()
+    assert login.former_user == ""
+    doors.bench.bus.unreadable = 2 * (not still_bound)  # it is waited for
+    if crash:
+        doors.controlled = False
+    doors.ilink.happens("q1", CONFIRMED)
+    await asyncio.sleep(5)
+    if crash:  # after the bind was stored: once it is carried out nobody else is bound
+        await doors.stop()
+        await doors.bench.bindings.remove("b0@im.bot")
+        doors = Doors(doors, incarnation="heir-1")
+        await asyncio.sleep(5)
+    now = await doors.status(login)
+    assert (now.status, now.user, now.former_user) == ("confirmed", USER, "u0@im.wechat")
+    event = doors.events()[-1]
+    assert (event.status, event.former_user) == ("confirmed", "u0@im.wechat")
+    assert "u0@im.wechat" in now.detail
+    assert "first message" in now.detail
+
+
+@pytest.mark.parametrize("case", ["again", "again-after-an-unbind", "new", "unknown-before", "unknown-now"])
+async def test_nobody_is_warned_of_who_is_no_other_person(case: str) -> None:
+    doors = Doors()
+    if case != "new":
+        user = "" if case == "unknown-before" else "u0@im.wechat" if case == "unknown-now" else USER
+        before = await doors.bench.bind(bot="b0@im.bot", user=user)
+        await doors.bench.events.binding(before.event("bound"))
+        if case == "again-after-an-unbind":
+            await doors.bench.events.binding(before.event("unbound"))
+            await doors.bench.bindings.remove("b0@im.bot")
+    login = await doors.start()
+    doors.ilink.happens("q1", CONFIRMED._replace(user="") if case == "unknown-now" else CONFIRMED)
+    await asyncio.sleep(5)
+    now = await doors.status(login)
+    assert (now.status, now.former_user) == ("confirmed", "")
+    assert "Another" not in now.detail
+
+
 async def test_a_crash_after_the_confirmation_loses_nobody() -> None:
     """The credentials are in the record before the bind is stored; iLink need not give them again."""
     doors = Doors(sealed=True)
@@ -582,7 +629,7 @@ async def test_a_bind_that_nobody_carries_out_is_told_as_such() -> None:
 async def test_a_bind_that_is_refused_fails_the_login() -> None:
     doors = Doors()
 
-    async def refuse(sandbox: str) -> None:
+    async def refuse(sandbox: str, after: int) -> None:
         raise Refused("invalid", "The durable consumer cannot be made: full")
 
     doors.bench.core.make_durable = refuse  # type: ignore[method-assign]
@@ -599,7 +646,7 @@ async def test_a_bind_that_is_refused_fails_the_login_also_of_a_bot_that_is_boun
     doors = Doors()
     await doors.bench.bind(bot=BOT, user=USER, token="of-before")
 
-    async def refuse(sandbox: str) -> None:
+    async def refuse(sandbox: str, after: int) -> None:
         raise Refused("invalid", "The durable consumer cannot be made: full")
 
     doors.bench.core.make_durable = refuse  # type: ignore[method-assign]

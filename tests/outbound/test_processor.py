@@ -11,8 +11,9 @@ import pytest
 from structlog.testing import capture_logs
 
 from adapter.errors import BusRefused, Refused, Temporary
-from adapter.names import H_MSG_ID, UNROUTED
+from adapter.names import H_MSG_ID, H_SEQUENCE, UNROUTED
 from adapter.outbound.ledger import ENDED_KEPT
+from adapter.outbound.processor import ShardCommandProcessor
 from adapter.ports import Accepted, Message
 from tests.fakes import GAP_S, Bench, Failing, FakeDelivery, settle
 from tests.outbound.shards import BOT, THROTTLED, TIMEOUT, USER, finals, outcomes, parked, ready, user_writes
@@ -413,6 +414,138 @@ async def test_what_comes_again_waits_for_no_control_command_where_its_bot_is_bo
     shard.intake.on_delivery(bench.command("two", id="c2"))
     await asyncio.sleep(30)
     assert bench.chat.texts == ["one", "two"]
+
+
+B2, USER2 = "b2@im.bot", "u2@im.wechat"
+
+
+async def next_person(*, keeps_first: bool = False) -> tuple[Bench, ShardCommandProcessor]:
+    """The sandbox served USER by BOT, and by an older bot of theirs; now it serves USER2. Another one serves u9."""
+    bench = Bench()
+    for bot in ("b0@im.bot", BOT):
+        binding = await bench.bind(bot=bot)
+        await bench.events.binding(binding.event("bound"))
+    await bench.bindings.remove("b0@im.bot")
+    if not keeps_first:
+        await bench.events.binding(binding.event("unbound"))
+        await bench.bindings.remove(BOT)
+    await bench.bind(bot=B2, user=USER2)
+    await bench.bind(sandbox="s9", bot="b9@im.bot", user="u9@im.wechat")
+    bench.hears()
+    bench.hears(user=USER2, bot=B2)
+    return bench, bench.processor()
+
+
+ANSWERS: list[tuple[str, str, str, str]] = [
+    ("to-the-one-of-now", f"in:{B2}:m1", "", ""),
+    ("to-the-one-of-now-by-name", f"in:{B2}:m1", USER2, ""),
+    ("to-the-one-before", f"in:{BOT}:m1", "", "other_user"),
+    ("to-the-one-before-in-the-name-of-the-one-of-now", f"in:{BOT}:m1", USER2, "other_user"),
+    ("to-somebody-of-another-sandbox", "in:b9@im.bot:c-1:2", "", "other_user"),
+    ("to-the-one-of-now-in-the-name-of-a-stranger", f"in:{B2}:m1", "u3@im.wechat", "other_user"),
+    ("to-a-bot-of-which-nothing-is-known", "in:b7@im.bot:m1", "", ""),
+    ("to-no-message-of-ours", "7497484083968569736", "", ""),
+    ("to-something-else-with-colons", f"out:{BOT}:m1", "", ""),
+    ("to-half-an-id", f"in:{BOT}", "", ""),
+    ("to-nothing", "", "", ""),
+]
+
+
+@pytest.mark.parametrize(
+    ("reply_to", "user", "reason"), [row[1:] for row in ANSWERS], ids=[row[0] for row in ANSWERS]
+)
+async def test_what_answers_another_person_is_refused(reply_to: str, user: str, reason: str) -> None:
+    bench, shard = await next_person()
+    shard.intake.on_delivery(bench.command("hi", id="c1", reply_to=reply_to, user=user or None))
+    shard.intake.on_delivery(bench.command("behind it", id="c2"))
+    await asyncio.sleep(30)
+    refused = ("c1", "refused", reason)
+    assert outcomes(bench) == [refused if reason else ("c1", "accepted", ""), ("c2", "accepted", "")]
+    assert [(sent.user, sent.text) for sent in bench.chat.sent][-1] == (USER2, "behind it")
+    assert len(bench.chat.sent) == (1 if reason else 2)
+
+
+async def test_a_typing_command_that_answers_another_person_is_refused() -> None:
+    bench, shard = await next_person()
+    shard.intake.on_delivery(bench.command(typing="on", id="c1", reply_to=f"in:{BOT}:m1"))
+    await asyncio.sleep(30)
+    assert outcomes(bench) == [("c1", "refused", "other_user")]
+    assert bench.chat.typing == []
+
+
+async def test_with_two_persons_an_answer_goes_to_the_one_whom_it_answers_or_to_none() -> None:
+    bench, shard = await next_person(keeps_first=True)
+    shard.intake.on_delivery(bench.command("one", id="c1", reply_to=f"in:{BOT}:m1", user=USER))
+    shard.intake.on_delivery(bench.command("two", id="c2", reply_to=f"in:{BOT}:m1", user=USER2))
+    shard.intake.on_delivery(bench.command("three", id="c3", reply_to=f"in:{BOT}:m1", bot=B2))
+    await asyncio.sleep(30)
+    assert sorted(outcomes(bench)) == [
+        ("c1", "accepted", ""),
+        ("c2", "refused", "other_user"),
+        ("c3", "refused", "other_user"),
+    ]
+
+
+async def test_a_new_bot_answers_what_its_person_wrote_to_the_one_before() -> None:
+    bench, shard = await ready()
+    binding = await bench.bind(bot="b0@im.bot")
+    await bench.events.binding(binding.event("bound"))
+    await bench.bindings.remove("b0@im.bot")
+    shard.intake.on_delivery(bench.command("hi", id="c1", reply_to="in:b0@im.bot:m1"))
+    shard.intake.on_delivery(bench.command("hi again", id="c2", reply_to="in:b0@im.bot:m1", user=USER))
+    await asyncio.sleep(30)
+    assert bench.chat.texts == ["hi", "hi again"]
+
+
+async def test_an_answer_to_one_of_several_who_write_to_the_same_bot_goes_to_them() -> None:
+    """As in a group, where the operator has it told as if it were written to the bot alone."""
+    bench, shard = await ready()
+    bench.hears(user=USER2)
+    shard.intake.on_delivery(bench.command("hi", id="c1", reply_to=f"in:{BOT}:m1", user=USER2))
+    await asyncio.sleep(30)
+    assert [(sent.user, sent.text) for sent in bench.chat.sent] == [(USER2, "hi")]
+
+
+async def test_nobody_is_sent_an_answer_to_somebody_else_before_it_is_known_who_they_are() -> None:
+    bench, shard = await next_person()
+    await bench.bindings.remove(B2)
+    await bench.bind(bot="b3@im.bot", user="")
+    shard.intake.on_delivery(bench.command("hi", id="c1", reply_to=f"in:{BOT}:m1"))
+    shard.intake.on_delivery(bench.command("hello", id="c2", reply_to="in:b3@im.bot:m1"))
+    await asyncio.sleep(30)
+    assert outcomes(bench) == [("c1", "refused", "other_user"), ("c2", "parked", "window_closed")]
+
+
+async def test_a_bus_that_is_away_decides_nothing_about_an_answer() -> None:
+    bench, shard = await next_person()
+    bench.bus.unreadable = 3
+    shard.intake.on_delivery(bench.command("hi", id="c1", reply_to=f"in:{BOT}:m1"))
+    shard.intake.on_delivery(bench.command("hello", id="c2"))
+    await asyncio.sleep(30)
+    assert outcomes(bench) == [("c1", "refused", "other_user"), ("c2", "accepted", "")]
+
+
+async def test_what_was_stored_for_the_one_before_and_names_nobody_goes_to_nobody_else() -> None:
+    bench, shard = await ready()
+    old = [bench.command("old", id="c1"), bench.command("by name", id="c2", user=USER)]
+    old += [bench.command("by bot", id="c3", bot=BOT)]
+    await bench.bind(out_after=old[-1].seq)
+    for delivery in (*old, bench.command("new", id="c4")):
+        shard.intake.on_delivery(delivery)
+    await asyncio.sleep(30)
+    assert outcomes(bench)[0] == ("c1", "refused", "not_bound")
+    assert bench.chat.texts == ["by name", "by bot", "new"]
+
+
+async def test_a_copy_of_the_routers_is_as_old_as_what_was_copied() -> None:
+    bench, shard = await ready()
+    await bench.bind(out_after=7)
+    for _ in range(10):
+        next(bench.numbers)
+    for ident, seq in (("c1", "7"), ("c2", "8"), ("c3", "none"), ("c4", "")):
+        shard.intake.on_delivery(bench.command("hi", id=ident, headers={H_SEQUENCE: seq}))
+    await asyncio.sleep(30)
+    assert [reason for _, _, reason in sorted(outcomes(bench))] == ["not_bound", "", "", ""]
 
 
 async def test_an_unbind_refuses_what_waits() -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from adapter.contract import Receipt
 from adapter.errors import BusRefused, LeaseLost
-from adapter.names import H_COMMAND, H_MSG_ID, H_SINCE_MS, UNROUTED
+from adapter.names import H_COMMAND, H_MSG_ID, H_SEQUENCE, H_SINCE_MS, UNROUTED
 from adapter.outbound.router import Router
 from adapter.ports import Message, PubAck
 from tests.fakes import LIMITS, Bench, FakeBus, FakeDelivery
@@ -74,6 +74,7 @@ async def test_a_command_is_copied_to_its_sandbox_under_a_derived_id() -> None:
     assert copy.data == delivery.data
     assert copy.headers[H_MSG_ID] not in ("", "h1")
     assert (copy.headers[H_COMMAND], copy.headers["traceparent"]) == ("h1", "00-1")
+    assert copy.headers[H_SEQUENCE] == str(delivery.seq)
     assert delivery.acks == 1
 
 

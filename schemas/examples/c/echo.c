@@ -5,7 +5,7 @@
 
 #include "common.h"
 
-/* The command. Its id follows from what caused it. */
+/* The command. Its id follows from what caused it; it names the user, since another may be bound by now. */
 static cJSON *answer(const char *sandbox, const cJSON *said)
 {
     cJSON *command = cJSON_CreateObject();
@@ -26,6 +26,7 @@ static cJSON *answer(const char *sandbox, const cJSON *said)
             snprintf(words + strlen(words), size - strlen(words), " %s", text_of(item, "kind"));
     }
     cJSON_AddStringToObject(command, "id", id);
+    cJSON_AddStringToObject(command, "user", text_of(said, "user"));
     cJSON_AddStringToObject(command, "text", words);
     cJSON_AddStringToObject(command, "reply_to", text_of(said, "id"));
     free(words);

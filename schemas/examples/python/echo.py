@@ -53,10 +53,10 @@ async def main(sandbox: str) -> None:
 
 
 def answer(sandbox: str, said: dict[str, Any]) -> dict[str, Any]:
-    """The command. Its id follows from what caused it."""
+    """The command. Its id follows from what caused it; it names the user, since another may be bound by now."""
     kinds = ", ".join(item["kind"] for item in said["items"])
     text = f"You said: {said['text']}" if said["text"] else f"You sent: {kinds}"
-    return {"id": f"{sandbox}.echo.{said['id']}", "text": text, "reply_to": said["id"]}
+    return {"id": f"{sandbox}.echo.{said['id']}", "user": said["user"], "text": text, "reply_to": said["id"]}
 
 
 async def store(js: JetStreamContext, subject: str, command: dict[str, Any]) -> None:

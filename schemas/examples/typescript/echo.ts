@@ -45,11 +45,11 @@ for await (const msg of pulled) {
   ask();
 }
 
-/** The command. Its id follows from what caused it. */
+/** The command. Its id follows from what caused it; it names the user, since another may be bound by now. */
 function answer(said: Inbound): Outbound & { id: string } {
   const kinds = said.items.map((item) => item.kind).join(", ");
   const text = said.text ? `You said: ${said.text}` : `You sent: ${kinds}`;
-  return { id: `${sandbox}.echo.${said.id}`, text, reply_to: said.id };
+  return { id: `${sandbox}.echo.${said.id}`, user: said.user, text, reply_to: said.id };
 }
 
 /** Publishes until the stream has confirmed. The id makes the repeats one. */

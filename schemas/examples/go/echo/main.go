@@ -19,6 +19,7 @@ const tooManyRequests = 10167
 
 type inbound struct {
 	ID    string `json:"id"`
+	User  string `json:"user"`
 	Text  string `json:"text"`
 	Items []struct {
 		Kind string `json:"kind"`
@@ -27,6 +28,7 @@ type inbound struct {
 
 type outbound struct {
 	ID      string `json:"id"`
+	User    string `json:"user"`
 	Text    string `json:"text"`
 	ReplyTo string `json:"reply_to"`
 }
@@ -83,7 +85,7 @@ func main() {
 	}
 }
 
-// answer makes the command. Its id follows from what caused it.
+// answer makes the command. Its id follows from what caused it; it names the user, since another may be bound by now.
 func answer(sandbox string, said inbound) outbound {
 	text := "You said: " + said.Text
 	if said.Text == "" {
@@ -93,7 +95,7 @@ func answer(sandbox string, said inbound) outbound {
 		}
 		text = "You sent: " + strings.Join(kinds, ", ")
 	}
-	return outbound{ID: sandbox + ".echo." + said.ID, Text: text, ReplyTo: said.ID}
+	return outbound{ID: sandbox + ".echo." + said.ID, User: said.User, Text: text, ReplyTo: said.ID}
 }
 
 // store publishes until the stream has confirmed. The id makes the repeats one.

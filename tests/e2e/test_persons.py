@@ -1,0 +1,173 @@
+"""A sandbox that gets another person: what the one before wrote, and what answers it, stays between the two."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from nats.aio.client import Client
+
+from adapter.contract import Inbound, Options, Receipt, ReplayPage, ReplayQuery, Unbind
+from adapter.simulator import BotRecord
+from tests.e2e.test_bindings import ask
+from tests.e2e.world import NAMES, World, eventually, stream, until, world
+
+DURABLE = Options(durable=True)
+
+
+async def replayed(nc: Client, **query: Any) -> list[str]:
+    """What the sandbox is told that asks with its own rights."""
+    page = await ask(nc, "replay.s1", ReplayQuery(**query), ReplayPage)
+    return [msgspec.json.decode(entry.message, type=Inbound).text for entry in page.messages]
+
+
+async def delivered(nc: Client) -> list[str]:
+    """All that the sandbox's durable consumer has for it, not acknowledged."""
+    js = nc.jetstream()
+    subscription = await js.pull_subscribe_bind("s1", NAMES.stream_in)
+    found: list[str] = []
+    while (await js.consumer_info(NAMES.stream_in, "s1")).num_pending:
+        with contextlib.suppress(TimeoutError):
+            messages = await subscription.fetch(10, timeout=5)
+            found += [msgspec.json.decode(msg.data, type=Inbound).text for msg in messages]
+    await subscription.unsubscribe()
+    return found
+
+
+async def unacknowledged(nc: Client) -> int:
+    """How many messages are delivered once more unless the sandbox acknowledges them."""
+    return (await nc.jetstream().consumer_info(NAMES.stream_in, "s1")).num_ack_pending or 0
+
+
+async def says(made: World, nc: Client, text: str) -> Inbound:
+    """The sandbox's person writes; the message once it is on the bus."""
+    made.say("s1", text)
+    await made.settle(nc)
+    stored = await stream(nc, NAMES.stream_in, NAMES.inbox("s1"))
+    message = msgspec.json.decode(stored[-1][1], type=Inbound)
+    assert message.text == text
+    return message
+
+
+async def unbind(made: World, nc: Client, **fields: Any) -> None:
+    answer = await made.control(nc, NAMES.unbind, msgspec.json.encode(Unbind(sandbox="s1", **fields)))
+    assert answer.bindings
+
+
+async def outcome(made: World, nc: Client, ident: str, **body: Any) -> Receipt:
+    """The receipt of a command that the sandbox sends."""
+    subject, payload = NAMES.out("s1"), msgspec.json.encode({"id": ident, "text": f"answer {ident}", **body})
+    await nc.jetstream().publish(subject, payload)
+    found: list[Receipt] = []
+
+    async def told() -> bool:
+        found[:] = [receipt for receipt in await made.receipts(nc) if receipt.command == ident]
+        return bool(found)
+
+    await eventually(told, f"{ident} has its receipt")
+    return found[-1]
+
+
+async def begun(made: World) -> tuple[Client, BotRecord]:
+    """A sandbox with a durable consumer, and its first person."""
+    await made.add_adapter()
+    nc, bot = await made.nc(), made.sim.add_bot()
+    assert (await made.bind(nc, "s1", bot, options=DURABLE)).ok
+    return nc, bot
+
+
+async def test_the_next_person_meets_nothing_of_the_one_before(tmp_path: Path) -> None:
+    async with world(tmp_path) as made:
+        nc, _ = await begun(made)
+        first = await says(made, nc, "of the first one")
+        assert await delivered(nc) == ["of the first one"]
+        await says(made, nc, "and more of it")
+        await unbind(made, nc)
+        assert (await delivered(nc), await unacknowledged(nc)) == ([], 0)
+        assert await replayed(nc) == []
+        assert (await made.bind(nc, "s1", made.sim.add_bot(), options=DURABLE)).ok
+        assert await delivered(nc) == []
+        assert [await replayed(nc), await replayed(nc, after=1), await replayed(nc, since_ms=1)] == [[], [], []]
+        assert await replayed(nc, former=True) == ["of the first one", "and more of it"]
+        second = await says(made, nc, "of the second one")
+        assert await delivered(nc) == ["of the second one"]
+        assert await replayed(nc) == ["of the second one"]
+
+        late = await outcome(made, nc, "late", reply_to=first.id)
+        assert (late.outcome, late.reason) == ("refused", "other_user")
+        mixed = await outcome(made, nc, "mixed", reply_to=first.id, user=second.user)
+        assert (mixed.outcome, mixed.reason) == ("refused", "other_user")
+        right = await outcome(made, nc, "right", reply_to=second.id, user=second.user)
+        assert right.outcome == "accepted"
+        assert (await outcome(made, nc, "strange", reply_to="42")).outcome == "accepted"
+        assert made.phone_texts("s1") == ["answer right", "answer strange"]
+        await nc.close()
+
+
+@pytest.mark.parametrize("keep", [False, True])
+async def test_what_was_kept_at_the_unbind_is_the_next_persons_only_where_the_bind_keeps_it(
+    tmp_path: Path, keep: bool
+) -> None:
+    async with world(tmp_path) as made:
+        nc, _ = await begun(made)
+        await says(made, nc, "of the first one")
+        await unbind(made, nc, keep_undelivered=True)
+        assert await replayed(nc) == ["of the first one"]
+        await made.bind(nc, "s1", made.sim.add_bot(), options=DURABLE, keep_undelivered=keep)
+        kept = ["of the first one"] if keep else []
+        assert (await replayed(nc), await delivered(nc)) == (kept, kept)
+        await nc.close()
+
+
+async def test_a_new_bot_of_the_same_person_loses_nothing_and_answers_what_was_said_to_the_old_one(
+    tmp_path: Path,
+) -> None:
+    async with world(tmp_path, token_death_delay_s=0) as made:
+        nc, old = await begun(made)
+        before = await says(made, nc, "to the old bot")
+        answer = await made.bind(nc, "s1", made.sim.add_bot(user=old.user), options=DURABLE)
+        assert answer.replaced == [old.bot]
+        assert await replayed(nc) == ["to the old bot"]
+        assert await delivered(nc) == ["to the old bot"]
+        await says(made, nc, "to the new bot")
+        assert (await outcome(made, nc, "c1", reply_to=before.id)).outcome == "accepted"
+        assert (await outcome(made, nc, "c2", reply_to=before.id, user=old.user)).outcome == "accepted"
+        assert made.phone_texts("s1") == ["answer c1", "answer c2"]
+        await nc.close()
+
+
+async def test_a_person_who_comes_back_after_an_unbind_that_keeps_finds_everything_as_it_was(tmp_path: Path) -> None:
+    async with world(tmp_path) as made:
+        nc, bot = await begun(made)
+        await says(made, nc, "before")
+        await unbind(made, nc, keep_undelivered=True)
+        await made.bind(nc, "s1", bot, options=DURABLE)
+        assert await replayed(nc) == ["before"]
+        assert await delivered(nc) == ["before"]
+        await nc.close()
+
+
+@pytest.mark.parametrize("plain", [False, True], ids=["sandbox", "service"])
+async def test_a_command_that_names_nobody_does_not_wait_for_the_next_person(tmp_path: Path, plain: bool) -> None:
+    """It was stored before they were bound, while no adapter ran: nobody knows for whom."""
+    async with world(tmp_path) as made:
+        nc, _ = await begun(made)
+        await says(made, nc, "hello")
+        await unbind(made, nc)
+        await made.adapters[0].kill()
+        await made.command(nc, "s1", "early", plain=plain)
+        bot = made.sim.add_bot()
+        made.bots["s1"] = bot
+        bind = {"sandbox": "s1", "bot": bot.bot, "bot_token": bot.token, "user": bot.user}
+        await nc.jetstream().publish(NAMES.bind, msgspec.json.encode(bind))
+        await made.adapters[0].start()
+        await until(lambda: made.sim.polls(bot.bot).total > 0, "the next bot is polled")
+        await says(made, nc, "I am another one")
+        (receipt,) = await made.receipts(nc)
+        assert (receipt.outcome, receipt.reason) == ("refused", "not_bound")
+        assert (await outcome(made, nc, "now")).outcome == "accepted"
+        assert made.phone_texts("s1") == ["answer now"]
+        await nc.close()
