@@ -127,7 +127,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds without an inbound message after which one probe is sent to a throttled user (-2); 0: never."""
 
     stale_retry_s: tuple[Annotated[float, Meta(ge=0)], ...] = (5.0, 30.0, 300.0)
-    """Pauses in seconds, separated by commas, between attempts to revive a stale token (-14).
+    """Pauses in seconds, separated by commas, between attempts to revive a stale token (-14; HTTP 401, 403 to polls).
 
     `needs_login` is told after the last one, or within a minute if it comes later; one that succeeds takes it back.
     """

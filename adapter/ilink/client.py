@@ -254,7 +254,7 @@ class ILink:
 def _outcome(exc: AdapterError) -> str:
     match exc:
         case SessionExpired():
-            return "ret_14"
+            return "http_4xx" if exc.detail.startswith("HTTP 4") else "ret_14"
         case Throttled():
             return "ret_2"
         case Refused() if THROTTLED in (exc.ret, exc.errcode):

@@ -50,6 +50,9 @@ LATE_S = 10.0
 EDGE_TIMEOUT = 524
 GATEWAY_ERRORS = (502, 504)
 """The request may have reached iLink behind the gateway."""
+FORBIDDEN = (401, 403)
+"""How HTTP says that a token does not count, or what stands before iLink that it lets nobody through. iLink itself
+says -14 (2.4)."""
 TRY_AGAIN = (408, 425, 429)
 """Statuses of refusals that pass: the request was not looked at (RFC 9110, RFC 8470, RFC 6585)."""
 
@@ -241,7 +244,7 @@ def hold_ms(hint: object) -> int:
 
 
 def read_updates(reply: Reply, *, polled_s: float) -> Polled:
-    """Raises SessionExpired (-14), and Temporary for the rest: a poll may always be repeated.
+    """Raises SessionExpired (-14, FORBIDDEN), and Temporary for the rest: a poll may always be repeated.
 
     524 late in a poll is the edge's way to say "nothing yet" (10.4), and so is an empty body, which all clients
     tolerate (2.5): an empty answer. `polled_s`: its length.
@@ -251,6 +254,8 @@ def read_updates(reply: Reply, *, polled_s: float) -> Polled:
         if polled_s >= LATE_S:
             return Polled([], None, HOLD_MS)
         raise Temporary("http_5xx", "524 from the edge")
+    if reply.status in FORBIDDEN:
+        raise SessionExpired("needs_login", f"HTTP {reply.status}")
     _check_status(reply)
     if not reply.body.strip():
         if polled_s >= LATE_S:
