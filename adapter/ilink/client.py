@@ -184,7 +184,10 @@ class ILink:
         request = protocol.qrcode_request(random.getrandbits(32), tokens)
         started = time.monotonic()
         try:
-            code = protocol.read_qrcode(await self._exchange(self._default_base_url, request, QRCODE_S))
+            reply = await self._exchange(self._default_base_url, request, QRCODE_S)
+            if reply.status in protocol.NO_POST:
+                reply = await self._exchange(self._default_base_url, protocol.qrcode_get_request(), QRCODE_S)
+            code = protocol.read_qrcode(reply)
         except TimeoutError:
             self._count("get_bot_qrcode", "timeout")
             raise Temporary("timeout", f"iLink gave no QR code within {QRCODE_S:g} s.") from None

@@ -35,6 +35,7 @@ ID_CHARS = 128
 """Longest id of a message that counts as one; a uint64 has 20."""
 QR_URL_CHARS = 1500
 """Longest text that is taken for the content of a QR code."""
+QRCODE_PATH = "/ilink/bot/get_bot_qrcode?bot_type=3"
 TOKENS_LISTED = 10
 """Longest `local_token_list` (3.1)."""
 STATUSES: tuple[str, ...] = get_args(ScanStatus)
@@ -53,6 +54,8 @@ GATEWAY_ERRORS = (502, 504)
 FORBIDDEN = (401, 403)
 """How HTTP says that a token does not count, or what stands before iLink that it lets nobody through. iLink itself
 says -14 (2.4)."""
+NO_POST = (404, 405, 501)
+"""How a server says that it does not know the method, or not for this path."""
 TRY_AGAIN = (408, 425, 429)
 """Statuses of refusals that pass: the request was not looked at (RFC 9110, RFC 8470, RFC 6585)."""
 
@@ -222,7 +225,12 @@ def qrcode_request(number: int, tokens: Sequence[str]) -> Request:
     """get_bot_qrcode: without authorization and base_info (3.1). `tokens`: newest first; the first ten count."""
     body = msgspec.json.encode({"local_token_list": list(tokens[:TOKENS_LISTED])})
     headers = {**_POST_HEADERS, "X-WECHAT-UIN": uin(number)}
-    return Request("get_bot_qrcode", "/ilink/bot/get_bot_qrcode?bot_type=3", headers, body)
+    return Request("get_bot_qrcode", QRCODE_PATH, headers, body)
+
+
+def qrcode_get_request() -> Request:
+    """get_bot_qrcode as older clients ask for it: without a body, so without the tokens (3.1)."""
+    return Request("get_bot_qrcode", QRCODE_PATH, _APP_HEADERS, b"", "GET")
 
 
 def qrcode_status_request(handle: str, verify_code: str) -> Request:

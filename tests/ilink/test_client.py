@@ -27,9 +27,9 @@ CALLS: dict[str, Callable[[ILink], Awaitable[object]]] = {
 
 
 class Answering:
-    """An `ILink` whose every request gets the same answer."""
+    """An `ILink` whose every request gets the same answer, or the one that `answer` gives."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, answer: Reply | Exception) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, answer: Reply | Exception | Callable[[Request], Reply]) -> None:
         self.metrics = Metrics()
         self.ilink = ILink(
             self.metrics,
@@ -43,14 +43,16 @@ class Answering:
         self.timeout_s = 0.0
         self.afresh: list[bool] = []
         """Of each call: whether it got a connection of its own."""
+        self.requests: list[Request] = []
 
         async def exchange(_url: str, request: Request, timeout_s: float, *, afresh: bool, **_: object) -> Reply:
             self.repeatable = request.repeatable
             self.timeout_s = timeout_s
             self.afresh.append(afresh)
+            self.requests.append(request)
             if isinstance(answer, Exception):
                 raise answer
-            return answer
+            return answer(request) if callable(answer) else answer
 
         monkeypatch.setattr(self.ilink._transport, "exchange", exchange)
 
@@ -141,3 +143,29 @@ async def test_a_send_alone_may_not_be_asked_twice(monkeypatch: pytest.MonkeyPat
     with contextlib.suppress(AdapterError):
         await CALLS[endpoint](answering.ilink)
     assert answering.repeatable == (endpoint != "sendmessage")
+
+
+@pytest.mark.parametrize("status", [404, 405, 501])
+async def test_a_server_that_knows_no_post_for_a_code_is_asked_by_get(
+    monkeypatch: pytest.MonkeyPatch, status: int
+) -> None:
+    """3.1: older clients ask so, without a body and a token."""
+    given = {"ret": 0, "qrcode": "handle", "qrcode_img_content": "https://example.com/qr"}
+
+    def answer(request: Request) -> Reply:
+        return reply(given) if request.method == "GET" else reply({}, status)
+
+    answering = Answering(monkeypatch, answer)
+    code = await answering.ilink.fetch_code(["a-token"])
+    assert code.handle == "handle"
+    posted, got = answering.requests
+    assert (posted.method, got.method, got.path, got.body) == ("POST", "GET", posted.path, b"")
+    assert {"Authorization", "AuthorizationType", "Content-Type"}.isdisjoint(got.headers)
+
+
+async def test_a_server_that_knows_no_code_at_all_is_asked_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    answering = Answering(monkeypatch, reply({}, 404))
+    with pytest.raises(Temporary, match="HTTP 404"):
+        await answering.ilink.fetch_code(())
+    assert [request.method for request in answering.requests] == ["POST", "GET"]
+    assert answering.metrics.value("upstream_requests_total", endpoint="get_bot_qrcode", outcome="http_4xx") == 1
