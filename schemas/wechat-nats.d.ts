@@ -1,5 +1,5 @@
 /* Messages of the bus, generated from the JSON Schemas here by `make generate`; do not edit.
-   Of: b0a706d810cdab7b719ceeeedacd294c77c52cac8485cd0c6655392319630e75 */
+   Of: f00a2f371b356c3ab063fa9fed8245ec9a53edbec481bf92d550ea58b3c901cb */
 
 /**
  * How a binding behaves.
@@ -339,15 +339,15 @@ export interface Login {
    */
   code?: number;
   /**
-   * The text to encode as a QR code; empty when it is over.
+   * The text to encode as a QR code, or a `data:` URL of a picture of it; empty when over.
    */
   qrcode_url?: string;
   /**
-   * The code drawn for a terminal, dark on light by ANSI colours.
+   * The code drawn for a terminal, dark on light by ANSI colours; of a picture, a sentence.
    */
   qrcode_text?: string;
   /**
-   * The code as PNG, base64, where asked for.
+   * The code as PNG, base64, where asked for; empty for a picture in another format.
    */
   qrcode_png?: string;
   /**

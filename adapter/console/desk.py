@@ -25,7 +25,7 @@ from adapter.contexts import stored_context
 from adapter.contract import Login, LoginQuery, LoginStart, LoginVerify, Options
 from adapter.dead_letters import again, is_command, letter_of, original_subject
 from adapter.errors import Refused
-from adapter.logins.qr import svg
+from adapter.logins.qr import element
 from adapter.logins.registry import LoginRegistry
 from adapter.names import Names
 from adapter.ports import AllReplicas, Archive, Bucket, Bus, Stored
@@ -191,7 +191,7 @@ class Desk:
         return msgspec.json.decode(await self._needs.services[verb](msgspec.json.encode(request)), type=Login)
 
     def _shown(self, login: Login) -> ShownLogin:
-        picture = svg(login.qrcode_url) if login.qrcode_url and login.status == "wait" else ""
+        picture = element(login.qrcode_url) if login.qrcode_url and login.status == "wait" else ""
         return ShownLogin(self._guard.handle(login.login), login, picture)
 
 

@@ -33,8 +33,10 @@ SECRET_CHARS = 6
 """What is shorter guards nothing, and would be found in the middle of words."""
 ID_CHARS = 128
 """Longest id of a message that counts as one; a uint64 has 20."""
-QR_URL_CHARS = 1500
-"""Longest text that is taken for the content of a QR code."""
+QR_CHARS = 4096
+"""Longest text that is taken for the content of a QR code; a code of capitals and digits holds 4,296."""
+QR_PICTURE_CHARS = 65_536
+"""Longest `data:` URL, which is a picture of a code."""
 QRCODE_PATH = "/ilink/bot/get_bot_qrcode?bot_type=3"
 TOKENS_LISTED = 10
 """Longest `local_token_list` (3.1)."""
@@ -366,10 +368,11 @@ def read_typing(reply: Reply) -> bool:
 
 
 def read_qrcode(reply: Reply) -> QrCode:
-    """Raises Temporary for everything that is no code."""
+    """Raises Temporary for everything that is no code. What is in a picture is not looked at."""
     answer = _read_login(reply, wire.QrCode)
     handle, url = answer.qrcode or "", answer.qrcode_img_content or ""
-    if not 0 < len(handle) <= URL_CHARS or not PLAIN_URL.fullmatch(url) or len(url) > QR_URL_CHARS:
+    longest = QR_PICTURE_CHARS if url.startswith("data:") else QR_CHARS
+    if not 0 < len(handle) <= URL_CHARS or not PLAIN_URL.fullmatch(url) or len(url) > longest:
         raise Temporary("unreadable", "the answer holds no QR code")
     return QrCode(handle, url)
 

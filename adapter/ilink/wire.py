@@ -72,7 +72,7 @@ class Config(Answer, kw_only=True):
 
 
 class QrCode(Answer, kw_only=True):
-    """Answer of get_bot_qrcode. `qrcode_img_content` is a URL to encode, not an image."""
+    """Answer of get_bot_qrcode. `qrcode_img_content` is a URL to encode; one client takes it for an image."""
 
     qrcode: str | None = None
     qrcode_img_content: str | None = None

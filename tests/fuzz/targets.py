@@ -23,7 +23,7 @@ from adapter import contract, logs, media
 from adapter.console import server
 from adapter.contract import Bind, Inbound, MediaPiece, MediaQuery, Unbind
 from adapter.dedup import Seen
-from adapter.errors import AdapterError, Refused, Uncertain, Unreadable
+from adapter.errors import AdapterError, Refused, Temporary, Uncertain, Unreadable
 from adapter.headers import HEADER_CHARS, HEADERS_KEPT, passed_on
 from adapter.ilink import protocol, urls
 from adapter.ilink.addresses import is_public
@@ -32,6 +32,7 @@ from adapter.ilink.connection import Connection
 from adapter.ilink.protocol import Reply
 from adapter.ilink.translate import read_message
 from adapter.ilink.unpack import PackedBadly, Unpacker
+from adapter.logins.qr import check_content, element, terminal_text
 from adapter.names import Names, is_inbox, peer_key, peer_of, text_of, token_of
 from adapter.outbound.commands import (
     Limits,
@@ -204,6 +205,11 @@ def login(data: bytes) -> None:
         if isinstance(found, Scan):
             for host in (found.redirect_host, found.base_url):
                 _url(host)
+        else:
+            with contextlib.suppress(Temporary):
+                check_content(found.url)
+                assert element(found.url).startswith("<img src=" if found.url.startswith("data:") else "<svg")
+                assert terminal_text(found.url)
 
 
 def url(data: bytes) -> None:

@@ -29,7 +29,9 @@ CALLS: dict[str, Callable[[ILink], Awaitable[object]]] = {
 class Answering:
     """An `ILink` whose every request gets the same answer, or the one that `answer` gives."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, answer: Reply | Exception | Callable[[Request], Reply]) -> None:
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, answer: Reply | Exception | Callable[[Request], Reply]
+    ) -> None:
         self.metrics = Metrics()
         self.ilink = ILink(
             self.metrics,
