@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import msgspec
 
@@ -13,6 +13,7 @@ from adapter.ilink import wire
 from adapter.ilink.cipher import read_key
 from adapter.ilink.references import Quoted, ident_of, read_reference, transcript
 from adapter.mending import as_utf8
+from adapter.names import digest
 from adapter.ports import Fetch, Said
 from adapter.quotes import as_id, kind_of
 
@@ -23,6 +24,11 @@ MAX_ID = 128
 """A longer user id is none: it would not fit into a subject."""
 ROOM = "@chatroom"
 """How the ids of groups end."""
+LARGEST = 262_144
+"""Bytes of the largest message that is read: sixteen times what WeChat is known to send as a text (10.1)."""
+MOST_ITEMS = 1000
+FIELD_BYTES = 2 * wire.OPAQUE_CHARS
+"""Longest field that is read of a message that is larger: a context token may have so many."""
 MAX_FILE_NAME = 255
 """Characters; no phone's file system allows longer ones."""
 PASSING = frozenset({"create_time_ms", "update_time_ms", "msg_id", "is_completed"})
@@ -32,7 +38,12 @@ IDLE = frozenset({"button_item_list", "at_bot_username_list"})
 
 
 def read_message(raw: bytes) -> Said:
-    """Translates one message. Raises Unreadable for what is no JSON object or names no user, unless it is an echo."""
+    """Translates one message. Raises Unreadable for what is no JSON object or names no user, unless it is an echo.
+
+    Its work is bounded: a message that is too large, or has too many items, is not looked at but for who wrote it.
+    """
+    if len(raw) > LARGEST:
+        return _salvage(raw, raw, f"The message has {len(raw)} bytes.", "too_large")
     try:
         return _read_plain(raw, _PLAIN.decode(raw))
     except UNDECODABLE:
@@ -71,7 +82,9 @@ def _read_whole(raw: bytes) -> Said:
     try:
         message = _WHOLE.decode(readable)
     except UNDECODABLE as exc:
-        return _salvage(raw, readable, str(exc)[:200])
+        return _salvage(raw, readable, str(exc)[:200], "malformed")
+    if len(message.item_list or ()) > MOST_ITEMS:
+        return _salvage(raw, readable, "The message has too many items.", "too_large")
     user = message.from_user_id or ""
     if not 0 < len(user) <= MAX_ID and message.message_type != wire.BOT:
         raise Unreadable("unreadable", "The message names no sender.")
@@ -213,10 +226,14 @@ def _token(given: object) -> str:
     return given if isinstance(given, str) and len(given) <= wire.OPAQUE_CHARS else ""
 
 
-def _salvage(raw: bytes, readable: bytes, why: str) -> Said:
-    """A message with a field of a wrong type: told as unsupported, kept whole as a dead letter."""
+def _salvage(raw: bytes, readable: bytes, why: str, reason: Literal["malformed", "too_large"]) -> Said:
+    """A message with a field of a wrong type, or too large: told as unsupported, kept whole as a dead letter."""
     try:
-        rest = msgspec.json.decode(readable, type=wire.Envelope)
+        unread = msgspec.structs.asdict(msgspec.json.decode(readable, type=wire.RawEnvelope))
+        read = {
+            name: msgspec.json.decode(as_utf8(bytes(raw))) for name, raw in unread.items() if len(raw) <= FIELD_BYTES
+        }
+        rest = wire.Envelope(**({"group_id": "?"} | read))  # a group whose id is not read is one
     except UNDECODABLE as exc:
         raise Unreadable("unreadable", why) from exc
     user = rest.from_user_id if isinstance(rest.from_user_id, str) else ""
@@ -224,12 +241,12 @@ def _salvage(raw: bytes, readable: bytes, why: str) -> Said:
         raise Unreadable("unreadable", why)
     sent = _time(rest.create_time_ms)
     return Said(
-        keys=keys_of(rest, user, sent, content_of(readable)),
+        keys=keys_of(rest, user, sent, content_of(readable) if reason == "malformed" else digest(raw)),
         user=user,
         sent_at_ms=sent,
         context_token=_token(rest.context_token),
         text="",
-        items=[contract.UnsupportedItem(type=0, reason="malformed")],
+        items=[contract.UnsupportedItem(type=0, reason=reason)],
         quote=None,
         echo=rest.message_type == wire.BOT,
         group=_is_group(rest, user),

@@ -218,3 +218,16 @@ class Envelope(msgspec.Struct):
     message_type: Any = None
     context_token: Any = None
     group_id: Any = None
+
+
+class RawEnvelope(msgspec.Struct):
+    """The same, unread."""
+
+    message_id: msgspec.Raw = msgspec.Raw(b"null")
+    client_id: msgspec.Raw = msgspec.Raw(b"null")
+    seq: msgspec.Raw = msgspec.Raw(b"null")
+    from_user_id: msgspec.Raw = msgspec.Raw(b"null")
+    create_time_ms: msgspec.Raw = msgspec.Raw(b"null")
+    message_type: msgspec.Raw = msgspec.Raw(b"null")
+    context_token: msgspec.Raw = msgspec.Raw(b"null")
+    group_id: msgspec.Raw = msgspec.Raw(b"null")
