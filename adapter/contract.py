@@ -510,11 +510,17 @@ class Login(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     sandbox: str
     status: LoginStatus
     code: Annotated[int, Meta(description="Number of the QR code, from 1.")] = 1
-    qrcode_url: Annotated[str, Meta(description="The text to encode as a QR code; empty when it is over.")] = ""
-    qrcode_text: Annotated[str, Meta(description="The code drawn for a terminal, dark on light by ANSI colours.")] = (
-        ""
-    )
-    qrcode_png: Annotated[str, Meta(description="The code as PNG, base64, where asked for.")] = ""
+    qrcode_url: Annotated[
+        str,
+        Meta(description="The text to encode as a QR code, or a `data:` URL of a picture of it; empty when over."),
+    ] = ""
+    qrcode_text: Annotated[
+        str,
+        Meta(description="The code drawn for a terminal, dark on light by ANSI colours; of a picture, a sentence."),
+    ] = ""
+    qrcode_png: Annotated[
+        str, Meta(description="The code as PNG, base64, where asked for; empty for a picture in another format.")
+    ] = ""
     expires_at_ms: Annotated[int, Meta(description="When the whole login ends.")] = 0
     bot: str = ""
     user: str = ""

@@ -59,7 +59,7 @@ class Throttled(Refused):
 
 
 class SessionExpired(Refused):
-    """iLink said -14: the bot's token is stale (ilink-protocol 5.4)."""
+    """iLink said -14, or HTTP forbids the poll: the bot's token is stale (ilink-protocol 5.4)."""
 
 
 class Unreadable(AdapterError):

@@ -1,5 +1,8 @@
 """Repairs invalid JSON of others (cut surrogate pairs, control characters, broken UTF-8, fields of a wrong type): one
 text must not cost the whole message. Pure.
+
+Each pattern takes what is whole in one step, up to the next place to repair or the end: time and memory are those of
+one pass, whatever the JSON is.
 """
 
 from __future__ import annotations
@@ -13,13 +16,16 @@ from adapter.errors import UNDECODABLE
 
 S = TypeVar("S", bound=msgspec.Struct)
 
-_ESCAPE = re.compile(
-    rb"\\(?:u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|(u[dD][89a-fA-F][0-9a-fA-F]{2})|.)", re.DOTALL
-)
-"""An escape in a JSON string; the group: half a surrogate pair."""
-_STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+(?:"|\Z)', re.DOTALL)
-_CONTROLS = re.compile(rb"[\x00-\x1f]")
-_WHOLE = re.compile(rb"(-?\d+)\.0+")
+_HALF = rb"\\u[dD][89a-fA-F][0-9a-fA-F]{2}"
+_PAIR = rb"\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}"
+_HALVES = re.compile(rb"((?:[^\\]++|%b|(?!%b)\\.)*+(?:\\\Z)?)(?:(%b)|\Z)" % (_PAIR, _HALF, _HALF), re.DOTALL)
+"""What is whole, and then half a surrogate pair."""
+_WHOLE = rb'"(?:[^"\\\x00-\x1f]++|\\[^\x00-\x1f])*+"'
+_STRINGS = re.compile(rb'((?:[^"]++|%b)*+)("(?:[^"\\]++|\\.)*+(?:"|\\?\Z)|\Z)' % _WHOLE, re.DOTALL)
+"""What is whole, and then a string with control characters."""
+_CONTROL = re.compile(rb"[\x00-\x1f]")
+_ESCAPED = [b"\\u%04x" % number for number in range(0x20)]
+_INTEGER = re.compile(rb"(-?\d+)\.0+")
 """A whole number that is written as a fraction."""
 
 
@@ -33,18 +39,18 @@ def as_utf8(raw: bytes) -> bytes:
 
 def without_halves(text: bytes) -> bytes:
     """JSON with the replacement character for each escaped half of a surrogate pair: an emoji that somebody cut."""
-    return _ESCAPE.sub(lambda found: b"\\ufffd" if found[1] else found[0], text)
+    return _HALVES.sub(lambda found: found[1] + b"\\ufffd" if found[2] else found[1], text)
 
 
 def without_controls(text: bytes) -> bytes:
     """JSON with the control characters in its strings escaped, as they should have been."""
-    if not _CONTROLS.search(text):
+    if not _CONTROL.search(text):
         return text
-    return _STRING.sub(lambda found: _CONTROLS.sub(_escaped, found[0]), text)
+    return _STRINGS.sub(lambda found: found[1] + _CONTROL.sub(_escaped, found[2]), text)
 
 
 def _escaped(control: re.Match[bytes]) -> bytes:
-    return b"\\u%04x" % control[0][0]
+    return _ESCAPED[control[0][0]]
 
 
 def decode_fields(raw: bytes, kind: type[S]) -> tuple[S, list[str]]:
@@ -70,7 +76,7 @@ def decode_fields(raw: bytes, kind: type[S]) -> tuple[S, list[str]]:
 def _decode_value(value: bytes, kind: Any) -> tuple[Any, list[str]]:
     """A value of a field, and the paths in it as of `decode_fields`. Raises UNDECODABLE."""
     kinds = get_args(kind)
-    if int in kinds and (whole := _WHOLE.fullmatch(value)):
+    if int in kinds and (whole := _INTEGER.fullmatch(value)):
         value = whole[1]  # not by way of a float, which has 53 bits
     try:
         return msgspec.json.decode(value, type=kind, strict=False), []

@@ -121,7 +121,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds without an inbound message after which one probe is sent to a throttled user (-2); 0: never."""
 
     stale_retry_s: tuple[Annotated[float, Meta(ge=0)], ...] = (5.0, 30.0, 300.0)
-    """Pauses in seconds, separated by commas, between attempts to revive a stale token (-14).
+    """Pauses in seconds, separated by commas, between attempts to revive a stale token (-14; HTTP 401, 403 to polls).
 
     `needs_login` is told after the last one, or within a minute if it comes later; one that succeeds takes it back.
     """
@@ -140,9 +140,6 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     max_command_bytes: Annotated[int, Meta(ge=1024)] = 262144
     """Largest command read from the bus, in bytes; a larger one becomes a dead letter."""
-
-    max_answer_bytes: Annotated[int, Meta(ge=1024)] = 67108864
-    """Largest answer read from iLink, in bytes; a larger one fails the request."""
 
     merge_chars: AtLeast0 = 3000
     """Parked texts of one user are sent as one message up to so many characters; 0: each on its own."""

@@ -1,5 +1,5 @@
 /* Messages of the bus, generated from the JSON Schemas here by `make generate`; do not edit.
-   Of: a73e02bfd5dcab9a682d0ed9718c9813f0451bce705f44b2d0b4defc661c117c */
+   Of: d04466741cfb05a17a7c81c8bebfafc6514d1ecaff9575d2a72e2ff2738ad48a */
 
 /**
  * How a binding behaves.
@@ -347,15 +347,15 @@ export interface Login {
    */
   code?: number;
   /**
-   * The text to encode as a QR code; empty when it is over.
+   * The text to encode as a QR code, or a `data:` URL of a picture of it; empty when over.
    */
   qrcode_url?: string;
   /**
-   * The code drawn for a terminal, dark on light by ANSI colours.
+   * The code drawn for a terminal, dark on light by ANSI colours; of a picture, a sentence.
    */
   qrcode_text?: string;
   /**
-   * The code as PNG, base64, where asked for.
+   * The code as PNG, base64, where asked for; empty for a picture in another format.
    */
   qrcode_png?: string;
   /**

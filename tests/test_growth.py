@@ -13,6 +13,7 @@ from adapter.contract import Options
 from adapter.conversation.commands import MediaPart
 from adapter.conversation.uploads import READY_S
 from adapter.errors import Refused, SessionExpired
+from adapter.ilink.budget import ByteBudget
 from adapter.ilink.connection import Connection
 from adapter.inbound.sessions import Session
 from adapter.names import Names, escaped, text_of, token_of
@@ -171,7 +172,8 @@ async def test_what_has_ended_goes_without_the_garbage_collector() -> None:
     gc.disable()
     try:
         before = there()
-        shard, session, connection = ShardCommandProcessor(1, bench.outbound()), Session(BOT), Connection(1000)
+        shard, session = ShardCommandProcessor(1, bench.outbound()), Session(BOT)
+        connection = Connection(ByteBudget())
         session.fenced(bench.incoming(), "owner")
         connection.connection_made(Wire())
         assert there() == before + 3

@@ -170,7 +170,7 @@ class _View:
 
     def code(self, now: Login) -> None:
         """A new code."""
-        if self._png is not None:
+        if self._png is not None and now.qrcode_png:
             _write(self._png, base64.b64decode(now.qrcode_png))
             output.say(f"Code {now.code} is in {self._png}.")
         else:

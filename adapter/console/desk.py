@@ -26,7 +26,7 @@ from adapter.conversation.record import ConversationRecord
 from adapter.conversation.store import ConversationStore
 from adapter.dead_letters import again, is_command, letter_of, original_subject
 from adapter.errors import Refused
-from adapter.logins.qr import svg
+from adapter.logins.qr import element
 from adapter.logins.registry import LoginRegistry
 from adapter.names import Names
 from adapter.ports import AllReplicas, Archive, Bus, Stored
@@ -193,7 +193,7 @@ class Desk:
         return msgspec.json.decode(await self._needs.services[verb](msgspec.json.encode(request)), type=Login)
 
     def _shown(self, login: Login) -> ShownLogin:
-        picture = svg(login.qrcode_url) if login.qrcode_url and login.status == "wait" else ""
+        picture = element(login.qrcode_url) if login.qrcode_url and login.status == "wait" else ""
         return ShownLogin(self._guard.handle(login.login), login, picture)
 
 

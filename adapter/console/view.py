@@ -81,4 +81,4 @@ class ShownLogin(NamedTuple):
     handle: str
     login: Login
     picture: str
-    """The code as inline SVG; "" where there is none to scan."""
+    """The code as inline SVG, or as an `img`; "" where there is none to scan."""

@@ -16,7 +16,7 @@ from adapter.ilink import protocol, urls
 from adapter.ilink.cipher import BLOCK, KEY_BYTES, Decryption, Encryption, cipher_size
 from adapter.ilink.client import ILink
 from adapter.ilink.network import CONNECT_S, KEPT_S, CheckedNetwork, checked
-from adapter.ilink.unpack import PLAIN
+from adapter.ilink.unpack import PACKED, PLAIN, Oversized, PackedBadly, Unpacker
 from adapter.metrics import Metrics
 from adapter.ports import Account, Fetch, MediaKind, Pieces, Uploaded
 
@@ -136,21 +136,42 @@ class CdnClient:
                 if response.status_code == 429 or response.status_code >= 500:
                     reason = "http_5xx" if response.status_code >= 500 else "http_4xx"
                     raise Temporary(reason, f"HTTP {response.status_code} from the CDN")
-                packed = response.headers.get("content-encoding", "").strip().lower() not in PLAIN
-                if response.status_code != 200 or packed:
+                encoding = response.headers.get("content-encoding", "").strip().lower()
+                if response.status_code != 200 or encoding not in (*PLAIN, *PACKED):
                     raise Refused("unavailable", f"HTTP {response.status_code} from the CDN")
+                if encoding in PACKED:
+                    async with contextlib.aclosing(self._unpacked(response, encoding, encrypted=encrypted)) as pieces:
+                        async for piece in pieces:
+                            yield piece
+                    return
                 if "transfer-encoding" not in response.headers:  # beside chunks it does not count (RFC 9112, 6.3)
                     self._check_length(response.headers.get("content-length", ""), encrypted=encrypted)
                 async for piece in response.aiter_raw(PIECE):
                     yield piece
 
+    async def _unpacked(self, response: httpx.Response, encoding: str, *, encrypted: bool) -> Pieces:
+        """The body of an answer that was packed on the way, unasked."""
+        unpacker = Unpacker(encoding, self._largest(encrypted=encrypted))
+        try:
+            async for packed in response.aiter_raw(PIECE):
+                for piece in unpacker.unpack(packed, PIECE):
+                    yield piece
+            unpacker.finish()
+        except Oversized:
+            raise self._too_large() from None
+        except PackedBadly as exc:
+            raise Refused("corrupt", str(exc)) from None
+
     def _check_length(self, length: str, *, encrypted: bool) -> None:
         if not (length.isascii() and length.isdigit()):
             return  # not told: the bytes are counted as they come
-        if int(length) > (cipher_size(self._max_bytes) if encrypted else self._max_bytes):
+        if int(length) > self._largest(encrypted=encrypted):
             raise self._too_large()
         if encrypted and int(length) % BLOCK:
             raise Refused("corrupt", f"The media cannot be decrypted: {length} bytes are no whole blocks.")
+
+    def _largest(self, *, encrypted: bool) -> int:
+        return cipher_size(self._max_bytes) if encrypted else self._max_bytes
 
     def _too_large(self) -> Refused:
         return Refused("too_large", f"The media exceed {self._max_bytes} bytes.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -14,6 +15,7 @@ from adapter.ilink import wire
 from adapter.ilink.cipher import read_key
 from adapter.ilink.references import Quoted, ident_of, read_reference, transcript
 from adapter.mending import as_utf8, decode_fields
+from adapter.names import digest
 from adapter.ports import Fetch, Said
 from adapter.quotes import as_id, kind_of
 
@@ -28,6 +30,13 @@ NOBODY = ("", "0")
 """User ids that are none: unset ones."""
 ROOM = "@chatroom"
 """How the ids of groups end."""
+LARGEST = 262_144
+"""Bytes of the largest message that is read: sixteen times what WeChat is known to send as a text (10.1)."""
+MOST_ITEMS = 1000
+FIELD_BYTES = 2 * wire.OPAQUE_CHARS
+"""Longest field that is read of a message that is larger: a context token may have so many."""
+_LONG = collections.defaultdict(lambda: b"null", group_id=b'"?"')
+"""What stands for a field that is longer: a group whose id is not read is one."""
 MAX_FILE_NAME = 255
 """Characters; no phone's file system allows longer ones."""
 PASSING = frozenset({"create_time_ms", "update_time_ms", "msg_id", "is_completed"})
@@ -47,8 +56,11 @@ IDLE = frozenset({"button_item_list", "at_bot_username_list"})
 def read_message(raw: bytes) -> Said:
     """Translates one message, with defaults for fields of a wrong type.
 
-    Raises Unreadable for what is no JSON object or names no user, unless it is an echo.
+    Its work is bounded: of a message that is too large, or has too many items, only who wrote it is read. Raises
+    Unreadable for what is no JSON object or names no user, unless it is an echo.
     """
+    if len(raw) > LARGEST:
+        return _read_head(raw, raw, f"The message has {len(raw)} bytes.")
     try:
         return _read_plain(raw, _PLAIN.decode(raw))
     except UNDECODABLE:
@@ -88,6 +100,8 @@ def _read_whole(raw: bytes) -> Said:
         message, misfits = _decode(readable, _WHOLE, wire.Message)
     except UNDECODABLE as exc:
         raise Unreadable("unreadable", str(exc)[:200]) from exc
+    if len(message.item_list or ()) > MOST_ITEMS:
+        return _read_head(raw, readable, "The message has too many items.")
     user = _sender(message)
     sent_at_ms = _time(message.create_time_ms)
     items: list[contract.InboundItem] = []
@@ -240,6 +254,32 @@ def _duration(value: object) -> int | None:
 def _token(given: object) -> str:
     """A context token, as far as there is one that the bus has room for: its bot would wait for ever to store it."""
     return given if isinstance(given, str) and len(given) <= wire.OPAQUE_CHARS else ""
+
+
+def _read_head(raw: bytes, readable: bytes, why: str) -> Said:
+    """A message that is too large to be read: told as unsupported, kept whole as a dead letter."""
+    try:
+        unread = msgspec.structs.asdict(msgspec.json.decode(readable, type=wire.RawHead))
+        found = {name: bytes(value) if len(value) <= FIELD_BYTES else _LONG[name] for name, value in unread.items()}
+        head = b"{%b}" % b",".join(b'"%b":%b' % (name.encode(), value) for name, value in found.items())
+        message, _ = decode_fields(as_utf8(head), wire.Message)
+    except UNDECODABLE as exc:
+        raise Unreadable("unreadable", why) from exc
+    user, sent_at_ms = _sender(message), _time(message.create_time_ms)
+    return Said(
+        keys=keys_of(message, user, sent_at_ms, digest(raw)),
+        user=user,
+        sent_at_ms=sent_at_ms,
+        context_token=_token(message.context_token),
+        text="",
+        items=[contract.UnsupportedItem(type=0, reason="too_large")],
+        quote=None,
+        echo=message.message_type == wire.BOT,
+        group=_is_group(message, user),
+        raw=raw,
+        broken=why,
+        kind="unsupported",
+    )
 
 
 def _sender(message: wire.PlainMessage | wire.Message) -> str:

@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Iterator
 
 _GZIP, _ZLIB, _BARE = 31, 15, -15
+_MEMBER = b"\x1f\x8b"
+"""How a gzip member begins (RFC 1952, 2.3.1)."""
+MEMBERS = 4096
+"""Most gzip members of an answer: each costs a decompressor. Tools that write several make one for some 64 KiB."""
+BLOCK = 65_536
+"""Packed bytes given to a decompressor at once; it copies what is left of them at the end of each member."""
 PLAIN = ("", "identity", "none", "utf-8")
 """Not packed. The last two are no encodings, but servers are seen to say so, and browsers to overlook it."""
+PACKED = ("gzip", "x-gzip", "deflate")
 
 
 class PackedBadly(Exception):
     """The answer is too large, or cannot be unpacked; the text says which."""
+
+
+class Oversized(PackedBadly):
+    """The answer is too large."""
 
 
 class Unpacker:
@@ -20,31 +32,33 @@ class Unpacker:
         self._left = most
         self._most = most
         self._begun = False
+        self._members = 0
+        self._ended = False
+        """Whether what follows is nothing of the answer."""
         self._raw = b""
-        """The first bytes of a deflate, as long as nobody knows whether it has zlib's head (RFC 9110, 8.4.1.2)."""
+        """The first bytes of a deflate, as long as nobody knows whether it has zlib's head (RFC 9110, 8.4.1.2); the
+        first byte after a gzip member."""
         self._encoding = encoding.strip().lower()
-        if self._encoding not in (*PLAIN, "gzip", "x-gzip", "deflate"):
+        if self._encoding not in (*PLAIN, *PACKED):
             raise PackedBadly("The answer is packed in a way that was not asked for.")
         self._work = zlib.decompressobj(_GZIP) if "gzip" in self._encoding else None
 
     def feed(self, piece: bytes) -> bytes:
         """What these bytes stand for."""
+        return b"".join(self.unpack(piece, self._most + 1))
+
+    def unpack(self, piece: bytes, at_once: int) -> Iterator[bytes]:
+        """What these bytes stand for, in pieces of at most `at_once` bytes."""
         self._begun = self._begun or bool(piece)
         if self._encoding in PLAIN:
-            return self._counted(piece)
-        if self._work is None:
-            self._raw += piece
-            if len(self._raw) < 2:
-                return b""
-            piece, self._raw = self._raw, b""
-            has_head = piece[0] & 15 == 8 and int.from_bytes(piece[:2], "big") % 31 == 0
-            self._work = zlib.decompressobj(_ZLIB if has_head else _BARE)
-        if self._work.eof:
-            return b""
-        try:
-            return self._counted(self._work.decompress(piece, self._left + 1))
-        except zlib.error:
-            raise PackedBadly("The answer cannot be unpacked.") from None
+            yield self._counted(piece)
+            return
+        for start in range(0, len(piece), BLOCK):
+            left, plain = piece[start : start + BLOCK], b""
+            while left or len(plain) == at_once:  # the decompressor may hold what had no room
+                plain, left = self._step(left, at_once)
+                if plain:
+                    yield self._counted(plain)
 
     def finish(self) -> None:
         """The answer has ended: what is packed in it must have, too."""
@@ -52,8 +66,32 @@ class Unpacker:
         if packed and (self._work is None or not self._work.eof):
             raise PackedBadly("The packed answer ends early.")
 
+    def _step(self, packed: bytes, at_once: int) -> tuple[bytes, bytes]:
+        """Some of what the bytes stand for, and those that are left to unpack."""
+        if self._work is None or self._work.eof:
+            packed, self._raw = self._raw + packed, b""
+            if len(packed) < 2:
+                self._raw = packed
+                return b"", b""
+            if self._work is None:
+                has_head = packed[0] & 15 == 8 and int.from_bytes(packed[:2], "big") % 31 == 0
+                self._work = zlib.decompressobj(_ZLIB if has_head else _BARE)
+            elif self._ended or self._encoding == "deflate" or packed[:2] != _MEMBER:
+                self._ended = True
+                return b"", b""
+            else:
+                self._members += 1
+                if self._members == MEMBERS:
+                    raise PackedBadly("The answer is packed in too many members.")
+                self._work = zlib.decompressobj(_GZIP)
+        try:
+            plain = self._work.decompress(packed, min(at_once, self._left + 1))
+        except zlib.error:
+            raise PackedBadly("The answer cannot be unpacked.") from None
+        return plain, self._work.unconsumed_tail or self._work.unused_data
+
     def _counted(self, plain: bytes) -> bytes:
         self._left -= len(plain)
         if self._left < 0:
-            raise PackedBadly(f"the answer exceeds {self._most} bytes")
+            raise Oversized(f"the answer exceeds {self._most} bytes")
         return plain

@@ -33,7 +33,7 @@ class Answer(msgspec.Struct, kw_only=True):
 
     ret: int | None = None
     errcode: int | None = None
-    errmsg: Any = None
+    errmsg: msgspec.Raw = msgspec.Raw(b"null")
 
     @property
     def code(self) -> int:
@@ -44,11 +44,12 @@ class Answer(msgspec.Struct, kw_only=True):
 
 
 class Updates(Answer, kw_only=True):
-    """Answer of getupdates. Messages stay raw, so that one broken message does not spoil the batch."""
+    """Answer of getupdates. Messages stay raw, so that one broken message does not spoil the batch, and their list,
+    so that a million of them are no million objects."""
 
-    msgs: list[msgspec.Raw] | None = None
+    msgs: msgspec.Raw = msgspec.Raw(b"null")
     get_updates_buf: str | int | None = None
-    longpolling_timeout_ms: Any = None
+    longpolling_timeout_ms: msgspec.Raw = msgspec.Raw(b"null")
 
 
 class Sent(Answer, kw_only=True):
@@ -72,7 +73,7 @@ class Config(Answer, kw_only=True):
 
 
 class QrCode(Answer, kw_only=True):
-    """Answer of get_bot_qrcode. `qrcode_img_content` is a URL to encode, not an image."""
+    """Answer of get_bot_qrcode. `qrcode_img_content` is a URL to encode; one client takes it for an image."""
 
     qrcode: str | None = None
     qrcode_img_content: str | None = None
@@ -205,3 +206,16 @@ class Message(Head, kw_only=True):
 
     from_user_id: str | None = None
     item_list: list[msgspec.Raw] | None = None
+
+
+class RawHead(msgspec.Struct):
+    """Who wrote a message, and which it is, unread."""
+
+    message_id: msgspec.Raw = msgspec.Raw(b"null")
+    client_id: msgspec.Raw = msgspec.Raw(b"null")
+    seq: msgspec.Raw = msgspec.Raw(b"null")
+    from_user_id: msgspec.Raw = msgspec.Raw(b"null")
+    create_time_ms: msgspec.Raw = msgspec.Raw(b"null")
+    message_type: msgspec.Raw = msgspec.Raw(b"null")
+    context_token: msgspec.Raw = msgspec.Raw(b"null")
+    group_id: msgspec.Raw = msgspec.Raw(b"null")

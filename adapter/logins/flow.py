@@ -18,7 +18,7 @@ from adapter.bindings.registry import Bindings
 from adapter.contract import Bind, BindingEvent
 from adapter.errors import BusRefused, Refused, Temporary
 from adapter.events import Events, read_last_of_person, told_of_bindings
-from adapter.logins.registry import ADVICE, TELL_MS, LoginRegistry, code_of, event_of, tokens_of
+from adapter.logins.registry import ADVICE, TELL_MS, LoginRegistry, code_of, event_of, fetch_code, tokens_of
 from adapter.metrics import Metrics
 from adapter.names import H_MSG_ID, H_SCHEMA, Names, shard_of
 from adapter.ports import Bus, History, Logins, Message, QrCode, Scan
@@ -179,7 +179,7 @@ class LoginFlow:
     async def _fetched(self, sandbox: str) -> QrCode:
         needs = self._needs
         needs.leases.check(shard_of(sandbox))
-        return await needs.logins.fetch_code(tokens_of(needs.bindings.of_sandbox(sandbox), needs.sealer))
+        return await fetch_code(needs.logins, tokens_of(needs.bindings.of_sandbox(sandbox), needs.sealer))
 
     def _fetch_due_s(self, record: LoginRecord) -> float | None:
         """Seconds until a new code is to be fetched; None: not before something else happens."""

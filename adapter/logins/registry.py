@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import msgspec
 import structlog
@@ -16,9 +16,9 @@ from msgspec import structs
 
 from adapter.contract import CHECKING, Login, LoginEvent, LoginStart
 from adapter.errors import UNDECODABLE, Conflict, Refused
-from adapter.logins.qr import png, terminal_text
+from adapter.logins.qr import check_content, png, terminal_text
 from adapter.metrics import Metrics
-from adapter.ports import Bucket, Entry, QrCode, Scan
+from adapter.ports import Bucket, Entry, Logins, QrCode, Scan
 from adapter.records import Binding, LoginCode, LoginRecord
 from adapter.seal import Sealer, login_context
 from adapter.timing import Clock, Condition
@@ -261,6 +261,13 @@ class LoginRegistry:
             reason=CHECKING if record.digits else record.reason,
             detail="The digits are being checked." if record.digits else record.detail or ADVICE[record.status],
         )
+
+
+async def fetch_code(logins: Logins, tokens: Sequence[str]) -> QrCode:
+    """A code that can be shown. Raises Temporary."""
+    code = await logins.fetch_code(tokens)
+    check_content(code.url)
+    return code
 
 
 def _not_found() -> Refused:

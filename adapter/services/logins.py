@@ -8,7 +8,7 @@ from msgspec import structs
 from adapter.bindings.registry import Bindings
 from adapter.contract import LoginQuery, LoginStart, LoginVerify
 from adapter.errors import Refused, Temporary
-from adapter.logins.registry import LoginRegistry, tokens_of
+from adapter.logins.registry import LoginRegistry, fetch_code, tokens_of
 from adapter.metrics import Metrics
 from adapter.names import check_sandbox
 from adapter.ports import Logins
@@ -50,7 +50,7 @@ class LoginService:
             raise Refused(
                 "invalid", f"{OPEN_PER_SANDBOX} logins of this sandbox are open; cancel some by login.cancel."
             )
-        code = await self._logins.fetch_code(tokens_of(self._bindings.of_sandbox(asked.sandbox), self._sealer))
+        code = await fetch_code(self._logins, tokens_of(self._bindings.of_sandbox(asked.sandbox), self._sealer))
         login, record = await self._registry.open(asked, code, login_s=self._login_s)
         return self._answer(login, record, with_png=asked.png)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
+import html
 import re
 import socket
 import time
@@ -21,9 +23,11 @@ from adapter.console.server import AT_ONCE, MAX_BODY, Console, is_loopback
 from adapter.errors import BusRefused, SettingsError, Temporary
 from adapter.logins.registry import LoginRegistry
 from adapter.names import H_DETAIL, H_MSG_ID, H_REASON, H_SUBJECT, H_TIME_MS
+from adapter.ports import QrCode
 from adapter.replicas.rollcall import Call, Polling, Present
 from adapter.seal import Sealer
 from adapter.services.logins import LoginService
+from adapter.simulator import samples
 from tests.fakes import WINDOW, Bench, FakeBucket, FakeClock, FakeLogins
 
 TOKEN = "the token of the console"
@@ -470,6 +474,16 @@ async def test_a_login_shows_its_code_and_no_secret_in_the_address(office: Offic
     assert "Cancelled" in page
     assert "<svg" not in page
     assert place not in (await office.browser.get("/logins")).text
+
+
+async def test_a_code_that_is_a_picture_is_shown_as_one(office: Office) -> None:
+    await office.sign_in()
+    picture = f"data:image/jpeg;base64,{base64.b64encode(samples.jpeg(64, 64)).decode()}"
+    office.ilink.codes.append(QrCode("q1", picture.replace("image/jpeg", "image/png;x=1")))
+    place = (await office.post("/logins", sandbox="s1")).headers["Location"]
+    page = (await office.browser.get(place)).text
+    assert f'<img src="{picture}"' in html.unescape(page)
+    assert "<svg" not in page
 
 
 async def test_a_wrong_name_is_explained_beside_the_form(office: Office) -> None:

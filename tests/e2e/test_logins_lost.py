@@ -110,6 +110,36 @@ async def test_minus_14_on_one_message_refuses_it_and_nothing_else(tmp_path: Pat
         await nc.close()
 
 
+@pytest.mark.parametrize("status", [401, 403])
+async def test_polls_that_http_forbids_end_in_a_login_as_a_dead_token_does(tmp_path: Path, status: int) -> None:
+    async with world(tmp_path, environ=SCHEDULE) as made:
+        nc, bot = await made.begun()
+        await until(lambda: made.sim.polls(bot.bot).now == 1, "a poll is held")
+        made.sim.set_fault(FaultRule(fault="F1", endpoint="getupdates", bot=bot.bot, params={"status": status}))
+        made.say("s1", "ends the poll that was out")
+        lost = await told(nc, "needs_login")
+        assert lost.reason == f"HTTP {status}"
+        assert [event.change for event in await changes(nc)] == ["bound", "stale", "needs_login"]
+        await made.command(nc, "s1", "c0")
+        await parked(made, nc, 1)
+        made.sim.clear_faults()
+        await _log_in_again(made, nc, bot.user, ["c0"])
+        await nc.close()
+
+
+async def test_a_firewall_that_forbids_one_poll_costs_no_login(tmp_path: Path) -> None:
+    async with world(tmp_path, environ=SCHEDULE) as made:
+        nc, bot = await made.begun()
+        rule = {"fault": "F1", "endpoint": "getupdates", "bot": bot.bot, "count": 1, "params": {"status": 403}}
+        made.sim.set_fault(msgspec.convert(rule, FaultRule))
+        made.say("s1", "ends the poll that was out")
+        await told(nc, "recovered")
+        assert [event.change for event in await changes(nc)] == ["bound", "stale", "recovered"]
+        made.say("s1", "still there?")
+        await made.settle(nc)
+        await nc.close()
+
+
 async def test_f10_costs_exactly_the_scheduled_sends(tmp_path: Path) -> None:
     async with world(tmp_path, environ=SCHEDULE) as made:
         nc, bot = await made.begun()

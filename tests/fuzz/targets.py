@@ -33,15 +33,17 @@ from adapter.conversation.commands import (
 )
 from adapter.conversation.split import MAX_BYTES, is_open, split, to_plain
 from adapter.dedup import Seen
-from adapter.errors import AdapterError, Refused, Uncertain, Unreadable
+from adapter.errors import AdapterError, Refused, Temporary, Uncertain, Unreadable
 from adapter.headers import HEADER_CHARS, HEADERS_KEPT, passed_on
 from adapter.ilink import protocol, urls
 from adapter.ilink.addresses import is_public
+from adapter.ilink.budget import ByteBudget
 from adapter.ilink.cipher import Decryption, read_key
 from adapter.ilink.connection import Connection
 from adapter.ilink.protocol import Reply
 from adapter.ilink.translate import read_message
 from adapter.ilink.unpack import PackedBadly, Unpacker
+from adapter.logins.qr import check_content, element, terminal_text
 from adapter.names import Names, conversation_key, is_inbox, text_of, token_of, user_of_key
 from adapter.ports import Scan
 from adapter.seal import Sealer
@@ -203,6 +205,11 @@ def login(data: bytes) -> None:
         if isinstance(found, Scan):
             for host in (found.redirect_host, found.base_url):
                 _url(host)
+        else:
+            with contextlib.suppress(Temporary):
+                check_content(found.url)
+                assert element(found.url).startswith("<img src=" if found.url.startswith("data:") else "<svg")
+                assert terminal_text(found.url)
 
 
 def url(data: bytes) -> None:
@@ -248,9 +255,10 @@ def answer(data: bytes) -> None:
     answer that keeps the limit, or a failure."""
 
     async def ask() -> None:
-        connection, wire = Connection(ANSWER_BYTES), Wire()
+        budget = ByteBudget()
+        connection, wire = Connection(budget), Wire()
         connection.connection_made(wire)
-        asking = asyncio.ensure_future(connection.ask(b"", 3600))
+        asking = asyncio.ensure_future(connection.ask(b"", 3600, ANSWER_BYTES))
         await asyncio.sleep(0)
         size = data[0] + 1 if data else 1
         for begin in range(1, len(data), size):
@@ -259,7 +267,7 @@ def answer(data: bytes) -> None:
         connection.connection_lost(None)
         assert not connection.usable
         with contextlib.suppress(Uncertain):
-            reply = await asking
+            reply = await budget.unpack(await asking, ANSWER_BYTES)
             assert reply.status >= 200
             assert len(reply.body) <= ANSWER_BYTES
 

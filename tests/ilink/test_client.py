@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from adapter.errors import AdapterError, Temporary, Uncertain
+from adapter.errors import AdapterError, SessionExpired, Temporary, Uncertain
 from adapter.ilink.client import ILink
 from adapter.ilink.protocol import HOLD_MS, Reply, Request
 from adapter.metrics import Metrics
@@ -28,9 +28,11 @@ CALLS: dict[str, Callable[[ILink], Awaitable[object]]] = {
 
 
 class Answering:
-    """An `ILink` whose every request gets the same answer."""
+    """An `ILink` whose every request gets the same answer, or the one that `answer` gives."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, answer: Reply | Exception) -> None:
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, answer: Reply | Exception | Callable[[Request], Reply]
+    ) -> None:
         self.metrics = Metrics()
         self.ilink = ILink(
             self.metrics,
@@ -38,20 +40,21 @@ class Answering:
             allowed_hosts=(),
             poll_margin_s=7.0,
             send_timeout_s=15.0,
-            max_answer_bytes=1000,
         )
         self.repeatable = False
         self.timeout_s = 0.0
         self.afresh: list[bool] = []
         """Of each call: whether it got a connection of its own."""
+        self.requests: list[Request] = []
 
         async def exchange(_url: str, request: Request, timeout_s: float, *, afresh: bool, **_: object) -> Reply:
             self.repeatable = request.repeatable
             self.timeout_s = timeout_s
             self.afresh.append(afresh)
+            self.requests.append(request)
             if isinstance(answer, Exception):
                 raise answer
-            return answer
+            return answer(request) if callable(answer) else answer
 
         monkeypatch.setattr(self.ilink._transport, "exchange", exchange)
 
@@ -88,6 +91,13 @@ async def test_dead_tokens_are_counted_apart(monkeypatch: pytest.MonkeyPatch, en
     with pytest.raises(AdapterError):
         await CALLS[endpoint](answering.ilink)
     assert answering.metrics.value("upstream_requests_total", endpoint=endpoint, outcome="ret_14") == 1
+
+
+async def test_a_poll_that_http_forbids_is_counted_by_its_status(monkeypatch: pytest.MonkeyPatch) -> None:
+    answering = Answering(monkeypatch, reply({}, 403))
+    with pytest.raises(SessionExpired):
+        await CALLS["getupdates"](answering.ilink)
+    assert answering.metrics.value("upstream_requests_total", endpoint="getupdates", outcome="http_4xx") == 1
 
 
 @pytest.mark.parametrize(
@@ -135,3 +145,29 @@ async def test_a_send_alone_may_not_be_asked_twice(monkeypatch: pytest.MonkeyPat
     with contextlib.suppress(AdapterError):
         await CALLS[endpoint](answering.ilink)
     assert answering.repeatable == (endpoint != "sendmessage")
+
+
+@pytest.mark.parametrize("status", [404, 405, 501])
+async def test_a_server_that_knows_no_post_for_a_code_is_asked_by_get(
+    monkeypatch: pytest.MonkeyPatch, status: int
+) -> None:
+    """3.1: older clients ask so, without a body and a token."""
+    given = {"ret": 0, "qrcode": "handle", "qrcode_img_content": "https://example.com/qr"}
+
+    def answer(request: Request) -> Reply:
+        return reply(given) if request.method == "GET" else reply({}, status)
+
+    answering = Answering(monkeypatch, answer)
+    code = await answering.ilink.fetch_code(["a-token"])
+    assert code.handle == "handle"
+    posted, got = answering.requests
+    assert (posted.method, got.method, got.path, got.body) == ("POST", "GET", posted.path, b"")
+    assert {"Authorization", "AuthorizationType", "Content-Type"}.isdisjoint(got.headers)
+
+
+async def test_a_server_that_knows_no_code_at_all_is_asked_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    answering = Answering(monkeypatch, reply({}, 404))
+    with pytest.raises(Temporary, match="HTTP 404"):
+        await answering.ilink.fetch_code(())
+    assert [request.method for request in answering.requests] == ["POST", "GET"]
+    assert answering.metrics.value("upstream_requests_total", endpoint="get_bot_qrcode", outcome="http_4xx") == 1

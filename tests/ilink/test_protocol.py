@@ -189,7 +189,9 @@ UPDATES = [
     ("503-says-when", reply(HTML, 503, retry_after="9"), 1, (Temporary, "http_5xx", 9.0)),
     ("504", reply(HTML, 504), 1, (Temporary, "http_5xx", None)),
     ("429", reply(b"", 429, retry_after="4"), 1, (Temporary, "http_4xx", 4.0)),
-    ("403", reply(b"", 403), 1, (Temporary, "http_4xx", None)),
+    ("401-of-a-gateway", reply(b"", 401), 1, (SessionExpired, "needs_login")),
+    ("403-of-a-firewall", reply(HTML, 403), 1, (SessionExpired, "needs_login")),
+    ("404", reply(b"", 404), 1, (Temporary, "http_4xx", None)),
     ("-14-beside-401", reply({"errcode": -14}, 401), 1, (SessionExpired, "needs_login")),
     ("-2-beside-429", reply({"ret": -2}, 429), 1, (Temporary, "http_4xx", None)),
     ("302-is-not-followed", reply(b"", 302), 1, (Temporary, "http_4xx", None)),
@@ -214,6 +216,46 @@ def test_an_answer_to_a_poll_has_one_meaning(answer: Reply, polled_s: float, exp
 def test_messages_stay_raw_so_that_no_id_is_rounded() -> None:
     polled = read_updates(reply(b'{"msgs":[{"message_id":%d}]}' % BIG), polled_s=1)
     assert polled.messages == [b'{"message_id":%d}' % BIG]
+
+
+def test_only_an_answer_of_bounded_size_is_repaired() -> None:
+    for size, readable in ((protocol.MENDED_BYTES, True), (protocol.MENDED_BYTES + 1, False)):
+        head, tail = b'{"msgs":[{"a":"', b'\x01"}]}'
+        answer = reply(head + b"x" * (size - len(head) - len(tail)) + tail)
+        expected = (Temporary, "unreadable", None)
+        assert (outcome(lambda: read_updates(answer, polled_s=1)) != expected) is readable  # noqa: B023 -- called at once
+
+
+def test_what_is_repaired_in_no_time_is_short() -> None:
+    """What is longer is read in another thread, if it is an answer to a poll, or not at all."""
+    for size, at_once in ((protocol.MENDED_AT_ONCE_BYTES, True), (protocol.MENDED_AT_ONCE_BYTES + 1, False)):
+        broken = b'{"ret":0,"message_id":"1","x":"' + b"x" * (size - 34) + b'\x01"}'
+        assert len(broken) == size
+        assert protocol.is_read_at_once(reply(broken)) is at_once
+        assert protocol.is_read_at_once(reply(broken.replace(b"\x01", b" ")))
+        expected = Accepted("1", 0, None, "") if at_once else (Uncertain, "unreadable")
+        assert outcome(lambda: read_sent(reply(broken))) == expected  # noqa: B023 -- called at once
+
+
+def test_many_messages_come_a_page_at_a_time() -> None:
+    polled = read_updates(
+        reply({"msgs": [{"seq": number} for number in range(5000)], "get_updates_buf": "b"}), polled_s=1
+    )
+    assert polled.pages is not None
+    assert [len(page) for page in (polled.messages, *polled.pages)] == [1000] * 5
+    assert polled.cursor == "b"
+
+
+@pytest.mark.parametrize(
+    "said",
+    [["x"] * 3000, {"a": "token-of-bot" * 1000}, "x" * 3000, 5, "token-of-bot"],
+    ids=["list", "object", "text", "number", "secret"],
+)
+def test_words_are_told_shortly_and_without_the_secrets_of_the_request(said: object) -> None:
+    with pytest.raises(Temporary) as caught:
+        read_updates(reply({"ret": -9, "errmsg": said})._replace(secrets=("token-of-bot",)), polled_s=1)
+    assert len(caught.value.detail) < 250
+    assert "token" not in caught.value.detail
 
 
 @pytest.mark.parametrize(
@@ -687,7 +729,12 @@ QRCODES = [
      (Temporary, "unreadable", None)),
     ("url-with-controls", reply({"qrcode": "q", "qrcode_img_content": "https://a\x1b[31m"}),
      (Temporary, "unreadable", None)),
-    ("url-too-long", reply({"qrcode": "q", "qrcode_img_content": "https://" + "a" * 1500}),
+    ("longest-content", reply({"qrcode": "q", "qrcode_img_content": "A" * 4096}), QrCode("q", "A" * 4096)),
+    ("content-too-long", reply({"qrcode": "q", "qrcode_img_content": "A" * 4097}),
+     (Temporary, "unreadable", None)),
+    ("a-picture", reply({"qrcode": "q", "qrcode_img_content": "data:" + "A" * 65_531}),
+     QrCode("q", "data:" + "A" * 65_531)),
+    ("a-picture-too-large", reply({"qrcode": "q", "qrcode_img_content": "data:" + "A" * 65_532}),
      (Temporary, "unreadable", None)),
     ("refused", reply({"ret": -2, "errmsg": "no"}), (Temporary, "ret_other", None)),
     ("html", reply(HTML, 502), (Temporary, "http_5xx", None)),

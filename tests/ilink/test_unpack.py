@@ -86,6 +86,40 @@ def test_an_answer_that_is_cut_is_not_taken_for_a_whole_one(encoding: str) -> No
         unpacked(encoding, PACKED[encoding](TEXT)[:-3])
 
 
+@pytest.mark.parametrize("end", [b"", bytes(100), b"\r\n", b"\x1f", b"junk \x1f\x8b"])
+def test_an_answer_of_several_gzip_members_is_read_whole(end: bytes) -> None:
+    """RFC 1952, 2.2. What follows the last one and is none, such as zeros that fill a block, says nothing."""
+    packed = b"".join(gzip.compress(part) for part in (TEXT, b"", TEXT[:7], TEXT)) + end
+    whole = TEXT + TEXT[:7] + TEXT
+    assert unpacked("gzip", packed) == whole
+    assert unpacked("gzip", *(packed[at : at + 1] for at in range(len(packed)))) == whole
+    assert unpacked("gzip", packed, most=len(whole)) == whole
+    with pytest.raises(PackedBadly, match="exceeds"):
+        unpacked("gzip", packed, most=len(whole) - 1)
+
+
+def test_a_last_gzip_member_that_is_cut_is_not_taken_for_an_end() -> None:
+    with pytest.raises(PackedBadly, match="ends early"):
+        unpacked("gzip", gzip.compress(TEXT) + gzip.compress(TEXT)[:-3])
+
+
+def test_members_without_end_are_refused() -> None:
+    """20 bytes each that stand for nothing: each costs as much as a whole answer."""
+    with pytest.raises(PackedBadly, match="members"):
+        unpacked("gzip", gzip.compress(b"") * 100_000)
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "deflate", " Deflate"])
+@pytest.mark.parametrize("at_once", [1, 7, 64, 900])
+def test_what_is_unpacked_comes_in_pieces_of_a_bounded_size(encoding: str, at_once: int) -> None:
+    plain = bytes(900) + TEXT
+    unpacker = Unpacker(encoding, MOST)
+    pieces = list(unpacker.unpack(PACKED[encoding](plain), at_once))
+    unpacker.finish()
+    assert b"".join(pieces) == plain
+    assert max(map(len, pieces)) <= at_once
+
+
 @given(st.sampled_from(sorted(PACKED)), st.lists(st.binary(max_size=200), max_size=20))
 def test_whatever_comes_is_bytes_or_a_refusal(encoding: str, pieces: list[bytes]) -> None:
     with contextlib.suppress(PackedBadly):

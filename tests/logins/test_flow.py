@@ -22,6 +22,7 @@ from adapter.ports import Entry, Message, QrCode, Scan
 from adapter.records import LoginRecord
 from adapter.seal import Sealer
 from adapter.services.logins import OPEN_PER_SANDBOX, LoginService
+from adapter.simulator import samples
 from tests.fakes import Bench, FakeBucket, FakeDelivery, FakeLogins
 
 VIRTUAL_TIME = True
@@ -128,6 +129,29 @@ class Doors:
 
     def counted(self, outcome: str) -> float:
         return self.bench.metrics.value("logins_total", outcome=outcome)
+
+
+async def test_a_code_that_is_a_picture_is_handed_on() -> None:
+    doors = Doors()
+    content = base64.b64encode(samples.png(64, 64)).decode()
+    doors.ilink.codes.append(QrCode("q1", f"data:image/png;base64,{content}"))
+    login = await doors.start(png=True)
+    assert (login.status, login.qrcode_url, login.qrcode_png) == ("wait", f"data:image/png;base64,{content}", content)
+    doors.ilink.happens("q1", CONFIRMED)
+    await asyncio.sleep(5)
+    assert (await doors.status(login)).status == "confirmed"
+
+
+async def test_a_code_that_fits_no_qr_code_is_refused_in_words_and_another_is_fetched() -> None:
+    doors = Doors()
+    doors.ilink.codes.append(QrCode("long", "https://q/" + "y" * 4000))
+    with pytest.raises(Temporary, match="4010 bytes"):
+        await doors.start()
+    login = await doors.start()
+    doors.ilink.codes.append(QrCode("long", "https://q/" + "y" * 4000))
+    await asyncio.sleep(REFRESH_S + 5)
+    now = await doors.status(login)
+    assert (now.status, now.code, now.qrcode_url) == ("wait", 2, "https://q/q2")
 
 
 async def test_a_login_goes_from_the_code_to_the_bot() -> None:
