@@ -131,7 +131,7 @@ class ConversationActor:
             self._task = asyncio.get_running_loop().create_task(self._run())
 
     async def hear(self, heard: rules.Heard) -> None:
-        """The user wrote: returns once the record is stored. Raises LeaseLost."""
+        """The user wrote: returns once the record is stored. Raises LeaseLost, and what the rules raise of it."""
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.put(heard, done)
         await done
@@ -204,7 +204,12 @@ class ConversationActor:
             while self._mailbox:
                 await self._deps.turns.next()
                 event, done = self._mailbox.popleft()
-                await self._handle(event)
+                try:
+                    await self._handle(event)
+                except Exception as exc:  # what is behind in the mailbox goes on
+                    log.exception("conversation.crashed", sandbox=self.state.sandbox, input=type(event).__name__)
+                    if done is not None and not done.done():
+                        done.set_exception(exc)
                 if done is not None and not done.done():
                     done.set_result(None)
         finally:
@@ -238,6 +243,8 @@ class ConversationActor:
                     await self._end_crashed(command, exc)
             else:
                 await self._step(rules.Crashed(type(exc).__name__))
+                if isinstance(event, rules.Heard):  # its sender counts on it that it is stored
+                    await self._step(event)
 
     async def _step(self, event: rules.Input) -> None:
         now_ms = self._deps.clock.now_ms()
@@ -247,24 +254,37 @@ class ConversationActor:
         for effect in effects:
             if (crash := await self._carry_out(effect)) is None:
                 continue
-            await self._give_up(effect, crash)
-            if isinstance(effect, rules.Save):
+            if not isinstance(effect, rules.Save):
+                await self._give_up(effect, crash)
+            elif any(isinstance(one, rules.Post) for one in effects):
+                self._deps.slots.release(self.state.sandbox)
+                self.put(rules.NotTaken("", 0, is_unreached=True))
+                self.put(rules.Crashed(type(crash).__name__))
                 return  # a request must not leave that is not stored
 
     async def _give_up(self, effect: rules.Effect, crash: Exception) -> None:
         """What a bug keeps from being done: the command that it was for ends as a dead letter."""
-        if isinstance(effect, rules.PublishReceipt):
-            if effect.result.reason != "crashed":
-                await self._end_crashed(effect.command, crash)
-            self._unreceipted.add(effect.command.sequence)  # ended just now, or not at all
-            return
-        if isinstance(effect, rules.Save) and self.state.activity is Activity.SENDING:
-            self._deps.slots.release(self.state.sandbox)
-            self.put(rules.NotTaken("", 0, is_unreached=True))  # the request does not leave
-        self.put(rules.Crashed(type(crash).__name__))
+        match effect:
+            case rules.PublishReceipt(command, result):
+                if result.outcome == "parked":  # it is in the queue yet
+                    self.put(rules.Crashed(type(crash).__name__, command.sequence))
+                    return
+                if result.reason != "crashed":
+                    await self._end_crashed(command, crash, result)
+                self._unreceipted.add(command.sequence)  # ended just now, or not at all
+                self._shard.release_body(command)  # those behind it need its share of the memory
+            case rules.SetTyping(rules.QueuedCommand() as command):  # it is in the queue no more
+                await self._end_crashed(command, crash)
+            case rules.RequestSlot() | rules.Load() | rules.Upload() | rules.CheckSession() | rules.Post():
+                self.put(rules.Crashed(type(crash).__name__))
+            case _:
+                pass  # the first command of the queue does not wait for it
 
-    async def _end_crashed(self, command: QueuedCommand, crash: Exception) -> None:
+    async def _end_crashed(self, command: QueuedCommand, crash: Exception, told: CommandResult | None = None) -> None:
+        """`told`: what could not be told of it. What may be on the phone is not called dead."""
         result = CommandResult("dead_lettered", "crashed", type(crash).__name__)
+        if told is not None and told.may_be_sent:
+            result = CommandResult(told.outcome, message_ids=told.message_ids, attempts=told.attempts)
         if await self._carry_out(rules.PublishReceipt(command, result)) is None:
             await self._carry_out(rules.Acknowledge(command))
 

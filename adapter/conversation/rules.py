@@ -303,9 +303,11 @@ class Ended(NamedTuple):
 
 
 class Crashed(NamedTuple):
-    """Working on the first command raised what nobody expects, several times."""
+    """Working on a command raised what nobody expects, several times."""
 
     detail: str
+    sequence: int = 0
+    """Of a command that could not be parked; 0: it was the first one."""
 
 
 Input: TypeAlias = (
@@ -488,7 +490,15 @@ def _apply(
                 return _on_session_checked(conversation, now_ms, effects, is_alive=is_alive)
         case Ended(sequence, result):
             return _on_ended(conversation, sequence, result)
+        case Crashed() if activity is Activity.SENDING:
+            pass  # what is out ends by its answer
+        case Crashed(detail, sequence) if sequence and [one.sequence for one in conversation.queue[:1]] != [sequence]:
+            ended = [one for one in conversation.queue if one.sequence == sequence]
+            return _end(conversation, ended, CommandResult("dead_lettered", "crashed", detail), effects)
         case Crashed(detail):
+            group = _group_to_send(conversation, policy) if activity is Activity.LOADING else ()
+            if len(group) > 1 and conversation.record.head is None:  # each is read by itself: one is at fault
+                return _with(conversation, activity=Activity.IDLE, merge_barrier=group[-1].sequence)
             return _end_first(conversation, CommandResult("dead_lettered", "crashed", detail), effects)
         case Deadline():
             pass

@@ -132,6 +132,10 @@ class CommandIntake:
                     log.warning("command.retrying", subject=subject, reason=exc.reason)
                     await first_of(self._draining, 0.5)
                     continue
+                except Exception:  # a bug; what waits there is not left behind
+                    log.exception("command.crashed", subject=subject)
+                    await first_of(self._draining, 0.5)
+                    continue
                 up_to = page[-1].seq if len(page) == PAGE else last
                 if gone := backlog.missing(subject, {stored.seq for stored in page}, up_to):
                     missing_since = clock.monotonic() if missing_since is None else missing_since

@@ -22,8 +22,9 @@ from adapter.conversation.actor import ConversationActor, ConversationDeps
 from adapter.conversation.commands import Command, Limits, Part
 from adapter.conversation.record import ConversationRecord
 from adapter.conversation.rules import Bot, CommandResult, Conversation, QueuedCommand
+from adapter.crashes import TRIES
 from adapter.dedup import bot_of
-from adapter.errors import AdapterError, LeaseLost, Refused
+from adapter.errors import AdapterError, Crashed, LeaseLost, Refused
 from adapter.events import Events
 from adapter.names import Names
 from adapter.outbound.intake import CommandIntake, ReadCommand
@@ -157,12 +158,27 @@ class ShardCommandProcessor:
 
     async def _place_all(self, sandbox: str) -> None:
         """Hands the commands of a sandbox to their conversations, in order."""
-        waiting, before = self._unplaced[sandbox], _Before({}, {}, set())
+        waiting, before, one_by_one = self._unplaced[sandbox], _Before({}, {}, set()), False
         while waiting:
-            await self._retry(sandbox, lambda: self._look_up(sandbox, waiting, before))
-            await self._retry(sandbox, lambda: self._place(waiting[0], before))
+            asked = [waiting[0]] if one_by_one else waiting
+            try:
+                await self._retry(sandbox, partial(self._look_up, sandbox, asked, before))
+                await self._retry(sandbox, partial(self._place, waiting[0], before))
+            except Crashed as exc:
+                if not one_by_one:  # which one is at fault shows then
+                    one_by_one = True
+                    continue
+                await self._end_crashed(waiting[0], exc)
             waiting.popleft()
         del self._unplaced[sandbox]
+
+    async def _end_crashed(self, read: ReadCommand, exc: Crashed) -> None:
+        """What cannot be handed to its conversation ends. The owner before may have sent it."""
+        command, result = read.command, CommandResult("dead_lettered", exc.reason, exc.detail)
+        if read.redelivered:
+            result = result._replace(outcome="uncertain", reason="")
+        with contextlib.suppress(Crashed):  # without a receipt it comes again to the next owner
+            await self._end(read.queued, result, Address(command.sandbox, command.bot, command.user))
 
     async def _look_up(self, sandbox: str, waiting: Iterable[ReadCommand], before: _Before) -> None:
         """What the owner before did with those commands that were delivered before. Raises Temporary."""
@@ -294,8 +310,14 @@ class ShardCommandProcessor:
                 actor.refresh_bot()
 
     async def _move(self, binding: Binding, queue: tuple[QueuedCommand, ...]) -> None:
-        actor = await self._retry(binding.sandbox, lambda: self.conversation(binding, binding.user))
-        actor.put(rules.Stored(queue))
+        try:
+            actor = await self._retry(binding.sandbox, lambda: self.conversation(binding, binding.user))
+        except Crashed as exc:
+            result = CommandResult("dead_lettered", exc.reason, exc.detail)
+            for command in queue:
+                self._end_soon(command, result, Address(binding.sandbox, binding.bot, binding.user))
+        else:
+            actor.put(rules.Stored(queue))
 
     # actor.Shard --------------------------------------------------------------------------------------
 
@@ -322,6 +344,9 @@ class ShardCommandProcessor:
         try:
             self.account_of(binding.sandbox, binding.bot)
         except Refused:  # its token cannot be opened
+            return False
+        except Exception:  # a bug, and no command's: they wait, and it is looked at again
+            log.exception("account.crashed", bot=binding.bot)
             return False
         return True
 
@@ -395,6 +420,8 @@ class ShardCommandProcessor:
             await taken
         except Refused as exc:
             result = CommandResult("refused", exc.reason, exc.detail, (), 0, exc.ret, exc.errcode, exc.errmsg)
+        except Crashed as exc:
+            result = CommandResult("dead_lettered", exc.reason, exc.detail)
         bot = state.bot.id if state.bot else state.record.bot
         await self._end(command, result, Address(state.sandbox, bot, state.user), self._shown(state))
 
@@ -408,7 +435,7 @@ class ShardCommandProcessor:
         address: Address,
         shown: contract.Window = contract.Window(),  # noqa: B008 - frozen
     ) -> None:
-        """Raises Draining."""
+        """Raises Draining, Crashed."""
 
         async def publish() -> None:
             self.ensure_owner()
@@ -418,14 +445,21 @@ class ShardCommandProcessor:
         await self.commands.acknowledge(command)
 
     async def _retry(self, sandbox: str, work: Callable[[], Awaitable[T]]) -> T:
-        """Tries until it is done. Raises Draining."""
-        failures = 0
+        """Tries until it is done. Raises Draining; Crashed at a bug that stays."""
+        failures = crashes = 0
         while True:
+            failures += 1
             try:
                 return await work()
+            except (Crashed, Draining):
+                raise
             except AdapterError as exc:
-                failures += 1
                 log.warning("command.retrying", sandbox=sandbox, reason=exc.reason, failures=failures)
+            except Exception as exc:
+                crashes += 1
+                log.exception("command.crashed", sandbox=sandbox, crashes=crashes)
+                if crashes == TRIES:
+                    raise Crashed from exc
             if await first_of(self._draining, backoff(failures, first_s=0.2, longest_s=5.0)):
                 raise Draining
 

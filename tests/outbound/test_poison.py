@@ -1,0 +1,442 @@
+"""A command that makes the code raise: it has one final receipt and a dead letter, and the others go on in order."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import pytest
+import structlog
+
+from adapter import logs
+from adapter.conversation import rules
+from adapter.names import H_REASON, H_SUBJECT
+from adapter.outbound import intake
+from adapter.outbound.processor import ShardCommandProcessor
+from adapter.ports import Account, Content, Message
+from tests.fakes import Bench, FakeDelivery
+from tests.outbound.shards import BOT, STALE, USER, finals, parked, ready, user_writes
+
+VIRTUAL_TIME = True
+
+WORDS = "poison-words"
+"""The text of the command at fault. What is raised says it, and no log may."""
+ALWAYS = 10**6
+OTHER_BOT, OTHER = "b2@im.bot", "u2@im.wechat"
+
+
+class Bugs:
+    """Raises so many times, in the words of the command at fault."""
+
+    def __init__(self, times: int) -> None:
+        self.left = times
+
+    def strike(self) -> None:
+        if self.left > 0:
+            self.left -= 1
+            raise RuntimeError(f"a bug over {WORDS}")
+
+
+Fault = Callable[[pytest.MonkeyPatch, Bench, ShardCommandProcessor, Bugs], None]
+"""Makes a port raise for the command at fault."""
+
+
+def calling(
+    find: Callable[[Bench, ShardCommandProcessor], object], name: str, is_at_fault: Callable[..., bool]
+) -> Fault:
+    """What raises is `name` of the found object, at calls that `is_at_fault`."""
+
+    def fault(patch: pytest.MonkeyPatch, bench: Bench, processor: ShardCommandProcessor, bugs: Bugs) -> None:
+        owner = find(bench, processor)
+        real = getattr(owner, name)
+
+        def fails(*args: Any, **fields: Any) -> Any:
+            if is_at_fault(*args, **fields):
+                bugs.strike()
+            return real(*args, **fields)
+
+        patch.setattr(owner, name, fails)
+
+    return fault
+
+
+def always(*_: Any, **__: Any) -> bool:
+    return True
+
+
+def is_bad_send(account: Account, *, content: Content, **_: Any) -> bool:
+    return isinstance(content, str) and WORDS in content
+
+
+def once_it_has_left(_: pytest.MonkeyPatch, bench: Bench, __: ShardCommandProcessor, bugs: Bugs) -> None:
+    async def fails(sent: Any) -> None:
+        if WORDS in sent.text:
+            bugs.strike()
+
+    bench.chat.on_send = fails
+
+
+def receipt(patch: pytest.MonkeyPatch, bench: Bench, processor: ShardCommandProcessor, bugs: Bugs) -> None:
+    async def fails(message: Message) -> None:
+        if ".receipt." in message.subject and b'"bad"' in message.payload:
+            bugs.strike()
+
+    bench.bus.on_publish = fails
+
+
+def checking(patch: pytest.MonkeyPatch, bench: Bench, processor: ShardCommandProcessor, bugs: Bugs) -> None:
+    """iLink says -14 to the command at fault, and notifystart raises."""
+    real = bench.chat.send
+
+    async def refuses(account: Account, *, content: Content, **fields: Any) -> Any:
+        if is_bad_send(account, content=content) and bugs.left:
+            raise STALE
+        return await real(account, content=content, **fields)
+
+    patch.setattr(bench.chat, "send", refuses)
+    calling(lambda bench, _: bench.chat, "notify", always)(patch, bench, processor, bugs)
+
+
+def of_bad(*args: Any, **_: Any) -> bool:
+    """One of the arguments is about the command at fault."""
+    commands = [getattr(one, "ref", None) or getattr(getattr(one, "queued", None), "ref", None) for one in args]
+    heads = [getattr(one, "head", None) for one in args]
+    ids = [ref.id for ref in (*commands, *(ref for head in heads if head for ref in head.commands)) if ref]
+    return "bad" in ids
+
+
+def is_first_bad(conversation: rules.Conversation, event: rules.Input, *_: Any) -> bool:
+    commands = event.commands if isinstance(event, rules.Stored) else conversation.queue[:1]
+    return [one.ref.id for one in commands] == ["bad"] and not isinstance(event, rules.Crashed)
+
+
+def asked_of_bad(_: str, refs: Sequence[Any]) -> bool:
+    return "bad" in [ref.id for ref in refs]
+
+
+TEXT: dict[str, Any] = {"text": WORDS}
+FILE: dict[str, Any] = {"items": [{"kind": "file", "name": "a.txt", "data": "aGVsbG8="}]}
+OBJECT: dict[str, Any] = {"items": [{"kind": "file", "media": {"object": "s1/x"}}]}
+TYPING: dict[str, Any] = {"typing": "on"}
+DEAD = ("dead_lettered", "crashed")
+SENT = ("accepted", "")
+UNCERTAIN = ("uncertain", "")
+
+
+class Step(NamedTuple):
+    """A step of a command at which the code raises."""
+
+    name: str
+    fault: Fault
+    body: dict[str, Any] = TEXT
+    ending: tuple[str, str] = DEAD
+    times: int = ALWAYS
+    suspect: bool = False
+    """It was delivered before."""
+    outlives: int = 2
+    """So many strikes leave the command as it is."""
+
+
+CHAT = lambda bench, _: bench.chat  # noqa: E731
+SELF = lambda _, processor: processor  # noqa: E731
+STEPS = [
+    Step("read", calling(lambda *_: intake, "read_command", lambda body, **_: WORDS in body.text), outlives=0),
+    Step("place", calling(SELF, "_place", of_bad)),
+    Step("placed-again", calling(SELF, "_place", of_bad), TEXT, UNCERTAIN, suspect=True),
+    Step(
+        "finals", calling(lambda bench, _: bench.receipts, "find_finals", asked_of_bad), TEXT, UNCERTAIN, suspect=True
+    ),
+    Step("rules", calling(lambda *_: rules, "step", is_first_bad), outlives=0),
+    Step("record", calling(lambda bench, _: bench.store, "save", of_bad)),
+    Step("slot", calling(lambda _, p: p._deps.conversation.slots, "try_acquire", always), times=3),
+    Step("upload", calling(lambda bench, _: bench.cdn, "upload", always), FILE),
+    Step("object", calling(lambda bench, _: bench.objects, "info", always), OBJECT),
+    Step("before-it-leaves", calling(CHAT, "send", is_bad_send), TEXT, UNCERTAIN, outlives=1),
+    Step("once-it-has-left", once_it_has_left, TEXT, UNCERTAIN, outlives=1),
+    Step("session", checking),
+    Step("ticket", calling(CHAT, "typing_ticket", always), TYPING),
+    Step("shown", calling(CHAT, "show_typing", always), TYPING),
+    Step("typing", calling(SELF, "set_typing", lambda _, command, **__: command is not None), TYPING),
+    Step("hidden", calling(SELF, "set_typing", lambda _, command, **__: command is None), TEXT, SENT),
+    Step("window", calling(SELF, "announce", always), TEXT, SENT),
+    Step("event", calling(lambda bench, _: bench.events, "window", always), TEXT, SENT),
+    Step("receipt", receipt, TEXT, SENT, times=3),
+    Step("acknowledge", calling(SELF, "acknowledge", of_bad), TEXT, SENT, times=2),
+]
+
+
+@pytest.fixture
+def captured() -> Iterator[io.BytesIO]:
+    """Everything that is logged, as it is written."""
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    out = io.BytesIO()
+    logs.configure("debug", out)
+    yield out
+    structlog.reset_defaults()
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    logging.captureWarnings(False)
+
+
+def crashes(captured: io.BytesIO) -> int:
+    return sum("exception" in json.loads(line) for line in captured.getvalue().splitlines())
+
+
+def dead(bench: Bench) -> list[tuple[str, str, bytes]]:
+    return [(stored.headers[H_REASON], stored.headers[H_SUBJECT], stored.data) for stored in bench.bus.found("DEAD")]
+
+
+def ended(bench: Bench) -> list[tuple[str, str, str]]:
+    return [(receipt.command, receipt.outcome, receipt.reason) for receipt in finals(bench)]
+
+
+async def two_users() -> tuple[Bench, ShardCommandProcessor]:
+    bench = Bench()
+    await bench.bind()
+    await bench.bind(bot=OTHER_BOT, user=OTHER)
+    bench.hears(sends_used=7)  # the send of the command at fault changes the window to low
+    bench.hears("s1", OTHER, bot=OTHER_BOT)
+    bench.objects.stored["s1/x"] = b"hello"
+    return bench, bench.processor(gap_ms=0, low=1)
+
+
+async def three_commands(
+    step: Step, times: int, patch: pytest.MonkeyPatch
+) -> tuple[Bench, ShardCommandProcessor, list[FakeDelivery]]:
+    """One before the one at fault, one behind it, and one for another user."""
+    bugs = Bugs(0)
+    bench, processor = await two_users()
+    take = processor.intake.on_delivery
+    step.fault(patch, bench, processor, bugs)
+    before = bench.command("before", id="before", user=USER)
+    take(before)
+    if not step.suspect and step.name != "place":  # their conversation is not known yet
+        await asyncio.sleep(1)
+    bugs.left = times
+    bad = bench.command(id="bad", user=USER, suspect=step.suspect, **step.body)
+    take(bad)
+    await asyncio.sleep(5 if step.name == "slot" else 0)  # it is not asked for by name
+    take(bench.command("for another", id="other", user=OTHER))
+    await asyncio.sleep(5 if step.body is TYPING else 0)  # what is sent ends it
+    after = bench.command("after", id="after", user=USER)
+    take(after)
+    await asyncio.sleep(400)
+    bugs.left = 0
+    return bench, processor, [before, bad, after]
+
+
+def check_nothing_is_left(bench: Bench, processor: ShardCommandProcessor, deliveries: list[FakeDelivery]) -> None:
+    assert processor.commands.depth() == (0, None)
+    assert processor.tasks == 0
+    assert processor._deps.conversation.slots._free == 8
+    assert [one.acks for one in deliveries] == [1, 1, 1]
+    assert bench.chat.overlaps == 0
+    assert len({sent.client_id for sent in bench.chat.sent if sent.text == WORDS}) <= 1
+
+
+@pytest.mark.parametrize("step", STEPS, ids=lambda step: step.name)
+async def test_the_command_at_fault_ends_and_the_others_go_on(
+    step: Step, captured: io.BytesIO, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench, processor, deliveries = await three_commands(step, step.times, monkeypatch)
+    own = [one for one in ended(bench) if one[0] != "other"]
+    assert own == [("before", *SENT), ("bad", *step.ending), ("after", *SENT)]
+    assert ("other", *SENT) in ended(bench)
+    others = [text for text in bench.chat.texts if text in ("before", "after")]
+    assert others == ["before", "after"]
+    assert dead(bench) == ([("crashed", "wechat.out.s1", deliveries[1].data)] if step.ending == DEAD else [])
+    assert crashes(captured) > 0
+    assert WORDS.encode() not in captured.getvalue()
+    check_nothing_is_left(bench, processor, deliveries)
+
+
+@pytest.mark.parametrize(("step", "times"), [(one, n + 1) for one in STEPS for n in range(one.outlives)])
+async def test_a_fault_that_ends_leaves_the_command_as_it_is(
+    step: Step, times: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench, processor, deliveries = await three_commands(step, times, monkeypatch)
+    own = [one for one in ended(bench) if one[0] != "other"]
+    assert own == [("before", *SENT), ("bad", *SENT), ("after", *SENT)]
+    assert dead(bench) == []
+    if step.body is TEXT:
+        assert [one.text for one in bench.chat.taken.values() if one.user == USER] == ["before", WORDS, "after"]
+    check_nothing_is_left(bench, processor, deliveries)
+
+
+# what is no single command's fault --------------------------------------------------------------------------
+
+
+async def test_commands_wait_while_the_account_cannot_be_opened() -> None:
+    bugs = Bugs(ALWAYS)
+    bench = Bench()
+    await bench.bind()
+    await bench.bind(bot=OTHER_BOT, user=OTHER)
+    bench.hears()
+    bench.hears("s1", OTHER, bot=OTHER_BOT)
+
+    def account(binding: Any) -> Account:
+        if binding.bot == BOT:
+            bugs.strike()
+        return Account(binding.bot, binding.token, "")
+
+    processor = bench.processor(gap_ms=0, account=account)
+    for text, user in ((WORDS, USER), ("for another", OTHER), ("after", USER)):
+        processor.intake.on_delivery(bench.command(text, id=text, user=user))
+    await asyncio.sleep(30)
+    assert bench.chat.texts == ["for another"]
+    assert parked(bench) == [WORDS, "after"]
+    bugs.left = 0
+    await asyncio.sleep(70)
+    assert bench.chat.texts == ["for another", WORDS, "after"]
+    assert len(finals(bench)) == 3
+
+
+async def test_reading_back_that_crashes_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of commands beyond the share of a sandbox."""
+    bench, processor = await ready(gap_ms=0)
+    bugs = Bugs(5)
+    calling(lambda bench, _: bench.bus, "read", always)(monkeypatch, bench, processor, bugs)
+    for number in range(20):
+        processor.intake.on_delivery(bench.command(f"t{number}", id=f"c{number}"))
+    await asyncio.sleep(60)
+    assert bugs.left == 0
+    assert bench.chat.texts == [f"t{number}" for number in range(10)]  # the window's ten sends
+    assert len(parked(bench)) == 10
+
+
+async def test_a_receipt_that_cannot_be_written_at_all_holds_up_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command stays on the bus for the next owner, who does not send it again."""
+    bench, processor = await ready(gap_ms=0)
+    bugs = Bugs(ALWAYS)
+    receipt(monkeypatch, bench, processor, bugs)
+    bad = bench.command(WORDS, id="bad")
+    processor.intake.on_delivery(bad)
+    processor.intake.on_delivery(bench.command("after", id="after"))
+    await asyncio.sleep(60)
+    assert ended(bench) == [("after", *SENT)]
+    assert bad.acks == 0
+    assert processor.tasks == 0
+    assert not processor.commands.backlog._held
+    processor.stop()
+    bugs.left = 0
+    heir = Bench(bench, incarnation="heir-1")
+    heir.redeliver(heir.processor(gap_ms=0))
+    await asyncio.sleep(30)
+    assert bench.chat.texts == [WORDS, "after"]
+    assert all(one.acks for one in bench.deliveries)
+
+
+async def test_the_request_that_is_out_ends_by_its_answer_though_a_message_cannot_be_saved() -> None:
+    bench, processor = await ready(gap_ms=0)
+    hold = bench.chat.hold_sends[USER] = asyncio.Event()
+    for text in (WORDS, "after"):
+        processor.intake.on_delivery(bench.command(text, id=text))
+    await asyncio.sleep(1)
+    bugs = Bugs(ALWAYS)
+
+    async def fails(key: str) -> None:
+        bugs.strike()
+
+    bench.conversation_bucket.on_write = fails
+    await user_writes(bench)
+    bugs.left = 0
+    await asyncio.sleep(10)
+    hold.set()
+    await asyncio.sleep(10)
+    assert bench.chat.texts == [WORDS, "after"]
+    assert bench.chat.overlaps == 0
+    assert ended(bench) == [(WORDS, *SENT), ("after", *SENT)]
+    assert processor._deps.conversation.slots._free == 8
+
+
+# what is parked ----------------------------------------------------------------------------------------------
+
+
+async def three_parked(**changes: Any) -> tuple[Bench, ShardCommandProcessor]:
+    bench, processor = await ready(is_open=False, gap_ms=0, **changes)
+    for text in ("before", WORDS, "after"):
+        processor.intake.on_delivery(bench.command(text, id="bad" if text == WORDS else text))
+    return bench, processor
+
+
+async def test_a_command_that_cannot_be_parked_ends_and_the_others_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench, processor = await three_parked()
+    receipt(monkeypatch, bench, processor, Bugs(3))
+    await asyncio.sleep(30)
+    assert parked(bench) == ["before", "after"]
+    assert ended(bench) == [("bad", *DEAD)]
+    await user_writes(bench)
+    await asyncio.sleep(30)
+    assert bench.chat.texts == ["before", "after"]
+    assert ended(bench) == [("bad", *DEAD), ("before", *SENT), ("after", *SENT)]
+    assert processor.commands.depth() == (0, None)
+
+
+@pytest.mark.parametrize("merge_chars", [0, 3000])
+@pytest.mark.parametrize("times", [2, ALWAYS])
+async def test_of_what_cannot_be_read_back_the_one_at_fault_ends_alone(
+    merge_chars: int, times: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench, processor = await three_parked(merge_chars=merge_chars)
+    await asyncio.sleep(5)
+    load = calling(SELF, "load_bodies", lambda _, sequences: 2 in sequences)
+    load(monkeypatch, bench, processor, Bugs(times))
+    await user_writes(bench)
+    await asyncio.sleep(60)
+    texts = [text for sent in bench.chat.texts for text in sent.split("\n\n")]
+    assert texts == (["before", "after"] if times == ALWAYS else ["before", WORDS, "after"])
+    ending = DEAD if times == ALWAYS else SENT
+    assert ended(bench) == [("before", *SENT), ("bad", *ending), ("after", *SENT)]
+    assert processor.commands.depth() == (0, None)
+
+
+async def test_merged_texts_that_may_have_left_are_all_uncertain(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench, processor = await three_parked(merge_chars=3000)
+    await asyncio.sleep(5)
+    once_it_has_left(monkeypatch, bench, processor, Bugs(ALWAYS))
+    await user_writes(bench)
+    processor.intake.on_delivery(bench.command("last", id="last"))
+    await asyncio.sleep(60)
+    assert ended(bench) == [*((one, *UNCERTAIN) for one in ("before", "bad", "after")), ("last", *SENT)]
+    assert len({sent.client_id for sent in bench.chat.sent if WORDS in sent.text}) == 1
+
+
+async def test_a_message_that_brings_the_fault_out_opens_the_window_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bench, processor = await three_parked()
+    await asyncio.sleep(5)
+    bugs = Bugs(ALWAYS)
+    step = calling(
+        lambda *_: rules,
+        "step",
+        lambda state, event, *_: isinstance(event, rules.Heard) and state.queue[0].ref.id == "before",
+    )
+    step(monkeypatch, bench, processor, bugs)
+    await user_writes(bench)
+    await asyncio.sleep(30)
+    assert bench.chat.texts == [WORDS, "after"]
+    assert ended(bench) == [("before", *DEAD), ("bad", *SENT), ("after", *SENT)]
+
+
+async def test_a_message_that_the_rules_never_take_is_not_said_to_be_stored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does it hold up the commands."""
+    bench, processor = await ready(gap_ms=0)
+    bugs = Bugs(ALWAYS)
+    step = calling(lambda *_: rules, "step", lambda _, event, *__: isinstance(event, rules.Heard))
+    step(monkeypatch, bench, processor, bugs)
+    binding = bench.bindings.get(BOT)
+    assert binding is not None
+    actor = await processor.conversation(binding, USER)
+    heard = asyncio.ensure_future(actor.hear(rules.Heard("in:2", "AARz", BOT, 0)))
+    await asyncio.sleep(0)
+    processor.intake.on_delivery(bench.command("after", id="after"))
+    with pytest.raises(RuntimeError):
+        await heard
+    await asyncio.sleep(10)
+    assert ended(bench) == [("after", *SENT)]
