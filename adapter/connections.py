@@ -42,7 +42,6 @@ class Connections:
             allowed_hosts=settings.allowed_hosts,
             poll_margin_s=settings.poll_margin_ms / 1000,
             send_timeout_s=settings.send_timeout_s,
-            max_answer_bytes=settings.max_answer_bytes,
         )
         self.cdn = CdnClient(
             self.chat,

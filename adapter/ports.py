@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from typing import Literal, NamedTuple, Protocol, TypeAlias
 
 import msgspec
@@ -26,6 +26,16 @@ class Account(NamedTuple):
         return f"Account({self.bot!r})"
 
 
+class Share(Protocol):
+    """What an answer takes of the memory that all answers share."""
+
+    def shrink(self, size: int) -> None:
+        """Gives back what is more than `size` bytes."""
+
+    def release(self) -> None:
+        """Gives it back; otherwise it comes back once nothing refers to it any more."""
+
+
 class Polled(NamedTuple):
     """A readable answer to a poll: raw messages in order, the new cursor (None: keep the old one), the next hold."""
 
@@ -34,6 +44,10 @@ class Polled(NamedTuple):
     hold_ms: int
     overlong: int = 0
     """Characters of a new cursor that is too long to be kept, 0: there was none like that."""
+    pages: Iterator[list[bytes]] | None = None
+    """The messages after these, a page at a time."""
+    share: Share | None = None
+    """To be released once all messages are stored."""
 
 
 class Accepted(NamedTuple):

@@ -156,9 +156,6 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     max_command_bytes: Annotated[int, Meta(ge=1024)] = 262144
     """Largest command read from the bus, in bytes; a larger one becomes a dead letter."""
 
-    max_answer_bytes: Annotated[int, Meta(ge=1024)] = 67108864
-    """Largest answer read from iLink, in bytes; a larger one fails the request."""
-
     merge_chars: AtLeast0 = 3000
     """Parked texts of one user are sent as one message up to so many characters; 0: each on its own."""
 

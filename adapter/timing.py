@@ -114,6 +114,22 @@ async def finish(work: Coroutine[Any, Any, T], grace_s: float) -> T:
     return task.result()
 
 
+async def complete(work: Coroutine[Any, Any, T], grace_s: float) -> T:
+    """Awaits `work`. Cancelled meanwhile, gives it `grace_s` more seconds: what it returns by then counts for more
+    than the cancellation, which the caller finds by `is_cancelled`."""
+    task = asyncio.get_running_loop().create_task(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        try:
+            await asyncio.wait([task], timeout=grace_s)
+            if task.done():
+                return task.result()
+            raise
+        finally:
+            task.cancel()
+
+
 class Deadline:
     """Calls `over` once `seconds` have passed, or a little later if an answer may have arrived. A process that was
     stopped finds its time over and the answer in the socket at the same moment; the time would win."""

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from adapter.contexts import Contexts
 from adapter.contract import Options
 from adapter.errors import Refused, SessionExpired
+from adapter.ilink.budget import ByteBudget
 from adapter.ilink.connection import Connection
 from adapter.inbound.recall import quote_key
 from adapter.inbound.sessions import Session
@@ -380,7 +381,7 @@ async def test_what_has_ended_goes_without_the_garbage_collector() -> None:
     gc.disable()
     try:
         before = there()
-        shard, session, connection = Shard(1, bench.outgoing()), Session(BOT), Connection(1000)
+        shard, session, connection = Shard(1, bench.outgoing()), Session(BOT), Connection(ByteBudget())
         await shard.load()
         session.fenced(bench.incoming(), "owner")
         connection.connection_made(Wire())

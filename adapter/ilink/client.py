@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TypeVar
@@ -12,6 +13,7 @@ import structlog
 
 from adapter.errors import AdapterError, LeaseLost, Refused, SessionExpired, Temporary, Throttled, Uncertain
 from adapter.ilink import protocol, urls
+from adapter.ilink.budget import GRACE_S, SMALL, ByteBudget
 from adapter.ilink.network import CheckedResolver, Lookup, lookup
 from adapter.ilink.protocol import Reply, Request
 from adapter.ilink.tls import ResumingContext
@@ -19,6 +21,7 @@ from adapter.ilink.transport import Transport
 from adapter.ilink.wire import THROTTLED
 from adapter.metrics import Metrics
 from adapter.ports import Accepted, Account, Content, MediaKind, Polled, QrCode, Scan
+from adapter.timing import complete
 
 log = structlog.get_logger()
 
@@ -41,7 +44,6 @@ class ILink:
         allowed_hosts: tuple[str, ...],
         poll_margin_s: float,
         send_timeout_s: float,
-        max_answer_bytes: int,
         look_up: Lookup = lookup,
     ) -> None:
         self._metrics = metrics
@@ -52,9 +54,10 @@ class ILink:
         self._allowed_hosts = allowed_hosts
         self._poll_margin_s = poll_margin_s
         self._send_timeout_s = send_timeout_s
+        self._budget = ByteBudget()
         self._transport = Transport(
             tls=ResumingContext(),
-            max_answer_bytes=max_answer_bytes,
+            budget=self._budget,
             resolver=CheckedResolver(allowed_hosts, look_up=look_up),
         )
         self._doubtful: set[str] = set()
@@ -68,18 +71,36 @@ class ILink:
         started = time.monotonic()
         try:
             reply = await self._post(account, request, hold_ms / 1000 + self._poll_margin_s)
-            polled = protocol.read_updates(reply, polled_s=time.monotonic() - started)
+            polled_s = time.monotonic() - started
+            if len(reply.body) <= SMALL and protocol.is_read_at_once(reply):
+                polled = protocol.read_updates(reply, polled_s=polled_s)
+            else:
+                box = [reply]
+                del reply  # an error would keep it, and who waits before the next try the error
+                polled = await self._read_aside(box, polled_s)
         except TimeoutError:
             self._count("getupdates", "timeout")
             return None
-        except Uncertain as exc:
-            self._count("getupdates", "network")
-            raise Temporary("network", exc.detail) from exc
         except AdapterError as exc:
             self._count("getupdates", _outcome(exc))
+            _forget_frames(exc)
+            if isinstance(exc, Uncertain):
+                raise Temporary(exc.reason, exc.detail) from exc
             raise
         self._polled.inc()
         return polled
+
+    async def _read_aside(self, box: list[Reply], polled_s: float) -> Polled:
+        """Empties the box; see protocol.read_updates. Cancelled, it goes on for a moment."""
+        reply = box.pop()
+        share, reply = reply.share, reply._replace(share=None)
+        try:
+            reading = self._budget.run(protocol.read_updates, reply, polled_s=polled_s)
+            return (await complete(reading, GRACE_S))._replace(share=share)
+        except BaseException:
+            if share is not None:
+                share.release()
+            raise
 
     async def send(
         self,
@@ -228,6 +249,7 @@ class ILink:
     async def close(self) -> None:
         """Closes all connections."""
         await self._transport.close()
+        self._budget.close()
 
     async def _post(
         self, account: Account, request: Request, timeout_s: float, check: Callable[[], None] | None = None
@@ -252,6 +274,13 @@ class ILink:
 
     def _count(self, endpoint: str, outcome: str) -> None:
         self._metrics.upstream_requests.of(endpoint, outcome).inc()
+
+
+def _forget_frames(exc: BaseException | None) -> None:
+    """Drops what functions had in hand that an error has come through, such as a large answer."""
+    while exc is not None:
+        traceback.clear_frames(exc.__traceback__)
+        exc = exc.__cause__ or exc.__context__
 
 
 def _outcome(exc: AdapterError) -> str:

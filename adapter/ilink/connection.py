@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import ssl
+from functools import partial
 from typing import cast
 
 import httptools
 
 from adapter.errors import AdapterError, Temporary, Uncertain
+from adapter.ilink.budget import SMALL, ByteBudget, Share
 from adapter.ilink.protocol import Reply
-from adapter.ilink.unpack import PackedBadly, Unpacker
 from adapter.timing import Deadline
 
 HEAD_BYTES = 65_536
@@ -37,6 +38,9 @@ class Connection(asyncio.Protocol):
     __slots__ = (
         "_answer",
         "_body",
+        "_budget",
+        "_deadline",
+        "_due",
         "_ended",
         "_framed",
         "_head_read",
@@ -48,15 +52,16 @@ class Connection(asyncio.Protocol):
         "_parser",
         "_problem",
         "_read",
+        "_share",
         "_status",
         "_transport",
         "idle_since",
         "tls",
     )
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, budget: ByteBudget) -> None:
         self._loop = asyncio.get_running_loop()
-        self._most = most
+        self._budget = budget
         self._parser: httptools.HttpResponseParser
         self._transport: asyncio.Transport | None = None
         self._answer: asyncio.Future[Reply] | None = None
@@ -64,13 +69,19 @@ class Connection(asyncio.Protocol):
         self.idle_since = 0.0
         """When its last answer ended, by the loop's clock."""
         self.tls: ssl.SSLObject | None = None
+        self._deadline: Deadline
+        self._due: float
+        """When it strikes, by the loop's clock."""
+        self._share: asyncio.Future[Share] | None
+        """What a large answer takes of the budget."""
+        self._most: int
         self._headers: dict[str, str]
-        self._body: list[bytes]
+        self._body: bytes | bytearray
         self._problem: AdapterError | None
         self._head_read: bool
         self._ended: bool
         self._framed: bool
-        self._begin()
+        self._begin(0)
 
     @property
     def usable(self) -> bool:
@@ -82,17 +93,18 @@ class Connection(asyncio.Protocol):
         """Whether nothing has come in answer to the last request."""
         return self._read == 0
 
-    async def ask(self, request: bytes, timeout_s: float) -> Reply:
-        """Sends the request and reads its answer. Cancelled, or without a good answer, the connection is closed.
+    async def ask(self, request: bytes, timeout_s: float, most: int) -> Reply:
+        """Sends the request and reads its answer, packed as it came. Cancelled, or without a good answer, the
+        connection is closed. How long a large answer waits for its share of the budget does not count.
 
         Raises TimeoutError; Temporary: it was closed already; Uncertain("network"): no or half an answer came, or
-        what is no HTTP; Uncertain("unreadable"): more than `most` bytes, also once unpacked, or badly packed.
+        what is no HTTP; Uncertain("unreadable"): more than `most` bytes.
         """
         if self._transport is None or self._transport.is_closing():
             raise Temporary("network", "the connection is closed")
-        self._begin()
+        self._begin(most)
         self._answer = answer = self._loop.create_future()
-        deadline = Deadline(self._loop, timeout_s, self._over)
+        self._start_clock(timeout_s)
         self._transport.write(request)
         try:
             reply: Reply = await answer
@@ -101,7 +113,11 @@ class Connection(asyncio.Protocol):
             self.abort()
             raise
         finally:
-            deadline.cancel()
+            self._deadline.cancel()
+            del self._deadline  # it refers to this object
+            if (share := self._share) is not None and not share.cancel():
+                share.result().release()
+            self._share, self._body = None, b""
             self._answer = None
             del answer  # where it holds an error, that refers to this frame
             self.idle_since = self._loop.time()
@@ -146,6 +162,8 @@ class Connection(asyncio.Protocol):
             self._fail(self._problem)
         elif self._ended:
             self._succeed()
+        elif self._share is None and self._most - self._left > SMALL:
+            self._take_share()
 
     def eof_received(self) -> None:
         """The server closes; so does this side, and `connection_lost` follows."""
@@ -155,7 +173,8 @@ class Connection(asyncio.Protocol):
         self._keeps = False
         if self._transport is None:  # TLS never stood
             return
-        if exc is None and self._head_read and not self._framed:
+        waits = self._share is not None and not self._share.done()  # there may have been more
+        if exc is None and self._head_read and not self._framed and not waits:
             self._succeed()
         else:
             self._fail(Uncertain("network", type(exc).__name__ if exc else "the server closed the connection"))
@@ -190,7 +209,12 @@ class Connection(asyncio.Protocol):
             return
         self._left -= len(body)
         if self._left >= 0:
-            self._body.append(body)
+            if not self._body:
+                self._body = body
+            elif isinstance(self._body, bytearray):
+                self._body += body
+            else:
+                self._body = bytearray(self._body) + body  # not a list: a server may send a byte a piece
         elif self._problem is None:
             self._problem = Uncertain("unreadable", f"the answer exceeds {self._most} bytes")
 
@@ -204,14 +228,38 @@ class Connection(asyncio.Protocol):
 
     # -----------------------------------------------------------------------------------------------------------
 
-    def _begin(self) -> None:
+    def _begin(self, most: int) -> None:
+        """Before the next answer."""
         self._headers = {}
-        self._body = []
-        self._left = self._most
+        self._body = b""
+        self._share = None
+        self._most = self._left = most
         self._read = self._status = 0
         self._head_read = self._ended = False
         self._framed = True
         self._problem = None
+
+    def _start_clock(self, seconds: float) -> None:
+        self._due = self._loop.time() + seconds
+        self._deadline = Deadline(self._loop, seconds, self._over)
+
+    def _take_share(self) -> None:
+        """Reads on once there is room for a large answer: as large as it says to be, or may be, and unpacked."""
+        assert self._transport is not None
+        told = self._headers.get("content-length", "")
+        exact = "transfer-encoding" not in self._headers and told.isascii() and told.isdigit() and len(told) < 10
+        packed = min(int(told), self._most) if exact else self._most
+        unpacked = self._most if "content-encoding" in self._headers else 0
+        self._share = share = self._budget.take(packed + unpacked)
+        if not share.done():
+            self._deadline.cancel()
+            self._transport.pause_reading()
+            share.add_done_callback(partial(self._read_on, self._due - self._loop.time()))
+
+    def _read_on(self, left_s: float, share: asyncio.Future[Share]) -> None:
+        if share is self._share and self._transport is not None:
+            self._start_clock(left_s)
+            self._transport.resume_reading()
 
     def _over(self) -> None:
         if self._answer is not None and not self._answer.done():
@@ -225,15 +273,8 @@ class Connection(asyncio.Protocol):
     def _succeed(self) -> None:
         if self._answer is None or self._answer.done():
             return
-        body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
-        if encoding := self._headers.get("content-encoding"):
-            try:
-                unpacker = Unpacker(encoding, self._most)
-                body = unpacker.feed(body)
-                unpacker.finish()
-            except PackedBadly as exc:
-                self._fail(Uncertain("unreadable", str(exc)))
-                return
-        self._answer.set_result(Reply(self._status, self._headers, body))
+        share = self._share.result() if self._share is not None else None
+        self._answer.set_result(Reply(self._status, self._headers, bytes(self._body), share=share))
+        self._share = None
         if not self._keeps:
             self.close()

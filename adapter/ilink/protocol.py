@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar, get_args
 from urllib.parse import quote
 
@@ -14,10 +14,11 @@ from adapter import __version__
 from adapter.errors import Refused, SessionExpired, Temporary, Throttled, Uncertain
 from adapter.ilink import wire
 from adapter.ilink.cipher import cipher_size, write_key
+from adapter.ilink.paging import WHOLE_BYTES, pages_of, read_page
 from adapter.ilink.urls import PLAIN_URL, URL_CHARS
 from adapter.logs import HIDDEN, hide_secrets
 from adapter.mending import as_utf8, without_controls, without_halves
-from adapter.ports import Accepted, MediaKind, Polled, QrCode, Scan, ScanStatus, Uploaded
+from adapter.ports import Accepted, MediaKind, Polled, QrCode, Scan, ScanStatus, Share, Uploaded
 from adapter.quotes import as_id
 
 AGENT = f"wechat-nats/{__version__}"
@@ -29,6 +30,20 @@ _BOM = b"\xef\xbb\xbf"
 
 A = TypeVar("A", bound=wire.Answer)
 
+ANSWER_BYTES = 4 << 20
+"""Largest answer to a poll, unpacked: some thousand messages, which have a kilobyte each as they are seen (4.6)."""
+OTHER_BYTES = 262_144
+"""Largest answer to anything else: a QR code that is a picture has a fourth of it."""
+MENDED_BYTES = 1 << 20
+"""An invalid answer to a poll that is larger is not repaired."""
+MENDED_AT_ONCE_BYTES = 8_192
+"""One to anything else; and what takes no more than some milliseconds, at its worst."""
+WORDS_CHARS = 200
+"""Longest words of iLink's that are told."""
+WORDS_BYTES = 4096
+"""Longest that are read where they are no text."""
+HINT_BYTES = 32
+"""Longest number that is a hint."""
 SECRET_CHARS = 6
 """What is shorter guards nothing, and would be found in the middle of words."""
 ID_CHARS = 128
@@ -74,6 +89,8 @@ class Request(NamedTuple):
     """What no word of its answer may tell: see `_decode`."""
     repeatable: bool = True
     """Whether it does no harm to ask it twice."""
+    largest: int = OTHER_BYTES
+    """Bytes of the largest answer that is read, unpacked."""
 
 
 class Reply(NamedTuple):
@@ -85,6 +102,8 @@ class Reply(NamedTuple):
     body: bytes
     secrets: tuple[str, ...] = ()
     """Those of its request."""
+    share: Share | None = None
+    """What a large one takes of the memory for all."""
 
 
 def uin(number: int) -> str:
@@ -110,7 +129,8 @@ def _request(name: str, token: str, number: int, body: dict[str, Any], *, secret
 
 def updates_request(token: str, cursor: str, number: int) -> Request:
     """getupdates; `cursor` is "" at the start (3.3). iLink's have the bot's token in them, in base64."""
-    return _request("getupdates", token, number, {"get_updates_buf": cursor}, secret=cursor)
+    request = _request("getupdates", token, number, {"get_updates_buf": cursor}, secret=cursor)
+    return request._replace(largest=ANSWER_BYTES)
 
 
 def message_request(
@@ -274,11 +294,13 @@ def read_updates(reply: Reply, *, polled_s: float) -> Polled:
     updates = _read(reply, wire.Updates)
     match updates.code:
         case 0:
-            messages = [bytes(raw) for raw in updates.msgs or []]
+            messages, pages = _pages(bytes(updates.msgs))
             cursor = str(updates.get_updates_buf or "")
             overlong = len(cursor) if len(cursor) > wire.OPAQUE_CHARS else 0
             kept = None if overlong else cursor or None
-            return Polled(messages, kept, hold_ms(updates.longpolling_timeout_ms), overlong)
+            hint = bytes(updates.longpolling_timeout_ms)
+            hold = hold_ms(msgspec.json.decode(hint) if len(hint) <= HINT_BYTES else None)
+            return Polled(messages, kept, hold, overlong, pages, reply.share)
         case wire.STALE_TOKEN:
             raise _expired(updates)
         case -1 if polled_s >= IDLE_S:  # one client's reading: an idle timeout (5.1)
@@ -287,6 +309,29 @@ def read_updates(reply: Reply, *, polled_s: float) -> Polled:
             raise Temporary("ret_2", _said(updates))
         case _:
             raise Temporary("ret_other", _said(updates))
+
+
+def is_read_at_once(reply: Reply) -> bool:
+    """Whether an answer to a poll that is not large is read in no time: it need not be repaired, or is short."""
+    if len(reply.body) <= MENDED_AT_ONCE_BYTES:
+        return True
+    try:
+        msgspec.json.decode(reply.body, type=wire.Updates)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _pages(messages: bytes) -> tuple[list[bytes], Iterator[list[bytes]] | None]:
+    """The first page, and those after it. Raises Temporary for what is no list."""
+    if messages in (b"[]", b"null"):
+        return [], None
+    if not messages.startswith(b"["):
+        raise Temporary("unreadable", "the messages are no list")
+    if len(messages) <= WHOLE_BYTES:
+        return read_page(messages), None
+    pages = pages_of(messages)
+    return next(pages), pages
 
 
 def read_sent(reply: Reply) -> Accepted:
@@ -422,14 +467,24 @@ def _decode(reply: Reply, kind: type[A]) -> A:
         try:
             answer = msgspec.json.decode(reply.body, type=kind)
         except ValueError:  # UnicodeDecodeError, too
+            if len(reply.body) > (MENDED_BYTES if kind is wire.Updates else MENDED_AT_ONCE_BYTES):
+                raise
             mended = without_controls(without_halves(as_utf8(reply.body.removeprefix(_BOM))))
             answer = msgspec.json.decode(mended, type=kind, strict=False)
     except RecursionError as exc:
         raise ValueError("nested too deeply") from exc
-    for secret in reply.secrets if answer.errmsg else ():
-        if len(secret) >= SECRET_CHARS:
-            answer.errmsg = str(answer.errmsg).replace(secret, HIDDEN)
+    if (said := bytes(answer.errmsg)) != b"null":
+        words = _read_words(said)
+        for secret in reply.secrets:
+            if len(secret) >= SECRET_CHARS:
+                words = words.replace(secret, HIDDEN)
+        answer.errmsg = msgspec.Raw(msgspec.json.encode(words[:WORDS_CHARS]))
     return answer
+
+
+def _read_words(said: bytes) -> str:
+    is_text = said.startswith(b'"')
+    return str(msgspec.json.decode(as_utf8(said)) or "") if is_text or len(said) <= WORDS_BYTES else ""
 
 
 def _check_words(reply: Reply, *, sent: bool = False) -> None:
@@ -469,7 +524,8 @@ def _said(answer: wire.Answer) -> str:
 
 def _words(answer: wire.Answer) -> str:
     """iLink's own, which go onto the bus: without what looks like a secret, should it quote the request."""
-    return hide_secrets(str(answer.errmsg or "")[:200])
+    said = bytes(answer.errmsg)
+    return "" if said == b"null" else hide_secrets(msgspec.json.decode(said, type=str))
 
 
 def _raw(answer: wire.Answer) -> dict[str, Any]:

@@ -12,9 +12,9 @@ import aiohttp
 from yarl import URL
 
 from adapter.errors import Temporary, Uncertain
+from adapter.ilink.budget import SMALL, ByteBudget, Share
 from adapter.ilink.network import CONNECT_S, KEPT_S, CheckedResolver
 from adapter.ilink.protocol import AGENT, Reply, Request
-from adapter.ilink.unpack import PackedBadly, Unpacker
 from adapter.timing import AnsweredWithin
 
 HEAD_BYTES = 65_536
@@ -24,11 +24,11 @@ HEAD_BYTES = 65_536
 class Proxied:
     """As Transport, through a proxy."""
 
-    def __init__(self, *, tls: ssl.SSLContext, max_answer_bytes: int, resolver: CheckedResolver) -> None:
+    def __init__(self, *, tls: ssl.SSLContext, budget: ByteBudget, resolver: CheckedResolver) -> None:
         self._tls = tls
         self._resolver = resolver
         self._headers = {"User-Agent": AGENT, "Accept-Encoding": "gzip, deflate"}
-        self._max_answer_bytes = max_answer_bytes
+        self._budget = budget
         self._sessions: dict[bool, aiohttp.ClientSession] = {}
 
     async def exchange(
@@ -40,7 +40,8 @@ class Proxied:
         afresh: bool = False,
         check: Callable[[], None] | None = None,
     ) -> Reply:
-        """See Transport.exchange. aiohttp connects and asks in one: a check comes before both."""
+        """See Transport.exchange. aiohttp connects and asks in one: a check comes before both. The time that
+        a large answer waits for its share of the budget counts."""
         if check is not None:
             check()
         session = self._sessions.get(afresh) or self._open(afresh)
@@ -55,12 +56,13 @@ class Proxied:
                     allow_redirects=False,
                 ) as response,
             ):
-                read = await self._read(response)
+                body, share = await self._read(response, request.largest)
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError, aiohttp.InvalidURL) as exc:
             raise Temporary("network", type(exc).__name__) from exc
         except (aiohttp.ClientError, ValueError) as exc:  # ValueError: bytes that are no HTTP at all
             raise Uncertain("network", type(exc).__name__) from exc
-        return Reply(response.status, {name.lower(): value for name, value in response.headers.items()}, read)
+        headers = {name.lower(): value for name, value in response.headers.items()}
+        return await self._budget.unpack(Reply(response.status, headers, body, share=share), request.largest)
 
     async def close(self) -> None:
         """Closes all connections."""
@@ -68,17 +70,21 @@ class Proxied:
             await session.close()
         self._sessions.clear()
 
-    async def _read(self, response: aiohttp.ClientResponse) -> bytes:
-        """Raises Uncertain("unreadable") for an answer that is too large, once unpacked, or cannot be unpacked."""
+    async def _read(self, response: aiohttp.ClientResponse, most: int) -> tuple[bytes, Share | None]:
+        """Raises Uncertain("unreadable") for an answer that is too large."""
+        read, share = bytearray(), None
         try:
-            unpacker = Unpacker(response.headers.get("Content-Encoding", ""), self._max_answer_bytes)
-            chunks = []
             while chunk := await response.content.readany():
-                chunks.append(unpacker.feed(chunk))
-            unpacker.finish()
-        except PackedBadly as exc:
-            raise Uncertain("unreadable", str(exc)) from exc
-        return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+                read += chunk
+                if len(read) > most:
+                    raise Uncertain("unreadable", f"the answer exceeds {most} bytes")
+                if share is None and len(read) > SMALL:
+                    share = await self._budget.take(most * (2 if "Content-Encoding" in response.headers else 1))
+        except BaseException:
+            if share is not None:
+                share.release()
+            raise
+        return bytes(read), share
 
     def _open(self, afresh: bool) -> aiohttp.ClientSession:
         connector = aiohttp.TCPConnector(

@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 import aiohappyeyeballs
 
 from adapter.errors import Temporary, Uncertain
+from adapter.ilink.budget import SMALL, ByteBudget
 from adapter.ilink.connection import Connection
 from adapter.ilink.network import CONNECT_S, KEPT_S, CheckedResolver
 from adapter.ilink.protocol import AGENT, Reply, Request
@@ -58,16 +59,16 @@ class Target(NamedTuple):
 class Transport:
     """Exchanges a request for its answer over pooled connections, shared by all bots. Follows no redirects."""
 
-    def __init__(self, *, tls: ResumingContext, max_answer_bytes: int, resolver: CheckedResolver) -> None:
+    def __init__(self, *, tls: ResumingContext, budget: ByteBudget, resolver: CheckedResolver) -> None:
         self._tls = tls
         self._resolver = resolver
-        self._most = max_answer_bytes
+        self._budget = budget
         self._always = f"User-Agent: {AGENT}\r\nAccept: */*\r\nAccept-Encoding: gzip, deflate\r\n"
         self._idle: dict[Origin, list[Connection]] = {}
         """The one that was used last is used first, so that those that are not needed grow old and are closed."""
         self._tidying: asyncio.TimerHandle | None = None
         self._found: dict[Origin, tuple[float, asyncio.Task[list[aiohappyeyeballs.AddrInfoType] | Exception]]] = {}
-        self._proxied = Proxied(tls=tls, max_answer_bytes=max_answer_bytes, resolver=resolver)
+        self._proxied = Proxied(tls=tls, budget=budget, resolver=resolver)
 
     async def exchange(
         self,
@@ -81,6 +82,7 @@ class Transport:
         """`afresh`: over a connection of its own, to a name that is resolved anew. `check`: see ports.Chat.
 
         A repeatable request that met a stale connection is asked once more, afresh.
+        Cancelled once the answer is there, it works on that for a moment more: see budget.GRACE_S.
         Raises TimeoutError, Temporary("network") (it did not leave), Uncertain (it left, or may have).
         """
         path, mark, query = request.path.partition("?")
@@ -100,7 +102,7 @@ class Transport:
             raise
         reply = None
         try:
-            reply = await connection.ask(written, timeout_s)
+            reply = await connection.ask(written, timeout_s, request.largest)
         except (TimeoutError, Uncertain) as exc:
             if kept is None:
                 self._tls.forget(target.origin.host)
@@ -117,7 +119,9 @@ class Transport:
             connection.close()
         elif connection.usable:
             self._keep(target.origin, connection)
-        return reply
+        if len(reply.body) <= SMALL and "content-encoding" not in reply.headers:
+            return reply
+        return await self._budget.unpack(reply, request.largest)
 
     async def close(self) -> None:
         """Closes all connections."""
@@ -177,7 +181,7 @@ class Transport:
 
     async def _connect(self, origin: Origin, timeout_s: float, *, afresh: bool) -> Connection:
         """Raises Temporary("network")."""
-        connection, transport = Connection(self._most), None
+        connection, transport = Connection(self._budget), None
         try:
             async with asyncio.timeout(min(CONNECT_S, timeout_s)):
                 transport = await _reach(await self._addresses(origin, afresh=afresh))

@@ -33,7 +33,7 @@ class Answer(msgspec.Struct, kw_only=True):
 
     ret: int | None = None
     errcode: int | None = None
-    errmsg: Any = None
+    errmsg: msgspec.Raw = msgspec.Raw(b"null")
 
     @property
     def code(self) -> int:
@@ -44,11 +44,12 @@ class Answer(msgspec.Struct, kw_only=True):
 
 
 class Updates(Answer, kw_only=True):
-    """Answer of getupdates. Messages stay raw, so that one broken message does not spoil the batch."""
+    """Answer of getupdates. Messages stay raw, so that one broken message does not spoil the batch, and their list,
+    so that a million of them are no million objects."""
 
-    msgs: list[msgspec.Raw] | None = None
+    msgs: msgspec.Raw = msgspec.Raw(b"null")
     get_updates_buf: str | int | None = None
-    longpolling_timeout_ms: Any = None
+    longpolling_timeout_ms: msgspec.Raw = msgspec.Raw(b"null")
 
 
 class Sent(Answer, kw_only=True):

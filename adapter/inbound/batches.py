@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from itertools import chain
 
 import msgspec
 import structlog
@@ -23,12 +24,24 @@ ATTEMPTS = 5
 """At a batch whose lease pauses again and again."""
 PIPELINE = 256
 """Messages stored at once; bounds the memory of a huge batch."""
+TURN = 64
+"""Messages, or KiB, that are read in one turn."""
 LATE_S = 10.0
 """What is told late waits so long for what came before it and waits for media, which is another owner's to tell."""
 
 
+async def store_pages(session: Session, polled: Polled, place: Place, needs: Incoming) -> Place:
+    """Puts a batch of several pages on the bus, one after the other; the cursor with the last. Raises LeaseLost."""
+    page, pages = polled.messages, polled.pages or iter(())
+    while (later := next(pages, None)) is not None:
+        part = polled._replace(messages=page, cursor=None, pages=chain([later], pages))
+        place = await store(session, part, place, needs)
+        page = later
+    return await store(session, polled._replace(messages=page, pages=None), place, needs)
+
+
 async def store(session: Session, polled: Polled, place: Place, needs: Incoming) -> Place:
-    """Puts a batch on the bus. Raises LeaseLost.
+    """Puts a batch, or its first page, on the bus. Raises LeaseLost.
 
     A lease that is only paused is waited for. Where the bot was lost, what nobody else has is told all the same, if
     late: iLink may count it as delivered, and give it to nobody else.
@@ -45,6 +58,8 @@ async def store(session: Session, polled: Polled, place: Place, needs: Incoming)
             if failures == ATTEMPTS or ours is None:
                 log.warning("inbound.fenced", bot=session.bot, reason=exc.reason, messages=len(polled.messages))
                 await _tell_late(session, polled.messages, needs)
+                for page in polled.pages or ():
+                    await _tell_late(session, page, needs)
                 raise
         _, seen = await retry(partial(recollect, session.bot, ours, needs), needs)
         place = place._replace(seen=seen)
@@ -123,7 +138,12 @@ async def _sort(
     """The messages that are new and the user's own, in order; the others are counted, or kept as dead letters."""
     fresh: list[Said] = []
     batch = Batch(skew_ms=needs.skew_ms)
+    work = 0
     for raw in messages:
+        work += 1 + len(raw) // 1024
+        while work > TURN:
+            work -= TURN
+            await needs.turns.next()
         try:
             said = needs.read_message(raw)
         except Unreadable as exc:

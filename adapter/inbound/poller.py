@@ -16,7 +16,7 @@ import structlog
 
 from adapter.bindings.stale_token import lose_login, needs_login_now, regain_login, tell_login
 from adapter.errors import AdapterError, BusRefused, LeaseLost, SessionExpired, Temporary
-from adapter.inbound.batches import store
+from adapter.inbound.batches import store, store_pages
 from adapter.inbound.cursors import acquire, begun_at, give_back, put_back
 from adapter.inbound.inbox import retry
 from adapter.inbound.sessions import (
@@ -152,7 +152,9 @@ async def poll_forever(session: Session, place: Place, needs: Incoming) -> Place
         before, known = place.record.cursor, place.seen.added
         if polled.messages or polled.cursor not in (None, before):
             await needs.turns.next()
-            place = await store(session, polled, place, needs)
+            place = await (store_pages if polled.pages else store)(session, polled, place, needs)
+            if polled.share is not None:
+                polled.share.release()
         else:
             await needs.beat.next()
         went_on = polled.messages and place.record.cursor != before  # a page of repeats
@@ -165,6 +167,7 @@ async def poll_forever(session: Session, place: Place, needs: Incoming) -> Place
             lately.unannounced += 1
             if lately.unannounced.bit_count() == 1:
                 await _announce(session, needs)
+        del polled  # it may be large, and the next poll waits for long
     return place
 
 
@@ -243,9 +246,12 @@ async def _poll_once(
     account = session.account(binding, needs.sealer)
     if session.cut.is_set():
         return None
-    session.polling = asyncio.current_task()
+    session.polling = task = asyncio.current_task()
     try:
-        return await needs.chat.poll(account, place.record.cursor, hold_ms)
+        polled = await needs.chat.poll(account, place.record.cursor, hold_ms)
+        if task is not None and task.cancelling() and not session.was_cut():  # else the answer came just before
+            raise asyncio.CancelledError
+        return polled
     except asyncio.CancelledError:
         if not session.was_cut():
             raise

@@ -27,6 +27,7 @@ from adapter.errors import AdapterError, Refused, Temporary, Uncertain, Unreadab
 from adapter.headers import HEADER_CHARS, HEADERS_KEPT, passed_on
 from adapter.ilink import protocol, urls
 from adapter.ilink.addresses import is_public
+from adapter.ilink.budget import ByteBudget
 from adapter.ilink.cipher import Decryption, read_key
 from adapter.ilink.connection import Connection
 from adapter.ilink.protocol import Reply
@@ -255,9 +256,10 @@ def answer(data: bytes) -> None:
     answer that keeps the limit, or a failure."""
 
     async def ask() -> None:
-        connection, wire = Connection(ANSWER_BYTES), Wire()
+        budget = ByteBudget()
+        connection, wire = Connection(budget), Wire()
         connection.connection_made(wire)
-        asking = asyncio.ensure_future(connection.ask(b"", 3600))
+        asking = asyncio.ensure_future(connection.ask(b"", 3600, ANSWER_BYTES))
         await asyncio.sleep(0)
         size = data[0] + 1 if data else 1
         for begin in range(1, len(data), size):
@@ -266,7 +268,7 @@ def answer(data: bytes) -> None:
         connection.connection_lost(None)
         assert not connection.usable
         with contextlib.suppress(Uncertain):
-            reply = await asking
+            reply = await budget.unpack(await asking, ANSWER_BYTES)
             assert reply.status >= 200
             assert len(reply.body) <= ANSWER_BYTES
 

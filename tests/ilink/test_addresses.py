@@ -271,7 +271,6 @@ def client(
         allowed_hosts=(f"{HOST}:{server.port}",) if exempt else (),
         poll_margin_s=5.0,
         send_timeout_s=10.0,
-        max_answer_bytes=1_000_000,
         look_up=leads_to(addresses)[0],
     )
     return ilink, ACCOUNT._replace(base_url=base)
@@ -336,7 +335,6 @@ async def test_a_call_goes_where_the_one_look_at_the_name_led(monkeypatch: pytes
         allowed_hosts=(f"rebinding.example:{port}",),
         poll_margin_s=5.0,
         send_timeout_s=10.0,
-        max_answer_bytes=1_000_000,
         look_up=look_up,
     )
     async with server:
@@ -431,7 +429,6 @@ class Untouched:
             allowed_hosts=(),
             poll_margin_s=0.0,
             send_timeout_s=1.0,
-            max_answer_bytes=1000,
             look_up=look_up,
         )
         self.cdn = CdnClient(
@@ -534,7 +531,6 @@ async def test_a_proxy_of_the_environment_may_be_inside_and_resolves_for_itself(
         allowed_hosts=(),
         poll_margin_s=5.0,
         send_timeout_s=1.0,
-        max_answer_bytes=1000,
         look_up=look_up,
     )
     async with server:

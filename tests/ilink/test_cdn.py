@@ -44,7 +44,6 @@ class Rig:
             allowed_hosts=(host,),
             poll_margin_s=1.0,
             send_timeout_s=10.0,
-            max_answer_bytes=1_000_000,
         )
         options: dict[str, Any] = {
             "base_url": sim.cdn_url,

@@ -39,7 +39,6 @@ class Answering:
             allowed_hosts=(),
             poll_margin_s=7.0,
             send_timeout_s=15.0,
-            max_answer_bytes=1000,
         )
         self.repeatable = False
         self.timeout_s = 0.0

@@ -218,6 +218,46 @@ def test_messages_stay_raw_so_that_no_id_is_rounded() -> None:
     assert polled.messages == [b'{"message_id":%d}' % BIG]
 
 
+def test_only_an_answer_of_bounded_size_is_repaired() -> None:
+    for size, readable in ((protocol.MENDED_BYTES, True), (protocol.MENDED_BYTES + 1, False)):
+        head, tail = b'{"msgs":[{"a":"', b'\x01"}]}'
+        answer = reply(head + b"x" * (size - len(head) - len(tail)) + tail)
+        expected = (Temporary, "unreadable", None)
+        assert (outcome(lambda: read_updates(answer, polled_s=1)) != expected) is readable  # noqa: B023 -- called at once
+
+
+def test_what_is_repaired_in_no_time_is_short() -> None:
+    """What is longer is read in another thread, if it is an answer to a poll, or not at all."""
+    for size, at_once in ((protocol.MENDED_AT_ONCE_BYTES, True), (protocol.MENDED_AT_ONCE_BYTES + 1, False)):
+        broken = b'{"ret":0,"message_id":"1","x":"' + b"x" * (size - 34) + b'\x01"}'
+        assert len(broken) == size
+        assert protocol.is_read_at_once(reply(broken)) is at_once
+        assert protocol.is_read_at_once(reply(broken.replace(b"\x01", b" ")))
+        expected = Accepted("1", 0, None, "") if at_once else (Uncertain, "unreadable")
+        assert outcome(lambda: read_sent(reply(broken))) == expected  # noqa: B023 -- called at once
+
+
+def test_many_messages_come_a_page_at_a_time() -> None:
+    polled = read_updates(
+        reply({"msgs": [{"seq": number} for number in range(5000)], "get_updates_buf": "b"}), polled_s=1
+    )
+    assert polled.pages is not None
+    assert [len(page) for page in (polled.messages, *polled.pages)] == [1000] * 5
+    assert polled.cursor == "b"
+
+
+@pytest.mark.parametrize(
+    "said",
+    [["x"] * 3000, {"a": "token-of-bot" * 1000}, "x" * 3000, 5, "token-of-bot"],
+    ids=["list", "object", "text", "number", "secret"],
+)
+def test_words_are_told_shortly_and_without_the_secrets_of_the_request(said: object) -> None:
+    with pytest.raises(Temporary) as caught:
+        read_updates(reply({"ret": -9, "errmsg": said})._replace(secrets=("token-of-bot",)), polled_s=1)
+    assert len(caught.value.detail) < 250
+    assert "token" not in caught.value.detail
+
+
 @pytest.mark.parametrize(
     "escape",
     [rb"\ud83d", rb"\udc00", rb"cut \ud83d", rb"\ud83d\ud83d\ude00", rb"\ud83d\u0041", rb"\\\ud83d"],

@@ -20,6 +20,7 @@ import uvloop
 from hypothesis import strategies as st
 
 from adapter.errors import LeaseLost, Refused, Temporary, Uncertain
+from adapter.ilink.budget import ByteBudget
 from adapter.ilink.client import ILink
 from adapter.ilink.connection import Connection
 from adapter.ilink.network import CheckedResolver
@@ -92,20 +93,20 @@ async def server() -> AsyncIterator[Server]:
 @pytest.fixture(params=[Transport, Proxied])
 async def transport(request: pytest.FixtureRequest) -> AsyncIterator[Transport | Proxied]:
     """That of a proxy's users reads the same answers in the same way."""
-    made = request.param(tls=ResumingContext(), max_answer_bytes=LARGEST, resolver=RESOLVER)
+    made = request.param(tls=ResumingContext(), budget=ByteBudget(), resolver=RESOLVER)
     yield made
     await made.close()
 
 
 @pytest.fixture
 async def own() -> AsyncIterator[Transport]:
-    made = Transport(tls=ResumingContext(), max_answer_bytes=LARGEST, resolver=RESOLVER)
+    made = Transport(tls=ResumingContext(), budget=ByteBudget(), resolver=RESOLVER)
     yield made
     await made.close()
 
 
 async def post(transport: Transport | Proxied, url: str, *, timeout_s: float = 30.0, afresh: bool = False) -> Reply:
-    request = Request("x", "", {"X-One": "1"}, b"{}")
+    request = Request("x", "", {"X-One": "1"}, b"{}", largest=LARGEST)
     return await transport.exchange(url, request, timeout_s, afresh=afresh)
 
 
@@ -271,7 +272,6 @@ async def test_what_an_answer_quotes_of_its_request_is_no_secret_any_more(server
         allowed_hosts=("127.0.0.1",),
         poll_margin_s=1.0,
         send_timeout_s=10.0,
-        max_answer_bytes=LARGEST,
     )
     body = b'{"ret":-1,"errmsg":"odd token, odd context"}'
     server.answer = Server.say(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
@@ -533,7 +533,7 @@ async def test_what_may_not_be_sent_any_more_does_not_leave(server: Server, kept
         raise LeaseLost("lease_lost")
 
     resolver = CheckedResolver(("one.example",), look_up=look_up)
-    made = Transport(tls=ResumingContext(), max_answer_bytes=LARGEST, resolver=resolver)
+    made = Transport(tls=ResumingContext(), budget=ByteBudget(), resolver=resolver)
     url = server.url.replace("127.0.0.1", "one.example")
     try:
         if kept:
@@ -558,7 +558,7 @@ async def test_the_next_address_is_tried_where_one_does_not_take_the_connection(
         return ["::1", "127.0.0.1"]
 
     resolver = CheckedResolver(("two.example",), look_up=look_up)
-    made = Transport(tls=ResumingContext(), max_answer_bytes=LARGEST, resolver=resolver)
+    made = Transport(tls=ResumingContext(), budget=ByteBudget(), resolver=resolver)
     try:
         assert (await post(made, server.url.replace("127.0.0.1", "two.example"))).status == 200
     finally:
@@ -577,7 +577,7 @@ async def test_a_name_is_asked_for_once_by_many_and_again_after_a_failure(server
         return ["127.0.0.1"]
 
     resolver = CheckedResolver(("one.example",), look_up=look_up)
-    made = Transport(tls=ResumingContext(), max_answer_bytes=LARGEST, resolver=resolver)
+    made = Transport(tls=ResumingContext(), budget=ByteBudget(), resolver=resolver)
     url = server.url.replace("127.0.0.1", "one.example")
     try:
         failed = await asyncio.gather(*(post(made, url) for _ in range(5)), return_exceptions=True)
@@ -599,7 +599,7 @@ async def test_a_server_that_does_not_take_the_connection_is_given_up(monkeypatc
         listening.bind(("127.0.0.1", 0))
         listening.listen(0)
         port = listening.getsockname()[1]
-        made = Transport(tls=ResumingContext(), max_answer_bytes=LARGEST, resolver=RESOLVER)
+        made = Transport(tls=ResumingContext(), budget=ByteBudget(), resolver=RESOLVER)
         fillers = [socket.socket() for _ in range(4)]
         for filler in fillers:
             filler.setblocking(False)
@@ -632,7 +632,7 @@ async def test_a_proxy_is_asked_where_the_environment_names_one(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     _target.cache_clear()
-    made = Transport(tls=ResumingContext(), max_answer_bytes=LARGEST, resolver=RESOLVER)
+    made = Transport(tls=ResumingContext(), budget=ByteBudget(), resolver=RESOLVER)
     try:
         if by_proxy:  # at which nobody listens
             with pytest.raises(Temporary):
@@ -699,10 +699,10 @@ async def test_a_request_that_fails_leaves_no_garbage(server: Server, own: Trans
 @hypothesis.given(cuts=st.lists(st.integers(1, len(PIECES) - 1), max_size=6))
 def test_an_answer_may_come_in_any_pieces(cuts: list[int]) -> None:
     async def ask() -> tuple[Reply, bool]:
-        connection = Connection(LARGEST)
+        connection = Connection(ByteBudget())
         wire = Wire()
         connection.connection_made(wire)
-        asking = asyncio.ensure_future(connection.ask(b"request", 5))
+        asking = asyncio.ensure_future(connection.ask(b"request", 5, LARGEST))
         await asyncio.sleep(0)
         edges = [0, *sorted(set(cuts)), len(PIECES)]
         for begin, end in itertools.pairwise(edges):
@@ -743,7 +743,7 @@ def test_who_was_spoken_with_need_not_show_its_certificates_again(
     """Of connections that fail, one in its handshake, one after it."""
 
     async def talk() -> None:
-        transport = Transport(tls=ResumingContext(), max_answer_bytes=LARGEST, resolver=RESOLVER)
+        transport = Transport(tls=ResumingContext(), budget=ByteBudget(), resolver=RESOLVER)
         port = free_port()
         url = f"https://127.0.0.1:{port}/"
         async with await asyncio.start_server(serve, "127.0.0.1", port, ssl=tls):
@@ -780,7 +780,7 @@ def test_tls_that_does_not_come_about_is_one_failure_and_no_crash(
 
     async def talk() -> None:
         asyncio.get_running_loop().set_exception_handler(lambda _, what: crashes.append(str(what["exception"])))
-        transport = Transport(tls=ResumingContext(), max_answer_bytes=LARGEST, resolver=RESOLVER)
+        transport = Transport(tls=ResumingContext(), budget=ByteBudget(), resolver=RESOLVER)
         async with await asyncio.start_server(serve, "127.0.0.1", 0) as listening:
             with pytest.raises(Temporary):
                 await post(transport, f"https://127.0.0.1:{listening.sockets[0].getsockname()[1]}/", timeout_s=0.1)

@@ -15,7 +15,7 @@ from adapter.inbound.cursors import acquire
 from adapter.inbound.inbox import LARGE
 from adapter.inbound.sessions import Session
 from adapter.names import H_MSG_ID, peer_key
-from adapter.ports import Message, Polled
+from adapter.ports import Message, Polled, Share
 from adapter.records import Hand
 from tests.fakes import EPOCH_MS, Bench, batch, ready, settle
 from tests.inbound.pollers import BOT, USER, Poller, polls, raw, tended, texts
@@ -94,6 +94,36 @@ async def test_a_huge_batch_is_stored_whole() -> None:
     bench = await ready(batch(*(raw(f"t{number}", number) for number in range(1000))))
     await polls(bench)
     assert texts(bench) == [f"t{number}" for number in range(1000)]
+
+
+def paged(*pages: list[bytes], cursor: str = "b", share: Share | None = None) -> Polled:
+    """A large answer, as it is read: the first page, and the others to come."""
+    first, *others = pages
+    return Polled(first, cursor, 35_000, pages=iter(others), share=share)
+
+
+async def test_a_large_answer_is_stored_a_page_at_a_time_and_its_cursor_with_the_last() -> None:
+    bench = await ready()
+    stored: list[tuple[int, str]] = []
+
+    class Given:
+        def shrink(self, size: int) -> None: ...
+
+        def release(self) -> None:
+            stored.append((len(texts(bench)), "released"))
+
+    async def look(message: Message) -> None:
+        stored.append((len(texts(bench)), bench.cursor().cursor))
+
+    answer = paged(
+        [raw("one", 1), raw("two", 2)], [raw("three", 3)], [raw("three", 3), raw("four", 4)], share=Given()
+    )
+    bench.chat.polls += [answer, batch(raw("five", 5), cursor="c")]
+    bench.bus.on_publish = look
+    await polls(bench)
+    assert texts(bench) == ["one", "two", "three", "four", "five"]
+    assert stored == [(0, ""), (1, ""), (2, ""), (3, ""), (4, "released"), (4, "b")]
+    assert bench.chat.asked == ["", "b", "c"]
 
 
 REPEATS: list[tuple[str, dict[str, Any]]] = [
@@ -293,6 +323,15 @@ async def test_what_ilink_gave_to_one_that_was_frozen_and_to_nobody_else_is_told
         bench, batch(raw("one", 1), raw("two", 2), cursor="zombie"), other=other, given=(raw("two", 2),)
     )
     assert texts(bench) == ["two", "one"]
+    assert (bench.cursor().owner, bench.cursor().cursor) == ("other-1", "b")
+
+
+async def test_the_pages_to_come_of_what_ilink_gave_to_one_that_was_frozen_are_told_late() -> None:
+    bench = await ready()
+    other = Bench(bench, incarnation="other-1")
+    answer = paged([raw("one", 1)], [raw("two", 2), raw("three", 3)], [raw("four", 4)], cursor="zombie")
+    await frozen_with(bench, answer, other=other, given=(raw("two", 2),))
+    assert sorted(texts(bench)) == ["four", "one", "three", "two"]
     assert (bench.cursor().owner, bench.cursor().cursor) == ("other-1", "b")
 
 

@@ -23,7 +23,7 @@ from adapter.inbound.sessions import HERE_S, Session
 from adapter.names import H_SEEN
 from adapter.ports import Account, Message, Polled, Said
 from adapter.records import Cursor
-from adapter.timing import Pace, Turns
+from adapter.timing import Pace, Turns, complete
 from tests.fakes import FakeClock, Rounds, batch, ready, settle
 from tests.inbound.pollers import BOT, KEY, STALE, Poller, polls, raw, tended, texts
 
@@ -620,6 +620,26 @@ async def test_an_answer_that_was_read_when_the_cut_is_due_is_kept() -> None:
     session.leave(now=True)  # its time is over in the same turn of the loop
     await task
     assert texts(bench) == ["late"]
+
+
+async def test_an_answer_that_is_still_being_read_when_its_poll_is_cut_is_kept() -> None:
+    """A large one is unpacked elsewhere for a moment, also after the cut."""
+    bench = await ready()
+
+    async def poll(account: Account, cursor: str, hold_ms: int) -> Polled:
+        async def read() -> Polled:
+            await asyncio.sleep(HERE_S + 2)
+            return batch(raw("large"))
+
+        return await complete(read(), 5.0)
+
+    bench.chat.poll = poll  # type: ignore[method-assign]
+    session, task = tended(bench)
+    while session.polling is None:
+        await asyncio.sleep(0)
+    session.leave(now=True)
+    await task
+    assert texts(bench) == ["large"]
 
 
 @pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
