@@ -11,7 +11,7 @@ from collections import Counter
 import pytest
 from structlog.testing import capture_logs
 
-from adapter.timing import AnsweredWithin, Beat, Pace, Turns, finish, raise_if_cancelled, restarted
+from adapter.timing import AnsweredWithin, Beat, Pace, Turns, complete, finish, raise_if_cancelled, restarted
 from tests.fakes import FakeClock
 
 VIRTUAL_TIME = True
@@ -177,6 +177,45 @@ async def test_what_is_finished_at_the_end_of_a_cancelled_task_gets_its_grace_to
     await asyncio.wait([caller], timeout=10)
     assert caller.cancelled()
     assert did == ["ended"] * ended
+
+
+@pytest.mark.parametrize("problem", [None, ValueError("broken")])
+async def test_what_is_completed_counts_for_more_than_a_cancellation(problem: Exception | None) -> None:
+    async def work() -> str:
+        await asyncio.sleep(3)
+        if problem is not None:
+            raise problem
+        return "done"
+
+    for cancels in (False, True):
+        caller = asyncio.create_task(complete(work(), 5))
+        await asyncio.sleep(1)
+        if cancels:
+            caller.cancel()
+        await asyncio.wait([caller])
+        assert (caller.exception() or caller.result()) == (problem or "done")
+
+
+async def test_what_is_not_completed_in_time_is_cancelled_with_its_caller() -> None:
+    ended: list[str] = []
+
+    async def work() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.append("cancelled")
+
+    for times in (1, 2):
+        caller = asyncio.create_task(complete(work(), 5))
+        await asyncio.sleep(1)
+        for _ in range(times):  # once more, and there is no grace
+            caller.cancel()
+            await asyncio.sleep(1)
+        assert caller.done() is (times == 2)
+        await asyncio.wait([caller])
+        assert caller.cancelled()
+        await asyncio.sleep(0)
+        assert len(ended) == times
 
 
 async def test_a_pace_holds_back_only_who_comes_too_soon() -> None:

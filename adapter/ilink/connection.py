@@ -173,7 +173,8 @@ class Connection(asyncio.Protocol):
         self._keeps = False
         if self._transport is None:  # TLS never stood
             return
-        if exc is None and self._head_read and not self._framed:
+        waits = self._share is not None and not self._share.done()  # there may have been more
+        if exc is None and self._head_read and not self._framed and not waits:
             self._succeed()
         else:
             self._fail(Uncertain("network", type(exc).__name__ if exc else "the server closed the connection"))

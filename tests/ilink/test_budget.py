@@ -15,6 +15,7 @@ import pytest
 from adapter.errors import Temporary, Uncertain
 from adapter.ilink.budget import SMALL, ByteBudget
 from adapter.ilink.client import ILink
+from adapter.ilink.connection import Connection
 from adapter.ilink.protocol import ANSWER_BYTES, OTHER_BYTES, Reply, Request
 from adapter.ilink.proxied import Proxied
 from adapter.ilink.tls import ResumingContext
@@ -22,11 +23,21 @@ from adapter.ilink.transport import Transport
 from adapter.metrics import Metrics
 from adapter.ports import Account
 from tests.e2e.waiting import until
+from tests.fakes import Wire
 from tests.ilink.test_transport import RESOLVER, Server, server
 
 __all__ = ["server"]
 
 LARGE = 3 * SMALL
+
+
+class Reading(Wire):
+    """A transport that may be told to stop reading."""
+
+    paused = False
+
+    def pause_reading(self) -> None:
+        self.paused = True
 
 
 def answer(body: bytes, *headers: str) -> bytes:
@@ -171,6 +182,21 @@ async def test_a_large_answer_that_is_given_up_gives_its_share_back(
     del asking
     gc.collect()
     await until(lambda: budget.free == 2 * LARGE, "it came back")
+
+
+async def test_a_large_answer_of_unknown_length_that_is_not_read_on_is_none(budget: ByteBudget) -> None:
+    connection, wire = Connection(budget), Reading()
+    connection.connection_made(wire)
+    taken = budget.take(2 * LARGE).result()
+    asking = asyncio.create_task(connection.ask(b"request", 30, LARGE))
+    await asyncio.sleep(0)
+    connection.data_received(b"HTTP/1.1 200 OK\r\n\r\n" + bytes(2 * SMALL))
+    assert wire.paused
+    connection.connection_lost(None)
+    with pytest.raises(Uncertain):
+        await asking
+    taken.release()
+    assert budget.free == budget.size
 
 
 async def test_an_answer_that_has_come_is_not_lost_by_a_cancellation(
