@@ -74,7 +74,7 @@ async def poll(http: aiohttp.ClientSession, base: str, acks: Acks, bot: int, wri
         said = answer["msgs"]
         if writes and said:
             token = msgspec.json.encode({"token": said[-1]["context_token"]})
-            await (await acks.publish(f"$KV.wechat_context.floor.{bot}", token))
+            await (await acks.publish(f"$KV.wechat_conversations.floor.{bot}", token))
         waiting = []
         for message in said:
             text = message["item_list"][0]["text_item"]["text"]

@@ -455,7 +455,7 @@ def panels(series: dict[str, Series]) -> list[tuple[str, list[Series]]]:
         found = [(re.fullmatch(f"({names}) {what}", name), line) for name, line in sorted(series.items())]
         return [line._replace(name=match[1]) for match, line in found if match]
 
-    kept_by_age = "WECHAT_IN|WECHAT_EVENT|KV_wechat_quotes|OBJ_wechat_media"
+    kept_by_age = "WECHAT_IN|WECHAT_EVENT|OBJ_wechat_media"
     return [
         ("own memory of the adapters", some("adapter .", "own memory")),
         ("tasks", some("adapter .", "tasks")),
