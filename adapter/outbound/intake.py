@@ -100,6 +100,7 @@ class CommandIntake:
     def stop(self) -> None:
         """Hands on nothing any more."""
         self.on_command = self.on_unreadable = self._ledger.on_room = _ignore
+        self._ensure_owner = _ignore  # no cycle is left for the garbage collector
 
     def on_delivery(self, delivery: Delivery) -> None:
         """A command arrived, or arrived again."""

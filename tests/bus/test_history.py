@@ -16,7 +16,7 @@ from adapter.jetstream.history import StreamHistory, direct_get
 from adapter.names import shard_of
 from adapter.ports import Message, PubAck, Stored
 from adapter.timing import SystemClock
-from tests.bus.rig import NAMES, Rig, control, event
+from tests.bus.rig import NAMES, Bus, Rig, control, event
 from tests.e2e.waiting import until
 
 
@@ -41,6 +41,12 @@ async def test_a_stream_is_read_from_a_sequence_or_a_time(rig: Rig) -> None:
     }
 
 
+@pytest.fixture
+def with_large_commands(bus: Bus) -> None:
+    bus.settings = msgspec.structs.replace(bus.settings, max_command_bytes=1024 * 1024)
+
+
+@pytest.mark.usefixtures("with_large_commands")
 async def test_what_is_large_is_read_whole_and_never_more_at_once_than_a_server_lets_wait(rig: Rig) -> None:
     """It cuts off who lets too much wait, and after the next connect all of it would come again."""
     large = [bytes([number]) * 700_000 for number in range(12)]
