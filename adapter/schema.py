@@ -260,6 +260,10 @@ def _channel(channel: Channel) -> dict[str, Any]:
     }
     if "{sandbox}" in channel.subject:
         made["parameters"] = {"sandbox": {"description": f"Name of the sandbox; matches {SANDBOX_PATTERN}"}}
+    if "{command}" in channel.subject:
+        made["parameters"]["command"] = {
+            "description": "Id of the command; =XX for each byte that is no word character"
+        }
     return made
 
 

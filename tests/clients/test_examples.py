@@ -199,7 +199,7 @@ async def repeats(language: Language, folder: Path) -> None:
             return
         await msg.respond(b'{"stream":"WECHAT_OUT","seq":1}')
         receipt = {"command": tries[0], "outcome": "accepted"}
-        await nc.publish("wechat.event.s1.receipt", json.dumps(receipt).encode())
+        await nc.publish(f"wechat.event.s1.receipt.{tries[0]}", json.dumps(receipt).encode())
 
     async def on_pull(msg: Msg) -> None:
         said = {"id": "in-1", "text": "hello", "items": [{"kind": "text", "text": "hello"}]}
