@@ -41,7 +41,7 @@ class Sandbox:
         self.got: list[Msg] = []
 
     async def listen(self) -> None:
-        for subject in (NAMES.live(self.name), NAMES.event(self.name, "*")):
+        for subject in (NAMES.live(self.name), NAMES.event(self.name, "*"), NAMES.receipt(self.name, "*")):
             await self.nc.subscribe(subject, cb=self._hear)
         await self.nc.flush()
 
@@ -60,7 +60,8 @@ class Sandbox:
 
     def outcomes(self) -> list[tuple[str, str]]:
         """Command and outcome of each receipt."""
-        receipts = [json.loads(m.data) for m in self.genuine() if m.subject == NAMES.receipt(self.name, "*")]
+        subjects = NAMES.receipt(self.name, "*").removesuffix("*")
+        receipts = [json.loads(m.data) for m in self.genuine() if m.subject.startswith(subjects)]
         return [(receipt["command"], receipt["outcome"]) for receipt in receipts]
 
     async def ask(self, verb: str, body: bytes = b"", **headers: str) -> Msg:
@@ -230,7 +231,7 @@ def _whole(msg: Msg) -> bytes:
 
 
 REPLIES = [
-    *("wechat.out.s2", "wechat.out", "wechat.in.s2", "wechat.inbox.s2", "wechat.event.s2.receipt"),
+    *("wechat.out.s2", "wechat.out", "wechat.in.s2", "wechat.inbox.s2", "wechat.event.s2.receipt.c1"),
     *(
         "wechat.ctl.bind",
         "wechat.ctl.unbind",
