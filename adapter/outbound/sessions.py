@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from adapter.bindings.registry import Bindings
-from adapter.errors import Refused, SessionExpired
+from adapter.errors import Refused, SessionExpired, Temporary, Uncertain
 from adapter.ports import Account, Chat
 from adapter.records import Binding
 from adapter.timing import Clock
@@ -52,28 +52,29 @@ class BotSessions:
         return self._pollers().is_stale(bot)
 
     async def is_alive(self, bot: str) -> bool:
-        """-14 to one send is no proof (ilink-protocol 15.3). Where `notifystart` says it, too, the poller is asked to
-        look at once, and begins the recovery. A poll that was out before is none either. Raises Temporary."""
+        """-14 to one send is no proof (ilink-protocol 15.3): `notifystart` is asked, and where it is refused or gives
+        no answer, a poll that begins now. If that is refused, its poller begins the recovery."""
         binding = self._bindings.get(bot)
         if binding is None or binding.state == "needs_login" or self.is_recovering(bot):
             return False
-        if not self._ask:
-            return await self._polls(bot)
-        try:
-            await self._chat.notify(self._account(binding), start=True)
-        except SessionExpired:
-            self._pollers().poll_now(bot)
-            return False
-        except Refused:
-            pass  # an answer all the same: iLink did not say -14
-        return True
+        if self._ask:
+            try:
+                await self._chat.notify(self._account(binding), start=True)
+            except (SessionExpired, Temporary, Uncertain):
+                pass
+            except Refused:
+                return True  # an answer all the same: iLink did not say -14
+            else:
+                return True
+        return await self._polls(bot)
 
     async def _polls(self, bot: str) -> bool:
-        """Whether the token is taken in a poll that begins now."""
+        """Whether the token is taken in a poll that begins now. A poll that was out before is no proof."""
         pollers, since = self._pollers(), self._clock.monotonic()
         pollers.poll_now(bot)
         while not pollers.has_polled_since(bot, since):
-            if pollers.is_stale(bot):
+            binding = self._bindings.get(bot)
+            if binding is None or binding.state == "needs_login" or pollers.is_stale(bot):
                 return False
             await self._clock.sleep(LOOK_S)
         return True

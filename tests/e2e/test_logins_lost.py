@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import pytest
@@ -140,23 +139,23 @@ async def test_a_firewall_that_forbids_one_poll_costs_no_login(tmp_path: Path) -
         await nc.close()
 
 
-async def test_f10_costs_exactly_the_scheduled_sends(tmp_path: Path) -> None:
+async def test_minus_14_on_every_send_refuses_each_while_polls_go_on(tmp_path: Path) -> None:
+    """F10, also at notifystart: the poll is the proof. Each command costs two requests, and is refused."""
     async with world(tmp_path, environ=SCHEDULE) as made:
         nc, bot = await made.begun()
         _refuse_sends(made, bot)
         for number in range(3):
             await made.command(nc, "s1", f"c{number}")
-        await told(nc, "needs_login")
-        await parked(made, nc, 3)
-        assert counts(made, bot.bot)["sendmessage"] == 4
-        assert [event.change for event in await changes(nc)] == ["bound", "needs_login"]
-        await until(lambda: made.sim.polls(bot.bot).now == 0, "the poll that was out has ended")
-        before = counts(made, bot.bot)
+        await made.settle(nc)
+        assert [(r.command, r.outcome, r.reason, r.errcode, r.attempts) for r in await made.receipts(nc)] == [
+            (f"c{number}", "refused", "rejected", -14, 2) for number in range(3)
+        ]
+        assert counts(made, bot.bot)["sendmessage"] == 6
         made.sim.clear_faults()
         await made.command(nc, "s1", "c3")
-        await parked(made, nc, 4)
-        assert since(before, counts(made, bot.bot)) == {}
-        await _log_in_again(made, nc, bot.user, ["c0", "c1", "c2", "c3"])
+        await made.settle(nc)
+        assert texts(made, bot.user) == ["answer c3"]
+        assert [event.change for event in await changes(nc)] == ["bound"]
         await nc.close()
 
 
@@ -185,56 +184,35 @@ async def test_the_same_bot_with_a_new_token_gets_what_was_parked_too(tmp_path: 
         await nc.close()
 
 
-async def _both_lost(made: World) -> tuple[Client, BotRecord, BotRecord]:
-    """The token of s1's bot is dead (F9), only polls of that of s2 do not say so (F10); a command waits for each."""
-    await made.add_adapter()
-    nc, dead, mute = await made.nc(), made.sim.add_bot(), made.sim.add_bot()
-    await made.bind(nc, "s1", dead)
-    await made.bind(nc, "s2", mute)
-    for sandbox in ("s1", "s2"):
-        made.say(sandbox, "hello")
-    await made.settle(nc)
-    _refuse_sends(made, mute)
-    made.sim.kill_token(dead.bot)
-    for sandbox in ("s1", "s2"):
-        await made.command(nc, sandbox, f"{sandbox}-c")
-
-    async def both_are_lost() -> bool:
-        found: list[Any] = [await changes(nc, "s1"), await changes(nc, "s2")]
-        return all("needs_login" in [event.change for event in events] for events in found)
-
-    await eventually(both_are_lost, "both need a login")
-    return nc, dead, mute
+async def _lost(made: World) -> tuple[Client, BotRecord]:
+    """The token of a bot is dead (F9); a command waits."""
+    nc, bot = await made.begun()
+    made.sim.kill_token(bot.bot)
+    await made.command(nc, "s1", "c")
+    await told(nc, "needs_login")
+    return nc, bot
 
 
 async def test_needs_login_is_told_before_the_last_try_and_a_bind_need_not_wait_for_it(tmp_path: Path) -> None:
-    """F9 and F10 alike: the last try is a minute away when the word is given."""
+    """The last try is a minute away when the word is given."""
     async with world(tmp_path, environ=LATE) as made:
-        nc, dead, mute = await _both_lost(made)
-        assert counts(made, mute.bot)["sendmessage"] == 3
-        made.sim.clear_faults()
-        made.sim.revive_token(dead.bot)
-        await made.bind(nc, "s1", dead)
-        await made.bind(nc, "s2", mute)
+        nc, bot = await _lost(made)
+        made.sim.revive_token(bot.bot)
+        await made.bind(nc, "s1", bot)
         await made.settle(nc)
-        assert [shown.text for shown in made.sim.phone(dead.user)] == ["answer s1-c"]
-        assert [shown.text for shown in made.sim.phone(mute.user)] == ["answer s2-c"]
+        assert texts(made, bot.user) == ["answer c"]
         await nc.close()
 
 
 @pytest.mark.slow
 async def test_a_last_try_that_succeeds_needs_no_login(tmp_path: Path) -> None:
-    """The last try of both schedules comes 56 s after the one before, and finds the token alive."""
+    """It comes 56 s after the one before, and finds the token alive."""
     async with world(tmp_path, environ={"WECHAT_NATS_STALE_RETRY_S": "0.2,0.4,56"}) as made:
-        nc, dead, mute = await _both_lost(made)
-        made.sim.clear_faults()
-        made.sim.revive_token(dead.bot)
+        nc, bot = await _lost(made)
+        made.sim.revive_token(bot.bot)
         await made.settle(nc)
-        assert [e.change for e in await changes(nc, "s1")] == ["bound", "stale", "needs_login", "recovered"]
-        assert [e.change for e in await changes(nc, "s2")] == ["bound", "needs_login", "recovered"]
-        assert [shown.text for shown in made.sim.phone(dead.user)] == ["answer s1-c"]
-        assert [shown.text for shown in made.sim.phone(mute.user)] == ["answer s2-c"]
-        for sandbox in ("s1", "s2"):
-            made.say(sandbox, "still there?")
+        assert [event.change for event in await changes(nc)] == ["bound", "stale", "needs_login", "recovered"]
+        assert texts(made, bot.user) == ["answer c"]
+        made.say("s1", "still there?")
         await made.settle(nc)
         await nc.close()
