@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Protocol
 
@@ -20,6 +21,8 @@ from adapter.timing import Clock
 
 log = structlog.get_logger()
 
+HEARD_WITHIN_S = 1.0
+"""No poll waits longer for a conversation, which may wait for a receipt that cannot be stored."""
 WOKEN_AT_ONCE = 8
 """Conversations read at once after a start or a take-over; thousands would hold up what people wait for."""
 
@@ -66,8 +69,9 @@ class Conversations:
     ) -> contract.Window:
         """The user wrote: returns the window once their record is stored, with the newest token.
 
-        A poll that ends after its shard was handed over stores the record by itself; the next owner's conversation
-        meets that at its next write, or is told once the bot is taken. Raises Temporary, LeaseLost.
+        A poll that ends after its shard was handed over, or whose conversation is held up, stores the record by
+        itself; the conversation meets that at its next write, or is told once the bot is taken. Raises Temporary,
+        LeaseLost.
         """
         heard = Heard(message, token, binding.bot, written_ms, show_typing=binding.options.auto_typing)
         shard = await self._open_shard(binding.sandbox)
@@ -75,10 +79,13 @@ class Conversations:
             actor = await shard.conversation(binding, user)
             shard.on_heard(binding, user)
             try:
-                await actor.hear(heard)
+                async with asyncio.timeout(HEARD_WITHIN_S):
+                    await actor.hear(heard)
                 return window.shown(actor.state.record, self._clock.now_ms(), self._policy.window)
             except LeaseLost:
                 self._ensure_served(binding.bot)  # handed over meanwhile: go on as below
+            except TimeoutError:
+                pass  # it learns the same from the record, and again from its mailbox
         while True:
             record, revision = await self._store.load(binding.sandbox, user)
             self._ensure_served(binding.bot)
