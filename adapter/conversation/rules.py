@@ -467,6 +467,8 @@ def _apply(
     activity = conversation.activity
     match event:
         case Stored(commands):
+            effects += [ReleaseBody(one) for one in commands if one.parked]  # by the owner before
+            commands = tuple(msgspec.structs.replace(one, parts=None) if one.parked else one for one in commands)
             queue = (*conversation.queue, *commands)
             if conversation.queue and commands[0].sequence < conversation.queue[-1].sequence:
                 queue = tuple(sorted(queue, key=lambda one: one.sequence))

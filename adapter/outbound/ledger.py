@@ -89,6 +89,11 @@ class CommandLedger:
         """A command is worked on from now on."""
         self._entries[delivery.seq] = _Entry(delivery)
 
+    def adopt_receipt(self, command: QueuedCommand, receipt: int) -> None:
+        """The owner before stored this receipt of it last, which is not final."""
+        if entry := self._entries.get(command.sequence):
+            entry.receipt = receipt
+
     def has_ended(self, delivery: Delivery) -> bool:
         """Whether it ended a moment ago, and only its acknowledgement got lost."""
         return self._ended.get(delivery.seq) == delivery.time_ms

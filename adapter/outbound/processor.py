@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple, Protocol, TypeVar
 
+import msgspec
 import structlog
 
 from adapter import contract
@@ -29,7 +30,7 @@ from adapter.events import Events
 from adapter.names import Names
 from adapter.outbound.intake import CommandIntake, ReadCommand
 from adapter.outbound.ledger import CommandLedger
-from adapter.outbound.receipts import Address, Receipts, result_of
+from adapter.outbound.receipts import Address, Receipts, StoredReceipt, is_final, result_of
 from adapter.outbound.trials import Trials
 from adapter.outbound.typing_indicator import TypingDeps, TypingIndicators
 from adapter.ports import Account, Archive, Bucket, TextReader
@@ -89,8 +90,8 @@ class Draining(Exception):
 class _Before(NamedTuple):
     """What the owner before left of the commands of a sandbox."""
 
-    finals: dict[int, contract.Receipt]
-    """By the commands' sequences."""
+    receipts: dict[int, StoredReceipt]
+    """The last of each command, by the commands' sequences."""
     records: dict[str, tuple[ConversationRecord, int]]
     """By user; with their revisions."""
     known: set[int]
@@ -189,14 +190,14 @@ class ShardCommandProcessor:
         records = await self._deps.conversation.store.load_sandbox(sandbox)
         heads = {user: record.head.commands for user, (record, _) in records.items() if record.head}
         asked = {ref.sequence: ref for ref in (*refs, *(ref for head in heads.values() for ref in head))}
-        finals = await self._deps.receipts.find_finals(sandbox, asked.values())
+        receipts = await self._deps.receipts.find(sandbox, asked.values())
         for user, head in heads.items():
             if user not in before.records:
                 actor = await self._conversation(sandbox, user, known=records[user])
                 for ref in head:
-                    if ref.sequence in finals:
-                        actor.put(rules.Ended(ref.sequence, result_of(finals[ref.sequence])))
-        before.finals.update(finals)
+                    if (stored := receipts.get(ref.sequence)) and is_final(stored.receipt):
+                        actor.put(rules.Ended(ref.sequence, result_of(stored.receipt)))
+        before.receipts.update(receipts)
         before.records.update(records)
         before.known.update(ref.sequence for ref in refs)
 
@@ -204,9 +205,12 @@ class ShardCommandProcessor:
         """Raises Temporary."""
         command, queued, sequence = read.command, read.queued, read.queued.ref.sequence
         sent_to = before.user_of_head(sequence) if read.redelivered else None
-        if sequence in before.finals:
-            await self.commands.acknowledge(queued)
-            return
+        if stored := before.receipts.get(sequence):
+            if is_final(stored.receipt):
+                await self.commands.acknowledge(queued)
+                return
+            self.commands.adopt_receipt(queued, stored.sequence)
+            queued = msgspec.structs.replace(queued, parked=True)
         if sent_to is not None:  # whatever is bound now
             actor = await self._conversation(command.sandbox, sent_to, known=before.records.get(sent_to))
         else:

@@ -29,6 +29,13 @@ class Address(NamedTuple):
     user: str = ""
 
 
+class StoredReceipt(NamedTuple):
+    """A receipt, and its sequence in WECHAT_EVENT."""
+
+    sequence: int
+    receipt: Receipt
+
+
 class Receipts:
     """Publishes receipts through Events and reads them back from WECHAT_EVENT."""
 
@@ -60,25 +67,29 @@ class Receipts:
             found = _read(last)
             if last is None:
                 expected = 0
-            elif found is not None and _is_of(found, ref) and (_is_final(found) or not _is_final(receipt)):
+            elif found is not None and _is_of(found, ref) and (is_final(found) or not is_final(receipt)):
                 return last.seq
             else:
                 expected = last.seq
 
-    async def find_finals(self, sandbox: str, refs: Iterable[CommandRef]) -> dict[int, Receipt]:
-        """The final receipts of those commands that have one, by the commands' sequences. Raises Temporary."""
-        wanted = {self._subject(sandbox, ref.id): ref for ref in refs}
-        finals: dict[int, Receipt] = {}
-        for stored in await self._history.last_of_each(self._names.stream_event, list(wanted)):
-            ref, receipt = wanted[stored.subject], _read(stored)
-            if receipt is not None and _is_of(receipt, ref) and _is_final(receipt):
-                finals[ref.sequence] = receipt
-            elif receipt is None or not _is_of(receipt, ref):  # a later command has the same id
-                async for earlier in self._history.read(self._names.stream_event, stored.subject):
-                    receipt = _read(earlier)
-                    if receipt is not None and _is_of(receipt, ref) and _is_final(receipt):
-                        finals[ref.sequence] = receipt
-        return finals
+    async def find(self, sandbox: str, refs: Iterable[CommandRef]) -> dict[int, StoredReceipt]:
+        """The last receipts of those commands that have one, by the commands' sequences. Raises Temporary."""
+        wanted: dict[str, list[CommandRef]] = {}
+        for ref in refs:
+            wanted.setdefault(self._subject(sandbox, ref.id), []).append(ref)
+        found: dict[int, StoredReceipt] = {}
+
+        def keep(stored: Stored) -> bool:
+            receipt = _read(stored)
+            owners = [ref for ref in wanted[stored.subject] if receipt is not None and _is_of(receipt, ref)]
+            found.update((ref.sequence, StoredReceipt(stored.seq, receipt)) for ref in owners if receipt)
+            return len(owners) == len(wanted[stored.subject])
+
+        for last in await self._history.last_of_each(self._names.stream_event, list(wanted)):
+            if not keep(last):  # several commands have the same id
+                async for stored in self._history.read(self._names.stream_event, last.subject):
+                    keep(stored)
+        return found
 
     async def last(self, sandbox: str, command: str) -> Receipt | None:
         """The newest receipt of the command with this id. Raises Temporary."""
@@ -134,7 +145,7 @@ def _is_of(receipt: Receipt, ref: CommandRef) -> bool:
     return (receipt.sequence, receipt.received_at_ms) == (ref.sequence, ref.stored_ms)
 
 
-def _is_final(receipt: Receipt) -> bool:
+def is_final(receipt: Receipt) -> bool:
     return receipt.outcome in contract.FINAL_OUTCOMES
 
 

@@ -22,7 +22,7 @@ from adapter.events import Events
 from adapter.headers import passed_on
 from adapter.metrics import Metrics
 from adapter.names import H_COMMAND, H_MSG_ID, H_SEQUENCE, H_SINCE_MS, UNROUTED, Names
-from adapter.outbound.receipts import Address, Receipts
+from adapter.outbound.receipts import Address, Receipts, is_final
 from adapter.ports import Bus, Delivery, Message
 from adapter.timing import Clock
 
@@ -209,7 +209,8 @@ class Router:
         """Whether a command that was delivered before has had its receipt from here."""
         while delivery.suspect:
             try:
-                return bool(await self._receipts.find_finals(sandbox, [_ref(delivery, ident)]))
+                found = await self._receipts.find(sandbox, [_ref(delivery, ident)])
+                return any(is_final(stored.receipt) for stored in found.values())
             except Temporary as exc:
                 log.warning("router.retrying", reason=exc.reason)
                 await self._clock.sleep(0.5)

@@ -199,10 +199,10 @@ async def repeats(language: Language, folder: Path) -> None:
             return
         await msg.respond(b'{"stream":"WECHAT_OUT","seq":1}')
         receipt = {"command": tries[0], "outcome": "accepted"}
-        await nc.publish(f"wechat.event.s1.receipt.{tries[0]}", json.dumps(receipt).encode())
+        await nc.publish(NAMES.receipt("s1", tries[0]), json.dumps(receipt).encode())
 
     async def on_pull(msg: Msg) -> None:
-        said = {"id": "in-1", "text": "hello", "items": [{"kind": "text", "text": "hello"}]}
+        said = {"id": "in-1", "user": "u1@im.wechat", "text": "hello", "items": [{"kind": "text", "text": "hello"}]}
         if not published.get("wechat.out.s1"):
             await nc.publish(msg.reply, json.dumps(said).encode(), reply="acks")
 

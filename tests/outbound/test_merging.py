@@ -254,6 +254,17 @@ async def test_a_refused_message_goes_apart_and_only_what_is_at_fault_is_refused
     ]
 
 
+async def test_texts_parked_before_a_take_over_are_told_once_and_merged() -> None:
+    bench, shard = await waiting("a", "b", "c")
+    shard.stop()
+    heir = bench.processor(merge_chars=CHARS)
+    await user_writes(bench)
+    bench.redeliver(heir)
+    await asyncio.sleep(30)
+    assert bench.chat.texts == ["a\n\nb\n\nc"]
+    assert [outcome for _, outcome, _ in outcomes(bench)] == ["parked"] * 3 + ["accepted"] * 3
+
+
 async def test_what_is_parked_after_a_refusal_is_merged_again() -> None:
     bench, shard = await waiting("a", "b")
     bench.chat.sends.extend([Refused("rejected", "no")])

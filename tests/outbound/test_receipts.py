@@ -5,6 +5,7 @@ from __future__ import annotations
 from adapter.contract import Receipt, Window
 from adapter.conversation.record import CommandRef
 from adapter.conversation.rules import CommandResult
+from adapter.names import H_MSG_ID
 from adapter.outbound.receipts import Address
 from adapter.ports import Message
 from tests.fakes import Bench
@@ -32,6 +33,7 @@ async def test_a_receipt_has_a_subject_of_its_own() -> None:
     await tell(bench, ref(1, "a/b c"))
     (stored,) = bench.bus.found("EVENT")
     assert stored.subject == "wechat.event.s1.receipt.a=2Fb=20c"
+    assert H_MSG_ID in stored.headers, "without it readers take it for a stranger's"
 
 
 async def test_two_owners_cannot_tell_two_finals() -> None:
@@ -56,18 +58,18 @@ async def test_an_id_that_is_used_again_has_a_final_receipt_for_each_command() -
     await tell(bench, ref(1, "same"), "refused")
     await tell(bench, ref(2, "same"), "accepted")
     assert told(bench) == [(1, "refused"), (2, "accepted")]
-    finals = await bench.receipts.find_finals("s1", [ref(1, "same")])
-    assert {sequence: receipt.outcome for sequence, receipt in finals.items()} == {1: "refused"}
-    assert (await bench.receipts.find_finals("s1", [ref(3, "same")])) == {}
+    for asked, outcomes in (([1], {1: "refused"}), ([1, 2], {1: "refused", 2: "accepted"}), ([3], {})):
+        found = await bench.receipts.find("s1", [ref(number, "same") for number in asked])
+        assert {sequence: stored.receipt.outcome for sequence, stored in found.items()} == outcomes
 
 
-async def test_finals_are_found_and_nothing_else() -> None:
+async def test_the_last_receipt_of_each_is_found_and_nothing_else() -> None:
     bench = Bench()
     await tell(bench, ref(1), "accepted")
     await tell(bench, ref(2), "parked")
     await bench.bus.publish(Message("event", bench.names.receipt("s1", "c3"), b"\xff", {}))
-    finals = await bench.receipts.find_finals("s1", [ref(number) for number in range(1, 5)])
-    assert list(finals) == [1]
+    found = await bench.receipts.find("s1", [ref(number) for number in range(1, 5)])
+    assert {sequence: stored.receipt.outcome for sequence, stored in found.items()} == {1: "accepted", 2: "parked"}
 
 
 async def test_the_last_receipt_of_a_command_can_be_asked_for() -> None:
