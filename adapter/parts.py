@@ -17,10 +17,10 @@ from adapter.bindings.tidying import Tidying
 from adapter.connections import Connections
 from adapter.console.desk import Needs
 from adapter.console.server import Console
-from adapter.conversation.actor import ConversationDeps
 from adapter.conversation.commands import Limits
 from adapter.conversation.conversations import Conversations, ConversationShard
 from adapter.conversation.rules import SendPolicy
+from adapter.conversation.shard import ConversationDeps
 from adapter.conversation.slots import SendSlots
 from adapter.conversation.store import ConversationStore
 from adapter.conversation.uploads import Uploads

@@ -99,14 +99,12 @@ class Backlog:
         self._total_bytes -= held.size
         if not self._count[held.subject]:
             del self._count[held.subject], self._bytes[held.subject]
-        return held.subject if self.wants(held.subject) else ""
-
-    def wants(self, subject: str) -> bool:
-        """Whether it is worth reading back: for every single one that would be too often."""
-        if subject not in self._left:
-            return False
+        if (subject := held.subject) not in self._left:
+            return ""
+        # for every single one it would be read too often
         half_share = self._count[subject] <= SHARE // 2 and self._bytes[subject] <= SHARE_BYTES // 2
-        return half_share or (len(self._held) <= ROOM // 2 and self._total_bytes <= ROOM_BYTES // 2)
+        half_room = len(self._held) <= ROOM // 2 and self._total_bytes <= ROOM_BYTES // 2
+        return subject if half_share or half_room else ""
 
     def _in_share(self, subject: str) -> bool:
         return self._count[subject] < SHARE and self._bytes[subject] < SHARE_BYTES

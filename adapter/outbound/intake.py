@@ -1,4 +1,4 @@
-"""Takes the commands of one shard off the bus and reads them.
+"""Takes the commands of one shard off the bus.
 
 All commands of the shard are delivered, so that none waits behind a sandbox that has sent thousands. Beyond a share
 per sandbox only the sequence is kept; the command is read back when those before it have ended, or wait.
@@ -7,53 +7,20 @@ per sandbox only the sequence is kept; the command is read back when those befor
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections import deque
-from collections.abc import Callable
-from typing import NamedTuple
 
 import structlog
 
-from adapter import contract
-from adapter.conversation.commands import (
-    Command,
-    Limits,
-    client_id_base,
-    command_id,
-    decode_command,
-    is_slow,
-    original,
-    read_command,
-    salvage_ids,
-    shown,
-    texts_of,
-)
-from adapter.conversation.record import CommandRef
-from adapter.conversation.rules import CommandResult, QueuedCommand
-from adapter.errors import LeaseLost, Refused, Temporary, Unreadable
+from adapter.errors import Temporary
 from adapter.metrics import Metrics
-from adapter.names import H_COMMAND, H_MSG_ID, UNROUTED, Names
+from adapter.names import Names
 from adapter.outbound.backlog import PAGE
-from adapter.outbound.ledger import MISSING_CONFIRM_S, CommandLedger
-from adapter.outbound.receipts import Address
-from adapter.outbound.trials import OWNERS, Trials
-from adapter.ports import Archive, Delivery, TextReader
+from adapter.outbound.ledger import CommandLedger
+from adapter.outbound.reading import MISSING_CONFIRM_S, CommandReader
+from adapter.ports import Archive, Delivery
 from adapter.tasks import Tasks
 from adapter.timing import Clock, first_of
 
 log = structlog.get_logger()
-
-MAX_NAME = 64
-"""Characters of a sandbox's name (names.SANDBOX_PATTERN)."""
-
-
-class ReadCommand(NamedTuple):
-    """A command that can be carried out."""
-
-    command: Command
-    queued: QueuedCommand
-    redelivered: bool
-    """It was delivered before: somebody may have worked on it."""
 
 
 class CommandIntake:
@@ -62,35 +29,20 @@ class CommandIntake:
     def __init__(
         self,
         ledger: CommandLedger,
+        reader: CommandReader,
         history: Archive,
         names: Names,
-        limits: Limits,
         clock: Clock,
         metrics: Metrics,
-        texts: TextReader,
-        trials: Trials | None,
-        ensure_owner: Callable[[], None],
         draining: asyncio.Event,
         tasks: Tasks,
     ) -> None:
-        """`trials`: the owner before died, perhaps of a command that was delivered to it."""
-        self.on_command: Callable[[ReadCommand], None] = _ignore
-        self.on_unreadable: Callable[[QueuedCommand, CommandResult, Address], None] = _ignore
-        """Called with what cannot be carried out, and how it ends."""
         self._ledger = ledger
+        self._reader = reader
         self._history = history
         self._names = names
-        self._limits = limits
         self._clock = clock
         self._metrics = metrics
-        self._texts = texts
-        self._trials = trials
-        self._ensure_owner = ensure_owner
-        self._trying = asyncio.Lock()
-        self._untried: set[int] = set()
-        """Sequences of what waits for its trial."""
-        self._unread: dict[str, deque[Delivery]] = {}
-        """By subject, in order: commands of which one takes its time to be read, and those behind it."""
         self._draining = draining
         self._tasks = tasks
         self._reading: set[str] = set()
@@ -99,8 +51,8 @@ class CommandIntake:
 
     def stop(self) -> None:
         """Hands on nothing any more."""
-        self.on_command = self.on_unreadable = self._ledger.on_room = _ignore
-        self._ensure_owner = _ignore  # no cycle is left for the garbage collector
+        self._reader.stop()
+        self._ledger.on_room = _ignore
 
     def on_delivery(self, delivery: Delivery) -> None:
         """A command arrived, or arrived again."""
@@ -158,154 +110,8 @@ class CommandIntake:
             self._reading.discard(subject)
 
     def _accept(self, delivery: Delivery) -> None:
-        """Reads a command, behind those of its sandbox that are being read."""
         self._ledger.add(delivery)
-        if delivery.subject in self._unread or (self._trials and delivery.suspect):
-            self._read_later(delivery)
-        else:
-            self._read(delivery)
-
-    def _read(self, delivery: Delivery, said: contract.Outbound | Refused | None = None) -> None:
-        """Reads a command. What cannot be carried out ends, whatever reading it raises.
-
-        `said`: the body with what its Markdown says, or why nobody can tell; None: that was not read yet.
-        """
-        sandbox = delivery.subject.rpartition(".")[2]
-        sequence, stored_ms = original(delivery.headers, delivery.seq, delivery.time_ms)
-        body = contract.Outbound()
-        try:
-            body = decode_command(delivery.data, self._limits)
-            if isinstance(said, Refused):
-                raise said
-            if said is None and is_slow(body, self._limits):
-                self._read_later(delivery)
-                return
-            command = read_command(
-                said or body,
-                sandbox=sandbox,
-                ident=_command_id(delivery, body),
-                sequence=sequence,
-                time_ms=stored_ms,
-                limits=self._limits,
-            )
-        except Refused as exc:
-            result = CommandResult("refused", exc.reason, exc.detail)
-        except Unreadable as exc:
-            body = salvage_ids(delivery.data, self._limits)
-            result = CommandResult("dead_lettered", exc.reason, exc.detail)
-        except Exception as exc:
-            log.exception("command.crashed", subject=delivery.subject, sequence=delivery.seq)
-            result = CommandResult("dead_lettered", "crashed", type(exc).__name__)
-        else:
-            self.on_command(ReadCommand(command, _queued(command, delivery.seq), delivery.suspect))
-            return
-        self._end_unread(delivery, body, result)
-
-    def _end_unread(self, delivery: Delivery, body: contract.Outbound, result: CommandResult) -> None:
-        """Ends what cannot be carried out. `body`: what is known of it."""
-        sandbox = delivery.subject.rpartition(".")[2]
-        sequence, stored_ms = original(delivery.headers, delivery.seq, delivery.time_ms)
-        self._metrics.schema_violations.labels(kind="out").inc()
-        ref = CommandRef(sequence=sequence, stored_ms=stored_ms, id=_command_id(delivery, body))
-        placeholder = QueuedCommand(
-            sequence=delivery.seq, ref=ref, client_id_base=client_id_base(sandbox, sequence, stored_ms)
-        )
-        # the subject of a receipt of a longer name would break the connection
-        self.on_unreadable(placeholder, result, Address(sandbox if len(sandbox) <= MAX_NAME else UNROUTED))
-
-    # what takes its time, or ends whoever reads it -----------------------------------------------------
-
-    def _read_later(self, delivery: Delivery) -> None:
-        if self._trials and delivery.suspect:
-            self._untried.add(delivery.seq)
-        if delivery.subject in self._unread:
-            self._unread[delivery.subject].append(delivery)
-            return
-        self._unread[delivery.subject] = deque([delivery])
-        self._tasks.spawn(self._read_in_order(delivery.subject))
-
-    async def _read_in_order(self, subject: str) -> None:
-        """Others do not wait for it."""
-        unread = self._unread[subject]
-        while unread and not self._draining.is_set():
-            try:
-                if unread[0].seq in self._untried:
-                    assert self._trials is not None
-                    await self._try(unread, self._trials)
-                else:
-                    await self._read_slowly(unread)
-            except (Temporary, LeaseLost) as exc:
-                log.warning("command.retrying", subject=subject, reason=exc.reason)
-                await first_of(self._draining, 0.5)
-            except Exception as exc:  # a bug: the others go on
-                log.exception("command.crashed", subject=subject, sequence=unread[0].seq)
-                self._untried.discard(unread[0].seq)
-                result = CommandResult("dead_lettered", "crashed", type(exc).__name__)
-                self._end_unread(unread.popleft(), contract.Outbound(), result)
-        del self._unread[subject]
-
-    async def _read_slowly(self, unread: deque[Delivery]) -> None:
-        """Reads the first one. Raises Temporary, as long as it is not read."""
-        said: contract.Outbound | Refused | None = None
-        with contextlib.suppress(Unreadable):  # which is told below
-            body = decode_command(unread[0].data, self._limits)
-            if is_slow(body, self._limits):
-                try:
-                    said = shown(body, await self._texts.render(texts_of(body)))
-                except Refused as exc:
-                    said = exc
-        self._read(unread.popleft(), said)
-
-    async def _try(self, unread: deque[Delivery], trials: Trials) -> None:
-        """Reads the first one, of which the owner before may have died. Raises Temporary, LeaseLost."""
-        async with self._trying:
-            sequence = unread[0].seq
-            self._ensure_owner()
-            if await trials.begin(unread[0]):
-                await self._read_slowly(unread)
-            else:
-                await self._bury(unread)
-            self._untried.discard(sequence)
-            while not self._untried and not self._draining.is_set():
-                try:
-                    self._ensure_owner()
-                    await trials.end()
-                    return
-                except (Temporary, LeaseLost) as exc:
-                    log.warning("command.retrying", sequence=sequence, reason=exc.reason)
-                    await first_of(self._draining, 0.5)
-
-    async def _bury(self, unread: deque[Delivery]) -> None:
-        """Ends the first one, which nobody can read; also its id is looked for elsewhere. Raises Temporary."""
-        ident = await self._texts.find_id(unread[0].data)
-        delivery = unread.popleft()
-        log.error("command.buried", subject=delivery.subject, sequence=delivery.seq, owners=OWNERS)
-        detail = f"Whoever read it ended before it was read, {OWNERS} times in a row."
-        self._end_unread(
-            delivery, contract.Outbound(id=ident or None), CommandResult("dead_lettered", "crashed", detail)
-        )
+        self._reader.put(delivery)
 
 
 def _ignore(*_: object) -> None: ...
-
-
-def _queued(command: Command, sequence: int) -> QueuedCommand:
-    only = command.parts[0] if len(command.parts) == 1 else None
-    return QueuedCommand(
-        sequence=sequence,
-        ref=CommandRef(sequence=command.sequence, stored_ms=command.stored_ms, id=command.id),
-        client_id_base=command.client,
-        kind=command.kind,
-        parts=command.parts,
-        part_count=len(command.parts),
-        chars=len(only) if isinstance(only, str) else 0,
-        expires_ms=command.expires_ms,
-        when_closed=command.when_closed,
-        optional=command.optional,
-        typing=command.typing,
-    )
-
-
-def _command_id(delivery: Delivery, body: contract.Outbound) -> str:
-    routed, msg_id = delivery.headers.get(H_COMMAND, ""), delivery.headers.get(H_MSG_ID, "")
-    return command_id(body.id, routed, msg_id, delivery.seq)

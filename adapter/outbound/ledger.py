@@ -6,25 +6,23 @@ sandbox (`Backlog`); what waits for its user gives its body back, and is read an
 
 from __future__ import annotations
 
-import math
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+
+import structlog
 
 from adapter import contract
-from adapter.conversation.commands import Limits, Part, decode_command, is_slow, read_command, shown, texts_of
 from adapter.conversation.rules import CommandResult, QueuedCommand
-from adapter.errors import Refused, Temporary
 from adapter.events import Events
 from adapter.metrics import Metrics
 from adapter.names import H_COMMAND, H_TRACEPARENT, Names
 from adapter.outbound.backlog import Backlog
 from adapter.outbound.receipts import Address, Receipts
-from adapter.ports import Archive, Delivery, TextReader
+from adapter.ports import Archive, Delivery
 from adapter.timing import Clock
 
-MISSING_CONFIRM_S = 10.0
-"""What waits on the bus and is missing there for so long is gone. A cluster that is losing its leaders may not show
-all that it has, and what is taken for gone is overtaken."""
+log = structlog.get_logger()
+
 ENDED_KEPT = 256
 """Commands remembered as ended: what comes again of the last moment needs no look at the receipts."""
 
@@ -61,8 +59,6 @@ class CommandLedger:
         events: Events,
         history: Archive,
         names: Names,
-        limits: Limits,
-        texts: TextReader,
         clock: Clock,
         metrics: Metrics,
     ) -> None:
@@ -73,15 +69,10 @@ class CommandLedger:
         self._events = events
         self._history = history
         self._names = names
-        self._limits = limits
-        self._texts = texts
         self._clock = clock
         self._metrics = metrics
         self._entries: dict[int, _Entry] = {}
         """By sequence."""
-        self._missing = (-math.inf, -math.inf)
-        """Monotonic times between which commands were missing on the bus: of many that are gone only the first one
-        takes long."""
         self._ended: OrderedDict[int, int] = OrderedDict()
         """Sequences, and when each was stored: one without the other is a command of a stream that was made anew."""
 
@@ -106,8 +97,11 @@ class CommandLedger:
         entry.delivery = delivery
         return True
 
-    async def acknowledge(self, command: QueuedCommand) -> None:
-        """The command has ended."""
+    async def acknowledge(self, command: QueuedCommand, *, is_duplicate: bool = False) -> None:
+        """The command has ended. `is_duplicate`: without a receipt of its own."""
+        if is_duplicate:
+            log.info("command.duplicate", command=command.ref.id)
+            self._metrics.outbound_messages.of(command.kind, "duplicate", "none").inc()
         if (entry := self._entries.pop(command.sequence, None)) is None:
             return
         self._ended[command.sequence] = entry.delivery.time_ms
@@ -127,36 +121,10 @@ class CommandLedger:
         if subject := self.backlog.settle(sequence):
             self.on_room(subject)
 
-    async def load_bodies(self, sandbox: str, sequences: Sequence[int]) -> dict[int, list[Part] | None]:
-        """Parts of commands, read back from the bus; None: it has the command no more.
-
-        Raises Temporary, also as long as one may only not be shown.
-        """
-        parts: dict[int, list[Part] | None] = {}
-        now = self._clock.monotonic()
-        for sequence in sequences:
-            entry = self._entries.get(sequence)
-            stored = await self._history.get(self._names.stream_out, sequence)
-            if stored is None:
-                parts[sequence] = None
-                continue
-            body = decode_command(stored.data, self._limits)
-            if is_slow(body, self._limits):
-                try:
-                    body = shown(body, await self._texts.render(texts_of(body)))
-                except Refused:  # it was read once
-                    parts[sequence] = None
-                    continue
-            command = read_command(body, sandbox=sandbox, ident="", sequence=0, time_ms=0, limits=self._limits)
-            parts[sequence] = command.parts
-            if entry:
-                entry.end_parking(self._clock.now_ms())
-        if None in parts.values():
-            since, last = self._missing
-            self._missing = since if now - last < MISSING_CONFIRM_S else now, now
-            if now - self._missing[0] < MISSING_CONFIRM_S:
-                raise Temporary("command_missing")
-        return parts
+    def end_parking(self, sequence: int) -> None:
+        """It waits for its user no more."""
+        if entry := self._entries.get(sequence):
+            entry.end_parking(self._clock.now_ms())
 
     async def publish_receipt(
         self, command: QueuedCommand, result: CommandResult, address: Address, shown: contract.Window

@@ -76,126 +76,17 @@ class Indicator:
         return bool(self.wanted or self.maybe_visible or self.shows or self.hides)
 
 
-class TypingIndicators:
-    """The indicators of one shard, as long as this replica owns it."""
+class IndicatorRunner:
+    """Brings what a user sees to what is wanted."""
 
-    def __init__(self, shard: int, deps: TypingDeps) -> None:
+    def __init__(self, shard: int, deps: TypingDeps, tickets: Tickets) -> None:
+        self.draining = False
         self._deps = deps
-        self._indicators: dict[tuple[str, str], Indicator] = {}
-        self._known: set[tuple[str, str]] = set()
-        """Bots and users to whom it was shown or hidden here: nothing of an owner before is left on their phones."""
+        self._tickets = tickets
         self._check = partial(deps.check, shard)
-        self._tickets = Tickets(deps.chat, deps.clock)
-        self._draining = False
 
-    # what the conversations ask ---------------------------------------------------------------------
-
-    def show(self, binding: Binding, user: str, context_token: str) -> asyncio.Future[None]:
-        """Shows it, for the time of the setting. The future is done once iLink took it.
-
-        Fails with Refused, Crashed; cancelled where the service stops.
-        """
-        taken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        if self._draining:
-            taken.cancel()
-            return taken
-        self.begin(binding, user, context_token)
-        self._indicators[binding.bot, user].shows.append(taken)
-        return taken
-
-    def begin(self, binding: Binding, user: str, context_token: str) -> None:
-        """As `show`, for callers who do not need the outcome."""
-        if self._draining:
-            return
-        indicator = self._indicator(binding, user, context_token)
-        indicator.wanted = True
-        indicator.until = self._deps.clock.monotonic() + self._deps.longest_s
-        self._wake_or_start(indicator)
-
-    def hide(self, binding: Binding, user: str, context_token: str) -> asyncio.Future[None]:
-        """Hides it, whether or not it is shown. The future is that of `show`."""
-        taken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        indicator = self._indicator(binding, user, context_token)
-        indicator.wanted = False
-        indicator.hides.append(taken)
-        self._wake_or_start(indicator)
-        return taken
-
-    def hide_if_visible(self, binding: Binding, user: str, context_token: str, *, shown_before: bool) -> None:
-        """The answer was sent: hides it if it is shown. `shown_before`: an owner before may have left it shown."""
-        indicator = self._indicators.get((binding.bot, user))
-        if indicator is not None and indicator.wanted:
-            indicator.wanted = False
-            self._wake_or_start(indicator)
-        elif shown_before and (binding.bot, user) not in self._known and not self._draining:
-            indicator = self._indicator(binding, user, context_token)
-            indicator.maybe_visible = True
-            self._wake_or_start(indicator)
-
-    def retry_ticket(self, bot: str, user: str) -> None:
-        """The user wrote: iLink may have a ticket for them now where it had none."""
-        self._tickets.retry(bot, user)
-
-    def rebound(self, sandbox: str) -> None:
-        """A binding of the sandbox changed: whatever is shown for it is checked."""
-        for indicator in list(self._indicators.values()):
-            if indicator.binding is None or indicator.binding.sandbox == sandbox:
-                self._wake_or_start(indicator)
-
-    def evict_idle(self) -> None:
-        """Forgets what is of no use any more."""
-        self._known = {key for key in self._known if self._deps.bindings.get(key[0]) is not None}
-        self._tickets.evict(self._indicators.keys(), self._deps.bindings.get)
-
-    async def drain(self, seconds: float) -> None:
-        """Hides everything, as far as that can be done in time; the rest is left to the next owner."""
-        self._draining = True
-        for indicator in list(self._indicators.values()):
-            indicator.wanted = False
-            self._wake_or_start(indicator)
-        if tasks := self._tasks():
-            await asyncio.wait(tasks, timeout=seconds)
-        self.stop()
-
-    def stop(self) -> None:
-        """Ends everything now; the next owner hides what is shown."""
-        self._draining = True
-        for task in self._tasks():
-            task.cancel()
-
-    # one indicator --------------------------------------------------------------------------------------
-
-    def _tasks(self) -> list[asyncio.Task[None]]:
-        return [
-            indicator.task
-            for indicator in self._indicators.values()
-            if indicator.task is not None and not indicator.task.done()
-        ]
-
-    def _indicator(self, binding: Binding, user: str, context_token: str) -> Indicator:
-        key = binding.bot, user
-        self._known.add(key)
-        indicator = self._indicators.setdefault(key, Indicator(*key))
-        indicator.binding, indicator.context_token = binding, context_token
-        return indicator
-
-    def _wake_or_start(self, indicator: Indicator) -> None:
-        indicator.wake.set()
-        if indicator.task is None:
-            indicator.task = asyncio.get_running_loop().create_task(self._run(indicator))
-            indicator.task.add_done_callback(lambda task: self._ended(indicator, task))
-
-    def _ended(self, indicator: Indicator, task: asyncio.Task[None]) -> None:
-        if self._indicators.get((indicator.bot, indicator.user)) is indicator:
-            del self._indicators[indicator.bot, indicator.user]
-        if task.cancelled():
-            for taken in (*indicator.shows, *indicator.hides):
-                taken.cancel()
-        elif exc := task.exception():
-            log.error("typing.crashed", bot=indicator.bot, exc_info=exc)
-            _fail([*indicator.shows, *indicator.hides], Crashed())
-
-    async def _run(self, indicator: Indicator) -> None:
+    async def run(self, indicator: Indicator) -> None:
+        """Raises what stays a bug."""
         crashes = 0
         while indicator.is_open():
             indicator.wake.clear()
@@ -210,7 +101,6 @@ class TypingIndicators:
                 wait_s = PAUSE_S
             if wait_s > 0:
                 await first_of(indicator.wake, wait_s)
-        del self._indicators[indicator.bot, indicator.user]  # at once: who comes next begins anew
 
     async def _turn(self, indicator: Indicator) -> float:
         """One step towards what is wanted; seconds until the next, unless it is woken."""
@@ -228,7 +118,7 @@ class TypingIndicators:
         except LeaseLost:
             return REST_S  # the lease pauses, or is gone; then all of this ends
         except SessionExpired as exc:
-            if not indicator.maybe_visible or self._draining or self._deps.bindings.get(indicator.bot) is None:
+            if not indicator.maybe_visible or self.draining or self._deps.bindings.get(indicator.bot) is None:
                 return await self._abandon(indicator, exc)
             indicator.wanted = False
             _fail(indicator.shows, exc)
@@ -252,7 +142,7 @@ class TypingIndicators:
             raise Refused("not_bound", "The bot is not bound any more.")
         if indicator.binding.state == "needs_login" or self._deps.stale(indicator.bot):
             stale = SessionExpired("needs_login", "The bot's token is stale.")
-            if indicator.maybe_visible and found is not None and not self._draining:
+            if indicator.maybe_visible and found is not None and not self.draining:
                 _fail(indicator.hides, stale)
                 return None  # it may live again, and then it is hidden
             raise stale
@@ -285,7 +175,7 @@ class TypingIndicators:
 
     async def _hide(self, indicator: Indicator, account: Account) -> float:
         ticket, now = self._tickets.of(indicator.bot, indicator.user), self._deps.clock.monotonic()
-        if indicator.maybe_visible and now < indicator.hide_at and not self._draining:
+        if indicator.maybe_visible and now < indicator.hide_at and not self.draining:
             return indicator.hide_at - now
         if indicator.maybe_visible or (indicator.hides and not (ticket.hidden and now < ticket.used_at + REST_S)):
             value = await self._tickets.get(account, indicator.user, indicator.context_token)
@@ -331,6 +221,129 @@ class TypingIndicators:
         _fail(indicator.hides, exc)
         indicator.wanted = indicator.maybe_visible = False
         return 0.0
+
+
+class TypingIndicators:
+    """The indicators of one shard, as long as this replica owns it."""
+
+    def __init__(self, shard: int, deps: TypingDeps) -> None:
+        self._deps = deps
+        self._indicators: dict[tuple[str, str], Indicator] = {}
+        self._known: set[tuple[str, str]] = set()
+        """Bots and users to whom it was shown or hidden here: nothing of an owner before is left on their phones."""
+        self._tickets = Tickets(deps.chat, deps.clock)
+        self._runner = IndicatorRunner(shard, deps, self._tickets)
+
+    # what the conversations ask ---------------------------------------------------------------------
+
+    def show(self, binding: Binding, user: str, context_token: str) -> asyncio.Future[None]:
+        """Shows it, for the time of the setting. The future is done once iLink took it.
+
+        Fails with Refused, Crashed; cancelled where the service stops.
+        """
+        taken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        if self._runner.draining:
+            taken.cancel()
+            return taken
+        self.begin(binding, user, context_token)
+        self._indicators[binding.bot, user].shows.append(taken)
+        return taken
+
+    def begin(self, binding: Binding, user: str, context_token: str) -> None:
+        """As `show`, for callers who do not need the outcome."""
+        if self._runner.draining:
+            return
+        indicator = self._indicator(binding, user, context_token)
+        indicator.wanted = True
+        indicator.until = self._deps.clock.monotonic() + self._deps.longest_s
+        self._wake_or_start(indicator)
+
+    def hide(self, binding: Binding, user: str, context_token: str) -> asyncio.Future[None]:
+        """Hides it, whether or not it is shown. The future is that of `show`."""
+        taken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        indicator = self._indicator(binding, user, context_token)
+        indicator.wanted = False
+        indicator.hides.append(taken)
+        self._wake_or_start(indicator)
+        return taken
+
+    def hide_if_visible(self, binding: Binding, user: str, context_token: str, *, shown_before: bool) -> None:
+        """The answer was sent: hides it if it is shown. `shown_before`: an owner before may have left it shown."""
+        indicator = self._indicators.get((binding.bot, user))
+        if indicator is not None and indicator.wanted:
+            indicator.wanted = False
+            self._wake_or_start(indicator)
+        elif shown_before and (binding.bot, user) not in self._known and not self._runner.draining:
+            indicator = self._indicator(binding, user, context_token)
+            indicator.maybe_visible = True
+            self._wake_or_start(indicator)
+
+    def retry_ticket(self, bot: str, user: str) -> None:
+        """The user wrote: iLink may have a ticket for them now where it had none."""
+        self._tickets.retry(bot, user)
+
+    def rebound(self, sandbox: str) -> None:
+        """A binding of the sandbox changed: whatever is shown for it is checked."""
+        for indicator in list(self._indicators.values()):
+            if indicator.binding is None or indicator.binding.sandbox == sandbox:
+                self._wake_or_start(indicator)
+
+    def evict_idle(self) -> None:
+        """Forgets what is of no use any more."""
+        self._known = {key for key in self._known if self._deps.bindings.get(key[0]) is not None}
+        self._tickets.evict(self._indicators.keys(), self._deps.bindings.get)
+
+    async def drain(self, seconds: float) -> None:
+        """Hides everything, as far as that can be done in time; the rest is left to the next owner."""
+        self._runner.draining = True
+        for indicator in list(self._indicators.values()):
+            indicator.wanted = False
+            self._wake_or_start(indicator)
+        if tasks := self._tasks():
+            await asyncio.wait(tasks, timeout=seconds)
+        self.stop()
+
+    def stop(self) -> None:
+        """Ends everything now; the next owner hides what is shown."""
+        self._runner.draining = True
+        for task in self._tasks():
+            task.cancel()
+
+    # one indicator --------------------------------------------------------------------------------------
+
+    def _tasks(self) -> list[asyncio.Task[None]]:
+        return [
+            indicator.task
+            for indicator in self._indicators.values()
+            if indicator.task is not None and not indicator.task.done()
+        ]
+
+    def _indicator(self, binding: Binding, user: str, context_token: str) -> Indicator:
+        key = binding.bot, user
+        self._known.add(key)
+        indicator = self._indicators.setdefault(key, Indicator(*key))
+        indicator.binding, indicator.context_token = binding, context_token
+        return indicator
+
+    def _wake_or_start(self, indicator: Indicator) -> None:
+        indicator.wake.set()
+        if indicator.task is None:
+            indicator.task = asyncio.get_running_loop().create_task(self._run(indicator))
+            indicator.task.add_done_callback(lambda task: self._ended(indicator, task))
+
+    def _ended(self, indicator: Indicator, task: asyncio.Task[None]) -> None:
+        if self._indicators.get((indicator.bot, indicator.user)) is indicator:
+            del self._indicators[indicator.bot, indicator.user]
+        if task.cancelled():
+            for taken in (*indicator.shows, *indicator.hides):
+                taken.cancel()
+        elif exc := task.exception():
+            log.error("typing.crashed", bot=indicator.bot, exc_info=exc)
+            _fail([*indicator.shows, *indicator.hides], Crashed())
+
+    async def _run(self, indicator: Indicator) -> None:
+        await self._runner.run(indicator)
+        del self._indicators[indicator.bot, indicator.user]  # at once: who comes next begins anew
 
 
 def _done(waiting: list[asyncio.Future[None]]) -> None:

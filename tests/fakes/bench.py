@@ -11,11 +11,11 @@ import msgspec
 
 from adapter import media
 from adapter.bindings.registry import Bindings
-from adapter.conversation.actor import ConversationDeps
 from adapter.conversation.commands import Limits
 from adapter.conversation.conversations import Conversations
 from adapter.conversation.record import ConversationRecord, SendWindow
 from adapter.conversation.rules import SendPolicy
+from adapter.conversation.shard import ConversationDeps
 from adapter.conversation.slots import SendSlots
 from adapter.conversation.store import ConversationStore
 from adapter.conversation.uploads import Uploads
@@ -130,6 +130,7 @@ class Bench:
         binding = Binding(
             sandbox=sandbox, bot=bot, user=user, **{"token": f"{bot}:t", "since_ms": self.clock.now_ms(), **fields}
         )
+        self.stale.discard(bot)
         await self.bindings.put(binding)
         return binding
 
@@ -256,6 +257,8 @@ class Bench:
 
     def poll_now(self, bot: str) -> None:
         self.polled_now.append(bot)
+        if self.chat.poll_is_stale:
+            self.stale.add(bot)
 
     def has_polled_since(self, bot: str, since: float) -> bool:
         return self.polled_at.get(bot, 0.0) > since

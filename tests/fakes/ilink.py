@@ -84,6 +84,8 @@ class FakeChat:
         self.sent: list[Sent] = []
         self.notified: list[bool] = []
         self.notify_fails: Exception | None = None
+        self.poll_is_stale = False
+        """Whether a poll that begins is answered with -14."""
         self.notify_took_s = 0.0
         self.recycled = 0
         self.polling = 0

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adapter.errors import Refused, SessionExpired, Temporary, Throttled, Uncertain
-from adapter.outbound.ledger import MISSING_CONFIRM_S
 from adapter.outbound.processor import ShardCommandProcessor
+from adapter.outbound.reading import MISSING_CONFIRM_S
 from adapter.ports import Accepted
 from tests.fakes import GAP_S, Bench, FakeDelivery, VirtualLoop
 from tests.outbound.shards import BOT, USER, finals, outcomes, parked, ready, user_writes
@@ -609,7 +609,8 @@ def test_whatever_happens_each_is_told_once_and_seen_at_most_once(
     async def run() -> None:
         texts = [f"{number}:".ljust(length, "x") for number, length in enumerate(lengths)]
         bench, shard = await waiting(*texts)
-        bench.chat.notify_fails = STEPS["stale"] if dead else None
+        if dead:
+            bench.chat.notify_fails, bench.chat.poll_is_stale = STEPS["stale"], True
         for answer in answers:
             bench.chat.sends.append(STEPS.get(answer) or Accepted("m", 0, None, ""))
         await crash_and_take_over(bench, shard, crash)

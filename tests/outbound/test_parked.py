@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from adapter.outbound.ledger import MISSING_CONFIRM_S
+from adapter.outbound.reading import MISSING_CONFIRM_S
 from tests.fakes import LIMITS, WINDOW
 from tests.outbound.shards import BOT, THROTTLED, finals, outcomes, parked, ready, user_writes
 

@@ -15,7 +15,7 @@ import structlog
 from adapter import logs
 from adapter.conversation import rules
 from adapter.names import H_REASON, H_SUBJECT
-from adapter.outbound import intake
+from adapter.outbound import reading
 from adapter.outbound.processor import ShardCommandProcessor
 from adapter.ports import Account, Content, Message
 from tests.fakes import Bench, FakeDelivery
@@ -142,11 +142,12 @@ class Step(NamedTuple):
 
 
 CHAT = lambda bench, _: bench.chat  # noqa: E731
-SELF = lambda _, processor: processor  # noqa: E731
+OWNED = lambda _, processor: processor.owned  # noqa: E731
+PLACEMENT = lambda _, processor: processor.placement  # noqa: E731
 STEPS = [
-    Step("read", calling(lambda *_: intake, "read_command", lambda body, **_: WORDS in body.text), outlives=0),
-    Step("place", calling(SELF, "_place", of_bad)),
-    Step("placed-again", calling(SELF, "_place", of_bad), TEXT, UNCERTAIN, suspect=True),
+    Step("read", calling(lambda *_: reading, "read_command", lambda body, **_: WORDS in body.text), outlives=0),
+    Step("place", calling(PLACEMENT, "_place", of_bad)),
+    Step("placed-again", calling(PLACEMENT, "_place", of_bad), TEXT, UNCERTAIN, suspect=True),
     Step("finals", calling(lambda bench, _: bench.receipts, "find", asked_of_bad), TEXT, UNCERTAIN, suspect=True),
     Step("rules", calling(lambda *_: rules, "step", is_first_bad), outlives=0),
     Step("record", calling(lambda bench, _: bench.store, "save", of_bad)),
@@ -158,12 +159,12 @@ STEPS = [
     Step("session", checking),
     Step("ticket", calling(CHAT, "typing_ticket", always), TYPING),
     Step("shown", calling(CHAT, "show_typing", always), TYPING),
-    Step("typing", calling(SELF, "set_typing", lambda _, command, **__: command is not None), TYPING),
-    Step("hidden", calling(SELF, "set_typing", lambda _, command, **__: command is None), TEXT, SENT),
-    Step("window", calling(SELF, "announce", always), TEXT, SENT),
+    Step("typing", calling(OWNED, "set_typing", lambda _, command, **__: command is not None), TYPING),
+    Step("hidden", calling(OWNED, "set_typing", lambda _, command, **__: command is None), TEXT, SENT),
+    Step("window", calling(OWNED, "announce", always), TEXT, SENT),
     Step("event", calling(lambda bench, _: bench.events, "window", always), TEXT, SENT),
     Step("receipt", receipt, TEXT, SENT, times=3),
-    Step("acknowledge", calling(SELF, "acknowledge", of_bad), TEXT, SENT, times=2),
+    Step("acknowledge", calling(OWNED, "acknowledge", of_bad), TEXT, SENT, times=2),
 ]
 
 
@@ -383,7 +384,7 @@ async def test_of_what_cannot_be_read_back_the_one_at_fault_ends_alone(
 ) -> None:
     bench, processor = await three_parked(merge_chars=merge_chars)
     await asyncio.sleep(5)
-    load = calling(SELF, "load_bodies", lambda _, sequences: 2 in sequences)
+    load = calling(OWNED, "load_bodies", lambda _, sequences: 2 in sequences)
     load(monkeypatch, bench, processor, Bugs(times))
     await user_writes(bench)
     await asyncio.sleep(60)

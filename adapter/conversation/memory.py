@@ -1,0 +1,59 @@
+"""The state of one conversation in memory, and its record in the bucket."""
+
+from __future__ import annotations
+
+from adapter.conversation import rules
+from adapter.conversation.rules import Conversation
+from adapter.conversation.shard import Shard
+from adapter.conversation.store import ConversationStore
+from adapter.errors import Conflict
+
+
+class ConversationMemory:
+    """The only writer of the record, but for a poller whose shard was handed over."""
+
+    def __init__(self, state: Conversation, revision: int, shard: Shard, store: ConversationStore) -> None:
+        self.state = state
+        self._revision = revision
+        self._stored = state.record
+        self._shard = shard
+        self._store = store
+
+    @property
+    def is_dirty(self) -> bool:
+        """The record was not stored as it is known here."""
+        return self.state.record != self._stored
+
+    @property
+    def has_record(self) -> bool:
+        """There is one in the bucket."""
+        return bool(self._revision)
+
+    @property
+    def bot(self) -> str:
+        """Over which messages are sent; the last one where none serves the user."""
+        return self.state.bot.id if self.state.bot else self.state.record.bot
+
+    async def adopt_stored(self) -> None:
+        """Reads the record anew: a poller that ends at another replica may have heard the user. Raises Temporary."""
+        record, revision = await self._store.load(self.state.sandbox, self.state.user)
+        if revision > self._revision:
+            self._revision = revision
+            self.state = rules.adopt_inbound(self.state, record)
+
+    async def save(self) -> None:
+        """Stores the record. Raises Temporary, LeaseLost."""
+        store, state = self._store, self.state
+        while True:
+            self._shard.ensure_owner()
+            record = self.state.record
+            try:
+                self._revision = await store.save(state.sandbox, state.user, record, self._revision)
+            except Conflict:
+                self._shard.ensure_owner()
+                stored, self._revision = await store.load(state.sandbox, state.user)
+                self._shard.ensure_owner()  # the answer may be late, and the record that of an owner after us
+                self.state = rules.adopt_inbound(self.state, stored)
+            else:
+                self._stored = record
+                return

@@ -1,0 +1,202 @@
+"""What a conversation has out: one request to sendmessage, and one wait for something else."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TypeAlias
+
+import structlog
+
+from adapter.conversation import rules
+from adapter.conversation.memory import ConversationMemory
+from adapter.conversation.rules import CommandResult
+from adapter.conversation.shard import ConversationDeps, Shard
+from adapter.conversation.uploads import StoreAway
+from adapter.crashes import TRIES
+from adapter.errors import AdapterError, LeaseLost, Refused, SessionExpired, Temporary, Throttled, Uncertain
+from adapter.tasks import Tasks
+from adapter.timing import Clock, backoff
+
+log = structlog.get_logger()
+
+LEASE_PAUSE_S = 0.2
+
+WorkEffect: TypeAlias = rules.Post | rules.RequestSlot | rules.Load | rules.Upload | rules.CheckSession
+"""What takes its time; its answer is an input."""
+
+
+async def repeat_until_done(
+    what: str, work: Callable[[], Awaitable[None]], sandbox: str, shard: Shard, clock: Clock
+) -> Exception | None:
+    """Tries until it is done. What raises what nobody expects is tried a few times, and then returned."""
+    crashes = failures = 0
+    while True:
+        try:
+            await work()
+        except LeaseLost:  # paused: it may come back; lost: somebody stops us
+            await shard.wait_owned()
+            await clock.sleep(LEASE_PAUSE_S)
+        except AdapterError as exc:
+            failures += 1
+            log.warning("conversation.retrying", sandbox=sandbox, work=what, reason=exc.reason)
+            await clock.sleep(backoff(failures, first_s=0.2, longest_s=5.0))
+        except Exception as exc:
+            crashes += 1
+            log.exception("conversation.crashed", sandbox=sandbox, work=what, crashes=crashes)
+            if crashes == TRIES:
+                return exc
+            await clock.sleep(backoff(crashes, first_s=0.5))
+        else:
+            return None
+
+
+class OutstandingWork:
+    """Feeds what comes of it back into the mailbox."""
+
+    def __init__(
+        self,
+        memory: ConversationMemory,
+        shard: Shard,
+        deps: ConversationDeps,
+        put: Callable[[rules.Input], None],
+    ) -> None:
+        self._memory = memory
+        self._shard = shard
+        self._deps = deps
+        self._put = put
+        self._request = Tasks(report_crash)
+        """At most one: a request to sendmessage."""
+        self._wait = Tasks(report_crash)
+        """At most one: an upload, a read-back, a wait for a slot, a question whether the session is alive."""
+        self._draining = False
+
+    @property
+    def tasks(self) -> int:
+        return len(self._wait) + len(self._request)
+
+    def cancel_wait(self) -> None:
+        """The conversation does not wait for it any more."""
+        self._wait.cancel()
+
+    def cancel(self) -> None:
+        self._wait.cancel()
+        self._request.cancel()
+
+    async def drain(self, grace_s: float) -> None:
+        """Starts nothing any more; a request that is out gets `grace_s` seconds."""
+        self._draining = True
+        self._wait.cancel()
+        await self._request.ended(grace_s)
+
+    def start(self, effect: WorkEffect) -> None:
+        match effect:
+            case rules.Post() if self._draining:
+                self._deps.slots.release(self._memory.state.sandbox)
+                self._put(rules.NotTaken("", 0, is_unreached=True))
+            case rules.Post():
+                self._request.spawn(self._post(effect))
+            case rules.RequestSlot():
+                if self._deps.slots.try_acquire(self._memory.state.sandbox):
+                    self._grant_slot()
+                else:
+                    self._spawn_wait(effect, self._await_slot)
+            case rules.Load(sequences):
+                self._spawn_wait(effect, lambda: self._load(sequences))
+            case rules.Upload():
+                self._spawn_wait(effect, lambda: self._upload(effect))
+            case rules.CheckSession():
+                self._spawn_wait(effect, self._check_session)
+
+    def _spawn_wait(self, effect: WorkEffect, work: Callable[[], Awaitable[None]]) -> None:
+        async def run() -> None:
+            if (
+                crash := await repeat_until_done(
+                    type(effect).__name__, work, self._memory.state.sandbox, self._shard, self._deps.clock
+                )
+            ) is not None:
+                self._put(rules.Crashed(type(crash).__name__))
+
+        if not self._draining:
+            self._wait.spawn(run())
+
+    def _grant_slot(self) -> None:
+        if self._draining:
+            self._deps.slots.release(self._memory.state.sandbox)
+        else:
+            self._put(rules.SlotGranted())
+
+    async def _await_slot(self) -> None:
+        await self._deps.slots.acquire(self._memory.state.sandbox)
+        self._grant_slot()
+
+    async def _load(self, sequences: Sequence[int]) -> None:
+        self._put(rules.Loaded(await self._shard.load_bodies(self._memory.state.sandbox, sequences)))
+
+    async def _check_session(self) -> None:
+        self._put(rules.SessionChecked(await self._shard.is_session_alive(self._memory.state.record.bot)))
+
+    async def _upload(self, upload: rules.Upload) -> None:
+        """Raises what nobody expects."""
+        try:
+            account = self._shard.account_of(self._memory.state.sandbox, self._memory.bot)
+            content = await self._deps.uploads.bring(upload.client_id, upload.media, account, self._memory.state.user)
+        except StoreAway:
+            raise
+        except AdapterError as exc:
+            self._put(self._as_answer(exc, "media"))
+        else:
+            self._put(rules.UploadDone(content))
+
+    async def _post(self, post: rules.Post) -> None:
+        """Makes the request, and gives its slot back."""
+        state = self._memory.state
+        answer: rules.Answer = rules.Unanswered()
+        try:
+            accepted = await self._deps.chat.send(
+                self._shard.account_of(state.sandbox, self._memory.bot),
+                user=state.user,
+                client_id=post.client_id,
+                context_token=state.record.token,
+                content=post.content,
+                check=self._shard.ensure_owner,
+            )
+            answer = rules.Accepted(accepted.message_id, accepted.ret, accepted.errcode, accepted.errmsg)
+        except AdapterError as exc:
+            answer = self._as_answer(exc)
+        except Exception:  # a bug: it may have left
+            log.exception("send.crashed", bot=self._memory.bot, sandbox=state.sandbox)
+        finally:
+            self._deps.slots.release(state.sandbox)
+        self._put(answer)
+
+    def _as_answer(self, exc: AdapterError, reason: str = "") -> rules.Answer:
+        """What a failed request, or upload, is to the rules. `reason`: of a refusal."""
+        bot, sandbox, progress = self._memory.bot, self._memory.state.sandbox, self._memory.state.record.head
+        said = {"ret": exc.ret, "errcode": exc.errcode, "errmsg": exc.errmsg} if isinstance(exc, Refused) else {}
+        failure = type(exc).__name__
+        log.info("send.failed", bot=bot, sandbox=sandbox, failure=failure, reason=exc.reason, **said)
+        if isinstance(exc, Refused):
+            attempts = progress.attempts if progress else 0
+            reason = reason or exc.reason
+            result = CommandResult("refused", reason, exc.detail, (), attempts, exc.ret, exc.errcode, exc.errmsg)
+            match exc:
+                case SessionExpired():
+                    return rules.TokenRejected(result._replace(reason="needs_login"))
+                case Throttled():
+                    return rules.Throttled(result._replace(reason="throttled"))
+                case _:
+                    return rules.Rejected(result)
+        if isinstance(exc, LeaseLost):
+            return rules.NotTaken("The lease was lost.", int(LEASE_PAUSE_S * 1000), is_unreached=True)
+        self._deps.metrics.outbound_retries.labels(reason=exc.reason).inc()
+        if isinstance(exc, Uncertain):
+            return rules.Unanswered()
+        pause_s = backoff(self._memory.state.failures + 1)
+        if isinstance(exc, Temporary) and exc.retry_after_s:
+            pause_s = exc.retry_after_s
+        pause_ms = int((pause_s + self._deps.clock.jitter(pause_s / 4)) * 1000)
+        return rules.NotTaken(exc.detail, pause_ms, is_unreached=exc.reason == "network")
+
+
+def report_crash(exc: BaseException) -> None:
+    log.error("task.crashed", task="conversation", exc_info=exc)

@@ -1,0 +1,77 @@
+"""How commands of one shard end outside of their conversations, and how work for them is repeated."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+import structlog
+
+from adapter import contract
+from adapter.conversation.rules import CommandResult, QueuedCommand
+from adapter.crashes import TRIES
+from adapter.errors import AdapterError, Crashed
+from adapter.outbound.ledger import CommandLedger
+from adapter.outbound.receipts import Address
+from adapter.tasks import Tasks
+from adapter.timing import backoff, first_of
+
+log = structlog.get_logger()
+
+T = TypeVar("T")
+
+
+class Draining(Exception):
+    """The service stops: what is in flight stays unacknowledged, and comes again to the next owner."""
+
+
+class CommandEndings:
+    """Ends commands that no conversation has."""
+
+    def __init__(
+        self, ledger: CommandLedger, ensure_owner: Callable[[], None], draining: asyncio.Event, tasks: Tasks
+    ) -> None:
+        """`ensure_owner` raises LeaseLost where this replica may not work for the shard."""
+        self._ledger = ledger
+        self._ensure_owner = ensure_owner
+        self._draining = draining
+        self._tasks = tasks
+
+    def end_soon(self, command: QueuedCommand, result: CommandResult, address: Address) -> None:
+        self._tasks.spawn(self.end(command, result, address))
+
+    async def end(
+        self,
+        command: QueuedCommand,
+        result: CommandResult,
+        address: Address,
+        shown: contract.Window = contract.Window(),  # noqa: B008 - frozen
+    ) -> None:
+        """Stores the final receipt and acknowledges the command. Raises Draining, Crashed."""
+
+        async def publish() -> None:
+            self._ensure_owner()
+            await self._ledger.publish_receipt(command, result, address, shown)
+
+        await self.retry(address.sandbox, publish)
+        await self._ledger.acknowledge(command)
+
+    async def retry(self, sandbox: str, work: Callable[[], Awaitable[T]]) -> T:
+        """Tries until it is done. Raises Draining; Crashed at a bug that stays."""
+        failures = crashes = 0
+        while True:
+            failures += 1
+            try:
+                return await work()
+            except (Crashed, Draining):
+                raise
+            except AdapterError as exc:
+                log.warning("command.retrying", sandbox=sandbox, reason=exc.reason, failures=failures)
+            except Exception as exc:
+                crashes += 1
+                log.exception("command.crashed", sandbox=sandbox, crashes=crashes)
+                if crashes == TRIES:
+                    raise Crashed from exc
+            if await first_of(self._draining, backoff(failures, first_s=0.2, longest_s=5.0)):
+                raise Draining

@@ -1,0 +1,86 @@
+"""The conversations of one shard that are in memory."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+
+from adapter.conversation.actor import ConversationActor
+from adapter.conversation.record import ConversationRecord
+from adapter.conversation.rules import Conversation, QueuedCommand
+from adapter.conversation.shard import ConversationDeps, Shard
+
+_UNKNOWN = "\0"
+
+
+def unknown_user(bot: str) -> str:
+    """Key of the conversation of a bot whose user is not known."""
+    return _UNKNOWN + bot
+
+
+class OpenConversations:
+    """Reads conversations from the bucket as they are needed, and keeps them as long as they have something to do."""
+
+    def __init__(self, shard: Shard, deps: ConversationDeps, draining: asyncio.Event) -> None:
+        self._shard = shard
+        self._deps = deps
+        self._draining = draining
+        self._actors: dict[str, dict[str, ConversationActor]] = {}
+        """By sandbox and user; by `unknown_user` of the bot while its user is not known."""
+        self._loading: dict[tuple[str, str], asyncio.Future[None]] = {}
+
+    def __iter__(self) -> Iterator[ConversationActor]:
+        return iter([actor for actors in self._actors.values() for actor in actors.values()])
+
+    def get(self, sandbox: str, user: str) -> ConversationActor | None:
+        """None where it was not read."""
+        return self._actors.get(sandbox, {}).get(user)
+
+    def of_sandbox(self, sandbox: str) -> list[ConversationActor]:
+        return list(self._actors.get(sandbox, {}).values())
+
+    async def open(
+        self, sandbox: str, user: str, bot: str = "", *, known: tuple[ConversationRecord, int] | None = None
+    ) -> ConversationActor:
+        """The conversation, read from the bucket the first time. `known`: its record, where that was read just now.
+        Raises Temporary."""
+        key = user or unknown_user(bot)
+        while (actor := self.get(sandbox, key)) is None:
+            if (loading := self._loading.get((sandbox, key))) is not None:
+                await asyncio.wait([loading])
+                continue
+            loading = self._loading[sandbox, key] = asyncio.get_running_loop().create_future()
+            try:
+                record, revision = ConversationRecord(), 0
+                if user:
+                    record, revision = known or await self._deps.store.load(sandbox, user)
+                record = record if record.bot else ConversationRecord(bot=bot)
+                state = Conversation(
+                    sandbox=sandbox, user=user, record=record, bot=self._shard.bot_of(sandbox, user, record.bot)
+                )
+                actor = ConversationActor(state, revision, self._shard, self._deps)
+                self._actors.setdefault(sandbox, {})[key] = actor
+                if self._draining.is_set():  # none begins any more
+                    actor.stop()
+            finally:
+                del self._loading[sandbox, key]
+                loading.set_result(None)
+        return actor
+
+    def take_unknown(self, sandbox: str, bot: str) -> tuple[QueuedCommand, ...]:
+        """The user of a bot became known: ends what was kept under no name, and hands over its commands."""
+        actor = self._actors.get(sandbox, {}).pop(unknown_user(bot), None)
+        return actor.take_queue() if actor else ()
+
+    def evict_idle(self) -> None:
+        """Lets go of conversations for which nothing waits and nothing is due; they are read back when needed."""
+        for sandbox, actors in list(self._actors.items()):
+            for key in [key for key, actor in actors.items() if actor.is_idle]:
+                actors.pop(key).stop()
+            if not actors:
+                del self._actors[sandbox]
+
+    def stop(self) -> None:
+        for actor in self:
+            actor.stop()
+        self._actors.clear()  # no cycle is left for the garbage collector

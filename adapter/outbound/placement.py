@@ -1,0 +1,216 @@
+"""Finds the conversation that each command of a shard is for.
+
+After a take-over the commands come again. Which of them has ended is asked of their receipts, in batches; which one
+was being sent, and to whom, of the records of the sandbox's conversations. All else was never begun.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterable
+from functools import partial
+from typing import NamedTuple
+
+import msgspec
+
+from adapter.bindings.registry import Bindings
+from adapter.conversation import rules
+from adapter.conversation.commands import Command
+from adapter.conversation.record import ConversationRecord
+from adapter.conversation.rules import CommandResult
+from adapter.conversation.store import ConversationStore
+from adapter.dedup import bot_of
+from adapter.errors import Crashed, Refused
+from adapter.outbound.endings import CommandEndings
+from adapter.outbound.ledger import CommandLedger
+from adapter.outbound.open_conversations import OpenConversations, unknown_user
+from adapter.outbound.reading import ReadCommand
+from adapter.outbound.receipts import Address, Receipts, StoredReceipt, is_final, result_of
+from adapter.records import Binding
+from adapter.tasks import Tasks
+
+
+class _Before(NamedTuple):
+    """What the owner before left of the commands of a sandbox."""
+
+    receipts: dict[int, StoredReceipt]
+    """The last of each command, by the commands' sequences."""
+    records: dict[str, tuple[ConversationRecord, int]]
+    """By user; with their revisions."""
+    known: set[int]
+    """Sequences that were looked up."""
+
+    def user_of_head(self, sequence: int) -> str | None:
+        """To whom a command was being sent; None: to nobody."""
+        heads = ((user, record.head) for user, (record, _) in self.records.items() if record.head)
+        return next((user for user, head in heads if head.has_command(sequence)), None)
+
+
+class CommandPlacement:
+    """Hands the commands of one shard to their conversations."""
+
+    def __init__(
+        self,
+        conversations: OpenConversations,
+        bindings: Bindings,
+        store: ConversationStore,
+        receipts: Receipts,
+        ledger: CommandLedger,
+        endings: CommandEndings,
+        wait_for_pending_binds: Callable[[], Awaitable[None]],
+        tasks: Tasks,
+    ) -> None:
+        self._conversations = conversations
+        self._bindings = bindings
+        self._store = store
+        self._receipts = receipts
+        self._ledger = ledger
+        self._endings = endings
+        self._wait_for_pending_binds = wait_for_pending_binds
+        self._tasks = tasks
+        self._unplaced: dict[str, deque[ReadCommand]] = {}
+        """Per sandbox, in order: commands whose conversation is not known yet, and those behind them."""
+
+    def put(self, read: ReadCommand) -> None:
+        """Hands a command to its conversation at once where that is known; else behind the others of its sandbox."""
+        sandbox = read.command.sandbox
+        if sandbox not in self._unplaced:
+            if not read.redelivered:
+                with contextlib.suppress(Refused):
+                    binding = _find_binding(read.command, self._bindings)
+                    user = read.command.user or binding.user or unknown_user(binding.bot)
+                    actor = self._conversations.get(sandbox, user)
+                    if actor and _is_surely_for(read.command, binding):
+                        actor.put(rules.Stored((read.queued,)))
+                        return
+            self._unplaced[sandbox] = deque()
+            self._tasks.spawn(self._place_all(sandbox))
+        self._unplaced[sandbox].append(read)
+
+    async def _place_all(self, sandbox: str) -> None:
+        """Hands the commands of a sandbox to their conversations, in order."""
+        waiting, before, one_by_one = self._unplaced[sandbox], _Before({}, {}, set()), False
+        while waiting:
+            asked = [waiting[0]] if one_by_one else waiting
+            try:
+                await self._endings.retry(sandbox, partial(self._look_up, sandbox, asked, before))
+                await self._endings.retry(sandbox, partial(self._place, waiting[0], before))
+            except Crashed as exc:
+                if not one_by_one:  # which one is at fault shows then
+                    one_by_one = True
+                    continue
+                await self._end_crashed(waiting[0], exc)
+            waiting.popleft()
+        del self._unplaced[sandbox]
+
+    async def _end_crashed(self, read: ReadCommand, exc: Crashed) -> None:
+        """What cannot be handed to its conversation ends. The owner before may have sent it."""
+        command, result = read.command, CommandResult("dead_lettered", exc.reason, exc.detail)
+        if read.redelivered:
+            result = result._replace(outcome="uncertain", reason="")
+        with contextlib.suppress(Crashed):  # without a receipt it comes again to the next owner
+            await self._endings.end(read.queued, result, Address(command.sandbox, command.bot, command.user))
+
+    async def _look_up(self, sandbox: str, waiting: Iterable[ReadCommand], before: _Before) -> None:
+        """What the owner before did with those commands that were delivered before. Raises Temporary."""
+        refs = [read.queued.ref for read in waiting if read.redelivered]
+        refs = [ref for ref in refs if ref.sequence not in before.known]
+        if not refs:
+            return
+        records = await self._store.load_sandbox(sandbox)
+        heads = {user: record.head.commands for user, (record, _) in records.items() if record.head}
+        asked = {ref.sequence: ref for ref in (*refs, *(ref for head in heads.values() for ref in head))}
+        receipts = await self._receipts.find(sandbox, asked.values())
+        for user, head in heads.items():
+            if user not in before.records:
+                actor = await self._conversations.open(sandbox, user, known=records[user])
+                for ref in head:
+                    if (stored := receipts.get(ref.sequence)) and is_final(stored.receipt):
+                        actor.put(rules.Ended(ref.sequence, result_of(stored.receipt)))
+        before.receipts.update(receipts)
+        before.records.update(records)
+        before.known.update(ref.sequence for ref in refs)
+
+    async def _place(self, read: ReadCommand, before: _Before) -> None:
+        """Raises Temporary."""
+        command, queued, sequence = read.command, read.queued, read.queued.ref.sequence
+        sent_to = before.user_of_head(sequence) if read.redelivered else None
+        if stored := before.receipts.get(sequence):
+            if is_final(stored.receipt):
+                await self._ledger.acknowledge(queued)
+                return
+            self._ledger.adopt_receipt(queued, stored.sequence)
+            queued = msgspec.structs.replace(queued, parked=True)
+        if sent_to is not None:  # whatever is bound now
+            actor = await self._conversations.open(command.sandbox, sent_to, known=before.records.get(sent_to))
+        else:
+            try:
+                binding = await self._find_person(command)
+            except Refused as exc:
+                result = CommandResult("refused", exc.reason, exc.detail)
+                await self._endings.end(queued, result, Address(command.sandbox, command.bot, command.user))
+                return
+            user = command.user or binding.user
+            actor = await self._conversations.open(command.sandbox, user, binding.bot, known=before.records.get(user))
+        actor.put(rules.Stored((queued,)))
+
+    async def _find_person(self, command: Command) -> Binding:
+        """The binding that a command is meant for. Raises Temporary; Refused also where another person was meant:
+        each would see what was meant for the other."""
+        try:
+            binding = _find_binding(command, self._bindings)
+        except Refused:
+            await self._wait_for_pending_binds()
+            binding = _find_binding(command, self._bindings)
+        if _is_older(command, binding):
+            raise Refused("not_bound", "The person who was bound as it was stored is not bound now: name the `user`.")
+        if not _is_answer_to(command, binding):
+            authors = await self._find_authors(command)
+            if authors and (command.user or binding.user) not in authors:
+                raise Refused(
+                    "other_user", "It answers another person than it goes to: name the `user` of the message."
+                )
+        return binding
+
+    async def _find_authors(self, command: Command) -> set[str]:
+        """Who may have written the message that a command answers; none: that is not known. Raises Temporary."""
+        bot = bot_of(command.reply_to)
+        records = await self._store.load_sandbox(command.sandbox)
+        authors = {user for user, (record, _) in records.items() if record.bot == bot}
+        if binding := self._bindings.get(bot):  # it may serve another sandbox
+            authors.add(binding.user)
+        return authors - {""}
+
+
+def _find_binding(command: Command, bindings: Bindings) -> Binding:
+    """The binding that a command is meant for. Raises Refused("not_bound"), Refused("ambiguous_bot")."""
+    bound = bindings.of_sandbox(command.sandbox)
+    if command.bot:
+        bound = [binding for binding in bound if binding.bot == command.bot]
+    elif command.user and len(bound) > 1:
+        bound = [binding for binding in bound if binding.user == command.user]
+    if not bound:
+        raise Refused("not_bound", "No bot is bound to this sandbox (or not the one named): bind it first.")
+    if len(bound) == 1:
+        return bound[0]
+    alive = [binding for binding in bound if binding.state == "active"]
+    if len(alive) == 1 and {binding.user for binding in bound} == {alive[0].user or None}:
+        return alive[0]  # the others wait for a login of their user, which has taken place with this one
+    raise Refused("ambiguous_bot", "The sandbox has several bots: name `bot` or `user`.")
+
+
+def _is_surely_for(command: Command, binding: Binding) -> bool:
+    """Whether a command is meant for the person of this binding, without a look at whom the sandbox served before."""
+    return _is_answer_to(command, binding) and not _is_older(command, binding)
+
+
+def _is_older(command: Command, binding: Binding) -> bool:
+    """Whether a command that names nobody was stored when another person was bound."""
+    return not (command.user or command.bot) and command.sequence <= binding.out_after
+
+
+def _is_answer_to(command: Command, binding: Binding) -> bool:
+    """Whether a command answers nothing, or what the person of this binding wrote to its bot."""
+    bot = bot_of(command.reply_to)
+    return not bot or (bot == binding.bot and command.user in ("", binding.user))

@@ -1,0 +1,198 @@
+"""A shard as its conversations see it: who may send, over which bot, and what becomes of their commands."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import structlog
+
+from adapter import contract
+from adapter.bindings.registry import Bindings
+from adapter.conversation import rules
+from adapter.conversation.commands import Part
+from adapter.conversation.rules import Bot, CommandResult, Conversation, QueuedCommand
+from adapter.errors import Crashed, LeaseLost, Refused
+from adapter.events import Events
+from adapter.outbound.endings import CommandEndings
+from adapter.outbound.ledger import CommandLedger
+from adapter.outbound.reading import BodyLoader
+from adapter.outbound.receipts import Address
+from adapter.outbound.typing_indicator import TypingIndicators
+from adapter.ports import Account
+from adapter.records import Binding
+from adapter.replicas.leases import Leases
+from adapter.tasks import Tasks
+from adapter.timing import any_of
+
+log = structlog.get_logger()
+
+PAUSED_S = 5.0
+"""How long a wait for the lease lasts before it looks again."""
+
+
+class Sessions(Protocol):
+    """What is known of the bots' sessions with iLink."""
+
+    def is_recovering(self, bot: str) -> bool:
+        """Whether a bot's token is being tried again: nothing may be sent for it."""
+
+    async def is_alive(self, bot: str) -> bool:
+        """Whether iLink takes the bot's token elsewhere. Raises Temporary."""
+
+
+class ShardLease:
+    """The right of this replica to work for one shard."""
+
+    def __init__(self, shard: int, leases: Leases, draining: asyncio.Event) -> None:
+        self._shard = shard
+        self._leases = leases
+        self._draining = draining
+        self._lost = False
+
+    def check(self) -> None:
+        """Raises LeaseLost unless this replica may work for the shard at this moment."""
+        if self._lost:
+            raise LeaseLost("lease_lost", f"shard {self._shard}")
+        self._leases.check(self._shard)
+
+    async def wait(self) -> None:
+        """Returns when it may again, or after some seconds."""
+        await any_of(self._leases.held(self._shard), self._draining.wait(), timeout_s=PAUSED_S)
+
+    def give_up(self) -> None:
+        """It does not come back to who holds this."""
+        self._lost = True
+
+
+class OwnedShard:
+    """Implements actor.Shard."""
+
+    def __init__(
+        self,
+        lease: ShardLease,
+        bindings: Bindings,
+        sessions: Sessions,
+        open_account: Callable[[Binding], Account],
+        ledger: CommandLedger,
+        bodies: BodyLoader,
+        endings: CommandEndings,
+        typing: TypingIndicators,
+        events: Events,
+        shown: Callable[[Conversation], contract.Window],
+        tasks: Tasks,
+    ) -> None:
+        """`open_account` raises Refused("token_key")."""
+        self._lease = lease
+        self._bindings = bindings
+        self._sessions = sessions
+        self._open_account = open_account
+        self._accounts: dict[str, tuple[Binding, Account]] = {}
+        self._ledger = ledger
+        self._bodies = bodies
+        self._endings = endings
+        self._typing = typing
+        self._events = events
+        self._shown = shown
+        self._tasks = tasks
+
+    def ensure_owner(self) -> None:
+        self._lease.check()
+
+    async def wait_owned(self) -> None:
+        await self._lease.wait()
+
+    def bot_of(self, sandbox: str, user: str, bot: str) -> Bot | None:
+        bound = self._bindings.of_sandbox(sandbox)
+        found = [binding for binding in bound if user and binding.user == user]
+        found = found or [binding for binding in bound if binding.bot == bot]
+        if not found:
+            return None
+        best = next((binding for binding in found if self._is_usable(binding)), found[0])
+        return Bot(best.bot, self._is_usable(best))
+
+    def _is_usable(self, binding: Binding) -> bool:
+        if binding.state == "needs_login" or self._sessions.is_recovering(binding.bot):
+            return False
+        try:
+            self.account_of(binding.sandbox, binding.bot)
+        except Refused:  # its token cannot be opened
+            return False
+        except Exception:  # a bug, and no command's: they wait, and it is looked at again
+            log.exception("account.crashed", bot=binding.bot)
+            return False
+        return True
+
+    def account_of(self, sandbox: str, bot: str) -> Account:
+        binding = self._bindings.get(bot)
+        if binding is None or binding.sandbox != sandbox:
+            raise Refused("not_bound", "The bot serves this sandbox no more.")
+        known = self._accounts.get(bot)
+        if known is None or known[0] is not binding:  # a token is opened once, not for each send
+            known = self._accounts[bot] = binding, self._open_account(binding)
+        return known[1]
+
+    async def is_session_alive(self, bot: str) -> bool:
+        return await self._sessions.is_alive(bot)
+
+    async def load_bodies(self, sandbox: str, sequences: Sequence[int]) -> dict[int, list[Part] | None]:
+        parts = await self._bodies.load(sandbox, sequences)
+        for sequence in parts:
+            self._ledger.end_parking(sequence)
+        return parts
+
+    async def publish_receipt(self, command: QueuedCommand, result: CommandResult, state: Conversation) -> None:
+        address = Address(state.sandbox, state.bot.id if state.bot else state.record.bot, state.user)
+        await self._ledger.publish_receipt(command, result, address, self._shown(state))
+
+    async def acknowledge(self, command: QueuedCommand, *, is_duplicate: bool = False) -> None:
+        await self._ledger.acknowledge(command, is_duplicate=is_duplicate)
+
+    def release_body(self, command: QueuedCommand) -> None:
+        self._ledger.release_body(command)
+
+    def set_typing(self, state: Conversation, command: QueuedCommand | None, *, is_on: bool) -> None:
+        binding = self._bindings.get(state.bot.id) if state.bot else None
+        if binding is None:
+            if command is not None:
+                gone = CommandResult("refused", "not_bound", "The bot serves this sandbox no more.")
+                self._endings.end_soon(command, gone, Address(state.sandbox, state.record.bot, state.user))
+            return
+        user, token = state.user, state.record.token
+        if command is not None:
+            taken = (self._typing.show if is_on else self._typing.hide)(binding, user, token)
+            self._tasks.spawn(self._end_typing(command, state, taken))
+        elif is_on:
+            self._typing.begin(binding, user, token)
+        else:
+            self._typing.hide_if_visible(binding, user, token, shown_before=state.record.typing)
+
+    def announce(self, state: Conversation, effect: rules.Announce) -> None:
+        event = contract.WindowEvent(
+            sandbox=state.sandbox,
+            bot=state.bot.id if state.bot else state.record.bot,
+            user=state.user,
+            change=effect.change,
+            reason=effect.reason,
+            window=self._shown(state),
+        )
+        which = f"{state.record.window.id}:{effect.change}:{effect.reason}:{state.record.window.sends_used}"
+        ident = f"window:{state.sandbox}:{state.user}:{which}"
+        self._tasks.spawn(self._events.window(event, msg_id=ident))  # no send waits for it
+
+    async def _end_typing(self, command: QueuedCommand, state: Conversation, taken: asyncio.Future[None]) -> None:
+        """Ends a typing command once iLink took it, or did not."""
+        result = CommandResult("accepted")
+        try:
+            await taken
+        except Refused as exc:
+            result = CommandResult("refused", exc.reason, exc.detail, (), 0, exc.ret, exc.errcode, exc.errmsg)
+        except Crashed as exc:
+            result = CommandResult("dead_lettered", exc.reason, exc.detail)
+        bot = state.bot.id if state.bot else state.record.bot
+        await self._endings.end(command, result, Address(state.sandbox, bot, state.user), self._shown(state))
+
+    def forget_unbound(self) -> None:
+        """Lets go of the accounts of bots that are bound no more."""
+        self._accounts = {bot: known for bot, known in self._accounts.items() if self._bindings.get(bot)}
