@@ -30,7 +30,8 @@ merged into it) is worked on. What it does is the conversation's activity:
                       Ended               IDLE; what was merged with a command that the owner before ended ends, too
                       Crashed             IDLE, the command ends: dead_lettered
 
-Why a queue waits (`Conversation.reason`): window_closed, quota, throttled, needs_login; see `window.send_blocker`.
+docs/conversation.md has the same as a diagram. Why a queue waits (`Conversation.reason`): window_closed, quota,
+throttled, needs_login; see `window.send_blocker`.
 """
 
 from __future__ import annotations
