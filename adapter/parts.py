@@ -21,7 +21,6 @@ from adapter.conversation.actor import ConversationDeps
 from adapter.conversation.commands import Limits
 from adapter.conversation.conversations import Conversations, ConversationShard
 from adapter.conversation.rules import SendPolicy
-from adapter.conversation.slots import SendSlots
 from adapter.conversation.store import ConversationStore
 from adapter.conversation.uploads import Uploads
 from adapter.conversation.window import WindowPolicy
@@ -61,6 +60,7 @@ from adapter.services.media import MediaService
 from adapter.services.queries import Queries
 from adapter.settings import Settings
 from adapter.shardwork import ShardLoops
+from adapter.slots import FairSlots
 from adapter.supervisor import Supervisor
 from adapter.tasks import Tasks
 from adapter.timing import Beat, Pace, SystemClock, Turns
@@ -252,7 +252,7 @@ class Parts:
                 store=self.conversation_store,
                 chat=connections.chat,
                 uploads=self.uploads,
-                slots=SendSlots(settings.max_sends, share=max(1, settings.max_sends // SLOT_SHARES)),
+                slots=FairSlots(settings.max_sends, share=max(1, settings.max_sends // SLOT_SHARES)),
                 policy=self.policy,
                 clock=self.clock,
                 metrics=self.metrics,

@@ -19,7 +19,6 @@ import structlog
 from adapter.conversation import rules
 from adapter.conversation.commands import Part
 from adapter.conversation.rules import Activity, Bot, CommandResult, Conversation, QueuedCommand, SendPolicy
-from adapter.conversation.slots import SendSlots
 from adapter.conversation.store import ConversationStore
 from adapter.conversation.uploads import StoreAway, Uploads
 from adapter.crashes import TRIES
@@ -36,6 +35,7 @@ from adapter.errors import (
 )
 from adapter.metrics import Metrics
 from adapter.ports import Account, Chat
+from adapter.slots import FairSlots
 from adapter.tasks import Tasks
 from adapter.timing import Clock, Turns, backoff
 
@@ -91,7 +91,7 @@ class ConversationDeps(NamedTuple):
     store: ConversationStore
     chat: Chat
     uploads: Uploads
-    slots: SendSlots
+    slots: FairSlots
     policy: SendPolicy
     clock: Clock
     metrics: Metrics

@@ -16,7 +16,6 @@ from adapter.conversation.commands import Limits
 from adapter.conversation.conversations import Conversations
 from adapter.conversation.record import ConversationRecord, SendWindow
 from adapter.conversation.rules import SendPolicy
-from adapter.conversation.slots import SendSlots
 from adapter.conversation.store import ConversationStore
 from adapter.conversation.uploads import Uploads
 from adapter.conversation.window import WindowPolicy
@@ -37,6 +36,7 @@ from adapter.outbound.typing_indicator import TypingDeps
 from adapter.ports import Account, Stored
 from adapter.records import Binding, Cursor
 from adapter.seal import Sealer
+from adapter.slots import FairSlots
 from adapter.timing import Beat, Pace, Turns
 from tests.fakes.bus import FakeBucket, FakeBus, FakeCoreBus, FakeDelivery, Kept
 from tests.fakes.clock import FakeClock
@@ -211,7 +211,7 @@ class Bench:
                 store=self.store,
                 chat=self.chat,
                 uploads=self.uploads,
-                slots=SendSlots(8, share=8),
+                slots=FairSlots(8, share=8),
                 policy=policy,
                 clock=self.clock,
                 metrics=self.metrics,
