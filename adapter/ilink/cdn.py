@@ -23,8 +23,10 @@ from adapter.ports import Account, Fetch, MediaKind, Pieces, Uploaded
 STALL_S = 30.0
 """A transfer ends when no byte has moved for so long."""
 SLOWEST = 4096
-"""Bytes a second. An upload that takes longer in all, beyond STALL_S, ends, too: its user waits for it, and others
-for its place. (How long a message waits for a download is a setting.)"""
+"""Bytes a second. A transfer that takes longer for what it has moved, beyond STALL_S up and GRACE_S down, ends, too:
+its user waits for it, and others for its place."""
+GRACE_S = 10.0
+"""A message waits a minute for its media. In that time the places of several slow downloads are to come free."""
 ATTEMPTS = 3
 PIECE = 64 * 1024
 PARAM = "x-encrypted-param"
@@ -45,6 +47,7 @@ class CdnClient:
         max_bytes: int,
         transfers: int,
         stall_s: float = STALL_S,
+        grace_s: float = GRACE_S,
         network: CheckedNetwork | None = None,
     ) -> None:
         self._ilink = ilink
@@ -53,6 +56,7 @@ class CdnClient:
         self._allowed_hosts = allowed_hosts
         self._max_bytes = max_bytes
         self._stall_s = stall_s
+        self._grace_s = grace_s
         self._slots = asyncio.Semaphore(transfers)
         client = httpx.AsyncClient(
             verify=ssl.create_default_context(),
@@ -132,7 +136,9 @@ class CdnClient:
 
     async def _get(self, url: str, *, encrypted: bool) -> Pieces:
         with self._request("cdn_download"):
-            async with self._client.stream("GET", url) as response:
+            async with contextlib.AsyncExitStack() as stack:
+                async with asyncio.timeout(self._grace_s):
+                    response = await stack.enter_async_context(self._client.stream("GET", url))
                 if response.status_code == 429 or response.status_code >= 500:
                     reason = "http_5xx" if response.status_code >= 500 else "http_4xx"
                     raise Temporary(reason, f"HTTP {response.status_code} from the CDN")
@@ -146,16 +152,32 @@ class CdnClient:
                     return
                 if "transfer-encoding" not in response.headers:  # beside chunks it does not count (RFC 9112, 6.3)
                     self._check_length(response.headers.get("content-length", ""), encrypted=encrypted)
-                async for piece in response.aiter_raw(PIECE):
-                    yield piece
+                async with contextlib.aclosing(self._received(response)) as pieces:
+                    async for piece in pieces:
+                        yield piece
+
+    async def _received(self, response: httpx.Response) -> Pieces:
+        """The body as it comes. Raises TimeoutError. The time of who takes the pieces does not count."""
+        clock = asyncio.get_running_loop().time
+        pieces, size, waited_s = response.aiter_raw(), 0, 0.0
+        while True:
+            began = clock()
+            async with asyncio.timeout(_longest_s(self._grace_s, size) - waited_s):
+                piece = await anext(pieces, b"")
+            if not piece:
+                return
+            waited_s += clock() - began
+            size += len(piece)
+            yield piece
 
     async def _unpacked(self, response: httpx.Response, encoding: str, *, encrypted: bool) -> Pieces:
         """The body of an answer that was packed on the way, unasked."""
         unpacker = Unpacker(encoding, self._largest(encrypted=encrypted))
         try:
-            async for packed in response.aiter_raw(PIECE):
-                for piece in unpacker.unpack(packed, PIECE):
-                    yield piece
+            async with contextlib.aclosing(self._received(response)) as received:
+                async for packed in received:
+                    for piece in unpacker.unpack(packed, PIECE):
+                        yield piece
             unpacker.finish()
         except Oversized:
             raise self._too_large() from None
@@ -201,7 +223,7 @@ class CdnClient:
         with self._request("cdn_upload"):
             body = _encrypted(read, key, size)
             async with (
-                asyncio.timeout(self._stall_s + size / SLOWEST),
+                asyncio.timeout(_longest_s(self._stall_s, size)),
                 contextlib.aclosing(body),
                 self._client.stream("POST", url, headers=headers, content=body) as response,
             ):
@@ -275,6 +297,11 @@ async def _encrypted(read: Read, key: bytes, size: int) -> Pieces:
     if left:
         raise Refused("media", f"The media have not the announced size of {size} bytes.")
     yield work.finish()
+
+
+def _longest_s(grace_s: float, size: int) -> float:
+    """How long a transfer of so many bytes may take."""
+    return grace_s + size / SLOWEST
 
 
 def _outcome(exc: AdapterError) -> str:
