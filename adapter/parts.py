@@ -74,6 +74,8 @@ TAKING = 32
 """Bots that are taken over at the same time."""
 SLOT_SHARES = 8
 """Into how many shares the requests are divided that may be out at once; a sandbox has one of them."""
+TRANSFER_SHARES = 4
+"""The same of downloads and uploads."""
 PER_ROUND = 64
 """What goes on in one round of the event loop: answers that bring something, commands as they come and at each step
 of a lane, polls after a pause or a failure. Where five thousand answers came at once to a process with a quarter of a
@@ -112,7 +114,12 @@ class Parts:
         self.limits = _limits(settings)
         self.sealer = Sealer(settings.token_key)
         self.texts = TextWorker()
-        self.uploads = Uploads(connections.cdn, connections.objects, clock, max_bytes=settings.media_max_bytes)
+        self.transfers = FairSlots(
+            settings.media_transfers, share=max(1, settings.media_transfers // TRANSFER_SHARES)
+        )
+        self.uploads = Uploads(
+            connections.cdn, connections.objects, clock, self.transfers, max_bytes=settings.media_max_bytes
+        )
         self.binding_bucket = connections.bucket(names.bindings)
         self.bindings = Bindings(self.binding_bucket, self._owns, self.sealer.same)
         self.conversation_bucket = connections.bucket(names.conversations)
@@ -148,7 +155,11 @@ class Parts:
         self.recall = Recall(self.conversations, connections.history, names, clock, metrics)
         self.incoming = self._incoming()
         downloading = Downloading(
-            connections.cdn, connections.objects, lambda silk: asyncio.to_thread(media.silk_to_wav, silk), clock
+            connections.cdn,
+            connections.objects,
+            lambda silk: asyncio.to_thread(media.silk_to_wav, silk),
+            clock,
+            self.transfers,
         )
         self.fetching = Fetching(
             self.incoming._replace(writable=self._wait_media_writable), downloading, settings.media_wait_s

@@ -401,7 +401,8 @@ class ConversationActor:
         """Raises what nobody expects."""
         try:
             account = self._shard.account_of(self.state.sandbox, self._bot)
-            content = await self._deps.uploads.bring(upload.client_id, upload.media, account, self.state.user)
+            sandbox, user = self.state.sandbox, self.state.user
+            content = await self._deps.uploads.bring(upload.client_id, upload.media, account, sandbox, user)
         except StoreAway:
             raise
         except AdapterError as exc:

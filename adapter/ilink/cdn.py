@@ -35,7 +35,7 @@ Read = Callable[[], Pieces]
 
 
 class CdnClient:
-    """Implements ports.Cdn. At most `transfers` downloads and uploads at once; the others wait."""
+    """Implements ports.Cdn. `transfers`: how many downloads and uploads its callers have at once."""
 
     def __init__(
         self,
@@ -57,7 +57,6 @@ class CdnClient:
         self._max_bytes = max_bytes
         self._stall_s = stall_s
         self._grace_s = grace_s
-        self._slots = asyncio.Semaphore(transfers)
         client = httpx.AsyncClient(
             verify=ssl.create_default_context(),
             timeout=httpx.Timeout(stall_s, connect=CONNECT_S),
@@ -75,15 +74,14 @@ class CdnClient:
 
     async def download(self, fetch: Fetch) -> Pieces:
         url = self._link_of(fetch)
-        async with self._slots:
-            with self._transfer("in") as moved:
-                async with contextlib.aclosing(self._decrypted(url, fetch.key)) as pieces:
-                    async for piece in pieces:
-                        moved[0] += len(piece)
-                        if moved[0] > self._max_bytes:
-                            raise self._too_large()
-                        if piece:
-                            yield piece
+        with self._transfer("in") as moved:
+            async with contextlib.aclosing(self._decrypted(url, fetch.key)) as pieces:
+                async for piece in pieces:
+                    moved[0] += len(piece)
+                    if moved[0] > self._max_bytes:
+                        raise self._too_large()
+                    if piece:
+                        yield piece
 
     async def upload(
         self, account: Account, *, user: str, kind: MediaKind, name: str, size: int, md5: str, read: Read
@@ -91,24 +89,23 @@ class CdnClient:
         if size > self._max_bytes:
             raise Refused("media", f"The media exceed {self._max_bytes} bytes.")
         key, filekey = secrets.token_bytes(KEY_BYTES), secrets.token_hex(16)
-        async with self._slots:
-            with self._transfer("out") as moved:
-                url = await self._ilink.upload_url(
-                    account,
-                    user=user,
-                    kind=kind,
-                    size=size,
-                    md5=md5,
-                    filekey=filekey,
-                    key=key,
-                    cdn_base_url=self._base_url,
-                )
-                try:
-                    urls.check_link(url, self._allowed_hosts)
-                except Refused as exc:
-                    raise Refused("media", f"iLink named a place that may not be called. {exc.detail}") from None
-                reference = await self._post(url, key, size, read)
-                moved[0] = size
+        with self._transfer("out") as moved:
+            url = await self._ilink.upload_url(
+                account,
+                user=user,
+                kind=kind,
+                size=size,
+                md5=md5,
+                filekey=filekey,
+                key=key,
+                cdn_base_url=self._base_url,
+            )
+            try:
+                urls.check_link(url, self._allowed_hosts)
+            except Refused as exc:
+                raise Refused("media", f"iLink named a place that may not be called. {exc.detail}") from None
+            reference = await self._post(url, key, size, read)
+            moved[0] = size
         return Uploaded(kind, name, size, cipher_size(size), reference, key)
 
     # down -------------------------------------------------------------------------------------------

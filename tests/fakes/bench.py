@@ -76,7 +76,8 @@ class Bench:
         self.objects: FakeObjects = world.objects if world else FakeObjects(self.bus.writes)
         self.claims_bucket: FakeBucket = world.claims_bucket if world else FakeBucket("claim", self.bus.writes)
         self.texts = FakeTexts()
-        self.uploads = Uploads(self.cdn, self.objects, self.clock, max_bytes=MEDIA_BYTES)
+        self.transfers = FairSlots(16, share=16)
+        self.uploads = Uploads(self.cdn, self.objects, self.clock, self.transfers, max_bytes=MEDIA_BYTES)
         self.opened: dict[int, Downloads] = {}
         """By shard: what waits for media. A shard that has none counts as not this replica's."""
         self.core = FakeCoreBus()
@@ -333,7 +334,7 @@ class Bench:
         async def to_wav(silk: bytes) -> bytes | None:
             return media.silk_to_wav(silk)  # no thread: time must not jump meanwhile
 
-        downloading = Downloading(self.cdn, self.objects, to_wav, self.clock)
+        downloading = Downloading(self.cdn, self.objects, to_wav, self.clock, self.transfers)
         made = Downloads(shard_of(sandbox), Fetching(self.incoming(**changes), downloading, wait_s))
         await made.load()
         self.opened[shard_of(sandbox)] = made
