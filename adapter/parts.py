@@ -21,7 +21,6 @@ from adapter.conversation.commands import Limits
 from adapter.conversation.conversations import Conversations, ConversationShard
 from adapter.conversation.rules import SendPolicy
 from adapter.conversation.shard import ConversationDeps
-from adapter.conversation.slots import SendSlots
 from adapter.conversation.store import ConversationStore
 from adapter.conversation.uploads import Uploads
 from adapter.conversation.window import WindowPolicy
@@ -61,6 +60,7 @@ from adapter.services.media import MediaService
 from adapter.services.queries import Queries
 from adapter.settings import Settings
 from adapter.shardwork import ShardLoops
+from adapter.slots import FairSlots
 from adapter.supervisor import Supervisor
 from adapter.tasks import Tasks
 from adapter.timing import Beat, Pace, SystemClock, Turns
@@ -74,6 +74,8 @@ TAKING = 32
 """Bots that are taken over at the same time."""
 SLOT_SHARES = 8
 """Into how many shares the requests are divided that may be out at once; a sandbox has one of them."""
+TRANSFER_SHARES = 4
+"""The same of downloads and uploads."""
 PER_ROUND = 64
 """What goes on in one round of the event loop: answers that bring something, commands as they come and at each step
 of a lane, polls after a pause or a failure. Where five thousand answers came at once to a process with a quarter of a
@@ -112,7 +114,12 @@ class Parts:
         self.limits = _limits(settings)
         self.sealer = Sealer(settings.token_key)
         self.texts = TextWorker()
-        self.uploads = Uploads(connections.cdn, connections.objects, clock, max_bytes=settings.media_max_bytes)
+        self.transfers = FairSlots(
+            settings.media_transfers, share=max(1, settings.media_transfers // TRANSFER_SHARES)
+        )
+        self.uploads = Uploads(
+            connections.cdn, connections.objects, clock, self.transfers, max_bytes=settings.media_max_bytes
+        )
         self.binding_bucket = connections.bucket(names.bindings)
         self.bindings = Bindings(self.binding_bucket, self._owns, self.sealer.same)
         self.conversation_bucket = connections.bucket(names.conversations)
@@ -148,7 +155,11 @@ class Parts:
         self.recall = Recall(self.conversations, connections.history, names, clock, metrics)
         self.incoming = self._incoming()
         downloading = Downloading(
-            connections.cdn, connections.objects, lambda silk: asyncio.to_thread(media.silk_to_wav, silk), clock
+            connections.cdn,
+            connections.objects,
+            lambda silk: asyncio.to_thread(media.silk_to_wav, silk),
+            clock,
+            self.transfers,
         )
         self.fetching = Fetching(
             self.incoming._replace(writable=self._wait_media_writable), downloading, settings.media_wait_s
@@ -252,7 +263,7 @@ class Parts:
                 store=self.conversation_store,
                 chat=connections.chat,
                 uploads=self.uploads,
-                slots=SendSlots(settings.max_sends, share=max(1, settings.max_sends // SLOT_SHARES)),
+                slots=FairSlots(settings.max_sends, share=max(1, settings.max_sends // SLOT_SHARES)),
                 policy=self.policy,
                 clock=self.clock,
                 metrics=self.metrics,

@@ -469,6 +469,8 @@ class StoredObject(NamedTuple):
     size: int
     sha256: str
     """Lower-case hex."""
+    title: str = ""
+    """Its file name, where one was given."""
 
 
 class Objects(Protocol):
@@ -506,8 +508,9 @@ class PartialObjects(Objects, Protocol):
     async def complete(
         self, name: str, size: int, *, sha256: str, title: str, mime_of: Callable[[bytes], str]
     ) -> tuple[StoredObject, bytes]:
-        """Makes an object of what was added, and returns its first bytes too; may be repeated.
+        """Makes an object of what was added, and returns its first bytes too.
 
+        May be repeated: the object is then described as it is stored, and not read again.
         `sha256` "" is not checked; `mime_of` gets the first bytes. Raises Refused("invalid") (it differs), Temporary,
         BusRefused.
         """

@@ -154,7 +154,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds that a message waits for the download of its media; then it goes on without them."""
 
     media_transfers: AtLeast1 = 8
-    """Downloads and uploads at once, over all users of the replica."""
+    """Downloads and uploads at once, over all users of the replica; a sandbox has a quarter of them, one at least."""
 
     media_hours: Annotated[float, Meta(ge=1)] = 168.0
     """Hours that media are kept in the object store."""

@@ -149,7 +149,7 @@ async def test_uploads_are_kept_as_long_as_they_may_be_used_again() -> None:
     bench = Bench()
     account = Account(BOT, "secret", "")
     for number in range(USERS):
-        await bench.uploads.bring(f"c-{number}", MediaPart("file", "a.txt", "", b"hello"), account, USER)
+        await bench.uploads.bring(f"c-{number}", MediaPart("file", "a.txt", "", b"hello"), account, "s1", USER)
         await asyncio.sleep(READY_S / 10)
     assert len(bench.uploads._ready) == 10
     assert bench.cdn.asked == USERS

@@ -8,11 +8,11 @@ from typing import NamedTuple, Protocol
 from adapter.conversation import rules
 from adapter.conversation.commands import Part
 from adapter.conversation.rules import Bot, CommandResult, Conversation, QueuedCommand, SendPolicy
-from adapter.conversation.slots import SendSlots
 from adapter.conversation.store import ConversationStore
 from adapter.conversation.uploads import Uploads
 from adapter.metrics import Metrics
 from adapter.ports import Account, Chat
+from adapter.slots import FairSlots
 from adapter.timing import Clock, Turns
 
 
@@ -59,7 +59,7 @@ class ConversationDeps(NamedTuple):
     store: ConversationStore
     chat: Chat
     uploads: Uploads
-    slots: SendSlots
+    slots: FairSlots
     policy: SendPolicy
     clock: Clock
     metrics: Metrics

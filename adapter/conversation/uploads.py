@@ -13,6 +13,7 @@ from adapter.conversation.commands import MediaPart
 from adapter.errors import AdapterError, Refused, Temporary, Unreadable
 from adapter.media import HEAD, file_name, identify
 from adapter.ports import Account, Cdn, MediaKind, Objects, Pieces, Uploaded
+from adapter.slots import FairSlots
 from adapter.timing import Clock
 
 READY_KEPT = 1000
@@ -37,14 +38,15 @@ class _Measured(NamedTuple):
 class Uploads:
     """Uploads the media of parts; a repeat of a request in the same process reuses the upload."""
 
-    def __init__(self, cdn: Cdn, objects: Objects, clock: Clock, *, max_bytes: int) -> None:
+    def __init__(self, cdn: Cdn, objects: Objects, clock: Clock, transfers: FairSlots, *, max_bytes: int) -> None:
         self._cdn = cdn
         self._objects = objects
         self._clock = clock
+        self._transfers = transfers
         self._max_bytes = max_bytes
         self._ready: OrderedDict[tuple[str, str], tuple[float, Uploaded]] = OrderedDict()
 
-    async def bring(self, ident: str, part: MediaPart, account: Account, user: str) -> Uploaded:
+    async def bring(self, ident: str, part: MediaPart, account: Account, sandbox: str, user: str) -> Uploaded:
         """The part's media, ready to be named in a message. `ident`: the request's client_id.
 
         Raises Refused("media"), SessionExpired, StoreAway, Temporary (iLink could not be reached).
@@ -53,7 +55,7 @@ class Uploads:
         known = self._ready.get(key)
         if known is not None and self._clock.monotonic() < known[0] + READY_S:
             return known[1]
-        uploaded = await self._upload(part, account, user)
+        uploaded = await self._upload(part, account, sandbox, user)
         now = self._clock.monotonic()
         self._ready.pop(key, None)
         self._ready[key] = (now, uploaded)
@@ -61,21 +63,22 @@ class Uploads:
             self._ready.popitem(last=False)
         return uploaded
 
-    async def _upload(self, part: MediaPart, account: Account, user: str) -> Uploaded:
+    async def _upload(self, part: MediaPart, account: Account, sandbox: str, user: str) -> Uploaded:
         problems: list[Temporary | Unreadable] = []
         read = _watched(await self._source(part), problems)
         try:
             measured = await self._measure(read)
             found = identify(measured.head, part.name)
-            return await self._cdn.upload(
-                account,
-                user=user,
-                kind=_sent_as(part, found.mime),
-                name=part.name or file_name(found.mime.partition("/")[0], found.suffix),
-                size=measured.size,
-                md5=measured.md5,
-                read=read,
-            )
+            async with self._transfers.held(sandbox):
+                return await self._cdn.upload(
+                    account,
+                    user=user,
+                    kind=_sent_as(part, found.mime),
+                    name=part.name or file_name(found.mime.partition("/")[0], found.suffix),
+                    size=measured.size,
+                    md5=measured.md5,
+                    read=read,
+                )
         except AdapterError as exc:
             match problems:
                 case [Temporary() as problem, *_]:

@@ -138,8 +138,9 @@ class OutstandingWork:
     async def _upload(self, upload: rules.Upload) -> None:
         """Raises what nobody expects."""
         try:
-            account = self._shard.account_of(self._memory.state.sandbox, self._memory.bot)
-            content = await self._deps.uploads.bring(upload.client_id, upload.media, account, self._memory.state.user)
+            sandbox, user = self._memory.state.sandbox, self._memory.state.user
+            account = self._shard.account_of(sandbox, self._memory.bot)
+            content = await self._deps.uploads.bring(upload.client_id, upload.media, account, sandbox, user)
         except StoreAway:
             raise
         except AdapterError as exc:

@@ -23,8 +23,10 @@ from adapter.ports import Account, Fetch, MediaKind, Pieces, Uploaded
 STALL_S = 30.0
 """A transfer ends when no byte has moved for so long."""
 SLOWEST = 4096
-"""Bytes a second. An upload that takes longer in all, beyond STALL_S, ends, too: its user waits for it, and others
-for its place. (How long a message waits for a download is a setting.)"""
+"""Bytes a second. A transfer that takes longer for what it has moved, beyond STALL_S up and GRACE_S down, ends, too:
+its user waits for it, and others for its place."""
+GRACE_S = 10.0
+"""A message waits a minute for its media. In that time the places of several slow downloads are to come free."""
 ATTEMPTS = 3
 PIECE = 64 * 1024
 PARAM = "x-encrypted-param"
@@ -33,7 +35,7 @@ Read = Callable[[], Pieces]
 
 
 class CdnClient:
-    """Implements ports.Cdn. At most `transfers` downloads and uploads at once; the others wait."""
+    """Implements ports.Cdn. `transfers`: how many downloads and uploads its callers have at once."""
 
     def __init__(
         self,
@@ -45,6 +47,7 @@ class CdnClient:
         max_bytes: int,
         transfers: int,
         stall_s: float = STALL_S,
+        grace_s: float = GRACE_S,
         network: CheckedNetwork | None = None,
     ) -> None:
         self._ilink = ilink
@@ -53,7 +56,7 @@ class CdnClient:
         self._allowed_hosts = allowed_hosts
         self._max_bytes = max_bytes
         self._stall_s = stall_s
-        self._slots = asyncio.Semaphore(transfers)
+        self._grace_s = grace_s
         client = httpx.AsyncClient(
             verify=ssl.create_default_context(),
             timeout=httpx.Timeout(stall_s, connect=CONNECT_S),
@@ -71,15 +74,14 @@ class CdnClient:
 
     async def download(self, fetch: Fetch) -> Pieces:
         url = self._link_of(fetch)
-        async with self._slots:
-            with self._transfer("in") as moved:
-                async with contextlib.aclosing(self._decrypted(url, fetch.key)) as pieces:
-                    async for piece in pieces:
-                        moved[0] += len(piece)
-                        if moved[0] > self._max_bytes:
-                            raise self._too_large()
-                        if piece:
-                            yield piece
+        with self._transfer("in") as moved:
+            async with contextlib.aclosing(self._decrypted(url, fetch.key)) as pieces:
+                async for piece in pieces:
+                    moved[0] += len(piece)
+                    if moved[0] > self._max_bytes:
+                        raise self._too_large()
+                    if piece:
+                        yield piece
 
     async def upload(
         self, account: Account, *, user: str, kind: MediaKind, name: str, size: int, md5: str, read: Read
@@ -87,24 +89,23 @@ class CdnClient:
         if size > self._max_bytes:
             raise Refused("media", f"The media exceed {self._max_bytes} bytes.")
         key, filekey = secrets.token_bytes(KEY_BYTES), secrets.token_hex(16)
-        async with self._slots:
-            with self._transfer("out") as moved:
-                url = await self._ilink.upload_url(
-                    account,
-                    user=user,
-                    kind=kind,
-                    size=size,
-                    md5=md5,
-                    filekey=filekey,
-                    key=key,
-                    cdn_base_url=self._base_url,
-                )
-                try:
-                    urls.check_link(url, self._allowed_hosts)
-                except Refused as exc:
-                    raise Refused("media", f"iLink named a place that may not be called. {exc.detail}") from None
-                reference = await self._post(url, key, size, read)
-                moved[0] = size
+        with self._transfer("out") as moved:
+            url = await self._ilink.upload_url(
+                account,
+                user=user,
+                kind=kind,
+                size=size,
+                md5=md5,
+                filekey=filekey,
+                key=key,
+                cdn_base_url=self._base_url,
+            )
+            try:
+                urls.check_link(url, self._allowed_hosts)
+            except Refused as exc:
+                raise Refused("media", f"iLink named a place that may not be called. {exc.detail}") from None
+            reference = await self._post(url, key, size, read)
+            moved[0] = size
         return Uploaded(kind, name, size, cipher_size(size), reference, key)
 
     # down -------------------------------------------------------------------------------------------
@@ -132,7 +133,9 @@ class CdnClient:
 
     async def _get(self, url: str, *, encrypted: bool) -> Pieces:
         with self._request("cdn_download"):
-            async with self._client.stream("GET", url) as response:
+            async with contextlib.AsyncExitStack() as stack:
+                async with asyncio.timeout(self._grace_s):
+                    response = await stack.enter_async_context(self._client.stream("GET", url))
                 if response.status_code == 429 or response.status_code >= 500:
                     reason = "http_5xx" if response.status_code >= 500 else "http_4xx"
                     raise Temporary(reason, f"HTTP {response.status_code} from the CDN")
@@ -146,16 +149,32 @@ class CdnClient:
                     return
                 if "transfer-encoding" not in response.headers:  # beside chunks it does not count (RFC 9112, 6.3)
                     self._check_length(response.headers.get("content-length", ""), encrypted=encrypted)
-                async for piece in response.aiter_raw(PIECE):
-                    yield piece
+                async with contextlib.aclosing(self._received(response)) as pieces:
+                    async for piece in pieces:
+                        yield piece
+
+    async def _received(self, response: httpx.Response) -> Pieces:
+        """The body as it comes. Raises TimeoutError. The time of who takes the pieces does not count."""
+        clock = asyncio.get_running_loop().time
+        pieces, size, waited_s = response.aiter_raw(), 0, 0.0
+        while True:
+            began = clock()
+            async with asyncio.timeout(_longest_s(self._grace_s, size) - waited_s):
+                piece = await anext(pieces, b"")
+            if not piece:
+                return
+            waited_s += clock() - began
+            size += len(piece)
+            yield piece
 
     async def _unpacked(self, response: httpx.Response, encoding: str, *, encrypted: bool) -> Pieces:
         """The body of an answer that was packed on the way, unasked."""
         unpacker = Unpacker(encoding, self._largest(encrypted=encrypted))
         try:
-            async for packed in response.aiter_raw(PIECE):
-                for piece in unpacker.unpack(packed, PIECE):
-                    yield piece
+            async with contextlib.aclosing(self._received(response)) as received:
+                async for packed in received:
+                    for piece in unpacker.unpack(packed, PIECE):
+                        yield piece
             unpacker.finish()
         except Oversized:
             raise self._too_large() from None
@@ -201,7 +220,7 @@ class CdnClient:
         with self._request("cdn_upload"):
             body = _encrypted(read, key, size)
             async with (
-                asyncio.timeout(self._stall_s + size / SLOWEST),
+                asyncio.timeout(_longest_s(self._stall_s, size)),
                 contextlib.aclosing(body),
                 self._client.stream("POST", url, headers=headers, content=body) as response,
             ):
@@ -275,6 +294,11 @@ async def _encrypted(read: Read, key: bytes, size: int) -> Pieces:
     if left:
         raise Refused("media", f"The media have not the announced size of {size} bytes.")
     yield work.finish()
+
+
+def _longest_s(grace_s: float, size: int) -> float:
+    """How long a transfer of so many bytes may take."""
+    return grace_s + size / SLOWEST
 
 
 def _outcome(exc: AdapterError) -> str:

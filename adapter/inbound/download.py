@@ -16,6 +16,7 @@ from adapter.inbound.inbox import Heard
 from adapter.names import digest
 from adapter.ports import Cdn, Fetch, Objects, Pieces, StoredObject
 from adapter.quotes import kind_of
+from adapter.slots import FairSlots
 from adapter.timing import Clock, backoff
 
 log = structlog.get_logger()
@@ -31,6 +32,8 @@ class Downloading(NamedTuple):
     to_wav: Callable[[bytes], Awaitable[bytes | None]]
     """A SILK recording as WAV, made in a thread; None where it cannot be converted."""
     clock: Clock
+    transfers: FairSlots
+    """Downloads and uploads at once."""
 
 
 class Missing(Exception):
@@ -74,7 +77,7 @@ async def _download_once(heard: Heard, fetch: Fetch, needs: Downloading) -> Got:
     item = heard.said.items[fetch.item]
     name = f"{heard.sandbox}/in/{digest(heard.id.encode())}-{fetch.item}"
     recording = _Copy(media.SILK_MAX_BYTES) if isinstance(item, contract.VoiceItem) else None
-    async with contextlib.aclosing(_pieces(needs.cdn, fetch)) as pieces:
+    async with contextlib.aclosing(_pieces(heard.sandbox, fetch, needs)) as pieces:
         head = await _head(pieces)
         kind = media.identify(head, fetch.name)
         title = fetch.name or media.file_name(kind_of(item), kind.suffix)
@@ -130,10 +133,13 @@ class _Copy:
         self.data = bytes(kept) if size <= self._most else b""
 
 
-async def _pieces(cdn: Cdn, fetch: Fetch) -> Pieces:
-    """The plain bytes. Raises Missing: whatever else comes out of storing them is the object store's."""
+async def _pieces(sandbox: str, fetch: Fetch, needs: Downloading) -> Pieces:
+    """The plain bytes, once there is a place for their transfer.
+
+    Raises Missing: whatever else comes out of storing them is the object store's.
+    """
     try:
-        async with contextlib.aclosing(cdn.download(fetch)) as plain:
+        async with needs.transfers.held(sandbox), contextlib.aclosing(needs.cdn.download(fetch)) as plain:
             async for piece in plain:
                 yield piece
     except Refused as exc:

@@ -21,6 +21,7 @@ from adapter.jetstream.shares import Shares
 from adapter.metrics import Metrics
 from adapter.names import H_ERROR, H_ERROR_CODE, H_SCHEMA, Names, is_inbox
 from adapter.ports import Answered, Asked
+from adapter.slots import FairSlots
 
 log = structlog.get_logger()
 
@@ -33,8 +34,12 @@ IMPORTED_REPLY = "_R_."
 """What the server makes of the inbox of a request that comes from another account."""
 AT_ONCE = 256
 """Requests that are being answered; more wait."""
+PLATFORM = ""
+"""Whom requests on subjects of no sandbox count for."""
 OF_ONE = 32
 """Requests on the subjects of one sandbox in hand; more are refused."""
+REPLAYS = 4
+"""Replays that are read at once, each of another sandbox. More wait, and take none of the places of AT_ONCE."""
 COSTS = {"replay": 32, "media.get": 2, "media.put": 8}
 """What a request takes of a sandbox's share in a second, as so many of the others: their time, roughly."""
 UPLOADS, UPLOADS_OF_ONE = f"{SERVICE}-uploads", 8
@@ -71,7 +76,9 @@ class Services:
         self._instance = instance
         self._service = service
         self._of_one = of_one
-        self._room = asyncio.Semaphore(AT_ONCE)
+        self._room = FairSlots(AT_ONCE, share=AT_ONCE)
+        self._rooms = {"replay": FairSlots(REPLAYS, share=1)}
+        """Of verbs on subjects of sandboxes that have places of their own."""
         self._answers: set[asyncio.Task[None]] = set()
         link.on_up(self._start)
 
@@ -89,7 +96,7 @@ class Services:
             await _add(service, verb, self._names.svc(verb), partial(self._take, _plainly(handler)))
         for verb, of_sandbox in self._of_sandbox.items():
             name = f"{verb}.own" if verb in self._handlers else verb
-            handle = partial(self._take_fairly, shares, COSTS.get(verb, 1), _by_sandbox(of_sandbox))
+            handle = partial(self._take_fairly, shares, verb, _by_sandbox(of_sandbox))
             await _add(service, name, f"{self._names.svc(verb)}.*", handle)
 
     def _admit(
@@ -117,18 +124,18 @@ class Services:
         if not _is_reply(request._msg.reply):  # not offered otherwise
             log.info("service.reply_refused")
             return
-        await self._room.acquire()
+        await self._room.acquire(PLATFORM)
         self._spawn(self._answer_there(handler, request))
 
-    async def _take_fairly(self, shares: Shares, cost: int, handler: Answering, request: Request) -> None:
+    async def _take_fairly(self, shares: Shares, verb: str, handler: Answering, request: Request) -> None:
         """As `_take`, of a request that was admitted; nothing waits here, so that nothing piles up before it."""
 
         async def answer() -> None:
             sandbox = _sandbox_of(request)
             try:
-                await shares.turn(sandbox, cost)
-                await self._room.acquire()
-                await self._answer_there(handler, request)
+                await shares.turn(sandbox, COSTS.get(verb, 1))
+                async with self._rooms.get(verb, self._room).held(sandbox):
+                    await _answer(handler, request)
             finally:
                 shares.give_back(sandbox, len(request.data))
 
@@ -139,7 +146,7 @@ class Services:
         try:
             await _answer(handler, request)
         finally:
-            self._room.release()
+            self._room.release(PLATFORM)
 
     def _spawn(self, answering: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(answering)

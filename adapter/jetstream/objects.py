@@ -75,7 +75,7 @@ class ObjectStore:
         meta = await self._meta(name)
         if meta is None or meta.deleted or (meta.options or {}).get("link"):
             return None
-        return StoredObject(name, meta.nuid, meta.size, _hex(meta.digest))
+        return StoredObject(name, meta.nuid, meta.size, _hex(meta.digest), meta.description)
 
     async def read(self, stored: StoredObject) -> Pieces:
         digest = hashlib.sha256()
@@ -146,6 +146,11 @@ class ObjectStore:
         self, name: str, size: int, *, sha256: str, title: str, mime_of: Callable[[bytes], str]
     ) -> tuple[StoredObject, bytes]:
         ident = _upload_ident(name)
+        done = await self.info(name)
+        if done is not None and (done.ident, done.size) == (ident, size):
+            if sha256 not in ("", done.sha256):
+                raise Refused("invalid", "The upload is complete already, with other bytes: take another id.")
+            return done, await self._head(done)
         digest, chunks, head = hashlib.sha256(), 0, b""
         try:
             async with contextlib.aclosing(self._bytes(name, ident, size)) as pieces:
@@ -163,6 +168,19 @@ class ObjectStore:
             name, ident, size=size, chunks=chunks, digest=digest.digest(), mime=mime, title=title
         )
         return stored, head
+
+    async def _head(self, stored: StoredObject) -> bytes:
+        """The first bytes. Raises Temporary."""
+        head, after = b"", 0
+        try:
+            while len(head) < HEAD:
+                piece, after = await self.piece(stored, after)
+                head += piece
+                if not after:
+                    break
+        except Unreadable as exc:
+            raise Temporary("object", "Pieces are missing: send them again.") from exc
+        return head[:HEAD]
 
     # writing ----------------------------------------------------------------------------------------
 
@@ -214,7 +232,7 @@ class ObjectStore:
         await self._publisher.publish(Message("media", self._meta_subject(name), msgspec.json.encode(meta), headers))
         if before is not None and before.nuid not in ("", ident):
             await self._discard(before.nuid)
-        return StoredObject(name, ident, size, digest.hex())
+        return StoredObject(name, ident, size, digest.hex(), title)
 
     async def _discard(self, ident: str) -> None:
         """Deletes pieces; what cannot be deleted now goes when it is as old as the store keeps things."""

@@ -6,7 +6,6 @@ request needs none before it, so any replica answers any piece.
 
 from __future__ import annotations
 
-import asyncio
 from urllib.parse import unquote
 
 import msgspec
@@ -19,11 +18,12 @@ from adapter.metrics import Metrics
 from adapter.names import H_NEXT, H_SHA256, H_SIZE, MAX_SEQ, check_sandbox
 from adapter.ports import Answered, Asked, PartialObjects
 from adapter.services.requests import invalid, read_request
+from adapter.slots import FairSlots
 
 PIECE_MIN, PIECE_MAX = 16 * 1024, 512 * 1024
 """Pieces of an upload; the last may be shorter. Well below a message's usual limit of 1 MiB."""
 COMPLETING = 4
-"""Uploads that are read back for their digest at once."""
+"""Uploads that are read back for their digest at once; those of one sandbox one after the other."""
 NAME_MAX = 255
 
 
@@ -34,7 +34,7 @@ class MediaService:
         self._objects = objects
         self._metrics = metrics
         self._max_bytes = max_bytes
-        self._completing = asyncio.Semaphore(COMPLETING)
+        self._completing = FairSlots(COMPLETING, share=1)
 
     async def get(self, asked: Asked) -> Answered:
         """media.get: a piece of an object. Raises Refused (invalid, not_found), Temporary."""
@@ -72,13 +72,13 @@ class MediaService:
                 return _answer(Media(object=name, size=size))
             if size != end:
                 raise Refused("invalid", "More bytes are there under this id: take another one.")
-            return _answer(await self._complete(name, size, piece))
+            return _answer(await self._complete(sandbox, name, size, piece))
         except BusRefused as exc:
             raise BusRefused(exc.code, f"The media are not stored: {exc.detail}") from exc
 
-    async def _complete(self, name: str, size: int, piece: MediaPiece) -> Media:
+    async def _complete(self, sandbox: str, name: str, size: int, piece: MediaPiece) -> Media:
         title = _file_name(piece.name)
-        async with self._completing:
+        async with self._completing.held(sandbox):
             stored, head = await self._objects.complete(
                 name,
                 size,
@@ -86,8 +86,8 @@ class MediaService:
                 title=title,
                 mime_of=lambda head: media.identify(head, title).mime,
             )
-        kind = media.identify(head, title)
-        name = title or media.file_name(kind.mime.partition("/")[0], kind.suffix)
+        kind = media.identify(head, stored.title)
+        name = stored.title or media.file_name(kind.mime.partition("/")[0], kind.suffix)
         return described(stored, kind, name, media.wav_duration_ms(head))
 
     def _check_size(self, piece: MediaPiece, size: int, end: int) -> None:

@@ -27,9 +27,10 @@ from structlog.testing import capture_logs
 from adapter.contract import Media
 from adapter.embedded import find_server
 from adapter.jetstream import topology
+from adapter.jetstream.history import direct_one
 from adapter.jetstream.link import Link
 from adapter.jetstream.microservice import Services
-from adapter.jetstream.objects import ObjectStore
+from adapter.jetstream.objects import ObjectStore, _upload_ident
 from adapter.jetstream.publisher import Publisher
 from adapter.metrics import Metrics
 from adapter.names import H_ERROR_CODE, H_LAST, H_NAME, H_NEXT, H_OFFSET, H_SHA256, H_SIZE, H_UPLOAD, Names
@@ -45,6 +46,8 @@ from tests.e2e.waiting import until
 NAMES = Names()
 STREAM = f"OBJ_{NAMES.media}"
 MAX_BYTES = 3_000_000
+JPEG_SIZE = bytes.fromhex("ffc0 0011 08 01e0 0280 03 012200 021101 031101 ffd9")
+"""The end of a picture of 640 by 480."""
 
 CONFIG = """
 listen: "127.0.0.1:-1"
@@ -487,6 +490,42 @@ async def test_an_upload_has_a_plain_name(s1: Sandbox, upload: str) -> None:
 async def test_a_finished_upload_grows_no_more(place: Place, s1: Sandbox) -> None:
     await s1.put("u", BYTES[:50_000])
     assert code_of(await s1.ask_put("u", BYTES[:20_000], 50_000)) == "400"
+    assert await s1.get("s1/out/u") == BYTES[:50_000]
+
+
+async def test_a_repeated_last_piece_is_answered_without_reading_the_object(place: Place, s1: Sandbox) -> None:
+    """Reading 100 MB for each repeat would be a cheap flood. The piece that is gone shows that nobody looks."""
+    made = await s1.put("u", BYTES[:300_000], name="a.bin")
+    subject = place.store._chunks(_upload_ident("s1/out/u"))
+    first = await sequence_after(place, subject, 0)
+    second = await sequence_after(place, subject, first)
+    await place.link.api(f"STREAM.MSG.DELETE.{STREAM}", {"seq": second, "no_erase": True}, PATIENCE_S)
+    again = await s1.ask_put("u", BYTES[262_144:300_000], 262_144, last="true", sha256=made.sha256)
+    assert media_of(again) == made
+    again = await s1.ask_put("u", BYTES[262_144:300_000], 262_144, last="true", name="other.bin")
+    assert media_of(again) == made, "it is the object that is told"
+
+
+async def sequence_after(place: Place, subject: str, after: int) -> int:
+    """The sequence of the next piece."""
+    found = await direct_one(place.link, STREAM, {"seq": after + 1, "next_by_subj": subject, "batch": 1})
+    assert found is not None
+    return found.seq
+
+
+async def test_a_repeated_picture_has_its_size_however_small_its_pieces_were(s1: Sandbox) -> None:
+    """The size of a JPEG may stand behind its first piece."""
+    jpeg = b"\xff\xd8\xff\xe1\xc3\x50" + bytes(49_998) + JPEG_SIZE
+    made = await s1.put("u", jpeg, cut=PIECE_MIN)
+    assert (made.width, made.height) == (640, 480)
+    start = len(jpeg) // PIECE_MIN * PIECE_MIN
+    assert media_of(await s1.ask_put("u", jpeg[start:], start, last="true")) == made
+
+
+async def test_a_repeated_last_piece_with_another_digest_changes_nothing(s1: Sandbox) -> None:
+    await s1.put("u", BYTES[:50_000])
+    again = await s1.ask_put("u", BYTES[:50_000], last="true", sha256="0" * 64)
+    assert code_of(again) == "400"
     assert await s1.get("s1/out/u") == BYTES[:50_000]
 
 

@@ -12,7 +12,7 @@ from structlog.testing import capture_logs
 
 from adapter.errors import Refused, Temporary
 from adapter.jetstream.link import Link
-from adapter.jetstream.microservice import OF_ONE, Handler, Services
+from adapter.jetstream.microservice import OF_ONE, REPLAYS, Handler, Services
 from adapter.jetstream.shares import REFUSALS_PER_S
 from adapter.metrics import Metrics
 from adapter.names import H_ERROR, H_ERROR_CODE, H_SCHEMA
@@ -161,5 +161,50 @@ async def test_a_sandbox_that_asks_without_end_leaves_room_for_the_others(bus: B
         assert Counter(served) == {"bad": OF_ONE + 1, "good": 1}
         # all of it was read within a second; on a slow machine, within two
         assert refusals["429"] in (REFUSALS_PER_S, asked - OF_ONE)
+        await nc.close()
+        task.cancel()
+
+
+async def test_replays_are_read_a_few_at_a_time_and_what_waits_takes_no_room(bus: Bus) -> None:
+    """Those of one sandbox one after the other, those of others beside them."""
+    held = asyncio.Event()
+    reading: Counter[str] = Counter()
+    answers: Counter[str] = Counter()
+
+    async def replay(asked: Asked) -> Answered:
+        reading[asked.sandbox] += 1
+        await held.wait()
+        reading[asked.sandbox] -= 1
+        return Answered(b"page", {})
+
+    async def window(asked: Asked) -> Answered:
+        return Answered(b"open", {})
+
+    async def on_answer(msg: Msg) -> None:
+        answers[msg.data.decode()] += 1
+
+    async with asyncio.TaskGroup() as group:
+        link, metrics = Link(bus.settings, "service"), Metrics()
+        of_sandbox = {"replay": replay, "window": window}
+        Services(link, NAMES, {}, metrics, version="1.0.0", instance="r1", of_sandbox=of_sandbox)
+        task = group.create_task(link.run())
+        await link.wait_up(PATIENCE_S)
+        nc = await bus.client()
+        inbox = nc.new_inbox()
+        await nc.subscribe(inbox, cb=on_answer)
+
+        async def ask(sandbox: str, times: int = 1) -> None:
+            for _ in range(times):
+                await nc.publish(f"{NAMES.svc('replay')}.{sandbox}", b"", reply=inbox)
+            # read behind the replays, so these are waiting or being read now
+            await nc.request(f"{NAMES.svc('window')}.{sandbox}", b"", timeout=PATIENCE_S)
+
+        await ask("bad", 3)
+        assert reading == {"bad": 1}
+        for number in range(2 * REPLAYS):
+            await ask(f"s{number}")
+        assert reading.total() == REPLAYS
+        held.set()
+        await until(lambda: answers["page"] == 3 + 2 * REPLAYS, "all are answered")
         await nc.close()
         task.cancel()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from typing import Literal
 
@@ -11,6 +12,7 @@ from adapter.conversation.commands import MediaPart
 from adapter.conversation.uploads import READY_S, StoreAway
 from adapter.errors import Refused, SessionExpired, Temporary, Unreadable
 from adapter.ports import Account
+from adapter.slots import FairSlots
 from tests.fakes import MEDIA_BYTES, Bench, Carried
 
 VIRTUAL_TIME = True
@@ -30,7 +32,7 @@ def part(data: bytes = b"hello", *, kind: Kind = "file", name: str = "a.txt", st
 
 
 async def carried(bench: Bench, what: MediaPart, ident: str = "c-0") -> Carried:
-    await bench.uploads.bring(ident, what, ACCOUNT, USER)
+    await bench.uploads.bring(ident, what, ACCOUNT, "s1", USER)
     return bench.cdn.uploads[-1]
 
 
@@ -111,20 +113,20 @@ async def test_what_is_too_large_is_refused_unread(stored: str) -> None:
 
 async def test_a_request_that_is_repeated_brings_nothing_again() -> None:
     bench = Bench()
-    first = await bench.uploads.bring("c-0", part(), ACCOUNT, USER)
-    assert await bench.uploads.bring("c-0", part(), ACCOUNT, USER) == first
+    first = await bench.uploads.bring("c-0", part(), ACCOUNT, "s1", USER)
+    assert await bench.uploads.bring("c-0", part(), ACCOUNT, "s1", USER) == first
     assert bench.cdn.asked == 1
-    await bench.uploads.bring("c-1", part(), ACCOUNT, USER)
-    await bench.uploads.bring("c-0", part(), ACCOUNT._replace(bot="b2@im.bot"), USER)
+    await bench.uploads.bring("c-1", part(), ACCOUNT, "s1", USER)
+    await bench.uploads.bring("c-0", part(), ACCOUNT._replace(bot="b2@im.bot"), "s1", USER)
     assert bench.cdn.asked == 3
 
 
 async def test_an_upload_is_not_trusted_for_ever() -> None:
     """Nobody knows how long iLink keeps it."""
     bench = Bench()
-    await bench.uploads.bring("c-0", part(), ACCOUNT, USER)
+    await bench.uploads.bring("c-0", part(), ACCOUNT, "s1", USER)
     await bench.clock.sleep(READY_S)
-    await bench.uploads.bring("c-0", part(), ACCOUNT, USER)
+    await bench.uploads.bring("c-0", part(), ACCOUNT, "s1", USER)
     assert bench.cdn.asked == 2
 
 
@@ -170,3 +172,21 @@ async def test_a_damaged_object_is_refused(when: str) -> None:
     with pytest.raises(Refused) as caught:
         await carried(bench, part(stored="s1/x"))
     assert caught.value.reason == "media"
+
+
+async def test_a_sandbox_whose_uploads_hang_holds_up_no_other() -> None:
+    bench = Bench()
+    bench.uploads._transfers = FairSlots(4, share=2)
+    hanging = asyncio.Event()
+    bench.cdn.hold["hanging"] = hanging
+    uploads = [
+        asyncio.create_task(bench.uploads.bring(f"c-{number}", part(), ACCOUNT, "bad", "hanging"))
+        for number in range(6)
+    ]
+    await asyncio.sleep(1)
+    async with asyncio.timeout(1):
+        await bench.uploads.bring("c-0", part(), ACCOUNT._replace(bot="b2@im.bot"), "good", USER)
+    assert bench.cdn.asked == 3
+    hanging.set()
+    await asyncio.gather(*uploads)
+    assert len(bench.cdn.uploads) == 7

@@ -16,7 +16,6 @@ from adapter.conversation.conversations import Conversations
 from adapter.conversation.record import ConversationRecord, SendWindow
 from adapter.conversation.rules import SendPolicy
 from adapter.conversation.shard import ConversationDeps
-from adapter.conversation.slots import SendSlots
 from adapter.conversation.store import ConversationStore
 from adapter.conversation.uploads import Uploads
 from adapter.conversation.window import WindowPolicy
@@ -37,6 +36,7 @@ from adapter.outbound.typing_indicator import TypingDeps
 from adapter.ports import Account, Stored
 from adapter.records import Binding, Cursor
 from adapter.seal import Sealer
+from adapter.slots import FairSlots
 from adapter.timing import Beat, Pace, Turns
 from tests.fakes.bus import FakeBucket, FakeBus, FakeCoreBus, FakeDelivery, Kept
 from tests.fakes.clock import FakeClock
@@ -76,7 +76,8 @@ class Bench:
         self.objects: FakeObjects = world.objects if world else FakeObjects(self.bus.writes)
         self.claims_bucket: FakeBucket = world.claims_bucket if world else FakeBucket("claim", self.bus.writes)
         self.texts = FakeTexts()
-        self.uploads = Uploads(self.cdn, self.objects, self.clock, max_bytes=MEDIA_BYTES)
+        self.transfers = FairSlots(16, share=16)
+        self.uploads = Uploads(self.cdn, self.objects, self.clock, self.transfers, max_bytes=MEDIA_BYTES)
         self.opened: dict[int, Downloads] = {}
         """By shard: what waits for media. A shard that has none counts as not this replica's."""
         self.core = FakeCoreBus()
@@ -212,7 +213,7 @@ class Bench:
                 store=self.store,
                 chat=self.chat,
                 uploads=self.uploads,
-                slots=SendSlots(8, share=8),
+                slots=FairSlots(8, share=8),
                 policy=policy,
                 clock=self.clock,
                 metrics=self.metrics,
@@ -336,7 +337,7 @@ class Bench:
         async def to_wav(silk: bytes) -> bytes | None:
             return media.silk_to_wav(silk)  # no thread: time must not jump meanwhile
 
-        downloading = Downloading(self.cdn, self.objects, to_wav, self.clock)
+        downloading = Downloading(self.cdn, self.objects, to_wav, self.clock, self.transfers)
         made = Downloads(shard_of(sandbox), Fetching(self.incoming(**changes), downloading, wait_s))
         await made.load()
         self.opened[shard_of(sandbox)] = made

@@ -15,7 +15,7 @@ import msgspec
 import pytest
 
 from adapter.errors import AdapterError, Refused, SessionExpired, Temporary, Unreadable
-from adapter.ilink.cdn import CdnClient
+from adapter.ilink.cdn import SLOWEST, CdnClient
 from adapter.ilink.cipher import cipher_size, read_key
 from adapter.ilink.client import ILink
 from adapter.metrics import Metrics
@@ -206,9 +206,9 @@ async def server(serve: Serve) -> AsyncIterator[str]:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def fetch_from(rig: Rig, serve: Serve, *, key: bytes | None = None, stall_s: float = 20.0) -> bytes:
+async def fetch_from(rig: Rig, serve: Serve, *, key: bytes | None = None, **changes: float) -> bytes:
     async with server(serve) as host:
-        other = Rig(rig.sim, allowed_hosts=(host,), stall_s=stall_s)
+        other = Rig(rig.sim, allowed_hosts=(host,), **changes)
         try:
             return await whole(other.cdn.download(Fetch(0, f"http://{host}/c2c/download?x=1", "", key, "")))
         finally:
@@ -321,6 +321,49 @@ async def test_a_stall_ends_a_download(rig: Rig) -> None:
     assert await failure(fetch_from(rig, serve, stall_s=0.05)) == (Temporary, "timeout")
 
 
+@pytest.mark.parametrize("begun", [b"HTTP/1.1 200 OK\r\nx-slow: ", b"HTTP/1.1 200 OK\r\n\r\n"], ids=["head", "body"])
+async def test_a_download_that_comes_byte_by_byte_ends(rig: Rig, begun: bytes) -> None:
+    """No pause is a stall, and the place is held for others."""
+    told, bytes_told = 0, 300
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal told
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(begun)
+        for _ in range(bytes_told):
+            writer.write(b"a")
+            await writer.drain()
+            told += 1
+            await asyncio.sleep(0.01)
+
+    assert await failure(fetch_from(rig, serve, grace_s=0.2)) == (Temporary, "timeout")
+    assert told < bytes_told
+
+
+async def test_a_download_may_take_long_where_bytes_come_or_nobody_takes_them(rig: Rig) -> None:
+    """What is bounded is the wait for the CDN, from the beginning on and in proportion to what came."""
+    pieces, piece = 8, bytes(int(0.2 * SLOWEST))
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\n\r\n")
+        for _ in range(pieces):
+            writer.write(piece)
+            await writer.drain()
+            await asyncio.sleep(0.1)
+
+    async with server(serve) as host:
+        other = Rig(rig.sim, allowed_hosts=(host,), grace_s=0.5)
+        came, began = 0, asyncio.get_running_loop().time()
+        async for got in other.cdn.download(Fetch(0, f"http://{host}/", "", None, "")):
+            if not came:
+                await asyncio.sleep(0.6 + pieces * 0.2)  # longer than all of it may take
+            came += len(got)
+        assert came == pieces * len(piece)
+        assert asyncio.get_running_loop().time() > began + 0.5
+        await other.close()
+
+
 async def test_a_refused_connection_is_tried_again_by_the_caller(rig: Rig) -> None:
     async with server(answering("")) as host:
         pass
@@ -348,36 +391,22 @@ async def test_what_is_asked_of_the_cdn_names_no_bot(rig: Rig) -> None:
     assert names == {"host", "accept", "accept-encoding", "connection", "user-agent"}
 
 
-async def test_transfers_wait_for_each_other_and_a_stopped_one_gives_its_place_back(rig: Rig) -> None:
-    """Two at once: the third begins when one of them is closed."""
-    asked = 0
-    more = asyncio.Event()
+async def test_a_download_that_is_closed_early_hangs_up(rig: Rig) -> None:
+    gone = asyncio.Event()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        nonlocal asked
         await reader.readuntil(b"\r\n\r\n")
-        asked += 1
         writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n" + bytes(80_000))
         await writer.drain()
-        await more.wait()
+        await reader.read()
+        gone.set()
 
     async with server(serve) as host:
         other = Rig(rig.sim, allowed_hosts=(host,))
-        fetch = Fetch(0, f"http://{host}/", "", None, "")
-        downloads = [aiter(other.cdn.download(fetch)) for _ in range(2)]
-        for download in downloads:
+        async with contextlib.aclosing(other.cdn.download(Fetch(0, f"http://{host}/", "", None, ""))) as download:
             await anext(download)
-        third = asyncio.create_task(whole(other.cdn.download(fetch)))
-        for _ in range(50):
-            await asyncio.sleep(0)
-        assert asked == 2
-        await downloads[0].aclose()  # type: ignore[attr-defined]
-        await rig.sim.until(lambda: asked == 3)
+        await asyncio.wait_for(gone.wait(), 20)
         assert other.transfers("in", "failed") == 1
-        third.cancel()
-        await asyncio.wait([third])
-        await downloads[1].aclose()  # type: ignore[attr-defined]
-        assert other.transfers("in", "failed") == 3
         await other.close()
 
 

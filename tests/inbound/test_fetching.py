@@ -15,6 +15,7 @@ from adapter.errors import BusRefused, LeaseLost, Refused, Temporary
 from adapter.names import H_MSG_ID, H_SANDBOX, H_TIME_MS, shard_of
 from adapter.ports import Message
 from adapter.simulator import samples
+from adapter.slots import FairSlots
 from tests.fakes import EPOCH_MS, batch, raw_message, ready
 from tests.inbound.downloads import (
     BOT,
@@ -336,6 +337,26 @@ async def test_a_silent_download_holds_up_no_other_bot() -> None:
     await replica.downloads._sweep()
     await asyncio.sleep(1)
     assert said(bench) == ["t7"]
+    await replica.leave()
+
+
+async def test_a_sandbox_whose_downloads_hang_holds_up_no_other() -> None:
+    """Four pictures of one bot wait for a silent CDN: others are still fetched."""
+    other = next(name for number in range(10_000) if shard_of(name := f"o{number}") == shard_of("s1"))
+    bench = await ready(batch(*(image(number) for number in range(1, 5))))
+    bench.transfers = FairSlots(4, share=2)
+    for number in range(1, 5):
+        bench.cdn.has(f"p{number}", None)
+    bench.cdn.has("p7", PNG)
+    replica = await run(bench)
+    await asyncio.sleep(1)
+    await bench.bind(other, "b2@im.bot", "u2@im.wechat")
+    subject = bench.names.raw(shard_of(other), "b2@im.bot")
+    bench.bus.put(subject, image(7, from_user_id="u2@im.wechat"), {H_SANDBOX: other, H_TIME_MS: "5"})
+    await replica.downloads._sweep()
+    await asyncio.sleep(1)
+    assert said(bench) == ["+"]
+    assert bench.cdn.fetched == ["p1", "p2", "p7"]
     await replica.leave()
 
 

@@ -1,12 +1,14 @@
-"""Bounds the requests to sendmessage that are out at once, with a fair share for each sandbox."""
+"""Bounds what is done at once, with a fair share for each sandbox: sends, transfers of media, requests."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import Counter, OrderedDict, deque
+from collections.abc import AsyncIterator
 
 
-class SendSlots:
+class FairSlots:
     """As many slots as may be used; a sandbox that waits takes its turn after the other sandboxes that do."""
 
     def __init__(self, slots: int, *, share: int) -> None:
@@ -43,6 +45,15 @@ class SendSlots:
         if not self._used[sandbox]:
             del self._used[sandbox]
         self._grant()
+
+    @contextlib.asynccontextmanager
+    async def held(self, sandbox: str) -> AsyncIterator[None]:
+        """Waits for a slot, and has it while entered."""
+        await self.acquire(sandbox)
+        try:
+            yield
+        finally:
+            self.release(sandbox)
 
     def _take(self, sandbox: str) -> None:
         self._free -= 1
