@@ -16,6 +16,7 @@ from adapter.contract import Media, MediaPiece, MediaQuery
 from adapter.errors import BusRefused, Refused, Unreadable
 from adapter.inbound.download import described
 from adapter.metrics import Metrics
+from adapter.media import NO_NAMES
 from adapter.names import H_NEXT, H_SHA256, H_SIZE, MAX_SEQ, check_sandbox
 from adapter.ports import Answered, Asked, PartialObjects
 from adapter.services.requests import invalid, read_request
@@ -98,9 +99,10 @@ class MediaService:
 
 
 def _file_name(encoded: str) -> str:
-    """A file name out of a header: no folders, nothing that cannot be printed."""
+    """A file name out of a header: no folders, nothing that cannot be printed; "" for what is none."""
     name = unquote(encoded).replace("\\", "/").rpartition("/")[2]
-    return "".join(c for c in name if c.isprintable())[:NAME_MAX]
+    name = "".join(c for c in name if c.isprintable())[:NAME_MAX]
+    return "" if name in NO_NAMES else name
 
 
 def _answer(answer: Media) -> Answered:

@@ -417,8 +417,9 @@ async def test_media_without_a_name_get_one_and_a_picture_its_size(s1: Sandbox) 
 
 
 @pytest.mark.parametrize(
-    ("given", "name"), [("../../etc/passwd", "passwd"), ("C:\\x\\a.txt", "a.txt"), ("a\nb\x00", "ab")]
-)
+    ("given", "name"), [("../../etc/passwd", "passwd"), ("C:\\x\\a.txt", "a.txt"), ("a\nb\x00", "ab"), (".", "file.txt"), ("a/..", "file.txt"),
+     ("..\u200b", "file.txt")],
+)  # fmt: skip
 async def test_a_file_name_has_no_folders(s1: Sandbox, given: str, name: str) -> None:
     assert (await s1.put("p", b"abc", name=given)).name == name
 
