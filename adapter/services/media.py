@@ -16,7 +16,6 @@ from adapter.contract import Media, MediaPiece, MediaQuery
 from adapter.errors import BusRefused, Refused, Unreadable
 from adapter.inbound.download import described
 from adapter.metrics import Metrics
-from adapter.media import NO_NAMES
 from adapter.names import H_NEXT, H_SHA256, H_SIZE, MAX_SEQ, check_sandbox
 from adapter.ports import Answered, Asked, PartialObjects
 from adapter.services.requests import invalid, read_request
@@ -102,7 +101,7 @@ def _file_name(encoded: str) -> str:
     """A file name out of a header: no folders, nothing that cannot be printed; "" for what is none."""
     name = unquote(encoded).replace("\\", "/").rpartition("/")[2]
     name = "".join(c for c in name if c.isprintable())[:NAME_MAX]
-    return "" if name in NO_NAMES else name
+    return "" if name in media.NO_NAMES else name
 
 
 def _answer(answer: Media) -> Answered:
