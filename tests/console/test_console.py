@@ -192,7 +192,7 @@ async def test_who_tries_many_tokens_has_to_wait(office: Office) -> None:
 
 def test_a_session_ends_and_cannot_be_made_up() -> None:
     guard, now_s = Guard(TOKEN), 1_700_000_000
-    session = guard.session(now_s)
+    session = guard.session(now_s, "a")
     assert guard.admits(session, now_s + SESSION_S - 1)
     assert not guard.admits(session, now_s + SESSION_S)
     assert not Guard("another token of some length").admits(session, now_s)
@@ -200,7 +200,7 @@ def test_a_session_ends_and_cannot_be_made_up() -> None:
     for forged in ("", ".", "x", later, session[:-1], session + "0", f"{session}é"):
         assert not guard.admits(forged, now_s)
     assert guard.is_form(session, guard.form(session))
-    assert not guard.is_form(session, guard.form(guard.session(now_s + 1)))
+    assert not guard.is_form(session, guard.form(guard.session(now_s, "b")))
     assert not guard.is_form(session, "")
 
 
