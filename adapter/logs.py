@@ -53,8 +53,10 @@ _SECRET_TEXT = tuple(
         (r"\beyJ[0-9a-z_-]{10,}(?:\.[0-9a-z_-]+)*", HIDDEN),
     )
 )
-_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
-"""What moves a terminal's cursor; a traceback keeps its lines."""
+UNSEEN = "\x7f-\x9f\u00ad\u034f\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\U000e0000-\U000e0fff"
+"""As in a regular expression: what moves a cursor, changes directions, or is not seen (tags, zero width)."""
+_CONTROLS = re.compile(f"[\x00-\x08\x0b-\x1f{UNSEEN}]")
+"""What moves a terminal's cursor, and what nobody sees; a traceback keeps its lines."""
 _HARMLESS = re.compile(rf"(?!.*(?:AARzJW|eyJ|{_PACKED}))[a-z0-9_.@-]{{0,40}}\Z", re.IGNORECASE | re.ASCII)
 """Names, ids and words: most of what is logged, and nothing that a pattern above could match."""
 
@@ -130,8 +132,13 @@ def redacted_text(text: str, longest: int = FOREIGN_CHARS) -> str:
     text = text[: 2 * TRACEBACK_CHARS]  # bounds the work, not the result
     if not text.isascii():
         text = text.encode("utf-8", "backslashreplace").decode()  # lone surrogates cannot be written
-    text = _CONTROLS.sub(lambda m: f"\\x{ord(m[0]):02x}", hide_secrets(text))
+    text = visible(hide_secrets(text))
     return text if len(text) <= longest else text[:longest] + "…"
+
+
+def visible(text: str) -> str:
+    """`text` with what nobody sees, or moves a cursor, escaped; its lines and tabs stay."""
+    return _CONTROLS.sub(lambda m: f"\\x{ord(m[0]):02x}", text)
 
 
 def hide_secrets(text: str) -> str:

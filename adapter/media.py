@@ -8,6 +8,7 @@ import struct
 import unicodedata
 import wave
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import PurePosixPath
 from typing import NamedTuple
 
@@ -52,6 +53,9 @@ _BY_NAME = {
 }
 """Types that only a name tells apart; it is believed only where the content does not say otherwise."""
 
+NO_NAMES = (".", "..")
+"""What a sender may call a file, and is a folder for whoever stores it under that name."""
+
 
 class Kind(NamedTuple):
     """What a file is."""
@@ -87,8 +91,9 @@ def is_silk(head: bytes) -> bool:
 
 
 def silk_duration_ms(data: bytes) -> int | None:
-    """Length of a whole SILK recording; None for what is none."""
-    return sum(1 for _ in _frames(data)) * SILK_FRAME_MS if is_silk(data) else None
+    """Length of a whole SILK recording; None for what is none, or longer than SILK_MAX_FRAMES."""
+    count = sum(1 for _ in islice(_frames(data), SILK_MAX_FRAMES + 1)) if is_silk(data) else None
+    return None if count is None or count > SILK_MAX_FRAMES else count * SILK_FRAME_MS
 
 
 def wav_duration_ms(data: bytes) -> int | None:

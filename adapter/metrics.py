@@ -265,8 +265,8 @@ class Metrics:
     def _make_services(self) -> None:
         self.service_refusals = self._counter(
             "service_refusals",
-            "Requests of sandboxes that were not looked at; busy: too many of one sandbox at once, full: too many"
-            " bytes of all, reply: they ask for an answer elsewhere than in an inbox.",
+            "Requests that were not looked at; busy: too many of one sandbox at once, full: too many bytes of all,"
+            " reply: they ask for an answer elsewhere than in an inbox of the asker.",
             reason=["busy", "full", "reply"],
         )
 

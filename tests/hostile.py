@@ -136,3 +136,7 @@ TEXTS: dict[str, Make] = {
     "a link at each word": repeated("[a](http://例え.jp/あ) "),
     "of everything": repeated("> - 1. **a** _b [c](d) `e` <f> |g|\t\n\n# ~~h~~ &amp; \\i ![j](k)\u200b\n"),
 }
+
+
+UNSEEN_CHARS = "\u00ad\u034f\u180e\u200b\u200d\u2060\u2064\ufeff\U000e0001\U000e0041\U000e01ef"
+"""Zero width, tags, and what selects nothing: words in them are read by programs, and seen by nobody."""

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.fuzz.targets import TARGETS, seeds
+from tests.fuzz import costs
+from tests.fuzz.targets import TARGETS, Target, seeds
 
 ODD: st.SearchStrategy[Any] = st.sampled_from(
     [
@@ -125,3 +127,32 @@ WIDE = [
 @pytest.mark.parametrize("name", ["command", "routed", "control", "service", "message", "reply", "login"])
 def test_what_is_deep_or_wide_is_read_or_refused(name: str, data: bytes) -> None:
     TARGETS[name].read(data)
+
+
+DEAR = ("texts", "names", "logged")
+"""Targets that read a text many times over: of them it is a short one."""
+
+
+@pytest.mark.parametrize("name", [name for name in TARGETS if name != "texts"])
+def test_no_text_takes_a_reader_long_or_much_memory(name: str) -> None:
+    costs.worst(name, 1000 if name in DEAR else 30_000)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TARGETS)
+def test_no_long_text_takes_a_reader_long_or_much_memory(name: str) -> None:
+    print(name, costs.worst(name, 8000 if name in DEAR else 60_000))
+
+
+def test_what_is_dear_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(data: bytes) -> None:
+        kept = bytearray(len(data) * 60_000_000)
+        until = time.process_time() + 0.06
+        while time.process_time() < until:
+            kept[0] = 1
+
+    monkeypatch.setitem(TARGETS, "dear", Target(read))
+    with pytest.raises(AssertionError, match=r"dear: \d+ ms for 1 bytes, at most 50"):
+        costs.check("dear", b"x")
+    with pytest.raises(AssertionError, match="dear: 60 MB for 1 bytes"):
+        costs.check_memory("dear", b"x")

@@ -131,6 +131,14 @@ def test_a_recording_ends_where_a_frame_is_longer_than_the_decoder_takes() -> No
     assert silk_duration_ms(data) == media.SILK_FRAME_MS
 
 
+def test_a_recording_that_is_longer_than_any_has_no_length() -> None:
+    """Frames of a byte would take seconds to be counted."""
+    frame = b"\x01\x00x"
+    longest = SILK[:10] + frame * media.SILK_MAX_FRAMES
+    assert silk_duration_ms(longest) == 600_000
+    assert silk_duration_ms(longest + frame) is None
+
+
 BEYOND = b"RIFF$\0\0\0WAVEfmt_\xff\xff\xff\xffdata"
 """A part that is longer than the whole."""
 

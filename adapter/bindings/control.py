@@ -156,11 +156,12 @@ class Control:
 
     async def _put_aside(self, delivery: Delivery, exc: Unreadable) -> None:
         request = delivery.headers.get(H_MSG_ID, "")[:128]
+        is_secret = delivery.subject == self._names.bind
         await self._events.dead_letter(
             "CTL",
-            b"" if delivery.subject == self._names.bind else delivery.data,  # a bind holds a secret
+            b"" if is_secret else delivery.data,
             subject=delivery.subject,
-            headers=delivery.headers,
+            headers={} if is_secret else delivery.headers,
             reason=exc.reason,
             detail=exc.detail,
             seq=delivery.seq,

@@ -205,7 +205,7 @@ def _show(answer: ControlAnswer, done: str, json: bool) -> int:
         if answer.bindings:
             output.say(f"{done}.")
     else:
-        output.complain(output.printable(answer.error or "The adapter refused without a reason."))
+        output.complain(answer.error or "The adapter refused without a reason.")
     return OK if answer.ok else NO
 
 

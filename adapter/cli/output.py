@@ -1,10 +1,11 @@
 """What commands print: tables on a terminal, aligned text elsewhere, JSON lines on request.
 
-Texts and names come from other people: nothing of theirs may move the cursor or colour the screen.
+Texts and names come from other people: nothing of theirs may move the cursor, colour the screen or stay unseen.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Iterable, Sequence
@@ -17,14 +18,16 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
-_UNPRINTABLE_IN_JSON = re.compile("[\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+from adapter.logs import UNSEEN
+
+_UNPRINTABLE = re.compile(f"[\x00-\x1f{UNSEEN}]")
+_UNPRINTABLE_IN_JSON = re.compile(f"[{UNSEEN}]")
 """What JSON may hold as it is; some of it moves the cursor, or ends a line for those who read lines."""
 _NAMED = {"\n": "⏎", "\t": " ", "\r": ""}
 
 
 def printable(text: object) -> str:
-    """`text` on one line, with controls and direction marks made visible."""
+    """`text` on one line, with controls, direction marks and what has no width made visible."""
     return _UNPRINTABLE.sub(lambda m: _NAMED.get(m[0], f"\\x{ord(m[0]):02x}"), str(text))
 
 
@@ -41,7 +44,7 @@ def json_line(value: object) -> None:
     """One JSON object on a line of its own, at once; bytes are JSON already. Controls in its texts are escaped."""
     raw = value if isinstance(value, bytes) else msgspec.json.encode(full(value))
     text = raw.decode(errors="replace").replace("\n", " ")
-    print(_UNPRINTABLE_IN_JSON.sub(lambda m: f"\\u{ord(m[0]):04x}", text), flush=True)
+    print(_UNPRINTABLE_IN_JSON.sub(lambda m: json.dumps(m[0])[1:-1], text), flush=True)
 
 
 def say(text: str = "") -> None:
@@ -50,7 +53,9 @@ def say(text: str = "") -> None:
 
 
 def complain(text: str) -> None:
-    print(f"wechat-nats: {text}", file=sys.stderr, flush=True)
+    """Lines for people on standard error; they may repeat what was given, so controls in them are escaped."""
+    lines = "\n".join(printable(line) for line in text.split("\n"))
+    print(f"wechat-nats: {lines}", file=sys.stderr, flush=True)
 
 
 def table(

@@ -129,7 +129,7 @@ def _stored(command: Outbound, json: bool) -> int:
     if json:
         output.json_line({"command": command.id, "outcome": "stored"})
     else:
-        output.say(f"stored  (id {command.id})")
+        output.say(output.printable(f"stored  (id {command.id})"))
     return OK
 
 

@@ -1,15 +1,19 @@
 """Authentication of the console: its token, signed sessions, CSRF proofs of forms. No I/O, no clock.
 
-Everything is derived from the token: any replica accepts the sessions of another, and a new token ends all of them.
+Sessions are derived from the token: any replica accepts those of another, and a new token ends all of them. Which of
+them were signed out, and who tried wrong tokens, is known to this replica alone, until it ends.
 """
 
 from __future__ import annotations
 
 import hashlib
 import hmac
+from collections import Counter
 
 SESSION_S = 12 * 3600
 """A session ends so long after signing in."""
+WRONG_A_MINUTE = 10
+"""Wrong tokens of one address after which none of it is looked at, for the rest of a minute."""
 
 
 class Guard:
@@ -18,22 +22,43 @@ class Guard:
     def __init__(self, token: str) -> None:
         self._token = token.encode()
         self._key = hashlib.sha256(b"wechat-nats console\0" + self._token).digest()
+        self._signed_out: dict[str, int] = {}
+        """Sessions that were ended here, until when they would have lasted."""
+        self._wrong: Counter[str] = Counter()
+        self._wrong_until_s = 0
 
     def knows(self, token: str) -> bool:
         """Compares in constant time."""
         return hmac.compare_digest(token.encode("utf-8", "replace"), self._token)
 
-    def session(self, now_s: int) -> str:
-        """A cookie for who knew the token."""
-        until = f"{now_s + SESSION_S:x}"
-        return f"{until}.{self._mac('session', until)}"
+    def may_try(self, peer: str, now_s: int) -> bool:
+        """Whether a token from this address is looked at: behind a proxy, all have one."""
+        if not now_s < self._wrong_until_s <= now_s + 60:
+            self._wrong.clear()
+            self._wrong_until_s = now_s + 60
+        return self._wrong[peer] < WRONG_A_MINUTE
+
+    def count_wrong(self, peer: str) -> None:
+        """A token from this address was wrong."""
+        self._wrong[peer] += 1
+
+    def session(self, now_s: int, nonce: str) -> str:
+        """A cookie for who knew the token. `nonce` has no dots, and makes it another than all others."""
+        head = f"{now_s + SESSION_S:x}.{nonce}"
+        return f"{head}.{self._mac('session', head)}"
 
     def admits(self, session: str, now_s: int) -> bool:
         """Whether a cookie is one of ours and not over."""
-        until, _, mac = session.partition(".")
-        if not hmac.compare_digest(mac.encode("utf-8", "replace"), self._mac("session", until).encode()):
+        head, _, mac = session.rpartition(".")
+        if not hmac.compare_digest(mac.encode("utf-8", "replace"), self._mac("session", head).encode()):
             return False
-        return now_s < int(until, 16)  # ours, so it is a number
+        return now_s < _until_s(session) and session not in self._signed_out  # ours, so it has a number
+
+    def sign_out(self, session: str, now_s: int) -> None:
+        """Ends a session that is admitted."""
+        for over in [one for one, until_s in list(self._signed_out.items()) if until_s <= now_s]:
+            self._signed_out.pop(over, None)
+        self._signed_out[session] = _until_s(session)
 
     def form(self, session: str) -> str:
         """What a form of this session carries: another site cannot read it (CSRF)."""
@@ -49,3 +74,7 @@ class Guard:
 
     def _mac(self, purpose: str, text: str) -> str:
         return hmac.new(self._key, f"{purpose}\0{text}".encode("utf-8", "replace"), hashlib.sha256).hexdigest()
+
+
+def _until_s(session: str) -> int:
+    return int(session.partition(".")[0], 16)

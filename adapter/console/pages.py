@@ -10,6 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from adapter import __version__
+from adapter.logs import visible
 
 PLENTY = 3
 """Sends left from which on nobody needs to worry."""
@@ -22,6 +23,7 @@ class Pages:
         self._templates = Environment(
             loader=PackageLoader("adapter.console"),
             autoescape=True,
+            finalize=_shown,
             undefined=StrictUndefined,
             trim_blocks=True,
             lstrip_blocks=True,
@@ -33,6 +35,11 @@ class Pages:
     def render(self, page: str, **values: Any) -> bytes:
         """`page`: the template's name without its suffix."""
         return self._templates.get_template(f"{page}.html").render(values).encode()
+
+
+def _shown(value: Any) -> Any:
+    """What is foreign in a page: what nobody sees is made visible; markup of ours stays."""
+    return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def age(then_ms: int, now_ms: int) -> str:

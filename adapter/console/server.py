@@ -135,11 +135,16 @@ class Console(Listener):
         return self._signed_in(request)
 
     def _sign_in(self, request: Request) -> Answer:
+        now_s = self._now_ms() // 1000
+        if not self._guard.may_try(request.peer, now_s):
+            wrong = "Too many wrong tokens came from your address: wait a minute."
+            return self._page(request, "signin", "429 Too Many Requests", wrong=wrong)
         if not self._guard.knows(request.form.get("token", "")):
+            self._guard.count_wrong(request.peer)
             log.warning("console.refused", peer=request.peer)
             return self._page(request, "signin", "401 Unauthorized", wrong="This is not the token.")
         log.info("console.entered", peer=request.peer)
-        return see_other("/", cookie(self._guard.session(self._now_ms() // 1000), SESSION_S, secure=request.secure))
+        return see_other("/", cookie(self._guard.session(now_s, request.nonce), SESSION_S, secure=request.secure))
 
     def _signed_in(self, request: Request) -> Answer:
         try:
@@ -186,6 +191,7 @@ class Console(Listener):
     def _act(self, request: Request) -> Answer:
         desk, form = self._desk, request.form
         if request.path == "/signout":
+            self._guard.sign_out(request.session, self._now_ms() // 1000)
             return see_other("/", cookie("", 0, secure=request.secure))
         if request.path == "/logins":
             sandbox = form.get("sandbox", "").strip()

@@ -104,6 +104,8 @@ class Reply(NamedTuple):
     """Those of its request."""
     share: Share | None = None
     """What a large one takes of the memory for all."""
+    tells_tokens: bool = False
+    """Its words may hold secrets that its request has not, such as users' context tokens: no long word is told."""
 
 
 def uin(number: int) -> str:
@@ -279,6 +281,7 @@ def read_updates(reply: Reply, *, polled_s: float) -> Polled:
     524 late in a poll is the edge's way to say "nothing yet" (10.4), and so is an empty body, which all clients
     tolerate (2.5): an empty answer. `polled_s`: its length.
     """
+    reply = reply._replace(tells_tokens=True)
     _check_words(reply)
     if reply.status == EDGE_TIMEOUT:
         if polled_s >= LATE_S:
@@ -352,8 +355,9 @@ def read_sent(reply: Reply) -> Accepted:
     match sent.code:
         case 0:
             ident = as_id(sent.message_id)
-            # a longer one is no uint64, and with it a receipt might be larger than a message of the bus
-            return Accepted(ident if len(ident) <= ID_CHARS else "", sent.ret, sent.errcode, _words(sent))
+            # what is no uint64 may be words, or larger than a receipt has room for
+            is_number = ident.isascii() and ident.isdigit() and len(ident) <= ID_CHARS
+            return Accepted(ident if is_number else "", sent.ret, sent.errcode, _words(sent))
         case wire.STALE_TOKEN:
             raise _expired(sent)
         case wire.THROTTLED | wire.RATE_LIMITED:
@@ -472,6 +476,8 @@ def _decode(reply: Reply, kind: type[A]) -> A:
         for secret in reply.secrets:
             if len(secret) >= SECRET_CHARS:
                 words = words.replace(secret, HIDDEN)
+        if reply.tells_tokens:
+            words = _LONG.sub(HIDDEN, words)
         answer.errmsg = msgspec.Raw(msgspec.json.encode(words[:WORDS_CHARS]))
     return answer
 

@@ -14,6 +14,7 @@ from adapter.errors import UNDECODABLE, Refused, Unreadable
 from adapter.ilink import wire
 from adapter.ilink.cipher import read_key
 from adapter.ilink.references import Quoted, ident_of, read_reference, transcript
+from adapter.media import NO_NAMES
 from adapter.mending import as_utf8, decode_fields
 from adapter.names import digest
 from adapter.ports import Fetch, Said
@@ -204,6 +205,7 @@ def _translate(item: wire.Item, index: int) -> _Read:
             return _Read(contract.VoiceItem(transcript=said, duration_ms=length, reason=reason), said, fetch=fetch)
         case wire.FILE if item.file_item is not None:
             name = _text(item.file_item.file_name)[:MAX_FILE_NAME]
+            name = "" if name in NO_NAMES else name
             fetch, reason = _read_media(item.file_item, index, name)
             return _Read(contract.FileItem(name=name, reason=reason), fetch=fetch)
         case wire.VIDEO if item.video_item is not None:

@@ -17,9 +17,10 @@ from adapter.contract import SCHEMA_VERSION
 from adapter.errors import AdapterError, Refused, Temporary
 from adapter.jetstream.client import BusClient
 from adapter.jetstream.link import Link
-from adapter.jetstream.shares import Shares
+from adapter.jetstream.shares import Refusals, Shares
 from adapter.metrics import Metrics
 from adapter.names import H_ERROR, H_ERROR_CODE, H_SCHEMA, Names, is_inbox
+from adapter.permissions import inbox
 from adapter.ports import Answered, Asked
 from adapter.slots import FairSlots
 
@@ -32,6 +33,8 @@ Handle = Callable[[Request], Awaitable[None]]
 Answering = Callable[[Request], Awaitable[Answered]]
 IMPORTED_REPLY = "_R_."
 """What the server makes of the inbox of a request that comes from another account."""
+FOR_ANY = ("_INBOX.", f"{inbox('operator')}.", f"{inbox('service')}.")
+"""Inboxes of clients that know no roles, and of those who may ask on the subject of any sandbox."""
 AT_ONCE = 256
 """Requests that are being answered; more wait."""
 PLATFORM = ""
@@ -80,11 +83,13 @@ class Services:
         self._rooms = {"replay": FairSlots(REPLAYS, share=1)}
         """Of verbs on subjects of sandboxes that have places of their own."""
         self._answers: set[asyncio.Task[None]] = set()
+        self._refusals = Refusals()
         link.on_up(self._start)
 
     async def _start(self, nc: BusClient) -> None:
         shares = Shares(self._of_one)
-        nc.guard(partial(self._admit, nc, shares, {self._names.svc(verb) for verb in self._of_sandbox}))
+        plain, shared = ({self._names.svc(verb) for verb in verbs} for verbs in (self._handlers, self._of_sandbox))
+        nc.guard(partial(self._admit, nc, shares, plain, shared))
         service = await micro.add_service(
             nc,
             name=self._service,
@@ -100,15 +105,21 @@ class Services:
             await _add(service, name, f"{self._names.svc(verb)}.*", handle)
 
     def _admit(
-        self, nc: BusClient, shares: Shares, shared: Container[str], subject: str, reply: str, size: int
+        self,
+        nc: BusClient,
+        shares: Shares,
+        plain: Container[str],
+        shared: Container[str],
+        subject: str,
+        reply: str,
+        size: int,
     ) -> bool:
         """Judges a message before it is read. Those on subjects of sandboxes have their share; see Shares."""
         verb, _, sandbox = subject.rpartition(".")
         if verb not in shared:
-            return True
-        if not _is_reply(reply):
-            self._metrics.service_refusals.labels(reason="reply").inc()
-            return False
+            return subject not in plain or _is_reply(reply) or self._refuse_reply("")
+        if not _is_reply(reply, sandbox):
+            return self._refuse_reply(sandbox)
         verdict = shares.take(sandbox, size)
         if verdict == "taken":
             return True
@@ -119,11 +130,13 @@ class Services:
                 nc.write_soon()
         return False
 
+    def _refuse_reply(self, sandbox: str) -> bool:
+        self._metrics.service_refusals.labels(reason="reply").inc()
+        self._refusals.add(sandbox)
+        return False
+
     async def _take(self, handler: Answering, request: Request) -> None:
         """Answers beside the others of its verb: one that waits for iLink must not hold up the next."""
-        if not _is_reply(request._msg.reply):  # not offered otherwise
-            log.info("service.reply_refused")
-            return
         await self._room.acquire(PLATFORM)
         self._spawn(self._answer_there(handler, request))
 
@@ -185,8 +198,11 @@ def _sandbox_of(request: Request) -> str:
     return request.subject.rpartition(".")[2]
 
 
-def _is_reply(reply: str) -> bool:
-    return is_inbox(reply) or reply.startswith(IMPORTED_REPLY)
+def _is_reply(reply: str, sandbox: str = "") -> bool:
+    """Whether an answer may go there; of a sandbox's request, its own inboxes, and those of who asks for any."""
+    if reply.startswith(IMPORTED_REPLY):
+        return True
+    return is_inbox(reply) and (not sandbox or reply.startswith((*FOR_ANY, f"{inbox('sandbox', sandbox)}.")))
 
 
 def _plainly(handler: Handler) -> Answering:

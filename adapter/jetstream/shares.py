@@ -22,6 +22,11 @@ REFUSALS_PER_S = 64
 HELD_BYTES = 64 * 1024 * 1024
 """Of all requests in hand."""
 
+SAID_EVERY_S = 60.0
+"""Between two lines about the requests of one sandbox that have no inbox."""
+NAMED = 1000
+"""Sandboxes of which there is a line each in that time; the rest have one together."""
+
 Verdict: TypeAlias = Literal["taken", "busy", "full"]
 
 
@@ -78,3 +83,28 @@ class Shares:
             self._second = now + 1
             self._begun.clear()
             self._refused.clear()
+
+
+class Refusals:
+    """Requests without an inbox to answer to: the first of a sandbox is said at once, others with their count."""
+
+    def __init__(self) -> None:
+        self._seen: dict[str, tuple[float, int]] = {}
+        """Until when nothing is said of a sandbox, the soonest first, and how many were refused since."""
+
+    def add(self, sandbox: str) -> None:
+        """One more was refused; `sandbox`: "" for requests that are of none."""
+        now = asyncio.get_running_loop().time()
+        if sandbox not in self._seen and len(self._seen) >= NAMED:
+            soonest = next(iter(self._seen))
+            if self._seen[soonest][0] > now:
+                sandbox = ""
+            else:
+                del self._seen[soonest]
+        until, count = self._seen.get(sandbox, (now, 0))
+        if now < until:
+            self._seen[sandbox] = until, count + 1
+            return
+        self._seen.pop(sandbox, None)
+        self._seen[sandbox] = now + SAID_EVERY_S, 0
+        log.warning("service.reply_refused", sandbox=sandbox, refused=count + 1)

@@ -98,9 +98,10 @@ class MediaService:
 
 
 def _file_name(encoded: str) -> str:
-    """A file name out of a header: no folders, nothing that cannot be printed."""
+    """A file name out of a header: no folders, nothing that cannot be printed; "" for what is none."""
     name = unquote(encoded).replace("\\", "/").rpartition("/")[2]
-    return "".join(c for c in name if c.isprintable())[:NAME_MAX]
+    name = "".join(c for c in name if c.isprintable())[:NAME_MAX]
+    return "" if name in media.NO_NAMES else name
 
 
 def _answer(answer: Media) -> Answered:

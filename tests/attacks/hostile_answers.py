@@ -14,7 +14,8 @@ import itertools
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable
-from typing import Any
+
+from tests.attacks.rig import ATTACKER, Rig
 
 BOTS = 100
 LARGEST = 4 << 20
@@ -143,11 +144,11 @@ class HostileServer:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
 
-async def attack(rig: Any) -> None:
+async def attack(rig: Rig) -> None:
     """For the rig's seconds."""
     platform = await rig.server.connect("platform")
     async with await asyncio.to_thread(HostileServer, LARGEST - 64, LARGEST // 8) as server:
         for _ in range(BOTS):
-            await rig.world.bind(platform.nc, "attacker", rig.sim.add_bot(), base_url=server.url)
+            await rig.world.bind(platform.nc, ATTACKER, rig.sim.add_bot(), base_url=server.url)
         await asyncio.sleep(rig.seconds)
         rig.note(f"{server.polls.total() / rig.seconds:,.0f} answers/s")

@@ -11,15 +11,13 @@ import itertools
 import random
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
 
 import msgspec
 
 from adapter.contract import FINAL_OUTCOMES
-from adapter.names import Names
+from tests.attacks.rig import NAMES, WITNESS, Rig
 from tests.hostile import TEXTS
 
-NAMES = Names()
 SIZES = (79_990, 8000, 1000)
 FIRST = ("tabs between two letters", "quotes in quotes, and lazy lines")
 """Each held a replica for longer than a lease, and the next one after it."""
@@ -40,11 +38,10 @@ def commands(rng: random.Random, sandbox: str) -> Iterator[bytes]:
     return itertools.cycle(f"PUB {subject} {len(body)}\r\n".encode() + body + b"\r\n" for body in bodies)
 
 
-async def attack(rig: Any) -> None:
-    """`rig`: tests.attacks.rig.Rig."""
+async def attack(rig: Rig) -> None:
     (attacker,) = rig.attackers
     done = await rig.flood(commands(rig.rng, attacker), bytes_per_s=BYTES_PER_S)
-    witness = await rig.server.connect("witness")
+    witness = await rig.server.connect(WITNESS)
     told = Counter(
         receipt.outcome
         for receipt in await rig.world.receipts(witness.nc)

@@ -649,11 +649,12 @@ UNREADABLE = [
 @pytest.mark.parametrize("body", [row[1] for row in UNREADABLE], ids=[row[0] for row in UNREADABLE])
 async def test_what_is_no_bind_is_put_aside_without_its_secret_and_answered(body: bytes) -> None:
     platform = Platform()
-    delivery = platform.publish("bind", body)
+    delivery = platform.publish("bind", body, headers={"Authorization": "SECRET"})
     await asyncio.sleep(1)
     assert delivery.acks == 1
     (dead,) = platform.bench.bus.found("DEAD")
     assert (dead.subject, dead.data) == ("wechat.dead.WECHAT_CTL", b"")
+    assert "SECRET" not in str(dead.headers)
     answer = msgspec.json.decode(platform.bench.core.published[-1][1], type=ControlAnswer)
     assert not answer.ok
     assert "SECRET" not in answer.error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from functools import partial
 
 import nats
 import pytest
@@ -70,6 +71,70 @@ async def test_services_answer_and_errors_say_what_to_do_in_headers(bus: Bus) ->
             assert headers[H_ERROR]
             assert "SECRET" not in str(headers) + data.decode()
         assert found == {"not.bound": "404", "invalid": "400", "away": "503", "bug": "500"}
+        task.cancel()
+
+
+async def test_requests_without_an_inbox_are_counted_and_said_once(bus: Bus) -> None:
+    """A line each would be another flood, and cost more than the request."""
+    many = 200
+
+    async def own(_: Asked) -> Answered:
+        return Answered(b"", {})
+
+    async def echo(data: bytes) -> bytes:
+        return data
+
+    async with asyncio.TaskGroup() as group:
+        link, metrics = Link(bus.settings, "service"), Metrics()
+        Services(link, NAMES, {"echo": echo}, metrics, version="1.0.0", instance="r", of_sandbox={"own": own})
+        task = group.create_task(link.run())
+        await link.wait_up(PATIENCE_S)
+        nc = await bus.client()
+        with capture_logs() as logs:
+            for _ in range(many):
+                await nc.publish(NAMES.svc("echo"), b"")
+                await nc.publish(NAMES.svc("own.s1"), b"", reply="wechat.out.s2")
+            refused = partial(metrics.value, "service_refusals_total", reason="reply")
+            await until(lambda: refused() == 2 * many, "all are counted")
+        assert [(one["event"], one["sandbox"]) for one in logs] == [
+            ("service.reply_refused", ""),
+            ("service.reply_refused", "s1"),
+        ]
+        assert (await nc.request(NAMES.svc("echo"), b"x", timeout=PATIENCE_S)).data == b"x"
+        await nc.close()
+        task.cancel()
+
+
+@pytest.mark.parametrize(
+    ("inbox", "heard"),
+    [
+        ("_INBOX.x.1", True), ("_INBOX_s1.x", True), ("_INBOX_operator.x", True), ("_INBOX_service.x", True),
+        ("_INBOX_s2.x", False), ("_INBOX_s10.x", False), ("_INBOX_adapter.x", False),
+    ],
+)  # fmt: skip
+async def test_the_answers_of_a_sandbox_go_to_inboxes_of_its_own(bus: Bus, inbox: str, heard: bool) -> None:
+    """Or to the default one, and to those of who may ask for any sandbox."""
+
+    async def own(_: Asked) -> Answered:
+        return Answered(b"answer", {})
+
+    answers: list[bytes] = []
+
+    async def hear(msg: Msg) -> None:
+        answers.append(msg.data)
+
+    async with asyncio.TaskGroup() as group:
+        link, metrics = Link(bus.settings, "service"), Metrics()
+        Services(link, NAMES, {}, metrics, version="1.0.0", instance="r", of_sandbox={"own": own})
+        task = group.create_task(link.run())
+        await link.wait_up(PATIENCE_S)
+        nc = await bus.client()
+        await nc.subscribe(inbox, cb=hear)
+        await nc.publish(NAMES.svc("own.s1"), b"", reply=inbox)
+        refused = partial(metrics.value, "service_refusals_total", reason="reply")
+        await until(lambda: bool(answers) or bool(refused()), "it is answered or refused")
+        assert (answers, refused()) == (([b"answer"], 0) if heard else ([], 1))
+        await nc.close()
         task.cancel()
 
 

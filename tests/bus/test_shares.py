@@ -6,7 +6,7 @@ import asyncio
 
 from structlog.testing import capture_logs
 
-from adapter.jetstream.shares import HELD_BYTES, PER_S, REFUSALS_PER_S, Shares
+from adapter.jetstream.shares import HELD_BYTES, NAMED, PER_S, REFUSALS_PER_S, SAID_EVERY_S, Refusals, Shares
 
 VIRTUAL_TIME = True
 
@@ -50,3 +50,25 @@ async def test_refusals_are_told_so_many_times_a_second() -> None:
     assert [(one["event"], one["sandbox"], one["refused"]) for one in logs] == [
         ("service.flooded", "bad", REFUSALS_PER_S + 1)
     ]
+
+
+async def test_what_is_refused_is_said_once_a_minute_with_its_count() -> None:
+    refusals = Refusals()
+    with capture_logs() as logs:
+        for _ in range(3):
+            for _ in range(100):
+                refusals.add("bad")
+            refusals.add("odd")
+            await asyncio.sleep(SAID_EVERY_S)
+    told = [(one["event"], one["sandbox"], one["refused"]) for one in logs]
+    assert [one for one in told if one[1] == "bad"] == [("service.reply_refused", "bad", n) for n in (1, 100, 100)]
+    assert len(told) == 6
+
+
+async def test_sandboxes_without_number_are_said_together() -> None:
+    refusals = Refusals()
+    with capture_logs() as logs:
+        for number in range(2 * NAMED):
+            refusals.add(f"s{number}")
+    assert len(logs) == NAMED + 1
+    assert logs[-1]["sandbox"] == ""

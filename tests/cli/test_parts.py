@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import io
+import json
 import os
 import sys
 from collections.abc import Awaitable, Callable
@@ -15,13 +16,14 @@ import pytest
 from rich.cells import cell_len
 
 from adapter.cli.bus import Bus
-from adapter.cli.output import full, printable
+from adapter.cli.output import complain, full, json_line, printable
 from adapter.cli.running import unless
 from adapter.cli.screen import LABEL, Screen
 from adapter.cli.stdin import lines
 from adapter.contract import BindingInfo, LoginQuery, Receipt
 from adapter.jetstream.client import BusClient
 from adapter.settings import Settings
+from tests.hostile import UNSEEN_CHARS
 
 
 def write(fd: int, given: bytes) -> None:
@@ -87,6 +89,21 @@ async def test_a_closed_standard_input_is_an_end() -> None:
 
 def test_nothing_of_others_moves_the_cursor() -> None:
     assert printable("a\x1b[2J\nb\tc\x9b\u202e\u061c") == "a\\x1b[2J⏎b c\\x9b\\x202e\\x61c"
+
+
+@pytest.mark.parametrize("unseen", UNSEEN_CHARS)
+def test_what_nobody_sees_is_shown(unseen: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert printable(f"a{unseen}b") == f"a\\x{ord(unseen):02x}b"
+    json_line({"text": unseen})
+    shown = capsys.readouterr().out
+    assert unseen not in shown
+    assert json.loads(shown) == {"text": unseen}
+    complain(f"no option a{unseen}b\nnext line")
+    assert capsys.readouterr().err == f"wechat-nats: no option a\\x{ord(unseen):02x}b\nnext line\n"
+
+
+def test_faces_and_flags_are_shown_as_they_are() -> None:
+    assert printable("❤️ 🇨🇭 你好") == "❤️ 🇨🇭 你好"
 
 
 def test_json_for_scripts_has_every_field() -> None:

@@ -149,3 +149,11 @@ async def test_ctrl_c_is_130(bus: Bus) -> None:
         process.send_signal(2)
         _, err = await process.communicate()
         assert (process.returncode, err) == (130, b"")
+
+
+async def test_its_own_arguments_move_no_cursor(cli: Command, bus: Bus) -> None:
+    stored = await cli("send", "s1", "hi", "--no-wait", "--id", "c\x1b[2J\u200b")
+    assert (stored.code, stored.out) == (0, "stored  (id c\\x1b[2J\\x200b)\n")
+    late = await cli("send", "s1", "hi", "--timeout", "0.1", "--id", "d\x1b[2J")
+    assert late.code == 4
+    assert "(id d\\x1b[2J)" in late.err

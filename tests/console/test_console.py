@@ -18,7 +18,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from adapter.console.desk import Needs
-from adapter.console.guard import SESSION_S, Guard
+from adapter.console.guard import SESSION_S, WRONG_A_MINUTE, Guard
 from adapter.console.server import AT_ONCE, MAX_BODY, Console, is_loopback
 from adapter.errors import BusRefused, SettingsError, Temporary
 from adapter.logins.registry import LoginRegistry
@@ -29,6 +29,7 @@ from adapter.seal import Sealer
 from adapter.services.logins import LoginService
 from adapter.simulator import samples
 from tests.fakes import WINDOW, Bench, FakeBucket, FakeClock, FakeLogins
+from tests.hostile import UNSEEN_CHARS
 
 TOKEN = "the token of the console"
 NASTY = "<script>alert(1)</script>\"'&"
@@ -62,6 +63,7 @@ class Office:
     def __init__(self, browser: httpx.AsyncClient) -> None:
         self.browser = browser
         self.bench = Bench()
+        self.clock = AnyThreadsClock()
         self.replicas = FakeReplicas()
         self.ilink = FakeLogins(self.bench.clock)
         sealer = Sealer(())
@@ -85,7 +87,7 @@ class Office:
             },
             names=self.bench.names,
             policy=WINDOW,
-            clock=AnyThreadsClock(),
+            clock=self.clock,
             living=lambda: self.living,
         )
 
@@ -166,9 +168,31 @@ async def test_signing_out_ends_it_in_this_browser(office: Office) -> None:
     assert (await office.browser.get("/")).status_code == 401
 
 
+async def test_signing_out_ends_it_for_who_kept_the_cookie(office: Office) -> None:
+    await office.sign_in()
+    kept = office.browser.cookies["wechat_nats_console"]
+    await office.sign_in()
+    assert (await office.post("/signout")).status_code == 303
+    headers = {"Cookie": f"wechat_nats_console={kept}"}
+    assert (await office.browser.get("/", headers=headers)).status_code == 200  # another session of the same second
+    office.browser.cookies.set("wechat_nats_console", kept)
+    await office.post("/signout")
+    assert (await office.browser.get("/", headers=headers)).status_code == 401
+
+
+async def test_who_tries_many_tokens_has_to_wait(office: Office) -> None:
+    for _ in range(WRONG_A_MINUTE):
+        assert (await office.browser.post("/signin", data={"token": "wrong"})).status_code == 401
+    answer = await office.browser.post("/signin", data={"token": TOKEN})
+    assert (answer.status_code, answer.headers.get("Set-Cookie")) == (429, None)
+    assert "wait a minute" in answer.text
+    office.clock.set_back_ms = -60_000
+    assert (await office.browser.post("/signin", data={"token": TOKEN})).status_code == 303
+
+
 def test_a_session_ends_and_cannot_be_made_up() -> None:
     guard, now_s = Guard(TOKEN), 1_700_000_000
-    session = guard.session(now_s)
+    session = guard.session(now_s, "a")
     assert guard.admits(session, now_s + SESSION_S - 1)
     assert not guard.admits(session, now_s + SESSION_S)
     assert not Guard("another token of some length").admits(session, now_s)
@@ -176,7 +200,7 @@ def test_a_session_ends_and_cannot_be_made_up() -> None:
     for forged in ("", ".", "x", later, session[:-1], session + "0", f"{session}é"):
         assert not guard.admits(forged, now_s)
     assert guard.is_form(session, guard.form(session))
-    assert not guard.is_form(session, guard.form(guard.session(now_s + 1)))
+    assert not guard.is_form(session, guard.form(guard.session(now_s, "b")))
     assert not guard.is_form(session, "")
 
 
@@ -385,6 +409,17 @@ async def test_everything_that_is_foreign_is_escaped(office: Office) -> None:
     page = (await office.post("/logins", sandbox=NASTY)).text
     assert "alert(1)" in page
     assert "<script>alert" not in page
+
+
+@pytest.mark.parametrize("unseen", UNSEEN_CHARS)
+async def test_what_nobody_sees_is_shown(office: Office, unseen: str) -> None:
+    await office.sign_in()
+    await office.bench.bind("s1", f"b{unseen}", f"u{unseen}", state="needs_login", reason=unseen)
+    office.letter("wechat.out.s1", headers={H_REASON: f"<{unseen}>"})
+    for path in ("/", "/dead", f"/?q={unseen}"):
+        page = (await office.browser.get(path)).text
+        assert unseen not in page
+        assert f"\\x{ord(unseen):02x}" in page
 
 
 async def test_a_replica_that_does_not_answer_is_missed(office: Office) -> None:

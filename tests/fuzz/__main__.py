@@ -13,10 +13,13 @@ import re
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / ".pytest_cache" / "fuzz"
+SLOWER = 5.0
+"""How much slower code is whose coverage is counted."""
 
 
 def fuzz(name: str, arguments: list[str]) -> None:
@@ -24,8 +27,8 @@ def fuzz(name: str, arguments: list[str]) -> None:
     import atheris  # only in the environment that `make fuzz` makes
 
     with atheris.instrument_imports(include=["adapter", "markdown_it", "filetype", "imagesize"]):
-        from tests.fuzz.targets import TARGETS
-    atheris.Setup(["fuzz", *arguments], TARGETS[name].read)
+        from tests.fuzz import costs
+    atheris.Setup(["fuzz", *arguments], partial(costs.check, name, slower=SLOWER))
     atheris.Fuzz()
 
 

@@ -61,10 +61,15 @@ SECRET = "b0f5860fdecb@im.bot:06canarycanarycanary"
 
 
 class Target(NamedTuple):
-    """A reader. `seeds`: samples that it reads, as patterns."""
+    """A reader."""
 
     read: Callable[[bytes], None]
     seeds: tuple[str, ...] = ()
+    """Samples that it reads, as patterns."""
+    around: tuple[bytes, bytes] = (b"", b"")
+    """What stands around a text that it reads."""
+    ms_per_100kb: float = 50.0
+    """Processor time that an input may take; see tests/fuzz/costs.py."""
 
 
 def command(data: bytes) -> None:
@@ -364,25 +369,34 @@ def console(data: bytes) -> None:
         server.is_same_origin(request)
 
 
+OUTBOUND = ("schemas/samples/valid/outbound-*.json", "schemas/samples/invalid/outbound-*.json")
+BINDS = ("schemas/samples/valid/*bind-*.json", "schemas/samples/invalid/*bind-*.json")
+QUERIES = ("schemas/samples/*/*_query-*.json", "schemas/samples/*/login_*.json")
+ANSWERS = ("tests/samples/*.json",)
+
 TARGETS: dict[str, Target] = {
     "console": Target(console),
-    "command": Target(command, ("schemas/samples/valid/outbound-*.json", "schemas/samples/invalid/outbound-*.json")),
-    "routed": Target(routed, ("schemas/samples/valid/outbound-*.json", "schemas/samples/invalid/outbound-*.json")),
+    "command": Target(command, OUTBOUND, (b'{"text":', b"}")),
+    "routed": Target(routed, OUTBOUND, (b'{"sandbox":"s1","text":', b"}")),
     "headers": Target(headers),
-    "control": Target(control, ("schemas/samples/valid/*bind-*.json", "schemas/samples/invalid/*bind-*.json")),
-    "service": Target(service, ("schemas/samples/*/*_query-*.json", "schemas/samples/*/login_*.json")),
-    "message": Target(message, ("tests/samples/*.json",)),
-    "reply": Target(reply, ("tests/samples/*.json",)),
-    "login": Target(login, ("tests/samples/*.json",)),
+    "control": Target(control, BINDS, (b'{"sandbox":"s1","bot":"b","bot_token":', b"}")),
+    "service": Target(service, QUERIES, (b'{"sandbox":', b"}")),
+    "message": Target(
+        message, ANSWERS, (b'{"from_user_id":"u","item_list":[{"type":1,"text_item":{"text":', b"}}]}")
+    ),
+    "reply": Target(reply, ANSWERS, (b'200\n{"ret":-1,"errmsg":', b"}")),
+    "login": Target(login, ANSWERS, (b'{"ret":0,"qrcode":"q","qrcode_img_content":', b"}")),
     "url": Target(url),
-    "texts": Target(texts),
+    "texts": Target(texts, ms_per_100kb=10_000.0),  # Markdown: the service reads it for ten seconds at most
     "packed": Target(packed),
     "answer": Target(answer),
     "medium": Target(medium),
     "voice": Target(voice),
     "cipher": Target(cipher),
-    "names": Target(names),
-    "logged": Target(logged),
+    "names": Target(names, ms_per_100kb=500.0),  # eight ways of a name, which has 128 characters in the service
+    "logged": Target(
+        logged, ms_per_100kb=600.0
+    ),  # four lines of a log, each with 14 patterns, and cut in the service
 }
 
 

@@ -61,6 +61,9 @@ SENT = [
     ("id-0-as-text-is-none", reply({"ret": 0, "message_id": "0"}), Accepted("", 0, None, "")),
     ("id-empty-is-none", reply({"ret": 0, "message_id": ""}), Accepted("", 0, None, "")),
     ("id-longer-than-any-is-none", reply({"ret": 0, "message_id": "9" * 129}), Accepted("", 0, None, "")),
+    ("id-that-is-no-number-is-none", reply({"ret": 0, "message_id": "7\x1b[2J"}), Accepted("", 0, None, "")),
+    ("id-in-other-digits-is-none", reply({"ret": 0, "message_id": "\u0667"}), Accepted("", 0, None, "")),
+    ("id-below-0-is-none", reply({"ret": 0, "message_id": -7}), Accepted("", 0, None, "")),
     ("id-null-is-none", reply({"ret": 0, "message_id": None}), Accepted("", 0, None, "")),
     ("id-of-no-known-form-is-none", reply({"ret": 0, "message_id": {"low": 1}}), Accepted("", 0, None, "")),
     ("id-rounded-is-none", reply(b'{"ret":0,"message_id":7.5e18}'), Accepted("", 0, None, "")),
@@ -324,6 +327,15 @@ def test_an_error_message_that_quotes_the_cursor_tells_no_token() -> None:
     with pytest.raises(Temporary) as caught:
         read_updates(answer, polled_s=1)
     assert cursor[:20] not in caught.value.detail
+
+
+@pytest.mark.parametrize("status", [200, 401])
+def test_an_error_message_of_a_poll_tells_no_token_of_a_user(status: int) -> None:
+    """The request has none of them, and their form is iLink's to choose."""
+    with pytest.raises(SessionExpired) as caught:
+        read_updates(reply({"errcode": -14, "errmsg": f"context {'qZ8+' * 30}== is dead"}, status), polled_s=1)
+    assert "qZ8" not in caught.value.detail + caught.value.errmsg
+    assert caught.value.detail == "iLink answered -14 context *** is dead"
 
 
 def test_a_secret_that_is_none_leaves_the_words_as_they_are() -> None:

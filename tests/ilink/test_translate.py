@@ -542,8 +542,9 @@ def test_items_of_a_wrong_type_are_told_as_something(value: str) -> None:
         (1, {"text_item": {"text": "hello"}}, HELLO),
         (3, {"voice_item": {"text": 5}}, VoiceItem(transcript="5", reason="reference")),
         (4, {"file_item": {"file_name": "a.txt"}}, FileItem(name="a.txt", reason="reference")),
+        (4, {"file_item": {"file_name": ".."}}, FileItem(name="", reason="reference")),
     ],
-    ids=["text", "voice", "file"],
+    ids=["text", "voice", "file", "folder"],
 )
 def test_an_item_of_no_type_is_what_it_holds(number: int, payload: dict[str, Any], expected: InboundItem) -> None:
     for named in (number, None, 0, "new", [number]):
