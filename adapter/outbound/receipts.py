@@ -64,13 +64,10 @@ class Receipts:
                 return await self._events.receipt(receipt, headers=headers, expected=expected)
             except Conflict:
                 last = await self._history.last(self._names.stream_event, self._subject(address.sandbox, ref.id))
-            found = _read(last)
-            if last is None:
-                expected = 0
-            elif found is not None and _is_of(found, ref) and (is_final(found) or not is_final(receipt)):
-                return last.seq
-            else:
-                expected = last.seq
+            own = (await self.find(address.sandbox, [ref])).get(ref.sequence)  # others may stand behind it
+            if own is not None and (is_final(own.receipt) or not is_final(receipt)):
+                return own.sequence
+            expected = last.seq if last else 0
 
     async def find(self, sandbox: str, refs: Iterable[CommandRef]) -> dict[int, StoredReceipt]:
         """The last receipts of those commands that have one, by the commands' sequences. Raises Temporary."""

@@ -63,6 +63,28 @@ async def test_an_id_that_is_used_again_has_a_final_receipt_for_each_command() -
         assert {sequence: stored.receipt.outcome for sequence, stored in found.items()} == outcomes
 
 
+async def test_two_commands_with_one_id_have_one_final_receipt_each() -> None:
+    """Behind a final receipt stand those of the other command, and another owner tells of the first one late."""
+    bench = Bench()
+    for number in (1, 2):
+        await tell(bench, ref(number, "same"), "parked")
+    for number in (1, 2):
+        await tell(bench, ref(number, "same"), "accepted")
+    await tell(bench, ref(1, "same"), "uncertain")
+    await tell(bench, ref(1, "same"), "parked")
+    assert told(bench) == [(1, "parked"), (2, "parked"), (1, "accepted"), (2, "accepted")]
+    found = await bench.receipts.find("s1", [ref(number, "same") for number in (1, 2)])
+    assert {stored.receipt.outcome for stored in found.values()} == {"accepted"}
+
+
+async def test_a_final_receipt_is_no_repeat_of_a_parked_one_that_nobody_knew_of() -> None:
+    """The owner before stored it late, with the same expectation: a server would take the second for the first."""
+    bench = Bench()
+    await tell(bench, ref(1), "parked")
+    await tell(bench, ref(1), "accepted")
+    assert told(bench) == [(1, "parked"), (1, "accepted")]
+
+
 async def test_the_last_receipt_of_each_is_found_and_nothing_else() -> None:
     bench = Bench()
     await tell(bench, ref(1), "accepted")
