@@ -32,7 +32,7 @@ from adapter.conversation.record import CommandRef
 from adapter.conversation.rules import CommandResult, QueuedCommand
 from adapter.errors import LeaseLost, Refused, Temporary, Unreadable
 from adapter.metrics import Metrics
-from adapter.names import H_COMMAND, H_MSG_ID, UNROUTED, Names
+from adapter.names import H_COMMAND, H_COPIED_AGAIN, H_MSG_ID, UNROUTED, Names
 from adapter.outbound.backlog import PAGE
 from adapter.outbound.ledger import MISSING_CONFIRM_S, CommandLedger
 from adapter.outbound.receipts import Address
@@ -53,7 +53,7 @@ class ReadCommand(NamedTuple):
     command: Command
     queued: QueuedCommand
     redelivered: bool
-    """It was delivered before: somebody may have worked on it."""
+    """It, or another copy of it, was delivered before: somebody may have worked on it."""
 
 
 class CommandIntake:
@@ -197,7 +197,8 @@ class CommandIntake:
             log.exception("command.crashed", subject=delivery.subject, sequence=delivery.seq)
             result = CommandResult("dead_lettered", "crashed", type(exc).__name__)
         else:
-            self.on_command(ReadCommand(command, _queued(command, delivery.seq), delivery.suspect))
+            redelivered = delivery.suspect or H_COPIED_AGAIN in delivery.headers
+            self.on_command(ReadCommand(command, _queued(command, delivery.seq), redelivered))
             return
         self._end_unread(delivery, body, result)
 
