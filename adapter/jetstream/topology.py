@@ -165,7 +165,7 @@ def streams(names: Names, settings: Settings) -> list[Wanted]:
             subjects=[f"{prefix}.event.*.*", f"{prefix}.event.*.receipt.*"],
             retention="limits",
             discard="old",
-            max_age=72 * HOUR_NS,
+            max_age=int(max(72.0, settings.park_hours) * HOUR_NS),  # a receipt outlives its command
             max_msgs_per_subject=EVENTS_KEPT,
         ),
         stream(
