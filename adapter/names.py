@@ -180,8 +180,12 @@ class Names:
         return f"{self.prefix}.event.{sandbox}.{kind}"
 
     def receipt(self, sandbox: str, command: str) -> str:
-        """Where the receipts of one command are stored. Either may be `*`."""
-        return f"{self.prefix}.event.{sandbox}.receipt.{command if command == '*' else escaped(command)}"
+        """Where the receipts of one command are stored, whose id may be anything, also `*`."""
+        return f"{self.prefix}.event.{sandbox}.receipt.{escaped(command)}"
+
+    def receipts(self, sandbox: str) -> str:
+        """Where the receipts of all commands of a sandbox are stored, which may be `*`."""
+        return f"{self.prefix}.event.{sandbox}.receipt.*"
 
     def raw(self, shard: int | str, bot: str) -> str:
         """Where a message waits for its media, as iLink sent it. `shard`: the sandbox's, or `*`."""

@@ -75,7 +75,7 @@ def grants(names: Names, role: Role, sandbox: str = TAG) -> Grants:
             return Grants((names.bind, names.unbind, *asks), (names.event("*", ">"), _inboxes("platform")))
         case "service":
             publish = (names.out_plain, names.svc("window"), names.svc("receipt"), names.svc("media.put.*"))
-            return Grants(publish, (names.receipt("*", "*"), _inboxes("service")))
+            return Grants(publish, (names.receipts("*"), _inboxes("service")))
         case "sandbox":
             shares = imports(names, role, sandbox)
             heard = [share.subject for share in shares if share.kind == "stream"]

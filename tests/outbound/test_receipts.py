@@ -36,6 +36,14 @@ async def test_a_receipt_has_a_subject_of_its_own() -> None:
     assert H_MSG_ID in stored.headers, "without it readers take it for a stranger's"
 
 
+async def test_an_id_that_is_a_wildcard_is_a_name() -> None:
+    bench = Bench()
+    await tell(bench, ref(1, "other"))
+    await tell(bench, ref(2, "*"))
+    assert bench.bus.found("EVENT")[-1].subject == "wechat.event.s1.receipt.=2A"
+    assert await bench.receipts.last("s1", ">") is None
+
+
 async def test_two_owners_cannot_tell_two_finals() -> None:
     bench = Bench()
     await tell(bench, ref(1), "accepted")
