@@ -162,7 +162,8 @@ def _adapter_publishes(names: Names) -> tuple[str, ...]:
         *_api("CONSUMER.NAMES.*", "CONSUMER.INFO.*.*"),
         *_api(*(f"STREAM.{verb}.{stream}" for verb in ("CREATE", "UPDATE") for stream in streams(names))),
         *_api(*(f"STREAM.MSG.DELETE.{stream}" for stream in _emptied(names))),
-        *_api(f"STREAM.PURGE.{media}", f"CONSUMER.CREATE.{names.stream_in}.*.{names.inbox('*')}"),
+        *_api(f"STREAM.PURGE.{media}", f"STREAM.PURGE.{names.stream_event}"),
+        *_api(f"CONSUMER.CREATE.{names.stream_in}.*.{names.inbox('*')}"),
         *_api(f"CONSUMER.RESET.{names.stream_in}.*"),
         # of bots that are bound no more
         *_api(*(f"STREAM.PURGE.KV_{bucket}" for bucket in (names.bindings, names.cursors, names.conversations))),

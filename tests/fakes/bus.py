@@ -72,7 +72,7 @@ class FakeBus:
         return acks
 
     def _repeat(self, message: Message) -> PubAck | None:
-        """A server looks at the id first, then at what is expected."""
+        """A cluster looks at the id first, then at what is expected; one server the other way round."""
         stream = self.stream_of(message.subject)
         known = self._ids.get((stream, message.headers.get(H_MSG_ID, "")))
         return PubAck(stream=stream, seq=known, duplicate=True) if known else None
@@ -153,6 +153,11 @@ class FakeBus:
         if self.on_delete is not None:
             await self.on_delete()
         self.kept = [kept for kept in self.kept if (kept.stream, kept.stored.seq) != (stream, seq)]
+
+    async def purge(self, stream: str, subject: str, *, keep: int) -> None:
+        await asyncio.sleep(0)
+        found = [kept for kept in self.kept if kept.stream == stream and matches(subject, kept.stored.subject)]
+        self.kept = [kept for kept in self.kept if kept not in found[:-keep]]
 
     # for tests
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
+
 from adapter.contract import Receipt, Window
 from adapter.conversation.record import CommandRef
 from adapter.conversation.rules import CommandResult
+from adapter.errors import Temporary
 from adapter.names import H_MSG_ID
+from adapter.outbound import receipts
 from adapter.outbound.receipts import Address
 from adapter.ports import Message
 from tests.fakes import Bench
@@ -110,3 +114,25 @@ async def test_the_last_receipt_of_a_command_can_be_asked_for() -> None:
     last = await bench.receipts.last("s1", "c1")
     assert isinstance(last, Receipt)
     assert last.outcome == "accepted"
+
+
+async def test_a_sandboxs_receipts_are_bounded_and_anothers_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(receipts, "KEPT", 5)
+    monkeypatch.setattr(receipts, "PURGED_EACH", 4)
+    bench = Bench()
+    await bench.receipts.publish(ref(99), CommandResult("accepted"), Address("s2"), Window(), {})
+    for number in range(9):
+        await tell(bench, ref(number))
+    assert [sequence for sequence, _ in told(bench)] == [99, *range(3, 9)]
+
+
+async def test_a_purge_that_fails_keeps_no_receipt_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(receipts, "PURGED_EACH", 1)
+    bench = Bench()
+
+    async def purge(*_: object, **__: object) -> None:
+        raise Temporary("bus_down")
+
+    monkeypatch.setattr(bench.bus, "purge", purge)
+    assert await tell(bench, ref(1)) == 1
+    assert told(bench) == [(1, "accepted")]
