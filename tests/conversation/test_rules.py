@@ -11,6 +11,7 @@ import pytest
 from adapter.conversation import rules
 from adapter.conversation.record import SENT_TEXT_CHARS, SENT_TEXTS, ConversationRecord, SendProgress, SendWindow
 from adapter.conversation.rules import Activity, Bot, CommandResult, Conversation, Effect, Input, SendPolicy
+from adapter.conversation.split import MAX_BYTES
 from adapter.conversation.window import CLOCK_ERROR_MS, WindowPolicy
 from adapter.ports import Uploaded
 from tests.conversation.model import BOT, HOUR_MS, MEDIA, REFUSED, command
@@ -272,6 +273,25 @@ def test_a_message_that_may_have_been_sent_is_repeated_without_what_was_parked_s
     assert talk.ends()[-1] == (3, "parked", "throttled")
     effects = talk.put(rules.Heard("in:3", "t", BOT.id, 0), later_ms=1500)
     assert [one for one in effects if isinstance(one, rules.Post)] == [rules.Post("wechat-nats:k1-0+1", "t1\n\nt2")]
+
+
+@pytest.mark.parametrize(
+    ("texts", "together"),
+    [
+        (["a", "b", "c"], 3),
+        (["a", "字" * (MAX_BYTES // 6), "字" * (MAX_BYTES // 6)], 2),
+        (["字" * (MAX_BYTES // 3 - 4), "b"], 2),
+        (["字" * MAX_BYTES, "b"], 1),
+        (["a", "```\nopen", "c"], 2),
+    ],
+    ids=["short", "many bytes", "as many as fit", "one that is long", "open code"],
+)
+def test_texts_are_merged_as_far_as_they_fit(texts: list[str], together: int) -> None:
+    talk = Talk(token="", policy=POLICY._replace(merge_chars=1_000_000))
+    talk.put(rules.Stored(tuple(command(number, text) for number, text in enumerate(texts, 1))))
+    talk.put(rules.Heard("in:2", "t", BOT.id, 0))
+    effects = talk.put(rules.Loaded({number: [text] for number, text in enumerate(texts, 1)}))
+    assert [one.content for one in effects if isinstance(one, rules.Post)] == ["\n\n".join(texts[:together])]
 
 
 def test_an_upload_for_who_was_unbound_is_sent_to_nobody() -> None:
