@@ -294,6 +294,20 @@ def test_texts_are_merged_as_far_as_they_fit(texts: list[str], together: int) ->
     assert [one.content for one in effects if isinstance(one, rules.Post)] == ["\n\n".join(texts[:together])]
 
 
+def test_attempts_are_counted_anew_for_each_part() -> None:
+    talk = Talk()
+    talk.put(rules.Stored((command(1, "a", "b"),)))
+    for answer in (*[rules.NotTaken("away", 0)] * 3, rules.Accepted("m1"), *[rules.NotTaken("away", 0)] * 3):
+        talk.put(answer)
+        talk.put(rules.Deadline(), later_ms=1500)
+    assert talk.ends() == []
+    talk.put(rules.NotTaken("away", 0, is_unreached=True))
+    talk.put(rules.Deadline(), later_ms=1500)
+    assert talk.ends() == [], "what did not even leave waits as long as the command"
+    talk.put(rules.NotTaken("away", 0))
+    assert talk.ends() == [(1, "dead_lettered", "unreachable")]
+
+
 def test_an_upload_for_who_was_unbound_is_sent_to_nobody() -> None:
     talk = Talk()
     talk.put(rules.Stored((command(1, MEDIA),)))
