@@ -248,6 +248,8 @@ def test_typing_is_hidden_once_nothing_can_be_sent_now() -> None:
     talk.put(rules.Heard("in:2", "t", BOT.id, 0, show_typing=True))
     assert talk.state.record.typing
     assert hide not in talk.put(rules.Deadline())
+    talk.now_ms += HOUR_MS
+    assert hide in talk.put(rules.Stored((command(3, when_closed="refuse"),)))
 
 
 def test_the_words_of_the_first_answer_without_an_id_are_told() -> None:
@@ -306,6 +308,45 @@ def test_attempts_are_counted_anew_for_each_part() -> None:
     assert talk.ends() == [], "what did not even leave waits as long as the command"
     talk.put(rules.NotTaken("away", 0))
     assert talk.ends() == [(1, "dead_lettered", "unreachable")]
+
+
+def test_the_record_is_stored_between_parts_and_not_behind_the_last() -> None:
+    """A crash in the pause between two parts must not repeat the first; behind the last the receipt tells."""
+    talk = Talk()
+    talk.put(rules.Stored((command(1, "a", "b"),)))
+    assert rules.Save in map(type, talk.put(rules.Accepted("m1")))
+    talk.put(rules.Deadline(), later_ms=1500)
+    assert rules.Save not in map(type, talk.put(rules.Accepted("m2")))
+
+
+@pytest.mark.parametrize("activity", [Activity.LOADING, Activity.UPLOADING, Activity.AWAITING_SLOT])
+def test_what_expires_before_its_request_leaves_room_for_the_next(activity: Activity) -> None:
+    talk = Talk()
+    first = command(1, *([MEDIA] if activity is Activity.UPLOADING else []), expires_ms=NOW + 60)
+    if activity is Activity.LOADING:
+        first = msgspec.structs.replace(first, parts=None)
+    talk.state, _ = rules.step(talk.state, rules.Stored((first, command(2))), NOW, POLICY)
+    assert talk.state.activity is activity
+    talk.put(rules.Deadline(), later_ms=60)
+    if activity is Activity.AWAITING_SLOT:
+        talk.put(rules.SlotGranted())
+    assert talk.ends() == [(1, "refused", "expired")]
+    assert talk.posts() == ["wechat-nats:k2-0"]
+
+
+def test_minus_14_is_counted_anew_for_each_command() -> None:
+    talk = Talk()
+    for number in (1, 2):
+        talk.put(rules.Stored((command(number),)), later_ms=1500)
+        talk.put(rules.TokenRejected(REFUSED))
+        talk.put(rules.SessionChecked(is_alive=True))
+        talk.put(rules.Deadline(), later_ms=1500)
+        if number == 1:
+            talk.put(rules.Accepted("m1"))
+    assert talk.ends() == [(1, "accepted", "")]
+    talk.put(rules.TokenRejected(REFUSED))
+    talk.put(rules.SessionChecked(is_alive=True))
+    assert talk.ends()[1:] == [(2, "refused", "rejected")]
 
 
 def test_an_upload_for_who_was_unbound_is_sent_to_nobody() -> None:
