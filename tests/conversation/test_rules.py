@@ -215,6 +215,20 @@ def test_a_group_is_waited_for_after_a_take_over_and_then_given_up() -> None:
     assert talk.posts() == []
 
 
+@pytest.mark.parametrize(
+    ("outcome", "recent"), [("accepted", ["c0", "c1"]), ("uncertain", ["c0", "c1"]), ("refused", ["c0"])]
+)
+def test_an_id_is_remembered_where_the_owner_before_may_have_sent_it(outcome: Any, recent: list[str]) -> None:
+    head = SendProgress(commands=[command(1).ref], client_id_base="k1", bot=BOT.id, unanswered_attempts=1)
+    talk = Talk(head=head, recent=["c0"])
+    talk.put(rules.Ended(1, CommandResult(outcome)))
+    talk.put(rules.Stored((command(2),)))
+    assert talk.state.record.recent == recent
+    assert talk.posts() == ["wechat-nats:k2-0"]
+    talk.put(rules.Accepted("m2"))
+    assert talk.state.record.recent == [*recent, "c2"]
+
+
 def test_a_slot_that_is_not_needed_any_more_is_given_back() -> None:
     talk = Talk()
     talk.state, _ = rules.step(talk.state, rules.Stored((command(1),)), NOW, POLICY)
@@ -245,7 +259,14 @@ def test_typing_is_hidden_once_nothing_can_be_sent_now() -> None:
     assert hide not in talk.put(rules.Accepted("m1"))
     talk.put(rules.Deadline(), later_ms=1500)
     assert hide in talk.put(rules.Accepted("m2"))
-    talk.put(rules.Heard("in:2", "t", BOT.id, 0, show_typing=True))
+    assert hide not in talk.put(rules.Deadline(), later_ms=1500)
+    talk.put(rules.Stored((command(9),)))
+    assert hide not in talk.put(rules.Heard("in:2", "t", BOT.id, 0, show_typing=True))
+    assert hide not in talk.put(rules.Unanswered())
+    assert hide not in talk.put(rules.Heard("in:3", "t", BOT.id, 0))
+    talk.put(rules.Deadline(), later_ms=1500)
+    assert hide in talk.put(rules.Accepted("m9"))
+    assert hide not in talk.put(rules.Heard("in:4", "t", BOT.id, 0, show_typing=True))
     assert talk.state.record.typing
     assert hide not in talk.put(rules.Deadline())
     talk.now_ms += HOUR_MS
@@ -299,7 +320,8 @@ def test_texts_are_merged_as_far_as_they_fit(texts: list[str], together: int) ->
 def test_attempts_are_counted_anew_for_each_part() -> None:
     talk = Talk()
     talk.put(rules.Stored((command(1, "a", "b"),)))
-    for answer in (*[rules.NotTaken("away", 0)] * 3, rules.Accepted("m1"), *[rules.NotTaken("away", 0)] * 3):
+    away: list[Input] = [rules.NotTaken("away", 0)] * 3
+    for answer in (*away, rules.Accepted("m1"), *away):
         talk.put(answer)
         talk.put(rules.Deadline(), later_ms=1500)
     assert talk.ends() == []
@@ -347,6 +369,8 @@ def test_minus_14_is_counted_anew_for_each_command() -> None:
     talk.put(rules.TokenRejected(REFUSED))
     talk.put(rules.SessionChecked(is_alive=True))
     assert talk.ends()[1:] == [(2, "refused", "rejected")]
+    last = [one.result for one in talk.effects if isinstance(one, rules.PublishReceipt)][-1]
+    assert (last.errcode, last.errmsg) == (REFUSED.errcode, REFUSED.errmsg)
 
 
 def test_an_upload_for_who_was_unbound_is_sent_to_nobody() -> None:
@@ -359,6 +383,15 @@ def test_an_upload_for_who_was_unbound_is_sent_to_nobody() -> None:
     talk.put(rules.Bound(BOT))
     talk.put(rules.Stored((command(2),)))
     assert [one for one in talk.effects if isinstance(one, rules.Post)] == [rules.Post("wechat-nats:k2-0", "t2")]
+
+
+def test_an_upload_that_ends_once_its_user_is_bound_again_is_no_other_commands() -> None:
+    talk = Talk()
+    talk.put(rules.Stored((command(1, MEDIA),)))
+    talk.put(rules.Bound(None))
+    talk.put(rules.Bound(BOT))
+    talk.put(rules.UploadDone(Uploaded("file", "f", 1, 1, "", b"")))
+    assert [type(one) for one in talk.put(rules.Stored((command(2, MEDIA),)))] == [rules.Upload]
 
 
 # a message that was heard elsewhere --------------------------------------------------------------------
