@@ -96,7 +96,8 @@ class Events:
         """
         receipt = msgspec.structs.replace(receipt, at_ms=self._clock.now_ms())
         trace = passed_on({H_TRACEPARENT: headers[H_TRACEPARENT]}) if H_TRACEPARENT in headers else {}
-        ident = f"receipt:{receipt.sandbox}:{receipt.sequence}:{receipt.received_at_ms}:{expected}"
+        # two of one command with the same `expected` must meet the comparison, which comes after that of ids
+        ident = f"receipt:{receipt.sandbox}:{receipt.sequence}:{receipt.received_at_ms}:{expected}:{receipt.outcome}"
         kept = {H_MSG_ID: ident, H_SCHEMA: contract.SCHEMA_VERSION, H_EXPECTED: str(expected), **trace}
         subject = self._names.receipt(receipt.sandbox, receipt.command)
         try:

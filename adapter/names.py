@@ -29,6 +29,8 @@ H_COMMAND = "Wechat-Command"
 """Set by the router on its copy: the id of the command on plain `wechat.out`."""
 H_SINCE_MS = "Wechat-Since-Ms"
 """Set by the router on its copy: when the command was stored on plain `wechat.out`."""
+H_COPIED_AGAIN = "Wechat-Copied-Again"
+"""Set by the router on a copy before which there may have been another of the same command."""
 H_REASON = "Wechat-Reason"
 H_DETAIL = "Wechat-Detail"
 H_SUBJECT = "Wechat-Subject"
@@ -178,8 +180,12 @@ class Names:
         return f"{self.prefix}.event.{sandbox}.{kind}"
 
     def receipt(self, sandbox: str, command: str) -> str:
-        """Where the receipts of one command are stored. Either may be `*`."""
-        return f"{self.prefix}.event.{sandbox}.receipt.{command if command == '*' else escaped(command)}"
+        """Where the receipts of one command are stored, whose id may be anything, also `*`."""
+        return f"{self.prefix}.event.{sandbox}.receipt.{escaped(command)}"
+
+    def receipts(self, sandbox: str) -> str:
+        """Where the receipts of all commands of a sandbox are stored, which may be `*`."""
+        return f"{self.prefix}.event.{sandbox}.receipt.*"
 
     def raw(self, shard: int | str, bot: str) -> str:
         """Where a message waits for its media, as iLink sent it. `shard`: the sandbox's, or `*`."""

@@ -75,7 +75,7 @@ def grants(names: Names, role: Role, sandbox: str = TAG) -> Grants:
             return Grants((names.bind, names.unbind, *asks), (names.event("*", ">"), _inboxes("platform")))
         case "service":
             publish = (names.out_plain, names.svc("window"), names.svc("receipt"), names.svc("media.put.*"))
-            return Grants(publish, (names.receipt("*", "*"), _inboxes("service")))
+            return Grants(publish, (names.receipts("*"), _inboxes("service")))
         case "sandbox":
             shares = imports(names, role, sandbox)
             heard = [share.subject for share in shares if share.kind == "stream"]
@@ -162,7 +162,8 @@ def _adapter_publishes(names: Names) -> tuple[str, ...]:
         *_api("CONSUMER.NAMES.*", "CONSUMER.INFO.*.*"),
         *_api(*(f"STREAM.{verb}.{stream}" for verb in ("CREATE", "UPDATE") for stream in streams(names))),
         *_api(*(f"STREAM.MSG.DELETE.{stream}" for stream in _emptied(names))),
-        *_api(f"STREAM.PURGE.{media}", f"CONSUMER.CREATE.{names.stream_in}.*.{names.inbox('*')}"),
+        *_api(f"STREAM.PURGE.{media}", f"STREAM.PURGE.{names.stream_event}"),
+        *_api(f"CONSUMER.CREATE.{names.stream_in}.*.{names.inbox('*')}"),
         *_api(f"CONSUMER.RESET.{names.stream_in}.*"),
         # of bots that are bound no more
         *_api(*(f"STREAM.PURGE.KV_{bucket}" for bucket in (names.bindings, names.cursors, names.conversations))),

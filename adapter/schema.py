@@ -72,7 +72,7 @@ def channels(names: Names) -> list[Channel]:
         Channel("out_any", names.out_plain, "outbound", "receive", "A service says it; the body names the sandbox."),
         Channel(
             "receipt",
-            names.receipt(sandbox, "*").replace("*", "{command}"),
+            names.receipts(sandbox).replace("*", "{command}"),
             "receipt",
             "send",
             "What became of a command.",

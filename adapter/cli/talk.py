@@ -100,7 +100,7 @@ class Conversation:
     async def _listen(self) -> None:
         names = self._stage.bus.names
         await self._stage.bus.nc.subscribe(names.live(SANDBOX), cb=self._on_inbound)
-        await self._stage.bus.nc.subscribe(names.receipt(SANDBOX, "*"), cb=self._on_receipt)
+        await self._stage.bus.nc.subscribe(names.receipts(SANDBOX), cb=self._on_receipt)
         await self._stage.bus.nc.flush()
         raise_if_cancelled()
 

@@ -468,6 +468,9 @@ def _apply(
     activity = conversation.activity
     match event:
         case Stored(commands):
+            commands = _without_copies(conversation, commands, effects)
+            if not commands:
+                return conversation
             effects += [ReleaseBody(one) for one in commands if one.parked]  # by the owner before
             commands = tuple(msgspec.structs.replace(one, parts=None) if one.parked else one for one in commands)
             queue = (*conversation.queue, *commands)
@@ -508,6 +511,18 @@ def _apply(
         case _ if activity in (Activity.SENDING, Activity.UPLOADING):
             return _on_answer(conversation, event, now_ms, policy, effects)
     return conversation
+
+
+def _without_copies(
+    conversation: Conversation, commands: tuple[QueuedCommand, ...], effects: list[Effect]
+) -> tuple[QueuedCommand, ...]:
+    """Drops what the router copied once more while the copy before it waits: both are the same command."""
+    if all(one.sequence == one.ref.sequence for one in commands):
+        return commands
+    known = {one.ref for one in conversation.queue}
+    copies = [one for one in commands if one.sequence != one.ref.sequence and one.ref in known]
+    effects += [Acknowledge(one, is_duplicate=True) for one in copies]
+    return tuple(one for one in commands if one not in copies)
 
 
 def _on_heard(conversation: Conversation, heard: Heard, now_ms: int, effects: list[Effect]) -> Conversation:

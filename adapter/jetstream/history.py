@@ -126,6 +126,9 @@ class StreamHistory:
             if exc.code not in MESSAGE_GONE:
                 raise Temporary("bus_refused", exc.detail) from exc
 
+    async def purge(self, stream: str, subject: str, *, keep: int) -> None:
+        await self._link.api(f"STREAM.PURGE.{stream}", {"filter": subject, "keep": keep})
+
 
 def _rfc3339(time_ms: int) -> str:
     moment = datetime.fromtimestamp(max(time_ms, 0) / 1000, UTC)

@@ -48,7 +48,8 @@ OUT_ACK_WAIT_NS = 3600 * NS
 """Long on purpose: what is unacknowledged comes back by a consumer reset, at take-over and after each connect."""
 
 EVENTS_KEPT = 100_000
-"""Events of one kind and sandbox: one that has thousands of commands refused must not fill the disk with it."""
+"""Events of one kind and sandbox: one that has thousands of commands refused must not fill the disk with it. Receipts
+have a subject for each command; outbound/receipts.py bounds them."""
 CREATED_AT_ONCE = 16
 """Each waits for a disk, in a cluster for those of a majority: one after the other, the 130 consumers of a cluster
 took 37 s where they take 13 so, and those of one server 3.7 s and 2.1 (on a busy machine)."""
@@ -165,7 +166,7 @@ def streams(names: Names, settings: Settings) -> list[Wanted]:
             subjects=[f"{prefix}.event.*.*", f"{prefix}.event.*.receipt.*"],
             retention="limits",
             discard="old",
-            max_age=72 * HOUR_NS,
+            max_age=int(max(72.0, settings.park_hours) * HOUR_NS),  # a receipt outlives its command
             max_msgs_per_subject=EVENTS_KEPT,
         ),
         stream(

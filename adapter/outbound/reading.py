@@ -33,7 +33,7 @@ from adapter.conversation.record import CommandRef
 from adapter.conversation.rules import CommandResult, QueuedCommand
 from adapter.errors import LeaseLost, Refused, Temporary, Unreadable
 from adapter.metrics import Metrics
-from adapter.names import H_COMMAND, H_MSG_ID, UNROUTED, Names
+from adapter.names import H_COMMAND, H_COPIED_AGAIN, H_MSG_ID, UNROUTED, Names
 from adapter.outbound.receipts import Address
 from adapter.outbound.trials import OWNERS, Trials
 from adapter.ports import Archive, Delivery, TextReader
@@ -55,7 +55,7 @@ class ReadCommand(NamedTuple):
     command: Command
     queued: QueuedCommand
     redelivered: bool
-    """It was delivered before: somebody may have worked on it."""
+    """It, or another copy of it, was delivered before: somebody may have worked on it."""
 
 
 class CommandReader:
@@ -132,7 +132,8 @@ class CommandReader:
             log.exception("command.crashed", subject=delivery.subject, sequence=delivery.seq)
             result = CommandResult("dead_lettered", "crashed", type(exc).__name__)
         else:
-            self.on_command(ReadCommand(command, _queued(command, delivery.seq), delivery.suspect))
+            redelivered = delivery.suspect or H_COPIED_AGAIN in delivery.headers
+            self.on_command(ReadCommand(command, _queued(command, delivery.seq), redelivered))
             return
         self._end_unread(delivery, body, result)
 

@@ -21,7 +21,7 @@ from adapter.errors import AdapterError, BusRefused, Crashed, Refused, Temporary
 from adapter.events import Events
 from adapter.headers import passed_on
 from adapter.metrics import Metrics
-from adapter.names import H_COMMAND, H_MSG_ID, H_SEQUENCE, H_SINCE_MS, UNROUTED, Names
+from adapter.names import H_COMMAND, H_COPIED_AGAIN, H_MSG_ID, H_SEQUENCE, H_SINCE_MS, UNROUTED, Names
 from adapter.outbound.receipts import Address, Receipts, is_final
 from adapter.ports import Bus, Delivery, Message
 from adapter.timing import Clock
@@ -169,6 +169,8 @@ class Router:
             H_SEQUENCE: str(delivery.seq),
             H_SINCE_MS: str(delivery.time_ms),
         }
+        if delivery.suspect:
+            headers[H_COPIED_AGAIN] = "1"
         message = Message("out", self._names.out(sandbox), delivery.data, headers, fence=self._check)
         return sandbox, _Copy(delivery, ident, message)
 

@@ -265,7 +265,7 @@ class Victim:
 
     async def listen(self) -> None:
         await self._nc.subscribe(NAMES.live(VICTIM), cb=self._on_message)
-        await self._nc.subscribe(NAMES.receipt(VICTIM, "*"), cb=self._on_receipt)
+        await self._nc.subscribe(NAMES.receipts(VICTIM), cb=self._on_receipt)
         await self._nc.flush()
 
     async def _on_message(self, msg: Msg) -> None:

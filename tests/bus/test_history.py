@@ -41,6 +41,23 @@ async def test_a_stream_is_read_from_a_sequence_or_a_time(rig: Rig) -> None:
     }
 
 
+async def test_a_purge_keeps_the_newest_over_all_subjects_of_a_wildcard(rig: Rig) -> None:
+    """The receipts of one sandbox: of each command there may be one, and the subjects together are bounded."""
+    sandboxes = ["s1", "s1", "s2"]
+    receipts = [
+        Message("event", NAMES.receipt(sandboxes[number % 3], f"c{number}"), str(number).encode(), {})
+        for number in range(600)
+    ]
+    await rig.publisher.publish_all([*receipts, event(1, "s1")])
+    everything = NAMES.receipts("s1")
+    before = await rig.read(NAMES.stream_event, everything)
+    for _ in range(2):
+        await rig.history.purge(NAMES.stream_event, everything, keep=100)
+        assert await rig.read(NAMES.stream_event, everything) == before[-100:]
+    assert len(await rig.read(NAMES.stream_event, NAMES.receipts("s2"))) == 200
+    assert await rig.read(NAMES.stream_event, NAMES.event("s1", "receipt")) == [b"1"]
+
+
 @pytest.fixture
 def with_large_commands(bus: Bus) -> None:
     bus.settings = msgspec.structs.replace(bus.settings, max_command_bytes=1024 * 1024)

@@ -68,7 +68,7 @@ async def test_bind_send_look_and_unbind(
 async def test_an_unreadable_command_can_be_looked_at_and_dropped(
     cli: Command, adapter: asyncio.Task[None], server: EmbeddedNats, bus: Bus
 ) -> None:
-    events = await bus.nc.subscribe(bus.names.receipt("s1", "*"))
+    events = await bus.nc.subscribe(bus.names.receipts("s1"))
     await bus.nc.flush()
     await bus.js.publish(bus.names.out("s1"), b"no json")
     await events.next_msg(timeout=START_S)

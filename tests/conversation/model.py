@@ -6,14 +6,14 @@ The world holds what survives an owner (the stored record, the receipts, what is
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, TypeAlias
 
 import msgspec
 
 from adapter.contract import FINAL_OUTCOMES
 from adapter.conversation import rules
-from adapter.conversation.commands import Part
+from adapter.conversation.commands import MERGE_SEPARATOR, MediaPart, Part
 from adapter.conversation.record import CommandRef, ConversationRecord
 from adapter.conversation.rules import (
     Activity,
@@ -24,12 +24,16 @@ from adapter.conversation.rules import (
     SendPolicy,
 )
 from adapter.conversation.window import WindowPolicy
+from adapter.ports import Uploaded
 
 HOUR_MS = 3_600_000
 POLICY = SendPolicy(
     window=WindowPolicy(sends=2, hours=23.0, cooldown_s=0.0, low=0), gap_ms=0, attempts=2, merge_chars=100
 )
 BOT = Bot("b1@im.bot", is_usable=True)
+BOTS = {"b1": BOT, "dead": Bot(BOT.id, is_usable=False), "b2": Bot("b2@im.bot", is_usable=True), "none": None}
+"""Who may serve the user: a bot, the same one without a login, the user's next one; or nobody, for ever or not."""
+MEDIA = MediaPart("file", "f", "s1/f", b"")
 REFUSED = CommandResult("refused", "rejected", "iLink's words", (), 1, 0, -5, "no")
 
 ANSWERS = ("accepted", "unconfirmed", "lost", "unheard", "not_taken", "throttled", "rejected", "token")
@@ -39,8 +43,8 @@ Course: TypeAlias = "tuple[Move, Course | None]"
 """How a world came about: its last move, and the course before."""
 
 
-def command(sequence: int, *parts: str, **fields: Any) -> QueuedCommand:
-    """A command of so many texts."""
+def command(sequence: int, *parts: Part, **fields: Any) -> QueuedCommand:
+    """A command of so many parts."""
     texts: list[Part] = list(parts) or [f"t{sequence}"]
     known: dict[str, Any] = {
         "sequence": sequence,
@@ -49,10 +53,15 @@ def command(sequence: int, *parts: str, **fields: Any) -> QueuedCommand:
         "kind": "text",
         "parts": texts,
         "part_count": len(texts),
-        "chars": len(parts[0] if parts else f"t{sequence}") if len(texts) == 1 else 0,
+        "chars": len(texts[0]) if len(texts) == 1 and isinstance(texts[0], str) else 0,
         "expires_ms": 72 * HOUR_MS,
     }
     return QueuedCommand(**known | fields)
+
+
+def copy(sequence: int, of: QueuedCommand) -> QueuedCommand:
+    """The router's second copy of a command."""
+    return msgspec.structs.replace(of, sequence=sequence)
 
 
 class World(NamedTuple):
@@ -61,17 +70,23 @@ class World(NamedTuple):
     stored: bytes
     """The record, as the bucket has it."""
     receipts: tuple[tuple[int, CommandResult], ...]
-    """The last receipt of each command."""
+    """The last receipt of each command, by the sequence that identifies it."""
     left: tuple[int, ...]
     """Sequences that are not acknowledged."""
     phone: tuple[str, ...]
-    """What iLink took, by client_id, in the order in which the user saw it first."""
+    """What the user saw, in order: client_id, bot and text."""
+    ids: tuple[tuple[str, str], ...]
+    """What iLink answered last that it took: client_id and message id."""
+    used: tuple[str, ...]
+    """What iLink took since the user wrote last, by client_id."""
     memory: bytes
     """The conversation, as its owner knows it; empty: nobody owns it."""
     effects: tuple[rules.Effect, ...]
     """What is left to carry out."""
     out: rules.Post | None
     """The request that is out."""
+    over: str
+    """The bot over which it left."""
     waits: rules.Effect | None
     """What is out besides: a read-back, a slot, a question."""
     now_ms: int
@@ -81,37 +96,70 @@ class World(NamedTuple):
     """How often an owner may still die."""
     failures: int
     """How many more answers may be anything but `accepted`."""
-    is_bound: bool
-    """False: the bot was unbound."""
+    binds: int
+    """How often the binding may still change."""
+    bot: str
+    """Of BOTS."""
 
 
 class Explorer:
     """The moves of a world, and what must hold in each."""
 
-    def __init__(self, commands: tuple[QueuedCommand, ...], *, policy: SendPolicy = POLICY) -> None:
+    def __init__(
+        self,
+        commands: tuple[QueuedCommand, ...],
+        *,
+        policy: SendPolicy = POLICY,
+        answers: tuple[str, ...] = ANSWERS,
+        bots: tuple[str, ...] = tuple(BOTS),
+    ) -> None:
+        """`answers`: those that may come; `bots`: those that may be bound."""
         self.commands = {one.sequence: one for one in commands}
+        self._parts = {_text(p): (one.ref.sequence, n) for one in commands for n, p in enumerate(one.parts or [])}
         self.policy = policy
+        self.answers = answers
+        self.bots = bots
         self.states = 0
 
-    def begin(self, *, messages: int = 1, crashes: int = 1, failures: int = 2) -> World:
-        empty = msgspec.msgpack.encode(ConversationRecord())
-        left = tuple(self.commands)
-        world = World(empty, (), left, (), b"", (), None, None, 1_000_000, messages, crashes, failures, True)
+    def begin(self, *, messages: int = 1, crashes: int = 1, failures: int = 2, binds: int = 0) -> World:
+        world = World(
+            stored=msgspec.msgpack.encode(ConversationRecord()),
+            receipts=(),
+            left=tuple(self.commands),
+            phone=(),
+            ids=(),
+            used=(),
+            memory=b"",
+            effects=(),
+            out=None,
+            over="",
+            waits=None,
+            now_ms=1_000_000,
+            messages=messages,
+            crashes=crashes,
+            failures=failures,
+            binds=binds,
+            bot="b1",
+        )
         return self._take_over(world)
 
     # moves --------------------------------------------------------------------------------------------
 
     def moves(self, world: World) -> Iterator[Move]:
+        """What may happen next; first what happens where nothing goes wrong."""
         if not world.memory:
             yield ("take_over",)
             return
-        if world.crashes:
-            yield ("crash",)
         if world.effects:
             yield ("carry_out",)
-            return
+        else:
+            yield from self._inputs(world)
+        if world.crashes:
+            yield ("crash",)
+
+    def _inputs(self, world: World) -> Iterator[Move]:
         if world.out is not None:
-            for answer in ANSWERS if world.failures else ANSWERS[:1]:
+            for answer in self.answers if world.failures else self.answers[:1]:
                 yield ("answer", answer)
         if world.waits is not None:
             yield ("wait_over",)
@@ -119,8 +167,8 @@ class Explorer:
                 yield ("session_dead",)
         if world.messages:
             yield ("hear",)
-        if world.is_bound and world.messages == 0 and world.failures:
-            yield ("unbind",)
+        if world.binds:
+            yield from (("bind", bot) for bot in self.bots if bot != world.bot)
         state = self._memory(world)
         if world.out is None and world.waits is None and state.queue:
             yield ("pause_over",) if not state.reason else ("time",)
@@ -139,14 +187,14 @@ class Explorer:
             case ("wait_over",):
                 return self._wait_over(world)
             case ("session_dead",):
-                world = world._replace(waits=None)
+                world = world._replace(waits=None, bot="dead" if world.bot == "b1" else world.bot)
                 return self._step(world, rules.SessionChecked(is_alive=False))
             case ("hear",):
-                number = world.messages
-                world = world._replace(messages=number - 1)
-                return self._step(world, rules.Heard(f"in:{number}", f"token{number}", BOT.id, 0))
-            case ("unbind",):
-                return self._step(world._replace(is_bound=False), rules.Bound(None))
+                number, bot = world.messages, BOTS[world.bot] or BOT
+                world = world._replace(messages=number - 1, used=())
+                return self._step(world, rules.Heard(f"in:{number}", f"token{number}", bot.id, 0))
+            case ("bind", bot):
+                return self._step(world._replace(binds=world.binds - 1, bot=bot), rules.Bound(BOTS[bot]))
             case ("pause_over",):
                 return self._step(self._later(world), rules.Deadline())
             case ("time",):
@@ -166,24 +214,34 @@ class Explorer:
     def _take_over(self, world: World) -> World:
         """What the processor does: commands that have their final receipts are acknowledged, others come again."""
         record = msgspec.msgpack.decode(world.stored, type=ConversationRecord)
-        bot = BOT if world.is_bound else None
-        state = Conversation(sandbox="s1", user="u1", record=record, bot=bot)
+        state = Conversation(sandbox="s1", user="u1", record=record, bot=BOTS[world.bot])
         world = world._replace(memory=msgspec.msgpack.encode(state))
-        finals = {sequence: result for sequence, result in world.receipts if result.outcome in FINAL_OUTCOMES}
+        receipts = dict(world.receipts)
+        finals = {sequence for sequence, result in world.receipts if result.outcome in FINAL_OUTCOMES}
+        for ref in record.head.commands if record.head else ():
+            if ref.sequence in finals:
+                world = self._step(world, rules.Ended(ref.sequence, receipts[ref.sequence]))
         for sequence in world.left:
-            if sequence in finals:
+            one = self.commands[sequence]
+            if one.ref.sequence in finals:
                 world = world._replace(left=tuple(one for one in world.left if one != sequence))
-                if record.head is not None and record.head.has_command(sequence):
-                    world = self._step(world, rules.Ended(sequence, finals[sequence]))
             else:
-                world = self._step(world, rules.Stored((self.commands[sequence],)))
+                one = msgspec.structs.replace(one, parked=one.ref.sequence in receipts)
+                world = self._step(world, rules.Stored((one,)))
         return world
 
     def _crash(self, world: World) -> World:
         """The owner dies. A request that is out may have left, and may have been taken: both worlds are explored,
         since `lost` and `unheard` are answers; here the one that has left is taken."""
-        phone = _shown(world.phone, world.out.client_id) if world.out else world.phone
-        return world._replace(memory=b"", effects=(), out=None, waits=None, phone=phone, crashes=world.crashes - 1)
+        if world.out is not None:
+            world = self._taken(world, world.out)
+        return world._replace(memory=b"", effects=(), out=None, over="", waits=None, crashes=world.crashes - 1)
+
+    def _taken(self, world: World, post: rules.Post) -> World:
+        """iLink takes a request. WeChat shows the same client_id of the same bot once."""
+        shown = f"{post.client_id}|{world.over}|{_text(post.content)}"
+        phone = world.phone if shown in world.phone else (*world.phone, shown)
+        return world._replace(phone=phone, used=tuple(sorted({*world.used, post.client_id})))
 
     def _carry_out(self, world: World) -> World:
         effect, world = world.effects[0], world._replace(effects=world.effects[1:])
@@ -193,14 +251,16 @@ class Explorer:
                 return world._replace(stored=msgspec.msgpack.encode(self._memory(world).record))
             case rules.Post():
                 assert world.out is None, "two requests to one user at once"
-                return world._replace(out=effect)
+                bot = self._memory(world).bot
+                assert bot is not None, "a request over no bot"
+                assert bot.is_usable, "a request over a dead bot"
+                return world._replace(out=effect, over=bot.id)
             case rules.PublishReceipt(one, result):
                 return world._replace(receipts=self._with_receipt(world, one, result))
             case rules.Acknowledge(one, is_duplicate):
-                finals = [r for sequence, r in world.receipts if sequence == one.sequence]
-                assert is_duplicate or any(r.outcome in FINAL_OUTCOMES for r in finals), "gone without a receipt"
+                self._check_gone(world, one, is_duplicate=is_duplicate)
                 return world._replace(left=tuple(sequence for sequence in world.left if sequence != one.sequence))
-            case rules.RequestSlot() | rules.Load() | rules.CheckSession():
+            case rules.RequestSlot() | rules.Load() | rules.Upload() | rules.CheckSession():
                 return world._replace(waits=effect)
             case _:
                 return world
@@ -210,16 +270,20 @@ class Explorer:
     ) -> tuple[tuple[int, CommandResult], ...]:
         """By compare-and-set: a final receipt that is there stays."""
         receipts = dict(world.receipts)
-        known = receipts.get(one.sequence)
+        known = receipts.get(one.ref.sequence)
         if known is None or known.outcome not in FINAL_OUTCOMES:
-            receipts[one.sequence] = result
+            receipts[one.ref.sequence] = result
         return tuple(sorted(receipts.items(), key=lambda item: item[0]))
 
     def _answer(self, world: World, answer: str) -> World:
         assert world.out is not None
         ident, failures = world.out.client_id, world.failures - (answer != "accepted")
-        phone = world.phone if answer not in ("accepted", "unconfirmed", "unheard") else _shown(world.phone, ident)
-        world = world._replace(out=None, phone=phone, failures=failures)
+        if answer in ("accepted", "unconfirmed", "unheard"):
+            world = self._taken(world, world.out)
+        if answer in ("accepted", "unconfirmed"):
+            ids = dict(world.ids) | {ident: f"m-{ident}" if answer == "accepted" else ""}
+            world = world._replace(ids=tuple(sorted(ids.items())))
+        world = world._replace(out=None, over="", failures=failures)
         replies: dict[str, rules.Answer] = {
             "accepted": rules.Accepted(f"m-{ident}"),
             "unconfirmed": rules.Accepted(""),
@@ -241,6 +305,8 @@ class Explorer:
         match waits:
             case rules.Load(sequences):
                 return self._step(world, rules.Loaded({one: self.commands[one].parts for one in sequences}))
+            case rules.Upload():
+                return self._step(world, rules.UploadDone(Uploaded("file", "f", 1, 1, "", b"")))
             case rules.CheckSession():
                 return self._step(world, rules.SessionChecked(is_alive=True))
             case _:
@@ -249,25 +315,28 @@ class Explorer:
     # what must hold -----------------------------------------------------------------------------------
 
     def check(self, world: World) -> None:
-        """In every state: no lie in a receipt, nothing shown twice, nothing out of order."""
-        shown = [part for ident in world.phone for part in self._parts_of(ident)]
+        """In every state: no lie in a receipt, nothing shown twice or out of order, no window overdrawn."""
+        shown = [part for message in world.phone for part in self._parts_of(message)]
         assert len(shown) == len(set(shown)), f"shown twice: {world.phone}"
         assert shown == sorted(shown), f"out of order: {world.phone}"
+        assert len(world.used) <= self.policy.window.sends, f"more than a window has: {world.used}"
+        ids = dict(world.ids)
         for sequence, result in world.receipts:
             parts = [(sequence, part) for part in range(self.commands[sequence].part_count)]
             seen = [part for part in parts if part in shown]
             if result.is_sent:
                 assert seen == parts, f"{sequence} is called {result.outcome}, and {seen} was shown"
+                holding = [message for message in world.phone if {*self._parts_of(message)} & {*parts}]
+                named = [ids.get(message.partition("|")[0], "?") for message in holding]
+                assert (result.outcome == "accepted") == all(named), f"{sequence} is called {result.outcome}: {named}"
+                assert list(result.message_ids) == [*filter(None, named)], f"{sequence} is told as {result}: {named}"
             if result.outcome in ("refused", "dead_lettered"):
                 # of several parts the first ones may have been taken, also without an id that could be told
                 assert seen != parts, f"{sequence} is called {result.outcome}, and {seen} was shown"
 
-    def _parts_of(self, ident: str) -> list[tuple[int, int]]:
-        """Commands and parts in a message, by its client_id."""
-        base, _, rest = ident.removeprefix("wechat-nats:k").partition("-")
-        part, _, merged = rest.partition("+")
-        first = int(base)
-        return [(first, int(part))] if not merged else [(first + n, 0) for n in range(int(merged) + 1)]
+    def _parts_of(self, message: str) -> list[tuple[int, int]]:
+        """Commands and parts in a message."""
+        return [self._parts[text] for text in message.split("|")[2].split(MERGE_SEPARATOR)]
 
     def explore(self, world: World, *, most: int = 2_000_000) -> int:
         """Every state that can be reached; how many there are. Each of them can come to an end."""
@@ -275,24 +344,33 @@ class Explorer:
         todo: list[tuple[World, Course | None]] = [(world, None)]
         while todo:
             now, course = todo.pop()
-            try:
-                self.check(now)
-            except AssertionError as exc:
-                raise AssertionError(f"{exc}\n{_told(course)}") from exc
-            quiet = True
-            for move in self.moves(now):
-                quiet = quiet and move[0] in ("crash", "hear", "unbind", "time")
-                after = self.after(now, move)
+            for move, after in self._step_all(now, course):
                 if (key := _key(after)) not in seen:
                     assert len(seen) < most, "the world is too large to be explored"
                     seen.add(key)
                     todo.append((after, (move, course)))
-            if quiet and now.memory and not now.effects:
-                try:
-                    self._check_quiet(now)
-                except AssertionError as exc:
-                    raise AssertionError(f"{exc}\n{_told(course)}") from exc
         return len(seen)
+
+    def walk(self, world: World, choices: Iterable[int]) -> None:
+        """One course: each choice is a move's number, or too large and the first move."""
+        course: Course | None = None
+        for choice in choices:
+            found = self._step_all(world, course)
+            if not found:
+                return
+            move, world = found[choice if choice < len(found) else 0]
+            course = (move, course)
+
+    def _step_all(self, world: World, course: Course | None) -> list[tuple[Move, World]]:
+        """Checks a world; each move and the world after it. Raises AssertionError with its course."""
+        try:
+            self.check(world)
+            moves = list(self.moves(world))
+            if world.memory and not world.effects and all(move[0] in PATIENT for move in moves):
+                self._check_quiet(world)
+            return [(move, self.after(world, move)) for move in moves]
+        except AssertionError as exc:
+            raise AssertionError(f"{exc}\n{_told(course)}") from exc
 
     def _check_quiet(self, world: World) -> None:
         """Nothing is out: whatever is left waits for a reason that its sender was told."""
@@ -300,13 +378,32 @@ class Explorer:
         receipts = dict(world.receipts)
         queued = {one.sequence for one in state.queue}
         assert set(world.left) == queued, "what is not acknowledged is in the queue"
+        assert not state.holds_slot
         for one in state.queue:
             assert state.reason, f"{one.sequence} waits for nothing: {state}"
-            assert one.sequence in receipts, f"{one.sequence} waits, and nobody was told"
-        for sequence in set(self.commands) - queued:
-            assert receipts[sequence].outcome in FINAL_OUTCOMES
+            assert one.ref.sequence in receipts, f"{one.sequence} waits, and nobody was told"
+
+    def _check_gone(self, world: World, one: QueuedCommand, *, is_duplicate: bool) -> None:
+        """A command leaves the bus: it has its final receipt, or is one that was sent before, or waits besides."""
+        receipts = dict(world.receipts)
+        told = receipts.get(one.ref.sequence)
+        if told is not None and told.outcome in FINAL_OUTCOMES:
+            return
+        assert is_duplicate, f"{one.sequence} is gone without a receipt"
+        others = [other for other in self.commands.values() if other != one and other.ref.id == one.ref.id]
+        assert any(
+            (other.ref == one.ref and other.sequence in world.left)
+            or (other.ref != one.ref and (result := receipts.get(other.ref.sequence)) and result.may_be_sent)
+            for other in others
+        ), f"{one.sequence} is gone as a repeat of nothing"
 
 
+def _text(content: Part | Uploaded) -> str:
+    return content if isinstance(content, str) else content.name
+
+
+PATIENT = ("crash", "hear", "bind", "time")
+"""Moves that nobody waits for."""
 MEMORY = msgspec.msgpack.Decoder(Conversation)
 
 
@@ -321,8 +418,3 @@ def _told(course: Course | None) -> str:
 def _key(world: World) -> bytes:
     effects = [(type(effect).__name__, effect) for effect in (*world.effects, world.out, world.waits)]
     return msgspec.msgpack.encode((world, effects))
-
-
-def _shown(phone: tuple[str, ...], ident: str) -> tuple[str, ...]:
-    """WeChat shows a message once, whatever often the same client_id comes."""
-    return phone if ident in phone else (*phone, ident)

@@ -202,9 +202,7 @@ class Soak:
 
     async def listen(self) -> None:
         await self.nc.subscribe(NAMES.live("*"), cb=self._on_inbound, pending_msgs_limit=0, pending_bytes_limit=0)
-        await self.nc.subscribe(
-            NAMES.receipt("*", "*"), cb=self._on_receipt, pending_msgs_limit=0, pending_bytes_limit=0
-        )
+        await self.nc.subscribe(NAMES.receipts("*"), cb=self._on_receipt, pending_msgs_limit=0, pending_bytes_limit=0)
         await self.nc.flush()
 
     async def _on_inbound(self, msg: Msg) -> None:

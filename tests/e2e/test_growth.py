@@ -95,7 +95,7 @@ class Visitors:
                 assert receipt.outcome == "accepted" or receipt.reason == "typing", receipt
                 open_.discard(receipt.command)
 
-        await nc.subscribe(NAMES.receipt("*", "*"), cb=on_receipt)
+        await nc.subscribe(NAMES.receipts("*"), cb=on_receipt)
         heard = await nc.subscribe(NAMES.live("*"))
         for sandbox in sandboxes:
             bot = (await http.post("add_bot", json={})).json()

@@ -74,7 +74,7 @@ async def test_a_sandbox_behind_a_leaf_node_is_told_answers_and_reads_again(tmp_
         await made.add_adapter()
         nc = await behind_the_leaf(made, hub)
         told = await nc.subscribe(NAMES.live("s1"))
-        receipts = await nc.subscribe(NAMES.receipt("s1", "*"))
+        receipts = await nc.subscribe(NAMES.receipts("s1"))
         assert (await made.bind(nc, "s1", made.sim.add_bot(), options=Options(durable=True))).ok
         made.say("s1", "hello")
         message = msgspec.json.decode((await told.next_msg(timeout=30)).data, type=Inbound)

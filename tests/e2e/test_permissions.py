@@ -41,7 +41,7 @@ class Sandbox:
         self.got: list[Msg] = []
 
     async def listen(self) -> None:
-        for subject in (NAMES.live(self.name), NAMES.event(self.name, "*"), NAMES.receipt(self.name, "*")):
+        for subject in (NAMES.live(self.name), NAMES.event(self.name, "*"), NAMES.receipts(self.name)):
             await self.nc.subscribe(subject, cb=self._hear)
         await self.nc.flush()
 
@@ -60,7 +60,7 @@ class Sandbox:
 
     def outcomes(self) -> list[tuple[str, str]]:
         """Command and outcome of each receipt."""
-        subjects = NAMES.receipt(self.name, "*").removesuffix("*")
+        subjects = NAMES.receipts(self.name).removesuffix("*")
         receipts = [json.loads(m.data) for m in self.genuine() if m.subject.startswith(subjects)]
         return [(receipt["command"], receipt["outcome"]) for receipt in receipts]
 
@@ -155,7 +155,7 @@ async def test_every_role_can_do_its_work(scene: Scene) -> None:
     await s1.nc.jetstream().publish(NAMES.out("s1"), json.dumps(command).encode())
     await until(lambda: ("c1", "accepted") in s1.outcomes(), "the file is sent")
     # a service: a command for any sandbox, and its receipt
-    receipts = await scene.service.nc.subscribe(NAMES.receipt("*", "*"))
+    receipts = await scene.service.nc.subscribe(NAMES.receipts("*"))
     spoken = b'{"id":"c2","sandbox":"s2","text":"from the service"}'
     await scene.service.nc.jetstream().publish(NAMES.out_plain, spoken)
     assert json.loads((await receipts.next_msg(timeout=30)).data)["command"] == "c2"

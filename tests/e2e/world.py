@@ -244,7 +244,7 @@ class World:
         """All receipts on the bus."""
         return [
             msgspec.json.decode(data, type=Receipt)
-            for _, data in await stream(nc, NAMES.stream_event, NAMES.receipt("*", "*"))
+            for _, data in await stream(nc, NAMES.stream_event, NAMES.receipts("*"))
         ]
 
     async def settle(self, nc: Client, *, patience_s: float = 150.0, lossy: bool = False) -> None:

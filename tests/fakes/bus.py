@@ -66,8 +66,16 @@ class FakeBus:
                 message.fence()
             if message.late is not None and self._clock.monotonic() - began > LATE_S:
                 message.late()
-            acks.append(self.refuse(message) or self._conflict(message) or self._store(message))
+            acks.append(
+                self.refuse(message) or self._repeat(message) or self._conflict(message) or self._store(message)
+            )
         return acks
+
+    def _repeat(self, message: Message) -> PubAck | None:
+        """A cluster looks at the id first, then at what is expected; one server the other way round."""
+        stream = self.stream_of(message.subject)
+        known = self._ids.get((stream, message.headers.get(H_MSG_ID, "")))
+        return PubAck(stream=stream, seq=known, duplicate=True) if known else None
 
     def _conflict(self, message: Message) -> Conflict | None:
         if (expected := message.headers.get(H_EXPECTED)) is None:
@@ -77,9 +85,6 @@ class FakeBus:
 
     def _store(self, message: Message) -> PubAck:
         stream = self.stream_of(message.subject)
-        ident = message.headers.get(H_MSG_ID, "")
-        if ident and (known := self._ids.get((stream, ident))):
-            return PubAck(stream=stream, seq=known, duplicate=True)
         return PubAck(stream=stream, seq=self.put(message.subject, message.payload, message.headers, message.stream))
 
     def put(self, subject: str, payload: bytes, headers: dict[str, str], label: str = "") -> int:
@@ -148,6 +153,11 @@ class FakeBus:
         if self.on_delete is not None:
             await self.on_delete()
         self.kept = [kept for kept in self.kept if (kept.stream, kept.stored.seq) != (stream, seq)]
+
+    async def purge(self, stream: str, subject: str, *, keep: int) -> None:
+        await asyncio.sleep(0)
+        found = [kept for kept in self.kept if kept.stream == stream and matches(subject, kept.stored.subject)]
+        self.kept = [kept for kept in self.kept if kept not in found[:-keep]]
 
     # for tests
 

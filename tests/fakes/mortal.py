@@ -60,6 +60,10 @@ class MortalBus:
         await self._bus.delete(stream, seq)
         await self._life.goes_on()
 
+    async def purge(self, stream: str, subject: str, *, keep: int) -> None:
+        await self._life.goes_on()
+        await self._bus.purge(stream, subject, keep=keep)
+
 
 class MortalBucket(FakeBucket):
     """A bucket as one replica reaches it."""

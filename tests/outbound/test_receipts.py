@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
+
 from adapter.contract import Receipt, Window
 from adapter.conversation.record import CommandRef
 from adapter.conversation.rules import CommandResult
+from adapter.errors import Temporary
 from adapter.names import H_MSG_ID
+from adapter.outbound import receipts
 from adapter.outbound.receipts import Address
 from adapter.ports import Message
 from tests.fakes import Bench
@@ -36,6 +40,14 @@ async def test_a_receipt_has_a_subject_of_its_own() -> None:
     assert H_MSG_ID in stored.headers, "without it readers take it for a stranger's"
 
 
+async def test_an_id_that_is_a_wildcard_is_a_name() -> None:
+    bench = Bench()
+    await tell(bench, ref(1, "other"))
+    await tell(bench, ref(2, "*"))
+    assert bench.bus.found("EVENT")[-1].subject == "wechat.event.s1.receipt.=2A"
+    assert await bench.receipts.last("s1", ">") is None
+
+
 async def test_two_owners_cannot_tell_two_finals() -> None:
     bench = Bench()
     await tell(bench, ref(1), "accepted")
@@ -63,6 +75,28 @@ async def test_an_id_that_is_used_again_has_a_final_receipt_for_each_command() -
         assert {sequence: stored.receipt.outcome for sequence, stored in found.items()} == outcomes
 
 
+async def test_two_commands_with_one_id_have_one_final_receipt_each() -> None:
+    """Behind a final receipt stand those of the other command, and another owner tells of the first one late."""
+    bench = Bench()
+    for number in (1, 2):
+        await tell(bench, ref(number, "same"), "parked")
+    for number in (1, 2):
+        await tell(bench, ref(number, "same"), "accepted")
+    await tell(bench, ref(1, "same"), "uncertain")
+    await tell(bench, ref(1, "same"), "parked")
+    assert told(bench) == [(1, "parked"), (2, "parked"), (1, "accepted"), (2, "accepted")]
+    found = await bench.receipts.find("s1", [ref(number, "same") for number in (1, 2)])
+    assert {stored.receipt.outcome for stored in found.values()} == {"accepted"}
+
+
+async def test_a_final_receipt_is_no_repeat_of_a_parked_one_that_nobody_knew_of() -> None:
+    """The owner before stored it late, with the same expectation: a server would take the second for the first."""
+    bench = Bench()
+    await tell(bench, ref(1), "parked")
+    await tell(bench, ref(1), "accepted")
+    assert told(bench) == [(1, "parked"), (1, "accepted")]
+
+
 async def test_the_last_receipt_of_each_is_found_and_nothing_else() -> None:
     bench = Bench()
     await tell(bench, ref(1), "accepted")
@@ -80,3 +114,25 @@ async def test_the_last_receipt_of_a_command_can_be_asked_for() -> None:
     last = await bench.receipts.last("s1", "c1")
     assert isinstance(last, Receipt)
     assert last.outcome == "accepted"
+
+
+async def test_a_sandboxs_receipts_are_bounded_and_anothers_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(receipts, "KEPT", 5)
+    monkeypatch.setattr(receipts, "PURGED_EACH", 4)
+    bench = Bench()
+    await bench.receipts.publish(ref(99), CommandResult("accepted"), Address("s2"), Window(), {})
+    for number in range(9):
+        await tell(bench, ref(number))
+    assert [sequence for sequence, _ in told(bench)] == [99, *range(3, 9)]
+
+
+async def test_a_purge_that_fails_keeps_no_receipt_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(receipts, "PURGED_EACH", 1)
+    bench = Bench()
+
+    async def purge(*_: object, **__: object) -> None:
+        raise Temporary("bus_down")
+
+    monkeypatch.setattr(bench.bus, "purge", purge)
+    assert await tell(bench, ref(1)) == 1
+    assert told(bench) == [(1, "accepted")]

@@ -1,0 +1,214 @@
+"""The send window by itself: what fits, what counts, and against which message of the user."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+
+from adapter.contract import Window
+from adapter.conversation import window
+from adapter.conversation.record import ConversationRecord, SendProgress, SendWindow, WindowPhase
+from adapter.conversation.window import CLOCK_ERROR_MS, SENT_KEPT, WindowPolicy
+
+HOUR_MS = 3_600_000
+POLICY = WindowPolicy(sends=3, hours=1.0, cooldown_s=60.0, reserve=1, low=1)
+OPENED = 10_000_000
+
+
+def record(used: int = 0, *, token: str = "t", head: SendProgress | None = None, **fields: Any) -> ConversationRecord:
+    opened = SendWindow(**{"id": "in:1", "opened_ms": OPENED, "sends_used": used, **fields})
+    return ConversationRecord(token=token, bot="b1", window=opened, head=head)
+
+
+def progress(**fields: Any) -> SendProgress:
+    return SendProgress(**{"commands": [], "client_id_base": "k", "bot": "b1", **fields})
+
+
+@pytest.mark.parametrize(
+    ("known", "now_ms", "asked", "blocker"),
+    [
+        (record(token=""), OPENED, {}, "window_closed"),
+        (record(opened_ms=0), 1, {}, "window_closed"),
+        (record(), OPENED + HOUR_MS - 1, {}, ""),
+        (record(), OPENED + HOUR_MS, {}, "window_closed"),
+        (record(throttled_at_ms=OPENED), OPENED + 59_999, {}, "throttled"),
+        (record(throttled_at_ms=OPENED), OPENED + 60_000, {}, ""),
+        (record(2), OPENED, {}, ""),
+        (record(3), OPENED, {}, "quota"),
+        (record(1), OPENED, {"needed": 2}, ""),
+        (record(2), OPENED, {"needed": 2}, "quota"),
+        (record(0), OPENED, {"needed": 9}, ""),
+        (record(1), OPENED, {"needed": 9}, "quota"),
+        (record(3), OPENED, {"needed": 0}, ""),
+        (record(1), OPENED, {"optional": True}, ""),
+        (record(2), OPENED, {"optional": True}, "reserved"),
+    ],
+)
+def test_a_send_fits_or_is_blocked(
+    known: ConversationRecord, now_ms: int, asked: dict[str, Any], blocker: str
+) -> None:
+    assert window.send_blocker(known, now_ms, POLICY, **asked) == blocker
+
+
+def test_a_budget_of_none_is_not_counted_and_a_cool_down_of_none_never_ends() -> None:
+    uncounted, endless = POLICY._replace(sends=0), POLICY._replace(cooldown_s=0.0)
+    assert window.send_blocker(record(100), OPENED, uncounted) == ""
+    assert window.send_blocker(record(throttled_at_ms=OPENED), OPENED + HOUR_MS - 1, endless) == "throttled"
+    assert window.send_blocker(record(), OPENED, POLICY._replace(reserve=9), optional=True) == "reserved"
+
+
+@pytest.mark.parametrize(
+    ("known", "now_ms", "policy", "expected"),
+    [
+        (record(), OPENED + HOUR_MS, POLICY, ("closed", "window_closed", Window(remaining=0))),
+        (record(throttled_at_ms=1), OPENED + HOUR_MS - 1, POLICY, ("closed", "throttled", 0)),
+        (record(9), OPENED, POLICY._replace(sends=0), ("open", "", None)),
+        (record(3), OPENED, POLICY, ("closed", "quota", 0)),
+        (record(4), OPENED, POLICY, ("closed", "quota", 0)),
+        (record(2), OPENED, POLICY, ("low", "", 1)),
+        (record(1), OPENED, POLICY, ("open", "", 2)),
+        (record(2), OPENED, POLICY._replace(low=3), ("open", "", 1)),
+    ],
+)
+def test_a_window_is_shown_as_it_stands(
+    known: ConversationRecord, now_ms: int, policy: WindowPolicy, expected: tuple[str, str, Any]
+) -> None:
+    phase, reason, left = expected
+    assert window.phase(known, now_ms, policy) == (phase, reason)
+    if left is None:
+        left = Window(closes_at_ms=OPENED + HOUR_MS)
+    elif isinstance(left, int):
+        left = Window(remaining=left, reserved=min(1, left), closes_at_ms=OPENED + HOUR_MS)
+    assert window.shown(known, now_ms, policy) == left
+
+
+@pytest.mark.parametrize(
+    ("announced", "current", "change"),
+    [
+        ("", "open", "opened"),
+        ("", "low", "opened"),
+        ("closed", "open", "opened"),
+        ("closed", "low", "opened"),
+        ("open", "low", "low"),
+        ("open", "closed", "closed"),
+        ("low", "closed", "closed"),
+        ("low", "open", ""),
+        ("", "closed", ""),
+        ("open", "open", ""),
+        ("closed", "closed", ""),
+    ],
+)
+def test_a_change_is_told_once(announced: WindowPhase, current: WindowPhase, change: str) -> None:
+    assert window.phase_change(announced, current) == change
+
+
+def hear(known: ConversationRecord, *, message: str = "in:2", now_ms: int, **fields: Any) -> SendWindow:
+    told: dict[str, Any] = {"token": "new", "bot": "b2", "written_ms": 0, "in_flight": 0} | fields
+    after = window.on_inbound(known, message=message, now_ms=now_ms, **told)
+    assert (after.token, after.bot) == (told["token"] or "t", "b2")
+    return after.window
+
+
+def test_a_message_opens_a_window_and_its_repeat_does_not() -> None:
+    assert hear(record(3), now_ms=OPENED + 5) == SendWindow(id="in:2", opened_ms=OPENED + 5)
+    assert hear(record(3), message="in:1", now_ms=OPENED + 5, token="") == record(3).window
+    assert hear(record(3), now_ms=OPENED + 5, in_flight=1).sends_used == 1
+
+
+def test_a_send_after_the_message_was_written_counts_against_it() -> None:
+    at = [OPENED + 1000, OPENED + 2000, OPENED + 3000]
+    known, now_ms = record(3, sent_at_ms=at), OPENED + 4000
+    found = hear(known, now_ms=now_ms, written_ms=OPENED + 2000)
+    assert (found.sends_used, found.sent_at_ms) == (2, at[1:])
+    assert hear(known, now_ms=now_ms, written_ms=OPENED + 2001, in_flight=1).sends_used == 1
+    assert hear(known, now_ms=now_ms).sends_used == 0
+
+
+def test_a_clock_that_is_wrong_counts_nothing() -> None:
+    known = record(1, sent_at_ms=[OPENED], throttled_at_ms=OPENED)
+    edge = OPENED + CLOCK_ERROR_MS
+    assert hear(known, now_ms=edge, written_ms=OPENED).sends_used == 1
+    assert hear(known, now_ms=edge + 1, written_ms=OPENED) == SendWindow(id="in:2", opened_ms=edge + 1)
+    before = OPENED - CLOCK_ERROR_MS
+    assert hear(known, now_ms=before, written_ms=before).sends_used == 1
+    assert hear(known, now_ms=before, written_ms=before).throttled_at_ms == OPENED
+    assert hear(known, now_ms=before - 1, written_ms=before - 1) == SendWindow(id="in:2", opened_ms=before - 1)
+
+
+@pytest.mark.parametrize(
+    ("written_ms", "throttled_ms", "stays"),
+    [
+        (OPENED + 5, OPENED + 5, True),
+        (OPENED + 6, OPENED + 5, False),
+        (OPENED, OPENED + 998, False),
+        (OPENED, OPENED + 999, True),
+        (0, OPENED, False),
+    ],
+)
+def test_a_throttle_belongs_to_the_window_in_which_its_request_left(
+    written_ms: int, throttled_ms: int, stays: bool
+) -> None:
+    known = record(throttled_at_ms=throttled_ms)
+    found = hear(known, now_ms=OPENED + 2000, written_ms=written_ms)
+    assert found.throttled_at_ms == (throttled_ms if stays else 0)
+
+
+def test_a_request_counts_once_in_each_window() -> None:
+    first = window.record_attempt(record(), progress(), OPENED + 1)
+    assert first.head is not None
+    assert (first.head.attempts, first.head.unanswered_attempts, first.head.counted_in_window) == (1, 1, "in:1")
+    assert (first.window.sends_used, first.window.sent_at_ms) == (1, [OPENED + 1])
+
+    again = window.record_attempt(first, first.head, OPENED + 2)
+    assert again.head is not None
+    assert (again.head.attempts, again.head.unanswered_attempts) == (2, 2)
+    assert (again.window.sends_used, again.window.sent_at_ms) == (1, [OPENED + 2])
+
+    heard = msgspec.structs.replace(again, window=SendWindow(id="in:2", opened_ms=OPENED + 3, sends_used=1))
+    anew = window.record_attempt(heard, again.head, OPENED + 4)
+    assert (anew.window.sends_used, anew.window.sent_at_ms) == (2, [OPENED + 4])
+    full = record(sent_at_ms=list(range(SENT_KEPT)))
+    assert window.record_attempt(full, progress(), 99).window.sent_at_ms == [*range(1, SENT_KEPT), 99]
+
+
+def test_a_request_that_was_not_taken_does_not_count_unless_one_before_it_may_have_been() -> None:
+    once = window.record_attempt(record(1, sent_at_ms=[OPENED]), progress(), OPENED + 1)
+    assert once.head is not None
+    undone = window.undo_attempt(once, once.head)
+    assert (undone.window.sends_used, undone.window.sent_at_ms) == (1, [OPENED])
+    assert undone.head is not None
+    assert undone.head.unanswered_attempts == 0
+
+    twice = window.record_attempt(once, once.head, OPENED + 2)
+    assert twice.head is not None
+    undone = window.undo_attempt(twice, twice.head)
+    assert (undone.window.sends_used, undone.window.sent_at_ms) == (2, [OPENED, OPENED + 2])
+    assert undone.head is not None
+    assert undone.head.unanswered_attempts == 1
+    assert window.undo_attempt(record(0), once.head).window.sends_used == 0
+
+
+def test_a_throttle_speaks_of_the_window_that_its_request_left_in() -> None:
+    once = window.record_attempt(record(), progress(), OPENED + 1)
+    assert once.head is not None
+    found = window.record_throttled(once, once.head, OPENED + 9)
+    assert (found.window.throttled_at_ms, found.window.sends_used) == (OPENED + 1, 0)
+    assert found.head is not None
+    assert found.head.throttled_in_window == "in:1"
+    unknown = window.record_throttled(record(), once.head, OPENED + 9)
+    assert unknown.window.throttled_at_ms == OPENED + 9
+
+    heard = msgspec.structs.replace(once, window=SendWindow(id="in:2", opened_ms=OPENED + 3, sends_used=1))
+    found = window.record_throttled(heard, once.head, OPENED + 9)
+    assert (found.window.throttled_at_ms, found.window.sends_used) == (0, 0)
+
+
+def test_an_answer_tells_up_to_when_its_request_may_have_been_counted() -> None:
+    known = record(1, sent_at_ms=[OPENED, OPENED + 1], throttled_at_ms=OPENED)
+    answered = window.record_answer_time(known, OPENED + 9)
+    assert (answered.window.sent_at_ms, answered.window.throttled_at_ms) == ([OPENED, OPENED + 9], OPENED)
+    taken = window.record_accepted(known, progress(part=1), OPENED + 9)
+    assert (taken.window.sent_at_ms, taken.window.throttled_at_ms) == ([OPENED, OPENED + 9], 0)
+    assert taken.head == progress(part=1)

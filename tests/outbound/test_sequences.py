@@ -1,0 +1,298 @@
+"""Courses of events that take several owners, or days: each was found to be hard by a reader of the design."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from adapter.errors import Refused, Temporary
+from adapter.outbound.processor import ShardCommandProcessor
+from tests.fakes import Bench, FakeDelivery
+from tests.outbound.shards import BOT, TIMEOUT, USER, finals, outcomes, parked, ready, user_writes
+from tests.outbound.test_router import plain, router
+
+VIRTUAL_TIME = True
+
+DAYS_4_S = 4 * 86_400
+
+
+def next_owner(bench: Bench, shard: ShardCommandProcessor, **changes: Any) -> tuple[Bench, ShardCommandProcessor]:
+    """Another replica owns the shard: what was not acknowledged comes again."""
+    bench.leases.owned.clear()
+    shard.stop()
+    bench.bus.forget_ids()
+    heir = Bench(bench, incarnation="heir-1")
+    second = heir.processor(**changes)
+    bench.redeliver(second)
+    return heir, second
+
+
+async def test_an_id_is_free_again_once_enough_others_were_sent() -> None:
+    bench, shard = await ready(sends=0)
+    for number in (0, *range(40), 0):
+        shard.intake.on_delivery(bench.command(f"t{number}", id=f"c{number}"))
+        await asyncio.sleep(5)
+    assert bench.chat.texts == [f"t{number}" for number in (*range(40), 0)]
+    ends = [(receipt.command, receipt.sequence) for receipt in finals(bench)]
+    assert len(ends) == len(set(ends)) == 41
+
+
+async def test_an_id_of_a_refused_command_is_free_for_the_next_owner() -> None:
+    """The receipts of both are on one subject, and the next owner asks for each."""
+    bench, shard = await ready()
+    bench.chat.sends.append(Refused("rejected", "no", ret=-3))
+    shard.intake.on_delivery(bench.command("hi", id="c1"))
+    await asyncio.sleep(5)
+    bench.chat.hold_sends[USER] = asyncio.Event()
+    shard.intake.on_delivery(bench.command("hi again", id="c1"))
+    await asyncio.sleep(5)
+    bench.chat.hold_sends.clear()
+    next_owner(bench, shard)
+    await asyncio.sleep(30)
+    assert [receipt.outcome for receipt in finals(bench)] == ["refused", "accepted"]
+    assert len(bench.chat.taken) == 1
+
+
+async def test_two_users_with_one_id_have_a_receipt_each_also_after_a_take_over() -> None:
+    bench, shard = await ready(is_open=False)
+    await bench.bind(bot="b2@im.bot", user="u2@im.wechat")
+    for number in (1, 2):
+        shard.intake.on_delivery(bench.command(f"for {number}", id="same", user=f"u{number}@im.wechat"))
+    await asyncio.sleep(5)
+    heir, _second = next_owner(bench, shard)
+    await asyncio.sleep(5)
+    await user_writes(heir, bot="b2@im.bot", user="u2@im.wechat")
+    await asyncio.sleep(5)
+    await user_writes(heir)
+    await asyncio.sleep(5)
+    assert [(sent.user, sent.text) for sent in bench.chat.sent] == [("u2@im.wechat", "for 2"), (USER, "for 1")]
+    assert [(one.user, one.outcome) for one in finals(bench)] == [("u2@im.wechat", "accepted"), (USER, "accepted")]
+    assert len(bench.bus.receipts()) == 4
+
+
+async def test_a_parked_receipt_of_a_frozen_owner_keeps_no_final_one_away() -> None:
+    """It was about to be stored when the owner was stopped, and is stored under the eyes of the next one."""
+    bench, shard = await ready(is_open=False)
+    frozen = asyncio.Event()
+
+    async def freeze(*_: object) -> None:
+        bench.bus.on_publish = None
+        await frozen.wait()
+
+    bench.bus.on_publish = freeze
+    shard.intake.on_delivery(bench.command("hi", id="c1", expires_in_s=60))
+    await asyncio.sleep(5)
+    heir = Bench(bench, incarnation="heir-1")
+    second = heir.processor()
+
+    async def thaw(*_: object) -> None:
+        bench.bus.on_publish = None
+        frozen.set()
+        await asyncio.sleep(0.01)
+
+    bench.bus.on_publish = thaw
+    await asyncio.sleep(60)
+    bench.redeliver(second)
+    await asyncio.sleep(30)
+    bench.leases.owned.clear()
+    shard.stop()
+    assert outcomes(bench) == [("c1", "parked", "window_closed"), ("c1", "refused", "expired")]
+
+
+async def test_a_command_without_user_is_not_the_next_persons_after_a_crash() -> None:
+    """Its person was unbound and another one bound while nobody ran; one half of it was never begun."""
+    bench, shard = await ready(is_open=False)
+    old = [bench.command("for the first", id=f"c{number}") for number in range(2)]
+    shard.intake.on_delivery(old[0])
+    await asyncio.sleep(5)
+    assert parked(bench) == ["c0"]
+    shard.stop()
+    await bench.bindings.remove(BOT)
+    await bench.bind(bot="b2@im.bot", user="u2@im.wechat", out_after=old[-1].seq)
+    bench.hears(user="u2@im.wechat", bot="b2@im.bot")
+    _heir, second = next_owner(bench, shard)
+    second.intake.on_delivery(bench.command("for the second", id="c2"))
+    await asyncio.sleep(30)
+    assert [(sent.user, sent.text) for sent in bench.chat.sent] == [("u2@im.wechat", "for the second")]
+    assert sorted((one.command, one.outcome, one.reason) for one in finals(bench)) == [
+        ("c0", "refused", "not_bound"),
+        ("c1", "refused", "not_bound"),
+        ("c2", "accepted", ""),
+    ]
+
+
+async def test_a_message_that_may_have_been_sent_is_not_the_next_persons_after_a_crash() -> None:
+    bench, shard = await ready()
+    bench.chat.hold_sends[USER] = asyncio.Event()
+    shard.intake.on_delivery(bench.command("for the first", id="c1"))
+    await asyncio.sleep(5)
+    shard.stop()
+    await bench.bindings.remove(BOT)
+    await bench.bind(bot="b2@im.bot", user="u2@im.wechat", out_after=100)
+    bench.hears(user="u2@im.wechat", bot="b2@im.bot")
+    next_owner(bench, shard)
+    await asyncio.sleep(30)
+    assert [sent.user for sent in bench.chat.sent] == [USER]
+    assert [(one.user, one.outcome) for one in finals(bench)] == [(USER, "uncertain")]
+
+
+@pytest.mark.parametrize("short", [0, 1], ids=["first", "second"])
+async def test_a_merged_message_keeps_a_member_that_expired_while_nobody_ran(short: int) -> None:
+    """It may be on the phone: it is repeated as it was, or all of it is uncertain."""
+    bench, shard = await ready(is_open=False, merge_chars=100)
+    for number in range(2):
+        expires_in_s = 60 if number == short else 9000
+        shard.intake.on_delivery(bench.command(f"t{number}", id=f"c{number}", expires_in_s=expires_in_s))
+    await asyncio.sleep(5)
+    bench.chat.hold_sends[USER] = asyncio.Event()
+    await user_writes(bench)
+    await asyncio.sleep(5)
+    shard.stop()
+    bench.chat.hold_sends.clear()
+    await asyncio.sleep(300)
+    next_owner(bench, shard, merge_chars=100)
+    await asyncio.sleep(30)
+    assert [one.text for one in bench.chat.taken.values()] == ["t0\n\nt1"]
+    assert {one.command for one in finals(bench)} == {"c0", "c1"}
+    assert {one.outcome for one in finals(bench)} == {"uncertain" if short == 0 else "accepted"}
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["before the look", "behind the look"])
+async def test_a_frozen_owner_that_goes_on_between_save_and_post_shows_nothing_twice(late: bool) -> None:
+    bench, shard = await ready()
+    frozen = asyncio.Event()
+
+    async def freeze(*_: object) -> None:
+        bench.conversation_bucket.on_write = bench.chat.on_send = None
+        await frozen.wait()
+
+    if late:
+        bench.chat.on_send = freeze
+    else:
+        bench.conversation_bucket.on_write = freeze
+    shard.intake.on_delivery(bench.command("hi", id="c1"))
+    await asyncio.sleep(5)
+    bench.leases.is_valid = False  # by its clock, which it looks at once it runs again
+    heir = Bench(bench, incarnation="heir-1")
+    second = heir.processor()
+    bench.redeliver(second)
+    await asyncio.sleep(30)
+    frozen.set()
+    await asyncio.sleep(30)
+    shard.stop()
+    assert len(bench.chat.sent) == (2 if late else 1)
+    assert [sent.text for sent in bench.chat.taken.values()] == ["hi"]
+    assert [one.outcome for one in finals(bench)] == ["accepted"]
+
+
+async def test_a_shard_full_of_parked_commands_is_taken_over_and_told_nothing_again() -> None:
+    bench, shard = await ready(is_open=False, merge_chars=3000)
+    users = [USER, "u2@im.wechat"]
+    await bench.bind(bot="b2@im.bot", user=users[1])
+    for number in range(300):
+        shard.intake.on_delivery(bench.command(f"t{number}", id=f"c{number}", user=users[number % 2]))
+    await asyncio.sleep(60)
+    assert len(parked(bench)) == 300
+    heir, second = next_owner(bench, shard, merge_chars=3000)
+    await asyncio.sleep(60)
+    assert len(bench.bus.receipts()) == 300
+    assert second.commands.depth() == (300, None)
+    assert second.commands.backlog.waiting == 0
+    for _ in range(3):
+        for bot, user in ((BOT, users[0]), ("b2@im.bot", users[1])):
+            await user_writes(heir, bot=bot, user=user)
+        await asyncio.sleep(60)
+    for user, first in zip(users, (0, 1), strict=True):
+        texts = [text for sent in bench.chat.sent if sent.user == user for text in sent.text.split("\n\n")]
+        assert texts == [f"t{number}" for number in range(first, 300, 2)]
+    assert len(finals(bench)) == 300
+
+
+def forget_receipts(bench: Bench) -> None:
+    """They have grown too old."""
+    bench.bus.kept = [kept for kept in bench.bus.kept if ".receipt." not in kept.stored.subject]
+
+
+async def test_a_command_whose_receipt_grew_too_old_is_not_sent_again() -> None:
+    """Its acknowledgement was lost, and nobody ran for days."""
+    bench, shard = await ready()
+    delivery = bench.command("hi", id="c1")
+    shard.intake.on_delivery(delivery)
+    await asyncio.sleep(5)
+    delivery.acks = 0
+    shard.stop()
+    await asyncio.sleep(DAYS_4_S)
+    forget_receipts(bench)
+    next_owner(bench, shard)
+    await asyncio.sleep(30)
+    assert bench.chat.texts == ["hi"]
+    assert [one.outcome for one in finals(bench)] == ["uncertain"]
+    assert [one.acks for one in bench.deliveries] == [1]
+
+
+async def test_a_request_of_days_ago_is_uncertain_and_not_made_again() -> None:
+    bench, shard = await ready()
+    bench.chat.sends.append(TIMEOUT)
+    shard.intake.on_delivery(bench.command("hi", id="c1"))
+    await asyncio.sleep(0.5)
+    shard.stop()
+    assert bench.record().head is not None
+    await asyncio.sleep(DAYS_4_S)
+    next_owner(bench, shard)
+    await asyncio.sleep(30)
+    assert bench.chat.texts == ["hi"]
+    assert [one.outcome for one in finals(bench)] == ["uncertain"]
+
+
+# copies of the router's ---------------------------------------------------------------------------------
+
+
+async def copy_of(bench: Bench, original: FakeDelivery) -> FakeDelivery:
+    """The router's copy, as the shard's consumer delivers it. The stream has forgotten the copy before it."""
+    bench.bus.forget_ids()
+    await router(bench).route(original)
+    copies = [kept for kept in bench.bus.kept if kept.stored.subject == "wechat.out.s1"]
+    bench.bus.kept.remove(copies[-1])
+    return bench.command(data=copies[-1].stored.data, headers=copies[-1].stored.headers)
+
+
+@pytest.mark.parametrize("merge_chars", [0, 100])
+@pytest.mark.parametrize(
+    "answers",
+    [[], [TIMEOUT], [TIMEOUT, TIMEOUT], [Temporary("http_5xx")], [Refused("rejected", "no")]],
+    ids=["taken", "unanswered", "twice unanswered", "not taken", "refused"],
+)
+async def test_a_second_copy_of_the_routers_is_the_same_command(merge_chars: int, answers: list[Exception]) -> None:
+    """The router died before its acknowledgement, or was without NATS longer than the stream remembers ids."""
+    bench, shard = await ready(is_open=False, merge_chars=merge_chars)
+    original = plain(bench, sandbox="s1", id="c1", text="hi")
+    shard.intake.on_delivery(await copy_of(bench, original))
+    original.suspect = True
+    second = await copy_of(bench, original)
+    shard.intake.on_delivery(second)
+    await asyncio.sleep(5)
+    bench.chat.sends.extend(answers)
+    await user_writes(bench)
+    await asyncio.sleep(60)
+    assert {sent.text for sent in bench.chat.sent} == {"hi"}
+    assert len({sent.client_id for sent in bench.chat.sent}) == 1
+    assert len(finals(bench)) == 1
+    assert [delivery.acks for delivery in bench.deliveries] == [1, 1]
+
+
+async def test_a_copy_of_what_was_refused_is_not_sent() -> None:
+    """It was stored before the refusal and waited on the bus behind others."""
+    bench, shard = await ready(is_open=False)
+    original = plain(bench, sandbox="s1", id="c1", text="hi", when_closed="refuse")
+    first = await copy_of(bench, original)
+    original.suspect = True
+    second = await copy_of(bench, original)
+    shard.intake.on_delivery(first)
+    await asyncio.sleep(5)
+    await user_writes(bench)
+    shard.intake.on_delivery(second)
+    await asyncio.sleep(5)
+    assert outcomes(bench) == [("c1", "refused", "window_closed")]
+    assert (bench.chat.sent, second.acks) == ([], 1)
