@@ -373,6 +373,28 @@ def test_minus_14_is_counted_anew_for_each_command() -> None:
     assert (last.errcode, last.errmsg) == (REFUSED.errcode, REFUSED.errmsg)
 
 
+def test_a_command_expires_behind_its_request_and_not_while_it_is_out() -> None:
+    talk = Talk()
+    talk.put(rules.Stored((command(1, expires_ms=NOW + 60),)))
+    talk.put(rules.Deadline(), later_ms=60)
+    assert talk.ends() == []
+    talk.put(rules.TokenRejected(REFUSED))
+    assert talk.ends() == []
+    talk.put(rules.SessionChecked(is_alive=True))
+    assert talk.ends() == [(1, "refused", "expired")]
+
+
+def test_a_parked_command_expires_in_time_though_another_one_did_while_it_was_out() -> None:
+    talk = Talk()
+    talk.put(rules.Stored((command(1, expires_ms=NOW + 100), command(2, expires_ms=NOW + 60))))
+    talk.put(rules.Deadline(), later_ms=60)
+    assert talk.ends() == [(2, "refused", "expired")]
+    talk.put(rules.Throttled(REFUSED))
+    assert talk.due_ms == 40
+    talk.put(rules.Deadline(), later_ms=40)
+    assert talk.ends()[-1] == (1, "refused", "expired")
+
+
 def test_an_upload_for_who_was_unbound_is_sent_to_nobody() -> None:
     talk = Talk()
     talk.put(rules.Stored((command(1, MEDIA),)))
