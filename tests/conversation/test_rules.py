@@ -132,7 +132,7 @@ def test_no_text_is_in_a_repr() -> None:
     assert "secret" not in repr(Conversation(sandbox="s1", user="u1", queue=(command(1, "secret"),)))
 
 
-def test_requests_keep_their_distance_and_a_clock_that_was_set_back_is_not_waited_for() -> None:
+def test_requests_keep_their_distance_unless_the_clock_was_set_back() -> None:
     talk = Talk()
     talk.put(rules.Stored((command(1), command(2), command(3))))
     talk.put(rules.Accepted("m1"))
