@@ -810,6 +810,11 @@ def _accepted_result(progress: SendProgress) -> CommandResult:
 
 def _advance(conversation: Conversation, now_ms: int, policy: SendPolicy, effects: list[Effect]) -> Conversation:
     """Goes on with the queue as far as nothing has to be waited for."""
+    if conversation.activity is Activity.IDLE and conversation.record.head is not None:
+        # while its request was out it did not expire
+        expiries = [one.expires_ms for one in _first_group(conversation)]
+        earliest_ms = min([conversation.earliest_expiry_ms, *expiries])
+        conversation = _with(conversation, earliest_expiry_ms=earliest_ms)
     if conversation.earliest_expiry_ms <= now_ms:
         conversation = _expire(conversation, now_ms, effects)
     if conversation.bot is None:

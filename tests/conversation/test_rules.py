@@ -132,7 +132,7 @@ def test_no_text_is_in_a_repr() -> None:
     assert "secret" not in repr(Conversation(sandbox="s1", user="u1", queue=(command(1, "secret"),)))
 
 
-def test_requests_keep_their_distance_and_a_clock_that_was_set_back_is_not_waited_for() -> None:
+def test_requests_keep_their_distance_unless_the_clock_was_set_back() -> None:
     talk = Talk()
     talk.put(rules.Stored((command(1), command(2), command(3))))
     talk.put(rules.Accepted("m1"))
@@ -371,6 +371,28 @@ def test_minus_14_is_counted_anew_for_each_command() -> None:
     assert talk.ends()[1:] == [(2, "refused", "rejected")]
     last = [one.result for one in talk.effects if isinstance(one, rules.PublishReceipt)][-1]
     assert (last.errcode, last.errmsg) == (REFUSED.errcode, REFUSED.errmsg)
+
+
+def test_a_command_expires_behind_its_request_and_not_while_it_is_out() -> None:
+    talk = Talk()
+    talk.put(rules.Stored((command(1, expires_ms=NOW + 60),)))
+    talk.put(rules.Deadline(), later_ms=60)
+    assert talk.ends() == []
+    talk.put(rules.TokenRejected(REFUSED))
+    assert talk.ends() == []
+    talk.put(rules.SessionChecked(is_alive=True))
+    assert talk.ends() == [(1, "refused", "expired")]
+
+
+def test_a_parked_command_expires_in_time_though_another_one_did_while_it_was_out() -> None:
+    talk = Talk()
+    talk.put(rules.Stored((command(1, expires_ms=NOW + 100), command(2, expires_ms=NOW + 60))))
+    talk.put(rules.Deadline(), later_ms=60)
+    assert talk.ends() == [(2, "refused", "expired")]
+    talk.put(rules.Throttled(REFUSED))
+    assert talk.due_ms == 40
+    talk.put(rules.Deadline(), later_ms=40)
+    assert talk.ends()[-1] == (1, "refused", "expired")
 
 
 def test_an_upload_for_who_was_unbound_is_sent_to_nobody() -> None:

@@ -173,7 +173,7 @@ def test_a_request_counts_once_in_each_window() -> None:
     assert window.record_attempt(full, progress(), 99).window.sent_at_ms == [*range(1, SENT_KEPT), 99]
 
 
-def test_a_request_that_was_not_taken_does_not_count_unless_one_before_it_may_have_been() -> None:
+def test_a_request_that_was_not_taken_counts_only_where_one_before_it_may_have_been() -> None:
     once = window.record_attempt(record(1, sent_at_ms=[OPENED]), progress(), OPENED + 1)
     assert once.head is not None
     undone = window.undo_attempt(once, once.head)
