@@ -80,10 +80,16 @@ class ConversationActor:
         self.stop()
         return (*self.state.queue, *mailed)
 
-    @property
-    def is_idle(self) -> bool:
-        """Nothing waits, nothing is out, no event is due: it can be let go, and read back when it is needed."""
-        return not (self.tasks or self._mailbox or self.state.queue or self._timer or self._memory.is_dirty)
+    def try_end(self) -> bool:
+        """Ends the conversation if nothing waits, is out or is due, to be read back when it is needed. What was not
+        stored is stored first, which takes a call more."""
+        if self.tasks or self._mailbox or self.state.queue or self._timer:
+            return False
+        if self._memory.is_dirty:
+            self.put(rules.Rested())
+            return False
+        self.stop()
+        return True
 
     @property
     def tasks(self) -> int:

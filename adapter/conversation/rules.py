@@ -27,6 +27,7 @@ merged into it) is worked on. What it does is the conversation's activity:
                       Heard               same; a new window (Save)
                       Bound               same; to no bot: every command that is not being sent ends
                       Deadline            same; what expired ends, what waited for time goes on
+                      Rested              same; the record is stored (Save)
                       Ended               IDLE; what was merged with a command that the owner before ended ends, too
                       Crashed             IDLE, the command ends: dead_lettered
 
@@ -296,6 +297,10 @@ class Deadline(NamedTuple):
     """Time has passed; see `next_deadline_ms`."""
 
 
+class Rested(NamedTuple):
+    """Nothing has happened for a while: what is known is to be stored, so that it can be let go."""
+
+
 class Ended(NamedTuple):
     """The owner before stored this final receipt of a command that it was sending."""
 
@@ -312,7 +317,7 @@ class Crashed(NamedTuple):
 
 
 Input: TypeAlias = (
-    Stored | Heard | Bound | SlotGranted | Loaded | UploadDone | Answer | SessionChecked | Deadline | Ended | Crashed
+    Stored | Heard | Bound | SlotGranted | Loaded | UploadDone | Answer | SessionChecked | Deadline | Rested | Ended | Crashed
 )
 
 
@@ -508,6 +513,8 @@ def _apply(
             return _end_first(conversation, CommandResult("dead_lettered", "crashed", detail), effects)
         case Deadline():
             pass
+        case Rested():
+            effects.append(Save())
         case _ if activity in (Activity.SENDING, Activity.UPLOADING):
             return _on_answer(conversation, event, now_ms, policy, effects)
     return conversation

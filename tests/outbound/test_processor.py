@@ -36,6 +36,18 @@ async def test_a_command_that_comes_again_while_in_hand_is_sent_once() -> None:
     assert outcomes(bench) == [("c1", "accepted", "")]
 
 
+async def test_an_idle_conversation_is_stored_and_let_go() -> None:
+    bench, shard = await ready()
+    shard.intake.on_delivery(bench.command("hi", id="c1"))
+    await asyncio.sleep(25 * 3600)  # the window has closed
+    assert len(list(shard)) == 1
+    for _ in range(2):
+        shard.evict_idle()
+        await asyncio.sleep(1)
+    assert list(shard) == []
+    assert (bench.record().recent, bench.record().head) == (["c1"], None)
+
+
 async def test_a_command_whose_ack_got_lost_is_only_acked_again() -> None:
     bench, shard = await ready()
     first = bench.command("hi")
