@@ -317,7 +317,18 @@ class Crashed(NamedTuple):
 
 
 Input: TypeAlias = (
-    Stored | Heard | Bound | SlotGranted | Loaded | UploadDone | Answer | SessionChecked | Deadline | Rested | Ended | Crashed
+    Stored
+    | Heard
+    | Bound
+    | SlotGranted
+    | Loaded
+    | UploadDone
+    | Answer
+    | SessionChecked
+    | Deadline
+    | Rested
+    | Ended
+    | Crashed
 )
 
 
