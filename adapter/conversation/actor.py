@@ -74,11 +74,15 @@ class ConversationActor:
         await self._memory.adopt_stored()
         self.put(rules.Deadline())
 
-    def take_queue(self) -> tuple[QueuedCommand, ...]:
-        """Ends the conversation and hands over its commands, in order."""
-        mailed = [one for event, _ in self._mailbox if isinstance(event, rules.Stored) for one in event.commands]
-        self.stop()
-        return (*self.state.queue, *mailed)
+    async def hand_over(self) -> tuple[QueuedCommand, ...]:
+        """Ends the conversation behind what its mailbox holds, and hands over its commands, in order. Cut off, a
+        receipt that cannot be stored yet would be lost."""
+        try:
+            while self._task is not None:
+                await asyncio.wait([self._task])
+            return self.state.queue
+        finally:
+            self.stop()
 
     def try_end(self) -> bool:
         """Ends the conversation if nothing waits, is out or is due, to be read back when it is needed. What was not

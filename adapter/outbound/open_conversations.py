@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from adapter.conversation.actor import ConversationActor
 from adapter.conversation.record import ConversationRecord
-from adapter.conversation.rules import Conversation, QueuedCommand
+from adapter.conversation.rules import Conversation
 from adapter.conversation.shard import ConversationDeps, Shard
 
 _UNKNOWN = "\0"
@@ -67,10 +67,9 @@ class OpenConversations:
                 loading.set_result(None)
         return actor
 
-    def take_unknown(self, sandbox: str, bot: str) -> tuple[QueuedCommand, ...]:
-        """The user of a bot became known: ends what was kept under no name, and hands over its commands."""
-        actor = self._actors.get(sandbox, {}).pop(unknown_user(bot), None)
-        return actor.take_queue() if actor else ()
+    def take_unknown(self, sandbox: str, bot: str) -> ConversationActor | None:
+        """The conversation that a bot had whose user was not known; it is in here no more."""
+        return self._actors.get(sandbox, {}).pop(unknown_user(bot), None)
 
     def evict_idle(self) -> None:
         """Lets go of conversations for which nothing waits and nothing is due; they are read back when needed."""

@@ -16,7 +16,7 @@ from adapter.conversation import rules, window
 from adapter.conversation.actor import ConversationActor
 from adapter.conversation.commands import Limits
 from adapter.conversation.record import ConversationRecord
-from adapter.conversation.rules import CommandResult, Conversation, QueuedCommand
+from adapter.conversation.rules import CommandResult, Conversation
 from adapter.conversation.shard import ConversationDeps
 from adapter.errors import Crashed
 from adapter.events import Events
@@ -149,12 +149,16 @@ class ShardCommandProcessor:
         """A binding of the sandbox changed, or what is known of its token."""
         self.typing.rebound(sandbox)
         for binding in self._deps.bindings.of_sandbox(sandbox):
-            if binding.user and (queue := self._conversations.take_unknown(sandbox, binding.bot)):
-                self._tasks.spawn(self._move(binding, queue))
+            if binding.user and (actor := self._conversations.take_unknown(sandbox, binding.bot)):
+                self._tasks.spawn(self._move(binding, actor))
         for actor in self._conversations.of_sandbox(sandbox):
             actor.refresh_bot()
 
-    async def _move(self, binding: Binding, queue: tuple[QueuedCommand, ...]) -> None:
+    async def _move(self, binding: Binding, unknown: ConversationActor) -> None:
+        """The user of a bot became known: their conversation gets what was kept under no name."""
+        queue = await unknown.hand_over()
+        if not queue:
+            return
         try:
             actor = await self._endings.retry(binding.sandbox, lambda: self.conversation(binding, binding.user))
         except Crashed as exc:
