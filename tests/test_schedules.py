@@ -512,6 +512,7 @@ class Model:
 
     async def drain(self, *, again: bool) -> None:
         before, was_away = self.owner, not self.hold.up.is_set()
+        was_away |= not all(bench.leases.is_valid for bench in before.benches.values())
         await asyncio.gather(*(shard.drain(20.0) for shard in before.shards.values()))
         if was_away or not self.hold.up.is_set():  # nobody could write down what was heard
             self.unsaved += 1

@@ -11,13 +11,15 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import deque
+from collections.abc import Callable
+from typing import NamedTuple
 
 import structlog
 
 from adapter.conversation import rules
 from adapter.conversation.effects import EffectRunner
 from adapter.conversation.memory import ConversationMemory
-from adapter.conversation.rules import Conversation, QueuedCommand
+from adapter.conversation.rules import Activity, Conversation, QueuedCommand
 from adapter.conversation.shard import ConversationDeps, Shard
 from adapter.conversation.work import OutstandingWork
 from adapter.errors import BusRefused, LeaseLost, Temporary
@@ -29,6 +31,12 @@ LONGEST_TIMER_S = 3600.0
 SHORTEST_TIMER_S = 0.01
 
 
+class _Mail(NamedTuple):
+    event: rules.Input
+    done: asyncio.Future[None] | None
+    is_wanted: Callable[[], bool] | None
+
+
 class ConversationActor:
     """One conversation at work."""
 
@@ -38,7 +46,7 @@ class ConversationActor:
         self._deps = deps
         self._work = OutstandingWork(self._memory, shard, deps, self.put)
         self._effects = EffectRunner(self._memory, shard, deps, self._work, self.put)
-        self._mailbox: deque[tuple[rules.Input, asyncio.Future[None] | None]] = deque()
+        self._mailbox: deque[_Mail] = deque()
         self._task: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._stopped = False
@@ -49,12 +57,18 @@ class ConversationActor:
 
     # what others say --------------------------------------------------------------------------------
 
-    def put(self, event: rules.Input, done: asyncio.Future[None] | None = None) -> None:
-        """Queues an input. `done` is set once what follows from it has happened, but for what is out then."""
+    def put(
+        self,
+        event: rules.Input,
+        done: asyncio.Future[None] | None = None,
+        is_wanted: Callable[[], bool] | None = None,
+    ) -> None:
+        """Queues an input. `done` is set once what follows from it has happened, but for what is out then.
+        `is_wanted`: see work.Put."""
         if self._stopped:
             _fail(done, self.state.sandbox)
             return
-        self._mailbox.append((event, done))
+        self._mailbox.append(_Mail(event, done, is_wanted))
         if self._task is None:
             self._task = asyncio.get_running_loop().create_task(self._run())
 
@@ -107,9 +121,12 @@ class ConversationActor:
             await asyncio.wait([self._task], timeout=grace_s)
         if self._memory.has_record and self._memory.is_dirty and not self._stopped:
             try:
-                await self._memory.save()
+                async with asyncio.timeout(grace_s):
+                    await self._memory.save()
             except (Temporary, LeaseLost, BusRefused) as exc:
                 log.warning("conversation.not_stored", sandbox=self.state.sandbox, reason=exc.reason)
+            except TimeoutError:
+                log.warning("conversation.not_stored", sandbox=self.state.sandbox, reason="timeout")
         self.stop()
 
     def stop(self) -> None:
@@ -119,8 +136,8 @@ class ConversationActor:
         self._work.cancel()
         if self._task is not None and self._task is not asyncio.current_task():
             self._task.cancel()
-        for _, done in self._mailbox:
-            _fail(done, self.state.sandbox)
+        for mail in self._mailbox:
+            _fail(mail.done, self.state.sandbox)
         self._mailbox.clear()
 
     # the mailbox ------------------------------------------------------------------------------------
@@ -130,7 +147,9 @@ class ConversationActor:
         try:
             while self._mailbox:
                 await self._deps.turns.next()
-                event, done = self._mailbox.popleft()
+                event, done, is_wanted = self._mailbox.popleft()
+                if is_wanted is not None and not is_wanted():
+                    continue
                 try:
                     await self._handle(event)
                 except Exception as exc:  # what is behind in the mailbox goes on
@@ -168,6 +187,8 @@ class ConversationActor:
             if isinstance(event, rules.Stored):  # they are in no queue yet
                 for command in event.commands:
                     await self._effects.end_crashed(command, exc)
+            elif isinstance(event, rules.Answer) and self.state.activity is Activity.SENDING:
+                await self._effects.step(rules.Unanswered())  # no other answer comes
             else:
                 await self._effects.step(rules.Crashed(type(exc).__name__))
                 if isinstance(event, rules.Heard):  # its sender counts on it that it is stored

@@ -85,7 +85,7 @@ class Conversations:
             except LeaseLost:
                 self._ensure_served(binding.bot)  # handed over meanwhile: go on as below
             except TimeoutError:
-                pass  # it learns the same from the record, and again from its mailbox
+                pass  # it meets the record at its next write; the Heard in its mailbox then changes nothing
         while True:
             record, revision = await self._store.load(binding.sandbox, user)
             self._ensure_served(binding.bot)

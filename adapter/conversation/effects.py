@@ -44,7 +44,7 @@ class EffectRunner:
             if not isinstance(effect, rules.Save):
                 await self._give_up(effect, crash)
             elif any(isinstance(one, rules.Post) for one in effects):
-                self._deps.slots.release(self._memory.state.sandbox)
+                self._work.release_slot()
                 self._put(rules.NotTaken("", 0, is_unreached=True))
                 self._put(rules.Crashed(type(crash).__name__))
                 return  # a request must not leave that is not stored
@@ -99,7 +99,7 @@ class EffectRunner:
                 if command.sequence not in self._unreceipted:
                     await shard.acknowledge(command, is_duplicate=is_duplicate)
             case rules.ReleaseSlot():
-                self._deps.slots.release(state.sandbox)
+                self._work.release_slot()
             case rules.ReleaseBody(command):
                 shard.release_body(command)
             case rules.SetTyping(typed, is_on):

@@ -456,7 +456,8 @@ def _with_one_save(effects: list[Effect]) -> list[Effect]:
 def next_deadline_ms(conversation: Conversation, now_ms: int, policy: SendPolicy) -> float:
     """When the conversation has to be looked at again although nothing happens; inf: never."""
     record, due = conversation.record, conversation.earliest_expiry_ms
-    if record.announced in ("open", "low") and conversation.bot is not None:
+    is_sending = conversation.activity is Activity.SENDING  # the window is told of once that has ended
+    if record.announced in ("open", "low") and conversation.bot is not None and not is_sending:
         due = min(due, window.closes_at_ms(record.window, policy.window))
     if not conversation.queue or conversation.activity is not Activity.IDLE:
         return due
@@ -491,7 +492,9 @@ def _apply(
             commands = tuple(msgspec.structs.replace(one, parts=None) if one.parked else one for one in commands)
             queue = (*conversation.queue, *commands)
             if conversation.queue and commands[0].sequence < conversation.queue[-1].sequence:
-                queue = tuple(sorted(queue, key=lambda one: one.sequence))
+                begun = _first_group(conversation) if _is_begun(conversation) else ()
+                rest = [one for one in queue if one not in begun]
+                queue = (*begun, *sorted(rest, key=lambda one: one.sequence))
             earliest_ms = min(conversation.earliest_expiry_ms, *(one.expires_ms for one in commands))
             return _with(conversation, queue=queue, earliest_expiry_ms=earliest_ms)
         case Heard():
@@ -529,6 +532,12 @@ def _apply(
         case _ if activity in (Activity.SENDING, Activity.UPLOADING):
             return _on_answer(conversation, event, now_ms, policy, effects)
     return conversation
+
+
+def _is_begun(conversation: Conversation) -> bool:
+    """Whether the first command is being worked on: none goes before it any more."""
+    progress, first = conversation.record.head, conversation.queue[0]
+    return conversation.activity is not Activity.IDLE or bool(progress and progress.has_command(first.ref.sequence))
 
 
 def _without_copies(

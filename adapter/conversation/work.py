@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 import structlog
 
@@ -50,6 +50,13 @@ async def repeat_until_done(
             return None
 
 
+class Put(Protocol):
+    """Queues an input in the mailbox."""
+
+    def __call__(self, event: rules.Input, *, is_wanted: Callable[[], bool] | None = None) -> None:
+        """`is_wanted`: asked as its turn comes; None: it always is."""
+
+
 class OutstandingWork:
     """Feeds what comes of it back into the mailbox."""
 
@@ -58,7 +65,7 @@ class OutstandingWork:
         memory: ConversationMemory,
         shard: Shard,
         deps: ConversationDeps,
-        put: Callable[[rules.Input], None],
+        put: Put,
     ) -> None:
         self._memory = memory
         self._shard = shard
@@ -67,8 +74,13 @@ class OutstandingWork:
         self._request = Tasks(report_crash)
         """At most one: a request to sendmessage."""
         self._wait = Tasks(report_crash)
-        """At most one: an upload, a read-back, a wait for a slot, a question whether the session is alive."""
+        """At most one: an upload, a read-back, a wait for a slot, a question whether the session is alive. A new one
+        ends the one before."""
+        self._wait_number = 0
+        """Of the wait that counts: what another one brought is not worked off."""
         self._draining = False
+        self._slots_held = 0
+        """Granted, and not given back yet."""
 
     @property
     def tasks(self) -> int:
@@ -77,10 +89,18 @@ class OutstandingWork:
     def cancel_wait(self) -> None:
         """The conversation does not wait for it any more."""
         self._wait.cancel()
+        self._wait_number += 1
 
     def cancel(self) -> None:
         self._wait.cancel()
         self._request.cancel()
+        while self._slots_held:
+            self.release_slot()
+
+    def release_slot(self) -> None:
+        if self._slots_held:
+            self._slots_held -= 1
+            self._deps.slots.release(self._memory.state.sandbox)
 
     async def drain(self, grace_s: float) -> None:
         """Starts nothing any more; a request that is out gets `grace_s` seconds."""
@@ -91,7 +111,7 @@ class OutstandingWork:
     def start(self, effect: WorkEffect) -> None:
         match effect:
             case rules.Post() if self._draining:
-                self._deps.slots.release(self._memory.state.sandbox)
+                self.release_slot()
                 self._put(rules.NotTaken("", 0, is_unreached=True))
             case rules.Post():
                 self._request.spawn(self._post(effect))
@@ -114,14 +134,21 @@ class OutstandingWork:
                     type(effect).__name__, work, self._memory.state.sandbox, self._shard, self._deps.clock
                 )
             ) is not None:
-                self._put(rules.Crashed(type(crash).__name__))
+                self._put_if_awaited(rules.Crashed(type(crash).__name__))
 
+        self.cancel_wait()
         if not self._draining:
             self._wait.spawn(run())
 
+    def _put_if_awaited(self, event: rules.Input) -> None:
+        """Of the wait that runs: by the time that it is worked off, another command may have begun to wait."""
+        number = self._wait_number
+        self._put(event, is_wanted=lambda: number == self._wait_number)
+
     def _grant_slot(self) -> None:
+        self._slots_held += 1
         if self._draining:
-            self._deps.slots.release(self._memory.state.sandbox)
+            self.release_slot()
         else:
             self._put(rules.SlotGranted())
 
@@ -130,10 +157,10 @@ class OutstandingWork:
         self._grant_slot()
 
     async def _load(self, sequences: Sequence[int]) -> None:
-        self._put(rules.Loaded(await self._shard.load_bodies(self._memory.state.sandbox, sequences)))
+        self._put_if_awaited(rules.Loaded(await self._shard.load_bodies(self._memory.state.sandbox, sequences)))
 
     async def _check_session(self) -> None:
-        self._put(rules.SessionChecked(await self._shard.is_session_alive(self._memory.state.record.bot)))
+        self._put_if_awaited(rules.SessionChecked(await self._shard.is_session_alive(self._memory.bot)))
 
     async def _upload(self, upload: rules.Upload) -> None:
         """Raises what nobody expects."""
@@ -144,9 +171,9 @@ class OutstandingWork:
         except StoreAway:
             raise
         except AdapterError as exc:
-            self._put(self._as_answer(exc, "media"))
+            self._put_if_awaited(self._as_answer(exc, "media"))
         else:
-            self._put(rules.UploadDone(content))
+            self._put_if_awaited(rules.UploadDone(content))
 
     async def _post(self, post: rules.Post) -> None:
         """Makes the request, and gives its slot back."""
@@ -167,7 +194,7 @@ class OutstandingWork:
         except Exception:  # a bug: it may have left
             log.exception("send.crashed", bot=self._memory.bot, sandbox=state.sandbox)
         finally:
-            self._deps.slots.release(state.sandbox)
+            self.release_slot()
         self._put(answer)
 
     def _as_answer(self, exc: AdapterError, reason: str = "") -> rules.Answer:

@@ -190,7 +190,8 @@ class CommandReader:
                     said = shown(body, await self._texts.render(texts_of(body)))
                 except Refused as exc:
                     said = exc
-        self._read(unread.popleft(), said)
+        self._read(unread[0], said)  # if it raises, it is the first one that is at fault
+        unread.popleft()
 
     async def _try(self, unread: deque[Delivery], trials: Trials) -> None:
         """Reads the first one, of which the owner before may have died. Raises Temporary, LeaseLost."""

@@ -52,7 +52,7 @@ class Receipts:
         self._history = history
         self._names = names
         self._stored: Counter[str] = Counter()
-        """By sandbox, since its last purge."""
+        """How many this replica has stored, by sandbox."""
 
     async def publish(
         self,
@@ -82,7 +82,7 @@ class Receipts:
             expected = last.seq if last else 0
 
     async def _bound(self, sandbox: str) -> None:
-        """Deletes what a sandbox has beyond its bound. Where that fails, the next receipts try again."""
+        """Deletes what a sandbox has beyond its bound. Where that fails, it is tried again after as many more."""
         self._stored[sandbox] += 1
         if self._stored[sandbox] % PURGED_EACH:
             return

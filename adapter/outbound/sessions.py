@@ -12,6 +12,8 @@ from adapter.records import Binding
 from adapter.timing import Clock
 
 LOOK_S = 0.2
+POLLED_WITHIN_S = 90.0
+"""A bot that is not polled for so long, as while a stream is full, counts as not alive; it is looked at again."""
 
 
 class Pollers(Protocol):
@@ -73,6 +75,8 @@ class BotSessions:
         pollers, since = self._pollers(), self._clock.monotonic()
         pollers.poll_now(bot)
         while not pollers.has_polled_since(bot, since):
+            if self._clock.monotonic() - since > POLLED_WITHIN_S:
+                return False
             binding = self._bindings.get(bot)
             if binding is None or binding.state == "needs_login" or pollers.is_stale(bot):
                 return False

@@ -167,7 +167,7 @@ def test_a_queue_that_waits_is_told_so_piece_by_piece() -> None:
         ([], HOUR_MS),
         ([rules.Bound(None)], math.inf),
         ([rules.Bound(Bot("b", is_usable=False)), rules.Stored((command(1),))], rules.LOGIN_CHECK_MS),
-        ([rules.Stored((command(1),))], HOUR_MS),
+        ([rules.Stored((command(1),))], 72 * HOUR_MS - NOW),  # its expiry: the window is told of once it is sent
         ([rules.Stored((command(1, expires_ms=NOW + 900),))], 900),
         ([rules.Stored((command(1),)), rules.Throttled(REFUSED)], 60_000),
         ([rules.Stored((command(1),)), rules.Unanswered()], 1500),
@@ -456,3 +456,21 @@ def test_a_result_is_reconciled_with_what_was_tried() -> None:
     assert (found.outcome, found.ret, found.errmsg) == ("accepted_unconfirmed", 0, "ok")
     accepted = CommandResult("accepted", message_ids=("other",))
     assert rules.reconcile_with_progress(accepted, taken, command(1)) is accepted
+
+
+def test_an_older_command_goes_behind_the_one_that_is_being_sent() -> None:
+    talk = Talk()
+    talk.put(rules.Stored((command(6),)))
+    assert talk.state.activity is Activity.SENDING
+    talk.put(rules.Stored((command(5),)))
+    talk.put(rules.Accepted("m6"))
+    talk.put(rules.Deadline(), later_ms=1500)
+    talk.put(rules.Accepted("m5"))
+    assert [sequence for sequence, *_ in talk.ends()] == [6, 5]
+
+
+def test_no_timer_runs_for_the_end_of_a_window_while_a_request_is_out() -> None:
+    talk = Talk()
+    talk.put(rules.Stored((command(1),)))
+    assert talk.state.activity is Activity.SENDING
+    assert rules.next_deadline_ms(talk.state, talk.now_ms + 86_400_000, talk.policy) > talk.now_ms + 86_400_000
