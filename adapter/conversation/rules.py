@@ -495,6 +495,8 @@ def _apply(
                 begun = _first_group(conversation) if _is_begun(conversation) else ()
                 rest = [one for one in queue if one not in begun]
                 queue = (*begun, *sorted(rest, key=lambda one: one.sequence))
+                if queue[0] is not conversation.queue[0]:  # what it waits for is not the first one's
+                    conversation = _with(conversation, activity=Activity.IDLE, content=None)
             earliest_ms = min(conversation.earliest_expiry_ms, *(one.expires_ms for one in commands))
             return _with(conversation, queue=queue, earliest_expiry_ms=earliest_ms)
         case Heard():
@@ -535,9 +537,11 @@ def _apply(
 
 
 def _is_begun(conversation: Conversation) -> bool:
-    """Whether the first command is being worked on: none goes before it any more."""
+    """Whether a request of the first command may have left: none goes before it any more."""
     progress, first = conversation.record.head, conversation.queue[0]
-    return conversation.activity is not Activity.IDLE or bool(progress and progress.has_command(first.ref.sequence))
+    if conversation.activity in (Activity.SENDING, Activity.CHECKING_SESSION):
+        return True
+    return bool(progress and progress.is_partially_sent and progress.has_command(first.ref.sequence))
 
 
 def _without_copies(

@@ -17,7 +17,7 @@ from adapter.conversation.commands import Limits, command_id, decode_command, sa
 from adapter.conversation.record import CommandRef
 from adapter.conversation.rules import CommandResult
 from adapter.crashes import PAUSE_S, TRIES, attempt, attempt_now
-from adapter.errors import AdapterError, BusRefused, Crashed, Refused, Temporary, Unreadable
+from adapter.errors import AdapterError, BusRefused, Crashed, LeaseLost, Refused, Temporary, Unreadable
 from adapter.events import Events
 from adapter.headers import passed_on
 from adapter.metrics import Metrics
@@ -28,7 +28,8 @@ from adapter.timing import Clock
 
 log = structlog.get_logger()
 
-
+LEASE_BACK_S, LEASE_LOOK_S = 5.0, 0.2
+"""How long a pause of the lease is waited out; the stream knows the ids of copies for longer."""
 PIECE, PIECE_BYTES = 32, 32 * 1024
 """Copies written in one piece, and bytes of them (one is taken, however large it is): what a server reads at once."""
 
@@ -123,7 +124,7 @@ class Router:
         async with turn.lock:
             piece = turn.piece()
             try:
-                await self._copy(sandbox, piece)
+                await self._copy_in_turn(sandbox, piece)
             except AdapterError:
                 raise
             except Exception:
@@ -173,6 +174,28 @@ class Router:
             headers[H_COPIED_AGAIN] = "1"
         message = Message("out", self._names.out(sandbox), delivery.data, headers, fence=self._check)
         return sandbox, _Copy(delivery, ident, message)
+
+    async def _copy_in_turn(self, sandbox: str, left: list[_Copy]) -> None:
+        """Copies what is left, also after a pause of the lease: given up, it would come again behind the next ones.
+        Raises LeaseLost once that lasts."""
+        while True:
+            try:
+                return await self._copy(sandbox, left)
+            except LeaseLost as exc:
+                log.info("routing.fenced", reason=exc.reason)
+                if not await self._is_lease_back():
+                    raise
+
+    async def _is_lease_back(self) -> bool:
+        until = self._clock.monotonic() + LEASE_BACK_S
+        while self._clock.monotonic() < until:
+            try:
+                self._check()
+            except LeaseLost:
+                await self._clock.sleep(LEASE_LOOK_S)
+            else:
+                return True
+        return False
 
     async def _copy_apart(self, sandbox: str, piece: list[_Copy]) -> None:
         """Copies what is left one after the other, since one of them made the code raise: one that does so at every

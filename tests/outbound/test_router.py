@@ -179,6 +179,20 @@ async def test_commands_keep_their_order() -> None:
         assert copied(bench, f"s{number}") == [f"t{text}" for text in range(number, 20, 2)]
 
 
+async def test_a_pause_of_the_lease_lets_nothing_overtake() -> None:
+    bench = Bench()
+    bench.leases.owned.add(0)
+    routing = router(bench)
+    deliveries = [plain(bench, sandbox="s1", text=text) for text in ("first", "second")]
+    bench.leases.is_valid = False
+    first = asyncio.ensure_future(routing.route(deliveries[0]))
+    await asyncio.sleep(1)
+    bench.leases.is_valid = True
+    await asyncio.gather(first, routing.route(deliveries[1]))
+    assert copied(bench, "s1") == ["first", "second"]
+    assert [delivery.acks for delivery in deliveries] == [1, 1]
+
+
 async def test_a_copy_waits_until_the_one_before_it_is_stored() -> None:
     """Out at once they could change places where the stream's leader goes; those of other sandboxes go on."""
     bench = Bench()
