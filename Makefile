@@ -32,7 +32,7 @@ NPM_STAMP := $(NPM)/node_modules/.installed
 # An environment that is there is kept, whichever Python it has. The last one is the newest, not yet among the tested.
 PYTHONS := $(BIN)/python python3 python3.14 python3.13 python3.12 python3.11 python3.15
 
-.PHONY: demo test check tests slow fuzz audit chaos chaos-short soak attacks bench image-test alerts-test dashboard-picture console-test format generate npm clean install
+.PHONY: demo test check tests slow fuzz audit chaos chaos-short soak attacks attacks-short bench image-test alerts-test dashboard-picture console-test format generate npm clean install
 .DEFAULT_GOAL := test
 
 demo: install
@@ -59,6 +59,10 @@ soak: install
 # ATTACKS: some of them by name; ATTACK_S: seconds of each; SEED.
 attacks: install
 	@$(BIN)/python -m tests.attacks --seconds $(or $(ATTACK_S),15) --seed $(or $(SEED),1) $(ATTACKS)
+
+# Its short form, which `make slow` holds, too.
+attacks-short: install
+	@$(BIN)/pytest -q -rP --timeout 900 -m slow tests/attacks/test_short.py </dev/null
 
 slow: install
 	@$(BIN)/pytest -n 2 --dist loadfile --timeout 900 -m slow </dev/null || [ $$? = 5 ] # 5: there is none

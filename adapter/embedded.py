@@ -98,9 +98,11 @@ class EmbeddedNats:
     The server dies with this process, also when that is killed, and it is in a session of its own, so that ctrl-C
     in a terminal reaches the adapter alone, which drains into it first.
     Start it from the main thread: Linux ends the child together with the *thread* that made it.
+    With `token`, letters and digits, it asks its clients for that one; `url` then holds it.
     """
 
-    def __init__(self, data_dir: Path | None = None, port: int = 0) -> None:
+    def __init__(self, data_dir: Path | None = None, port: int = 0, token: str = "") -> None:
+        self._token = token
         self._temporary = data_dir is None
         self._data_dir = data_dir
         self._port = port
@@ -145,7 +147,7 @@ class EmbeddedNats:
         self._spawn(find_server(), self._write_config())
         try:
             async with asyncio.timeout(START_S):
-                self.url = await self._listening()
+                self.url = (await self._listening()).replace("//", f"//{self._token}@" if self._token else "//")
                 await self._jetstream_answers()
         except TimeoutError:
             raise EmbeddedFailed(f"No JetStream after {START_S:g} s: {self._last_words()}") from None
@@ -194,7 +196,7 @@ class EmbeddedNats:
             for stale in folder.glob("nats-server_*.ports"):
                 stale.unlink(missing_ok=True)
             config = folder / "nats-server.conf"
-            config.write_text(server_config(folder, self._port or -1), encoding="utf-8")
+            write_private(config, server_config(folder, self._port or -1, self._token))
         except OSError as exc:
             raise EmbeddedFailed(f"Cannot write to {folder}: {exc.strerror}. Set WECHAT_NATS_DATA_DIR.") from exc
         return config
@@ -262,14 +264,23 @@ class EmbeddedNats:
         return "it left no log"
 
 
-def server_config(folder: Path, port: int) -> str:
-    """nats-server's configuration; port -1: a free one."""
+def write_private(path: Path, text: str) -> None:
+    """Writes a file that only this user may read, also where it was there already. Raises OSError."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        os.fchmod(file.fileno(), 0o600)
+        file.write(text)
+
+
+def server_config(folder: Path, port: int, token: str = "") -> str:
+    """nats-server's configuration; port -1: a free one; `token`: what clients are asked for, "" nothing."""
     quoted = json.dumps(str(folder))
+    asks = f'authorization {{ token: "{token}" }}\n' if token else ""
     return f"""\
 # Written by wechat-nats at every start; changes are lost.
 server_name: "{NAME}"
 listen: "{HOST}:{port}"
-ports_file_dir: {quoted}
+{asks}ports_file_dir: {quoted}
 lame_duck_duration: "30s"
 lame_duck_grace_period: "5s"
 jetstream {{

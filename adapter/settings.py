@@ -12,6 +12,17 @@ PREFIX = "WECHAT_NATS_"
 SECRETS = frozenset({"nats_password", "nats_token", "token_key", "console_token"})
 """Fields that are also read from the file named by `<variable>_FILE`, and whose values are never shown."""
 
+CREDENTIALS = (
+    "nats_creds",
+    "nats_nkey",
+    "nats_user",
+    "nats_password",
+    "nats_token",
+    "nats_ca",
+    "nats_cert",
+    "nats_key",
+)
+"""The fields by which a NATS server knows its client, and the client its server."""
 _PASSWORD = re.compile(r"//[^/@,\s]*@")
 AtLeast0 = Annotated[int, Meta(ge=0)]
 AtLeast1 = Annotated[int, Meta(ge=1)]

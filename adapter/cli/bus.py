@@ -12,6 +12,7 @@ import ssl
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
@@ -28,7 +29,7 @@ from adapter.jetstream.client import BusClient, violation
 from adapter.jetstream.link import connect_options
 from adapter.names import H_ERROR, H_ERROR_CODE, Names
 from adapter.permissions import grants, overlaps
-from adapter.settings import Settings
+from adapter.settings import CREDENTIALS, Settings
 
 CONNECT_S = 5.0
 ANSWER_S = 5.0
@@ -41,6 +42,9 @@ NO_JETSTREAM = "JetStream is not available on this server or for this user."
 JetStreamGone = (ServiceUnavailableError, NoStreamResponseError)
 KEPT = 1000
 """Complaints that are kept: a connection may last for weeks."""
+
+URL_FILE = "nats.url"
+"""In the data folder of `run --embedded`: where its server listens, with the token that it asks for."""
 
 S = TypeVar("S", bound=msgspec.Struct)
 T = TypeVar("T")
@@ -180,8 +184,16 @@ class Bus:
 
 
 def settings_here() -> Settings:
-    """The settings of this process. Raises SettingsError."""
-    return read_settings(os.environ)
+    """The settings of this process. Where they say nothing of a server: that of `run --embedded`, if its data folder
+    is here. Raises SettingsError."""
+    settings = read_settings(os.environ)
+    if os.environ.get("NATS_URL", "").strip() or any(getattr(settings, field) for field in CREDENTIALS):
+        return settings
+    try:
+        url = (Path(settings.data_dir) / URL_FILE).read_text(encoding="utf-8")
+    except OSError:
+        return settings
+    return read_settings({**os.environ, "NATS_URL": url})
 
 
 @contextlib.asynccontextmanager

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
-import os
+import re
 import secrets
 from pathlib import Path
 from typing import Annotated
@@ -15,14 +16,14 @@ from cyclopts import App, Parameter
 
 from adapter import __version__, logs
 from adapter.cli import output
-from adapter.cli.bus import settings_here
+from adapter.cli.bus import URL_FILE, settings_here
 from adapter.cli.exits import OK, USAGE, Failed
 from adapter.cli.options import flag
 from adapter.cli.running import until_signalled, while_alive
-from adapter.embedded import EmbeddedNats
+from adapter.embedded import EmbeddedNats, write_private
 from adapter.environment import read_settings
 from adapter.eventloop import run_fast
-from adapter.settings import Settings
+from adapter.settings import CREDENTIALS, Settings
 
 log = structlog.get_logger()
 
@@ -62,12 +63,36 @@ async def _run(settings: Settings, *, embedded: bool, port: int) -> int:
         if not embedded:
             await app.run(settings, stop=stop)
             return OK
-        settings = _with_key(settings, Path(settings.data_dir))
-        async with EmbeddedNats(Path(settings.data_dir) / "nats", port) as server:
-            log.info("nats.started", url=server.url, folder=str(server.folder))
-            beside = msgspec.structs.replace(settings, nats_url=(server.url,))
-            await while_alive(app.run(beside, stop=stop), server)
+        folder = Path(settings.data_dir)
+        settings = _with_key(settings, folder)
+        async with EmbeddedNats(folder / "nats", port, _nats_token(folder)) as server:
+            _keep(folder / URL_FILE, server.url)
+            log.info("nats.started", url_file=str(folder / URL_FILE), folder=str(server.folder))
+            await while_alive(app.run(beside(settings, server.url), stop=stop), server)
     return OK
+
+
+def beside(settings: Settings, url: str) -> Settings:
+    """The settings for the embedded server at `url`, which asks for nothing but the token in it."""
+    others = dict.fromkeys(CREDENTIALS, "")
+    return msgspec.structs.replace(settings, nats_url=(url,), nats_tls_first=False, **others)
+
+
+def _nats_token(folder: Path) -> str:
+    """What the embedded server asks for: that of its earlier starts, so that programs need not be told anew."""
+    with contextlib.suppress(OSError):
+        if found := re.fullmatch(r"nats://(\w+)@\S+\n", (folder / URL_FILE).read_text(encoding="utf-8")):
+            return found[1]
+    return secrets.token_hex(16)
+
+
+def _keep(path: Path, text: str) -> None:
+    """Writes a private file into the data folder. Raises Failed."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_private(path, text + "\n")
+    except OSError as exc:
+        raise Failed(USAGE, f"Cannot write {path}: {exc.strerror}. Set WECHAT_NATS_DATA_DIR.") from exc
 
 
 def _with_key(settings: Settings, folder: Path) -> Settings:
@@ -78,17 +103,10 @@ def _with_key(settings: Settings, folder: Path) -> Settings:
     path = folder / KEY_FILE
     if settings.token_key or (not path.exists() and (folder / "nats").exists()):
         return settings
-    try:
-        if not path.exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            key = base64.b64encode(secrets.token_bytes(32))
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(key + b"\n")
-            log.info("token_key.made", path=str(path), detail="Keep it elsewhere than backups of this folder.")
-        made = read_settings({"WECHAT_NATS_TOKEN_KEY_FILE": str(path)})
-    except OSError as exc:
-        raise Failed(USAGE, f"Cannot write {path}: {exc.strerror}. Set WECHAT_NATS_DATA_DIR.") from exc
+    if not path.exists():
+        _keep(path, base64.b64encode(secrets.token_bytes(32)).decode())
+        log.info("token_key.made", path=str(path), detail="Keep it elsewhere than backups of this folder.")
+    made = read_settings({"WECHAT_NATS_TOKEN_KEY_FILE": str(path)})
     return msgspec.structs.replace(settings, token_key=made.token_key)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import nats
 import pytest
 from nats.aio.client import Client
+from nats.errors import Error as NatsError
 from nats.js.errors import NotFoundError
 
 from adapter.cli.demo import demo_settings
@@ -182,17 +183,28 @@ async def test_run_embedded_keeps_its_data_and_drains(tmp_path: Path) -> None:
     environment = {"WECHAT_NATS_DATA_DIR": str(tmp_path / "data"), "WECHAT_NATS_HTTP_ADDR": "127.0.0.1:0"}
     for turn in range(2):
         async with started("run", "--embedded", "--port", "0", env=environment) as process:
-            line = await shown(process, b"nats.started")
-            url = re.search(rb"nats://127.0.0.1:\d+", line)
-            assert url is not None
+            await shown(process, b"nats.started")
+            kept = tmp_path / "data" / "nats.url"
+            url = kept.read_text().strip()
+            assert kept.stat().st_mode & 0o777 == 0o600
             (server,) = children(process.pid)
-            async with await nats.connect(url[0].decode()) as nc:
+            async with await nats.connect(url) as nc:
                 await stream_exists(nc, "WECHAT_EVENT")
                 await nc.jetstream().publish("wechat.event.s1.test", b"x")
                 assert (await nc.jetstream().stream_info("WECHAT_EVENT")).state.messages == turn + 1
+            await refused_without_its_token(url)
+            async with started("bindings", env=environment) as command:
+                _, err = await command.communicate()
+                assert command.returncode == 0, err
             process.send_signal(15)
             assert await process.wait() == 0
         assert not alive(server)
+
+
+async def refused_without_its_token(url: str) -> None:
+    bare = f"nats://{url.rpartition('@')[2]}"
+    with pytest.raises(NatsError, match="Authorization"):
+        await nats.connect(bare, allow_reconnect=False, max_reconnect_attempts=1, reconnect_time_wait=0.01)
 
 
 async def stream_exists(nc: Client, name: str) -> None:

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import nats
 import pytest
+from nats.errors import Error as NatsError
 
+from adapter.cli.bus import settings_here
 from adapter.cli.exits import Failed
 from adapter.cli.run import KEY_FILE, _with_key
 from adapter.embedded import EmbeddedFailed, EmbeddedNats, find_server, server_config, server_version
@@ -167,6 +169,32 @@ def test_the_bundled_server_comes_first(tmp_path: Path) -> None:
 def test_without_any_server_the_extra_is_named(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"wechat-nats\[embedded\]"):
         find_server([], path=str(tmp_path))
+
+
+async def test_who_does_not_know_its_token_is_refused(tmp_path: Path) -> None:
+    async with EmbeddedNats(tmp_path, token="a1") as server:
+        assert server.url.startswith("nats://a1@127.0.0.1:")
+        assert (tmp_path / "nats-server.conf").stat().st_mode & 0o777 == 0o600
+        async with await nats.connect(server.url) as nc:
+            await nc.jetstream().account_info()
+        with pytest.raises(NatsError, match="Authorization"):
+            await nats.connect(
+                server.url.replace("a1@", ""),
+                allow_reconnect=False,
+                max_reconnect_attempts=1,
+                reconnect_time_wait=0.01,
+            )
+
+
+@pytest.mark.parametrize(("variable", "found"), [("", True), ("NATS_URL", False), ("NATS_USER", False)])
+def test_commands_find_its_address_where_nothing_else_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str, found: bool
+) -> None:
+    (tmp_path / "nats.url").write_text("nats://a1@127.0.0.1:4333\n")
+    for name, value in {"WECHAT_NATS_DATA_DIR": str(tmp_path), "NATS_PASSWORD": "x", variable: "nats://x:1"}.items():
+        if name and (name != "NATS_PASSWORD" or variable == "NATS_USER"):
+            monkeypatch.setenv(name, value)
+    assert (settings_here().nats_url == ("nats://a1@127.0.0.1:4333",)) is found
 
 
 # the key beside it --------------------------------------------------------------------------------------

@@ -125,9 +125,13 @@ def go(folder: Path) -> Language:
     return Language("go", folder, commands)
 
 
+SHARED = ("server",)
+"""What examples of a language share."""
+
+
 def names(suffix: str) -> list[str]:
     """The examples that there are in a language."""
-    found = sorted(path.stem for path in EXAMPLES.glob(f"*/*.{suffix}"))
+    found = sorted(path.stem for path in EXAMPLES.glob(f"*/*.{suffix}") if path.stem not in SHARED)
     assert found == ["echo", "onboard", "send"]
     return found
 

@@ -18,11 +18,13 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 
 from adapter.contract import Outbound
+from adapter.embedded import EmbeddedNats
 from adapter.simulator import Simulator
 from tests.bus.guarded import guarded
 from tests.cli.test_doctor import WithoutJetStream
 from tests.clients import examples
 from tests.clients.examples import ROOT, Language
+from tests.e2e.waiting import free_port
 from tests.e2e.world import NAMES, World, environ_of, eventually, fast, until, world
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -40,8 +42,10 @@ class Cast(NamedTuple):
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def bridge(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World]:
-    """One for all languages: each has sandboxes of its own."""
-    async with world(tmp_path_factory.mktemp("bridge"), qr_hold_ms=300) as made:
+    """One for all languages: each has sandboxes of its own. The server asks for a token, as the embedded one does."""
+    folder = tmp_path_factory.mktemp("bridge")
+    server = EmbeddedNats(folder / "nats", free_port(), token="a1b2")
+    async with world(folder, bus=server, qr_hold_ms=300) as made:
         await started(made)
         yield made
 

@@ -8,11 +8,12 @@ import { jetstream, type JetStreamClient } from "@nats-io/jetstream";
 import { connect, createInbox } from "@nats-io/transport-node";
 
 import type { Inbound, Outbound } from "../../wechat-nats.d.ts";
+import { server } from "./server.js";
 
 const sandbox = process.argv[2] ?? "s1";
 const inboxPrefix = process.env.NATS_INBOX_PREFIX ?? `_INBOX_${sandbox}`; // all that a sandbox may be permitted
 const nc = await connect({
-  servers: (process.env.NATS_URL ?? "nats://127.0.0.1:4222").split(","),
+  ...server,
   inboxPrefix,
   maxReconnectAttempts: -1,
 });

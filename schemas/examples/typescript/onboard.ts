@@ -13,6 +13,7 @@ import { jetstream } from "@nats-io/jetstream";
 import { connect, createInbox, headers, type NatsConnection } from "@nats-io/transport-node";
 
 import type { Bind, ControlAnswer, Login, LoginQuery, LoginStart, LoginVerify } from "../../wechat-nats.d.ts";
+import { server } from "./server.js";
 
 const OVER = ["confirmed", "already_bound", "expired", "failed", "cancelled"];
 
@@ -82,7 +83,7 @@ async function line(): Promise<string> {
 
 const [verb, sandbox = "s1", bot = ""] = process.argv.slice(2);
 const inboxPrefix = process.env.NATS_INBOX_PREFIX ?? "_INBOX";
-const nc = await connect({ servers: (process.env.NATS_URL ?? "nats://127.0.0.1:4222").split(","), inboxPrefix });
+const nc = await connect({ ...server, inboxPrefix });
 const done = verb === "bind" ? await bind(nc, sandbox, bot) : await login(nc, sandbox);
 await nc.close();
 process.exitCode = done ? 0 : 1;

@@ -10,11 +10,12 @@ import { jetstream } from "@nats-io/jetstream";
 import { connect } from "@nats-io/transport-node";
 
 import type { Outbound, Receipt } from "../../wechat-nats.d.ts";
+import { server } from "./server.js";
 
 const [sandbox = "s1", text = "good morning"] = process.argv.slice(2);
 const ident = `${sandbox}.send.${randomUUID()}`;
 const nc = await connect({
-  servers: (process.env.NATS_URL ?? "nats://127.0.0.1:4222").split(","),
+  ...server,
   inboxPrefix: process.env.NATS_INBOX_PREFIX ?? "_INBOX",
   maxReconnectAttempts: -1,
 });
