@@ -15,7 +15,7 @@ from adapter.errors import AdapterError, Refused, Temporary, Unreadable
 from adapter.ilink import protocol, urls
 from adapter.ilink.cipher import BLOCK, KEY_BYTES, Decryption, Encryption, cipher_size
 from adapter.ilink.client import ILink
-from adapter.ilink.network import CONNECT_S, KEPT_S, CheckedNetwork, checked
+from adapter.ilink.network import CONNECT_S, KEPT_S, CheckedNetwork, Resolver, checked
 from adapter.ilink.unpack import PACKED, PLAIN, Oversized, PackedBadly, Unpacker
 from adapter.metrics import Metrics
 from adapter.ports import Account, Fetch, MediaKind, Pieces, Uploaded
@@ -57,16 +57,18 @@ class CdnClient:
         self._max_bytes = max_bytes
         self._stall_s = stall_s
         self._grace_s = grace_s
-        client = httpx.AsyncClient(
+        transport = httpx.AsyncHTTPTransport(  # no proxy: those in the environment are for iLink's API (9.1)
             verify=ssl.create_default_context(),
-            timeout=httpx.Timeout(stall_s, connect=CONNECT_S),
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=transfers, keepalive_expiry=KEPT_S),
+        )
+        self._client = httpx.AsyncClient(
+            transport=checked(transport, network or CheckedNetwork(Resolver(allowed_hosts), afresh=True)),
+            timeout=httpx.Timeout(stall_s, connect=CONNECT_S),
             follow_redirects=False,
-            trust_env=False,  # proxies in the environment are for iLink's API; the CDN is reached past them (9.1)
+            trust_env=False,
             # not even asked for: a small answer must not unpack into a huge one
             headers={"User-Agent": protocol.AGENT, "Accept-Encoding": "identity"},
         )
-        self._client = checked(client, network or CheckedNetwork(allowed_hosts))
 
     async def close(self) -> None:
         """Closes all connections."""

@@ -1,4 +1,4 @@
-"""iLink's API calls: builds requests and reads answers by `protocol`, sends by `transport`, counts both."""
+"""iLink's API calls: builds requests and reads answers by `protocol`, sends by a `transport`, counts both."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ import structlog
 from adapter.errors import AdapterError, LeaseLost, Refused, SessionExpired, Temporary, Throttled, Uncertain
 from adapter.ilink import protocol, urls
 from adapter.ilink.budget import GRACE_S, SMALL, ByteBudget
-from adapter.ilink.network import CheckedResolver, Lookup, lookup
+from adapter.ilink.hot_calls import HotCalls
+from adapter.ilink.network import Lookup, Resolver, lookup, proxies, proxy_of
+from adapter.ilink.plain_calls import PlainCalls
 from adapter.ilink.protocol import Reply, Request
 from adapter.ilink.tls import ResumingContext
-from adapter.ilink.transport import Transport
 from adapter.ilink.wire import THROTTLED
 from adapter.metrics import Metrics
 from adapter.ports import Accepted, Account, Content, MediaKind, Polled, QrCode, Scan
@@ -27,6 +28,8 @@ log = structlog.get_logger()
 
 T = TypeVar("T")
 
+HOT = ("getupdates", "sendmessage")
+"""The endpoints whose cost decides that of a platform: one for each idle bot, both for each message."""
 UPLOAD_URL_S = 15.0
 ASK_S = 10.0
 """The official client's timeout of getconfig, sendtyping and the notifications (3)."""
@@ -55,11 +58,9 @@ class ILink:
         self._poll_margin_s = poll_margin_s
         self._send_timeout_s = send_timeout_s
         self._budget = ByteBudget()
-        self._transport = Transport(
-            tls=ResumingContext(),
-            budget=self._budget,
-            resolver=CheckedResolver(allowed_hosts, look_up=look_up),
-        )
+        resolver, tls = Resolver(allowed_hosts + proxies(), look_up=look_up), ResumingContext()
+        self._hot = HotCalls(tls=tls, budget=self._budget, resolver=resolver)
+        self._plain = PlainCalls(tls=tls, budget=self._budget, resolver=resolver)
         self._doubtful: set[str] = set()
         """Bots whose connections seem dead: their next call gets a new one."""
 
@@ -248,7 +249,8 @@ class ILink:
 
     async def close(self) -> None:
         """Closes all connections."""
-        await self._transport.close()
+        await self._hot.close()
+        await self._plain.close()
         self._budget.close()
 
     async def _post(
@@ -270,7 +272,9 @@ class ILink:
         check: Callable[[], None] | None = None,
     ) -> Reply:
         checked = self.check_base_url(base_url or self._default_base_url)
-        return await self._transport.exchange(checked, request, timeout_s, afresh=afresh, check=check)
+        is_hot = request.endpoint in HOT and not proxy_of(checked)
+        transport = self._hot if is_hot else self._plain
+        return await transport.exchange(checked, request, timeout_s, afresh=afresh, check=check)
 
     def _count(self, endpoint: str, outcome: str) -> None:
         self._metrics.upstream_requests.of(endpoint, outcome).inc()

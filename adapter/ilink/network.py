@@ -8,16 +8,19 @@ certificate and in the header Host.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import functools
 import socket
 import urllib.request
 from collections.abc import Awaitable, Callable, Iterable
+from typing import Any
 from urllib.parse import urlsplit
 
-import aiohttp.abc
 import httpcore
 import httpx
 import structlog
 
+from adapter.errors import Temporary
 from adapter.ilink.addresses import is_exempt, is_public
 
 log = structlog.get_logger()
@@ -26,6 +29,10 @@ Lookup = Callable[[str, int], Awaitable[list[str]]]
 
 CONNECT_S = 10.0
 """Longest time until a connection stands, without its TLS."""
+TLS_S = 30.0
+"""Longer than CONNECT_S, since a process that starts with thousands of bots is busy with as many handshakes."""
+RESOLVED_S = 10.0
+"""A name is asked for again after so long."""
 KEPT_S = 20.0
 """An idle connection is kept for so long: shorter than what servers allow, so that no request meets a closing one."""
 NEXT_S = 2.0
@@ -51,6 +58,8 @@ async def addresses_of(
     A host of `allowed_hosts` may be anywhere; of any other all addresses must be public.
     """
     found = await look_up(host, port)
+    if not found:
+        raise OSError(f"{host} has no address")
     if is_exempt(host, port, allowed_hosts):
         return found
     if wrong := [address for address in found if not is_public(address)]:
@@ -64,53 +73,61 @@ async def addresses_of(
     return found
 
 
-class CheckedResolver(aiohttp.abc.AbstractResolver):
-    """aiohttp's way from names to addresses, which connects to nothing else, with `addresses_of` in it."""
+class Resolver:
+    """Where names lead, by `addresses_of`: each is asked for once for all who want to know, and again in time."""
 
     def __init__(self, allowed_hosts: tuple[str, ...], *, look_up: Lookup = lookup) -> None:
-        self._allowed_hosts = allowed_hosts + _proxies()
+        self._allowed_hosts = allowed_hosts
         self._look_up = look_up
+        self._found: dict[tuple[str, int], tuple[float, asyncio.Task[list[str] | Exception]]] = {}
 
-    async def resolve(
-        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
-    ) -> list[aiohttp.abc.ResolveResult]:
-        """Raises OSError."""
-        found = await addresses_of(host, port, self._allowed_hosts, look_up=self._look_up)
-        return [
-            aiohttp.abc.ResolveResult(
-                hostname=host,
-                host=address,
-                port=port,
-                family=socket.AF_INET6 if ":" in address else socket.AF_INET,
-                proto=socket.IPPROTO_TCP,
-                flags=socket.AI_NUMERICHOST | socket.AI_NUMERICSERV,
-            )
-            for address in found
-        ]
+    async def addresses(self, host: str, port: int, *, afresh: bool = False) -> list[str]:
+        """`afresh`: asked for now. Raises Temporary("network")."""
+        loop = asyncio.get_running_loop()
+        since, asking = self._found.get((host, port), (0.0, None))
+        if asking is None or afresh or (asking.done() and loop.time() - since > RESOLVED_S):
+            asking = loop.create_task(self._ask(host, port))
+            self._found[host, port] = loop.time(), asking
+        found = await asyncio.shield(asking)
+        if isinstance(found, list):
+            return found
+        if self._found.get((host, port), (0.0, None))[1] is asking:
+            del self._found[host, port]
+        raise Temporary("network", type(found).__name__)
 
-    async def close(self) -> None:
-        """Nothing to do."""
+    async def _ask(self, host: str, port: int) -> list[str] | Exception:
+        """An error is returned: many wait for the same, and each raises its own."""
+        try:
+            return await addresses_of(host, port, self._allowed_hosts, look_up=self._look_up)
+        except (OSError, UnicodeError) as exc:
+            return exc
 
 
-def _proxies() -> tuple[str, ...]:
+def proxies() -> tuple[str, ...]:
     """The proxies of the environment, which an operator named, as `host:port`."""
     found = [urlsplit(url if "://" in url else f"//{url}") for url in urllib.request.getproxies().values()]
     ports = {"https": 443}
     return tuple(f"{url.hostname}:{url.port or ports.get(url.scheme, 80)}" for url in found if url.hostname)
 
 
+@functools.lru_cache(maxsize=256)  # the same few at every request
+def proxy_of(base_url: str) -> str:
+    """The URL of the proxy that the environment names for one of iLink's, which was checked; "" for none."""
+    parts = urlsplit(base_url)
+    url = urllib.request.getproxies().get(parts.scheme, "")
+    if not url or urllib.request.proxy_bypass(parts.hostname or ""):
+        return ""
+    return url if "://" in url else f"http://{url}"
+
+
 class CheckedNetwork(httpcore.AsyncNetworkBackend):
-    """httpcore's way to the network, with `addresses_of` in it."""
+    """httpcore's way to the network, with a `Resolver` in it. `afresh`: names are resolved for each connection."""
 
     def __init__(
-        self,
-        allowed_hosts: tuple[str, ...],
-        *,
-        look_up: Lookup = lookup,
-        inner: httpcore.AsyncNetworkBackend | None = None,
+        self, resolver: Resolver, *, afresh: bool, inner: httpcore.AsyncNetworkBackend | None = None
     ) -> None:
-        self._allowed_hosts = allowed_hosts
-        self._look_up = look_up
+        self._resolver = resolver
+        self._afresh = afresh
         self._inner = inner or httpcore.AnyIOBackend()
 
     async def connect_tcp(
@@ -121,22 +138,21 @@ class CheckedNetwork(httpcore.AsyncNetworkBackend):
         local_address: str | None = None,
         socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,
     ) -> httpcore.AsyncNetworkStream:
-        """Raises ConnectError, ConnectTimeout."""
+        """Raises ConnectError, ConnectTimeout. `timeout` is that of TLS, too."""
+        timeout = CONNECT_S if timeout is None else min(CONNECT_S, timeout)
         try:
             async with asyncio.timeout(timeout):
-                addresses = await addresses_of(host, port, self._allowed_hosts, look_up=self._look_up)
+                addresses = await self._resolver.addresses(host, port, afresh=self._afresh)
         except TimeoutError as exc:
             raise httpcore.ConnectTimeout(f"{host} was not resolved in time") from exc
-        except (NotPublic, OSError, UnicodeError) as exc:
-            raise httpcore.ConnectError(str(exc)) from exc
-        problem: Exception = httpcore.ConnectError(f"{host} has no address")
-        for address in addresses:
-            wait_s = timeout if timeout is None or address == addresses[-1] else min(NEXT_S, timeout)
-            try:
+        except Temporary as exc:
+            raise httpcore.ConnectError(exc.detail) from exc
+        *others, last = addresses
+        for address in others:
+            with contextlib.suppress(httpcore.ConnectError, httpcore.ConnectTimeout):
+                wait_s = min(NEXT_S, timeout)
                 return await self._inner.connect_tcp(address, port, wait_s, local_address, socket_options)
-            except (httpcore.ConnectError, httpcore.ConnectTimeout) as exc:
-                problem = exc
-        raise problem
+        return await self._inner.connect_tcp(last, port, timeout, local_address, socket_options)
 
     async def connect_unix_socket(
         self,
@@ -152,15 +168,22 @@ class CheckedNetwork(httpcore.AsyncNetworkBackend):
         await self._inner.sleep(seconds)
 
 
-def checked(client: httpx.AsyncClient, network: httpcore.AsyncNetworkBackend) -> httpx.AsyncClient:
-    """`client`, connecting through `network`; through a proxy of the environment, it is the proxy that resolves.
+def checked(transport: httpx.AsyncHTTPTransport, network: CheckedNetwork) -> httpx.AsyncHTTPTransport:
+    """`transport`, connecting through `network`; through a proxy, it is the proxy that resolves.
 
-    httpx has no parameter for it. Where it is built otherwise one day, this fails at the start, not silently.
+    httpx has no parameter for it. Where it is built otherwise one day, this fails at the first use, not silently.
     """
-    transport = client._transport
-    assert isinstance(transport, httpx.AsyncHTTPTransport)
     pool = transport._pool
     assert isinstance(pool, httpcore.AsyncConnectionPool)
     assert isinstance(pool._network_backend, httpcore.AsyncNetworkBackend)
     pool._network_backend = network
-    return client
+    return transport
+
+
+def has_more(response: httpx.Response) -> bool:
+    """Whether bytes have come behind an answer that was read to its end. httpcore would take them for the next one,
+    which may be another bot's. It tells nobody, nor does anyio of what TLS has yet to decrypt."""
+    stream: Any = response.stream
+    connection = stream._httpcore_stream._stream._connection
+    unread = getattr(connection._network_stream._stream, "_read_bio", None)
+    return bool(connection._h11_state.trailing_data[0] or (unread and unread.pending))

@@ -19,6 +19,7 @@ class ResumingContext(ssl.SSLContext):
         made = super().__new__(cls, ssl.PROTOCOL_TLS_CLIENT)
         made.verify_flags = ssl.create_default_context().verify_flags  # stricter from Python 3.13 on
         made.load_default_certs()
+        made.set_alpn_protocols(["http/1.1"])  # as httpcore does once it connects
         made._sessions = {}
         return made
 
@@ -30,8 +31,10 @@ class ResumingContext(ssl.SSLContext):
         server_hostname: str | bytes | None = None,
         session: ssl.SSLSession | None = None,
     ) -> ssl.SSLObject:
-        """As event loops call it, which know nothing of sessions."""
-        if isinstance(server_hostname, str):
+        """As event loops call it, and anyio, which know nothing of sessions."""
+        if isinstance(server_hostname, bytes):
+            server_hostname = server_hostname.decode("ascii")
+        if server_hostname is not None:
             session = session or self._sessions.get(server_hostname)
         return super().wrap_bio(incoming, outgoing, server_side, server_hostname, session)
 

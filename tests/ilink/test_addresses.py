@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import socket
 import ssl
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
@@ -24,7 +23,7 @@ from adapter.errors import Refused, Temporary
 from adapter.ilink.addresses import is_exempt, is_public
 from adapter.ilink.cdn import CdnClient
 from adapter.ilink.client import ILink
-from adapter.ilink.network import CheckedNetwork, CheckedResolver, Lookup, NotPublic, addresses_of, checked, lookup
+from adapter.ilink.network import CheckedNetwork, Lookup, NotPublic, Resolver, addresses_of, checked, lookup
 from adapter.metrics import Metrics
 from adapter.ports import Account, Fetch, Pieces
 from tests.e2e.waiting import free_port
@@ -155,32 +154,20 @@ async def test_what_is_connected_to_is_the_address_that_was_checked() -> None:
     """A name that leads elsewhere a moment later (DNS rebinding) is asked for once per connection."""
     look_up, asked = leads_to([PUBLIC], ["127.0.0.1"])
     wire = Wire()
-    network = CheckedNetwork((), look_up=look_up, inner=wire)
+    network = CheckedNetwork(Resolver((), look_up=look_up), afresh=True, inner=wire)
     with pytest.raises(httpcore.ConnectTimeout):
         await network.connect_tcp(HOST, 443, 10.0)
     assert (asked, wire.connected) == ([(HOST, 443)], [(PUBLIC, 443, 10.0)])
-    with pytest.raises(httpcore.ConnectError, match="not public"):
+    with pytest.raises(httpcore.ConnectError, match="NotPublic"):
         await network.connect_tcp(HOST, 443, 10.0)
     assert wire.connected == [(PUBLIC, 443, 10.0)]
-
-
-async def test_aiohttp_is_given_checked_addresses_alone() -> None:
-    look_up, _ = leads_to([PUBLIC, "2606:4700::1"], [PUBLIC, "::1"])
-    resolver = CheckedResolver((), look_up=look_up)
-    found = await resolver.resolve(HOST, 443)
-    assert [(one["host"], one["port"], one["family"]) for one in found] == [
-        (PUBLIC, 443, socket.AF_INET),
-        ("2606:4700::1", 443, socket.AF_INET6),
-    ]
-    with pytest.raises(OSError, match="not public"):
-        await resolver.resolve(HOST, 443)
 
 
 async def test_an_address_that_is_silent_holds_up_the_next_one_only_shortly() -> None:
     look_up, _ = leads_to(["2606:4700::1", PUBLIC])
     wire = Wire()
     with pytest.raises(httpcore.ConnectTimeout):
-        await CheckedNetwork((), look_up=look_up, inner=wire).connect_tcp(HOST, 443, 10.0)
+        await CheckedNetwork(Resolver((), look_up=look_up), afresh=True, inner=wire).connect_tcp(HOST, 443, 10.0)
     assert wire.connected == [("2606:4700::1", 443, 2.0), (PUBLIC, 443, 10.0)]
 
 
@@ -193,11 +180,11 @@ async def test_a_name_that_is_not_resolved_in_time_or_at_all_is_a_failed_connect
         raise OSError("Name or service not known")
 
     with pytest.raises(httpcore.ConnectTimeout):
-        await CheckedNetwork((), look_up=never).connect_tcp(HOST, 443, 0.01)
+        await CheckedNetwork(Resolver((), look_up=never), afresh=True).connect_tcp(HOST, 443, 0.01)
     with pytest.raises(httpcore.ConnectError):
-        await CheckedNetwork((), look_up=unknown).connect_tcp(HOST, 443, 10.0)
+        await CheckedNetwork(Resolver((), look_up=unknown), afresh=True).connect_tcp(HOST, 443, 10.0)
     with pytest.raises(httpcore.ConnectError):
-        await CheckedNetwork(()).connect_unix_socket("/run/docker.sock")
+        await CheckedNetwork(Resolver(()), afresh=True).connect_unix_socket("/run/docker.sock")
 
 
 # the whole way, by TLS -----------------------------------------------------------------------------------
@@ -438,7 +425,7 @@ class Untouched:
             allowed_hosts=(),
             max_bytes=100,
             transfers=1,
-            network=CheckedNetwork((), look_up=look_up, inner=self.wire),
+            network=CheckedNetwork(Resolver((), look_up=look_up), afresh=True, inner=self.wire),
         )
 
     def check(self) -> None:
@@ -496,7 +483,7 @@ async def test_media_are_fetched_from_and_brought_to_no_such_place(
 
 async def test_media_of_a_host_that_leads_inside_are_not_fetched(untouched: Untouched) -> None:
     wire = Wire()
-    network = CheckedNetwork((), look_up=leads_to(["10.0.0.7"])[0], inner=wire)
+    network = CheckedNetwork(Resolver((), look_up=leads_to(["10.0.0.7"])[0]), afresh=True, inner=wire)
     cdn = CdnClient(
         untouched.ilink,
         Metrics(),
@@ -542,8 +529,8 @@ async def test_a_proxy_of_the_environment_may_be_inside_and_resolves_for_itself(
     assert is_exempt("proxy.internal", port, ()) is False
 
 
-async def test_a_client_that_cannot_be_checked_is_not_made() -> None:
-    transport = httpx.MockTransport(lambda _: httpx.Response(200))
-    async with httpx.AsyncClient(transport=transport) as unknown:
-        with pytest.raises(AssertionError):
-            checked(unknown, CheckedNetwork(()))
+async def test_a_transport_that_cannot_be_checked_is_not_used() -> None:
+    transport = httpx.AsyncHTTPTransport()
+    transport._pool = object()  # type: ignore[assignment]
+    with pytest.raises(AssertionError):
+        checked(transport, CheckedNetwork(Resolver(()), afresh=True))

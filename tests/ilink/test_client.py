@@ -56,7 +56,8 @@ class Answering:
                 raise answer
             return answer(request) if callable(answer) else answer
 
-        monkeypatch.setattr(self.ilink._transport, "exchange", exchange)
+        for transport in (self.ilink._hot, self.ilink._plain):
+            monkeypatch.setattr(transport, "exchange", exchange)
 
 
 def reply(body: Any, status: int = 200, **headers: str) -> Reply:

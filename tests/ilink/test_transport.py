@@ -23,11 +23,11 @@ from adapter.errors import LeaseLost, Refused, Temporary, Uncertain
 from adapter.ilink.budget import ByteBudget
 from adapter.ilink.client import ILink
 from adapter.ilink.connection import Connection
-from adapter.ilink.network import CheckedResolver
+from adapter.ilink.hot_calls import HotCalls
+from adapter.ilink.network import Resolver
+from adapter.ilink.plain_calls import PlainCalls
 from adapter.ilink.protocol import AGENT, Reply, Request
-from adapter.ilink.proxied import Proxied
 from adapter.ilink.tls import ResumingContext
-from adapter.ilink.transport import Transport, _target
 from adapter.metrics import Metrics
 from adapter.ports import Account
 from tests.authority import Authority
@@ -38,8 +38,9 @@ OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nRetry-After: 7\r\n\r\n{}"
 LOOPS = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
 """The service runs on uvloop; where that is missing, on asyncio's own."""
 
+KINDS = (HotCalls, PlainCalls)
 LARGEST = 100_000
-RESOLVER = CheckedResolver(("127.0.0.1", "localhost"))
+RESOLVER = Resolver(("127.0.0.1", "localhost"))
 PIECES = (
     b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\nX: 1\r\nTransfer-Encoding: chunked\r\n\r\n"
     b"5\r\nhello\r\n6\r\n world\r\n0\r\n\r\n"
@@ -83,34 +84,34 @@ class Server:
 @pytest.fixture
 async def server() -> AsyncIterator[Server]:
     made = Server()
-    listening = await asyncio.start_server(made.serve, "127.0.0.1", 0)
+    listening = await asyncio.start_server(made.serve, "127.0.0.1", 0, backlog=1000)
     made.url = f"http://127.0.0.1:{listening.sockets[0].getsockname()[1]}/ilink/bot/x"
     async with listening:
         yield made
         listening.close()
 
 
-@pytest.fixture(params=[Transport, Proxied])
-async def transport(request: pytest.FixtureRequest) -> AsyncIterator[Transport | Proxied]:
-    """That of a proxy's users reads the same answers in the same way."""
+@pytest.fixture(params=KINDS)
+async def transport(request: pytest.FixtureRequest) -> AsyncIterator[HotCalls | PlainCalls]:
+    """Both read the same answers in the same way, and confuse nothing."""
     made = request.param(tls=ResumingContext(), budget=ByteBudget(), resolver=RESOLVER)
     yield made
     await made.close()
 
 
 @pytest.fixture
-async def own() -> AsyncIterator[Transport]:
-    made = Transport(tls=ResumingContext(), budget=ByteBudget(), resolver=RESOLVER)
+async def own() -> AsyncIterator[HotCalls]:
+    made = HotCalls(tls=ResumingContext(), budget=ByteBudget(), resolver=RESOLVER)
     yield made
     await made.close()
 
 
-async def post(transport: Transport | Proxied, url: str, *, timeout_s: float = 30.0, afresh: bool = False) -> Reply:
+async def post(transport: HotCalls | PlainCalls, url: str, *, timeout_s: float = 30.0, afresh: bool = False) -> Reply:
     request = Request("x", "", {"X-One": "1"}, b"{}", largest=LARGEST)
     return await transport.exchange(url, request, timeout_s, afresh=afresh)
 
 
-async def test_an_answer_is_read_whole_with_its_headers(server: Server, transport: Transport | Proxied) -> None:
+async def test_an_answer_is_read_whole_with_its_headers(server: Server, transport: HotCalls | PlainCalls) -> None:
     reply = await post(transport, server.url)
     assert (reply.status, reply.headers["retry-after"], reply.body) == (200, "7", b"{}")
     (head,) = server.heads
@@ -120,13 +121,15 @@ async def test_an_answer_is_read_whole_with_its_headers(server: Server, transpor
     assert head.count(b"Content-Length: 2\r\n") == 1
 
 
-async def test_requests_in_a_row_need_one_connection(server: Server, transport: Transport | Proxied) -> None:
+async def test_requests_in_a_row_need_one_connection(server: Server, transport: HotCalls | PlainCalls) -> None:
     for _ in range(5):
         await post(transport, server.url)
     assert server.connections == 1
 
 
-async def test_a_request_afresh_gets_a_connection_of_its_own(server: Server, transport: Transport | Proxied) -> None:
+async def test_a_request_afresh_gets_a_connection_of_its_own(
+    server: Server, transport: HotCalls | PlainCalls
+) -> None:
     await post(transport, server.url)
     await post(transport, server.url, afresh=True)
     await post(transport, server.url)
@@ -134,7 +137,7 @@ async def test_a_request_afresh_gets_a_connection_of_its_own(server: Server, tra
     await until(lambda: server.open == 1, "the one of its own is closed")
 
 
-async def test_what_nobody_took_did_not_leave(transport: Transport | Proxied) -> None:
+async def test_what_nobody_took_did_not_leave(transport: HotCalls | PlainCalls) -> None:
     with pytest.raises(Temporary) as caught:
         await post(transport, f"http://127.0.0.1:{free_port()}/")
     assert caught.value.reason == "network"
@@ -142,7 +145,7 @@ async def test_what_nobody_took_did_not_leave(transport: Transport | Proxied) ->
         await post(transport, "http://no-such-host.invalid/")
 
 
-async def test_no_tls_where_it_is_asked_for_means_that_nothing_left(transport: Transport | Proxied) -> None:
+async def test_no_tls_where_it_is_asked_for_means_that_nothing_left(transport: HotCalls | PlainCalls) -> None:
     async def refuse(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(b"HTTP/1.1 400 Bad Request\r\n\r\n")
         writer.close()
@@ -166,7 +169,7 @@ async def test_no_tls_where_it_is_asked_for_means_that_nothing_left(transport: T
     ids=["nothing", "half a head", "half a body", "wrong chunks", "another protocol", "no text", "wrong gzip"],
 )
 async def test_what_was_taken_and_not_answered_well_may_have_been_done(
-    server: Server, transport: Transport | Proxied, answer: bytes
+    server: Server, transport: HotCalls | PlainCalls, answer: bytes
 ) -> None:
     server.answer = Server.say(answer, close=True)
     with pytest.raises(Uncertain) as caught:
@@ -175,17 +178,19 @@ async def test_what_was_taken_and_not_answered_well_may_have_been_done(
     assert len(server.heads) == 1, "it is not repeated by itself"
 
 
-async def test_an_answer_that_is_packed_and_not_whole_is_none(server: Server, own: Transport) -> None:
+async def test_an_answer_that_is_packed_and_not_whole_is_none(
+    server: Server, transport: HotCalls | PlainCalls
+) -> None:
     body = gzip.compress(b'{"ret":0}')[:-4]
     head = b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: %d\r\n\r\n" % len(body)
     server.answer = Server.say(head + body)
     with pytest.raises(Uncertain) as caught:
-        await post(own, server.url)
+        await post(transport, server.url)
     assert caught.value.reason == "unreadable"
 
 
 async def test_an_answer_of_unknown_length_whose_connection_breaks_is_not_whole(
-    server: Server, own: Transport
+    server: Server, transport: HotCalls | PlainCalls
 ) -> None:
     async def answer(writer: asyncio.StreamWriter) -> None:
         writer.write(b"HTTP/1.1 200 OK\r\n\r\n{")
@@ -196,11 +201,11 @@ async def test_an_answer_of_unknown_length_whose_connection_breaks_is_not_whole(
 
     server.answer = answer
     with pytest.raises(Uncertain):
-        await post(own, server.url)
+        await post(transport, server.url)
 
 
 async def test_a_silent_server_is_a_timeout_and_costs_the_connection(
-    server: Server, transport: Transport | Proxied
+    server: Server, transport: HotCalls | PlainCalls
 ) -> None:
     async def nothing(_: asyncio.StreamWriter) -> None: ...
 
@@ -213,7 +218,7 @@ async def test_a_silent_server_is_a_timeout_and_costs_the_connection(
     assert server.connections == 2
 
 
-async def test_a_cancelled_request_costs_its_connection(server: Server, transport: Transport | Proxied) -> None:
+async def test_a_cancelled_request_costs_its_connection(server: Server, transport: HotCalls | PlainCalls) -> None:
     async def nothing(_: asyncio.StreamWriter) -> None: ...
 
     server.answer = nothing
@@ -225,7 +230,7 @@ async def test_a_cancelled_request_costs_its_connection(server: Server, transpor
     await until(lambda: server.open == 0, "the connection is closed")
 
 
-async def test_an_answer_above_the_limit_is_not_read(server: Server, transport: Transport | Proxied) -> None:
+async def test_an_answer_above_the_limit_is_not_read(server: Server, transport: HotCalls | PlainCalls) -> None:
     body = b"x" * (LARGEST + 1)
     server.answer = Server.say(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
     with pytest.raises(Uncertain) as caught:
@@ -234,7 +239,7 @@ async def test_an_answer_above_the_limit_is_not_read(server: Server, transport: 
 
 
 async def test_a_small_answer_that_unpacks_into_a_huge_one_is_not_read(
-    server: Server, transport: Transport | Proxied
+    server: Server, transport: HotCalls | PlainCalls
 ) -> None:
     body = gzip.compress(bytes(50_000_000))
     assert len(body) < LARGEST
@@ -244,19 +249,19 @@ async def test_a_small_answer_that_unpacks_into_a_huge_one_is_not_read(
         await post(transport, server.url)
 
 
-async def test_packed_answers_are_unpacked(server: Server, transport: Transport | Proxied) -> None:
+async def test_packed_answers_are_unpacked(server: Server, transport: HotCalls | PlainCalls) -> None:
     body = gzip.compress(b'{"ret":0}')
     head = b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: %d\r\n\r\n" % len(body)
     server.answer = Server.say(head + body)
     assert (await post(transport, server.url)).body == b'{"ret":0}'
 
 
-async def test_a_long_header_does_not_cost_the_answer(server: Server, transport: Transport | Proxied) -> None:
+async def test_a_long_header_does_not_cost_the_answer(server: Server, transport: HotCalls | PlainCalls) -> None:
     server.answer = Server.say(b"HTTP/1.1 200 OK\r\nX-Long: %b\r\nContent-Length: 2\r\n\r\n{}" % (b"x" * 40_000))
     assert (await post(transport, server.url)).body == b"{}"
 
 
-async def test_a_redirect_is_an_answer_and_not_followed(server: Server, transport: Transport | Proxied) -> None:
+async def test_a_redirect_is_an_answer_and_not_followed(server: Server, transport: HotCalls | PlainCalls) -> None:
     server.answer = Server.say(
         b"HTTP/1.1 307 Temporary Redirect\r\nLocation: http://127.0.0.1:1/\r\nContent-Length: 0\r\n\r\n"
     )
@@ -282,7 +287,7 @@ async def test_what_an_answer_quotes_of_its_request_is_no_secret_any_more(server
     assert caught.value.errmsg == "***, ***"
 
 
-async def test_cookies_are_not_kept(server: Server, transport: Transport | Proxied) -> None:
+async def test_cookies_are_not_kept(server: Server, transport: HotCalls | PlainCalls) -> None:
     server.answer = Server.say(b"HTTP/1.1 200 OK\r\nSet-Cookie: who=bot1\r\nContent-Length: 0\r\n\r\n")
     await post(transport, server.url)
     await post(transport, server.url)
@@ -316,11 +321,11 @@ async def test_cookies_are_not_kept(server: Server, transport: Transport | Proxi
     ],
 )
 async def test_every_form_of_an_answer_is_read_and_its_connection_kept(
-    server: Server, own: Transport, answer: bytes, body: bytes
+    server: Server, transport: HotCalls | PlainCalls, answer: bytes, body: bytes
 ) -> None:
     server.answer = Server.say(answer)
     for _ in range(3):
-        reply = await post(own, server.url)
+        reply = await post(transport, server.url)
         assert reply.body == body
         assert reply.headers.get("retry-after") in (None, "7")
     assert server.connections == 1
@@ -338,17 +343,17 @@ async def test_every_form_of_an_answer_is_read_and_its_connection_kept(
     ids=["up to the end", "HTTP/1.0", "said to close", "two answers", "something after it"],
 )
 async def test_after_some_answers_the_connection_is_not_used_again(
-    server: Server, own: Transport, answer: bytes
+    server: Server, transport: HotCalls | PlainCalls, answer: bytes
 ) -> None:
     until_the_end = b"Length" not in answer
     server.answer = Server.say(answer, close=until_the_end)
-    assert [(await post(own, server.url)).body for _ in range(2)] == [b"{}", b"{}"]
+    assert [(await post(transport, server.url)).body for _ in range(2)] == [b"{}", b"{}"]
     assert server.connections == 2
     await until(lambda: server.open == 0, "nothing stays open")
 
 
 async def test_what_comes_unasked_answers_nothing(
-    server: Server, own: Transport, monkeypatch: pytest.MonkeyPatch
+    server: Server, own: HotCalls, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A server that closes an idle connection may say so (408); no request must take that for its answer."""
     monkeypatch.setattr("adapter.ilink.transport.KEPT_S", 3600.0)
@@ -368,7 +373,101 @@ async def test_what_comes_unasked_answers_nothing(
     assert crashes == []
 
 
-async def test_a_kept_connection_that_the_server_closed_is_not_used(server: Server, own: Transport) -> None:
+@pytest.mark.parametrize("together", [True, False])
+async def test_what_comes_unasked_answers_nothing_over_tls(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, together: bool
+) -> None:
+    """It may be behind an answer in the same bytes, in another record of TLS, or come later."""
+    authority = Authority(tmp_path)
+    monkeypatch.setenv("SSL_CERT_FILE", str(authority.file))
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(*authority.issue("ilink"))
+    evil = OK.replace(b"{}", b"[]")
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            while await reader.readuntil(b"{}"):
+                writer.write(OK)
+                if not together:
+                    await writer.drain()
+                    await asyncio.sleep(0.05)
+                writer.write(evil)
+        writer.close()
+
+    made = PlainCalls(tls=ResumingContext(), budget=ByteBudget(), resolver=RESOLVER)
+    async with await asyncio.start_server(serve, "127.0.0.1", 0, ssl=tls) as listening:
+        url = f"https://127.0.0.1:{listening.sockets[0].getsockname()[1]}/"
+        for _ in range(3):
+            assert (await post(made, url)).body == b"{}"
+            await asyncio.sleep(0.1)
+        await made.close()
+
+
+async def test_a_plain_call_that_meets_a_closed_connection_connects_anew(server: Server) -> None:
+    """Also one that may not be asked twice."""
+    made = PlainCalls(tls=ResumingContext(), budget=ByteBudget(), resolver=RESOLVER)
+    server.answer = Server.say(OK, close=True)
+    for number in range(1, 4):
+        await made.exchange(server.url, Request("x", "", {}, b"{}", repeatable=False), 5)
+        await until(lambda: server.open == 0, "it is closed")
+        assert server.connections == number
+    await made.close()
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("cancelled", [True, False])
+def test_a_plain_call_that_is_given_up_in_its_handshake_leaves_no_connection(loop: str, cancelled: bool) -> None:
+    connections: list[asyncio.StreamWriter] = []
+    ended = 0
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal ended
+        connections.append(writer)
+        with contextlib.suppress(ConnectionError):
+            while await reader.read(1000):
+                pass
+        ended += 1
+        writer.close()
+
+    async def talk() -> None:
+        made = PlainCalls(tls=ResumingContext(), budget=ByteBudget(), resolver=RESOLVER)
+        async with await asyncio.start_server(serve, "127.0.0.1", 0) as listening:
+            url = f"https://127.0.0.1:{listening.sockets[0].getsockname()[1]}/"
+            asking = asyncio.create_task(post(made, url, timeout_s=10 if cancelled else 0.3))
+            await until(lambda: len(connections) == 1, "it has connected")
+            if cancelled:
+                asking.cancel()
+            with pytest.raises(asyncio.CancelledError if cancelled else Temporary):
+                await asking
+            await until(lambda: ended == 1, "it is closed")
+        await made.close()
+
+    with asyncio.Runner(loop_factory=LOOPS[loop]) as runner:
+        runner.run(talk())
+
+
+async def test_thousands_of_plain_calls_hold_up_none(server: Server) -> None:
+    """Logins are held for half a minute each; a start notifies of thousands of bots."""
+    parked = asyncio.Event()
+
+    async def answer(writer: asyncio.StreamWriter) -> None:
+        if len(server.heads) <= 300:
+            await parked.wait()
+        await Server.say(OK)(writer)
+
+    server.answer = answer
+    made = PlainCalls(tls=ResumingContext(), budget=ByteBudget(), resolver=RESOLVER)
+    logins = [asyncio.create_task(post(made, server.url)) for _ in range(300)]
+    await until(lambda: len(server.heads) == 300, "they are parked")
+    for _ in range(100):
+        await post(made, server.url, timeout_s=5)
+    assert server.connections == 301
+    parked.set()
+    assert {reply.status for reply in await asyncio.gather(*logins)} == {200}
+    await made.close()
+
+
+async def test_a_kept_connection_that_the_server_closed_is_not_used(server: Server, own: HotCalls) -> None:
     """Else a send would be uncertain for nothing."""
 
     async def answer(writer: asyncio.StreamWriter) -> None:
@@ -385,7 +484,7 @@ async def test_a_kept_connection_that_the_server_closed_is_not_used(server: Serv
 
 @pytest.mark.parametrize("repeatable", [True, False])
 async def test_what_meets_a_connection_that_closes_is_asked_once_more(
-    server: Server, own: Transport, repeatable: bool
+    server: Server, transport: HotCalls | PlainCalls, repeatable: bool
 ) -> None:
     """A server may close after each answer and say so in none. Polls failed then, and the tries of a dead token, of
     which each begins with a notifystart, for ever. A send may count twice: it is the sender's to repeat it."""
@@ -398,26 +497,28 @@ async def test_what_meets_a_connection_that_closes_is_asked_once_more(
 
     server.answer = answer
     request = Request("x", "", {}, b"{}", repeatable=repeatable)
-    await own.exchange(server.url, request, 5)
+    await transport.exchange(server.url, request, 5)
     if repeatable:
-        assert (await own.exchange(server.url, request, 5)).status == 200
+        assert (await transport.exchange(server.url, request, 5)).status == 200
     else:
         with pytest.raises(Uncertain):
-            await own.exchange(server.url, request, 5)
+            await transport.exchange(server.url, request, 5)
     assert server.connections == 1 + repeatable
 
 
-async def test_what_meets_nothing_but_closed_doors_is_not_asked_for_ever(server: Server, own: Transport) -> None:
-    await post(own, server.url)
+async def test_what_meets_nothing_but_closed_doors_is_not_asked_for_ever(
+    server: Server, transport: HotCalls | PlainCalls
+) -> None:
+    await post(transport, server.url)
     server.answer = hang_up
     with pytest.raises(Uncertain):
-        await post(own, server.url)
+        await post(transport, server.url)
     assert len(server.heads) == 3
 
 
 @pytest.mark.parametrize("how", ["late", "half answered"])
 async def test_what_was_being_answered_is_not_asked_once_more(
-    monkeypatch: pytest.MonkeyPatch, server: Server, own: Transport, how: str
+    monkeypatch: pytest.MonkeyPatch, server: Server, own: HotCalls, how: str
 ) -> None:
     """A poll that is cut in its hold was no stale connection's: it fails, and the next one waits for its turn."""
     await post(own, server.url)
@@ -432,7 +533,7 @@ async def test_what_was_being_answered_is_not_asked_once_more(
 
 
 async def test_a_kept_connection_without_an_answer_makes_those_doubtful_that_lay_idle_with_it(
-    server: Server, own: Transport
+    server: Server, transport: HotCalls | PlainCalls
 ) -> None:
     """A box on the way may have forgotten them all, without a word: the repeat of a send would be lost, too."""
     together = asyncio.Event()
@@ -446,36 +547,38 @@ async def test_a_kept_connection_without_an_answer_makes_those_doubtful_that_lay
     async def nothing(_: asyncio.StreamWriter) -> None: ...
 
     server.answer = answer
-    await asyncio.gather(post(own, server.url), post(own, server.url))
+    await asyncio.gather(post(transport, server.url), post(transport, server.url))
     server.answer = nothing
     with pytest.raises(TimeoutError):
-        await post(own, server.url, timeout_s=0.05)
+        await post(transport, server.url, timeout_s=0.05)
     server.answer = Server.say(OK)
-    await post(own, server.url)
+    await post(transport, server.url)
     assert server.connections == 3
-    await post(own, server.url)
+    await post(transport, server.url)
     assert server.connections == 3, "one that was used since is kept"
 
 
 async def test_idle_connections_are_closed_in_time(
-    server: Server, own: Transport, monkeypatch: pytest.MonkeyPatch
+    server: Server, transport: HotCalls | PlainCalls, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("adapter.ilink.transport.KEPT_S", 0.05)
-    await asyncio.gather(*(post(own, server.url) for _ in range(5)))
+    await asyncio.gather(*(post(transport, server.url) for _ in range(5)))
     assert 1 <= server.connections <= 5
     await until(lambda: server.open == 0, "they are closed")
-    assert not own._idle, "of what they led to nothing is kept"
-    assert (await post(own, server.url)).status == 200
+    assert not transport._idle, "of what they led to nothing is kept"
+    assert (await post(transport, server.url)).status == 200
 
 
-async def test_a_head_without_end_is_not_read(server: Server, own: Transport) -> None:
+async def test_a_head_without_end_is_not_read(server: Server, transport: HotCalls | PlainCalls) -> None:
     server.answer = Server.say(b"HTTP/1.1 200 OK\r\n" + b"X-Filler: 0123456789\r\n" * 10_000)
     with pytest.raises(Uncertain):
-        await post(own, server.url)
+        await post(transport, server.url)
 
 
 @pytest.mark.parametrize("more", [b"X-%d: 1\r\n", b"X: " + b"x" * 50_000], ids=["many", "long"])
-async def test_trailers_without_end_are_not_read(server: Server, own: Transport, more: bytes) -> None:
+async def test_trailers_without_end_are_not_read(
+    server: Server, transport: HotCalls | PlainCalls, more: bytes
+) -> None:
     sent = 0
 
     async def pour(writer: asyncio.StreamWriter) -> None:
@@ -488,17 +591,17 @@ async def test_trailers_without_end_are_not_read(server: Server, own: Transport,
 
     server.answer = pour
     with pytest.raises(Uncertain):
-        await post(own, server.url, timeout_s=5.0)
+        await post(transport, server.url, timeout_s=5.0)
 
 
-async def test_a_trailer_changes_nothing_that_the_head_says(server: Server, own: Transport) -> None:
+async def test_a_trailer_changes_nothing_that_the_head_says(server: Server, transport: HotCalls | PlainCalls) -> None:
     chunks = b"2\r\n{}\r\n0\r\nContent-Encoding: gzip\r\nRetry-After: 9\r\n\r\n"
     server.answer = Server.say(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + chunks)
-    reply = await post(own, server.url)
+    reply = await post(transport, server.url)
     assert (reply.body, "retry-after" in reply.headers) == (b"{}", False)
 
 
-async def test_a_body_without_end_is_not_read(server: Server, own: Transport) -> None:
+async def test_a_body_without_end_is_not_read(server: Server, transport: HotCalls | PlainCalls) -> None:
     async def drip(writer: asyncio.StreamWriter) -> None:
         writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
         while not writer.is_closing():
@@ -508,19 +611,22 @@ async def test_a_body_without_end_is_not_read(server: Server, own: Transport) ->
 
     server.answer = drip
     with pytest.raises(Uncertain) as caught:
-        await post(own, server.url)
+        await post(transport, server.url)
     assert caught.value.reason == "unreadable"
 
 
 @pytest.mark.parametrize("value", ["a\r\nX-Evil: 1", "a\nX-Evil: 1", "a\rb", "a\0b"])
-async def test_a_header_cannot_become_two(server: Server, own: Transport, value: str) -> None:
+async def test_a_header_cannot_become_two(server: Server, transport: HotCalls | PlainCalls, value: str) -> None:
     with pytest.raises(Temporary):
-        await own.exchange(server.url, Request("x", "", {"Authorization": value}, b"{}"), 5)
+        await transport.exchange(server.url, Request("x", "", {"Authorization": value}, b"{}"), 5)
     assert server.heads == []
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("kept", [False, True])
-async def test_what_may_not_be_sent_any_more_does_not_leave(server: Server, kept: bool) -> None:
+async def test_what_may_not_be_sent_any_more_does_not_leave(
+    server: Server, kind: type[HotCalls] | type[PlainCalls], kept: bool
+) -> None:
     """Connecting takes its time, in which a shard may be lost: asked once the connection is there."""
     asked: list[str] = []
 
@@ -532,8 +638,8 @@ async def test_what_may_not_be_sent_any_more_does_not_leave(server: Server, kept
         asked.append("check")
         raise LeaseLost("lease_lost")
 
-    resolver = CheckedResolver(("one.example",), look_up=look_up)
-    made = Transport(tls=ResumingContext(), budget=ByteBudget(), resolver=resolver)
+    resolver = Resolver(("one.example",), look_up=look_up)
+    made = kind(tls=ResumingContext(), budget=ByteBudget(), resolver=resolver)
     url = server.url.replace("127.0.0.1", "one.example")
     try:
         if kept:
@@ -546,19 +652,24 @@ async def test_what_may_not_be_sent_any_more_does_not_leave(server: Server, kept
     assert len(server.heads) == kept
 
 
-async def test_a_query_is_sent_as_it_is_and_a_get_has_no_body(server: Server, own: Transport) -> None:
-    await own.exchange(server.url, Request("x", "?qrcode=a%2Fb&x=1?2", {}, b"", "GET"), 5)
+async def test_a_query_is_sent_as_it_is_and_a_get_has_no_body(server: Server) -> None:
+    made = PlainCalls(tls=ResumingContext(), budget=ByteBudget(), resolver=RESOLVER)
+    await made.exchange(server.url, Request("x", "?qrcode=a%2Fb&x=1?2", {}, b"", "GET"), 5)
+    await made.close()
     (head,) = server.heads
     assert head.startswith(b"GET /ilink/bot/x?qrcode=a%2Fb&x=1?2 HTTP/1.1\r\nHost: 127.0.0.1:")
     assert b"Content-" not in head
 
 
-async def test_the_next_address_is_tried_where_one_does_not_take_the_connection(server: Server) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+async def test_the_next_address_is_tried_where_one_does_not_take_the_connection(
+    server: Server, kind: type[HotCalls] | type[PlainCalls]
+) -> None:
     async def look_up(host: str, port: int) -> list[str]:
         return ["::1", "127.0.0.1"]
 
-    resolver = CheckedResolver(("two.example",), look_up=look_up)
-    made = Transport(tls=ResumingContext(), budget=ByteBudget(), resolver=resolver)
+    resolver = Resolver(("two.example",), look_up=look_up)
+    made = kind(tls=ResumingContext(), budget=ByteBudget(), resolver=resolver)
     try:
         assert (await post(made, server.url.replace("127.0.0.1", "two.example"))).status == 200
     finally:
@@ -566,7 +677,10 @@ async def test_the_next_address_is_tried_where_one_does_not_take_the_connection(
     assert b"\r\nHost: two.example:" in server.heads[0]
 
 
-async def test_a_name_is_asked_for_once_by_many_and_again_after_a_failure(server: Server) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+async def test_a_name_is_asked_for_once_by_many_and_again_after_a_failure(
+    server: Server, kind: type[HotCalls] | type[PlainCalls]
+) -> None:
     asked: list[str] = []
 
     async def look_up(host: str, port: int) -> list[str]:
@@ -576,8 +690,8 @@ async def test_a_name_is_asked_for_once_by_many_and_again_after_a_failure(server
             raise OSError("Name or service not known")
         return ["127.0.0.1"]
 
-    resolver = CheckedResolver(("one.example",), look_up=look_up)
-    made = Transport(tls=ResumingContext(), budget=ByteBudget(), resolver=resolver)
+    resolver = Resolver(("one.example",), look_up=look_up)
+    made = kind(tls=ResumingContext(), budget=ByteBudget(), resolver=resolver)
     url = server.url.replace("127.0.0.1", "one.example")
     try:
         failed = await asyncio.gather(*(post(made, url) for _ in range(5)), return_exceptions=True)
@@ -594,12 +708,12 @@ async def test_a_name_is_asked_for_once_by_many_and_again_after_a_failure(server
 
 async def test_a_server_that_does_not_take_the_connection_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its queue of connections is full, so that nothing answers."""
-    monkeypatch.setattr("adapter.ilink.transport.CONNECT_S", 0.2)
+    monkeypatch.setattr("adapter.ilink.hot_calls.CONNECT_S", 0.2)
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         listening.listen(0)
         port = listening.getsockname()[1]
-        made = Transport(tls=ResumingContext(), budget=ByteBudget(), resolver=RESOLVER)
+        made = HotCalls(tls=ResumingContext(), budget=ByteBudget(), resolver=RESOLVER)
         fillers = [socket.socket() for _ in range(4)]
         for filler in fillers:
             filler.setblocking(False)
@@ -614,37 +728,6 @@ async def test_a_server_that_does_not_take_the_connection_is_given_up(monkeypatc
                 filler.close()
 
 
-@pytest.mark.parametrize(
-    ("environment", "by_proxy"),
-    [
-        ({}, False),
-        ({"HTTPS_PROXY": "http://127.0.0.1:1"}, False),
-        ({"HTTP_PROXY": "http://127.0.0.1:1"}, True),
-        ({"HTTP_PROXY": "http://127.0.0.1:1", "NO_PROXY": "127.0.0.1"}, False),
-    ],
-    ids=["none", "of another scheme", "one", "not for this host"],
-)
-async def test_a_proxy_is_asked_where_the_environment_names_one(
-    server: Server, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], by_proxy: bool
-) -> None:
-    for name in ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    _target.cache_clear()
-    made = Transport(tls=ResumingContext(), budget=ByteBudget(), resolver=RESOLVER)
-    try:
-        if by_proxy:  # at which nobody listens
-            with pytest.raises(Temporary):
-                await post(made, server.url)
-            assert server.connections == 0
-        else:
-            assert (await post(made, server.url)).status == 200
-    finally:
-        await made.close()
-        _target.cache_clear()
-
-
 async def hang_up(writer: asyncio.StreamWriter) -> None:
     writer.close()
 
@@ -654,7 +737,9 @@ async def keep_silent(_: asyncio.StreamWriter) -> None:
 
 
 @pytest.mark.parametrize("fault", ["refused", "hung up", "silent", "no TLS", "no time to connect"])
-async def test_a_request_that_fails_leaves_no_garbage(server: Server, own: Transport, fault: str) -> None:
+async def test_a_request_that_fails_leaves_no_garbage(
+    server: Server, transport: HotCalls | PlainCalls, fault: str
+) -> None:
     """What refers to itself waits for the collector, and thousands of bots fail again and again in an outage."""
     url, timeout_s = server.url, 0.05
     match fault:
@@ -672,7 +757,7 @@ async def test_a_request_that_fails_leaves_no_garbage(server: Server, own: Trans
 
     async def fail() -> None:
         with pytest.raises((Temporary, Uncertain, TimeoutError)):
-            await post(own, url, timeout_s=timeout_s)
+            await post(transport, url, timeout_s=timeout_s)
         await asyncio.sleep(0)
 
     await fail()
@@ -714,11 +799,17 @@ def test_an_answer_may_come_in_any_pieces(cuts: list[int]) -> None:
     assert usable
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("loop", LOOPS)
 @pytest.mark.parametrize("newest", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
 @pytest.mark.parametrize("closes", [b"", b"Connection: close\r\n"])
 def test_who_was_spoken_with_need_not_show_its_certificates_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loop: str, newest: ssl.TLSVersion, closes: bytes
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    loop: str,
+    newest: ssl.TLSVersion,
+    closes: bytes,
+    kind: type[HotCalls] | type[PlainCalls],
 ) -> None:
     """Over TLS: the first connection, one that resumes it, and after each that fails one that begins afresh."""
     authority = Authority(tmp_path)
@@ -743,7 +834,7 @@ def test_who_was_spoken_with_need_not_show_its_certificates_again(
     """Of connections that fail, one in its handshake, one after it."""
 
     async def talk() -> None:
-        transport = Transport(tls=ResumingContext(), budget=ByteBudget(), resolver=RESOLVER)
+        transport = kind(tls=ResumingContext(), budget=ByteBudget(), resolver=RESOLVER)
         port = free_port()
         url = f"https://127.0.0.1:{port}/"
         async with await asyncio.start_server(serve, "127.0.0.1", port, ssl=tls):
@@ -762,11 +853,12 @@ def test_who_was_spoken_with_need_not_show_its_certificates_again(
     assert resumed == [False, True, False, False]
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("loop", LOOPS)
 @pytest.mark.parametrize("begins", [b"", b"HTTP/1.1 400 Bad Request\r\n\r\n"], ids=["nothing", "no TLS"])
 @pytest.mark.parametrize("hangs_up", [True, False])
 def test_tls_that_does_not_come_about_is_one_failure_and_no_crash(
-    loop: str, begins: bytes, *, hangs_up: bool
+    loop: str, begins: bytes, kind: type[HotCalls] | type[PlainCalls], *, hangs_up: bool
 ) -> None:
     """The loop logs what a callback raises: in an outage, for each of thousands of bots."""
     crashes: list[str] = []
@@ -780,7 +872,7 @@ def test_tls_that_does_not_come_about_is_one_failure_and_no_crash(
 
     async def talk() -> None:
         asyncio.get_running_loop().set_exception_handler(lambda _, what: crashes.append(str(what["exception"])))
-        transport = Transport(tls=ResumingContext(), budget=ByteBudget(), resolver=RESOLVER)
+        transport = kind(tls=ResumingContext(), budget=ByteBudget(), resolver=RESOLVER)
         async with await asyncio.start_server(serve, "127.0.0.1", 0) as listening:
             with pytest.raises(Temporary):
                 await post(transport, f"https://127.0.0.1:{listening.sockets[0].getsockname()[1]}/", timeout_s=0.1)

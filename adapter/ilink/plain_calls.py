@@ -1,0 +1,169 @@
+"""Calls to iLink over httpx: all but the hot ones, and through a proxy those, too.
+
+httpx walks its whole pool at every request. So each connection is a pool of its own, of which `transport` keeps those
+that are idle: ten thousand notifications or parked polls cost ten thousand times one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import httpcore
+import httpx
+import structlog
+
+from adapter.errors import Temporary, Uncertain
+from adapter.ilink.budget import SMALL, ByteBudget, Share
+from adapter.ilink.network import KEPT_S, TLS_S, CheckedNetwork, Resolver, checked, has_more, proxy_of
+from adapter.ilink.protocol import Reply, Request
+from adapter.ilink.tls import ResumingContext
+from adapter.ilink.transport import HEADERS, Base, Transport
+from adapter.tasks import Tasks
+from adapter.timing import AnsweredWithin
+
+log = structlog.get_logger()
+
+PIECES = 64
+"""After so many pieces of an answer others have their turn: a server may send a byte a piece."""
+
+
+class Line:
+    """A connection of httpx, made for its first request, and anew where the server has closed it since."""
+
+    def __init__(self, transport: httpx.AsyncHTTPTransport, budget: ByteBudget, closing: Tasks) -> None:
+        self._transport = transport
+        self._budget = budget
+        self._closing = closing
+        self._check: Callable[[], None] | None = None
+        self._left = False
+        """Whether a byte of the last request may have left."""
+        self._stream: httpcore.AsyncNetworkStream | None = None
+        self.usable = True
+        self.silent = True
+        self.tls: ssl.SSLObject | None = None
+        self.idle_since = 0.0
+
+    async def ask(self, url: str, request: Request, timeout_s: float, check: Callable[[], None] | None) -> Reply:
+        """Connects, where there is no connection, and asks. The time that a large answer waits for its share of the
+        budget counts. Raises as Transport.exchange."""
+        self._check, self._left, self.silent = check, False, True
+        try:
+            async with AnsweredWithin(timeout_s):
+                return await self._ask(url, request)
+        except TimeoutError as exc:
+            if self._left:
+                raise
+            raise Temporary("network", "TimeoutError") from exc
+        except httpx.LocalProtocolError as exc:  # it is no HTTP: nothing of it was written
+            raise Temporary("network", type(exc).__name__) from exc
+        except (httpx.TransportError, httpx.InvalidURL, OSError) as exc:  # OSError: of TLS, which anyio lets pass
+            raise (Uncertain if self._left else Temporary)("network", type(exc).__name__) from exc
+        finally:
+            self._check = None
+            self.idle_since = asyncio.get_running_loop().time()
+
+    def close(self) -> None:
+        """Closes it soon."""
+        self.usable = False
+        self._closing.spawn(self._close())
+
+    async def _ask(self, url: str, request: Request) -> Reply:
+        headers = {name.encode(): value.encode() for name, value in (HEADERS | request.headers).items()}
+        extensions = {"timeout": {"connect": TLS_S}, "trace": self._note}
+        asked = httpx.Request(
+            request.method, url, headers=headers, content=request.body or None, extensions=extensions
+        )
+        response = await self._transport.handle_async_request(asked)
+        self.silent = False
+        self.tls = response.extensions["network_stream"].get_extra_info("ssl_object")
+        try:
+            body, share = await self._read(response, request.largest)
+            self.usable = not has_more(response)
+        finally:
+            await response.aclose()
+        return Reply(response.status_code, dict(response.headers), body, share=share)
+
+    async def _read(self, response: httpx.Response, most: int) -> tuple[bytes, Share | None]:
+        """Raises Uncertain("unreadable") for an answer that is too large."""
+        read, share, pieces = bytearray(), None, 0
+        try:
+            async for piece in response.aiter_raw():
+                read += piece
+                if len(read) > most:
+                    raise Uncertain("unreadable", f"the answer exceeds {most} bytes")
+                if share is None and len(read) > SMALL:
+                    share = await self._budget.take(most * (2 if "content-encoding" in response.headers else 1))
+                pieces += 1
+                if pieces % PIECES == 0:
+                    await asyncio.sleep(0)
+        except BaseException:
+            if share is not None:
+                share.release()
+            raise
+        return bytes(read), share
+
+    async def _note(self, event: str, about: dict[str, Any]) -> None:
+        """How far the request is, as httpcore tells it."""
+        if event == "connection.connect_tcp.complete":
+            self._stream = about["return_value"]
+        elif event == "http11.send_request_headers.started" and about["request"].method != b"CONNECT":
+            if self._check is not None:
+                self._check()
+            self._left = True
+
+    async def _close(self) -> None:
+        await self._transport.aclose()
+        if self._stream is not None:  # httpcore forgets one whose TLS is cancelled
+            await self._stream.aclose()
+
+
+class PlainCalls(Transport[Line]):
+    """Any request, through the proxy that the environment names for it, if it names one."""
+
+    def __init__(self, *, tls: ResumingContext, budget: ByteBudget, resolver: Resolver) -> None:
+        super().__init__(tls=tls, budget=budget)
+        self._networks = {afresh: CheckedNetwork(resolver, afresh=afresh) for afresh in (False, True)}
+        self._closing = Tasks(_not_closed)
+
+    async def close(self) -> None:
+        await super().close()
+        await self._closing.ended()
+
+    async def _open(self, base: Base, timeout_s: float, *, afresh: bool) -> Line:
+        """Connects to nothing yet."""
+        transport = httpx.AsyncHTTPTransport(
+            verify=self._tls,
+            trust_env=False,
+            limits=httpx.Limits(keepalive_expiry=KEPT_S),
+            proxy=self._proxy(proxy_of(base.url)),
+        )
+        return Line(checked(transport, self._networks[afresh]), self._budget, self._closing)
+
+    def _proxy(self, url: str) -> httpx.Proxy | None:
+        """Raises Temporary."""
+        scheme = url.partition("://")[0]
+        if scheme not in ("", "http", "https"):
+            raise Temporary("network", f"a proxy that speaks {scheme!r} cannot be used")
+        try:
+            return httpx.Proxy(url, ssl_context=self._tls if scheme == "https" else None) if url else None
+        except httpx.InvalidURL as exc:
+            raise Temporary("network", "the URL of the proxy cannot be read") from exc
+
+    def _ask(
+        self,
+        line: Line,
+        base: Base,
+        request: Request,
+        timeout_s: float,
+        check: Callable[[], None] | None,
+        *,
+        afresh: bool,
+    ) -> Awaitable[Reply]:
+        return line.ask(base.url + request.path, request, timeout_s, check)
+
+
+def _not_closed(exc: BaseException) -> None:
+    log.warning("connection.not_closed", detail=type(exc).__name__)

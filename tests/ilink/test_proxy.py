@@ -1,0 +1,186 @@
+"""iLink's calls through a proxy of the environment, over real sockets: all of them go there, nothing else does."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ssl
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from adapter.errors import LeaseLost, Temporary, Uncertain
+from adapter.ilink.client import ILink
+from adapter.ilink.network import proxy_of
+from adapter.metrics import Metrics
+from adapter.ports import Account
+from tests.authority import Authority
+from tests.e2e.waiting import free_port, until
+from tests.ilink.test_transport import Server, server
+
+__all__ = ["server"]
+
+SENT = b'{"ret":0,"message_id":"1"}'
+ANSWER = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(SENT), SENT)
+NAMES = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy")
+
+
+class Proxy:
+    """Opens tunnels, and passes plain requests on."""
+
+    def __init__(self) -> None:
+        self.heads: list[bytes] = []
+        self.open = 0
+        self.refuses = False
+        self.port = 0
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.open += 1
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            head = await reader.readuntil(b"\r\n\r\n")
+            self.heads.append(head)
+            method, target, *_ = head.split()
+            if self.refuses:
+                writer.write(b"HTTP/1.1 407 Proxy Authentication Required\r\nContent-Length: 0\r\n\r\n")
+            else:
+                place = target if method == b"CONNECT" else target.split(b"/")[2]
+                further, back = await asyncio.open_connection("127.0.0.1", int(place.rpartition(b":")[2]))
+                if method == b"CONNECT":
+                    writer.write(b"HTTP/1.1 200 Connection established\r\n\r\n")
+                else:
+                    back.write(head)
+                await asyncio.gather(_pass_on(reader, back), _pass_on(further, writer))
+        self.open -= 1
+        writer.close()
+
+
+async def _pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    with contextlib.suppress(ConnectionError):
+        while data := await reader.read(65_536):
+            writer.write(data)
+    writer.close()
+
+
+@pytest.fixture
+async def proxy(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Proxy]:
+    for name in NAMES:
+        monkeypatch.delenv(name, raising=False)
+    made = Proxy()
+    listening = await asyncio.start_server(made.serve, "127.0.0.1", 0)
+    made.port = listening.sockets[0].getsockname()[1]
+    proxy_of.cache_clear()
+    async with listening:
+        yield made
+        listening.close()
+    proxy_of.cache_clear()
+
+
+def client(url: str) -> ILink:
+    return ILink(Metrics(), default_base_url=url, allowed_hosts=("127.0.0.1",), poll_margin_s=5.0, send_timeout_s=5.0)
+
+
+async def call_all(ilink: ILink, account: Account) -> None:
+    """Hot calls and others."""
+    await ilink.send(account, user="u", client_id="c", context_token="t", content="hi")
+    assert await ilink.poll(account, "", 1000) is not None
+    await ilink.notify(account, start=True)
+
+
+@pytest.mark.parametrize(
+    ("environment", "goes_there"),
+    [
+        ({}, False),
+        ({"HTTPS_PROXY": "http://127.0.0.1:{}"}, False),
+        ({"HTTP_PROXY": "http://127.0.0.1:{}"}, True),
+        ({"HTTP_PROXY": "127.0.0.1:{}"}, True),
+        ({"HTTP_PROXY": "http://127.0.0.1:{}", "NO_PROXY": "127.0.0.1"}, False),
+    ],
+    ids=["none", "of another scheme", "one", "without a scheme", "not for this host"],
+)
+async def test_a_proxy_is_asked_where_the_environment_names_one(
+    server: Server, proxy: Proxy, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], goes_there: bool
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value.format(proxy.port))
+    server.answer = Server.say(ANSWER)
+    base = server.url.removesuffix("/ilink/bot/x")
+    ilink = client(base)
+    await call_all(ilink, Account("b1@im.bot", "token", base))
+    await ilink.close()
+    assert len(server.heads) == 3
+    assert bool(proxy.heads) == goes_there
+
+
+async def test_https_goes_through_a_tunnel_that_is_kept_and_its_proxy_sees_no_token(
+    tmp_path: Path, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    authority = Authority(tmp_path)
+    monkeypatch.setenv("SSL_CERT_FILE", str(authority.file))
+    monkeypatch.setenv("HTTPS_PROXY", f"http://someone:secret@127.0.0.1:{proxy.port}")
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(*authority.issue("ilink"))
+    made = Server()
+    made.answer = Server.say(ANSWER)
+    async with await asyncio.start_server(made.serve, "127.0.0.1", 0, ssl=tls) as listening:
+        port = listening.sockets[0].getsockname()[1]
+        base = f"https://127.0.0.1:{port}"
+        ilink, account = client(base), Account("b1@im.bot", "token", base)
+        for _ in range(2):
+            await call_all(ilink, account)
+        (head,) = proxy.heads
+        await ilink.recycle(account.bot)
+        await ilink.poll(account, "", 1000)
+        assert len(proxy.heads) == 2
+        await ilink.close()
+        await until(lambda: proxy.open == 0, "nothing stays open")
+    assert len(made.heads) == 7
+    assert head.startswith(f"CONNECT 127.0.0.1:{port} HTTP/1.1\r\n".encode())
+    assert b"\r\nProxy-Authorization: Basic c29tZW9uZTpzZWNyZXQ=\r\n" in head
+    assert b"token" not in head
+    assert all(b"Proxy-" not in head for head in made.heads)
+
+
+async def test_what_a_proxy_does_not_let_through_has_not_left(proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A send may be tried again. Its lease is looked at once the tunnel stands, which takes its time."""
+    base = f"https://127.0.0.1:{free_port()}"
+    account = Account("b1@im.bot", "token", base)
+    checks: list[str] = []
+    proxy.refuses = True
+    urls = (f"http://127.0.0.1:{proxy.port}", f"http://127.0.0.1:{free_port()}", "socks5://127.0.0.1:1")
+    for url in urls:
+        monkeypatch.setenv("HTTPS_PROXY", url)
+        proxy_of.cache_clear()
+        ilink = client(base)
+        with pytest.raises(Temporary):
+            await ilink.send(
+                account, user="u", client_id="c", context_token="t", content="hi", check=lambda: checks.append("")
+            )
+        await ilink.close()
+    assert checks == []
+
+
+@pytest.mark.parametrize("lost", [True, False])
+async def test_a_send_whose_answer_is_lost_behind_a_proxy_may_have_been_done(
+    server: Server, proxy: Proxy, monkeypatch: pytest.MonkeyPatch, lost: bool
+) -> None:
+    monkeypatch.setenv("HTTP_PROXY", f"http://127.0.0.1:{proxy.port}")
+    base = server.url.removesuffix("/ilink/bot/x")
+    server.answer = Server.say(b"HTTP/1.1 200 OK\r\n", close=True)
+
+    def check() -> None:
+        if lost:
+            raise LeaseLost("lease_lost")
+
+    ilink = client(base)
+    with pytest.raises(LeaseLost if lost else Uncertain):
+        await ilink.send(
+            Account("b1@im.bot", "token", base),
+            user="u",
+            client_id="c",
+            context_token="t",
+            content="hi",
+            check=check,
+        )
+    await ilink.close()
+    assert len(server.heads) == (0 if lost else 1)
