@@ -285,14 +285,11 @@ class Metrics:
             "Age of the oldest write that its stream has not acknowledged, 0 if none. What writes there waits too.",
         )
         self.nats_streams_missing = self._gauge(
-            "nats_streams_missing", "Streams and buckets that should be there and were deleted."
+            "nats_streams_missing", "Streams and buckets that were deleted, and buckets that lack keys."
         )
         self.nats_streams_altered = self._gauge(
             "nats_streams_altered",
             "Streams and buckets changed so that a guarantee is broken, and consumers that were paused.",
-        )
-        self.nats_purges = self._counter(
-            "nats_purges", "Times that a bucket had fewer keys than were surely written, or older ones than before."
         )
         self.nats_publish_duration = self._histogram(
             "nats_publish_duration_seconds", "From a write to its acknowledgement.", _FAST_S, stream=streams

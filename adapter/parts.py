@@ -13,7 +13,6 @@ import structlog
 from adapter import __version__, media
 from adapter.bindings.control import Control
 from adapter.bindings.registry import Bindings, account_of
-from adapter.bindings.tidying import Tidying
 from adapter.connections import Connections
 from adapter.console.desk import Needs
 from adapter.console.server import Console
@@ -50,7 +49,6 @@ from adapter.outbound.sessions import BotSessions, Pollers
 from adapter.outbound.text_worker import TextWorker
 from adapter.outbound.typing_indicator import TypingDeps
 from adapter.probes import Health
-from adapter.records import Binding
 from adapter.replicas import rollcall
 from adapter.replicas.leases import Leases
 from adapter.replicas.rollcall import Polling, Present
@@ -107,8 +105,7 @@ class Parts:
         self.inspector = Inspector(
             names,
             settings,
-            metrics,
-            at_least={names.bindings: lambda: len(self.bindings), names.cursors: lambda: self.supervisor.cursor_keys},
+            at_least={names.bindings: lambda: len(self.bindings)},
         )
         self.policy = _policy(settings)
         self.limits = _limits(settings)
@@ -120,10 +117,9 @@ class Parts:
         self.uploads = Uploads(
             connections.cdn, connections.objects, clock, self.transfers, max_bytes=settings.media_max_bytes
         )
-        self.binding_bucket = connections.bucket(names.bindings)
-        self.bindings = Bindings(self.binding_bucket, self._owns, self.sealer.same)
-        self.conversation_bucket = connections.bucket(names.conversations)
-        self.conversation_store = ConversationStore(self.conversation_bucket)
+        unbound_s = max(1, int(settings.unbound_hours * 3600))
+        self.bindings = Bindings(connections.bucket(names.bindings), self.sealer.same, unbound_s=unbound_s)
+        self.conversation_store = ConversationStore(connections.bucket(names.conversations), unserved_s=unbound_s)
         self.leases = Leases(
             LeaderKvBucket(connections.lease_link, names.members, ttl_s=max(60, int(settings.lease_s * 15))),
             LeaderKvBucket(connections.lease_link, names.claims),
@@ -186,9 +182,6 @@ class Parts:
             self.names.freed(), lambda data: self.supervisor.released(data.decode("utf-8", "replace"))
         )
 
-    def _owns(self, binding: Binding) -> bool:
-        return self.leases.valid and shard_of(binding.sandbox) in self.leases.owned
-
     async def _count_connect(self, _: object) -> None:
         if self.connections.link.epoch:
             self.metrics.nats_reconnects.inc()
@@ -214,7 +207,10 @@ class Parts:
 
     def _incoming(self) -> Incoming:
         settings, names = self.settings, self.names
-        poll_streams = (names.stream_in, names.stream_raw, f"KV_{names.cursors}", f"KV_{names.conversations}")
+        poll_streams = (
+            *(names.stream_in, names.stream_raw),
+            *(f"KV_{bucket}" for bucket in (names.bindings, names.cursors, names.conversations)),
+        )
 
         async def writable() -> None:
             await self.connections.link.wait_up()
@@ -240,7 +236,7 @@ class Parts:
             waiting=self._waiting,
             raw_bots=raw_bots(self.connections.history, self.names),
             writable=writable,
-            purges=lambda: self.inspector.purges(self.names.cursors),
+            purges=lambda: 0,
             taking=asyncio.Semaphore(TAKING),
             turns=self.turns,
             starts=Pace(STARTS_PER_S),
@@ -304,6 +300,7 @@ class Parts:
             history=self.connections.history,
             names=self.names,
             check=lambda: self.leases.check(0),
+            wait_complete=lambda: self.watch.complete([f"KV_{self.names.bindings}"]),
             clock=self.clock,
             metrics=self.metrics,
         )
@@ -314,7 +311,6 @@ class Parts:
             bus=self.connections.bus,
             media_bus=self.connections.media_bus,
             inspector=self.inspector,
-            bindings=self.binding_bucket,
             leases=self.leases,
             supervisor=self.supervisor,
             tidy=self._tidy,
@@ -331,7 +327,6 @@ class Parts:
             fetching=self.fetching,
             router=self.router,
             control=self.control,
-            tidying=self._tidying,
             spawn=self.routing.spawn,
             leases=self.leases,
             names=self.names,
@@ -396,17 +391,6 @@ class Parts:
             names=self.names,
             refresh_s=self.settings.login_refresh_s,
             codes=self.settings.login_codes,
-        )
-
-    def _tidying(self, shard: int) -> Tidying:
-        return Tidying(
-            bindings=self.bindings,
-            bound=self.binding_bucket,
-            cursors=self.connections.bucket(self.names.cursors),
-            conversations=self.conversation_bucket,
-            check=lambda: self.leases.check(shard),
-            clock=self.clock,
-            keep_s=self.settings.unbound_hours * 3600,
         )
 
     async def _open_shard(self, sandbox: str) -> ConversationShard | None:

@@ -165,8 +165,6 @@ def _adapter_publishes(names: Names) -> tuple[str, ...]:
         *_api(f"STREAM.PURGE.{media}", f"STREAM.PURGE.{names.stream_event}"),
         *_api(f"CONSUMER.CREATE.{names.stream_in}.*.{names.inbox('*')}"),
         *_api(f"CONSUMER.RESET.{names.stream_in}.*"),
-        # of bots that are bound no more
-        *_api(*(f"STREAM.PURGE.KV_{bucket}" for bucket in (names.bindings, names.cursors, names.conversations))),
         *_api(*(f"CONSUMER.{verb}.{s}.*" for s in _pulled(names) for verb in ("CREATE", "RESET", "MSG.NEXT"))),
         *(f"$JS.ACK.{stream}.>" for stream in _pulled(names)),
         *(_inboxes("operator"), _inboxes("platform"), "_R_.>"),

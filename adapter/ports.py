@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from typing import Literal, NamedTuple, Protocol, TypeAlias
 
 import msgspec
@@ -383,15 +383,17 @@ class Bucket(Protocol):
     async def get(self, key: str) -> Entry | None:
         """None if the key never was. Raises Temporary."""
 
-    async def update(self, key: str, value: bytes, revision: int) -> int:
+    async def update(self, key: str, value: bytes, revision: int, *, ttl_s: int = 0) -> int:
         """Writes if the revision still is `revision` (0: the key never was); the new one. A write whose answer got
-        lost is known again where its own repeat meets it.
+        lost is known again where its own repeat meets it. With `ttl_s` the key is gone after so many seconds, unless
+        it is written again.
 
         Raises Conflict, Temporary (the bucket is full).
         """
 
-    async def delete(self, key: str, revision: int | None = None) -> int:
-        """Deletes, if the revision still is `revision` where one is given; the new one.
+    async def delete(self, key: str, revision: int | None = None, *, ttl_s: int = 0) -> int:
+        """Deletes, if the revision still is `revision` where one is given; the new one. With `ttl_s` the mark of the
+        deletion is gone after so many seconds.
 
         Raises Conflict, Temporary (the bucket is full).
         """
@@ -404,34 +406,9 @@ class Bucket(Protocol):
         on_entry: Callable[[Entry], None],
         *,
         on_loaded: Callable[[], None] | None = None,
-        on_missing: Callable[[str, bool], Awaitable[bool]] | None = None,
     ) -> None:
         """Calls `on_entry` for all that is there and every change (deleted keys too), until cancelled; `on_loaded`
-        after each complete reading; `on_missing` for each key that is there no more, and was not deleted: somebody
-        purged it, or (the flag) the bucket was lost as a whole and made anew. It is called again until it returns
-        True."""
-
-
-class Written(NamedTuple):
-    """The last write of a key."""
-
-    revision: int
-    time_ms: int
-    """By the clock of the bus."""
-    deleted: bool
-
-
-class PurgeableBucket(Protocol):
-    """A bucket for garbage collection: what is there, when it was written, and removing it without a trace."""
-
-    async def keys(self) -> list[str]:
-        """Every key of which anything is there, be it the mark of its deletion. Raises Temporary."""
-
-    async def written(self, key: str) -> Written | None:
-        """None: nothing is there. Raises Temporary."""
-
-    async def purge(self, key: str, revision: int) -> None:
-        """Removes a key, its marks too, up to a revision; what was written later stays. Raises Temporary."""
+        after each complete reading. Of a key that is there no more, and was not deleted, nothing is told."""
 
 
 class LeaderBucket(Protocol):

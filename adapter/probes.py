@@ -67,6 +67,8 @@ class Health:
         """`clock()` when the connection was lost; None while connected. See `nats_lost` and `nats_back`."""
         self.missing = ""
         """Streams and buckets that are not there any more, in words."""
+        self.incomplete = ""
+        """Buckets that lack keys which were not deleted, in words."""
         self.altered = ""
         """Those that are not as they must be any more, with what was changed, in words."""
         self.paused: list[str] = []
@@ -143,10 +145,12 @@ class Health:
 
     def _streams(self) -> str:
         """What is wrong with them, and what helps, in words; "": nothing."""
-        wrong = [
-            f"{what}: {which}" for what, which in (("deleted", self.missing), ("altered", self.altered)) if which
-        ]
-        said = [*wrong, "`wechat-nats doctor --fix`"] if wrong else []
+        troubles = (
+            ("deleted", self.missing, "restore from the backup, or create empty by `wechat-nats doctor --fix`"),
+            ("incomplete", self.incomplete, "restore from the backup"),
+            ("altered", self.altered, "`wechat-nats doctor --fix`"),
+        )
+        said = [f"{what}: {which}; {what_helps}" for what, which, what_helps in troubles if which]
         said += [f"paused: `nats consumer resume {consumer}`" for consumer in self.paused]
         return "; ".join(said)
 

@@ -1,4 +1,4 @@
-"""What runs for each shard that this replica owns: consumers, the router, control commands, cleanup."""
+"""What runs for each shard that this replica owns: consumers, the router, control commands."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import structlog
 
 from adapter.bindings.control import Control
-from adapter.bindings.tidying import Tidying, tidy_forever
 from adapter.errors import LeaseLost
 from adapter.inbound.fetching import Downloads, Fetching
 from adapter.jetstream import topology
@@ -44,7 +43,6 @@ class ShardLoops(NamedTuple):
     fetching: Fetching
     router: Router
     control: Control
-    tidying: Callable[[int], Tidying]
     spawn: Callable[[Coroutine[Any, Any, None]], object]
     """Runs what must not end with its shard: the routing of a command that is in hand."""
     leases: Leases
@@ -69,7 +67,6 @@ class ShardLoops(NamedTuple):
             work += [
                 self._lasting("router", lambda: self._consume(shard, topology.ROUTER, "router", self._route)),
                 self._lasting("control", lambda: self._commands(shard)),
-                self._lasting("tidying", lambda: tidy_forever(self.tidying(shard))),
             ]
         return work
 

@@ -109,11 +109,6 @@ class Supervisor:
             await self._opened.until(lambda: shard in self._shards or shard not in self._leases.owned, 0.5)
         return self._shards[shard]
 
-    @property
-    def cursor_keys(self) -> int:
-        """How many keys the bots that are polled have in the bucket of cursors, at least."""
-        return sum(1 + session.apart for session in self.sessions.values() if session.state == "polling")
-
     def lingers(self, bot: str) -> bool:
         """Whether a poll of a bot still waits here although its shard was handed over: what it brings is ours."""
         session = self.sessions.get(bot)
@@ -166,6 +161,12 @@ class Supervisor:
         for sandbox in {binding.sandbox for binding in (before, after) if binding is not None}:
             if shard := self._shards.get(shard_of(sandbox)):
                 shard.on_binding(sandbox)
+        if (
+            before is not None
+            and (after is None or after.sandbox != before.sandbox)
+            and (shard := self._shards.get(shard_of(before.sandbox)))
+        ):
+            shard.on_unbound(before)
         session = self.sessions.get(bot)
         if session is not None and (after is None or (before is not None and _is_elsewhere(before, after))):
             session.cut_off()  # what it polls with is worth nothing any more

@@ -9,7 +9,6 @@ import structlog
 
 from adapter.errors import BusRefused, Temporary
 from adapter.jetstream import topology
-from adapter.jetstream.buckets import KvBucket
 from adapter.jetstream.inspector import Inspector
 from adapter.jetstream.link import Link
 from adapter.jetstream.publisher import Publisher
@@ -42,7 +41,6 @@ class Watch:
         bus: Publisher,
         media_bus: Publisher,
         inspector: Inspector,
-        bindings: KvBucket,
         leases: Leases,
         supervisor: Supervisor,
         tidy: Callable[[], None],
@@ -56,7 +54,6 @@ class Watch:
         self._bus = bus
         self._media_bus = media_bus
         self._inspector = inspector
-        self._bindings = bindings
         self._leases = leases
         self._supervisor = supervisor
         self._tidy = tidy
@@ -67,13 +64,13 @@ class Watch:
         self._good = clock.monotonic()
         """When JetStream was last in order."""
         self._missing: set[str] = set()
-        """Streams that were deleted, when it was last looked."""
+        """Streams that were deleted, and buckets that lacked keys, when it was last looked."""
         self._looked = Condition()
         self._paused: dict[str, str] = {}
         """Consumers that an operator has paused, of those that are looked at, and their streams."""
 
     async def complete(self, streams: Iterable[str]) -> None:
-        """Returns when these are there."""
+        """Returns when these are there, with all their keys as far as that is known."""
         await self._looked.until(lambda: self._missing.isdisjoint(streams))
 
     def begin(self) -> None:
@@ -112,7 +109,7 @@ class Watch:
             rounds += 1
             try:
                 await self._link.probe()
-                if rounds % 2 == 1 or not self._health.jetstream_ok:  # what is back may have come back empty
+                if rounds % 2 == 1 or not self._health.jetstream_ok:  # what is back may have come back incomplete
                     await self._ask_streams()
                     await self._ask_consumers()
             except (Temporary, BusRefused) as exc:
@@ -137,15 +134,15 @@ class Watch:
     async def _ask_streams(self) -> None:
         """Raises Temporary, BusRefused."""
         missing = await self._inspector.look(self._link)
-        self._missing = set(missing)
-        self._metrics.nats_streams_missing.set(len(missing))
+        incomplete = self._inspector.incomplete
+        self._missing = {*missing, *incomplete}
+        self._metrics.nats_streams_missing.set(len(self._missing))
         altered = [f"{name} ({', '.join(d.field for d in found)})" for name, found in self._inspector.altered.items()]
         self._metrics.nats_streams_altered.set(len(altered) + len(self._paused))
         self._health.missing, self._health.altered = ", ".join(missing), ", ".join(altered)
+        self._health.incomplete = ", ".join(incomplete)
         self._health.paused = [f"{stream} {consumer}" for consumer, stream in sorted(self._paused.items())]
         self._looked.notify()
-        if self._inspector.lacks(self._names.bindings):  # also those that nobody owned at the last look
-            self._bindings.reload()
 
     async def _ask_consumers(self) -> None:
         """Raises Temporary."""

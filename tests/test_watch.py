@@ -35,15 +35,14 @@ class Replica:
         self.silence: Exception | None = None
         self.absent: list[str] = []
         self.altered: dict[str, list[Difference]] = {}
-        self.emptied = self.paused = False
-        self.reloads = 0
+        self.incomplete: list[str] = []
+        self.paused = False
         self.looks = 0
         self.watch = Watch(
             link=cast(Any, self.link),
             bus=cast(Any, self.publisher),
             media_bus=cast(Any, self.publisher),
             inspector=cast(Any, self),
-            bindings=cast(Any, self),
             leases=cast(Any, self.leases),
             supervisor=cast(Any, SimpleNamespace(in_hand=4)),
             tidy=lambda: None,
@@ -76,16 +75,8 @@ class Replica:
         self.looks += 1
         return self.absent
 
-    def lacks(self, bucket: str) -> bool:
-        return self.emptied and bucket == NAMES.bindings
-
     def messages(self, _: str) -> int:
         return 10
-
-    # as the bucket ----------------------------------------------------------------------------------
-
-    def reload(self) -> None:
-        self.reloads += 1
 
 
 def no_answer(replica: Replica) -> None:
@@ -143,21 +134,28 @@ async def test_a_lost_connection_is_no_problem_of_jetstream() -> None:
     assert (replica.problem, replica.looks) == ("", 0)
 
 
-async def test_what_is_gone_is_told_and_what_was_emptied_is_read_again() -> None:
+async def test_what_is_gone_or_lacks_keys_is_told_and_waited_for() -> None:
     replica = Replica()
-    replica.absent, replica.emptied = ["WECHAT_IN"], True
+    replica.absent, replica.incomplete = ["WECHAT_IN"], ["KV_wechat_bindings"]
     await asyncio.sleep(2 * WATCH_S)
-    assert replica.health.missing == "WECHAT_IN"
-    complete = asyncio.create_task(replica.watch.complete(["WECHAT_RAW", "WECHAT_IN"]))
-    await replica.watch.complete(["WECHAT_RAW"])
-    assert not complete.done()
-    assert replica.reloads == 1
-    assert replica.metrics.nats_streams_missing._value.get() == 1
+    (check,) = (check for check in replica.health.ready() if check.name == "streams")
+    assert (check.ok, check.detail) == (
+        False,
+        "deleted: WECHAT_IN; restore from the backup, or create empty by `wechat-nats doctor --fix`;"
+        " incomplete: KV_wechat_bindings; restore from the backup",
+    )
+    waits = [
+        asyncio.create_task(replica.watch.complete(["WECHAT_OUT", name]))
+        for name in ("WECHAT_IN", "KV_wechat_bindings")
+    ]
+    await replica.watch.complete(["WECHAT_OUT"])
+    assert not any(wait.done() for wait in waits)
+    assert replica.metrics.nats_streams_missing._value.get() == 2
     assert replica.metrics.nats_consumer_pending.labels(consumer="out")._value.get() == 6  # 10 stored, 4 in hand
-    replica.absent = []
+    replica.absent, replica.incomplete = [], []
     await asyncio.sleep(2 * WATCH_S)
-    assert replica.health.missing == ""
-    assert complete.done()
+    assert all(check.ok for check in replica.health.ready())
+    assert all(wait.done() for wait in waits)
 
 
 async def test_what_was_changed_is_told_as_long_as_it_is_so() -> None:

@@ -52,6 +52,7 @@ class Control:
         history: History,
         names: Names,
         check: Callable[[], None],
+        wait_complete: Callable[[], Awaitable[object]],
         clock: Clock,
         metrics: Metrics,
     ) -> None:
@@ -65,6 +66,8 @@ class Control:
         self._check = check
         """Raises LeaseLost where this replica may not carry commands out at this moment: one that was stopped, or cut
         off, has commands in hand that another has carried out since, and later ones with them."""
+        self._wait_complete = wait_complete
+        """Returns once the bucket of bindings lacks nothing: what is written before would go where it is restored."""
         self._clock = clock
         self._metrics = metrics
         self._numbers: asyncio.Queue[int] = asyncio.Queue()
@@ -91,6 +94,7 @@ class Control:
             while True:
                 number = await self._numbers.get()
                 if number not in self._settled:  # carried out again, an old bind would undo the unbind after it
+                    await self._wait_complete()
                     await self._carry_out(number)
                 await self._erase(self._queued[number])
                 self._settled.append(number)

@@ -23,17 +23,18 @@ class Bindings:
     def __init__(
         self,
         bucket: Bucket,
-        mine: Callable[[Binding], bool] = lambda _: False,
         same_token: Callable[[str, str, str], bool] = lambda _, one, other: one == other,
+        *,
+        unbound_s: int = 0,
     ) -> None:
+        """`unbound_s`: seconds for which the mark of an unbinding is kept; 0: for ever."""
         self.changed = Condition()
         self.loaded = False
         """False until the bucket was read once; before that, a missing binding means nothing."""
         self._bucket = bucket
-        self._mine = mine
-        """Whether this replica owns a binding's shard, and so has to restore it when it was purged."""
         self._same_token = same_token
         """Whether two stored tokens of a bot are the same token, perhaps sealed again: then nothing has changed."""
+        self._unbound_s = unbound_s
         self._by_bot: dict[str, tuple[Binding, int]] = {}
         self._by_shard: list[dict[str, dict[str, Binding]]] = [{} for _ in range(SHARDS)]
         """By sandbox and bot."""
@@ -45,7 +46,7 @@ class Bindings:
 
     async def run(self) -> None:
         """Keeps in step with the bucket, until cancelled."""
-        await self._bucket.follow(self._see, on_loaded=self._on_loaded, on_missing=self._restore)
+        await self._bucket.follow(self._see, on_loaded=self._on_loaded)
 
     def get(self, bot: str) -> Binding | None:
         found = self._by_bot.get(bot)
@@ -92,8 +93,8 @@ class Bindings:
                 return after
 
     async def remove(self, bot: str, fence: Callable[[], None] = lambda: None) -> None:
-        """Deletes a binding; one that is not there is no error. One that was purged leaves its mark all the same: who
-        remembers it would put it back. `fence`: as of `put`."""
+        """Deletes a binding; one that is not there is no error. One that the bucket has lost leaves its mark all the
+        same, for those who remember it. `fence`: as of `put`."""
         while True:
             entry = await self._bucket.get(token_of(bot))
             fence()
@@ -101,7 +102,9 @@ class Bindings:
             if gone:
                 return
             try:
-                revision = await self._bucket.delete(token_of(bot), entry.revision if entry else 0)
+                revision = await self._bucket.delete(
+                    token_of(bot), entry.revision if entry else 0, ttl_s=self._unbound_s
+                )
             except Conflict:
                 continue
             self._see(Entry(token_of(bot), None, revision))
@@ -112,23 +115,6 @@ class Bindings:
         entry = await self._bucket.get(token_of(bot))
         if entry is not None:
             self._see(entry)
-
-    async def _restore(self, key: str, anew: bool) -> bool:
-        """Puts back a binding that was purged: a purge is no unbind, and nobody else has the token any more.
-
-        Only the owner does it, who has seen every unbind; False: another replica has to. Where the bucket was made
-        `anew` whoever knows the binding does: its owner may be a replica that started on the empty bucket. Raises
-        Temporary.
-        """
-        bot = text_of(key)
-        binding = self.get(bot)
-        if binding is None:
-            return True
-        if not (anew or self._mine(binding)):
-            return False
-        if await self._write(binding, 0):
-            log.error("binding.restored", bot=bot, sandbox=binding.sandbox, detail="Its key was purged.")
-        return True
 
     async def _write(self, binding: Binding, revision: int) -> bool:
         value = msgspec.json.encode(binding)

@@ -37,6 +37,7 @@ _SEALED: dict[Sealing, str] = {
     "open": "not sealed",
     "foreign": "sealed with a key that is not set here",
 }
+RESTORE = "restore it from the backup"
 STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 
 
@@ -139,7 +140,7 @@ async def _topology(bus: Bus, settings: Settings) -> list[Check]:
     except (BusRefused, Temporary) as exc:
         return [Check("streams", "fail", f"Cannot be read ({exc.detail}): let this user publish to $JS.API.>.")]
     checks = [
-        Check(w.name, "fail", "This stream is missing: start an adapter, or use --fix.")
+        Check(w.name, "fail", f"This stream is missing: {RESTORE}; if it never was, start an adapter, or use --fix.")
         for w in missing
         if not w.stream
     ]
@@ -279,8 +280,11 @@ async def _adapters(bus: Bus) -> Check:
 async def _bindings(bus: Bus) -> Check:
     try:
         states = Counter(info.state for info in await all_bindings(bus))
+        stored = (await bus.api(f"STREAM.INFO.KV_{bus.names.bindings}")).get("state") or {}
     except Failed as exc:
         return Check("bindings", "fail", str(exc))
+    if (lost := states.total() - int(stored.get("messages", 0))) > 0:  # of a stream that is missing: all
+        return Check("bindings", "fail", f"{lost} that adapters know are not in KV_{bus.names.bindings}: {RESTORE}.")
     said = ", ".join(f"{count} {state}" for state, count in sorted(states.items())) or "none yet"
     if states["needs_login"]:
         return Check("bindings", "warn", f"{said}: those users must scan a new QR code.")

@@ -107,6 +107,8 @@ class ConversationRecord(msgspec.Struct, frozen=True, kw_only=True, omit_default
     """What the sandbox was told of the window."""
     announced_window: str = ""
     """Of which window: its inbound message."""
+    unserved: bool = False
+    """No bot of the sandbox serves the user: the record is kept for a time only."""
     typing: bool = False
     """Typing was shown to the user: a new owner hides it once with the first answer."""
 

@@ -25,7 +25,8 @@ merged into it) is worked on. What it does is the conversation's activity:
     CHECKING_SESSION  SessionChecked      IDLE: alive: once more, then refused; dead: the bot needs a login
     any               Stored              same; the queue is longer
                       Heard               same; a new window (Save)
-                      Bound               same; to no bot: every command that is not being sent ends
+                      Bound               same; to no bot: every command that is not being sent ends, and the record
+                                          is stored so that it goes in time (Save)
                       Deadline            same; what expired ends, what waited for time goes on
                       Rested              same; the record is stored (Save)
                       Ended               IDLE; what was merged with a command that the owner before ended ends, too
@@ -440,6 +441,7 @@ def step(
         conversation = _with(conversation, typing_due=False)
         effects.append(SetTyping(None, is_on=False))
     conversation = _announce(conversation, now_ms, policy, effects)
+    conversation = _note_service(conversation, effects)
     return conversation, _with_one_save(effects)
 
 
@@ -1070,6 +1072,15 @@ def _without(conversation: Conversation, sequences: set[int]) -> Conversation:
     if len(sequences) == 1 and queue and queue[0].sequence in sequences:
         return _with(conversation, queue=queue[1:])
     return _with(conversation, queue=tuple(one for one in queue if one.sequence not in sequences))
+
+
+def _note_service(conversation: Conversation, effects: list[Effect]) -> Conversation:
+    """The record of a user whom no bot serves goes in time; that of one who is served again stays."""
+    is_unserved = conversation.bot is None
+    if not conversation.user or conversation.record.unserved == is_unserved:
+        return conversation
+    effects.append(Save())
+    return _with(conversation, record=msgspec.structs.replace(conversation.record, unserved=is_unserved))
 
 
 def _announce(conversation: Conversation, now_ms: int, policy: SendPolicy, effects: list[Effect]) -> Conversation:

@@ -16,8 +16,10 @@ log = structlog.get_logger()
 class ConversationStore:
     """The bucket `wechat_conversations`."""
 
-    def __init__(self, bucket: Bucket) -> None:
+    def __init__(self, bucket: Bucket, *, unserved_s: int = 0) -> None:
+        """`unserved_s`: seconds for which a record is kept whose user no bot serves; 0: for ever."""
         self._bucket = bucket
+        self._unserved_s = unserved_s
 
     async def load(self, sandbox: str, user: str) -> tuple[ConversationRecord, int]:
         """The record and its revision; an empty one and 0 where there is none. Raises Temporary."""
@@ -31,7 +33,14 @@ class ConversationStore:
 
     async def save(self, sandbox: str, user: str, record: ConversationRecord, revision: int) -> int:
         """Writes the record if its revision still is `revision`; the new one. Raises Conflict, Temporary."""
-        return await self._bucket.update(conversation_key(sandbox, user), msgspec.json.encode(record), revision)
+        key, ttl_s = conversation_key(sandbox, user), self._unserved_s if record.unserved else 0
+        return await self._bucket.update(key, msgspec.json.encode(record), revision, ttl_s=ttl_s)
+
+
+class _Versioned(msgspec.Struct):
+    """What every version of a record has."""
+
+    v: int = VERSION
 
 
 def _record_in(entry: Entry | None) -> ConversationRecord:
@@ -39,10 +48,10 @@ def _record_in(entry: Entry | None) -> ConversationRecord:
     if entry is None or entry.value is None:
         return ConversationRecord()
     try:
-        record = msgspec.json.decode(entry.value, type=ConversationRecord)
+        version = msgspec.json.decode(entry.value, type=_Versioned).v  # first: all else may look otherwise in it
+        if version > VERSION:
+            raise Temporary("record_too_new", f"A record has version {version}, this replica knows {VERSION}.")
+        return msgspec.json.decode(entry.value, type=ConversationRecord)
     except UNDECODABLE as exc:  # another hand wrote it: what is known here is written over it
         log.error("conversation.unreadable", key=entry.key.partition(".")[0], detail=type(exc).__name__)
         return ConversationRecord()
-    if record.v > VERSION:
-        raise Temporary("record_too_new", f"A record has version {record.v}, this replica knows {VERSION}.")
-    return record

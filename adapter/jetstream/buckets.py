@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 
 import structlog
 from nats.aio.client import Client
@@ -16,20 +16,21 @@ from nats.aio.msg import Msg
 from nats.errors import Error as NatsError
 
 from adapter.errors import BusRefused, Conflict, Temporary
-from adapter.jetstream.answers import ApiAnswer, read_answer, unix_ms, write_refusal
-from adapter.jetstream.history import LeaderMessage, last_of, leader_message, read_stream, subjects_of
+from adapter.jetstream.answers import ApiAnswer, read_answer, write_refusal
+from adapter.jetstream.history import LeaderMessage, last_of, leader_message, read_stream
 from adapter.jetstream.link import Link
 from adapter.jetstream.publisher import Publisher
 from adapter.names import H_EXPECTED
-from adapter.ports import Entry, Message, Stored, Written
+from adapter.ports import Entry, Message, Stored
 
 log = structlog.get_logger()
 
 OPERATION = "KV-Operation"
+TTL = "Nats-TTL"
 MARKER = "Nats-Marker-Reason"
 PAGE = 500
 READ_ANEW_S = 5.0
-"""A bucket of leases whose newest entry is known is read no more often: only what was purged would show."""
+"""A bucket of leases whose newest entry is known is read no more often: only what has gone by its age would show."""
 FOLLOW_ANEW_S = 300.0
 """A bucket that is followed is read no more often, as long as no news is missing."""
 NEVER = -math.inf
@@ -68,7 +69,7 @@ class LeaderKvBucket:
     async def write(self, key: str, value: bytes | None, revision: int) -> int:
         headers = {H_EXPECTED: str(revision)}
         if self._ttl_s:
-            headers["Nats-TTL"] = f"{self._ttl_s}s"
+            headers[TTL] = f"{self._ttl_s}s"
         if value is None:
             headers[OPERATION] = "DEL"
         msg = await self._link.request(f"$KV.{self._name}.{key}", value or b"", timeout_s=1, headers=headers)
@@ -94,7 +95,7 @@ class LeaderKvBucket:
 
 
 class KvBucket:
-    """Implements ports.Bucket and ports.PurgeableBucket. Keys are made by `names.token_of` and `names.peer_key`.
+    """Implements ports.Bucket. Keys are made by `names.token_of` and `names.peer_key`.
 
     `replicated`: it lies on several servers, any of which answers a direct get, also one that lags; what decides
     who may do something is asked of the leader then.
@@ -107,12 +108,6 @@ class KvBucket:
         self.stream = f"KV_{name}"
         self.link = link
         self._publisher = publisher
-        self._stale = False
-
-    def reload(self) -> None:
-        """Has `follow` read everything again, now."""
-        self._stale = True
-        self.link.changed.notify()
 
     def subject(self, key: str) -> str:
         return f"$KV.{self.name}.{key}"
@@ -123,22 +118,24 @@ class KvBucket:
         stored = await last_of(self.link, self.stream, self.subject(key))
         return None if stored is None else _entry(self.name, stored)
 
-    async def update(self, key: str, value: bytes, revision: int) -> int:
+    async def update(self, key: str, value: bytes, revision: int, *, ttl_s: int = 0) -> int:
         try:
-            return await self._store(key, value, {H_EXPECTED: str(revision)})
+            return await self._store(key, value, {H_EXPECTED: str(revision)}, ttl_s)
         except Conflict:
             entry = await self.get(key)
             if entry is not None and entry.value == value:
                 return entry.revision
             raise
 
-    async def delete(self, key: str, revision: int | None = None) -> int:
+    async def delete(self, key: str, revision: int | None = None, *, ttl_s: int = 0) -> int:
         headers = {OPERATION: "DEL"}
         if revision is not None:
             headers[H_EXPECTED] = str(revision)
-        return await self._store(key, b"", headers)
+        return await self._store(key, b"", headers, ttl_s)
 
-    async def _store(self, key: str, value: bytes, headers: dict[str, str]) -> int:
+    async def _store(self, key: str, value: bytes, headers: dict[str, str], ttl_s: int) -> int:
+        if ttl_s:
+            headers[TTL] = f"{ttl_s}s"
         try:
             return (await self._publisher.publish(Message("kv", self.subject(key), value, headers))).seq
         except BusRefused as exc:
@@ -153,28 +150,11 @@ class KvBucket:
         ]
         return [entry for entry in found if entry.value is not None]
 
-    async def keys(self) -> list[str]:
-        found = await subjects_of(self.link, self.stream, self.subject(">"))
-        return [subject.removeprefix(f"$KV.{self.name}.") for subject in found]
-
-    async def written(self, key: str) -> Written | None:
-        message = await leader_message(self.link, self.stream, {"last_by_subj": self.subject(key)})
-        if message is None:
-            return None
-        return Written(message.seq, unix_ms(message.time), deleted=_is_gone(message))
-
-    async def purge(self, key: str, revision: int) -> None:
-        try:
-            await self.link.api(f"STREAM.PURGE.{self.stream}", {"filter": self.subject(key), "seq": revision + 1})
-        except BusRefused as exc:
-            raise Temporary("bus_refused", exc.detail) from exc
-
     async def follow(
         self,
         on_entry: Callable[[Entry], None],
         *,
         on_loaded: Callable[[], None] | None = None,
-        on_missing: Callable[[str, bool], Awaitable[bool]] | None = None,
         reload_s: float = 30.0,
     ) -> None:
         """News come from the subject that the server republishes to once a value is stored (the plain subject
@@ -182,7 +162,7 @@ class KvBucket:
         every `reload_s` seconds shows that something is missing, so that nothing lost on the way stays lost.
         Entries may come twice, never older than one seen before.
         """
-        follower = _Follower(self, on_entry, on_missing)
+        follower = _Follower(self, on_entry)
         self.link.on_up(follower.subscribe)
         if self.link.nc is not None:
             try:
@@ -194,8 +174,7 @@ class KvBucket:
         while True:
             try:
                 await self.link.wait_up()
-                anew = self._stale or epoch != self.link.epoch
-                epoch, self._stale = self.link.epoch, False
+                anew, epoch = epoch != self.link.epoch, self.link.epoch
                 read = await follower.renew(anew=anew)
             except Temporary as exc:
                 log.warning("bucket.unread", bucket=self.name, reason=exc.reason)
@@ -206,35 +185,26 @@ class KvBucket:
             await self._until_stale(epoch, reload_s)
 
     async def _until_stale(self, epoch: int, seconds: float) -> None:
-        """Until everything is to be read again, there is another client, or the time is over."""
-        await self.link.changed.until(lambda: self._stale or self.link.epoch != epoch, seconds)
+        """Until there is another client, or the time is over."""
+        await self.link.changed.until(lambda: self.link.epoch != epoch, seconds)
 
-    async def numbers(self) -> tuple[int, int, int]:
-        """How many keys there are, deleted ones too, the newest sequence, and the one that it was made with (see
-        `topology.create`). Raises Temporary."""
+    async def numbers(self) -> tuple[int, int]:
+        """How many keys there are, deleted ones too, and the newest sequence. Raises Temporary."""
         try:
             info = await self.link.api(f"STREAM.INFO.{self.stream}")
         except BusRefused as exc:
             raise Temporary("bus_refused", exc.detail) from exc
-        return int(info["state"]["messages"]), int(info["state"]["last_seq"]), int(info["config"].get("first_seq", 0))
+        return int(info["state"]["messages"]), int(info["state"]["last_seq"])
 
 
 class _Follower:
     """What one follower knows of a bucket."""
 
-    def __init__(
-        self,
-        bucket: KvBucket,
-        on_entry: Callable[[Entry], None],
-        on_missing: Callable[[str, bool], Awaitable[bool]] | None,
-    ) -> None:
+    def __init__(self, bucket: KvBucket, on_entry: Callable[[Entry], None]) -> None:
         self._bucket = bucket
         self._on_entry = on_entry
-        self._on_missing = on_missing
         self._revisions: dict[str, int] = {}
         """Of every key, deleted ones too."""
-        self._living: set[str] = set()
-        """Keys that were not deleted."""
         self._top = 0
         """The newest sequence that was heard of."""
         self._whole = False
@@ -257,7 +227,6 @@ class _Follower:
     def _see(self, entry: Entry) -> None:
         if entry.revision > self._revisions.get(entry.key, 0):
             self._revisions[entry.key] = entry.revision
-            (self._living.discard if entry.value is None else self._living.add)(entry.key)
             self._on_entry(entry)
 
     async def renew(self, *, anew: bool) -> bool:
@@ -266,7 +235,7 @@ class _Follower:
         Raises Temporary.
         """
         bucket, now = self._bucket, asyncio.get_running_loop().time()
-        keys, newest, begins = await bucket.numbers()
+        keys, newest = await bucket.numbers()
         known = self._whole and (keys, newest) == (len(self._revisions), self._top)
         if known and not anew and now - self._read_at <= FOLLOW_ANEW_S:
             return False
@@ -279,21 +248,15 @@ class _Follower:
             self._see(entry)
         self._whole = self._whole and (not keys or read_to >= newest)  # else a server answered that lags
         for key in [key for key in self._revisions if key not in there]:
-            await self._miss(key, begins)
+            await self._forget(key)
         self._read_at = now
         return True
 
-    async def _miss(self, key: str, begins: int) -> None:
-        """A key was not read: it was purged, or grew too old; or the server that answered lags. Raises Temporary."""
+    async def _forget(self, key: str) -> None:
+        """A key was not read: it has gone by its age, or the server that answered lags. Raises Temporary."""
         revision = self._revisions[key]
-        if await self._bucket.get(key) is not None or self._revisions[key] != revision:
-            return
-        ask = self._on_missing if key in self._living else None
-        if ask is not None and not await ask(key, revision < begins):
-            return
-        if self._revisions[key] == revision:
+        if await self._bucket.get(key) is None and self._revisions[key] == revision:
             del self._revisions[key]
-            self._living.discard(key)
 
 
 class _Ack(ApiAnswer):

@@ -111,12 +111,15 @@ def streams(names: Names, settings: Settings) -> list[Wanted]:
             "subjects": [f"$KV.{name}.>"],
             "max_msgs_per_subject": 1,
             "discard": "new",
-            "allow_rollup_hdrs": True,
+            "allow_rollup_hdrs": False,  # a roll-up is a purge
             "deny_delete": True,
+            "deny_purge": True,
             "allow_msg_ttl": expires,
             "max_age": max_age,
         }
-        critical = ["subjects", "max_msgs_per_subject"]
+        critical = ["subjects", "max_msgs_per_subject", "deny_purge"]
+        if expires:  # a write with a TTL is refused otherwise
+            critical.append("allow_msg_ttl")
         if not max_age:  # what it holds is nowhere else: tokens, places, windows
             critical.append("max_age")
         if news:
@@ -186,9 +189,9 @@ def streams(names: Names, settings: Settings) -> list[Wanted]:
             discard="new",
             max_age=0,
         ),
-        bucket(names.bindings, news=True),
+        bucket(names.bindings, news=True, expires=True),
         bucket(names.cursors),
-        bucket(names.conversations),
+        bucket(names.conversations, expires=True),
         bucket(names.members, expires=True),
         bucket(names.claims),
         bucket(names.logins, news=True, max_age=24 * HOUR_NS),

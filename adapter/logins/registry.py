@@ -116,7 +116,7 @@ class LoginRegistry:
             try:
                 written = await self._bucket.update(login, value, revision)
             except Conflict:  # somebody else wrote: look again
-                if await self._bucket.get(login) is None:  # purged
+                if await self._bucket.get(login) is None:  # its bucket was made anew
                     self._records.pop(login, None)
                 await self._clock.sleep(PATIENCE_S)
                 continue

@@ -116,8 +116,7 @@ class Leases(Membership):
             self.changed.notify()
 
     async def _check_claims(self, claims: dict[str, Entry]) -> None:
-        """An operator may purge or delete claims, or another hand change them: what is owned is put back, or given
-        up."""
+        """An operator may delete claims, or another hand change them: what is owned is put back, or given up."""
         gone = []
         for shard in sorted(self.owned):
             entry, revision = claims.get(str(shard)), self._claim_revisions[shard]
@@ -139,7 +138,7 @@ class Leases(Membership):
             revision = await self._claims.write(str(shard), mine, entry.revision if entry else 0)
         except (Temporary, Conflict):
             return  # the next round sees whose it is now
-        log.error("claim.restored", shard=shard, detail="Its key was purged, deleted or overwritten.")
+        log.error("claim.restored", shard=shard, detail="Its key was deleted or overwritten, or its bucket.")
         if shard in self.owned:
             self._claim_revisions[shard] = revision
         else:  # given back meanwhile, at a revision that was no more
@@ -174,7 +173,7 @@ class Leases(Membership):
             if claim is not None:
                 self._absent.pop(f"claim {shard}", None)
             elif self.others and not self._long_absent(f"claim {shard}"):
-                continue  # purged or deleted, perhaps: its owner puts it back
+                continue  # deleted, perhaps: its owner puts it back
             if self._best(eligible, shard) == self.incarnation:
                 if not owner or owner == self.incarnation or await self.is_dead(owner):
                     wanted.append((shard, owner, revision))

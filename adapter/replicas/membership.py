@@ -90,7 +90,7 @@ class Membership:
         self._last_read = 0.0
         self._dead: set[str] = set()
         self._absent: dict[str, float] = {}
-        """Members and claims without a trace, and since when: they may have been purged while their owner lives."""
+        """Members and claims without a trace, and since when: their bucket may be gone while their owner lives."""
 
     @property
     def valid(self) -> bool:
@@ -230,7 +230,7 @@ class Membership:
         try:
             entry = await self._members.get(incarnation)
             if entry is None and not self._long_absent(f"member {incarnation}"):
-                return False  # purged, perhaps: it learns that at its next renewal, or stops at its timer
+                return False  # its bucket is gone, perhaps: it learns that at its next renewal, or stops at its timer
             if entry is not None and entry.value is not None:
                 seen = self._seen.get(incarnation, NEVER)
                 if seen.revision != entry.revision or self._clock.monotonic() - seen.since < self._lease_s:

@@ -33,6 +33,9 @@ class Platform:
 
     def __init__(self, bench: Bench | None = None, sealer: Sealer | None = None) -> None:
         self.bench = bench or Bench()
+        self.complete = asyncio.Event()
+        """The bucket of bindings lacks nothing."""
+        self.complete.set()
         self.control = Control(
             bindings=self.bench.bindings,
             events=self.bench.events,
@@ -42,6 +45,7 @@ class Platform:
             history=self.bench.bus,
             names=self.bench.names,
             check=lambda: self.bench.leases.check(0),
+            wait_complete=self.complete.wait,
             clock=self.bench.clock,
             metrics=self.bench.metrics,
         )
@@ -219,7 +223,7 @@ async def test_a_sandbox_is_told_once_that_its_bot_has_moved_also_where_that_bre
     await platform.bind(id="r1")
     failures, update = [Temporary("bus_down")], platform.bench.bindings_bucket.update
 
-    async def fails_once(key: str, value: bytes, revision: int) -> int:
+    async def fails_once(key: str, value: bytes, revision: int, *, ttl_s: int = 0) -> int:
         if failures and breaks_off == "before":
             raise failures.pop()
         written = await update(key, value, revision)
@@ -231,6 +235,18 @@ async def test_a_sandbox_is_told_once_that_its_bot_has_moved_also_where_that_bre
     await platform.bind(sandbox="s2", id="r2")
     assert not failures
     assert platform.changes == [("s1", BOT, "bound"), ("s1", BOT, "unbound"), ("s2", BOT, "bound")]
+
+
+async def test_while_bindings_are_lost_commands_wait() -> None:
+    """What they would write would go once the bucket is restored."""
+    platform = Platform()
+    platform.complete.clear()
+    delivery = platform.publish("bind", msgspec.json.encode({"sandbox": "s1", "bot": BOT, "bot_token": TOKEN}))
+    await asyncio.sleep(3600)
+    assert (delivery.acks, platform.changes) == (0, [])
+    platform.complete.set()
+    await asyncio.sleep(1)
+    assert (delivery.acks, platform.changes) == (1, [("s1", BOT, "bound")])
 
 
 async def test_options_and_cursor_are_kept() -> None:

@@ -1,10 +1,8 @@
-"""Who serves whom, in memory: its owner puts back what a purge took, and what cannot be read changes nothing."""
+"""Who serves whom, in memory: what the bucket has lost stays, and what cannot be read changes nothing."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
-from typing import Any
 
 import msgspec
 import pytest
@@ -21,65 +19,32 @@ BOT = "b1@im.bot"
 BOUND = Binding(sandbox="s1", bot=BOT, user="u1@im.wechat", token="t")
 
 
-class Purged(FakeBucket):
-    """A bucket of which somebody may purge keys."""
-
-    missing: Callable[[str, bool], Awaitable[bool]]
-    follower: asyncio.Task[None]
-
-    async def follow(self, *args: Any, on_missing: Any = None, **kwargs: Any) -> None:
-        self.missing = on_missing
-        await super().follow(*args, **kwargs)
-
-
-async def following(*, owner: bool = True, bound: Binding | None = BOUND) -> tuple[Bindings, Purged]:
-    """Bindings that follow a bucket, as the replica that owns every shard, or none."""
-    bucket = Purged()
-    if bound is not None:
-        bucket.put(token_of(BOT), msgspec.json.encode(bound))
-    bindings = Bindings(bucket, lambda _: owner)
-    bucket.follower = asyncio.create_task(bindings.run())
+async def following() -> tuple[Bindings, FakeBucket]:
+    """Bindings that follow a bucket, with one in it."""
+    bucket = FakeBucket()
+    bucket.put(token_of(BOT), msgspec.json.encode(BOUND))
+    bindings = Bindings(bucket, unbound_s=3600)
+    asyncio.get_running_loop().create_task(bindings.run())
     await settle()
     return bindings, bucket
 
 
-@pytest.mark.parametrize(
-    ("owner", "anew", "restored"), [(True, False, True), (False, False, False), (False, True, True)]
-)
-async def test_a_purged_binding_is_put_back_by_its_owner_and_into_a_new_bucket_by_whoever_knows_it(
-    owner: bool, anew: bool, restored: bool
-) -> None:
-    """Only the owner has surely seen every unbind."""
-    bindings, bucket = await following(owner=owner)
-    bucket.entries.clear()
-    assert await bucket.missing(token_of(BOT), anew) is restored
-    assert (token_of(BOT) in bucket.entries) is restored
-    assert bindings.get(BOT) == BOUND
-
-
-async def test_a_purged_key_of_which_nothing_is_known_needs_nobody() -> None:
-    _, bucket = await following(bound=None)
-    assert await bucket.missing(token_of(BOT), False)
-    assert bucket.entries == {}
-
-
-async def test_a_binding_that_was_made_again_meanwhile_is_not_overwritten() -> None:
-    _, bucket = await following()
-    bucket.entries.clear()
-    other = msgspec.json.encode(msgspec.structs.replace(BOUND, sandbox="s2"))
-    bucket.put(token_of(BOT), other)
-    assert await bucket.missing(token_of(BOT), False)
-    assert bucket.entries[token_of(BOT)].value == other
-
-
-async def test_a_binding_that_is_unbound_before_a_purge_was_noticed_is_not_put_back() -> None:
-    """Its mark is there for the others, who remember it, too."""
+async def test_a_binding_that_the_bucket_has_lost_stays_and_can_be_unbound() -> None:
+    """Those who remember it hear of that by its mark."""
     bindings, bucket = await following()
     bucket.entries.clear()
+    assert bindings.get(BOT) == BOUND
     await bindings.remove(BOT)
-    assert await bucket.missing(token_of(BOT), True)
     assert bindings.get(BOT) is None
     assert bucket.entries[token_of(BOT)].value is None
+
+
+async def test_the_mark_of_an_unbinding_goes_in_time() -> None:
+    bindings, bucket = await following()
+    await bindings.remove(BOT)
+    assert bucket.ttls == {token_of(BOT): 3600}
+    await bindings.put(BOUND)
+    assert bucket.ttls == {}
 
 
 async def test_what_cannot_be_read_changes_nothing_and_is_said() -> None:

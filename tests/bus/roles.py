@@ -134,7 +134,7 @@ SUBJECTS = [
 ALL, PULLED, PURGED, READ, OWN = (
     "all",
     "WECHAT_OUT WECHAT_CTL",
-    "WECHAT_EVENT KV_wechat_bindings KV_wechat_cursors KV_wechat_conversations OBJ_wechat_media",
+    "WECHAT_EVENT OBJ_wechat_media",
     "WECHAT_IN WECHAT_EVENT WECHAT_DEAD OBJ_wechat_media",
     "WECHAT_IN",
 )

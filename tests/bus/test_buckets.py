@@ -12,13 +12,13 @@ import msgspec
 import pytest
 from nats.aio.msg import Msg
 
-from adapter.errors import Conflict, Temporary
+from adapter.errors import BusRefused, Conflict, Temporary
+from adapter.jetstream import topology
 from adapter.jetstream.buckets import KvBucket, LeaderKvBucket
 from adapter.jetstream.history import direct_get
 from adapter.jetstream.publisher import Publisher
 from adapter.names import SHARDS, conversation_key
 from adapter.ports import Entry, Message, PubAck, Stored
-from adapter.timing import SystemClock
 from tests.bus.rig import NAMES, STATUS, Rig, event
 from tests.e2e.waiting import eventually, until
 from tests.growth import census, growing
@@ -193,8 +193,8 @@ async def test_a_follower_that_misses_nothing_does_not_read_again(rig: Rig) -> N
     before = loads
     await more(5)
     assert loads == before
-    await bucket.purge("k5", seen[5].revision)
-    await until(lambda: loads > before, "a purge is noticed")
+    await bucket.update("k5", b"x", seen[5].revision, ttl_s=1)
+    await until(lambda: loads > before, "its end is noticed")
 
 
 async def test_a_follower_reads_again_when_the_server_that_answered_lags(
@@ -272,7 +272,7 @@ async def test_many_members_are_read_whole(rig: Rig) -> None:
 async def test_a_register_is_read_anew_when_it_has_changed_and_now_and_then(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bucket, other = LeaderKvBucket(rig.link, NAMES.claims), LeaderKvBucket(rig.link, NAMES.claims)
+    bucket, other = (LeaderKvBucket(rig.link, NAMES.members, ttl_s=60) for _ in range(2))
     first = await other.write("1", b"x", 0)
     second = await other.write("2", b"y", 0)
     known = await bucket.entries()
@@ -280,47 +280,79 @@ async def test_a_register_is_read_anew_when_it_has_changed_and_now_and_then(
     assert await bucket.entries() is known, "nothing has changed"
     third = await other.write("1", b"z", first)
     assert sorted(await bucket.entries()) == [Entry("1", b"z", third), Entry("2", b"y", second)]
-    await rig.link.api(f"STREAM.PURGE.KV_{NAMES.claims}", {"filter": f"$KV.{NAMES.claims}.2"})
+    await LeaderKvBucket(rig.link, NAMES.members, ttl_s=1).write("2", b"y", second)
     monkeypatch.setattr("adapter.jetstream.buckets.READ_ANEW_S", 0.1)
 
     async def noticed() -> bool:
         return await bucket.entries() == [Entry("1", b"z", third)]
 
-    await eventually(noticed, "the purge is seen")
+    await eventually(noticed, "the end of the other is seen")
 
 
-async def test_a_key_can_be_removed_without_a_trace_unless_it_was_written_again(rig: Rig) -> None:
-    bucket = rig.bucket()
-    before_ms = SystemClock().now_ms()
-    first = await bucket.update("a", b"1", 0)
-    other = await bucket.update("b", b"1", 0)
-    gone = await bucket.delete("b", other)
-    assert sorted(await bucket.keys()) == ["a", "b"]
-    found = {key: await bucket.written(key) for key in ("a", "b", "c")}
-    assert found["c"] is None
-    assert found["a"] is not None
-    assert found["b"] is not None
-    assert [(one.revision, one.deleted) for one in (found["a"], found["b"])] == [(first, False), (gone, True)]
-    assert all(before_ms - 1000 <= one.time_ms <= SystemClock().now_ms() + 1000 for one in found.values() if one)
-    second = await bucket.update("a", b"2", first)
-    await bucket.purge("a", first)
-    await bucket.purge("b", gone)
-    assert await bucket.keys() == ["a"]
-    assert await bucket.get("a") == Entry("a", b"2", second)
-    assert await bucket.update("b", b"3", 0) > second  # as if it had never been
+@pytest.mark.parametrize("name", [NAMES.bindings, NAMES.conversations, NAMES.members, NAMES.claims, NAMES.logins])
+async def test_nobody_empties_a_bucket(rig: Rig, name: str) -> None:
+    """Nor takes a single key out of it without a mark: what is in there is nowhere else."""
+    bucket = rig.bucket(name)
+    kept = Entry("a", b"1", await bucket.update("a", b"1", 0))
+    for verb, body, code in (
+        ("PURGE", {}, 10110),
+        ("PURGE", {"filter": bucket.subject("a")}, 10110),
+        ("MSG.DELETE", {"seq": kept.revision}, 10057),
+    ):
+        with pytest.raises(BusRefused) as refused:
+            await rig.link.api(f"STREAM.{verb}.{bucket.stream}", body)
+        assert refused.value.code == code
+    with pytest.raises(BusRefused, match="rollup not permitted"):  # as `nats kv purge` writes it
+        await rig.publisher.publish(
+            Message("kv", bucket.subject("a"), b"", {"KV-Operation": "PURGE", "Nats-Rollup": "sub"})
+        )
+    assert await bucket.get("a") == kept
+
+
+async def test_what_is_written_for_a_time_goes_by_itself_unless_it_is_written_again(rig: Rig) -> None:
+    bucket = rig.bucket(NAMES.bindings)
+    first = {key: await bucket.update(key, b"1", 0, ttl_s=1) for key in ("value", "kept")}
+    kept = await bucket.update("kept", b"2", first["kept"])
+    deleted = await bucket.delete("mark", await bucket.update("mark", b"1", 0), ttl_s=1)
+
+    async def gone() -> bool:
+        return [await bucket.get(key) for key in ("value", "mark")] == [None, None]
+
+    await eventually(gone, "the value and the mark are gone")
+    assert await bucket.get("kept") == Entry("kept", b"2", kept)
+    assert await bucket.update("mark", b"3", 0) > deleted  # as if it had never been
 
 
 async def test_a_follower_forgets_what_is_there_no_more(rig: Rig) -> None:
-    """Logins come and go, each under a name of its own."""
-    bucket = rig.bucket(NAMES.logins)
+    """Keys come and go, each under a name of its own."""
+    bucket = rig.bucket(NAMES.bindings)
     more = await looks(rig, bucket)
     rig.spawn(bucket.follow(lambda entry: None, reload_s=0.05))
     counts = []
     for round_ in range(3):
         keys = [f"k{round_}-{number}" for number in range(50)]
-        revisions = await asyncio.gather(*(bucket.update(key, b"x", 0) for key in keys))
-        for key, revision in zip(keys, revisions, strict=True):
-            await bucket.purge(key, revision)
+        await asyncio.gather(*(bucket.update(key, b"x", 0, ttl_s=1) for key in keys))
+
+        async def empty() -> bool:
+            return (await bucket.numbers())[0] == 0
+
+        await eventually(empty, "all are gone")
         await more(3)
         counts.append(census())
     assert growing(*counts, by=45) == []
+
+
+async def test_a_follower_tells_nothing_of_keys_that_a_bucket_has_lost(rig: Rig) -> None:
+    """Who knows them keeps them; what is written from then on is heard."""
+    bucket = rig.bucket(NAMES.bindings)
+    seen: list[Entry] = []
+    more = await looks(rig, bucket)
+    rig.spawn(bucket.follow(seen.append, reload_s=0.05))
+    first = Entry("a", b"1", await bucket.update("a", b"1", 0))
+    await until(lambda: seen == [first], "it is seen")
+    await rig.link.api(f"STREAM.DELETE.{bucket.stream}")
+    await topology.ensure(rig.link, NAMES, rig.bus.settings)
+    await more(3)
+    assert seen == [first]
+    second = Entry("a", b"2", await bucket.update("a", b"2", 0))
+    await until(lambda: seen == [first, second], "the next is seen")

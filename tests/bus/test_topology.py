@@ -182,6 +182,23 @@ async def test_a_stream_that_would_break_a_guarantee_stops_the_start_with_a_sent
         assert (await rig.link.api(f"STREAM.INFO.{NAMES.stream_out}"))["config"]["retention"] == "limits"
 
 
+async def test_a_bucket_that_could_be_emptied_stops_the_start_until_it_is_mended_with_its_keys(bus: Bus) -> None:
+    """As any other program makes one."""
+    async with rig_on(bus, streams=False) as rig:
+        (wanted,) = [w for w in topology.streams(NAMES, bus.settings) if w.name == f"KV_{NAMES.conversations}"]
+        usual = {"allow_rollup_hdrs": True, "deny_purge": False, "allow_msg_ttl": False}
+        await rig.link.api(f"STREAM.CREATE.{wanted.name}", wanted.config | usual)
+        kept = await rig.bucket(NAMES.conversations).update("s1.u1", b"1", 0)
+        with pytest.raises(
+            SettingsError, match=r"deny_purge is False, must be True; .*allow_msg_ttl is False, must be True"
+        ):
+            await topology.ensure(rig.link, NAMES, bus.settings)
+        _, different = await topology.inspect(rig.link, NAMES, bus.settings)
+        await topology.alter(rig.link, NAMES, bus.settings, different[0])
+        assert await topology.ensure(rig.link, NAMES, bus.settings) == []
+        assert await rig.bucket(NAMES.conversations).update("s1.u1", b"2", kept, ttl_s=60) > kept
+
+
 async def test_an_operators_own_limits_are_only_told_and_never_changed(bus: Bus) -> None:
     async with rig_on(bus, streams=False) as rig:
         (wanted,) = [w for w in topology.streams(NAMES, bus.settings) if w.name == NAMES.stream_in]

@@ -18,7 +18,8 @@ SAME_AS = {
     "subjects": "subjects", "retention": "retention", "discard": "discard", "maxAge": "max_age",
     "maxMsgsPerSubject": "max_msgs_per_subject", "maxBytes": "max_bytes", "maxConsumers": "max_consumers",
     "discardPerSubject": "discard_new_per_subject", "allowDirect": "allow_direct",
-    "allowRollup": "allow_rollup_hdrs", "denyDelete": "deny_delete", "allowMsgTtl": "allow_msg_ttl",
+    "allowRollup": "allow_rollup_hdrs", "denyDelete": "deny_delete", "denyPurge": "deny_purge",
+    "allowMsgTtl": "allow_msg_ttl",
     "duplicateWindow": "duplicate_window", "maxMsgSize": "max_msg_size", "replicas": "num_replicas",
     "storage": "storage", "name": "name",
 }  # fmt: skip

@@ -54,6 +54,7 @@ async def test_fix_creates_what_is_missing_and_says_so(cli: Command, server: Emb
 async def test_with_an_adapter_all_is_well(cli: Command, bus: Bus) -> None:
     async with answering(bus) as adapter:
         adapter.bindings = [BindingInfo(sandbox="s1", bot="b")]
+        await bus.store(f"$KV.{bus.names.bindings}.b", b"{}", {})
         result = await cli("doctor")
     assert result.code == 0
     assert "fail" not in result.out
@@ -66,9 +67,21 @@ async def test_warnings_do_not_fail(cli: Command, bus: Bus) -> None:
     await bus.js.publish(bus.names.dead("WECHAT_OUT"), b"x")
     async with answering(bus) as adapter:
         adapter.bindings = [BindingInfo(sandbox="s1", bot="b", state="needs_login")]
+        await bus.store(f"$KV.{bus.names.bindings}.b", b"{}", {})
         result = await cli("doctor", "--json")
     assert result.code == 0
     assert (states(result)["bindings"], states(result)["dead letters"]) == ("warn", "warn")
+
+
+async def test_bindings_that_the_bucket_has_lost_fail(cli: Command, bus: Bus) -> None:
+    """--fix has nothing that it could put there."""
+    async with answering(bus) as adapter:
+        adapter.bindings = [BindingInfo(sandbox="s1", bot=bot) for bot in ("a", "b", "c")]
+        await bus.store(f"$KV.{bus.names.bindings}.a", b"{}", {})
+        for result in (await cli("doctor", "--json"), await cli("doctor", "--fix", "--json")):
+            (said,) = [row["say"] for row in result.rows if row["check"] == "bindings"]
+            assert said == "2 that adapters know are not in KV_wechat_bindings: restore it from the backup."
+            assert result.code == 1
 
 
 async def test_an_operators_own_limit_is_a_warning_until_fixed(cli: Command, bus: Bus) -> None:

@@ -19,7 +19,7 @@ from adapter.contract import (
     WindowQuery,
 )
 from adapter.names import token_of
-from tests.e2e.world import NAMES, World, stream, until, world
+from tests.e2e.world import NAMES, World, eventually, stream, until, world
 
 
 async def ask(nc: Client, verb: str, query: msgspec.Struct, kind: type[Any]) -> Any:
@@ -136,6 +136,36 @@ async def test_unbind_of_a_whole_sandbox_stops_its_polls_and_refuses_its_command
         await made.settle(nc)
         (receipt,) = await made.receipts(nc)
         assert (receipt.outcome, receipt.reason) == ("refused", "not_bound")
+        await nc.close()
+
+
+async def test_what_an_unbinding_leaves_is_gone_in_time_and_nothing_else(tmp_path: Path) -> None:
+    """Of one that was unbound, and of one that has moved away."""
+    async with world(tmp_path, environ={"WECHAT_NATS_UNBOUND_HOURS": "0.0006"}) as made:
+        nc = await started(made)
+        sandboxes = ("unbound", "moves", "stays")
+        for sandbox in sandboxes:
+            made.bots[sandbox] = made.sim.add_bot()
+            await made.bind(nc, sandbox, made.bots[sandbox])
+            made.say(sandbox, "hello")
+
+        async def records() -> set[str]:
+            found = await stream(nc, f"KV_{NAMES.conversations}", f"$KV.{NAMES.conversations}.>")
+            return {subject.split(".")[2] for subject, _ in found}
+
+        async def left(*kept: str) -> bool:
+            return await records() == set(kept)
+
+        await eventually(lambda: left(*sandboxes), "all have records")
+        await made.control(nc, NAMES.unbind, msgspec.json.encode(Unbind(sandbox="unbound")))
+        await made.bind(nc, "moved", made.bots["moves"])
+        await eventually(lambda: left("stays"), "what is not served is gone")
+
+        async def unmarked() -> bool:
+            return len(await stream(nc, f"KV_{NAMES.bindings}", f"$KV.{NAMES.bindings}.>")) == 2
+
+        await eventually(unmarked, "so is the mark")
+        assert made.adapters[0].said("bucket.incomplete") == 0
         await nc.close()
 
 

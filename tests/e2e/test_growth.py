@@ -118,7 +118,8 @@ class Visitors:
     async def _is_empty(self) -> bool:
         adapter = self.adapter
         adapter.supervisor.tidy()
-        return not (await adapter.binding_bucket.keys() or adapter.supervisor.sessions)
+        keys, _ = await adapter.connections.bucket(adapter.names.bindings).numbers()
+        return not (keys or adapter.supervisor.sessions)
 
 
 def subscriptions(adapter: Parts) -> int:

@@ -141,49 +141,49 @@ async def test_consumers_that_are_deleted_are_made_again(tmp_path: Path) -> None
         assert await adapter.unready() == {}
 
 
-async def test_buckets_that_are_purged_are_filled_again(tmp_path: Path) -> None:
-    """Every bucket emptied under load; then the adapter starts anew from what is in them, and knows everything."""
+async def test_bindings_that_are_lost_stop_the_polls_until_they_are_restored(tmp_path: Path) -> None:
+    """Deleted, and then made anew without its keys; the adapter is neither stopped nor restarted."""
+    bucket = f"KV_{NAMES.bindings}"
     async with running(tmp_path) as (made, nc, adapter):
         await loaded(made, nc, 3)
-        await made.settle(nc)
-        loading = asyncio.create_task(loaded(made, nc, 12, first=3, pause_s=0.3))
-        kept = (NAMES.bindings, NAMES.cursors, NAMES.conversations, NAMES.claims)
-        others = (NAMES.members, NAMES.logins)
-        for bucket in (*kept, *others):
-            assert (await ask(nc, f"STREAM.PURGE.KV_{bucket}")).get("success")
+        await operator(made, "backup", str(tmp_path / "saved"))
+        assert (await ask(nc, f"STREAM.PURGE.{bucket}"))["error"]["err_code"] == 10110  # not permitted
+        assert (await ask(nc, f"STREAM.DELETE.{bucket}")).get("success")
+        assert f"creating stream {bucket}" in await operator(made, "doctor", "--fix")
 
-        async def bound_again() -> bool:
-            return len(await stream(nc, f"KV_{NAMES.bindings}", f"$KV.{NAMES.bindings}.>")) == BOTS
+        async def told() -> bool:
+            return await adapter.unready() == {"streams": f"incomplete: {bucket}; restore from the backup"}
 
-        # Soon after the shards are owned again, and long before the bucket would be read anyway.
-        await eventually(bound_again, "the bindings are back", patience_s=20)
-        await loading
+        await eventually(told, "it is not ready")
+        assert await adapter.metric("nats_streams_missing") == 1
+        assert f"{BOTS} that adapters know are not in {bucket}" in await operator(made, "doctor", "--json")
+        await until(lambda: made.sim.stats().parked == 0, "nobody is polled")
+        for sandbox in made.bots:
+            made.say(sandbox, "while they are gone")
+        assert (await ask(nc, f"STREAM.DELETE.{bucket}")).get("success")
+        await restore(nc, tmp_path / "saved" / bucket)
+        await eventually(adapter.is_ready, "it is ready again")
+        await loaded(made, nc, 3, first=3)
         await faultless(made, nc)
-        assert adapter.said("bucket.purged") >= 1
-        assert await adapter.metric("nats_purges_total") >= 1
-        assert adapter.said("binding.restored") == BOTS
-
-        async def cursors_again() -> bool:
-            return len(await stream(nc, f"KV_{NAMES.cursors}", f"$KV.{NAMES.cursors}.>")) == BOTS
-
-        await eventually(cursors_again, "the cursors are back")
+        assert adapter.said("bucket.incomplete") > 0
         await adapter.kill()
         await adapter.start()
-        await loaded(made, nc, 3, first=15)
+        await loaded(made, nc, 3, first=6)
         await faultless(made, nc)
 
 
 async def test_a_binding_that_is_deleted_by_hand_is_unbound(tmp_path: Path) -> None:
-    """A purge without a trace is a mishap, a key that is deleted or purged by name is meant."""
+    """Its mark says that it is meant."""
     async with running(tmp_path, bots=3) as (made, nc, adapter):
         bucket = await nc.jetstream().key_value(NAMES.bindings)
         # nats-py's `keys` says now and then that there is none
         stored = await stream(nc, f"KV_{NAMES.bindings}", f"$KV.{NAMES.bindings}.>")
         first, second, _ = [subject.removeprefix(f"$KV.{NAMES.bindings}.") for subject, _ in stored]
         await bucket.delete(first)
-        await bucket.purge(second)
-        await until(lambda: made.sim.stats().parked == 1, "two are polled no more")
-        assert adapter.said("binding.restored") == 0
+        with pytest.raises(APIError, match="rollup not permitted"):
+            await bucket.purge(second)
+        await until(lambda: made.sim.stats().parked == 2, "one is polled no more")
+        assert await adapter.unready() == {}
 
 
 async def holds(nc: Client, bucket: str) -> bool:
@@ -191,12 +191,13 @@ async def holds(nc: Client, bucket: str) -> bool:
     return any(value for _, value in await stream(nc, f"KV_{bucket}", f"$KV.{bucket}.>"))
 
 
-async def test_what_a_purge_takes_for_good_is_begun_anew(tmp_path: Path) -> None:
-    """Logins under way."""
+async def test_logins_whose_bucket_was_deleted_are_begun_anew(tmp_path: Path) -> None:
+    """No backup has them."""
     async with running(tmp_path, bots=1, qr_hold_ms=300) as (made, nc, adapter):
         lost = await start(nc, "s1")
         await eventually(lambda: holds(nc, NAMES.logins), "the bucket holds the login")
-        assert (await ask(nc, f"STREAM.PURGE.KV_{NAMES.logins}")).get("success")
+        assert (await ask(nc, f"STREAM.DELETE.KV_{NAMES.logins}")).get("success")
+        assert f"creating stream KV_{NAMES.logins}" in await operator(made, "doctor", "--fix")
 
         async def not_found() -> bool:
             return bool(await service(nc, "login.status", LoginQuery(login=lost.login), Login) == "404")
@@ -264,7 +265,7 @@ async def test_a_stream_that_is_deleted_takes_readiness_until_it_is_back(tmp_pat
         await loaded(made, nc, 3)
         await made.settle(nc)
         assert (await audit(made, nc)).faults() == []
-        gone = (NAMES.stream_out, NAMES.stream_in, NAMES.stream_ctl, f"KV_{NAMES.bindings}", f"KV_{NAMES.claims}")
+        gone = (NAMES.stream_out, NAMES.stream_in, NAMES.stream_ctl, f"KV_{NAMES.claims}")
         for name in gone:
             assert (await ask(nc, f"STREAM.DELETE.{name}")).get("success")
 
@@ -285,7 +286,6 @@ async def test_a_stream_that_is_deleted_takes_readiness_until_it_is_back(tmp_pat
         await loaded(made, nc, 3, first=3)
         await faultless(made, nc)
         assert (await made.bind(nc, "later", made.sim.add_bot())).ok
-        assert adapter.said("binding.restored") == BOTS
 
 
 async def test_streams_that_no_poll_writes_to_stop_none(tmp_path: Path) -> None:
@@ -450,22 +450,33 @@ async def test_bots_whose_restored_cursors_name_a_replica_that_does_not_poll_the
         await faultless(made, nc)
 
 
-async def test_bindings_that_their_owner_never_knew_are_put_back_by_who_did(tmp_path: Path) -> None:
-    """A replica that starts on a bucket that was lost owns shards, and knows nobody."""
+async def test_bindings_that_are_lost_with_an_owner_are_served_again_once_they_are_restored(tmp_path: Path) -> None:
+    """A replica that starts on an empty bucket knows nobody. Stopped, restored and started, all go on."""
+    bucket = f"KV_{NAMES.bindings}"
     async with running(tmp_path) as (made, nc, adapter):
+        await operator(made, "backup", str(tmp_path / "saved"))
         adapter.signal(signal.SIGSTOP)
-        assert (await ask(nc, f"STREAM.DELETE.KV_{NAMES.bindings}")).get("success")
+        assert (await ask(nc, f"STREAM.DELETE.{bucket}")).get("success")
         fresh = await made.add_adapter(WECHAT_NATS_HTTP_ADDR=f"127.0.0.1:{free_port()}", WECHAT_NATS_INSTANCE="fresh")
         await until(lambda: fresh.said("lease.expired") == 1, "it has taken everything over")
         adapter.signal(signal.SIGCONT)
 
-        async def shared() -> bool:
-            return await fresh.metric("shards_owned") < SHARDS and await adapter.metric("shards_owned") > 0
+        async def told() -> bool:
+            return "incomplete" in (await adapter.unready()).get("streams", "")
 
-        await eventually(shared, "both own shards")
+        await eventually(told, "who knows them is not ready")
+        for replica in (adapter, fresh):
+            replica.signal(signal.SIGTERM)
+            assert await replica.ended() == 0
+        only = tmp_path / "only"
+        only.mkdir()
+        (tmp_path / "saved" / bucket).rename(only / bucket)
+        assert bucket in await operator(made, "restore", str(only), "--replace")
+        for replica in (adapter, fresh):
+            await replica.start()
+        await until(lambda: made.sim.stats().parked == BOTS, "all are polled")
         await loaded(made, nc, 2)
         await faultless(made, nc)
-        assert adapter.said("binding.restored") == BOTS
 
 
 async def test_a_stream_that_is_full_loses_its_oldest_or_refuses_or_holds_up_as_promised(tmp_path: Path) -> None:

@@ -49,6 +49,7 @@ LIMITS = Limits(command_bytes=262_144, text_chars=4000, parts=10, park_ms=72 * 3
 WINDOW = WindowPolicy(sends=10, hours=23.0, cooldown_s=3600.0, low=0)
 GAP_S = 1.5
 POLICY = SendPolicy(window=WINDOW, gap_ms=int(GAP_S * 1000), attempts=3, merge_chars=0)
+UNBOUND_S = 72 * 3600
 MEDIA_BYTES = 100_000
 
 
@@ -83,12 +84,12 @@ class Bench:
         self.core = FakeCoreBus()
         self.metrics = metrics or Metrics()
         self.leases = FakeLeases(incarnation)
-        self.bindings = Bindings(self.bindings_bucket)
+        self.bindings = Bindings(self.bindings_bucket, unbound_s=UNBOUND_S)
         for entry in self.bindings_bucket.entries.values():
             self.bindings._see(entry)
         self.bindings_bucket._followers.append(self.bindings._see)
         self.bindings.loaded = True
-        self.store = ConversationStore(self.conversation_bucket)
+        self.store = ConversationStore(self.conversation_bucket, unserved_s=UNBOUND_S)
         self.processors: dict[int, ShardCommandProcessor] = {}
         """By shard: those that work here."""
         self.conversations = Conversations(self.store, self.open_shard, self._ensure_served, self.clock, POLICY)
@@ -273,6 +274,9 @@ class Bench:
             for name in {binding.sandbox for binding in (before, after) if binding is not None}:
                 if shard_of(name) == number:
                     processor.on_binding(name)
+            is_left = before is not None and (after is None or after.sandbox != before.sandbox)
+            if before is not None and is_left and shard_of(before.sandbox) == number:
+                processor.on_unbound(before)
 
         self.bindings.listen(on_change)
         return processor

@@ -207,6 +207,8 @@ class FakeBucket:
         and the repeat of the publisher met the first one. The bucket knows its own updates again."""
         self.on_write: Callable[[str], Awaitable[None]] | None = None
         """Awaited before a write."""
+        self.ttls: dict[str, int] = {}
+        """In seconds, of keys and marks of deletions that were written to be gone in time. Nothing goes here."""
         self._revision = 0
         self._followers: list[Callable[[Entry], None]] = []
 
@@ -220,19 +222,19 @@ class FakeBucket:
         found = [entry for key, entry in self.entries.items() if key.startswith(f"{first}.")]
         return [entry for entry in found if entry.value is not None]
 
-    async def update(self, key: str, value: bytes, revision: int) -> int:
+    async def update(self, key: str, value: bytes, revision: int, *, ttl_s: int = 0) -> int:
         try:
-            return await self._write(key, value, revision)
+            return await self._write(key, value, revision, ttl_s)
         except Conflict:
             entry = await self.get(key)
             if entry is not None and entry.value == value:
                 return entry.revision
             raise
 
-    async def delete(self, key: str, revision: int | None = None) -> int:
-        return await self._write(key, None, revision)
+    async def delete(self, key: str, revision: int | None = None, *, ttl_s: int = 0) -> int:
+        return await self._write(key, None, revision, ttl_s)
 
-    async def _write(self, key: str, value: bytes | None, revision: int | None) -> int:
+    async def _write(self, key: str, value: bytes | None, revision: int | None, ttl_s: int) -> int:
         await asyncio.sleep(0)
         if self.on_write is not None:
             await self.on_write(key)
@@ -240,6 +242,8 @@ class FakeBucket:
         if revision is not None and revision != (known.revision if known else 0):
             raise Conflict(10071, "wrong last sequence")
         written = self.put(key, value)
+        if ttl_s:
+            self.ttls[key] = ttl_s
         if self.answers_lost:
             self.answers_lost -= 1
             raise Conflict(10071, "wrong last sequence")
@@ -248,6 +252,7 @@ class FakeBucket:
     def put(self, key: str, value: bytes | None) -> int:
         """Writes as somebody else would; the revision."""
         self._revision += 1
+        self.ttls.pop(key, None)
         entry = self.entries[key] = Entry(key, value, self._revision)
         self.journal.append(self.label)
         for follower in self._followers:
@@ -259,7 +264,6 @@ class FakeBucket:
         on_entry: Callable[[Entry], None],
         *,
         on_loaded: Callable[[], None] | None = None,
-        on_missing: Callable[[str, bool], Awaitable[bool]] | None = None,
     ) -> None:
         self._followers.append(on_entry)
         for entry in list(self.entries.values()):

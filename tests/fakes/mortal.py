@@ -84,9 +84,9 @@ class MortalBucket(FakeBucket):
         await self._life.goes_on()
         return found
 
-    async def update(self, key: str, value: bytes, revision: int) -> int:
+    async def update(self, key: str, value: bytes, revision: int, *, ttl_s: int = 0) -> int:
         await self._life.goes_on()
-        written = await self._bucket.update(key, value, revision)
+        written = await self._bucket.update(key, value, revision, ttl_s=ttl_s)
         await self._life.goes_on()
         return written
 

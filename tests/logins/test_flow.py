@@ -71,6 +71,7 @@ class Doors:
             history=self.bench.bus,
             names=self.bench.names,
             check=lambda: None,
+            wait_complete=lambda: asyncio.sleep(0),
             clock=self.clock,
             metrics=self.bench.metrics,
         )

@@ -1,0 +1,134 @@
+"""Records of users whom nobody serves go in time, and those of a later version are left alone."""
+
+from __future__ import annotations
+
+import asyncio
+
+import msgspec
+import pytest
+from structlog.testing import capture_logs
+
+from adapter.conversation.record import VERSION
+from adapter.names import conversation_key
+from tests.fakes import Bench
+from tests.fakes.bench import UNBOUND_S
+from tests.outbound.shards import BOT, USER, outcomes, ready, user_writes
+
+VIRTUAL_TIME = True
+
+KEY = conversation_key("s1", USER)
+AGAIN = "b2@im.bot"
+
+
+def ends_in(bench: Bench) -> int:
+    """Seconds after which the record goes; 0: it stays."""
+    assert bench.record().token == "AARz"
+    return bench.conversation_bucket.ttls.get(KEY, 0)
+
+
+async def evict(bench: Bench) -> None:
+    """Nothing of any conversation is in memory."""
+    (shard,) = bench.processors.values()
+    for _ in range(2):
+        shard.evict_idle()
+        await asyncio.sleep(1)
+    assert list(shard) == []
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+async def test_the_record_of_an_unbound_user_goes_in_time_unless_a_bot_serves_them_again(*, in_memory: bool) -> None:
+    bench, shard = await ready()
+    shard.intake.on_delivery(bench.command("hi", id="c1"))
+    await asyncio.sleep(25 * 3600)  # the window has closed, and the next one opens unseen
+    bench.hears(sends_used=3)
+    if in_memory:
+        await shard.conversation(bench.bindings.of_sandbox("s1")[0], USER)
+    else:
+        await evict(bench)
+    await bench.bindings.remove(BOT)
+    await asyncio.sleep(1)
+    assert ends_in(bench) == UNBOUND_S
+    assert bench.record().unserved
+    if not in_memory:
+        await evict(bench)
+    binding = await bench.bind(bot=AGAIN)
+    bench.conversations.wake_soon(binding)  # as its poller does
+    await asyncio.sleep(1)
+    assert ends_in(bench) == 0
+    assert not bench.record().unserved
+
+
+async def test_a_bot_that_moves_leaves_a_record_that_goes_in_time() -> None:
+    bench, _ = await ready()
+    await bench.bind(sandbox="s2")
+    await asyncio.sleep(1)
+    assert ends_in(bench) == UNBOUND_S
+
+
+@pytest.mark.parametrize("change", ["replaced", "token", "lost", "unknown"])
+async def test_the_record_of_a_user_who_is_served_stays(change: str) -> None:
+    bench, shard = await ready()
+    match change:
+        case "replaced":
+            await bench.bind(bot=AGAIN)
+            await bench.bindings.remove(BOT)
+        case "token":
+            await bench.bind(token="another")
+        case "lost":
+            await bench.bind(state="needs_login")
+        case _:
+            await bench.bind(bot=AGAIN, user="")
+            await bench.bindings.remove(AGAIN)
+    await asyncio.sleep(1)
+    assert ends_in(bench) == 0
+    await user_writes(bench, bot=bench.bindings.of_sandbox("s1")[0].bot)
+    assert ends_in(bench) == 0
+    assert len(bench.conversation_bucket.entries) == 1
+    shard.stop()
+
+
+async def test_what_is_stored_of_an_unbound_user_later_goes_in_time_too() -> None:
+    """The answer to what was out as they were unbound."""
+    bench, shard = await ready()
+    bench.chat.took_s = 20.0
+    shard.intake.on_delivery(bench.command("hi", id="c1"))
+    await asyncio.sleep(5)
+    await bench.bindings.remove(BOT)
+    await asyncio.sleep(60)
+    assert outcomes(bench) == [("c1", "accepted", "")]
+    await evict(bench)
+    assert bench.record().recent == ["c1"]
+    assert ends_in(bench) == UNBOUND_S
+
+
+LATER = [{"v": VERSION + 1, "token": "AARz"}, {"v": VERSION + 1, "window": "of another form"}]
+
+
+@pytest.mark.parametrize("later", LATER, ids=["with more in it", "of another form"])
+async def test_a_record_of_a_later_version_is_left_alone_until_a_replica_comes_that_knows_it(
+    later: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the middle of an upgrade: a newer replica has handed its shard to this one. Others are served."""
+    bench, shard = await ready()
+    text = msgspec.json.encode(later)
+    bench.conversation_bucket.put(KEY, text)
+    await bench.bind(sandbox="s2", bot=AGAIN, user="u2@im.wechat")
+    bench.hears("s2", "u2@im.wechat")
+    other = bench.processor("s2")
+    with capture_logs() as logs:
+        shard.intake.on_delivery(bench.command("waits", id="c1"))
+        other.intake.on_delivery(bench.command("goes on", id="c2", sandbox="s2"))
+        heard = asyncio.create_task(user_writes(bench))
+        await bench.bind(token="another")
+        await asyncio.sleep(60)
+    assert bench.chat.texts == ["goes on"]
+    assert bench.conversation_bucket.entries[KEY].value == text
+    said = [(line["event"], line["sandbox"]) for line in logs if line.get("reason") == "record_too_new"]
+    assert set(said) == {("command.retrying", "s1")}
+    assert type(heard.exception()).__name__ == "Temporary"  # its poller tries again
+
+    bench.conversation_bucket.put(KEY, msgspec.json.encode({"v": VERSION + 1, "token": "AARz"}))
+    monkeypatch.setattr("adapter.conversation.store.VERSION", VERSION + 1)
+    await user_writes(bench)
+    await asyncio.sleep(60)
+    assert bench.chat.texts == ["goes on", "waits"]
