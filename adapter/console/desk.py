@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import NamedTuple, TypeVar
 
 import msgspec
+import structlog
 
 from adapter.bindings.registry import Bindings
 from adapter.console.guard import Guard
@@ -25,7 +26,7 @@ from adapter.conversation import window
 from adapter.conversation.record import ConversationRecord
 from adapter.conversation.store import ConversationStore
 from adapter.dead_letters import again, is_command, letter_of, original_subject
-from adapter.errors import Refused
+from adapter.errors import Refused, Temporary
 from adapter.logins.qr import element
 from adapter.logins.registry import LoginRegistry
 from adapter.names import Names
@@ -33,6 +34,8 @@ from adapter.ports import AllReplicas, Archive, Bus, Stored
 from adapter.records import Binding
 from adapter.replicas import rollcall
 from adapter.timing import Clock
+
+log = structlog.get_logger()
 
 S = TypeVar("S", bound=msgspec.Struct)
 AT_ONCE = 16
@@ -150,12 +153,14 @@ class Desk:
         polls = {bot: polling for present in replicas for bot, polling in present.polls.items()}
         now_ms = needs.clock.now_ms()
         rows = []
-        for binding, record in zip(bindings, records, strict=True):
+        for binding, found in zip(bindings, records, strict=True):
+            record = found or ConversationRecord()
             polling = polls.get(binding.bot)
             ago_ms = polling.ago_ms if polling else None
             rows.append(
                 Row(
                     binding=binding.info(),
+                    is_readable=found is not None,
                     window=window.shown(record, now_ms, needs.policy) if record.window.opened_ms else None,
                     heard_ms=record.window.opened_ms,
                     sent_ms=record.window.sent_at_ms[-1] if record.window.sent_at_ms else 0,
@@ -165,12 +170,18 @@ class Desk:
             )
         return rows
 
-    async def _record(self, binding: Binding) -> ConversationRecord:
+    async def _record(self, binding: Binding) -> ConversationRecord | None:
+        """None: only a newer version can read it. Raises Temporary."""
         if not binding.user:
             return ConversationRecord()
         async with self._room:
-            record, _ = await self._needs.conversations.load(binding.sandbox, binding.user)
-            return record
+            try:
+                return (await self._needs.conversations.load(binding.sandbox, binding.user))[0]
+            except Temporary as exc:
+                if exc.reason != "record_too_new":
+                    raise
+                log.info("console.unread", sandbox=binding.sandbox, reason=exc.reason)
+                return None
 
     async def _dead(self) -> int:
         names = self._needs.names

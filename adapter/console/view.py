@@ -16,6 +16,8 @@ class Row(NamedTuple):
     """A binding and how its user and its poller are. Times are Unix milliseconds, 0: never, None: not known."""
 
     binding: BindingInfo
+    is_readable: bool
+    """False: a newer version wrote what is kept of its user, which is not shown."""
     window: Window | None
     heard_ms: int
     sent_ms: int

@@ -20,6 +20,7 @@ from structlog.testing import capture_logs
 from adapter.console.desk import Needs
 from adapter.console.guard import SESSION_S, WRONG_A_MINUTE, Guard
 from adapter.console.server import AT_ONCE, MAX_BODY, Console, is_loopback
+from adapter.conversation.record import VERSION
 from adapter.errors import BusRefused, SettingsError, Temporary
 from adapter.logins.registry import LoginRegistry
 from adapter.names import H_DETAIL, H_MSG_ID, H_REASON, H_SUBJECT, H_TIME_MS
@@ -367,6 +368,16 @@ async def test_the_window_in_words(office: Office, context: dict[str, Any], word
     await office.bench.bind("s1")
     office.bench.hears(**context)
     assert words in (await office.browser.get("/")).text
+
+
+async def test_a_record_of_a_newer_version_hides_no_other(office: Office) -> None:
+    """In the middle of an upgrade."""
+    await office.sign_in()
+    for number in (1, 2):
+        await office.bench.bind(f"s{number}", f"b{number}@im.bot", f"u{number}@im.wechat")
+        office.bench.hears(f"s{number}", f"u{number}@im.wechat", v=VERSION + number - 1)
+    page = (await office.browser.get("/")).text
+    assert ("10 sends left" in page, page.count("of a newer version")) == (True, 1)
 
 
 async def test_a_hundred_bindings_come_in_pages_the_lost_ones_first(office: Office) -> None:

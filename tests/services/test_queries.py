@@ -8,6 +8,7 @@ import msgspec
 import pytest
 
 from adapter.contract import BindingsPage, ReplayPage, Window
+from adapter.conversation.record import VERSION
 from adapter.errors import Refused, Temporary
 from adapter.ports import Asked
 from adapter.services.queries import REPLAY_BYTES, Queries
@@ -138,6 +139,15 @@ async def test_a_question_that_has_no_answer_is_refused(verb: str, body: bytes, 
         await getattr(queries(bench), verb)(body)
     assert caught.value.reason == reason
     assert caught.value.detail
+
+
+async def test_the_window_of_a_user_whom_a_newer_version_serves_is_not_known() -> None:
+    bench = await crowd(1)
+    (binding,) = bench.bindings.of_sandbox("s0")
+    bench.hears("s0", binding.user, v=VERSION + 1)
+    with pytest.raises(Temporary) as caught:
+        await queries(bench).window(ask(sandbox="s0"))
+    assert (caught.value.reason, str(VERSION + 1) in caught.value.detail) == ("record_too_new", True)
 
 
 async def test_a_user_whom_no_bot_serves_is_told_so_and_not_to_choose() -> None:
