@@ -37,8 +37,9 @@ H_SUBJECT = "Wechat-Subject"
 H_SEQUENCE = "Wechat-Sequence"
 H_TIME_MS = "Wechat-Time-Ms"
 H_SANDBOX = "Wechat-Sandbox"
-H_SEEN = "Wechat-Seen"
-"""On inbound messages: the adapter's own keys against duplicates. Readers ignore it."""
+H_JOURNAL = "Wechat-Journal"
+"""On inbound messages: which record of the adapter's journal they are of, and where they stand in it. Readers ignore
+it."""
 H_IDS = "Wechat-Ids"
 """On inbound messages: iLink's ids of its items, for later quotes. Readers ignore it."""
 H_NEXT = "Wechat-Next"
@@ -144,9 +145,8 @@ class Names:
         self.stream_ctl = f"{upper}_CTL"
         self.stream_event = f"{upper}_EVENT"
         self.stream_dead = f"{upper}_DEAD"
-        self.stream_raw = f"{upper}_RAW"
+        self.stream_journal = f"{upper}_JOURNAL"
         self.bindings = f"{prefix}_bindings"
-        self.cursors = f"{prefix}_cursors"
         self.conversations = f"{prefix}_conversations"
         self.members = f"{prefix}_members"
         self.claims = f"{prefix}_claims"
@@ -187,9 +187,9 @@ class Names:
         """Where the receipts of all commands of a sandbox are stored, which may be `*`."""
         return f"{self.prefix}.event.{sandbox}.receipt.*"
 
-    def raw(self, shard: int | str, bot: str) -> str:
-        """Where a message waits for its media, as iLink sent it. `shard`: the sandbox's, or `*`."""
-        return f"{self.prefix}.raw.{shard}.{token_of(bot) if bot != '*' else bot}"
+    def journal(self, bot: str) -> str:
+        """What iLink handed over for a bot, and who polls it. No shard is in it: a bot that moves keeps its fence."""
+        return f"{self.prefix}.journal.{token_of(bot)}"
 
     def dead(self, stream: str) -> str:
         return f"{self.prefix}.dead.{stream}"

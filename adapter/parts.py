@@ -23,15 +23,17 @@ from adapter.conversation.shard import ConversationDeps
 from adapter.conversation.store import ConversationStore
 from adapter.conversation.uploads import Uploads
 from adapter.conversation.window import WindowPolicy
-from adapter.errors import LeaseLost, Temporary
+from adapter.errors import Temporary
 from adapter.events import Events
 from adapter.ilink.translate import read_message
 from adapter.inbound import poller
-from adapter.inbound.cursors import raw_bots
+from adapter.inbound.dispatcher import Dispatching
 from adapter.inbound.download import Downloading
-from adapter.inbound.fetching import Fetching
+from adapter.inbound.inbox import Publishing
+from adapter.inbound.journal import Journal
 from adapter.inbound.recall import Recall
-from adapter.inbound.sessions import Incoming, Waiting
+from adapter.inbound.sessions import Incoming
+from adapter.inbound.triage import Triage
 from adapter.jetstream import topology
 from adapter.jetstream.buckets import LeaderKvBucket
 from adapter.jetstream.consumer import all_settled
@@ -41,7 +43,7 @@ from adapter.logins.flow import LoginNeeds
 from adapter.logins.registry import LoginRegistry
 from adapter.logins.runner import LoginRunner
 from adapter.metrics import Metrics
-from adapter.names import Names, shard_of
+from adapter.names import Names
 from adapter.outbound.processor import OutboundDeps
 from adapter.outbound.receipts import Receipts
 from adapter.outbound.router import Router
@@ -133,7 +135,6 @@ class Parts:
         self.conversations = Conversations(
             self.conversation_store,
             self._open_shard,
-            self._ensure_served,
             clock,
             self.policy,
         )
@@ -150,16 +151,6 @@ class Parts:
         self.control = self._control()
         self.recall = Recall(self.conversations, connections.history, names, clock, metrics)
         self.incoming = self._incoming()
-        downloading = Downloading(
-            connections.cdn,
-            connections.objects,
-            lambda silk: asyncio.to_thread(media.silk_to_wav, silk),
-            clock,
-            self.transfers,
-        )
-        self.fetching = Fetching(
-            self.incoming._replace(writable=self._wait_media_writable), downloading, settings.media_wait_s
-        )
         self.outbound = self._outbound()
         self.supervisor = Supervisor(
             bindings=self.bindings,
@@ -208,8 +199,8 @@ class Parts:
     def _incoming(self) -> Incoming:
         settings, names = self.settings, self.names
         poll_streams = (
-            *(names.stream_in, names.stream_raw),
-            *(f"KV_{bucket}" for bucket in (names.bindings, names.cursors, names.conversations)),
+            *(names.stream_in, names.stream_journal),
+            *(f"KV_{bucket}" for bucket in (names.bindings, names.conversations)),
         )
 
         async def writable() -> None:
@@ -217,12 +208,11 @@ class Parts:
             await self.connections.bus.writable(poll_streams)
             await self.watch.complete(poll_streams)
 
+        journal = Journal(self.connections.bus, self.connections.history, names, self.sealer)
         return Incoming(
             chat=self.connections.chat,
-            read_message=read_message,
-            bus=self.connections.bus,
-            history=self.connections.history,
-            cursors=self.connections.bucket(self.names.cursors),
+            journal=journal,
+            dispatching=self._dispatching(journal),
             conversations=self.conversations,
             bindings=self.bindings,
             leases=self.leases,
@@ -230,25 +220,54 @@ class Parts:
             sealer=self.sealer,
             clock=self.clock,
             metrics=self.metrics,
-            names=self.names,
-            recall=self.recall,
             session_changed=self._session_changed,
-            waiting=self._waiting,
-            raw_bots=raw_bots(self.connections.history, self.names),
             writable=writable,
-            purges=lambda: 0,
+            part_bytes=lambda: self.connections.link.max_payload // 2,
             taking=asyncio.Semaphore(TAKING),
             turns=self.turns,
             starts=Pace(STARTS_PER_S),
             beat=Beat(BEAT_S),
             spread_s=lambda: len(self.supervisor.sessions) / POLLS_PER_S,
             stale_retry_s=settings.stale_retry_s,
-            skew_ms=settings.duplicate_skew_ms,
-            groups_as_direct=settings.groups_as_direct,
             notify=settings.notify,
+            keep_s=settings.unbound_hours * 3600,
             is_idle=self._is_idle,
             tell_freed=self.tell_freed,
             grace_s=self.grace_s,
+        )
+
+    def _dispatching(self, journal: Journal) -> Dispatching:
+        settings, connections = self.settings, self.connections
+        return Dispatching(
+            journal=journal,
+            triage=Triage(
+                read_message,
+                self.turns.next,
+                groups_as_direct=settings.groups_as_direct,
+                skew_ms=settings.duplicate_skew_ms,
+            ),
+            publishing=Publishing(
+                bus=connections.bus,
+                history=connections.history,
+                bindings=self.bindings,
+                conversations=self.conversations,
+                recall=self.recall,
+                events=self.events,
+                leases=self.leases,
+                clock=self.clock,
+                metrics=self.metrics,
+                names=self.names,
+            ),
+            bindings=self.bindings,
+            downloading=Downloading(
+                connections.cdn,
+                connections.objects,
+                lambda silk: asyncio.to_thread(media.silk_to_wav, silk),
+                self.clock,
+                self.transfers,
+            ),
+            media_wait_s=settings.media_wait_s,
+            media_writable=self._wait_media_writable,
         )
 
     def _outbound(self) -> OutboundDeps:
@@ -324,7 +343,6 @@ class Parts:
         return ShardLoops(
             link=self.connections.link,
             outbound=self.outbound,
-            fetching=self.fetching,
             router=self.router,
             control=self.control,
             spawn=self.routing.spawn,
@@ -405,18 +423,8 @@ class Parts:
     def _is_stale(self, bot: str) -> bool:
         return self.supervisor.is_stale(bot)
 
-    async def _waiting(self, sandbox: str) -> Waiting | None:
-        return await self.supervisor.waiting(sandbox)
-
     def _tidy(self) -> None:
         self.supervisor.tidy()
-
-    def _ensure_served(self, bot: str) -> None:
-        binding = self.bindings.get(bot)
-        if binding is None:
-            raise LeaseLost("not_bound", bot)
-        if not (self.supervisor.lingers(bot) and self.leases.valid):
-            self.leases.check(shard_of(binding.sandbox))
 
     async def _wait_for_pending_binds(self) -> None:
         """Returns once the control commands stored so far have taken effect. Raises Temporary: it takes too long."""

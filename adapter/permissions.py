@@ -125,7 +125,7 @@ def streams(names: Names) -> tuple[str, ...]:
 def buckets(names: Names) -> tuple[str, ...]:
     """Every key-value bucket."""
     return (
-        *(names.bindings, names.cursors, names.conversations, names.members),
+        *(names.bindings, names.conversations, names.members),
         *(names.claims, names.logins),
     )
 
@@ -133,7 +133,7 @@ def buckets(names: Names) -> tuple[str, ...]:
 def _plain_streams(names: Names) -> tuple[str, ...]:
     return (
         *(names.stream_in, names.stream_out, names.stream_ctl, names.stream_event),
-        *(names.stream_dead, names.stream_raw),
+        *(names.stream_dead, names.stream_journal),
     )
 
 
@@ -147,7 +147,7 @@ def _api(*verbs: str) -> tuple[str, ...]:
 
 def _emptied(names: Names) -> tuple[str, ...]:
     """Streams of which the adapter deletes single messages."""
-    return names.stream_ctl, names.stream_raw, names.stream_dead
+    return names.stream_ctl, names.stream_journal, names.stream_dead
 
 
 def _adapter_publishes(names: Names) -> tuple[str, ...]:
@@ -155,7 +155,7 @@ def _adapter_publishes(names: Names) -> tuple[str, ...]:
     return (
         *(names.inbox("*"), names.out("*"), names.bind, names.event("*", ">"), names.freed()),
         *(names.roll(), names.out_plain, names.unbind),  # for the console: who is there, and dead commands again
-        *(f"{prefix}.raw.>", names.dead("*")),
+        *(f"{prefix}.journal.>", names.dead("*")),
         *(f"$KV.{bucket}.>" for bucket in buckets(names)),
         f"$O.{names.media}.>",
         *_api("INFO", "STREAM.INFO.*", "STREAM.MSG.GET.*", "DIRECT.GET.>"),

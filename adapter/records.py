@@ -80,25 +80,6 @@ class Binding(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         )
 
 
-class Cursor(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Bucket `cursors`, key: the bot. Where to poll from, what was seen, and who polls."""
-
-    cursor: str = ""
-    """iLink's; sealed, where it is stored."""
-    seen: list[str] = []
-    """Records of adapter.dedup, oldest first: the newest ones, as far as they are not stored apart."""
-    apart: int = 0
-    """Revision of the key `<bot>/seen`, which has the older records as a JSON list; 0: there are none. So a message
-    costs a short write, and only some dozens together a long one."""
-    last_seq: int = 0
-    """Sequence in WECHAT_IN of the newest message that is among those seen; later ones were published without it."""
-    owner: str = ""
-    """Incarnation of the replica that polls; "" when nobody does. The epoch of the compare-and-set: writing one's
-    own name raises the revision, so that every write of the owner before is refused."""
-    start: str | None = None
-    """A digest of the bind request's start cursor that was applied, so that it is applied once; "" is the start."""
-
-
 class LoginCode(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One QR code of a login. Handle and URL are sealed: who has them can fetch the token."""
 

@@ -17,6 +17,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from adapter.errors import Refused
 
 MARK = "s1."
+_KEY_ID_CHARS = 8
 Sealing: TypeAlias = Literal["sealed", "older", "open", "foreign"]
 """With the first key; with another of ours; not at all; with a key that is not ours."""
 
@@ -58,6 +59,28 @@ class Sealer:
         sealed = self._keys[self._first].encrypt(nonce, token.encode(), bot.encode())
         return f"{MARK}{self._first}.{base64.urlsafe_b64encode(nonce + sealed).decode()}"
 
+    def seal_bytes(self, context: str, data: bytes) -> bytes:
+        """As `seal`, of bytes that may be large: without base64."""
+        if not self._first:
+            return data
+        nonce = secrets.token_bytes(12)
+        sealed = self._keys[self._first].encrypt(nonce, data, context.encode())
+        return f"{MARK}{self._first}.".encode() + nonce + sealed
+
+    def open_bytes(self, context: str, stored: bytes) -> bytes:
+        """Raises Refused("token_key") when no key of ours opens it."""
+        if not stored.startswith(MARK.encode()):
+            return stored
+        head = len(MARK) + _KEY_ID_CHARS
+        key = self._keys.get(stored[len(MARK) : head].decode("ascii", "replace"))
+        if key is None:
+            raise Refused("token_key", "It was sealed with a key that is not in WECHAT_NATS_TOKEN_KEY.")
+        nonce, sealed = stored[head + 1 : head + 13], stored[head + 13 :]
+        try:
+            return key.decrypt(nonce, sealed, context.encode())
+        except (InvalidTag, ValueError) as exc:
+            raise Refused("token_key", "What is sealed was changed, or belongs elsewhere.") from exc
+
     def open(self, bot: str, stored: str) -> str:
         """Raises Refused("token_key") when no key of ours opens it."""
         if not stored.startswith(MARK):
@@ -78,8 +101,13 @@ def bind_context(sandbox: str, bot: str) -> str:
 
 
 def cursor_context(bot: str) -> str:
-    """What iLink's cursor of a bot belongs to. It is sealed, too: the bot's token stands in it, in base64."""
+    """What the start cursor of a binding belongs to. It is sealed, too: the bot's token stands in it, in base64."""
     return f"cursor {bot}"
+
+
+def journal_context(bot: str, version: int, owner: str) -> str:
+    """What a journal record belongs to: a bot, and what stands in clear beside it."""
+    return f"journal {bot} {version} {owner}"
 
 
 def login_context(login: str, what: str) -> str:

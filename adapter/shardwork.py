@@ -10,7 +10,6 @@ import structlog
 
 from adapter.bindings.control import Control
 from adapter.errors import LeaseLost
-from adapter.inbound.fetching import Downloads, Fetching
 from adapter.jetstream import topology
 from adapter.jetstream.consumer import Consumer
 from adapter.jetstream.link import Link
@@ -40,7 +39,6 @@ class ShardLoops(NamedTuple):
 
     link: Link
     outbound: OutboundDeps
-    fetching: Fetching
     router: Router
     control: Control
     spawn: Callable[[Coroutine[Any, Any, None]], object]
@@ -53,9 +51,6 @@ class ShardLoops(NamedTuple):
 
     def processor(self, shard: int) -> ShardCommandProcessor:
         return ShardCommandProcessor(shard, self.outbound)
-
-    def downloads(self, shard: int) -> Downloads:
-        return Downloads(shard, self.fetching)
 
     def failed(self, name: str, detail: str) -> None:
         self.health.fail(name, detail)

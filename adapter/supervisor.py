@@ -10,8 +10,6 @@ from typing import Any, Protocol
 import structlog
 
 from adapter.bindings.registry import Bindings
-from adapter.errors import Temporary
-from adapter.inbound.fetching import Downloads
 from adapter.inbound.sessions import Session, State
 from adapter.metrics import PARKED, STATES, Metrics
 from adapter.names import SHARDS, shard_of
@@ -22,8 +20,8 @@ from adapter.timing import Clock, Condition, any_of
 
 log = structlog.get_logger()
 
-DOWNLOADS_S = 1.0
-"""For downloads that are nearly done when a shard is handed over; the others are left to the next owner."""
+DISPATCH_S = 1.0
+"""For what is nearly dispatched when a shard is handed over; the rest is in the journal, for the next owner."""
 HANDED_AT_ONCE = 16
 """Shards handed over at once: their users wait for the requests that are out, the others need not."""
 SEND_GRACE_S = 20.0
@@ -34,8 +32,6 @@ class ShardWork(Protocol):
     """What the composition root builds for an owned shard."""
 
     def processor(self, shard: int) -> ShardCommandProcessor: ...
-
-    def downloads(self, shard: int) -> Downloads: ...
 
     def failed(self, name: str, detail: str) -> None:
         """Something that must run died for good: only a restart of the process helps."""
@@ -73,7 +69,6 @@ class Supervisor:
         self._capacity = capacity
         self._pollers: dict[str, asyncio.Task[None]] = {}
         self._shards: dict[int, ShardCommandProcessor] = {}
-        self._downloads: dict[int, Downloads] = {}
         self._opened = Condition()
         self._consumers: dict[int, list[asyncio.Task[None]]] = {}
         self._loads: dict[int, asyncio.Task[None]] = {}
@@ -109,21 +104,22 @@ class Supervisor:
             await self._opened.until(lambda: shard in self._shards or shard not in self._leases.owned, 0.5)
         return self._shards[shard]
 
-    def lingers(self, bot: str) -> bool:
-        """Whether a poll of a bot still waits here although its shard was handed over: what it brings is ours."""
-        session = self.sessions.get(bot)
-        return session is not None and session.lingering
-
     def released(self, bot: str) -> None:
-        """Another replica has given a bot back, which may be polled here; or without a bot: a shard."""
+        """Another replica has given a bot back, which may be polled here, or has stored something late for it; or
+        without a bot: a shard."""
         if not bot:
             self._leases.look()
         if session := self.sessions.get(bot):
+            session.has_late = True
             session.freed.set()
 
     def is_stale(self, bot: str) -> bool:
         session = self.sessions.get(bot)
         return session is not None and session.stale
+
+    def is_catching_up(self, bot: str) -> bool:
+        session = self.sessions.get(bot)
+        return session is not None and session.is_catching_up
 
     def poll_now(self, bot: str) -> None:
         """Ends the bot's long poll, so that the next one shows what iLink thinks of its token."""
@@ -133,7 +129,7 @@ class Supervisor:
     def has_polled_since(self, bot: str, since: float) -> bool:
         """Whether a poll of the bot was answered after the monotonic time `since`."""
         session = self.sessions.get(bot)
-        return session is not None and not session.stale and session.answered > since
+        return session is not None and not session.stale and session.polled_at > since
 
     def polls(self, bots: Sequence[str]) -> dict[str, tuple[State, float | None]]:
         """How those of `bots` that are polled here fare, and seconds since iLink answered (None: not yet)."""
@@ -143,16 +139,6 @@ class Supervisor:
             bot: (session.state, now - session.answered if session.answered else None)
             for bot, session in found.items()
         }
-
-    async def waiting(self, sandbox: str) -> Downloads | None:
-        """The messages of a sandbox's shard that wait for media, once they are loaded; None where the shard is not
-        this replica's."""
-        shard = shard_of(sandbox)
-        while shard not in self._downloads:
-            if shard not in self._leases.owned or shard in self._leaving or self._draining:
-                return None
-            await self._opened.until(lambda: shard in self._downloads or shard not in self._leases.owned, 0.5)
-        return self._downloads[shard]
 
     # following --------------------------------------------------------------------------------------
 
@@ -296,20 +282,8 @@ class Supervisor:
         load.add_done_callback(self._report)
 
     async def _open(self, shard: int) -> None:
-        """Starts a shard: loads what waits for media, before a poller stores more, then starts its consumers."""
-        while True:
-            processor, downloads = self._work.processor(shard), self._work.downloads(shard)
-            try:
-                await downloads.load()
-                break
-            except Temporary as exc:
-                log.warning("shard.waits", shard=shard, reason=exc.reason)
-                downloads.stop()
-                await self._clock.sleep(0.5)
-            except BaseException:  # the shard is lost again
-                downloads.stop()
-                raise
-        self._shards[shard], self._downloads[shard] = processor, downloads
+        """Starts a shard and its consumers."""
+        processor = self._shards[shard] = self._work.processor(shard)
         self._opened.notify()
         loop = asyncio.get_running_loop()
         self._consumers[shard] = [loop.create_task(work) for work in self._work.consume(shard, processor)]
@@ -325,8 +299,6 @@ class Supervisor:
 
     def _drop(self, shard: int) -> None:
         self._close(shard)
-        if downloads := self._downloads.pop(shard, None):
-            downloads.stop()
         if processor := self._shards.pop(shard, None):
             processor.stop()
 
@@ -342,11 +314,7 @@ class Supervisor:
 
     async def _give_away(self, shard: int, grace_s: float) -> None:
         self._close(shard)
-        if downloads := self._downloads.pop(shard, None):
-            try:
-                await downloads.drain(DOWNLOADS_S)
-            finally:
-                downloads.stop()
+        await self._end_dispatch(shard)
         if processor := self._shards.pop(shard, None):
             try:
                 await processor.drain(grace_s)
@@ -360,6 +328,19 @@ class Supervisor:
                     session.leave(now=False)
         await self._leases.release(shard)
         await self._tell_freed()
+
+    async def _end_dispatch(self, shard: int) -> None:
+        """Polls may go on and store what they bring; to dispatch it is the next owner's."""
+        bots = [binding.bot for binding in self._bindings.of_shard(shard)]
+        sessions = [session for bot in bots if (session := self.sessions.get(bot)) is not None]
+
+        async def end(session: Session) -> None:
+            if session.dispatcher is not None and not await session.dispatcher.drain(DISPATCH_S):
+                session.leave(now=True)  # what is left over waits for nothing but the next owner
+
+        for session in sessions:
+            session.is_handed_over = True
+        await asyncio.gather(*(end(session) for session in sessions))
 
     # leaving ----------------------------------------------------------------------------------------
 

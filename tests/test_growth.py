@@ -175,7 +175,6 @@ async def test_what_has_ended_goes_without_the_garbage_collector() -> None:
         before = there()
         shard, session = ShardCommandProcessor(1, bench.outbound()), Session(BOT)
         connection = Connection(ByteBudget())
-        session.fenced(bench.incoming(), "owner")
         connection.connection_made(Wire())
         assert there() == before + 3
         shard.stop()

@@ -122,7 +122,14 @@ TRIED = {
     "conversation/split.py": 8,
 }
 """Regular expressions by file of `adapter/`, which RULES try."""
-OPERATORS = {"cli/options.py": 1, "cli/send.py": 1, "embedded.py": 2, "environment.py": 3, "settings.py": 2}
+OPERATORS = {
+    "cli/options.py": 1,
+    "cli/run.py": 1,
+    "cli/send.py": 1,
+    "embedded.py": 2,
+    "environment.py": 3,
+    "settings.py": 2,
+}
 """Those that see nothing but what an operator typed or set, and what the server beside us says of itself."""
 
 

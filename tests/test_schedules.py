@@ -9,6 +9,7 @@ user, or goes out over a bot that serves another sandbox by then; and nothing is
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
 import os
 import random
@@ -294,6 +295,8 @@ class Model:
         self.bots = {user: f"{user}b0@im.bot" for user in USERS}
         self.tokens = 0
         self.wrote: dict[str, list[int]] = defaultdict(list)
+        self.journal: dict[str, tuple[str, int]] = {}
+        """By bot: who wrote last, and when."""
         self.deaths = 0
         self.unsaved = 0
         """How often a replica ended while nobody could write down what it knew."""
@@ -331,6 +334,8 @@ class Model:
 
     async def take_over(self, owner: Replica) -> None:
         self.owner = owner
+        for bot in self.journal:
+            self.call_later(0.0, partial(self._hear, bot))
         await self.reset()
 
     async def reset(self) -> None:
@@ -396,12 +401,20 @@ class Model:
                 await self._replace(binding.sandbox, bot, name)
                 await self.world.bindings.change(bot, lambda now: msgspec.structs.replace(now, user=name))
         self.wrote[bot].append(len(self.chat.sent))
-        now_ms = self.world.clock.now_ms()
-        try:
-            now = self.world.bindings.get(bot) or binding
-            await bench.conversations.hear(now, name, message=f"in:{now_ms}", token="AARz", written_ms=now_ms)
-        except (Temporary, LeaseLost):
+        self.journal[bot] = name, self.world.clock.now_ms()
+        await self._hear(bot)
+
+    async def _hear(self, bot: str) -> None:
+        """What the dispatcher tells of a bot's last message, and once more the next owner's."""
+        name, said_ms = self.journal[bot]
+        binding = self.world.bindings.get(bot)
+        if binding is None:
             return
+        conversations = self.owner.benches[binding.sandbox].conversations
+        with contextlib.suppress(Temporary, LeaseLost):
+            await conversations.hear(
+                binding, name, message=f"in:{said_ms}", token="AARz", written_ms=said_ms, sequence=said_ms
+            )
 
     async def answers(self, *, user: str, answers: Sequence[str]) -> None:
         script = self.chat.sends_to.setdefault(f"{user}@im.wechat", deque())

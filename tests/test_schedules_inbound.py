@@ -1,7 +1,8 @@
 """Random schedules of what users say: all of it is on the bus once, in order, in the sandbox that the bot served.
 
 Made and run as those of test_schedules. iLink is a mailbox here: it answers from the cursor that it is shown, now and
-then from an earlier one, with the same messages under other ids. A cursor never passes what is not stored.
+then from an earlier one, with the same messages under other ids. A poll never shows a cursor that passes what the
+journal has not.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import asyncio
 import os
 import random
 from collections import Counter
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -17,9 +19,9 @@ import msgspec
 import pytest
 
 from adapter.errors import SessionExpired, Temporary
+from adapter.inbound.journal import JournalRecord
 from adapter.inbound.poller import tend
 from adapter.inbound.sessions import Session
-from adapter.names import token_of
 from adapter.ports import Account, Polled
 from adapter.simulator import samples
 from tests.fakes import EPOCH_MS, Bench, FakeChat, VirtualLoop, settle
@@ -77,6 +79,7 @@ class Mailbox(FakeChat):
         """When each message was given first."""
         self.fails: list[Exception] = []
         self.out = 0
+        self.before_poll: Callable[[str], None] = lambda _: None
         self._cdn = cdn
 
     def say(self, kind: str) -> None:
@@ -101,6 +104,7 @@ class Mailbox(FakeChat):
 
     async def poll(self, account: Account, cursor: str, hold_ms: int) -> Polled | None:
         assert not self.out, "two polls at once"
+        self.before_poll(cursor)
         self.out += 1
         try:
             await asyncio.sleep(0.05)
@@ -134,13 +138,6 @@ class Replica:
         bench.bindings.listen(self._changed)
 
     async def run(self) -> None:
-        for name in SANDBOXES:
-            while True:
-                try:
-                    await self.bench.downloads(name)
-                    break
-                except Temporary:
-                    await asyncio.sleep(0.5)
         self.keeper = asyncio.get_running_loop().create_task(self._keep())
 
     async def _keep(self) -> None:
@@ -160,11 +157,17 @@ class Replica:
 
     async def leave(self) -> None:
         self.goes_on = False
-        if self.session is not None and self.poller is not None:
-            self.session.leave(now=False)
+        session = self.session
+        if session is not None:
+            session.is_handed_over = True
+            if session.dispatcher is not None and not await session.dispatcher.drain(1.0):
+                session.leave(now=True)
+        for processor in self.bench.processors.values():
+            await processor.drain(1.0)
+        if session is not None and self.poller is not None:
+            session.lingering = True
+            session.leave(now=False)
             await asyncio.wait([self.poller])
-        for downloads in self.bench.opened.values():
-            downloads.stop()
         self.bench.leases.owned.clear()
 
     async def die(self) -> None:
@@ -172,8 +175,8 @@ class Replica:
         for task in asyncio.all_tasks() - {asyncio.current_task()}:
             if task.get_name() != "later":
                 task.cancel()
-        for downloads in self.bench.opened.values():
-            downloads.stop()
+        for processor in self.bench.processors.values():
+            processor.stop()
         self.bench.leases.owned.clear()
         self.bench.leases.is_valid = False
         await settle()
@@ -187,13 +190,19 @@ class Model:
         self.up = asyncio.Event()
         self.up.set()
         self.world.bus.on_publish = self._wait
-        self.world.cursors.on_write = self._wait
+        self.world.conversation_bucket.on_write = self._wait
+        self.box.before_poll = self._check_cursor
         self.replicas = 0
         self.waits: list[asyncio.Task[None]] = []
         self.served: list[tuple[float, str]] = []
         self.passed: list[str] = []
+        self.stored: set[int] = set()
+        """When what the journal has was written."""
+        self.read_to = 0
+        """Up to where the journal was looked at."""
 
     async def _wait(self, *_: object) -> None:
+        self._read_journal()
         await self.up.wait()
 
     async def begin(self) -> None:
@@ -201,23 +210,25 @@ class Model:
             lambda bot, before, after: self.served.append((self.now(), after.sandbox if after else ""))
         )
         await self.world.bind()
-        self.world.cursors._followers.append(self._cursor)
         await self.take_over()
 
     def now(self) -> float:
         return self.world.clock.monotonic()
 
-    def _cursor(self, entry: Any) -> None:
-        """What a cursor passes is stored."""
-        if entry.value is None or entry.key != token_of(BOT):
-            return
-        given = int(msgspec.json.decode(entry.value).get("cursor") or 0)
-        stored = len(set(self.ids())) + len(self.world.bus.found("RAW")) + len(self.world.bus.found("DEAD"))
-        if given > stored:
-            self.passed.append(f"the cursor says {given}, and {stored} are stored")
+    def _check_cursor(self, cursor: str) -> None:
+        """What a cursor passes is, or was, in the journal."""
+        self._read_journal()
+        if int(cursor or 0) > len(self.stored):
+            self.passed.append(f"the cursor says {cursor}, and {len(self.stored)} are stored")
 
-    def ids(self) -> list[str]:
-        return [one.id for one in self.world.bus.inbound()]
+    def _read_journal(self) -> None:
+        for stored in self.world.bus.found("JOURNAL"):
+            if stored.seq <= self.read_to:
+                continue
+            self.read_to = stored.seq
+            _, _, body = msgspec.msgpack.decode(stored.data, type=tuple[int, str, bytes])
+            record = msgspec.msgpack.decode(body, type=JournalRecord)
+            self.stored |= {msgspec.json.decode(one)["create_time_ms"] for one in record.messages}
 
     async def take_over(self) -> None:
         self.replicas += 1
@@ -314,13 +325,11 @@ class Model:
             own = [n for n, one in zip(numbers, inbound, strict=True) if one.sandbox == name]
             if any(a > b for a, b in pairwise(own)):
                 wrong.append(f"order: {name} read {own}")
-        if left := self.world.bus.found("RAW"):
-            wrong.append(f"left: {len(left)} raw")
         spans = [(begin, end, name) for (begin, name), (end, _) in pairwise([*self.served, (float("inf"), "")])]
         kept = [one for one in self.world.bus.kept if one.stream == "WECHAT_IN"]
         for one, number, stored in zip(inbound, numbers, kept, strict=True):
             until = 1000 + (stored.time_ms - EPOCH_MS) / 1000
-            during = [name for begin, end, name in spans if begin <= until and end >= self.box.given[number]]
+            during = [name for begin, end, name in spans if begin <= until + 1e-6 and end >= self.box.given[number]]
             if one.sandbox not in during:
                 wrong.append(f"sandbox: {one.sandbox} got {number}; meanwhile {during} were served")
         return wrong

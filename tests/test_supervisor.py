@@ -111,7 +111,7 @@ async def test_what_the_polls_of_a_bot_show_of_its_token(bench: Bench) -> None:
     binding = next(iter(bench.bindings))
     assert not made.has_polled_since(binding.bot, 0.0)
     session = made.sessions[binding.bot] = Session(binding.bot)
-    session.answered = 10.0
+    session.polled_at = 10.0
     assert [made.has_polled_since(binding.bot, since) for since in (5.0, 10.0, 15.0)] == [True, False, False]
     session.stale = True
     assert not made.has_polled_since(binding.bot, 5.0)
@@ -321,6 +321,6 @@ async def test_who_stops_while_it_gives_a_shard_away_gives_it_only_once_its_requ
 async def test_messages_need_not_wait_for_the_requests_of_a_shard_that_is_given_away() -> None:
     made, _, sending, _ = await handing_over(Bench())
     async with asyncio.timeout(1.0):
-        assert await made.waiting("s1") is None
+        assert await made.open_shard("s1") is None
     sending.answered.set()
     await settle()

@@ -2,7 +2,7 @@
 
 Everything that a conversation waits for (a message of the user, a binding, a slot, an upload, an answer, time) is an
 input in its mailbox. One task works the mailbox off and ends when it is empty. What is out (a request, an upload, a
-read-back) has one task of its own, so that a message of the user is stored although a request hangs. The actor is the
+read-back) has one task of its own, so that a message of the user is heard although a request hangs. The actor is the
 only writer of the conversation's record.
 """
 
@@ -29,6 +29,8 @@ log = structlog.get_logger()
 LONGEST_TIMER_S = 3600.0
 """The clock is looked at again after so long: it may be set, and the machine may sleep."""
 SHORTEST_TIMER_S = 0.01
+STORED_WITHIN_S = 0.5
+"""What the user said is stored after so long: once for all that is said until then, and the inbox has by then."""
 
 
 class _Mail(NamedTuple):
@@ -49,6 +51,10 @@ class ConversationActor:
         self._mailbox: deque[_Mail] = deque()
         self._task: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self._store_timer: asyncio.TimerHandle | None = None
+        """Set while what the user said is not stored."""
+        self._undispatched: dict[str, int] = {}
+        """By bot: the newest sequence of its journal that was heard and is not in the inbox as a whole."""
         self._stopped = False
 
     @property
@@ -72,21 +78,35 @@ class ConversationActor:
         if self._task is None:
             self._task = asyncio.get_running_loop().create_task(self._run())
 
-    async def hear(self, heard: rules.Heard) -> None:
-        """The user wrote: returns once the record is stored. Raises LeaseLost, and what the rules raise of it."""
+    def hear(self, heard: rules.Heard) -> asyncio.Future[None]:
+        """The user wrote: done once the conversation knows it. It raises LeaseLost, and what the rules raise."""
+        self._undispatched[heard.bot] = heard.sequence
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.put(heard, done)
-        await done
+        return done
 
     def refresh_bot(self) -> None:
         """Looks which bot serves the user now."""
         state = self.state
         self.put(rules.Bound(self._shard.bot_of(state.sandbox, state.user, state.record.bot)))
 
-    async def adopt_stored(self) -> None:
-        """Reads the record anew: a poller that ends at another replica may have heard the user. Raises Temporary."""
-        await self._memory.adopt_stored()
-        self.put(rules.Deadline())
+    def note_dispatched(self, bot: str, sequence: int) -> None:
+        """The inbox has everything that the user said up to a sequence of the bot's journal."""
+        if self._undispatched.get(bot, 0) <= sequence:
+            self._undispatched.pop(bot, None)
+        if self._task is not None:  # behind what it has heard
+            self.put(rules.Dispatched(bot, sequence))
+        elif not self._stopped:
+            self._memory.state = rules.note_dispatched(self.state, bot, sequence)
+            self._store_soon()
+
+    def has_everything_to(self, bot: str, sequence: int) -> bool:
+        """Whether the inbox has everything up to there."""
+        return self.state.record.heard_to.get(bot, 0) >= sequence
+
+    def is_stored_to(self, bot: str, sequence: int) -> bool:
+        """Whether the stored record says so."""
+        return self._memory.stored_to(bot) >= sequence
 
     async def hand_over(self) -> tuple[QueuedCommand, ...]:
         """Ends the conversation behind what its mailbox holds, and hands over its commands, in order. Cut off, a
@@ -101,7 +121,7 @@ class ConversationActor:
     def try_end(self) -> bool:
         """Ends the conversation if nothing waits, is out or is due, to be read back when it is needed. What was not
         stored is stored first, which takes a call more."""
-        if self.tasks or self._mailbox or self.state.queue or self._timer:
+        if self.tasks or self._mailbox or self.state.queue or self._timer or self._undispatched:
             return False
         if self._memory.is_dirty:
             self.put(rules.Rested())
@@ -133,6 +153,8 @@ class ConversationActor:
         """The shard is lost, or given away: everything ends now."""
         self._stopped = True
         self._set_timer(math.inf)
+        if self._store_timer is not None:
+            self._store_timer.cancel()
         self._work.cancel()
         if self._task is not None and self._task is not asyncio.current_task():
             self._task.cancel()
@@ -164,6 +186,17 @@ class ConversationActor:
         if not self._stopped:
             now_ms = self._deps.clock.now_ms()
             self._set_timer(rules.next_deadline_ms(self.state, now_ms, self._deps.policy) - now_ms)
+            self._store_soon()
+
+    def _store_soon(self) -> None:
+        if self._store_timer is None and not self._memory.is_hearing_stored:
+            self._store_timer = asyncio.get_running_loop().call_later(STORED_WITHIN_S, self._store_heard)
+
+    def _store_heard(self) -> None:
+        """Stores what the user said, unless a send has stored it meanwhile."""
+        self._store_timer = None
+        if not self._memory.is_hearing_stored:
+            self.put(rules.Rested())
 
     def _set_timer(self, in_ms: float) -> None:
         if self._timer is not None:

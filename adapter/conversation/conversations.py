@@ -14,7 +14,7 @@ from adapter.conversation.actor import ConversationActor
 from adapter.conversation.record import ConversationRecord, SentText
 from adapter.conversation.rules import Heard, SendPolicy
 from adapter.conversation.store import ConversationStore
-from adapter.errors import Conflict, LeaseLost, Temporary
+from adapter.errors import LeaseLost, Temporary
 from adapter.records import Binding
 from adapter.tasks import Tasks
 from adapter.timing import Clock
@@ -22,7 +22,7 @@ from adapter.timing import Clock
 log = structlog.get_logger()
 
 HEARD_WITHIN_S = 1.0
-"""No poll waits longer for a conversation, which may wait for a receipt that cannot be stored."""
+"""No inbox waits longer for a conversation, which may wait for a receipt that cannot be stored."""
 WOKEN_AT_ONCE = 8
 """Conversations read at once after a start or a take-over; thousands would hold up what people wait for."""
 
@@ -50,61 +50,40 @@ class Conversations:
         self,
         store: ConversationStore,
         open_shard: Callable[[str], Awaitable[ConversationShard | None]],
-        ensure_served: Callable[[str], None],
         clock: Clock,
         policy: SendPolicy,
     ) -> None:
         self._store = store
         self._open_shard = open_shard
         """The shard of a sandbox, once it works; None where another replica owns it."""
-        self._ensure_served = ensure_served
-        """Raises LeaseLost where this replica may not work for a bot."""
         self._clock = clock
         self._policy = policy
         self._to_wake: dict[str, Binding] = {}
         self._waking = Tasks(_report)
 
     async def hear(
-        self, binding: Binding, user: str, *, message: str, token: str, written_ms: int
-    ) -> contract.Window:
-        """The user wrote: returns the window once their record is stored, with the newest token.
-
-        A poll that ends after its shard was handed over, or whose conversation is held up, stores the record by
-        itself; the conversation meets that at its next write, or is told once the bot is taken. Raises Temporary,
-        LeaseLost.
+        self, binding: Binding, user: str, *, message: str, token: str, written_ms: int, sequence: int
+    ) -> ConversationActor:
+        """The user wrote: returns their conversation once it knows it. One that is held up, as by a receipt that
+        cannot be stored, is waited for a second, and told in its turn. `sequence`: of the journal record that has the
+        message. Raises Temporary, LeaseLost.
         """
-        heard = Heard(message, token, binding.bot, written_ms, show_typing=binding.options.auto_typing)
         shard = await self._open_shard(binding.sandbox)
-        if shard is not None:
-            actor = await shard.conversation(binding, user)
-            shard.on_heard(binding, user)
-            try:
-                async with asyncio.timeout(HEARD_WITHIN_S):
-                    await actor.hear(heard)
-                return window.shown(actor.state.record, self._clock.now_ms(), self._policy.window)
-            except LeaseLost:
-                self._ensure_served(binding.bot)  # handed over meanwhile: go on as below
-            except TimeoutError:
-                pass  # it meets the record at its next write; the Heard in its mailbox then changes nothing
-        while True:
-            record, revision = await self._store.load(binding.sandbox, user)
-            self._ensure_served(binding.bot)
-            now_ms = self._clock.now_ms()
-            in_flight = int(record.head is not None and bool(record.head.unanswered_attempts))
-            record = window.on_inbound(
-                record,
-                message=message,
-                token=token,
-                bot=binding.bot,
-                now_ms=now_ms,
-                written_ms=written_ms,
-                in_flight=in_flight,
-            )
-            try:
-                await self._store.save(binding.sandbox, user, record, revision)
-            except Conflict:
-                continue
-            return window.shown(record, now_ms, self._policy.window)
+        if shard is None:
+            raise LeaseLost("shard_lost", binding.sandbox)
+        actor = await shard.conversation(binding, user)
+        shard.on_heard(binding, user)
+        heard = Heard(message, token, binding.bot, written_ms, sequence, show_typing=binding.options.auto_typing)
+        done = actor.hear(heard)
+        done.add_done_callback(_retrieve)
+        await asyncio.sleep(0)  # mostly it does nothing else: a timeout would cost as much as what it does
+        if not done.done():
+            await asyncio.wait([done], timeout=HEARD_WITHIN_S)
+        if done.done():
+            done.result()
+        else:
+            done.cancel()  # it is heard all the same, and nobody waits for it
+        return actor
 
     async def shown_window(self, sandbox: str, bot: str, user: str) -> contract.Window:
         """What may be sent to the user now. Raises Temporary."""
@@ -144,6 +123,12 @@ class Conversations:
 
     def stop(self) -> None:
         self._waking.cancel()
+
+
+def _retrieve(done: asyncio.Future[None]) -> None:
+    """What it raised is nobody's to hear where the dispatcher was cancelled."""
+    if not done.cancelled():
+        done.exception()
 
 
 def _report(exc: BaseException) -> None:

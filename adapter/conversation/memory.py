@@ -10,7 +10,7 @@ from adapter.errors import Conflict
 
 
 class ConversationMemory:
-    """The only writer of the record, but for a poller whose shard was handed over."""
+    """The only writer of the record, but for an owner before us whose last write was on its way."""
 
     def __init__(self, state: Conversation, revision: int, shard: Shard, store: ConversationStore) -> None:
         self.state = state
@@ -25,6 +25,16 @@ class ConversationMemory:
         return self.state.record != self._stored
 
     @property
+    def is_hearing_stored(self) -> bool:
+        """The record was stored with all that the user said as it is known here."""
+        now, stored = self.state.record, self._stored
+        return (now.heard_to, now.window.id, now.token) == (stored.heard_to, stored.window.id, stored.token)
+
+    def stored_to(self, bot: str) -> int:
+        """Up to where in a bot's journal the stored record says that everything is dispatched."""
+        return self._stored.heard_to.get(bot, 0)
+
+    @property
     def has_record(self) -> bool:
         """There is one in the bucket."""
         return bool(self._revision)
@@ -33,13 +43,6 @@ class ConversationMemory:
     def bot(self) -> str:
         """Over which messages are sent; the last one where none serves the user."""
         return self.state.bot.id if self.state.bot else self.state.record.bot
-
-    async def adopt_stored(self) -> None:
-        """Reads the record anew: a poller that ends at another replica may have heard the user. Raises Temporary."""
-        record, revision = await self._store.load(self.state.sandbox, self.state.user)
-        if revision > self._revision:
-            self._revision = revision
-            self.state = rules.adopt_inbound(self.state, record)
 
     async def save(self) -> None:
         """Stores the record. Raises Temporary, LeaseLost."""

@@ -13,6 +13,8 @@ import msgspec
 VERSION = 1
 """Of the record's form. A replica leaves a record with a higher one alone."""
 RECENT_COMMANDS = 32
+HEARD_BOTS = 4
+"""Bots of a user of which it is known how far they are dispatched: the last ones."""
 SENT_TEXTS = 8
 SENT_TEXT_CHARS = 200
 """Characters of a sent text that are kept for quotes of it."""
@@ -26,6 +28,8 @@ class SendWindow(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     id: str = ""
     """The inbound message that opened it."""
+    sequence: int = 0
+    """Of the journal record that has that message: what is read back from the journal once more opens no window."""
     opened_ms: int = 0
     """When that message arrived here; 0: never."""
     sends_used: int = 0
@@ -99,6 +103,8 @@ class ConversationRecord(msgspec.Struct, frozen=True, kw_only=True, omit_default
     token: str = ""
     """The newest context token."""
     window: SendWindow = SendWindow()
+    heard_to: dict[str, int] = {}
+    """By bot: the sequence in its journal up to which the inbox and this record have everything of this user."""
     head: SendProgress | None = None
     recent: list[str] = []
     """Ids of the last commands that were sent, or may have been: a second publish of one is dropped."""

@@ -24,7 +24,8 @@ merged into it) is worked on. What it does is the conversation's activity:
                       TokenRejected (-14) CHECKING_SESSION
     CHECKING_SESSION  SessionChecked      IDLE: alive: once more, then refused; dead: the bot needs a login
     any               Stored              same; the queue is longer
-                      Heard               same; a new window (Save)
+                      Heard               same; a new window, which the actor stores within a second
+                      Dispatched          same; how far the inbox has everything, stored so, too
                       Bound               same; to no bot: every command that is not being sent ends, and the record
                                           is stored so that it goes in time (Save)
                       Deadline            same; what expired ends, what waited for time goes on
@@ -50,6 +51,7 @@ from adapter.contract import Outcome
 from adapter.conversation import window
 from adapter.conversation.commands import MERGE_SEPARATOR, MediaPart, Part, client_id
 from adapter.conversation.record import (
+    HEARD_BOTS,
     RECENT_COMMANDS,
     SENT_TEXT_CHARS,
     SENT_TEXTS,
@@ -220,7 +222,16 @@ class Heard(NamedTuple):
     bot: str
     written_ms: int
     """By WeChat's clock; 0: unknown."""
+    sequence: int
+    """Of the journal record that has the message."""
     show_typing: bool = False
+
+
+class Dispatched(NamedTuple):
+    """The inbox has everything of the user that the bot's journal has up to a sequence."""
+
+    bot: str
+    sequence: int
 
 
 class Bound(NamedTuple):
@@ -320,6 +331,7 @@ class Crashed(NamedTuple):
 Input: TypeAlias = (
     Stored
     | Heard
+    | Dispatched
     | Bound
     | SlotGranted
     | Loaded
@@ -501,6 +513,8 @@ def _apply(
                     conversation = _with(conversation, activity=Activity.IDLE, content=None)
             earliest_ms = min(conversation.earliest_expiry_ms, *(one.expires_ms for one in commands))
             return _with(conversation, queue=queue, earliest_expiry_ms=earliest_ms)
+        case Dispatched(bot, sequence):
+            return note_dispatched(conversation, bot, sequence)
         case Heard():
             return _on_heard(conversation, event, now_ms, effects)
         case Bound(bot):
@@ -567,12 +581,21 @@ def _on_heard(conversation: Conversation, heard: Heard, now_ms: int, effects: li
         now_ms=now_ms,
         written_ms=heard.written_ms,
         in_flight=int(conversation.activity is Activity.SENDING),
+        sequence=heard.sequence,
     )
-    effects.append(Save())
     if heard.show_typing:
         effects.append(SetTyping(None, is_on=True))
         record = msgspec.structs.replace(record, typing=True)
     return _with(conversation, record=record, typing_due=False, last_answer=None)
+
+
+def note_dispatched(conversation: Conversation, bot: str, sequence: int) -> Conversation:
+    """What `Dispatched` changes, from which nothing else follows."""
+    if conversation.record.heard_to.get(bot, 0) >= sequence:  # read back from the journal once more
+        return conversation
+    others = [(name, to) for name, to in conversation.record.heard_to.items() if name != bot]
+    heard_to = dict([*others[1 - HEARD_BOTS :], (bot, sequence)])
+    return _with(conversation, record=msgspec.structs.replace(conversation.record, heard_to=heard_to))
 
 
 def _on_loaded(

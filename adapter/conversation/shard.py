@@ -34,6 +34,13 @@ class Shard(Protocol):
     async def is_session_alive(self, bot: str) -> bool:
         """Whether iLink takes the bot's token elsewhere, although it said -14 to a send. Raises Temporary."""
 
+    async def wait_caught_up(self, bot: str) -> None:
+        """Returns once the conversations have heard what a bot's owner before has stored: a send counts in the window
+        that the user's last message opened."""
+
+    def is_catching_up(self, bot: str) -> bool:
+        """Whether that is still to be waited for."""
+
     async def load_bodies(self, sandbox: str, sequences: Sequence[int]) -> dict[int, list[Part] | None]:
         """Parts of commands, read back from the bus; None: it has the command no more. Raises Temporary."""
 

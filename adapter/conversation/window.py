@@ -118,9 +118,17 @@ def _is_in_time(record: ConversationRecord, now_ms: int, policy: WindowPolicy) -
 
 
 def on_inbound(
-    record: ConversationRecord, *, message: str, token: str, bot: str, now_ms: int, written_ms: int, in_flight: int
+    record: ConversationRecord,
+    *,
+    message: str,
+    token: str,
+    bot: str,
+    now_ms: int,
+    written_ms: int,
+    in_flight: int,
+    sequence: int,
 ) -> ConversationRecord:
-    """The user wrote: opens a new window, unless this message opened the present one already.
+    """The user wrote: opens a new window, unless this message, or a later one, opened the present one already.
 
     A message without a token keeps the one before (6). The server's window opened when the user wrote (`written_ms`,
     WeChat's clock; 0: unknown), so what was sent since counts against it, and so do requests in flight, which the
@@ -128,6 +136,8 @@ def on_inbound(
     seconds may be any moment of its second.
     """
     window = record.window
+    if sequence < window.sequence:
+        return record
     record = msgspec.structs.replace(record, token=token or record.token, bot=bot)
     if message == window.id:
         return record
@@ -141,6 +151,7 @@ def on_inbound(
         record,
         window=SendWindow(
             id=message,
+            sequence=sequence,
             opened_ms=now_ms,
             sends_used=max(in_flight, len(since)),
             sent_at_ms=since,

@@ -116,7 +116,8 @@ class OutstandingWork:
             case rules.Post():
                 self._request.spawn(self._post(effect))
             case rules.RequestSlot():
-                if self._deps.slots.try_acquire(self._memory.state.sandbox):
+                is_catching_up = self._shard.is_catching_up(self._memory.bot)
+                if not is_catching_up and self._deps.slots.try_acquire(self._memory.state.sandbox):
                     self._grant_slot()
                 else:
                     self._spawn_wait(effect, self._await_slot)
@@ -153,6 +154,7 @@ class OutstandingWork:
             self._put(rules.SlotGranted())
 
     async def _await_slot(self) -> None:
+        await self._shard.wait_caught_up(self._memory.bot)
         await self._deps.slots.acquire(self._memory.state.sandbox)
         self._grant_slot()
 

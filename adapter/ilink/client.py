@@ -28,8 +28,9 @@ log = structlog.get_logger()
 
 T = TypeVar("T")
 
-HOT = ("getupdates", "sendmessage")
-"""The endpoints whose cost decides that of a platform: one for each idle bot, both for each message."""
+HOT = ("getupdates", "sendmessage", "msg/notifystart")
+"""The endpoints whose cost decides that of a platform: one for each idle bot, two for each message, and one right
+before the first poll of each bot that is taken over, whose connection is then there."""
 UPLOAD_URL_S = 15.0
 ASK_S = 10.0
 """The official client's timeout of getconfig, sendtyping and the notifications (3)."""

@@ -8,31 +8,23 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import msgspec
 import structlog
 
 from adapter import contract
+from adapter.bindings.registry import Bindings
 from adapter.contract import Inbound
+from adapter.conversation.conversations import Conversations
 from adapter.errors import BusRefused, Temporary
-from adapter.inbound.recall import ids_header
-from adapter.inbound.sessions import Incoming
-from adapter.names import (
-    H_MSG_ID,
-    H_REASON,
-    H_SANDBOX,
-    H_SCHEMA,
-    H_SEEN,
-    H_SEQUENCE,
-    H_TIME_MS,
-    digest,
-    shard_of,
-    text_of,
-    token_of,
-)
-from adapter.ports import Message, PubAck, Said, Stored
-from adapter.timing import backoff
+from adapter.events import Events
+from adapter.inbound.recall import Recall, ids_header
+from adapter.metrics import Metrics
+from adapter.names import H_JOURNAL, H_MSG_ID, H_SCHEMA, Names, digest
+from adapter.ports import Bus, History, Message, PubAck, Said
+from adapter.replicas.leases import Leases
+from adapter.timing import Clock, backoff
 
 log = structlog.get_logger()
 
@@ -42,7 +34,6 @@ QUOTES_S = 2.0
 """How long the quotes of messages that are stored together are looked up; then they are told without their words."""
 LARGE = 64 * 1024
 """Bytes of a message as iLink sent it: no text of a phone has so many, and no bus refuses fewer."""
-_MEDIA = (contract.ImageItem, contract.VoiceItem, contract.FileItem, contract.VideoItem)
 
 
 class Heard(msgspec.Struct, frozen=True, gc=False):
@@ -52,10 +43,27 @@ class Heard(msgspec.Struct, frozen=True, gc=False):
     sandbox: str
     bot: str
     received_ms: int
-    seen: str
-    """Its record among the messages seen (adapter.dedup)."""
     id: str
     """Its id on the bus."""
+    place: str
+    """Which record of the journal it is of, and where it stands in there."""
+
+
+class Publishing(NamedTuple):
+    """What publishing messages needs."""
+
+    bus: Bus
+    history: History
+    bindings: Bindings
+    conversations: Conversations
+    recall: Recall
+    events: Events
+    leases: Leases
+    clock: Clock
+    metrics: Metrics
+    names: Names
+    fence: Callable[[], None] | None = None
+    """Asked before each write. Raises LeaseLost."""
 
 
 def without_media(said: Said, reason: str) -> Said:
@@ -66,12 +74,12 @@ def without_media(said: Said, reason: str) -> Said:
     return msgspec.structs.replace(said, items=items, fetches=())
 
 
-async def publish(heard: Sequence[Heard], needs: Incoming) -> int:
-    """Stores messages in this order, pipelined; the sequence of the newest.
+async def publish(heard: Sequence[Heard], needs: Publishing) -> None:
+    """Stores messages in this order, pipelined. Raises LeaseLost.
 
     A large one by itself: the bus may refuse it for its size, and its stub is to have its place.
     """
-    heard, last, until = list(heard), 0, asyncio.get_running_loop().time() + QUOTES_S
+    heard, until = list(heard), asyncio.get_running_loop().time() + QUOTES_S
     for number, one in enumerate(heard):
         if one.said.reference is not None:  # looked up only now: a quote is rare
             heard[number] = await _with_quote(one, heard[:number], until, needs)
@@ -79,15 +87,15 @@ async def publish(heard: Sequence[Heard], needs: Incoming) -> int:
     for number, one in enumerate(heard):
         if len(one.said.raw) > LARGE:
             for part in (heard[start:number], [one]):
-                last = max(last, await _publish_part(part, needs))
+                await _publish_part(part, needs)
             start = number + 1
-    return max(last, await _publish_part(heard[start:], needs))
+    await _publish_part(heard[start:], needs)
 
 
-async def _publish_part(heard: Sequence[Heard], needs: Incoming) -> int:
+async def _publish_part(heard: Sequence[Heard], needs: Publishing) -> None:
     """Messages that the bus is asked to store at once; those that it refuses come last, as stubs."""
     if not heard:
-        return 0
+        return
     shown: dict[tuple[str, str, str], contract.Window] = {}
     messages = []
     for one in heard:
@@ -96,14 +104,13 @@ async def _publish_part(heard: Sequence[Heard], needs: Incoming) -> int:
             shown[to] = await _window(*to, needs)
         messages.append(_message(one, shown[to], needs))
     acks = await _publish_all(messages, needs)
-    last, now_ms = 0, needs.clock.now_ms()
+    now_ms = needs.clock.now_ms()
     stored: Counter[tuple[str, bool]] = Counter()
     refused: list[tuple[Heard, Message, BusRefused]] = []
     for one, message, ack in zip(heard, messages, acks, strict=True):
         if isinstance(ack, BusRefused):
             refused.append((one, message, ack))
             continue
-        last = max(last, ack.seq)
         stored[one.said.kind, ack.duplicate] += 1
         if one.said.sent_at_ms:
             needs.metrics.inbound_age.observe(max(0, now_ms - one.said.sent_at_ms) / 1000)
@@ -112,11 +119,10 @@ async def _publish_part(heard: Sequence[Heard], needs: Incoming) -> int:
     for one, message, refusal in refused:
         count(needs, one.said.kind, "publish_failed")
         log.error("inbound.refused", bot=one.bot, code=refusal.code, detail=refusal.detail)
-        last = max(last, await _publish_stub(one, message, needs))
-    return last
+        await _publish_stub(one, message, needs)
 
 
-async def _publish_all(messages: Sequence[Message], needs: Incoming) -> list[PubAck | BusRefused]:
+async def _publish_all(messages: Sequence[Message], needs: Publishing) -> list[PubAck | BusRefused]:
     """Stores them, and waits where the stream is full, which it is only if somebody changed what it discards."""
     acks = await needs.bus.publish_all(messages)
     failures = 0
@@ -130,19 +136,19 @@ async def _publish_all(messages: Sequence[Message], needs: Incoming) -> list[Pub
     return acks
 
 
-async def _with_quote(one: Heard, before: Sequence[Heard], until: float, needs: Incoming) -> Heard:
+async def _with_quote(one: Heard, before: Sequence[Heard], until: float, needs: Publishing) -> Heard:
     """`before`: what came in the same answer, and is on no bus yet. `until`: the time of the loop."""
     earlier = [other.said for other in before if other.sandbox == one.sandbox]
     try:
         async with asyncio.timeout_at(until):
-            said = await retry(lambda: needs.recall.resolve(one.sandbox, one.bot, one.said, earlier), needs)
+            said = await retry(lambda: needs.recall.resolve(one.sandbox, one.bot, one.said, earlier), needs.clock)
     except TimeoutError:
         log.info("quote.unfound", bot=one.bot)
         said = needs.recall.leave(one.said)
     return msgspec.structs.replace(one, said=said)
 
 
-def _message(one: Heard, shown: contract.Window, needs: Incoming) -> Message:
+def _message(one: Heard, shown: contract.Window, needs: Publishing) -> Message:
     inbound = Inbound(
         id=one.id,
         sandbox=one.sandbox,
@@ -158,21 +164,21 @@ def _message(one: Heard, shown: contract.Window, needs: Incoming) -> Message:
     headers = {
         H_MSG_ID: inbound.id,
         H_SCHEMA: contract.SCHEMA_VERSION,
-        H_SEEN: seen_header(one.bot, one.seen),
+        H_JOURNAL: one.place,
         **ids_header(one.said),
     }
     return Message("in", needs.names.inbox(one.sandbox), msgspec.json.encode(inbound), headers, needs.fence)
 
 
-async def _window(sandbox: str, bot: str, user: str, needs: Incoming) -> contract.Window:
+async def _window(sandbox: str, bot: str, user: str, needs: Publishing) -> contract.Window:
     """What the sandbox may still send to the user: nothing once the bot serves it no longer."""
     binding = needs.bindings.get(bot)
     if binding is None or binding.sandbox != sandbox:
         return contract.Window(remaining=0)
-    return await retry(lambda: needs.conversations.shown_window(sandbox, bot, user), needs)
+    return await retry(lambda: needs.conversations.shown_window(sandbox, bot, user), needs.clock)
 
 
-async def _publish_stub(one: Heard, message: Message, needs: Incoming) -> int:
+async def _publish_stub(one: Heard, message: Message, needs: Publishing) -> None:
     """The bus refuses this message for its size: the reader learns of it, the bytes go to the dead letters."""
     await bury(one.bot, one.sandbox, one.said.raw, "The bus refuses a message of this size.", needs)
     whole = msgspec.json.decode(message.payload, type=Inbound)
@@ -180,13 +186,14 @@ async def _publish_stub(one: Heard, message: Message, needs: Incoming) -> int:
         whole, text="", quote=None, items=[contract.UnsupportedItem(type=0, reason="too_large")]
     )
     try:
-        return (await needs.bus.publish(msgspec.structs.replace(message, payload=msgspec.json.encode(stub)))).seq
+        await needs.bus.publish(msgspec.structs.replace(message, payload=msgspec.json.encode(stub)))
     except BusRefused as exc:
         log.error("inbound.lost_to_dead_letters", bot=one.bot, detail=exc.detail)
-        return 0
 
 
-async def bury(bot: str, sandbox: str, raw: bytes, why: str, needs: Incoming, *, reason: str = "unreadable") -> None:
+async def bury(
+    bot: str, sandbox: str, raw: bytes, why: str, needs: Publishing, *, reason: str = "unreadable"
+) -> None:
     """Keeps what iLink sent as a dead letter. `sandbox` "": the bot is bound to none."""
     await needs.events.dead_letter(
         "IN",
@@ -200,7 +207,7 @@ async def bury(bot: str, sandbox: str, raw: bytes, why: str, needs: Incoming, *,
     )
 
 
-async def retry(work: Callable[[], Awaitable[T]], needs: Incoming) -> T:
+async def retry(work: Callable[[], Awaitable[T]], clock: Clock) -> T:
     """What is in hand is tried until it is done, also where the bus refuses it: iLink may count it as delivered, and
     whoever had the bucket refuse what is written can have it take that again. Raises LeaseLost.
     """
@@ -212,43 +219,8 @@ async def retry(work: Callable[[], Awaitable[T]], needs: Incoming) -> T:
             failures += 1
             log.warning("inbound.waits", reason=exc.reason, detail=exc.detail, failures=failures)
             longest_s = 1.0 if isinstance(exc, Temporary) else 10.0
-            await needs.clock.sleep(backoff(failures, first_s=0.05, longest_s=longest_s))
+            await clock.sleep(backoff(failures, first_s=0.05, longest_s=longest_s))
 
 
-def count(needs: Incoming, kind: str, outcome: str) -> None:
+def count(needs: Publishing, kind: str, outcome: str) -> None:
     needs.metrics.inbound_messages.of(kind, outcome).inc()
-
-
-def raw_message(one: Heard, last_seq: int, needs: Incoming) -> Message:
-    """A message for WECHAT_RAW, with all that it takes to tell it later. See `read_raw`."""
-    headers = {
-        H_MSG_ID: one.id,
-        H_SANDBOX: one.sandbox,
-        H_SEEN: seen_header(one.bot, one.seen),
-        H_TIME_MS: str(one.received_ms),
-        H_SEQUENCE: str(last_seq),
-    }
-    if any(isinstance(item, _MEDIA) and item.reason == "off" for item in one.said.items):
-        headers[H_REASON] = "off"
-    return Message("raw", needs.names.raw(shard_of(one.sandbox), one.bot), one.said.raw, headers, needs.fence)
-
-
-def read_raw(stored: Stored, read_message: Callable[[bytes], Said]) -> Heard:
-    """What `raw_message` made. Raises Unreadable."""
-    bot = text_of(stored.subject.rpartition(".")[2])
-    said = read_message(stored.data)
-    if reason := stored.headers.get(H_REASON):
-        said = without_media(said, reason)
-    received_ms = int(stored.headers.get(H_TIME_MS, "0"))
-    ident = stored.headers.get(H_MSG_ID) or said.keys.id_for(bot)
-    return Heard(said, stored.headers.get(H_SANDBOX, ""), bot, received_ms, seen_of(stored.headers, bot), ident)
-
-
-def seen_header(bot: str, record: str) -> str:
-    return f"{token_of(bot)} {record}"
-
-
-def seen_of(headers: dict[str, str], bot: str) -> str:
-    """The record of a stored message among those that `bot` has seen; "" if it is none of this bot's."""
-    owner, _, record = headers.get(H_SEEN, "").partition(" ")
-    return record if owner == token_of(bot) else ""

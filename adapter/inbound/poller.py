@@ -1,7 +1,7 @@
-"""One bot's messages from iLink to the bus. Knows neither HTTP nor NATS.
+"""One bot's answers from iLink to its journal. Knows neither HTTP nor NATS.
 
-Per batch, in this order: context token and window stored, messages stored (pipelined), cursor stored; only then
-the next poll. What arrived is stored even while the service stops.
+An answer that has messages is stored before the next poll, which acknowledges it to iLink; what it means is the
+dispatcher's, beside that poll. What arrived is stored even while the service stops.
 """
 
 from __future__ import annotations
@@ -16,18 +16,10 @@ import structlog
 
 from adapter.bindings.stale_token import lose_login, needs_login_now, regain_login, tell_login
 from adapter.errors import AdapterError, BusRefused, LeaseLost, SessionExpired, Temporary
-from adapter.inbound.batches import store, store_pages
-from adapter.inbound.cursors import acquire, begun_at, give_back, put_back
+from adapter.inbound.bot_journal import Answer, BotJournal
 from adapter.inbound.inbox import retry
-from adapter.inbound.sessions import (
-    Incoming,
-    Place,
-    Session,
-    check_owned,
-    notify,
-    rebound,
-    wait_until,
-)
+from adapter.inbound.sessions import Incoming, Session, check_owned, notify, rebound, wait_until
+from adapter.inbound.taking import give_back, take
 from adapter.ports import Polled
 from adapter.records import Binding
 from adapter.timing import backoff, finish, first_of
@@ -47,6 +39,8 @@ NOTIFY_S = 1.5
 """The first poll does not wait longer for iLink's answer to notifystart: it is best effort (ilink-protocol 11.1)."""
 AFTER_CUT_S = 0.2
 """Between the end of a poll that was cut and the bot's next one."""
+CURSOR_S = 60.0
+"""A cursor that came without messages is stored after so long, or with the next record."""
 DEAD_PATH_AFTER = 3
 """Client timeouts in a row, without any answer, after which the connection counts as dead (ilink-protocol 3.3)."""
 
@@ -81,17 +75,20 @@ async def tend(session: Session, needs: Incoming) -> None:
 
 
 async def _serve(session: Session, needs: Incoming) -> None:
-    session.purges = needs.purges()
-    place = await acquire(session, needs)
-    if place is None:
+    journal = await take(session, needs)
+    if journal is None:
         return
     try:
         await first_of(session.cut, needs.starts.wait_s())
         if not session.leaving:
             await _announce(session, needs)
-        place = await poll_forever(session, place, needs)
+        await poll_forever(session, journal, needs)
+    except LeaseLost:
+        if session.dispatcher is not None:
+            session.dispatcher.stop()
+        raise
     finally:
-        await finish(give_back(session, needs), needs.grace_s)
+        await finish(give_back(session, journal, needs), needs.grace_s)
 
 
 async def _announce(session: Session, needs: Incoming) -> None:
@@ -113,29 +110,31 @@ class _Lately(msgspec.Struct):
     """Answered, while iLink has not answered that it knows of the polls."""
     instants: int = 0
     """Answered at once, with nothing new."""
+    cursor_at: float = 0.0
+    """Monotonic time of the first poll that brought a cursor which is not stored; 0: it is."""
     overlong: int = 0
     """Characters of the cursor, too long to be kept, that the last answer with a cursor had; 0: it was kept."""
 
 
-async def poll_forever(session: Session, place: Place, needs: Incoming) -> Place:
-    """Polls until told to leave or the binding is gone; where it then stands. Raises LeaseLost, Refused."""
+async def poll_forever(session: Session, journal: BotJournal, needs: Incoming) -> None:
+    """Polls until told to leave or the binding is gone. Raises LeaseLost, Refused, Temporary."""
     lately, hold_ms = _Lately(), HOLD_MS
     session.answered = session.answered or needs.clock.monotonic()
     while (binding := await _wait_for_turn(session, needs)) is not None:
-        if session.purges != needs.purges():
-            session.purges = needs.purges()
-            place = await finish(put_back(session, place, needs), needs.grace_s)
+        if session.has_late:
+            session.has_late = False
+            await retry(journal.adopt_late, needs.clock)
         if session.begun_at != binding.start_cursor:
             session.begun_at = binding.start_cursor
-            place = place._replace(record=begun_at(binding, place.record, needs.sealer))
+            journal.begin_at(binding, needs.sealer)
         unheard = lately.failures or lately.overlong or lately.timeouts >= DEAD_PATH_AFTER
         session.state, began = "error" if unheard else "polling", needs.clock.monotonic()
         waits_ms = max(hold_ms, lately.hold_ms)
         try:
-            polled = await _poll_once(session, binding, place, waits_ms, needs)
+            polled = await _poll_once(session, binding, journal.cursor, waits_ms, needs)
         except SessionExpired as exc:
             needs.metrics.polls.labels(outcome="stale_token").inc()
-            polled = await recover(session, exc, place, waits_ms, needs)
+            polled = await recover(session, exc, journal.cursor, waits_ms, needs)
             if polled is None:
                 continue
         except Temporary as exc:
@@ -148,16 +147,21 @@ async def poll_forever(session: Session, place: Place, needs: Incoming) -> Place
         if not polled.messages and (session.answered - began) * 1000 <= hold_ms + ON_TIME_MS:
             lately.hold_ms = 0
         hold_ms = polled.hold_ms
-        before, known = place.record.cursor, place.seen.added
-        if polled.messages or polled.cursor not in (None, before):
+        is_new = polled.cursor not in (None, journal.cursor)
+        if polled.messages:
             await needs.turns.next()
-            place = await (store_pages if polled.pages else store)(session, polled, place, needs)
-            if polled.share is not None:
-                polled.share.release()
+            serves = needs.bindings.get(session.bot)
+            sandbox = serves.sandbox if serves is not None else ""
+            await _store(session, Answer(polled, sandbox, needs.clock.now_ms()), journal, needs)
         else:
+            if polled.cursor is not None and is_new:
+                journal.cursor, lately.cursor_at = polled.cursor, lately.cursor_at or began
             await needs.beat.next()
-        went_on = polled.messages and place.record.cursor != before  # a page of repeats
-        is_instant = session.answered - began < INSTANT_S and place.seen.added == known and not went_on
+        if polled.share is not None:
+            polled.share.release()
+        if lately.cursor_at or not journal.is_cursor_stored:
+            await _store_cursor(journal, lately, needs)
+        is_instant = session.answered - began < INSTANT_S and not (polled.messages and is_new)
         lately.instants = lately.instants + 1 if is_instant else 0
         if lately.instants > 1:
             await first_of(session.cut, 0.25 + needs.clock.jitter(0.25))
@@ -167,7 +171,38 @@ async def poll_forever(session: Session, place: Place, needs: Incoming) -> Place
             if lately.unannounced.bit_count() == 1:
                 await _announce(session, needs)
         del polled  # it may be large, and the next poll waits for long
-    return place
+        if session.dispatcher is not None and not session.dispatcher.has_room():
+            await wait_until(session, session.dispatcher.changed, session.dispatcher.has_room)
+
+
+async def _store(session: Session, answer: Answer, journal: BotJournal, needs: Incoming) -> None:
+    """Puts an answer into the journal. A lease that is only paused is waited for. Where the bot was lost, the owner
+    of now finds it there all the same: iLink may count it as delivered, and give it to nobody else. Raises
+    LeaseLost."""
+    lost: LeaseLost | None = None
+    for record in journal.records_of(answer):
+        while lost is None:
+            try:
+                await retry(partial(journal.store, record), needs.clock)
+                break
+            except LeaseLost as exc:
+                await needs.leases.changed.until(lambda: needs.leases.valid)
+                if exc.reason != "lease_lost" or needs.leases.incarnation != journal.owner:
+                    log.warning("inbound.fenced", bot=session.bot, reason=exc.reason)
+                    lost = exc
+        if lost is not None:
+            await retry(partial(journal.store_late, record), needs.clock)
+    if lost is not None:
+        await needs.tell_freed(session.bot)
+        raise lost
+
+
+async def _store_cursor(journal: BotJournal, lately: _Lately, needs: Incoming) -> None:
+    """Stores a cursor that no message came with, once it has waited for long. Raises LeaseLost, Temporary."""
+    if journal.is_cursor_stored:
+        lately.cursor_at = 0.0
+    elif needs.clock.monotonic() - lately.cursor_at > CURSOR_S:
+        await retry(journal.note, needs.clock)
 
 
 async def _failed(session: Session, exc: Temporary, lately: _Lately, needs: Incoming) -> None:
@@ -201,7 +236,7 @@ async def _unanswered(session: Session, lately: _Lately, waited_ms: int, needs: 
 def _heard(session: Session, polled: Polled, lately: _Lately, needs: Incoming) -> None:
     """Notes that iLink has answered."""
     lately.failures = lately.timeouts = 0
-    session.answered = needs.clock.monotonic()
+    session.answered = session.polled_at = needs.clock.monotonic()
     (needs.metrics.polls_full if polled.messages else needs.metrics.polls_empty).inc()
     if polled.overlong and not lately.overlong:  # iLink may give the same messages at each poll, and none after them
         log.error("poll.cursor_too_long", bot=session.bot, characters=polled.overlong)
@@ -236,9 +271,7 @@ async def _wait_for_turn(session: Session, needs: Incoming) -> Binding | None:
     return None
 
 
-async def _poll_once(
-    session: Session, binding: Binding, place: Place, hold_ms: int, needs: Incoming
-) -> Polled | None:
+async def _poll_once(session: Session, binding: Binding, cursor: str, hold_ms: int, needs: Incoming) -> Polled | None:
     """One long poll; None: no answer in time, or it was cut. Raises SessionExpired, Temporary, LeaseLost, Refused."""
     check_owned(needs, binding)
     session.served = binding
@@ -247,7 +280,7 @@ async def _poll_once(
         return None
     session.polling = task = asyncio.current_task()
     try:
-        polled = await needs.chat.poll(account, place.record.cursor, hold_ms)
+        polled = await needs.chat.poll(account, cursor, hold_ms)
         if task is not None and task.cancelling() and not session.was_cut():  # else the answer came just before
             raise asyncio.CancelledError
         return polled
@@ -259,9 +292,7 @@ async def _poll_once(
         session.polling = None
 
 
-async def recover(
-    session: Session, exc: SessionExpired, place: Place, hold_ms: int, needs: Incoming
-) -> Polled | None:
+async def recover(session: Session, exc: SessionExpired, cursor: str, hold_ms: int, needs: Incoming) -> Polled | None:
     """-14: everything of this bot rests; a few spaced tries, and in time `needs_login` (ilink-protocol 5.4).
 
     The tries that are left after `needs_login` go on quietly: one that succeeds makes the binding active again.
@@ -295,7 +326,7 @@ async def recover(
             if session.leaving or needs.bindings.get(session.bot) != binding:
                 return None
             try:
-                polled = await _try_again(session, binding, place, hold_ms, needs)
+                polled = await _try_again(session, binding, cursor, hold_ms, needs)
             except SessionExpired:
                 refusals, failures = refusals + 1, 0
                 continue
@@ -331,19 +362,19 @@ async def _regain(session: Session, binding: Binding, needs: Incoming) -> None:
     log.info("session.recovered", bot=session.bot)
     session.stale = False
     if binding.state == "needs_login":
-        await retry(partial(regain_login, needs.bindings, needs.clock, binding), needs)  # the next turn tells it
+        await retry(
+            partial(regain_login, needs.bindings, needs.clock, binding), needs.clock
+        )  # the next turn tells it
     else:
-        await retry(partial(needs.events.binding, binding.event("recovered")), needs)
+        await retry(partial(needs.events.binding, binding.event("recovered")), needs.clock)
 
 
-async def _try_again(
-    session: Session, binding: Binding, place: Place, hold_ms: int, needs: Incoming
-) -> Polled | None:
+async def _try_again(session: Session, binding: Binding, cursor: str, hold_ms: int, needs: Incoming) -> Polled | None:
     """notifystart, then one poll; None where nobody answers. Raises SessionExpired, LeaseLost, Refused."""
     await needs.writable()
     await notify(session, needs, start=True, even_stale=True)
     try:
-        return await _poll_once(session, binding, place, hold_ms, needs)
+        return await _poll_once(session, binding, cursor, hold_ms, needs)
     except Temporary as problem:
         log.info("session.unreachable", bot=session.bot, reason=problem.reason)
         return None
@@ -362,7 +393,7 @@ async def _retry_here(
                 return None
             raise
 
-    return await retry(attempt, needs)
+    return await retry(attempt, needs.clock)
 
 
 async def _lose_owned(binding: Binding, needs: Incoming) -> Binding | None:

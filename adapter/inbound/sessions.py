@@ -1,27 +1,27 @@
-"""A poller's dependencies (`Incoming`), its state as others see it (`Session`), and its checkpoint (`Place`)."""
+"""A poller's dependencies (`Incoming`), and its state as others see it (`Session`)."""
 
 from __future__ import annotations
 
 import asyncio
 import functools
 from collections.abc import Awaitable, Callable
-from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import structlog
 
 from adapter.bindings.registry import Bindings, account_of
 from adapter.conversation.conversations import Conversations
-from adapter.dedup import Seen
-from adapter.errors import AdapterError, LeaseLost
+from adapter.errors import AdapterError
 from adapter.events import Events
-from adapter.inbound.recall import Recall
+from adapter.inbound.bot_journal import BotJournal
+from adapter.inbound.dispatcher import Dispatcher, Dispatching
+from adapter.inbound.journal import Journal
 from adapter.metrics import Metrics
-from adapter.names import Names, shard_of
-from adapter.ports import Account, Bucket, Bus, Chat, History, Said, Stored
-from adapter.records import Binding, Cursor
+from adapter.names import shard_of
+from adapter.ports import Account, Chat
+from adapter.records import Binding
 from adapter.replicas.leases import Leases
 from adapter.seal import Sealer
-from adapter.tasks import Shared
 from adapter.timing import Beat, Clock, Condition, Pace, Turns
 
 log = structlog.get_logger()
@@ -38,30 +38,12 @@ TURN_S = 0.01
 State: TypeAlias = Literal["starting", "polling", "paused", "needs_login", "error", "draining"]
 
 
-class Waiting(Protocol):
-    """The messages of one shard that wait in WECHAT_RAW for their media, or behind one that does."""
-
-    def holds(self, sandbox: str, bot: str) -> bool:
-        """Whether one of this bot waits: what comes after it has to wait behind it."""
-
-    def add(self, stored: Stored, *, suspect: bool = False) -> None:
-        """Another one, behind all others of its bot; one that is known is left alone.
-
-        `suspect`: it may be in its inbox already.
-        """
-
-    async def passed(self, sandbox: str, bot: str) -> None:
-        """Returns when none of this bot waits here any more."""
-
-
 class Incoming(NamedTuple):
     """What a poller needs."""
 
     chat: Chat
-    read_message: Callable[[bytes], Said]
-    bus: Bus
-    history: History
-    cursors: Bucket
+    journal: Journal
+    dispatching: Dispatching
     conversations: Conversations
     bindings: Bindings
     leases: Leases
@@ -69,18 +51,12 @@ class Incoming(NamedTuple):
     sealer: Sealer
     clock: Clock
     metrics: Metrics
-    names: Names
-    recall: Recall
     session_changed: Callable[[str], None]
-    """Called with a sandbox once the token of its bot is tried again, or not any more (Session.stale)."""
-    waiting: Callable[[str], Awaitable[Waiting | None]]
-    """Those of a sandbox's shard, once they are loaded; None where the shard is not this replica's."""
-    raw_bots: Shared[set[str]]
-    """The keys (`names.token_of`) of all bots of whom a message waits in WECHAT_RAW."""
+    """Called with a sandbox once its bot may send again, or not any more (Session.is_stale, is_catching_up)."""
     writable: Callable[[], Awaitable[None]]
     """Returns when the bus takes what a poll may bring; none starts before."""
-    purges: Callable[[], int]
-    """How often the bucket of cursors was seen to lack some: each poller puts its own back before the next poll."""
+    part_bytes: Callable[[], int]
+    """The most that one journal record may hold."""
     taking: asyncio.Semaphore
     """Bounds how many bots are taken at once: thousands would hold up the event loop, and with it the lease."""
     turns: Turns
@@ -93,26 +69,18 @@ class Incoming(NamedTuple):
     """Over how long polls are spread that could all start again at the same moment."""
     stale_retry_s: tuple[float, ...]
     """Pauses between the tries of a token that iLink has refused (-14)."""
-    skew_ms: int
-    """By how much the times of two copies of a message may differ."""
-    groups_as_direct: bool
-    """What was written in a group is told as if it were written to the bot alone."""
     notify: bool
     """Whether iLink is told that polling starts and stops."""
+    keep_s: float
+    """How long an unbound bot's journal is kept."""
     is_idle: Callable[[str, str], Awaitable[bool]]
     """Whether a replica, by incarnation, and all others that live say that they have no poller of a bot; no answer is
     a no. Raises Temporary."""
     tell_freed: Callable[[str], Awaitable[None]]
-    """Tells the other replicas that a bot was given back; one that misses it finds out by itself. Never raises."""
+    """Tells the other replicas that a bot was given back, or has a late record; one that misses it finds out by
+    itself. Never raises."""
     grace_s: float
     """How long what is in hand may take to be stored once the service stops."""
-    fence: Callable[[], None] | None = None
-    """Asked before each write of what a bot has heard; see Session.fenced."""
-
-    def check_fence(self) -> None:
-        """Raises LeaseLost where this replica may not write any more."""
-        if self.fence is not None:
-            self.fence()
 
 
 class Session:
@@ -123,14 +91,21 @@ class Session:
         self.state: State = "starting"
         self.stale = False
         """iLink said -14 and the recovery runs: nothing may be sent."""
+        self.is_catching_up = True
+        """What an owner before has stored may not be known to the conversations yet."""
+        self.journal: BotJournal | None = None
+        """Once the bot is taken."""
+        self.dispatcher: Dispatcher | None = None
+        """Since the first message."""
+        self.is_handed_over = False
+        """What is stored from now on is the next owner's to dispatch."""
         self.answered = 0.0
+        """Monotonic time since which iLink owes an answer to a poll: that of the last one, or of what ended a
+        pause."""
+        self.polled_at = 0.0
         """Monotonic time of the last answer of iLink to a poll."""
         self.announced = False
         """iLink has answered that it knows that the bot is polled."""
-        self.apart = False
-        """What was seen stands in a second key of the cursors, too."""
-        self.purges = 0
-        """The number of purges (Incoming.purges) up to which this bot's cursor is known to be there."""
         self.leaving = False
         """Ends at the next poll boundary."""
         self.told = Condition()
@@ -143,6 +118,8 @@ class Session:
         """The shard was handed over while a poll waits: what it brings is stored here, then the bot is given back."""
         self.freed = asyncio.Event()
         """The replica that had the bot says that it has given it back."""
+        self.has_late = False
+        """Another replica may have stored something for the bot under this one's name (BotJournal.store_late)."""
         self.cut = asyncio.Event()
         """Set by `cut_off`."""
         self.polling: asyncio.Task[Any] | None = None
@@ -151,29 +128,12 @@ class Session:
         self._for_lease = False
         """It is cut since the lease was lost, and for nothing else."""
         self._account: tuple[Binding, Account] | None = None
-        self._fenced: tuple[Incoming, str, Incoming] | None = None
 
     def account(self, binding: Binding, sealer: Sealer) -> Account:
         """As account_of, and a token is opened once, not for each poll. Raises Refused("token_key")."""
         if self._account is None or self._account[0] is not binding:
             self._account = binding, account_of(binding, sealer)
         return self._account[1]
-
-    def fenced(self, needs: Incoming, owner: str) -> Incoming:
-        """What writes for this bot only as long as this replica may, as the `owner` that the cursor names.
-
-        The replica that the cursor names may write as long as it lives, also for a shard that it has handed over:
-        nobody takes the cursor before. The fence raises LeaseLost.
-        """
-        if self._fenced is None or self._fenced[0] is not needs or self._fenced[1] != owner:
-            bot = self.bot
-
-            def fence() -> None:
-                if not needs.leases.valid or needs.leases.incarnation != owner:
-                    raise LeaseLost("lease_lost", bot)
-
-            self._fenced = needs, owner, needs._replace(fence=fence)
-        return self._fenced[2]
 
     def must_leave(self) -> bool:
         """`leaving`, for a look after an await: a type checker holds the attribute to be what it was before."""
@@ -215,15 +175,6 @@ class Session:
             return False
         self._cutting = False
         return self.polling.uncancel() == 0
-
-
-class Place(NamedTuple):
-    """A poller's checkpoint: its cursor's record, the revision that fences writes to it, and the messages seen."""
-
-    record: Cursor
-    """Without `seen`, which is kept once."""
-    revision: int
-    seen: Seen
 
 
 def check_owned(needs: Incoming, binding: Binding) -> None:

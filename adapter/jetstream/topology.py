@@ -53,6 +53,8 @@ have a subject for each command; outbound/receipts.py bounds them."""
 CREATED_AT_ONCE = 16
 """Each waits for a disk, in a cluster for those of a majority: one after the other, the 130 consumers of a cluster
 took 37 s where they take 13 so, and those of one server 3.7 s and 2.1 (on a busy machine)."""
+JOURNAL_RECORDS = 128
+"""Of a bot: twice of what a poller runs ahead of its dispatcher."""
 OUT_UNSETTLED = 100_000
 """Commands of a shard that are delivered and not settled: the full queues of ten sandboxes."""
 
@@ -182,15 +184,17 @@ def streams(names: Names, settings: Settings) -> list[Wanted]:
             max_bytes=_part(settings, DEAD_PART),
         )._replace(from_one=True),  # operators type them, and nothing remembers them
         stream(
-            names.stream_raw,
-            ("subjects", "retention", "discard", "max_age"),
-            subjects=[f"{prefix}.raw.*.*"],
+            names.stream_journal,
+            ("subjects", "retention", "discard", "max_age", "deny_purge", "allow_msg_ttl"),
+            subjects=[f"{prefix}.journal.*"],
             retention="limits",
-            discard="new",
-            max_age=0,
+            discard="old",
+            max_msgs_per_subject=JOURNAL_RECORDS,
+            max_age=0,  # the last record of a bot is its place at iLink
+            deny_purge=True,
+            allow_msg_ttl=True,
         ),
         bucket(names.bindings, news=True, expires=True),
-        bucket(names.cursors),
         bucket(names.conversations, expires=True),
         bucket(names.members, expires=True),
         bucket(names.claims),

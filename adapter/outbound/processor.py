@@ -140,10 +140,10 @@ class ShardCommandProcessor:
         return actor.state.record if actor else None
 
     async def wake(self, binding: Binding) -> None:
-        """Reads the conversation of a bot that is polled here from now on: its window may have changed, and a poller
-        that ends elsewhere may have heard the user. Raises Temporary."""
+        """Reads the conversation of a bot that is polled here from now on: its window may have to be closed in time.
+        Raises Temporary."""
         if binding.user:
-            await (await self.conversation(binding, binding.user)).adopt_stored()
+            (await self.conversation(binding, binding.user)).refresh_bot()
 
     def on_binding(self, sandbox: str) -> None:
         """A binding of the sandbox changed, or what is known of its token."""

@@ -12,6 +12,7 @@ from adapter.records import Binding
 from adapter.timing import Clock
 
 LOOK_S = 0.2
+CATCH_UP_LOOK_S = 0.05
 POLLED_WITHIN_S = 90.0
 """A bot that is not polled for so long, as while a stream is full, counts as not alive; it is looked at again."""
 
@@ -21,6 +22,9 @@ class Pollers(Protocol):
 
     def is_stale(self, bot: str) -> bool:
         """Whether iLink has refused the bot's token, and it is being tried again."""
+
+    def is_catching_up(self, bot: str) -> bool:
+        """Whether the conversations may not have heard everything that an owner before has stored."""
 
     def poll_now(self, bot: str) -> None:
         """Ends the bot's long poll, so that the next one shows what iLink thinks of its token."""
@@ -52,6 +56,13 @@ class BotSessions:
 
     def is_recovering(self, bot: str) -> bool:
         return self._pollers().is_stale(bot)
+
+    def is_catching_up(self, bot: str) -> bool:
+        return self._pollers().is_catching_up(bot)
+
+    async def wait_caught_up(self, bot: str) -> None:
+        while self.is_catching_up(bot):
+            await self._clock.sleep(CATCH_UP_LOOK_S)
 
     async def is_alive(self, bot: str) -> bool:
         """-14 to one send is no proof (ilink-protocol 15.3): `notifystart` is asked, and where it is refused or gives

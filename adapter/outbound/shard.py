@@ -41,6 +41,12 @@ class Sessions(Protocol):
     async def is_alive(self, bot: str) -> bool:
         """Whether iLink takes the bot's token elsewhere. Raises Temporary."""
 
+    def is_catching_up(self, bot: str) -> bool:
+        """Whether the conversations may not have heard everything that an owner before has stored."""
+
+    async def wait_caught_up(self, bot: str) -> None:
+        """Returns once they have."""
+
 
 class ShardLease:
     """The right of this replica to work for one shard."""
@@ -135,6 +141,12 @@ class OwnedShard:
 
     async def is_session_alive(self, bot: str) -> bool:
         return await self._sessions.is_alive(bot)
+
+    def is_catching_up(self, bot: str) -> bool:
+        return self._sessions.is_catching_up(bot)
+
+    async def wait_caught_up(self, bot: str) -> None:
+        await self._sessions.wait_caught_up(bot)
 
     async def load_bodies(self, sandbox: str, sequences: Sequence[int]) -> dict[int, list[Part] | None]:
         parts = await self._bodies.load(sandbox, sequences)

@@ -3,8 +3,8 @@
 What arrives is published and acknowledged before the next poll, what is to go is posted and acknowledged: no state,
 no repeats found, no order kept, no window, no receipt, no retry. aiohttp on uvloop, one task per bot.
 
-With `--writes` it writes inbound what the contract asks for, and does nothing with it: the context token before the
-messages, their ids for the server to find repeats, the cursor after them and before the next poll.
+With `--writes` it writes inbound what the contract asks for, and does nothing with it: iLink's answer as it came,
+before the next poll, and beside that poll the messages, with their ids for the server to find repeats.
 """
 
 from __future__ import annotations
@@ -65,16 +65,18 @@ class Acks:
 
 
 async def poll(http: aiohttp.ClientSession, base: str, acks: Acks, bot: int, writes: bool) -> None:
-    cursor = ""
+    cursor, behind = "", list[asyncio.Future[None]]()
     while True:
         body = json.dumps({"get_updates_buf": cursor, "base_info": {"channel_version": "2.4.9"}}).encode()
         async with http.post(f"{base}/ilink/bot/getupdates", headers=asked_with(bot), data=body) as response:
-            answer = msgspec.json.decode(await response.read())
+            raw = await response.read()
+        answer = msgspec.json.decode(raw)
         cursor = answer["get_updates_buf"]
         said = answer["msgs"]
         if writes and said:
-            token = msgspec.json.encode({"token": said[-1]["context_token"]})
-            await (await acks.publish(f"$KV.wechat_conversations.floor.{bot}", token))
+            await (await acks.publish(f"wechat.journal.floor{bot}", raw))
+            for future in behind:
+                await future
         waiting = []
         for message in said:
             text = message["item_list"][0]["text_item"]["text"]
@@ -82,10 +84,11 @@ async def poll(http: aiohttp.ClientSession, base: str, acks: Acks, bot: int, wri
             inbound = {"id": ident, "sandbox": f"s{bot}", "text": text}
             headers = {"Nats-Msg-Id": ident, "Wechat-Schema": "1"} if writes else None
             waiting.append(await acks.publish(f"wechat.inbox.s{bot}", msgspec.json.encode(inbound), headers))
+        if writes:
+            behind = waiting
+            continue
         for future in waiting:
             await future
-        if writes and said:
-            await (await acks.publish(f"$KV.wechat_cursors.floor{bot}", msgspec.json.encode({"cursor": cursor})))
 
 
 async def inbound(base: str, url: str, bots: int, connector: aiohttp.TCPConnector, writes: bool) -> None:

@@ -29,14 +29,17 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 
 from adapter.embedded import find_server
+from adapter.inbound.journal import VERSION, JournalRecord
 from adapter.names import SHARDS, token_of
-from adapter.records import Binding, Claim, Cursor
+from adapter.records import Binding, Claim
 from adapter.seal import Sealer
 from tests.e2e.waiting import eventually, free_port
 
 STAYS_S = 6.0
 """Longer than a lease: a new replica is given its share after one."""
 TOKEN_KEY = bytes(32)
+FIRST_RECORD = msgspec.msgpack.encode((VERSION, "", msgspec.msgpack.encode(JournalRecord())))
+"""Of a bot's journal: nobody polls it."""
 TICKS = os.sysconf("SC_CLK_TCK")
 ROOT = Path(__file__).parents[2]
 
@@ -217,15 +220,15 @@ class Rig:
             token = sealer.seal(bot, f"{bot}:0600abcd")
             binding = Binding(sandbox=f"s{number}", bot=bot, token=token, user=f"user{number}@im.wechat")
             await nc.publish(f"$KV.wechat_bindings.{token_of(bot)}", msgspec.json.encode(binding))
-            await nc.publish(f"$KV.wechat_cursors.{token_of(bot)}", msgspec.json.encode(Cursor()))
+            await nc.publish(f"wechat.journal.{token_of(bot)}", FIRST_RECORD)
         await nc.flush()
         js = nc.jetstream()
 
         async def stored() -> bool:
-            keys = [(await js.stream_info(f"KV_wechat_{name}")).state.messages for name in ("bindings", "cursors")]
-            return keys == [bots, bots]
+            there = [(await js.stream_info(name)).state.messages for name in ("KV_wechat_bindings", "WECHAT_JOURNAL")]
+            return there == [bots, bots]
 
-        await eventually(stored, f"{bots} bindings and cursors are stored")
+        await eventually(stored, f"{bots} bindings and journals are stored")
 
     def drop(self, bridge: Process) -> None:
         """Ends a bridge as an operator does."""

@@ -20,8 +20,8 @@ COLUMNS = ("adapter", "operator", "platform", "service", "own", "other")
 HEADS = ("adapter", "operator", "platform", "service", "sandbox: its own", "sandbox: another's")
 
 STREAMS = (
-    *("WECHAT_IN", "WECHAT_OUT", "WECHAT_CTL", "WECHAT_EVENT", "WECHAT_DEAD", "WECHAT_RAW"),
-    *("KV_wechat_bindings", "KV_wechat_cursors", "KV_wechat_conversations", "KV_wechat_members", "KV_wechat_claims"),
+    *("WECHAT_IN", "WECHAT_OUT", "WECHAT_CTL", "WECHAT_EVENT", "WECHAT_DEAD", "WECHAT_JOURNAL"),
+    *("KV_wechat_bindings", "KV_wechat_conversations", "KV_wechat_members", "KV_wechat_claims"),
     *("KV_wechat_logins", "OBJ_wechat_media"),
 )
 BUCKETS = tuple(stream.removeprefix("KV_") for stream in STREAMS if stream.startswith("KV_"))
@@ -56,7 +56,7 @@ SUBJECTS = [
         ("wechat.ctl.bind", "adapter operator platform"),
         ("wechat.ctl.unbind", "adapter operator platform"),
         *((f"wechat.event.<sandbox>.{kind}", "adapter") for kind in ("receipt.c", "binding", "login", "window")),
-        ("wechat.raw.7.b", "adapter"),
+        ("wechat.journal.b", "adapter"),
         ("wechat.dead.WECHAT_OUT", "adapter"),
         ("wechat.kv.freed", "adapter"),
         ("wechat.kv.roll", "adapter"),
@@ -104,7 +104,7 @@ SUBJECTS = [
         *((f"wechat.event.<sandbox>.{kind}", "operator platform own") for kind in ("binding", "login", "window")),
         ("wechat.event.*.>", "operator platform"),
         ("wechat.event.*.receipt.*", "operator platform service"),
-        ("wechat.raw.>", ""),
+        ("wechat.journal.>", ""),
         ("wechat.dead.>", ""),
         ("wechat.kv.>", "adapter"),
         ("wechat.svc.>", "adapter"),
@@ -151,7 +151,7 @@ API: list[tuple[str, dict[str, str]]] = [
     ("$JS.API.STREAM.MSG.GET.<stream>", {"adapter": ALL, "operator": READ}),
     (
         "$JS.API.STREAM.MSG.DELETE.<stream>",
-        {"adapter": "WECHAT_CTL WECHAT_RAW WECHAT_DEAD", "operator": "WECHAT_DEAD WECHAT_OUT"},
+        {"adapter": "WECHAT_CTL WECHAT_JOURNAL WECHAT_DEAD", "operator": "WECHAT_DEAD WECHAT_OUT"},
     ),
     ("$JS.API.STREAM.SNAPSHOT.<stream>", {}),
     ("$JS.API.STREAM.RESTORE.<stream>", {}),

@@ -99,9 +99,9 @@ async def test_the_usual_headers_are_read_the_short_way(monkeypatch: pytest.Monk
         raise AssertionError("the long way")
 
     monkeypatch.setattr(Client, "_process_headers", process)
-    raw = b"NATS/1.0\r\nNats-Stream: KV_wechat_cursors\r\nNats-Time-Stamp: 2026-11-26T12:00:00.5Z\r\n\r\n"
+    raw = b"NATS/1.0\r\nNats-Stream: KV_wechat_claims\r\nNats-Time-Stamp: 2026-11-26T12:00:00.5Z\r\n\r\n"
     assert await BusClient().headers(raw) == {
-        "Nats-Stream": "KV_wechat_cursors",
+        "Nats-Stream": "KV_wechat_claims",
         "Nats-Time-Stamp": "2026-11-26T12:00:00.5Z",
     }
     raw = b"NATS/1.0 408 Request Timeout\r\nNats-Pending-Messages: 40\r\nNats-Pending-Bytes: 0\r\n\r\n"

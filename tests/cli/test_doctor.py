@@ -302,8 +302,8 @@ ROWS: list[tuple[str, str, Callable[[str], str], tuple[str, str], tuple[str, str
     (
         "a-bucket-closed",
         "adapter",
-        lambda text: text.replace('            "$KV.wechat_cursors.>"\n', "", 1),
-        ("fail", "may not publish $KV.wechat_cursors.>:"),
+        lambda text: text.replace('            "$KV.wechat_claims.>"\n', "", 1),
+        ("fail", "may not publish $KV.wechat_claims.>:"),
         ("ok", ""),
     ),
     (

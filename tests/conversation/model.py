@@ -92,6 +92,8 @@ class World(NamedTuple):
     now_ms: int
     messages: int
     """How often the user may still write."""
+    said: tuple[rules.Heard, ...]
+    """What the user wrote: the journal of the bot."""
     crashes: int
     """How often an owner may still die."""
     failures: int
@@ -136,6 +138,7 @@ class Explorer:
             waits=None,
             now_ms=1_000_000,
             messages=messages,
+            said=(),
             crashes=crashes,
             failures=failures,
             binds=binds,
@@ -191,8 +194,9 @@ class Explorer:
                 return self._step(world, rules.SessionChecked(is_alive=False))
             case ("hear",):
                 number, bot = world.messages, BOTS[world.bot] or BOT
-                world = world._replace(messages=number - 1, used=())
-                return self._step(world, rules.Heard(f"in:{number}", f"token{number}", bot.id, 0))
+                heard = rules.Heard(f"in:{number}", f"token{number}", bot.id, 0, 1 + len(world.said))
+                world = world._replace(messages=number - 1, used=(), said=(*world.said, heard))
+                return self._step(world, heard)
             case ("bind", bot):
                 return self._step(world._replace(binds=world.binds - 1, bot=bot), rules.Bound(BOTS[bot]))
             case ("pause_over",):
@@ -216,6 +220,10 @@ class Explorer:
         record = msgspec.msgpack.decode(world.stored, type=ConversationRecord)
         state = Conversation(sandbox="s1", user="u1", record=record, bot=BOTS[world.bot])
         world = world._replace(memory=msgspec.msgpack.encode(state))
+        for (
+            heard
+        ) in world.said:  # what the owner before may not have stored; all of it, since a repeat changes nothing
+            world = self._step(world, heard)
         receipts = dict(world.receipts)
         finals = {sequence for sequence, result in world.receipts if result.outcome in FINAL_OUTCOMES}
         for ref in record.head.commands if record.head else ():

@@ -105,14 +105,14 @@ def test_a_change_is_told_once(announced: WindowPhase, current: WindowPhase, cha
 
 
 def hear(known: ConversationRecord, *, message: str = "in:2", now_ms: int, **fields: Any) -> SendWindow:
-    told: dict[str, Any] = {"token": "new", "bot": "b2", "written_ms": 0, "in_flight": 0} | fields
+    told: dict[str, Any] = {"token": "new", "bot": "b2", "written_ms": 0, "in_flight": 0, "sequence": 2} | fields
     after = window.on_inbound(known, message=message, now_ms=now_ms, **told)
     assert (after.token, after.bot) == (told["token"] or "t", "b2")
     return after.window
 
 
 def test_a_message_opens_a_window_and_its_repeat_does_not() -> None:
-    assert hear(record(3), now_ms=OPENED + 5) == SendWindow(id="in:2", opened_ms=OPENED + 5)
+    assert hear(record(3), now_ms=OPENED + 5) == SendWindow(id="in:2", sequence=2, opened_ms=OPENED + 5)
     assert hear(record(3), message="in:1", now_ms=OPENED + 5, token="") == record(3).window
     assert hear(record(3), now_ms=OPENED + 5, in_flight=1).sends_used == 1
 
@@ -130,11 +130,13 @@ def test_a_clock_that_is_wrong_counts_nothing() -> None:
     known = record(1, sent_at_ms=[OPENED], throttled_at_ms=OPENED)
     edge = OPENED + CLOCK_ERROR_MS
     assert hear(known, now_ms=edge, written_ms=OPENED).sends_used == 1
-    assert hear(known, now_ms=edge + 1, written_ms=OPENED) == SendWindow(id="in:2", opened_ms=edge + 1)
+    assert hear(known, now_ms=edge + 1, written_ms=OPENED) == SendWindow(id="in:2", sequence=2, opened_ms=edge + 1)
     before = OPENED - CLOCK_ERROR_MS
     assert hear(known, now_ms=before, written_ms=before).sends_used == 1
     assert hear(known, now_ms=before, written_ms=before).throttled_at_ms == OPENED
-    assert hear(known, now_ms=before - 1, written_ms=before - 1) == SendWindow(id="in:2", opened_ms=before - 1)
+    assert hear(known, now_ms=before - 1, written_ms=before - 1) == SendWindow(
+        id="in:2", sequence=2, opened_ms=before - 1
+    )
 
 
 @pytest.mark.parametrize(
@@ -166,7 +168,9 @@ def test_a_request_counts_once_in_each_window() -> None:
     assert (again.head.attempts, again.head.unanswered_attempts) == (2, 2)
     assert (again.window.sends_used, again.window.sent_at_ms) == (1, [OPENED + 2])
 
-    heard = msgspec.structs.replace(again, window=SendWindow(id="in:2", opened_ms=OPENED + 3, sends_used=1))
+    heard = msgspec.structs.replace(
+        again, window=SendWindow(id="in:2", sequence=2, opened_ms=OPENED + 3, sends_used=1)
+    )
     anew = window.record_attempt(heard, again.head, OPENED + 4)
     assert (anew.window.sends_used, anew.window.sent_at_ms) == (2, [OPENED + 4])
     full = record(sent_at_ms=list(range(SENT_KEPT)))
@@ -200,7 +204,9 @@ def test_a_throttle_speaks_of_the_window_that_its_request_left_in() -> None:
     unknown = window.record_throttled(record(), once.head, OPENED + 9)
     assert unknown.window.throttled_at_ms == OPENED + 9
 
-    heard = msgspec.structs.replace(once, window=SendWindow(id="in:2", opened_ms=OPENED + 3, sends_used=1))
+    heard = msgspec.structs.replace(
+        once, window=SendWindow(id="in:2", sequence=2, opened_ms=OPENED + 3, sends_used=1)
+    )
     found = window.record_throttled(heard, once.head, OPENED + 9)
     assert (found.window.throttled_at_ms, found.window.sends_used) == (0, 0)
 

@@ -207,8 +207,11 @@ async def test_window_and_replay_can_be_asked(tmp_path: Path) -> None:
         for number in range(3):
             made.say("s1", f"message {number}")
         await made.settle(nc)
-        window = await ask(nc, "window", WindowQuery(sandbox="s1"), Window)
-        assert window.remaining == 10
+
+        async def is_open() -> bool:  # it is stored behind the messages
+            return bool((await ask(nc, "window", WindowQuery(sandbox="s1"), Window)).remaining == 10)
+
+        await eventually(is_open, "the window is open")
         answer = await nc.request(NAMES.svc("replay"), b'{"sandbox":"s1","limit":2}', timeout=10)
         page = msgspec.json.decode(answer.data)
         assert [entry["message"]["text"] for entry in page["messages"]] == ["message 0", "message 1"]

@@ -17,7 +17,7 @@ LEADERS = (
     NAMES.stream_in,
     NAMES.stream_out,
     NAMES.stream_event,
-    f"KV_{NAMES.cursors}",
+    NAMES.stream_journal,
     f"KV_{NAMES.conversations}",
     f"KV_{NAMES.members}",
     f"KV_{NAMES.claims}",

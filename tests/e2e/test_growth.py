@@ -134,8 +134,6 @@ def forget_the_last(adapter: Parts) -> None:
     adapter.control._read.clear()
     for shard in adapter.supervisor._shards.values():
         shard.commands._ended.clear()
-    for downloads in adapter.supervisor._downloads.values():
-        downloads._done.clear()
 
 
 async def calm(adapter: Parts, *, wanted: int = 0) -> int:

@@ -22,7 +22,7 @@ from nats.js.errors import APIError
 
 from adapter.contract import ImageItem, Inbound, Login, LoginQuery
 from adapter.embedded import EmbeddedNats
-from adapter.names import SHARDS, shard_of, token_of
+from adapter.names import SHARDS, shard_of
 from tests.e2e.lossy import Lossy
 from tests.e2e.test_bindings import ask as service
 from tests.e2e.test_logins import newest, reaches, start
@@ -351,7 +351,7 @@ async def test_events_without_room_hold_up_receipts_and_no_message(tmp_path: Pat
     [
         pytest.param(NAMES.stream_in, 1, id="of-a-batch"),
         pytest.param(f"KV_{NAMES.conversations}", 0, id="of-a-conversation"),
-        pytest.param(f"KV_{NAMES.cursors}", 1, id="of-a-cursor"),  # the first takes the bot
+        pytest.param(NAMES.stream_journal, 1, id="of-an-answer"),  # the first takes the bot
     ],
 )
 async def test_a_bot_whose_acknowledgement_gets_lost_is_polled_again(tmp_path: Path, name: str, skip: int) -> None:
@@ -417,14 +417,12 @@ async def test_a_stream_that_is_altered_takes_readiness_until_it_is_mended(tmp_p
         assert (adapter.said("stream.altered"), adapter.said("stream.mended")) == (1, 1)
 
 
-async def test_bots_whose_restored_cursors_name_a_replica_that_does_not_poll_them_are_polled_again(
-    tmp_path: Path,
-) -> None:
+async def test_bots_whose_journal_names_a_replica_that_does_not_poll_them(tmp_path: Path) -> None:
     """It lives, so that no lease runs out, and cannot give back what it does not have."""
     async with running(tmp_path, bots=4) as (made, nc, adapter):
         heir = await made.add_adapter(WECHAT_NATS_HTTP_ADDR=f"127.0.0.1:{free_port()}")
         js = nc.jetstream()
-        claims, cursors = await js.key_value(NAMES.claims), await js.key_value(NAMES.cursors)
+        claims = await js.key_value(NAMES.claims)
 
         await until(lambda: heir.said("shards.claimed") > 0, "it is there")
 
@@ -438,14 +436,14 @@ async def test_bots_whose_restored_cursors_name_a_replica_that_does_not_poll_the
         claimed = [msgspec.json.decode((await claims.get(key)).value or b"") for key in await claims.keys()]
         replicas = {claim["owner"] for claim in claimed}
         for record in made.bots.values():
-            key = token_of(record.bot)
-            cursor = msgspec.json.decode((await cursors.get(key)).value or b"")
-            other = min(replicas - {cursor["owner"]})
-            await cursors.put(key, msgspec.json.encode(cursor | {"owner": other}))
+            last = await js.get_last_msg(NAMES.stream_journal, NAMES.journal(record.bot))
+            version, owner, sealed = msgspec.msgpack.decode(last.data or b"")
+            other = min(replicas - {owner})
+            await js.publish(NAMES.journal(record.bot), msgspec.msgpack.encode((version, other, sealed)))
         for sandbox in made.bots:
             made.say(sandbox, "heard by one that finds its name gone")
         asked = (adapter, heir)
-        await until(lambda: sum(one.said("cursor.outdated") for one in asked) == 4, "they are taken from it")
+        await until(lambda: sum(one.said("journal.outdated") for one in asked) == 4, "they are taken from it")
         await loaded(made, nc, 1, first=3)
         await faultless(made, nc)
 
@@ -549,18 +547,17 @@ async def test_a_lease_that_cannot_be_renewed_is_told(tmp_path: Path) -> None:
         await faultless(made, nc)
 
 
-async def test_a_bucket_that_refuses_what_a_bot_writes_holds_it_up_and_loses_nothing(tmp_path: Path) -> None:
-    """iLink gives nothing again: what a poll brought is in hand until the bucket takes its records."""
+async def test_a_journal_that_refuses_what_a_bot_writes_holds_it_up_and_loses_nothing(tmp_path: Path) -> None:
+    """iLink gives nothing again: what a poll brought is in hand until the journal takes it."""
     async with running(tmp_path, bots=3, cursor_mode="ack_on_delivery") as (made, nc, adapter):
-        for number, bucket in enumerate((NAMES.conversations, NAMES.cursors)):
-            await loaded(made, nc, 1, first=number)
-            await change(nc, f"KV_{bucket}", max_msg_size=10)
-            waits = adapter.said("inbound.waits")
-            for sandbox in made.bots:
-                made.say(sandbox, f"while {bucket} refuses")
-            await until(lambda: adapter.said("inbound.waits") > waits + 3, "it says that it waits")  # noqa: B023
-            await change(nc, f"KV_{bucket}", max_msg_size=-1)
-        await loaded(made, nc, 1, first=2)
+        await loaded(made, nc, 1)
+        await change(nc, NAMES.stream_journal, max_msg_size=10)
+        waits = adapter.said("inbound.waits")
+        for sandbox in made.bots:
+            made.say(sandbox, "while the journal refuses")
+        await until(lambda: adapter.said("inbound.waits") > waits + 3, "it says that it waits")
+        await change(nc, NAMES.stream_journal, max_msg_size=-1)
+        await loaded(made, nc, 1, first=1)
         await faultless(made, nc)
 
 

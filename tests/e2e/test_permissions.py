@@ -144,7 +144,11 @@ async def test_every_role_can_do_its_work(scene: Scene) -> None:
     assert [msgspec.json.decode(msg.data, type=Inbound).text for msg in await s1.pull("s1")] == ["hello s1"]
     page = msgspec.json.decode((await s1.ask("replay", b'{"after":0}')).data, type=ReplayPage)
     assert [msgspec.json.decode(r.message, type=Inbound).text for r in page.messages] == ["hello s1"]
-    assert msgspec.json.decode((await s1.ask("window")).data, type=Window).remaining == 10
+
+    async def is_open() -> bool:  # it is stored behind the message
+        return msgspec.json.decode((await s1.ask("window")).data, type=Window).remaining == 10
+
+    await eventually(is_open, "the window is open")
     world.sim.say_media(world.bots["s1"].bot, "image", samples.png())
     await until(lambda: len(s1.heard()) == 2, "the picture comes")
     image = json.loads([m for m in s1.genuine() if m.subject == NAMES.live("s1")][-1].data)["items"][0]["media"]
@@ -393,7 +397,7 @@ async def test_an_adapter_that_may_not_hear_what_it_serves_waits_until_it_may(tm
 
 async def test_what_an_adapter_may_not_publish_is_told_at_its_start(tmp_path: Path) -> None:
     def narrow(text: str) -> str:
-        return text.replace('            "$KV.wechat_cursors.>"\n', "", 1)
+        return text.replace('            "$KV.wechat_claims.>"\n', "", 1)
 
     async with guarded(tmp_path, edit=narrow) as server, Simulator(fast()) as sim:
         environ = environ_of(server.url, sim) | server.users["adapter"].environ
@@ -402,6 +406,6 @@ async def test_what_an_adapter_may_not_publish_is_told_at_its_start(tmp_path: Pa
         try:
             await until(lambda: bool(adapter.http_port()), "it starts")
             (line,) = adapter.lines("permissions.missing")
-            assert (line["severity_text"], line["lacks"]) == ("ERROR", "publish $KV.wechat_cursors.>")
+            assert (line["severity_text"], line["lacks"]) == ("ERROR", "publish $KV.wechat_claims.>")
         finally:
             await adapter.kill()

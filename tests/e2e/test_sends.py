@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 import pytest
 from nats.aio.client import Client
+from nats.js.errors import KeyNotFoundError
 
 from adapter.conversation.record import ConversationRecord
 from adapter.jetstream.link import Link
@@ -193,7 +194,11 @@ async def test_a_restart_between_two_parts_asks_for_neither_again(tmp_path: Path
         await send(made, nc, "c", *({"kind": "text", "text": text} for text in ("one", "two", "three")))
 
         async def one_is_noted() -> bool:
-            record = await (await nc.jetstream().key_value(NAMES.conversations)).get(conversation_key("s1", bot.user))
+            records = await nc.jetstream().key_value(NAMES.conversations)
+            try:
+                record = await records.get(conversation_key("s1", bot.user))
+            except KeyNotFoundError:  # nothing is stored of the user yet
+                return False
             head = msgspec.json.decode(record.value or b"", type=ConversationRecord).head
             return head is not None and (head.part, head.unanswered_attempts) == (1, 0)
 

@@ -126,7 +126,11 @@ async def test_a_progress_report_takes_no_send_that_is_kept_back_for_answers(tmp
     async with world(tmp_path, environ={"WECHAT_NATS_RESERVE_SENDS": "2"}) as made:
         nc, bot = await made.begun()
         await comes(nc, ("opened", "", 10))
-        assert (await shown(nc)).reserved == 2
+
+        async def are_reserved() -> bool:  # the record is stored behind the message
+            return (await shown(nc)).reserved == 2
+
+        await eventually(are_reserved, "two sends are kept back")
         for number in range(10):
             body = msgspec.json.encode({"text": f"report {number}", "optional": True, "id": f"r{number}"})
             await nc.jetstream().publish(NAMES.out("s1"), body)

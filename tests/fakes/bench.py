@@ -19,22 +19,23 @@ from adapter.conversation.shard import ConversationDeps
 from adapter.conversation.store import ConversationStore
 from adapter.conversation.uploads import Uploads
 from adapter.conversation.window import WindowPolicy
-from adapter.errors import LeaseLost
 from adapter.events import Events
 from adapter.ilink.translate import read_message
-from adapter.inbound.cursors import raw_bots
+from adapter.inbound.dispatcher import Dispatching
 from adapter.inbound.download import Downloading
-from adapter.inbound.fetching import Downloads, Fetching
+from adapter.inbound.inbox import Publishing
+from adapter.inbound.journal import Journal, JournalRecord, Written
 from adapter.inbound.recall import Recall
-from adapter.inbound.sessions import Incoming, Waiting
+from adapter.inbound.sessions import Incoming
+from adapter.inbound.triage import Triage
 from adapter.metrics import Metrics
-from adapter.names import Names, conversation_key, shard_of, token_of
+from adapter.names import Names, conversation_key, shard_of
 from adapter.outbound.processor import OutboundDeps, ShardCommandProcessor
 from adapter.outbound.receipts import Receipts
 from adapter.outbound.sessions import BotSessions
 from adapter.outbound.typing_indicator import TypingDeps
 from adapter.ports import Account, Stored
-from adapter.records import Binding, Cursor
+from adapter.records import Binding
 from adapter.seal import Sealer
 from adapter.slots import FairSlots
 from adapter.timing import Beat, Pace, Turns
@@ -53,6 +54,10 @@ UNBOUND_S = 72 * 3600
 MEDIA_BYTES = 100_000
 
 
+DISPATCH = {*Dispatching._fields, *Triage._fields, *Publishing._fields} - set(Incoming._fields)
+"""What `incoming` passes on to `dispatching`."""
+
+
 class Bench:
     """One replica's core between fakes. A second one on the same `world` is the replica that takes over."""
 
@@ -63,12 +68,12 @@ class Bench:
         incarnation: str = "me-1",
         limits: Limits = LIMITS,
         metrics: Metrics | None = None,
+        sealer: Sealer | None = None,
     ) -> None:
         self.clock: FakeClock = world.clock if world else FakeClock()
         self.names = Names()
         self.bus: FakeBus = world.bus if world else FakeBus(self.names, self.clock)
         self.chat: FakeChat = world.chat if world else FakeChat(self.clock)
-        self.cursors: FakeBucket = world.cursors if world else FakeBucket("cursor", self.bus.writes)
         self.conversation_bucket: FakeBucket = (
             world.conversation_bucket if world else FakeBucket("conversation", self.bus.writes)
         )
@@ -79,8 +84,6 @@ class Bench:
         self.texts = FakeTexts()
         self.transfers = FairSlots(16, share=16)
         self.uploads = Uploads(self.cdn, self.objects, self.clock, self.transfers, max_bytes=MEDIA_BYTES)
-        self.opened: dict[int, Downloads] = {}
-        """By shard: what waits for media. A shard that has none counts as not this replica's."""
         self.core = FakeCoreBus()
         self.metrics = metrics or Metrics()
         self.leases = FakeLeases(incarnation)
@@ -92,11 +95,12 @@ class Bench:
         self.store = ConversationStore(self.conversation_bucket, unserved_s=UNBOUND_S)
         self.processors: dict[int, ShardCommandProcessor] = {}
         """By shard: those that work here."""
-        self.conversations = Conversations(self.store, self.open_shard, self._ensure_served, self.clock, POLICY)
+        self.conversations = Conversations(self.store, self.open_shard, self.clock, POLICY)
         self.recall = Recall(self.conversations, self.bus, self.names, self.clock, self.metrics)
         self.events = Events(self.bus, self.names, self.clock, self.metrics)
         self.receipts = Receipts(self.events, self.bus, self.names)
-        self.sealer = Sealer(())
+        self.sealer: Sealer = sealer or (world.sealer if world else Sealer(()))
+        self.journal = Journal(self.bus, self.bus, self.names, self.sealer)
         self.limits = limits
         self.bus_up = asyncio.Event()
         self.bus_up.set()
@@ -108,6 +112,8 @@ class Bench:
         """The bots that other replicas were told of."""
         self.idle: set[tuple[str, str]] = set()
         """Replicas that say that they have no poller of a bot: incarnation and bot."""
+        self.behind: set[str] = set()
+        """Bots of which an owner before may have stored something that the conversations have not heard."""
         self.stale: set[str] = set()
         """Bots whose tokens are being tried again."""
         self.asks_sessions = True
@@ -118,12 +124,6 @@ class Bench:
         self.wait_for_pending_binds: Callable[[], Awaitable[None]] | None = None
         self.numbers: Iterator[int] = world.numbers if world else itertools.count(1)
         self.deliveries: list[FakeDelivery] = world.deliveries if world else []
-
-    def _ensure_served(self, bot: str) -> None:
-        binding = self.bindings.get(bot)
-        if binding is None:
-            raise LeaseLost("not_bound", bot)
-        self.leases.check(shard_of(binding.sandbox))
 
     async def bind(
         self, sandbox: str = "s1", bot: str = "b1@im.bot", user: str = "u1@im.wechat", **fields: Any
@@ -150,15 +150,18 @@ class Bench:
         return msgspec.json.decode(entry.value, type=ConversationRecord)
 
     async def wrote(self, ident: str, *, bot: str = "b1@im.bot", user: str = "u1@im.wechat") -> None:
-        """What a poller tells the conversation of a user's message before it is on the bus: another window."""
+        """What the dispatcher tells the conversation of a user's message before it is on the bus: another window."""
         binding = self.bindings.get(bot)
         assert binding is not None
-        await self.conversations.hear(binding, user, message=ident, token="AARz", written_ms=0)
+        sequence = self.bus.put(self.names.journal(bot), b"", {})
+        await self.conversations.hear(binding, user, message=ident, token="AARz", written_ms=0, sequence=sequence)
 
-    def cursor(self, bot: str = "b1@im.bot") -> Cursor:
-        entry = self.cursors.entries[token_of(bot)]
-        assert entry.value is not None
-        return msgspec.json.decode(entry.value, type=Cursor)
+    async def written(self, bot: str = "b1@im.bot") -> list[Written]:
+        """The journal of a bot, oldest first."""
+        return [written async for written in self.journal.after(bot, 0)]
+
+    async def last_record(self, bot: str = "b1@im.bot") -> JournalRecord:
+        return (await self.written(bot))[-1].record
 
     def command(
         self,
@@ -257,6 +260,9 @@ class Bench:
     def is_stale(self, bot: str) -> bool:
         return bot in self.stale
 
+    def is_catching_up(self, bot: str) -> bool:
+        return bot in self.behind
+
     def poll_now(self, bot: str) -> None:
         self.polled_now.append(bot)
         if self.chat.poll_is_stale:
@@ -282,10 +288,10 @@ class Bench:
         return processor
 
     async def open_shard(self, sandbox: str) -> ShardCommandProcessor | None:
-        return self.processors.get(shard_of(sandbox))
-
-    purges = 0
-    """How often cursors were seen to have vanished."""
+        number = shard_of(sandbox)
+        if number not in self.processors and self.leases.valid and number in self.leases.owned:
+            self.processor(sandbox)
+        return self.processors.get(number)
 
     def incoming(self, **changes: Any) -> Incoming:
         async def tell_freed(bot: str) -> None:
@@ -297,15 +303,10 @@ class Bench:
         async def writable() -> None:
             await self.bus_up.wait()
 
-        async def waiting(sandbox: str) -> Waiting | None:
-            return self.opened.get(shard_of(sandbox))
-
         incoming = Incoming(
             chat=self.chat,
-            read_message=read_message,
-            bus=self.bus,
-            history=self.bus,
-            cursors=self.cursors,
+            journal=self.journal,
+            dispatching=self.dispatching(**{name: changes.pop(name) for name in list(changes) if name in DISPATCH}),
             conversations=self.conversations,
             bindings=self.bindings,
             leases=self.leases,
@@ -313,44 +314,62 @@ class Bench:
             sealer=self.sealer,
             clock=self.clock,
             metrics=self.metrics,
-            names=self.names,
-            recall=self.recall,
             session_changed=self.changed_sessions.append,
-            waiting=waiting,
-            raw_bots=raw_bots(self.bus, self.names),
             writable=writable,
-            purges=lambda: self.purges,
+            part_bytes=lambda: 512 * 1024,
             taking=asyncio.Semaphore(4),
             turns=Turns(4),
             starts=Pace(2000),
             beat=Beat(0.1),
             spread_s=lambda: 0.0,
             stale_retry_s=(5.0, 30.0, 300.0),
-            skew_ms=0,
-            groups_as_direct=False,
             notify=True,
+            keep_s=3600.0,
             is_idle=is_idle,
             tell_freed=tell_freed,
             grace_s=10.0,
         )
         return incoming._replace(**changes)
 
-    async def downloads(self, sandbox: str = "s1", *, wait_s: float = 60.0, **changes: Any) -> Downloads:
-        """What waits for media of a sandbox's shard, loaded as the supervisor does it."""
+    def dispatching(self, **changes: Any) -> Dispatching:
+        """`changes`: of the dependencies, of the triage, or of the publishing."""
 
         async def to_wav(silk: bytes) -> bytes | None:
             return media.silk_to_wav(silk)  # no thread: time must not jump meanwhile
 
-        downloading = Downloading(self.cdn, self.objects, to_wav, self.clock, self.transfers)
-        made = Downloads(shard_of(sandbox), Fetching(self.incoming(**changes), downloading, wait_s))
-        await made.load()
-        self.opened[shard_of(sandbox)] = made
-        return made
+        async def media_writable() -> None:
+            await self.bus_up.wait()
+
+        def changed(kind: type[Any], made: Any) -> Any:
+            return made._replace(**{name: changes.pop(name) for name in list(changes) if name in kind._fields})
+
+        triage = Triage(read_message, Turns(4).next, groups_as_direct=False, skew_ms=0)
+        publishing = Publishing(
+            bus=self.bus,
+            history=self.bus,
+            bindings=self.bindings,
+            conversations=self.conversations,
+            recall=self.recall,
+            events=self.events,
+            leases=self.leases,
+            clock=self.clock,
+            metrics=self.metrics,
+            names=self.names,
+        )
+        return Dispatching(
+            journal=self.journal,
+            triage=changed(Triage, triage),
+            publishing=changed(Publishing, publishing),
+            bindings=self.bindings,
+            downloading=Downloading(self.cdn, self.objects, to_wav, self.clock, self.transfers),
+            media_wait_s=60.0,
+            media_writable=media_writable,
+        )._replace(**changes)
 
 
-async def ready(*script: Any, **binding: Any) -> Bench:
+async def ready(*script: Any, sealer: Sealer | None = None, **binding: Any) -> Bench:
     """A bound bot, whose polls will bring the script."""
-    bench = Bench()
+    bench = Bench(sealer=sealer)
     await bench.bind(**binding)
     bench.bus.writes.clear()
     bench.chat.polls.extend(script)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from adapter.errors import BusRefused
 from adapter.ports import Accepted, Account, Content, Entry, Message, PubAck, Stored
+from adapter.seal import Sealer
 from tests.fakes import Bench, FakeBucket, FakeBus, FakeCdn, FakeChat, FakeClock, FakeDelivery, FakeObjects, Life
 
 
@@ -55,9 +56,9 @@ class MortalBus:
         await self._life.goes_on()
         return await self._bus.counts(stream, subject)
 
-    async def delete(self, stream: str, seq: int) -> None:
+    async def delete(self, stream: str, seq: int, *, erase: bool = False) -> None:
         await self._life.goes_on()
-        await self._bus.delete(stream, seq)
+        await self._bus.delete(stream, seq, erase=erase)
         await self._life.goes_on()
 
     async def purge(self, stream: str, subject: str, *, keep: int) -> None:
@@ -142,7 +143,6 @@ class World(NamedTuple):
     clock: FakeClock
     bus: FakeBus
     chat: FakeChat
-    cursors: FakeBucket
     conversation_bucket: FakeBucket
     bindings_bucket: FakeBucket
     cdn: FakeCdn
@@ -150,6 +150,7 @@ class World(NamedTuple):
     numbers: Iterator[int]
     deliveries: list[FakeDelivery]
     claims_bucket: FakeBucket
+    sealer: Sealer
 
 
 def mortal(world: Bench, number: int, life: Life) -> Bench:
@@ -158,7 +159,6 @@ def mortal(world: Bench, number: int, life: Life) -> Bench:
         clock=world.clock,
         bus=MortalBus(world.bus, life),  # type: ignore[arg-type]
         chat=MortalChat(world.chat, world.clock, life),
-        cursors=world.cursors,
         conversation_bucket=MortalBucket(world.conversation_bucket, life),
         bindings_bucket=world.bindings_bucket,
         cdn=world.cdn,
@@ -166,5 +166,6 @@ def mortal(world: Bench, number: int, life: Life) -> Bench:
         numbers=world.numbers,
         deliveries=world.deliveries,
         claims_bucket=world.claims_bucket,
+        sealer=world.sealer,
     )
     return Bench(reached, incarnation=f"r{number}", metrics=world.metrics)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""A poller and the downloads of its shard, as the supervisor runs them, for tests of messages with media."""
+"""Messages with media, and the replica that tells them, for tests of what a dispatcher does."""
 
 from __future__ import annotations
 
@@ -6,18 +6,16 @@ import asyncio
 from typing import Any
 
 from adapter.contract import FileItem, ImageItem, Inbound, TextItem, VideoItem, VoiceItem
-from adapter.inbound.fetching import Downloads
 from adapter.inbound.poller import tend
 from adapter.inbound.sessions import Session
-from adapter.names import token_of
 from adapter.simulator import samples
 from tests.fakes import Bench, raw_message, settle
 
 BOT, USER = "b1@im.bot", "u1@im.wechat"
-KEY = token_of(BOT)
-RECORD = f"{'a' * 12}|{'b' * 12}|{'c' * 12}|{'d' * 12}|1|2"
 PNG = samples.png()
 WAIT_S = 60.0
+NOTHING: dict[str, Any] = {"message_id": None, "client_id": None, "seq": None, "create_time_ms": None}
+"""Neither an id nor a time."""
 
 
 def words(number: int, **fields: Any) -> bytes:
@@ -30,42 +28,41 @@ def image(number: int, **fields: Any) -> bytes:
 
 
 class Replica:
-    """A poller of the bot, and the downloads of its sandbox's shard, as the supervisor runs them."""
+    """A poller of a bot and its dispatcher, as the supervisor runs them."""
 
-    def __init__(self, bench: Bench, downloads: Downloads, **changes: Any) -> None:
+    def __init__(self, bench: Bench, bot: str, **changes: Any) -> None:
         self.bench = bench
-        self.downloads = downloads
-        self.session = Session(BOT)
-        loop = asyncio.get_running_loop()
-        self.poller = loop.create_task(tend(self.session, bench.incoming(**changes)))
+        self.session = Session(bot)
+        self.poller = asyncio.get_running_loop().create_task(tend(self.session, bench.incoming(**changes)))
 
     async def leave(self) -> None:
         self.session.leave(now=True)
         await self.poller
-        self.downloads.stop()
 
     async def die(self) -> None:
         """As kill -9 does: nothing is finished, nothing given back."""
+        self.bench.leases.is_valid = False  # else what is cancelled would be finished
         for task in asyncio.all_tasks() - {asyncio.current_task()}:
             task.cancel()
-        self.downloads.stop()
+        for processor in self.bench.processors.values():
+            processor.stop()
         await settle()
 
 
-async def run(bench: Bench, *, wait_s: float = WAIT_S, **changes: Any) -> Replica:
-    return Replica(bench, await bench.downloads(wait_s=wait_s, **changes), **changes)
+def run(bench: Bench, *, bot: str = BOT, **changes: Any) -> Replica:
+    return Replica(bench, bot, **changes)
 
 
-async def heir_of(bench: Bench) -> Replica:
-    """Another replica takes over, after the server has forgotten all ids (its window is five minutes)."""
-    bench.bus._ids.clear()
-    heir = Bench(bench, incarnation="heir-1")
-    heir.leases.proven_dead.add("me-1")
-    return await run(heir)
+def heir_to(bench: Bench, name: str = "heir-1") -> Bench:
+    """Another replica of the world, after the server has forgotten all ids (its window is five minutes)."""
+    bench.bus.forget_ids()
+    heir = Bench(bench, incarnation=name)
+    heir.leases.proven_dead.add(bench.leases.incarnation)
+    return heir
 
 
 def said(bench: Bench) -> list[str]:
-    """What the sandbox read, in order: texts, and of media `+` or the reason why they are missing."""
+    """What the sandboxes read, in order: texts, and of media `+` or the reason why they are missing."""
     return [_short(inbound) for inbound in bench.bus.inbound()]
 
 
@@ -78,7 +75,3 @@ def _short(inbound: Inbound) -> str:
             assert isinstance(item, ImageItem | FileItem | VideoItem | VoiceItem)
             parts.append("+" if item.media else item.reason)
     return " ".join(parts)
-
-
-def waiting(bench: Bench) -> int:
-    return len(bench.bus.found("RAW"))

@@ -9,14 +9,12 @@ from typing import Any
 import pytest
 
 from adapter.errors import SessionExpired
-from adapter.inbound.cursors import acquire
 from adapter.inbound.poller import poll_forever, tend
 from adapter.inbound.sessions import Session
-from adapter.names import token_of
+from adapter.inbound.taking import take
 from tests.fakes import Bench, EndOfScript, raw_message
 
 BOT, USER = "b1@im.bot", "u1@im.wechat"
-KEY = token_of(BOT)
 STALE = SessionExpired("needs_login", "iLink answered -14", errcode=-14, errmsg="session timeout")
 
 
@@ -30,12 +28,19 @@ async def polls(bench: Bench, **changes: Any) -> Session:
     bench.chat.script_ends = True
     session = Session(BOT)
     needs = bench.incoming(**changes)
-    place = await acquire(session, needs)
-    assert place is not None
+    journal = await take(session, needs)
+    assert journal is not None
     bench.bus.writes.clear()
     with pytest.raises(EndOfScript):
-        await poll_forever(session, place, needs)
+        await poll_forever(session, journal, needs)
+    await dispatched(session)
     return session
+
+
+async def dispatched(session: Session) -> None:
+    """Waits until everything that was stored is in the inboxes."""
+    if (dispatcher := session.dispatcher) is not None:
+        await dispatcher.changed.until(lambda: dispatcher.is_done)
 
 
 def tended(bench: Bench, **changes: Any) -> tuple[Session, asyncio.Task[None]]:

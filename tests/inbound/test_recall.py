@@ -12,15 +12,13 @@ import pytest
 from adapter.contract import FileItem, ImageItem, Inbound, Quote, TextItem, Window
 from adapter.conversation.record import SentText
 from adapter.dedup import Keys
-from adapter.inbound.batches import store
-from adapter.inbound.cursors import acquire
 from adapter.inbound.inbox import QUOTES_S, Heard, publish
 from adapter.inbound.recall import SEARCHED
-from adapter.inbound.sessions import Session
 from adapter.names import H_IDS, H_MSG_ID
-from adapter.ports import Polled, Said, Stored
+from adapter.ports import Said, Stored
 from adapter.quotes import Part, Reference
-from tests.fakes import Bench, settle
+from tests.fakes import Bench, batch, raw_message, ready, settle
+from tests.inbound.pollers import polls
 
 VIRTUAL_TIME = True
 
@@ -50,10 +48,8 @@ def says(
 
 async def hear(bench: Bench, *saids: Said, sandbox: str = "s1", bot: str = BOT) -> list[Inbound]:
     """Puts messages on the bus; all that are there."""
-    heard = [
-        Heard(said, sandbox, bot, bench.clock.now_ms(), said.keys.record(0), said.keys.id_for(bot)) for said in saids
-    ]
-    await publish(heard, bench.incoming())
+    heard = [Heard(said, sandbox, bot, bench.clock.now_ms(), said.keys.id_for(bot), "1.0") for said in saids]
+    await publish(heard, bench.dispatching().publishing)
     return bench.bus.inbound()
 
 
@@ -186,29 +182,18 @@ async def test_what_cannot_be_read_now_is_asked_again() -> None:
 async def test_odd_records_cost_a_quote_its_words_and_nothing_else(nonsense: bytes) -> None:
     bench = Bench()
     bench.bus.put("wechat.inbox.s1", nonsense, {H_MSG_ID: f"in:{BOT}:m51"}, "in")
-    heard = Heard(says(message="43", quotes="51"), "s1", BOT, 1, "r", "i")
-    await publish([heard], bench.incoming())
+    heard = Heard(says(message="43", quotes="51"), "s1", BOT, 1, "i", "1.0")
+    await publish([heard], bench.dispatching().publishing)
     quote = msgspec.json.decode(bench.bus.found("IN")[-1].data, type=Inbound).quote
     assert quote == Quote(id="51")
 
 
 async def test_a_quote_goes_through_a_poll() -> None:
-    """From iLink's bytes to the bus, as the poller does it."""
-    bench = Bench()
-    await bench.bind()
-    session, needs = Session(BOT), bench.incoming()
-    place = await acquire(session, needs)
-    assert place is not None
-
-    def raw(number: int, text: str, **item: Any) -> bytes:
-        whole = {"type": 1, "msg_id": number + 100, "text_item": {"text": text}} | item
-        return msgspec.json.encode(
-            {"from_user_id": USER, "message_id": number, "create_time_ms": number, "item_list": [whole]}
-        )
-
-    place = await store(session, Polled([raw(41, "hello")], "b", 1), place, needs)
-    by_item = raw(42, "this", ref_msg={"message_item": {"type": 0, "msg_id": 141}})
-    await store(session, Polled([by_item], "c", 1), place, needs)
+    """From iLink's bytes to the bus."""
+    by_item = {"type": 1, "text_item": {"text": "this"}, "ref_msg": {"message_item": {"type": 0, "msg_id": 141}}}
+    quoted = raw_message(41, {"type": 1, "msg_id": 141, "text_item": {"text": "hello"}})
+    bench = await ready(batch(quoted), batch(raw_message(42, by_item), cursor="c"))
+    await polls(bench)
     assert bench.bus.inbound()[-1].quote == Quote(id="141", text="hello", said_by="user", kind="text")
 
 

@@ -1,0 +1,647 @@
+"""From a bot's journal to inboxes and conversations: each message once, in order, behind the poll and beside it.
+
+A record is sorted, its users' conversations are told, its media are fetched ahead, and what is ready is published in
+its order. A message waits for its media a bounded time, and holds up only its own bot's messages. What is not done
+when a replica ends is in the journal: the next owner reads on from where inboxes and conversations have everything.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
+from itertools import islice, takewhile
+from typing import NamedTuple
+
+import msgspec
+import structlog
+
+from adapter.bindings.registry import Bindings
+from adapter.contract import InboundItem
+from adapter.conversation.actor import ConversationActor
+from adapter.crashes import TRIES, attempt
+from adapter.dedup import Seen
+from adapter.errors import AdapterError, Crashed, LeaseLost
+from adapter.inbound import inbox
+from adapter.inbound.bot_journal import BotJournal
+from adapter.inbound.download import Downloading, Got, Missing, download, filled
+from adapter.inbound.inbox import Heard, Publishing
+from adapter.inbound.journal import Journal, JournalRecord, Written
+from adapter.inbound.triage import Sorted, Triage
+from adapter.names import H_JOURNAL, H_MSG_ID
+from adapter.ports import Fetch, Said
+from adapter.records import Binding
+from adapter.tasks import Tasks
+from adapter.timing import Condition, backoff
+
+log = structlog.get_logger()
+
+AHEAD = 4
+"""Messages of one bot whose media are downloaded at once."""
+PIPELINE = 256
+"""Messages stored at once; bounds the memory of a huge answer."""
+BACKLOG = 64
+"""Records that are not dispatched, at which the poller stops."""
+BACKLOG_BYTES = 1024 * 1024
+"""The same of their messages."""
+CUT_S = 1.0
+"""For what is cancelled to end."""
+LEASE_PAUSE_S = 0.2
+STORED_LOOK_S = 0.1
+CLOCKS_APART_MS = 60_000
+"""By how much the clocks of two servers may differ."""
+UNSAVED = 256
+"""Records of whose conversations it is known what is stored."""
+
+
+class Dispatching(NamedTuple):
+    """What every dispatcher of a replica needs."""
+
+    journal: Journal
+    triage: Triage
+    publishing: Publishing
+    bindings: Bindings
+    downloading: Downloading
+    media_wait_s: float
+    """How long a message waits for its media, from its arrival on."""
+    media_writable: Callable[[], Awaitable[None]]
+    """Returns when the bus takes messages and their media."""
+
+
+class Waiting:
+    """A message that is not in its inbox yet."""
+
+    __slots__ = ("crashes", "heard", "is_suspect", "record", "until", "work")
+
+    def __init__(self, heard: Heard, record: Open, until: float, *, is_suspect: bool) -> None:
+        self.heard = heard
+        self.record = record
+        self.until = until
+        """Monotonic time at which it goes on without the media that are missing."""
+        self.is_suspect = is_suspect
+        """It may be in its inbox already."""
+        self.crashes = 0
+        """How often the code has raised on it."""
+        self.work: asyncio.Task[list[InboundItem]] | None = None
+
+
+class Open:
+    """A record that is being dispatched."""
+
+    __slots__ = (
+        "actors",
+        "added",
+        "crashes",
+        "found",
+        "is_left_over",
+        "is_sorted",
+        "left",
+        "size",
+        "whole",
+        "written",
+    )
+
+    def __init__(self, written: Written, *, is_left_over: bool = False) -> None:
+        self.written = written
+        self.size = sum(map(len, written.record.messages))
+        self.is_left_over = is_left_over
+        """By an owner before: some of it may be in the inbox."""
+        self.whole: list[bytes] | None = None
+        """Its messages, with what earlier records have of them."""
+        self.found: list[Sorted] | None = None
+        self.added = 0
+        """Messages of it that count as seen since."""
+        self.is_sorted = False
+        self.left = 0
+        """Its messages that are not in their inbox."""
+        self.actors: list[ConversationActor] = []
+        """The conversations that heard it."""
+        self.crashes = 0
+
+
+class Dispatcher:
+    """One bot's. Implements bot_journal.Progress. One task while something waits, none otherwise."""
+
+    def __init__(self, journal: BotJournal, needs: Dispatching, on_caught_up: Callable[[], None]) -> None:
+        """`on_caught_up`: called once the conversations have heard what the owner before left over."""
+        self.bot = journal.bot
+        self._journal = journal
+        self._needs = needs
+        self._publishing = needs.publishing._replace(fence=self._fence)
+        self._clock = needs.publishing.clock
+        self._on_caught_up = on_caught_up
+        self.is_catching_up = False
+        self._seen: Seen | None = None
+        """Read back when a message comes: most bots that are taken over have none for long."""
+        self._begins_at = 0
+        """Sequence of the first record that is not an earlier owner's."""
+        self._records: deque[Open] = deque()
+        """Not sorted yet."""
+        self._open: deque[Open] = deque()
+        """All that are not dispatched, in order."""
+        self._waiting: deque[Waiting] = deque()
+        self._unsaved: deque[Open] = deque()
+        """Dispatched, while it is not known that the conversations are stored."""
+        self._done_to = journal.done_to
+        self._pieces: dict[tuple[str, int], bytes] = {}
+        """Beginnings of messages that go on in a later record, by where they stand in which answer of iLink: what
+        another replica stores late may come in between."""
+        self.changed = Condition()
+        self._tasks = Tasks(partial(_crashed, self.bot))
+        self._task: asyncio.Task[None] | None = None
+        self._is_one_by_one = False
+        """Messages are published singly, since the code raised on several."""
+        self._stopped = False
+
+    # what the poller says ---------------------------------------------------------------------------
+
+    def catch_up(self) -> None:
+        """Dispatches what the owner before has stored and not dispatched."""
+        self._begins_at = self._journal.sequence + 1
+        if self._journal.last_heard > self._journal.done_to:
+            self.is_catching_up = True
+            self._wake()
+        else:
+            self._on_caught_up()
+
+    def offer(self, written: Written) -> None:
+        """The next record with messages, once it is stored."""
+        if self._stopped:
+            return
+        opened = Open(written)
+        self._records.append(opened)
+        self._open.append(opened)
+        self._wake()
+
+    def has_room(self) -> bool:
+        """Whether another record may come; `changed` tells."""
+        is_full = len(self._open) >= BACKLOG or sum(one.size for one in self._open) >= BACKLOG_BYTES
+        return self._stopped or not is_full
+
+    @property
+    def is_done(self) -> bool:
+        """The inboxes have everything; `changed` tells."""
+        return not self._open and not self.is_catching_up
+
+    async def drain(self, seconds: float) -> bool:
+        """Waits a little for what is nearly done, and ends; whether the inboxes have everything. The rest is in the
+        journal."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self.changed.until(lambda: self._stopped or self.is_done)
+        is_done = self.is_done
+        if not is_done:
+            log.info("dispatch.left", bot=self.bot, records=len(self._open))
+        self.stop()
+        await self._tasks.ended(CUT_S)
+        return is_done
+
+    def stop(self) -> None:
+        """The bot is lost, or given away: everything ends now."""
+        self._stopped = True
+        self._tasks.cancel()
+        self.changed.notify()
+
+    # bot_journal.Progress ---------------------------------------------------------------------------
+
+    def done_to(self) -> int:
+        whole = 0
+        """Records behind which no message goes on."""
+        for number, opened in enumerate(self._unsaved, 1):
+            if not all(actor.is_stored_to(self.bot, opened.written.sequence) for actor in opened.actors):
+                break
+            if not opened.written.record.is_continued:  # the next owner needs the beginning, too
+                whole = number
+        for _ in range(whole):
+            self._done_to = self._unsaved.popleft().written.sequence
+        return self._done_to
+
+    async def stored(self, seconds: float) -> None:
+        """Waits until the conversations have stored what was dispatched, or so long."""
+        until = self._clock.monotonic() + seconds
+        self.done_to()
+        while self._unsaved and self._clock.monotonic() < until:
+            await self._clock.sleep(STORED_LOOK_S)
+            self.done_to()
+
+    async def remember(self) -> None:
+        """Reads back what was seen lately where no message has come yet. Raises Temporary."""
+        if self._seen is None:
+            self._begins_at = self._begins_at or self._journal.sequence + 1
+            await self._read_back()
+
+    def seen_lately(self, *, new: int) -> list[str] | None:
+        seen = self._seen
+        if seen is None or self.is_catching_up:
+            return None
+        later = sum(opened.added for opened in (*self._unsaved, *self._open))
+        if seen.unkept - later < new:
+            return None
+        seen.unkept = later
+        lines = seen.records()
+        return lines[: len(lines) - later]
+
+    # the work ---------------------------------------------------------------------------------------
+
+    def _fence(self) -> None:
+        """Raises LeaseLost."""
+        if self._stopped:
+            raise LeaseLost("dispatch_stopped", self.bot)
+        self._journal.ensure_owner()
+
+    def _wake(self) -> None:
+        self.changed.notify()
+        if self._task is None and not self._stopped:
+            self._task = self._tasks.spawn(self._run())
+
+    async def _run(self) -> None:
+        failures = 0
+        try:
+            while not self._stopped and (self._records or self._waiting or self.is_catching_up):
+                try:
+                    await self._turn()
+                    failures = 0
+                    continue
+                except LeaseLost:
+                    for waiting in self._waiting:
+                        waiting.is_suspect = True  # it may have been stored all the same
+                    await self._wait_for_lease()
+                    pause_s = LEASE_PAUSE_S
+                except AdapterError as exc:
+                    failures += 1
+                    log.warning("dispatch.waits", bot=self.bot, reason=exc.reason, failures=failures)
+                    pause_s = backoff(failures, first_s=0.05, longest_s=5.0)
+                except Exception:
+                    failures += 1
+                    log.exception("dispatch.crashed", bot=self.bot, failures=failures)
+                    pause_s = backoff(failures, first_s=0.2, longest_s=30.0)
+                await self._clock.sleep(pause_s)
+        finally:
+            self._task = None
+
+    async def _wait_for_lease(self) -> None:
+        """Returns when it may be ours again; where it is not, everything ends."""
+        leases = self._publishing.leases
+        await leases.changed.until(lambda: self._stopped or leases.valid, 1.0)
+        if leases.incarnation != self._journal.owner:
+            self.stop()
+
+    async def _turn(self) -> None:
+        """One step. Raises Temporary, LeaseLost, BusRefused."""
+        if self._seen is None:
+            await self._read_back()
+        if self._records:
+            await self._sort(self._records[0])
+            self._records.popleft()
+            self._close_done()
+        elif self.is_catching_up:
+            self._catch_up_ends()
+        elif self._waiting[0].is_suspect or self._waiting[-1].is_suspect:
+            await self._drop_published()
+        else:
+            await self._publish_ready()
+
+    def _catch_up_ends(self) -> None:
+        if self.is_catching_up and not any(opened.is_left_over for opened in self._records):
+            self.is_catching_up = False
+            self.changed.notify()
+            self._on_caught_up()
+
+    async def _read_back(self) -> None:
+        """Reads the records of earlier owners: what was seen lately, and what is left over, which comes first. Raises
+        Temporary."""
+        journal, triage, done_to = self._journal, self._needs.triage, self._done_to
+        begins_at = self._begins_at or self._records[0].written.sequence
+        seen, left = Seen(skew_ms=triage.skew_ms), []
+        seen_at, seen_to = journal.seen_at, journal.seen_to
+        async for written in self._needs.journal.after(self.bot, min(seen_to, max(0, seen_at - 1))):
+            record = written.record
+            if written.sequence >= begins_at:
+                break
+            if written.sequence == seen_at and record.seen is not None:
+                earlier, seen = seen, Seen(record.seen, skew_ms=triage.skew_ms)
+                for line in earlier.records():  # sorted before their place was known
+                    seen.add_record(line, record.received_ms or self._clock.now_ms())
+            if not record.messages or written.sequence <= seen_to:
+                continue
+            if written.sequence > done_to:
+                left.append(Open(written, is_left_over=True))
+                continue
+            whole = self._whole(record)
+            await triage.sort(self.bot, whole, record.place, record.first, seen, record.received_ms)
+        self._seen = seen
+        self._records.extendleft(reversed(left))
+        self._open.extendleft(reversed(left))
+
+    def _whole(self, record: JournalRecord) -> list[bytes]:
+        """The messages of a record with what earlier ones have of them; one that goes on is kept until it ends."""
+        begun = self._pieces.pop((record.place, record.first), b"")
+        messages = list(record.messages)
+        if record.is_rest:  # else iLink gave the answer once more
+            messages[0] = begun + messages[0]
+        if record.is_continued:
+            last = messages.pop()
+            self._pieces[record.place, record.first + len(messages)] = last
+        return messages
+
+    async def _sort(self, opened: Open) -> None:
+        """Sorts a record's messages; those for the inbox wait from then on. May be repeated until it returns. Raises
+        Temporary, LeaseLost, BusRefused."""
+        record = opened.written.record
+        assert self._seen is not None
+        if opened.whole is None:
+            opened.whole = self._whole(record)
+        if opened.found is None:
+            known = self._seen.added
+            opened.found = await self._needs.triage.sort(
+                self.bot, opened.whole, record.place, record.first, self._seen, record.received_ms
+            )
+            opened.added = self._seen.added - known
+        binding = await self._find_binding()
+        try:
+            await self._hand_out(opened, opened.found, binding)
+        except AdapterError:
+            raise
+        except Exception:
+            opened.crashes += 1
+            if opened.crashes < TRIES:
+                raise
+            log.exception("inbound.crashed", bot=self.bot, messages=len(opened.found))
+            for one in opened.found:
+                await self._end_as_dead_letter(one.raw, binding.sandbox if binding else "", one.said)
+        opened.is_sorted = True
+        self._catch_up_ends()
+
+    async def _hand_out(self, opened: Open, found: Sequence[Sorted], binding: Binding | None) -> None:
+        """Raises Temporary, LeaseLost."""
+        heard: list[Heard] = []
+        if binding is not None:
+            heard = [self._heard(opened, one, binding) for one in found if one.outcome == "new"]
+            heard = await self._tell_conversations(binding, opened, heard)
+        for one in found:
+            if one.outcome != "new" or binding is None:
+                await self._set_aside(one, binding)
+            elif one.said is not None and one.said.broken:
+                await self._bury(binding, one.raw, one.said.broken)
+        until = self._clock.monotonic() + self._needs.media_wait_s
+        self._waiting.extend(Waiting(one, opened, until, is_suspect=opened.is_left_over) for one in heard)
+        opened.left = len(heard)
+        self._fetch_ahead()
+
+    def _heard(self, opened: Open, one: Sorted, binding: Binding) -> Heard:
+        said = one.said
+        assert said is not None
+        if said.fetches and not binding.options.media:
+            said = inbox.without_media(said, "off")
+        place = f"{opened.written.sequence}.{one.number}"
+        record = opened.written.record
+        sandbox = record.sandbox or binding.sandbox
+        return Heard(said, sandbox, self.bot, record.received_ms, said.keys.id_for(self.bot), place)
+
+    async def _set_aside(self, one: Sorted, binding: Binding | None) -> None:
+        """What is for no inbox."""
+        kind = one.said.kind if one.said else "unsupported"
+        match one.outcome:
+            case "echo":
+                self._count(kind, "rejected")
+            case "duplicate":
+                self._count(kind, "duplicate")
+                log.info("inbound.duplicate", bot=self.bot)
+            case "new":
+                self._count(kind, "unbound")
+                await self._bury(None, one.raw, f"The bot {self.bot} was not bound as it came.")
+            case "crashed" | "group":
+                self._count(kind, "dead_lettered")
+                await self._bury(binding, one.raw, one.detail, reason=one.outcome)
+            case _:
+                self._count(kind, "dead_lettered")
+                await self._bury(binding, one.raw, one.detail)
+
+    def _count(self, kind: str, outcome: str) -> None:
+        inbox.count(self._publishing, kind, outcome)
+
+    async def _bury(self, binding: Binding | None, raw: bytes, why: str, *, reason: str = "unreadable") -> None:
+        sandbox = binding.sandbox if binding else ""
+        await inbox.bury(self.bot, sandbox, raw, why, self._publishing, reason=reason)
+
+    async def _end_as_dead_letter(self, raw: bytes, sandbox: str, said: Said | None) -> None:
+        """The code raises on it at every try."""
+        self._fence()
+        crashed = Crashed()
+        self._count(said.kind if said else "unsupported", "dead_lettered")
+        await inbox.bury(self.bot, sandbox, raw, crashed.detail, self._publishing, reason=crashed.reason)
+
+    async def _find_binding(self) -> Binding | None:
+        """The bot's binding; None only where the bus has none: the news of a new one may be on their way. Raises
+        Temporary."""
+        bindings = self._needs.bindings
+        if bindings.get(self.bot) is None:
+            await bindings.refresh(self.bot)
+        return bindings.get(self.bot)
+
+    # conversations ----------------------------------------------------------------------------------
+
+    async def _tell_conversations(self, binding: Binding, opened: Open, heard: list[Heard]) -> list[Heard]:
+        """Tells each user's conversation, so that a fast answer finds token and window; those that may not be in the
+        inbox. Raises Temporary, LeaseLost."""
+        sequence = opened.written.sequence
+        actors: list[ConversationActor] = []
+        for user in dict.fromkeys(one.said.user for one in heard):
+            theirs = [one for one in heard if one.said.user == user]
+            tell = partial(self._tell_conversation, binding, user, theirs, sequence)
+            try:
+                actor = await attempt(tell, self._clock.sleep, "inbound.crashed", bot=self.bot)
+            except Crashed:
+                for one in theirs:
+                    await self._end_as_dead_letter(one.said.raw, one.sandbox, one.said)
+            else:
+                actors.append(actor)
+                if not (opened.is_left_over and actor.has_everything_to(self.bot, sequence)):
+                    continue
+            heard = [one for one in heard if one.said.user != user]
+        opened.actors = actors
+        return heard
+
+    async def _tell_conversation(
+        self, binding: Binding, user: str, theirs: list[Heard], sequence: int
+    ) -> ConversationActor:
+        """Raises Temporary, LeaseLost."""
+        if not binding.user:
+            await self._learn_user(binding, user)
+        return await self._publishing.conversations.hear(
+            self._needs.bindings.get(self.bot) or binding,
+            user,
+            message=theirs[-1].id,
+            token=next((one.said.context_token for one in reversed(theirs) if one.said.context_token), ""),
+            written_ms=theirs[-1].said.sent_at_ms,
+            sequence=sequence,
+        )
+
+    async def _learn_user(self, binding: Binding, user: str) -> None:
+        """The binding named no user: this is who they are. An older bot of theirs in the sandbox is replaced. Raises
+        Temporary."""
+        bindings = self._needs.bindings
+        bound = bindings.of_sandbox(binding.sandbox)
+        older = [other for other in bound if other.user == user and other.bot != binding.bot]
+
+        def with_user(now: Binding) -> Binding | None:
+            if now.user:
+                return None
+            known = older[0] if older else now
+            return msgspec.structs.replace(now, user=user, in_after=known.in_after, out_after=known.out_after)
+
+        await bindings.change(binding.bot, with_user)
+        for other in older:  # WeChat has killed it: one user has one bot (ilink-protocol 1.3)
+            detail = "The user is served by another bot now."
+            await self._publishing.events.binding(other.event("replaced", detail=detail))
+            await bindings.remove(other.bot)
+
+    # publishing -------------------------------------------------------------------------------------
+
+    async def _publish_ready(self) -> None:
+        """Publishes the messages that are ready, in their order; where the first one is not, waits for its media, or
+        for another record."""
+        self._fetch_ahead()
+        first = self._waiting[0]
+        if not _is_ready(first):
+            await self.changed.until(lambda: bool(self._records) or self._stopped or _is_ready(first))
+            return
+        if first.crashes >= TRIES:
+            await self._end_as_dead_letter(first.heard.said.raw, first.heard.sandbox, first.heard.said)
+            self._told([first])
+            return
+        most = 1 if self._is_one_by_one else PIPELINE
+        ready = list(takewhile(_is_ready, islice(self._waiting, most)))
+        try:
+            await inbox.publish([_with_media(one) for one in ready], self._publishing)
+        except AdapterError:
+            raise
+        except Exception:
+            if len(ready) == 1:
+                first.crashes += 1
+                first.work = None  # it may be what raised
+            self._is_one_by_one = True
+            raise
+        if not first.record.is_left_over:
+            took_s = (self._clock.now_ms() - first.heard.received_ms) / 1000
+            # the objective is about messages, not about batches
+            self._publishing.metrics.inbound_publish_duration.observe(max(0.0, took_s), len(ready))
+        self._told(ready)
+
+    def _told(self, some: Sequence[Waiting]) -> None:
+        """The first ones that wait are in the inbox, or dead letters."""
+        for one in some:
+            self._waiting.popleft()
+            one.record.left -= 1
+        self._is_one_by_one = self._is_one_by_one and bool(self._waiting)
+        self._close_done()
+
+    def _close_done(self) -> None:
+        """Ends records of which everything is in the inboxes."""
+        done = list(takewhile(lambda opened: opened.is_sorted and not opened.left, self._open))
+        for opened in done:
+            self._open.popleft()
+            for actor in opened.actors:
+                actor.note_dispatched(self.bot, opened.written.sequence)
+            self._unsaved.append(opened)
+            opened.whole = opened.found = None
+            told = JournalRecord(is_continued=opened.written.record.is_continued)
+            opened.written = opened.written._replace(record=told)  # without its messages: the bot may be silent
+            if len(self._unsaved) > UNSAVED:
+                self._unsaved.popleft()
+        self.changed.notify()
+
+    async def _drop_published(self) -> None:
+        """Looks which messages are in their inbox: a crash, or a pause of the lease, came between that and the news
+        of it. Raises Temporary, LeaseLost."""
+        suspects = [waiting for waiting in self._waiting if waiting.is_suspect]
+        self._fence()  # else the owner of now may publish after this look
+        places, ids = await self._published(suspects)
+        for waiting in suspects:
+            waiting.is_suspect = False
+            if waiting.heard.place in places or waiting.heard.id in ids:
+                log.info("inbound.recovered", bot=self.bot, place=waiting.heard.place)
+                self._waiting.remove(waiting)
+                waiting.record.left -= 1
+        self._close_done()
+
+    async def _published(self, suspects: Sequence[Waiting]) -> tuple[set[str], set[str]]:
+        """Of the messages in the inboxes since the first suspect was stored: where in the journal they are, and their
+        ids. Raises Temporary."""
+        names, history = self._publishing.names, self._publishing.history
+        since_ms = suspects[0].record.written.time_ms
+        async for written in self._needs.journal.after(self.bot, suspects[0].record.written.sequence - 1, most=1):
+            since_ms = written.time_ms - CLOCKS_APART_MS
+        places, ids = set(), set()
+        for sandbox in {one.heard.sandbox for one in suspects}:
+            async for stored in history.read(names.stream_in, names.inbox(sandbox), since_ms=since_ms):
+                places.add(stored.headers.get(H_JOURNAL, ""))
+                ids.add(stored.headers.get(H_MSG_ID, ""))
+        return places, ids
+
+    # media ------------------------------------------------------------------------------------------
+
+    def _fetch_ahead(self) -> None:
+        """Starts downloads, the oldest messages first."""
+        busy = sum(1 for waiting in self._waiting if waiting.work is not None and not waiting.work.done())
+        for waiting in self._waiting:
+            if busy >= AHEAD or waiting.is_suspect or self._stopped:
+                return
+            if waiting.work is None and waiting.heard.said.fetches:
+                waiting.work = self._tasks.spawn(self._fetch_all(waiting))
+                waiting.work.add_done_callback(self._on_fetched)
+                busy += 1
+
+    def _on_fetched(self, _: object) -> None:
+        self._fetch_ahead()
+        self.changed.notify()
+
+    async def _fetch_all(self, waiting: Waiting) -> list[InboundItem]:
+        """The items of a message with their media, or with why they are missing."""
+        said = waiting.heard.said
+        found = await asyncio.gather(*(self._fetch(waiting, fetch) for fetch in said.fetches))
+        items = list(said.items)
+        for fetch, got in zip(said.fetches, found, strict=True):
+            items[fetch.item] = filled(items[fetch.item], got)
+        return items
+
+    async def _fetch(self, waiting: Waiting, fetch: Fetch) -> Got:
+        """One item's media. While the bus is away nobody misses them, so that time does not count."""
+        while True:
+            left_s = waiting.until - self._clock.monotonic()
+            try:
+                async with asyncio.timeout(max(0.0, left_s)):
+                    return await download(waiting.heard, fetch, self._needs.downloading)
+            except TimeoutError:
+                missing = Missing("timeout", again=True)
+            except Missing as exc:
+                missing = exc
+            if missing.reason not in ("timeout", "store") or not missing.again or not await self._bus_was_away():
+                log.info("media.missing", bot=self.bot, reason=missing.reason)
+                return Got(reason=missing.reason)
+            waiting.until = self._clock.monotonic() + self._needs.media_wait_s
+
+    async def _bus_was_away(self) -> bool:
+        """Waits until the bus is there; whether it was not."""
+        began = self._clock.monotonic()
+        await self._needs.media_writable()
+        return self._clock.monotonic() > began + 0.01
+
+
+def _is_ready(waiting: Waiting) -> bool:
+    """Whether it waits for no media."""
+    return not waiting.heard.said.fetches or (waiting.work is not None and waiting.work.done())
+
+
+def _with_media(waiting: Waiting) -> Heard:
+    """The message as it is told. Raises what the download raised that nobody expects."""
+    if waiting.work is None:
+        return waiting.heard
+    said = msgspec.structs.replace(waiting.heard.said, items=waiting.work.result())
+    return msgspec.structs.replace(waiting.heard, said=said)
+
+
+def _crashed(bot: str, exc: BaseException) -> None:
+    log.error("task.crashed", bot=bot, exc_info=exc)

@@ -1,0 +1,88 @@
+"""Which of the messages of a journal record are new, and the user's own: the others are counted, or dead letters."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import NamedTuple
+
+import msgspec
+import structlog
+
+from adapter.crashes import attempt_now
+from adapter.dedup import Batch, Seen
+from adapter.errors import Crashed, Unreadable
+from adapter.ports import Said
+
+log = structlog.get_logger()
+
+TURN = 64
+"""Messages, or KiB, that are read in one turn."""
+
+
+class Sorted(NamedTuple):
+    """What one message of a record is."""
+
+    number: int
+    """Where it stands in the record."""
+    raw: bytes
+    said: Said | None
+    """None where it cannot be read."""
+    outcome: str
+    """new, duplicate, echo, group, unreadable or crashed."""
+    detail: str = ""
+    """Why it is a dead letter."""
+
+
+class Triage(NamedTuple):
+    """What reading messages takes."""
+
+    read_message: Callable[[bytes], Said]
+    turn: Callable[[], Awaitable[None]]
+    """Waits for the next turn of the event loop."""
+    groups_as_direct: bool
+    """What was written in a group is told as if it were written to the bot alone."""
+    skew_ms: int
+    """By how much the times of two copies of a message may differ."""
+
+    async def sort(
+        self, bot: str, messages: list[bytes], place: str, first: int, seen: Seen, seen_at_ms: int
+    ) -> list[Sorted]:
+        """Judges each message by those before it; what is new counts as seen from then on.
+
+        `place` and `first`: of the answer, see JournalRecord. `seen_at_ms`: when it came.
+        """
+        found: list[Sorted] = []
+        batch = Batch(skew_ms=self.skew_ms)
+        work = 0
+        for index, raw in enumerate(messages):
+            work += 1 + len(raw) // 1024
+            while work > TURN:
+                work -= TURN
+                await self.turn()
+            judge = partial(self._judge, bot, index, raw, place, first + index, seen, batch)
+            try:
+                found.append(attempt_now(judge, "inbound.crashed", bot=bot))
+            except Crashed as exc:
+                found.append(Sorted(index, raw, None, "crashed", exc.detail))
+        fresh = [one.said.keys for one in found if one.said is not None and one.outcome in ("new", "group")]
+        if fresh:
+            seen.add_all(fresh, seen_at_ms)
+        return found
+
+    def _judge(self, bot: str, index: int, raw: bytes, place: str, number: int, seen: Seen, batch: Batch) -> Sorted:
+        try:
+            said = self.read_message(raw)
+        except Unreadable as exc:
+            return Sorted(index, raw, None, "unreadable", exc.detail)
+        if not said.keys.message and place:
+            said = msgspec.structs.replace(said, keys=said.keys.with_place(place, number))
+        if said.echo or said.user == bot:  # some echoes name no type (ilink-protocol 4.1)
+            return Sorted(index, raw, said, "echo")
+        if seen.has(said.keys) or batch.has(said.keys):
+            return Sorted(index, raw, said, "duplicate")
+        batch.add(said.keys)
+        if said.group and not self.groups_as_direct:
+            # an answer might go to the group, or to one of it who is not the bot's user
+            return Sorted(index, raw, said, "group", "It was written in a group.")
+        return Sorted(index, raw, said, "new")
