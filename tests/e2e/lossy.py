@@ -14,8 +14,10 @@ CARRIERS = (b"PUB", b"HPUB", b"MSG", b"HMSG")
 class Loss:
     """One message that is to get lost: of those that hold all `parts`, the one behind `skip` others."""
 
-    def __init__(self, parts: tuple[bytes, ...], skip: int) -> None:
+    def __init__(self, parts: tuple[bytes, ...], skip: int, *, is_last: bool) -> None:
         self.has_happened = False
+        self.is_last = is_last
+        """All that comes behind it gets lost, too."""
         self._parts = parts
         self._skip = skip
 
@@ -34,9 +36,10 @@ class Lossy(Hole):
         super().__init__(url)
         self._losses: list[Loss] = []
 
-    def lose(self, *parts: bytes, skip: int = 0) -> Loss:
-        """Loses one message to come, in either direction: line and payload hold all `parts`."""
-        loss = Loss(parts, skip)
+    def lose(self, *parts: bytes, skip: int = 0, is_last: bool = False) -> Loss:
+        """Loses one message to come, in either direction: line and payload hold all `parts`; with `is_last` all that
+        comes behind it, too."""
+        loss = Loss(parts, skip, is_last=is_last)
         self._losses.append(loss)
         return loss
 
@@ -47,7 +50,7 @@ class Lossy(Hole):
                 message = line
                 if verb in CARRIERS:
                     message += await source.readexactly(int(rest[-1]) + 2)
-                if any(loss.matches(message) for loss in self._losses):
+                if any(loss.matches(message) or (loss.is_last and loss.has_happened) for loss in self._losses):
                     continue
                 sink.write(message)
                 await sink.drain()
