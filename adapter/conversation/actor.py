@@ -29,7 +29,7 @@ log = structlog.get_logger()
 LONGEST_TIMER_S = 3600.0
 """The clock is looked at again after so long: it may be set, and the machine may sleep."""
 SHORTEST_TIMER_S = 0.01
-STORED_WITHIN_S = 0.5
+STORED_WITHIN_S = 1.0
 """What the user said is stored after so long: once for all that is said until then, and the inbox has by then."""
 
 

@@ -70,7 +70,7 @@ async def test_token_and_window_are_there_while_the_picture_is_still_on_its_way(
     bench = await ready(batch(image(1)))
     bench.cdn.has("p1", None)
     poller(bench)
-    await asyncio.sleep(1)
+    await asyncio.sleep(2)
     assert (bench.record().token, bench.record().window.id) == ("token-1", f"in:{BOT}:m7497484083968569001")
 
 

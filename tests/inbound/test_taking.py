@@ -167,7 +167,7 @@ async def test_sends_wait_until_the_conversations_have_heard_what_was_left_over(
     await asyncio.sleep(5)
     assert (session.is_catching_up, bench.changed_sessions, bench.chat.polling) == (True, [], 1)
     gate.set()
-    await asyncio.sleep(1)
+    await asyncio.sleep(2)
     assert (session.is_catching_up, bench.changed_sessions) == (False, ["s1"])
     assert bench.record().token == "token-1"
 
