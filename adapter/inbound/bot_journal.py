@@ -125,8 +125,8 @@ class BotJournal:
         await self._append(self._record())
 
     async def give_back(self, *, ttl_s: int = 0) -> None:
-        """Takes this replica's name out. `ttl_s`: the bot is bound no more, and its record goes after so long.
-        Raises Temporary, LeaseLost."""
+        """Takes this replica's name out, also while its lease is not valid: it lives, so that nobody else would.
+        `ttl_s`: the bot is bound no more, and its record goes after so long. Raises Temporary, LeaseLost."""
         if ttl_s and self.progress is not None:
             await self.progress.remember()  # no older record stays
         await self._append(self._record(new=0 if ttl_s else 1), owner="", ttl_s=ttl_s)
@@ -240,7 +240,7 @@ class BotJournal:
                     record,
                     self.owner if owner is None else owner,
                     self.sequence,
-                    fence=self.ensure_owner,
+                    fence=self.ensure_owner if owner is None else None,
                     ttl_s=ttl_s,
                 )
             except Conflict:

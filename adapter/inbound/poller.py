@@ -51,6 +51,14 @@ async def tend(session: Session, needs: Incoming) -> None:
     Whoever ends it says so to the session and waits: cancelled, it drops the batch in hand, which iLink may count as
     delivered.
     """
+    try:
+        await _tend(session, needs)
+    finally:
+        if session.journal is not None:
+            await finish(give_back(session, session.journal, needs), needs.grace_s)
+
+
+async def _tend(session: Session, needs: Incoming) -> None:
     failures = 0
     while not session.leaving:
         try:
@@ -58,6 +66,8 @@ async def tend(session: Session, needs: Incoming) -> None:
             failures = 0
         except LeaseLost as exc:
             log.info("poller.fenced", bot=session.bot, reason=exc.reason)
+            if session.dispatcher is not None:
+                session.dispatcher.stop()  # it may be somebody else's to tell by now
             return
         except AdapterError as exc:
             failures += 1
@@ -67,6 +77,9 @@ async def tend(session: Session, needs: Incoming) -> None:
             failures += 1
             session.state = "error"
             log.exception("poller.crashed", bot=session.bot, failures=failures)
+            if session.dispatcher is not None:  # what is known of the journal may be at fault: it is read anew
+                session.dispatcher.stop()
+            session.journal = None
         if needs.bindings.get(session.bot) is None:
             return
         if failures:
@@ -75,20 +88,13 @@ async def tend(session: Session, needs: Incoming) -> None:
 
 
 async def _serve(session: Session, needs: Incoming) -> None:
-    journal = await take(session, needs)
+    journal = session.journal or await take(session, needs)
     if journal is None:
         return
-    try:
-        await first_of(session.cut, needs.starts.wait_s())
-        if not session.leaving:
-            await _announce(session, needs)
-        await poll_forever(session, journal, needs)
-    except LeaseLost:
-        if session.dispatcher is not None:
-            session.dispatcher.stop()
-        raise
-    finally:
-        await finish(give_back(session, journal, needs), needs.grace_s)
+    await first_of(session.cut, needs.starts.wait_s())
+    if not session.leaving:
+        await _announce(session, needs)
+    await poll_forever(session, journal, needs)
 
 
 async def _announce(session: Session, needs: Incoming) -> None:

@@ -24,8 +24,8 @@ ASKED_EVERY = 12
 """Looks at a bot that another replica holds, after which all are asked: some 30 s, in which most polls of bots that
 are handed over end, so that few of thousands ask."""
 DISPATCH_S = 1.0
-"""For what is nearly dispatched when a bot is given to another owner, who finds the rest in the journal. Where nobody
-else takes it, media get their time."""
+"""For what is nearly dispatched when a bot is given back: who takes it next finds the rest in the journal. A bot that
+is bound no more is taken by nobody: its media get their time."""
 STORED_S = 10.0
 """For the conversations of an unbound bot to store what was dispatched; else its journal stays."""
 
@@ -144,10 +144,9 @@ async def give_back(session: Session, journal: BotJournal, needs: Incoming) -> N
     """
     session.state = "draining"
     unbound = needs.bindings.get(session.bot) is None
-    has_heir = session.leaving and not unbound
     dispatcher = session.dispatcher or (_dispatcher(session, journal, needs) if unbound else None)
     if dispatcher is not None:
-        await dispatcher.drain(DISPATCH_S if has_heir else needs.dispatching.media_wait_s + DISPATCH_S)
+        await dispatcher.drain(needs.dispatching.media_wait_s + DISPATCH_S if unbound else DISPATCH_S)
         if unbound:
             await dispatcher.stored(STORED_S)
     failures = 0

@@ -441,3 +441,16 @@ async def test_a_start_cursor_bound_while_the_bot_is_polled_is_used_once_and_at_
     heir.leave(now=True)
     await task
     assert bench.chat.asked[4:] == ["c"]
+
+
+async def test_a_bot_is_given_back_also_while_the_lease_is_paused() -> None:
+    """This replica lives, so that nobody would take it: it was not polled for half a minute."""
+    bench = await ready(batch(raw()))
+    session, task = tended(bench)
+    await asyncio.sleep(2)
+    bench.leases.is_valid = False
+    bench.leases.changed.notify()
+    session.leave(now=True)
+    await asyncio.sleep(2)
+    assert task.done()
+    assert (await bench.written())[-1].owner == ""
