@@ -145,6 +145,7 @@ class Parts:
             names,
             self.limits,
             lambda: self.leases.check(0),
+            lambda: 0 in self.leases.owned,
             clock,
             metrics,
         )

@@ -28,8 +28,7 @@ from adapter.timing import Clock
 
 log = structlog.get_logger()
 
-LEASE_BACK_S, LEASE_LOOK_S = 5.0, 0.2
-"""How long a pause of the lease is waited out; the stream knows the ids of copies for longer."""
+LEASE_LOOK_S = 0.2
 PIECE, PIECE_BYTES = 32, 32 * 1024
 """Copies written in one piece, and bytes of them (one is taken, however large it is): what a server reads at once."""
 
@@ -85,6 +84,7 @@ class Router:
         names: Names,
         limits: Limits,
         check: Callable[[], None],
+        owns: Callable[[], bool],
         clock: Clock,
         metrics: Metrics,
     ) -> None:
@@ -95,6 +95,8 @@ class Router:
         self._limits = limits
         self._check = check
         """Raises LeaseLost where another replica may route at this moment."""
+        self._owns = owns
+        """Whether this replica may route again once its lease is valid."""
         self._clock = clock
         self._metrics = metrics
         self._turns: WeakValueDictionary[str, _Turn] = WeakValueDictionary()
@@ -176,8 +178,8 @@ class Router:
         return sandbox, _Copy(delivery, ident, message)
 
     async def _copy_in_turn(self, sandbox: str, left: list[_Copy]) -> None:
-        """Copies what is left, also after a pause of the lease: given up, it would come again behind the next ones.
-        Raises LeaseLost once that lasts."""
+        """Copies what is left, also after a pause of the lease, however long: given up, it would come again behind
+        the next ones. Raises LeaseLost once another replica may route."""
         while True:
             try:
                 return await self._copy(sandbox, left)
@@ -185,10 +187,11 @@ class Router:
                 log.info("routing.fenced", reason=exc.reason)
                 if not await self._is_lease_back():
                     raise
+                for copy in left:
+                    copy.message.headers[H_COPIED_AGAIN] = "1"  # the stream may have forgotten the first one's id
 
     async def _is_lease_back(self) -> bool:
-        until = self._clock.monotonic() + LEASE_BACK_S
-        while self._clock.monotonic() < until:
+        while self._owns():
             try:
                 self._check()
             except LeaseLost:
