@@ -19,6 +19,8 @@ LATE_S = 0.1
 """A timer that is later than this was held up: by a stop of the process, or by much work."""
 HERE_S = 1.0
 """Longest time that reading what is in the sockets then takes, even of thousands."""
+LOOK_S = 0.1
+"""The same where it was called in time: the process may have been stopped until just now all the same."""
 
 log = structlog.get_logger()
 
@@ -131,8 +133,8 @@ async def complete(work: Coroutine[Any, Any, T], grace_s: float) -> T:
 
 
 class Deadline:
-    """Calls `over` once `seconds` have passed, or a little later if an answer may have arrived. A process that was
-    stopped finds its time over and the answer in the socket at the same moment; the time would win."""
+    """Calls `over` a moment after `seconds` have passed. A process that was stopped finds its time over and the
+    answer in the socket at once, and uvloop looks at the time first: the answer would be dropped."""
 
     __slots__ = ("_due", "_loop", "_over", "_timer")
 
@@ -147,10 +149,8 @@ class Deadline:
         self._timer.cancel()
 
     def _strike(self) -> None:
-        if self._loop.time() - self._due > LATE_S:
-            self._timer = self._loop.call_later(HERE_S, self._over)
-        else:
-            self._over()
+        is_late = self._loop.time() - self._due > LATE_S
+        self._timer = self._loop.call_later(HERE_S if is_late else LOOK_S, self._over)
 
 
 class AnsweredWithin:

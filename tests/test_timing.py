@@ -7,8 +7,10 @@ import contextlib
 import socket
 import time
 from collections import Counter
+from collections.abc import Callable
 
 import pytest
+import uvloop
 from structlog.testing import capture_logs
 
 from adapter.timing import AnsweredWithin, Beat, Pace, Turns, complete, finish, raise_if_cancelled, restarted
@@ -64,8 +66,12 @@ async def test_no_answer_in_time_is_a_timeout() -> None:
             await asyncio.Event().wait()
 
 
+@pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
+@pytest.mark.parametrize("stopped_s", [0.3, 0.06], ids=["late", "hardly late"])
 @pytest.mark.parametrize("answered", [True, False])
-def test_a_process_that_was_stopped_reads_the_answer_that_came_meanwhile(answered: bool) -> None:
+def test_a_process_that_was_stopped_reads_the_answer_that_came_meanwhile(
+    answered: bool, stopped_s: float, new_loop: Callable[[], asyncio.AbstractEventLoop]
+) -> None:
     """Its time is over by then, too."""
 
     async def ask() -> bytes:
@@ -78,16 +84,17 @@ def test_a_process_that_was_stopped_reads_the_answer_that_came_meanwhile(answere
                     await asyncio.sleep(0)
                     if answered:
                         theirs.send(b"hi")
-                    time.sleep(0.3)  # noqa: ASYNC251 stands for the stop: nothing of the process runs
+                    time.sleep(stopped_s)  # noqa: ASYNC251 stands for the stop: nothing of the process runs
                     return await asking
             finally:
                 writer.close()
 
-    if answered:
-        assert asyncio.run(ask()) == b"hi"
-    else:
-        with pytest.raises(TimeoutError):
-            asyncio.run(ask())
+    with asyncio.Runner(loop_factory=new_loop) as runner:
+        if answered:
+            assert runner.run(ask()) == b"hi"
+        else:
+            with pytest.raises(TimeoutError):
+                runner.run(ask())
 
 
 async def test_a_cancellation_that_was_swallowed_is_heeded_all_the_same() -> None:

@@ -733,7 +733,7 @@ async def hang_up(writer: asyncio.StreamWriter) -> None:
 
 
 async def keep_silent(_: asyncio.StreamWriter) -> None:
-    await asyncio.sleep(0.2)
+    await asyncio.sleep(0.5)
 
 
 @pytest.mark.parametrize("fault", ["refused", "hung up", "silent", "no TLS", "no time to connect"])
@@ -744,7 +744,7 @@ async def test_a_request_that_fails_leaves_no_garbage(
     url, timeout_s = server.url, 0.05
     match fault:
         case "no time to connect":
-            timeout_s = 1e-5
+            timeout_s, server.answer = 1e-5, keep_silent
         case "refused":
             url = f"http://127.0.0.1:{free_port()}/"
         case "hung up":
