@@ -1,4 +1,4 @@
-"""Which inbound messages are repeats (ilink-protocol 7.3). Pure; the state lives beside the bot's cursor.
+"""Which inbound messages are repeats (ilink-protocol 7.3). Pure; the state is in the bot's journal.
 
 iLink repeats messages from 1 s to an hour later, with some or all ids changed, and never says so; a user who
 says "ok" twice must be heard twice.
@@ -14,7 +14,7 @@ import msgspec
 
 KEEP_MS = 24 * 3600 * 1000
 KEEP_LONG = 200
-"""Messages remembered per bot for so long: about 15 kB beside its cursor."""
+"""Messages remembered per bot for so long: about 15 kB in its journal."""
 LATELY_MS = 75 * 60 * 1000
 """What was seen since is remembered beyond these: iLink repeats up to an hour later, a page at a time."""
 KEEP_AT_MOST = 600

@@ -119,7 +119,9 @@ class Supervisor:
 
     def is_catching_up(self, bot: str) -> bool:
         session = self.sessions.get(bot)
-        return session is not None and session.is_catching_up
+        if session is None:  # it begins soon, unless there are too many
+            return self._wanted(bot) and bot not in self._crowded
+        return session.is_catching_up
 
     def poll_now(self, bot: str) -> None:
         """Ends the bot's long poll, so that the next one shows what iLink thinks of its token."""
@@ -325,7 +327,7 @@ class Supervisor:
             for binding in self._bindings.of_shard(shard):
                 if session := self.sessions.get(binding.bot):
                     session.lingering = True
-                    session.leave(now=False)
+                    session.leave(now=session.has_undispatched)
         await self._leases.release(shard)
         await self._tell_freed()
 

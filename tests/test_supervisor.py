@@ -17,7 +17,8 @@ from adapter.names import SHARDS, shard_of
 from adapter.ports import Entry
 from adapter.records import Binding
 from adapter.supervisor import Supervisor
-from tests.fakes import Bench, FakeLeases, settle
+from tests.fakes import Bench, FakeLeases, batch, ready, settle
+from tests.inbound.pollers import BOT, raw
 
 VIRTUAL_TIME = True
 
@@ -324,3 +325,31 @@ async def test_messages_need_not_wait_for_the_requests_of_a_shard_that_is_given_
         assert await made.open_shard("s1") is None
     sending.answered.set()
     await settle()
+
+
+async def test_what_is_stored_as_a_shard_is_given_away_waits_for_no_long_poll() -> None:
+    bench = await ready(None, batch(raw("meanwhile"), cursor="b"), None, None)
+    shard, sending = shard_of("s1"), Sending()
+    leases = bench.leases = Giving(owned={shard})
+    made = supervisor(bench, leases=leases, tend=lambda session: tend(session, bench.incoming()))
+    made._owned = {shard}
+    made._shards[shard] = sending  # type: ignore[assignment]
+    made._start(BOT)
+    await asyncio.sleep(34.5)
+    leases.surplus = {shard}
+    made._follow_leases()
+    await asyncio.sleep(1.0)
+    assert ((await bench.written())[-1].record.messages, bench.chat.polling) == ([raw("meanwhile")], 1)
+    sending.answered.set()
+    await asyncio.sleep(1.0)
+    assert ((await bench.written())[-1].owner, bench.chat.polling) == ("", 0)
+
+
+async def test_a_bot_whose_poller_has_not_begun_may_have_something_to_catch_up_with() -> None:
+    bench = await ready()
+    made = supervisor(bench)
+    assert not made.is_catching_up(BOT)  # another replica's
+    made._owned = {shard_of("s1")}
+    assert made.is_catching_up(BOT)
+    made._crowded.add(BOT)
+    assert not made.is_catching_up(BOT)

@@ -139,7 +139,8 @@ class ConversationActor:
         await self._work.drain(grace_s)
         if self._task is not None:  # the answer is worked off, its receipt published
             await asyncio.wait([self._task], timeout=grace_s)
-        if self._memory.has_record and self._memory.is_dirty and not self._stopped:
+        is_wanted = self._memory.has_record or not self._memory.is_hearing_stored
+        if is_wanted and self._memory.is_dirty and not self._stopped:
             try:
                 async with asyncio.timeout(grace_s):
                     await self._memory.save()

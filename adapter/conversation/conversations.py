@@ -62,7 +62,15 @@ class Conversations:
         self._waking = Tasks(_report)
 
     async def hear(
-        self, binding: Binding, user: str, *, message: str, token: str, written_ms: int, sequence: int
+        self,
+        binding: Binding,
+        user: str,
+        *,
+        message: str,
+        token: str,
+        written_ms: int,
+        received_ms: int | None = None,
+        sequence: int,
     ) -> ConversationActor:
         """The user wrote: returns their conversation once it knows it. One that is held up, as by a receipt that
         cannot be stored, is waited for a second, and told in its turn. `sequence`: of the journal record that has the
@@ -73,7 +81,8 @@ class Conversations:
             raise LeaseLost("shard_lost", binding.sandbox)
         actor = await shard.conversation(binding, user)
         shard.on_heard(binding, user)
-        heard = Heard(message, token, binding.bot, written_ms, sequence, show_typing=binding.options.auto_typing)
+        auto_typing = binding.options.auto_typing
+        heard = Heard(message, token, binding.bot, written_ms, sequence, received_ms, show_typing=auto_typing)
         done = actor.hear(heard)
         done.add_done_callback(_retrieve)
         await asyncio.sleep(0)  # mostly it does nothing else: a timeout would cost as much as what it does

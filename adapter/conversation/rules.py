@@ -224,6 +224,8 @@ class Heard(NamedTuple):
     """By WeChat's clock; 0: unknown."""
     sequence: int
     """Of the journal record that has the message."""
+    received_ms: int | None = None
+    """When iLink handed it over, which may be long ago; None: now."""
     show_typing: bool = False
 
 
@@ -573,12 +575,15 @@ def _without_copies(
 
 
 def _on_heard(conversation: Conversation, heard: Heard, now_ms: int, effects: list[Effect]) -> Conversation:
+    if conversation.record.heard_to.get(heard.bot, 0) >= heard.sequence:  # read back from the journal once more
+        return conversation
     record = window.on_inbound(
         conversation.record,
         message=heard.message,
         token=heard.token,
         bot=heard.bot,
         now_ms=now_ms,
+        received_ms=now_ms if heard.received_ms is None else min(now_ms, heard.received_ms),
         written_ms=heard.written_ms,
         in_flight=int(conversation.activity is Activity.SENDING),
         sequence=heard.sequence,
@@ -1122,9 +1127,9 @@ def _announce(conversation: Conversation, now_ms: int, policy: SendPolicy, effec
 
 
 def adopt_inbound(conversation: Conversation, stored: ConversationRecord) -> Conversation:
-    """What a poller stored that ends at another replica, and heard the user: their window and token."""
+    """What the shard's owner before stored last, which may have heard more of the user: window and token."""
     record, known, opened = conversation.record, conversation.record.window, stored.window
-    if opened.id == known.id or opened.opened_ms < known.opened_ms:
+    if opened.id == known.id or opened.sequence < known.sequence:
         return conversation
     if record.head is not None and record.head.unanswered_attempts:
         sent_at_ms = [*opened.sent_at_ms, *known.sent_at_ms[-1:]]

@@ -124,6 +124,7 @@ def on_inbound(
     token: str,
     bot: str,
     now_ms: int,
+    received_ms: int,
     written_ms: int,
     in_flight: int,
     sequence: int,
@@ -141,7 +142,7 @@ def on_inbound(
     record = msgspec.structs.replace(record, token=token or record.token, bot=bot)
     if message == window.id:
         return record
-    if now_ms - written_ms > CLOCK_ERROR_MS:
+    if received_ms - written_ms > CLOCK_ERROR_MS:
         written_ms = 0
     until_ms = now_ms + CLOCK_ERROR_MS
     since = [sent_ms for sent_ms in window.sent_at_ms if 0 < written_ms <= sent_ms <= until_ms]
@@ -152,7 +153,7 @@ def on_inbound(
         window=SendWindow(
             id=message,
             sequence=sequence,
-            opened_ms=now_ms,
+            opened_ms=received_ms,
             sends_used=max(in_flight, len(since)),
             sent_at_ms=since,
             throttled_at_ms=window.throttled_at_ms if is_throttled else 0,

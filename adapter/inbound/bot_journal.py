@@ -22,6 +22,9 @@ log = structlog.get_logger()
 SEEN_UNKEPT = 33
 """So many messages that are new since the journal has all that were seen lately, and it is written to it again."""
 
+SEEN_AGAIN = 64
+"""After so many records it is written again in any case: the stream keeps twice as many of a bot."""
+
 
 class Progress(Protocol):
     """How far what the journal has was dispatched."""
@@ -82,6 +85,8 @@ class BotJournal:
         self.seen_to = record.seen_to
         """Up to where in the journal that one knows it."""
         self.last_heard = record.last_heard
+        self._since_seen = 0
+        """Records since that one, by this owner."""
         if last is not None:
             self._point_at(last)
 
@@ -222,6 +227,8 @@ class BotJournal:
     def _record(self, *, new: int = SEEN_UNKEPT) -> JournalRecord:
         if self.progress is not None:
             self.done_to = max(self.done_to, self.progress.done_to())
+        if self._since_seen >= SEEN_AGAIN:
+            new = 0
         return JournalRecord(
             cursor=self.cursor,
             start=self.start,
@@ -259,8 +266,10 @@ class BotJournal:
 
     def _point_at(self, written: Written) -> None:
         self.sequence = written.sequence
+        self._since_seen += 1
         if written.record.seen is not None:
             self.seen_at, self.seen_to = written.sequence, written.record.done_to
+            self._since_seen = 0
         if written.record.messages:
             self.last_heard = written.sequence
 

@@ -447,6 +447,8 @@ class Dispatcher:
         """Tells each user's conversation, so that a fast answer finds token and window; those that may not be in the
         inbox. Raises Temporary, LeaseLost."""
         sequence = opened.written.sequence
+        if opened.written.record.sandbox not in ("", binding.sandbox):
+            return heard  # the bot has moved: what was said before opens no window there
         actors: list[ConversationActor] = []
         for user in dict.fromkeys(one.said.user for one in heard):
             theirs = [one for one in heard if one.said.user == user]
@@ -476,6 +478,7 @@ class Dispatcher:
             message=theirs[-1].id,
             token=next((one.said.context_token for one in reversed(theirs) if one.said.context_token), ""),
             written_ms=theirs[-1].said.sent_at_ms,
+            received_ms=theirs[-1].received_ms,
             sequence=sequence,
         )
 
@@ -512,8 +515,14 @@ class Dispatcher:
             await self._end_as_dead_letter(first.heard.said.raw, first.heard.sandbox, first.heard.said)
             self._told([first])
             return
+        if self._is_anothers(first.heard):
+            self._count(first.heard.said.kind, "unbound")
+            await self._bury(None, first.heard.said.raw, "Somebody else has its sandbox by now.", reason="not_bound")
+            self._told([first])
+            return
         most = 1 if self._is_one_by_one else PIPELINE
-        ready = list(takewhile(_is_ready, islice(self._waiting, most)))
+        waiting = islice(self._waiting, most)
+        ready = list(takewhile(lambda one: _is_ready(one) and not self._is_anothers(one.heard), waiting))
         try:
             await inbox.publish([_with_media(one) for one in ready], self._publishing)
         except AdapterError:
@@ -529,6 +538,16 @@ class Dispatcher:
             # the objective is about messages, not about batches
             self._publishing.metrics.inbound_publish_duration.observe(max(0.0, took_s), len(ready))
         self._told(ready)
+
+    def _is_anothers(self, heard: Heard) -> bool:
+        """Whether the bot was taken from the sandbox, and somebody else has it: they must not see what this user
+        wrote."""
+        bindings = self._needs.bindings
+        serves = bindings.get(self.bot)
+        if serves is not None and serves.sandbox == heard.sandbox:
+            return False
+        bound = bindings.of_sandbox(heard.sandbox)
+        return bool(bound) and all(one.user not in ("", heard.said.user) for one in bound)
 
     def _told(self, some: Sequence[Waiting]) -> None:
         """The first ones that wait are in the inbox, or dead letters."""

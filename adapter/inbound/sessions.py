@@ -99,6 +99,8 @@ class Session:
         """Since the first message."""
         self.is_handed_over = False
         """What is stored from now on is the next owner's to dispatch."""
+        self.has_undispatched = False
+        """Something was stored since: no long poll may keep the next owner waiting."""
         self.answered = 0.0
         """Monotonic time since which iLink owes an answer to a poll: that of the last one, or of what ended a
         pause."""

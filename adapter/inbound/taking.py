@@ -45,7 +45,7 @@ async def take(session: Session, needs: Incoming) -> BotJournal | None:
         async with needs.taking:
             journal = await _take_once(session, binding, needs)
         if journal is not None:
-            _begin_dispatch(session, journal, binding, needs)
+            _begin_dispatch(session, journal, needs)
             return journal
         _caught_up(session, needs)  # somebody else who lives has dispatched what there was
         looks += 1
@@ -81,27 +81,34 @@ async def _take_once(session: Session, binding: Binding, needs: Incoming) -> Bot
     return journal
 
 
-def _begin_dispatch(session: Session, journal: BotJournal, binding: Binding, needs: Incoming) -> None:
+def _begin_dispatch(session: Session, journal: BotJournal, needs: Incoming) -> None:
     session.journal, session.dispatcher, session.has_late = journal, None, False
     if journal.last_heard > journal.done_to:
         session.is_catching_up = True
         _dispatcher(session, journal, needs).catch_up()
     else:
-        _caught_up(session, needs)
-        needs.conversations.wake_soon(binding)
+        _on_caught_up(session, needs)
 
 
 def _dispatcher(session: Session, journal: BotJournal, needs: Incoming) -> Dispatcher:
     """The bot's; made with its first message, since most bots that are taken over have none for long."""
     if session.dispatcher is None:
-        session.dispatcher = Dispatcher(journal, needs.dispatching, partial(_caught_up, session, needs))
+        session.dispatcher = Dispatcher(journal, needs.dispatching, partial(_on_caught_up, session, needs))
         journal.progress = session.dispatcher
     return session.dispatcher
 
 
 def _on_written(session: Session, needs: Incoming, written: Written) -> None:
-    if session.journal is not None and not session.is_handed_over:
+    if session.is_handed_over:
+        session.has_undispatched = True
+    elif session.journal is not None:
         _dispatcher(session, session.journal, needs).offer(written)
+
+
+def _on_caught_up(session: Session, needs: Incoming) -> None:
+    _caught_up(session, needs)
+    if binding := needs.bindings.get(session.bot):
+        needs.conversations.wake_soon(binding)
 
 
 def _caught_up(session: Session, needs: Incoming) -> None:
@@ -115,7 +122,7 @@ async def _is_outdated(bot: str, needs: Incoming) -> bool:
     """Asks whether anybody polls the bot at all, and takes the owner's name out of the journal where nobody does.
 
     The name may be old: the journal was restored, or lost its last writes with a disk. Nobody would give it back.
-    An owner that begins to poll as it is asked has written its name anew. Raises Temporary.
+    One that begins to poll as it is asked writes its name anew once its next write fails. Raises Temporary.
     """
     last = await needs.journal.last(bot)
     if last is None or not last.owner or not await needs.is_idle(last.owner, bot):
@@ -137,6 +144,20 @@ async def _is_outdated(bot: str, needs: Incoming) -> bool:
     return True
 
 
+async def _dispatched(session: Session, dispatcher: Dispatcher, needs: Incoming) -> None:
+    """An unbound bot's media get their time, unless it is bound again, or the service stops: the journal has them."""
+
+    def is_over() -> bool:
+        return dispatcher.is_done or session.lingering or needs.bindings.get(session.bot) is not None
+
+    await any_of(
+        dispatcher.changed.until(is_over),
+        needs.bindings.changed.until(is_over),
+        session.told.until(is_over),
+        timeout_s=needs.dispatching.media_wait_s,
+    )
+
+
 async def give_back(session: Session, journal: BotJournal, needs: Incoming) -> None:
     """Takes this replica's name out of the journal, so that the next owner need not wait for a lease to run out.
 
@@ -146,8 +167,10 @@ async def give_back(session: Session, journal: BotJournal, needs: Incoming) -> N
     unbound = needs.bindings.get(session.bot) is None
     dispatcher = session.dispatcher or (_dispatcher(session, journal, needs) if unbound else None)
     if dispatcher is not None:
-        await dispatcher.drain(needs.dispatching.media_wait_s + DISPATCH_S if unbound else DISPATCH_S)
         if unbound:
+            await _dispatched(session, dispatcher, needs)
+        await dispatcher.drain(DISPATCH_S)
+        if unbound and needs.bindings.get(session.bot) is None:
             await dispatcher.stored(STORED_S)
     failures = 0
     while True:

@@ -6,6 +6,7 @@ was being sent, and to whom, of the records of the sandbox's conversations. All 
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
@@ -27,8 +28,13 @@ from adapter.outbound.ledger import CommandLedger
 from adapter.outbound.open_conversations import OpenConversations, unknown_user
 from adapter.outbound.reading import ReadCommand
 from adapter.outbound.receipts import Address, Receipts, StoredReceipt, is_final, result_of
+from adapter.outbound.shard import Sessions
 from adapter.records import Binding
 from adapter.tasks import Tasks
+
+CATCH_UP_S = 30.0
+"""So long a command waits for what the bot's owner before has stored. One whose bot cannot be taken, as without the
+key of its token, must reach its end."""
 
 
 class _Before(NamedTuple):
@@ -58,6 +64,7 @@ class CommandPlacement:
         receipts: Receipts,
         ledger: CommandLedger,
         endings: CommandEndings,
+        sessions: Sessions,
         wait_for_pending_binds: Callable[[], Awaitable[None]],
         tasks: Tasks,
     ) -> None:
@@ -67,6 +74,7 @@ class CommandPlacement:
         self._receipts = receipts
         self._ledger = ledger
         self._endings = endings
+        self._sessions = sessions
         self._wait_for_pending_binds = wait_for_pending_binds
         self._tasks = tasks
         self._unplaced: dict[str, deque[ReadCommand]] = {}
@@ -81,7 +89,8 @@ class CommandPlacement:
                     binding = _find_binding(read.command, self._bindings)
                     user = read.command.user or binding.user or unknown_user(binding.bot)
                     actor = self._conversations.get(sandbox, user)
-                    if actor and _is_surely_for(read.command, binding):
+                    is_behind = self._sessions.is_catching_up(binding.bot)
+                    if actor and not is_behind and _is_surely_for(read.command, binding):
                         actor.put(rules.Stored((read.queued,)))
                         return
             self._unplaced[sandbox] = deque()
@@ -151,6 +160,10 @@ class CommandPlacement:
                 result = CommandResult("refused", exc.reason, exc.detail)
                 await self._endings.end(queued, result, Address(command.sandbox, command.bot, command.user))
                 return
+            # else it is judged by a window in which the user's last words are missing, and refused
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(CATCH_UP_S):
+                    await self._sessions.wait_caught_up(binding.bot)
             user = command.user or binding.user
             actor = await self._conversations.open(command.sandbox, user, binding.bot, known=before.records.get(user))
         actor.put(rules.Stored((queued,)))

@@ -116,6 +116,7 @@ class ShardCommandProcessor:
             deps.receipts,
             self.commands,
             self._endings,
+            deps.sessions,
             deps.wait_for_pending_binds,
             self._tasks,
         )

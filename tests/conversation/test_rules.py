@@ -420,7 +420,7 @@ def test_an_upload_that_ends_once_its_user_is_bound_again_is_no_other_commands()
 
 
 def stored(opened_ms: int, **window: Any) -> ConversationRecord:
-    opened = SendWindow(**{"id": "in:2", "opened_ms": opened_ms, **window})
+    opened = SendWindow(**{"id": "in:2", "opened_ms": opened_ms, "sequence": 2, **window})
     return ConversationRecord(bot="b2", token="new", window=opened)
 
 
@@ -430,7 +430,8 @@ def test_a_window_that_another_replica_opened_is_adopted_and_an_older_one_is_not
     assert (adopted.record.window.id, adopted.record.token, adopted.record.bot) == ("in:2", "new", "b2")
     assert adopted.record.window.sends_used == 0
     assert not adopted.typing_due
-    assert rules.adopt_inbound(state, stored(NOW - 1)) is state
+    known = rules.adopt_inbound(state, stored(NOW, id="in:3", sequence=3))
+    assert rules.adopt_inbound(known, stored(NOW + 1)) is known  # the clocks of two replicas differ
     assert rules.adopt_inbound(state, stored(NOW + 1, id="in:1")) is state
 
 

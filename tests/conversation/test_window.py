@@ -105,7 +105,8 @@ def test_a_change_is_told_once(announced: WindowPhase, current: WindowPhase, cha
 
 
 def hear(known: ConversationRecord, *, message: str = "in:2", now_ms: int, **fields: Any) -> SendWindow:
-    told: dict[str, Any] = {"token": "new", "bot": "b2", "written_ms": 0, "in_flight": 0, "sequence": 2} | fields
+    told: dict[str, Any] = {"token": "new", "bot": "b2", "written_ms": 0, "in_flight": 0, "sequence": 2}
+    told |= {"received_ms": now_ms} | fields
     after = window.on_inbound(known, message=message, now_ms=now_ms, **told)
     assert (after.token, after.bot) == (told["token"] or "t", "b2")
     return after.window

@@ -10,9 +10,9 @@ import msgspec
 import pytest
 from structlog.testing import capture_logs
 
-from adapter.contract import UnsupportedItem
+from adapter.contract import Options, UnsupportedItem
 from adapter.errors import BusRefused, LeaseLost, Temporary
-from adapter.inbound.bot_journal import SEEN_UNKEPT
+from adapter.inbound.bot_journal import SEEN_AGAIN, SEEN_UNKEPT
 from adapter.inbound.dispatcher import BACKLOG, BACKLOG_BYTES
 from adapter.inbound.inbox import LARGE
 from adapter.inbound.journal import JournalRecord
@@ -149,6 +149,71 @@ async def test_what_is_read_back_gives_no_sends_back() -> None:
     await heir.leave()
 
 
+async def test_a_window_opens_when_ilink_handed_the_message_over_however_late_it_is_told() -> None:
+    heir = await crashed(once_the_record_is_stored, batch(words(1)))
+    received_ms = max(one.record.received_ms for one in await heir.written())
+    await asyncio.sleep(10 * 3600)
+    replica = run(heir)
+    await asyncio.sleep(5)
+    assert heir.record().window.opened_ms == received_ms
+    await replica.leave()
+
+
+async def test_what_was_answered_before_a_crash_shows_no_typing_after_it() -> None:
+    bench = await ready(batch(words(1)), options=Options(auto_typing=True))
+    replica = run(bench)
+    await asyncio.sleep(5)
+    bench.processors[shard_of("s1")].intake.on_delivery(bench.command("answer", id="c1"))
+    await asyncio.sleep(5)
+    assert [shown.on for shown in bench.chat.typing] == [True, False]
+    await replica.die()
+    await asyncio.sleep(3600)
+    heir = heir_to(bench)
+    replica = run(heir)
+    await asyncio.sleep(60)
+    assert [shown.on for shown in heir.chat.typing] == [True, False]
+    await replica.leave()
+
+
+async def test_an_answer_waits_until_its_conversation_knows_what_the_owner_before_told() -> None:
+    """Else it is refused, since the window that the user's words opened was not stored yet."""
+    bench = await ready(batch(words(1)))
+    replica = run(bench)
+    await asyncio.sleep(0.3)
+    assert (said(bench), bench.conversation_bucket.entries) == (["t1"], {})
+    await replica.die()
+    heir = heir_to(bench)
+    heir.behind.add(BOT)
+    heir.processor().intake.on_delivery(heir.command("answer", id="c1", when_closed="refuse"))
+    await asyncio.sleep(1)
+    assert heir.bus.receipts() == []
+    replica = run(heir)
+    await asyncio.sleep(2)
+    heir.behind.clear()
+    await asyncio.sleep(5)
+    assert [(one.outcome, one.reason) for one in heir.bus.receipts()] == [("accepted", "")]
+    await replica.leave()
+
+
+async def test_an_answer_for_a_bot_that_nobody_can_take_reaches_its_end() -> None:
+    bench = await ready()
+    bench.behind.add(BOT)
+    shard = bench.processor()
+    shard.intake.on_delivery(bench.command("answer", id="c1", when_closed="refuse"))
+    await asyncio.sleep(60)
+    assert [(one.outcome, one.reason) for one in bench.bus.receipts()] == [("refused", "window_closed")]
+    shard.stop()
+
+
+async def test_a_new_users_first_words_are_stored_as_the_shard_is_given_away(poller: Poller) -> None:
+    bench = await ready(batch(words(1)))
+    poller(bench)
+    await asyncio.sleep(0.2)
+    assert (said(bench), bench.conversation_bucket.entries) == (["t1"], {})
+    await bench.processors[shard_of("s1")].drain(1.0)
+    assert bench.record().token == "token-1"
+
+
 async def test_two_users_of_a_bot_have_windows_of_their_own() -> None:
     bench = await ready(batch(raw(), raw("hi", 2, from_user_id="u2@im.wechat", context_token="theirs")))
     await polls(bench)
@@ -241,6 +306,39 @@ async def test_what_a_poll_brings_after_the_bot_was_bound_elsewhere_is_for_that_
     bench.chat.polls.append(moved)
     await polls(bench)
     assert [inbound.sandbox for inbound in bench.bus.inbound()] == ["s2"]
+
+
+async def test_what_was_said_before_the_bot_moved_opens_no_window_in_its_new_sandbox() -> None:
+    bench = await ready(batch(words(1)))
+    replica = run(bench)
+    await asyncio.sleep(5)
+    await bench.bind("s2")
+    await asyncio.sleep(5)
+    await replica.die()
+    await asyncio.sleep(30 * 3600)
+    heir = heir_to(bench)
+    replica = run(heir)
+    await asyncio.sleep(30)
+    heir.processor("s2").intake.on_delivery(heir.command("hi", id="c1", sandbox="s2"))
+    await asyncio.sleep(5)
+    assert [(one.outcome, one.reason) for one in heir.bus.receipts()] == [("parked", "window_closed")]
+    assert [inbound.sandbox for inbound in heir.bus.inbound()] == ["s1"]
+    await replica.leave()
+
+
+async def test_what_waited_while_its_sandbox_went_to_somebody_else_is_not_told_there() -> None:
+    bench = await ready(batch(image(1), words(2)))
+    gate = asyncio.Event()
+    bench.cdn.has("p1", gate, PNG)
+    session, task = tended(bench)
+    await asyncio.sleep(1)
+    await bench.bindings.remove(BOT)
+    session.leave(now=True)
+    await asyncio.sleep(1)
+    await bench.bind("s1", bot="b2@im.bot", user="u2@im.wechat")
+    gate.set()
+    await task
+    assert (said(bench), len(bench.bus.found("DEAD"))) == ([], 2)
 
 
 # leases --------------------------------------------------------------------------------------------------
@@ -588,6 +686,18 @@ async def test_what_was_seen_is_written_once_for_many_messages_and_remembered_by
     replica = run(heir)
     await asyncio.sleep(30)
     assert said(heir) == [f"t{MANY}"]
+    await replica.leave()
+
+
+async def test_what_was_seen_is_written_again_before_the_stream_lets_it_go() -> None:
+    """An idle bot's cursors are records, too."""
+    bench = await ready(batch(words(1)), *(batch(cursor=f"c{number}") for number in range(600)))
+    replica = run(bench)
+    await asyncio.sleep(600 * 35)
+    written = await bench.written()
+    seen = [number for number, one in enumerate(written) if one.record.seen is not None]
+    assert len(written) > 2 * SEEN_AGAIN
+    assert len(written) - seen[-1] <= SEEN_AGAIN
     await replica.leave()
 
 

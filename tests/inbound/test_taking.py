@@ -15,7 +15,7 @@ from adapter.inbound.taking import take
 from adapter.ports import Message, Polled
 from adapter.seal import Sealer, cursor_context
 from tests.fakes import Bench, Failing, FakeLeases, batch, ready, settle
-from tests.inbound.downloads import heir_to
+from tests.inbound.downloads import heir_to, image
 from tests.inbound.pollers import BOT, Poller, polls, raw, tended, texts
 
 VIRTUAL_TIME = True
@@ -189,6 +189,20 @@ async def test_who_waits_for_an_owner_that_lives_sends_meanwhile(poller: Poller)
     session = poller(bench)
     await asyncio.sleep(1)
     assert (session.is_catching_up, bench.changed_sessions) == (False, ["s1"])
+
+
+async def test_a_bot_that_is_bound_again_waits_for_no_media_of_before() -> None:
+    bench = await ready(batch(image(1)))
+    bench.cdn.has("p1", None)
+    session, task = tended(bench)
+    await asyncio.sleep(1)
+    await bench.bindings.remove(BOT)
+    session.leave(now=True)
+    await asyncio.sleep(1)
+    await bench.bind("s2")
+    began = bench.clock.monotonic()
+    await task
+    assert bench.clock.monotonic() - began < 5
 
 
 # losing it -----------------------------------------------------------------------------------------------
