@@ -78,7 +78,7 @@ class BotJournal:
         self.sequence = last.sequence if last else 0
         """Of the newest record."""
         self._stored_cursor = record.cursor
-        self.done_to = record.done_to
+        self.done_to = self._stored_done_to = record.done_to
         """Sequence up to which inboxes and conversations are known to have everything."""
         self.seen_at = record.seen_at
         """Sequence of the newest record that has what was seen lately; 0: there is none."""
@@ -93,6 +93,11 @@ class BotJournal:
     @property
     def is_cursor_stored(self) -> bool:
         return self.cursor == self._stored_cursor
+
+    @property
+    def is_noted(self) -> bool:
+        """Whether the newest record says all that is known: a next owner has nothing to look for."""
+        return self.is_cursor_stored and not (self._stored_done_to < self.last_heard and self.is_dispatched)
 
     @property
     def is_dispatched(self) -> bool:
@@ -260,7 +265,7 @@ class BotJournal:
                 continue
             written = Written(sequence, self.owner, record)
             self._point_at(written)
-            self._stored_cursor = record.cursor
+            self._stored_cursor, self._stored_done_to = record.cursor, record.done_to
             self._tell(written)
             return
 

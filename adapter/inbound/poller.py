@@ -39,8 +39,8 @@ NOTIFY_S = 1.5
 """The first poll does not wait longer for iLink's answer to notifystart: it is best effort (ilink-protocol 11.1)."""
 AFTER_CUT_S = 0.2
 """Between the end of a poll that was cut and the bot's next one."""
-CURSOR_S = 60.0
-"""A cursor that came without messages is stored after so long, or with the next record."""
+NOTED_WITHIN_S = 60.0
+"""So long after the last message the journal is told of a cursor that came without one and what is dispatched."""
 DEAD_PATH_AFTER = 3
 """Client timeouts in a row, without any answer, after which the connection counts as dead (ilink-protocol 3.3)."""
 
@@ -116,8 +116,8 @@ class _Lately(msgspec.Struct):
     """Answered, while iLink has not answered that it knows of the polls."""
     instants: int = 0
     """Answered at once, with nothing new."""
-    cursor_at: float = 0.0
-    """Monotonic time of the first poll that brought a cursor which is not stored; 0: it is."""
+    note_at: float = 0.0
+    """Monotonic time of the first poll since which the journal does not say all that is known; 0: it does."""
     overlong: int = 0
     """Characters of the cursor, too long to be kept, that the last answer with a cursor had; 0: it was kept."""
 
@@ -161,12 +161,12 @@ async def poll_forever(session: Session, journal: BotJournal, needs: Incoming) -
             await _store(session, Answer(polled, sandbox, needs.clock.now_ms()), journal, needs)
         else:
             if polled.cursor is not None and is_new:
-                journal.cursor, lately.cursor_at = polled.cursor, lately.cursor_at or began
+                journal.cursor, lately.note_at = polled.cursor, lately.note_at or began
             await needs.beat.next()
         if polled.share is not None:
             polled.share.release()
-        if lately.cursor_at or not journal.is_cursor_stored:
-            await _store_cursor(journal, lately, needs)
+        if lately.note_at or not journal.is_noted:
+            await _note(journal, lately, needs)
         is_instant = session.answered - began < INSTANT_S and not (polled.messages and is_new)
         lately.instants = lately.instants + 1 if is_instant else 0
         if lately.instants > 1:
@@ -203,12 +203,16 @@ async def _store(session: Session, answer: Answer, journal: BotJournal, needs: I
         raise lost
 
 
-async def _store_cursor(journal: BotJournal, lately: _Lately, needs: Incoming) -> None:
-    """Stores a cursor that no message came with, once it has waited for long. Raises LeaseLost, Temporary."""
-    if journal.is_cursor_stored:
-        lately.cursor_at = 0.0
-    elif needs.clock.monotonic() - lately.cursor_at > CURSOR_S:
+async def _note(journal: BotJournal, lately: _Lately, needs: Incoming) -> None:
+    """Stores a cursor that no message came with, and that everything is dispatched, once that has waited for long.
+    Raises LeaseLost, Temporary."""
+    now = needs.clock.monotonic()
+    if journal.is_noted:
+        lately.note_at = 0.0
+    elif now - (lately.note_at or now) > NOTED_WITHIN_S:
         await retry(journal.note, needs.clock)
+    else:
+        lately.note_at = lately.note_at or now
 
 
 async def _failed(session: Session, exc: Temporary, lately: _Lately, needs: Incoming) -> None:

@@ -799,3 +799,21 @@ async def test_a_bug_ends_no_bots_messages(poller: Poller) -> None:
         await asyncio.sleep(10)
     assert said(bench) == ["+", "t2"]
     assert {"dispatch.crashed", "dispatch.waits"} <= {line["event"] for line in logs}
+
+
+async def test_a_bot_that_is_silent_leaves_nothing_to_look_for_and_no_conversation_in_memory() -> None:
+    bench = await ready(batch(words(1), cursor="c"), *[batch(cursor="c")] * 2000)
+    replica = run(bench)
+    await asyncio.sleep(300)
+    last = (await bench.written())[-1].record
+    assert (last.messages, last.done_to) == ([], last.last_heard)
+    assert replica.session.dispatcher is not None
+    assert not replica.session.dispatcher._unsaved
+    written = len(await bench.written())
+    await asyncio.sleep(300)
+    assert len(await bench.written()) == written
+    await replica.die()
+    replica = run(heir_to(bench))
+    await asyncio.sleep(5)
+    assert replica.session.dispatcher is None
+    await replica.leave()
