@@ -213,7 +213,7 @@ class BotJournal:
             raise LeaseLost("bot_taken", self.bot)
         for written in found:
             self._point_at(written)
-            self._tell(written)
+            self._notify(written)
         if found:
             return found
         last = await self._journal.last(self.bot)
@@ -266,7 +266,7 @@ class BotJournal:
             written = Written(sequence, self.owner, record)
             self._point_at(written)
             self._stored_cursor, self._stored_done_to = record.cursor, record.done_to
-            self._tell(written)
+            self._notify(written)
             return
 
     def _point_at(self, written: Written) -> None:
@@ -278,7 +278,7 @@ class BotJournal:
         if written.record.messages:
             self.last_heard = written.sequence
 
-    def _tell(self, written: Written) -> None:
+    def _notify(self, written: Written) -> None:
         if written.record.messages:
             self._on_written(written)
 

@@ -70,7 +70,7 @@ class Dispatching(NamedTuple):
     """Returns when the bus takes messages and their media."""
 
 
-class Waiting:
+class PendingMessage:
     """A message that is not in its inbox yet."""
 
     __slots__ = ("crashes", "heard", "is_suspect", "record", "until", "work")
@@ -141,7 +141,7 @@ class Dispatcher:
         """Not sorted yet."""
         self._open: deque[Open] = deque()
         """All that are not dispatched, in order."""
-        self._waiting: deque[Waiting] = deque()
+        self._waiting: deque[PendingMessage] = deque()
         self._unsaved: deque[Open] = deque()
         """Dispatched, while it is not known that the conversations are stored."""
         self._done_to = journal.done_to
@@ -379,14 +379,14 @@ class Dispatcher:
         heard: list[Heard] = []
         if binding is not None:
             heard = [self._heard(opened, one, binding) for one in found if one.outcome == "new"]
-            heard = await self._tell_conversations(binding, opened, heard)
+            heard = await self._update_conversations(binding, opened, heard)
         for one in found:
             if one.outcome != "new" or binding is None:
                 await self._set_aside(one, binding)
             elif one.said is not None and one.said.broken:
-                await self._bury(binding, one.raw, one.said.broken)
+                await self._dead_letter(binding, one.raw, one.said.broken)
         until = self._clock.monotonic() + self._needs.media_wait_s
-        self._waiting.extend(Waiting(one, opened, until, is_suspect=opened.is_left_over) for one in heard)
+        self._waiting.extend(PendingMessage(one, opened, until, is_suspect=opened.is_left_over) for one in heard)
         opened.left = len(heard)
         self._fetch_ahead()
 
@@ -411,27 +411,29 @@ class Dispatcher:
                 log.info("inbound.duplicate", bot=self.bot)
             case "new":
                 self._count(kind, "unbound")
-                await self._bury(None, one.raw, f"The bot {self.bot} was not bound as it came.")
+                await self._dead_letter(None, one.raw, f"The bot {self.bot} was not bound as it came.")
             case "crashed" | "group":
                 self._count(kind, "dead_lettered")
-                await self._bury(binding, one.raw, one.detail, reason=one.outcome)
+                await self._dead_letter(binding, one.raw, one.detail, reason=one.outcome)
             case _:
                 self._count(kind, "dead_lettered")
-                await self._bury(binding, one.raw, one.detail)
+                await self._dead_letter(binding, one.raw, one.detail)
 
     def _count(self, kind: str, outcome: str) -> None:
         inbox.count(self._publishing, kind, outcome)
 
-    async def _bury(self, binding: Binding | None, raw: bytes, why: str, *, reason: str = "unreadable") -> None:
+    async def _dead_letter(
+        self, binding: Binding | None, raw: bytes, why: str, *, reason: str = "unreadable"
+    ) -> None:
         sandbox = binding.sandbox if binding else ""
-        await inbox.bury(self.bot, sandbox, raw, why, self._publishing, reason=reason)
+        await inbox.dead_letter(self.bot, sandbox, raw, why, self._publishing, reason=reason)
 
     async def _end_as_dead_letter(self, raw: bytes, sandbox: str, said: Said | None) -> None:
         """The code raises on it at every try."""
         self._fence()
         crashed = Crashed()
         self._count(said.kind if said else "unsupported", "dead_lettered")
-        await inbox.bury(self.bot, sandbox, raw, crashed.detail, self._publishing, reason=crashed.reason)
+        await inbox.dead_letter(self.bot, sandbox, raw, crashed.detail, self._publishing, reason=crashed.reason)
 
     async def _find_binding(self) -> Binding | None:
         """The bot's binding; None only where the bus has none: the news of a new one may be on their way. Raises
@@ -443,7 +445,7 @@ class Dispatcher:
 
     # conversations ----------------------------------------------------------------------------------
 
-    async def _tell_conversations(self, binding: Binding, opened: Open, heard: list[Heard]) -> list[Heard]:
+    async def _update_conversations(self, binding: Binding, opened: Open, heard: list[Heard]) -> list[Heard]:
         """Tells each user's conversation, so that a fast answer finds token and window; those that may not be in the
         inbox. Raises Temporary, LeaseLost."""
         sequence = opened.written.sequence
@@ -452,7 +454,7 @@ class Dispatcher:
         actors: list[ConversationActor] = []
         for user in dict.fromkeys(one.said.user for one in heard):
             theirs = [one for one in heard if one.said.user == user]
-            tell = partial(self._tell_conversation, binding, user, theirs, sequence)
+            tell = partial(self._update_conversation, binding, user, theirs, sequence)
             try:
                 actor = await attempt(tell, self._clock.sleep, "inbound.crashed", bot=self.bot)
             except Crashed:
@@ -466,7 +468,7 @@ class Dispatcher:
         opened.actors = actors
         return heard
 
-    async def _tell_conversation(
+    async def _update_conversation(
         self, binding: Binding, user: str, theirs: list[Heard], sequence: int
     ) -> ConversationActor:
         """Raises Temporary, LeaseLost."""
@@ -517,7 +519,9 @@ class Dispatcher:
             return
         if self._is_anothers(first.heard):
             self._count(first.heard.said.kind, "unbound")
-            await self._bury(None, first.heard.said.raw, "Somebody else has its sandbox by now.", reason="not_bound")
+            await self._dead_letter(
+                None, first.heard.said.raw, "Somebody else has its sandbox by now.", reason="not_bound"
+            )
             self._told([first])
             return
         most = 1 if self._is_one_by_one else PIPELINE
@@ -549,7 +553,7 @@ class Dispatcher:
         bound = bindings.of_sandbox(heard.sandbox)
         return bool(bound) and all(one.user not in ("", heard.said.user) for one in bound)
 
-    def _told(self, some: Sequence[Waiting]) -> None:
+    def _told(self, some: Sequence[PendingMessage]) -> None:
         """The first ones that wait are in the inbox, or dead letters."""
         for one in some:
             self._waiting.popleft()
@@ -586,7 +590,7 @@ class Dispatcher:
                 waiting.record.left -= 1
         self._close_done()
 
-    async def _published(self, suspects: Sequence[Waiting]) -> tuple[set[str], set[str]]:
+    async def _published(self, suspects: Sequence[PendingMessage]) -> tuple[set[str], set[str]]:
         """Of the messages in the inboxes since the first suspect was stored: where in the journal they are, and their
         ids. Raises Temporary."""
         names, history = self._publishing.names, self._publishing.history
@@ -617,7 +621,7 @@ class Dispatcher:
         self._fetch_ahead()
         self.changed.notify()
 
-    async def _fetch_all(self, waiting: Waiting) -> list[InboundItem]:
+    async def _fetch_all(self, waiting: PendingMessage) -> list[InboundItem]:
         """The items of a message with their media, or with why they are missing."""
         said = waiting.heard.said
         found = await asyncio.gather(*(self._fetch(waiting, fetch) for fetch in said.fetches))
@@ -626,7 +630,7 @@ class Dispatcher:
             items[fetch.item] = filled(items[fetch.item], got)
         return items
 
-    async def _fetch(self, waiting: Waiting, fetch: Fetch) -> Got:
+    async def _fetch(self, waiting: PendingMessage, fetch: Fetch) -> Got:
         """One item's media. While the bus is away nobody misses them, so that time does not count."""
         while True:
             left_s = waiting.until - self._clock.monotonic()
@@ -649,12 +653,12 @@ class Dispatcher:
         return self._clock.monotonic() > began + 0.01
 
 
-def _is_ready(waiting: Waiting) -> bool:
+def _is_ready(waiting: PendingMessage) -> bool:
     """Whether it waits for no media."""
     return not waiting.heard.said.fetches or (waiting.work is not None and waiting.work.done())
 
 
-def _with_media(waiting: Waiting) -> Heard:
+def _with_media(waiting: PendingMessage) -> Heard:
     """The message as it is told. Raises what the download raised that nobody expects."""
     if waiting.work is None:
         return waiting.heard

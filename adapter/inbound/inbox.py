@@ -180,7 +180,7 @@ async def _window(sandbox: str, bot: str, user: str, needs: Publishing) -> contr
 
 async def _publish_stub(one: Heard, message: Message, needs: Publishing) -> None:
     """The bus refuses this message for its size: the reader learns of it, the bytes go to the dead letters."""
-    await bury(one.bot, one.sandbox, one.said.raw, "The bus refuses a message of this size.", needs)
+    await dead_letter(one.bot, one.sandbox, one.said.raw, "The bus refuses a message of this size.", needs)
     whole = msgspec.json.decode(message.payload, type=Inbound)
     stub = msgspec.structs.replace(
         whole, text="", quote=None, items=[contract.UnsupportedItem(type=0, reason="too_large")]
@@ -191,7 +191,7 @@ async def _publish_stub(one: Heard, message: Message, needs: Publishing) -> None
         log.error("inbound.lost_to_dead_letters", bot=one.bot, detail=exc.detail)
 
 
-async def bury(
+async def dead_letter(
     bot: str, sandbox: str, raw: bytes, why: str, needs: Publishing, *, reason: str = "unreadable"
 ) -> None:
     """Keeps what iLink sent as a dead letter. `sandbox` "": the bot is bound to none."""
