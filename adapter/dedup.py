@@ -98,10 +98,10 @@ class Seen:
     """The messages of one bot that were taken lately, oldest first.
 
     Kept as one text and searched as such: thousands of bots have one each, and objects would take ten times as much.
-    `kept`: those that are stored already; see `newest`.
+    `kept`: those that are stored already.
     """
 
-    def __init__(self, kept: Iterable[str] = (), newer: Iterable[str] = (), *, skew_ms: int = 0) -> None:
+    def __init__(self, kept: Iterable[str] = (), *, skew_ms: int = 0) -> None:
         self._skew_ms = skew_ms
         self._lines = "\n"
         """Each record between line ends."""
@@ -116,24 +116,11 @@ class Seen:
         self.added = 0
         """Counts what was new to it."""
         self._insert(kept)
-        self.keep()
-        self._insert(newer)
+        self.unkept = 0
 
     def records(self) -> list[str]:
         """The state as it is stored."""
         return self._lines.split()
-
-    def newest(self) -> list[str]:
-        """The records that are not among those kept."""
-        return self._lines.rsplit("\n", self.unkept + 1)[1:-1]
-
-    def keep(self) -> None:
-        """Marks all as stored."""
-        self.unkept = 0
-
-    def keep_none(self) -> None:
-        """Marks none as stored."""
-        self.unkept = self._count
 
     def has(self, keys: Keys) -> bool:
         """Tells whether this is a repeat of a message taken before."""

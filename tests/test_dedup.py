@@ -177,29 +177,14 @@ def test_the_state_survives_its_storage(keys: list[Keys], probe: Keys) -> None:
     assert again.has(probe) is seen.has(probe)
 
 
-@given(st.lists(st.one_of(any_keys, st.sampled_from(["keep", "keep none"])), max_size=60))
-def test_what_is_kept_and_what_came_since_are_all_that_was_seen(steps: list[Keys | str]) -> None:
-    seen, kept = Seen(), list[str]()
-    for step in steps:
-        if isinstance(step, Keys):
-            take(seen, step)
-        elif step == "keep":
-            kept = seen.records()
-            seen.keep()
-        else:
-            kept = []
-            seen.keep_none()
-        assert [*kept, *seen.newest()] == seen.records()
-        assert Seen(kept, seen.newest()).newest() == seen.newest()
-
-
 def test_what_was_kept_and_is_forgotten_is_not_taken_for_new() -> None:
     seen = Seen()
     for number in range(KEEP_AT_MOST):
         seen.add(say(message=str(number)), NOW)
-    seen.keep()
+    seen.unkept = 0
     seen.add(say(message="new"), NOW + 2 * KEEP_MS)
-    assert seen.newest() == seen.records() == [say(message="new").record(NOW + 2 * KEEP_MS)]
+    assert seen.unkept == 1
+    assert seen.records() == [say(message="new").record(NOW + 2 * KEEP_MS)]
 
 
 @given(st.lists(st.tuples(any_keys, st.integers(0, 3 * KEEP_MS)), max_size=60))
@@ -264,21 +249,21 @@ def test_many_at_once_are_remembered_as_one_by_one(before: list[Keys], many: lis
     for seen in (apart, together):
         for keys in before:
             take(seen, keys)
-        seen.keep()
+        seen.unkept = 0
     for keys in many:
         if not (apart.has(keys) or batch.has(keys)):
             batch.add(keys)
             new.append(keys)
     records = [apart.add(keys, NOW + 1) for keys in new]
     assert together.add_all(new, NOW + 1) == records
-    assert (together.records(), together.newest()) == (apart.records(), apart.newest())
+    assert (together.records(), together.unkept) == (apart.records(), apart.unkept)
     assert together.has(probe) is apart.has(probe)
 
 
 def test_more_at_once_than_are_remembered_leave_the_newest() -> None:
     seen = Seen()
     many = [say(message=str(number), client=f"c{number}", sent_at_ms=0) for number in range(KEEP_AT_MOST + 5)]
-    assert seen.add_all(many, NOW)[5:] == seen.records() == seen.newest()
+    assert seen.add_all(many, NOW)[5:] == seen.records()
     assert not seen.has(many[4])
     assert seen.has(many[5])
 
