@@ -28,7 +28,7 @@ log = structlog.get_logger()
 
 T = TypeVar("T")
 
-HOT = ("getupdates", "sendmessage", "msg/notifystart")
+HOT = ("getupdates", "sendmessage", "notifystart")
 """The endpoints whose cost decides that of a platform: one for each idle bot, two for each message, and one right
 before the first poll of each bot that is taken over, whose connection is then there."""
 UPLOAD_URL_S = 15.0

@@ -269,15 +269,32 @@ async def test_a_redirect_is_an_answer_and_not_followed(server: Server, transpor
     assert len(server.heads) == 1
 
 
-async def test_what_an_answer_quotes_of_its_request_is_no_secret_any_more(server: Server) -> None:
-    base, _, _ = server.url.rpartition("/ilink")
-    ilink = ILink(
+def ilink_at(base: str) -> ILink:
+    return ILink(
         Metrics(),
         default_base_url=base,
         allowed_hosts=("127.0.0.1",),
         poll_margin_s=1.0,
         send_timeout_s=10.0,
     )
+
+
+async def test_the_first_poll_of_a_bot_goes_over_the_connection_of_its_notification(server: Server) -> None:
+    """Thousands of bots are taken over at once: a second connection and httpx for each double the time."""
+    base, _, _ = server.url.rpartition("/ilink")
+    ilink, account = ilink_at(base), Account("b1@im.bot", "token", base)
+    body = b'{"ret":0}'
+    server.answer = Server.say(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
+    await ilink.notify(account, start=True)
+    await ilink.poll(account, "", 1000)
+    await ilink.close()
+    assert [b"notifystart" in server.heads[0], b"getupdates" in server.heads[1]] == [True, True]
+    assert server.connections == 1
+
+
+async def test_what_an_answer_quotes_of_its_request_is_no_secret_any_more(server: Server) -> None:
+    base, _, _ = server.url.rpartition("/ilink")
+    ilink = ilink_at(base)
     body = b'{"ret":-1,"errmsg":"odd token, odd context"}'
     server.answer = Server.say(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
     account = Account("b1@im.bot", "odd token", base)
