@@ -51,6 +51,7 @@ from adapter.outbound.sessions import BotSessions, Pollers
 from adapter.outbound.text_worker import TextWorker
 from adapter.outbound.typing_indicator import TypingDeps
 from adapter.probes import Health
+from adapter.records import Binding
 from adapter.replicas import rollcall
 from adapter.replicas.leases import Leases
 from adapter.replicas.rollcall import Polling, Present
@@ -415,8 +416,8 @@ class Parts:
     async def _open_shard(self, sandbox: str) -> ConversationShard | None:
         return await self.supervisor.open_shard(sandbox)
 
-    def _session_changed(self, sandbox: str) -> None:
-        self.supervisor.session_changed(sandbox)
+    def _session_changed(self, binding: Binding) -> None:
+        self.supervisor.session_changed(binding)
 
     def _pollers(self) -> Pollers:
         return self.supervisor

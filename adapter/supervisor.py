@@ -90,10 +90,10 @@ class Supervisor:
 
     # what others ask --------------------------------------------------------------------------------
 
-    def session_changed(self, sandbox: str) -> None:
-        """The token of a bot of the sandbox is tried again, or not any more: its conversations may have to wait."""
-        if shard := self._shards.get(shard_of(sandbox)):
-            shard.on_binding(sandbox)
+    def session_changed(self, binding: Binding) -> None:
+        """The bot's token is tried again, or not any more: its conversations may have to wait."""
+        if shard := self._shards.get(shard_of(binding.sandbox)):
+            shard.on_binding(binding.sandbox, binding.bot, {binding.user})
 
     async def open_shard(self, sandbox: str) -> ShardCommandProcessor | None:
         """The shard of a sandbox, once it works; None where it is not this replica's (any more)."""
@@ -146,9 +146,11 @@ class Supervisor:
 
     def _on_binding(self, bot: str, before: Binding | None, after: Binding | None) -> None:
         self._dirty.add(bot)
-        for sandbox in {binding.sandbox for binding in (before, after) if binding is not None}:
+        sides = [binding for binding in (before, after) if binding is not None]
+        users = {binding.user for binding in sides}
+        for sandbox in {binding.sandbox for binding in sides}:
             if shard := self._shards.get(shard_of(sandbox)):
-                shard.on_binding(sandbox)
+                shard.on_binding(sandbox, bot, users)
         if (
             before is not None
             and (after is None or after.sandbox != before.sandbox)

@@ -488,7 +488,7 @@ class Model:
                 bench.stale.discard(bot)
             binding = self.world.bindings.get(bot)
             if binding is not None and replica is self.owner:
-                replica.shards[shard_of(binding.sandbox)].on_binding(binding.sandbox)
+                replica.shards[shard_of(binding.sandbox)].on_binding(binding.sandbox, bot, {binding.user})
 
         self.call_later(seconds, over)
 

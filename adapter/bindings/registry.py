@@ -37,7 +37,7 @@ class Bindings:
         self._unbound_s = unbound_s
         self._by_bot: dict[str, tuple[Binding, int]] = {}
         self._by_shard: list[dict[str, dict[str, Binding]]] = [{} for _ in range(SHARDS)]
-        """By sandbox and bot."""
+        """By sandbox and bot, in the order of bot ids."""
         self._listeners: list[Callable[[str, Binding | None, Binding | None], None]] = []
 
     def listen(self, on_change: Callable[[str, Binding | None, Binding | None], None]) -> None:
@@ -54,7 +54,11 @@ class Bindings:
 
     def of_sandbox(self, sandbox: str) -> list[Binding]:
         """In the order of bot ids."""
-        return [binding for _, binding in sorted(self._by_shard[shard_of(sandbox)].get(sandbox, {}).items())]
+        return list(self._by_shard[shard_of(sandbox)].get(sandbox, {}).values())
+
+    def of_user(self, sandbox: str, user: str) -> list[Binding]:
+        """Those of a sandbox that name a user, in the order of bot ids: one, but for a moment after a login."""
+        return [one for one in self._by_shard[shard_of(sandbox)].get(sandbox, {}).values() if one.user == user]
 
     def of_shard(self, shard: int) -> list[Binding]:
         """Those of its sandboxes."""
@@ -163,7 +167,9 @@ class Bindings:
             self._by_bot.pop(bot, None)
         else:
             self._by_bot[bot] = (after, revision)
-            self._by_shard[shard_of(after.sandbox)].setdefault(after.sandbox, {})[bot] = after
+            sandboxes = self._by_shard[shard_of(after.sandbox)]
+            bound = {**sandboxes.get(after.sandbox, {}), bot: after}
+            sandboxes[after.sandbox] = dict(sorted(bound.items())) if len(bound) > 1 else bound
 
 
 def account_of(binding: Binding, sealer: Sealer) -> Account:

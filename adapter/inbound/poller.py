@@ -313,7 +313,7 @@ async def recover(session: Session, exc: SessionExpired, cursor: str, hold_ms: i
     if binding is None or binding.state == "needs_login":
         return None
     session.stale, session.state = True, "error"
-    needs.session_changed(binding.sandbox)
+    needs.session_changed(binding)
     log.warning("session.stale", bot=session.bot, sandbox=binding.sandbox, detail=exc.detail)
     advice = "iLink refuses the bot's token; it is tried again shortly, then a login is needed."
     since = needs.clock.monotonic()
@@ -350,7 +350,7 @@ async def recover(session: Session, exc: SessionExpired, cursor: str, hold_ms: i
     finally:
         session.stale = False
         if now := needs.bindings.get(session.bot):
-            needs.session_changed(now.sandbox)
+            needs.session_changed(now)
 
 
 async def _lose(session: Session, binding: Binding, detail: str, needs: Incoming) -> Binding | None:

@@ -51,8 +51,8 @@ class Incoming(NamedTuple):
     sealer: Sealer
     clock: Clock
     metrics: Metrics
-    session_changed: Callable[[str], None]
-    """Called with a sandbox once its bot may send again, or not any more (Session.is_stale, is_catching_up)."""
+    session_changed: Callable[[Binding], None]
+    """Called once a bot may send again, or not any more (Session.is_stale, is_catching_up)."""
     writable: Callable[[], Awaitable[None]]
     """Returns when the bus takes what a poll may bring; none starts before."""
     part_bytes: Callable[[], int]

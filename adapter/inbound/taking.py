@@ -115,7 +115,7 @@ def _caught_up(session: Session, needs: Incoming) -> None:
     if session.is_catching_up:
         session.is_catching_up = False
         if binding := needs.bindings.get(session.bot):
-            needs.session_changed(binding.sandbox)
+            needs.session_changed(binding)
 
 
 async def _is_outdated(bot: str, needs: Incoming) -> bool:

@@ -123,10 +123,11 @@ class CommandPlacement:
 
     async def _look_up(self, sandbox: str, waiting: Iterable[ReadCommand], before: _Before) -> None:
         """What the owner before did with those commands that were delivered before. Raises Temporary."""
+        first = next(iter(waiting))
+        if not first.redelivered or first.queued.ref.sequence in before.known:
+            return  # those behind it are looked up when their turn comes, together
         refs = [read.queued.ref for read in waiting if read.redelivered]
         refs = [ref for ref in refs if ref.sequence not in before.known]
-        if not refs:
-            return
         records = await self._store.load_sandbox(sandbox)
         heads = {user: record.head.commands for user, (record, _) in records.items() if record.head}
         asked = {ref.sequence: ref for ref in (*refs, *(ref for head in heads.values() for ref in head))}
@@ -202,7 +203,7 @@ def _find_binding(command: Command, bindings: Bindings) -> Binding:
     if command.bot:
         bound = [binding for binding in bound if binding.bot == command.bot]
     elif command.user and len(bound) > 1:
-        bound = [binding for binding in bound if binding.user == command.user]
+        bound = bindings.of_user(command.sandbox, command.user)
     if not bound:
         raise Refused("not_bound", "No bot is bound to this sandbox (or not the one named): bind it first.")
     if len(bound) == 1:

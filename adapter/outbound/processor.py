@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Collection, Iterator
 from functools import partial
 from typing import NamedTuple
 
@@ -146,14 +146,18 @@ class ShardCommandProcessor:
         if binding.user:
             (await self.conversation(binding, binding.user)).refresh_bot()
 
-    def on_binding(self, sandbox: str) -> None:
-        """A binding of the sandbox changed, or what is known of its token."""
+    def on_binding(self, sandbox: str, bot: str, users: Collection[str]) -> None:
+        """A binding of the sandbox changed, or what is known of its token. `users`: whom it names, or did before."""
         self.typing.rebound(sandbox)
-        for binding in self._deps.bindings.of_sandbox(sandbox):
-            if binding.user and (actor := self._conversations.take_unknown(sandbox, binding.bot)):
-                self._tasks.spawn(self._move(binding, actor))
-        for actor in self._conversations.of_sandbox(sandbox):
-            actor.refresh_bot()
+        binding = self._deps.bindings.get(bot)
+        if binding is not None and binding.sandbox == sandbox and binding.user:
+            unknown = self._conversations.take_unknown(sandbox, bot)
+            if unknown is not None:
+                self._tasks.spawn(self._move(binding, unknown))
+        for actor in self._conversations.of_sandbox(sandbox):  # a sandbox may have thousands of users
+            state = actor.state
+            if state.user in users or bot in (state.record.bot, state.bot and state.bot.id):
+                actor.refresh_bot()
 
     def on_unbound(self, gone: Binding) -> None:
         """A bot serves its sandbox no more: its user's record is stored once more, also where it was not read yet."""

@@ -110,11 +110,12 @@ class OwnedShard:
         await self._lease.wait()
 
     def bot_of(self, sandbox: str, user: str, bot: str) -> Bot | None:
-        bound = self._bindings.of_sandbox(sandbox)
-        found = [binding for binding in bound if user and binding.user == user]
-        found = found or [binding for binding in bound if binding.bot == bot]
+        found = self._bindings.of_user(sandbox, user) if user else []
         if not found:
-            return None
+            binding = self._bindings.get(bot)
+            if binding is None or binding.sandbox != sandbox:
+                return None
+            found = [binding]
         best = next((binding for binding in found if self._is_usable(binding)), found[0])
         return Bot(best.bot, self._is_usable(best))
 

@@ -12,6 +12,7 @@ from adapter.contract import BindingEvent, BindingState
 from adapter.errors import Temporary
 from adapter.inbound.sessions import Session
 from adapter.ports import Account, Entry, Message, Polled
+from adapter.records import Binding
 from tests.fakes import Bench, batch, ready
 from tests.inbound.pollers import BOT, STALE, USER, Poller, raw, tended, texts
 
@@ -355,8 +356,8 @@ async def test_however_a_recovery_ends_the_lanes_look_again(end: str) -> None:
     while the old one was tried, or the lease paused."""
     bench, told = await ready(STALE), list[tuple[str, bool]]()
 
-    def session_changed(sandbox: str) -> None:
-        told.append((sandbox, session.stale))
+    def session_changed(binding: Binding) -> None:
+        told.append((binding.sandbox, session.stale))
 
     session, task = tended(bench, session_changed=session_changed)
     await asyncio.sleep(6 if end == "bound anew" else 1)

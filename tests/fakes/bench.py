@@ -277,9 +277,10 @@ class Bench:
         processor = self.processors[number] = ShardCommandProcessor(number, self.outbound(**changes))
 
         def on_change(bot: str, before: Binding | None, after: Binding | None) -> None:
-            for name in {binding.sandbox for binding in (before, after) if binding is not None}:
+            sides = [binding for binding in (before, after) if binding is not None]
+            for name in {binding.sandbox for binding in sides}:
                 if shard_of(name) == number:
-                    processor.on_binding(name)
+                    processor.on_binding(name, bot, {binding.user for binding in sides})
             is_left = before is not None and (after is None or after.sandbox != before.sandbox)
             if before is not None and is_left and shard_of(before.sandbox) == number:
                 processor.on_unbound(before)
@@ -314,7 +315,7 @@ class Bench:
             sealer=self.sealer,
             clock=self.clock,
             metrics=self.metrics,
-            session_changed=self.changed_sessions.append,
+            session_changed=lambda binding: self.changed_sessions.append(binding.sandbox),
             writable=writable,
             part_bytes=lambda: 512 * 1024,
             taking=asyncio.Semaphore(4),

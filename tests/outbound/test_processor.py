@@ -703,7 +703,7 @@ async def test_when_a_bot_lives_again_what_is_for_any_of_its_users_goes() -> Non
     await asyncio.sleep(60)
     assert bench.chat.texts == []
     bench.stale.clear()
-    shard.on_binding("s1")
+    shard.on_binding("s1", BOT, {USER})
     await asyncio.sleep(5)
     assert sorted(bench.chat.texts) == [USER, "u2@im.wechat"]
 

@@ -18,6 +18,7 @@ from tests.outbound.shards import (
     STALE,
     THROTTLED,
     TIMEOUT,
+    USER,
     finals,
     outcomes,
     parked,
@@ -153,7 +154,7 @@ async def test_minus_14_on_a_send_and_on_notifystart_waits_for_the_login() -> No
     await asyncio.sleep(300)
     assert bench.chat.texts == ["hi"]
     bench.stale.clear()
-    shard.on_binding("s1")
+    shard.on_binding("s1", BOT, {USER})
     await asyncio.sleep(5)
     assert (bench.chat.texts, outcomes(bench)[-1]) == (["hi", "hi"], ("c1", "accepted", ""))
 
@@ -189,7 +190,7 @@ async def test_nothing_is_sent_while_the_poller_tries_a_stale_token() -> None:
     assert bench.chat.sent == []
     assert outcomes(bench) == [("c1", "parked", "needs_login")]
     bench.stale.clear()
-    shard.on_binding("s1")
+    shard.on_binding("s1", BOT, {USER})
     await asyncio.sleep(5)
     assert bench.chat.texts == ["hi"]
 
