@@ -1,8 +1,9 @@
-"""Reads what the owner before may have died of: one command at a time, named in the bus while it is read.
+"""Reads what the owner before may have died of, and notes it in the bus while it is read.
 
 The server's count of deliveries does not survive a take-over, which resets the consumer. So an owner whose
-predecessor died notes the command that it reads next; who comes after it finds the note. A command that was found so
-by several owners, one after the other, is read by nobody any more.
+predecessor died notes that it reads what was delivered to that one: thousands of commands, mostly. An owner that
+finds this note reads one command at a time, and notes which; who comes after it finds that note. A command that was
+found so by several owners, one after the other, is read by nobody any more.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from adapter.ports import Bucket, Delivery
 from adapter.records import Reading
 
 OWNERS = 3
-"""Owners that a command may end: the first one, which noted nothing, and those that were reading it."""
+"""Owners that a command may end once it is suspected, that one among them which noted no single command."""
 
 
 class Trials:
@@ -31,19 +32,27 @@ class Trials:
     async def begin(self, delivery: Delivery) -> bool:
         """Notes that a command is read from now on; False: it has ended too many owners. Raises Temporary."""
         found = await self._look()
+        if found == Reading():
+            if not self._is_noted:
+                await self._note(Reading(owners=1))
+            return True
         is_known = (found.seq, found.time_ms) == (delivery.seq, delivery.time_ms)
         owners = found.owners if is_known else 1
         if owners >= OWNERS:
             return False
-        await self._write(Reading(seq=delivery.seq, time_ms=delivery.time_ms, owners=owners + 1))
-        self._is_noted = True
+        await self._note(Reading(seq=delivery.seq, time_ms=delivery.time_ms, owners=owners + 1))
         return True
 
     async def end(self) -> None:
         """Nothing that is tried is read any more. Raises Temporary."""
         if self._is_noted:
             await self._write(Reading())
-            self._is_noted = False
+            self._is_noted, self._found = False, Reading()
+
+    async def _note(self, reading: Reading) -> None:
+        """Raises Temporary."""
+        await self._write(reading)
+        self._is_noted = True
 
     async def _look(self) -> Reading:
         """Raises Temporary."""

@@ -159,15 +159,15 @@ def noted(bench: Bench) -> Reading:
 
 
 @pytest.mark.parametrize("fields", [{"id": "c1"}, {"headers": {H_MSG_ID: "c1"}}], ids=["its-own-id", "a-header"])
-async def test_a_command_that_ends_whoever_reads_it_is_read_by_three(fields: dict[str, Any]) -> None:
+async def test_a_command_that_ends_whoever_reads_it_is_read_by_four(fields: dict[str, Any]) -> None:
     """Those behind it are sent, and what it was is kept for a person."""
     bench, _ = await ready()
     killer = bench.command(SLOW, format="plain", **fields)
     deliveries = [killer, bench.command("behind it", id="c2")]
-    for deaths in range(OWNERS):
+    for deaths in range(OWNERS + 1):
         await killed_while_reading(bench, deaths, deliveries)
         assert bench.chat.texts == []
-    heir, _ = await taken_over(bench, OWNERS, deliveries)
+    heir, _ = await taken_over(bench, OWNERS + 1, deliveries)
     await asyncio.sleep(30)
     assert heir.texts.rendered == []
     assert outcomes(bench) == [("c1", "dead_lettered", "crashed"), ("c2", "accepted", "")]
@@ -177,35 +177,43 @@ async def test_a_command_that_ends_whoever_reads_it_is_read_by_three(fields: dic
 
 
 async def test_a_command_during_which_others_died_is_sent() -> None:
-    """Two owners died while it was read, and a third one of something else once it was."""
+    """Three owners died while it was read, and a fourth one of something else once it was."""
     bench, _ = await ready()
     deliveries = [bench.command(SLOW, format="plain", id="c1")]
-    for deaths in range(OWNERS - 1):
+    for deaths in range(OWNERS):
         await killed_while_reading(bench, deaths, deliveries)
     bench.chat.hold_sends[USER] = asyncio.Event()
-    owner, shard = await taken_over(bench, OWNERS - 1, deliveries)
+    owner, shard = await taken_over(bench, OWNERS, deliveries)
     await asyncio.sleep(5)
     assert noted(bench) == Reading()
     owner.leases.owned.clear()
     shard.stop()
     bench.chat.hold_sends.clear()
-    await taken_over(bench, OWNERS, deliveries)
+    await taken_over(bench, OWNERS + 1, deliveries)
     await asyncio.sleep(60)
     assert outcomes(bench) == [("c1", "accepted", "")]
 
 
-async def test_after_a_death_each_command_that_was_delivered_is_noted_and_others_are_not() -> None:
-    """So much does it cost."""
+async def test_after_a_death_what_was_delivered_is_read_under_one_note() -> None:
+    """A take-over of thousands of parked commands costs two writes; only who finds the note writes one for each."""
     bench, _ = await ready()
     deliveries = [bench.command(f"t{number}", id=f"c{number}") for number in range(3)]
     _, shard = await taken_over(bench, 1, deliveries)
     shard.intake.on_delivery(bench.command("new", id="c3"))
     await asyncio.sleep(30)
     assert bench.chat.texts == ["t0", "t1", "t2", "new"]
-    assert Counter(bench.bus.writes)["claim"] == 4
-    shard.intake.on_delivery(bench.command("newer", id="c4"))
+    assert (Counter(bench.bus.writes)["claim"], noted(bench)) == (2, Reading())
+
+
+async def test_an_owner_that_finds_the_note_reads_one_command_at_a_time() -> None:
+    bench, _ = await ready()
+    bench.claims_bucket.put(f"reading.{shard_of('s1')}", msgspec.json.encode(Reading(owners=1)))
+    deliveries = [bench.command(f"t{number}", id=f"c{number}") for number in range(3)]
+    bench.bus.writes.clear()
+    await taken_over(bench, 1, deliveries)
     await asyncio.sleep(30)
-    assert Counter(bench.bus.writes)["claim"] == 4
+    assert bench.chat.texts == ["t0", "t1", "t2"]
+    assert (Counter(bench.bus.writes)["claim"], noted(bench)) == (4, Reading())
 
 
 async def test_a_shard_that_was_given_back_costs_nothing() -> None:
