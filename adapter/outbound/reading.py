@@ -194,15 +194,17 @@ class CommandReader:
         unread.popleft()
 
     async def _try(self, unread: deque[Delivery], trials: Trials) -> None:
-        """Reads the first one, of which the owner before may have died. Raises Temporary, LeaseLost."""
+        """Reads the first one, of which the owner before may have died, and those behind it where one note is enough
+        for all. Raises Temporary, LeaseLost."""
         async with self._trying:
-            sequence = unread[0].seq
             self._ensure_owner()
-            if await trials.begin(unread[0]):
-                await self._read_slowly(unread)
-            else:
-                await self._bury(unread)
-            self._untried.discard(sequence)
+            may_read = await trials.begin(unread[0])
+            while True:
+                sequence = unread[0].seq
+                await (self._read_slowly(unread) if may_read else self._bury(unread))
+                self._untried.discard(sequence)
+                if not (trials.is_of_all and unread and unread[0].seq in self._untried):
+                    break
             while not self._untried and not self._draining.is_set():
                 try:
                     self._ensure_owner()

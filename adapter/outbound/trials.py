@@ -29,6 +29,11 @@ class Trials:
         self._revision: int | None = None
         self._is_noted = False
 
+    @property
+    def is_of_all(self) -> bool:
+        """Whether the note that was written is one of all that was delivered to the owner before."""
+        return self._is_noted and self._found == Reading()
+
     async def begin(self, delivery: Delivery) -> bool:
         """Notes that a command is read from now on; False: it has ended too many owners. Raises Temporary."""
         found = await self._look()

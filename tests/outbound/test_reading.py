@@ -226,6 +226,7 @@ async def test_a_shard_that_was_given_back_costs_nothing() -> None:
 
 async def test_others_of_the_shard_are_tried_between_those_of_one_sandbox() -> None:
     bench, _ = await two_users()
+    bench.claims_bucket.put(f"reading.{shard_of('s1')}", msgspec.json.encode(Reading(owners=1)))
     flood = [bench.command(f"t{number}") for number in range(10)]
     await taken_over(bench, 1, [*flood, bench.command("hi", sandbox=OTHER)])
     await settle()
