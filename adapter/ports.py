@@ -345,6 +345,9 @@ class History(Protocol):
     async def last_of_each(self, stream: str, subjects: Sequence[str]) -> list[Stored]:
         """The newest message of each subject that has one, as new as the stream's leader has it. Raises Temporary."""
 
+    async def get(self, stream: str, seq: int) -> Stored | None:
+        """One message, as new as the stream's leader has it; None where there is none. Raises Temporary."""
+
     async def counts(self, stream: str, subject: str) -> dict[str, int]:
         """Messages per subject under a wildcard. Raises Temporary, BusRefused where there is no such stream."""
 
@@ -361,9 +364,6 @@ class Archive(History, Protocol):
 
     async def newest(self, stream: str, subject: str, *, count: int, before: int | None = None) -> list[Stored]:
         """At most `count` messages, newest first; `before`: older than this sequence. Raises Temporary."""
-
-    async def get(self, stream: str, seq: int) -> Stored | None:
-        """One message; None where there is none. Raises Temporary."""
 
 
 # The bus: buckets -----------------------------------------------------------------------------------

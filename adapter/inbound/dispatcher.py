@@ -135,8 +135,8 @@ class Dispatcher:
         self.is_catching_up = False
         self._seen: Seen | None = None
         """Read back when a message comes: most bots that are taken over have none for long."""
-        self._begins_at = 0
-        """Sequence of the first record that is not an earlier owner's."""
+        self._inherited: int | None = None
+        """Sequence of the newest record of earlier owners that has messages; None: the first one of ours names it."""
         self._records: deque[Open] = deque()
         """Not sorted yet."""
         self._open: deque[Open] = deque()
@@ -159,7 +159,7 @@ class Dispatcher:
 
     def catch_up(self) -> None:
         """Dispatches what the owner before has stored and not dispatched."""
-        self._begins_at = self._journal.sequence + 1
+        self._inherited = self._journal.last_heard
         if self._journal.last_heard > self._journal.done_to:
             self.is_catching_up = True
             self._wake()
@@ -229,7 +229,8 @@ class Dispatcher:
     async def remember(self) -> None:
         """Reads back what was seen lately where no message has come yet. Raises Temporary."""
         if self._seen is None:
-            self._begins_at = self._begins_at or self._journal.sequence + 1
+            if self._inherited is None and not self._records:
+                self._inherited = self._journal.last_heard
             await self._read_back()
 
     def seen_lately(self, *, new: int) -> list[str] | None:
@@ -312,21 +313,12 @@ class Dispatcher:
     async def _read_back(self) -> None:
         """Reads the records of earlier owners: what was seen lately, and what is left over, which comes first. Raises
         Temporary."""
-        journal, triage, done_to = self._journal, self._needs.triage, self._done_to
-        begins_at = self._begins_at or self._records[0].written.sequence
-        seen, left = Seen(skew_ms=triage.skew_ms), []
-        seen_at, seen_to = journal.seen_at, journal.seen_to
-        async for written in self._needs.journal.after(self.bot, min(seen_to, max(0, seen_at - 1))):
+        journal, triage = self._journal, self._needs.triage
+        known = await self._needs.journal.get(self.bot, journal.seen_at) if journal.seen_at else None
+        seen, left = Seen(known.record.seen or () if known else (), skew_ms=triage.skew_ms), []
+        for written in await self._earlier(journal.seen_to):
             record = written.record
-            if written.sequence >= begins_at:
-                break
-            if written.sequence == seen_at and record.seen is not None:
-                earlier, seen = seen, Seen(record.seen, skew_ms=triage.skew_ms)
-                for line in earlier.records():  # sorted before their place was known
-                    seen.add_record(line, record.received_ms or self._clock.now_ms())
-            if not record.messages or written.sequence <= seen_to:
-                continue
-            if written.sequence > done_to:
+            if written.sequence > self._done_to:
                 left.append(Open(written, is_left_over=True))
                 continue
             whole = self._whole(record)
@@ -334,6 +326,16 @@ class Dispatcher:
         self._seen = seen
         self._records.extendleft(reversed(left))
         self._open.extendleft(reversed(left))
+
+    async def _earlier(self, known_to: int) -> list[Written]:
+        """The records with messages that earlier owners stored behind a sequence, oldest first. Each names the one
+        before: to look for the next one of a bot the server passes over those of all others. Raises Temporary."""
+        sequence = self._records[0].written.record.last_heard if self._inherited is None else self._inherited
+        found: list[Written] = []
+        while sequence > known_to and (written := await self._needs.journal.get(self.bot, sequence)) is not None:
+            found.append(written)
+            sequence = written.record.last_heard
+        return found[::-1]
 
     def _whole(self, record: JournalRecord) -> list[bytes]:
         """The messages of a record with what earlier ones have of them; one that goes on is kept until it ends."""
@@ -594,9 +596,10 @@ class Dispatcher:
         """Of the messages in the inboxes since the first suspect was stored: where in the journal they are, and their
         ids. Raises Temporary."""
         names, history = self._publishing.names, self._publishing.history
-        since_ms = suspects[0].record.written.time_ms
-        async for written in self._needs.journal.after(self.bot, suspects[0].record.written.sequence - 1, most=1):
-            since_ms = written.time_ms - CLOCKS_APART_MS
+        first = suspects[0].record.written
+        if not first.time_ms:
+            first = await self._needs.journal.get(self.bot, first.sequence) or first
+        since_ms = first.time_ms - CLOCKS_APART_MS
         places, ids = set(), set()
         for sandbox in {one.heard.sandbox for one in suspects}:
             async for stored in history.read(names.stream_in, names.inbox(sandbox), since_ms=since_ms):

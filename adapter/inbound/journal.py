@@ -87,10 +87,16 @@ class Journal:
         stored = await self._history.last(self._names.stream_journal, self._names.journal(bot))
         return None if stored is None else self._read(bot, stored)
 
-    async def after(self, bot: str, sequence: int, most: int | None = None) -> AsyncIterator[Written]:
-        """The records behind a sequence, oldest first. Raises Temporary."""
+    async def get(self, bot: str, sequence: int) -> Written | None:
+        """A bot's record; None where it is gone. Raises Temporary."""
+        stored = await self._history.get(self._names.stream_journal, sequence)
+        return None if stored is None else self._read(bot, stored)
+
+    async def after(self, bot: str, sequence: int) -> AsyncIterator[Written]:
+        """The records behind a sequence, oldest first: for few bots, since the server passes over those of all
+        others. Raises Temporary."""
         subject = self._names.journal(bot)
-        async for stored in self._history.read(self._names.stream_journal, subject, after=sequence, most=most):
+        async for stored in self._history.read(self._names.stream_journal, subject, after=sequence):
             yield self._read(bot, stored)
 
     async def append(

@@ -117,7 +117,10 @@ class StreamHistory:
             width *= 4  # only what was deleted lay there
 
     async def get(self, stream: str, seq: int) -> Stored | None:
-        return await direct_one(self._link, stream, {"seq": seq})
+        stored = await direct_one(self._link, stream, {"seq": seq})
+        if stored is None and self._replicated:  # a server that lags may have answered
+            return await _from_leader(self._link, stream, {"seq": seq})
+        return stored
 
     async def delete(self, stream: str, seq: int, *, erase: bool = False) -> None:
         try:
