@@ -181,7 +181,7 @@ class OutFile(_OutMedia, frozen=True, kw_only=True, tag_field="kind", tag="file"
 
 
 class OutVoice(_OutMedia, frozen=True, kw_only=True, tag_field="kind", tag="voice", omit_defaults=True):
-    """Audio to send. It arrives as a file: WeChat shows no voice bubble of a bot (ilink-protocol 4.7)."""
+    """Audio to send. It arrives as a file: WeChat shows no voice bubble of a bot."""
 
 
 OutItem: TypeAlias = OutText | OutImage | OutVideo | OutFile | OutVoice

@@ -1,7 +1,7 @@
-"""Which inbound messages are repeats (ilink-protocol 7.3). Pure; the state is in the bot's journal.
+"""Which inbound messages are repeats. Pure; the state is in the bot's journal.
 
 iLink repeats messages from 1 s to an hour later, with some or all ids changed, and never says so; a user who
-says "ok" twice must be heard twice.
+says "ok" twice must be heard twice (docs/reference/ilink-protocol.md, "Redelivery" and "Rules for a client").
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Keys(msgspec.Struct, frozen=True, gc=False):
     def id_for(self, bot: str) -> str:
         """The message's id on the bus and its Nats-Msg-Id: the first layer that is known, never a random one.
 
-        A `seq` need not be unique (4.1): other words under the same one are another message.
+        A `seq` need not be unique: other words under the same one are another message.
         """
         layers = (("m", self.message), ("c", self.client), ("s", self.seq and f"{self.seq}-{self.hashed[3]}"))
         for letter, value in layers:

@@ -55,11 +55,13 @@ class Refused(AdapterError):
 
 
 class Throttled(Refused):
-    """iLink said -2: stay quiet towards this user until they write (ilink-protocol 5.2)."""
+    """iLink said -2: stay quiet towards this user until they write
+    (docs/reference/ilink-protocol.md, "Refused sends")."""
 
 
 class SessionExpired(Refused):
-    """iLink said -14, or HTTP forbids the poll: the bot's token is stale (ilink-protocol 5.4)."""
+    """iLink said -14, or HTTP forbids the poll: the bot's token is stale
+    (docs/reference/ilink-protocol.md, "Stale token")."""
 
 
 class Unreadable(AdapterError):

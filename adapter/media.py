@@ -86,7 +86,7 @@ def file_name(kind: str, suffix: str) -> str:
 
 
 def is_silk(head: bytes) -> bool:
-    """WeChat puts a byte 2 before the mark of the format (ilink-protocol 9.6)."""
+    """WeChat puts a byte 2 before the mark of the format (docs/reference/ilink-protocol.md, "Voice")."""
     return head.removeprefix(b"\x02").startswith(SILK_MARK)
 
 

@@ -51,7 +51,7 @@ class Polled(NamedTuple):
 
 
 class Accepted(NamedTuple):
-    """A send that iLink accepted; `message_id` is "" where it gave none (ilink-protocol 5.3)."""
+    """A send that iLink accepted; `message_id` is "" where it gave none."""
 
     message_id: str
     ret: int | None
@@ -60,7 +60,7 @@ class Accepted(NamedTuple):
 
 
 class Fetch(NamedTuple):
-    """Media of one inbound item, still on iLink's CDN (ilink-protocol 9.5)."""
+    """Media of one inbound item, still on iLink's CDN (docs/reference/ilink-protocol.md, "Download")."""
 
     item: int
     """Index of its item in the message's `items`."""
@@ -82,7 +82,7 @@ MediaKind: TypeAlias = Literal["image", "video", "file"]
 
 
 class Uploaded(NamedTuple):
-    """Media on iLink's CDN, ready to be named in a message (ilink-protocol 9.4)."""
+    """Media on iLink's CDN, ready to be named in a message (docs/reference/ilink-protocol.md, "Outbound items")."""
 
     kind: MediaKind
     name: str
@@ -116,7 +116,7 @@ class Said(msgspec.Struct, frozen=True, gc=False):
     items: list[InboundItem]
     quote: Quote | None
     echo: bool
-    """It is the bot's own message, not the user's (ilink-protocol 4.1): not for the bus."""
+    """It is the bot's own message, not the user's: not for the bus."""
     raw: bytes
     broken: str
     """Why it could not be read whole, "" if it could; then `raw` belongs into the dead letters too."""
@@ -133,7 +133,7 @@ class Said(msgspec.Struct, frozen=True, gc=False):
 
 
 class QrCode(NamedTuple):
-    """A fresh QR code (ilink-protocol 3.1). Both are secrets until it is used up: the handle fetches the token."""
+    """A fresh QR code. Both are secrets until it is used up: the handle fetches the token."""
 
     handle: str
     url: str
@@ -153,7 +153,7 @@ ScanStatus = Literal[
     "binded_redirect",
     "confirmed",
 ]
-"""How a QR code stands, in iLink's words (ilink-protocol 8)."""
+"""How a QR code stands, in iLink's words (docs/reference/ilink-protocol.md, "Login")."""
 
 
 class Scan(NamedTuple):
@@ -198,7 +198,7 @@ class Chat(Protocol):
         """
 
     async def typing_ticket(self, account: Account, user: str, context_token: str) -> str:
-        """What showing the user that the bot types needs (ilink-protocol 11.2).
+        """What showing the user that the bot types needs (docs/reference/ilink-protocol.md, "Typing").
 
         Raises SessionExpired, Temporary, Refused("typing") (there is none for this user now).
         """

@@ -1,4 +1,4 @@
-"""What a user quotes: which message is meant, which part of it, and what stands for media (4.5). Pure."""
+"""What a user quotes: which message is meant, which part of it, and what stands for media. Pure."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 /* Messages of the bus, generated from the JSON Schemas here by `make generate`; do not edit.
-   Of: d04466741cfb05a17a7c81c8bebfafc6514d1ecaff9575d2a72e2ff2738ad48a */
+   Of: 45ebdb5ce372cedb8b69640c31edb6f1a88185aa4a8ef2c3d87ab00ece8a2b0e */
 
 /**
  * How a binding behaves.
@@ -571,7 +571,7 @@ export interface OutVideo {
   caption?: string;
 }
 /**
- * Audio to send. It arrives as a file: WeChat shows no voice bubble of a bot (ilink-protocol 4.7).
+ * Audio to send. It arrives as a file: WeChat shows no voice bubble of a bot.
  */
 export interface OutVoice {
   kind: "voice";

@@ -1,4 +1,4 @@
-"""Repeats are found though their ids change; people who repeat themselves are heard (F16, F17)."""
+"""Repeats are found though their ids change; people who repeat themselves are heard."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_a_repeat_is_told_from_a_person_who_says_it_twice(row: Row) -> None:
 @pytest.mark.parametrize("later_ms", [1_000, 8_000, 40 * MINUTE, 60 * MINUTE, KEEP_MS - 1])
 @pytest.mark.parametrize("row", [row for row in ROWS if row.repeat], ids=lambda row: row.name)
 def test_a_repeat_is_found_however_late(row: Row, later_ms: int) -> None:
-    """F16, with other traffic in between, also by the replica that takes over."""
+    """With other traffic in between, also by the replica that takes over."""
     seen = Seen(skew_ms=row.skew_ms)
     seen.add(row.before, NOW)
     for number in range(50):
@@ -159,7 +159,7 @@ def test_a_repeat_with_the_same_message_id_is_always_found(before: list[Keys], i
 
 @given(st.lists(st.sampled_from(["ok", "yes", "no"]), max_size=60))
 def test_distinct_ids_and_times_are_never_swallowed(words: list[str]) -> None:
-    """F17: whatever a person says, and how often."""
+    """Whatever a person says, and how often."""
     seen = Seen()
     for number, word in enumerate(words):
         keys = Keys(f"m{number}", f"c{number}", f"s{number}", "u", NOW + number, word)

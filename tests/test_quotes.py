@@ -1,4 +1,4 @@
-"""Which part of a text a quote means (4.5), and what stands for what has no text."""
+"""Which part of a text a quote means, and what stands for what has no text."""
 
 from __future__ import annotations
 

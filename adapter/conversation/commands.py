@@ -298,7 +298,7 @@ def _media(item: OutImage | OutVideo | OutFile | OutVoice, sandbox: str) -> Medi
     given = item.media.object if item.media else ""
     if item.media and (not given.startswith(f"{sandbox}/") or given == f"{sandbox}/"):
         raise Refused("invalid", "A sandbox sends objects of its own only: <sandbox>/\u2026")
-    kind: Literal["image", "video", "file"] = "file"  # audio too: a voice message would not be shown (4.7)
+    kind: Literal["image", "video", "file"] = "file"  # audio too: a voice message would not be shown
     match item:
         case OutImage():
             kind = "image"
@@ -323,7 +323,7 @@ def client_id_base(sandbox: str, sequence: int, stored_ms: int) -> str:
 
 
 def client_id(base: str, part: int, merged: int = 0) -> str:
-    """The client_id of one part: a repeat after a crash or a lost answer is the same message to WeChat (S11, Q6).
+    """The client_id of one part: a repeat after a crash or a lost answer is the same message to WeChat.
 
     `merged`: how many later commands are in it. Sent alone, the same command is another message.
     """

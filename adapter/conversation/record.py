@@ -24,7 +24,10 @@ WindowPhase: TypeAlias = Literal["", "open", "low", "closed"]
 
 
 class SendWindow(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """iLink's window for sends, which each message of the user opens anew (ilink-protocol 5.2, 10.1)."""
+    """iLink's window for sends, which each message of the user opens anew.
+
+    Ten sends in 24 hours, as far as is known (docs/reference/ilink-protocol.md, "Known numbers").
+    """
 
     id: str = ""
     """The inbound message that opened it."""

@@ -10,7 +10,7 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
 MAX_BYTES = 16_384
-"""iLink refuses a longer text (ilink-protocol 10.1)."""
+"""iLink refuses a longer text (docs/reference/ilink-protocol.md, "Known numbers")."""
 
 _FENCE = re.compile(r"(`{3,6}|~{3,6}(?!~))([^`\n]*)")
 """A longer fence than anybody needs is text: it would have to be repeated in every part."""

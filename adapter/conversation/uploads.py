@@ -19,7 +19,7 @@ from adapter.timing import Clock
 READY_KEPT = 1000
 """Uploads that are remembered for a repeat of their request."""
 READY_S = 3600.0
-"""How long an upload is good for a repeat of its request: how long iLink's references live is not known (9.1)."""
+"""How long an upload is good for a repeat of its request: how long iLink's references live is not known."""
 PIECE = 64 * 1024
 
 Read = Callable[[], Pieces]

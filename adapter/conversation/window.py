@@ -1,4 +1,6 @@
-"""iLink's send window as pure functions: may something be sent to this user now (ilink-protocol 5.2, 6, 10.1)?
+"""iLink's send window as pure functions: may something be sent to this user now?
+
+What is known of the window is in docs/reference/ilink-protocol.md, "Refused sends" and "Context tokens".
 
 `open` for so many sends and hours after each inbound message; after -2 `throttled` until the next one, or until one
 probe after a long cool-down.
@@ -131,7 +133,7 @@ def on_inbound(
 ) -> ConversationRecord:
     """The user wrote: opens a new window, unless this message, or a later one, opened the present one already.
 
-    A message without a token keeps the one before (6). The server's window opened when the user wrote (`written_ms`,
+    A message without a token keeps the one before. The server's window opened when the user wrote (`written_ms`,
     WeChat's clock; 0: unknown), so what was sent since counts against it, and so do requests in flight, which the
     server may see after the message. A -2 to what left after that speaks of the new window already; a time in whole
     seconds may be any moment of its second.

@@ -1,4 +1,4 @@
-"""iLink's CDN over HTTP: encrypted media down and up, piece by piece, never a whole file in memory (9.1, 9.5)."""
+"""iLink's CDN over HTTP: encrypted media down and up, piece by piece, never a whole file in memory."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class CdnClient:
         self._max_bytes = max_bytes
         self._stall_s = stall_s
         self._grace_s = grace_s
-        transport = httpx.AsyncHTTPTransport(  # no proxy: those in the environment are for iLink's API (9.1)
+        transport = httpx.AsyncHTTPTransport(  # no proxy: those in the environment are for iLink's API
             verify=ssl.create_default_context(),
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=transfers, keepalive_expiry=KEPT_S),
         )
@@ -200,7 +200,7 @@ class CdnClient:
     # up ---------------------------------------------------------------------------------------------
 
     async def _post(self, url: str, key: bytes, size: int, read: Read) -> str:
-        """The reference. No pause between the attempts, as the official client (9.1)."""
+        """The reference. No pause between the attempts, as the official client."""
         failures = 0
         while True:
             try:

@@ -1,6 +1,7 @@
-"""How iLink encrypts media (ilink-protocol 9.2): AES-128-ECB with PKCS#7, piece by piece, and how keys are written.
+"""How iLink encrypts media: AES-128-ECB with PKCS#7, piece by piece, and how keys are written.
 
-ECB is what the phones read; nothing of ours is protected by it.
+docs/reference/ilink-protocol.md, "Encryption", has the table of keys. ECB is what the phones read; nothing
+of ours is protected by it.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ HOT = ("getupdates", "sendmessage", "notifystart")
 before the first poll of each bot that is taken over, whose connection is then there."""
 UPLOAD_URL_S = 15.0
 ASK_S = 10.0
-"""The official client's timeout of getconfig, sendtyping and the notifications (3)."""
+"""The official client's timeout of getconfig, sendtyping and the notifications."""
 QRCODE_S = 10.0
 
 
@@ -203,7 +203,7 @@ class ILink:
         return answer
 
     async def fetch_code(self, tokens: Sequence[str]) -> QrCode:
-        """Always from the default base (ilink-protocol 1.4)."""
+        """Always from the default base (docs/reference/ilink-protocol.md, "Hosts")."""
         request = protocol.qrcode_request(random.getrandbits(32), tokens)
         started = time.monotonic()
         try:
@@ -226,7 +226,7 @@ class ILink:
         return code
 
     async def read_code(self, handle: str, base_url: str, verify_code: str) -> Scan | None:
-        """None: a timeout, a network or gateway error, or nothing readable (3.2)."""
+        """None: a timeout, a network or gateway error, or nothing readable."""
         request = protocol.qrcode_status_request(handle, verify_code)
         timeout_s = protocol.HOLD_MS / 1000 + self._poll_margin_s
         try:
@@ -245,7 +245,7 @@ class ILink:
         return urls.redirect_url(host, base_url or self._default_base_url, self._allowed_hosts)
 
     async def recycle(self, bot: str) -> None:
-        """The bot's next call resolves and connects anew (10.4)."""
+        """The bot's next call resolves and connects anew."""
         self._doubtful.add(bot)
 
     async def close(self) -> None:

@@ -1,4 +1,7 @@
-"""Which bytes to send to iLink and what an answer means (ilink-protocol chapters 2, 3 and 5). No I/O, no clock."""
+"""Which bytes to send to iLink and what an answer means. No I/O, no clock.
+
+docs/reference/ilink-protocol.md has what is known, "Endpoints" call by call, and how certain it is.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,7 @@ _BOM = b"\xef\xbb\xbf"
 A = TypeVar("A", bound=wire.Answer)
 
 ANSWER_BYTES = 4 << 20
-"""Largest answer to a poll, unpacked: some thousand messages, which have a kilobyte each as they are seen (4.6)."""
+"""Largest answer to a poll, unpacked: some thousand messages, which have a kilobyte each as they are seen."""
 OTHER_BYTES = 262_144
 """Largest answer to anything else: a QR code that is a picture has a fourth of it."""
 MENDED_BYTES = 1 << 20
@@ -54,12 +57,12 @@ QR_PICTURE_CHARS = 65_536
 """Longest `data:` URL, which is a picture of a code."""
 QRCODE_PATH = "/ilink/bot/get_bot_qrcode?bot_type=3"
 TOKENS_LISTED = 10
-"""Longest `local_token_list` (3.1)."""
+"""Longest `local_token_list`."""
 STATUSES: tuple[str, ...] = get_args(ScanStatus)
 
 HOLD_MS = 35_000
 HOLD_RANGE_MS = (5_000, 60_000)
-"""The server's hint for the next poll is clamped to this (14, Q22); 0 and less mean no hint."""
+"""The server's hint for the next poll is clamped to this; 0 and less mean no hint."""
 
 IDLE_S = 1.0
 """What is answered sooner was not idle."""
@@ -70,7 +73,7 @@ GATEWAY_ERRORS = (502, 504)
 """The request may have reached iLink behind the gateway."""
 FORBIDDEN = (401, 403)
 """How HTTP says that a token does not count, or what stands before iLink that it lets nobody through. iLink itself
-says -14 (2.4)."""
+says -14."""
 NO_POST = (404, 405, 501)
 """How a server says that it does not know the method, or not for this path."""
 TRY_AGAIN = (408, 425, 429)
@@ -109,7 +112,7 @@ class Reply(NamedTuple):
 
 
 def uin(number: int) -> str:
-    """The header X-WECHAT-UIN: base64 of the decimal text of a random uint32 (2.1)."""
+    """The header X-WECHAT-UIN: base64 of the decimal text of a random uint32."""
     return base64.b64encode(str(number).encode()).decode()
 
 
@@ -130,7 +133,7 @@ def _request(name: str, token: str, number: int, body: dict[str, Any], *, secret
 
 
 def updates_request(token: str, cursor: str, number: int) -> Request:
-    """getupdates; `cursor` is "" at the start (3.3). iLink's have the bot's token in them, in base64."""
+    """getupdates; `cursor` is "" at the start. iLink's have the bot's token in them, in base64."""
     request = _request("getupdates", token, number, {"get_updates_buf": cursor}, secret=cursor)
     return request._replace(largest=ANSWER_BYTES)
 
@@ -138,7 +141,7 @@ def updates_request(token: str, cursor: str, number: int) -> Request:
 def message_request(
     token: str, number: int, item: dict[str, Any], *, user: str, client_id: str, context_token: str
 ) -> Request:
-    """sendmessage with one item, in the official shape (3.4). `context_token`: "" is left out."""
+    """sendmessage with one item, in the official shape. `context_token`: "" is left out."""
     msg: dict[str, Any] = {
         "from_user_id": "",
         "to_user_id": user,
@@ -158,7 +161,7 @@ def text_item(text: str) -> dict[str, Any]:
 
 
 def media_item(media: Uploaded) -> dict[str, Any]:
-    """The official least shape; any field more was linked to messages that vanished (9.4)."""
+    """The official least shape; any field more was linked to messages that vanished."""
     link = {"encrypt_query_param": media.reference, "aes_key": write_key(media.key), "encrypt_type": 1}
     match media.kind:
         case "image":
@@ -171,13 +174,13 @@ def media_item(media: Uploaded) -> dict[str, Any]:
 
 
 MEDIA_TYPES: dict[MediaKind, int] = {"image": 1, "video": 2, "file": 3}
-"""`media_type` of getuploadurl, numbered otherwise than the items (3.5)."""
+"""`media_type` of getuploadurl, numbered otherwise than the items."""
 
 
 def upload_request(
     token: str, number: int, *, user: str, kind: MediaKind, size: int, md5: str, filekey: str, key: bytes
 ) -> Request:
-    """getuploadurl (3.5). `size` and `md5` (lower-case hex) are of the plain bytes, `filekey` is 32 hex digits."""
+    """getuploadurl. `size` and `md5` (lower-case hex) are of the plain bytes, `filekey` is 32 hex digits."""
     body = {
         "filekey": filekey,
         "media_type": MEDIA_TYPES[kind],
@@ -192,7 +195,7 @@ def upload_request(
 
 
 def read_upload_url(reply: Reply, *, cdn_base_url: str, filekey: str) -> str:
-    """Where to upload, not checked yet (9.1). Raises SessionExpired (-14), Refused("media"), Temporary."""
+    """Where to upload, not checked yet. Raises SessionExpired (-14), Refused("media"), Temporary."""
     _check_words(reply)
     if 400 <= reply.status < 500 and reply.status not in TRY_AGAIN:
         raise Refused("media", f"HTTP {reply.status}")
@@ -211,7 +214,7 @@ def read_upload_url(reply: Reply, *, cdn_base_url: str, filekey: str) -> str:
 
 
 def download_url(cdn_base_url: str, reference: str) -> str:
-    """Where media lie that iLink names by a reference alone (9.5)."""
+    """Where media lie that iLink names by a reference alone."""
     return f"{cdn_base_url}/download?encrypted_query_param={quote(reference, safe='')}"
 
 
@@ -220,14 +223,14 @@ _LONG = re.compile(r"[A-Za-z0-9+/=_%-]{24,}")
 
 
 def cdn_refusal(status: int, headers: Mapping[str, str]) -> Refused:
-    """A 4xx of an upload, with the CDN's words (5.1): printable, short, without what may be a key."""
+    """A 4xx of an upload, with the CDN's words: printable, short, without what may be a key."""
     said = [headers.get("x-error-code", ""), headers.get("x-error-message", "")]
     words = _LONG.sub("…", _CONTROL.sub(" ", " ".join(said))).strip()[:200]
     return Refused("media", f"The CDN refused the upload: HTTP {status} {words}".strip())
 
 
 def config_request(token: str, number: int, *, user: str, context_token: str) -> Request:
-    """getconfig for the user's typing ticket (3.6)."""
+    """getconfig for the user's typing ticket."""
     body: dict[str, Any] = {"ilink_user_id": user}
     if context_token:
         body["context_token"] = context_token
@@ -235,30 +238,30 @@ def config_request(token: str, number: int, *, user: str, context_token: str) ->
 
 
 def typing_request(token: str, number: int, *, user: str, ticket: str, on: bool) -> Request:
-    """sendtyping (3.7)."""
+    """sendtyping."""
     body: dict[str, Any] = {"ilink_user_id": user, "typing_ticket": ticket, "status": 1 if on else 2}
     return _request("sendtyping", token, number, body, secret=ticket)
 
 
 def notify_request(token: str, number: int, *, start: bool) -> Request:
-    """msg/notifystart or msg/notifystop (3.8)."""
+    """msg/notifystart or msg/notifystop."""
     return _request("msg/notifystart" if start else "msg/notifystop", token, number, {})
 
 
 def qrcode_request(number: int, tokens: Sequence[str]) -> Request:
-    """get_bot_qrcode: without authorization and base_info (3.1). `tokens`: newest first; the first ten count."""
+    """get_bot_qrcode: without authorization and base_info. `tokens`: newest first; the first ten count."""
     body = msgspec.json.encode({"local_token_list": list(tokens[:TOKENS_LISTED])})
     headers = {**_POST_HEADERS, "X-WECHAT-UIN": uin(number)}
     return Request("get_bot_qrcode", QRCODE_PATH, headers, body)
 
 
 def qrcode_get_request() -> Request:
-    """get_bot_qrcode as older clients ask for it: without a body, so without the tokens (3.1)."""
+    """get_bot_qrcode as older clients ask for it: without a body, so without the tokens."""
     return Request("get_bot_qrcode", QRCODE_PATH, _APP_HEADERS, b"", "GET")
 
 
 def qrcode_status_request(handle: str, verify_code: str) -> Request:
-    """get_qrcode_status: a GET with the app headers alone (2.2, 3.2). `verify_code`: "" where none is asked for."""
+    """get_qrcode_status: a GET with the app headers alone. `verify_code`: "" where none is asked for."""
     path = f"/ilink/bot/get_qrcode_status?qrcode={quote(handle, safe='')}"
     if verify_code:
         path += f"&verify_code={quote(verify_code, safe='')}"
@@ -266,7 +269,7 @@ def qrcode_status_request(handle: str, verify_code: str) -> Request:
 
 
 def hold_ms(hint: object) -> int:
-    """The server's hint for the next poll, clamped; HOLD_MS where it is no positive number (F21)."""
+    """The server's hint for the next poll, clamped; HOLD_MS where it is no positive number."""
     if isinstance(hint, str):
         hint = int(hint) if hint.isascii() and hint.isdigit() and len(hint) < 10 else 0
     if isinstance(hint, bool) or not isinstance(hint, int | float) or not hint > 0:
@@ -278,8 +281,8 @@ def hold_ms(hint: object) -> int:
 def read_updates(reply: Reply, *, polled_s: float) -> Polled:
     """Raises SessionExpired (-14, FORBIDDEN), and Temporary for the rest: a poll may always be repeated.
 
-    524 late in a poll is the edge's way to say "nothing yet" (10.4), and so is an empty body, which all clients
-    tolerate (2.5): an empty answer. `polled_s`: its length.
+    524 late in a poll is the edge's way to say "nothing yet", and so is an empty body, which all clients
+    tolerate: an empty answer. `polled_s`: its length.
     """
     reply = reply._replace(tells_tokens=True)
     _check_words(reply)
@@ -306,7 +309,7 @@ def read_updates(reply: Reply, *, polled_s: float) -> Polled:
             return Polled(messages, kept, hold, overlong, pages, reply.share)
         case wire.STALE_TOKEN:
             raise _expired(updates)
-        case -1 if polled_s >= IDLE_S:  # one client's reading: an idle timeout (5.1)
+        case -1 if polled_s >= IDLE_S:  # one client's reading: an idle timeout
             return Polled([], None, HOLD_MS)
         case wire.THROTTLED:
             raise Temporary("ret_2", _said(updates))
@@ -369,7 +372,7 @@ def read_sent(reply: Reply) -> Accepted:
 
 
 def read_notified(reply: Reply) -> None:
-    """Raises SessionExpired, Temporary. Best effort: the caller logs and goes on (3.8)."""
+    """Raises SessionExpired, Temporary. Best effort: the caller logs and goes on."""
     _check_words(reply)
     _check_status(reply)
     if not reply.body.strip():
@@ -421,7 +424,7 @@ def read_qrcode(reply: Reply) -> QrCode:
 
 
 def read_qrcode_status(reply: Reply) -> Scan:
-    """An unknown status is `wait`. Raises Temporary where there is none: the caller asks again (3.2)."""
+    """An unknown status is `wait`. Raises Temporary where there is none: the caller asks again."""
     answer = _read_login(reply, wire.QrStatus)
     if answer.status not in STATUSES:
         return Scan("wait")

@@ -1,4 +1,4 @@
-"""The quote on an item, in all shapes that iLink has given it (4.5), pure. No I/O, no clock."""
+"""The quote on an item, in all shapes that iLink has given it, pure. No I/O, no clock."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class _Ident(msgspec.Struct):
 
 
 class _Quoted(msgspec.Struct):
-    """A quoted item: often only its id (4.5)."""
+    """A quoted item: often only its id."""
 
     type: int | None = None
     msg_id: int | str | None = None
@@ -75,7 +75,7 @@ def _text_of(item: _Quoted) -> str:
 
 
 def transcript(voice: wire.VoicePayload) -> str:
-    """WeChat's speech-to-text, in either place where it may stand (4.3); "" if none."""
+    """WeChat's speech-to-text, in either place where it may stand; "" if none."""
     nested = voice.text_item.get("text") if isinstance(voice.text_item, dict) else ""
     return next((text for text in map(_words, (voice.text, nested)) if text), "")
 

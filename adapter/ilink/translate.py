@@ -1,4 +1,7 @@
-"""iLink's inbound messages in the words of the bus, pure (ilink-protocol chapters 4 and 7.3). No I/O, no clock."""
+"""iLink's inbound messages in the words of the bus, pure. No I/O, no clock.
+
+docs/reference/ilink-protocol.md, "Messages", has their fields.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,7 @@ NOBODY = ("", "0")
 ROOM = "@chatroom"
 """How the ids of groups end."""
 LARGEST = 262_144
-"""Bytes of the largest message that is read: sixteen times what WeChat is known to send as a text (10.1)."""
+"""Bytes of the largest message that is read: sixteen times what WeChat is known to send as a text."""
 MOST_ITEMS = 1000
 FIELD_BYTES = 2 * wire.OPAQUE_CHARS
 """Longest field that is read of a message that is larger: a context token may have so many."""
@@ -51,7 +54,7 @@ PAYLOADS = {
 }
 """The field of an item that holds what its type says."""
 IDLE = frozenset({"button_item_list", "at_bot_username_list"})
-"""Lists of an item that say nothing as long as they are empty, as they have always been (4.2)."""
+"""Lists of an item that say nothing as long as they are empty, as they have always been."""
 
 
 def read_message(raw: bytes) -> Said:
@@ -222,7 +225,7 @@ class _Payload(Protocol):
 
 
 def _read_media(payload: _Payload, index: int, name: str = "") -> tuple[Fetch | None, str]:
-    """Where the bytes are; else None and why nobody can fetch them (9.2, 9.5)."""
+    """Where the bytes are; else None and why nobody can fetch them."""
     try:
         media = msgspec.convert(payload.media, wire.Media)
     except msgspec.ValidationError:
@@ -293,7 +296,7 @@ def _sender(message: wire.PlainMessage | wire.Message) -> str:
 
 
 def _is_group(message: wire.Head, user: str) -> bool:
-    """Whether it was not written to the bot alone (1.3); an empty id means that it was (4.1), and so would 0."""
+    """Whether it was not written to the bot alone; an empty id means that it was, and so would 0."""
     return message.group_id not in (None, "", 0, "0") or user.endswith(ROOM)
 
 
@@ -328,7 +331,7 @@ def _encode_bare(item: object) -> bytes:
 
 
 def _bare(item: object) -> object:
-    """An item without what may differ when iLink says it again; a ready-made URL holds the id of a task (4.4)."""
+    """An item without what may differ when iLink says it again; a ready-made URL holds the id of a task."""
     if not isinstance(item, dict):
         return item
     bare = {k: v for k, v in item.items() if k not in PASSING and (v or k not in IDLE)}

@@ -109,7 +109,7 @@ class Transport(ABC, Generic[L]):
             if kept is None:
                 self._tls.forget(base.origin.host)
                 raise
-            self._close_idle(base.origin, began)  # it may be as dead, and a repeat is to meet another (10.4)
+            self._close_idle(base.origin, began)  # it may be as dead, and a repeat is to meet another
             closed = isinstance(exc, Uncertain) and line.silent and clock() - began < STALE_S
             if not (closed and request.repeatable):
                 raise

@@ -1,6 +1,7 @@
-"""Which URLs may be called: iLink's own hosts by https, and what an operator allowed (ilink-protocol 1.4). No I/O.
+"""Which URLs may be called: iLink's own hosts by https, and what an operator allowed. No I/O.
 
-Answers to polls, logins and uploads hold URLs. Where a name resolves to is checked later, see `addresses`.
+The hosts are those of docs/reference/ilink-protocol.md, "Hosts". Answers to polls, logins and uploads hold URLs.
+Where a name resolves to is checked later, see `addresses`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from urllib.parse import urlsplit
 from adapter.errors import Refused
 
 HOST_SUFFIXES = (".weixin.qq.com", ".wechat.com")
-"""Hosts that may be called beside the configured ones (1.4)."""
+"""Hosts that may be called beside the configured ones."""
 URL_CHARS = 8192
 """Longest URL that is called; that of an upload holds a long parameter."""
 PLAIN_URL = re.compile(r"[!-~]+")
@@ -57,7 +58,7 @@ def _check_host(url: str, allowed_hosts: tuple[str, ...]) -> None:
 
 
 def redirect_url(host: str, base_url: str, allowed_hosts: tuple[str, ...]) -> str:
-    """Where a redirected login goes on: by https (8), or as `base_url` where that is a simulator.
+    """Where a redirected login goes on: by https, or as `base_url` where that is a simulator.
 
     Raises Refused("url").
     """

@@ -1,5 +1,7 @@
-"""iLink's JSON under iLink's names (ilink-protocol chapters 3 and 4). Everything is optional: the server omits
-unset fields and adds unknown ones."""
+"""iLink's JSON under iLink's names. Everything is optional: the server omits unset fields and adds unknown ones.
+
+docs/reference/ilink-protocol.md, "Endpoints" and "Messages", has the tables of fields.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +12,10 @@ import msgspec
 STALE_TOKEN: Final = -14
 THROTTLED: Final = -2
 RATE_LIMITED: Final = -12
-"""One project's report of a second rate limit code (5.1)."""
+"""One project's report of a second rate limit code."""
 
 OPAQUE_CHARS: Final = 131_072
-"""Longest cursor and context token that count: some 130 characters are seen (1.2), and the bus has room for no more
+"""Longest cursor and context token that count: some 130 characters are seen, and the bus has room for no more
 than a message holds, which is 1 MiB: a character may take six bytes of a record, and four of what is sealed a third
 more."""
 
@@ -29,7 +31,7 @@ VIDEO: Final = 5
 
 
 class Answer(msgspec.Struct, kw_only=True):
-    """What every answer may carry. Either of `ret` and `errcode` may hold the code (2.5)."""
+    """What every answer may carry. Either of `ret` and `errcode` may hold the code."""
 
     ret: int | None = None
     errcode: int | None = None
@@ -60,14 +62,14 @@ class Sent(Answer, kw_only=True):
 
 
 class UploadUrl(Answer, kw_only=True):
-    """Answer of getuploadurl (3.5); usually only the first is filled."""
+    """Answer of getuploadurl; usually only the first is filled."""
 
     upload_full_url: str | None = None
     upload_param: str | None = None
 
 
 class Config(Answer, kw_only=True):
-    """Answer of getconfig (3.6)."""
+    """Answer of getconfig."""
 
     typing_ticket: str | None = None
 
@@ -95,7 +97,7 @@ class TextPayload(msgspec.Struct):
 
 
 class Media(msgspec.Struct):
-    """Where media are, and the key to them (4.4). Any: a wrong type costs the media, not the message."""
+    """Where media are, and the key to them. Any: a wrong type costs the media, not the message."""
 
     encrypt_query_param: Any = None
     aes_key: Any = None
@@ -138,7 +140,7 @@ class PartialText(msgspec.Struct):
 
 
 class RefMessage(msgspec.Struct):
-    """A quote (4.5). What cannot be read of it is lost, never the message that quotes: each field is read alone."""
+    """A quote. What cannot be read of it is lost, never the message that quotes: each field is read alone."""
 
     title: Any = None
     message_item: msgspec.Raw = msgspec.Raw(b"null")
@@ -147,7 +149,7 @@ class RefMessage(msgspec.Struct):
 
 
 class Item(msgspec.Struct):
-    """One item of a message (4.2). To protobuf, null is the same as unset."""
+    """One item of a message. To protobuf, null is the same as unset."""
 
     type: int | None = None
     msg_id: int | str | None = None
@@ -182,7 +184,7 @@ class PlainItem(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class Head(msgspec.Struct, kw_only=True):
-    """What an inbound message (4.1) says beside its sender and its items."""
+    """What an inbound message says beside its sender and its items."""
 
     message_id: int | str | None = None
     client_id: str | int | None = None

@@ -28,7 +28,7 @@ log = structlog.get_logger()
 
 LONGEST_HOLD_MS = 60_000
 """Up to here a server whose poll was not answered in time is given twice the time, whatever it hints: cut again and
-again, a poll may lose what is just being written into it (ilink-protocol 7.3)."""
+again, a poll may lose what is just being written into it (docs/reference/ilink-protocol.md, "Rules for a client")."""
 ON_TIME_MS = 5_000
 """An idle poll that is answered no later than this behind the hold that was hinted at shows: the hint is right."""
 HOLD_MS = 35_000
@@ -36,13 +36,15 @@ HOLD_MS = 35_000
 INSTANT_S = 0.5
 """An answer sooner than this that brings nothing new was no long poll: its server is not hammered."""
 NOTIFY_S = 1.5
-"""The first poll does not wait longer for iLink's answer to notifystart: it is best effort (ilink-protocol 11.1)."""
+"""The first poll does not wait longer for iLink's answer to notifystart: it is best effort
+(docs/reference/ilink-protocol.md, "Online state")."""
 AFTER_CUT_S = 0.2
 """Between the end of a poll that was cut and the bot's next one."""
 NOTED_WITHIN_S = 60.0
 """So long after the last message the journal is told of a cursor that came without one and what is dispatched."""
 DEAD_PATH_AFTER = 3
-"""Client timeouts in a row, without any answer, after which the connection counts as dead (ilink-protocol 3.3)."""
+"""Client timeouts in a row, without any answer, after which the connection counts as dead
+(docs/reference/ilink-protocol.md, "getupdates")."""
 
 
 async def tend(session: Session, needs: Incoming) -> None:
@@ -172,7 +174,7 @@ async def poll_forever(session: Session, journal: BotJournal, needs: Incoming) -
         if lately.instants > 1:
             await first_of(session.cut, 0.25 + needs.clock.jitter(0.25))
         if not session.announced and not session.leaving:
-            # one project had its sends refused until iLink knew (11.1), and others never tell it: ever more seldom
+            # one project had its sends refused until iLink knew, and others never tell it: ever more seldom
             lately.unannounced += 1
             if lately.unannounced.bit_count() == 1:
                 await _announce(session, needs)
@@ -303,8 +305,9 @@ async def _poll_once(session: Session, binding: Binding, cursor: str, hold_ms: i
 
 
 async def recover(session: Session, exc: SessionExpired, cursor: str, hold_ms: int, needs: Incoming) -> Polled | None:
-    """-14: everything of this bot rests; a few spaced tries, and in time `needs_login` (ilink-protocol 5.4).
+    """-14: everything of this bot rests; a few spaced tries, and in time `needs_login`.
 
+    What is known of -14 is in docs/reference/ilink-protocol.md, "Stale token".
     The tries that are left after `needs_login` go on quietly: one that succeeds makes the binding active again.
     Returns the answer of the poll that went through; None when polling should go on from where it was, since the
     binding changed or still needs a login. Raises LeaseLost, Refused.

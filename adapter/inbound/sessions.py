@@ -185,7 +185,7 @@ def check_owned(needs: Incoming, binding: Binding) -> None:
 
 
 async def notify(session: Session, needs: Incoming, *, start: bool, even_stale: bool = False) -> None:
-    """Best effort: iLink tracks who is online (ilink-protocol 11.1). Not for a token that is known to be dead."""
+    """Best effort: iLink tracks who is online. Not for a token that is known to be dead."""
     binding = needs.bindings.get(session.bot) or session.served
     if not needs.notify or binding is None or not (even_stale or binding.state == "active"):
         return

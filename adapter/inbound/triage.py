@@ -77,7 +77,7 @@ class Triage(NamedTuple):
             return Sorted(index, raw, None, "unreadable", exc.detail)
         if not said.keys.message and place:
             said = msgspec.structs.replace(said, keys=said.keys.with_place(place, number))
-        if said.echo or said.user == bot:  # some echoes name no type (ilink-protocol 4.1)
+        if said.echo or said.user == bot:  # some echoes name no type
             return Sorted(index, raw, said, "echo")
         if seen.has(said.keys) or batch.has(said.keys):
             return Sorted(index, raw, said, "duplicate")

@@ -30,7 +30,7 @@ from adapter.timing import Clock, backoff, finish
 log = structlog.get_logger()
 
 PAUSE_S = 1.0
-"""Between two requests about one code (ilink-protocol 8)."""
+"""Between two requests about one code (docs/reference/ilink-protocol.md, "Login")."""
 BOUND_S = 30.0
 """How long a login waits for its bind command to be carried out."""
 GRACE_S = 5.0

@@ -1,4 +1,4 @@
-"""QR logins: the bucket in memory, how a login may change (ilink-protocol 8), and what answers and events say of it.
+"""QR logins: the bucket in memory, how a login may change, and what answers and events say of it.
 
 Every change is a compare-and-set on the login's record, so any replica may answer; only the owner of the sandbox's
 shard asks iLink and publishes each step (`flow`).
@@ -296,7 +296,7 @@ def event_of(login: str, record: LoginRecord) -> LoginEvent:
 
 
 def tokens_of(bound: Iterable[Binding], sealer: Sealer) -> list[str]:
-    """Tokens of the bots that a scanning user should keep, newest first (ilink-protocol 3.1).
+    """Tokens of the bots that a scanning user should keep, newest first: iLink's `local_token_list`.
 
     A dead one is none of them: its user needs a new bot, not the word that they have one.
     """

@@ -65,8 +65,9 @@ class BotSessions:
             await self._clock.sleep(CATCH_UP_LOOK_S)
 
     async def is_alive(self, bot: str) -> bool:
-        """-14 to one send is no proof (ilink-protocol 15.3): `notifystart` is asked, and where it is refused or gives
-        no answer, a poll that begins now. If that is refused, its poller begins the recovery."""
+        """-14 to one send is no proof: iLink answers so to a malformed body, too (docs/reference/ilink-protocol.md,
+        "Stale token"). `notifystart` is asked, and where it is refused or gives no answer, a poll that begins now.
+        If that is refused, its poller begins the recovery."""
         binding = self._bindings.get(bot)
         if binding is None or binding.state == "needs_login" or self.is_recovering(bot):
             return False

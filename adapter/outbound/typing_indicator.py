@@ -24,7 +24,7 @@ from adapter.timing import Clock, backoff, first_of
 log = structlog.get_logger()
 
 RENEW_S = 5.0
-"""The official client's pace (11.2)."""
+"""The official client's pace."""
 DOUBT_S = 45.0
 """After -14 to a call it is hidden so much later, unless the bot's poll, which ends before, has said the same."""
 HIDES = 5

@@ -1,4 +1,4 @@
-"""The tickets that iLink wants with each sendtyping, cached per user, and the calls made with them (11.2)."""
+"""The tickets that iLink wants with each sendtyping, cached per user, and the calls made with them."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from adapter.ports import Account, Chat
 from adapter.timing import Clock, backoff
 
 TICKET_S = 600.0
-"""How long a ticket is used, as by two other clients; the official one uses it for up to a day (11.2)."""
+"""How long a ticket is used, as by two other clients; the official one uses it for up to a day."""
 NO_TICKET_S = (2.0, 3600.0)
-"""Pause after a failed getconfig, doubling from the first to the second (11.2)."""
+"""Pause after a failed getconfig, doubling from the first to the second."""
 REST_S = 1.0
-"""Shortest pause before it is shown again: fast switching flickers, and may be throttled (11.2)."""
+"""Shortest pause before it is shown again: fast switching flickers, and may be throttled."""
 
 
 class Ticket:
@@ -31,7 +31,7 @@ class Ticket:
         self.failures = 0
         self.retry_at = 0.0
         self.unknown = False
-        """iLink has none for this user; it is asked again when the user writes (5.1, -4)."""
+        """iLink has none for this user; it is asked again when the user writes."""
         self.used_at = -REST_S
         self.hidden = False
         """iLink took a status 2 last."""

@@ -1,6 +1,7 @@
 """A server that behaves as Tencent's iLink does, for tests and for trying things out.
 
-Knows nothing of the adapter, so that the two cannot share a misunderstanding.
+Knows nothing of the adapter, so that the two cannot share a misunderstanding. What both follow is in
+docs/reference/ilink-protocol.md; a fault such as `F16` is a rule that README.md describes beside this code.
 """
 
 from adapter.simulator.faults import FAULTS, FaultRule

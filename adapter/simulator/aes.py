@@ -1,4 +1,4 @@
-"""AES-128-ECB with PKCS#7 (9.2), for what users send and for judging what clients send.
+"""AES-128-ECB with PKCS#7, for what users send and for judging what clients send.
 
 By a library, since media of 100 MB must not take ten seconds; it lets other threads run meanwhile.
 """

@@ -1,4 +1,4 @@
-"""Bytes on the wire: writing an answer whole, slowly, garbled or not at all (F1 to F6)."""
+"""Bytes on the wire: writing an answer whole, slowly, garbled or not at all (faults `F1` to `F6`)."""
 
 import asyncio
 import socket
@@ -40,18 +40,18 @@ def json_answer(value: Any, *, status: int = 200) -> Answer:
 
 
 def error_page(rule: FaultRule, status: int) -> Answer:
-    """What a gateway in front of iLink sends (F1, F2)."""
+    """What a gateway in front of iLink sends (faults `F1`, `F2`)."""
     body = str(rule.params["body"]).encode() if "body" in rule.params else HTML % (status, status)
     return Answer(body=body, status=status, content_type="text/html", outcome=rule.fault)
 
 
 def gateway_timeout(rule: FaultRule) -> Answer:
-    """What the edge says of a poll that it has cut (F2)."""
+    """What the edge says of a poll that it has cut (fault `F2`)."""
     return error_page(rule, int(rule.params.get("status", 524)))
 
 
 def garble(answer: Answer, kind: str) -> None:
-    """Spoils a good answer in one of the ways of F3."""
+    """Spoils a good answer in one of the ways of fault `F3`."""
     if kind == "malformed":
         answer.body = b'{"ret":0,,"msgs":[{]}'
     elif kind == "truncated":
@@ -86,7 +86,7 @@ async def write(request: web.Request, answer: Answer) -> web.StreamResponse:
 
 
 async def dribble(request: web.Request, answer: Answer, rule: FaultRule, clock: Clock) -> web.StreamResponse:
-    """Headers at once, then the body in small pieces (F4)."""
+    """Headers at once, then the body in small pieces (fault `F4`)."""
     size = max(int(rule.params.get("chunk", 1)), 1)
     pause_s = float(rule.params.get("pause_ms", 200)) / 1000
     response = web.StreamResponse(status=answer.status)
@@ -101,7 +101,7 @@ async def dribble(request: web.Request, answer: Answer, rule: FaultRule, clock: 
 
 
 async def hang(rule: FaultRule, clock: Clock) -> None:
-    """Says nothing for `hang_ms`, or until the client gives up (F5)."""
+    """Says nothing for `hang_ms`, or until the client gives up (fault `F5`)."""
     if "hang_ms" in rule.params:
         await clock.sleep(float(rule.params["hang_ms"]) / 1000)
     else:

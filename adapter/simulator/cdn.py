@@ -1,6 +1,6 @@
-"""The CDN over HTTP: `/c2c/upload`, `/c2c/download` (3.9, S18, S20), with F24 and F25.
+"""The CDN over HTTP: `/c2c/upload`, `/c2c/download`, with the faults `F24` (uploads) and `F25` (downloads).
 
-F4 to F6 strike downloads, F5 and F6 uploads."""
+The faults `F4` to `F6` strike downloads, `F5` and `F6` uploads."""
 
 import asyncio
 
@@ -84,7 +84,7 @@ class Cdn:
         return await stream(request, blob.data)
 
     def _is_served(self, blob: Blob) -> bool:
-        """Of what a bot has uploaded its own download may be refused (9.1)."""
+        """Of what a bot has uploaded its own download may be refused."""
         settings = self._world.settings_of(self._world.bots[blob.bot])
         return blob.downloadable or settings.own_download == "served"
 
@@ -114,7 +114,7 @@ def failure(status: int, message: str, code: int | None = None) -> web.Response:
 
 
 def broken_upload(request: web.Request, rule: FaultRule) -> web.Response:
-    """F24, by `kind`: `rejected`, `error`, `no_header`, `down`."""
+    """Fault `F24`, by `kind`: `rejected`, `error`, `no_header`, `down`."""
     kind = rule.params.get("kind", "error")
     if kind == "rejected":
         message = str(rule.params.get("message", "illegal content"))
@@ -126,7 +126,7 @@ def broken_upload(request: web.Request, rule: FaultRule) -> web.Response:
 
 
 def broken_download(blob: Blob, rule: FaultRule) -> web.Response:
-    """F25, by `kind`: `status`, `wrong_key`, `odd_length`."""
+    """Fault `F25`, by `kind`: `status`, `wrong_key`, `odd_length`."""
     kind = rule.params.get("kind", "status")
     if kind == "wrong_key":
         return web.Response(body=encrypt(b"something else", bytes(16)), content_type="application/octet-stream")

@@ -1,4 +1,4 @@
-"""iLink's endpoints: a request that has passed authentication, and its answer (section 3)."""
+"""iLink's endpoints: a request that has passed authentication, and its answer."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -18,7 +18,7 @@ from adapter.simulator.world import TICKETS_KEPT, Bot, Entry, Poll, World
 
 
 class Call(Struct):
-    """One authenticated request. `edge`: the rule (F2) that cuts it if it has no news."""
+    """One authenticated request. `edge`: the rule (fault `F2`) that cuts it if it has no news."""
 
     endpoint: str
     bot: Bot
@@ -31,14 +31,14 @@ Endpoint = Callable[[Call], Awaitable[Answer]]
 
 
 def malformed(world: World, endpoint: str, bot: Bot | None, reason: str) -> Answer:
-    """The answer to a request that cannot be read (F29). The reason is among the violations: no text of iLink's is
+    """The answer to a request that cannot be read. The reason is among the violations: no text of iLink's is
     known for it."""
     world.violate("malformed", endpoint, bot, reason)
     return json_answer({"ret": -2}, status=400 if world.settings_of(bot).malformed == "http400" else 200)
 
 
 def no_ticket(ret: int, params: Json | None = None) -> Answer:
-    """The answer of a getconfig that fails, with the text that the code was seen with (5.1), or `errmsg` of F26."""
+    """The answer of a getconfig that fails, with the text that the code was seen with, or `errmsg` of fault `F26`."""
     errmsg = (params or {}).get("errmsg", {-2: "ilink_user_id required", -4: "GetTypingTicket rpc failed"}.get(ret))
     return json_answer({"ret": ret} if errmsg is None else {"ret": ret, "errmsg": errmsg})
 
@@ -289,7 +289,7 @@ class Endpoints:
 
 
 def out_of_order(batch: list[Entry], order: str) -> list[Any]:
-    """The same messages in the same places, with `seq` and times dealt out backwards, or all alike (F20)."""
+    """The same messages in the same places, with `seq` and times dealt out backwards, or all alike (fault `F20`)."""
     messages: list[Json] = [msgspec.json.decode(entry.raw) for entry in batch]
     keys = ("seq", "create_time_ms", "update_time_ms")
     stamps = [{key: message[key] for key in keys if key in message} for message in messages]

@@ -1,4 +1,4 @@
-"""Faults (12.2): which one strikes which request."""
+"""Faults: which one strikes which request."""
 
 import random
 from collections.abc import Callable
@@ -47,7 +47,7 @@ FAULTS: dict[str, tuple[frozenset[str], int | None]] = {
 
 
 EDGE_MS = 16_000
-"""After this time the edge of some hosts cuts a poll (F2, 10.4)."""
+"""After this time the edge of some hosts cuts a poll (fault `F2`)."""
 
 
 class FaultRule(Struct, kw_only=True, forbid_unknown_fields=True):
@@ -65,11 +65,11 @@ class FaultRule(Struct, kw_only=True, forbid_unknown_fields=True):
     struck: int = 0
     """How often it has struck so far."""
     state: dict[str, float] = field(default_factory=dict)
-    """What a fault with a memory (F12) remembers, by user."""
+    """What a fault with a memory (fault `F12`) remembers, by user."""
 
 
 def edge_s(rule: FaultRule) -> float:
-    """How long the edge lets a poll wait (F2)."""
+    """How long the edge lets a poll wait (fault `F2`)."""
     return float(rule.params.get("after_ms", EDGE_MS)) / 1000
 
 

@@ -1,4 +1,4 @@
-"""Identifiers in the forms that iLink uses (1.2), and the encodings that a server can check (2.1)."""
+"""Identifiers in the forms that iLink uses, and the encodings that a server can check."""
 
 import base64
 import binascii
@@ -17,7 +17,7 @@ DEFAULT_BOT_AGENT = "OpenClaw"
 SEAL = 16
 """Bytes that show who has issued a cursor."""
 FIRST_MESSAGE_ID = 7497484083968569737
-"""Odd, and so is every later one: a client that reads ids as doubles gets every one of them wrong (2.5)."""
+"""Odd, and so is every later one: a client that reads ids as doubles gets every one of them wrong."""
 
 
 def new_user(rng: random.Random) -> str:
@@ -72,7 +72,7 @@ def written(message_id: int | str, style: str, turn: int) -> int | str:
 
 
 class Cursors:
-    """Opaque text of some 120 characters that only the server that issued it can read (section 7). The bot's token
+    """Opaque text of some 120 characters that only the server that issued it can read. The bot's token
     stands in it, as in those of iLink that others have captured: whoever keeps or logs one keeps a secret."""
 
     def __init__(self, rng: random.Random) -> None:
@@ -119,7 +119,7 @@ def read_version(header: str) -> tuple[int, int, int] | None:
 
 
 def is_bot_agent(value: object) -> bool:
-    """Whether it is in the User-Agent style that `bot_agent` has, or what the official client falls back to (2.3)."""
+    """Whether it is in the User-Agent style that `bot_agent` has, or what the official client falls back to."""
     if not isinstance(value, str):
         return False
     return value == DEFAULT_BOT_AGENT or (len(value.encode()) <= 256 and BOT_AGENT.fullmatch(value) is not None)

@@ -1,4 +1,4 @@
-"""From the user to the bot: injected messages, cursors and long polls (S6 to S9, S21)."""
+"""From the user to the bot: injected messages, cursors and long polls."""
 
 import asyncio
 import itertools
@@ -21,7 +21,7 @@ class Inbox:
         self.closing = False
 
     def inject(self, bot: Bot, message: Json, *, fill: bool = True) -> Entry:
-        """Queues a message. With `fill`, what it and its items lack is added in iLink's form (4.6), and a key
+        """Queues a message. With `fill`, what it and its items lack is added in iLink's form, and a key
         whose value is None is left out; without, it goes out exactly as it is."""
         if fill:
             message = self._filled(self._template(bot) | message)
@@ -36,7 +36,7 @@ class Inbox:
         return entry
 
     def repeat(self, bot: Bot, message_id: str, change: str = "same", delay_s: float = 0.0) -> None:
-        """Queues an earlier message again after `delay_s`, with some of its ids changed (F16)."""
+        """Queues an earlier message again after `delay_s`, with some of its ids changed (fault `F16`)."""
         if change not in CHANGES:
             raise SimulatorError(f"unknown change {change}, there are {', '.join(sorted(CHANGES))}")
         original = self._entry(bot, message_id)
@@ -56,7 +56,7 @@ class Inbox:
         return message
 
     def replay(self, bot: Bot, last: int) -> int:
-        """Puts the last delivered messages in front of the queue once more (F18). Returns how many."""
+        """Puts the last delivered messages in front of the queue once more (fault `F18`). Returns how many."""
         waiting = set(bot.pending)
         delivered = [e for e in bot.log if e.deliveries and not e.in_flight and e not in waiting]
         again = delivered[-last:] if last > 0 else []
@@ -68,7 +68,7 @@ class Inbox:
         return len(again)
 
     def open_poll(self, bot: Bot, cursor: str, start: int = 0) -> Poll:
-        """Notes a poll that begins; what becomes of others on the same token is a setting (S9)."""
+        """Notes a poll that begins; what becomes of others on the same token is a setting."""
         world = self._world
         poll = Poll(PollRecord(start_ms=world.clock.exact_ms(), cursor=cursor), start)
         older = list(bot.polls)
@@ -133,7 +133,7 @@ class Inbox:
             bot.poll_records.popleft()
 
     def start(self, bot: Bot, cursor: str) -> int | None:
-        """The position after which a poll with this cursor reads; None: the cursor is to be refused (S8)."""
+        """The position after which a poll with this cursor reads; None: the cursor is to be refused."""
         position = self._world.cursors.read(bot.id, cursor) if cursor else 0
         if position is not None:
             return min(position, bot.last_position)
@@ -301,7 +301,7 @@ class Inbox:
             bot.rewound_to = poll.batch[0].position - 1
 
     def _wake(self, bot: Bot) -> None:
-        """In ack mode one parked poll, at random, gets what is new (S9); with cursors everybody reads."""
+        """In ack mode one parked poll, at random, gets what is new; with cursors everybody reads."""
         if self._world.settings_of(bot).cursor_mode == "cursor_replay":
             bot.wake()
             return

@@ -1,4 +1,4 @@
-"""Messages of every shape that a user's phone is known to produce (4.5, 4.6, S21)."""
+"""Messages of every shape that a user's phone is known to produce."""
 
 import hashlib
 import re
@@ -9,7 +9,7 @@ from adapter.simulator.records import Json, SimulatorError
 
 QUOTED_ID = 7497484083968569737
 IDLE: Json = {"button_item_list": [], "at_bot_username_list": []}
-"""Two lists that every item has, and that nobody has seen with anything in them (4.2)."""
+"""Two lists that every item has, and that nobody has seen with anything in them."""
 EDGE = 8
 """Characters at each end by which a part of a text is told."""
 TITLES = {2: "[Image]", 3: "[Voice]", 4: "[File]", 5: "[Video]"}
@@ -117,7 +117,7 @@ def partial(m: Makings) -> Json:
 
 
 def partial_text(whole: str, part: str, nth: int = 0) -> Json:
-    """Where `part` stands in `whole`, by its first and last characters (4.5). Occurrences do not overlap."""
+    """Where `part` stands in `whole`, by its first and last characters. Occurrences do not overlap."""
     places = [match.start() for match in re.finditer(f"(?={re.escape(part)})", whole)] if part else []
     if nth >= len(places):
         raise SimulatorError("the quoted text has no such part")

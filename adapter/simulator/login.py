@@ -1,4 +1,7 @@
-"""The QR login as the server sees it: a state machine that a phone drives (section 8, S4)."""
+"""The QR login as the server sees it: a state machine that a phone drives.
+
+docs/reference/ilink-protocol.md, "Login", has its states.
+"""
 
 import asyncio
 from collections.abc import Callable
@@ -79,7 +82,7 @@ class Logins:
         self, code: str, verify_code: str, urls: tuple[str, str], *, second: bool, edge: FaultRule | None = None
     ) -> Answer:
         """Waits for news, or the hold. `urls` are the first and the second host's; `second`: asked there;
-        `edge`: the rule (F2) that cuts a poll without news."""
+        `edge`: the rule (fault `F2`) that cuts a poll without news."""
         qr = self.codes.get(code)
         if qr is None:
             return json_answer({"ret": 0, "status": "expired"})
@@ -99,7 +102,7 @@ class Logins:
         return self.codes[code].user if code in self.codes else ""
 
     def scan(self, code: str, user: str | None = None) -> QrRecord:
-        """A phone scans. One code serves one user (1.3), who may scan it again and is where they were; a user bound
+        """A phone scans. One code serves one user, who may scan it again and is where they were; a user bound
         to a listed token needs no new bot."""
         qr = self._live(code)
         if qr.user and qr.user != user:
@@ -128,7 +131,7 @@ class Logins:
         return qr.record()
 
     def confirm(self, code: str, user: str | None = None) -> QrRecord:
-        """The user agrees on the phone, after a scan if there was none: a new bot is born (S5)."""
+        """The user agrees on the phone, after a scan if there was none: a new bot is born."""
         qr = self._live(code)
         if qr.status == "wait":
             self.scan(code, user)
@@ -244,7 +247,7 @@ class Logins:
         return answer
 
     def _struck(self, qr: Qr, verify_code: str) -> Json | None:
-        """F27, by `kind`: `expired`, `blocked`, `wrong_code`; `no_bot_id` strikes in `_credentials`."""
+        """Fault `F27`, by `kind`: `expired`, `blocked`, `wrong_code`; `no_bot_id` strikes in `_credentials`."""
         demanded = bool(verify_code) and qr.status == "need_verifycode"
         kinds = ("expired", "blocked", "wrong_code") if demanded else ("expired", "blocked")
         rule = self._take("F27", qr, lambda rule: rule.params["kind"] in kinds)

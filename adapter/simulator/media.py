@@ -1,4 +1,4 @@
-"""Media as the CDN and the phone see them: blobs, keys and references (section 9, S17 to S20)."""
+"""Media as the CDN and the phone see them: blobs, keys and references."""
 
 import base64
 import hashlib
@@ -19,9 +19,9 @@ LARGEST_MEDIUM = 200 * 2**20
 HEX_32 = re.compile("[0-9a-fA-F]{32}")
 ITEMS = {"image": (2, "image_item"), "voice": (3, "voice_item"), "file": (4, "file_item"), "video": (5, "video_item")}
 MEDIA_TYPES = {"image": 1, "video": 2, "file": 3, "voice": 4}
-"""`media_type` of an upload (3.5); item types are counted otherwise."""
+"""`media_type` of an upload; item types are counted otherwise."""
 SENT_FIELDS = {"image": {"mid_size"}, "voice": set(), "file": {"file_name", "len"}, "video": {"video_size"}}
-"""What payloads of sent media hold beside `media` (9.4)."""
+"""What payloads of sent media hold beside `media`."""
 KEY_FORMS = ("usual", "hex", "raw_base64", "hex_base64", "none")
 """Where an inbound key stands: as usual for its kind; `image_item.aeskey`; `media.aes_key` of 24 or of 44
 characters; or nowhere, with a blob in plain text."""
@@ -41,8 +41,8 @@ class Upload(Struct, kw_only=True):
 
 
 class Blob(Struct, kw_only=True):
-    """Bytes on the CDN. `key` None: plain. `media_type` 0: not a bot's, only those of users can be downloaded
-    (9.1). `plain` is the size and MD5 of the content, None where `key` does not open it."""
+    """Bytes on the CDN. `key` None: plain. `media_type` 0: not a bot's, only those of users can be downloaded.
+    `plain` is the size and MD5 of the content, None where `key` does not open it."""
 
     bot: str
     data: bytes
@@ -91,7 +91,7 @@ class Media:
         self._bytes = 0
 
     def offer(self, bot: Bot, body: Json) -> Json:
-        """The answer of `getuploadurl` (3.5, S17)."""
+        """The answer of `getuploadurl`."""
         settings = self._world.settings_of(bot)
         peer = body.get("to_user_id")
         known = isinstance(peer, str) and (peer == bot.user or peer in bot.windows)
@@ -120,7 +120,7 @@ class Media:
         return self._store(blob)
 
     def view(self, bot: Bot, item: Json) -> MediaView | None:
-        """How the phone fares with a media item that a bot has sent (S19); None: no media."""
+        """How the phone fares with a media item that a bot has sent; None: no media."""
         kind = next((kind for kind, (number, _) in ITEMS.items() if number == item.get("type")), None)
         if kind is None:
             return None
@@ -176,7 +176,7 @@ class Media:
         return Sealed(name, len(content), md5, playtime_ms or 1500, key_form, key, data)
 
     def item(self, bot: Bot, kind: str, sealed: Sealed, url: str = "both", fields: Json | None = None) -> Json:
-        """An inbound media item. `url`: `full`, `param` or `both`; `fields` are added to the payload (4.3)."""
+        """An inbound media item. `url`: `full`, `param` or `both`; `fields` are added to the payload."""
         if url not in ("full", "param", "both"):
             raise SimulatorError("url: full, param or both")
         number, name = ITEMS[kind]
@@ -223,7 +223,7 @@ class Media:
         return param
 
     def _watch(self, bot: Bot, body: Json) -> None:
-        """What careful clients do not do with a request that is good enough (3.5)."""
+        """What careful clients do not do with a request that is good enough."""
         if body.get("no_need_thumb") is not True:
             self._world.violate("thumb_wanted", "getuploadurl", bot)
         if any(str(body[name]) != str(body[name]).lower() for name in ("filekey", "rawfilemd5", "aeskey")):
@@ -313,7 +313,7 @@ def has_shape(kind: str, item: Json, payload: Json, media: Json) -> bool:
 
 
 def sizes_agree(kind: str, payload: Json, blob: Blob) -> bool:
-    """Ciphertext bytes of images and videos, plaintext bytes as text of files (4.3)."""
+    """Ciphertext bytes of images and videos, plaintext bytes as text of files."""
     match kind:
         case "image":
             return payload.get("mid_size") == len(blob.data)
@@ -333,7 +333,7 @@ def take_sample(sample: str) -> tuple[str, bytes]:
 
 
 def about(kind: str, sealed: Sealed) -> Json:
-    """The fields beside `media` that inbound payloads carry (4.3)."""
+    """The fields beside `media` that inbound payloads carry."""
     fields: dict[str, Json] = {
         "image": {"mid_size": len(sealed.data)},
         "voice": {"encode_type": 6, "bits_per_sample": 16, "sample_rate": 24000, "playtime": sealed.playtime_ms},
@@ -344,7 +344,7 @@ def about(kind: str, sealed: Sealed) -> Json:
 
 
 def write_key(payload: Json, kind: str, sealed: Sealed) -> None:
-    """Images usually have the key as hex beside `media` and raw in it, all else as hex text (9.2)."""
+    """Images usually have the key as hex beside `media` and raw in it, all else as hex text."""
     if sealed.key is None:
         return
     form, usual = sealed.key_form, sealed.key_form == "usual"

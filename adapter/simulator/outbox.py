@@ -1,4 +1,4 @@
-"""From the bot to the user: what `sendmessage` answers, and what the phone shows (3.4, 5.2, S10 to S13)."""
+"""From the bot to the user: what `sendmessage` answers, and what the phone shows."""
 
 import itertools
 from collections import deque
@@ -27,7 +27,7 @@ FIELDS = frozenset(
         *("item_list", "context_token", "run_id"),
     }
 )
-"""What a sent message may have (3.4)."""
+"""What a sent message may have."""
 
 
 class Verdict(Struct, kw_only=True):
@@ -50,7 +50,7 @@ def refusal(code: int, why: str, errmsg: str | None = None, field: str = "ret") 
 
 
 def stale_body(world: World, bot: Bot | None) -> Json:
-    """The answer to a token that is unknown, missing or dead (S2)."""
+    """The answer to a token that is unknown, missing or dead."""
     style = world.settings_of(bot).stale_style
     code = {"errcode": {"errcode": -14}, "ret": {"ret": -14}, "both": {"ret": -14, "errcode": -14}}[style]
     return {**code, "errmsg": "session timeout"}
@@ -69,7 +69,7 @@ def _is_object(item: Json, key: str) -> bool:
 
 
 class Outbox:
-    """Judges sends in the order in which the server receives them; so do they appear on the phone (S13)."""
+    """Judges sends in the order in which the server receives them; so do they appear on the phone."""
 
     def __init__(self, world: World, media: Media) -> None:
         self._world = world
@@ -114,7 +114,7 @@ class Outbox:
             hear(user, shown)
 
     def _watch(self, bot: Bot, message: Json) -> None:
-        """Requests that a careful client does not make, whatever the answer is (3.4)."""
+        """Requests that a careful client does not make, whatever the answer is."""
         items = message.get("item_list")
         faults = {
             "missing_client_id": not message.get("client_id"),
@@ -128,7 +128,7 @@ class Outbox:
             self._world.violate(kind, "sendmessage", bot)
 
     def _struck(self, bot: Bot, user: str) -> Verdict | None:
-        """F11 and F12: -2, or another code, without a cause that the client could have seen."""
+        """Faults `F11` and `F12`: -2, or another code, without a cause that the client could have seen."""
         if rule := self._world.faults.take("F11", "sendmessage", bot.id, user):
             texts = rule.params.get("errmsgs") or [rule.params.get("errmsg", "prepare failed")]
             code, field = int(rule.params.get("code", -2)), str(rule.params.get("field", "ret"))
@@ -146,7 +146,7 @@ class Outbox:
         return self._penalise(begun, user) if begun else None
 
     def _is_burst(self, bot: Bot, user: str, rule: FaultRule) -> bool:
-        """Whether there were as many sends within `burst_s` as the rule waits for (5.2, cause 4)."""
+        """Whether there were as many sends within `burst_s` as the rule waits for."""
         since_ms = self._world.clock.exact_ms() - float(rule.params.get("burst_s", 1)) * 1000
         recent = itertools.takewhile(lambda send: send.start_ms >= since_ms, reversed(bot.sends))
         return sum(send.shown and send.user == user for send in recent) >= int(rule.params.get("burst", 0))
@@ -176,13 +176,13 @@ class Outbox:
         return None
 
     def _incomplete(self, bot: Bot, why: str) -> Verdict:
-        """-2, or what one project saw: the answer to a dead token, although the session lives (15.3)."""
+        """-2, or what one project saw: the answer to a dead token, although the session lives."""
         if self._world.settings_of(bot).incomplete_sends == "-14":
             return Verdict(body=stale_body(self._world, bot), why=why)
         return refusal(-2, why, "unknown error")
 
     def _unknown_peer(self, bot: Bot, user: str) -> Verdict | None:
-        """-3 for what is no user id in exactly this spelling (S10); a stranger has merely no window."""
+        """-3 for what is no user id in exactly this spelling; a stranger has merely no window."""
         known = user in bot.windows or user == bot.user or user in self._world.by_user
         if not user.endswith("@im.wechat") or not known:
             return refusal(-3, "bad_user_id")
@@ -194,7 +194,7 @@ class Outbox:
         return None
 
     def _duplicate(self, bot: Bot, user: str, message: Json) -> Verdict | None:
-        """Success once more, but nothing new on the phone (S11, Q6)."""
+        """Success once more, but nothing new on the phone."""
         client_id = str(message.get("client_id") or "")
         first_id = bot.window(user).client_ids.get(client_id) if client_id else None
         if first_id is None:
@@ -266,7 +266,7 @@ class Outbox:
         return self._success(bot, "shown", message_id)
 
     def _message_id(self, bot: Bot, message: Json) -> str:
-        """A new one, or the client's own (4.1)."""
+        """A new one, or the client's own."""
         own = str(message.get("message_id") or "")
         if self._world.settings_of(bot).client_message_id == "kept" and own.isascii() and own.isdigit():
             return own
@@ -289,7 +289,7 @@ class Outbox:
         return False
 
     def _dropped(self, bot: Bot, user: str, message: Json, message_id: str) -> Verdict | None:
-        """F13 and F14: success without an id, as a rule with nothing on the phone (5.3)."""
+        """Faults `F13` and `F14`: success without an id, as a rule with nothing on the phone."""
         for fault in ("F13", "F14"):
             if rule := self._world.faults.take(fault, "sendmessage", bot.id, user):
                 if rule.params.get("shown", False):

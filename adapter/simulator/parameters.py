@@ -19,7 +19,7 @@ CHANGES = frozenset(
         "all",
     }
 )
-"""What a repeated message differs in (F16). `ids`: all ids and the context token; `all`: the times too."""
+"""What a repeated message differs in (fault `F16`). `ids`: all ids and the context token; `all`: the times too."""
 
 Status = Annotated[int, Meta(ge=200, le=599)]
 Duration = Annotated[float, Meta(ge=0)]

@@ -119,7 +119,7 @@ def riff(kind: bytes, chunks: Iterable[tuple[bytes, bytes]]) -> bytes:
 
 
 def silk(seconds: float = 1.0) -> bytes:
-    """WeChat's voice format (9.6): a tone of 440 Hz, in tenths of a second, for decoders at 24 kHz."""
+    """WeChat's voice format: a tone of 440 Hz, in tenths of a second, for decoders at 24 kHz."""
     return SILK_HEAD + SILK_TENTH * max(1, round(seconds * 10))
 
 

@@ -24,8 +24,8 @@ PLAIN = {"ret": 0, "msgs": [], "get_updates_buf": ""}
 
 class Visit(Struct):
     """One request on its way through. `user`: whom it is about, for faults that strike one user; `second`: it
-    came to the second listener; `edge` is the rule (F2) that cuts it if it waits in vain; `late` is the fault that
-    strikes after it has been processed."""
+    came to the second listener; `edge` is the rule (fault `F2`) that cuts it if it waits in vain; `late` is the fault
+    that strikes after it has been processed."""
 
     request: web.Request
     endpoint: str
@@ -43,7 +43,7 @@ class Visit(Struct):
 
 
 def endpoint_of(path: str) -> str:
-    """`getupdates` for `//ilink/bot/getupdates/` (S1); "" for a path outside iLink."""
+    """`getupdates` for `//ilink/bot/getupdates/`; "" for a path outside iLink."""
     plain = re.sub("/+", "/", path).strip("/")
     return plain.removeprefix("ilink/bot/") if plain.startswith("ilink/bot/") else ""
 
@@ -66,7 +66,7 @@ def read_json(raw: bytes) -> Json | None:
 
 
 def without_nulls(value: Any) -> Any:
-    """In JSON that mirrors protobuf (1.1) a field that is null is unset."""
+    """In JSON that mirrors protobuf a field that is null is unset."""
     if isinstance(value, dict):
         return {name: without_nulls(field) for name, field in value.items() if field is not None}
     if isinstance(value, list):
@@ -75,7 +75,7 @@ def without_nulls(value: Any) -> Any:
 
 
 def read_body(endpoint: str, raw: bytes) -> Json | None:
-    """As `read_json`; a QR code may also be asked for without a body (3.1)."""
+    """As `read_json`; a QR code may also be asked for without a body."""
     return {} if endpoint in LOGIN_METHODS and not raw else read_json(raw)
 
 
@@ -156,7 +156,7 @@ class Server:
         return await self._logins.status(code, verify_code, self.urls, second=visit.second, edge=visit.edge)
 
     def _is_stale(self, visit: Visit, bot: Bot) -> bool:
-        """Dead, without the headers that authenticate, or struck by F8 to F10."""
+        """Dead, without the headers that authenticate, or struck by a fault `F8` to `F10`."""
         world, headers = self._world, visit.request.headers
         world.bury_idle(bot)
         if bot.dead:
@@ -192,7 +192,7 @@ class Server:
         return answer
 
     async def _struck(self, visit: Visit) -> Answer | None:
-        """F1 to F6 before anything is processed; what strikes later is left in `visit.edge` or `visit.late`."""
+        """The faults `F1` to `F6`, before anything is processed. What strikes later is in `visit`."""
         for fault in ("F1", "F2", "F3", "F4", "F5", "F6"):
             rule = self._world.faults.take(fault, visit.endpoint, visit.bot_id, visit.user)
             if rule is None:
@@ -210,7 +210,7 @@ class Server:
         return None
 
     async def _pause(self, rule: FaultRule, answer: Answer) -> None:
-        """Time that passes before a fault strikes: `after_ms`, or the hang of F5."""
+        """Time that passes before a fault strikes: `after_ms`, or the hang of `F5`."""
         pause_ms = float(rule.params.get("after_ms", 0))
         try:
             if rule.fault == "F5":

@@ -34,14 +34,14 @@ class SimulatorSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields
     port: Port = 0
     """Port to listen on; 0 picks a free one."""
     second_host: str = "127.0.0.1"
-    """Address of the listener that QR logins are redirected to (S4); opened when first needed."""
+    """Address of the listener that QR logins are redirected to; opened when first needed."""
     second_port: Port = 0
     """Its port, then open from the start; 0 picks a free one."""
     public_url: Url = ""
     """Base URL that clients reach this server under; empty: made from the listening address."""
     cdn_public_url: Url = ""
-    """Base URL that clients reach the CDN under, `/c2c` and all: many take media from a host of Tencent's CDN only
-    (1.4); empty: made from `public_url`."""
+    """Base URL that clients reach the CDN under, `/c2c` and all: many take media from a host of Tencent's CDN
+    only; empty: made from `public_url`."""
     second_public_url: Url = ""
     """The same for the second listener; its host is the `redirect_host` of logins, to which clients go by https."""
     tls_cert: str = ""
@@ -55,7 +55,7 @@ class SimulatorSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields
     faults delay by seconds; null: real time."""
 
     hold_ms: NotNegative = 35_000
-    """How long `getupdates` waits for a message (S6)."""
+    """How long `getupdates` waits for a message."""
     hold_min_ms: NotNegative = 0
     """Above 0: each hold is drawn between this and `hold_ms`, as was observed (15 to 35 s)."""
     hint_ms: int | None = 35_000
@@ -64,107 +64,107 @@ class SimulatorSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """What answers call themselves. The second is what clients in Python, Go and C# report of iLink: one that
     asks for `application/json` understands no answer then."""
     ret_style: Literal["absent", "zero", "alternate"] = "absent"
-    """Whether successful polls carry `ret` (2.5)."""
+    """Whether successful polls carry `ret`."""
     send_ret_style: Literal["zero", "absent", "alternate"] = "zero"
-    """Whether answers to accepted sends carry `ret` (3.4)."""
+    """Whether answers to accepted sends carry `ret`."""
     idle_style: Literal["full", "bare", "ret_-1"] = "full"
-    """A poll without news is answered like any other; without `msgs`, cursor and hint (2.5); or with -1 (5.1)."""
+    """A poll without news is answered like any other; without `msgs`, cursor and hint; or with -1."""
     stale_style: Literal["errcode", "ret", "both"] = "errcode"
-    """Which field carries -14 (S2)."""
+    """Which field carries -14."""
     inbound_id_style: Literal["number", "string", "alternate"] = "number"
-    """How ids stand in inbound messages, and `svr_id` in quotes: JSON number above 2^53 (4.6), string, or in turn."""
+    """How ids stand in inbound messages, and `svr_id` in quotes: JSON number above 2^53, string, or in turn."""
     quoted_id_style: Literal["string", "number"] = "string"
-    """How the `msg_id` of a quoted message stands (4.5): a string in all captures of others, and as a string the
-    official client declares it; or a JSON number, which may come (2.5) and breaks clients in Go, Rust and C#."""
+    """How the `msg_id` of a quoted message stands: a string in all captures of others, and as a string the
+    official client declares it; or a JSON number, which may come and breaks clients in Go, Rust and C#."""
     id_style: Literal["alternate", "number", "string"] = "alternate"
-    """How the answers of `sendmessage` write theirs (S10); by turns for each bot."""
+    """How the answers of `sendmessage` write theirs; by turns for each bot."""
     zero_timeout: Literal["held", "instant"] = "held"
-    """A poll with `timeout` 0, by which one client hopes for an answer at once (3.3): held as any other, or not."""
+    """A poll with `timeout` 0, by which one client hopes for an answer at once: held as any other, or not."""
     batch_max: NotNegative = 100
     """Messages per answer at most; 0: all there are."""
 
     strict_headers: bool = False
-    """A request without `iLink-App-*` is answered with -14 (S2, Q1)."""
+    """A request without `iLink-App-*` is answered with -14."""
     require_authorization_type: bool = True
-    """A request without `AuthorizationType: ilink_bot_token` is answered with -14 (2.1, S2)."""
+    """A request without `AuthorizationType: ilink_bot_token` is answered with -14."""
     malformed: Literal["ret", "http400"] = "ret"
-    """Answer to bad JSON, a missing `msg` or a wrong method: HTTP 200 with -2, or HTTP 400 and 405 (F29)."""
+    """Answer to bad JSON, a missing `msg` or a wrong method: HTTP 200 with -2, or HTTP 400 and 405."""
 
     cursor_mode: Literal["ack_on_delivery", "cursor_replay"] = "ack_on_delivery"
-    """Consumed once written, or returned again to whoever presents an older cursor (S7)."""
+    """Consumed once written, or returned again to whoever presents an older cursor."""
     unknown_cursor: Literal["current", "refuse", "replay"] = "current"
-    """A cursor that this server never issued means: the current position, -2, or the start (S8)."""
+    """A cursor that this server never issued means: the current position, -2, or the start."""
     idle_cursor_changes: bool = False
-    """An empty answer carries a new cursor too (S6)."""
+    """An empty answer carries a new cursor too."""
     concurrent_polls: Literal["split", "newest_wins", "loser_-14"] = "split"
     """Two polls on one token: share the messages at random (with `cursor_replay` both get each, as each reads on from
-    its own cursor); the older is answered empty; or with -14 (S9)."""
+    its own cursor); the older is answered empty; or with -14."""
     overlap_grace_ms: NotNegative = 50
     """A poll counts as overlapping only if the older one's client has not hung up within this time."""
 
     context_check: Literal["window_only", "must_match_any_issued_within_24h", "must_be_latest", "ignored"] = (
         "window_only"
     )
-    """What a send's context token is compared with (S12). `window_only` wants one, any but those of a bot that
-    was superseded (S5); `ignored` does not even notice that it is missing."""
+    """What a send's context token is compared with. `window_only` wants one, any but those of a bot that
+    was superseded; `ignored` does not even notice that it is missing."""
     tokenless: Literal["refuse", "drop", "deliver"] = "refuse"
-    """A send without a context token: -2, success without delivery, or delivery (S12)."""
+    """A send without a context token: -2, success without delivery, or delivery."""
     window_hours: Duration = 24.0
     """How long after a user's message the bot may send."""
     quota: NotNegative = 10
     """Accepted sends per window; 0: unlimited."""
     client_message_id: Literal["ignored", "kept"] = "ignored"
     """The `message_id` that a send brings along: another one is given to it, or it is kept, as one project saw, so
-    that answers and quotes name it (4.1)."""
+    that answers and quotes name it."""
     duplicate_counts: bool = False
     """A repeated `client_id` meets the quota and uses it up; else it is answered with success in any case."""
     strict_client_id: bool = False
-    """After a send without `client_id`, later sends under the same context token disappear (S11)."""
+    """After a send without `client_id`, later sends under the same context token disappear."""
     tool_calls: Literal["hidden", "shown"] = "hidden"
-    """Items of types 11 and 12 (4.3): answered empty and not shown, as one project saw; or like others."""
+    """Items of types 11 and 12: answered empty and not shown, as one project saw; or like others."""
     several_items: Literal["shown", "refused"] = "shown"
-    """A message with more than one item, which the official client never sends (3.4): as any other, or -2."""
+    """A message with more than one item, which the official client never sends: as any other, or -2."""
     incomplete_sends: Literal["-2", "-14"] = "-2"
-    """The code that refuses a send without items, or with an item that lacks its content (3.4). With -14, as one
-    project saw while the session lived (15.3), an empty text is refused, too."""
+    """The code that refuses a send without items, or with an item that lacks its content. With -14, as one
+    project saw while the session lived, an empty text is refused, too."""
     typing_counts: bool = False
-    """Each `sendtyping` that is accepted uses up one send of the window (Q17)."""
+    """Each `sendtyping` that is accepted uses up one send of the window."""
     max_text_bytes: NotNegative = 16_384
-    """Longest text in UTF-8 bytes (S10)."""
+    """Longest text in UTF-8 bytes."""
     require_notifystart: bool = False
-    """Sends are refused until `msg/notifystart` was called (S16, Q13)."""
+    """Sends are refused until `msg/notifystart` was called."""
     send_latency_ms: NotNegative = 0
     """Pause between processing a send and answering it; makes overlapping sends visible."""
 
     token_death_delay_s: Duration = 29.0
-    """How long a superseded bot's token lives on (S5)."""
+    """How long a superseded bot's token lives on."""
     idle_death_hours: Duration = 0.0
-    """Above 0: a token dies once its bot's user has not written for so long (5.4, Q12); a login counts as a word."""
+    """Above 0: a token dies once its bot's user has not written for so long; a login counts as a word."""
     ticket_ttl_s: Duration = 86_400.0
-    """Life of a typing ticket (S14)."""
+    """Life of a typing ticket."""
     bad_ticket: Literal["refuse", "accept"] = "refuse"
     """`sendtyping` with a ticket that is unknown or expired is answered with -2, or with success; it switches
     nothing in either case. No source tells what iLink does."""
     typing_timeout_s: Duration = 0.0
-    """Typing ends by itself after this time; 0: never (S15)."""
+    """Typing ends by itself after this time; 0: never."""
 
     upload_url: Literal["full_url", "param", "both"] = "full_url"
-    """What `getuploadurl` answers with (S17)."""
+    """What `getuploadurl` answers with."""
     upload_ret: int = 0
-    """Other than 0: what `getuploadurl` answers in `ret`, as for accounts that may send no media (5.1, Q16)."""
+    """Other than 0: what `getuploadurl` answers in `ret`, as for accounts that may send no media."""
     stranger_upload: Literal["refused", "taken"] = "refused"
-    """`getuploadurl` for somebody who is no peer of the bot: -1, as one project saw (3.5), or as for any other."""
+    """`getuploadurl` for somebody who is no peer of the bot: -1, as one project saw, or as for any other."""
     own_download: Literal["refused", "served"] = "refused"
-    """What a bot has uploaded, asked for by its reference: 400, as one project saw (9.1), or the bytes."""
+    """What a bot has uploaded, asked for by its reference: 400, as one project saw, or the bytes."""
     param_upload_limit: NotNegative = 0
-    """Above 0: a larger upload is answered with 500, unless it goes to the `upload_full_url` (5.1)."""
+    """Above 0: a larger upload is answered with 500, unless it goes to the `upload_full_url`."""
     voice_sends: Literal["hidden", "shown", "refused"] = "hidden"
-    """A voice of the bot: accepted, not shown; or shown; or refused by `getuploadurl` with `ret` 2 (4.7, Q15)."""
+    """A voice of the bot: accepted, not shown; or shown; or refused by `getuploadurl` with `ret` 2."""
     media_bytes_kept: Annotated[int, Meta(ge=1)] = 2**30
     """Bytes on the CDN over all bots; the oldest media go first."""
 
     qr_ttl_s: Duration = 120.0
-    """Life of a QR code (S4)."""
+    """Life of a QR code."""
     qr_hold_ms: NotNegative = 30_000
     """How long `get_qrcode_status` waits for a change."""
     verify_attempts: Annotated[int, Meta(ge=1)] = 3

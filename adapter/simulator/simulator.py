@@ -195,7 +195,7 @@ class Simulator:
         url: str = "both",
         **overrides: Any,
     ) -> InboundRecord:
-        """A message of one of the kinds of S21 (`kinds.KINDS`); media have the content of a sample.
+        """A message of one of `kinds.KINDS`; media have the content of a sample.
 
         For quotes: `of` is the id of a message of the user or of one on the phone, `on` the kind of the item that
         carries the quote, `part` what is quoted of a text, where it occurs for the `nth` time.
@@ -221,7 +221,7 @@ class Simulator:
         url: str = "both",
         **fields: Any,
     ) -> InboundRecord:
-        """The user sends an `image`, `voice`, `file` or `video` (S20); `fields` are added to its payload.
+        """The user sends an `image`, `voice`, `file` or `video`; `fields` are added to its payload.
 
         Without content it is a sample, the usual one of its kind or that of `samples.SAMPLES`; with `size` the
         content is cut or filled up to that many bytes. Takes a second for 100 MB, unless `media.seal` has been
@@ -248,16 +248,16 @@ class Simulator:
         return [self.inject(to, message, fill=fill) for message in messages]
 
     def flood(self, to: str, messages: int = 1000, size: int = 10_000) -> int:
-        """Many long texts at once (F28). Returns the sum of their sizes in bytes."""
+        """Many long texts at once. Returns the sum of their sizes in bytes."""
         self.inject_many(to, (kinds.text(f"{n:08d}".ljust(size, "x")) for n in range(messages)))
         return messages * size
 
     def repeat(self, to: str, message_id: str, change: str = "same", delay_s: float = 0.0) -> None:
-        """The same message again (F16), by its message id or client id; what may change: `parameters.CHANGES`."""
+        """The same message again, by its message id or client id; what may change: `parameters.CHANGES`."""
         self.inbox.repeat(self.world.find(to), message_id, change, delay_s)
 
     def replay(self, bot: str, last: int = 1) -> int:
-        """The last delivered messages are delivered once more, as they were (F18). Returns how many."""
+        """The last delivered messages are delivered once more, as they were. Returns how many."""
         return self.inbox.replay(self.world.find(bot), last)
 
     def _quoted(self, bot: Bot, message_id: str) -> kinds.Quoted:

@@ -1,4 +1,4 @@
-"""What requests look like: headers checked and remembered (section 2, S3). Fails the test, not the request."""
+"""What requests look like: headers checked and remembered. Fails the test, not the request."""
 
 from collections import deque
 from typing import Any
@@ -90,7 +90,7 @@ class Watch:
         self._base_info(body.get("base_info"), endpoint, bot)
 
     def _login(self, request: web.Request, endpoint: str, bot: Bot | None) -> None:
-        """No token yet (2.2), and the one kind of bot that there is (3.1)."""
+        """No token yet, and the one kind of bot that there is."""
         if "Authorization" in request.headers:
             self._world.violate("token_on_qrcode", endpoint, bot)
         if endpoint == "get_bot_qrcode" and request.query.get("bot_type") != "3":

@@ -162,7 +162,7 @@ class World:
         return settings
 
     def add_bot(self, user: str | None = None, bot: str | None = None, token: str | None = None) -> Bot:
-        """As if `user` had just scanned a QR code; an older bot of theirs is superseded (S5)."""
+        """As if `user` had just scanned a QR code; an older bot of theirs is superseded."""
         bot_id = bot or ids.new_bot(self.rng)
         if bot_id in self.bots:
             raise SimulatorError(f"there is a bot {bot_id} already")
@@ -176,7 +176,7 @@ class World:
         return new
 
     def supersede(self, bot: Bot) -> None:
-        """Its context tokens are void at once, its token after the death delay (S5)."""
+        """Its context tokens are void at once, its token after the death delay."""
         bot.superseded = True
         for window in bot.windows.values():
             for token in window.context_tokens:
@@ -201,7 +201,7 @@ class World:
             tokens.popitem(last=False)
 
     def void(self, token: str) -> None:
-        """From now on no bot can send with this context token (S5)."""
+        """From now on no bot can send with this context token."""
         self._void_tokens[token] = None
         while len(self._void_tokens) > VOID_TOKENS_KEPT:
             self._void_tokens.popitem(last=False)
@@ -210,7 +210,7 @@ class World:
         return token in self._void_tokens
 
     def bury_idle(self, bot: Bot) -> None:
-        """A token dies of its user's silence, where the settings say so (5.4)."""
+        """A token dies of its user's silence, where the settings say so."""
         longest_ms = self.settings_of(bot).idle_death_hours * 3_600_000
         if longest_ms and not bot.dead and self.clock.now_ms() - bot.heard_ms > longest_ms:
             self.kill(bot)
@@ -223,7 +223,7 @@ class World:
         bot.wake()
 
     def turn(self, bot: Bot, *, online: bool) -> None:
-        """Notes that the bot runs, or no longer does (S16)."""
+        """Notes that the bot runs, or no longer does."""
         bot.online = online
         bot.online_timeline.append((self.clock.exact_ms(), online))
         del bot.online_timeline[: -self.records_limit()]

@@ -24,7 +24,7 @@ def changes(bench: Bench) -> list[str]:
 
 
 async def test_minus_14_for_ever_ends_in_needs_login_after_four_polls(poller: Poller) -> None:
-    """F9: at once, after 5 s, 30 s and 5 min, each with a notifystart before it; then silence.
+    """-14 for ever: at once, after 5 s, 30 s and 5 min, each with a notifystart before it; then silence.
 
     The login is told to be lost long before the last try: a person waits.
     """
@@ -112,7 +112,7 @@ async def test_a_bot_bound_anew_wins_over_the_last_tries(poller: Poller) -> None
 
 
 async def test_a_binding_that_a_send_found_dead_is_not_tried_by_the_poller_too(poller: Poller) -> None:
-    """F10, and then the poll that was out ends with -14: the tries are the lane's."""
+    """-14 to sends, and then the poll that was out ends with -14: the tries are the lane's."""
     bench = await ready(STALE)
     session = poller(bench)
     await bench.bind(state="needs_login")
@@ -123,7 +123,7 @@ async def test_a_binding_that_a_send_found_dead_is_not_tried_by_the_poller_too(p
 
 
 async def test_minus_14_once_recovers_quickly(poller: Poller) -> None:
-    """F8: nothing is lost and the lanes are woken."""
+    """-14 once: nothing is lost and the lanes are woken."""
     bench = await ready(STALE, batch(raw()))
     session = poller(bench)
     await asyncio.sleep(1)

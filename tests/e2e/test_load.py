@@ -18,7 +18,7 @@ ROUNDS = 40
 
 
 def set_faults(made: World) -> None:
-    """F1, F3, F6, F16 and F18 at 5 %."""
+    """Error pages, spoilt bodies, resets, repeats and replays, at 5 % each."""
     for rule in (
         FaultRule(fault="F1", probability=0.05),
         FaultRule(fault="F3", endpoint="getupdates", probability=0.05),

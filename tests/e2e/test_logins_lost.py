@@ -1,4 +1,4 @@
-"""-14: the calls that are made, the word that is given in time, and what becomes of what waits (F9, F10)."""
+"""-14: the calls that are made, the word that is given in time, and what becomes of what waits."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ async def test_f9_costs_exactly_the_scheduled_calls_on_every_endpoint(tmp_path: 
 
 
 def _refuse_sends(made: World, bot: BotRecord) -> None:
-    """iLink refuses the token at each send (F10) and at notifystart; polls go on."""
+    """iLink refuses the token at each send and at notifystart; polls go on."""
     made.sim.set_fault(FaultRule(fault="F10", bot=bot.bot))
     made.sim.set_fault(FaultRule(fault="F9", endpoint="msg/notifystart", bot=bot.bot))
 
@@ -140,7 +140,7 @@ async def test_a_firewall_that_forbids_one_poll_costs_no_login(tmp_path: Path) -
 
 
 async def test_minus_14_on_every_send_refuses_each_while_polls_go_on(tmp_path: Path) -> None:
-    """F10, also at notifystart: the poll is the proof. Each command costs two requests, and is refused."""
+    """-14 to sends, also to notifystart: the poll is the proof. Each command costs two requests, and is refused."""
     async with world(tmp_path, environ=SCHEDULE) as made:
         nc, bot = await made.begun()
         _refuse_sends(made, bot)
@@ -185,7 +185,7 @@ async def test_the_same_bot_with_a_new_token_gets_what_was_parked_too(tmp_path: 
 
 
 async def _lost(made: World) -> tuple[Client, BotRecord]:
-    """The token of a bot is dead (F9); a command waits."""
+    """The token of a bot is dead; a command waits."""
     nc, bot = await made.begun()
     made.sim.kill_token(bot.bot)
     await made.command(nc, "s1", "c")

@@ -135,7 +135,7 @@ FAULTS: list[tuple[str, dict[str, Any], str]] = [
 
 
 async def test_no_fault_of_the_cdn_holds_up_other_bots_polls_or_later_words(tmp_path: Path) -> None:
-    """F4, F5, F6 and each kind of F25, each on a bot of its own, all at once."""
+    """Slow, silent, reset and failed downloads, each on a bot of its own, all at once."""
     sandboxes = [f"s{number}" for number in range(len(FAULTS))]
     async with world(tmp_path, environ={"WECHAT_NATS_MEDIA_WAIT_S": "4"}) as made:
         nc = await made.nc()

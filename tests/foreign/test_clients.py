@@ -31,7 +31,7 @@ HTTPS_ONLY = frozenset({"weixin_ilink_client"})
 UPLOADS = [
     ("weixin_ilink", "full_url"),
     ("weixin_ilink", "param"),
-    ("wechatbot_sdk", "param"),  # it knows no other; with real servers it has broken since (3.5)
+    ("wechatbot_sdk", "param"),  # it knows no other; with real servers it has broken since
     ("wechatbot_sdk", "both"),
     ("weilink", "full_url"),
     ("weilink", "param"),

@@ -533,7 +533,7 @@ async def test_the_place_that_ilink_names_is_checked(rig: Rig) -> None:
 
 
 async def test_the_body_has_its_length_and_no_chunks(rig: Rig) -> None:
-    """The CDN compares the length with `filesize` (S18)."""
+    """The CDN compares the length with `filesize`."""
     content = bytes(200_000)
     heads, bodies = [], []
 

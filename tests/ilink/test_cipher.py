@@ -1,4 +1,4 @@
-"""Encryption of media and its keys (ilink-protocol 9.2 and 9.3)."""
+"""Encryption of media and its keys (docs/reference/ilink-protocol.md, "Encryption", "Test vectors")."""
 
 from __future__ import annotations
 

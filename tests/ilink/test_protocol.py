@@ -387,7 +387,7 @@ def test_an_error_message_that_quotes_the_request_tells_no_secret() -> None:
     ],
 )
 def test_the_hold_is_clamped(hint: object, expected: int) -> None:
-    """F21, Q22: 5 to 60 seconds; no positive number is no hint."""
+    """5 to 60 seconds; no positive number is no hint."""
     assert hold_ms(hint) == expected
 
 
@@ -580,7 +580,7 @@ def test_a_poll_sends_the_cursor_and_nothing_deprecated() -> None:
 
 
 def test_typing_names_the_user_as_ilink_wants_it() -> None:
-    """One client called the field `user_id` (13, row 8); another wrote `command` for `status` (3.7)."""
+    """One client called the field `user_id` (13, row 8); another wrote `command` for `status`."""
     config = protocol.config_request("t", 1, user="u", context_token="AARz")
     bare = protocol.config_request("t", 1, user="u", context_token="")
     on = protocol.typing_request("t", 1, user="u", ticket="AART", on=True)

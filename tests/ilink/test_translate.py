@@ -129,7 +129,7 @@ def test_the_bots_own_words_are_an_echo() -> None:
 @pytest.mark.parametrize("fields", [{}, {"item_list": []}, {"context_token": 5}], ids=["plain", "whole", "malformed"])
 @pytest.mark.parametrize("sender", ["", None])
 def test_an_echo_needs_no_sender(sender: str | None, fields: dict[str, Any]) -> None:
-    """A bot's message is sent with an empty one (3.4)."""
+    """A bot's message is sent with an empty one."""
     assert read_message(changed("bot-echo", from_user_id=sender, **fields)).echo
 
 
@@ -388,7 +388,7 @@ def test_text_beside_media_counts_as_text() -> None:
 
 
 def test_the_same_picture_under_another_url_is_the_same_content() -> None:
-    """A ready-made URL holds the id of a task (4.4), the reference does not."""
+    """A ready-made URL holds the id of a task, the reference does not."""
     other = with_media("image", {"full_url": URL + "2", "encrypt_query_param": "OPAQUE"})
     assert other.keys.content == with_media("image", {"full_url": URL, "encrypt_query_param": "OPAQUE"}).keys.content
     assert other.keys.content != with_media("image", {"full_url": URL, "encrypt_query_param": "X"}).keys.content
@@ -404,7 +404,7 @@ def test_a_text_that_was_cut_in_the_middle_of_a_character_is_told() -> None:
 
 
 def test_null_is_as_good_as_unset() -> None:
-    """iLink's JSON mirrors protobuf's (1.1), where it is."""
+    """iLink's JSON mirrors protobuf's, where it is."""
     quoted = {"type": None, "msg_id": QUOTED, "text_item": {"text": None}, "file_item": {"file_name": None}}
     part = {"start": "pi", "end": "ne", "startindex": None, "endindex": "0", "quotemd5": None}
     ref = {"title": None, "svr_id": None, "message_item": quoted, "partial_text": part}

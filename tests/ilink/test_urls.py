@@ -75,7 +75,7 @@ def test_a_url_on_the_list_may_be_called(url: str, expected: str) -> None:
     ],
 )
 def test_any_other_url_is_refused(url: str) -> None:
-    """F23: `baseurl` and `redirect_host` are words of a server, not of an operator."""
+    """`baseurl` and `redirect_host` are words of a server, not of an operator."""
     with pytest.raises(Refused) as caught:
         check_url(url, LOCAL)
     assert caught.value.reason == "url"
@@ -137,7 +137,7 @@ def test_a_redirect_goes_on_by_https_but_for_a_simulator(host: str, base_url: st
      "https://a.weixin.qq.com", "a.weixin.qq.com?x", "a.weixin.qq.com\n", "[::1]", "", ".weixin.qq.com", "a b"],
 )  # fmt: skip
 def test_a_redirect_to_any_other_host_is_refused(host: str) -> None:
-    """F23."""
+    """The host is a word of the server, not of an operator."""
     with pytest.raises(Refused) as caught:
         redirect_url(host, "http://127.0.0.1:8080", ("127.0.0.1:8080",))
     assert caught.value.reason == "url"

@@ -45,7 +45,6 @@ async def test_a_message_says_who_what_when_and_what_may_be_answered() -> None:
 
 
 async def test_the_order_in_an_answer_is_ilinks_whatever_seq_and_time_say() -> None:
-    """F20."""
     bench = await ready(batch(raw("one", 3), raw("two", 1), raw("three", 2)), batch(raw("four", 0), cursor="c"))
     await polls(bench)
     assert texts(bench) == ["one", "two", "three", "four"]
@@ -59,7 +58,6 @@ async def test_the_time_to_the_stream_is_counted_for_each_message() -> None:
 
 
 async def test_a_huge_answer_is_told_whole() -> None:
-    """F28."""
     bench = await ready(batch(*(raw(f"t{number}", number) for number in range(1000))))
     await polls(bench)
     assert texts(bench) == [f"t{number}" for number in range(1000)]
@@ -552,7 +550,7 @@ async def crashed(crash: Crash, *script: Any) -> Bench:
 @pytest.mark.parametrize("again", ["never", "the same", "with other ids"])
 @pytest.mark.parametrize("crash", CRASHES, ids=lambda crash: crash.__name__)
 async def test_after_a_crash_each_message_is_told_once_and_in_order(crash: Crash, again: str) -> None:
-    """F18, and F16 at its worst: whether iLink gives it again to the next owner or not."""
+    """A replay, and repeats at their worst: whether iLink gives it again to the next owner or not."""
     answer = batch(words(1), image(2), words(3), words(4, **NOTHING), words(4, **NOTHING))
     heir = await crashed(crash, answer)
     if again == "with other ids":

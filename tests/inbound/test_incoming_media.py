@@ -203,7 +203,6 @@ FAILURES: list[tuple[str, Exception, str, int]] = [
 async def test_media_that_cannot_be_had_hold_no_message_back(
     failure: Exception, reason: str, attempts: int, poller: Poller
 ) -> None:
-    """F25."""
     bench = await ready(batch(image(1), words(2)))
     bench.cdn.has("p1", failure)
     poller(bench)
@@ -221,7 +220,6 @@ async def test_a_download_that_fails_once_is_tried_again(poller: Poller) -> None
 
 
 async def test_a_silent_cdn_holds_later_words_up_for_the_wait_and_no_longer(poller: Poller) -> None:
-    """F5."""
     bench = await ready(batch(image(1), words(2)))
     bench.cdn.has("p1", None)
     poller(bench, media_wait_s=20)
@@ -317,7 +315,6 @@ async def test_the_time_without_a_bus_does_not_count(poller: Poller) -> None:
     ids=["same-ids", "new-message-id", "new-token", "every-id-new"],
 )
 async def test_a_repeat_of_a_message_that_waits_is_told_once(fields: dict[str, Any], poller: Poller) -> None:
-    """F16."""
     bench = await ready(batch(image(1)), batch(image(1, **fields), cursor="c"))
     gate = asyncio.Event()
     bench.cdn.has("p1", gate, PNG)

@@ -46,7 +46,6 @@ async def test_a_cursor_that_no_record_follows_is_stored_after_a_minute(poller: 
 
 
 async def test_an_empty_cursor_keeps_the_old_one() -> None:
-    """F19."""
     bench = await ready(batch(raw(number=1), cursor="b"), batch(raw(number=2), cursor=None), batch(cursor=None))
     await polls(bench)
     assert bench.chat.asked == ["", "b", "b", "b"]
@@ -126,7 +125,7 @@ async def test_pages_of_repeats_are_fetched_one_right_after_the_other(poller: Po
 
 
 async def test_polls_without_an_answer_recycle_the_connection() -> None:
-    """F5, a dead path: not at the first, which is only a lost race with the hold."""
+    """A dead path: not at the first, which is only a lost race with the hold."""
     bench = await ready(None, None, None, None)
     await polls(bench)
     assert bench.chat.recycled == 2
@@ -146,7 +145,7 @@ async def test_a_bot_on_a_dead_path_does_not_count_as_polled_until_ilink_answers
 
 
 async def test_a_server_that_holds_longer_than_it_says_is_waited_for(poller: Poller) -> None:
-    """Its polls were all cut, and what it was writing into one may have been lost (7.3)."""
+    """Its polls were all cut, and what it was writing into one may have been lost."""
     bench = await ready()
 
     async def poll(account: Account, cursor: str, hold_ms: int) -> Polled | None:
@@ -425,7 +424,7 @@ async def test_a_notifystart_without_an_answer_holds_the_first_poll_up_for_a_mom
 
 
 async def test_ilink_is_told_of_the_start_again_ever_more_seldom_until_it_answers() -> None:
-    """Sends may be refused until it knows (11.1)."""
+    """Sends may be refused until it knows."""
     bench = await ready()
     bench.chat.notify_fails = Temporary("http_5xx")
     told: list[int] = []
@@ -491,7 +490,7 @@ async def test_leaving_at_a_boundary_lets_the_poll_deliver() -> None:
 
 
 async def test_stopping_stores_the_batch_in_hand() -> None:
-    """iLink may not say it again (7.2)."""
+    """iLink may not say it again."""
     bench = await ready(batch(raw("in hand")))
     release = asyncio.Event()
 

@@ -47,7 +47,6 @@ REPEATS: list[tuple[str, dict[str, Any]]] = [
 
 @pytest.mark.parametrize("fields", [row[1] for row in REPEATS], ids=[row[0] for row in REPEATS])
 async def test_a_repeat_is_known_in_the_same_answer_and_in_a_later_one(fields: dict[str, Any]) -> None:
-    """F16."""
     assert await judged([raw("ok")], [raw("ok", **fields)]) == [["new"], ["duplicate"]]
     assert await judged([raw("ok"), raw("ok", **fields)]) == [["new", "duplicate"]]
 
@@ -59,7 +58,6 @@ async def test_a_repeat_far_down_a_huge_answer_is_known() -> None:
 
 
 async def test_a_person_who_says_it_twice_is_heard_twice() -> None:
-    """F17."""
     assert await judged([raw("ok", 1)], [raw("ok", 2)]) == [["new"], ["new"]]
 
 

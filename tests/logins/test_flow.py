@@ -250,7 +250,6 @@ async def test_too_many_wrong_digits_cost_the_code() -> None:
 
 
 async def test_three_expired_codes_are_an_expired_login() -> None:
-    """F27."""
     doors = Doors()
     login = await doors.start()
     for number in range(1, CODES + 1):
@@ -402,7 +401,7 @@ BAD = [
 
 @pytest.mark.parametrize(("scan", "reason"), [row[1:] for row in BAD], ids=[row[0] for row in BAD])
 async def test_what_cannot_be_used_fails_the_login(scan: Scan, reason: str) -> None:
-    """F23, F27: and nobody is called or bound."""
+    """And nobody is called or bound."""
     doors = Doors()
     login = await doors.start()
     doors.ilink.happens("q1", scan)

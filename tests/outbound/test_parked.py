@@ -119,7 +119,7 @@ async def test_minus_2_parks_this_and_everything_after_it() -> None:
 
 
 async def test_minus_2_costs_one_attempt() -> None:
-    """F11: no retry storm, also with more commands to come."""
+    """No retry storm, also with more commands to come."""
     bench, shard = await ready()
     bench.chat.sends.extend([THROTTLED] * 50)
     for number in range(20):
@@ -130,7 +130,7 @@ async def test_minus_2_costs_one_attempt() -> None:
 
 
 async def test_after_the_cool_down_one_probe_goes_out() -> None:
-    """F12: what fails then waits a whole cool-down more."""
+    """What fails then waits a whole cool-down more."""
     bench, shard = await ready()
     bench.chat.sends.extend([THROTTLED] * 3)
     shard.intake.on_delivery(bench.command("hi", id="c1"))

@@ -126,7 +126,7 @@ async def test_a_command_that_needs_more_sends_than_are_left_is_told_so(when_clo
 
 
 async def test_minus_14_on_one_send_is_tried_once_more_and_then_refused_while_the_session_lives() -> None:
-    """F9: a malformed body is answered so, too (15.3). The bot and what comes behind are none the worse for it."""
+    """A malformed body is answered so, too. The bot and what comes behind are none the worse for it."""
     bench, shard = await ready()
     bench.chat.sends.extend([STALE] * 2)
     for number in range(2):

@@ -1,4 +1,4 @@
-"""Typing: shown at once and every 5 s, always hidden in the end, and never in the way of a message (11.2)."""
+"""Typing: shown at once and every 5 s, always hidden in the end, and never in the way of a message."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ async def test_it_ends_by_itself_after_the_longest_time() -> None:
 
 
 async def test_what_was_switched_quickly_is_not_shown_again_at_once() -> None:
-    """Flicker, and a suspicion of throttling (11.2)."""
+    """Flicker, and a suspicion of throttling."""
     bench, shard = await ready()
     for number in range(20):
         shard.intake.on_delivery(bench.command(typing="off" if number % 2 else "on", id=str(number)))
@@ -376,7 +376,7 @@ async def test_a_renewal_that_ilink_refuses_is_tried_again_and_hidden_in_the_end
 
 @pytest.mark.parametrize("dead", [True, False])
 async def test_a_stale_token_ends_it_quietly_and_it_is_hidden_where_only_typing_was_told_so(dead: bool) -> None:
-    """By then the bot's poll has ended, too (F8, F9)."""
+    """By then the bot's poll has ended, too."""
     bench, shard = await ready()
     bench.chat.typing_answers.extend([True, STALE])
     shard.intake.on_delivery(bench.command(typing="on"))

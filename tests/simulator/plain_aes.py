@@ -1,4 +1,4 @@
-"""AES-128-ECB with PKCS#7 (9.2), written out: a second opinion on what the simulator takes from a library.
+"""AES-128-ECB with PKCS#7, written out: a second opinion on what the simulator takes from a library.
 
 All blocks are worked on at once, byte place by byte place, with `bytes.translate`: ten megabytes take a second.
 """

@@ -1,4 +1,4 @@
-"""F1 to F21, F26 and F28: each fault as a client meets it."""
+"""Faults of requests, polls, sends and `getconfig`: each fault as a client meets it."""
 
 import asyncio
 import json
@@ -62,7 +62,7 @@ async def test_f2_524_while_a_poll_is_held(make: MakeClient) -> None:
 
 
 async def test_f2_a_poll_that_has_messages_is_answered_in_time(make: MakeClient) -> None:
-    """The edge cuts whoever waits (10.4); the bot is not deaf behind it."""
+    """The edge cuts whoever waits; the bot is not deaf behind it."""
     client = await make(LONG)
     rule = strike(client, "F2", count=1)
     client.sim.say(client.bot.user, "before")

@@ -1,4 +1,4 @@
-"""S6 to S9: long polls, cursors, concurrent polls."""
+"""Long polls, cursors, concurrent polls."""
 
 import asyncio
 import base64

@@ -1,4 +1,4 @@
-"""S21: the shapes of messages that users' phones produce."""
+"""The shapes of messages that users' phones produce."""
 
 import hashlib
 import json
@@ -271,7 +271,7 @@ async def test_messages_are_filled_up_and_null_leaves_a_field_out(client: Client
 
 
 async def test_a_message_may_come_from_another_user(client: Client) -> None:
-    """The format allows it, whatever the product does (1.3)."""
+    """The format allows it, whatever the product does."""
     other = "o9cq80Other@im.wechat"
     client.sim.say(client.bot.bot, "hello", from_user_id=other)
 

@@ -1,4 +1,4 @@
-"""S4: the QR login with its eight statuses, and F23 and F27."""
+"""The QR login with its eight statuses, and the faults of logins."""
 
 import asyncio
 from typing import Any

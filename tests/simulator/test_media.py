@@ -1,4 +1,4 @@
-"""S17 to S20, F24 and F25: uploads, the CDN, and media on the phone."""
+"""Uploads, the CDN, and media on the phone."""
 
 import asyncio
 import base64
@@ -345,7 +345,7 @@ async def test_f4_to_f6_strike_downloads_too(client: Client) -> None:
 
 
 async def test_f5_and_f6_strike_uploads_too(talking: Client) -> None:
-    """After F6 `before` nothing is stored, `after` the reference is merely not told."""
+    """After a reset `before` nothing is stored, `after` the reference is merely not told."""
     talking.sim.set_fault(FaultRule(fault="F5", endpoint="cdn/upload", count=1, params={"hang_ms": 20}))
     assert await put(talking)
     stored = len(talking.sim.media.blobs)
@@ -489,7 +489,7 @@ async def test_s20_media_without_content_are_samples(client: Client, kind: str, 
 
 
 async def opened(client: Client, payload: Json) -> bytes:
-    """As a client of WeChat opens what it gets (9.2)."""
+    """As a client of WeChat opens what it gets."""
     key = payload.get("aeskey") or base64.b64decode(payload["media"]["aes_key"]).decode()
     return decrypt((await client.http.get(payload["media"]["full_url"])).content, bytes.fromhex(key))
 

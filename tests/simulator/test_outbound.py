@@ -1,4 +1,4 @@
-"""S10 to S16: what is sent, and what the phone shows."""
+"""What is sent, and what the phone shows."""
 
 import asyncio
 import itertools

@@ -1,4 +1,4 @@
-"""S1 to S3 and S5: paths, authentication, headers, rebinding; F29: requests that cannot be read."""
+"""Paths, authentication, headers, rebinding; requests that cannot be read."""
 
 import asyncio
 from typing import Any
@@ -293,7 +293,7 @@ async def test_s5_a_minus_14_that_was_cured_does_not_count_against_a_token_that_
 
 
 async def test_s5_a_setting_lets_a_token_die_of_its_users_silence(make: MakeClient) -> None:
-    """One project saw it after 24 to 30 hours (5.4)."""
+    """One project saw it after 24 to 30 hours."""
     client = await make(idle_death_hours=24, frozen_at_ms=1_789_000_000_000)
     client.sim.advance(23 * 3600)
     client.sim.say(client.bot.user, "hello")
