@@ -6,12 +6,13 @@
 # make attacks  what one sandbox can do to another, attack by attack: a table
 # make bench   what the bridge costs, beside one that promises nothing
 # make fuzz    foreign bytes into every reader, guided by coverage, for FUZZ_S seconds each; installs the fuzzer
+# make docs    the documentation as a site in dist/docs, all links checked
 # make audit   known vulnerabilities in what is locked; needs an index that has advisories
 # make image-test  the image, built and run: needs root and Debian, and installs buildah and podman
 # make alerts-test  every alert, fired by a real fault in a real Prometheus; takes two to five minutes
 # make dashboard-picture  helm/dashboard.png, from what a real Prometheus answers under load
 # make format  the code as `make check` wants it
-# make generate  schemas/, helm/nats/ and the README's table, from the code
+# make generate  schemas/, helm/nats/ and the table of settings, from the code
 # make console-test  the console in a headless Chromium; pictures in .pytest_cache/console/
 # make npm     what some tests take from npm, into tests/npm/
 # make clean   everything that make and the tests have made
@@ -32,7 +33,7 @@ NPM_STAMP := $(NPM)/node_modules/.installed
 # An environment that is there is kept, whichever Python it has. The last one is the newest, not yet among the tested.
 PYTHONS := $(BIN)/python python3 python3.14 python3.13 python3.12 python3.11 python3.15
 
-.PHONY: demo test check tests slow fuzz audit chaos chaos-short soak attacks attacks-short bench image-test alerts-test dashboard-picture console-test format generate npm clean install
+.PHONY: demo test check tests slow fuzz audit chaos chaos-short soak attacks attacks-short bench docs image-test alerts-test dashboard-picture console-test format generate npm clean install
 .DEFAULT_GOAL := test
 
 demo: install
@@ -92,6 +93,7 @@ check: install
 	@found=$$($(BIN)/lint-imports --no-logo 2>&1) || { echo "$$found" >&2; exit 1; }
 	@$(BIN)/python -m adapter.schema --check
 	@$(BIN)/python -m tests.bus.roles --check
+	@found=$$($(BIN)/pytest -q -p no:cacheprovider tests/test_docs.py </dev/null 2>&1) || { echo "$$found" >&2; exit 1; }
 
 format: install
 	@$(BIN)/ruff format .
@@ -112,6 +114,11 @@ FUZZ :=
 fuzz: install
 	@$(call environment,fuzz)
 	@.tools/fuzz/bin/python -m tests.fuzz --seconds $(FUZZ_S) $(FUZZ)
+
+docs: install
+	@$(call environment,docs)
+	@found=$$(NO_MKDOCS_2_WARNING=1 .tools/docs/bin/mkdocs build --clean 2>&1) || { echo "$$found" >&2; exit 1; }
+	@echo 'dist/docs/index.html'
 
 # AUDIT=--unknown-ok: no failure where nobody with advisories answers.
 AUDIT :=

@@ -1,7 +1,7 @@
 """Starts the event loop: uvloop's where it is installed, and a garbage collector that is run in small steps.
 
 The state of thousands of waiting polls is half a million objects that live on; a full collection stops everything
-for a tenth of a second or more (CONTRIBUTING.md, 61). Imports nothing of ours.
+for a tenth of a second or more (docs/decisions/0035-garbage-collector.md). Imports nothing of ours.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Writes what is generated from the code: `schemas/`, the README's table of settings, and `helm/nats/*.conf`.
+"""Writes what is generated from the code: `schemas/`, the table of settings, and `helm/nats/*.conf`.
 
 `python -m adapter.schema` writes, `python -m adapter.schema --check` only says what differs (exit status 1).
 """
@@ -32,11 +32,12 @@ TYPES = Path("schemas/wechat-nats.d.ts")
 """TypeScript types, made of the JSON Schemas by tests/npm/types.mjs: here they are only checked."""
 EXAMPLES = ("s1", "s2")
 """The sandboxes in the configurations of `helm/nats/`."""
+SETTINGS_PAGE = Path("docs/reference/settings.md")
 SETTINGS_START, SETTINGS_END = "<!-- settings -->\n", "<!-- /settings -->"
 
 
 class SettingRow(NamedTuple):
-    """One line of the README's table."""
+    """One line of the table of settings."""
 
     variable: str
     default: str
@@ -192,7 +193,7 @@ def settings_table() -> list[SettingRow]:
 
 
 def settings_markdown() -> str:
-    """`settings_table` as the README shows it."""
+    """`settings_table` as `SETTINGS_PAGE` shows it."""
     lines = ["| variable | default | meaning |", "|---|---|---|"]
     for variable, default, meaning in settings_table():
         lines.append(f"| `{variable}` | {f'`{default}`' if default else 'empty'} | {meaning} |")
@@ -205,11 +206,11 @@ def generated(root: Path = ROOT) -> dict[Path, str]:
     files[Path("schemas/asyncapi.json")] = _text(asyncapi())
     for own_accounts, file in FILES.items():
         files[Path("helm/nats") / file] = server_config(Names(), EXAMPLES, own_accounts=own_accounts)
-    readme = (root / "README.md").read_text(encoding="utf-8")
-    before, start, rest = readme.partition(SETTINGS_START)
+    page = (root / SETTINGS_PAGE).read_text(encoding="utf-8")
+    before, start, rest = page.partition(SETTINGS_START)
     _, end, after = rest.partition(SETTINGS_END)
     if start and end:
-        files[Path("README.md")] = before + start + settings_markdown() + end + after
+        files[SETTINGS_PAGE] = before + start + settings_markdown() + end + after
     return files
 
 

@@ -1,4 +1,4 @@
-"""What CONTRIBUTING.md names is there: the files of the adapter, what is in them, and the decisions."""
+"""What CONTRIBUTING.md and the map of the code name is there: files of the adapter, and what is in them."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-TEXT = (ROOT / "CONTRIBUTING.md").read_text()
-SECTION = TEXT.partition("## Where does it happen")[2].partition("\n## ")[0]
+SECTION = (ROOT / "CONTRIBUTING.md").read_text().partition("## Where does it happen")[2].partition("\n## ")[0]
 PLACES = sorted(set(re.findall(r"`([a-z_/]+\.py)(?:::(\w+))?`", SECTION)))
+MAP = (ROOT / "docs/code-map.md").read_text().partition("```\nadapter/\n")[2].partition("\nhelm/")[0]
 
 
 @pytest.mark.parametrize(("file", "name"), PLACES)
@@ -19,8 +19,16 @@ def test_what_is_said_to_happen_somewhere_is_there(file: str, name: str) -> None
     assert not name or re.search(rf"^ *(?:async def|def|class) {name}\b", source, re.MULTILINE)
 
 
-def test_every_decision_that_is_named_was_made() -> None:
-    made = set(re.findall(r"^(\d+)\. \*\*", TEXT, re.MULTILINE))
-    reasons = [line.rstrip(" |").rpartition("|")[2] for line in SECTION.splitlines() if line.startswith("| ")][1:]
-    assert reasons
-    assert {number for cell in reasons for number in cell.replace(",", " ").split()} <= made
+def test_the_map_of_the_code_has_the_files_that_there_are() -> None:
+    """A line that is indented further names files of the folder above it."""
+    folder = ROOT / "adapter"
+    absent, seen = [], 0
+    for line in MAP.splitlines():
+        names = re.findall(r"[a-z_]+(?:\.py|/)", line.strip().partition("   ")[0])
+        if not line.startswith("    "):
+            folder = ROOT / "adapter" / (names[0] if names[0].endswith("/") else "")
+            names = names if folder == ROOT / "adapter" else [""]
+        seen += len(names)
+        absent += [name for name in names if not (folder / name).exists()]
+    assert seen > 50
+    assert absent == []

@@ -80,7 +80,9 @@ def test_generating_twice_gives_the_same_bytes() -> None:
 
 
 def test_a_stale_an_absent_and_a_leftover_file_are_named(tmp_path: Path) -> None:
-    (tmp_path / "README.md").write_text("<!-- settings -->\nold\n<!-- /settings -->\n")
+    page = tmp_path / schema.SETTINGS_PAGE
+    page.parent.mkdir(parents=True)
+    page.write_text("<!-- settings -->\nold\n<!-- /settings -->\n")
     for path, text in schema.generated(tmp_path).items():
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_text(text)
@@ -91,9 +93,9 @@ def test_a_stale_an_absent_and_a_leftover_file_are_named(tmp_path: Path) -> None
     (tmp_path / "schemas/inbound.json").unlink()
     (tmp_path / "schemas/left_over.json").touch()
     (tmp_path / schema.TYPES).write_text("export interface Bind {}")
-    (tmp_path / "README.md").write_text("<!-- settings -->\n<!-- /settings -->\n")
+    page.write_text("<!-- settings -->\n<!-- /settings -->\n")
     assert [str(path) for path in schema.differing(tmp_path)] == [
-        "README.md",
+        "docs/reference/settings.md",
         "schemas/bind.json",
         "schemas/inbound.json",
         "schemas/left_over.json",
@@ -184,6 +186,6 @@ def test_every_setting_explains_itself() -> None:
     assert all(row.meaning.endswith(".") and len(row.meaning) > 15 for row in rows)
 
 
-def test_the_readme_holds_the_table_of_settings() -> None:
+def test_the_page_of_settings_holds_their_table() -> None:
     """`make generate` rewrites it; the markers must not get lost."""
-    assert Path("README.md") in schema.generated()
+    assert schema.SETTINGS_PAGE in schema.generated()

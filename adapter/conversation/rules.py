@@ -33,8 +33,8 @@ merged into it) is worked on. What it does is the conversation's activity:
                       Ended               IDLE; what was merged with a command that the owner before ended ends, too
                       Crashed             IDLE, the command ends: dead_lettered
 
-docs/conversation.md has the same as a diagram. Why a queue waits (`Conversation.reason`): window_closed, quota,
-throttled, needs_login; see `window.send_blocker`.
+docs/explanation/conversation.md has the same as a diagram. Why a queue waits (`Conversation.reason`): window_closed,
+quota, throttled, needs_login; see `window.send_blocker`.
 """
 
 from __future__ import annotations
@@ -66,7 +66,8 @@ from adapter.ports import Content, Uploaded
 from adapter.quotes import summary
 
 MAX_RESENDS = 1
-"""A request without an answer is repeated so often, with the same client_id (ilink-protocol 14, Q6)."""
+"""A request without an answer is repeated so often, with the same client_id: WeChat shows it once
+(docs/reference/ilink-protocol.md, "sendmessage")."""
 MERGED_AT_ONCE = 32
 """Texts in one merged message, at most: as many ids as a record remembers."""
 RECEIPTS_PER_STEP = 16
@@ -259,7 +260,8 @@ class UploadDone(NamedTuple):
 
 
 class Accepted(NamedTuple):
-    """iLink took the request; `message_id` "": it gave none (ilink-protocol 5.3)."""
+    """iLink took the request. `message_id` "": iLink gave none, and has often dropped the message
+    (docs/reference/ilink-protocol.md, "Success without a message id")."""
 
     message_id: str
     ret: int | None = None
@@ -638,7 +640,7 @@ def _on_answer(
     match answer:
         case NotTaken():
             return _retry_or_give_up(conversation, answer, now_ms, policy, effects)
-        case TokenRejected(result):  # a question, not a verdict: a malformed body is answered so, too (15.3)
+        case TokenRejected(result):  # a question, not a verdict: a malformed body is answered so, too
             effects.append(CheckSession())
             return _with(conversation, activity=Activity.CHECKING_SESSION, last_answer=result)
         case Rejected(result):

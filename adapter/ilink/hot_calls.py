@@ -1,8 +1,8 @@
 """getupdates and sendmessage, over connections of our own that are cheap with thousands of parked polls.
 
 A bot costs a poll every half minute, a message a poll and a send, so the cost of one request decides that of a
-platform: these calls use no HTTP client library (`CONTRIBUTING.md`, 59, has the figures). Libraries resolve, connect
-and parse. All other calls, and these through a proxy, are `plain_calls`.
+platform: these calls use no HTTP client library (docs/decisions/0034-own-connections-to-ilink.md has the figures).
+Libraries resolve, connect and parse. All other calls, and these through a proxy, are `plain_calls`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which shards this replica owns: exactly one owner each, always (design 4; the nine traps of nats.md 4.3).
+"""Which shards this replica owns: exactly one owner each, always (docs/explanation/ownership.md).
 
 One renewed key per incarnation of a replica (`membership`), and one claim per shard that is written only when its
 owner changes.

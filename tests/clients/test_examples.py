@@ -59,7 +59,7 @@ async def test_python(bridge: World, tmp_path: Path) -> None:
     await converse(bridge, examples.python(tmp_path))
 
 
-@pytest.mark.parametrize("page", ["README.md", "schemas/README.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/tutorial.md", "schemas/README.md"])
 async def test_the_agent_on_a_page_answers(bridge: World, tmp_path: Path, page: str) -> None:
     """As it is printed, but for the server and the sandbox's name."""
     sandbox = page.partition(".")[0].replace("/", "-").lower()

@@ -44,6 +44,8 @@ PAGES = (
     RUNBOOK,
     ROOT / "helm/wechat-nats/README.md",
     ROOT / "README.md",
+    ROOT / "docs/tutorial.md",
+    *sorted((ROOT / "docs/howto").glob("*.md")),
     ROOT / "helm/nats/README.md",
     ROOT / "schemas/examples/README.md",
 )
