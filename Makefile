@@ -33,7 +33,7 @@ NPM_STAMP := $(NPM)/node_modules/.installed
 # An environment that is there is kept, whichever Python it has. The last one is the newest, not yet among the tested.
 PYTHONS := $(BIN)/python python3 python3.14 python3.13 python3.12 python3.11 python3.15
 
-.PHONY: demo test check tests slow fuzz audit chaos chaos-short soak attacks attacks-short bench docs image-test alerts-test dashboard-picture console-test format generate npm clean install
+.PHONY: demo test check tests slow fuzz audit chaos chaos-short soak attacks attacks-short bench docs docs-tools image-test alerts-test dashboard-picture console-test format generate npm clean install
 .DEFAULT_GOAL := test
 
 demo: install
@@ -115,10 +115,12 @@ fuzz: install
 	@$(call environment,fuzz)
 	@.tools/fuzz/bin/python -m tests.fuzz --seconds $(FUZZ_S) $(FUZZ)
 
-docs: install
-	@$(call environment,docs)
+docs: docs-tools
 	@found=$$(NO_MKDOCS_2_WARNING=1 .tools/docs/bin/mkdocs build --clean 2>&1) || { echo "$$found" >&2; exit 1; }
 	@echo 'dist/docs/index.html'
+
+docs-tools: install
+	@$(call environment,docs)
 
 # AUDIT=--unknown-ok: no failure where nobody with advisories answers.
 AUDIT :=
@@ -146,7 +148,7 @@ $(NPM_STAMP): $(NPM)/package.json $(NPM)/package-lock.json
 
 clean:
 	rm -rf $(VENV) $(NPM)/node_modules .tools dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
-	find adapter tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find adapter docs tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 install: $(STAMP)
 
