@@ -7,14 +7,27 @@ import io
 import re
 import tokenize
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
 OUTSIDE = {".git", ".venv", ".tools", ".pytest_cache", "node_modules", "dist", "data"}
-PAGES = sorted(path for path in ROOT.rglob("*.md") if not OUTSIDE & {*path.relative_to(ROOT).parts})
-CODE = sorted(path for folder in ("adapter", "tests", "schemas", "docs") for path in (ROOT / folder).rglob("*.py"))
+
+
+def files(folder: Path) -> Iterator[Path]:
+    """Those of the repository, and none of what tools and packages have brought."""
+    for path in sorted(folder.iterdir()):
+        if path.is_file():
+            yield path
+        elif path.name not in OUTSIDE:
+            yield from files(path)
+
+
+OURS = [*files(ROOT)]
+PAGES = [path for path in OURS if path.suffix == ".md"]
+CODE = [path for path in OURS if path.suffix == ".py"]
 LINK = re.compile(r"\]\(([^)#\s]*)(?:#([^)\s]*))?\)")
 NUMBERS = re.compile(r"\((?:section )?[1-9]\d?(?:\.\d{1,2}){1,2}(?:(?:, | and )[1-9]\d?\.\d{1,2})*\)")
 """Numbers of sections in parentheses. Looked for in code alone: in tables of Markdown files these are figures."""
@@ -22,24 +35,31 @@ CITATION = re.compile(
     r"(?<![`\"'/#])\b[FQS]\d{1,2}\b(?![`\"'])"  # faults of the simulator are named in backticks
     r"|\b(?:chapter|decision|guarantee|section|ilink-protocol|CONTRIBUTING(?:\.md)?`?,?) \d",
 )
-NOT_YET = {"adapter/inbound/dispatcher.py"}
+SOURCE = re.compile(r'(docs/[\w./-]+\.md)((?:,? (?:and )?"[^"]+")*)')
+"""A page, and titles on it, as comments and docstrings name them."""
+NOT_YET = {ROOT / "adapter/inbound/dispatcher.py"}
 BLOCK = re.compile(r"```.*?```", re.DOTALL)
+
+
+def headings(page: Path) -> list[str]:
+    return re.findall(r"^#+ (.+)$", BLOCK.sub("", page.read_text("utf-8")), re.MULTILINE)
 
 
 def anchors(page: Path) -> set[str]:
     """Of its headings, as GitHub and MkDocs make them."""
-    headings = re.findall(r"^#+ (.+)$", BLOCK.sub("", page.read_text("utf-8")), re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings(page)}
 
 
-def prose(source: str) -> Iterator[str]:
-    """Comments and docstrings of a Python file."""
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type == tokenize.COMMENT:
-            yield token.string
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
-            yield node.value.value
+@cache
+def prose(path: Path) -> str:
+    """Comments and docstrings of a Python file, a line each."""
+    source = path.read_text("utf-8")
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    found = [token.string for token in tokens if token.type == tokenize.COMMENT]
+    values = [node.value for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Expr)]
+    texts = [value.value for value in values if isinstance(value, ast.Constant)]
+    found += [re.sub(r"\s+", " ", text) for text in texts if isinstance(text, str)]
+    return "\n".join(found)
 
 
 def citations(text: str) -> list[str]:
@@ -58,12 +78,18 @@ def test_links_lead_somewhere(page: Path) -> None:
     assert lost == []
 
 
+def test_pages_and_titles_that_code_names_are_there() -> None:
+    named = [found.groups() for path in CODE for found in SOURCE.finditer(prose(path))]
+    assert len(named) > 20
+    assert [page for page, _ in named if not (ROOT / page).is_file()] == []
+    titles = {(page, title) for page, quoted in named for title in re.findall('"([^"]+)"', quoted)}
+    assert {(page, title) for page, title in titles if title not in headings(ROOT / page)} == set()
+
+
 def test_no_text_cites_a_bare_number() -> None:
-    found = {str(path.relative_to(ROOT)): citations("\n".join(prose(path.read_text("utf-8")))) for path in CODE}
-    simulator = ROOT / "adapter/simulator/README.md"  # where the simulator's faults have their names from
-    found |= {
-        str(page.relative_to(ROOT)): CITATION.findall(page.read_text("utf-8")) for page in PAGES if page != simulator
-    }
+    simulator = ROOT / "adapter/simulator/README.md"  # where its faults have their names from
+    found = {path: citations(prose(path)) for path in CODE}
+    found |= {page: CITATION.findall(page.read_text("utf-8")) for page in PAGES if page != simulator}
     assert {path: cited for path, cited in found.items() if cited and path not in NOT_YET} == {}
 
 
