@@ -500,7 +500,7 @@ class Dispatcher:
             return msgspec.structs.replace(now, user=user, in_after=known.in_after, out_after=known.out_after)
 
         await bindings.change(binding.bot, with_user)
-        for other in older:  # WeChat has killed it: one user has one bot (ilink-protocol 1.3)
+        for other in older:  # WeChat has killed it: one user has one bot
             detail = "The user is served by another bot now."
             await self._publishing.events.binding(other.event("replaced", detail=detail))
             await bindings.remove(other.bot)
