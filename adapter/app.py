@@ -12,10 +12,10 @@ import structlog
 
 from adapter import __version__
 from adapter.errors import SettingsError
-from adapter.parts import RELEASE_S, Parts
+from adapter.preflight import start
 from adapter.probes import ProbeServer
 from adapter.settings import Settings
-from adapter.starting import start
+from adapter.wiring import RELEASE_S, Parts
 
 log = structlog.get_logger()
 

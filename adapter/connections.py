@@ -12,7 +12,7 @@ from adapter.jetstream.buckets import KvBucket
 from adapter.jetstream.client import BusClient
 from adapter.jetstream.core import CoreNats
 from adapter.jetstream.history import StreamHistory
-from adapter.jetstream.link import Link
+from adapter.jetstream.managed_connection import Link
 from adapter.jetstream.objects import ObjectStore
 from adapter.jetstream.publisher import Publisher
 from adapter.metrics import Metrics

@@ -14,7 +14,7 @@ from prometheus_client.exposition import choose_encoder
 
 from adapter import __version__
 from adapter.contract import FINAL_OUTCOMES, FINAL_STATUSES, SCHEMA_VERSION
-from adapter.tallies import Counter, Histogram
+from adapter.fast_metrics import Counter, Histogram
 
 NAMESPACE = "wechat_adapter"
 

@@ -17,7 +17,7 @@ import msgspec
 import pytest
 
 import adapter
-from adapter import headers, logs, mending, names
+from adapter import headers, json_repair, logs, names
 from adapter.cli import dead, login, output
 from adapter.console import server
 from adapter.conversation import commands
@@ -79,10 +79,10 @@ RULES: dict[str, Callable[[str], object]] = {
     "secrets in a log": logs.hide_secrets,
     "a line of a log": lambda text: logs.redacted_text(text, 10**9),
     "a field of a log": lambda text: logs.redact(None, "", {text: "1"}),
-    "halves of emoji": lambda text: mending.without_halves(raw(text)),
-    "halves of emoji in a string": lambda text: mending.without_halves(b'"' + raw(text) + b'"'),
-    "controls in JSON": lambda text: mending.without_controls(raw(text)),
-    "controls in a string": lambda text: mending.without_controls(b'{"a":"' + raw(text)),
+    "halves of emoji": lambda text: json_repair.without_halves(raw(text)),
+    "halves of emoji in a string": lambda text: json_repair.without_halves(b'"' + raw(text) + b'"'),
+    "controls in JSON": lambda text: json_repair.without_controls(raw(text)),
+    "controls in a string": lambda text: json_repair.without_controls(b'{"a":"' + raw(text)),
     "words of the CDN": lambda text: protocol.cdn_refusal(400, {"x-error-message": text}),
     "a URL": url,
     "a URL of a code": urls.PLAIN_URL.fullmatch,
@@ -116,7 +116,7 @@ TRIED = {
     "logins/registry.py": 1,
     "logs.py": 4,
     "logins/qr.py": 1,
-    "mending.py": 4,
+    "json_repair.py": 4,
     "names.py": 3,
     "conversation/commands.py": 3,
     "conversation/split.py": 8,

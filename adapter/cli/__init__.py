@@ -15,7 +15,7 @@ from cyclopts import App, CycloptsError
 
 from adapter import __version__
 from adapter.cli import backup, bindings, dead, demo, doctor, login, output, permissions, queued, run, send, tail
-from adapter.cli.exits import EXIT_CODES, INTERRUPTED, NO, OK, USAGE, Failed
+from adapter.cli.exit_codes import EXIT_CODES, INTERRUPTED, NO, OK, USAGE, Failed
 from adapter.embedded import EmbeddedFailed
 from adapter.errors import AdapterError, SettingsError
 

@@ -16,7 +16,7 @@ from nats.errors import Error as NatsError
 from adapter.cli import output
 from adapter.cli.bus import Bus, connected
 from adapter.cli.doctor import adapters_there, unheard
-from adapter.cli.exits import NO, OK, UNREACHABLE, USAGE, Failed
+from adapter.cli.exit_codes import NO, OK, UNREACHABLE, USAGE, Failed
 from adapter.cli.options import Json, flag
 
 COLUMNS = ("stream", "messages", "bytes")

@@ -15,7 +15,7 @@ from nats.errors import Error as NatsError
 
 from adapter.cli import output
 from adapter.cli.bus import Bus, connected
-from adapter.cli.exits import NO, OK, TIMEOUT, UNREACHABLE, USAGE, Failed
+from adapter.cli.exit_codes import NO, OK, TIMEOUT, UNREACHABLE, USAGE, Failed
 from adapter.cli.options import AutoTyping, Durable, Json, Keep, MaybeSandbox, RequestId, Sandbox, Timeout, new_id
 from adapter.contract import (
     SCHEMA_VERSION,

@@ -22,11 +22,11 @@ from nats.errors import Error as NatsError
 from nats.js import JetStreamContext, api
 from nats.js.errors import APIError, NoStreamResponseError, NotFoundError, ServiceUnavailableError
 
-from adapter.cli.exits import NO, UNREACHABLE, Failed
+from adapter.cli.exit_codes import NO, UNREACHABLE, Failed
 from adapter.environment import read_settings
 from adapter.errors import STORE_FAILED, UNDECODABLE, Temporary
 from adapter.jetstream.client import BusClient, violation
-from adapter.jetstream.link import connect_options
+from adapter.jetstream.managed_connection import connect_options
 from adapter.names import H_ERROR, H_ERROR_CODE, Names
 from adapter.permissions import grants, overlaps
 from adapter.settings import CREDENTIALS, Settings

@@ -17,11 +17,11 @@ from nats.js.errors import APIError, NotFoundError
 
 from adapter.cli import output
 from adapter.cli.bus import Bus, JetStreamGone, connected, no_stream, stored_from
-from adapter.cli.exits import NO, OK, UNREACHABLE, USAGE, Failed
+from adapter.cli.exit_codes import NO, OK, UNREACHABLE, USAGE, Failed
 from adapter.cli.options import Json
 from adapter.dead_letters import Letter, again, letter_of
 from adapter.errors import UNDECODABLE
-from adapter.jetstream.answers import NO_STREAM
+from adapter.jetstream.api_replies import NO_STREAM
 from adapter.names import H_MSG_ID, Names
 
 app = App(name="dead", help="Messages that could not be handled: list, show, try again, delete.")

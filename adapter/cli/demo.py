@@ -14,9 +14,9 @@ from urllib.parse import urlsplit
 from adapter import __version__, logs
 from adapter.cli.bindings import request
 from adapter.cli.bus import Bus, connected
-from adapter.cli.exits import NO, OK, Failed
+from adapter.cli.exit_codes import NO, OK, Failed
+from adapter.cli.lifetime import adapter_running, unless, until_signalled, while_alive
 from adapter.cli.options import flag
-from adapter.cli.running import adapter_running, unless, until_signalled, while_alive
 from adapter.cli.screen import Screen
 from adapter.cli.stdin import lines
 from adapter.contract import Bind

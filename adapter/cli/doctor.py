@@ -11,18 +11,18 @@ from cyclopts import Parameter
 from nats.aio.msg import Msg
 from nats.errors import Error as NatsError
 
-from adapter.bindings.resealing import seal_all, tokens_at_rest
-from adapter.cli import astray, output, permitted
+from adapter.bindings.key_rotation import seal_all, tokens_at_rest
+from adapter.cli import output, permission_checks, unrouted_commands
 from adapter.cli.bindings import all_bindings
 from adapter.cli.bus import Bus, connected, forbidden, settings_here
 from adapter.cli.checks import Check, State
-from adapter.cli.exits import NO, OK, UNREACHABLE, Failed
+from adapter.cli.exit_codes import NO, OK, UNREACHABLE, Failed
 from adapter.cli.options import Json, MaybeSandbox, flag
 from adapter.errors import UNDECODABLE, BusRefused, Refused, Temporary
 from adapter.jetstream import topology
 from adapter.jetstream.buckets import LeaderKvBucket
 from adapter.jetstream.history import StreamHistory
-from adapter.jetstream.link import Link
+from adapter.jetstream.managed_connection import Link
 from adapter.seal import Sealer, Sealing
 from adapter.settings import Settings
 
@@ -60,7 +60,7 @@ async def doctor(
             checks = await _unheard(bus)
             if not checks and fix and not sandbox:
                 await _fix(bus, settings, quiet=json)
-            checks = checks or await (permitted.confined(bus, sandbox) if sandbox else examine(bus, settings))
+            checks = checks or await (permission_checks.confined(bus, sandbox) if sandbox else examine(bus, settings))
     except Failed as exc:
         if exc.code != UNREACHABLE:
             raise
@@ -84,7 +84,7 @@ async def _unheard(bus: Bus) -> list[Check]:
 async def examine(bus: Bus, settings: Settings) -> list[Check]:
     """Every check; one that cannot be made fails and does not hide the others."""
     checks = [Check("nats", "ok", f"nats-server {_version(bus)}, {_where(bus)}")]
-    checks += await permitted.check(bus, settings)
+    checks += await permission_checks.check(bus, settings)
     checks.append(await _level(bus, settings))
     if checks[-1].state == "ok":
         checks += await _topology(bus, settings)
@@ -182,7 +182,7 @@ async def _paused(bus: Bus, settings: Settings) -> list[Check]:
 
 async def _astray(bus: Bus, settings: Settings) -> list[Check]:
     try:
-        count = await astray.count(await _link(bus, settings), bus.names)
+        count = await unrouted_commands.count(await _link(bus, settings), bus.names)
     except (BusRefused, Temporary):
         return []  # there is no such stream, which is told
     said = f"{count} were stored where no adapter looks, without the subject transform: use --fix."
@@ -313,9 +313,9 @@ async def _fix(bus: Bus, settings: Settings, *, quiet: bool) -> None:
         for d in {d.name: d for d in different}.values():
             await topology.alter(link, bus.names, settings, d)
         await _seal(link, bus, settings, quiet=quiet)
-        if count := await astray.count(link, bus.names):
+        if count := await unrouted_commands.count(link, bus.names):
             _announce(f"publishing {count} commands again that were stored where no adapter looks", quiet)
-            await astray.bring_back(link, bus, count)
+            await unrouted_commands.bring_back(link, bus, count)
     except BusRefused as exc:
         by_hand = "" if exc.code in topology.NO_ROOM else "; this has to be changed by hand"
         raise Failed(NO, f"The server refused: {exc.detail}{by_hand}.") from exc

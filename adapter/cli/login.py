@@ -17,9 +17,9 @@ from nats.aio.msg import Msg
 
 from adapter.cli import output, stdin
 from adapter.cli.bus import Bus, connected
-from adapter.cli.exits import INTERRUPTED, NO, OK, UNREACHABLE, USAGE, Failed
+from adapter.cli.exit_codes import INTERRUPTED, NO, OK, UNREACHABLE, USAGE, Failed
+from adapter.cli.lifetime import unless, until_signalled
 from adapter.cli.options import AutoTyping, Durable, Json, Sandbox, flag
-from adapter.cli.running import unless, until_signalled
 from adapter.contract import CHECKING, FINAL_STATUSES, Login, LoginQuery, LoginStart, LoginVerify, Options
 from adapter.timing import first_of
 

@@ -12,7 +12,7 @@ from cyclopts import App, Parameter
 
 from adapter.cli import jwts, output
 from adapter.cli.bus import Bus, connected, settings_here
-from adapter.cli.exits import NO, OK, USAGE, Failed
+from adapter.cli.exit_codes import NO, OK, USAGE, Failed
 from adapter.cli.jwts import Key
 from adapter.cli.options import Sandbox, flag
 from adapter.errors import Refused

@@ -12,13 +12,13 @@ from nats.js.errors import APIError
 
 from adapter.cli import output
 from adapter.cli.bus import Bus, JetStreamGone, connected, no_stream
-from adapter.cli.exits import NO, OK, UNREACHABLE, USAGE, Failed
+from adapter.cli.exit_codes import NO, OK, UNREACHABLE, USAGE, Failed
 from adapter.cli.options import Json, MaybeSandbox, flag
 from adapter.conversation.commands import Limits, command_id, salvage_ids
 from adapter.errors import BusRefused, Temporary
-from adapter.jetstream.answers import NO_STREAM
+from adapter.jetstream.api_replies import NO_STREAM
 from adapter.jetstream.history import read_stream
-from adapter.jetstream.link import Link
+from adapter.jetstream.managed_connection import Link
 from adapter.names import H_COMMAND, H_MSG_ID, Names, shard_of
 from adapter.ports import Stored
 

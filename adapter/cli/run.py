@@ -17,9 +17,9 @@ from cyclopts import App, Parameter
 from adapter import __version__, logs
 from adapter.cli import output
 from adapter.cli.bus import URL_FILE, settings_here
-from adapter.cli.exits import OK, USAGE, Failed
+from adapter.cli.exit_codes import OK, USAGE, Failed
+from adapter.cli.lifetime import until_signalled, while_alive
 from adapter.cli.options import flag
-from adapter.cli.running import until_signalled, while_alive
 from adapter.embedded import EmbeddedNats, write_private
 from adapter.environment import read_settings
 from adapter.eventloop import run_fast

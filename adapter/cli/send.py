@@ -14,7 +14,7 @@ from nats.errors import Error as NatsError
 
 from adapter.cli import output
 from adapter.cli.bus import Bus, connected, stored_from
-from adapter.cli.exits import NO, OK, TIMEOUT, UNREACHABLE, USAGE, Failed
+from adapter.cli.exit_codes import NO, OK, TIMEOUT, UNREACHABLE, USAGE, Failed
 from adapter.cli.options import Json, RequestId, Sandbox, Timeout, flag, new_id
 from adapter.contract import FINAL_OUTCOMES, SCHEMA_VERSION, Outbound, Receipt
 from adapter.errors import UNDECODABLE

@@ -13,7 +13,7 @@ from nats.errors import Error as NatsError
 
 from adapter.cli import output
 from adapter.cli.bus import Bus, connected, replay
-from adapter.cli.exits import OK, TIMEOUT, USAGE, Failed
+from adapter.cli.exit_codes import OK, TIMEOUT, USAGE, Failed
 from adapter.cli.options import Age, Json, MaybeSandbox, flag, moment
 from adapter.cli.send import describe
 from adapter.contract import Inbound, Receipt

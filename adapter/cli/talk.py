@@ -11,7 +11,7 @@ import msgspec
 from nats.aio.msg import Msg
 
 from adapter.cli.bus import Bus
-from adapter.cli.exits import NO, OK, TIMEOUT, Failed
+from adapter.cli.exit_codes import NO, OK, TIMEOUT, Failed
 from adapter.cli.screen import Screen
 from adapter.cli.send import describe
 from adapter.contract import FINAL_OUTCOMES, Inbound, Outbound, Receipt

@@ -15,9 +15,9 @@ from urllib.parse import parse_qs
 
 import structlog
 
-from adapter.console.desk import Desk, Needs
-from adapter.console.guard import SESSION_S, Guard
+from adapter.console.auth import SESSION_S, Guard
 from adapter.console.pages import Pages
+from adapter.console.service import Desk, Needs
 from adapter.console.view import Platform, Wanted
 from adapter.contract import Options
 from adapter.errors import AdapterError, Refused, Temporary

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from adapter.contract import BindingInfo, Login, Window
 from adapter.dead_letters import Letter
-from adapter.replicas.rollcall import Present
+from adapter.replicas.replica_status import Present
 
 PAGE = 50
 """Bindings, or dead letters, on a page."""

@@ -22,7 +22,7 @@ from adapter.contract import (
 )
 from adapter.conversation import split
 from adapter.errors import UNDECODABLE, Refused, Unreadable
-from adapter.mending import without_halves
+from adapter.json_repair import without_halves
 from adapter.names import H_SEQUENCE, H_SINCE_MS, check_sandbox, is_sandbox
 
 _PEER = re.compile(r"[!-~]{0,128}")

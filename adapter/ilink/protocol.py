@@ -19,8 +19,8 @@ from adapter.ilink import wire
 from adapter.ilink.cipher import cipher_size, write_key
 from adapter.ilink.paging import WHOLE_BYTES, pages_of, read_page
 from adapter.ilink.urls import PLAIN_URL, URL_CHARS
+from adapter.json_repair import as_utf8, without_controls, without_halves
 from adapter.logs import HIDDEN, hide_secrets
-from adapter.mending import as_utf8, without_controls, without_halves
 from adapter.ports import Accepted, MediaKind, Polled, QrCode, Scan, ScanStatus, Share, Uploaded
 from adapter.quotes import as_id
 

@@ -17,8 +17,8 @@ from adapter.errors import UNDECODABLE, Refused, Unreadable
 from adapter.ilink import wire
 from adapter.ilink.cipher import read_key
 from adapter.ilink.references import Quoted, ident_of, read_reference, transcript
+from adapter.json_repair import as_utf8, decode_fields
 from adapter.media import NO_NAMES
-from adapter.mending import as_utf8, decode_fields
 from adapter.names import digest
 from adapter.ports import Fetch, Said
 from adapter.quotes import as_id, kind_of

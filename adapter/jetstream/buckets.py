@@ -16,9 +16,9 @@ from nats.aio.msg import Msg
 from nats.errors import Error as NatsError
 
 from adapter.errors import BusRefused, Conflict, Temporary
-from adapter.jetstream.answers import ApiAnswer, read_answer, write_refusal
+from adapter.jetstream.api_replies import ApiAnswer, read_answer, write_refusal
 from adapter.jetstream.history import LeaderMessage, last_of, leader_message, read_stream
-from adapter.jetstream.link import Link
+from adapter.jetstream.managed_connection import Link
 from adapter.jetstream.publisher import Publisher
 from adapter.names import H_EXPECTED
 from adapter.ports import Entry, Message, Stored

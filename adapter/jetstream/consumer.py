@@ -27,8 +27,8 @@ from nats.aio.msg import Msg
 
 from adapter.errors import BusRefused, LeaseLost, Temporary
 from adapter.jetstream import topology
-from adapter.jetstream.answers import NO_CONSUMER, unix_ms
-from adapter.jetstream.link import Link
+from adapter.jetstream.api_replies import NO_CONSUMER, unix_ms
+from adapter.jetstream.managed_connection import Link
 from adapter.jetstream.topology import Wanted
 from adapter.timing import Clock, backoff, first_of
 

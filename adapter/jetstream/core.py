@@ -10,8 +10,8 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 
 from adapter.errors import BusRefused, Refused
-from adapter.jetstream.answers import CONSUMER_EXISTS, NO_CONSUMER
-from adapter.jetstream.link import Link
+from adapter.jetstream.api_replies import CONSUMER_EXISTS, NO_CONSUMER
+from adapter.jetstream.managed_connection import Link
 from adapter.names import Names, is_inbox
 from adapter.timing import first_of
 

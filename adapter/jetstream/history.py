@@ -13,9 +13,9 @@ from typing import Any
 import msgspec
 
 from adapter.errors import BusRefused, Temporary
-from adapter.jetstream.answers import MESSAGE_GONE, NO_STREAM, ApiAnswer, ApiError, read_answer, unix_ms
-from adapter.jetstream.link import Link
-from adapter.jetstream.questions import Answer
+from adapter.jetstream.api_replies import MESSAGE_GONE, NO_STREAM, ApiAnswer, ApiError, read_answer, unix_ms
+from adapter.jetstream.managed_connection import Link
+from adapter.jetstream.multiplexer import Answer
 from adapter.ports import Stored
 
 PAGE_BYTES = 1024 * 1024

@@ -8,8 +8,8 @@ from typing import Any
 import structlog
 
 from adapter.errors import BusRefused, Temporary
-from adapter.jetstream.answers import NO_STREAM
-from adapter.jetstream.link import Link
+from adapter.jetstream.api_replies import NO_STREAM
+from adapter.jetstream.managed_connection import Link
 from adapter.jetstream.topology import Difference, Wanted, compare, streams
 from adapter.names import Names
 from adapter.settings import Settings

@@ -16,7 +16,7 @@ from nats.micro.service import EndpointConfig, Service
 from adapter.contract import SCHEMA_VERSION
 from adapter.errors import AdapterError, Refused, Temporary
 from adapter.jetstream.client import BusClient
-from adapter.jetstream.link import Link
+from adapter.jetstream.managed_connection import Link
 from adapter.jetstream.shares import Refusals, Shares
 from adapter.metrics import Metrics
 from adapter.names import H_ERROR, H_ERROR_CODE, H_SCHEMA, Names, is_inbox

@@ -22,7 +22,7 @@ import structlog
 
 from adapter.errors import UNDECODABLE, AdapterError, BusRefused, Conflict, Refused, Temporary, Unreadable
 from adapter.jetstream.history import direct_get, direct_one, last_of, leader_next
-from adapter.jetstream.link import Link
+from adapter.jetstream.managed_connection import Link
 from adapter.jetstream.publisher import Publisher
 from adapter.media import HEAD
 from adapter.names import H_EXPECTED, H_MSG_ID, H_OFFSET

@@ -20,13 +20,13 @@ from nats.errors import BadHeaderError, BadSubjectError, MaxPayloadError
 from nats.errors import Error as NatsError
 
 from adapter.errors import AdapterError, BusRefused, LeaseLost, Temporary
-from adapter.jetstream.answers import ApiError, write_refusal
+from adapter.fast_metrics import Count, Distribution
+from adapter.jetstream.api_replies import ApiError, write_refusal
 from adapter.jetstream.client import BusClient, is_unheard
-from adapter.jetstream.link import Link
+from adapter.jetstream.managed_connection import Link
 from adapter.metrics import Metrics
 from adapter.names import stream_of
 from adapter.ports import Message, PubAck
-from adapter.tallies import Count, Distribution
 from adapter.timing import Clock, Condition, first_of
 
 log = structlog.get_logger()

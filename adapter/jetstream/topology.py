@@ -15,9 +15,9 @@ import msgspec
 import structlog
 
 from adapter.errors import BusRefused, SettingsError, Temporary
-from adapter.jetstream.answers import ACCOUNT_FULL, CONSUMER_EXISTS, NO_STREAM
+from adapter.jetstream.api_replies import ACCOUNT_FULL, CONSUMER_EXISTS, NO_STREAM
 from adapter.jetstream.buckets import news_subject
-from adapter.jetstream.link import Link
+from adapter.jetstream.managed_connection import Link
 from adapter.names import SHARDS, Names
 from adapter.settings import Settings
 

@@ -16,7 +16,7 @@ from adapter.errors import LeaseLost
 from adapter.jetstream import topology
 from adapter.jetstream.buckets import KvBucket
 from adapter.jetstream.history import StreamHistory
-from adapter.jetstream.link import Link
+from adapter.jetstream.managed_connection import Link
 from adapter.jetstream.publisher import Publisher
 from adapter.metrics import Metrics
 from adapter.names import H_MSG_ID, Names

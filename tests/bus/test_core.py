@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from adapter.jetstream.core import CoreNats
-from adapter.jetstream.link import Link
+from adapter.jetstream.managed_connection import Link
 from adapter.names import H_SCHEMA
 from tests.bus.rig import NAMES, PATIENCE_S, Rig
 

@@ -28,7 +28,7 @@ from adapter.contract import Media
 from adapter.embedded import find_server
 from adapter.jetstream import topology
 from adapter.jetstream.history import direct_one
-from adapter.jetstream.link import Link
+from adapter.jetstream.managed_connection import Link
 from adapter.jetstream.microservice import Services
 from adapter.jetstream.objects import ObjectStore, _upload_ident
 from adapter.jetstream.publisher import Publisher

@@ -12,7 +12,7 @@ from nats.aio.msg import Msg
 from structlog.testing import capture_logs
 
 from adapter.errors import Refused, Temporary
-from adapter.jetstream.link import Link
+from adapter.jetstream.managed_connection import Link
 from adapter.jetstream.microservice import OF_ONE, REPLAYS, Handler, Services
 from adapter.jetstream.shares import REFUSALS_PER_S
 from adapter.metrics import Metrics

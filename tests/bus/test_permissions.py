@@ -17,7 +17,7 @@ from structlog.testing import capture_logs
 
 from adapter.environment import read_settings
 from adapter.jetstream import topology
-from adapter.jetstream.link import Link
+from adapter.jetstream.managed_connection import Link
 from adapter.names import H_NAME, H_UPLOAD
 from adapter.permissions import ROLES, covers, grants, streams
 from adapter.schema import channels

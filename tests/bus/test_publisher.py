@@ -154,7 +154,7 @@ async def test_a_limit_for_messages_that_stays_low_is_doubted_less_and_less(
     reloaded: Bus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is too large may be tried for ever, and each new connection holds up everybody."""
-    monkeypatch.setattr("adapter.jetstream.link.DOUBT_S", 0.1)
+    monkeypatch.setattr("adapter.jetstream.managed_connection.DOUBT_S", 0.1)
     assert isinstance(reloaded.server, Reloaded)
     async with rig_on(reloaded) as rig:
         await reloaded.server.limit(2048)

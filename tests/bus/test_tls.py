@@ -12,7 +12,7 @@ import pytest
 from msgspec.structs import replace
 
 from adapter.embedded import find_server
-from adapter.jetstream.link import Link
+from adapter.jetstream.managed_connection import Link
 from adapter.settings import Settings
 from tests.authority import Authority
 from tests.e2e.waiting import eventually, until

@@ -16,8 +16,8 @@ from structlog.testing import capture_logs
 from adapter.embedded import EmbeddedNats
 from adapter.errors import STORE_FAILED, BusRefused, SettingsError
 from adapter.jetstream import topology
-from adapter.jetstream.answers import NO_STREAM
-from adapter.jetstream.link import Link
+from adapter.jetstream.api_replies import NO_STREAM
+from adapter.jetstream.managed_connection import Link
 from adapter.jetstream.publisher import Publisher
 from adapter.metrics import Metrics
 from adapter.names import H_COMMAND, H_MSG_ID, SHARDS, shard_of

@@ -17,7 +17,7 @@ from adapter.cli.bus import Bus, connected
 from adapter.embedded import EmbeddedNats
 from adapter.environment import read_settings
 from adapter.jetstream import topology
-from adapter.jetstream.link import Link
+from adapter.jetstream.managed_connection import Link
 from adapter.settings import Settings
 from tests import canary
 from tests.e2e.memory import SMALL, in_memory

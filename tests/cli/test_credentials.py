@@ -11,7 +11,7 @@ import pytest
 
 from adapter.cli.jwts import USER, Key
 from adapter.errors import Temporary
-from adapter.jetstream.link import connect_options
+from adapter.jetstream.managed_connection import connect_options
 from adapter.settings import Settings
 from tests.authority import Authority
 from tests.bus.guarded import guarded

@@ -9,7 +9,7 @@ from nats.js import api
 
 from adapter.cli.bus import Bus, connected, stored_from
 from adapter.cli.dead import masked
-from adapter.cli.exits import UNREACHABLE, Failed
+from adapter.cli.exit_codes import UNREACHABLE, Failed
 from adapter.dead_letters import original_subject
 from adapter.names import (
     H_COMMAND,

@@ -12,14 +12,14 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from adapter.cli import permitted
+from adapter.cli import permission_checks
 from adapter.cli.bus import Bus, connected
 from adapter.contract import BindingInfo
 from adapter.embedded import EmbeddedNats
 from adapter.environment import read_settings
 from adapter.errors import Refused
 from adapter.jetstream.history import StreamHistory
-from adapter.jetstream.link import Link
+from adapter.jetstream.managed_connection import Link
 from adapter.names import H_SINCE_MS, shard_of, token_of
 from adapter.records import Binding
 from adapter.seal import Sealer, cursor_context
@@ -351,7 +351,7 @@ async def test_what_a_user_may_not_and_a_stranger_may_is_told(
     async with guarded(tmp_path, edit=edit) as server:
         settings = read_settings({"NATS_URL": server.url, **server.users[who].environ})
         async with connected(settings) as bus:
-            checks = await permitted.check(bus, settings)
+            checks = await permission_checks.check(bus, settings)
     assert [check.check for check in checks] == ["permissions", "strangers"]
     for check, (state, words) in zip(checks, (permissions, strangers), strict=True):
         assert check.state == state, checks

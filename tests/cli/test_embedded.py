@@ -13,7 +13,7 @@ import pytest
 from nats.errors import Error as NatsError
 
 from adapter.cli.bus import settings_here
-from adapter.cli.exits import Failed
+from adapter.cli.exit_codes import Failed
 from adapter.cli.run import KEY_FILE, _with_key
 from adapter.embedded import EmbeddedFailed, EmbeddedNats, find_server, server_config, server_version
 from adapter.errors import SettingsError

@@ -17,8 +17,8 @@ import msgspec
 import pytest
 
 from adapter.cli.demo import demo_settings
+from adapter.cli.lifetime import adapter_running
 from adapter.cli.login import _View
-from adapter.cli.running import adapter_running
 from adapter.contract import Login
 from adapter.embedded import EmbeddedNats
 from adapter.logins.qr import DARK_ON_LIGHT, PLAIN, terminal_text

@@ -16,8 +16,8 @@ import pytest
 from rich.cells import cell_len
 
 from adapter.cli.bus import Bus
+from adapter.cli.lifetime import unless
 from adapter.cli.output import complain, full, json_line, printable
-from adapter.cli.running import unless
 from adapter.cli.screen import LABEL, Screen
 from adapter.cli.stdin import lines
 from adapter.contract import BindingInfo, LoginQuery, Receipt

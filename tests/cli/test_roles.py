@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from adapter.cli.bus import connected
-from adapter.cli.exits import Failed
+from adapter.cli.exit_codes import Failed
 from adapter.contract import BindingsPage, BindingsQuery
 from adapter.jetstream import topology
-from adapter.jetstream.link import Link
+from adapter.jetstream.managed_connection import Link
 from adapter.settings import Settings
 from tests.bus.guarded import NAMES, WITNESS, Guarded, Player, guarded
 from tests.cli.conftest import Command

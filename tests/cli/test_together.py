@@ -10,7 +10,7 @@ import pytest
 
 from adapter.cli.bus import Bus
 from adapter.cli.demo import demo_settings
-from adapter.cli.running import adapter_running
+from adapter.cli.lifetime import adapter_running
 from adapter.embedded import EmbeddedNats
 from adapter.simulator import Simulator, SimulatorSettings
 from tests.cli.conftest import Command

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from adapter.cli.bus import connected
-from adapter.cli.exits import UNREACHABLE, Failed
+from adapter.cli.exit_codes import UNREACHABLE, Failed
 from adapter.embedded import EmbeddedNats
 from adapter.schema import DOCUMENTED
 from adapter.settings import Settings

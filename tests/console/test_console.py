@@ -17,15 +17,15 @@ import msgspec
 import pytest
 from structlog.testing import capture_logs
 
-from adapter.console.desk import Needs
-from adapter.console.guard import SESSION_S, WRONG_A_MINUTE, Guard
+from adapter.console.auth import SESSION_S, WRONG_A_MINUTE, Guard
 from adapter.console.server import AT_ONCE, MAX_BODY, Console, is_loopback
+from adapter.console.service import Needs
 from adapter.conversation.record import VERSION
 from adapter.errors import BusRefused, SettingsError, Temporary
 from adapter.logins.registry import LoginRegistry
 from adapter.names import H_DETAIL, H_MSG_ID, H_REASON, H_SUBJECT, H_TIME_MS
 from adapter.ports import QrCode
-from adapter.replicas.rollcall import Call, Polling, Present
+from adapter.replicas.replica_status import Call, Polling, Present
 from adapter.seal import Sealer
 from adapter.services.logins import LoginService
 from adapter.simulator import samples

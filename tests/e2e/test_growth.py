@@ -26,8 +26,8 @@ from adapter.app import run_parts
 from adapter.contract import FINAL_OUTCOMES, Bind, ControlAnswer, Options, Receipt, Unbind
 from adapter.embedded import EmbeddedNats
 from adapter.names import SHARDS, Names, shard_of
-from adapter.parts import Parts
 from adapter.settings import Settings
+from adapter.wiring import Parts
 from tests.e2e.waiting import eventually, free_port, until
 from tests.growth import census, growing
 

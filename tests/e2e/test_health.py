@@ -18,10 +18,10 @@ import pytest
 from adapter.app import run_parts
 from adapter.embedded import EmbeddedNats
 from adapter.environment import read_settings
-from adapter.parts import Parts
 from adapter.ports import Message
 from adapter.probes import STUCK_S
 from adapter.simulator import FaultRule, Simulator
+from adapter.wiring import Parts
 from tests.e2e.waiting import eventually, free_port
 from tests.e2e.world import AdapterProcess
 

@@ -17,7 +17,7 @@ from nats.aio.client import Client
 from nats.js.errors import KeyNotFoundError
 
 from adapter.conversation.record import ConversationRecord
-from adapter.jetstream.link import Link
+from adapter.jetstream.managed_connection import Link
 from adapter.jetstream.objects import ObjectStore
 from adapter.jetstream.publisher import Publisher
 from adapter.metrics import Metrics

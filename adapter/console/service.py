@@ -10,7 +10,7 @@ import msgspec
 import structlog
 
 from adapter.bindings.registry import Bindings
-from adapter.console.guard import Guard
+from adapter.console.auth import Guard
 from adapter.console.view import (
     PAGE,
     DeadPage,
@@ -32,7 +32,7 @@ from adapter.logins.registry import LoginRegistry
 from adapter.names import Names
 from adapter.ports import AllReplicas, Archive, Bus, Stored
 from adapter.records import Binding
-from adapter.replicas import rollcall
+from adapter.replicas import replica_status
 from adapter.timing import Clock
 
 log = structlog.get_logger()
@@ -73,7 +73,7 @@ class Desk:
     async def platform(self) -> Platform:
         needs = self._needs
         expected = needs.living()
-        replicas = await rollcall.roll(needs.replicas, needs.names.roll(), [], expected)
+        replicas = await replica_status.roll(needs.replicas, needs.names.roll(), [], expected)
         return Platform(
             replicas, expected, await self._dead(), sum(1 for _, record in needs.registry if not record.over)
         )
@@ -149,7 +149,7 @@ class Desk:
         needs = self._needs
         bots = [binding.bot for binding in bindings]
         records = await asyncio.gather(*(self._record(binding) for binding in bindings))
-        replicas = await rollcall.roll(needs.replicas, needs.names.roll(), bots, needs.living())
+        replicas = await replica_status.roll(needs.replicas, needs.names.roll(), bots, needs.living())
         polls = {bot: polling for present in replicas for bot, polling in present.polls.items()}
         now_ms = needs.clock.now_ms()
         rows = []

@@ -6,11 +6,11 @@ import asyncio
 
 import structlog
 
-from adapter.bindings.resealing import tokens_at_rest
+from adapter.bindings.key_rotation import tokens_at_rest
 from adapter.errors import UNDECODABLE, SettingsError, Temporary
 from adapter.jetstream import topology
-from adapter.parts import Parts
 from adapter.permissions import USER_INFO, required, user_of
+from adapter.wiring import Parts
 
 log = structlog.get_logger()
 

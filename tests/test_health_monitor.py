@@ -10,11 +10,11 @@ import pytest
 from structlog.testing import capture_logs
 
 from adapter.errors import BusRefused, Temporary
+from adapter.health_monitor import WATCH_S, Watch
 from adapter.jetstream.topology import Difference
 from adapter.metrics import Metrics
 from adapter.names import Names
 from adapter.probes import BUS_GRACE_S, Health
-from adapter.watch import WATCH_S, Watch
 from tests.fakes import FakeClock
 
 VIRTUAL_TIME = True

@@ -13,7 +13,7 @@ from nats.aio.msg import Msg
 
 from adapter.embedded import EmbeddedNats
 from adapter.errors import Temporary
-from adapter.jetstream.link import Link
+from adapter.jetstream.managed_connection import Link
 from adapter.settings import Settings
 from tests.e2e.waiting import until
 

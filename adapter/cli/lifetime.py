@@ -8,7 +8,7 @@ import signal
 from collections.abc import AsyncIterator, Coroutine, Iterator
 from typing import Any, TypeVar
 
-from adapter.cli.exits import NO, TIMEOUT, UNREACHABLE, Failed
+from adapter.cli.exit_codes import NO, TIMEOUT, UNREACHABLE, Failed
 from adapter.embedded import EmbeddedNats
 from adapter.settings import Settings
 

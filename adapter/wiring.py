@@ -14,8 +14,8 @@ from adapter import __version__, media
 from adapter.bindings.control import Control
 from adapter.bindings.registry import Bindings, account_of
 from adapter.connections import Connections
-from adapter.console.desk import Needs
 from adapter.console.server import Console
+from adapter.console.service import Needs
 from adapter.conversation.commands import Limits
 from adapter.conversation.conversations import Conversations, ConversationShard
 from adapter.conversation.rules import SendPolicy
@@ -25,6 +25,7 @@ from adapter.conversation.uploads import Uploads
 from adapter.conversation.window import WindowPolicy
 from adapter.errors import Temporary
 from adapter.events import Events
+from adapter.health_monitor import Watch
 from adapter.ilink.translate import read_message
 from adapter.inbound import poller
 from adapter.inbound.dispatcher import Dispatching
@@ -52,20 +53,19 @@ from adapter.outbound.text_worker import TextWorker
 from adapter.outbound.typing_indicator import TypingDeps
 from adapter.probes import Health
 from adapter.records import Binding
-from adapter.replicas import rollcall
+from adapter.replicas import replica_status
 from adapter.replicas.leases import Leases
-from adapter.replicas.rollcall import Polling, Present
+from adapter.replicas.replica_status import Polling, Present
 from adapter.seal import Sealer
 from adapter.services.logins import LoginService
 from adapter.services.media import MediaService
 from adapter.services.queries import Queries
 from adapter.settings import Settings
-from adapter.shardwork import ShardLoops
+from adapter.shard_runtime import ShardLoops
 from adapter.slots import FairSlots
 from adapter.supervisor import Supervisor
 from adapter.tasks import Tasks
 from adapter.timing import Beat, Pace, SystemClock, Turns
-from adapter.watch import Watch
 
 log = structlog.get_logger()
 
@@ -170,7 +170,7 @@ class Parts:
         self.handlers = self._serve()
         metrics.bindings_capacity.set(settings.capacity)
         connections.link.on_up(self._count_connect)
-        connections.core.respond(self.names.roll(), lambda data: rollcall.answer(data, self._present))
+        connections.core.respond(self.names.roll(), lambda data: replica_status.answer(data, self._present))
         connections.core.subscribe(
             self.names.freed(), lambda data: self.supervisor.released(data.decode("utf-8", "replace"))
         )
@@ -188,8 +188,8 @@ class Parts:
 
     async def _is_idle(self, incarnation: str, bot: str) -> bool:
         """Raises Temporary."""
-        there = await rollcall.roll(self.connections.core, self.names.roll(), [bot], self.leases.living)
-        return rollcall.is_idle(there, incarnation, bot, self.leases.others)
+        there = await replica_status.roll(self.connections.core, self.names.roll(), [bot], self.leases.living)
+        return replica_status.is_idle(there, incarnation, bot, self.leases.others)
 
     async def _wait_media_writable(self) -> None:
         """As `Incoming.writable`, for what is to be stored with its media."""

@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 
 from adapter.cli.bus import ANSWER_S, Bus
-from adapter.cli.exits import NO, UNREACHABLE, Failed
+from adapter.cli.exit_codes import NO, UNREACHABLE, Failed
 from adapter.conversation.commands import original
 from adapter.headers import passed_on
 from adapter.jetstream import topology
 from adapter.jetstream.consumer import Consumer, Delivery
 from adapter.jetstream.history import subjects_of
-from adapter.jetstream.link import Link
+from adapter.jetstream.managed_connection import Link
 from adapter.names import H_COMMAND, H_MSG_ID, H_SEQUENCE, H_SINCE_MS, Names, digest
 
 SECOND_NS = 1_000_000_000

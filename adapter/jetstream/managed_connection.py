@@ -21,10 +21,10 @@ from nats.aio.msg import Msg
 from nats.errors import Error as NatsError
 
 from adapter.errors import Temporary
-from adapter.jetstream.answers import ApiAnswer, is_leaderless, read_answer, refusal
+from adapter.jetstream.api_replies import ApiAnswer, is_leaderless, read_answer, refusal
 from adapter.jetstream.client import BusClient, violation
 from adapter.jetstream.credentials import credentials, tls_context
-from adapter.jetstream.questions import Answer, Question, Questions
+from adapter.jetstream.multiplexer import Answer, Question, Questions
 from adapter.settings import Settings
 from adapter.timing import Condition, backoff, first_of, is_cancelled
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from adapter.replicas.rollcall import Polling, Present, is_idle
+from adapter.replicas.replica_status import Polling, Present, is_idle
 
 BOT = "b1@im.bot"
 

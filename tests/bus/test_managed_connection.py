@@ -13,10 +13,10 @@ from nats.aio.msg import Msg
 from structlog.testing import capture_logs
 
 from adapter.errors import Temporary
-from adapter.jetstream.answers import is_leaderless
+from adapter.jetstream.api_replies import is_leaderless
 from adapter.jetstream.buckets import LeaderKvBucket
-from adapter.jetstream.link import Link
-from adapter.jetstream.questions import Answer
+from adapter.jetstream.managed_connection import Link
+from adapter.jetstream.multiplexer import Answer
 from adapter.settings import Settings
 from tests.bus.rig import NAMES, PATIENCE_S, Bus, Rig
 from tests.e2e.waiting import until

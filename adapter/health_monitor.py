@@ -10,7 +10,7 @@ import structlog
 from adapter.errors import BusRefused, Temporary
 from adapter.jetstream import topology
 from adapter.jetstream.inspector import Inspector
-from adapter.jetstream.link import Link
+from adapter.jetstream.managed_connection import Link
 from adapter.jetstream.publisher import Publisher
 from adapter.metrics import Metrics
 from adapter.names import Names

@@ -12,7 +12,7 @@ from adapter.bindings.control import Control
 from adapter.errors import LeaseLost
 from adapter.jetstream import topology
 from adapter.jetstream.consumer import Consumer
-from adapter.jetstream.link import Link
+from adapter.jetstream.managed_connection import Link
 from adapter.metrics import Metrics
 from adapter.names import Names
 from adapter.outbound.processor import OutboundDeps, ShardCommandProcessor

@@ -10,7 +10,7 @@ from nats.errors import Error as NatsError
 
 from adapter.cli.bus import Bus, connected, forbidden
 from adapter.cli.checks import Check
-from adapter.cli.exits import NO, Failed
+from adapter.cli.exit_codes import NO, Failed
 from adapter.errors import UNDECODABLE
 from adapter.names import Names
 from adapter.permissions import USER_INFO, Grants, User, grants, required, streams, user_of
