@@ -64,7 +64,7 @@ async def run_parts(parts: Parts, stop: asyncio.Event, on_ready: Callable[[], No
             finally:
                 for task in background:
                     task.cancel()
-                parts.routing.cancel()
+                parts.routing.cancel_all()
                 await parts.texts.close()
                 await parts.connections.close()
     log.info("adapter.stopped", instance=parts.instance)

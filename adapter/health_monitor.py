@@ -17,7 +17,7 @@ from adapter.names import Names
 from adapter.probes import BUS_GRACE_S, Health
 from adapter.replicas.leases import Leases
 from adapter.supervisor import Supervisor
-from adapter.timing import Clock, Condition
+from adapter.timing import ChangeSignal, Clock
 
 log = structlog.get_logger()
 
@@ -65,13 +65,13 @@ class Watch:
         """When JetStream was last in order."""
         self._missing: set[str] = set()
         """Streams that were deleted, and buckets that lacked keys, when it was last looked."""
-        self._looked = Condition()
+        self._looked = ChangeSignal()
         self._paused: dict[str, str] = {}
         """Consumers that an operator has paused, of those that are looked at, and their streams."""
 
     async def complete(self, streams: Iterable[str]) -> None:
         """Returns when these are there, with all their keys as far as that is known."""
-        await self._looked.until(lambda: self._missing.isdisjoint(streams))
+        await self._looked.wait_until(lambda: self._missing.isdisjoint(streams))
 
     def begin(self) -> None:
         """Called once the service has started, on streams that were found in order."""
@@ -142,7 +142,7 @@ class Watch:
         self._health.missing, self._health.altered = ", ".join(missing), ", ".join(altered)
         self._health.incomplete = ", ".join(incomplete)
         self._health.paused = [f"{stream} {consumer}" for consumer, stream in sorted(self._paused.items())]
-        self._looked.notify()
+        self._looked.notify_all()
 
     async def _ask_consumers(self) -> None:
         """Raises Temporary."""

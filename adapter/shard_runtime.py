@@ -20,7 +20,7 @@ from adapter.outbound.router import Router
 from adapter.ports import Delivery
 from adapter.probes import Health
 from adapter.replicas.leases import Leases
-from adapter.timing import Clock, restarted
+from adapter.timing import Clock, run_with_restarts
 
 log = structlog.get_logger()
 
@@ -67,7 +67,7 @@ class ShardLoops(NamedTuple):
 
     async def _lasting(self, name: str, run: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """Restarts a loop that crashed; one that goes on crashing fails /livez."""
-        last = await restarted(run, name, self.clock, restarts=RESTARTS, steady_s=STEADY_S)
+        last = await run_with_restarts(run, name, self.clock, restarts=RESTARTS, steady_s=STEADY_S)
         self.failed(name, f"crashed {RESTARTS + 1} times in a row: {type(last).__name__}")
 
     async def _consume(
@@ -89,7 +89,7 @@ class ShardLoops(NamedTuple):
         # a shard bounds by itself what it takes in hand: else one sandbox could fill its consumer
         until_acked, check = label != "out", lambda: self.leases.check(shard)
         wanted = topology.consumer_of(self.names, name)
-        turn = self.outbound.conversation.turns.next
+        turn = self.outbound.conversation.turns.wait_turn
         confirm_acks = label == "control"  # `bound_yet` waits for it
         consumer = Consumer(
             self.link, wanted, room=ROOM, until_acked=until_acked, confirm_acks=confirm_acks, check=check, turn=turn

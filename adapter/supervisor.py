@@ -16,7 +16,7 @@ from adapter.names import SHARDS, shard_of
 from adapter.outbound.processor import ShardCommandProcessor
 from adapter.records import Binding
 from adapter.replicas.leases import Leases
-from adapter.timing import Clock, Condition, any_of
+from adapter.timing import ChangeSignal, Clock, wait_any
 
 log = structlog.get_logger()
 
@@ -69,14 +69,14 @@ class Supervisor:
         self._capacity = capacity
         self._pollers: dict[str, asyncio.Task[None]] = {}
         self._shards: dict[int, ShardCommandProcessor] = {}
-        self._opened = Condition()
+        self._opened = ChangeSignal()
         self._consumers: dict[int, list[asyncio.Task[None]]] = {}
         self._loads: dict[int, asyncio.Task[None]] = {}
         self._dirty: set[str] = set()
         self._crowded: set[str] = set()
         """Bots that found no room here: looked at again when a poller ends."""
         self._owned: set[int] = set()
-        self._changed = Condition()
+        self._changed = ChangeSignal()
         self._leaving: dict[int, asyncio.Task[None]] = {}
         """Shards that are being handed over."""
         self._handing = asyncio.Semaphore(HANDED_AT_ONCE)
@@ -101,7 +101,7 @@ class Supervisor:
         while shard not in self._shards:
             if shard not in self._leases.owned or shard in self._leaving or self._draining:
                 return None
-            await self._opened.until(lambda: shard in self._shards or shard not in self._leases.owned, 0.5)
+            await self._opened.wait_until(lambda: shard in self._shards or shard not in self._leases.owned, 0.5)
         return self._shards[shard]
 
     def released(self, bot: str) -> None:
@@ -160,11 +160,11 @@ class Supervisor:
         session = self.sessions.get(bot)
         if session is not None and (after is None or (before is not None and _is_elsewhere(before, after))):
             session.cut_off()  # what it polls with is worth nothing any more
-        self._changed.notify()
+        self._changed.notify_all()
 
     async def run(self) -> None:
         """Until cancelled; then `drain` ends what runs."""
-        await self._bindings.changed.until(lambda: self._bindings.loaded)
+        await self._bindings.changed.wait_until(lambda: self._bindings.loaded)
         self._dirty.update(binding.bot for binding in self._bindings)
         while True:
             self._follow_leases()
@@ -187,9 +187,9 @@ class Supervisor:
                 or self._leases.departures != self._departures
             )
 
-        await any_of(
-            self._changed.until(lambda: bool(self._dirty)),
-            self._leases.changed.until(leases_changed),
+        await wait_any(
+            self._changed.wait_until(lambda: bool(self._dirty)),
+            self._leases.changed.wait_until(leases_changed),
             timeout_s=1.0,
         )
 
@@ -228,7 +228,7 @@ class Supervisor:
     async def _follow_validity_forever(self) -> None:
         while True:
             self._follow_validity()
-            await self._leases.changed.until(lambda: self._leases.valid != bool(self._valid_as), 1.0)
+            await self._leases.changed.wait_until(lambda: self._leases.valid != bool(self._valid_as), 1.0)
 
     def _wanted(self, bot: str) -> bool:
         binding = self._bindings.get(bot)
@@ -276,7 +276,7 @@ class Supervisor:
 
     def _again(self, bot: str) -> None:
         self._dirty.add(bot)
-        self._changed.notify()
+        self._changed.notify_all()
 
     # shards -----------------------------------------------------------------------------------------
 
@@ -288,7 +288,7 @@ class Supervisor:
     async def _open(self, shard: int) -> None:
         """Starts a shard and its consumers."""
         processor = self._shards[shard] = self._work.processor(shard)
-        self._opened.notify()
+        self._opened.notify_all()
         loop = asyncio.get_running_loop()
         self._consumers[shard] = [loop.create_task(work) for work in self._work.consume(shard, processor)]
         for task in self._consumers[shard]:
@@ -314,7 +314,7 @@ class Supervisor:
             finally:
                 del self._leaving[shard]
                 self._dirty.update(binding.bot for binding in self._bindings.of_shard(shard))
-                self._changed.notify()
+                self._changed.notify_all()
 
     async def _give_away(self, shard: int, grace_s: float) -> None:
         self._close(shard)

@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 T = TypeVar("T")
 
 
-class Tasks:
+class TaskSet:
     """The running tasks of one owner. asyncio itself holds tasks weakly, and reports their failures late."""
 
     def __init__(self, on_failure: Callable[[BaseException], None]) -> None:
@@ -24,10 +24,10 @@ class Tasks:
     def spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         task = asyncio.get_running_loop().create_task(work)
         self._running.add(task)
-        task.add_done_callback(self._ended)
+        task.add_done_callback(self._on_task_done)
         return task
 
-    async def ended(self, within_s: float | None = None) -> bool:
+    async def wait_ended(self, within_s: float | None = None) -> bool:
         """Waits until all have ended, also those begun meanwhile; whether they have after `within_s` seconds."""
         loop = asyncio.get_running_loop()
         deadline = None if within_s is None else loop.time() + within_s
@@ -38,41 +38,41 @@ class Tasks:
             await asyncio.wait(set(self._running), timeout=left_s)
         return True
 
-    def cancel(self) -> None:
+    def cancel_all(self) -> None:
         for task in list(self._running):
             task.cancel()
 
-    def _ended(self, task: asyncio.Task[Any]) -> None:
+    def _on_task_done(self, task: asyncio.Task[Any]) -> None:
         self._running.discard(task)
         if not task.cancelled() and (exc := task.exception()) is not None:
             self._on_failure(exc)
 
 
-class Shared(Generic[T]):
+class SingleFlight(Generic[T]):
     """Coalesces requests: callers that come at about the same time share one, which starts after each of them called.
     Who comes while one is out shares the next."""
 
     def __init__(self, ask: Callable[[], Coroutine[Any, Any, T]]) -> None:
-        self._ask = ask
-        self._out: asyncio.Task[T] | None = None
+        self._operation = ask
+        self._running: asyncio.Task[T] | None = None
         self._next: asyncio.Task[T] | None = None
 
-    async def answer(self) -> T:
+    async def result(self) -> T:
         """Raises what the question raised."""
         if self._next is None:
-            self._next = asyncio.get_running_loop().create_task(self._turn(self._out))
-            self._next.add_done_callback(_heard)
+            self._next = asyncio.get_running_loop().create_task(self._run_after(self._running))
+            self._next.add_done_callback(_retrieve_exception)
         return await asyncio.shield(self._next)
 
-    async def _turn(self, before: asyncio.Task[T] | None) -> T:
+    async def _run_after(self, before: asyncio.Task[T] | None) -> T:
         if before is not None:
             await asyncio.wait((before,))
             del before  # its failure would be held by that of this one, and so on for as long as all fail
-        self._out, self._next = self._next, None
-        return await self._ask()
+        self._running, self._next = self._next, None
+        return await self._operation()
 
 
-def _heard(task: asyncio.Task[Any]) -> None:
+def _retrieve_exception(task: asyncio.Task[Any]) -> None:
     """Those who asked have its failure; where all have gone, nobody wants it."""
     if not task.cancelled():
         task.exception()

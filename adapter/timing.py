@@ -15,11 +15,11 @@ import structlog
 
 T = TypeVar("T")
 
-LATE_S = 0.1
+DELAYED_TIMER_S = 0.1
 """A timer that is later than this was held up: by a stop of the process, or by much work."""
-HERE_S = 1.0
+DELAYED_GRACE_S = 1.0
 """Longest time that reading what is in the sockets then takes, even of thousands."""
-LOOK_S = 0.1
+READ_GRACE_S = 0.1
 """The same where it was called in time: the process may have been stopped until just now all the same."""
 
 log = structlog.get_logger()
@@ -60,7 +60,7 @@ def backoff(failures: int, *, first_s: float = 1.0, longest_s: float = 60.0) -> 
     return min(longest_s, first_s * 2.0 ** min(max(failures, 1) - 1, 30))
 
 
-async def restarted(
+async def run_with_restarts(
     run: Callable[[], Coroutine[Any, Any, None]], name: str, clock: Clock, *, restarts: int, steady_s: float
 ) -> Exception:
     """Runs an endless loop, again when it crashes; the last crash after more than `restarts` in a row.
@@ -94,7 +94,7 @@ def raise_if_cancelled() -> None:
         raise asyncio.CancelledError
 
 
-async def finish(work: Coroutine[Any, Any, T], grace_s: float) -> T:
+async def shield_with_grace(work: Coroutine[Any, Any, T], grace_s: float) -> T:
     """Awaits `work`. Cancelled meanwhile, or before (in a `finally`), gives it `grace_s` more seconds, then re-raises
     the cancellation."""
     loop = asyncio.get_running_loop()
@@ -116,7 +116,7 @@ async def finish(work: Coroutine[Any, Any, T], grace_s: float) -> T:
     return task.result()
 
 
-async def complete(work: Coroutine[Any, Any, T], grace_s: float) -> T:
+async def complete_with_grace(work: Coroutine[Any, Any, T], grace_s: float) -> T:
     """Awaits `work`. Cancelled meanwhile, gives it `grace_s` more seconds: what it returns by then counts for more
     than the cancellation, which the caller finds by `is_cancelled`."""
     task = asyncio.get_running_loop().create_task(work)
@@ -136,24 +136,24 @@ class Deadline:
     """Calls `over` a moment after `seconds` have passed. A process that was stopped finds its time over and the
     answer in the socket at once, and uvloop looks at the time first: the answer would be dropped."""
 
-    __slots__ = ("_due", "_loop", "_over", "_timer")
+    __slots__ = ("_due", "_loop", "_on_expired", "_timer")
 
     def __init__(self, loop: asyncio.AbstractEventLoop, seconds: float, over: Callable[[], None]) -> None:
         self._loop = loop
-        self._over = over
+        self._on_expired = over
         self._due = loop.time() + seconds
-        self._timer = loop.call_at(self._due, self._strike)
+        self._timer = loop.call_at(self._due, self._on_due)
 
     def cancel(self) -> None:
         """It is not called any more."""
         self._timer.cancel()
 
-    def _strike(self) -> None:
-        is_late = self._loop.time() - self._due > LATE_S
-        self._timer = self._loop.call_later(HERE_S if is_late else LOOK_S, self._over)
+    def _on_due(self) -> None:
+        is_late = self._loop.time() - self._due > DELAYED_TIMER_S
+        self._timer = self._loop.call_later(DELAYED_GRACE_S if is_late else READ_GRACE_S, self._on_expired)
 
 
-class AnsweredWithin:
+class TolerantTimeout:
     """asyncio.timeout that lets an answer be read that has arrived, see Deadline. For one `async with`."""
 
     __slots__ = ("_deadline", "_limit", "_loop", "_seconds")
@@ -165,9 +165,9 @@ class AnsweredWithin:
 
     async def __aenter__(self) -> None:
         await self._limit.__aenter__()
-        self._deadline = Deadline(self._loop, self._seconds, self._over)
+        self._deadline = Deadline(self._loop, self._seconds, self._expire_now)
 
-    def _over(self) -> None:
+    def _expire_now(self) -> None:
         self._limit.reschedule(self._loop.time())
 
     async def __aexit__(
@@ -177,7 +177,7 @@ class AnsweredWithin:
         await self._limit.__aexit__(kind, exc, trace)
 
 
-async def first_of(event: asyncio.Event, timeout_s: float | None) -> bool:
+async def wait_event(event: asyncio.Event, timeout_s: float | None) -> bool:
     """Waits until `event` is set or `timeout_s` seconds have passed; tells whether it is set."""
     if event.is_set():
         return True
@@ -187,7 +187,7 @@ async def first_of(event: asyncio.Event, timeout_s: float | None) -> bool:
     return event.is_set()
 
 
-async def any_of(*waits: Coroutine[Any, Any, object], timeout_s: float) -> None:
+async def wait_any(*waits: Coroutine[Any, Any, object], timeout_s: float) -> None:
     """Waits until one of them has ended or `timeout_s` seconds have passed; then all are cancelled."""
     tasks = [asyncio.ensure_future(wait) for wait in waits]
     try:
@@ -197,7 +197,7 @@ async def any_of(*waits: Coroutine[Any, Any, object], timeout_s: float) -> None:
             task.cancel()
 
 
-class Beat:
+class WakeupBatcher:
     """Batches waiters into common wake-ups: thousands of small steps cost less in a row than one by one, where each
     wakes the process with cold caches."""
 
@@ -205,30 +205,30 @@ class Beat:
         self._period_s = period_s
         self._waiters: list[asyncio.Future[None]] = []
 
-    async def next(self) -> None:
+    async def wait_for_batch(self) -> None:
         """Waits for the next wake-up, a period away at most."""
         loop = asyncio.get_running_loop()
         if not self._waiters:
-            loop.call_later(self._period_s, self._strike)
+            loop.call_later(self._period_s, self._wake_batch)
         waiter = loop.create_future()
         self._waiters.append(waiter)
         await waiter
 
-    def _strike(self) -> None:
+    def _wake_batch(self) -> None:
         waiters, self._waiters = self._waiters, []
         for waiter in waiters:
             if not waiter.done():
                 waiter.set_result(None)
 
 
-class Pace:
+class RateLimiter:
     """A rate limit without bursts: at most `per_s` a second, evenly spread."""
 
     def __init__(self, per_s: float) -> None:
         self._step_s = 1 / per_s
         self._free_at = 0.0
 
-    def wait_s(self) -> float:
+    def reserve_delay_s(self) -> float:
         """How long the next one is to wait; 0 where few have come lately."""
         now = asyncio.get_running_loop().time()
         at = max(now, self._free_at)
@@ -236,53 +236,53 @@ class Pace:
         return at - now
 
 
-class Turns:
+class PerTickLimiter:
     """Lets at most `per_round` tasks go on in each iteration of the event loop, first come, first served: what
     thousands do in one iteration holds up all others, and with them the lease."""
 
     def __init__(self, per_round: int) -> None:
-        self._per_round = per_round
-        self._left = per_round
+        self._per_tick = per_round
+        self._remaining = per_round
         self._waiters: deque[asyncio.Future[None]] = deque()
 
-    async def next(self) -> None:
+    async def wait_turn(self) -> None:
         """Waits for the caller's turn, which is now where few have come in this round."""
-        if self._waiters or not self._left:
+        if self._waiters or not self._remaining:
             waiter = asyncio.get_running_loop().create_future()
             self._waiters.append(waiter)
             await waiter
             return
-        if self._left == self._per_round:
-            asyncio.get_running_loop().call_soon(self._begin)
-        self._left -= 1
+        if self._remaining == self._per_tick:
+            asyncio.get_running_loop().call_soon(self._begin_tick)
+        self._remaining -= 1
 
-    def _begin(self) -> None:
+    def _begin_tick(self) -> None:
         """The next iteration of the loop."""
-        self._left = self._per_round
-        while self._left and self._waiters:
+        self._remaining = self._per_tick
+        while self._remaining and self._waiters:
             waiter = self._waiters.popleft()
             if not waiter.done():
                 waiter.set_result(None)
-                self._left -= 1
-        if self._left < self._per_round:
-            asyncio.get_running_loop().call_soon(self._begin)
+                self._remaining -= 1
+        if self._remaining < self._per_tick:
+            asyncio.get_running_loop().call_soon(self._begin_tick)
 
 
-class Condition:
-    """A condition variable; one event loop needs no lock for it. `notify` wakes all that wait in `until`."""
+class ChangeSignal:
+    """A condition variable; one event loop needs no lock for it. `notify_all` wakes all that wait in `wait_until`."""
 
     def __init__(self) -> None:
         self._waiters: set[asyncio.Future[None]] = set()
 
-    def notify(self) -> None:
+    def notify_all(self) -> None:
         """Wakes everybody who waits now."""
         for waiter in self._waiters:
             if not waiter.done():
                 waiter.set_result(None)
         self._waiters.clear()
 
-    async def until(
-        self, holds: Callable[[], bool], timeout_s: float | None = None, *, also: Condition | None = None
+    async def wait_until(
+        self, holds: Callable[[], bool], timeout_s: float | None = None, *, also: ChangeSignal | None = None
     ) -> bool:
         """Waits until `holds()` is true at a change, here or at `also`; False after `timeout_s` seconds."""
         if holds():

@@ -64,8 +64,8 @@ from adapter.settings import Settings
 from adapter.shard_runtime import ShardLoops
 from adapter.slots import FairSlots
 from adapter.supervisor import Supervisor
-from adapter.tasks import Tasks
-from adapter.timing import Beat, Pace, SystemClock, Turns
+from adapter.tasks import TaskSet
+from adapter.timing import PerTickLimiter, RateLimiter, SystemClock, WakeupBatcher
 
 log = structlog.get_logger()
 
@@ -101,8 +101,8 @@ class Parts:
         self.metrics = metrics = Metrics()
         self.health = Health()
         self.grace_s = max(1.0, settings.drain_s - RELEASE_S)
-        self.turns = Turns(PER_ROUND)
-        self.routing = Tasks(_crashed)
+        self.turns = PerTickLimiter(PER_ROUND)
+        self.routing = TaskSet(_crashed)
         """Commands on plain `wechat.out` in hand; what is cut at the end comes to the next owner."""
         self.connections = connections = Connections(settings, names, self.instance, clock, metrics)
         self.inspector = Inspector(
@@ -227,8 +227,8 @@ class Parts:
             part_bytes=lambda: self.connections.link.max_payload // 2,
             taking=asyncio.Semaphore(TAKING),
             turns=self.turns,
-            starts=Pace(STARTS_PER_S),
-            beat=Beat(BEAT_S),
+            starts=RateLimiter(STARTS_PER_S),
+            beat=WakeupBatcher(BEAT_S),
             spread_s=lambda: len(self.supervisor.sessions) / POLLS_PER_S,
             stale_retry_s=settings.stale_retry_s,
             notify=settings.notify,
@@ -244,7 +244,7 @@ class Parts:
             journal=journal,
             triage=Triage(
                 read_message,
-                self.turns.next,
+                self.turns.wait_turn,
                 groups_as_direct=settings.groups_as_direct,
                 skew_ms=settings.duplicate_skew_ms,
             ),

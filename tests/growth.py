@@ -12,7 +12,7 @@ from itertools import pairwise
 from types import ModuleType
 from typing import Any, TypeAlias
 
-from adapter.tasks import Tasks
+from adapter.tasks import TaskSet
 
 TABLES = (dict, set, list, deque)
 
@@ -22,7 +22,7 @@ Census: TypeAlias = Counter[str]
 
 def tables(thing: object) -> dict[str, int]:
     """The length of each table among an object's own attributes, of its tasks, too."""
-    return {name: len(value) for name, value in sorted(vars(thing).items()) if isinstance(value, (*TABLES, Tasks))}
+    return {name: len(value) for name, value in sorted(vars(thing).items()) if isinstance(value, (*TABLES, TaskSet))}
 
 
 def census() -> Census:

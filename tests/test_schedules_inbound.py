@@ -264,13 +264,13 @@ class Model:
     async def lease(self, *, seconds: float) -> None:
         leases, session = self.owner.bench.leases, self.owner.session
         leases.is_valid = False
-        leases.changed.notify()
+        leases.changed.notify_all()
         if session is not None:
             session.cut_off(for_lease=True)
 
         def back() -> None:
             leases.is_valid = bool(leases.owned)
-            leases.changed.notify()
+            leases.changed.notify_all()
             if session is not None and leases.is_valid:
                 session.spare()
 
@@ -304,7 +304,7 @@ class Model:
         self.up.set()
         self.box.fails.clear()
         self.owner.bench.leases.is_valid = True
-        self.owner.bench.leases.changed.notify()
+        self.owner.bench.leases.changed.notify_all()
         binding = self.world.bindings.get(BOT)
         await self.world.bind(binding.sandbox if binding else "s1", token=f"{BOT}:last")
         await asyncio.sleep(400)

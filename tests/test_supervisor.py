@@ -226,7 +226,7 @@ async def test_a_lease_that_is_back_before_its_polls_were_cut_costs_none(
     made._follow_leases()
     await asyncio.sleep(back_s)
     leases.is_valid, leases.incarnation = True, incarnation
-    leases.changed.notify()
+    leases.changed.notify_all()
     made._follow_leases()
     await asyncio.sleep(5)
     assert len(bench.chat.asked) == asked
@@ -253,7 +253,7 @@ async def test_polls_that_still_wait_are_cut_when_the_lease_runs_out_also_while_
     await asyncio.sleep(5)
     assert bench.chat.polling == 1
     leases.is_valid = False
-    leases.changed.notify()
+    leases.changed.notify_all()
     await asyncio.sleep(HERE_S * 2)
     assert bench.chat.polling == 0
     await leaving

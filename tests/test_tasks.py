@@ -9,14 +9,14 @@ import weakref
 
 import pytest
 
-from adapter.tasks import Shared, Tasks
+from adapter.tasks import SingleFlight, TaskSet
 
 VIRTUAL_TIME = True
 
 
-def tasks() -> tuple[Tasks, list[BaseException]]:
+def tasks() -> tuple[TaskSet, list[BaseException]]:
     failures: list[BaseException] = []
-    return Tasks(failures.append), failures
+    return TaskSet(failures.append), failures
 
 
 async def test_nothing_is_lost_that_nobody_else_holds() -> None:
@@ -35,7 +35,7 @@ async def test_nothing_is_lost_that_nobody_else_holds() -> None:
     future = awaited[0]()
     assert future is not None, "the task was collected, and what it waited for with it"
     future.set_result(1)
-    assert await found.ended()
+    assert await found.wait_ended()
     assert (done, failures, len(found)) == ([1], [], 0)
 
 
@@ -49,11 +49,11 @@ async def test_it_waits_for_what_begins_meanwhile_and_no_longer_than_it_was_told
 
     found.spawn(first())
     began = loop.time()
-    assert not await found.ended(2.5)
+    assert not await found.wait_ended(2.5)
     assert loop.time() - began == 2.5
-    assert await found.ended(10)
+    assert await found.wait_ended(10)
     assert loop.time() - began == 3
-    assert await found.ended(0), "there is nothing to wait for"
+    assert await found.wait_ended(0), "there is nothing to wait for"
 
 
 async def test_a_crash_is_told_and_a_cancellation_is_none() -> None:
@@ -66,8 +66,8 @@ async def test_a_crash_is_told_and_a_cancellation_is_none() -> None:
     found.spawn(asyncio.sleep(3600))
     await asyncio.sleep(1)
     assert [str(exc) for exc in failures] == ["of a bug"]
-    found.cancel()
-    assert await found.ended()
+    found.cancel_all()
+    assert await found.wait_ended()
     assert len(failures) == 1
 
 
@@ -77,7 +77,7 @@ class Asked:
     def __init__(self) -> None:
         self.times = 0
         self.fails = False
-        self.shared = Shared(self._ask)
+        self.shared = SingleFlight(self._ask)
 
     async def _ask(self) -> int:
         self.times += 1
@@ -91,11 +91,11 @@ class Asked:
 async def test_who_asks_at_about_the_same_time_shares_an_answer_that_is_no_older_than_the_question() -> None:
     asked = Asked()
     async with asyncio.TaskGroup() as group:
-        first = [group.create_task(asked.shared.answer()) for _ in range(3)]
+        first = [group.create_task(asked.shared.result()) for _ in range(3)]
         await asyncio.sleep(0.5)
-        later = [group.create_task(asked.shared.answer()) for _ in range(3)]
+        later = [group.create_task(asked.shared.result()) for _ in range(3)]
     assert [task.result() for task in (*first, *later)] == [1, 1, 1, 2, 2, 2]
-    assert await asked.shared.answer() == 3
+    assert await asked.shared.result() == 3
 
 
 async def test_a_question_that_fails_fails_for_those_who_shared_it_and_is_asked_again() -> None:
@@ -103,11 +103,11 @@ async def test_a_question_that_fails_fails_for_those_who_shared_it_and_is_asked_
     asked.fails = True
     assert all(
         isinstance(answer, OSError)
-        for answer in await asyncio.gather(*(asked.shared.answer() for _ in range(2)), return_exceptions=True)
+        for answer in await asyncio.gather(*(asked.shared.result() for _ in range(2)), return_exceptions=True)
     )
     assert asked.times == 1
     asked.fails = False
-    assert await asked.shared.answer() == 2
+    assert await asked.shared.result() == 2
 
 
 class Failure(Exception):
@@ -125,17 +125,17 @@ async def test_of_questions_that_go_on_failing_only_the_last_failure_is_held() -
     async def ask() -> None:
         raise failure()
 
-    shared = Shared(ask)
+    shared = SingleFlight(ask)
     for _ in range(5):
         with contextlib.suppress(Failure):
-            await shared.answer()
+            await shared.result()
     gc.collect()
     assert len(failures) == 1
 
 
 async def test_who_goes_takes_no_answer_from_the_others() -> None:
     asked = Asked()
-    gone, stays = (asyncio.ensure_future(asked.shared.answer()) for _ in range(2))
+    gone, stays = (asyncio.ensure_future(asked.shared.result()) for _ in range(2))
     await asyncio.sleep(0.5)
     gone.cancel()
     assert await stays == 1

@@ -13,7 +13,16 @@ import pytest
 import uvloop
 from structlog.testing import capture_logs
 
-from adapter.timing import AnsweredWithin, Beat, Pace, Turns, complete, finish, raise_if_cancelled, restarted
+from adapter.timing import (
+    PerTickLimiter,
+    RateLimiter,
+    TolerantTimeout,
+    WakeupBatcher,
+    complete_with_grace,
+    raise_if_cancelled,
+    run_with_restarts,
+    shield_with_grace,
+)
 from tests.fakes import FakeClock
 
 VIRTUAL_TIME = True
@@ -36,7 +45,7 @@ class Crashing:
 async def test_a_loop_that_crashes_in_a_row_is_given_up_with_its_last_crash() -> None:
     loop = Crashing()
     with capture_logs() as logs:
-        last = await restarted(loop.run, "out", loop.clock, restarts=3, steady_s=60)
+        last = await run_with_restarts(loop.run, "out", loop.clock, restarts=3, steady_s=60)
     assert str(last) == "run 4"
     assert [(line["event"], line["loop"], line["crashes"]) for line in logs] == [
         ("loop.crashed", "out", number) for number in (1, 2, 3, 4)
@@ -46,7 +55,7 @@ async def test_a_loop_that_crashes_in_a_row_is_given_up_with_its_last_crash() ->
 async def test_a_long_run_begins_a_new_count() -> None:
     loop = Crashing(0, 0, 61, 0)
     with capture_logs():
-        await restarted(loop.run, "out", loop.clock, restarts=2, steady_s=60)
+        await run_with_restarts(loop.run, "out", loop.clock, restarts=2, steady_s=60)
     assert loop.runs == 5
 
 
@@ -55,14 +64,14 @@ async def test_a_loop_that_ends_although_it_should_not_has_crashed() -> None:
         return
 
     with capture_logs():
-        last = await restarted(end, "out", FakeClock(), restarts=0, steady_s=60)
+        last = await run_with_restarts(end, "out", FakeClock(), restarts=0, steady_s=60)
     with pytest.raises(RuntimeError, match="out ended"):
         raise last
 
 
 async def test_no_answer_in_time_is_a_timeout() -> None:
     with pytest.raises(TimeoutError):
-        async with AnsweredWithin(3600):
+        async with TolerantTimeout(3600):
             await asyncio.Event().wait()
 
 
@@ -79,7 +88,7 @@ def test_a_process_that_was_stopped_reads_the_answer_that_came_meanwhile(
         with ours, theirs:
             reader, writer = await asyncio.open_connection(sock=ours)
             try:
-                async with AnsweredWithin(0.05):
+                async with TolerantTimeout(0.05):
                     asking = asyncio.ensure_future(reader.readexactly(2))
                     await asyncio.sleep(0)
                     if answered:
@@ -113,10 +122,10 @@ async def test_a_cancellation_that_was_swallowed_is_heeded_all_the_same() -> Non
 
 
 async def test_at_a_beat_all_go_on_together_and_one_that_is_cancelled_holds_nobody_up() -> None:
-    beat, passed = Beat(0.01), list[int]()
+    beat, passed = WakeupBatcher(0.01), list[int]()
 
     async def wait(number: int) -> None:
-        await beat.next()
+        await beat.wait_for_batch()
         passed.append(number)
 
     tasks = [asyncio.create_task(wait(number)) for number in range(3)]
@@ -125,7 +134,7 @@ async def test_at_a_beat_all_go_on_together_and_one_that_is_cancelled_holds_nobo
     tasks[1].cancel()
     await asyncio.wait(tasks)
     assert passed == [0, 2]
-    await asyncio.wait_for(beat.next(), 10)  # and there is another one
+    await asyncio.wait_for(beat.wait_for_batch(), 10)  # and there is another one
 
 
 async def test_what_is_finished_gives_its_result_or_its_error() -> None:
@@ -135,9 +144,9 @@ async def test_what_is_finished_gives_its_result_or_its_error() -> None:
             raise problem
         return "done"
 
-    assert await finish(work(None), 5) == "done"
+    assert await shield_with_grace(work(None), 5) == "done"
     with pytest.raises(ValueError, match="broken"):
-        await finish(work(ValueError("broken")), 5)
+        await shield_with_grace(work(ValueError("broken")), 5)
 
 
 @pytest.mark.parametrize(("needs_s", "ended"), [(3.0, True), (30.0, False)], ids=["in time", "too slow"])
@@ -152,7 +161,7 @@ async def test_what_is_in_hand_is_finished_although_its_caller_is_cancelled(need
             seen.append("cancelled")
             raise
 
-    caller = asyncio.create_task(finish(work(), 5))
+    caller = asyncio.create_task(shield_with_grace(work(), 5))
     await asyncio.sleep(1)
     caller.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -176,7 +185,7 @@ async def test_what_is_finished_at_the_end_of_a_cancelled_task_gets_its_grace_to
         try:
             await asyncio.Event().wait()
         finally:
-            await finish(work(), 5)
+            await shield_with_grace(work(), 5)
 
     caller = asyncio.create_task(ends())
     await asyncio.sleep(0)
@@ -195,7 +204,7 @@ async def test_what_is_completed_counts_for_more_than_a_cancellation(problem: Ex
         return "done"
 
     for cancels in (False, True):
-        caller = asyncio.create_task(complete(work(), 5))
+        caller = asyncio.create_task(complete_with_grace(work(), 5))
         await asyncio.sleep(1)
         if cancels:
             caller.cancel()
@@ -213,7 +222,7 @@ async def test_what_is_not_completed_in_time_is_cancelled_with_its_caller() -> N
             ended.append("cancelled")
 
     for times in (1, 2):
-        caller = asyncio.create_task(complete(work(), 5))
+        caller = asyncio.create_task(complete_with_grace(work(), 5))
         await asyncio.sleep(1)
         for _ in range(times):  # once more, and there is no grace
             caller.cancel()
@@ -226,15 +235,15 @@ async def test_what_is_not_completed_in_time_is_cancelled_with_its_caller() -> N
 
 
 async def test_a_pace_holds_back_only_who_comes_too_soon() -> None:
-    pace = Pace(4)
-    assert [pace.wait_s() for _ in range(3)] == [0.0, 0.25, 0.5]
+    pace = RateLimiter(4)
+    assert [pace.reserve_delay_s() for _ in range(3)] == [0.0, 0.25, 0.5]
     await asyncio.sleep(0.5)
-    assert pace.wait_s() == 0.25
+    assert pace.reserve_delay_s() == 0.25
     await asyncio.sleep(10)
-    assert [pace.wait_s() for _ in range(2)] == [0.0, 0.25]
+    assert [pace.reserve_delay_s() for _ in range(2)] == [0.0, 0.25]
 
 
-async def rounds_of(turns: Turns, count: int, *, cancelled: int | None = None) -> list[int]:
+async def rounds_of(turns: PerTickLimiter, count: int, *, cancelled: int | None = None) -> list[int]:
     """In which round of the event loop each of so many had its turn."""
     loop, now, had = asyncio.get_running_loop(), 0, dict[int, int]()
 
@@ -245,7 +254,7 @@ async def rounds_of(turns: Turns, count: int, *, cancelled: int | None = None) -
             loop.call_soon(tick)
 
     async def take(number: int) -> None:
-        await turns.next()
+        await turns.wait_turn()
         had[number] = now
 
     tasks = [asyncio.create_task(take(number)) for number in range(count)]
@@ -259,7 +268,7 @@ async def rounds_of(turns: Turns, count: int, *, cancelled: int | None = None) -
 
 
 async def test_so_many_have_their_turn_in_each_round_and_the_others_in_their_order() -> None:
-    turns = Turns(3)
+    turns = PerTickLimiter(3)
     rounds = await rounds_of(turns, 10)
     assert max(Counter(rounds).values()) == 3
     assert max(rounds) - min(rounds) <= 4
@@ -267,6 +276,6 @@ async def test_so_many_have_their_turn_in_each_round_and_the_others_in_their_ord
 
 
 async def test_one_that_is_cancelled_as_it_waits_takes_no_turn() -> None:
-    turns = Turns(1)
+    turns = PerTickLimiter(1)
     assert max(Counter(await rounds_of(turns, 4, cancelled=2)).values()) == 1
-    await turns.next()
+    await turns.wait_turn()

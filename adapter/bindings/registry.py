@@ -12,7 +12,7 @@ from adapter.names import SHARDS, shard_of, text_of, token_of
 from adapter.ports import Account, Bucket, Entry
 from adapter.records import Binding
 from adapter.seal import Sealer
-from adapter.timing import Condition
+from adapter.timing import ChangeSignal
 
 log = structlog.get_logger()
 
@@ -28,7 +28,7 @@ class Bindings:
         unbound_s: int = 0,
     ) -> None:
         """`unbound_s`: seconds for which the mark of an unbinding is kept; 0: for ever."""
-        self.changed = Condition()
+        self.changed = ChangeSignal()
         self.loaded = False
         """False until the bucket was read once; before that, a missing binding means nothing."""
         self._bucket = bucket
@@ -133,7 +133,7 @@ class Bindings:
         if not self.loaded:
             self.loaded = True
             log.info("bindings.loaded", bindings=len(self))
-        self.changed.notify()
+        self.changed.notify_all()
 
     def _see(self, entry: Entry) -> None:
         try:
@@ -155,7 +155,7 @@ class Bindings:
         if before != after:
             for listener in self._listeners:
                 listener(bot, before, after)
-            self.changed.notify()
+            self.changed.notify_all()
 
     def _replace(self, bot: str, before: Binding | None, after: Binding | None, revision: int) -> None:
         if before is not None:

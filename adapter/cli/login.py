@@ -21,7 +21,7 @@ from adapter.cli.exit_codes import INTERRUPTED, NO, OK, UNREACHABLE, USAGE, Fail
 from adapter.cli.lifetime import unless, until_signalled
 from adapter.cli.options import AutoTyping, Durable, Json, Sandbox, flag
 from adapter.contract import CHECKING, FINAL_STATUSES, Login, LoginQuery, LoginStart, LoginVerify, Options
-from adapter.timing import first_of
+from adapter.timing import wait_event
 
 START_S = 20.0
 LOOK_S = 3.0
@@ -108,7 +108,7 @@ class _Following:
 
     async def _look(self, now: Login) -> Login:
         """How it stands after the next event, or in a while."""
-        await first_of(self._news, LOOK_S)
+        await wait_event(self._news, LOOK_S)
         return await self._status(now)
 
     async def _status(self, now: Login) -> Login:

@@ -169,7 +169,7 @@ class ConversationActor:
         done: asyncio.Future[None] | None = None
         try:
             while self._mailbox:
-                await self._deps.turns.next()
+                await self._deps.turns.wait_turn()
                 event, done, is_wanted = self._mailbox.popleft()
                 if is_wanted is not None and not is_wanted():
                     continue

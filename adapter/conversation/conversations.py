@@ -16,7 +16,7 @@ from adapter.conversation.rules import Heard, SendPolicy
 from adapter.conversation.store import ConversationStore
 from adapter.errors import LeaseLost, Temporary
 from adapter.records import Binding
-from adapter.tasks import Tasks
+from adapter.tasks import TaskSet
 from adapter.timing import Clock
 
 log = structlog.get_logger()
@@ -59,7 +59,7 @@ class Conversations:
         self._clock = clock
         self._policy = policy
         self._to_wake: dict[str, Binding] = {}
-        self._waking = Tasks(_report)
+        self._waking = TaskSet(_report)
 
     async def hear(
         self,
@@ -131,7 +131,7 @@ class Conversations:
                 await self._clock.sleep(0.5)
 
     def stop(self) -> None:
-        self._waking.cancel()
+        self._waking.cancel_all()
 
 
 def _retrieve(done: asyncio.Future[None]) -> None:

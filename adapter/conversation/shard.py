@@ -13,7 +13,7 @@ from adapter.conversation.uploads import Uploads
 from adapter.metrics import Metrics
 from adapter.ports import Account, Chat
 from adapter.slots import FairSlots
-from adapter.timing import Clock, Turns
+from adapter.timing import Clock, PerTickLimiter
 
 
 class Shard(Protocol):
@@ -70,4 +70,4 @@ class ConversationDeps(NamedTuple):
     policy: SendPolicy
     clock: Clock
     metrics: Metrics
-    turns: Turns
+    turns: PerTickLimiter

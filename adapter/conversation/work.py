@@ -14,7 +14,7 @@ from adapter.conversation.shard import ConversationDeps, Shard
 from adapter.conversation.uploads import StoreAway
 from adapter.crashes import TRIES
 from adapter.errors import AdapterError, LeaseLost, Refused, SessionExpired, Temporary, Throttled, Uncertain
-from adapter.tasks import Tasks
+from adapter.tasks import TaskSet
 from adapter.timing import Clock, backoff
 
 log = structlog.get_logger()
@@ -71,9 +71,9 @@ class OutstandingWork:
         self._shard = shard
         self._deps = deps
         self._put = put
-        self._request = Tasks(report_crash)
+        self._request = TaskSet(report_crash)
         """At most one: a request to sendmessage."""
-        self._wait = Tasks(report_crash)
+        self._wait = TaskSet(report_crash)
         """At most one: an upload, a read-back, a wait for a slot, a question whether the session is alive. A new one
         ends the one before."""
         self._wait_number = 0
@@ -88,12 +88,12 @@ class OutstandingWork:
 
     def cancel_wait(self) -> None:
         """The conversation does not wait for it any more."""
-        self._wait.cancel()
+        self._wait.cancel_all()
         self._wait_number += 1
 
     def cancel(self) -> None:
-        self._wait.cancel()
-        self._request.cancel()
+        self._wait.cancel_all()
+        self._request.cancel_all()
         while self._slots_held:
             self.release_slot()
 
@@ -105,8 +105,8 @@ class OutstandingWork:
     async def drain(self, grace_s: float) -> None:
         """Starts nothing any more; a request that is out gets `grace_s` seconds."""
         self._draining = True
-        self._wait.cancel()
-        await self._request.ended(grace_s)
+        self._wait.cancel_all()
+        await self._request.wait_ended(grace_s)
 
     def start(self, effect: WorkEffect) -> None:
         match effect:

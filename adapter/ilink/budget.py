@@ -17,7 +17,7 @@ from typing import ParamSpec, TypeVar
 from adapter.errors import Uncertain
 from adapter.ilink.protocol import Reply
 from adapter.ilink.unpack import Oversized, PackedBadly, Unpacker
-from adapter.timing import complete
+from adapter.timing import complete_with_grace
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -93,7 +93,7 @@ class ByteBudget:
                     return reply
                 with contextlib.suppress(Oversized):
                     return reply._replace(body=_unpacked(encoding, reply.body, min(SMALL, most)))
-            return await complete(self._unpack_large(reply, encoding, most), GRACE_S)
+            return await complete_with_grace(self._unpack_large(reply, encoding, most), GRACE_S)
         except PackedBadly as exc:
             raise Uncertain("unreadable", str(exc)) from exc
 

@@ -22,7 +22,7 @@ from adapter.ilink.tls import ResumingContext
 from adapter.ilink.wire import THROTTLED
 from adapter.metrics import Metrics
 from adapter.ports import Accepted, Account, Content, MediaKind, Polled, QrCode, Scan
-from adapter.timing import complete
+from adapter.timing import complete_with_grace
 
 log = structlog.get_logger()
 
@@ -98,7 +98,7 @@ class ILink:
         share, reply = reply.share, reply._replace(share=None)
         try:
             reading = self._budget.run(protocol.read_updates, reply, polled_s=polled_s)
-            return (await complete(reading, GRACE_S))._replace(share=share)
+            return (await complete_with_grace(reading, GRACE_S))._replace(share=share)
         except BaseException:
             if share is not None:
                 share.release()

@@ -21,8 +21,8 @@ from adapter.ilink.network import KEPT_S, TLS_S, CheckedNetwork, Resolver, check
 from adapter.ilink.protocol import Reply, Request
 from adapter.ilink.tls import ResumingContext
 from adapter.ilink.transport import HEADERS, Base, Transport
-from adapter.tasks import Tasks
-from adapter.timing import AnsweredWithin
+from adapter.tasks import TaskSet
+from adapter.timing import TolerantTimeout
 
 log = structlog.get_logger()
 
@@ -33,7 +33,7 @@ PIECES = 64
 class Line:
     """A connection of httpx, made for its first request, and anew where the server has closed it since."""
 
-    def __init__(self, transport: httpx.AsyncHTTPTransport, budget: ByteBudget, closing: Tasks) -> None:
+    def __init__(self, transport: httpx.AsyncHTTPTransport, budget: ByteBudget, closing: TaskSet) -> None:
         self._transport = transport
         self._budget = budget
         self._closing = closing
@@ -51,7 +51,7 @@ class Line:
         budget counts. Raises as Transport.exchange."""
         self._check, self._left, self.silent = check, False, True
         try:
-            async with AnsweredWithin(timeout_s):
+            async with TolerantTimeout(timeout_s):
                 return await self._ask(url, request)
         except TimeoutError as exc:
             if self._left:
@@ -126,11 +126,11 @@ class PlainCalls(Transport[Line]):
     def __init__(self, *, tls: ResumingContext, budget: ByteBudget, resolver: Resolver) -> None:
         super().__init__(tls=tls, budget=budget)
         self._networks = {afresh: CheckedNetwork(resolver, afresh=afresh) for afresh in (False, True)}
-        self._closing = Tasks(_not_closed)
+        self._closing = TaskSet(_not_closed)
 
     async def close(self) -> None:
         await super().close()
-        await self._closing.ended()
+        await self._closing.wait_ended()
 
     async def _open(self, base: Base, timeout_s: float, *, afresh: bool) -> Line:
         """Connects to nothing yet."""

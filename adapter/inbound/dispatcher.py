@@ -33,8 +33,8 @@ from adapter.inbound.triage import Sorted, Triage
 from adapter.names import H_JOURNAL, H_MSG_ID
 from adapter.ports import Fetch, Said
 from adapter.records import Binding
-from adapter.tasks import Tasks
-from adapter.timing import Condition, backoff
+from adapter.tasks import TaskSet
+from adapter.timing import ChangeSignal, backoff
 
 log = structlog.get_logger()
 
@@ -148,8 +148,8 @@ class Dispatcher:
         self._pieces: dict[tuple[str, int], bytes] = {}
         """Beginnings of messages that go on in a later record, by where they stand in which answer of iLink: what
         another replica stores late may come in between."""
-        self.changed = Condition()
-        self._tasks = Tasks(partial(_crashed, self.bot))
+        self.changed = ChangeSignal()
+        self._tasks = TaskSet(partial(_crashed, self.bot))
         self._task: asyncio.Task[None] | None = None
         self._is_one_by_one = False
         """Messages are published singly, since the code raised on several."""
@@ -190,19 +190,19 @@ class Dispatcher:
         journal."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
-                await self.changed.until(lambda: self._stopped or self.is_done)
+                await self.changed.wait_until(lambda: self._stopped or self.is_done)
         is_done = self.is_done
         if not is_done:
             log.info("dispatch.left", bot=self.bot, records=len(self._open))
         self.stop()
-        await self._tasks.ended(CUT_S)
+        await self._tasks.wait_ended(CUT_S)
         return is_done
 
     def stop(self) -> None:
         """The bot is lost, or given away: everything ends now."""
         self._stopped = True
-        self._tasks.cancel()
-        self.changed.notify()
+        self._tasks.cancel_all()
+        self.changed.notify_all()
 
     # bot_journal.Progress ---------------------------------------------------------------------------
 
@@ -253,7 +253,7 @@ class Dispatcher:
         self._journal.ensure_owner()
 
     def _wake(self) -> None:
-        self.changed.notify()
+        self.changed.notify_all()
         if self._task is None and not self._stopped:
             self._task = self._tasks.spawn(self._run())
 
@@ -285,7 +285,7 @@ class Dispatcher:
     async def _wait_for_lease(self) -> None:
         """Returns when it may be ours again; where it is not, everything ends."""
         leases = self._publishing.leases
-        await leases.changed.until(lambda: self._stopped or leases.valid, 1.0)
+        await leases.changed.wait_until(lambda: self._stopped or leases.valid, 1.0)
         if leases.incarnation != self._journal.owner:
             self.stop()
 
@@ -307,7 +307,7 @@ class Dispatcher:
     def _catch_up_ends(self) -> None:
         if self.is_catching_up and not any(opened.is_left_over for opened in self._records):
             self.is_catching_up = False
-            self.changed.notify()
+            self.changed.notify_all()
             self._on_caught_up()
 
     async def _read_back(self) -> None:
@@ -513,7 +513,7 @@ class Dispatcher:
         self._fetch_ahead()
         first = self._waiting[0]
         if not _is_ready(first):
-            await self.changed.until(lambda: bool(self._records) or self._stopped or _is_ready(first))
+            await self.changed.wait_until(lambda: bool(self._records) or self._stopped or _is_ready(first))
             return
         if first.crashes >= TRIES:
             await self._end_as_dead_letter(first.heard.said.raw, first.heard.sandbox, first.heard.said)
@@ -576,7 +576,7 @@ class Dispatcher:
             opened.written = opened.written._replace(record=told)  # without its messages: the bot may be silent
             if len(self._unsaved) > UNSAVED:
                 self._unsaved.popleft()
-        self.changed.notify()
+        self.changed.notify_all()
 
     async def _drop_published(self) -> None:
         """Looks which messages are in their inbox: a crash, or a pause of the lease, came between that and the news
@@ -622,7 +622,7 @@ class Dispatcher:
 
     def _on_fetched(self, _: object) -> None:
         self._fetch_ahead()
-        self.changed.notify()
+        self.changed.notify_all()
 
     async def _fetch_all(self, waiting: PendingMessage) -> list[InboundItem]:
         """The items of a message with their media, or with why they are missing."""

@@ -22,7 +22,7 @@ from adapter.inbound.sessions import Incoming, Session, check_owned, notify, reb
 from adapter.inbound.taking import give_back, take
 from adapter.ports import Polled
 from adapter.records import Binding
-from adapter.timing import backoff, finish, first_of
+from adapter.timing import backoff, shield_with_grace, wait_event
 
 log = structlog.get_logger()
 
@@ -57,7 +57,7 @@ async def tend(session: Session, needs: Incoming) -> None:
         await _tend(session, needs)
     finally:
         if session.journal is not None:
-            await finish(give_back(session, session.journal, needs), needs.grace_s)
+            await shield_with_grace(give_back(session, session.journal, needs), needs.grace_s)
 
 
 async def _tend(session: Session, needs: Incoming) -> None:
@@ -85,7 +85,7 @@ async def _tend(session: Session, needs: Incoming) -> None:
         if needs.bindings.get(session.bot) is None:
             return
         if failures:
-            await first_of(session.cut, backoff(failures, first_s=0.5) + needs.clock.jitter(0.5))
+            await wait_event(session.cut, backoff(failures, first_s=0.5) + needs.clock.jitter(0.5))
             session.cut.clear()
 
 
@@ -93,7 +93,7 @@ async def _serve(session: Session, needs: Incoming) -> None:
     journal = session.journal or await take(session, needs)
     if journal is None:
         return
-    await first_of(session.cut, needs.starts.wait_s())
+    await wait_event(session.cut, needs.starts.reserve_delay_s())
     if not session.leaving:
         await _announce(session, needs)
     await poll_forever(session, journal, needs)
@@ -157,14 +157,14 @@ async def poll_forever(session: Session, journal: BotJournal, needs: Incoming) -
         hold_ms = polled.hold_ms
         is_new = polled.cursor not in (None, journal.cursor)
         if polled.messages:
-            await needs.turns.next()
+            await needs.turns.wait_turn()
             serves = needs.bindings.get(session.bot)
             sandbox = serves.sandbox if serves is not None else ""
             await _store(session, Answer(polled, sandbox, needs.clock.now_ms()), journal, needs)
         else:
             if polled.cursor is not None and is_new:
                 journal.cursor, lately.note_at = polled.cursor, lately.note_at or began
-            await needs.beat.next()
+            await needs.beat.wait_for_batch()
         if polled.share is not None:
             polled.share.release()
         if lately.note_at or not journal.is_noted:
@@ -172,7 +172,7 @@ async def poll_forever(session: Session, journal: BotJournal, needs: Incoming) -
         is_instant = session.answered - began < INSTANT_S and not (polled.messages and is_new)
         lately.instants = lately.instants + 1 if is_instant else 0
         if lately.instants > 1:
-            await first_of(session.cut, 0.25 + needs.clock.jitter(0.25))
+            await wait_event(session.cut, 0.25 + needs.clock.jitter(0.25))
         if not session.announced and not session.leaving:
             # one project had its sends refused until iLink knew, and others never tell it: ever more seldom
             lately.unannounced += 1
@@ -194,7 +194,7 @@ async def _store(session: Session, answer: Answer, journal: BotJournal, needs: I
                 await retry(partial(journal.store, record), needs.clock)
                 break
             except LeaseLost as exc:
-                await needs.leases.changed.until(lambda: needs.leases.valid)
+                await needs.leases.changed.wait_until(lambda: needs.leases.valid)
                 if exc.reason != "lease_lost" or needs.leases.incarnation != journal.owner:
                     log.warning("inbound.fenced", bot=session.bot, reason=exc.reason)
                     lost = exc
@@ -219,14 +219,14 @@ async def _note(journal: BotJournal, lately: _Lately, needs: Incoming) -> None:
 
 async def _failed(session: Session, exc: Temporary, lately: _Lately, needs: Incoming) -> None:
     """A poll failed: waits before the next one."""
-    await needs.turns.next()  # iLink may have closed all connections at once
+    await needs.turns.wait_turn()  # iLink may have closed all connections at once
     lately.failures += 1
     needs.metrics.polls.labels(outcome="error").inc()
     wait_s = exc.retry_after_s or backoff(lately.failures, first_s=0.5, longest_s=30.0)
     if lately.failures.bit_count() == 1:  # at 1, 2, 4 …: thousands fail together where iLink is away
         log.warning("poll.failed", bot=session.bot, reason=exc.reason, detail=exc.detail, failures=lately.failures)
-    await first_of(session.cut, wait_s + needs.clock.jitter(wait_s / 2))
-    await needs.turns.next()
+    await wait_event(session.cut, wait_s + needs.clock.jitter(wait_s / 2))
+    await needs.turns.wait_turn()
 
 
 async def _unanswered(session: Session, lately: _Lately, waited_ms: int, needs: Incoming) -> None:
@@ -234,8 +234,8 @@ async def _unanswered(session: Session, lately: _Lately, waited_ms: int, needs: 
     if session.cut.is_set():
         session.cut.clear()
         # iLink may hear of the new poll before it sees the old connection end, and calls that two at once
-        await first_of(session.cut, AFTER_CUT_S)
-        await needs.turns.next()
+        await wait_event(session.cut, AFTER_CUT_S)
+        await needs.turns.wait_turn()
         return
     lately.timeouts += 1
     lately.hold_ms = min(LONGEST_HOLD_MS, 2 * waited_ms)
@@ -266,8 +266,8 @@ async def _wait_for_turn(session: Session, needs: Incoming) -> Binding | None:
         await needs.writable()
         if not needs.leases.valid:
             await wait_until(session, needs.leases.changed, lambda: needs.leases.valid)
-            await first_of(session.cut, needs.clock.jitter(needs.spread_s()))
-            await needs.turns.next()
+            await wait_event(session.cut, needs.clock.jitter(needs.spread_s()))
+            await needs.turns.wait_turn()
             session.answered = needs.clock.monotonic()
             continue
         binding = needs.bindings.get(session.bot)

@@ -22,7 +22,7 @@ from adapter.ports import Account, Chat
 from adapter.records import Binding
 from adapter.replicas.leases import Leases
 from adapter.seal import Sealer
-from adapter.timing import Beat, Clock, Condition, Pace, Turns
+from adapter.timing import ChangeSignal, Clock, PerTickLimiter, RateLimiter, WakeupBatcher
 
 log = structlog.get_logger()
 
@@ -59,11 +59,11 @@ class Incoming(NamedTuple):
     """The most that one journal record may hold."""
     taking: asyncio.Semaphore
     """Bounds how many bots are taken at once: thousands would hold up the event loop, and with it the lease."""
-    turns: Turns
+    turns: PerTickLimiter
     """Spreads what many bots do once they may go on, or have answers, for the same reason."""
-    starts: Pace
+    starts: RateLimiter
     """Spreads the first polls. Those that began together end together, and would begin together for ever."""
-    beat: Beat
+    beat: WakeupBatcher
     """Bots for which nothing has come poll again together."""
     spread_s: Callable[[], float]
     """Over how long polls are spread that could all start again at the same moment."""
@@ -110,7 +110,7 @@ class Session:
         """iLink has answered that it knows that the bot is polled."""
         self.leaving = False
         """Ends at the next poll boundary."""
-        self.told = Condition()
+        self.told = ChangeSignal()
         """Notified once it is to leave."""
         self.served: Binding | None = None
         """What was last served: an unbound bot's end is told to iLink with it, unless its token was dead."""
@@ -144,12 +144,12 @@ class Session:
     def leave(self, *, now: bool) -> None:
         """Asks the poller to end: at the next boundary, which a pause is, or `now`, cutting a poll that waits."""
         self.leaving = True
-        self.told.notify()
+        self.told.notify_all()
         if now or self.polling is None:
             self.cut_off()
 
     def cut_off(self, *, for_lease: bool = False) -> None:
-        """Ends a pause that waits, and a poll, which gets a moment (`HERE_S`)."""
+        """Ends a pause that waits, and a poll, which gets a moment (`DELAYED_GRACE_S`)."""
         self._for_lease = for_lease and (self._for_lease or not self.cut.is_set())
         self.cut.set()
         if self.polling is not None:
@@ -202,9 +202,9 @@ def rebound(binding: Binding, needs: Incoming) -> Callable[[], bool]:
 
 
 async def wait_until(
-    session: Session, condition: Condition, holds: Callable[[], bool], timeout_s: float | None = None
+    session: Session, condition: ChangeSignal, holds: Callable[[], bool], timeout_s: float | None = None
 ) -> None:
     """Waits until `holds()`, the session must leave, or `timeout_s` seconds have passed."""
     async with asyncio.timeout(timeout_s):
         while not (session.must_leave() or holds()):
-            await condition.until(lambda: session.must_leave() or holds(), LOOK_S, also=session.told)
+            await condition.wait_until(lambda: session.must_leave() or holds(), LOOK_S, also=session.told)

@@ -16,7 +16,7 @@ from adapter.inbound.dispatcher import Dispatcher
 from adapter.inbound.journal import JournalRecord, Written
 from adapter.inbound.sessions import Incoming, Session, check_owned, notify
 from adapter.records import Binding
-from adapter.timing import any_of, backoff
+from adapter.timing import backoff, wait_any
 
 log = structlog.get_logger()
 
@@ -52,7 +52,7 @@ async def take(session: Session, needs: Incoming) -> BotJournal | None:
         if looks % ASKED_EVERY == 0 and await _is_outdated(session.bot, needs):
             continue
         wait_s = backoff(looks, first_s=0.1, longest_s=4.0)
-        await any_of(session.cut.wait(), session.freed.wait(), timeout_s=wait_s + needs.clock.jitter(wait_s / 2))
+        await wait_any(session.cut.wait(), session.freed.wait(), timeout_s=wait_s + needs.clock.jitter(wait_s / 2))
         session.cut.clear()  # what it was set for is looked at again
     return None
 
@@ -150,10 +150,10 @@ async def _dispatched(session: Session, dispatcher: Dispatcher, needs: Incoming)
     def is_over() -> bool:
         return dispatcher.is_done or session.lingering or needs.bindings.get(session.bot) is not None
 
-    await any_of(
-        dispatcher.changed.until(is_over),
-        needs.bindings.changed.until(is_over),
-        session.told.until(is_over),
+    await wait_any(
+        dispatcher.changed.wait_until(is_over),
+        needs.bindings.changed.wait_until(is_over),
+        session.told.wait_until(is_over),
         timeout_s=needs.dispatching.media_wait_s,
     )
 

@@ -186,7 +186,7 @@ class KvBucket:
 
     async def _until_stale(self, epoch: int, seconds: float) -> None:
         """Until there is another client, or the time is over."""
-        await self.link.changed.until(lambda: self.link.epoch != epoch, seconds)
+        await self.link.changed.wait_until(lambda: self.link.epoch != epoch, seconds)
 
     async def numbers(self) -> tuple[int, int]:
         """How many keys there are, deleted ones too, and the newest sequence. Raises Temporary."""

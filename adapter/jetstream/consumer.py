@@ -30,7 +30,7 @@ from adapter.jetstream import topology
 from adapter.jetstream.api_replies import NO_CONSUMER, unix_ms
 from adapter.jetstream.managed_connection import Link
 from adapter.jetstream.topology import Wanted
-from adapter.timing import Clock, backoff, first_of
+from adapter.timing import Clock, backoff, wait_event
 
 log = structlog.get_logger()
 
@@ -231,7 +231,7 @@ class Consumer:
                     if missing >= max(1, self._room // 4):
                         await self._ask(inbox, missing)
                     if not down.done():
-                        await first_of(self._wake, left_s)
+                        await wait_event(self._wake, left_s)
         finally:
             down.cancel()
 

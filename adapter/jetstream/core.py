@@ -13,7 +13,7 @@ from adapter.errors import BusRefused, Refused
 from adapter.jetstream.api_replies import CONSUMER_EXISTS, NO_CONSUMER
 from adapter.jetstream.managed_connection import Link
 from adapter.names import Names, is_inbox
-from adapter.timing import first_of
+from adapter.timing import wait_event
 
 log = structlog.get_logger()
 
@@ -64,7 +64,7 @@ class CoreNats:
 
         async with self._link.subscribed(self._link.client(), receive) as inbox:
             await self._link.publish(subject, payload, reply=inbox)
-            await first_of(enough, within_s)
+            await wait_event(enough, within_s)
         return answers
 
     async def make_durable(self, sandbox: str, after: int) -> None:

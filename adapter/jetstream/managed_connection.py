@@ -26,7 +26,7 @@ from adapter.jetstream.client import BusClient, violation
 from adapter.jetstream.credentials import credentials, tls_context
 from adapter.jetstream.multiplexer import Answer, Question, Questions
 from adapter.settings import Settings
-from adapter.timing import Condition, backoff, first_of, is_cancelled
+from adapter.timing import ChangeSignal, backoff, is_cancelled, wait_event
 
 log = structlog.get_logger()
 
@@ -78,7 +78,7 @@ class Link:
         """The largest `max_payload` of any connection."""
         self._since = 0.0
         self._doubt_s = DOUBT_S
-        self.changed = Condition()
+        self.changed = ChangeSignal()
         self._settings = settings
         self._servers = random.sample(settings.nats_url, len(settings.nats_url))
         self._answered = 0.0
@@ -99,12 +99,12 @@ class Link:
 
     async def wait_up(self, timeout_s: float | None = None) -> Client:
         """The client, once there is one. Raises Temporary("bus_down") after `timeout_s` seconds."""
-        await self.changed.until(lambda: self.up, timeout_s)
+        await self.changed.wait_until(lambda: self.up, timeout_s)
         return self.client()
 
     async def wait_down(self, epoch: int) -> None:
         """Returns once the client of `epoch` is gone."""
-        await self.changed.until(lambda: self.epoch != epoch or self.nc is None)
+        await self.changed.wait_until(lambda: self.epoch != epoch or self.nc is None)
 
     def client(self) -> Client:
         """The client. Raises Temporary("bus_down")."""
@@ -174,14 +174,14 @@ class Link:
                 self._answered, self._unanswered = self._since, 0
                 self._servers = _put_last(self._servers, nc)
                 log.info("bus.connected", link=self.name, epoch=self.epoch)
-                self.changed.notify()
+                self.changed.notify_all()
                 # nats-py does not always call closed_cb: when its own closing fails, it only stays closed
-                while not (nc.is_closed or is_cancelled() or await first_of(self._lost, 0.2)):
+                while not (nc.is_closed or is_cancelled() or await wait_event(self._lost, 0.2)):
                     pass
             finally:
                 self.nc = None
                 self._questions.lost()
-                self.changed.notify()
+                self.changed.notify_all()
                 with contextlib.suppress(NatsError, OSError, TimeoutError):
                     async with asyncio.timeout(2):
                         await nc.close()

@@ -27,7 +27,7 @@ from adapter.jetstream.managed_connection import Link
 from adapter.metrics import Metrics
 from adapter.names import stream_of
 from adapter.ports import Message, PubAck
-from adapter.timing import Clock, Condition, first_of
+from adapter.timing import ChangeSignal, Clock, wait_event
 
 log = structlog.get_logger()
 
@@ -91,7 +91,7 @@ class Publisher:
         self._numbers = itertools.count()
         self._interrupted_streams: set[str] = set()
         """The streams to which `_recover` alone writes."""
-        self._flows = Condition()
+        self._flows = ChangeSignal()
         self._stumbled = asyncio.Event()
         self._decode = msgspec.json.Decoder(_Answer)
         self._nc: BusClient | None = None
@@ -113,7 +113,7 @@ class Publisher:
 
     async def writable(self, streams: Iterable[str]) -> None:
         """Returns when these take what is written: at once, unless a write to one waits for longer than it should."""
-        await self._flows.until(lambda: self._interrupted_streams.isdisjoint(streams))
+        await self._flows.wait_until(lambda: self._interrupted_streams.isdisjoint(streams))
 
     async def publish(self, message: Message) -> PubAck:
         """Returns once the stream has it, however long the bus is away. Raises Conflict, BusRefused, LeaseLost."""
@@ -205,7 +205,7 @@ class Publisher:
                         stream.recovery is None or stream.recovery.done()
                     ):
                         stream.recovery = group.create_task(self._recover(stream))
-                await first_of(self._stumbled, ACK_TIMEOUT_S / 2)
+                await wait_event(self._stumbled, ACK_TIMEOUT_S / 2)
 
     def _is_late(self, stream: _Stream) -> bool:
         """Tells whether an ack is overdue: what has its ack is outstanding no more, so the oldest write shows it."""
@@ -231,7 +231,7 @@ class Publisher:
             if stream.interruption.is_set():
                 continue
             self._interrupted_streams.discard(stream.name)
-            self._flows.notify()
+            self._flows.notify_all()
             if stream.warned_at:
                 stream.warned_at = 0.0
                 log.info("publish.resumed", stream=stream.name)

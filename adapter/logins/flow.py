@@ -25,7 +25,7 @@ from adapter.ports import Bus, History, Logins, Message, QrCode, Scan
 from adapter.records import Binding, LoginCode, LoginRecord
 from adapter.replicas.leases import Leases
 from adapter.seal import Sealer, bind_context
-from adapter.timing import Clock, backoff, finish
+from adapter.timing import Clock, backoff, shield_with_grace
 
 log = structlog.get_logger()
 
@@ -99,7 +99,7 @@ class LoginFlow:
                 else:
                     await self._ask(record)
                     await self._wait(record)
-                    await finish(self._take(), GRACE_S)
+                    await shield_with_grace(self._take(), GRACE_S)
         finally:
             await self._end_requests(set())
             if self._fetch is not None:
@@ -196,7 +196,7 @@ class LoginFlow:
         registry, clock = self._needs.registry, self._needs.clock
         due_s = self._fetch_due_s(record) if self._fetch is None else None
         left_s = max(0.0, (record.until_ms - clock.now_ms()) / 1000)
-        changed = asyncio.ensure_future(registry.changed.until(lambda: registry.get(self._login) != record))
+        changed = asyncio.ensure_future(registry.changed.wait_until(lambda: registry.get(self._login) != record))
         tasks: set[asyncio.Future[Any]] = {changed, *(asked.task for asked in self._out.values())}
         if self._fetch is not None:
             tasks.add(self._fetch)
@@ -333,7 +333,7 @@ class LoginFlow:
                 return
         deadline = needs.clock.monotonic() + BOUND_S
         while needs.clock.monotonic() < deadline:
-            if await needs.bindings.changed.until(lambda: self._bound(record, request) is not None, 2.0):
+            if await needs.bindings.changed.wait_until(lambda: self._bound(record, request) is not None, 2.0):
                 break
             if refused := await self._refusal(record, request):
                 await self._fail(refused.reason, refused.detail)

@@ -21,7 +21,7 @@ from adapter.metrics import Metrics
 from adapter.ports import Bucket, Entry, Logins, QrCode, Scan
 from adapter.records import Binding, LoginCode, LoginRecord
 from adapter.seal import Sealer, login_context
-from adapter.timing import Clock, Condition
+from adapter.timing import ChangeSignal, Clock
 
 log = structlog.get_logger()
 
@@ -50,7 +50,7 @@ class LoginRegistry:
     """Every login that is not over, and those that ended a moment ago; each replica holds them all."""
 
     def __init__(self, bucket: Bucket, sealer: Sealer, clock: Clock, metrics: Metrics) -> None:
-        self.changed = Condition()
+        self.changed = ChangeSignal()
         self.version = 0
         """Rises with every change that `changed` announces."""
         self._bucket = bucket
@@ -165,7 +165,7 @@ class LoginRegistry:
 
     def _notify(self) -> None:
         self.version += 1
-        self.changed.notify()
+        self.changed.notify_all()
 
     # secrets ----------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ import structlog
 from adapter.errors import LeaseLost, Refused
 from adapter.logins.flow import LoginFlow, LoginNeeds, end_all
 from adapter.names import shard_of
-from adapter.timing import any_of
+from adapter.timing import wait_any
 
 log = structlog.get_logger()
 
@@ -30,7 +30,7 @@ class LoginRunner:
         """Until cancelled; then what is in hand is stored."""
         bindings = self._needs.bindings
         try:
-            await bindings.changed.until(lambda: bindings.loaded)
+            await bindings.changed.wait_until(lambda: bindings.loaded)
             while True:
                 self._follow()
                 await self._wait()
@@ -79,8 +79,8 @@ class LoginRunner:
         """Until something may have to start or end."""
         registry, leases = self._needs.registry, self._needs.leases
         version, owned, valid = registry.version, set(leases.owned), leases.valid
-        await any_of(
-            registry.changed.until(lambda: registry.version != version),
-            leases.changed.until(lambda: (leases.owned, leases.valid) != (owned, valid)),
+        await wait_any(
+            registry.changed.wait_until(lambda: registry.version != version),
+            leases.changed.wait_until(lambda: (leases.owned, leases.valid) != (owned, valid)),
             timeout_s=1.0,
         )

@@ -14,8 +14,8 @@ from adapter.crashes import TRIES
 from adapter.errors import AdapterError, Crashed
 from adapter.outbound.ledger import CommandLedger
 from adapter.outbound.receipts import Address
-from adapter.tasks import Tasks
-from adapter.timing import backoff, first_of
+from adapter.tasks import TaskSet
+from adapter.timing import backoff, wait_event
 
 log = structlog.get_logger()
 
@@ -30,7 +30,7 @@ class CommandEndings:
     """Ends commands that no conversation has."""
 
     def __init__(
-        self, ledger: CommandLedger, ensure_owner: Callable[[], None], draining: asyncio.Event, tasks: Tasks
+        self, ledger: CommandLedger, ensure_owner: Callable[[], None], draining: asyncio.Event, tasks: TaskSet
     ) -> None:
         """`ensure_owner` raises LeaseLost where this replica may not work for the shard."""
         self._ledger = ledger
@@ -73,5 +73,5 @@ class CommandEndings:
                 log.exception("command.crashed", sandbox=sandbox, crashes=crashes)
                 if crashes == TRIES:
                     raise Crashed from exc
-            if await first_of(self._draining, backoff(failures, first_s=0.2, longest_s=5.0)):
+            if await wait_event(self._draining, backoff(failures, first_s=0.2, longest_s=5.0)):
                 raise Draining

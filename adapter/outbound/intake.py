@@ -17,8 +17,8 @@ from adapter.outbound.backlog import PAGE
 from adapter.outbound.ledger import CommandLedger
 from adapter.outbound.reading import MISSING_CONFIRM_S, CommandReader
 from adapter.ports import Archive, Delivery
-from adapter.tasks import Tasks
-from adapter.timing import Clock, first_of
+from adapter.tasks import TaskSet
+from adapter.timing import Clock, wait_event
 
 log = structlog.get_logger()
 
@@ -35,7 +35,7 @@ class CommandIntake:
         clock: Clock,
         metrics: Metrics,
         draining: asyncio.Event,
-        tasks: Tasks,
+        tasks: TaskSet,
     ) -> None:
         self._ledger = ledger
         self._reader = reader
@@ -83,17 +83,17 @@ class CommandIntake:
                     page = [stored async for stored in read]
                 except Temporary as exc:
                     log.warning("command.retrying", subject=subject, reason=exc.reason)
-                    await first_of(self._draining, 0.5)
+                    await wait_event(self._draining, 0.5)
                     continue
                 except Exception:  # a bug; what waits there is not left behind
                     log.exception("command.crashed", subject=subject)
-                    await first_of(self._draining, 0.5)
+                    await wait_event(self._draining, 0.5)
                     continue
                 up_to = page[-1].seq if len(page) == PAGE else last
                 if gone := backlog.missing(subject, {stored.seq for stored in page}, up_to):
                     missing_since = clock.monotonic() if missing_since is None else missing_since
                     if clock.monotonic() - missing_since < MISSING_CONFIRM_S:
-                        await first_of(self._draining, 0.5)
+                        await wait_event(self._draining, 0.5)
                         continue
                     backlog.forget(subject, gone)
                     log.warning("commands.gone", subject=subject, commands=len(gone), first=gone[0])

@@ -30,7 +30,7 @@ from adapter.outbound.reading import ReadCommand
 from adapter.outbound.receipts import Address, Receipts, StoredReceipt, is_final, result_of
 from adapter.outbound.shard import Sessions
 from adapter.records import Binding
-from adapter.tasks import Tasks
+from adapter.tasks import TaskSet
 
 CATCH_UP_S = 30.0
 """So long a command waits for what the bot's owner before has stored. One whose bot cannot be taken, as without the
@@ -66,7 +66,7 @@ class CommandPlacement:
         endings: CommandEndings,
         sessions: Sessions,
         wait_for_pending_binds: Callable[[], Awaitable[None]],
-        tasks: Tasks,
+        tasks: TaskSet,
     ) -> None:
         self._conversations = conversations
         self._bindings = bindings

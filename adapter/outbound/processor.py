@@ -34,7 +34,7 @@ from adapter.outbound.typing_indicator import TypingDeps, TypingIndicators
 from adapter.ports import Account, Archive, Bucket, TextReader
 from adapter.records import Binding
 from adapter.replicas.leases import Leases
-from adapter.tasks import Tasks
+from adapter.tasks import TaskSet
 
 log = structlog.get_logger()
 
@@ -72,7 +72,7 @@ class ShardCommandProcessor:
     def __init__(self, shard: int, deps: OutboundDeps) -> None:
         self.shard = shard
         self._deps = deps
-        self._tasks = Tasks(partial(_report, shard))
+        self._tasks = TaskSet(partial(_report, shard))
         self._draining = asyncio.Event()
         self._lease = ShardLease(shard, deps.leases, self._draining)
         self.typing = TypingIndicators(shard, deps.typing)
@@ -189,10 +189,10 @@ class ShardCommandProcessor:
         self._draining.set()
         self._tasks.spawn(self.typing.drain(min(grace_s, TYPING_DRAIN_S)))
         await asyncio.gather(*(actor.drain(grace_s) for actor in self))
-        if not await self._tasks.ended(grace_s):
+        if not await self._tasks.wait_ended(grace_s):
             log.warning("commands.cancelled", shard=self.shard, tasks=len(self._tasks))
         self.stop()
-        await self._tasks.ended(CANCEL_GRACE_S)
+        await self._tasks.wait_ended(CANCEL_GRACE_S)
 
     def stop(self) -> None:
         """The shard is lost: everything ends now."""
@@ -201,7 +201,7 @@ class ShardCommandProcessor:
         self.typing.stop()
         self._conversations.stop()
         self.intake.stop()
-        self._tasks.cancel()
+        self._tasks.cancel_all()
 
     # memory and metrics -------------------------------------------------------------------------------
 

@@ -37,8 +37,8 @@ from adapter.names import H_COMMAND, H_COPIED_AGAIN, H_MSG_ID, UNROUTED, Names
 from adapter.outbound.receipts import Address
 from adapter.outbound.trials import OWNERS, Trials
 from adapter.ports import Archive, Delivery, TextReader
-from adapter.tasks import Tasks
-from adapter.timing import Clock, first_of
+from adapter.tasks import TaskSet
+from adapter.timing import Clock, wait_event
 
 log = structlog.get_logger()
 
@@ -69,7 +69,7 @@ class CommandReader:
         trials: Trials | None,
         ensure_owner: Callable[[], None],
         draining: asyncio.Event,
-        tasks: Tasks,
+        tasks: TaskSet,
     ) -> None:
         """`trials`: the owner before died, perhaps of a command that was delivered to it."""
         self.on_command: Callable[[ReadCommand], None] = _ignore
@@ -172,7 +172,7 @@ class CommandReader:
                     await self._read_slowly(unread)
             except (Temporary, LeaseLost) as exc:
                 log.warning("command.retrying", subject=subject, reason=exc.reason)
-                await first_of(self._draining, 0.5)
+                await wait_event(self._draining, 0.5)
             except Exception as exc:  # a bug: the others go on
                 log.exception("command.crashed", subject=subject, sequence=unread[0].seq)
                 self._untried.discard(unread[0].seq)
@@ -212,7 +212,7 @@ class CommandReader:
                     return
                 except (Temporary, LeaseLost) as exc:
                     log.warning("command.retrying", sequence=sequence, reason=exc.reason)
-                    await first_of(self._draining, 0.5)
+                    await wait_event(self._draining, 0.5)
 
     async def _bury(self, unread: deque[Delivery]) -> None:
         """Ends the first one, which nobody can read; also its id is looked for elsewhere. Raises Temporary."""

@@ -23,8 +23,8 @@ from adapter.outbound.typing_indicator import TypingIndicators
 from adapter.ports import Account
 from adapter.records import Binding
 from adapter.replicas.leases import Leases
-from adapter.tasks import Tasks
-from adapter.timing import any_of
+from adapter.tasks import TaskSet
+from adapter.timing import wait_any
 
 log = structlog.get_logger()
 
@@ -65,7 +65,7 @@ class ShardLease:
 
     async def wait(self) -> None:
         """Returns when it may again, or after some seconds."""
-        await any_of(self._leases.held(self._shard), self._draining.wait(), timeout_s=PAUSED_S)
+        await wait_any(self._leases.held(self._shard), self._draining.wait(), timeout_s=PAUSED_S)
 
     def give_up(self) -> None:
         """It does not come back to who holds this."""
@@ -87,7 +87,7 @@ class OwnedShard:
         typing: TypingIndicators,
         events: Events,
         shown: Callable[[Conversation], contract.Window],
-        tasks: Tasks,
+        tasks: TaskSet,
     ) -> None:
         """`open_account` raises Refused("token_key")."""
         self._lease = lease

@@ -19,7 +19,7 @@ from adapter.errors import AdapterError, Crashed, LeaseLost, Refused, SessionExp
 from adapter.outbound.typing_tickets import REST_S, Tickets
 from adapter.ports import Account, Chat
 from adapter.records import Binding
-from adapter.timing import Clock, backoff, first_of
+from adapter.timing import Clock, backoff, wait_event
 
 log = structlog.get_logger()
 
@@ -100,7 +100,7 @@ class IndicatorRunner:
                 log.exception("typing.crashed", bot=indicator.bot)
                 wait_s = PAUSE_S
             if wait_s > 0:
-                await first_of(indicator.wake, wait_s)
+                await wait_event(indicator.wake, wait_s)
 
     async def _turn(self, indicator: Indicator) -> float:
         """One step towards what is wanted; seconds until the next, unless it is woken."""

@@ -19,7 +19,7 @@ from adapter.names import SHARDS
 from adapter.ports import Entry, LeaderBucket
 from adapter.records import Claim
 from adapter.replicas.membership import Membership
-from adapter.timing import Clock, first_of, raise_if_cancelled
+from adapter.timing import Clock, raise_if_cancelled, wait_event
 
 log = structlog.get_logger()
 
@@ -63,7 +63,7 @@ class Leases(Membership):
 
     async def held(self, shard: int, timeout_s: float | None = None) -> None:
         """Returns once `check` would let it pass, or after `timeout_s` seconds."""
-        await self.changed.until(lambda: self.valid and shard in self.owned, timeout_s)
+        await self.changed.wait_until(lambda: self.valid and shard in self.owned, timeout_s)
 
     async def run(self) -> None:
         """Joins, renews, claims, until cancelled. Joins anew, as another incarnation, when it was revoked."""
@@ -100,7 +100,7 @@ class Leases(Membership):
                     await self._claim_free(claims)
             except Temporary as exc:
                 log.debug("lease.unread", reason=exc.reason)
-            await first_of(self._look, self._rest_s())
+            await wait_event(self._look, self._rest_s())
             self._look.clear()
 
     def _best(self, names: list[str], shard: int) -> str:
@@ -113,7 +113,7 @@ class Leases(Membership):
         surplus = {shard for shard in self.owned if self._best(names, shard) != self.incarnation}
         if surplus != self.surplus:
             self.surplus = surplus
-            self.changed.notify()
+            self.changed.notify_all()
 
     async def _check_claims(self, claims: dict[str, Entry]) -> None:
         """An operator may delete claims, or another hand change them: what is owned is put back, or given up."""
@@ -156,7 +156,7 @@ class Leases(Membership):
         self.surplus.discard(shard)
         self.inherited.discard(shard)
         self._metrics.shards_owned.set(len(self.owned))
-        self.changed.notify()
+        self.changed.notify_all()
         return self._claim_revisions.pop(shard)
 
     async def _claim_free(self, claims: dict[str, Entry]) -> None:
@@ -184,7 +184,7 @@ class Leases(Membership):
         if any(results):
             log.info("shards.claimed", claimed=sum(results), owned=len(self.owned))
             self._metrics.shards_owned.set(len(self.owned))
-            self.changed.notify()
+            self.changed.notify_all()
 
     async def _claim(self, shard: int, owner: str, revision: int) -> bool:
         if self.draining:
@@ -252,7 +252,7 @@ class Leases(Membership):
         self._deadline = 0.0
         self._paused = True
         self._metrics.shards_owned.set(0)
-        self.changed.notify()
+        self.changed.notify_all()
 
 
 def _claim_in(entry: Entry | None) -> Claim | None:

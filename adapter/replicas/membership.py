@@ -21,7 +21,7 @@ from adapter.errors import UNDECODABLE, Conflict, LeaseLost, Temporary
 from adapter.metrics import Metrics
 from adapter.ports import LeaderBucket
 from adapter.records import Member
-from adapter.timing import Clock, Condition
+from adapter.timing import ChangeSignal, Clock
 
 log = structlog.get_logger()
 
@@ -59,7 +59,7 @@ class Membership:
     ) -> None:
         self.owned: set[int] = set()
         """This replica's shards, as long as it is `valid`."""
-        self.changed = Condition()
+        self.changed = ChangeSignal()
         """Notified when shards come or go, and when the lease pauses or resumes."""
         self.incarnation = ""
         self.departures = 0
@@ -151,7 +151,7 @@ class Membership:
         if (self._paused or ran_out) and self.valid:
             self._paused = False
             log.info("lease.valid", incarnation=self.incarnation, shards=len(self.owned))
-            self.changed.notify()
+            self.changed.notify_all()
 
     async def _watch_forever(self) -> None:
         """Tells everybody at the moment when the lease runs out, on its own timer: a renewal may hang."""
@@ -163,7 +163,7 @@ class Membership:
             if not self._paused:
                 self._paused = True
                 log.warning("lease.paused", incarnation=self.incarnation, shards=len(self.owned))
-                self.changed.notify()
+                self.changed.notify_all()
             await self._clock.sleep(0.05)
 
     # the others -----------------------------------------------------------------------------------
@@ -199,7 +199,7 @@ class Membership:
                     live[entry.key] = msgspec.json.decode(entry.value, type=Member)
         if self._live.keys() - live.keys():
             self.departures += 1
-            self.changed.notify()
+            self.changed.notify_all()
         self._live = live
         self._seen = {
             entry.key: self._seen[entry.key] for entry in entries if entry.value and entry.key in self._seen

@@ -44,7 +44,7 @@ class LoginService:
         """Fetches the first code and stores the login; its shard's owner goes on from there."""
         asked = read_request(data, LoginStart, self._metrics)
         check_sandbox(asked.sandbox)
-        if not await self._bindings.changed.until(lambda: self._bindings.loaded, START_S):
+        if not await self._bindings.changed.wait_until(lambda: self._bindings.loaded, START_S):
             raise Temporary("starting", "The adapter is starting; ask again in a moment.")
         if self._registry.open_of(asked.sandbox) >= OPEN_PER_SANDBOX:
             raise Refused(

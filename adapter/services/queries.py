@@ -149,7 +149,7 @@ class Queries:
 
         Raises Temporary.
         """
-        if not await self._bindings.changed.until(lambda: self._bindings.loaded, START_S):
+        if not await self._bindings.changed.wait_until(lambda: self._bindings.loaded, START_S):
             raise Temporary("starting", "The adapter is starting; ask again in a moment.")
         if bound := self._bindings.of_sandbox(sandbox):
             return min(binding.in_after for binding in bound)

@@ -38,7 +38,7 @@ from adapter.ports import Account, Stored
 from adapter.records import Binding
 from adapter.seal import Sealer
 from adapter.slots import FairSlots
-from adapter.timing import Beat, Pace, Turns
+from adapter.timing import PerTickLimiter, RateLimiter, WakeupBatcher
 from tests.fakes.bus import FakeBucket, FakeBus, FakeCoreBus, FakeDelivery, Kept
 from tests.fakes.clock import FakeClock
 from tests.fakes.ilink import FakeChat
@@ -221,7 +221,7 @@ class Bench:
                 policy=policy,
                 clock=self.clock,
                 metrics=self.metrics,
-                turns=Turns(4),
+                turns=PerTickLimiter(4),
             ),
             bindings=self.bindings,
             leases=self.leases,
@@ -319,9 +319,9 @@ class Bench:
             writable=writable,
             part_bytes=lambda: 512 * 1024,
             taking=asyncio.Semaphore(4),
-            turns=Turns(4),
-            starts=Pace(2000),
-            beat=Beat(0.1),
+            turns=PerTickLimiter(4),
+            starts=RateLimiter(2000),
+            beat=WakeupBatcher(0.1),
             spread_s=lambda: 0.0,
             stale_retry_s=(5.0, 30.0, 300.0),
             notify=True,
@@ -344,7 +344,7 @@ class Bench:
         def changed(kind: type[Any], made: Any) -> Any:
             return made._replace(**{name: changes.pop(name) for name in list(changes) if name in kind._fields})
 
-        triage = Triage(read_message, Turns(4).next, groups_as_direct=False, skew_ms=0)
+        triage = Triage(read_message, PerTickLimiter(4).wait_turn, groups_as_direct=False, skew_ms=0)
         publishing = Publishing(
             bus=self.bus,
             history=self.bus,

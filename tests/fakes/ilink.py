@@ -13,7 +13,7 @@ import msgspec
 from adapter.errors import Refused, Uncertain
 from adapter.ilink import urls
 from adapter.ports import Accepted, Account, Content, Polled, QrCode, Scan, ScanStatus, Uploaded
-from adapter.timing import Condition
+from adapter.timing import ChangeSignal
 from tests.fakes.clock import EPOCH_MS, FakeClock
 
 
@@ -239,12 +239,12 @@ class FakeLogins:
         self.fetch_s = 0.01
         self._clock = clock
         self._numbers = itertools.count(1)
-        self._news = Condition()
+        self._news = ChangeSignal()
 
     def happens(self, handle: str, *answers: Scan | ScanStatus | Exception | None) -> None:
         """The next answers about a code; None: nobody answers, at once."""
         self.scans[handle] += [Scan(answer) if isinstance(answer, str) else answer for answer in answers]
-        self._news.notify()
+        self._news.notify_all()
 
     async def fetch_code(self, tokens: Sequence[str]) -> QrCode:
         self.tokens.append(list(tokens))
@@ -263,7 +263,7 @@ class FakeLogins:
         self.out.add(handle)
         try:
             await asyncio.sleep(0.01)
-            await self._news.until(lambda: bool(self.scans[handle]), self.hold_s)
+            await self._news.wait_until(lambda: bool(self.scans[handle]), self.hold_s)
             answer = self.scans[handle].popleft() if self.scans[handle] else Scan("wait")
         finally:
             self.out.discard(handle)

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from adapter.errors import LeaseLost
 from adapter.names import SHARDS
 from adapter.replicas.leases import Leases
-from adapter.timing import Condition
+from adapter.timing import ChangeSignal
 
 
 class FakeLeases(Leases):
@@ -16,7 +16,7 @@ class FakeLeases(Leases):
 
     def __init__(self, incarnation: str = "me-1", owned: Iterable[int] = range(SHARDS)) -> None:
         self.owned = set(owned)
-        self.changed = Condition()
+        self.changed = ChangeSignal()
         self.incarnation = incarnation
         self.is_valid = True
         self.is_alone = True

@@ -40,7 +40,7 @@ async def polls(bench: Bench, **changes: Any) -> Session:
 async def dispatched(session: Session) -> None:
     """Waits until everything that was stored is in the inboxes."""
     if (dispatcher := session.dispatcher) is not None:
-        await dispatcher.changed.until(lambda: dispatcher.is_done)
+        await dispatcher.changed.wait_until(lambda: dispatcher.is_done)
 
 
 def tended(bench: Bench, **changes: Any) -> tuple[Session, asyncio.Task[None]]:

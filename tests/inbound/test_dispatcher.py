@@ -353,7 +353,7 @@ async def test_a_lease_that_pauses_tells_nothing_and_one_that_resumes_goes_on(po
     await asyncio.sleep(20)
     assert said(bench) == []
     bench.leases.is_valid = True
-    bench.leases.changed.notify()
+    bench.leases.changed.notify_all()
     await asyncio.sleep(2)
     assert said(bench) == ["+", "t2"]
 
@@ -372,7 +372,7 @@ async def test_what_is_being_told_when_the_lease_pauses_is_looked_for_before_the
     assert said(bench) == ["t1", "t2"]
     bench.bus.on_publish, bench.leases.is_valid = None, True
     bench.bus.forget_ids()
-    bench.leases.changed.notify()
+    bench.leases.changed.notify_all()
     await asyncio.sleep(5)
     assert said(bench) == ["t1", "t2", "t3"]
 

@@ -20,7 +20,7 @@ from adapter.inbound.poller import AFTER_CUT_S, HOLD_MS, LONGEST_HOLD_MS, tend
 from adapter.inbound.sessions import HERE_S, Session
 from adapter.ports import Account, Message, Polled, Said
 from adapter.seal import Sealer
-from adapter.timing import Pace, Turns, complete
+from adapter.timing import PerTickLimiter, RateLimiter, complete_with_grace
 from tests.fakes import FakeClock, Rounds, batch, ready
 from tests.inbound.pollers import BOT, STALE, Poller, polls, raw, tended, texts
 
@@ -192,7 +192,7 @@ async def test_answers_that_come_at_once_are_stored_a_few_in_each_round_of_the_e
     bench.chat.poll = poll  # type: ignore[method-assign]
     for number, bot in enumerate(bots):
         await bench.bind(f"s{number}", bot, bot.replace("bot", "wechat"))
-    needs = bench.incoming(turns=Turns(3), read_message=read)
+    needs = bench.incoming(turns=PerTickLimiter(3), read_message=read)
     sessions = [Session(bot) for bot in bots]
     tasks = [asyncio.create_task(tend(session, needs)) for session in sessions]
     await asyncio.sleep(5)
@@ -202,7 +202,7 @@ async def test_answers_that_come_at_once_are_stored_a_few_in_each_round_of_the_e
     rounds.seen["polls"].clear()
     await asyncio.sleep(pause_s)
     bench.leases.is_valid = True
-    bench.leases.changed.notify()
+    bench.leases.changed.notify_all()
     await asyncio.sleep(5)
     came.set()
     await asyncio.sleep(5)
@@ -237,7 +237,7 @@ async def test_polls_that_fail_together_begin_again_a_few_in_each_round_of_the_l
     bench.chat.poll = poll  # type: ignore[method-assign]
     for number, bot in enumerate(bots):
         await bench.bind(f"s{number}", bot, bot.replace("bot", "wechat"))
-    needs = bench.incoming(turns=Turns(3))
+    needs = bench.incoming(turns=PerTickLimiter(3))
     sessions = [Session(bot) for bot in bots]
     tasks = [asyncio.create_task(tend(session, needs)) for session in sessions]
     await asyncio.sleep(5)
@@ -282,7 +282,7 @@ async def test_bots_that_start_together_are_polled_one_after_the_other_and_leave
     for number in range(2, 6):
         await bench.bind(f"s{number}", f"b{number}@im.bot", f"u{number}@im.wechat")
         sessions.append(Session(f"b{number}@im.bot"))
-    needs = bench.incoming(starts=Pace(0.1))
+    needs = bench.incoming(starts=RateLimiter(0.1))
     asked: list[str] = []
 
     async def poll(account: Account, cursor: str, hold_ms: int) -> Polled | None:
@@ -324,7 +324,7 @@ async def test_a_lease_that_pauses_cuts_the_poll_and_one_that_resumes_polls_on(p
     await asyncio.sleep(20)
     assert (bench.chat.polling, session.state) == (0, "paused")
     bench.leases.is_valid = True
-    bench.leases.changed.notify()
+    bench.leases.changed.notify_all()
     await asyncio.sleep(1)
     assert bench.chat.polling == 1
     assert bench.chat.asked == ["", "b", "b"]
@@ -359,7 +359,7 @@ async def test_after_an_outage_polls_start_spread_over_a_time_that_grows_with_th
     await asyncio.sleep(8)
     bench.leases.is_valid = True
     back = bench.clock.monotonic()
-    bench.leases.changed.notify()
+    bench.leases.changed.notify_all()
     await asyncio.sleep(30)
     assert len(bench.chat.polled_at) == before + 1
     assert bench.chat.polled_at[-1] - back == pytest.approx(7.0, abs=0.01)
@@ -622,7 +622,7 @@ async def test_an_answer_that_is_still_being_read_when_its_poll_is_cut_is_kept()
             await asyncio.sleep(HERE_S + 2)
             return batch(raw("large"))
 
-        return await complete(read(), 5.0)
+        return await complete_with_grace(read(), 5.0)
 
     bench.chat.poll = poll  # type: ignore[method-assign]
     session, task = tended(bench)

@@ -249,7 +249,7 @@ async def frozen_with(bench: Bench, *batches: Polled, heir: Bench | None, given:
 
     def resume() -> None:
         bench.leases.is_valid = True
-        bench.leases.changed.notify()
+        bench.leases.changed.notify_all()
 
     bench.bus.on_publish = freeze
     await asyncio.sleep(5)
@@ -463,7 +463,7 @@ async def test_a_bot_is_given_back_also_while_the_lease_is_paused() -> None:
     session, task = tended(bench)
     await asyncio.sleep(2)
     bench.leases.is_valid = False
-    bench.leases.changed.notify()
+    bench.leases.changed.notify_all()
     session.leave(now=True)
     await asyncio.sleep(2)
     assert task.done()

@@ -15,14 +15,14 @@ from adapter.ilink.translate import read_message
 from adapter.inbound.triage import Triage
 from adapter.names import conversation_key
 from adapter.ports import Said
-from adapter.timing import Turns
+from adapter.timing import PerTickLimiter
 from tests.fakes import EPOCH_MS, Rounds, batch, ready
 from tests.inbound.downloads import NOTHING
 from tests.inbound.pollers import BOT, USER, polls, raw, texts
 
 VIRTUAL_TIME = True
 
-TRIAGE = Triage(read_message, Turns(4).next, groups_as_direct=False, skew_ms=0)
+TRIAGE = Triage(read_message, PerTickLimiter(4).wait_turn, groups_as_direct=False, skew_ms=0)
 
 
 async def judged(*answers: list[bytes], triage: Triage = TRIAGE, place: str = "") -> list[list[str]]:
@@ -177,6 +177,6 @@ async def test_a_huge_answer_is_judged_a_little_in_each_round_of_the_event_loop(
         rounds.note("read")
         return read_message(message)
 
-    triage = TRIAGE._replace(read_message=read, turn=Turns(1).next)
+    triage = TRIAGE._replace(read_message=read, turn=PerTickLimiter(1).wait_turn)
     await judged([raw(f"t{number}", number) for number in range(1000)], triage=triage)
     assert max(rounds.seen["read"].values()) < 200

@@ -105,7 +105,7 @@ class Doors:
     async def stop(self) -> None:
         """As SIGTERM ends it."""
         self.bench.leases.owned.clear()
-        self.bench.leases.changed.notify()
+        self.bench.leases.changed.notify_all()
         for task in self.tasks:
             task.cancel()
         await asyncio.wait(self.tasks)
@@ -507,7 +507,7 @@ async def test_who_does_not_own_the_shard_does_not_ask(loss: str) -> None:
         doors.bench.leases.owned.discard(shard_of("s1"))
     else:
         doors.bench.leases.is_valid = False
-    doors.bench.leases.changed.notify()
+    doors.bench.leases.changed.notify_all()
     await asyncio.sleep(0.1)
     assert doors.ilink.out == set()
     asked = len(doors.ilink.asked)

@@ -137,7 +137,7 @@ class Replica:
 
     async def _hand_over(self) -> None:
         while True:
-            await self.leases.changed.until(lambda: bool(self.leases.surplus), 1.0)
+            await self.leases.changed.wait_until(lambda: bool(self.leases.surplus), 1.0)
             if self.leases.surplus:
                 await asyncio.sleep(0.3)
                 await asyncio.gather(*(self.leases.release(shard) for shard in sorted(self.leases.surplus)))

@@ -254,7 +254,7 @@ async def test_a_replica_that_cannot_renew_stops_before_anybody_takes_over(clust
 async def test_whoever_works_is_told_when_the_lease_runs_out(cluster: Cluster) -> None:
     replica = cluster.start()
     await cluster.run(5)
-    told = asyncio.create_task(replica.leases.changed.until(lambda: not replica.leases.valid))
+    told = asyncio.create_task(replica.leases.changed.wait_until(lambda: not replica.leases.valid))
     replica.cut()
     await cluster.run(HOLD * LEASE_S + 0.1)
     assert told.done()
@@ -288,7 +288,7 @@ async def test_who_finds_the_lease_run_out_before_its_timer_does_is_told_when_it
     replica.members.on_write = hold_up
     await cluster.run(1)
     assert not replica.leases.valid
-    waiting = asyncio.ensure_future(replica.leases.changed.until(lambda: replica.leases.valid))
+    waiting = asyncio.ensure_future(replica.leases.changed.wait_until(lambda: replica.leases.valid))
     await asyncio.sleep(0)
     replica.life.go_on()
     await cluster.run(LEASE_S)
