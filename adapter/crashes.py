@@ -16,17 +16,17 @@ log = structlog.get_logger()
 
 T = TypeVar("T")
 
-TRIES = 3
+ATTEMPTS = 3
 PAUSE_S = 1.0
 """Between two tries."""
 
 
-async def attempt(
+async def retry_on_bug(
     work: Callable[[], Awaitable[T]],
     sleep: Callable[[float], Awaitable[None]],
     event: str,
     *,
-    tries: int = TRIES,
+    tries: int = ATTEMPTS,
     **fields: Any,
 ) -> T:
     """The result of `work`. Raises Crashed, and the AdapterErrors of `work`. `event` and `fields` are logged."""
@@ -42,8 +42,8 @@ async def attempt(
     raise Crashed
 
 
-def attempt_now(work: Callable[[], T], event: str, *, tries: int = TRIES, **fields: Any) -> T:
-    """As `attempt`, without a pause: what comes behind must not overtake."""
+def retry_on_bug_now(work: Callable[[], T], event: str, *, tries: int = ATTEMPTS, **fields: Any) -> T:
+    """As `retry_on_bug`, without a pause: what comes behind must not overtake."""
     for _ in range(tries):
         try:
             return work()

@@ -15,7 +15,7 @@ import msgspec
 KEEP_MS = 24 * 3600 * 1000
 KEEP_LONG = 200
 """Messages remembered per bot for so long: about 15 kB in its journal."""
-LATELY_MS = 75 * 60 * 1000
+RECENT_MS = 75 * 60 * 1000
 """What was seen since is remembered beyond these: iLink repeats up to an hour later, a page at a time."""
 KEEP_AT_MOST = 600
 """Bounds the record of a user who never rests to about 50 kB."""
@@ -24,11 +24,11 @@ HASH = 6
 _BLANK = hashlib.blake2b(digest_size=HASH)
 _NAMELESS = bytes(HASH)
 """In an index, for a message without an id."""
-NEAR_MS = 1000
+SAME_TIME_MS = 1000
 """Two messages without any id are one if their times are nearer than this."""
 
 
-class Keys(msgspec.Struct, frozen=True, gc=False):
+class MessageKeys(msgspec.Struct, frozen=True, gc=False):
     """What identifies an inbound message; "" where iLink gave none."""
 
     message: str
@@ -43,10 +43,10 @@ class Keys(msgspec.Struct, frozen=True, gc=False):
     def __post_init__(self) -> None:
         message, client, seq = self.message, self.client, self.seq
         hashed = (
-            _short(message) if message else "",
-            _short(client) if client else "",
-            _short(seq) if seq else "",
-            _short(f"{self.user}|{self.content}"),
+            _hash_of(message) if message else "",
+            _hash_of(client) if client else "",
+            _hash_of(seq) if seq else "",
+            _hash_of(f"{self.user}|{self.content}"),
         )
         msgspec.structs.force_setattr(self, "hashed", hashed)
 
@@ -60,22 +60,22 @@ class Keys(msgspec.Struct, frozen=True, gc=False):
             if value and len(value) <= 64 and _is_plain(value):
                 return f"in:{bot}:{letter}{value}"
             if value:
-                return f"in:{bot}:{letter}{_short(value)}"
-        return f"in:{bot}:f{_short(f'{self.user}|{self.sent_at_ms}|{self.content}')}"
+                return f"in:{bot}:{letter}{_hash_of(value)}"
+        return f"in:{bot}:f{_hash_of(f'{self.user}|{self.sent_at_ms}|{self.content}')}"
 
-    def with_place(self, cursor: str, number: int) -> Keys:
+    def with_position(self, cursor: str, number: int) -> MessageKeys:
         """With its place among iLink's answers for an id, where it has neither an id nor a time.
 
         `cursor`: the answer's, which comes again with the same page. `number`: where it stands in there.
         """
         if self.message or self.client or self.seq or self.sent_at_ms:
             return self
-        return msgspec.structs.replace(self, client=f"place-{_short(f'{number}|{cursor}')}")
+        return msgspec.structs.replace(self, client=f"place-{_hash_of(f'{number}|{cursor}')}")
 
-    def record(self, seen_at_ms: int) -> str:
+    def fingerprint(self, seen_at_ms: int) -> str:
         """One line of the state: times in base 10, ids hashed to bound the size."""
-        message, client, seq, said = self.hashed
-        return f"{message}|{client}|{seq}|{said}|{self.sent_at_ms}|{seen_at_ms}"
+        message, client, seq, content = self.hashed
+        return f"{message}|{client}|{seq}|{content}|{self.sent_at_ms}|{seen_at_ms}"
 
 
 def bot_of(ident: str) -> str:
@@ -85,16 +85,16 @@ def bot_of(ident: str) -> str:
     return bot if kind == "in" and colon else ""
 
 
-class _Known(NamedTuple):
+class _ParsedFingerprint(NamedTuple):
     message: str
     client: str
     seq: str
-    said: str
+    content: str
     sent_at_ms: int
     seen_at_ms: int
 
 
-class Seen:
+class DedupWindow:
     """The messages of one bot that were taken lately, oldest first.
 
     Kept as one text and searched as such: thousands of bots have one each, and objects would take ten times as much.
@@ -105,59 +105,59 @@ class Seen:
         self._skew_ms = skew_ms
         self._lines = "\n"
         """Each record between line ends."""
-        self._messages = self._words = b""
+        self._messages = self._content_hashes = b""
         """The hashes of each record's id, and of its words, packed: what is not in there need not be looked for in
         the lines, which takes ten times as long."""
         self._count = 0
         self._oldest_ms = 0
         """No record was seen before this time."""
-        self.unkept = 0
+        self.unsaved = 0
         """How many are not among those kept."""
-        self.added = 0
+        self.added_count = 0
         """Counts what was new to it."""
         self._insert(kept)
-        self.unkept = 0
+        self.unsaved = 0
 
-    def records(self) -> list[str]:
+    def fingerprints(self) -> list[str]:
         """The state as it is stored."""
         return self._lines.split()
 
-    def has(self, keys: Keys) -> bool:
+    def is_repeat(self, keys: MessageKeys) -> bool:
         """Tells whether this is a repeat of a message taken before."""
-        message, _, _, said = keys.hashed
+        message, _, _, content = keys.hashed
         if message and bytes.fromhex(message) in self._messages and f"\n{message}|" in self._lines:
             return True
-        if bytes.fromhex(said) not in self._words:
+        if bytes.fromhex(content) not in self._content_hashes:
             return False
-        probe = _Known(*keys.hashed, keys.sent_at_ms, 0)
-        return any(_same(probe, known, self._skew_ms) for known in self._with(probe.said))
+        probe = _ParsedFingerprint(*keys.hashed, keys.sent_at_ms, 0)
+        return any(_is_same_message(probe, known, self._skew_ms) for known in self._known_with_content(probe.content))
 
-    def _with(self, said: str) -> Iterator[_Known]:
+    def _known_with_content(self, content: str) -> Iterator[_ParsedFingerprint]:
         """The records with these words, by their hash."""
-        mark, at = f"|{said}|", -1
-        while (at := self._lines.find(mark, at + 1)) >= 0:
+        marker, at = f"|{content}|", -1
+        while (at := self._lines.find(marker, at + 1)) >= 0:
             line = self._lines[self._lines.rindex("\n", 0, at) + 1 : self._lines.index("\n", at)]
-            if (known := _parse(line)).said == said:
+            if (known := _parse_fingerprint(line)).content == content:
                 yield known
 
-    def add(self, keys: Keys, now_ms: int) -> str:
+    def add(self, keys: MessageKeys, now_ms: int) -> str:
         """Remembers a message that it has not; returns its record."""
         return self.add_all([keys], now_ms)[0]
 
-    def add_all(self, many: Sequence[Keys], now_ms: int) -> list[str]:
+    def add_all(self, many: Sequence[MessageKeys], now_ms: int) -> list[str]:
         """Remembers messages that it has not, which costs little more than one: all is copied once. Their records."""
-        records = [keys.record(now_ms) for keys in many]
+        records = [keys.fingerprint(now_ms) for keys in many]
         self._append(
             {
                 record: keys.hashed
                 for record, keys in zip(records, many, strict=True)
-                if keys.message or not self._holds(record, keys.hashed)  # one with an id would be a repeat
+                if keys.message or not self._contains(record, keys.hashed)  # one with an id would be a repeat
             }
         )
         self._forget_old(now_ms)
         return records
 
-    def add_record(self, record: str, now_ms: int) -> None:
+    def add_fingerprint(self, record: str, now_ms: int) -> None:
         """Remembers a message by its record, as found on the bus."""
         self._insert([record])
         self._forget_old(now_ms)
@@ -165,10 +165,10 @@ class Seen:
     def _insert(self, records: Iterable[str]) -> None:
         """Adds the records that are not there yet."""
         hashed = {record: _hashes(record) for record in records}
-        self._append({record: hashes for record, hashes in hashed.items() if not self._holds(record, hashes)})
+        self._append({record: hashes for record, hashes in hashed.items() if not self._contains(record, hashes)})
 
-    def _holds(self, record: str, hashes: tuple[str, str, str, str]) -> bool:
-        return bytes.fromhex(hashes[3]) in self._words and f"\n{record}\n" in self._lines
+    def _contains(self, record: str, hashes: tuple[str, str, str, str]) -> bool:
+        return bytes.fromhex(hashes[3]) in self._content_hashes and f"\n{record}\n" in self._lines
 
     def _append(self, records: dict[str, tuple[str, str, str, str]]) -> None:
         """Records and the hashes in them."""
@@ -176,20 +176,20 @@ class Seen:
             return
         self._lines += "\n".join([*records, ""])
         self._messages += b"".join([bytes.fromhex(hashes[0]) or _NAMELESS for hashes in records.values()])
-        self._words += bytes.fromhex("".join([hashes[3] for hashes in records.values()]))
+        self._content_hashes += bytes.fromhex("".join([hashes[3] for hashes in records.values()]))
         self._count += len(records)
-        self.unkept += len(records)
-        self.added += len(records)
+        self.unsaved += len(records)
+        self.added_count += len(records)
 
     def _forget_old(self, now_ms: int) -> None:
         count = max(0, self._count - KEEP_AT_MOST)
         end = self._end_of(count)
         while count < self._count:
-            horizon_ms = now_ms - (LATELY_MS if self._count - count > KEEP_LONG else KEEP_MS)
+            horizon_ms = now_ms - (RECENT_MS if self._count - count > KEEP_LONG else KEEP_MS)
             if not count and self._oldest_ms >= horizon_ms:
                 break
             after = self._lines.index("\n", end + 1)
-            self._oldest_ms = _parse(self._lines[end + 1 : after]).seen_at_ms
+            self._oldest_ms = _parse_fingerprint(self._lines[end + 1 : after]).seen_at_ms
             if self._oldest_ms >= horizon_ms:
                 break
             count, end = count + 1, after
@@ -206,38 +206,41 @@ class Seen:
     def _forget(self, count: int, end: int) -> None:
         """Drops the oldest `count` records, which end at `end`."""
         self._lines = self._lines[end:]
-        self._messages, self._words = self._messages[count * HASH :], self._words[count * HASH :]
+        self._messages, self._content_hashes = self._messages[count * HASH :], self._content_hashes[count * HASH :]
         self._count -= count
-        self.unkept = min(self.unkept, self._count)
+        self.unsaved = min(self.unsaved, self._count)
 
 
-class Batch:
+class BatchDedup:
     """The messages of one answer of iLink, which may be thousands, and are looked up among themselves."""
 
     def __init__(self, *, skew_ms: int = 0) -> None:
         self._skew_ms = skew_ms
         self._messages: set[str] = set()
-        self._by_said: dict[str, list[Keys]] = {}
+        self._by_content: dict[str, list[MessageKeys]] = {}
 
-    def has(self, keys: Keys) -> bool:
-        """As Seen.has."""
-        message, _, _, said = keys.hashed
+    def is_repeat(self, keys: MessageKeys) -> bool:
+        """As DedupWindow.is_repeat."""
+        message, _, _, content = keys.hashed
         if message in self._messages:
             return True
-        alike = self._by_said.get(said)
+        alike = self._by_content.get(content)
         if alike is None:
             return False
-        probe = _Known(*keys.hashed, keys.sent_at_ms, 0)
-        return any(_same(probe, _Known(*other.hashed, other.sent_at_ms, 0), self._skew_ms) for other in alike)
+        probe = _ParsedFingerprint(*keys.hashed, keys.sent_at_ms, 0)
+        return any(
+            _is_same_message(probe, _ParsedFingerprint(*other.hashed, other.sent_at_ms, 0), self._skew_ms)
+            for other in alike
+        )
 
-    def add(self, keys: Keys) -> None:
-        message, _, _, said = keys.hashed
+    def add(self, keys: MessageKeys) -> None:
+        message, _, _, content = keys.hashed
         if message:
             self._messages.add(message)
-        self._by_said.setdefault(said, []).append(keys)
+        self._by_content.setdefault(content, []).append(keys)
 
 
-def _same(new: _Known, old: _Known, skew_ms: int) -> bool:
+def _is_same_message(new: _ParsedFingerprint, old: _ParsedFingerprint, skew_ms: int) -> bool:
     """Whether `new`, with the words of `old`, is `old` again: ids first, then the time of writing."""
     if new.client and new.client == old.client:
         return True
@@ -247,12 +250,12 @@ def _same(new: _Known, old: _Known, skew_ms: int) -> bool:
     if new.sent_at_ms and apart_ms <= skew_ms:
         return True
     nameless = not (new.message and old.message) and not (new.client and old.client)
-    return nameless and bool(new.sent_at_ms) and apart_ms < NEAR_MS
+    return nameless and bool(new.sent_at_ms) and apart_ms < SAME_TIME_MS
 
 
-def _parse(record: str) -> _Known:
-    message, client, seq, said, sent, seen = record.split("|")
-    return _Known(message, client, seq, said, int(sent), int(seen))
+def _parse_fingerprint(record: str) -> _ParsedFingerprint:
+    message, client, seq, content, sent, seen = record.split("|")
+    return _ParsedFingerprint(message, client, seq, content, int(sent), int(seen))
 
 
 def _is_plain(ident: str) -> bool:
@@ -260,7 +263,7 @@ def _is_plain(ident: str) -> bool:
     return ident.isascii() and ident.isprintable() and " " not in ident
 
 
-def _short(text: str) -> str:
+def _hash_of(text: str) -> str:
     hashed = _BLANK.copy()  # cheaper than another one
     hashed.update(text.encode())
     return hashed.hexdigest()
@@ -268,7 +271,7 @@ def _short(text: str) -> str:
 
 def _hashes(record: str) -> tuple[str, str, str, str]:
     """The hashes in a record. Raises ValueError for what is no record: a search would meet it later, halfway."""
-    message, client, seq, said, _, _ = _parse(record)
-    if len(bytes.fromhex(said)) != HASH or (message and len(bytes.fromhex(message)) != HASH):
+    message, client, seq, content, _, _ = _parse_fingerprint(record)
+    if len(bytes.fromhex(content)) != HASH or (message and len(bytes.fromhex(message)) != HASH):
         raise ValueError("not a hash")
-    return message, client, seq, said
+    return message, client, seq, content

@@ -107,7 +107,7 @@ class Events:
         except BusRefused as exc:
             log.error("event.refused", sandbox=receipt.sandbox, kind="receipt", detail=exc.detail)
             return 0
-        self._metrics.receipts.of(receipt.outcome).inc()
+        self._metrics.receipts.child(receipt.outcome).inc()
         return ack.seq
 
     async def _store(

@@ -20,7 +20,7 @@ from prometheus_client.utils import floatToGoString
 Child = TypeVar("Child")
 
 
-class Count:
+class CounterValue:
     """The value of one child of a counter."""
 
     __slots__ = ("total",)
@@ -33,7 +33,7 @@ class Count:
         self.total += amount
 
 
-class Distribution:
+class HistogramValue:
     """The values of one child of a histogram. `bounds`: inclusive upper bounds of its buckets, in order."""
 
     __slots__ = ("_bounds", "_counts", "_total")
@@ -59,7 +59,7 @@ class Distribution:
         return self._total
 
 
-class _Tally(Collector, Generic[Child]):
+class _LabelledMetric(Collector, Generic[Child]):
     """A metric with a child for each combination of values of its labels."""
 
     def __init__(self, name: str, text: str, labels: Sequence[str], registry: CollectorRegistry) -> None:
@@ -67,13 +67,13 @@ class _Tally(Collector, Generic[Child]):
         self._text = text
         self._labels = tuple(labels)
         self._children: dict[tuple[str, ...], Child] = {}
-        self._found: dict[tuple[tuple[str, str], ...], Child] = {}
+        self._children_by_kwargs: dict[tuple[tuple[str, str], ...], Child] = {}
         """The children by the names and values that `labels` was called with."""
         if not labels:
-            self._children[()] = self._make()
+            self._children[()] = self._new_child()
         registry.register(self)
 
-    def of(self, *values: str) -> Child:
+    def child(self, *values: str) -> Child:
         """The child with these values, in the order of the labels.
 
         A fifth of the time of `labels`: for what each message decides anew. Who counts the same each time keeps it.
@@ -84,53 +84,53 @@ class _Tally(Collector, Generic[Child]):
     def labels(self, **values: str) -> Child:
         """The child with these values, a value for each label."""
         key = tuple(values.items())
-        found = self._found.get(key)
+        found = self._children_by_kwargs.get(key)
         if found is None:
             if values.keys() != set(self._labels):
                 raise ValueError(f"{self._name} has the labels {', '.join(self._labels) or 'none'}")
             ordered = tuple(values[label] for label in self._labels)
-            found = self._found[key] = self._children.setdefault(ordered, self._make())
+            found = self._children_by_kwargs[key] = self._children.setdefault(ordered, self._new_child())
         return found
 
-    def _make(self) -> Child:
+    def _new_child(self) -> Child:
         raise NotImplementedError
 
-    def _family(self) -> Any:
+    def _new_family(self) -> Any:
         raise NotImplementedError
 
     def describe(self) -> Iterable[Metric]:
         """For the registry, which looks for names that are taken."""
-        return [self._family()]
+        return [self._new_family()]
 
     def collect(self) -> Iterator[Metric]:
         """For the registry."""
-        family = self._family()
+        family = self._new_family()
         for values, child in list(self._children.items()):
-            self._add(family, values, child)
+            self._add_samples(family, values, child)
         yield family
 
-    def _add(self, family: Any, values: tuple[str, ...], child: Child) -> None:
+    def _add_samples(self, family: Any, values: tuple[str, ...], child: Child) -> None:
         raise NotImplementedError
 
 
-class Counter(_Tally[Count]):
+class Counter(_LabelledMetric[CounterValue]):
     """A counter."""
 
     def inc(self, amount: float = 1.0) -> None:
         """Of a counter without labels."""
         self._children[()].inc(amount)
 
-    def _make(self) -> Count:
-        return Count()
+    def _new_child(self) -> CounterValue:
+        return CounterValue()
 
-    def _family(self) -> CounterMetricFamily:
+    def _new_family(self) -> CounterMetricFamily:
         return CounterMetricFamily(self._name, self._text, labels=self._labels)
 
-    def _add(self, family: CounterMetricFamily, values: tuple[str, ...], child: Count) -> None:
+    def _add_samples(self, family: CounterMetricFamily, values: tuple[str, ...], child: CounterValue) -> None:
         family.add_metric(values, child.total)
 
 
-class Histogram(_Tally[Distribution]):
+class Histogram(_LabelledMetric[HistogramValue]):
     """A histogram with these upper bounds."""
 
     def __init__(
@@ -143,11 +143,11 @@ class Histogram(_Tally[Distribution]):
         """Of a histogram without labels."""
         self._children[()].observe(value, times)
 
-    def _make(self) -> Distribution:
-        return Distribution(self._bounds)
+    def _new_child(self) -> HistogramValue:
+        return HistogramValue(self._bounds)
 
-    def _family(self) -> HistogramMetricFamily:
+    def _new_family(self) -> HistogramMetricFamily:
         return HistogramMetricFamily(self._name, self._text, labels=self._labels)
 
-    def _add(self, family: HistogramMetricFamily, values: tuple[str, ...], child: Distribution) -> None:
+    def _add_samples(self, family: HistogramMetricFamily, values: tuple[str, ...], child: HistogramValue) -> None:
         family.add_metric(values, child.buckets(), child.total)

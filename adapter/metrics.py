@@ -314,7 +314,7 @@ class Metrics:
     ) -> Counter:
         made = Counter(f"{NAMESPACE}_{name}", _help(text, labels), list(labels), self.registry)
         for values in itertools.product(*labels.values()) if children is None else children:
-            made.of(*values)
+            made.child(*values)
         return made
 
     def _gauge(self, name: str, text: str, **labels: Sequence[str]) -> Gauge:
@@ -327,7 +327,7 @@ class Metrics:
     def _histogram(self, name: str, text: str, buckets: Sequence[float], **labels: Sequence[str]) -> Histogram:
         made = Histogram(f"{NAMESPACE}_{name}", _help(text, labels), list(labels), self.registry, buckets)
         for values in itertools.product(*labels.values()):
-            made.of(*values)
+            made.child(*values)
         return made
 
 

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple, Protocol, TypeAlias
 import msgspec
 
 from adapter.contract import InboundItem, Quote
-from adapter.dedup import Keys
+from adapter.dedup import MessageKeys
 from adapter.errors import BusRefused
 from adapter.quotes import Reference
 
@@ -107,7 +107,7 @@ Pieces: TypeAlias = AsyncGenerator[bytes, None]
 class Said(msgspec.Struct, frozen=True, gc=False):
     """One inbound message, translated into the words of the bus."""
 
-    keys: Keys
+    keys: MessageKeys
     user: str
     sent_at_ms: int
     """0 where iLink gave none."""

@@ -21,7 +21,7 @@ class FairSlots:
     def try_acquire(self, sandbox: str) -> bool:
         """Takes a slot where there is one and nobody else waits for it."""
         if self._free and self._used[sandbox] < self._share and sandbox not in self._waiting:
-            self._take(sandbox)
+            self._use_slot(sandbox)
             return True
         return False
 
@@ -44,10 +44,10 @@ class FairSlots:
         self._used[sandbox] -= 1
         if not self._used[sandbox]:
             del self._used[sandbox]
-        self._grant()
+        self._grant_free_slots()
 
     @contextlib.asynccontextmanager
-    async def held(self, sandbox: str) -> AsyncIterator[None]:
+    async def slot(self, sandbox: str) -> AsyncIterator[None]:
         """Waits for a slot, and has it while entered."""
         await self.acquire(sandbox)
         try:
@@ -55,11 +55,11 @@ class FairSlots:
         finally:
             self.release(sandbox)
 
-    def _take(self, sandbox: str) -> None:
+    def _use_slot(self, sandbox: str) -> None:
         self._free -= 1
         self._used[sandbox] += 1
 
-    def _grant(self) -> None:
+    def _grant_free_slots(self) -> None:
         """Hands free slots to those who wait, one sandbox after the other."""
         for _ in range(len(self._waiting)):
             if not self._free:
@@ -68,7 +68,7 @@ class FairSlots:
             while waiters and waiters[0].done():
                 waiters.popleft()
             if waiters and self._used[sandbox] < self._share:
-                self._take(sandbox)
+                self._use_slot(sandbox)
                 waiters.popleft().set_result(None)
             if waiters:
                 self._waiting.move_to_end(sandbox)

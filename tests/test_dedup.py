@@ -11,12 +11,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adapter.dedup import KEEP_AT_MOST, KEEP_LONG, KEEP_MS, LATELY_MS, NEAR_MS, Batch, Keys, Seen, bot_of
+from adapter.dedup import (
+    KEEP_AT_MOST,
+    KEEP_LONG,
+    KEEP_MS,
+    RECENT_MS,
+    SAME_TIME_MS,
+    BatchDedup,
+    DedupWindow,
+    MessageKeys,
+    bot_of,
+)
 from adapter.names import digest
 
 NOW = 1_789_000_000_000
 MINUTE = 60_000
-OK = Keys(
+OK = MessageKeys(
     message="7497484083968569736", client="wx-1", seq="42", user="u@im.wechat", sent_at_ms=NOW, content="c0ffee"
 )
 """Somebody says "ok"."""
@@ -24,19 +34,19 @@ OK = Keys(
 
 class Row(NamedTuple):
     name: str
-    before: Keys
-    after: Keys
+    before: MessageKeys
+    after: MessageKeys
     repeat: bool
     skew_ms: int = 0
 
 
-def take(seen: Seen, keys: Keys) -> None:
+def take(seen: DedupWindow, keys: MessageKeys) -> None:
     """As the adapter does with what iLink sends."""
-    if not seen.has(keys):
+    if not seen.is_repeat(keys):
         seen.add(keys, NOW)
 
 
-def say(**fields: Any) -> Keys:
+def say(**fields: Any) -> MessageKeys:
     return msgspec.structs.replace(OK, **fields)
 
 
@@ -53,8 +63,8 @@ ROWS = [
     Row("no-ids-same-time", OK, say(**NAMELESS), repeat=True),
     Row("only-the-seq-is-left", OK, say(message="", client="", sent_at_ms=0), repeat=True),
     Row("same-message-id-other-words", OK, say(client="wx-9", content="beef"), repeat=True),
-    Row("no-ids-time-near", say(**NAMELESS), say(**NAMELESS, sent_at_ms=NOW + NEAR_MS - 1), repeat=True),
-    Row("ids-are-gone-time-near", OK, say(**NAMELESS, sent_at_ms=NOW + NEAR_MS - 1), repeat=True),
+    Row("no-ids-time-near", say(**NAMELESS), say(**NAMELESS, sent_at_ms=NOW + SAME_TIME_MS - 1), repeat=True),
+    Row("ids-are-gone-time-near", OK, say(**NAMELESS, sent_at_ms=NOW + SAME_TIME_MS - 1), repeat=True),
     Row("within-the-skew", OK, say(**OTHER_IDS, sent_at_ms=NOW + 1500), repeat=True, skew_ms=2000),
     Row("twice-by-a-person", OK, say(**OTHER_IDS, sent_at_ms=NOW + 1), repeat=False),
     Row("twice-by-a-person-a-minute-later", OK, say(**OTHER_IDS, sent_at_ms=NOW + MINUTE), repeat=False),
@@ -63,7 +73,7 @@ ROWS = [
     Row("other-user-same-words", OK, say(**OTHER_IDS, user="v@im.wechat"), repeat=False),
     Row("same-client-other-words", OK, say(message="99", content="beef"), repeat=False),
     Row("same-seq-other-ids", OK, say(message="99", client="wx-9", sent_at_ms=NOW + 1), repeat=False),
-    Row("no-ids-a-second-apart", say(**NAMELESS), say(**NAMELESS, sent_at_ms=NOW + NEAR_MS), repeat=False),
+    Row("no-ids-a-second-apart", say(**NAMELESS), say(**NAMELESS, sent_at_ms=NOW + SAME_TIME_MS), repeat=False),
     Row("no-ids-and-no-time", say(**NAMELESS, sent_at_ms=0), say(**NAMELESS, sent_at_ms=0), repeat=False),
     Row("new-ids-and-no-time", say(sent_at_ms=0), say(**OTHER_IDS, sent_at_ms=0), repeat=False),
 ]
@@ -71,25 +81,25 @@ ROWS = [
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 def test_a_repeat_is_told_from_a_person_who_says_it_twice(row: Row) -> None:
-    seen, batch = Seen(skew_ms=row.skew_ms), Batch(skew_ms=row.skew_ms)
+    seen, batch = DedupWindow(skew_ms=row.skew_ms), BatchDedup(skew_ms=row.skew_ms)
     seen.add(row.before, NOW)
     batch.add(row.before)
-    assert seen.has(row.after) is batch.has(row.after) is row.repeat
+    assert seen.is_repeat(row.after) is batch.is_repeat(row.after) is row.repeat
 
 
 @pytest.mark.parametrize("later_ms", [1_000, 8_000, 40 * MINUTE, 60 * MINUTE, KEEP_MS - 1])
 @pytest.mark.parametrize("row", [row for row in ROWS if row.repeat], ids=lambda row: row.name)
 def test_a_repeat_is_found_however_late(row: Row, later_ms: int) -> None:
     """With other traffic in between, also by the replica that takes over."""
-    seen = Seen(skew_ms=row.skew_ms)
+    seen = DedupWindow(skew_ms=row.skew_ms)
     seen.add(row.before, NOW)
     for number in range(50):
         seen.add(say(message=f"m{number}", client=f"c{number}", content=f"w{number}"), NOW + later_ms)
-    assert Seen(seen.records(), skew_ms=row.skew_ms).has(row.after)
+    assert DedupWindow(seen.fingerprints(), skew_ms=row.skew_ms).is_repeat(row.after)
 
 
 def test_what_nobody_said_is_no_repeat() -> None:
-    assert not Seen().has(OK)
+    assert not DedupWindow().is_repeat(OK)
 
 
 NOTHING = say(**NAMELESS, sent_at_ms=0)
@@ -108,20 +118,20 @@ NOTHING = say(**NAMELESS, sent_at_ms=0)
 def test_where_there_is_neither_an_id_nor_a_time_the_place_tells(
     before: tuple[str, int], after: tuple[str, int], repeat: bool
 ) -> None:
-    seen, batch = Seen(), Batch()
-    seen.add(NOTHING.with_place(*before), NOW)
-    batch.add(NOTHING.with_place(*before))
-    found = NOTHING.with_place(*after)
-    assert Seen(seen.records()).has(found) is batch.has(found) is repeat
-    assert not seen.has(say(**NAMELESS, sent_at_ms=0, content="beef").with_place(*before)), "other words"
-    ids = {NOTHING.with_place(*place).id_for("b@im.bot") for place in (before, after)}
+    seen, batch = DedupWindow(), BatchDedup()
+    seen.add(NOTHING.with_position(*before), NOW)
+    batch.add(NOTHING.with_position(*before))
+    found = NOTHING.with_position(*after)
+    assert DedupWindow(seen.fingerprints()).is_repeat(found) is batch.is_repeat(found) is repeat
+    assert not seen.is_repeat(say(**NAMELESS, sent_at_ms=0, content="beef").with_position(*before)), "other words"
+    ids = {NOTHING.with_position(*place).id_for("b@im.bot") for place in (before, after)}
     assert len(ids) == len({before, after})
 
 
 @pytest.mark.parametrize("field", ["message", "client", "seq", "sent_at_ms"])
 def test_the_place_of_what_has_an_id_or_a_time_does_not_count(field: str) -> None:
     keys = msgspec.structs.replace(NOTHING, **{field: getattr(OK, field)})
-    assert keys.with_place("b", 0) is keys
+    assert keys.with_position("b", 0) is keys
 
 
 def test_ids_longer_than_a_header_should_be_are_hashed() -> None:
@@ -138,7 +148,7 @@ def test_a_digest_names_the_same_bytes_the_same() -> None:
 
 ids = st.one_of(st.just(""), st.text(min_size=1, max_size=8))
 any_keys = st.builds(
-    Keys,
+    MessageKeys,
     message=ids,
     client=ids,
     seq=ids,
@@ -150,62 +160,66 @@ named_keys = any_keys.filter(lambda keys: bool(keys.message))
 
 
 @given(st.lists(any_keys, max_size=40), named_keys, st.lists(any_keys, max_size=40))
-def test_a_repeat_with_the_same_message_id_is_always_found(before: list[Keys], it: Keys, after: list[Keys]) -> None:
-    seen = Seen()
+def test_a_repeat_with_the_same_message_id_is_always_found(
+    before: list[MessageKeys], it: MessageKeys, after: list[MessageKeys]
+) -> None:
+    seen = DedupWindow()
     for number, keys in enumerate([*before, it, *after]):
         seen.add(keys, NOW + number)
-    assert seen.has(it)
+    assert seen.is_repeat(it)
 
 
 @given(st.lists(st.sampled_from(["ok", "yes", "no"]), max_size=60))
 def test_distinct_ids_and_times_are_never_swallowed(words: list[str]) -> None:
     """Whatever a person says, and how often."""
-    seen = Seen()
+    seen = DedupWindow()
     for number, word in enumerate(words):
-        keys = Keys(f"m{number}", f"c{number}", f"s{number}", "u", NOW + number, word)
-        assert not seen.has(keys)
+        keys = MessageKeys(f"m{number}", f"c{number}", f"s{number}", "u", NOW + number, word)
+        assert not seen.is_repeat(keys)
         seen.add(keys, NOW + number)
 
 
 @given(st.lists(any_keys, max_size=40), any_keys)
-def test_the_state_survives_its_storage(keys: list[Keys], probe: Keys) -> None:
-    seen = Seen()
+def test_the_state_survives_its_storage(keys: list[MessageKeys], probe: MessageKeys) -> None:
+    seen = DedupWindow()
     for one in keys:
         take(seen, one)
-    again = Seen(seen.records())
-    assert again.records() == seen.records()
-    assert again.has(probe) is seen.has(probe)
+    again = DedupWindow(seen.fingerprints())
+    assert again.fingerprints() == seen.fingerprints()
+    assert again.is_repeat(probe) is seen.is_repeat(probe)
 
 
 def test_what_was_kept_and_is_forgotten_is_not_taken_for_new() -> None:
-    seen = Seen()
+    seen = DedupWindow()
     for number in range(KEEP_AT_MOST):
         seen.add(say(message=str(number)), NOW)
-    seen.unkept = 0
+    seen.unsaved = 0
     seen.add(say(message="new"), NOW + 2 * KEEP_MS)
-    assert seen.unkept == 1
-    assert seen.records() == [say(message="new").record(NOW + 2 * KEEP_MS)]
+    assert seen.unsaved == 1
+    assert seen.fingerprints() == [say(message="new").fingerprint(NOW + 2 * KEEP_MS)]
 
 
 @given(st.lists(st.tuples(any_keys, st.integers(0, 3 * KEEP_MS)), max_size=60))
-def test_what_is_older_than_a_day_is_forgotten(said: list[tuple[Keys, int]]) -> None:
-    seen = Seen()
+def test_what_is_older_than_a_day_is_forgotten(said: list[tuple[MessageKeys, int]]) -> None:
+    seen = DedupWindow()
     now = NOW
     for keys, later_ms in said:
         now += later_ms
         seen.add(keys, now)
-        assert all(int(record.rpartition("|")[2]) >= now - KEEP_MS for record in seen.records())
+        assert all(int(record.rpartition("|")[2]) >= now - KEEP_MS for record in seen.fingerprints())
 
 
 def test_the_state_is_bounded() -> None:
     """About 50 kB beside the cursor, whatever the ids look like; the oldest go first."""
-    seen = Seen()
+    seen = DedupWindow()
     for number in range(3 * KEEP_AT_MOST):
-        seen.add(Keys("m" * 500 + str(number), "c" * 500 + str(number), str(number), "u" * 500, NOW, "same"), NOW)
-    assert len(seen.records()) == KEEP_AT_MOST
-    assert sum(len(record) for record in seen.records()) < 50_000
-    assert not seen.has(Keys("m" * 500 + "0", "", "", "u", 0, ""))
-    assert seen.has(Keys("m" * 500 + str(3 * KEEP_AT_MOST - 1), "", "", "u", 0, ""))
+        seen.add(
+            MessageKeys("m" * 500 + str(number), "c" * 500 + str(number), str(number), "u" * 500, NOW, "same"), NOW
+        )
+    assert len(seen.fingerprints()) == KEEP_AT_MOST
+    assert sum(len(record) for record in seen.fingerprints()) < 50_000
+    assert not seen.is_repeat(MessageKeys("m" * 500 + "0", "", "", "u", 0, ""))
+    assert seen.is_repeat(MessageKeys("m" * 500 + str(3 * KEEP_AT_MOST - 1), "", "", "u", 0, ""))
 
 
 def test_a_bot_s_memory_is_small() -> None:
@@ -214,10 +228,10 @@ def test_a_bot_s_memory_is_small() -> None:
     tracemalloc.start()
     try:
         before, _ = tracemalloc.get_traced_memory()
-        bots = [Seen() for _ in range(5)]
+        bots = [DedupWindow() for _ in range(5)]
         for seen in bots:
             for number in range(2 * KEEP_LONG):
-                seen.add(Keys(f"m{number}", f"c{number}", f"s{number}", "u", NOW + number, f"w{number}"), NOW)
+                seen.add(MessageKeys(f"m{number}", f"c{number}", f"s{number}", "u", NOW + number, f"w{number}"), NOW)
         after, _ = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -226,54 +240,56 @@ def test_a_bot_s_memory_is_small() -> None:
 
 def test_beyond_the_usual_number_what_was_seen_lately_is_remembered() -> None:
     """iLink repeats up to an hour later, all of it, in pages: what comes next must not be forgotten for it."""
-    seen = Seen()
+    seen = DedupWindow()
     for number in range(KEEP_LONG + 100):
         seen.add(say(message=str(number), sent_at_ms=NOW + 10_000 * number), NOW)
-    assert len(seen.records()) == KEEP_LONG + 100
-    seen.add(say(message="later"), NOW + LATELY_MS + 1)
-    assert len(seen.records()) == KEEP_LONG
+    assert len(seen.fingerprints()) == KEEP_LONG + 100
+    seen.add(say(message="later"), NOW + RECENT_MS + 1)
+    assert len(seen.fingerprints()) == KEEP_LONG
 
 
 @given(st.lists(any_keys, max_size=40), any_keys)
-def test_a_batch_and_the_memory_of_it_think_alike(keys: list[Keys], probe: Keys) -> None:
-    seen, batch = Seen(), Batch()
+def test_a_batch_and_the_memory_of_it_think_alike(keys: list[MessageKeys], probe: MessageKeys) -> None:
+    seen, batch = DedupWindow(), BatchDedup()
     for one in keys:
         seen.add(one, NOW)
         batch.add(one)
-    assert seen.has(probe) is batch.has(probe)
+    assert seen.is_repeat(probe) is batch.is_repeat(probe)
 
 
 @given(st.lists(any_keys, max_size=40), st.lists(any_keys, max_size=40), any_keys)
-def test_many_at_once_are_remembered_as_one_by_one(before: list[Keys], many: list[Keys], probe: Keys) -> None:
-    apart, together, batch, new = Seen(), Seen(), Batch(), list[Keys]()
+def test_many_at_once_are_remembered_as_one_by_one(
+    before: list[MessageKeys], many: list[MessageKeys], probe: MessageKeys
+) -> None:
+    apart, together, batch, new = DedupWindow(), DedupWindow(), BatchDedup(), list[MessageKeys]()
     for seen in (apart, together):
         for keys in before:
             take(seen, keys)
-        seen.unkept = 0
+        seen.unsaved = 0
     for keys in many:
-        if not (apart.has(keys) or batch.has(keys)):
+        if not (apart.is_repeat(keys) or batch.is_repeat(keys)):
             batch.add(keys)
             new.append(keys)
     records = [apart.add(keys, NOW + 1) for keys in new]
     assert together.add_all(new, NOW + 1) == records
-    assert (together.records(), together.unkept) == (apart.records(), apart.unkept)
-    assert together.has(probe) is apart.has(probe)
+    assert (together.fingerprints(), together.unsaved) == (apart.fingerprints(), apart.unsaved)
+    assert together.is_repeat(probe) is apart.is_repeat(probe)
 
 
 def test_more_at_once_than_are_remembered_leave_the_newest() -> None:
-    seen = Seen()
+    seen = DedupWindow()
     many = [say(message=str(number), client=f"c{number}", sent_at_ms=0) for number in range(KEEP_AT_MOST + 5)]
-    assert seen.add_all(many, NOW)[5:] == seen.records()
-    assert not seen.has(many[4])
-    assert seen.has(many[5])
+    assert seen.add_all(many, NOW)[5:] == seen.fingerprints()
+    assert not seen.is_repeat(many[4])
+    assert seen.is_repeat(many[5])
 
 
 def test_the_same_record_is_kept_once() -> None:
     """A catch-up reads messages that the cursor knows already."""
-    seen = Seen()
+    seen = DedupWindow()
     record = seen.add(OK, NOW)
-    seen.add_record(record, NOW)
-    assert seen.records() == [record]
+    seen.add_fingerprint(record, NOW)
+    assert seen.fingerprints() == [record]
 
 
 def test_other_words_under_the_same_seq_are_another_message() -> None:
@@ -295,7 +311,7 @@ def test_ids_that_a_header_would_change_stay_apart() -> None:
 @pytest.mark.parametrize(
     "keys", [OK, say(message=""), say(message="", client=""), say(**NAMELESS), say(message="a:b", client="c:d")]
 )
-def test_the_id_of_a_message_tells_its_bot(keys: Keys) -> None:
+def test_the_id_of_a_message_tells_its_bot(keys: MessageKeys) -> None:
     assert bot_of(keys.id_for("b1@im.bot")) == "b1@im.bot"
 
 

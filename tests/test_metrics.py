@@ -90,11 +90,11 @@ def test_labels_are_exactly_those_of_the_metric() -> None:
     metrics = Metrics()
     one = metrics.upstream_requests.labels(endpoint="sendmessage", outcome="ok")
     assert metrics.upstream_requests.labels(outcome="ok", endpoint="sendmessage") is one
-    assert metrics.upstream_requests.of("sendmessage", "ok") is one
-    another = metrics.upstream_requests.of("sendmessage", "unheard_of")
+    assert metrics.upstream_requests.child("sendmessage", "ok") is one
+    another = metrics.upstream_requests.child("sendmessage", "unheard_of")
     assert metrics.upstream_requests.labels(endpoint="sendmessage", outcome="unheard_of") is another is not one
     with pytest.raises(ValueError):
-        metrics.upstream_requests.of("sendmessage")
+        metrics.upstream_requests.child("sendmessage")
     for wrong in ({}, {"endpoint": "sendmessage"}, {"endpoint": "sendmessage", "outcome": "ok", "bot": "b1"}):
         with pytest.raises(ValueError, match="has the labels endpoint, outcome"):
             metrics.upstream_requests.labels(**wrong)

@@ -19,7 +19,7 @@ class Work:
         self.most = 0
 
     async def do(self, sandbox: str, took_s: float) -> None:
-        async with self._slots.held(sandbox):
+        async with self._slots.slot(sandbox):
             self.began.append(sandbox)
             self.working.append(sandbox)
             self.most = max(self.most, len(self.working))

@@ -69,7 +69,7 @@ class Uploads:
         try:
             measured = await self._measure(read)
             found = identify(measured.head, part.name)
-            async with self._transfers.held(sandbox):
+            async with self._transfers.slot(sandbox):
                 return await self._cdn.upload(
                     account,
                     user=user,

@@ -12,7 +12,7 @@ from adapter.conversation.memory import ConversationMemory
 from adapter.conversation.rules import CommandResult
 from adapter.conversation.shard import ConversationDeps, Shard
 from adapter.conversation.uploads import StoreAway
-from adapter.crashes import TRIES
+from adapter.crashes import ATTEMPTS
 from adapter.errors import AdapterError, LeaseLost, Refused, SessionExpired, Temporary, Throttled, Uncertain
 from adapter.tasks import TaskSet
 from adapter.timing import Clock, backoff
@@ -43,7 +43,7 @@ async def repeat_until_done(
         except Exception as exc:
             crashes += 1
             log.exception("conversation.crashed", sandbox=sandbox, work=what, crashes=crashes)
-            if crashes == TRIES:
+            if crashes == ATTEMPTS:
                 return exc
             await clock.sleep(backoff(crashes, first_s=0.5))
         else:

@@ -278,7 +278,7 @@ class ILink:
         return await transport.exchange(checked, request, timeout_s, afresh=afresh, check=check)
 
     def _count(self, endpoint: str, outcome: str) -> None:
-        self._metrics.upstream_requests.of(endpoint, outcome).inc()
+        self._metrics.upstream_requests.child(endpoint, outcome).inc()
 
 
 def _forget_frames(exc: BaseException | None) -> None:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import msgspec
 
 from adapter import contract
-from adapter.dedup import Keys
+from adapter.dedup import MessageKeys
 from adapter.errors import UNDECODABLE, Refused, Unreadable
 from adapter.ilink import wire
 from adapter.ilink.cipher import read_key
@@ -305,9 +305,11 @@ def _time(value: object) -> int:
     return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53 else 0
 
 
-def keys_of(message: wire.Head, user: str, sent_at_ms: int, content: str) -> Keys:
+def keys_of(message: wire.Head, user: str, sent_at_ms: int, content: str) -> MessageKeys:
     """The layered keys of 7.3; absent, empty and 0 ids count as none."""
-    return Keys(as_id(message.message_id), as_id(message.client_id), as_id(message.seq), user, sent_at_ms, content)
+    return MessageKeys(
+        as_id(message.message_id), as_id(message.client_id), as_id(message.seq), user, sent_at_ms, content
+    )
 
 
 def content_of(raw: bytes) -> str:

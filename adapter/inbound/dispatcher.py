@@ -21,8 +21,8 @@ import structlog
 from adapter.bindings.registry import Bindings
 from adapter.contract import InboundItem
 from adapter.conversation.actor import ConversationActor
-from adapter.crashes import TRIES, attempt
-from adapter.dedup import Seen
+from adapter.crashes import ATTEMPTS, retry_on_bug
+from adapter.dedup import DedupWindow
 from adapter.errors import AdapterError, Crashed, LeaseLost
 from adapter.inbound import inbox
 from adapter.inbound.bot_journal import BotJournal
@@ -133,7 +133,7 @@ class Dispatcher:
         self._clock = needs.publishing.clock
         self._on_caught_up = on_caught_up
         self.is_catching_up = False
-        self._seen: Seen | None = None
+        self._seen: DedupWindow | None = None
         """Read back when a message comes: most bots that are taken over have none for long."""
         self._inherited: int | None = None
         """Sequence of the newest record of earlier owners that has messages; None: the first one of ours names it."""
@@ -238,10 +238,10 @@ class Dispatcher:
         if seen is None or self.is_catching_up:
             return None
         later = sum(opened.added for opened in (*self._unsaved, *self._open))
-        if seen.unkept - later < new:
+        if seen.unsaved - later < new:
             return None
-        seen.unkept = later
-        lines = seen.records()
+        seen.unsaved = later
+        lines = seen.fingerprints()
         return lines[: len(lines) - later]
 
     # the work ---------------------------------------------------------------------------------------
@@ -315,7 +315,7 @@ class Dispatcher:
         Temporary."""
         journal, triage = self._journal, self._needs.triage
         known = await self._needs.journal.get(self.bot, journal.seen_at) if journal.seen_at else None
-        seen, left = Seen(known.record.seen or () if known else (), skew_ms=triage.skew_ms), []
+        seen, left = DedupWindow(known.record.seen or () if known else (), skew_ms=triage.skew_ms), []
         for written in await self._earlier(journal.seen_to):
             record = written.record
             if written.sequence > self._done_to:
@@ -356,11 +356,11 @@ class Dispatcher:
         if opened.whole is None:
             opened.whole = self._whole(record)
         if opened.found is None:
-            known = self._seen.added
+            known = self._seen.added_count
             opened.found = await self._needs.triage.sort(
                 self.bot, opened.whole, record.place, record.first, self._seen, record.received_ms
             )
-            opened.added = self._seen.added - known
+            opened.added = self._seen.added_count - known
         binding = await self._find_binding()
         try:
             await self._hand_out(opened, opened.found, binding)
@@ -368,7 +368,7 @@ class Dispatcher:
             raise
         except Exception:
             opened.crashes += 1
-            if opened.crashes < TRIES:
+            if opened.crashes < ATTEMPTS:
                 raise
             log.exception("inbound.crashed", bot=self.bot, messages=len(opened.found))
             for one in opened.found:
@@ -458,7 +458,7 @@ class Dispatcher:
             theirs = [one for one in heard if one.said.user == user]
             tell = partial(self._update_conversation, binding, user, theirs, sequence)
             try:
-                actor = await attempt(tell, self._clock.sleep, "inbound.crashed", bot=self.bot)
+                actor = await retry_on_bug(tell, self._clock.sleep, "inbound.crashed", bot=self.bot)
             except Crashed:
                 for one in theirs:
                     await self._end_as_dead_letter(one.said.raw, one.sandbox, one.said)
@@ -515,7 +515,7 @@ class Dispatcher:
         if not _is_ready(first):
             await self.changed.wait_until(lambda: bool(self._records) or self._stopped or _is_ready(first))
             return
-        if first.crashes >= TRIES:
+        if first.crashes >= ATTEMPTS:
             await self._end_as_dead_letter(first.heard.said.raw, first.heard.sandbox, first.heard.said)
             self._told([first])
             return

@@ -139,7 +139,7 @@ async def _pieces(sandbox: str, fetch: Fetch, needs: Downloading) -> Pieces:
     Raises Missing: whatever else comes out of storing them is the object store's.
     """
     try:
-        async with needs.transfers.held(sandbox), contextlib.aclosing(needs.cdn.download(fetch)) as plain:
+        async with needs.transfers.slot(sandbox), contextlib.aclosing(needs.cdn.download(fetch)) as plain:
             async for piece in plain:
                 yield piece
     except Refused as exc:

@@ -115,7 +115,7 @@ async def _publish_part(heard: Sequence[Heard], needs: Publishing) -> None:
         if one.said.sent_at_ms:
             needs.metrics.inbound_age.observe(max(0, now_ms - one.said.sent_at_ms) / 1000)
     for (kind, duplicate), times in stored.items():
-        needs.metrics.inbound_messages.of(kind, "duplicate" if duplicate else "published").inc(times)
+        needs.metrics.inbound_messages.child(kind, "duplicate" if duplicate else "published").inc(times)
     for one, message, refusal in refused:
         count(needs, one.said.kind, "publish_failed")
         log.error("inbound.refused", bot=one.bot, code=refusal.code, detail=refusal.detail)
@@ -223,4 +223,4 @@ async def retry(work: Callable[[], Awaitable[T]], clock: Clock) -> T:
 
 
 def count(needs: Publishing, kind: str, outcome: str) -> None:
-    needs.metrics.inbound_messages.of(kind, outcome).inc()
+    needs.metrics.inbound_messages.child(kind, outcome).inc()

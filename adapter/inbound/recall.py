@@ -11,7 +11,7 @@ import structlog
 
 from adapter.contract import Inbound
 from adapter.conversation.conversations import Conversations
-from adapter.dedup import Keys
+from adapter.dedup import MessageKeys
 from adapter.errors import UNDECODABLE
 from adapter.metrics import Metrics
 from adapter.names import H_IDS, H_MSG_ID, Names, escaped
@@ -119,7 +119,7 @@ def ids_header(said: Said) -> dict[str, str]:
 
 def _ending(ident: str) -> str:
     """How the bus names a message of iLink's id, whichever bot it was said to."""
-    return Keys(ident, "", "", "", 0, "").id_for("")[len("in:") :]
+    return MessageKeys(ident, "", "", "", 0, "").id_for("")[len("in:") :]
 
 
 def _item_named(ids: Sequence[str], stored: Stored) -> int | None:

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import msgspec
 import structlog
 
-from adapter.crashes import attempt_now
-from adapter.dedup import Batch, Seen
+from adapter.crashes import retry_on_bug_now
+from adapter.dedup import BatchDedup, DedupWindow
 from adapter.errors import Crashed, Unreadable
 from adapter.ports import Said
 
@@ -46,14 +46,14 @@ class Triage(NamedTuple):
     """By how much the times of two copies of a message may differ."""
 
     async def sort(
-        self, bot: str, messages: list[bytes], place: str, first: int, seen: Seen, seen_at_ms: int
+        self, bot: str, messages: list[bytes], place: str, first: int, seen: DedupWindow, seen_at_ms: int
     ) -> list[Sorted]:
         """Judges each message by those before it; what is new counts as seen from then on.
 
         `place` and `first`: of the answer, see JournalRecord. `seen_at_ms`: when it came.
         """
         found: list[Sorted] = []
-        batch = Batch(skew_ms=self.skew_ms)
+        batch = BatchDedup(skew_ms=self.skew_ms)
         work = 0
         for index, raw in enumerate(messages):
             work += 1 + len(raw) // 1024
@@ -62,7 +62,7 @@ class Triage(NamedTuple):
                 await self.turn()
             judge = partial(self._judge, bot, index, raw, place, first + index, seen, batch)
             try:
-                found.append(attempt_now(judge, "inbound.crashed", bot=bot))
+                found.append(retry_on_bug_now(judge, "inbound.crashed", bot=bot))
             except Crashed as exc:
                 found.append(Sorted(index, raw, None, "crashed", exc.detail))
         fresh = [one.said.keys for one in found if one.said is not None and one.outcome in ("new", "group")]
@@ -70,16 +70,18 @@ class Triage(NamedTuple):
             seen.add_all(fresh, seen_at_ms)
         return found
 
-    def _judge(self, bot: str, index: int, raw: bytes, place: str, number: int, seen: Seen, batch: Batch) -> Sorted:
+    def _judge(
+        self, bot: str, index: int, raw: bytes, place: str, number: int, seen: DedupWindow, batch: BatchDedup
+    ) -> Sorted:
         try:
             said = self.read_message(raw)
         except Unreadable as exc:
             return Sorted(index, raw, None, "unreadable", exc.detail)
         if not said.keys.message and place:
-            said = msgspec.structs.replace(said, keys=said.keys.with_place(place, number))
+            said = msgspec.structs.replace(said, keys=said.keys.with_position(place, number))
         if said.echo or said.user == bot:  # some echoes name no type
             return Sorted(index, raw, said, "echo")
-        if seen.has(said.keys) or batch.has(said.keys):
+        if seen.is_repeat(said.keys) or batch.is_repeat(said.keys):
             return Sorted(index, raw, said, "duplicate")
         batch.add(said.keys)
         if said.group and not self.groups_as_direct:

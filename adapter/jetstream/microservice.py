@@ -147,7 +147,7 @@ class Services:
             sandbox = _sandbox_of(request)
             try:
                 await shares.turn(sandbox, COSTS.get(verb, 1))
-                async with self._rooms.get(verb, self._room).held(sandbox):
+                async with self._rooms.get(verb, self._room).slot(sandbox):
                     await _answer(handler, request)
             finally:
                 shares.give_back(sandbox, len(request.data))

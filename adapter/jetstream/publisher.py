@@ -20,7 +20,7 @@ from nats.errors import BadHeaderError, BadSubjectError, MaxPayloadError
 from nats.errors import Error as NatsError
 
 from adapter.errors import AdapterError, BusRefused, LeaseLost, Temporary
-from adapter.fast_metrics import Count, Distribution
+from adapter.fast_metrics import CounterValue, HistogramValue
 from adapter.jetstream.api_replies import ApiError, write_refusal
 from adapter.jetstream.client import BusClient, is_unheard
 from adapter.jetstream.managed_connection import Link
@@ -97,7 +97,7 @@ class Publisher:
         self._nc: BusClient | None = None
         """Over which acknowledgements are heard."""
         self._prefix = ""
-        self._stored: dict[str, tuple[Count, Distribution]] = {}
+        self._stored: dict[str, tuple[CounterValue, HistogramValue]] = {}
         link.on_up(self._subscribe)
 
     @property
@@ -384,7 +384,7 @@ class Publisher:
         ok.inc()
         took.observe(self._clock.monotonic() - entry.first_sent)
 
-    def _tallies(self, stream: str) -> tuple[Count, Distribution]:
+    def _tallies(self, stream: str) -> tuple[CounterValue, HistogramValue]:
         """What is stored, and how long that took. Kept: to find them in the metrics takes longer than to count."""
         found = self._stored.get(stream)
         if found is None:

@@ -10,7 +10,7 @@ import structlog
 
 from adapter import contract
 from adapter.conversation.rules import CommandResult, QueuedCommand
-from adapter.crashes import TRIES
+from adapter.crashes import ATTEMPTS
 from adapter.errors import AdapterError, Crashed
 from adapter.outbound.ledger import CommandLedger
 from adapter.outbound.receipts import Address
@@ -71,7 +71,7 @@ class CommandEndings:
             except Exception as exc:
                 crashes += 1
                 log.exception("command.crashed", sandbox=sandbox, crashes=crashes)
-                if crashes == TRIES:
+                if crashes == ATTEMPTS:
                     raise Crashed from exc
             if await wait_event(self._draining, backoff(failures, first_s=0.2, longest_s=5.0)):
                 raise Draining

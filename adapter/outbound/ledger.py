@@ -101,7 +101,7 @@ class CommandLedger:
         """The command has ended. `is_duplicate`: without a receipt of its own."""
         if is_duplicate:
             log.info("command.duplicate", command=command.ref.id)
-            self._metrics.outbound_messages.of(command.kind, "duplicate", "none").inc()
+            self._metrics.outbound_messages.child(command.kind, "duplicate", "none").inc()
         if (entry := self._entries.pop(command.sequence, None)) is None:
             return
         self._ended[command.sequence] = entry.delivery.time_ms
@@ -140,12 +140,12 @@ class CommandLedger:
                 entry.receipt = receipt
             return
         metrics = self._metrics
-        metrics.outbound_messages.of(command.kind, result.outcome, result.reason or "none").inc()
+        metrics.outbound_messages.child(command.kind, result.outcome, result.reason or "none").inc()
         now_ms = self._clock.now_ms()
         parked_ms = entry.end_parking(now_ms) if entry else 0
         failed = result.outcome in ("dead_lettered", "uncertain")
         took_s = max(0, now_ms - command.ref.stored_ms - parked_ms) / 1000
-        metrics.outbound_duration.of("failed" if failed else "settled").observe(took_s)
+        metrics.outbound_duration.child("failed" if failed else "settled").observe(took_s)
 
     async def _publish_dead_letter(
         self, command: QueuedCommand, result: CommandResult, sandbox: str, entry: _Entry | None

@@ -16,7 +16,7 @@ from adapter import contract
 from adapter.conversation.commands import Limits, command_id, decode_command, salvage_ids, sandbox_of
 from adapter.conversation.record import CommandRef
 from adapter.conversation.rules import CommandResult
-from adapter.crashes import PAUSE_S, TRIES, attempt, attempt_now
+from adapter.crashes import ATTEMPTS, PAUSE_S, retry_on_bug, retry_on_bug_now
 from adapter.errors import AdapterError, BusRefused, Crashed, LeaseLost, Refused, Temporary, Unreadable
 from adapter.events import Events
 from adapter.headers import passed_on
@@ -138,7 +138,7 @@ class Router:
         where that can be told."""
         try:
             read = partial(self._read, delivery)
-            return attempt_now(read, "delivery.crashed", tries=TRIES - 1, sequence=delivery.seq)
+            return retry_on_bug_now(read, "delivery.crashed", tries=ATTEMPTS - 1, sequence=delivery.seq)
         except Crashed:
             pass  # logged
         body = contract.Outbound()
@@ -207,7 +207,7 @@ class Router:
         for copy in piece.copy():
             try:
                 alone = partial(self._copy, sandbox, [copy])
-                await attempt(alone, self._clock.sleep, "routing.crashed", tries=TRIES - 1, sandbox=sandbox)
+                await retry_on_bug(alone, self._clock.sleep, "routing.crashed", tries=ATTEMPTS - 1, sandbox=sandbox)
             except Crashed:
                 await self._end_surely(copy.delivery, sandbox, copy.ident, _CRASHED)
 
@@ -248,7 +248,7 @@ class Router:
         """Ends a command. Where that raises at every try, it stays on the bus, unsettled, and comes again."""
         work = partial(self._end, delivery, sandbox, ident, result)
         try:
-            await attempt(work, self._clock.sleep, "routing.crashed", sandbox=sandbox)
+            await retry_on_bug(work, self._clock.sleep, "routing.crashed", sandbox=sandbox)
         except Crashed:
             log.error("command.abandoned", sandbox=sandbox)
 
@@ -271,7 +271,7 @@ class Router:
             )
         address = Address(sandbox)
         await self._receipts.publish(_ref(delivery, ident), result, address, contract.Window(), delivery.headers)
-        self._metrics.outbound_messages.of("unreadable", result.outcome, result.reason or "none").inc()
+        self._metrics.outbound_messages.child("unreadable", result.outcome, result.reason or "none").inc()
         await delivery.ack()
 
 

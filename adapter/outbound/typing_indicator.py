@@ -14,7 +14,7 @@ from typing import NamedTuple
 import structlog
 
 from adapter.bindings.registry import Bindings
-from adapter.crashes import PAUSE_S, TRIES
+from adapter.crashes import ATTEMPTS, PAUSE_S
 from adapter.errors import AdapterError, Crashed, LeaseLost, Refused, SessionExpired, Temporary
 from adapter.outbound.typing_tickets import REST_S, Tickets
 from adapter.ports import Account, Chat
@@ -95,7 +95,7 @@ class IndicatorRunner:
                 crashes = 0
             except Exception:
                 crashes += 1
-                if crashes == TRIES:
+                if crashes == ATTEMPTS:
                     raise  # what is shown is left to the next owner
                 log.exception("typing.crashed", bot=indicator.bot)
                 wait_s = PAUSE_S

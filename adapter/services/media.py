@@ -78,7 +78,7 @@ class MediaService:
 
     async def _complete(self, sandbox: str, name: str, size: int, piece: MediaPiece) -> Media:
         title = _file_name(piece.name)
-        async with self._completing.held(sandbox):
+        async with self._completing.slot(sandbox):
             stored, head = await self._objects.complete(
                 name,
                 size,

@@ -31,7 +31,7 @@ from adapter.conversation.commands import (
     sandbox_of,
 )
 from adapter.conversation.split import MAX_BYTES, is_open, split, to_plain
-from adapter.dedup import Seen
+from adapter.dedup import DedupWindow
 from adapter.errors import AdapterError, Refused, Temporary, Uncertain, Unreadable
 from adapter.headers import HEADER_CHARS, HEADERS_KEPT, passed_on
 from adapter.ilink import protocol, urls
@@ -160,12 +160,12 @@ def message(data: bytes) -> None:
     assert msgspec.json.decode(msgspec.json.encode(told), type=Inbound) == told
     assert all(0 <= fetch.item < len(said.items) for fetch in said.fetches)
     token_of(said.user).encode("ascii")
-    seen = Seen(skew_ms=1000)
+    seen = DedupWindow(skew_ms=1000)
     seen.add(said.keys, 1)
     if said.keys.message or said.sent_at_ms:
-        assert seen.has(said.keys)
-        assert Seen(seen.records(), skew_ms=1000).has(said.keys)
-    assert len(seen.records()) == 1
+        assert seen.is_repeat(said.keys)
+        assert DedupWindow(seen.fingerprints(), skew_ms=1000).is_repeat(said.keys)
+    assert len(seen.fingerprints()) == 1
 
 
 def reply(data: bytes) -> None:

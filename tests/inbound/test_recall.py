@@ -11,7 +11,7 @@ import pytest
 
 from adapter.contract import FileItem, ImageItem, Inbound, Quote, TextItem, Window
 from adapter.conversation.record import SentText
-from adapter.dedup import Keys
+from adapter.dedup import MessageKeys
 from adapter.inbound.inbox import QUOTES_S, Heard, publish
 from adapter.inbound.recall import SEARCHED
 from adapter.names import H_IDS, H_MSG_ID
@@ -30,7 +30,7 @@ def says(
 ) -> Said:
     """A message of the user; `quotes` is the id of another one."""
     said = Said(
-        keys=Keys(message, "", "", USER, 1, text),
+        keys=MessageKeys(message, "", "", USER, 1, text),
         user=USER,
         sent_at_ms=1,
         context_token="",

@@ -8,8 +8,8 @@ import pytest
 from structlog.testing import capture_logs
 
 from adapter.contract import UnsupportedItem
-from adapter.crashes import TRIES
-from adapter.dedup import Seen
+from adapter.crashes import ATTEMPTS
+from adapter.dedup import DedupWindow
 from adapter.errors import BusRefused
 from adapter.ilink.translate import read_message
 from adapter.inbound.triage import Triage
@@ -27,7 +27,7 @@ TRIAGE = Triage(read_message, PerTickLimiter(4).wait_turn, groups_as_direct=Fals
 
 async def judged(*answers: list[bytes], triage: Triage = TRIAGE, place: str = "") -> list[list[str]]:
     """What the messages of answers are, one answer after the other. `place`: of all of them; "": one of its own."""
-    seen, found = Seen(), []
+    seen, found = DedupWindow(), []
     for number, answer in enumerate(answers):
         judgements = await triage.sort(BOT, answer, place or f"c{number}", 0, seen, EPOCH_MS)
         assert [one.raw for one in judgements] == answer
@@ -166,7 +166,7 @@ async def test_a_message_at_which_the_translator_raises_is_crashed_and_the_other
         ["new", "crashed", "new"],
         ["duplicate", "crashed", "duplicate"],
     ]
-    assert tried == 2 * TRIES
+    assert tried == 2 * ATTEMPTS
 
 
 async def test_a_huge_answer_is_judged_a_little_in_each_round_of_the_event_loop() -> None:
