@@ -10,7 +10,7 @@ import structlog
 
 from adapter import contract
 from adapter.errors import UNDECODABLE, BusRefused, Conflict
-from adapter.headers import passed_on
+from adapter.headers import forwardable_headers
 from adapter.metrics import Metrics
 from adapter.names import (
     H_DETAIL,
@@ -36,7 +36,7 @@ PERSON_CHANGES = ("bound", "unbound")
 """Changes of a binding by which a person comes or goes."""
 
 
-async def told_of_bindings(
+async def read_binding_events(
     history: History, names: Names, sandbox: str, *, after: int = 0, since_ms: int | None = None
 ) -> AsyncIterator[tuple[int, contract.BindingEvent]]:
     """What was told of a sandbox's bindings, and its sequence: after a sequence or since a time, without what others
@@ -50,14 +50,14 @@ async def told_of_bindings(
         yield stored.seq, event
 
 
-def last_of_person(events: Iterable[contract.BindingEvent]) -> contract.BindingEvent | None:
+def last_person_change(events: Iterable[contract.BindingEvent]) -> contract.BindingEvent | None:
     """The last one, the oldest coming first, by which a person was bound or unbound."""
     return next((event for event in reversed([*events]) if event.change in PERSON_CHANGES), None)
 
 
-async def read_last_of_person(history: History, names: Names, sandbox: str) -> contract.BindingEvent | None:
-    """As `last_of_person`, of a sandbox. Raises Temporary."""
-    return last_of_person([event async for _, event in told_of_bindings(history, names, sandbox)])
+async def read_last_person_change(history: History, names: Names, sandbox: str) -> contract.BindingEvent | None:
+    """As `last_person_change`, of a sandbox. Raises Temporary."""
+    return last_person_change([event async for _, event in read_binding_events(history, names, sandbox)])
 
 
 class Events:
@@ -68,40 +68,51 @@ class Events:
         self._names = names
         self._clock = clock
         self._metrics = metrics
-        self._numbers = itertools.count()
+        self._event_numbers = itertools.count()
 
-    async def binding(
-        self, event: contract.BindingEvent, *, cause: str = "", late: Callable[[], None] | None = None
+    async def publish_binding_event(
+        self,
+        event: contract.BindingEvent,
+        *,
+        cause: str = "",
+        ensure_owner_if_delayed: Callable[[], None] | None = None,
     ) -> None:
-        """Something happened to a binding. The same again of the same cause, or request, is one event. `late`: see
-        Message; it may raise LeaseLost."""
+        """Something happened to a binding. The same again of the same cause, or request, is one event.
+
+        `ensure_owner_if_delayed`: see Message; it may raise LeaseLost."""
         event = msgspec.structs.replace(event, at_ms=self._clock.now_ms())
-        cause = cause or event.request or f"{event.at_ms}.{next(self._numbers)}"
+        cause = cause or event.request or f"{event.at_ms}.{next(self._event_numbers)}"
         msg_id = f"binding:{event.bot}:{event.change}:{cause}"
-        await self._store(event.sandbox, "binding", msgspec.json.encode(event), msg_id, late=late)
+        await self._publish_event(
+            event.sandbox,
+            "binding",
+            msgspec.json.encode(event),
+            msg_id,
+            ensure_owner_if_delayed=ensure_owner_if_delayed,
+        )
 
-    async def login(self, event: contract.LoginEvent, *, step: int) -> None:
+    async def publish_login_event(self, event: contract.LoginEvent, *, step: int) -> None:
         """A step of a QR login, once: the same step again is dropped by the stream."""
-        await self._store(event.sandbox, "login", msgspec.json.encode(event), f"login:{event.login}:{step}")
+        await self._publish_event(event.sandbox, "login", msgspec.json.encode(event), f"login:{event.login}:{step}")
 
-    async def window(self, event: contract.WindowEvent, *, msg_id: str) -> None:
+    async def publish_window_event(self, event: contract.WindowEvent, *, msg_id: str) -> None:
         """What may be sent to a user changed. `msg_id` is the same for the same change of the same window."""
         event = msgspec.structs.replace(event, at_ms=self._clock.now_ms())
-        await self._store(event.sandbox, "window", msgspec.json.encode(event), msg_id)
+        await self._publish_event(event.sandbox, "window", msgspec.json.encode(event), msg_id)
 
-    async def receipt(self, receipt: contract.Receipt, *, headers: Mapping[str, str], expected: int) -> int:
+    async def publish_receipt(self, receipt: contract.Receipt, *, headers: Mapping[str, str], expected: int) -> int:
         """What became of a command; its sequence. `headers` are the command's: its trace goes on in its receipts.
 
         `expected` is the sequence of the subject's last receipt, 0: there is none. Raises Conflict.
         """
         receipt = msgspec.structs.replace(receipt, at_ms=self._clock.now_ms())
-        trace = passed_on({H_TRACEPARENT: headers[H_TRACEPARENT]}) if H_TRACEPARENT in headers else {}
+        trace = forwardable_headers({H_TRACEPARENT: headers[H_TRACEPARENT]}) if H_TRACEPARENT in headers else {}
         # two of one command with the same `expected` must meet the comparison, which comes after that of ids
         ident = f"receipt:{receipt.sandbox}:{receipt.sequence}:{receipt.received_at_ms}:{expected}:{receipt.outcome}"
         kept = {H_MSG_ID: ident, H_SCHEMA: contract.SCHEMA_VERSION, H_EXPECTED: str(expected), **trace}
         subject = self._names.receipt(receipt.sandbox, receipt.command)
         try:
-            ack = await self._surely(Message("event", subject, msgspec.json.encode(receipt), kept))
+            ack = await self._publish_until_stored(Message("event", subject, msgspec.json.encode(receipt), kept))
         except Conflict:
             raise
         except BusRefused as exc:
@@ -110,22 +121,30 @@ class Events:
         self._metrics.receipts.child(receipt.outcome).inc()
         return ack.seq
 
-    async def _store(
+    async def _publish_event(
         self,
         sandbox: str,
         kind: str,
         payload: bytes,
         msg_id: str,
-        late: Callable[[], None] | None = None,
+        ensure_owner_if_delayed: Callable[[], None] | None = None,
     ) -> None:
         """What the stream refuses for good is logged."""
         headers = {H_MSG_ID: msg_id, H_SCHEMA: contract.SCHEMA_VERSION}
         try:
-            await self._surely(Message("event", self._names.event(sandbox, kind), payload, headers, late=late))
+            await self._publish_until_stored(
+                Message(
+                    "event",
+                    self._names.event(sandbox, kind),
+                    payload,
+                    headers,
+                    ensure_owner_if_delayed=ensure_owner_if_delayed,
+                )
+            )
         except BusRefused as exc:
             log.error("event.refused", sandbox=sandbox, kind=kind, detail=exc.detail)
 
-    async def _surely(self, message: Message) -> PubAck:
+    async def _publish_until_stored(self, message: Message) -> PubAck:
         """Waits where the stream is full, which only an operator's own limits can make it: a command that ends
         without a receipt is one that got lost. Raises BusRefused."""
         failures = 0
@@ -139,7 +158,7 @@ class Events:
                 log.error("event.waits", stream=message.stream, detail=exc.detail, failures=failures)
                 await self._clock.sleep(backoff(failures, first_s=0.5, longest_s=10.0))
 
-    async def dead_letter(
+    async def publish_dead_letter(
         self,
         stream: str,
         data: bytes,
@@ -153,7 +172,7 @@ class Events:
         sandbox: str = "",
     ) -> None:
         """Keeps the original bytes and headers for a person. `stream`: OUT, IN or CTL; `seq`: in it, 0: none."""
-        kept = {k: v[:MAX_HEADER] for k, v in passed_on(headers).items() if k != H_REPLY_TO}
+        kept = {k: v[:MAX_HEADER] for k, v in forwardable_headers(headers).items() if k != H_REPLY_TO}
         kept |= {
             H_MSG_ID: msg_id,
             H_SUBJECT: subject,

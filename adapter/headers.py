@@ -15,7 +15,7 @@ HEADERS_KEPT = 32
 HEADER_CHARS = 1024
 
 
-def passed_on(headers: Mapping[str, str]) -> dict[str, str]:
+def forwardable_headers(headers: Mapping[str, str]) -> dict[str, str]:
     """What is kept of a command's headers where it is copied: above all `traceparent`.
 
     A sandbox writes them as it likes: names that no client can write again would stop what comes behind, and the

@@ -59,7 +59,7 @@ class Accepted(NamedTuple):
     errmsg: str
 
 
-class Fetch(NamedTuple):
+class MediaRef(NamedTuple):
     """Media of one inbound item, still on iLink's CDN (docs/reference/ilink-protocol.md, "Download")."""
 
     item: int
@@ -74,7 +74,7 @@ class Fetch(NamedTuple):
     """As the sender calls it; "" where iLink says nothing."""
 
     def __repr__(self) -> str:
-        return f"Fetch(item={self.item})"  # neither a key nor a link to the bytes gets into a log or traceback
+        return f"MediaRef(item={self.item})"  # neither a key nor a link to the bytes gets into a log or traceback
 
 
 MediaKind: TypeAlias = Literal["image", "video", "file"]
@@ -104,7 +104,7 @@ Pieces: TypeAlias = AsyncGenerator[bytes, None]
 """Bytes as they come. Who stops early closes them (`contextlib.aclosing`)."""
 
 
-class Said(msgspec.Struct, frozen=True, gc=False):
+class InboundMessage(msgspec.Struct, frozen=True, gc=False):
     """One inbound message, translated into the words of the bus."""
 
     keys: MessageKeys
@@ -122,7 +122,7 @@ class Said(msgspec.Struct, frozen=True, gc=False):
     """Why it could not be read whole, "" if it could; then `raw` belongs into the dead letters too."""
     kind: str
     """text, image, voice, file, video or unsupported: for the metrics."""
-    fetches: tuple[Fetch, ...] = ()
+    fetches: tuple[MediaRef, ...] = ()
     """Media that belong to `items`, in their order."""
     reference: Reference | None = None
     """Where to look for the rest of `quote`."""
@@ -231,7 +231,7 @@ class Logins(Protocol):
         Raises Refused("url").
         """
 
-    def redirected(self, host: str, base_url: str) -> str:
+    def redirect_base_url(self, host: str, base_url: str) -> str:
         """The base URL at `host`, which a code at `base_url` was redirected to. Raises Refused("url")."""
 
     def check_base_url(self, url: str) -> str:
@@ -241,7 +241,7 @@ class Logins(Protocol):
 class Cdn(Protocol):
     """iLink's store of media. What passes here is plain; it is encrypted and decrypted on the way."""
 
-    def download(self, fetch: Fetch) -> Pieces:
+    def download(self, fetch: MediaRef) -> Pieces:
         """The plain bytes. Only the end tells that they are right: use nothing before it.
 
         Raises Refused with a reason of contract.MediaReason (reference, unavailable, corrupt, too_large), Temporary.
@@ -274,10 +274,11 @@ class Message(msgspec.Struct, frozen=True):
     subject: str
     payload: bytes
     headers: dict[str, str]
-    fence: Callable[[], None] | None = None
+    ensure_owner: Callable[[], None] | None = None
     """Asked before each attempt to write it. Raises LeaseLost where this replica may not write it any more."""
-    late: Callable[[], None] | None = None
-    """As `fence`, of attempts so late that the stream may have forgotten what another replica stored under its id."""
+    ensure_owner_if_delayed: Callable[[], None] | None = None
+    """As `ensure_owner`, for an attempt after the stream may have forgotten what another replica stored under its
+    id."""
 
 
 class PubAck(msgspec.Struct):
@@ -310,7 +311,7 @@ class Delivery(Protocol):
     seq: int
     time_ms: int
     """When the stream stored it."""
-    suspect: bool
+    redelivered: bool
     """It was delivered before, so that its outcome may be on the bus already."""
 
     async def ack(self) -> None:
@@ -339,16 +340,16 @@ class History(Protocol):
         Raises Temporary.
         """
 
-    async def last(self, stream: str, subject: str) -> Stored | None:
+    async def read_last(self, stream: str, subject: str) -> Stored | None:
         """The newest message of one subject. Raises Temporary."""
 
-    async def last_of_each(self, stream: str, subjects: Sequence[str]) -> list[Stored]:
+    async def read_last_of_each(self, stream: str, subjects: Sequence[str]) -> list[Stored]:
         """The newest message of each subject that has one, as new as the stream's leader has it. Raises Temporary."""
 
     async def get(self, stream: str, seq: int) -> Stored | None:
         """One message, as new as the stream's leader has it; None where there is none. Raises Temporary."""
 
-    async def counts(self, stream: str, subject: str) -> dict[str, int]:
+    async def count_by_subject(self, stream: str, subject: str) -> dict[str, int]:
         """Messages per subject under a wildcard. Raises Temporary, BusRefused where there is no such stream."""
 
     async def delete(self, stream: str, seq: int, *, erase: bool = False) -> None:
@@ -362,7 +363,7 @@ class History(Protocol):
 class Archive(History, Protocol):
     """The same, with paging from the newest on."""
 
-    async def newest(self, stream: str, subject: str, *, count: int, before: int | None = None) -> list[Stored]:
+    async def read_newest(self, stream: str, subject: str, *, count: int, before: int | None = None) -> list[Stored]:
         """At most `count` messages, newest first; `before`: older than this sequence. Raises Temporary."""
 
 
@@ -398,10 +399,10 @@ class Bucket(Protocol):
         Raises Conflict, Temporary (the bucket is full).
         """
 
-    async def below(self, first: str) -> list[Entry]:
+    async def list_prefix(self, first: str) -> list[Entry]:
         """All that is there whose key begins with the token `first` and a dot. Raises Temporary."""
 
-    async def follow(
+    async def watch(
         self,
         on_entry: Callable[[Entry], None],
         *,
@@ -420,7 +421,7 @@ class LeaderBucket(Protocol):
     async def write(self, key: str, value: bytes | None, revision: int) -> int:
         """Writes, or deletes for None, at this revision. Raises Conflict, Temporary (ambiguous)."""
 
-    async def entries(self) -> list[Entry]:
+    async def list_entries(self) -> list[Entry]:
         """All that is there, marks of deletions too. Raises Temporary."""
 
 
@@ -430,7 +431,7 @@ class LeaderBucket(Protocol):
 class TextReader(Protocol):
     """Reads what would hold up all others, first come, first served."""
 
-    async def render(self, texts: Sequence[str]) -> list[str]:
+    async def render_plain(self, texts: Sequence[str]) -> list[str]:
         """Markdown as plain text (split.to_plain). Raises Refused("too_long") for what takes too long, Temporary."""
 
     async def find_id(self, body: bytes) -> str:
@@ -456,14 +457,14 @@ class StoredObject(NamedTuple):
 class Objects(Protocol):
     """The object store `wechat_media`, readable by every NATS client."""
 
-    async def info(self, name: str) -> StoredObject | None:
+    async def get_info(self, name: str) -> StoredObject | None:
         """None where there is none. Raises Temporary."""
 
     def read(self, stored: StoredObject) -> Pieces:
         """Its bytes. Raises Temporary, Unreadable (pieces are gone, or not what they were), at the
         latest after the last one."""
 
-    async def piece(self, stored: StoredObject, after: int) -> tuple[bytes, int]:
+    async def read_piece(self, stored: StoredObject, after: int) -> tuple[bytes, int]:
         """The piece after a sequence (0: the first), and its own sequence, 0 on the last.
 
         Raises Temporary, Unreadable (there is none).
@@ -485,7 +486,7 @@ class PartialObjects(Objects, Protocol):
         Raises Refused("invalid") (a gap, or the object is complete), Temporary, BusRefused.
         """
 
-    async def complete(
+    async def complete_upload(
         self, name: str, size: int, *, sha256: str, title: str, mime_of: Callable[[bytes], str]
     ) -> tuple[StoredObject, bytes]:
         """Makes an object of what was added, and returns its first bytes too.
@@ -499,7 +500,7 @@ class PartialObjects(Objects, Protocol):
 # The bus: what is not stored ------------------------------------------------------------------------
 
 
-class Asked(NamedTuple):
+class SandboxRequest(NamedTuple):
     """A request on a subject of one sandbox: who may publish there may ask for it."""
 
     sandbox: str
@@ -508,7 +509,7 @@ class Asked(NamedTuple):
     data: bytes
 
 
-class Answered(NamedTuple):
+class SandboxResponse(NamedTuple):
     """The answer to it."""
 
     data: bytes
@@ -518,7 +519,7 @@ class Answered(NamedTuple):
 class AllReplicas(Protocol):
     """Asks all replicas at once, this one included."""
 
-    async def gather(self, subject: str, payload: bytes, *, count: int, within_s: float) -> list[bytes]:
+    async def query_replicas(self, subject: str, payload: bytes, *, count: int, within_s: float) -> list[bytes]:
         """Asks, and takes what is answered until there are `count` answers or the time is over. Raises Temporary."""
 
 

@@ -35,7 +35,7 @@ class Reference(NamedTuple):
     """Its words, where iLink gave them; "" where they have to be looked up."""
 
 
-class Words(NamedTuple):
+class QuotedText(NamedTuple):
     """What is known of a quoted message."""
 
     text: str
@@ -60,11 +60,11 @@ def choose_part(text: str, part: Part) -> str | None:
     without one the whole text counts first. Occurrences are numbered from 0 and do not overlap.
     """
     text = text[:MAX_TEXT]
-    begin = _occurrence(text, part.start, part.start_index, 0)
+    begin = _find_occurrence(text, part.start, part.start_index, 0)
     if begin is None:
         return None
     for counted_from in (0, begin + len(part.start)):
-        end = _occurrence(text, part.end, part.end_index, counted_from)
+        end = _find_occurrence(text, part.end, part.end_index, counted_from)
         if end is None or end < begin:
             continue
         chosen = text[begin : end + len(part.end)]
@@ -73,7 +73,7 @@ def choose_part(text: str, part: Part) -> str | None:
     return None
 
 
-def _occurrence(text: str, wanted: str, number: int, since: int) -> int | None:
+def _find_occurrence(text: str, wanted: str, number: int, since: int) -> int | None:
     """Where the `number`-th occurrence of `wanted` begins, looked for from `since`."""
     if not wanted or not 0 <= number <= len(text) // len(wanted):
         return None  # more than there can be: a short quote is no endless search
@@ -102,20 +102,20 @@ def cut_to_part(text: str, part: Part | None) -> str:
     return text if chosen is None else chosen
 
 
-def summary(kind: str, name: str = "") -> str:
+def placeholder_summary(kind: str, name: str = "") -> str:
     """Stands for what has no text of its own; "" for a kind that has no summary."""
     return f"[{kind}] {name}".rstrip() if kind in ("image", "voice", "file", "video") else ""
 
 
-def words_of(text: str, items: Sequence[contract.InboundItem], item: int | None = None) -> Words:
+def quoted_text_of(text: str, items: Sequence[contract.InboundItem], item: int | None = None) -> QuotedText:
     """What a user said: the whole message, or only one of its items."""
     meant = items if item is None else items[item : item + 1]
     if item is not None:
-        text = _text_of(meant[0]) if meant else ""
+        text = _item_text(meant[0]) if meant else ""
     kind = next((kind for one in meant if (kind := kind_of(one)) != "unsupported"), "")
     if not text:
-        text = next((shown for one in meant if (shown := _summary_of(one))), "")
-    return Words(text, kind, "user")
+        text = next((shown for one in meant if (shown := _item_summary(one))), "")
+    return QuotedText(text, kind, "user")
 
 
 def kind_of(item: contract.InboundItem) -> str:
@@ -123,7 +123,7 @@ def kind_of(item: contract.InboundItem) -> str:
     return str(item.__struct_config__.tag)
 
 
-def _text_of(item: contract.InboundItem) -> str:
+def _item_text(item: contract.InboundItem) -> str:
     match item:
         case contract.TextItem():
             return item.text
@@ -133,11 +133,11 @@ def _text_of(item: contract.InboundItem) -> str:
             return ""
 
 
-def _summary_of(item: contract.InboundItem) -> str:
-    return summary(kind_of(item), item.name if isinstance(item, contract.FileItem) else "")
+def _item_summary(item: contract.InboundItem) -> str:
+    return placeholder_summary(kind_of(item), item.name if isinstance(item, contract.FileItem) else "")
 
 
-def resolved(quote: Quote, reference: Reference, words: Words | None) -> Quote:
+def resolve_quote(quote: Quote, reference: Reference, words: QuotedText | None) -> Quote:
     """The quote with what was found out. iLink's own words count more than ours, ours more than its title."""
     known = quote if words is None else msgspec.structs.replace(quote, kind=words.kind, said_by=words.said_by)
     text = reference.text or (words.text if words else "")

@@ -128,7 +128,7 @@ class LoginRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
         return f"LoginRecord({self.sandbox!r}, {self.status!r}, {self.step})"
 
     @property
-    def over(self) -> bool:
+    def is_over(self) -> bool:
         return self.status in FINAL_STATUSES
 
 

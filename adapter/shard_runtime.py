@@ -79,7 +79,7 @@ class ShardLoops(NamedTuple):
         on_reset: Callable[[], Awaitable[None]] = _nothing,
     ) -> None:
         def take(delivery: Delivery) -> None:
-            if delivery.suspect:
+            if delivery.redelivered:
                 self.metrics.nats_redeliveries.labels(consumer=label).inc()
             try:
                 on_delivery(delivery)

@@ -89,7 +89,7 @@ RULES: dict[str, Callable[[str], object]] = {
     "a key": cipher._HEX_KEY.fullmatch,
     "a name": name,
     "the id of a login": registry._ID.fullmatch,
-    "a header of a command": lambda text: headers.passed_on({text: text}),
+    "a header of a command": lambda text: headers.forwardable_headers({text: text}),
     "headers of a message": lambda text: client._PLAIN.fullmatch(b"NATS/1.0\r\n" + raw(text) + b"\r\n"),
     "headers to write": lambda text: client._command("a", "", {"a": text, text: "a"}, b""),
     "ids among headers": lambda text: client._IDS.search(b"NATS/1.0" + raw(text)),

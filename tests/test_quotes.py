@@ -9,7 +9,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adapter.contract import FileItem, ImageItem, Quote, TextItem, UnsupportedItem, VoiceItem
-from adapter.quotes import MAX_TEXT, Part, Reference, Words, as_id, choose_part, cut_to_part, resolved, words_of
+from adapter.quotes import (
+    MAX_TEXT,
+    Part,
+    QuotedText,
+    Reference,
+    as_id,
+    choose_part,
+    cut_to_part,
+    quoted_text_of,
+    resolve_quote,
+)
 
 
 def md5(text: str) -> str:
@@ -123,24 +133,24 @@ def test_an_id_is_a_number_or_a_text_that_says_something(value: object, expected
 
 def test_what_has_no_text_is_summed_up() -> None:
     pdf, picture, voice = FileItem(name="a.pdf"), ImageItem(), VoiceItem(transcript="said")
-    assert words_of("", [picture]) == Words("[image]", "image", "user")
-    assert words_of("", [pdf]) == Words("[file] a.pdf", "file", "user")
-    assert words_of("look", [TextItem(text="look"), pdf]) == Words("look", "text", "user")
-    assert words_of("look", [TextItem(text="look"), pdf], 1) == Words("[file] a.pdf", "file", "user")
-    assert words_of("a\nsaid", [TextItem(text="a"), voice], 1) == Words("said", "voice", "user")
-    assert words_of("", [UnsupportedItem(type=99)]) == Words("", "", "user")
-    assert words_of("a", [TextItem(text="a")], 7) == Words("", "", "user")
+    assert quoted_text_of("", [picture]) == QuotedText("[image]", "image", "user")
+    assert quoted_text_of("", [pdf]) == QuotedText("[file] a.pdf", "file", "user")
+    assert quoted_text_of("look", [TextItem(text="look"), pdf]) == QuotedText("look", "text", "user")
+    assert quoted_text_of("look", [TextItem(text="look"), pdf], 1) == QuotedText("[file] a.pdf", "file", "user")
+    assert quoted_text_of("a\nsaid", [TextItem(text="a"), voice], 1) == QuotedText("said", "voice", "user")
+    assert quoted_text_of("", [UnsupportedItem(type=99)]) == QuotedText("", "", "user")
+    assert quoted_text_of("a", [TextItem(text="a")], 7) == QuotedText("", "", "user")
 
 
 def test_ilinks_own_words_count_more_than_ours_and_ours_more_than_its_title() -> None:
-    ours = Words("ours", "text", "bot")
+    ours = QuotedText("ours", "text", "bot")
     titled = Quote(id="1", text="title")
-    assert resolved(titled, Reference(("1",), None, "given"), ours) == Quote(
+    assert resolve_quote(titled, Reference(("1",), None, "given"), ours) == Quote(
         id="1", text="given", said_by="bot", kind="text"
     )
-    assert resolved(titled, Reference(("1",), None, ""), ours) == Quote(
+    assert resolve_quote(titled, Reference(("1",), None, ""), ours) == Quote(
         id="1", text="ours", said_by="bot", kind="text"
     )
-    assert resolved(titled, Reference(("1",), None, ""), None) == titled
+    assert resolve_quote(titled, Reference(("1",), None, ""), None) == titled
     part = Part("u", "s", 0, 0, md5("urs"))
-    assert resolved(titled, Reference(("1",), part, ""), ours).text == "urs"
+    assert resolve_quote(titled, Reference(("1",), part, ""), ours).text == "urs"

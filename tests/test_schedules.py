@@ -344,9 +344,9 @@ class Model:
             self._deliver(self.commands[stored.seq])
 
     def _deliver(self, command: FakeDelivery) -> None:
-        suspect = command.seq in self.delivered
+        redelivered = command.seq in self.delivered
         self.delivered.add(command.seq)
-        again = Command(self.world.bus, command, suspect=suspect, life=self.owner.life)
+        again = Command(self.world.bus, command, redelivered=redelivered, life=self.owner.life)
         self.owner.shards[int(command.subject.split(".")[2])].intake.on_delivery(again)
 
     def _store(self, told: Callable[[int], Told], sandbox: str, **body: Any) -> None:
@@ -468,7 +468,7 @@ class Model:
 
     async def _tell_unbound(self, binding: Binding) -> None:
         event = BindingEvent(sandbox=binding.sandbox, bot=binding.bot, user=binding.user, change="unbound")
-        await self.world.events.binding(event)
+        await self.world.events.publish_binding_event(event)
 
     async def unbind(self, *, user: str) -> None:
         async with self.binding:

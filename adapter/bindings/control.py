@@ -17,7 +17,7 @@ from adapter import contract
 from adapter.bindings.registry import Bindings
 from adapter.contract import Bind, BindingChange, BindingEvent, ControlAnswer, Unbind
 from adapter.errors import UNDECODABLE, AdapterError, LeaseLost, Refused, Temporary, Unreadable
-from adapter.events import PERSON_CHANGES, Events, last_of_person, told_of_bindings
+from adapter.events import PERSON_CHANGES, Events, last_person_change, read_binding_events
 from adapter.metrics import Metrics
 from adapter.names import H_ERROR, H_ERROR_CODE, H_MSG_ID, H_REPLY_TO, H_SCHEMA, Names, check_sandbox, is_inbox
 from adapter.ports import Chat, CoreBus, Delivery, History
@@ -161,7 +161,7 @@ class Control:
     async def _put_aside(self, delivery: Delivery, exc: Unreadable) -> None:
         request = delivery.headers.get(H_MSG_ID, "")[:128]
         is_secret = delivery.subject == self._names.bind
-        await self._events.dead_letter(
+        await self._events.publish_dead_letter(
             "CTL",
             b"" if is_secret else delivery.data,
             subject=delivery.subject,
@@ -198,7 +198,7 @@ class Control:
                 detail=exc.detail,
                 request=command.id or "",
             )
-            await self._events.binding(event, late=self._check)
+            await self._events.publish_binding_event(event, ensure_owner_if_delayed=self._check)
             log.warning("binding.refused", sandbox=command.sandbox, bot=command.bot, reason=exc.reason)
             return ControlAnswer(ok=False, id=command.id or "", error=exc.detail)
 
@@ -303,7 +303,7 @@ class Control:
 
     async def _last_seq(self, stream: str, subject: str) -> int:
         """Raises Temporary."""
-        last = await self._history.last(stream, subject)
+        last = await self._history.read_last(stream, subject)
         return last.seq if last is not None else 0
 
     async def unbind(self, command: Unbind) -> ControlAnswer:
@@ -326,13 +326,13 @@ class Control:
         replica has not heard. Raises Temporary."""
         if sandbox in self._read:
             return
-        events = [event async for _, event in told_of_bindings(self._history, self._names, sandbox)]
+        events = [event async for _, event in read_binding_events(self._history, self._names, sandbox)]
         known = {binding.bot for binding in self._bindings.of_sandbox(sandbox)}
         for bot in {event.bot for event in events if event.change == "bound"} - known:
             await self._bindings.refresh(bot)
         if len(self._read) >= READ_KEPT:
             self._read.clear()
-        self._read[sandbox] = last_of_person(events)
+        self._read[sandbox] = last_person_change(events)
 
     def _start_cursor(self, command: Bind, before: Binding | None) -> str | None:
         """Sealed; but the text of the binding before where it names the same cursor, which counts once."""
@@ -360,7 +360,7 @@ class Control:
         replay_after: int | None = None,
     ) -> None:
         event = binding.event(change, reason=reason, request=request or "", replay_after=replay_after)
-        await self._events.binding(event, late=self._check)
+        await self._events.publish_binding_event(event, ensure_owner_if_delayed=self._check)
         if change in PERSON_CHANGES and event.sandbox in self._read:
             self._read[event.sandbox] = event
         log.info("binding.changed", change=change, sandbox=binding.sandbox, bot=binding.bot)

@@ -46,7 +46,7 @@ class Bindings:
 
     async def run(self) -> None:
         """Keeps in step with the bucket, until cancelled."""
-        await self._bucket.follow(self._see, on_loaded=self._on_loaded)
+        await self._bucket.watch(self._see, on_loaded=self._on_loaded)
 
     def get(self, bot: str) -> Binding | None:
         found = self._by_bot.get(bot)
@@ -70,12 +70,12 @@ class Bindings:
     def __len__(self) -> int:
         return len(self._by_bot)
 
-    async def put(self, binding: Binding, fence: Callable[[], None] = lambda: None) -> None:
-        """Writes a binding, whatever was there. `fence`: asked after each look at what is there; what is written
-        after it is refused by the revision if somebody else has written since."""
+    async def put(self, binding: Binding, ensure_owner: Callable[[], None] = lambda: None) -> None:
+        """Writes a binding, whatever was there. `ensure_owner`: asked after each look at what is there; what is
+        written after it is refused by the revision if somebody else has written since."""
         while True:
             entry = await self._bucket.get(token_of(binding.bot))
-            fence()
+            ensure_owner()
             if await self._write(binding, entry.revision if entry else 0):
                 return
 
@@ -96,12 +96,12 @@ class Bindings:
             if await self._write(after, entry.revision):
                 return after
 
-    async def remove(self, bot: str, fence: Callable[[], None] = lambda: None) -> None:
+    async def remove(self, bot: str, ensure_owner: Callable[[], None] = lambda: None) -> None:
         """Deletes a binding; one that is not there is no error. One that the bucket has lost leaves its mark all the
-        same, for those who remember it. `fence`: as of `put`."""
+        same, for those who remember it. `ensure_owner`: as of `put`."""
         while True:
             entry = await self._bucket.get(token_of(bot))
-            fence()
+            ensure_owner()
             gone = entry.value is None if entry else self.get(bot) is None
             if gone:
                 return

@@ -69,7 +69,7 @@ async def tell_login(bindings: Bindings, events: Events, binding: Binding, detai
         event = binding.event("needs_login", reason=detail, detail=advice)
     else:
         event = binding.event("recovered")
-    await events.binding(event, cause=str(binding.since_ms))
+    await events.publish_binding_event(event, cause=str(binding.since_ms))
 
     def told(now: Binding) -> Binding | None:
         return msgspec.structs.replace(now, untold=False) if now == binding else None

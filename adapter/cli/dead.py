@@ -19,7 +19,7 @@ from adapter.cli import output
 from adapter.cli.bus import Bus, JetStreamGone, connected, no_stream, stored_from
 from adapter.cli.exit_codes import NO, OK, UNREACHABLE, USAGE, Failed
 from adapter.cli.options import Json
-from adapter.dead_letters import Letter, again, letter_of
+from adapter.dead_letters import DeadLetter, dead_letter_of, retry_message
 from adapter.errors import UNDECODABLE
 from adapter.jetstream.api_replies import NO_STREAM
 from adapter.names import H_MSG_ID, Names
@@ -99,16 +99,16 @@ async def _each(seqs: tuple[int, ...], work: Callable[[Bus, int], Awaitable[bool
     return OK if all(done) else NO
 
 
-async def dead_letters(bus: Bus) -> list[Letter]:
+async def dead_letters(bus: Bus) -> list[DeadLetter]:
     """All of them, without bodies. Raises Failed."""
     heads = stored_from(bus, bus.names.stream_dead, bus.names.dead("*"), headers_only=True)
     return [_letter(msg) async for msg in heads]
 
 
-def _letter(msg: Msg) -> Letter:
+def _letter(msg: Msg) -> DeadLetter:
     headers = msg.headers or {}
     size = headers.get("Nats-Msg-Size", "")
-    return letter_of(
+    return dead_letter_of(
         msg.metadata.sequence.stream,
         msg.subject,
         headers,
@@ -157,7 +157,7 @@ async def _retry(bus: Bus, seq: int) -> bool:
     """Publishes, then deletes; False, and a complaint, where there is nothing to publish. Raises Failed."""
     if (raw := await _get(bus, seq)) is None:
         return False
-    message = again(bus.names, seq, raw.headers or {}, raw.data or b"")
+    message = retry_message(bus.names, seq, raw.headers or {}, raw.data or b"")
     if message is None:
         output.complain(f"{seq} cannot be retried: it is no command; the user has to write again.")
         return False

@@ -7,7 +7,7 @@ import asyncio
 from adapter.cli.bus import ANSWER_S, Bus
 from adapter.cli.exit_codes import NO, UNREACHABLE, Failed
 from adapter.conversation.commands import original
-from adapter.headers import passed_on
+from adapter.headers import forwardable_headers
 from adapter.jetstream import topology
 from adapter.jetstream.consumer import Consumer, Delivery
 from adapter.jetstream.history import subjects_of
@@ -70,7 +70,7 @@ async def bring_back(link: Link, bus: Bus, most: int) -> None:
 def _headers(delivery: Delivery) -> dict[str, str]:
     ident = delivery.headers.get(H_COMMAND) or delivery.headers.get(H_MSG_ID) or str(delivery.seq)
     sequence, stored_ms = original(delivery.headers, delivery.seq, delivery.time_ms)
-    return passed_on(delivery.headers) | {
+    return forwardable_headers(delivery.headers) | {
         H_MSG_ID: f"astray:{delivery.seq}:{delivery.time_ms}:{digest(delivery.data)}",
         H_COMMAND: ident,
         H_SEQUENCE: str(sequence),

@@ -25,7 +25,7 @@ from adapter.contract import Login, LoginQuery, LoginStart, LoginVerify, Options
 from adapter.conversation import window
 from adapter.conversation.record import ConversationRecord
 from adapter.conversation.store import ConversationStore
-from adapter.dead_letters import again, is_command, letter_of, original_subject
+from adapter.dead_letters import dead_letter_of, is_command, original_subject, retry_message
 from adapter.errors import Refused, Temporary
 from adapter.logins.qr import element
 from adapter.logins.registry import LoginRegistry
@@ -75,7 +75,7 @@ class Desk:
         expected = needs.living()
         replicas = await replica_status.roll(needs.replicas, needs.names.roll(), [], expected)
         return Platform(
-            replicas, expected, await self._dead(), sum(1 for _, record in needs.registry if not record.over)
+            replicas, expected, await self._dead(), sum(1 for _, record in needs.registry if not record.is_over)
         )
 
     async def bindings(self, wanted: Wanted) -> Found:
@@ -91,11 +91,11 @@ class Desk:
     async def letters(self, before: int | None) -> DeadPage:
         """Dead letters, newest first; `before`: older than this one."""
         needs = self._needs
-        stored = await needs.history.newest(
+        stored = await needs.history.read_newest(
             needs.names.stream_dead, needs.names.dead("*"), count=PAGE + 1, before=before
         )
         shown, more = stored[:PAGE], stored[PAGE:]
-        letters = [letter_of(one.seq, one.subject, one.headers, size=len(one.data)) for one in shown]
+        letters = [dead_letter_of(one.seq, one.subject, one.headers, size=len(one.data)) for one in shown]
         return DeadPage(
             [(letter, is_command(needs.names, original_subject(needs.names, letter.subject))) for letter in letters],
             await self._dead(),
@@ -106,7 +106,7 @@ class Desk:
         """Stores a dead command again, then deletes the letter; where it went."""
         needs = self._needs
         letter = await self._letter(seq)
-        message = again(needs.names, seq, letter.headers, letter.data)
+        message = retry_message(needs.names, seq, letter.headers, letter.data)
         if message is None:
             raise Refused("invalid", "It is no command: what a user wrote cannot be tried again, they have to write.")
         async with asyncio.timeout(STORE_S):
@@ -124,7 +124,7 @@ class Desk:
         found = [
             OpenLogin(self._guard.handle(login), record.sandbox, record.status, record.changed_ms, record.until_ms)
             for login, record in self._needs.registry
-            if not record.over
+            if not record.is_over
         ]
         return sorted(found, key=lambda one: -one.until_ms)
 
@@ -185,7 +185,7 @@ class Desk:
 
     async def _dead(self) -> int:
         names = self._needs.names
-        return sum((await self._needs.history.counts(names.stream_dead, names.dead("*"))).values())
+        return sum((await self._needs.history.count_by_subject(names.stream_dead, names.dead("*"))).values())
 
     async def _letter(self, seq: int) -> Stored:
         stored = await self._needs.history.get(self._needs.names.stream_dead, seq)

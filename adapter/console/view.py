@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from adapter.contract import BindingInfo, Login, Window
-from adapter.dead_letters import Letter
+from adapter.dead_letters import DeadLetter
 from adapter.replicas.replica_status import Present
 
 PAGE = 50
@@ -60,7 +60,7 @@ class Platform(NamedTuple):
 class DeadPage(NamedTuple):
     """Dead letters, newest first."""
 
-    letters: list[tuple[Letter, bool]]
+    letters: list[tuple[DeadLetter, bool]]
     """Each, and whether it can be tried again."""
     total: int
     older: int | None

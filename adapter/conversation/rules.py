@@ -63,7 +63,7 @@ from adapter.conversation.record import (
 from adapter.conversation.split import MAX_BYTES, is_open
 from adapter.conversation.window import WindowPolicy
 from adapter.ports import Content, Uploaded
-from adapter.quotes import summary
+from adapter.quotes import placeholder_summary
 
 MAX_RESENDS = 1
 """A request without an answer is repeated so often, with the same client_id: WeChat shows it once
@@ -675,7 +675,7 @@ def _remember_sent(record: ConversationRecord, message_id: str, content: Content
     if isinstance(content, str):
         kind, text = "text", content[:SENT_TEXT_CHARS]
     else:
-        kind, text = content.kind, summary(content.kind, content.name if content.kind == "file" else "")
+        kind, text = content.kind, placeholder_summary(content.kind, content.name if content.kind == "file" else "")
     sent = [*record.sent, SentText(id=message_id, kind=kind, text=text)][-SENT_TEXTS:]
     return msgspec.structs.replace(record, sent=sent)
 

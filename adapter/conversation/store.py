@@ -28,7 +28,7 @@ class ConversationStore:
 
     async def load_sandbox(self, sandbox: str) -> dict[str, tuple[ConversationRecord, int]]:
         """The records of all users of a sandbox, and their revisions, by user. Raises Temporary."""
-        entries = await self._bucket.below(sandbox)
+        entries = await self._bucket.list_prefix(sandbox)
         return {user_of_key(entry.key): (_record_in(entry), entry.revision) for entry in entries}
 
     async def save(self, sandbox: str, user: str, record: ConversationRecord, revision: int) -> int:

@@ -93,7 +93,7 @@ class Uploads:
             self._check_size(len(part.data))
             return lambda: _pieces(part.data)
         try:
-            stored = await self._objects.info(part.object)
+            stored = await self._objects.get_info(part.object)
         except Temporary as exc:
             raise StoreAway(exc.reason, exc.detail) from exc
         if stored is None:

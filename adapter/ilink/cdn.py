@@ -18,7 +18,7 @@ from adapter.ilink.client import ILink
 from adapter.ilink.network import CONNECT_S, KEPT_S, CheckedNetwork, Resolver, checked
 from adapter.ilink.unpack import PACKED, PLAIN, Oversized, PackedBadly, Unpacker
 from adapter.metrics import Metrics
-from adapter.ports import Account, Fetch, MediaKind, Pieces, Uploaded
+from adapter.ports import Account, MediaKind, MediaRef, Pieces, Uploaded
 
 STALL_S = 30.0
 """A transfer ends when no byte has moved for so long."""
@@ -74,7 +74,7 @@ class CdnClient:
         """Closes all connections."""
         await self._client.aclose()
 
-    async def download(self, fetch: Fetch) -> Pieces:
+    async def download(self, fetch: MediaRef) -> Pieces:
         url = self._link_of(fetch)
         with self._transfer("in") as moved:
             async with contextlib.aclosing(self._decrypted(url, fetch.key)) as pieces:
@@ -112,7 +112,7 @@ class CdnClient:
 
     # down -------------------------------------------------------------------------------------------
 
-    def _link_of(self, fetch: Fetch) -> str:
+    def _link_of(self, fetch: MediaRef) -> str:
         """Raises Refused("reference")."""
         if not fetch.url and not fetch.reference:
             raise Refused("reference", "iLink gave neither a URL nor a reference.")

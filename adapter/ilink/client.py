@@ -241,7 +241,7 @@ class ILink:
         self._count("get_qrcode_status", "ok")
         return scan
 
-    def redirected(self, host: str, base_url: str) -> str:
+    def redirect_base_url(self, host: str, base_url: str) -> str:
         return urls.redirect_url(host, base_url or self._default_base_url, self._allowed_hosts)
 
     async def recycle(self, bot: str) -> None:

@@ -9,7 +9,7 @@ import msgspec
 from adapter.contract import Quote
 from adapter.errors import UNDECODABLE
 from adapter.ilink import wire
-from adapter.quotes import Part, Reference, as_id, resolved, summary
+from adapter.quotes import Part, Reference, as_id, placeholder_summary, resolve_quote
 
 T = TypeVar("T")
 Quoted: TypeAlias = tuple[Quote, Reference]
@@ -47,12 +47,12 @@ def read_reference(raw: bytes) -> Quoted | None:
     text = _text_of(item)
     part = _part(partial)
     title = ref.title if isinstance(ref.title, str) else ""
-    shown = title or summary(kind, (item.file_item and item.file_item.file_name) or "") or _span(part)
+    shown = title or placeholder_summary(kind, (item.file_item and item.file_item.file_name) or "") or _span(part)
     if not (ids or text or shown):
         return None
     quote = Quote(id=ids[0] if ids else "", text=shown, kind=kind or ("text" if text else ""))
     reference = Reference(ids, part, text)
-    return resolved(quote, reference, None), reference
+    return resolve_quote(quote, reference, None), reference
 
 
 def ident_of(raw: bytes) -> object:

@@ -20,7 +20,7 @@ from adapter.ilink.references import Quoted, ident_of, read_reference, transcrip
 from adapter.json_repair import as_utf8, decode_fields
 from adapter.media import NO_NAMES
 from adapter.names import digest
-from adapter.ports import Fetch, Said
+from adapter.ports import InboundMessage, MediaRef
 from adapter.quotes import as_id, kind_of
 
 S = TypeVar("S", bound=msgspec.Struct)
@@ -57,7 +57,7 @@ IDLE = frozenset({"button_item_list", "at_bot_username_list"})
 """Lists of an item that say nothing as long as they are empty, as they have always been."""
 
 
-def read_message(raw: bytes) -> Said:
+def read_message(raw: bytes) -> InboundMessage:
     """Translates one message, with defaults for fields of a wrong type.
 
     Its work is bounded: of a message that is too large, or has too many items, only who wrote it is read. Raises
@@ -71,7 +71,7 @@ def read_message(raw: bytes) -> Said:
         return _read_whole(raw)
 
 
-def _read_plain(raw: bytes, message: wire.PlainMessage) -> Said:
+def _read_plain(raw: bytes, message: wire.PlainMessage) -> InboundMessage:
     """The short way for what nearly all messages are: the same as `_read_whole`, in half the time."""
     user = message.from_user_id
     if user in NOBODY or len(user) > MAX_ID:
@@ -81,7 +81,7 @@ def _read_plain(raw: bytes, message: wire.PlainMessage) -> Said:
     text = item.text_item.text
     content = b'{"text_item":{"text":%b},"type":1}' % msgspec.json.encode(text)
     keys, own = keys_of(message, user, sent_at_ms, content.decode()), as_id(item.msg_id)
-    return Said(
+    return InboundMessage(
         keys=keys,
         user=user,
         sent_at_ms=sent_at_ms,
@@ -98,7 +98,7 @@ def _read_plain(raw: bytes, message: wire.PlainMessage) -> Said:
     )
 
 
-def _read_whole(raw: bytes) -> Said:
+def _read_whole(raw: bytes) -> InboundMessage:
     readable = as_utf8(raw)
     try:
         message, misfits = _decode(readable, _WHOLE, wire.Message)
@@ -111,7 +111,7 @@ def _read_whole(raw: bytes) -> Said:
     items: list[contract.InboundItem] = []
     texts: list[str] = []
     quoted: Quoted | None = None
-    fetches: list[Fetch] = []
+    fetches: list[MediaRef] = []
     idents: list[str] = []
     contents: list[bytes] = []
     ident = as_id(message.message_id)
@@ -130,7 +130,7 @@ def _read_whole(raw: bytes) -> Said:
         if text:
             texts.append(text)
         quoted = quoted or ref
-    return Said(
+    return InboundMessage(
         keys=keys_of(message, user, sent_at_ms, b",".join(contents).decode()),
         user=user,
         sent_at_ms=sent_at_ms,
@@ -162,7 +162,7 @@ class _Read(NamedTuple):
     item: contract.InboundItem
     text: str = ""
     quote: Quoted | None = None
-    fetch: Fetch | None = None
+    fetch: MediaRef | None = None
     ident: object = None
     content: bytes = b""
     misfits: Sequence[str] = ()
@@ -224,7 +224,7 @@ class _Payload(Protocol):
     aeskey: Any
 
 
-def _read_media(payload: _Payload, index: int, name: str = "") -> tuple[Fetch | None, str]:
+def _read_media(payload: _Payload, index: int, name: str = "") -> tuple[MediaRef | None, str]:
     """Where the bytes are; else None and why nobody can fetch them."""
     try:
         media = msgspec.convert(payload.media, wire.Media)
@@ -237,7 +237,7 @@ def _read_media(payload: _Payload, index: int, name: str = "") -> tuple[Fetch | 
         key = read_key(_key(media.aes_key), _key(payload.aeskey))
     except Refused as exc:
         return None, exc.reason
-    return Fetch(index, url, reference, key, name), ""
+    return MediaRef(index, url, reference, key, name), ""
 
 
 def _key(value: object) -> str | None:
@@ -261,7 +261,7 @@ def _token(given: object) -> str:
     return given if isinstance(given, str) and len(given) <= wire.OPAQUE_CHARS else ""
 
 
-def _read_head(raw: bytes, readable: bytes, why: str) -> Said:
+def _read_head(raw: bytes, readable: bytes, why: str) -> InboundMessage:
     """A message that is too large to be read: told as unsupported, kept whole as a dead letter."""
     try:
         unread = msgspec.structs.asdict(msgspec.json.decode(readable, type=wire.RawHead))
@@ -271,7 +271,7 @@ def _read_head(raw: bytes, readable: bytes, why: str) -> Said:
     except UNDECODABLE as exc:
         raise Unreadable("unreadable", why) from exc
     user, sent_at_ms = _sender(message), _time(message.create_time_ms)
-    return Said(
+    return InboundMessage(
         keys=keys_of(message, user, sent_at_ms, digest(raw)),
         user=user,
         sent_at_ms=sent_at_ms,

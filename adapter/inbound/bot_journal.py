@@ -252,7 +252,7 @@ class BotJournal:
                     record,
                     self.owner if owner is None else owner,
                     self.sequence,
-                    fence=self.ensure_owner if owner is None else None,
+                    ensure_owner=self.ensure_owner if owner is None else None,
                     ttl_s=ttl_s,
                 )
             except Conflict:

@@ -31,7 +31,7 @@ from adapter.inbound.inbox import Heard, Publishing
 from adapter.inbound.journal import Journal, JournalRecord, Written
 from adapter.inbound.triage import Sorted, Triage
 from adapter.names import H_JOURNAL, H_MSG_ID
-from adapter.ports import Fetch, Said
+from adapter.ports import InboundMessage, MediaRef
 from adapter.records import Binding
 from adapter.tasks import TaskSet
 from adapter.timing import ChangeSignal, backoff
@@ -129,7 +129,7 @@ class Dispatcher:
         self.bot = journal.bot
         self._journal = journal
         self._needs = needs
-        self._publishing = needs.publishing._replace(fence=self._fence)
+        self._publishing = needs.publishing._replace(ensure_owner=self._fence)
         self._clock = needs.publishing.clock
         self._on_caught_up = on_caught_up
         self.is_catching_up = False
@@ -430,7 +430,7 @@ class Dispatcher:
         sandbox = binding.sandbox if binding else ""
         await inbox.dead_letter(self.bot, sandbox, raw, why, self._publishing, reason=reason)
 
-    async def _end_as_dead_letter(self, raw: bytes, sandbox: str, said: Said | None) -> None:
+    async def _end_as_dead_letter(self, raw: bytes, sandbox: str, said: InboundMessage | None) -> None:
         """The code raises on it at every try."""
         self._fence()
         crashed = Crashed()
@@ -502,7 +502,7 @@ class Dispatcher:
         await bindings.change(binding.bot, with_user)
         for other in older:  # WeChat has killed it: one user has one bot
             detail = "The user is served by another bot now."
-            await self._publishing.events.binding(other.event("replaced", detail=detail))
+            await self._publishing.events.publish_binding_event(other.event("replaced", detail=detail))
             await bindings.remove(other.bot)
 
     # publishing -------------------------------------------------------------------------------------
@@ -633,7 +633,7 @@ class Dispatcher:
             items[fetch.item] = filled(items[fetch.item], got)
         return items
 
-    async def _fetch(self, waiting: PendingMessage, fetch: Fetch) -> Got:
+    async def _fetch(self, waiting: PendingMessage, fetch: MediaRef) -> Got:
         """One item's media. While the bus is away nobody misses them, so that time does not count."""
         while True:
             left_s = waiting.until - self._clock.monotonic()

@@ -14,7 +14,7 @@ from adapter.contract import InboundItem
 from adapter.errors import BusRefused, Refused, Temporary
 from adapter.inbound.inbox import Heard
 from adapter.names import digest
-from adapter.ports import Cdn, Fetch, Objects, Pieces, StoredObject
+from adapter.ports import Cdn, MediaRef, Objects, Pieces, StoredObject
 from adapter.quotes import kind_of
 from adapter.slots import FairSlots
 from adapter.timing import Clock, backoff
@@ -54,7 +54,7 @@ class Got(NamedTuple):
     reason: str = ""
 
 
-async def download(heard: Heard, fetch: Fetch, needs: Downloading) -> Got:
+async def download(heard: Heard, fetch: MediaRef, needs: Downloading) -> Got:
     """An item's media, tried a few times. Raises Missing."""
     failures = 0
     while True:
@@ -72,7 +72,7 @@ async def download(heard: Heard, fetch: Fetch, needs: Downloading) -> Got:
         await needs.clock.sleep(backoff(failures, first_s=0.5))
 
 
-async def _download_once(heard: Heard, fetch: Fetch, needs: Downloading) -> Got:
+async def _download_once(heard: Heard, fetch: MediaRef, needs: Downloading) -> Got:
     """Raises Missing."""
     item = heard.said.items[fetch.item]
     name = f"{heard.sandbox}/in/{digest(heard.id.encode())}-{fetch.item}"
@@ -133,7 +133,7 @@ class _Copy:
         self.data = bytes(kept) if size <= self._most else b""
 
 
-async def _pieces(sandbox: str, fetch: Fetch, needs: Downloading) -> Pieces:
+async def _pieces(sandbox: str, fetch: MediaRef, needs: Downloading) -> Pieces:
     """The plain bytes, once there is a place for their transfer.
 
     Raises Missing: whatever else comes out of storing them is the object store's.

@@ -22,7 +22,7 @@ from adapter.events import Events
 from adapter.inbound.recall import Recall, ids_header
 from adapter.metrics import Metrics
 from adapter.names import H_JOURNAL, H_MSG_ID, H_SCHEMA, Names, digest
-from adapter.ports import Bus, History, Message, PubAck, Said
+from adapter.ports import Bus, History, InboundMessage, Message, PubAck
 from adapter.replicas.leases import Leases
 from adapter.timing import Clock, backoff
 
@@ -39,7 +39,7 @@ LARGE = 64 * 1024
 class Heard(msgspec.Struct, frozen=True, gc=False):
     """A message of a user for the sandbox that it was said to."""
 
-    said: Said
+    said: InboundMessage
     sandbox: str
     bot: str
     received_ms: int
@@ -62,11 +62,11 @@ class Publishing(NamedTuple):
     clock: Clock
     metrics: Metrics
     names: Names
-    fence: Callable[[], None] | None = None
+    ensure_owner: Callable[[], None] | None = None
     """Asked before each write. Raises LeaseLost."""
 
 
-def without_media(said: Said, reason: str) -> Said:
+def without_media(said: InboundMessage, reason: str) -> InboundMessage:
     """The message as it is told when nobody fetches its media; `reason` is one of contract.MediaReason."""
     items = list(said.items)
     for fetch in said.fetches:
@@ -167,7 +167,7 @@ def _message(one: Heard, shown: contract.Window, needs: Publishing) -> Message:
         H_JOURNAL: one.place,
         **ids_header(one.said),
     }
-    return Message("in", needs.names.inbox(one.sandbox), msgspec.json.encode(inbound), headers, needs.fence)
+    return Message("in", needs.names.inbox(one.sandbox), msgspec.json.encode(inbound), headers, needs.ensure_owner)
 
 
 async def _window(sandbox: str, bot: str, user: str, needs: Publishing) -> contract.Window:
@@ -195,7 +195,7 @@ async def dead_letter(
     bot: str, sandbox: str, raw: bytes, why: str, needs: Publishing, *, reason: str = "unreadable"
 ) -> None:
     """Keeps what iLink sent as a dead letter. `sandbox` "": the bot is bound to none."""
-    await needs.events.dead_letter(
+    await needs.events.publish_dead_letter(
         "IN",
         raw,
         subject=needs.names.inbox(sandbox) if sandbox else "",

@@ -84,7 +84,7 @@ class Journal:
 
     async def last(self, bot: str) -> Written | None:
         """A bot's newest record, as the stream's leader has it. Raises Temporary."""
-        stored = await self._history.last(self._names.stream_journal, self._names.journal(bot))
+        stored = await self._history.read_last(self._names.stream_journal, self._names.journal(bot))
         return None if stored is None else self._read(bot, stored)
 
     async def get(self, bot: str, sequence: int) -> Written | None:
@@ -106,14 +106,14 @@ class Journal:
         owner: str,
         expected: int,
         *,
-        fence: Callable[[], None] | None = None,
+        ensure_owner: Callable[[], None] | None = None,
         ttl_s: int = 0,
     ) -> int:
         """Stores a record if the bot's newest one still has the sequence `expected` (0: there is none); its own.
 
         A write whose answer got lost is known again where its own repeat meets it: no two have the same bytes in the
-        same place. `ttl_s`: the server removes it after so long; 0: never. Raises Conflict, Temporary, what `fence`
-        raises, and BusRefused for a record that is too large.
+        same place. `ttl_s`: the server removes it after so long; 0: never. Raises Conflict, Temporary, BusRefused
+        (the record is too large), and what `ensure_owner` raises.
         """
         body = msgspec.msgpack.encode(record)
         sealed = self._sealer.seal_bytes(journal_context(bot, VERSION, owner), body)
@@ -121,7 +121,7 @@ class Journal:
         headers = {H_EXPECTED: str(expected)}
         if ttl_s:
             headers["Nats-TTL"] = f"{ttl_s}s"
-        message = Message("journal", self._names.journal(bot), payload, headers, fence)
+        message = Message("journal", self._names.journal(bot), payload, headers, ensure_owner)
         try:
             return (await self._bus.publish(message)).seq
         except Conflict:

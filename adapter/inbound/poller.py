@@ -320,7 +320,7 @@ async def recover(session: Session, exc: SessionExpired, cursor: str, hold_ms: i
     log.warning("session.stale", bot=session.bot, sandbox=binding.sandbox, detail=exc.detail)
     advice = "iLink refuses the bot's token; it is tried again shortly, then a login is needed."
     since = needs.clock.monotonic()
-    await needs.events.binding(binding.event("stale", reason=exc.detail, detail=advice))
+    await needs.events.publish_binding_event(binding.event("stale", reason=exc.detail, detail=advice))
     try:
         refusals = failures = 0
         while True:
@@ -379,7 +379,7 @@ async def _regain(session: Session, binding: Binding, needs: Incoming) -> None:
             partial(regain_login, needs.bindings, needs.clock, binding), needs.clock
         )  # the next turn tells it
     else:
-        await retry(partial(needs.events.binding, binding.event("recovered")), needs.clock)
+        await retry(partial(needs.events.publish_binding_event, binding.event("recovered")), needs.clock)
 
 
 async def _try_again(session: Session, binding: Binding, cursor: str, hold_ms: int, needs: Incoming) -> Polled | None:

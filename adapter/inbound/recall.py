@@ -15,8 +15,8 @@ from adapter.dedup import MessageKeys
 from adapter.errors import UNDECODABLE
 from adapter.metrics import Metrics
 from adapter.names import H_IDS, H_MSG_ID, Names, escaped
-from adapter.ports import History, Said, Stored
-from adapter.quotes import Words, resolved, words_of
+from adapter.ports import History, InboundMessage, Stored
+from adapter.quotes import QuotedText, quoted_text_of, resolve_quote
 from adapter.timing import Clock
 
 log = structlog.get_logger()
@@ -44,7 +44,9 @@ class Recall:
         self._metrics = metrics
         self._readings = asyncio.Semaphore(READINGS)
 
-    async def resolve(self, sandbox: str, bot: str, said: Said, before: Sequence[Said] = ()) -> Said:
+    async def resolve(
+        self, sandbox: str, bot: str, said: InboundMessage, before: Sequence[InboundMessage] = ()
+    ) -> InboundMessage:
         """`said` with the words that it quotes, as far as they can be found. Raises Temporary.
 
         Only words of the same user in the same sandbox are shown. `before`: the user's messages that may not be in
@@ -62,21 +64,21 @@ class Recall:
             )
         return self._with_words(said, words)
 
-    def leave(self, said: Said) -> Said:
+    def leave(self, said: InboundMessage) -> InboundMessage:
         """`said` with what iLink tells of the words that it quotes."""
         return self._with_words(said, None)
 
-    def _with_words(self, said: Said, words: Words | None) -> Said:
+    def _with_words(self, said: InboundMessage, words: QuotedText | None) -> InboundMessage:
         assert said.quote is not None
         assert said.reference is not None
         self._metrics.quotes.labels(outcome=words.said_by if words else "unknown").inc()
-        return msgspec.structs.replace(said, quote=resolved(said.quote, said.reference, words), reference=None)
+        return msgspec.structs.replace(said, quote=resolve_quote(said.quote, said.reference, words), reference=None)
 
-    async def _find_sent(self, ids: Sequence[str], sandbox: str, user: str) -> Words | None:
+    async def _find_sent(self, ids: Sequence[str], sandbox: str, user: str) -> QuotedText | None:
         sent = await self._conversations.find_sent(sandbox, user, ids)
-        return Words(sent.text, sent.kind, "bot") if sent else None
+        return QuotedText(sent.text, sent.kind, "bot") if sent else None
 
-    async def _find_heard(self, ids: Sequence[str], sandbox: str, user: str) -> Words | None:
+    async def _find_heard(self, ids: Sequence[str], sandbox: str, user: str) -> QuotedText | None:
         """The newest message in the sandbox's inbox that has one of the ids, or an item with it."""
         left, read_from, endings = SEARCHED, sys.maxsize, tuple(map(_ending, ids))
         async with self._readings:
@@ -97,7 +99,7 @@ class Recall:
         return None
 
 
-def _words_in(stored: Stored, item: int | None, sandbox: str, user: str) -> Words | None:
+def _words_in(stored: Stored, item: int | None, sandbox: str, user: str) -> QuotedText | None:
     """What a stored message says, or one of its items, if it is the user's."""
     try:
         inbound = msgspec.json.decode(stored.data, type=Inbound)
@@ -106,10 +108,10 @@ def _words_in(stored: Stored, item: int | None, sandbox: str, user: str) -> Word
         return None
     if inbound.user != user or inbound.sandbox != sandbox:
         return None
-    return words_of(inbound.text, inbound.items, item)
+    return quoted_text_of(inbound.text, inbound.items, item)
 
 
-def ids_header(said: Said) -> dict[str, str]:
+def ids_header(said: InboundMessage) -> dict[str, str]:
     """The header that lets an item be found by its id; none where no item has one of its own."""
     if not any(said.item_ids):
         return {}
@@ -130,13 +132,13 @@ def _item_named(ids: Sequence[str], stored: Stored) -> int | None:
     return None
 
 
-def _find_said(ids: Sequence[str], user: str, before: Sequence[Said]) -> Words | None:
+def _find_said(ids: Sequence[str], user: str, before: Sequence[InboundMessage]) -> QuotedText | None:
     for said in reversed(before):
         if said.user != user:
             continue
         for number, ident in enumerate(said.item_ids):
             if ident and ident in ids:
-                return words_of(said.text, said.items, number)
+                return quoted_text_of(said.text, said.items, number)
         if said.keys.message in ids and said.keys.message:
-            return words_of(said.text, said.items)
+            return quoted_text_of(said.text, said.items)
     return None

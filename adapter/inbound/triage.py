@@ -12,7 +12,7 @@ import structlog
 from adapter.crashes import retry_on_bug_now
 from adapter.dedup import BatchDedup, DedupWindow
 from adapter.errors import Crashed, Unreadable
-from adapter.ports import Said
+from adapter.ports import InboundMessage
 
 log = structlog.get_logger()
 
@@ -26,7 +26,7 @@ class Sorted(NamedTuple):
     number: int
     """Where it stands in the record."""
     raw: bytes
-    said: Said | None
+    said: InboundMessage | None
     """None where it cannot be read."""
     outcome: str
     """new, duplicate, echo, group, unreadable or crashed."""
@@ -37,7 +37,7 @@ class Sorted(NamedTuple):
 class Triage(NamedTuple):
     """What reading messages takes."""
 
-    read_message: Callable[[bytes], Said]
+    read_message: Callable[[bytes], InboundMessage]
     turn: Callable[[], Awaitable[None]]
     """Waits for the next turn of the event loop."""
     groups_as_direct: bool

@@ -29,14 +29,14 @@ OPERATION = "KV-Operation"
 TTL = "Nats-TTL"
 MARKER = "Nats-Marker-Reason"
 PAGE = 500
-READ_ANEW_S = 5.0
+RELOAD_S = 5.0
 """A bucket of leases whose newest entry is known is read no more often: only what has gone by its age would show."""
-FOLLOW_ANEW_S = 300.0
+RELOAD_WATCH_S = 300.0
 """A bucket that is followed is read no more often, as long as no news is missing."""
 NEVER = -math.inf
 
 
-def news_subject(bucket: str) -> str:
+def updates_subject_of(bucket: str) -> str:
     """Where the server republishes what it has stored in a bucket; the bucket's name follows the prefix."""
     return f"{bucket.rpartition('_')[0]}.kv.{bucket}"
 
@@ -79,11 +79,11 @@ class LeaderKvBucket:
             raise problem if isinstance(problem, Temporary | Conflict) else Temporary("bus_refused", problem.detail)
         return ack.seq
 
-    async def entries(self) -> list[Entry]:
+    async def list_entries(self) -> list[Entry]:
         every = f"$KV.{self._name}.>"
         now = asyncio.get_running_loop().time()
         newest = await last_of(self._link, self._stream, every)
-        if newest is not None and newest.seq == self._known_to and now - self._read_at < READ_ANEW_S:
+        if newest is not None and newest.seq == self._known_to and now - self._read_at < RELOAD_S:
             return self._known
         found = {}
         async for stored in read_stream(self._link, self._stream, every, page=PAGE):
@@ -104,7 +104,7 @@ class KvBucket:
     def __init__(self, link: Link, publisher: Publisher, name: str, *, replicated: bool = False) -> None:
         self.name = name
         self._replicated = replicated
-        self.news = news_subject(name)
+        self.updates_subject = updates_subject_of(name)
         self.stream = f"KV_{name}"
         self.link = link
         self._publisher = publisher
@@ -120,7 +120,7 @@ class KvBucket:
 
     async def update(self, key: str, value: bytes, revision: int, *, ttl_s: int = 0) -> int:
         try:
-            return await self._store(key, value, {H_EXPECTED: str(revision)}, ttl_s)
+            return await self._put_value(key, value, {H_EXPECTED: str(revision)}, ttl_s)
         except Conflict:
             entry = await self.get(key)
             if entry is not None and entry.value == value:
@@ -131,9 +131,9 @@ class KvBucket:
         headers = {OPERATION: "DEL"}
         if revision is not None:
             headers[H_EXPECTED] = str(revision)
-        return await self._store(key, b"", headers, ttl_s)
+        return await self._put_value(key, b"", headers, ttl_s)
 
-    async def _store(self, key: str, value: bytes, headers: dict[str, str], ttl_s: int) -> int:
+    async def _put_value(self, key: str, value: bytes, headers: dict[str, str], ttl_s: int) -> int:
         if ttl_s:
             headers[TTL] = f"{ttl_s}s"
         try:
@@ -143,14 +143,14 @@ class KvBucket:
                 raise
             raise Temporary("bucket_full", f"{self.name}: {exc.detail}") from exc  # an operator has to make room
 
-    async def below(self, first: str) -> list[Entry]:
+    async def list_prefix(self, first: str) -> list[Entry]:
         subject = self.subject(f"{first}.>")
         found = [
             _entry(self.name, stored) async for stored in read_stream(self.link, self.stream, subject, page=PAGE)
         ]
         return [entry for entry in found if entry.value is not None]
 
-    async def follow(
+    async def watch(
         self,
         on_entry: Callable[[Entry], None],
         *,
@@ -162,7 +162,7 @@ class KvBucket:
         every `reload_s` seconds shows that something is missing, so that nothing lost on the way stays lost.
         Entries may come twice, never older than one seen before.
         """
-        follower = _Follower(self, on_entry)
+        follower = _Watcher(self, on_entry)
         self.link.on_up(follower.subscribe)
         if self.link.nc is not None:
             try:
@@ -175,20 +175,20 @@ class KvBucket:
             try:
                 await self.link.wait_up()
                 anew, epoch = epoch != self.link.epoch, self.link.epoch
-                read = await follower.renew(anew=anew)
+                read = await follower.reload_if_stale(anew=anew)
             except Temporary as exc:
                 log.warning("bucket.unread", bucket=self.name, reason=exc.reason)
                 await asyncio.sleep(0.2)
                 continue
             if read and on_loaded is not None:
                 on_loaded()
-            await self._until_stale(epoch, reload_s)
+            await self._wait_until_stale(epoch, reload_s)
 
-    async def _until_stale(self, epoch: int, seconds: float) -> None:
+    async def _wait_until_stale(self, epoch: int, seconds: float) -> None:
         """Until there is another client, or the time is over."""
         await self.link.changed.wait_until(lambda: self.link.epoch != epoch, seconds)
 
-    async def numbers(self) -> tuple[int, int]:
+    async def stream_state(self) -> tuple[int, int]:
         """How many keys there are, deleted ones too, and the newest sequence. Raises Temporary."""
         try:
             info = await self.link.api(f"STREAM.INFO.{self.stream}")
@@ -197,7 +197,7 @@ class KvBucket:
         return int(info["state"]["messages"]), int(info["state"]["last_seq"])
 
 
-class _Follower:
+class _Watcher:
     """What one follower knows of a bucket."""
 
     def __init__(self, bucket: KvBucket, on_entry: Callable[[Entry], None]) -> None:
@@ -207,52 +207,52 @@ class _Follower:
         """Of every key, deleted ones too."""
         self._top = 0
         """The newest sequence that was heard of."""
-        self._whole = False
+        self._is_complete = False
         """Nothing up to there is missing, as far as news and the last reading tell."""
         self._read_at = NEVER
         """When it was last read to the end."""
 
     async def subscribe(self, nc: Client) -> None:
         """For each client: hears the news."""
-        await nc.subscribe(self._bucket.news + ".>", cb=self._on_news)
+        await nc.subscribe(self._bucket.updates_subject + ".>", cb=self._on_update)
 
-    async def _on_news(self, msg: Msg) -> None:
+    async def _on_update(self, msg: Msg) -> None:
         headers = msg.headers or {}
         key = headers["Nats-Subject"].removeprefix(self._bucket.subject(""))
         revision = int(headers["Nats-Sequence"])
         if revision > self._top:
-            self._whole, self._top = self._whole and revision == self._top + 1, revision
-        self._see(Entry(key, None if OPERATION in headers else msg.data, revision))
+            self._is_complete, self._top = self._is_complete and revision == self._top + 1, revision
+        self._apply_entry(Entry(key, None if OPERATION in headers else msg.data, revision))
 
-    def _see(self, entry: Entry) -> None:
+    def _apply_entry(self, entry: Entry) -> None:
         if entry.revision > self._revisions.get(entry.key, 0):
             self._revisions[entry.key] = entry.revision
             self._on_entry(entry)
 
-    async def renew(self, *, anew: bool) -> bool:
+    async def reload_if_stale(self, *, anew: bool) -> bool:
         """Reads everything, if it must be read `anew`, was not for long, or something is missing; whether it did.
 
         Raises Temporary.
         """
         bucket, now = self._bucket, asyncio.get_running_loop().time()
-        keys, newest = await bucket.numbers()
-        known = self._whole and (keys, newest) == (len(self._revisions), self._top)
-        if known and not anew and now - self._read_at <= FOLLOW_ANEW_S:
+        keys, newest = await bucket.stream_state()
+        known = self._is_complete and (keys, newest) == (len(self._revisions), self._top)
+        if known and not anew and now - self._read_at <= RELOAD_WATCH_S:
             return False
-        self._top, self._whole, self._read_at = max(self._top, newest), True, NEVER
+        self._top, self._is_complete, self._read_at = max(self._top, newest), True, NEVER
         there, read_to = set(), 0
         async for stored in read_stream(bucket.link, bucket.stream, bucket.subject(">"), page=PAGE):
             entry = _entry(bucket.name, stored)
             there.add(entry.key)
             read_to = stored.seq
-            self._see(entry)
-        self._whole = self._whole and (not keys or read_to >= newest)  # else a server answered that lags
+            self._apply_entry(entry)
+        self._is_complete = self._is_complete and (not keys or read_to >= newest)  # else a server answered that lags
         for key in [key for key in self._revisions if key not in there]:
-            await self._forget(key)
+            await self._confirm_removed(key)
         self._read_at = now
         return True
 
-    async def _forget(self, key: str) -> None:
+    async def _confirm_removed(self, key: str) -> None:
         """A key was not read: it has gone by its age, or the server that answered lags. Raises Temporary."""
         revision = self._revisions[key]
         if await self._bucket.get(key) is None and self._revisions[key] == revision:

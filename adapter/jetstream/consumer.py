@@ -58,13 +58,13 @@ class Delivery:
         "data",
         "headers",
         "number",
+        "redelivered",
         "seq",
         "subject",
-        "suspect",
         "time_ms",
     )
 
-    def __init__(self, consumer: Consumer, msg: Msg, suspect_to: int, made_ms: int) -> None:
+    def __init__(self, consumer: Consumer, msg: Msg, redelivered_to: int, made_ms: int) -> None:
         tokens = msg.reply.split(".")
         base = 2 if len(tokens) < 11 else 4  # newer servers may put domain and account hash in front
         self._consumer = consumer
@@ -76,7 +76,7 @@ class Delivery:
         self.number = int(tokens[base + 4])
         """Of the consumer's deliveries since its last reset."""
         self.time_ms = int(tokens[base + 5]) // 1_000_000
-        self.suspect = self.seq <= suspect_to or self.time_ms <= made_ms
+        self.redelivered = self.seq <= redelivered_to or self.time_ms <= made_ms
         """It was delivered before, so that its outcome may be on the bus already."""
 
     async def ack(self) -> None:
@@ -122,7 +122,7 @@ class Consumer:
         self._pull_bytes = PULL_BYTES
         self._number = 0
         """Of the last delivery."""
-        self._suspect_to = 0
+        self._redelivered_to = 0
         """What is up to here may have been delivered before. The server forgets it at a reset."""
         self._made_ms = 0
         """When the consumer was made; what was stored earlier may have been delivered by one before it."""
@@ -173,7 +173,7 @@ class Consumer:
                         "consumer.paused", consumer=self.name, detail="It delivers nothing until it is resumed."
                     )
                 self._check()
-                self._suspect_to = max(self._suspect_to, int(info["delivered"]["stream_seq"]))
+                self._redelivered_to = max(self._redelivered_to, int(info["delivered"]["stream_seq"]))
                 info = await self.link.api(f"CONSUMER.RESET.{self._stream}.{self.name}")
                 # not what is delivered: a pull of somebody else may have taken some before the answer was made
                 self._number = int(info["ack_floor"]["consumer_seq"])
@@ -237,13 +237,13 @@ class Consumer:
 
     def _deliver(self, msg: Msg, on_delivery: Callable[[Delivery], None]) -> str:
         """Hands a delivery on; or why the pull is broken."""
-        delivery = Delivery(self, msg, self._suspect_to, self._made_ms)
+        delivery = Delivery(self, msg, self._redelivered_to, self._made_ms)
         if delivery.number != self._number + 1:
             return LOST
         self._number = delivery.number
         self._requested = max(0, self._requested - 1)
         self._in_hand += 1
-        self._suspect_to = max(self._suspect_to, delivery.seq)  # a server that is killed may forget it
+        self._redelivered_to = max(self._redelivered_to, delivery.seq)  # a server that is killed may forget it
         on_delivery(delivery)
         if not self._until_acked:
             self._done()

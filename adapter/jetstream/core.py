@@ -52,7 +52,7 @@ class CoreNats:
 
         self._link.on_up(subscribe)
 
-    async def gather(self, subject: str, payload: bytes, *, count: int, within_s: float) -> list[bytes]:
+    async def query_replicas(self, subject: str, payload: bytes, *, count: int, within_s: float) -> list[bytes]:
         answers: list[bytes] = []
         enough = asyncio.Event()
 

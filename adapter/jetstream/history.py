@@ -72,12 +72,12 @@ class StreamHistory:
             self._link, stream, subject, after=after, since_ms=since_ms, most=most, replicated=self._replicated
         )
 
-    async def last(self, stream: str, subject: str) -> Stored | None:
+    async def read_last(self, stream: str, subject: str) -> Stored | None:
         if self._replicated:
             return await _from_leader(self._link, stream, {"last_by_subj": subject})
         return await last_of(self._link, stream, subject)
 
-    async def last_of_each(self, stream: str, subjects: Sequence[str]) -> list[Stored]:
+    async def read_last_of_each(self, stream: str, subjects: Sequence[str]) -> list[Stored]:
         found: list[Stored] = []
         for start in range(0, len(subjects), SUBJECTS_AT_ONCE):
             page = subjects[start : start + SUBJECTS_AT_ONCE]
@@ -94,10 +94,10 @@ class StreamHistory:
         newest = await _from_leader(self._link, stream, {"last_by_subj": ">"})
         return newest.seq if newest else 0
 
-    async def counts(self, stream: str, subject: str) -> dict[str, int]:
+    async def count_by_subject(self, stream: str, subject: str) -> dict[str, int]:
         return await subjects_of(self._link, stream, subject)
 
-    async def newest(self, stream: str, subject: str, *, count: int, before: int | None = None) -> list[Stored]:
+    async def read_newest(self, stream: str, subject: str, *, count: int, before: int | None = None) -> list[Stored]:
         state = (await self._link.api(f"STREAM.INFO.{stream}"))["state"]
         first, last = int(state["first_seq"]), int(state["last_seq"])
         end = last + 1 if before is None else min(before, last + 1)

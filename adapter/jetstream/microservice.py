@@ -21,16 +21,16 @@ from adapter.jetstream.shares import Refusals, Shares
 from adapter.metrics import Metrics
 from adapter.names import H_ERROR, H_ERROR_CODE, H_SCHEMA, Names, is_inbox
 from adapter.permissions import inbox
-from adapter.ports import Answered, Asked
+from adapter.ports import SandboxRequest, SandboxResponse
 from adapter.slots import FairSlots
 
 log = structlog.get_logger()
 
 SERVICE = "wechat-nats"
 Handler = Callable[[bytes], Awaitable[bytes]]
-SandboxHandler = Callable[[Asked], Awaitable[Answered]]
+SandboxHandler = Callable[[SandboxRequest], Awaitable[SandboxResponse]]
 Handle = Callable[[Request], Awaitable[None]]
-Answering = Callable[[Request], Awaitable[Answered]]
+Answering = Callable[[Request], Awaitable[SandboxResponse]]
 IMPORTED_REPLY = "_R_."
 """What the server makes of the inbox of a request that comes from another account."""
 FOR_ANY = ("_INBOX.", f"{inbox('operator')}.", f"{inbox('service')}.")
@@ -206,15 +206,15 @@ def _is_reply(reply: str, sandbox: str = "") -> bool:
 
 
 def _plainly(handler: Handler) -> Answering:
-    async def answer(request: Request) -> Answered:
-        return Answered(await handler(request.data), {})
+    async def answer(request: Request) -> SandboxResponse:
+        return SandboxResponse(await handler(request.data), {})
 
     return answer
 
 
 def _by_sandbox(handler: SandboxHandler) -> Answering:
-    async def answer(request: Request) -> Answered:
-        return await handler(Asked(_sandbox_of(request), request.headers or {}, request.data))
+    async def answer(request: Request) -> SandboxResponse:
+        return await handler(SandboxRequest(_sandbox_of(request), request.headers or {}, request.data))
 
     return answer
 

@@ -71,7 +71,7 @@ class ObjectStore:
         self._stream = f"OBJ_{bucket}"
         self._room = asyncio.Semaphore(OUTSTANDING_IN_ALL)
 
-    async def info(self, name: str) -> StoredObject | None:
+    async def get_info(self, name: str) -> StoredObject | None:
         meta = await self._meta(name)
         if meta is None or meta.deleted or (meta.options or {}).get("link"):
             return None
@@ -86,7 +86,7 @@ class ObjectStore:
         if digest.hexdigest() != stored.sha256:
             raise Unreadable("object", f"{stored.name}: the bytes are not those of the digest")
 
-    async def piece(self, stored: StoredObject, after: int) -> tuple[bytes, int]:
+    async def read_piece(self, stored: StoredObject, after: int) -> tuple[bytes, int]:
         if not stored.size:
             return b"", 0
         subject = self._chunks(stored.ident)
@@ -119,7 +119,7 @@ class ObjectStore:
     async def append(self, name: str, offset: int, piece: bytes) -> int:
         """Each is stored by compare-and-set on the one before: any replica may take it, at the same time too."""
         end = offset + len(piece)
-        done = await self.info(name)
+        done = await self.get_info(name)
         if done is not None and end > done.size:
             raise Refused("invalid", "The upload is complete already: take another id.")
         subject = self._chunks(_upload_ident(name))
@@ -142,11 +142,11 @@ class ObjectStore:
             await asyncio.sleep(0.05 * attempt)  # a gap, or the replica that answered lags
         raise Refused("invalid", f"Bytes {offset} to {end} do not follow: go on at {size}.")
 
-    async def complete(
+    async def complete_upload(
         self, name: str, size: int, *, sha256: str, title: str, mime_of: Callable[[bytes], str]
     ) -> tuple[StoredObject, bytes]:
         ident = _upload_ident(name)
-        done = await self.info(name)
+        done = await self.get_info(name)
         if done is not None and (done.ident, done.size) == (ident, size):
             if sha256 not in ("", done.sha256):
                 raise Refused("invalid", "The upload is complete already, with other bytes: take another id.")
@@ -174,7 +174,7 @@ class ObjectStore:
         head, after = b"", 0
         try:
             while len(head) < HEAD:
-                piece, after = await self.piece(stored, after)
+                piece, after = await self.read_piece(stored, after)
                 head += piece
                 if not after:
                     break

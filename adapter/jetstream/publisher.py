@@ -38,7 +38,7 @@ WORRY_S = 2.0
 REMIND_S = 30.0
 """How often that is said again."""
 
-LATE_S = 240.0
+DELAYED_PUBLISH_S = 240.0
 """A write that waits longer is late: less than a stream's window for ids (topology.DUPLICATE_WINDOW_NS)."""
 NO_ACK = "no acknowledgement"
 MAX_SUBJECT = 3072
@@ -281,10 +281,10 @@ class Publisher:
         for entry in taken:
             if entry.stream.name in self._interrupted_streams or entry.writes or entry.future.done():
                 continue
-            fence = entry.message.fence
-            if not self._begin(entry, None if fence is passed else fence):
+            ensure_owner = entry.message.ensure_owner
+            if not self._begin(entry, None if ensure_owner is passed else ensure_owner):
                 continue
-            passed, nc = fence, self._nc
+            passed, nc = ensure_owner, self._nc
             if (
                 nc is not None
                 and nc is self._link.nc
@@ -303,17 +303,17 @@ class Publisher:
         """Writes one, also once more: this server may take less than the one before."""
         if not entry.future.done():
             self._measure(entry)
-        if not entry.future.done() and self._begin(entry, entry.message.fence):
+        if not entry.future.done() and self._begin(entry, entry.message.ensure_owner):
             await self._publish(entry)
 
-    def _begin(self, entry: _Outstanding, fence: Callable[[], None] | None) -> bool:
+    def _begin(self, entry: _Outstanding, ensure_owner: Callable[[], None] | None) -> bool:
         """Whether it may be written, which then counts as done."""
-        now, late = self._clock.monotonic(), entry.message.late
+        now, ensure_owner_if_delayed = self._clock.monotonic(), entry.message.ensure_owner_if_delayed
         try:
-            if fence is not None:
-                fence()
-            if late is not None and now - entry.asked > LATE_S:
-                late()
+            if ensure_owner is not None:
+                ensure_owner()
+            if ensure_owner_if_delayed is not None and now - entry.asked > DELAYED_PUBLISH_S:
+                ensure_owner_if_delayed()
         except LeaseLost as exc:
             self._refuse(entry, exc)
             return False

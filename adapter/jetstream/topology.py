@@ -16,7 +16,7 @@ import structlog
 
 from adapter.errors import BusRefused, SettingsError, Temporary
 from adapter.jetstream.api_replies import ACCOUNT_FULL, CONSUMER_EXISTS, NO_STREAM
-from adapter.jetstream.buckets import news_subject
+from adapter.jetstream.buckets import updates_subject_of
 from adapter.jetstream.managed_connection import Link
 from adapter.names import SHARDS, Names
 from adapter.settings import Settings
@@ -125,7 +125,7 @@ def streams(names: Names, settings: Settings) -> list[Wanted]:
         if not max_age:  # what it holds is nowhere else: tokens, places, windows
             critical.append("max_age")
         if news:
-            config["republish"] = {"src": f"$KV.{name}.>", "dest": f"{news_subject(name)}.>"}
+            config["republish"] = {"src": f"$KV.{name}.>", "dest": f"{updates_subject_of(name)}.>"}
             critical.append("republish")
         return stream(f"KV_{name}", tuple(critical), **config)
 

@@ -17,7 +17,7 @@ from adapter import contract
 from adapter.bindings.registry import Bindings
 from adapter.contract import Bind, BindingEvent
 from adapter.errors import BusRefused, Refused, Temporary
-from adapter.events import Events, read_last_of_person, told_of_bindings
+from adapter.events import Events, read_binding_events, read_last_person_change
 from adapter.logins.registry import ADVICE, TELL_MS, LoginRegistry, code_of, event_of, fetch_code, tokens_of
 from adapter.metrics import Metrics
 from adapter.names import H_MSG_ID, H_SCHEMA, Names, shard_of
@@ -89,7 +89,7 @@ class LoginFlow:
         try:
             while (record := registry.get(self._login)) is not None:
                 await self._tell(record)
-                if record.over:
+                if record.is_over:
                     return
                 if record.token:
                     await self._end_requests(set())
@@ -111,7 +111,7 @@ class LoginFlow:
             return
         old = self._needs.clock.now_ms() - record.changed_ms > TELL_MS
         if self._login in self._told or not old:
-            await self._needs.events.login(event_of(self._login, record), step=record.step)
+            await self._needs.events.publish_login_event(event_of(self._login, record), step=record.step)
         self._told[self._login] = record.step
 
     async def _change(self, make: Callable[[LoginRecord], LoginRecord | None]) -> None:
@@ -126,12 +126,12 @@ class LoginFlow:
     async def _fail(self, reason: str, detail: str) -> None:
         def failed(record: LoginRecord) -> LoginRecord | None:
             step = self._needs.registry.step
-            return None if record.over else step(record, status="failed", reason=reason, detail=detail)
+            return None if record.is_over else step(record, status="failed", reason=reason, detail=detail)
 
         await self._change(failed)
 
     def _outlived(self, record: LoginRecord) -> LoginRecord | None:
-        if record.over or record.token:
+        if record.is_over or record.token:
             return None
         return self._needs.registry.step(record, status="expired", reason="time")
 
@@ -267,7 +267,7 @@ class LoginFlow:
         base_url = asked.base_url
         if host:
             try:
-                base_url = self._needs.logins.redirected(host, asked.base_url)
+                base_url = self._needs.logins.redirect_base_url(host, asked.base_url)
             except Refused as exc:
                 await self._fail("url", exc.detail)
                 return
@@ -342,7 +342,7 @@ class LoginFlow:
         bound = {"bot": binding.bot, "user": binding.user} if binding else _PENDING
 
         def confirmed(now: LoginRecord) -> LoginRecord | None:
-            if now.over:
+            if now.is_over:
                 return None
             warning = {"detail": _WARNING.format(now.former_user)} if now.former_user else {}
             return needs.registry.step(now, status="confirmed", **{**warning, **bound})
@@ -356,7 +356,7 @@ class LoginFlow:
         users = {binding.user for binding in needs.bindings.of_sandbox(record.sandbox)}
         while not users:
             try:
-                last = await read_last_of_person(needs.history, needs.names, record.sandbox)
+                last = await read_last_person_change(needs.history, needs.names, record.sandbox)
                 users = {last.user if last is not None else ""}
             except Temporary as exc:
                 log.warning("login.waits", login=self._login[:6], reason=exc.reason)
@@ -382,7 +382,7 @@ class LoginFlow:
         """The event that says that the bind command was refused."""
         needs, since_ms = self._needs, record.changed_ms - 60_000
         try:
-            async for _, event in told_of_bindings(needs.history, needs.names, record.sandbox, since_ms=since_ms):
+            async for _, event in read_binding_events(needs.history, needs.names, record.sandbox, since_ms=since_ms):
                 if event.request == request and event.change == "refused":
                     return event
         except Temporary as exc:

@@ -61,7 +61,7 @@ class LoginRegistry:
 
     async def run(self) -> None:
         """Keeps in step with the bucket, until cancelled."""
-        await self._bucket.follow(self._see, on_loaded=self._notify)
+        await self._bucket.watch(self._see, on_loaded=self._notify)
 
     def get(self, login: str) -> LoginRecord | None:
         found = self._records.get(login)
@@ -72,12 +72,12 @@ class LoginRegistry:
 
     def open_of(self, sandbox: str) -> int:
         """How many logins of a sandbox are not over."""
-        return sum(1 for _, record in self if record.sandbox == sandbox and not record.over)
+        return sum(1 for _, record in self if record.sandbox == sandbox and not record.is_over)
 
     def prune(self) -> None:
         """Forgets what ended long enough ago."""
         horizon_ms = self._clock.now_ms() - TELL_MS
-        gone = [login for login, record in self if record.over and record.changed_ms < horizon_ms]
+        gone = [login for login, record in self if record.is_over and record.changed_ms < horizon_ms]
         for login in gone:
             del self._records[login]
 
@@ -121,7 +121,7 @@ class LoginRegistry:
                 await self._clock.sleep(PATIENCE_S)
                 continue
             self._see(Entry(login, value, written))
-            if after.over:
+            if after.is_over:
                 self._metrics.logins.labels(outcome=after.status).inc()
             if after.step != before.step:
                 log.info("login.changed", login=login[:6], sandbox=after.sandbox, status=after.status,
@@ -158,7 +158,7 @@ class LoginRegistry:
         except UNDECODABLE:
             log.error("login.unreadable", login=entry.key[:6])
             return
-        if known is None and record.over and self._clock.now_ms() - record.changed_ms > TELL_MS:
+        if known is None and record.is_over and self._clock.now_ms() - record.changed_ms > TELL_MS:
             return
         self._records[entry.key] = (record, entry.revision)
         self._notify()
@@ -194,7 +194,7 @@ class LoginRegistry:
         """The record after a step that is told as an event. The last step removes the secrets."""
         fields = {"reason": "", "detail": "", **changes, "step": record.step + 1, "changed_ms": self._clock.now_ms()}
         after = structs.replace(record, **fields)
-        return structs.replace(after, codes=[], digits="", token="") if after.over else after
+        return structs.replace(after, codes=[], digits="", token="") if after.is_over else after
 
     def with_code(self, login: str, record: LoginRecord, code: QrCode) -> LoginRecord:
         """The record with a new code; this one and the previous one may be scanned."""
@@ -255,8 +255,8 @@ class LoginRegistry:
             qrcode_text=terminal_text(url) if url else "",
             qrcode_png=png(url) if url and with_png else "",
             expires_at_ms=record.until_ms,
-            bot=record.bot if record.over else "",
-            user=record.user if record.over else "",
+            bot=record.bot if record.is_over else "",
+            user=record.user if record.is_over else "",
             former_user=record.former_user if record.status == "confirmed" else "",
             reason=CHECKING if record.digits else record.reason,
             detail="The digits are being checked." if record.digits else record.detail or ADVICE[record.status],
@@ -286,8 +286,8 @@ def event_of(login: str, record: LoginRecord) -> LoginEvent:
         sandbox=record.sandbox,
         status=record.status,
         code=max(1, record.number),
-        bot=record.bot if record.over else "",
-        user=record.user if record.over else "",
+        bot=record.bot if record.is_over else "",
+        user=record.user if record.is_over else "",
         former_user=record.former_user if record.status == "confirmed" else "",
         reason=record.reason,
         detail=record.detail or ADVICE[record.status],

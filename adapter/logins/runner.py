@@ -45,7 +45,7 @@ class LoginRunner:
         for login in self._told.keys() - known.keys():
             del self._told[login]
         for login, record in known.items():
-            due = not record.over or self._told.get(login) != record.step
+            due = not record.is_over or self._told.get(login) != record.step
             if due and shard_of(record.sandbox) in mine and login not in self._tasks:
                 self._start(login)
         for login, task in self._tasks.items():

@@ -59,7 +59,7 @@ class CommandIntake:
         if self._ledger.has_ended(delivery):
             self._tasks.spawn(delivery.ack())
         elif not (self._ledger.renew(delivery) or self._ledger.backlog.came_again(delivery)):
-            if not delivery.suspect:
+            if not delivery.redelivered:
                 self._metrics.outbound_taken.inc()
             if self._ledger.backlog.takes(delivery):
                 self._accept(delivery)

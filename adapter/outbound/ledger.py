@@ -153,7 +153,7 @@ class CommandLedger:
         data, headers = (entry.delivery.data, entry.delivery.headers) if entry else (b"", {})
         if not data and (stored := await self._history.get(self._names.stream_out, command.sequence)):
             data, headers = stored.data, stored.headers
-        await self._events.dead_letter(
+        await self._events.publish_dead_letter(
             "OUT",
             data,
             subject=self._names.out(sandbox),

@@ -95,7 +95,7 @@ class CommandReader:
 
     def put(self, delivery: Delivery) -> None:
         """Reads a command, behind those of its sandbox that are being read."""
-        if delivery.subject in self._unread or (self._trials and delivery.suspect):
+        if delivery.subject in self._unread or (self._trials and delivery.redelivered):
             self._read_later(delivery)
         else:
             self._read(delivery)
@@ -132,7 +132,7 @@ class CommandReader:
             log.exception("command.crashed", subject=delivery.subject, sequence=delivery.seq)
             result = CommandResult("dead_lettered", "crashed", type(exc).__name__)
         else:
-            redelivered = delivery.suspect or H_COPIED_AGAIN in delivery.headers
+            redelivered = delivery.redelivered or H_COPIED_AGAIN in delivery.headers
             self.on_command(ReadCommand(command, _queued(command, delivery.seq), redelivered))
             return
         self._end_unread(delivery, body, result)
@@ -152,7 +152,7 @@ class CommandReader:
     # what takes its time, or ends whoever reads it -----------------------------------------------------
 
     def _read_later(self, delivery: Delivery) -> None:
-        if self._trials and delivery.suspect:
+        if self._trials and delivery.redelivered:
             self._untried.add(delivery.seq)
         if delivery.subject in self._unread:
             self._unread[delivery.subject].append(delivery)
@@ -187,7 +187,7 @@ class CommandReader:
             body = decode_command(unread[0].data, self._limits)
             if is_slow(body, self._limits):
                 try:
-                    said = shown(body, await self._texts.render(texts_of(body)))
+                    said = shown(body, await self._texts.render_plain(texts_of(body)))
                 except Refused as exc:
                     said = exc
         self._read(unread[0], said)  # if it raises, it is the first one that is at fault
@@ -253,7 +253,7 @@ class BodyLoader:
             body = decode_command(stored.data, self._limits)
             if is_slow(body, self._limits):
                 try:
-                    body = shown(body, await self._texts.render(texts_of(body)))
+                    body = shown(body, await self._texts.render_plain(texts_of(body)))
                 except Refused:  # it was read once
                     parts[sequence] = None
                     continue

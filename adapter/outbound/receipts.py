@@ -71,11 +71,11 @@ class Receipts:
         receipt = _receipt(ref, result, address, shown)
         while True:
             try:
-                sequence = await self._events.receipt(receipt, headers=headers, expected=expected)
+                sequence = await self._events.publish_receipt(receipt, headers=headers, expected=expected)
                 await self._bound(address.sandbox)
                 return sequence
             except Conflict:
-                last = await self._history.last(self._names.stream_event, self._subject(address.sandbox, ref.id))
+                last = await self._history.read_last(self._names.stream_event, self._subject(address.sandbox, ref.id))
             own = (await self.find(address.sandbox, [ref])).get(ref.sequence)  # others may stand behind it
             if own is not None and (is_final(own.receipt) or not is_final(receipt)):
                 return own.sequence
@@ -104,7 +104,7 @@ class Receipts:
             found.update((ref.sequence, StoredReceipt(stored.seq, receipt)) for ref in owners if receipt)
             return len(owners) == len(wanted[stored.subject])
 
-        for last in await self._history.last_of_each(self._names.stream_event, list(wanted)):
+        for last in await self._history.read_last_of_each(self._names.stream_event, list(wanted)):
             if not keep(last):  # several commands have the same id
                 async for stored in self._history.read(self._names.stream_event, last.subject):
                     keep(stored)
@@ -112,7 +112,7 @@ class Receipts:
 
     async def last(self, sandbox: str, command: str) -> Receipt | None:
         """The newest receipt of the command with this id. Raises Temporary."""
-        return _read(await self._history.last(self._names.stream_event, self._subject(sandbox, command)))
+        return _read(await self._history.read_last(self._names.stream_event, self._subject(sandbox, command)))
 
     def _subject(self, sandbox: str, command: str) -> str:
         return self._names.receipt(sandbox, command)

@@ -19,7 +19,7 @@ from adapter.conversation.rules import CommandResult
 from adapter.crashes import ATTEMPTS, PAUSE_S, retry_on_bug, retry_on_bug_now
 from adapter.errors import AdapterError, BusRefused, Crashed, LeaseLost, Refused, Temporary, Unreadable
 from adapter.events import Events
-from adapter.headers import passed_on
+from adapter.headers import forwardable_headers
 from adapter.metrics import Metrics
 from adapter.names import H_COMMAND, H_COPIED_AGAIN, H_MSG_ID, H_SEQUENCE, H_SINCE_MS, UNROUTED, Names
 from adapter.outbound.receipts import Address, Receipts, is_final
@@ -166,15 +166,15 @@ class Router:
         ident = _command_id(delivery, body)
         which = f"{delivery.seq}:{delivery.time_ms}:{ident}:".encode()
         words = hashlib.blake2b(which + delivery.data, digest_size=16).hexdigest()
-        headers = passed_on(delivery.headers) | {
+        headers = forwardable_headers(delivery.headers) | {
             H_MSG_ID: f"routed:{words}",
             H_COMMAND: ident,
             H_SEQUENCE: str(delivery.seq),
             H_SINCE_MS: str(delivery.time_ms),
         }
-        if delivery.suspect:
+        if delivery.redelivered:
             headers[H_COPIED_AGAIN] = "1"
-        message = Message("out", self._names.out(sandbox), delivery.data, headers, fence=self._check)
+        message = Message("out", self._names.out(sandbox), delivery.data, headers, ensure_owner=self._check)
         return sandbox, _Copy(delivery, ident, message)
 
     async def _copy_in_turn(self, sandbox: str, left: list[_Copy]) -> None:
@@ -235,7 +235,7 @@ class Router:
 
     async def _has_ended(self, delivery: Delivery, sandbox: str, ident: str) -> bool:
         """Whether a command that was delivered before has had its receipt from here."""
-        while delivery.suspect:
+        while delivery.redelivered:
             try:
                 found = await self._receipts.find(sandbox, [_ref(delivery, ident)])
                 return any(is_final(stored.receipt) for stored in found.values())
@@ -256,10 +256,10 @@ class Router:
         if await self._has_ended(delivery, sandbox, ident):
             await delivery.ack()
             return
-        if not delivery.suspect:
+        if not delivery.redelivered:
             self._metrics.outbound_taken.inc()  # a copy is counted where it arrives, what ends here is here
         if result.outcome == "dead_lettered":
-            await self._events.dead_letter(
+            await self._events.publish_dead_letter(
                 "OUT",
                 delivery.data,
                 subject=self._names.out_plain,

@@ -192,7 +192,7 @@ class OwnedShard:
         )
         which = f"{state.record.window.id}:{effect.change}:{effect.reason}:{state.record.window.sends_used}"
         ident = f"window:{state.sandbox}:{state.user}:{which}"
-        self._tasks.spawn(self._events.window(event, msg_id=ident))  # no send waits for it
+        self._tasks.spawn(self._events.publish_window_event(event, msg_id=ident))  # no send waits for it
 
     async def _end_typing(self, command: QueuedCommand, state: Conversation, taken: asyncio.Future[None]) -> None:
         """Ends a typing command once iLink took it, or did not."""

@@ -51,7 +51,7 @@ class TextWorker:
         self._turn = asyncio.Lock()
         self._process: Process | None = None
 
-    async def render(self, texts: Sequence[str]) -> list[str]:
+    async def render_plain(self, texts: Sequence[str]) -> list[str]:
         try:
             return await self._do(Job(texts=list(texts)))
         except _Failed:

@@ -95,7 +95,7 @@ class Leases(Membership):
                 await self._observe()
                 if self.valid and not self.draining:
                     self._find_surplus()
-                    claims = {entry.key: entry for entry in await self._claims.entries()}
+                    claims = {entry.key: entry for entry in await self._claims.list_entries()}
                     await self._check_claims(claims)
                     await self._claim_free(claims)
             except Temporary as exc:

@@ -178,7 +178,7 @@ class Membership:
         """Reads who lives. Blind for a while, it starts every observation again, and so it does when it could not
         renew: of a bucket without a leader the others still read what nobody can write. That may happen time and
         again, so not for those who had their `CHANCES`."""
-        entries = await self._members.entries()
+        entries = await self._members.list_entries()
         now = self._clock.monotonic()
         patience_s = self._lease_s / 4 + 1.0
         if now - self._last_read > patience_s:

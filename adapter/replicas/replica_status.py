@@ -64,5 +64,5 @@ def is_idle(there: Collection[Present], incarnation: str, bot: str, others: Coll
 async def roll(replicas: AllReplicas, subject: str, bots: Sequence[str], expected: int) -> list[Present]:
     """The replicas that answer in time, by name; does not wait once `expected` have. Raises Temporary."""
     payload = msgspec.json.encode(Call(bots=list(bots)))
-    answers = await replicas.gather(subject, payload, count=expected, within_s=WITHIN_S)
+    answers = await replicas.query_replicas(subject, payload, count=expected, within_s=WITHIN_S)
     return sorted((msgspec.json.decode(data, type=Present) for data in answers), key=lambda present: present.instance)

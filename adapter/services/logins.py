@@ -65,7 +65,7 @@ class LoginService:
         digits = self._registry.seal_digits(asked.login, asked.code)
 
         def take(record: LoginRecord) -> LoginRecord:
-            if record.over:
+            if record.is_over:
                 raise Refused("invalid", f"This login is over: {record.status}.")
             if record.status != "need_verify_code":
                 raise Refused("invalid", "No digits are asked for: wait until the status is need_verify_code.")
@@ -78,7 +78,7 @@ class LoginService:
         asked = read_request(data, LoginQuery, self._metrics)
 
         def end(record: LoginRecord) -> LoginRecord | None:
-            if record.over:
+            if record.is_over:
                 return None
             if record.token:
                 raise Refused("invalid", "The user has confirmed already and the bot is being bound; unbind it.")

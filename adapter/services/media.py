@@ -16,7 +16,7 @@ from adapter.errors import BusRefused, Refused, Unreadable
 from adapter.inbound.download import described
 from adapter.metrics import Metrics
 from adapter.names import H_NEXT, H_SHA256, H_SIZE, MAX_SEQ, check_sandbox
-from adapter.ports import Answered, Asked, PartialObjects
+from adapter.ports import PartialObjects, SandboxRequest, SandboxResponse
 from adapter.services.requests import invalid, read_request
 from adapter.slots import FairSlots
 
@@ -36,7 +36,7 @@ class MediaService:
         self._max_bytes = max_bytes
         self._completing = FairSlots(COMPLETING, share=1)
 
-    async def get(self, asked: Asked) -> Answered:
+    async def get(self, asked: SandboxRequest) -> SandboxResponse:
         """media.get: a piece of an object. Raises Refused (invalid, not_found), Temporary."""
         sandbox = check_sandbox(asked.sandbox)
         query = read_request(asked.data, MediaQuery, self._metrics)
@@ -44,19 +44,19 @@ class MediaService:
             raise invalid(ValueError("`after` is the header Wechat-Next of the answer before."), self._metrics)
         if not query.object.startswith(f"{sandbox}/"):
             raise _absent()
-        stored = await self._objects.info(query.object)
+        stored = await self._objects.get_info(query.object)
         if stored is None:
             raise _absent()
         try:
-            piece, after = await self._objects.piece(stored, query.after)
+            piece, after = await self._objects.read_piece(stored, query.after)
         except Unreadable as exc:
             raise _absent() from exc
         headers = {H_SIZE: str(stored.size), H_SHA256: stored.sha256}
         if after:
             headers[H_NEXT] = str(after)
-        return Answered(piece, headers)
+        return SandboxResponse(piece, headers)
 
-    async def put(self, asked: Asked) -> Answered:
+    async def put(self, asked: SandboxRequest) -> SandboxResponse:
         """media.put: takes a piece. Raises Refused("invalid"), Temporary, BusRefused (the store is full)."""
         sandbox = check_sandbox(asked.sandbox)
         try:
@@ -79,7 +79,7 @@ class MediaService:
     async def _complete(self, sandbox: str, name: str, size: int, piece: MediaPiece) -> Media:
         title = _file_name(piece.name)
         async with self._completing.slot(sandbox):
-            stored, head = await self._objects.complete(
+            stored, head = await self._objects.complete_upload(
                 name,
                 size,
                 sha256=piece.sha256,
@@ -104,8 +104,8 @@ def _file_name(encoded: str) -> str:
     return "" if name in media.NO_NAMES else name
 
 
-def _answer(answer: Media) -> Answered:
-    return Answered(msgspec.json.encode(answer), {})
+def _answer(answer: Media) -> SandboxResponse:
+    return SandboxResponse(msgspec.json.encode(answer), {})
 
 
 def _absent() -> Refused:

@@ -22,11 +22,11 @@ from adapter.contract import (
 from adapter.conversation import window
 from adapter.conversation.store import ConversationStore
 from adapter.errors import Refused, Temporary
-from adapter.events import read_last_of_person
+from adapter.events import read_last_person_change
 from adapter.metrics import Metrics
 from adapter.names import MAX_SEQ, Names, check_sandbox
 from adapter.outbound.receipts import Receipts
-from adapter.ports import Answered, Asked, History
+from adapter.ports import History, SandboxRequest, SandboxResponse
 from adapter.records import Binding
 from adapter.services.requests import START_S, read_request
 from adapter.timing import Clock
@@ -86,25 +86,25 @@ class Queries:
         """window: what may be sent to a user now. Raises Refused, Temporary."""
         return await self._window(_with_sandbox(read_request(data, WindowQuery, self._metrics)))
 
-    async def window_of(self, asked: Asked) -> Answered:
+    async def window_of(self, asked: SandboxRequest) -> SandboxResponse:
         """window.<sandbox>: the same, of a user of this sandbox. Raises Refused, Temporary."""
-        return Answered(await self._window(self._read_of(asked, WindowQuery)), {})
+        return SandboxResponse(await self._window(self._read_of(asked, WindowQuery)), {})
 
     async def receipt(self, data: bytes) -> bytes:
         """receipt: the last receipt of a command. Raises Refused, Temporary."""
         return await self._receipt(_with_sandbox(read_request(data, ReceiptQuery, self._metrics)))
 
-    async def receipt_of(self, asked: Asked) -> Answered:
+    async def receipt_of(self, asked: SandboxRequest) -> SandboxResponse:
         """receipt.<sandbox>: the same, of a command of this sandbox. Raises Refused, Temporary."""
-        return Answered(await self._receipt(self._read_of(asked, ReceiptQuery)), {})
+        return SandboxResponse(await self._receipt(self._read_of(asked, ReceiptQuery)), {})
 
     async def replay(self, data: bytes) -> bytes:
         """replay: a sandbox's inbound messages again, from a sequence or a time. Raises Refused, Temporary."""
         return await self._replay(_with_sandbox(read_request(data, ReplayQuery, self._metrics)))
 
-    async def replay_of(self, asked: Asked) -> Answered:
+    async def replay_of(self, asked: SandboxRequest) -> SandboxResponse:
         """replay.<sandbox>: the same, of this sandbox. Raises Refused, Temporary."""
-        return Answered(await self._replay(self._read_of(asked, ReplayQuery)), {})
+        return SandboxResponse(await self._replay(self._read_of(asked, ReplayQuery)), {})
 
     async def _window(self, query: WindowQuery) -> bytes:
         found = [b for b in self._of(query.sandbox, query.bot) if query.user in (None, b.user) or query.bot]
@@ -153,7 +153,7 @@ class Queries:
             raise Temporary("starting", "The adapter is starting; ask again in a moment.")
         if bound := self._bindings.of_sandbox(sandbox):
             return min(binding.in_after for binding in bound)
-        last = await read_last_of_person(self._history, self._names, sandbox)
+        last = await read_last_person_change(self._history, self._names, sandbox)
         return last.replay_after if last is not None else 0
 
     def _of(self, sandbox: str | None, bot: str | None) -> list[Binding]:
@@ -165,7 +165,7 @@ class Queries:
             raise _unbound()
         return found
 
-    def _read_of(self, asked: Asked, kind: type[S]) -> S:
+    def _read_of(self, asked: SandboxRequest, kind: type[S]) -> S:
         """The question, of the sandbox in its subject. Raises Refused("invalid")."""
         sandbox = check_sandbox(asked.sandbox)
         query = read_request(asked.data, kind, self._metrics)

@@ -50,14 +50,14 @@ async def test_minus_14_for_ever_ends_in_needs_login_after_four_polls(poller: Po
 async def test_two_events_at_once_are_two() -> None:
     bench = await ready()
     for _ in range(2):
-        await bench.events.binding(BindingEvent(sandbox="s1", bot=BOT, change="stale"))
+        await bench.events.publish_binding_event(BindingEvent(sandbox="s1", bot=BOT, change="stale"))
     assert changes(bench) == ["stale", "stale"]
 
 
 async def test_an_event_of_a_request_is_told_once() -> None:
     bench = await ready()
     for _ in range(2):
-        await bench.events.binding(BindingEvent(sandbox="s1", bot=BOT, change="bound", request="r1"))
+        await bench.events.publish_binding_event(BindingEvent(sandbox="s1", bot=BOT, change="bound", request="r1"))
     assert changes(bench) == ["bound"]
 
 
@@ -222,14 +222,14 @@ async def test_what_the_last_try_brings_is_told_also_where_the_bus_is_away_for_a
 
 def untellable(bench: Bench, change: str) -> None:
     """The bus is away as a change of a login is to be told for the first time."""
-    tell, failures = bench.events.binding, [Temporary("bus_timeout")]
+    tell, failures = bench.events.publish_binding_event, [Temporary("bus_timeout")]
 
     async def binding(event: BindingEvent, **more: Any) -> None:
         if failures and event.change == change:
             raise failures.pop()
         await tell(event, **more)
 
-    bench.events.binding = binding  # type: ignore[method-assign]
+    bench.events.publish_binding_event = binding  # type: ignore[method-assign]
 
 
 async def test_that_a_login_lives_again_is_told_also_where_the_bus_is_away_for_a_moment() -> None:

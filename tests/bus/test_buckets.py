@@ -34,12 +34,12 @@ async def test_a_stored_message_with_a_status_among_its_headers_is_read_as_any_o
 
 async def test_a_bucket_tells_what_is_there_below_a_token(rig: Rig) -> None:
     bucket = rig.bucket(NAMES.conversations)
-    assert await bucket.below("s1") == []
+    assert await bucket.list_prefix("s1") == []
     first = await bucket.update(KEY, b"1", 0)
     await bucket.update(conversation_key("s1", "gone"), b"2", 0)
     await bucket.delete(conversation_key("s1", "gone"))
     await bucket.update(conversation_key("s11", "u1@im.wechat"), b"3", 0)
-    assert await bucket.below("s1") == [Entry(KEY, b"1", first)]
+    assert await bucket.list_prefix("s1") == [Entry(KEY, b"1", first)]
 
 
 async def test_a_bucket_compares_and_sets(rig: Rig) -> None:
@@ -93,7 +93,7 @@ async def test_a_follower_sees_what_is_stored_and_never_what_was_refused(rig: Ri
     revision = await bucket.update("a", b"1", 0)
     seen: list[Entry] = []
     loaded = asyncio.Event()
-    rig.spawn(bucket.follow(seen.append, on_loaded=loaded.set))
+    rig.spawn(bucket.watch(seen.append, on_loaded=loaded.set))
     await loaded.wait()
     assert seen == [Entry("a", b"1", revision)]
     with contextlib.suppress(Conflict):
@@ -114,7 +114,7 @@ async def test_a_follower_misses_nothing_across_a_kill(rig: Rig) -> None:
         seen[entry.key] = entry
         order.append(entry.revision)
 
-    rig.spawn(bucket.follow(see))
+    rig.spawn(bucket.watch(see))
     for number in range(50):
         await bucket.update(f"k{number}", b"before", 0)
     rig.bus.kill()
@@ -150,7 +150,10 @@ async def test_a_follower_finds_what_no_news_told_it(rig: Rig, lost: str) -> Non
     bucket = rig.bucket(NAMES.bindings)
     seen: dict[str, Entry] = {}
     loaded = asyncio.Event()
-    news, bucket.news = bucket.news, "elsewhere" if lost == "every news" else bucket.news
+    news, bucket.updates_subject = (
+        bucket.updates_subject,
+        "elsewhere" if lost == "every news" else bucket.updates_subject,
+    )
     assert rig.link.nc is not None
     subscribe = rig.link.nc.subscribe
 
@@ -165,7 +168,7 @@ async def test_a_follower_finds_what_no_news_told_it(rig: Rig, lost: str) -> Non
         return await subscribe(subject, cb=on_message if subject.startswith(news) else cb, **options)
 
     rig.link.nc.subscribe = but_some  # type: ignore[assignment,method-assign]
-    rig.spawn(bucket.follow(lambda entry: seen.update({entry.key: entry}), on_loaded=loaded.set, reload_s=0.05))
+    rig.spawn(bucket.watch(lambda entry: seen.update({entry.key: entry}), on_loaded=loaded.set, reload_s=0.05))
     await until(loaded.is_set, "it has read")
     first = {key: await bucket.update(key, b"1", 0) for key in ("a", "b")}
     second = {key: await bucket.update(key, b"2", first[key]) for key in ("a", "b")}
@@ -183,7 +186,7 @@ async def test_a_follower_that_misses_nothing_does_not_read_again(rig: Rig) -> N
 
     seen: list[Entry] = []
     more = await looks(rig, bucket)
-    rig.spawn(bucket.follow(seen.append, on_loaded=count, reload_s=0.05))
+    rig.spawn(bucket.watch(seen.append, on_loaded=count, reload_s=0.05))
     await until(lambda: loads == 1, "it has read")
     for number in range(20):
         await bucket.update(f"k{number}", b"x", 0)
@@ -212,7 +215,7 @@ async def test_a_follower_reads_again_when_the_server_that_answered_lags(
 
     monkeypatch.setattr("adapter.jetstream.history.direct_get", lagging)
     await bucket.update("k", b"2", first)
-    rig.spawn(bucket.follow(lambda entry: seen.append(entry.value), on_loaded=loaded.set, reload_s=0.05))
+    rig.spawn(bucket.watch(lambda entry: seen.append(entry.value), on_loaded=loaded.set, reload_s=0.05))
     await until(lambda: seen == [b"1", b"2"], "it reads again")
 
 
@@ -234,8 +237,8 @@ async def test_a_follower_reads_again_what_it_could_not_read_to_the_end(
             yield stored
 
     monkeypatch.setattr("adapter.jetstream.history.direct_get", failing)
-    bucket.news = "elsewhere"
-    rig.spawn(bucket.follow(lambda entry: seen.append(entry.value), reload_s=0.05))
+    bucket.updates_subject = "elsewhere"
+    rig.spawn(bucket.watch(lambda entry: seen.append(entry.value), reload_s=0.05))
     await until(lambda: seen == [b"1"], "it has read")
     await bucket.update("k", b"2", first)
     await until(lambda: seen == [b"1", b"2"], "it reads again")
@@ -249,10 +252,10 @@ async def test_a_bucket_of_leases_answers_from_the_leader_and_fails_in_time(rig:
     with pytest.raises(Conflict):
         await bucket.write("r1", b"x", 0)
     assert await bucket.get("r1") == Entry("r1", b"1", first)
-    assert await bucket.entries() == [Entry("r1", b"1", first)]
+    assert await bucket.list_entries() == [Entry("r1", b"1", first)]
     gone = await bucket.write("r1", None, first)
     assert await bucket.get("r1") == Entry("r1", None, gone)
-    assert await bucket.entries() == [Entry("r1", None, gone)]
+    assert await bucket.list_entries() == [Entry("r1", None, gone)]
     with pytest.raises(Conflict):
         await bucket.write("r1", b"back", first)
 
@@ -266,7 +269,7 @@ async def test_a_bucket_of_leases_answers_from_the_leader_and_fails_in_time(rig:
 async def test_many_members_are_read_whole(rig: Rig) -> None:
     bucket = LeaderKvBucket(rig.link, NAMES.claims)
     await asyncio.gather(*(bucket.write(str(number), b"x", 0) for number in range(SHARDS)))
-    assert len(await bucket.entries()) == SHARDS
+    assert len(await bucket.list_entries()) == SHARDS
 
 
 async def test_a_register_is_read_anew_when_it_has_changed_and_now_and_then(
@@ -275,16 +278,16 @@ async def test_a_register_is_read_anew_when_it_has_changed_and_now_and_then(
     bucket, other = (LeaderKvBucket(rig.link, NAMES.members, ttl_s=60) for _ in range(2))
     first = await other.write("1", b"x", 0)
     second = await other.write("2", b"y", 0)
-    known = await bucket.entries()
+    known = await bucket.list_entries()
     assert known == [Entry("1", b"x", first), Entry("2", b"y", second)]
-    assert await bucket.entries() is known, "nothing has changed"
+    assert await bucket.list_entries() is known, "nothing has changed"
     third = await other.write("1", b"z", first)
-    assert sorted(await bucket.entries()) == [Entry("1", b"z", third), Entry("2", b"y", second)]
+    assert sorted(await bucket.list_entries()) == [Entry("1", b"z", third), Entry("2", b"y", second)]
     await LeaderKvBucket(rig.link, NAMES.members, ttl_s=1).write("2", b"y", second)
-    monkeypatch.setattr("adapter.jetstream.buckets.READ_ANEW_S", 0.1)
+    monkeypatch.setattr("adapter.jetstream.buckets.RELOAD_S", 0.1)
 
     async def noticed() -> bool:
-        return await bucket.entries() == [Entry("1", b"z", third)]
+        return await bucket.list_entries() == [Entry("1", b"z", third)]
 
     await eventually(noticed, "the end of the other is seen")
 
@@ -327,14 +330,14 @@ async def test_a_follower_forgets_what_is_there_no_more(rig: Rig) -> None:
     """Keys come and go, each under a name of its own."""
     bucket = rig.bucket(NAMES.bindings)
     more = await looks(rig, bucket)
-    rig.spawn(bucket.follow(lambda entry: None, reload_s=0.05))
+    rig.spawn(bucket.watch(lambda entry: None, reload_s=0.05))
     counts = []
     for round_ in range(3):
         keys = [f"k{round_}-{number}" for number in range(50)]
         await asyncio.gather(*(bucket.update(key, b"x", 0, ttl_s=1) for key in keys))
 
         async def empty() -> bool:
-            return (await bucket.numbers())[0] == 0
+            return (await bucket.stream_state())[0] == 0
 
         await eventually(empty, "all are gone")
         await more(3)
@@ -347,7 +350,7 @@ async def test_a_follower_tells_nothing_of_keys_that_a_bucket_has_lost(rig: Rig)
     bucket = rig.bucket(NAMES.bindings)
     seen: list[Entry] = []
     more = await looks(rig, bucket)
-    rig.spawn(bucket.follow(seen.append, reload_s=0.05))
+    rig.spawn(bucket.watch(seen.append, reload_s=0.05))
     first = Entry("a", b"1", await bucket.update("a", b"1", 0))
     await until(lambda: seen == [first], "it is seen")
     await rig.link.api(f"STREAM.DELETE.{bucket.stream}")

@@ -77,7 +77,7 @@ async def test_a_consumer_delivers_in_order_and_no_more_than_there_is_room_for(r
         await reader.have(number + 1)
         await reader.got[number].ack()
     assert reader.texts == texts
-    assert not any(delivery.suspect for delivery in reader.got)
+    assert not any(delivery.redelivered for delivery in reader.got)
 
 
 async def test_what_has_come_is_delivered_in_its_turn_and_not_after_the_pull_has_ended(rig: Rig) -> None:
@@ -159,7 +159,7 @@ async def test_the_next_owner_gets_what_is_unsettled_in_order_and_is_told_so(rig
     heir = Reader(rig)
     await heir.have(5)
     assert heir.texts == ["1", "3", "4", "5", "new"]
-    assert [delivery.suspect for delivery in heir.got] == [True] * 4 + [False]
+    assert [delivery.redelivered for delivery in heir.got] == [True] * 4 + [False]
 
 
 async def test_an_owner_that_is_cut_off_before_it_reads_still_knows_what_was_in_hand_before(rig: Rig) -> None:
@@ -180,7 +180,7 @@ async def test_an_owner_that_is_cut_off_before_it_reads_still_knows_what_was_in_
     heir.on_reset = cut
     await heir.have(2)
     assert heir.resets == 2
-    assert [(delivery.data, delivery.suspect) for delivery in heir.got] == [(b"0", True), (b"1", True)]
+    assert [(delivery.data, delivery.redelivered) for delivery in heir.got] == [(b"0", True), (b"1", True)]
 
 
 async def test_a_kill_of_the_server_brings_what_is_unsettled_again_in_order(rig: Rig) -> None:
@@ -197,7 +197,7 @@ async def test_a_kill_of_the_server_brings_what_is_unsettled_again_in_order(rig:
     await until(lambda: reader.texts[3:][-1:] == ["2"], "what is unsettled")
     assert reader.texts[3:] in (["1", "2"], ["0", "1", "2"])
     assert reader.resets == 2
-    assert all(delivery.suspect for delivery in reader.got[3:])
+    assert all(delivery.redelivered for delivery in reader.got[3:])
     count = len(reader.got)
     await rig.publisher.publish(Message("ctl", NAMES.bind, b"3", {}))
     await reader.have(count + 1)
@@ -292,9 +292,9 @@ async def test_an_owner_that_was_frozen_takes_nothing_from_the_one_after_it(rig:
         while (await heir.consumer.info())["num_ack_pending"] != 7:  # the ack has no answer of its own
             await asyncio.sleep(0.01)
 
-    fence = Fence(lost_from=1)
-    thawed = Reader(rig, room=8, check=fence)
-    await until(lambda: fence.asked > 3 or len(thawed.got) == 8, "it tried")
+    ensure_owner = Fence(lost_from=1)
+    thawed = Reader(rig, room=8, check=ensure_owner)
+    await until(lambda: ensure_owner.asked > 3 or len(thawed.got) == 8, "it tried")
     thawed.task.cancel()
     await asyncio.wait([thawed.task])
     await heir.got[1].ack()
@@ -309,12 +309,12 @@ async def test_an_owner_that_loses_its_lease_on_the_way_stops_there(rig: Rig, be
     await control(rig, "0")
     heir = Reader(rig)
     await heir.have(1)
-    fence = Fence(lost_from=before)
-    loser = Reader(rig, check=fence)
-    await until(lambda: fence.asked > before + 2, "it tried again")
+    ensure_owner = Fence(lost_from=before)
+    loser = Reader(rig, check=ensure_owner)
+    await until(lambda: ensure_owner.asked > before + 2, "it tried again")
     assert loser.got == []
     assert loser.resets == (before == 3)
-    fence.lost_from = float("inf")  # it was only paused
+    ensure_owner.lost_from = float("inf")  # it was only paused
     await loser.have(1)
     assert loser.texts == ["0"]
 
@@ -349,7 +349,7 @@ async def test_a_consumer_that_is_deleted_is_made_again_and_takes_nothing_for_ne
     await heir.have(1)
     await control(rig, "2")
     await heir.have(2)
-    assert [(delivery.data, delivery.suspect) for delivery in heir.got] == [(b"1", True), (b"2", False)]
+    assert [(delivery.data, delivery.redelivered) for delivery in heir.got] == [(b"1", True), (b"2", False)]
 
 
 async def test_a_consumer_that_is_paused_is_told_when_it_is_read(rig: Rig) -> None:
@@ -366,7 +366,7 @@ async def test_a_consumer_that_is_paused_is_told_when_it_is_read(rig: Rig) -> No
 
 async def test_a_stream_made_again_goes_on_above_its_old_sequences(rig: Rig) -> None:
     await control(rig, "0", "1")
-    last = await rig.history.last(NAMES.stream_ctl, NAMES.bind)
+    last = await rig.history.read_last(NAMES.stream_ctl, NAMES.bind)
     await rig.link.api(f"STREAM.DELETE.{NAMES.stream_ctl}")
     await topology.ensure(rig.link, NAMES, rig.bus.settings)
     assert last is not None

@@ -26,7 +26,7 @@ async def test_what_is_published_needs_no_stream(rig: Rig) -> None:
 async def test_all_replicas_are_asked_at_once_and_waited_for_no_longer_than_needed(rig: Rig) -> None:
     """One that says nothing costs the time, not the answers of the others."""
     subject, core = NAMES.roll(), CoreNats(rig.link, NAMES)
-    assert await core.gather(subject, b"?", count=1, within_s=PATIENCE_S) == []  # nobody listens
+    assert await core.query_replicas(subject, b"?", count=1, within_s=PATIENCE_S) == []  # nobody listens
     async with asyncio.TaskGroup() as group:
         links = [Link(rig.bus.settings, f"replica {number}") for number in range(3)]
         for number, link in enumerate(links):
@@ -35,12 +35,12 @@ async def test_all_replicas_are_asked_at_once_and_waited_for_no_longer_than_need
         tasks = [group.create_task(link.run()) for link in links]
         for link in links:
             await link.wait_up(PATIENCE_S)
-        assert sorted(await core.gather(subject, b"?", count=2, within_s=PATIENCE_S)) == [b"?0", b"?1"]
-        assert sorted(await core.gather(subject, b"?", count=3, within_s=0.3)) == [b"?0", b"?1"]
+        assert sorted(await core.query_replicas(subject, b"?", count=2, within_s=PATIENCE_S)) == [b"?0", b"?1"]
+        assert sorted(await core.query_replicas(subject, b"?", count=3, within_s=0.3)) == [b"?0", b"?1"]
         nc = await rig.bus.client()
         await nc.subscribe("elsewhere", cb=_forbidden)
         await nc.publish(subject, b"?", reply="elsewhere")  # only an inbox is answered
-        assert sorted(await core.gather(subject, b"?", count=2, within_s=PATIENCE_S)) == [b"?0", b"?1"]
+        assert sorted(await core.query_replicas(subject, b"?", count=2, within_s=PATIENCE_S)) == [b"?0", b"?1"]
         await nc.flush()
         await nc.close()
         for task in tasks:

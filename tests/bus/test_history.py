@@ -31,11 +31,11 @@ async def test_a_stream_is_read_from_a_sequence_or_a_time(rig: Rig) -> None:
     assert await rig.read(NAMES.stream_event, subject, since_ms=0) == odd
     assert await rig.read(NAMES.stream_event, subject, since_ms=SystemClock().now_ms() + 60_000) == []
     assert len(await rig.read(NAMES.stream_event, NAMES.event("*", "receipt"))) == 600
-    last = await rig.history.last(NAMES.stream_event, subject)
+    last = await rig.history.read_last(NAMES.stream_event, subject)
     assert last is not None
     assert (last.data, last.seq) == (b"599", first + 599)
-    assert await rig.history.last(NAMES.stream_event, NAMES.event("nobody", "receipt")) is None
-    assert await rig.history.counts(NAMES.stream_event, NAMES.event("*", "receipt")) == {
+    assert await rig.history.read_last(NAMES.stream_event, NAMES.event("nobody", "receipt")) is None
+    assert await rig.history.count_by_subject(NAMES.stream_event, NAMES.event("*", "receipt")) == {
         NAMES.event("s0", "receipt"): 300,
         subject: 300,
     }
@@ -159,20 +159,20 @@ async def test_a_history_that_asks_the_leader_ends_as_one_that_does_not(rig: Rig
     ):
         found = [stored.seq async for stored in asking.read(stream, subject, **bounds)]
         assert found == [stored.seq async for stored in rig.history.read(stream, subject, **bounds)]
-    last = await asking.last(NAMES.stream_ctl, NAMES.bind)
+    last = await asking.read_last(NAMES.stream_ctl, NAMES.bind)
     assert last is not None
     assert (last.seq, last.data) == (first + 449, b"449")
-    assert await asking.last(NAMES.stream_ctl, NAMES.unbind) is None
+    assert await asking.read_last(NAMES.stream_ctl, NAMES.unbind) is None
 
 
 async def test_the_newest_messages_are_found_behind_what_was_deleted(rig: Rig) -> None:
     stream, subject = NAMES.stream_dead, NAMES.dead("*")
-    assert await rig.history.newest(stream, subject, count=3) == []
+    assert await rig.history.read_newest(stream, subject, count=3) == []
     for number in range(1, 41):
         await rig.publisher.publish(Message("dead", NAMES.dead(f"X{number % 2}"), b"%d" % number, {}))
 
     async def newest(**where: Any) -> list[int]:
-        return [stored.seq for stored in await rig.history.newest(stream, subject, **where)]
+        return [stored.seq for stored in await rig.history.read_newest(stream, subject, **where)]
 
     assert await newest(count=3) == [40, 39, 38]
     assert await newest(count=3, before=38) == [37, 36, 35]

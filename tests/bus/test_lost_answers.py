@@ -183,6 +183,6 @@ async def test_the_newest_of_several_subjects_are_all_read_or_none(rig: Rig, los
     loss = lossy.lose(b"HMSG", skip=place)
     async with asyncio.timeout(PATIENCE_S):
         with pytest.raises(Temporary):
-            await rig.history.last_of_each(NAMES.stream_event, subjects)
+            await rig.history.read_last_of_each(NAMES.stream_event, subjects)
     assert loss.has_happened
-    assert [found.subject for found in await rig.history.last_of_each(NAMES.stream_event, subjects)] == subjects
+    assert [found.subject for found in await rig.history.read_last_of_each(NAMES.stream_event, subjects)] == subjects

@@ -321,7 +321,7 @@ async def test_the_store_itself_is_closed(place: Place, s1: Sandbox) -> None:
     ]:
         await s1.forbidden(subject, payload)
     assert (await place.link.api(f"STREAM.INFO.{STREAM}"))["state"] == before["state"]
-    assert await place.store.info("s2/in/x") == stored
+    assert await place.store.get_info("s2/in/x") == stored
 
 
 async def test_the_object_store_of_nats_py_is_closed(place: Place, s1: Sandbox) -> None:
@@ -406,7 +406,7 @@ async def test_a_sandbox_brings_media(place: Place, s1: Sandbox, size: int) -> N
         size=size,
         sha256=hashlib.sha256(BYTES[:size]).hexdigest(),
     )
-    stored = await place.store.info("s1/out/report-1")
+    stored = await place.store.get_info("s1/out/report-1")
     assert stored is not None
     assert b"".join([piece async for piece in place.store.read(stored)]) == BYTES[:size]
     assert await s1.get("s1/out/report-1") == BYTES[:size]
@@ -484,7 +484,7 @@ async def test_a_piece_that_does_not_fit_is_refused(
     msg = await s1.ask_put("u", piece, offset, **headers)
     assert code_of(msg) == "400"
     assert says in (msg.headers or {})["Nats-Service-Error"]
-    assert await place.store.info("s1/out/u") is None
+    assert await place.store.get_info("s1/out/u") is None
 
 
 @pytest.mark.parametrize("upload", ["", "../x", "a/b", "a.b", "a b", "x" * 65, "é", "*"])

@@ -17,7 +17,7 @@ from adapter.jetstream.microservice import OF_ONE, REPLAYS, Handler, Services
 from adapter.jetstream.shares import REFUSALS_PER_S
 from adapter.metrics import Metrics
 from adapter.names import H_ERROR, H_ERROR_CODE, H_SCHEMA
-from adapter.ports import Answered, Asked
+from adapter.ports import SandboxRequest, SandboxResponse
 from tests.bus.rig import NAMES, PATIENCE_S, Bus
 from tests.e2e.waiting import until
 
@@ -78,8 +78,8 @@ async def test_requests_without_an_inbox_are_counted_and_said_once(bus: Bus) -> 
     """A line each would be another flood, and cost more than the request."""
     many = 200
 
-    async def own(_: Asked) -> Answered:
-        return Answered(b"", {})
+    async def own(_: SandboxRequest) -> SandboxResponse:
+        return SandboxResponse(b"", {})
 
     async def echo(data: bytes) -> bytes:
         return data
@@ -115,8 +115,8 @@ async def test_requests_without_an_inbox_are_counted_and_said_once(bus: Bus) -> 
 async def test_the_answers_of_a_sandbox_go_to_inboxes_of_its_own(bus: Bus, inbox: str, heard: bool) -> None:
     """Or to the default one, and to those of who may ask for any sandbox."""
 
-    async def own(_: Asked) -> Answered:
-        return Answered(b"answer", {})
+    async def own(_: SandboxRequest) -> SandboxResponse:
+        return SandboxResponse(b"answer", {})
 
     answers: list[bytes] = []
 
@@ -197,11 +197,11 @@ async def test_a_sandbox_that_asks_without_end_leaves_room_for_the_others(bus: B
     refusals: Counter[str] = Counter()
     asked = OF_ONE + 2 * REFUSALS_PER_S
 
-    async def slow(asked: Asked) -> Answered:
+    async def slow(asked: SandboxRequest) -> SandboxResponse:
         served.append(asked.sandbox)
         if asked.sandbox == "bad":
             await held.wait()
-        return Answered(b"done", {})
+        return SandboxResponse(b"done", {})
 
     async def on_answer(msg: Msg) -> None:
         refusals[(msg.headers or {}).get(H_ERROR_CODE, "")] += 1
@@ -236,14 +236,14 @@ async def test_replays_are_read_a_few_at_a_time_and_what_waits_takes_no_room(bus
     reading: Counter[str] = Counter()
     answers: Counter[str] = Counter()
 
-    async def replay(asked: Asked) -> Answered:
+    async def replay(asked: SandboxRequest) -> SandboxResponse:
         reading[asked.sandbox] += 1
         await held.wait()
         reading[asked.sandbox] -= 1
-        return Answered(b"page", {})
+        return SandboxResponse(b"page", {})
 
-    async def window(asked: Asked) -> Answered:
-        return Answered(b"open", {})
+    async def window(asked: SandboxRequest) -> SandboxResponse:
+        return SandboxResponse(b"open", {})
 
     async def on_answer(msg: Msg) -> None:
         answers[msg.data.decode()] += 1

@@ -47,7 +47,7 @@ async def theirs(rig: Rig) -> TheirStore:
 
 
 async def count(rig: Rig, subject: str) -> int:
-    return sum((await rig.history.counts(STREAM, subject)).values())
+    return sum((await rig.history.count_by_subject(STREAM, subject)).values())
 
 
 SIZES = [0, 1, CHUNK - 1, CHUNK, CHUNK + 1, 30 * CHUNK + 5]
@@ -58,7 +58,7 @@ async def test_what_we_store_is_read_by_nats_py_and_by_us(rig: Rig, store: Objec
     data = content(size)
     stored = await store.put("s1/in/a b.png", pieces_of(data), mime="image/png", title="a b.png")
     assert (stored.size, stored.sha256) == (size, hashlib.sha256(data).hexdigest())
-    assert await store.info("s1/in/a b.png") == stored
+    assert await store.get_info("s1/in/a b.png") == stored
     assert await whole(store, stored) == data
 
     other = await theirs(rig)
@@ -74,7 +74,7 @@ async def test_what_we_store_is_read_by_nats_py_and_by_us(rig: Rig, store: Objec
 async def test_what_nats_py_stores_is_read_by_us(rig: Rig, store: ObjectStore, size: int) -> None:
     data = content(size)
     await (await theirs(rig)).put("s1/x", data)
-    stored = await store.info("s1/x")
+    stored = await store.get_info("s1/x")
     assert stored is not None
     assert (stored.size, stored.sha256) == (size, hashlib.sha256(data).hexdigest())
     assert await whole(store, stored) == data
@@ -85,15 +85,15 @@ async def test_their_pieces_may_be_of_any_size(rig: Rig, store: ObjectStore) -> 
     meta = ObjectMeta(name="s1/x")
     meta.options = ObjectMetaOptions(max_chunk_size=1000)
     await (await theirs(rig)).put("s1/x", content(25_500), meta)
-    stored = await store.info("s1/x")
+    stored = await store.get_info("s1/x")
     assert stored is not None
     assert await whole(store, stored) == await by_pieces(store, stored) == content(25_500)
 
 
 async def by_pieces(store: ObjectStore, stored: StoredObject) -> bytes:
-    data, after = await store.piece(stored, 0)
+    data, after = await store.read_piece(stored, 0)
     while after:
-        piece, after = await store.piece(stored, after)
+        piece, after = await store.read_piece(stored, after)
         data += piece
     return data
 
@@ -109,22 +109,22 @@ async def test_an_object_is_read_piece_by_piece(store: ObjectStore, size: int) -
 async def test_a_new_object_replaces_the_old_one_and_its_pieces(rig: Rig, store: ObjectStore) -> None:
     old = await store.put("s1/x", pieces_of(content(300_000)))
     new = await store.put("s1/x", pieces_of(b"new"))
-    assert await store.info("s1/x") == new
+    assert await store.get_info("s1/x") == new
     assert await whole(store, new) == b"new"
     assert await count(rig, f"$O.{NAMES.media}.C.>") == 1
     assert await count(rig, f"$O.{NAMES.media}.M.>") == 1
     with pytest.raises(Unreadable):
         await whole(store, old)
     with pytest.raises(Unreadable):
-        await store.piece(old, 0)
+        await store.read_piece(old, 0)
 
 
 async def test_there_is_none_where_it_is_deleted_or_never_was(rig: Rig, store: ObjectStore) -> None:
     other = await theirs(rig)
-    assert await store.info("s1/x") is None
+    assert await store.get_info("s1/x") is None
     await store.put("s1/x", pieces_of(b"abc"))
     await other.delete("s1/x")
-    assert await store.info("s1/x") is None
+    assert await store.get_info("s1/x") is None
     await store.put("s1/x", pieces_of(b"again"))
     assert (await other.get("s1/x")).data == b"again"
 
@@ -137,7 +137,7 @@ async def test_a_link_to_elsewhere_is_no_object(rig: Rig, store: ObjectStore) ->
     link = {"link": {"bucket": NAMES.media, "name": "s2/secret"}}
     meta = msgspec.json.encode({"name": "s1/x", "bucket": NAMES.media, "nuid": "", "size": 0, "options": link})
     await rig.link.nc.jetstream().publish(f"$O.{NAMES.media}.M.{name}", meta)
-    assert await store.info("s1/x") is None
+    assert await store.get_info("s1/x") is None
 
 
 @pytest.mark.parametrize("after", [0, 1, 20])
@@ -157,7 +157,7 @@ async def test_nothing_stays_where_the_source_fails(rig: Rig, store: ObjectStore
     with pytest.raises(Refused):
         await store.put("s1/x", source())
     assert closed
-    assert await store.info("s1/x") == kept
+    assert await store.get_info("s1/x") == kept
     assert await count(rig, f"$O.{NAMES.media}.C.>") == 1
 
 
@@ -179,7 +179,7 @@ async def test_nothing_stays_where_it_is_cancelled(rig: Rig, store: ObjectStore)
     with pytest.raises(asyncio.CancelledError):
         await task
     assert closed.is_set()
-    assert await store.info("s1/x") is None
+    assert await store.get_info("s1/x") is None
     assert await count(rig, f"$O.{NAMES.media}.>") == 0
 
 
@@ -249,7 +249,7 @@ async def test_a_bus_that_is_away_is_temporary_for_readers(rig: Rig, store: Obje
     stored = await store.put("s1/x", pieces_of(content(CHUNK)))
     rig.bus.kill()
     await until(lambda: not rig.link.up, "the bus is away")
-    for work in (store.info("s1/x"), whole(store, stored), store.piece(stored, 0)):
+    for work in (store.get_info("s1/x"), whole(store, stored), store.read_piece(stored, 0)):
         with pytest.raises(Temporary):
             await work
 

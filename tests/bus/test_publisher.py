@@ -17,7 +17,7 @@ from structlog.testing import capture_logs
 from adapter.embedded import EmbeddedNats
 from adapter.errors import BusRefused, LeaseLost
 from adapter.jetstream import topology
-from adapter.jetstream.publisher import LATE_S, Publisher
+from adapter.jetstream.publisher import DELAYED_PUBLISH_S, Publisher
 from adapter.names import H_MSG_ID
 from adapter.ports import Message, PubAck
 from adapter.settings import Settings
@@ -299,16 +299,16 @@ async def test_a_caller_who_is_cancelled_leaves_nothing_behind(rig: Rig) -> None
 
 async def test_what_waits_for_the_bus_is_not_written_after_its_writer_lost_the_right(rig: Rig) -> None:
     """The fence is asked at each attempt: a writer that was frozen finds out before anything of its own leaves."""
-    fence = Fence(lost_from=float("inf"))
-    await rig.publisher.publish(msgspec.structs.replace(event(0), fence=fence))
+    ensure_owner = Fence(lost_from=float("inf"))
+    await rig.publisher.publish(msgspec.structs.replace(event(0), ensure_owner=ensure_owner))
     rig.bus.kill()
     await until(lambda: not rig.link.up, "the break is noticed")
     waiting = asyncio.create_task(
-        rig.publisher.publish_all([msgspec.structs.replace(event(1), fence=fence), event(2)])
+        rig.publisher.publish_all([msgspec.structs.replace(event(1), ensure_owner=ensure_owner), event(2)])
     )
     others = asyncio.create_task(rig.publisher.publish(event(3)))
     await asyncio.sleep(0.1)
-    fence.lost_from = 0
+    ensure_owner.lost_from = 0
     await rig.bus.start()
     async with asyncio.timeout(PATIENCE_S):
         with pytest.raises(LeaseLost):
@@ -320,27 +320,29 @@ async def test_what_waits_for_the_bus_is_not_written_after_its_writer_lost_the_r
     assert stored[-1] == b"3"
 
 
-@pytest.mark.parametrize("waits_s", [LATE_S - 10, LATE_S + 10], ids=["in-time", "late"])
+@pytest.mark.parametrize("waits_s", [DELAYED_PUBLISH_S - 10, DELAYED_PUBLISH_S + 10], ids=["in-time", "late"])
 async def test_what_waited_so_long_that_a_repeat_of_it_may_be_forgotten_is_written_by_its_owner_alone(
     rig: Rig, waits_s: float
 ) -> None:
     """Another replica has stored the same by then, and the stream drops an id for five minutes."""
-    ahead, fence = Ahead(), Fence(lost_from=0)
+    ahead, ensure_owner = Ahead(), Fence(lost_from=0)
     publisher = Publisher(rig.link, ahead, rig.metrics)
     running = asyncio.create_task(publisher.run())
     rig.bus.kill()
     await until(lambda: not rig.link.up, "the break is noticed")
-    waiting = asyncio.create_task(publisher.publish(msgspec.structs.replace(event(0), late=fence)))
+    waiting = asyncio.create_task(
+        publisher.publish(msgspec.structs.replace(event(0), ensure_owner_if_delayed=ensure_owner))
+    )
     await asyncio.sleep(0.1)
     ahead.by_s = waits_s
     await rig.bus.start()
     async with asyncio.timeout(PATIENCE_S):
-        if waits_s > LATE_S:
+        if waits_s > DELAYED_PUBLISH_S:
             with pytest.raises(LeaseLost):
                 await waiting
         else:
             await waiting
-    assert len(await rig.read(NAMES.stream_event, NAMES.event("s1", "receipt"))) == (waits_s < LATE_S)
+    assert len(await rig.read(NAMES.stream_event, NAMES.event("s1", "receipt"))) == (waits_s < DELAYED_PUBLISH_S)
     running.cancel()
 
 

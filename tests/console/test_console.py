@@ -50,7 +50,7 @@ class FakeReplicas:
         self.polls: dict[str, Polling] = {}
         self.away = False
 
-    async def gather(self, subject: str, payload: bytes, *, count: int, within_s: float) -> list[bytes]:
+    async def query_replicas(self, subject: str, payload: bytes, *, count: int, within_s: float) -> list[bytes]:
         if self.away:
             raise Temporary("bus_down")
         asked = msgspec.json.decode(payload, type=Call).bots

@@ -20,7 +20,7 @@ from adapter.conversation.commands import (
     sandbox_of,
 )
 from adapter.errors import Refused, Unreadable
-from adapter.headers import HEADERS_KEPT, passed_on
+from adapter.headers import HEADERS_KEPT, forwardable_headers
 from adapter.names import H_SEQUENCE, H_SINCE_MS
 
 NOW = 1_789_000_000_000
@@ -68,14 +68,14 @@ def test_a_command_waits_since_its_copy_says_but_not_from_the_future(since: str,
 
 @pytest.mark.parametrize(("headers", "kept"), [row[1:] for row in KEPT], ids=[row[0] for row in KEPT])
 def test_of_a_strangers_headers_only_harmless_ones_are_copied(headers: dict[str, str], kept: dict[str, str]) -> None:
-    assert passed_on(headers) == kept
+    assert forwardable_headers(headers) == kept
 
 
 def test_since_when_a_command_waits_is_passed_on_whatever_else_its_headers_hold() -> None:
     """It stands behind them all."""
     headers = {f"Theirs-{number}": "x" for number in range(100)} | {H_SINCE_MS: "1"}
-    assert passed_on(headers)[H_SINCE_MS] == "1"
-    assert len(passed_on(headers)) == HEADERS_KEPT
+    assert forwardable_headers(headers)[H_SINCE_MS] == "1"
+    assert len(forwardable_headers(headers)) == HEADERS_KEPT
 
 
 PARTS: list[tuple[str, dict[str, Any], list[str]]] = [

@@ -118,7 +118,7 @@ class Visitors:
     async def _is_empty(self) -> bool:
         adapter = self.adapter
         adapter.supervisor.tidy()
-        keys, _ = await adapter.connections.bucket(adapter.names.bindings).numbers()
+        keys, _ = await adapter.connections.bucket(adapter.names.bindings).stream_state()
         return not (keys or adapter.supervisor.sessions)
 
 

@@ -170,7 +170,7 @@ class Bench:
         sandbox: str = "s1",
         headers: dict[str, str] | None = None,
         data: bytes | None = None,
-        suspect: bool = False,
+        redelivered: bool = False,
         **body: Any,
     ) -> FakeDelivery:
         """A command as the consumer of its shard delivers it; the next in the stream."""
@@ -181,7 +181,7 @@ class Bench:
         seq, now_ms = next(self.numbers), self.clock.now_ms()
         stream = self.bus.stream_of(subject)
         self.bus.kept.append(Kept(stream, Stored(subject, seq, headers or {}, payload, now_ms), now_ms))
-        delivery = FakeDelivery(subject, payload, seq=seq, time_ms=now_ms, headers=headers, suspect=suspect)
+        delivery = FakeDelivery(subject, payload, seq=seq, time_ms=now_ms, headers=headers, redelivered=redelivered)
         self.deliveries.append(delivery)
         return delivery
 
@@ -195,7 +195,7 @@ class Bench:
                 seq=stored.seq,
                 time_ms=delivery.time_ms,
                 headers=dict(stored.headers),
-                suspect=True,
+                redelivered=True,
             )
             self.deliveries.append(again)
             self.deliveries.remove(delivery)

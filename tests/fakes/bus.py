@@ -10,7 +10,7 @@ import msgspec
 
 from adapter.contract import BindingEvent, Inbound, Receipt
 from adapter.errors import BusRefused, Conflict, Temporary
-from adapter.jetstream.publisher import LATE_S
+from adapter.jetstream.publisher import DELAYED_PUBLISH_S
 from adapter.names import H_EXPECTED, H_MSG_ID, Names
 from adapter.ports import Entry, Message, PubAck, Stored
 from tests.fakes.clock import FakeClock
@@ -62,10 +62,10 @@ class FakeBus:
         for message in messages:
             if self.on_publish is not None:
                 await self.on_publish(message)
-            if message.fence is not None:
-                message.fence()
-            if message.late is not None and self._clock.monotonic() - began > LATE_S:
-                message.late()
+            if message.ensure_owner is not None:
+                message.ensure_owner()
+            if message.ensure_owner_if_delayed is not None and self._clock.monotonic() - began > DELAYED_PUBLISH_S:
+                message.ensure_owner_if_delayed()
             acks.append(
                 self.refuse(message) or self._repeat(message) or self._conflict(message) or self._store(message)
             )
@@ -121,15 +121,15 @@ class FakeBus:
                 self.read_back += 1
                 yield found
 
-    async def last(self, stream: str, subject: str) -> Stored | None:
+    async def read_last(self, stream: str, subject: str) -> Stored | None:
         found = [stored async for stored in self.read(stream, subject)]
         return found[-1] if found else None
 
-    async def last_of_each(self, stream: str, subjects: Sequence[str]) -> list[Stored]:
-        found = [await self.last(stream, subject) for subject in subjects]
+    async def read_last_of_each(self, stream: str, subjects: Sequence[str]) -> list[Stored]:
+        found = [await self.read_last(stream, subject) for subject in subjects]
         return [stored for stored in found if stored is not None]
 
-    async def newest(self, stream: str, subject: str, *, count: int, before: int | None = None) -> list[Stored]:
+    async def read_newest(self, stream: str, subject: str, *, count: int, before: int | None = None) -> list[Stored]:
         found = [stored async for stored in self.read(stream, subject) if before is None or stored.seq < before]
         return found[::-1][:count]
 
@@ -140,7 +140,7 @@ class FakeBus:
             raise Temporary("bus_down")
         return next((k.stored for k in self.kept if (k.stream, k.stored.seq) == (stream, seq)), None)
 
-    async def counts(self, stream: str, subject: str) -> dict[str, int]:
+    async def count_by_subject(self, stream: str, subject: str) -> dict[str, int]:
         found: dict[str, int] = {}
         async for stored in self.read(stream, subject):
             found[stored.subject] = found.get(stored.subject, 0) + 1
@@ -217,7 +217,7 @@ class FakeBucket:
         await asyncio.sleep(0)
         return self.entries.get(key)
 
-    async def below(self, first: str) -> list[Entry]:
+    async def list_prefix(self, first: str) -> list[Entry]:
         await asyncio.sleep(0)
         found = [entry for key, entry in self.entries.items() if key.startswith(f"{first}.")]
         return [entry for entry in found if entry.value is not None]
@@ -259,7 +259,7 @@ class FakeBucket:
             follower(entry)
         return self._revision
 
-    async def follow(
+    async def watch(
         self,
         on_entry: Callable[[Entry], None],
         *,
@@ -284,14 +284,14 @@ class FakeDelivery:
         seq: int,
         time_ms: int,
         headers: dict[str, str] | None = None,
-        suspect: bool = False,
+        redelivered: bool = False,
     ) -> None:
         self.subject = subject
         self.data = data
         self.headers = headers or {}
         self.seq = seq
         self.time_ms = time_ms
-        self.suspect = suspect
+        self.redelivered = redelivered
         self.acks = 0
 
     async def ack(self) -> None:
@@ -301,7 +301,7 @@ class FakeDelivery:
     def again(self) -> FakeDelivery:
         """The same, once more: its ack got lost, or its consumer was reset."""
         return FakeDelivery(
-            self.subject, self.data, seq=self.seq, time_ms=self.time_ms, headers=self.headers, suspect=True
+            self.subject, self.data, seq=self.seq, time_ms=self.time_ms, headers=self.headers, redelivered=True
         )
 
 

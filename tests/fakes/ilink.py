@@ -271,7 +271,7 @@ class FakeLogins:
             raise answer
         return answer
 
-    def redirected(self, host: str, base_url: str) -> str:
+    def redirect_base_url(self, host: str, base_url: str) -> str:
         return urls.redirect_url(host, base_url, ())
 
     def check_base_url(self, url: str) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 from typing import NamedTuple, TypeAlias
 
 from adapter.errors import Temporary
-from adapter.ports import Account, Fetch, MediaKind, Pieces, StoredObject, Uploaded
+from adapter.ports import Account, MediaKind, MediaRef, Pieces, StoredObject, Uploaded
 
 Piece: TypeAlias = bytes | Exception | asyncio.Event | None
 
@@ -49,7 +49,7 @@ class FakeCdn:
     def has(self, reference: str, *answers: Piece) -> None:
         self.answers[reference] = deque(answers)
 
-    async def download(self, fetch: Fetch) -> Pieces:
+    async def download(self, fetch: MediaRef) -> Pieces:
         self.fetched.append(fetch.reference)
         self.running += 1
         self.most = max(self.most, self.running)
@@ -116,7 +116,7 @@ class FakeObjects:
         """Awaited when all bytes are there: to fail, or to let something happen."""
         self._journal = journal
 
-    async def info(self, name: str) -> StoredObject | None:
+    async def get_info(self, name: str) -> StoredObject | None:
         await asyncio.sleep(0)
         if self.away:
             self.away -= 1
@@ -143,5 +143,5 @@ class FakeObjects:
         self._journal.append("object")
         return StoredObject(name, "chunks", len(data), hashlib.sha256(data).hexdigest())
 
-    async def piece(self, stored: StoredObject, after: int) -> tuple[bytes, int]:
+    async def read_piece(self, stored: StoredObject, after: int) -> tuple[bytes, int]:
         raise AssertionError("this half of the store is not there")

@@ -40,11 +40,11 @@ class MortalBus:
 
     async def last(self, stream: str, subject: str) -> Stored | None:
         await self._life.goes_on()
-        return await self._bus.last(stream, subject)
+        return await self._bus.read_last(stream, subject)
 
     async def last_of_each(self, stream: str, subjects: Sequence[str]) -> list[Stored]:
         await self._life.goes_on()
-        found = await self._bus.last_of_each(stream, subjects)
+        found = await self._bus.read_last_of_each(stream, subjects)
         await self._life.goes_on()
         return found
 
@@ -54,7 +54,7 @@ class MortalBus:
 
     async def counts(self, stream: str, subject: str) -> dict[str, int]:
         await self._life.goes_on()
-        return await self._bus.counts(stream, subject)
+        return await self._bus.count_by_subject(stream, subject)
 
     async def delete(self, stream: str, seq: int, *, erase: bool = False) -> None:
         await self._life.goes_on()
@@ -81,7 +81,7 @@ class MortalBucket(FakeBucket):
 
     async def below(self, first: str) -> list[Entry]:
         await self._life.goes_on()
-        found = await self._bucket.below(first)
+        found = await self._bucket.list_prefix(first)
         await self._life.goes_on()
         return found
 
@@ -127,8 +127,8 @@ class MortalChat(FakeChat):
 class Command(FakeDelivery):
     """A delivery whose ack removes the command from the stream, whoever gives it."""
 
-    def __init__(self, bus: FakeBus, of: FakeDelivery, *, suspect: bool, life: Life) -> None:
-        super().__init__(of.subject, of.data, seq=of.seq, time_ms=of.time_ms, suspect=suspect)
+    def __init__(self, bus: FakeBus, of: FakeDelivery, *, redelivered: bool, life: Life) -> None:
+        super().__init__(of.subject, of.data, seq=of.seq, time_ms=of.time_ms, redelivered=redelivered)
         self._bus = bus
         self._life = life
 

@@ -17,7 +17,7 @@ class FakeTexts:
         self.on_render: Callable[[str], Awaitable[None]] | None = None
         """Awaited before a text is read."""
 
-    async def render(self, texts: Sequence[str]) -> list[str]:
+    async def render_plain(self, texts: Sequence[str]) -> list[str]:
         await asyncio.sleep(0)
         for text in texts:
             if self.on_render is not None:

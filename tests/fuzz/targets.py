@@ -33,7 +33,7 @@ from adapter.conversation.commands import (
 from adapter.conversation.split import MAX_BYTES, is_open, split, to_plain
 from adapter.dedup import DedupWindow
 from adapter.errors import AdapterError, Refused, Temporary, Uncertain, Unreadable
-from adapter.headers import HEADER_CHARS, HEADERS_KEPT, passed_on
+from adapter.headers import HEADER_CHARS, HEADERS_KEPT, forwardable_headers
 from adapter.ilink import protocol, urls
 from adapter.ilink.addresses import is_public
 from adapter.ilink.budget import ByteBudget
@@ -108,7 +108,7 @@ def routed(data: bytes) -> None:
 def headers(data: bytes) -> None:
     """Of a command: what is copied can be written again by any client."""
     lines = [line.partition(":") for line in data.decode("utf-8", "replace").split("\n")]
-    kept = passed_on({name: value for name, _, value in lines})
+    kept = forwardable_headers({name: value for name, _, value in lines})
     assert len(kept) <= HEADERS_KEPT
     assert all(re.fullmatch(r"[!-9;-~]+", name) and len(value) <= HEADER_CHARS for name, value in kept.items())
     assert not any(name.lower().startswith(("nats-", "status")) for name in kept)

@@ -25,7 +25,7 @@ from adapter.ilink.cdn import CdnClient
 from adapter.ilink.client import ILink
 from adapter.ilink.network import CheckedNetwork, Lookup, NotPublic, Resolver, addresses_of, checked, lookup
 from adapter.metrics import Metrics
-from adapter.ports import Account, Fetch, Pieces
+from adapter.ports import Account, MediaRef, Pieces
 from tests.e2e.waiting import free_port
 
 HOST = "ilinkai.weixin.qq.com"
@@ -294,7 +294,7 @@ async def test_a_name_that_leads_inside_gets_no_byte(tmp_path: Path, monkeypatch
             await ilink.send(account, user="u", client_id="c", context_token="t", content="hi")
         with pytest.raises(Temporary):
             await ilink.fetch_code([])
-        redirected = ilink.redirected(f"{HOST}:{server.port}", account.base_url)
+        redirected = ilink.redirect_base_url(f"{HOST}:{server.port}", account.base_url)
         assert await ilink.read_code("qr", redirected, "") is None
         await ilink.recycle(account.bot)
         with pytest.raises(Temporary):
@@ -455,7 +455,7 @@ async def test_a_login_is_redirected_to_no_such_host(url: str, untouched: Untouc
     """`redirect_host`."""
     for host in {url, url.partition("//")[2], url.partition("//")[2].removesuffix("/c2c")} - {HOST}:
         with pytest.raises(Refused):
-            untouched.ilink.redirected(host, BASE)
+            untouched.ilink.redirect_base_url(host, BASE)
     with pytest.raises(Refused):
         await untouched.ilink.read_code("qr", url, "")
     untouched.check()
@@ -474,7 +474,7 @@ async def test_media_are_fetched_from_and_brought_to_no_such_place(
         yield b"x"
 
     with pytest.raises(Refused):
-        [piece async for piece in untouched.cdn.download(Fetch(0, url, "", None, ""))]
+        [piece async for piece in untouched.cdn.download(MediaRef(0, url, "", None, ""))]
     monkeypatch.setattr(untouched.ilink, "upload_url", place)  # what iLink answers
     with pytest.raises(Refused):
         await untouched.cdn.upload(ACCOUNT, user="u", kind="file", name="", size=1, md5="", read=read)
@@ -494,7 +494,7 @@ async def test_media_of_a_host_that_leads_inside_are_not_fetched(untouched: Unto
         network=network,
     )
     with pytest.raises(Temporary):
-        [piece async for piece in cdn.download(Fetch(0, "", "reference", None, ""))]
+        [piece async for piece in cdn.download(MediaRef(0, "", "reference", None, ""))]
     await cdn.close()
     assert wire.connected == []
 

@@ -19,7 +19,7 @@ from adapter.ilink.cdn import SLOWEST, CdnClient
 from adapter.ilink.cipher import cipher_size, read_key
 from adapter.ilink.client import ILink
 from adapter.metrics import Metrics
-from adapter.ports import Account, Fetch, MediaKind, Pieces, Uploaded
+from adapter.ports import Account, MediaKind, MediaRef, Pieces, Uploaded
 from adapter.simulator import BotRecord, FaultRule, Simulator, SimulatorSettings
 from adapter.simulator.aes import encrypt
 
@@ -57,7 +57,7 @@ class Rig:
         await self.ilink.close()
         await self.cdn.close()
 
-    async def hear(self, kind: str, content: bytes, **fields: Any) -> Fetch:
+    async def hear(self, kind: str, content: bytes, **fields: Any) -> MediaRef:
         """A medium of the user, as the poll brings it."""
         self.sim.say_media(self.bot.user, kind, content, **fields)
         polled = await self.ilink.poll(self.account, "", 1000)
@@ -65,7 +65,7 @@ class Rig:
         payload = msgspec.json.decode(polled.messages[-1])["item_list"][0][f"{kind}_item"]
         media = payload["media"]
         key = read_key(media.get("aes_key"), payload.get("aeskey"))
-        return Fetch(0, media.get("full_url", ""), media.get("encrypt_query_param", ""), key, "")
+        return MediaRef(0, media.get("full_url", ""), media.get("encrypt_query_param", ""), key, "")
 
     async def upload(self, content: bytes, kind: MediaKind = "file", **changes: Any) -> Uploaded:
         given: dict[str, Any] = {
@@ -158,15 +158,15 @@ async def test_f25_a_download_fails(
 @pytest.mark.parametrize(
     "fetch",
     [
-        Fetch(0, "", "", KEY, ""),
-        Fetch(0, "https://evil.example/c2c/download?x=1", "", KEY, ""),
-        Fetch(0, "https://evil.example/c2c/download?x=1", "a reference beside it", KEY, ""),
-        Fetch(0, "http://127.0.0.1:1/c2c/download?x=1", "", KEY, ""),
-        Fetch(0, "http://169.254.169.254/latest", "", KEY, ""),
-        Fetch(0, "file:///etc/passwd", "", None, ""),
+        MediaRef(0, "", "", KEY, ""),
+        MediaRef(0, "https://evil.example/c2c/download?x=1", "", KEY, ""),
+        MediaRef(0, "https://evil.example/c2c/download?x=1", "a reference beside it", KEY, ""),
+        MediaRef(0, "http://127.0.0.1:1/c2c/download?x=1", "", KEY, ""),
+        MediaRef(0, "http://169.254.169.254/latest", "", KEY, ""),
+        MediaRef(0, "file:///etc/passwd", "", None, ""),
     ],
 )
-async def test_a_link_that_may_not_be_followed_is_not(rig: Rig, fetch: Fetch) -> None:
+async def test_a_link_that_may_not_be_followed_is_not(rig: Rig, fetch: MediaRef) -> None:
     assert await failure(whole(rig.cdn.download(fetch))) == (Refused, "reference")
     assert rig.metrics.value("upstream_request_duration_seconds_count", endpoint="cdn_download") == 0
 
@@ -210,7 +210,7 @@ async def fetch_from(rig: Rig, serve: Serve, *, key: bytes | None = None, **chan
     async with server(serve) as host:
         other = Rig(rig.sim, allowed_hosts=(host,), **changes)
         try:
-            return await whole(other.cdn.download(Fetch(0, f"http://{host}/c2c/download?x=1", "", key, "")))
+            return await whole(other.cdn.download(MediaRef(0, f"http://{host}/c2c/download?x=1", "", key, "")))
         finally:
             await other.close()
 
@@ -355,7 +355,7 @@ async def test_a_download_may_take_long_where_bytes_come_or_nobody_takes_them(ri
     async with server(serve) as host:
         other = Rig(rig.sim, allowed_hosts=(host,), grace_s=0.5)
         came, began = 0, asyncio.get_running_loop().time()
-        async for got in other.cdn.download(Fetch(0, f"http://{host}/", "", None, "")):
+        async for got in other.cdn.download(MediaRef(0, f"http://{host}/", "", None, "")):
             if not came:
                 await asyncio.sleep(0.6 + pieces * 0.2)  # longer than all of it may take
             came += len(got)
@@ -368,7 +368,7 @@ async def test_a_refused_connection_is_tried_again_by_the_caller(rig: Rig) -> No
     async with server(answering("")) as host:
         pass
     other = Rig(rig.sim, allowed_hosts=(host,))
-    assert await failure(whole(other.cdn.download(Fetch(0, f"http://{host}/", "", None, "")))) == (
+    assert await failure(whole(other.cdn.download(MediaRef(0, f"http://{host}/", "", None, "")))) == (
         Temporary,
         "network",
     )
@@ -403,7 +403,7 @@ async def test_a_download_that_is_closed_early_hangs_up(rig: Rig) -> None:
 
     async with server(serve) as host:
         other = Rig(rig.sim, allowed_hosts=(host,))
-        async with contextlib.aclosing(other.cdn.download(Fetch(0, f"http://{host}/", "", None, ""))) as download:
+        async with contextlib.aclosing(other.cdn.download(MediaRef(0, f"http://{host}/", "", None, ""))) as download:
             await anext(download)
         await asyncio.wait_for(gone.wait(), 20)
         assert other.transfers("in", "failed") == 1

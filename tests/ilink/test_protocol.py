@@ -21,7 +21,7 @@ from adapter.ilink.protocol import (
     read_updates,
     retry_after,
 )
-from adapter.ports import Accepted, Fetch, MediaKind, Polled, QrCode, Scan, Uploaded
+from adapter.ports import Accepted, MediaKind, MediaRef, Polled, QrCode, Scan, Uploaded
 
 BIG = 7497484083968569736
 """Beyond 2^53: a double would make 7497484083968569344 of it."""
@@ -701,7 +701,7 @@ def test_the_words_of_the_cdn_are_cut_to_what_may_be_told() -> None:
 
 
 def test_keys_and_links_are_in_no_repr() -> None:
-    shown = repr(Uploaded("file", "n", 14, 16, "REF", KEY)) + repr(Fetch(0, "https://x/LINK", "REF", KEY, "n"))
+    shown = repr(Uploaded("file", "n", 14, 16, "REF", KEY)) + repr(MediaRef(0, "https://x/LINK", "REF", KEY, "n"))
     assert not any(secret in shown for secret in ("REF", "LINK", repr(KEY)))
 
 

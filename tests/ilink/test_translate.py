@@ -23,7 +23,7 @@ from adapter.contract import (
 from adapter.errors import Unreadable
 from adapter.ilink import wire
 from adapter.ilink.translate import LARGEST, MOST_ITEMS, content_of, read_message
-from adapter.ports import Fetch, Said
+from adapter.ports import InboundMessage, MediaRef
 
 SAMPLES = Path(__file__).parents[1] / "samples"
 USER = "o9cq80demoUser@im.wechat"
@@ -37,7 +37,7 @@ def sample(name: str) -> bytes:
     return (SAMPLES / f"{name}.json").read_bytes()
 
 
-def said(name: str) -> Said:
+def said(name: str) -> InboundMessage:
     return read_message(sample(name))
 
 
@@ -288,7 +288,7 @@ PAYLOADS = {
 }
 
 
-def with_media(kind: str, media: Any, **fields: Any) -> Said:
+def with_media(kind: str, media: Any, **fields: Any) -> InboundMessage:
     """A message of one media item."""
     number, name = PAYLOADS[kind]
     return read_message(changed("text", item_list=[{"type": number, name: {"media": media, **fields}}]))
@@ -297,17 +297,17 @@ def with_media(kind: str, media: Any, **fields: Any) -> Said:
 @pytest.mark.parametrize(
     ("name", "fetches"),
     [
-        ("image", (Fetch(0, URL, "OPAQUE", AES, ""),)),
-        ("voice-without-transcript", (Fetch(0, URL, "OPAQUE", AES, ""),)),
-        ("voice-with-transcript", (Fetch(0, URL, "OPAQUE", AES, ""),)),
-        ("file", (Fetch(0, URL, "OPAQUE", AES, "hello.txt"),)),
-        ("video", (Fetch(0, URL, "OPAQUE", AES, ""),)),
-        ("multi-item", (Fetch(1, URL, "OPAQUE", AES, ""),)),
+        ("image", (MediaRef(0, URL, "OPAQUE", AES, ""),)),
+        ("voice-without-transcript", (MediaRef(0, URL, "OPAQUE", AES, ""),)),
+        ("voice-with-transcript", (MediaRef(0, URL, "OPAQUE", AES, ""),)),
+        ("file", (MediaRef(0, URL, "OPAQUE", AES, "hello.txt"),)),
+        ("video", (MediaRef(0, URL, "OPAQUE", AES, ""),)),
+        ("multi-item", (MediaRef(1, URL, "OPAQUE", AES, ""),)),
         ("text", ()),
         ("unknown-type", ()),
     ],
 )
-def test_media_are_named_with_their_key_and_their_item(name: str, fetches: tuple[Fetch, ...]) -> None:
+def test_media_are_named_with_their_key_and_their_item(name: str, fetches: tuple[MediaRef, ...]) -> None:
     assert said(name).fetches == fetches
 
 
@@ -332,7 +332,7 @@ def test_a_key_is_read_in_every_form(kind: str, media: dict[str, Any], fields: d
 @pytest.mark.parametrize("kind", PAYLOADS)
 def test_media_without_a_key_are_plain(kind: str) -> None:
     (fetch,) = with_media(kind, {"encrypt_query_param": "OPAQUE"}).fetches
-    assert fetch == Fetch(0, "", "OPAQUE", None, "")
+    assert fetch == MediaRef(0, "", "OPAQUE", None, "")
 
 
 @pytest.mark.parametrize("kind", PAYLOADS)
@@ -466,7 +466,7 @@ def test_a_field_of_a_wrong_type_costs_no_words(field: str, of_item: bool, value
     assert found.raw == raw
 
 
-def value_of(field: str, found: Said) -> Any:
+def value_of(field: str, found: InboundMessage) -> Any:
     read = {
         "message_id": found.keys.message,
         "client_id": found.keys.client,
@@ -660,7 +660,7 @@ def test_nothing_that_names_a_user_stops_the_bot(raw: bytes) -> None:
 # quotes --------------------------------------------------------------------------------------------------
 
 
-def quoting(ref: Any, **item: Any) -> Said:
+def quoting(ref: Any, **item: Any) -> InboundMessage:
     """A message whose only item quotes."""
     whole = {"type": 1, "text_item": {"text": "this"}, "ref_msg": ref} | item
     return read_message(msgspec.json.encode({"from_user_id": "u", "message_id": 7, "item_list": [whole]}))

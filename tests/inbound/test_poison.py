@@ -20,7 +20,7 @@ from adapter.ilink.translate import read_message
 from adapter.inbound.poller import tend
 from adapter.inbound.sessions import Session
 from adapter.names import H_REASON, H_SUBJECT
-from adapter.ports import Message, Polled, PubAck, Said
+from adapter.ports import InboundMessage, Message, Polled, PubAck
 from adapter.records import Binding
 from tests.fakes import Bench, Failing, FakeChat, batch, raw_message, ready
 from tests.inbound.downloads import PNG, image, said
@@ -56,7 +56,7 @@ def is_bad(payload: bytes) -> bool:
 def reading(bench: Bench, times: int) -> dict[str, Any]:
     bugs = Bugs(times)
 
-    def read(data: bytes) -> Said:
+    def read(data: bytes) -> InboundMessage:
         if is_bad(data):
             bugs.strike()
         return read_message(data)
@@ -81,7 +81,7 @@ def preparing(bench: Bench, times: int) -> dict[str, Any]:
     """Its words are what no encoder takes."""
     bugs = Bugs(times)
 
-    def read(data: bytes) -> Said:
+    def read(data: bytes) -> InboundMessage:
         found = read_message(data)
         if is_bad(data) and bugs.left > 0:
             bugs.left -= 1

@@ -18,7 +18,7 @@ from adapter.errors import Refused, Temporary
 from adapter.ilink.translate import read_message
 from adapter.inbound.poller import AFTER_CUT_S, HOLD_MS, LONGEST_HOLD_MS, tend
 from adapter.inbound.sessions import HERE_S, Session
-from adapter.ports import Account, Message, Polled, Said
+from adapter.ports import Account, InboundMessage, Message, Polled
 from adapter.seal import Sealer
 from adapter.timing import PerTickLimiter, RateLimiter, complete_with_grace
 from tests.fakes import FakeClock, Rounds, batch, ready
@@ -185,7 +185,7 @@ async def test_answers_that_come_at_once_are_stored_a_few_in_each_round_of_the_e
         await came.wait()
         return batch(raw(from_user_id=account.bot.replace("bot", "wechat")))
 
-    def read(message: bytes) -> Said:
+    def read(message: bytes) -> InboundMessage:
         rounds.note("stored")
         return read_message(message)
 

@@ -15,7 +15,7 @@ from adapter.dedup import MessageKeys
 from adapter.inbound.inbox import QUOTES_S, Heard, publish
 from adapter.inbound.recall import SEARCHED
 from adapter.names import H_IDS, H_MSG_ID
-from adapter.ports import Said, Stored
+from adapter.ports import InboundMessage, Stored
 from adapter.quotes import Part, Reference
 from tests.fakes import Bench, batch, raw_message, ready, settle
 from tests.inbound.pollers import polls
@@ -27,9 +27,9 @@ BOT, USER, OTHER = "b1@im.bot", "u1@im.wechat", "u2@im.wechat"
 
 def says(
     text: str = "this", message: str = "1", *, quotes: str = "", part: Part | None = None, **fields: Any
-) -> Said:
+) -> InboundMessage:
     """A message of the user; `quotes` is the id of another one."""
-    said = Said(
+    said = InboundMessage(
         keys=MessageKeys(message, "", "", USER, 1, text),
         user=USER,
         sent_at_ms=1,
@@ -46,14 +46,14 @@ def says(
     return msgspec.structs.replace(said, **fields)
 
 
-async def hear(bench: Bench, *saids: Said, sandbox: str = "s1", bot: str = BOT) -> list[Inbound]:
+async def hear(bench: Bench, *saids: InboundMessage, sandbox: str = "s1", bot: str = BOT) -> list[Inbound]:
     """Puts messages on the bus; all that are there."""
     heard = [Heard(said, sandbox, bot, bench.clock.now_ms(), said.keys.id_for(bot), "1.0") for said in saids]
     await publish(heard, bench.dispatching().publishing)
     return bench.bus.inbound()
 
 
-async def quote_of(bench: Bench, said: Said) -> Quote:
+async def quote_of(bench: Bench, said: InboundMessage) -> Quote:
     quote = (await hear(bench, said))[-1].quote
     assert quote is not None
     return quote

@@ -14,7 +14,7 @@ from adapter.errors import BusRefused
 from adapter.ilink.translate import read_message
 from adapter.inbound.triage import Triage
 from adapter.names import conversation_key
-from adapter.ports import Said
+from adapter.ports import InboundMessage
 from adapter.timing import PerTickLimiter
 from tests.fakes import EPOCH_MS, Rounds, batch, ready
 from tests.inbound.downloads import NOTHING
@@ -154,7 +154,7 @@ async def test_what_was_written_in_a_group_is_told_where_a_setting_says_so() -> 
 async def test_a_message_at_which_the_translator_raises_is_crashed_and_the_others_judged() -> None:
     tried = 0
 
-    def read(message: bytes) -> Said:
+    def read(message: bytes) -> InboundMessage:
         nonlocal tried
         if b"poison" in message:
             tried += 1
@@ -173,7 +173,7 @@ async def test_a_huge_answer_is_judged_a_little_in_each_round_of_the_event_loop(
     """All at once would take longer than the lease."""
     rounds = Rounds()
 
-    def read(message: bytes) -> Said:
+    def read(message: bytes) -> InboundMessage:
         rounds.note("read")
         return read_message(message)
 

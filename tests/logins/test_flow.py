@@ -520,9 +520,9 @@ async def test_who_does_not_own_the_shard_does_not_ask(loss: str) -> None:
 async def test_who_scans_in_the_place_of_another_person_is_told_as_such(still_bound: bool, crash: bool) -> None:
     doors = Doors()
     before = await doors.bench.bind(bot="b0@im.bot", user="u0@im.wechat")
-    await doors.bench.events.binding(before.event("bound"))
+    await doors.bench.events.publish_binding_event(before.event("bound"))
     if not still_bound:
-        await doors.bench.events.binding(before.event("unbound"))
+        await doors.bench.events.publish_binding_event(before.event("unbound"))
         await doors.bench.bindings.remove("b0@im.bot")
     login = await doors.start()
     assert login.former_user == ""
@@ -550,9 +550,9 @@ async def test_nobody_is_warned_of_who_is_no_other_person(case: str) -> None:
     if case != "new":
         user = "" if case == "unknown-before" else "u0@im.wechat" if case == "unknown-now" else USER
         before = await doors.bench.bind(bot="b0@im.bot", user=user)
-        await doors.bench.events.binding(before.event("bound"))
+        await doors.bench.events.publish_binding_event(before.event("bound"))
         if case == "again-after-an-unbind":
-            await doors.bench.events.binding(before.event("unbound"))
+            await doors.bench.events.publish_binding_event(before.event("unbound"))
             await doors.bench.bindings.remove("b0@im.bot")
     login = await doors.start()
     doors.ilink.happens("q1", CONFIRMED._replace(user="") if case == "unknown-now" else CONFIRMED)
@@ -675,7 +675,7 @@ async def test_a_bind_that_is_refused_fails_the_login_also_of_a_bot_that_is_boun
 
     doors.bench.core.make_durable = refuse  # type: ignore[method-assign]
     login = await doors.start(options={"durable": True})
-    await doors.bench.events.binding(
+    await doors.bench.events.publish_binding_event(
         BindingEvent(sandbox="s1", bot="other@im.bot", change="refused", request="another", reason="capacity")
     )
     doors.ilink.happens("q1", CONFIRMED)

@@ -72,7 +72,7 @@ def test_one_that_waits_and_comes_again_is_acked_by_its_newest_delivery() -> Non
     backlog = Backlog()
     full(backlog)
     backlog.takes(delivery(20))
-    again = [delivery(seq, suspect=True) for seq in (20, 21)]
+    again = [delivery(seq, redelivered=True) for seq in (20, 21)]
     assert [backlog.came_again(one) for one in again] == [True, False]
     assert backlog.take_back(again[0].subject, 20, b"", {}) is again[0]
 

@@ -538,7 +538,9 @@ async def test_a_drain_does_not_wait_for_an_upload() -> None:
     bench.cdn.hold.clear()
     heir = Bench(bench, incarnation="heir-1")
     second = heir.processor()
-    again = FakeDelivery(delivery.subject, delivery.data, seq=delivery.seq, time_ms=delivery.time_ms, suspect=True)
+    again = FakeDelivery(
+        delivery.subject, delivery.data, seq=delivery.seq, time_ms=delivery.time_ms, redelivered=True
+    )
     second.intake.on_delivery(again)
     await asyncio.sleep(5)
     assert (len(bench.chat.sent), again.acks) == (1, 1)

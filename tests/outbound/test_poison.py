@@ -135,7 +135,7 @@ class Step(NamedTuple):
     body: dict[str, Any] = TEXT
     ending: tuple[str, str] = DEAD
     times: int = ALWAYS
-    suspect: bool = False
+    redelivered: bool = False
     """It was delivered before."""
     outlives: int = 2
     """So many strikes leave the command as it is."""
@@ -147,13 +147,13 @@ PLACEMENT = lambda _, processor: processor.placement  # noqa: E731
 STEPS = [
     Step("read", calling(lambda *_: reading, "read_command", lambda body, **_: WORDS in body.text), outlives=0),
     Step("place", calling(PLACEMENT, "_place", of_bad)),
-    Step("placed-again", calling(PLACEMENT, "_place", of_bad), TEXT, UNCERTAIN, suspect=True),
-    Step("finals", calling(lambda bench, _: bench.receipts, "find", asked_of_bad), TEXT, UNCERTAIN, suspect=True),
+    Step("placed-again", calling(PLACEMENT, "_place", of_bad), TEXT, UNCERTAIN, redelivered=True),
+    Step("finals", calling(lambda bench, _: bench.receipts, "find", asked_of_bad), TEXT, UNCERTAIN, redelivered=True),
     Step("rules", calling(lambda *_: rules, "step", is_first_bad), outlives=0),
     Step("record", calling(lambda bench, _: bench.store, "save", of_bad)),
     Step("slot", calling(lambda _, p: p._deps.conversation.slots, "try_acquire", always), times=3),
     Step("upload", calling(lambda bench, _: bench.cdn, "upload", always), FILE),
-    Step("object", calling(lambda bench, _: bench.objects, "info", always), OBJECT),
+    Step("object", calling(lambda bench, _: bench.objects, "get_info", always), OBJECT),
     Step("before-it-leaves", calling(CHAT, "send", is_bad_send), TEXT, UNCERTAIN, outlives=1),
     Step("once-it-has-left", once_it_has_left, TEXT, UNCERTAIN, outlives=1),
     Step("session", checking),
@@ -162,7 +162,7 @@ STEPS = [
     Step("typing", calling(OWNED, "set_typing", lambda _, command, **__: command is not None), TYPING),
     Step("hidden", calling(OWNED, "set_typing", lambda _, command, **__: command is None), TEXT, SENT),
     Step("window", calling(OWNED, "announce", always), TEXT, SENT),
-    Step("event", calling(lambda bench, _: bench.events, "window", always), TEXT, SENT),
+    Step("event", calling(lambda bench, _: bench.events, "publish_window_event", always), TEXT, SENT),
     Step("receipt", receipt, TEXT, SENT, times=3),
     Step("acknowledge", calling(OWNED, "acknowledge", of_bad), TEXT, SENT, times=2),
 ]
@@ -214,10 +214,10 @@ async def three_commands(
     step.fault(patch, bench, processor, bugs)
     before = bench.command("before", id="before", user=USER)
     take(before)
-    if not step.suspect and step.name != "place":  # their conversation is not known yet
+    if not step.redelivered and step.name != "place":  # their conversation is not known yet
         await asyncio.sleep(1)
     bugs.left = times
-    bad = bench.command(id="bad", user=USER, suspect=step.suspect, **step.body)
+    bad = bench.command(id="bad", user=USER, redelivered=step.redelivered, **step.body)
     take(bad)
     await asyncio.sleep(5 if step.name == "slot" else 0)  # it is not asked for by name
     take(bench.command("for another", id="other", user=OTHER))

@@ -28,7 +28,7 @@ async def test_a_command_that_comes_again_while_in_hand_is_sent_once() -> None:
     first = bench.command("hi", id="c1")
     shard.intake.on_delivery(first)
     await asyncio.sleep(1)
-    again = FakeDelivery(first.subject, first.data, seq=first.seq, time_ms=first.time_ms, suspect=True)
+    again = FakeDelivery(first.subject, first.data, seq=first.seq, time_ms=first.time_ms, redelivered=True)
     shard.intake.on_delivery(again)
     await asyncio.sleep(30)
     assert bench.chat.texts == ["hi"]
@@ -68,7 +68,7 @@ async def test_a_command_whose_ack_got_lost_is_only_acked_again() -> None:
     first = bench.command("hi")
     shard.intake.on_delivery(first)
     await asyncio.sleep(5)
-    again = FakeDelivery(first.subject, first.data, seq=first.seq, time_ms=first.time_ms, suspect=True)
+    again = FakeDelivery(first.subject, first.data, seq=first.seq, time_ms=first.time_ms, redelivered=True)
     shard.intake.on_delivery(again)
     await settle()
     assert again.acks == 1
@@ -414,14 +414,14 @@ async def test_what_was_being_sent_to_one_user_goes_to_no_other_after_a_crash() 
     shard.stop()
     binding = bench.bindings.get(BOT)
     assert binding is not None
-    await bench.events.binding(binding.event("unbound"))
+    await bench.events.publish_binding_event(binding.event("unbound"))
     await bench.bindings.remove(BOT)
 
     heir = Bench(bench, incarnation="me-2")
     await heir.bind(bot="b2@im.bot", user="u2@im.wechat")
     heir.hears("s1", "u2@im.wechat", bot="b2@im.bot")
     second = heir.processor()
-    command.suspect = True
+    command.redelivered = True
     second.intake.on_delivery(command)
     after = heir.command("to the new one", id="c2")
     second.intake.on_delivery(after)
@@ -437,7 +437,7 @@ async def test_what_comes_again_waits_for_no_control_command_where_its_bot_is_bo
     bench.hears()
     shard = bench.processor()
     bench.wait_for_pending_binds = Failing(1000, Temporary("control_busy"))
-    shard.intake.on_delivery(bench.command("one", id="c1", suspect=True))
+    shard.intake.on_delivery(bench.command("one", id="c1", redelivered=True))
     shard.intake.on_delivery(bench.command("two", id="c2"))
     await asyncio.sleep(30)
     assert bench.chat.texts == ["one", "two"]
@@ -451,10 +451,10 @@ async def next_person(*, keeps_first: bool = False) -> tuple[Bench, ShardCommand
     bench = Bench()
     for bot in ("b0@im.bot", BOT):
         binding = await bench.bind(bot=bot)
-        await bench.events.binding(binding.event("bound"))
+        await bench.events.publish_binding_event(binding.event("bound"))
     await bench.bindings.remove("b0@im.bot")
     if not keeps_first:
-        await bench.events.binding(binding.event("unbound"))
+        await bench.events.publish_binding_event(binding.event("unbound"))
         await bench.bindings.remove(BOT)
     await bench.bind(bot=B2, user=USER2)
     await bench.bind(sandbox="s9", bot="b9@im.bot", user="u9@im.wechat")
@@ -516,7 +516,7 @@ async def test_with_two_persons_an_answer_goes_to_the_one_whom_it_answers_or_to_
 async def test_a_new_bot_answers_what_its_person_wrote_to_the_one_before() -> None:
     bench, shard = await ready()
     binding = await bench.bind(bot="b0@im.bot")
-    await bench.events.binding(binding.event("bound"))
+    await bench.events.publish_binding_event(binding.event("bound"))
     await bench.bindings.remove("b0@im.bot")
     shard.intake.on_delivery(bench.command("hi", id="c1", reply_to="in:b0@im.bot:m1"))
     shard.intake.on_delivery(bench.command("hi again", id="c2", reply_to="in:b0@im.bot:m1", user=USER))
@@ -676,7 +676,7 @@ async def test_a_bus_that_is_away_delays_and_loses_nothing() -> None:
     heir = Bench(bench, incarnation="heir-1")
     second = heir.processor()
     bench.bus.unreadable = 5
-    delivery = heir.command("t1", id="c1", suspect=True)
+    delivery = heir.command("t1", id="c1", redelivered=True)
     second.intake.on_delivery(delivery)
     await asyncio.sleep(30)
     assert bench.chat.texts == ["t0", "t1"]

@@ -218,7 +218,7 @@ async def test_an_owner_that_finds_the_note_reads_one_command_at_a_time() -> Non
 
 async def test_a_shard_that_was_given_back_costs_nothing() -> None:
     bench, shard = await ready()
-    shard.intake.on_delivery(bench.command("hi", suspect=True))
+    shard.intake.on_delivery(bench.command("hi", redelivered=True))
     await asyncio.sleep(5)
     assert bench.chat.texts == ["hi"]
     assert (bench.claims_bucket.reads, "claim" in bench.bus.writes) == (0, False)

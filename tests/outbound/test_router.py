@@ -53,7 +53,7 @@ def copied(bench: Bench, sandbox: str) -> list[str]:
 
 
 def plain(
-    bench: Bench, data: bytes = b"", *, headers: dict[str, str] | None = None, suspect: bool = False, **body: Any
+    bench: Bench, data: bytes = b"", *, headers: dict[str, str] | None = None, redelivered: bool = False, **body: Any
 ) -> FakeDelivery:
     return FakeDelivery(
         "wechat.out",
@@ -61,7 +61,7 @@ def plain(
         seq=next(bench.numbers),
         time_ms=bench.clock.now_ms(),
         headers=headers,
-        suspect=suspect,
+        redelivered=redelivered,
     )
 
 
@@ -94,7 +94,7 @@ async def test_a_copy_after_a_crash_is_the_same_copy() -> None:
     bench = Bench()
     delivery = plain(bench, sandbox="s1", text="hi")
     await router(bench).route(delivery)
-    delivery.suspect = True
+    delivery.redelivered = True
     await router(bench).route(delivery)
     assert len(bench.bus.found("OUT")) == 1
     assert delivery.acks == 2
@@ -132,7 +132,7 @@ async def test_a_copy_that_comes_late_expires_as_if_it_had_not(with_heir: bool) 
         shard.stop()
         heir = Bench(bench, incarnation="heir-1")
         heir.stale.add("b1@im.bot")
-        again = bench.command(data=copy.data, headers=copy.headers, suspect=True)
+        again = bench.command(data=copy.data, headers=copy.headers, redelivered=True)
         heir.processor().intake.on_delivery(again)
     await asyncio.sleep(2)
     assert [receipt.reason for receipt in bench.bus.receipts()] == ["needs_login", "expired"]
@@ -157,7 +157,7 @@ async def test_a_receipt_tells_when_the_command_was_stored_and_not_its_copy(body
     await asyncio.sleep(2)
     (receipt,) = bench.bus.receipts()
     assert (receipt.outcome, receipt.received_at_ms) == (outcome, late.time_ms)
-    delivery.suspect = True
+    delivery.redelivered = True
     Bench(bench, incarnation="heir-1").processor().intake.on_delivery(delivery)
     await asyncio.sleep(2)
     assert bench.bus.receipts() == [receipt], "it is found by it"
@@ -288,7 +288,7 @@ async def test_what_was_refused_is_not_copied_when_it_comes_again_and_there_is_r
     delivery = plain(bench, sandbox="s1", text="hi", id="c1")
     await router(bench).route(delivery)
     bench.bus.refuse = lambda _: None
-    delivery.suspect = True
+    delivery.redelivered = True
     await router(Bench(bench)).route(delivery)
     assert [receipt.outcome for receipt in bench.bus.receipts()] == ["refused"]
     assert bench.bus.found("OUT") == []
@@ -299,7 +299,7 @@ async def test_what_had_its_receipt_is_only_acked() -> None:
     bench = Bench()
     delivery = plain(bench, b"hello")
     await router(bench).route(delivery)
-    delivery.suspect = True
+    delivery.redelivered = True
     bench.bus._ids.clear()  # much later: the stream remembers no ids
     bench.bus.unreadable = 2
     await router(bench).route(delivery)
@@ -316,7 +316,7 @@ async def test_what_ends_here_is_counted_as_taken_and_what_is_copied_is_not() ->
     assert bench.metrics.value("outbound_taken_total") == 0
     broken = plain(bench, b"{")
     await routed.route(broken)
-    broken.suspect = True
+    broken.redelivered = True
     await routed.route(broken)
     dead = {"kind": "unreadable", "outcome": "dead_lettered", "reason": "unreadable"}
     assert bench.metrics.value("outbound_messages_total", **dead) == 1

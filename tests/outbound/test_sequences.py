@@ -269,7 +269,7 @@ async def test_a_second_copy_of_the_routers_is_the_same_command(merge_chars: int
     bench, shard = await ready(is_open=False, merge_chars=merge_chars)
     original = plain(bench, sandbox="s1", id="c1", text="hi")
     shard.intake.on_delivery(await copy_of(bench, original))
-    original.suspect = True
+    original.redelivered = True
     second = await copy_of(bench, original)
     shard.intake.on_delivery(second)
     await asyncio.sleep(5)
@@ -287,7 +287,7 @@ async def test_a_copy_of_what_was_refused_is_not_sent() -> None:
     bench, shard = await ready(is_open=False)
     original = plain(bench, sandbox="s1", id="c1", text="hi", when_closed="refuse")
     first = await copy_of(bench, original)
-    original.suspect = True
+    original.redelivered = True
     second = await copy_of(bench, original)
     shard.intake.on_delivery(first)
     await asyncio.sleep(5)

@@ -33,41 +33,41 @@ def pid_of(worker: TextWorker) -> int:
 
 
 async def test_it_says_what_a_reader_would_see(worker: TextWorker) -> None:
-    assert await worker.render(["**a** and [b](http://c)", "", "好 😀"]) == ["a and b (http://c)", "", "好 😀"]
-    assert await worker.render(["- x\n" * 10_000]) == [("- x\n" * 10_000).strip()]
+    assert await worker.render_plain(["**a** and [b](http://c)", "", "好 😀"]) == ["a and b (http://c)", "", "好 😀"]
+    assert await worker.render_plain(["- x\n" * 10_000]) == [("- x\n" * 10_000).strip()]
     assert await worker.find_id(b'{"id":"c1","text":5}') == "c1"
     assert [await worker.find_id(body) for body in (b"", b"nonsense", b"[" * 100_000, b'{"id":5}')] == [""] * 4
 
 
 async def test_jobs_are_done_in_turn_by_one_process(worker: TextWorker) -> None:
     texts = [f"*{number}*" for number in range(20)]
-    assert await asyncio.gather(*(worker.render([text]) for text in texts)) == [[text[1:-1]] for text in texts]
+    assert await asyncio.gather(*(worker.render_plain([text]) for text in texts)) == [[text[1:-1]] for text in texts]
     first = pid_of(worker)
-    await worker.render(["a"])
+    await worker.render_plain(["a"])
     assert pid_of(worker) == first
 
 
 async def test_what_does_not_end_is_killed_and_refused_and_the_next_is_read(worker: TextWorker) -> None:
-    await worker.render(["a"])
+    await worker.render_plain(["a"])
     stuck = pid_of(worker)
     os.kill(stuck, signal.SIGSTOP)
     worker.limit_s = 0.2
     with pytest.raises(Refused) as caught:
-        await worker.render(["a"])
+        await worker.render_plain(["a"])
     assert caught.value.reason == "too_long"
     await until(lambda: not Path(f"/proc/{stuck}").exists(), "it is gone")
     worker.limit_s = 60.0
-    assert await worker.render(["*a*"]) == ["a"]
+    assert await worker.render_plain(["*a*"]) == ["a"]
 
 
 async def test_what_somebody_killed_is_started_anew(worker: TextWorker) -> None:
-    await worker.render(["a"])
+    await worker.render_plain(["a"])
     os.kill(pid_of(worker), signal.SIGKILL)
-    assert await worker.render(["*a*"]) == ["a"]
+    assert await worker.render_plain(["*a*"]) == ["a"]
 
     killed = pid_of(worker)
     os.kill(killed, signal.SIGSTOP)
-    reading = asyncio.create_task(worker.render(["*b*"]))
+    reading = asyncio.create_task(worker.render_plain(["*b*"]))
     await until(worker._turn.locked, "it is being read")
     os.kill(killed, signal.SIGKILL)
     assert await reading == ["b"]
@@ -86,26 +86,26 @@ async def test_what_ends_the_process_twice_is_refused(worker: TextWorker) -> Non
 
     killing = asyncio.create_task(kill())
     with pytest.raises(Refused):
-        await worker.render(["a"])
+        await worker.render_plain(["a"])
     assert await worker.find_id(b'{"id":"c1"}') == ""
     killing.cancel()
     assert len(killed) == 4
-    assert await worker.render(["*a*"]) == ["a"]
+    assert await worker.render_plain(["*a*"]) == ["a"]
 
 
 async def test_who_is_cancelled_leaves_no_answer_for_the_next(worker: TextWorker) -> None:
-    await worker.render(["a"])
+    await worker.render_plain(["a"])
     os.kill(pid_of(worker), signal.SIGSTOP)
-    reading = asyncio.create_task(worker.render(["of another"]))
+    reading = asyncio.create_task(worker.render_plain(["of another"]))
     await until(worker._turn.locked, "it is being read")
     reading.cancel()
     await asyncio.wait([reading])
-    assert await worker.render(["*a*"]) == ["a"]
+    assert await worker.render_plain(["*a*"]) == ["a"]
 
 
 async def test_it_has_no_secrets_and_hears_no_ctrl_c(worker: TextWorker, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WECHAT_NATS_TOKEN_KEY", "of nobody's concern")
-    await worker.render(["a"])
+    await worker.render_plain(["a"])
     environ = Path(f"/proc/{pid_of(worker)}/environ").read_bytes()  # noqa: ASYNC240 -- no disk
     assert b"WECHAT_NATS_TOKEN_KEY" not in environ
     assert os.getpgid(pid_of(worker)) != os.getpgid(0)

@@ -167,7 +167,7 @@ async def test_a_command_that_comes_again_after_its_receipt_shows_nothing() -> N
     shard.stop()
     await settle()
     calls = len(bench.chat.typing)
-    again = FakeDelivery(first.subject, first.data, seq=first.seq, time_ms=first.time_ms, suspect=True)
+    again = FakeDelivery(first.subject, first.data, seq=first.seq, time_ms=first.time_ms, redelivered=True)
     other = Bench(bench).processor()
     other.intake.on_delivery(again)
     await asyncio.sleep(5)
@@ -179,7 +179,7 @@ async def test_a_command_that_comes_again_after_its_receipt_shows_nothing() -> N
 async def test_a_command_that_comes_again_without_a_receipt_is_carried_out() -> None:
     """Whoever had it in hand died before that."""
     bench, shard = await ready()
-    shard.intake.on_delivery(bench.command(typing="on", id="on", suspect=True))
+    shard.intake.on_delivery(bench.command(typing="on", id="on", redelivered=True))
     await asyncio.sleep(1)
     assert shown(bench) == [True]
     assert outcomes(bench) == [("on", "accepted", "")]

@@ -62,7 +62,7 @@ class Line:
         self.on_get()
         return found
 
-    async def entries(self) -> list[Entry]:
+    async def list_entries(self) -> list[Entry]:
         await self._through()
         found = list(self.store.entries.values())
         await self.life.goes_on()

@@ -55,14 +55,14 @@ async def test_a_word_of_another_replica_makes_it_look_once(
 ) -> None:
     alone = cluster.start()
     await cluster.run(5)
-    looks, entries = 0, alone.claims.entries
+    looks, entries = 0, alone.claims.list_entries
 
     async def counted() -> list[Entry]:
         nonlocal looks
         looks += 1
         return await entries()
 
-    monkeypatch.setattr(alone.claims, "entries", counted)
+    monkeypatch.setattr(alone.claims, "list_entries", counted)
     alone.leases.look()
     await cluster.run(1)
     assert looks <= 4
@@ -79,7 +79,7 @@ async def test_a_claim_that_an_answer_lacks_since_it_is_older_is_not_written_aga
     async def behind() -> list[Entry]:
         return []
 
-    monkeypatch.setattr(alone.claims, "entries", behind)
+    monkeypatch.setattr(alone.claims, "list_entries", behind)
     await cluster.run(2)
     assert alone.working == set(range(SHARDS))
     assert cluster.claims.writes == written

@@ -10,7 +10,7 @@ import pytest
 from adapter.contract import BindingsPage, ReplayPage, Window
 from adapter.conversation.record import VERSION
 from adapter.errors import Refused, Temporary
-from adapter.ports import Asked
+from adapter.ports import SandboxRequest
 from adapter.services.queries import REPLAY_BYTES, Queries
 from tests.fakes import WINDOW, Bench
 
@@ -156,8 +156,8 @@ async def test_a_user_whom_no_bot_serves_is_told_so_and_not_to_choose() -> None:
     assert "several" not in caught.value.detail
 
 
-def asked_as(subject_ends: str, **body: Any) -> Asked:
-    return Asked(subject_ends, {}, ask(**body))
+def asked_as(subject_ends: str, **body: Any) -> SandboxRequest:
+    return SandboxRequest(subject_ends, {}, ask(**body))
 
 
 @pytest.mark.parametrize("body", [{}, {"sandbox": "s1"}], ids=["left out", "named too"])
@@ -335,9 +335,9 @@ async def test_where_nobody_is_bound_now_the_last_unbind_says_what_is_replayed(
     bench = Bench()
     fill(bench, 3)
     binding = await bench.bind()
-    await bench.events.binding(binding.event("bound", replay_after=0))
-    await bench.events.binding(binding.event("unbound", replay_after=kept_after))
-    await bench.events.binding(binding.event("refused"))
+    await bench.events.publish_binding_event(binding.event("bound", replay_after=0))
+    await bench.events.publish_binding_event(binding.event("unbound", replay_after=kept_after))
+    await bench.events.publish_binding_event(binding.event("refused"))
     await bench.bindings.remove(BOT)
     assert numbers(await replayed(bench)) == found
     assert numbers(await replayed(bench, former=True)) == [0, 1, 2]
