@@ -12,7 +12,7 @@ from adapter.jetstream.buckets import KvBucket
 from adapter.jetstream.client import BusClient
 from adapter.jetstream.core import CoreNats
 from adapter.jetstream.history import StreamHistory
-from adapter.jetstream.managed_connection import Link
+from adapter.jetstream.managed_connection import ManagedConnection
 from adapter.jetstream.objects import ObjectStore
 from adapter.jetstream.publisher import Publisher
 from adapter.metrics import Metrics
@@ -26,15 +26,15 @@ class Connections:
 
     def __init__(self, settings: Settings, names: Names, instance: str, clock: Clock, metrics: Metrics) -> None:
         client = f"wechat-nats/{__version__} {instance}"
-        self.link = Link(settings, client)
+        self.link = ManagedConnection(settings, client)
         # Leases have a connection of their own: a renewal never waits behind bulk data.
-        self.lease_link = Link(settings, f"{client} leases")
+        self.lease_link = ManagedConnection(settings, f"{client} leases")
         # Media and what sandboxes read again have one too: no message waits behind their megabytes.
-        self.media_link = Link(settings, f"{client} media")
-        self.media_link.on_up(_pause)
+        self.media_link = ManagedConnection(settings, f"{client} media")
+        self.media_link.on_connect(_pause)
         # What sandboxes ask comes over others: whatever they send, and however much, JetStream's are not cut for it.
-        self.service_link = Link(settings, f"{client} services")
-        self.upload_link = Link(settings, f"{client} uploads")
+        self.service_link = ManagedConnection(settings, f"{client} services")
+        self.upload_link = ManagedConnection(settings, f"{client} uploads")
         self.bus = Publisher(self.link, clock, metrics)
         self.media_bus = Publisher(self.media_link, clock, metrics)
         self._replicated = settings.replicas > 1
@@ -68,7 +68,7 @@ class Connections:
     async def up(self) -> None:
         """Returns once JetStream's connection is there, and those over which sandboxes ask."""
         for link in (self.service_link, self.upload_link, self.link):
-            await link.wait_up()
+            await link.wait_connected()
 
     def loops(self) -> Iterator[tuple[str, Coroutine[Any, Any, None]]]:
         """What keeps the connections to NATS, and what is written over them, by name."""

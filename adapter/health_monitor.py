@@ -10,7 +10,7 @@ import structlog
 from adapter.errors import BusRefused, Temporary
 from adapter.jetstream import topology
 from adapter.jetstream.inspector import Inspector
-from adapter.jetstream.managed_connection import Link
+from adapter.jetstream.managed_connection import ManagedConnection
 from adapter.jetstream.publisher import Publisher
 from adapter.metrics import Metrics
 from adapter.names import Names
@@ -37,7 +37,7 @@ class Watch:
     def __init__(
         self,
         *,
-        link: Link,
+        link: ManagedConnection,
         bus: Publisher,
         media_bus: Publisher,
         inspector: Inspector,
@@ -87,8 +87,8 @@ class Watch:
             await asyncio.sleep(TICK_S)
             metrics.event_loop_lag.observe(max(0.0, loop.time() - due))
             self._health.beat()
-            metrics.nats_connected.set(1 if self._link.up else 0)
-            if self._link.up:
+            metrics.nats_connected.set(1 if self._link.is_connected else 0)
+            if self._link.is_connected:
                 self._health.nats_back()
             else:
                 self._health.nats_lost()
@@ -104,7 +104,7 @@ class Watch:
         rounds = 0
         while True:
             await self._clock.sleep(WATCH_S)
-            if not (self._health.started and self._link.up):
+            if not (self._health.started and self._link.is_connected):
                 continue  # the connection is what failed: it has its own check and its own grace
             rounds += 1
             try:
@@ -113,7 +113,7 @@ class Watch:
                     await self._ask_streams()
                     await self._ask_consumers()
             except (Temporary, BusRefused) as exc:
-                if self._link.up:
+                if self._link.is_connected:
                     self._hear(f"JetStream does not answer: {exc.detail or exc.reason}"[:200])
             else:
                 self._hear(self._hurdle()[:200])
@@ -121,7 +121,7 @@ class Watch:
     def _hurdle(self) -> str:
         """What keeps this replica from work although JetStream answers, in words; "": nothing."""
         if self._bus.waiting_s > BUS_GRACE_S:
-            return f"JetStream takes nothing for {self._bus.hurdle}"
+            return f"JetStream takes nothing for {self._bus.last_error}"
         return "" if self._leases.valid else f"the lease cannot be renewed: {self._leases.hurdle}"
 
     def _hear(self, problem: str) -> None:
@@ -133,7 +133,7 @@ class Watch:
 
     async def _ask_streams(self) -> None:
         """Raises Temporary, BusRefused."""
-        missing = await self._inspector.look(self._link)
+        missing = await self._inspector.inspect_streams(self._link)
         incomplete = self._inspector.incomplete
         self._missing = {*missing, *incomplete}
         self._metrics.nats_streams_missing.set(len(self._missing))
@@ -152,14 +152,14 @@ class Watch:
             ("control", names.stream_ctl, topology.CONTROL),
         ):
             try:
-                info = await self._link.api(f"CONSUMER.INFO.{stream}.{consumer}")
+                info = await self._link.api_request(f"CONSUMER.INFO.{stream}.{consumer}")
             except BusRefused as exc:  # deleted by an operator; its owner makes it again
                 log.warning("consumer.missing", consumer=consumer, detail=exc.detail)
                 continue
             self._heed_pause(consumer, stream, paused=bool(info.get("paused")))
             metrics.nats_consumer_pending.labels(consumer=label).set(info["num_pending"])
             metrics.nats_consumer_ack_pending.labels(consumer=label).set(info["num_ack_pending"])
-        waiting, in_hand = self._inspector.messages(names.stream_out), self._supervisor.in_hand
+        waiting, in_hand = self._inspector.message_count(names.stream_out), self._supervisor.in_hand
         metrics.nats_consumer_pending.labels(consumer="out").set(max(0, waiting - in_hand))
         metrics.nats_consumer_ack_pending.labels(consumer="out").set(in_hand)
 

@@ -35,7 +35,7 @@ async def start(parts: Parts, stop: asyncio.Event) -> bool:
                 await _look_at_permissions(parts)
             parts.health.phase = "verifying streams"
             try:
-                await topology.ensure(parts.connections.link, parts.names, parts.settings)
+                await topology.ensure_topology(parts.connections.link, parts.names, parts.settings)
                 await _check_tokens(parts)
             except Temporary as exc:
                 log.warning("streams.unverified", reason=exc.reason, detail=exc.detail)

@@ -12,7 +12,7 @@ from adapter.bindings.control import Control
 from adapter.errors import LeaseLost
 from adapter.jetstream import topology
 from adapter.jetstream.consumer import Consumer
-from adapter.jetstream.managed_connection import Link
+from adapter.jetstream.managed_connection import ManagedConnection
 from adapter.metrics import Metrics
 from adapter.names import Names
 from adapter.outbound.processor import OutboundDeps, ShardCommandProcessor
@@ -37,7 +37,7 @@ async def _nothing() -> None:
 class ShardLoops(NamedTuple):
     """Implements supervisor.ShardWork."""
 
-    link: Link
+    link: ManagedConnection
     outbound: OutboundDeps
     router: Router
     control: Control
@@ -88,7 +88,7 @@ class ShardLoops(NamedTuple):
 
         # a shard bounds by itself what it takes in hand: else one sandbox could fill its consumer
         until_acked, check = label != "out", lambda: self.leases.check(shard)
-        wanted = topology.consumer_of(self.names, name)
+        wanted = topology.wanted_consumer(self.names, name)
         turn = self.outbound.conversation.turns.wait_turn
         confirm_acks = label == "control"  # `bound_yet` waits for it
         consumer = Consumer(

@@ -37,9 +37,9 @@ from adapter.inbound.sessions import Incoming
 from adapter.inbound.triage import Triage
 from adapter.jetstream import topology
 from adapter.jetstream.buckets import LeaderKvBucket
-from adapter.jetstream.consumer import all_settled
+from adapter.jetstream.consumer import wait_all_settled
 from adapter.jetstream.inspector import Inspector
-from adapter.jetstream.microservice import UPLOADS, UPLOADS_OF_ONE, Handler, Services
+from adapter.jetstream.microservice import MAX_UPLOADS_PER_SANDBOX, UPLOADS, Handler, Services
 from adapter.logins.flow import LoginNeeds
 from adapter.logins.registry import LoginRegistry
 from adapter.logins.runner import LoginRunner
@@ -169,7 +169,7 @@ class Parts:
         self.login_runner = LoginRunner(self._login_needs())
         self.handlers = self._serve()
         metrics.bindings_capacity.set(settings.capacity)
-        connections.link.on_up(self._count_connect)
+        connections.link.on_connect(self._count_connect)
         connections.core.respond(self.names.roll(), lambda data: replica_status.answer(data, self._present))
         connections.core.subscribe(
             self.names.freed(), lambda data: self.supervisor.released(data.decode("utf-8", "replace"))
@@ -206,8 +206,8 @@ class Parts:
         )
 
         async def writable() -> None:
-            await self.connections.link.wait_up()
-            await self.connections.bus.writable(poll_streams)
+            await self.connections.link.wait_connected()
+            await self.connections.bus.wait_writable(poll_streams)
             await self.watch.complete(poll_streams)
 
         journal = Journal(self.connections.bus, self.connections.history, names, self.sealer)
@@ -393,7 +393,9 @@ class Parts:
         serve = partial(Services, names=names, metrics=metrics, version=__version__, instance=self.instance)
         serve(connections.service_link, handlers=handlers, of_sandbox=of_sandbox)
         uploads = {"media.put": store.put}
-        serve(connections.upload_link, handlers={}, of_sandbox=uploads, service=UPLOADS, of_one=UPLOADS_OF_ONE)
+        serve(
+            connections.upload_link, handlers={}, of_sandbox=uploads, service=UPLOADS, of_one=MAX_UPLOADS_PER_SANDBOX
+        )
         return handlers
 
     def _login_needs(self) -> LoginNeeds:
@@ -430,7 +432,7 @@ class Parts:
 
     async def _wait_for_pending_binds(self) -> None:
         """Returns once the control commands stored so far have taken effect. Raises Temporary: it takes too long."""
-        await all_settled(self.connections.link, self.names.stream_ctl, topology.CONTROL, self.clock)
+        await wait_all_settled(self.connections.link, self.names.stream_ctl, topology.CONTROL, self.clock)
         await self.clock.sleep(0.05)  # the news of the last one are on their way
 
     # for people -------------------------------------------------------------------------------------

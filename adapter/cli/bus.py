@@ -25,7 +25,7 @@ from nats.js.errors import APIError, NoStreamResponseError, NotFoundError, Servi
 from adapter.cli.exit_codes import NO, UNREACHABLE, Failed
 from adapter.environment import read_settings
 from adapter.errors import STORE_FAILED, UNDECODABLE, Temporary
-from adapter.jetstream.client import BusClient, violation
+from adapter.jetstream.client import BusClient, permission_violation
 from adapter.jetstream.managed_connection import connect_options
 from adapter.names import H_ERROR, H_ERROR_CODE, Names
 from adapter.permissions import grants, overlaps
@@ -272,8 +272,8 @@ def _hearing(heard: deque[Exception]) -> Callable[[Exception], Coroutine[Any, An
 
 
 def forbidden(heard: Iterable[Exception]) -> list[tuple[str, str]]:
-    """What the server has forbidden, as `violation` says it."""
-    return [found for exc in heard if (found := violation(exc))]
+    """What the server has forbidden, as `permission_violation` says it."""
+    return [found for exc in heard if (found := permission_violation(exc))]
 
 
 async def stored_from(bus: Bus, stream: str, subject: str, *, headers_only: bool = False) -> AsyncIterator[Msg]:

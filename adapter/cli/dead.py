@@ -123,7 +123,7 @@ async def _get(bus: Bus, seq: int) -> api.RawStreamMsg | None:
     try:
         raw = await bus.unless_forbidden(f"$JS.API.STREAM.MSG.GET.{stream}", bus.js.get_msg(stream, seq))
         # nats-py makes an object of a value that is not ASCII, here alone
-        raw.headers = await bus.nc.headers(base64.b64decode(raw.hdrs or ""))
+        raw.headers = await bus.nc.parse_headers(base64.b64decode(raw.hdrs or ""))
         return raw
     except JetStreamGone:
         raise

@@ -22,7 +22,7 @@ from adapter.errors import UNDECODABLE, BusRefused, Refused, Temporary
 from adapter.jetstream import topology
 from adapter.jetstream.buckets import LeaderKvBucket
 from adapter.jetstream.history import StreamHistory
-from adapter.jetstream.managed_connection import Link
+from adapter.jetstream.managed_connection import ManagedConnection
 from adapter.seal import Sealer, Sealing
 from adapter.settings import Settings
 
@@ -113,16 +113,16 @@ def _where(bus: Bus) -> str:
     return url.netloc.rpartition("@")[2] if url else "?"
 
 
-async def _link(bus: Bus, settings: Settings) -> Link:
+async def _link(bus: Bus, settings: Settings) -> ManagedConnection:
     """The connection at hand as the adapter's own kind, without its loop that reconnects."""
-    link = Link(settings, "doctor")
-    await link.use(bus.nc)
+    link = ManagedConnection(settings, "doctor")
+    await link.adopt_client(bus.nc)
     return link
 
 
 async def _level(bus: Bus, settings: Settings) -> Check:
     try:
-        level = await topology.server_level(await _link(bus, settings))
+        level = await topology.api_level(await _link(bus, settings))
     except BusRefused as exc:
         return Check("jetstream", "fail", f"Not available: {exc.detail}. Enable JetStream for this account.")
     except Temporary:
@@ -136,7 +136,7 @@ async def _level(bus: Bus, settings: Settings) -> Check:
 
 async def _topology(bus: Bus, settings: Settings) -> list[Check]:
     try:
-        missing, different = await topology.inspect(await _link(bus, settings), bus.names, settings)
+        missing, different = await topology.inspect_topology(await _link(bus, settings), bus.names, settings)
     except (BusRefused, Temporary) as exc:
         return [Check("streams", "fail", f"Cannot be read ({exc.detail}): let this user publish to $JS.API.>.")]
     checks = [
@@ -160,7 +160,9 @@ async def _storage(bus: Bus, settings: Settings) -> Check:
     """Whether the account's limit has room for what streams reserve, and some for the others."""
     need = topology.reserved_bytes(bus.names, settings) * settings.replicas
     try:
-        limit = int(((await (await _link(bus, settings)).api("INFO")).get("limits") or {}).get("max_storage", -1))
+        limit = int(
+            ((await (await _link(bus, settings)).api_request("INFO")).get("limits") or {}).get("max_storage", -1)
+        )
     except (BusRefused, Temporary) as exc:
         return Check("storage", "fail", f"Cannot be told ({exc.detail}): try again.")
     said = f"streams reserve {need / GIB:.1f} GiB"
@@ -173,7 +175,7 @@ async def _storage(bus: Bus, settings: Settings) -> Check:
 
 async def _paused(bus: Bus, settings: Settings) -> list[Check]:
     try:
-        found = await topology.paused(await _link(bus, settings), bus.names)
+        found = await topology.paused_consumers(await _link(bus, settings), bus.names)
     except Temporary as exc:
         return [Check("consumers paused", "fail", f"Cannot be told ({exc.detail}): try again.")]
     said = f"{', '.join(found)}: delivers nothing until `nats consumer resume`, by an administrator."
@@ -304,14 +306,14 @@ async def _fix(bus: Bus, settings: Settings, *, quiet: bool) -> None:
     """Creates and alters. Raises Failed at the first that the server refuses."""
     link = await _link(bus, settings)
     try:
-        missing, different = await topology.inspect(link, bus.names, settings)
+        missing, different = await topology.inspect_topology(link, bus.names, settings)
         for wanted in missing:
-            _announce(f"creating {wanted.kind} {wanted.name}", quiet)
-            await topology.create(link, wanted)
+            _announce(f"creating {wanted.description} {wanted.name}", quiet)
+            await topology.create_resource(link, wanted)
         for d in different:
             _announce(f"changing {d.name}: {d.field} from {_short(d.found)} to {_short(d.wanted)}", quiet)
         for d in {d.name: d for d in different}.values():
-            await topology.alter(link, bus.names, settings, d)
+            await topology.alter_stream(link, bus.names, settings, d)
         await _seal(link, bus, settings, quiet=quiet)
         if count := await unrouted_commands.count(link, bus.names):
             _announce(f"publishing {count} commands again that were stored where no adapter looks", quiet)
@@ -325,7 +327,7 @@ async def _fix(bus: Bus, settings: Settings, *, quiet: bool) -> None:
         raise Failed(UNREACHABLE, f"JetStream did not answer ({exc.detail}): try again.") from exc
 
 
-async def _seal(link: Link, bus: Bus, settings: Settings, *, quiet: bool) -> None:
+async def _seal(link: ManagedConnection, bus: Bus, settings: Settings, *, quiet: bool) -> None:
     """Raises BusRefused, Temporary, Failed."""
     sealer, history = Sealer(settings.token_key), StreamHistory(link)
     found = await tokens_at_rest(history, bus.names, sealer)

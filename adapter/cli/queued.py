@@ -18,7 +18,7 @@ from adapter.conversation.commands import Limits, command_id, salvage_ids
 from adapter.errors import BusRefused, Temporary
 from adapter.jetstream.api_replies import NO_STREAM
 from adapter.jetstream.history import read_stream
-from adapter.jetstream.managed_connection import Link
+from adapter.jetstream.managed_connection import ManagedConnection
 from adapter.names import H_COMMAND, H_MSG_ID, Names, shard_of
 from adapter.ports import Stored
 
@@ -91,15 +91,15 @@ def queued(names: Names, stored: Stored, *, bodies: bool) -> Queued:
 async def _read(bus: Bus, sandbox: str | None) -> list[Stored]:
     """What may be of the sandbox, or all, oldest first. Raises Failed."""
     names, stream = bus.names, bus.names.stream_out
-    link = Link(bus.settings, "queue")
-    await link.use(bus.nc)
+    link = ManagedConnection(bus.settings, "queue")
+    await link.adopt_client(bus.nc)
 
     async def read() -> list[Stored]:
         mine = f"{names.out_plain}.>" if sandbox is None else f"{names.out_plain}.{shard_of(sandbox)}.{sandbox}"
         return [stored for subject in (mine, names.out_plain) async for stored in read_stream(link, stream, subject)]
 
     try:
-        await bus.unless_forbidden(f"$JS.API.STREAM.INFO.{stream}", link.api(f"STREAM.INFO.{stream}"))
+        await bus.unless_forbidden(f"$JS.API.STREAM.INFO.{stream}", link.api_request(f"STREAM.INFO.{stream}"))
         found = await bus.unless_forbidden(f"$JS.API.DIRECT.GET.{stream}", read())
     except BusRefused as exc:
         raise Failed(UNREACHABLE, no_stream(stream) if exc.code == NO_STREAM else exc.detail) from None

@@ -10,19 +10,19 @@ from adapter.conversation.commands import original
 from adapter.headers import forwardable_headers
 from adapter.jetstream import topology
 from adapter.jetstream.consumer import Consumer, Delivery
-from adapter.jetstream.history import subjects_of
-from adapter.jetstream.managed_connection import Link
+from adapter.jetstream.history import count_by_subject
+from adapter.jetstream.managed_connection import ManagedConnection
 from adapter.names import H_COMMAND, H_MSG_ID, H_SEQUENCE, H_SINCE_MS, Names, digest
 
 SECOND_NS = 1_000_000_000
 
 
-async def count(link: Link, names: Names) -> int:
+async def count(link: ManagedConnection, names: Names) -> int:
     """How many there are. Raises Temporary, BusRefused."""
-    return sum((await subjects_of(link, names.stream_out, names.out("*"))).values())
+    return sum((await count_by_subject(link, names.stream_out, names.out("*"))).values())
 
 
-async def bring_back(link: Link, bus: Bus, most: int) -> None:
+async def bring_back(link: ManagedConnection, bus: Bus, most: int) -> None:
     """Publishes `most` of them again, oldest first, which the transform takes to their shard; then they are settled.
 
     The id of a copy follows from the original, so that one that is repeated is stored once; it names the command as
@@ -40,7 +40,7 @@ async def bring_back(link: Link, bus: Bus, most: int) -> None:
         "inactive_threshold": 60 * SECOND_NS,
     }
     wanted = topology.Wanted("astray", config, stream=names.stream_out)
-    await topology.create(link, wanted)
+    await topology.create_resource(link, wanted)
     found: asyncio.Queue[Delivery] = asyncio.Queue()
     left: dict[str, str] = {}
     reading = asyncio.get_running_loop().create_task(Consumer(link, wanted, room=100).run(found.put_nowait, _nothing))

@@ -38,13 +38,13 @@ class ApiError(msgspec.Struct):
     description: str = ""
 
 
-class ApiAnswer(msgspec.Struct):
+class ApiReply(msgspec.Struct):
     """What every answer of JetStream may say."""
 
     error: ApiError | None = None
 
 
-def refusal(error: ApiError) -> BusRefused | Temporary:
+def error_of(error: ApiError) -> BusRefused | Temporary:
     """What JetStream's error means for the caller."""
     code, words = error.err_code, error.description
     if code in CONFLICT_CODES:
@@ -56,14 +56,14 @@ def refusal(error: ApiError) -> BusRefused | Temporary:
     return BusRefused(code, words)
 
 
-def write_refusal(error: ApiError) -> BusRefused | Temporary:
+def write_error_of(error: ApiError) -> BusRefused | Temporary:
     """As refusal, for a write: storage that is used up comes back when an operator has made room."""
     if error.err_code == ACCOUNT_FULL:
         return Temporary("bus_full", f"{error.err_code} {error.description}")
-    return refusal(error)
+    return error_of(error)
 
 
-def read_answer(data: bytes, kind: type[T], asked: str) -> T:
+def decode_reply(data: bytes, kind: type[T], asked: str) -> T:
     """What JetStream says to `asked`. Raises Temporary: a server could not say it, or a stranger may answer there."""
     try:
         return msgspec.json.decode(data, type=kind)
@@ -79,7 +79,7 @@ def unix_ms(rfc3339: str) -> int:
 def is_leaderless(data: bytes) -> bool:
     """Whether this is the answer of a server that knows of no leader: it lives, and is good for nothing."""
     try:
-        error = msgspec.json.decode(data, type=ApiAnswer).error
+        error = msgspec.json.decode(data, type=ApiReply).error
     except UNDECODABLE:  # not JetStream's
         return False
     return error is not None and error.err_code in LEADERLESS_CODES

@@ -16,9 +16,9 @@ from nats.aio.msg import Msg
 from nats.errors import Error as NatsError
 
 from adapter.errors import BusRefused, Conflict, Temporary
-from adapter.jetstream.api_replies import ApiAnswer, read_answer, write_refusal
-from adapter.jetstream.history import LeaderMessage, last_of, leader_message, read_stream
-from adapter.jetstream.managed_connection import Link
+from adapter.jetstream.api_replies import ApiReply, decode_reply, write_error_of
+from adapter.jetstream.history import LeaderMessage, message_from_leader, read_last, read_stream
+from adapter.jetstream.managed_connection import ManagedConnection
 from adapter.jetstream.publisher import Publisher
 from adapter.names import H_EXPECTED
 from adapter.ports import Entry, Message, Stored
@@ -41,9 +41,9 @@ def updates_subject_of(bucket: str) -> str:
     return f"{bucket.rpartition('_')[0]}.kv.{bucket}"
 
 
-async def leader_get(link: Link, stream: str, subject: str) -> Entry | None:
+async def get_from_leader(link: ManagedConnection, stream: str, subject: str) -> Entry | None:
     """The last value of a key as the stream's leader has it, never a follower that lags. Raises Temporary."""
-    message = await leader_message(link, stream, {"last_by_subj": subject}, timeout_s=2)
+    message = await message_from_leader(link, stream, {"last_by_subj": subject}, timeout_s=2)
     if message is None:
         return None
     return Entry(subject.split(".", 2)[2], None if _is_gone(message) else (message.data or b""), message.seq)
@@ -52,7 +52,7 @@ async def leader_get(link: Link, stream: str, subject: str) -> Entry | None:
 class LeaderKvBucket:
     """Implements ports.LeaderBucket."""
 
-    def __init__(self, link: Link, name: str, *, ttl_s: int | None = None) -> None:
+    def __init__(self, link: ManagedConnection, name: str, *, ttl_s: int | None = None) -> None:
         self._link = link
         self._name = name
         self._stream = f"KV_{name}"
@@ -64,7 +64,7 @@ class LeaderKvBucket:
         self._read_at = NEVER
 
     async def get(self, key: str) -> Entry | None:
-        return await leader_get(self._link, self._stream, f"$KV.{self._name}.{key}")
+        return await get_from_leader(self._link, self._stream, f"$KV.{self._name}.{key}")
 
     async def write(self, key: str, value: bytes | None, revision: int) -> int:
         headers = {H_EXPECTED: str(revision)}
@@ -73,16 +73,16 @@ class LeaderKvBucket:
         if value is None:
             headers[OPERATION] = "DEL"
         msg = await self._link.request(f"$KV.{self._name}.{key}", value or b"", timeout_s=1, headers=headers)
-        ack = read_answer(msg.data, _Ack, f"a write to {self._name}")
+        ack = decode_reply(msg.data, _Ack, f"a write to {self._name}")
         if ack.error is not None:
-            problem = write_refusal(ack.error)
+            problem = write_error_of(ack.error)
             raise problem if isinstance(problem, Temporary | Conflict) else Temporary("bus_refused", problem.detail)
         return ack.seq
 
     async def list_entries(self) -> list[Entry]:
         every = f"$KV.{self._name}.>"
         now = asyncio.get_running_loop().time()
-        newest = await last_of(self._link, self._stream, every)
+        newest = await read_last(self._link, self._stream, every)
         if newest is not None and newest.seq == self._known_to and now - self._read_at < RELOAD_S:
             return self._known
         found = {}
@@ -101,7 +101,7 @@ class KvBucket:
     who may do something is asked of the leader then.
     """
 
-    def __init__(self, link: Link, publisher: Publisher, name: str, *, replicated: bool = False) -> None:
+    def __init__(self, link: ManagedConnection, publisher: Publisher, name: str, *, replicated: bool = False) -> None:
         self.name = name
         self._replicated = replicated
         self.updates_subject = updates_subject_of(name)
@@ -114,8 +114,8 @@ class KvBucket:
 
     async def get(self, key: str) -> Entry | None:
         if self._replicated:
-            return await leader_get(self.link, self.stream, self.subject(key))
-        stored = await last_of(self.link, self.stream, self.subject(key))
+            return await get_from_leader(self.link, self.stream, self.subject(key))
+        stored = await read_last(self.link, self.stream, self.subject(key))
         return None if stored is None else _entry(self.name, stored)
 
     async def update(self, key: str, value: bytes, revision: int, *, ttl_s: int = 0) -> int:
@@ -163,7 +163,7 @@ class KvBucket:
         Entries may come twice, never older than one seen before.
         """
         follower = _Watcher(self, on_entry)
-        self.link.on_up(follower.subscribe)
+        self.link.on_connect(follower.subscribe)
         if self.link.nc is not None:
             try:
                 await follower.subscribe(self.link.nc)
@@ -173,7 +173,7 @@ class KvBucket:
         epoch = -1
         while True:
             try:
-                await self.link.wait_up()
+                await self.link.wait_connected()
                 anew, epoch = epoch != self.link.epoch, self.link.epoch
                 read = await follower.reload_if_stale(anew=anew)
             except Temporary as exc:
@@ -191,7 +191,7 @@ class KvBucket:
     async def stream_state(self) -> tuple[int, int]:
         """How many keys there are, deleted ones too, and the newest sequence. Raises Temporary."""
         try:
-            info = await self.link.api(f"STREAM.INFO.{self.stream}")
+            info = await self.link.api_request(f"STREAM.INFO.{self.stream}")
         except BusRefused as exc:
             raise Temporary("bus_refused", exc.detail) from exc
         return int(info["state"]["messages"]), int(info["state"]["last_seq"])
@@ -259,7 +259,7 @@ class _Watcher:
             del self._revisions[key]
 
 
-class _Ack(ApiAnswer):
+class _Ack(ApiReply):
     seq: int = 0
 
 

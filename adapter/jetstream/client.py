@@ -28,9 +28,10 @@ _IDS = re.compile(rb"\r\nNats-Msg-Id:([^\r]*)")
 
 _VIOLATION = re.compile(r'permissions violation for (publish|subscription) to "([^"]+)"')
 
-Take = Callable[[str, bytes, bytes], None]
-"""Subject, payload and headers, as they are written, of a message that came; see `is_unheard` and `headers`."""
-Admit = Callable[[str, str, int], bool]
+RawCallback = Callable[[str, bytes, bytes], None]
+"""Subject, payload and headers, as they are written, of a message that came; see `has_no_responders` and
+`parse_headers`."""
+Admission = Callable[[str, str, int], bool]
 """Whether a message is wanted, by its subject, its reply subject and the size of its payload."""
 
 
@@ -59,17 +60,18 @@ class _Parser(Parser):
 
 
 class BusClient(Client):
-    """One connection. `publish` writes what nats-py's does; what is for `hear` passes neither a queue nor a task."""
+    """One connection. `publish` writes what nats-py's does; what is for `subscribe_raw` passes neither a queue nor a
+    task."""
 
     def __init__(self) -> None:
         super().__init__()
         self._ps = _Parser(self)
-        self._takes: dict[int, Take] = {}
-        self._admit: Admit | None = None
+        self._raw_callbacks: dict[int, RawCallback] = {}
+        self._admit: Admission | None = None
         self.pauses = False
         """Whether what comes may take a part of the event loop's time only."""
 
-    def guard(self, admit: Admit) -> None:
+    def set_admission(self, admit: Admission) -> None:
         """For a connection on which strangers write: it pauses, and asks `admit` about each message that is not for
         `hear`, before anything is done with it."""
         self._admit = admit
@@ -87,21 +89,21 @@ class BusClient(Client):
     async def publish(
         self, subject: str, payload: bytes = b"", reply: str = "", headers: dict[str, str] | None = None
     ) -> None:
-        if self.post(subject, payload, reply, headers):
-            self.write_soon()
+        if self.enqueue_publish(subject, payload, reply, headers):
+            self.flush_soon()
         else:
             await super().publish(subject, payload, reply, headers)
 
-    def post(self, subject: str, payload: bytes, reply: str, headers: dict[str, str] | None) -> bool:
+    def enqueue_publish(self, subject: str, payload: bytes, reply: str, headers: dict[str, str] | None) -> bool:
         """Puts a publish behind what is to be written; False where nats-py has to look at it: nothing is done then.
 
-        It is written after `write_soon` or `write_now`.
+        It is written after `flush_soon` or `flush_now`.
         """
         if self._status != self.CONNECTED or len(payload) > self._max_payload:
             return False
         if self._pending_data_size > self._max_pending_size:
             return False
-        command = _command(subject, reply, headers, payload)
+        command = _publish_command(subject, reply, headers, payload)
         if command is None:
             return False
         self.stats["out_msgs"] += 1
@@ -110,24 +112,24 @@ class BusClient(Client):
         self._pending_data_size += len(command)
         return True
 
-    def write_soon(self) -> None:
+    def flush_soon(self) -> None:
         """What was posted is written in one piece with what others post in this turn of the loop."""
         if self._flush_queue is not None and self._flush_queue.empty():
             self._flush_queue.put_nowait(asyncio.get_running_loop().create_future())
 
-    def write_now(self) -> None:
+    def flush_now(self) -> None:
         """What was posted is written at once.
 
         For who waits for its answer, and knows that nothing else is on its way: whether the server keeps up is not
         looked at.
         """
         if self._status != self.CONNECTED or not isinstance(self._transport, TcpTransport):
-            self.write_soon()
+            self.flush_soon()
             return
         try:
             self._transport.write(b"".join(self._pending))  # type: ignore[no-untyped-call]
         except (OSError, RuntimeError):  # it is closing: nats-py's own writer deals with that
-            self.write_soon()
+            self.flush_soon()
             return
         self._pending = []
         self._pending_data_size = 0
@@ -156,16 +158,16 @@ class BusClient(Client):
         await self._send_command(PING_PROTO)
         await self._flush_pending()
 
-    async def hear(self, subject: str, take: Take) -> None:
+    async def subscribe_raw(self, subject: str, take: RawCallback) -> None:
         """Subscribes; `take` is called as messages are read. What it raises goes to `error_cb`."""
 
         async def on_message(msg: Msg) -> None:
             raise AssertionError("passed by")
 
         heard = await self.subscribe(subject, cb=on_message, pending_msgs_limit=0, pending_bytes_limit=0)
-        self._takes[heard._id] = take
+        self._raw_callbacks[heard._id] = take
 
-    async def headers(self, raw: bytes) -> dict[str, str]:
+    async def parse_headers(self, raw: bytes) -> dict[str, str]:
         """What they say; the server's own word is called `Status`, its reason `Description`."""
         return await self._process_headers(raw) or {}
 
@@ -189,7 +191,7 @@ class BusClient(Client):
         return found or None
 
     async def _process_msg(self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: Any) -> None:
-        take = self._takes.get(sid)
+        take = self._raw_callbacks.get(sid)
         if take is None:
             if self._admit is None or self._admit(
                 subject.decode(errors="replace"), reply.decode(errors="replace"), len(data)
@@ -204,18 +206,18 @@ class BusClient(Client):
             await self._error_cb(exc)
 
 
-def violation(exc: Exception) -> tuple[str, str] | None:
+def permission_violation(exc: Exception) -> tuple[str, str] | None:
     """What a server forbids: `publish` or `subscription`, and the subject in lower case; None: nothing."""
     match = _VIOLATION.search(str(exc).lower())
     return (match[1], match[2]) if match else None
 
 
-def is_unheard(headers: bytes) -> bool:
+def has_no_responders(headers: bytes) -> bool:
     """Whether a server says that nobody listens to what was sent."""
     return headers.startswith(b"NATS/1.0 503")
 
 
-def _command(subject: str, reply: str, headers: dict[str, str] | None, payload: bytes) -> bytes | None:
+def _publish_command(subject: str, reply: str, headers: dict[str, str] | None, payload: bytes) -> bytes | None:
     """The line of the protocol and what follows it; None for what nats-py has to look at."""
     if not _is_plain(subject) or (reply and not _is_plain(reply)):
         return None

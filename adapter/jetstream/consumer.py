@@ -28,7 +28,7 @@ from nats.aio.msg import Msg
 from adapter.errors import BusRefused, LeaseLost, Temporary
 from adapter.jetstream import topology
 from adapter.jetstream.api_replies import NO_CONSUMER, unix_ms
-from adapter.jetstream.managed_connection import Link
+from adapter.jetstream.managed_connection import ManagedConnection
 from adapter.jetstream.topology import Wanted
 from adapter.timing import Clock, backoff, wait_event
 
@@ -81,9 +81,9 @@ class Delivery:
 
     async def ack(self) -> None:
         """Settles it. An ack that gets lost comes back as a delivery after the next connect."""
-        self._consumer.acked()
+        self._consumer.on_acked()
         try:
-            await self._consumer.settle(self._reply)
+            await self._consumer.acknowledge(self._reply)
         except Temporary:
             log.debug("ack.lost", consumer=self._consumer.name, seq=self.seq)
 
@@ -99,7 +99,7 @@ class Consumer:
 
     def __init__(
         self,
-        link: Link,
+        link: ManagedConnection,
         wanted: Wanted,
         *,
         room: int,
@@ -112,28 +112,28 @@ class Consumer:
         self.name = wanted.name
         self._wanted = wanted
         self._stream = wanted.stream
-        self._room = room
+        self._max_in_flight = room
         self._check = check
-        self._turn = turn
+        self._wait_turn = turn
         self._until_acked = until_acked
         self._confirm_acks = confirm_acks
-        self._in_hand = 0
+        self._in_flight = 0
         self._requested = 0
         self._pull_bytes = PULL_BYTES
-        self._number = 0
+        self._last_delivery = 0
         """Of the last delivery."""
         self._redelivered_to = 0
         """What is up to here may have been delivered before. The server forgets it at a reset."""
-        self._made_ms = 0
+        self._created_ms = 0
         """When the consumer was made; what was stored earlier may have been delivered by one before it."""
         self._wake = asyncio.Event()
 
-    def acked(self) -> None:
+    def on_acked(self) -> None:
         """One message is settled."""
         if self._until_acked:
-            self._done()
+            self._free_slot()
 
-    async def settle(self, reply: str) -> None:
+    async def acknowledge(self, reply: str) -> None:
         """Acknowledges a delivery. Raises Temporary."""
         if not self._confirm_acks:
             await self.link.publish(reply, b"+ACK")
@@ -147,13 +147,13 @@ class Consumer:
             else:
                 return
 
-    def _done(self) -> None:
-        self._in_hand = max(0, self._in_hand - 1)
-        if self._room - self._in_hand - self._requested >= max(1, self._room // 4):
+    def _free_slot(self) -> None:
+        self._in_flight = max(0, self._in_flight - 1)
+        if self._max_in_flight - self._in_flight - self._requested >= max(1, self._max_in_flight // 4):
             self._wake.set()
 
-    async def info(self) -> dict[str, Any]:
-        return await self.link.api(f"CONSUMER.INFO.{self._stream}.{self.name}")
+    async def get_info(self) -> dict[str, Any]:
+        return await self.link.api_request(f"CONSUMER.INFO.{self._stream}.{self.name}")
 
     async def run(self, on_delivery: Callable[[Delivery], None], on_reset: Callable[[], Awaitable[None]]) -> None:
         """Delivers until cancelled. `on_reset` is awaited between each reset and the first delivery after it: what
@@ -161,23 +161,23 @@ class Consumer:
         """
         failures = 0
         while True:
-            await self.link.wait_up()
+            await self.link.wait_connected()
             epoch = self.link.epoch
             try:
                 nc = self.link.client()
                 self._check()
-                info = await self._found()
-                self._made_ms = unix_ms(info["created"])
+                info = await self._get_or_create()
+                self._created_ms = unix_ms(info["created"])
                 if info.get("paused"):
                     log.error(
                         "consumer.paused", consumer=self.name, detail="It delivers nothing until it is resumed."
                     )
                 self._check()
                 self._redelivered_to = max(self._redelivered_to, int(info["delivered"]["stream_seq"]))
-                info = await self.link.api(f"CONSUMER.RESET.{self._stream}.{self.name}")
+                info = await self.link.api_request(f"CONSUMER.RESET.{self._stream}.{self.name}")
                 # not what is delivered: a pull of somebody else may have taken some before the answer was made
-                self._number = int(info["ack_floor"]["consumer_seq"])
-                self._in_hand = self._requested = 0
+                self._last_delivery = int(info["ack_floor"]["consumer_seq"])
+                self._in_flight = self._requested = 0
                 await on_reset()
                 failures = 0
                 await self._pull(nc, epoch, on_delivery)
@@ -189,16 +189,16 @@ class Consumer:
                 log.warning("consumer.interrupted", consumer=self.name, reason=exc.reason, detail=exc.detail)
                 await asyncio.sleep(backoff(failures, first_s=0.2, longest_s=3.0))
 
-    async def _found(self) -> dict[str, Any]:
+    async def _get_or_create(self) -> dict[str, Any]:
         """What the server says of it; made again where it is missing. Raises Temporary, BusRefused (no stream)."""
         try:
-            return await self.info()
+            return await self.get_info()
         except BusRefused as exc:
             if exc.code != NO_CONSUMER:
                 raise
-        await topology.create(self.link, self._wanted)
+        await topology.create_resource(self.link, self._wanted)
         log.error("consumer.recreated", consumer=self.name, stream=self._stream)
-        return await self.info()
+        return await self.get_info()
 
     async def _pull(self, nc: Client, epoch: int, on_delivery: Callable[[Delivery], None]) -> None:
         heard = asyncio.get_running_loop().time()
@@ -210,16 +210,16 @@ class Consumer:
             if broken:  # what comes now would overtake what got lost
                 return
             status = None if msg.reply.startswith(DELIVERED) else (msg.headers or {}).get("Status")
-            if status is None and self._turn is not None:
-                await self._turn()  # a pull that ends meanwhile takes its subscription with it, and this task
-            broken = self._deliver(msg, on_delivery) if status is None else self._heed(status, msg.headers or {})
+            if status is None and self._wait_turn is not None:
+                await self._wait_turn()  # a pull that ends meanwhile takes its subscription with it, and this task
+            broken = self._deliver(msg, on_delivery) if status is None else self._on_status(status, msg.headers or {})
             if broken or status in ("408", "409"):
                 self._wake.set()
 
-        down = asyncio.get_running_loop().create_task(self.link.wait_down(epoch))
+        down = asyncio.get_running_loop().create_task(self.link.wait_disconnected(epoch))
         down.add_done_callback(lambda _: self._wake.set())
         try:
-            async with self.link.subscribed(nc, on_message) as inbox:
+            async with self.link.temporary_inbox(nc, on_message) as inbox:
                 while self.link.epoch == epoch and self.link.nc is nc:
                     if broken:
                         raise Temporary("consumer_broken", broken)
@@ -227,9 +227,9 @@ class Consumer:
                     if left_s <= 0:
                         raise Temporary("consumer_silent")
                     self._wake.clear()
-                    missing = self._room - self._in_hand - self._requested
-                    if missing >= max(1, self._room // 4):
-                        await self._ask(inbox, missing)
+                    missing = self._max_in_flight - self._in_flight - self._requested
+                    if missing >= max(1, self._max_in_flight // 4):
+                        await self._request_batch(inbox, missing)
                     if not down.done():
                         await wait_event(self._wake, left_s)
         finally:
@@ -237,22 +237,22 @@ class Consumer:
 
     def _deliver(self, msg: Msg, on_delivery: Callable[[Delivery], None]) -> str:
         """Hands a delivery on; or why the pull is broken."""
-        delivery = Delivery(self, msg, self._redelivered_to, self._made_ms)
-        if delivery.number != self._number + 1:
+        delivery = Delivery(self, msg, self._redelivered_to, self._created_ms)
+        if delivery.number != self._last_delivery + 1:
             return LOST
-        self._number = delivery.number
+        self._last_delivery = delivery.number
         self._requested = max(0, self._requested - 1)
-        self._in_hand += 1
+        self._in_flight += 1
         self._redelivered_to = max(self._redelivered_to, delivery.seq)  # a server that is killed may forget it
         on_delivery(delivery)
         if not self._until_acked:
-            self._done()
+            self._free_slot()
         return ""
 
-    def _heed(self, status: str, headers: dict[str, str]) -> str:
+    def _on_status(self, status: str, headers: dict[str, str]) -> str:
         """Notes what the server says of a pull; why it is broken, or ""."""
         if status == "100":  # a heartbeat
-            return LOST if int(headers.get("Nats-Last-Consumer", "0")) > self._number else ""
+            return LOST if int(headers.get("Nats-Last-Consumer", "0")) > self._last_delivery else ""
         if status not in ("408", "409"):
             return status
         self._requested = max(0, self._requested - int(headers.get("Nats-Pending-Messages", "0")))
@@ -263,7 +263,7 @@ class Consumer:
             return ""
         return said or status if status == "409" and "Batch Completed" not in said else ""
 
-    async def _ask(self, inbox: str, batch: int) -> None:
+    async def _request_batch(self, inbox: str, batch: int) -> None:
         self._check()
         self._requested += batch
         body = {
@@ -277,14 +277,14 @@ class Consumer:
         )
 
 
-async def all_settled(link: Link, stream: str, name: str, clock: Clock) -> None:
+async def wait_all_settled(link: ManagedConnection, stream: str, name: str, clock: Clock) -> None:
     """Returns once nothing is left to be delivered by a consumer, or to be acknowledged.
 
     Raises Temporary: that is not so within ten seconds or so, or an operator has deleted the consumer.
     """
     for _ in range(100):
         try:
-            info = await link.api(f"CONSUMER.INFO.{stream}.{name}")
+            info = await link.api_request(f"CONSUMER.INFO.{stream}.{name}")
         except BusRefused as exc:
             raise Temporary(f"{name}_missing", exc.detail) from exc
         if not info["num_pending"] and not info["num_ack_pending"]:

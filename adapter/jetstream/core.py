@@ -11,7 +11,7 @@ from nats.aio.msg import Msg
 
 from adapter.errors import BusRefused, Refused
 from adapter.jetstream.api_replies import CONSUMER_EXISTS, NO_CONSUMER
-from adapter.jetstream.managed_connection import Link
+from adapter.jetstream.managed_connection import ManagedConnection
 from adapter.names import Names, is_inbox
 from adapter.timing import wait_event
 
@@ -21,7 +21,7 @@ log = structlog.get_logger()
 class CoreNats:
     """Implements ports.CoreBus and ports.AllReplicas."""
 
-    def __init__(self, link: Link, names: Names) -> None:
+    def __init__(self, link: ManagedConnection, names: Names) -> None:
         self._link = link
         self._names = names
 
@@ -50,7 +50,7 @@ class CoreNats:
         async def subscribe(nc: Client) -> None:
             await nc.subscribe(subject, cb=receive)
 
-        self._link.on_up(subscribe)
+        self._link.on_connect(subscribe)
 
     async def query_replicas(self, subject: str, payload: bytes, *, count: int, within_s: float) -> list[bytes]:
         answers: list[bytes] = []
@@ -62,7 +62,7 @@ class CoreNats:
             if len(answers) >= count or "Status" in (msg.headers or {}):
                 enough.set()
 
-        async with self._link.subscribed(self._link.client(), receive) as inbox:
+        async with self._link.temporary_inbox(self._link.client(), receive) as inbox:
             await self._link.publish(subject, payload, reply=inbox)
             await wait_event(enough, within_s)
         return answers
@@ -85,7 +85,7 @@ class CoreNats:
             },
         }
         try:
-            await self._link.api(f"CONSUMER.CREATE.{stream}.{sandbox}.{self._names.inbox(sandbox)}", body)
+            await self._link.api_request(f"CONSUMER.CREATE.{stream}.{sandbox}.{self._names.inbox(sandbox)}", body)
         except BusRefused as exc:
             if exc.code != CONSUMER_EXISTS:  # perhaps as its reader has changed it: theirs
                 raise Refused("invalid", f"The durable consumer cannot be made: {exc.detail}") from exc
@@ -93,8 +93,8 @@ class CoreNats:
     async def move_durable(self, sandbox: str, after: int) -> None:
         consumer = f"{self._names.stream_in}.{sandbox}"
         try:
-            await self._link.api(f"CONSUMER.INFO.{consumer}")  # a reset of none is not answered
-            await self._link.api(f"CONSUMER.RESET.{consumer}", {"seq": after + 1})
+            await self._link.api_request(f"CONSUMER.INFO.{consumer}")  # a reset of none is not answered
+            await self._link.api_request(f"CONSUMER.RESET.{consumer}", {"seq": after + 1})
         except BusRefused as exc:
             if exc.code != NO_CONSUMER:  # a reader has made it deliver only what is new: nobody may move that
                 log.warning("durable.unmoved", sandbox=sandbox, detail=exc.detail)

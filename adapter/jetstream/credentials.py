@@ -20,7 +20,7 @@ from adapter.settings import Settings
 JWT, SEED = "BEGIN NATS USER JWT", "BEGIN USER NKEY SEED"
 
 
-def credentials(settings: Settings) -> dict[str, Any]:
+def credential_options(settings: Settings) -> dict[str, Any]:
     """nats-py's options for who we are. Raises Temporary, which names the setting: the file may be mended."""
     options: dict[str, Any] = {
         "user": settings.nats_user,
@@ -28,43 +28,43 @@ def credentials(settings: Settings) -> dict[str, Any]:
         "token": settings.nats_token,
     }
     if path := settings.nats_creds:
-        lines = _read("NATS_CREDS", path).splitlines()
-        if not _below(lines, JWT):
-            raise _unusable("NATS_CREDS", path, "it holds no user JWT")
-        _check_seed("NATS_CREDS", path, _below(lines, SEED))
+        lines = _read_file("NATS_CREDS", path).splitlines()
+        if not _line_below(lines, JWT):
+            raise _unusable_file("NATS_CREDS", path, "it holds no user JWT")
+        _check_seed("NATS_CREDS", path, _line_below(lines, SEED))
         options["user_credentials"] = RawCredentials("\n".join([*lines, ""]))
     if path := settings.nats_nkey:
-        seed = _read("NATS_NKEY", path).strip()
+        seed = _read_file("NATS_NKEY", path).strip()
         _check_seed("NATS_NKEY", path, seed)
         options["nkeys_seed_str"] = seed
     return {option: value for option, value in options.items() if value}
 
 
 def tls_context(settings: Settings) -> ssl.SSLContext:
-    """Whom we believe, and our own certificate. Raises Temporary, as `credentials` does."""
+    """Whom we believe, and our own certificate. Raises Temporary, as `credential_options` does."""
     ca, cert, key = settings.nats_ca, settings.nats_cert, settings.nats_key
     try:
         context = ssl.create_default_context(cafile=ca or None)
     except OSError as exc:  # an SSLError is one
-        raise _unusable("NATS_CA", ca, exc) from None
+        raise _unusable_file("NATS_CA", ca, exc) from None
     if cert:
         try:
             context.load_cert_chain(cert, key or None)
         except OSError as exc:
-            raise _unusable("NATS_CERT and NATS_KEY", f"{cert}, {key}", exc) from None
+            raise _unusable_file("NATS_CERT and NATS_KEY", f"{cert}, {key}", exc) from None
     return context
 
 
-def _read(setting: str, path: str) -> str:
+def _read_file(setting: str, path: str) -> str:
     try:
         return Path(path).read_text()
     except OSError as exc:
-        raise _unusable(setting, path, exc.strerror) from None
+        raise _unusable_file(setting, path, exc.strerror) from None
     except ValueError:
-        raise _unusable(setting, path, "it is no text") from None
+        raise _unusable_file(setting, path, "it is no text") from None
 
 
-def _below(lines: list[str], mark: str) -> str:
+def _line_below(lines: list[str], mark: str) -> str:
     """The line below the one that holds `mark`; "" if there is none."""
     return next((below for line, below in itertools.pairwise(lines) if mark in line), "")
 
@@ -73,9 +73,9 @@ def _check_seed(setting: str, path: str, seed: str) -> None:
     try:
         nkeys.from_seed(bytearray(seed.encode())).wipe()
     except (nkeys.NkeysError, ValueError, LookupError):
-        raise _unusable(setting, path, "it holds no seed of a user") from None
+        raise _unusable_file(setting, path, "it holds no seed of a user") from None
 
 
-def _unusable(setting: str, path: str, why: object) -> Temporary:
+def _unusable_file(setting: str, path: str, why: object) -> Temporary:
     """`why` holds nothing of what is in the file."""
     return Temporary("bus_credentials", f"{setting} cannot be used ({path}: {why})")

@@ -13,9 +13,9 @@ from typing import Any
 import msgspec
 
 from adapter.errors import BusRefused, Temporary
-from adapter.jetstream.api_replies import MESSAGE_GONE, NO_STREAM, ApiAnswer, ApiError, read_answer, unix_ms
-from adapter.jetstream.managed_connection import Link
-from adapter.jetstream.multiplexer import Answer
+from adapter.jetstream.api_replies import MESSAGE_GONE, NO_STREAM, ApiError, ApiReply, decode_reply, unix_ms
+from adapter.jetstream.managed_connection import ManagedConnection
+from adapter.jetstream.multiplexer import Reply
 from adapter.ports import Stored
 
 PAGE_BYTES = 1024 * 1024
@@ -25,7 +25,7 @@ SUBJECTS_AT_ONCE = 256
 
 
 async def read_stream(
-    link: Link,
+    link: ManagedConnection,
     stream: str,
     subject: str,
     *,
@@ -53,7 +53,7 @@ async def read_stream(
         left -= found
         if more or found == asked:
             continue
-        if not replicated or await leader_next(link, stream, subject, where) is None:
+        if not replicated or await next_from_leader(link, stream, subject, where) is None:
             return
         await asyncio.sleep(0.05)
 
@@ -61,7 +61,7 @@ async def read_stream(
 class StreamHistory:
     """Implements ports.Archive by direct get. `replicated`: the streams lie on several servers."""
 
-    def __init__(self, link: Link, *, replicated: bool = False) -> None:
+    def __init__(self, link: ManagedConnection, *, replicated: bool = False) -> None:
         self._link = link
         self._replicated = replicated
 
@@ -75,7 +75,7 @@ class StreamHistory:
     async def read_last(self, stream: str, subject: str) -> Stored | None:
         if self._replicated:
             return await _from_leader(self._link, stream, {"last_by_subj": subject})
-        return await last_of(self._link, stream, subject)
+        return await read_last(self._link, stream, subject)
 
     async def read_last_of_each(self, stream: str, subjects: Sequence[str]) -> list[Stored]:
         found: list[Stored] = []
@@ -83,7 +83,7 @@ class StreamHistory:
             page = subjects[start : start + SUBJECTS_AT_ONCE]
             while True:
                 newest = await self._newest_sequence(stream) if self._replicated else 0
-                messages, up_to = await multi_last(self._link, stream, page)
+                messages, up_to = await read_last_of_each(self._link, stream, page)
                 if up_to >= newest:
                     break
                 await asyncio.sleep(0.05)  # a server that lags answered
@@ -95,10 +95,10 @@ class StreamHistory:
         return newest.seq if newest else 0
 
     async def count_by_subject(self, stream: str, subject: str) -> dict[str, int]:
-        return await subjects_of(self._link, stream, subject)
+        return await count_by_subject(self._link, stream, subject)
 
     async def read_newest(self, stream: str, subject: str, *, count: int, before: int | None = None) -> list[Stored]:
-        state = (await self._link.api(f"STREAM.INFO.{stream}"))["state"]
+        state = (await self._link.api_request(f"STREAM.INFO.{stream}"))["state"]
         first, last = int(state["first_seq"]), int(state["last_seq"])
         end = last + 1 if before is None else min(before, last + 1)
         width = count
@@ -117,20 +117,20 @@ class StreamHistory:
             width *= 4  # only what was deleted lay there
 
     async def get(self, stream: str, seq: int) -> Stored | None:
-        stored = await direct_one(self._link, stream, {"seq": seq})
+        stored = await direct_get_one(self._link, stream, {"seq": seq})
         if stored is None and self._replicated:  # a server that lags may have answered
             return await _from_leader(self._link, stream, {"seq": seq})
         return stored
 
     async def delete(self, stream: str, seq: int, *, erase: bool = False) -> None:
         try:
-            await self._link.api(f"STREAM.MSG.DELETE.{stream}", {"seq": seq, "no_erase": not erase})
+            await self._link.api_request(f"STREAM.MSG.DELETE.{stream}", {"seq": seq, "no_erase": not erase})
         except BusRefused as exc:
             if exc.code not in MESSAGE_GONE:
                 raise Temporary("bus_refused", exc.detail) from exc
 
     async def purge(self, stream: str, subject: str, *, keep: int) -> None:
-        await self._link.api(f"STREAM.PURGE.{stream}", {"filter": subject, "keep": keep})
+        await self._link.api_request(f"STREAM.PURGE.{stream}", {"filter": subject, "keep": keep})
 
 
 def _rfc3339(time_ms: int) -> str:
@@ -138,66 +138,69 @@ def _rfc3339(time_ms: int) -> str:
     return moment.strftime("%Y-%m-%dT%H:%M:%S.%fZ")
 
 
-async def subjects_of(link: Link, stream: str, subject: str) -> dict[str, int]:
+async def count_by_subject(link: ManagedConnection, stream: str, subject: str) -> dict[str, int]:
     """Messages per subject under a wildcard. Raises Temporary, BusRefused where there is no such stream."""
     found: dict[str, int] = {}
     while True:
-        answer = await link.api(f"STREAM.INFO.{stream}", {"subjects_filter": subject, "offset": len(found)})
+        answer = await link.api_request(f"STREAM.INFO.{stream}", {"subjects_filter": subject, "offset": len(found)})
         page = (answer["state"].get("subjects") or {}) if answer.get("state") else {}
         found |= page
         if not page or len(found) >= int(answer.get("total", 0)):
             return found
 
 
-async def last_of(link: Link, stream: str, subject: str) -> Stored | None:
+async def read_last(link: ManagedConnection, stream: str, subject: str) -> Stored | None:
     """The newest message of one subject. Raises Temporary."""
-    return await direct_one(link, stream, {"last_by_subj": subject})
+    return await direct_get_one(link, stream, {"last_by_subj": subject})
 
 
-async def direct_get(link: Link, stream: str, body: dict[str, Any]) -> AsyncGenerator[Stored, None]:
+async def direct_get(link: ManagedConnection, stream: str, body: dict[str, Any]) -> AsyncGenerator[Stored, None]:
     """What any replica answers to a direct get (ADR-31), perhaps less than the leader has. Raises Temporary, also
     where one of the answers is missing: each names the one before."""
-    with link.question() as question:
+    with link.open_request() as question:
         await link.publish(f"$JS.API.DIRECT.GET.{stream}", msgspec.json.encode(body), reply=question.reply)
         last_seq = 0
-        while (stored := _read_after(last_seq, await link.answer(question))) is not None:
+        while (stored := _decode_after(last_seq, await link.next_reply(question))) is not None:
             last_seq = stored.seq
             yield stored
 
 
-async def multi_last(link: Link, stream: str, subjects: Sequence[str]) -> tuple[list[Stored], int]:
+async def read_last_of_each(
+    link: ManagedConnection, stream: str, subjects: Sequence[str]
+) -> tuple[list[Stored], int]:
     """The newest message of each subject that has one, and the sequence up to which the server that answered knows
     the stream. Raises Temporary, also where one of the answers is missing."""
     found: list[Stored] = []
-    with link.question() as question:
+    with link.open_request() as question:
         body = msgspec.json.encode({"multi_last": subjects, "batch": len(subjects)})
         await link.publish(f"$JS.API.DIRECT.GET.{stream}", body, reply=question.reply)
         last_seq = 0
-        while (stored := _read_after(last_seq, answer := await link.answer(question))) is not None:
+        while (stored := _decode_after(last_seq, answer := await link.next_reply(question))) is not None:
             last_seq = stored.seq
             found.append(stored)
     if "Nats-UpTo-Sequence" in answer.headers:
         return found, int(answer.headers["Nats-UpTo-Sequence"])
     if found:
         return found, max(stored.seq for stored in found)
-    newest = await last_of(link, stream, ">")  # nothing was found: how much does this server know?
+    newest = await read_last(link, stream, ">")  # nothing was found: how much does this server know?
     return found, newest.seq if newest else 0
 
 
-async def direct_one(link: Link, stream: str, body: dict[str, Any]) -> Stored | None:
+async def direct_get_one(link: ManagedConnection, stream: str, body: dict[str, Any]) -> Stored | None:
     """As direct_get, for one message. Raises Temporary."""
-    return _read(await link.request(f"$JS.API.DIRECT.GET.{stream}", msgspec.json.encode(body)))
+    return _decode_stored(await link.request(f"$JS.API.DIRECT.GET.{stream}", msgspec.json.encode(body)))
 
 
-def _read_after(last_seq: int, answer: Answer) -> Stored | None:
-    """As `_read`, of one answer of several. Raises Temporary, also where one between it and `last_seq` is missing."""
-    stored = _read(answer)
+def _decode_after(last_seq: int, answer: Reply) -> Stored | None:
+    """As `_decode_stored`, of one answer of several. Raises Temporary, also where one between it and `last_seq` is
+    missing."""
+    stored = _decode_stored(answer)
     if answer.headers.get("Nats-Last-Sequence", str(last_seq)) != str(last_seq):
         raise Temporary("bus_gap", "an answer got lost")
     return stored
 
 
-def _read(answer: Answer) -> Stored | None:
+def _decode_stored(answer: Reply) -> Stored | None:
     """An answer to a direct get; None: there is nothing, or nothing more. Raises Temporary."""
     headers = answer.headers
     # A message has the server's word for its sequence; its own headers, of which one may be called Status,
@@ -211,23 +214,25 @@ def _read(answer: Answer) -> Stored | None:
     return Stored(headers["Nats-Subject"], int(headers["Nats-Sequence"]), headers, answer.data, stored_ms)
 
 
-async def leader_next(link: Link, stream: str, subject: str, where: dict[str, Any]) -> Stored | None:
+async def next_from_leader(
+    link: ManagedConnection, stream: str, subject: str, where: dict[str, Any]
+) -> Stored | None:
     """The first message of a subject after a sequence or time, as the stream's leader has it. Raises Temporary."""
     return await _from_leader(link, stream, {**where, "next_by_subj": subject})
 
 
-async def _from_leader(link: Link, stream: str, query: dict[str, Any]) -> Stored | None:
+async def _from_leader(link: ManagedConnection, stream: str, query: dict[str, Any]) -> Stored | None:
     """Without its headers. Raises Temporary."""
-    message = await leader_message(link, stream, query)
+    message = await message_from_leader(link, stream, query)
     return None if message is None else Stored(message.subject, message.seq, {}, message.data or b"")
 
 
-async def leader_message(
-    link: Link, stream: str, query: dict[str, Any], *, timeout_s: float = 5.0
+async def message_from_leader(
+    link: ManagedConnection, stream: str, query: dict[str, Any], *, timeout_s: float = 5.0
 ) -> LeaderMessage | None:
     """One message as the stream's leader has it; None: there is none. Raises Temporary."""
     msg = await link.request(f"$JS.API.STREAM.MSG.GET.{stream}", msgspec.json.encode(query), timeout_s=timeout_s)
-    answer = read_answer(msg.data, _MsgGet, "STREAM.MSG.GET")
+    answer = decode_reply(msg.data, _MsgGet, "STREAM.MSG.GET")
     if answer.message is None:
         error = answer.error or ApiError(description="neither a message nor an error")
         if error.code != 404 or error.err_code == NO_STREAM:  # where there is no stream, or no leader: no proof
@@ -245,5 +250,5 @@ class LeaderMessage(msgspec.Struct):
     time: str = ""
 
 
-class _MsgGet(ApiAnswer):
+class _MsgGet(ApiReply):
     message: LeaderMessage | None = None

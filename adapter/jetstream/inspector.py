@@ -9,8 +9,8 @@ import structlog
 
 from adapter.errors import BusRefused, Temporary
 from adapter.jetstream.api_replies import NO_STREAM
-from adapter.jetstream.managed_connection import Link
-from adapter.jetstream.topology import Difference, Wanted, compare, streams
+from adapter.jetstream.managed_connection import ManagedConnection
+from adapter.jetstream.topology import Difference, Wanted, differences, wanted_streams
 from adapter.names import Names
 from adapter.settings import Settings
 
@@ -22,26 +22,26 @@ class Inspector:
 
     def __init__(self, names: Names, settings: Settings, *, at_least: Mapping[str, Callable[[], int]]) -> None:
         """`at_least` says by bucket how many keys were surely written, and not deleted."""
-        self._wanted = streams(names, settings)
-        self._at_least = {f"KV_{bucket}": count for bucket, count in at_least.items()}
+        self._wanted = wanted_streams(names, settings)
+        self._minimum_keys = {f"KV_{bucket}": count for bucket, count in at_least.items()}
         self.altered: dict[str, list[Difference]] = {}
         """What somebody changed, by stream, of what breaks a guarantee, when it was last seen."""
         self.incomplete: list[str] = []
         """Buckets, by their streams, that lacked keys when they were last seen. Marks of deletions count as keys."""
-        self._messages: dict[str, int] = {}
+        self._message_counts: dict[str, int] = {}
 
-    def messages(self, stream: str) -> int:
+    def message_count(self, stream: str) -> int:
         """Those of a stream when it was last seen."""
-        return self._messages.get(stream, 0)
+        return self._message_counts.get(stream, 0)
 
-    async def look(self, link: Link) -> list[str]:
+    async def inspect_streams(self, link: ManagedConnection) -> list[str]:
         """The names of the streams that are missing. Raises Temporary."""
         missing, incomplete = [], []
         for wanted in self._wanted:
             name = wanted.name
-            at_least = self._at_least.get(name, int)()  # before asking: there may be more then
+            at_least = self._minimum_keys.get(name, int)()  # before asking: there may be more then
             try:
-                info = await link.api(f"STREAM.INFO.{name}")
+                info = await link.api_request(f"STREAM.INFO.{name}")
             except BusRefused as exc:
                 if exc.code != NO_STREAM:
                     raise Temporary("bus_refused", exc.detail) from exc
@@ -50,16 +50,16 @@ class Inspector:
                 missing.append(name)
                 continue
             self._compare_config(wanted, info["config"])
-            self._messages[name] = int(info["state"]["messages"])
-            if self._messages[name] < at_least:
-                log.error("bucket.incomplete", stream=name, keys=self._messages[name], at_least=at_least)
+            self._message_counts[name] = int(info["state"]["messages"])
+            if self._message_counts[name] < at_least:
+                log.error("bucket.incomplete", stream=name, keys=self._message_counts[name], at_least=at_least)
                 incomplete.append(name)
         self.incomplete = incomplete
         return missing
 
     def _compare_config(self, wanted: Wanted, config: dict[str, Any]) -> None:
         """What stops a start is told here, once: a service that runs goes on as well as it can."""
-        broken = [difference for difference in compare(wanted, config) if difference.critical]
+        broken = [difference for difference in differences(wanted, config) if difference.critical]
         if broken == self.altered.get(wanted.name, []):
             return
         for d in broken:

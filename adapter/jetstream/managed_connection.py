@@ -21,10 +21,10 @@ from nats.aio.msg import Msg
 from nats.errors import Error as NatsError
 
 from adapter.errors import Temporary
-from adapter.jetstream.api_replies import ApiAnswer, is_leaderless, read_answer, refusal
-from adapter.jetstream.client import BusClient, violation
-from adapter.jetstream.credentials import credentials, tls_context
-from adapter.jetstream.multiplexer import Answer, Question, Questions
+from adapter.jetstream.api_replies import ApiReply, decode_reply, error_of, is_leaderless
+from adapter.jetstream.client import BusClient, permission_violation
+from adapter.jetstream.credentials import credential_options, tls_context
+from adapter.jetstream.multiplexer import PendingRequest, Reply, RequestMultiplexer
 from adapter.settings import Settings
 from adapter.timing import ChangeSignal, backoff, is_cancelled, wait_event
 
@@ -35,9 +35,9 @@ SUSPECT_AFTER_S = 4.0
 """A server that has answered nothing for so long, though asked, is left for another one. An election may take as
 long, and then moving gains nothing and loses little; a server that is cut off from the others never answers."""
 
-DOUBT_S = 10.0
+RECHECK_S = 10.0
 """A connection so old may not know that its server takes larger messages again."""
-LONGEST_DOUBT_S = 320.0
+LONGEST_RECHECK_S = 320.0
 """Where it does not, this is asked less and less: each time costs what any break of the connection does."""
 
 
@@ -58,14 +58,14 @@ def connect_options(settings: Settings, name: str, servers: list[str]) -> dict[s
         "pending_size": 16 * 1024 * 1024,
         "inbox_prefix": settings.nats_inbox_prefix.encode(),
     }
-    options |= credentials(settings)
+    options |= credential_options(settings)
     encrypted = settings.nats_ca or settings.nats_cert or settings.nats_tls_first
     if encrypted or any(url.startswith("tls:") for url in settings.nats_url):
         options |= {"tls": tls_context(settings), "tls_handshake_first": settings.nats_tls_first}
     return options
 
 
-class Link:
+class ManagedConnection:
     """A connection by name. `run` keeps it; `nc` is None while it is down; `epoch` counts the clients made."""
 
     def __init__(self, settings: Settings, name: str) -> None:
@@ -74,35 +74,35 @@ class Link:
         self.nc: BusClient | None = None
         self.down_reason = "not connected yet"
         self.max_payload = 1024 * 1024
-        self._most = 0
+        self._largest_max_payload = 0
         """The largest `max_payload` of any connection."""
-        self._since = 0.0
-        self._doubt_s = DOUBT_S
+        self._connected_at = 0.0
+        self._recheck_s = RECHECK_S
         self.changed = ChangeSignal()
         self._settings = settings
         self._servers = random.sample(settings.nats_url, len(settings.nats_url))
-        self._answered = 0.0
+        self._answered_at = 0.0
         self._patience = 1
         self._unanswered = 0
         """Requests in a row that nobody answered."""
-        self._questions = Questions()
-        self._on_up: list[Callable[[BusClient], Awaitable[None]]] = [self._questions.hear]
+        self._multiplexer = RequestMultiplexer()
+        self._on_connect: list[Callable[[BusClient], Awaitable[None]]] = [self._multiplexer.subscribe]
         self._lost: asyncio.Event = asyncio.Event()
 
-    def on_up(self, action: Callable[[BusClient], Awaitable[None]]) -> None:
+    def on_connect(self, action: Callable[[BusClient], Awaitable[None]]) -> None:
         """Registers what each new client needs (subscriptions); runs before anybody else may use it."""
-        self._on_up.append(action)
+        self._on_connect.append(action)
 
     @property
-    def up(self) -> bool:
+    def is_connected(self) -> bool:
         return self.nc is not None and not self.nc.is_closed
 
-    async def wait_up(self, timeout_s: float | None = None) -> Client:
+    async def wait_connected(self, timeout_s: float | None = None) -> Client:
         """The client, once there is one. Raises Temporary("bus_down") after `timeout_s` seconds."""
-        await self.changed.wait_until(lambda: self.up, timeout_s)
+        await self.changed.wait_until(lambda: self.is_connected, timeout_s)
         return self.client()
 
-    async def wait_down(self, epoch: int) -> None:
+    async def wait_disconnected(self, epoch: int) -> None:
         """Returns once the client of `epoch` is gone."""
         await self.changed.wait_until(lambda: self.epoch != epoch or self.nc is None)
 
@@ -115,38 +115,41 @@ class Link:
         raise Temporary("bus_down", self.down_reason)
 
     async def probe(self) -> None:
-        """Asks JetStream for a sign of life, as every request does; see `_note`. Raises Temporary, BusRefused."""
-        await self.api("INFO", timeout_s=1.0)
+        """Asks JetStream for a sign of life, as every request does; see `_record_answered`. Raises Temporary,
+        BusRefused."""
+        await self.api_request("INFO", timeout_s=1.0)
 
-    def _note(self, answered: bool) -> None:
+    def _record_answered(self, answered: bool) -> None:
         """Whether a request was answered, by a server that knows a leader. One through which none is, is left for
         another: it may be cut off from the others, though not from us. Where nobody answers, moving helps nothing and
         is done less and less.
         """
         now = asyncio.get_running_loop().time()
         if answered:
-            self._answered, self._unanswered, self._patience = now, 0, 1
+            self._answered_at, self._unanswered, self._patience = now, 0, 1
             return
         self._unanswered += 1
-        if self._unanswered > 2 and now - self._answered > SUSPECT_AFTER_S * self._patience and self.up:
+        if self._unanswered > 2 and now - self._answered_at > SUSPECT_AFTER_S * self._patience and self.is_connected:
             self.down_reason = "JetStream does not answer through this server"
             self._patience = min(8, self._patience * 2)
             self._lost.set()
 
-    def doubt_limit(self) -> None:
+    def recheck_max_payload(self) -> None:
         """Something is larger than `max_payload`. Where that was more once, a new connection is made to ask again: a
         server that takes larger messages after a reload says so to new clients only.
         """
-        if self.max_payload >= self._most or not self.up or self._lost.is_set():
+        if self.max_payload >= self._largest_max_payload or not self.is_connected or self._lost.is_set():
             return
-        if asyncio.get_running_loop().time() - self._since > self._doubt_s:
-            self._doubt_s = min(LONGEST_DOUBT_S, self._doubt_s * 2)
-            self.down_reason = f"max_payload was {self._most} bytes once and is {self.max_payload}: is it back?"
+        if asyncio.get_running_loop().time() - self._connected_at > self._recheck_s:
+            self._recheck_s = min(LONGEST_RECHECK_S, self._recheck_s * 2)
+            self.down_reason = (
+                f"max_payload was {self._largest_max_payload} bytes once and is {self.max_payload}: is it back?"
+            )
             self._lost.set()
 
-    async def use(self, nc: BusClient) -> None:
+    async def adopt_client(self, nc: BusClient) -> None:
         """Takes a client that somebody else keeps and closes, instead of `run`."""
-        for action in self._on_up:
+        for action in self._on_connect:
             await action(nc)
         self.nc = nc
 
@@ -167,12 +170,15 @@ class Link:
             failures = 0
             try:
                 self.nc, self.epoch = nc, self.epoch + 1
-                self.max_payload, self._most = nc.max_payload, max(self._most, nc.max_payload)
-                if self.max_payload == self._most:
-                    self._doubt_s = DOUBT_S
-                self._since = asyncio.get_running_loop().time()
-                self._answered, self._unanswered = self._since, 0
-                self._servers = _put_last(self._servers, nc)
+                self.max_payload, self._largest_max_payload = (
+                    nc.max_payload,
+                    max(self._largest_max_payload, nc.max_payload),
+                )
+                if self.max_payload == self._largest_max_payload:
+                    self._recheck_s = RECHECK_S
+                self._connected_at = asyncio.get_running_loop().time()
+                self._answered_at, self._unanswered = self._connected_at, 0
+                self._servers = _servers_for_reconnect(self._servers, nc)
                 log.info("bus.connected", link=self.name, epoch=self.epoch)
                 self.changed.notify_all()
                 # nats-py does not always call closed_cb: when its own closing fails, it only stays closed
@@ -180,7 +186,7 @@ class Link:
                     pass
             finally:
                 self.nc = None
-                self._questions.lost()
+                self._multiplexer.fail_all()
                 self.changed.notify_all()
                 with contextlib.suppress(NatsError, OSError, TimeoutError):
                     async with asyncio.timeout(2):
@@ -202,10 +208,10 @@ class Link:
             # runs inside the read loop: must not raise or wait
             nonlocal heard
             heard = self.down_reason = str(exc)[:200] or type(exc).__name__
-            if does := violation(exc):
+            if does := permission_violation(exc):
                 refused.append(does)
             # while it is away, every attempt fails; that is said elsewhere, as is what forbids the first connection
-            say = log.warning if does and self.epoch else log.info if self.up else log.debug
+            say = log.warning if does and self.epoch else log.info if self.is_connected else log.debug
             say("bus.error", link=self.name, reason=type(exc).__name__, detail=self.down_reason)
 
         nc = BusClient()
@@ -220,17 +226,17 @@ class Link:
         except TimeoutError:
             raise Temporary("bus_timeout", heard or f"no answer within {CONNECT_S:g} s") from None
         try:
-            for action in self._on_up:
+            for action in self._on_connect:
                 await action(nc)
             async with asyncio.timeout(5):
                 await nc.flush()
-            self._check_heard(subject for does, subject in refused if does == "subscription")
+            self._check_subscriptions(subject for does, subject in refused if does == "subscription")
         except BaseException:
             await nc.close()
             raise
         return nc
 
-    def _check_heard(self, refused: Iterable[str]) -> None:
+    def _check_subscriptions(self, refused: Iterable[str]) -> None:
         """Raises Temporary where the first connection may not hear what it has to: it shall not look as if it served.
 
         A later one goes on with what is left to it: what a server forbids a service that runs is told by the log.
@@ -245,41 +251,45 @@ class Link:
 
     async def request(
         self, subject: str, payload: bytes, timeout_s: float = 5.0, headers: dict[str, str] | None = None
-    ) -> Answer:
+    ) -> Reply:
         """Raises Temporary when nobody answers."""
-        with self.question() as question:
+        with self.open_request() as question:
             await self.publish(subject, payload, reply=question.reply, headers=headers)
-            return await self.answer(question, timeout_s)
+            return await self.next_reply(question, timeout_s)
 
-    def question(self) -> Question:
+    def open_request(self) -> PendingRequest:
         """For whoever wants more than one answer. It ends with its connection. Raises Temporary("bus_down")."""
         self.client()
-        return self._questions.new()
+        return self._multiplexer.new_request()
 
-    async def answer(self, question: Question, timeout_s: float = 5.0) -> Answer:
+    async def next_reply(self, question: PendingRequest, timeout_s: float = 5.0) -> Reply:
         """The next one. Raises Temporary when nobody answers."""
         try:
-            answer = await question.answer(timeout_s)
+            answer = await question.next_reply(timeout_s)
         except TimeoutError:
-            self._note(False)
+            self._record_answered(False)
             raise Temporary("bus_timeout", f"nothing in {timeout_s:g} s") from None
-        if answer.unheard:
-            self._note(False)
+        if answer.no_responders:
+            self._record_answered(False)
             raise Temporary("bus_busy", "no responders")
-        self._note(bool(answer.headers) or not is_leaderless(answer.data))  # a stored message has headers, at least
+        self._record_answered(
+            bool(answer.headers) or not is_leaderless(answer.data)
+        )  # a stored message has headers, at least
         return answer
 
-    async def api(self, verb: str, body: dict[str, Any] | None = None, timeout_s: float = 5.0) -> dict[str, Any]:
+    async def api_request(
+        self, verb: str, body: dict[str, Any] | None = None, timeout_s: float = 5.0
+    ) -> dict[str, Any]:
         """A request to `$JS.API.<verb>`. Raises Temporary, Conflict, BusRefused."""
         said = await self.request(
             f"$JS.API.{verb}", msgspec.json.encode(body) if body is not None else b"", timeout_s
         )
-        if error := read_answer(said.data, ApiAnswer, verb).error:
-            raise refusal(error)
-        return read_answer(said.data, dict[str, Any], verb)
+        if error := decode_reply(said.data, ApiReply, verb).error:
+            raise error_of(error)
+        return decode_reply(said.data, dict[str, Any], verb)
 
     @contextlib.asynccontextmanager
-    async def subscribed(self, nc: Client, on_message: Callable[[Msg], Awaitable[None]]) -> AsyncIterator[str]:
+    async def temporary_inbox(self, nc: Client, on_message: Callable[[Msg], Awaitable[None]]) -> AsyncIterator[str]:
         """An inbox of its own on one client, for as long as the block lasts. Raises Temporary."""
         inbox = nc.new_inbox()
         try:
@@ -302,7 +312,7 @@ class Link:
             raise Temporary("bus_down", str(exc)) from exc
 
 
-def _put_last(servers: list[str], nc: Client) -> list[str]:
+def _servers_for_reconnect(servers: list[str], nc: Client) -> list[str]:
     """The next connection is to another server, if there is one: this one will have been lost, or left."""
     at = nc.connected_url
     here = [url for url in servers if at is not None and at.netloc and url.endswith(at.netloc)] or servers[:1]

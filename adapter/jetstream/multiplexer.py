@@ -13,98 +13,99 @@ from types import TracebackType
 from typing import NamedTuple
 
 from adapter.errors import Temporary
-from adapter.jetstream.client import BusClient, is_unheard
+from adapter.jetstream.client import BusClient, has_no_responders
 
 
-class Answer(NamedTuple):
+class Reply(NamedTuple):
     """One answer to a question."""
 
     data: bytes
     headers: dict[str, str]
     """The server's own word is called `Status`, as in nats-py."""
-    unheard: bool = False
+    no_responders: bool = False
     """A server says that nobody listens to what was asked."""
 
 
-class Question:
-    """`with questions.new() as question`: what comes for `question.reply`, in its order, until the block ends."""
+class PendingRequest:
+    """`with multiplexer.new_request() as request`: what comes for `request.reply`, in its order, until the block
+    ends."""
 
-    def __init__(self, questions: Questions, number: str, reply: str) -> None:
+    def __init__(self, questions: RequestMultiplexer, number: str, reply: str) -> None:
         self.reply = reply
-        self._questions = questions
+        self._multiplexer = questions
         self._number = number
-        self._come: deque[tuple[bytes, bytes]] = deque()
+        self._replies: deque[tuple[bytes, bytes]] = deque()
         self._waiter: asyncio.Future[None] | None = None
 
-    def __enter__(self) -> Question:
-        self._questions.open[self._number] = self
+    def __enter__(self) -> PendingRequest:
+        self._multiplexer.pending[self._number] = self
         return self
 
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._questions.open.pop(self._number, None)
+        self._multiplexer.pending.pop(self._number, None)
 
-    def take(self, data: bytes, headers: bytes) -> None:
-        self._come.append((data, headers))
+    def append_reply(self, data: bytes, headers: bytes) -> None:
+        self._replies.append((data, headers))
         self._wake()
 
-    def lost(self) -> None:
+    def fail(self) -> None:
         """Nothing more can come."""
-        self._questions.open.pop(self._number, None)
+        self._multiplexer.pending.pop(self._number, None)
         self._wake()
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
-    async def answer(self, timeout_s: float) -> Answer:
+    async def next_reply(self, timeout_s: float) -> Reply:
         """The next one. Raises Temporary("bus_down"), TimeoutError."""
-        if not self._come:
+        if not self._replies:
             loop = asyncio.get_running_loop()
             self._waiter = waiter = loop.create_future()
             late = loop.call_later(timeout_s, self._wake)
             try:
-                if self._number in self._questions.open:
+                if self._number in self._multiplexer.pending:
                     await waiter
             finally:
                 late.cancel()
                 self._waiter = None
-            if not self._come:
-                if self._number not in self._questions.open:
+            if not self._replies:
+                if self._number not in self._multiplexer.pending:
                     raise Temporary("bus_down", "the connection was lost")
                 raise TimeoutError
-        data, headers = self._come.popleft()
+        data, headers = self._replies.popleft()
         if not headers:
-            return Answer(data, {})
-        return Answer(data, await self._questions.client.headers(headers), is_unheard(headers))
+            return Reply(data, {})
+        return Reply(data, await self._multiplexer.client.parse_headers(headers), has_no_responders(headers))
 
 
-class Questions:
+class RequestMultiplexer:
     """The open requests of one connection, told apart by the last token of the reply subject."""
 
     def __init__(self) -> None:
-        self.open: dict[str, Question] = {}
+        self.pending: dict[str, PendingRequest] = {}
         self.client = BusClient()
         self._prefix = ""
         self._numbers = itertools.count(1)
 
-    async def hear(self, nc: BusClient) -> None:
+    async def subscribe(self, nc: BusClient) -> None:
         """For each new client, before anybody asks."""
         self.client = nc
         self._prefix = nc.new_inbox() + "."
-        await nc.hear(self._prefix + "*", self._take)
+        await nc.subscribe_raw(self._prefix + "*", self._on_reply)
 
-    def lost(self) -> None:
+    def fail_all(self) -> None:
         """The client is gone, and with it every answer that has not come."""
-        for question in list(self.open.values()):
-            question.lost()
+        for question in list(self.pending.values()):
+            question.fail()
 
-    def new(self) -> Question:
+    def new_request(self) -> PendingRequest:
         number = str(next(self._numbers))
-        return Question(self, number, self._prefix + number)
+        return PendingRequest(self, number, self._prefix + number)
 
-    def _take(self, subject: str, data: bytes, headers: bytes) -> None:
-        question = self.open.get(subject[len(self._prefix) :])
+    def _on_reply(self, subject: str, data: bytes, headers: bytes) -> None:
+        question = self.pending.get(subject[len(self._prefix) :])
         if question is not None:  # else it came too late
-            question.take(data, headers)
+            question.append_reply(data, headers)

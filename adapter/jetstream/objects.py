@@ -21,8 +21,8 @@ import msgspec
 import structlog
 
 from adapter.errors import UNDECODABLE, AdapterError, BusRefused, Conflict, Refused, Temporary, Unreadable
-from adapter.jetstream.history import direct_get, direct_one, last_of, leader_next
-from adapter.jetstream.managed_connection import Link
+from adapter.jetstream.history import direct_get, direct_get_one, next_from_leader, read_last
+from adapter.jetstream.managed_connection import ManagedConnection
 from adapter.jetstream.publisher import Publisher
 from adapter.media import HEAD
 from adapter.names import H_EXPECTED, H_MSG_ID, H_OFFSET
@@ -64,22 +64,22 @@ class _Meta(msgspec.Struct):
 class ObjectStore:
     """Implements ports.Objects and ports.PartialObjects."""
 
-    def __init__(self, link: Link, publisher: Publisher, bucket: str) -> None:
+    def __init__(self, link: ManagedConnection, publisher: Publisher, bucket: str) -> None:
         self._link = link
         self._publisher = publisher
         self._bucket = bucket
         self._stream = f"OBJ_{bucket}"
-        self._room = asyncio.Semaphore(OUTSTANDING_IN_ALL)
+        self._chunk_slots = asyncio.Semaphore(OUTSTANDING_IN_ALL)
 
     async def get_info(self, name: str) -> StoredObject | None:
-        meta = await self._meta(name)
+        meta = await self._read_meta(name)
         if meta is None or meta.deleted or (meta.options or {}).get("link"):
             return None
-        return StoredObject(name, meta.nuid, meta.size, _hex(meta.digest), meta.description)
+        return StoredObject(name, meta.nuid, meta.size, _digest_hex(meta.digest), meta.description)
 
     async def read(self, stored: StoredObject) -> Pieces:
         digest = hashlib.sha256()
-        async with contextlib.aclosing(self._bytes(stored.name, stored.ident, stored.size)) as pieces:
+        async with contextlib.aclosing(self._read_chunks(stored.name, stored.ident, stored.size)) as pieces:
             async for piece in pieces:
                 digest.update(piece)
                 yield piece
@@ -89,29 +89,31 @@ class ObjectStore:
     async def read_piece(self, stored: StoredObject, after: int) -> tuple[bytes, int]:
         if not stored.size:
             return b"", 0
-        subject = self._chunks(stored.ident)
+        subject = self._chunk_subject(stored.ident)
         body = {"seq": after + 1, "next_by_subj": subject, "batch": 1}  # of a batch it says whether there is more
-        found = await direct_one(self._link, self._stream, body)
+        found = await direct_get_one(self._link, self._stream, body)
         if found is not None:
             return found.data, found.seq if int(found.headers.get("Nats-Num-Pending", "0")) else 0
-        found_late = await leader_next(self._link, self._stream, subject, {"seq": after + 1})
+        found_late = await next_from_leader(self._link, self._stream, subject, {"seq": after + 1})
         if found_late is None:
             raise Unreadable("object", f"{stored.name}: no piece after {after}")
-        more = await leader_next(self._link, self._stream, subject, {"seq": found_late.seq + 1})
+        more = await next_from_leader(self._link, self._stream, subject, {"seq": found_late.seq + 1})
         return found_late.data, found_late.seq if more else 0
 
     async def put(self, name: str, pieces: Pieces, *, mime: str = "", title: str = "") -> StoredObject:
         ident = secrets.token_hex(11)
         try:
             async with contextlib.aclosing(pieces):
-                size, chunks, digest = await self._write(ident, pieces)
+                size, chunks, digest = await self._store_chunks(ident, pieces)
         except BaseException:
-            await self._discard(ident)
+            await self._delete_chunks(ident)
             raise
         try:
-            return await self._name(name, ident, size=size, chunks=chunks, digest=digest, mime=mime, title=title)
+            return await self._store_meta(
+                name, ident, size=size, chunks=chunks, digest=digest, mime=mime, title=title
+            )
         except BusRefused:  # cancelled, it may have its name: then the pieces must stay
-            await self._discard(ident)
+            await self._delete_chunks(ident)
             raise
 
     # coming in pieces -------------------------------------------------------------------------------
@@ -122,9 +124,9 @@ class ObjectStore:
         done = await self.get_info(name)
         if done is not None and end > done.size:
             raise Refused("invalid", "The upload is complete already: take another id.")
-        subject = self._chunks(_upload_ident(name))
+        subject = self._chunk_subject(_upload_ident(name))
         for attempt in range(APPEND_ATTEMPTS):
-            before = await last_of(self._link, self._stream, subject)
+            before = await read_last(self._link, self._stream, subject)
             size = int(before.headers.get(H_OFFSET, "0")) + len(before.data) if before else 0
             if end <= size:
                 return size
@@ -150,10 +152,10 @@ class ObjectStore:
         if done is not None and (done.ident, done.size) == (ident, size):
             if sha256 not in ("", done.sha256):
                 raise Refused("invalid", "The upload is complete already, with other bytes: take another id.")
-            return done, await self._head(done)
+            return done, await self._read_head(done)
         digest, chunks, head = hashlib.sha256(), 0, b""
         try:
-            async with contextlib.aclosing(self._bytes(name, ident, size)) as pieces:
+            async with contextlib.aclosing(self._read_chunks(name, ident, size)) as pieces:
                 async for piece in pieces:
                     digest.update(piece)
                     chunks += 1
@@ -161,15 +163,15 @@ class ObjectStore:
         except Unreadable as exc:
             raise Temporary("object", "Pieces are missing: send them again.") from exc
         if sha256 not in ("", digest.hexdigest()):
-            await self._discard(ident)
+            await self._delete_chunks(ident)
             raise Refused("invalid", "The bytes are not those of your SHA-256: begin again at 0.")
         mime = mime_of(head)
-        stored = await self._name(
+        stored = await self._store_meta(
             name, ident, size=size, chunks=chunks, digest=digest.digest(), mime=mime, title=title
         )
         return stored, head
 
-    async def _head(self, stored: StoredObject) -> bytes:
+    async def _read_head(self, stored: StoredObject) -> bytes:
         """The first bytes. Raises Temporary."""
         head, after = b"", 0
         try:
@@ -184,22 +186,22 @@ class ObjectStore:
 
     # writing ----------------------------------------------------------------------------------------
 
-    async def _write(self, ident: str, pieces: Pieces) -> tuple[int, int, bytes]:
+    async def _store_chunks(self, ident: str, pieces: Pieces) -> tuple[int, int, bytes]:
         """Size, number of chunks and digest of what was stored."""
         digest, size, chunks = hashlib.sha256(), 0, 0
         waiting: deque[asyncio.Task[PubAck]] = deque()
         try:
-            async for chunk in _even(pieces):
+            async for chunk in _rechunk(pieces):
                 while len(waiting) >= OUTSTANDING:
                     await waiting.popleft()
                 digest.update(chunk)
                 size += len(chunk)
                 chunks += 1
                 # the id: what is sent again after a break must not be stored twice
-                message = Message("media", self._chunks(ident), chunk, {H_MSG_ID: f"{ident}.{chunks}"})
-                await self._room.acquire()
+                message = Message("media", self._chunk_subject(ident), chunk, {H_MSG_ID: f"{ident}.{chunks}"})
+                await self._chunk_slots.acquire()
                 task = asyncio.create_task(self._publisher.publish(message))
-                task.add_done_callback(lambda _: self._room.release())
+                task.add_done_callback(lambda _: self._chunk_slots.release())
                 waiting.append(task)
             while waiting:
                 await waiting.popleft()
@@ -211,11 +213,11 @@ class ObjectStore:
             await asyncio.gather(*waiting, return_exceptions=True)
         return size, chunks, digest.digest()
 
-    async def _name(
+    async def _store_meta(
         self, name: str, ident: str, *, size: int, chunks: int, digest: bytes, mime: str, title: str
     ) -> StoredObject:
         """Makes the pieces of `ident` the object `name`, and drops those that it had before."""
-        before = await self._meta_patiently(name)
+        before = await self._read_meta_with_retry(name)
         meta = _Meta(
             name=name,
             bucket=self._bucket,
@@ -231,24 +233,26 @@ class ObjectStore:
         headers = {"Nats-Rollup": "sub"}
         await self._publisher.publish(Message("media", self._meta_subject(name), msgspec.json.encode(meta), headers))
         if before is not None and before.nuid not in ("", ident):
-            await self._discard(before.nuid)
+            await self._delete_chunks(before.nuid)
         return StoredObject(name, ident, size, digest.hex(), title)
 
-    async def _discard(self, ident: str) -> None:
+    async def _delete_chunks(self, ident: str) -> None:
         """Deletes pieces; what cannot be deleted now goes when it is as old as the store keeps things."""
         try:
-            await self._link.api(f"STREAM.PURGE.{self._stream}", {"filter": self._chunks(ident)}, PURGE_S)
+            await self._link.api_request(
+                f"STREAM.PURGE.{self._stream}", {"filter": self._chunk_subject(ident)}, PURGE_S
+            )
         except AdapterError as exc:
             log.warning("media.left", reason=exc.reason)
 
     # reading ----------------------------------------------------------------------------------------
 
-    async def _bytes(self, name: str, ident: str, size: int) -> Pieces:
+    async def _read_chunks(self, name: str, ident: str, size: int) -> Pieces:
         """The first `size` bytes of the pieces of `ident`. Raises Temporary, Unreadable."""
         left, after = size, 0
         while left > 0:
             found = False
-            async with contextlib.aclosing(self._after(ident, after)) as pieces:
+            async with contextlib.aclosing(self._chunks_after(ident, after)) as pieces:
                 async for piece in pieces:
                     found, after = True, piece.seq
                     left -= len(piece.data)
@@ -260,24 +264,24 @@ class ObjectStore:
             if not found or left < 0:
                 raise Unreadable("object", f"{name}: pieces are gone or too many")
 
-    async def _after(self, ident: str, after: int) -> AsyncGenerator[Stored, None]:
+    async def _chunks_after(self, ident: str, after: int) -> AsyncGenerator[Stored, None]:
         """Some pieces after a sequence; none where there are no more."""
-        subject, found = self._chunks(ident), False
+        subject, found = self._chunk_subject(ident), False
         body = {"seq": after + 1, "next_by_subj": subject, "batch": PAGE}
         async with contextlib.aclosing(direct_get(self._link, self._stream, body)) as pieces:
             async for piece in pieces:
                 found = True
                 yield piece
         if not found:  # perhaps a replica answered that lags: its leader knows
-            late = await leader_next(self._link, self._stream, subject, {"seq": after + 1})
+            late = await next_from_leader(self._link, self._stream, subject, {"seq": after + 1})
             if late is not None:
                 yield late
 
-    async def _meta(self, name: str) -> _Meta | None:
+    async def _read_meta(self, name: str) -> _Meta | None:
         subject = self._meta_subject(name)
-        stored = await last_of(self._link, self._stream, subject)
+        stored = await read_last(self._link, self._stream, subject)
         if stored is None:
-            stored = await leader_next(self._link, self._stream, subject, {"seq": 1})
+            stored = await next_from_leader(self._link, self._stream, subject, {"seq": 1})
         if stored is None:
             return None
         try:
@@ -286,15 +290,15 @@ class ObjectStore:
             log.warning("media.unreadable", detail="The description of an object cannot be read.")
             return None
 
-    async def _meta_patiently(self, name: str) -> _Meta | None:
+    async def _read_meta_with_retry(self, name: str) -> _Meta | None:
         while True:
             try:
-                return await self._meta(name)
+                return await self._read_meta(name)
             except Temporary:
-                await self._link.wait_up()
+                await self._link.wait_connected()
                 await asyncio.sleep(0.1)
 
-    def _chunks(self, ident: str) -> str:
+    def _chunk_subject(self, ident: str) -> str:
         return f"$O.{self._bucket}.C.{ident}"
 
     def _meta_subject(self, name: str) -> str:
@@ -306,7 +310,7 @@ def _upload_ident(name: str) -> str:
     return hashlib.blake2b(name.encode(), digest_size=11).hexdigest()
 
 
-async def _even(pieces: Pieces) -> Pieces:
+async def _rechunk(pieces: Pieces) -> Pieces:
     """The same bytes in chunks of CHUNK, the last one shorter."""
     rest = bytearray()
     async for piece in pieces:
@@ -318,7 +322,7 @@ async def _even(pieces: Pieces) -> Pieces:
         yield bytes(rest)
 
 
-def _hex(digest: str) -> str:
+def _digest_hex(digest: str) -> str:
     """SHA-256 as lower-case hex; "" where an object has none."""
     kind, _, text = digest.partition("=")
     try:

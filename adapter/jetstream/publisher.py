@@ -21,9 +21,9 @@ from nats.errors import Error as NatsError
 
 from adapter.errors import AdapterError, BusRefused, LeaseLost, Temporary
 from adapter.fast_metrics import CounterValue, HistogramValue
-from adapter.jetstream.api_replies import ApiError, write_refusal
-from adapter.jetstream.client import BusClient, is_unheard
-from adapter.jetstream.managed_connection import Link
+from adapter.jetstream.api_replies import ApiError, write_error_of
+from adapter.jetstream.client import BusClient, has_no_responders
+from adapter.jetstream.managed_connection import ManagedConnection
 from adapter.metrics import Metrics
 from adapter.names import stream_of
 from adapter.ports import Message, PubAck
@@ -33,9 +33,9 @@ log = structlog.get_logger()
 
 ACK_TIMEOUT_S = 1.0
 """Longer than any ack of a healthy server here, shorter than a leader election."""
-WORRY_S = 2.0
+STALLED_S = 2.0
 """A write that waits longer is said to wait, and the server is asked whether it is cut off from the others."""
-REMIND_S = 30.0
+WARN_AGAIN_S = 30.0
 """How often that is said again."""
 
 DELAYED_PUBLISH_S = 240.0
@@ -45,7 +45,7 @@ MAX_SUBJECT = 3072
 """A server ends the connection over a line of more than 4,096 bytes, and would do so at every repeat."""
 
 
-class _Answer(PubAck):
+class _PublishReply(PubAck):
     """JetStream's answer to a publish."""
 
     error: ApiError | None = None
@@ -54,22 +54,22 @@ class _Answer(PubAck):
 class _Outstanding(msgspec.Struct):
     number: int
     message: Message
-    stream: _Stream
+    stream: _StreamState
     future: asyncio.Future[PubAck]
-    asked: float
-    sent: float = 0.0
-    first_sent: float = 0.0
+    requested_at: float
+    sent_at: float = 0.0
+    first_sent_at: float = 0.0
     writes: int = 0
 
 
-class _Stream:
+class _StreamState:
     """What is written to one stream and not answered yet."""
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.outstanding: dict[int, _Outstanding] = {}
         """By number, which is the order of the calls."""
-        self.hurdle = NO_ACK
+        self.last_error = NO_ACK
         """Why its oldest write waits, in words for an operator."""
         self.interruption = asyncio.Event()
         self.recovery: asyncio.Task[None] | None = None
@@ -80,25 +80,25 @@ class _Stream:
 class Publisher:
     """Stores messages through one link; waits, also for hours, until their streams have them."""
 
-    def __init__(self, link: Link, clock: Clock, metrics: Metrics) -> None:
+    def __init__(self, link: ManagedConnection, clock: Clock, metrics: Metrics) -> None:
         self._link = link
         self._clock = clock
         self._metrics = metrics
-        self._streams: dict[str, _Stream] = {}
+        self._streams: dict[str, _StreamState] = {}
         """By the beginning of their subjects, see `_stream_of`."""
         self._outstanding: dict[int, _Outstanding] = {}
         """Those of all streams."""
         self._numbers = itertools.count()
         self._interrupted_streams: set[str] = set()
         """The streams to which `_recover` alone writes."""
-        self._flows = ChangeSignal()
-        self._stumbled = asyncio.Event()
-        self._decode = msgspec.json.Decoder(_Answer)
+        self._resumed = ChangeSignal()
+        self._interrupted = asyncio.Event()
+        self._decode = msgspec.json.Decoder(_PublishReply)
         self._nc: BusClient | None = None
         """Over which acknowledgements are heard."""
         self._prefix = ""
         self._stored: dict[str, tuple[CounterValue, HistogramValue]] = {}
-        link.on_up(self._subscribe)
+        link.on_connect(self._subscribe)
 
     @property
     def waiting_s(self) -> float:
@@ -106,25 +106,25 @@ class Publisher:
         return self._waited_s(self._outstanding)
 
     @property
-    def hurdle(self) -> str:
+    def last_error(self) -> str:
         """Which stream the oldest write waits for, and why, in words for an operator."""
         oldest = next(iter(self._outstanding.values()), None)
-        return f"{oldest.stream.name}: {oldest.stream.hurdle}" if oldest else ""
+        return f"{oldest.stream.name}: {oldest.stream.last_error}" if oldest else ""
 
-    async def writable(self, streams: Iterable[str]) -> None:
+    async def wait_writable(self, streams: Iterable[str]) -> None:
         """Returns when these take what is written: at once, unless a write to one waits for longer than it should."""
-        await self._flows.wait_until(lambda: self._interrupted_streams.isdisjoint(streams))
+        await self._resumed.wait_until(lambda: self._interrupted_streams.isdisjoint(streams))
 
     async def publish(self, message: Message) -> PubAck:
         """Returns once the stream has it, however long the bus is away. Raises Conflict, BusRefused, LeaseLost."""
         alone = not self._outstanding
         future, now = asyncio.get_running_loop().create_future(), self._clock.monotonic()
-        entry = self._take(message, self._stream_of(message.subject), future, now)
+        entry = self._add_outstanding(message, self._stream_of(message.subject), future, now)
         try:
             await self._write_all([entry], alone=alone)
             return await entry.future
         finally:
-            self._forget(entry)
+            self._remove_outstanding(entry)
 
     async def publish_all(self, messages: Sequence[Message]) -> list[PubAck | BusRefused]:
         """Stores all of them, those of a stream in this order, pipelined; a refusal stands in the place of its ack.
@@ -136,7 +136,7 @@ class Publisher:
         for message in messages:
             if message.subject != subject:  # those of a batch have mostly the same
                 subject, stream = message.subject, self._stream_of(message.subject)
-            taken.append(self._take(message, stream, loop.create_future(), now))
+            taken.append(self._add_outstanding(message, stream, loop.create_future(), now))
         try:
             await self._write_all(taken, alone=alone)
             acks: list[PubAck | BusRefused] = []
@@ -149,78 +149,80 @@ class Publisher:
         finally:
             for entry in taken:
                 if entry.number in self._outstanding:
-                    self._forget(entry)
+                    self._remove_outstanding(entry)
 
-    def _take(self, message: Message, stream: _Stream, future: asyncio.Future[PubAck], now: float) -> _Outstanding:
+    def _add_outstanding(
+        self, message: Message, stream: _StreamState, future: asyncio.Future[PubAck], now: float
+    ) -> _Outstanding:
         """In the order of the calls; what can never be written is refused at once."""
         number = next(self._numbers)
         entry = _Outstanding(number, message, stream, future, now)
         self._outstanding[number] = stream.outstanding[number] = entry
-        self._measure(entry)
+        self._reject_oversized(entry)
         return entry
 
-    def _stream_of(self, subject: str) -> _Stream:
+    def _stream_of(self, subject: str) -> _StreamState:
         """The stream of a subject, told by its first two tokens."""
         end = subject.find(".", subject.find(".") + 1)
         key = subject if end < 0 else subject[:end]
         found = self._streams.get(key)
         if found is None:
-            found = self._streams[key] = _Stream(stream_of(subject))
+            found = self._streams[key] = _StreamState(stream_of(subject))
         return found
 
-    def _forget(self, entry: _Outstanding) -> None:
+    def _remove_outstanding(self, entry: _Outstanding) -> None:
         """It has its answer, or nobody wants it any more."""
         if self._outstanding.pop(entry.number, None) is not None:
             del entry.stream.outstanding[entry.number]
 
     def _refuse(self, entry: _Outstanding, problem: AdapterError) -> None:
-        self._forget(entry)
+        self._remove_outstanding(entry)
         if not entry.future.done():  # else its caller was cancelled
             entry.future.set_exception(problem)
 
     def _waited_s(self, outstanding: dict[int, _Outstanding]) -> float:
         """How long the oldest has been waiting; 0 where there is none."""
         oldest = next(iter(outstanding.values()), None)
-        return max(0.0, self._clock.monotonic() - oldest.asked) if oldest else 0.0
+        return max(0.0, self._clock.monotonic() - oldest.requested_at) if oldest else 0.0
 
-    def _measure(self, entry: _Outstanding) -> None:
+    def _reject_oversized(self, entry: _Outstanding) -> None:
         """Refuses what the server would end the connection for."""
         message, most = entry.message, self._link.max_payload
-        if len(message.payload) > most // 2 and len(message.payload) + _size(message.headers) > most:
+        if len(message.payload) > most // 2 and len(message.payload) + _headers_size(message.headers) > most:
             self._refuse(entry, BusRefused(0, f"{len(message.payload)} bytes exceed the server's max_payload"))
-            self._link.doubt_limit()
+            self._link.recheck_max_payload()
         elif len(message.subject) > MAX_SUBJECT // 4 and len(message.subject.encode()) > MAX_SUBJECT:
             self._refuse(entry, BusRefused(0, "The subject is too long."))
 
     async def run(self) -> None:
         """Watches the acks and mends the flow to each stream, until cancelled."""
         async with asyncio.TaskGroup() as group:
-            group.create_task(self._warn_forever())
+            group.create_task(self._warn_if_stalled_forever())
             while True:
-                self._stumbled.clear()
+                self._interrupted.clear()
                 for stream in self._streams.values():
-                    if self._is_late(stream):
+                    if self._is_ack_overdue(stream):
                         self._interrupted_streams.add(stream.name)
                     if stream.name in self._interrupted_streams and (
                         stream.recovery is None or stream.recovery.done()
                     ):
                         stream.recovery = group.create_task(self._recover(stream))
-                await wait_event(self._stumbled, ACK_TIMEOUT_S / 2)
+                await wait_event(self._interrupted, ACK_TIMEOUT_S / 2)
 
-    def _is_late(self, stream: _Stream) -> bool:
+    def _is_ack_overdue(self, stream: _StreamState) -> bool:
         """Tells whether an ack is overdue: what has its ack is outstanding no more, so the oldest write shows it."""
         oldest = next((entry for entry in stream.outstanding.values() if entry.writes), None)
-        return oldest is not None and self._clock.monotonic() - oldest.sent > ACK_TIMEOUT_S
+        return oldest is not None and self._clock.monotonic() - oldest.sent_at > ACK_TIMEOUT_S
 
-    async def _recover(self, stream: _Stream) -> None:
+    async def _recover(self, stream: _StreamState) -> None:
         """Sends the oldest message alone until it is answered, then all others in order."""
         while stream.name in self._interrupted_streams:
-            await self._link.wait_up()
+            await self._link.wait_connected()
             stream.interruption.clear()
             oldest = next(iter(stream.outstanding.values()), None)
             if oldest is not None:
                 await self._write(oldest)
-                if not await self._answered(oldest):
+                if not await self._wait_answered(oldest):
                     continue
             # what is added while this is written comes after it: written here too, so that numbers stay in order
             last = -1
@@ -231,31 +233,31 @@ class Publisher:
             if stream.interruption.is_set():
                 continue
             self._interrupted_streams.discard(stream.name)
-            self._flows.notify_all()
+            self._resumed.notify_all()
             if stream.warned_at:
                 stream.warned_at = 0.0
                 log.info("publish.resumed", stream=stream.name)
 
-    async def _warn_forever(self) -> None:
+    async def _warn_if_stalled_forever(self) -> None:
         """Says which streams take nothing, and looks whether another server would take it."""
         while True:
             await asyncio.sleep(ACK_TIMEOUT_S / 2)
-            waiting = [s for s in self._streams.values() if self._waited_s(s.outstanding) >= WORRY_S]
-            if not waiting or not self._link.up:
+            waiting = [s for s in self._streams.values() if self._waited_s(s.outstanding) >= STALLED_S]
+            if not waiting or not self._link.is_connected:
                 continue
             with contextlib.suppress(Temporary, BusRefused):
                 await self._link.probe()
             now = self._clock.monotonic()
             for stream in waiting:
                 if stream.name not in self._interrupted_streams or (
-                    stream.warned_at and now - stream.warned_at < REMIND_S
+                    stream.warned_at and now - stream.warned_at < WARN_AGAIN_S
                 ):
                     continue
                 waited_s = round(self._waited_s(stream.outstanding), 1)
-                log.warning("publish.waits", stream=stream.name, waited_s=waited_s, detail=stream.hurdle)
+                log.warning("publish.waits", stream=stream.name, waited_s=waited_s, detail=stream.last_error)
                 stream.warned_at = now
 
-    async def _answered(self, entry: _Outstanding) -> bool:
+    async def _wait_answered(self, entry: _Outstanding) -> bool:
         """Waits for the answer to a message that was sent alone; False where it does not come."""
         stream = entry.stream
         stumble = asyncio.ensure_future(stream.interruption.wait())
@@ -266,7 +268,7 @@ class Publisher:
             stumble.cancel()
         if not entry.future.done():
             if not stream.interruption.is_set():
-                stream.hurdle = NO_ACK
+                stream.last_error = NO_ACK
             await self._clock.sleep(0.05)
         return entry.future.done()
 
@@ -282,44 +284,44 @@ class Publisher:
             if entry.stream.name in self._interrupted_streams or entry.writes or entry.future.done():
                 continue
             ensure_owner = entry.message.ensure_owner
-            if not self._begin(entry, None if ensure_owner is passed else ensure_owner):
+            if not self._check_preconditions(entry, None if ensure_owner is passed else ensure_owner):
                 continue
             passed, nc = ensure_owner, self._nc
             if (
                 nc is not None
                 and nc is self._link.nc
-                and nc.post(*_as_sent(entry.message, f"{self._prefix}{entry.number}"))
+                and nc.enqueue_publish(*_publish_arguments(entry.message, f"{self._prefix}{entry.number}"))
             ):
                 posted = nc
             else:
                 await self._publish(entry)
                 passed = None
         if posted is not None and alone:
-            posted.write_now()
+            posted.flush_now()
         elif posted is not None:
-            posted.write_soon()
+            posted.flush_soon()
 
     async def _write(self, entry: _Outstanding) -> None:
         """Writes one, also once more: this server may take less than the one before."""
         if not entry.future.done():
-            self._measure(entry)
-        if not entry.future.done() and self._begin(entry, entry.message.ensure_owner):
+            self._reject_oversized(entry)
+        if not entry.future.done() and self._check_preconditions(entry, entry.message.ensure_owner):
             await self._publish(entry)
 
-    def _begin(self, entry: _Outstanding, ensure_owner: Callable[[], None] | None) -> bool:
+    def _check_preconditions(self, entry: _Outstanding, ensure_owner: Callable[[], None] | None) -> bool:
         """Whether it may be written, which then counts as done."""
         now, ensure_owner_if_delayed = self._clock.monotonic(), entry.message.ensure_owner_if_delayed
         try:
             if ensure_owner is not None:
                 ensure_owner()
-            if ensure_owner_if_delayed is not None and now - entry.asked > DELAYED_PUBLISH_S:
+            if ensure_owner_if_delayed is not None and now - entry.requested_at > DELAYED_PUBLISH_S:
                 ensure_owner_if_delayed()
         except LeaseLost as exc:
             self._refuse(entry, exc)
             return False
-        entry.sent = now
+        entry.sent_at = now
         if entry.writes == 0:
-            entry.first_sent = entry.sent
+            entry.first_sent_at = entry.sent_at
         else:
             self._metrics.nats_publish.labels(stream=entry.message.stream, outcome="retried").inc()
         entry.writes += 1
@@ -328,29 +330,29 @@ class Publisher:
     async def _publish(self, entry: _Outstanding) -> None:
         nc = self._link.nc
         if nc is None:
-            self._stumble(entry.stream)
+            self._interrupt(entry.stream)
             return
         try:
-            await nc.publish(*_as_sent(entry.message, f"{self._prefix}{entry.number}"))
+            await nc.publish(*_publish_arguments(entry.message, f"{self._prefix}{entry.number}"))
         except (BadHeaderError, BadSubjectError, MaxPayloadError, UnicodeError) as exc:
             # It can never be written, and what waits behind it must not wait for ever.
             self._metrics.nats_publish.labels(stream=entry.message.stream, outcome="refused").inc()
             self._refuse(entry, BusRefused(0, f"The client refuses it: {type(exc).__name__}"))
         except NatsError as exc:
             log.warning("publish.interrupted", reason=type(exc).__name__)
-            self._stumble(entry.stream)
+            self._interrupt(entry.stream)
 
-    def _stumble(self, stream: _Stream) -> None:
+    def _interrupt(self, stream: _StreamState) -> None:
         self._interrupted_streams.add(stream.name)
         stream.interruption.set()
-        self._stumbled.set()
+        self._interrupted.set()
 
     async def _subscribe(self, nc: BusClient) -> None:
         for stream in self._streams.values():
-            self._stumble(stream)
+            self._interrupt(stream)
         self._nc = nc
         self._prefix = nc.new_inbox() + "."
-        await nc.hear(self._prefix + "*", self._on_ack)
+        await nc.subscribe_raw(self._prefix + "*", self._on_ack)
 
     def _on_ack(self, subject: str, data: bytes, headers: bytes) -> None:
         number = subject[len(self._prefix) :]
@@ -358,33 +360,33 @@ class Publisher:
         if entry is None or entry.future.done():
             return
         stream = entry.stream
-        if headers and is_unheard(headers):
-            stream.hurdle = "no stream takes it, or none has a leader"
-            self._stumble(stream)
+        if headers and has_no_responders(headers):
+            stream.last_error = "no stream takes it, or none has a leader"
+            self._interrupt(stream)
             return
         try:
             ack = self._decode.decode(data)
         except (msgspec.MsgspecError, UnicodeDecodeError):
             log.warning("publish.ack_unreadable", stream=stream.name)
-            self._stumble(stream)
+            self._interrupt(stream)
             return
         label = entry.message.stream
         if ack.error is not None:
-            problem = write_refusal(ack.error)
+            problem = write_error_of(ack.error)
             if isinstance(problem, Temporary):
-                stream.hurdle = problem.detail
-                self._stumble(stream)
+                stream.last_error = problem.detail
+                self._interrupt(stream)
                 return
             self._metrics.nats_publish.labels(stream=label, outcome="refused").inc()
             self._refuse(entry, problem)
             return
-        self._forget(entry)
+        self._remove_outstanding(entry)
         entry.future.set_result(ack)
-        ok, took = self._tallies(label)
+        ok, took = self._stored_metrics(label)
         ok.inc()
-        took.observe(self._clock.monotonic() - entry.first_sent)
+        took.observe(self._clock.monotonic() - entry.first_sent_at)
 
-    def _tallies(self, stream: str) -> tuple[CounterValue, HistogramValue]:
+    def _stored_metrics(self, stream: str) -> tuple[CounterValue, HistogramValue]:
         """What is stored, and how long that took. Kept: to find them in the metrics takes longer than to count."""
         found = self._stored.get(stream)
         if found is None:
@@ -393,10 +395,10 @@ class Publisher:
         return found
 
 
-def _as_sent(message: Message, reply: str) -> tuple[str, bytes, str, dict[str, str] | None]:
+def _publish_arguments(message: Message, reply: str) -> tuple[str, bytes, str, dict[str, str] | None]:
     """As nats-py's `publish` takes it."""
     return message.subject, message.payload, reply, message.headers or None
 
 
-def _size(headers: dict[str, str]) -> int:
+def _headers_size(headers: dict[str, str]) -> int:
     return 12 + sum(len(k) + len(v) * 4 + 4 for k, v in headers.items())

@@ -17,7 +17,7 @@ import structlog
 from adapter.errors import BusRefused, SettingsError, Temporary
 from adapter.jetstream.api_replies import ACCOUNT_FULL, CONSUMER_EXISTS, NO_STREAM
 from adapter.jetstream.buckets import updates_subject_of
-from adapter.jetstream.managed_connection import Link
+from adapter.jetstream.managed_connection import ManagedConnection
 from adapter.names import SHARDS, Names
 from adapter.settings import Settings
 
@@ -74,17 +74,17 @@ class Wanted(NamedTuple):
     config: dict[str, Any]
     critical: tuple[str, ...] = ()
     from_one: bool = False
-    """Its sequences begin at 1, see `create`."""
+    """Its sequences begin at 1, see `create_resource`."""
     stream: str = ""
     """Which a consumer reads; "" for a stream."""
 
     @property
-    def kind(self) -> str:
+    def description(self) -> str:
         """In words."""
         return f"consumer of {self.stream}" if self.stream else "stream"
 
     @property
-    def reserves(self) -> bool:
+    def reserves_space(self) -> bool:
         """Whether the server sets room aside for it."""
         return int(self.config.get("max_bytes", -1)) > 0
 
@@ -99,7 +99,7 @@ class Difference(NamedTuple):
     critical: bool
 
 
-def streams(names: Names, settings: Settings) -> list[Wanted]:
+def wanted_streams(names: Names, settings: Settings) -> list[Wanted]:
     """Every stream, those of the buckets included."""
     common = {"num_replicas": settings.replicas, "storage": settings.storage, "allow_direct": True}
     prefix = names.prefix
@@ -152,7 +152,7 @@ def streams(names: Names, settings: Settings) -> list[Wanted]:
             max_msgs_per_subject=settings.out_max_per_sandbox,
             max_age=0,  # a command waits here until it has its final receipt; only the adapter expires it
             max_msg_size=settings.max_command_bytes + HEADER_BYTES,
-            max_bytes=_part(settings, OUT_PART),
+            max_bytes=_share_of_inbound_bytes(settings, OUT_PART),
             duplicate_window=OUT_DUPLICATE_WINDOW_NS,
             subject_transform={
                 "src": f"{prefix}.out.*",
@@ -181,7 +181,7 @@ def streams(names: Names, settings: Settings) -> list[Wanted]:
             retention="limits",
             discard="old",
             max_age=30 * 24 * HOUR_NS,
-            max_bytes=_part(settings, DEAD_PART),
+            max_bytes=_share_of_inbound_bytes(settings, DEAD_PART),
         )._replace(from_one=True),  # operators type them, and nothing remembers them
         stream(
             names.stream_journal,
@@ -212,17 +212,17 @@ def streams(names: Names, settings: Settings) -> list[Wanted]:
     ]
 
 
-def _part(settings: Settings, part: int) -> int:
+def _share_of_inbound_bytes(settings: Settings, part: int) -> int:
     """Bytes of a stream that has a part of what inbound messages have; -1: as many as the server allows."""
     return settings.in_max_bytes // part if settings.in_max_bytes > 0 else -1
 
 
 def reserved_bytes(names: Names, settings: Settings) -> int:
     """What the streams reserve of a server's storage when they are made, on each server that has a copy."""
-    return sum(wanted.config["max_bytes"] for wanted in streams(names, settings) if wanted.reserves)
+    return sum(wanted.config["max_bytes"] for wanted in wanted_streams(names, settings) if wanted.reserves_space)
 
 
-def consumers(names: Names) -> list[Wanted]:
+def wanted_consumers(names: Names) -> list[Wanted]:
     """Every durable consumer of the adapter. One owner pulls each (leases), so the ack wait is long."""
     common = {
         "ack_policy": "explicit",
@@ -251,13 +251,13 @@ def consumers(names: Names) -> list[Wanted]:
     ]
 
 
-def consumer_of(names: Names, name: str) -> Wanted:
+def wanted_consumer(names: Names, name: str) -> Wanted:
     """How a consumer of the adapter should be."""
-    (wanted,) = [w for w in consumers(names) if w.name == name]
+    (wanted,) = [w for w in wanted_consumers(names) if w.name == name]
     return wanted
 
 
-def compare(wanted: Wanted, found: dict[str, Any]) -> list[Difference]:
+def differences(wanted: Wanted, found: dict[str, Any]) -> list[Difference]:
     """The fields of `wanted` that differ in what the server has; fields that it adds do not count."""
     out = []
     for field, value in wanted.config.items():
@@ -267,38 +267,42 @@ def compare(wanted: Wanted, found: dict[str, Any]) -> list[Difference]:
     return out
 
 
-async def server_level(link: Link) -> int:
+async def api_level(link: ManagedConnection) -> int:
     """JetStream's API level. Raises Temporary, BusRefused (JetStream off or not permitted)."""
-    info = await link.api("INFO")
+    info = await link.api_request("INFO")
     return int((info.get("api") or {}).get("level", 0))
 
 
-async def inspect(link: Link, names: Names, settings: Settings) -> tuple[list[Wanted], list[Difference]]:
+async def inspect_topology(
+    link: ManagedConnection, names: Names, settings: Settings
+) -> tuple[list[Wanted], list[Difference]]:
     """What is missing, in the order in which it is to be created, and what differs. Raises Temporary, BusRefused."""
     missing: list[Wanted] = []
     different: list[Difference] = []
-    for wanted in streams(names, settings):
-        found = await _config(link, wanted.name)
+    for wanted in wanted_streams(names, settings):
+        found = await _stream_config(link, wanted.name)
         if found is None:
             missing.append(wanted)
         else:
-            different += compare(wanted, found)
+            different += differences(wanted, found)
     # A server without a byte left creates nothing more; where what is largest does not fit, nothing is reserved.
-    missing.sort(key=lambda wanted: (wanted.reserves, -wanted.config.get("max_bytes", 0)))
+    missing.sort(key=lambda wanted: (wanted.reserves_space, -wanted.config.get("max_bytes", 0)))
     present = {
-        (stream, name) for stream in (names.stream_out, names.stream_ctl) for name in await _names(link, stream)
+        (stream, name)
+        for stream in (names.stream_out, names.stream_ctl)
+        for name in await _consumer_names(link, stream)
     }
-    missing += [w for w in consumers(names) if (w.stream, w.name) not in present]
+    missing += [w for w in wanted_consumers(names) if (w.stream, w.name) not in present]
     return missing, different
 
 
-async def paused(link: Link, names: Names) -> list[str]:
+async def paused_consumers(link: ManagedConnection, names: Names) -> list[str]:
     """The adapter's consumers that somebody has paused. Raises Temporary."""
-    wanted = consumers(names)
+    wanted = wanted_consumers(names)
 
     async def info(consumer: Wanted) -> dict[str, Any]:
         try:
-            return await link.api(f"CONSUMER.INFO.{consumer.stream}.{consumer.name}")
+            return await link.api_request(f"CONSUMER.INFO.{consumer.stream}.{consumer.name}")
         except BusRefused:  # it is missing, which is told as such
             return {}
 
@@ -306,7 +310,7 @@ async def paused(link: Link, names: Names) -> list[str]:
     return [consumer.name for consumer, its in zip(wanted, found, strict=True) if its.get("paused")]
 
 
-async def create(link: Link, wanted: Wanted) -> None:
+async def create_resource(link: ManagedConnection, wanted: Wanted) -> None:
     """Creates a stream or a consumer. Raises Temporary, BusRefused.
 
     A stream's sequences begin at the time in milliseconds. One that is made again after it was deleted begins above
@@ -316,10 +320,10 @@ async def create(link: Link, wanted: Wanted) -> None:
     if not wanted.stream:
         config = wanted.config if wanted.from_one else wanted.config | {"first_seq": time.time_ns() // 1_000_000}
         try:
-            await link.api(f"STREAM.CREATE.{wanted.name}", config, timeout_s=15)
+            await link.api_request(f"STREAM.CREATE.{wanted.name}", config, timeout_s=15)
         except BusRefused as exc:
             if exc.code in NO_ROOM:  # also said of one that another replica was faster to create
-                if await _config(link, wanted.name) is not None:
+                if await _stream_config(link, wanted.name) is not None:
                     return
                 raise BusRefused(exc.code, f"{exc.detail.partition(' ')[2]}: {MORE_ROOM}") from exc
             if exc.code != NAME_IN_USE:  # another replica was faster, with another first sequence
@@ -327,26 +331,26 @@ async def create(link: Link, wanted: Wanted) -> None:
         return
     body = {"stream_name": wanted.stream, "config": wanted.config, "action": "create"}
     try:
-        await link.api(f"CONSUMER.CREATE.{wanted.stream}.{wanted.name}", body, timeout_s=15)
+        await link.api_request(f"CONSUMER.CREATE.{wanted.stream}.{wanted.name}", body, timeout_s=15)
     except BusRefused as exc:
         if exc.code != CONSUMER_EXISTS:  # another replica was faster
             raise
 
 
-async def alter(link: Link, names: Names, settings: Settings, difference: Difference) -> None:
+async def alter_stream(link: ManagedConnection, names: Names, settings: Settings, difference: Difference) -> None:
     """Makes one stream as it should be (doctor --fix). Raises Temporary, BusRefused."""
-    found = await _config(link, difference.name) or {}
-    (wanted,) = [w for w in streams(names, settings) if w.name == difference.name]
-    await link.api(f"STREAM.UPDATE.{difference.name}", {**found, **wanted.config}, timeout_s=15)
+    found = await _stream_config(link, difference.name) or {}
+    (wanted,) = [w for w in wanted_streams(names, settings) if w.name == difference.name]
+    await link.api_request(f"STREAM.UPDATE.{difference.name}", {**found, **wanted.config}, timeout_s=15)
 
 
-async def ensure(link: Link, names: Names, settings: Settings) -> list[Difference]:
+async def ensure_topology(link: ManagedConnection, names: Names, settings: Settings) -> list[Difference]:
     """Creates what is missing and returns the harmless differences.
 
     Raises SettingsError for a server that is too old and for differences that would break a guarantee, Temporary.
     """
     try:
-        level = await server_level(link)
+        level = await api_level(link)
     except BusRefused as exc:
         raise SettingsError("jetstream", f"JetStream is not available to this user: {exc.detail}") from exc
     except Temporary as exc:
@@ -356,12 +360,12 @@ async def ensure(link: Link, names: Names, settings: Settings) -> list[Differenc
         raise Temporary(exc.reason, f"JetStream does not answer ({exc.detail}): {why}") from exc
     if level < API_LEVEL:
         raise SettingsError("server_too_old", f"JetStream API level {level}; nats-server 2.14 or newer is needed.")
-    missing, different = await inspect(link, names, settings)
+    missing, different = await inspect_topology(link, names, settings)
     made = [wanted for wanted in missing if not wanted.stream]
     # apart, since what is created at once is not created in order
-    await _create_all(link, [wanted for wanted in made if not wanted.reserves])
+    await _create_all(link, [wanted for wanted in made if not wanted.reserves_space])
     for wanted in made:
-        if wanted.reserves:
+        if wanted.reserves_space:
             await _create_all(link, [wanted])
     await _create_all(link, [wanted for wanted in missing if wanted.stream])
     if broken := [d for d in different if d.critical]:
@@ -372,14 +376,14 @@ async def ensure(link: Link, names: Names, settings: Settings) -> list[Differenc
     return different
 
 
-async def _create_all(link: Link, missing: list[Wanted]) -> None:
+async def _create_all(link: ManagedConnection, missing: list[Wanted]) -> None:
     """Creates streams, or consumers, some at a time. Raises SettingsError, Temporary."""
     for first in range(0, len(missing), CREATED_AT_ONCE):
         some = missing[first : first + CREATED_AT_ONCE]
-        outcomes = await asyncio.gather(*(create(link, wanted) for wanted in some), return_exceptions=True)
+        outcomes = await asyncio.gather(*(create_resource(link, wanted) for wanted in some), return_exceptions=True)
         for wanted, failure in zip(some, outcomes, strict=True):
             if isinstance(failure, BusRefused):
-                why = f"{wanted.kind} {wanted.name} cannot be created: {failure.detail}"
+                why = f"{wanted.description} {wanted.name} cannot be created: {failure.detail}"
                 raise SettingsError("jetstream", why) from failure
             if failure is not None:
                 raise failure
@@ -387,10 +391,10 @@ async def _create_all(link: Link, missing: list[Wanted]) -> None:
                 log.info("stream.created", stream=wanted.name)
 
 
-async def _config(link: Link, stream: str) -> dict[str, Any] | None:
+async def _stream_config(link: ManagedConnection, stream: str) -> dict[str, Any] | None:
     """A stream's configuration; None: it is missing."""
     try:
-        answer = await link.api(f"STREAM.INFO.{stream}")
+        answer = await link.api_request(f"STREAM.INFO.{stream}")
     except BusRefused as exc:
         if exc.code == NO_STREAM:
             return None
@@ -399,11 +403,11 @@ async def _config(link: Link, stream: str) -> dict[str, Any] | None:
     return config
 
 
-async def _names(link: Link, stream: str) -> list[str]:
+async def _consumer_names(link: ManagedConnection, stream: str) -> list[str]:
     found: list[str] = []
     while True:
         try:
-            answer = await link.api(f"CONSUMER.NAMES.{stream}", {"offset": len(found)})
+            answer = await link.api_request(f"CONSUMER.NAMES.{stream}", {"offset": len(found)})
         except BusRefused as exc:
             if exc.code == NO_STREAM:
                 return []

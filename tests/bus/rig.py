@@ -16,7 +16,7 @@ from adapter.errors import LeaseLost
 from adapter.jetstream import topology
 from adapter.jetstream.buckets import KvBucket
 from adapter.jetstream.history import StreamHistory
-from adapter.jetstream.managed_connection import Link
+from adapter.jetstream.managed_connection import ManagedConnection
 from adapter.jetstream.publisher import Publisher
 from adapter.metrics import Metrics
 from adapter.names import H_MSG_ID, Names
@@ -46,11 +46,11 @@ class Bus:
     def kill(self) -> None:
         self.server.kill()
 
-    async def connected(self, group: asyncio.TaskGroup, name: str = "test") -> Link:
+    async def connected(self, group: asyncio.TaskGroup, name: str = "test") -> ManagedConnection:
         """A link that lives as long as the group."""
-        link = Link(self.settings, name)
+        link = ManagedConnection(self.settings, name)
         group.create_task(link.run())
-        await link.wait_up(PATIENCE_S)
+        await link.wait_connected(PATIENCE_S)
         return link
 
     async def client(self) -> Client:
@@ -60,7 +60,7 @@ class Bus:
 class Rig:
     """A link with its publisher and history."""
 
-    def __init__(self, bus: Bus, link: Link, group: asyncio.TaskGroup) -> None:
+    def __init__(self, bus: Bus, link: ManagedConnection, group: asyncio.TaskGroup) -> None:
         self.bus = bus
         self.link = link
         self.metrics = Metrics()
@@ -84,7 +84,7 @@ class Rig:
 
     async def first(self, stream: str) -> int:
         """The first sequence of a stream."""
-        state: dict[str, int] = (await self.link.api(f"STREAM.INFO.{stream}"))["state"]
+        state: dict[str, int] = (await self.link.api_request(f"STREAM.INFO.{stream}"))["state"]
         return state["first_seq"]
 
     async def read(self, stream: str, subject: str, **where: Any) -> list[bytes]:
@@ -94,13 +94,15 @@ class Rig:
 @contextlib.asynccontextmanager
 async def rig_on(bus: Bus, *, streams: bool = True) -> AsyncIterator[Rig]:
     async with asyncio.TaskGroup() as group:
-        link = Link(bus.settings, "test")
+        link = ManagedConnection(bus.settings, "test")
         rig = Rig(bus, link, group)
         rig.spawn(link.run())
         rig.spawn(rig.publisher.run())
-        await link.wait_up(PATIENCE_S)
+        await link.wait_connected(PATIENCE_S)
         if streams:
-            await asyncio.gather(*(topology.create(link, wanted) for wanted in topology.streams(NAMES, bus.settings)))
+            await asyncio.gather(
+                *(topology.create_resource(link, wanted) for wanted in topology.wanted_streams(NAMES, bus.settings))
+            )
         yield rig
         rig.stop()
 
@@ -134,8 +136,8 @@ STATUS = [
 
 async def control(rig: Rig, *texts: str) -> None:
     """Makes the consumer of control commands, and stores such texts for it."""
-    for wanted in topology.consumers(NAMES):
+    for wanted in topology.wanted_consumers(NAMES):
         if wanted.name == topology.CONTROL:
-            await topology.create(rig.link, wanted)
+            await topology.create_resource(rig.link, wanted)
     for text in texts:
         await rig.publisher.publish(Message("ctl", NAMES.bind, text.encode(), {}))

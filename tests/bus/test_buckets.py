@@ -303,7 +303,7 @@ async def test_nobody_empties_a_bucket(rig: Rig, name: str) -> None:
         ("MSG.DELETE", {"seq": kept.revision}, 10057),
     ):
         with pytest.raises(BusRefused) as refused:
-            await rig.link.api(f"STREAM.{verb}.{bucket.stream}", body)
+            await rig.link.api_request(f"STREAM.{verb}.{bucket.stream}", body)
         assert refused.value.code == code
     with pytest.raises(BusRefused, match="rollup not permitted"):  # as `nats kv purge` writes it
         await rig.publisher.publish(
@@ -353,8 +353,8 @@ async def test_a_follower_tells_nothing_of_keys_that_a_bucket_has_lost(rig: Rig)
     rig.spawn(bucket.watch(seen.append, reload_s=0.05))
     first = Entry("a", b"1", await bucket.update("a", b"1", 0))
     await until(lambda: seen == [first], "it is seen")
-    await rig.link.api(f"STREAM.DELETE.{bucket.stream}")
-    await topology.ensure(rig.link, NAMES, rig.bus.settings)
+    await rig.link.api_request(f"STREAM.DELETE.{bucket.stream}")
+    await topology.ensure_topology(rig.link, NAMES, rig.bus.settings)
     await more(3)
     assert seen == [first]
     second = Entry("a", b"2", await bucket.update("a", b"2", 0))

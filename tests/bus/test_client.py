@@ -20,7 +20,7 @@ from nats.errors import Error as NatsError
 from nats.errors import MaxPayloadError
 
 from adapter.embedded import EmbeddedNats
-from adapter.jetstream.client import BusClient, is_unheard
+from adapter.jetstream.client import BusClient, has_no_responders
 
 WORD = st.text(st.characters(codec="utf-8"), max_size=12)
 SUBJECT = st.one_of(st.just("wechat.inbox.s1"), WORD)
@@ -100,12 +100,12 @@ async def test_the_usual_headers_are_read_the_short_way(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(Client, "_process_headers", process)
     raw = b"NATS/1.0\r\nNats-Stream: KV_wechat_claims\r\nNats-Time-Stamp: 2026-11-26T12:00:00.5Z\r\n\r\n"
-    assert await BusClient().headers(raw) == {
+    assert await BusClient().parse_headers(raw) == {
         "Nats-Stream": "KV_wechat_claims",
         "Nats-Time-Stamp": "2026-11-26T12:00:00.5Z",
     }
     raw = b"NATS/1.0 408 Request Timeout\r\nNats-Pending-Messages: 40\r\nNats-Pending-Bytes: 0\r\n\r\n"
-    assert await BusClient().headers(raw) == {
+    assert await BusClient().parse_headers(raw) == {
         "Status": "408",
         "Description": "Request Timeout",
         "Nats-Pending-Messages": "40",
@@ -130,14 +130,14 @@ async def test_what_is_posted_is_written_soon_or_now_in_one_order(server: Embedd
             if len(heard) == 300:
                 enough.set()
 
-        await client.hear(inbox, take)
+        await client.subscribe_raw(inbox, take)
         await client.flush()
         for number in range(0, 300, 3):
-            assert client.post(inbox, b"%d" % number, "", None)
-            client.write_soon()
-            assert client.post(inbox, b"%d" % (number + 1), "", None)
+            assert client.enqueue_publish(inbox, b"%d" % number, "", None)
+            client.flush_soon()
+            assert client.enqueue_publish(inbox, b"%d" % (number + 1), "", None)
             if number % 2:
-                client.write_now()
+                client.flush_now()
                 assert client.pending_data_size == 0
             await client.publish(inbox, b"%d" % (number + 2), "", {"A": "1"})
         async with asyncio.timeout(30):
@@ -198,7 +198,7 @@ def test_a_connection_that_broke_with_something_to_write_is_closed_all_the_same(
         await client.flush()
         assert isinstance(client._transport, TcpTransport)
         assert client._transport._io_writer is not None
-        assert client.post("s", b"the rest", "", None)
+        assert client.enqueue_publish("s", b"the rest", "", None)
         client._transport._io_writer.transport.abort()
         await client.close()
         assert client.is_closed
@@ -243,15 +243,15 @@ def _listens(transport: TcpTransport) -> bool:
 async def test_without_a_connection_nothing_is_posted_and_writing_is_no_error(server: EmbeddedNats) -> None:
     client = BusClient()
     await client.connect(server.url, allow_reconnect=False)
-    assert client.post("s", b"before", "", None)
+    assert client.enqueue_publish("s", b"before", "", None)
     assert client._transport is not None
     client._transport.close()  # type: ignore[no-untyped-call]
-    client.write_now()
-    client.write_now()
+    client.flush_now()
+    client.flush_now()
     await client.close()
-    assert not client.post("s", b"after", "", None)
-    client.write_soon()
-    client.write_now()
+    assert not client.enqueue_publish("s", b"after", "", None)
+    client.flush_soon()
+    client.flush_now()
 
 
 @pytest.fixture
@@ -268,7 +268,7 @@ async def test_what_comes_is_heard_in_order_and_a_bad_ear_ends_nothing(server: E
     enough = asyncio.Event()
 
     def take(subject: str, data: bytes, headers: bytes) -> None:
-        heard.append((subject, data, is_unheard(headers)))
+        heard.append((subject, data, has_no_responders(headers)))
         if data == b"bad":
             raise ValueError
         if len(heard) == 102:
@@ -281,7 +281,7 @@ async def test_what_comes_is_heard_in_order_and_a_bad_ear_ends_nothing(server: E
     await client.connect(server.url, error_cb=on_error)
     try:
         inbox = client.new_inbox()
-        await client.hear(f"{inbox}.*", take)
+        await client.subscribe_raw(f"{inbox}.*", take)
         await client.publish(f"{inbox}.bad", b"bad", headers={"A": "1"})
         for number in range(100):
             await client.publish(f"{inbox}.{number}", b"%d" % number)
@@ -309,7 +309,7 @@ async def test_a_flood_on_a_guarded_connection_leaves_others_their_turn() -> Non
             turns += 1
             await asyncio.sleep(0)
 
-    nc.guard(admit)
+    nc.set_admission(admit)
     flood = b"MSG wechat.svc.window.bad 1 _R_.x 2\r\n{}\r\n" * 20_000
     other = asyncio.create_task(take_turns())
     await nc._ps.parse(flood)

@@ -11,7 +11,7 @@ from structlog.testing import capture_logs
 
 from adapter.errors import Temporary
 from adapter.jetstream import topology
-from adapter.jetstream.consumer import Consumer, Delivery, all_settled
+from adapter.jetstream.consumer import Consumer, Delivery, wait_all_settled
 from adapter.jetstream.core import CoreNats
 from adapter.names import H_MSG_ID
 from adapter.ports import Message
@@ -36,7 +36,7 @@ class Reader:
         self.got: list[Delivery] = []
         self.resets = 0
         self.on_reset: Callable[[], None] = lambda: None
-        wanted = topology.consumer_of(NAMES, name)
+        wanted = topology.wanted_consumer(NAMES, name)
         self.consumer = Consumer(rig.link, wanted, room=room, confirm_acks=confirm_acks, check=check, turn=turn)
         self.task = rig.spawn(self.consumer.run(self.got.append, self._reset))
 
@@ -98,7 +98,7 @@ async def test_what_has_come_is_delivered_in_its_turn_and_not_after_the_pull_has
     await until(lambda: asked == 2, "the next one waits")
     assert reader.texts == ["0"]
     rig.bus.kill()
-    await until(lambda: not rig.link.up, "the break is noticed")
+    await until(lambda: not rig.link.is_connected, "the break is noticed")
     await rig.bus.start()
     await until(lambda: asked == 3 and reader.resets == 2, "the next pull's first one waits, too")
     for _ in range(len(texts) + 1):
@@ -110,7 +110,7 @@ async def test_what_has_come_is_delivered_in_its_turn_and_not_after_the_pull_has
 async def test_all_is_settled_once_the_last_delivery_is_acknowledged(rig: Rig) -> None:
     await control(rig, "0", "1")
     clock = SystemClock()
-    waiting = asyncio.create_task(all_settled(rig.link, NAMES.stream_ctl, topology.CONTROL, clock))
+    waiting = asyncio.create_task(wait_all_settled(rig.link, NAMES.stream_ctl, topology.CONTROL, clock))
     reader = Reader(rig)
     await reader.have(2)
     await reader.got[0].ack()
@@ -119,7 +119,7 @@ async def test_all_is_settled_once_the_last_delivery_is_acknowledged(rig: Rig) -
     await reader.got[1].ack()
     await waiting
     with pytest.raises(Temporary, match="router_missing"):
-        await all_settled(rig.link, NAMES.stream_out, topology.ROUTER, clock)
+        await wait_all_settled(rig.link, NAMES.stream_out, topology.ROUTER, clock)
 
 
 async def test_a_delivery_with_a_status_among_its_headers_is_one_as_any_other(rig: Rig) -> None:
@@ -149,7 +149,7 @@ async def test_the_next_owner_gets_what_is_unsettled_in_order_and_is_told_so(rig
         await first.got[number].ack()
 
     async def settled() -> bool:  # the server may answer others before it has looked at an acknowledgement
-        return bool((await first.consumer.info())["num_ack_pending"] == 4)
+        return bool((await first.consumer.get_info())["num_ack_pending"] == 4)
 
     await eventually(settled, "both are acknowledged")
     first.task.cancel()
@@ -190,7 +190,7 @@ async def test_a_kill_of_the_server_brings_what_is_unsettled_again_in_order(rig:
     await reader.have(3)
     await reader.got[0].ack()
     async with asyncio.timeout(60):
-        while (await reader.consumer.info())["num_ack_pending"] != 2:  # the ack has no answer of its own
+        while (await reader.consumer.get_info())["num_ack_pending"] != 2:  # the ack has no answer of its own
             await asyncio.sleep(0.01)
     rig.bus.kill()
     await rig.bus.start()
@@ -237,14 +237,14 @@ async def test_heartbeats_that_know_of_nothing_more_interrupt_nothing(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("adapter.jetstream.consumer.HEARTBEAT_S", 0.1)
-    heed, beats = Consumer._heed, 0
+    heed, beats = Consumer._on_status, 0
 
     def counted(consumer: Consumer, status: str, headers: dict[str, str]) -> str:
         nonlocal beats
         beats += status == "100"
         return heed(consumer, status, headers)
 
-    monkeypatch.setattr(Consumer, "_heed", counted)
+    monkeypatch.setattr(Consumer, "_on_status", counted)
     await control(rig, "0")
     reader = Reader(rig)
     await reader.have(1)
@@ -260,7 +260,7 @@ async def test_what_a_pull_of_another_takes_before_the_reset_is_answered_comes_a
     await control(rig, "0", "1")
     thief = await rig.link.client().subscribe(rig.link.client().new_inbox())
     pull = f"$JS.API.CONSUMER.MSG.NEXT.{NAMES.stream_ctl}.{topology.CONTROL}"
-    api, resets = rig.link.api, 0
+    api, resets = rig.link.api_request, 0
 
     async def slow(verb: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
         nonlocal resets
@@ -272,7 +272,7 @@ async def test_what_a_pull_of_another_takes_before_the_reset_is_answered_comes_a
             return await api(verb.replace("RESET", "INFO"))
         return answer
 
-    monkeypatch.setattr(rig.link, "api", slow)
+    monkeypatch.setattr(rig.link, "api_request", slow)
     reader = Reader(rig)
     await reader.have(2)
     assert reader.texts == ["0", "1"]
@@ -289,7 +289,7 @@ async def test_an_owner_that_was_frozen_takes_nothing_from_the_one_after_it(rig:
     await heir.got[0].ack()
     await rig.publisher.publish(Message("ctl", NAMES.bind, b"8", {}))
     async with asyncio.timeout(PATIENCE_S):
-        while (await heir.consumer.info())["num_ack_pending"] != 7:  # the ack has no answer of its own
+        while (await heir.consumer.get_info())["num_ack_pending"] != 7:  # the ack has no answer of its own
             await asyncio.sleep(0.01)
 
     ensure_owner = Fence(lost_from=1)
@@ -329,7 +329,7 @@ async def test_what_happens_at_a_reset_is_over_before_the_first_delivery(rig: Ri
         await asyncio.sleep(0.05)
         order.append("read")
 
-    consumer = Consumer(rig.link, topology.consumer_of(NAMES, topology.CONTROL), room=8)
+    consumer = Consumer(rig.link, topology.wanted_consumer(NAMES, topology.CONTROL), room=8)
     rig.spawn(consumer.run(lambda delivery: order.append(delivery.data.decode()), on_reset))
     await until(lambda: len(order) == 3, "the delivery")
     assert order == ["reset", "read", "0"]
@@ -344,7 +344,7 @@ async def test_a_consumer_that_is_deleted_is_made_again_and_takes_nothing_for_ne
     while len(await rig.read(NAMES.stream_ctl, NAMES.bind)) > 1:
         await asyncio.sleep(0.01)
     first.task.cancel()
-    await rig.link.api(f"CONSUMER.DELETE.{NAMES.stream_ctl}.{topology.CONTROL}")
+    await rig.link.api_request(f"CONSUMER.DELETE.{NAMES.stream_ctl}.{topology.CONTROL}")
     heir = Reader(rig)
     await heir.have(1)
     await control(rig, "2")
@@ -355,20 +355,20 @@ async def test_a_consumer_that_is_deleted_is_made_again_and_takes_nothing_for_ne
 async def test_a_consumer_that_is_paused_is_told_when_it_is_read(rig: Rig) -> None:
     await control(rig, "0")
     pause = f"CONSUMER.PAUSE.{NAMES.stream_ctl}.{topology.CONTROL}"
-    await rig.link.api(pause, {"pause_until": "2999-01-01T00:00:00Z"})
+    await rig.link.api_request(pause, {"pause_until": "2999-01-01T00:00:00Z"})
     with capture_logs() as logs:
         reader = Reader(rig)
         await until(lambda: reader.resets > 0, "it is read")
     assert [line["event"] for line in logs] == ["consumer.paused"]
-    await rig.link.api(pause, {})
+    await rig.link.api_request(pause, {})
     await reader.have(1)
 
 
 async def test_a_stream_made_again_goes_on_above_its_old_sequences(rig: Rig) -> None:
     await control(rig, "0", "1")
     last = await rig.history.read_last(NAMES.stream_ctl, NAMES.bind)
-    await rig.link.api(f"STREAM.DELETE.{NAMES.stream_ctl}")
-    await topology.ensure(rig.link, NAMES, rig.bus.settings)
+    await rig.link.api_request(f"STREAM.DELETE.{NAMES.stream_ctl}")
+    await topology.ensure_topology(rig.link, NAMES, rig.bus.settings)
     assert last is not None
     assert await rig.first(NAMES.stream_ctl) > last.seq
 
@@ -378,12 +378,12 @@ async def test_a_durable_is_made_once_and_left_as_its_reader_has_it(rig: Rig) ->
     await core.make_durable("s1", 0)
     await core.make_durable("s1", 0)
     verb = f"CONSUMER.INFO.{NAMES.stream_in}.s1"
-    info = await rig.link.api(verb)
+    info = await rig.link.api_request(verb)
     assert (info["config"]["filter_subject"], info["config"]["ack_policy"]) == (NAMES.inbox("s1"), "explicit")
     changed = {"stream_name": NAMES.stream_in, "action": "update", "config": {**info["config"], "max_ack_pending": 7}}
-    await rig.link.api(f"CONSUMER.CREATE.{NAMES.stream_in}.s1.{NAMES.inbox('s1')}", changed)
+    await rig.link.api_request(f"CONSUMER.CREATE.{NAMES.stream_in}.s1.{NAMES.inbox('s1')}", changed)
     await core.make_durable("s1", 0)
-    assert (await rig.link.api(verb))["config"]["max_ack_pending"] == 7
+    assert (await rig.link.api_request(verb))["config"]["max_ack_pending"] == 7
 
 
 async def pulled(rig: Rig) -> list[bytes]:
@@ -438,7 +438,7 @@ async def test_a_durable_begins_where_its_person_does(rig: Rig) -> None:
 async def test_a_durable_that_its_reader_has_made_deliver_only_what_is_new_is_left_alone(rig: Rig) -> None:
     config = {"name": "s1", "durable_name": "s1", "filter_subject": NAMES.inbox("s1"), "ack_policy": "explicit"}
     body = {"stream_name": NAMES.stream_in, "config": config | {"deliver_policy": "new"}}
-    await rig.link.api(f"CONSUMER.CREATE.{NAMES.stream_in}.s1.{NAMES.inbox('s1')}", body)
+    await rig.link.api_request(f"CONSUMER.CREATE.{NAMES.stream_in}.s1.{NAMES.inbox('s1')}", body)
     with capture_logs() as logs:
         await CoreNats(rig.link, NAMES).move_durable("s1", await say(rig, "a"))
     assert [line["event"] for line in logs] == ["durable.unmoved"]

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from adapter.jetstream.core import CoreNats
-from adapter.jetstream.managed_connection import Link
+from adapter.jetstream.managed_connection import ManagedConnection
 from adapter.names import H_SCHEMA
 from tests.bus.rig import NAMES, PATIENCE_S, Rig
 
@@ -28,13 +28,13 @@ async def test_all_replicas_are_asked_at_once_and_waited_for_no_longer_than_need
     subject, core = NAMES.roll(), CoreNats(rig.link, NAMES)
     assert await core.query_replicas(subject, b"?", count=1, within_s=PATIENCE_S) == []  # nobody listens
     async with asyncio.TaskGroup() as group:
-        links = [Link(rig.bus.settings, f"replica {number}") for number in range(3)]
+        links = [ManagedConnection(rig.bus.settings, f"replica {number}") for number in range(3)]
         for number, link in enumerate(links):
             answer = f"{number}".encode() if number < 2 else None
             CoreNats(link, NAMES).respond(subject, lambda data, answer=answer: answer and data + answer)  # type: ignore[misc]
         tasks = [group.create_task(link.run()) for link in links]
         for link in links:
-            await link.wait_up(PATIENCE_S)
+            await link.wait_connected(PATIENCE_S)
         assert sorted(await core.query_replicas(subject, b"?", count=2, within_s=PATIENCE_S)) == [b"?0", b"?1"]
         assert sorted(await core.query_replicas(subject, b"?", count=3, within_s=0.3)) == [b"?0", b"?1"]
         nc = await rig.bus.client()

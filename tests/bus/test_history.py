@@ -83,8 +83,8 @@ async def test_what_is_large_is_read_whole_and_never_more_at_once_than_a_server_
     assert await rig.read(NAMES.stream_out, NAMES.out_shard(shard_of("s1"))) == large
 
     name = topology.out_consumer(shard_of("s1"))
-    await topology.create(rig.link, topology.consumer_of(NAMES, name))
-    consumer = Consumer(rig.link, topology.consumer_of(NAMES, name), room=512, until_acked=False)
+    await topology.create_resource(rig.link, topology.wanted_consumer(NAMES, name))
+    consumer = Consumer(rig.link, topology.wanted_consumer(NAMES, name), room=512, until_acked=False)
     got: list[bytes] = []
     rig.spawn(consumer.run(lambda delivery: got.append(delivery.data), nothing))
     await until(lambda: len(got) == len(large), "all are delivered")

@@ -11,7 +11,7 @@ import pytest
 from adapter.errors import Temporary
 from adapter.jetstream import topology
 from adapter.jetstream.buckets import LeaderKvBucket
-from adapter.jetstream.consumer import all_settled
+from adapter.jetstream.consumer import wait_all_settled
 from adapter.jetstream.objects import CHUNK, ObjectStore
 from adapter.names import H_MSG_ID
 from adapter.ports import Entry, Message, PubAck
@@ -122,7 +122,7 @@ async def test_a_settled_control_command_counts_as_settled(rig: Rig, lossy: Loss
     for delivery in reader.got:
         await delivery.ack()
     async with asyncio.timeout(PATIENCE_S):
-        await all_settled(rig.link, NAMES.stream_ctl, topology.CONTROL, SystemClock())
+        await wait_all_settled(rig.link, NAMES.stream_ctl, topology.CONTROL, SystemClock())
     assert all(loss.has_happened for loss in losses)
     assert reader.texts == ["first", "second"]
 

@@ -15,8 +15,8 @@ from structlog.testing import capture_logs
 from adapter.errors import Temporary
 from adapter.jetstream.api_replies import is_leaderless
 from adapter.jetstream.buckets import LeaderKvBucket
-from adapter.jetstream.managed_connection import Link
-from adapter.jetstream.multiplexer import Answer
+from adapter.jetstream.managed_connection import ManagedConnection
+from adapter.jetstream.multiplexer import Reply
 from adapter.settings import Settings
 from tests.bus.rig import NAMES, PATIENCE_S, Bus, Rig
 from tests.e2e.waiting import until
@@ -24,26 +24,26 @@ from tests.e2e.waiting import until
 
 async def test_a_cancellation_that_is_swallowed_while_it_connects_still_ends_the_link(bus: Bus) -> None:
     """nats-py does so in places; the link ran on, and the process that should end waited for it."""
-    link, connecting = Link(bus.settings, "test"), asyncio.Event()
+    link, connecting = ManagedConnection(bus.settings, "test"), asyncio.Event()
 
     async def swallow(_: Client) -> None:
         connecting.set()
         with contextlib.suppress(asyncio.CancelledError):
             await asyncio.Event().wait()
 
-    link.on_up(swallow)
+    link.on_connect(swallow)
     running = asyncio.get_running_loop().create_task(link.run())
     await connecting.wait()
     running.cancel()
     done, _ = await asyncio.wait([running], timeout=PATIENCE_S)
     assert done, "it ends"
-    assert not link.up
+    assert not link.is_connected
 
 
 async def why_not(url: str) -> list[str]:
     """What the log says until it has given up once."""
     with capture_logs() as logs:
-        running = asyncio.get_running_loop().create_task(Link(Settings(nats_url=(url,)), "test").run())
+        running = asyncio.get_running_loop().create_task(ManagedConnection(Settings(nats_url=(url,)), "test").run())
         await until(lambda: any(line["event"] == "bus.unreachable" for line in logs), "it has given up once")
         running.cancel()
         await asyncio.wait([running])
@@ -87,7 +87,7 @@ async def test_an_answer_that_nobody_can_read_is_an_outage_and_no_end(rig: Rig, 
     await nc.subscribe("$JS.API.STRANGER", cb=answer)
     await nc.flush()
     with pytest.raises(Temporary, match="bus_unreadable"):
-        await rig.link.api("STRANGER")
+        await rig.link.api_request("STRANGER")
     await nc.close()
 
 
@@ -95,8 +95,8 @@ async def test_an_answer_that_nobody_can_read_is_an_outage_and_no_end(rig: Rig, 
 async def test_an_answer_about_a_lease_that_nobody_can_read_is_an_outage_and_no_end(
     rig: Rig, monkeypatch: pytest.MonkeyPatch, said: bytes
 ) -> None:
-    async def request(*_: Any, **__: Any) -> Answer:
-        return Answer(said, {})
+    async def request(*_: Any, **__: Any) -> Reply:
+        return Reply(said, {})
 
     monkeypatch.setattr(rig.link, "request", request)
     bucket = LeaderKvBucket(rig.link, NAMES.members)
@@ -109,7 +109,7 @@ async def test_an_answer_about_a_lease_that_nobody_can_read_is_an_outage_and_no_
 
 async def test_who_asks_for_a_connection_that_is_being_made_does_not_spoil_it(rig: Rig) -> None:
     rig.bus.kill()
-    await until(lambda: not rig.link.up, "the connection is gone")
+    await until(lambda: not rig.link.is_connected, "the connection is gone")
 
     async def ask() -> None:
         while True:
@@ -119,7 +119,7 @@ async def test_who_asks_for_a_connection_that_is_being_made_does_not_spoil_it(ri
 
     rig.spawn(ask())
     await rig.bus.start()
-    await rig.link.wait_up(PATIENCE_S)
+    await rig.link.wait_connected(PATIENCE_S)
     for _ in range(20):
-        await rig.link.api("INFO")
+        await rig.link.api_request("INFO")
     assert rig.link.epoch == 2

@@ -12,8 +12,8 @@ from nats.aio.msg import Msg
 from structlog.testing import capture_logs
 
 from adapter.errors import Refused, Temporary
-from adapter.jetstream.managed_connection import Link
-from adapter.jetstream.microservice import OF_ONE, REPLAYS, Handler, Services
+from adapter.jetstream.managed_connection import ManagedConnection
+from adapter.jetstream.microservice import MAX_IN_FLIGHT_PER_SANDBOX, MAX_REPLAYS, Handler, Services
 from adapter.jetstream.shares import REFUSALS_PER_S
 from adapter.metrics import Metrics
 from adapter.names import H_ERROR, H_ERROR_CODE, H_SCHEMA
@@ -29,7 +29,7 @@ async def answer_of(bus: Bus, verb: str, payload: bytes = b"") -> tuple[bytes, d
     return msg.data, msg.headers or {}
 
 
-async def serve(bus: Bus, group: asyncio.TaskGroup) -> tuple[Link, asyncio.Task[None]]:
+async def serve(bus: Bus, group: asyncio.TaskGroup) -> tuple[ManagedConnection, asyncio.Task[None]]:
     async def echo(data: bytes) -> bytes:
         return data
 
@@ -45,7 +45,7 @@ async def serve(bus: Bus, group: asyncio.TaskGroup) -> tuple[Link, asyncio.Task[
     async def bug(data: bytes) -> bytes:
         raise RuntimeError("SECRET")
 
-    link = Link(bus.settings, "service")
+    link = ManagedConnection(bus.settings, "service")
     handlers: dict[str, Handler] = {
         "echo": echo,
         "not.bound": not_bound,
@@ -55,7 +55,7 @@ async def serve(bus: Bus, group: asyncio.TaskGroup) -> tuple[Link, asyncio.Task[
     }
     Services(link, NAMES, handlers, Metrics(), version="1.2.3", instance="r1")
     task = group.create_task(link.run())
-    await link.wait_up(PATIENCE_S)
+    await link.wait_connected(PATIENCE_S)
     return link, task
 
 
@@ -85,10 +85,10 @@ async def test_requests_without_an_inbox_are_counted_and_said_once(bus: Bus) -> 
         return data
 
     async with asyncio.TaskGroup() as group:
-        link, metrics = Link(bus.settings, "service"), Metrics()
+        link, metrics = ManagedConnection(bus.settings, "service"), Metrics()
         Services(link, NAMES, {"echo": echo}, metrics, version="1.0.0", instance="r", of_sandbox={"own": own})
         task = group.create_task(link.run())
-        await link.wait_up(PATIENCE_S)
+        await link.wait_connected(PATIENCE_S)
         nc = await bus.client()
         with capture_logs() as logs:
             for _ in range(many):
@@ -124,10 +124,10 @@ async def test_the_answers_of_a_sandbox_go_to_inboxes_of_its_own(bus: Bus, inbox
         answers.append(msg.data)
 
     async with asyncio.TaskGroup() as group:
-        link, metrics = Link(bus.settings, "service"), Metrics()
+        link, metrics = ManagedConnection(bus.settings, "service"), Metrics()
         Services(link, NAMES, {}, metrics, version="1.0.0", instance="r", of_sandbox={"own": own})
         task = group.create_task(link.run())
-        await link.wait_up(PATIENCE_S)
+        await link.wait_connected(PATIENCE_S)
         nc = await bus.client()
         await nc.subscribe(inbox, cb=hear)
         await nc.publish(NAMES.svc("own.s1"), b"", reply=inbox)
@@ -158,10 +158,10 @@ async def test_an_answer_that_comes_after_its_connection_is_no_crash(bus: Bus) -
 
     gone = asyncio.Event()
     async with asyncio.TaskGroup() as group:
-        link = Link(bus.settings, "service")
+        link = ManagedConnection(bus.settings, "service")
         Services(link, NAMES, {"slow": slow}, Metrics(), version="1.0.0", instance="r1")
         task = group.create_task(link.run())
-        await link.wait_up(PATIENCE_S)
+        await link.wait_connected(PATIENCE_S)
         nc = await bus.client()
         await nc.publish(NAMES.svc("slow"), b"", reply=nc.new_inbox())
         await held.wait()
@@ -195,7 +195,7 @@ async def test_a_sandbox_that_asks_without_end_leaves_room_for_the_others(bus: B
     held = asyncio.Event()
     served: list[str] = []
     refusals: Counter[str] = Counter()
-    asked = OF_ONE + 2 * REFUSALS_PER_S
+    asked = MAX_IN_FLIGHT_PER_SANDBOX + 2 * REFUSALS_PER_S
 
     async def slow(asked: SandboxRequest) -> SandboxResponse:
         served.append(asked.sandbox)
@@ -207,10 +207,10 @@ async def test_a_sandbox_that_asks_without_end_leaves_room_for_the_others(bus: B
         refusals[(msg.headers or {}).get(H_ERROR_CODE, "")] += 1
 
     async with asyncio.TaskGroup() as group:
-        link, metrics = Link(bus.settings, "service"), Metrics()
+        link, metrics = ManagedConnection(bus.settings, "service"), Metrics()
         Services(link, NAMES, {}, metrics, version="1.0.0", instance="r1", of_sandbox={"slow": slow})
         task = group.create_task(link.run())
-        await link.wait_up(PATIENCE_S)
+        await link.wait_connected(PATIENCE_S)
         nc = await bus.client()
         inbox = nc.new_inbox()
         await nc.subscribe(inbox, cb=on_answer)
@@ -218,14 +218,14 @@ async def test_a_sandbox_that_asks_without_end_leaves_room_for_the_others(bus: B
             await nc.publish(f"{NAMES.svc('slow')}.bad", b"", reply=inbox)
         answer = await nc.request(f"{NAMES.svc('slow')}.good", b"", timeout=PATIENCE_S)
         assert answer.data == b"done"
-        assert metrics.value("service_refusals_total", reason="busy") == asked - OF_ONE
+        assert metrics.value("service_refusals_total", reason="busy") == asked - MAX_IN_FLIGHT_PER_SANDBOX
         await until(lambda: refusals["429"] >= REFUSALS_PER_S, "it is told")
         held.set()
-        await until(lambda: refusals[""] == OF_ONE, "what was taken is answered")
+        await until(lambda: refusals[""] == MAX_IN_FLIGHT_PER_SANDBOX, "what was taken is answered")
         assert (await nc.request(f"{NAMES.svc('slow')}.bad", b"", timeout=PATIENCE_S)).data == b"done"
-        assert Counter(served) == {"bad": OF_ONE + 1, "good": 1}
+        assert Counter(served) == {"bad": MAX_IN_FLIGHT_PER_SANDBOX + 1, "good": 1}
         # all of it was read within a second; on a slow machine, within two
-        assert refusals["429"] in (REFUSALS_PER_S, asked - OF_ONE)
+        assert refusals["429"] in (REFUSALS_PER_S, asked - MAX_IN_FLIGHT_PER_SANDBOX)
         await nc.close()
         task.cancel()
 
@@ -249,11 +249,11 @@ async def test_replays_are_read_a_few_at_a_time_and_what_waits_takes_no_room(bus
         answers[msg.data.decode()] += 1
 
     async with asyncio.TaskGroup() as group:
-        link, metrics = Link(bus.settings, "service"), Metrics()
+        link, metrics = ManagedConnection(bus.settings, "service"), Metrics()
         of_sandbox = {"replay": replay, "window": window}
         Services(link, NAMES, {}, metrics, version="1.0.0", instance="r1", of_sandbox=of_sandbox)
         task = group.create_task(link.run())
-        await link.wait_up(PATIENCE_S)
+        await link.wait_connected(PATIENCE_S)
         nc = await bus.client()
         inbox = nc.new_inbox()
         await nc.subscribe(inbox, cb=on_answer)
@@ -266,10 +266,10 @@ async def test_replays_are_read_a_few_at_a_time_and_what_waits_takes_no_room(bus
 
         await ask("bad", 3)
         assert reading == {"bad": 1}
-        for number in range(2 * REPLAYS):
+        for number in range(2 * MAX_REPLAYS):
             await ask(f"s{number}")
-        assert reading.total() == REPLAYS
+        assert reading.total() == MAX_REPLAYS
         held.set()
-        await until(lambda: answers["page"] == 3 + 2 * REPLAYS, "all are answered")
+        await until(lambda: answers["page"] == 3 + 2 * MAX_REPLAYS, "all are answered")
         await nc.close()
         task.cancel()

@@ -13,7 +13,7 @@ from nats.aio.msg import Msg
 
 from adapter.embedded import EmbeddedNats
 from adapter.errors import Temporary
-from adapter.jetstream.managed_connection import Link
+from adapter.jetstream.managed_connection import ManagedConnection
 from adapter.settings import Settings
 from tests.e2e.waiting import until
 
@@ -25,11 +25,11 @@ async def server(tmp_path: Path) -> AsyncIterator[EmbeddedNats]:
 
 
 @pytest.fixture
-async def link(server: EmbeddedNats) -> AsyncIterator[Link]:
-    link = Link(Settings(nats_url=(server.url,)), "test")
+async def link(server: EmbeddedNats) -> AsyncIterator[ManagedConnection]:
+    link = ManagedConnection(Settings(nats_url=(server.url,)), "test")
     async with asyncio.TaskGroup() as group:
         running = group.create_task(link.run())
-        await link.wait_up(10)
+        await link.wait_connected(10)
         yield link
         running.cancel()
 
@@ -54,42 +54,42 @@ async def echo(server: EmbeddedNats) -> AsyncIterator[Client]:
 
 
 @pytest.mark.usefixtures("echo")
-async def test_each_gets_its_own_answers_in_their_order(link: Link) -> None:
+async def test_each_gets_its_own_answers_in_their_order(link: ManagedConnection) -> None:
     async def ask(name: bytes) -> None:
-        with link.question() as question:
+        with link.open_request() as question:
             await link.publish("echo", name, reply=question.reply)
-            answers = [await link.answer(question) for _ in range(3)]
+            answers = [await link.next_reply(question) for _ in range(3)]
         assert [answer.data for answer in answers] == [name + b"0", name + b"1", name + b"2"]
         assert [answer.headers["N"] for answer in answers] == ["0", "1", "2"]
 
     await asyncio.gather(*(ask(b"%d." % number) for number in range(200)))
-    assert not link._questions.open
+    assert not link._multiplexer.pending
 
 
 @pytest.mark.usefixtures("echo")
-async def test_answers_that_come_when_nobody_asks_any_more_are_let_go(link: Link) -> None:
+async def test_answers_that_come_when_nobody_asks_any_more_are_let_go(link: ManagedConnection) -> None:
     assert (await link.request("echo", b"a")).data == b"a0"
     assert (await link.request("echo", b"b")).data == b"b0"
 
 
-async def test_where_nobody_listens_it_is_said_at_once(link: Link) -> None:
+async def test_where_nobody_listens_it_is_said_at_once(link: ManagedConnection) -> None:
     with pytest.raises(Temporary, match="no responders"):
         await link.request("nobody", b"")
 
 
 @pytest.mark.usefixtures("echo")
-async def test_where_nobody_answers_the_time_ends_it(link: Link) -> None:
+async def test_where_nobody_answers_the_time_ends_it(link: ManagedConnection) -> None:
     with pytest.raises(Temporary) as raised:
         await link.request("silence", b"", timeout_s=0.05)
     assert raised.value.reason == "bus_timeout"
-    assert not link._questions.open
+    assert not link._multiplexer.pending
 
 
 @pytest.mark.usefixtures("echo")
-async def test_a_lost_connection_ends_what_waits(link: Link, server: EmbeddedNats) -> None:
+async def test_a_lost_connection_ends_what_waits(link: ManagedConnection, server: EmbeddedNats) -> None:
     """It could wait out its time, but nothing can come any more."""
     asking = asyncio.create_task(link.request("silence", b"", timeout_s=3600))
-    await until(lambda: bool(link._questions.open), "it is asked")
+    await until(lambda: bool(link._multiplexer.pending), "it is asked")
     server.kill()
     with pytest.raises(Temporary) as raised:
         await asking
@@ -97,13 +97,13 @@ async def test_a_lost_connection_ends_what_waits(link: Link, server: EmbeddedNat
 
 
 @pytest.mark.usefixtures("echo")
-async def test_a_cancellation_that_meets_the_answer_is_not_forgotten(link: Link) -> None:
+async def test_a_cancellation_that_meets_the_answer_is_not_forgotten(link: ManagedConnection) -> None:
     """As it is by nats-py's request in Python 3.11, for its wait_for: a loop would then run on for ever."""
     asking = asyncio.create_task(link.request("silence", b""))
-    await until(lambda: bool(link._questions.open), "it is asked")
-    (question,) = link._questions.open.values()
-    question.take(b"", b"")
+    await until(lambda: bool(link._multiplexer.pending), "it is asked")
+    (question,) = link._multiplexer.pending.values()
+    question.append_reply(b"", b"")
     asking.cancel()
     with pytest.raises(asyncio.CancelledError):
         await asking
-    assert not link._questions.open
+    assert not link._multiplexer.pending

@@ -196,7 +196,7 @@ async def test_a_source_is_asked_no_faster_than_the_bus_takes(rig: Rig, store: O
             yield content(CHUNK, number)
 
     task = asyncio.create_task(store.put("s1/x", source()))
-    await until(lambda: not rig.link.up, "the bus is away")
+    await until(lambda: not rig.link.is_connected, "the bus is away")
     await until(lambda: len(rig.publisher._outstanding) == OUTSTANDING, "the room is full")
     assert 20 < given <= 20 + OUTSTANDING + 2
     await rig.bus.start()
@@ -236,8 +236,8 @@ async def test_an_empty_object_with_a_wrong_digest_is_told_too(store: ObjectStor
 async def test_a_full_store_refuses_and_keeps_nothing(bus: Bus) -> None:
     async with rig_on(bus, streams=False) as rig:
         settings = bus.settings
-        (wanted,) = [w for w in topology.streams(NAMES, settings) if w.name == STREAM]
-        await topology.create(rig.link, wanted._replace(config=wanted.config | {"max_bytes": 5 * CHUNK}))
+        (wanted,) = [w for w in topology.wanted_streams(NAMES, settings) if w.name == STREAM]
+        await topology.create_resource(rig.link, wanted._replace(config=wanted.config | {"max_bytes": 5 * CHUNK}))
         store = ObjectStore(rig.link, rig.publisher, NAMES.media)
         with pytest.raises(BusRefused):
             await store.put("s1/large", pieces_of(content(20 * CHUNK)))
@@ -248,7 +248,7 @@ async def test_a_full_store_refuses_and_keeps_nothing(bus: Bus) -> None:
 async def test_a_bus_that_is_away_is_temporary_for_readers(rig: Rig, store: ObjectStore) -> None:
     stored = await store.put("s1/x", pieces_of(content(CHUNK)))
     rig.bus.kill()
-    await until(lambda: not rig.link.up, "the bus is away")
+    await until(lambda: not rig.link.is_connected, "the bus is away")
     for work in (store.get_info("s1/x"), whole(store, stored), store.read_piece(stored, 0)):
         with pytest.raises(Temporary):
             await work

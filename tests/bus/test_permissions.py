@@ -17,7 +17,7 @@ from structlog.testing import capture_logs
 
 from adapter.environment import read_settings
 from adapter.jetstream import topology
-from adapter.jetstream.managed_connection import Link
+from adapter.jetstream.managed_connection import ManagedConnection
 from adapter.names import H_NAME, H_UPLOAD
 from adapter.permissions import ROLES, covers, grants, streams
 from adapter.schema import channels
@@ -45,10 +45,10 @@ async def server(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterato
 async def with_streams(server: Guarded) -> Player:
     """Makes the streams; returns the witness."""
     witness = await server.connect(WITNESS)
-    link = Link(Settings(), "test")
-    await link.use(witness.nc)
-    for wanted in topology.streams(NAMES, Settings(in_max_bytes=-1, media_store_bytes=-1)):
-        await topology.create(link, wanted)
+    link = ManagedConnection(Settings(), "test")
+    await link.adopt_client(witness.nc)
+    for wanted in topology.wanted_streams(NAMES, Settings(in_max_bytes=-1, media_store_bytes=-1)):
+        await topology.create_resource(link, wanted)
     return witness
 
 
@@ -75,7 +75,7 @@ async def refusals(player: Player) -> set[str]:
 
 
 def test_the_streams_are_those_of_the_adapter() -> None:
-    wanted = {stream.name for stream in topology.streams(NAMES, Settings())}
+    wanted = {stream.name for stream in topology.wanted_streams(NAMES, Settings())}
     assert set(streams(NAMES)) == set(roles.STREAMS) == wanted
 
 
@@ -184,9 +184,9 @@ async def test_what_the_server_forbids_is_a_warning_in_the_log(tmp_path: Path) -
             async with linked(foreign) as link:
                 await until(lambda: "may not subscribe _inbox." in link.down_reason, "it is told")
                 assert "set NATS_INBOX_PREFIX" in link.down_reason
-                assert not link.up
+                assert not link.is_connected
             async with linked(settings) as link:
-                await (await link.wait_up(30)).publish("not.ours", b"")
+                await (await link.wait_connected(30)).publish("not.ours", b"")
                 await until(lambda: any("not.ours" in str(line.get("detail")) for line in logs), "it is told")
         told = {(line["event"], line["log_level"]) for line in logs if line["log_level"] != "info"}
         assert told >= {("bus.unreachable", "warning"), ("bus.error", "warning")}

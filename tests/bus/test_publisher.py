@@ -140,7 +140,7 @@ async def test_a_limit_for_messages_that_is_lowered_holds_up_nothing_and_is_noti
         assert [isinstance(ack, BusRefused) for ack in acks] == [False, True, False]
         assert rig.link.epoch == 2, "the server has ended the first connection, and no other"
         await reloaded.server.limit(largest)
-        rig.link._doubt_s = 0.1  # the next test shows how long that is
+        rig.link._recheck_s = 0.1  # the next test shows how long that is
 
         async def taken() -> bool:
             (ack,) = await rig.publisher.publish_all([message])
@@ -154,7 +154,7 @@ async def test_a_limit_for_messages_that_stays_low_is_doubted_less_and_less(
     reloaded: Bus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is too large may be tried for ever, and each new connection holds up everybody."""
-    monkeypatch.setattr("adapter.jetstream.managed_connection.DOUBT_S", 0.1)
+    monkeypatch.setattr("adapter.jetstream.managed_connection.RECHECK_S", 0.1)
     assert isinstance(reloaded.server, Reloaded)
     async with rig_on(reloaded) as rig:
         await reloaded.server.limit(2048)
@@ -176,7 +176,7 @@ async def test_what_the_client_will_not_write_is_refused_and_holds_up_nobody(rig
     first = await rig.first(NAMES.stream_event)
     assert [ack.seq if isinstance(ack, PubAck) else type(ack) for ack in acks] == [first, BusRefused, first + 1]
     stream = rig.publisher._stream_of(event(3).subject)
-    rig.publisher._stumble(stream)  # as after a break: what is outstanding goes one by one
+    rig.publisher._interrupt(stream)  # as after a break: what is outstanding goes one by one
     acks = await rig.publisher.publish_all([msgspec.structs.replace(event(3), headers={"(odd)": "x"}), event(4)])
     assert [ack.seq if isinstance(ack, PubAck) else type(ack) for ack in acks] == [BusRefused, first + 2]
 
@@ -200,7 +200,7 @@ async def test_a_message_for_no_stream_waits_for_one(rig: Rig) -> None:
     waiting = asyncio.create_task(rig.publisher.publish(Message("event", "late.1", b"x", {})))
     await asyncio.sleep(0.3)
     assert not waiting.done()
-    await rig.link.api("STREAM.CREATE.LATE", {"name": "LATE", "subjects": ["late.*"]})
+    await rig.link.api_request("STREAM.CREATE.LATE", {"name": "LATE", "subjects": ["late.*"]})
     async with asyncio.timeout(PATIENCE_S):
         assert (await waiting).seq == 1
     assert rig.metrics.value("nats_publish_total", stream="event", outcome="retried") >= 1
@@ -216,23 +216,23 @@ async def others_go_on(rig: Rig, first: int = 0) -> None:
     async with asyncio.timeout(PATIENCE_S):
         await rig.publisher.publish_all([Message("in", inbox, b"%d" % n, {H_MSG_ID: f"i{n}"}) for n in numbers])
         await asyncio.gather(*(rig.bucket().update(f"k{number}", b"1", 0) for number in numbers))
-        await rig.publisher.writable(OTHERS)
+        await rig.publisher.wait_writable(OTHERS)
     assert await rig.read(NAMES.stream_in, inbox) == [b"%d" % number for number in range(first + 20)]
 
 
 async def test_a_stream_that_is_deleted_holds_up_what_is_written_to_it_and_nothing_else(rig: Rig) -> None:
-    (wanted,) = [w for w in topology.streams(NAMES, rig.bus.settings) if w.name == NAMES.stream_event]
+    (wanted,) = [w for w in topology.wanted_streams(NAMES, rig.bus.settings) if w.name == NAMES.stream_event]
     await others_go_on(rig)
-    await rig.link.api(f"STREAM.DELETE.{NAMES.stream_event}")
+    await rig.link.api_request(f"STREAM.DELETE.{NAMES.stream_event}")
     waiting = asyncio.create_task(rig.publisher.publish_all([event(0), event(1)]))
     with capture_logs() as logs:
         await until(lambda: any(line["event"] == "publish.waits" for line in logs), "it says that it waits")
         later = asyncio.create_task(rig.publisher.publish(event(2)))
-        writable = asyncio.create_task(rig.publisher.writable([*OTHERS, NAMES.stream_event]))
+        writable = asyncio.create_task(rig.publisher.wait_writable([*OTHERS, NAMES.stream_event]))
         await others_go_on(rig, 20)
         assert [task.done() for task in (waiting, later, writable)] == [False] * 3
-        assert rig.publisher.hurdle == "WECHAT_EVENT: no stream takes it, or none has a leader"
-        await topology.create(rig.link, wanted)
+        assert rig.publisher.last_error == "WECHAT_EVENT: no stream takes it, or none has a leader"
+        await topology.create_resource(rig.link, wanted)
         async with asyncio.timeout(PATIENCE_S):
             await asyncio.gather(waiting, later, writable)
     assert await rig.read(NAMES.stream_event, ">") == [b"0", b"1", b"2"]
@@ -241,15 +241,15 @@ async def test_a_stream_that_is_deleted_holds_up_what_is_written_to_it_and_nothi
 
 
 async def test_a_stream_that_is_full_refuses_and_the_others_go_on(rig: Rig) -> None:
-    config = (await rig.link.api(f"STREAM.INFO.{NAMES.stream_event}"))["config"]
+    config = (await rig.link.api_request(f"STREAM.INFO.{NAMES.stream_event}"))["config"]
     await rig.publisher.publish(event(0))
-    await rig.link.api(f"STREAM.UPDATE.{NAMES.stream_event}", config | {"discard": "new", "max_bytes": 200})
+    await rig.link.api_request(f"STREAM.UPDATE.{NAMES.stream_event}", config | {"discard": "new", "max_bytes": 200})
     large = msgspec.structs.replace(event(1), payload=b"x" * 200)
     (refused,) = await rig.publisher.publish_all([large])
     assert isinstance(refused, BusRefused)
     assert refused.full
     await others_go_on(rig)
-    await rig.link.api(f"STREAM.UPDATE.{NAMES.stream_event}", config)
+    await rig.link.api_request(f"STREAM.UPDATE.{NAMES.stream_event}", config)
     await rig.publisher.publish(large)
 
 
@@ -260,11 +260,13 @@ async def test_a_stream_without_a_leader_holds_up_what_is_written_to_it_and_noth
             bus = Bus(tmp_path)
             bus.settings = Settings(nats_url=(cluster.nodes[0].url,), replicas=3, in_max_bytes=1 << 30)
             async with rig_on(bus, streams=False) as rig:
-                for wanted in topology.streams(NAMES, bus.settings):
+                for wanted in topology.wanted_streams(NAMES, bus.settings):
                     if wanted.name in OTHERS:
-                        await topology.create(rig.link, wanted)
+                        await topology.create_resource(rig.link, wanted)
                     elif wanted.name == NAMES.stream_event:
-                        await topology.create(rig.link, wanted._replace(config=wanted.config | {"num_replicas": 1}))
+                        await topology.create_resource(
+                            rig.link, wanted._replace(config=wanted.config | {"num_replicas": 1})
+                        )
             dying = await cluster.leader(NAMES.stream_event)
             bus.settings = msgspec.structs.replace(
                 bus.settings, nats_url=tuple(node.url for node in cluster.nodes if node is not dying)
@@ -275,7 +277,7 @@ async def test_a_stream_without_a_leader_holds_up_what_is_written_to_it_and_noth
                 waiting = asyncio.create_task(rig.publisher.publish_all([event(1), event(2)]))
                 await others_go_on(rig)
                 assert not waiting.done()
-                assert rig.publisher.hurdle.startswith("WECHAT_EVENT: ")
+                assert rig.publisher.last_error.startswith("WECHAT_EVENT: ")
                 await others_go_on(rig, 20)
                 dying.start()
                 async with asyncio.timeout(PATIENCE_S):
@@ -285,7 +287,7 @@ async def test_a_stream_without_a_leader_holds_up_what_is_written_to_it_and_noth
 
 async def test_a_caller_who_is_cancelled_leaves_nothing_behind(rig: Rig) -> None:
     rig.bus.kill()
-    await until(lambda: not rig.link.up, "the break is noticed")
+    await until(lambda: not rig.link.is_connected, "the break is noticed")
     waiting = asyncio.create_task(rig.publisher.publish(event(1)))
     await asyncio.sleep(0.1)
     waiting.cancel()
@@ -302,7 +304,7 @@ async def test_what_waits_for_the_bus_is_not_written_after_its_writer_lost_the_r
     ensure_owner = Fence(lost_from=float("inf"))
     await rig.publisher.publish(msgspec.structs.replace(event(0), ensure_owner=ensure_owner))
     rig.bus.kill()
-    await until(lambda: not rig.link.up, "the break is noticed")
+    await until(lambda: not rig.link.is_connected, "the break is noticed")
     waiting = asyncio.create_task(
         rig.publisher.publish_all([msgspec.structs.replace(event(1), ensure_owner=ensure_owner), event(2)])
     )
@@ -329,7 +331,7 @@ async def test_what_waited_so_long_that_a_repeat_of_it_may_be_forgotten_is_writt
     publisher = Publisher(rig.link, ahead, rig.metrics)
     running = asyncio.create_task(publisher.run())
     rig.bus.kill()
-    await until(lambda: not rig.link.up, "the break is noticed")
+    await until(lambda: not rig.link.is_connected, "the break is noticed")
     waiting = asyncio.create_task(
         publisher.publish(msgspec.structs.replace(event(0), ensure_owner_if_delayed=ensure_owner))
     )

@@ -17,7 +17,7 @@ from adapter.embedded import EmbeddedNats
 from adapter.errors import STORE_FAILED, BusRefused, SettingsError
 from adapter.jetstream import topology
 from adapter.jetstream.api_replies import NO_STREAM
-from adapter.jetstream.managed_connection import Link
+from adapter.jetstream.managed_connection import ManagedConnection
 from adapter.jetstream.publisher import Publisher
 from adapter.metrics import Metrics
 from adapter.names import H_COMMAND, H_MSG_ID, SHARDS, shard_of
@@ -29,17 +29,17 @@ from tests.bus.rig import NAMES, PATIENCE_S, Bus, Rig, rig_on
 
 async def test_what_is_missing_is_created_and_then_nothing_differs(bus: Bus) -> None:
     async with rig_on(bus, streams=False) as rig:
-        assert await topology.ensure(rig.link, NAMES, bus.settings) == []
-        missing, different = await topology.inspect(rig.link, NAMES, bus.settings)
+        assert await topology.ensure_topology(rig.link, NAMES, bus.settings) == []
+        missing, different = await topology.inspect_topology(rig.link, NAMES, bus.settings)
         assert (missing, different) == ([], [])
-        revision = await rig.link.api(f"STREAM.INFO.{NAMES.stream_out}")
-        assert await topology.ensure(rig.link, NAMES, bus.settings) == []
-        assert (await rig.link.api(f"STREAM.INFO.{NAMES.stream_out}"))["created"] == revision["created"]
+        revision = await rig.link.api_request(f"STREAM.INFO.{NAMES.stream_out}")
+        assert await topology.ensure_topology(rig.link, NAMES, bus.settings) == []
+        assert (await rig.link.api_request(f"STREAM.INFO.{NAMES.stream_out}"))["created"] == revision["created"]
 
 
 async def test_replicas_that_start_at_once_do_not_hinder_each_other(bus: Bus) -> None:
     async with rig_on(bus, streams=False) as rig:
-        results = await asyncio.gather(*(topology.ensure(rig.link, NAMES, bus.settings) for _ in range(3)))
+        results = await asyncio.gather(*(topology.ensure_topology(rig.link, NAMES, bus.settings) for _ in range(3)))
         assert results == [[], [], []]
 
 
@@ -55,7 +55,7 @@ class TightNats(EmbeddedNats):
         return config
 
 
-class Watched(Link):
+class Watched(ManagedConnection):
     """A link that knows how many streams are being created while one is asked for that reserves its room."""
 
     def __init__(self, settings: Settings) -> None:
@@ -63,15 +63,17 @@ class Watched(Link):
         self.out = 0
         self.beside: list[int] = []
 
-    async def api(self, verb: str, body: dict[str, Any] | None = None, timeout_s: float = 5.0) -> dict[str, Any]:
+    async def api_request(
+        self, verb: str, body: dict[str, Any] | None = None, timeout_s: float = 5.0
+    ) -> dict[str, Any]:
         if not verb.startswith("STREAM.CREATE.") or body is None:
-            return await super().api(verb, body, timeout_s)
+            return await super().api_request(verb, body, timeout_s)
         if body.get("max_bytes", -1) > 0:
             self.beside.append(self.out)
-            return await super().api(verb, body, timeout_s)
+            return await super().api_request(verb, body, timeout_s)
         self.out += 1
         try:
-            return await super().api(verb, body, timeout_s)
+            return await super().api_request(verb, body, timeout_s)
         finally:
             self.out -= 1
 
@@ -84,7 +86,7 @@ async def tight_link(data_dir: Path) -> AsyncIterator[tuple[Watched, Settings]]:
     link = Watched(settings)
     running = asyncio.create_task(link.run())
     try:
-        await link.wait_up(PATIENCE_S)
+        await link.wait_connected(PATIENCE_S)
         yield link, settings
     finally:
         running.cancel()
@@ -95,25 +97,27 @@ async def tight_link(data_dir: Path) -> AsyncIterator[tuple[Watched, Settings]]:
 async def test_a_stream_that_another_replica_was_faster_to_create_needs_no_room_of_its_own(tmp_path: Path) -> None:
     """Of replicas that started together some ended, and asked for more storage."""
     async with tight_link(tmp_path) as (link, settings):
-        await topology.ensure(link, NAMES, settings)
-        for wanted in topology.streams(NAMES, settings):
-            await topology.create(link, wanted)  # by whoever has looked before they were there
+        await topology.ensure_topology(link, NAMES, settings)
+        for wanted in topology.wanted_streams(NAMES, settings):
+            await topology.create_resource(link, wanted)  # by whoever has looked before they were there
 
 
 async def test_what_reserves_its_room_is_created_after_all_that_does_not(tmp_path: Path) -> None:
     """A server without a byte left creates no stream, be it empty: whether it had room depended on who was faster."""
     async with tight_link(tmp_path) as (link, settings):
-        await topology.ensure(link, NAMES, settings)
+        await topology.ensure_topology(link, NAMES, settings)
         assert link.beside == [0, 0, 0, 0]
 
 
-class OldServer(Link):
+class OldServer(ManagedConnection):
     """A server that takes newer options without a word and ignores them."""
 
     def __init__(self, level: int | None) -> None:
         self.level = level
 
-    async def api(self, verb: str, body: dict[str, Any] | None = None, timeout_s: float = 5.0) -> dict[str, Any]:
+    async def api_request(
+        self, verb: str, body: dict[str, Any] | None = None, timeout_s: float = 5.0
+    ) -> dict[str, Any]:
         assert verb == "INFO", "nothing is created on it"
         return {} if self.level is None else {"api": {"level": self.level}}
 
@@ -127,9 +131,11 @@ class NewServer(OldServer):
         self.created: list[str] = []
         self.at_once = self.most = 0
 
-    async def api(self, verb: str, body: dict[str, Any] | None = None, timeout_s: float = 5.0) -> dict[str, Any]:
+    async def api_request(
+        self, verb: str, body: dict[str, Any] | None = None, timeout_s: float = 5.0
+    ) -> dict[str, Any]:
         if verb == "INFO":
-            return await super().api(verb)
+            return await super().api_request(verb)
         if ".CREATE." not in verb:
             raise BusRefused(NO_STREAM, "stream not found")
         self.at_once += 1
@@ -145,8 +151,8 @@ class NewServer(OldServer):
 async def test_what_is_missing_is_created_some_at_a_time_and_streams_first() -> None:
     """Each waits for a disk, in a cluster for those of a majority: one after the other took half a minute there."""
     server = NewServer()
-    await topology.ensure(server, NAMES, Settings())
-    streams, consumers = topology.streams(NAMES, Settings()), topology.consumers(NAMES)
+    await topology.ensure_topology(server, NAMES, Settings())
+    streams, consumers = topology.wanted_streams(NAMES, Settings()), topology.wanted_consumers(NAMES)
     kinds = [verb.partition(".")[0] for verb in server.created]
     assert kinds == ["STREAM"] * len(streams) + ["CONSUMER"] * len(consumers)
     assert {verb.rpartition(".")[2] for verb in server.created} == {each.name for each in [*streams, *consumers]}
@@ -155,17 +161,17 @@ async def test_what_is_missing_is_created_some_at_a_time_and_streams_first() -> 
 
 async def test_what_is_created_one_after_the_other_reserves_its_room_last_too() -> None:
     """So does `doctor --fix`, which could not create the others where the inbound stream alone took all the room."""
-    missing, _ = await topology.inspect(NewServer(), NAMES, Settings())
+    missing, _ = await topology.inspect_topology(NewServer(), NAMES, Settings())
     made = [wanted for wanted in missing if not wanted.stream]
     assert missing[: len(made)] == made
-    assert [wanted.name for wanted in made if wanted.reserves] == [wanted.name for wanted in made[-4:]]
+    assert [wanted.name for wanted in made if wanted.reserves_space] == [wanted.name for wanted in made[-4:]]
 
 
 async def test_the_first_that_cannot_be_created_is_named_and_none_is_left_on_its_way() -> None:
     media = f"OBJ_{NAMES.media}"
     server = NewServer(media, NAMES.stream_event)
     with pytest.raises(SettingsError, match=rf"stream {NAMES.stream_event} cannot be created: 10047 .*MAX_BYTES"):
-        await topology.ensure(server, NAMES, Settings())
+        await topology.ensure_topology(server, NAMES, Settings())
     assert server.at_once == 0
     assert not [verb for verb in server.created if verb.startswith("CONSUMER")]
 
@@ -173,62 +179,64 @@ async def test_the_first_that_cannot_be_created_is_named_and_none_is_left_on_its
 async def test_a_stream_that_would_break_a_guarantee_stops_the_start_with_a_sentence(bus: Bus) -> None:
     async with rig_on(bus, streams=False) as rig:
         config = {"name": NAMES.stream_out, "subjects": ["wechat.out", "wechat.out.*"], "retention": "limits"}
-        await rig.link.api(f"STREAM.CREATE.{NAMES.stream_out}", config)
+        await rig.link.api_request(f"STREAM.CREATE.{NAMES.stream_out}", config)
         with pytest.raises(SettingsError) as caught:
-            await topology.ensure(rig.link, NAMES, bus.settings)
+            await topology.ensure_topology(rig.link, NAMES, bus.settings)
         assert caught.value.reason == "stream_differs"
         for word in (NAMES.stream_out, "retention", "workqueue", "doctor --fix"):
             assert word in caught.value.detail
-        assert (await rig.link.api(f"STREAM.INFO.{NAMES.stream_out}"))["config"]["retention"] == "limits"
+        assert (await rig.link.api_request(f"STREAM.INFO.{NAMES.stream_out}"))["config"]["retention"] == "limits"
 
 
 async def test_a_bucket_that_could_be_emptied_stops_the_start_until_it_is_mended_with_its_keys(bus: Bus) -> None:
     """As any other program makes one."""
     async with rig_on(bus, streams=False) as rig:
-        (wanted,) = [w for w in topology.streams(NAMES, bus.settings) if w.name == f"KV_{NAMES.conversations}"]
+        (wanted,) = [w for w in topology.wanted_streams(NAMES, bus.settings) if w.name == f"KV_{NAMES.conversations}"]
         usual = {"allow_rollup_hdrs": True, "deny_purge": False, "allow_msg_ttl": False}
-        await rig.link.api(f"STREAM.CREATE.{wanted.name}", wanted.config | usual)
+        await rig.link.api_request(f"STREAM.CREATE.{wanted.name}", wanted.config | usual)
         kept = await rig.bucket(NAMES.conversations).update("s1.u1", b"1", 0)
         with pytest.raises(
             SettingsError, match=r"deny_purge is False, must be True; .*allow_msg_ttl is False, must be True"
         ):
-            await topology.ensure(rig.link, NAMES, bus.settings)
-        _, different = await topology.inspect(rig.link, NAMES, bus.settings)
-        await topology.alter(rig.link, NAMES, bus.settings, different[0])
-        assert await topology.ensure(rig.link, NAMES, bus.settings) == []
+            await topology.ensure_topology(rig.link, NAMES, bus.settings)
+        _, different = await topology.inspect_topology(rig.link, NAMES, bus.settings)
+        await topology.alter_stream(rig.link, NAMES, bus.settings, different[0])
+        assert await topology.ensure_topology(rig.link, NAMES, bus.settings) == []
         assert await rig.bucket(NAMES.conversations).update("s1.u1", b"2", kept, ttl_s=60) > kept
 
 
 async def test_an_operators_own_limits_are_only_told_and_never_changed(bus: Bus) -> None:
     async with rig_on(bus, streams=False) as rig:
-        (wanted,) = [w for w in topology.streams(NAMES, bus.settings) if w.name == NAMES.stream_in]
-        await rig.link.api(f"STREAM.CREATE.{wanted.name}", {**wanted.config, "max_msgs_per_subject": 7})
+        (wanted,) = [w for w in topology.wanted_streams(NAMES, bus.settings) if w.name == NAMES.stream_in]
+        await rig.link.api_request(f"STREAM.CREATE.{wanted.name}", {**wanted.config, "max_msgs_per_subject": 7})
         with capture_logs() as logs:
-            (difference,) = await topology.ensure(rig.link, NAMES, bus.settings)
+            (difference,) = await topology.ensure_topology(rig.link, NAMES, bus.settings)
         assert (difference.field, difference.found, difference.critical) == ("max_msgs_per_subject", 7, False)
         assert "stream.differs" in [line["event"] for line in logs]
-        info = await rig.link.api(f"STREAM.INFO.{wanted.name}")
+        info = await rig.link.api_request(f"STREAM.INFO.{wanted.name}")
         assert info["config"]["max_msgs_per_subject"] == 7
 
-        await topology.alter(rig.link, NAMES, bus.settings, difference)
-        assert await topology.ensure(rig.link, NAMES, bus.settings) == []
+        await topology.alter_stream(rig.link, NAMES, bus.settings, difference)
+        assert await topology.ensure_topology(rig.link, NAMES, bus.settings) == []
 
 
 @pytest.mark.parametrize("level", [None, 0, 3])
 async def test_a_server_that_is_too_old_is_refused(level: int | None) -> None:
     with pytest.raises(SettingsError) as caught:
-        await topology.ensure(OldServer(level), NAMES, Settings())
+        await topology.ensure_topology(OldServer(level), NAMES, Settings())
     assert caught.value.reason == "server_too_old"
     assert "2.14" in caught.value.detail
 
 
 async def test_a_user_without_jetstream_is_told_so() -> None:
     class Forbidden(OldServer):
-        async def api(self, verb: str, body: dict[str, Any] | None = None, timeout_s: float = 5.0) -> dict[str, Any]:
+        async def api_request(
+            self, verb: str, body: dict[str, Any] | None = None, timeout_s: float = 5.0
+        ) -> dict[str, Any]:
             raise BusRefused(10039, "jetstream not enabled for account")
 
     with pytest.raises(SettingsError, match="JetStream"):
-        await topology.ensure(Forbidden(0), NAMES, Settings())
+        await topology.ensure_topology(Forbidden(0), NAMES, Settings())
 
 
 async def test_a_sandboxs_shard_is_the_servers(rig: Rig) -> None:
@@ -280,7 +288,7 @@ async def test_what_is_too_large_to_be_a_command_is_refused_to_its_publisher(bus
     """A command as large as the setting says, with headers as long as the server takes, is stored."""
     settings = msgspec.structs.replace(bus.settings, max_command_bytes=1024)
     async with rig_on(bus, streams=False) as rig:
-        await topology.ensure(rig.link, NAMES, settings)
+        await topology.ensure_topology(rig.link, NAMES, settings)
         headers = {"long": "x" * (topology.HEADER_BYTES - 64)}
         largest = Message("out", NAMES.out("s1"), b"x" * 1024, headers)
         await rig.publisher.publish(largest)
@@ -293,7 +301,7 @@ async def test_commands_and_dead_letters_end_at_their_size_and_leave_room_for_th
     settings = msgspec.structs.replace(bus.settings, in_max_bytes=10 << 20)
     payload = bytes(256 * 1024)
     async with rig_on(bus, streams=False) as rig:
-        await topology.ensure(rig.link, NAMES, settings)
+        await topology.ensure_topology(rig.link, NAMES, settings)
         dead = [await rig.publisher.publish(Message("dead", NAMES.dead("X"), payload, {})) for _ in range(10)]
         assert await rig.first(NAMES.stream_dead) > dead[0].seq
         out = [Message("out", NAMES.out(f"s{number}"), payload, {}) for number in range(25)]
@@ -302,7 +310,7 @@ async def test_commands_and_dead_letters_end_at_their_size_and_leave_room_for_th
         assert refused == answers[-len(refused) :]
         assert {answer.code for answer in refused} == {STORE_FAILED}
         for name, most in ((NAMES.stream_out, 5 << 20), (NAMES.stream_dead, 1 << 20)):
-            state = (await rig.link.api(f"STREAM.INFO.{name}"))["state"]
+            state = (await rig.link.api_request(f"STREAM.INFO.{name}"))["state"]
             assert most - 2 * len(payload) < state["bytes"] <= most
         await rig.publisher.publish(Message("in", NAMES.inbox("s1"), b"x", {}))
 
@@ -320,12 +328,12 @@ async def test_what_a_flooded_stream_does_not_take_in_is_written_again(tmp_path:
     """A copy by the router was refused for good, and its service told that the sandbox's queue was full."""
     async with Hurried(tmp_path / "nats") as server, asyncio.TaskGroup() as group:
         settings = Settings(nats_url=(server.url,), in_max_bytes=-1, media_store_bytes=-1)
-        link, metrics = Link(settings, "test"), Metrics()
+        link, metrics = ManagedConnection(settings, "test"), Metrics()
         publisher = Publisher(link, SystemClock(), metrics)
         running = [group.create_task(loop) for loop in (link.run(), publisher.run())]
-        await link.wait_up(PATIENCE_S)
-        (wanted,) = [w for w in topology.streams(NAMES, settings) if w.name == NAMES.stream_out]
-        await topology.create(link, wanted)
+        await link.wait_connected(PATIENCE_S)
+        (wanted,) = [w for w in topology.wanted_streams(NAMES, settings) if w.name == NAMES.stream_out]
+        await topology.create_resource(link, wanted)
         copies = [Message("out", NAMES.out("s1"), b"x", {H_MSG_ID: str(number)}) for number in range(500)]
         answers = await publisher.publish_all(copies)
         assert not [answer for answer in answers if isinstance(answer, BusRefused)]

@@ -66,10 +66,10 @@ def test_the_objects_of_nack_are_what_the_adapter_would_make(settings: Object) -
         made for made in rendered({"nack": {"enabled": True}, "settings": settings}) if made["kind"] == "Stream"
     ]
     found = {made["spec"]["name"]: as_jetstream(made["spec"]) for made in objects}
-    wanted = {each.name: each for each in topology.streams(Names(read.prefix), read)}
+    wanted = {each.name: each for each in topology.wanted_streams(Names(read.prefix), read)}
     assert set(found) == set(wanted)
     for name, each in wanted.items():
-        assert topology.compare(each, found[name]) == []
+        assert topology.differences(each, found[name]) == []
         assert not set(found[name]) - set(each.config), f"{name} says more than the adapter"
     assert all(made["spec"]["preventDelete"] for made in objects), "an uninstall deletes nobody's messages"
 
@@ -82,13 +82,13 @@ def test_objects_of_nack_may_be_of_an_account_and_be_deleted_with_the_release() 
 
 def test_every_setting_that_shapes_a_stream_is_tried_above() -> None:
     """A new one must be in the template, too."""
-    plain = [each.config for each in topology.streams(Names(), Settings())]
+    plain = [each.config for each in topology.wanted_streams(Names(), Settings())]
     shaping = {"WECHAT_NATS_PREFIX"}
     for field, kind in Settings.__annotations__.items():
         default = getattr(Settings(), field)
         for other in (3, 7.5, "memory", "x" * 5):
             if isinstance(other, type(default)) and "bool" not in str(kind):
                 changed = msgspec.structs.replace(Settings(), **{field: other})
-                if [each.config for each in topology.streams(Names(), changed)] != plain:
+                if [each.config for each in topology.wanted_streams(Names(), changed)] != plain:
                     shaping.add(variable_of(field))
     assert shaping == set(VARIED)

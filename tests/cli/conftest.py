@@ -17,7 +17,7 @@ from adapter.cli.bus import Bus, connected
 from adapter.embedded import EmbeddedNats
 from adapter.environment import read_settings
 from adapter.jetstream import topology
-from adapter.jetstream.managed_connection import Link
+from adapter.jetstream.managed_connection import ManagedConnection
 from adapter.settings import Settings
 from tests import canary
 from tests.e2e.memory import SMALL, in_memory
@@ -76,12 +76,14 @@ async def bus(settings: Settings, request: pytest.FixtureRequest) -> AsyncIterat
     """A connection to a NATS with all streams, and no adapter. Its 130 consumers are there for modules that say
     `CONSUMERS = True`: most commands have nothing to do with them, and the server takes a second to make them."""
     async with connected(settings) as found:
-        link = Link(settings, "test")
-        await link.use(found.nc)
+        link = ManagedConnection(settings, "test")
+        await link.adopt_client(found.nc)
         if getattr(request.module, "CONSUMERS", False):
-            await topology.ensure(link, found.names, settings)
+            await topology.ensure_topology(link, found.names, settings)
         else:
-            await asyncio.gather(*(topology.create(link, each) for each in topology.streams(found.names, settings)))
+            await asyncio.gather(
+                *(topology.create_resource(link, each) for each in topology.wanted_streams(found.names, settings))
+            )
         yield found
 
 

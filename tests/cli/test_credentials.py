@@ -87,7 +87,7 @@ async def test_credentials_that_break_under_a_running_link_are_read_again_until_
         file.write_bytes(good)
         settings = Settings(nats_url=(server.url,), nats_creds=str(file), nats_inbox_prefix="_INBOX_adapter")
         async with linked(settings) as link:
-            await link.wait_up(30)
+            await link.wait_connected(30)
             file.write_bytes(UNUSABLE[broken][1])
             await link.client().close()
             await until(lambda: link.down_reason.startswith("NATS_CREDS cannot be used"), "it reads the file again")
@@ -96,7 +96,7 @@ async def test_credentials_that_break_under_a_running_link_are_read_again_until_
             os.replace(swap, file)
 
             async def up() -> bool:
-                return link.up
+                return link.is_connected
 
             await eventually(up, "it connects by what is there now")
 

@@ -142,7 +142,7 @@ async def test_headers_that_are_not_ascii_are_shown_and_kept_by_a_retry(cli: Com
     assert (await cli("dead", "retry", "1")).code == 0
     stored = await bus.js.get_last_msg(OUT, "wechat.out.*.s1")
     assert stored.hdrs is not None
-    assert (await bus.nc.headers(base64.b64decode(stored.hdrs)))["kind"] == "Gr\u00fc\u00dfe \u4f60"
+    assert (await bus.nc.parse_headers(base64.b64decode(stored.hdrs)))["kind"] == "Gr\u00fc\u00dfe \u4f60"
 
 
 async def test_several_of_which_one_is_not_there(cli: Command, bus: Bus) -> None:

@@ -19,7 +19,7 @@ from adapter.embedded import EmbeddedNats
 from adapter.environment import read_settings
 from adapter.errors import Refused
 from adapter.jetstream.history import StreamHistory
-from adapter.jetstream.managed_connection import Link
+from adapter.jetstream.managed_connection import ManagedConnection
 from adapter.names import H_SINCE_MS, shard_of, token_of
 from adapter.records import Binding
 from adapter.seal import Sealer, cursor_context
@@ -132,8 +132,8 @@ async def test_commands_that_were_stored_without_the_transform_are_brought_to_th
     assert "publishing 3 commands again" in (await cli("doctor", "--fix")).out
     result = await cli("doctor", "--json")
     assert (states(result)["streams"], "commands astray" in states(result)) == ("ok", False)
-    link = Link(bus.settings, "test")
-    await link.use(bus.nc)
+    link = ManagedConnection(bus.settings, "test")
+    await link.adopt_client(bus.nc)
     found = [
         (stored.subject, stored.data, stored.headers["Wechat-Command"], stored.headers.get("traceparent"))
         async for stored in StreamHistory(link).read(names.stream_out, names.out(">"))
@@ -152,8 +152,8 @@ async def test_commands_brought_back_wait_since_they_were_stored_first(cli: Comm
     await bus.api(f"STREAM.UPDATE.{names.stream_out}", config | {"subject_transform": None})
     await bus.store(names.out("s1"), b'{"text":"now or never","expires_in_s":0.5}', {})
     await bus.store(names.out("s1"), b'{"text":"a copy"}', {H_SINCE_MS: "1234"})
-    link = Link(bus.settings, "test")
-    await link.use(bus.nc)
+    link = ManagedConnection(bus.settings, "test")
+    await link.adopt_client(bus.nc)
     history = StreamHistory(link)
     before = [stored async for stored in history.read(names.stream_out, names.out("s1"))]
     assert "publishing 2 commands again" in (await cli("doctor", "--fix")).out
@@ -403,8 +403,8 @@ async def bound(bus: Bus, *tokens: str, start_cursor: str | None = None) -> None
 
 
 async def stored_bindings(bus: Bus) -> list[Binding]:
-    link = Link(bus.settings, "test")
-    await link.use(bus.nc)
+    link = ManagedConnection(bus.settings, "test")
+    await link.adopt_client(bus.nc)
     found = StreamHistory(link).read(f"KV_{bus.names.bindings}", f"$KV.{bus.names.bindings}.>")
     return [msgspec.json.decode(stored.data, type=Binding) async for stored in found]
 

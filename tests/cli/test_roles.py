@@ -12,7 +12,7 @@ from adapter.cli.bus import connected
 from adapter.cli.exit_codes import Failed
 from adapter.contract import BindingsPage, BindingsQuery
 from adapter.jetstream import topology
-from adapter.jetstream.managed_connection import Link
+from adapter.jetstream.managed_connection import ManagedConnection
 from adapter.settings import Settings
 from tests.bus.guarded import NAMES, WITNESS, Guarded, Player, guarded
 from tests.cli.conftest import Command
@@ -40,9 +40,9 @@ class Scene:
 async def scene(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Scene]:
     async with guarded(tmp_path) as server:
         witness = await server.connect(WITNESS)
-        link = Link(Settings(), "test")
-        await link.use(witness.nc)
-        await topology.ensure(link, NAMES, Settings(in_max_bytes=-1, media_store_bytes=-1))
+        link = ManagedConnection(Settings(), "test")
+        await link.adopt_client(witness.nc)
+        await topology.ensure_topology(link, NAMES, Settings(in_max_bytes=-1, media_store_bytes=-1))
         monkeypatch.setenv("NATS_URL", server.url)
         yield Scene(server, witness, monkeypatch)
 

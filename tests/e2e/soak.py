@@ -172,7 +172,7 @@ def environ_of(url: str, sim: Simulator) -> dict[str, str]:
 
 async def short_lived(nc: Client, environ: dict[str, str]) -> None:
     """Makes the streams that keep things by their age, with another age; the adapter takes them as they are."""
-    for wanted in topology.streams(NAMES, read_settings(environ)):
+    for wanted in topology.wanted_streams(NAMES, read_settings(environ)):
         if wanted.config.get("max_age"):
             config = wanted.config | {"max_age": AGE_S * topology.NS}
             answer = await nc.request(f"$JS.API.STREAM.CREATE.{wanted.name}", msgspec.json.encode(config), timeout=10)

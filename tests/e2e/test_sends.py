@@ -17,7 +17,7 @@ from nats.aio.client import Client
 from nats.js.errors import KeyNotFoundError
 
 from adapter.conversation.record import ConversationRecord
-from adapter.jetstream.managed_connection import Link
+from adapter.jetstream.managed_connection import ManagedConnection
 from adapter.jetstream.objects import ObjectStore
 from adapter.jetstream.publisher import Publisher
 from adapter.metrics import Metrics
@@ -70,11 +70,11 @@ async def put_by_us(made: World, name: str, data: bytes) -> None:
     async def pieces() -> Pieces:
         yield data
 
-    link = Link(Settings(nats_url=(made.server.url,)), "test")
+    link = ManagedConnection(Settings(nats_url=(made.server.url,)), "test")
     publisher = Publisher(link, SystemClock(), Metrics())
     async with asyncio.TaskGroup() as group:
         running = [group.create_task(link.run()), group.create_task(publisher.run())]
-        await link.wait_up()
+        await link.wait_connected()
         await ObjectStore(link, publisher, NAMES.media).put(name, pieces())
         for task in running:
             task.cancel()

@@ -117,7 +117,7 @@ def test_settings_and_lines_of_the_log_are_called_by_their_names() -> None:
 
 
 def test_dead_letters_are_kept_as_long_as_is_said() -> None:
-    (dead,) = [each for each in topology.streams(Names(), Settings()) if each.name == Names().stream_dead]
+    (dead,) = [each for each in topology.wanted_streams(Names(), Settings()) if each.name == Names().stream_dead]
     days = f"kept for {dead.config['max_age'] // (24 * 3600 * 10**9)} days"
     assert days in sections()["Read and retry dead letters"]
     assert days in (ROOT / "adapter/console/templates/dead.html").read_text()
