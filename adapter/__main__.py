@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 def main() -> None:
     """Ends the process with the exit code of the command (`wechat-nats --help` lists them)."""
-    _obey_at_once()
-    _tell_no_secrets()
+    _end_on_sigterm()
+    _redact_uncaught_exceptions()
     try:
         from adapter.cli import main as cli  # noqa: PLC0415 -- an extra
     except ModuleNotFoundError as exc:
@@ -31,7 +31,7 @@ def main() -> None:
     sys.exit(cli())
 
 
-def _obey_at_once() -> None:
+def _end_on_sigterm() -> None:
     """As the first process of a container, ends on a SIGTERM that comes before anybody listens for it.
 
     The kernel drops signals that this process does not handle: an adapter that is stopped while it still imports
@@ -41,7 +41,7 @@ def _obey_at_once() -> None:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
-def _tell_no_secrets() -> None:
+def _redact_uncaught_exceptions() -> None:
     """Prints uncaught exceptions redacted as logs are: Python's own report would repeat whatever they hold."""
 
     def tell(

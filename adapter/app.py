@@ -12,10 +12,10 @@ import structlog
 
 from adapter import __version__
 from adapter.errors import SettingsError
-from adapter.preflight import start
+from adapter.preflight import run_preflight
 from adapter.probes import ProbeServer
 from adapter.settings import Settings
-from adapter.wiring import RELEASE_S, Parts
+from adapter.wiring import RELEASE_S, Replica
 
 log = structlog.get_logger()
 
@@ -26,15 +26,15 @@ async def run(
     """Runs one replica until `stop` is set (or it is cancelled), then drains. Raises SettingsError."""
     _raise_file_limit(settings.capacity)
     try:
-        await run_parts(Parts(settings), stop or asyncio.Event(), on_ready)
+        await run_replica(Replica(settings), stop or asyncio.Event(), on_ready)
     except BaseExceptionGroup as group:
         wrong = group.subgroup(SettingsError)
         if wrong is not None:
-            raise _first(wrong) from None
+            raise _first_settings_error(wrong) from None
         raise
 
 
-async def run_parts(parts: Parts, stop: asyncio.Event, on_ready: Callable[[], None] | None = None) -> None:
+async def run_replica(parts: Replica, stop: asyncio.Event, on_ready: Callable[[], None] | None = None) -> None:
     """As `run`. Raises SettingsError, in a group, too."""
     with ProbeServer(parts.settings.http_addr, parts.health, parts.metrics) as probes, parts.console():
         async with asyncio.TaskGroup() as group:
@@ -44,18 +44,18 @@ async def run_parts(parts: Parts, stop: asyncio.Event, on_ready: Callable[[], No
                 background.append(group.create_task(loop, name=name))
                 return background[-1]
 
-            begin(parts.watch.beat(), "heartbeat")
-            begin(parts.watch.ask(), "jetstream")
+            begin(parts.health_monitor.heartbeat_forever(), "heartbeat")
+            begin(parts.health_monitor.check_jetstream_forever(), "jetstream")
             for name, loop in parts.connections.loops():
                 begin(loop, name)
             try:
-                if await start(parts, stop):
+                if await run_preflight(parts, stop):
                     leasing = begin(parts.leases.run(), "leases")
                     begin(parts.bindings.run(), "bindings")
                     begin(parts.logins.run(), "logins")
                     running_logins = begin(parts.login_runner.run(), "logins.run")
                     following = group.create_task(parts.supervisor.run(), name="supervisor")
-                    parts.watch.begin()
+                    parts.health_monitor.on_started()
                     log.info("adapter.started", instance=parts.instance, version=__version__, http=probes.port)
                     if on_ready is not None:
                         on_ready()
@@ -71,7 +71,7 @@ async def run_parts(parts: Parts, stop: asyncio.Event, on_ready: Callable[[], No
 
 
 async def _drain(
-    parts: Parts, following: asyncio.Task[None], running_logins: asyncio.Task[None], leasing: asyncio.Task[None]
+    parts: Replica, following: asyncio.Task[None], running_logins: asyncio.Task[None], leasing: asyncio.Task[None]
 ) -> None:
     parts.health.draining = True
     log.info("adapter.draining", polls=len(parts.supervisor.sessions))
@@ -86,7 +86,7 @@ async def _drain(
             await asyncio.wait([running_logins])
             leasing.cancel()  # a renewal after this would write the key that is given back
             await asyncio.wait([leasing])
-            await parts.leases.leave()
+            await parts.leases.release_all()
     except TimeoutError:
         log.warning("drain.late", drain_s=parts.settings.drain_s)
 
@@ -101,7 +101,7 @@ def _raise_file_limit(capacity: int) -> None:
         log.warning("files.few", limit=soft, detail=f"Open files suffice for about {max(0, soft - 100) // 2} bots.")
 
 
-def _first(group: BaseExceptionGroup[SettingsError]) -> SettingsError:
+def _first_settings_error(group: BaseExceptionGroup[SettingsError]) -> SettingsError:
     exc: BaseException = group
     while isinstance(exc, BaseExceptionGroup):
         exc = exc.exceptions[0]

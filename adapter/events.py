@@ -185,7 +185,7 @@ class Events:
             kept[H_SANDBOX] = sandbox
         self._metrics.dead_letters.labels(stream=stream.lower()).inc()
         log.warning("message.dead_lettered", stream=stream, sandbox=sandbox, reason=reason, sequence=seq)
-        subject_to = self._names.dead(f"{self._names.prefix.upper()}_{stream}")
+        subject_to = self._names.dead_letters(f"{self._names.prefix.upper()}_{stream}")
         try:
             await self._bus.publish(Message("dead", subject_to, data, kept))
         except BusRefused:

@@ -25,13 +25,13 @@ TICK_S = 0.5
 """Between two beats."""
 OBSERVED_EVERY = 8
 """Ticks between two counts of what is there: with thousands of bots each takes milliseconds."""
-TIDIED_EVERY = 60
+EVICTED_EVERY = 60
 """Ticks between two clean-ups of what nobody needs any more."""
-WATCH_S = 2.0
+CHECK_S = 2.0
 """Between two looks at JetStream; at streams and consumers every other time."""
 
 
-class Watch:
+class HealthMonitor:
     """Two loops: a heartbeat of the event loop, and one that asks JetStream, whose answers may take long."""
 
     def __init__(
@@ -56,29 +56,29 @@ class Watch:
         self._inspector = inspector
         self._leases = leases
         self._supervisor = supervisor
-        self._tidy = tidy
+        self._evict_idle = tidy
         self._names = names
         self._health = health
         self._clock = clock
         self._metrics = metrics
-        self._good = clock.monotonic()
+        self._healthy_at = clock.monotonic()
         """When JetStream was last in order."""
         self._missing: set[str] = set()
         """Streams that were deleted, and buckets that lacked keys, when it was last looked."""
-        self._looked = ChangeSignal()
+        self._checked = ChangeSignal()
         self._paused: dict[str, str] = {}
         """Consumers that an operator has paused, of those that are looked at, and their streams."""
 
-    async def complete(self, streams: Iterable[str]) -> None:
+    async def wait_complete(self, streams: Iterable[str]) -> None:
         """Returns when these are there, with all their keys as far as that is known."""
-        await self._looked.wait_until(lambda: self._missing.isdisjoint(streams))
+        await self._checked.wait_until(lambda: self._missing.isdisjoint(streams))
 
-    def begin(self) -> None:
+    def on_started(self) -> None:
         """Called once the service has started, on streams that were found in order."""
         self._health.jetstream_ok = self._health.started = True
-        self._good = self._clock.monotonic()
+        self._healthy_at = self._clock.monotonic()
 
-    async def beat(self) -> None:
+    async def heartbeat_forever(self) -> None:
         """Forever: tells the probes that the loop lives, and sets the gauges that are sampled."""
         loop, metrics = asyncio.get_running_loop(), self._metrics
         ticks = 0
@@ -86,52 +86,52 @@ class Watch:
             due = loop.time() + TICK_S
             await asyncio.sleep(TICK_S)
             metrics.event_loop_lag.observe(max(0.0, loop.time() - due))
-            self._health.beat()
+            self._health.record_heartbeat()
             metrics.nats_connected.set(1 if self._link.is_connected else 0)
             if self._link.is_connected:
-                self._health.nats_back()
+                self._health.on_nats_restored()
             else:
-                self._health.nats_lost()
+                self._health.on_nats_lost()
             metrics.nats_publish_oldest.set(max(self._bus.waiting_s, self._media_bus.waiting_s))
             ticks += 1
             if ticks % OBSERVED_EVERY == 0:
                 self._supervisor.observe(len(asyncio.all_tasks()))
-            if ticks % TIDIED_EVERY == 0:
-                self._tidy()
+            if ticks % EVICTED_EVERY == 0:
+                self._evict_idle()
 
-    async def ask(self) -> None:
+    async def check_jetstream_forever(self) -> None:
         """Forever: checks that JetStream answers and takes what is written, and that its streams exist."""
         rounds = 0
         while True:
-            await self._clock.sleep(WATCH_S)
+            await self._clock.sleep(CHECK_S)
             if not (self._health.started and self._link.is_connected):
                 continue  # the connection is what failed: it has its own check and its own grace
             rounds += 1
             try:
                 await self._link.probe()
                 if rounds % 2 == 1 or not self._health.jetstream_ok:  # what is back may have come back incomplete
-                    await self._ask_streams()
-                    await self._ask_consumers()
+                    await self._check_streams()
+                    await self._check_consumers()
             except (Temporary, BusRefused) as exc:
                 if self._link.is_connected:
-                    self._hear(f"JetStream does not answer: {exc.detail or exc.reason}"[:200])
+                    self._report_problem(f"JetStream does not answer: {exc.detail or exc.reason}"[:200])
             else:
-                self._hear(self._hurdle()[:200])
+                self._report_problem(self._current_problem()[:200])
 
-    def _hurdle(self) -> str:
+    def _current_problem(self) -> str:
         """What keeps this replica from work although JetStream answers, in words; "": nothing."""
         if self._bus.waiting_s > BUS_GRACE_S:
             return f"JetStream takes nothing for {self._bus.last_error}"
-        return "" if self._leases.valid else f"the lease cannot be renewed: {self._leases.hurdle}"
+        return "" if self._leases.is_valid else f"the lease cannot be renewed: {self._leases.last_error}"
 
-    def _hear(self, problem: str) -> None:
+    def _report_problem(self, problem: str) -> None:
         """A problem counts once it has lasted: an election takes seconds, and this replica keeps what it has."""
         now = self._clock.monotonic()
-        self._good = self._good if problem else now
-        if not problem or now - self._good > BUS_GRACE_S:
-            self._health.tell_jetstream(problem)
+        self._healthy_at = self._healthy_at if problem else now
+        if not problem or now - self._healthy_at > BUS_GRACE_S:
+            self._health.set_jetstream_problem(problem)
 
-    async def _ask_streams(self) -> None:
+    async def _check_streams(self) -> None:
         """Raises Temporary, BusRefused."""
         missing = await self._inspector.inspect_streams(self._link)
         incomplete = self._inspector.incomplete
@@ -142,9 +142,9 @@ class Watch:
         self._health.missing, self._health.altered = ", ".join(missing), ", ".join(altered)
         self._health.incomplete = ", ".join(incomplete)
         self._health.paused = [f"{stream} {consumer}" for consumer, stream in sorted(self._paused.items())]
-        self._looked.notify_all()
+        self._checked.notify_all()
 
-    async def _ask_consumers(self) -> None:
+    async def _check_consumers(self) -> None:
         """Raises Temporary."""
         names, metrics = self._names, self._metrics
         for label, stream, consumer in (
@@ -156,14 +156,14 @@ class Watch:
             except BusRefused as exc:  # deleted by an operator; its owner makes it again
                 log.warning("consumer.missing", consumer=consumer, detail=exc.detail)
                 continue
-            self._heed_pause(consumer, stream, paused=bool(info.get("paused")))
+            self._note_paused(consumer, stream, paused=bool(info.get("paused")))
             metrics.nats_consumer_pending.labels(consumer=label).set(info["num_pending"])
             metrics.nats_consumer_ack_pending.labels(consumer=label).set(info["num_ack_pending"])
         waiting, in_hand = self._inspector.message_count(names.stream_out), self._supervisor.in_hand
         metrics.nats_consumer_pending.labels(consumer="out").set(max(0, waiting - in_hand))
         metrics.nats_consumer_ack_pending.labels(consumer="out").set(in_hand)
 
-    def _heed_pause(self, consumer: str, stream: str, *, paused: bool) -> None:
+    def _note_paused(self, consumer: str, stream: str, *, paused: bool) -> None:
         if paused and consumer not in self._paused:
             log.error("consumer.paused", consumer=consumer, detail="It delivers nothing until it is resumed.")
             self._paused[consumer] = stream

@@ -97,15 +97,15 @@ def escaped(text: str) -> str:
 
 
 @functools.lru_cache(maxsize=32_768)
-def token_of(text: str) -> str:
+def to_subject_token(text: str) -> str:
     """As `escaped`, cached: for bots and users, not for what comes once, such as the id of a message."""
     return escaped(text)
 
 
-def text_of(token: str) -> str:
+def from_subject_token(token: str) -> str:
     """The inverse of `escaped`. Raises ValueError for what it never made."""
     text = unquote_to_bytes(token.replace("=", "%")).decode()
-    if token_of(text) != token:
+    if to_subject_token(text) != token:
         raise ValueError("not a name that was escaped")
     return text
 
@@ -117,12 +117,12 @@ def digest(data: bytes) -> str:
 
 def conversation_key(sandbox: str, user: str) -> str:
     """Key of one sandbox and one user."""
-    return f"{sandbox}.{token_of(user)}"
+    return f"{sandbox}.{to_subject_token(user)}"
 
 
 def user_of_key(key: str) -> str:
     """The user of a `conversation_key`."""
-    return text_of(key.partition(".")[2])
+    return from_subject_token(key.partition(".")[2])
 
 
 def stream_of(subject: str) -> str:
@@ -172,7 +172,7 @@ class Names:
         """Filter of the commands of one shard, as stored (after the stream's subject transform)."""
         return f"{self.prefix}.out.{shard}.*"
 
-    def out_stored(self, sandbox: str) -> str:
+    def out_of_sandbox(self, sandbox: str) -> str:
         """The commands of one sandbox, as stored."""
         return f"{self.prefix}.out.{shard_of(sandbox)}.{sandbox}"
 
@@ -189,16 +189,16 @@ class Names:
 
     def journal(self, bot: str) -> str:
         """What iLink handed over for a bot, and who polls it. No shard is in it: a bot that moves keeps its fence."""
-        return f"{self.prefix}.journal.{token_of(bot)}"
+        return f"{self.prefix}.journal.{to_subject_token(bot)}"
 
-    def dead(self, stream: str) -> str:
+    def dead_letters(self, stream: str) -> str:
         return f"{self.prefix}.dead.{stream}"
 
-    def freed(self) -> str:
+    def bot_released(self) -> str:
         """Where replicas tell each other that a bot was given back; below what is closed to sandboxes."""
         return f"{self.prefix}.kv.freed"
 
-    def roll(self) -> str:
+    def replica_status(self) -> str:
         """Where all replicas are asked who they are; closed to sandboxes, too."""
         return f"{self.prefix}.kv.roll"
 

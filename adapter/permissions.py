@@ -153,9 +153,13 @@ def _emptied(names: Names) -> tuple[str, ...]:
 def _adapter_publishes(names: Names) -> tuple[str, ...]:
     prefix, media = names.prefix, f"OBJ_{names.media}"
     return (
-        *(names.inbox("*"), names.out("*"), names.bind, names.event("*", ">"), names.freed()),
-        *(names.roll(), names.out_plain, names.unbind),  # for the console: who is there, and dead commands again
-        *(f"{prefix}.journal.>", names.dead("*")),
+        *(names.inbox("*"), names.out("*"), names.bind, names.event("*", ">"), names.bot_released()),
+        *(
+            names.replica_status(),
+            names.out_plain,
+            names.unbind,
+        ),  # for the console: who is there, and dead commands again
+        *(f"{prefix}.journal.>", names.dead_letters("*")),
         *(f"$KV.{bucket}.>" for bucket in buckets(names)),
         f"$O.{names.media}.>",
         *_api("INFO", "STREAM.INFO.*", "STREAM.MSG.GET.*", "DIRECT.GET.>"),

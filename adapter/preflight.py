@@ -6,19 +6,19 @@ import asyncio
 
 import structlog
 
-from adapter.bindings.key_rotation import tokens_at_rest
+from adapter.bindings.key_rotation import count_stored_tokens
 from adapter.errors import UNDECODABLE, SettingsError, Temporary
 from adapter.jetstream import topology
 from adapter.permissions import USER_INFO, required, user_of
-from adapter.wiring import Parts
+from adapter.wiring import Replica
 
 log = structlog.get_logger()
 
 
-async def start(parts: Parts, stop: asyncio.Event) -> bool:
+async def run_preflight(parts: Replica, stop: asyncio.Event) -> bool:
     """Waits for the connection and verifies the streams; False when told to stop meanwhile. Raises SettingsError."""
-    parts.metrics.tokens_sealed.set(1 if parts.sealer.seals else 0)
-    if not parts.sealer.seals:
+    parts.metrics.tokens_sealed.set(1 if parts.sealer.is_enabled else 0)
+    if not parts.sealer.is_enabled:
         log.warning("tokens.unsealed", detail="Set WECHAT_NATS_TOKEN_KEY, so that bot tokens are sealed at rest.")
     parts.health.phase = "connecting to NATS"
     stopping = asyncio.ensure_future(stop.wait())
@@ -32,7 +32,7 @@ async def start(parts: Parts, stop: asyncio.Event) -> bool:
                 break
             if epoch != parts.connections.link.epoch:
                 epoch = parts.connections.link.epoch
-                await _look_at_permissions(parts)
+                await _log_missing_permissions(parts)
             parts.health.phase = "verifying streams"
             try:
                 await topology.ensure_topology(parts.connections.link, parts.names, parts.settings)
@@ -47,7 +47,7 @@ async def start(parts: Parts, stop: asyncio.Event) -> bool:
         stopping.cancel()
 
 
-async def _look_at_permissions(parts: Parts) -> None:
+async def _log_missing_permissions(parts: Replica) -> None:
     """Logs what the server says that this user lacks. A missing right to subscribe has held up the connection."""
     try:
         answer = await parts.connections.link.request(USER_INFO, b"", timeout_s=2.0)
@@ -59,10 +59,10 @@ async def _look_at_permissions(parts: Parts) -> None:
         log.error("permissions.missing", lacks=said, count=len(lacks), detail="`wechat-nats doctor` tells more.")
 
 
-async def _check_tokens(parts: Parts) -> None:
+async def _check_tokens(parts: Replica) -> None:
     """Raises SettingsError where tokens lie open although there is a key, Temporary."""
-    found = await tokens_at_rest(parts.connections.history, parts.names, parts.sealer)
-    if found["open"] and parts.sealer.seals and not parts.settings.allow_unsealed:
+    found = await count_stored_tokens(parts.connections.history, parts.names, parts.sealer)
+    if found["open"] and parts.sealer.is_enabled and not parts.settings.allow_unsealed:
         raise SettingsError(
             "tokens_unsealed",
             f"{found['open']} bot tokens lie unsealed in {parts.names.bindings}, although WECHAT_NATS_TOKEN_KEY is"

@@ -64,7 +64,7 @@ class Health:
         self.phase = "starting"
         """What the start waits for, in words; shown until `started`."""
         self.nats_down_since: float | None = None
-        """`clock()` when the connection was lost; None while connected. See `nats_lost` and `nats_back`."""
+        """`clock()` when the connection was lost; None while connected. See `on_nats_lost` and `on_nats_restored`."""
         self.missing = ""
         """Streams and buckets that are not there any more, in words."""
         self.incomplete = ""
@@ -74,76 +74,81 @@ class Health:
         self.paused: list[str] = []
         """Consumers that deliver nothing, each behind its stream."""
         self._jetstream_problem = "JetStream does not answer"
-        self._born = self._beat = self._awake = self._up = clock()
-        self.flags = dict.fromkeys(("started", "draining", "jetstream_ok"), (False, self._born))
+        self._created_at = self._heartbeat_at = self._responsive_since = self._connected_since = clock()
+        self.flags = dict.fromkeys(("started", "draining", "jetstream_ok"), (False, self._created_at))
         """Each of them, and `clock()` when it changed last."""
-        self._failed: dict[str, tuple[str, float]] = {}
+        self._failed_loops: dict[str, tuple[str, float]] = {}
 
-    def beat(self) -> None:
+    def record_heartbeat(self) -> None:
         """Called by the event loop again and again, far more often than STUCK_S."""
         now = self.clock()
-        if now - self._beat >= STUCK_S:
-            self._awake = now
-        self._beat = now
+        if now - self._heartbeat_at >= STUCK_S:
+            self._responsive_since = now
+        self._heartbeat_at = now
 
-    def fail(self, name: str, detail: str) -> None:
+    def report_failed_loop(self, name: str, detail: str) -> None:
         """Says that the loop `name` died for good: only a restart helps. `detail` holds no secret."""
-        self._failed = {**self._failed, name: (detail, self.clock())}
+        self._failed_loops = {**self._failed_loops, name: (detail, self.clock())}
 
-    def nats_lost(self) -> None:
+    def on_nats_lost(self) -> None:
         """Starts the clock of the outage, unless it runs."""
         if self.nats_down_since is None:
             self.nats_down_since = self.clock()
 
-    def nats_back(self) -> None:
+    def on_nats_restored(self) -> None:
         """Ends it."""
         if self.nats_down_since is not None:
             if self.clock() - self.nats_down_since > BUS_GRACE_S:
-                self._up = self.clock()
+                self._connected_since = self.clock()
             self.nats_down_since = None
 
-    def tell_jetstream(self, problem: str) -> None:
+    def set_jetstream_problem(self, problem: str) -> None:
         """What is wrong with JetStream, in words; "": nothing."""
         self._jetstream_problem = problem or self._jetstream_problem
         self.jetstream_ok = not problem
 
-    def startup(self) -> list[Check]:
+    def check_started(self) -> list[Check]:
         """/startupz: once true, true for good."""
         started, since = self.flags["started"]
         return [self._check("started", started, since, self.phase)]
 
-    def live(self) -> list[Check]:
+    def check_live(self) -> list[Check]:
         """/livez: whether a restart would help."""
-        beat = self._beat
+        beat = self._heartbeat_at
         silent_s = self.clock() - beat
         stuck = silent_s >= STUCK_S
         checks = [
-            self._check("event_loop", not stuck, beat if stuck else self._awake, f"no heartbeat for {silent_s:.0f} s")
+            self._check(
+                "event_loop",
+                not stuck,
+                beat if stuck else self._responsive_since,
+                f"no heartbeat for {silent_s:.0f} s",
+            )
         ]
-        checks += [self._check(name, False, since, detail) for name, (detail, since) in self._failed.items()]
+        checks += [self._check(name, False, since, detail) for name, (detail, since) in self._failed_loops.items()]
         return checks
 
-    def ready(self) -> list[Check]:
+    def check_ready(self) -> list[Check]:
         """/readyz: whether this replica can take over bindings."""
         down_since = self.nats_down_since
         draining, draining_since = self.flags["draining"]
         jetstream, jetstream_since = self.flags["jetstream_ok"]
         if down_since is None:
-            nats = self._check("nats", True, self._up)
+            nats = self._check("nats", True, self._connected_since)
         else:
             down_s = self.clock() - down_since
             nats = self._check(
                 "nats", down_s <= BUS_GRACE_S, down_since, f"disconnected for {down_s:.0f} s", always=True
             )
         return [
-            *self.startup(),
+            *self.check_started(),
             nats,
             self._check("jetstream", jetstream, jetstream_since, self._jetstream_problem),
-            self._check("streams", not self._streams(), self._born, self._streams()),
+            self._check("streams", not self._stream_problems(), self._created_at, self._stream_problems()),
             self._check("not_draining", not draining, draining_since, "shutting down"),
         ]
 
-    def _streams(self) -> str:
+    def _stream_problems(self) -> str:
         """What is wrong with them, and what helps, in words; "": nothing."""
         troubles = (
             ("deleted", self.missing, "restore from the backup, or create empty by `wechat-nats doctor --fix`"),
@@ -166,9 +171,9 @@ class ProbeServer(Listener):
     def __init__(self, addr: str, health: Health, metrics: Metrics) -> None:
         super().__init__("http_addr", addr, self._serve)
         self._answers: dict[str, Callable[[str], tuple[bool, bytes, str]]] = {
-            "/startupz": lambda _: _answer(health.startup()),
-            "/livez": lambda _: _answer(health.live()),
-            "/readyz": lambda _: _answer(health.ready()),
+            "/startupz": lambda _: _checks_response(health.check_started()),
+            "/livez": lambda _: _checks_response(health.check_live()),
+            "/readyz": lambda _: _checks_response(health.check_ready()),
             "/metrics": lambda accept: (True, *metrics.expose(accept)),
         }
 
@@ -185,5 +190,5 @@ class ProbeServer(Listener):
         return [] if method == "HEAD" else [body]
 
 
-def _answer(checks: list[Check]) -> tuple[bool, bytes, str]:
+def _checks_response(checks: list[Check]) -> tuple[bool, bytes, str]:
     return all(check.ok for check in checks), msgspec.json.encode(checks) + b"\n", "application/json"

@@ -37,7 +37,7 @@ class Binding(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Sequence in WECHAT_IN up to which the sandbox's messages are of persons who were bound before."""
     out_after: int = 0
     """Sequence in WECHAT_OUT up to which commands that name nobody were meant for those; 0: there were none."""
-    untold: bool = False
+    event_pending: bool = False
     """The event of its login's loss, or return, may not be stored yet: whoever polls the bot tells it."""
 
     def __repr__(self) -> str:

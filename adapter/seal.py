@@ -30,11 +30,11 @@ class Sealer:
         self._first = _key_id(keys[0]) if keys else ""
 
     @property
-    def seals(self) -> bool:
+    def is_enabled(self) -> bool:
         """False where no key is set and tokens are stored as they are."""
         return bool(self._keys)
 
-    def how(self, stored: str) -> Sealing:
+    def sealing_of(self, stored: str) -> Sealing:
         """How a token is stored."""
         if not stored.startswith(MARK):
             return "open"
@@ -43,7 +43,7 @@ class Sealer:
             return "foreign"
         return "sealed" if key_id == self._first else "older"
 
-    def same(self, bot: str, one: str, other: str) -> bool:
+    def is_same_secret(self, bot: str, one: str, other: str) -> bool:
         """Whether two stored tokens of a bot are the same one, sealed at another time or with another key."""
         if one == other:
             return True

@@ -26,7 +26,7 @@ log = structlog.get_logger()
 
 RESTARTS, STEADY_S = 5, 60.0
 """A loop may crash so often in a row; one that ran so long before is in order."""
-ROOM = 512
+MAX_IN_FLIGHT = 512
 """Commands delivered and not yet settled, per consumer; of shards: asked for at once."""
 
 
@@ -34,7 +34,7 @@ async def _nothing() -> None:
     return None
 
 
-class ShardLoops(NamedTuple):
+class ShardRuntime(NamedTuple):
     """Implements supervisor.ShardWork."""
 
     link: ManagedConnection
@@ -49,28 +49,32 @@ class ShardLoops(NamedTuple):
     clock: Clock
     metrics: Metrics
 
-    def processor(self, shard: int) -> ShardCommandProcessor:
+    def new_processor(self, shard: int) -> ShardCommandProcessor:
         return ShardCommandProcessor(shard, self.outbound)
 
-    def failed(self, name: str, detail: str) -> None:
-        self.health.fail(name, detail)
+    def on_failed(self, name: str, detail: str) -> None:
+        self.health.report_failed_loop(name, detail)
 
-    def consume(self, shard: int, processor: ShardCommandProcessor) -> list[Coroutine[Any, Any, None]]:
+    def consume_forever(self, shard: int, processor: ShardCommandProcessor) -> list[Coroutine[Any, Any, None]]:
         out = topology.out_consumer(shard)
-        work = [self._lasting(out, lambda: self._consume(shard, out, "out", processor.intake.on_delivery))]
+        work = [
+            self._run_with_restarts(out, lambda: self._run_consumer(shard, out, "out", processor.intake.on_delivery))
+        ]
         if shard == 0:  # the router and the control commands go with it: one owner each
             work += [
-                self._lasting("router", lambda: self._consume(shard, topology.ROUTER, "router", self._route)),
-                self._lasting("control", lambda: self._commands(shard)),
+                self._run_with_restarts(
+                    "router", lambda: self._run_consumer(shard, topology.ROUTER, "router", self._route)
+                ),
+                self._run_with_restarts("control", lambda: self._consume_commands(shard)),
             ]
         return work
 
-    async def _lasting(self, name: str, run: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    async def _run_with_restarts(self, name: str, run: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """Restarts a loop that crashed; one that goes on crashing fails /livez."""
         last = await run_with_restarts(run, name, self.clock, restarts=RESTARTS, steady_s=STEADY_S)
-        self.failed(name, f"crashed {RESTARTS + 1} times in a row: {type(last).__name__}")
+        self.on_failed(name, f"crashed {RESTARTS + 1} times in a row: {type(last).__name__}")
 
-    async def _consume(
+    async def _run_consumer(
         self,
         shard: int,
         name: str,
@@ -87,19 +91,25 @@ class ShardLoops(NamedTuple):
                 log.exception("delivery.crashed", consumer=name, sequence=delivery.seq)
 
         # a shard bounds by itself what it takes in hand: else one sandbox could fill its consumer
-        until_acked, check = label != "out", lambda: self.leases.check(shard)
+        until_acked, check = label != "out", lambda: self.leases.ensure_owned(shard)
         wanted = topology.wanted_consumer(self.names, name)
         turn = self.outbound.conversation.turns.wait_turn
         confirm_acks = label == "control"  # `bound_yet` waits for it
         consumer = Consumer(
-            self.link, wanted, room=ROOM, until_acked=until_acked, confirm_acks=confirm_acks, check=check, turn=turn
+            self.link,
+            wanted,
+            room=MAX_IN_FLIGHT,
+            until_acked=until_acked,
+            confirm_acks=confirm_acks,
+            check=check,
+            turn=turn,
         )
         await consumer.run(take, on_reset)
 
     def _route(self, delivery: Delivery) -> None:
-        self.spawn(self._route_one(delivery))
+        self.spawn(self._route_delivery(delivery))
 
-    async def _route_one(self, delivery: Delivery) -> None:
+    async def _route_delivery(self, delivery: Delivery) -> None:
         try:
             await self.router.route(delivery)
         except LeaseLost as exc:
@@ -107,7 +117,7 @@ class ShardLoops(NamedTuple):
         except Exception:  # a bug: the message stays, unsettled, and the others go on
             log.exception("delivery.crashed", consumer=topology.ROUTER, sequence=delivery.seq)
 
-    async def _commands(self, shard: int) -> None:
+    async def _consume_commands(self, shard: int) -> None:
         async with asyncio.TaskGroup() as group:
-            group.create_task(self._consume(shard, topology.CONTROL, "control", self.control.offer))
+            group.create_task(self._run_consumer(shard, topology.CONTROL, "control", self.control.enqueue))
             group.create_task(self.control.run())

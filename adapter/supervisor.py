@@ -31,12 +31,12 @@ SEND_GRACE_S = 20.0
 class ShardWork(Protocol):
     """What the composition root builds for an owned shard."""
 
-    def processor(self, shard: int) -> ShardCommandProcessor: ...
+    def new_processor(self, shard: int) -> ShardCommandProcessor: ...
 
-    def failed(self, name: str, detail: str) -> None:
+    def on_failed(self, name: str, detail: str) -> None:
         """Something that must run died for good: only a restart of the process helps."""
 
-    def consume(self, shard: int, processor: ShardCommandProcessor) -> list[Coroutine[Any, Any, None]]:
+    def consume_forever(self, shard: int, processor: ShardCommandProcessor) -> list[Coroutine[Any, Any, None]]:
         """The pull loops that belong to a shard. What is parked is loaded before the first delivery."""
 
 
@@ -86,7 +86,7 @@ class Supervisor:
         """The incarnation whose lease was valid at the last look, "" where none was."""
         self._paused_as = ""
         """The incarnation whose lease was lost last."""
-        bindings.listen(self._on_binding)
+        bindings.add_listener(self._on_binding)
 
     # what others ask --------------------------------------------------------------------------------
 
@@ -108,7 +108,7 @@ class Supervisor:
         """Another replica has given a bot back, which may be polled here, or has stored something late for it; or
         without a bot: a shard."""
         if not bot:
-            self._leases.look()
+            self._leases.claim_now()
         if session := self.sessions.get(bot):
             session.has_late = True
             session.freed.set()
@@ -164,7 +164,7 @@ class Supervisor:
 
     async def run(self) -> None:
         """Until cancelled; then `drain` ends what runs."""
-        await self._bindings.changed.wait_until(lambda: self._bindings.loaded)
+        await self._bindings.changed.wait_until(lambda: self._bindings.is_loaded)
         self._dirty.update(binding.bot for binding in self._bindings)
         while True:
             self._follow_leases()
@@ -182,9 +182,9 @@ class Supervisor:
         def leases_changed() -> bool:
             return (
                 self._leases.owned != owned
-                or self._leases.valid != valid
+                or self._leases.is_valid != valid
                 or not self._leases.surplus <= self._leaving.keys()
-                or self._leases.departures != self._departures
+                or self._leases.membership_epoch != self._departures
             )
 
         await wait_any(
@@ -196,8 +196,8 @@ class Supervisor:
     def _follow_leases(self) -> None:
         owned = set(self._leases.owned)
         self._follow_validity()
-        if self._departures != self._leases.departures:
-            self._departures = self._leases.departures
+        if self._departures != self._leases.membership_epoch:
+            self._departures = self._leases.membership_epoch
             for session in self.sessions.values():
                 session.freed.set()
         for shard in self._leases.surplus - self._leaving.keys():
@@ -215,7 +215,7 @@ class Supervisor:
                 self._dirty.update(binding.bot for binding in self._bindings.of_shard(shard))
 
     def _follow_validity(self) -> None:
-        now_as = self._leases.incarnation if self._leases.valid else ""
+        now_as = self._leases.incarnation if self._leases.is_valid else ""
         if self._valid_as not in ("", now_as):
             self._paused_as = self._valid_as
             for session in self.sessions.values():
@@ -228,7 +228,7 @@ class Supervisor:
     async def _follow_validity_forever(self) -> None:
         while True:
             self._follow_validity()
-            await self._leases.changed.wait_until(lambda: self._leases.valid != bool(self._valid_as), 1.0)
+            await self._leases.changed.wait_until(lambda: self._leases.is_valid != bool(self._valid_as), 1.0)
 
     def _wanted(self, bot: str) -> bool:
         binding = self._bindings.get(bot)
@@ -287,10 +287,10 @@ class Supervisor:
 
     async def _open(self, shard: int) -> None:
         """Starts a shard and its consumers."""
-        processor = self._shards[shard] = self._work.processor(shard)
+        processor = self._shards[shard] = self._work.new_processor(shard)
         self._opened.notify_all()
         loop = asyncio.get_running_loop()
-        self._consumers[shard] = [loop.create_task(work) for work in self._work.consume(shard, processor)]
+        self._consumers[shard] = [loop.create_task(work) for work in self._work.consume_forever(shard, processor)]
         for task in self._consumers[shard]:
             task.add_done_callback(self._report)
 
@@ -440,7 +440,7 @@ class Supervisor:
         """A shard that cannot be opened, worked or handed over needs a restart of the process: /livez fails."""
         if not task.cancelled() and (exc := task.exception()):
             log.error("task.crashed", task=task.get_name(), exc_info=exc)
-            self._work.failed(task.get_name(), f"crashed: {type(exc).__name__}")
+            self._work.on_failed(task.get_name(), f"crashed: {type(exc).__name__}")
 
 
 def _is_elsewhere(before: Binding, after: Binding) -> bool:

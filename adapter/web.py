@@ -19,7 +19,7 @@ from adapter.settings import split_addr, variable_of
 log = structlog.get_logger()
 
 
-AT_ONCE = 128
+MAX_CONNECTIONS = 128
 """Connections. For one more the oldest is closed: who sends a byte now and then must not keep others out, nor take a
 thread for each of thousands."""
 
@@ -36,10 +36,10 @@ class _Server(socketserver.ThreadingMixIn, WSGIServer):
 
     daemon_threads = True
     block_on_close = False
-    request_queue_size = AT_ONCE
+    request_queue_size = MAX_CONNECTIONS
 
     def __init__(self, *args: Any) -> None:
-        self._open: dict[socket.socket, None] = {}
+        self._connections: dict[socket.socket, None] = {}
         super().__init__(*args)
 
     def server_bind(self) -> None:
@@ -50,17 +50,17 @@ class _Server(socketserver.ThreadingMixIn, WSGIServer):
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """In a thread; makes room for it first."""
-        if len(self._open) >= AT_ONCE:
-            oldest, *_ = list(self._open)  # a copy: threads take theirs out
-            self._open.pop(oldest, None)
+        if len(self._connections) >= MAX_CONNECTIONS:
+            oldest, *_ = list(self._connections)  # a copy: threads take theirs out
+            self._connections.pop(oldest, None)
             with contextlib.suppress(OSError):  # it has just ended by itself
                 oldest.shutdown(socket.SHUT_RDWR)
-        self._open[request] = None
+        self._connections[request] = None
         super().process_request(request, client_address)
 
     def shutdown_request(self, request: Any) -> None:
         """It is over, in its thread."""
-        self._open.pop(request, None)
+        self._connections.pop(request, None)
         super().shutdown_request(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:

@@ -15,7 +15,7 @@ from adapter.bindings.control import Control
 from adapter.bindings.registry import Bindings, account_of
 from adapter.connections import Connections
 from adapter.console.server import Console
-from adapter.console.service import Needs
+from adapter.console.service import ConsoleDeps
 from adapter.conversation.commands import Limits
 from adapter.conversation.conversations import Conversations, ConversationShard
 from adapter.conversation.rules import SendPolicy
@@ -25,22 +25,22 @@ from adapter.conversation.uploads import Uploads
 from adapter.conversation.window import WindowPolicy
 from adapter.errors import Temporary
 from adapter.events import Events
-from adapter.health_monitor import Watch
+from adapter.health_monitor import HealthMonitor
 from adapter.ilink.translate import read_message
 from adapter.inbound import poller
-from adapter.inbound.dispatcher import Dispatching
-from adapter.inbound.download import Downloading
-from adapter.inbound.inbox import Publishing
+from adapter.inbound.dispatcher import DispatchDeps
+from adapter.inbound.download import DownloadDeps
+from adapter.inbound.inbox import PublishDeps
 from adapter.inbound.journal import Journal
 from adapter.inbound.recall import Recall
-from adapter.inbound.sessions import Incoming
+from adapter.inbound.sessions import InboundDeps
 from adapter.inbound.triage import Triage
 from adapter.jetstream import topology
 from adapter.jetstream.buckets import LeaderKvBucket
 from adapter.jetstream.consumer import wait_all_settled
 from adapter.jetstream.inspector import Inspector
 from adapter.jetstream.microservice import MAX_UPLOADS_PER_SANDBOX, UPLOADS, Handler, Services
-from adapter.logins.flow import LoginNeeds
+from adapter.logins.flow import LoginDeps
 from adapter.logins.registry import LoginRegistry
 from adapter.logins.runner import LoginRunner
 from adapter.metrics import Metrics
@@ -55,13 +55,13 @@ from adapter.probes import Health
 from adapter.records import Binding
 from adapter.replicas import replica_status
 from adapter.replicas.leases import Leases
-from adapter.replicas.replica_status import Polling, Present
+from adapter.replicas.replica_status import PollerStatus, ReplicaStatus
 from adapter.seal import Sealer
 from adapter.services.logins import LoginService
 from adapter.services.media import MediaService
 from adapter.services.queries import Queries
 from adapter.settings import Settings
-from adapter.shard_runtime import ShardLoops
+from adapter.shard_runtime import ShardRuntime
 from adapter.slots import FairSlots
 from adapter.supervisor import Supervisor
 from adapter.tasks import TaskSet
@@ -71,13 +71,13 @@ log = structlog.get_logger()
 
 RELEASE_S = 5.0
 """The part of the drain time that is kept for giving the shards back."""
-TAKING = 32
+MAX_CONCURRENT_TAKEOVERS = 32
 """Bots that are taken over at the same time."""
 SLOT_SHARES = 8
 """Into how many shares the requests are divided that may be out at once; a sandbox has one of them."""
 TRANSFER_SHARES = 4
 """The same of downloads and uploads."""
-PER_ROUND = 64
+PER_TICK = 64
 """What goes on in one round of the event loop: answers that bring something, commands as they come and at each step
 of a lane, polls after a pause or a failure. Where five thousand answers came at once to a process with a quarter of a
 core, a round took longer than the lease, which was lost again and again."""
@@ -86,11 +86,11 @@ STARTS_PER_S = 3000
 replica's bots must be polled within six seconds, most of which pass before another replica may take them."""
 POLLS_PER_S = 1000
 """About how many polls start per second after an outage."""
-BEAT_S = 0.1
+WAKEUP_S = 0.1
 """Longest time between an empty answer and the bot's next poll: the polls of that time go out together."""
 
 
-class Parts:
+class Replica:
     """All of one replica, put together. `app` runs it."""
 
     def __init__(self, settings: Settings) -> None:
@@ -101,8 +101,8 @@ class Parts:
         self.metrics = metrics = Metrics()
         self.health = Health()
         self.grace_s = max(1.0, settings.drain_s - RELEASE_S)
-        self.turns = PerTickLimiter(PER_ROUND)
-        self.routing = TaskSet(_crashed)
+        self.turns = PerTickLimiter(PER_TICK)
+        self.routing = TaskSet(_log_crash)
         """Commands on plain `wechat.out` in hand; what is cut at the end comes to the next owner."""
         self.connections = connections = Connections(settings, names, self.instance, clock, metrics)
         self.inspector = Inspector(
@@ -110,8 +110,8 @@ class Parts:
             settings,
             at_least={names.bindings: lambda: len(self.bindings)},
         )
-        self.policy = _policy(settings)
-        self.limits = _limits(settings)
+        self.policy = _send_policy(settings)
+        self.limits = _command_limits(settings)
         self.sealer = Sealer(settings.token_key)
         self.texts = TextWorker()
         self.transfers = FairSlots(
@@ -121,7 +121,7 @@ class Parts:
             connections.cdn, connections.objects, clock, self.transfers, max_bytes=settings.media_max_bytes
         )
         unbound_s = max(1, int(settings.unbound_hours * 3600))
-        self.bindings = Bindings(connections.bucket(names.bindings), self.sealer.same, unbound_s=unbound_s)
+        self.bindings = Bindings(connections.bucket(names.bindings), self.sealer.is_same_secret, unbound_s=unbound_s)
         self.conversation_store = ConversationStore(connections.bucket(names.conversations), unserved_s=unbound_s)
         self.leases = Leases(
             LeaderKvBucket(connections.lease_link, names.members, ttl_s=max(60, int(settings.lease_s * 15))),
@@ -145,60 +145,64 @@ class Parts:
             self.events,
             names,
             self.limits,
-            lambda: self.leases.check(0),
+            lambda: self.leases.ensure_owned(0),
             lambda: 0 in self.leases.owned,
             clock,
             metrics,
         )
-        self.control = self._control()
+        self.control = self._new_control()
         self.recall = Recall(self.conversations, connections.history, names, clock, metrics)
-        self.incoming = self._incoming()
-        self.outbound = self._outbound()
+        self.inbound = self._inbound_deps()
+        self.outbound = self._outbound_deps()
         self.supervisor = Supervisor(
             bindings=self.bindings,
             leases=self.leases,
-            tend=lambda session: poller.tend(session, self.incoming),
+            tend=lambda session: poller.tend(session, self.inbound),
             work=self._shard_loops(),
-            tell_freed=self.tell_freed,
+            tell_freed=self.publish_bot_released,
             clock=clock,
             metrics=metrics,
             capacity=settings.capacity,
         )
-        self.watch = self._watch()
+        self.health_monitor = self._new_health_monitor()
         self.logins = LoginRegistry(connections.bucket(names.logins), self.sealer, clock, metrics)
-        self.login_runner = LoginRunner(self._login_needs())
-        self.handlers = self._serve()
+        self.login_runner = LoginRunner(self._login_deps())
+        self.handlers = self._register_services()
         metrics.bindings_capacity.set(settings.capacity)
         connections.link.on_connect(self._count_connect)
-        connections.core.respond(self.names.roll(), lambda data: replica_status.answer(data, self._present))
+        connections.core.respond(
+            self.names.replica_status(), lambda data: replica_status.status_reply(data, self._status)
+        )
         connections.core.subscribe(
-            self.names.freed(), lambda data: self.supervisor.released(data.decode("utf-8", "replace"))
+            self.names.bot_released(), lambda data: self.supervisor.released(data.decode("utf-8", "replace"))
         )
 
     async def _count_connect(self, _: object) -> None:
         if self.connections.link.epoch:
             self.metrics.nats_reconnects.inc()
 
-    async def tell_freed(self, bot: str = "") -> None:
+    async def publish_bot_released(self, bot: str = "") -> None:
         """Tells every replica, at most once."""
         try:
-            await self.connections.core.publish(self.names.freed(), bot.encode(), {})
+            await self.connections.core.publish(self.names.bot_released(), bot.encode(), {})
         except Temporary as exc:
             log.info("bot.freed_untold", bot=bot, reason=exc.reason)
 
-    async def _is_idle(self, incarnation: str, bot: str) -> bool:
+    async def _is_idle_elsewhere(self, incarnation: str, bot: str) -> bool:
         """Raises Temporary."""
-        there = await replica_status.roll(self.connections.core, self.names.roll(), [bot], self.leases.living)
-        return replica_status.is_idle(there, incarnation, bot, self.leases.others)
+        there = await replica_status.query_replicas(
+            self.connections.core, self.names.replica_status(), [bot], self.leases.living_count
+        )
+        return replica_status.is_idle(there, incarnation, bot, self.leases.other_incarnations)
 
     async def _wait_media_writable(self) -> None:
-        """As `Incoming.writable`, for what is to be stored with its media."""
-        await self.incoming.writable()
-        await self.watch.complete([f"OBJ_{self.names.media}"])
+        """As `InboundDeps.writable`, for what is to be stored with its media."""
+        await self.inbound.writable()
+        await self.health_monitor.wait_complete([f"OBJ_{self.names.media}"])
 
     # what has many parts ----------------------------------------------------------------------------
 
-    def _incoming(self) -> Incoming:
+    def _inbound_deps(self) -> InboundDeps:
         settings, names = self.settings, self.names
         poll_streams = (
             *(names.stream_in, names.stream_journal),
@@ -208,13 +212,13 @@ class Parts:
         async def writable() -> None:
             await self.connections.link.wait_connected()
             await self.connections.bus.wait_writable(poll_streams)
-            await self.watch.complete(poll_streams)
+            await self.health_monitor.wait_complete(poll_streams)
 
         journal = Journal(self.connections.bus, self.connections.history, names, self.sealer)
-        return Incoming(
+        return InboundDeps(
             chat=self.connections.chat,
             journal=journal,
-            dispatching=self._dispatching(journal),
+            dispatching=self._dispatch_deps(journal),
             conversations=self.conversations,
             bindings=self.bindings,
             leases=self.leases,
@@ -225,22 +229,22 @@ class Parts:
             session_changed=self._session_changed,
             writable=writable,
             part_bytes=lambda: self.connections.link.max_payload // 2,
-            taking=asyncio.Semaphore(TAKING),
+            taking=asyncio.Semaphore(MAX_CONCURRENT_TAKEOVERS),
             turns=self.turns,
             starts=RateLimiter(STARTS_PER_S),
-            beat=WakeupBatcher(BEAT_S),
+            beat=WakeupBatcher(WAKEUP_S),
             spread_s=lambda: len(self.supervisor.sessions) / POLLS_PER_S,
             stale_retry_s=settings.stale_retry_s,
             notify=settings.notify,
             keep_s=settings.unbound_hours * 3600,
-            is_idle=self._is_idle,
-            tell_freed=self.tell_freed,
+            is_idle=self._is_idle_elsewhere,
+            tell_freed=self.publish_bot_released,
             grace_s=self.grace_s,
         )
 
-    def _dispatching(self, journal: Journal) -> Dispatching:
+    def _dispatch_deps(self, journal: Journal) -> DispatchDeps:
         settings, connections = self.settings, self.connections
-        return Dispatching(
+        return DispatchDeps(
             journal=journal,
             triage=Triage(
                 read_message,
@@ -248,7 +252,7 @@ class Parts:
                 groups_as_direct=settings.groups_as_direct,
                 skew_ms=settings.duplicate_skew_ms,
             ),
-            publishing=Publishing(
+            publishing=PublishDeps(
                 bus=connections.bus,
                 history=connections.history,
                 bindings=self.bindings,
@@ -261,7 +265,7 @@ class Parts:
                 names=self.names,
             ),
             bindings=self.bindings,
-            downloading=Downloading(
+            downloading=DownloadDeps(
                 connections.cdn,
                 connections.objects,
                 lambda silk: asyncio.to_thread(media.silk_to_wav, silk),
@@ -272,7 +276,7 @@ class Parts:
             media_writable=self._wait_media_writable,
         )
 
-    def _outbound(self) -> OutboundDeps:
+    def _outbound_deps(self) -> OutboundDeps:
         settings, connections = self.settings, self.connections
         account = partial(account_of, sealer=self.sealer)
         return OutboundDeps(
@@ -294,7 +298,7 @@ class Parts:
             events=self.events,
             history=connections.history,
             sessions=BotSessions(
-                self.bindings, connections.chat, account, self._pollers, self.clock, ask=settings.notify
+                self.bindings, connections.chat, account, self._new_pollers, self.clock, ask=settings.notify
             ),
             typing=TypingDeps(
                 chat=connections.chat,
@@ -302,7 +306,7 @@ class Parts:
                 clock=self.clock,
                 account=account,
                 stale=self._is_stale,
-                check=self.leases.check,
+                check=self.leases.ensure_owned,
                 longest_s=settings.typing_max_s,
             ),
             names=self.names,
@@ -311,7 +315,7 @@ class Parts:
             wait_for_pending_binds=self._wait_for_pending_binds,
         )
 
-    def _control(self) -> Control:
+    def _new_control(self) -> Control:
         return Control(
             bindings=self.bindings,
             events=self.events,
@@ -320,29 +324,29 @@ class Parts:
             core=self.connections.core,
             history=self.connections.history,
             names=self.names,
-            check=lambda: self.leases.check(0),
-            wait_complete=lambda: self.watch.complete([f"KV_{self.names.bindings}"]),
+            check=lambda: self.leases.ensure_owned(0),
+            wait_complete=lambda: self.health_monitor.wait_complete([f"KV_{self.names.bindings}"]),
             clock=self.clock,
             metrics=self.metrics,
         )
 
-    def _watch(self) -> Watch:
-        return Watch(
+    def _new_health_monitor(self) -> HealthMonitor:
+        return HealthMonitor(
             link=self.connections.link,
             bus=self.connections.bus,
             media_bus=self.connections.media_bus,
             inspector=self.inspector,
             leases=self.leases,
             supervisor=self.supervisor,
-            tidy=self._tidy,
+            tidy=self._evict_idle,
             names=self.names,
             health=self.health,
             clock=self.clock,
             metrics=self.metrics,
         )
 
-    def _shard_loops(self) -> ShardLoops:
-        return ShardLoops(
+    def _shard_loops(self) -> ShardRuntime:
+        return ShardRuntime(
             link=self.connections.link,
             outbound=self.outbound,
             router=self.router,
@@ -355,7 +359,7 @@ class Parts:
             metrics=self.metrics,
         )
 
-    def _serve(self) -> dict[str, Handler]:
+    def _register_services(self) -> dict[str, Handler]:
         """Answers `wechat.svc.*`; the handlers of what is asked of no single sandbox."""
         settings, connections, names, metrics = self.settings, self.connections, self.names, self.metrics
         login = LoginService(
@@ -374,11 +378,11 @@ class Parts:
         )
         store = MediaService(connections.objects, metrics, max_bytes=settings.media_max_bytes)
         handlers: dict[str, Handler] = {
-            "bindings.list": queries.bindings_list,
-            "bindings.get": queries.bindings_get,
-            "receipt": queries.receipt,
-            "window": queries.window,
-            "replay": queries.replay,
+            "bindings.list": queries.list_bindings,
+            "bindings.get": queries.get_bindings,
+            "receipt": queries.query_receipt,
+            "window": queries.query_window,
+            "replay": queries.query_replay,
             "login.start": login.start,
             "login.status": login.status,
             "login.verify": login.verify,
@@ -386,9 +390,9 @@ class Parts:
         }
         of_sandbox = {
             "media.get": store.get,
-            "receipt": queries.receipt_of,
-            "replay": queries.replay_of,
-            "window": queries.window_of,
+            "receipt": queries.query_receipt_of_sandbox,
+            "replay": queries.query_replay_of_sandbox,
+            "window": queries.query_window_of_sandbox,
         }
         serve = partial(Services, names=names, metrics=metrics, version=__version__, instance=self.instance)
         serve(connections.service_link, handlers=handlers, of_sandbox=of_sandbox)
@@ -398,8 +402,8 @@ class Parts:
         )
         return handlers
 
-    def _login_needs(self) -> LoginNeeds:
-        return LoginNeeds(
+    def _login_deps(self) -> LoginDeps:
+        return LoginDeps(
             logins=self.connections.chat,
             registry=self.logins,
             bindings=self.bindings,
@@ -421,13 +425,13 @@ class Parts:
     def _session_changed(self, binding: Binding) -> None:
         self.supervisor.session_changed(binding)
 
-    def _pollers(self) -> Pollers:
+    def _new_pollers(self) -> Pollers:
         return self.supervisor
 
     def _is_stale(self, bot: str) -> bool:
         return self.supervisor.is_stale(bot)
 
-    def _tidy(self) -> None:
+    def _evict_idle(self) -> None:
         self.supervisor.tidy()
 
     async def _wait_for_pending_binds(self) -> None:
@@ -442,7 +446,7 @@ class Parts:
         settings = self.settings
         if not settings.console_addr:
             return contextlib.nullcontext()
-        needs = Needs(
+        deps = ConsoleDeps(
             bindings=self.bindings,
             conversations=self.conversation_store,
             history=self.connections.history,
@@ -453,16 +457,16 @@ class Parts:
             names=self.names,
             policy=self.policy.window,
             clock=self.clock,
-            living=lambda: self.leases.living,
+            living=lambda: self.leases.living_count,
         )
-        return Console(settings.console_addr, settings.console_token, needs)
+        return Console(settings.console_addr, settings.console_token, deps)
 
-    def _present(self, bots: Sequence[str]) -> Present:
+    def _status(self, bots: Sequence[str]) -> ReplicaStatus:
         polls = {
-            bot: Polling(state=state, ago_ms=None if ago_s is None else int(ago_s * 1000))
+            bot: PollerStatus(state=state, ago_ms=None if ago_s is None else int(ago_s * 1000))
             for bot, (state, ago_s) in self.supervisor.polls(bots).items()
         }
-        return Present(
+        return ReplicaStatus(
             instance=self.instance,
             incarnation=self.leases.incarnation,
             version=__version__,
@@ -473,11 +477,11 @@ class Parts:
         )
 
 
-def _crashed(exc: BaseException) -> None:
+def _log_crash(exc: BaseException) -> None:
     log.error("task.crashed", task="routing", exc_info=exc)
 
 
-def _policy(settings: Settings) -> SendPolicy:
+def _send_policy(settings: Settings) -> SendPolicy:
     return SendPolicy(
         window=WindowPolicy(
             sends=settings.sends_per_window,
@@ -491,7 +495,7 @@ def _policy(settings: Settings) -> SendPolicy:
     )
 
 
-def _limits(settings: Settings) -> Limits:
+def _command_limits(settings: Settings) -> Limits:
     return Limits(
         settings.max_command_bytes,
         settings.text_max_chars,

@@ -16,7 +16,7 @@ from adapter.errors import Refused, SessionExpired
 from adapter.ilink.budget import ByteBudget
 from adapter.ilink.connection import Connection
 from adapter.inbound.sessions import Session
-from adapter.names import Names, escaped, text_of, token_of
+from adapter.names import Names, escaped, from_subject_token, to_subject_token
 from adapter.outbound.processor import ShardCommandProcessor
 from adapter.outbound.typing_tickets import NO_TICKET_S, TICKET_S
 from adapter.ports import Account
@@ -52,17 +52,17 @@ async def talk(bench: Bench, shard: ShardCommandProcessor, first: int, *, unbind
 
 def test_a_name_of_a_bot_is_kept_and_that_of_a_message_is_not() -> None:
     """Ids of messages come once: kept, they grew for days, and drove out the bots."""
-    kept = token_of.cache_info().currsize
+    kept = to_subject_token.cache_info().currsize
     for number in range(USERS):
         Names().receipt("s1", f"command/{number}")
         escaped(f"item/{number}")
-    assert token_of.cache_info().currsize == kept
+    assert to_subject_token.cache_info().currsize == kept
 
 
 @given(st.text())
 def test_every_text_has_a_name_of_its_own(text: str) -> None:
     assert re.fullmatch(r"[A-Za-z0-9_=-]*", escaped(text))
-    assert text_of(escaped(text)) == text
+    assert from_subject_token(escaped(text)) == text
 
 
 # users ---------------------------------------------------------------------------------------------------
@@ -131,16 +131,16 @@ async def test_replicas_of_the_past_are_forgotten() -> None:
         "_seen": 1,
         "_since": 1,
     }
-    assert len(first.leases._dead) == 20
+    assert len(first.leases._known_dead) == 20
     for number in range(DEAD_KEPT):
-        assert not await first.leases.is_dead(f"past-{number}")
+        assert not await first.leases.revoke_if_expired(f"past-{number}")
     await asyncio.sleep(LEASE_S)
     for number in range(DEAD_KEPT):
-        assert await first.leases.is_dead(f"past-{number}")
-    assert len(first.leases._dead) <= DEAD_KEPT
+        assert await first.leases.revoke_if_expired(f"past-{number}")
+    assert len(first.leases._known_dead) <= DEAD_KEPT
     for number in range(2 * DEAD_KEPT):
-        assert not await first.leases.is_dead(f"lost-{number}")
-    assert len(first.leases._absent) <= DEAD_KEPT + 1
+        assert not await first.leases.revoke_if_expired(f"lost-{number}")
+    assert len(first.leases._absent_since) <= DEAD_KEPT + 1
 
 
 # uploads -------------------------------------------------------------------------------------------------
@@ -150,7 +150,7 @@ async def test_uploads_are_kept_as_long_as_they_may_be_used_again() -> None:
     bench = Bench()
     account = Account(BOT, "secret", "")
     for number in range(USERS):
-        await bench.uploads.bring(f"c-{number}", MediaPart("file", "a.txt", "", b"hello"), account, "s1", USER)
+        await bench.uploads.upload_media(f"c-{number}", MediaPart("file", "a.txt", "", b"hello"), account, "s1", USER)
         await asyncio.sleep(READY_S / 10)
     assert len(bench.uploads._ready) == 10
     assert bench.cdn.asked == USERS

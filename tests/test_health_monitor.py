@@ -10,7 +10,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from adapter.errors import BusRefused, Temporary
-from adapter.health_monitor import WATCH_S, Watch
+from adapter.health_monitor import CHECK_S, HealthMonitor
 from adapter.jetstream.topology import Difference
 from adapter.metrics import Metrics
 from adapter.names import Names
@@ -38,7 +38,7 @@ class Replica:
         self.incomplete: list[str] = []
         self.paused = False
         self.looks = 0
-        self.watch = Watch(
+        self.watch = HealthMonitor(
             link=cast(Any, self.link),
             bus=cast(Any, self.publisher),
             media_bus=cast(Any, self.publisher),
@@ -51,13 +51,13 @@ class Replica:
             clock=self.clock,
             metrics=self.metrics,
         )
-        self.watch.begin()
-        self.task = asyncio.create_task(self.watch.ask())
+        self.watch.on_started()
+        self.task = asyncio.create_task(self.watch.check_jetstream_forever())
 
     @property
     def problem(self) -> str:
         """What /readyz says of JetStream; "": all is well."""
-        (check,) = (check for check in self.health.ready() if check.name == "jetstream")
+        (check,) = (check for check in self.health.check_ready() if check.name == "jetstream")
         return "" if check.ok else check.detail
 
     async def _probe(self) -> None:
@@ -112,17 +112,17 @@ async def test_a_problem_counts_once_it_has_lasted(trouble: Any, said: str) -> N
     replica = Replica()
     await asyncio.sleep(60)
     trouble(replica)
-    await asyncio.sleep(BUS_GRACE_S - WATCH_S)
+    await asyncio.sleep(BUS_GRACE_S - CHECK_S)
     assert replica.problem == ""
     well(replica)
-    await asyncio.sleep(2 * WATCH_S)
+    await asyncio.sleep(2 * CHECK_S)
     trouble(replica)
-    await asyncio.sleep(BUS_GRACE_S - WATCH_S)
+    await asyncio.sleep(BUS_GRACE_S - CHECK_S)
     assert replica.problem == "", "the grace begins anew"
-    await asyncio.sleep(2 * WATCH_S)
+    await asyncio.sleep(2 * CHECK_S)
     assert replica.problem == said
     well(replica)
-    await asyncio.sleep(2 * WATCH_S)
+    await asyncio.sleep(2 * CHECK_S)
     assert replica.problem == ""
 
 
@@ -137,24 +137,24 @@ async def test_a_lost_connection_is_no_problem_of_jetstream() -> None:
 async def test_what_is_gone_or_lacks_keys_is_told_and_waited_for() -> None:
     replica = Replica()
     replica.absent, replica.incomplete = ["WECHAT_IN"], ["KV_wechat_bindings"]
-    await asyncio.sleep(2 * WATCH_S)
-    (check,) = (check for check in replica.health.ready() if check.name == "streams")
+    await asyncio.sleep(2 * CHECK_S)
+    (check,) = (check for check in replica.health.check_ready() if check.name == "streams")
     assert (check.ok, check.detail) == (
         False,
         "deleted: WECHAT_IN; restore from the backup, or create empty by `wechat-nats doctor --fix`;"
         " incomplete: KV_wechat_bindings; restore from the backup",
     )
     waits = [
-        asyncio.create_task(replica.watch.complete(["WECHAT_OUT", name]))
+        asyncio.create_task(replica.watch.wait_complete(["WECHAT_OUT", name]))
         for name in ("WECHAT_IN", "KV_wechat_bindings")
     ]
-    await replica.watch.complete(["WECHAT_OUT"])
+    await replica.watch.wait_complete(["WECHAT_OUT"])
     assert not any(wait.done() for wait in waits)
     assert replica.metrics.nats_streams_missing._value.get() == 2
     assert replica.metrics.nats_consumer_pending.labels(consumer="out")._value.get() == 6  # 10 stored, 4 in hand
     replica.absent, replica.incomplete = [], []
-    await asyncio.sleep(2 * WATCH_S)
-    assert all(check.ok for check in replica.health.ready())
+    await asyncio.sleep(2 * CHECK_S)
+    assert all(check.ok for check in replica.health.check_ready())
     assert all(wait.done() for wait in waits)
 
 
@@ -162,14 +162,14 @@ async def test_what_was_changed_is_told_as_long_as_it_is_so() -> None:
     """Nothing waits for it: what can be done is done."""
     replica = Replica()
     replica.altered = {"WECHAT_IN": [Difference("WECHAT_IN", "republish", {}, None, critical=True)]}
-    await asyncio.sleep(2 * WATCH_S)
-    (check,) = (check for check in replica.health.ready() if check.name == "streams")
+    await asyncio.sleep(2 * CHECK_S)
+    (check,) = (check for check in replica.health.check_ready() if check.name == "streams")
     assert (check.ok, check.detail) == (False, "altered: WECHAT_IN (republish); `wechat-nats doctor --fix`")
     assert replica.metrics.nats_streams_altered._value.get() == 1
-    await replica.watch.complete(["WECHAT_IN"])
+    await replica.watch.wait_complete(["WECHAT_IN"])
     replica.altered = {}
-    await asyncio.sleep(2 * WATCH_S)
-    assert all(check.ok for check in replica.health.ready())
+    await asyncio.sleep(2 * CHECK_S)
+    assert all(check.ok for check in replica.health.check_ready())
     assert replica.metrics.nats_streams_altered._value.get() == 0
 
 
@@ -180,9 +180,9 @@ async def test_what_is_back_is_looked_at_at_once() -> None:
     await asyncio.sleep(60)
     assert replica.looks == 0
     replica.silence = None
-    await asyncio.sleep(WATCH_S)
+    await asyncio.sleep(CHECK_S)
     assert replica.looks == 1
-    await asyncio.sleep(10 * WATCH_S)
+    await asyncio.sleep(10 * CHECK_S)
     assert replica.looks == 6
 
 
@@ -191,12 +191,12 @@ async def test_a_consumer_that_is_paused_is_told_once_until_it_is_not() -> None:
     replica = Replica()
     replica.paused = True
     with capture_logs() as logs:
-        await asyncio.sleep(10 * WATCH_S)
-        (check,) = [check for check in replica.health.ready() if check.name == "streams"]
+        await asyncio.sleep(10 * CHECK_S)
+        (check,) = [check for check in replica.health.check_ready() if check.name == "streams"]
         assert (check.ok, check.detail) == (False, "paused: `nats consumer resume WECHAT_OUT router`")
         assert replica.metrics.value("nats_streams_altered") == 1
         replica.paused = False
-        await asyncio.sleep(4 * WATCH_S)
+        await asyncio.sleep(4 * CHECK_S)
     assert (replica.health.paused, replica.metrics.value("nats_streams_altered")) == ([], 0)
     assert [line["event"] for line in logs if line.get("consumer") == "router"] == [
         "consumer.paused",

@@ -15,7 +15,7 @@ import pytest
 from adapter.errors import SettingsError
 from adapter.metrics import Metrics
 from adapter.probes import Health, ProbeServer
-from adapter.web import AT_ONCE
+from adapter.web import MAX_CONNECTIONS
 
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
@@ -95,12 +95,12 @@ async def test_a_blocked_event_loop_is_reported_while_it_is_blocked(
     assert (status, found["event_loop"]["ok"]) == (503, False)
     assert "no heartbeat for 30 s" in found["event_loop"]["detail"]
     assert ask(server, "/metrics")[0] == 200
-    health.beat()
+    health.record_heartbeat()
     assert ask(server, "/livez")[0] == 200
 
 
 def test_a_loop_that_died_for_good_fails_liveness(server: ProbeServer, health: Health) -> None:
-    health.fail("router", "stopped after 5 restarts")
+    health.report_failed_loop("router", "stopped after 5 restarts")
     status, found = checks(server, "/livez")
     assert status == 503
     assert (found["router"]["ok"], found["router"]["detail"]) == (False, "stopped after 5 restarts")
@@ -110,19 +110,19 @@ def test_a_loop_that_died_for_good_fails_liveness(server: ProbeServer, health: H
 def test_an_outage_of_nats_costs_readiness_after_ten_seconds_and_never_life(
     server: ProbeServer, clock: Clock, health: Health
 ) -> None:
-    health.nats_lost()
+    health.on_nats_lost()
     clock.now += 10
-    health.nats_lost()
-    health.beat()
+    health.on_nats_lost()
+    health.record_heartbeat()
     status, found = checks(server, "/readyz")
     assert (status, found["nats"]["detail"]) == (200, "disconnected for 10 s")
     clock.now += 0.5
     assert ask(server, "/readyz")[0] == 503
     clock.now += 3600
-    health.beat()
+    health.record_heartbeat()
     assert ask(server, "/livez")[0] == 200
     assert ask(server, "/startupz")[0] == 200
-    health.nats_back()
+    health.on_nats_restored()
     assert ask(server, "/readyz")[0] == 200
 
 
@@ -172,13 +172,13 @@ def test_a_client_that_says_nothing_holds_nobody_up(server: ProbeServer) -> None
 def test_clients_by_the_hundred_that_say_little_hold_nobody_up(server: ProbeServer) -> None:
     clients = list[socket.socket]()
     with contextlib.ExitStack() as opened:
-        for _ in range(3 * AT_ONCE):
+        for _ in range(3 * MAX_CONNECTIONS):
             client = opened.enter_context(socket.create_connection(("127.0.0.1", server.port)))
             client.sendall(b"GET /livez HTTP/1.1\r\n")
             clients.append(client)
         assert ask(server, "/livez")[0] == 200
-        assert len(server._server._open) <= AT_ONCE
-        for client in clients[: 2 * AT_ONCE]:  # closed for those that came later
+        assert len(server._server._connections) <= MAX_CONNECTIONS
+        for client in clients[: 2 * MAX_CONNECTIONS]:  # closed for those that came later
             with contextlib.suppress(ConnectionResetError):
                 assert client.recv(1024) == b""
 

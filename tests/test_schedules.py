@@ -238,7 +238,7 @@ class Replica:
         self.benches = {name: parts[at % len(parts)] for at, name in enumerate(SANDBOXES)}
         for bench in parts:
             bench.wait_for_pending_binds = model.wait_for_pending_binds
-            bench.bindings.listen(partial(self._on_binding, bench))
+            bench.bindings.add_listener(partial(self._on_binding, bench))
         self.open()
 
     def open(self) -> None:
@@ -247,14 +247,14 @@ class Replica:
         rules = {name: settings[name] for name in ("sends", "reserve", "merge_chars")}
         self.shards: dict[int, ShardCommandProcessor] = {}
         for bench in self.benches.values():
-            bench.leases.is_valid = True
+            bench.leases.has_lease = True
             bench.leases.owned = {shard_of(name) for name, one in self.benches.items() if one is bench}
         for name, bench in self.benches.items():
             self.shards[shard_of(name)] = bench.processor(name, **rules)
 
     def lose(self) -> None:
         for bench in self.benches.values():
-            bench.leases.is_valid = False
+            bench.leases.has_lease = False
             bench.leases.owned.clear()
         for shard in self.shards.values():
             shard.stop()
@@ -284,7 +284,7 @@ class Model:
             if before is None or after is None or before.sandbox != after.sandbox:
                 self.chat.moved_at[bot] = self._now()
 
-        self.world.bindings.listen(moved)
+        self.world.bindings.add_listener(moved)
         self.hold = Hold()
         self.world.conversation_bucket = Bucket(self.hold)
         self.world.bus.on_publish = self.hold.wait
@@ -392,14 +392,14 @@ class Model:
         if binding is None:
             return
         bench = replica.benches[binding.sandbox]
-        if not bench.leases.valid or not self.hold.up.is_set():
+        if not bench.leases.is_valid or not self.hold.up.is_set():
             return
         await asyncio.sleep(0.001)
         name = f"{user}@im.wechat"
         async with self.binding:
             if not binding.user:
                 await self._replace(binding.sandbox, bot, name)
-                await self.world.bindings.change(bot, lambda now: msgspec.structs.replace(now, user=name))
+                await self.world.bindings.update(bot, lambda now: msgspec.structs.replace(now, user=name))
         self.wrote[bot].append(len(self.chat.sent))
         self.journal[bot] = name, self.world.clock.now_ms()
         await self._hear(bot)
@@ -412,7 +412,7 @@ class Model:
             return
         conversations = self.owner.benches[binding.sandbox].conversations
         with contextlib.suppress(Temporary, LeaseLost):
-            await conversations.hear(
+            await conversations.on_inbound(
                 binding, name, message=f"in:{said_ms}", token="AARz", written_ms=said_ms, sequence=said_ms
             )
 
@@ -476,7 +476,7 @@ class Model:
 
     async def login(self, *, user: str, alive: bool) -> None:
         state: Any = "active" if alive else "needs_login"
-        await self.world.bindings.change(self.bots[user], lambda now: msgspec.structs.replace(now, state=state))
+        await self.world.bindings.update(self.bots[user], lambda now: msgspec.structs.replace(now, state=state))
 
     async def stale(self, *, user: str, seconds: float) -> None:
         bot, replica = self.bots[user], self.owner
@@ -495,11 +495,11 @@ class Model:
     async def lease(self, *, user: str, seconds: float) -> None:
         benches = self.owner.benches.values()
         for bench in benches:
-            bench.leases.is_valid = False
+            bench.leases.has_lease = False
 
         def back() -> None:
             for bench in benches:
-                bench.leases.is_valid = bool(bench.leases.owned)
+                bench.leases.has_lease = bool(bench.leases.owned)
 
         self.call_later(seconds, back)
 
@@ -551,7 +551,7 @@ class Model:
         self.world.bus.unreadable = self.world.conversation_bucket.answers_lost = 0
         self.chat.sends_to.clear()
         for bench in self.owner.benches.values():
-            bench.leases.is_valid = True
+            bench.leases.has_lease = True
             bench.stale.clear()
         for binding in list(self.world.bindings):
             if binding.state != "active":

@@ -135,7 +135,7 @@ class Replica:
         self.session: Session | None = None
         self.poller: asyncio.Task[None] | None = None
         self.goes_on = True
-        bench.bindings.listen(self._changed)
+        bench.bindings.add_listener(self._changed)
 
     async def run(self) -> None:
         self.keeper = asyncio.get_running_loop().create_task(self._keep())
@@ -144,7 +144,7 @@ class Replica:
         while self.goes_on:
             if self.bench.bindings.get(BOT) is not None:
                 self.session = Session(BOT)
-                self.poller = asyncio.get_running_loop().create_task(tend(self.session, self.bench.incoming()))
+                self.poller = asyncio.get_running_loop().create_task(tend(self.session, self.bench.inbound_deps()))
                 await asyncio.wait([self.poller])
             await asyncio.sleep(0.2)
 
@@ -178,7 +178,7 @@ class Replica:
         for processor in self.bench.processors.values():
             processor.stop()
         self.bench.leases.owned.clear()
-        self.bench.leases.is_valid = False
+        self.bench.leases.has_lease = False
         await settle()
 
 
@@ -206,7 +206,7 @@ class Model:
         await self.up.wait()
 
     async def begin(self) -> None:
-        self.world.bindings.listen(
+        self.world.bindings.add_listener(
             lambda bot, before, after: self.served.append((self.now(), after.sandbox if after else ""))
         )
         await self.world.bind()
@@ -263,13 +263,13 @@ class Model:
 
     async def lease(self, *, seconds: float) -> None:
         leases, session = self.owner.bench.leases, self.owner.session
-        leases.is_valid = False
+        leases.has_lease = False
         leases.changed.notify_all()
         if session is not None:
             session.cut_off(for_lease=True)
 
         def back() -> None:
-            leases.is_valid = bool(leases.owned)
+            leases.has_lease = bool(leases.owned)
             leases.changed.notify_all()
             if session is not None and leases.is_valid:
                 session.spare()
@@ -285,7 +285,7 @@ class Model:
         await self.take_over()
 
     async def hand_over(self) -> None:
-        if not self.owner.bench.leases.valid or not self.up.is_set():
+        if not self.owner.bench.leases.is_valid or not self.up.is_set():
             return
         await self.owner.leave()
         await self.take_over()
@@ -303,7 +303,7 @@ class Model:
         await asyncio.sleep(60)
         self.up.set()
         self.box.fails.clear()
-        self.owner.bench.leases.is_valid = True
+        self.owner.bench.leases.has_lease = True
         self.owner.bench.leases.changed.notify_all()
         binding = self.world.bindings.get(BOT)
         await self.world.bind(binding.sandbox if binding else "s1", token=f"{BOT}:last")

@@ -71,7 +71,7 @@ class Throttled(NamedTuple):
 def bind(bindings: Bindings, count: int) -> None:
     for number in range(count):
         binding = Binding(sandbox=f"s{number}", bot=f"{number:06}@im.bot", user=f"u{number}", token="t")
-        bindings._see(Entry(f"{number:06}", msgspec.json.encode(binding), number + 1))
+        bindings._apply_entry(Entry(f"{number:06}", msgspec.json.encode(binding), number + 1))
 
 
 @pytest.fixture
@@ -195,7 +195,7 @@ async def test_every_poll_is_cut_when_the_lease_runs_out(bench: Bench) -> None:
     poll(made, bench)
     made._follow_leases()
     assert not any(session.cut.is_set() for session in made.sessions.values())
-    leases.is_valid = False
+    leases.has_lease = False
     made._follow_leases()
     assert all(session.cut.is_set() for session in made.sessions.values())
 
@@ -220,12 +220,12 @@ async def test_a_lease_that_is_back_before_its_polls_were_cut_costs_none(
     made._owned = set(leases.owned)
     made._follow_leases()
     session = made.sessions["b1@im.bot"] = Session("b1@im.bot")
-    task = asyncio.create_task(tend(session, bench.incoming()))
+    task = asyncio.create_task(tend(session, bench.inbound_deps()))
     await asyncio.sleep(5)
-    leases.is_valid = False
+    leases.has_lease = False
     made._follow_leases()
     await asyncio.sleep(back_s)
-    leases.is_valid, leases.incarnation = True, incarnation
+    leases.has_lease, leases.incarnation = True, incarnation
     leases.changed.notify_all()
     made._follow_leases()
     await asyncio.sleep(5)
@@ -246,13 +246,13 @@ async def test_polls_that_still_wait_are_cut_when_the_lease_runs_out_also_while_
     made._owned = set(leases.owned)
     made._follow_leases()
     session = made.sessions["b1@im.bot"] = Session("b1@im.bot")
-    made._pollers["b1@im.bot"] = asyncio.create_task(tend(session, bench.incoming()))
+    made._pollers["b1@im.bot"] = asyncio.create_task(tend(session, bench.inbound_deps()))
     await asyncio.sleep(1)
     leases.owned.clear()
     leaving = asyncio.create_task(made.drain(60.0))
     await asyncio.sleep(5)
     assert bench.chat.polling == 1
-    leases.is_valid = False
+    leases.has_lease = False
     leases.changed.notify_all()
     await asyncio.sleep(HERE_S * 2)
     assert bench.chat.polling == 0
@@ -331,7 +331,7 @@ async def test_what_is_stored_as_a_shard_is_given_away_waits_for_no_long_poll() 
     bench = await ready(None, batch(raw("meanwhile"), cursor="b"), None, None)
     shard, sending = shard_of("s1"), Sending()
     leases = bench.leases = Giving(owned={shard})
-    made = supervisor(bench, leases=leases, tend=lambda session: tend(session, bench.incoming()))
+    made = supervisor(bench, leases=leases, tend=lambda session: tend(session, bench.inbound_deps()))
     made._owned = {shard}
     made._shards[shard] = sending  # type: ignore[assignment]
     made._start(BOT)

@@ -31,7 +31,7 @@ MAX_BYTES = 262_144
 """A larger command is put aside. A bind names a cursor, which may be as long as any that a poll brings."""
 MAX_BUGS = 5
 """A command on which the adapter has crashed so often is put aside."""
-ERASE_TRIES = 5
+DELETE_ATTEMPTS = 5
 SETTLED_KEPT = 1000
 """Sequences of commands that are carried out, remembered in case they are delivered again."""
 READ_KEPT = 1000
@@ -63,57 +63,59 @@ class Control:
         self._core = core
         self._history = history
         self._names = names
-        self._check = check
+        self._ensure_owner = check
         """Raises LeaseLost where this replica may not carry commands out at this moment: one that was stopped, or cut
         off, has commands in hand that another has carried out since, and later ones with them."""
-        self._wait_complete = wait_complete
+        self._wait_bucket_complete = wait_complete
         """Returns once the bucket of bindings lacks nothing: what is written before would go where it is restored."""
         self._clock = clock
         self._metrics = metrics
         self._numbers: asyncio.Queue[int] = asyncio.Queue()
-        self._queued: dict[int, Delivery] = {}
+        self._queue: dict[int, Delivery] = {}
         """The newest delivery of each command in the queue: the one whose ack counts."""
-        self._settled: deque[int] = deque(maxlen=SETTLED_KEPT)
-        self._can_erase = True
+        self._settled_sequences: deque[int] = deque(maxlen=SETTLED_KEPT)
+        self._can_delete = True
         """Whether the last bind could be erased."""
-        self._read: dict[str, BindingEvent | None] = {}
+        self._recently_read: dict[str, BindingEvent | None] = {}
         """Sandboxes whose bots were read since this replica carries commands out: what is bound since, it binds. The
         last event of a person who was bound or unbound there."""
 
-    def offer(self, delivery: Delivery) -> None:
+    def enqueue(self, delivery: Delivery) -> None:
         """Queues a command, once: it is delivered again after each connect until its ack has arrived."""
-        if delivery.seq not in self._queued:
+        if delivery.seq not in self._queue:
             self._numbers.put_nowait(delivery.seq)
-        self._queued[delivery.seq] = delivery
+        self._queue[delivery.seq] = delivery
 
     async def run(self) -> None:
         """Carries out one command after another, until cancelled. What is left then comes to the next owner, and to
         this one, should it be that again."""
-        self._read.clear()
+        self._recently_read.clear()
         try:
             while True:
                 number = await self._numbers.get()
-                if number not in self._settled:  # carried out again, an old bind would undo the unbind after it
-                    await self._wait_complete()
-                    await self._carry_out(number)
-                await self._erase(self._queued[number])
-                self._settled.append(number)
-                await self._queued.pop(number).ack()
+                if (
+                    number not in self._settled_sequences
+                ):  # carried out again, an old bind would undo the unbind after it
+                    await self._wait_bucket_complete()
+                    await self._process(number)
+                await self._secure_delete(self._queue[number])
+                self._settled_sequences.append(number)
+                await self._queue.pop(number).ack()
         finally:
             self._numbers = asyncio.Queue()
-            self._queued.clear()
+            self._queue.clear()
 
-    async def _carry_out(self, number: int) -> None:
+    async def _process(self, number: int) -> None:
         """One unit of work. A command that the adapter crashes on is put aside; an absent bus is waited for."""
         failures = bugs = 0
         while True:
-            delivery = self._queued[number]
+            delivery = self._queue[number]
             try:
-                self._check()
+                self._ensure_owner()
                 if bugs < MAX_BUGS:
-                    await self._take(delivery)
+                    await self._apply_and_answer(delivery)
                 else:
-                    await self._put_aside(delivery, Unreadable("unreadable", "The adapter fails on this command."))
+                    await self._dead_letter(delivery, Unreadable("unreadable", "The adapter fails on this command."))
             except (Temporary, LeaseLost) as exc:
                 log.warning("control.waits", reason=exc.reason)
             except Exception:
@@ -124,20 +126,20 @@ class Control:
             failures += 1
             await self._clock.sleep(backoff(failures, first_s=0.2, longest_s=5.0))
 
-    async def _take(self, delivery: Delivery) -> None:
+    async def _apply_and_answer(self, delivery: Delivery) -> None:
         """One command: applied and answered. Raises Temporary, LeaseLost."""
         request = delivery.headers.get(H_MSG_ID, "")[:128]
         try:
             if len(delivery.data) > MAX_BYTES:
                 raise Unreadable("too_large", f"At most {MAX_BYTES} bytes are read.")
-            answer = await self._apply(delivery, request)
+            answer = await self._apply_request(delivery, request)
         except Unreadable as exc:
             self._metrics.schema_violations.labels(kind="ctl").inc()
-            await self._put_aside(delivery, exc)
+            await self._dead_letter(delivery, exc)
             return
-        await self._answer(delivery, answer)
+        await self._send_answer(delivery, answer)
 
-    async def _erase(self, delivery: Delivery) -> None:
+    async def _secure_delete(self, delivery: Delivery) -> None:
         """A bind holds a token, which a mere ack would leave on the server's disk.
 
         A stream without a leader is waited for. What fails may also not be permitted: after a bind that could not be
@@ -145,20 +147,20 @@ class Control:
         """
         if delivery.subject != self._names.bind:
             return
-        tries = ERASE_TRIES if self._can_erase else 1
+        tries = DELETE_ATTEMPTS if self._can_delete else 1
         for failures in range(1, tries + 1):
             try:
                 await self._history.delete(self._names.stream_ctl, delivery.seq, erase=True)
             except Temporary as exc:
-                self._can_erase, reason = False, exc.reason
+                self._can_delete, reason = False, exc.reason
             else:
-                self._can_erase = True
+                self._can_delete = True
                 return
             if failures < tries:
                 await self._clock.sleep(backoff(failures, first_s=0.2))
         log.warning("control.unerased", sequence=delivery.seq, reason=reason)
 
-    async def _put_aside(self, delivery: Delivery, exc: Unreadable) -> None:
+    async def _dead_letter(self, delivery: Delivery, exc: Unreadable) -> None:
         request = delivery.headers.get(H_MSG_ID, "")[:128]
         is_secret = delivery.subject == self._names.bind
         await self._events.publish_dead_letter(
@@ -171,22 +173,22 @@ class Control:
             seq=delivery.seq,
             msg_id=f"dead:ctl:{delivery.seq}:{delivery.time_ms}",
         )
-        await self._answer(delivery, ControlAnswer(ok=False, id=request, error=exc.detail))
+        await self._send_answer(delivery, ControlAnswer(ok=False, id=request, error=exc.detail))
 
-    async def _apply(self, delivery: Delivery, request: str) -> ControlAnswer:
+    async def _apply_request(self, delivery: Delivery, request: str) -> ControlAnswer:
         """Raises Unreadable, Temporary, LeaseLost."""
         try:
             if delivery.subject == self._names.bind:
                 bind = msgspec.json.decode(delivery.data, type=Bind)
                 bind = structs.replace(bind, id=bind.id or request or None)
-                return await self._or_refuse(self.bind(bind), bind)
+                return await self._answer_or_refuse(self.bind(bind), bind)
             unbind = msgspec.json.decode(delivery.data, type=Unbind)
             unbind = structs.replace(unbind, id=unbind.id or request or None)
-            return await self._or_refuse(self.unbind(unbind), unbind)
+            return await self._answer_or_refuse(self.unbind(unbind), unbind)
         except UNDECODABLE as exc:
             raise Unreadable("unreadable", str(exc)[:200]) from exc
 
-    async def _or_refuse(self, work: Awaitable[ControlAnswer], command: Bind | Unbind) -> ControlAnswer:
+    async def _answer_or_refuse(self, work: Awaitable[ControlAnswer], command: Bind | Unbind) -> ControlAnswer:
         try:
             return await work
         except Refused as exc:
@@ -198,7 +200,7 @@ class Control:
                 detail=exc.detail,
                 request=command.id or "",
             )
-            await self._events.publish_binding_event(event, ensure_owner_if_delayed=self._check)
+            await self._events.publish_binding_event(event, ensure_owner_if_delayed=self._ensure_owner)
             log.warning("binding.refused", sandbox=command.sandbox, bot=command.bot, reason=exc.reason)
             return ControlAnswer(ok=False, id=command.id or "", error=exc.detail)
 
@@ -208,36 +210,42 @@ class Control:
         Raises Refused, Temporary, LeaseLost.
         """
         check_sandbox(command.sandbox)
-        token = self._token(command)
+        token = self._open_token(command)
         if command.base_url:
             self._chat.check_base_url(command.base_url)
         await self._bindings.refresh(command.bot)
         before = self._bindings.get(command.bot)
-        await self._refresh(command.sandbox)
+        await self._refresh_sandbox(command.sandbox)
         bound = self._bindings.of_sandbox(command.sandbox)
-        binding = await self._begun(self._made(command, token, before), bound, keep=command.keep_undelivered)
+        binding = await self._with_start_sequences(
+            self._new_binding(command, token, before), bound, keep=command.keep_undelivered
+        )
         if command.options.durable:
             await self._core.make_durable(command.sandbox, binding.in_after)
         replaced = [b for b in bound if binding.user and b.user == binding.user and b.bot != command.bot]
-        new = before is None or not self._same(before, binding)
+        new = before is None or not self._is_unchanged(before, binding)
         if before is not None and before.sandbox != command.sandbox:  # after a crash nobody knows it any more
-            await self._refresh(before.sandbox)
-            replay_after = self._replay_after(before.sandbox, [before])
-            await self._tell(before, "unbound", command.id, reason="moved", replay_after=replay_after)
-            await self._pass_undelivered(before.sandbox, [before])
+            await self._refresh_sandbox(before.sandbox)
+            replay_after = self._replay_start(before.sandbox, [before])
+            await self._publish_binding_event(
+                before, "unbound", command.id, reason="moved", replay_after=replay_after
+            )
+            await self._skip_undelivered(before.sandbox, [before])
         if new:
-            await self._bindings.put(binding, self._check)
+            await self._bindings.put(binding, self._ensure_owner)
         if new or (before is not None and command.id and before.request == command.id):
             # told again where a crash may have come before the telling: the stream drops the repeat
-            await self._tell(binding, "bound", command.id, replay_after=binding.in_after)
+            await self._publish_binding_event(binding, "bound", command.id, replay_after=binding.in_after)
         for other in replaced:
-            await self._tell(other, "replaced", command.id)  # first: a crash in between repeats it, and loses nothing
-            await self._bindings.remove(other.bot, self._check)
+            await self._publish_binding_event(
+                other, "replaced", command.id
+            )  # first: a crash in between repeats it, and loses nothing
+            await self._bindings.remove(other.bot, self._ensure_owner)
         return ControlAnswer(
             ok=True, id=command.id or "", bindings=[binding.info()], replaced=[other.bot for other in replaced]
         )
 
-    def _token(self, command: Bind) -> str:
+    def _open_token(self, command: Bind) -> str:
         """The bot's token; a bind that a login has stored holds it sealed, for this bot and sandbox.
 
         Raises Refused, also for a bot or user that nobody could be called by.
@@ -247,7 +255,7 @@ class Control:
             raise Refused("invalid", "Bot, token and user are printable ASCII without spaces.")
         return token
 
-    def _made(self, command: Bind, token: str, before: Binding | None) -> Binding:
+    def _new_binding(self, command: Bind, token: str, before: Binding | None) -> Binding:
         """What a bind makes of the bot's binding `before`."""
         known = before.user if before is not None and before.sandbox == command.sandbox else ""
         return Binding(
@@ -259,10 +267,10 @@ class Control:
             options=command.options,
             since_ms=self._clock.now_ms(),
             request=command.id or "",
-            start_cursor=self._start_cursor(command, before),
+            start_cursor=self._sealed_start_cursor(command, before),
         )
 
-    async def _begun(self, binding: Binding, bound: list[Binding], *, keep: bool) -> Binding:
+    async def _with_start_sequences(self, binding: Binding, bound: list[Binding], *, keep: bool) -> Binding:
         """`binding` with the sequences behind which its person's messages and commands begin. Where no other bot is
         `bound` to the sandbox, its durable consumer goes on behind what persons before have written.
 
@@ -271,12 +279,15 @@ class Control:
         for known in bound:
             if _is_same_person(known, binding):
                 return structs.replace(binding, in_after=known.in_after, out_after=known.out_after)
-        sandbox, last, names = binding.sandbox, self._read[binding.sandbox], self._names
+        sandbox, last, names = binding.sandbox, self._recently_read[binding.sandbox], self._names
         is_alone = all(other.bot == binding.bot for other in bound)
         is_again = last is not None and _is_same_person(last, binding)
         in_after = out_after = 0
         if bound or (last is not None and not is_again):
-            for subject in (names.out_plain, names.out_stored(sandbox)):  # in the order in which the router copies
+            for subject in (
+                names.out_plain,
+                names.out_of_sandbox(sandbox),
+            ):  # in the order in which the router copies
                 out_after = max(out_after, await self._last_seq(names.stream_out, subject))
         kept_after = last.replay_after if last is not None else 0
         if is_alone and (keep or is_again) and kept_after is not None:
@@ -287,18 +298,18 @@ class Control:
                 await self._core.move_durable(sandbox, in_after)
         return structs.replace(binding, in_after=in_after, out_after=out_after)
 
-    def _replay_after(self, sandbox: str, gone: Collection[Binding] = ()) -> int | None:
+    def _replay_start(self, sandbox: str, gone: Collection[Binding] = ()) -> int | None:
         """Where a replay begins once `gone` are bound no more; None: nobody is then."""
         stays = [binding for binding in self._bindings.of_sandbox(sandbox) if binding not in gone]
         return min((binding.in_after for binding in stays), default=None)
 
-    async def _pass_undelivered(self, sandbox: str, gone: Collection[Binding] = ()) -> None:
+    async def _skip_undelivered(self, sandbox: str, gone: Collection[Binding] = ()) -> None:
         """Moves the sandbox's durable consumer behind all that was written, where nobody but `gone` is bound.
 
         Raises Temporary.
         """
         after = await self._last_seq(self._names.stream_in, self._names.inbox(sandbox))
-        if after and self._replay_after(sandbox, gone) is None:
+        if after and self._replay_start(sandbox, gone) is None:
             await self._core.move_durable(sandbox, after)
 
     async def _last_seq(self, stream: str, subject: str) -> int:
@@ -311,46 +322,46 @@ class Control:
         check_sandbox(command.sandbox)
         if command.bot:
             await self._bindings.refresh(command.bot)
-        await self._refresh(command.sandbox)
+        await self._refresh_sandbox(command.sandbox)
         bound = [b for b in self._bindings.of_sandbox(command.sandbox) if command.bot in (None, "", b.bot)]
-        replay_after = self._replay_after(command.sandbox, [] if command.keep_undelivered else bound)
+        replay_after = self._replay_start(command.sandbox, [] if command.keep_undelivered else bound)
         for binding in bound:
-            await self._tell(binding, "unbound", command.id, replay_after=replay_after)
-            await self._bindings.remove(binding.bot, self._check)
+            await self._publish_binding_event(binding, "unbound", command.id, replay_after=replay_after)
+            await self._bindings.remove(binding.bot, self._ensure_owner)
         if not command.keep_undelivered:
-            await self._pass_undelivered(command.sandbox)
+            await self._skip_undelivered(command.sandbox)
         return ControlAnswer(ok=True, id=command.id or "", bindings=[binding.info() for binding in bound])
 
-    async def _refresh(self, sandbox: str) -> None:
+    async def _refresh_sandbox(self, sandbox: str) -> None:
         """Reads a sandbox's bots anew, once: who had the control commands before may have bound one of which this
         replica has not heard. Raises Temporary."""
-        if sandbox in self._read:
+        if sandbox in self._recently_read:
             return
         events = [event async for _, event in read_binding_events(self._history, self._names, sandbox)]
         known = {binding.bot for binding in self._bindings.of_sandbox(sandbox)}
         for bot in {event.bot for event in events if event.change == "bound"} - known:
             await self._bindings.refresh(bot)
-        if len(self._read) >= READ_KEPT:
-            self._read.clear()
-        self._read[sandbox] = last_person_change(events)
+        if len(self._recently_read) >= READ_KEPT:
+            self._recently_read.clear()
+        self._recently_read[sandbox] = last_person_change(events)
 
-    def _start_cursor(self, command: Bind, before: Binding | None) -> str | None:
+    def _sealed_start_cursor(self, command: Bind, before: Binding | None) -> str | None:
         """Sealed; but the text of the binding before where it names the same cursor, which counts once."""
         context, bound = cursor_context(command.bot), before.start_cursor if before is not None else None
         if not command.cursor:
             return command.cursor
-        if bound is not None and self._sealer.same(context, bound, command.cursor):
+        if bound is not None and self._sealer.is_same_secret(context, bound, command.cursor):
             return bound
         return self._sealer.seal(context, command.cursor)
 
-    def _same(self, before: Binding, after: Binding) -> bool:
+    def _is_unchanged(self, before: Binding, after: Binding) -> bool:
         """Whether a bind changes nothing, so that the poller is left alone. After a dead token it always does."""
-        if before.state != "active" or not self._sealer.same(before.bot, before.token, after.token):
+        if before.state != "active" or not self._sealer.is_same_secret(before.bot, before.token, after.token):
             return False
-        unimportant = {"token": "", "since_ms": 0, "request": "", "untold": False}
+        unimportant = {"token": "", "since_ms": 0, "request": "", "event_pending": False}
         return structs.replace(before, **unimportant) == structs.replace(after, **unimportant)
 
-    async def _tell(
+    async def _publish_binding_event(
         self,
         binding: Binding,
         change: BindingChange,
@@ -360,12 +371,12 @@ class Control:
         replay_after: int | None = None,
     ) -> None:
         event = binding.event(change, reason=reason, request=request or "", replay_after=replay_after)
-        await self._events.publish_binding_event(event, ensure_owner_if_delayed=self._check)
-        if change in PERSON_CHANGES and event.sandbox in self._read:
-            self._read[event.sandbox] = event
+        await self._events.publish_binding_event(event, ensure_owner_if_delayed=self._ensure_owner)
+        if change in PERSON_CHANGES and event.sandbox in self._recently_read:
+            self._recently_read[event.sandbox] = event
         log.info("binding.changed", change=change, sandbox=binding.sandbox, bot=binding.bot)
 
-    async def _answer(self, delivery: Delivery, answer: ControlAnswer) -> None:
+    async def _send_answer(self, delivery: Delivery, answer: ControlAnswer) -> None:
         """To the header Reply-To, which must be an inbox: the adapter writes nowhere else for a stranger."""
         reply_to = delivery.headers.get(H_REPLY_TO, "")
         if not is_inbox(reply_to):

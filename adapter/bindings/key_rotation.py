@@ -14,25 +14,31 @@ from adapter.records import Binding
 from adapter.seal import Sealer, Sealing, cursor_context
 
 
-async def tokens_at_rest(history: History, names: Names, sealer: Sealer) -> Counter[Sealing]:
+async def count_stored_tokens(history: History, names: Names, sealer: Sealer) -> Counter[Sealing]:
     """How many tokens are stored in each way. Raises Temporary."""
-    return Counter([sealer.how(text) async for _, binding in _bindings(history, names) for text in _secrets(binding)])
+    return Counter(
+        [
+            sealer.sealing_of(text)
+            async for _, binding in _stored_bindings(history, names)
+            for text in _sealed_fields(binding)
+        ]
+    )
 
 
-async def seal_all(history: History, bucket: LeaderBucket, names: Names, sealer: Sealer) -> int:
+async def reseal_tokens(history: History, bucket: LeaderBucket, names: Names, sealer: Sealer) -> int:
     """Seals with the first key what is not; how many. What somebody else writes meanwhile is left as it is.
 
     Raises Temporary, Refused (no key is set, or a token cannot be opened).
     """
-    if not sealer.seals:
+    if not sealer.is_enabled:
         raise Refused("token_key", "No key is set: WECHAT_NATS_TOKEN_KEY.")
     sealed = 0
-    async for stored, binding in _bindings(history, names):
-        if not {sealer.how(text) for text in _secrets(binding)} & {"open", "older"}:
+    async for stored, binding in _stored_bindings(history, names):
+        if not {sealer.sealing_of(text) for text in _sealed_fields(binding)} & {"open", "older"}:
             continue
         token = sealer.seal(binding.bot, sealer.open(binding.bot, binding.token))
         start, context = binding.start_cursor, cursor_context(binding.bot)
-        if start and sealer.how(start) in ("open", "older"):
+        if start and sealer.sealing_of(start) in ("open", "older"):
             start = sealer.seal(context, sealer.open(context, start))
         value = msgspec.json.encode(msgspec.structs.replace(binding, token=token, start_cursor=start))
         try:
@@ -43,7 +49,7 @@ async def seal_all(history: History, bucket: LeaderBucket, names: Names, sealer:
     return sealed
 
 
-async def _bindings(history: History, names: Names) -> AsyncIterator[tuple[Stored, Binding]]:
+async def _stored_bindings(history: History, names: Names) -> AsyncIterator[tuple[Stored, Binding]]:
     async for stored in history.read(f"KV_{names.bindings}", f"$KV.{names.bindings}.>"):
         if not stored.data:
             continue  # it was deleted
@@ -54,6 +60,6 @@ async def _bindings(history: History, names: Names) -> AsyncIterator[tuple[Store
         yield stored, binding
 
 
-def _secrets(binding: Binding) -> list[str]:
+def _sealed_fields(binding: Binding) -> list[str]:
     """The bot's token, and the cursor to begin at, in which it stands as well."""
     return [binding.token, *([binding.start_cursor] if binding.start_cursor else [])]

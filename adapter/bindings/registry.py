@@ -8,7 +8,7 @@ import msgspec
 import structlog
 
 from adapter.errors import UNDECODABLE, Conflict
-from adapter.names import SHARDS, shard_of, text_of, token_of
+from adapter.names import SHARDS, from_subject_token, shard_of, to_subject_token
 from adapter.ports import Account, Bucket, Entry
 from adapter.records import Binding
 from adapter.seal import Sealer
@@ -29,7 +29,7 @@ class Bindings:
     ) -> None:
         """`unbound_s`: seconds for which the mark of an unbinding is kept; 0: for ever."""
         self.changed = ChangeSignal()
-        self.loaded = False
+        self.is_loaded = False
         """False until the bucket was read once; before that, a missing binding means nothing."""
         self._bucket = bucket
         self._same_token = same_token
@@ -40,13 +40,13 @@ class Bindings:
         """By sandbox and bot, in the order of bot ids."""
         self._listeners: list[Callable[[str, Binding | None, Binding | None], None]] = []
 
-    def listen(self, on_change: Callable[[str, Binding | None, Binding | None], None]) -> None:
+    def add_listener(self, on_change: Callable[[str, Binding | None, Binding | None], None]) -> None:
         """`on_change(bot, before, after)` is called at once at every change."""
         self._listeners.append(on_change)
 
     async def run(self) -> None:
         """Keeps in step with the bucket, until cancelled."""
-        await self._bucket.watch(self._see, on_loaded=self._on_loaded)
+        await self._bucket.watch(self._apply_entry, on_loaded=self._on_loaded)
 
     def get(self, bot: str) -> Binding | None:
         found = self._by_bot.get(bot)
@@ -74,18 +74,18 @@ class Bindings:
         """Writes a binding, whatever was there. `ensure_owner`: asked after each look at what is there; what is
         written after it is refused by the revision if somebody else has written since."""
         while True:
-            entry = await self._bucket.get(token_of(binding.bot))
+            entry = await self._bucket.get(to_subject_token(binding.bot))
             ensure_owner()
-            if await self._write(binding, entry.revision if entry else 0):
+            if await self._write_if_unchanged(binding, entry.revision if entry else 0):
                 return
 
-    async def change(self, bot: str, make: Callable[[Binding], Binding | None]) -> Binding | None:
+    async def update(self, bot: str, make: Callable[[Binding], Binding | None]) -> Binding | None:
         """Changes a binding, if it exists, and returns the new one; `make` gets the newest, and None leaves it."""
         while True:
-            entry = await self._bucket.get(token_of(bot))
+            entry = await self._bucket.get(to_subject_token(bot))
             if entry is None or entry.value is None:
                 return None
-            self._see(entry)
+            self._apply_entry(entry)
             try:
                 before = msgspec.json.decode(entry.value, type=Binding)
             except UNDECODABLE:
@@ -93,51 +93,51 @@ class Bindings:
             after = make(before)
             if after is None:
                 return None
-            if await self._write(after, entry.revision):
+            if await self._write_if_unchanged(after, entry.revision):
                 return after
 
     async def remove(self, bot: str, ensure_owner: Callable[[], None] = lambda: None) -> None:
         """Deletes a binding; one that is not there is no error. One that the bucket has lost leaves its mark all the
         same, for those who remember it. `ensure_owner`: as of `put`."""
         while True:
-            entry = await self._bucket.get(token_of(bot))
+            entry = await self._bucket.get(to_subject_token(bot))
             ensure_owner()
             gone = entry.value is None if entry else self.get(bot) is None
             if gone:
                 return
             try:
                 revision = await self._bucket.delete(
-                    token_of(bot), entry.revision if entry else 0, ttl_s=self._unbound_s
+                    to_subject_token(bot), entry.revision if entry else 0, ttl_s=self._unbound_s
                 )
             except Conflict:
                 continue
-            self._see(Entry(token_of(bot), None, revision))
+            self._apply_entry(Entry(to_subject_token(bot), None, revision))
             return
 
     async def refresh(self, bot: str) -> None:
         """Reads one binding anew."""
-        entry = await self._bucket.get(token_of(bot))
+        entry = await self._bucket.get(to_subject_token(bot))
         if entry is not None:
-            self._see(entry)
+            self._apply_entry(entry)
 
-    async def _write(self, binding: Binding, revision: int) -> bool:
+    async def _write_if_unchanged(self, binding: Binding, revision: int) -> bool:
         value = msgspec.json.encode(binding)
         try:
-            written = await self._bucket.update(token_of(binding.bot), value, revision)
+            written = await self._bucket.update(to_subject_token(binding.bot), value, revision)
         except Conflict:
             return False  # somebody else wrote: look again
-        self._see(Entry(token_of(binding.bot), value, written))
+        self._apply_entry(Entry(to_subject_token(binding.bot), value, written))
         return True
 
     def _on_loaded(self) -> None:
-        if not self.loaded:
-            self.loaded = True
+        if not self.is_loaded:
+            self.is_loaded = True
             log.info("bindings.loaded", bindings=len(self))
         self.changed.notify_all()
 
-    def _see(self, entry: Entry) -> None:
+    def _apply_entry(self, entry: Entry) -> None:
         try:
-            bot = text_of(entry.key)
+            bot = from_subject_token(entry.key)
         except ValueError:  # somebody else's key
             log.error("binding.unreadable", key=entry.key[:64])
             return
@@ -177,7 +177,7 @@ def account_of(binding: Binding, sealer: Sealer) -> Account:
     return Account(binding.bot, sealer.open(binding.bot, binding.token), binding.base_url)
 
 
-def is_anew(before: Binding | None, after: Binding | None) -> bool:
+def is_new_token(before: Binding | None, after: Binding | None) -> bool:
     """Whether iLink may judge the bot's token differently now: it is a new one, or was found alive."""
     if before is None or after is None or before.token != after.token:
         return True

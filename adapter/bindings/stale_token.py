@@ -20,12 +20,12 @@ LOGIN_WITHIN_S = 55.0
 """A token that is refused for so long needs a login, whatever tries are left: people wait for an answer."""
 
 
-def needs_login_now(pause_s: float | None, passed_s: float) -> bool:
+def should_report_needs_login(pause_s: float | None, passed_s: float) -> bool:
     """Whether to say so at a -14 that comes `passed_s` after the first; `pause_s`: until the next try, if any."""
     return pause_s is None or passed_s + pause_s > LOGIN_WITHIN_S
 
 
-async def lose_login(bindings: Bindings, clock: Clock, binding: Binding) -> Binding | None:
+async def mark_needs_login(bindings: Bindings, clock: Clock, binding: Binding) -> Binding | None:
     """Marks a binding `needs_login`, which is yet to be told; None where it is so, or was bound anew.
 
     Raises Temporary.
@@ -35,15 +35,17 @@ async def lose_login(bindings: Bindings, clock: Clock, binding: Binding) -> Bind
         if now.token != binding.token or now.state == "needs_login":
             return None
         since_ms = clock.now_ms()
-        return msgspec.structs.replace(now, state="needs_login", reason="stale_token", since_ms=since_ms, untold=True)
+        return msgspec.structs.replace(
+            now, state="needs_login", reason="stale_token", since_ms=since_ms, event_pending=True
+        )
 
-    lost = await bindings.change(binding.bot, without_login)
+    lost = await bindings.update(binding.bot, without_login)
     if lost is not None:
         log.error("session.needs_login", bot=binding.bot, sandbox=binding.sandbox)
     return lost
 
 
-async def regain_login(bindings: Bindings, clock: Clock, binding: Binding) -> Binding | None:
+async def mark_active(bindings: Bindings, clock: Clock, binding: Binding) -> Binding | None:
     """iLink takes the token again: ends `needs_login`, which is yet to be told; None where it was bound anew.
 
     Raises Temporary.
@@ -52,17 +54,17 @@ async def regain_login(bindings: Bindings, clock: Clock, binding: Binding) -> Bi
     def with_login(now: Binding) -> Binding | None:
         if now.token != binding.token or now.state == "active":
             return None
-        return msgspec.structs.replace(now, state="active", reason="", since_ms=clock.now_ms(), untold=True)
+        return msgspec.structs.replace(now, state="active", reason="", since_ms=clock.now_ms(), event_pending=True)
 
-    return await bindings.change(binding.bot, with_login)
+    return await bindings.update(binding.bot, with_login)
 
 
-async def tell_login(bindings: Bindings, events: Events, binding: Binding, detail: str = "") -> Binding:
+async def publish_login_event(bindings: Bindings, events: Events, binding: Binding, detail: str = "") -> Binding:
     """Tells that a login is lost, or back, where the binding is marked for it; the binding without the mark.
 
     The mark outlives a crash, and a bus that is away, between the change and its event. Raises Temporary.
     """
-    if not binding.untold:
+    if not binding.event_pending:
         return binding
     if binding.state == "needs_login":
         advice = "Have the user scan a new QR code and bind the new bot; what is parked waits for it."
@@ -72,6 +74,6 @@ async def tell_login(bindings: Bindings, events: Events, binding: Binding, detai
     await events.publish_binding_event(event, cause=str(binding.since_ms))
 
     def told(now: Binding) -> Binding | None:
-        return msgspec.structs.replace(now, untold=False) if now == binding else None
+        return msgspec.structs.replace(now, event_pending=False) if now == binding else None
 
-    return await bindings.change(binding.bot, told) or binding
+    return await bindings.update(binding.bot, told) or binding

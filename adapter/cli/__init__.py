@@ -63,7 +63,7 @@ def build() -> App:
 def main(argv: list[str] | None = None) -> int:
     """Runs one command and returns its exit code (`exits.EXIT_CODES`)."""
     _have_streams()
-    _quiet()
+    _silence_libraries()
     try:
         result = build()(sys.argv[1:] if argv is None else argv)
         sys.stdout.flush()
@@ -86,14 +86,14 @@ def main(argv: list[str] | None = None) -> int:
         return INTERRUPTED
     except SystemExit as exc:  # the simulator's own parser, and rich where nobody reads its tables
         if isinstance(exc.__context__, BrokenPipeError):
-            return _nobody_reads()
+            return _is_output_closed()
         return exc.code if isinstance(exc.code, int) else USAGE
     except BrokenPipeError:
-        return _nobody_reads()
+        return _is_output_closed()
     except OSError as exc:
         if exc.errno not in NO_ROOM:
             raise
-        _nobody_reads()
+        _is_output_closed()
         with contextlib.suppress(OSError):  # that may be the same file
             output.complain(f"What it says cannot be written: {exc.strerror}.")
         return NO
@@ -116,14 +116,14 @@ def _have_streams() -> None:
             stream.reconfigure(encoding="utf-8", errors="strict" if mode == "r" else "backslashreplace")
 
 
-def _quiet() -> None:
+def _silence_libraries() -> None:
     """The adapter's modules log; a command speaks for itself. `run` and `demo` set up logs of their own."""
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
     logging.getLogger("nats").setLevel(logging.CRITICAL + 1)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL + 1)
 
 
-def _nobody_reads() -> int:
+def _is_output_closed() -> int:
     """`wechat-nats tail | head -1`: the reader has what it wanted. Python must not fail once more on its way out."""
     with contextlib.suppress(OSError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

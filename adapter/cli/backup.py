@@ -14,8 +14,8 @@ from cyclopts import Parameter
 from nats.errors import Error as NatsError
 
 from adapter.cli import output
-from adapter.cli.bus import Bus, connected
-from adapter.cli.doctor import adapters_there, unheard
+from adapter.cli.bus import Bus, connected_bus
+from adapter.cli.doctor import query_adapters, silent_adapters_advice
 from adapter.cli.exit_codes import NO, OK, UNREACHABLE, USAGE, Failed
 from adapter.cli.options import Json, flag
 
@@ -30,7 +30,7 @@ META, DATA = "backup.json", "stream.tar.s2"
 Folder = Annotated[Path, Parameter(help="Folder of the backup, with a folder per stream.")]
 
 
-class Copied(msgspec.Struct, frozen=True):
+class CopiedStream(msgspec.Struct, frozen=True):
     """One stream of a backup."""
 
     stream: str
@@ -51,8 +51,8 @@ async def backup(folder: Folder, /, *, json: Json = False) -> int:
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as exc:
-        raise _unwritten(folder, exc) from None
-    async with connected() as bus:
+        raise _unwritten_streams(folder, exc) from None
+    async with connected_bus() as bus:
         copied = [await _save(bus, stream, folder / stream) for stream in await _streams(bus)]
     if not copied:
         raise Failed(NO, "There is nothing of ours on this server.")
@@ -74,17 +74,17 @@ async def restore(
     saved = sorted(place.parent for place in folder.glob(f"*/{META}"))
     if not saved:
         raise Failed(USAGE, f"{folder} holds no backup.")
-    async with connected() as bus:
-        adapters = await adapters_there(bus, LISTEN_S)
+    async with connected_bus() as bus:
+        adapters = await query_adapters(bus, LISTEN_S)
         if adapters.ids:
             raise Failed(NO, f"{len(adapters.ids)} adapters are running on this bus: stop them first.")
         if adapters.silent:
-            raise Failed(NO, unheard(bus))
+            raise Failed(NO, silent_adapters_advice(bus))
         there = set(await _streams(bus)) & {place.name for place in saved}
         if there and not replace:
             raise Failed(NO, f"It is there already: {', '.join(sorted(there))}. With --replace it is deleted first.")
         for stream in sorted(there):
-            _expect(await bus.api(f"STREAM.DELETE.{stream}"), f"{stream} cannot be deleted")
+            _expect_reply(await bus.api_request(f"STREAM.DELETE.{stream}"), f"{stream} cannot be deleted")
         copied = [await _load(bus, place) for place in saved]
     _print(copied, json)
     return OK
@@ -95,7 +95,7 @@ async def _streams(bus: Bus) -> list[str]:
     names, offset = bus.names, 0
     found: list[str] = []
     while True:
-        answer = await bus.api("STREAM.NAMES", {"offset": offset})
+        answer = await bus.api_request("STREAM.NAMES", {"offset": offset})
         page = answer.get("streams") or []
         found += page
         offset += len(page)
@@ -107,17 +107,17 @@ async def _streams(bus: Bus) -> list[str]:
     return sorted(name for name in found if name.startswith(ours) and name not in left_out)
 
 
-def _unwritten(folder: Path, exc: OSError) -> Failed:
+def _unwritten_streams(folder: Path, exc: OSError) -> Failed:
     return Failed(NO, f"{folder} cannot be written: {exc.strerror}.")
 
 
-async def _save(bus: Bus, stream: str, folder: Path) -> Copied:
+async def _save(bus: Bus, stream: str, folder: Path) -> CopiedStream:
     inbox = bus.nc.new_inbox()
     chunks = await bus.nc.subscribe(inbox)
     try:
         body = {"deliver_subject": inbox, "no_consumers": False, "chunk_size": CHUNK}
-        answer = await bus.api(f"STREAM.SNAPSHOT.{stream}", body)
-        _expect(answer, f"{stream} cannot be copied")
+        answer = await bus.api_request(f"STREAM.SNAPSHOT.{stream}", body)
+        _expect_reply(answer, f"{stream} cannot be copied")
         folder.mkdir(mode=0o700)  # noqa: ASYNC240  nothing else runs in a command
         with (folder / DATA).open("wb") as data:
             while (chunk := await chunks.next_msg(timeout=CHUNK_S)).data:
@@ -131,38 +131,38 @@ async def _save(bus: Bus, stream: str, folder: Path) -> Copied:
     except (NatsError, TimeoutError):
         raise Failed(UNREACHABLE, f"Copying {stream} stopped half-way: try again.") from None
     except OSError as exc:
-        raise _unwritten(folder, exc) from None
+        raise _unwritten_streams(folder, exc) from None
     finally:
         await chunks.unsubscribe()
-    return Copied(stream, answer["state"]["messages"], (folder / DATA).stat().st_size)
+    return CopiedStream(stream, answer["state"]["messages"], (folder / DATA).stat().st_size)
 
 
-async def _load(bus: Bus, folder: Path) -> Copied:
+async def _load(bus: Bus, folder: Path) -> CopiedStream:
     stream = folder.name
     meta: dict[str, Any] = msgspec.json.decode((folder / META).read_bytes())
     config = meta["config"] | {"num_replicas": bus.settings.replicas}
-    answer = await bus.api(f"STREAM.RESTORE.{stream}", {"config": config, "state": meta["state"]})
-    _expect(answer, f"{stream} cannot be restored")
+    answer = await bus.api_request(f"STREAM.RESTORE.{stream}", {"config": config, "state": meta["state"]})
+    _expect_reply(answer, f"{stream} cannot be restored")
     try:
         with (folder / DATA).open("rb") as data:
             while chunk := data.read(CHUNK):
                 said = await bus.nc.request(answer["deliver_subject"], chunk, timeout=CHUNK_S)
                 if said.data:
-                    _expect(msgspec.json.decode(said.data), f"{stream} cannot be restored")
+                    _expect_reply(msgspec.json.decode(said.data), f"{stream} cannot be restored")
         done = await bus.nc.request(answer["deliver_subject"], b"", timeout=CHUNK_S)
     except (NatsError, TimeoutError):
         raise Failed(UNREACHABLE, f"Restoring {stream} stopped half-way: delete it, and try again.") from None
-    _expect(msgspec.json.decode(done.data), f"{stream} cannot be restored")
-    return Copied(stream, meta["state"]["messages"], (folder / DATA).stat().st_size)
+    _expect_reply(msgspec.json.decode(done.data), f"{stream} cannot be restored")
+    return CopiedStream(stream, meta["state"]["messages"], (folder / DATA).stat().st_size)
 
 
-def _expect(answer: dict[str, Any], what: str) -> None:
+def _expect_reply(answer: dict[str, Any], what: str) -> None:
     """Raises Failed for an error of JetStream's."""
     if error := answer.get("error"):
         raise Failed(NO, f"{what}: {error.get('description', error)} (error {error.get('err_code')}).")
 
 
-def _print(copied: list[Copied], json: bool) -> None:
+def _print(copied: list[CopiedStream], json: bool) -> None:
     if json:
         for one in copied:
             output.json_line(one)

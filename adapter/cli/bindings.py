@@ -14,7 +14,7 @@ from nats.aio.subscription import Subscription
 from nats.errors import Error as NatsError
 
 from adapter.cli import output
-from adapter.cli.bus import Bus, connected
+from adapter.cli.bus import Bus, connected_bus
 from adapter.cli.exit_codes import NO, OK, TIMEOUT, UNREACHABLE, USAGE, Failed
 from adapter.cli.options import AutoTyping, Durable, Json, Keep, MaybeSandbox, RequestId, Sandbox, Timeout, new_id
 from adapter.contract import (
@@ -74,9 +74,9 @@ async def bind(
         options=Options(durable=durable, auto_typing=auto_typing),
         keep_undelivered=keep,
     )
-    async with connected() as bus:
+    async with connected_bus() as bus:
         answer = await request(bus, bus.names.bind, asked, timeout)
-    return _show(answer, "bound", json)
+    return _print_answer(answer, "bound", json)
 
 
 async def unbind(
@@ -94,14 +94,14 @@ async def unbind(
     What its person wrote and the sandbox has not read is passed over then, by its durable consumer and by replay.
     """
     asked = Unbind(sandbox=sandbox, bot=bot, id=request_id or new_id(), keep_undelivered=keep)
-    async with connected() as bus:
+    async with connected_bus() as bus:
         answer = await request(bus, bus.names.unbind, asked, timeout)
-    return _show(answer, "unbound", json)
+    return _print_answer(answer, "unbound", json)
 
 
 async def bindings(*, sandbox: MaybeSandbox = None, json: Json = False) -> int:
     """List which bots serve which sandboxes. Tokens are never shown."""
-    async with connected() as bus:
+    async with connected_bus() as bus:
         found = await all_bindings(bus, sandbox)
     if json:
         for info in found:
@@ -116,7 +116,7 @@ async def all_bindings(bus: Bus, sandbox: str | None = None) -> list[BindingInfo
     found: list[BindingInfo] = []
     after = ""
     while True:
-        page = await bus.ask("bindings.list", BindingsQuery(sandbox=sandbox, after=after), BindingsPage)
+        page = await bus.request_service("bindings.list", BindingsQuery(sandbox=sandbox, after=after), BindingsPage)
         found += page.bindings
         if not page.next:
             return found
@@ -158,10 +158,10 @@ def _read_file(what: str, path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as exc:
-        raise Failed(USAGE, f"Cannot read the {what} from {path}: {_reason(exc)}.") from None
+        raise Failed(USAGE, f"Cannot read the {what} from {path}: {_reason_text(exc)}.") from None
 
 
-def _reason(exc: OSError | UnicodeDecodeError) -> str:
+def _reason_text(exc: OSError | UnicodeDecodeError) -> str:
     return exc.strerror or "unknown" if isinstance(exc, OSError) else "it is not UTF-8"
 
 
@@ -174,10 +174,10 @@ async def request(bus: Bus, subject: str, asked: Bind | Unbind, timeout_s: float
     ack = await bus.store(subject, msgspec.json.encode(asked), headers)
     if ack.duplicate:
         raise Failed(TIMEOUT, f"Request {asked.id} was stored before: `wechat-nats bindings` shows what holds now.")
-    return await _answer(answers, timeout_s)
+    return await _send_control(answers, timeout_s)
 
 
-async def _answer(answers: Subscription, timeout_s: float) -> ControlAnswer:
+async def _send_control(answers: Subscription, timeout_s: float) -> ControlAnswer:
     try:
         async with asyncio.timeout(timeout_s):
             msg = await answers.next_msg(timeout=None)
@@ -195,7 +195,7 @@ async def _answer(answers: Subscription, timeout_s: float) -> ControlAnswer:
         raise Failed(NO, "The adapter's answer cannot be read: are both of the same version?") from None
 
 
-def _show(answer: ControlAnswer, done: str, json: bool) -> int:
+def _print_answer(answer: ControlAnswer, done: str, json: bool) -> int:
     if json:
         output.json_line(answer)
     elif answer.ok:

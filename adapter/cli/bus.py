@@ -33,14 +33,14 @@ from adapter.settings import CREDENTIALS, Settings
 
 CONNECT_S = 5.0
 ANSWER_S = 5.0
-HEED_S = 0.1
+PERMISSION_ERROR_S = 0.1
 """How often complaints of the server are looked for while an answer is awaited."""
-ASKED_S = 2.0
+SERVICE_TIMEOUT_S = 2.0
 """Patience with a question that only betters a sentence."""
 BROKE = "The connection to NATS broke: try again."
 NO_JETSTREAM = "JetStream is not available on this server or for this user."
 JetStreamGone = (ServiceUnavailableError, NoStreamResponseError)
-KEPT = 1000
+ERRORS_KEPT = 1000
 """Complaints that are kept: a connection may last for weeks."""
 
 URL_FILE = "nats.url"
@@ -58,7 +58,7 @@ class Bus:
         self.js: JetStreamContext = nc.jetstream(timeout=ANSWER_S)
         self.settings = settings
         self.names = Names(settings.prefix)
-        self.heard: deque[Exception] = deque(maxlen=KEPT)
+        self.async_errors: deque[Exception] = deque(maxlen=ERRORS_KEPT)
         """The server's complaints, such as what it forbids."""
 
     async def check_subscribed(self, *subjects: str) -> None:
@@ -76,7 +76,7 @@ class Bus:
         """Raises Failed where the server has said that this user may not have one of `subjects`, one below it, or
         answers."""
         prefix = self.settings.nats_inbox_prefix
-        for does, subject in forbidden(self.heard):
+        for does, subject in permission_violations(self.async_errors):
             if does == "subscription" and subject.startswith(f"{prefix.lower()}."):
                 raise Failed(
                     NO,
@@ -97,7 +97,7 @@ class Bus:
         """
         task = asyncio.ensure_future(asking)
         try:
-            while not (await asyncio.wait({task}, timeout=HEED_S))[0]:
+            while not (await asyncio.wait({task}, timeout=PERMISSION_ERROR_S))[0]:
                 self.raise_if_forbidden(subject)
             return await task
         finally:
@@ -132,13 +132,15 @@ class Bus:
         """Raises Failed where JetStream itself is not there; a user who may not ask gets the benefit of the doubt."""
         with contextlib.suppress(NatsError, TimeoutError, *UNDECODABLE):
             try:
-                answer = await self.nc.request("$JS.API.INFO", b"", timeout=ASKED_S)
+                answer = await self.nc.request("$JS.API.INFO", b"", timeout=SERVICE_TIMEOUT_S)
             except NoRespondersError:
                 raise Failed(UNREACHABLE, NO_JETSTREAM) from None
             if "error" in msgspec.json.decode(answer.data, type=dict[str, Any]):
                 raise Failed(UNREACHABLE, NO_JETSTREAM)
 
-    async def ask(self, verb: str, request: msgspec.Struct, answer: type[S], timeout_s: float = ANSWER_S) -> S:
+    async def request_service(
+        self, verb: str, request: msgspec.Struct, answer: type[S], timeout_s: float = ANSWER_S
+    ) -> S:
         """A request to an adapter. Raises Failed."""
         subject = self.names.svc(verb)
         reply = await self._reply(
@@ -162,7 +164,7 @@ class Bus:
         """A request to the server itself. Raises Failed."""
         return await self._reply(subject, payload, f"The server did not answer {subject}: may this user ask?")
 
-    async def api(self, verb: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+    async def api_request(self, verb: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         """JetStream's answer to `$JS.API.<verb>`, errors included as {"error": …}. Raises Failed."""
         payload = msgspec.json.encode(body) if body else b""
         silent = f"JetStream did not answer {verb}: is it enabled, no leaf node of it, may this user ask?"
@@ -197,13 +199,13 @@ def settings_here() -> Settings:
 
 
 @contextlib.asynccontextmanager
-async def connected(settings: Settings | None = None, *, lasting: bool = False) -> AsyncIterator[Bus]:
+async def connected_bus(settings: Settings | None = None, *, lasting: bool = False) -> AsyncIterator[Bus]:
     """A bus for the time of the block; a `lasting` one comes back after a break. Raises Failed, SettingsError."""
     settings = settings or settings_here()
-    heard: deque[Exception] = deque(maxlen=KEPT)
-    nc = await _connect(settings, lasting, heard)
+    errors: deque[Exception] = deque(maxlen=ERRORS_KEPT)
+    nc = await _connect(settings, lasting, errors)
     bus = Bus(nc, settings)
-    bus.heard = heard
+    bus.async_errors = errors
     try:
         yield bus
     except JetStreamGone as exc:
@@ -215,8 +217,8 @@ async def connected(settings: Settings | None = None, *, lasting: bool = False) 
             await nc.close()
 
 
-async def _connect(settings: Settings, lasting: bool, heard: deque[Exception]) -> BusClient:
-    """Asks each server once; what one complains of goes to `heard`.
+async def _connect(settings: Settings, lasting: bool, errors: deque[Exception]) -> BusClient:
+    """Asks each server once; what one complains of goes to `errors`.
 
     nats-py alone would go on for minutes, with a wrong password for ever.
     """
@@ -226,7 +228,7 @@ async def _connect(settings: Settings, lasting: bool, heard: deque[Exception]) -
         raise Failed(UNREACHABLE, f"{exc.detail}.") from None
     why: Exception | None = None
     for server in settings.nats_url:
-        nc, why = await _attempt(options | {"servers": [server]}, heard)
+        nc, why = await _connect_once(options | {"servers": [server]}, errors)
         if nc is None:
             continue
         if not lasting:
@@ -234,25 +236,27 @@ async def _connect(settings: Settings, lasting: bool, heard: deque[Exception]) -
         await nc.close()
         back = {"allow_reconnect": True, "max_reconnect_attempts": -1, "reconnect_time_wait": 0.2}
         nc = BusClient()
-        await nc.connect(**options | back | {"error_cb": _hearing(heard)})
+        await nc.connect(**options | back | {"error_cb": _error_collector(errors)})
         return nc
-    raise Failed(UNREACHABLE, _unreachable(settings, why))
+    raise Failed(UNREACHABLE, _unreachable_failure(settings, why))
 
 
-async def _attempt(options: dict[str, Any], heard: deque[Exception]) -> tuple[BusClient | None, Exception | None]:
+async def _connect_once(
+    options: dict[str, Any], errors: deque[Exception]
+) -> tuple[BusClient | None, Exception | None]:
     """A client, or why there is none."""
-    heard.clear()
+    errors.clear()
     nc = BusClient()
     once = {"allow_reconnect": False, "max_reconnect_attempts": 1, "reconnect_time_wait": 0.01}
     try:
         async with asyncio.timeout(CONNECT_S):
-            await nc.connect(**options | once | {"connect_timeout": 3, "error_cb": _hearing(heard)})
+            await nc.connect(**options | once | {"connect_timeout": 3, "error_cb": _error_collector(errors)})
     except (NatsError, OSError, TimeoutError) as exc:
-        return None, heard[-1] if heard else exc
+        return None, errors[-1] if errors else exc
     return nc, None
 
 
-def _unreachable(settings: Settings, why: Exception | None) -> str:
+def _unreachable_failure(settings: Settings, why: Exception | None) -> str:
     text = str(why or "").lower()
     if "authorization" in text or "authentication" in text:
         return "NATS refused the credentials: check NATS_CREDS, NATS_NKEY, NATS_USER, NATS_PASSWORD or NATS_TOKEN."
@@ -262,21 +266,21 @@ def _unreachable(settings: Settings, why: Exception | None) -> str:
     return f"NATS is not reachable at {servers}: start it, or set NATS_URL."
 
 
-def _hearing(heard: deque[Exception]) -> Callable[[Exception], Coroutine[Any, Any, None]]:
+def _error_collector(errors: deque[Exception]) -> Callable[[Exception], Coroutine[Any, Any, None]]:
     """Keeps complaints, which nats-py would log with a traceback; what matters surfaces where it is awaited."""
 
     async def hear(exc: Exception) -> None:
-        heard.append(exc)
+        errors.append(exc)
 
     return hear
 
 
-def forbidden(heard: Iterable[Exception]) -> list[tuple[str, str]]:
+def permission_violations(errors: Iterable[Exception]) -> list[tuple[str, str]]:
     """What the server has forbidden, as `permission_violation` says it."""
-    return [found for exc in heard if (found := permission_violation(exc))]
+    return [found for exc in errors if (found := permission_violation(exc))]
 
 
-async def stored_from(bus: Bus, stream: str, subject: str, *, headers_only: bool = False) -> AsyncIterator[Msg]:
+async def sequence_from(bus: Bus, stream: str, subject: str, *, headers_only: bool = False) -> AsyncIterator[Msg]:
     """The messages that `stream` holds under `subject` right now, oldest first. Raises Failed."""
     subscription = await replay(bus, stream, subject, headers_only=headers_only)
     try:
@@ -310,7 +314,7 @@ async def replay(
         reading = bus.js.subscribe(subject, stream=stream, ordered_consumer=True, config=config)
         return await bus.unless_forbidden(f"$JS.API.CONSUMER.CREATE.{stream}", reading)
     except NotFoundError:
-        raise Failed(UNREACHABLE, no_stream(stream)) from None
+        raise Failed(UNREACHABLE, missing_stream_failure(stream)) from None
     except JetStreamGone:
         raise
     except APIError as exc:
@@ -319,5 +323,5 @@ async def replay(
         raise Failed(UNREACHABLE, f"Cannot read {stream}: is JetStream enabled?") from None
 
 
-def no_stream(stream: str) -> str:
+def missing_stream_failure(stream: str) -> str:
     return f"There is no stream {stream}: start an adapter once, or run `wechat-nats doctor --fix`."

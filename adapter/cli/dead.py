@@ -16,7 +16,7 @@ from nats.js import api
 from nats.js.errors import APIError, NotFoundError
 
 from adapter.cli import output
-from adapter.cli.bus import Bus, JetStreamGone, connected, no_stream, stored_from
+from adapter.cli.bus import Bus, JetStreamGone, connected_bus, missing_stream_failure, sequence_from
 from adapter.cli.exit_codes import NO, OK, UNREACHABLE, USAGE, Failed
 from adapter.cli.options import Json
 from adapter.dead_letters import DeadLetter, dead_letter_of, retry_message
@@ -35,11 +35,11 @@ Seqs = Annotated[int, Parameter(help="Numbers, as `dead ls` shows them.")]
 
 
 @app.command(name="ls")
-async def list_letters(
+async def list_dead_letters(
     *, stream: Annotated[str | None, Parameter(help="Only of this stream: WECHAT_OUT …")] = None, json: Json = False
 ) -> int:
     """List dead letters, oldest first. Bodies are not shown: they may hold message text."""
-    async with connected() as bus:
+    async with connected_bus() as bus:
         letters = [letter for letter in await dead_letters(bus) if stream in (None, letter.stream)]
     if json:
         for letter in letters:
@@ -58,7 +58,7 @@ async def show(*seqs: Seqs, json: Json = False) -> int:
     """
 
     async def shown(bus: Bus, seq: int) -> bool:
-        if (raw := await _get(bus, seq)) is None:
+        if (raw := await _fetch_stored(bus, seq)) is None:
             return False
         if json:
             output.json_line(_as_json(bus.names, raw))
@@ -66,7 +66,7 @@ async def show(*seqs: Seqs, json: Json = False) -> int:
             _print(bus.names, raw)
         return True
 
-    return await _each(seqs, shown)
+    return await _for_each(seqs, shown)
 
 
 @app.command
@@ -75,7 +75,7 @@ async def retry(*seqs: Seqs) -> int:
 
     For what came from WECHAT_OUT and WECHAT_CTL. Inbound dead letters cannot be retried: the user has to write again.
     """
-    return await _each(seqs, _retry)
+    return await _for_each(seqs, _retry)
 
 
 @app.command
@@ -87,25 +87,25 @@ async def drop(*seqs: Seqs) -> int:
             output.say(f"{seq}  dropped")
         return gone
 
-    return await _each(seqs, dropped)
+    return await _for_each(seqs, dropped)
 
 
-async def _each(seqs: tuple[int, ...], work: Callable[[Bus, int], Awaitable[bool]]) -> int:
+async def _for_each(seqs: tuple[int, ...], work: Callable[[Bus, int], Awaitable[bool]]) -> int:
     """Does `work` with each letter; NO if it failed with one. Raises Failed."""
     if not seqs:
         raise Failed(USAGE, "Which ones? Give numbers as `wechat-nats dead ls` shows them.")
-    async with connected() as bus:
+    async with connected_bus() as bus:
         done = [await work(bus, seq) for seq in seqs]
     return OK if all(done) else NO
 
 
 async def dead_letters(bus: Bus) -> list[DeadLetter]:
     """All of them, without bodies. Raises Failed."""
-    heads = stored_from(bus, bus.names.stream_dead, bus.names.dead("*"), headers_only=True)
-    return [_letter(msg) async for msg in heads]
+    heads = sequence_from(bus, bus.names.stream_dead, bus.names.dead_letters("*"), headers_only=True)
+    return [_read_dead_letter(msg) async for msg in heads]
 
 
-def _letter(msg: Msg) -> DeadLetter:
+def _read_dead_letter(msg: Msg) -> DeadLetter:
     headers = msg.headers or {}
     size = headers.get("Nats-Msg-Size", "")
     return dead_letter_of(
@@ -117,7 +117,7 @@ def _letter(msg: Msg) -> DeadLetter:
     )
 
 
-async def _get(bus: Bus, seq: int) -> api.RawStreamMsg | None:
+async def _fetch_stored(bus: Bus, seq: int) -> api.RawStreamMsg | None:
     """None, and a complaint, where there is no such letter. Raises Failed."""
     stream = bus.names.stream_dead
     try:
@@ -129,7 +129,7 @@ async def _get(bus: Bus, seq: int) -> api.RawStreamMsg | None:
         raise
     except NotFoundError as exc:
         if exc.err_code == NO_STREAM:
-            raise Failed(UNREACHABLE, no_stream(stream)) from None
+            raise Failed(UNREACHABLE, missing_stream_failure(stream)) from None
         output.complain(f"There is no dead letter {seq}.")
         return None
     except (NatsError, TimeoutError):
@@ -145,7 +145,7 @@ async def _delete(bus: Bus, seq: int) -> bool:
         raise
     except APIError as exc:
         if exc.err_code == NO_STREAM:
-            raise Failed(UNREACHABLE, no_stream(stream)) from None
+            raise Failed(UNREACHABLE, missing_stream_failure(stream)) from None
         output.complain(f"There is no dead letter {seq}.")
         return False
     except (NatsError, TimeoutError):
@@ -155,7 +155,7 @@ async def _delete(bus: Bus, seq: int) -> bool:
 
 async def _retry(bus: Bus, seq: int) -> bool:
     """Publishes, then deletes; False, and a complaint, where there is nothing to publish. Raises Failed."""
-    if (raw := await _get(bus, seq)) is None:
+    if (raw := await _fetch_stored(bus, seq)) is None:
         return False
     message = retry_message(bus.names, seq, raw.headers or {}, raw.data or b"")
     if message is None:
@@ -172,18 +172,18 @@ def _print(names: Names, raw: api.RawStreamMsg) -> None:
     for name, value in (raw.headers or {}).items():
         output.say(f"  {output.printable(name)}: {output.printable(value)}")
     output.say(f"  {len(raw.data or b'')} bytes; may hold message text:")
-    output.say(f"  {output.printable(masked(names, raw))}")
+    output.say(f"  {output.printable(mask_secrets(names, raw))}")
 
 
 def _as_json(names: Names, raw: api.RawStreamMsg) -> dict[str, Any]:
-    return {"seq": raw.seq, "subject": raw.subject, "headers": raw.headers or {}, "body": masked(names, raw)}
+    return {"seq": raw.seq, "subject": raw.subject, "headers": raw.headers or {}, "body": mask_secrets(names, raw)}
 
 
-def masked(names: Names, raw: api.RawStreamMsg) -> str:
+def mask_secrets(names: Names, raw: api.RawStreamMsg) -> str:
     """The body without what opens something; of one that cannot be read nothing after the name of a secret."""
     data = raw.data or b""
     try:
-        return msgspec.json.encode(_mask(msgspec.json.decode(data))).decode()
+        return msgspec.json.encode(_mask_value(msgspec.json.decode(data))).decode()
     except UNDECODABLE:
         pass
     if (raw.subject or "").endswith(f".{names.stream_ctl}"):
@@ -202,11 +202,11 @@ def _up_to_secret(text: str) -> str:
     return text
 
 
-def _mask(value: Any) -> Any:
+def _mask_value(value: Any) -> Any:
     match value:
         case dict():
-            return {k: MASK if v and _SECRET_NAME.search(k) else _mask(v) for k, v in value.items()}
+            return {k: MASK if v and _SECRET_NAME.search(k) else _mask_value(v) for k, v in value.items()}
         case list():
-            return [_mask(part) for part in value]
+            return [_mask_value(part) for part in value]
         case _:
             return value

@@ -13,9 +13,9 @@ from urllib.parse import urlsplit
 
 from adapter import __version__, logs
 from adapter.cli.bindings import request
-from adapter.cli.bus import Bus, connected
+from adapter.cli.bus import Bus, connected_bus
 from adapter.cli.exit_codes import NO, OK, Failed
-from adapter.cli.lifetime import adapter_running, unless, until_signalled, while_alive
+from adapter.cli.lifetime import adapter_running, run_until_stopped, until_signalled, while_alive
 from adapter.cli.options import flag
 from adapter.cli.screen import Screen
 from adapter.cli.stdin import lines
@@ -44,7 +44,7 @@ async def demo(
     """
     screen = Screen(sys.stdout, prompting=sys.stdin is not None and sys.stdin.isatty())
     with until_signalled() as stop, _log(screen, verbose):
-        code = await unless(stop, _demo(screen))
+        code = await run_until_stopped(stop, _demo(screen))
     if code is None:
         screen.note("")
     return OK if code is None else code
@@ -52,7 +52,7 @@ async def demo(
 
 async def _demo(screen: Screen) -> int:
     """From nothing to the end of the conversation. Cleans up after itself, however it ends."""
-    from adapter.cli.talk import SANDBOX, Conversation, Stage  # noqa: PLC0415
+    from adapter.cli.talk import SANDBOX, Chat, TalkDeps  # noqa: PLC0415
     from adapter.simulator import Simulator, SimulatorSettings  # noqa: PLC0415
 
     async with contextlib.AsyncExitStack() as stack:
@@ -60,11 +60,11 @@ async def _demo(screen: Screen) -> int:
         simulator = await stack.enter_async_context(Simulator(SimulatorSettings(hold_ms=HOLD_MS, hint_ms=HOLD_MS)))
         settings = demo_settings(nats.url, simulator.url)
         adapter = await stack.enter_async_context(adapter_running(settings, start_s=PATIENCE_S, drain_s=DRAIN_S * 2))
-        bus = await stack.enter_async_context(connected(settings))
+        bus = await stack.enter_async_context(connected_bus(settings))
         bot = simulator.add_bot()
         await _bind(bus, SANDBOX, bot)
         screen.note(f"NATS at {nats.url}, sandbox {SANDBOX}. You are a WeChat user: write. ctrl-C ends.\n")
-        talk = Conversation(Stage(bus, simulator, bot, screen, PATIENCE_S))
+        talk = Chat(TalkDeps(bus, simulator, bot, screen, PATIENCE_S))
         return await while_alive(talk.run(lines()), nats, adapter)
 
 

@@ -11,10 +11,10 @@ from cyclopts import Parameter
 from nats.aio.msg import Msg
 from nats.errors import Error as NatsError
 
-from adapter.bindings.key_rotation import seal_all, tokens_at_rest
+from adapter.bindings.key_rotation import count_stored_tokens, reseal_tokens
 from adapter.cli import output, permission_checks, unrouted_commands
 from adapter.cli.bindings import all_bindings
-from adapter.cli.bus import Bus, connected, forbidden, settings_here
+from adapter.cli.bus import Bus, connected_bus, permission_violations, settings_here
 from adapter.cli.checks import Check, State
 from adapter.cli.exit_codes import NO, OK, UNREACHABLE, Failed
 from adapter.cli.options import Json, MaybeSandbox, flag
@@ -56,21 +56,23 @@ async def doctor(
     """
     settings = settings_here()
     try:
-        async with connected(settings) as bus:
-            checks = await _unheard(bus)
+        async with connected_bus(settings) as bus:
+            checks = await _check_replies(bus)
             if not checks and fix and not sandbox:
-                await _fix(bus, settings, quiet=json)
-            checks = checks or await (permission_checks.confined(bus, sandbox) if sandbox else examine(bus, settings))
+                await _fix_topology(bus, settings, quiet=json)
+            checks = checks or await (
+                permission_checks.check_sandbox_confined(bus, sandbox) if sandbox else run_checks(bus, settings)
+            )
     except Failed as exc:
         if exc.code != UNREACHABLE:
             raise
-        _print([Check("nats", "fail", str(exc))], json)
+        _print_checks([Check("nats", "fail", str(exc))], json)
         return UNREACHABLE
-    _print(checks, json)
+    _print_checks(checks, json)
     return NO if any(check.state == "fail" for check in checks) else OK
 
 
-async def _unheard(bus: Bus) -> list[Check]:
+async def _check_replies(bus: Bus) -> list[Check]:
     """Why no answer can be heard, without which nothing else can be told. Raises Failed if the connection breaks."""
     try:
         await bus.check_subscribed()
@@ -81,48 +83,48 @@ async def _unheard(bus: Bus) -> list[Check]:
     return []
 
 
-async def examine(bus: Bus, settings: Settings) -> list[Check]:
+async def run_checks(bus: Bus, settings: Settings) -> list[Check]:
     """Every check; one that cannot be made fails and does not hide the others."""
-    checks = [Check("nats", "ok", f"nats-server {_version(bus)}, {_where(bus)}")]
-    checks += await permission_checks.check(bus, settings)
-    checks.append(await _level(bus, settings))
+    checks = [Check("nats", "ok", f"nats-server {_check_version(bus)}, {_server_name(bus)}")]
+    checks += await permission_checks.check_permissions(bus, settings)
+    checks.append(await _check_api_level(bus, settings))
     if checks[-1].state == "ok":
-        checks += await _topology(bus, settings)
-        checks.append(await _storage(bus, settings))
-        checks.append(await _tokens(bus, settings))
-    adapters = await _adapters(bus)
+        checks += await _check_topology(bus, settings)
+        checks.append(await _check_storage(bus, settings))
+        checks.append(await _check_tokens(bus, settings))
+    adapters = await _check_adapters(bus)
     checks.append(adapters)
     if adapters.state == "ok":
-        checks.append(await _bindings(bus))
+        checks.append(await _check_bindings(bus))
     checks += [
-        await _waiting(bus, "dead letters", bus.names.stream_dead, "warn", "see `wechat-nats dead ls`"),
-        await _waiting(
+        await _check_backlog(bus, "dead letters", bus.names.stream_dead, "warn", "see `wechat-nats dead ls`"),
+        await _check_backlog(
             bus, "commands waiting", bus.names.stream_out, "ok", "in turn, for their users to write, or for a login"
         ),
     ]
     return checks
 
 
-def _version(bus: Bus) -> str:
+def _check_version(bus: Bus) -> str:
     found = bus.nc.connected_server_version
     return f"{found.major}.{found.minor}.{found.patch}"
 
 
-def _where(bus: Bus) -> str:
+def _server_name(bus: Bus) -> str:
     url = bus.nc.connected_url
     return url.netloc.rpartition("@")[2] if url else "?"
 
 
-async def _link(bus: Bus, settings: Settings) -> ManagedConnection:
+async def _adapter_connection(bus: Bus, settings: Settings) -> ManagedConnection:
     """The connection at hand as the adapter's own kind, without its loop that reconnects."""
     link = ManagedConnection(settings, "doctor")
     await link.adopt_client(bus.nc)
     return link
 
 
-async def _level(bus: Bus, settings: Settings) -> Check:
+async def _check_api_level(bus: Bus, settings: Settings) -> Check:
     try:
-        level = await topology.api_level(await _link(bus, settings))
+        level = await topology.api_level(await _adapter_connection(bus, settings))
     except BusRefused as exc:
         return Check("jetstream", "fail", f"Not available: {exc.detail}. Enable JetStream for this account.")
     except Temporary:
@@ -134,9 +136,11 @@ async def _level(bus: Bus, settings: Settings) -> Check:
     return Check("jetstream", "ok", f"API level {level}")
 
 
-async def _topology(bus: Bus, settings: Settings) -> list[Check]:
+async def _check_topology(bus: Bus, settings: Settings) -> list[Check]:
     try:
-        missing, different = await topology.inspect_topology(await _link(bus, settings), bus.names, settings)
+        missing, different = await topology.inspect_topology(
+            await _adapter_connection(bus, settings), bus.names, settings
+        )
     except (BusRefused, Temporary) as exc:
         return [Check("streams", "fail", f"Cannot be read ({exc.detail}): let this user publish to $JS.API.>.")]
     checks = [
@@ -151,17 +155,19 @@ async def _topology(bus: Bus, settings: Settings) -> list[Check]:
             "." if d.critical else ", or leave it if it is meant."
         )
         checks.append(Check(d.name, "fail" if d.critical else "warn", said))
-    checks += await _paused(bus, settings)
-    checks += await _astray(bus, settings)
+    checks += await _check_paused(bus, settings)
+    checks += await _check_unrouted(bus, settings)
     return checks or [Check("streams", "ok", "all streams, buckets and consumers are as they should be")]
 
 
-async def _storage(bus: Bus, settings: Settings) -> Check:
+async def _check_storage(bus: Bus, settings: Settings) -> Check:
     """Whether the account's limit has room for what streams reserve, and some for the others."""
     need = topology.reserved_bytes(bus.names, settings) * settings.replicas
     try:
         limit = int(
-            ((await (await _link(bus, settings)).api_request("INFO")).get("limits") or {}).get("max_storage", -1)
+            ((await (await _adapter_connection(bus, settings)).api_request("INFO")).get("limits") or {}).get(
+                "max_storage", -1
+            )
         )
     except (BusRefused, Temporary) as exc:
         return Check("storage", "fail", f"Cannot be told ({exc.detail}): try again.")
@@ -173,38 +179,38 @@ async def _storage(bus: Bus, settings: Settings) -> Check:
     return Check("storage", "ok", f"{said} of the account's {limit / GIB:.1f}")
 
 
-async def _paused(bus: Bus, settings: Settings) -> list[Check]:
+async def _check_paused(bus: Bus, settings: Settings) -> list[Check]:
     try:
-        found = await topology.paused_consumers(await _link(bus, settings), bus.names)
+        found = await topology.paused_consumers(await _adapter_connection(bus, settings), bus.names)
     except Temporary as exc:
         return [Check("consumers paused", "fail", f"Cannot be told ({exc.detail}): try again.")]
     said = f"{', '.join(found)}: delivers nothing until `nats consumer resume`, by an administrator."
     return [Check("consumers paused", "fail", said)] if found else []
 
 
-async def _astray(bus: Bus, settings: Settings) -> list[Check]:
+async def _check_unrouted(bus: Bus, settings: Settings) -> list[Check]:
     try:
-        count = await unrouted_commands.count(await _link(bus, settings), bus.names)
+        count = await unrouted_commands.count_unrouted(await _adapter_connection(bus, settings), bus.names)
     except (BusRefused, Temporary):
         return []  # there is no such stream, which is told
     said = f"{count} were stored where no adapter looks, without the subject transform: use --fix."
     return [Check("commands astray", "fail", said)] if count else []
 
 
-async def _tokens(bus: Bus, settings: Settings) -> Check:
+async def _check_tokens(bus: Bus, settings: Settings) -> Check:
     """How bot tokens are stored, as far as the key of this command tells."""
     sealer = Sealer(settings.token_key)
     try:
-        found = await tokens_at_rest(StreamHistory(await _link(bus, settings)), bus.names, sealer)
+        found = await count_stored_tokens(StreamHistory(await _adapter_connection(bus, settings)), bus.names, sealer)
     except Temporary:
         return Check("tokens", "ok", "this user cannot read how they are stored; adapters look at their start")
     said = ", ".join(f"{count} {_SEALED[how]}" for how, count in sorted(found.items())) or "none yet"
-    if not sealer.seals and found["open"]:
+    if not sealer.is_enabled and found["open"]:
         return Check("tokens", "warn", f"{said}: set WECHAT_NATS_TOKEN_KEY, for adapters and for this command.")
-    if not sealer.seals and found["foreign"]:  # whoever operates the bus need not have the key
+    if not sealer.is_enabled and found["foreign"]:  # whoever operates the bus need not have the key
         said += ": without WECHAT_NATS_TOKEN_KEY it cannot be told whether adapters can open them."
         return Check("tokens", "warn", said)
-    if not sealer.seals:
+    if not sealer.is_enabled:
         return Check("tokens", "ok", said)
     if found["open"]:
         return Check("tokens", "fail", f"{said}: use --fix.")
@@ -230,7 +236,7 @@ class Adapters(NamedTuple):
     who listens to all subjects."""
 
 
-async def adapters_there(bus: Bus, wait_s: float = PING_S) -> Adapters:
+async def query_adapters(bus: Bus, wait_s: float = PING_S) -> Adapters:
     """Asks every adapter at once; those that answer in time. Raises Failed, NatsError."""
     ping = f"$SRV.PING.{SERVICE}"
     inbox = bus.nc.new_inbox()
@@ -257,7 +263,7 @@ async def adapters_there(bus: Bus, wait_s: float = PING_S) -> Adapters:
     return Adapters(ids, versions, silent=not ids and not nobody)
 
 
-def unheard(bus: Bus) -> str:
+def silent_adapters_advice(bus: Bus) -> str:
     """What to do where adapters are silent."""
     return (
         f"Somebody hears the question for adapters, and none answers on {bus.settings.nats_inbox_prefix}.>: set"
@@ -265,24 +271,24 @@ def unheard(bus: Bus) -> str:
     )
 
 
-async def _adapters(bus: Bus) -> Check:
+async def _check_adapters(bus: Bus) -> Check:
     try:
-        there = await adapters_there(bus)
+        there = await query_adapters(bus)
     except Failed as exc:
         return Check("adapters", "fail", str(exc))
     except NatsError as exc:
         return Check("adapters", "fail", f"Cannot ask for them: {exc}.")
     if there.silent:
-        return Check("adapters", "fail", unheard(bus))
+        return Check("adapters", "fail", silent_adapters_advice(bus))
     if not there.ids:
         return Check("adapters", "fail", "None answers: start one with `wechat-nats run`.")
     return Check("adapters", "ok", f"{len(there.ids)} running, version {', '.join(sorted(there.versions))}")
 
 
-async def _bindings(bus: Bus) -> Check:
+async def _check_bindings(bus: Bus) -> Check:
     try:
         states = Counter(info.state for info in await all_bindings(bus))
-        stored = (await bus.api(f"STREAM.INFO.KV_{bus.names.bindings}")).get("state") or {}
+        stored = (await bus.api_request(f"STREAM.INFO.KV_{bus.names.bindings}")).get("state") or {}
     except Failed as exc:
         return Check("bindings", "fail", str(exc))
     if (lost := states.total() - int(stored.get("messages", 0))) > 0:  # of a stream that is missing: all
@@ -293,59 +299,59 @@ async def _bindings(bus: Bus) -> Check:
     return Check("bindings", "ok", said)
 
 
-async def _waiting(bus: Bus, check: str, stream: str, state: State, advice: str) -> Check:
+async def _check_backlog(bus: Bus, check: str, stream: str, state: State, advice: str) -> Check:
     try:
-        answer = await bus.api(f"STREAM.INFO.{stream}")
+        answer = await bus.api_request(f"STREAM.INFO.{stream}")
     except Failed as exc:
         return Check(check, "fail", str(exc))
     count = int((answer.get("state") or {}).get("messages", 0))
     return Check(check, state, f"{count}: {advice}") if count else Check(check, "ok", "none")
 
 
-async def _fix(bus: Bus, settings: Settings, *, quiet: bool) -> None:
+async def _fix_topology(bus: Bus, settings: Settings, *, quiet: bool) -> None:
     """Creates and alters. Raises Failed at the first that the server refuses."""
-    link = await _link(bus, settings)
+    link = await _adapter_connection(bus, settings)
     try:
         missing, different = await topology.inspect_topology(link, bus.names, settings)
         for wanted in missing:
-            _announce(f"creating {wanted.description} {wanted.name}", quiet)
+            _say_unless_quiet(f"creating {wanted.description} {wanted.name}", quiet)
             await topology.create_resource(link, wanted)
         for d in different:
-            _announce(f"changing {d.name}: {d.field} from {_short(d.found)} to {_short(d.wanted)}", quiet)
+            _say_unless_quiet(f"changing {d.name}: {d.field} from {_short(d.found)} to {_short(d.wanted)}", quiet)
         for d in {d.name: d for d in different}.values():
             await topology.alter_stream(link, bus.names, settings, d)
-        await _seal(link, bus, settings, quiet=quiet)
-        if count := await unrouted_commands.count(link, bus.names):
-            _announce(f"publishing {count} commands again that were stored where no adapter looks", quiet)
-            await unrouted_commands.bring_back(link, bus, count)
+        await _reseal_tokens(link, bus, settings, quiet=quiet)
+        if count := await unrouted_commands.count_unrouted(link, bus.names):
+            _say_unless_quiet(f"publishing {count} commands again that were stored where no adapter looks", quiet)
+            await unrouted_commands.republish_unrouted(link, bus, count)
     except BusRefused as exc:
         by_hand = "" if exc.code in topology.NO_ROOM else "; this has to be changed by hand"
         raise Failed(NO, f"The server refused: {exc.detail}{by_hand}.") from exc
     except Temporary as exc:
-        if forbidden(bus.heard):
+        if permission_violations(bus.async_errors):
             raise Failed(NO, "This user may not do what --fix does: use the adapter's credentials.") from exc
         raise Failed(UNREACHABLE, f"JetStream did not answer ({exc.detail}): try again.") from exc
 
 
-async def _seal(link: ManagedConnection, bus: Bus, settings: Settings, *, quiet: bool) -> None:
+async def _reseal_tokens(link: ManagedConnection, bus: Bus, settings: Settings, *, quiet: bool) -> None:
     """Raises BusRefused, Temporary, Failed."""
     sealer, history = Sealer(settings.token_key), StreamHistory(link)
-    found = await tokens_at_rest(history, bus.names, sealer)
-    if not sealer.seals or not (count := found["open"] + found["older"]):
+    found = await count_stored_tokens(history, bus.names, sealer)
+    if not sealer.is_enabled or not (count := found["open"] + found["older"]):
         return
-    _announce(f"sealing {count} bot tokens with the first key", quiet)
+    _say_unless_quiet(f"sealing {count} bot tokens with the first key", quiet)
     try:
-        await seal_all(history, LeaderKvBucket(link, bus.names.bindings), bus.names, sealer)
+        await reseal_tokens(history, LeaderKvBucket(link, bus.names.bindings), bus.names, sealer)
     except Refused as exc:
         raise Failed(NO, exc.detail) from exc
 
 
-def _announce(text: str, quiet: bool) -> None:
+def _say_unless_quiet(text: str, quiet: bool) -> None:
     if not quiet:
         output.say(text)
 
 
-def _print(checks: list[Check], json: bool) -> None:
+def _print_checks(checks: list[Check], json: bool) -> None:
     if json:
         for check in checks:
             output.json_line(check)

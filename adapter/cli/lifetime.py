@@ -39,7 +39,7 @@ def until_signalled() -> Iterator[asyncio.Event]:
             loop.remove_signal_handler(number)
 
 
-async def unless(stop: asyncio.Event, work: Coroutine[Any, Any, int]) -> int | None:
+async def run_until_stopped(stop: asyncio.Event, work: Coroutine[Any, Any, int]) -> int | None:
     """What `work` returns; None if `stop` came first, after `work` was cancelled and has cleaned up."""
     task = asyncio.create_task(work)
     stopped = asyncio.create_task(stop.wait())
@@ -87,7 +87,7 @@ async def while_alive(
 ) -> T:
     """What `work` returns. Raises Failed if the server, or the adapter where it is not `work` itself, ends first."""
     task = asyncio.create_task(work)
-    ended = asyncio.create_task(server.ended())
+    ended = asyncio.create_task(server.wait_ended())
     try:
         waits: set[asyncio.Task[Any]] = {task, ended} | ({adapter} if adapter else set())
         await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)

@@ -16,17 +16,17 @@ from cyclopts import Parameter
 from nats.aio.msg import Msg
 
 from adapter.cli import output, stdin
-from adapter.cli.bus import Bus, connected
+from adapter.cli.bus import Bus, connected_bus
 from adapter.cli.exit_codes import INTERRUPTED, NO, OK, UNREACHABLE, USAGE, Failed
-from adapter.cli.lifetime import unless, until_signalled
+from adapter.cli.lifetime import run_until_stopped, until_signalled
 from adapter.cli.options import AutoTyping, Durable, Json, Sandbox, flag
 from adapter.contract import CHECKING, FINAL_STATUSES, Login, LoginQuery, LoginStart, LoginVerify, Options
 from adapter.timing import wait_event
 
 START_S = 20.0
-LOOK_S = 3.0
+REFRESH_S = 3.0
 """Between two looks at a login of which no event tells."""
-LATE_S = 30.0
+EXPIRY_GRACE_S = 30.0
 """How long beyond a login's end an adapter that is away is waited for."""
 GOOD = ("confirmed", "already_bound")
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
@@ -60,35 +60,35 @@ async def login(
     async def heard(_: Msg) -> None:
         news.set()
 
-    async with connected(lasting=True) as bus:
+    async with connected_bus(lasting=True) as bus:
         told = bus.names.event(asked.sandbox, "login")
         await bus.nc.subscribe(told, cb=heard)
         await bus.check_subscribed(told)
-        first = await bus.ask("login.start", asked, Login, START_S)
+        first = await bus.request_service("login.start", asked, Login, START_S)
         with until_signalled() as stop:
-            code = await unless(stop, _run(_Following(bus, view, news, png=asked.png), first, bus))
+            code = await run_until_stopped(stop, _run(_LoginFollower(bus, view, news, png=asked.png), first, bus))
     return INTERRUPTED if code is None else code
 
 
-async def _run(following: _Following, first: Login, bus: Bus) -> int:
+async def _run(following: _LoginFollower, first: Login, bus: Bus) -> int:
     try:
         now = await following.until_over(first)
     except BaseException:  # ctrl-C, too: nobody shall scan a code that nobody waits for
         with contextlib.suppress(Failed):
-            await bus.ask("login.cancel", LoginQuery(login=first.login), Login)
+            await bus.request_service("login.cancel", LoginQuery(login=first.login), Login)
         raise
     if now.status not in GOOD:
         raise Failed(NO, output.printable(now.detail or f"The login ended: {now.status}."))
     return OK
 
 
-class _Following:
+class _LoginFollower:
     """A login that was started here."""
 
     def __init__(self, bus: Bus, view: _View, news: asyncio.Event, *, png: bool) -> None:
         self._bus = bus
         self._view = view
-        self._news = news
+        self._changed = news
         self._png = png
         self._lines = stdin.lines()
         self._line: asyncio.Task[str | None] | None = None
@@ -101,34 +101,34 @@ class _Following:
                 if now.status in FINAL_STATUSES:
                     return now
                 wants_digits = now.status == "need_verify_code" and now.reason != CHECKING
-                now = await (self._type(now) if wants_digits else self._look(now))
+                now = await (self._enter_digits(now) if wants_digits else self._next_state(now))
         finally:
             if self._line is not None:
                 self._line.cancel()
 
-    async def _look(self, now: Login) -> Login:
+    async def _next_state(self, now: Login) -> Login:
         """How it stands after the next event, or in a while."""
-        await wait_event(self._news, LOOK_S)
+        await wait_event(self._changed, REFRESH_S)
         return await self._status(now)
 
     async def _status(self, now: Login) -> Login:
-        self._news.clear()
+        self._changed.clear()
         try:
-            return await self._bus.ask("login.status", LoginQuery(login=now.login, png=self._png), Login)
+            return await self._bus.request_service("login.status", LoginQuery(login=now.login, png=self._png), Login)
         except Failed as exc:
             # an adapter that is away for a moment does not end a login
-            if exc.code != UNREACHABLE or time.time() * 1000 > now.expires_at_ms + LATE_S * 1000:
+            if exc.code != UNREACHABLE or time.time() * 1000 > now.expires_at_ms + EXPIRY_GRACE_S * 1000:
                 raise
             await asyncio.sleep(0.5)
             return now
 
-    async def _type(self, now: Login) -> Login:
+    async def _enter_digits(self, now: Login) -> Login:
         """The state after a line was typed, or after something else has happened."""
         if self._line is None:
-            self._line = asyncio.create_task(self._read())
-        heard = asyncio.create_task(self._news.wait())
+            self._line = asyncio.create_task(self._read_line())
+        heard = asyncio.create_task(self._changed.wait())
         try:
-            await asyncio.wait({self._line, heard}, timeout=LOOK_S, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({self._line, heard}, timeout=REFRESH_S, return_when=asyncio.FIRST_COMPLETED)
         finally:
             heard.cancel()
         if not self._line.done():
@@ -138,15 +138,15 @@ class _Following:
             raise Failed(NO, "There are no digits on standard input; the login is cancelled.")
         digits = "".join(line.split())
         if not _DIGITS.fullmatch(digits):
-            self._view.ask("Only the digits that the phone shows: ")
+            self._view.prompt("Only the digits that the phone shows: ")
             return now
         try:
-            return await self._bus.ask("login.verify", LoginVerify(login=now.login, code=digits), Login)
+            return await self._bus.request_service("login.verify", LoginVerify(login=now.login, code=digits), Login)
         except Failed as exc:
             output.complain(str(exc))
             return await self._status(now)
 
-    async def _read(self) -> str | None:
+    async def _read_line(self) -> str | None:
         return await anext(self._lines, None)
 
 
@@ -162,13 +162,13 @@ class _View:
         """What has changed since it was last called."""
         if now.code != self._code and now.qrcode_url and now.status == "wait":
             self._code = now.code
-            self.code(now)
+            self.show_code(now)
         state = (now.status, now.code, now.reason)
         if state != self._shown and (now.status != "wait" or self._code == now.code):
             self._shown = state
-            self.state(now)
+            self.show_state(now)
 
-    def code(self, now: Login) -> None:
+    def show_code(self, now: Login) -> None:
         """A new code."""
         if self._png is not None and now.qrcode_png:
             _write(self._png, base64.b64decode(now.qrcode_png))
@@ -177,7 +177,7 @@ class _View:
             text = now.qrcode_text
             output.say(text if sys.stdout.isatty() else _COLOURS.sub("", text))
 
-    def state(self, now: Login) -> None:
+    def show_state(self, now: Login) -> None:
         """A new state."""
         match now.status:
             case "wait":
@@ -187,7 +187,7 @@ class _View:
             case "need_verify_code" if now.reason == CHECKING:
                 pass
             case "need_verify_code":
-                self.ask("Wrong. The digits shown on the phone: " if now.reason else "Digits shown on the phone: ")
+                self.prompt("Wrong. The digits shown on the phone: " if now.reason else "Digits shown on the phone: ")
             case "confirmed":
                 self.say(f"{output.printable(now.bot)} serves {now.sandbox}. {output.printable(now.detail)}")
             case "scanned" | "already_bound":
@@ -198,7 +198,7 @@ class _View:
     def say(self, text: str) -> None:
         output.say(text)
 
-    def ask(self, text: str) -> None:
+    def prompt(self, text: str) -> None:
         """A question that is answered on the same line."""
         print(text, end="", file=sys.stderr, flush=True)
 
@@ -206,7 +206,7 @@ class _View:
 class _UrlView(_View):
     """Codes on standard output, one URL a line; the rest on standard error."""
 
-    def code(self, now: Login) -> None:
+    def show_code(self, now: Login) -> None:
         output.say(output.printable(now.qrcode_url))
 
     def say(self, text: str) -> None:
@@ -216,13 +216,13 @@ class _UrlView(_View):
 class _JsonView(_View):
     """Every state as a JSON object."""
 
-    def code(self, now: Login) -> None:
+    def show_code(self, now: Login) -> None:
         """It is in the object."""
 
-    def state(self, now: Login) -> None:
+    def show_state(self, now: Login) -> None:
         output.json_line(now)
         if now.status == "need_verify_code" and now.reason != CHECKING:
-            self.ask("Digits shown on the phone: ")
+            self.prompt("Digits shown on the phone: ")
 
 
 def _write(path: Path, picture: bytes) -> None:

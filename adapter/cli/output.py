@@ -42,7 +42,7 @@ def clock(ms: int) -> str:
 
 def json_line(value: object) -> None:
     """One JSON object on a line of its own, at once; bytes are JSON already. Controls in its texts are escaped."""
-    raw = value if isinstance(value, bytes) else msgspec.json.encode(full(value))
+    raw = value if isinstance(value, bytes) else msgspec.json.encode(with_defaults(value))
     text = raw.decode(errors="replace").replace("\n", " ")
     print(_UNPRINTABLE_IN_JSON.sub(lambda m: json.dumps(m[0])[1:-1], text), flush=True)
 
@@ -87,12 +87,12 @@ def _aligned(columns: Sequence[str], cells: list[list[str]]) -> None:
         say("  ".join(pad(cell, width) for cell, width in zip(line, widths, strict=True)).rstrip())
 
 
-def full(value: Any) -> Any:
+def with_defaults(value: Any) -> Any:
     """A struct with every field: on the bus defaults are left out, but scripts want to ask for them."""
     match value:
         case msgspec.Struct():
-            return {name: full(getattr(value, name)) for name in value.__struct_fields__}
+            return {name: with_defaults(getattr(value, name)) for name in value.__struct_fields__}
         case list() | tuple():
-            return [full(part) for part in value]
+            return [with_defaults(part) for part in value]
         case _:
             return value

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import msgspec
 from nats.errors import Error as NatsError
 
-from adapter.cli.bus import Bus, connected, forbidden
+from adapter.cli.bus import Bus, connected_bus, permission_violations
 from adapter.cli.checks import Check
 from adapter.cli.exit_codes import NO, Failed
 from adapter.errors import UNDECODABLE
@@ -22,13 +22,13 @@ NAMED = 4
 """Subjects that are named; the rest are counted."""
 
 
-async def check(bus: Bus, settings: Settings) -> list[Check]:
+async def check_permissions(bus: Bus, settings: Settings) -> list[Check]:
     """Compares what the server says of this user with what an adapter does; tries to get in without credentials."""
-    user = await _user(bus)
-    return [_of_user(user, bus, settings), *await _of_strangers(user, bus, settings)]
+    user = await _fetch_user(bus)
+    return [_check_user(user, bus, settings), *await _check_strangers(user, bus, settings)]
 
 
-async def _user(bus: Bus) -> User | None:
+async def _fetch_user(bus: Bus) -> User | None:
     """What the server says of the user of this connection; None if it does not."""
     with contextlib.suppress(NatsError, TimeoutError, *UNDECODABLE):
         reply = await bus.nc.request(USER_INFO, b"", timeout=ASK_S)
@@ -36,7 +36,7 @@ async def _user(bus: Bus) -> User | None:
     return None
 
 
-def _of_user(user: User | None, bus: Bus, settings: Settings) -> Check:
+def _check_user(user: User | None, bus: Bus, settings: Settings) -> Check:
     if user is None:
         return Check("permissions", "warn", f"Cannot be told: let this user publish to {USER_INFO}.")
     may = user.may
@@ -52,10 +52,10 @@ def _of_user(user: User | None, bus: Bus, settings: Settings) -> Check:
             return Check("permissions", "ok", "this user may do all that an adapter does")
     if not may.missing(grants(bus.names, "operator")):
         return Check("permissions", "ok", "an operator's; the adapter needs a user of its own")
-    return Check("permissions", "fail", f"An adapter with this user may not {_some(lacks)}: {WHERE}.")
+    return Check("permissions", "fail", f"An adapter with this user may not {_some_subjects(lacks)}: {WHERE}.")
 
 
-def _some(subjects: list[str]) -> str:
+def _some_subjects(subjects: list[str]) -> str:
     more = f" and {len(subjects) - NAMED} more" if len(subjects) > NAMED else ""
     return ", ".join(subjects[:NAMED]) + more
 
@@ -63,7 +63,7 @@ def _some(subjects: list[str]) -> str:
 # Others -------------------------------------------------------------------------------------------------
 
 
-def foreign(names: Names) -> Grants:
+def foreign_grants(names: Names) -> Grants:
     """What no sandbox may do: subjects that are read, or only asked, so that trying them changes nothing."""
     ask = [names.svc(verb) for verb in ("bindings.list", "replay", "window", "replay.doctor", "window.doctor")]
     api = ["INFO", "STREAM.NAMES", *(f"STREAM.INFO.{s}" for s in streams(names)), f"DIRECT.GET.{names.stream_in}"]
@@ -72,7 +72,7 @@ def foreign(names: Names) -> Grants:
     return Grants((*ask, *(f"$JS.API.{verb}" for verb in api), "$SRV.INFO"), tuple(hear))
 
 
-async def _of_strangers(user: User | None, bus: Bus, settings: Settings) -> list[Check]:
+async def _check_strangers(user: User | None, bus: Bus, settings: Settings) -> list[Check]:
     """Whether somebody without credentials gets in, and into this account."""
     with_credentials = any((settings.nats_creds, settings.nats_nkey, settings.nats_user, settings.nats_token))
     urls = tuple(_without_password(url) for url in settings.nats_url)
@@ -86,14 +86,14 @@ async def _of_strangers(user: User | None, bus: Bus, settings: Settings) -> list
     )
     async with contextlib.AsyncExitStack() as stack:
         try:
-            anonymous = await stack.enter_async_context(connected(nobody))
+            anonymous = await stack.enter_async_context(connected_bus(nobody))
         except Failed:
             return [Check("strangers", "ok", "nobody gets in without credentials")]
-        open_to = await _open_to(anonymous, foreign(bus.names))
-        theirs = await _user(anonymous)
+        open_to = await _probe_allowed(anonymous, foreign_grants(bus.names))
+        theirs = await _fetch_user(anonymous)
     if not open_to or (user and theirs and user.account != theirs.account):
         return [Check("strangers", "ok", "who has no credentials gets in, but not at this bus")]
-    return [Check("strangers", "fail", f"Without credentials one may {_some(open_to)}: {WHERE}.")]
+    return [Check("strangers", "fail", f"Without credentials one may {_some_subjects(open_to)}: {WHERE}.")]
 
 
 def _without_password(url: str) -> str:
@@ -101,9 +101,9 @@ def _without_password(url: str) -> str:
     return f"{scheme}://{rest.rpartition('@')[2]}" if scheme else rest.rpartition("@")[2]
 
 
-async def _open_to(bus: Bus, what: Grants) -> list[str]:
+async def _probe_allowed(bus: Bus, what: Grants) -> list[str]:
     """What of `what` the server lets this connection do, found by trying. Raises Failed."""
-    bus.heard.clear()
+    bus.async_errors.clear()
     inbox = bus.nc.new_inbox()
     try:
         subscriptions = [await bus.nc.subscribe(subject) for subject in what.subscribe]
@@ -115,30 +115,30 @@ async def _open_to(bus: Bus, what: Grants) -> list[str]:
             await subscription.unsubscribe()
     except NatsError as exc:
         raise Failed(NO, f"The connection broke while permissions were tried ({exc}): try again.") from None
-    refused = forbidden(bus.heard)
+    refused = permission_violations(bus.async_errors)
     tried = {f"publish {s}": ("publish", s.lower()) for s in what.publish}
     tried |= {f"subscribe {s}": ("subscription", s.lower()) for s in what.subscribe}
     return [done for done, complaint in tried.items() if complaint not in refused]
 
 
-async def confined(bus: Bus, sandbox: str) -> list[Check]:
+async def check_sandbox_confined(bus: Bus, sandbox: str) -> list[Check]:
     """For the credentials of a sandbox: what is its own is open, and nothing else of what can be tried safely."""
     own = grants(bus.names, "sandbox", sandbox)
     asks = [bus.names.svc(f"{verb}.{sandbox}") for verb in ("replay", "window")]
-    mine = await _open_to(bus, Grants(tuple(asks), own.subscribe))
-    missing = _left_out(mine, Grants(tuple(asks), own.subscribe))
-    open_to = await _open_to(bus, foreign(bus.names))
+    mine = await _probe_allowed(bus, Grants(tuple(asks), own.subscribe))
+    missing = _missing_from(mine, Grants(tuple(asks), own.subscribe))
+    open_to = await _probe_allowed(bus, foreign_grants(bus.names))
     return [
-        Check("own", "fail", f"It may not {_some(missing)}: {WHERE}.")
+        Check("own", "fail", f"It may not {_some_subjects(missing)}: {WHERE}.")
         if missing
         else Check("own", "ok", f"{sandbox} gets what is its own"),
-        Check("others", "fail", f"It may {_some(open_to)}: {WHERE}.")
+        Check("others", "fail", f"It may {_some_subjects(open_to)}: {WHERE}.")
         if open_to
         else Check("others", "ok", "and nothing of others that was tried"),
     ]
 
 
-def _left_out(done: Iterable[str], wanted: Grants) -> list[str]:
-    """What of `wanted` is not among `done`, in the words of `_open_to`."""
+def _missing_from(done: Iterable[str], wanted: Grants) -> list[str]:
+    """What of `wanted` is not among `done`, in the words of `_probe_allowed`."""
     all_of = [f"publish {s}" for s in wanted.publish] + [f"subscribe {s}" for s in wanted.subscribe]
     return [one for one in all_of if one not in set(done)]

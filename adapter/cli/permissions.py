@@ -11,7 +11,7 @@ import msgspec
 from cyclopts import App, Parameter
 
 from adapter.cli import jwts, output
-from adapter.cli.bus import Bus, connected, settings_here
+from adapter.cli.bus import Bus, connected_bus, settings_here
 from adapter.cli.exit_codes import NO, OK, USAGE, Failed
 from adapter.cli.jwts import Key
 from adapter.cli.options import Sandbox, flag
@@ -69,7 +69,7 @@ def init(
     for name in ACCOUNTS:
         _write(folder / _key_file(name), Key.new(jwts.ACCOUNT).seed + "\n")
     _write(folder / "resolver_dir", resolver_dir + "\n")
-    kept = Kept(folder)
+    kept = CredentialFolder(folder)
     for name in ACCOUNTS:
         kept.store_account(name)
     users: list[tuple[Role | None, str]] = [(None, SYSTEM), *((role, ACCOUNT_OF[role]) for role in ROLES[:-1])]
@@ -95,10 +95,10 @@ def sandbox(
 
     In the account that sandboxes share the server needs to know nothing of it. An own account has to be pushed first.
     """
-    kept = Kept(folder)
+    kept = CredentialFolder(folder)
     if own_account and name not in kept.accounts.keys:
         _write(folder / _key_file(name), Key.new(jwts.ACCOUNT).seed + "\n")
-        kept = Kept(folder)
+        kept = CredentialFolder(folder)
         kept.store_account(name)
         kept.store_server()
     account = kept.accounts.keys[name if name in kept.accounts.keys else SANDBOX]
@@ -124,7 +124,7 @@ def admin(
     For `backup`, `restore` and the `nats` tool, where a role may not do what has to be done.
     """
     key = Key.new(jwts.USER)
-    jwt = jwts.admin_jwt(Kept(folder).accounts.keys[WECHAT], key.public, days=days)
+    jwt = jwts.admin_jwt(CredentialFolder(folder).accounts.keys[WECHAT], key.public, days=days)
     file = folder / "creds" / "admin.creds"
     _write(file, jwts.creds(jwt, key))
     output.say(str(file))
@@ -134,7 +134,7 @@ def admin(
 @app.command
 def revoke(folder: Folder, name: Sandbox, /) -> int:
     """Let no credentials of a sandbox count that were made until now. Takes effect with `permissions push`."""
-    kept = Kept(folder)
+    kept = CredentialFolder(folder)
     file = folder / "issued" / name
     if not file.is_file():
         raise Failed(NO, f"No credentials were made for {name} here.")
@@ -151,12 +151,12 @@ def revoke(folder: Folder, name: Sandbox, /) -> int:
 @app.command
 async def push(folder: Folder, /) -> int:
     """Send all accounts to the servers at NATS_URL: after an own account was made, or after a revocation."""
-    kept = Kept(folder)
+    kept = CredentialFolder(folder)
     creds = str(folder / "creds" / "sys.creds")
     settings = msgspec.structs.replace(
         settings_here(), nats_creds=creds, nats_user="", nats_password="", nats_nkey="", nats_inbox_prefix="_INBOX"
     )
-    async with connected(settings) as bus:
+    async with connected_bus(settings) as bus:
         for name in kept.accounts.keys:
             await _push(bus, name, _read(folder / _account_file(name)))
     output.say(f"{len(kept.accounts.keys)} accounts pushed.")
@@ -170,7 +170,7 @@ async def _push(bus: Bus, name: str, jwt: str) -> None:
         raise Failed(NO, f"The server refused account {name}: {error.get('description', error)}.")
 
 
-class Kept:
+class CredentialFolder:
     """What `init` has made in a folder, and what came to it. Raises Failed where it is not whole."""
 
     def __init__(self, folder: Path) -> None:
@@ -182,13 +182,13 @@ class Kept:
         self.accounts = jwts.Accounts(operator, keys, signing)
 
     def revoke(self, account: str, users: list[str]) -> None:
-        revoked = self._revoked()
+        revoked = self._read_revocations()
         revoked.setdefault(account, {}).update(dict.fromkeys(users, int(time.time())))
         _write(self.folder / "revoked.json", msgspec.json.format(msgspec.json.encode(revoked)).decode() + "\n")
 
     def store_account(self, name: str) -> None:
         own = "" if name in ACCOUNTS else name
-        jwt = self.accounts.jwt(name, self.names, sandbox=own, revoked=self._revoked().get(name))
+        jwt = self.accounts.jwt(name, self.names, sandbox=own, revoked=self._read_revocations().get(name))
         _write(self.folder / _account_file(name), jwt + "\n")
 
     def store_server(self) -> None:
@@ -214,7 +214,7 @@ class Kept:
         ]
         _write(self.folder / "server.conf", "\n".join(lines) + "\n")
 
-    def _revoked(self) -> dict[str, dict[str, int]]:
+    def _read_revocations(self) -> dict[str, dict[str, int]]:
         file = self.folder / "revoked.json"
         return msgspec.json.decode(_read(file), type=dict[str, dict[str, int]]) if file.exists() else {}
 

@@ -11,7 +11,7 @@ from nats.errors import Error as NatsError
 from nats.js.errors import APIError
 
 from adapter.cli import output
-from adapter.cli.bus import Bus, JetStreamGone, connected, no_stream
+from adapter.cli.bus import Bus, JetStreamGone, connected_bus, missing_stream_failure
 from adapter.cli.exit_codes import NO, OK, UNREACHABLE, USAGE, Failed
 from adapter.cli.options import Json, MaybeSandbox, flag
 from adapter.conversation.commands import Limits, command_id, salvage_ids
@@ -27,7 +27,7 @@ app = App(name="queue", help="Commands that wait to be sent: list, delete.")
 COLUMNS = ("seq", "sandbox", "id", "age", "size")
 
 
-class Queued(msgspec.Struct, frozen=True, kw_only=True):
+class QueuedCommand(msgspec.Struct, frozen=True, kw_only=True):
     """A command as it is listed."""
 
     seq: int
@@ -47,15 +47,15 @@ async def list_queued(
     json: Json = False,
 ) -> int:
     """List commands that have no final receipt yet, oldest first."""
-    async with connected() as bus:
-        found = [queued(bus.names, stored, bodies=bodies) for stored in await _read(bus, sandbox)]
+    async with connected_bus() as bus:
+        found = [to_queued_command(bus.names, stored, bodies=bodies) for stored in await _read(bus, sandbox)]
     rows = [one for one in found if sandbox in (None, one.sandbox)]
     if json:
         for one in rows:
             output.json_line(one)
     else:
         columns = (*COLUMNS, "body") if bodies else COLUMNS
-        cells = [(x.seq, x.sandbox, x.id, _age(x.age_s), x.size, x.body)[: len(columns)] for x in rows]
+        cells = [(x.seq, x.sandbox, x.id, _format_age(x.age_s), x.size, x.body)[: len(columns)] for x in rows]
         output.table(columns, cells, empty="No commands wait.")
     return OK
 
@@ -68,16 +68,16 @@ async def drop(*seqs: Annotated[int, Parameter(help="Numbers, as `queue ls` show
     """
     if not seqs:
         raise Failed(USAGE, "Which ones? Give numbers as `wechat-nats queue ls` shows them.")
-    async with connected() as bus:
-        done = [await _drop(bus, seq) for seq in seqs]
+    async with connected_bus() as bus:
+        done = [await _drop_command(bus, seq) for seq in seqs]
     return OK if all(done) else NO
 
 
-def queued(names: Names, stored: Stored, *, bodies: bool) -> Queued:
+def to_queued_command(names: Names, stored: Stored, *, bodies: bool) -> QueuedCommand:
     body = salvage_ids(stored.data, Limits(len(stored.data), text_chars=0, parts=0, park_ms=0))
     routed, msg_id = stored.headers.get(H_COMMAND, ""), stored.headers.get(H_MSG_ID, "")
     plain = stored.subject == names.out_plain
-    return Queued(
+    return QueuedCommand(
         seq=stored.seq,
         sandbox=(body.sandbox or "") if plain else stored.subject.rpartition(".")[2],
         id=command_id(body.id, routed, msg_id, stored.seq),
@@ -102,13 +102,13 @@ async def _read(bus: Bus, sandbox: str | None) -> list[Stored]:
         await bus.unless_forbidden(f"$JS.API.STREAM.INFO.{stream}", link.api_request(f"STREAM.INFO.{stream}"))
         found = await bus.unless_forbidden(f"$JS.API.DIRECT.GET.{stream}", read())
     except BusRefused as exc:
-        raise Failed(UNREACHABLE, no_stream(stream) if exc.code == NO_STREAM else exc.detail) from None
+        raise Failed(UNREACHABLE, missing_stream_failure(stream) if exc.code == NO_STREAM else exc.detail) from None
     except Temporary as exc:
         raise Failed(UNREACHABLE, f"Cannot read {stream}: {exc.detail or exc.reason}.") from None
     return sorted(found, key=lambda stored: stored.seq)
 
 
-async def _drop(bus: Bus, seq: int) -> bool:
+async def _drop_command(bus: Bus, seq: int) -> bool:
     """False, and a complaint, where there is no such command. Raises Failed."""
     stream = bus.names.stream_out
     try:
@@ -117,7 +117,7 @@ async def _drop(bus: Bus, seq: int) -> bool:
         raise
     except APIError as exc:
         if exc.err_code == NO_STREAM:
-            raise Failed(UNREACHABLE, no_stream(stream)) from None
+            raise Failed(UNREACHABLE, missing_stream_failure(stream)) from None
         output.complain(f"No command {seq} waits.")
         return False
     except (NatsError, TimeoutError):
@@ -126,7 +126,7 @@ async def _drop(bus: Bus, seq: int) -> bool:
     return True
 
 
-def _age(seconds: int) -> str:
+def _format_age(seconds: int) -> str:
     for unit, size in (("d", 86_400), ("h", 3600), ("m", 60)):
         if seconds >= 2 * size:
             return f"{seconds // size}{unit}"

@@ -64,21 +64,21 @@ async def _run(settings: Settings, *, embedded: bool, port: int) -> int:
             await app.run(settings, stop=stop)
             return OK
         folder = Path(settings.data_dir)
-        settings = _with_key(settings, folder)
-        async with EmbeddedNats(folder / "nats", port, _nats_token(folder)) as server:
-            _keep(folder / URL_FILE, server.url)
+        settings = _with_token_key(settings, folder)
+        async with EmbeddedNats(folder / "nats", port, _embedded_token(folder)) as server:
+            _write_private_file(folder / URL_FILE, server.url)
             log.info("nats.started", url_file=str(folder / URL_FILE), folder=str(server.folder))
-            await while_alive(app.run(beside(settings, server.url), stop=stop), server)
+            await while_alive(app.run(embedded_settings(settings, server.url), stop=stop), server)
     return OK
 
 
-def beside(settings: Settings, url: str) -> Settings:
+def embedded_settings(settings: Settings, url: str) -> Settings:
     """The settings for the embedded server at `url`, which asks for nothing but the token in it."""
     others = dict.fromkeys(CREDENTIALS, "")
     return msgspec.structs.replace(settings, nats_url=(url,), nats_tls_first=False, **others)
 
 
-def _nats_token(folder: Path) -> str:
+def _embedded_token(folder: Path) -> str:
     """What the embedded server asks for: that of its earlier starts, so that programs need not be told anew."""
     with contextlib.suppress(OSError):
         if found := re.fullmatch(r"nats://(\w+)@\S+\n", (folder / URL_FILE).read_text(encoding="utf-8")):
@@ -86,7 +86,7 @@ def _nats_token(folder: Path) -> str:
     return secrets.token_hex(16)
 
 
-def _keep(path: Path, text: str) -> None:
+def _write_private_file(path: Path, text: str) -> None:
     """Writes a private file into the data folder. Raises Failed."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -95,7 +95,7 @@ def _keep(path: Path, text: str) -> None:
         raise Failed(USAGE, f"Cannot write {path}: {exc.strerror}. Set WECHAT_NATS_DATA_DIR.") from exc
 
 
-def _with_key(settings: Settings, folder: Path) -> Settings:
+def _with_token_key(settings: Settings, folder: Path) -> Settings:
     """The settings with a key that seals tokens: theirs, else the folder's own, made at the server's first start.
 
     A server that has run without a key goes on so: its tokens lie open, which is said at the start. Raises Failed.
@@ -104,7 +104,7 @@ def _with_key(settings: Settings, folder: Path) -> Settings:
     if settings.token_key or (not path.exists() and (folder / "nats").exists()):
         return settings
     if not path.exists():
-        _keep(path, base64.b64encode(secrets.token_bytes(32)).decode())
+        _write_private_file(path, base64.b64encode(secrets.token_bytes(32)).decode())
         log.info("token_key.made", path=str(path), detail="Keep it elsewhere than backups of this folder.")
     made = read_settings({"WECHAT_NATS_TOKEN_KEY_FILE": str(path)})
     return msgspec.structs.replace(settings, token_key=made.token_key)

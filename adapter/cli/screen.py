@@ -41,7 +41,7 @@ class Screen:
     def show(self, label: str, text: str) -> None:
         """One entry, over several lines if it is long."""
         self._clear_prompt()
-        first, *more = _folded(printable(text), WIDTH - LABEL) or [""]
+        first, *more = _wrap(printable(text), WIDTH - LABEL) or [""]
         self._write(f"{self._label(label)}{first}\n" + "".join(f"{' ' * LABEL}{line}\n" for line in more))
 
     def note(self, text: str) -> None:
@@ -63,7 +63,7 @@ class Screen:
         self._out.flush()
 
 
-def _folded(text: str, room: int) -> list[str]:
+def _wrap(text: str, room: int) -> list[str]:
     """`text` in pieces of at most `room` columns, broken at a space where there is one near the end."""
     pieces = []
     while cell_len(text) > room:

@@ -13,7 +13,7 @@ from nats.aio.subscription import Subscription
 from nats.errors import Error as NatsError
 
 from adapter.cli import output
-from adapter.cli.bus import Bus, connected, stored_from
+from adapter.cli.bus import Bus, connected_bus, sequence_from
 from adapter.cli.exit_codes import NO, OK, TIMEOUT, UNREACHABLE, USAGE, Failed
 from adapter.cli.options import Json, RequestId, Sandbox, Timeout, flag, new_id
 from adapter.contract import FINAL_OUTCOMES, SCHEMA_VERSION, Outbound, Receipt
@@ -51,7 +51,7 @@ async def send(
     command_id = request_id or new_id()
     command = Outbound(
         id=command_id,
-        text=_text(text),
+        text=_read_text(text),
         user=user,
         bot=bot,
         when_closed=when_closed,
@@ -63,19 +63,19 @@ async def send(
         msgspec.json.decode(body, type=Outbound)
     except msgspec.ValidationError as exc:  # an adapter would make a dead letter of it
         raise Failed(USAGE, f"{exc}.") from None
-    async with connected() as bus:
+    async with connected_bus() as bus:
         told = bus.names.receipt(sandbox, command_id)
         receipts = await bus.nc.subscribe(told)
         await bus.check_subscribed(*() if no_wait else (told,))  # before anything can happen to the command
         before = await _store(bus, sandbox, command_id, body)
         if no_wait:
-            return _stored(command, json)
-        last = before or await _outcome(receipts, command, timeout, wait_final)
-    _show(last, json)
+            return _print_stored(command, json)
+        last = before or await _wait_outcome(receipts, command, timeout, wait_final)
+    _print_receipt(last, json)
     return OK if last.outcome in ("accepted", "parked") else NO
 
 
-def _text(text: str) -> str:
+def _read_text(text: str) -> str:
     if _OPTION.fullmatch(text):
         raise Failed(USAGE, f"There is no option {text}; if that is the text, give it by standard input.")
     text = sys.stdin.read() if text == "-" else text
@@ -90,20 +90,20 @@ async def _store(bus: Bus, sandbox: str, command: str, body: bytes) -> Receipt |
     ack = await bus.store(bus.names.out(sandbox), body, headers)
     if not ack.duplicate:
         return None
-    async for msg in stored_from(bus, bus.names.stream_event, bus.names.receipt(sandbox, command)):
-        receipt = _receipt(msg.data)
+    async for msg in sequence_from(bus, bus.names.stream_event, bus.names.receipt(sandbox, command)):
+        receipt = _decode_receipt(msg.data)
         if receipt and receipt.command == command and receipt.outcome in FINAL_OUTCOMES:
             return receipt
     return None
 
 
-async def _outcome(receipts: Subscription, command: Outbound, timeout_s: float, wait_final: bool) -> Receipt:
+async def _wait_outcome(receipts: Subscription, command: Outbound, timeout_s: float, wait_final: bool) -> Receipt:
     """The final receipt, or `parked` where that ends the wait. Raises Failed."""
     parked = False
     try:
         async with asyncio.timeout(timeout_s):
             while True:
-                receipt = _receipt((await receipts.next_msg(timeout=None)).data)
+                receipt = _decode_receipt((await receipts.next_msg(timeout=None)).data)
                 if receipt is None or receipt.command != command.id:
                     continue
                 if receipt.outcome in FINAL_OUTCOMES or not wait_final:
@@ -118,14 +118,14 @@ async def _outcome(receipts: Subscription, command: Outbound, timeout_s: float, 
         raise Failed(UNREACHABLE, f"Stored (id {command.id}), but the connection broke before the receipt.") from None
 
 
-def _receipt(data: bytes) -> Receipt | None:
+def _decode_receipt(data: bytes) -> Receipt | None:
     try:
         return msgspec.json.decode(data, type=Receipt)
     except UNDECODABLE:
         return None  # an event of a later version
 
 
-def _stored(command: Outbound, json: bool) -> int:
+def _print_stored(command: Outbound, json: bool) -> int:
     if json:
         output.json_line({"command": command.id, "outcome": "stored"})
     else:
@@ -133,7 +133,7 @@ def _stored(command: Outbound, json: bool) -> int:
     return OK
 
 
-def _show(receipt: Receipt, json: bool) -> None:
+def _print_receipt(receipt: Receipt, json: bool) -> None:
     if json:
         output.json_line(receipt)
     else:
@@ -147,12 +147,12 @@ def describe(receipt: Receipt) -> str:
         case "accepted":
             said = f"accepted  (message id {ids})"
         case "parked":
-            said = f"parked  (not sent yet: {_because(receipt) or 'it waits for the user to write'})"
+            said = f"parked  (not sent yet: {_reason_text(receipt) or 'it waits for the user to write'})"
         case outcome:
-            said = f"{outcome}  ({_because(receipt) or 'no reason given'})"
+            said = f"{outcome}  ({_reason_text(receipt) or 'no reason given'})"
     return output.printable(said)
 
 
-def _because(receipt: Receipt) -> str:
+def _reason_text(receipt: Receipt) -> str:
     raw = [f"{k} {v}" for k, v in (("ret", receipt.ret), ("errcode", receipt.errcode)) if v is not None]
     return ", ".join(part for part in (receipt.reason, receipt.detail.rstrip("."), *raw, receipt.errmsg) if part)

@@ -36,7 +36,7 @@ def _read(
 
     with contextlib.suppress(RuntimeError):  # the loop is closed: nobody wants more
         rest = b""
-        while block := _block(fd):
+        while block := _read_block(fd):
             *whole, rest = (rest + block).split(b"\n")
             for line in whole:
                 room.acquire()
@@ -46,7 +46,7 @@ def _read(
         hand_over(None)
 
 
-def _block(fd: int) -> bytes:
+def _read_block(fd: int) -> bytes:
     """What there is; b"" at the end, which a terminal that has gone away is too."""
     try:
         return os.read(fd, BLOCK)

@@ -12,7 +12,7 @@ from nats.aio.msg import Msg
 from nats.errors import Error as NatsError
 
 from adapter.cli import output
-from adapter.cli.bus import Bus, connected, replay
+from adapter.cli.bus import Bus, connected_bus, replay
 from adapter.cli.exit_codes import OK, TIMEOUT, USAGE, Failed
 from adapter.cli.options import Age, Json, MaybeSandbox, flag, moment
 from adapter.cli.send import describe
@@ -20,7 +20,7 @@ from adapter.contract import Inbound, Receipt
 from adapter.errors import UNDECODABLE
 from adapter.quotes import kind_of
 
-Arrivals = asyncio.Queue[tuple[str, Msg]]
+MessageQueue = asyncio.Queue[tuple[str, Msg]]
 INBOUND, EVENT = "inbound", "event"
 
 
@@ -52,8 +52,8 @@ async def tail(
     if since and from_start:
         raise Failed(USAGE, "Give --since or --all, not both.")
     since_ms = moment(since) if since else 0 if from_start else None
-    async with connected(lasting=True) as bus:
-        arrivals: Arrivals = asyncio.Queue(maxsize=10_000)
+    async with connected_bus(lasting=True) as bus:
+        arrivals: MessageQueue = asyncio.Queue(maxsize=10_000)
         await _listen(bus, arrivals, sandbox or "*", events, since_ms)
         try:
             async with asyncio.timeout(timeout if count else None):
@@ -63,7 +63,7 @@ async def tail(
     return OK
 
 
-async def _listen(bus: Bus, arrivals: Arrivals, sandbox: str, events: bool, since_ms: int | None) -> None:
+async def _listen(bus: Bus, arrivals: MessageQueue, sandbox: str, events: bool, since_ms: int | None) -> None:
     """Subscribes, live or from the streams. Returns once nothing can be missed. Raises Failed."""
     names = bus.names
     sources = [Source(INBOUND, names.live(sandbox), names.stream_in, names.inbox(sandbox))]
@@ -72,20 +72,20 @@ async def _listen(bus: Bus, arrivals: Arrivals, sandbox: str, events: bool, sinc
         sources.append(Source(EVENT, subject, names.stream_event, subject))
     for source in sources:
         if since_ms is None:
-            await _live(bus, arrivals, source)
+            await _subscribe_live(bus, arrivals, source)
         else:
-            await _stored(bus, arrivals, source, since_ms)
+            await _replay_stored(bus, arrivals, source, since_ms)
     await bus.check_subscribed(*(source.live for source in sources))
 
 
-async def _live(bus: Bus, arrivals: Arrivals, source: Source) -> None:
+async def _subscribe_live(bus: Bus, arrivals: MessageQueue, source: Source) -> None:
     async def arrived(msg: Msg) -> None:
         await arrivals.put((source.kind, msg))
 
     await bus.nc.subscribe(source.live, cb=arrived)
 
 
-async def _stored(bus: Bus, arrivals: Arrivals, source: Source, since_ms: int) -> None:
+async def _replay_stored(bus: Bus, arrivals: MessageQueue, source: Source, since_ms: int) -> None:
     subscription = await replay(bus, source.stream, source.stored, since_ms=since_ms or None)
 
     async def hand_on() -> None:
@@ -102,7 +102,7 @@ _TASKS: set[asyncio.Task[None]] = set()
 """Held here, since the loop itself holds tasks only weakly."""
 
 
-async def _print_forever(arrivals: Arrivals, count: int | None, json: bool) -> None:
+async def _print_forever(arrivals: MessageQueue, count: int | None, json: bool) -> None:
     """Runs until cancelled, or until `count` messages are printed."""
     printed = 0
     while count is None or printed < count:
@@ -110,26 +110,26 @@ async def _print_forever(arrivals: Arrivals, count: int | None, json: bool) -> N
         if json:
             output.json_line(msg.data)
         else:
-            output.say(_line(kind, msg))
+            output.say(_format_line(kind, msg))
         printed += 1
 
 
-def _line(kind: str, msg: Msg) -> str:
+def _format_line(kind: str, msg: Msg) -> str:
     """One message for people; what cannot be read is named, not hidden."""
     try:
-        return _inbound(msg.data) if kind == INBOUND else _event(msg.subject, msg.data)
+        return _format_inbound(msg.data) if kind == INBOUND else _format_event(msg.subject, msg.data)
     except UNDECODABLE:
         return f"unreadable: {len(msg.data)} bytes on {output.printable(msg.subject)}"
 
 
-def _inbound(data: bytes) -> str:
+def _format_inbound(data: bytes) -> str:
     message = msgspec.json.decode(data, type=Inbound)
     said = message.text or "[" + ", ".join(kind_of(item) for item in message.items) + "]"
-    head = f"{output.clock(message.received_at_ms)}  {message.sandbox}  {_user(message.user)}  "
+    head = f"{output.clock(message.received_at_ms)}  {message.sandbox}  {_short_user(message.user)}  "
     return head + output.printable(said)
 
 
-def _event(subject: str, data: bytes) -> str:
+def _format_event(subject: str, data: bytes) -> str:
     sandbox, kind = subject.partition(".event.")[2].split(".")[:2]
     if kind == "receipt":
         receipt = msgspec.json.decode(data, type=Receipt)
@@ -142,10 +142,10 @@ def _event(subject: str, data: bytes) -> str:
             f"{k}={v}" for k, v in fields.items() if k not in ("sandbox", "user", "at_ms") and v not in ("", None)
         )
         said = " ".join(rest)
-    return f"{output.clock(at_ms)}  {sandbox}  {_user(user)}  {kind}: {output.printable(said)}"
+    return f"{output.clock(at_ms)}  {sandbox}  {_short_user(user)}  {kind}: {output.printable(said)}"
 
 
-def _user(user: str) -> str:
+def _short_user(user: str) -> str:
     """Enough of a user id to tell two apart."""
     name = output.printable(user.partition("@")[0])
     return name if len(name) <= 12 else f"{name[:6]}…{name[-4:]}"

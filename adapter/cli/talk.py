@@ -26,7 +26,7 @@ in one go leave room for ten answers only, and more would be parked until the ne
 REPLY_CHARS = 2000
 
 
-class Stage(NamedTuple):
+class TalkDeps(NamedTuple):
     """What the conversation needs."""
 
     bus: Bus
@@ -37,16 +37,16 @@ class Stage(NamedTuple):
     """Nothing may stand still for longer while an answer is due."""
 
 
-class Conversation:
+class Chat:
     """Lines go in by `say`, everything that follows is shown; `settle` ends when all is answered."""
 
-    def __init__(self, stage: Stage) -> None:
+    def __init__(self, stage: TalkDeps) -> None:
         self._stage = stage
-        self._room = asyncio.Semaphore(UNANSWERED)
+        self._free_slots = asyncio.Semaphore(UNANSWERED)
         self._stored: dict[str, asyncio.Event] = {}
         self._receipts: asyncio.Queue[Receipt] = asyncio.Queue()
         self._inbound: asyncio.Queue[Inbound] = asyncio.Queue()
-        self._moved = asyncio.Condition()
+        self._progressed = asyncio.Condition()
         self._moved_at = time.monotonic()
         self.said = 0
         self.answered = 0
@@ -62,7 +62,7 @@ class Conversation:
         await self._listen()
         try:
             async with asyncio.TaskGroup() as group:
-                loops = (self._agent_forever(), self._receipts_forever(), self._impatient())
+                loops = (self._agent_forever(), self._receipts_forever(), self._wait_progress())
                 tasks = [group.create_task(loop) for loop in loops]
                 code = await self._talk(lines)
                 for task in tasks:
@@ -83,7 +83,7 @@ class Conversation:
 
     async def say(self, line: str) -> None:
         """The user writes `line` on the phone."""
-        await self._room.acquire()
+        await self._free_slots.acquire()
         screen = self._stage.screen
         if not screen.prompting:
             screen.show("you", line)
@@ -93,8 +93,8 @@ class Conversation:
 
     async def settle(self) -> int:
         """Waits until every line is answered, and returns the exit code."""
-        async with self._moved:
-            await self._moved.wait_for(lambda: self.open == 0)
+        async with self._progressed:
+            await self._progressed.wait_for(lambda: self.open == 0)
         return NO if self.failed else OK
 
     async def _listen(self) -> None:
@@ -147,7 +147,7 @@ class Conversation:
                 await self._close(receipt)
 
     async def _on_phone(self, message_id: str) -> str:
-        """The text of a message, once the phone shows it. Waits as long as `_impatient` allows."""
+        """The text of a message, once the phone shows it. Waits as long as `_wait_progress` allows."""
         while True:
             for shown in reversed(self._stage.simulator.phone(self._stage.bot.user)):
                 if shown.message_id == message_id:
@@ -160,17 +160,17 @@ class Conversation:
             self.answered += 1
         else:
             self.failed += 1
-        self._room.release()
+        self._free_slots.release()
         await self._progress()
         if self.open == 0:
             self._stage.screen.prompt()
 
     async def _progress(self) -> None:
-        async with self._moved:
+        async with self._progressed:
             self._moved_at = time.monotonic()
-            self._moved.notify_all()
+            self._progressed.notify_all()
 
-    async def _impatient(self) -> None:
+    async def _wait_progress(self) -> None:
         """Raises Failed once nothing has moved for too long."""
         while True:
             await asyncio.sleep(0.2)

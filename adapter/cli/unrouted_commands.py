@@ -17,12 +17,12 @@ from adapter.names import H_COMMAND, H_MSG_ID, H_SEQUENCE, H_SINCE_MS, Names, di
 SECOND_NS = 1_000_000_000
 
 
-async def count(link: ManagedConnection, names: Names) -> int:
+async def count_unrouted(link: ManagedConnection, names: Names) -> int:
     """How many there are. Raises Temporary, BusRefused."""
     return sum((await count_by_subject(link, names.stream_out, names.out("*"))).values())
 
 
-async def bring_back(link: ManagedConnection, bus: Bus, most: int) -> None:
+async def republish_unrouted(link: ManagedConnection, bus: Bus, most: int) -> None:
     """Publishes `most` of them again, oldest first, which the transform takes to their shard; then they are settled.
 
     The id of a copy follows from the original, so that one that is repeated is stored once; it names the command as
@@ -43,7 +43,9 @@ async def bring_back(link: ManagedConnection, bus: Bus, most: int) -> None:
     await topology.create_resource(link, wanted)
     found: asyncio.Queue[Delivery] = asyncio.Queue()
     left: dict[str, str] = {}
-    reading = asyncio.get_running_loop().create_task(Consumer(link, wanted, room=100).run(found.put_nowait, _nothing))
+    reading = asyncio.get_running_loop().create_task(
+        Consumer(link, wanted, room=100).run(found.put_nowait, _ignore_reset)
+    )
     try:
         for _ in range(most):
             async with asyncio.timeout(ANSWER_S):
@@ -51,7 +53,7 @@ async def bring_back(link: ManagedConnection, bus: Bus, most: int) -> None:
             if delivery.subject in left:
                 continue
             try:
-                await bus.store(delivery.subject, delivery.data, _headers(delivery))
+                await bus.store(delivery.subject, delivery.data, _copy_headers(delivery))
             except Failed as exc:
                 if exc.code != NO:
                     raise
@@ -67,7 +69,7 @@ async def bring_back(link: ManagedConnection, bus: Bus, most: int) -> None:
         raise Failed(NO, "; ".join(f"{subject}: {why}" for subject, why in left.items()))
 
 
-def _headers(delivery: Delivery) -> dict[str, str]:
+def _copy_headers(delivery: Delivery) -> dict[str, str]:
     ident = delivery.headers.get(H_COMMAND) or delivery.headers.get(H_MSG_ID) or str(delivery.seq)
     sequence, stored_ms = original(delivery.headers, delivery.seq, delivery.time_ms)
     return forwardable_headers(delivery.headers) | {
@@ -78,5 +80,5 @@ def _headers(delivery: Delivery) -> dict[str, str]:
     }
 
 
-async def _nothing() -> None:
+async def _ignore_reset() -> None:
     return None

@@ -15,10 +15,10 @@ from urllib.parse import parse_qs
 
 import structlog
 
-from adapter.console.auth import SESSION_S, Guard
+from adapter.console.auth import SESSION_S, ConsoleAuth
 from adapter.console.pages import Pages
-from adapter.console.service import Desk, Needs
-from adapter.console.view import Platform, Wanted
+from adapter.console.service import ConsoleDeps, ConsoleService
+from adapter.console.view import BindingFilter, Platform
 from adapter.contract import Options
 from adapter.errors import AdapterError, Refused, Temporary
 from adapter.settings import split_addr
@@ -31,7 +31,7 @@ COOKIE = "wechat_nats_console"
 ANSWER_S = 15.0
 """How long a page waits for the event loop before it says that nobody answers."""
 MAX_BODY = 4096
-AT_ONCE = 32
+MAX_IN_FLIGHT = 32
 """Requests served at the same time; one more is refused."""
 REFRESH_S = 5
 _NUMBER = re.compile(r"[0-9]{1,18}")
@@ -60,7 +60,7 @@ class Request(NamedTuple):
     """Scripts and styles of the answer bear it."""
 
 
-class Answer(NamedTuple):
+class Response(NamedTuple):
     """What it gets."""
 
     status: str
@@ -71,13 +71,13 @@ class Answer(NamedTuple):
 class Console(Listener):
     """Serves at `addr` while entered; see Listener."""
 
-    def __init__(self, addr: str, token: str, needs: Needs) -> None:
+    def __init__(self, addr: str, token: str, deps: ConsoleDeps) -> None:
         super().__init__("console_addr", addr, self._serve)
-        self._guard = Guard(token)
-        self._desk = Desk(needs, self._guard)
+        self._auth = ConsoleAuth(token)
+        self._service = ConsoleService(deps, self._auth)
         self._pages = Pages()
-        self._room = threading.BoundedSemaphore(AT_ONCE)
-        self._now_ms = needs.clock.now_ms
+        self._slots = threading.BoundedSemaphore(MAX_IN_FLIGHT)
+        self._now_ms = deps.clock.now_ms
 
     def __enter__(self) -> Self:
         self._loop = asyncio.get_running_loop()
@@ -95,128 +95,134 @@ class Console(Listener):
         nonce = secrets.token_urlsafe(16)
         try:
             request = read_request(environ, nonce)  # before it takes room: a stranger may send slowly
-            answer = self._in_turn(request) if isinstance(request, Request) else request
+            answer = self._answer_with_slot(request) if isinstance(request, Request) else request
         except Exception:  # a bug: the page says so, and the others go on
             log.exception("console.crashed")
-            answer = Answer("500 Internal Server Error", b"The console failed; the adapter's log says why.\n")
+            answer = Response("500 Internal Server Error", b"The console failed; the adapter's log says why.\n")
         kind = "text/html" if answer.body.startswith(b"<!doctype") else "text/plain"
         start_response(
             answer.status,
             [
                 ("Content-Type", f"{kind}; charset=utf-8"),
                 ("Content-Length", str(len(answer.body))),
-                *safety(nonce),
+                *security_headers(nonce),
                 *answer.headers,
             ],
         )
         return [] if environ.get("REQUEST_METHOD") == "HEAD" else [answer.body]
 
-    def _in_turn(self, request: Request) -> Answer:
-        if not self._room.acquire(blocking=False):
-            return Answer("503 Service Unavailable", b"too many requests at once\n")
+    def _answer_with_slot(self, request: Request) -> Response:
+        if not self._slots.acquire(blocking=False):
+            return Response("503 Service Unavailable", b"too many requests at once\n")
         try:
             return self._answer(request)
         finally:
-            self._room.release()
+            self._slots.release()
 
-    def _answer(self, request: Request) -> Answer:
+    def _answer(self, request: Request) -> Response:
         if request.method not in ("GET", "HEAD", "POST"):
-            return Answer("405 Method Not Allowed", b"GET, HEAD or POST\n", (("Allow", "GET, HEAD, POST"),))
+            return Response("405 Method Not Allowed", b"GET, HEAD or POST\n", (("Allow", "GET, HEAD, POST"),))
         if request.method == "POST" and not is_same_origin(request):
-            return Answer("403 Forbidden", b"This form is of another site.\n")
+            return Response("403 Forbidden", b"This form is of another site.\n")
         if (request.method, request.path) == ("POST", "/signin"):
             return self._sign_in(request)
-        if not self._guard.admits(request.session, self._now_ms() // 1000):
+        if not self._auth.is_valid_session(request.session, self._now_ms() // 1000):
             if request.method == "POST":
-                return Answer("403 Forbidden", b"Sign in first.\n")
-            return self._page(request, "signin", "401 Unauthorized", wrong="")
-        if request.method == "POST" and not self._guard.is_form(request.session, request.form.get("proof", "")):
-            return Answer("403 Forbidden", b"This form is of another session; go back and load the page again.\n")
-        return self._signed_in(request)
+                return Response("403 Forbidden", b"Sign in first.\n")
+            return self._render_page(request, "signin", "401 Unauthorized", wrong="")
+        if request.method == "POST" and not self._auth.is_form_proof(request.session, request.form.get("proof", "")):
+            return Response("403 Forbidden", b"This form is of another session; go back and load the page again.\n")
+        return self._answer_signed_in(request)
 
-    def _sign_in(self, request: Request) -> Answer:
+    def _sign_in(self, request: Request) -> Response:
         now_s = self._now_ms() // 1000
-        if not self._guard.may_try(request.peer, now_s):
+        if not self._auth.may_try(request.peer, now_s):
             wrong = "Too many wrong tokens came from your address: wait a minute."
-            return self._page(request, "signin", "429 Too Many Requests", wrong=wrong)
-        if not self._guard.knows(request.form.get("token", "")):
-            self._guard.count_wrong(request.peer)
+            return self._render_page(request, "signin", "429 Too Many Requests", wrong=wrong)
+        if not self._auth.is_token(request.form.get("token", "")):
+            self._auth.count_wrong(request.peer)
             log.warning("console.refused", peer=request.peer)
-            return self._page(request, "signin", "401 Unauthorized", wrong="This is not the token.")
+            return self._render_page(request, "signin", "401 Unauthorized", wrong="This is not the token.")
         log.info("console.entered", peer=request.peer)
-        return see_other("/", cookie(self._guard.session(now_s, request.nonce), SESSION_S, secure=request.secure))
+        return see_other("/", cookie(self._auth.new_session(now_s, request.nonce), SESSION_S, secure=request.secure))
 
-    def _signed_in(self, request: Request) -> Answer:
+    def _answer_signed_in(self, request: Request) -> Response:
         try:
             if request.method == "POST":
-                return self._act(request)
-            return self._look(request)
+                return self._answer_post(request)
+            return self._answer_get(request)
         except Refused as exc:
             missing = exc.reason in ("not_found", "not_bound")
             status, headline = ("404 Not Found", "Not here") if missing else ("400 Bad Request", "That did not work")
-            return self._problem(request, status, headline, exc.detail or exc.reason)
+            return self._problem_page(request, status, headline, exc.detail or exc.reason)
         except (Temporary, TimeoutError) as exc:
             reason = exc.reason if isinstance(exc, Temporary) else "timeout"
             log.info("console.unanswered", path=request.path.partition("/logins/")[0] or "/logins", reason=reason)
-            return self._problem(
+            return self._problem_page(
                 request, "503 Service Unavailable", "The bus does not answer", "Try again in a moment."
             )
         except AdapterError as exc:
-            return self._problem(request, "409 Conflict", "That did not work", exc.detail or exc.reason)
+            return self._problem_page(request, "409 Conflict", "That did not work", exc.detail or exc.reason)
 
-    def _look(self, request: Request) -> Answer:
-        desk = self._desk
+    def _answer_get(self, request: Request) -> Response:
+        desk = self._service
         if request.path == "/":
             page = request.query.get("page", "1")
             state = request.query.get("state", "")
-            wanted = Wanted(
+            wanted = BindingFilter(
                 words=request.query.get("q", "")[:100],
                 state=state if state in ("active", "needs_login") else "",
                 page=int(page) if _NUMBER.fullmatch(page) else 1,
             )
-            found = self._ask(desk.bindings(wanted))
+            found = self._run_in_loop(desk.find_bindings(wanted))
             wanted = wanted._replace(page=min(max(1, wanted.page), found.pages))
-            return self._page(request, "bindings", found=found, wanted=wanted, refresh_s=REFRESH_S)
+            return self._render_page(request, "bindings", found=found, wanted=wanted, refresh_s=REFRESH_S)
         if request.path == "/dead":
             before = request.query.get("before", "")
-            letters = self._ask(desk.letters(int(before) if _NUMBER.fullmatch(before) else None))
-            return self._page(request, "dead", dead=letters)
+            letters = self._run_in_loop(desk.dead_letters(int(before) if _NUMBER.fullmatch(before) else None))
+            return self._render_page(request, "dead", dead=letters)
         if request.path == "/logins":
-            return self._logins(request)
+            return self._logins_page(request)
         if (match := _LOGIN.fullmatch(request.path)) and not match[2]:
-            shown = self._ask(desk.login(match[1]))
-            return self._page(request, "login", here="/logins", shown=shown, refresh_s=REFRESH_S)
-        return self._problem(request, "404 Not Found", "Not here", "There is no such page.")
+            shown = self._run_in_loop(desk.shown_login(match[1]))
+            return self._render_page(request, "login", here="/logins", shown=shown, refresh_s=REFRESH_S)
+        return self._problem_page(request, "404 Not Found", "Not here", "There is no such page.")
 
-    def _act(self, request: Request) -> Answer:
-        desk, form = self._desk, request.form
+    def _answer_post(self, request: Request) -> Response:
+        desk, form = self._service, request.form
         if request.path == "/signout":
-            self._guard.sign_out(request.session, self._now_ms() // 1000)
+            self._auth.sign_out(request.session, self._now_ms() // 1000)
             return see_other("/", cookie("", 0, secure=request.secure))
         if request.path == "/logins":
             sandbox = form.get("sandbox", "").strip()
             options = Options(durable="durable" in form, auto_typing="auto_typing" in form)
             try:
-                handle = self._ask(desk.start(sandbox, options))
+                handle = self._run_in_loop(desk.start_login(sandbox, options))
             except (Refused, Temporary) as exc:
-                return self._logins(request, sandbox, exc.detail or exc.reason, "400 Bad Request")
+                return self._logins_page(request, sandbox, exc.detail or exc.reason, "400 Bad Request")
             return see_other(f"/logins/{handle}")
         if (match := _LOGIN.fullmatch(request.path)) and match[2]:
-            action = desk.verify(match[1], form.get("digits", "")) if match[2] == "/verify" else desk.cancel(match[1])
-            self._ask(action)
+            action = (
+                desk.verify_login(match[1], form.get("digits", ""))
+                if match[2] == "/verify"
+                else desk.cancel_login(match[1])
+            )
+            self._run_in_loop(action)
             return see_other(f"/logins/{match[1]}")
         if (match := _LETTER.fullmatch(request.path)) and form.get("do") in ("retry", "drop"):
             seq = int(match[1])
             if form["do"] == "retry":
-                told = f"Letter {seq} is stored again on {self._ask(desk.retry(seq))}."
+                told = f"Letter {seq} is stored again on {self._run_in_loop(desk.retry_dead_letter(seq))}."
             else:
-                self._ask(desk.drop(seq))
+                self._run_in_loop(desk.drop_dead_letter(seq))
                 told = f"Letter {seq} is dropped."
             log.info("console.letter", sequence=seq, action=form["do"])
-            return self._page(request, "dead", here="/dead", dead=self._ask(desk.letters(None)), told=told)
-        return self._problem(request, "404 Not Found", "Not here", "There is no such page.")
+            return self._render_page(
+                request, "dead", here="/dead", dead=self._run_in_loop(desk.dead_letters(None)), told=told
+            )
+        return self._problem_page(request, "404 Not Found", "Not here", "There is no such page.")
 
-    def _ask(self, work: Coroutine[Any, Any, T]) -> T:
+    def _run_in_loop(self, work: Coroutine[Any, Any, T]) -> T:
         """Runs in the event loop, waits in this thread. Raises what it raises, TimeoutError."""
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
@@ -229,50 +235,54 @@ class Console(Listener):
 
     # pages ------------------------------------------------------------------------------------------
 
-    def _page(self, request: Request, name: str, status: str = "200 OK", **values: Any) -> Answer:
-        is_signed_in = self._guard.admits(request.session, self._now_ms() // 1000)
-        proof = self._guard.form(request.session) if is_signed_in else ""
+    def _render_page(self, request: Request, name: str, status: str = "200 OK", **values: Any) -> Response:
+        is_signed_in = self._auth.is_valid_session(request.session, self._now_ms() // 1000)
+        proof = self._auth.form_proof(request.session) if is_signed_in else ""
         common = {
             "nonce": request.nonce,
             "part": request.part,
             "proof": proof,
             "here": request.path,
-            "platform": self._ask(self._desk.platform()) if proof and "platform" not in values else SIGNED_OUT,
+            "platform": self._run_in_loop(self._service.platform_status())
+            if proof and "platform" not in values
+            else SIGNED_OUT,
             "told": "",
             "refresh_s": 0,
             "now_ms": self._now_ms(),
         }
-        return Answer(status, self._pages.render(name, **{**common, **values}))
+        return Response(status, self._pages.render(name, **{**common, **values}))
 
-    def _logins(self, request: Request, sandbox: str = "", wrong: str = "", status: str = "200 OK") -> Answer:
-        found = self._ask(self._desk.logins())
-        return self._page(request, "logins", status, logins=found, sandbox=sandbox, wrong=wrong, refresh_s=REFRESH_S)
+    def _logins_page(self, request: Request, sandbox: str = "", wrong: str = "", status: str = "200 OK") -> Response:
+        found = self._run_in_loop(self._service.open_logins())
+        return self._render_page(
+            request, "logins", status, logins=found, sandbox=sandbox, wrong=wrong, refresh_s=REFRESH_S
+        )
 
-    def _problem(self, request: Request, status: str, headline: str, sentence: str) -> Answer:
+    def _problem_page(self, request: Request, status: str, headline: str, sentence: str) -> Response:
         """Asks nothing of the bus: it may be the problem."""
         back = "/" + request.path.split("/")[1]
-        return self._page(
+        return self._render_page(
             request, "problem", status, headline=headline, sentence=sentence, back=back, platform=SIGNED_OUT
         )
 
 
-def read_request(environ: dict[str, Any], nonce: str) -> Request | Answer:
+def read_request(environ: dict[str, Any], nonce: str) -> Request | Response:
     """What is asked for; at once the answer to what no browser sends."""
     form: dict[str, str] = {}
     try:
         if environ.get("REQUEST_METHOD") == "POST":
             length = environ.get("CONTENT_LENGTH") or "0"
             if not length.isdigit() or int(length) > MAX_BODY:
-                return Answer("413 Content Too Large", f"A form has at most {MAX_BODY} bytes.\n".encode())
+                return Response("413 Content Too Large", f"A form has at most {MAX_BODY} bytes.\n".encode())
             body = environ["wsgi.input"].read(int(length))
             if len(body) < int(length):
-                return Answer("400 Bad Request", b"This form was cut.\n")
+                return Response("400 Bad Request", b"This form was cut.\n")
             form = _fields(body.decode("utf-8", "replace"))
         query = _fields(environ.get("QUERY_STRING", ""))
     except OSError:  # it stopped, or was closed for another
-        return Answer("408 Request Timeout", b"This form was cut.\n")
+        return Response("408 Request Timeout", b"This form was cut.\n")
     except ValueError:  # too many fields
-        return Answer("400 Bad Request", b"This is no form of ours.\n")
+        return Response("400 Bad Request", b"This is no form of ours.\n")
     return Request(
         method=environ.get("REQUEST_METHOD", ""),
         path=environ.get("PATH_INFO", ""),
@@ -304,7 +314,7 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def safety(nonce: str) -> list[tuple[str, str]]:
+def security_headers(nonce: str) -> list[tuple[str, str]]:
     """Nothing from elsewhere, nothing kept, nothing framed; scripts and styles only with the page's nonce."""
     policy = (
         f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; img-src data:;"
@@ -321,8 +331,8 @@ def safety(nonce: str) -> list[tuple[str, str]]:
     ]
 
 
-def see_other(place: str, *headers: tuple[str, str]) -> Answer:
-    return Answer("303 See Other", b"", (("Location", place), *headers))
+def see_other(place: str, *headers: tuple[str, str]) -> Response:
+    return Response("303 See Other", b"", (("Location", place), *headers))
 
 
 def cookie(value: str, seconds: int, *, secure: bool) -> tuple[str, str]:

@@ -10,16 +10,16 @@ import msgspec
 import structlog
 
 from adapter.bindings.registry import Bindings
-from adapter.console.auth import Guard
+from adapter.console.auth import ConsoleAuth
 from adapter.console.view import (
     PAGE,
+    BindingFilter,
+    BindingsPage,
     DeadPage,
-    Found,
     OpenLogin,
     Platform,
     Row,
     ShownLogin,
-    Wanted,
 )
 from adapter.contract import Login, LoginQuery, LoginStart, LoginVerify, Options
 from adapter.conversation import window
@@ -27,7 +27,7 @@ from adapter.conversation.record import ConversationRecord
 from adapter.conversation.store import ConversationStore
 from adapter.dead_letters import dead_letter_of, is_command, original_subject, retry_message
 from adapter.errors import Refused, Temporary
-from adapter.logins.qr import element
+from adapter.logins.qr import html_element
 from adapter.logins.registry import LoginRegistry
 from adapter.names import Names
 from adapter.ports import AllReplicas, Archive, Bus, Stored
@@ -38,13 +38,13 @@ from adapter.timing import Clock
 log = structlog.get_logger()
 
 S = TypeVar("S", bound=msgspec.Struct)
-AT_ONCE = 16
+MAX_IN_FLIGHT = 16
 """Records that are read at the same time."""
 STORE_S = 10.0
 """A dead command that is not stored again within this long is left as it is."""
 
 
-class Needs(NamedTuple):
+class ConsoleDeps(NamedTuple):
     """What the console is given."""
 
     bindings: Bindings
@@ -62,96 +62,100 @@ class Needs(NamedTuple):
     """How many replicas live."""
 
 
-class Desk:
+class ConsoleService:
     """Every method may raise Refused, or Temporary while the bus is away."""
 
-    def __init__(self, needs: Needs, guard: Guard) -> None:
-        self._needs = needs
+    def __init__(self, deps: ConsoleDeps, guard: ConsoleAuth) -> None:
+        self._deps = deps
         self._guard = guard
-        self._room = asyncio.Semaphore(AT_ONCE)
+        self._slots = asyncio.Semaphore(MAX_IN_FLIGHT)
 
-    async def platform(self) -> Platform:
-        needs = self._needs
-        expected = needs.living()
-        replicas = await replica_status.roll(needs.replicas, needs.names.roll(), [], expected)
+    async def platform_status(self) -> Platform:
+        deps = self._deps
+        expected = deps.living()
+        replicas = await replica_status.query_replicas(deps.replicas, deps.names.replica_status(), [], expected)
         return Platform(
-            replicas, expected, await self._dead(), sum(1 for _, record in needs.registry if not record.is_over)
+            replicas, expected, await self._dead_count(), sum(1 for _, record in deps.registry if not record.is_over)
         )
 
-    async def bindings(self, wanted: Wanted) -> Found:
+    async def find_bindings(self, wanted: BindingFilter) -> BindingsPage:
         """Those that need a login first, then by sandbox."""
-        every = list(self._needs.bindings)
+        every = list(self._deps.bindings)
         matching = await asyncio.to_thread(_matching, every, wanted)  # thousands would hold up the loop
         pages = max(1, -(-len(matching) // PAGE))
         first = (min(max(1, wanted.page), pages) - 1) * PAGE
         rows = await self._rows(matching[first : first + PAGE])
         lost = sum(1 for binding in every if binding.state == "needs_login")
-        return Found(rows, len(matching), pages, len(every), lost)
+        return BindingsPage(rows, len(matching), pages, len(every), lost)
 
-    async def letters(self, before: int | None) -> DeadPage:
+    async def dead_letters(self, before: int | None) -> DeadPage:
         """Dead letters, newest first; `before`: older than this one."""
-        needs = self._needs
-        stored = await needs.history.read_newest(
-            needs.names.stream_dead, needs.names.dead("*"), count=PAGE + 1, before=before
+        deps = self._deps
+        stored = await deps.history.read_newest(
+            deps.names.stream_dead, deps.names.dead_letters("*"), count=PAGE + 1, before=before
         )
         shown, more = stored[:PAGE], stored[PAGE:]
         letters = [dead_letter_of(one.seq, one.subject, one.headers, size=len(one.data)) for one in shown]
         return DeadPage(
-            [(letter, is_command(needs.names, original_subject(needs.names, letter.subject))) for letter in letters],
-            await self._dead(),
+            [(letter, is_command(deps.names, original_subject(deps.names, letter.subject))) for letter in letters],
+            await self._dead_count(),
             shown[-1].seq if more else None,
         )
 
-    async def retry(self, seq: int) -> str:
+    async def retry_dead_letter(self, seq: int) -> str:
         """Stores a dead command again, then deletes the letter; where it went."""
-        needs = self._needs
-        letter = await self._letter(seq)
-        message = retry_message(needs.names, seq, letter.headers, letter.data)
+        deps = self._deps
+        letter = await self._read_dead_letter(seq)
+        message = retry_message(deps.names, seq, letter.headers, letter.data)
         if message is None:
             raise Refused("invalid", "It is no command: what a user wrote cannot be tried again, they have to write.")
         async with asyncio.timeout(STORE_S):
-            await needs.bus.publish(message)
-        await needs.history.delete(needs.names.stream_dead, seq)
+            await deps.bus.publish(message)
+        await deps.history.delete(deps.names.stream_dead, seq)
         return message.subject
 
-    async def drop(self, seq: int) -> None:
+    async def drop_dead_letter(self, seq: int) -> None:
         """Deletes a dead letter for good."""
-        await self._letter(seq)
-        await self._needs.history.delete(self._needs.names.stream_dead, seq)
+        await self._read_dead_letter(seq)
+        await self._deps.history.delete(self._deps.names.stream_dead, seq)
 
-    async def logins(self) -> list[OpenLogin]:
+    async def open_logins(self) -> list[OpenLogin]:
         """Those that are not over, the newest first."""
         found = [
-            OpenLogin(self._guard.handle(login), record.sandbox, record.status, record.changed_ms, record.until_ms)
-            for login, record in self._needs.registry
+            OpenLogin(
+                self._guard.login_handle(login), record.sandbox, record.status, record.changed_ms, record.until_ms
+            )
+            for login, record in self._deps.registry
             if not record.is_over
         ]
         return sorted(found, key=lambda one: -one.until_ms)
 
-    async def start(self, sandbox: str, options: Options) -> str:
+    async def start_login(self, sandbox: str, options: Options) -> str:
         """Begins a login; its handle."""
-        login = await self._ask("login.start", LoginStart(sandbox=sandbox, options=options))
-        return self._guard.handle(login.login)
+        login = await self._bounded("login.start", LoginStart(sandbox=sandbox, options=options))
+        return self._guard.login_handle(login.login)
 
-    async def login(self, handle: str) -> ShownLogin:
-        return self._shown(await self._ask("login.status", LoginQuery(login=self._login(handle))))
+    async def shown_login(self, handle: str) -> ShownLogin:
+        return self._to_shown_login(await self._bounded("login.status", LoginQuery(login=self._login_id(handle))))
 
-    async def verify(self, handle: str, digits: str) -> None:
+    async def verify_login(self, handle: str, digits: str) -> None:
         """Hands on what the phone shows."""
-        await self._ask("login.verify", LoginVerify(login=self._login(handle), code="".join(digits.split())))
+        await self._bounded("login.verify", LoginVerify(login=self._login_id(handle), code="".join(digits.split())))
 
-    async def cancel(self, handle: str) -> None:
-        await self._ask("login.cancel", LoginQuery(login=self._login(handle)))
+    async def cancel_login(self, handle: str) -> None:
+        await self._bounded("login.cancel", LoginQuery(login=self._login_id(handle)))
 
     # ------------------------------------------------------------------------------------------------
 
     async def _rows(self, bindings: list[Binding]) -> list[Row]:
-        needs = self._needs
+        deps = self._deps
         bots = [binding.bot for binding in bindings]
         records = await asyncio.gather(*(self._record(binding) for binding in bindings))
-        replicas = await replica_status.roll(needs.replicas, needs.names.roll(), bots, needs.living())
+        replicas = await replica_status.query_replicas(
+            deps.replicas, deps.names.replica_status(), bots, deps.living()
+        )
         polls = {bot: polling for present in replicas for bot, polling in present.polls.items()}
-        now_ms = needs.clock.now_ms()
+        now_ms = deps.clock.now_ms()
         rows = []
         for binding, found in zip(bindings, records, strict=True):
             record = found or ConversationRecord()
@@ -161,8 +165,8 @@ class Desk:
                 Row(
                     binding=binding.info(),
                     is_readable=found is not None,
-                    window=window.shown(record, now_ms, needs.policy) if record.window.opened_ms else None,
-                    heard_ms=record.window.opened_ms,
+                    window=window.visible_window(record, now_ms, deps.policy) if record.window.opened_ms else None,
+                    inbound_ms=record.window.opened_ms,
                     sent_ms=record.window.sent_at_ms[-1] if record.window.sent_at_ms else 0,
                     polling=polling.state if polling else "",
                     polled_ms=now_ms - ago_ms if ago_ms is not None else None,
@@ -174,41 +178,41 @@ class Desk:
         """None: only a newer version can read it. Raises Temporary."""
         if not binding.user:
             return ConversationRecord()
-        async with self._room:
+        async with self._slots:
             try:
-                return (await self._needs.conversations.load(binding.sandbox, binding.user))[0]
+                return (await self._deps.conversations.load(binding.sandbox, binding.user))[0]
             except Temporary as exc:
                 if exc.reason != "record_too_new":
                     raise
                 log.info("console.unread", sandbox=binding.sandbox, reason=exc.reason)
                 return None
 
-    async def _dead(self) -> int:
-        names = self._needs.names
-        return sum((await self._needs.history.count_by_subject(names.stream_dead, names.dead("*"))).values())
+    async def _dead_count(self) -> int:
+        names = self._deps.names
+        return sum((await self._deps.history.count_by_subject(names.stream_dead, names.dead_letters("*"))).values())
 
-    async def _letter(self, seq: int) -> Stored:
-        stored = await self._needs.history.get(self._needs.names.stream_dead, seq)
+    async def _read_dead_letter(self, seq: int) -> Stored:
+        stored = await self._deps.history.get(self._deps.names.stream_dead, seq)
         if stored is None:
             raise Refused("not_found", f"There is no dead letter {seq} (any more).")
         return stored
 
-    def _login(self, handle: str) -> str:
+    def _login_id(self, handle: str) -> str:
         """The id of a login. Raises Refused("not_found")."""
-        for login, _ in self._needs.registry:
-            if self._guard.handle(login) == handle:
+        for login, _ in self._deps.registry:
+            if self._guard.login_handle(login) == handle:
                 return login
         raise Refused("not_found", "There is no such login, or it has been over for a while.")
 
-    async def _ask(self, verb: str, request: msgspec.Struct) -> Login:
-        return msgspec.json.decode(await self._needs.services[verb](msgspec.json.encode(request)), type=Login)
+    async def _bounded(self, verb: str, request: msgspec.Struct) -> Login:
+        return msgspec.json.decode(await self._deps.services[verb](msgspec.json.encode(request)), type=Login)
 
-    def _shown(self, login: Login) -> ShownLogin:
-        picture = element(login.qrcode_url) if login.qrcode_url and login.status == "wait" else ""
-        return ShownLogin(self._guard.handle(login.login), login, picture)
+    def _to_shown_login(self, login: Login) -> ShownLogin:
+        picture = html_element(login.qrcode_url) if login.qrcode_url and login.status == "wait" else ""
+        return ShownLogin(self._guard.login_handle(login.login), login, picture)
 
 
-def _matching(every: list[Binding], wanted: Wanted) -> list[Binding]:
+def _matching(every: list[Binding], wanted: BindingFilter) -> list[Binding]:
     words = wanted.words.strip().lower()
     found = [
         binding

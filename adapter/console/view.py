@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from adapter.contract import BindingInfo, Login, Window
 from adapter.dead_letters import DeadLetter
-from adapter.replicas.replica_status import Present
+from adapter.replicas.replica_status import ReplicaStatus
 
 PAGE = 50
 """Bindings, or dead letters, on a page."""
@@ -19,14 +19,14 @@ class Row(NamedTuple):
     is_readable: bool
     """False: a newer version wrote what is kept of its user, which is not shown."""
     window: Window | None
-    heard_ms: int
+    inbound_ms: int
     sent_ms: int
     polling: str
     """How it is polled, in the poller's words; "" where no replica says that it polls it."""
     polled_ms: int | None
 
 
-class Wanted(NamedTuple):
+class BindingFilter(NamedTuple):
     """Which bindings are asked for."""
 
     words: str = ""
@@ -36,7 +36,7 @@ class Wanted(NamedTuple):
     page: int = 1
 
 
-class Found(NamedTuple):
+class BindingsPage(NamedTuple):
     """Bindings as they are asked for, and all in numbers."""
 
     rows: list[Row]
@@ -50,7 +50,7 @@ class Found(NamedTuple):
 class Platform(NamedTuple):
     """Everything in numbers, for the head of each page."""
 
-    replicas: list[Present]
+    replicas: list[ReplicaStatus]
     expected: int
     """Replicas that live, as far as is known; fewer may have answered."""
     dead: int

@@ -72,13 +72,13 @@ class ConversationActor:
         """Queues an input. `done` is set once what follows from it has happened, but for what is out then.
         `is_wanted`: see work.Put."""
         if self._stopped:
-            _fail(done, self.state.sandbox)
+            _fail_waiter(done, self.state.sandbox)
             return
         self._mailbox.append(_Mail(event, done, is_wanted))
         if self._task is None:
             self._task = asyncio.get_running_loop().create_task(self._run())
 
-    def hear(self, heard: rules.Heard) -> asyncio.Future[None]:
+    def on_inbound(self, heard: rules.InboundReceived) -> asyncio.Future[None]:
         """The user wrote: done once the conversation knows it. It raises LeaseLost, and what the rules raise."""
         self._undispatched[heard.bot] = heard.sequence
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -100,9 +100,9 @@ class ConversationActor:
             self._memory.state = rules.note_dispatched(self.state, bot, sequence)
             self._store_soon()
 
-    def has_everything_to(self, bot: str, sequence: int) -> bool:
+    def has_dispatched_to(self, bot: str, sequence: int) -> bool:
         """Whether the inbox has everything up to there."""
-        return self.state.record.heard_to.get(bot, 0) >= sequence
+        return self.state.record.dispatched_to.get(bot, 0) >= sequence
 
     def is_stored_to(self, bot: str, sequence: int) -> bool:
         """Whether the stored record says so."""
@@ -118,7 +118,7 @@ class ConversationActor:
         finally:
             self.stop()
 
-    def try_end(self) -> bool:
+    def try_stop(self) -> bool:
         """Ends the conversation if nothing waits, is out or is due, to be read back when it is needed. What was not
         stored is stored first, which takes a call more."""
         if self.tasks or self._mailbox or self.state.queue or self._timer or self._undispatched:
@@ -160,7 +160,7 @@ class ConversationActor:
         if self._task is not None and self._task is not asyncio.current_task():
             self._task.cancel()
         for mail in self._mailbox:
-            _fail(mail.done, self.state.sandbox)
+            _fail_waiter(mail.done, self.state.sandbox)
         self._mailbox.clear()
 
     # the mailbox ------------------------------------------------------------------------------------
@@ -183,7 +183,7 @@ class ConversationActor:
                     done.set_result(None)
         finally:
             self._task = None
-            _fail(done, self.state.sandbox)
+            _fail_waiter(done, self.state.sandbox)
         if not self._stopped:
             now_ms = self._deps.clock.now_ms()
             self._set_timer(rules.next_deadline_ms(self.state, now_ms, self._deps.policy) - now_ms)
@@ -191,9 +191,9 @@ class ConversationActor:
 
     def _store_soon(self) -> None:
         if self._store_timer is None and not self._memory.is_hearing_stored:
-            self._store_timer = asyncio.get_running_loop().call_later(STORED_WITHIN_S, self._store_heard)
+            self._store_timer = asyncio.get_running_loop().call_later(STORED_WITHIN_S, self._store_dispatched)
 
-    def _store_heard(self) -> None:
+    def _store_dispatched(self) -> None:
         """Stores what the user said, unless a send has stored it meanwhile."""
         self._store_timer = None
         if not self._memory.is_hearing_stored:
@@ -225,10 +225,10 @@ class ConversationActor:
                 await self._effects.step(rules.Unanswered())  # no other answer comes
             else:
                 await self._effects.step(rules.Crashed(type(exc).__name__))
-                if isinstance(event, rules.Heard):  # its sender counts on it that it is stored
+                if isinstance(event, rules.InboundReceived):  # its sender counts on it that it is stored
                     await self._effects.step(event)
 
 
-def _fail(done: asyncio.Future[None] | None, sandbox: str) -> None:
+def _fail_waiter(done: asyncio.Future[None] | None, sandbox: str) -> None:
     if done is not None and not done.done():
         done.set_exception(LeaseLost("shard_lost", sandbox))

@@ -12,7 +12,7 @@ from adapter import contract
 from adapter.conversation import window
 from adapter.conversation.actor import ConversationActor
 from adapter.conversation.record import ConversationRecord, SentText
-from adapter.conversation.rules import Heard, SendPolicy
+from adapter.conversation.rules import InboundReceived, SendPolicy
 from adapter.conversation.store import ConversationStore
 from adapter.errors import LeaseLost, Temporary
 from adapter.records import Binding
@@ -36,7 +36,7 @@ class ConversationShard(Protocol):
     async def wake(self, binding: Binding) -> None:
         """Raises Temporary."""
 
-    def on_heard(self, binding: Binding, user: str) -> None:
+    def on_inbound(self, binding: Binding, user: str) -> None:
         """The user writes: iLink may have a typing ticket for them now."""
 
     def record_in_memory(self, sandbox: str, user: str) -> ConversationRecord | None:
@@ -61,7 +61,7 @@ class Conversations:
         self._to_wake: dict[str, Binding] = {}
         self._waking = TaskSet(_report)
 
-    async def hear(
+    async def on_inbound(
         self,
         binding: Binding,
         user: str,
@@ -80,11 +80,13 @@ class Conversations:
         if shard is None:
             raise LeaseLost("shard_lost", binding.sandbox)
         actor = await shard.conversation(binding, user)
-        shard.on_heard(binding, user)
+        shard.on_inbound(binding, user)
         auto_typing = binding.options.auto_typing
-        heard = Heard(message, token, binding.bot, written_ms, sequence, received_ms, show_typing=auto_typing)
-        done = actor.hear(heard)
-        done.add_done_callback(_retrieve)
+        heard = InboundReceived(
+            message, token, binding.bot, written_ms, sequence, received_ms, show_typing=auto_typing
+        )
+        done = actor.on_inbound(heard)
+        done.add_done_callback(_retrieve_exception)
         await asyncio.sleep(0)  # mostly it does nothing else: a timeout would cost as much as what it does
         if not done.done():
             await asyncio.wait([done], timeout=HEARD_WITHIN_S)
@@ -96,7 +98,7 @@ class Conversations:
 
     async def shown_window(self, sandbox: str, bot: str, user: str) -> contract.Window:
         """What may be sent to the user now. Raises Temporary."""
-        return window.shown(await self._record(sandbox, user), self._clock.now_ms(), self._policy.window)
+        return window.visible_window(await self._record(sandbox, user), self._clock.now_ms(), self._policy.window)
 
     async def find_sent(self, sandbox: str, user: str, ids: Sequence[str]) -> SentText | None:
         """What was sent to the user lately under one of iLink's ids. Raises Temporary."""
@@ -134,7 +136,7 @@ class Conversations:
         self._waking.cancel_all()
 
 
-def _retrieve(done: asyncio.Future[None]) -> None:
+def _retrieve_exception(done: asyncio.Future[None]) -> None:
     """What it raised is nobody's to hear where the dispatcher was cancelled."""
     if not done.cancelled():
         done.exception()

@@ -28,11 +28,11 @@ class ConversationMemory:
     def is_hearing_stored(self) -> bool:
         """The record was stored with all that the user said as it is known here."""
         now, stored = self.state.record, self._stored
-        return (now.heard_to, now.window.id, now.token) == (stored.heard_to, stored.window.id, stored.token)
+        return (now.dispatched_to, now.window.id, now.token) == (stored.dispatched_to, stored.window.id, stored.token)
 
     def stored_to(self, bot: str) -> int:
         """Up to where in a bot's journal the stored record says that everything is dispatched."""
-        return self._stored.heard_to.get(bot, 0)
+        return self._stored.dispatched_to.get(bot, 0)
 
     @property
     def has_record(self) -> bool:

@@ -13,7 +13,7 @@ import msgspec
 VERSION = 1
 """Of the record's form. A replica leaves a record with a higher one alone."""
 RECENT_COMMANDS = 32
-HEARD_BOTS = 4
+DISPATCHED_BOTS_KEPT = 4
 """Bots of a user of which it is known how far they are dispatched: the last ones."""
 SENT_TEXTS = 8
 SENT_TEXT_CHARS = 200
@@ -106,7 +106,7 @@ class ConversationRecord(msgspec.Struct, frozen=True, kw_only=True, omit_default
     token: str = ""
     """The newest context token."""
     window: SendWindow = SendWindow()
-    heard_to: dict[str, int] = {}
+    dispatched_to: dict[str, int] = {}
     """By bot: the sequence in its journal up to which the inbox and this record have everything of this user."""
     head: SendProgress | None = None
     recent: list[str] = []

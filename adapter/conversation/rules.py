@@ -24,7 +24,7 @@ merged into it) is worked on. What it does is the conversation's activity:
                       TokenRejected (-14) CHECKING_SESSION
     CHECKING_SESSION  SessionChecked      IDLE: alive: once more, then refused; dead: the bot needs a login
     any               Stored              same; the queue is longer
-                      Heard               same; a new window, which the actor stores within a second
+                      InboundReceived     same; a new window, which the actor stores within a second
                       Dispatched          same; how far the inbox has everything, stored so, too
                       Bound               same; to no bot: every command that is not being sent ends, and the record
                                           is stored so that it goes in time (Save)
@@ -51,7 +51,7 @@ from adapter.contract import Outcome
 from adapter.conversation import window
 from adapter.conversation.commands import MERGE_SEPARATOR, MediaPart, Part, client_id
 from adapter.conversation.record import (
-    HEARD_BOTS,
+    DISPATCHED_BOTS_KEPT,
     RECENT_COMMANDS,
     SENT_TEXT_CHARS,
     SENT_TEXTS,
@@ -213,7 +213,7 @@ class Stored(NamedTuple):
     commands: tuple[QueuedCommand, ...]
 
 
-class Heard(NamedTuple):
+class InboundReceived(NamedTuple):
     """The user wrote."""
 
     message: str
@@ -334,7 +334,7 @@ class Crashed(NamedTuple):
 
 Input: TypeAlias = (
     Stored
-    | Heard
+    | InboundReceived
     | Dispatched
     | Bound
     | SlotGranted
@@ -447,16 +447,16 @@ def step(
 ) -> tuple[Conversation, list[Effect]]:
     """The conversation after `event`, and what is to be done for it, in this order."""
     effects: list[Effect] = []
-    conversation = _apply(conversation, event, now_ms, policy, effects)
-    conversation = _advance(conversation, now_ms, policy, effects)
+    conversation = _apply_event(conversation, event, now_ms, policy, effects)
+    conversation = _advance_queue(conversation, now_ms, policy, effects)
     is_idle = conversation.activity is Activity.IDLE
     if conversation.holds_slot and is_idle:
-        conversation = _with(conversation, holds_slot=False)
+        conversation = _replaced(conversation, holds_slot=False)
         effects.append(ReleaseSlot())
     if conversation.typing_due and is_idle and (not conversation.queue or conversation.reason):
-        conversation = _with(conversation, typing_due=False)
+        conversation = _replaced(conversation, typing_due=False)
         effects.append(SetTyping(None, is_on=False))
-    conversation = _announce(conversation, now_ms, policy, effects)
+    conversation = _announce_window(conversation, now_ms, policy, effects)
     conversation = _note_service(conversation, effects)
     return conversation, _with_one_save(effects)
 
@@ -492,14 +492,14 @@ def next_deadline_ms(conversation: Conversation, now_ms: int, policy: SendPolicy
             return due
 
 
-def _with(conversation: Conversation, **changes: object) -> Conversation:
+def _replaced(conversation: Conversation, **changes: object) -> Conversation:
     return msgspec.structs.replace(conversation, **changes)
 
 
-def _apply(
+def _apply_event(
     conversation: Conversation, event: Input, now_ms: int, policy: SendPolicy, effects: list[Effect]
 ) -> Conversation:
-    """What an input changes by itself; `_advance` decides what follows from it."""
+    """What an input changes by itself; `_advance_queue` decides what follows from it."""
     activity = conversation.activity
     match event:
         case Stored(commands):
@@ -514,24 +514,24 @@ def _apply(
                 rest = [one for one in queue if one not in begun]
                 queue = (*begun, *sorted(rest, key=lambda one: one.sequence))
                 if queue[0] is not conversation.queue[0]:  # what it waits for is not the first one's
-                    conversation = _with(conversation, activity=Activity.IDLE, content=None)
+                    conversation = _replaced(conversation, activity=Activity.IDLE, content=None)
             earliest_ms = min(conversation.earliest_expiry_ms, *(one.expires_ms for one in commands))
-            return _with(conversation, queue=queue, earliest_expiry_ms=earliest_ms)
+            return _replaced(conversation, queue=queue, earliest_expiry_ms=earliest_ms)
         case Dispatched(bot, sequence):
             return note_dispatched(conversation, bot, sequence)
-        case Heard():
-            return _on_heard(conversation, event, now_ms, effects)
+        case InboundReceived():
+            return _on_inbound_received(conversation, event, now_ms, effects)
         case Bound(bot):
-            return _with(conversation, bot=bot)
+            return _replaced(conversation, bot=bot)
         case SlotGranted():
             is_awaited = activity is Activity.AWAITING_SLOT
-            return _with(conversation, holds_slot=True, activity=Activity.IDLE if is_awaited else activity)
+            return _replaced(conversation, holds_slot=True, activity=Activity.IDLE if is_awaited else activity)
         case Loaded(parts):
             if activity is Activity.LOADING:
                 return _on_loaded(conversation, parts, effects)
         case UploadDone(content):
             if activity is Activity.UPLOADING:
-                return _with(conversation, content=content, activity=Activity.IDLE)
+                return _replaced(conversation, content=content, activity=Activity.IDLE)
         case SessionChecked(is_alive):
             if activity is Activity.CHECKING_SESSION:
                 return _on_session_checked(conversation, now_ms, effects, is_alive=is_alive)
@@ -541,11 +541,11 @@ def _apply(
             pass  # what is out ends by its answer
         case Crashed(detail, sequence) if sequence and [one.sequence for one in conversation.queue[:1]] != [sequence]:
             ended = [one for one in conversation.queue if one.sequence == sequence]
-            return _end(conversation, ended, CommandResult("dead_lettered", "crashed", detail), effects)
+            return _end_commands(conversation, ended, CommandResult("dead_lettered", "crashed", detail), effects)
         case Crashed(detail):
             group = _group_to_send(conversation, policy) if activity is Activity.LOADING else ()
             if len(group) > 1 and conversation.record.head is None:  # each is read by itself: one is at fault
-                return _with(conversation, activity=Activity.IDLE, merge_barrier=group[-1].sequence)
+                return _replaced(conversation, activity=Activity.IDLE, merge_barrier=group[-1].sequence)
             return _end_first(conversation, CommandResult("dead_lettered", "crashed", detail), effects)
         case Deadline():
             pass
@@ -576,8 +576,10 @@ def _without_copies(
     return tuple(one for one in commands if one not in copies)
 
 
-def _on_heard(conversation: Conversation, heard: Heard, now_ms: int, effects: list[Effect]) -> Conversation:
-    if conversation.record.heard_to.get(heard.bot, 0) >= heard.sequence:  # read back from the journal once more
+def _on_inbound_received(
+    conversation: Conversation, heard: InboundReceived, now_ms: int, effects: list[Effect]
+) -> Conversation:
+    if conversation.record.dispatched_to.get(heard.bot, 0) >= heard.sequence:  # read back from the journal once more
         return conversation
     record = window.on_inbound(
         conversation.record,
@@ -593,16 +595,16 @@ def _on_heard(conversation: Conversation, heard: Heard, now_ms: int, effects: li
     if heard.show_typing:
         effects.append(SetTyping(None, is_on=True))
         record = msgspec.structs.replace(record, typing=True)
-    return _with(conversation, record=record, typing_due=False, last_answer=None)
+    return _replaced(conversation, record=record, typing_due=False, last_answer=None)
 
 
 def note_dispatched(conversation: Conversation, bot: str, sequence: int) -> Conversation:
     """What `Dispatched` changes, from which nothing else follows."""
-    if conversation.record.heard_to.get(bot, 0) >= sequence:  # read back from the journal once more
+    if conversation.record.dispatched_to.get(bot, 0) >= sequence:  # read back from the journal once more
         return conversation
-    others = [(name, to) for name, to in conversation.record.heard_to.items() if name != bot]
-    heard_to = dict([*others[1 - HEARD_BOTS :], (bot, sequence)])
-    return _with(conversation, record=msgspec.structs.replace(conversation.record, heard_to=heard_to))
+    others = [(name, to) for name, to in conversation.record.dispatched_to.items() if name != bot]
+    dispatched_to = dict([*others[1 - DISPATCHED_BOTS_KEPT :], (bot, sequence)])
+    return _replaced(conversation, record=msgspec.structs.replace(conversation.record, dispatched_to=dispatched_to))
 
 
 def _on_loaded(
@@ -615,7 +617,7 @@ def _on_loaded(
             effects.append(Acknowledge(command))
         else:
             queue.append(msgspec.structs.replace(command, parts=body))
-    return _with(conversation, queue=tuple(queue), activity=Activity.IDLE)
+    return _replaced(conversation, queue=tuple(queue), activity=Activity.IDLE)
 
 
 # what iLink answers -----------------------------------------------------------------------------------
@@ -626,23 +628,23 @@ def _on_answer(
 ) -> Conversation:
     """To a request, which was counted, or to an upload, which was not."""
     progress, was_sent = conversation.record.head, conversation.activity is Activity.SENDING
-    conversation = _with(conversation, activity=Activity.IDLE, last_answer=None)
+    conversation = _replaced(conversation, activity=Activity.IDLE, last_answer=None)
     if was_sent and progress is not None:
         match answer:
             case Accepted():
                 return _on_accepted(conversation, progress, answer, now_ms, effects)
             case Unanswered():
                 record = window.record_answer_time(conversation.record, now_ms)
-                return _pause(_with(conversation, record=record), now_ms + REPEAT_PAUSE_MS)
+                return _pause_until(_replaced(conversation, record=record), now_ms + REPEAT_PAUSE_MS)
             case Throttled(result):
                 return _on_throttled(conversation, progress, result, now_ms, effects)
-        conversation = _with(conversation, record=window.undo_attempt(conversation.record, progress))
+        conversation = _replaced(conversation, record=window.undo_attempt(conversation.record, progress))
     match answer:
         case NotTaken():
             return _retry_or_give_up(conversation, answer, now_ms, policy, effects)
         case TokenRejected(result):  # a question, not a verdict: a malformed body is answered so, too
             effects.append(CheckSession())
-            return _with(conversation, activity=Activity.CHECKING_SESSION, last_answer=result)
+            return _replaced(conversation, activity=Activity.CHECKING_SESSION, last_answer=result)
         case Rejected(result):
             if progress is not None and (apart := _split_merged(conversation, progress.commands[-1])):
                 return apart
@@ -667,7 +669,7 @@ def _on_accepted(
         record = _remember_sent(record, answer.message_id, conversation.content)
     if conversation.queue and progress.part < conversation.queue[0].part_count:
         effects.append(Save())  # the pause before the next request is long
-    return _with(conversation, record=record, content=None, failures=0)
+    return _replaced(conversation, record=record, content=None, failures=0)
 
 
 def _remember_sent(record: ConversationRecord, message_id: str, content: Content) -> ConversationRecord:
@@ -689,7 +691,7 @@ def _on_throttled(
     """
     is_second = progress.throttled_in_window not in ("", progress.counted_in_window)
     record = window.record_throttled(conversation.record, progress, now_ms)
-    conversation = _with(conversation, record=record, last_answer=result)
+    conversation = _replaced(conversation, record=record, last_answer=result)
     if is_second:
         return _end_first(conversation, result, effects)
     effects.append(Save())
@@ -703,7 +705,7 @@ def _split_merged(conversation: Conversation, last: CommandRef) -> Conversation 
         return None
     first = msgspec.structs.replace(progress, commands=progress.commands[:1], digest="")
     barrier = next((one.sequence for one in conversation.queue if one.ref == last), 0)
-    return _with(
+    return _replaced(
         conversation,
         record=msgspec.structs.replace(conversation.record, head=first),
         merge_barrier=max(conversation.merge_barrier, barrier),
@@ -715,14 +717,14 @@ def _on_session_checked(
 ) -> Conversation:
     """Alive: the command is tried once more, then refused. Dead: it waits for the login."""
     answer = conversation.last_answer or CommandResult("refused")
-    conversation = _with(conversation, activity=Activity.IDLE, last_answer=None)
+    conversation = _replaced(conversation, activity=Activity.IDLE, last_answer=None)
     if not is_alive:
         effects.append(Save())  # a login may take hours, and the next bot repeats nothing unanswered
         bot = conversation.bot._replace(is_usable=False) if conversation.bot else None
-        return _with(conversation, bot=bot, last_answer=answer)
+        return _replaced(conversation, bot=bot, last_answer=answer)
     if conversation.token_rejections:
         return _end_first(conversation, answer._replace(outcome="refused", reason="rejected"), effects)
-    return _pause(_with(conversation, token_rejections=1), now_ms + REPEAT_PAUSE_MS)
+    return _pause_until(_replaced(conversation, token_rejections=1), now_ms + REPEAT_PAUSE_MS)
 
 
 def _retry_or_give_up(
@@ -730,20 +732,20 @@ def _retry_or_give_up(
 ) -> Conversation:
     """iLink took nothing. What did not even leave waits as long as the command; else a number of attempts."""
     failures = conversation.failures + 1
-    conversation = _pause(_with(conversation, failures=failures), now_ms + answer.pause_ms)
+    conversation = _pause_until(_replaced(conversation, failures=failures), now_ms + answer.pause_ms)
     if answer.is_unreached or failures < policy.attempts * conversation.queue[0].part_count:
         return conversation
     return _end_first(conversation, CommandResult("dead_lettered", "unreachable", answer.detail), effects)
 
 
-def _pause(conversation: Conversation, until_ms: int) -> Conversation:
-    return _with(conversation, not_before_ms=max(conversation.not_before_ms, until_ms))
+def _pause_until(conversation: Conversation, until_ms: int) -> Conversation:
+    return _replaced(conversation, not_before_ms=max(conversation.not_before_ms, until_ms))
 
 
 # how commands end -------------------------------------------------------------------------------------
 
 
-def _end(
+def _end_commands(
     conversation: Conversation, commands: Sequence[QueuedCommand], result: CommandResult, effects: list[Effect]
 ) -> Conversation:
     """Ends commands: all receipts before the first acknowledgement, so that whoever goes on after a crash finds them.
@@ -758,12 +760,12 @@ def _end(
         effects.append(PublishReceipt(command, told))
     effects += [Acknowledge(command) for command in commands]
     is_first = bool(commands) and commands[0] is conversation.queue[0]
-    conversation = _without(conversation, {command.sequence for command in commands})
+    conversation = _without_commands(conversation, {command.sequence for command in commands})
     if progress is None or shared is None:
-        return _reset(conversation) if is_first else conversation
+        return _reset_progress(conversation) if is_first else conversation
     ended = {command.ref.sequence for command in commands}
     if shared.may_be_sent and any(one.sequence not in ended for one in progress.commands):
-        return _with(conversation, head_result=shared)  # the others come yet: after a take-over one by one
+        return _replaced(conversation, head_result=shared)  # the others come yet: after a take-over one by one
     return _close_head(conversation, may_be_sent=shared.may_be_sent)
 
 
@@ -773,12 +775,12 @@ def _close_head(conversation: Conversation, *, may_be_sent: bool) -> Conversatio
     ids = [one.id for one in record.head.commands] if may_be_sent and record.head else []
     recent = [*(one for one in record.recent if one not in ids), *ids][-RECENT_COMMANDS:]
     record = msgspec.structs.replace(record, head=None, recent=recent)
-    return _reset(_with(conversation, record=record))
+    return _reset_progress(_replaced(conversation, record=record))
 
 
-def _reset(conversation: Conversation) -> Conversation:
+def _reset_progress(conversation: Conversation) -> Conversation:
     """What is known of the first command's requests does not hold for the next one's."""
-    return _with(
+    return _replaced(
         conversation,
         content=None,
         failures=0,
@@ -791,8 +793,8 @@ def _reset(conversation: Conversation) -> Conversation:
 
 def _end_first(conversation: Conversation, result: CommandResult, effects: list[Effect]) -> Conversation:
     """Ends the first command, with those that are in one message with it."""
-    conversation = _with(conversation, activity=Activity.IDLE, content=None)
-    return _end(conversation, _first_group(conversation), result, effects)
+    conversation = _replaced(conversation, activity=Activity.IDLE, content=None)
+    return _end_commands(conversation, _first_group(conversation), result, effects)
 
 
 def _on_ended(conversation: Conversation, sequence: int, result: CommandResult) -> Conversation:
@@ -802,10 +804,10 @@ def _on_ended(conversation: Conversation, sequence: int, result: CommandResult) 
         return conversation
     if not result.may_be_sent:
         return _close_head(conversation, may_be_sent=False)
-    return _with(conversation, head_result=result)
+    return _replaced(conversation, head_result=result)
 
 
-def _expire(conversation: Conversation, now_ms: int, effects: list[Effect]) -> Conversation:
+def _expire_commands(conversation: Conversation, now_ms: int, effects: list[Effect]) -> Conversation:
     """Ends what waited too long. Commands of one message that may have been sent expire together, with the last."""
     group = _first_group(conversation)
     progress = conversation.record.head
@@ -821,12 +823,14 @@ def _expire(conversation: Conversation, now_ms: int, effects: list[Effect]) -> C
     late = [one for one in conversation.queue if expires_ms(one) <= now_ms]
     sent = [one for one in late if one not in group and one.ref.id in conversation.record.recent]
     effects += [Acknowledge(one, is_duplicate=True) for one in sent]
-    conversation = _without(conversation, {one.sequence for one in sent})
+    conversation = _without_commands(conversation, {one.sequence for one in sent})
     late = [one for one in late if one not in sent]
     if late and late[0] is conversation.queue[0]:
-        conversation = _with(conversation, activity=Activity.IDLE, content=None)
-    conversation = _end(conversation, late, CommandResult("refused", "expired", "It was not sent in time."), effects)
-    return _with(conversation, earliest_expiry_ms=min(map(expires_ms, conversation.queue), default=math.inf))
+        conversation = _replaced(conversation, activity=Activity.IDLE, content=None)
+    conversation = _end_commands(
+        conversation, late, CommandResult("refused", "expired", "It was not sent in time."), effects
+    )
+    return _replaced(conversation, earliest_expiry_ms=min(map(expires_ms, conversation.queue), default=math.inf))
 
 
 def _end_unbound(conversation: Conversation, effects: list[Effect]) -> Conversation:
@@ -834,8 +838,8 @@ def _end_unbound(conversation: Conversation, effects: list[Effect]) -> Conversat
     under_way = _first_group(conversation) if conversation.activity is Activity.SENDING else ()
     ended = [one for one in conversation.queue if one not in under_way]
     if not under_way:
-        conversation = _with(conversation, activity=Activity.IDLE, content=None)
-    return _end(conversation, ended, CommandResult("refused", "not_bound", "The bot was unbound."), effects)
+        conversation = _replaced(conversation, activity=Activity.IDLE, content=None)
+    return _end_commands(conversation, ended, CommandResult("refused", "not_bound", "The bot was unbound."), effects)
 
 
 def reconcile_with_progress(result: CommandResult, progress: SendProgress, command: QueuedCommand) -> CommandResult:
@@ -871,18 +875,20 @@ def _accepted_result(progress: SendProgress) -> CommandResult:
 # what comes next --------------------------------------------------------------------------------------
 
 
-def _advance(conversation: Conversation, now_ms: int, policy: SendPolicy, effects: list[Effect]) -> Conversation:
+def _advance_queue(
+    conversation: Conversation, now_ms: int, policy: SendPolicy, effects: list[Effect]
+) -> Conversation:
     """Goes on with the queue as far as nothing has to be waited for."""
     if conversation.activity is Activity.IDLE and conversation.record.head is not None:
         # while its request was out it did not expire
         expiries = [one.expires_ms for one in _first_group(conversation)]
         earliest_ms = min([conversation.earliest_expiry_ms, *expiries])
-        conversation = _with(conversation, earliest_expiry_ms=earliest_ms)
+        conversation = _replaced(conversation, earliest_expiry_ms=earliest_ms)
     if conversation.earliest_expiry_ms <= now_ms:
-        conversation = _expire(conversation, now_ms, effects)
+        conversation = _expire_commands(conversation, now_ms, effects)
     if conversation.bot is None:
         conversation = _end_unbound(conversation, effects)
-    conversation = _with(conversation, has_unpublished=False)
+    conversation = _replaced(conversation, has_unpublished=False)
     while conversation.activity is Activity.IDLE and conversation.queue:
         first, progress = conversation.queue[0], conversation.record.head
         if progress is not None and not progress.has_command(first.ref.sequence):
@@ -896,20 +902,20 @@ def _advance(conversation: Conversation, now_ms: int, policy: SendPolicy, effect
         if blocked == "reserved" or (blocked and (first.when_closed == "refuse" or first.typing)):
             answer = conversation.last_answer or CommandResult("refused")
             conversation = _end_first(conversation, answer._replace(outcome="refused", reason=blocked), effects)
-            conversation = _with(conversation, typing_due=True)
+            conversation = _replaced(conversation, typing_due=True)
             continue
-        conversation = _with(conversation, reason=blocked)
+        conversation = _replaced(conversation, reason=blocked)
         if blocked:
             return _park_waiting(conversation, blocked, effects)
         if 0 < conversation.not_before_ms - now_ms <= window.CLOCK_ERROR_MS:
             return conversation
         if _is_group_incomplete(conversation):
             due_ms = conversation.group_due_ms or now_ms + GROUP_WAIT_MS
-            conversation = _with(conversation, group_due_ms=due_ms)
+            conversation = _replaced(conversation, group_due_ms=due_ms)
             if now_ms < due_ms:
                 return conversation
         conversation = _send_next(conversation, now_ms, policy, effects)
-    return conversation if conversation.queue else _with(conversation, reason="", earliest_expiry_ms=math.inf)
+    return conversation if conversation.queue else _replaced(conversation, reason="", earliest_expiry_ms=math.inf)
 
 
 def _is_group_incomplete(conversation: Conversation) -> bool:
@@ -928,18 +934,18 @@ def _end_without_sending(
         if not (_is_usable(conversation) and conversation.user):
             return None
         effects.append(SetTyping(first, is_on=first.typing == "on"))
-        conversation = _without(conversation, {first.sequence})
+        conversation = _without_commands(conversation, {first.sequence})
         if first.typing == "off":
             return conversation
         if not conversation.record.typing:
             effects.append(Save())  # the next owner has to know that something may have to be hidden
         record = msgspec.structs.replace(conversation.record, typing=True)
-        return _with(conversation, record=record, typing_due=False)
+        return _replaced(conversation, record=record, typing_due=False)
     if progress is None:
         if first.ref.id not in conversation.record.recent:
             return None
         effects.append(Acknowledge(first, is_duplicate=True))
-        return _without(conversation, {first.sequence})
+        return _without_commands(conversation, {first.sequence})
     if conversation.head_result or progress.part >= first.part_count:
         return _end_first(conversation, conversation.head_result or _accepted_result(progress), effects)
     bot = conversation.bot.id if conversation.bot else ""
@@ -982,14 +988,14 @@ def _park_waiting(conversation: Conversation, reason: str, effects: list[Effect]
         is_reserved = command.optional and reason == "quota"
         if command.when_closed == "refuse" or command.typing or is_reserved:
             result = CommandResult("refused", "reserved" if is_reserved else reason)
-            conversation = _end(conversation, [command], result, effects)
+            conversation = _end_commands(conversation, [command], result, effects)
         else:
             result = answer._replace(outcome="parked", reason=reason)
             effects += [PublishReceipt(command, result), ReleaseBody(command)]
             parked.append(msgspec.structs.replace(command, parts=None, parked=True))
             answer = CommandResult("parked")
     rest = queue[start + RECEIPTS_PER_STEP :]
-    return _with(
+    return _replaced(
         conversation,
         queue=(*queue[:start], *parked, *rest),
         has_unpublished=bool(rest),
@@ -1004,14 +1010,14 @@ def _send_next(conversation: Conversation, now_ms: int, policy: SendPolicy, effe
     group = _group_to_send(conversation, policy)
     if missing := [one.sequence for one in group if one.parts is None]:
         effects.append(Load(missing))
-        return _with(conversation, activity=Activity.LOADING)
+        return _replaced(conversation, activity=Activity.LOADING)
     progress, bot = conversation.record.head, conversation.bot.id if conversation.bot else ""
     parts: list[Part] = group[0].parts or []
     digest = ""
     if len(group) > 1:
-        group = _fitting(group) if progress is None or len(progress.commands) == 1 else group
+        group = _mergeable_prefix(group) if progress is None or len(progress.commands) == 1 else group
         text = MERGE_SEPARATOR.join(_only_text(one) for one in group)
-        parts, digest = [text], _digest(text) if len(group) > 1 else ""
+        parts, digest = [text], _text_digest(text) if len(group) > 1 else ""
     if progress is not None and (len(group), digest) != (len(progress.commands), progress.digest):
         if progress.is_partially_sent:
             detail = "It may have been sent, together with commands that are gone."
@@ -1024,15 +1030,15 @@ def _send_next(conversation: Conversation, now_ms: int, policy: SendPolicy, effe
     ident = client_id(progress.client_id_base, progress.part, len(group) - 1)
     if isinstance(part, MediaPart) and conversation.content is None:
         effects.append(Upload(ident, part))
-        return _with(conversation, activity=Activity.UPLOADING)
+        return _replaced(conversation, activity=Activity.UPLOADING)
     if not conversation.holds_slot:
         effects.append(RequestSlot())
-        return _with(conversation, activity=Activity.AWAITING_SLOT)
+        return _replaced(conversation, activity=Activity.AWAITING_SLOT)
     content = part if isinstance(part, str) else conversation.content
     assert content is not None
     effects += [Save(), Post(ident, content)]
     progress = msgspec.structs.replace(progress, bot=bot)
-    return _with(
+    return _replaced(
         conversation,
         record=window.record_attempt(conversation.record, progress, now_ms),
         activity=Activity.SENDING,
@@ -1067,7 +1073,7 @@ def _is_mergeable(command: QueuedCommand) -> bool:
     return bool(command.chars) and not command.optional
 
 
-def _fitting(group: tuple[QueuedCommand, ...]) -> tuple[QueuedCommand, ...]:
+def _mergeable_prefix(group: tuple[QueuedCommand, ...]) -> tuple[QueuedCommand, ...]:
     """Those that really go together, now that their texts are known."""
     size = 0
     for count, one in enumerate(group):
@@ -1093,15 +1099,15 @@ def _only_text(command: QueuedCommand) -> str:
     return part if isinstance(part, str) else ""
 
 
-def _digest(text: str) -> str:
+def _text_digest(text: str) -> str:
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
-def _without(conversation: Conversation, sequences: set[int]) -> Conversation:
+def _without_commands(conversation: Conversation, sequences: set[int]) -> Conversation:
     queue = conversation.queue
     if len(sequences) == 1 and queue and queue[0].sequence in sequences:
-        return _with(conversation, queue=queue[1:])
-    return _with(conversation, queue=tuple(one for one in queue if one.sequence not in sequences))
+        return _replaced(conversation, queue=queue[1:])
+    return _replaced(conversation, queue=tuple(one for one in queue if one.sequence not in sequences))
 
 
 def _note_service(conversation: Conversation, effects: list[Effect]) -> Conversation:
@@ -1110,10 +1116,12 @@ def _note_service(conversation: Conversation, effects: list[Effect]) -> Conversa
     if not conversation.user or conversation.record.unserved == is_unserved:
         return conversation
     effects.append(Save())
-    return _with(conversation, record=msgspec.structs.replace(conversation.record, unserved=is_unserved))
+    return _replaced(conversation, record=msgspec.structs.replace(conversation.record, unserved=is_unserved))
 
 
-def _announce(conversation: Conversation, now_ms: int, policy: SendPolicy, effects: list[Effect]) -> Conversation:
+def _announce_window(
+    conversation: Conversation, now_ms: int, policy: SendPolicy, effects: list[Effect]
+) -> Conversation:
     """Tells the sandbox of a changed window, once no request is out that may count against it or not."""
     record = conversation.record
     if conversation.bot is None or conversation.activity is Activity.SENDING or not record.window.opened_ms:
@@ -1125,7 +1133,7 @@ def _announce(conversation: Conversation, now_ms: int, policy: SendPolicy, effec
     elif record.announced == "" or record.announced_window == record.window.id:
         return conversation
     record = msgspec.structs.replace(record, announced=current, announced_window=record.window.id)
-    return _with(conversation, record=record)
+    return _replaced(conversation, record=record)
 
 
 def adopt_inbound(conversation: Conversation, stored: ConversationRecord) -> Conversation:
@@ -1137,4 +1145,4 @@ def adopt_inbound(conversation: Conversation, stored: ConversationRecord) -> Con
         sent_at_ms = [*opened.sent_at_ms, *known.sent_at_ms[-1:]]
         opened = msgspec.structs.replace(opened, sends_used=max(opened.sends_used, 1), sent_at_ms=sent_at_ms)
     record = msgspec.structs.replace(record, window=opened, token=stored.token, bot=stored.bot)
-    return _with(conversation, record=record, typing_due=False)
+    return _replaced(conversation, record=record, typing_due=False)

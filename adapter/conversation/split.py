@@ -27,7 +27,7 @@ def split(text: str, max_chars: int, max_bytes: int = MAX_BYTES) -> list[str]:
 
     A code fence that is cut is closed at the end of the part and opened again in the next. Each part costs a send.
     """
-    if _fits(text, max_chars, max_bytes):
+    if _is_within_limits(text, max_chars, max_bytes):
         return [text]
     parts: list[str] = []
     fence = ""
@@ -36,17 +36,17 @@ def split(text: str, max_chars: int, max_bytes: int = MAX_BYTES) -> list[str]:
         opening = f"{fence}\n" if fence else ""
         room_chars = max(1, max_chars - len(opening) - _CLOSING_ROOM)
         room_bytes = max(4, max_bytes - len(opening.encode()) - _CLOSING_ROOM)
-        if _fits(opening + rest, max_chars, max_bytes):
+        if _is_within_limits(opening + rest, max_chars, max_bytes):
             parts.append(opening + rest)
             break
-        cut = _cut(rest, room_chars, room_bytes)
+        cut = _cut_position(rest, room_chars, room_bytes)
         piece, rest = rest[:cut], rest[cut:]
         part = opening + piece.rstrip("\n" if fence else " \n")
         fence = _open_fence(piece, fence)
         # at a line's start, spaces mean something
         rest = rest.lstrip("\n" if fence or piece.endswith("\n") else " \n")
         if fence:
-            part += "\n" + _marker(fence)
+            part += "\n" + _fence_marker(fence)
         if part.strip():
             parts.append(part)
     return parts
@@ -57,11 +57,11 @@ def is_open(text: str) -> bool:
     return bool(_open_fence(text, ""))
 
 
-def _fits(text: str, max_chars: int, max_bytes: int) -> bool:
+def _is_within_limits(text: str, max_chars: int, max_bytes: int) -> bool:
     return len(text) <= max_chars and len(text.encode()) <= max_bytes
 
 
-def _cut(text: str, chars: int, size: int) -> int:
+def _cut_position(text: str, chars: int, size: int) -> int:
     """Where to cut: the last good place within the limits, at least one character in."""
     limit = min(chars, len(text))
     while len(text[:limit].encode()) > size:
@@ -83,14 +83,14 @@ def _open_fence(piece: str, fence: str) -> str:
     """The fence line that is open at the end of `piece`; "" when none is."""
     for line in map(str.strip, piece.split("\n")):
         if fence:
-            if line.startswith(_marker(fence)) and not line.strip(fence[0]):
+            if line.startswith(_fence_marker(fence)) and not line.strip(fence[0]):
                 fence = ""
         elif match := _FENCE.fullmatch(line):
             fence = match[1] + match[2][:_INFO_CHARS].rstrip()
     return fence
 
 
-def _marker(fence: str) -> str:
+def _fence_marker(fence: str) -> str:
     return fence[: len(fence) - len(fence.lstrip(fence[0]))]
 
 
@@ -125,7 +125,7 @@ def is_quick(text: str) -> bool:
     return (
         len(text) <= _QUICK_CHARS
         and len(_STOP.findall(text)) <= _QUICK_STOPS
-        and _cells(text) <= _QUICK_CELLS
+        and _estimate_cells(text) <= _QUICK_CELLS
         and not _NAME.search(text)
     )
 
@@ -135,7 +135,7 @@ def to_plain(text: str) -> str:
 
     A text that costs more to read than anybody writes, or is nested deeper than is read, stays as it is.
     """
-    if _cells(text) > _CELLS_READ:
+    if _estimate_cells(text) > _CELLS_READ:
         return text
     out: list[str] = []
     room = _GROWTH * len(text) + 1000
@@ -163,7 +163,7 @@ def to_plain(text: str) -> str:
                 numbers.pop()
                 out.append("" if numbers else "\n")
             case "list_item_open":
-                out.append("  " * (len(numbers) - 1) + _bullet(numbers))
+                out.append("  " * (len(numbers) - 1) + _bullet_text(numbers))
             case "paragraph_close":
                 out.append("\n" if token.hidden or numbers else "\n\n")
             case "heading_close":
@@ -180,7 +180,7 @@ def to_plain(text: str) -> str:
     return re.sub(r"\n{3,}", "\n\n", plain).strip() or text
 
 
-def _cells(text: str) -> int:
+def _estimate_cells(text: str) -> int:
     """What a text may hold at most of lines in containers, and of cells of tables."""
     lines = text.replace("\r", "\n").split("\n")
     nested = max(len(head[0]) for line in lines if (head := _HEAD.match(line)))
@@ -196,11 +196,11 @@ def _read(text: str, env: dict[str, Any]) -> Iterator[str]:
         if marks is not None and (space := max(text.rfind("\n", start, end), text.rfind(" ", start, end))) > start:
             end = space + 1
         for token in _MARKDOWN.parseInline(text[start:end], env):
-            yield _inline(token.children or [])
+            yield _inline_text(token.children or [])
         start = end
 
 
-def _bullet(numbers: list[int | None]) -> str:
+def _bullet_text(numbers: list[int | None]) -> str:
     number = numbers[-1]
     if number is None:
         return "- "
@@ -208,7 +208,7 @@ def _bullet(numbers: list[int | None]) -> str:
     return f"{number}. "
 
 
-def _inline(children: list[Token]) -> str:
+def _inline_text(children: list[Token]) -> str:
     out: list[str] = []
     links: list[tuple[str, int]] = []
     for child in children:

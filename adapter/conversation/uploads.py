@@ -46,7 +46,7 @@ class Uploads:
         self._max_bytes = max_bytes
         self._ready: OrderedDict[tuple[str, str], tuple[float, Uploaded]] = OrderedDict()
 
-    async def bring(self, ident: str, part: MediaPart, account: Account, sandbox: str, user: str) -> Uploaded:
+    async def upload_media(self, ident: str, part: MediaPart, account: Account, sandbox: str, user: str) -> Uploaded:
         """The part's media, ready to be named in a message. `ident`: the request's client_id.
 
         Raises Refused("media"), SessionExpired, StoreAway, Temporary (iLink could not be reached).
@@ -65,7 +65,7 @@ class Uploads:
 
     async def _upload(self, part: MediaPart, account: Account, sandbox: str, user: str) -> Uploaded:
         problems: list[Temporary | Unreadable] = []
-        read = _watched(await self._source(part), problems)
+        read = _recording_problems(await self._open_source(part), problems)
         try:
             measured = await self._measure(read)
             found = identify(measured.head, part.name)
@@ -73,7 +73,7 @@ class Uploads:
                 return await self._cdn.upload(
                     account,
                     user=user,
-                    kind=_sent_as(part, found.mime),
+                    kind=_media_kind_of(part, found.mime),
                     name=part.name or file_name(found.mime.partition("/")[0], found.suffix),
                     size=measured.size,
                     md5=measured.md5,
@@ -87,11 +87,11 @@ class Uploads:
                     raise Refused("media", "The object changed or got damaged while it was read.") from exc
             raise
 
-    async def _source(self, part: MediaPart) -> Read:
+    async def _open_source(self, part: MediaPart) -> Read:
         """Raises Refused("media"), StoreAway."""
         if not part.object:
             self._check_size(len(part.data))
-            return lambda: _pieces(part.data)
+            return lambda: _single_piece(part.data)
         try:
             stored = await self._objects.get_info(part.object)
         except Temporary as exc:
@@ -118,12 +118,12 @@ class Uploads:
             raise Refused("media", f"too_large: more than {self._max_bytes} bytes are not sent.")
 
 
-def _sent_as(part: MediaPart, mime: str) -> MediaKind:
+def _media_kind_of(part: MediaPart, mime: str) -> MediaKind:
     """What a part is sent as: the kind that it names, or a file if its content is no picture or video."""
     return part.kind if mime.startswith(f"{part.kind}/") else "file"
 
 
-def _watched(read: Read, problems: list[Temporary | Unreadable]) -> Read:
+def _recording_problems(read: Read, problems: list[Temporary | Unreadable]) -> Read:
     """`read`, its failures noted (who uploads may wrap them), and closed with what reads it."""
 
     async def watched() -> Pieces:
@@ -139,6 +139,6 @@ def _watched(read: Read, problems: list[Temporary | Unreadable]) -> Read:
     return watched
 
 
-async def _pieces(data: bytes) -> Pieces:
+async def _single_piece(data: bytes) -> Pieces:
     for start in range(0, len(data), PIECE):
         yield data[start : start + PIECE]

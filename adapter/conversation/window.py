@@ -50,7 +50,7 @@ def send_blocker(
 ) -> Closed:
     """Why `needed` sends do not fit now; "" if they do. What needs more than the whole budget fits a fresh window."""
     window = record.window
-    if not _is_in_time(record, now_ms, policy):
+    if not _is_unexpired(record, now_ms, policy):
         return "window_closed"
     if window.throttled_at_ms and now_ms < probes_at_ms(window, policy):
         return "throttled"
@@ -64,7 +64,7 @@ def send_blocker(
 
 def phase(record: ConversationRecord, now_ms: int, policy: WindowPolicy) -> tuple[WindowPhase, Closed]:
     """How the window stands for the sandbox, and why it is closed. A probe that -2 allows does not make it open."""
-    if not _is_in_time(record, now_ms, policy):
+    if not _is_unexpired(record, now_ms, policy):
         return "closed", "window_closed"
     if record.window.throttled_at_ms:
         return "closed", "throttled"
@@ -89,9 +89,9 @@ def phase_change(announced: WindowPhase, current: WindowPhase) -> Literal["", "o
             return ""
 
 
-def shown(record: ConversationRecord, now_ms: int, policy: WindowPolicy) -> Window:
+def visible_window(record: ConversationRecord, now_ms: int, policy: WindowPolicy) -> Window:
     """The window as the bus sees it now."""
-    if not _is_in_time(record, now_ms, policy):
+    if not _is_unexpired(record, now_ms, policy):
         return Window(remaining=0)
     closes_ms = closes_at_ms(record.window, policy)
     if record.window.throttled_at_ms:
@@ -112,7 +112,7 @@ def probes_at_ms(window: SendWindow, policy: WindowPolicy) -> float:
     return window.throttled_at_ms + policy.cooldown_s * 1000 if policy.cooldown_s > 0 else math.inf
 
 
-def _is_in_time(record: ConversationRecord, now_ms: int, policy: WindowPolicy) -> bool:
+def _is_unexpired(record: ConversationRecord, now_ms: int, policy: WindowPolicy) -> bool:
     return bool(record.window.opened_ms and record.token) and now_ms < closes_at_ms(record.window, policy)
 
 

@@ -125,7 +125,7 @@ class BotJournal:
         The owner that the journal names may write as long as it lives, also for a shard that it has handed over:
         nobody takes the bot before.
         """
-        if not self._leases.valid or self._leases.incarnation != self.owner:
+        if not self._leases.is_valid or self._leases.incarnation != self.owner:
             raise LeaseLost("lease_lost", self.bot)
 
     # writing ----------------------------------------------------------------------------------------

@@ -26,8 +26,8 @@ from adapter.dedup import DedupWindow
 from adapter.errors import AdapterError, Crashed, LeaseLost
 from adapter.inbound import inbox
 from adapter.inbound.bot_journal import BotJournal
-from adapter.inbound.download import Downloading, Got, Missing, download, filled
-from adapter.inbound.inbox import Heard, Publishing
+from adapter.inbound.download import DownloadDeps, Got, Missing, download, filled
+from adapter.inbound.inbox import AddressedMessage, PublishDeps
 from adapter.inbound.journal import Journal, JournalRecord, Written
 from adapter.inbound.triage import Sorted, Triage
 from adapter.names import H_JOURNAL, H_MSG_ID
@@ -56,14 +56,14 @@ UNSAVED = 256
 """Records of whose conversations it is known what is stored."""
 
 
-class Dispatching(NamedTuple):
+class DispatchDeps(NamedTuple):
     """What every dispatcher of a replica needs."""
 
     journal: Journal
     triage: Triage
-    publishing: Publishing
+    publishing: PublishDeps
     bindings: Bindings
-    downloading: Downloading
+    downloading: DownloadDeps
     media_wait_s: float
     """How long a message waits for its media, from its arrival on."""
     media_writable: Callable[[], Awaitable[None]]
@@ -75,7 +75,7 @@ class PendingMessage:
 
     __slots__ = ("crashes", "heard", "is_suspect", "record", "until", "work")
 
-    def __init__(self, heard: Heard, record: Open, until: float, *, is_suspect: bool) -> None:
+    def __init__(self, heard: AddressedMessage, record: Open, until: float, *, is_suspect: bool) -> None:
         self.heard = heard
         self.record = record
         self.until = until
@@ -124,13 +124,13 @@ class Open:
 class Dispatcher:
     """One bot's. Implements bot_journal.Progress. One task while something waits, none otherwise."""
 
-    def __init__(self, journal: BotJournal, needs: Dispatching, on_caught_up: Callable[[], None]) -> None:
+    def __init__(self, journal: BotJournal, deps: DispatchDeps, on_caught_up: Callable[[], None]) -> None:
         """`on_caught_up`: called once the conversations have heard what the owner before left over."""
         self.bot = journal.bot
         self._journal = journal
-        self._needs = needs
-        self._publishing = needs.publishing._replace(ensure_owner=self._fence)
-        self._clock = needs.publishing.clock
+        self._deps = deps
+        self._publishing = deps.publishing._replace(ensure_owner=self._fence)
+        self._clock = deps.publishing.clock
         self._on_caught_up = on_caught_up
         self.is_catching_up = False
         self._seen: DedupWindow | None = None
@@ -285,7 +285,7 @@ class Dispatcher:
     async def _wait_for_lease(self) -> None:
         """Returns when it may be ours again; where it is not, everything ends."""
         leases = self._publishing.leases
-        await leases.changed.wait_until(lambda: self._stopped or leases.valid, 1.0)
+        await leases.changed.wait_until(lambda: self._stopped or leases.is_valid, 1.0)
         if leases.incarnation != self._journal.owner:
             self.stop()
 
@@ -313,8 +313,8 @@ class Dispatcher:
     async def _read_back(self) -> None:
         """Reads the records of earlier owners: what was seen lately, and what is left over, which comes first. Raises
         Temporary."""
-        journal, triage = self._journal, self._needs.triage
-        known = await self._needs.journal.get(self.bot, journal.seen_at) if journal.seen_at else None
+        journal, triage = self._journal, self._deps.triage
+        known = await self._deps.journal.get(self.bot, journal.seen_at) if journal.seen_at else None
         seen, left = DedupWindow(known.record.seen or () if known else (), skew_ms=triage.skew_ms), []
         for written in await self._earlier(journal.seen_to):
             record = written.record
@@ -357,7 +357,7 @@ class Dispatcher:
             opened.whole = self._whole(record)
         if opened.found is None:
             known = self._seen.added_count
-            opened.found = await self._needs.triage.sort(
+            opened.found = await self._deps.triage.sort(
                 self.bot, opened.whole, record.place, record.first, self._seen, record.received_ms
             )
             opened.added = self._seen.added_count - known
@@ -378,21 +378,21 @@ class Dispatcher:
 
     async def _hand_out(self, opened: Open, found: Sequence[Sorted], binding: Binding | None) -> None:
         """Raises Temporary, LeaseLost."""
-        heard: list[Heard] = []
+        heard: list[AddressedMessage] = []
         if binding is not None:
-            heard = [self._heard(opened, one, binding) for one in found if one.outcome == "new"]
+            heard = [self._address_message(opened, one, binding) for one in found if one.outcome == "new"]
             heard = await self._update_conversations(binding, opened, heard)
         for one in found:
             if one.outcome != "new" or binding is None:
                 await self._set_aside(one, binding)
             elif one.said is not None and one.said.broken:
                 await self._dead_letter(binding, one.raw, one.said.broken)
-        until = self._clock.monotonic() + self._needs.media_wait_s
+        until = self._clock.monotonic() + self._deps.media_wait_s
         self._waiting.extend(PendingMessage(one, opened, until, is_suspect=opened.is_left_over) for one in heard)
         opened.left = len(heard)
         self._fetch_ahead()
 
-    def _heard(self, opened: Open, one: Sorted, binding: Binding) -> Heard:
+    def _address_message(self, opened: Open, one: Sorted, binding: Binding) -> AddressedMessage:
         said = one.said
         assert said is not None
         if said.fetches and not binding.options.media:
@@ -400,7 +400,7 @@ class Dispatcher:
         place = f"{opened.written.sequence}.{one.number}"
         record = opened.written.record
         sandbox = record.sandbox or binding.sandbox
-        return Heard(said, sandbox, self.bot, record.received_ms, said.keys.id_for(self.bot), place)
+        return AddressedMessage(said, sandbox, self.bot, record.received_ms, said.keys.id_for(self.bot), place)
 
     async def _set_aside(self, one: Sorted, binding: Binding | None) -> None:
         """What is for no inbox."""
@@ -440,14 +440,16 @@ class Dispatcher:
     async def _find_binding(self) -> Binding | None:
         """The bot's binding; None only where the bus has none: the news of a new one may be on their way. Raises
         Temporary."""
-        bindings = self._needs.bindings
+        bindings = self._deps.bindings
         if bindings.get(self.bot) is None:
             await bindings.refresh(self.bot)
         return bindings.get(self.bot)
 
     # conversations ----------------------------------------------------------------------------------
 
-    async def _update_conversations(self, binding: Binding, opened: Open, heard: list[Heard]) -> list[Heard]:
+    async def _update_conversations(
+        self, binding: Binding, opened: Open, heard: list[AddressedMessage]
+    ) -> list[AddressedMessage]:
         """Tells each user's conversation, so that a fast answer finds token and window; those that may not be in the
         inbox. Raises Temporary, LeaseLost."""
         sequence = opened.written.sequence
@@ -464,20 +466,20 @@ class Dispatcher:
                     await self._end_as_dead_letter(one.said.raw, one.sandbox, one.said)
             else:
                 actors.append(actor)
-                if not (opened.is_left_over and actor.has_everything_to(self.bot, sequence)):
+                if not (opened.is_left_over and actor.has_dispatched_to(self.bot, sequence)):
                     continue
             heard = [one for one in heard if one.said.user != user]
         opened.actors = actors
         return heard
 
     async def _update_conversation(
-        self, binding: Binding, user: str, theirs: list[Heard], sequence: int
+        self, binding: Binding, user: str, theirs: list[AddressedMessage], sequence: int
     ) -> ConversationActor:
         """Raises Temporary, LeaseLost."""
         if not binding.user:
             await self._learn_user(binding, user)
-        return await self._publishing.conversations.hear(
-            self._needs.bindings.get(self.bot) or binding,
+        return await self._publishing.conversations.on_inbound(
+            self._deps.bindings.get(self.bot) or binding,
             user,
             message=theirs[-1].id,
             token=next((one.said.context_token for one in reversed(theirs) if one.said.context_token), ""),
@@ -489,7 +491,7 @@ class Dispatcher:
     async def _learn_user(self, binding: Binding, user: str) -> None:
         """The binding named no user: this is who they are. An older bot of theirs in the sandbox is replaced. Raises
         Temporary."""
-        bindings = self._needs.bindings
+        bindings = self._deps.bindings
         bound = bindings.of_sandbox(binding.sandbox)
         older = [other for other in bound if other.user == user and other.bot != binding.bot]
 
@@ -499,7 +501,7 @@ class Dispatcher:
             known = older[0] if older else now
             return msgspec.structs.replace(now, user=user, in_after=known.in_after, out_after=known.out_after)
 
-        await bindings.change(binding.bot, with_user)
+        await bindings.update(binding.bot, with_user)
         for other in older:  # WeChat has killed it: one user has one bot
             detail = "The user is served by another bot now."
             await self._publishing.events.publish_binding_event(other.event("replaced", detail=detail))
@@ -545,10 +547,10 @@ class Dispatcher:
             self._publishing.metrics.inbound_publish_duration.observe(max(0.0, took_s), len(ready))
         self._told(ready)
 
-    def _is_anothers(self, heard: Heard) -> bool:
+    def _is_anothers(self, heard: AddressedMessage) -> bool:
         """Whether the bot was taken from the sandbox, and somebody else has it: they must not see what this user
         wrote."""
-        bindings = self._needs.bindings
+        bindings = self._deps.bindings
         serves = bindings.get(self.bot)
         if serves is not None and serves.sandbox == heard.sandbox:
             return False
@@ -598,7 +600,7 @@ class Dispatcher:
         names, history = self._publishing.names, self._publishing.history
         first = suspects[0].record.written
         if not first.time_ms:
-            first = await self._needs.journal.get(self.bot, first.sequence) or first
+            first = await self._deps.journal.get(self.bot, first.sequence) or first
         since_ms = first.time_ms - CLOCKS_APART_MS
         places, ids = set(), set()
         for sandbox in {one.heard.sandbox for one in suspects}:
@@ -639,7 +641,7 @@ class Dispatcher:
             left_s = waiting.until - self._clock.monotonic()
             try:
                 async with asyncio.timeout(max(0.0, left_s)):
-                    return await download(waiting.heard, fetch, self._needs.downloading)
+                    return await download(waiting.heard, fetch, self._deps.downloading)
             except TimeoutError:
                 missing = Missing("timeout", again=True)
             except Missing as exc:
@@ -647,12 +649,12 @@ class Dispatcher:
             if missing.reason not in ("timeout", "store") or not missing.again or not await self._bus_was_away():
                 log.info("media.missing", bot=self.bot, reason=missing.reason)
                 return Got(reason=missing.reason)
-            waiting.until = self._clock.monotonic() + self._needs.media_wait_s
+            waiting.until = self._clock.monotonic() + self._deps.media_wait_s
 
     async def _bus_was_away(self) -> bool:
         """Waits until the bus is there; whether it was not."""
         began = self._clock.monotonic()
-        await self._needs.media_writable()
+        await self._deps.media_writable()
         return self._clock.monotonic() > began + 0.01
 
 
@@ -661,7 +663,7 @@ def _is_ready(waiting: PendingMessage) -> bool:
     return not waiting.heard.said.fetches or (waiting.work is not None and waiting.work.done())
 
 
-def _with_media(waiting: PendingMessage) -> Heard:
+def _with_media(waiting: PendingMessage) -> AddressedMessage:
     """The message as it is told. Raises what the download raised that nobody expects."""
     if waiting.work is None:
         return waiting.heard

@@ -12,7 +12,7 @@ import structlog
 from adapter import contract, media
 from adapter.contract import InboundItem
 from adapter.errors import BusRefused, Refused, Temporary
-from adapter.inbound.inbox import Heard
+from adapter.inbound.inbox import AddressedMessage
 from adapter.names import digest
 from adapter.ports import Cdn, MediaRef, Objects, Pieces, StoredObject
 from adapter.quotes import kind_of
@@ -24,7 +24,7 @@ log = structlog.get_logger()
 ATTEMPTS = 3
 
 
-class Downloading(NamedTuple):
+class DownloadDeps(NamedTuple):
     """What a download needs."""
 
     cdn: Cdn
@@ -54,36 +54,36 @@ class Got(NamedTuple):
     reason: str = ""
 
 
-async def download(heard: Heard, fetch: MediaRef, needs: Downloading) -> Got:
+async def download(message: AddressedMessage, fetch: MediaRef, deps: DownloadDeps) -> Got:
     """An item's media, tried a few times. Raises Missing."""
     failures = 0
     while True:
         try:
-            return await _download_once(heard, fetch, needs)
+            return await _download_once(message, fetch, deps)
         except Missing as exc:
             failures += 1
             if not exc.again or failures == ATTEMPTS:
                 raise
         except Exception as exc:
             failures += 1
-            log.exception("media.crashed", bot=heard.bot)
+            log.exception("media.crashed", bot=message.bot)
             if failures == ATTEMPTS:
                 raise Missing("unavailable", again=False) from exc
-        await needs.clock.sleep(backoff(failures, first_s=0.5))
+        await deps.clock.sleep(backoff(failures, first_s=0.5))
 
 
-async def _download_once(heard: Heard, fetch: MediaRef, needs: Downloading) -> Got:
+async def _download_once(message: AddressedMessage, fetch: MediaRef, deps: DownloadDeps) -> Got:
     """Raises Missing."""
-    item = heard.said.items[fetch.item]
-    name = f"{heard.sandbox}/in/{digest(heard.id.encode())}-{fetch.item}"
+    item = message.said.items[fetch.item]
+    name = f"{message.sandbox}/in/{digest(message.id.encode())}-{fetch.item}"
     recording = _Copy(media.SILK_MAX_BYTES) if isinstance(item, contract.VoiceItem) else None
-    async with contextlib.aclosing(_pieces(heard.sandbox, fetch, needs)) as pieces:
+    async with contextlib.aclosing(_pieces(message.sandbox, fetch, deps)) as pieces:
         head = await _head(pieces)
         kind = media.identify(head, fetch.name)
         title = fetch.name or media.file_name(kind_of(item), kind.suffix)
         whole = _joined(head, pieces)
         try:
-            stored = await needs.objects.put(
+            stored = await deps.objects.put(
                 name, recording.of(whole) if recording else whole, mime=kind.mime, title=title
             )
         except Temporary as exc:
@@ -94,21 +94,21 @@ async def _download_once(heard: Heard, fetch: MediaRef, needs: Downloading) -> G
     got = Got(described(stored, kind, title, _duration_of(item)))
     if recording is None or not media.is_silk(recording.data):
         return got
-    return await _with_wav(f"{name}.wav", recording.data, got, needs)
+    return await _with_wav(f"{name}.wav", recording.data, got, deps)
 
 
-async def _with_wav(name: str, silk: bytes, got: Got, needs: Downloading) -> Got:
+async def _with_wav(name: str, silk: bytes, got: Got, deps: DownloadDeps) -> Got:
     """With the recording as others can play it, where it can be converted and stored."""
     assert got.media is not None
     length_ms = got.media.duration_ms or media.silk_duration_ms(silk)
     got = got._replace(media=msgspec.structs.replace(got.media, duration_ms=length_ms))
-    wav = await needs.to_wav(silk)
+    wav = await deps.to_wav(silk)
     if wav is None:
         return got
     kind = media.identify(wav)
     title = media.file_name("voice", ".wav")
     try:
-        stored = await needs.objects.put(name, _once(wav), mime=kind.mime, title=title)
+        stored = await deps.objects.put(name, _once(wav), mime=kind.mime, title=title)
     except (Temporary, BusRefused) as exc:
         log.warning("media.wav_unstored", reason=exc.reason)
         return got
@@ -133,13 +133,13 @@ class _Copy:
         self.data = bytes(kept) if size <= self._most else b""
 
 
-async def _pieces(sandbox: str, fetch: MediaRef, needs: Downloading) -> Pieces:
+async def _pieces(sandbox: str, fetch: MediaRef, deps: DownloadDeps) -> Pieces:
     """The plain bytes, once there is a place for their transfer.
 
     Raises Missing: whatever else comes out of storing them is the object store's.
     """
     try:
-        async with needs.transfers.slot(sandbox), contextlib.aclosing(needs.cdn.download(fetch)) as plain:
+        async with deps.transfers.slot(sandbox), contextlib.aclosing(deps.cdn.download(fetch)) as plain:
             async for piece in plain:
                 yield piece
     except Refused as exc:

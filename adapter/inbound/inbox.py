@@ -36,7 +36,7 @@ LARGE = 64 * 1024
 """Bytes of a message as iLink sent it: no text of a phone has so many, and no bus refuses fewer."""
 
 
-class Heard(msgspec.Struct, frozen=True, gc=False):
+class AddressedMessage(msgspec.Struct, frozen=True, gc=False):
     """A message of a user for the sandbox that it was said to."""
 
     said: InboundMessage
@@ -49,7 +49,7 @@ class Heard(msgspec.Struct, frozen=True, gc=False):
     """Which record of the journal it is of, and where it stands in there."""
 
 
-class Publishing(NamedTuple):
+class PublishDeps(NamedTuple):
     """What publishing messages needs."""
 
     bus: Bus
@@ -74,7 +74,7 @@ def without_media(said: InboundMessage, reason: str) -> InboundMessage:
     return msgspec.structs.replace(said, items=items, fetches=())
 
 
-async def publish(heard: Sequence[Heard], needs: Publishing) -> None:
+async def publish(heard: Sequence[AddressedMessage], deps: PublishDeps) -> None:
     """Stores messages in this order, pipelined. Raises LeaseLost.
 
     A large one by itself: the bus may refuse it for its size, and its stub is to have its place.
@@ -82,17 +82,17 @@ async def publish(heard: Sequence[Heard], needs: Publishing) -> None:
     heard, until = list(heard), asyncio.get_running_loop().time() + QUOTES_S
     for number, one in enumerate(heard):
         if one.said.reference is not None:  # looked up only now: a quote is rare
-            heard[number] = await _with_quote(one, heard[:number], until, needs)
+            heard[number] = await _with_quote(one, heard[:number], until, deps)
     start = 0
     for number, one in enumerate(heard):
         if len(one.said.raw) > LARGE:
             for part in (heard[start:number], [one]):
-                await _publish_part(part, needs)
+                await _publish_part(part, deps)
             start = number + 1
-    await _publish_part(heard[start:], needs)
+    await _publish_part(heard[start:], deps)
 
 
-async def _publish_part(heard: Sequence[Heard], needs: Publishing) -> None:
+async def _publish_part(heard: Sequence[AddressedMessage], deps: PublishDeps) -> None:
     """Messages that the bus is asked to store at once; those that it refuses come last, as stubs."""
     if not heard:
         return
@@ -101,54 +101,56 @@ async def _publish_part(heard: Sequence[Heard], needs: Publishing) -> None:
     for one in heard:
         to = one.sandbox, one.bot, one.said.user
         if to not in shown:
-            shown[to] = await _window(*to, needs)
-        messages.append(_message(one, shown[to], needs))
-    acks = await _publish_all(messages, needs)
-    now_ms = needs.clock.now_ms()
+            shown[to] = await _window(*to, deps)
+        messages.append(_message(one, shown[to], deps))
+    acks = await _publish_all(messages, deps)
+    now_ms = deps.clock.now_ms()
     stored: Counter[tuple[str, bool]] = Counter()
-    refused: list[tuple[Heard, Message, BusRefused]] = []
+    refused: list[tuple[AddressedMessage, Message, BusRefused]] = []
     for one, message, ack in zip(heard, messages, acks, strict=True):
         if isinstance(ack, BusRefused):
             refused.append((one, message, ack))
             continue
         stored[one.said.kind, ack.duplicate] += 1
         if one.said.sent_at_ms:
-            needs.metrics.inbound_age.observe(max(0, now_ms - one.said.sent_at_ms) / 1000)
+            deps.metrics.inbound_age.observe(max(0, now_ms - one.said.sent_at_ms) / 1000)
     for (kind, duplicate), times in stored.items():
-        needs.metrics.inbound_messages.child(kind, "duplicate" if duplicate else "published").inc(times)
+        deps.metrics.inbound_messages.child(kind, "duplicate" if duplicate else "published").inc(times)
     for one, message, refusal in refused:
-        count(needs, one.said.kind, "publish_failed")
+        count(deps, one.said.kind, "publish_failed")
         log.error("inbound.refused", bot=one.bot, code=refusal.code, detail=refusal.detail)
-        await _publish_stub(one, message, needs)
+        await _publish_stub(one, message, deps)
 
 
-async def _publish_all(messages: Sequence[Message], needs: Publishing) -> list[PubAck | BusRefused]:
+async def _publish_all(messages: Sequence[Message], deps: PublishDeps) -> list[PubAck | BusRefused]:
     """Stores them, and waits where the stream is full, which it is only if somebody changed what it discards."""
-    acks = await needs.bus.publish_all(messages)
+    acks = await deps.bus.publish_all(messages)
     failures = 0
     while full := [number for number, ack in enumerate(acks) if isinstance(ack, BusRefused) and ack.full]:
         failures += 1
         log.error("inbound.full", waiting=len(full), failures=failures)
-        await needs.clock.sleep(backoff(failures, first_s=0.5, longest_s=10.0))
-        again = await needs.bus.publish_all([messages[number] for number in full])
+        await deps.clock.sleep(backoff(failures, first_s=0.5, longest_s=10.0))
+        again = await deps.bus.publish_all([messages[number] for number in full])
         for number, ack in zip(full, again, strict=True):
             acks[number] = ack
     return acks
 
 
-async def _with_quote(one: Heard, before: Sequence[Heard], until: float, needs: Publishing) -> Heard:
+async def _with_quote(
+    one: AddressedMessage, before: Sequence[AddressedMessage], until: float, deps: PublishDeps
+) -> AddressedMessage:
     """`before`: what came in the same answer, and is on no bus yet. `until`: the time of the loop."""
     earlier = [other.said for other in before if other.sandbox == one.sandbox]
     try:
         async with asyncio.timeout_at(until):
-            said = await retry(lambda: needs.recall.resolve(one.sandbox, one.bot, one.said, earlier), needs.clock)
+            said = await retry(lambda: deps.recall.resolve(one.sandbox, one.bot, one.said, earlier), deps.clock)
     except TimeoutError:
         log.info("quote.unfound", bot=one.bot)
-        said = needs.recall.leave(one.said)
+        said = deps.recall.leave(one.said)
     return msgspec.structs.replace(one, said=said)
 
 
-def _message(one: Heard, shown: contract.Window, needs: Publishing) -> Message:
+def _message(one: AddressedMessage, shown: contract.Window, deps: PublishDeps) -> Message:
     inbound = Inbound(
         id=one.id,
         sandbox=one.sandbox,
@@ -167,38 +169,38 @@ def _message(one: Heard, shown: contract.Window, needs: Publishing) -> Message:
         H_JOURNAL: one.place,
         **ids_header(one.said),
     }
-    return Message("in", needs.names.inbox(one.sandbox), msgspec.json.encode(inbound), headers, needs.ensure_owner)
+    return Message("in", deps.names.inbox(one.sandbox), msgspec.json.encode(inbound), headers, deps.ensure_owner)
 
 
-async def _window(sandbox: str, bot: str, user: str, needs: Publishing) -> contract.Window:
+async def _window(sandbox: str, bot: str, user: str, deps: PublishDeps) -> contract.Window:
     """What the sandbox may still send to the user: nothing once the bot serves it no longer."""
-    binding = needs.bindings.get(bot)
+    binding = deps.bindings.get(bot)
     if binding is None or binding.sandbox != sandbox:
         return contract.Window(remaining=0)
-    return await retry(lambda: needs.conversations.shown_window(sandbox, bot, user), needs.clock)
+    return await retry(lambda: deps.conversations.shown_window(sandbox, bot, user), deps.clock)
 
 
-async def _publish_stub(one: Heard, message: Message, needs: Publishing) -> None:
+async def _publish_stub(one: AddressedMessage, message: Message, deps: PublishDeps) -> None:
     """The bus refuses this message for its size: the reader learns of it, the bytes go to the dead letters."""
-    await dead_letter(one.bot, one.sandbox, one.said.raw, "The bus refuses a message of this size.", needs)
+    await dead_letter(one.bot, one.sandbox, one.said.raw, "The bus refuses a message of this size.", deps)
     whole = msgspec.json.decode(message.payload, type=Inbound)
     stub = msgspec.structs.replace(
         whole, text="", quote=None, items=[contract.UnsupportedItem(type=0, reason="too_large")]
     )
     try:
-        await needs.bus.publish(msgspec.structs.replace(message, payload=msgspec.json.encode(stub)))
+        await deps.bus.publish(msgspec.structs.replace(message, payload=msgspec.json.encode(stub)))
     except BusRefused as exc:
         log.error("inbound.lost_to_dead_letters", bot=one.bot, detail=exc.detail)
 
 
 async def dead_letter(
-    bot: str, sandbox: str, raw: bytes, why: str, needs: Publishing, *, reason: str = "unreadable"
+    bot: str, sandbox: str, raw: bytes, why: str, deps: PublishDeps, *, reason: str = "unreadable"
 ) -> None:
     """Keeps what iLink sent as a dead letter. `sandbox` "": the bot is bound to none."""
-    await needs.events.publish_dead_letter(
+    await deps.events.publish_dead_letter(
         "IN",
         raw,
-        subject=needs.names.inbox(sandbox) if sandbox else "",
+        subject=deps.names.inbox(sandbox) if sandbox else "",
         headers={},
         reason=reason if sandbox else "not_bound",
         detail=why,
@@ -222,5 +224,5 @@ async def retry(work: Callable[[], Awaitable[T]], clock: Clock) -> T:
             await clock.sleep(backoff(failures, first_s=0.05, longest_s=longest_s))
 
 
-def count(needs: Publishing, kind: str, outcome: str) -> None:
-    needs.metrics.inbound_messages.child(kind, outcome).inc()
+def count(deps: PublishDeps, kind: str, outcome: str) -> None:
+    deps.metrics.inbound_messages.child(kind, outcome).inc()

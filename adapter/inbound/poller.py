@@ -14,11 +14,11 @@ from functools import partial
 import msgspec
 import structlog
 
-from adapter.bindings.stale_token import lose_login, needs_login_now, regain_login, tell_login
+from adapter.bindings.stale_token import mark_active, mark_needs_login, publish_login_event, should_report_needs_login
 from adapter.errors import AdapterError, BusRefused, LeaseLost, SessionExpired, Temporary
 from adapter.inbound.bot_journal import Answer, BotJournal
 from adapter.inbound.inbox import retry
-from adapter.inbound.sessions import Incoming, Session, check_owned, notify, rebound, wait_until
+from adapter.inbound.sessions import InboundDeps, Session, check_owned, notify, rebound, wait_until
 from adapter.inbound.taking import give_back, take
 from adapter.ports import Polled
 from adapter.records import Binding
@@ -47,24 +47,24 @@ DEAD_PATH_AFTER = 3
 (docs/reference/ilink-protocol.md, "getupdates")."""
 
 
-async def tend(session: Session, needs: Incoming) -> None:
+async def tend(session: Session, deps: InboundDeps) -> None:
     """Serves one bot until it is told to leave, or its binding or shard is gone. One unit of work: never raises.
 
     Whoever ends it says so to the session and waits: cancelled, it drops the batch in hand, which iLink may count as
     delivered.
     """
     try:
-        await _tend(session, needs)
+        await _tend(session, deps)
     finally:
         if session.journal is not None:
-            await shield_with_grace(give_back(session, session.journal, needs), needs.grace_s)
+            await shield_with_grace(give_back(session, session.journal, deps), deps.grace_s)
 
 
-async def _tend(session: Session, needs: Incoming) -> None:
+async def _tend(session: Session, deps: InboundDeps) -> None:
     failures = 0
     while not session.leaving:
         try:
-            await _serve(session, needs)
+            await _serve(session, deps)
             failures = 0
         except LeaseLost as exc:
             log.info("poller.fenced", bot=session.bot, reason=exc.reason)
@@ -82,28 +82,28 @@ async def _tend(session: Session, needs: Incoming) -> None:
             if session.dispatcher is not None:  # what is known of the journal may be at fault: it is read anew
                 session.dispatcher.stop()
             session.journal = None
-        if needs.bindings.get(session.bot) is None:
+        if deps.bindings.get(session.bot) is None:
             return
         if failures:
-            await wait_event(session.cut, backoff(failures, first_s=0.5) + needs.clock.jitter(0.5))
+            await wait_event(session.cut, backoff(failures, first_s=0.5) + deps.clock.jitter(0.5))
             session.cut.clear()
 
 
-async def _serve(session: Session, needs: Incoming) -> None:
-    journal = session.journal or await take(session, needs)
+async def _serve(session: Session, deps: InboundDeps) -> None:
+    journal = session.journal or await take(session, deps)
     if journal is None:
         return
-    await wait_event(session.cut, needs.starts.reserve_delay_s())
+    await wait_event(session.cut, deps.starts.reserve_delay_s())
     if not session.leaving:
-        await _announce(session, needs)
-    await poll_forever(session, journal, needs)
+        await _announce(session, deps)
+    await poll_forever(session, journal, deps)
 
 
-async def _announce(session: Session, needs: Incoming) -> None:
+async def _announce(session: Session, deps: InboundDeps) -> None:
     """Tells iLink that polling begins."""
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(NOTIFY_S):
-            await notify(session, needs, start=True)
+            await notify(session, deps, start=True)
 
 
 class _Lately(msgspec.Struct):
@@ -124,66 +124,66 @@ class _Lately(msgspec.Struct):
     """Characters of the cursor, too long to be kept, that the last answer with a cursor had; 0: it was kept."""
 
 
-async def poll_forever(session: Session, journal: BotJournal, needs: Incoming) -> None:
+async def poll_forever(session: Session, journal: BotJournal, deps: InboundDeps) -> None:
     """Polls until told to leave or the binding is gone. Raises LeaseLost, Refused, Temporary."""
     lately, hold_ms = _Lately(), HOLD_MS
-    session.answered = session.answered or needs.clock.monotonic()
-    while (binding := await _wait_for_turn(session, needs)) is not None:
+    session.answered = session.answered or deps.clock.monotonic()
+    while (binding := await _wait_for_turn(session, deps)) is not None:
         if session.has_late:
             session.has_late = False
-            await retry(journal.adopt_late, needs.clock)
+            await retry(journal.adopt_late, deps.clock)
         if session.begun_at != binding.start_cursor:
             session.begun_at = binding.start_cursor
-            journal.begin_at(binding, needs.sealer)
+            journal.begin_at(binding, deps.sealer)
         unheard = lately.failures or lately.overlong or lately.timeouts >= DEAD_PATH_AFTER
-        session.state, began = "error" if unheard else "polling", needs.clock.monotonic()
+        session.state, began = "error" if unheard else "polling", deps.clock.monotonic()
         waits_ms = max(hold_ms, lately.hold_ms)
         try:
-            polled = await _poll_once(session, binding, journal.cursor, waits_ms, needs)
+            polled = await _poll_once(session, binding, journal.cursor, waits_ms, deps)
         except SessionExpired as exc:
-            needs.metrics.polls.labels(outcome="stale_token").inc()
-            polled = await recover(session, exc, journal.cursor, waits_ms, needs)
+            deps.metrics.polls.labels(outcome="stale_token").inc()
+            polled = await recover(session, exc, journal.cursor, waits_ms, deps)
             if polled is None:
                 continue
         except Temporary as exc:
-            await _failed(session, exc, lately, needs)
+            await _failed(session, exc, lately, deps)
             continue
         if polled is None:
-            await _unanswered(session, lately, waits_ms, needs)
+            await _unanswered(session, lately, waits_ms, deps)
             continue
-        _heard(session, polled, lately, needs)
+        _record_answer(session, polled, lately, deps)
         if not polled.messages and (session.answered - began) * 1000 <= hold_ms + ON_TIME_MS:
             lately.hold_ms = 0
         hold_ms = polled.hold_ms
         is_new = polled.cursor not in (None, journal.cursor)
         if polled.messages:
-            await needs.turns.wait_turn()
-            serves = needs.bindings.get(session.bot)
+            await deps.turns.wait_turn()
+            serves = deps.bindings.get(session.bot)
             sandbox = serves.sandbox if serves is not None else ""
-            await _store(session, Answer(polled, sandbox, needs.clock.now_ms()), journal, needs)
+            await _store(session, Answer(polled, sandbox, deps.clock.now_ms()), journal, deps)
         else:
             if polled.cursor is not None and is_new:
                 journal.cursor, lately.note_at = polled.cursor, lately.note_at or began
-            await needs.beat.wait_for_batch()
+            await deps.beat.wait_for_batch()
         if polled.share is not None:
             polled.share.release()
         if lately.note_at or not journal.is_noted:
-            await _note(journal, lately, needs)
+            await _note(journal, lately, deps)
         is_instant = session.answered - began < INSTANT_S and not (polled.messages and is_new)
         lately.instants = lately.instants + 1 if is_instant else 0
         if lately.instants > 1:
-            await wait_event(session.cut, 0.25 + needs.clock.jitter(0.25))
+            await wait_event(session.cut, 0.25 + deps.clock.jitter(0.25))
         if not session.announced and not session.leaving:
             # one project had its sends refused until iLink knew, and others never tell it: ever more seldom
             lately.unannounced += 1
             if lately.unannounced.bit_count() == 1:
-                await _announce(session, needs)
+                await _announce(session, deps)
         del polled  # it may be large, and the next poll waits for long
         if session.dispatcher is not None and not session.dispatcher.has_room():
             await wait_until(session, session.dispatcher.changed, session.dispatcher.has_room)
 
 
-async def _store(session: Session, answer: Answer, journal: BotJournal, needs: Incoming) -> None:
+async def _store(session: Session, answer: Answer, journal: BotJournal, deps: InboundDeps) -> None:
     """Puts an answer into the journal. A lease that is only paused is waited for. Where the bot was lost, the owner
     of now finds it there all the same: iLink may count it as delivered, and give it to nobody else. Raises
     LeaseLost."""
@@ -191,108 +191,110 @@ async def _store(session: Session, answer: Answer, journal: BotJournal, needs: I
     for record in journal.records_of(answer):
         while lost is None:
             try:
-                await retry(partial(journal.store, record), needs.clock)
+                await retry(partial(journal.store, record), deps.clock)
                 break
             except LeaseLost as exc:
-                await needs.leases.changed.wait_until(lambda: needs.leases.valid)
-                if exc.reason != "lease_lost" or needs.leases.incarnation != journal.owner:
+                await deps.leases.changed.wait_until(lambda: deps.leases.is_valid)
+                if exc.reason != "lease_lost" or deps.leases.incarnation != journal.owner:
                     log.warning("inbound.fenced", bot=session.bot, reason=exc.reason)
                     lost = exc
         if lost is not None:
-            await retry(partial(journal.store_late, record), needs.clock)
+            await retry(partial(journal.store_late, record), deps.clock)
     if lost is not None:
-        await needs.tell_freed(session.bot)
+        await deps.tell_freed(session.bot)
         raise lost
 
 
-async def _note(journal: BotJournal, lately: _Lately, needs: Incoming) -> None:
+async def _note(journal: BotJournal, lately: _Lately, deps: InboundDeps) -> None:
     """Stores a cursor that no message came with, and that everything is dispatched, once that has waited for long.
     Raises LeaseLost, Temporary."""
-    now = needs.clock.monotonic()
+    now = deps.clock.monotonic()
     if journal.is_noted:
         lately.note_at = 0.0
     elif now - (lately.note_at or now) > NOTED_WITHIN_S:
-        await retry(journal.note, needs.clock)
+        await retry(journal.note, deps.clock)
     else:
         lately.note_at = lately.note_at or now
 
 
-async def _failed(session: Session, exc: Temporary, lately: _Lately, needs: Incoming) -> None:
+async def _failed(session: Session, exc: Temporary, lately: _Lately, deps: InboundDeps) -> None:
     """A poll failed: waits before the next one."""
-    await needs.turns.wait_turn()  # iLink may have closed all connections at once
+    await deps.turns.wait_turn()  # iLink may have closed all connections at once
     lately.failures += 1
-    needs.metrics.polls.labels(outcome="error").inc()
+    deps.metrics.polls.labels(outcome="error").inc()
     wait_s = exc.retry_after_s or backoff(lately.failures, first_s=0.5, longest_s=30.0)
     if lately.failures.bit_count() == 1:  # at 1, 2, 4 …: thousands fail together where iLink is away
         log.warning("poll.failed", bot=session.bot, reason=exc.reason, detail=exc.detail, failures=lately.failures)
-    await wait_event(session.cut, wait_s + needs.clock.jitter(wait_s / 2))
-    await needs.turns.wait_turn()
+    await wait_event(session.cut, wait_s + deps.clock.jitter(wait_s / 2))
+    await deps.turns.wait_turn()
 
 
-async def _unanswered(session: Session, lately: _Lately, waited_ms: int, needs: Incoming) -> None:
+async def _unanswered(session: Session, lately: _Lately, waited_ms: int, deps: InboundDeps) -> None:
     """A poll was cut, or had no answer in time, `waited_ms` and the client's margin."""
     if session.cut.is_set():
         session.cut.clear()
         # iLink may hear of the new poll before it sees the old connection end, and calls that two at once
         await wait_event(session.cut, AFTER_CUT_S)
-        await needs.turns.wait_turn()
+        await deps.turns.wait_turn()
         return
     lately.timeouts += 1
     lately.hold_ms = min(LONGEST_HOLD_MS, 2 * waited_ms)
-    needs.metrics.polls.labels(outcome="client_timeout").inc()
+    deps.metrics.polls.labels(outcome="client_timeout").inc()
     if lately.timeouts >= DEAD_PATH_AFTER:
         log.warning("poll.dead_path", bot=session.bot, timeouts=lately.timeouts)
-        await needs.chat.recycle(session.bot)
+        await deps.chat.recycle(session.bot)
 
 
-def _heard(session: Session, polled: Polled, lately: _Lately, needs: Incoming) -> None:
+def _record_answer(session: Session, polled: Polled, lately: _Lately, deps: InboundDeps) -> None:
     """Notes that iLink has answered."""
     lately.failures = lately.timeouts = 0
-    session.answered = session.polled_at = needs.clock.monotonic()
-    (needs.metrics.polls_full if polled.messages else needs.metrics.polls_empty).inc()
+    session.answered = session.polled_at = deps.clock.monotonic()
+    (deps.metrics.polls_full if polled.messages else deps.metrics.polls_empty).inc()
     if polled.overlong and not lately.overlong:  # iLink may give the same messages at each poll, and none after them
         log.error("poll.cursor_too_long", bot=session.bot, characters=polled.overlong)
     if polled.overlong or polled.cursor:
         lately.overlong = polled.overlong
 
 
-async def _wait_for_turn(session: Session, needs: Incoming) -> Binding | None:
+async def _wait_for_turn(session: Session, deps: InboundDeps) -> Binding | None:
     """What to poll with, once the bus takes what is written, the lease is valid and no login is needed.
 
     None: the session must leave, or the bot is bound no more. Raises Temporary.
     """
     while not session.leaving:
         session.state = "paused"  # seen only where something has to be waited for
-        await needs.writable()
-        if not needs.leases.valid:
-            await wait_until(session, needs.leases.changed, lambda: needs.leases.valid)
-            await wait_event(session.cut, needs.clock.jitter(needs.spread_s()))
-            await needs.turns.wait_turn()
-            session.answered = needs.clock.monotonic()
+        await deps.writable()
+        if not deps.leases.is_valid:
+            await wait_until(session, deps.leases.changed, lambda: deps.leases.is_valid)
+            await wait_event(session.cut, deps.clock.jitter(deps.spread_s()))
+            await deps.turns.wait_turn()
+            session.answered = deps.clock.monotonic()
             continue
-        binding = needs.bindings.get(session.bot)
+        binding = deps.bindings.get(session.bot)
         if binding is None or session.must_leave():
             break
-        if binding.untold:
-            binding = await tell_login(needs.bindings, needs.events, binding)
+        if binding.event_pending:
+            binding = await publish_login_event(deps.bindings, deps.events, binding)
         if binding.state != "needs_login":
             return binding
         session.state, session.stale, session.served = "needs_login", False, binding
-        await wait_until(session, needs.bindings.changed, rebound(binding, needs))
-        session.answered = needs.clock.monotonic()
+        await wait_until(session, deps.bindings.changed, rebound(binding, deps))
+        session.answered = deps.clock.monotonic()
     return None
 
 
-async def _poll_once(session: Session, binding: Binding, cursor: str, hold_ms: int, needs: Incoming) -> Polled | None:
+async def _poll_once(
+    session: Session, binding: Binding, cursor: str, hold_ms: int, deps: InboundDeps
+) -> Polled | None:
     """One long poll; None: no answer in time, or it was cut. Raises SessionExpired, Temporary, LeaseLost, Refused."""
-    check_owned(needs, binding)
+    check_owned(deps, binding)
     session.served = binding
-    account = session.account(binding, needs.sealer)
+    account = session.account(binding, deps.sealer)
     if session.cut.is_set():
         return None
     session.polling = task = asyncio.current_task()
     try:
-        polled = await needs.chat.poll(account, cursor, hold_ms)
+        polled = await deps.chat.poll(account, cursor, hold_ms)
         if task is not None and task.cancelling() and not session.was_cut():  # else the answer came just before
             raise asyncio.CancelledError
         return polled
@@ -304,7 +306,9 @@ async def _poll_once(session: Session, binding: Binding, cursor: str, hold_ms: i
         session.polling = None
 
 
-async def recover(session: Session, exc: SessionExpired, cursor: str, hold_ms: int, needs: Incoming) -> Polled | None:
+async def recover(
+    session: Session, exc: SessionExpired, cursor: str, hold_ms: int, deps: InboundDeps
+) -> Polled | None:
     """-14: everything of this bot rests; a few spaced tries, and in time `needs_login`.
 
     What is known of -14 is in docs/reference/ilink-protocol.md, "Stale token".
@@ -312,22 +316,22 @@ async def recover(session: Session, exc: SessionExpired, cursor: str, hold_ms: i
     Returns the answer of the poll that went through; None when polling should go on from where it was, since the
     binding changed or still needs a login. Raises LeaseLost, Refused.
     """
-    binding = needs.bindings.get(session.bot)
+    binding = deps.bindings.get(session.bot)
     if binding is None or binding.state == "needs_login":
         return None
     session.stale, session.state = True, "error"
-    needs.session_changed(binding)
+    deps.session_changed(binding)
     log.warning("session.stale", bot=session.bot, sandbox=binding.sandbox, detail=exc.detail)
     advice = "iLink refuses the bot's token; it is tried again shortly, then a login is needed."
-    since = needs.clock.monotonic()
-    await needs.events.publish_binding_event(binding.event("stale", reason=exc.detail, detail=advice))
+    since = deps.clock.monotonic()
+    await deps.events.publish_binding_event(binding.event("stale", reason=exc.detail, detail=advice))
     try:
         refusals = failures = 0
         while True:
-            pause_s = needs.stale_retry_s[refusals] if refusals < len(needs.stale_retry_s) else None
-            late = not failures and needs_login_now(pause_s, needs.clock.monotonic() - since)
+            pause_s = deps.stale_retry_s[refusals] if refusals < len(deps.stale_retry_s) else None
+            late = not failures and should_report_needs_login(pause_s, deps.clock.monotonic() - since)
             if late and binding.state == "active":
-                lost = await _lose(session, binding, exc.detail, needs)
+                lost = await _lose(session, binding, exc.detail, deps)
                 if lost is None:
                     return None
                 binding = lost
@@ -335,11 +339,11 @@ async def recover(session: Session, exc: SessionExpired, cursor: str, hold_ms: i
                 return None
             with contextlib.suppress(TimeoutError):
                 pause_s = max(pause_s, backoff(failures) if failures else 0.0)
-                await wait_until(session, needs.bindings.changed, rebound(binding, needs), pause_s)
-            if session.leaving or needs.bindings.get(session.bot) != binding:
+                await wait_until(session, deps.bindings.changed, rebound(binding, deps), pause_s)
+            if session.leaving or deps.bindings.get(session.bot) != binding:
                 return None
             try:
-                polled = await _try_again(session, binding, cursor, hold_ms, needs)
+                polled = await _try_again(session, binding, cursor, hold_ms, deps)
             except SessionExpired:
                 refusals, failures = refusals + 1, 0
                 continue
@@ -348,53 +352,53 @@ async def recover(session: Session, exc: SessionExpired, cursor: str, hold_ms: i
                 hold_ms = min(LONGEST_HOLD_MS, 2 * hold_ms)  # or the server may hold longer
                 session.cut.clear()
                 continue
-            await _regain(session, binding, needs)
+            await _regain(session, binding, deps)
             return polled  # also where it was bound anew meanwhile: iLink may count this as delivered
     finally:
         session.stale = False
-        if now := needs.bindings.get(session.bot):
-            needs.session_changed(now)
+        if now := deps.bindings.get(session.bot):
+            deps.session_changed(now)
 
 
-async def _lose(session: Session, binding: Binding, detail: str, needs: Incoming) -> Binding | None:
+async def _lose(session: Session, binding: Binding, detail: str, deps: InboundDeps) -> Binding | None:
     """The binding once it needs a login, and that was told; None where it is another one, or the session must leave.
 
     Raises LeaseLost.
     """
-    lost = await _retry_here(session, partial(_lose_owned, binding, needs), needs)
+    lost = await _retry_here(session, partial(_lose_owned, binding, deps), deps)
     if lost is None:
         return None
-    told = await _retry_here(session, partial(tell_login, needs.bindings, needs.events, lost, detail), needs)
+    told = await _retry_here(session, partial(publish_login_event, deps.bindings, deps.events, lost, detail), deps)
     if told is not None:
         session.served, session.state = told, "needs_login"
     return told
 
 
-async def _regain(session: Session, binding: Binding, needs: Incoming) -> None:
+async def _regain(session: Session, binding: Binding, deps: InboundDeps) -> None:
     """iLink takes the token again: the binding says so, unless it was made anew. Raises LeaseLost."""
     log.info("session.recovered", bot=session.bot)
     session.stale = False
     if binding.state == "needs_login":
-        await retry(
-            partial(regain_login, needs.bindings, needs.clock, binding), needs.clock
-        )  # the next turn tells it
+        await retry(partial(mark_active, deps.bindings, deps.clock, binding), deps.clock)  # the next turn tells it
     else:
-        await retry(partial(needs.events.publish_binding_event, binding.event("recovered")), needs.clock)
+        await retry(partial(deps.events.publish_binding_event, binding.event("recovered")), deps.clock)
 
 
-async def _try_again(session: Session, binding: Binding, cursor: str, hold_ms: int, needs: Incoming) -> Polled | None:
+async def _try_again(
+    session: Session, binding: Binding, cursor: str, hold_ms: int, deps: InboundDeps
+) -> Polled | None:
     """notifystart, then one poll; None where nobody answers. Raises SessionExpired, LeaseLost, Refused."""
-    await needs.writable()
-    await notify(session, needs, start=True, even_stale=True)
+    await deps.writable()
+    await notify(session, deps, start=True, even_stale=True)
     try:
-        return await _poll_once(session, binding, cursor, hold_ms, needs)
+        return await _poll_once(session, binding, cursor, hold_ms, deps)
     except Temporary as problem:
         log.info("session.unreachable", bot=session.bot, reason=problem.reason)
         return None
 
 
 async def _retry_here(
-    session: Session, work: Callable[[], Awaitable[Binding | None]], needs: Incoming
+    session: Session, work: Callable[[], Awaitable[Binding | None]], deps: InboundDeps
 ) -> Binding | None:
     """As `retry`, for what the next owner can do as well: None where the session must leave meanwhile."""
 
@@ -406,10 +410,10 @@ async def _retry_here(
                 return None
             raise
 
-    return await retry(attempt, needs.clock)
+    return await retry(attempt, deps.clock)
 
 
-async def _lose_owned(binding: Binding, needs: Incoming) -> Binding | None:
-    """`lose_login`, unless somebody else may poll by now, who knows better. Raises Temporary, LeaseLost."""
-    check_owned(needs, binding)
-    return await lose_login(needs.bindings, needs.clock, binding)
+async def _lose_owned(binding: Binding, deps: InboundDeps) -> Binding | None:
+    """`mark_needs_login`, unless somebody else may poll by now, who knows better. Raises Temporary, LeaseLost."""
+    check_owned(deps, binding)
+    return await mark_needs_login(deps.bindings, deps.clock, binding)

@@ -1,4 +1,4 @@
-"""A poller's dependencies (`Incoming`), and its state as others see it (`Session`)."""
+"""A poller's dependencies (`InboundDeps`), and its state as others see it (`Session`)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from adapter.conversation.conversations import Conversations
 from adapter.errors import AdapterError
 from adapter.events import Events
 from adapter.inbound.bot_journal import BotJournal
-from adapter.inbound.dispatcher import Dispatcher, Dispatching
+from adapter.inbound.dispatcher import DispatchDeps, Dispatcher
 from adapter.inbound.journal import Journal
 from adapter.metrics import Metrics
 from adapter.names import shard_of
@@ -38,12 +38,12 @@ TURN_S = 0.01
 State: TypeAlias = Literal["starting", "polling", "paused", "needs_login", "error", "draining"]
 
 
-class Incoming(NamedTuple):
+class InboundDeps(NamedTuple):
     """What a poller needs."""
 
     chat: Chat
     journal: Journal
-    dispatching: Dispatching
+    dispatching: DispatchDeps
     conversations: Conversations
     bindings: Bindings
     leases: Leases
@@ -179,26 +179,26 @@ class Session:
         return self.polling.uncancel() == 0
 
 
-def check_owned(needs: Incoming, binding: Binding) -> None:
+def check_owned(deps: InboundDeps, binding: Binding) -> None:
     """Raises LeaseLost unless this replica owns the shard of the bot's sandbox."""
-    needs.leases.check(shard_of(binding.sandbox))
+    deps.leases.ensure_owned(shard_of(binding.sandbox))
 
 
-async def notify(session: Session, needs: Incoming, *, start: bool, even_stale: bool = False) -> None:
+async def notify(session: Session, deps: InboundDeps, *, start: bool, even_stale: bool = False) -> None:
     """Best effort: iLink tracks who is online. Not for a token that is known to be dead."""
-    binding = needs.bindings.get(session.bot) or session.served
-    if not needs.notify or binding is None or not (even_stale or binding.state == "active"):
+    binding = deps.bindings.get(session.bot) or session.served
+    if not deps.notify or binding is None or not (even_stale or binding.state == "active"):
         return
     try:
-        await needs.chat.notify(session.account(binding, needs.sealer), start=start)
+        await deps.chat.notify(session.account(binding, deps.sealer), start=start)
         session.announced = start
     except AdapterError as exc:
         log.info("notify.failed", bot=session.bot, start=start, reason=exc.reason)
 
 
-def rebound(binding: Binding, needs: Incoming) -> Callable[[], bool]:
+def rebound(binding: Binding, deps: InboundDeps) -> Callable[[], bool]:
     """Whether the bot's binding is another than `binding` by now."""
-    return lambda: needs.bindings.get(binding.bot) != binding
+    return lambda: deps.bindings.get(binding.bot) != binding
 
 
 async def wait_until(

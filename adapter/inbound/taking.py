@@ -14,7 +14,7 @@ from adapter.errors import BusRefused, Conflict, LeaseLost, Temporary
 from adapter.inbound.bot_journal import BotJournal
 from adapter.inbound.dispatcher import Dispatcher
 from adapter.inbound.journal import JournalRecord, Written
-from adapter.inbound.sessions import Incoming, Session, check_owned, notify
+from adapter.inbound.sessions import InboundDeps, Session, check_owned, notify
 from adapter.records import Binding
 from adapter.timing import backoff, wait_any
 
@@ -30,47 +30,47 @@ STORED_S = 10.0
 """For the conversations of an unbound bot to store what was dispatched; else its journal stays."""
 
 
-async def take(session: Session, needs: Incoming) -> BotJournal | None:
+async def take(session: Session, deps: InboundDeps) -> BotJournal | None:
     """Writes this replica's name into the bot's journal, once nobody else can be polling; None if told to leave.
 
     Raises Temporary, LeaseLost, Refused.
     """
     looks = 0
     while not session.leaving:
-        binding = needs.bindings.get(session.bot)
+        binding = deps.bindings.get(session.bot)
         if binding is None:
             return None
-        check_owned(needs, binding)
+        check_owned(deps, binding)
         session.freed.clear()
-        async with needs.taking:
-            journal = await _take_once(session, binding, needs)
+        async with deps.taking:
+            journal = await _take_once(session, binding, deps)
         if journal is not None:
-            _begin_dispatch(session, journal, needs)
+            _begin_dispatch(session, journal, deps)
             return journal
-        _caught_up(session, needs)  # somebody else who lives has dispatched what there was
+        _caught_up(session, deps)  # somebody else who lives has dispatched what there was
         looks += 1
-        if looks % ASKED_EVERY == 0 and await _is_outdated(session.bot, needs):
+        if looks % ASKED_EVERY == 0 and await _is_outdated(session.bot, deps):
             continue
         wait_s = backoff(looks, first_s=0.1, longest_s=4.0)
-        await wait_any(session.cut.wait(), session.freed.wait(), timeout_s=wait_s + needs.clock.jitter(wait_s / 2))
+        await wait_any(session.cut.wait(), session.freed.wait(), timeout_s=wait_s + deps.clock.jitter(wait_s / 2))
         session.cut.clear()  # what it was set for is looked at again
     return None
 
 
-async def _take_once(session: Session, binding: Binding, needs: Incoming) -> BotJournal | None:
+async def _take_once(session: Session, binding: Binding, deps: InboundDeps) -> BotJournal | None:
     """None: the poller of another replica has not stopped yet, or the journal changed meanwhile.
 
     Raises Temporary, Refused("token_key"): who cannot open the bot's token leaves its journal as it is.
     """
-    last = await needs.journal.last(binding.bot)
-    me = needs.leases.incarnation
-    if last is not None and last.owner not in ("", me) and not await needs.leases.is_dead(last.owner):
+    last = await deps.journal.last(binding.bot)
+    me = deps.leases.incarnation
+    if last is not None and last.owner not in ("", me) and not await deps.leases.revoke_if_expired(last.owner):
         return None
-    session.account(binding, needs.sealer)
+    session.account(binding, deps.sealer)
     journal = BotJournal(
-        binding.bot, needs.journal, needs.leases, last, needs.part_bytes, partial(_on_written, session, needs)
+        binding.bot, deps.journal, deps.leases, last, deps.part_bytes, partial(_on_written, session, deps)
     )
-    journal.begin_at(binding, needs.sealer)
+    journal.begin_at(binding, deps.sealer)
     session.begun_at = binding.start_cursor
     if last is not None and last.owner == me and journal.is_cursor_stored:
         return journal
@@ -81,51 +81,51 @@ async def _take_once(session: Session, binding: Binding, needs: Incoming) -> Bot
     return journal
 
 
-def _begin_dispatch(session: Session, journal: BotJournal, needs: Incoming) -> None:
+def _begin_dispatch(session: Session, journal: BotJournal, deps: InboundDeps) -> None:
     session.journal, session.dispatcher, session.has_late = journal, None, False
     if journal.last_heard > journal.done_to:
         session.is_catching_up = True
-        _dispatcher(session, journal, needs).catch_up()
+        _dispatcher(session, journal, deps).catch_up()
     else:
-        _on_caught_up(session, needs)
+        _on_caught_up(session, deps)
 
 
-def _dispatcher(session: Session, journal: BotJournal, needs: Incoming) -> Dispatcher:
+def _dispatcher(session: Session, journal: BotJournal, deps: InboundDeps) -> Dispatcher:
     """The bot's; made with its first message, since most bots that are taken over have none for long."""
     if session.dispatcher is None:
-        session.dispatcher = Dispatcher(journal, needs.dispatching, partial(_on_caught_up, session, needs))
+        session.dispatcher = Dispatcher(journal, deps.dispatching, partial(_on_caught_up, session, deps))
         journal.progress = session.dispatcher
     return session.dispatcher
 
 
-def _on_written(session: Session, needs: Incoming, written: Written) -> None:
+def _on_written(session: Session, deps: InboundDeps, written: Written) -> None:
     if session.is_handed_over:
         session.has_undispatched = True
     elif session.journal is not None:
-        _dispatcher(session, session.journal, needs).offer(written)
+        _dispatcher(session, session.journal, deps).offer(written)
 
 
-def _on_caught_up(session: Session, needs: Incoming) -> None:
-    _caught_up(session, needs)
-    if binding := needs.bindings.get(session.bot):
-        needs.conversations.wake_soon(binding)
+def _on_caught_up(session: Session, deps: InboundDeps) -> None:
+    _caught_up(session, deps)
+    if binding := deps.bindings.get(session.bot):
+        deps.conversations.wake_soon(binding)
 
 
-def _caught_up(session: Session, needs: Incoming) -> None:
+def _caught_up(session: Session, deps: InboundDeps) -> None:
     if session.is_catching_up:
         session.is_catching_up = False
-        if binding := needs.bindings.get(session.bot):
-            needs.session_changed(binding)
+        if binding := deps.bindings.get(session.bot):
+            deps.session_changed(binding)
 
 
-async def _is_outdated(bot: str, needs: Incoming) -> bool:
+async def _is_outdated(bot: str, deps: InboundDeps) -> bool:
     """Asks whether anybody polls the bot at all, and takes the owner's name out of the journal where nobody does.
 
     The name may be old: the journal was restored, or lost its last writes with a disk. Nobody would give it back.
     One that begins to poll as it is asked writes its name anew once its next write fails. Raises Temporary.
     """
-    last = await needs.journal.last(bot)
-    if last is None or not last.owner or not await needs.is_idle(last.owner, bot):
+    last = await deps.journal.last(bot)
+    if last is None or not last.owner or not await deps.is_idle(last.owner, bot):
         return False
     log.error("journal.outdated", bot=bot, owner=last.owner, detail="It lives and does not poll the bot.")
     record, sequence = last.record, last.sequence
@@ -138,45 +138,45 @@ async def _is_outdated(bot: str, needs: Incoming) -> bool:
         last_heard=sequence if record.messages else record.last_heard,
     )
     try:
-        await needs.journal.append(bot, disowned, "", sequence)
+        await deps.journal.append(bot, disowned, "", sequence)
     except Conflict:
         return False
     return True
 
 
-async def _dispatched(session: Session, dispatcher: Dispatcher, needs: Incoming) -> None:
+async def _dispatched(session: Session, dispatcher: Dispatcher, deps: InboundDeps) -> None:
     """An unbound bot's media get their time, unless it is bound again, or the service stops: the journal has them."""
 
     def is_over() -> bool:
-        return dispatcher.is_done or session.lingering or needs.bindings.get(session.bot) is not None
+        return dispatcher.is_done or session.lingering or deps.bindings.get(session.bot) is not None
 
     await wait_any(
         dispatcher.changed.wait_until(is_over),
-        needs.bindings.changed.wait_until(is_over),
+        deps.bindings.changed.wait_until(is_over),
         session.told.wait_until(is_over),
-        timeout_s=needs.dispatching.media_wait_s,
+        timeout_s=deps.dispatching.media_wait_s,
     )
 
 
-async def give_back(session: Session, journal: BotJournal, needs: Incoming) -> None:
+async def give_back(session: Session, journal: BotJournal, deps: InboundDeps) -> None:
     """Takes this replica's name out of the journal, so that the next owner need not wait for a lease to run out.
 
     As long as this replica lives nobody else may take it: it tries until it is done.
     """
     session.state = "draining"
-    unbound = needs.bindings.get(session.bot) is None
-    dispatcher = session.dispatcher or (_dispatcher(session, journal, needs) if unbound else None)
+    unbound = deps.bindings.get(session.bot) is None
+    dispatcher = session.dispatcher or (_dispatcher(session, journal, deps) if unbound else None)
     if dispatcher is not None:
         if unbound:
-            await _dispatched(session, dispatcher, needs)
+            await _dispatched(session, dispatcher, deps)
         await dispatcher.drain(DISPATCH_S)
-        if unbound and needs.bindings.get(session.bot) is None:
+        if unbound and deps.bindings.get(session.bot) is None:
             await dispatcher.stored(STORED_S)
     failures = 0
     while True:
-        ends = unbound and needs.bindings.get(session.bot) is None and journal.is_dispatched
+        ends = unbound and deps.bindings.get(session.bot) is None and journal.is_dispatched
         try:
-            await journal.give_back(ttl_s=int(needs.keep_s) if ends else 0)
+            await journal.give_back(ttl_s=int(deps.keep_s) if ends else 0)
             if ends:
                 await journal.delete_older()  # or the one before would be the last again once this one goes
             break
@@ -185,7 +185,7 @@ async def give_back(session: Session, journal: BotJournal, needs: Incoming) -> N
         except (Temporary, BusRefused) as exc:  # the bus is away, or a follower knew less than the leader
             failures += 1
             log.warning("bot.unreleased", bot=session.bot, reason=exc.reason, failures=failures)
-            await needs.clock.sleep(backoff(failures, first_s=0.1, longest_s=2.0))
-    await needs.tell_freed(session.bot)
-    if unbound or (session.lingering and needs.leases.alone):
-        await notify(session, needs, start=False)  # else the next owner has told iLink already that it polls
+            await deps.clock.sleep(backoff(failures, first_s=0.1, longest_s=2.0))
+    await deps.tell_freed(session.bot)
+    if unbound or (session.lingering and deps.leases.is_alone):
+        await notify(session, deps, start=False)  # else the next owner has told iLink already that it polls

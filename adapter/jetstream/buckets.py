@@ -95,7 +95,7 @@ class LeaderKvBucket:
 
 
 class KvBucket:
-    """Implements ports.Bucket. Keys are made by `names.token_of` and `names.peer_key`.
+    """Implements ports.Bucket. Keys are made by `names.to_subject_token` and `names.conversation_key`.
 
     `replicated`: it lies on several servers, any of which answers a direct get, also one that lags; what decides
     who may do something is asked of the leader then.

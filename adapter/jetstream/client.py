@@ -73,7 +73,7 @@ class BusClient(Client):
 
     def set_admission(self, admit: Admission) -> None:
         """For a connection on which strangers write: it pauses, and asks `admit` about each message that is not for
-        `hear`, before anything is done with it."""
+        `subscribe_raw`, before anything is done with it."""
         self._admit = admit
         self.pauses = True
 

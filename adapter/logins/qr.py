@@ -44,7 +44,7 @@ def check_content(content: str) -> None:
     """Raises Temporary for what can be shown as no code."""
     try:
         if picture_of(content) is None:
-            _made(content)
+            _make_qr(content)
     except segno.DataOverflowError:
         detail = f"iLink gave no QR code: its {len(content)} bytes fit into none."
         raise Temporary("unreadable", detail) from None
@@ -74,7 +74,7 @@ def terminal_text(content: str) -> str:
             f"iLink gave this code as a picture ({picture.mime}): `wechat-nats login` writes a PNG to a file with "
             "--png, and a browser shows the URL that it prints with --url."
         )
-    rows = [tuple(map(bool, row)) for row in _made(content).matrix_iter(border=QUIET)]
+    rows = [tuple(map(bool, row)) for row in _make_qr(content).matrix_iter(border=QUIET)]
     if len(rows) % 2:
         rows.append((False,) * len(rows[0]))
     lines = (
@@ -85,24 +85,24 @@ def terminal_text(content: str) -> str:
 
 
 @lru_cache(maxsize=64)
-def png(content: str) -> str:
+def png_base64(content: str) -> str:
     """The picture, in base64; "" for one that iLink gave in another format."""
     if picture := picture_of(content):
         return base64.b64encode(picture.content).decode() if picture.mime == "image/png" else ""
     out = io.BytesIO()
-    _made(content).save(out, kind="png", scale=PIXELS, border=QUIET)
+    _make_qr(content).save(out, kind="png", scale=PIXELS, border=QUIET)
     return base64.b64encode(out.getvalue()).decode()
 
 
 @lru_cache(maxsize=64)
-def element(content: str) -> str:
+def html_element(content: str) -> str:
     """The picture as an element to put into a page: as large as its box, dark on light in a dark page, too."""
     if picture := picture_of(content):
         data = base64.b64encode(picture.content).decode()
         return f'<img src="data:{picture.mime};base64,{data}" alt="QR code">'
-    return _made(content).svg_inline(border=QUIET, light="white", omitsize=True)
+    return _make_qr(content).svg_inline(border=QUIET, light="white", omitsize=True)
 
 
 @lru_cache(maxsize=64)
-def _made(content: str) -> segno.QRCode:
+def _make_qr(content: str) -> segno.QRCode:
     return segno.make(content, error="l", micro=False, boost_error=True)

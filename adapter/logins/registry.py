@@ -16,7 +16,7 @@ from msgspec import structs
 
 from adapter.contract import CHECKING, Login, LoginEvent, LoginStart
 from adapter.errors import UNDECODABLE, Conflict, Refused
-from adapter.logins.qr import check_content, png, terminal_text
+from adapter.logins.qr import check_content, png_base64, terminal_text
 from adapter.metrics import Metrics
 from adapter.ports import Bucket, Entry, Logins, QrCode, Scan
 from adapter.records import Binding, LoginCode, LoginRecord
@@ -25,7 +25,7 @@ from adapter.timing import ChangeSignal, Clock
 
 log = structlog.get_logger()
 
-TELL_MS = 240_000
+KEEP_ENDED_MS = 240_000
 """A login that is over is told once more by a new owner only while the stream would drop the repeat."""
 CODES = 2
 """Codes of a login that iLink is asked about: the newest, and the previous one, which somebody may be scanning."""
@@ -61,7 +61,7 @@ class LoginRegistry:
 
     async def run(self) -> None:
         """Keeps in step with the bucket, until cancelled."""
-        await self._bucket.watch(self._see, on_loaded=self._notify)
+        await self._bucket.watch(self._apply_entry, on_loaded=self._notify)
 
     def get(self, login: str) -> LoginRecord | None:
         found = self._records.get(login)
@@ -70,13 +70,13 @@ class LoginRegistry:
     def __iter__(self) -> Iterator[tuple[str, LoginRecord]]:
         return iter([(login, record) for login, (record, _) in self._records.items()])
 
-    def open_of(self, sandbox: str) -> int:
+    def count_open(self, sandbox: str) -> int:
         """How many logins of a sandbox are not over."""
         return sum(1 for _, record in self if record.sandbox == sandbox and not record.is_over)
 
-    def prune(self) -> None:
+    def forget_ended(self) -> None:
         """Forgets what ended long enough ago."""
-        horizon_ms = self._clock.now_ms() - TELL_MS
+        horizon_ms = self._clock.now_ms() - KEEP_ENDED_MS
         gone = [login for login, record in self if record.is_over and record.changed_ms < horizon_ms]
         for login in gone:
             del self._records[login]
@@ -85,24 +85,24 @@ class LoginRegistry:
         """The newest record. Raises Refused("not_found"), Temporary."""
         return (await self._read(login))[0]
 
-    async def open(self, start: LoginStart, code: QrCode, *, login_s: float) -> tuple[str, LoginRecord]:
+    async def create(self, start: LoginStart, code: QrCode, *, login_s: float) -> tuple[str, LoginRecord]:
         """Begins a login; returns its id and record. Raises BusRefused."""
         login, now_ms = secrets.token_urlsafe(18), self._clock.now_ms()
         record = LoginRecord(
             sandbox=start.sandbox,
             options=start.options,
             number=1,
-            codes=[self._sealed(login, 1, code)],
+            codes=[self._seal_code(login, 1, code)],
             until_ms=now_ms + int(login_s * 1000),
             changed_ms=now_ms,
         )
         value = msgspec.json.encode(record)
         revision = await self._bucket.update(login, value, 0)
-        self._see(Entry(login, value, revision))
+        self._apply_entry(Entry(login, value, revision))
         log.info("login.started", login=login[:6], sandbox=record.sandbox)
         return login, record
 
-    async def change(self, login: str, make: Callable[[LoginRecord], LoginRecord | None]) -> LoginRecord:
+    async def update(self, login: str, make: Callable[[LoginRecord], LoginRecord | None]) -> LoginRecord:
         """Changes a login; `make` sees the newest record and may return None for "leave it". The record that holds.
 
         Raises Refused("not_found"), what `make` raises, Temporary.
@@ -120,7 +120,7 @@ class LoginRegistry:
                     self._records.pop(login, None)
                 await self._clock.sleep(PATIENCE_S)
                 continue
-            self._see(Entry(login, value, written))
+            self._apply_entry(Entry(login, value, written))
             if after.is_over:
                 self._metrics.logins.labels(outcome=after.status).inc()
             if after.step != before.step:
@@ -134,7 +134,7 @@ class LoginRegistry:
             raise _not_found()
         for pause_s in (LAG_S, 0.0):
             if entry := await self._bucket.get(login):
-                self._see(entry)
+                self._apply_entry(entry)
                 if entry.value is None:
                     break
             known = self._records.get(login)
@@ -145,7 +145,7 @@ class LoginRegistry:
             await self._clock.sleep(pause_s)
         raise _not_found()
 
-    def _see(self, entry: Entry) -> None:
+    def _apply_entry(self, entry: Entry) -> None:
         known = self._records.get(entry.key)
         if known is not None and entry.revision <= known[1]:
             return
@@ -158,7 +158,7 @@ class LoginRegistry:
         except UNDECODABLE:
             log.error("login.unreadable", login=entry.key[:6])
             return
-        if known is None and record.is_over and self._clock.now_ms() - record.changed_ms > TELL_MS:
+        if known is None and record.is_over and self._clock.now_ms() - record.changed_ms > KEEP_ENDED_MS:
             return
         self._records[entry.key] = (record, entry.revision)
         self._notify()
@@ -169,7 +169,7 @@ class LoginRegistry:
 
     # secrets ----------------------------------------------------------------------------------------
 
-    def _sealed(self, login: str, number: int, code: QrCode) -> LoginCode:
+    def _seal_code(self, login: str, number: int, code: QrCode) -> LoginCode:
         return LoginCode(
             number=number,
             handle=self._sealer.seal(login_context(login, "handle"), code.handle),
@@ -177,20 +177,20 @@ class LoginRegistry:
             made_ms=self._clock.now_ms(),
         )
 
-    def handle(self, login: str, code: LoginCode) -> str:
+    def open_handle(self, login: str, code: LoginCode) -> str:
         """Raises Refused("token_key")."""
         return self._sealer.open(login_context(login, "handle"), code.handle)
 
     def seal_digits(self, login: str, digits: str) -> str:
         return self._sealer.seal(login_context(login, "digits"), digits)
 
-    def digits(self, login: str, record: LoginRecord) -> str:
+    def open_digits(self, login: str, record: LoginRecord) -> str:
         """Raises Refused("token_key")."""
         return self._sealer.open(login_context(login, "digits"), record.digits) if record.digits else ""
 
     # steps ------------------------------------------------------------------------------------------
 
-    def step(self, record: LoginRecord, **changes: object) -> LoginRecord:
+    def next_step(self, record: LoginRecord, **changes: object) -> LoginRecord:
         """The record after a step that is told as an event. The last step removes the secrets."""
         fields = {"reason": "", "detail": "", **changes, "step": record.step + 1, "changed_ms": self._clock.now_ms()}
         after = structs.replace(record, **fields)
@@ -199,10 +199,12 @@ class LoginRegistry:
     def with_code(self, login: str, record: LoginRecord, code: QrCode) -> LoginRecord:
         """The record with a new code; this one and the previous one may be scanned."""
         number = record.number + 1
-        codes = [*record.codes, self._sealed(login, number, code)][-CODES:]
-        return self.step(record, status="wait", number=number, codes=codes, digits="")
+        codes = [*record.codes, self._seal_code(login, number, code)][-CODES:]
+        return self.next_step(record, status="wait", number=number, codes=codes, digits="")
 
-    def after(self, record: LoginRecord, number: int, sent: str, scan: Scan, *, limit: int) -> LoginRecord | None:
+    def apply_scan(
+        self, record: LoginRecord, number: int, sent: str, scan: Scan, *, limit: int
+    ) -> LoginRecord | None:
         """What an answer about code `number` makes of a login; None: nothing. `sent`: the digits sent, as sealed.
 
         What ends a login well and where it goes on is not decided here. `limit`: so many codes may expire or be
@@ -213,20 +215,20 @@ class LoginRegistry:
             return None
         match scan.status:
             case "scaned" if record.status != "scanned" and record.digits == sent:
-                return self.step(record, status="scanned", codes=[code], digits="")
+                return self.next_step(record, status="scanned", codes=[code], digits="")
             case "need_verifycode" if sent:
                 if record.digits != sent:
                     return None  # other digits are on their way
-                return self.step(record, status="need_verify_code", codes=[code], digits="", reason="wrong_code",
+                return self.next_step(record, status="need_verify_code", codes=[code], digits="", reason="wrong_code",
                                  detail="These were not the digits shown on the phone; send them again.")  # fmt: skip
             case "need_verifycode" if record.status != "need_verify_code":
-                return self.step(record, status="need_verify_code", codes=[code])
+                return self.next_step(record, status="need_verify_code", codes=[code])
             case "expired" | "verify_code_blocked":
-                return self._without(record, code, blocked=scan.status == "verify_code_blocked", limit=limit)
+                return self._without_code(record, code, blocked=scan.status == "verify_code_blocked", limit=limit)
             case _:
                 return None
 
-    def _without(self, record: LoginRecord, code: LoginCode, *, blocked: bool, limit: int) -> LoginRecord:
+    def _without_code(self, record: LoginRecord, code: LoginCode, *, blocked: bool, limit: int) -> LoginRecord:
         """A code is dead. Only the end of the newest one counts: the one before it was replaced already."""
         codes = [other for other in record.codes if other.number != code.number]
         if codes and code.number != record.number:
@@ -235,14 +237,14 @@ class LoginRegistry:
         if ended < limit:
             return structs.replace(record, status="wait", codes=codes, ended=ended, digits="", reason="", detail="")
         if blocked:
-            return self.step(record, status="failed", ended=ended, reason="blocked",
+            return self.next_step(record, status="failed", ended=ended, reason="blocked",
                              detail="Too many wrong digits; start another login.")  # fmt: skip
-        return self.step(record, status="expired", ended=ended, reason="codes",
+        return self.next_step(record, status="expired", ended=ended, reason="codes",
                          detail=f"{ended} codes expired without being confirmed; start another login.")  # fmt: skip
 
     # what is said -----------------------------------------------------------------------------------
 
-    def answer(self, login: str, record: LoginRecord, *, with_png: bool) -> Login:
+    def to_login(self, login: str, record: LoginRecord, *, with_png: bool) -> Login:
         """Raises Refused("token_key")."""
         newest = record.codes[-1] if record.codes and not record.token else None
         url = self._sealer.open(login_context(login, "url"), newest.url) if newest else ""
@@ -253,7 +255,7 @@ class LoginRegistry:
             code=max(1, record.number),
             qrcode_url=url,
             qrcode_text=terminal_text(url) if url else "",
-            qrcode_png=png(url) if url and with_png else "",
+            qrcode_png=png_base64(url) if url and with_png else "",
             expires_at_ms=record.until_ms,
             bot=record.bot if record.is_over else "",
             user=record.user if record.is_over else "",

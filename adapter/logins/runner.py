@@ -10,7 +10,7 @@ import asyncio
 import structlog
 
 from adapter.errors import LeaseLost, Refused
-from adapter.logins.flow import LoginFlow, LoginNeeds, end_all
+from adapter.logins.flow import LoginDeps, LoginFlow, end_all
 from adapter.names import shard_of
 from adapter.timing import wait_any
 
@@ -20,32 +20,32 @@ log = structlog.get_logger()
 class LoginRunner:
     """Keeps a task per login of an owned shard."""
 
-    def __init__(self, needs: LoginNeeds) -> None:
-        self._needs = needs
+    def __init__(self, deps: LoginDeps) -> None:
+        self._deps = deps
         self._tasks: dict[str, asyncio.Task[None]] = {}
-        self._told: dict[str, int] = {}
+        self._published_steps: dict[str, int] = {}
         """The step of each login that was told last. The flows write it, so it stays the same dict."""
 
     async def run(self) -> None:
         """Until cancelled; then what is in hand is stored."""
-        bindings = self._needs.bindings
+        bindings = self._deps.bindings
         try:
-            await bindings.changed.wait_until(lambda: bindings.loaded)
+            await bindings.changed.wait_until(lambda: bindings.is_loaded)
             while True:
-                self._follow()
-                await self._wait()
+                self._sync_flows()
+                await self._wait_for_change()
         finally:
             await end_all(list(self._tasks.values()))
 
-    def _follow(self) -> None:
-        registry, leases = self._needs.registry, self._needs.leases
-        registry.prune()
-        mine = leases.owned if leases.valid else set()
+    def _sync_flows(self) -> None:
+        registry, leases = self._deps.registry, self._deps.leases
+        registry.forget_ended()
+        mine = leases.owned if leases.is_valid else set()
         known = dict(registry)
-        for login in self._told.keys() - known.keys():
-            del self._told[login]
+        for login in self._published_steps.keys() - known.keys():
+            del self._published_steps[login]
         for login, record in known.items():
-            due = not record.is_over or self._told.get(login) != record.step
+            due = not record.is_over or self._published_steps.get(login) != record.step
             if due and shard_of(record.sandbox) in mine and login not in self._tasks:
                 self._start(login)
         for login, task in self._tasks.items():
@@ -54,7 +54,7 @@ class LoginRunner:
                 task.cancel()
 
     def _start(self, login: str) -> None:
-        task = asyncio.get_running_loop().create_task(self._tend(login), name=f"login.{login[:6]}")
+        task = asyncio.get_running_loop().create_task(self._run_flow(login), name=f"login.{login[:6]}")
         self._tasks[login] = task
 
         def ended(done: asyncio.Task[None]) -> None:
@@ -63,24 +63,24 @@ class LoginRunner:
 
         task.add_done_callback(ended)
 
-    async def _tend(self, login: str) -> None:
+    async def _run_flow(self, login: str) -> None:
         while True:
             try:
-                await LoginFlow(login, self._needs, self._told).run()
+                await LoginFlow(login, self._deps, self._published_steps).run()
                 return
             except (LeaseLost, Refused) as exc:  # Refused: somebody has deleted the record
                 log.info("login.left", login=login[:6], reason=exc.reason)
                 return
             except Exception:  # a bug: this login rests, and the others go on
                 log.exception("login.crashed", login=login[:6])
-            await self._needs.clock.sleep(5.0)
+            await self._deps.clock.sleep(5.0)
 
-    async def _wait(self) -> None:
+    async def _wait_for_change(self) -> None:
         """Until something may have to start or end."""
-        registry, leases = self._needs.registry, self._needs.leases
-        version, owned, valid = registry.version, set(leases.owned), leases.valid
+        registry, leases = self._deps.registry, self._deps.leases
+        version, owned, valid = registry.version, set(leases.owned), leases.is_valid
         await wait_any(
             registry.changed.wait_until(lambda: registry.version != version),
-            leases.changed.wait_until(lambda: (leases.owned, leases.valid) != (owned, valid)),
+            leases.changed.wait_until(lambda: (leases.owned, leases.is_valid) != (owned, valid)),
             timeout_s=1.0,
         )

@@ -74,7 +74,7 @@ class OpenConversations:
     def evict_idle(self) -> None:
         """Lets go of conversations for which nothing waits and nothing is due; they are read back when needed."""
         for sandbox, actors in list(self._actors.items()):
-            for key in [key for key, actor in actors.items() if actor.try_end()]:
+            for key in [key for key, actor in actors.items() if actor.try_stop()]:
                 del actors[key]
             if not actors:
                 del self._actors[sandbox]

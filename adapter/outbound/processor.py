@@ -81,7 +81,7 @@ class ShardCommandProcessor:
         self._endings = CommandEndings(self.commands, self._lease.check, self._draining, self._tasks)
 
         def shown(state: Conversation) -> contract.Window:
-            return window.shown(state.record, clock.now_ms(), deps.conversation.policy.window)
+            return window.visible_window(state.record, clock.now_ms(), deps.conversation.policy.window)
 
         self.owned = OwnedShard(
             self._lease,
@@ -132,7 +132,7 @@ class ShardCommandProcessor:
         """The conversation of a bot's user, read from the bucket the first time. Raises Temporary."""
         return await self._conversations.open(binding.sandbox, user, binding.bot)
 
-    def on_heard(self, binding: Binding, user: str) -> None:
+    def on_inbound(self, binding: Binding, user: str) -> None:
         self.typing.retry_ticket(binding.bot, user)
 
     def record_in_memory(self, sandbox: str, user: str) -> ConversationRecord | None:

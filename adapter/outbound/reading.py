@@ -201,7 +201,7 @@ class CommandReader:
             may_read = await trials.begin(unread[0])
             while True:
                 sequence = unread[0].seq
-                await (self._read_slowly(unread) if may_read else self._bury(unread))
+                await (self._read_slowly(unread) if may_read else self._end_as_unreadable(unread))
                 self._untried.discard(sequence)
                 if not (trials.is_of_all and unread and unread[0].seq in self._untried):
                     break
@@ -214,7 +214,7 @@ class CommandReader:
                     log.warning("command.retrying", sequence=sequence, reason=exc.reason)
                     await wait_event(self._draining, 0.5)
 
-    async def _bury(self, unread: deque[Delivery]) -> None:
+    async def _end_as_unreadable(self, unread: deque[Delivery]) -> None:
         """Ends the first one, which nobody can read; also its id is looked for elsewhere. Raises Temporary."""
         ident = await self._texts.find_id(unread[0].data)
         delivery = unread.popleft()

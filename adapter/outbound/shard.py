@@ -61,11 +61,11 @@ class ShardLease:
         """Raises LeaseLost unless this replica may work for the shard at this moment."""
         if self._lost:
             raise LeaseLost("lease_lost", f"shard {self._shard}")
-        self._leases.check(self._shard)
+        self._leases.ensure_owned(self._shard)
 
     async def wait(self) -> None:
         """Returns when it may again, or after some seconds."""
-        await wait_any(self._leases.held(self._shard), self._draining.wait(), timeout_s=PAUSED_S)
+        await wait_any(self._leases.wait_owned(self._shard), self._draining.wait(), timeout_s=PAUSED_S)
 
     def give_up(self) -> None:
         """It does not come back to who holds this."""

@@ -31,7 +31,7 @@ def rank(member: str, shard: int) -> bytes:
 
 
 class Leases(Membership):
-    """The shards in `owned` are this replica's while `valid` is true."""
+    """The shards in `owned` are this replica's while `is_valid`."""
 
     def __init__(
         self,
@@ -52,18 +52,18 @@ class Leases(Membership):
         """Owned shards whose owner before died, or was cut off."""
         self._claims = claims
         self._claim_revisions: dict[int, int] = {}
-        self._unsure: set[int] = set()
+        self._release_unconfirmed: set[int] = set()
         """Released, but perhaps the write did not land, or lands late: only another write settles it."""
-        self._look = asyncio.Event()
+        self._claim_soon = asyncio.Event()
 
-    def check(self, shard: int) -> None:
+    def ensure_owned(self, shard: int) -> None:
         """Raises LeaseLost unless this replica may poll and send for `shard` at this moment."""
-        if shard not in self.owned or not self.valid:
+        if shard not in self.owned or not self.is_valid:
             raise LeaseLost("lease_lost", f"shard {shard}")
 
-    async def held(self, shard: int, timeout_s: float | None = None) -> None:
+    async def wait_owned(self, shard: int, timeout_s: float | None = None) -> None:
         """Returns once `check` would let it pass, or after `timeout_s` seconds."""
-        await self.changed.wait_until(lambda: self.valid and shard in self.owned, timeout_s)
+        await self.changed.wait_until(lambda: self.is_valid and shard in self.owned, timeout_s)
 
     async def run(self) -> None:
         """Joins, renews, claims, until cancelled. Joins anew, as another incarnation, when it was revoked."""
@@ -71,46 +71,48 @@ class Leases(Membership):
             await self._join()
             try:
                 # a task of its own: before Python 3.13 a group that fails as it is cancelled forgets that it was
-                await asyncio.get_running_loop().create_task(self._hold(), name="leases.hold")
+                await asyncio.get_running_loop().create_task(self._hold_incarnation(), name="leases.hold")
             except* LeaseLost:
                 log.error("lease.revoked", incarnation=self.incarnation, shards=len(self.owned))
                 self._metrics.lease_changes.labels(reason="lost").inc(len(self.owned))
                 self._forget_all()
             raise_if_cancelled()
 
-    async def _hold(self) -> None:
+    async def _hold_incarnation(self) -> None:
         """Renews and claims as one incarnation. Raises LeaseLost, in a group."""
         async with asyncio.TaskGroup() as group:
             group.create_task(self._renew_forever(), name="leases.renew")
             group.create_task(self._watch_forever(), name="leases.watch")
             group.create_task(self._claim_forever(), name="leases.claim")
 
-    def look(self) -> None:
+    def claim_now(self) -> None:
         """Another replica says that it has given shards back: no need to wait for the next round."""
-        self._look.set()
+        self._claim_soon.set()
 
     async def _claim_forever(self) -> None:
         while True:
             try:
-                await self._observe()
-                if self.valid and not self.draining:
+                await self._observe_members()
+                if self.is_valid and not self.draining:
                     self._find_surplus()
                     claims = {entry.key: entry for entry in await self._claims.list_entries()}
                     await self._check_claims(claims)
                     await self._claim_free(claims)
             except Temporary as exc:
                 log.debug("lease.unread", reason=exc.reason)
-            await wait_event(self._look, self._rest_s())
-            self._look.clear()
+            await wait_event(self._claim_soon, self._next_look_s())
+            self._claim_soon.clear()
 
-    def _best(self, names: list[str], shard: int) -> str:
+    def _highest_ranked(self, names: list[str], shard: int) -> str:
         return max(names, key=lambda name: rank(name, shard), default="")
 
     def _find_surplus(self) -> None:
         """What is owned and should be another's, who has lived for a lease: one that flaps moves nothing."""
-        grown = [name for name in self._live if self._seen[name].since - self._since[name] >= self._lease_s]
+        grown = [
+            name for name in self._live if self._sightings[name].since - self._first_seen_at[name] >= self._lease_s
+        ]
         names = [*(name for name in grown if not self._live[name].draining), self.incarnation]
-        surplus = {shard for shard in self.owned if self._best(names, shard) != self.incarnation}
+        surplus = {shard for shard in self.owned if self._highest_ranked(names, shard) != self.incarnation}
         if surplus != self.surplus:
             self.surplus = surplus
             self.changed.notify_all()
@@ -122,18 +124,18 @@ class Leases(Membership):
             entry, revision = claims.get(str(shard)), self._claim_revisions[shard]
             if entry is not None and entry.revision == revision:
                 continue
-            claim = _claim_in(entry)
+            claim = _decode_claim(entry)
             if entry is None or claim is None:
                 gone.append(shard)
             elif entry.revision > revision and claim.owner != self.incarnation:
-                self._lose(shard)
-        await asyncio.gather(*(self._put_back(shard) for shard in gone))
+                self._on_claim_lost(shard)
+        await asyncio.gather(*(self._restore_claim(shard) for shard in gone))
 
-    async def _put_back(self, shard: int) -> None:
+    async def _restore_claim(self, shard: int) -> None:
         mine = msgspec.json.encode(Claim(owner=self.incarnation))
         try:
             entry = await self._claims.get(str(shard))  # the reading may be older than our claim
-            if _claim_in(entry) is not None or shard not in self.owned:
+            if _decode_claim(entry) is not None or shard not in self.owned:
                 return
             revision = await self._claims.write(str(shard), mine, entry.revision if entry else 0)
         except (Temporary, Conflict):
@@ -142,15 +144,15 @@ class Leases(Membership):
         if shard in self.owned:
             self._claim_revisions[shard] = revision
         else:  # given back meanwhile, at a revision that was no more
-            self._unsure.add(shard)
+            self._release_unconfirmed.add(shard)
 
-    def _lose(self, shard: int) -> None:
+    def _on_claim_lost(self, shard: int) -> None:
         """Another replica has the claim: this one stops at once."""
         log.error("claim.lost", shard=shard)
         self._metrics.lease_changes.labels(reason="lost").inc()
-        self._drop(shard)
+        self._remove_owned(shard)
 
-    def _drop(self, shard: int) -> int:
+    def _remove_owned(self, shard: int) -> int:
         """It is this replica's no more; the revision of its claim."""
         self.owned.discard(shard)
         self.surplus.discard(shard)
@@ -166,33 +168,33 @@ class Leases(Membership):
             if shard in self.owned:
                 continue
             entry = claims.get(str(shard))
-            claim, revision = _claim_in(entry), entry.revision if entry else 0
+            claim, revision = _decode_claim(entry), entry.revision if entry else 0
             owner = claim.owner if claim else ""
             if owner not in self._live:
                 orphans.add(shard)
             if claim is not None:
-                self._absent.pop(f"claim {shard}", None)
-            elif self.others and not self._long_absent(f"claim {shard}"):
+                self._absent_since.pop(f"claim {shard}", None)
+            elif self.other_incarnations and not self._is_long_absent(f"claim {shard}"):
                 continue  # deleted, perhaps: its owner puts it back
-            if self._best(eligible, shard) == self.incarnation:
-                if not owner or owner == self.incarnation or await self.is_dead(owner):
+            if self._highest_ranked(eligible, shard) == self.incarnation:
+                if not owner or owner == self.incarnation or await self.revoke_if_expired(owner):
                     wanted.append((shard, owner, revision))
             elif owner == self.incarnation:  # of a claim, or a release, that landed late
-                await self._free(shard, revision)
-        results = await asyncio.gather(*(self._claim(*item) for item in wanted))
+                await self._write_released(shard, revision)
+        results = await asyncio.gather(*(self._claim_shard(*item) for item in wanted))
         self.orphans = orphans - self.owned
         if any(results):
             log.info("shards.claimed", claimed=sum(results), owned=len(self.owned))
             self._metrics.shards_owned.set(len(self.owned))
             self.changed.notify_all()
 
-    async def _claim(self, shard: int, owner: str, revision: int) -> bool:
+    async def _claim_shard(self, shard: int, owner: str, revision: int) -> bool:
         if self.draining:
             return False
         mine = msgspec.json.encode(Claim(owner=self.incarnation))
         if owner != self.incarnation:  # else the try whose answer was lost has seen it
             (self.inherited.add if owner else self.inherited.discard)(shard)
-        if owner == self.incarnation and shard not in self._unsure:
+        if owner == self.incarnation and shard not in self._release_unconfirmed:
             self._claim_revisions[shard] = revision  # a claim of ours whose answer was lost
         else:
             try:
@@ -200,7 +202,7 @@ class Leases(Membership):
             except (Temporary, Conflict):
                 return False  # somebody was faster, or the answer got lost: the next round sees which
         self.owned.add(shard)
-        self._unsure.discard(shard)
+        self._release_unconfirmed.discard(shard)
         self._metrics.lease_changes.labels(
             reason="taken" if owner and owner != self.incarnation else "acquired"
         ).inc()
@@ -220,21 +222,25 @@ class Leases(Membership):
         """Gives one shard back, after nothing is sent for it any more; polls that wait end at their boundary."""
         if shard not in self.owned:
             return
-        self._unsure.add(shard)  # before the write leaves: until it has an answer the claim may still name us
-        await self._free(shard, self._drop(shard))
+        self._release_unconfirmed.add(
+            shard
+        )  # before the write leaves: until it has an answer the claim may still name us
+        await self._write_released(shard, self._remove_owned(shard))
 
-    async def _free(self, shard: int, revision: int) -> None:
+    async def _write_released(self, shard: int, revision: int) -> None:
         try:
             await self._claims.write(str(shard), msgspec.json.encode(Claim()), revision)
         except Conflict:
-            self._unsure.discard(shard)  # an earlier write of ours, or another owner: not ours in any case
+            self._release_unconfirmed.discard(
+                shard
+            )  # an earlier write of ours, or another owner: not ours in any case
         except Temporary as exc:
             log.warning("shard.unreleased", shard=shard, reason=exc.reason)
         else:
-            self._unsure.discard(shard)
+            self._release_unconfirmed.discard(shard)
             self._metrics.lease_changes.labels(reason="released").inc()
 
-    async def leave(self) -> None:
+    async def release_all(self) -> None:
         """Gives the shards that are left and the membership back, after nothing is polled or sent any more."""
         await asyncio.gather(*(self.release(shard) for shard in sorted(self.owned)))
         self._forget_all()
@@ -248,14 +254,14 @@ class Leases(Membership):
         self.surplus.clear()
         self.inherited.clear()
         self._claim_revisions.clear()
-        self._unsure.clear()
+        self._release_unconfirmed.clear()
         self._deadline = 0.0
         self._paused = True
         self._metrics.shards_owned.set(0)
         self.changed.notify_all()
 
 
-def _claim_in(entry: Entry | None) -> Claim | None:
+def _decode_claim(entry: Entry | None) -> Claim | None:
     """None where there is no claim, not even of nobody: this program deletes none, and writes nothing else there."""
     try:
         return msgspec.json.decode(entry.value, type=Claim) if entry and entry.value else None

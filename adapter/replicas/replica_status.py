@@ -12,24 +12,24 @@ from adapter.ports import AllReplicas
 
 log = structlog.get_logger()
 
-WITHIN_S = 0.7
+QUERY_TIMEOUT_S = 0.7
 """A slower replica is left out: it may be dead without anybody knowing yet."""
 
 
-class Call(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class StatusRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Asks every replica who it is, and how it polls these bots."""
 
     bots: list[str] = []
 
 
-class Polling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class PollerStatus(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """How one bot is polled. `ago_ms`: since iLink last answered, if it has; so no clocks are compared."""
 
     state: str
     ago_ms: int | None = None
 
 
-class Present(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class ReplicaStatus(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What a replica answers. `polls`: by bot, those of the call that it polls, or has yet to give back."""
 
     instance: str
@@ -38,20 +38,20 @@ class Present(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     shards: int
     bots: int
     draining: bool = False
-    polls: dict[str, Polling] = {}
+    polls: dict[str, PollerStatus] = {}
 
 
-def answer(data: bytes, about: Callable[[Sequence[str]], Present]) -> bytes | None:
+def status_reply(data: bytes, about: Callable[[Sequence[str]], ReplicaStatus]) -> bytes | None:
     """A replica's answer to a call; None for one that cannot be read."""
     try:
-        asked = msgspec.json.decode(data, type=Call)
+        asked = msgspec.json.decode(data, type=StatusRequest)
     except UNDECODABLE as exc:
         log.info("rollcall.unreadable", detail=str(exc))
         return None
     return msgspec.json.encode(about(asked.bots))
 
 
-def is_idle(there: Collection[Present], incarnation: str, bot: str, others: Collection[str]) -> bool:
+def is_idle(there: Collection[ReplicaStatus], incarnation: str, bot: str, others: Collection[str]) -> bool:
     """Whether a replica and all `others` that live, by incarnation, have answered that none of them polls a bot.
 
     Where the record is wrong the last poll of one that it does not name may still wait. A version that does not say
@@ -61,8 +61,12 @@ def is_idle(there: Collection[Present], incarnation: str, bot: str, others: Coll
     return all(name in asked and bot not in asked[name].polls for name in {incarnation, *others})
 
 
-async def roll(replicas: AllReplicas, subject: str, bots: Sequence[str], expected: int) -> list[Present]:
+async def query_replicas(
+    replicas: AllReplicas, subject: str, bots: Sequence[str], expected: int
+) -> list[ReplicaStatus]:
     """The replicas that answer in time, by name; does not wait once `expected` have. Raises Temporary."""
-    payload = msgspec.json.encode(Call(bots=list(bots)))
-    answers = await replicas.query_replicas(subject, payload, count=expected, within_s=WITHIN_S)
-    return sorted((msgspec.json.decode(data, type=Present) for data in answers), key=lambda present: present.instance)
+    payload = msgspec.json.encode(StatusRequest(bots=list(bots)))
+    answers = await replicas.query_replicas(subject, payload, count=expected, within_s=QUERY_TIMEOUT_S)
+    return sorted(
+        (msgspec.json.decode(data, type=ReplicaStatus) for data in answers), key=lambda present: present.instance
+    )

@@ -44,20 +44,20 @@ class LoginService:
         """Fetches the first code and stores the login; its shard's owner goes on from there."""
         asked = read_request(data, LoginStart, self._metrics)
         check_sandbox(asked.sandbox)
-        if not await self._bindings.changed.wait_until(lambda: self._bindings.loaded, START_S):
+        if not await self._bindings.changed.wait_until(lambda: self._bindings.is_loaded, START_S):
             raise Temporary("starting", "The adapter is starting; ask again in a moment.")
-        if self._registry.open_of(asked.sandbox) >= OPEN_PER_SANDBOX:
+        if self._registry.count_open(asked.sandbox) >= OPEN_PER_SANDBOX:
             raise Refused(
                 "invalid", f"{OPEN_PER_SANDBOX} logins of this sandbox are open; cancel some by login.cancel."
             )
         code = await fetch_code(self._logins, tokens_of(self._bindings.of_sandbox(asked.sandbox), self._sealer))
-        login, record = await self._registry.open(asked, code, login_s=self._login_s)
-        return self._answer(login, record, with_png=asked.png)
+        login, record = await self._registry.create(asked, code, login_s=self._login_s)
+        return self._encode_answer(login, record, with_png=asked.png)
 
     async def status(self, data: bytes) -> bytes:
         """How a login stands; also for a day after its end."""
         asked = read_request(data, LoginQuery, self._metrics)
-        return self._answer(asked.login, await self._registry.read(asked.login), with_png=asked.png)
+        return self._encode_answer(asked.login, await self._registry.read(asked.login), with_png=asked.png)
 
     async def verify(self, data: bytes) -> bytes:
         """Takes the digits that the phone shows, where they are asked for."""
@@ -71,7 +71,7 @@ class LoginService:
                 raise Refused("invalid", "No digits are asked for: wait until the status is need_verify_code.")
             return structs.replace(record, digits=digits)
 
-        return self._answer(asked.login, await self._registry.change(asked.login, take), with_png=False)
+        return self._encode_answer(asked.login, await self._registry.update(asked.login, take), with_png=False)
 
     async def cancel(self, data: bytes) -> bytes:
         """Ends a login. One that is over stays as it ended."""
@@ -82,9 +82,9 @@ class LoginService:
                 return None
             if record.token:
                 raise Refused("invalid", "The user has confirmed already and the bot is being bound; unbind it.")
-            return self._registry.step(record, status="cancelled")
+            return self._registry.next_step(record, status="cancelled")
 
-        return self._answer(asked.login, await self._registry.change(asked.login, end), with_png=False)
+        return self._encode_answer(asked.login, await self._registry.update(asked.login, end), with_png=False)
 
-    def _answer(self, login: str, record: LoginRecord, *, with_png: bool) -> bytes:
-        return msgspec.json.encode(self._registry.answer(login, record, with_png=with_png))
+    def _encode_answer(self, login: str, record: LoginRecord, *, with_png: bool) -> bytes:
+        return msgspec.json.encode(self._registry.to_login(login, record, with_png=with_png))

@@ -17,7 +17,7 @@ from adapter.inbound.download import described
 from adapter.metrics import Metrics
 from adapter.names import H_NEXT, H_SHA256, H_SIZE, MAX_SEQ, check_sandbox
 from adapter.ports import PartialObjects, SandboxRequest, SandboxResponse
-from adapter.services.requests import invalid, read_request
+from adapter.services.requests import invalid_request, read_request
 from adapter.slots import FairSlots
 
 PIECE_MIN, PIECE_MAX = 16 * 1024, 512 * 1024
@@ -41,16 +41,18 @@ class MediaService:
         sandbox = check_sandbox(asked.sandbox)
         query = read_request(asked.data, MediaQuery, self._metrics)
         if query.after > MAX_SEQ:
-            raise invalid(ValueError("`after` is the header Wechat-Next of the answer before."), self._metrics)
+            raise invalid_request(
+                ValueError("`after` is the header Wechat-Next of the answer before."), self._metrics
+            )
         if not query.object.startswith(f"{sandbox}/"):
-            raise _absent()
+            raise _not_found()
         stored = await self._objects.get_info(query.object)
         if stored is None:
-            raise _absent()
+            raise _not_found()
         try:
             piece, after = await self._objects.read_piece(stored, query.after)
         except Unreadable as exc:
-            raise _absent() from exc
+            raise _not_found() from exc
         headers = {H_SIZE: str(stored.size), H_SHA256: stored.sha256}
         if after:
             headers[H_NEXT] = str(after)
@@ -62,17 +64,17 @@ class MediaService:
         try:
             piece = msgspec.convert(asked.headers, MediaPiece, strict=False)
         except msgspec.ValidationError as exc:
-            raise invalid(exc, self._metrics) from exc
+            raise invalid_request(exc, self._metrics) from exc
         name = f"{sandbox}/out/{piece.upload}"
         end = piece.offset + len(asked.data)
         self._check_size(piece, len(asked.data), end)
         try:
             size = await self._objects.append(name, piece.offset, asked.data)
             if not piece.last:
-                return _answer(Media(object=name, size=size))
+                return _encode_answer(Media(object=name, size=size))
             if size != end:
                 raise Refused("invalid", "More bytes are there under this id: take another one.")
-            return _answer(await self._complete(sandbox, name, size, piece))
+            return _encode_answer(await self._complete(sandbox, name, size, piece))
         except BusRefused as exc:
             raise BusRefused(exc.code, f"The media are not stored: {exc.detail}") from exc
 
@@ -104,10 +106,10 @@ def _file_name(encoded: str) -> str:
     return "" if name in media.NO_NAMES else name
 
 
-def _answer(answer: Media) -> SandboxResponse:
+def _encode_answer(answer: Media) -> SandboxResponse:
     return SandboxResponse(msgspec.json.encode(answer), {})
 
 
-def _absent() -> Refused:
+def _not_found() -> Refused:
     """The same for what is not there and what belongs to others."""
     return Refused("not_found", "There is no such object of this sandbox.")

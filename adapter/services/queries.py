@@ -61,7 +61,7 @@ class Queries:
         self._clock = clock
         self._metrics = metrics
 
-    async def bindings_list(self, data: bytes) -> bytes:
+    async def list_bindings(self, data: bytes) -> bytes:
         """bindings.list"""
         query = read_request(data, BindingsQuery, self._metrics)
         found = sorted(
@@ -74,61 +74,63 @@ class Queries:
             BindingsPage(bindings=[binding.info() for binding in page], next=page[-1].bot if more else "")
         )
 
-    async def bindings_get(self, data: bytes) -> bytes:
+    async def get_bindings(self, data: bytes) -> bytes:
         """bindings.get: by bot, or all of a sandbox. Raises Refused("not_bound")."""
         query = read_request(data, BindingsQuery, self._metrics)
         if query.bot is None and query.sandbox is None:
             raise Refused("invalid", "Name a `bot` or a `sandbox`.")
-        found = self._of(query.sandbox, query.bot)
+        found = self._find_bindings(query.sandbox, query.bot)
         return msgspec.json.encode(BindingsPage(bindings=[binding.info() for binding in found]))
 
-    async def window(self, data: bytes) -> bytes:
+    async def query_window(self, data: bytes) -> bytes:
         """window: what may be sent to a user now. Raises Refused, Temporary."""
-        return await self._window(_with_sandbox(read_request(data, WindowQuery, self._metrics)))
+        return await self._answer_window(_require_sandbox(read_request(data, WindowQuery, self._metrics)))
 
-    async def window_of(self, asked: SandboxRequest) -> SandboxResponse:
+    async def query_window_of_sandbox(self, asked: SandboxRequest) -> SandboxResponse:
         """window.<sandbox>: the same, of a user of this sandbox. Raises Refused, Temporary."""
-        return SandboxResponse(await self._window(self._read_of(asked, WindowQuery)), {})
+        return SandboxResponse(await self._answer_window(self._read_sandbox_query(asked, WindowQuery)), {})
 
-    async def receipt(self, data: bytes) -> bytes:
+    async def query_receipt(self, data: bytes) -> bytes:
         """receipt: the last receipt of a command. Raises Refused, Temporary."""
-        return await self._receipt(_with_sandbox(read_request(data, ReceiptQuery, self._metrics)))
+        return await self._answer_receipt(_require_sandbox(read_request(data, ReceiptQuery, self._metrics)))
 
-    async def receipt_of(self, asked: SandboxRequest) -> SandboxResponse:
+    async def query_receipt_of_sandbox(self, asked: SandboxRequest) -> SandboxResponse:
         """receipt.<sandbox>: the same, of a command of this sandbox. Raises Refused, Temporary."""
-        return SandboxResponse(await self._receipt(self._read_of(asked, ReceiptQuery)), {})
+        return SandboxResponse(await self._answer_receipt(self._read_sandbox_query(asked, ReceiptQuery)), {})
 
-    async def replay(self, data: bytes) -> bytes:
+    async def query_replay(self, data: bytes) -> bytes:
         """replay: a sandbox's inbound messages again, from a sequence or a time. Raises Refused, Temporary."""
-        return await self._replay(_with_sandbox(read_request(data, ReplayQuery, self._metrics)))
+        return await self._answer_replay(_require_sandbox(read_request(data, ReplayQuery, self._metrics)))
 
-    async def replay_of(self, asked: SandboxRequest) -> SandboxResponse:
+    async def query_replay_of_sandbox(self, asked: SandboxRequest) -> SandboxResponse:
         """replay.<sandbox>: the same, of this sandbox. Raises Refused, Temporary."""
-        return SandboxResponse(await self._replay(self._read_of(asked, ReplayQuery)), {})
+        return SandboxResponse(await self._answer_replay(self._read_sandbox_query(asked, ReplayQuery)), {})
 
-    async def _window(self, query: WindowQuery) -> bytes:
-        found = [b for b in self._of(query.sandbox, query.bot) if query.user in (None, b.user) or query.bot]
+    async def _answer_window(self, query: WindowQuery) -> bytes:
+        found = [
+            b for b in self._find_bindings(query.sandbox, query.bot) if query.user in (None, b.user) or query.bot
+        ]
         if not found:
-            raise _unbound()
+            raise _not_bound()
         if len(found) > 1:
             raise Refused("invalid", "Name the `bot` or `user`: the sandbox has several.")
         user = query.user or found[0].user
         record, _ = await self._conversations.load(found[0].sandbox, user)
-        return msgspec.json.encode(window.shown(record, self._clock.now_ms(), self._policy))
+        return msgspec.json.encode(window.visible_window(record, self._clock.now_ms(), self._policy))
 
-    async def _receipt(self, query: ReceiptQuery) -> bytes:
+    async def _answer_receipt(self, query: ReceiptQuery) -> bytes:
         receipt = await self._receipts.last(query.sandbox or "", query.command)
         if receipt is None:
             raise Refused("not_found", "No receipt of this command is kept: it has none yet, or it is too old.")
         return msgspec.json.encode(receipt)
 
-    async def _replay(self, query: ReplayQuery) -> bytes:
+    async def _answer_replay(self, query: ReplayQuery) -> bytes:
         if query.after > MAX_SEQ or (query.since_ms or 0) > MAX_TIME_MS:
             raise Refused("invalid", "`after` is a sequence of the stream, `since_ms` a time in milliseconds.")
         messages: list[Replayed] = []
         size, more = 0, False
         sandbox = query.sandbox or ""
-        begins_after = 0 if query.former else await self._begins_after(sandbox)
+        begins_after = 0 if query.former else await self._replay_starts_after(sandbox)
         if begins_after is None:
             return msgspec.json.encode(ReplayPage(messages=messages))
         after, since_ms = max(query.after, begins_after), None if query.after else query.since_ms
@@ -144,28 +146,28 @@ class Queries:
             messages.append(Replayed(seq=stored.seq, message=msgspec.Raw(stored.data)))
         return msgspec.json.encode(ReplayPage(messages=messages, next=messages[-1].seq if more else 0))
 
-    async def _begins_after(self, sandbox: str) -> int | None:
+    async def _replay_starts_after(self, sandbox: str) -> int | None:
         """The sequence in WECHAT_IN up to which the sandbox's messages are of former persons; None: all are.
 
         Raises Temporary.
         """
-        if not await self._bindings.changed.wait_until(lambda: self._bindings.loaded, START_S):
+        if not await self._bindings.changed.wait_until(lambda: self._bindings.is_loaded, START_S):
             raise Temporary("starting", "The adapter is starting; ask again in a moment.")
         if bound := self._bindings.of_sandbox(sandbox):
             return min(binding.in_after for binding in bound)
         last = await read_last_person_change(self._history, self._names, sandbox)
         return last.replay_after if last is not None else 0
 
-    def _of(self, sandbox: str | None, bot: str | None) -> list[Binding]:
+    def _find_bindings(self, sandbox: str | None, bot: str | None) -> list[Binding]:
         """What is bound under these names, all that are given. Raises Refused("not_bound")."""
         one = self._bindings.get(bot) if bot is not None else None
         found = self._bindings.of_sandbox(sandbox or "") if bot is None else [one] if one else []
         found = [binding for binding in found if sandbox in (None, binding.sandbox)]
         if not found:
-            raise _unbound()
+            raise _not_bound()
         return found
 
-    def _read_of(self, asked: SandboxRequest, kind: type[S]) -> S:
+    def _read_sandbox_query(self, asked: SandboxRequest, kind: type[S]) -> S:
         """The question, of the sandbox in its subject. Raises Refused("invalid")."""
         sandbox = check_sandbox(asked.sandbox)
         query = read_request(asked.data, kind, self._metrics)
@@ -174,11 +176,11 @@ class Queries:
         return msgspec.structs.replace(query, sandbox=sandbox)
 
 
-def _unbound() -> Refused:
+def _not_bound() -> Refused:
     return Refused("not_bound", "Nothing is bound under that name.")
 
 
-def _with_sandbox(query: S) -> S:
+def _require_sandbox(query: S) -> S:
     """Raises Refused("invalid")."""
     if query.sandbox is None:
         raise Refused("invalid", "Name a `sandbox`, or ask on a subject that ends with it.")

@@ -20,10 +20,10 @@ def read_request(data: bytes, kind: type[Q], metrics: Metrics) -> Q:
     try:
         return msgspec.json.decode(data or b"{}", type=kind)
     except UNDECODABLE as exc:
-        raise invalid(exc, metrics) from exc
+        raise invalid_request(exc, metrics) from exc
 
 
-def invalid(exc: Exception, metrics: Metrics) -> Refused:
+def invalid_request(exc: Exception, metrics: Metrics) -> Refused:
     """What is raised for a request that does not fit its schema; counts it."""
     metrics.schema_violations.labels(kind="svc").inc()
     return Refused("invalid", str(exc)[:200])

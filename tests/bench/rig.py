@@ -30,7 +30,7 @@ from nats.aio.msg import Msg
 
 from adapter.embedded import find_server
 from adapter.inbound.journal import VERSION, JournalRecord
-from adapter.names import SHARDS, token_of
+from adapter.names import SHARDS, to_subject_token
 from adapter.records import Binding, Claim
 from adapter.seal import Sealer
 from tests.e2e.waiting import eventually, free_port
@@ -219,8 +219,8 @@ class Rig:
             bot = f"{number}@im.bot"
             token = sealer.seal(bot, f"{bot}:0600abcd")
             binding = Binding(sandbox=f"s{number}", bot=bot, token=token, user=f"user{number}@im.wechat")
-            await nc.publish(f"$KV.wechat_bindings.{token_of(bot)}", msgspec.json.encode(binding))
-            await nc.publish(f"wechat.journal.{token_of(bot)}", FIRST_RECORD)
+            await nc.publish(f"$KV.wechat_bindings.{to_subject_token(bot)}", msgspec.json.encode(binding))
+            await nc.publish(f"wechat.journal.{to_subject_token(bot)}", FIRST_RECORD)
         await nc.flush()
         js = nc.jetstream()
 

@@ -10,12 +10,12 @@ import msgspec
 import pytest
 from structlog.testing import capture_logs
 
-from adapter.bindings.control import ERASE_TRIES, Control
+from adapter.bindings.control import DELETE_ATTEMPTS, Control
 from adapter.bindings.registry import Bindings
 from adapter.contract import Bind, ControlAnswer
 from adapter.errors import BusRefused, Refused, Temporary
 from adapter.ilink.wire import OPAQUE_CHARS
-from adapter.names import H_ERROR, H_ERROR_CODE, H_MSG_ID, H_REPLY_TO, token_of
+from adapter.names import H_ERROR, H_ERROR_CODE, H_MSG_ID, H_REPLY_TO, to_subject_token
 from adapter.ports import Entry, Message
 from adapter.records import Binding
 from adapter.seal import Sealer, cursor_context
@@ -44,7 +44,7 @@ class Platform:
             core=self.bench.core,
             history=self.bench.bus,
             names=self.bench.names,
-            check=lambda: self.bench.leases.check(0),
+            check=lambda: self.bench.leases.ensure_owned(0),
             wait_complete=self.complete.wait,
             clock=self.bench.clock,
             metrics=self.bench.metrics,
@@ -69,7 +69,7 @@ class Platform:
             headers={H_REPLY_TO: reply_to} | (headers or {}),
         )
         self.deliveries.append(delivery)
-        self.control.offer(delivery)
+        self.control.enqueue(delivery)
         return delivery
 
     async def say(self, verb: str, *, headers: dict[str, str] | None = None, **body: Any) -> ControlAnswer:
@@ -187,7 +187,9 @@ async def test_the_new_bot_is_there_before_the_old_one_goes() -> None:
     platform = Platform()
     await platform.bind()
     gone: list[int] = []
-    platform.bench.bindings.listen(lambda bot, _, after: gone.append(len(platform.bound)) if after is None else None)
+    platform.bench.bindings.add_listener(
+        lambda bot, _, after: gone.append(len(platform.bound)) if after is None else None
+    )
     await platform.bind(bot="b2@im.bot", bot_token="b2@im.bot:x")
     assert gone == [1]
 
@@ -330,14 +332,14 @@ async def test_what_another_has_carried_out_meanwhile_is_not_carried_out_when_on
     """It was stopped with an unbind in hand; then the bot was unbound and bound again."""
     platform = Platform()
     await platform.bind()
-    platform.bench.leases.is_valid = False
+    platform.bench.leases.has_lease = False
     unbind = platform.publish("unbind", b'{"sandbox":"s1"}')
     await asyncio.sleep(30)
     assert (platform.bound, unbind.acks) == ({BOT: "s1"}, 0)
     other = heir(platform)
     await other.say("unbind", sandbox="s1")
     await other.bind()
-    platform.bench.leases.is_valid = True
+    platform.bench.leases.has_lease = True
     await platform.starts_again()
     await asyncio.sleep(30)
     assert (other.bound, unbind.acks) == ({BOT: "s1"}, 0)
@@ -350,7 +352,7 @@ async def test_one_that_was_cut_off_as_it_wrote_changes_nothing_that_another_has
 
     async def cut_off(_: str) -> None:
         platform.bench.bindings_bucket.on_write = None
-        platform.bench.leases.is_valid = False
+        platform.bench.leases.has_lease = False
         await heir(platform).bind(sandbox="s9")
 
     platform.bench.bindings_bucket.on_write = cut_off
@@ -366,7 +368,7 @@ async def test_one_that_was_cut_off_for_long_tells_nothing_that_is_over() -> Non
 
     async def cut_off(_: Message) -> None:
         bus = platform.bench.bus
-        bus.on_publish, platform.bench.leases.is_valid = None, False
+        bus.on_publish, platform.bench.leases.has_lease = None, False
         other = heir(platform)
         await other.say("unbind", sandbox="s1")
         await other.bind(id="again")
@@ -388,10 +390,10 @@ async def test_one_that_was_cut_off_as_it_read_changes_nothing_that_another_has_
 
     async def cut_off(key: str) -> Entry | None:
         nonlocal looks
-        looks += key == token_of(BOT)
+        looks += key == to_subject_token(BOT)
         if looks == 2:  # the one before it writes
             bucket.get = read  # type: ignore[method-assign]
-            platform.bench.leases.is_valid = False
+            platform.bench.leases.has_lease = False
             await heir(platform).bind(sandbox="s9")
         return await read(key)
 
@@ -451,8 +453,8 @@ def writes(platform: Platform, count: int = 1) -> int:
 
 def orders(platform: Platform) -> int:
     """A command of s1 is stored, and one of another sandbox; the sequence."""
-    stored = platform.bench.bus.put(platform.bench.names.out_stored("s1"), b"{}", {})
-    platform.bench.bus.put(platform.bench.names.out_stored("s2"), b"{}", {})
+    stored = platform.bench.bus.put(platform.bench.names.out_of_sandbox("s1"), b"{}", {})
+    platform.bench.bus.put(platform.bench.names.out_of_sandbox("s2"), b"{}", {})
     return stored
 
 
@@ -750,7 +752,7 @@ async def test_an_old_bind_that_comes_again_does_not_undo_the_unbind_after_it() 
     platform.publish("unbind", b'{"sandbox":"s1"}')
     await asyncio.sleep(1)
     repeated = bind.again()
-    platform.control.offer(repeated)
+    platform.control.enqueue(repeated)
     await asyncio.sleep(1)
     assert platform.bound == {}
     assert repeated.acks == 1
@@ -760,7 +762,7 @@ async def test_a_command_that_comes_again_while_it_waits_is_settled_by_its_newes
     platform = Platform()
     bind = platform.publish("bind", msgspec.json.encode({"sandbox": "s1", "bot": BOT, "bot_token": TOKEN}))
     repeated = bind.again()
-    platform.control.offer(repeated)
+    platform.control.enqueue(repeated)
     await asyncio.sleep(1)
     assert (bind.acks, repeated.acks) == (0, 1)
     assert platform.changes == [("s1", BOT, "bound")]
@@ -898,13 +900,13 @@ async def test_a_bind_that_cannot_be_erased_holds_up_nobody_for_long() -> None:
 
     platform.bench.bus.on_delete = away
     with capture_logs() as logs:
-        assert [await tries(number) for number in range(3)] == [ERASE_TRIES, 1, 1]
+        assert [await tries(number) for number in range(3)] == [DELETE_ATTEMPTS, 1, 1]
         assert (await platform.say("unbind", sandbox="s1")).ok
     assert [line["event"] for line in logs if line["log_level"] == "warning"] == ["control.unerased"] * 3
     platform.bench.bus.on_delete = None
     assert await tries(3) == 1
     platform.bench.bus.on_delete = away
-    assert await tries(4) == ERASE_TRIES
+    assert await tries(4) == DELETE_ATTEMPTS
 
 
 def test_a_bind_shows_no_token() -> None:

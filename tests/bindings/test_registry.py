@@ -8,8 +8,8 @@ import msgspec
 import pytest
 from structlog.testing import capture_logs
 
-from adapter.bindings.registry import Bindings, is_anew
-from adapter.names import token_of
+from adapter.bindings.registry import Bindings, is_new_token
+from adapter.names import to_subject_token
 from adapter.records import Binding
 from tests.fakes import FakeBucket, settle
 
@@ -22,7 +22,7 @@ BOUND = Binding(sandbox="s1", bot=BOT, user="u1@im.wechat", token="t")
 async def following() -> tuple[Bindings, FakeBucket]:
     """Bindings that follow a bucket, with one in it."""
     bucket = FakeBucket()
-    bucket.put(token_of(BOT), msgspec.json.encode(BOUND))
+    bucket.put(to_subject_token(BOT), msgspec.json.encode(BOUND))
     bindings = Bindings(bucket, unbound_s=3600)
     asyncio.get_running_loop().create_task(bindings.run())
     await settle()
@@ -36,13 +36,13 @@ async def test_a_binding_that_the_bucket_has_lost_stays_and_can_be_unbound() -> 
     assert bindings.get(BOT) == BOUND
     await bindings.remove(BOT)
     assert bindings.get(BOT) is None
-    assert bucket.entries[token_of(BOT)].value is None
+    assert bucket.entries[to_subject_token(BOT)].value is None
 
 
 async def test_the_mark_of_an_unbinding_goes_in_time() -> None:
     bindings, bucket = await following()
     await bindings.remove(BOT)
-    assert bucket.ttls == {token_of(BOT): 3600}
+    assert bucket.ttls == {to_subject_token(BOT): 3600}
     await bindings.put(BOUND)
     assert bucket.ttls == {}
 
@@ -51,7 +51,7 @@ async def test_what_cannot_be_read_changes_nothing_and_is_said() -> None:
     bindings, bucket = await following()
     with capture_logs() as logs:
         for text in (b"no binding", b'{"sandbox":"\xff"}', b'{"sandbox":' + b"[" * 100_000):
-            bucket.put(token_of(BOT), text)
+            bucket.put(to_subject_token(BOT), text)
         bucket.put("=zz", b"somebody else's key")
     assert bindings.get(BOT) == BOUND
     assert [line["event"] for line in logs] == ["binding.unreadable"] * 4
@@ -61,7 +61,7 @@ async def test_a_token_that_was_sealed_anew_is_no_change() -> None:
     bucket = FakeBucket()
     bindings = Bindings(bucket, same_token=lambda bot, one, other: True)
     heard: list[tuple[str, Binding | None, Binding | None]] = []
-    bindings.listen(lambda bot, before, after: heard.append((bot, before, after)))
+    bindings.add_listener(lambda bot, before, after: heard.append((bot, before, after)))
     await bindings.put(BOUND)
     sealed = msgspec.structs.replace(BOUND, token="the same, sealed")
     await bindings.put(sealed)
@@ -81,7 +81,7 @@ async def test_an_unbind_that_meets_another_write_removes_what_that_one_wrote() 
     await bindings.remove(BOT)
     assert others == []
     assert bindings.get(BOT) is None
-    assert bucket.entries[token_of(BOT)].value is None
+    assert bucket.entries[to_subject_token(BOT)].value is None
 
 
 LOST = msgspec.structs.replace(BOUND, state="needs_login")
@@ -103,4 +103,4 @@ LOST = msgspec.structs.replace(BOUND, state="needs_login")
 def test_a_token_is_judged_anew_where_ilink_may_think_of_it_differently(
     before: Binding | None, after: Binding | None, anew: bool
 ) -> None:
-    assert is_anew(before, after) is anew
+    assert is_new_token(before, after) is anew

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from adapter.bindings.stale_token import regain_login, tell_login
+from adapter.bindings.stale_token import mark_active, publish_login_event
 from adapter.contract import BindingEvent, BindingState
 from adapter.errors import Temporary
 from adapter.inbound.sessions import Session
@@ -307,21 +307,21 @@ async def test_who_lost_the_bot_while_the_bus_was_away_does_not_end_its_login() 
 async def test_a_crash_between_a_login_s_change_and_its_event_leaves_the_telling_to_the_next_owner(
     poller: Poller, state: BindingState, change: str
 ) -> None:
-    bench = await ready(state=state, since_ms=7, untold=True)
+    bench = await ready(state=state, since_ms=7, event_pending=True)
     poller(bench)
     await asyncio.sleep(1)
     assert changes(bench) == [change]
     binding = bench.bindings.get(BOT)
     assert binding is not None
-    assert not binding.untold
+    assert not binding.event_pending
 
 
 async def test_a_login_s_event_that_was_told_before_the_crash_is_one_event(poller: Poller) -> None:
-    bench = await ready(state="needs_login", since_ms=7, untold=True)
+    bench = await ready(state="needs_login", since_ms=7, event_pending=True)
     binding = bench.bindings.get(BOT)
     assert binding is not None
-    await tell_login(bench.bindings, bench.events, binding)
-    await bench.bind(state="needs_login", since_ms=7, untold=True)
+    await publish_login_event(bench.bindings, bench.events, binding)
+    await bench.bind(state="needs_login", since_ms=7, event_pending=True)
     poller(bench)
     await asyncio.sleep(1)
     assert changes(bench) == ["needs_login"]
@@ -333,7 +333,7 @@ async def test_what_a_send_found_of_a_login_and_could_not_tell_is_told_by_who_po
     await asyncio.sleep(1)
     binding = bench.bindings.get(BOT)
     assert binding is not None
-    assert await regain_login(bench.bindings, bench.clock, binding) is not None
+    assert await mark_active(bench.bindings, bench.clock, binding) is not None
     await asyncio.sleep(1)
     assert (changes(bench), session.state) == (["recovered"], "polling")
 
@@ -369,7 +369,7 @@ async def test_however_a_recovery_ends_the_lanes_look_again(end: str) -> None:
         await bench.bind("s2")
         session.leave(now=False)
     else:
-        bench.leases.is_valid = False
+        bench.leases.has_lease = False
     await asyncio.sleep(10)
     assert told == [("s1", False), ("s1", True), ("s2" if end == "moved" else "s1", False)]
     session.leave(now=True)

@@ -166,10 +166,10 @@ async def test_a_history_that_asks_the_leader_ends_as_one_that_does_not(rig: Rig
 
 
 async def test_the_newest_messages_are_found_behind_what_was_deleted(rig: Rig) -> None:
-    stream, subject = NAMES.stream_dead, NAMES.dead("*")
+    stream, subject = NAMES.stream_dead, NAMES.dead_letters("*")
     assert await rig.history.read_newest(stream, subject, count=3) == []
     for number in range(1, 41):
-        await rig.publisher.publish(Message("dead", NAMES.dead(f"X{number % 2}"), b"%d" % number, {}))
+        await rig.publisher.publish(Message("dead", NAMES.dead_letters(f"X{number % 2}"), b"%d" % number, {}))
 
     async def newest(**where: Any) -> list[int]:
         return [stored.seq for stored in await rig.history.read_newest(stream, subject, **where)]
@@ -184,6 +184,6 @@ async def test_the_newest_messages_are_found_behind_what_was_deleted(rig: Rig) -
     assert await newest(count=3, before=2) == [1]
     found = await rig.history.get(stream, 40)
     assert found is not None
-    assert (found.subject, found.data) == (NAMES.dead("X0"), b"40")
+    assert (found.subject, found.data) == (NAMES.dead_letters("X0"), b"40")
     assert await rig.history.get(stream, 20) is None
     assert await rig.history.get(stream, 99) is None

@@ -302,7 +302,7 @@ async def test_commands_and_dead_letters_end_at_their_size_and_leave_room_for_th
     payload = bytes(256 * 1024)
     async with rig_on(bus, streams=False) as rig:
         await topology.ensure_topology(rig.link, NAMES, settings)
-        dead = [await rig.publisher.publish(Message("dead", NAMES.dead("X"), payload, {})) for _ in range(10)]
+        dead = [await rig.publisher.publish(Message("dead", NAMES.dead_letters("X"), payload, {})) for _ in range(10)]
         assert await rig.first(NAMES.stream_dead) > dead[0].seq
         out = [Message("out", NAMES.out(f"s{number}"), payload, {}) for number in range(25)]
         answers = await rig.publisher.publish_all(out)

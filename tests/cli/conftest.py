@@ -13,7 +13,7 @@ import pytest
 import structlog
 
 from adapter.cli import main
-from adapter.cli.bus import Bus, connected
+from adapter.cli.bus import Bus, connected_bus
 from adapter.embedded import EmbeddedNats
 from adapter.environment import read_settings
 from adapter.jetstream import topology
@@ -75,7 +75,7 @@ def settings(server: EmbeddedNats) -> Settings:
 async def bus(settings: Settings, request: pytest.FixtureRequest) -> AsyncIterator[Bus]:
     """A connection to a NATS with all streams, and no adapter. Its 130 consumers are there for modules that say
     `CONSUMERS = True`: most commands have nothing to do with them, and the server takes a second to make them."""
-    async with connected(settings) as found:
+    async with connected_bus(settings) as found:
         link = ManagedConnection(settings, "test")
         await link.adopt_client(found.nc)
         if getattr(request.module, "CONSUMERS", False):

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from adapter.app import run
-from adapter.cli.bus import Bus, connected
+from adapter.cli.bus import Bus, connected_bus
 from adapter.embedded import EmbeddedNats
 from adapter.settings import Settings
 from tests.bus.guarded import guarded
@@ -23,10 +23,10 @@ LEFT_OUT = {"KV_wechat_members", "KV_wechat_claims", "KV_wechat_logins"}
 
 async def states(bus: Bus) -> dict[str, dict[str, Any]]:
     """By stream: what is in it, and how many consumers it has."""
-    names = (await bus.api("STREAM.NAMES"))["streams"]
+    names = (await bus.api_request("STREAM.NAMES"))["streams"]
     found = {}
     for name in names:
-        state = (await bus.api(f"STREAM.INFO.{name}"))["state"]
+        state = (await bus.api_request(f"STREAM.INFO.{name}"))["state"]
         found[name] = {key: state[key] for key in ("messages", "last_seq", "consumer_count")}
         if state["messages"]:
             found[name]["first_seq"] = state["first_seq"]
@@ -55,7 +55,7 @@ async def test_all_that_must_last_comes_back_on_another_server(
         monkeypatch.setenv("NATS_URL", other.url)
         restored = await cli("restore", str(tmp_path / "saved"))
         assert restored.code == 0, restored.err
-        async with connected(Settings(nats_url=(other.url,))) as there:
+        async with connected_bus(Settings(nats_url=(other.url,))) as there:
             after = await states(there)
             assert after == {name: state for name, state in before.items() if name not in LEFT_OUT}
             assert (await there.js.get_msg("WECHAT_IN", seqs[2])).data == b"x" * 300_000 + b"2"

@@ -7,8 +7,8 @@ import base64
 import pytest
 from nats.js import api
 
-from adapter.cli.bus import Bus, connected, stored_from
-from adapter.cli.dead import masked
+from adapter.cli.bus import Bus, connected_bus, sequence_from
+from adapter.cli.dead import mask_secrets
 from adapter.cli.exit_codes import UNREACHABLE, Failed
 from adapter.dead_letters import original_subject
 from adapter.names import (
@@ -41,7 +41,7 @@ async def die(bus: Bus, stream: str, subject: str, body: bytes, **extra: str) ->
         H_TRACEPARENT: "00-x",
         **extra,
     }
-    return (await bus.js.publish(bus.names.dead(stream), body, headers=headers)).seq
+    return (await bus.js.publish(bus.names.dead_letters(stream), body, headers=headers)).seq
 
 
 async def test_none_is_no_error(cli: Command, bus: Bus) -> None:
@@ -69,8 +69,8 @@ async def test_a_connection_that_breaks_on_the_way_is_said(bus: Bus, settings: S
     read = []
 
     async def until_it_breaks() -> None:
-        async with connected(settings) as other:
-            async for letter in stored_from(other, bus.names.stream_dead, bus.names.dead("*")):
+        async with connected_bus(settings) as other:
+            async for letter in sequence_from(other, bus.names.stream_dead, bus.names.dead_letters("*")):
                 read.append(letter.data)
                 await other.nc.close()
 
@@ -118,7 +118,7 @@ def test_a_letter_full_of_what_may_name_a_secret_is_shown_too() -> None:
     """The longest that a server takes by default: to look behind each for a value took half an hour."""
     words = "token" * 200_000
     raw = api.RawStreamMsg(subject="wechat.dead.WECHAT_OUT", data=words.encode())
-    assert masked(Names(), raw) == words
+    assert mask_secrets(Names(), raw) == words
 
 
 @pytest.mark.parametrize(

@@ -13,14 +13,14 @@ import msgspec
 import pytest
 
 from adapter.cli import permission_checks
-from adapter.cli.bus import Bus, connected
+from adapter.cli.bus import Bus, connected_bus
 from adapter.contract import BindingInfo
 from adapter.embedded import EmbeddedNats
 from adapter.environment import read_settings
 from adapter.errors import Refused
 from adapter.jetstream.history import StreamHistory
 from adapter.jetstream.managed_connection import ManagedConnection
-from adapter.names import H_SINCE_MS, shard_of, token_of
+from adapter.names import H_SINCE_MS, shard_of, to_subject_token
 from adapter.records import Binding
 from adapter.seal import Sealer, cursor_context
 from tests.bus.guarded import Guarded, guarded
@@ -64,7 +64,7 @@ async def test_with_an_adapter_all_is_well(cli: Command, bus: Bus) -> None:
 
 
 async def test_warnings_do_not_fail(cli: Command, bus: Bus) -> None:
-    await bus.js.publish(bus.names.dead("WECHAT_OUT"), b"x")
+    await bus.js.publish(bus.names.dead_letters("WECHAT_OUT"), b"x")
     async with answering(bus) as adapter:
         adapter.bindings = [BindingInfo(sandbox="s1", bot="b", state="needs_login")]
         await bus.store(f"$KV.{bus.names.bindings}.b", b"{}", {})
@@ -85,8 +85,8 @@ async def test_bindings_that_the_bucket_has_lost_fail(cli: Command, bus: Bus) ->
 
 
 async def test_an_operators_own_limit_is_a_warning_until_fixed(cli: Command, bus: Bus) -> None:
-    config = (await bus.api(f"STREAM.INFO.{bus.names.stream_in}"))["config"]
-    await bus.api(f"STREAM.UPDATE.{bus.names.stream_in}", config | {"max_msgs_per_subject": 5})
+    config = (await bus.api_request(f"STREAM.INFO.{bus.names.stream_in}"))["config"]
+    await bus.api_request(f"STREAM.UPDATE.{bus.names.stream_in}", config | {"max_msgs_per_subject": 5})
     async with answering(bus):
         result = await cli("doctor", "--json")
         assert (result.code, states(result)["WECHAT_IN"]) == (0, "warn")
@@ -96,9 +96,9 @@ async def test_an_operators_own_limit_is_a_warning_until_fixed(cli: Command, bus
 
 
 async def test_a_difference_that_breaks_a_guarantee_fails_until_fixed(cli: Command, bus: Bus) -> None:
-    config = (await bus.api(f"STREAM.INFO.{bus.names.stream_in}"))["config"]
+    config = (await bus.api_request(f"STREAM.INFO.{bus.names.stream_in}"))["config"]
     del config["republish"]
-    await bus.api(f"STREAM.UPDATE.{bus.names.stream_in}", config)
+    await bus.api_request(f"STREAM.UPDATE.{bus.names.stream_in}", config)
     async with answering(bus):
         result = await cli("doctor", "--json")
         assert (result.code, states(result)["WECHAT_IN"]) == (1, "fail")
@@ -107,13 +107,13 @@ async def test_a_difference_that_breaks_a_guarantee_fails_until_fixed(cli: Comma
 
 async def test_a_consumer_that_is_paused_is_told(cli: Command, bus: Bus) -> None:
     for consumer in ("WECHAT_CTL.control", "WECHAT_OUT.out-007"):
-        await bus.api(f"CONSUMER.PAUSE.{consumer}", {"pause_until": "2100-01-01T00:00:00Z"})
+        await bus.api_request(f"CONSUMER.PAUSE.{consumer}", {"pause_until": "2100-01-01T00:00:00Z"})
     result = await cli("doctor", "--json")
     (told,) = [row["say"] for row in result.rows if row["check"] == "consumers paused"]
     assert told.startswith("out-007, control: ")
     assert result.code == 1
     for consumer in ("WECHAT_CTL.control", "WECHAT_OUT.out-007"):
-        await bus.api(f"CONSUMER.PAUSE.{consumer}", {})
+        await bus.api_request(f"CONSUMER.PAUSE.{consumer}", {})
     assert states(await cli("doctor", "--json"))["streams"] == "ok"
 
 
@@ -122,8 +122,8 @@ async def test_commands_that_were_stored_without_the_transform_are_brought_to_th
 ) -> None:
     """Where no consumer looks they would wait for ever, and their senders for a receipt."""
     names = bus.names
-    config = (await bus.api(f"STREAM.INFO.{names.stream_out}"))["config"]
-    await bus.api(f"STREAM.UPDATE.{names.stream_out}", config | {"subject_transform": None})
+    config = (await bus.api_request(f"STREAM.INFO.{names.stream_out}"))["config"]
+    await bus.api_request(f"STREAM.UPDATE.{names.stream_out}", config | {"subject_transform": None})
     first = await bus.store(names.out("s1"), b"one", {})
     await bus.store(names.out("s2"), b"two", {"Nats-Msg-Id": "mine", "traceparent": "00-1"})
     await bus.store(names.out("s1"), b"three", {"Wechat-Command": "routed"})
@@ -148,8 +148,8 @@ async def test_commands_that_were_stored_without_the_transform_are_brought_to_th
 async def test_commands_brought_back_wait_since_they_were_stored_first(cli: Command, bus: Bus) -> None:
     """By that they expire, and their receipts name it."""
     names = bus.names
-    config = (await bus.api(f"STREAM.INFO.{names.stream_out}"))["config"]
-    await bus.api(f"STREAM.UPDATE.{names.stream_out}", config | {"subject_transform": None})
+    config = (await bus.api_request(f"STREAM.INFO.{names.stream_out}"))["config"]
+    await bus.api_request(f"STREAM.UPDATE.{names.stream_out}", config | {"subject_transform": None})
     await bus.store(names.out("s1"), b'{"text":"now or never","expires_in_s":0.5}', {})
     await bus.store(names.out("s1"), b'{"text":"a copy"}', {H_SINCE_MS: "1234"})
     link = ManagedConnection(bus.settings, "test")
@@ -165,13 +165,13 @@ async def test_commands_brought_back_wait_since_they_were_stored_first(cli: Comm
 async def test_a_command_that_cannot_be_brought_back_holds_up_none_of_other_sandboxes(cli: Command, bus: Bus) -> None:
     """It fits as it was stored, and not with what a copy says of it; what came behind it keeps its place."""
     names = bus.names
-    config = (await bus.api(f"STREAM.INFO.{names.stream_out}"))["config"]
-    await bus.api(f"STREAM.UPDATE.{names.stream_out}", config | {"subject_transform": None})
+    config = (await bus.api_request(f"STREAM.INFO.{names.stream_out}"))["config"]
+    await bus.api_request(f"STREAM.UPDATE.{names.stream_out}", config | {"subject_transform": None})
     for sandbox, size in (("s1", config["max_msg_size"] - 50), ("s2", 10), ("s1", 10)):
         await bus.nc.jetstream().publish(names.out(sandbox), b"x" * size)
     result = await cli("doctor", "--fix")
     assert (result.code, names.out("s1") in result.err, names.out("s2") in result.err) == (1, True, False)
-    state = (await bus.api(f"STREAM.INFO.{names.stream_out}", {"subjects_filter": ">"}))["state"]["subjects"]
+    state = (await bus.api_request(f"STREAM.INFO.{names.stream_out}", {"subjects_filter": ">"}))["state"]["subjects"]
     assert state == {names.out("s1"): 2, f"wechat.out.{shard_of('s2')}.s2": 1}
 
 
@@ -199,7 +199,7 @@ class WithoutJetStream(EmbeddedNats):
         config.write_text(config.read_text().partition("jetstream {")[0])
         return config
 
-    async def _jetstream_answers(self) -> None:
+    async def _wait_jetstream(self) -> None:
         return
 
 
@@ -350,8 +350,8 @@ async def test_what_a_user_may_not_and_a_stranger_may_is_told(
 ) -> None:
     async with guarded(tmp_path, edit=edit) as server:
         settings = read_settings({"NATS_URL": server.url, **server.users[who].environ})
-        async with connected(settings) as bus:
-            checks = await permission_checks.check(bus, settings)
+        async with connected_bus(settings) as bus:
+            checks = await permission_checks.check_permissions(bus, settings)
     assert [check.check for check in checks] == ["permissions", "strangers"]
     for check, (state, words) in zip(checks, (permissions, strangers), strict=True):
         assert check.state == state, checks
@@ -398,7 +398,7 @@ async def bound(bus: Bus, *tokens: str, start_cursor: str | None = None) -> None
     """Bindings as they lie in the bucket."""
     for number, token in enumerate(tokens):
         binding = Binding(sandbox=f"s{number}", bot=f"b{number}@im.bot", token=token, start_cursor=start_cursor)
-        key = f"$KV.{bus.names.bindings}.{token_of(binding.bot)}"
+        key = f"$KV.{bus.names.bindings}.{to_subject_token(binding.bot)}"
         await bus.js.publish(key, msgspec.json.encode(binding))
 
 
@@ -472,7 +472,7 @@ async def test_fix_seals_the_cursor_to_begin_at_too(cli: Command, bus: Bus, monk
     monkeypatch.setenv("WECHAT_NATS_TOKEN_KEY", NEW)
     assert "sealing 1 bot tokens" in (await cli("doctor", "--fix")).out
     (binding,) = await stored_bindings(bus)
-    assert sealer(NEW).how(binding.start_cursor or "") == "sealed"
+    assert sealer(NEW).sealing_of(binding.start_cursor or "") == "sealed"
     assert sealer(NEW).open(cursor_context("b0@im.bot"), binding.start_cursor or "") == "TOKEN-0 and more"
 
 

@@ -14,7 +14,7 @@ from nats.errors import Error as NatsError
 
 from adapter.cli.bus import settings_here
 from adapter.cli.exit_codes import Failed
-from adapter.cli.run import KEY_FILE, _with_key
+from adapter.cli.run import KEY_FILE, _with_token_key
 from adapter.embedded import EmbeddedFailed, EmbeddedNats, find_server, server_config, server_version
 from adapter.errors import SettingsError
 from adapter.settings import Settings
@@ -115,11 +115,11 @@ async def test_it_dies_with_a_parent_that_is_killed(tmp_path: Path) -> None:
 
 async def test_a_server_that_ends_by_itself_is_noticed() -> None:
     async with EmbeddedNats() as server:
-        waiting = asyncio.create_task(server.ended())
+        waiting = asyncio.create_task(server.wait_ended())
         server.kill()
         async with asyncio.timeout(30):
             await waiting
-        assert not server.running
+        assert not server.is_running
 
 
 async def test_more_consumers_than_the_server_allows_by_itself() -> None:
@@ -202,26 +202,26 @@ def test_commands_find_its_address_where_nothing_else_is_said(
 
 def test_the_first_start_makes_a_key_that_only_its_owner_reads_and_keeps_it(tmp_path: Path) -> None:
     folder = tmp_path / "data"
-    first = _with_key(Settings(), folder)
+    first = _with_token_key(Settings(), folder)
     assert (folder / KEY_FILE).stat().st_mode & 0o777 == 0o600
     (folder / "nats").mkdir()
     assert len(first.token_key[0]) == 32
-    assert _with_key(Settings(), folder) == first
-    assert _with_key(Settings(), tmp_path / "other") != first
+    assert _with_token_key(Settings(), folder) == first
+    assert _with_token_key(Settings(), tmp_path / "other") != first
 
 
 def test_a_key_of_the_settings_is_the_one_that_counts(tmp_path: Path) -> None:
     settings = Settings(token_key=(bytes(32),))
-    assert _with_key(settings, tmp_path) == settings
+    assert _with_token_key(settings, tmp_path) == settings
     assert not (tmp_path / KEY_FILE).exists()
 
 
 def test_a_server_that_ran_without_a_key_goes_on_so(tmp_path: Path) -> None:
     (tmp_path / "nats").mkdir()
-    assert _with_key(Settings(), tmp_path) == Settings()
+    assert _with_token_key(Settings(), tmp_path) == Settings()
 
 
 def test_a_key_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(Failed, match="WECHAT_NATS_DATA_DIR"):
-        _with_key(Settings(), tmp_path / "file")
+        _with_token_key(Settings(), tmp_path / "file")

@@ -22,7 +22,7 @@ from adapter.cli.login import _View
 from adapter.contract import Login
 from adapter.embedded import EmbeddedNats
 from adapter.logins.qr import DARK_ON_LIGHT, PLAIN, terminal_text
-from adapter.logins.qr import png as picture
+from adapter.logins.qr import png_base64 as picture
 from adapter.simulator import FaultRule, Simulator, SimulatorSettings, samples
 from tests.cli.conftest import Command
 from tests.cli.process import started, until
@@ -258,7 +258,7 @@ def test_a_code_that_is_a_picture_is_written_or_said_to_be_one(
         for mime, content in (("image/png", samples.png(64, 64)), ("image/jpeg", samples.jpeg(64, 64)))
     )
     for url, path in ((png, None), (png, tmp_path / "a.png"), (jpeg, tmp_path / "b.png")):
-        _View(path).code(
+        _View(path).show_code(
             Login(
                 login="x",
                 sandbox="s1",

@@ -16,8 +16,8 @@ import pytest
 from rich.cells import cell_len
 
 from adapter.cli.bus import Bus
-from adapter.cli.lifetime import unless
-from adapter.cli.output import complain, full, json_line, printable
+from adapter.cli.lifetime import run_until_stopped
+from adapter.cli.output import complain, json_line, printable, with_defaults
 from adapter.cli.screen import LABEL, Screen
 from adapter.cli.stdin import lines
 from adapter.contract import BindingInfo, LoginQuery, Receipt
@@ -107,10 +107,10 @@ def test_faces_and_flags_are_shown_as_they_are() -> None:
 
 
 def test_json_for_scripts_has_every_field() -> None:
-    info = full(BindingInfo(sandbox="s", bot="b"))
+    info = with_defaults(BindingInfo(sandbox="s", bot="b"))
     assert info["state"] == "active"
     assert info["options"] == {"durable": False} | info["options"]
-    assert full(Receipt(command="c", sandbox="s", outcome="parked"))["window"]["remaining"] is None
+    assert with_defaults(Receipt(command="c", sandbox="s", outcome="parked"))["window"]["remaining"] is None
 
 
 class Terminal(io.StringIO):
@@ -177,4 +177,4 @@ async def test_ctrl_c_is_not_forgotten_while_an_answer_comes(ask: Callable[[Bus]
         await ask(bus)
         return 0
 
-    assert await unless(stop, work()) is None
+    assert await run_until_stopped(stop, work()) is None

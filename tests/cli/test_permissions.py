@@ -14,7 +14,7 @@ from nats.errors import Error as NatsError
 
 from adapter.cli import jwts
 from adapter.cli.jwts import ACCOUNT, USER, Key, user_jwt
-from adapter.cli.permissions import LONGEST_LINE, Kept
+from adapter.cli.permissions import LONGEST_LINE, CredentialFolder
 from adapter.errors import Refused
 from adapter.names import Names
 from adapter.permissions import FILES, ROLES
@@ -178,12 +178,12 @@ async def test_an_account_of_its_own_is_pushed_to_a_server_that_runs(
         assert not await gets_in(server, "signing", creds)
         assert (await cli("permissions", "push", str(folder))).code == 0
         assert await gets_in(server, "signing", creds)
-        assert claims(creds)["nats"]["issuer_account"] == Kept(folder).accounts.keys["signing"].public
+        assert claims(creds)["nats"]["issuer_account"] == CredentialFolder(folder).accounts.keys["signing"].public
 
 
 async def test_credentials_that_have_expired_do_not_count(cli: Command, tmp_path: Path) -> None:
     async with guarded(tmp_path, "jwt") as server:
-        kept = Kept(tmp_path / "jwt")
+        kept = CredentialFolder(tmp_path / "jwt")
         for days, counts in ((-1.0, False), (1.0, True)):
             key = jwts.Key.new(jwts.USER)
             account = kept.accounts.keys["SANDBOX"].public
@@ -217,7 +217,7 @@ async def test_an_administrator_backs_up_what_no_role_may(
 async def test_a_user_without_a_sandbox_gets_nothing(tmp_path: Path, tags: list[str]) -> None:
     """The template of the signing key has nothing to put in, and opens nothing instead."""
     async with guarded(tmp_path, "jwt") as server:
-        kept = Kept(tmp_path / "jwt")
+        kept = CredentialFolder(tmp_path / "jwt")
         key = jwts.Key.new(jwts.USER)
         claim: dict[str, Any] = {"type": "user", "issuer_account": kept.accounts.keys["SANDBOX"].public, "tags": tags}
         file = tmp_path / "made.creds"
@@ -228,7 +228,7 @@ async def test_a_user_without_a_sandbox_gets_nothing(tmp_path: Path, tags: list[
 async def test_a_signing_key_gives_no_more_than_its_template(tmp_path: Path) -> None:
     """Permissions written into the user's JWT do not widen it: the server refuses the user."""
     async with guarded(tmp_path, "jwt") as server:
-        kept = Kept(tmp_path / "jwt")
+        kept = CredentialFolder(tmp_path / "jwt")
         key = jwts.Key.new(jwts.USER)
         claim: dict[str, Any] = {
             "type": "user",

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from adapter.cli.bus import connected
+from adapter.cli.bus import connected_bus
 from adapter.cli.exit_codes import Failed
 from adapter.contract import BindingsPage, BindingsQuery
 from adapter.jetstream import topology
@@ -107,9 +107,9 @@ async def test_an_operator_lists_and_drops_what_is_queued(cli: Command, scene: S
 
 async def test_for_an_answer_that_is_forbidden_nobody_waits(scene: Scene) -> None:
     scene.enter("s1")
-    async with connected() as bus:
+    async with connected_bus() as bus:
         with pytest.raises(Failed, match=r"may not publish to wechat\.svc\.bindings\.list"):
-            await bus.ask("bindings.list", BindingsQuery(), BindingsPage, timeout_s=3600.0)
+            await bus.request_service("bindings.list", BindingsQuery(), BindingsPage, timeout_s=3600.0)
 
 
 async def test_who_may_fix_is_told_to_an_operator(cli: Command, scene: Scene) -> None:

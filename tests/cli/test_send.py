@@ -128,7 +128,7 @@ async def test_without_streams_it_is_3(cli: Command, server: object) -> None:
 async def test_too_many_waiting_commands_are_refused_with_1(cli: Command, bus: Bus) -> None:
     stream = await bus.js.stream_info(bus.names.stream_out)
     config = stream.config.as_dict() | {"max_msgs_per_subject": 1}
-    await bus.api(f"STREAM.UPDATE.{bus.names.stream_out}", config)
+    await bus.api_request(f"STREAM.UPDATE.{bus.names.stream_out}", config)
     assert (await cli("send", "s1", "one", "--no-wait")).code == 0
     result = await cli("send", "s1", "two", "--no-wait")
     assert result.code == 1

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import msgspec
 
-from adapter.cli.bus import Bus, connected
+from adapter.cli.bus import Bus, connected_bus
 from adapter.cli.options import moment, seconds
 from adapter.contract import BindingEvent, Inbound, Receipt, TextItem, UnsupportedItem
 from adapter.embedded import EmbeddedNats
@@ -133,10 +133,10 @@ async def test_it_goes_on_after_the_server_was_gone(tmp_path: Path) -> None:
     await first.start()
     port = int(first.url.rpartition(":")[2])
     async with started("tail", "s1", "--json", env={"NATS_URL": first.url}) as process:
-        async with connected(Settings(nats_url=(first.url,))) as bus:
+        async with connected_bus(Settings(nats_url=(first.url,))) as bus:
             await shown(process, bus, "before")
         await first.stop()
-        async with EmbeddedNats(tmp_path, port) as second, connected(Settings(nats_url=(second.url,))) as bus:
+        async with EmbeddedNats(tmp_path, port) as second, connected_bus(Settings(nats_url=(second.url,))) as bus:
             await shown(process, bus, "after")
 
 

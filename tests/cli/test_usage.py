@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from adapter.cli.bus import connected
+from adapter.cli.bus import connected_bus
 from adapter.cli.exit_codes import UNREACHABLE, Failed
 from adapter.embedded import EmbeddedNats
 from adapter.schema import DOCUMENTED
@@ -134,7 +134,7 @@ class GuardedNats(EmbeddedNats):
         config.write_text(config.read_text() + 'authorization { user: "me", password: "right" }\n')
         return config
 
-    async def _jetstream_answers(self) -> None:
+    async def _wait_jetstream(self) -> None:
         return
 
 
@@ -148,7 +148,7 @@ async def test_a_wrong_password_is_3_at_once_and_not_shown(cli: Command, monkeyp
         assert "NATS_PASSWORD" in sentence(result.err)
         assert "hunter2" not in result.err
         with pytest.raises(Failed, match="refused the credentials"):
-            async with connected(Settings(nats_url=(server.url,)), lasting=True):
+            async with connected_bus(Settings(nats_url=(server.url,)), lasting=True):
                 pass
 
 

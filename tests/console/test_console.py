@@ -17,15 +17,15 @@ import msgspec
 import pytest
 from structlog.testing import capture_logs
 
-from adapter.console.auth import SESSION_S, WRONG_A_MINUTE, Guard
-from adapter.console.server import AT_ONCE, MAX_BODY, Console, is_loopback
-from adapter.console.service import Needs
+from adapter.console.auth import SESSION_S, WRONG_A_MINUTE, ConsoleAuth
+from adapter.console.server import MAX_BODY, MAX_IN_FLIGHT, Console, is_loopback
+from adapter.console.service import ConsoleDeps
 from adapter.conversation.record import VERSION
 from adapter.errors import BusRefused, SettingsError, Temporary
 from adapter.logins.registry import LoginRegistry
 from adapter.names import H_DETAIL, H_MSG_ID, H_REASON, H_SUBJECT, H_TIME_MS
 from adapter.ports import QrCode
-from adapter.replicas.replica_status import Call, Polling, Present
+from adapter.replicas.replica_status import PollerStatus, ReplicaStatus, StatusRequest
 from adapter.seal import Sealer
 from adapter.services.logins import LoginService
 from adapter.simulator import samples
@@ -47,15 +47,17 @@ class FakeReplicas:
     """Implements AllReplicas: replicas that answer with what the test says."""
 
     def __init__(self) -> None:
-        self.polls: dict[str, Polling] = {}
+        self.polls: dict[str, PollerStatus] = {}
         self.away = False
 
     async def query_replicas(self, subject: str, payload: bytes, *, count: int, within_s: float) -> list[bytes]:
         if self.away:
             raise Temporary("bus_down")
-        asked = msgspec.json.decode(payload, type=Call).bots
+        asked = msgspec.json.decode(payload, type=StatusRequest).bots
         polls = {bot: polling for bot, polling in self.polls.items() if bot in asked}
-        return [msgspec.json.encode(Present(instance="r1", version="1", shards=128, bots=len(polls), polls=polls))]
+        return [
+            msgspec.json.encode(ReplicaStatus(instance="r1", version="1", shards=128, bots=len(polls), polls=polls))
+        ]
 
 
 class Office:
@@ -73,7 +75,7 @@ class Office:
             self.ilink, self.registry, self.bench.bindings, sealer, self.bench.metrics, login_s=480.0
         )
         self.living = 1
-        self.needs = Needs(
+        self.deps = ConsoleDeps(
             bindings=self.bench.bindings,
             conversations=self.bench.store,
             history=self.bench.bus,
@@ -107,15 +109,15 @@ class Office:
 
     def letter(self, subject: str, data: bytes = b"{", headers: dict[str, str] | None = None) -> int:
         named = {H_SUBJECT: subject, H_REASON: "unreadable", H_TIME_MS: "1700000000000", **(headers or {})}
-        return self.bench.bus.put(self.bench.names.dead("WECHAT_OUT"), data, named)
+        return self.bench.bus.put(self.bench.names.dead_letters("WECHAT_OUT"), data, named)
 
 
 @pytest.fixture
 async def office() -> AsyncIterator[Office]:
     async with httpx.AsyncClient(trust_env=False, verify=False) as browser:
         made = Office(browser)
-        made.bench.bindings.loaded = True
-        with Console("127.0.0.1:0", TOKEN, made.needs) as console:
+        made.bench.bindings.is_loaded = True
+        with Console("127.0.0.1:0", TOKEN, made.deps) as console:
             browser.base_url = httpx.URL(console.url)
             yield made
 
@@ -135,7 +137,9 @@ async def test_without_the_token_there_is_only_the_way_in(office: Office, path: 
 @pytest.mark.parametrize("path", ["/logins", "/dead/1", "/signout", "/logins/" + "0" * 24 + "/cancel"])
 async def test_without_the_token_nothing_can_be_done(office: Office, path: str) -> None:
     office.letter("wechat.out")
-    answer = await office.browser.post(path, data={"sandbox": "s1", "do": "drop", "proof": Guard(TOKEN).form("")})
+    answer = await office.browser.post(
+        path, data={"sandbox": "s1", "do": "drop", "proof": ConsoleAuth(TOKEN).form_proof("")}
+    )
     assert answer.status_code == 403
     assert len(office.bench.bus.found("DEAD")) == 1
     assert list(office.registry) == []
@@ -192,17 +196,17 @@ async def test_who_tries_many_tokens_has_to_wait(office: Office) -> None:
 
 
 def test_a_session_ends_and_cannot_be_made_up() -> None:
-    guard, now_s = Guard(TOKEN), 1_700_000_000
-    session = guard.session(now_s, "a")
-    assert guard.admits(session, now_s + SESSION_S - 1)
-    assert not guard.admits(session, now_s + SESSION_S)
-    assert not Guard("another token of some length").admits(session, now_s)
+    guard, now_s = ConsoleAuth(TOKEN), 1_700_000_000
+    session = guard.new_session(now_s, "a")
+    assert guard.is_valid_session(session, now_s + SESSION_S - 1)
+    assert not guard.is_valid_session(session, now_s + SESSION_S)
+    assert not ConsoleAuth("another token of some length").is_valid_session(session, now_s)
     later = f"{now_s + 10 * SESSION_S:x}.{session.partition('.')[2]}"
     for forged in ("", ".", "x", later, session[:-1], session + "0", f"{session}é"):
-        assert not guard.admits(forged, now_s)
-    assert guard.is_form(session, guard.form(session))
-    assert not guard.is_form(session, guard.form(guard.session(now_s, "b")))
-    assert not guard.is_form(session, "")
+        assert not guard.is_valid_session(forged, now_s)
+    assert guard.is_form_proof(session, guard.form_proof(session))
+    assert not guard.is_form_proof(session, guard.form_proof(guard.new_session(now_s, "b")))
+    assert not guard.is_form_proof(session, "")
 
 
 async def test_a_form_of_another_site_or_session_does_nothing(office: Office) -> None:
@@ -213,7 +217,7 @@ async def test_a_form_of_another_site_or_session_does_nothing(office: Office) ->
         (proof, {"Origin": "https://evil.example"}),
         (proof, {"Origin": "null"}),
         ("", {}),
-        (Guard(TOKEN).form("another session"), {}),
+        (ConsoleAuth(TOKEN).form_proof("another session"), {}),
     ):
         fields = {"proof": proof_sent, "do": "drop"}
         answer = await office.browser.post(f"/dead/{seq}", data=fields, headers=headers)
@@ -260,7 +264,7 @@ async def test_what_the_script_fetches_has_no_script_and_no_style(office: Office
 
 async def test_strangers_who_send_slowly_take_nobodys_room(office: Office) -> None:
     async with contextlib.AsyncExitStack() as opened:
-        for _ in range(AT_ONCE + 1):
+        for _ in range(MAX_IN_FLIGHT + 1):
             _, writer = await asyncio.open_connection("127.0.0.1", office.browser.base_url.port)
             opened.callback(writer.close)
             writer.write(b"POST /signin HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\ntoken=")
@@ -302,7 +306,7 @@ def test_what_is_loopback(host: str, answer: bool) -> None:
 
 
 async def test_an_address_beyond_this_machine_is_warned_of(office: Office) -> None:
-    with capture_logs() as logs, Console(":0", TOKEN, office.needs):
+    with capture_logs() as logs, Console(":0", TOKEN, office.deps):
         pass
     assert "console.exposed" in [line["event"] for line in logs]
 
@@ -311,7 +315,7 @@ async def test_an_address_that_cannot_be_had_stops_the_start(office: Office) -> 
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        console = Console(f"127.0.0.1:{taken.getsockname()[1]}", TOKEN, office.needs)
+        console = Console(f"127.0.0.1:{taken.getsockname()[1]}", TOKEN, office.deps)
         with pytest.raises(SettingsError, match="WECHAT_NATS_CONSOLE_ADDR: expected an address"):
             console.__enter__()
 
@@ -324,7 +328,7 @@ async def test_a_binding_with_all_that_is_known_of_it(office: Office) -> None:
     await office.bench.bind("s1", "b1@im.bot", "u1@im.wechat", token="b1@im.bot:SECRET")
     heard_ms = office.bench.clock.now_ms() - 60_000
     office.bench.hears(sends_used=2, opened_ms=heard_ms, sent_at_ms=[heard_ms])
-    office.replicas.polls["b1@im.bot"] = Polling(state="polling", ago_ms=4000)
+    office.replicas.polls["b1@im.bot"] = PollerStatus(state="polling", ago_ms=4000)
     page = (await office.browser.get("/")).text
     for words in ("s1", "b1@im.bot", "u1@im.wechat", ">active<", "8 sends left", "closes in 22 h", "4 s ago", "r1"):
         assert words in page
@@ -337,13 +341,13 @@ async def test_a_binding_with_all_that_is_known_of_it(office: Office) -> None:
     [
         ({"state": "needs_login", "reason": "stale_token"}, None, ("needs a login", "stale_token")),
         ({}, None, ("not polled", "no replica says that it polls it")),
-        ({}, Polling(state="error"), ("failing",)),
-        ({}, Polling(state="paused"), ("paused",)),
-        ({}, Polling(state="polling"), ("active", "waiting")),
+        ({}, PollerStatus(state="error"), ("failing",)),
+        ({}, PollerStatus(state="paused"), ("paused",)),
+        ({}, PollerStatus(state="polling"), ("active", "waiting")),
     ],
 )
 async def test_what_is_wrong_with_a_binding_is_said(
-    office: Office, fields: dict[str, Any], polling: Polling | None, words: tuple[str, ...]
+    office: Office, fields: dict[str, Any], polling: PollerStatus | None, words: tuple[str, ...]
 ) -> None:
     await office.sign_in()
     await office.bench.bind("s1", **fields)
@@ -546,16 +550,16 @@ async def test_digits_are_handed_on_as_they_are_typed(office: Office) -> None:
     answer = await office.post(f"{place}/verify", digits="4711")
     assert (answer.status_code, "No digits are asked for" in answer.text) == (400, True)
     ((login, record),) = list(office.registry)
-    await office.registry.change(login, lambda now: office.registry.step(now, status="need_verify_code"))
+    await office.registry.update(login, lambda now: office.registry.next_step(now, status="need_verify_code"))
     page = (await office.browser.get(place)).text
     assert "Type the digits that the phone shows." in page
     assert (await office.post(f"{place}/verify", digits=" 47 11 ")).status_code == 303
     ((_, record),) = list(office.registry)
-    assert office.registry.digits(login, record) == "4711"
+    assert office.registry.open_digits(login, record) == "4711"
     assert "The digits are being checked." in (await office.browser.get(place)).text
     assert 'class="digits"' not in (await office.browser.get(place)).text
-    await office.registry.change(
-        login, lambda now: office.registry.step(now, status="need_verify_code", reason="wrong_code", digits="")
+    await office.registry.update(
+        login, lambda now: office.registry.next_step(now, status="need_verify_code", reason="wrong_code", digits="")
     )
     assert "type them once more" in (await office.browser.get(place)).text
 
@@ -564,16 +568,16 @@ async def test_a_login_that_another_person_took_than_was_bound_before_says_so(of
     await office.sign_in()
     place = (await office.post("/logins", sandbox="s1")).headers["Location"]
     ((login, _),) = list(office.registry)
-    step = office.registry.step
+    step = office.registry.next_step
     words = {"former_user": "u0@im.wechat", "detail": "Another person than before."}
-    await office.registry.change(login, lambda now: step(now, status="confirmed", **words))
+    await office.registry.update(login, lambda now: step(now, status="confirmed", **words))
     assert '<p role="status" class="warn">Another person than before.' in (await office.browser.get(place)).text
 
 
 async def test_any_replica_finds_a_login_by_its_address(office: Office) -> None:
     await office.sign_in()
     place = (await office.post("/logins", sandbox="s1")).headers["Location"]
-    with Console("127.0.0.1:0", TOKEN, office.needs) as other:
+    with Console("127.0.0.1:0", TOKEN, office.deps) as other:
         answer = await office.browser.get(f"{other.url}{place}")
     assert "<svg" in answer.text
     assert (await office.browser.get("/logins/" + "f" * 24)).status_code == 404
@@ -600,7 +604,7 @@ async def test_a_fault_of_ours_is_logged_and_ends_one_page_only(
     async def load(sandbox: str, user: str) -> None:
         raise KeyError(user)
 
-    monkeypatch.setattr(office.needs.conversations, "load", load)
+    monkeypatch.setattr(office.deps.conversations, "load", load)
     with capture_logs() as logs:
         answer = await office.browser.get("/")
     assert answer.status_code == 500

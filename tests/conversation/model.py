@@ -92,7 +92,7 @@ class World(NamedTuple):
     now_ms: int
     messages: int
     """How often the user may still write."""
-    said: tuple[rules.Heard, ...]
+    said: tuple[rules.InboundReceived, ...]
     """What the user wrote: the journal of the bot."""
     crashes: int
     """How often an owner may still die."""
@@ -194,7 +194,7 @@ class Explorer:
                 return self._step(world, rules.SessionChecked(is_alive=False))
             case ("hear",):
                 number, bot = world.messages, BOTS[world.bot] or BOT
-                heard = rules.Heard(f"in:{number}", f"token{number}", bot.id, 0, 1 + len(world.said))
+                heard = rules.InboundReceived(f"in:{number}", f"token{number}", bot.id, 0, 1 + len(world.said))
                 world = world._replace(messages=number - 1, used=(), said=(*world.said, heard))
                 return self._step(world, heard)
             case ("bind", bot):

@@ -76,7 +76,7 @@ def test_the_rest_of_a_command_needs_room_for_one_send_only() -> None:
     talk = Talk()
     talk.put(rules.Stored((command(1, "a", "b", "c"),)))
     talk.put(rules.Accepted("m1"))
-    talk.put(rules.Heard("in:2", "", BOT.id, 0, 2))
+    talk.put(rules.InboundReceived("in:2", "", BOT.id, 0, 2))
     window = msgspec.structs.replace(talk.state.record.window, sends_used=2)
     talk.state = msgspec.structs.replace(talk.state, record=msgspec.structs.replace(talk.state.record, window=window))
     talk.put(rules.Deadline(), later_ms=1500)
@@ -189,7 +189,7 @@ def test_a_window_that_changes_is_announced_once() -> None:
         talk.put(rules.Stored((command(number),)))
         assert not any(isinstance(one, rules.Announce) for one in talk.effects[-3:]), "while a request is out"
         talk.put(rules.Accepted(f"m{number}"))
-    talk.put(rules.Heard("in:2", "t2", BOT.id, 0, 2))
+    talk.put(rules.InboundReceived("in:2", "t2", BOT.id, 0, 2))
     talk.put(rules.Deadline(), later_ms=HOUR_MS)
     talk.put(rules.Deadline(), later_ms=1)
     assert [effect for effect in talk.effects if isinstance(effect, rules.Announce)] == [
@@ -261,12 +261,12 @@ def test_typing_is_hidden_once_nothing_can_be_sent_now() -> None:
     assert hide in talk.put(rules.Accepted("m2"))
     assert hide not in talk.put(rules.Deadline(), later_ms=1500)
     talk.put(rules.Stored((command(9),)))
-    assert hide not in talk.put(rules.Heard("in:2", "t", BOT.id, 0, 2, show_typing=True))
+    assert hide not in talk.put(rules.InboundReceived("in:2", "t", BOT.id, 0, 2, show_typing=True))
     assert hide not in talk.put(rules.Unanswered())
-    assert hide not in talk.put(rules.Heard("in:3", "t", BOT.id, 0, 3))
+    assert hide not in talk.put(rules.InboundReceived("in:3", "t", BOT.id, 0, 3))
     talk.put(rules.Deadline(), later_ms=1500)
     assert hide in talk.put(rules.Accepted("m9"))
-    assert hide not in talk.put(rules.Heard("in:4", "t", BOT.id, 0, 4, show_typing=True))
+    assert hide not in talk.put(rules.InboundReceived("in:4", "t", BOT.id, 0, 4, show_typing=True))
     assert talk.state.record.typing
     assert hide not in talk.put(rules.Deadline())
     talk.now_ms += HOUR_MS
@@ -287,14 +287,14 @@ def test_the_words_of_the_first_answer_without_an_id_are_told() -> None:
 def test_a_message_that_may_have_been_sent_is_repeated_without_what_was_parked_since() -> None:
     talk = Talk(token="")
     talk.put(rules.Stored((command(1), command(2))))
-    talk.put(rules.Heard("in:2", "t", BOT.id, 0, 2))
+    talk.put(rules.InboundReceived("in:2", "t", BOT.id, 0, 2))
     talk.put(rules.Loaded({1: ["t1"], 2: ["t2"]}))
     talk.put(rules.Unanswered())
     talk.put(rules.Deadline(), later_ms=1500)
     talk.put(rules.Throttled(REFUSED))
     talk.put(rules.Stored((command(3),)))
     assert talk.ends()[-1] == (3, "parked", "throttled")
-    effects = talk.put(rules.Heard("in:3", "t", BOT.id, 0, 3), later_ms=1500)
+    effects = talk.put(rules.InboundReceived("in:3", "t", BOT.id, 0, 3), later_ms=1500)
     assert [one for one in effects if isinstance(one, rules.Post)] == [rules.Post("wechat-nats:k1-0+1", "t1\n\nt2")]
 
 
@@ -312,7 +312,7 @@ def test_a_message_that_may_have_been_sent_is_repeated_without_what_was_parked_s
 def test_texts_are_merged_as_far_as_they_fit(texts: list[str], together: int) -> None:
     talk = Talk(token="", policy=POLICY._replace(merge_chars=1_000_000))
     talk.put(rules.Stored(tuple(command(number, text) for number, text in enumerate(texts, 1))))
-    talk.put(rules.Heard("in:2", "t", BOT.id, 0, 2))
+    talk.put(rules.InboundReceived("in:2", "t", BOT.id, 0, 2))
     effects = talk.put(rules.Loaded({number: [text] for number, text in enumerate(texts, 1)}))
     assert [one.content for one in effects if isinstance(one, rules.Post)] == ["\n\n".join(texts[:together])]
 

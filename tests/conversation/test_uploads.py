@@ -32,7 +32,7 @@ def part(data: bytes = b"hello", *, kind: Kind = "file", name: str = "a.txt", st
 
 
 async def carried(bench: Bench, what: MediaPart, ident: str = "c-0") -> Carried:
-    await bench.uploads.bring(ident, what, ACCOUNT, "s1", USER)
+    await bench.uploads.upload_media(ident, what, ACCOUNT, "s1", USER)
     return bench.cdn.uploads[-1]
 
 
@@ -113,20 +113,20 @@ async def test_what_is_too_large_is_refused_unread(stored: str) -> None:
 
 async def test_a_request_that_is_repeated_brings_nothing_again() -> None:
     bench = Bench()
-    first = await bench.uploads.bring("c-0", part(), ACCOUNT, "s1", USER)
-    assert await bench.uploads.bring("c-0", part(), ACCOUNT, "s1", USER) == first
+    first = await bench.uploads.upload_media("c-0", part(), ACCOUNT, "s1", USER)
+    assert await bench.uploads.upload_media("c-0", part(), ACCOUNT, "s1", USER) == first
     assert bench.cdn.asked == 1
-    await bench.uploads.bring("c-1", part(), ACCOUNT, "s1", USER)
-    await bench.uploads.bring("c-0", part(), ACCOUNT._replace(bot="b2@im.bot"), "s1", USER)
+    await bench.uploads.upload_media("c-1", part(), ACCOUNT, "s1", USER)
+    await bench.uploads.upload_media("c-0", part(), ACCOUNT._replace(bot="b2@im.bot"), "s1", USER)
     assert bench.cdn.asked == 3
 
 
 async def test_an_upload_is_not_trusted_for_ever() -> None:
     """Nobody knows how long iLink keeps it."""
     bench = Bench()
-    await bench.uploads.bring("c-0", part(), ACCOUNT, "s1", USER)
+    await bench.uploads.upload_media("c-0", part(), ACCOUNT, "s1", USER)
     await bench.clock.sleep(READY_S)
-    await bench.uploads.bring("c-0", part(), ACCOUNT, "s1", USER)
+    await bench.uploads.upload_media("c-0", part(), ACCOUNT, "s1", USER)
     assert bench.cdn.asked == 2
 
 
@@ -180,12 +180,12 @@ async def test_a_sandbox_whose_uploads_hang_holds_up_no_other() -> None:
     hanging = asyncio.Event()
     bench.cdn.hold["hanging"] = hanging
     uploads = [
-        asyncio.create_task(bench.uploads.bring(f"c-{number}", part(), ACCOUNT, "bad", "hanging"))
+        asyncio.create_task(bench.uploads.upload_media(f"c-{number}", part(), ACCOUNT, "bad", "hanging"))
         for number in range(6)
     ]
     await asyncio.sleep(1)
     async with asyncio.timeout(1):
-        await bench.uploads.bring("c-0", part(), ACCOUNT._replace(bot="b2@im.bot"), "good", USER)
+        await bench.uploads.upload_media("c-0", part(), ACCOUNT._replace(bot="b2@im.bot"), "good", USER)
     assert bench.cdn.asked == 3
     hanging.set()
     await asyncio.gather(*uploads)

@@ -81,7 +81,7 @@ def test_a_window_is_shown_as_it_stands(
         left = Window(closes_at_ms=OPENED + HOUR_MS)
     elif isinstance(left, int):
         left = Window(remaining=left, reserved=min(1, left), closes_at_ms=OPENED + HOUR_MS)
-    assert window.shown(known, now_ms, policy) == left
+    assert window.visible_window(known, now_ms, policy) == left
 
 
 @pytest.mark.parametrize(

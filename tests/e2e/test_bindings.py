@@ -18,7 +18,7 @@ from adapter.contract import (
     Window,
     WindowQuery,
 )
-from adapter.names import token_of
+from adapter.names import to_subject_token
 from tests.e2e.world import NAMES, World, eventually, stream, until, world
 
 
@@ -69,7 +69,7 @@ async def test_an_entry_that_is_no_binding_stops_nobody(tmp_path: Path) -> None:
         await made.adapters[0].kill()
         bot, other = made.sim.add_bot(), made.sim.add_bot()
         bucket = await nc.jetstream().key_value(NAMES.bindings)
-        await bucket.put(token_of(bot.bot), b"{}")
+        await bucket.put(to_subject_token(bot.bot), b"{}")
         await made.adapters[0].start()
         for sandbox, each in (("s1", other), ("s2", bot)):
             assert (await made.bind(nc, sandbox, each)).ok
@@ -196,7 +196,7 @@ async def test_what_is_wrong_is_refused_with_a_sentence_and_an_event(tmp_path: P
         unreadable: ControlAnswer = await made.control(nc, NAMES.bind, b'{"sandbox": "S1"}')
         assert not unreadable.ok
         assert await changes(nc, "s1") == ["refused"]
-        assert len(await stream(nc, NAMES.stream_dead, NAMES.dead("WECHAT_CTL"))) == 1
+        assert len(await stream(nc, NAMES.stream_dead, NAMES.dead_letters("WECHAT_CTL"))) == 1
         await nc.close()
 
 

@@ -56,7 +56,7 @@ async def test_odd_commands_end_in_a_refusal_or_a_dead_letter_and_the_adapter_go
         for ident, (_, _, outcome, reason) in odd.items():
             receipt = await final_of(made, ident)
             assert (ident, receipt.outcome, receipt.reason) == (ident, outcome, reason)
-        dead = [data for _, data in await stream(nc, NAMES.stream_dead, NAMES.dead("WECHAT_OUT"))]
+        dead = [data for _, data in await stream(nc, NAMES.stream_dead, NAMES.dead_letters("WECHAT_OUT"))]
         assert sorted(dead) == sorted(
             payload for _, payload, outcome, _ in odd.values() if outcome == "dead_lettered"
         )

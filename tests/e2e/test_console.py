@@ -78,7 +78,7 @@ async def _dead_letters(browser: httpx.AsyncClient, console: str, witness: Clien
 
     async def retried() -> bool:
         """The command was read again, and is as broken as before."""
-        numbers = [data for _, data in await stream(witness, NAMES.stream_dead, NAMES.dead("*"))]
+        numbers = [data for _, data in await stream(witness, NAMES.stream_dead, NAMES.dead_letters("*"))]
         return len(numbers) == 1
 
     await eventually(retried, "one is dead again, the other is gone")

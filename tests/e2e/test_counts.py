@@ -97,7 +97,7 @@ async def test_what_was_taken_is_what_ended_waits_or_is_in_hand_over_all_replica
         del told["parked"]
         assert outcomes == told
         assert by_label(values, "outbound_messages_total", "kind").keys() == {"text", "media", "typing", "unreadable"}
-        dead = await stream(nc, NAMES.stream_dead, NAMES.dead("*"))
+        dead = await stream(nc, NAMES.stream_dead, NAMES.dead_letters("*"))
         assert values['dead_letters_total{stream="out"}'] == len(dead) == 4
         assert values["bindings"] == BOTS
         assert values["bindings_unowned"] == 0

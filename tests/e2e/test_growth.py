@@ -22,12 +22,12 @@ import nats
 import pytest
 from nats.aio.client import Client
 
-from adapter.app import run_parts
+from adapter.app import run_replica
 from adapter.contract import FINAL_OUTCOMES, Bind, ControlAnswer, Options, Receipt, Unbind
 from adapter.embedded import EmbeddedNats
 from adapter.names import SHARDS, Names, shard_of
 from adapter.settings import Settings
-from adapter.wiring import Parts
+from adapter.wiring import Replica
 from tests.e2e.waiting import eventually, free_port, until
 from tests.growth import census, growing
 
@@ -50,10 +50,10 @@ async def simulator() -> AsyncIterator[str]:
 
 
 @contextlib.asynccontextmanager
-async def adapter_of(settings: Settings) -> AsyncIterator[Parts]:
+async def adapter_of(settings: Settings) -> AsyncIterator[Replica]:
     """In this process, so that it can be looked into."""
-    adapter, stop, ready = Parts(settings), asyncio.Event(), asyncio.Event()
-    running = asyncio.create_task(run_parts(adapter, stop, ready.set))
+    adapter, stop, ready = Replica(settings), asyncio.Event(), asyncio.Event()
+    running = asyncio.create_task(run_replica(adapter, stop, ready.set))
     try:
         await ready.wait()
         yield adapter
@@ -65,7 +65,7 @@ async def adapter_of(settings: Settings) -> AsyncIterator[Parts]:
 class Visitors:
     """People who come, say something, are answered and go."""
 
-    def __init__(self, adapter: Parts, sim: str, url: str) -> None:
+    def __init__(self, adapter: Replica, sim: str, url: str) -> None:
         self.adapter = adapter
         self.sim = sim
         self.url = url
@@ -122,21 +122,21 @@ class Visitors:
         return not (keys or adapter.supervisor.sessions)
 
 
-def subscriptions(adapter: Parts) -> int:
+def subscriptions(adapter: Replica) -> int:
     """0 while there is no connection. Each reading of a stream has one for as long as it lasts."""
     return len(adapter.connections.link.nc._subs) if adapter.connections.link.nc is not None else 0
 
 
-def forget_the_last(adapter: Parts) -> None:
+def forget_the_last(adapter: Replica) -> None:
     """Empties what is bounded by a number that is higher than what happens here: the last so many of a kind."""
     adapter.uploads._ready.clear()
-    adapter.control._settled.clear()
-    adapter.control._read.clear()
+    adapter.control._settled_sequences.clear()
+    adapter.control._recently_read.clear()
     for shard in adapter.supervisor._shards.values():
         shard.commands._ended.clear()
 
 
-async def calm(adapter: Parts, *, wanted: int = 0) -> int:
+async def calm(adapter: Replica, *, wanted: int = 0) -> int:
     """Returns once nothing is read any more: as many subscriptions as `wanted` (0: any number), look after look."""
     gc.collect()  # readings that were left in the middle end now
     looks, seen = 0, 0

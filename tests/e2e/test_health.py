@@ -15,13 +15,13 @@ import httpx
 import nats
 import pytest
 
-from adapter.app import run_parts
+from adapter.app import run_replica
 from adapter.embedded import EmbeddedNats
 from adapter.environment import read_settings
 from adapter.ports import Message
 from adapter.probes import STUCK_S
 from adapter.simulator import FaultRule, Simulator
-from adapter.wiring import Parts
+from adapter.wiring import Replica
 from tests.e2e.waiting import eventually, free_port
 from tests.e2e.world import AdapterProcess
 
@@ -119,8 +119,8 @@ async def test_a_command_that_the_bus_does_not_let_route_holds_up_no_end(tmp_pat
     """Its copy is written until a stream takes it: the replica had given everything back, and never ended."""
     async with EmbeddedNats(tmp_path / "nats", free_port()) as server:
         variables = {"NATS_URL": server.url, "WECHAT_NATS_HTTP_ADDR": f"127.0.0.1:{free_port()}"}
-        parts, stop, ready = Parts(read_settings(variables)), asyncio.Event(), asyncio.Event()
-        running = asyncio.create_task(run_parts(parts, stop, ready.set))
+        parts, stop, ready = Replica(read_settings(variables)), asyncio.Event(), asyncio.Event()
+        running = asyncio.create_task(run_replica(parts, stop, ready.set))
         await ready.wait()
         copy = parts.routing.spawn(parts.connections.bus.publish(Message("out", "of.no.stream", b"", {})))
         stop.set()
@@ -156,7 +156,7 @@ class Loop:
         self.ready = threading.Event()
         self._stop = asyncio.Event()
         settings = read_settings({"NATS_URL": url, "WECHAT_NATS_HTTP_ADDR": f"127.0.0.1:{self.port}"})
-        self.parts = Parts(settings)
+        self.parts = Replica(settings)
         self.late_s = 0.0
         """How far the probes' clock was put forward."""
         self.parts.health.clock = lambda: time.monotonic() + self.late_s
@@ -166,7 +166,7 @@ class Loop:
 
     def _run(self) -> None:
         asyncio.set_event_loop(self.loop)
-        self.loop.run_until_complete(run_parts(self.parts, self._stop, self.ready.set))
+        self.loop.run_until_complete(run_replica(self.parts, self._stop, self.ready.set))
         self.loop.close()
 
     def stop(self) -> None:

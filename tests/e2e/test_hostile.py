@@ -271,7 +271,7 @@ async def test_a_command_that_ends_three_replicas_is_given_to_no_fourth(tmp_path
         await is_told(made, nc, {"killer"}, ("dead_lettered",))
         await until(lambda: "answer behind it" in made.phone_texts(BAD), "what is behind it is sent")
         await is_served(made, nc, "after all")
-        (letter,) = [data for _, data in await stream(nc, NAMES.stream_dead, NAMES.dead("*"))]
+        (letter,) = [data for _, data in await stream(nc, NAMES.stream_dead, NAMES.dead_letters("*"))]
         assert msgspec.json.decode(letter)["text"] == text
         finals = [r for r in await made.receipts(nc) if r.command == "killer" and r.outcome in FINAL_OUTCOMES]
         assert [(receipt.outcome, receipt.reason) for receipt in finals] == [("dead_lettered", "crashed")]

@@ -21,12 +21,12 @@ from adapter.conversation.uploads import Uploads
 from adapter.conversation.window import WindowPolicy
 from adapter.events import Events
 from adapter.ilink.translate import read_message
-from adapter.inbound.dispatcher import Dispatching
-from adapter.inbound.download import Downloading
-from adapter.inbound.inbox import Publishing
+from adapter.inbound.dispatcher import DispatchDeps
+from adapter.inbound.download import DownloadDeps
+from adapter.inbound.inbox import PublishDeps
 from adapter.inbound.journal import Journal, JournalRecord, Written
 from adapter.inbound.recall import Recall
-from adapter.inbound.sessions import Incoming
+from adapter.inbound.sessions import InboundDeps
 from adapter.inbound.triage import Triage
 from adapter.metrics import Metrics
 from adapter.names import Names, conversation_key, shard_of
@@ -54,8 +54,8 @@ UNBOUND_S = 72 * 3600
 MEDIA_BYTES = 100_000
 
 
-DISPATCH = {*Dispatching._fields, *Triage._fields, *Publishing._fields} - set(Incoming._fields)
-"""What `incoming` passes on to `dispatching`."""
+DISPATCH = {*DispatchDeps._fields, *Triage._fields, *PublishDeps._fields} - set(InboundDeps._fields)
+"""What `inbound_deps` passes on to `dispatch_deps`."""
 
 
 class Bench:
@@ -89,9 +89,9 @@ class Bench:
         self.leases = FakeLeases(incarnation)
         self.bindings = Bindings(self.bindings_bucket, unbound_s=UNBOUND_S)
         for entry in self.bindings_bucket.entries.values():
-            self.bindings._see(entry)
-        self.bindings_bucket._followers.append(self.bindings._see)
-        self.bindings.loaded = True
+            self.bindings._apply_entry(entry)
+        self.bindings_bucket._followers.append(self.bindings._apply_entry)
+        self.bindings.is_loaded = True
         self.store = ConversationStore(self.conversation_bucket, unserved_s=UNBOUND_S)
         self.processors: dict[int, ShardCommandProcessor] = {}
         """By shard: those that work here."""
@@ -154,7 +154,9 @@ class Bench:
         binding = self.bindings.get(bot)
         assert binding is not None
         sequence = self.bus.put(self.names.journal(bot), b"", {})
-        await self.conversations.hear(binding, user, message=ident, token="AARz", written_ms=0, sequence=sequence)
+        await self.conversations.on_inbound(
+            binding, user, message=ident, token="AARz", written_ms=0, sequence=sequence
+        )
 
     async def written(self, bot: str = "b1@im.bot") -> list[Written]:
         """The journal of a bot, oldest first."""
@@ -248,7 +250,7 @@ class Bench:
             clock=self.clock,
             account=self._account,
             stale=self.is_stale,
-            check=self.leases.check,
+            check=self.leases.ensure_owned,
             longest_s=300.0,
         )
         return deps._replace(**changes)
@@ -285,16 +287,16 @@ class Bench:
             if before is not None and is_left and shard_of(before.sandbox) == number:
                 processor.on_unbound(before)
 
-        self.bindings.listen(on_change)
+        self.bindings.add_listener(on_change)
         return processor
 
     async def open_shard(self, sandbox: str) -> ShardCommandProcessor | None:
         number = shard_of(sandbox)
-        if number not in self.processors and self.leases.valid and number in self.leases.owned:
+        if number not in self.processors and self.leases.is_valid and number in self.leases.owned:
             self.processor(sandbox)
         return self.processors.get(number)
 
-    def incoming(self, **changes: Any) -> Incoming:
+    def inbound_deps(self, **changes: Any) -> InboundDeps:
         async def tell_freed(bot: str) -> None:
             self.freed.append(bot)
 
@@ -304,10 +306,10 @@ class Bench:
         async def writable() -> None:
             await self.bus_up.wait()
 
-        incoming = Incoming(
+        incoming = InboundDeps(
             chat=self.chat,
             journal=self.journal,
-            dispatching=self.dispatching(**{name: changes.pop(name) for name in list(changes) if name in DISPATCH}),
+            dispatching=self.dispatch_deps(**{name: changes.pop(name) for name in list(changes) if name in DISPATCH}),
             conversations=self.conversations,
             bindings=self.bindings,
             leases=self.leases,
@@ -332,7 +334,7 @@ class Bench:
         )
         return incoming._replace(**changes)
 
-    def dispatching(self, **changes: Any) -> Dispatching:
+    def dispatch_deps(self, **changes: Any) -> DispatchDeps:
         """`changes`: of the dependencies, of the triage, or of the publishing."""
 
         async def to_wav(silk: bytes) -> bytes | None:
@@ -345,7 +347,7 @@ class Bench:
             return made._replace(**{name: changes.pop(name) for name in list(changes) if name in kind._fields})
 
         triage = Triage(read_message, PerTickLimiter(4).wait_turn, groups_as_direct=False, skew_ms=0)
-        publishing = Publishing(
+        publishing = PublishDeps(
             bus=self.bus,
             history=self.bus,
             bindings=self.bindings,
@@ -357,12 +359,12 @@ class Bench:
             metrics=self.metrics,
             names=self.names,
         )
-        return Dispatching(
+        return DispatchDeps(
             journal=self.journal,
             triage=changed(Triage, triage),
-            publishing=changed(Publishing, publishing),
+            publishing=changed(PublishDeps, publishing),
             bindings=self.bindings,
-            downloading=Downloading(self.cdn, self.objects, to_wav, self.clock, self.transfers),
+            downloading=DownloadDeps(self.cdn, self.objects, to_wav, self.clock, self.transfers),
             media_wait_s=60.0,
             media_writable=media_writable,
         )._replace(**changes)

@@ -18,29 +18,29 @@ class FakeLeases(Leases):
         self.owned = set(owned)
         self.changed = ChangeSignal()
         self.incarnation = incarnation
-        self.is_valid = True
-        self.is_alone = True
+        self.has_lease = True
+        self.has_no_peers = True
         self.surplus = set()
         self.inherited = set()
         self.orphans = set()
-        self.departures = 0
+        self.membership_epoch = 0
         self.proven_dead: set[str] = set()
         self.asked_dead = 0
         """How often somebody asked whether an incarnation is dead."""
 
     @property
-    def valid(self) -> bool:
-        return self.is_valid
+    def is_valid(self) -> bool:
+        return self.has_lease
 
     @property
-    def alone(self) -> bool:
-        return self.is_alone
+    def is_alone(self) -> bool:
+        return self.has_no_peers
 
-    def check(self, shard: int) -> None:
-        if shard not in self.owned or not self.valid:
+    def ensure_owned(self, shard: int) -> None:
+        if shard not in self.owned or not self.is_valid:
             raise LeaseLost("lease_lost", f"shard {shard}")
 
-    async def is_dead(self, incarnation: str) -> bool:
+    async def revoke_if_expired(self, incarnation: str) -> bool:
         await asyncio.sleep(0)
         self.asked_dead += 1
         return incarnation in self.proven_dead

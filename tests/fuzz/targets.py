@@ -42,8 +42,8 @@ from adapter.ilink.connection import Connection
 from adapter.ilink.protocol import Reply
 from adapter.ilink.translate import read_message
 from adapter.ilink.unpack import PackedBadly, Unpacker
-from adapter.logins.qr import check_content, element, terminal_text
-from adapter.names import Names, conversation_key, is_inbox, text_of, token_of, user_of_key
+from adapter.logins.qr import check_content, html_element, terminal_text
+from adapter.names import Names, conversation_key, from_subject_token, is_inbox, to_subject_token, user_of_key
 from adapter.ports import Scan
 from adapter.seal import Sealer
 from tests.fakes import Wire
@@ -159,7 +159,7 @@ def message(data: bytes) -> None:
     )  # fmt: skip
     assert msgspec.json.decode(msgspec.json.encode(told), type=Inbound) == told
     assert all(0 <= fetch.item < len(said.items) for fetch in said.fetches)
-    token_of(said.user).encode("ascii")
+    to_subject_token(said.user).encode("ascii")
     seen = DedupWindow(skew_ms=1000)
     seen.add(said.keys, 1)
     if said.keys.message or said.sent_at_ms:
@@ -212,7 +212,7 @@ def login(data: bytes) -> None:
         else:
             with contextlib.suppress(Temporary):
                 check_content(found.url)
-                assert element(found.url).startswith("<img src=" if found.url.startswith("data:") else "<svg")
+                assert html_element(found.url).startswith("<img src=" if found.url.startswith("data:") else "<svg")
                 assert terminal_text(found.url)
 
 
@@ -327,13 +327,13 @@ def cipher(data: bytes) -> None:
 def names(data: bytes) -> None:
     """Subjects, keys and tokens."""
     text = data.decode("utf-8", "replace")
-    assert text_of(token_of(text)) == text
+    assert from_subject_token(to_subject_token(text)) == text
     assert user_of_key(conversation_key("s1", text)) == text
     if is_inbox(text):
         assert text.startswith("_INBOX")
         assert not set(text) & set(" \t\r\n*>\x00")
     with contextlib.suppress(ValueError):
-        text_of(text)
+        from_subject_token(text)
     for stored in (text, f"s1.{text}"):
         with contextlib.suppress(Refused):
             SEALER.open("b1@im.bot", stored)
@@ -360,7 +360,7 @@ def console(data: bytes) -> None:
         "wsgi.input": io.BytesIO(form),
     }
     request = server.read_request(environ, "nonce")
-    if isinstance(request, server.Answer):
+    if isinstance(request, server.Response):
         assert request.status.startswith("4")
     else:
         assert not (request.form and method != "POST")

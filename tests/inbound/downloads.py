@@ -33,7 +33,7 @@ class Replica:
     def __init__(self, bench: Bench, bot: str, **changes: Any) -> None:
         self.bench = bench
         self.session = Session(bot)
-        self.poller = asyncio.get_running_loop().create_task(tend(self.session, bench.incoming(**changes)))
+        self.poller = asyncio.get_running_loop().create_task(tend(self.session, bench.inbound_deps(**changes)))
 
     async def leave(self) -> None:
         self.session.leave(now=True)
@@ -41,7 +41,7 @@ class Replica:
 
     async def die(self) -> None:
         """As kill -9 does: nothing is finished, nothing given back."""
-        self.bench.leases.is_valid = False  # else what is cancelled would be finished
+        self.bench.leases.has_lease = False  # else what is cancelled would be finished
         for task in asyncio.all_tasks() - {asyncio.current_task()}:
             task.cancel()
         for processor in self.bench.processors.values():

@@ -27,12 +27,12 @@ async def polls(bench: Bench, **changes: Any) -> Session:
     """Polls until the script ends."""
     bench.chat.script_ends = True
     session = Session(BOT)
-    needs = bench.incoming(**changes)
-    journal = await take(session, needs)
+    deps = bench.inbound_deps(**changes)
+    journal = await take(session, deps)
     assert journal is not None
     bench.bus.writes.clear()
     with pytest.raises(EndOfScript):
-        await poll_forever(session, journal, needs)
+        await poll_forever(session, journal, deps)
     await dispatched(session)
     return session
 
@@ -46,7 +46,7 @@ async def dispatched(session: Session) -> None:
 def tended(bench: Bench, **changes: Any) -> tuple[Session, asyncio.Task[None]]:
     """A poller as the supervisor runs it."""
     session = Session(BOT)
-    return session, asyncio.get_running_loop().create_task(tend(session, bench.incoming(**changes)))
+    return session, asyncio.get_running_loop().create_task(tend(session, bench.inbound_deps(**changes)))
 
 
 Poller = Callable[..., Session]

@@ -120,7 +120,7 @@ async def test_what_the_user_said_is_stored_within_a_second_once_for_many_messag
     poller(bench)
     await asyncio.sleep(2)
     assert bench.bus.writes.count("conversation") <= 2
-    assert (bench.record().token, bench.record().heard_to) == (
+    assert (bench.record().token, bench.record().dispatched_to) == (
         "token-10",
         {BOT: (await bench.written())[-1].sequence},
     )
@@ -139,7 +139,9 @@ async def test_what_is_read_back_gives_no_sends_back() -> None:
     await asyncio.sleep(2)
     await replica.die()
     record = bench.record()
-    spent = msgspec.structs.replace(record, window=msgspec.structs.replace(record.window, sends_used=7), heard_to={})
+    spent = msgspec.structs.replace(
+        record, window=msgspec.structs.replace(record.window, sends_used=7), dispatched_to={}
+    )
     bench.conversation_bucket.put(conversation_key("s1", USER), msgspec.json.encode(spent))
     heir = run(heir_to(bench))
     await asyncio.sleep(5)
@@ -244,7 +246,7 @@ async def test_a_conversation_is_not_let_go_while_its_message_waits_for_media(po
         assert (processor.record_in_memory("s1", USER) is not None) is is_known
         gate.set()
         await asyncio.sleep(5)
-    assert bench.record().heard_to == {BOT: (await bench.written())[-1].sequence}
+    assert bench.record().dispatched_to == {BOT: (await bench.written())[-1].sequence}
 
 
 # the binding ---------------------------------------------------------------------------------------------
@@ -348,11 +350,11 @@ async def test_a_lease_that_pauses_tells_nothing_and_one_that_resumes_goes_on(po
     bench.cdn.has("p1", gate, PNG)
     poller(bench)
     await asyncio.sleep(1)
-    bench.leases.is_valid = False
+    bench.leases.has_lease = False
     gate.set()
     await asyncio.sleep(20)
     assert said(bench) == []
-    bench.leases.is_valid = True
+    bench.leases.has_lease = True
     bench.leases.changed.notify_all()
     await asyncio.sleep(2)
     assert said(bench) == ["+", "t2"]
@@ -364,13 +366,13 @@ async def test_what_is_being_told_when_the_lease_pauses_is_looked_for_before_the
 
     async def pause(message: Message) -> None:
         if message.stream == "in" and len(bench.bus.found("IN")) == 2:
-            bench.leases.is_valid = False
+            bench.leases.has_lease = False
 
     bench.bus.on_publish = pause
     poller(bench)
     await asyncio.sleep(20)
     assert said(bench) == ["t1", "t2"]
-    bench.bus.on_publish, bench.leases.is_valid = None, True
+    bench.bus.on_publish, bench.leases.has_lease = None, True
     bench.bus.forget_ids()
     bench.leases.changed.notify_all()
     await asyncio.sleep(5)
@@ -386,7 +388,7 @@ async def test_a_bot_that_is_lost_is_told_nothing_any_more_and_leaves_nothing_be
     await asyncio.sleep(1)
     dispatcher = session.dispatcher
     assert dispatcher is not None
-    bench.leases.is_valid, bench.leases.incarnation = False, "me-2"
+    bench.leases.has_lease, bench.leases.incarnation = False, "me-2"
     session.leave(now=True)
     await asyncio.sleep(5)
     gate.set()
@@ -444,13 +446,13 @@ async def test_a_poller_that_waits_for_room_leaves_all_the_same(now: bool) -> No
     bench = await ready(*[batch(raw("x", number), cursor=f"c{number}") for number in range(BACKLOG + 9)])
     bench.leases.owned.discard(shard_of("s2"))
     gate = asyncio.Event()
-    hear = bench.conversations.hear
+    hear = bench.conversations.on_inbound
 
     async def waits(*args: Any, **heard: Any) -> Any:
         await gate.wait()
         return await hear(*args, **heard)
 
-    bench.conversations.hear = waits  # type: ignore[method-assign]
+    bench.conversations.on_inbound = waits  # type: ignore[method-assign]
     session, task = tended(bench)
     await asyncio.sleep(100)
     assert (len(bench.chat.asked), bench.chat.polling) == (BACKLOG, 0)
@@ -480,7 +482,7 @@ def once_the_record_is_stored(bench: Bench) -> None:
     async def dies(*_: Any, **__: Any) -> Any:
         await asyncio.Event().wait()
 
-    bench.conversations.hear = dies  # type: ignore[method-assign]
+    bench.conversations.on_inbound = dies  # type: ignore[method-assign]
 
 
 def with_a_download_under_way(bench: Bench) -> None:
@@ -619,7 +621,7 @@ async def test_what_the_inbox_had_and_let_go_is_not_told_again() -> None:
     replica = run(heir)
     await asyncio.sleep(30)
     assert said(heir) == ["t9"]
-    assert heir.record().heard_to == {BOT: (await heir.written())[-1].sequence}
+    assert heir.record().dispatched_to == {BOT: (await heir.written())[-1].sequence}
     await replica.leave()
 
 

@@ -229,7 +229,7 @@ async def test_the_memory_of_a_large_answer_is_given_back_once_it_is_stored(poll
             given.append([stored.stream for stored in bench.bus.kept if "JOURNAL" in stored.stream])
 
     bench.chat.polls += [batch(raw(), cursor="b")._replace(share=Given()), Polled([], "c", 1, share=Given())]
-    bench.conversations.hear = never  # type: ignore[method-assign]
+    bench.conversations.on_inbound = never  # type: ignore[method-assign]
     poller(bench)
     await asyncio.sleep(5)
     assert ([len(records) for records in given], texts(bench)) == ([2, 2], [])

@@ -34,7 +34,7 @@ BAD = raw(WORDS, 2)
 ALWAYS = 10**6
 
 Fault = Callable[[Bench, int], dict[str, Any]]
-"""Makes a port raise so many times for the message at fault, and returns changes of `Bench.incoming`."""
+"""Makes a port raise so many times for the message at fault, and returns changes of `Bench.inbound_deps`."""
 
 
 class Bugs:
@@ -66,14 +66,14 @@ def reading(bench: Bench, times: int) -> dict[str, Any]:
 
 def telling_the_conversation(bench: Bench, times: int) -> dict[str, Any]:
     """Of another user of the bot, so that the fault is this message's alone."""
-    bugs, hear = Bugs(times), bench.conversations.hear
+    bugs, hear = Bugs(times), bench.conversations.on_inbound
 
     async def fails(binding: Binding, user: str, **heard: Any) -> ConversationActor:
         if "u2" in user:
             bugs.strike()
         return await hear(binding, user, **heard)
 
-    bench.conversations.hear = fails  # type: ignore[method-assign]
+    bench.conversations.on_inbound = fails  # type: ignore[method-assign]
     return {}
 
 
@@ -211,7 +211,7 @@ async def test_another_bot_is_not_held_up_meanwhile() -> None:
     other.chat = FakeChat(bench.clock)
     other.chat.polls.append(batch(raw("hello", 7, from_user_id="u2@im.wechat"), cursor="b"))
     second = Session("b2@im.bot")
-    twin = asyncio.get_running_loop().create_task(tend(second, other.incoming()))
+    twin = asyncio.get_running_loop().create_task(tend(second, other.inbound_deps()))
     while not texts(bench):
         await asyncio.sleep(0.01)
     assert bench.clock.monotonic() - began < 0.5

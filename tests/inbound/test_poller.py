@@ -192,16 +192,16 @@ async def test_answers_that_come_at_once_are_stored_a_few_in_each_round_of_the_e
     bench.chat.poll = poll  # type: ignore[method-assign]
     for number, bot in enumerate(bots):
         await bench.bind(f"s{number}", bot, bot.replace("bot", "wechat"))
-    needs = bench.incoming(turns=PerTickLimiter(3), read_message=read)
+    deps = bench.inbound_deps(turns=PerTickLimiter(3), read_message=read)
     sessions = [Session(bot) for bot in bots]
-    tasks = [asyncio.create_task(tend(session, needs)) for session in sessions]
+    tasks = [asyncio.create_task(tend(session, deps)) for session in sessions]
     await asyncio.sleep(5)
-    bench.leases.is_valid = False
+    bench.leases.has_lease = False
     for session in sessions:
         session.cut_off()
     rounds.seen["polls"].clear()
     await asyncio.sleep(pause_s)
-    bench.leases.is_valid = True
+    bench.leases.has_lease = True
     bench.leases.changed.notify_all()
     await asyncio.sleep(5)
     came.set()
@@ -237,9 +237,9 @@ async def test_polls_that_fail_together_begin_again_a_few_in_each_round_of_the_l
     bench.chat.poll = poll  # type: ignore[method-assign]
     for number, bot in enumerate(bots):
         await bench.bind(f"s{number}", bot, bot.replace("bot", "wechat"))
-    needs = bench.incoming(turns=PerTickLimiter(3))
+    deps = bench.inbound_deps(turns=PerTickLimiter(3))
     sessions = [Session(bot) for bot in bots]
-    tasks = [asyncio.create_task(tend(session, needs)) for session in sessions]
+    tasks = [asyncio.create_task(tend(session, deps)) for session in sessions]
     await asyncio.sleep(5)
     bench.clock.jitter = jitter  # type: ignore[assignment, method-assign]
     gone.set()
@@ -256,7 +256,7 @@ async def test_bots_for_which_nothing_came_poll_again_together() -> None:
     """Each alone wakes the process for itself."""
     bench = await ready()
     await bench.bind("s2", "b2@im.bot", "u2@im.wechat")
-    needs = bench.incoming()
+    deps = bench.inbound_deps()
     asked: list[float] = []
     answers = {BOT: 30.0, "b2@im.bot": 30.04}
 
@@ -267,7 +267,7 @@ async def test_bots_for_which_nothing_came_poll_again_together() -> None:
 
     bench.chat.poll = poll  # type: ignore[method-assign]
     sessions = [Session(BOT), Session("b2@im.bot")]
-    tasks = [asyncio.create_task(tend(session, needs)) for session in sessions]
+    tasks = [asyncio.create_task(tend(session, deps)) for session in sessions]
     await asyncio.sleep(45)
     assert len(asked) == 4
     assert asked[2] == asked[3]
@@ -282,7 +282,7 @@ async def test_bots_that_start_together_are_polled_one_after_the_other_and_leave
     for number in range(2, 6):
         await bench.bind(f"s{number}", f"b{number}@im.bot", f"u{number}@im.wechat")
         sessions.append(Session(f"b{number}@im.bot"))
-    needs = bench.incoming(starts=RateLimiter(0.1))
+    deps = bench.inbound_deps(starts=RateLimiter(0.1))
     asked: list[str] = []
 
     async def poll(account: Account, cursor: str, hold_ms: int) -> Polled | None:
@@ -291,7 +291,7 @@ async def test_bots_that_start_together_are_polled_one_after_the_other_and_leave
         return None
 
     bench.chat.poll = poll  # type: ignore[method-assign]
-    tasks = [asyncio.create_task(tend(session, needs)) for session in sessions]
+    tasks = [asyncio.create_task(tend(session, deps)) for session in sessions]
     started = []
     for _ in range(3):
         await asyncio.sleep(9.9)
@@ -319,11 +319,11 @@ async def test_a_lease_that_pauses_cuts_the_poll_and_one_that_resumes_polls_on(p
     session = poller(bench)
     await asyncio.sleep(1)
     assert bench.chat.polling == 1
-    bench.leases.is_valid = False
+    bench.leases.has_lease = False
     session.cut_off()
     await asyncio.sleep(20)
     assert (bench.chat.polling, session.state) == (0, "paused")
-    bench.leases.is_valid = True
+    bench.leases.has_lease = True
     bench.leases.changed.notify_all()
     await asyncio.sleep(1)
     assert bench.chat.polling == 1
@@ -354,10 +354,10 @@ async def test_after_an_outage_polls_start_spread_over_a_time_that_grows_with_th
     session = poller(bench, clock=Chance(), spread_s=lambda: 10.0)
     await asyncio.sleep(5)
     before = len(bench.chat.polled_at)
-    bench.leases.is_valid = False
+    bench.leases.has_lease = False
     session.cut_off()
     await asyncio.sleep(8)
-    bench.leases.is_valid = True
+    bench.leases.has_lease = True
     back = bench.clock.monotonic()
     bench.leases.changed.notify_all()
     await asyncio.sleep(30)
@@ -466,7 +466,7 @@ async def test_ilink_is_told_of_the_start_and_the_end_and_need_not_answer() -> N
 
 async def test_ilink_is_not_told_of_an_end_where_another_replica_goes_on() -> None:
     bench = await ready()
-    bench.leases.is_alone = False
+    bench.leases.has_no_peers = False
     session, task = tended(bench)
     await asyncio.sleep(1)
     session.lingering = True

@@ -12,7 +12,7 @@ import pytest
 from adapter.contract import FileItem, ImageItem, Inbound, Quote, TextItem, Window
 from adapter.conversation.record import SentText
 from adapter.dedup import MessageKeys
-from adapter.inbound.inbox import QUOTES_S, Heard, publish
+from adapter.inbound.inbox import QUOTES_S, AddressedMessage, publish
 from adapter.inbound.recall import SEARCHED
 from adapter.names import H_IDS, H_MSG_ID
 from adapter.ports import InboundMessage, Stored
@@ -48,8 +48,10 @@ def says(
 
 async def hear(bench: Bench, *saids: InboundMessage, sandbox: str = "s1", bot: str = BOT) -> list[Inbound]:
     """Puts messages on the bus; all that are there."""
-    heard = [Heard(said, sandbox, bot, bench.clock.now_ms(), said.keys.id_for(bot), "1.0") for said in saids]
-    await publish(heard, bench.dispatching().publishing)
+    heard = [
+        AddressedMessage(said, sandbox, bot, bench.clock.now_ms(), said.keys.id_for(bot), "1.0") for said in saids
+    ]
+    await publish(heard, bench.dispatch_deps().publishing)
     return bench.bus.inbound()
 
 
@@ -182,8 +184,8 @@ async def test_what_cannot_be_read_now_is_asked_again() -> None:
 async def test_odd_records_cost_a_quote_its_words_and_nothing_else(nonsense: bytes) -> None:
     bench = Bench()
     bench.bus.put("wechat.inbox.s1", nonsense, {H_MSG_ID: f"in:{BOT}:m51"}, "in")
-    heard = Heard(says(message="43", quotes="51"), "s1", BOT, 1, "i", "1.0")
-    await publish([heard], bench.dispatching().publishing)
+    heard = AddressedMessage(says(message="43", quotes="51"), "s1", BOT, 1, "i", "1.0")
+    await publish([heard], bench.dispatch_deps().publishing)
     quote = msgspec.json.decode(bench.bus.found("IN")[-1].data, type=Inbound).quote
     assert quote == Quote(id="51")
 

@@ -110,9 +110,9 @@ async def test_who_waits_for_an_owner_holds_up_no_other_bot() -> None:
     bench = await ready()
     await writes(bench, "other-1")
     await bench.bind(sandbox="s2", bot="b2@im.bot", user="u2@im.wechat")
-    needs = bench.incoming(taking=asyncio.Semaphore(1))
+    deps = bench.inbound_deps(taking=asyncio.Semaphore(1))
     sessions = [Session(BOT), Session("b2@im.bot")]
-    tasks = [asyncio.get_running_loop().create_task(tend(session, needs)) for session in sessions]
+    tasks = [asyncio.get_running_loop().create_task(tend(session, deps)) for session in sessions]
     await asyncio.sleep(5)
     assert len(bench.chat.asked) == 1
     for session in sessions:
@@ -126,16 +126,16 @@ async def test_a_poller_that_waits_for_the_lease_hardly_looks_at_it_and_leaves_a
 
     class Counted(FakeLeases):
         @property
-        def valid(self) -> bool:
+        def is_valid(self) -> bool:
             nonlocal looks
             looks += 1
-            return self.is_valid
+            return self.has_lease
 
     bench.leases = Counted()
     session = Session(BOT)
-    task = asyncio.create_task(tend(session, bench.incoming()))
+    task = asyncio.create_task(tend(session, bench.inbound_deps()))
     await asyncio.sleep(1)
-    bench.leases.is_valid = False
+    bench.leases.has_lease = False
     session.cut_off()
     await asyncio.sleep(1)
     assert session.state == "paused"
@@ -221,12 +221,12 @@ async def test_a_fenced_poller_ends_quietly_and_gives_nothing_back() -> None:
 async def test_what_was_polled_for_a_bot_that_another_took_is_stored_for_that_one() -> None:
     """iLink may give it to nobody else; never the cursor."""
     bench = await ready(batch(raw("late"), cursor="zombie"))
-    session, needs = Session(BOT), bench.incoming()
-    journal = await take(session, needs)
+    session, deps = Session(BOT), bench.inbound_deps()
+    journal = await take(session, deps)
     assert journal is not None
     await writes(bench, "other-1")
     with pytest.raises(LeaseLost):
-        await poll_forever(session, journal, needs)
+        await poll_forever(session, journal, deps)
     (*_, last) = await bench.written()
     assert (last.owner, last.record.cursor, last.record.messages) == ("other-1", "b", [raw("late")])
     assert bench.freed == [BOT]
@@ -242,13 +242,13 @@ async def frozen_with(bench: Bench, *batches: Polled, heir: Bench | None, given:
     async def freeze(message: Message) -> None:
         if message.stream != "journal" or not bench.chat.asked:
             return
-        bench.bus.on_publish, bench.leases.is_valid = None, False
+        bench.bus.on_publish, bench.leases.has_lease = None, False
         asyncio.get_running_loop().call_later(60, resume)
         if heir is not None:
             bench.leases.incarnation = "me-2"  # it was revoked, and has joined anew
 
     def resume() -> None:
-        bench.leases.is_valid = True
+        bench.leases.has_lease = True
         bench.leases.changed.notify_all()
 
     bench.bus.on_publish = freeze
@@ -361,7 +361,7 @@ async def test_who_cannot_open_the_token_leaves_the_journal_as_it_is() -> None:
     stranger = Bench(bench, incarnation="other-1", sealer=Sealer((b"\1" * 32,)))
     stranger.leases.proven_dead.add("me-1")
     with pytest.raises(Refused):
-        await take(Session(BOT), stranger.incoming())
+        await take(Session(BOT), stranger.inbound_deps())
     assert await bench.written() == before
 
 
@@ -462,7 +462,7 @@ async def test_a_bot_is_given_back_also_while_the_lease_is_paused() -> None:
     bench = await ready(batch(raw()))
     session, task = tended(bench)
     await asyncio.sleep(2)
-    bench.leases.is_valid = False
+    bench.leases.has_lease = False
     bench.leases.changed.notify_all()
     session.leave(now=True)
     await asyncio.sleep(2)

@@ -14,7 +14,7 @@ from structlog.testing import capture_logs
 from adapter.bindings.control import Control
 from adapter.contract import Bind, BindingEvent, Login, LoginEvent, LoginQuery, LoginStart, LoginVerify
 from adapter.errors import BusRefused, Refused, Temporary
-from adapter.logins.flow import LoginNeeds
+from adapter.logins.flow import LoginDeps
 from adapter.logins.registry import LoginRegistry
 from adapter.logins.runner import LoginRunner
 from adapter.names import H_MSG_ID, shard_of
@@ -43,7 +43,7 @@ class Doors:
         self.ilink: FakeLogins = world.ilink if world else FakeLogins(self.clock)
         self.registry = LoginRegistry(self.bucket, self.sealer, self.clock, self.bench.metrics)
         self.runner = LoginRunner(
-            LoginNeeds(
+            LoginDeps(
                 logins=self.ilink,
                 registry=self.registry,
                 bindings=self.bench.bindings,
@@ -86,7 +86,7 @@ class Doors:
             stored = self.bench.bus.found("CTL")
             for message in stored[done:] if self.controlled else []:
                 delivery = FakeDelivery(message.subject, message.data, seq=message.seq, time_ms=self.clock.now_ms())
-                await self.control._take(delivery)
+                await self.control._apply_and_answer(delivery)
                 done += 1
             await asyncio.sleep(0.05)
 
@@ -351,8 +351,8 @@ async def test_the_verdict_on_digits_is_not_that_on_those_sent_after_them() -> N
     await doors.verify(login, "2")
     record = doors.record(login)
     for late in ("need_verifycode", "scaned"):
-        assert doors.registry.after(record, 1, "1", Scan(late), limit=CODES) is None
-    told = doors.registry.after(record, 1, "2", Scan("need_verifycode"), limit=CODES)
+        assert doors.registry.apply_scan(record, 1, "1", Scan(late), limit=CODES) is None
+    told = doors.registry.apply_scan(record, 1, "2", Scan("need_verifycode"), limit=CODES)
     assert told is not None
     assert (told.reason, told.digits) == ("wrong_code", "")
 
@@ -506,7 +506,7 @@ async def test_who_does_not_own_the_shard_does_not_ask(loss: str) -> None:
     if loss == "shard":
         doors.bench.leases.owned.discard(shard_of("s1"))
     else:
-        doors.bench.leases.is_valid = False
+        doors.bench.leases.has_lease = False
     doors.bench.leases.changed.notify_all()
     await asyncio.sleep(0.1)
     assert doors.ilink.out == set()

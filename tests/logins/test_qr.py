@@ -18,7 +18,7 @@ from adapter.logins.qr import (
     Picture,
     check_content,
     picture_of,
-    png,
+    png_base64,
     terminal_text,
 )
 from adapter.simulator import samples
@@ -49,7 +49,7 @@ def test_the_terminal_shows_every_module_dark_on_light(text: str) -> None:
 
 @pytest.mark.parametrize("text", TEXTS, ids=["usual", "short", "longest"])
 def test_the_picture_shows_every_module(text: str) -> None:
-    data = base64.b64decode(png(text))
+    data = base64.b64decode(png_base64(text))
     code = wanted(text)
     width, height = struct.unpack(">II", data[16:24])
     assert (width, height) == (len(code) * PIXELS,) * 2
@@ -105,7 +105,7 @@ def test_a_code_that_is_a_picture_is_shown_as_it_is(mime: str) -> None:
         url = data_url(said, content)
         check_content(url)
         assert picture_of(url) == Picture(mime, content)
-        assert png(url) == (base64.b64encode(content).decode() if mime == "image/png" else "")
+        assert png_base64(url) == (base64.b64encode(content).decode() if mime == "image/png" else "")
         assert mime in terminal_text(url)
         assert "picture" in terminal_text(url)
 

@@ -308,7 +308,7 @@ async def test_every_alert_fires_from_a_real_fault_and_is_told_and_ends(tmp_path
         stack.push_async_callback(nc.close)
         told, told_at = CollectorRegistry(), free_port()
         memory = Gauge("gnatsd_varz_mem", "As prometheus-nats-exporter tells it.", registry=told)
-        memory.set_function(lambda: memory_bytes(made.server.pid) if made.server.running else 0.0)
+        memory.set_function(lambda: memory_bytes(made.server.pid) if made.server.is_running else 0.0)
         exporter, _ = start_http_server(told_at, "127.0.0.1", told)
         stack.callback(exporter.shutdown)
         targets = Prometheus(tmp_path / "prometheus", ports[:1], alertmanager=alertmanager.address, nats=told_at)

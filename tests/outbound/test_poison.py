@@ -414,7 +414,7 @@ async def test_a_message_that_brings_the_fault_out_opens_the_window_all_the_same
     step = calling(
         lambda *_: rules,
         "step",
-        lambda state, event, *_: isinstance(event, rules.Heard) and state.queue[0].ref.id == "before",
+        lambda state, event, *_: isinstance(event, rules.InboundReceived) and state.queue[0].ref.id == "before",
     )
     step(monkeypatch, bench, processor, bugs)
     await user_writes(bench)
@@ -427,12 +427,12 @@ async def test_a_message_that_the_rules_never_take_is_not_said_to_be_stored(monk
     """Nor does it hold up the commands."""
     bench, processor = await ready(gap_ms=0)
     bugs = Bugs(ALWAYS)
-    step = calling(lambda *_: rules, "step", lambda _, event, *__: isinstance(event, rules.Heard))
+    step = calling(lambda *_: rules, "step", lambda _, event, *__: isinstance(event, rules.InboundReceived))
     step(monkeypatch, bench, processor, bugs)
     binding = bench.bindings.get(BOT)
     assert binding is not None
     actor = await processor.conversation(binding, USER)
-    heard = asyncio.ensure_future(actor.hear(rules.Heard("in:2", "AARz", BOT, 0, 2)))
+    heard = asyncio.ensure_future(actor.on_inbound(rules.InboundReceived("in:2", "AARz", BOT, 0, 2)))
     await asyncio.sleep(0)
     processor.intake.on_delivery(bench.command("after", id="after"))
     with pytest.raises(RuntimeError):

@@ -39,13 +39,13 @@ async def test_a_command_that_comes_again_while_in_hand_is_sent_once() -> None:
 async def test_a_receipt_that_waits_for_the_lease_outlives_that_the_user_becomes_known() -> None:
     bench, shard = await ready(is_open=False)
     await bench.bind(user="")
-    bench.leases.is_valid = False
+    bench.leases.has_lease = False
     shard.intake.on_delivery(bench.command("hi", id="c1", when_closed="refuse"))
     await asyncio.sleep(5)
     await bench.bind()
     await asyncio.sleep(5)
     assert outcomes(bench) == []
-    bench.leases.is_valid = True
+    bench.leases.has_lease = True
     await asyncio.sleep(5)
     assert outcomes(bench) == [("c1", "refused", "window_closed")]
     assert shard.commands.depth() == (0, None)

@@ -273,7 +273,7 @@ async def test_an_owner_that_was_frozen_notes_nothing_once_another_one_owns_the_
     for delivery in deliveries:
         shard.intake.on_delivery(delivery.again())
     await settle()
-    frozen.leases.is_valid = False
+    frozen.leases.has_lease = False
     await taken_over(bench, 2, deliveries)
     await settle()
     gate.opened.set()

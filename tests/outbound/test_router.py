@@ -26,7 +26,7 @@ def router(bench: Bench) -> Router:
         bench.events,
         bench.names,
         LIMITS,
-        lambda: bench.leases.check(0),
+        lambda: bench.leases.ensure_owned(0),
         lambda: 0 in bench.leases.owned,
         bench.clock,
         bench.metrics,
@@ -186,10 +186,10 @@ async def test_a_pause_of_the_lease_lets_nothing_overtake(seconds: int) -> None:
     bench.leases.owned.add(0)
     routing = router(bench)
     deliveries = [plain(bench, sandbox="s1", text=text) for text in ("first", "second")]
-    bench.leases.is_valid = False
+    bench.leases.has_lease = False
     first = asyncio.ensure_future(routing.route(deliveries[0]))
     await asyncio.sleep(seconds)
-    bench.leases.is_valid = True
+    bench.leases.has_lease = True
     await asyncio.gather(first, routing.route(deliveries[1]))
     assert copied(bench, "s1") == ["first", "second"]
     assert [delivery.acks for delivery in deliveries] == [1, 1]
@@ -328,7 +328,7 @@ async def test_one_that_was_cut_off_makes_no_second_copy() -> None:
     bench = Bench()
 
     async def cut_off(_: Message) -> None:
-        bench.leases.is_valid = False
+        bench.leases.has_lease = False
 
     bench.bus.on_publish = cut_off
     delivery = plain(bench, sandbox="s1", text="hi")

@@ -228,19 +228,19 @@ async def test_a_refusal_for_want_of_a_login_tells_of_the_parts_that_were_sent()
 async def test_lanes_that_wait_for_the_lease_hardly_look_at_it() -> None:
     """Thousands that look several times a second keep a process so busy that it does not get the lease back."""
     bench, shard = await ready()
-    bench.leases.is_valid, looks = False, 0
-    check = bench.leases.check
+    bench.leases.has_lease, looks = False, 0
+    check = bench.leases.ensure_owned
 
     def counted(shard: int) -> None:
         nonlocal looks
         looks += 1
         check(shard)
 
-    bench.leases.check = counted  # type: ignore[method-assign]
+    bench.leases.ensure_owned = counted  # type: ignore[method-assign]
     shard.intake.on_delivery(bench.command("t0"))
     await asyncio.sleep(60)
     assert 0 < looks < 15
-    bench.leases.is_valid = True  # a notification that got lost does not matter
+    bench.leases.has_lease = True  # a notification that got lost does not matter
     await asyncio.sleep(6)
     assert bench.chat.texts == ["t0"]
 

@@ -174,7 +174,7 @@ async def test_a_frozen_owner_that_goes_on_between_save_and_post_shows_nothing_t
         bench.conversation_bucket.on_write = freeze
     shard.intake.on_delivery(bench.command("hi", id="c1"))
     await asyncio.sleep(5)
-    bench.leases.is_valid = False  # by its clock, which it looks at once it runs again
+    bench.leases.has_lease = False  # by its clock, which it looks at once it runs again
     heir = Bench(bench, incarnation="heir-1")
     second = heir.processor()
     bench.redeliver(second)

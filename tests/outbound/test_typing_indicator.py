@@ -464,10 +464,10 @@ async def test_nothing_is_called_without_the_lease() -> None:
     bench, shard = await ready()
     shard.intake.on_delivery(bench.command(typing="on"))
     await asyncio.sleep(1)
-    bench.leases.is_valid = False
+    bench.leases.has_lease = False
     await asyncio.sleep(60)
     assert shown(bench) == [True]
-    bench.leases.is_valid = True
+    bench.leases.has_lease = True
     await asyncio.sleep(2)
     assert shown(bench) == [True, True]
     shard.stop()
@@ -475,7 +475,7 @@ async def test_nothing_is_called_without_the_lease() -> None:
 
 async def test_no_ticket_is_asked_for_without_the_lease() -> None:
     bench, shard = await ready()
-    bench.leases.is_valid = False
+    bench.leases.has_lease = False
     shard.intake.on_delivery(bench.command(typing="on"))
     await asyncio.sleep(60)
     assert bench.chat.tickets_asked == []
@@ -600,6 +600,6 @@ async def test_a_bot_that_moved_to_another_sandbox_is_hidden() -> None:
     def moved(now: Binding) -> Binding:
         return msgspec.structs.replace(now, sandbox="s2")
 
-    await bench.bindings.change(BOT, moved)
+    await bench.bindings.update(BOT, moved)
     await asyncio.sleep(1)
     assert shown(bench) == [True, False]

@@ -145,7 +145,7 @@ class Replica:
     @property
     def working(self) -> set[int]:
         """The shards that it polls and sends for at this moment: none while it is stopped, whatever it believes."""
-        return self.leases.owned if self.leases.valid and self.life.is_going else set()
+        return self.leases.owned if self.leases.is_valid and self.life.is_going else set()
 
     def cut(self, down: bool = True) -> None:
         self.members.down = self.claims.down = down
@@ -160,7 +160,7 @@ class Replica:
         await self.leases.drain()
         self.task.cancel()
         await asyncio.wait([self.task])
-        await self.leases.leave()
+        await self.leases.release_all()
 
 
 class Cluster:

@@ -12,7 +12,7 @@ from structlog.testing import capture_logs
 from adapter.errors import LeaseLost, Temporary
 from adapter.names import SHARDS
 from adapter.ports import Entry
-from adapter.replicas.membership import HOLD
+from adapter.replicas.membership import HOLDER_FRACTION
 from tests.replicas.cluster import LEASE_S, Cluster, Store
 
 VIRTUAL_TIME = True
@@ -29,12 +29,12 @@ async def test_one_replica_owns_everything(cluster: Cluster) -> None:
     alone = cluster.start()
     await cluster.run(2)
     assert alone.working == set(range(SHARDS))
-    alone.leases.check(5)
+    alone.leases.ensure_owned(5)
 
 
 async def test_who_waits_for_a_shard_is_told_when_it_is_there(cluster: Cluster) -> None:
     alone = cluster.start()
-    waiting = asyncio.create_task(alone.leases.held(5))
+    waiting = asyncio.create_task(alone.leases.wait_owned(5))
     await cluster.run(2)
     assert waiting.done()
     assert alone.leases._metrics.value("shards_owned") == SHARDS
@@ -63,7 +63,7 @@ async def test_a_word_of_another_replica_makes_it_look_once(
         return await entries()
 
     monkeypatch.setattr(alone.claims, "list_entries", counted)
-    alone.leases.look()
+    alone.leases.claim_now()
     await cluster.run(1)
     assert looks <= 4
 
@@ -91,8 +91,8 @@ async def test_a_lease_that_runs_out_before_a_renewal_has_failed_can_be_told_of(
     await cluster.run(2)
     replica.life.stop()
     await asyncio.sleep(LEASE_S)
-    assert not replica.leases.valid
-    assert replica.leases.hurdle
+    assert not replica.leases.is_valid
+    assert replica.leases.last_error
 
 
 async def test_replicas_that_start_together_share(cluster: Cluster) -> None:
@@ -184,9 +184,9 @@ async def test_a_dead_replica_is_replaced_within_six_seconds_and_not_before_its_
     await cluster.run(3)
     owned = set(first.working)
     await first.kill()
-    await cluster.run(HOLD * LEASE_S - 1.0)
+    await cluster.run(HOLDER_FRACTION * LEASE_S - 1.0)
     assert heir.working == set(range(SHARDS)) - owned
-    await cluster.run(6.0 - HOLD * LEASE_S + 1.0)
+    await cluster.run(6.0 - HOLDER_FRACTION * LEASE_S + 1.0)
     assert heir.working == set(range(SHARDS))
 
 
@@ -227,8 +227,8 @@ async def test_a_dead_replica_is_found_out_when_its_lease_is_over_and_not_at_the
     await cluster.run(6 + later_s)
     await first.kill()
     await cluster.run(1.0)
-    seen = heir.leases._seen[first.leases.incarnation].since
-    while heir.leases.departures == 0:
+    seen = heir.leases._sightings[first.leases.incarnation].since
+    while heir.leases.membership_epoch == 0:
         await cluster.run(0.02)
     passed_s = asyncio.get_running_loop().time() - seen
     assert LEASE_S <= passed_s < LEASE_S + 0.1
@@ -241,11 +241,11 @@ async def test_a_replica_that_cannot_renew_stops_before_anybody_takes_over(clust
     await cluster.run(1)
     first.cut()
     with capture_logs() as logs:
-        await cluster.run(HOLD * LEASE_S + 0.1)
+        await cluster.run(HOLDER_FRACTION * LEASE_S + 0.1)
     assert first.working == set()
     assert first.leases.owned
     with pytest.raises(LeaseLost):
-        first.leases.check(next(iter(first.leases.owned)))
+        first.leases.ensure_owned(next(iter(first.leases.owned)))
     assert "lease.paused" in [line["event"] for line in logs]
     await cluster.run(4)
     assert heir.working == set(range(SHARDS))
@@ -254,9 +254,9 @@ async def test_a_replica_that_cannot_renew_stops_before_anybody_takes_over(clust
 async def test_whoever_works_is_told_when_the_lease_runs_out(cluster: Cluster) -> None:
     replica = cluster.start()
     await cluster.run(5)
-    told = asyncio.create_task(replica.leases.changed.wait_until(lambda: not replica.leases.valid))
+    told = asyncio.create_task(replica.leases.changed.wait_until(lambda: not replica.leases.is_valid))
     replica.cut()
-    await cluster.run(HOLD * LEASE_S + 0.1)
+    await cluster.run(HOLDER_FRACTION * LEASE_S + 0.1)
     assert told.done()
 
 
@@ -282,17 +282,19 @@ async def test_who_finds_the_lease_run_out_before_its_timer_does_is_told_when_it
 
     def hold_up() -> None:
         replica.members.on_write = lambda: None
-        replica.clock.ahead_s += LEASE_S * HOLD - 0.5  # past the old deadline, before the new one; no timer has run
+        replica.clock.ahead_s += (
+            LEASE_S * HOLDER_FRACTION - 0.5
+        )  # past the old deadline, before the new one; no timer has run
         replica.life.stop()
 
     replica.members.on_write = hold_up
     await cluster.run(1)
-    assert not replica.leases.valid
-    waiting = asyncio.ensure_future(replica.leases.changed.wait_until(lambda: replica.leases.valid))
+    assert not replica.leases.is_valid
+    waiting = asyncio.ensure_future(replica.leases.changed.wait_until(lambda: replica.leases.is_valid))
     await asyncio.sleep(0)
     replica.life.go_on()
     await cluster.run(LEASE_S)
-    assert replica.leases.valid
+    assert replica.leases.is_valid
     assert waiting.done()
 
 
@@ -308,8 +310,8 @@ async def test_a_revoked_holder_finds_out_and_joins_as_somebody_new(cluster: Clu
         await cluster.run(8)
     assert "lease.revoked" in [line["event"] for line in logs]
     assert first.leases.incarnation != incarnation
-    assert await heir.leases.is_dead(incarnation)
-    assert not await heir.leases.is_dead(first.leases.incarnation)
+    assert await heir.leases.revoke_if_expired(incarnation)
+    assert not await heir.leases.revoke_if_expired(first.leases.incarnation)
     assert cluster.worked_for == SHARDS
 
 
@@ -356,7 +358,7 @@ async def test_a_blind_observer_starts_its_observation_again(cluster: Cluster) -
     observer.members.reads_fail = False
     await cluster.run(LEASE_S - 0.5)
     assert observer.working == set()
-    assert not await observer.leases.is_dead(first.leases.incarnation)
+    assert not await observer.leases.revoke_if_expired(first.leases.incarnation)
     await cluster.run(3)
     assert observer.working == set(range(SHARDS))
 
@@ -489,11 +491,11 @@ async def test_a_replica_that_cannot_give_back_is_taken_over_when_its_lease_runs
 async def test_nobody_is_dead_who_renews(cluster: Cluster) -> None:
     first, second = cluster.start(), cluster.start()
     await cluster.run(30)
-    assert not await first.leases.is_dead(second.leases.incarnation)
-    assert not await first.leases.is_dead(first.leases.incarnation)
-    assert not await first.leases.is_dead("never-was-1"), "it may have been purged, and live"
+    assert not await first.leases.revoke_if_expired(second.leases.incarnation)
+    assert not await first.leases.revoke_if_expired(first.leases.incarnation)
+    assert not await first.leases.revoke_if_expired("never-was-1"), "it may have been purged, and live"
     await cluster.run(LEASE_S)
-    assert await first.leases.is_dead("never-was-1")
+    assert await first.leases.revoke_if_expired("never-was-1")
 
 
 async def test_who_renews_as_its_lease_is_looked_at_once_more_is_not_revoked(
@@ -512,9 +514,9 @@ async def test_who_renews_as_its_lease_is_looked_at_once_more_is_not_revoked(
 
     monkeypatch.setattr(first.members, "get", renewed)
     second.life.stop()
-    departed = first.leases.departures
+    departed = first.leases.membership_epoch
     await cluster.run(2 * LEASE_S)
-    assert first.leases.departures > departed
+    assert first.leases.membership_epoch > departed
     assert cluster.members.entries[name].value
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from adapter.replicas.replica_status import Polling, Present, is_idle
+from adapter.replicas.replica_status import PollerStatus, ReplicaStatus, is_idle
 
 BOT = "b1@im.bot"
 
 
-def present(incarnation: str, *bots: str) -> Present:
-    polls = {bot: Polling(state="polling") for bot in bots}
-    return Present(instance="some", incarnation=incarnation, version="1", shards=1, bots=1, polls=polls)
+def present(incarnation: str, *bots: str) -> ReplicaStatus:
+    polls = {bot: PollerStatus(state="polling") for bot in bots}
+    return ReplicaStatus(instance="some", incarnation=incarnation, version="1", shards=1, bots=1, polls=polls)
 
 
 @pytest.mark.parametrize(
@@ -27,7 +27,7 @@ def present(incarnation: str, *bots: str) -> Present:
     ids=["idle", "polls", "silent", "another-polls", "another-is-silent", "another-does-not-say-who-it-is"],
 )
 def test_a_bot_is_only_taken_where_all_that_live_say_that_they_do_not_poll_it(
-    there: list[Present], idle: bool
+    there: list[ReplicaStatus], idle: bool
 ) -> None:
     """Also those whom its record does not name: the last poll of one that handed it over may still wait."""
     assert is_idle(there, "named", BOT, {"named", "third"}) is idle
