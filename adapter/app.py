@@ -88,7 +88,7 @@ async def _drain(
             await asyncio.wait([leasing])
             await parts.leases.release_all()
     except TimeoutError:
-        log.warning("drain.late", drain_s=parts.settings.drain_s)
+        log.warning("drain.timed_out", drain_s=parts.settings.drain_s)
 
 
 def _raise_file_limit(capacity: int) -> None:
@@ -98,7 +98,11 @@ def _raise_file_limit(capacity: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         soft = hard
     if soft != resource.RLIM_INFINITY and soft < 2 * capacity + 100:
-        log.warning("files.few", limit=soft, detail=f"Open files suffice for about {max(0, soft - 100) // 2} bots.")
+        log.warning(
+            "process.file_limit_low",
+            limit=soft,
+            detail=f"Open files suffice for about {max(0, soft - 100) // 2} bots.",
+        )
 
 
 def _first_settings_error(group: BaseExceptionGroup[SettingsError]) -> SettingsError:

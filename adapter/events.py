@@ -155,7 +155,7 @@ class Events:
                 if not exc.full:
                     raise
                 failures += 1
-                log.error("event.waits", stream=message.stream, detail=exc.detail, failures=failures)
+                log.error("event.retrying", stream=message.stream, detail=exc.detail, failures=failures)
                 await self._clock.sleep(backoff(failures, first_s=0.5, longest_s=10.0))
 
     async def publish_dead_letter(

@@ -373,7 +373,7 @@ class Supervisor:
         if left:
             _, left = await asyncio.wait(left, timeout=max(0.1, deadline - self._clock.monotonic()))
         if left:
-            log.info("polls.cut", polls=len(left))
+            log.info("polls.cancelled", polls=len(left))
             for session in self.sessions.values():
                 session.leave(now=True)
             _, left = await asyncio.wait(left, timeout=3.0)

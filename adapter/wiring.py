@@ -186,7 +186,7 @@ class Replica:
         try:
             await self.connections.core.publish(self.names.bot_released(), bot.encode(), {})
         except Temporary as exc:
-            log.info("bot.freed_untold", bot=bot, reason=exc.reason)
+            log.info("bot.publish_skipped", bot=bot, reason=exc.reason)
 
     async def _is_idle_elsewhere(self, incarnation: str, bot: str) -> bool:
         """Raises Temporary."""

@@ -117,7 +117,7 @@ class Control:
                 else:
                     await self._dead_letter(delivery, Unreadable("unreadable", "The adapter fails on this command."))
             except (Temporary, LeaseLost) as exc:
-                log.warning("control.waits", reason=exc.reason)
+                log.warning("control.retrying", reason=exc.reason)
             except Exception:
                 bugs += 1
                 log.exception("control.crashed", sequence=number, bugs=bugs)
@@ -158,7 +158,7 @@ class Control:
                 return
             if failures < tries:
                 await self._clock.sleep(backoff(failures, first_s=0.2))
-        log.warning("control.unerased", sequence=delivery.seq, reason=reason)
+        log.warning("control.delete_failed", sequence=delivery.seq, reason=reason)
 
     async def _dead_letter(self, delivery: Delivery, exc: Unreadable) -> None:
         request = delivery.headers.get(H_MSG_ID, "")[:128]

@@ -105,7 +105,7 @@ def _with_token_key(settings: Settings, folder: Path) -> Settings:
         return settings
     if not path.exists():
         _write_private_file(path, base64.b64encode(secrets.token_bytes(32)).decode())
-        log.info("token_key.made", path=str(path), detail="Keep it elsewhere than backups of this folder.")
+        log.info("token_key.created", path=str(path), detail="Keep it elsewhere than backups of this folder.")
     made = read_settings({"WECHAT_NATS_TOKEN_KEY_FILE": str(path)})
     return msgspec.structs.replace(settings, token_key=made.token_key)
 

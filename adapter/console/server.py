@@ -143,7 +143,7 @@ class Console(Listener):
             self._auth.count_wrong(request.peer)
             log.warning("console.refused", peer=request.peer)
             return self._render_page(request, "signin", "401 Unauthorized", wrong="This is not the token.")
-        log.info("console.entered", peer=request.peer)
+        log.info("console.signed_in", peer=request.peer)
         return see_other("/", cookie(self._auth.new_session(now_s, request.nonce), SESSION_S, secure=request.secure))
 
     def _answer_signed_in(self, request: Request) -> Response:
@@ -216,7 +216,7 @@ class Console(Listener):
             else:
                 self._run_in_loop(desk.drop_dead_letter(seq))
                 told = f"Letter {seq} is dropped."
-            log.info("console.letter", sequence=seq, action=form["do"])
+            log.info("console.dead_letter", sequence=seq, action=form["do"])
             return self._render_page(
                 request, "dead", here="/dead", dead=self._run_in_loop(desk.dead_letters(None)), told=told
             )

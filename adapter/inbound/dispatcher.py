@@ -193,7 +193,7 @@ class Dispatcher:
                 await self.changed.wait_until(lambda: self._stopped or self.is_done)
         is_done = self.is_done
         if not is_done:
-            log.info("dispatch.left", bot=self.bot, records=len(self._open))
+            log.info("dispatch.abandoned", bot=self.bot, records=len(self._open))
         self.stop()
         await self._tasks.wait_ended(CUT_S)
         return is_done
@@ -272,7 +272,7 @@ class Dispatcher:
                     pause_s = LEASE_PAUSE_S
                 except AdapterError as exc:
                     failures += 1
-                    log.warning("dispatch.waits", bot=self.bot, reason=exc.reason, failures=failures)
+                    log.warning("dispatch.retrying", bot=self.bot, reason=exc.reason, failures=failures)
                     pause_s = backoff(failures, first_s=0.05, longest_s=5.0)
                 except Exception:
                     failures += 1

@@ -110,7 +110,7 @@ async def _with_wav(name: str, silk: bytes, got: Got, deps: DownloadDeps) -> Got
     try:
         stored = await deps.objects.put(name, _once(wav), mime=kind.mime, title=title)
     except (Temporary, BusRefused) as exc:
-        log.warning("media.wav_unstored", reason=exc.reason)
+        log.warning("media.wav_store_failed", reason=exc.reason)
         return got
     return got._replace(wav=described(stored, kind, title, media.wav_duration_ms(wav)))
 

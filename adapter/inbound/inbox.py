@@ -145,7 +145,7 @@ async def _with_quote(
         async with asyncio.timeout_at(until):
             said = await retry(lambda: deps.recall.resolve(one.sandbox, one.bot, one.said, earlier), deps.clock)
     except TimeoutError:
-        log.info("quote.unfound", bot=one.bot)
+        log.info("quote.not_found", bot=one.bot)
         said = deps.recall.leave(one.said)
     return msgspec.structs.replace(one, said=said)
 
@@ -219,7 +219,7 @@ async def retry(work: Callable[[], Awaitable[T]], clock: Clock) -> T:
             return await work()
         except (Temporary, BusRefused) as exc:
             failures += 1
-            log.warning("inbound.waits", reason=exc.reason, detail=exc.detail, failures=failures)
+            log.warning("inbound.retrying", reason=exc.reason, detail=exc.detail, failures=failures)
             longest_s = 1.0 if isinstance(exc, Temporary) else 10.0
             await clock.sleep(backoff(failures, first_s=0.05, longest_s=longest_s))
 

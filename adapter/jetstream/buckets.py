@@ -169,7 +169,7 @@ class KvBucket:
                 await follower.subscribe(self.link.nc)
                 await self.link.nc.flush()
             except NatsError as exc:  # it is going down; the next one subscribes at its start
-                log.info("bucket.unfollowed", bucket=self.name, reason=type(exc).__name__)
+                log.info("bucket.watch_failed", bucket=self.name, reason=type(exc).__name__)
         epoch = -1
         while True:
             try:

@@ -97,4 +97,4 @@ class CoreNats:
             await self._link.api_request(f"CONSUMER.RESET.{consumer}", {"seq": after + 1})
         except BusRefused as exc:
             if exc.code != NO_CONSUMER:  # a reader has made it deliver only what is new: nobody may move that
-                log.warning("durable.unmoved", sandbox=sandbox, detail=exc.detail)
+                log.warning("durable.move_failed", sandbox=sandbox, detail=exc.detail)

@@ -69,4 +69,4 @@ class Inspector:
             self.altered[wanted.name] = broken
         else:
             del self.altered[wanted.name]
-            log.info("stream.mended", stream=wanted.name)
+            log.info("stream.restored", stream=wanted.name)

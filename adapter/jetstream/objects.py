@@ -243,7 +243,7 @@ class ObjectStore:
                 f"STREAM.PURGE.{self._stream}", {"filter": self._chunk_subject(ident)}, PURGE_S
             )
         except AdapterError as exc:
-            log.warning("media.left", reason=exc.reason)
+            log.warning("media.abandoned", reason=exc.reason)
 
     # reading ----------------------------------------------------------------------------------------
 

@@ -254,7 +254,7 @@ class Publisher:
                 ):
                     continue
                 waited_s = round(self._waited_s(stream.outstanding), 1)
-                log.warning("publish.waits", stream=stream.name, waited_s=waited_s, detail=stream.last_error)
+                log.warning("publish.retrying", stream=stream.name, waited_s=waited_s, detail=stream.last_error)
                 stream.warned_at = now
 
     async def _wait_answered(self, entry: _Outstanding) -> bool:

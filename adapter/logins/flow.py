@@ -120,7 +120,7 @@ class LoginFlow:
                 await self._deps.registry.update(self._login, make)
                 return
             except Temporary as exc:
-                log.warning("login.waits", login=self._login[:6], reason=exc.reason)
+                log.warning("login.retrying", login=self._login[:6], reason=exc.reason)
                 await self._deps.clock.sleep(0.5)
 
     async def _fail_login(self, reason: str, detail: str) -> None:
@@ -359,7 +359,7 @@ class LoginFlow:
                 last = await read_last_person_change(deps.history, deps.names, record.sandbox)
                 users = {last.user if last is not None else ""}
             except Temporary as exc:
-                log.warning("login.waits", login=self._login[:6], reason=exc.reason)
+                log.warning("login.retrying", login=self._login[:6], reason=exc.reason)
                 await deps.clock.sleep(0.5)
         if user and user not in users and (others := users - {""}):
             await self._update_record(lambda now: structs.replace(now, former_user=min(others)))

@@ -69,7 +69,7 @@ class LoginRunner:
                 await LoginFlow(login, self._deps, self._published_steps).run()
                 return
             except (LeaseLost, Refused) as exc:  # Refused: somebody has deleted the record
-                log.info("login.left", login=login[:6], reason=exc.reason)
+                log.info("login.abandoned", login=login[:6], reason=exc.reason)
                 return
             except Exception:  # a bug: this login rests, and the others go on
                 log.exception("login.crashed", login=login[:6])

@@ -218,7 +218,7 @@ class CommandReader:
         """Ends the first one, which nobody can read; also its id is looked for elsewhere. Raises Temporary."""
         ident = await self._texts.find_id(unread[0].data)
         delivery = unread.popleft()
-        log.error("command.buried", subject=delivery.subject, sequence=delivery.seq, owners=OWNERS)
+        log.error("command.dead_lettered", subject=delivery.subject, sequence=delivery.seq, owners=OWNERS)
         detail = f"Whoever read it ended before it was read, {OWNERS} times in a row."
         self._end_unread(
             delivery, contract.Outbound(id=ident or None), CommandResult("dead_lettered", "crashed", detail)

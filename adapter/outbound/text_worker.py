@@ -80,10 +80,10 @@ class TextWorker:
                     async with asyncio.timeout(self.limit_s):
                         return await self._exchange(message)
                 except TimeoutError:
-                    log.warning("text.late", seconds=self.limit_s, bytes=len(message))
+                    log.warning("text.timed_out", seconds=self.limit_s, bytes=len(message))
                     break
                 except (EOFError, ConnectionError):
-                    log.warning("text.died", bytes=len(message))
+                    log.warning("text.worker_died", bytes=len(message))
         raise _Failed
 
     async def _exchange(self, message: bytes) -> list[str]:

@@ -46,7 +46,7 @@ def status_reply(data: bytes, about: Callable[[Sequence[str]], ReplicaStatus]) -
     try:
         asked = msgspec.json.decode(data, type=StatusRequest)
     except UNDECODABLE as exc:
-        log.info("rollcall.unreadable", detail=str(exc))
+        log.info("replica_status.unreadable", detail=str(exc))
         return None
     return msgspec.json.encode(about(asked.bots))
 

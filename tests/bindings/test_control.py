@@ -902,7 +902,7 @@ async def test_a_bind_that_cannot_be_erased_holds_up_nobody_for_long() -> None:
     with capture_logs() as logs:
         assert [await tries(number) for number in range(3)] == [DELETE_ATTEMPTS, 1, 1]
         assert (await platform.say("unbind", sandbox="s1")).ok
-    assert [line["event"] for line in logs if line["log_level"] == "warning"] == ["control.unerased"] * 3
+    assert [line["event"] for line in logs if line["log_level"] == "warning"] == ["control.delete_failed"] * 3
     platform.bench.bus.on_delete = None
     assert await tries(3) == 1
     platform.bench.bus.on_delete = away

@@ -441,5 +441,5 @@ async def test_a_durable_that_its_reader_has_made_deliver_only_what_is_new_is_le
     await rig.link.api_request(f"CONSUMER.CREATE.{NAMES.stream_in}.s1.{NAMES.inbox('s1')}", body)
     with capture_logs() as logs:
         await CoreNats(rig.link, NAMES).move_durable("s1", await say(rig, "a"))
-    assert [line["event"] for line in logs] == ["durable.unmoved"]
+    assert [line["event"] for line in logs] == ["durable.move_failed"]
     assert await pulled(rig) == [b"a"]

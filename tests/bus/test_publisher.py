@@ -226,7 +226,7 @@ async def test_a_stream_that_is_deleted_holds_up_what_is_written_to_it_and_nothi
     await rig.link.api_request(f"STREAM.DELETE.{NAMES.stream_event}")
     waiting = asyncio.create_task(rig.publisher.publish_all([event(0), event(1)]))
     with capture_logs() as logs:
-        await until(lambda: any(line["event"] == "publish.waits" for line in logs), "it says that it waits")
+        await until(lambda: any(line["event"] == "publish.retrying" for line in logs), "it says that it waits")
         later = asyncio.create_task(rig.publisher.publish(event(2)))
         writable = asyncio.create_task(rig.publisher.wait_writable([*OTHERS, NAMES.stream_event]))
         await others_go_on(rig, 20)
@@ -237,7 +237,7 @@ async def test_a_stream_that_is_deleted_holds_up_what_is_written_to_it_and_nothi
             await asyncio.gather(waiting, later, writable)
     assert await rig.read(NAMES.stream_event, ">") == [b"0", b"1", b"2"]
     told = [(line["event"], line["stream"]) for line in logs if line["event"].startswith("publish.")]
-    assert told == [("publish.waits", "WECHAT_EVENT"), ("publish.resumed", "WECHAT_EVENT")]
+    assert told == [("publish.retrying", "WECHAT_EVENT"), ("publish.resumed", "WECHAT_EVENT")]
 
 
 async def test_a_stream_that_is_full_refuses_and_the_others_go_on(rig: Rig) -> None:

@@ -80,6 +80,6 @@ async def test_a_slow_disk_delays_and_costs_nothing_else(tmp_path: Path) -> None
         (adapter,) = made.adapters
         disk.slow(made.cluster.nodes, 60)
         async with talking(made, nc, pause_s=1.0):
-            await until(lambda: adapter.said("publish.waits") + adapter.said("lease.paused") > 0, "it is too slow")
+            await until(lambda: adapter.said("publish.retrying") + adapter.said("lease.paused") > 0, "it is too slow")
             disk.fast()
         await faultless(made, nc)

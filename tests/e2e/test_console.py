@@ -42,7 +42,7 @@ async def test_any_replica_shows_and_does_all(tmp_path: Path) -> None:
             await world.close()
     for adapter in world.adapters:
         log = adapter.log.read_text()
-        assert "console.entered" in log or adapter is not world.adapters[0]
+        assert "console.signed_in" in log or adapter is not world.adapters[0]
         assert "console.crashed" not in log
         assert "ermissions" not in log
         assert TOKEN not in log

@@ -302,7 +302,7 @@ async def test_streams_that_no_poll_writes_to_stop_none(tmp_path: Path) -> None:
 
         await eventually(noticed, "it is noticed")
         await made.command(nc, "s0", "while it is gone")
-        await until(lambda: adapter.said("publish.waits") > 0, "its receipt waits")
+        await until(lambda: adapter.said("publish.retrying") > 0, "its receipt waits")
         assert "streams" in await adapter.unready()
         made.sim.say_media(made.bots["s2"].bot, "image")
         for number in range(3):
@@ -332,7 +332,7 @@ async def test_events_without_room_hold_up_receipts_and_no_message(tmp_path: Pat
         await change(nc, NAMES.stream_event, discard="new", max_bytes=1)
         for sandbox in made.bots:
             await made.command(nc, sandbox, f"{sandbox} while it is full")
-        await until(lambda: adapter.said("event.waits") > 0, "receipts wait")
+        await until(lambda: adapter.said("event.retrying") > 0, "receipts wait")
         for sandbox in made.bots:
             made.say(sandbox, "while it is full")
 
@@ -414,7 +414,7 @@ async def test_a_stream_that_is_altered_takes_readiness_until_it_is_mended(tmp_p
         await eventually(adapter.is_ready, "it is ready again")
         await loaded(made, nc, 2)
         await faultless(made, nc)
-        assert (adapter.said("stream.altered"), adapter.said("stream.mended")) == (1, 1)
+        assert (adapter.said("stream.altered"), adapter.said("stream.restored")) == (1, 1)
 
 
 async def test_bots_whose_journal_names_a_replica_that_does_not_poll_them(tmp_path: Path) -> None:
@@ -492,7 +492,7 @@ async def test_a_stream_that_is_full_loses_its_oldest_or_refuses_or_holds_up_as_
         await change(nc, NAMES.stream_event, discard="new", max_msgs=messages)
         made.say("s0", "hello")
         await until(lambda: "answer parked" in made.phone_texts("s0"), "it is sent")
-        await until(lambda: adapter.said("event.waits") > 0, "its receipt waits")
+        await until(lambda: adapter.said("event.retrying") > 0, "its receipt waits")
         assert not await told("parked", "accepted")
         await change(nc, NAMES.stream_event, discard="old", max_msgs=-1)
         await eventually(lambda: told("parked", "accepted"), "the receipt is there")
@@ -552,10 +552,10 @@ async def test_a_journal_that_refuses_what_a_bot_writes_holds_it_up_and_loses_no
     async with running(tmp_path, bots=3, cursor_mode="ack_on_delivery") as (made, nc, adapter):
         await loaded(made, nc, 1)
         await change(nc, NAMES.stream_journal, max_msg_size=10)
-        waits = adapter.said("inbound.waits")
+        waits = adapter.said("inbound.retrying")
         for sandbox in made.bots:
             made.say(sandbox, "while the journal refuses")
-        await until(lambda: adapter.said("inbound.waits") > waits + 3, "it says that it waits")
+        await until(lambda: adapter.said("inbound.retrying") > waits + 3, "it says that it waits")
         await change(nc, NAMES.stream_journal, max_msg_size=-1)
         await loaded(made, nc, 1, first=1)
         await faultless(made, nc)
@@ -572,7 +572,7 @@ async def test_an_account_without_room_holds_everything_up_and_loses_nothing(tmp
         await fill(js)
         for sandbox in made.bots:
             made.say(sandbox, "while it is full")
-        await until(lambda: adapter.said("publish.waits") > 0, "it says that it waits")
+        await until(lambda: adapter.said("publish.retrying") > 0, "it says that it waits")
 
         async def unready() -> bool:
             return "takes nothing" in (await adapter.unready()).get("jetstream", "")
@@ -607,7 +607,7 @@ async def test_a_disk_that_is_full_holds_everything_up_until_the_server_is_resta
                     filler.write(b"x" * 4096)
             for sandbox in made.bots:
                 made.say(sandbox, "while it is full")
-            await until(lambda: adapter.said("publish.waits") + adapter.said("lease.paused") > 0, "it waits")
+            await until(lambda: adapter.said("publish.retrying") + adapter.said("lease.paused") > 0, "it waits")
             assert (await stream(nc, NAMES.stream_in, NAMES.inbox("s0")))[-1:] != []
             (disk / "filler").unlink()
             bus.kill()

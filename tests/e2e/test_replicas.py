@@ -34,7 +34,7 @@ async def test_a_replica_that_comes_later_gets_its_share_at_poll_boundaries(tmp_
         found = await audit(made, nc)
         assert found.faults() == []
         assert made.sim.violations(kind="concurrent_polls") == []
-        assert "polls.cut" not in first.log.read_text()
+        assert "polls.cancelled" not in first.log.read_text()
         assert {record.outcome for bot in made.bots.values() for record in made.sim.polls(bot.bot).records} <= {
             "messages",
             "empty",
@@ -58,7 +58,7 @@ async def test_a_replica_that_comes_later_gets_its_share_at_poll_boundaries(tmp_
         found = await audit(made, nc)
         assert found.faults() == []
         assert made.sim.stats().duplicates_suppressed == 0, "no command was sent by both"
-        assert "polls.cut" not in first.log.read_text() + second.log.read_text()
+        assert "polls.cancelled" not in first.log.read_text() + second.log.read_text()
         await nc.close()
 
 

@@ -357,7 +357,7 @@ async def world(
             await made.close()
             server.kill()  # a clean stop takes 10 ms for each of the 130 consumers
         leaks += canary.leaks_on_disk(folder / "nats")
-        unerased = [adapter.said("control.unerased") for adapter in made.adapters]
+        unerased = [adapter.said("control.delete_failed") for adapter in made.adapters]
         assert not leaks, "\n".join([*leaks, f"binds that each adapter could not erase: {unerased}"])
 
 

@@ -798,7 +798,7 @@ async def test_a_bug_ends_no_bots_messages(poller: Poller) -> None:
         poller(bench)
         await asyncio.sleep(10)
     assert said(bench) == ["+", "t2"]
-    assert {"dispatch.crashed", "dispatch.waits"} <= {line["event"] for line in logs}
+    assert {"dispatch.crashed", "dispatch.retrying"} <= {line["event"] for line in logs}
 
 
 async def test_a_bot_that_is_silent_leaves_nothing_to_look_for_and_no_conversation_in_memory() -> None:
