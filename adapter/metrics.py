@@ -106,7 +106,7 @@ class Metrics:
         )
         self.tasks = self._gauge(
             "tasks",
-            "Tasks of the event loop; poller: one per bot, lane: what sends and settles commands.",
+            "Tasks of the event loop; poller: one per bot, conversation: what sends and settles commands.",
             kind=TASKS,
         )
 

@@ -79,8 +79,8 @@ TRANSFER_SHARES = 4
 """The same of downloads and uploads."""
 PER_TICK = 64
 """What goes on in one round of the event loop: answers that bring something, commands as they come and at each step
-of a lane, polls after a pause or a failure. Where five thousand answers came at once to a process with a quarter of a
-core, a round took longer than the lease, which was lost again and again."""
+of a conversation, polls after a pause or a failure. Where five thousand answers came at once to a process with a
+quarter of a core, a round took longer than the lease, which was lost again and again."""
 STARTS_PER_S = 3000
 """First polls per second, at most: what iLink sees of a start, and again whenever these polls end together. A dead
 replica's bots must be polled within six seconds, most of which pass before another replica may take them."""

@@ -1,7 +1,7 @@
 """A binding whose token iLink refuses (-14): marking it `needs_login`, taking that back, and the events of both.
 
 Each change is marked in the binding until its event is on the bus. The retries before it are the poller's and the
-lane's (`lanework`).
+conversation's.
 """
 
 from __future__ import annotations

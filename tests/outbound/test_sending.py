@@ -1,4 +1,4 @@
-"""How a user's lane is worked off: in order, one at a time, paced; nobody waits for another; at -14 it rests."""
+"""How a user's queue is worked off: in order, one at a time, paced; nobody waits for another; at -14 it rests."""
 
 from __future__ import annotations
 
