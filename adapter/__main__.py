@@ -50,10 +50,10 @@ def _redact_uncaught_exceptions() -> None:
         trace: TracebackType | None,
         where: str = "",
     ) -> None:
-        from adapter.logs import TRACEBACK_CHARS, redacted_text  # noqa: PLC0415 -- see _run_alone
+        from adapter.logs import TRACEBACK_CHARS, redact_text  # noqa: PLC0415 -- see _run_alone
 
         text = "".join([where, *traceback.format_exception(kind, exc, trace)])
-        sys.stderr.write(redacted_text(text, 2 * TRACEBACK_CHARS) + "\n")
+        sys.stderr.write(redact_text(text, 2 * TRACEBACK_CHARS) + "\n")
 
     def of_a_thread(failed: threading.ExceptHookArgs) -> None:
         if failed.exc_type is not SystemExit:

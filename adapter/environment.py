@@ -30,28 +30,28 @@ def read_settings(environ: Mapping[str, str]) -> Settings:
     """
     faults: list[str] = []
     values: dict[str, Any] = {}
-    for field, kind in _types().items():
+    for field, kind in _field_types().items():
         variable = variable_of(field)
         try:
-            raw = _raw(field, environ)
+            raw = _raw_value(field, environ)
             if raw:
-                values[field] = _parse(field, kind, raw)
+                values[field] = _parse_value(field, kind, raw)
         except ValueError as exc:
             faults.append(f"{variable}: {exc}")
     settings = Settings(**values)
-    faults += _contradictions(settings, environ)
-    faults += _unknown(environ)
+    faults += _find_contradictions(settings, environ)
+    faults += _unknown_variables(environ)
     if faults:
         raise SettingsError("invalid_settings", "\n".join(faults))
     return settings
 
 
-def _types() -> dict[str, Any]:
+def _field_types() -> dict[str, Any]:
     hints = get_type_hints(Settings, include_extras=True)
     return {field: hints[field] for field in Settings.__struct_fields__}
 
 
-def _raw(field: str, environ: Mapping[str, str]) -> str:
+def _raw_value(field: str, environ: Mapping[str, str]) -> str:
     """What the environment, or for a secret its file, says; "" if nothing. Raises ValueError."""
     variable = variable_of(field)
     raw = environ.get(variable, "").strip()
@@ -70,26 +70,26 @@ def _raw(field: str, environ: Mapping[str, str]) -> str:
     return text
 
 
-def _parse(field: str, kind: Any, raw: str) -> Any:
+def _parse_value(field: str, kind: Any, raw: str) -> Any:
     """The value of one field. Raises ValueError, whose text holds no secret."""
     if field == "token_key":
-        return tuple(_token_key(part) for part in _parts(raw))
+        return tuple(_token_key(part) for part in _split_list(raw))
     info = msgspec.inspect.type_info(kind)
     many = isinstance(info, msgspec.inspect.VarTupleType)
-    plain: Any = raw if not many else _parts(raw)
+    plain: Any = raw if not many else _split_list(raw)
     try:
         value = msgspec.convert(plain, kind, strict=False)
         if not all(math.isfinite(v) for v in (value if many else [value]) if isinstance(v, float)):
             raise ValueError("not finite")
     except (msgspec.ValidationError, ValueError) as exc:
-        raise ValueError(f"expected {_expected(info)}{_got(field, raw)}") from exc
-    _check(field, value)
+        raise ValueError(f"expected {_describe_type(info)}{_describe_value(field, raw)}") from exc
+    _check_value(field, value)
     if field in _FILES:
         return str(Path(value).expanduser())
     return value.rstrip("/") if field in _BASE_URLS else value
 
 
-def _check(field: str, value: Any) -> None:
+def _check_value(field: str, value: Any) -> None:
     """What a type cannot say. Raises ValueError."""
     match field:
         case "nats_url":
@@ -138,7 +138,7 @@ def _is_base_url(url: str) -> bool:
     )
 
 
-def _contradictions(settings: Settings, environ: Mapping[str, str]) -> Iterator[str]:
+def _find_contradictions(settings: Settings, environ: Mapping[str, str]) -> Iterator[str]:
     """Values that are right alone and wrong together."""
     for field in _BASE_URLS:
         parts = urlsplit(getattr(settings, field))
@@ -168,7 +168,7 @@ _SERVICE_LINK = re.compile(r".*_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|
 _SERVICE_URL = re.compile(r"(tcp|udp|sctp)://.*")
 
 
-def _unknown(environ: Mapping[str, str]) -> Iterator[str]:
+def _unknown_variables(environ: Mapping[str, str]) -> Iterator[str]:
     """Names that start like ours and are none, most likely typing errors.
 
     Not those that Kubernetes sets for a Service named `wechat-nats…`: WECHAT_NATS_PORT=tcp://… and its like.
@@ -184,7 +184,7 @@ def _unknown(environ: Mapping[str, str]) -> Iterator[str]:
         yield f"{name}: no such setting" + (f", did you mean {near[0]}?" if near else "")
 
 
-def _parts(raw: str) -> list[str]:
+def _split_list(raw: str) -> list[str]:
     return [part.strip() for part in raw.split(",") if part.strip()]
 
 
@@ -198,11 +198,11 @@ def _token_key(part: str) -> bytes:
     return key
 
 
-def _got(field: str, raw: str) -> str:
+def _describe_value(field: str, raw: str) -> str:
     return "" if field in SECRETS or field == "nats_url" else f", got {raw[:100]!r}"
 
 
-def _expected(info: msgspec.inspect.Type) -> str:
+def _describe_type(info: msgspec.inspect.Type) -> str:
     """A type in words."""
     match info:
         case msgspec.inspect.LiteralType(values=values):
@@ -210,18 +210,18 @@ def _expected(info: msgspec.inspect.Type) -> str:
         case msgspec.inspect.BoolType():
             return "true or false"
         case msgspec.inspect.IntType():
-            return "a whole number" + _bounds(info)
+            return "a whole number" + _describe_bounds(info)
         case msgspec.inspect.FloatType():
-            return "a number" + _bounds(info)
+            return "a number" + _describe_bounds(info)
         case msgspec.inspect.StrType(pattern=str(pattern)):
             return "text that matches " + pattern.replace(r"\Z", "$")
         case msgspec.inspect.VarTupleType(item_type=item):
-            return f"{_expected(item)}, several separated by commas"
+            return f"{_describe_type(item)}, several separated by commas"
         case _:
             return "text"
 
 
-def _bounds(info: msgspec.inspect.IntType | msgspec.inspect.FloatType) -> str:
+def _describe_bounds(info: msgspec.inspect.IntType | msgspec.inspect.FloatType) -> str:
     words = {"ge": "at least", "gt": "above", "le": "at most"}
     bounds = [f"{word} {getattr(info, key):g}" for key, word in words.items() if getattr(info, key) is not None]
     return "".join(f", {bound}" for bound in bounds)

@@ -43,20 +43,20 @@ class HealthMonitor:
         inspector: Inspector,
         leases: Leases,
         supervisor: Supervisor,
-        tidy: Callable[[], None],
+        evict_idle: Callable[[], None],
         names: Names,
         health: Health,
         clock: Clock,
         metrics: Metrics,
     ) -> None:
-        """`tidy` lets go of what nobody needs any more."""
+        """`evict_idle` lets go of what nobody needs any more."""
         self._link = link
         self._bus = bus
         self._media_bus = media_bus
         self._inspector = inspector
         self._leases = leases
         self._supervisor = supervisor
-        self._evict_idle = tidy
+        self._evict_idle = evict_idle
         self._names = names
         self._health = health
         self._clock = clock

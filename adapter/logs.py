@@ -79,14 +79,14 @@ def configure(
     render: list[Processor] = (
         [redact, _to_console]
         if people
-        else [_shape({name: value for name, value in service.items() if value}), redact, _to_json]
+        else [_common_fields({name: value for name, value in service.items() if value}), redact, _to_json]
     )
     structlog.configure(
         processors=[
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             structlog.processors.StackInfoRenderer(),
-            _without_words,
+            _strip_exception_texts,
             structlog.processors.format_exc_info,
             *render,
         ],
@@ -102,7 +102,7 @@ def configure(
     logging.captureWarnings(True)
 
 
-def _without_words(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+def _strip_exception_texts(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
     """Shows where and of which types an exception and its causes were raised, the first cause first. What exceptions
     say is left out where the event tells of a bug (`….crashed`): it may be the text of the message in hand."""
     if not str(event.get("event")).endswith(".crashed") or not (info := event.pop("exc_info", None)):
@@ -120,23 +120,23 @@ def _without_words(_logger: WrappedLogger, _method: str, event: EventDict) -> Ev
 def redact(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
     """The last processor before rendering: hides by key and by pattern, cuts long text, leaves only plain values."""
     return {
-        key: _plain(value, key, TRACEBACK_CHARS if key in ("exception", "stack") else FOREIGN_CHARS)
+        key: _to_plain_value(value, key, TRACEBACK_CHARS if key in ("exception", "stack") else FOREIGN_CHARS)
         for key, value in event.items()
     }
 
 
-def redacted_text(text: str, longest: int = FOREIGN_CHARS) -> str:
+def redact_text(text: str, longest: int = FOREIGN_CHARS) -> str:
     """`text` without what looks like a secret, at most `longest` characters of it, its controls made visible."""
     if _HARMLESS.match(text):
         return text
     text = text[: 2 * TRACEBACK_CHARS]  # bounds the work, not the result
     if not text.isascii():
         text = text.encode("utf-8", "backslashreplace").decode()  # lone surrogates cannot be written
-    text = visible(hide_secrets(text))
+    text = escape_invisible(hide_secrets(text))
     return text if len(text) <= longest else text[:longest] + "…"
 
 
-def visible(text: str) -> str:
+def escape_invisible(text: str) -> str:
     """`text` with what nobody sees, or moves a cursor, escaped; its lines and tabs stay."""
     return _CONTROLS.sub(lambda m: f"\\x{ord(m[0]):02x}", text)
 
@@ -148,30 +148,30 @@ def hide_secrets(text: str) -> str:
     return text
 
 
-def _plain(value: Any, key: str, longest: int, depth: int = 0) -> Any:
+def _to_plain_value(value: Any, key: str, longest: int, depth: int = 0) -> Any:
     if _SECRET_KEY.match(key):
         return HIDDEN if value else value
     match value:
         case None | bool() | int() | float():
             return value
         case str():
-            return redacted_text(value, longest)
+            return redact_text(value, longest)
         case bytes() | bytearray() | memoryview():
             return f"<{len(value)} bytes>"
         case Mapping() if depth < 3:
             return {
-                redacted_text(str(name)): _plain(inner, str(name), longest, depth + 1)
+                redact_text(str(name)): _to_plain_value(inner, str(name), longest, depth + 1)
                 for name, inner in list(value.items())[:50]
             }
         case list() | tuple() | set() | frozenset() if depth < 3:
-            return [_plain(inner, "", longest, depth + 1) for inner in list(value)[:50]]
+            return [_to_plain_value(inner, "", longest, depth + 1) for inner in list(value)[:50]]
         case BaseException():
-            return redacted_text(f"{type(value).__name__}: {value}", longest)
+            return redact_text(f"{type(value).__name__}: {value}", longest)
         case _:
-            return redacted_text(repr(value), longest)
+            return redact_text(repr(value), longest)
 
 
-def _shape(service: Mapping[str, str]) -> Processor:
+def _common_fields(service: Mapping[str, str]) -> Processor:
     """Puts the common fields first, under the names of the log model."""
 
     def shape(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:

@@ -71,8 +71,8 @@ class Kind(NamedTuple):
 def identify(head: bytes, name: str = "") -> Kind:
     """What a file is that begins with `head` (HEAD bytes of it, or all). `name` is the sender's."""
     head = head[:HEAD]
-    mime, suffix = _by_content(head)
-    width, height = _pixels(head) if mime.startswith("image/") else (None, None)
+    mime, suffix = _mime_by_content(head)
+    width, height = _pixel_size(head) if mime.startswith("image/") else (None, None)
     ending = PurePosixPath(name).suffix.lower()
     if known := _BY_NAME.get(mime, {}).get(ending):
         return Kind(known, width, height, ending)
@@ -92,7 +92,7 @@ def is_silk(head: bytes) -> bool:
 
 def silk_duration_ms(data: bytes) -> int | None:
     """Length of a whole SILK recording; None for what is none, or longer than SILK_MAX_FRAMES."""
-    count = sum(1 for _ in islice(_frames(data), SILK_MAX_FRAMES + 1)) if is_silk(data) else None
+    count = sum(1 for _ in islice(_silk_frames(data), SILK_MAX_FRAMES + 1)) if is_silk(data) else None
     return None if count is None or count > SILK_MAX_FRAMES else count * SILK_FRAME_MS
 
 
@@ -113,7 +113,7 @@ def silk_to_wav(data: bytes) -> bytes | None:
     """
     if pysilk is None or len(data) > SILK_MAX_BYTES or not is_silk(data):
         return None
-    frames = list(_frames(data))
+    frames = list(_silk_frames(data))
     if not 0 < len(frames) <= SILK_MAX_FRAMES:
         return None
     # only whole frames of a legal size reach the decoder, which is C and believes what it is told
@@ -132,7 +132,7 @@ def silk_to_wav(data: bytes) -> bytes | None:
     return out.getvalue()
 
 
-def _frames(data: bytes) -> Iterator[bytes]:
+def _silk_frames(data: bytes) -> Iterator[bytes]:
     """The frames of a SILK recording: each after its length, up to the end, a negative length or a broken frame."""
     at = len(SILK_MARK) + data.startswith(b"\x02")
     while at + 2 <= len(data):
@@ -144,7 +144,7 @@ def _frames(data: bytes) -> Iterator[bytes]:
         at += size
 
 
-def _by_content(head: bytes) -> tuple[str, str]:
+def _mime_by_content(head: bytes) -> tuple[str, str]:
     if is_silk(head):
         return "audio/silk", ".silk"
     if found := filetype.guess(head):
@@ -163,6 +163,6 @@ def _is_text(head: bytes) -> bool:
     return bool(text) and not any(unicodedata.category(c) == "Cc" and c not in "\t\n\r\f" for c in text)
 
 
-def _pixels(head: bytes) -> tuple[int | None, int | None]:
+def _pixel_size(head: bytes) -> tuple[int | None, int | None]:
     width, height = imagesize.get(io.BytesIO(head))
     return (int(width), int(height)) if width > 0 and height > 0 else (None, None)

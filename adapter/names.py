@@ -91,19 +91,19 @@ def is_inbox(subject: str) -> bool:
 _ESCAPED = re.compile(r"[^A-Za-z0-9_-]+")
 
 
-def escaped(text: str) -> str:
+def escape_token(text: str) -> str:
     """`text` as one subject token and bucket key: letters, digits, `-` and `_` stay, the rest becomes =XX (hex)."""
     return _ESCAPED.sub(lambda found: "".join(f"={byte:02X}" for byte in found[0].encode()), text)
 
 
 @functools.lru_cache(maxsize=32_768)
 def to_subject_token(text: str) -> str:
-    """As `escaped`, cached: for bots and users, not for what comes once, such as the id of a message."""
-    return escaped(text)
+    """As `escape_token`, cached: for bots and users, not for what comes once, such as the id of a message."""
+    return escape_token(text)
 
 
 def from_subject_token(token: str) -> str:
-    """The inverse of `escaped`. Raises ValueError for what it never made."""
+    """The inverse of `escape_token`. Raises ValueError for what it never made."""
     text = unquote_to_bytes(token.replace("=", "%")).decode()
     if to_subject_token(text) != token:
         raise ValueError("not a name that was escaped")
@@ -181,7 +181,7 @@ class Names:
 
     def receipt(self, sandbox: str, command: str) -> str:
         """Where the receipts of one command are stored, whose id may be anything, also `*`."""
-        return f"{self.prefix}.event.{sandbox}.receipt.{escaped(command)}"
+        return f"{self.prefix}.event.{sandbox}.receipt.{escape_token(command)}"
 
     def receipts(self, sandbox: str) -> str:
         """Where the receipts of all commands of a sandbox are stored, which may be `*`."""

@@ -69,13 +69,15 @@ def grants(names: Names, role: Role, sandbox: str = TAG) -> Grants:
         case "adapter":
             return Grants(_adapter_publishes(names), _adapter_subscribes(names))
         case "operator":
-            return Grants(_operator_publishes(names), (names.live("*"), names.event("*", ">"), _inboxes("operator")))
+            return Grants(
+                _operator_publishes(names), (names.live("*"), names.event("*", ">"), _inbox_subjects("operator"))
+            )
         case "platform":
             asks = (names.svc("bindings.*"), names.svc("login.*"), names.svc("window"), names.svc("receipt"))
-            return Grants((names.bind, names.unbind, *asks), (names.event("*", ">"), _inboxes("platform")))
+            return Grants((names.bind, names.unbind, *asks), (names.event("*", ">"), _inbox_subjects("platform")))
         case "service":
             publish = (names.out_plain, names.svc("window"), names.svc("receipt"), names.svc("media.put.*"))
-            return Grants(publish, (names.receipts("*"), _inboxes("service")))
+            return Grants(publish, (names.receipts("*"), _inbox_subjects("service")))
         case "sandbox":
             shares = imports(names, role, sandbox)
             heard = [share.subject for share in shares if share.kind == "stream"]
@@ -99,9 +101,9 @@ def imports(names: Names, role: Role, sandbox: str = "*") -> list[Share]:
         ]
     granted = grants(names, role)
     shares = [Share("service", subject) for subject in granted.publish]
-    shares += [Share("stream", subject) for subject in granted.subscribe if subject != _inboxes(role)]
+    shares += [Share("stream", subject) for subject in granted.subscribe if subject != _inbox_subjects(role)]
     if role == "platform":  # the answer to bind and unbind goes to an inbox that a header names
-        shares.append(Share("stream", _inboxes(role)))
+        shares.append(Share("stream", _inbox_subjects(role)))
     return shares
 
 
@@ -137,15 +139,15 @@ def _plain_streams(names: Names) -> tuple[str, ...]:
     )
 
 
-def _inboxes(role: Role) -> str:
+def _inbox_subjects(role: Role) -> str:
     return f"{inbox(role)}.>"
 
 
-def _api(*verbs: str) -> tuple[str, ...]:
+def _api_subjects(*verbs: str) -> tuple[str, ...]:
     return tuple(f"$JS.API.{verb}" for verb in verbs)
 
 
-def _emptied(names: Names) -> tuple[str, ...]:
+def _purged_streams(names: Names) -> tuple[str, ...]:
     """Streams of which the adapter deletes single messages."""
     return names.stream_ctl, names.stream_journal, names.stream_dead
 
@@ -162,28 +164,30 @@ def _adapter_publishes(names: Names) -> tuple[str, ...]:
         *(f"{prefix}.journal.>", names.dead_letters("*")),
         *(f"$KV.{bucket}.>" for bucket in buckets(names)),
         f"$O.{names.media}.>",
-        *_api("INFO", "STREAM.INFO.*", "STREAM.MSG.GET.*", "DIRECT.GET.>"),
-        *_api("CONSUMER.NAMES.*", "CONSUMER.INFO.*.*"),
-        *_api(*(f"STREAM.{verb}.{stream}" for verb in ("CREATE", "UPDATE") for stream in streams(names))),
-        *_api(*(f"STREAM.MSG.DELETE.{stream}" for stream in _emptied(names))),
-        *_api(f"STREAM.PURGE.{media}", f"STREAM.PURGE.{names.stream_event}"),
-        *_api(f"CONSUMER.CREATE.{names.stream_in}.*.{names.inbox('*')}"),
-        *_api(f"CONSUMER.RESET.{names.stream_in}.*"),
-        *_api(*(f"CONSUMER.{verb}.{s}.*" for s in _pulled(names) for verb in ("CREATE", "RESET", "MSG.NEXT"))),
-        *(f"$JS.ACK.{stream}.>" for stream in _pulled(names)),
-        *(_inboxes("operator"), _inboxes("platform"), "_R_.>"),
+        *_api_subjects("INFO", "STREAM.INFO.*", "STREAM.MSG.GET.*", "DIRECT.GET.>"),
+        *_api_subjects("CONSUMER.NAMES.*", "CONSUMER.INFO.*.*"),
+        *_api_subjects(*(f"STREAM.{verb}.{stream}" for verb in ("CREATE", "UPDATE") for stream in streams(names))),
+        *_api_subjects(*(f"STREAM.MSG.DELETE.{stream}" for stream in _purged_streams(names))),
+        *_api_subjects(f"STREAM.PURGE.{media}", f"STREAM.PURGE.{names.stream_event}"),
+        *_api_subjects(f"CONSUMER.CREATE.{names.stream_in}.*.{names.inbox('*')}"),
+        *_api_subjects(f"CONSUMER.RESET.{names.stream_in}.*"),
+        *_api_subjects(
+            *(f"CONSUMER.{verb}.{s}.*" for s in _pulled_streams(names) for verb in ("CREATE", "RESET", "MSG.NEXT"))
+        ),
+        *(f"$JS.ACK.{stream}.>" for stream in _pulled_streams(names)),
+        *(_inbox_subjects("operator"), _inbox_subjects("platform"), "_R_.>"),
         # what `doctor` asks under this user
-        *(USER_INFO, "$SRV.PING.>", names.svc("bindings.list"), _inboxes("adapter")),
+        *(USER_INFO, "$SRV.PING.>", names.svc("bindings.list"), _inbox_subjects("adapter")),
     )
 
 
-def _pulled(names: Names) -> tuple[str, str]:
+def _pulled_streams(names: Names) -> tuple[str, str]:
     """The streams with consumers of the adapter."""
     return names.stream_out, names.stream_ctl
 
 
 def _adapter_subscribes(names: Names) -> tuple[str, ...]:
-    return names.svc(">"), f"{names.prefix}.kv.>", "$SRV.>", _inboxes("adapter")
+    return names.svc(">"), f"{names.prefix}.kv.>", "$SRV.>", _inbox_subjects("adapter")
 
 
 def _operator_publishes(names: Names) -> tuple[str, ...]:
@@ -191,14 +195,14 @@ def _operator_publishes(names: Names) -> tuple[str, ...]:
     readable = (names.stream_in, names.stream_event, names.stream_dead, media)
     return (
         *(names.bind, names.unbind, names.out_plain, names.out("*"), names.svc(">"), "$SRV.>"),
-        *_api("INFO", "STREAM.NAMES", "STREAM.LIST", "STREAM.INFO.*"),
-        *_api("CONSUMER.NAMES.*", "CONSUMER.LIST.*", "CONSUMER.INFO.*.*"),
-        *_api(*(f"CONSUMER.CREATE.{stream}{rest}" for stream in readable for rest in ("", ".>"))),
-        *_api(*(f"DIRECT.GET.{stream}{rest}" for stream in readable for rest in ("", ".>"))),
-        *_api(*(f"STREAM.MSG.GET.{stream}" for stream in readable)),
-        *_api(f"DIRECT.GET.{names.stream_out}"),  # of a work queue there may be no other consumer
-        *_api(*(f"STREAM.MSG.DELETE.{stream}" for stream in (names.stream_dead, names.stream_out))),
-        *_api(f"STREAM.PURGE.{media}"),
+        *_api_subjects("INFO", "STREAM.NAMES", "STREAM.LIST", "STREAM.INFO.*"),
+        *_api_subjects("CONSUMER.NAMES.*", "CONSUMER.LIST.*", "CONSUMER.INFO.*.*"),
+        *_api_subjects(*(f"CONSUMER.CREATE.{stream}{rest}" for stream in readable for rest in ("", ".>"))),
+        *_api_subjects(*(f"DIRECT.GET.{stream}{rest}" for stream in readable for rest in ("", ".>"))),
+        *_api_subjects(*(f"STREAM.MSG.GET.{stream}" for stream in readable)),
+        *_api_subjects(f"DIRECT.GET.{names.stream_out}"),  # of a work queue there may be no other consumer
+        *_api_subjects(*(f"STREAM.MSG.DELETE.{stream}" for stream in (names.stream_dead, names.stream_out))),
+        *_api_subjects(f"STREAM.PURGE.{media}"),
         *(f"$JS.FC.{stream}.>" for stream in readable),
         f"$O.{names.media}.>",
         USER_INFO,
@@ -236,12 +240,12 @@ class Allowed(NamedTuple):
     allow: tuple[str, ...] = ()
     deny: tuple[str, ...] = ()
 
-    def all_of(self, subject: str) -> bool:
+    def allows_all_of(self, subject: str) -> bool:
         """Whether nothing that `subject` matches is closed."""
         allowed = not self.allow or any(covers(pattern, subject) for pattern in self.allow)
         return allowed and not any(overlaps(pattern, subject) for pattern in self.deny)
 
-    def some_of(self, subject: str) -> bool:
+    def allows_some_of(self, subject: str) -> bool:
         """Whether something that `subject` matches is open."""
         allowed = not self.allow or any(overlaps(pattern, subject) for pattern in self.allow)
         return allowed and not any(covers(pattern, subject) for pattern in self.deny)
@@ -255,8 +259,10 @@ class Permissions(NamedTuple):
 
     def missing(self, wanted: Grants) -> list[str]:
         """What of `wanted` this user may not do, as `publish <subject>` and `subscribe <subject>`."""
-        lacks = [f"publish {subject}" for subject in wanted.publish if not self.publish.all_of(subject)]
-        return lacks + [f"subscribe {subject}" for subject in wanted.subscribe if not self.subscribe.all_of(subject)]
+        lacks = [f"publish {subject}" for subject in wanted.publish if not self.publish.allows_all_of(subject)]
+        return lacks + [
+            f"subscribe {subject}" for subject in wanted.subscribe if not self.subscribe.allows_all_of(subject)
+        ]
 
 
 class _Rights(msgspec.Struct):
@@ -276,7 +282,7 @@ class User(msgspec.Struct):
     permissions: _Both = msgspec.field(default_factory=_Both)
 
     @property
-    def may(self) -> Permissions:
+    def granted(self) -> Permissions:
         rights = (self.permissions.publish, self.permissions.subscribe)
         return Permissions(*(Allowed(tuple(right.allow), tuple(right.deny)) for right in rights))
 
@@ -328,37 +334,39 @@ def server_config(names: Names, sandboxes: Sequence[str], *, own_accounts: bool 
     arguments = "".join(f" {argument}" for argument in ([OWN_ACCOUNTS] if own_accounts else []) + list(sandboxes))
     title = "Every sandbox in an account of its own." if own_accounts else "All sandboxes in one account."
     head = HEAD.format(title=title, arguments=arguments, file=FILES[own_accounts])
-    return head + _accounts(names, sandboxes, own_accounts)
+    return head + _accounts_block(names, sandboxes, own_accounts)
 
 
-def _accounts(names: Names, sandboxes: Sequence[str], own_accounts: bool) -> str:
+def _accounts_block(names: Names, sandboxes: Sequence[str], own_accounts: bool) -> str:
     for sandbox in sandboxes:
         check_sandbox(sandbox)
     variables = [variable(role) for role in (*ROLES[:-1], "sys")] + [variable("", sandbox) for sandbox in sandboxes]
     if twice := {name for name in variables if variables.count(name) > 1}:
         raise Refused("invalid", f"Two users would have their password in {min(twice)}: rename a sandbox.")
-    accounts = [_account(SYSTEM, [_user("sys", None)])]
+    accounts = [_account_block(SYSTEM, [_user_block("sys", None)])]
     to = {role: [ACCOUNT_OF[role]] for role in ROLES} | ({"sandbox": list(sandboxes)} if own_accounts else {})
     shared = [
         _export(share, [name for role in roles for name in to[role]]) for share, roles in exports(names).items()
     ]
-    inside = [_user(role, grants(names, role)) for role in ("adapter", "operator")]
-    accounts.append(_account(WECHAT, inside, exports=shared, jetstream=True))
-    outside = [(ACCOUNT_OF[r], [_user(r, grants(names, r))], imports(names, r)) for r in ("platform", "service")]
-    users = {sandbox: _user(sandbox, grants(names, "sandbox", sandbox), sandbox) for sandbox in sandboxes}
+    inside = [_user_block(role, grants(names, role)) for role in ("adapter", "operator")]
+    accounts.append(_account_block(WECHAT, inside, exports=shared, jetstream=True))
+    outside = [
+        (ACCOUNT_OF[r], [_user_block(r, grants(names, r))], imports(names, r)) for r in ("platform", "service")
+    ]
+    users = {sandbox: _user_block(sandbox, grants(names, "sandbox", sandbox), sandbox) for sandbox in sandboxes}
     if own_accounts:
         of_sandboxes = [(sandbox, [user], imports(names, "sandbox", sandbox)) for sandbox, user in users.items()]
     else:
         of_sandboxes = [(SANDBOX, list(users.values()), imports(names, "sandbox"))]
-    accounts += [_account(name, who, imports=map(_import, shares)) for name, who, shares in outside]
+    accounts += [_account_block(name, who, imports=map(_import, shares)) for name, who, shares in outside]
     accounts += [
-        _account(name, who, imports=map(_import, shares), max_payload=SANDBOX_PAYLOAD)
+        _account_block(name, who, imports=map(_import, shares), max_payload=SANDBOX_PAYLOAD)
         for name, who, shares in of_sandboxes
     ]
     return "\n".join(["system_account: SYS", "", "accounts {", *accounts, "}", ""])
 
 
-def _account(
+def _account_block(
     name: str,
     users: Iterable[str],
     *,
@@ -378,7 +386,7 @@ def _account(
     return "\n".join([*lines, "  }"])
 
 
-def _user(name: str, may: Grants | None, sandbox: str = "") -> str:
+def _user_block(name: str, may: Grants | None, sandbox: str = "") -> str:
     head = f'      {{ user: "{name}", password: ${variable(name, sandbox)}'
     if may is None:
         return head + " }"
@@ -386,15 +394,15 @@ def _user(name: str, may: Grants | None, sandbox: str = "") -> str:
         [
             head,
             "        permissions: {",
-            *_allow("publish", may.publish),
-            *_allow("subscribe", may.subscribe),
+            *_allow_block("publish", may.publish),
+            *_allow_block("subscribe", may.subscribe),
             "        }",
             "      }",
         ]
     )
 
 
-def _allow(key: str, subjects: Iterable[str]) -> list[str]:
+def _allow_block(key: str, subjects: Iterable[str]) -> list[str]:
     return [f"          {key}: {{ allow: [", *(f'            "{subject}"' for subject in subjects), "          ] }"]
 
 

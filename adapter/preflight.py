@@ -51,7 +51,7 @@ async def _log_missing_permissions(parts: Replica) -> None:
     """Logs what the server says that this user lacks. A missing right to subscribe has held up the connection."""
     try:
         answer = await parts.connections.link.request(USER_INFO, b"", timeout_s=2.0)
-        may = user_of(answer.data).may
+        may = user_of(answer.data).granted
     except (Temporary, *UNDECODABLE):
         return  # a user who may not ask: what is missing is told when it is tried
     if lacks := may.missing(required(parts.names, parts.settings.nats_inbox_prefix)):

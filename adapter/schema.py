@@ -188,7 +188,7 @@ def settings_table() -> list[SettingRow]:
     rows = []
     for field in Settings.__struct_fields__:
         variable = variable_of(field) + (f"`, `{variable_of(field)}_FILE" if field in SECRETS else "")
-        rows.append(SettingRow(variable, _shown(getattr(defaults, field)), docs[field]))
+        rows.append(SettingRow(variable, _show_default(getattr(defaults, field)), docs[field]))
     return rows
 
 
@@ -200,10 +200,10 @@ def settings_markdown() -> str:
     return "\n".join(lines) + "\n"
 
 
-def generated(root: Path = ROOT) -> dict[Path, str]:
+def generated_files(root: Path = ROOT) -> dict[Path, str]:
     """Path below `root` and text of every generated file."""
-    files = {Path("schemas") / f"{name}.json": _text(json_schema(name)) for name in DOCUMENTED}
-    files[Path("schemas/asyncapi.json")] = _text(asyncapi())
+    files = {Path("schemas") / f"{name}.json": _document_text(json_schema(name)) for name in DOCUMENTED}
+    files[Path("schemas/asyncapi.json")] = _document_text(asyncapi())
     for own_accounts, file in FILES.items():
         files[Path("helm/nats") / file] = server_config(Names(), EXAMPLES, own_accounts=own_accounts)
     page = (root / SETTINGS_PAGE).read_text(encoding="utf-8")
@@ -223,12 +223,12 @@ def types_stamp(files: dict[Path, str]) -> str:
     return digest.hexdigest()
 
 
-def differing(root: Path = ROOT) -> list[Path]:
+def stale_files(root: Path = ROOT) -> list[Path]:
     """Generated files that are absent, stale, or no longer generated."""
-    files = generated(root)
-    stale = [path for path, text in files.items() if not _holds(root / path, text)]
+    files = generated_files(root)
+    stale = [path for path, text in files.items() if not _is_current(root / path, text)]
     left = [path.relative_to(root) for path in (root / "schemas").glob("*.json")]
-    types = [] if types_stamp(files) in _read(root / TYPES) else [TYPES]
+    types = [] if types_stamp(files) in _read_text(root / TYPES) else [TYPES]
     return sorted({*stale, *types, *(path for path in left if path not in files)})
 
 
@@ -237,11 +237,11 @@ def main(arguments: Sequence[str]) -> int:
     if list(arguments) not in ([], ["--check"]):
         sys.stderr.write("usage: python -m adapter.schema [--check]\n")
         return 2
-    changes = differing()
+    changes = stale_files()
     if arguments:
         sys.stdout.writelines(f"{path} is not what the code says; run: make generate\n" for path in changes)
         return 1 if changes else 0
-    files = generated()
+    files = generated_files()
     for path in changes:
         if path == TYPES:
             continue  # needs node: `make generate` goes on with it
@@ -345,27 +345,27 @@ def _docstrings() -> dict[str, str]:
     return docs
 
 
-def _shown(value: Any) -> str:
+def _show_default(value: Any) -> str:
     match value:
         case bool():
             return str(value).lower()
         case tuple():
-            return ",".join(_shown(part) for part in value)
+            return ",".join(_show_default(part) for part in value)
         case float():
             return f"{value:g}"
         case _:
             return str(value)
 
 
-def _text(document: dict[str, Any]) -> str:
+def _document_text(document: dict[str, Any]) -> str:
     return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
 
 
-def _holds(path: Path, text: str) -> bool:
-    return _read(path) == text
+def _is_current(path: Path, text: str) -> bool:
+    return _read_text(path) == text
 
 
-def _read(path: Path) -> str:
+def _read_text(path: Path) -> str:
     """The text of a file; "" where there is none."""
     try:
         return path.read_text(encoding="utf-8")

@@ -389,7 +389,7 @@ class Supervisor:
         binding = self._bindings.get(bot)
         return bot in self.sessions or (binding is not None and shard_of(binding.sandbox) in self._leases.owned)
 
-    def tidy(self) -> None:
+    def evict_idle(self) -> None:
         """Lets go of what is known of users whom nothing waits for."""
         for shard in self._shards.values():
             shard.evict_idle()

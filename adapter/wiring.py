@@ -338,7 +338,7 @@ class Replica:
             inspector=self.inspector,
             leases=self.leases,
             supervisor=self.supervisor,
-            tidy=self._evict_idle,
+            evict_idle=self._evict_idle,
             names=self.names,
             health=self.health,
             clock=self.clock,
@@ -432,7 +432,7 @@ class Replica:
         return self.supervisor.is_stale(bot)
 
     def _evict_idle(self) -> None:
-        self.supervisor.tidy()
+        self.supervisor.evict_idle()
 
     async def _wait_for_pending_binds(self) -> None:
         """Returns once the control commands stored so far have taken effect. Raises Temporary: it takes too long."""

@@ -16,7 +16,7 @@ from adapter.errors import Refused, SessionExpired
 from adapter.ilink.budget import ByteBudget
 from adapter.ilink.connection import Connection
 from adapter.inbound.sessions import Session
-from adapter.names import Names, escaped, from_subject_token, to_subject_token
+from adapter.names import Names, escape_token, from_subject_token, to_subject_token
 from adapter.outbound.processor import ShardCommandProcessor
 from adapter.outbound.typing_tickets import NO_TICKET_S, TICKET_S
 from adapter.ports import Account
@@ -55,14 +55,14 @@ def test_a_name_of_a_bot_is_kept_and_that_of_a_message_is_not() -> None:
     kept = to_subject_token.cache_info().currsize
     for number in range(USERS):
         Names().receipt("s1", f"command/{number}")
-        escaped(f"item/{number}")
+        escape_token(f"item/{number}")
     assert to_subject_token.cache_info().currsize == kept
 
 
 @given(st.text())
 def test_every_text_has_a_name_of_its_own(text: str) -> None:
-    assert re.fullmatch(r"[A-Za-z0-9_=-]*", escaped(text))
-    assert from_subject_token(escaped(text)) == text
+    assert re.fullmatch(r"[A-Za-z0-9_=-]*", escape_token(text))
+    assert from_subject_token(escape_token(text)) == text
 
 
 # users ---------------------------------------------------------------------------------------------------

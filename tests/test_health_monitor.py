@@ -45,7 +45,7 @@ class Replica:
             inspector=cast(Any, self),
             leases=cast(Any, self.leases),
             supervisor=cast(Any, SimpleNamespace(in_hand=4)),
-            tidy=lambda: None,
+            evict_idle=lambda: None,
             names=NAMES,
             health=self.health,
             clock=self.clock,

@@ -61,7 +61,7 @@ def url(text: str) -> None:
 def name(text: str) -> None:
     names.is_sandbox(text)
     names._INBOX.fullmatch(text)
-    names.escaped(text.encode("utf-8", "replace").decode())
+    names.escape_token(text.encode("utf-8", "replace").decode())
 
 
 RULES: dict[str, Callable[[str], object]] = {
@@ -72,12 +72,12 @@ RULES: dict[str, Callable[[str], object]] = {
         split_rules._STOP.findall(text),
     ),
     "an open fence": is_open,
-    "the name of a file": commands._clean,
+    "the name of a file": commands._clean_file_name,
     "a command that is none": unreadable,
-    "what a decoder says": lambda text: commands._harmless(ValueError(text)),
+    "what a decoder says": lambda text: commands._describe_error(ValueError(text)),
     "whom a command names": commands._PEER.fullmatch,
     "secrets in a log": logs.hide_secrets,
-    "a line of a log": lambda text: logs.redacted_text(text, 10**9),
+    "a line of a log": lambda text: logs.redact_text(text, 10**9),
     "a field of a log": lambda text: logs.redact(None, "", {text: "1"}),
     "halves of emoji": lambda text: json_repair.without_halves(raw(text)),
     "halves of emoji in a string": lambda text: json_repair.without_halves(b'"' + raw(text) + b'"'),

@@ -70,8 +70,8 @@ def test_patterns(pattern: str, subject: str, all_of: bool, some_of: bool) -> No
     ],
 )
 def test_what_is_allowed_and_not_denied(allowed: Allowed, subject: str, all_of: bool, some_of: bool) -> None:
-    assert allowed.all_of(subject) is all_of
-    assert allowed.some_of(subject) is some_of
+    assert allowed.allows_all_of(subject) is all_of
+    assert allowed.allows_some_of(subject) is some_of
 
 
 def test_what_is_missing_is_named() -> None:

@@ -54,18 +54,20 @@ def resolve(document: Any, target: str) -> Any:
 
 def test_what_is_stored_is_what_the_code_says() -> None:
     """`make generate` writes it anew."""
-    assert schema.differing() == []
+    assert schema.stale_files() == []
 
 
 def test_no_description_has_the_indentation_of_its_docstring() -> None:
     """Before Python 3.13 docstrings have it: what is generated would be another there."""
-    indented = [path for path, text in schema.generated().items() if path.suffix == ".json" and r"\n    " in text]
+    indented = [
+        path for path, text in schema.generated_files().items() if path.suffix == ".json" and r"\n    " in text
+    ]
     assert indented == []
 
 
 def test_generating_twice_gives_the_same_bytes() -> None:
     """In another process too, where hashes of strings are others."""
-    code = "from adapter import schema; print(schema.generated())"
+    code = "from adapter import schema; print(schema.generated_files())"
     runs = {
         subprocess.run(
             [sys.executable, "-c", code],
@@ -83,18 +85,18 @@ def test_a_stale_an_absent_and_a_leftover_file_are_named(tmp_path: Path) -> None
     page = tmp_path / schema.SETTINGS_PAGE
     page.parent.mkdir(parents=True)
     page.write_text("<!-- settings -->\nold\n<!-- /settings -->\n")
-    for path, text in schema.generated(tmp_path).items():
+    for path, text in schema.generated_files(tmp_path).items():
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_text(text)
-    (tmp_path / schema.TYPES).write_text(schema.types_stamp(schema.generated(tmp_path)))
-    assert schema.differing(tmp_path) == []
+    (tmp_path / schema.TYPES).write_text(schema.types_stamp(schema.generated_files(tmp_path)))
+    assert schema.stale_files(tmp_path) == []
 
     (tmp_path / "schemas/bind.json").write_text("{}")
     (tmp_path / "schemas/inbound.json").unlink()
     (tmp_path / "schemas/left_over.json").touch()
     (tmp_path / schema.TYPES).write_text("export interface Bind {}")
     page.write_text("<!-- settings -->\n<!-- /settings -->\n")
-    assert [str(path) for path in schema.differing(tmp_path)] == [
+    assert [str(path) for path in schema.stale_files(tmp_path)] == [
         "docs/reference/settings.md",
         "schemas/bind.json",
         "schemas/inbound.json",
@@ -188,4 +190,4 @@ def test_every_setting_explains_itself() -> None:
 
 def test_the_page_of_settings_holds_their_table() -> None:
     """`make generate` rewrites it; the markers must not get lost."""
-    assert schema.SETTINGS_PAGE in schema.generated()
+    assert schema.SETTINGS_PAGE in schema.generated_files()

@@ -39,13 +39,13 @@ async def _fetch_user(bus: Bus) -> User | None:
 def _check_user(user: User | None, bus: Bus, settings: Settings) -> Check:
     if user is None:
         return Check("permissions", "warn", f"Cannot be told: let this user publish to {USER_INFO}.")
-    may = user.may
+    may = user.granted
     lacks = may.missing(required(bus.names, settings.nats_inbox_prefix))
     if not lacks:
         answers = [f"_INBOX_{role}.>" for role in ("platform", "operator")]
-        if not any(may.publish.some_of(subject) for subject in ("_INBOX.>", *answers)):
+        if not any(may.publish.allows_some_of(subject) for subject in ("_INBOX.>", *answers)):
             lacks = ["publish to the inboxes of whoever asks"]
-        elif not may.publish.all_of("_R_.>"):
+        elif not may.publish.allows_all_of("_R_.>"):
             said = "An adapter with this user could not answer to other accounts: let it publish to _R_.>"
             return Check("permissions", "warn", f"{said}; {WHERE}.")
         else:

@@ -6,7 +6,7 @@ import asyncio
 
 from adapter.cli.bus import ANSWER_S, Bus
 from adapter.cli.exit_codes import NO, UNREACHABLE, Failed
-from adapter.conversation.commands import original
+from adapter.conversation.commands import original_position
 from adapter.headers import forwardable_headers
 from adapter.jetstream import topology
 from adapter.jetstream.consumer import Consumer, Delivery
@@ -71,7 +71,7 @@ async def republish_unrouted(link: ManagedConnection, bus: Bus, most: int) -> No
 
 def _copy_headers(delivery: Delivery) -> dict[str, str]:
     ident = delivery.headers.get(H_COMMAND) or delivery.headers.get(H_MSG_ID) or str(delivery.seq)
-    sequence, stored_ms = original(delivery.headers, delivery.seq, delivery.time_ms)
+    sequence, stored_ms = original_position(delivery.headers, delivery.seq, delivery.time_ms)
     return forwardable_headers(delivery.headers) | {
         H_MSG_ID: f"astray:{delivery.seq}:{delivery.time_ms}:{digest(delivery.data)}",
         H_COMMAND: ident,

@@ -10,7 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from adapter import __version__
-from adapter.logs import visible
+from adapter.logs import escape_invisible
 
 PLENTY = 3
 """Sends left from which on nobody needs to worry."""
@@ -23,7 +23,7 @@ class Pages:
         self._templates = Environment(
             loader=PackageLoader("adapter.console"),
             autoescape=True,
-            finalize=_shown,
+            finalize=_make_visible,
             undefined=StrictUndefined,
             trim_blocks=True,
             lstrip_blocks=True,
@@ -37,9 +37,9 @@ class Pages:
         return self._templates.get_template(f"{page}.html").render(values).encode()
 
 
-def _shown(value: Any) -> Any:
+def _make_visible(value: Any) -> Any:
     """What is foreign in a page: what nobody sees is made visible; markup of ours stays."""
-    return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+    return escape_invisible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def age(then_ms: int, now_ms: int) -> str:

@@ -106,7 +106,7 @@ class ConversationActor:
 
     def is_stored_to(self, bot: str, sequence: int) -> bool:
         """Whether the stored record says so."""
-        return self._memory.stored_to(bot) >= sequence
+        return self._memory.stored_dispatched_to(bot) >= sequence
 
     async def hand_over(self) -> tuple[QueuedCommand, ...]:
         """Ends the conversation behind what its mailbox holds, and hands over its commands, in order. Cut off, a
@@ -139,7 +139,7 @@ class ConversationActor:
         await self._work.drain(grace_s)
         if self._task is not None:  # the answer is worked off, its receipt published
             await asyncio.wait([self._task], timeout=grace_s)
-        is_wanted = self._memory.has_record or not self._memory.is_hearing_stored
+        is_wanted = self._memory.has_record or not self._memory.is_inbound_stored
         if is_wanted and self._memory.is_dirty and not self._stopped:
             try:
                 async with asyncio.timeout(grace_s):
@@ -190,13 +190,13 @@ class ConversationActor:
             self._store_soon()
 
     def _store_soon(self) -> None:
-        if self._store_timer is None and not self._memory.is_hearing_stored:
+        if self._store_timer is None and not self._memory.is_inbound_stored:
             self._store_timer = asyncio.get_running_loop().call_later(STORED_WITHIN_S, self._store_dispatched)
 
     def _store_dispatched(self) -> None:
         """Stores what the user said, unless a send has stored it meanwhile."""
         self._store_timer = None
-        if not self._memory.is_hearing_stored:
+        if not self._memory.is_inbound_stored:
             self.put(rules.Rested())
 
     def _set_timer(self, in_ms: float) -> None:
@@ -215,18 +215,18 @@ class ConversationActor:
     async def _handle(self, event: rules.Input) -> None:
         """One step. An input that makes the rules raise ends the commands that it is about as dead letters."""
         try:
-            await self._effects.step(event)
+            await self._effects.apply_event(event)
         except Exception as exc:
             log.exception("conversation.crashed", sandbox=self.state.sandbox, input=type(event).__name__)
             if isinstance(event, rules.Stored):  # they are in no queue yet
                 for command in event.commands:
                     await self._effects.end_crashed(command, exc)
             elif isinstance(event, rules.Answer) and self.state.activity is Activity.SENDING:
-                await self._effects.step(rules.Unanswered())  # no other answer comes
+                await self._effects.apply_event(rules.Unanswered())  # no other answer comes
             else:
-                await self._effects.step(rules.Crashed(type(exc).__name__))
+                await self._effects.apply_event(rules.Crashed(type(exc).__name__))
                 if isinstance(event, rules.InboundReceived):  # its sender counts on it that it is stored
-                    await self._effects.step(event)
+                    await self._effects.apply_event(event)
 
 
 def _fail_waiter(done: asyncio.Future[None] | None, sandbox: str) -> None:

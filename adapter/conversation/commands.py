@@ -109,10 +109,10 @@ class Command(NamedTuple):
 
 def command_id(body_id: str | None, routed_id: str, msg_id: str, seq: int) -> str:
     """The idempotency key: the body's, else the one that the router found, else Nats-Msg-Id, else the sequence."""
-    return body_id or _fitting(routed_id) or _fitting(msg_id) or str(seq)
+    return body_id or _bounded_id(routed_id) or _bounded_id(msg_id) or str(seq)
 
 
-def _fitting(ident: str) -> str:
+def _bounded_id(ident: str) -> str:
     """An id as records have room for: cut off alone, two long ones that begin alike would be one, and the second
     command be dropped as a repeat."""
     if len(ident) <= ID_CHARS:
@@ -133,12 +133,12 @@ def decode_command(data: bytes, limits: Limits) -> Outbound:
     except UNDECODABLE as exc:
         if (whole := without_halves(data)) != data:
             return decode_command(whole, limits)
-        if body := _misaddressed(data):
+        if body := _decode_misaddressed(data):
             return body
-        raise Unreadable("unreadable", _harmless(exc)) from exc
+        raise Unreadable("unreadable", _describe_error(exc)) from exc
 
 
-def _misaddressed(data: bytes) -> Outbound | None:
+def _decode_misaddressed(data: bytes) -> Outbound | None:
     """A body that is right but for the form of its `sandbox`: a wrong address is refused, and no dead letter."""
     try:
         fields = msgspec.json.decode(data, type=dict[str, msgspec.Raw])
@@ -158,11 +158,11 @@ def salvage_ids(data: bytes, limits: Limits) -> Outbound:
         fields = msgspec.json.decode(without_halves(data), type=dict[str, msgspec.Raw])
     except UNDECODABLE:
         return Outbound()
-    sandbox = _field(fields, "sandbox", str)
-    return Outbound(id=_field(fields, "id", CommandId), sandbox=sandbox if is_sandbox(sandbox or "") else None)
+    sandbox = _string_field(fields, "sandbox", str)
+    return Outbound(id=_string_field(fields, "id", CommandId), sandbox=sandbox if is_sandbox(sandbox or "") else None)
 
 
-def _field(fields: Mapping[str, msgspec.Raw], name: str, kind: Any) -> str | None:
+def _string_field(fields: Mapping[str, msgspec.Raw], name: str, kind: Any) -> str | None:
     try:
         found: str = msgspec.json.decode(fields[name], type=kind)
     except (*UNDECODABLE, KeyError):
@@ -177,15 +177,15 @@ def sandbox_of(body: Outbound) -> str:
     return check_sandbox(body.sandbox)
 
 
-def original(headers: Mapping[str, str], sequence: int, time_ms: int) -> tuple[int, int]:
+def original_position(headers: Mapping[str, str], sequence: int, time_ms: int) -> tuple[int, int]:
     """Sequence and time under which a command was stored first: of a router's copy, those of the original.
 
     Only what is earlier counts: a sandbox writes headers as it likes, and harms its own commands alone.
     """
-    return _earlier(headers.get(H_SEQUENCE, ""), sequence), _earlier(headers.get(H_SINCE_MS, ""), time_ms)
+    return _header_or(headers.get(H_SEQUENCE, ""), sequence), _header_or(headers.get(H_SINCE_MS, ""), time_ms)
 
 
-def _earlier(header: str, own: int) -> int:
+def _header_or(header: str, own: int) -> int:
     return min(own, int(header)) if header.isascii() and header.isdecimal() and len(header) < 19 else own
 
 
@@ -202,7 +202,7 @@ def texts_of(body: Outbound) -> list[str]:
     return [item.text if isinstance(item, OutText) else item.caption for item in items]
 
 
-def shown(body: Outbound, texts: Sequence[str]) -> Outbound:
+def with_texts(body: Outbound, texts: Sequence[str]) -> Outbound:
     """The same command, which says `texts` (as `texts_of` names them) as they are."""
     if body.items is None:
         return replace(body, text=texts[0] if body.text is not None else None, format="markdown")
@@ -213,11 +213,11 @@ def shown(body: Outbound, texts: Sequence[str]) -> Outbound:
     return replace(body, items=items, format="markdown")
 
 
-def rendered(body: Outbound, limits: Limits) -> Outbound:
+def with_plain_texts(body: Outbound, limits: Limits) -> Outbound:
     """A command with plain texts as one that says what they say. Raises Refused("too_long")."""
     if _is_longer(body, limits):  # known before anything is read: reading Markdown takes its time
         raise _too_long(limits)
-    return shown(body, [split.to_plain(text) for text in texts_of(body)])
+    return with_texts(body, [split.to_plain(text) for text in texts_of(body)])
 
 
 def _is_longer(body: Outbound, limits: Limits) -> bool:
@@ -228,7 +228,7 @@ def _is_longer(body: Outbound, limits: Limits) -> bool:
 def read_command(body: Outbound, *, sandbox: str, ident: str, sequence: int, time_ms: int, limits: Limits) -> Command:
     """The command, addressed to `sandbox` by its subject; `sequence` and `time_ms` are those of the original.
 
-    Plain texts are read as Markdown here, unless they were before (`rendered`). Raises Refused("invalid"),
+    Plain texts are read as Markdown here, unless they were before (`with_plain_texts`). Raises Refused("invalid"),
     Refused("too_long").
     """
     check_sandbox(sandbox)
@@ -238,7 +238,7 @@ def read_command(body: Outbound, *, sandbox: str, ident: str, sequence: int, tim
         raise Refused("invalid", "A command holds either text, items or typing.")
     if not _PEER.fullmatch(body.bot or "") or not _PEER.fullmatch(body.user or ""):
         raise Refused("invalid", "Bot and user are printable ASCII without spaces, at most 128 characters.")
-    parts = _parts(body, sandbox, limits) if body.typing is None else []
+    parts = _read_parts(body, sandbox, limits) if body.typing is None else []
     patience_ms = limits.park_ms if body.typing != "on" else min(limits.park_ms, limits.typing_ms)
     if body.expires_in_s is not None:
         patience_ms = int(min(body.expires_in_s * 1000, patience_ms))
@@ -259,26 +259,26 @@ def read_command(body: Outbound, *, sandbox: str, ident: str, sequence: int, tim
     )
 
 
-def _parts(body: Outbound, sandbox: str, limits: Limits) -> list[Part]:
+def _read_parts(body: Outbound, sandbox: str, limits: Limits) -> list[Part]:
     """Raises Refused("invalid"), Refused("too_long")."""
     parts: list[Part] = []
     if body.format == "plain":
-        body = rendered(body, limits)
+        body = with_plain_texts(body, limits)
     elif body.items and _is_longer(body, limits):
         raise _too_long(limits)
     for item in body.items or [OutText(text=body.text or "")]:
         if isinstance(item, OutText):
-            parts += _texts(item.text, limits)
+            parts += _split_text(item.text, limits)
         else:
             if item.caption.strip():
-                parts += _texts(item.caption, limits)
-            parts.append(_media(item, sandbox))
+                parts += _split_text(item.caption, limits)
+            parts.append(_read_media_part(item, sandbox))
         if sum(isinstance(part, str) for part in parts) > limits.parts:
             raise _too_long(limits)
     return parts
 
 
-def _texts(text: str, limits: Limits) -> list[str]:
+def _split_text(text: str, limits: Limits) -> list[str]:
     """One text, cut. Raises Refused("invalid"), Refused("too_long")."""
     if len(text) > limits.parts * limits.text_chars:
         raise _too_long(limits)
@@ -291,7 +291,7 @@ def _too_long(limits: Limits) -> Refused:
     return Refused("too_long", f"The text needs more than {limits.parts} messages; send it as a file.")
 
 
-def _media(item: OutImage | OutVideo | OutFile | OutVoice, sandbox: str) -> MediaPart:
+def _read_media_part(item: OutImage | OutVideo | OutFile | OutVoice, sandbox: str) -> MediaPart:
     """Raises Refused("invalid"): above all for an object of another sandbox."""
     if (item.media is None) == (item.data is None):
         raise Refused("invalid", "A media item holds either media (an object) or data.")
@@ -305,10 +305,10 @@ def _media(item: OutImage | OutVideo | OutFile | OutVoice, sandbox: str) -> Medi
         case OutVideo():
             kind = "video"
     name = item.name or (item.media.name if item.media else "")
-    return MediaPart(kind, _clean(name), given, item.data or b"")
+    return MediaPart(kind, _clean_file_name(name), given, item.data or b"")
 
 
-def _clean(name: str) -> str:
+def _clean_file_name(name: str) -> str:
     """A file name without folders, control and invisible characters, its ending kept where it must be cut."""
     name = "".join(c for c in re.split(r"[/\\]", name)[-1] if unicodedata.category(c) not in _UNSEEN).strip(" .")
     if len(name) <= MAX_NAME:
@@ -330,7 +330,7 @@ def client_id(base: str, part: int, merged: int = 0) -> str:
     return f"wechat-nats:{base}-{part}" + (f"+{merged}" if merged else "")
 
 
-def _harmless(exc: Exception) -> str:
+def _describe_error(exc: Exception) -> str:
     """The decoder's words without any of the text: types and paths, no values."""
     said = str(exc)
     if value := _VALUE.search(said):

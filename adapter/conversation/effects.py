@@ -32,24 +32,24 @@ class EffectRunner:
         self._unreceipted: set[int] = set()
         """Sequences of commands whose receipts could not even be made: they are not acknowledged."""
 
-    async def step(self, event: rules.Input) -> None:
+    async def apply_event(self, event: rules.Input) -> None:
         """What the rules make of an input, and all that follows from it, but for what is out then."""
         now_ms = self._deps.clock.now_ms()
         self._memory.state, effects = rules.step(self._memory.state, event, now_ms, self._deps.policy)
         if self._memory.state.activity not in _WAITS:
             self._work.cancel_wait()
         for effect in effects:
-            if (crash := await self._carry_out(effect)) is None:
+            if (crash := await self._perform_until_done(effect)) is None:
                 continue
             if not isinstance(effect, rules.Save):
-                await self._give_up(effect, crash)
+                await self._on_effect_crashed(effect, crash)
             elif any(isinstance(one, rules.Post) for one in effects):
                 self._work.release_slot()
                 self._put(rules.NotTaken("", 0, is_unreached=True))
                 self._put(rules.Crashed(type(crash).__name__))
                 return  # a request must not leave that is not stored
 
-    async def _give_up(self, effect: rules.Effect, crash: Exception) -> None:
+    async def _on_effect_crashed(self, effect: rules.Effect, crash: Exception) -> None:
         """What a bug keeps from being done: the command that it was for ends as a dead letter."""
         match effect:
             case rules.PublishReceipt(command, result):
@@ -72,20 +72,20 @@ class EffectRunner:
         result = CommandResult("dead_lettered", "crashed", type(crash).__name__)
         if told is not None and told.may_be_sent:
             result = CommandResult(told.outcome, message_ids=told.message_ids, attempts=told.attempts)
-        if await self._carry_out(rules.PublishReceipt(command, result)) is None:
-            await self._carry_out(rules.Acknowledge(command))
+        if await self._perform_until_done(rules.PublishReceipt(command, result)) is None:
+            await self._perform_until_done(rules.Acknowledge(command))
 
-    async def _carry_out(self, effect: rules.Effect) -> Exception | None:
+    async def _perform_until_done(self, effect: rules.Effect) -> Exception | None:
         """None once it is done; what it raised several times, if that is a bug."""
         return await repeat_until_done(
             type(effect).__name__,
-            lambda: self._perform(effect),
+            lambda: self._perform_effect(effect),
             self._memory.state.sandbox,
             self._shard,
             self._deps.clock,
         )
 
-    async def _perform(self, effect: rules.Effect) -> None:
+    async def _perform_effect(self, effect: rules.Effect) -> None:
         """Raises Temporary, LeaseLost, BusRefused."""
         shard, state = self._shard, self._memory.state
         match effect:

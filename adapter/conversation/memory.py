@@ -25,12 +25,12 @@ class ConversationMemory:
         return self.state.record != self._stored
 
     @property
-    def is_hearing_stored(self) -> bool:
+    def is_inbound_stored(self) -> bool:
         """The record was stored with all that the user said as it is known here."""
         now, stored = self.state.record, self._stored
         return (now.dispatched_to, now.window.id, now.token) == (stored.dispatched_to, stored.window.id, stored.token)
 
-    def stored_to(self, bot: str) -> int:
+    def stored_dispatched_to(self, bot: str) -> int:
         """Up to where in a bot's journal the stored record says that everything is dispatched."""
         return self._stored.dispatched_to.get(bot, 0)
 
@@ -40,7 +40,7 @@ class ConversationMemory:
         return bool(self._revision)
 
     @property
-    def bot(self) -> str:
+    def serving_bot(self) -> str:
         """Over which messages are sent; the last one where none serves the user."""
         return self.state.bot.id if self.state.bot else self.state.record.bot
 

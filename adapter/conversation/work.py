@@ -116,7 +116,7 @@ class OutstandingWork:
             case rules.Post():
                 self._request.spawn(self._post(effect))
             case rules.RequestSlot():
-                is_catching_up = self._shard.is_catching_up(self._memory.bot)
+                is_catching_up = self._shard.is_catching_up(self._memory.serving_bot)
                 if not is_catching_up and self._deps.slots.try_acquire(self._memory.state.sandbox):
                     self._grant_slot()
                 else:
@@ -154,7 +154,7 @@ class OutstandingWork:
             self._put(rules.SlotGranted())
 
     async def _await_slot(self) -> None:
-        await self._shard.wait_caught_up(self._memory.bot)
+        await self._shard.wait_caught_up(self._memory.serving_bot)
         await self._deps.slots.acquire(self._memory.state.sandbox)
         self._grant_slot()
 
@@ -162,13 +162,13 @@ class OutstandingWork:
         self._put_if_awaited(rules.Loaded(await self._shard.load_bodies(self._memory.state.sandbox, sequences)))
 
     async def _check_session(self) -> None:
-        self._put_if_awaited(rules.SessionChecked(await self._shard.is_session_alive(self._memory.bot)))
+        self._put_if_awaited(rules.SessionChecked(await self._shard.is_session_alive(self._memory.serving_bot)))
 
     async def _upload(self, upload: rules.Upload) -> None:
         """Raises what nobody expects."""
         try:
             sandbox, user = self._memory.state.sandbox, self._memory.state.user
-            account = self._shard.account_of(sandbox, self._memory.bot)
+            account = self._shard.account_of(sandbox, self._memory.serving_bot)
             content = await self._deps.uploads.upload_media(upload.client_id, upload.media, account, sandbox, user)
         except StoreAway:
             raise
@@ -183,7 +183,7 @@ class OutstandingWork:
         answer: rules.Answer = rules.Unanswered()
         try:
             accepted = await self._deps.chat.send(
-                self._shard.account_of(state.sandbox, self._memory.bot),
+                self._shard.account_of(state.sandbox, self._memory.serving_bot),
                 user=state.user,
                 client_id=post.client_id,
                 context_token=state.record.token,
@@ -194,14 +194,14 @@ class OutstandingWork:
         except AdapterError as exc:
             answer = self._as_answer(exc)
         except Exception:  # a bug: it may have left
-            log.exception("send.crashed", bot=self._memory.bot, sandbox=state.sandbox)
+            log.exception("send.crashed", bot=self._memory.serving_bot, sandbox=state.sandbox)
         finally:
             self.release_slot()
         self._put(answer)
 
     def _as_answer(self, exc: AdapterError, reason: str = "") -> rules.Answer:
         """What a failed request, or upload, is to the rules. `reason`: of a refusal."""
-        bot, sandbox, progress = self._memory.bot, self._memory.state.sandbox, self._memory.state.record.head
+        bot, sandbox, progress = self._memory.serving_bot, self._memory.state.sandbox, self._memory.state.record.head
         said = {"ret": exc.ret, "errcode": exc.errcode, "errmsg": exc.errmsg} if isinstance(exc, Refused) else {}
         failure = type(exc).__name__
         log.info("send.failed", bot=bot, sandbox=sandbox, failure=failure, reason=exc.reason, **said)

@@ -34,7 +34,7 @@ def is_public(text: str) -> bool:
     if isinstance(address, IPv6Address):
         if address.scope_id is not None:
             return False
-        if (inside := _inside(address)) is not None:
+        if (inside := _embedded_ipv4(address)) is not None:
             address = inside
         elif address not in _UNICAST:
             return False
@@ -43,7 +43,7 @@ def is_public(text: str) -> bool:
     return not any(address in network for network in _NOT_PUBLIC)
 
 
-def _inside(address: IPv6Address) -> IPv4Address | None:
+def _embedded_ipv4(address: IPv6Address) -> IPv4Address | None:
     """The IPv4 address that such an address leads to; None where it is one of its own."""
     if address in _NAT64:
         return IPv4Address(int(address) & 0xFFFF_FFFF)

@@ -16,7 +16,7 @@ from typing import ParamSpec, TypeVar
 
 from adapter.errors import Uncertain
 from adapter.ilink.protocol import Reply
-from adapter.ilink.unpack import Oversized, PackedBadly, Unpacker
+from adapter.ilink.unpack import Oversized, Unpacker, UnpackFailed
 from adapter.timing import complete_with_grace
 
 P = ParamSpec("P")
@@ -44,7 +44,7 @@ class Share:
         """Gives back what is more than `size` bytes."""
         if size < self.size:
             freed, self.size = self.size - size, size
-            self._budget.put(freed)
+            self._budget.return_bytes(freed)
 
     def release(self) -> None:
         """Gives it back."""
@@ -54,7 +54,7 @@ class Share:
         """In whatever thread the last reference ends."""
         if self.size:
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
-                self._loop.call_soon_threadsafe(self._budget.put, self.size)
+                self._loop.call_soon_threadsafe(self._budget.return_bytes, self.size)
 
 
 class ByteBudget:
@@ -65,19 +65,19 @@ class ByteBudget:
         self._waiters: deque[tuple[int, asyncio.Future[Share]]] = deque()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="answers")
 
-    def take(self, size: int) -> asyncio.Future[Share]:
+    def reserve(self, size: int) -> asyncio.Future[Share]:
         """A share of `size` bytes, now or once there is room. A future that is cancelled takes none."""
         share: asyncio.Future[Share] = asyncio.get_running_loop().create_future()
         self._waiters.append((min(size, self.size), share))
-        self._serve()
+        self._grant_waiters()
         return share
 
-    def put(self, size: int) -> None:
+    def return_bytes(self, size: int) -> None:
         """Takes bytes back. For shares."""
         self.free += size
-        self._serve()
+        self._grant_waiters()
 
-    async def run(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    async def run_in_thread(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Does `work` in the thread."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, lambda: work(*args, **kwargs))
 
@@ -92,15 +92,15 @@ class ByteBudget:
                 if not encoding:
                     return reply
                 with contextlib.suppress(Oversized):
-                    return reply._replace(body=_unpacked(encoding, reply.body, min(SMALL, most)))
+                    return reply._replace(body=_unpack_body(encoding, reply.body, min(SMALL, most)))
             return await complete_with_grace(self._unpack_large(reply, encoding, most), GRACE_S)
-        except PackedBadly as exc:
+        except UnpackFailed as exc:
             raise Uncertain("unreadable", str(exc)) from exc
 
     async def _unpack_large(self, reply: Reply, encoding: str, most: int) -> Reply:
-        share = reply.share or await self.take(len(reply.body) + (most if encoding else 0))
+        share = reply.share or await self.reserve(len(reply.body) + (most if encoding else 0))
         try:
-            body = await self.run(_unpacked, encoding, reply.body, most) if encoding else reply.body
+            body = await self.run_in_thread(_unpack_body, encoding, reply.body, most) if encoding else reply.body
         except BaseException:
             share.release()
             raise
@@ -111,7 +111,7 @@ class ByteBudget:
         """Ends the thread once it has nothing in hand."""
         self._thread.shutdown(wait=False, cancel_futures=True)
 
-    def _serve(self) -> None:
+    def _grant_waiters(self) -> None:
         while self._waiters:
             size, share = self._waiters[0]
             if share.cancelled():
@@ -124,7 +124,7 @@ class ByteBudget:
                 return
 
 
-def _unpacked(encoding: str, body: bytes, most: int) -> bytes:
+def _unpack_body(encoding: str, body: bytes, most: int) -> bytes:
     unpacker = Unpacker(encoding, most)
     plain = unpacker.feed(body)
     unpacker.finish()

@@ -15,8 +15,8 @@ from adapter.errors import AdapterError, Refused, Temporary, Unreadable
 from adapter.ilink import protocol, urls
 from adapter.ilink.cipher import BLOCK, KEY_BYTES, Decryption, Encryption, cipher_size
 from adapter.ilink.client import ILink
-from adapter.ilink.network import CONNECT_S, KEPT_S, CheckedNetwork, Resolver, checked
-from adapter.ilink.unpack import PACKED, PLAIN, Oversized, PackedBadly, Unpacker
+from adapter.ilink.network import CONNECT_S, KEPT_S, CheckedNetwork, Resolver, with_checked_network
+from adapter.ilink.unpack import PACKED, PLAIN, Oversized, Unpacker, UnpackFailed
 from adapter.metrics import Metrics
 from adapter.ports import Account, MediaKind, MediaRef, Pieces, Uploaded
 
@@ -62,7 +62,7 @@ class CdnClient:
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=transfers, keepalive_expiry=KEPT_S),
         )
         self._client = httpx.AsyncClient(
-            transport=checked(transport, network or CheckedNetwork(Resolver(allowed_hosts), afresh=True)),
+            transport=with_checked_network(transport, network or CheckedNetwork(Resolver(allowed_hosts), fresh=True)),
             timeout=httpx.Timeout(stall_s, connect=CONNECT_S),
             follow_redirects=False,
             trust_env=False,
@@ -75,9 +75,9 @@ class CdnClient:
         await self._client.aclose()
 
     async def download(self, fetch: MediaRef) -> Pieces:
-        url = self._link_of(fetch)
-        with self._transfer("in") as moved:
-            async with contextlib.aclosing(self._decrypted(url, fetch.key)) as pieces:
+        url = self._download_url(fetch)
+        with self._counted_transfer("in") as moved:
+            async with contextlib.aclosing(self._decrypt_pieces(url, fetch.key)) as pieces:
                 async for piece in pieces:
                     moved[0] += len(piece)
                     if moved[0] > self._max_bytes:
@@ -91,7 +91,7 @@ class CdnClient:
         if size > self._max_bytes:
             raise Refused("media", f"The media exceed {self._max_bytes} bytes.")
         key, filekey = secrets.token_bytes(KEY_BYTES), secrets.token_hex(16)
-        with self._transfer("out") as moved:
+        with self._counted_transfer("out") as moved:
             url = await self._ilink.upload_url(
                 account,
                 user=user,
@@ -112,7 +112,7 @@ class CdnClient:
 
     # down -------------------------------------------------------------------------------------------
 
-    def _link_of(self, fetch: MediaRef) -> str:
+    def _download_url(self, fetch: MediaRef) -> str:
         """Raises Refused("reference")."""
         if not fetch.url and not fetch.reference:
             raise Refused("reference", "iLink gave neither a URL nor a reference.")
@@ -122,8 +122,8 @@ class CdnClient:
         except Refused as exc:
             raise Refused("reference", exc.detail) from None
 
-    async def _decrypted(self, url: str, key: bytes | None) -> Pieces:
-        async with contextlib.aclosing(self._get(url, encrypted=key is not None)) as pieces:
+    async def _decrypt_pieces(self, url: str, key: bytes | None) -> Pieces:
+        async with contextlib.aclosing(self._fetch_pieces(url, encrypted=key is not None)) as pieces:
             if key is None:
                 async for piece in pieces:
                     yield piece
@@ -133,8 +133,8 @@ class CdnClient:
                 yield work.update(piece)
             yield work.finish()
 
-    async def _get(self, url: str, *, encrypted: bool) -> Pieces:
-        with self._request("cdn_download"):
+    async def _fetch_pieces(self, url: str, *, encrypted: bool) -> Pieces:
+        with self._counted_request("cdn_download"):
             async with contextlib.AsyncExitStack() as stack:
                 async with asyncio.timeout(self._grace_s):
                     response = await stack.enter_async_context(self._client.stream("GET", url))
@@ -145,23 +145,25 @@ class CdnClient:
                 if response.status_code != 200 or encoding not in (*PLAIN, *PACKED):
                     raise Refused("unavailable", f"HTTP {response.status_code} from the CDN")
                 if encoding in PACKED:
-                    async with contextlib.aclosing(self._unpacked(response, encoding, encrypted=encrypted)) as pieces:
+                    async with contextlib.aclosing(
+                        self._unpack_pieces(response, encoding, encrypted=encrypted)
+                    ) as pieces:
                         async for piece in pieces:
                             yield piece
                     return
                 if "transfer-encoding" not in response.headers:  # beside chunks it does not count (RFC 9112, 6.3)
                     self._check_length(response.headers.get("content-length", ""), encrypted=encrypted)
-                async with contextlib.aclosing(self._received(response)) as pieces:
+                async with contextlib.aclosing(self._body_pieces(response)) as pieces:
                     async for piece in pieces:
                         yield piece
 
-    async def _received(self, response: httpx.Response) -> Pieces:
+    async def _body_pieces(self, response: httpx.Response) -> Pieces:
         """The body as it comes. Raises TimeoutError. The time of who takes the pieces does not count."""
         clock = asyncio.get_running_loop().time
         pieces, size, waited_s = response.aiter_raw(), 0, 0.0
         while True:
             began = clock()
-            async with asyncio.timeout(_longest_s(self._grace_s, size) - waited_s):
+            async with asyncio.timeout(_transfer_timeout_s(self._grace_s, size) - waited_s):
                 piece = await anext(pieces, b"")
             if not piece:
                 return
@@ -169,29 +171,29 @@ class CdnClient:
             size += len(piece)
             yield piece
 
-    async def _unpacked(self, response: httpx.Response, encoding: str, *, encrypted: bool) -> Pieces:
+    async def _unpack_pieces(self, response: httpx.Response, encoding: str, *, encrypted: bool) -> Pieces:
         """The body of an answer that was packed on the way, unasked."""
-        unpacker = Unpacker(encoding, self._largest(encrypted=encrypted))
+        unpacker = Unpacker(encoding, self._max_body_bytes(encrypted=encrypted))
         try:
-            async with contextlib.aclosing(self._received(response)) as received:
+            async with contextlib.aclosing(self._body_pieces(response)) as received:
                 async for packed in received:
                     for piece in unpacker.unpack(packed, PIECE):
                         yield piece
             unpacker.finish()
         except Oversized:
             raise self._too_large() from None
-        except PackedBadly as exc:
+        except UnpackFailed as exc:
             raise Refused("corrupt", str(exc)) from None
 
     def _check_length(self, length: str, *, encrypted: bool) -> None:
         if not (length.isascii() and length.isdigit()):
             return  # not told: the bytes are counted as they come
-        if int(length) > self._largest(encrypted=encrypted):
+        if int(length) > self._max_body_bytes(encrypted=encrypted):
             raise self._too_large()
         if encrypted and int(length) % BLOCK:
             raise Refused("corrupt", f"The media cannot be decrypted: {length} bytes are no whole blocks.")
 
-    def _largest(self, *, encrypted: bool) -> int:
+    def _max_body_bytes(self, *, encrypted: bool) -> int:
         return cipher_size(self._max_bytes) if encrypted else self._max_bytes
 
     def _too_large(self) -> Refused:
@@ -219,10 +221,10 @@ class CdnClient:
             # h11 holds the body to it, and httpx sends no chunks then; the CDN compares it with `filesize`
             "Content-Length": str(cipher_size(size)),
         }
-        with self._request("cdn_upload"):
-            body = _encrypted(read, key, size)
+        with self._counted_request("cdn_upload"):
+            body = _encrypt_pieces(read, key, size)
             async with (
-                asyncio.timeout(_longest_s(self._stall_s, size)),
+                asyncio.timeout(_transfer_timeout_s(self._stall_s, size)),
                 contextlib.aclosing(body),
                 self._client.stream("POST", url, headers=headers, content=body) as response,
             ):
@@ -239,7 +241,7 @@ class CdnClient:
     # counting ---------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def _transfer(self, direction: str) -> Iterator[list[int]]:
+    def _counted_transfer(self, direction: str) -> Iterator[list[int]]:
         """Counts one transfer; the list holds its plain bytes."""
         metrics, started, moved, outcome = self._metrics, time.monotonic(), [0], "failed"
         try:
@@ -251,7 +253,7 @@ class CdnClient:
             metrics.media_duration.labels(direction=direction).observe(time.monotonic() - started)
 
     @contextlib.contextmanager
-    def _request(self, endpoint: str) -> Iterator[None]:
+    def _counted_request(self, endpoint: str) -> Iterator[None]:
         """Counts one request, and translates what httpx raises. Raises Temporary for it."""
         started, outcome = time.monotonic(), "network"
         try:
@@ -266,7 +268,7 @@ class CdnClient:
         except (httpx.TransportError, httpx.InvalidURL, httpx.DecodingError) as exc:
             raise Temporary("network", type(exc).__name__) from exc
         except AdapterError as exc:
-            outcome = _outcome(exc)
+            outcome = _outcome_label(exc)
             raise
         finally:
             self._metrics.upstream_requests.labels(endpoint=endpoint, outcome=outcome).inc()
@@ -278,7 +280,7 @@ SOURCE = "source"
 """Reason of a failure of what is uploaded, not of the CDN."""
 
 
-async def _encrypted(read: Read, key: bytes, size: int) -> Pieces:
+async def _encrypt_pieces(read: Read, key: bytes, size: int) -> Pieces:
     """The body of an upload. Raises Temporary("source"), Refused("media") for a source that is not as announced."""
     work, left = Encryption(key), size
     try:
@@ -298,12 +300,12 @@ async def _encrypted(read: Read, key: bytes, size: int) -> Pieces:
     yield work.finish()
 
 
-def _longest_s(grace_s: float, size: int) -> float:
+def _transfer_timeout_s(grace_s: float, size: int) -> float:
     """How long a transfer of so many bytes may take."""
     return grace_s + size / SLOWEST
 
 
-def _outcome(exc: AdapterError) -> str:
+def _outcome_label(exc: AdapterError) -> str:
     match exc:
         case Refused(reason="unavailable" | "media"):
             return "http_4xx"

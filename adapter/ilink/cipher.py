@@ -71,13 +71,13 @@ def read_key(aes_key: str | None, hex_key: str | None = None) -> bytes | None:
     if not aes_key:
         if not hex_key:
             return None
-        raise _unreadable()
+        raise _corrupt_media()
     try:
         text = aes_key.strip().translate(_URL_SAFE).rstrip("=")
         raw = base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
         key = raw if len(raw) == KEY_BYTES else bytes.fromhex(_hex_text(raw))
     except (binascii.Error, ValueError):
-        raise _unreadable() from None
+        raise _corrupt_media() from None
     return key
 
 
@@ -93,7 +93,7 @@ def _hex_text(raw: bytes) -> str:
     return text
 
 
-def _unreadable() -> Refused:
+def _corrupt_media() -> Refused:
     return Refused("corrupt", "The key of the media cannot be read.")
 
 

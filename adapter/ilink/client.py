@@ -15,7 +15,7 @@ from adapter.errors import AdapterError, LeaseLost, Refused, SessionExpired, Tem
 from adapter.ilink import protocol, urls
 from adapter.ilink.budget import GRACE_S, SMALL, ByteBudget
 from adapter.ilink.hot_calls import HotCalls
-from adapter.ilink.network import Lookup, Resolver, lookup, proxies, proxy_of
+from adapter.ilink.network import LookUpHost, Resolver, proxies, proxy_of, resolve_host
 from adapter.ilink.plain_calls import PlainCalls
 from adapter.ilink.protocol import Reply, Request
 from adapter.ilink.tls import ResumingContext
@@ -48,7 +48,7 @@ class ILink:
         allowed_hosts: tuple[str, ...],
         poll_margin_s: float,
         send_timeout_s: float,
-        look_up: Lookup = lookup,
+        look_up: LookUpHost = resolve_host,
     ) -> None:
         self._metrics = metrics
         self._polled = metrics.upstream_requests.labels(endpoint="getupdates", outcome="ok")
@@ -62,7 +62,7 @@ class ILink:
         resolver, tls = Resolver(allowed_hosts + proxies(), look_up=look_up), ResumingContext()
         self._hot = HotCalls(tls=tls, budget=self._budget, resolver=resolver)
         self._plain = PlainCalls(tls=tls, budget=self._budget, resolver=resolver)
-        self._doubtful: set[str] = set()
+        self._fresh_connection_bots: set[str] = set()
         """Bots whose connections seem dead: their next call gets a new one."""
 
     def check_base_url(self, url: str) -> str:
@@ -79,12 +79,12 @@ class ILink:
             else:
                 box = [reply]
                 del reply  # an error would keep it, and who waits before the next try the error
-                polled = await self._read_aside(box, polled_s)
+                polled = await self._read_updates_in_thread(box, polled_s)
         except TimeoutError:
-            self._count("getupdates", "timeout")
+            self._count_request("getupdates", "timeout")
             return None
         except AdapterError as exc:
-            self._count("getupdates", _outcome(exc))
+            self._count_request("getupdates", _outcome_label(exc))
             _forget_frames(exc)
             if isinstance(exc, Uncertain):
                 raise Temporary(exc.reason, exc.detail) from exc
@@ -92,12 +92,12 @@ class ILink:
         self._polled.inc()
         return polled
 
-    async def _read_aside(self, box: list[Reply], polled_s: float) -> Polled:
+    async def _read_updates_in_thread(self, box: list[Reply], polled_s: float) -> Polled:
         """Empties the box; see protocol.read_updates. Cancelled, it goes on for a moment."""
         reply = box.pop()
         share, reply = reply.share, reply._replace(share=None)
         try:
-            reading = self._budget.run(protocol.read_updates, reply, polled_s=polled_s)
+            reading = self._budget.run_in_thread(protocol.read_updates, reply, polled_s=polled_s)
             return (await complete_with_grace(reading, GRACE_S))._replace(share=share)
         except BaseException:
             if share is not None:
@@ -126,12 +126,12 @@ class ILink:
         try:
             accepted = protocol.read_sent(await self._post(account, request, self._send_timeout_s, check))
         except TimeoutError as exc:
-            self._count("sendmessage", "timeout")
+            self._count_request("sendmessage", "timeout")
             raise Uncertain("timeout", f"no answer within {self._send_timeout_s:g} s") from exc
         except LeaseLost:  # of `check`: iLink was not asked
             raise
         except AdapterError as exc:
-            self._count("sendmessage", _outcome(exc))
+            self._count_request("sendmessage", _outcome_label(exc))
             raise
         finally:
             self._sending.observe(time.monotonic() - started)
@@ -162,26 +162,26 @@ class ILink:
             key=key,
         )
         read = partial(protocol.read_upload_url, cdn_base_url=cdn_base_url, filekey=filekey)
-        return await self._ask(account, request, read, UPLOAD_URL_S)
+        return await self._call_repeatable(account, request, read, UPLOAD_URL_S)
 
     async def notify(self, account: Account, *, start: bool) -> None:
         """notifystart or notifystop."""
         request = protocol.notify_request(account.token, random.getrandbits(32), start=start)
-        await self._ask(account, request, protocol.read_notified)
+        await self._call_repeatable(account, request, protocol.read_notified)
 
     async def typing_ticket(self, account: Account, user: str, context_token: str) -> str:
         """getconfig."""
         request = protocol.config_request(
             account.token, random.getrandbits(32), user=user, context_token=context_token
         )
-        return await self._ask(account, request, protocol.read_ticket)
+        return await self._call_repeatable(account, request, protocol.read_ticket)
 
     async def show_typing(self, account: Account, user: str, ticket: str, *, on: bool) -> None:
         """sendtyping."""
         request = protocol.typing_request(account.token, random.getrandbits(32), user=user, ticket=ticket, on=on)
-        await self._ask(account, request, protocol.read_typing)
+        await self._call_repeatable(account, request, protocol.read_typing)
 
-    async def _ask(
+    async def _call_repeatable(
         self, account: Account, request: Request, read: Callable[[Reply], T], timeout_s: float = ASK_S
     ) -> T:
         """A call that may be repeated: no answer is Temporary, too. Raises what `read` raises."""
@@ -189,17 +189,17 @@ class ILink:
         try:
             answer = read(await self._post(account, request, timeout_s))
         except TimeoutError as exc:
-            self._count(endpoint, "timeout")
+            self._count_request(endpoint, "timeout")
             raise Temporary("timeout", f"no answer within {timeout_s:g} s") from exc
         except Uncertain as exc:
-            self._count(endpoint, "network")
+            self._count_request(endpoint, "network")
             raise Temporary("network", exc.detail) from exc
         except AdapterError as exc:
-            self._count(endpoint, _outcome(exc))
+            self._count_request(endpoint, _outcome_label(exc))
             raise
         finally:
             self._metrics.upstream_request_duration.labels(endpoint=endpoint).observe(time.monotonic() - started)
-        self._count(endpoint, "ok")
+        self._count_request(endpoint, "ok")
         return answer
 
     async def fetch_code(self, tokens: Sequence[str]) -> QrCode:
@@ -212,17 +212,17 @@ class ILink:
                 reply = await self._exchange(self._default_base_url, protocol.qrcode_get_request(), QRCODE_S)
             code = protocol.read_qrcode(reply)
         except TimeoutError:
-            self._count("get_bot_qrcode", "timeout")
+            self._count_request("get_bot_qrcode", "timeout")
             raise Temporary("timeout", f"iLink gave no QR code within {QRCODE_S:g} s.") from None
         except AdapterError as exc:
-            self._count("get_bot_qrcode", _outcome(exc))
+            self._count_request("get_bot_qrcode", _outcome_label(exc))
             retry_after_s = exc.retry_after_s if isinstance(exc, Temporary) else None
             raise Temporary(exc.reason, f"iLink gave no QR code: {exc.detail}.", retry_after_s=retry_after_s) from exc
         finally:
             self._metrics.upstream_request_duration.labels(endpoint="get_bot_qrcode").observe(
                 time.monotonic() - started
             )
-        self._count("get_bot_qrcode", "ok")
+        self._count_request("get_bot_qrcode", "ok")
         return code
 
     async def read_code(self, handle: str, base_url: str, verify_code: str) -> Scan | None:
@@ -232,13 +232,13 @@ class ILink:
         try:
             scan = protocol.read_qrcode_status(await self._exchange(base_url, request, timeout_s))
         except TimeoutError:
-            self._count("get_qrcode_status", "timeout")
+            self._count_request("get_qrcode_status", "timeout")
             return None
         except (Temporary, Uncertain) as exc:
-            self._count("get_qrcode_status", _outcome(exc))
+            self._count_request("get_qrcode_status", _outcome_label(exc))
             log.debug("login.unanswered", reason=exc.reason)
             return None
-        self._count("get_qrcode_status", "ok")
+        self._count_request("get_qrcode_status", "ok")
         return scan
 
     def redirect_base_url(self, host: str, base_url: str) -> str:
@@ -246,7 +246,7 @@ class ILink:
 
     async def recycle(self, bot: str) -> None:
         """The bot's next call resolves and connects anew."""
-        self._doubtful.add(bot)
+        self._fresh_connection_bots.add(bot)
 
     async def close(self) -> None:
         """Closes all connections."""
@@ -258,9 +258,9 @@ class ILink:
         self, account: Account, request: Request, timeout_s: float, check: Callable[[], None] | None = None
     ) -> Reply:
         """Raises TimeoutError, Temporary (it did not leave), Uncertain (it left), Refused("url")."""
-        afresh = account.bot in self._doubtful
-        self._doubtful.discard(account.bot)
-        reply = await self._exchange(account.base_url, request, timeout_s, afresh=afresh, check=check)
+        fresh = account.bot in self._fresh_connection_bots
+        self._fresh_connection_bots.discard(account.bot)
+        reply = await self._exchange(account.base_url, request, timeout_s, fresh=fresh, check=check)
         return reply._replace(secrets=request.secrets)
 
     async def _exchange(
@@ -269,15 +269,15 @@ class ILink:
         request: Request,
         timeout_s: float,
         *,
-        afresh: bool = False,
+        fresh: bool = False,
         check: Callable[[], None] | None = None,
     ) -> Reply:
         checked = self.check_base_url(base_url or self._default_base_url)
         is_hot = request.endpoint in HOT and not proxy_of(checked)
         transport = self._hot if is_hot else self._plain
-        return await transport.exchange(checked, request, timeout_s, afresh=afresh, check=check)
+        return await transport.exchange(checked, request, timeout_s, fresh=fresh, check=check)
 
-    def _count(self, endpoint: str, outcome: str) -> None:
+    def _count_request(self, endpoint: str, outcome: str) -> None:
         self._metrics.upstream_requests.child(endpoint, outcome).inc()
 
 
@@ -288,7 +288,7 @@ def _forget_frames(exc: BaseException | None) -> None:
         exc = exc.__cause__ or exc.__context__
 
 
-def _outcome(exc: AdapterError) -> str:
+def _outcome_label(exc: AdapterError) -> str:
     match exc:
         case SessionExpired():
             return "http_4xx" if exc.detail.startswith("HTTP 4") else "ret_14"

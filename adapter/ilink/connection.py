@@ -21,7 +21,7 @@ HEAD_BYTES = 65_536
 """Longest head of an answer that is read, trailers included."""
 CHUNK_BYTES = 16
 """A byte of the body may take so many with what says how long a chunk is."""
-LENIENCIES = {
+PARSER_LENIENCIES = {
     "lenient_headers": True,
     "lenient_optional_cr_before_lf": True,
     "lenient_spaces_after_chunk_size": True,
@@ -81,19 +81,19 @@ class Connection(asyncio.Protocol):
         self._head_read: bool
         self._ended: bool
         self._framed: bool
-        self._begin(0)
+        self._reset_reply(0)
 
     @property
-    def usable(self) -> bool:
+    def is_usable(self) -> bool:
         """Whether the next request may go over it."""
         return self._keeps and self._transport is not None and not self._transport.is_closing()
 
     @property
-    def silent(self) -> bool:
+    def is_silent(self) -> bool:
         """Whether nothing has come in answer to the last request."""
         return self._read == 0
 
-    async def ask(self, request: bytes, timeout_s: float, most: int) -> Reply:
+    async def send_request(self, request: bytes, timeout_s: float, most: int) -> Reply:
         """Sends the request and reads its answer, packed as it came. Cancelled, or without a good answer, the
         connection is closed. How long a large answer waits for its share of the budget does not count.
 
@@ -102,7 +102,7 @@ class Connection(asyncio.Protocol):
         """
         if self._transport is None or self._transport.is_closing():
             raise Temporary("network", "the connection is closed")
-        self._begin(most)
+        self._reset_reply(most)
         self._answer = answer = self._loop.create_future()
         self._start_clock(timeout_s)
         self._transport.write(request)
@@ -139,7 +139,7 @@ class Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """The connection stands. The parser refers to this object: one that never stands has none."""
         self._parser = httptools.HttpResponseParser(self)
-        self._parser.set_dangerous_leniencies(**LENIENCIES)
+        self._parser.set_dangerous_leniencies(**PARSER_LENIENCIES)
         self._transport = cast(asyncio.Transport, transport)  # uvloop's are of no class of asyncio's
         self.tls = transport.get_extra_info("ssl_object")
 
@@ -154,16 +154,16 @@ class Connection(asyncio.Protocol):
         except httptools.HttpParserError as exc:
             self._keeps = False
             if not self._ended:  # else it is what follows the answer that is none
-                self._fail(self._problem or Uncertain("network", type(exc).__name__))
+                self._finish_with_error(self._problem or Uncertain("network", type(exc).__name__))
         around = self._read - CHUNK_BYTES * (self._most - self._left)
         if self._problem is None and not self._ended and around > HEAD_BYTES:
             self._problem = Uncertain("network", f"what is around the body exceeds {HEAD_BYTES} bytes")
         if self._problem is not None:
-            self._fail(self._problem)
+            self._finish_with_error(self._problem)
         elif self._ended:
-            self._succeed()
+            self._finish_with_reply()
         elif self._share is None and self._most - self._left > SMALL:
-            self._take_share()
+            self._reserve_share()
 
     def eof_received(self) -> None:
         """The server closes; so does this side, and `connection_lost` follows."""
@@ -175,9 +175,11 @@ class Connection(asyncio.Protocol):
             return
         waits = self._share is not None and not self._share.done()  # there may have been more
         if exc is None and self._head_read and not self._framed and not waits:
-            self._succeed()
+            self._finish_with_reply()
         else:
-            self._fail(Uncertain("network", type(exc).__name__ if exc else "the server closed the connection"))
+            self._finish_with_error(
+                Uncertain("network", type(exc).__name__ if exc else "the server closed the connection")
+            )
         self._transport = None
         del self._parser  # it refers to this object, and both would wait for the garbage collector
 
@@ -228,7 +230,7 @@ class Connection(asyncio.Protocol):
 
     # -----------------------------------------------------------------------------------------------------------
 
-    def _begin(self, most: int) -> None:
+    def _reset_reply(self, most: int) -> None:
         """Before the next answer."""
         self._headers = {}
         self._body = b""
@@ -241,36 +243,36 @@ class Connection(asyncio.Protocol):
 
     def _start_clock(self, seconds: float) -> None:
         self._due = self._loop.time() + seconds
-        self._deadline = Deadline(self._loop, seconds, self._over)
+        self._deadline = Deadline(self._loop, seconds, self._on_deadline)
 
-    def _take_share(self) -> None:
+    def _reserve_share(self) -> None:
         """Reads on once there is room for a large answer: as large as it says to be, or may be, and unpacked."""
         assert self._transport is not None
         told = self._headers.get("content-length", "")
         exact = "transfer-encoding" not in self._headers and told.isascii() and told.isdigit() and len(told) < 10
         packed = min(int(told), self._most) if exact else self._most
         unpacked = self._most if "content-encoding" in self._headers else 0
-        self._share = share = self._budget.take(packed + unpacked)
+        self._share = share = self._budget.reserve(packed + unpacked)
         if not share.done():
             self._deadline.cancel()
             self._transport.pause_reading()
-            share.add_done_callback(partial(self._read_on, self._due - self._loop.time()))
+            share.add_done_callback(partial(self._resume_reading, self._due - self._loop.time()))
 
-    def _read_on(self, left_s: float, share: asyncio.Future[Share]) -> None:
+    def _resume_reading(self, left_s: float, share: asyncio.Future[Share]) -> None:
         if share is self._share and self._transport is not None:
             self._start_clock(left_s)
             self._transport.resume_reading()
 
-    def _over(self) -> None:
+    def _on_deadline(self) -> None:
         if self._answer is not None and not self._answer.done():
             self._answer.set_exception(TimeoutError())
 
-    def _fail(self, problem: AdapterError) -> None:
+    def _finish_with_error(self, problem: AdapterError) -> None:
         if self._answer is not None and not self._answer.done():
             self._answer.set_exception(problem)
         self.abort()
 
-    def _succeed(self) -> None:
+    def _finish_with_reply(self) -> None:
         if self._answer is None or self._answer.done():
             return
         share = self._share.result() if self._share is not None else None

@@ -35,7 +35,7 @@ class HotCalls(Transport[Connection]):
         super().__init__(tls=tls, budget=budget)
         self._resolver = resolver
 
-    def _ask(
+    def _send_request(
         self,
         line: Connection,
         base: Base,
@@ -43,25 +43,25 @@ class HotCalls(Transport[Connection]):
         timeout_s: float,
         check: Callable[[], None] | None,
         *,
-        afresh: bool,
+        fresh: bool,
     ) -> Awaitable[Reply]:
-        written = _written(request, base, close=afresh)
+        written = _encode_request(request, base, close=fresh)
         if check is not None:
             check()
-        return line.ask(written, timeout_s, request.largest)
+        return line.send_request(written, timeout_s, request.largest)
 
-    async def _open(self, base: Base, timeout_s: float, *, afresh: bool) -> Connection:
+    async def _open(self, base: Base, timeout_s: float, *, fresh: bool) -> Connection:
         origin, connection, transport = base.origin, Connection(self._budget), None
         try:
             async with asyncio.timeout(min(CONNECT_S, timeout_s)):
-                transport = await _reach(
-                    await self._resolver.addresses(origin.host, origin.port, afresh=afresh), origin.port
+                transport = await _connect_tcp(
+                    await self._resolver.addresses(origin.host, origin.port, fresh=fresh), origin.port
                 )
             if transport.is_closing():
                 raise ConnectionResetError
             if origin.scheme == "https":
                 async with asyncio.timeout(min(TLS_S, timeout_s)):
-                    connection.connection_made(await _encrypted(transport, connection, self._tls, origin.host))
+                    connection.connection_made(await _start_tls(transport, connection, self._tls, origin.host))
             else:
                 transport.set_protocol(connection)
                 connection.connection_made(transport)
@@ -70,13 +70,13 @@ class HotCalls(Transport[Connection]):
                 transport.abort()
             if not isinstance(exc, OSError | ssl.CertificateError):  # also TimeoutError
                 raise
-            self._tls.forget(origin.host)
+            self._tls.forget_session(origin.host)
             exc.__traceback__ = None  # in it is who keeps it: both would wait for the garbage collector
             raise Temporary("network", type(exc).__name__) from exc
         return connection
 
 
-def _written(request: Request, base: Base, *, close: bool) -> bytes:
+def _encode_request(request: Request, base: Base, *, close: bool) -> bytes:
     """Raises Temporary for what would be another request than is meant."""
     headers, body = request.headers, request.body
     lines = "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
@@ -88,7 +88,7 @@ def _written(request: Request, base: Base, *, close: bool) -> bytes:
     return f"{first}{lines}Content-Length: {len(body)}\r\n\r\n".encode() + body
 
 
-async def _reach(addresses: list[str], port: int) -> asyncio.Transport:
+async def _connect_tcp(addresses: list[str], port: int) -> asyncio.Transport:
     """A connection to whichever of the addresses answers first. Raises OSError.
 
     Nobody listens to it yet: uvloop does not tell a protocol whose task is cancelled meanwhile, which would know its
@@ -114,7 +114,7 @@ async def _reach(addresses: list[str], port: int) -> asyncio.Transport:
     return transport
 
 
-async def _encrypted(
+async def _start_tls(
     transport: asyncio.Transport, protocol: asyncio.Protocol, tls: ssl.SSLContext, host: str
 ) -> asyncio.Transport:
     """What speaks TLS over a connection, for `protocol` from now on. Raises OSError, ssl.CertificateError."""

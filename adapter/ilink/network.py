@@ -25,7 +25,7 @@ from adapter.ilink.addresses import is_exempt, is_public
 
 log = structlog.get_logger()
 
-Lookup = Callable[[str, int], Awaitable[list[str]]]
+LookUpHost = Callable[[str, int], Awaitable[list[str]]]
 
 CONNECT_S = 10.0
 """Longest time until a connection stands, without its TLS."""
@@ -43,7 +43,7 @@ class NotPublic(OSError):
     """The host has an address that may not be called."""
 
 
-async def lookup(host: str, port: int) -> list[str]:
+async def resolve_host(host: str, port: int) -> list[str]:
     """What the system resolves a name to. Raises OSError."""
     flags = getattr(socket, "AI_ADDRCONFIG", 0)  # no addresses of a kind that this machine has none of
     found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=flags)
@@ -51,7 +51,7 @@ async def lookup(host: str, port: int) -> list[str]:
 
 
 async def addresses_of(
-    host: str, port: int, allowed_hosts: tuple[str, ...], *, look_up: Lookup = lookup
+    host: str, port: int, allowed_hosts: tuple[str, ...], *, look_up: LookUpHost = resolve_host
 ) -> list[str]:
     """Where to connect to for a host, in order of preference. Raises NotPublic, OSError.
 
@@ -76,26 +76,26 @@ async def addresses_of(
 class Resolver:
     """Where names lead, by `addresses_of`: each is asked for once for all who want to know, and again in time."""
 
-    def __init__(self, allowed_hosts: tuple[str, ...], *, look_up: Lookup = lookup) -> None:
+    def __init__(self, allowed_hosts: tuple[str, ...], *, look_up: LookUpHost = resolve_host) -> None:
         self._allowed_hosts = allowed_hosts
         self._look_up = look_up
-        self._found: dict[tuple[str, int], tuple[float, asyncio.Task[list[str] | Exception]]] = {}
+        self._lookups: dict[tuple[str, int], tuple[float, asyncio.Task[list[str] | Exception]]] = {}
 
-    async def addresses(self, host: str, port: int, *, afresh: bool = False) -> list[str]:
-        """`afresh`: asked for now. Raises Temporary("network")."""
+    async def addresses(self, host: str, port: int, *, fresh: bool = False) -> list[str]:
+        """`fresh`: asked for now. Raises Temporary("network")."""
         loop = asyncio.get_running_loop()
-        since, asking = self._found.get((host, port), (0.0, None))
-        if asking is None or afresh or (asking.done() and loop.time() - since > RESOLVED_S):
-            asking = loop.create_task(self._ask(host, port))
-            self._found[host, port] = loop.time(), asking
+        since, asking = self._lookups.get((host, port), (0.0, None))
+        if asking is None or fresh or (asking.done() and loop.time() - since > RESOLVED_S):
+            asking = loop.create_task(self._resolve(host, port))
+            self._lookups[host, port] = loop.time(), asking
         found = await asyncio.shield(asking)
         if isinstance(found, list):
             return found
-        if self._found.get((host, port), (0.0, None))[1] is asking:
-            del self._found[host, port]
+        if self._lookups.get((host, port), (0.0, None))[1] is asking:
+            del self._lookups[host, port]
         raise Temporary("network", type(found).__name__)
 
-    async def _ask(self, host: str, port: int) -> list[str] | Exception:
+    async def _resolve(self, host: str, port: int) -> list[str] | Exception:
         """An error is returned: many wait for the same, and each raises its own."""
         try:
             return await addresses_of(host, port, self._allowed_hosts, look_up=self._look_up)
@@ -121,13 +121,11 @@ def proxy_of(base_url: str) -> str:
 
 
 class CheckedNetwork(httpcore.AsyncNetworkBackend):
-    """httpcore's way to the network, with a `Resolver` in it. `afresh`: names are resolved for each connection."""
+    """httpcore's way to the network, with a `Resolver` in it. `fresh`: names are resolved for each connection."""
 
-    def __init__(
-        self, resolver: Resolver, *, afresh: bool, inner: httpcore.AsyncNetworkBackend | None = None
-    ) -> None:
+    def __init__(self, resolver: Resolver, *, fresh: bool, inner: httpcore.AsyncNetworkBackend | None = None) -> None:
         self._resolver = resolver
-        self._afresh = afresh
+        self._fresh = fresh
         self._inner = inner or httpcore.AnyIOBackend()
 
     async def connect_tcp(
@@ -142,7 +140,7 @@ class CheckedNetwork(httpcore.AsyncNetworkBackend):
         timeout = CONNECT_S if timeout is None else min(CONNECT_S, timeout)
         try:
             async with asyncio.timeout(timeout):
-                addresses = await self._resolver.addresses(host, port, afresh=self._afresh)
+                addresses = await self._resolver.addresses(host, port, fresh=self._fresh)
         except TimeoutError as exc:
             raise httpcore.ConnectTimeout(f"{host} was not resolved in time") from exc
         except Temporary as exc:
@@ -168,7 +166,7 @@ class CheckedNetwork(httpcore.AsyncNetworkBackend):
         await self._inner.sleep(seconds)
 
 
-def checked(transport: httpx.AsyncHTTPTransport, network: CheckedNetwork) -> httpx.AsyncHTTPTransport:
+def with_checked_network(transport: httpx.AsyncHTTPTransport, network: CheckedNetwork) -> httpx.AsyncHTTPTransport:
     """`transport`, connecting through `network`; through a proxy, it is the proxy that resolves.
 
     httpx has no parameter for it. Where it is built otherwise one day, this fails at the first use, not silently.

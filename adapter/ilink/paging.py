@@ -24,7 +24,7 @@ _PAGE = msgspec.json.Decoder(list[msgspec.Raw])
 
 def pages_of(messages: bytes) -> Iterator[list[bytes]]:
     """The elements of a JSON list, which is valid, a page at a time; where they are to be cut is found at once."""
-    ends = _ends(messages)
+    ends = _page_ends(messages)
     starts = [1, *(end + 1 for end in ends)]
     return (read_page(b"[%b]" % messages[start:end]) for start, end in zip(starts, ends, strict=False))
 
@@ -34,7 +34,7 @@ def read_page(page: bytes) -> list[bytes]:
     return [bytes(raw) for raw in _PAGE.decode(page)]
 
 
-def _ends(messages: bytes) -> list[int]:
+def _page_ends(messages: bytes) -> list[int]:
     """Where each page ends: at a comma, or the list's last bracket."""
     ends, start, count, depth, at = [], 1, 0, 0, 1
     while found := (_WITHIN if depth else _BETWEEN).match(messages, at):

@@ -17,7 +17,7 @@ import structlog
 
 from adapter.errors import Temporary, Uncertain
 from adapter.ilink.budget import SMALL, ByteBudget, Share
-from adapter.ilink.network import KEPT_S, TLS_S, CheckedNetwork, Resolver, checked, has_more, proxy_of
+from adapter.ilink.network import KEPT_S, TLS_S, CheckedNetwork, Resolver, has_more, proxy_of, with_checked_network
 from adapter.ilink.protocol import Reply, Request
 from adapter.ilink.tls import ResumingContext
 from adapter.ilink.transport import HEADERS, Base, Transport
@@ -41,18 +41,20 @@ class Line:
         self._left = False
         """Whether a byte of the last request may have left."""
         self._stream: httpcore.AsyncNetworkStream | None = None
-        self.usable = True
-        self.silent = True
+        self.is_usable = True
+        self.is_silent = True
         self.tls: ssl.SSLObject | None = None
         self.idle_since = 0.0
 
-    async def ask(self, url: str, request: Request, timeout_s: float, check: Callable[[], None] | None) -> Reply:
+    async def send_request(
+        self, url: str, request: Request, timeout_s: float, check: Callable[[], None] | None
+    ) -> Reply:
         """Connects, where there is no connection, and asks. The time that a large answer waits for its share of the
         budget counts. Raises as Transport.exchange."""
-        self._check, self._left, self.silent = check, False, True
+        self._check, self._left, self.is_silent = check, False, True
         try:
             async with TolerantTimeout(timeout_s):
-                return await self._ask(url, request)
+                return await self._stream_request(url, request)
         except TimeoutError as exc:
             if self._left:
                 raise
@@ -67,21 +69,21 @@ class Line:
 
     def close(self) -> None:
         """Closes it soon."""
-        self.usable = False
+        self.is_usable = False
         self._closing.spawn(self._close())
 
-    async def _ask(self, url: str, request: Request) -> Reply:
+    async def _stream_request(self, url: str, request: Request) -> Reply:
         headers = {name.encode(): value.encode() for name, value in (HEADERS | request.headers).items()}
-        extensions = {"timeout": {"connect": TLS_S}, "trace": self._note}
+        extensions = {"timeout": {"connect": TLS_S}, "trace": self._on_trace_event}
         asked = httpx.Request(
             request.method, url, headers=headers, content=request.body or None, extensions=extensions
         )
         response = await self._transport.handle_async_request(asked)
-        self.silent = False
+        self.is_silent = False
         self.tls = response.extensions["network_stream"].get_extra_info("ssl_object")
         try:
             body, share = await self._read(response, request.largest)
-            self.usable = not has_more(response)
+            self.is_usable = not has_more(response)
         finally:
             await response.aclose()
         return Reply(response.status_code, dict(response.headers), body, share=share)
@@ -95,7 +97,7 @@ class Line:
                 if len(read) > most:
                     raise Uncertain("unreadable", f"the answer exceeds {most} bytes")
                 if share is None and len(read) > SMALL:
-                    share = await self._budget.take(most * (2 if "content-encoding" in response.headers else 1))
+                    share = await self._budget.reserve(most * (2 if "content-encoding" in response.headers else 1))
                 pieces += 1
                 if pieces % PIECES == 0:
                     await asyncio.sleep(0)
@@ -105,7 +107,7 @@ class Line:
             raise
         return bytes(read), share
 
-    async def _note(self, event: str, about: dict[str, Any]) -> None:
+    async def _on_trace_event(self, event: str, about: dict[str, Any]) -> None:
         """How far the request is, as httpcore tells it."""
         if event == "connection.connect_tcp.complete":
             self._stream = about["return_value"]
@@ -125,14 +127,14 @@ class PlainCalls(Transport[Line]):
 
     def __init__(self, *, tls: ResumingContext, budget: ByteBudget, resolver: Resolver) -> None:
         super().__init__(tls=tls, budget=budget)
-        self._networks = {afresh: CheckedNetwork(resolver, afresh=afresh) for afresh in (False, True)}
+        self._networks = {fresh: CheckedNetwork(resolver, fresh=fresh) for fresh in (False, True)}
         self._closing = TaskSet(_not_closed)
 
     async def close(self) -> None:
         await super().close()
         await self._closing.wait_ended()
 
-    async def _open(self, base: Base, timeout_s: float, *, afresh: bool) -> Line:
+    async def _open(self, base: Base, timeout_s: float, *, fresh: bool) -> Line:
         """Connects to nothing yet."""
         transport = httpx.AsyncHTTPTransport(
             verify=self._tls,
@@ -140,7 +142,7 @@ class PlainCalls(Transport[Line]):
             limits=httpx.Limits(keepalive_expiry=KEPT_S),
             proxy=self._proxy(proxy_of(base.url)),
         )
-        return Line(checked(transport, self._networks[afresh]), self._budget, self._closing)
+        return Line(with_checked_network(transport, self._networks[fresh]), self._budget, self._closing)
 
     def _proxy(self, url: str) -> httpx.Proxy | None:
         """Raises Temporary."""
@@ -152,7 +154,7 @@ class PlainCalls(Transport[Line]):
         except httpx.InvalidURL as exc:
             raise Temporary("network", "the URL of the proxy cannot be read") from exc
 
-    def _ask(
+    def _send_request(
         self,
         line: Line,
         base: Base,
@@ -160,9 +162,9 @@ class PlainCalls(Transport[Line]):
         timeout_s: float,
         check: Callable[[], None] | None,
         *,
-        afresh: bool,
+        fresh: bool,
     ) -> Awaitable[Reply]:
-        return line.ask(base.url + request.path, request, timeout_s, check)
+        return line.send_request(base.url + request.path, request, timeout_s, check)
 
 
 def _not_closed(exc: BaseException) -> None:

@@ -31,15 +31,15 @@ APP_CLIENT_VERSION = str(2 << 16 | 4 << 8 | 9)
 
 _BOM = b"\xef\xbb\xbf"
 
-A = TypeVar("A", bound=wire.Answer)
+A = TypeVar("A", bound=wire.WireReply)
 
 ANSWER_BYTES = 4 << 20
 """Largest answer to a poll, unpacked: some thousand messages, which have a kilobyte each as they are seen."""
 OTHER_BYTES = 262_144
 """Largest answer to anything else: a QR code that is a picture has a fourth of it."""
-MENDED_BYTES = 1 << 20
+REPAIRED_BYTES = 1 << 20
 """An invalid answer to a poll that is larger is not repaired."""
-MENDED_AT_ONCE_BYTES = 8_192
+REPAIRED_AT_ONCE_BYTES = 8_192
 """One to anything else; and what takes no more than some milliseconds, at its worst."""
 WORDS_CHARS = 200
 """Longest words of iLink's that are told."""
@@ -66,7 +66,7 @@ HOLD_RANGE_MS = (5_000, 60_000)
 
 IDLE_S = 1.0
 """What is answered sooner was not idle."""
-LATE_S = 10.0
+IDLE_AFTER_S = 10.0
 """An answer without content that comes later in a poll says that there was nothing to tell."""
 EDGE_TIMEOUT = 524
 GATEWAY_ERRORS = (502, 504)
@@ -196,15 +196,15 @@ def upload_request(
 
 def read_upload_url(reply: Reply, *, cdn_base_url: str, filekey: str) -> str:
     """Where to upload, not checked yet. Raises SessionExpired (-14), Refused("media"), Temporary."""
-    _check_words(reply)
+    _check_error_codes(reply)
     if 400 <= reply.status < 500 and reply.status not in TRY_AGAIN:
         raise Refused("media", f"HTTP {reply.status}")
     _check_status(reply)
-    answer = _read(reply, wire.UploadUrl)
+    answer = _decode_or_temporary(reply, wire.UploadUrl)
     if answer.code == wire.STALE_TOKEN:
-        raise _expired(answer)
+        raise _session_expired(answer)
     if answer.code:
-        raise Refused("media", f"No upload: {_said(answer)}", **_raw(answer))
+        raise Refused("media", f"No upload: {_error_text(answer)}", **_diagnostics(answer))
     if answer.upload_full_url:
         return answer.upload_full_url
     if answer.upload_param:
@@ -285,22 +285,22 @@ def read_updates(reply: Reply, *, polled_s: float) -> Polled:
     tolerate: an empty answer. `polled_s`: its length.
     """
     reply = reply._replace(tells_tokens=True)
-    _check_words(reply)
+    _check_error_codes(reply)
     if reply.status == EDGE_TIMEOUT:
-        if polled_s >= LATE_S:
+        if polled_s >= IDLE_AFTER_S:
             return Polled([], None, HOLD_MS)
         raise Temporary("http_5xx", "524 from the edge")
     if reply.status in FORBIDDEN:
         raise SessionExpired("needs_login", f"HTTP {reply.status}")
     _check_status(reply)
     if not reply.body.strip():
-        if polled_s >= LATE_S:
+        if polled_s >= IDLE_AFTER_S:
             return Polled([], None, HOLD_MS)
         raise Temporary("unreadable", "empty answer")
-    updates = _read(reply, wire.Updates)
+    updates = _decode_or_temporary(reply, wire.Updates)
     match updates.code:
         case 0:
-            messages, pages = _pages(bytes(updates.msgs))
+            messages, pages = _first_and_rest(bytes(updates.msgs))
             cursor = str(updates.get_updates_buf or "")
             overlong = len(cursor) if len(cursor) > wire.OPAQUE_CHARS else 0
             kept = None if overlong else cursor or None
@@ -308,18 +308,18 @@ def read_updates(reply: Reply, *, polled_s: float) -> Polled:
             hold = hold_ms(msgspec.json.decode(hint) if len(hint) <= HINT_BYTES else None)
             return Polled(messages, kept, hold, overlong, pages, reply.share)
         case wire.STALE_TOKEN:
-            raise _expired(updates)
+            raise _session_expired(updates)
         case -1 if polled_s >= IDLE_S:  # one client's reading: an idle timeout
             return Polled([], None, HOLD_MS)
         case wire.THROTTLED:
-            raise Temporary("ret_2", _said(updates))
+            raise Temporary("ret_2", _error_text(updates))
         case _:
-            raise Temporary("ret_other", _said(updates))
+            raise Temporary("ret_other", _error_text(updates))
 
 
 def is_read_at_once(reply: Reply) -> bool:
     """Whether an answer to a poll that is not large is read in no time: it need not be repaired, or is short."""
-    if len(reply.body) <= MENDED_AT_ONCE_BYTES:
+    if len(reply.body) <= REPAIRED_AT_ONCE_BYTES:
         return True
     try:
         msgspec.json.decode(reply.body, type=wire.Updates)
@@ -328,7 +328,7 @@ def is_read_at_once(reply: Reply) -> bool:
     return True
 
 
-def _pages(messages: bytes) -> tuple[list[bytes], Iterator[list[bytes]] | None]:
+def _first_and_rest(messages: bytes) -> tuple[list[bytes], Iterator[list[bytes]] | None]:
     """The first page, and those after it. Raises Temporary for what is no list."""
     if messages in (b"[]", b"null"):
         return [], None
@@ -343,7 +343,7 @@ def _pages(messages: bytes) -> tuple[list[bytes], Iterator[list[bytes]] | None]:
 def read_sent(reply: Reply) -> Accepted:
     """Raises SessionExpired (-14), Throttled (-2, -12), Refused for other codes, Temporary where nothing was taken,
     Uncertain where something may have been (gateway errors, unreadable answers)."""
-    _check_words(reply, sent=True)
+    _check_error_codes(reply, sent=True)
     if reply.status in (*GATEWAY_ERRORS, EDGE_TIMEOUT):
         raise Uncertain("http_5xx", f"HTTP {reply.status} from a gateway")
     if 400 <= reply.status < 500 and reply.status not in TRY_AGAIN:
@@ -360,57 +360,57 @@ def read_sent(reply: Reply) -> Accepted:
             ident = as_id(sent.message_id)
             # what is no uint64 may be words, or larger than a receipt has room for
             is_number = ident.isascii() and ident.isdigit() and len(ident) <= ID_CHARS
-            return Accepted(ident if is_number else "", sent.ret, sent.errcode, _words(sent))
+            return Accepted(ident if is_number else "", sent.ret, sent.errcode, _server_message(sent))
         case wire.STALE_TOKEN:
-            raise _expired(sent)
+            raise _session_expired(sent)
         case wire.THROTTLED | wire.RATE_LIMITED:
-            raise Throttled("throttled", _said(sent), **_raw(sent))
+            raise Throttled("throttled", _error_text(sent), **_diagnostics(sent))
         case -3:
-            raise Refused("invalid", "iLink does not know this user id.", **_raw(sent))
+            raise Refused("invalid", "iLink does not know this user id.", **_diagnostics(sent))
         case _:
-            raise Refused("rejected", _said(sent), **_raw(sent))
+            raise Refused("rejected", _error_text(sent), **_diagnostics(sent))
 
 
 def read_notified(reply: Reply) -> None:
     """Raises SessionExpired, Temporary. Best effort: the caller logs and goes on."""
-    _check_words(reply)
+    _check_error_codes(reply)
     _check_status(reply)
     if not reply.body.strip():
         return
-    answer = _read(reply, wire.Answer)
+    answer = _decode_or_temporary(reply, wire.WireReply)
     if answer.code == wire.STALE_TOKEN:
-        raise _expired(answer)
+        raise _session_expired(answer)
     if answer.code:
-        raise Temporary("ret_other", _said(answer))
+        raise Temporary("ret_other", _error_text(answer))
 
 
 def read_ticket(reply: Reply) -> str:
     """Raises SessionExpired (-14), Refused("typing") for other codes, Temporary where nobody answered usefully."""
-    _check_words(reply)
+    _check_error_codes(reply)
     _check_status(reply)
-    config = _read(reply, wire.Config)
+    config = _decode_or_temporary(reply, wire.Config)
     match config.code:
         case 0 if config.typing_ticket:
             return config.typing_ticket
         case 0:
-            raise Refused("typing", "iLink gave no typing ticket.", **_raw(config))
+            raise Refused("typing", "iLink gave no typing ticket.", **_diagnostics(config))
         case wire.STALE_TOKEN:
-            raise _expired(config)
+            raise _session_expired(config)
         case -4:
-            raise Refused("typing", "The user has not written to this bot yet.", **_raw(config))
+            raise Refused("typing", "The user has not written to this bot yet.", **_diagnostics(config))
         case _:
-            raise Refused("typing", _said(config), **_raw(config))
+            raise Refused("typing", _error_text(config), **_diagnostics(config))
 
 
 def read_typing(reply: Reply) -> None:
     """Raises SessionExpired (-14), Refused("typing") for other codes, Temporary where nobody answered usefully."""
-    _check_words(reply)
+    _check_error_codes(reply)
     _check_status(reply)
-    answer = _read(reply if reply.body else reply._replace(body=b"{}"), wire.Answer)
+    answer = _decode_or_temporary(reply if reply.body else reply._replace(body=b"{}"), wire.WireReply)
     if answer.code == wire.STALE_TOKEN:
-        raise _expired(answer)
+        raise _session_expired(answer)
     if answer.code:
-        raise Refused("typing", _said(answer), **_raw(answer))
+        raise Refused("typing", _error_text(answer), **_diagnostics(answer))
 
 
 def read_qrcode(reply: Reply) -> QrCode:
@@ -449,7 +449,7 @@ def _read_login(reply: Reply, kind: type[A]) -> A:
     return answer
 
 
-def _read(reply: Reply, kind: type[A]) -> A:
+def _decode_or_temporary(reply: Reply, kind: type[A]) -> A:
     """As `_decode`, of what may be asked again. Raises Temporary for what is no answer."""
     try:
         return _decode(reply, kind)
@@ -468,14 +468,14 @@ def _decode(reply: Reply, kind: type[A]) -> A:
         try:
             answer = msgspec.json.decode(reply.body, type=kind)
         except ValueError:  # UnicodeDecodeError, too
-            if len(reply.body) > (MENDED_BYTES if kind is wire.Updates else MENDED_AT_ONCE_BYTES):
+            if len(reply.body) > (REPAIRED_BYTES if kind is wire.Updates else REPAIRED_AT_ONCE_BYTES):
                 raise
             mended = without_controls(without_halves(as_utf8(reply.body.removeprefix(_BOM))))
             answer = msgspec.json.decode(mended, type=kind, strict=False)
     except RecursionError as exc:
         raise ValueError("nested too deeply") from exc
     if (said := bytes(answer.errmsg)) != b"null":
-        words = _read_words(said)
+        words = _decode_error_text(said)
         for secret in reply.secrets:
             if len(secret) >= SECRET_CHARS:
                 words = words.replace(secret, HIDDEN)
@@ -485,23 +485,23 @@ def _decode(reply: Reply, kind: type[A]) -> A:
     return answer
 
 
-def _read_words(said: bytes) -> str:
+def _decode_error_text(said: bytes) -> str:
     is_text = said.startswith(b'"')
     return str(msgspec.json.decode(as_utf8(said)) or "") if is_text or len(said) <= WORDS_BYTES else ""
 
 
-def _check_words(reply: Reply, *, sent: bool = False) -> None:
+def _check_error_codes(reply: Reply, *, sent: bool = False) -> None:
     """A dead token, and of what is `sent` a throttle, count beside any status. Raises SessionExpired, Throttled."""
     if 200 <= reply.status < 300 or reply.body[:1] != b"{":
         return
     try:
-        answer = _decode(reply, wire.Answer)
+        answer = _decode(reply, wire.WireReply)
     except ValueError:
         return
     if answer.code == wire.STALE_TOKEN:
-        raise _expired(answer)
+        raise _session_expired(answer)
     if sent and answer.code in (wire.THROTTLED, wire.RATE_LIMITED):
-        raise Throttled("throttled", _said(answer), **_raw(answer))
+        raise Throttled("throttled", _error_text(answer), **_diagnostics(answer))
 
 
 def _check_status(reply: Reply) -> None:
@@ -521,19 +521,19 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
     return min(float(value), 300.0) if value.isascii() and value.isdigit() else None
 
 
-def _said(answer: wire.Answer) -> str:
-    return f"iLink answered {answer.code} {_words(answer)}".strip()
+def _error_text(answer: wire.WireReply) -> str:
+    return f"iLink answered {answer.code} {_server_message(answer)}".strip()
 
 
-def _words(answer: wire.Answer) -> str:
+def _server_message(answer: wire.WireReply) -> str:
     """iLink's own, which go onto the bus: without what looks like a secret, should it quote the request."""
     said = bytes(answer.errmsg)
     return "" if said == b"null" else hide_secrets(msgspec.json.decode(said, type=str))
 
 
-def _raw(answer: wire.Answer) -> dict[str, Any]:
-    return {"ret": answer.ret, "errcode": answer.errcode, "errmsg": _words(answer)}
+def _diagnostics(answer: wire.WireReply) -> dict[str, Any]:
+    return {"ret": answer.ret, "errcode": answer.errcode, "errmsg": _server_message(answer)}
 
 
-def _expired(answer: wire.Answer) -> SessionExpired:
-    return SessionExpired("needs_login", _said(answer), **_raw(answer))
+def _session_expired(answer: wire.WireReply) -> SessionExpired:
+    return SessionExpired("needs_login", _error_text(answer), **_diagnostics(answer))

@@ -37,17 +37,21 @@ class _Quoted(msgspec.Struct):
 
 def read_reference(raw: bytes) -> Quoted | None:
     """What is quoted, and where to look for the rest; None where nothing is. Never raises."""
-    ref = _read(raw, wire.RefMessage) if raw not in (b"", b"null") else None
+    ref = _decode_or_none(raw, wire.RefMessage) if raw not in (b"", b"null") else None
     if ref is None:
         return None
-    item = _read(bytes(ref.message_item), _Quoted) or _Quoted()
-    partial = _read(bytes(ref.partial_text), wire.PartialText)
+    item = _decode_or_none(bytes(ref.message_item), _Quoted) or _Quoted()
+    partial = _decode_or_none(bytes(ref.partial_text), wire.PartialText)
     ids = tuple(dict.fromkeys(ident for ident in (as_id(ref.svr_id), as_id(item.msg_id)) if ident))
     kind = KINDS.get(item.type or 0, "")
     text = _text_of(item)
-    part = _part(partial)
+    part = _read_part(partial)
     title = ref.title if isinstance(ref.title, str) else ""
-    shown = title or placeholder_summary(kind, (item.file_item and item.file_item.file_name) or "") or _span(part)
+    shown = (
+        title
+        or placeholder_summary(kind, (item.file_item and item.file_item.file_name) or "")
+        or _describe_span(part)
+    )
     if not (ids or text or shown):
         return None
     quote = Quote(id=ids[0] if ids else "", text=shown, kind=kind or ("text" if text else ""))
@@ -57,11 +61,11 @@ def read_reference(raw: bytes) -> Quoted | None:
 
 def ident_of(raw: bytes) -> object:
     """What an item that cannot be read says to be its id; None where it says none."""
-    item = _read(raw, _Ident)
+    item = _decode_or_none(raw, _Ident)
     return item.msg_id if item else None
 
 
-def _read(raw: bytes, kind: type[T]) -> T | None:
+def _decode_or_none(raw: bytes, kind: type[T]) -> T | None:
     try:
         return msgspec.json.decode(raw, type=kind, strict=False)
     except UNDECODABLE:
@@ -71,22 +75,22 @@ def _read(raw: bytes, kind: type[T]) -> T | None:
 def _text_of(item: _Quoted) -> str:
     if item.text_item is not None:
         return item.text_item.text or ""
-    return transcript(item.voice_item) if item.voice_item is not None else ""
+    return transcript_of(item.voice_item) if item.voice_item is not None else ""
 
 
-def transcript(voice: wire.VoicePayload) -> str:
+def transcript_of(voice: wire.VoicePayload) -> str:
     """WeChat's speech-to-text, in either place where it may stand; "" if none."""
     nested = voice.text_item.get("text") if isinstance(voice.text_item, dict) else ""
-    return next((text for text in map(_words, (voice.text, nested)) if text), "")
+    return next((text for text in map(_text_or_empty, (voice.text, nested)) if text), "")
 
 
-def _words(value: object) -> str:
+def _text_or_empty(value: object) -> str:
     """A text, which may have been written as a number; "" for what is neither."""
     is_text = isinstance(value, (str, int, float)) and not isinstance(value, bool)
     return str(value) if is_text else ""
 
 
-def _part(partial: wire.PartialText | None) -> Part | None:
+def _read_part(partial: wire.PartialText | None) -> Part | None:
     if partial is None or not partial.start or not partial.end:
         return None
     return Part(
@@ -98,6 +102,6 @@ def _part(partial: wire.PartialText | None) -> Part | None:
     )
 
 
-def _span(part: Part | None) -> str:
+def _describe_span(part: Part | None) -> str:
     """How the part begins and ends: all that there is to show where nothing of it is known."""
     return f"{part.start}…{part.end}" if part is not None else ""

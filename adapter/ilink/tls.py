@@ -38,7 +38,7 @@ class ResumingContext(ssl.SSLContext):
             session = session or self._sessions.get(server_hostname)
         return super().wrap_bio(incoming, outgoing, server_side, server_hostname, session)
 
-    def keep(self, host: str, used: ssl.SSLObject) -> None:
+    def store_session(self, host: str, used: ssl.SSLObject) -> None:
         """Keeps the session of a connection over which an answer came; in TLS 1.3 it comes with that.
 
         One that was resumed is not kept again: so certificates are looked at anew when the host's ticket has run out,
@@ -47,6 +47,6 @@ class ResumingContext(ssl.SSLContext):
         if not used.session_reused and used.session is not None:
             self._sessions[host] = used.session
 
-    def forget(self, host: str) -> None:
+    def forget_session(self, host: str) -> None:
         """The next connection begins afresh, should the host stumble over a session that it does not know."""
         self._sessions.pop(host, None)

@@ -16,7 +16,7 @@ from adapter.dedup import MessageKeys
 from adapter.errors import UNDECODABLE, Refused, Unreadable
 from adapter.ilink import wire
 from adapter.ilink.cipher import read_key
-from adapter.ilink.references import Quoted, ident_of, read_reference, transcript
+from adapter.ilink.references import Quoted, ident_of, read_reference, transcript_of
 from adapter.json_repair import as_utf8, decode_fields
 from adapter.media import NO_NAMES
 from adapter.names import digest
@@ -32,7 +32,7 @@ MAX_ID = 128
 """A longer user id is none: it would not fit into a subject."""
 NOBODY = ("", "0")
 """User ids that are none: unset ones."""
-ROOM = "@chatroom"
+CHATROOM_SUFFIX = "@chatroom"
 """How the ids of groups end."""
 LARGEST = 262_144
 """Bytes of the largest message that is read: sixteen times what WeChat is known to send as a text."""
@@ -75,8 +75,8 @@ def _read_plain(raw: bytes, message: wire.PlainMessage) -> InboundMessage:
     """The short way for what nearly all messages are: the same as `_read_whole`, in half the time."""
     user = message.from_user_id
     if user in NOBODY or len(user) > MAX_ID:
-        user = _sender(message)
-    sent_at_ms = _time(message.create_time_ms)
+        user = _sender_of(message)
+    sent_at_ms = _time_ms(message.create_time_ms)
     (item,) = message.item_list
     text = item.text_item.text
     content = b'{"text_item":{"text":%b},"type":1}' % msgspec.json.encode(text)
@@ -85,7 +85,7 @@ def _read_plain(raw: bytes, message: wire.PlainMessage) -> InboundMessage:
         keys=keys,
         user=user,
         sent_at_ms=sent_at_ms,
-        context_token=_token(message.context_token),
+        context_token=_context_token(message.context_token),
         text=text,
         items=[contract.TextItem(text=text)],
         quote=None,
@@ -101,13 +101,13 @@ def _read_plain(raw: bytes, message: wire.PlainMessage) -> InboundMessage:
 def _read_whole(raw: bytes) -> InboundMessage:
     readable = as_utf8(raw)
     try:
-        message, misfits = _decode(readable, _WHOLE, wire.Message)
+        message, misfits = _decode_fast(readable, _WHOLE, wire.Message)
     except UNDECODABLE as exc:
         raise Unreadable("unreadable", str(exc)[:200]) from exc
     if len(message.item_list or ()) > MOST_ITEMS:
         return _read_head(raw, readable, "The message has too many items.")
-    user = _sender(message)
-    sent_at_ms = _time(message.create_time_ms)
+    user = _sender_of(message)
+    sent_at_ms = _time_ms(message.create_time_ms)
     items: list[contract.InboundItem] = []
     texts: list[str] = []
     quoted: Quoted | None = None
@@ -134,7 +134,7 @@ def _read_whole(raw: bytes) -> InboundMessage:
         keys=keys_of(message, user, sent_at_ms, b",".join(contents).decode()),
         user=user,
         sent_at_ms=sent_at_ms,
-        context_token=_token(message.context_token),
+        context_token=_context_token(message.context_token),
         text="\n".join(texts),
         items=items,
         quote=quoted[0] if quoted else None,
@@ -142,20 +142,20 @@ def _read_whole(raw: bytes) -> InboundMessage:
         group=_is_group(message, user),
         raw=raw,
         broken=f"Of a wrong type: {', '.join(misfits)}"[:200] if misfits else "",
-        kind=_kind(items),
+        kind=_metric_kind(items),
         fetches=tuple(fetches),
         reference=quoted[1] if quoted else None,
         item_ids=tuple(idents),
     )
 
 
-def _kind(items: list[contract.InboundItem]) -> str:
+def _metric_kind(items: list[contract.InboundItem]) -> str:
     """The kind that counts in the metrics: text wherever there is some, else that of the first media."""
     found = [kind for item in items if (kind := kind_of(item)) != "unsupported"]
     return "text" if "text" in found else next(iter(found), "unsupported")
 
 
-class _Read(NamedTuple):
+class _TranslatedItem(NamedTuple):
     """An item, the text that it adds to the message's, what it quotes, the media that belong to it, its id, its part
     of `content_of`, and the paths of what is of a wrong type ("": all of it)."""
 
@@ -168,22 +168,22 @@ class _Read(NamedTuple):
     misfits: Sequence[str] = ()
 
 
-def _read_item(raw: msgspec.Raw, index: int) -> _Read:
+def _read_item(raw: msgspec.Raw, index: int) -> _TranslatedItem:
     content = _content(raw)
     try:
-        item, misfits = _decode(bytes(raw), _ITEM, wire.Item)
+        item, misfits = _decode_fast(bytes(raw), _ITEM, wire.Item)
     except UNDECODABLE:
         malformed = contract.UnsupportedItem(type=0, reason="malformed")
-        return _Read(malformed, ident=ident_of(bytes(raw)), content=content, misfits=[""])
+        return _TranslatedItem(malformed, ident=ident_of(bytes(raw)), content=content, misfits=[""])
     quote = read_reference(bytes(item.ref_msg))
-    read = _translate(item, index)
+    read = _translate_item(item, index)
     lost = contract.TextItem if "text_item.text" in misfits else contract.UnsupportedItem
     if misfits and isinstance(read.item, lost):
-        read = _Read(contract.UnsupportedItem(type=0, reason="malformed"))
+        read = _TranslatedItem(contract.UnsupportedItem(type=0, reason="malformed"))
     return read._replace(quote=quote, ident=item.msg_id, content=content, misfits=misfits)
 
 
-def _decode(raw: bytes, decoder: msgspec.json.Decoder[S], kind: type[S]) -> tuple[S, list[str]]:
+def _decode_fast(raw: bytes, decoder: msgspec.json.Decoder[S], kind: type[S]) -> tuple[S, list[str]]:
     """As `decode_fields`, in a fraction of the time where all fits. Raises UNDECODABLE."""
     try:
         return decoder.decode(raw), []
@@ -191,32 +191,34 @@ def _decode(raw: bytes, decoder: msgspec.json.Decoder[S], kind: type[S]) -> tupl
         return decode_fields(raw, kind)
 
 
-def _translate(item: wire.Item, index: int) -> _Read:
+def _translate_item(item: wire.Item, index: int) -> _TranslatedItem:
     kind = item.type or next((number for number, name in PAYLOADS.items() if getattr(item, name) is not None), 0)
     match kind:
         case wire.TEXT if item.text_item is not None:
             text = item.text_item.text or ""
-            return _Read(contract.TextItem(text=text), text)
+            return _TranslatedItem(contract.TextItem(text=text), text)
         case wire.IMAGE if item.image_item is not None:
             fetch, reason = _read_media(item.image_item, index)
-            return _Read(contract.ImageItem(reason=reason), fetch=fetch)
+            return _TranslatedItem(contract.ImageItem(reason=reason), fetch=fetch)
         case wire.VOICE if item.voice_item is not None:
             voice = item.voice_item
-            said = transcript(voice)
+            said = transcript_of(voice)
             fetch, reason = _read_media(voice, index)
-            length = _duration(voice.playtime)
-            return _Read(contract.VoiceItem(transcript=said, duration_ms=length, reason=reason), said, fetch=fetch)
+            length = _duration_ms(voice.playtime)
+            return _TranslatedItem(
+                contract.VoiceItem(transcript=said, duration_ms=length, reason=reason), said, fetch=fetch
+            )
         case wire.FILE if item.file_item is not None:
-            name = _text(item.file_item.file_name)[:MAX_FILE_NAME]
+            name = _text_or_empty(item.file_item.file_name)[:MAX_FILE_NAME]
             name = "" if name in NO_NAMES else name
             fetch, reason = _read_media(item.file_item, index, name)
-            return _Read(contract.FileItem(name=name, reason=reason), fetch=fetch)
+            return _TranslatedItem(contract.FileItem(name=name, reason=reason), fetch=fetch)
         case wire.VIDEO if item.video_item is not None:
             fetch, reason = _read_media(item.video_item, index)
-            length = _duration(item.video_item.play_length)
-            return _Read(contract.VideoItem(duration_ms=length, reason=reason), fetch=fetch)
+            length = _duration_ms(item.video_item.play_length)
+            return _TranslatedItem(contract.VideoItem(duration_ms=length, reason=reason), fetch=fetch)
         case _:
-            return _Read(contract.UnsupportedItem(type=kind))
+            return _TranslatedItem(contract.UnsupportedItem(type=kind))
 
 
 class _Payload(Protocol):
@@ -230,33 +232,33 @@ def _read_media(payload: _Payload, index: int, name: str = "") -> tuple[MediaRef
         media = msgspec.convert(payload.media, wire.Media)
     except msgspec.ValidationError:
         return None, "reference"
-    url, reference = _text(media.full_url), _text(media.encrypt_query_param)
+    url, reference = _text_or_empty(media.full_url), _text_or_empty(media.encrypt_query_param)
     if not url and not reference:
         return None, "reference"
     try:
-        key = read_key(_key(media.aes_key), _key(payload.aeskey))
+        key = read_key(_key_or_none(media.aes_key), _key_or_none(payload.aeskey))
     except Refused as exc:
         return None, exc.reason
     return MediaRef(index, url, reference, key, name), ""
 
 
-def _key(value: object) -> str | None:
+def _key_or_none(value: object) -> str | None:
     """A key of another type is no key, but it says that the bytes are encrypted: it decodes to nothing."""
     return value if isinstance(value, str) or value is None else "?"
 
 
-def _text(value: object) -> str:
+def _text_or_empty(value: object) -> str:
     return value if isinstance(value, str) else ""
 
 
-def _duration(value: object) -> int | None:
+def _duration_ms(value: object) -> int | None:
     """Milliseconds; None for what cannot be a duration."""
     if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 16:
         value = int(value)
     return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53 else None
 
 
-def _token(given: object) -> str:
+def _context_token(given: object) -> str:
     """A context token, as far as there is one that the bus has room for: its bot would wait for ever to store it."""
     return given if isinstance(given, str) and len(given) <= wire.OPAQUE_CHARS else ""
 
@@ -270,12 +272,12 @@ def _read_head(raw: bytes, readable: bytes, why: str) -> InboundMessage:
         message, _ = decode_fields(as_utf8(head), wire.Message)
     except UNDECODABLE as exc:
         raise Unreadable("unreadable", why) from exc
-    user, sent_at_ms = _sender(message), _time(message.create_time_ms)
+    user, sent_at_ms = _sender_of(message), _time_ms(message.create_time_ms)
     return InboundMessage(
         keys=keys_of(message, user, sent_at_ms, digest(raw)),
         user=user,
         sent_at_ms=sent_at_ms,
-        context_token=_token(message.context_token),
+        context_token=_context_token(message.context_token),
         text="",
         items=[contract.UnsupportedItem(type=0, reason="too_large")],
         quote=None,
@@ -287,7 +289,7 @@ def _read_head(raw: bytes, readable: bytes, why: str) -> InboundMessage:
     )
 
 
-def _sender(message: wire.PlainMessage | wire.Message) -> str:
+def _sender_of(message: wire.PlainMessage | wire.Message) -> str:
     """Raises Unreadable where nobody is named, unless it is an echo."""
     user = message.from_user_id or ""
     if message.message_type != wire.BOT and (user in NOBODY or len(user) > MAX_ID):
@@ -297,10 +299,10 @@ def _sender(message: wire.PlainMessage | wire.Message) -> str:
 
 def _is_group(message: wire.Head, user: str) -> bool:
     """Whether it was not written to the bot alone; an empty id means that it was, and so would 0."""
-    return message.group_id not in (None, "", 0, "0") or user.endswith(ROOM)
+    return message.group_id not in (None, "", 0, "0") or user.endswith(CHATROOM_SUFFIX)
 
 
-def _time(value: object) -> int:
+def _time_ms(value: object) -> int:
     """Unix milliseconds; 0 for what cannot be a time."""
     return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53 else 0
 
@@ -329,10 +331,10 @@ def _content(raw_item: msgspec.Raw) -> bytes:
 
 
 def _encode_bare(item: object) -> bytes:
-    return msgspec.json.encode(_bare(item), order="deterministic")
+    return msgspec.json.encode(_without_volatile_fields(item), order="deterministic")
 
 
-def _bare(item: object) -> object:
+def _without_volatile_fields(item: object) -> object:
     """An item without what may differ when iLink says it again; a ready-made URL holds the id of a task."""
     if not isinstance(item, dict):
         return item

@@ -53,11 +53,11 @@ class Line(Protocol):
     """When its last answer ended, by the loop's clock."""
 
     @property
-    def usable(self) -> bool:
+    def is_usable(self) -> bool:
         """Whether the next request may go over it."""
 
     @property
-    def silent(self) -> bool:
+    def is_silent(self) -> bool:
         """Whether nothing has come in answer to the last request, or no whole head of an answer."""
 
     @property
@@ -79,7 +79,7 @@ class Transport(ABC, Generic[L]):
         self._budget = budget
         self._idle: dict[Origin, list[L]] = {}
         """The one that was used last is used first, so that those that are not needed grow old and are closed."""
-        self._tidying: asyncio.TimerHandle | None = None
+        self._cleanup_timer: asyncio.TimerHandle | None = None
 
     async def exchange(
         self,
@@ -87,43 +87,43 @@ class Transport(ABC, Generic[L]):
         request: Request,
         timeout_s: float,
         *,
-        afresh: bool = False,
+        fresh: bool = False,
         check: Callable[[], None] | None = None,
     ) -> Reply:
-        """`afresh`: over a connection of its own, to a name that is resolved anew. `check`: see ports.Chat.
+        """`fresh`: over a connection of its own, to a name that is resolved anew. `check`: see ports.Chat.
 
-        A repeatable request that met a stale connection is asked once more, afresh.
+        A repeatable request that met a stale connection is sent once more, over a fresh connection.
         Cancelled once the answer is there, it works on that for a moment more: see budget.GRACE_S.
         Raises TimeoutError, Temporary("network") (it did not leave), Uncertain (it left, or may have).
         """
-        base = _base(base_url)
+        base = _parse_base_url(base_url)
         clock = asyncio.get_running_loop().time
         began = clock()
-        kept = None if afresh else self._kept(base.origin)
-        line = kept or await self._open(base, timeout_s, afresh=afresh)
+        kept = None if fresh else self._take_idle(base.origin)
+        line = kept or await self._open(base, timeout_s, fresh=fresh)
         reply = None
         try:
-            reply = await self._ask(line, base, request, timeout_s, check, afresh=afresh)
+            reply = await self._send_request(line, base, request, timeout_s, check, fresh=fresh)
         except (TimeoutError, Uncertain) as exc:
             line.close()
             if kept is None:
-                self._tls.forget(base.origin.host)
+                self._tls.forget_session(base.origin.host)
                 raise
             self._close_idle(base.origin, began)  # it may be as dead, and a repeat is to meet another
-            closed = isinstance(exc, Uncertain) and line.silent and clock() - began < STALE_S
+            closed = isinstance(exc, Uncertain) and line.is_silent and clock() - began < STALE_S
             if not (closed and request.repeatable):
                 raise
         except BaseException as exc:
             line.close()
             if isinstance(exc, Temporary):
-                self._tls.forget(base.origin.host)
+                self._tls.forget_session(base.origin.host)
             raise
         if reply is None:
-            return await self.exchange(base_url, request, timeout_s, afresh=True, check=check)
+            return await self.exchange(base_url, request, timeout_s, fresh=True, check=check)
         if kept is None and line.tls is not None:
-            self._tls.keep(base.origin.host, line.tls)
-        if line.usable and not afresh:
-            self._keep(base.origin, line)
+            self._tls.store_session(base.origin.host, line.tls)
+        if line.is_usable and not fresh:
+            self._store_idle(base.origin, line)
         else:
             line.close()
         if len(reply.body) <= SMALL and "content-encoding" not in reply.headers:
@@ -132,20 +132,20 @@ class Transport(ABC, Generic[L]):
 
     async def close(self) -> None:
         """Closes all connections that are kept."""
-        if self._tidying is not None:
-            self._tidying.cancel()
-            self._tidying = None
+        if self._cleanup_timer is not None:
+            self._cleanup_timer.cancel()
+            self._cleanup_timer = None
         for lines in self._idle.values():
             for line in lines:
                 line.close()
         self._idle.clear()
 
     @abstractmethod
-    async def _open(self, base: Base, timeout_s: float, *, afresh: bool) -> L:
+    async def _open(self, base: Base, timeout_s: float, *, fresh: bool) -> L:
         """Raises Temporary("network")."""
 
     @abstractmethod
-    def _ask(
+    def _send_request(
         self,
         line: L,
         base: Base,
@@ -153,31 +153,31 @@ class Transport(ABC, Generic[L]):
         timeout_s: float,
         check: Callable[[], None] | None,
         *,
-        afresh: bool,
+        fresh: bool,
     ) -> Awaitable[Reply]:
         """The answer, packed as it came. Calls `check` before the request leaves. Raises as `exchange`."""
 
-    def _kept(self, origin: Origin) -> L | None:
+    def _take_idle(self, origin: Origin) -> L | None:
         idle = self._idle.get(origin)
         while idle:
             line = idle.pop()
-            if line.usable:
+            if line.is_usable:
                 return line
         return None
 
-    def _keep(self, origin: Origin, line: L) -> None:
+    def _store_idle(self, origin: Origin, line: L) -> None:
         self._idle.setdefault(origin, []).append(line)
-        if self._tidying is None:
-            self._tidying = asyncio.get_running_loop().call_later(KEPT_S, self._tidy)
+        if self._cleanup_timer is None:
+            self._cleanup_timer = asyncio.get_running_loop().call_later(KEPT_S, self._close_unused)
 
-    def _tidy(self) -> None:
+    def _close_unused(self) -> None:
         """Closes what was not used for long."""
         loop = asyncio.get_running_loop()
-        self._tidying = None
+        self._cleanup_timer = None
         for origin in list(self._idle):
             self._close_idle(origin, loop.time() - KEPT_S)
         if self._idle:
-            self._tidying = loop.call_later(KEPT_S / 4, self._tidy)
+            self._cleanup_timer = loop.call_later(KEPT_S / 4, self._close_unused)
 
     def _close_idle(self, origin: Origin, since: float) -> None:
         """Closes what was not used after `since`, by the loop's clock."""
@@ -191,7 +191,7 @@ class Transport(ABC, Generic[L]):
 
 
 @functools.lru_cache(maxsize=256)  # the same few at every request
-def _base(url: str) -> Base:
+def _parse_base_url(url: str) -> Base:
     """Takes a URL apart that was checked."""
     parts = urlsplit(url)
     scheme, host = parts.scheme, parts.hostname or ""

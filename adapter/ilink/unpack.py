@@ -17,16 +17,16 @@ PLAIN = ("", "identity", "none", "utf-8")
 PACKED = ("gzip", "x-gzip", "deflate")
 
 
-class PackedBadly(Exception):
+class UnpackFailed(Exception):
     """The answer is too large, or cannot be unpacked; the text says which."""
 
 
-class Oversized(PackedBadly):
+class Oversized(UnpackFailed):
     """The answer is too large."""
 
 
 class Unpacker:
-    """Unpacks one answer of at most `most` bytes. Everything raises PackedBadly."""
+    """Unpacks one answer of at most `most` bytes. Everything raises UnpackFailed."""
 
     def __init__(self, encoding: str, most: int) -> None:
         self._left = most
@@ -40,7 +40,7 @@ class Unpacker:
         first byte after a gzip member."""
         self._encoding = encoding.strip().lower()
         if self._encoding not in (*PLAIN, *PACKED):
-            raise PackedBadly("The answer is packed in a way that was not asked for.")
+            raise UnpackFailed("The answer is packed in a way that was not asked for.")
         self._work = zlib.decompressobj(_GZIP) if "gzip" in self._encoding else None
 
     def feed(self, piece: bytes) -> bytes:
@@ -51,22 +51,22 @@ class Unpacker:
         """What these bytes stand for, in pieces of at most `at_once` bytes."""
         self._begun = self._begun or bool(piece)
         if self._encoding in PLAIN:
-            yield self._counted(piece)
+            yield self._count_bytes(piece)
             return
         for start in range(0, len(piece), BLOCK):
             left, plain = piece[start : start + BLOCK], b""
             while left or len(plain) == at_once:  # the decompressor may hold what had no room
-                plain, left = self._step(left, at_once)
+                plain, left = self._unpack_step(left, at_once)
                 if plain:
-                    yield self._counted(plain)
+                    yield self._count_bytes(plain)
 
     def finish(self) -> None:
         """The answer has ended: what is packed in it must have, too."""
         packed = self._begun and self._encoding not in PLAIN
         if packed and (self._work is None or not self._work.eof):
-            raise PackedBadly("The packed answer ends early.")
+            raise UnpackFailed("The packed answer ends early.")
 
-    def _step(self, packed: bytes, at_once: int) -> tuple[bytes, bytes]:
+    def _unpack_step(self, packed: bytes, at_once: int) -> tuple[bytes, bytes]:
         """Some of what the bytes stand for, and those that are left to unpack."""
         if self._work is None or self._work.eof:
             packed, self._raw = self._raw + packed, b""
@@ -82,15 +82,15 @@ class Unpacker:
             else:
                 self._members += 1
                 if self._members == MEMBERS:
-                    raise PackedBadly("The answer is packed in too many members.")
+                    raise UnpackFailed("The answer is packed in too many members.")
                 self._work = zlib.decompressobj(_GZIP)
         try:
             plain = self._work.decompress(packed, min(at_once, self._left + 1))
         except zlib.error:
-            raise PackedBadly("The answer cannot be unpacked.") from None
+            raise UnpackFailed("The answer cannot be unpacked.") from None
         return plain, self._work.unconsumed_tail or self._work.unused_data
 
-    def _counted(self, plain: bytes) -> bytes:
+    def _count_bytes(self, plain: bytes) -> bytes:
         self._left -= len(plain)
         if self._left < 0:
             raise Oversized(f"the answer exceeds {self._most} bytes")

@@ -30,7 +30,7 @@ FILE: Final = 4
 VIDEO: Final = 5
 
 
-class Answer(msgspec.Struct, kw_only=True):
+class WireReply(msgspec.Struct, kw_only=True):
     """What every answer may carry. Either of `ret` and `errcode` may hold the code."""
 
     ret: int | None = None
@@ -45,7 +45,7 @@ class Answer(msgspec.Struct, kw_only=True):
         return next(known, self.errcode or self.ret or 0)
 
 
-class Updates(Answer, kw_only=True):
+class Updates(WireReply, kw_only=True):
     """Answer of getupdates. Messages stay raw, so that one broken message does not spoil the batch, and their list,
     so that a million of them are no million objects."""
 
@@ -54,34 +54,34 @@ class Updates(Answer, kw_only=True):
     longpolling_timeout_ms: msgspec.Raw = msgspec.Raw(b"null")
 
 
-class Sent(Answer, kw_only=True):
+class Sent(WireReply, kw_only=True):
     """Answer of sendmessage. `message_id` is a uint64 as number or string. Any: in another form it is none, and not
     a reason to send again what was taken."""
 
     message_id: Any = None
 
 
-class UploadUrl(Answer, kw_only=True):
+class UploadUrl(WireReply, kw_only=True):
     """Answer of getuploadurl; usually only the first is filled."""
 
     upload_full_url: str | None = None
     upload_param: str | None = None
 
 
-class Config(Answer, kw_only=True):
+class Config(WireReply, kw_only=True):
     """Answer of getconfig."""
 
     typing_ticket: str | None = None
 
 
-class QrCode(Answer, kw_only=True):
+class QrCode(WireReply, kw_only=True):
     """Answer of get_bot_qrcode. `qrcode_img_content` is a URL to encode; one client takes it for an image."""
 
     qrcode: str | None = None
     qrcode_img_content: str | None = None
 
 
-class QrStatus(Answer, kw_only=True):
+class QrStatus(WireReply, kw_only=True):
     """Answer of get_qrcode_status."""
 
     status: str | None = None

@@ -14,7 +14,7 @@ from adapter.conversation.conversations import Conversations
 from adapter.dedup import MessageKeys
 from adapter.errors import UNDECODABLE
 from adapter.metrics import Metrics
-from adapter.names import H_IDS, H_MSG_ID, Names, escaped
+from adapter.names import H_IDS, H_MSG_ID, Names, escape_token
 from adapter.ports import History, InboundMessage, Stored
 from adapter.quotes import QuotedText, quoted_text_of, resolve_quote
 from adapter.timing import Clock
@@ -115,7 +115,7 @@ def ids_header(said: InboundMessage) -> dict[str, str]:
     """The header that lets an item be found by its id; none where no item has one of its own."""
     if not any(said.item_ids):
         return {}
-    named = [f"{n}:{escaped(ident)}" for n, ident in enumerate(said.item_ids[:MAX_IDS]) if 0 < len(ident) <= 64]
+    named = [f"{n}:{escape_token(ident)}" for n, ident in enumerate(said.item_ids[:MAX_IDS]) if 0 < len(ident) <= 64]
     return {H_IDS: " ".join(named)} if named else {}
 
 
@@ -127,7 +127,7 @@ def _ending(ident: str) -> str:
 def _item_named(ids: Sequence[str], stored: Stored) -> int | None:
     for named in stored.headers.get(H_IDS, "").split():
         number, _, ident = named.partition(":")
-        if ident in {escaped(one) for one in ids} and number.isdecimal():
+        if ident in {escape_token(one) for one in ids} and number.isdecimal():
             return int(number)
     return None
 

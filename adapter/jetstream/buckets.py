@@ -162,11 +162,11 @@ class KvBucket:
         every `reload_s` seconds shows that something is missing, so that nothing lost on the way stays lost.
         Entries may come twice, never older than one seen before.
         """
-        follower = _Watcher(self, on_entry)
-        self.link.on_connect(follower.subscribe)
+        watcher = _Watcher(self, on_entry)
+        self.link.on_connect(watcher.subscribe)
         if self.link.nc is not None:
             try:
-                await follower.subscribe(self.link.nc)
+                await watcher.subscribe(self.link.nc)
                 await self.link.nc.flush()
             except NatsError as exc:  # it is going down; the next one subscribes at its start
                 log.info("bucket.watch_failed", bucket=self.name, reason=type(exc).__name__)
@@ -174,8 +174,8 @@ class KvBucket:
         while True:
             try:
                 await self.link.wait_connected()
-                anew, epoch = epoch != self.link.epoch, self.link.epoch
-                read = await follower.reload_if_stale(anew=anew)
+                force, epoch = epoch != self.link.epoch, self.link.epoch
+                read = await watcher.reload_if_stale(force=force)
             except Temporary as exc:
                 log.warning("bucket.unread", bucket=self.name, reason=exc.reason)
                 await asyncio.sleep(0.2)
@@ -229,15 +229,15 @@ class _Watcher:
             self._revisions[entry.key] = entry.revision
             self._on_entry(entry)
 
-    async def reload_if_stale(self, *, anew: bool) -> bool:
-        """Reads everything, if it must be read `anew`, was not for long, or something is missing; whether it did.
+    async def reload_if_stale(self, *, force: bool) -> bool:
+        """Reads everything, if it must be read `force`, was not for long, or something is missing; whether it did.
 
         Raises Temporary.
         """
         bucket, now = self._bucket, asyncio.get_running_loop().time()
         keys, newest = await bucket.stream_state()
         known = self._is_complete and (keys, newest) == (len(self._revisions), self._top)
-        if known and not anew and now - self._read_at <= RELOAD_WATCH_S:
+        if known and not force and now - self._read_at <= RELOAD_WATCH_S:
             return False
         self._top, self._is_complete, self._read_at = max(self._top, newest), True, NEVER
         there, read_to = set(), 0

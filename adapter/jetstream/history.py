@@ -157,10 +157,10 @@ async def read_last(link: ManagedConnection, stream: str, subject: str) -> Store
 async def direct_get(link: ManagedConnection, stream: str, body: dict[str, Any]) -> AsyncGenerator[Stored, None]:
     """What any replica answers to a direct get (ADR-31), perhaps less than the leader has. Raises Temporary, also
     where one of the answers is missing: each names the one before."""
-    with link.open_request() as question:
-        await link.publish(f"$JS.API.DIRECT.GET.{stream}", msgspec.json.encode(body), reply=question.reply)
+    with link.open_request() as request:
+        await link.publish(f"$JS.API.DIRECT.GET.{stream}", msgspec.json.encode(body), reply=request.reply)
         last_seq = 0
-        while (stored := _decode_after(last_seq, await link.next_reply(question))) is not None:
+        while (stored := _decode_after(last_seq, await link.next_reply(request))) is not None:
             last_seq = stored.seq
             yield stored
 
@@ -171,11 +171,11 @@ async def read_last_of_each(
     """The newest message of each subject that has one, and the sequence up to which the server that answered knows
     the stream. Raises Temporary, also where one of the answers is missing."""
     found: list[Stored] = []
-    with link.open_request() as question:
+    with link.open_request() as request:
         body = msgspec.json.encode({"multi_last": subjects, "batch": len(subjects)})
-        await link.publish(f"$JS.API.DIRECT.GET.{stream}", body, reply=question.reply)
+        await link.publish(f"$JS.API.DIRECT.GET.{stream}", body, reply=request.reply)
         last_seq = 0
-        while (stored := _decode_after(last_seq, answer := await link.next_reply(question))) is not None:
+        while (stored := _decode_after(last_seq, answer := await link.next_reply(request))) is not None:
             last_seq = stored.seq
             found.append(stored)
     if "Nats-UpTo-Sequence" in answer.headers:

@@ -253,19 +253,19 @@ class ManagedConnection:
         self, subject: str, payload: bytes, timeout_s: float = 5.0, headers: dict[str, str] | None = None
     ) -> Reply:
         """Raises Temporary when nobody answers."""
-        with self.open_request() as question:
-            await self.publish(subject, payload, reply=question.reply, headers=headers)
-            return await self.next_reply(question, timeout_s)
+        with self.open_request() as request:
+            await self.publish(subject, payload, reply=request.reply, headers=headers)
+            return await self.next_reply(request, timeout_s)
 
     def open_request(self) -> PendingRequest:
         """For whoever wants more than one answer. It ends with its connection. Raises Temporary("bus_down")."""
         self.client()
         return self._multiplexer.new_request()
 
-    async def next_reply(self, question: PendingRequest, timeout_s: float = 5.0) -> Reply:
+    async def next_reply(self, request: PendingRequest, timeout_s: float = 5.0) -> Reply:
         """The next one. Raises Temporary when nobody answers."""
         try:
-            answer = await question.next_reply(timeout_s)
+            answer = await request.next_reply(timeout_s)
         except TimeoutError:
             self._record_answered(False)
             raise Temporary("bus_timeout", f"nothing in {timeout_s:g} s") from None

@@ -17,7 +17,7 @@ from adapter.jetstream.client import BusClient, has_no_responders
 
 
 class Reply(NamedTuple):
-    """One answer to a question."""
+    """One reply to a request."""
 
     data: bytes
     headers: dict[str, str]
@@ -30,9 +30,9 @@ class PendingRequest:
     """`with multiplexer.new_request() as request`: what comes for `request.reply`, in its order, until the block
     ends."""
 
-    def __init__(self, questions: RequestMultiplexer, number: str, reply: str) -> None:
+    def __init__(self, multiplexer: RequestMultiplexer, number: str, reply: str) -> None:
         self.reply = reply
-        self._multiplexer = questions
+        self._multiplexer = multiplexer
         self._number = number
         self._replies: deque[tuple[bytes, bytes]] = deque()
         self._waiter: asyncio.Future[None] | None = None
@@ -98,14 +98,14 @@ class RequestMultiplexer:
 
     def fail_all(self) -> None:
         """The client is gone, and with it every answer that has not come."""
-        for question in list(self.pending.values()):
-            question.fail()
+        for request in list(self.pending.values()):
+            request.fail()
 
     def new_request(self) -> PendingRequest:
         number = str(next(self._numbers))
         return PendingRequest(self, number, self._prefix + number)
 
     def _on_reply(self, subject: str, data: bytes, headers: bytes) -> None:
-        question = self.pending.get(subject[len(self._prefix) :])
-        if question is not None:  # else it came too late
-            question.append_reply(data, headers)
+        request = self.pending.get(subject[len(self._prefix) :])
+        if request is not None:  # else it came too late
+            request.append_reply(data, headers)

@@ -23,11 +23,11 @@ from adapter.conversation.commands import (
     command_id,
     decode_command,
     is_slow,
-    original,
+    original_position,
     read_command,
     salvage_ids,
-    shown,
     texts_of,
+    with_texts,
 )
 from adapter.conversation.record import CommandRef
 from adapter.conversation.rules import CommandResult, QueuedCommand
@@ -106,7 +106,7 @@ class CommandReader:
         `said`: the body with what its Markdown says, or why nobody can tell; None: that was not read yet.
         """
         sandbox = delivery.subject.rpartition(".")[2]
-        sequence, stored_ms = original(delivery.headers, delivery.seq, delivery.time_ms)
+        sequence, stored_ms = original_position(delivery.headers, delivery.seq, delivery.time_ms)
         body = contract.Outbound()
         try:
             body = decode_command(delivery.data, self._limits)
@@ -140,7 +140,7 @@ class CommandReader:
     def _end_unread(self, delivery: Delivery, body: contract.Outbound, result: CommandResult) -> None:
         """Ends what cannot be carried out. `body`: what is known of it."""
         sandbox = delivery.subject.rpartition(".")[2]
-        sequence, stored_ms = original(delivery.headers, delivery.seq, delivery.time_ms)
+        sequence, stored_ms = original_position(delivery.headers, delivery.seq, delivery.time_ms)
         self._metrics.schema_violations.labels(kind="out").inc()
         ref = CommandRef(sequence=sequence, stored_ms=stored_ms, id=_command_id(delivery, body))
         placeholder = QueuedCommand(
@@ -187,7 +187,7 @@ class CommandReader:
             body = decode_command(unread[0].data, self._limits)
             if is_slow(body, self._limits):
                 try:
-                    said = shown(body, await self._texts.render_plain(texts_of(body)))
+                    said = with_texts(body, await self._texts.render_plain(texts_of(body)))
                 except Refused as exc:
                     said = exc
         self._read(unread[0], said)  # if it raises, it is the first one that is at fault
@@ -253,7 +253,7 @@ class BodyLoader:
             body = decode_command(stored.data, self._limits)
             if is_slow(body, self._limits):
                 try:
-                    body = shown(body, await self._texts.render_plain(texts_of(body)))
+                    body = with_texts(body, await self._texts.render_plain(texts_of(body)))
                 except Refused:  # it was read once
                     parts[sequence] = None
                     continue

@@ -15,7 +15,7 @@ from adapter.conversation.commands import (
     client_id,
     command_id,
     decode_command,
-    original,
+    original_position,
     read_command,
     sandbox_of,
 )
@@ -63,7 +63,7 @@ KEPT: list[tuple[str, dict[str, str], dict[str, str]]] = [
 )
 def test_a_command_waits_since_its_copy_says_but_not_from_the_future(since: str, found: int) -> None:
     """A sandbox writes headers as it likes."""
-    assert original({H_SINCE_MS: since, H_SEQUENCE: since}, 5000, 5000) == (found, found)
+    assert original_position({H_SINCE_MS: since, H_SEQUENCE: since}, 5000, 5000) == (found, found)
 
 
 @pytest.mark.parametrize(("headers", "kept"), [row[1:] for row in KEPT], ids=[row[0] for row in KEPT])

@@ -117,7 +117,7 @@ class Visitors:
 
     async def _is_empty(self) -> bool:
         adapter = self.adapter
-        adapter.supervisor.tidy()
+        adapter.supervisor.evict_idle()
         keys, _ = await adapter.connections.bucket(adapter.names.bindings).stream_state()
         return not (keys or adapter.supervisor.sessions)
 

@@ -41,7 +41,7 @@ from adapter.ilink.cipher import Decryption, read_key
 from adapter.ilink.connection import Connection
 from adapter.ilink.protocol import Reply
 from adapter.ilink.translate import read_message
-from adapter.ilink.unpack import PackedBadly, Unpacker
+from adapter.ilink.unpack import Unpacker, UnpackFailed
 from adapter.logins.qr import check_content, html_element, terminal_text
 from adapter.names import Names, conversation_key, from_subject_token, is_inbox, to_subject_token, user_of_key
 from adapter.ports import Scan
@@ -261,14 +261,14 @@ def answer(data: bytes) -> None:
         budget = ByteBudget()
         connection, wire = Connection(budget), Wire()
         connection.connection_made(wire)
-        asking = asyncio.ensure_future(connection.ask(b"", 3600, ANSWER_BYTES))
+        asking = asyncio.ensure_future(connection.send_request(b"", 3600, ANSWER_BYTES))
         await asyncio.sleep(0)
         size = data[0] + 1 if data else 1
         for begin in range(1, len(data), size):
             if not wire.closing:
                 connection.data_received(data[begin : begin + size])
         connection.connection_lost(None)
-        assert not connection.usable
+        assert not connection.is_usable
         with contextlib.suppress(Uncertain):
             reply = await budget.unpack(await asking, ANSWER_BYTES)
             assert reply.status >= 200
@@ -284,7 +284,7 @@ def packed(data: bytes) -> None:
         unpacker = Unpacker(encoding.decode("latin-1"), 10_000)
         assert len(b"".join([unpacker.feed(body[:5]), unpacker.feed(body[5:])])) <= 10_000
         unpacker.finish()
-    except PackedBadly:
+    except UnpackFailed:
         return
 
 
@@ -342,7 +342,7 @@ def names(data: bytes) -> None:
 def logged(data: bytes) -> None:
     """The net below the logs: a bot's token is found in whatever surrounds it."""
     text = data.decode("utf-8", "replace")
-    shown = logs.redacted_text(f"{text} {SECRET} {text}", 100_000)
+    shown = logs.redact_text(f"{text} {SECRET} {text}", 100_000)
     assert "canarycanary" not in shown
     logs.redact(None, "info", {"detail": text, "fields": {"token": text, "list": [text, data]}})
 

@@ -23,7 +23,15 @@ from adapter.errors import Refused, Temporary
 from adapter.ilink.addresses import is_exempt, is_public
 from adapter.ilink.cdn import CdnClient
 from adapter.ilink.client import ILink
-from adapter.ilink.network import CheckedNetwork, Lookup, NotPublic, Resolver, addresses_of, checked, lookup
+from adapter.ilink.network import (
+    CheckedNetwork,
+    LookUpHost,
+    NotPublic,
+    Resolver,
+    addresses_of,
+    resolve_host,
+    with_checked_network,
+)
 from adapter.metrics import Metrics
 from adapter.ports import Account, MediaRef, Pieces
 from tests.e2e.waiting import free_port
@@ -111,7 +119,7 @@ def test_a_host_may_be_anywhere_only_if_the_operator_names_it(host: str, port: i
     assert is_exempt(host, port, ("simulator", "127.0.0.1:8080", "[::1]:8080", "[::2]")) is exempt
 
 
-def leads_to(*turns: list[str]) -> tuple[Lookup, list[tuple[str, int]]]:
+def leads_to(*turns: list[str]) -> tuple[LookUpHost, list[tuple[str, int]]]:
     """A name server that answers one after another; the last answer stays. And what it was asked."""
     asked: list[tuple[str, int]] = []
 
@@ -134,7 +142,7 @@ async def test_a_host_with_an_address_that_is_not_public_is_not_called(addresses
 
 
 async def test_the_system_says_where_a_name_leads() -> None:
-    assert "127.0.0.1" in await lookup("localhost", 80)
+    assert "127.0.0.1" in await resolve_host("localhost", 80)
     with pytest.raises(NotPublic):
         await addresses_of("localhost", 80, ())
 
@@ -154,7 +162,7 @@ async def test_what_is_connected_to_is_the_address_that_was_checked() -> None:
     """A name that leads elsewhere a moment later (DNS rebinding) is asked for once per connection."""
     look_up, asked = leads_to([PUBLIC], ["127.0.0.1"])
     wire = Wire()
-    network = CheckedNetwork(Resolver((), look_up=look_up), afresh=True, inner=wire)
+    network = CheckedNetwork(Resolver((), look_up=look_up), fresh=True, inner=wire)
     with pytest.raises(httpcore.ConnectTimeout):
         await network.connect_tcp(HOST, 443, 10.0)
     assert (asked, wire.connected) == ([(HOST, 443)], [(PUBLIC, 443, 10.0)])
@@ -167,7 +175,7 @@ async def test_an_address_that_is_silent_holds_up_the_next_one_only_shortly() ->
     look_up, _ = leads_to(["2606:4700::1", PUBLIC])
     wire = Wire()
     with pytest.raises(httpcore.ConnectTimeout):
-        await CheckedNetwork(Resolver((), look_up=look_up), afresh=True, inner=wire).connect_tcp(HOST, 443, 10.0)
+        await CheckedNetwork(Resolver((), look_up=look_up), fresh=True, inner=wire).connect_tcp(HOST, 443, 10.0)
     assert wire.connected == [("2606:4700::1", 443, 2.0), (PUBLIC, 443, 10.0)]
 
 
@@ -180,11 +188,11 @@ async def test_a_name_that_is_not_resolved_in_time_or_at_all_is_a_failed_connect
         raise OSError("Name or service not known")
 
     with pytest.raises(httpcore.ConnectTimeout):
-        await CheckedNetwork(Resolver((), look_up=never), afresh=True).connect_tcp(HOST, 443, 0.01)
+        await CheckedNetwork(Resolver((), look_up=never), fresh=True).connect_tcp(HOST, 443, 0.01)
     with pytest.raises(httpcore.ConnectError):
-        await CheckedNetwork(Resolver((), look_up=unknown), afresh=True).connect_tcp(HOST, 443, 10.0)
+        await CheckedNetwork(Resolver((), look_up=unknown), fresh=True).connect_tcp(HOST, 443, 10.0)
     with pytest.raises(httpcore.ConnectError):
-        await CheckedNetwork(Resolver(()), afresh=True).connect_unix_socket("/run/docker.sock")
+        await CheckedNetwork(Resolver(()), fresh=True).connect_unix_socket("/run/docker.sock")
 
 
 # the whole way, by TLS -----------------------------------------------------------------------------------
@@ -425,7 +433,7 @@ class Untouched:
             allowed_hosts=(),
             max_bytes=100,
             transfers=1,
-            network=CheckedNetwork(Resolver((), look_up=look_up), afresh=True, inner=self.wire),
+            network=CheckedNetwork(Resolver((), look_up=look_up), fresh=True, inner=self.wire),
         )
 
     def check(self) -> None:
@@ -483,7 +491,7 @@ async def test_media_are_fetched_from_and_brought_to_no_such_place(
 
 async def test_media_of_a_host_that_leads_inside_are_not_fetched(untouched: Untouched) -> None:
     wire = Wire()
-    network = CheckedNetwork(Resolver((), look_up=leads_to(["10.0.0.7"])[0]), afresh=True, inner=wire)
+    network = CheckedNetwork(Resolver((), look_up=leads_to(["10.0.0.7"])[0]), fresh=True, inner=wire)
     cdn = CdnClient(
         untouched.ilink,
         Metrics(),
@@ -533,4 +541,4 @@ async def test_a_transport_that_cannot_be_checked_is_not_used() -> None:
     transport = httpx.AsyncHTTPTransport()
     transport._pool = object()  # type: ignore[assignment]
     with pytest.raises(AssertionError):
-        checked(transport, CheckedNetwork(Resolver(()), afresh=True))
+        with_checked_network(transport, CheckedNetwork(Resolver(()), fresh=True))

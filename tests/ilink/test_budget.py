@@ -67,7 +67,7 @@ async def ask(transport: HotCalls | PlainCalls, server: Server, *, timeout_s: fl
 
 async def test_shares_are_given_in_turn_and_a_small_one_overtakes_no_large_one() -> None:
     budget = ByteBudget(100)
-    first, large, small = budget.take(60), budget.take(80), budget.take(10)
+    first, large, small = budget.reserve(60), budget.reserve(80), budget.reserve(10)
     assert (first.done(), large.done(), small.done(), budget.free) == (True, False, False, 40)
     first.result().shrink(25)
     assert not large.done()
@@ -79,7 +79,7 @@ async def test_shares_are_given_in_turn_and_a_small_one_overtakes_no_large_one()
 
 async def test_one_that_is_larger_than_the_budget_gets_the_whole() -> None:
     budget = ByteBudget(100)
-    small, large = budget.take(1), budget.take(1000)
+    small, large = budget.reserve(1), budget.reserve(1000)
     assert not large.done()
     small.result().release()
     assert large.result().size == 100
@@ -87,7 +87,7 @@ async def test_one_that_is_larger_than_the_budget_gets_the_whole() -> None:
 
 async def test_who_waits_no_more_takes_nothing() -> None:
     budget = ByteBudget(100)
-    first, second, third = (budget.take(100) for _ in range(3))
+    first, second, third = (budget.reserve(100) for _ in range(3))
     second.cancel()
     first.result().release()
     assert third.done()
@@ -95,9 +95,9 @@ async def test_who_waits_no_more_takes_nothing() -> None:
 
 async def test_a_share_that_nobody_holds_comes_back_whatever_thread_it_ends_in() -> None:
     budget = ByteBudget(100)
-    budget.take(100).result()
+    budget.reserve(100).result()
     await until(lambda: budget.free == 100, "it came back")
-    held = [budget.take(100).result()]
+    held = [budget.reserve(100).result()]
     thread = threading.Thread(target=held.clear)
     thread.start()
     thread.join()
@@ -110,7 +110,7 @@ async def test_a_share_that_nobody_holds_comes_back_whatever_thread_it_ends_in()
 async def test_an_answer_of_usual_size_takes_no_share(
     server: Server, transport: HotCalls | PlainCalls, budget: ByteBudget
 ) -> None:
-    taken = budget.take(2 * LARGE).result()
+    taken = budget.reserve(2 * LARGE).result()
     server.answer = Server.say(answer(b"x" * SMALL))
     assert (await ask(transport, server)).share is None
     server.answer = Server.say(answer(gzip.compress(b"x" * SMALL), "Content-Encoding: gzip"))
@@ -138,7 +138,7 @@ async def test_a_large_answer_waits_for_its_share_and_the_wait_costs_neither_it_
 ) -> None:
     """Not for longer than it may take, by its own clock, which stands still meanwhile."""
     transport = HotCalls(tls=ResumingContext(), budget=budget, resolver=RESOLVER)
-    taken = budget.take(2 * LARGE).result()
+    taken = budget.reserve(2 * LARGE).result()
     body = bytes(range(256)) * (LARGE // 256)
     written = asyncio.Event()
 
@@ -187,8 +187,8 @@ async def test_a_large_answer_that_is_given_up_gives_its_share_back(
 async def test_a_large_answer_of_unknown_length_that_is_not_read_on_is_none(budget: ByteBudget) -> None:
     connection, wire = Connection(budget), Reading()
     connection.connection_made(wire)
-    taken = budget.take(2 * LARGE).result()
-    asking = asyncio.create_task(connection.ask(b"request", 30, LARGE))
+    taken = budget.reserve(2 * LARGE).result()
+    asking = asyncio.create_task(connection.send_request(b"request", 30, LARGE))
     await asyncio.sleep(0)
     connection.data_received(b"HTTP/1.1 200 OK\r\n\r\n" + bytes(2 * SMALL))
     assert wire.paused
@@ -203,7 +203,7 @@ async def test_an_answer_that_has_come_is_not_lost_by_a_cancellation(
     server: Server, transport: HotCalls | PlainCalls, budget: ByteBudget
 ) -> None:
     """iLink may count it as delivered. Here its share comes a moment after the cancellation."""
-    taken = budget.take(2 * LARGE).result()
+    taken = budget.reserve(2 * LARGE).result()
     packed = gzip.compress(bytes(LARGE))
     assert len(packed) < SMALL, "it is read whole without a share, and unpacked with one"
     server.answer = Server.say(answer(packed, "Content-Encoding: gzip"))

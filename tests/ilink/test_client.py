@@ -43,14 +43,14 @@ class Answering:
         )
         self.repeatable = False
         self.timeout_s = 0.0
-        self.afresh: list[bool] = []
+        self.fresh: list[bool] = []
         """Of each call: whether it got a connection of its own."""
         self.requests: list[Request] = []
 
-        async def exchange(_url: str, request: Request, timeout_s: float, *, afresh: bool, **_: object) -> Reply:
+        async def exchange(_url: str, request: Request, timeout_s: float, *, fresh: bool, **_: object) -> Reply:
             self.repeatable = request.repeatable
             self.timeout_s = timeout_s
-            self.afresh.append(afresh)
+            self.fresh.append(fresh)
             self.requests.append(request)
             if isinstance(answer, Exception):
                 raise answer
@@ -136,7 +136,7 @@ async def test_one_call_goes_over_a_new_connection_where_those_of_a_bot_seem_dea
     await answering.ilink.recycle(ACCOUNT.bot)
     for _ in range(2):
         await CALLS["getupdates"](answering.ilink)
-    assert answering.afresh == [True, False]
+    assert answering.fresh == [True, False]
 
 
 @pytest.mark.parametrize("endpoint", CALLS)

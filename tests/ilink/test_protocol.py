@@ -222,7 +222,7 @@ def test_messages_stay_raw_so_that_no_id_is_rounded() -> None:
 
 
 def test_only_an_answer_of_bounded_size_is_repaired() -> None:
-    for size, readable in ((protocol.MENDED_BYTES, True), (protocol.MENDED_BYTES + 1, False)):
+    for size, readable in ((protocol.REPAIRED_BYTES, True), (protocol.REPAIRED_BYTES + 1, False)):
         head, tail = b'{"msgs":[{"a":"', b'\x01"}]}'
         answer = reply(head + b"x" * (size - len(head) - len(tail)) + tail)
         expected = (Temporary, "unreadable", None)
@@ -231,7 +231,7 @@ def test_only_an_answer_of_bounded_size_is_repaired() -> None:
 
 def test_what_is_repaired_in_no_time_is_short() -> None:
     """What is longer is read in another thread, if it is an answer to a poll, or not at all."""
-    for size, at_once in ((protocol.MENDED_AT_ONCE_BYTES, True), (protocol.MENDED_AT_ONCE_BYTES + 1, False)):
+    for size, at_once in ((protocol.REPAIRED_AT_ONCE_BYTES, True), (protocol.REPAIRED_AT_ONCE_BYTES + 1, False)):
         broken = b'{"ret":0,"message_id":"1","x":"' + b"x" * (size - 34) + b'\x01"}'
         assert len(broken) == size
         assert protocol.is_read_at_once(reply(broken)) is at_once

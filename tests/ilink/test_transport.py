@@ -106,9 +106,9 @@ async def own() -> AsyncIterator[HotCalls]:
     await made.close()
 
 
-async def post(transport: HotCalls | PlainCalls, url: str, *, timeout_s: float = 30.0, afresh: bool = False) -> Reply:
+async def post(transport: HotCalls | PlainCalls, url: str, *, timeout_s: float = 30.0, fresh: bool = False) -> Reply:
     request = Request("x", "", {"X-One": "1"}, b"{}", largest=LARGEST)
-    return await transport.exchange(url, request, timeout_s, afresh=afresh)
+    return await transport.exchange(url, request, timeout_s, fresh=fresh)
 
 
 async def test_an_answer_is_read_whole_with_its_headers(server: Server, transport: HotCalls | PlainCalls) -> None:
@@ -131,7 +131,7 @@ async def test_a_request_afresh_gets_a_connection_of_its_own(
     server: Server, transport: HotCalls | PlainCalls
 ) -> None:
     await post(transport, server.url)
-    await post(transport, server.url, afresh=True)
+    await post(transport, server.url, fresh=True)
     await post(transport, server.url)
     assert server.connections == 2
     await until(lambda: server.open == 1, "the one of its own is closed")
@@ -495,7 +495,7 @@ async def test_a_kept_connection_that_the_server_closed_is_not_used(server: Serv
     server.answer = answer
     for number in range(1, 4):
         await post(own, server.url)
-        await until(lambda: not any(c.usable for idle in own._idle.values() for c in idle), "the close is seen")
+        await until(lambda: not any(c.is_usable for idle in own._idle.values() for c in idle), "the close is seen")
         assert server.connections == number
 
 
@@ -717,7 +717,7 @@ async def test_a_name_is_asked_for_once_by_many_and_again_after_a_failure(
         replies = await asyncio.gather(*(post(made, url) for _ in range(5)))
         assert [reply.status for reply in replies] == [200] * 5
         assert len(asked) == 2
-        await post(made, url, afresh=True)
+        await post(made, url, fresh=True)
         assert len(asked) == 3
     finally:
         await made.close()
@@ -804,12 +804,12 @@ def test_an_answer_may_come_in_any_pieces(cuts: list[int]) -> None:
         connection = Connection(ByteBudget())
         wire = Wire()
         connection.connection_made(wire)
-        asking = asyncio.ensure_future(connection.ask(b"request", 5, LARGEST))
+        asking = asyncio.ensure_future(connection.send_request(b"request", 5, LARGEST))
         await asyncio.sleep(0)
         edges = [0, *sorted(set(cuts)), len(PIECES)]
         for begin, end in itertools.pairwise(edges):
             connection.data_received(PIECES[begin:end])
-        return await asking, connection.usable
+        return await asking, connection.is_usable
 
     reply, usable = asyncio.run(ask())
     assert (reply.status, reply.body, reply.headers["x"]) == (200, b"hello world", "1")
@@ -856,13 +856,13 @@ def test_who_was_spoken_with_need_not_show_its_certificates_again(
         url = f"https://127.0.0.1:{port}/"
         async with await asyncio.start_server(serve, "127.0.0.1", port, ssl=tls):
             for _ in range(2):
-                await post(transport, url, afresh=not closes)
+                await post(transport, url, fresh=not closes)
         for context, error in failing:
             async with await asyncio.start_server(refuse, "127.0.0.1", port, ssl=context):
                 with pytest.raises(error):
-                    await post(transport, url, afresh=not closes)
+                    await post(transport, url, fresh=not closes)
             async with await asyncio.start_server(serve, "127.0.0.1", port, ssl=tls):
-                await post(transport, url, afresh=not closes)
+                await post(transport, url, fresh=not closes)
         await transport.close()
 
     with asyncio.Runner(loop_factory=LOOPS[loop]) as runner:

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adapter.ilink.unpack import PackedBadly, Unpacker
+from adapter.ilink.unpack import Unpacker, UnpackFailed
 
 MOST = 1_000_000
 TEXT = b'{"ret":0,"msgs":[]}' * 100
@@ -57,7 +57,7 @@ def test_an_answer_is_the_same_however_it_is_packed_and_cut(encoding: str) -> No
 @pytest.mark.parametrize("encoding", PACKED)
 def test_an_answer_that_is_too_large_is_refused_and_one_that_just_fits_is_not(encoding: str) -> None:
     assert unpacked(encoding, PACKED[encoding](TEXT), most=len(TEXT)) == TEXT
-    with pytest.raises(PackedBadly, match="exceeds"):
+    with pytest.raises(UnpackFailed, match="exceeds"):
         unpacked(encoding, PACKED[encoding](TEXT), most=len(TEXT) - 1)
 
 
@@ -67,7 +67,7 @@ def test_a_bomb_is_never_unpacked() -> None:
     bomb = b"".join([work.compress(bytes(1 << 20)) for _ in range(256)]) + work.flush()
     assert len(bomb) < 300_000
     tracemalloc.start()
-    with pytest.raises(PackedBadly, match="exceeds 1000000 bytes"):
+    with pytest.raises(UnpackFailed, match="exceeds 1000000 bytes"):
         unpacked("gzip", bomb)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
@@ -76,13 +76,13 @@ def test_a_bomb_is_never_unpacked() -> None:
 
 @pytest.mark.parametrize("encoding", ["br", "zstd", "gzip, gzip", "compress", "gzip;q=1"])
 def test_what_was_not_asked_for_is_refused(encoding: str) -> None:
-    with pytest.raises(PackedBadly, match="not asked for"):
+    with pytest.raises(UnpackFailed, match="not asked for"):
         Unpacker(encoding, MOST)
 
 
 @pytest.mark.parametrize("encoding", ["gzip", "deflate"])
 def test_an_answer_that_is_cut_is_not_taken_for_a_whole_one(encoding: str) -> None:
-    with pytest.raises(PackedBadly, match="ends early"):
+    with pytest.raises(UnpackFailed, match="ends early"):
         unpacked(encoding, PACKED[encoding](TEXT)[:-3])
 
 
@@ -94,18 +94,18 @@ def test_an_answer_of_several_gzip_members_is_read_whole(end: bytes) -> None:
     assert unpacked("gzip", packed) == whole
     assert unpacked("gzip", *(packed[at : at + 1] for at in range(len(packed)))) == whole
     assert unpacked("gzip", packed, most=len(whole)) == whole
-    with pytest.raises(PackedBadly, match="exceeds"):
+    with pytest.raises(UnpackFailed, match="exceeds"):
         unpacked("gzip", packed, most=len(whole) - 1)
 
 
 def test_a_last_gzip_member_that_is_cut_is_not_taken_for_an_end() -> None:
-    with pytest.raises(PackedBadly, match="ends early"):
+    with pytest.raises(UnpackFailed, match="ends early"):
         unpacked("gzip", gzip.compress(TEXT) + gzip.compress(TEXT)[:-3])
 
 
 def test_members_without_end_are_refused() -> None:
     """20 bytes each that stand for nothing: each costs as much as a whole answer."""
-    with pytest.raises(PackedBadly, match="members"):
+    with pytest.raises(UnpackFailed, match="members"):
         unpacked("gzip", gzip.compress(b"") * 100_000)
 
 
@@ -122,5 +122,5 @@ def test_what_is_unpacked_comes_in_pieces_of_a_bounded_size(encoding: str, at_on
 
 @given(st.sampled_from(sorted(PACKED)), st.lists(st.binary(max_size=200), max_size=20))
 def test_whatever_comes_is_bytes_or_a_refusal(encoding: str, pieces: list[bytes]) -> None:
-    with contextlib.suppress(PackedBadly):
+    with contextlib.suppress(UnpackFailed):
         assert len(unpacked(encoding, *pieces, most=10_000)) <= 10_000
